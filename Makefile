@@ -1,0 +1,123 @@
+# moe_infer.h is one file: nothing needs to be built to use it. This builds the command-line tools,
+# the examples and the tests, all into build/.
+
+CC = cc
+CXX = c++
+CFLAGS = -O2
+CXXFLAGS = -O2
+WARNINGS = -Wall -Wextra -Wpedantic
+WERROR = -Werror
+LDLIBS = -lm -lpthread
+JOBS = $(shell nproc 2>/dev/null || echo 2)
+# what `make run` runs
+MODEL = $(B)/tiny.gguf
+PROMPT = Once upon a time
+N = 100
+FUZZ_SECONDS = 60
+
+B = build
+C = $(CC) $(CFLAGS) $(WARNINGS) $(WERROR)
+CXX17 = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(WERROR)
+TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-synth $(B)/minimal $(B)/embed
+KERNEL_BENCHES = $(patsubst bench/%.c,$(B)/%,\
+    $(filter-out bench/moe_bench.c,$(wildcard bench/*_bench.c)))
+TESTS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/test_*.c))
+SCRIPTS = $(wildcard tests/test_*.sh)
+# tests that start threads, for the thread sanitizer
+THREADED = $(patsubst tests/%.c,$(B)/tests/%,\
+    $(shell grep -lE 'moe_(pool|session)_open|moe__pool|pthread_create' tests/test_*.c 2>/dev/null))
+# builds in parallel unless make was told how (-j)
+PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
+
+.PHONY: all run test test-programs check check-compile asan ubsan tsan map asm bench fuzz help clean
+
+all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
+
+$(B)/moe-cli: examples/moe_cli.c examples/tool.h moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
+$(B)/moe-bench: bench/moe_bench.c examples/tool.h moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
+$(B)/moe-synth: bench/synth.c
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
+$(B)/minimal: examples/minimal.c moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
+$(B)/embed: examples/embed.cpp moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	$(CXX17) $< -o $@ $(LDLIBS)
+
+$(B)/%_bench: bench/%_bench.c moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
+$(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
+$(B)/tiny.gguf: $(B)/moe-synth
+	$(B)/moe-synth qwen3moe_tiny $@ --seed 1
+
+run: $(B)/moe-cli $(MODEL)  ## write a tiny random model and generate from it (MODEL= PROMPT= N=)
+	@if [ "$(MODEL)" = "$(B)/tiny.gguf" ]; then echo "This model is tiny and its" \
+	    "weights are random: it babbles. Try make run MODEL=your.gguf" >&2; fi
+	$(B)/moe-cli -m "$(MODEL)" -p "$(PROMPT)" -n $(N)
+
+test:  ## build and run all tests; ends with the line "N passed, N failed"
+	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
+	@tests/run.sh $(B) $(TESTS) $(SCRIPTS)
+
+test-programs: $(TOOLS) $(TESTS)
+
+check:  ## the tests and the compile checks
+	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
+	@tests/run.sh $(B) $(TESTS) $(SCRIPTS) tests/compile.sh
+
+check-compile:  ## compilers, standards, macros, exported symbols, style of the header
+	@tests/run.sh $(B) tests/compile.sh
+
+# A sanitizer's programs stand in a folder of their own.
+SANITIZE = $(MAKE) --no-print-directory B=build/$@ CXXFLAGS="$(SANITIZER)" CFLAGS="$(SANITIZER)"
+SANITIZER = -O1 -g -fno-omit-frame-pointer
+
+asan: SANITIZER += -fsanitize=address
+asan:  ## the tests with the address sanitizer and its leak detection
+	@+ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=1 $(SANITIZE) test
+
+ubsan: SANITIZER += -fsanitize=undefined -fno-sanitize-recover=all
+ubsan:  ## the tests with the undefined-behaviour sanitizer
+	@+UBSAN_OPTIONS=print_stacktrace=1 $(SANITIZE) test
+
+tsan: SANITIZER += -fsanitize=thread
+tsan:  ## the tests that use threads with the thread sanitizer
+	@+TSAN_OPTIONS=halt_on_error=1 $(SANITIZE) TESTS="$(subst $(B)/,build/tsan/,$(THREADED))" \
+	    SCRIPTS= TOOLS= test
+
+map:  ## rewrite the line numbers of the map at the top of moe_infer.h
+	@tests/map.sh moe_infer.h
+
+asm:  ## instructions, calls and spills of the dot kernels, gcc and clang (KERNELS=pattern)
+	@tests/asm_check.sh . '$(KERNELS)'
+
+bench: $(KERNEL_BENCHES)  ## build the benchmarks of single kernels: build/*_bench
+
+fuzz: $(B)/fuzz_gguf  ## feed odd files to the GGUF reader (clang; FUZZ_SECONDS=60)
+	@mkdir -p $(B)/corpus
+	$(B)/fuzz_gguf -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
+
+$(B)/fuzz_gguf: tests/fuzz_gguf.c moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	clang -g -O1 -fsanitize=fuzzer,address,undefined -DMOE_FUZZ $< -o $@ $(LDLIBS)
+
+help:  ## show this
+	@echo "make TARGET [CC=... CFLAGS=... JOBS=...], everything goes to build/"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
+
+clean:  ## delete build/
+	rm -rf build

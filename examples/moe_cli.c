@@ -1,0 +1,618 @@
+/* moe-cli: generates text from a GGUF model on the command line, with llama.cpp's option names.
+ *
+ *     cc -O2 examples/moe_cli.c -o moe-cli -lm -lpthread
+ *     ./moe-cli -m MODEL.gguf -p "Once upon a time" -n 100
+ *
+ * The generated text, and nothing else, goes to standard output; see --help for the rest. */
+#define MOE_INFER_IMPLEMENTATION
+#include "../moe_infer.h"
+
+#include "tool.h"
+#include <float.h>
+#include <signal.h>
+#include <unistd.h>
+
+static const char program[] = "moe-cli";
+
+static struct settings {
+    const char *model, *prompt, *prompt_file;
+    int32_t n_predict, n_ctx, n_threads, n_threads_batch, n_batch;
+    float temp, top_p, min_p, repeat_penalty;
+    int32_t top_k, repeat_last_n;
+    uint64_t seed;
+    int32_t kv_type, schedule, isa;
+    int mmap, escape, ignore_eos, special;
+    int info, help, version;
+} set = {NULL, NULL, NULL, -1, -1, -1, -1, 512, 0.8f, 0.95f, 0.05f, 1.0f, 40, 64, UINT64_MAX,
+         0, 0, 0, 1, 1, 0, 0, 0, 0, 0};
+
+/* Words for an enumeration stand in the order of its values. */
+static const tool_option options[] = {
+    {"Input:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
+    {"-m, --model", "FILE", TOOL_TEXT, &set.model, 0, 0,
+     "GGUF file, or the first one of a split model (needed)"},
+    {"-p, --prompt", "TEXT", TOOL_TEXT, &set.prompt, 0, 0,
+     "what to go on from; - reads it from standard input.\n"
+     "Control tokens such as <|im_end|> are recognised"},
+    {"-f, --file", "FILE", TOOL_TEXT, &set.prompt_file, 0, 0,
+     "the prompt is in a file; a newline at its end is dropped"},
+    {"-e, --escape", NULL, TOOL_FLAG, &set.escape, 0, 0,
+     "\\n, \\t, \\\", \\', \\\\, \\r and \\xNN mean one byte in the text\n"
+     "after -p (default)"},
+    {"--no-escape", NULL, TOOL_UNFLAG, &set.escape, 0, 0, "they mean what they look like"},
+
+    {"Generation:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
+    {"-n, --predict, --n-predict", "N", TOOL_INT, &set.n_predict, -1, INT32_MAX,
+     "most tokens to generate (default -1: until the model ends\n"
+     "or the context is full)"},
+    {"-s, --seed", "N", TOOL_SEED, &set.seed, 0, 0,
+     "of the random choices (default -1: from the clock)"},
+    {"--temp", "X", TOOL_FLOAT, &set.temp, 0, FLT_MAX, "temperature; 0: greedy (default 0.8)"},
+    {"--top-k", "N", TOOL_INT, &set.top_k, 0, INT32_MAX,
+     "keep the N most likely tokens; 0: all (default 40)"},
+    {"--top-p", "P", TOOL_FLOAT, &set.top_p, 0, 1,
+     "keep the fewest tokens that reach probability P; 1: all\n(default 0.95)"},
+    {"--min-p", "P", TOOL_FLOAT, &set.min_p, 0, 1,
+     "drop tokens below P times the most likely; 0: none\n(default 0.05)"},
+    {"--repeat-penalty", "X", TOOL_FLOAT, &set.repeat_penalty, FLT_MIN, FLT_MAX,
+     "make recent tokens less likely; 1: do not (default 1)"},
+    {"--repeat-last-n", "N", TOOL_INT, &set.repeat_last_n, -1, INT32_MAX,
+     "how many are recent; 0: none, -1: the whole context\n(default 64)"},
+    {"--ignore-eos", NULL, TOOL_FLAG, &set.ignore_eos, 0, 0,
+     "go on when the model ends the text"},
+    {"-sp, --special", NULL, TOOL_FLAG, &set.special, 0, 0, "write control tokens, too"},
+
+    {"Running:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
+    {"-c, --ctx-size", "N", TOOL_INT, &set.n_ctx, 0, INT32_MAX,
+     "tokens that prompt and answer may have together; 0: as\n"
+     "many as the model was trained for (default: those, but at\nmost 4096)"},
+    {"-b, --batch-size", "N", TOOL_INT, &set.n_batch, 1, INT32_MAX,
+     "prompt tokens to evaluate at once (default 512)"},
+    {"-t, --threads", "N", TOOL_INT, &set.n_threads, -1, MOE_MAX_THREADS,
+     "threads (default -1: the physical cores we may use)"},
+    {"-tb, --threads-batch", "N", TOOL_INT, &set.n_threads_batch, -1, MOE_MAX_THREADS,
+     "threads for the prompt (default -1: as -t)"},
+    {"-ctk, --cache-type-k", "f16|q8_0|f32", TOOL_CHOICE, &set.kv_type, 0, 0,
+     "what keys and values are kept as (default f16)"},
+    {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "read the model into memory; do not map it"},
+    {"--schedule", "default|sequential|parallel|balanced", TOOL_CHOICE, &set.schedule, 0, 0,
+     "how threads share the experts (only sequential exists so\nfar)"},
+    {"--isa", "best|scalar|avx2|avx512|avx-vnni", TOOL_CHOICE, &set.isa, 0, 0,
+     "instruction set; falls back to the next lower one\n(default best)"},
+
+    {"Instead of generating:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
+    {"--info", NULL, TOOL_FLAG, &set.info, 0, 0,
+     "show the model: metadata, tensors by type, sizes, memory\n"
+     "needed with the options above"},
+    {"-h, --help", NULL, TOOL_FLAG, &set.help, 0, 0, "show this"},
+    {"--version", NULL, TOOL_FLAG, &set.version, 0, 0, "show the version"},
+    {NULL, NULL, TOOL_HEADING, NULL, 0, 0, NULL}};
+
+static void show_help(void) {
+    printf("usage: %s -m MODEL.gguf -p PROMPT [options]\n\n"
+           "Generates text with a Mixture-of-Experts model. The text alone goes to standard\n"
+           "output, everything else to standard error. Ctrl-C ends the text, twice the program.\n"
+           "Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 ended by Ctrl-C.\n",
+           program);
+    tool_help(stdout, options);
+}
+
+static int usage_error(const char *text) {
+    fprintf(stderr, "%s: %s; see %s --help\n", program, text, program);
+    return TOOL_USAGE;
+}
+
+/* ---- Ctrl-C and the progress bar ------------------------------------------------------------- */
+
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int signal_number) {
+    (void)signal_number;
+    interrupted = 1;
+}
+
+/* The first Ctrl-C sets the flag; SA_RESETHAND lets the second one end the program. */
+static void catch_interrupt(void) {
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_interrupt;
+    action.sa_flags = SA_RESETHAND | SA_RESTART;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGINT, &action, NULL);
+}
+
+static int should_stop(void *user) {
+    (void)user;
+    return interrupted;
+}
+
+/* Draws "loading [#####     ] 50 %" over itself; user: the percentage on the screen, or NULL if
+ * standard error is no terminal. */
+static int on_progress(void *user, float fraction) {
+    int *shown = (int *)user, percent = (int)(fraction * 100);
+    if (shown && percent > *shown) {
+        static const char bar[] = "########################################";
+        fprintf(stderr, "\rloading [%-40.*s] %3d %%", percent * 40 / 100, bar, percent);
+        *shown = percent;
+    }
+    return !interrupted;
+}
+
+/* ---- reading the prompt ---------------------------------------------------------------------- */
+
+typedef struct text {
+    char *data;
+    size_t size, capacity;
+} text;
+
+static int text_append(text *t, const char *data, size_t size) {
+    if (size >= t->capacity - t->size) {
+        size_t capacity = (t->size + size) * 2 + 64;
+        char *grown = (char *)realloc(t->data, capacity);
+        if (!grown) return 0;
+        t->data = grown;
+        t->capacity = capacity;
+    }
+    if (size) memcpy(t->data + t->size, data, size);
+    t->size += size;
+    return 1;
+}
+
+static int read_all(text *t, FILE *file, const char *name) {
+    char piece[65536];
+    size_t n;
+    int enough = 1;
+    while (enough && (n = fread(piece, 1, sizeof piece, file)) > 0)
+        enough = text_append(t, piece, n);
+    if (!enough || ferror(file)) {
+        fprintf(stderr, "%s: cannot read %s: %s\n", program, name,
+                enough ? strerror(errno) : "out of memory");
+        return TOOL_ERROR;
+    }
+    if (t->size && t->data[t->size - 1] == '\n') t->size--;
+    return TOOL_OK;
+}
+
+static int hex_digit(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
+    return -1;
+}
+
+/* Replaces \n and the like; other backslashes stay. */
+static void unescape(text *t) {
+    static const char names[] = "nrt'\"\\", values[] = "\n\r\t'\"\\";
+    size_t from = 0, to = 0;
+    while (from < t->size) {
+        char c = t->data[from++];
+        size_t left = t->size - from;
+        const char *name = c == '\\' && left ? (const char *)memchr(names, t->data[from], 6) : NULL;
+        if (name) {
+            c = values[name - names];
+            from++;
+        } else if (c == '\\' && left >= 3 && t->data[from] == 'x') {
+            int high = hex_digit(t->data[from + 1]), low = hex_digit(t->data[from + 2]);
+            if (high >= 0 && low >= 0) {
+                c = (char)(high * 16 + low);
+                from += 3;
+            }
+        }
+        t->data[to++] = c;
+    }
+    t->size = to;
+}
+
+static int read_prompt(text *t) {
+    if (set.prompt && strcmp(set.prompt, "-") == 0) return read_all(t, stdin, "standard input");
+    if (set.prompt) {
+        if (!text_append(t, set.prompt, strlen(set.prompt))) {
+            fprintf(stderr, "%s: out of memory\n", program);
+            return TOOL_ERROR;
+        }
+        if (set.escape) unescape(t);
+        return TOOL_OK;
+    }
+    FILE *file = fopen(set.prompt_file, "rb");
+    if (!file) {
+        fprintf(stderr, "%s: cannot open %s: %s\n", program, set.prompt_file, strerror(errno));
+        return TOOL_ERROR;
+    }
+    int status = read_all(t, file, set.prompt_file);
+    fclose(file);
+    return status;
+}
+
+/* ---- what the library is asked for ----------------------------------------------------------- */
+
+static moe_session_options session_options(const moe_model *model) {
+    moe_session_options o;
+    memset(&o, 0, sizeof o);
+    o.n_ctx = set.n_ctx > 0 ? set.n_ctx : set.n_ctx ? 0 : moe_model_get_info(model)->n_ctx_train;
+    o.n_batch = set.n_batch;
+    o.n_threads = set.n_threads > 0 ? set.n_threads : 0;
+    o.n_threads_batch = set.n_threads_batch > 0 ? set.n_threads_batch : 0;
+    o.kv_type = (moe_kv_type)set.kv_type;
+    o.schedule = (moe_schedule)set.schedule;
+    o.isa = (moe_isa)set.isa;
+    o.should_stop = should_stop;
+    return o;
+}
+
+static moe_sampler_options sampler_options(int32_t n_ctx) {
+    moe_sampler_options o;
+    memset(&o, 0, sizeof o);
+    o.temperature = set.temp;
+    o.top_k = set.top_k;
+    o.top_p = set.top_p > 0 ? set.top_p : FLT_MIN; /* 0 would mean all, not one */
+    o.min_p = set.min_p;
+    o.repeat_penalty = set.repeat_penalty;
+    o.repeat_last_n = set.repeat_last_n == 0 ? MOE_OFF : set.repeat_last_n;
+    if (set.repeat_last_n < 0) o.repeat_last_n = n_ctx;
+    o.seed = set.seed;
+    return o;
+}
+
+static moe_model *open_model(const moe_gguf *gguf, moe_error *error) {
+    int shown = -1;
+    moe_model_options o;
+    memset(&o, 0, sizeof o);
+    o.mmap = set.mmap ? MOE_ON : MOE_OFF;
+    o.progress = on_progress;
+    o.progress_user = isatty(STDERR_FILENO) ? &shown : NULL;
+    moe_model *model = gguf ? moe_model_open_gguf(gguf, &o, error)
+                            : moe_model_open(set.model, &o, error);
+    if (shown >= 0) fprintf(stderr, "\r%60s\r", "");
+    return model;
+}
+
+/* ---- --info ---------------------------------------------------------------------------------- */
+
+static void show_scalar(const moe_gguf_value *v, uint64_t i, const void **cursor) {
+    int64_t whole;
+    double number;
+    int truth;
+    uint64_t large;
+    moe_string s;
+    switch (v->element_type) {
+    case MOE_VALUE_STRING:
+        if (moe_gguf_value_string(v, cursor, &s)) {
+            fputc('"', stdout);
+            tool_print(stdout, s.data, s.size, v->type == MOE_VALUE_ARRAY ? 24 : 200);
+            fputc('"', stdout);
+        }
+        break;
+    case MOE_VALUE_BOOL:
+        if (moe_gguf_value_bool(v, i, &truth)) fputs(truth ? "true" : "false", stdout);
+        break;
+    case MOE_VALUE_FLOAT32:
+    case MOE_VALUE_FLOAT64:
+        if (moe_gguf_value_float(v, i, &number)) printf("%.7g", number);
+        break;
+    default:
+        if (moe_gguf_value_int(v, i, &whole)) {
+            printf("%lld", (long long)whole);
+        } else if (v->element_type == MOE_VALUE_UINT64) {
+            memcpy(&large, (const char *)v->data + i * 8, 8);
+            printf("%llu", (unsigned long long)large);
+        }
+    }
+}
+
+static void show_metadata(const moe_gguf *gguf) {
+    int64_t n = moe_gguf_n_values(gguf);
+    printf("\nmetadata (%lld keys)\n", (long long)n);
+    for (int64_t k = 0; k < n; k++) {
+        const moe_gguf_value *v = moe_gguf_value_at(gguf, k);
+        const void *cursor = NULL;
+        fputs("  ", stdout);
+        tool_print(stdout, v->key.data, v->key.size, 100);
+        printf("%*s", v->key.size < 44 ? 45 - (int)v->key.size : 1, "");
+        if (v->type == MOE_VALUE_ARRAY) printf("%llu: ", (unsigned long long)v->count);
+        for (uint64_t i = 0; i < v->count && i < 6; i++) {
+            if (i) fputs(", ", stdout);
+            show_scalar(v, i, &cursor);
+        }
+        puts(v->count > 6 ? ", ..." : "");
+    }
+}
+
+/* Tensors counted by type; files with more kinds of type ids than there is room for are odd. */
+static void show_tensors(const moe_gguf *gguf) {
+    struct {
+        moe_type type;
+        long long count;
+        double bytes;
+    } row[64];
+    int n_rows = 0;
+    int64_t n = moe_gguf_n_tensors(gguf);
+    char size[32];
+    for (int64_t t = 0; t < n; t++) {
+        const moe_gguf_tensor *tensor = moe_gguf_tensor_at(gguf, t);
+        int r = 0;
+        while (r < n_rows && row[r].type != tensor->type) r++;
+        if (r == 64) continue;
+        if (r == n_rows) {
+            row[n_rows].type = tensor->type;
+            row[n_rows].count = 0;
+            row[n_rows++].bytes = 0;
+        }
+        row[r].count++;
+        row[r].bytes += (double)tensor->size;
+    }
+    printf("\ntensors (%lld)\n  %-10s %8s %20s\n", (long long)n, "type", "count", "bytes");
+    for (int r = 0; r < n_rows; r++) {
+        char name[32];
+        snprintf(name, sizeof name, "%s", moe_type_name(row[r].type));
+        if (strcmp(name, "?") == 0) snprintf(name, sizeof name, "id %lld", (long long)row[r].type);
+        printf("  %-10s %8lld %20.0f  %s%s\n", name, row[r].count, row[r].bytes,
+               tool_size(size, row[r].bytes),
+               moe_type_supported(row[r].type) ? "" : "  (not supported)");
+    }
+}
+
+static int show_memory(const moe_model *model) {
+    const moe_model_info *info = moe_model_get_info(model);
+    moe_session_options o = session_options(model);
+    moe_session_info need;
+    moe_error error;
+    char size[32];
+    printf("\nmodel\n  family %s, context %d, %d layers, width %d, vocabulary %d\n"
+           "  heads %d (%d for keys and values), experts %d (%d used, %d shared)\n",
+           info->family, info->n_ctx_train, info->n_layer, info->n_embd, info->n_vocab,
+           info->n_head, info->n_head_kv, info->n_expert, info->n_expert_used,
+           info->n_expert_shared);
+    printf("  parameters        %16lld\n", (long long)info->n_params);
+    printf("  weights           %16lld  %s\n", (long long)info->n_bytes,
+           tool_size(size, (double)info->n_bytes));
+    printf("  read per token    %16lld  %s\n", (long long)info->n_bytes_token,
+           tool_size(size, (double)info->n_bytes_token));
+    if (moe_session_estimate(model, &o, &need, &error) != MOE_OK)
+        return tool_fail(program, "cannot tell the memory needed", &error);
+    double sum = (double)info->n_bytes + (double)need.kv_bytes + (double)need.work_bytes;
+    printf("\nmemory needed with %d tokens of context, %d at once\n", need.n_ctx, need.n_batch);
+    printf("  weights           %16lld  %s (%s)\n", (long long)info->n_bytes,
+           tool_size(size, (double)info->n_bytes),
+           set.mmap ? "mapped: shared, and only while in use" : "in memory");
+    printf("  keys and values   %16zu  %s\n", need.kv_bytes,
+           tool_size(size, (double)need.kv_bytes));
+    printf("  work              %16zu  %s\n", need.work_bytes,
+           tool_size(size, (double)need.work_bytes));
+    printf("  together          %16.0f  %s\n", sum, tool_size(size, sum));
+    return TOOL_OK;
+}
+
+/* Shows what the file says even if the library cannot run it; that is an error all the same. */
+static int show_info(void) {
+    moe_error error;
+    moe_gguf_options o;
+    char size[32];
+    memset(&o, 0, sizeof o);
+    moe_gguf *gguf = moe_gguf_open(set.model, &o, &error);
+    if (!gguf) return tool_fail(program, set.model, &error);
+    printf("%s: GGUF version %u, %llu bytes (%s)\n", set.model, (unsigned)moe_gguf_version(gguf),
+           (unsigned long long)moe_gguf_file_size(gguf),
+           tool_size(size, (double)moe_gguf_file_size(gguf)));
+    show_metadata(gguf);
+    show_tensors(gguf);
+    moe_model *model = open_model(gguf, &error);
+    int status = model ? show_memory(model) : TOOL_ERROR;
+    if (!model) {
+        fflush(stdout);
+        tool_fail(program, "this model cannot be run", &error);
+    }
+    moe_model_close(model);
+    moe_gguf_close(gguf);
+    return status;
+}
+
+/* ---- generating ------------------------------------------------------------------------------ */
+
+typedef struct output {
+    int failed; /* errno of a write */
+    char last;  /* the last byte written */
+} output;
+
+static int on_text(void *user, const char *data, size_t size) {
+    output *out = (output *)user;
+    if (fwrite(data, 1, size, stdout) != size || fflush(stdout) != 0) out->failed = errno;
+    else if (size) out->last = data[size - 1];
+    return !out->failed && !interrupted;
+}
+
+/* The prompt's tokens, for the caller to free; NULL after a message. */
+static int32_t *tokenize(const moe_vocab *vocab, const text *prompt, int32_t *n) {
+    unsigned flags = MOE_TOKENIZE_ADD_SPECIAL | MOE_TOKENIZE_PARSE_SPECIAL;
+    const char *data = prompt->data ? prompt->data : "";
+    int64_t count = moe_vocab_tokenize(vocab, data, prompt->size, flags, NULL, 0);
+    if (count == 0) {
+        /* nothing was given: the model may begin by itself where it knows how to */
+        int32_t *begin = (int32_t *)malloc(sizeof *begin);
+        if (begin && (*begin = moe_vocab_bos(vocab)) >= 0) {
+            *n = 1;
+            return begin;
+        }
+        free(begin);
+        fprintf(stderr, "%s: the prompt is empty, and the model has no token to begin with\n",
+                program);
+        return NULL;
+    }
+    int32_t *tokens = count > 0 && count <= INT32_MAX
+                          ? (int32_t *)malloc((size_t)count * sizeof *tokens)
+                          : NULL;
+    if (tokens) count = moe_vocab_tokenize(vocab, data, prompt->size, flags, tokens, (size_t)count);
+    if (tokens && count > 0) {
+        *n = (int32_t)count;
+        return tokens;
+    }
+    free(tokens);
+    fprintf(stderr, "%s: cannot turn the prompt into tokens: %s\n", program,
+            count < 0 ? moe_status_name((moe_status)-count) : "out of memory");
+    return NULL;
+}
+
+static const char *reason_name(moe_stop_reason reason) {
+    switch (reason) {
+    case MOE_STOP_LIMIT: return "as many tokens as asked for";
+    case MOE_STOP_END: return "the model ended";
+    case MOE_STOP_STRING: return "a stop string appeared";
+    case MOE_STOP_CALLER: return "interrupted";
+    case MOE_STOP_CONTEXT: return "the context is full";
+    }
+    return "?";
+}
+
+static void show_timing(const moe_model *model, const moe_generate_result *r, double load) {
+    double prompt = r->prompt_seconds > 0 ? r->n_prompt / r->prompt_seconds : 0;
+    double generation = r->generate_seconds > 0 ? r->n_generated / r->generate_seconds : 0;
+    fprintf(stderr, "load       %9.3f s\n", load);
+    fprintf(stderr, "prompt     %9.3f s, %6d tokens, %9.2f t/s\n", r->prompt_seconds, r->n_prompt,
+            prompt);
+    fprintf(stderr, "generation %9.3f s, %6d tokens, %9.2f t/s, %.2f GB/s of weights read; %s\n",
+            r->generate_seconds, r->n_generated, generation,
+            generation * (double)moe_model_get_info(model)->n_bytes_token * 1e-9,
+            reason_name(r->reason));
+}
+
+/* -n 0: the prompt is evaluated, nothing is generated. */
+static moe_status evaluate(moe_session *session, const int32_t *tokens, int32_t n,
+                           moe_generate_result *result, moe_error *error) {
+    double start = tool_seconds();
+    moe_status status = moe_session_eval(session, tokens, n, error);
+    result->reason = MOE_STOP_LIMIT;
+    result->n_prompt = n;
+    result->prompt_seconds = tool_seconds() - start;
+    return status;
+}
+
+/* Runs the prompt's tokens through session and sampler; the timing goes to stderr. */
+static int generate(moe_session *session, moe_sampler *sampler, const int32_t *tokens, int32_t n,
+                    double load_seconds) {
+    output out = {0, '\n'};
+    moe_error error;
+    moe_generate_options o;
+    moe_generate_result result;
+    memset(&o, 0, sizeof o);
+    memset(&result, 0, sizeof result);
+    o.max_tokens = set.n_predict;
+    o.sampler = sampler;
+    o.ignore_end = set.ignore_eos ? MOE_ON : 0;
+    o.special = set.special ? MOE_ON : 0;
+    o.on_text = on_text;
+    o.user = &out;
+    moe_status status = set.n_predict ? moe_generate(session, tokens, n, &o, &result, &error)
+                                      : evaluate(session, tokens, n, &result, &error);
+    if (isatty(STDOUT_FILENO) && out.last != '\n') fputs("\n", stdout);
+    if (out.failed) {
+        fprintf(stderr, "%s: cannot write the text: %s\n", program, strerror(out.failed));
+        return TOOL_ERROR;
+    }
+    if (status != MOE_OK && !(interrupted && status == MOE_ERROR_CANCELLED)) {
+        if (status == MOE_ERROR_CONTEXT_FULL)
+            fprintf(stderr, "%s: the prompt has %d tokens, the context holds %d (-c)\n", program, n,
+                    moe_session_get_info(session)->n_ctx);
+        return tool_fail(program, "cannot generate", &error);
+    }
+    if (status == MOE_ERROR_CANCELLED) fprintf(stderr, "%s: interrupted\n", program);
+    else show_timing(moe_session_model(session), &result, load_seconds);
+    return interrupted ? TOOL_INTERRUPTED : TOOL_OK;
+}
+
+static void show_setup(const moe_session *session) {
+    const moe_model_info *m = moe_model_get_info(moe_session_model(session));
+    const moe_session_info *s = moe_session_get_info(session);
+    static const char *const schedules[] = {"default", "sequential", "parallel", "balanced"};
+    char size[32];
+    fprintf(stderr, "%s: ", program);
+    tool_print(stderr, m->name, strlen(m->name), sizeof m->name);
+    fprintf(stderr, "%s%s, %s, context %d, %d threads", m->name[0] ? ", " : "", m->family,
+            tool_size(size, (double)m->n_bytes), s->n_ctx, s->n_threads);
+    if (s->n_threads_batch != s->n_threads) fprintf(stderr, " (prompt %d)", s->n_threads_batch);
+    fprintf(stderr, ", %s, %s, seed %llu\n", moe_isa_name(s->isa), schedules[s->schedule & 3],
+            (unsigned long long)set.seed);
+    if (s->n_ctx > m->n_ctx_train)
+        fprintf(stderr, "%s: warning: the model was trained with contexts of %d tokens only\n",
+                program, m->n_ctx_train);
+}
+
+/* From the model on: what is opened here is closed by run(). */
+typedef struct state {
+    moe_model *model;
+    moe_session *session;
+    moe_sampler *sampler;
+    int32_t *tokens;
+    text prompt;
+} state;
+
+static int run_opened(state *s) {
+    moe_error error;
+    int32_t n;
+    double start = tool_seconds();
+    s->model = open_model(NULL, &error);
+    if (!s->model && interrupted) return TOOL_INTERRUPTED;
+    if (!s->model) return tool_fail(program, set.model, &error);
+    const moe_vocab *vocab = moe_model_vocab(s->model);
+    if (!vocab) {
+        fprintf(stderr, "%s: %s: the model has no vocabulary, so it can neither read nor write "
+                "text; --info and moe-bench work\n", program, set.model);
+        return TOOL_ERROR;
+    }
+    moe_session_options o = session_options(s->model);
+    s->session = moe_session_open(s->model, &o, &error);
+    if (!s->session) return tool_fail(program, "cannot open a session", &error);
+    double load_seconds = tool_seconds() - start;
+
+    moe_sampler_options so = sampler_options(moe_session_get_info(s->session)->n_ctx);
+    s->sampler = moe_sampler_open(&so, moe_model_get_info(s->model)->n_vocab,
+                                  moe_vocab_size(vocab), &error);
+    if (!s->sampler) return tool_fail(program, "cannot open a sampler", &error);
+    s->tokens = tokenize(vocab, &s->prompt, &n);
+    if (!s->tokens) return TOOL_ERROR;
+    show_setup(s->session);
+    return generate(s->session, s->sampler, s->tokens, n, load_seconds);
+}
+
+static int run(void) {
+    state s;
+    memset(&s, 0, sizeof s);
+    int status = read_prompt(&s.prompt);
+    if (status == TOOL_OK) {
+        catch_interrupt(); /* not before: Ctrl-C shall end the waiting for input */
+        status = run_opened(&s);
+    }
+    free(s.tokens);
+    free(s.prompt.data);
+    moe_sampler_close(s.sampler);
+    moe_session_close(s.session);
+    moe_model_close(s.model);
+    return status;
+}
+
+static uint64_t clock_seed(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return ((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec) % 4294967296u;
+}
+
+int main(int argc, char **argv) {
+    int status = tool_parse(program, options, argc, argv);
+    if (status) return status;
+    if (set.help) {
+        show_help();
+    } else if (set.version) {
+        printf("%s (moe_infer %d.%d.%d), %s\n", program, MOE_VERSION_MAJOR, MOE_VERSION_MINOR,
+               MOE_VERSION_PATCH, moe_isa_name(moe_isa_resolve(MOE_ISA_BEST)));
+    } else {
+        if (!set.model) return usage_error("no model: give -m FILE");
+        if (!set.info && !set.prompt && !set.prompt_file)
+            return usage_error("no prompt: give -p TEXT, -p - or -f FILE");
+        if (set.prompt && set.prompt_file) return usage_error("give -p or -f, not both");
+        if (set.seed == UINT64_MAX) set.seed = clock_seed();
+        status = set.info ? show_info() : run();
+    }
+    if (fflush(stdout) != 0 && status == TOOL_OK) {
+        fprintf(stderr, "%s: cannot write: %s\n", program, strerror(errno));
+        status = TOOL_ERROR;
+    }
+    return status;
+}

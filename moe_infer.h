@@ -1,0 +1,9471 @@
+/* SPDX-License-Identifier: MIT OR Unlicense (texts at the end of the file) */
+#ifndef MOE__ISA
+#ifndef MOE_INFER_H
+#define MOE_INFER_H
+
+/* ============================================================================================== */
+/* // >>top */
+/* */
+/* moe_infer.h 0.1 - runs Mixture-of-Experts language models from GGUF files on a CPU. */
+/* */
+/* One file, no dependency but libc and pthreads. In one C or C++ file of your program: */
+/* */
+/*     #define MOE_INFER_IMPLEMENTATION */
+/*     #include "moe_infer.h" */
+/* */
+/* In the others only the #include. Build: cc -O2 app.c -lm -lpthread. No -march is needed: the */
+/* kernels for AVX2 and AVX-512 are compiled in and chosen when the program runs. */
+/* */
+/* The rooms of this file, each opened by its tag; a room calls only rooms above it, but for */
+/* >>model, which opens the vocabulary through the public functions of >>text: */
+/* */
+/*   MAP (rewritten by `make map`) */
+/*   tag         line  what lives here */
+/*   >>manual       ?  how to use it: models, sessions, threads, schedules, errors, limits */
+/*   >>config       ?  every macro you may define */
+/*   >>api          ?  types and prototypes with their contracts */
+/*   >>base         ?  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf         ?  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types        ?  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels      ?  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool         ?  the team of threads: wake, barrier, shares of work */
+/*   >>ops          ?  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts      ?  router, plan, the expert schedules */
+/*   >>model        ?  hyper-parameters, the table of families, binding of tensors */
+/*   >>session      ?  cache, the forward pass */
+/*   >>text         ?  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample       ?  choosing tokens, generating text */
+/*   >>licence      ?  MIT or public domain */
+/* */
+/* To add a tensor type: a row in MOE__TYPES and its dequantize, quantize and dot (>>types), then */
+/*   dot, tile and dequantize in the vector text (>>kernels). Tests and benches walk the table. */
+/* To add an instruction set: a number and a target string at the top of the vector text, an */
+/*   include of this file before it, and a case in moe__kernels_detect (>>kernels). */
+/* To add an expert schedule: one function and one row in moe__schedules (>>experts). */
+/* To add a model family: one row in moe__families (>>model), and what is new about it as a */
+/*   feature that any family may have, read by the one forward pass (>>session). */
+/* ============================================================================================== */
+
+/* ============================================================================================== */
+/* // >>manual */
+/* */
+/* QUICK START */
+/* */
+/*     moe_error error; */
+/*     moe_model *model = moe_model_open("model.gguf", NULL, &error); */
+/*     moe_session *session = moe_session_open(model, NULL, &error); */
+/*     int32_t tokens[1000]; */
+/*     int64_t n = moe_vocab_tokenize(moe_model_vocab(model), text, strlen(text), */
+/*                                    MOE_TOKENIZE_ADD_SPECIAL, tokens, 1000); */
+/*     moe_generate(session, tokens, (int32_t)n, &options, &result, &error); */
+/* */
+/* or, one step lower: moe_session_eval appends tokens to the context, moe_session_logits gives */
+/* what follows each of them, moe_sampler_sample chooses, moe_session_rewind forgets. */
+/* */
+/* MODELS. A model is a GGUF file (or the first of several parts) mapped into memory: weights are */
+/* read where they lie, so that loading takes milliseconds and processes share pages. A file is */
+/* treated as hostile; what cannot be run right is refused with the reason. An open model never */
+/* changes: any number of sessions in any threads may use it. It must outlive them. */
+/* */
+/* SESSIONS. A session is one context: its cache of keys and values and the buffers for a batch. */
+/* One thread at a time may call it. All memory is taken when it is opened (ask */
+/* moe_session_estimate before); evaluating allocates nothing. A failed or cancelled eval leaves */
+/* the session as it was. */
+/* */
+/* THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between */
+/* evals. The result has the same bits for any number of threads. Callbacks run on the calling */
+/* thread. A program that forks must not use the child's copy of a session. */
+/* */
+/* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
+/* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
+/* Everything else is f32. The cache holds f16 or f32. Instruction sets differ in the last bits */
+/* of float sums only. */
+/* */
+/* EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads */
+/* may share that work in different ways, picked by macro or moe_session_options.schedule: */
+/* */
+/*   sequential (default)       expert   3        17        42       shared */
+/*   all threads on each        thread 0 rows 0.. rows 0..  rows 0.. rows 0.. */
+/*   expert, one expert         thread 1 rows n/2 rows n/2  rows n/2 rows n/2 */
+/*   after another              A thread's rows are the same for every expert; nobody waits */
+/*                              between experts. */
+/* */
+/* MOE_SCHEDULE_PARALLEL and MOE_SCHEDULE_BALANCED are named but not in this version: sessions */
+/* that ask for them, or builds with their macros, are refused with MOE_ERROR_UNSUPPORTED. */
+/* */
+/* ERRORS. Calls return a moe_status or NULL and fill a moe_error with the place and a sentence. */
+/* The library never exits, aborts, prints, installs handlers, reads the environment or keeps */
+/* global state. One thing it cannot turn into an error: a mapped file that is cut short by */
+/* somebody else while in use raises SIGBUS; options.mmap = MOE_OFF avoids that. */
+/* */
+/* LIMITS. Little-endian 64-bit machines with GCC or clang. Up to 512 layers and 512 experts, */
+/* 1024 threads. Not for -ffast-math (infinities are used). */
+/* ============================================================================================== */
+
+/* ============================================================================================== */
+/* // >>config */
+/* */
+/* Every macro a user may define before including this file. Nothing else configures it. Each is */
+/* normalised to 0 or 1 here and tested with #if below, so that -Wundef finds a mistyped one. */
+/* ============================================================================================== */
+
+/* MOE_INFER_IMPLEMENTATION  define it in exactly one file: the function bodies appear there. */
+/* MOE_INFER_STATIC          functions become static: several files may each hold a private copy. */
+/* MOE_API                   prefix of every public function; default extern (C linkage) / static */
+/* MOE_INFER_HEADER          name of this file, "moe_infer.h": define it if you rename the file. */
+/* MOE_ASSERT(x)             checks of the library's own logic; default: nothing. Input from */
+/*                           files and callers is never checked by it. */
+/* MOE_NO_AVX2               leave out the AVX2 kernels (and the AVX-512 ones). */
+/* MOE_NO_AVX512             leave out the AVX-512 kernels. */
+/* MOE_NO_FUTEX              pthread condition variables instead of the Linux futex. */
+/* MOE_PARALLEL_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_PARALLEL. */
+/* MOE_BALANCED_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_BALANCED. */
+
+#ifndef MOE_INFER_HEADER
+#define MOE_INFER_HEADER "moe_infer.h"
+#endif
+
+#if defined(MOE_INFER_STATIC)
+#define MOE__STATIC 1
+#else
+#define MOE__STATIC 0
+#endif
+
+#ifndef MOE_API
+#if MOE__STATIC
+#define MOE_API static __attribute__((unused))
+#else
+#define MOE_API extern
+#endif
+#endif
+
+#ifndef MOE_ASSERT
+#define MOE_ASSERT(x) ((void)0)
+#endif
+
+/* `#define MOE_NO_AVX2`, `-DMOE_NO_AVX2` (= 1) and `-DMOE_NO_AVX2=0` all mean what they say. */
+#define MOE__IS_ON(x) (MOE__IS_ON_(x))
+#define MOE__IS_ON_(x) (x + 1 != 1 || 0 - x - 1 == 1)
+
+#if defined(MOE_NO_AVX2) && MOE__IS_ON(MOE_NO_AVX2)
+#define MOE__USE_AVX2 0
+#else
+#define MOE__USE_AVX2 1
+#endif
+#if (defined(MOE_NO_AVX512) && MOE__IS_ON(MOE_NO_AVX512)) || !MOE__USE_AVX2
+#define MOE__USE_AVX512 0
+#else
+#define MOE__USE_AVX512 1
+#endif
+#if (defined(MOE_NO_FUTEX) && MOE__IS_ON(MOE_NO_FUTEX)) || !defined(__linux__)
+#define MOE__USE_FUTEX 0
+#else
+#define MOE__USE_FUTEX 1
+#endif
+#if defined(MOE_PARALLEL_EXPERTS) && MOE__IS_ON(MOE_PARALLEL_EXPERTS)
+#define MOE__PARALLEL_EXPERTS 1
+#else
+#define MOE__PARALLEL_EXPERTS 0
+#endif
+#if defined(MOE_BALANCED_EXPERTS) && MOE__IS_ON(MOE_BALANCED_EXPERTS)
+#define MOE__BALANCED_EXPERTS 1
+#else
+#define MOE__BALANCED_EXPERTS 0
+#endif
+#if MOE__PARALLEL_EXPERTS && MOE__BALANCED_EXPERTS
+#error "define MOE_PARALLEL_EXPERTS or MOE_BALANCED_EXPERTS, not both"
+#endif
+
+/* ============================================================================================== */
+/* // >>api */
+/* */
+/* Types and prototypes with their contracts. Conventions: */
+/* - Option structs are passed by pointer; NULL or a zeroed struct means defaults, because every */
+/*   default is the value 0. A switch is MOE_ON, MOE_OFF or 0 (default). */
+/* - A fallible call takes a moe_error * (may be NULL). On failure it is filled; on success it is */
+/*   left alone. Constructors return NULL on failure. Closing NULL does nothing. */
+/* - Shapes are written in GGUF's order {fastest, ..., slowest}: a matrix {n_in, n_out} maps */
+/*   n_in inputs to n_out outputs and its rows (n_in weights each) lie one after another. */
+/* ============================================================================================== */
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MOE_VERSION_MAJOR 0
+#define MOE_VERSION_MINOR 1
+#define MOE_VERSION_PATCH 0
+
+enum { MOE_OFF = -1, MOE_ON = 1 };
+
+/* ---- errors ---------------------------------------------------------------------------------- */
+
+typedef enum moe_status {
+    MOE_OK,
+    MOE_ERROR_ARGUMENT,     /* a call's argument is wrong: NULL, out of range, token id unknown */
+    MOE_ERROR_MEMORY,       /* the allocator returned NULL */
+    MOE_ERROR_IO,           /* the file cannot be opened, read or mapped */
+    MOE_ERROR_FORMAT,       /* the file breaks the rules of GGUF or contradicts itself */
+    MOE_ERROR_UNSUPPORTED,  /* the file is sound, but this library cannot run it right */
+    MOE_ERROR_CONTEXT_FULL, /* the tokens do not fit into n_ctx */
+    MOE_ERROR_CANCELLED,    /* a callback asked to stop */
+    MOE_ERROR_THREAD        /* the operating system refused a thread */
+} moe_status;
+
+/* What went wrong, and where. Strings are NUL-terminated UTF-8, cut if too long. */
+typedef struct moe_error {
+    moe_status status;
+    uint64_t offset; /* byte offset in the file if the error lies in one, else 0 */
+    char where[64];  /* metadata key, tensor, file or argument name; may be empty */
+    char text[192];  /* one sentence */
+} moe_error;
+
+/* "MOE_ERROR_FORMAT" etc.; never NULL. */
+MOE_API const char *moe_status_name(moe_status status);
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+/* Where the library gets its memory. alloc returns NULL or `size` bytes aligned to 16; free gets */
+/* the same size back. Both may be called from the thread that calls into the library only, and */
+/* never while evaluating. Zeroed: malloc and free. */
+typedef struct moe_allocator {
+    void *(*alloc)(void *user, size_t size);
+    void (*free)(void *user, void *memory, size_t size);
+    void *user;
+} moe_allocator;
+
+/* ---- tensor types ---------------------------------------------------------------------------- */
+
+/* Values are GGUF's type ids. Rows of a quantized type are made of blocks of 32 or 256 weights. */
+typedef enum moe_type {
+    MOE_TYPE_F32 = 0,
+    MOE_TYPE_F16 = 1,
+    MOE_TYPE_Q4_0 = 2,
+    MOE_TYPE_Q8_0 = 8,
+    MOE_TYPE_Q4_K = 12,
+    MOE_TYPE_Q5_K = 13,
+    MOE_TYPE_Q6_K = 14,
+    MOE_TYPE_BF16 = 30,
+    MOE_TYPE_ANY_ID = 0x7FFFFFFF /* no type: makes room for every id that a file may hold */
+} moe_type;
+
+/* "Q4_K", "F32", ...; for GGUF ids that this library knows but cannot compute with, their name */
+/* too; "?" for an unknown id. */
+MOE_API const char *moe_type_name(moe_type type);
+/* Non-zero if models with tensors of this type can be run. */
+MOE_API int moe_type_supported(moe_type type);
+/* Weights per block (1, 32, 64, 128, 256), 0 for an unknown type. */
+MOE_API int32_t moe_type_block(moe_type type);
+/* Bytes of a row of n weights; 0 if n is not a positive multiple of the block, if the type is */
+/* unknown or if the size does not fit. */
+MOE_API size_t moe_type_row_size(moe_type type, int64_t n);
+/* rows: n_rows * moe_type_row_size(type, n) bytes, any alignment; out: n_rows * n floats. */
+/* Errors: ARGUMENT (NULL, negative or ragged size), UNSUPPORTED. */
+MOE_API moe_status moe_type_dequantize(moe_type type, const void *rows, float *out, int64_t n_rows,
+                                       int64_t n, moe_error *error);
+/* The reverse. importance: NULL or n non-negative weights of the squared error per column (an */
+/* importance matrix's mean squared activations). Deterministic. NaN and infinity in `in`: the */
+/* block's result is unspecified but well-formed. */
+MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows, int64_t n_rows,
+                                     int64_t n, const float *importance, moe_error *error);
+
+/* Instruction set of the kernels. One that the machine (or the build) lacks falls back to the */
+/* next lower one. */
+typedef enum moe_isa {
+    MOE_ISA_BEST = 0,
+    MOE_ISA_SCALAR = 1,
+    MOE_ISA_AVX2 = 2,    /* AVX2, FMA, F16C */
+    MOE_ISA_AVX512 = 3,  /* AVX-512 F, BW, VL, DQ, VNNI */
+    MOE_ISA_AVX_VNNI = 4 /* AVX2 with 256-bit VNNI; for now the AVX2 kernels */
+} moe_isa;
+
+/* What `isa` resolves to on this machine: SCALAR, AVX2 or AVX512. */
+MOE_API moe_isa moe_isa_resolve(moe_isa isa);
+MOE_API const char *moe_isa_name(moe_isa isa);
+
+/* ---- GGUF files ------------------------------------------------------------------------------ */
+
+typedef struct moe_gguf moe_gguf;
+
+typedef struct moe_gguf_options {
+    moe_allocator allocator;
+    int32_t mmap;      /* MOE_OFF: read the file into memory (its later truncation cannot hurt */
+                       /* then); default: map it */
+    int32_t hugepages; /* MOE_ON with mmap off: ask for huge pages for the copy (madvise) */
+    int32_t prefault;  /* MOE_ON: touch every page before returning */
+    /* Called now and then while reading or touching pages; fraction in 0..1. Return 0 to cancel. */
+    int (*progress)(void *user, float fraction);
+    void *progress_user;
+} moe_gguf_options;
+
+/* Bytes that need not end in NUL. */
+typedef struct moe_string {
+    const char *data;
+    size_t size;
+} moe_string;
+
+/* GGUF metadata value types, as in the file. */
+typedef enum moe_value_type {
+    MOE_VALUE_UINT8,
+    MOE_VALUE_INT8,
+    MOE_VALUE_UINT16,
+    MOE_VALUE_INT16,
+    MOE_VALUE_UINT32,
+    MOE_VALUE_INT32,
+    MOE_VALUE_FLOAT32,
+    MOE_VALUE_BOOL,
+    MOE_VALUE_STRING,
+    MOE_VALUE_ARRAY,
+    MOE_VALUE_UINT64,
+    MOE_VALUE_INT64,
+    MOE_VALUE_FLOAT64
+} moe_value_type;
+
+typedef struct moe_gguf_value {
+    moe_string key;
+    moe_value_type type;         /* MOE_VALUE_ARRAY: see the next two */
+    moe_value_type element_type; /* of an array; = type otherwise */
+    uint64_t count;              /* elements of an array; 1 otherwise */
+    uint64_t offset;             /* of the value's first byte in the file */
+    uint64_t size;               /* bytes at data; of an array: all its elements */
+    const void *data;            /* as in the file: little-endian, unaligned */
+} moe_gguf_value;
+
+typedef struct moe_gguf_tensor {
+    char name[64];
+    moe_type type;   /* may be a type that the library does not support or know */
+    int32_t n_dims;  /* 1..4 */
+    int64_t ne[4];   /* each >= 1; ne[0] = row length */
+    uint64_t offset; /* from the start of its file */
+    uint64_t size;   /* bytes; 0 if the type is unknown */
+    int32_t part;    /* which file of a split model, from 0 */
+    const void *data; /* the weights, where they lie in the mapping; NULL if the type is unknown */
+} moe_gguf_tensor;
+
+/* Opens a file, or the first file of a split model (NAME-00001-of-0000N.gguf: all parts are */
+/* opened). Every size in the file is checked before it is used. Errors: ARGUMENT, MEMORY, IO, */
+/* FORMAT (with offset and key or tensor name), UNSUPPORTED (GGUF version, byte order), */
+/* CANCELLED. */
+MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *options,
+                                moe_error *error);
+/* A whole unsplit GGUF file in memory, which must stay unchanged until close. options->mmap etc. */
+/* do not matter. */
+MOE_API moe_gguf *moe_gguf_open_memory(const void *data, size_t size,
+                                       const moe_gguf_options *options, moe_error *error);
+MOE_API void moe_gguf_close(moe_gguf *gguf);
+
+MOE_API uint32_t moe_gguf_version(const moe_gguf *gguf);
+MOE_API uint64_t moe_gguf_file_size(const moe_gguf *gguf); /* of all parts together */
+MOE_API int64_t moe_gguf_n_values(const moe_gguf *gguf);
+MOE_API int64_t moe_gguf_n_tensors(const moe_gguf *gguf);
+/* Entries by index in file order, NULL if out of range; valid until close. */
+MOE_API const moe_gguf_value *moe_gguf_value_at(const moe_gguf *gguf, int64_t i);
+MOE_API const moe_gguf_tensor *moe_gguf_tensor_at(const moe_gguf *gguf, int64_t i);
+/* Entries by name, NULL if there is none. */
+MOE_API const moe_gguf_value *moe_gguf_find_value(const moe_gguf *gguf, const char *key);
+MOE_API const moe_gguf_tensor *moe_gguf_find_tensor(const moe_gguf *gguf, const char *name);
+
+/* Element i of a value (0 for a scalar), converted. Return 1, or 0 if value is NULL, i is out of */
+/* range, or the element is not of that kind: integers of any width (and bool) for _int, f32 or */
+/* f64 (and integers) for _float, bool or the integers 0 and 1 for _bool. Integers above */
+/* INT64_MAX are not representable. */
+MOE_API int moe_gguf_value_int(const moe_gguf_value *value, uint64_t i, int64_t *out);
+MOE_API int moe_gguf_value_float(const moe_gguf_value *value, uint64_t i, double *out);
+MOE_API int moe_gguf_value_bool(const moe_gguf_value *value, uint64_t i, int *out);
+/* A string value, or the strings of an array one after another: *cursor starts as NULL and is */
+/* moved on. Returns 0 behind the last and for values of other types. */
+MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **cursor,
+                                  moe_string *out);
+
+/* ---- models ---------------------------------------------------------------------------------- */
+
+typedef struct moe_model moe_model; /* immutable: share it between sessions and threads */
+typedef struct moe_vocab moe_vocab;
+
+typedef struct moe_model_options {
+    moe_allocator allocator;
+    int32_t mmap;      /* as in moe_gguf_options */
+    int32_t prefault;
+    int32_t hugepages;
+    int32_t numa;      /* placement of weights over memory nodes: only 0 (off) is known */
+    int (*progress)(void *user, float fraction);
+    void *progress_user;
+} moe_model_options;
+
+/* Hyper-parameters, read from the file and checked against the tensors. */
+typedef struct moe_model_info {
+    char family[32];          /* general.architecture */
+    char name[64];            /* general.name, may be empty */
+    int32_t n_vocab;          /* rows of token_embd and output: the length of a row of logits */
+    int32_t n_ctx_train;      /* context_length */
+    int32_t n_layer;          /* layers that are run */
+    int32_t n_embd;
+    int32_t n_head, n_head_kv;
+    int32_t n_expert, n_expert_used, n_expert_shared;
+    int32_t n_ff, n_ff_exp;   /* width of dense layers and of one routed expert */
+    int64_t n_params;         /* weights of all tensors in use */
+    int64_t n_bytes;          /* their bytes in the file */
+    int64_t n_bytes_token;    /* bytes of weights that generating one token reads */
+} moe_model_info;
+
+/* Opens path (as moe_gguf_open) and prepares it for running. Refused with the reason: a family, */
+/* tensor type or tokenizer that is not supported, a missing or misshapen tensor, a */
+/* hyper-parameter out of bounds. Weights stay in the mapping; only norms and the like are copied. */
+MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
+                                  moe_error *error);
+/* The same from a GGUF opened before (from memory, for instance), which must outlive the model. */
+MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_options *options,
+                                       moe_error *error);
+MOE_API void moe_model_close(moe_model *model);
+MOE_API const moe_vocab *moe_model_vocab(const moe_model *model); /* NULL: token ids only */
+MOE_API const moe_gguf *moe_model_gguf(const moe_model *model);
+MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
+
+/* ---- vocabulary ------------------------------------------------------------------------------ */
+
+enum { MOE_TOKENIZE_ADD_SPECIAL = 1, MOE_TOKENIZE_PARSE_SPECIAL = 2 };
+
+/* Reads the tokenizer of a GGUF file; files without tensors work too. The GGUF may be closed */
+/* afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (tokenizer model or pre-tokenizer unknown). */
+MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error);
+MOE_API void moe_vocab_close(moe_vocab *vocab);
+MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
+/* Writes at most `capacity` ids and returns how many there are (call again if that is more), or */
+/* -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so. */
+/* PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed. */
+/* Any bytes are accepted. Time grows as n log n with the text. */
+MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
+                                   unsigned flags, int32_t *tokens, size_t capacity);
+/* The bytes of a token; a character may be spread over several tokens. Writes at most `capacity` */
+/* bytes (no NUL) and returns how many there are. Control tokens, ids out of range: 0 bytes. */
+MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer, size_t capacity);
+/* The token's entry in the vocabulary as text, also for control tokens ("<|im_end|>"); not */
+/* NUL-terminated, {NULL, 0} if out of range. */
+MOE_API moe_string moe_vocab_token(const moe_vocab *vocab, int32_t token);
+/* The token whose entry is this text, or -1. */
+MOE_API int32_t moe_vocab_find(const moe_vocab *vocab, const char *text, size_t text_size);
+MOE_API int32_t moe_vocab_bos(const moe_vocab *vocab);        /* -1 if there is none */
+MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab);        /* -1 if there is none */
+MOE_API int moe_vocab_is_end(const moe_vocab *vocab, int32_t token); /* end of generation? */
+MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token);
+
+/* ---- thread pool ----------------------------------------------------------------------------- */
+
+typedef struct moe_pool moe_pool;
+
+typedef struct moe_pool_options {
+    moe_allocator allocator;
+    int32_t n_threads; /* the caller's thread included; 0: physical cores in the affinity mask */
+                       /* and cgroup quota; at most MOE_MAX_THREADS */
+    int32_t spin_us;   /* how long a waiting thread spins before it sleeps; 0: 50; MOE_OFF: not */
+} moe_pool_options;
+
+enum { MOE_MAX_THREADS = 1024 };
+
+/* Threads that sleep between evals. A session makes its own unless it is given one; sessions */
+/* that share one take turns. */
+MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error);
+MOE_API void moe_pool_close(moe_pool *pool); /* after the sessions that use it */
+MOE_API int32_t moe_pool_threads(const moe_pool *pool);
+
+/* ---- sessions -------------------------------------------------------------------------------- */
+
+typedef struct moe_session moe_session; /* one context; one thread at a time */
+
+typedef enum moe_kv_type { MOE_KV_F16 = 0, MOE_KV_Q8_0 = 1, MOE_KV_F32 = 2 } moe_kv_type;
+
+typedef enum moe_schedule {
+    MOE_SCHEDULE_DEFAULT = 0,    /* by the macros, see >>config */
+    MOE_SCHEDULE_SEQUENTIAL = 1, /* all threads on one expert after another */
+    MOE_SCHEDULE_PARALLEL = 2,   /* experts at the same time, each by some of the threads */
+    MOE_SCHEDULE_BALANCED = 3    /* one list of (expert, row block), cut evenly */
+} moe_schedule;
+
+typedef struct moe_session_options {
+    int32_t n_ctx;           /* tokens that fit; 0: min(context_length, 4096) */
+    int32_t n_batch;         /* tokens evaluated at once (longer inputs are cut); 0: 512 */
+    int32_t n_threads;       /* for generation; 0: see moe_pool_options */
+    int32_t n_threads_batch; /* for prompts (more than one token); 0: n_threads */
+    moe_kv_type kv_type;     /* F16 or F32 */
+    int32_t keep_all_logits; /* MOE_ON: logits of every token of an eval, not only of the last */
+    moe_schedule schedule;
+    moe_isa isa;
+    moe_pool *pool;          /* shared threads, must outlive the session; NULL: own */
+    int (*should_stop)(void *user); /* asked at least once per layer; non-zero cancels the eval */
+    void *should_stop_user;
+} moe_session_options;
+
+typedef struct moe_session_info {
+    int32_t n_ctx, n_batch, n_threads, n_threads_batch;
+    moe_kv_type kv_type;
+    moe_schedule schedule; /* what MOE_SCHEDULE_DEFAULT became */
+    moe_isa isa;           /* what was asked for, resolved */
+    size_t kv_bytes;       /* the cache */
+    size_t work_bytes;     /* everything else */
+    uint64_t n_barriers;   /* barriers passed by the last eval */
+} moe_session_info;
+
+/* Takes all memory and threads that evaluating needs. Errors: ARGUMENT, MEMORY, THREAD, */
+/* UNSUPPORTED (kv_type, schedule). */
+MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_options *options,
+                                      moe_error *error);
+MOE_API void moe_session_close(moe_session *session); /* before its model */
+MOE_API const moe_model *moe_session_model(const moe_session *session);
+MOE_API const moe_session_info *moe_session_get_info(const moe_session *session);
+/* Memory a session with these options would take, without taking it: info->kv_bytes and */
+/* info->work_bytes (the threads' stacks are not counted). */
+MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
+                                        moe_session_info *info, moe_error *error);
+/* Appends tokens to the context. Errors leave the session as it was: ARGUMENT (id out of range, */
+/* n_tokens < 1), CONTEXT_FULL, CANCELLED. With keep_all_logits n_tokens is at most n_ctx. */
+MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    moe_error *error);
+/* n_vocab floats: what follows the i-th token of the last eval, -1 = last. NULL if not kept. */
+MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
+MOE_API int32_t moe_session_length(const moe_session *session);
+/* Forgets all tokens from position `length` on, 0 <= length <= moe_session_length. */
+MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
+
+/* ---- sampling and generating ----------------------------------------------------------------- */
+
+typedef struct moe_sampler moe_sampler;
+
+typedef struct moe_sampler_options {
+    moe_allocator allocator;
+    float temperature;    /* <= 0: greedy (the largest logit, the lowest id among equals) */
+    int32_t top_k;        /* keep the k most likely; <= 0: all */
+    float top_p;          /* keep the fewest whose probabilities reach p; 0 or >= 1: all */
+    float min_p;          /* drop those below min_p times the most likely; 0: none */
+    float repeat_penalty; /* divides positive and multiplies negative logits of recent tokens; */
+                          /* 0 or 1: off */
+    int32_t repeat_last_n; /* how many tokens count as recent; 0: 64; MOE_OFF: none */
+    uint64_t seed;        /* same seed, same logits: same tokens */
+} moe_sampler_options;
+
+/* Order: repetition penalty, top-k, top-p, min-p, temperature (llama.cpp's order). */
+/* n_vocab: length of the rows of logits; ids from n_valid on are never chosen (padding rows). */
+MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_t n_vocab,
+                                      int32_t n_valid, moe_error *error);
+MOE_API void moe_sampler_close(moe_sampler *sampler);
+/* Chooses a token. NaN counts as minus infinity; if nothing is finite, token 0 is returned. */
+MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits);
+/* Tells the sampler what was evaluated (prompt and choices), for the repetition penalty. */
+MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token);
+
+typedef enum moe_stop_reason {
+    MOE_STOP_LIMIT,   /* max_tokens reached */
+    MOE_STOP_END,     /* the model ended */
+    MOE_STOP_STRING,  /* a stop string appeared (it is not part of the text) */
+    MOE_STOP_CALLER,  /* on_text returned 0 or the session's should_stop said so */
+    MOE_STOP_CONTEXT  /* the context is full */
+} moe_stop_reason;
+
+typedef struct moe_generate_options {
+    int32_t max_tokens;      /* <= 0: until the context is full */
+    moe_sampler *sampler;    /* NULL: greedy */
+    const char *const *stop; /* n_stop strings, NUL-terminated */
+    size_t n_stop;
+    int32_t ignore_end;      /* MOE_ON: go on after end-of-generation tokens */
+    int32_t special;         /* MOE_ON: control tokens appear as text */
+    /* Gets pieces of valid UTF-8 as soon as no stop string can begin in them (bytes that are not */
+    /* UTF-8 become U+FFFD); not NUL-terminated. Return 0 to stop. May be NULL. */
+    int (*on_text)(void *user, const char *text, size_t size);
+    void *user;
+} moe_generate_options;
+
+typedef struct moe_generate_result {
+    moe_stop_reason reason;
+    int32_t n_prompt, n_generated;            /* tokens */
+    double prompt_seconds, generate_seconds;
+} moe_generate_result;
+
+/* Evaluates the prompt behind what the session holds, then chooses, evaluates and reports tokens */
+/* until something stops it. The model must have a vocabulary. Memory: nothing is allocated. */
+/* Errors: those of moe_session_eval for the prompt; ARGUMENT. */
+MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
+                                const moe_generate_options *options, moe_generate_result *result,
+                                moe_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+/* Stop here if you only use the library. */
+
+#endif /* MOE_INFER_H */
+
+#if defined(MOE_INFER_IMPLEMENTATION) && !defined(MOE__IMPLEMENTED)
+
+/* ============================================================================================== */
+/* // >>base */
+/* */
+/* What every room below uses: compiler macros, errors, memory, checked sizes, small floats. */
+/* Nothing here knows about models. */
+/* ============================================================================================== */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "moe_infer.h needs infinities and NaN: compile its implementation without -ffast-math"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "moe_infer.h reads little-endian files in place and needs a little-endian machine"
+#endif
+
+#if defined(__x86_64__) && MOE__USE_AVX2
+#define MOE__X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#else
+#define MOE__X86 0
+#endif
+
+#define MOE__PRIVATE static __attribute__((unused))
+#define MOE__INLINE static inline __attribute__((unused, always_inline))
+#define MOE__RESTRICT __restrict
+#define MOE__ALIGNED(n) __attribute__((aligned(n)))
+#define MOE__PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
+#define MOE__STATIC_ASSERT(name, condition) \
+    typedef char moe__assert_##name[(condition) ? 1 : -1] __attribute__((unused))
+
+/* Under strict -std=c11 glibc hides syscall(); its prototype is older than the standard. */
+#if !defined(__cplusplus) && defined(__GLIBC__) && !defined(__USE_MISC)
+extern long syscall(long number, ...);
+#endif
+
+#ifdef O_CLOEXEC
+#define MOE__O_CLOEXEC O_CLOEXEC
+#elif defined(__linux__)
+#define MOE__O_CLOEXEC 02000000
+#else
+#define MOE__O_CLOEXEC 0
+#endif
+
+/* ---- errors ---------------------------------------------------------------------------------- */
+
+MOE_API const char *moe_status_name(moe_status status) {
+    switch (status) {
+    case MOE_OK: return "MOE_OK";
+    case MOE_ERROR_ARGUMENT: return "MOE_ERROR_ARGUMENT";
+    case MOE_ERROR_MEMORY: return "MOE_ERROR_MEMORY";
+    case MOE_ERROR_IO: return "MOE_ERROR_IO";
+    case MOE_ERROR_FORMAT: return "MOE_ERROR_FORMAT";
+    case MOE_ERROR_UNSUPPORTED: return "MOE_ERROR_UNSUPPORTED";
+    case MOE_ERROR_CONTEXT_FULL: return "MOE_ERROR_CONTEXT_FULL";
+    case MOE_ERROR_CANCELLED: return "MOE_ERROR_CANCELLED";
+    case MOE_ERROR_THREAD: return "MOE_ERROR_THREAD";
+    }
+    return "MOE_ERROR_?";
+}
+
+/* Copies at most capacity - 1 bytes and ends with NUL. A cut falls between UTF-8 characters. */
+MOE__PRIVATE void moe__base_copy_text(char *out, size_t capacity, const char *text, size_t size) {
+    if (size > capacity - 1) {
+        size = capacity - 1;
+        while (size && ((unsigned char)text[size] & 0xC0) == 0x80) size--;
+    }
+    if (size) memcpy(out, text, size);
+    out[size] = 0;
+}
+
+/* Fills *error (if any) and returns `status`: `return moe__fail(error, ...)`. `where` is size */
+/* bytes, NUL bytes in it end it. */
+MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
+    moe__fail_at(moe_error *error, moe_status status, uint64_t offset, const char *where,
+                 size_t where_size, const char *format, ...) {
+    if (error) {
+        char text[512]; /* longer than error->text, so that a cut can mind UTF-8 */
+        va_list args;
+        va_start(args, format);
+        vsnprintf(text, sizeof text, format, args);
+        va_end(args);
+        error->status = status;
+        error->offset = offset;
+        moe__base_copy_text(error->where, sizeof error->where, where ? where : "",
+                            where ? where_size : 0);
+        moe__base_copy_text(error->text, sizeof error->text, text, strlen(text));
+    }
+    return status;
+}
+#define moe__fail(error, status, where, ...) \
+    moe__fail_at(error, status, 0, where, strlen(where), __VA_ARGS__)
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+MOE__PRIVATE void *moe__base_malloc(void *user, size_t size) {
+    (void)user;
+    return malloc(size);
+}
+MOE__PRIVATE void moe__base_free(void *user, void *memory, size_t size) {
+    (void)user;
+    (void)size;
+    free(memory);
+}
+
+/* The caller's allocator, or malloc and free; one half alone is an error of the caller. */
+MOE__PRIVATE moe_status moe__allocator_init(moe_allocator *out, const moe_allocator *wanted,
+                                            moe_error *error) {
+    if (wanted && (wanted->alloc || wanted->free)) {
+        if (!wanted->alloc || !wanted->free)
+            return moe__fail(error, MOE_ERROR_ARGUMENT, "allocator",
+                             "allocator needs both alloc and free, or neither");
+        *out = *wanted;
+        return MOE_OK;
+    }
+    out->alloc = moe__base_malloc;
+    out->free = moe__base_free;
+    out->user = NULL;
+    return MOE_OK;
+}
+
+/* Memory aligned to 64 bytes whatever the allocator gives. NULL if size is 0 or too large. The */
+/* allocator's own pointer and size lie in the 16 bytes before it. */
+MOE__PRIVATE void *moe__alloc_unset(const moe_allocator *allocator, size_t size) {
+    if (size == 0 || size > SIZE_MAX / 2) return NULL;
+    size_t total = size + 64 + 16;
+    unsigned char *raw = (unsigned char *)allocator->alloc(allocator->user, total);
+    if (!raw) return NULL;
+    unsigned char *memory = (unsigned char *)(((uintptr_t)raw + 16 + 63) & ~(uintptr_t)63);
+    memcpy(memory - 16, &raw, sizeof raw);
+    memcpy(memory - 8, &total, sizeof total);
+    return memory;
+}
+/* The same, zeroed. */
+MOE__PRIVATE void *moe__alloc(const moe_allocator *allocator, size_t size) {
+    void *memory = moe__alloc_unset(allocator, size);
+    if (memory) memset(memory, 0, size);
+    return memory;
+}
+MOE__PRIVATE void moe__free(const moe_allocator *allocator, void *memory) {
+    if (!memory) return;
+    unsigned char *raw;
+    size_t total;
+    memcpy(&raw, (unsigned char *)memory - 16, sizeof raw);
+    memcpy(&total, (unsigned char *)memory - 8, sizeof total);
+    allocator->free(allocator->user, raw, total);
+}
+
+/* ---- checked sizes: 0 on overflow, 1 if *out is good ----------------------------------------- */
+
+MOE__INLINE int moe__size_mul(uint64_t a, uint64_t b, uint64_t *out) {
+    return !__builtin_mul_overflow(a, b, out);
+}
+MOE__INLINE int moe__size_add(uint64_t a, uint64_t b, uint64_t *out) {
+    return !__builtin_add_overflow(a, b, out);
+}
+
+/* A layout of many buffers in one allocation: call moe__arena_take for each, once with base = */
+/* NULL to learn the size, then again with the memory. Offsets are multiples of 64. */
+typedef struct moe__arena {
+    unsigned char *base;
+    uint64_t used;
+    int overflow;
+} moe__arena;
+
+MOE__PRIVATE void *moe__arena_take(moe__arena *arena, uint64_t count, uint64_t size) {
+    uint64_t bytes, end;
+    if (!moe__size_mul(count, size, &bytes) || !moe__size_add(arena->used, bytes, &end) ||
+        end > SIZE_MAX / 4) {
+        arena->overflow = 1;
+        return NULL;
+    }
+    void *memory = arena->base ? arena->base + arena->used : NULL;
+    arena->used = (end + 63) & ~(uint64_t)63;
+    return memory;
+}
+
+/* ---- numbers --------------------------------------------------------------------------------- */
+
+MOE__INLINE uint16_t moe__load_u16(const void *p) {
+    uint16_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+MOE__INLINE uint32_t moe__load_u32(const void *p) {
+    uint32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+MOE__INLINE uint64_t moe__load_u64(const void *p) {
+    uint64_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+MOE__INLINE float moe__load_f32(const void *p) {
+    float v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+MOE__INLINE void moe__store_u16(void *p, uint16_t v) { memcpy(p, &v, sizeof v); }
+
+MOE__INLINE uint32_t moe__f32_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+MOE__INLINE float moe__f32_from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* IEEE half to single, exact; NaN stays NaN. */
+MOE__INLINE float moe__f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
+    if (rest >= 0x7C00) return moe__f32_from_bits(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+    if (rest >= 0x0400) return moe__f32_from_bits(sign | ((rest << 13) + 0x38000000));
+    float magnitude = (float)rest * (1.0f / 16777216.0f); /* subnormal: units of 2^-24 */
+    return moe__f32_from_bits(sign | moe__f32_bits(magnitude));
+}
+
+/* Single to half, rounding to nearest even; overflow to infinity, NaN to a quiet NaN. */
+MOE__INLINE uint16_t moe__f32_to_f16(float x) {
+    uint32_t bits = moe__f32_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
+    if (rest > 0x7F800000) return (uint16_t)(sign | 0x7E00 | (rest >> 13 & 0x3FF));
+    if (rest >= 0x477FF000) return (uint16_t)(sign | 0x7C00); /* rounds to 65536 or more */
+    if (rest < 0x38800000) {
+        /* Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low mantissa bits. */
+        float shifted = moe__f32_from_bits(rest) + 0.5f;
+        return (uint16_t)(sign | (moe__f32_bits(shifted) - 0x3F000000));
+    }
+    rest += 0x0FFF + (rest >> 13 & 1);
+    return (uint16_t)(sign | (rest - 0x38000000) >> 13);
+}
+
+MOE__INLINE float moe__bf16_to_f32(uint16_t b) { return moe__f32_from_bits((uint32_t)b << 16); }
+
+/* Rounds to nearest even; NaN stays NaN. */
+MOE__INLINE uint16_t moe__f32_to_bf16(float x) {
+    uint32_t bits = moe__f32_bits(x);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+MOE__INLINE int64_t moe__min(int64_t a, int64_t b) { return a < b ? a : b; }
+MOE__INLINE int64_t moe__max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Seconds of a monotonic clock; clock_gettime is hidden under strict -std=c11, its call is not. */
+MOE__PRIVATE double moe__seconds(void) {
+    struct timespec now;
+    memset(&now, 0, sizeof now);
+#if defined(__linux__)
+    syscall(SYS_clock_gettime, 1 /* CLOCK_MONOTONIC */, &now);
+#else
+    timespec_get(&now, TIME_UTC);
+#endif
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* ============================================================================================== */
+/* // >>gguf */
+/* */
+/* The file reader. A GGUF file is, back to back and without padding: */
+/* */
+/*     "GGUF", u32 version, u64 n_tensors, u64 n_values */
+/*     values:  str key, u32 type, value            (an array: u32 type, u64 count, elements) */
+/*     tensors: str name, u32 n_dims, u64 ne[n_dims], u32 type, u64 offset into the data */
+/*     ... up to the next multiple of `alignment`: the data */
+/* */
+/* with str = u64 size, bytes. Everything in it is hostile: sizes are held against the bytes left */
+/* before they are used, and each is read once, because a mapped file may change under us. Values */
+/* and weights stay where they lie in the file; only the tables of them are allocated, of a size */
+/* bounded by the file's and by a constant. Names are found by binary search in a sorted list: */
+/* n log n however they are chosen. Tensors may overlap: nobody writes to them. */
+/* ============================================================================================== */
+
+#include <inttypes.h>
+
+enum {
+    MOE__GGUF_HEADER = 24,           /* bytes */
+    MOE__GGUF_MIN_VALUE = 14,        /* bytes of the smallest value: 1 byte of key, 1 of value */
+    MOE__GGUF_MIN_TENSOR = 33,       /* bytes of the smallest tensor description */
+    MOE__GGUF_MAX_ENTRIES = 1 << 20, /* values of a file, tensors of a model */
+    MOE__GGUF_MAX_KEY = 65535,       /* bytes */
+    MOE__GGUF_MAX_ALIGNMENT = 1 << 20,
+    MOE__GGUF_MAX_PARTS = 65535,     /* the writers' split.count is a u16 */
+    MOE__GGUF_SUFFIX = 20,           /* strlen("-00001-of-00009.gguf") */
+    MOE__GGUF_CHUNK = 1 << 24        /* bytes read or touched between two calls of progress */
+};
+
+/* ---- sizes of tensor types ------------------------------------------------------------------- */
+
+/* A row of n weights takes row_meta + n / block * bytes. `interleave` rows form a group in which */
+/* their blocks alternate, so that only whole groups can be addressed. bytes = 0: the name is */
+/* known, but not the size in a file (never written, or different between programs). */
+typedef struct moe__gguf_type {
+    int16_t id;
+    int16_t block, bytes;
+    int8_t row_meta, interleave;
+    char name[16];
+} moe__gguf_type;
+
+/* Every id that llama.cpp or ik_llama.cpp (from 133 on) give a meaning, in order. */
+static const moe__gguf_type moe__gguf_types[] = {
+    {0, 1, 4, 0, 1, "F32"},          {1, 1, 2, 0, 1, "F16"},
+    {2, 32, 18, 0, 1, "Q4_0"},       {3, 32, 20, 0, 1, "Q4_1"},
+    {4, 0, 0, 0, 1, "Q4_2"},         {5, 0, 0, 0, 1, "Q4_3"},
+    {6, 32, 22, 0, 1, "Q5_0"},       {7, 32, 24, 0, 1, "Q5_1"},
+    {8, 32, 34, 0, 1, "Q8_0"},       {9, 32, 36, 0, 1, "Q8_1"},
+    {10, 256, 84, 0, 1, "Q2_K"},     {11, 256, 110, 0, 1, "Q3_K"},
+    {12, 256, 144, 0, 1, "Q4_K"},    {13, 256, 176, 0, 1, "Q5_K"},
+    {14, 256, 210, 0, 1, "Q6_K"},    {15, 256, 0, 0, 1, "Q8_K"},
+    {16, 256, 66, 0, 1, "IQ2_XXS"},  {17, 256, 74, 0, 1, "IQ2_XS"},
+    {18, 256, 98, 0, 1, "IQ3_XXS"},  {19, 256, 50, 0, 1, "IQ1_S"},
+    {20, 32, 18, 0, 1, "IQ4_NL"},    {21, 256, 110, 0, 1, "IQ3_S"},
+    {22, 256, 82, 0, 1, "IQ2_S"},    {23, 256, 136, 0, 1, "IQ4_XS"},
+    {24, 1, 1, 0, 1, "I8"},          {25, 1, 2, 0, 1, "I16"},
+    {26, 1, 4, 0, 1, "I32"},         {27, 1, 8, 0, 1, "I64"},
+    {28, 1, 8, 0, 1, "F64"},         {29, 256, 56, 0, 1, "IQ1_M"},
+    {30, 1, 2, 0, 1, "BF16"},        {31, 32, 18, 0, 4, "Q4_0_4_4"},
+    {32, 32, 18, 0, 4, "Q4_0_4_8"},  {33, 32, 18, 0, 8, "Q4_0_8_8"},
+    {34, 256, 54, 0, 1, "TQ1_0"},    {35, 256, 66, 0, 1, "TQ2_0"},
+    {36, 0, 0, 0, 1, "I2_S"},        {37, 32, 0, 0, 1, "IQ4_NL_4_8"},
+    {38, 32, 0, 0, 1, "IQ4_NL_8_8"}, {39, 32, 17, 0, 1, "MXFP4"},
+    {40, 64, 36, 0, 1, "NVFP4"},     {41, 128, 18, 0, 1, "Q1_0"},
+    {42, 64, 18, 0, 1, "Q2_0"},      {97, 32, 0, 0, 1, "Q8_0_X4"},
+    {98, 32, 0, 0, 1, "Q8_1_X4"},    {99, 32, 0, 0, 1, "Q8_2_X4"},
+    {133, 32, 26, 0, 1, "Q6_0"},     {134, 64, 13, 2, 1, "IQ1_BN"},
+    {135, 64, 16, 4, 1, "IQ2_BN"},   {136, 0, 0, 0, 1, "Q8_K64"},
+    {137, 256, 76, 0, 1, "IQ2_K"},   {138, 256, 110, 0, 1, "IQ3_K"},
+    {139, 256, 144, 0, 1, "IQ4_K"},  {140, 256, 176, 0, 1, "IQ5_K"},
+    {141, 256, 212, 0, 1, "IQ6_K"},  {144, 256, 136, 4, 1, "IQ4_KS"},
+    {145, 256, 70, 2, 1, "IQ2_KS"},  {146, 256, 128, 4, 1, "IQ4_KSS"},
+    {147, 0, 0, 0, 1, "Q8_K16"},     {148, 0, 0, 0, 1, "Q8_K32"},
+    {149, 0, 0, 0, 1, "Q8_KR8"},     {150, 0, 0, 0, 1, "Q8_K128"},
+    {151, 32, 32, 8, 1, "Q8_KV"},    {152, 256, 168, 4, 1, "IQ5_KS"},
+    {153, 256, 68, 4, 1, "IQ2_KT"},  {154, 256, 100, 4, 1, "IQ3_KT"},
+    {155, 256, 128, 4, 1, "IQ4_KT"}, {156, 256, 102, 2, 1, "IQ3_KS"},
+    {157, 256, 86, 2, 1, "IQ2_KL"},  {158, 256, 56, 4, 1, "IQ1_KT"},
+    {202, 32, 18, 0, 8, "Q4_0_R8"},  {206, 32, 22, 0, 4, "Q5_0_R4"},
+    {208, 32, 34, 0, 8, "Q8_0_R8"},  {210, 256, 84, 0, 4, "Q2_K_R4"},
+    {211, 256, 110, 0, 4, "Q3_K_R4"}, {212, 256, 144, 0, 4, "Q4_K_R4"},
+    {213, 256, 176, 0, 4, "Q5_K_R4"}, {214, 256, 210, 0, 4, "Q6_K_R4"},
+    {216, 256, 66, 0, 4, "IQ2_XXS_R4"}, {217, 256, 74, 0, 4, "IQ2_XS_R4"},
+    {218, 256, 98, 0, 4, "IQ3_XXS_R4"}, {219, 32, 6, 2, 4, "IQ1_S_R4"},
+    {220, 32, 18, 0, 4, "IQ4_NL_R4"}, {221, 256, 110, 0, 4, "IQ3_S_R4"},
+    {222, 256, 82, 0, 4, "IQ2_S_R4"}, {223, 256, 136, 0, 8, "IQ4_XS_R8"},
+    {229, 32, 7, 2, 4, "IQ1_M_R4"},  {230, 1, 2, 0, 16, "BF16_R16"},
+    {233, 32, 26, 0, 4, "Q6_0_R4"},  {335, 64, 16, 4, 4, "IQ2_BN_R4"},
+    {337, 256, 76, 0, 4, "IQ2_K_R4"}, {338, 256, 110, 0, 4, "IQ3_K_R4"},
+    {339, 256, 144, 0, 4, "IQ4_K_R4"}, {340, 256, 176, 0, 4, "IQ5_K_R4"},
+    {344, 256, 136, 4, 4, "IQ4_KS_R4"}, {352, 256, 168, 4, 4, "IQ5_KS_R4"},
+    {353, 32, 17, 0, 8, "MXFP4_R8"}, {397, 256, 258, 0, 16, "Q8_K_R16"},
+    {398, 32, 32, 4, 8, "Q8_KV_R8"}, {399, 256, 258, 0, 8, "Q8_K_R8"}};
+
+/* NULL for an unknown id. */
+MOE__PRIVATE const moe__gguf_type *moe__gguf_type_info(int32_t id) {
+    size_t low = 0, high = sizeof moe__gguf_types / sizeof moe__gguf_types[0];
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        if (moe__gguf_types[middle].id == id) return &moe__gguf_types[middle];
+        if (moe__gguf_types[middle].id < id) low = middle + 1;
+        else high = middle;
+    }
+    return NULL;
+}
+
+/* ---- the object ------------------------------------------------------------------------------ */
+
+/* One row of a list sorted by name. */
+typedef struct moe__gguf_name {
+    const char *data;
+    uint32_t size;
+    uint32_t index; /* in file order */
+} moe__gguf_name;
+
+typedef struct moe__gguf_entry {
+    moe_gguf_tensor tensor;
+    uint64_t offset; /* where in its file the tensor is described */
+} moe__gguf_entry;
+
+/* One file. Exactly one of mapping and copy is set, or none for a memory source. */
+typedef struct moe__gguf_part {
+    const uint8_t *data;
+    uint64_t size;
+    void *mapping;    /* from mmap, `size` bytes */
+    void *copy;       /* from the allocator, copy_size bytes; data lies inside */
+    size_t copy_size;
+    uint32_t version;
+    int64_t n_values, n_tensors;
+    moe_gguf_value *values;
+    moe__gguf_name *names; /* of the values */
+    uint64_t alignment;
+    uint64_t infos;   /* offset of the first tensor description */
+} moe__gguf_part;
+
+struct moe_gguf {
+    moe_gguf_options options;
+    moe_allocator allocator;
+    char *path;             /* of the part being opened; NULL for a memory source */
+    int32_t n_parts;
+    int32_t n_parts_hoped;  /* what the file name promises; only for progress */
+    moe__gguf_part *parts;
+    int64_t n_tensors;
+    moe__gguf_entry *tensors;
+    moe__gguf_name *names;  /* of the tensors */
+};
+
+/* A position in a part, and what errors are to say about it. The first error stays: from then on */
+/* everything reads as 0, so that one look at `status` behind several reads is enough. */
+typedef struct moe__gguf_reader {
+    const moe_gguf *gguf;
+    int32_t part;
+    moe_status status;
+    const uint8_t *data;
+    uint64_t size, at;
+    moe_string name; /* the key or tensor that is being read, if any */
+    moe_error *error;
+} moe__gguf_reader;
+
+MOE__PRIVATE moe__gguf_reader moe__gguf_reader_at(const moe_gguf *gguf, int32_t part, uint64_t at,
+                                                  moe_error *error) {
+    moe__gguf_reader r;
+    memset(&r, 0, sizeof r);
+    r.gguf = gguf;
+    r.part = part;
+    r.data = gguf->parts[part].data;
+    r.size = gguf->parts[part].size;
+    r.at = at;
+    r.error = error;
+    return r;
+}
+
+/* The part of a path that fits into moe_error.where: all of it, or else the file's name. */
+MOE__PRIVATE const char *moe__gguf_file_name(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return strlen(path) < sizeof ((moe_error *)NULL)->where || !slash ? path : slash + 1;
+}
+
+/* An error at `offset` of the reader's file. Names from files are shown in ASCII only. */
+MOE__PRIVATE MOE__PRINTF(4, 5) moe_status
+    moe__gguf_fail(moe__gguf_reader *r, moe_status status, uint64_t offset, const char *format,
+                   ...) {
+    char text[192], part[48], name[64];
+    va_list args;
+    if (r->status != MOE_OK) return r->status;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    part[0] = 0;
+    if (r->gguf->n_parts > 1)
+        snprintf(part, sizeof part, " (in part %d of %d)", (int)r->part + 1,
+                 (int)r->gguf->n_parts);
+    size_t size = r->name.size < sizeof name ? r->name.size : sizeof name;
+    for (size_t i = 0; i < size; i++) {
+        char c = r->name.data[i];
+        name[i] = c >= 0x20 && c < 0x7F ? c : '?';
+    }
+    r->status = status;
+    return moe__fail_at(r->error, status, offset, name, size, "%s%s", text, part);
+}
+#define moe__gguf_bad(r, offset, ...) moe__gguf_fail(r, MOE_ERROR_FORMAT, offset, __VA_ARGS__)
+
+MOE__PRIVATE moe_status moe__gguf_no_memory(moe_error *error, uint64_t size) {
+    return moe__fail(error, MOE_ERROR_MEMORY, "", "out of memory: %" PRIu64 " bytes are needed",
+                     size);
+}
+
+/* A zeroed table of n entries; NULL if n is 0 or on errors. The caller bounds n: no overflow. */
+MOE__PRIVATE void *moe__gguf_alloc(moe__gguf_reader *r, int64_t n, size_t size) {
+    if (n == 0 || r->status != MOE_OK) return NULL;
+    void *memory = moe__alloc(&r->gguf->allocator, (size_t)n * size);
+    if (!memory) r->status = moe__gguf_no_memory(r->error, (uint64_t)n * size);
+    return memory;
+}
+
+/* ---- names ----------------------------------------------------------------------------------- */
+
+MOE__INLINE int moe__gguf_name_compare(const char *a, size_t a_size, const char *b,
+                                       size_t b_size) {
+    int order = memcmp(a, b, a_size < b_size ? a_size : b_size);
+    return order ? order : (a_size > b_size) - (a_size < b_size);
+}
+
+/* Equal names stay in file order, so that the second one is blamed. */
+MOE__PRIVATE int moe__gguf_name_less(const moe__gguf_name *a, const moe__gguf_name *b) {
+    int order = moe__gguf_name_compare(a->data, a->size, b->data, b->size);
+    return order ? order < 0 : a->index < b->index;
+}
+
+/* Restores "no child is larger than its parent" (children of i: 2i+1, 2i+2) below `root`. */
+MOE__PRIVATE void moe__gguf_names_sift(moe__gguf_name *names, int64_t root, int64_t n) {
+    moe__gguf_name moved = names[root];
+    for (;;) {
+        int64_t child = 2 * root + 1;
+        if (child >= n) break;
+        if (child + 1 < n && moe__gguf_name_less(&names[child], &names[child + 1])) child++;
+        if (!moe__gguf_name_less(&moved, &names[child])) break;
+        names[root] = names[child];
+        root = child;
+    }
+    names[root] = moved;
+}
+
+/* Heap sort: in place, and no input makes it slower than n log n. Returns the index of a name */
+/* that occurs a second time, or -1. */
+MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
+    for (int64_t i = n / 2; i-- > 0;) moe__gguf_names_sift(names, i, n);
+    for (int64_t end = n - 1; end > 0; end--) {
+        moe__gguf_name largest = names[0];
+        names[0] = names[end];
+        names[end] = largest;
+        moe__gguf_names_sift(names, 0, end);
+    }
+    for (int64_t i = 1; i < n; i++) {
+        const moe__gguf_name *a = &names[i - 1], *b = &names[i];
+        if (moe__gguf_name_compare(a->data, a->size, b->data, b->size) == 0) return b->index;
+    }
+    return -1;
+}
+
+/* Index in file order, or -1. */
+MOE__PRIVATE int64_t moe__gguf_names_find(const moe__gguf_name *names, int64_t n,
+                                          const char *wanted) {
+    size_t size = strlen(wanted);
+    int64_t low = 0, high = n;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        int order = moe__gguf_name_compare(names[middle].data, names[middle].size, wanted, size);
+        if (order == 0) return names[middle].index;
+        if (order < 0) low = middle + 1;
+        else high = middle;
+    }
+    return -1;
+}
+
+/* ---- reading --------------------------------------------------------------------------------- */
+
+/* The next `size` bytes, or NULL. */
+MOE__PRIVATE const uint8_t *moe__gguf_take(moe__gguf_reader *r, uint64_t size, const char *what) {
+    uint64_t left = r->size - r->at;
+    if (size > left)
+        moe__gguf_bad(r, r->at,
+                      "the file ends too early: %s needs %" PRIu64 " bytes, %" PRIu64 " are left",
+                      what, size, left);
+    if (r->status != MOE_OK) return NULL;
+    r->at += size;
+    return r->data + (r->at - size);
+}
+
+MOE__PRIVATE uint32_t moe__gguf_take_u32(moe__gguf_reader *r, const char *what) {
+    const uint8_t *p = moe__gguf_take(r, 4, what);
+    return p ? moe__load_u32(p) : 0;
+}
+
+MOE__PRIVATE uint64_t moe__gguf_take_u64(moe__gguf_reader *r, const char *what) {
+    const uint8_t *p = moe__gguf_take(r, 8, what);
+    return p ? moe__load_u64(p) : 0;
+}
+
+MOE__PRIVATE moe_string moe__gguf_take_string(moe__gguf_reader *r, const char *what) {
+    moe_string string;
+    uint64_t size = moe__gguf_take_u64(r, what);
+    string.data = (const char *)moe__gguf_take(r, size, what);
+    string.size = string.data ? (size_t)size : 0;
+    return string;
+}
+
+/* The name of a key or tensor: not empty, below `limit` bytes, without NUL. It becomes r->name. */
+MOE__PRIVATE moe_status moe__gguf_take_name(moe__gguf_reader *r, const char *what, int limit) {
+    uint64_t start = r->at;
+    r->name.size = 0;
+    r->name = moe__gguf_take_string(r, what);
+    if (r->status != MOE_OK) return r->status;
+    if (r->name.size == 0 || r->name.size >= (size_t)limit)
+        return moe__gguf_bad(r, start, "%s has %" PRIu64 " bytes, allowed are 1 to %d", what,
+                             (uint64_t)r->name.size, limit - 1);
+    if (memchr(r->name.data, 0, r->name.size))
+        return moe__gguf_bad(r, start, "%s has a NUL byte in it", what);
+    return MOE_OK;
+}
+
+/* ---- values ---------------------------------------------------------------------------------- */
+
+/* Bytes of a value by its type; 0: a string or array, which vary. */
+static const uint8_t moe__gguf_value_sizes[13] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+
+/* Steps over `count` values of one type that is not ARRAY. */
+MOE__PRIVATE void moe__gguf_skip_values(moe__gguf_reader *r, uint32_t type, uint64_t count) {
+    uint64_t size = moe__gguf_value_sizes[type], left = r->size - r->at;
+    uint64_t smallest = size ? size : 8; /* the empty string */
+    if (count > left / smallest) {
+        moe__gguf_bad(r, r->at,
+                      "the file ends too early: %" PRIu64 " values of at least %" PRIu64
+                      " bytes do not fit into the %" PRIu64 " that are left",
+                      count, smallest, left);
+        return;
+    }
+    if (type == MOE_VALUE_STRING) {
+        for (uint64_t i = 0; i < count && r->status == MOE_OK; i++)
+            moe__gguf_take_string(r, "a string");
+        return;
+    }
+    uint64_t start = r->at;
+    const uint8_t *p = moe__gguf_take(r, count * size, "a value");
+    for (uint64_t i = 0; type == MOE_VALUE_BOOL && i < count && r->status == MOE_OK; i++)
+        if (p[i] > 1)
+            moe__gguf_bad(r, start + i, "a bool has the value %d, allowed are 0 and 1", p[i]);
+}
+
+MOE__PRIVATE moe_status moe__gguf_read_value(moe__gguf_reader *r, moe_gguf_value *value) {
+    if (moe__gguf_take_name(r, "a key", MOE__GGUF_MAX_KEY + 1) != MOE_OK) return r->status;
+    value->key = r->name;
+    uint32_t type = moe__gguf_take_u32(r, "a value's type"), element_type = type;
+    if (type == MOE_VALUE_ARRAY) {
+        element_type = moe__gguf_take_u32(r, "an array's type");
+        if (element_type == MOE_VALUE_ARRAY)
+            moe__gguf_bad(r, r->at - 4, "arrays of arrays are not allowed");
+    }
+    if (element_type > MOE_VALUE_FLOAT64)
+        moe__gguf_bad(r, r->at - 4, "value type %lu does not exist", (unsigned long)element_type);
+    value->count = type == MOE_VALUE_ARRAY ? moe__gguf_take_u64(r, "an array's length") : 1;
+    if (r->status != MOE_OK) return r->status;
+    value->type = (moe_value_type)type;
+    value->element_type = (moe_value_type)element_type;
+    value->offset = r->at;
+    value->data = r->data + r->at;
+    moe__gguf_skip_values(r, element_type, value->count);
+    value->size = r->at - value->offset;
+    return r->status;
+}
+
+MOE__PRIVATE moe_status moe__gguf_read_values(moe_gguf *gguf, moe__gguf_reader *r) {
+    moe__gguf_part *part = &gguf->parts[r->part];
+    int64_t n = part->n_values;
+    part->values = (moe_gguf_value *)moe__gguf_alloc(r, n, sizeof *part->values);
+    part->names = (moe__gguf_name *)moe__gguf_alloc(r, n, sizeof *part->names);
+    for (int64_t i = 0; i < n; i++) {
+        if (r->status != MOE_OK) return r->status;
+        moe_gguf_value *value = &part->values[i];
+        moe__gguf_read_value(r, value);
+        part->names[i].data = value->key.data;
+        part->names[i].size = (uint32_t)value->key.size;
+        part->names[i].index = (uint32_t)i;
+    }
+    if (r->status != MOE_OK) return r->status;
+    int64_t twice = moe__gguf_names_sort(part->names, n);
+    if (twice < 0) return MOE_OK;
+    r->name = part->values[twice].key;
+    return moe__gguf_bad(r, (uint64_t)((const uint8_t *)r->name.data - r->data) - 8,
+                         "the key is there twice");
+}
+
+MOE__PRIVATE const moe_gguf_value *moe__gguf_part_value(const moe__gguf_part *part,
+                                                        const char *key) {
+    int64_t i = moe__gguf_names_find(part->names, part->n_values, key);
+    return i < 0 ? NULL : &part->values[i];
+}
+
+/* An integer among the values of the reader's part, or `missing`. */
+MOE__PRIVATE int64_t moe__gguf_read_int(moe__gguf_reader *r, const char *key, int64_t missing) {
+    int64_t out = missing;
+    const moe_gguf_value *value = moe__gguf_part_value(&r->gguf->parts[r->part], key);
+    if (!value) return missing;
+    r->name = value->key;
+    if (value->type == MOE_VALUE_ARRAY || !moe_gguf_value_int(value, 0, &out))
+        moe__gguf_bad(r, value->offset, "the value must be an integer");
+    return out;
+}
+
+/* ---- header ---------------------------------------------------------------------------------- */
+
+MOE__PRIVATE moe_status moe__gguf_read_alignment(moe__gguf_reader *r, uint64_t *out) {
+    const char *key = "general.alignment";
+    int64_t alignment = moe__gguf_read_int(r, key, 32);
+    *out = (uint64_t)alignment;
+    if (r->status != MOE_OK) return r->status;
+    if (alignment >= 1 && alignment <= MOE__GGUF_MAX_ALIGNMENT && !(alignment & (alignment - 1)))
+        return MOE_OK;
+    return moe__gguf_bad(r, moe__gguf_part_value(&r->gguf->parts[r->part], key)->offset,
+                         "the alignment %" PRId64 " is not a power of two from 1 to %d", alignment,
+                         (int)MOE__GGUF_MAX_ALIGNMENT);
+}
+
+MOE__PRIVATE void moe__gguf_check_count(moe__gguf_reader *r, uint64_t offset, const char *what,
+                                        uint64_t count, uint64_t smallest) {
+    if (count > MOE__GGUF_MAX_ENTRIES || count > (r->size - MOE__GGUF_HEADER) / smallest)
+        moe__gguf_bad(r, offset, "%" PRIu64 " %s are too many for %s", count, what,
+                      count > MOE__GGUF_MAX_ENTRIES ? "this reader" : "the file");
+}
+
+/* Header and values. Afterwards the counts are plausible and the alignment is known. */
+MOE__PRIVATE moe_status moe__gguf_read_head(moe_gguf *gguf, int32_t part_index, moe_error *error) {
+    moe__gguf_part *part = &gguf->parts[part_index];
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, part_index, MOE__GGUF_HEADER, error);
+    if (r.size < 4 || memcmp(r.data, "GGUF", 4) != 0)
+        return moe__gguf_bad(&r, 0, "this is not a GGUF file");
+    if (r.size < MOE__GGUF_HEADER)
+        return moe__gguf_bad(&r, r.size, "the file ends within its header");
+    part->version = moe__load_u32(r.data + 4);
+    if (part->version && (part->version & 0xFFFF) == 0)
+        return moe__gguf_fail(&r, MOE_ERROR_UNSUPPORTED, 4,
+                              "the file is big-endian: convert it to little-endian");
+    if (part->version != 2 && part->version != 3)
+        return moe__gguf_fail(&r, MOE_ERROR_UNSUPPORTED, 4,
+                              "GGUF version %lu is not supported, only 2 and 3 are",
+                              (unsigned long)part->version);
+    uint64_t n_tensors = moe__load_u64(r.data + 8), n_values = moe__load_u64(r.data + 16);
+    moe__gguf_check_count(&r, 8, "tensors", n_tensors, MOE__GGUF_MIN_TENSOR);
+    moe__gguf_check_count(&r, 16, "values", n_values, MOE__GGUF_MIN_VALUE);
+    if (r.status != MOE_OK) return r.status;
+    part->n_values = (int64_t)n_values;
+    part->n_tensors = (int64_t)n_tensors;
+    if (moe__gguf_read_values(gguf, &r) != MOE_OK) return r.status;
+    part->infos = r.at;
+    return moe__gguf_read_alignment(&r, &part->alignment);
+}
+
+/* ---- tensors --------------------------------------------------------------------------------- */
+
+/* The bytes of a tensor, and whether its shape suits its type. 0 bytes if the size is unknown. */
+MOE__PRIVATE moe_status moe__gguf_tensor_size(moe__gguf_reader *r, uint64_t offset,
+                                              moe_gguf_tensor *tensor) {
+    const moe__gguf_type *type = moe__gguf_type_info((int32_t)tensor->type);
+    const int64_t *ne = tensor->ne;
+    uint64_t size;
+    if (!type || type->bytes == 0) return MOE_OK;
+    if (ne[0] % type->block)
+        return moe__gguf_bad(r, offset,
+                             "rows of %" PRId64 " weights cannot be cut into %s blocks of %d",
+                             ne[0], type->name, type->block);
+    if (ne[1] % type->interleave)
+        return moe__gguf_bad(r, offset, "%" PRId64 " rows cannot be cut into %s groups of %d",
+                             ne[1], type->name, type->interleave);
+    if (type->interleave > 1 && strcmp(tensor->name, "token_embd.weight") == 0)
+        return moe__gguf_bad(r, offset,
+                             "type %s interleaves rows, but this tensor is read row by row",
+                             type->name);
+    if (!moe__size_mul((uint64_t)(ne[0] / type->block), (uint64_t)type->bytes, &size) ||
+        !moe__size_add(size, (uint64_t)type->row_meta, &size) ||
+        !moe__size_mul(size, (uint64_t)ne[1], &size) ||
+        !moe__size_mul(size, (uint64_t)ne[2], &size) ||
+        !moe__size_mul(size, (uint64_t)ne[3], &size) || size > INT64_MAX)
+        return moe__gguf_bad(r, offset, "the tensor's size is out of bounds");
+    tensor->size = size;
+    return MOE_OK;
+}
+
+/* Shape: every length at least 1, their product within int64_t. */
+MOE__PRIVATE moe_status moe__gguf_read_shape(moe__gguf_reader *r, moe_gguf_tensor *tensor) {
+    uint64_t count = 1;
+    uint32_t n_dims = moe__gguf_take_u32(r, "a tensor's description");
+    if (n_dims < 1 || n_dims > 4)
+        moe__gguf_bad(r, r->at - 4, "a tensor has %lu dimensions, allowed are 1 to 4",
+                      (unsigned long)n_dims);
+    tensor->n_dims = (int32_t)n_dims;
+    for (uint32_t i = 0; i < 4 && r->status == MOE_OK; i++) {
+        uint64_t length = i < n_dims ? moe__gguf_take_u64(r, "a tensor's description") : 1;
+        if (length < 1 || !moe__size_mul(count, length, &count) || count > INT64_MAX)
+            moe__gguf_bad(r, r->at - 8, "dimension %d of the tensor, %" PRIu64
+                          ", is out of bounds", (int)i, length);
+        tensor->ne[i] = (int64_t)length;
+    }
+    return r->status;
+}
+
+/* One tensor's description. Its offset stays relative to the data, whose start is not known yet. */
+MOE__PRIVATE moe_status moe__gguf_read_tensor(moe__gguf_reader *r, moe__gguf_entry *entry) {
+    moe_gguf_tensor *tensor = &entry->tensor;
+    entry->offset = r->at;
+    moe__gguf_take_name(r, "a tensor's name", sizeof tensor->name);
+    if (r->status != MOE_OK) return r->status;
+    memcpy(tensor->name, r->name.data, r->name.size);
+    tensor->part = r->part;
+    moe__gguf_read_shape(r, tensor);
+    uint32_t type = moe__gguf_take_u32(r, "a tensor's description");
+    tensor->offset = moe__gguf_take_u64(r, "a tensor's description");
+    if (type > INT32_MAX)
+        moe__gguf_bad(r, r->at - 12, "tensor type %lu cannot exist", (unsigned long)type);
+    if (tensor->offset % r->gguf->parts[r->part].alignment)
+        moe__gguf_bad(r, r->at - 8,
+                      "the tensor's offset %" PRIu64 " is not a multiple of the alignment",
+                      tensor->offset);
+    if (r->status != MOE_OK) return r->status;
+    tensor->type = (moe_type)type;
+    return moe__gguf_tensor_size(r, entry->offset, tensor);
+}
+
+/* Where the tensor lies, now that the start of the data is known. */
+MOE__PRIVATE void moe__gguf_place_tensor(moe__gguf_reader *r, uint64_t start,
+                                         moe__gguf_entry *entry) {
+    moe_gguf_tensor *tensor = &entry->tensor;
+    uint64_t end;
+    if (moe__size_add(start, tensor->offset, &tensor->offset) &&
+        moe__size_add(tensor->offset, tensor->size, &end) && end <= r->size) {
+        if (tensor->size) tensor->data = r->data + tensor->offset;
+        return;
+    }
+    r->name.data = tensor->name;
+    r->name.size = strlen(tensor->name);
+    moe__gguf_bad(r, entry->offset,
+                  "the tensor's data, %" PRIu64 " bytes, ends behind the end of the file",
+                  tensor->size);
+}
+
+/* All tensors of a part, appended to the model's table. */
+MOE__PRIVATE moe_status moe__gguf_read_tensors(moe_gguf *gguf, int32_t part_index,
+                                               moe_error *error) {
+    const moe__gguf_part *part = &gguf->parts[part_index];
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, part_index, part->infos, error);
+    int64_t first = gguf->n_tensors, end = first + part->n_tensors;
+    for (int64_t i = first; i < end && r.status == MOE_OK; i++)
+        moe__gguf_read_tensor(&r, &gguf->tensors[i]);
+    uint64_t start = (r.at + part->alignment - 1) & ~(part->alignment - 1);
+    for (int64_t i = first; i < end && r.status == MOE_OK; i++)
+        moe__gguf_place_tensor(&r, start, &gguf->tensors[i]);
+    gguf->n_tensors = end;
+    return r.status;
+}
+
+MOE__PRIVATE moe_status moe__gguf_read_all_tensors(moe_gguf *gguf, moe_error *error) {
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
+    int64_t n = 0;
+    for (int32_t p = 0; p < gguf->n_parts; p++) n += gguf->parts[p].n_tensors;
+    if (n > MOE__GGUF_MAX_ENTRIES)
+        return moe__fail(error, MOE_ERROR_FORMAT, "",
+                         "%" PRId64 " tensors are too many for this reader", n);
+    gguf->tensors = (moe__gguf_entry *)moe__gguf_alloc(&r, n, sizeof *gguf->tensors);
+    gguf->names = (moe__gguf_name *)moe__gguf_alloc(&r, n, sizeof *gguf->names);
+    if (r.status != MOE_OK) return r.status;
+    for (int32_t p = 0; p < gguf->n_parts; p++) {
+        moe_status status = moe__gguf_read_tensors(gguf, p, error);
+        if (status != MOE_OK) return status;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        gguf->names[i].data = gguf->tensors[i].tensor.name;
+        gguf->names[i].size = (uint32_t)strlen(gguf->names[i].data);
+        gguf->names[i].index = (uint32_t)i;
+    }
+    int64_t twice = moe__gguf_names_sort(gguf->names, n);
+    if (twice < 0) return MOE_OK;
+    const moe__gguf_entry *entry = &gguf->tensors[twice];
+    r = moe__gguf_reader_at(gguf, entry->tensor.part, 0, error);
+    r.name.data = entry->tensor.name;
+    r.name.size = strlen(entry->tensor.name);
+    return moe__gguf_bad(&r, entry->offset, "the tensor is there twice");
+}
+
+/* ---- files ----------------------------------------------------------------------------------- */
+
+MOE__PRIVATE moe_status moe__gguf_io_fail(moe_error *error, const char *path, const char *what,
+                                          int code) {
+    const char *why = code == ENOENT    ? "there is no such file"
+                      : code == EACCES  ? "permission denied"
+                      : code == EPERM   ? "not permitted"
+                      : code == ENOTDIR ? "a folder in the path is none"
+                      : code == EISDIR  ? "it is a directory"
+                      : code == EMFILE || code == ENFILE ? "too many files are open"
+                      : code == ENOMEM                   ? "not enough memory"
+                      : code == ENAMETOOLONG             ? "the name is too long"
+                      : code == EIO                      ? "input/output error"
+                                                         : NULL;
+    const char *name = moe__gguf_file_name(path);
+    if (why) return moe__fail(error, MOE_ERROR_IO, name, "cannot %s the file: %s", what, why);
+    return moe__fail(error, MOE_ERROR_IO, name, "cannot %s the file: system error %d", what, code);
+}
+
+/* Opens a regular file. O_NONBLOCK: opening a FIFO must not wait for somebody to write into it. */
+MOE__PRIVATE moe_status moe__gguf_open_file(const char *path, int *file, uint64_t *size,
+                                            moe_error *error) {
+    struct stat info;
+    const char *name = moe__gguf_file_name(path);
+    int flags = O_RDONLY | O_NONBLOCK;
+#if defined(O_CLOEXEC)
+    flags |= O_CLOEXEC;
+#elif defined(__O_CLOEXEC) /* glibc under strict -std=c11 */
+    flags |= __O_CLOEXEC;
+#endif
+    *file = open(path, flags);
+    if (*file < 0) return moe__gguf_io_fail(error, path, "open", errno);
+    if (fstat(*file, &info) != 0) return moe__gguf_io_fail(error, path, "examine", errno);
+    if (S_ISDIR(info.st_mode)) return moe__gguf_io_fail(error, path, "read", EISDIR);
+    if (!S_ISREG(info.st_mode))
+        return moe__fail(error, MOE_ERROR_IO, name, "cannot read the file: not a regular file");
+    if (info.st_size <= 0) return moe__fail(error, MOE_ERROR_FORMAT, name, "the file is empty");
+    *size = (uint64_t)info.st_size;
+    if (*size > SIZE_MAX / 4)
+        return moe__fail(error, MOE_ERROR_IO, name, "the file is too large for this machine");
+    return MOE_OK;
+}
+
+MOE__PRIVATE moe_status moe__gguf_progress(const moe_gguf *gguf, int32_t part, uint64_t done,
+                                           uint64_t size, moe_error *error) {
+    if (!gguf->options.progress) return MOE_OK;
+    double fraction = ((double)part + (double)done / (double)size) / gguf->n_parts_hoped;
+    if (gguf->options.progress(gguf->options.progress_user, (float)fraction)) return MOE_OK;
+    return moe__fail(error, MOE_ERROR_CANCELLED, moe__gguf_file_name(gguf->path),
+                     "loading was cancelled by the progress callback");
+}
+
+/* Advice for the whole pages inside the range; the kernel may ignore it. */
+MOE__PRIVATE void moe__gguf_advise(const uint8_t *memory, uint64_t size, int advice) {
+#if defined(__linux__) && defined(SYS_madvise)
+    uintptr_t page = 4096; /* a finer guess than the machine's is refused without harm */
+    uintptr_t start = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    uintptr_t end = ((uintptr_t)memory + (uintptr_t)size) & ~(page - 1);
+    int saved = errno;
+    if (start < end) syscall(SYS_madvise, start, end - start, (long)advice);
+    errno = saved;
+#else
+    (void)memory, (void)size, (void)advice;
+#endif
+}
+
+/* How much of `left` bytes is worked off between two calls of progress. */
+MOE__INLINE size_t moe__gguf_chunk(uint64_t left) {
+    return (size_t)moe__min((int64_t)left, MOE__GGUF_CHUNK);
+}
+
+/* Reads the whole file into memory of the allocator. */
+MOE__PRIVATE moe_status moe__gguf_read_file(moe_gguf *gguf, int32_t part_index, int file,
+                                            moe_error *error) {
+    moe__gguf_part *part = &gguf->parts[part_index];
+    int huge = gguf->options.hugepages == MOE_ON;
+    uint64_t align = huge ? (uint64_t)1 << 21 : 64, done = 0;
+    size_t total = (size_t)(part->size + align);
+    part->copy = gguf->allocator.alloc(gguf->allocator.user, total);
+    if (!part->copy) return moe__gguf_no_memory(error, total);
+    part->copy_size = total;
+    uint8_t *memory = (uint8_t *)(((uintptr_t)part->copy + align - 1) & ~(uintptr_t)(align - 1));
+    if (huge) moe__gguf_advise(memory, part->size, 14 /* MADV_HUGEPAGE */);
+    while (done < part->size) {
+        ssize_t got = read(file, memory + done, moe__gguf_chunk(part->size - done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return moe__gguf_io_fail(error, gguf->path, "read", errno);
+        if (got == 0)
+            return moe__fail(error, MOE_ERROR_IO, moe__gguf_file_name(gguf->path),
+                             "the file became shorter while it was read");
+        done += (uint64_t)got;
+        moe_status status = moe__gguf_progress(gguf, part_index, done, part->size, error);
+        if (status != MOE_OK) return status;
+    }
+    part->data = memory;
+    return MOE_OK;
+}
+
+/* Maps the file; with prefault, touches every page. */
+MOE__PRIVATE moe_status moe__gguf_map_file(moe_gguf *gguf, int32_t part_index, int file,
+                                           moe_error *error) {
+    moe__gguf_part *part = &gguf->parts[part_index];
+    void *mapping = mmap(NULL, (size_t)part->size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (mapping == MAP_FAILED) return moe__gguf_io_fail(error, gguf->path, "map", errno);
+    part->mapping = mapping;
+    part->data = (const uint8_t *)mapping;
+    if (gguf->options.prefault != MOE_ON) return MOE_OK;
+    for (uint64_t done = 0; done < part->size;) {
+        size_t chunk = moe__gguf_chunk(part->size - done);
+        moe__gguf_advise(part->data + done, chunk, 3 /* MADV_WILLNEED */);
+        const volatile uint8_t *page = part->data + done;
+        for (size_t i = 0; i < chunk; i += 4096) (void)page[i];
+        done += chunk;
+        moe_status status = moe__gguf_progress(gguf, part_index, done, part->size, error);
+        if (status != MOE_OK) return status;
+    }
+    return MOE_OK;
+}
+
+/* gguf->path becomes the data of a part. */
+MOE__PRIVATE moe_status moe__gguf_load_part(moe_gguf *gguf, int32_t part_index, moe_error *error) {
+    int file = -1;
+    moe_status status =
+        moe__gguf_open_file(gguf->path, &file, &gguf->parts[part_index].size, error);
+    if (status == MOE_OK)
+        status = gguf->options.mmap == MOE_OFF ? moe__gguf_read_file(gguf, part_index, file, error)
+                                               : moe__gguf_map_file(gguf, part_index, file, error);
+    if (file >= 0) close(file);
+    return status;
+}
+
+/* ---- split models ---------------------------------------------------------------------------- */
+
+/* Number n of the file name NAME-00001-of-0000n.gguf, else 1. */
+MOE__PRIVATE int32_t moe__gguf_promised_parts(const char *path) {
+    size_t size = strlen(path);
+    if (size <= MOE__GGUF_SUFFIX) return 1;
+    const char *suffix = path + size - MOE__GGUF_SUFFIX;
+    if (memcmp(suffix, "-00001-of-", 10) != 0 || strcmp(suffix + 15, ".gguf") != 0) return 1;
+    int32_t n = 0;
+    for (int i = 10; i < 15; i++) {
+        if (suffix[i] < '0' || suffix[i] > '9') return 1;
+        n = n * 10 + (suffix[i] - '0');
+    }
+    return n > 0 ? n : 1;
+}
+
+/* split.no and split.count of a part must be what the first part makes expect. */
+MOE__PRIVATE moe_status moe__gguf_check_split(const moe_gguf *gguf, int32_t part, int64_t count,
+                                              moe_error *error) {
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, part, 0, error);
+    int64_t own_no = moe__gguf_read_int(&r, "split.no", -1);
+    int64_t own_count = moe__gguf_read_int(&r, "split.count", -1);
+    const char *name = moe__gguf_file_name(gguf->path);
+    if (r.status != MOE_OK) return r.status;
+    if (own_count != count)
+        return moe__fail(error, MOE_ERROR_FORMAT, name,
+                         "split.count is %" PRId64 " in this file and %" PRId64 " in the first",
+                         own_count, count);
+    if (own_no != part && part == 0)
+        return moe__fail(error, MOE_ERROR_FORMAT, name,
+                         "split.no is %" PRId64 ": open the first part of the model", own_no);
+    if (own_no != part)
+        return moe__fail(error, MOE_ERROR_FORMAT, name,
+                         "split.no is %" PRId64 " instead of %d: this is another part", own_no,
+                         (int)part);
+    return MOE_OK;
+}
+
+/* Room for `count` parts, of which the first is there. */
+MOE__PRIVATE moe_status moe__gguf_grow_parts(moe_gguf *gguf, int32_t count, moe_error *error) {
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
+    moe__gguf_part *parts = (moe__gguf_part *)moe__gguf_alloc(&r, count, sizeof *parts);
+    if (!parts) return r.status;
+    parts[0] = gguf->parts[0];
+    moe__free(&gguf->allocator, gguf->parts);
+    gguf->parts = parts;
+    gguf->n_parts = count;
+    return MOE_OK;
+}
+
+/* Whether the first part may be part 0 of `count` parts. */
+MOE__PRIVATE moe_status moe__gguf_check_first(const moe_gguf *gguf, int64_t count,
+                                              moe_error *error) {
+    if (count < 0 || count > MOE__GGUF_MAX_PARTS)
+        return moe__fail(error, MOE_ERROR_FORMAT, "split.count",
+                         "a model cannot be split into %" PRId64 " parts", count);
+    if (!gguf->path)
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "split.count",
+                         "one part of a split model cannot be opened from memory");
+    moe_status status = moe__gguf_check_split(gguf, 0, count, error);
+    if (status != MOE_OK) return status;
+    if (moe__gguf_promised_parts(gguf->path) != count)
+        return moe__fail(error, MOE_ERROR_FORMAT, moe__gguf_file_name(gguf->path),
+                         "the first of %d parts must be named like NAME-00001-of-%05d.gguf",
+                         (int)count, (int)count);
+    return MOE_OK;
+}
+
+/* Opens the other files of a split model, if it is one. */
+MOE__PRIVATE moe_status moe__gguf_load_other_parts(moe_gguf *gguf, moe_error *error) {
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
+    int64_t count = moe__gguf_read_int(&r, "split.count", 1);
+    if (r.status != MOE_OK || count == 0 || count == 1) return r.status;
+    moe_status status = moe__gguf_check_first(gguf, count, error);
+    if (status != MOE_OK) return status;
+    int64_t n_tensors = moe__gguf_read_int(&r, "split.tensors.count", -1);
+    int64_t sum = gguf->parts[0].n_tensors;
+    if (r.status != MOE_OK) return r.status;
+    status = moe__gguf_grow_parts(gguf, (int32_t)count, error);
+    for (int32_t p = 1; status == MOE_OK && p < count; p++) {
+        snprintf(gguf->path + strlen(gguf->path) - MOE__GGUF_SUFFIX, MOE__GGUF_SUFFIX + 1,
+                 "-%05u-of-%05u.gguf", (unsigned)(p + 1) % 100000, (unsigned)count % 100000);
+        status = moe__gguf_load_part(gguf, p, error);
+        if (status == MOE_OK) status = moe__gguf_read_head(gguf, p, error);
+        if (status == MOE_OK) status = moe__gguf_check_split(gguf, p, count, error);
+        sum += gguf->parts[p].n_tensors;
+    }
+    if (status == MOE_OK && n_tensors >= 0 && n_tensors != sum)
+        return moe__fail(error, MOE_ERROR_FORMAT, "split.tensors.count",
+                         "the parts hold %" PRId64 " tensors together, %" PRId64 " are announced",
+                         sum, n_tensors);
+    return status;
+}
+
+/* ---- opening and closing --------------------------------------------------------------------- */
+
+MOE__PRIVATE int moe__is_switch(int32_t value) { return value >= MOE_OFF && value <= MOE_ON; }
+
+/* An empty object with one part. */
+MOE__PRIVATE moe_status moe__gguf_new(const moe_gguf_options *options, moe_gguf **out,
+                                      moe_error *error) {
+    moe_allocator allocator;
+    moe_gguf_options all;
+    memset(&all, 0, sizeof all);
+    if (options) all = *options;
+    if (!moe__is_switch(all.mmap) || !moe__is_switch(all.hugepages) ||
+        !moe__is_switch(all.prefault))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "options",
+                         "a switch must be MOE_ON, MOE_OFF or 0");
+    moe_status status = moe__allocator_init(&allocator, &all.allocator, error);
+    if (status != MOE_OK) return status;
+    moe_gguf *gguf = (moe_gguf *)moe__alloc(&allocator, sizeof *gguf);
+    if (!gguf) return moe__gguf_no_memory(error, sizeof *gguf);
+    gguf->options = all;
+    gguf->allocator = allocator;
+    gguf->n_parts = gguf->n_parts_hoped = 1;
+    *out = gguf;
+    gguf->parts = (moe__gguf_part *)moe__alloc(&allocator, sizeof *gguf->parts);
+    return gguf->parts ? MOE_OK : moe__gguf_no_memory(error, sizeof *gguf->parts);
+}
+
+/* Takes objects in any state of being built. */
+MOE_API void moe_gguf_close(moe_gguf *gguf) {
+    if (!gguf) return;
+    moe_allocator allocator = gguf->allocator;
+    for (int32_t p = 0; gguf->parts && p < gguf->n_parts; p++) {
+        moe__gguf_part *part = &gguf->parts[p];
+        if (part->mapping) munmap(part->mapping, (size_t)part->size);
+        if (part->copy) allocator.free(allocator.user, part->copy, part->copy_size);
+        moe__free(&allocator, part->values);
+        moe__free(&allocator, part->names);
+    }
+    moe__free(&allocator, gguf->parts);
+    moe__free(&allocator, gguf->tensors);
+    moe__free(&allocator, gguf->names);
+    moe__free(&allocator, gguf->path);
+    moe__free(&allocator, gguf);
+}
+
+/* The second half of opening: part 0 has its data. */
+MOE__PRIVATE moe_status moe__gguf_read(moe_gguf *gguf, moe_error *error) {
+    moe_status status = moe__gguf_read_head(gguf, 0, error);
+    if (status == MOE_OK) status = moe__gguf_load_other_parts(gguf, error);
+    if (status == MOE_OK) status = moe__gguf_read_all_tensors(gguf, error);
+    return status;
+}
+
+MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *options,
+                                moe_error *error) {
+    moe_gguf *gguf = NULL;
+    if (!path || !*path) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "path", "path is missing");
+        return NULL;
+    }
+    moe_status status = moe__gguf_new(options, &gguf, error);
+    if (status == MOE_OK) {
+        gguf->path = (char *)moe__alloc(&gguf->allocator, strlen(path) + 1);
+        if (!gguf->path) status = moe__gguf_no_memory(error, strlen(path) + 1);
+    }
+    if (status == MOE_OK) {
+        memcpy(gguf->path, path, strlen(path));
+        gguf->n_parts_hoped = moe__gguf_promised_parts(path);
+        status = moe__gguf_load_part(gguf, 0, error);
+    }
+    if (status == MOE_OK) status = moe__gguf_read(gguf, error);
+    if (status == MOE_OK) return gguf;
+    moe_gguf_close(gguf);
+    return NULL;
+}
+
+MOE_API moe_gguf *moe_gguf_open_memory(const void *data, size_t size,
+                                       const moe_gguf_options *options, moe_error *error) {
+    moe_gguf *gguf = NULL;
+    if (!data) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "data", "data is NULL");
+        return NULL;
+    }
+    moe_status status = moe__gguf_new(options, &gguf, error);
+    if (status == MOE_OK) {
+        gguf->parts[0].data = (const uint8_t *)data;
+        gguf->parts[0].size = size;
+        status = moe__gguf_read(gguf, error);
+    }
+    if (status == MOE_OK) return gguf;
+    moe_gguf_close(gguf);
+    return NULL;
+}
+
+/* ---- what is inside -------------------------------------------------------------------------- */
+
+MOE_API uint32_t moe_gguf_version(const moe_gguf *gguf) {
+    return gguf ? gguf->parts[0].version : 0;
+}
+
+MOE_API uint64_t moe_gguf_file_size(const moe_gguf *gguf) {
+    uint64_t sum = 0;
+    for (int32_t p = 0; gguf && p < gguf->n_parts; p++) sum += gguf->parts[p].size;
+    return sum;
+}
+
+MOE_API int64_t moe_gguf_n_values(const moe_gguf *gguf) {
+    return gguf ? gguf->parts[0].n_values : 0;
+}
+
+MOE_API int64_t moe_gguf_n_tensors(const moe_gguf *gguf) { return gguf ? gguf->n_tensors : 0; }
+
+MOE_API const moe_gguf_value *moe_gguf_value_at(const moe_gguf *gguf, int64_t i) {
+    return i >= 0 && i < moe_gguf_n_values(gguf) ? &gguf->parts[0].values[i] : NULL;
+}
+
+MOE_API const moe_gguf_tensor *moe_gguf_tensor_at(const moe_gguf *gguf, int64_t i) {
+    return i >= 0 && i < moe_gguf_n_tensors(gguf) ? &gguf->tensors[i].tensor : NULL;
+}
+
+MOE_API const moe_gguf_value *moe_gguf_find_value(const moe_gguf *gguf, const char *key) {
+    return gguf && key ? moe__gguf_part_value(&gguf->parts[0], key) : NULL;
+}
+
+MOE_API const moe_gguf_tensor *moe_gguf_find_tensor(const moe_gguf *gguf, const char *name) {
+    if (!gguf || !name) return NULL;
+    return moe_gguf_tensor_at(gguf, moe__gguf_names_find(gguf->names, gguf->n_tensors, name));
+}
+
+/* Address of element i, or NULL; strings have none. */
+MOE__PRIVATE const uint8_t *moe__gguf_element(const moe_gguf_value *value, uint64_t i) {
+    if (!value || !value->data || (unsigned)value->element_type > MOE_VALUE_FLOAT64) return NULL;
+    uint64_t size = moe__gguf_value_sizes[value->element_type];
+    if (size == 0 || i >= value->size / size) return NULL;
+    return (const uint8_t *)value->data + i * size;
+}
+
+MOE_API int moe_gguf_value_int(const moe_gguf_value *value, uint64_t i, int64_t *out) {
+    const uint8_t *p = moe__gguf_element(value, i);
+    if (!p || !out) return 0;
+    switch (value->element_type) {
+    case MOE_VALUE_BOOL:
+    case MOE_VALUE_UINT8: *out = *p; return 1;
+    case MOE_VALUE_INT8: *out = (int8_t)*p; return 1;
+    case MOE_VALUE_UINT16: *out = moe__load_u16(p); return 1;
+    case MOE_VALUE_INT16: *out = (int16_t)moe__load_u16(p); return 1;
+    case MOE_VALUE_UINT32: *out = moe__load_u32(p); return 1;
+    case MOE_VALUE_INT32: *out = (int32_t)moe__load_u32(p); return 1;
+    case MOE_VALUE_INT64: *out = (int64_t)moe__load_u64(p); return 1;
+    case MOE_VALUE_UINT64:
+        if (moe__load_u64(p) > INT64_MAX) return 0;
+        *out = (int64_t)moe__load_u64(p);
+        return 1;
+    default: return 0;
+    }
+}
+
+MOE_API int moe_gguf_value_float(const moe_gguf_value *value, uint64_t i, double *out) {
+    const uint8_t *p = moe__gguf_element(value, i);
+    int64_t integer;
+    if (!p || !out || value->element_type == MOE_VALUE_BOOL) return 0;
+    if (value->element_type == MOE_VALUE_FLOAT32) *out = moe__load_f32(p);
+    else if (value->element_type == MOE_VALUE_FLOAT64) memcpy(out, p, sizeof *out);
+    else if (value->element_type == MOE_VALUE_UINT64) *out = (double)moe__load_u64(p);
+    else if (moe_gguf_value_int(value, i, &integer)) *out = (double)integer;
+    else return 0;
+    return 1;
+}
+
+MOE_API int moe_gguf_value_bool(const moe_gguf_value *value, uint64_t i, int *out) {
+    int64_t integer;
+    if (!out || !moe_gguf_value_int(value, i, &integer) || integer < 0 || integer > 1) return 0;
+    *out = (int)integer;
+    return 1;
+}
+
+MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **cursor,
+                                  moe_string *out) {
+    if (!value || !value->data || !cursor || !out || value->element_type != MOE_VALUE_STRING)
+        return 0;
+    /* Sizes were checked when the file was opened, but a mapped file may have changed since. */
+    const uint8_t *start = (const uint8_t *)value->data;
+    uint64_t at = *cursor ? (uint64_t)((uintptr_t)*cursor - (uintptr_t)start) : 0;
+    if (at > value->size || value->size - at < 8) return 0;
+    uint64_t size = moe__load_u64(start + at);
+    if (size > value->size - at - 8) return 0;
+    out->data = (const char *)start + at + 8;
+    out->size = (size_t)size;
+    *cursor = start + at + 8 + size;
+    return 1;
+}
+/* ============================================================================================== */
+/* // >>types */
+/* */
+/* Tensor types: the table, what the bits of each mean (dequantize is the specification, in plain */
+/* C), how to make them (quantize), and the plain C dot product that every vector kernel is held */
+/* against. Blocks are read by byte offset with memcpy: rows may lie at any address. */
+/* */
+/*     row of a matrix      block | block | block | ...     each: scales, then small integers */
+/*     activations     record          | record      |      int8 and their scales, made from */
+/*                                                          floats before they are multiplied */
+/* */
+/* A product is exact integers inside a block, floats between blocks. */
+/* ============================================================================================== */
+
+/* The one list of types that can be run: X(NAME, name, weights per block, bytes per block, kind */
+/* of activation). Each row needs moe__dequantize_name, moe__quantize_name and moe__dot_name in */
+/* this room, and dot_name, tile_name and dequantize_name in the vector text of >>kernels. */
+#define MOE__TYPES(X)             \
+    X(F32, f32, 1, 4, F32)        \
+    X(F16, f16, 1, 2, F32)        \
+    X(BF16, bf16, 1, 2, F32)      \
+    X(Q4_0, q4_0, 32, 18, Q32)    \
+    X(Q8_0, q8_0, 32, 34, Q32)    \
+    X(Q4_K, q4_k, 256, 144, Q256) \
+    X(Q5_K, q5_k, 256, 176, Q256) \
+    X(Q6_K, q6_k, 256, 210, Q256)
+
+enum {
+#define MOE__TYPE_INDEX(name, ...) MOE__INDEX_##name,
+    MOE__TYPES(MOE__TYPE_INDEX)
+#undef MOE__TYPE_INDEX
+    MOE__N_TYPES
+};
+
+/* ---- activations ----------------------------------------------------------------------------- */
+
+/* A matrix of quantized weights is multiplied with activations quantized to int8, in records of */
+/* 256 values. The last record of a row may be partly filled (rows of 1408 or 2880 values); the */
+/* rest of it is zero. */
+typedef enum moe__act_kind {
+    MOE__ACT_F32,  /* plain floats, for F32 F16 BF16 */
+    MOE__ACT_Q32,  /* moe__act32: one scale per 32 values, for types with blocks of 32 */
+    MOE__ACT_Q256, /* moe__act256: one scale per 256 values, for types with blocks of 256 */
+    MOE__ACT_KINDS
+} moe__act_kind;
+
+/* d = max |x| / 127 (f32, never rounded to f16), q = x * (127 / max |x|) to the nearest even */
+/* integer: the same bits from every instruction set. max |x| < 2^-120 (127 / max |x| would not */
+/* be finite): d = 0, q = 0. NaN or infinity among the values: d = NaN (bits 0x7FC00000), q = 0. */
+/* Sums of q are kept negated as int32: an accumulator that starts at nsum << log2(offset) makes */
+/* the offset of unsigned weights free. */
+typedef struct moe__act32 {
+    int8_t q[256];
+    int32_t nsum[8]; /* minus the sum of each 32 values */
+    float d[8];      /* scale of each 32 values */
+} moe__act32;
+
+typedef struct moe__act256 {
+    int8_t q[256];
+    int32_t nsum[16];  /* minus the sum of each 16 values */
+    int16_t sum16[16]; /* the sum of each 16 values */
+    int16_t sum32[8];  /* the sum of each 32 values */
+    float d;
+    float pad[3];
+} moe__act256;
+MOE__STATIC_ASSERT(act32_size, sizeof(moe__act32) == 320);
+MOE__STATIC_ASSERT(act256_size, sizeof(moe__act256) == 384);
+
+/* Bytes of n activations. */
+MOE__INLINE size_t moe__act_size(moe__act_kind kind, int64_t n) {
+    size_t records = (size_t)((n + 255) / 256);
+    if (kind == MOE__ACT_Q32) return records * sizeof(moe__act32);
+    if (kind == MOE__ACT_Q256) return records * sizeof(moe__act256);
+    return (size_t)n * sizeof(float);
+}
+
+
+/* ---- the bits of the blocks ------------------------------------------------------------------ */
+
+/* Each quantized type stores small integers ("levels") and scales. moe__types_levels_NAME */
+/* unpacks the levels of one block as signed numbers; dequantize and dot are written on top of */
+/* it. */
+
+/* 18 bytes: f16 scale, then 16 bytes whose low halves are weights 0-15, high halves 16-31. */
+MOE__INLINE void moe__types_levels_q4_0(const uint8_t *block, int8_t *q) {
+    for (int i = 0; i < 16; i++) {
+        q[i] = (int8_t)((block[2 + i] & 15) - 8);
+        q[16 + i] = (int8_t)((block[2 + i] >> 4) - 8);
+    }
+}
+
+/* 34 bytes: f16 scale, 32 int8. */
+MOE__INLINE void moe__types_levels_q8_0(const uint8_t *block, int8_t *q) {
+    memcpy(q, block + 2, 32);
+}
+
+/* 144 bytes: f16 scale of the scales, f16 scale of the mins, 12 bytes of scales and mins (see */
+/* moe__types_scales), 128 bytes. Every 32 of those hold 64 weights: low halves 0-31, high 32-63. */
+MOE__INLINE void moe__types_levels_q4_k(const uint8_t *block, int8_t *q) {
+    for (int chunk = 0; chunk < 4; chunk++) {
+        const uint8_t *low = block + 16 + 32 * chunk;
+        for (int i = 0; i < 32; i++) {
+            q[64 * chunk + i] = (int8_t)(low[i] & 15);
+            q[64 * chunk + 32 + i] = (int8_t)(low[i] >> 4);
+        }
+    }
+}
+
+/* 176 bytes: 16 bytes as in Q4_K, 32 bytes of fifth bits (bit j of byte i: weight 32 j + i), */
+/* then 128 bytes of low bits as in Q4_K. */
+MOE__INLINE void moe__types_levels_q5_k(const uint8_t *block, int8_t *q) {
+    const uint8_t *high = block + 16;
+    for (int chunk = 0; chunk < 4; chunk++) {
+        const uint8_t *low = block + 48 + 32 * chunk;
+        for (int i = 0; i < 32; i++) {
+            int bits = high[i] >> 2 * chunk;
+            q[64 * chunk + i] = (int8_t)((low[i] & 15) | (bits & 1) << 4);
+            q[64 * chunk + 32 + i] = (int8_t)(low[i] >> 4 | (bits & 2) << 3);
+        }
+    }
+}
+
+/* 210 bytes: 128 bytes of low four bits, 64 bytes of high two bits, 16 int8 scales (each for 16 */
+/* weights), f16 scale of the scales. The halves of 128 weights lie one after another; in each, a */
+/* byte of high bits serves weights i, i + 32, i + 64 and i + 96. */
+MOE__INLINE void moe__types_levels_q6_k(const uint8_t *block, int8_t *q) {
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *low = block + 64 * half, *high = block + 128 + 32 * half;
+        int8_t *out = q + 128 * half;
+        for (int i = 0; i < 32; i++) {
+            out[i] = (int8_t)(((low[i] & 15) | (high[i] & 3) << 4) - 32);
+            out[32 + i] = (int8_t)(((low[32 + i] & 15) | (high[i] >> 2 & 3) << 4) - 32);
+            out[64 + i] = (int8_t)((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
+            out[96 + i] = (int8_t)((low[32 + i] >> 4 | (high[i] >> 6 & 3) << 4) - 32);
+        }
+    }
+}
+
+/* Q4_K and Q5_K: eight 6-bit scales and eight 6-bit mins, one pair per 32 weights, in 12 bytes. */
+/*   bytes 0-3   scale 0-3, and in the top two bits those of scale 4-7 */
+/*   bytes 4-7   min 0-3, and in the top two bits those of min 4-7 */
+/*   bytes 8-11  low four bits of scale 4-7, low four bits of min 4-7 */
+MOE__INLINE void moe__types_scales(const uint8_t *packed, uint8_t *scale, uint8_t *min) {
+    for (int j = 0; j < 4; j++) {
+        scale[j] = packed[j] & 63;
+        min[j] = packed[4 + j] & 63;
+        scale[4 + j] = (uint8_t)((packed[8 + j] & 15) | packed[j] >> 6 << 4);
+        min[4 + j] = (uint8_t)(packed[8 + j] >> 4 | packed[4 + j] >> 6 << 4);
+    }
+}
+
+MOE__INLINE float moe__types_load_f16(const uint8_t *p) {
+    return moe__f16_to_f32(moe__load_u16(p));
+}
+
+/* ---- dequantize: what a row means ------------------------------------------------------------ */
+
+/* A product of an f16 scale (11 bits), a block scale (at most 8) and a level (at most 8) is */
+/* exact in f32 for all types here; only the subtraction of a min rounds. So every instruction */
+/* set and every compiler, fused operations or not, gives the same bits. */
+
+MOE__PRIVATE void moe__dequantize_f32(const uint8_t *row, int64_t n, float *out) {
+    memcpy(out, row, (size_t)n * sizeof(float));
+}
+
+MOE__PRIVATE void moe__dequantize_f16(const uint8_t *row, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = moe__types_load_f16(row + 2 * i);
+}
+
+MOE__PRIVATE void moe__dequantize_bf16(const uint8_t *row, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = moe__bf16_to_f32(moe__load_u16(row + 2 * i));
+}
+
+MOE__PRIVATE void moe__dequantize_q4_0(const uint8_t *row, int64_t n, float *out) {
+    int8_t q[32];
+    for (; n > 0; n -= 32, row += 18, out += 32) {
+        float d = moe__types_load_f16(row);
+        moe__types_levels_q4_0(row, q);
+        for (int i = 0; i < 32; i++) out[i] = d * (float)q[i];
+    }
+}
+
+MOE__PRIVATE void moe__dequantize_q8_0(const uint8_t *row, int64_t n, float *out) {
+    int8_t q[32];
+    for (; n > 0; n -= 32, row += 34, out += 32) {
+        float d = moe__types_load_f16(row);
+        moe__types_levels_q8_0(row, q);
+        for (int i = 0; i < 32; i++) out[i] = d * (float)q[i];
+    }
+}
+
+/* Weight = d * scale * level - dmin * min. */
+MOE__INLINE void moe__types_dequantize_k(const uint8_t *block, const int8_t *q, float *out) {
+    uint8_t scale[8], min[8];
+    float d = moe__types_load_f16(block), dmin = moe__types_load_f16(block + 2);
+    moe__types_scales(block + 4, scale, min);
+    for (int i = 0; i < 256; i++)
+        out[i] = d * (float)scale[i / 32] * (float)q[i] - dmin * (float)min[i / 32];
+}
+
+MOE__PRIVATE void moe__dequantize_q4_k(const uint8_t *row, int64_t n, float *out) {
+    int8_t q[256];
+    for (; n > 0; n -= 256, row += 144, out += 256) {
+        moe__types_levels_q4_k(row, q);
+        moe__types_dequantize_k(row, q, out);
+    }
+}
+
+MOE__PRIVATE void moe__dequantize_q5_k(const uint8_t *row, int64_t n, float *out) {
+    int8_t q[256];
+    for (; n > 0; n -= 256, row += 176, out += 256) {
+        moe__types_levels_q5_k(row, q);
+        moe__types_dequantize_k(row, q, out);
+    }
+}
+
+MOE__PRIVATE void moe__dequantize_q6_k(const uint8_t *row, int64_t n, float *out) {
+    int8_t q[256];
+    for (; n > 0; n -= 256, row += 210, out += 256) {
+        float d = moe__types_load_f16(row + 208);
+        moe__types_levels_q6_k(row, q);
+        for (int i = 0; i < 256; i++) out[i] = d * (float)(int8_t)row[192 + i / 16] * (float)q[i];
+    }
+}
+
+/* ---- activations to int8 --------------------------------------------------------------------- */
+
+/* x to the nearest even integer, |x| < 2^31: adding 1.5 * 2^52 leaves it in the low mantissa */
+/* bits. The sum is a double so that no compiler fuses it with the f32 product that x comes from, */
+/* which would round once instead of twice. Any other x gives some integer. */
+MOE__INLINE int32_t moe__types_round(float x) {
+    double shifted = (double)x + 6755399441055744.0;
+    uint64_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return (int32_t)(uint32_t)bits;
+}
+
+/* Quantizes n values with one scale, which is returned. Values whose magnitudes are all below */
+/* 2^-120 count as 0: from there on 127 / peak would not be finite. NaN or infinity: NaN and q = */
+/* 0. */
+MOE__INLINE float moe__types_quantize_act(const float *x, int n, int8_t *q) {
+    uint32_t peak_bits = 0; /* magnitudes are ordered like their bits, NaN above all */
+    for (int i = 0; i < n; i++) {
+        uint32_t bits = moe__f32_bits(x[i]) & 0x7FFFFFFF;
+        if (bits > peak_bits) peak_bits = bits;
+    }
+    if (peak_bits >= 0x7F800000 || peak_bits < 0x03800000) {
+        memset(q, 0, (size_t)n);
+        return moe__f32_from_bits(peak_bits >= 0x7F800000 ? 0x7FC00000 : 0);
+    }
+    float peak = moe__f32_from_bits(peak_bits), inverse = 127.0f / peak;
+    for (int i = 0; i < n; i++) q[i] = (int8_t)moe__types_round(x[i] * inverse);
+    return peak / 127.0f;
+}
+
+MOE__PRIVATE void moe__quantize_act_f32(const float *x, int64_t n, void *act) {
+    memcpy(act, x, (size_t)n * sizeof(float));
+}
+
+MOE__PRIVATE void moe__quantize_act_q32(const float *x, int64_t n, void *act) {
+    moe__act32 *record = (moe__act32 *)act;
+    for (; n > 0; n -= 256, x += 256, record++) {
+        memset(record, 0, sizeof *record);
+        for (int j = 0; j < (int)moe__min(n / 32, 8); j++) {
+            int8_t *q = record->q + 32 * j;
+            int32_t sum = 0;
+            record->d[j] = moe__types_quantize_act(x + 32 * j, 32, q);
+            for (int i = 0; i < 32; i++) sum += q[i];
+            record->nsum[j] = -sum;
+        }
+    }
+}
+
+MOE__PRIVATE void moe__quantize_act_q256(const float *x, int64_t n, void *act) {
+    moe__act256 *record = (moe__act256 *)act;
+    for (; n > 0; n -= 256, x += 256, record++) {
+        memset(record, 0, sizeof *record);
+        record->d = moe__types_quantize_act(x, 256, record->q);
+        for (int j = 0; j < 16; j++) {
+            int sum = 0;
+            for (int i = 0; i < 16; i++) sum += record->q[16 * j + i];
+            record->nsum[j] = -sum;
+            record->sum16[j] = (int16_t)sum;
+            record->sum32[j / 2] = (int16_t)(record->sum32[j / 2] + sum);
+        }
+    }
+}
+
+/* ---- dot: rows times activations ------------------------------------------------------------- */
+
+/* moe__types_row_NAME is one row times one vector of activations. Sums over levels are exact in */
+/* int32; a block's sum times its scales is added to the row's sum in double, block after block. */
+/* So the result is the exact one but for a last rounding to f32, and a vector kernel may be */
+/* judged by its distance from it. NaN and infinity go through. */
+
+MOE__INLINE int32_t moe__types_sum(const int8_t *q, const int8_t *a, int n) {
+    int32_t sum = 0;
+    for (int i = 0; i < n; i++) sum += q[i] * a[i];
+    return sum;
+}
+
+/* Plain types: four sums, for weights i, i + 1, i + 2 and i + 3 of every four. */
+#define MOE__TYPES_ROW_FLOAT(name, size, load)                                                 \
+    MOE__INLINE double moe__types_row_##name(const uint8_t *row, int64_t n, const void *act) { \
+        const float *x = (const float *)act;                                                   \
+        double sum[4] = {0, 0, 0, 0};                                                          \
+        int64_t i = 0;                                                                         \
+        for (; i + 4 <= n; i += 4)                                                             \
+            for (int j = 0; j < 4; j++)                                                        \
+                sum[j] += (double)load(row + size * (i + j)) * (double)x[i + j];               \
+        for (; i < n; i++) sum[i & 3] += (double)load(row + size * i) * (double)x[i];          \
+        return (sum[0] + sum[1]) + (sum[2] + sum[3]);                                          \
+    }
+MOE__INLINE float moe__types_load_bf16(const uint8_t *p) {
+    return moe__bf16_to_f32(moe__load_u16(p));
+}
+MOE__TYPES_ROW_FLOAT(f32, 4, moe__load_f32)
+MOE__TYPES_ROW_FLOAT(f16, 2, moe__types_load_f16)
+MOE__TYPES_ROW_FLOAT(bf16, 2, moe__types_load_bf16)
+#undef MOE__TYPES_ROW_FLOAT
+
+/* sum over blocks of d * activation scale * sum(level * a) */
+#define MOE__TYPES_ROW_32(name, size)                                                          \
+    MOE__INLINE double moe__types_row_##name(const uint8_t *row, int64_t n, const void *act) { \
+        const moe__act32 *a = (const moe__act32 *)act;                                         \
+        double sum = 0;                                                                        \
+        int8_t q[32];                                                                          \
+        for (int64_t i = 0; i < n / 32; i++, row += size) {                                    \
+            int j = (int)(i % 8); /* scale j of record i / 8 */                                \
+            moe__types_levels_##name(row, q);                                                  \
+            double d = (double)moe__types_load_f16(row) * (double)a[i / 8].d[j];               \
+            sum += d * moe__types_sum(q, a[i / 8].q + 32 * j, 32);                             \
+        }                                                                                      \
+        return sum;                                                                            \
+    }
+MOE__TYPES_ROW_32(q4_0, 18)
+MOE__TYPES_ROW_32(q8_0, 34)
+#undef MOE__TYPES_ROW_32
+
+/* activation scale * (d * sum_j(scale_j * sum(level * a)) - dmin * sum_j(min_j * sum(a))); both */
+/* integers stay below 2^26. */
+MOE__INLINE double moe__types_block_k(const uint8_t *block, const int8_t *q, const moe__act256 *a) {
+    uint8_t scale[8], min[8];
+    int32_t sum = 0, sum_min = 0;
+    moe__types_scales(block + 4, scale, min);
+    for (int j = 0; j < 8; j++) {
+        sum += scale[j] * moe__types_sum(q + 32 * j, a->q + 32 * j, 32);
+        sum_min += min[j] * a->sum32[j];
+    }
+    return (double)a->d * ((double)moe__types_load_f16(block) * sum -
+                           (double)moe__types_load_f16(block + 2) * sum_min);
+}
+
+MOE__INLINE double moe__types_row_q4_k(const uint8_t *row, int64_t n, const void *act) {
+    const moe__act256 *a = (const moe__act256 *)act;
+    double sum = 0;
+    int8_t q[256];
+    for (; n > 0; n -= 256, row += 144, a++) {
+        moe__types_levels_q4_k(row, q);
+        sum += moe__types_block_k(row, q, a);
+    }
+    return sum;
+}
+
+MOE__INLINE double moe__types_row_q5_k(const uint8_t *row, int64_t n, const void *act) {
+    const moe__act256 *a = (const moe__act256 *)act;
+    double sum = 0;
+    int8_t q[256];
+    for (; n > 0; n -= 256, row += 176, a++) {
+        moe__types_levels_q5_k(row, q);
+        sum += moe__types_block_k(row, q, a);
+    }
+    return sum;
+}
+
+/* d * activation scale * sum_j(scale_j * sum(level * a)); the integer stays below 2^27. */
+MOE__INLINE double moe__types_row_q6_k(const uint8_t *row, int64_t n, const void *act) {
+    const moe__act256 *a = (const moe__act256 *)act;
+    double total = 0;
+    int8_t q[256];
+    for (; n > 0; n -= 256, row += 210, a++) {
+        int32_t sum = 0;
+        moe__types_levels_q6_k(row, q);
+        for (int j = 0; j < 16; j++)
+            sum += (int8_t)row[192 + j] * moe__types_sum(q + 16 * j, a->q + 16 * j, 16);
+        total += (double)moe__types_load_f16(row + 208) * (double)a->d * sum;
+    }
+    return total;
+}
+
+#define MOE__TYPES_DOT(NAME, name, ...)                                                      \
+    MOE__PRIVATE void moe__dot_##name(const uint8_t *rows, size_t row_size, int64_t n_rows,  \
+                                      int64_t n, const void *x, float *out) {                \
+        for (int64_t r = 0; r < n_rows; r++)                                                 \
+            out[r] = (float)moe__types_row_##name(rows + (size_t)r * row_size, n, x);        \
+    }
+MOE__TYPES(MOE__TYPES_DOT)
+#undef MOE__TYPES_DOT
+
+/* ---- quantize -------------------------------------------------------------------------------- */
+
+/* Quantizers of blocks minimise the weighted squared error sum(w (x - y)^2), w = importance or */
+/* 1. As a function of the scale it has many local minima. So: the levels that each of several */
+/* scales gives, the best scale for these levels by least squares, the levels again; the best of */
+/* all is kept. Scales that are stored as integers are chosen last, among neighbours, by the */
+/* error they cause. Sums are doubles and values at most 2^30: nothing overflows. What follows is */
+/* written for columns of a block: x the values, w their weights, both from moe__types_load. */
+
+enum {
+    MOE__TYPES_SCALES = 10, /* scales tried for y = d * level */
+    MOE__TYPES_LINES = 7,   /* lines tried for y = scale * level - min */
+    MOE__TYPES_ROUNDS = 2   /* times that a block's f16 scales are fitted again */
+};
+/* Ranges below 2^-26 are 0 to all types: the smallest f16 is 2^-24, half of it rounds to 0. */
+#define MOE__TYPES_TINY (1 / 67108864.0f)
+
+MOE__INLINE int moe__types_is_finite(float x) {
+    return (moe__f32_bits(x) & 0x7F800000) != 0x7F800000;
+}
+
+/* x to the nearest level; the first or last if it lies beyond; the first for NaN. */
+MOE__INLINE int32_t moe__types_level(float x, int32_t first, int32_t last) {
+    float low = x > (float)first ? x : (float)first;
+    return moe__types_round(low < (float)last ? low : (float)last);
+}
+
+/* A scale as it will be stored: the nearest finite f16. Below 2^-14, where f16 has few bits */
+/* left, the next larger one: a smaller one would clip the largest values by much. */
+MOE__INLINE float moe__types_round_f16(float x) {
+    uint16_t bits = moe__f32_to_f16(fabsf(x));
+    if (bits < 0x0400 && moe__f16_to_f32(bits) < fabsf(x)) bits++;
+    if (bits > 0x7BFF) bits = 0x7BFF; /* 65504 */
+    return x < 0 ? -moe__f16_to_f32(bits) : moe__f16_to_f32(bits);
+}
+
+/* A block's values and weights. NaN and infinity count as 0; beyond 2^30 is more than any type */
+/* can hold. Only the ratio of weights matters: they are brought to 0..1. The floor under them */
+/* lets columns of importance 0 break ties, and decide if there are no others. */
+MOE__PRIVATE void moe__types_load(const float *in, const float *importance, int n, float *x,
+                                  float *w) {
+    const float limit = 1073741824.0f;
+    float most = 0;
+    for (int i = 0; i < n; i++) {
+        x[i] = !moe__types_is_finite(in[i]) ? 0 : in[i] > limit ? limit : in[i];
+        if (x[i] < -limit) x[i] = -limit;
+        w[i] = 1;
+        if (!importance) continue;
+        w[i] = importance[i] > 0 && moe__types_is_finite(importance[i]) ? importance[i] : 0;
+        if (w[i] > most) most = w[i];
+    }
+    if (!importance) return;
+    for (int i = 0; i < n; i++) w[i] = (most > 0 ? w[i] / most : 0) + 1e-6f;
+}
+
+MOE__PRIVATE void moe__quantize_f32(const float *x, uint8_t *row, int64_t n,
+                                    const float *importance) {
+    (void)importance;
+    memcpy(row, x, (size_t)n * sizeof(float));
+}
+
+MOE__PRIVATE void moe__quantize_f16(const float *x, uint8_t *row, int64_t n,
+                                    const float *importance) {
+    (void)importance;
+    for (int64_t i = 0; i < n; i++) moe__store_u16(row + 2 * i, moe__f32_to_f16(x[i]));
+}
+
+MOE__PRIVATE void moe__quantize_bf16(const float *x, uint8_t *row, int64_t n,
+                                     const float *importance) {
+    (void)importance;
+    for (int64_t i = 0; i < n; i++) moe__store_u16(row + 2 * i, moe__f32_to_bf16(x[i]));
+}
+
+/* 255 levels leave nothing to search for: the largest value makes the scale, whatever its */
+/* weight. */
+MOE__PRIVATE void moe__quantize_q8_0(const float *in, uint8_t *row, int64_t n,
+                                     const float *importance) {
+    float x[32], w[32];
+    (void)importance;
+    for (; n > 0; n -= 32, in += 32, row += 34) {
+        float peak = 0;
+        moe__types_load(in, NULL, 32, x, w);
+        for (int i = 0; i < 32; i++)
+            if (fabsf(x[i]) > peak) peak = fabsf(x[i]);
+        float d = moe__types_round_f16(peak / 127), inverse = d > 0 ? 1 / d : 0;
+        moe__store_u16(row, moe__f32_to_f16(d));
+        for (int i = 0; i < 32; i++)
+            row[2 + i] = (uint8_t)moe__types_level(x[i] * inverse, -127, 127);
+    }
+}
+
+/* ---- quantize: y = d * level, levels first < 0 .. last (Q4_0, 16 weights of Q6_K) ------------ */
+
+MOE__INLINE double moe__types_scale_error(const float *x, const float *w, int n, int first,
+                                          int last, float d) {
+    float inverse = d != 0 ? 1 / d : 0;
+    double error = 0;
+    for (int i = 0; i < n; i++) {
+        float e = x[i] - d * (float)moe__types_level(x[i] * inverse, first, last);
+        error += (double)w[i] * e * e;
+    }
+    return error;
+}
+
+/* The best scale for the levels that d gives: sum(w x q) / sum(w q^2). */
+MOE__INLINE float moe__types_refit_scale(const float *x, const float *w, int n, int first,
+                                         int last, float d) {
+    float inverse = 1 / d;
+    double xq = 0, qq = 0;
+    for (int i = 0; i < n; i++) {
+        int32_t q = moe__types_level(x[i] * inverse, first, last);
+        xq += (double)w[i] * x[i] * q;
+        qq += (double)w[i] * q * q;
+    }
+    float refitted = qq > 0 ? (float)(xq / qq) : 0;
+    return fabsf(refitted) > 1e-12f ? refitted : d;
+}
+
+/* A good scale, maybe negative: 0, or from scales that put the largest value up to one level */
+/* before or behind the first or the last. */
+MOE__PRIVATE float moe__types_fit_scale(const float *x, const float *w, int n, int first,
+                                        int last) {
+    float peak = 0, best = 0;
+    for (int i = 0; i < n; i++)
+        if (fabsf(x[i]) > fabsf(peak)) peak = x[i];
+    if (fabsf(peak) < MOE__TYPES_TINY) return 0;
+    double least = moe__types_scale_error(x, w, n, first, last, 0);
+    for (int i = 0; i < MOE__TYPES_SCALES; i++) {
+        float level = (float)(i % 2 ? last : first) + 0.5f * (float)(i / 2 - 2);
+        float d = moe__types_refit_scale(x, w, n, first, last, peak / level);
+        double error = moe__types_scale_error(x, w, n, first, last, d);
+        if (error < least) {
+            least = error;
+            best = d;
+        }
+    }
+    return best;
+}
+
+MOE__PRIVATE void moe__quantize_q4_0(const float *in, uint8_t *row, int64_t n,
+                                     const float *importance) {
+    float x[32], w[32];
+    for (int64_t begin = 0; begin < n; begin += 32, row += 18) {
+        moe__types_load(in + begin, importance ? importance + begin : NULL, 32, x, w);
+        float d = moe__types_round_f16(moe__types_fit_scale(x, w, 32, -8, 7));
+        float inverse = d != 0 ? 1 / d : 0;
+        moe__store_u16(row, moe__f32_to_f16(d));
+        for (int i = 0; i < 16; i++) {
+            int32_t low = moe__types_level(x[i] * inverse, -8, 7) + 8;
+            int32_t high = moe__types_level(x[16 + i] * inverse, -8, 7) + 8;
+            row[2 + i] = (uint8_t)(low | high << 4);
+        }
+    }
+}
+
+/* A block of Q6_K in the making. */
+typedef struct moe__types_q6 {
+    float d; /* as stored */
+    int8_t scale[16], q[256];
+    double error;
+} moe__types_q6;
+
+/* Scales, levels and error for k->d; wanted: the scales that each 16 weights would like. */
+MOE__PRIVATE void moe__types_choose_q6(const float *x, const float *w, const float *wanted,
+                                       moe__types_q6 *k) {
+    k->error = 0;
+    for (int j = 0; j < 16; j++, x += 16, w += 16) {
+        int32_t near = k->d != 0 ? moe__types_level(wanted[j] / k->d, -128, 127) : 0;
+        double least = INFINITY;
+        for (int32_t s = near - 1; s <= near + 1; s++) {
+            if (s < -128 || s > 127) continue;
+            double error = moe__types_scale_error(x, w, 16, -32, 31, k->d * (float)s);
+            if (error < least) {
+                least = error;
+                k->scale[j] = (int8_t)s;
+            }
+        }
+        float d = k->d * (float)k->scale[j], inverse = d != 0 ? 1 / d : 0;
+        for (int i = 0; i < 16; i++)
+            k->q[16 * j + i] = (int8_t)moe__types_level(x[i] * inverse, -32, 31);
+        k->error += least;
+    }
+}
+
+/* The best d for the block's scales and levels. */
+MOE__PRIVATE void moe__types_refit_q6(const float *x, const float *w, moe__types_q6 *k) {
+    double xa = 0, aa = 0;
+    for (int i = 0; i < 256; i++) {
+        double a = k->scale[i / 16] * k->q[i];
+        xa += (double)w[i] * x[i] * a;
+        aa += (double)w[i] * a * a;
+    }
+    if (aa > 0) k->d = moe__types_round_f16((float)(xa / aa));
+}
+
+MOE__PRIVATE void moe__types_fit_q6(const float *x, const float *w, moe__types_q6 *best) {
+    moe__types_q6 k;
+    float wanted[16], peak = 0;
+    memset(&k, 0, sizeof k);
+    for (int j = 0; j < 16; j++) {
+        wanted[j] = moe__types_fit_scale(x + 16 * j, w + 16 * j, 16, -32, 31);
+        if (fabsf(wanted[j]) > fabsf(peak)) peak = wanted[j];
+    }
+    k.d = moe__types_round_f16(peak / -128); /* the largest scale becomes -128 */
+    moe__types_choose_q6(x, w, wanted, &k);
+    *best = k;
+    for (int round = 0; round < MOE__TYPES_ROUNDS; round++) {
+        moe__types_refit_q6(x, w, &k);
+        moe__types_choose_q6(x, w, wanted, &k);
+        if (k.error < best->error) *best = k;
+    }
+}
+
+MOE__PRIVATE void moe__quantize_q6_k(const float *in, uint8_t *row, int64_t n,
+                                     const float *importance) {
+    float x[256], w[256];
+    moe__types_q6 k;
+    for (int64_t begin = 0; begin < n; begin += 256, row += 210) {
+        moe__types_load(in + begin, importance ? importance + begin : NULL, 256, x, w);
+        moe__types_fit_q6(x, w, &k);
+        for (int half = 0; half < 2; half++) {
+            uint8_t *low = row + 64 * half, *high = row + 128 + 32 * half;
+            const int8_t *q = k.q + 128 * half;
+            for (int i = 0; i < 32; i++) {
+                int a = q[i] + 32, b = q[32 + i] + 32, c = q[64 + i] + 32, d = q[96 + i] + 32;
+                low[i] = (uint8_t)((a & 15) | (c & 15) << 4);
+                low[32 + i] = (uint8_t)((b & 15) | (d & 15) << 4);
+                high[i] = (uint8_t)(a >> 4 | b >> 4 << 2 | c >> 4 << 4 | d >> 4 << 6);
+            }
+        }
+        memcpy(row + 192, k.scale, 16);
+        moe__store_u16(row + 208, moe__f32_to_f16(k.d));
+    }
+}
+
+/* ---- quantize: y = scale * level - min, min >= 0, levels 0 .. last (32 weights of Q4_K, Q5_K) */
+
+typedef struct moe__types_line {
+    float scale, min;
+} moe__types_line;
+
+MOE__INLINE double moe__types_line_error(const float *x, const float *w, int last,
+                                         moe__types_line line) {
+    float inverse = line.scale > 0 ? 1 / line.scale : 0;
+    double error = 0;
+    for (int i = 0; i < 32; i++) {
+        int32_t q = moe__types_level((x[i] + line.min) * inverse, 0, last);
+        float e = x[i] - (line.scale * (float)q - line.min);
+        error += (double)w[i] * e * e;
+    }
+    return error;
+}
+
+/* The best line for the levels that `line` gives: two normal equations, or one if min would be */
+/* negative. */
+MOE__INLINE moe__types_line moe__types_refit_line(const float *x, const float *w, int last,
+                                                  moe__types_line line) {
+    float inverse = 1 / line.scale;
+    double sw = 0, sx = 0, sq = 0, sqq = 0, sxq = 0;
+    for (int i = 0; i < 32; i++) {
+        int32_t q = moe__types_level((x[i] + line.min) * inverse, 0, last);
+        double wq = (double)w[i] * q;
+        sw += w[i];
+        sx += (double)w[i] * x[i];
+        sq += wq;
+        sqq += wq * q;
+        sxq += wq * x[i];
+    }
+    double determinant = sw * sqq - sq * sq;
+    if (!(determinant > 1e-9 * sw * sqq)) return line; /* all levels are the same */
+    double scale = (sw * sxq - sx * sq) / determinant, min = (sq * sxq - sqq * sx) / determinant;
+    if (min < 0) {
+        min = 0;
+        scale = sxq / sqq;
+    }
+    if (scale > 1e-12) {
+        line.scale = (float)scale;
+        line.min = (float)min;
+    }
+    return line;
+}
+
+/* A good line: constant, or from lines that begin at the smallest value and reach the largest */
+/* one up to one level before or two behind the last. */
+MOE__PRIVATE moe__types_line moe__types_fit_line(const float *x, const float *w, int last) {
+    moe__types_line best;
+    float low = 0, high = x[0];
+    for (int i = 0; i < 32; i++) {
+        if (x[i] < low) low = x[i];
+        if (x[i] > high) high = x[i];
+    }
+    best.scale = 0;
+    best.min = -low;
+    if (high - low < MOE__TYPES_TINY) return best;
+    double least = moe__types_line_error(x, w, last, best);
+    for (int i = 0; i < MOE__TYPES_LINES; i++) {
+        moe__types_line line;
+        line.scale = (high - low) / ((float)last - 1 + 0.5f * (float)i);
+        line.min = -low;
+        line = moe__types_refit_line(x, w, last, line);
+        double error = moe__types_line_error(x, w, last, line);
+        if (error < least) {
+            least = error;
+            best = line;
+        }
+    }
+    return best;
+}
+
+/* A block of Q4_K or Q5_K in the making. */
+typedef struct moe__types_k {
+    float d, dmin; /* as stored */
+    uint8_t scale[8], min[8], q[256];
+    double error;
+} moe__types_k;
+
+/* The best of the 3 x 3 integer pairs around what these 32 weights want. */
+MOE__PRIVATE void moe__types_choose_line(const float *x, const float *w, int last,
+                                         moe__types_line wanted, moe__types_k *k, int j) {
+    int32_t scale = k->d > 0 ? moe__types_level(wanted.scale / k->d, 0, 63) : 0;
+    int32_t min = k->dmin > 0 ? moe__types_level(wanted.min / k->dmin, 0, 63) : 0;
+    double least = INFINITY;
+    moe__types_line line, best = {0, 0};
+    for (int i = 0; i < 9; i++) {
+        int32_t s = scale + i / 3 - 1, m = min + i % 3 - 1;
+        if (s < 0 || s > 63 || m < 0 || m > 63) continue;
+        line.scale = k->d * (float)s;
+        line.min = k->dmin * (float)m;
+        double error = moe__types_line_error(x, w, last, line);
+        if (error < least) {
+            least = error;
+            best = line;
+            k->scale[j] = (uint8_t)s;
+            k->min[j] = (uint8_t)m;
+        }
+    }
+    k->error += least;
+    float inverse = best.scale > 0 ? 1 / best.scale : 0;
+    for (int i = 0; i < 32; i++)
+        k->q[32 * j + i] = (uint8_t)moe__types_level((x[i] + best.min) * inverse, 0, last);
+}
+
+/* The best d and dmin for the block's scales, mins and levels: y = d * a - dmin * b. */
+MOE__PRIVATE void moe__types_refit_k(const float *x, const float *w, moe__types_k *k) {
+    double xa = 0, xb = 0, aa = 0, ab = 0, bb = 0;
+    for (int i = 0; i < 256; i++) {
+        double a = k->scale[i / 32] * k->q[i], b = k->min[i / 32], wa = w[i] * a, wb = w[i] * b;
+        xa += x[i] * wa;
+        xb += x[i] * wb;
+        aa += wa * a;
+        ab += wa * b;
+        bb += wb * b;
+    }
+    double determinant = aa * bb - ab * ab, d = 0, dmin = 0;
+    if (determinant > 1e-9 * aa * bb) {
+        d = (bb * xa - ab * xb) / determinant;
+        dmin = (ab * xa - aa * xb) / determinant;
+    } else if (aa > 0) {
+        d = xa / aa; /* no mins */
+    }
+    if (!(d > 0 && dmin >= 0)) return;
+    k->d = moe__types_round_f16((float)d);
+    k->dmin = moe__types_round_f16((float)dmin);
+}
+
+MOE__PRIVATE void moe__types_fit_k(const float *x, const float *w, int last, moe__types_k *best) {
+    moe__types_k k;
+    moe__types_line wanted[8];
+    float scale = 0, min = 0;
+    memset(&k, 0, sizeof k);
+    for (int j = 0; j < 8; j++) {
+        wanted[j] = moe__types_fit_line(x + 32 * j, w + 32 * j, last);
+        if (wanted[j].scale > scale) scale = wanted[j].scale;
+        if (wanted[j].min > min) min = wanted[j].min;
+    }
+    k.d = moe__types_round_f16(scale / 63);
+    k.dmin = moe__types_round_f16(min / 63);
+    for (int round = 0; round <= MOE__TYPES_ROUNDS; round++) {
+        if (round) moe__types_refit_k(x, w, &k);
+        k.error = 0;
+        for (int j = 0; j < 8; j++)
+            moe__types_choose_line(x + 32 * j, w + 32 * j, last, wanted[j], &k, j);
+        if (round == 0 || k.error < best->error) *best = k;
+    }
+}
+
+/* The 16 bytes that Q4_K and Q5_K begin with. */
+MOE__PRIVATE void moe__types_store_scales(const moe__types_k *k, uint8_t *block) {
+    uint8_t *packed = block + 4;
+    moe__store_u16(block, moe__f32_to_f16(k->d));
+    moe__store_u16(block + 2, moe__f32_to_f16(k->dmin));
+    for (int j = 0; j < 4; j++) {
+        packed[j] = (uint8_t)(k->scale[j] | k->scale[4 + j] >> 4 << 6);
+        packed[4 + j] = (uint8_t)(k->min[j] | k->min[4 + j] >> 4 << 6);
+        packed[8 + j] = (uint8_t)((k->scale[4 + j] & 15) | (k->min[4 + j] & 15) << 4);
+    }
+}
+
+/* The 128 bytes of low bits that Q4_K and Q5_K end with. */
+MOE__PRIVATE void moe__types_store_low(const uint8_t *q, uint8_t *out) {
+    for (int chunk = 0; chunk < 4; chunk++, q += 64, out += 32)
+        for (int i = 0; i < 32; i++) out[i] = (uint8_t)((q[i] & 15) | (q[32 + i] & 15) << 4);
+}
+
+MOE__PRIVATE void moe__quantize_q4_k(const float *in, uint8_t *row, int64_t n,
+                                     const float *importance) {
+    float x[256], w[256];
+    moe__types_k k;
+    for (int64_t begin = 0; begin < n; begin += 256, row += 144) {
+        moe__types_load(in + begin, importance ? importance + begin : NULL, 256, x, w);
+        moe__types_fit_k(x, w, 15, &k);
+        moe__types_store_scales(&k, row);
+        moe__types_store_low(k.q, row + 16);
+    }
+}
+
+MOE__PRIVATE void moe__quantize_q5_k(const float *in, uint8_t *row, int64_t n,
+                                     const float *importance) {
+    float x[256], w[256];
+    moe__types_k k;
+    for (int64_t begin = 0; begin < n; begin += 256, row += 176) {
+        moe__types_load(in + begin, importance ? importance + begin : NULL, 256, x, w);
+        moe__types_fit_k(x, w, 31, &k);
+        moe__types_store_scales(&k, row);
+        memset(row + 16, 0, 32);
+        for (int i = 0; i < 256; i++) row[16 + i % 32] |= (uint8_t)(k.q[i] >> 4 << i / 32);
+        moe__types_store_low(k.q, row + 48);
+    }
+}
+
+/* ---- the table ------------------------------------------------------------------------------- */
+
+typedef struct moe__type {
+    moe_type id;
+    const char *name;
+    int32_t block, bytes; /* weights and bytes per block */
+    moe__act_kind act;    /* what dot wants */
+    void (*dequantize)(const uint8_t *row, int64_t n, float *out);
+    void (*quantize)(const float *x, uint8_t *row, int64_t n, const float *importance);
+    void (*dot)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *x,
+                float *out);
+} moe__type;
+
+#define MOE__TYPES_ENTRY(NAME, name, block, bytes, act)                                     \
+    {MOE_TYPE_##NAME, #NAME, block, bytes, MOE__ACT_##act, moe__dequantize_##name,          \
+     moe__quantize_##name, moe__dot_##name},
+static const moe__type moe__types[MOE__N_TYPES] = {MOE__TYPES(MOE__TYPES_ENTRY)};
+#undef MOE__TYPES_ENTRY
+
+/* NULL if models with this type cannot be run. The entry's place in the table is its index in */
+/* kernel tables. */
+MOE__PRIVATE const moe__type *moe__type_find(moe_type id) {
+    for (int i = 0; i < MOE__N_TYPES; i++)
+        if (moe__types[i].id == id) return &moe__types[i];
+    return NULL;
+}
+
+/* ---- public ---------------------------------------------------------------------------------- */
+
+MOE_API const char *moe_type_name(moe_type type) {
+    const moe__gguf_type *info = moe__gguf_type_info((int32_t)type);
+    return info ? info->name : "?";
+}
+
+MOE_API int moe_type_supported(moe_type type) { return moe__type_find(type) != NULL; }
+
+MOE_API int32_t moe_type_block(moe_type type) {
+    const moe__gguf_type *info = moe__gguf_type_info((int32_t)type);
+    return info ? info->block : 0;
+}
+
+MOE_API size_t moe_type_row_size(moe_type type, int64_t n) {
+    const moe__gguf_type *info = moe__gguf_type_info((int32_t)type);
+    uint64_t size;
+    if (!info || info->bytes == 0 || n <= 0 || n % info->block != 0) return 0;
+    if (!moe__size_mul((uint64_t)(n / info->block), (uint64_t)info->bytes, &size) ||
+        !moe__size_add(size, (uint64_t)info->row_meta, &size) || size > SIZE_MAX / 2)
+        return 0;
+    return (size_t)size;
+}
+
+/* What moe_type_dequantize and _quantize share: `from` and `to` are the names of in and out. */
+MOE__PRIVATE moe_status moe__types_check(moe_type type, const void *in, const char *from,
+                                         const void *out, const char *to, int64_t n_rows,
+                                         int64_t n, moe_error *error) {
+    const moe__type *t = moe__type_find(type);
+    size_t row_size = moe_type_row_size(type, n);
+    uint64_t bytes, count;
+    if (!t)
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "type", "type %ld (%s) is not supported",
+                         (long)type, moe_type_name(type));
+    if (n_rows < 0)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "n_rows", "negative number of rows");
+    if (row_size == 0)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "n",
+                         "%lld weights are not a row of %s (blocks of %ld)", (long long)n, t->name,
+                         (long)t->block);
+    if (!moe__size_mul((uint64_t)n_rows, row_size, &bytes) || bytes > SIZE_MAX / 2 ||
+        !moe__size_mul((uint64_t)n_rows, (uint64_t)n, &count) ||
+        count > SIZE_MAX / 2 / sizeof(float))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "n_rows", "more rows than memory has room for");
+    if (n_rows > 0 && (!in || !out))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, in ? to : from, "NULL");
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_type_dequantize(moe_type type, const void *rows, float *out, int64_t n_rows,
+                                       int64_t n, moe_error *error) {
+    moe_status status = moe__types_check(type, rows, "rows", out, "out", n_rows, n, error);
+    if (status != MOE_OK) return status;
+    const moe__type *t = moe__type_find(type);
+    size_t row_size = moe_type_row_size(type, n);
+    for (int64_t r = 0; r < n_rows; r++)
+        t->dequantize((const uint8_t *)rows + (size_t)r * row_size, n, out + r * n);
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows, int64_t n_rows,
+                                     int64_t n, const float *importance, moe_error *error) {
+    moe_status status = moe__types_check(type, in, "in", rows, "rows", n_rows, n, error);
+    if (status != MOE_OK) return status;
+    const moe__type *t = moe__type_find(type);
+    size_t row_size = moe_type_row_size(type, n);
+    for (int64_t r = 0; r < n_rows; r++)
+        t->quantize(in + r * n, (uint8_t *)rows + (size_t)r * row_size, n, importance);
+    return MOE_OK;
+}
+/* ============================================================================================== */
+/* // >>kernels */
+/* */
+/* The inner loops, as one table of functions per instruction set. The plain C table comes first: */
+/* it is the specification, and it runs where nothing better is there. Behind it lies one text of */
+/* vector kernels that this file includes from itself, once per instruction set. */
+/* ============================================================================================== */
+
+enum {
+    MOE__TILE_ROWS = 32,    /* most rows of one call of a tile kernel */
+    MOE__PACK_SIZE = 65536, /* bytes of scratch of a tile kernel */
+    MOE__ATTEND_KEYS = 512, /* most keys of one call of an attention kernel */
+    MOE__ATTEND_QUERIES = 32 /* most queries of one call of an attention kernel */
+};
+
+/* Activations from n floats, n a multiple of 32 (Q32) or 256 (Q256). A NaN or infinity in a scale's */
+/* values makes that scale NaN. */
+typedef void moe__quantize_fn(const float *x, int64_t n, void *act);
+
+/* out[r] = row r . x, for n_rows rows of n weights that lie row_size bytes apart. x: activations in */
+/* the kind that the type wants. */
+typedef void moe__dot_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                         const void *x, float *out);
+
+/* out[t * out_stride + r] = row r . x[t], for 1..MOE__TILE_ROWS rows and n_tokens >= 1 tokens. */
+/* pack: MOE__PACK_SIZE bytes of scratch, aligned to 64. prefetch: what the caller reads next */
+/* (prefetch_size bytes, may be 0), fetched into the cache while computing. */
+typedef void moe__tile_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                          const void *const *x, int64_t n_tokens, float *out, int64_t out_stride,
+                          void *pack, const uint8_t *prefetch, size_t prefetch_size);
+
+typedef void moe__dequantize_fn(const uint8_t *row, int64_t n, float *out);
+
+/* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
+/* largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i], and the */
+/* weighted sum of values out[i * out_stride ..], dv floats, not yet divided by sum[i]. The call */
+/* brings the state up to date with keys 0 .. n_visible[i] - 1 of this block. */
+typedef struct moe__attend_args {
+    const float *q;          /* query i: dk floats at q + i * q_stride, already scaled */
+    int64_t q_stride;
+    const void *k, *v;       /* key j: dk values at byte j * k_bytes; value j: dv values at j * v_bytes */
+    size_t k_bytes, v_bytes;
+    int32_t f32;             /* keys and values are f32; else f16 */
+    int32_t dk, dv;          /* any positive size; fast for multiples of 16 */
+    int32_t n_queries;       /* 1..MOE__ATTEND_QUERIES */
+    int32_t n_keys;          /* 1..MOE__ATTEND_KEYS */
+    const int32_t *n_visible; /* per query, 0..n_keys; NULL: all */
+    float *max, *sum, *out;
+    int64_t out_stride;
+    float *scores;           /* scratch: n_queries * MOE__ATTEND_KEYS floats, aligned to 64 */
+} moe__attend_args;
+
+typedef struct moe__type_kernels {
+    moe__dot_fn *dot;
+    moe__tile_fn *tile;
+    moe__dequantize_fn *dequantize;
+} moe__type_kernels;
+
+typedef struct moe__kernels {
+    moe_isa isa;
+    moe__type_kernels type[MOE__N_TYPES]; /* in the order of the type table */
+    moe__quantize_fn *quantize[MOE__ACT_KINDS]; /* [MOE__ACT_F32] copies */
+    /* out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; weight NULL: 1. out may be x. */
+    void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
+    /* out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)). out may be gate. */
+    void (*swiglu)(const float *gate, const float *up, int64_t n, float *out);
+    /* x[i] = exp(x[i] - max(x)) / sum; all -inf or a NaN inside: NaN */
+    void (*softmax)(float *x, int64_t n);
+    /* y[i] += a * x[i] */
+    void (*axpy)(float a, const float *x, int64_t n, float *y);
+    void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
+    void (*attend)(const moe__attend_args *args);
+} moe__kernels;
+
+/* ---- the plain C table ----------------------------------------------------------------------- */
+
+/* Short loops in the order of the formulas; sums in double. The vector kernels may differ from */
+/* them by rounding only. */
+
+/* Tokens outside, rows inside: a tile of rows stays in the cache. */
+MOE__INLINE void moe__kernels_tile(moe__dot_fn *dot, const uint8_t *rows, size_t row_size,
+                                   int64_t n_rows, int64_t n, const void *const *x,
+                                   int64_t n_tokens, float *out, int64_t out_stride) {
+    for (int64_t t = 0; t < n_tokens; t++)
+        dot(rows, row_size, n_rows, n, x[t], out + t * out_stride);
+}
+
+#define MOE__KERNELS_TILE(NAME, name, ...)                                                       \
+    MOE__PRIVATE void moe__tile_##name##_scalar(                                                 \
+        const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,   \
+        int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,   \
+        size_t prefetch_size) {                                                                  \
+        (void)pack;                                                                              \
+        (void)prefetch;                                                                          \
+        (void)prefetch_size;                                                                     \
+        moe__kernels_tile(moe__dot_##name, rows, row_size, n_rows, n, x, n_tokens, out,          \
+                          out_stride);                                                           \
+    }
+MOE__TYPES(MOE__KERNELS_TILE)
+#undef MOE__KERNELS_TILE
+
+MOE__PRIVATE void moe__rms_norm_scalar(const float *x, const float *weight, int64_t n, float eps,
+                                       float *out) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (double)x[i] * x[i];
+    float scale = (float)(1 / sqrt(sum / (double)n + eps));
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * (weight ? weight[i] : 1);
+}
+
+MOE__PRIVATE void moe__swiglu_scalar(const float *gate, const float *up, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+}
+
+MOE__PRIVATE void moe__softmax_scalar(float *x, int64_t n) {
+    float max = -INFINITY;
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (x[i] > max) max = x[i];
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = expf(x[i] - max); /* NaN if x[i] is, or if all are -inf: then so is the sum */
+        sum += x[i];
+    }
+    float inverse = (float)(1 / sum);
+    for (int64_t i = 0; i < n; i++) x[i] *= inverse;
+}
+
+MOE__PRIVATE void moe__axpy_scalar(float a, const float *x, int64_t n, float *y) {
+    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+MOE__PRIVATE void moe__f32_to_f16_scalar(const float *x, int64_t n, uint16_t *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = moe__f32_to_f16(x[i]);
+}
+
+/* ---- attention */
+
+/* Value c of a key or value row. */
+MOE__INLINE float moe__attend_load(const uint8_t *row, int f32, int c) {
+    return f32 ? moe__load_f32(row + 4 * (size_t)c) : moe__types_load_f16(row + 2 * (size_t)c);
+}
+
+/* scores[j] = q . key j for n keys; returns the largest of them and `max`. A NaN makes that NaN, */
+/* or its own weight later: either way it reaches the sum. */
+MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *q, int n, float max,
+                                     float *scores) {
+    for (int j = 0; j < n; j++) {
+        const uint8_t *key = (const uint8_t *)args->k + (size_t)j * args->k_bytes;
+        double sum = 0;
+        for (int c = 0; c < args->dk; c++)
+            sum += (double)q[c] * moe__attend_load(key, args->f32, c);
+        scores[j] = (float)sum;
+        if (!(scores[j] <= max)) max = scores[j];
+    }
+    return max;
+}
+
+/* One query. What was summed up under the old maximum is brought to the new one. If there is no */
+/* score above -inf yet, there is nothing to sum. */
+MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int n) {
+    float *scores = args->scores + (size_t)i * MOE__ATTEND_KEYS;
+    float *out = args->out + i * args->out_stride;
+    float max = moe__attend_scores(args, args->q + i * args->q_stride, n, args->max[i], scores);
+    if (max == -INFINITY) return;
+    float scale = expf(args->max[i] - max); /* 0 the first time */
+    double sum = (double)args->sum[i] * scale;
+    for (int c = 0; c < args->dv; c++) out[c] *= scale;
+    for (int j = 0; j < n; j++) {
+        const uint8_t *value = (const uint8_t *)args->v + (size_t)j * args->v_bytes;
+        float weight = expf(scores[j] - max);
+        sum += weight;
+        for (int c = 0; c < args->dv; c++)
+            out[c] += weight * moe__attend_load(value, args->f32, c);
+    }
+    args->max[i] = max;
+    args->sum[i] = (float)sum;
+}
+
+MOE__PRIVATE void moe__attend_scalar(const moe__attend_args *args) {
+    for (int i = 0; i < args->n_queries; i++) {
+        int n = args->n_visible ? args->n_visible[i] : args->n_keys;
+        if (n > 0) moe__attend_query(args, i, n);
+    }
+}
+
+#define MOE__KERNELS_TYPE(NAME, name, ...) \
+    {moe__dot_##name, moe__tile_##name##_scalar, moe__dequantize_##name},
+static const moe__kernels moe__kernels_scalar = {
+    MOE_ISA_SCALAR,
+    {MOE__TYPES(MOE__KERNELS_TYPE)},
+    {moe__quantize_act_f32, moe__quantize_act_q32, moe__quantize_act_q256},
+    moe__rms_norm_scalar,
+    moe__swiglu_scalar,
+    moe__softmax_scalar,
+    moe__axpy_scalar,
+    moe__f32_to_f16_scalar,
+    moe__attend_scalar};
+#undef MOE__KERNELS_TYPE
+/* ---- the vector kernels, once per instruction set --------------------------------------------- */
+
+#if MOE__X86
+#if defined(__GNUC__) && !defined(__clang__)
+/* GCC 12 warns inside its own AVX-512 headers (bug 105593). */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#define MOE__ISA 2
+#include MOE_INFER_HEADER
+#undef MOE__ISA
+#if MOE__USE_AVX512
+#define MOE__ISA 3
+#include MOE_INFER_HEADER
+#undef MOE__ISA
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#endif /* MOE__X86 */
+#endif /* MOE_INFER_IMPLEMENTATION, first half */
+
+#else /* MOE__ISA: the vector kernels, read once per instruction set ----------------------------- */
+
+/* MOE__(name) is name with the instruction set appended. MOE__K starts a kernel, MOE__V a helper */
+/* that is always inlined into kernels. Helpers get the same target string as their callers, or GCC */
+/* refuses to inline them. Vector types never leave this text. */
+#define MOE__PASTE_(a, b) a##b
+#define MOE__PASTE(a, b) MOE__PASTE_(a, b)
+#if MOE__ISA == 2
+#define MOE__(name) MOE__PASTE(moe__##name, _avx2)
+#define MOE__TARGET __attribute__((target("avx2,fma,f16c")))
+#elif MOE__ISA == 3
+#define MOE__(name) MOE__PASTE(moe__##name, _avx512)
+#define MOE__TARGET \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#endif
+#define MOE__K static MOE__TARGET __attribute__((unused))
+#define MOE__V static inline MOE__TARGET __attribute__((unused, always_inline))
+/* GCC keeps arrays of accumulators in memory unless every loop over them is unrolled. */
+#define MOE__UNROLL(n) MOE__UNROLL_(GCC unroll n)
+#define MOE__UNROLL_(text) _Pragma(#text)
+
+/* ---- vectors ---------------------------------------------------------------------------------- */
+
+/* MOE__VI and MOE__VF are whole vectors of integers and floats, MOE__MM(op) is the intrinsic of */
+/* that width where both instruction sets have it under the same name. A lane is 128 bits: K-quant */
+/* kernels compute MOE__LANES rows at once, and wherever the rows meet, lane r belongs to row r. */
+/* MOE__LANE(x, r) is lane r of x in all lanes; MOE__EACH_LANE(M) is M(0) M(1) ..., one per lane. */
+/* Products that are to be fused are written as fmadd, so that C and C++ give the same bits. */
+#if MOE__ISA == 3
+#define MOE__VI __m512i
+#define MOE__VF __m512
+#define MOE__MM(op) _mm512_##op
+#define MOE__VBYTES 64
+#define MOE__LANES 4
+#define MOE__LANE(x, r) _mm512_shuffle_i32x4(x, x, (r)*0x55)
+#define MOE__EACH_LANE(M) M(0) M(1) M(2) M(3)
+#else
+#define MOE__VI __m256i
+#define MOE__VF __m256
+#define MOE__MM(op) _mm256_##op
+#define MOE__VBYTES 32
+#define MOE__LANES 2
+#define MOE__LANE(x, r) _mm256_permute2x128_si256(x, x, (r)*0x11)
+#define MOE__EACH_LANE(M) M(0) M(1)
+#endif
+#define MOE__VFLOATS (MOE__VBYTES / 4) /* floats in a vector */
+/* Vector x is computed here, and no load is moved across: compilers that load and multiply far ahead */
+/* (clang), sum up in another order or keep what is read twice (GCC) run out of registers. */
+#define MOE__SETTLE(x) __asm__ volatile("" : "+v"(x) : : "memory")
+
+#if MOE__ISA == 3
+MOE__V __m512i MOE__(v_load)(const void *p) { return _mm512_loadu_si512(p); }
+MOE__V __m512i MOE__(v_zero)(void) { return _mm512_setzero_si512(); }
+MOE__V __m512i MOE__(v_and)(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
+MOE__V __m512i MOE__(v_or)(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
+/* a | (b & mask) */
+MOE__V __m512i MOE__(v_or_and)(__m512i a, __m512i b, __m512i mask) {
+    return _mm512_ternarylogic_epi32(a, b, mask, 0xF8);
+}
+/* x in every lane */
+MOE__V __m512i MOE__(v_lanes)(__m128i x) { return _mm512_broadcast_i32x4(x); }
+/* 32 bytes in every half */
+MOE__V __m512i MOE__(v_load32)(const void *p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)p));
+}
+/* 16 bytes of row r in lane r: w[0] + offset, w[1] + offset, ... */
+MOE__V __m512i MOE__(v_load16_rows)(const uint8_t *const *w, size_t offset) {
+    __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(w[0] + offset)));
+    __m256i high = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(w[2] + offset)));
+    low = _mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i *)(w[1] + offset)), 1);
+    high = _mm256_inserti128_si256(high, _mm_loadu_si128((const __m128i *)(w[3] + offset)), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+/* acc + the sums of four neighbouring products, u unsigned bytes, s signed bytes. AVX2 forms sums */
+/* of two products in int16, which must stay within -32768..32767. */
+MOE__V __m512i MOE__(v_dot_u8)(__m512i acc, __m512i u, __m512i s) {
+    return _mm512_dpbusd_epi32(acc, u, s);
+}
+/* acc + the sums of two neighbouring int16 products */
+MOE__V __m512i MOE__(v_dot_i16)(__m512i acc, __m512i a, __m512i b) {
+    return _mm512_dpwssd_epi32(acc, a, b);
+}
+/* Lane r of the result: the sum of the four lanes of x[r], int32. */
+MOE__V __m512i MOE__(v_add_lanes)(const __m512i *x) {
+    __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(x[0], x[1], 0x44),
+                                 _mm512_shuffle_i32x4(x[0], x[1], 0xEE));
+    __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(x[2], x[3], 0x44),
+                                 _mm512_shuffle_i32x4(x[2], x[3], 0xEE));
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+}
+/* All four floats of lane r of the result: f16 number `index` (0..7) of lane r of x. */
+MOE__V __m512 MOE__(v_lane_f16)(__m512i x, int index) {
+    const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x180018, 0x180018, 0x100010,
+                                           0x100010, 0x080008, 0x080008, 0, 0);
+    __m512i at = _mm512_add_epi16(first, _mm512_set1_epi16((short)index));
+    return _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(at, x)));
+}
+/* Result r (of four): the sum of the floats of lane r. */
+MOE__V __m128 MOE__(v_lane_sums)(__m512 x) {
+    __m256 a = _mm256_hadd_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    a = _mm256_hadd_ps(a, a); /* rows 0 2 0 2 | 1 3 1 3 */
+    return _mm_unpacklo_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+}
+/* The low half plus the high half. */
+MOE__V __m256 MOE__(v_fold)(__m512 x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
+/* MOE__VFLOATS f16 or bf16 values at p as floats. */
+MOE__V __m512 MOE__(v_load_f16)(const void *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+MOE__V __m512 MOE__(v_load_bf16)(const void *p) {
+    __m256i bits = _mm256_loadu_si256((const __m256i *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+#else
+MOE__V __m256i MOE__(v_load)(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+MOE__V __m256i MOE__(v_zero)(void) { return _mm256_setzero_si256(); }
+MOE__V __m256i MOE__(v_and)(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
+MOE__V __m256i MOE__(v_or)(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
+MOE__V __m256i MOE__(v_or_and)(__m256i a, __m256i b, __m256i mask) {
+    return _mm256_or_si256(a, _mm256_and_si256(b, mask));
+}
+MOE__V __m256i MOE__(v_lanes)(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+MOE__V __m256i MOE__(v_load32)(const void *p) { return MOE__(v_load)(p); }
+MOE__V __m256i MOE__(v_load16_rows)(const uint8_t *const *w, size_t offset) {
+    __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(w[0] + offset)));
+    return _mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i *)(w[1] + offset)), 1);
+}
+MOE__V __m256i MOE__(v_dot_i16)(__m256i acc, __m256i a, __m256i b) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+}
+MOE__V __m256i MOE__(v_dot_u8)(__m256i acc, __m256i u, __m256i s) {
+    return MOE__(v_dot_i16)(acc, _mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
+}
+MOE__V __m256i MOE__(v_add_lanes)(const __m256i *x) {
+    return _mm256_add_epi32(_mm256_permute2x128_si256(x[0], x[1], 0x20),
+                            _mm256_permute2x128_si256(x[0], x[1], 0x31));
+}
+MOE__V __m256 MOE__(v_lane_f16)(__m256i x, int index) {
+    x = _mm256_shuffle_epi8(x, _mm256_set1_epi16((short)(0x0100 + 0x0202 * index)));
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(x, 0x08)));
+}
+MOE__V __m128 MOE__(v_lane_sums)(__m256 x) {
+    __m256 a = _mm256_hadd_ps(x, x);
+    a = _mm256_hadd_ps(a, a);
+    return _mm_unpacklo_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+}
+MOE__V __m256 MOE__(v_fold)(__m256 x) { return x; }
+MOE__V __m256 MOE__(v_load_f16)(const void *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+MOE__V __m256 MOE__(v_load_bf16)(const void *p) {
+    __m128i bits = _mm_loadu_si128((const __m128i *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+#endif
+
+/* 16 bytes in every lane */
+MOE__V MOE__VI MOE__(v_load16)(const void *p) {
+    return MOE__(v_lanes)(_mm_loadu_si128((const __m128i *)p));
+}
+
+/* int16 shifted left by n, right by -n */
+MOE__V MOE__VI MOE__(v_shift_i16)(MOE__VI x, const int n) {
+    if (n == 0) return x;
+    return n > 0 ? MOE__MM(slli_epi16)(x, n) : MOE__MM(srli_epi16)(x, -n);
+}
+
+/* Result r (of four): the sum of the floats of vector r. */
+MOE__V __m128 MOE__(v_sum4)(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
+
+/* The 6-bit scales and mins of a Q4_K or Q5_K block from its first 16 bytes (f16 d, f16 dmin, 12 */
+/* packed bytes), one block per lane: bytes 0-7 of a lane become the scales, bytes 8-15 the mins. */
+/*   dword 1: s0-s3, top bits of s4-s7   dword 2: m0-m3, top bits of m4-m7   dword 3: low 4 of both */
+MOE__V MOE__VI MOE__(v_unpack_scales)(MOE__VI header) {
+    const int all6 = 0x3F3F3F3F, low4 = 0x0F0F0F0F, top2 = 0x30303030;
+    const MOE__VI shift = MOE__(v_lanes)(_mm_setr_epi32(0, 0, 0, 4));
+    const MOE__VI mask = MOE__(v_lanes)(_mm_setr_epi32(all6, low4, all6, low4));
+    const MOE__VI top = MOE__(v_lanes)(_mm_setr_epi32(0, top2, 0, top2));
+    MOE__VI low = MOE__MM(shuffle_epi32)(header, (_MM_PERM_ENUM)0xED); /* dwords 1 3 2 3 */
+    MOE__VI high = MOE__MM(shuffle_epi32)(header, (_MM_PERM_ENUM)0xA5); /* dwords 1 1 2 2 */
+    low = MOE__(v_and)(MOE__MM(srlv_epi32)(low, shift), mask);
+    return MOE__(v_or_and)(low, MOE__MM(srli_epi32)(high, 2), top);
+}
+
+/* ---- activations to int8 ----------------------------------------------------------------------- */
+
+/* The same bits as moe__quantize_act_*: the largest magnitude is found on bit patterns, where NaN   */
+/* is above infinity and that above all numbers; cvtps rounds to nearest even; nothing is fused.     */
+
+MOE__V MOE__VI MOE__(v_peak)(MOE__VI peak, const float *x) {
+    MOE__VI bits = MOE__(v_and)(MOE__(v_load)(x), MOE__MM(set1_epi32)(0x7FFFFFFF));
+    return MOE__MM(max_epi32)(peak, bits);
+}
+
+/* From bits of magnitudes to *scale. The result is 127 / peak, or 0 if all q are to be zero: peaks  */
+/* below 2^-120 (127 / peak would not be finite), infinity and NaN. */
+MOE__V float MOE__(v_act_scale)(MOE__VI peak, float *scale) {
+#if MOE__ISA == 3
+    __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(peak),
+                                    _mm512_extracti64x4_epi64(peak, 1));
+#else
+    __m256i half = peak;
+#endif
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1));
+    uint32_t bits = (uint32_t)_mm_cvtsi128_si32(m);
+    int bad = bits >= 0x7F800000, small = bits < 0x03800000;
+    float value = moe__f32_from_bits(bits);
+    *scale = bad ? moe__f32_from_bits(0x7FC00000) : small ? 0 : value / 127.0f;
+    return bad || small ? 0 : 127.0f / value;
+}
+
+#if MOE__ISA == 2
+MOE__V __m256i MOE__(v_act_round)(const float *x, __m256 scale, __m256 on) {
+    return _mm256_cvtps_epi32(_mm256_and_ps(on, _mm256_mul_ps(_mm256_loadu_ps(x), scale)));
+}
+#endif
+
+/* 32 values to int8; inverse = 0 gives zeros whatever x is. Result: the sums of four neighbours. */
+MOE__V __m256i MOE__(v_act_pack)(const float *x, float inverse, int8_t *q) {
+    MOE__VF scale = MOE__MM(set1_ps)(inverse);
+#if MOE__ISA == 3
+    __mmask16 on = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+    __m512i a = _mm512_maskz_cvtps_epi32(on, _mm512_mul_ps(_mm512_loadu_ps(x), scale));
+    __m512i b = _mm512_maskz_cvtps_epi32(on, _mm512_mul_ps(_mm512_loadu_ps(x + 16), scale));
+    __m256i bytes = _mm256_castsi128_si256(_mm512_cvtepi32_epi8(a));
+    bytes = _mm256_inserti128_si256(bytes, _mm512_cvtepi32_epi8(b), 1);
+#else
+    __m256 on = _mm256_cmp_ps(scale, _mm256_setzero_ps(), _CMP_NEQ_OQ);
+    __m256i ab = _mm256_packs_epi32(MOE__(v_act_round)(x, scale, on),
+                                    MOE__(v_act_round)(x + 8, scale, on));
+    __m256i cd = _mm256_packs_epi32(MOE__(v_act_round)(x + 16, scale, on),
+                                    MOE__(v_act_round)(x + 24, scale, on));
+    /* Packing works in lanes: the dwords are a0 b0 c0 d0 | a1 b1 c1 d1. */
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd),
+                                                _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#endif
+    _mm256_storeu_si256((__m256i *)(void *)q, bytes);
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+MOE__K void MOE__(quantize_f32)(const float *x, int64_t n, void *act) {
+    memcpy(act, x, (size_t)n * sizeof(float));
+}
+
+MOE__K void MOE__(quantize_q32)(const float *x, int64_t n, void *act) {
+    moe__act32 *record = (moe__act32 *)act;
+    for (; n > 0; n -= 256, x += 256, record++) {
+        if (n < 256) memset(record, 0, sizeof *record);
+        for (int j = 0; j < 8 && 32 * j < n; j++) {
+            MOE__VI peak = MOE__(v_zero)();
+            for (int i = 0; i < 32; i += MOE__VFLOATS) peak = MOE__(v_peak)(peak, x + 32 * j + i);
+            float inverse = MOE__(v_act_scale)(peak, &record->d[j]);
+            __m256i sums = MOE__(v_act_pack)(x + 32 * j, inverse, record->q + 32 * j);
+            __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums),
+                                      _mm256_extracti128_si256(sums, 1));
+            s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+            s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1));
+            record->nsum[j] = -_mm_cvtsi128_si32(s);
+        }
+    }
+}
+
+MOE__K void MOE__(quantize_q256)(const float *x, int64_t n, void *act) {
+    moe__act256 *record = (moe__act256 *)act;
+    for (; n >= 256; n -= 256, x += 256, record++) {
+        MOE__VI peak = MOE__(v_zero)();
+        for (int i = 0; i < 256; i += MOE__VFLOATS) peak = MOE__(v_peak)(peak, x + i);
+        float inverse = MOE__(v_act_scale)(peak, &record->d);
+        for (int i = 0; i < 2; i++) {
+            const float *from = x + 128 * i;
+            int8_t *q = record->q + 128 * i;
+            __m256i ab = _mm256_hadd_epi32(MOE__(v_act_pack)(from, inverse, q),
+                                           MOE__(v_act_pack)(from + 32, inverse, q + 32));
+            __m256i cd = _mm256_hadd_epi32(MOE__(v_act_pack)(from + 64, inverse, q + 64),
+                                           MOE__(v_act_pack)(from + 96, inverse, q + 96));
+            /* Sums of 16 values, numbers 0 2 4 6 | 1 3 5 7 of these 128. */
+            __m256i sums = _mm256_hadd_epi32(ab, cd);
+            sums = _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            __m256i negative = _mm256_sub_epi32(_mm256_setzero_si256(), sums);
+            __m128i sums16 = _mm_packs_epi32(_mm256_castsi256_si128(sums),
+                                             _mm256_extracti128_si256(sums, 1));
+            _mm256_storeu_si256((__m256i *)(void *)(record->nsum + 8 * i), negative);
+            _mm_storeu_si128((__m128i *)(void *)(record->sum16 + 8 * i), sums16);
+            _mm_storel_epi64((__m128i *)(void *)(record->sum32 + 4 * i),
+                             _mm_hadd_epi16(sums16, sums16));
+        }
+        memset(record->pad, 0, sizeof record->pad);
+    }
+}
+
+/* ---- dot products: groups of rows --------------------------------------------------------------- */
+
+/* Kernels compute 2 or 4 rows at once, which share the loads of the activations. Where the last     */
+/* group lacks rows, its last row is read again and computed in vain: a row's result does not depend */
+/* on its place in a group, nor on how rows are dealt to threads.                                    */
+
+/* w[r] = row r of a group that begins at `rows`; `left` rows are there. */
+MOE__V void MOE__(v_rows)(const uint8_t *rows, size_t row_size, int64_t left, int count,
+                          const uint8_t **w) {
+    w[0] = rows;
+    w[1] = left > 1 ? rows + row_size : rows;
+    if (count == 4) {
+        w[2] = left > 2 ? w[1] + row_size : w[1];
+        w[3] = left > 3 ? w[2] + row_size : w[2];
+    }
+}
+
+/* Stores the results of the rows that are there. */
+MOE__V void MOE__(v_store_rows)(float *out, int64_t left, int count, __m128 results) {
+    if (count == 4 && left > 3) {
+        _mm_storeu_ps(out, results);
+        return;
+    }
+    _mm_store_ss(out, results);
+    if (left > 1) _mm_store_ss(out + 1, _mm_movehdup_ps(results));
+    if (count == 4 && left > 2) _mm_store_ss(out + 2, _mm_movehl_ps(results, results));
+}
+
+/* ---- dot products: K-quants ---------------------------------------------------------------------- */
+
+/* One row per lane. Per block of 256 weights:                                                       */
+/*   levels (unsigned bytes) x activations -> sums of two in int16 -> x block scales, summed in int32 */
+/*   -> the lanes of a row added, row r into lane r -> float -> x d of row r and of the activations  */
+/* Bounds, with |activation| <= 127: the sums of two are at most 2*15*127 = 3810 (Q4_K), 7874 (Q5_K), */
+/* 16002 (Q6_K), so int16 holds them. An int32 of lane r sums 64 products times their scales: at      */
+/* most 64*15*127*63 = 7.7e6 (Q4_K), 1.6e7 (Q5_K): both below 2^24, exact as floats; and Q6_K         */
+/* 64*63*127*128 = 6.6e7, less an offset of 3.3e7. */
+
+/* pshufb index that fills lane 0 with copies of its int16 number a, lane 1 with those of number b,   */
+/* lanes 2 and 3 (AVX-512) of c and d. Adding 2 to every byte moves on to the next numbers. */
+MOE__V MOE__VI MOE__(v_copy_i16)(int a, int b, int c, int d) {
+    const int64_t first = 0x0100010001000100, next = 0x0202020202020202;
+    const int64_t at_a = first + a * next, at_b = first + b * next;
+#if MOE__ISA == 3
+    const int64_t at_c = first + c * next, at_d = first + d * next;
+    return _mm512_setr_epi64(at_a, at_a, at_b, at_b, at_c, at_c, at_d, at_d);
+#else
+    (void)c;
+    (void)d;
+    return _mm256_setr_epi64x(at_a, at_a, at_b, at_b);
+#endif
+}
+
+/* The sum of the four int32 of a lane, in all of them. */
+MOE__V MOE__VI MOE__(v_total)(MOE__VI x) {
+    x = MOE__MM(add_epi32)(x, MOE__MM(shuffle_epi32)(x, (_MM_PERM_ENUM)0x4E));
+    return MOE__MM(add_epi32)(x, MOE__MM(shuffle_epi32)(x, (_MM_PERM_ENUM)0xB1));
+}
+
+/* p[0..31], in AVX-512 with q[0..31] above it */
+MOE__V MOE__VI MOE__(v_load_pair)(const int8_t *p, const int8_t *q) {
+#if MOE__ISA == 3
+    __m256i low = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    __m256i high = _mm256_loadu_si256((const __m256i *)(const void *)q);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    (void)q;
+    return MOE__(v_load)(p);
+#endif
+}
+
+/* 32 bytes of high bits; in AVX-512 with a copy above, shifted right by the two bits that the 32    */
+/* weights before it take. Bits from neighbour bytes are masked out by the caller. */
+MOE__V MOE__VI MOE__(v_load_bits)(const uint8_t *p) {
+    MOE__VI bits = MOE__(v_load32)(p);
+#if MOE__ISA == 3
+    bits = _mm512_srlv_epi64(bits, _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2));
+#endif
+    return bits;
+}
+
+/* Q4_K, and Q5_K with fifth = 1. A vector of bytes holds 32 or 64 low levels and, in the high half  */
+/* of its bytes, the levels of the 32 weights after each. */
+MOE__V void MOE__(v_dot_q45_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                               const void *x, float *out, const int fifth) {
+    const size_t block_size = fifth ? 176 : 144, low_at = fifth ? 48 : 16;
+    const MOE__VI nibble = MOE__MM(set1_epi8)(15), bit4 = MOE__MM(set1_epi8)(16);
+    for (int64_t row = 0; row < n_rows; row += MOE__LANES) {
+        const moe__act256 *a = (const moe__act256 *)x, *end = a + n / 256;
+        const uint8_t *w[MOE__LANES];
+        MOE__VF sum = MOE__MM(setzero_ps)();
+        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, MOE__LANES, w);
+        for (size_t at = 0; a < end; a++, at += block_size) {
+            MOE__VI header = MOE__(v_load16_rows)(w, at), acc[MOE__LANES];
+            MOE__VI scales = MOE__(v_unpack_scales)(header);
+            MOE__VI mins = MOE__MM(unpackhi_epi8)(scales, MOE__(v_zero)());
+            mins = MOE__MM(madd_epi16)(mins, MOE__(v_load16)(a->sum32));
+            scales = MOE__MM(unpacklo_epi8)(scales, MOE__(v_zero)());
+            MOE__VF d, dmin = MOE__(v_lane_f16)(header, 1);
+            dmin = MOE__MM(mul_ps)(dmin, MOE__MM(set1_ps)(a->d));
+            sum = MOE__MM(fnmadd_ps)(MOE__MM(cvtepi32_ps)(mins), dmin, sum);
+            MOE__SETTLE(sum);
+            MOE__VI copy = MOE__(v_copy_i16)(0, 0, 2, 2);
+#define MOE__ROW(r)                                     \
+    const MOE__VI scales##r = MOE__LANE(scales, r);     \
+    acc[r] = MOE__(v_zero)();
+            MOE__EACH_LANE(MOE__ROW)
+#undef MOE__ROW
+            MOE__UNROLL(4)
+            for (int c = 0; c < 128; c += MOE__VBYTES) {
+                const int8_t *q = a->q + 2 * c;
+                const MOE__VI a_low = MOE__(v_load_pair)(q, q + 64);
+                const MOE__VI a_high = MOE__(v_load_pair)(q + 32, q + 96);
+                const MOE__VI copy_high = MOE__MM(add_epi8)(copy, MOE__MM(set1_epi8)(2));
+#define MOE__ROW(r)                                                                        \
+    {                                                                                      \
+        MOE__VI b = MOE__(v_load)(w[r] + at + low_at + c);                                 \
+        MOE__VI low = MOE__(v_and)(b, nibble);                                             \
+        MOE__VI high = MOE__(v_and)(MOE__MM(srli_epi16)(b, 4), nibble);                    \
+        if (fifth) {                                                                       \
+            MOE__VI bits = MOE__(v_load_bits)(w[r] + at + 16);                             \
+            low = MOE__(v_or_and)(low, MOE__(v_shift_i16)(bits, 4 - c / 16), bit4);        \
+            high = MOE__(v_or_and)(high, MOE__(v_shift_i16)(bits, 3 - c / 16), bit4);      \
+        }                                                                                  \
+        acc[r] = MOE__(v_dot_i16)(acc[r], MOE__MM(maddubs_epi16)(low, a_low),              \
+                                  MOE__MM(shuffle_epi8)(scales##r, copy));                 \
+        acc[r] = MOE__(v_dot_i16)(acc[r], MOE__MM(maddubs_epi16)(high, a_high),            \
+                                  MOE__MM(shuffle_epi8)(scales##r, copy_high));            \
+        MOE__SETTLE(acc[r]);                                                               \
+    }
+                MOE__EACH_LANE(MOE__ROW)
+#undef MOE__ROW
+                copy = MOE__MM(add_epi8)(copy, MOE__MM(set1_epi8)(MOE__VBYTES / 8));
+            }
+            d = MOE__(v_lane_f16)(MOE__(v_load16_rows)(w, at), 0);
+            d = MOE__MM(mul_ps)(d, MOE__MM(set1_ps)(a->d));
+            sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(MOE__(v_add_lanes)(acc)), d, sum);
+        }
+        MOE__(v_store_rows)(out + row, n_rows - row, MOE__LANES, MOE__(v_lane_sums)(sum));
+    }
+}
+
+MOE__K void MOE__(dot_q4_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                            const void *x, float *out) {
+    MOE__(v_dot_q45_k)(rows, row_size, n_rows, n, x, out, 0);
+}
+
+MOE__K void MOE__(dot_q5_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                            const void *x, float *out) {
+    MOE__(v_dot_q45_k)(rows, row_size, n_rows, n, x, out, 1);
+}
+
+/* Levels are unsigned, 32 too large; sum(scale * 32 * activations) is subtracted per block. The int32 */
+/* of a lane are added up before they become a float: each alone may not fit its 24 bits. */
+MOE__K void MOE__(dot_q6_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                            const void *x, float *out) {
+    const MOE__VI nibble = MOE__MM(set1_epi8)(15), bits45 = MOE__MM(set1_epi8)(0x30);
+    for (int64_t row = 0; row < n_rows; row += MOE__LANES) {
+        const moe__act256 *a = (const moe__act256 *)x, *end = a + n / 256;
+        const uint8_t *w[MOE__LANES];
+        MOE__VF sum = MOE__MM(setzero_ps)();
+        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, MOE__LANES, w);
+        for (size_t at = 0; a < end; a++, at += 210) {
+            const MOE__VI zero = MOE__(v_zero)();
+            MOE__VI offset = zero;
+            MOE__VI acc[MOE__LANES];
+#define MOE__ROW(r) acc[r] = zero;
+            MOE__EACH_LANE(MOE__ROW)
+#undef MOE__ROW
+            MOE__UNROLL(2)
+            for (int half = 0; half < 2; half++) {
+                MOE__VI copy = MOE__(v_copy_i16)(0, 1, 2, 3);
+                const MOE__VI bytes = MOE__(v_load16_rows)(w, at + 192);
+                MOE__VI scales = half ? MOE__MM(unpackhi_epi8)(zero, bytes)
+                                      : MOE__MM(unpacklo_epi8)(zero, bytes);
+                scales = MOE__MM(srai_epi16)(scales, 8);
+                offset = MOE__(v_dot_i16)(offset, scales, MOE__(v_load16)(a->sum16 + 8 * half));
+                MOE__SETTLE(offset);
+                MOE__SETTLE(sum);
+#define MOE__ROW(r) const MOE__VI scales##r = MOE__LANE(scales, r);
+                MOE__EACH_LANE(MOE__ROW)
+#undef MOE__ROW
+                MOE__UNROLL(2)
+                for (int c = 0; c < 64; c += MOE__VBYTES) {
+                    const int8_t *q = a->q + 128 * half + c;
+                    const MOE__VI copy_high = MOE__MM(add_epi8)(copy, MOE__MM(set1_epi8)(8));
+#define MOE__ROW(r)                                                                        \
+    {                                                                                      \
+        MOE__VI b = MOE__(v_load)(w[r] + at + 64 * half + c);                              \
+        MOE__VI low = MOE__(v_and)(b, nibble);                                             \
+        MOE__VI high = MOE__(v_and)(MOE__MM(srli_epi16)(b, 4), nibble);                    \
+        MOE__VI bits = MOE__(v_load_bits)(w[r] + at + 128 + 32 * half);                    \
+        low = MOE__(v_or_and)(low, MOE__(v_shift_i16)(bits, 4 - c / 16), bits45);          \
+        high = MOE__(v_or_and)(high, MOE__(v_shift_i16)(bits, -c / 16), bits45);           \
+        acc[r] = MOE__(v_dot_i16)(acc[r], MOE__MM(maddubs_epi16)(low, MOE__(v_load)(q)),              \
+                                  MOE__MM(shuffle_epi8)(scales##r, copy));                 \
+        acc[r] = MOE__(v_dot_i16)(acc[r], MOE__MM(maddubs_epi16)(high, MOE__(v_load)(q + 64)),            \
+                                  MOE__MM(shuffle_epi8)(scales##r, copy_high));            \
+        MOE__SETTLE(acc[r]);                                                               \
+    }
+                    MOE__EACH_LANE(MOE__ROW)
+#undef MOE__ROW
+                    copy = MOE__MM(add_epi8)(copy, MOE__MM(set1_epi8)(4));
+                }
+            }
+            /* d is the f16 before byte 210: number 7 of the 16 bytes at 194. */
+            const MOE__VF d = MOE__(v_lane_f16)(MOE__(v_load16_rows)(w, at + 194), 7);
+            MOE__VI total = MOE__MM(sub_epi32)(MOE__(v_add_lanes)(acc),
+                                               MOE__MM(slli_epi32)(offset, 5));
+            total = MOE__(v_total)(total);
+            sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(total),
+                                    MOE__MM(mul_ps)(d, MOE__MM(set1_ps)(a->d)), sum);
+        }
+        sum = MOE__MM(mul_ps)(sum, MOE__MM(set1_ps)(0.25f)); /* four times the same in a lane */
+        MOE__(v_store_rows)(out + row, n_rows - row, MOE__LANES, MOE__(v_lane_sums)(sum));
+    }
+}
+
+/* ---- dot products: blocks of 32 ------------------------------------------------------------------ */
+
+/* Levels x activations in int32, summed to one or two numbers per block; four vectors of blocks are */
+/* then added crosswise so that a lane holds four blocks, and the scales of the weights, read into   */
+/* the same order, are multiplied with those of the activations. AVX-512 takes Q8_0 as unsigned with */
+/* an offset of 128, which needs VNNI; AVX2 moves the sign to the activation: |w| * (a with w's       */
+/* sign) is exact for w = -128 too, and a sum of two is at most 2*128*127 = 32512, so int16 holds it. */
+
+/* One block: eight int32 whose sum is sum(level * a); Q4_0's levels are 8 too large. */
+MOE__V __m256i MOE__(v_block_q32)(const uint8_t *block, const int8_t *q, const int eight) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i a = _mm256_loadu_si256((const __m256i *)(const void *)q);
+    if (eight) {
+        __m256i b = _mm256_loadu_si256((const __m256i *)(const void *)(block + 2));
+        __m256i sums = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(a, b));
+        return _mm256_madd_epi16(sums, ones);
+    }
+    __m128i b = _mm_loadu_si128((const __m128i *)(const void *)(block + 2));
+    __m256i levels = _mm256_srlv_epi64(_mm256_broadcastsi128_si256(b),
+                                       _mm256_setr_epi64x(0, 0, 4, 4));
+    levels = _mm256_and_si256(levels, _mm256_set1_epi8(15));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(levels, a), ones);
+}
+
+/* The f16 scales of four blocks, in the low half of the result. */
+MOE__V __m128i MOE__(v_scales_q32)(const uint8_t *block, size_t size) {
+    __m128i ab = _mm_unpacklo_epi16(_mm_cvtsi32_si128((int)moe__load_u32(block)),
+                                    _mm_cvtsi32_si128((int)moe__load_u32(block + size)));
+    __m128i cd = _mm_unpacklo_epi16(_mm_cvtsi32_si128((int)moe__load_u32(block + 2 * size)),
+                                    _mm_cvtsi32_si128((int)moe__load_u32(block + 3 * size)));
+    return _mm_unpacklo_epi32(ab, cd);
+}
+
+/* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
+MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
+    MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
+    MOE__VI cd = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(c, d), MOE__MM(unpackhi_epi32)(c, d));
+    return MOE__MM(add_epi32)(MOE__MM(unpacklo_epi64)(ab, cd), MOE__MM(unpackhi_epi64)(ab, cd));
+}
+
+/* sum[r] += one record of 256 weights of row r, which begins at w[r] + at. */
+#if MOE__ISA == 3
+/* Blocks j and j + 4 of a record, one in each half. */
+MOE__V __m512i MOE__(v_blocks_q32)(const uint8_t *block, __m512i a, const int eight) {
+    const uint8_t *p = block + 2, *q = block + 2 + 4 * (eight ? 34 : 18);
+    __m512i levels;
+    if (eight) {
+        levels = MOE__(v_load_pair)((const int8_t *)p, (const int8_t *)q);
+        levels = _mm512_xor_si512(levels, _mm512_set1_epi8(-128));
+    } else {
+        levels = _mm512_mask_broadcast_i32x4(MOE__(v_load16)(p), 0xFF00,
+                                             _mm_loadu_si128((const __m128i *)(const void *)q));
+        levels = _mm512_srlv_epi64(levels, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+        levels = _mm512_and_si512(levels, _mm512_set1_epi8(15));
+    }
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), levels, a);
+}
+
+MOE__V void MOE__(v_record_q32)(const uint8_t *const *w, size_t at, const moe__act32 *a,
+                                __m512 *sum, const int eight) {
+    const size_t size = eight ? 34 : 18;
+    const __m512i a0 = MOE__(v_load_pair)(a->q, a->q + 128);
+    const __m512i a1 = MOE__(v_load_pair)(a->q + 32, a->q + 160);
+    const __m512i a2 = MOE__(v_load_pair)(a->q + 64, a->q + 192);
+    const __m512i a3 = MOE__(v_load_pair)(a->q + 96, a->q + 224);
+    /* Added crosswise, lanes hold blocks 0-3 0-3 4-7 4-7. The offset goes to one lane of each two. */
+    __m512 d = _mm512_castps256_ps512(_mm256_loadu_ps(a->d));
+    __m512i nsum = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)a->nsum));
+    nsum = _mm512_maskz_shuffle_i32x4(0x0F0F, nsum, nsum, 0x50);
+    nsum = _mm512_slli_epi32(nsum, eight ? 7 : 3);
+    d = _mm512_shuffle_f32x4(d, d, 0x50);
+#define MOE__ROW(r)                                                                             \
+    {                                                                                           \
+        const uint8_t *p = w[r] + at;                                                           \
+        __m128i half = _mm_unpacklo_epi64(MOE__(v_scales_q32)(p, size),                         \
+                                          MOE__(v_scales_q32)(p + 4 * size, size));             \
+        __m512 scale = _mm512_cvtph_ps(                                                         \
+            _mm256_permute4x64_epi64(_mm256_castsi128_si256(half), 0x50));                      \
+        __m512i total = MOE__(v_add_crosswise)(                                                 \
+            MOE__(v_blocks_q32)(p, a0, eight), MOE__(v_blocks_q32)(p + size, a1, eight),        \
+            MOE__(v_blocks_q32)(p + 2 * size, a2, eight),                                       \
+            MOE__(v_blocks_q32)(p + 3 * size, a3, eight));                                      \
+        total = _mm512_add_epi32(total, nsum);                                                  \
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), _mm512_mul_ps(scale, d), sum[r]);   \
+        MOE__SETTLE(sum[r]);                                                                    \
+    }
+    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+}
+#else
+MOE__V void MOE__(v_record_q32)(const uint8_t *const *w, size_t at, const moe__act32 *a,
+                                __m256 *sum, const int eight) {
+    const size_t size = eight ? 34 : 18;
+    for (int j = 0; j < 8; j += 4) {
+        const int8_t *q = a->q + 32 * j;
+        /* Added crosswise, both lanes hold blocks j .. j + 3. The offset goes to one of them. */
+        __m128i nsum = _mm_loadu_si128((const __m128i *)(const void *)(a->nsum + j));
+        const __m256i offset = _mm256_zextsi128_si256(_mm_slli_epi32(nsum, 3));
+#define MOE__ROW(r)                                                                             \
+    {                                                                                           \
+        const uint8_t *p = w[r] + at + (size_t)j * size;                                        \
+        __m128i half = MOE__(v_scales_q32)(p, size);                                            \
+        __m256 scale = _mm256_cvtph_ps(_mm_unpacklo_epi64(half, half));                         \
+        __m256i total = MOE__(v_add_crosswise)(                                                 \
+            MOE__(v_block_q32)(p, q, eight), MOE__(v_block_q32)(p + size, q + 32, eight),       \
+            MOE__(v_block_q32)(p + 2 * size, q + 64, eight),                                    \
+            MOE__(v_block_q32)(p + 3 * size, q + 96, eight));                                   \
+        if (!eight) total = _mm256_add_epi32(total, offset);                                    \
+        scale = _mm256_mul_ps(scale, _mm256_broadcast_ps((const __m128 *)(const void *)(a->d + j))); \
+        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, sum[r]);                     \
+        MOE__SETTLE(sum[r]);                                                                    \
+    }
+        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+    }
+}
+#endif
+
+MOE__V void MOE__(v_dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                             const void *x, float *out, const int eight) {
+    const size_t size = eight ? 34 : 18;
+    for (int64_t row = 0; row < n_rows; row += 4) {
+        const moe__act32 *a = (const moe__act32 *)x, *end = a + n / 256;
+        const uint8_t *w[4];
+        MOE__VF sum[4];
+        size_t at = 0;
+        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, 4, w);
+        sum[0] = sum[1] = sum[2] = sum[3] = MOE__MM(setzero_ps)();
+        for (; a < end; a++, at += 8 * size) MOE__(v_record_q32)(w, at, a, sum, eight);
+        __m256 part[4];
+#define MOE__ROW(r) part[r] = MOE__(v_fold)(sum[r]);
+        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+        for (int j = 0; j < (int)(n % 256 / 32); j++, at += size) {
+            __m128i nsum = _mm_cvtsi32_si128(eight ? 0 : a->nsum[j] * 8);
+            __m256i offset = _mm256_zextsi128_si256(nsum);
+#define MOE__ROW(r)                                                                       \
+    {                                                                                     \
+        __m128i half = _mm_cvtsi32_si128(moe__load_u16(w[r] + at));                       \
+        __m256i block = MOE__(v_block_q32)(w[r] + at, a->q + 32 * j, eight);              \
+        __m256 d = _mm256_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(half)) * a->d[j]);           \
+        block = _mm256_add_epi32(block, offset);                                          \
+        part[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(block), d, part[r]);                 \
+    }
+            MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+        }
+        MOE__(v_store_rows)(out + row, n_rows - row, 4,
+                            MOE__(v_sum4)(part[0], part[1], part[2], part[3]));
+    }
+}
+
+MOE__K void MOE__(dot_q4_0)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                            const void *x, float *out) {
+    MOE__(v_dot_q32)(rows, row_size, n_rows, n, x, out, 0);
+}
+
+MOE__K void MOE__(dot_q8_0)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                            const void *x, float *out) {
+    MOE__(v_dot_q32)(rows, row_size, n_rows, n, x, out, 1);
+}
+
+/* ---- dot products: plain floats ------------------------------------------------------------------ */
+
+/* MOE__VFLOATS weights as floats; type: an index of the type table */
+MOE__V MOE__VF MOE__(v_load_weights)(const uint8_t *p, const int type) {
+    if (type == MOE__INDEX_F16) return MOE__(v_load_f16)(p);
+    if (type == MOE__INDEX_BF16) return MOE__(v_load_bf16)(p);
+    return MOE__MM(loadu_ps)((const float *)(const void *)p);
+}
+
+MOE__V float MOE__(v_load_weight)(const uint8_t *p, const int type) {
+    if (type == MOE__INDEX_F16)
+        return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(moe__load_u16(p))));
+    if (type == MOE__INDEX_BF16) return moe__bf16_to_f32(moe__load_u16(p));
+    return moe__load_f32(p);
+}
+
+/* Two sums per row, so that eight chains of multiply-adds hide each other's latency. */
+MOE__V void MOE__(v_dot_float)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                               const void *x, float *out, const int type) {
+    const size_t size = type == MOE__INDEX_F32 ? 4 : 2;
+    for (int64_t row = 0; row < n_rows; row += 4) {
+        const float *a = (const float *)x;
+        const uint8_t *w[4];
+        MOE__VF even[4], odd[4];
+        int64_t i = 0;
+        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, 4, w);
+#define MOE__ROW(r) even[r] = odd[r] = MOE__MM(setzero_ps)();
+        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+#define MOE__ROW(r, sum, from)                                                                  \
+    sum[r] = MOE__MM(fmadd_ps)(MOE__(v_load_weights)(w[r] + size * (size_t)(from), type), a_##sum, \
+                               sum[r]);
+        for (; i + 2 * MOE__VFLOATS <= n; i += 2 * MOE__VFLOATS) {
+            MOE__VF a_even = MOE__MM(loadu_ps)(a + i);
+            MOE__VF a_odd = MOE__MM(loadu_ps)(a + i + MOE__VFLOATS);
+            MOE__ROW(0, even, i) MOE__ROW(0, odd, i + MOE__VFLOATS)
+            MOE__ROW(1, even, i) MOE__ROW(1, odd, i + MOE__VFLOATS)
+            MOE__ROW(2, even, i) MOE__ROW(2, odd, i + MOE__VFLOATS)
+            MOE__ROW(3, even, i) MOE__ROW(3, odd, i + MOE__VFLOATS)
+        }
+        if (i + MOE__VFLOATS <= n) {
+            MOE__VF a_even = MOE__MM(loadu_ps)(a + i);
+            MOE__ROW(0, even, i) MOE__ROW(1, even, i) MOE__ROW(2, even, i) MOE__ROW(3, even, i)
+            i += MOE__VFLOATS;
+        }
+#undef MOE__ROW
+#define MOE__ROW(r) MOE__(v_fold)(MOE__MM(add_ps)(even[r], odd[r]))
+        __m128 total = MOE__(v_sum4)(MOE__ROW(0), MOE__ROW(1), MOE__ROW(2), MOE__ROW(3));
+#undef MOE__ROW
+#define MOE__ROW(r) MOE__(v_load_weight)(w[r] + size * (size_t)i, type)
+        for (; i < n; i++)
+            total = _mm_fmadd_ps(_mm_setr_ps(MOE__ROW(0), MOE__ROW(1), MOE__ROW(2), MOE__ROW(3)),
+                                 _mm_set1_ps(a[i]), total);
+#undef MOE__ROW
+        MOE__(v_store_rows)(out + row, n_rows - row, 4, total);
+    }
+}
+
+MOE__K void MOE__(dot_f32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                           const void *x, float *out) {
+    MOE__(v_dot_float)(rows, row_size, n_rows, n, x, out, MOE__INDEX_F32);
+}
+
+MOE__K void MOE__(dot_f16)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                           const void *x, float *out) {
+    MOE__(v_dot_float)(rows, row_size, n_rows, n, x, out, MOE__INDEX_F16);
+}
+
+MOE__K void MOE__(dot_bf16)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                            const void *x, float *out) {
+    MOE__(v_dot_float)(rows, row_size, n_rows, n, x, out, MOE__INDEX_BF16);
+}
+
+/* ---- dequantize ---------------------------------------------------------------------------------- */
+
+/* The same bits as moe__dequantize_*: products of d, block scale and level are exact in f32, so that */
+/* only the subtraction of a min rounds, fused or not. (A signalling NaN among f16 weights comes out  */
+/* quiet.)                                                                                            */
+
+/* out[i] = q[i] * scale - min, for 16 signed bytes */
+MOE__V void MOE__(v_store_levels)(float *out, __m128i q, float scale, float min) {
+    const MOE__VF s = MOE__MM(set1_ps)(scale), m = MOE__MM(set1_ps)(min);
+#if MOE__ISA == 3
+    _mm512_storeu_ps(out, _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), s, m));
+#else
+    __m256i low = _mm256_cvtepi8_epi32(q);
+    __m256i high = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q));
+    _mm256_storeu_ps(out, _mm256_fmsub_ps(_mm256_cvtepi32_ps(low), s, m));
+    _mm256_storeu_ps(out + 8, _mm256_fmsub_ps(_mm256_cvtepi32_ps(high), s, m));
+#endif
+}
+
+MOE__K void MOE__(dequantize_f32)(const uint8_t *row, int64_t n, float *out) {
+    memcpy(out, row, (size_t)n * sizeof(float));
+}
+
+MOE__V void MOE__(v_dequantize_float)(const uint8_t *row, int64_t n, float *out, const int type) {
+    int64_t i = 0;
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
+        MOE__MM(storeu_ps)(out + i, MOE__(v_load_weights)(row + 2 * i, type));
+    for (; i < n; i++) out[i] = MOE__(v_load_weight)(row + 2 * i, type);
+}
+
+MOE__K void MOE__(dequantize_f16)(const uint8_t *row, int64_t n, float *out) {
+    MOE__(v_dequantize_float)(row, n, out, MOE__INDEX_F16);
+}
+
+MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
+    MOE__(v_dequantize_float)(row, n, out, MOE__INDEX_BF16);
+}
+
+MOE__K void MOE__(dequantize_q4_0)(const uint8_t *row, int64_t n, float *out) {
+    const __m128i nibble = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    for (; n > 0; n -= 32, row += 18, out += 32) {
+        float d = moe__f16_to_f32(moe__load_u16(row));
+        __m128i b = _mm_loadu_si128((const __m128i *)(const void *)(row + 2));
+        __m128i low = _mm_and_si128(b, nibble), high = _mm_and_si128(_mm_srli_epi16(b, 4), nibble);
+        MOE__(v_store_levels)(out, _mm_sub_epi8(low, eight), d, 0);
+        MOE__(v_store_levels)(out + 16, _mm_sub_epi8(high, eight), d, 0);
+    }
+}
+
+MOE__K void MOE__(dequantize_q8_0)(const uint8_t *row, int64_t n, float *out) {
+    for (; n > 0; n -= 32, row += 34, out += 32) {
+        float d = moe__f16_to_f32(moe__load_u16(row));
+        for (int i = 0; i < 32; i += 16)
+            MOE__(v_store_levels)(
+                out + i, _mm_loadu_si128((const __m128i *)(const void *)(row + 2 + i)), d, 0);
+    }
+}
+
+MOE__V void MOE__(v_dequantize_q45_k)(const uint8_t *row, int64_t n, float *out, const int fifth) {
+    const __m128i nibble = _mm_set1_epi8(15), bit4 = _mm_set1_epi8(16);
+    const uint8_t *block = row, *end = row + n / 256 * (fifth ? 176 : 144);
+    for (; block < end; block += fifth ? 176 : 144, out += 256) {
+        float d = moe__f16_to_f32(moe__load_u16(block));
+        float dmin = moe__f16_to_f32(moe__load_u16(block + 2));
+        uint8_t scale[8], min[8];
+        moe__types_scales(block + 4, scale, min);
+        for (int j = 0; j < 8; j += 2)     /* two times 32 weights ... */
+            for (int i = 0; i < 32; i += 16) { /* ... 16 of each at once */
+                const uint8_t *p = block + (fifth ? 48 : 16) + 16 * j + i;
+                __m128i b = _mm_loadu_si128((const __m128i *)(const void *)p);
+                __m128i low = _mm_and_si128(b, nibble);
+                __m128i high = _mm_and_si128(_mm_srli_epi16(b, 4), nibble);
+                if (fifth) {
+                    __m128i bits = _mm_loadu_si128((const __m128i *)(const void *)(block + 16 + i));
+                    bits = _mm_srl_epi16(bits, _mm_cvtsi32_si128(j));
+                    low = _mm_or_si128(low, _mm_and_si128(_mm_slli_epi16(bits, 4), bit4));
+                    high = _mm_or_si128(high, _mm_and_si128(_mm_slli_epi16(bits, 3), bit4));
+                }
+                float *to = out + 32 * j + i;
+                MOE__(v_store_levels)(to, low, d * (float)scale[j], dmin * (float)min[j]);
+                MOE__(v_store_levels)(to + 32, high, d * (float)scale[j + 1],
+                                      dmin * (float)min[j + 1]);
+            }
+    }
+}
+
+MOE__K void MOE__(dequantize_q4_k)(const uint8_t *row, int64_t n, float *out) {
+    MOE__(v_dequantize_q45_k)(row, n, out, 0);
+}
+
+MOE__K void MOE__(dequantize_q5_k)(const uint8_t *row, int64_t n, float *out) {
+    MOE__(v_dequantize_q45_k)(row, n, out, 1);
+}
+
+MOE__K void MOE__(dequantize_q6_k)(const uint8_t *row, int64_t n, float *out) {
+    const __m128i nibble = _mm_set1_epi8(15), bits45 = _mm_set1_epi8(0x30);
+    const __m128i offset = _mm_set1_epi8(32);
+    for (; n > 0; n -= 256, row += 210)
+        for (int half = 0; half < 2; half++, out += 128) {
+            float d = moe__f16_to_f32(moe__load_u16(row + 208));
+            for (int i = 0; i < 64; i += 16) {
+                const int8_t *scale = (const int8_t *)row + 192 + 8 * half + i / 16;
+                const uint8_t *p = row + 64 * half + i, *bits_at = row + 128 + 32 * half + i % 32;
+                __m128i b = _mm_loadu_si128((const __m128i *)(const void *)p);
+                __m128i bits = _mm_loadu_si128((const __m128i *)(const void *)bits_at);
+                __m128i low = _mm_and_si128(b, nibble);
+                __m128i high = _mm_and_si128(_mm_srli_epi16(b, 4), nibble);
+                bits = _mm_srl_epi16(bits, _mm_cvtsi32_si128(i / 32 * 2));
+                low = _mm_or_si128(low, _mm_and_si128(_mm_slli_epi16(bits, 4), bits45));
+                high = _mm_or_si128(high, _mm_and_si128(bits, bits45));
+                MOE__(v_store_levels)(out + i, _mm_sub_epi8(low, offset), d * scale[0], 0);
+                MOE__(v_store_levels)(out + 64 + i, _mm_sub_epi8(high, offset), d * scale[4], 0);
+            }
+        }
+}
+/* ---- tiles: up to 32 rows times many tokens --------------------------------------------------- */
+
+/* For each superblock of 256 weights per row (128 for float types) a tile's rows are unpacked */
+/* once, into a pack that stays in the first-level cache, and every token reads it from there: */
+/* */
+/*     for each superblock          unpack 32 rows x 256 weights */
+/*         for each token group     for each panel of rows: one micro-kernel */
+/* */
+/* Element i (32 bits) of a vector belongs to row i; a panel is two vectors of rows. An element of */
+/* the pack is a quad: 4 neighbouring weights of its row as unsigned bytes, the quantized value plus */
+/* an offset that makes it >= 0. The same quad of a token's int8 activations is broadcast to all */
+/* elements; one step multiplies both and adds the 4 products to the element's int32 sum. So a */
+/* block's sums need no horizontal step, and its scales are plain vectors over rows. Offsets are */
+/* powers of two: a sum starts at (minus the sum of the activations) << log2(offset), which undoes */
+/* the offset exactly. */
+/* */
+/* A micro-kernel keeps the sums of a panel and n tokens in registers: n <= 6 with 32 zmm (12 int32 */
+/* and 12 float sums, 2 weights, 1 activation), n <= 4 with 16 ymm (8 int32 sums; the float ones lie */
+/* on the stack). Its text is the same for both; only "products of quads" differs, and an */
+/* instruction set with 256-bit dot products would replace just that. */
+
+#if MOE__ISA == 3
+#define MOE__TILE_TOKENS 6
+#else
+#define MOE__TILE_TOKENS 4
+#endif
+#define MOE__PANEL (2 * MOE__VFLOATS) /* rows of a micro-kernel */
+
+enum {
+    /* The scratch: packs of the tile's panels, copies of rows, sums[token][32 rows]. */
+    MOE__(TILE_PACK) = 256 * MOE__VBYTES, /* bytes of one panel's pack */
+    MOE__(TILE_STAGE_AT) = 16384,
+    MOE__(TILE_SUMS_AT) = 32768,
+    MOE__(TILE_CHUNK) = (MOE__PACK_SIZE - 32768) / (MOE__TILE_ROWS * 4), /* most tokens at once */
+    /* A pack of quantized weights starts with their quads, [64][2 vectors]. Behind them: */
+    MOE__(TILE_SCALE) = 128 * MOE__VBYTES, /* f32 [16 or 8 sub-blocks][2 vectors] */
+    MOE__(TILE_MIN) = 160 * MOE__VBYTES,   /* int16 pairs [4][2 vectors]: mins of two sub-blocks */
+    MOE__(TILE_DMIN) = 168 * MOE__VBYTES,  /* f32 [2 vectors]: minus the scale of the mins */
+    MOE__(TILE_START) = 176 * MOE__VBYTES  /* int32 [tokens][16]: where sums start */
+};
+
+/* What a micro-kernel does: sums[t * 32 + r] += product of the superblock of row r with token t. */
+typedef struct MOE__(tile_job) {
+    uint8_t *pack;           /* of the panel */
+    const void *const *x;    /* the group's activations */
+    size_t record;           /* the superblock's byte offset in each of them */
+    int64_t n;               /* weights per row in this superblock */
+    int shift;               /* log2 of the weights' offset */
+    float *sums;             /* of the panel's first row and the group's first token */
+    const uint8_t *prefetch; /* cache lines from here, n_prefetch of them per step (sub-block or 8 */
+    int64_t n_prefetch;      /* floats): memory is busy while the processor computes */
+} MOE__(tile_job);
+typedef void MOE__(tile_kernel_fn)(const MOE__(tile_job) *job);
+
+/* Unpacks n weights of a panel's rows, which lie `stride` bytes apart. */
+typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
+
+MOE__V void MOE__(tile_store)(void *p, MOE__VI v) {
+#if MOE__ISA == 3
+    _mm512_storeu_si512(p, v);
+#else
+    _mm256_storeu_si256((__m256i *)p, v);
+#endif
+}
+MOE__V MOE__VF MOE__(tile_load_f32)(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
+MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
+
+/* ---- products of quads -------- */
+
+/* The kernels multiply `bits`-bit weights (4, 6 or 8, unsigned) with any int8, and the int32 sum of */
+/* a sub-block is exact. begin makes an accumulator, dot adds a quad to it, dot2 adds two, end turns */
+/* it into the int32 sum; `start` is where that sum starts. */
+/* - VNNI multiplies and adds a quad by one instruction. */
+/* - AVX2 adds pairs of products to int16. 4 bits: all 16 pairs of an element in a sub-block, each */
+/*   <= 2 * 15 * 128, fit int16; end widens them. 6 bits: two pairs fit, <= 2 * 63 * 128 each; dot2 */
+/*   widens at once. 8 bits: none fits; the kernel multiplies low and high nibbles in turn. */
+#if MOE__ISA == 3
+#define MOE__DOT_IN_TWOS(bits) 0
+MOE__V __m512i MOE__(tile_begin)(__m512i start, const int bits) { return (void)bits, start; }
+MOE__V __m512i MOE__(tile_dot)(__m512i sum, __m512i w, __m512i x) {
+    return _mm512_dpbusd_epi32(sum, w, x);
+}
+MOE__V __m512i MOE__(tile_dot2)(__m512i sum, __m512i w0, __m512i w1, __m512i x0, __m512i x1) {
+    return MOE__(tile_dot)(MOE__(tile_dot)(sum, w0, x0), w1, x1);
+}
+MOE__V __m512i MOE__(tile_end)(__m512i sum, __m512i start, const int bits) {
+    return (void)bits, (void)start, sum;
+}
+#else
+#define MOE__DOT_IN_TWOS(bits) ((bits) == 6)
+MOE__V __m256i MOE__(tile_begin)(__m256i start, const int bits) {
+    return bits == 6 ? start : _mm256_setzero_si256();
+}
+MOE__V __m256i MOE__(tile_dot)(__m256i sum, __m256i w, __m256i x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+    __asm__("" : "+x"(sum)); /* GCC would add in another order, with all products alive at once */
+    return sum;
+}
+MOE__V __m256i MOE__(tile_dot2)(__m256i sum, __m256i w0, __m256i w1, __m256i x0, __m256i x1) {
+    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
+    return MOE__(v_dot_i16)(sum, pairs, _mm256_set1_epi16(1));
+}
+MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
+    return bits == 6 ? sum : _mm256_add_epi32(start, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+}
+#endif
+
+/* ---- micro-kernels ------------ */
+
+/* Sums are named a00, a01 (token 0: two vectors of rows), a10, ... a51 and are not arrays, which */
+/* compilers may keep in memory. MOE__EACH(X) is X for every token; n is a constant, so that what */
+/* `n > t` excludes does not exist. */
+#define MOE__EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define MOE__TOKEN(t) const uint8_t *x##t = (const uint8_t *)job->x[n > t ? t : 0] + job->record;
+#define MOE__INTS(t) MOE__VI a##t##0 = zero, a##t##1 = zero;
+#define MOE__FLOATS(t) MOE__VF f##t##0 = MOE__MM(setzero_ps)(), f##t##1 = f##t##0;
+#define MOE__BROADCAST(p) MOE__MM(set1_epi32)((int)moe__load_u32(p))
+#define MOE__BROADCAST_F32(p) MOE__MM(set1_ps)(moe__load_f32(p))
+#define MOE__FETCH_AHEAD() \
+    for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) __builtin_prefetch(prefetch, 0, 2)
+
+/* Where sums start, of all sub-blocks: minus the sums of the activations, shifted. Kept in memory: */
+/* shifts would compete with the multiplications. */
+#define MOE__STARTS(t)                                                         \
+    if (n > t)                                                                 \
+        for (int i = 0; i < 64; i += per_256 ? MOE__VBYTES : 2 * MOE__VBYTES) { \
+            MOE__VI nsum = MOE__(v_load)(x##t + nsum_at + i);                  \
+            MOE__(tile_store)(starts + 64 * t + i, MOE__MM(sll_epi32)(nsum, shift)); \
+        }
+#define MOE__START(t) (mins ? zero : MOE__BROADCAST(starts + 64 * t + 4 * j))
+#define MOE__BEGIN(t) \
+    if (n > t) a##t##0 = a##t##1 = MOE__(tile_begin)(MOE__START(t), bits);
+#define MOE__END(t)                                              \
+    if (n > t) {                                                 \
+        const MOE__VI start = MOE__START(t);                     \
+        a##t##0 = MOE__(tile_end)(a##t##0, start, bits);         \
+        a##t##1 = MOE__(tile_end)(a##t##1, start, bits);         \
+    }
+
+/* Quad q of sub-block j (or quads q and q + 1) of all tokens. PART picks bits of the weights. */
+#define MOE__DOT(t)                                        \
+    if (n > t) {                                           \
+        const MOE__VI b = MOE__BROADCAST(x##t + k);        \
+        a##t##0 = MOE__(tile_dot)(a##t##0, w0, b);         \
+        a##t##1 = MOE__(tile_dot)(a##t##1, w1, b);         \
+    }
+#define MOE__QUAD(q, PART)                                              \
+    {                                                                   \
+        const int64_t k = 4 * (quads * j + (q));                        \
+        const MOE__VI w0 = PART(MOE__WEIGHTS(q, 0)), w1 = PART(MOE__WEIGHTS(q, 1)); \
+        MOE__EACH(MOE__DOT)                                             \
+    }
+#define MOE__DOT2(t)                                                \
+    if (n > t) {                                                    \
+        const MOE__VI b0 = MOE__BROADCAST(x##t + k);                \
+        const MOE__VI b1 = MOE__BROADCAST(x##t + k + 4);            \
+        a##t##0 = MOE__(tile_dot2)(a##t##0, w00, w10, b0, b1);      \
+        a##t##1 = MOE__(tile_dot2)(a##t##1, w01, w11, b0, b1);      \
+    }
+#define MOE__TWO_QUADS(q)                                                       \
+    {                                                                           \
+        const int64_t k = 4 * (quads * j + (q));                                \
+        const MOE__VI w00 = MOE__WEIGHTS(q, 0), w01 = MOE__WEIGHTS(q, 1);       \
+        const MOE__VI w10 = MOE__WEIGHTS(q + 1, 0), w11 = MOE__WEIGHTS(q + 1, 1); \
+        MOE__EACH(MOE__DOT2)                                                    \
+    }
+#define MOE__WEIGHTS(q, h) MOE__(v_load)(weights + (2 * (q) + (h)) * MOE__VBYTES)
+#define MOE__FOUR_QUADS(q, PART)                                             \
+    if (MOE__DOT_IN_TWOS(bits)) {                                            \
+        MOE__TWO_QUADS(q)                                                    \
+        MOE__TWO_QUADS(q + 2)                                                \
+    } else {                                                                 \
+        MOE__QUAD(q, PART)                                                   \
+        MOE__QUAD(q + 1, PART)                                               \
+        MOE__QUAD(q + 2, PART)                                               \
+        MOE__QUAD(q + 3, PART)                                               \
+    }
+#define MOE__SUB_BLOCK(PART)     \
+    MOE__FOUR_QUADS(0, PART)     \
+    if (quads == 8) {            \
+        MOE__FOUR_QUADS(4, PART) \
+    }
+#define MOE__WHOLE(w) (w)
+#if MOE__ISA == 2
+#define MOE__LOW_NIBBLE(w) _mm256_and_si256(w, nibble)
+#define MOE__HIGH_NIBBLE(w) _mm256_and_si256(_mm256_srli_epi32(w, 4), nibble)
+/* The low nibbles' sums wait in l00, l01, ... while the high ones are summed. */
+#define MOE__KEEP_LOW(t)                                         \
+    MOE__VI l##t##0 = zero, l##t##1 = zero;                      \
+    if (n > t) {                                                 \
+        l##t##0 = a##t##0, l##t##1 = a##t##1;                    \
+        a##t##0 = a##t##1 = zero;                                \
+    }
+#define MOE__ADD_HIGH(t)                                                        \
+    if (n > t) {                                                                \
+        const __m256i sixteen = _mm256_set1_epi16(16);                          \
+        a##t##0 = MOE__(v_dot_i16)(l##t##0, a##t##0, sixteen);                  \
+        a##t##1 = MOE__(v_dot_i16)(l##t##1, a##t##1, sixteen);                  \
+    }
+#endif
+
+/* f += sum of the sub-block * scale per row, times the token's scale if that is per sub-block */
+#define MOE__SCALE(t)                                                               \
+    if (n > t) {                                                                    \
+        MOE__VF d0 = scale0, d1 = scale1;                                           \
+        if (!per_256) {                                                             \
+            MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act32, d) + 4 * j); \
+            d0 = MOE__MM(mul_ps)(d0, d), d1 = MOE__MM(mul_ps)(d1, d);               \
+        }                                                                           \
+        f##t##0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##0), d0, f##t##0);    \
+        f##t##1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##1), d1, f##t##1);    \
+    }
+
+/* f -= dmin * sum over the sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each */
+#define MOE__MIN(t, p)                                                                     \
+    b = MOE__BROADCAST(x##t + offsetof(moe__act256, sum32) + 4 * p);                       \
+    a##t##0 = MOE__(v_dot_i16)(a##t##0, MOE__(v_load)(min + 2 * p * MOE__VBYTES), b);      \
+    a##t##1 = MOE__(v_dot_i16)(a##t##1, MOE__(v_load)(min + (2 * p + 1) * MOE__VBYTES), b);
+#define MOE__MINS(t)                                                                   \
+    if (n > t) {                                                                       \
+        const uint8_t *min = job->pack + MOE__(TILE_MIN);                              \
+        const uint8_t *dmin = job->pack + MOE__(TILE_DMIN);                            \
+        MOE__VF d0 = MOE__(tile_load_f32)(dmin);                                       \
+        MOE__VF d1 = MOE__(tile_load_f32)(dmin + MOE__VBYTES);                         \
+        MOE__VI b;                                                                     \
+        a##t##0 = a##t##1 = zero;                                                      \
+        MOE__MIN(t, 0) MOE__MIN(t, 1) MOE__MIN(t, 2) MOE__MIN(t, 3)                    \
+        f##t##0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##0), d0, f##t##0);       \
+        f##t##1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##1), d1, f##t##1);       \
+    }
+
+/* sums += f, with ADD_SCALED times the token's scale */
+#define MOE__LOAD_SUMS(t)                                                            \
+    if (n > t) {                                                                     \
+        f##t##0 = MOE__MM(loadu_ps)(job->sums + t * MOE__TILE_ROWS);                 \
+        f##t##1 = MOE__MM(loadu_ps)(job->sums + t * MOE__TILE_ROWS + MOE__VFLOATS);  \
+    }
+#define MOE__STORE_SUMS(t)                                                           \
+    if (n > t) {                                                                     \
+        MOE__MM(storeu_ps)(job->sums + t * MOE__TILE_ROWS, f##t##0);                 \
+        MOE__MM(storeu_ps)(job->sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f##t##1);  \
+    }
+#define MOE__ADD(t, ADD, d)                                                        \
+    if (n > t) {                                                                   \
+        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;       \
+        MOE__MM(storeu_ps)(s0, ADD(f##t##0, d, MOE__MM(loadu_ps)(s0)));            \
+        MOE__MM(storeu_ps)(s1, ADD(f##t##1, d, MOE__MM(loadu_ps)(s1)));            \
+    }
+#define MOE__TOKEN_SCALE(t) MOE__BROADCAST_F32(x##t + offsetof(moe__act256, d))
+#define MOE__ADD_SCALED(t) MOE__ADD(t, MOE__MM(fmadd_ps), MOE__TOKEN_SCALE(t))
+#define MOE__ADD_FLOATS(t) MOE__ADD(t, MOE__MM(fmadd_ps), MOE__MM(set1_ps)(1.0f))
+
+/* n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether the */
+/* activations are moe__act256 or moe__act32; mins: whether weights have mins, and no offset then. */
+MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const int quads,
+                                  const int bits, const int per_256, const int mins) {
+    const MOE__VI zero = MOE__(v_zero)();
+    const uint8_t *weights = job->pack, *scales = job->pack + MOE__(TILE_SCALE);
+    const uint8_t *prefetch = job->prefetch;
+    uint8_t *starts = job->pack + MOE__(TILE_START);
+    const size_t nsum_at = per_256 ? offsetof(moe__act256, nsum) : offsetof(moe__act32, nsum);
+    const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
+    const __m128i shift = _mm_cvtsi32_si128(job->shift);
+    MOE__EACH(MOE__TOKEN)
+    MOE__EACH(MOE__INTS)
+    MOE__EACH(MOE__FLOATS)
+    if (!mins) {
+        MOE__EACH(MOE__STARTS)
+    }
+    if (!per_256) {
+        MOE__EACH(MOE__LOAD_SUMS)
+    }
+    for (int64_t j = 0; j < n_blocks; j++) {
+        MOE__FETCH_AHEAD();
+        MOE__EACH(MOE__BEGIN)
+#if MOE__ISA == 2
+        if (bits == 8) {
+            const __m256i nibble = _mm256_set1_epi32(0x0F0F0F0F);
+            MOE__SUB_BLOCK(MOE__LOW_NIBBLE)
+            MOE__EACH(MOE__END)
+            MOE__EACH(MOE__KEEP_LOW)
+            MOE__SUB_BLOCK(MOE__HIGH_NIBBLE)
+            MOE__EACH(MOE__ADD_HIGH)
+        } else
+#endif
+        {
+            MOE__SUB_BLOCK(MOE__WHOLE)
+            MOE__EACH(MOE__END)
+        }
+        const MOE__VF scale0 = MOE__(tile_load_f32)(scales);
+        const MOE__VF scale1 = MOE__(tile_load_f32)(scales + MOE__VBYTES);
+        MOE__EACH(MOE__SCALE)
+        weights += 2 * MOE__VBYTES * quads;
+        scales += 2 * MOE__VBYTES;
+    }
+    if (mins) {
+        MOE__EACH(MOE__MINS)
+    }
+    if (per_256) {
+        MOE__EACH(MOE__ADD_SCALED)
+    } else {
+        MOE__EACH(MOE__STORE_SUMS)
+    }
+}
+
+#define MOE__FLOAT(t)                                                  \
+    if (n > t) {                                                       \
+        const MOE__VF b = MOE__BROADCAST_F32(x##t + 4 * (k + step));   \
+        f##t##0 = MOE__MM(fmadd_ps)(w0, b, f##t##0);                   \
+        f##t##1 = MOE__MM(fmadd_ps)(w1, b, f##t##1);                   \
+    }
+#define MOE__FLOAT_STEP(i)                                                            \
+    {                                                                                 \
+        const int step = i;                                                           \
+        const MOE__VF w0 = MOE__(tile_load_f32)(w + 2 * step * MOE__VBYTES);          \
+        const MOE__VF w1 = MOE__(tile_load_f32)(w + (2 * step + 1) * MOE__VBYTES);    \
+        MOE__EACH(MOE__FLOAT)                                                         \
+    }
+
+/* n tokens; the pack: f32 [weight][2 vectors]. A superblock is summed by itself before it is added: */
+/* rounding errors grow with the length of a chain of additions. */
+MOE__V void MOE__(tile_float)(const MOE__(tile_job) *job, const int n) {
+    const uint8_t *w = job->pack, *prefetch = job->prefetch;
+    const int64_t n_prefetch = job->n_prefetch;
+    int64_t k = 0;
+    MOE__EACH(MOE__TOKEN)
+    MOE__EACH(MOE__FLOATS)
+    for (; k + 8 <= job->n; k += 8, w += 16 * MOE__VBYTES) {
+        MOE__FETCH_AHEAD();
+        MOE__FLOAT_STEP(0)
+        MOE__FLOAT_STEP(1)
+        MOE__FLOAT_STEP(2)
+        MOE__FLOAT_STEP(3)
+        MOE__FLOAT_STEP(4)
+        MOE__FLOAT_STEP(5)
+        MOE__FLOAT_STEP(6)
+        MOE__FLOAT_STEP(7)
+    }
+    for (; k < job->n; k++, w += 2 * MOE__VBYTES) MOE__FLOAT_STEP(0)
+    MOE__EACH(MOE__ADD_FLOATS)
+}
+
+/* ---- unpacking ---------------- */
+
+typedef struct MOE__(tile_columns) {
+    MOE__VI v[4];
+} MOE__(tile_columns);
+typedef struct MOE__(tile_pair) {
+    MOE__VF low, high;
+} MOE__(tile_pair);
+
+/* 16 bytes of each row of half a panel, turned: element r of v[i] is dword i of row r. */
+MOE__V MOE__(tile_columns) MOE__(tile_turn)(const uint8_t *rows, size_t stride) {
+    MOE__(tile_columns) c;
+#define MOE__ROW(r) _mm_loadu_si128((const __m128i *)(const void *)(rows + (size_t)(r) * stride))
+#define MOE__ROWS_2(r) \
+    _mm256_inserti128_si256(_mm256_castsi128_si256(MOE__ROW(r)), MOE__ROW(r + 4), 1)
+#if MOE__ISA == 3
+#define MOE__ROWS(r) \
+    _mm512_inserti64x4(_mm512_castsi256_si512(MOE__ROWS_2(r)), MOE__ROWS_2(r + 8), 1)
+#else
+#define MOE__ROWS(r) MOE__ROWS_2(r)
+#endif
+    const MOE__VI x0 = MOE__ROWS(0), x1 = MOE__ROWS(1), x2 = MOE__ROWS(2), x3 = MOE__ROWS(3);
+#undef MOE__ROWS
+#undef MOE__ROWS_2
+#undef MOE__ROW
+    /* Dwords of rows 0-3, named by column: 01 holds columns 0 and 1 of two rows. */
+    const MOE__VI a01 = MOE__MM(unpacklo_epi32)(x0, x1), b01 = MOE__MM(unpacklo_epi32)(x2, x3);
+    const MOE__VI a23 = MOE__MM(unpackhi_epi32)(x0, x1), b23 = MOE__MM(unpackhi_epi32)(x2, x3);
+    c.v[0] = MOE__MM(unpacklo_epi64)(a01, b01), c.v[1] = MOE__MM(unpackhi_epi64)(a01, b01);
+    c.v[2] = MOE__MM(unpacklo_epi64)(a23, b23), c.v[3] = MOE__MM(unpackhi_epi64)(a23, b23);
+    return c;
+}
+
+/* The two f16 of each dword as f32 */
+MOE__V MOE__(tile_pair) MOE__(tile_halves)(MOE__VI v) {
+    MOE__(tile_pair) f;
+#if MOE__ISA == 3
+    static const uint16_t order[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                       1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    v = _mm512_permutexvar_epi16(MOE__(v_load)(order), v);
+    f.low = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
+    f.high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
+#else
+    static const uint8_t order[32] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
+                                      0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+    v = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, MOE__(v_load)(order)), 0xD8);
+    f.low = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+    f.high = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
+#endif
+    return f;
+}
+
+/* The f16 at `rows` of each row of half a panel, as f32 */
+MOE__V MOE__VF MOE__(tile_row_halves)(const uint8_t *rows, size_t stride) {
+#define MOE__HALF(v, r, i) \
+    v = _mm_insert_epi16(v, moe__load_u16(rows + (size_t)(r + i) * stride), i)
+#define MOE__HALVES(v, r)                                                    \
+    __m128i v = _mm_cvtsi32_si128(moe__load_u16(rows + (size_t)(r) * stride)); \
+    MOE__HALF(v, r, 1), MOE__HALF(v, r, 2), MOE__HALF(v, r, 3);              \
+    MOE__HALF(v, r, 4), MOE__HALF(v, r, 5), MOE__HALF(v, r, 6), MOE__HALF(v, r, 7)
+    MOE__HALVES(low, 0);
+#if MOE__ISA == 3
+    MOE__HALVES(high, 8);
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+#else
+    return _mm256_cvtph_ps(low);
+#endif
+#undef MOE__HALVES
+#undef MOE__HALF
+}
+
+/* Stores a quad (or a float weight) of half h of the panel's rows. */
+MOE__V void MOE__(tile_put)(uint8_t *pack, int64_t quad, int64_t h, MOE__VI v) {
+    MOE__(tile_store)(pack + (2 * quad + h) * MOE__VBYTES, v);
+}
+MOE__V void MOE__(tile_put_scale)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VF v) {
+    MOE__(tile_store_f32)(pack + MOE__(TILE_SCALE) + (2 * sub_block + h) * MOE__VBYTES, v);
+}
+MOE__V MOE__VI MOE__(tile_low)(MOE__VI v, const int mask) {
+    return MOE__(v_and)(v, MOE__MM(set1_epi32)(mask));
+}
+MOE__V MOE__VI MOE__(tile_high_nibbles)(MOE__VI v) {
+    return MOE__(tile_low)(MOE__MM(srli_epi32)(v, 4), 0x0F0F0F0F);
+}
+
+MOE__K void MOE__(tile_unpack_q4_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
+        for (int64_t b = 0; b < n / 32; b++) {
+            const uint8_t *block = rows + 18 * b;
+            const MOE__(tile_columns) c = MOE__(tile_turn)(block + 2, stride);
+            MOE__(tile_put_scale)(pack, b, h, MOE__(tile_row_halves)(block, stride));
+            MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
+                MOE__(tile_put)(pack, 8 * b + i, h, MOE__(tile_low)(c.v[i], 0x0F0F0F0F));
+                MOE__(tile_put)(pack, 8 * b + 4 + i, h, MOE__(tile_high_nibbles)(c.v[i]));
+            }
+        }
+}
+
+MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    const MOE__VI offset = MOE__MM(set1_epi8)(-128); /* int8 + 128, modulo 256 */
+    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
+        for (int64_t b = 0; b < n / 32; b++) {
+            const uint8_t *block = rows + 34 * b;
+            const MOE__(tile_columns) c = MOE__(tile_turn)(block + 2, stride);
+            const MOE__(tile_columns) d = MOE__(tile_turn)(block + 18, stride);
+            MOE__(tile_put_scale)(pack, b, h, MOE__(tile_row_halves)(block, stride));
+            MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
+                MOE__(tile_put)(pack, 8 * b + i, h, MOE__MM(add_epi8)(c.v[i], offset));
+                MOE__(tile_put)(pack, 8 * b + 4 + i, h, MOE__MM(add_epi8)(d.v[i], offset));
+            }
+        }
+}
+
+/* Four unsigned bytes of each dword times d */
+MOE__V void MOE__(tile_put_scales)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI s,
+                                   MOE__VF d) {
+    MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
+        MOE__VF scale = MOE__MM(cvtepi32_ps)(MOE__(tile_low)(s, 0xFF));
+        MOE__(tile_put_scale)(pack, sub_block + i, h, MOE__MM(mul_ps)(scale, d));
+        s = MOE__MM(srli_epi32)(s, 8);
+    }
+}
+
+/* Four unsigned bytes of each dword: two vectors of int16 pairs */
+MOE__V void MOE__(tile_put_mins)(uint8_t *pack, int64_t pair, int64_t h, MOE__VI m) {
+    MOE__UNROLL(2) for (int i = 0; i < 2; i++) {
+        MOE__VI first = MOE__(tile_low)(m, 0xFF);
+        MOE__VI second = MOE__(tile_low)(MOE__MM(slli_epi32)(m, 8), 0xFF0000);
+        MOE__(tile_store)(pack + MOE__(TILE_MIN) + (2 * (pair + i) + h) * MOE__VBYTES,
+                          MOE__(v_or)(first, second));
+        m = MOE__MM(srli_epi32)(m, 16);
+    }
+}
+
+/* The head of Q4_K and Q5_K blocks: d, dmin, eight 6-bit scales s and eight 6-bit mins m. */
+/*   dword 1: s0-s3, top bits of s4-s7   dword 2: m0-m3, top bits of m4-m7   dword 3: low 4 of both */
+MOE__V void MOE__(tile_unpack_head)(const uint8_t *rows, size_t stride, int64_t h, uint8_t *pack) {
+    const MOE__VI top = MOE__MM(set1_epi32)(0x30303030);
+    const MOE__(tile_columns) c = MOE__(tile_turn)(rows, stride);
+    const MOE__(tile_pair) d = MOE__(tile_halves)(c.v[0]); /* d, dmin */
+    MOE__VI s = MOE__(tile_low)(c.v[3], 0x0F0F0F0F), m = MOE__(tile_high_nibbles)(c.v[3]);
+    s = MOE__(v_or_and)(s, MOE__MM(srli_epi32)(c.v[1], 2), top);
+    m = MOE__(v_or_and)(m, MOE__MM(srli_epi32)(c.v[2], 2), top);
+    MOE__(tile_put_scales)(pack, 0, h, MOE__(tile_low)(c.v[1], 0x3F3F3F3F), d.low);
+    MOE__(tile_put_scales)(pack, 4, h, s, d.low);
+    MOE__(tile_put_mins)(pack, 0, h, MOE__(tile_low)(c.v[2], 0x3F3F3F3F));
+    MOE__(tile_put_mins)(pack, 2, h, m);
+    MOE__(tile_store_f32)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES,
+                          MOE__MM(mul_ps)(d.high, MOE__MM(set1_ps)(-1.0f)));
+}
+
+MOE__K void MOE__(tile_unpack_q4_k)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    (void)n;
+    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride) {
+        MOE__(tile_unpack_head)(rows, stride, h, pack);
+        for (int64_t c = 0; c < 8; c++) { /* 16 bytes: halves of two sub-blocks */
+            const MOE__(tile_columns) q = MOE__(tile_turn)(rows + 16 + 16 * c, stride);
+            const int64_t quad = 16 * (c / 2) + 4 * (c % 2);
+            MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
+                MOE__(tile_put)(pack, quad + i, h, MOE__(tile_low)(q.v[i], 0x0F0F0F0F));
+                MOE__(tile_put)(pack, quad + 8 + i, h, MOE__(tile_high_nibbles)(q.v[i]));
+            }
+        }
+    }
+}
+
+MOE__K void MOE__(tile_unpack_q5_k)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    const MOE__VI fifth = MOE__MM(set1_epi32)(0x10101010);
+    (void)n;
+    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride) {
+        MOE__(tile_unpack_head)(rows, stride, h, pack);
+        for (int64_t m = 0; m < 2; m++) { /* halves of sub-blocks */
+            MOE__(tile_columns) bits = MOE__(tile_turn)(rows + 16 + 16 * m, stride);
+            for (int64_t c = 0; c < 4; c++) { /* two sub-blocks; their fifth bits: bits 0 and 1 */
+                const MOE__(tile_columns) q = MOE__(tile_turn)(rows + 48 + 32 * c + 16 * m, stride);
+                const int64_t quad = 16 * c + 4 * m;
+                MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
+                    MOE__VI a = MOE__(tile_low)(q.v[i], 0x0F0F0F0F);
+                    MOE__VI b = MOE__(tile_high_nibbles)(q.v[i]);
+                    a = MOE__(v_or_and)(a, MOE__MM(slli_epi32)(bits.v[i], 4), fifth);
+                    b = MOE__(v_or_and)(b, MOE__MM(slli_epi32)(bits.v[i], 3), fifth);
+                    MOE__(tile_put)(pack, quad + i, h, a);
+                    MOE__(tile_put)(pack, quad + 8 + i, h, b);
+                    bits.v[i] = MOE__MM(srli_epi32)(bits.v[i], 2);
+                }
+            }
+        }
+    }
+}
+
+/* 16 int8 scales at byte 192 and the f16 d behind them; no load leaves the block of 210 bytes. */
+MOE__V void MOE__(tile_unpack_tail)(const uint8_t *rows, size_t stride, int64_t h, uint8_t *pack) {
+    const MOE__(tile_columns) s = MOE__(tile_turn)(rows + 192, stride);
+    const MOE__(tile_columns) e = MOE__(tile_turn)(rows + 194, stride);
+    const MOE__VF d = MOE__(tile_halves)(e.v[3]).high;
+    MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
+        MOE__VI bytes = s.v[i]; /* the top one is the last of four scales */
+        MOE__UNROLL(4) for (int b = 3; b >= 0; b--) {
+            MOE__VF scale = MOE__MM(cvtepi32_ps)(MOE__MM(srai_epi32)(bytes, 24));
+            MOE__(tile_put_scale)(pack, 4 * i + b, h, MOE__MM(mul_ps)(scale, d));
+            bytes = MOE__MM(slli_epi32)(bytes, 8);
+        }
+    }
+}
+
+MOE__K void MOE__(tile_unpack_q6_k)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    const MOE__VI top = MOE__MM(set1_epi32)(0x30303030);
+    (void)n;
+    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride) {
+        MOE__(tile_unpack_tail)(rows, stride, h, pack);
+        for (int64_t c = 0; c < 4; c++) { /* halves of four times 32 weights */
+            const uint8_t *low = rows + 64 * (c / 2) + 16 * (c % 2);
+            const MOE__(tile_columns) a = MOE__(tile_turn)(low, stride);
+            const MOE__(tile_columns) b = MOE__(tile_turn)(low + 32, stride);
+            const MOE__(tile_columns) t = MOE__(tile_turn)(rows + 128 + 16 * c, stride);
+            const int64_t quad = 32 * (c / 2) + 4 * (c % 2);
+            MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
+                MOE__VI q0 = MOE__(tile_low)(a.v[i], 0x0F0F0F0F);
+                MOE__VI q1 = MOE__(tile_low)(b.v[i], 0x0F0F0F0F);
+                MOE__VI q2 = MOE__(tile_high_nibbles)(a.v[i]);
+                MOE__VI q3 = MOE__(tile_high_nibbles)(b.v[i]);
+                q0 = MOE__(v_or_and)(q0, MOE__MM(slli_epi32)(t.v[i], 4), top);
+                q1 = MOE__(v_or_and)(q1, MOE__MM(slli_epi32)(t.v[i], 2), top);
+                q2 = MOE__(v_or_and)(q2, t.v[i], top);
+                q3 = MOE__(v_or_and)(q3, MOE__MM(srli_epi32)(t.v[i], 2), top);
+                MOE__(tile_put)(pack, quad + i, h, q0);
+                MOE__(tile_put)(pack, quad + 8 + i, h, q1);
+                MOE__(tile_put)(pack, quad + 16 + i, h, q2);
+                MOE__(tile_put)(pack, quad + 24 + i, h, q3);
+            }
+        }
+    }
+}
+
+/* Floats: each row is readable up to a multiple of 8 weights. */
+MOE__K void MOE__(tile_unpack_f32)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
+        for (int64_t k = 0; k < n; k += 4) {
+            const MOE__(tile_columns) c = MOE__(tile_turn)(rows + 4 * k, stride);
+            MOE__UNROLL(4) for (int i = 0; i < 4; i++) MOE__(tile_put)(pack, k + i, h, c.v[i]);
+        }
+}
+
+MOE__K void MOE__(tile_unpack_f16)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
+        for (int64_t k = 0; k < n; k += 8) {
+            const MOE__(tile_columns) c = MOE__(tile_turn)(rows + 2 * k, stride);
+            uint8_t *out = pack + (2 * k + h) * MOE__VBYTES;
+            MOE__UNROLL(4) for (int i = 0; i < 4; i++, out += 4 * MOE__VBYTES) {
+                const MOE__(tile_pair) f = MOE__(tile_halves)(c.v[i]);
+                MOE__(tile_store_f32)(out, f.low);
+                MOE__(tile_store_f32)(out + 2 * MOE__VBYTES, f.high);
+            }
+        }
+}
+
+MOE__K void MOE__(tile_unpack_bf16)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
+        for (int64_t k = 0; k < n; k += 8) {
+            const MOE__(tile_columns) c = MOE__(tile_turn)(rows + 2 * k, stride);
+            MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
+                MOE__VI high = MOE__(tile_low)(c.v[i], (int)0xFFFF0000);
+                MOE__(tile_put)(pack, k + 2 * i, h, MOE__MM(slli_epi32)(c.v[i], 16));
+                MOE__(tile_put)(pack, k + 2 * i + 1, h, high);
+            }
+        }
+}
+
+/* ---- the loops over superblocks and tokens -------- */
+
+typedef struct MOE__(tile_plan) {
+    MOE__(tile_kernel_fn) *const *kernels; /* [n - 1]: for n tokens */
+    int max_tokens;
+    MOE__(tile_unpack_fn) *unpack;
+    int superblock, step;   /* weights per row; weights per prefetch step */
+    int block, block_bytes; /* weights and bytes of a block */
+    int record;             /* bytes of a superblock's activations */
+    int shift;              /* log2 of the offset that `unpack` adds to weights */
+} MOE__(tile_plan);
+
+/* What is left to prefetch, in cache lines, and how many of them per step */
+typedef struct MOE__(tile_ahead) {
+    const uint8_t *at;
+    int64_t left, per_step;
+} MOE__(tile_ahead);
+
+/* Copies n_bytes of each row, `pitch` bytes apart; the rest of a pitch and missing rows are zero. */
+MOE__K void MOE__(tile_stage)(const uint8_t *rows, size_t stride, int64_t n_rows, size_t n_bytes,
+                              size_t pitch, int64_t n_rows_out, uint8_t *stage) {
+    for (int64_t r = 0; r < n_rows_out; r++, stage += pitch) {
+        const size_t used = r < n_rows ? n_bytes : 0;
+        if (used) memcpy(stage, rows + (size_t)r * stride, used);
+        memset(stage + used, 0, pitch - used);
+    }
+}
+
+/* One superblock, already unpacked, times n_tokens tokens */
+MOE__K void MOE__(tile_tokens)(const MOE__(tile_plan) *plan, MOE__(tile_job) *job, int64_t n_panels,
+                               const void *const *x, int64_t n_tokens, uint8_t *scratch,
+                               MOE__(tile_ahead) *ahead) {
+    const int64_t n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
+    float *sums = (float *)(void *)(scratch + MOE__(TILE_SUMS_AT));
+    for (int64_t g = 0; g < n_groups; g++) { /* of nearly equal size: small groups are slow */
+        const int64_t count = n_tokens / n_groups + (g < n_tokens % n_groups);
+        job->x = x;
+        for (int64_t p = 0; p < n_panels; p++) {
+            job->pack = scratch + p * MOE__(TILE_PACK);
+            job->sums = sums + p * MOE__PANEL;
+            job->prefetch = ahead->at;
+            job->n_prefetch = ahead->left > 0 ? ahead->per_step : 0;
+            plan->kernels[count - 1](job);
+            if (job->n_prefetch) {
+                const int64_t lines = job->n_prefetch * (job->n / plan->step);
+                ahead->at += 64 * lines;
+                ahead->left -= lines;
+            }
+        }
+        x += count;
+        sums += count * MOE__TILE_ROWS;
+    }
+}
+
+/* A tile times at most TILE_CHUNK tokens; the sums end in the scratch. */
+MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
+                              int64_t n_rows, int64_t n, const void *const *x, int64_t n_tokens,
+                              uint8_t *scratch, MOE__(tile_ahead) *ahead) {
+    const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
+    const size_t pitch = (size_t)plan->superblock / (size_t)plan->block * (size_t)plan->block_bytes;
+    uint8_t *stage = scratch + MOE__(TILE_STAGE_AT);
+    MOE__(tile_job) job;
+    memset(&job, 0, sizeof job);
+    job.shift = plan->shift;
+    memset(scratch + MOE__(TILE_SUMS_AT), 0, (size_t)n_tokens * MOE__TILE_ROWS * sizeof(float));
+    for (int64_t first = 0; first < n; first += plan->superblock) {
+        const uint8_t *from = rows;
+        size_t stride = row_size;
+        job.n = moe__min(n - first, plan->superblock);
+        /* A copy of the rows is unpacked where a panel or a vector of floats is not full (nothing */
+        /* is read behind a row), and where rows lie so that they compete for the same few lines of */
+        /* the cache while they are turned (4 times slower). */
+        if (n_rows % MOE__PANEL || job.n % 8 || row_size % 2048 == 0) {
+            const size_t bytes = (size_t)(job.n / plan->block * plan->block_bytes);
+            MOE__(tile_stage)(rows, row_size, n_rows, bytes, pitch, n_panels * MOE__PANEL, stage);
+            from = stage, stride = pitch;
+        }
+        for (int64_t p = 0; p < n_panels; p++)
+            plan->unpack(from + (size_t)(p * MOE__PANEL) * stride, stride, job.n,
+                         scratch + p * MOE__(TILE_PACK));
+        MOE__(tile_tokens)(plan, &job, n_panels, x, n_tokens, scratch, ahead);
+        rows += pitch;
+        job.record += (size_t)plan->record;
+    }
+}
+
+/* moe__tile_fn for any type */
+MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
+                            int64_t n_rows, int64_t n, const void *const *x, int64_t n_tokens,
+                            float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,
+                            size_t prefetch_size) {
+    uint8_t *scratch = (uint8_t *)pack;
+    const float *sums = (const float *)(const void *)(scratch + MOE__(TILE_SUMS_AT));
+    const int64_t n_chunks = (n_tokens + MOE__(TILE_CHUNK) - 1) / MOE__(TILE_CHUNK);
+    const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
+    const int64_t n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
+    const int64_t n_steps = moe__max(1, n_groups * n_panels * (n / plan->step));
+    MOE__(tile_ahead) ahead;
+    ahead.at = prefetch;
+    ahead.left = (int64_t)((prefetch_size + 63) / 64);
+    ahead.per_step = (ahead.left + n_steps - 1) / n_steps;
+    for (int64_t c = 0; c < n_chunks; c++) {
+        const int64_t count = n_tokens / n_chunks + (c < n_tokens % n_chunks);
+        MOE__(tile_chunk)(plan, rows, row_size, n_rows, n, x, count, scratch, &ahead);
+        for (int64_t t = 0; t < count; t++)
+            memcpy(out + t * out_stride, sums + t * MOE__TILE_ROWS, (size_t)n_rows * sizeof *out);
+        x += count;
+        out += count * out_stride;
+    }
+}
+
+/* ---- one kernel per type ------ */
+
+#define MOE__TILE_NAME(name, n) MOE__(tile_##name##_##n)
+#define MOE__TILE_KERNEL(name, n, ...)                              \
+    MOE__K void MOE__TILE_NAME(name, n)(const MOE__(tile_job) *job) { \
+        MOE__(tile_quantized)(job, n, __VA_ARGS__);                 \
+    }
+#define MOE__TILE_FLOAT(n) \
+    MOE__K void MOE__TILE_NAME(float, n)(const MOE__(tile_job) *job) { MOE__(tile_float)(job, n); }
+#define MOE__TILE_TABLE(name) static MOE__(tile_kernel_fn) *const MOE__(tile_kernels_##name)[]
+#define MOE__TILE_NAMES_4(name)                          \
+    MOE__TILE_NAME(name, 1), MOE__TILE_NAME(name, 2),    \
+        MOE__TILE_NAME(name, 3), MOE__TILE_NAME(name, 4)
+#define MOE__TILE_NAMES_6(name) \
+    MOE__TILE_NAMES_4(name), MOE__TILE_NAME(name, 5), MOE__TILE_NAME(name, 6)
+#define MOE__TILE_KERNELS_4(name, ...)     \
+    MOE__TILE_KERNEL(name, 1, __VA_ARGS__) \
+    MOE__TILE_KERNEL(name, 2, __VA_ARGS__) \
+    MOE__TILE_KERNEL(name, 3, __VA_ARGS__) \
+    MOE__TILE_KERNEL(name, 4, __VA_ARGS__)
+
+MOE__TILE_FLOAT(1)
+MOE__TILE_FLOAT(2)
+MOE__TILE_FLOAT(3)
+MOE__TILE_FLOAT(4)
+MOE__TILE_FLOAT(5)
+MOE__TILE_FLOAT(6)
+MOE__TILE_TABLE(float) = {MOE__TILE_NAMES_6(float)};
+#define MOE__TILE_OF_FLOATS MOE__(tile_kernels_float), 6
+
+/* Names of the quantized kernels: q32: blocks of 32 with a scale, k32: superblocks with a scale and */
+/* a min per 32, k16: superblocks with a scale per 16; then the bits of a weight, if they matter. */
+#if MOE__ISA == 3
+#define MOE__TILE_KERNELS(name, ...)       \
+    MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
+    MOE__TILE_KERNEL(name, 5, __VA_ARGS__) \
+    MOE__TILE_KERNEL(name, 6, __VA_ARGS__) \
+    MOE__TILE_TABLE(name) = {MOE__TILE_NAMES_6(name)};
+#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name), MOE__TILE_TOKENS
+MOE__TILE_KERNELS(q32, 8, 8, 0, 0)
+MOE__TILE_KERNELS(k32, 8, 8, 1, 1)
+MOE__TILE_KERNELS(k16, 4, 8, 1, 0)
+#else
+#define MOE__TILE_KERNELS(name, ...)       \
+    MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
+    MOE__TILE_TABLE(name) = {MOE__TILE_NAMES_4(name)};
+#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##_##bits), MOE__TILE_TOKENS
+MOE__TILE_KERNELS(q32_4, 8, 4, 0, 0)
+MOE__TILE_KERNELS(q32_8, 8, 8, 0, 0)
+MOE__TILE_KERNELS(k32_4, 8, 4, 1, 1)
+MOE__TILE_KERNELS(k32_6, 8, 6, 1, 1)
+MOE__TILE_KERNELS(k16_6, 4, 6, 1, 0)
+#endif
+
+/* name, kernels, then the rest of a plan in its order */
+#define MOE__TILE_TYPE(name, kernels, ...)                                                        \
+    static const MOE__(tile_plan) MOE__(tile_plan_##name) = {                                     \
+        kernels, MOE__(tile_unpack_##name), __VA_ARGS__};                                         \
+    MOE__K void MOE__(tile_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,          \
+                                   int64_t n, const void *const *x, int64_t n_tokens, float *out, \
+                                   int64_t out_stride, void *pack, const uint8_t *prefetch,       \
+                                   size_t prefetch_size) {                                        \
+        MOE__(tile_run)(&MOE__(tile_plan_##name), rows, row_size, n_rows, n, x, n_tokens, out,    \
+                        out_stride, pack, prefetch, prefetch_size);                               \
+    }
+MOE__TILE_TYPE(f32, MOE__TILE_OF_FLOATS, 128, 8, 1, 4, 512, 0)
+MOE__TILE_TYPE(f16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
+MOE__TILE_TYPE(bf16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
+MOE__TILE_TYPE(q4_0, MOE__TILE_OF(q32, 4), 256, 32, 32, 18, sizeof(moe__act32), 3)
+MOE__TILE_TYPE(q8_0, MOE__TILE_OF(q32, 8), 256, 32, 32, 34, sizeof(moe__act32), 7)
+MOE__TILE_TYPE(q4_k, MOE__TILE_OF(k32, 4), 256, 32, 256, 144, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q5_k, MOE__TILE_OF(k32, 6), 256, 32, 256, 176, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q6_k, MOE__TILE_OF(k16, 6), 256, 16, 256, 210, sizeof(moe__act256), 5)
+
+#undef MOE__TILE_TOKENS
+#undef MOE__PANEL
+#undef MOE__DOT_IN_TWOS
+#undef MOE__EACH
+#undef MOE__TOKEN
+#undef MOE__INTS
+#undef MOE__FLOATS
+#undef MOE__BROADCAST
+#undef MOE__BROADCAST_F32
+#undef MOE__FETCH_AHEAD
+#undef MOE__STARTS
+#undef MOE__START
+#undef MOE__BEGIN
+#undef MOE__END
+#undef MOE__DOT
+#undef MOE__QUAD
+#undef MOE__DOT2
+#undef MOE__TWO_QUADS
+#undef MOE__WEIGHTS
+#undef MOE__FOUR_QUADS
+#undef MOE__SUB_BLOCK
+#undef MOE__WHOLE
+#undef MOE__LOW_NIBBLE
+#undef MOE__HIGH_NIBBLE
+#undef MOE__KEEP_LOW
+#undef MOE__ADD_HIGH
+#undef MOE__SCALE
+#undef MOE__MIN
+#undef MOE__MINS
+#undef MOE__LOAD_SUMS
+#undef MOE__STORE_SUMS
+#undef MOE__ADD
+#undef MOE__TOKEN_SCALE
+#undef MOE__ADD_SCALED
+#undef MOE__ADD_FLOATS
+#undef MOE__FLOAT
+#undef MOE__FLOAT_STEP
+#undef MOE__TILE_NAME
+#undef MOE__TILE_KERNEL
+#undef MOE__TILE_FLOAT
+#undef MOE__TILE_TABLE
+#undef MOE__TILE_NAMES_4
+#undef MOE__TILE_NAMES_6
+#undef MOE__TILE_KERNELS_4
+#undef MOE__TILE_OF_FLOATS
+#undef MOE__TILE_KERNELS
+#undef MOE__TILE_OF
+#undef MOE__TILE_TYPE
+
+/* ---- floats: norms, activations, softmax, attention ------------------------------------------- */
+
+/* One text for both widths. MOE__F holds MOE__FW floats, MOE__D half as many doubles. A "part" is a */
+/* ragged end of n = 1..MOE__FW elements: nothing beyond it is touched, the other lanes read 0. */
+#if MOE__ISA == 2
+#define MOE__F __m256
+#define MOE__D __m256d
+#define MOE__FW 8
+#define MOE__F_OP(name) _mm256_##name##_ps
+#define MOE__D_OP(name) _mm256_##name##_pd
+
+static const int32_t MOE__(part_mask)[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+MOE__V __m256i MOE__(f_mask)(int64_t n) {
+    return _mm256_loadu_si256((const __m256i *)(const void *)(MOE__(part_mask) + 8 - n));
+}
+MOE__V __m256 MOE__(f_load_part)(const float *p, int64_t n) {
+    return _mm256_maskload_ps(p, MOE__(f_mask)(n));
+}
+MOE__V void MOE__(f_store_part)(float *p, int64_t n, __m256 x) {
+    _mm256_maskstore_ps(p, MOE__(f_mask)(n), x);
+}
+/* x in the first n lanes, y in the others. */
+MOE__V __m256 MOE__(f_select_part)(int64_t n, __m256 x, __m256 y) {
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(MOE__(f_mask)(n)));
+}
+MOE__V __m256 MOE__(f_load_half)(const void *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+/* At most 3 halves from p, in the low bits. */
+MOE__V uint64_t MOE__(load_3_halves)(const uint8_t *p, int64_t n) {
+    uint64_t bits = 0;
+    if (n & 2) bits = moe__load_u32(p);
+    if (n & 1) bits |= (uint64_t)moe__load_u16(p + 2 * (n & 2)) << 16 * (n & 2);
+    return bits;
+}
+MOE__V __m256 MOE__(f_load_half_part)(const void *memory, int64_t n) {
+    const uint8_t *p = (const uint8_t *)memory;
+    if (n == 8) return MOE__(f_load_half)(p);
+    uint64_t low, high = 0;
+    if (n < 4) {
+        low = MOE__(load_3_halves)(p, n);
+    } else {
+        low = moe__load_u64(p);
+        high = MOE__(load_3_halves)(p + 8, n - 4);
+    }
+    return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)high, (int64_t)low));
+}
+MOE__V __m128i MOE__(f_to_half)(__m256 x) {
+    return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+MOE__V void MOE__(f_store_half)(uint16_t *p, __m256 x) {
+    _mm_storeu_si128((__m128i *)(void *)p, MOE__(f_to_half)(x));
+}
+MOE__V void MOE__(f_store_half_part)(uint16_t *p, int64_t n, __m256 x) {
+    uint16_t halves[8];
+    MOE__(f_store_half)(halves, x);
+    for (int64_t i = 0; i < n; i++) p[i] = halves[i];
+}
+MOE__V __m256 MOE__(f_round)(__m256 x) {
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+/* x * 2^n for whole n in -252..254, in two steps so that neither factor leaves the normal range. */
+MOE__V __m256 MOE__(f_scale)(__m256 x, __m256 n) {
+    __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    __m256i rest = _mm256_sub_epi32(whole, half), bias = _mm256_set1_epi32(127);
+    __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+    __m256i b = _mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23);
+    return _mm256_mul_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b));
+}
+MOE__V __m256d MOE__(f_low)(__m256 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+MOE__V __m256d MOE__(f_high)(__m256 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+MOE__V float MOE__(f_first)(__m256 x) { return _mm_cvtss_f32(_mm256_castps256_ps128(x)); }
+MOE__V __m256 MOE__(f_fold)(__m256 x) { return x; }
+MOE__V __m256 MOE__(f_fold_max)(__m256 x) { return x; }
+MOE__V __m256d MOE__(d_fold)(__m256d x) { return x; }
+
+#else
+#define MOE__F __m512
+#define MOE__D __m512d
+#define MOE__FW 16
+#define MOE__F_OP(name) _mm512_##name##_ps
+#define MOE__D_OP(name) _mm512_##name##_pd
+
+MOE__V __mmask16 MOE__(f_mask)(int64_t n) { return (__mmask16)((1u << n) - 1); }
+MOE__V __m512 MOE__(f_load_part)(const float *p, int64_t n) {
+    return _mm512_maskz_loadu_ps(MOE__(f_mask)(n), p);
+}
+MOE__V void MOE__(f_store_part)(float *p, int64_t n, __m512 x) {
+    _mm512_mask_storeu_ps(p, MOE__(f_mask)(n), x);
+}
+/* x in the first n lanes, y in the others. */
+MOE__V __m512 MOE__(f_select_part)(int64_t n, __m512 x, __m512 y) {
+    return _mm512_mask_blend_ps(MOE__(f_mask)(n), y, x);
+}
+MOE__V __m512 MOE__(f_load_half)(const void *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+MOE__V __m512 MOE__(f_load_half_part)(const void *p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(MOE__(f_mask)(n), p));
+}
+MOE__V __m256i MOE__(f_to_half)(__m512 x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+MOE__V void MOE__(f_store_half)(uint16_t *p, __m512 x) {
+    _mm256_storeu_si256((__m256i *)(void *)p, MOE__(f_to_half)(x));
+}
+MOE__V void MOE__(f_store_half_part)(uint16_t *p, int64_t n, __m512 x) {
+    _mm256_mask_storeu_epi16(p, MOE__(f_mask)(n), MOE__(f_to_half)(x));
+}
+MOE__V __m512 MOE__(f_round)(__m512 x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+MOE__V __m512 MOE__(f_scale)(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
+MOE__V __m256 MOE__(f_upper)(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
+MOE__V __m512d MOE__(f_low)(__m512 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+MOE__V __m512d MOE__(f_high)(__m512 x) { return _mm512_cvtps_pd(MOE__(f_upper)(x)); }
+MOE__V float MOE__(f_first)(__m512 x) { return _mm_cvtss_f32(_mm512_castps512_ps128(x)); }
+/* 512 bits to 256: the first step of a reduction. */
+MOE__V __m256 MOE__(f_fold)(__m512 x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), MOE__(f_upper)(x));
+}
+MOE__V __m256 MOE__(f_fold_max)(__m512 x) {
+    return _mm256_max_ps(_mm512_castps512_ps256(x), MOE__(f_upper)(x));
+}
+MOE__V __m256d MOE__(d_fold)(__m512d x) {
+    return _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
+}
+#endif
+
+/* x, from a register: GCC would read memory again at every use of a vector that is used 2 or 3 times. */
+MOE__V MOE__F MOE__(f_keep)(MOE__F x) {
+    __asm__("" : "+v"(x));
+    return x;
+}
+MOE__V MOE__F MOE__(f_zero)(void) { return MOE__F_OP(setzero)(); }
+MOE__V MOE__F MOE__(f_set)(float x) { return MOE__F_OP(set1)(x); }
+MOE__V MOE__F MOE__(f_load)(const void *p) { return MOE__F_OP(loadu)((const float *)p); }
+MOE__V void MOE__(f_store)(float *p, MOE__F x) { MOE__F_OP(storeu)(p, x); }
+MOE__V MOE__F MOE__(f_add)(MOE__F a, MOE__F b) { return MOE__F_OP(add)(a, b); }
+MOE__V MOE__F MOE__(f_sub)(MOE__F a, MOE__F b) { return MOE__F_OP(sub)(a, b); }
+MOE__V MOE__F MOE__(f_mul)(MOE__F a, MOE__F b) { return MOE__F_OP(mul)(a, b); }
+MOE__V MOE__F MOE__(f_div)(MOE__F a, MOE__F b) { return MOE__F_OP(div)(a, b); }
+/* a * b + c and c - a * b, rounded once. */
+MOE__V MOE__F MOE__(f_fma)(MOE__F a, MOE__F b, MOE__F c) { return MOE__F_OP(fmadd)(a, b, c); }
+MOE__V MOE__F MOE__(f_fnma)(MOE__F a, MOE__F b, MOE__F c) { return MOE__F_OP(fnmadd)(a, b, c); }
+/* If either is NaN, these give b. */
+MOE__V MOE__F MOE__(f_max)(MOE__F a, MOE__F b) { return MOE__F_OP(max)(a, b); }
+MOE__V MOE__F MOE__(f_min)(MOE__F a, MOE__F b) { return MOE__F_OP(min)(a, b); }
+MOE__V MOE__D MOE__(d_zero)(void) { return MOE__D_OP(setzero)(); }
+MOE__V MOE__D MOE__(d_add)(MOE__D a, MOE__D b) { return MOE__D_OP(add)(a, b); }
+MOE__V MOE__D MOE__(d_square_add)(MOE__D a, MOE__D c) { return MOE__D_OP(fmadd)(a, a, c); }
+
+MOE__V float MOE__(f_sum)(MOE__F x) {
+    __m256 half = MOE__(f_fold)(x);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+MOE__V float MOE__(f_largest)(MOE__F x) {
+    __m256 half = MOE__(f_fold_max)(x);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+MOE__V double MOE__(d_sum)(MOE__D x) {
+    __m256d half = MOE__(d_fold)(x);
+    __m128d q = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+}
+/* The sums of four vectors, side by side. */
+MOE__V __m128 MOE__(f_sum4)(MOE__F a, MOE__F b, MOE__F c, MOE__F d) {
+    __m256 e = MOE__(f_fold)(a), f = MOE__(f_fold)(b), g = MOE__(f_fold)(c), h = MOE__(f_fold)(d);
+    __m256 ef = _mm256_hadd_ps(e, f), gh = _mm256_hadd_ps(g, h), all = _mm256_hadd_ps(ef, gh);
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+/* e^x, within 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r, and e^r = 1 + r + r^2 p(r) */
+/* where p is the minimax polynomial of degree 4 (4e-9 relative). The bounds give 0 and infinity */
+/* where they belong; NaN stays NaN, e^0 is 1. */
+MOE__V MOE__F MOE__(f_exp)(MOE__F x) {
+    x = MOE__(f_max)(MOE__(f_set)(-104.0f), x);
+    x = MOE__(f_min)(MOE__(f_set)(89.0f), x);
+    MOE__F n = MOE__(f_round)(MOE__(f_mul)(x, MOE__(f_set)(1.44269504f)));
+    MOE__F r = MOE__(f_fnma)(n, MOE__(f_set)(0.693147182f), x); /* ln 2 as float, exact by fma */
+    r = MOE__(f_fnma)(n, MOE__(f_set)(-1.90465421e-9f), r);     /* ln 2 minus that */
+    MOE__F p = MOE__(f_set)(1.38145988e-3f);
+    p = MOE__(f_fma)(p, r, MOE__(f_set)(8.36871658e-3f));
+    p = MOE__(f_fma)(p, r, MOE__(f_set)(4.16683889e-2f));
+    p = MOE__(f_fma)(p, r, MOE__(f_set)(1.66665211e-1f));
+    p = MOE__(f_fma)(p, r, MOE__(f_set)(4.99999940e-1f));
+    MOE__F e = MOE__(f_fma)(MOE__(f_mul)(r, r), p, r);
+    return MOE__(f_scale)(MOE__(f_add)(e, MOE__(f_set)(1.0f)), n);
+}
+
+/* Squares are summed in double: rows have up to 7168 values, and a square may leave the range. */
+MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out) {
+    MOE__D s0 = MOE__(d_zero)(), s1 = s0, s2 = s0, s3 = s0;
+    int64_t i = 0;
+    for (; i + 2 * MOE__FW <= n; i += 2 * MOE__FW) {
+        MOE__F a = MOE__(f_load)(x + i), b = MOE__(f_load)(x + i + MOE__FW);
+        s0 = MOE__(d_square_add)(MOE__(f_low)(a), s0);
+        s1 = MOE__(d_square_add)(MOE__(f_high)(a), s1);
+        s2 = MOE__(d_square_add)(MOE__(f_low)(b), s2);
+        s3 = MOE__(d_square_add)(MOE__(f_high)(b), s3);
+    }
+    for (; i < n; i += MOE__FW) {
+        MOE__F a = MOE__(f_load_part)(x + i, moe__min(n - i, MOE__FW));
+        s0 = MOE__(d_square_add)(MOE__(f_low)(a), s0);
+        s1 = MOE__(d_square_add)(MOE__(f_high)(a), s1);
+    }
+    double sum = MOE__(d_sum)(MOE__(d_add)(MOE__(d_add)(s0, s1), MOE__(d_add)(s2, s3)));
+    __m128d root = _mm_sqrt_pd(_mm_set1_pd(sum / (double)n + (double)eps));
+    MOE__F scale = MOE__(f_set)((float)(1.0 / _mm_cvtsd_f64(root)));
+    for (i = 0; i + MOE__FW <= n; i += MOE__FW) {
+        MOE__F a = MOE__(f_mul)(MOE__(f_load)(x + i), scale);
+        if (weight) a = MOE__(f_mul)(a, MOE__(f_load)(weight + i));
+        MOE__(f_store)(out + i, a);
+    }
+    if (i == n) return;
+    MOE__F a = MOE__(f_mul)(MOE__(f_load_part)(x + i, n - i), scale);
+    if (weight) a = MOE__(f_mul)(a, MOE__(f_load_part)(weight + i, n - i));
+    MOE__(f_store_part)(out + i, n - i, a);
+}
+
+MOE__V MOE__F MOE__(f_silu_mul)(MOE__F gate, MOE__F up) {
+    MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_zero)(), gate));
+    return MOE__(f_mul)(MOE__(f_div)(gate, MOE__(f_add)(MOE__(f_set)(1.0f), e)), up);
+}
+MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + MOE__FW <= n; i += MOE__FW)
+        MOE__(f_store)(out + i,
+                       MOE__(f_silu_mul)(MOE__(f_load)(gate + i), MOE__(f_load)(up + i)));
+    if (i == n) return;
+    MOE__F g = MOE__(f_load_part)(gate + i, n - i), u = MOE__(f_load_part)(up + i, n - i);
+    MOE__(f_store_part)(out + i, n - i, MOE__(f_silu_mul)(g, u));
+}
+
+/* NaN never becomes the maximum: it turns the sum, and with it every output, into NaN. */
+MOE__K void MOE__(softmax)(float *x, int64_t n) {
+    const int64_t full = n / MOE__FW * MOE__FW, rest = n - full;
+    MOE__F lowest = MOE__(f_set)(-INFINITY), m = lowest;
+    for (int64_t i = 0; i < full; i += MOE__FW) m = MOE__(f_max)(MOE__(f_load)(x + i), m);
+    MOE__F end = lowest; /* lanes beyond n: e^-inf = 0 adds nothing */
+    if (rest) end = MOE__(f_select_part)(rest, MOE__(f_load_part)(x + full, rest), lowest);
+    m = MOE__(f_set)(MOE__(f_largest)(MOE__(f_max)(end, m)));
+    MOE__D s0 = MOE__(d_zero)(), s1 = s0; /* double: n may be a vocabulary */
+    for (int64_t i = 0; i < full; i += MOE__FW) {
+        MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(x + i), m));
+        MOE__(f_store)(x + i, e);
+        s0 = MOE__(d_add)(MOE__(f_low)(e), s0);
+        s1 = MOE__(d_add)(MOE__(f_high)(e), s1);
+    }
+    if (rest) {
+        end = MOE__(f_exp)(MOE__(f_sub)(end, m));
+        s0 = MOE__(d_add)(MOE__(f_low)(end), s0);
+        s1 = MOE__(d_add)(MOE__(f_high)(end), s1);
+    }
+    MOE__F sum = MOE__(f_set)((float)MOE__(d_sum)(MOE__(d_add)(s0, s1)));
+    for (int64_t i = 0; i < full; i += MOE__FW)
+        MOE__(f_store)(x + i, MOE__(f_div)(MOE__(f_load)(x + i), sum));
+    if (rest) MOE__(f_store_part)(x + full, rest, MOE__(f_div)(end, sum));
+}
+
+MOE__K void MOE__(axpy)(float a, const float *x, int64_t n, float *y) {
+    MOE__F factor = MOE__(f_set)(a);
+    int64_t i = 0;
+    for (; i + MOE__FW <= n; i += MOE__FW)
+        MOE__(f_store)(y + i, MOE__(f_fma)(factor, MOE__(f_load)(x + i), MOE__(f_load)(y + i)));
+    if (i == n) return;
+    MOE__F b = MOE__(f_load_part)(x + i, n - i), c = MOE__(f_load_part)(y + i, n - i);
+    MOE__(f_store_part)(y + i, n - i, MOE__(f_fma)(factor, b, c));
+}
+
+MOE__K void MOE__(f32_to_f16)(const float *x, int64_t n, uint16_t *out) {
+    int64_t i = 0;
+    for (; i + MOE__FW <= n; i += MOE__FW) MOE__(f_store_half)(out + i, MOE__(f_load)(x + i));
+    if (i < n) MOE__(f_store_half_part)(out + i, n - i, MOE__(f_load_part)(x + i, n - i));
+}
+
+/* ---- attention ------------------------------------------------------------------------------- */
+
+/* Three passes over the block: scores = Q K^T, exponentials, out += P V. Both products work on */
+/* register tiles of up to MOE__ATTEND_ROWS queries by 4 keys (or 4 vectors of a value): */
+/* */
+/*     scores    lanes run over dk; one accumulator per (query, key), summed across at the end */
+/*     values    lanes run over dv; one accumulator per (query, vector), keys in order */
+/* */
+/* If several tiles share a row of f16 it is converted once, into a buffer of floats. However the */
+/* queries are grouped, one query goes through the same operations in the same order: its result */
+/* does not depend on the queries that share the call. */
+#if MOE__ISA == 2
+#define MOE__ATTEND_ROWS 3 /* 12 accumulators, 3 queries and 1 key fill the 16 registers */
+#else
+#define MOE__ATTEND_ROWS 4
+#endif
+enum {
+    MOE__(ATTEND_DK) = 1024, /* longest key that is converted into the buffer of four */
+    MOE__(ATTEND_STEP) = 64, /* keys whose values are summed in registers, then added to out */
+};
+
+MOE__V MOE__F MOE__(kv_load)(const uint8_t *row, int64_t i, int f32) {
+    return f32 ? MOE__(f_load)(row + 4 * i) : MOE__(f_load_half)(row + 2 * i);
+}
+MOE__V MOE__F MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, int f32) {
+    if (f32) return MOE__(f_load_part)((const float *)(const void *)(row + 4 * i), n);
+    return MOE__(f_load_half_part)(row + 2 * i, n);
+}
+/* n halves to floats; the last vector is filled with zeros. */
+MOE__V void MOE__(halves_to_floats)(const uint8_t *halves, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + MOE__FW <= n; i += MOE__FW)
+        MOE__(f_store)(out + i, MOE__(f_load_half)(halves + 2 * i));
+    if (i < n) MOE__(f_store)(out + i, MOE__(f_load_half_part)(halves + 2 * i, n - i));
+}
+
+/* Fetches row i of what will be read: first n_keys keys, then the values of the first step. */
+MOE__V void MOE__(attend_prefetch)(const moe__attend_args *a, int n_keys, int i) {
+    const char *row = (const char *)a->k + (size_t)i * a->k_bytes;
+    size_t size = (size_t)a->dk * (a->f32 ? 4 : 2);
+    if (i >= n_keys) {
+        i -= n_keys;
+        if (i >= n_keys || i >= MOE__(ATTEND_STEP)) return;
+        row = (const char *)a->v + (size_t)i * a->v_bytes;
+        size = (size_t)a->dv * (a->f32 ? 4 : 2);
+    }
+    for (size_t at = 0; at < size; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+}
+
+/* Both tiles loop over the largest tile, with a condition on n: every count of MOE__UNROLL is exact, */
+/* which clang needs to unroll, and unrolled loops are what keeps the accumulators in registers. */
+
+/* Scores of n (constant) queries with 1..4 keys, written as 4 floats per query. */
+MOE__V void MOE__(score_tile)(const int n, const int f32, const float *q, int64_t q_stride,
+                              const uint8_t *key, size_t k_bytes, int64_t n_keys, int64_t dk,
+                              float *scores) {
+    const uint8_t *keys[4];
+    MOE__F acc[MOE__ATTEND_ROWS][4], x[MOE__ATTEND_ROWS];
+    MOE__UNROLL(4)
+    for (int c = 0; c < 4; c++) {
+        keys[c] = key + k_bytes * (size_t)(c < n_keys ? c : 0);
+        MOE__UNROLL(MOE__ATTEND_ROWS)
+        for (int r = 0; r < MOE__ATTEND_ROWS; r++) acc[r][c] = MOE__(f_zero)();
+    }
+    int64_t i = 0;
+    for (; i + MOE__FW <= dk; i += MOE__FW) {
+        MOE__UNROLL(MOE__ATTEND_ROWS)
+        for (int r = 0; r < MOE__ATTEND_ROWS; r++)
+            if (r < n) x[r] = MOE__(f_load)(q + r * q_stride + i);
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) {
+            MOE__F k = MOE__(f_keep)(MOE__(kv_load)(keys[c], i, f32));
+            MOE__UNROLL(MOE__ATTEND_ROWS)
+            for (int r = 0; r < MOE__ATTEND_ROWS; r++)
+                if (r < n) acc[r][c] = MOE__(f_fma)(x[r], k, acc[r][c]);
+        }
+    }
+    if (n == 1 && i < dk) {
+        MOE__F y = MOE__(f_load_part)(q + i, dk - i);
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            acc[0][c] = MOE__(f_fma)(y, MOE__(kv_load_part)(keys[c], i, dk - i, f32), acc[0][c]);
+    }
+    MOE__UNROLL(MOE__ATTEND_ROWS)
+    for (int r = 0; r < MOE__ATTEND_ROWS; r++)
+        if (r < n)
+            _mm_storeu_ps(scores + r * MOE__ATTEND_KEYS,
+                          MOE__(f_sum4)(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
+}
+
+/* The same with n and f32 known only at run time. */
+MOE__K void MOE__(score_group)(int n, int f32, const float *q, int64_t q_stride,
+                               const uint8_t *key, size_t k_bytes, int64_t n_keys, int64_t dk,
+                               float *scores) {
+#define MOE__CASE(rows)                                                                          \
+    case rows:                                                                                   \
+        if (f32)                                                                                 \
+            MOE__(score_tile)(rows, 1, q, q_stride, key, k_bytes, n_keys, dk, scores);           \
+        else                                                                                     \
+            MOE__(score_tile)(rows, 0, q, q_stride, key, k_bytes, n_keys, dk, scores);           \
+        break;
+    switch (n) {
+        MOE__CASE(1)
+        MOE__CASE(2)
+        MOE__CASE(3)
+#if MOE__ATTEND_ROWS > 3
+        MOE__CASE(4)
+#endif
+    default: break;
+    }
+#undef MOE__CASE
+}
+
+/* How many queries to take at a time, so that the groups are even. */
+MOE__V int MOE__(attend_group)(int n_queries) {
+    int groups = (n_queries + MOE__ATTEND_ROWS - 1) / MOE__ATTEND_ROWS;
+    return (n_queries + groups - 1) / groups;
+}
+/* The largest of n numbers of visible keys. */
+MOE__V int MOE__(most_visible)(const int32_t *visible, int n) {
+    int most = 0;
+    for (int i = 0; i < n; i++) most = visible[i] > most ? visible[i] : most;
+    return most;
+}
+
+/* scores[i * MOE__ATTEND_KEYS + j] = query i . key j for every visible key and some more. */
+MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *visible) {
+    MOE__ALIGNED(64) float buffer[4 * MOE__(ATTEND_DK)];
+    const int n = a->n_queries, group = a->dk % MOE__FW ? 1 : MOE__(attend_group)(n);
+    const int n_keys = MOE__(most_visible)(visible, n);
+    const int64_t padded = (a->dk + MOE__FW - 1) / MOE__FW * MOE__FW;
+    const int convert = !a->f32 && n > 4 * group && padded <= MOE__(ATTEND_DK);
+    int next = 0; /* row to prefetch */
+    for (int j = 0; j < n_keys; j += 4) {
+        const uint8_t *key = (const uint8_t *)a->k + (size_t)j * a->k_bytes;
+        size_t k_bytes = a->k_bytes;
+        const int left = n_keys - j < 4 ? n_keys - j : 4;
+        for (; next < j + 4 + MOE__(ATTEND_STEP); next++)
+            MOE__(attend_prefetch)(a, n_keys, next);
+        if (convert) {
+            for (int c = 0; c < left; c++)
+                MOE__(halves_to_floats)(key + (size_t)c * k_bytes, a->dk, buffer + c * padded);
+            key = (const uint8_t *)(const void *)buffer;
+            k_bytes = (size_t)padded * sizeof(float);
+        }
+        for (int i = 0; i < n; i += group) {
+            const int rows = n - i < group ? n - i : group;
+            if (MOE__(most_visible)(visible + i, rows) <= j) continue;
+            MOE__(score_group)(rows, a->f32 || convert, a->q + i * a->q_stride, a->q_stride, key,
+                               k_bytes, left, a->dk, a->scores + i * MOE__ATTEND_KEYS + j);
+        }
+    }
+}
+
+/* Turns n >= 1 scores of one query into weights exp(score - max) and brings its max and sum up to */
+/* date. Returns the factor that takes older sums to the new max. */
+MOE__K float MOE__(attend_weights)(float *s, int n, float *max, float *sum) {
+    const int whole = n / MOE__FW * MOE__FW;
+    MOE__F lowest = MOE__(f_set)(-INFINITY), m = lowest;
+    if (whole < n) /* the row of scratch is longer than n: fill up the last vector */
+        MOE__(f_store)(s + whole,
+                       MOE__(f_select_part)(n - whole, MOE__(f_load)(s + whole), lowest));
+    for (int j = 0; j < n; j += MOE__FW) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
+    const float old = *max, block = MOE__(f_largest)(m), now = block > old ? block : old;
+    /* With nothing but -inf so far, any finite base gives weights of 0 instead of NaN. */
+    const float base = now == -INFINITY ? 0.0f : now;
+    MOE__F total = MOE__(f_zero)();
+    for (int j = 0; j < n; j += MOE__FW) {
+        MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j), MOE__(f_set)(base)));
+        MOE__(f_store)(s + j, e);
+        total = MOE__(f_add)(total, e);
+    }
+    const float factor = MOE__(f_first)(MOE__(f_exp)(MOE__(f_set)(old - base)));
+    const __m128 both = _mm_fmadd_ss(_mm_set_ss(*sum), _mm_set_ss(factor),
+                                     _mm_set_ss(MOE__(f_sum)(total)));
+    *max = now;
+    *sum = _mm_cvtss_f32(both);
+    return factor;
+}
+
+/* Vector c of a value: whole ones if there are 4 columns, else the only one, of `width` floats. */
+MOE__V MOE__F MOE__(value_load)(const uint8_t *value, int columns, int c, int width, int f32) {
+    if (columns == 4) return MOE__(kv_load)(value, c * MOE__FW, f32);
+    return MOE__(kv_load_part)(value, 0, width, f32);
+}
+
+/* out = out * factor + the values of keys j0 .. j1 - 1, weighted, for n (constant) queries and      */
+/* `columns` (constant) vectors: 4 whole ones, or 1 of `width` floats. value: key j0's. */
+MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
+                              const uint8_t *value, size_t v_bytes, int width, int j0, int j1,
+                              const int32_t *visible, const float *weights, const float *factor,
+                              float *out, int64_t out_stride, const uint8_t *ahead,
+                              size_t v_step) {
+    MOE__F acc[MOE__ATTEND_ROWS][4], w[MOE__ATTEND_ROWS];
+    int all = j1; /* keys below it are visible to every query of the tile */
+    MOE__UNROLL(MOE__ATTEND_ROWS)
+    for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
+        if (r < n && visible[r] < all) all = visible[r];
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) acc[r][c] = MOE__(f_zero)();
+    }
+    int j = j0;
+    for (; j < all; j++, value += v_bytes) {
+        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+        _mm_prefetch((const char *)ahead + 64, _MM_HINT_T1);
+        ahead += v_step;
+        MOE__UNROLL(MOE__ATTEND_ROWS)
+        for (int r = 0; r < MOE__ATTEND_ROWS; r++)
+            if (r < n) w[r] = MOE__(f_set)(weights[r * MOE__ATTEND_KEYS + j]);
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) {
+            if (c >= columns) continue;
+            MOE__F v = MOE__(f_keep)(MOE__(value_load)(value, columns, c, width, f32));
+            MOE__UNROLL(MOE__ATTEND_ROWS)
+            for (int r = 0; r < MOE__ATTEND_ROWS; r++)
+                if (r < n) acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
+        }
+    }
+    for (; j < j1; j++, value += v_bytes) {
+        MOE__UNROLL(MOE__ATTEND_ROWS)
+        for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
+            if (r >= n || j >= visible[r]) continue;
+            w[r] = MOE__(f_set)(weights[r * MOE__ATTEND_KEYS + j]);
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++) {
+                if (c >= columns) continue;
+                MOE__F v = MOE__(value_load)(value, columns, c, width, f32);
+                acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
+            }
+        }
+    }
+    MOE__UNROLL(MOE__ATTEND_ROWS)
+    for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
+        if (r >= n || visible[r] <= j0) continue;
+        float *to = out + r * out_stride;
+        MOE__F f = MOE__(f_set)(factor[r]);
+        if (columns == 1) {
+            MOE__F old = MOE__(f_load_part)(to, width);
+            MOE__(f_store_part)(to, width, MOE__(f_fma)(old, f, acc[r][0]));
+            continue;
+        }
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++, to += MOE__FW)
+            MOE__(f_store)(to, MOE__(f_fma)(MOE__(f_load)(to), f, acc[r][c]));
+    }
+}
+
+/* The same with n, the columns and f32 known only at run time. */
+MOE__K void MOE__(value_group)(int n, int f32, const uint8_t *value, size_t v_bytes, int width,
+                               int j0, int j1, const int32_t *visible, const float *weights,
+                               const float *factor, float *out, int64_t out_stride,
+                               const uint8_t *ahead, size_t v_step) {
+#define MOE__TILE(rows, columns, is_f32)                                                         \
+    MOE__(value_tile)(rows, columns, is_f32, value, v_bytes, width, j0, j1, visible, weights,    \
+                      factor, out, out_stride, ahead, v_step)
+#define MOE__CASE(rows)                                                                          \
+    case rows:                                                                                   \
+        if (width > MOE__FW && f32) MOE__TILE(rows, 4, 1);                                       \
+        else if (width > MOE__FW) MOE__TILE(rows, 4, 0);                                         \
+        else if (f32) MOE__TILE(rows, 1, 1);                                                     \
+        else MOE__TILE(rows, 1, 0);                                                              \
+        break;
+    switch (n) {
+        MOE__CASE(1)
+        MOE__CASE(2)
+        MOE__CASE(3)
+#if MOE__ATTEND_ROWS > 3
+        MOE__CASE(4)
+#endif
+    default: break;
+    }
+#undef MOE__CASE
+#undef MOE__TILE
+}
+
+/* out[i] = out[i] * factor[i] + the sum over visible keys of weight * value. */
+MOE__K void MOE__(attend_values)(const moe__attend_args *a, const int32_t *visible,
+                                 float *factor) {
+    MOE__ALIGNED(64) float buffer[MOE__(ATTEND_STEP) * 4 * MOE__FW];
+    const int n = a->n_queries, group = MOE__(attend_group)(n);
+    const int n_keys = MOE__(most_visible)(visible, n), convert = !a->f32 && n > 4 * group;
+    for (int j0 = 0; j0 < n_keys; j0 += MOE__(ATTEND_STEP)) {
+        const int64_t j1 = moe__min(j0 + MOE__(ATTEND_STEP), n_keys);
+        for (int column = 0, width; column < a->dv; column += width) {
+            const int left = a->dv - column;
+            width = left >= 4 * MOE__FW ? 4 * MOE__FW : left < MOE__FW ? left : MOE__FW;
+            const uint8_t *value = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes +
+                                   (size_t)column * (a->f32 ? 4 : 2);
+            size_t v_bytes = a->v_bytes;
+            /* The same columns of the next step, 128 bytes of each row per group of queries. */
+            const uint8_t *ahead = value;
+            if (j0 + MOE__(ATTEND_STEP) < n_keys) ahead += MOE__(ATTEND_STEP) * v_bytes;
+            if (convert) {
+                for (int64_t j = j0; j < j1; j++, value += v_bytes)
+                    MOE__(halves_to_floats)(value, width, buffer + (j - j0) * 4 * MOE__FW);
+                value = (const uint8_t *)(const void *)buffer;
+                v_bytes = 4 * MOE__FW * sizeof(float);
+            }
+            for (int i = 0; i < n; i += group) {
+                const int rows = n - i < group ? n - i : group;
+                const int most = MOE__(most_visible)(visible + i, rows);
+                MOE__(value_group)(rows, a->f32 || convert, value, v_bytes, width, j0,
+                                   (int)moe__min(most, j1), visible + i,
+                                   a->scores + i * MOE__ATTEND_KEYS, factor + i,
+                                   a->out + i * a->out_stride + column, a->out_stride,
+                                   ahead, a->v_bytes);
+                ahead += 128;
+            }
+        }
+        for (int i = 0; i < n; i++) factor[i] = 1.0f;
+    }
+}
+
+MOE__K void MOE__(attend)(const moe__attend_args *a) {
+    int32_t visible[MOE__ATTEND_QUERIES];
+    float factor[MOE__ATTEND_QUERIES];
+    for (int i = 0; i < a->n_queries; i++)
+        visible[i] = a->n_visible ? a->n_visible[i] : a->n_keys;
+    MOE__(attend_scores)(a, visible);
+    for (int i = 0; i < a->n_queries; i++) {
+        factor[i] = 1.0f;
+        if (visible[i] > 0)
+            factor[i] = MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, visible[i],
+                                              a->max + i, a->sum + i);
+    }
+    MOE__(attend_values)(a, visible, factor);
+}
+
+#undef MOE__ATTEND_ROWS
+#undef MOE__F
+#undef MOE__D
+#undef MOE__FW
+#undef MOE__F_OP
+#undef MOE__D_OP
+/* ---- the table of this instruction set -------------------------------------------------------- */
+
+#define MOE__TYPE_KERNELS(name, lower, ...) \
+    {MOE__(dot_##lower), MOE__(tile_##lower), MOE__(dequantize_##lower)},
+static const moe__kernels MOE__(kernels) = {
+    (moe_isa)MOE__ISA,
+    {MOE__TYPES(MOE__TYPE_KERNELS)},
+    {MOE__(quantize_f32), MOE__(quantize_q32), MOE__(quantize_q256)},
+    MOE__(rms_norm),
+    MOE__(swiglu),
+    MOE__(softmax),
+    MOE__(axpy),
+    MOE__(f32_to_f16),
+    MOE__(attend)};
+
+#undef MOE__TYPE_KERNELS
+#undef MOE__EACH_LANE
+#undef MOE__LANE
+#undef MOE__LANES
+#undef MOE__SETTLE
+#undef MOE__VFLOATS
+#undef MOE__VBYTES
+#undef MOE__MM
+#undef MOE__VF
+#undef MOE__VI
+#undef MOE__UNROLL_
+#undef MOE__UNROLL
+#undef MOE__V
+#undef MOE__K
+#undef MOE__TARGET
+#undef MOE__
+#undef MOE__PASTE
+#undef MOE__PASTE_
+#endif /* MOE__ISA */
+
+#if !defined(MOE__ISA) && defined(MOE_INFER_IMPLEMENTATION) && !defined(MOE__IMPLEMENTED)
+#define MOE__IMPLEMENTED
+
+/* ---- picking a table -------------------------------------------------------------------------- */
+
+#if MOE__X86
+/* What the processor and the operating system can do: MOE_ISA_SCALAR, _AVX2 or _AVX512. */
+static moe_isa moe__kernels_detect(void) {
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return MOE_ISA_SCALAR;
+    const unsigned osxsave = 1u << 27, fma = 1u << 12, f16c = 1u << 29, avx = 1u << 28;
+    if ((c & (osxsave | fma | f16c | avx)) != (osxsave | fma | f16c | avx)) return MOE_ISA_SCALAR;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 0x6) != 0x6) return MOE_ISA_SCALAR; /* the system does not save ymm registers */
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & 1u << 5)) return MOE_ISA_SCALAR;
+    const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11;
+    if ((low & 0xE0) != 0xE0 || (b & f_dq_bw_vl) != f_dq_bw_vl || !(c & vnni)) return MOE_ISA_AVX2;
+    return MOE_ISA_AVX512;
+}
+#else
+static moe_isa moe__kernels_detect(void) { return MOE_ISA_SCALAR; }
+#endif
+
+MOE_API moe_isa moe_isa_resolve(moe_isa isa) {
+    moe_isa best = moe__kernels_detect();
+    if (best == MOE_ISA_AVX512 && !MOE__USE_AVX512) best = MOE_ISA_AVX2;
+    if (isa == MOE_ISA_AVX_VNNI) isa = MOE_ISA_AVX2;
+    if (isa < MOE_ISA_SCALAR || isa > best) return best;
+    return isa;
+}
+
+MOE_API const char *moe_isa_name(moe_isa isa) {
+    switch (isa) {
+    case MOE_ISA_BEST: return "best";
+    case MOE_ISA_SCALAR: return "scalar";
+    case MOE_ISA_AVX2: return "AVX2";
+    case MOE_ISA_AVX512: return "AVX-512";
+    case MOE_ISA_AVX_VNNI: return "AVX-VNNI";
+    }
+    return "?";
+}
+
+static const moe__kernels *moe__kernels_get(moe_isa isa) {
+#if MOE__X86
+    switch (moe_isa_resolve(isa)) {
+#if MOE__USE_AVX512
+    case MOE_ISA_AVX512: return &moe__kernels_avx512;
+#endif
+    case MOE_ISA_AVX2: return &moe__kernels_avx2;
+    default: break;
+    }
+#else
+    (void)isa;
+#endif
+    return &moe__kernels_scalar;
+}
+
+/* ============================================================================================== */
+/* // >>pool */
+/* */
+/* The team: threads that are created once and sleep between evals. One wake per eval: every */
+/* thread runs the same job from its first to its last line, and they meet at barriers. */
+/* */
+/*   caller (thread 0)      --run--> job -> barrier -> ... -> barrier -> return */
+/*   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep */
+/* */
+/* Waiting means spinning for a short time and then sleeping in the kernel; whoever releases the */
+/* others makes a system call only if someone sleeps. Words that are spun on lie on cache lines */
+/* of their own (128 bytes: neighbours are fetched in pairs). */
+/* ============================================================================================== */
+
+typedef void moe__job_fn(void *context, int thread, int n_threads);
+
+typedef struct moe__pool_word {
+    uint32_t value;
+    uint32_t sleepers; /* threads that sleep, or are about to, until value changes */
+    char pad[120];
+} moe__pool_word;
+
+typedef struct moe__worker {
+    struct moe_pool *pool;
+    int thread;
+    pthread_t handle;
+} moe__worker;
+
+struct moe_pool {
+    moe__pool_word command; /* serial number << 11 | threads that take part; see below */
+    moe__pool_word release; /* number of barriers passed */
+    moe__pool_word arrived; /* threads at the current barrier */
+    moe__job_fn *job;       /* written before command, read by the threads that take part */
+    void *context;
+    int n_active;
+    moe_allocator allocator;
+    pthread_mutex_t turn; /* held by the session whose job runs */
+    int n_threads;        /* the caller's included */
+    double spin_seconds;
+    moe__worker *workers; /* n_threads - 1 */
+    int n_started;
+#if !MOE__USE_FUTEX
+    pthread_mutex_t sleep_mutex;
+    pthread_cond_t sleep_changed;
+#endif
+};
+
+/* A worker decides by the command word alone whether it takes part. One that does keeps the */
+/* caller from giving the next command until it has passed the last barrier; one that does not */
+/* may miss any number of commands. */
+enum { MOE__POOL_COUNT_BITS = 11, MOE__POOL_QUIT = (1 << MOE__POOL_COUNT_BITS) - 1 };
+
+MOE__INLINE void moe__pool_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* ---- sleeping -------------------------------------------------------------------------------- */
+
+#if MOE__USE_FUTEX
+MOE__PRIVATE void moe__pool_sleep(moe_pool *pool, moe__pool_word *word, uint32_t old) {
+    (void)pool;
+    syscall(SYS_futex, &word->value, 128 /* FUTEX_WAIT_PRIVATE */, old, NULL, NULL, 0);
+}
+MOE__PRIVATE void moe__pool_wake(moe_pool *pool, moe__pool_word *word) {
+    (void)pool;
+    syscall(SYS_futex, &word->value, 129 /* FUTEX_WAKE_PRIVATE */, INT_MAX, NULL, NULL, 0);
+}
+#else
+MOE__PRIVATE void moe__pool_sleep(moe_pool *pool, moe__pool_word *word, uint32_t old) {
+    pthread_mutex_lock(&pool->sleep_mutex);
+    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
+        pthread_cond_wait(&pool->sleep_changed, &pool->sleep_mutex);
+    pthread_mutex_unlock(&pool->sleep_mutex);
+}
+MOE__PRIVATE void moe__pool_wake(moe_pool *pool, moe__pool_word *word) {
+    (void)word;
+    pthread_mutex_lock(&pool->sleep_mutex);
+    pthread_cond_broadcast(&pool->sleep_changed);
+    pthread_mutex_unlock(&pool->sleep_mutex);
+}
+#endif
+
+/* Waits until word->value is not `old`; returns the new value. */
+MOE__PRIVATE uint32_t moe__pool_wait(moe_pool *pool, moe__pool_word *word, uint32_t old) {
+    uint32_t value = __atomic_load_n(&word->value, __ATOMIC_ACQUIRE);
+    if (value != old) return value;
+    if (pool->spin_seconds > 0) {
+        double end = moe__seconds() + pool->spin_seconds;
+        do {
+            for (int i = 0; i < 64; i++) { /* asking the time costs as much as some pauses */
+                moe__pool_pause();
+                value = __atomic_load_n(&word->value, __ATOMIC_ACQUIRE);
+                if (value != old) return value;
+            }
+        } while (moe__seconds() < end);
+    }
+    /* Whoever changes the word looks at `sleepers` afterwards, and the kernel compares the word */
+    /* once more: a wake cannot be lost, whichever comes first. */
+    __atomic_fetch_add(&word->sleepers, 1, __ATOMIC_SEQ_CST);
+    while ((value = __atomic_load_n(&word->value, __ATOMIC_SEQ_CST)) == old)
+        moe__pool_sleep(pool, word, old);
+    __atomic_fetch_sub(&word->sleepers, 1, __ATOMIC_SEQ_CST);
+    return value;
+}
+
+MOE__PRIVATE void moe__pool_set(moe_pool *pool, moe__pool_word *word, uint32_t value) {
+    __atomic_store_n(&word->value, value, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(pool, word);
+}
+
+/* ---- barrier and jobs ------------------------------------------------------------------------ */
+
+/* Every thread of the running job calls this equally often. What one wrote before it, all see */
+/* after it. */
+MOE__PRIVATE void moe__pool_barrier(moe_pool *pool) {
+    uint32_t n = (uint32_t)pool->n_active;
+    if (n == 1) return;
+    uint32_t passed = __atomic_load_n(&pool->release.value, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&pool->arrived.value, 1, __ATOMIC_ACQ_REL) == n) {
+        __atomic_store_n(&pool->arrived.value, 0, __ATOMIC_RELAXED);
+        moe__pool_set(pool, &pool->release, passed + 1);
+    } else {
+        moe__pool_wait(pool, &pool->release, passed);
+    }
+}
+
+/* Signals meant for the program are handled by its own threads. Those that report a fault of the */
+/* running instruction stay, and so do the two that the C library uses itself. */
+MOE__PRIVATE void moe__pool_block_signals(void) {
+#if defined(__linux__)
+    const unsigned keep[] = {4, 5, 6, 7, 8, 11, 32, 33}; /* ILL TRAP ABRT BUS FPE SEGV, libc's */
+    uint64_t mask = ~(uint64_t)0;
+    for (size_t i = 0; i < sizeof keep / sizeof keep[0]; i++)
+        mask &= ~((uint64_t)1 << (keep[i] - 1));
+    syscall(SYS_rt_sigprocmask, 2 /* SIG_SETMASK */, &mask, NULL, sizeof mask);
+#endif
+}
+
+MOE__PRIVATE void *moe__pool_worker(void *argument) {
+    moe__worker *worker = (moe__worker *)argument;
+    moe_pool *pool = worker->pool;
+    uint32_t command = 0;
+    moe__pool_block_signals();
+    for (;;) {
+        command = moe__pool_wait(pool, &pool->command, command);
+        int count = (int)(command & MOE__POOL_QUIT);
+        if (count == MOE__POOL_QUIT) return NULL;
+        if (worker->thread >= count) continue;
+        pool->job(pool->context, worker->thread, count);
+        moe__pool_barrier(pool);
+    }
+}
+
+MOE__PRIVATE void moe__pool_command(moe_pool *pool, int count) {
+    uint32_t serial = (pool->command.value >> MOE__POOL_COUNT_BITS) + 1;
+    moe__pool_set(pool, &pool->command, serial << MOE__POOL_COUNT_BITS | (uint32_t)count);
+}
+
+/* Runs job(context, thread, n_threads) on the calling thread (thread 0) and n_threads - 1 */
+/* workers; returns when all are done. Callers from several threads take turns. */
+MOE__PRIVATE void moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *job, void *context) {
+    pthread_mutex_lock(&pool->turn);
+    pool->job = job;
+    pool->context = context;
+    pool->n_active = n_threads;
+    if (n_threads > 1) moe__pool_command(pool, n_threads);
+    job(context, 0, n_threads);
+    moe__pool_barrier(pool);
+    pthread_mutex_unlock(&pool->turn);
+}
+
+/* The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are */
+/* multiples of `unit` (but for the last) and differ by at most one unit. */
+MOE__INLINE void moe__pool_share(int64_t total, int64_t unit, int thread, int n, int64_t *begin,
+                                 int64_t *end) {
+    int64_t units = (total + unit - 1) / unit;
+    *begin = moe__min(total, units * thread / n * unit);
+    *end = moe__min(total, units * (thread + 1) / n * unit);
+}
+
+/* ---- how many threads ------------------------------------------------------------------------ */
+
+/* The beginning of a small text file; 0 bytes if it cannot be read. */
+MOE__PRIVATE size_t moe__pool_read_file(const char *path, char *out, size_t capacity) {
+    size_t size = 0;
+    int fd = open(path, O_RDONLY | MOE__O_CLOEXEC);
+    if (fd >= 0) {
+        ssize_t n = read(fd, out, capacity - 1);
+        if (n > 0) size = (size_t)n;
+        close(fd);
+    }
+    out[size] = 0;
+    return size;
+}
+
+/* Processors that a cpu.max file ("200000 100000": quota, period) allows, rounded up; or `most`. */
+MOE__PRIVATE int moe__pool_quota(const char *path, int most) {
+    char text[128], *end;
+    if (!moe__pool_read_file(path, text, sizeof text)) return most;
+    double quota = strtod(text, &end);
+    if (end == text || quota <= 0) return most; /* "max 100000" */
+    double period = strtod(end, NULL);
+    double count = period > 0 ? ceil(quota / period) : most;
+    return count < 1 ? 1 : count < most ? (int)count : most;
+}
+
+/* Physical cores in the process's affinity mask, at most the control group's processor quota. */
+MOE__PRIVATE int moe__pool_default_threads(void) {
+    int count = 0;
+#if defined(__linux__)
+    uint64_t mask[1024 / 64]; /* processors the process may run on */
+    memset(mask, 0, sizeof mask);
+    if (syscall(SYS_sched_getaffinity, 0, sizeof mask, mask) < 0) mask[0] = 1;
+    char path[512], text[512];
+    for (int cpu = 0; cpu < 1024; cpu++) {
+        if (!(mask[cpu / 64] >> (cpu % 64) & 1)) continue;
+        /* "0,64" or "0-1": a core counts by its first hardware thread that we may use */
+        snprintf(path, sizeof path,
+                 "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        int first = cpu;
+        if (moe__pool_read_file(path, text, sizeof text)) {
+            for (char *p = text; first == cpu && *p >= '0' && *p <= '9';) {
+                long low = strtol(p, &p, 10), high = *p == '-' ? strtol(p + 1, &p, 10) : low;
+                for (long i = low; i <= high && i < cpu && i >= 0; i++)
+                    if (mask[i / 64] >> (i % 64) & 1) first = (int)i;
+                if (*p == ',') p++;
+            }
+        }
+        count += first == cpu;
+    }
+    if (count < 1) count = 1;
+    count = moe__pool_quota("/sys/fs/cgroup/cpu.max", count);
+    if (moe__pool_read_file("/proc/self/cgroup", text, sizeof text)) {
+        const char *group = strstr(text, "0::/");
+        if (group && strcspn(group, "\n") < 256) {
+            snprintf(path, sizeof path, "/sys/fs/cgroup%.*s/cpu.max",
+                     (int)strcspn(group + 3, "\n"), group + 3);
+            count = moe__pool_quota(path, count);
+        }
+    }
+#endif
+    return count < 1 ? 1 : count > MOE_MAX_THREADS ? MOE_MAX_THREADS : count;
+}
+
+/* ---- public ---------------------------------------------------------------------------------- */
+
+MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error) {
+    moe_allocator allocator;
+    int n = options ? options->n_threads : 0, spin_us = options ? options->spin_us : 0;
+    if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
+    if (n < 0 || n > MOE_MAX_THREADS) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "n_threads", "n_threads is %d, not 0..%d", n,
+                  (int)MOE_MAX_THREADS);
+        return NULL;
+    }
+    if (n == 0) n = moe__pool_default_threads();
+    moe_pool *pool = (moe_pool *)moe__alloc(&allocator, sizeof *pool);
+    moe__worker *workers =
+        pool ? (moe__worker *)moe__alloc(&allocator, (size_t)n * sizeof *workers) : NULL;
+    if (!workers) {
+        moe__free(&allocator, pool);
+        moe__fail(error, MOE_ERROR_MEMORY, "pool", "no memory for a pool of %d threads", n);
+        return NULL;
+    }
+    pool->allocator = allocator;
+    pool->workers = workers;
+    pool->n_threads = n;
+    pool->n_active = 1;
+    pool->spin_seconds = spin_us < 0 ? 0 : 1e-6 * (spin_us ? spin_us : 50);
+    pthread_mutex_init(&pool->turn, NULL);
+#if !MOE__USE_FUTEX
+    pthread_mutex_init(&pool->sleep_mutex, NULL);
+    pthread_cond_init(&pool->sleep_changed, NULL);
+#endif
+    for (int i = 0; i < n - 1; i++) {
+        workers[i].pool = pool;
+        workers[i].thread = i + 1;
+        int code = pthread_create(&workers[i].handle, NULL, moe__pool_worker, &workers[i]);
+        if (code) {
+            moe__fail(error, MOE_ERROR_THREAD, "pthread_create",
+                      "the system refused thread %d of %d (error %d)", i + 2, n, code);
+            moe_pool_close(pool);
+            return NULL;
+        }
+        pool->n_started++;
+    }
+    return pool;
+}
+
+MOE_API void moe_pool_close(moe_pool *pool) {
+    if (!pool) return;
+    moe__pool_command(pool, MOE__POOL_QUIT);
+    for (int i = 0; i < pool->n_started; i++) pthread_join(pool->workers[i].handle, NULL);
+#if !MOE__USE_FUTEX
+    pthread_cond_destroy(&pool->sleep_changed);
+    pthread_mutex_destroy(&pool->sleep_mutex);
+#endif
+    pthread_mutex_destroy(&pool->turn);
+    moe_allocator allocator = pool->allocator;
+    moe__free(&allocator, pool->workers);
+    moe__free(&allocator, pool);
+}
+
+MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_threads : 0; }
+
+/* ============================================================================================== */
+/* // >>ops */
+/* */
+/* What a forward pass is made of: matrices times activations, rotary positions, and attention */
+/* items. All of it works on ranges, so that callers decide how threads share the work; nothing */
+/* here waits for other threads or allocates. */
+/* ============================================================================================== */
+
+/* Matrix {n_in, n_out}, or {n_in, n_out, n_expert} with one matrix per expert. */
+typedef struct moe__matrix {
+    const uint8_t *data;  /* NULL: the model has no such tensor */
+    const moe__type *type;
+    int index;            /* of the type in kernel tables */
+    int64_t n_in, n_out, n_expert;
+    size_t row_size;      /* bytes of a row */
+    size_t expert_size;   /* bytes from one expert's matrix to the next */
+    const float *scale;   /* factor of the product, one per expert; NULL: 1 */
+    const float *bias;    /* added to the product, n_out values per expert; NULL: 0 */
+    int64_t bias_stride;  /* from one expert's bias to the next */
+} moe__matrix;
+
+/* Activation vectors in every form that the matrices reading them want. */
+typedef struct moe__acts {
+    int64_t n;                     /* values per vector */
+    unsigned kinds;                /* bit set of moe__act_kind */
+    size_t size[MOE__ACT_KINDS];   /* bytes per vector */
+    uint8_t *data[MOE__ACT_KINDS]; /* [MOE__ACT_F32] always exists: the source of the others */
+} moe__acts;
+
+MOE__INLINE unsigned moe__acts_kind(const moe__matrix *matrix) {
+    return matrix->data ? 1u << matrix->type->act : 0;
+}
+MOE__INLINE float *moe__acts_f32(const moe__acts *acts, int64_t row) {
+    return (float *)acts->data[MOE__ACT_F32] + row * acts->n;
+}
+MOE__INLINE const void *moe__acts_row(const moe__acts *acts, moe__act_kind kind, int64_t row) {
+    return acts->data[kind] + (size_t)row * acts->size[kind];
+}
+
+/* Room for n_rows vectors of n values. */
+MOE__PRIVATE void moe__acts_take(moe__acts *acts, moe__arena *arena, int64_t n_rows, int64_t n,
+                                 unsigned kinds) {
+    acts->n = n;
+    acts->kinds = kinds;
+    for (int kind = 0; kind < MOE__ACT_KINDS; kind++) {
+        acts->size[kind] = moe__act_size((moe__act_kind)kind, n);
+        int wanted = kind == MOE__ACT_F32 || (kinds >> kind & 1);
+        acts->data[kind] = NULL;
+        if (wanted)
+            acts->data[kind] =
+                (uint8_t *)moe__arena_take(arena, (uint64_t)n_rows, acts->size[kind]);
+    }
+}
+
+/* Makes the int8 forms of rows begin <= row < end from their floats. */
+MOE__PRIVATE void moe__acts_quantize(const moe__kernels *kernels, const moe__acts *acts,
+                                     int64_t begin, int64_t end) {
+    for (int kind = MOE__ACT_F32 + 1; kind < MOE__ACT_KINDS; kind++) {
+        if (!(acts->kinds >> kind & 1)) continue;
+        for (int64_t row = begin; row < end; row++)
+            kernels->quantize[kind](moe__acts_f32(acts, row), acts->n,
+                                    acts->data[kind] + (size_t)row * acts->size[kind]);
+    }
+}
+
+/* Pointers to vectors rows[i], or first + i if rows is NULL, in the form that matrix reads. */
+MOE__PRIVATE void moe__acts_gather(const moe__acts *acts, const moe__matrix *matrix,
+                                   const int32_t *rows, int64_t first, int64_t n,
+                                   const void **x) {
+    for (int64_t i = 0; i < n; i++)
+        x[i] = moe__acts_row(acts, matrix->type->act, rows ? rows[i] : first + i);
+}
+
+/* ---- matrix times activations --------------------------------------------------------------- */
+
+/* From this many tokens on a tile of weights is unpacked once and used for all of them. */
+enum { MOE__TILE_TOKENS = 3 };
+
+/* Rows that are read next, to be prefetched. */
+typedef struct moe__next {
+    const uint8_t *data;
+    size_t size;
+} moe__next;
+
+MOE__INLINE const uint8_t *moe__matrix_row(const moe__matrix *matrix, int32_t expert,
+                                           int64_t row) {
+    return matrix->data + (size_t)expert * matrix->expert_size + (size_t)row * matrix->row_size;
+}
+
+MOE__INLINE moe__next moe__next_tile(const moe__matrix *matrix, int32_t expert, int64_t row,
+                                     int64_t end) {
+    moe__next next;
+    next.data = row < end ? moe__matrix_row(matrix, expert, row) : NULL;
+    next.size = (size_t)moe__max(0, moe__min(end - row, MOE__TILE_ROWS)) * matrix->row_size;
+    return next;
+}
+
+/* Scale and bias of rows begin .. begin + n_rows - 1, which few models have. */
+MOE__PRIVATE void moe__matmul_finish(const moe__matrix *matrix, int32_t expert, int64_t begin,
+                                     int64_t n_rows, float *out) {
+    if (matrix->scale)
+        for (int64_t r = 0; r < n_rows; r++) out[r] *= matrix->scale[expert];
+    if (matrix->bias)
+        for (int64_t r = 0; r < n_rows; r++)
+            out[r] += matrix->bias[expert * matrix->bias_stride + begin + r];
+}
+
+/* out[t * out_stride + r] = row (begin + r) of one expert's matrix . x[t], for at most */
+/* MOE__TILE_ROWS rows. */
+MOE__PRIVATE void moe__matmul_tile(const moe__kernels *kernels, const moe__matrix *matrix,
+                                   int32_t expert, int64_t begin, int64_t n_rows,
+                                   const void *const *x, int64_t n_tokens, float *out,
+                                   int64_t out_stride, void *pack, moe__next next) {
+    const moe__type_kernels *k = &kernels->type[matrix->index];
+    const uint8_t *rows = moe__matrix_row(matrix, expert, begin);
+    if (n_tokens >= MOE__TILE_TOKENS) {
+        k->tile(rows, matrix->row_size, n_rows, matrix->n_in, x, n_tokens, out, out_stride, pack,
+                next.data, next.size);
+    } else {
+        for (int64_t t = 0; t < n_tokens; t++)
+            k->dot(rows, matrix->row_size, n_rows, matrix->n_in, x[t], out + t * out_stride);
+    }
+    if (matrix->scale || matrix->bias)
+        for (int64_t t = 0; t < n_tokens; t++)
+            moe__matmul_finish(matrix, expert, begin, n_rows, out + t * out_stride);
+}
+
+/* The same for all rows with begin + r < end. A row's result has the same bits in whatever range */
+/* it is computed. */
+MOE__PRIVATE void moe__matmul(const moe__kernels *kernels, const moe__matrix *matrix,
+                              int32_t expert, int64_t begin, int64_t end, const void *const *x,
+                              int64_t n_tokens, float *out, int64_t out_stride, void *pack) {
+    if (n_tokens == 1) { /* nothing to share between tokens: one long run */
+        if (begin >= end) return;
+        kernels->type[matrix->index].dot(moe__matrix_row(matrix, expert, begin),
+                                         matrix->row_size, end - begin, matrix->n_in, x[0], out);
+        moe__matmul_finish(matrix, expert, begin, end - begin, out);
+        return;
+    }
+    for (int64_t row = begin; row < end; row += MOE__TILE_ROWS)
+        moe__matmul_tile(kernels, matrix, expert, row, moe__min(end - row, MOE__TILE_ROWS), x,
+                         n_tokens, out + (row - begin), out_stride, pack,
+                         moe__next_tile(matrix, expert, row + MOE__TILE_ROWS, end));
+}
+
+/* y[rows[t]] += weights[t] * (W x[t]) for rows begin .. end - 1 of W; y has W's n_out columns. */
+/* rows NULL: t. weights NULL: 1. tile: n_tokens * MOE__TILE_ROWS, at least end - begin, floats. */
+MOE__PRIVATE void moe__matmul_add(const moe__kernels *kernels, const moe__matrix *matrix,
+                                  int32_t expert, int64_t begin, int64_t end,
+                                  const void *const *x, int64_t n_tokens, const int32_t *rows,
+                                  const float *weights, float *y, float *tile, void *pack) {
+    const int64_t step = n_tokens == 1 ? end - begin : MOE__TILE_ROWS;
+    for (int64_t row = begin; row < end; row += step) {
+        int64_t n_rows = moe__min(end - row, step);
+        if (n_tokens == 1)
+            moe__matmul(kernels, matrix, expert, row, end, x, 1, tile, 0, pack);
+        else
+            moe__matmul_tile(kernels, matrix, expert, row, n_rows, x, n_tokens, tile,
+                             MOE__TILE_ROWS, pack,
+                             moe__next_tile(matrix, expert, row + n_rows, end));
+        for (int64_t t = 0; t < n_tokens; t++)
+            kernels->axpy(weights ? weights[t] : 1.0f, tile + t * MOE__TILE_ROWS, n_rows,
+                          y + (rows ? rows[t] : t) * matrix->n_out + row);
+    }
+}
+
+/* ---- rotary positions ----------------------------------------------------------------------- */
+
+typedef enum moe__rope_kind { MOE__ROPE_NORM, MOE__ROPE_NEOX } moe__rope_kind;
+
+typedef struct moe__rope {
+    moe__rope_kind kind;
+    int32_t n_rot;    /* values turned, from the first; even */
+    double *frequency; /* n_rot / 2 angles per position */
+    double magnitude; /* factor of cos and sin (YaRN) */
+} moe__rope;
+
+/* cos and sin of position p: table[2 i], table[2 i + 1] for pair i. */
+MOE__PRIVATE void moe__rope_table(const moe__rope *rope, int64_t position, float *table) {
+    for (int i = 0; i < rope->n_rot / 2; i++) {
+        double angle = (double)position * rope->frequency[i];
+        table[2 * i] = (float)(cos(angle) * rope->magnitude);
+        table[2 * i + 1] = (float)(sin(angle) * rope->magnitude);
+    }
+}
+
+/* Turns pairs (2i, 2i+1) (NORM) or (i, i + n_rot/2) (NEOX) of x in place. */
+MOE__PRIVATE void moe__rope_apply(const moe__rope *rope, const float *table, float *x) {
+    int half = rope->n_rot / 2;
+    int step = rope->kind == MOE__ROPE_NORM ? 2 : 1, distance = step == 2 ? 1 : half;
+    for (int i = 0; i < half; i++) {
+        float *a = x + i * step, *b = a + distance, x0 = *a, x1 = *b;
+        *a = x0 * table[2 * i] - x1 * table[2 * i + 1];
+        *b = x0 * table[2 * i + 1] + x1 * table[2 * i];
+    }
+}
+
+/* Frequencies base^(-2i/n_rot), slowed down by `factor` (linear), or as YaRN does it (Peng et */
+/* al., 2023): fast dimensions keep their speed, slow ones are slowed, with a ramp between. */
+typedef struct moe__rope_scaling {
+    int yarn;
+    double base, factor, original_ctx, beta_fast, beta_slow, ext_factor;
+} moe__rope_scaling;
+
+MOE__PRIVATE void moe__rope_init(moe__rope *rope, const moe__rope_scaling *s) {
+    const double pi = 3.14159265358979323846;
+    int n = rope->n_rot;
+    double low = 0, high = 0;
+    if (s->yarn) {
+        low = n * log(s->original_ctx / (s->beta_fast * 2 * pi)) / (2 * log(s->base));
+        high = n * log(s->original_ctx / (s->beta_slow * 2 * pi)) / (2 * log(s->base));
+        low = fmax(0, floor(low));
+        high = fmin(n - 1, ceil(high));
+    }
+    for (int i = 0; i < n / 2; i++) {
+        double fast = pow(s->base, -2.0 * i / n), slow = fast / s->factor, ramp = 0;
+        if (s->yarn)
+            ramp = s->ext_factor * (1 - fmin(1, fmax(0, (i - low) / fmax(0.001, high - low))));
+        rope->frequency[i] = slow * (1 - ramp) + fast * ramp;
+    }
+}
+
+/* ---- the cache of keys and values ----------------------------------------------------------- */
+
+/* Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the */
+/* latent vector and the rotated key, and no values of their own. */
+typedef struct moe__kv {
+    uint8_t *data;
+    moe_kv_type type;
+    int64_t n_ctx, width;
+    size_t row_size;
+} moe__kv;
+
+MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t position) {
+    return kv->data + (size_t)(head * kv->n_ctx + position) * kv->row_size;
+}
+
+/* Stores n values behind the first `at` of a row. */
+MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, uint8_t *row,
+                                int64_t at, const float *x, int64_t n) {
+    if (kv->type == MOE_KV_F32)
+        memcpy(row + (size_t)at * sizeof(float), x, (size_t)n * sizeof(float));
+    else
+        kernels->f32_to_f16(x, n, (uint16_t *)(void *)(row + (size_t)at * sizeof(uint16_t)));
+}
+
+/* ---- merging attention over chunks of keys -------------------------------------------------- */
+
+/* max, sum, partial: one query's state for the first chunk of keys (see moe__attend_args); that */
+/* of chunk c lies c * stride (partial_stride) further. out = attention over all chunks: their */
+/* sums are brought to the common largest score and added in order. */
+MOE__PRIVATE void moe__attend_merge(const moe__kernels *kernels, const float *max,
+                                    const float *sum, const float *partial, int64_t n_chunks,
+                                    int64_t stride, int64_t partial_stride, int64_t dv,
+                                    float *out) {
+    float largest = max[0], total = 0;
+    for (int64_t c = 1; c < n_chunks; c++)
+        if (!(max[c * stride] <= largest)) largest = max[c * stride];
+    memset(out, 0, (size_t)dv * sizeof *out);
+    for (int64_t c = 0; c < n_chunks; c++) {
+        float weight = expf(max[c * stride] - largest);
+        total += weight * sum[c * stride];
+        kernels->axpy(weight, partial + c * partial_stride, dv, out);
+    }
+    for (int64_t i = 0; i < dv; i++) out[i] /= total;
+}
+
+/* ============================================================================================== */
+/* // >>experts */
+/* */
+/* The heart of the library: which experts see which tokens, and how threads share their work. */
+/* */
+/*   router      token -> its n_used experts and their weights */
+/*   plan        one entry per active expert: its tokens; shared experts (and the feed-forward */
+/*               net of a dense layer) are entries that see all tokens with weight 1 */
+/*   schedule    (entries, rows, threads) -> the row ranges of each thread */
+/*   gate_up     hidden = silu(gate x) * up x       for the ranges of this thread */
+/*   down        residual += weight * (down hidden) for the ranges of this thread */
+/* */
+/* Sums over experts are taken in the order of the entries: experts ascending, shared ones last. */
+/* ============================================================================================== */
+
+/* ---- router ---------------------------------------------------------------------------------- */
+
+enum { MOE__MAX_EXPERTS = 512 };
+
+typedef enum moe__gating { MOE__GATING_SOFTMAX = 1, MOE__GATING_SIGMOID = 2 } moe__gating;
+
+typedef struct moe__router {
+    moe__gating gating;
+    int32_t n_expert, n_used;
+    int32_t n_group, n_group_used; /* n_group <= 1: no groups */
+    int normalize;                 /* weights of the chosen experts sum to 1 */
+    float scale;                   /* factor of all weights */
+} moe__router;
+
+/* The unused entry with the largest score, the first among equals; NaN loses unless all are NaN. */
+MOE__PRIVATE int32_t moe__router_best(const float *score, const uint8_t *used, int32_t n) {
+    int32_t best = -1;
+    for (int32_t e = 0; e < n; e++)
+        if (!used[e] && (best < 0 || score[e] > score[best] || score[best] != score[best]))
+            best = e;
+    return best;
+}
+
+/* Marks the experts of all but the n_group_used best groups as used; a group is as good as the */
+/* sum of its two largest scores (DeepSeek-V3 report, 2.1.2). */
+MOE__PRIVATE void moe__router_groups(const moe__router *router, const float *score,
+                                     uint8_t *used) {
+    int32_t size = router->n_expert / router->n_group;
+    float group_score[MOE__MAX_EXPERTS];
+    uint8_t kept[MOE__MAX_EXPERTS];
+    for (int32_t g = 0; g < router->n_group; g++) {
+        const float *s = score + g * size;
+        float first = -INFINITY, second = -INFINITY;
+        for (int32_t i = 0; i < size; i++) {
+            if (s[i] > first) {
+                second = first;
+                first = s[i];
+            } else if (s[i] > second) {
+                second = s[i];
+            }
+        }
+        group_score[g] = size > 1 ? first + second : first;
+        kept[g] = 0;
+    }
+    for (int32_t i = 0; i < router->n_group_used; i++)
+        kept[moe__router_best(group_score, kept, router->n_group)] = 1;
+    for (int32_t e = 0; e < router->n_expert; e++)
+        if (!kept[e / size]) used[e] = 1;
+}
+
+/* From the router's logits (overwritten) the n_used experts, ascending, and their weights. bias */
+/* (or NULL) is added for choosing only. NaN logits still give distinct experts in range. */
+MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__router *router,
+                                     float *logits, const float *bias, int32_t *experts,
+                                     float *weights) {
+    float score[MOE__MAX_EXPERTS];
+    uint8_t used[MOE__MAX_EXPERTS];
+    const int32_t n = router->n_expert;
+    if (router->gating == MOE__GATING_SOFTMAX)
+        kernels->softmax(logits, n);
+    else
+        for (int32_t e = 0; e < n; e++) logits[e] = 1.0f / (1.0f + expf(-logits[e]));
+    for (int32_t e = 0; e < n; e++) {
+        score[e] = logits[e] + (bias ? bias[e] : 0.0f);
+        used[e] = 0;
+    }
+    if (router->n_group > 1) moe__router_groups(router, score, used);
+    float sum = 0;
+    for (int32_t i = 0; i < router->n_used; i++) {
+        int32_t e = moe__router_best(score, used, n);
+        used[e] = 1;
+        sum += logits[e];
+        int32_t at = i; /* keep the list ascending */
+        for (; at > 0 && experts[at - 1] > e; at--) experts[at] = experts[at - 1];
+        experts[at] = e;
+    }
+    float factor = router->scale;
+    if (router->normalize) factor /= fmaxf(sum, 6.103515625e-5f); /* llama.cpp's guard, 2^-14 */
+    for (int32_t i = 0; i < router->n_used; i++) weights[i] = logits[experts[i]] * factor;
+}
+
+/* ---- plan ------------------------------------------------------------------------------------ */
+
+/* down(silu(gate x) * up x): one per expert, or one for all tokens. */
+typedef struct moe__ffn {
+    moe__matrix gate, up, down;
+} moe__ffn;
+
+typedef struct moe__entry {
+    const moe__ffn *ffn;
+    int32_t expert;         /* which matrix of ffn; 0 if it has one */
+    int32_t n_tokens;
+    const int32_t *tokens;  /* rows of the input and of the residual */
+    const float *weights;   /* per token */
+    const moe__acts *hidden; /* where the hidden vectors are, */
+    int64_t hidden_row;     /* from this row on, one per token */
+} moe__entry;
+
+typedef struct moe__plan {
+    moe__entry *entries; /* room for n_expert + 1 */
+    int32_t n_entries;
+    int32_t *tokens;     /* of the routed experts, entry after entry */
+    float *weights;
+} moe__plan;
+
+/* Entries of the routed experts. experts, weights: n_tokens x n_used from the router. */
+MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const moe__router *router,
+                                   const int32_t *experts, const float *weights, int64_t n_tokens,
+                                   const moe__acts *hidden) {
+    int32_t count[MOE__MAX_EXPERTS], first[MOE__MAX_EXPERTS];
+    const int64_t n_slots = n_tokens * router->n_used;
+    memset(count, 0, sizeof count);
+    for (int64_t i = 0; i < n_slots; i++) count[experts[i]]++;
+    int32_t next = 0;
+    for (int32_t e = 0; e < router->n_expert; e++) {
+        first[e] = next;
+        next += count[e];
+        if (!count[e]) continue;
+        moe__entry *entry = &plan->entries[plan->n_entries++];
+        entry->ffn = ffn;
+        entry->expert = e;
+        entry->n_tokens = count[e];
+        entry->tokens = plan->tokens + first[e];
+        entry->weights = plan->weights + first[e];
+        entry->hidden = hidden;
+        entry->hidden_row = first[e];
+    }
+    for (int64_t i = 0; i < n_slots; i++) {
+        int32_t at = first[experts[i]]++;
+        plan->tokens[at] = (int32_t)(i / router->n_used);
+        plan->weights[at] = weights[i];
+    }
+}
+
+/* One entry for all tokens with weight 1. tokens: 0, 1, 2, ...; ones: 1, 1, 1, ... */
+MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_tokens,
+                                const int32_t *tokens, const float *ones,
+                                const moe__acts *hidden) {
+    moe__entry *entry = &plan->entries[plan->n_entries++];
+    entry->ffn = ffn;
+    entry->expert = 0;
+    entry->n_tokens = (int32_t)n_tokens;
+    entry->tokens = tokens;
+    entry->weights = ones;
+    entry->hidden = hidden;
+    entry->hidden_row = 0;
+}
+
+/* ---- schedules ------------------------------------------------------------------------------- */
+
+/* What a schedule decides from; nothing else may matter. */
+typedef struct moe__share {
+    const moe__entry *entries;
+    int32_t n_entries;
+    int down;     /* rows are those of down, else those of gate and up */
+    int64_t unit; /* row ranges begin at multiples of this */
+} moe__share;
+
+typedef struct moe__piece {
+    int32_t entry;
+    int64_t begin, end; /* rows; may be empty */
+} moe__piece;
+
+/* The i-th piece (0, 1, ...) of a thread's work; 0 when there is none. All threads' pieces */
+/* together cover every row of every entry once. */
+typedef int moe__schedule_fn(const moe__share *share, int thread, int n_threads, int32_t i,
+                             moe__piece *piece);
+
+MOE__INLINE int64_t moe__share_rows(const moe__share *share, int32_t entry) {
+    const moe__ffn *ffn = share->entries[entry].ffn;
+    return share->down ? ffn->down.n_out : ffn->gate.n_out;
+}
+
+/* All threads on one expert after another, each on its own rows. The rows of a thread are the */
+/* same for every expert. */
+MOE__PRIVATE int moe__schedule_sequential(const moe__share *share, int thread, int n_threads,
+                                          int32_t i, moe__piece *piece) {
+    if (i >= share->n_entries) return 0;
+    piece->entry = i;
+    moe__pool_share(moe__share_rows(share, i), share->unit, thread, n_threads, &piece->begin,
+                    &piece->end);
+    return 1;
+}
+
+/* To add a schedule: its function and a row here. owns_rows: no two threads ever get the same */
+/* row of down, whatever the expert, so that each may add to the residual directly. */
+typedef struct moe__schedule_info {
+    moe_schedule schedule;
+    const char *name;
+    moe__schedule_fn *pieces;
+    int owns_rows;
+} moe__schedule_info;
+
+static const moe__schedule_info moe__schedules[] = {
+    {MOE_SCHEDULE_SEQUENTIAL, "sequential", moe__schedule_sequential, 1},
+};
+
+/* NULL: this build has no such schedule. */
+MOE__PRIVATE const moe__schedule_info *moe__schedule_find(moe_schedule schedule) {
+    if (schedule == MOE_SCHEDULE_DEFAULT)
+        schedule = MOE__PARALLEL_EXPERTS   ? MOE_SCHEDULE_PARALLEL
+                   : MOE__BALANCED_EXPERTS ? MOE_SCHEDULE_BALANCED
+                                           : MOE_SCHEDULE_SEQUENTIAL;
+    for (size_t i = 0; i < sizeof moe__schedules / sizeof moe__schedules[0]; i++)
+        if (moe__schedules[i].schedule == schedule) return &moe__schedules[i];
+    return NULL;
+}
+
+/* ---- doing the pieces ------------------------------------------------------------------------ */
+
+/* Private to a thread. */
+typedef struct moe__scratch {
+    void *pack;            /* MOE__PACK_SIZE bytes */
+    float *gate, *up;      /* n_batch * MOE__TILE_ROWS, at least the longest vector, floats each */
+    const void **x, **x_up; /* n_batch pointers to activations each */
+} moe__scratch;
+
+/* hidden = silu(gate x) * up x for some rows of one entry. */
+MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__entry *entry,
+                                       int64_t begin, int64_t end, const moe__acts *input,
+                                       const moe__scratch *scratch) {
+    const moe__matrix *gate = &entry->ffn->gate, *up = &entry->ffn->up;
+    const int32_t expert = entry->expert;
+    const int64_t n = entry->n_tokens;
+    if (begin >= end) return;
+    moe__acts_gather(input, gate, entry->tokens, 0, n, scratch->x);
+    moe__acts_gather(input, up, entry->tokens, 0, n, scratch->x_up);
+    if (n == 1) {
+        float *h = moe__acts_f32(entry->hidden, entry->hidden_row) + begin;
+        moe__matmul(kernels, gate, expert, begin, end, scratch->x, 1, h, 0, NULL);
+        moe__matmul(kernels, up, expert, begin, end, scratch->x_up, 1, scratch->up, 0, NULL);
+        kernels->swiglu(h, scratch->up, end - begin, h);
+        return;
+    }
+    for (int64_t row = begin; row < end; row += MOE__TILE_ROWS) {
+        int64_t n_rows = moe__min(end - row, MOE__TILE_ROWS);
+        moe__matmul_tile(kernels, gate, expert, row, n_rows, scratch->x, n, scratch->gate,
+                         MOE__TILE_ROWS, scratch->pack, moe__next_tile(up, expert, row, end));
+        moe__matmul_tile(kernels, up, expert, row, n_rows, scratch->x_up, n, scratch->up,
+                         MOE__TILE_ROWS, scratch->pack,
+                         moe__next_tile(gate, expert, row + n_rows, end));
+        for (int64_t t = 0; t < n; t++)
+            kernels->swiglu(scratch->gate + t * MOE__TILE_ROWS, scratch->up + t * MOE__TILE_ROWS,
+                            n_rows, moe__acts_f32(entry->hidden, entry->hidden_row + t) + row);
+    }
+}
+
+/* residual[token] += weight * (down hidden) for some rows of one entry. */
+MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entry *entry,
+                                    int64_t begin, int64_t end, float *residual,
+                                    const moe__scratch *scratch) {
+    const moe__matrix *down = &entry->ffn->down;
+    moe__acts_gather(entry->hidden, down, NULL, entry->hidden_row, entry->n_tokens, scratch->x);
+    moe__matmul_add(kernels, down, entry->expert, begin, end, scratch->x, entry->n_tokens,
+                    entry->tokens, entry->weights, residual, scratch->up, scratch->pack);
+}
+
+/* ============================================================================================== */
+/* // >>model */
+/* */
+/* From a GGUF file to a model that can be run: hyper-parameters, the table of families, and the */
+/* binding of tensors with a check of every shape. Optional parts (biases, norms of queries and */
+/* keys, shared experts, fused matrices) are decided by the presence of their tensors; a key */
+/* counts only where the family defines it. A model never changes after it was opened. */
+/* ============================================================================================== */
+
+enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
+
+typedef struct moe__family {
+    const char *name; /* general.architecture */
+    moe__rope_kind rope;
+    int mla;          /* multi-head latent attention (DeepSeek-V2 report, 2.1) */
+    int router_keys;  /* gating function, groups, normalization and scale come from keys */
+    int normalize;    /* without router_keys: weights of the chosen experts sum to 1 */
+    int ffn_scale;    /* NAME.scale tensors of feed-forward matrices count (llama.cpp ignores */
+                      /* them in some families) */
+} moe__family;
+
+/* To add a model family: a row here, and what it needs beyond features that are read already in */
+/* moe__load_hparams, moe__load_layer and the forward pass, as a feature any family may have. */
+static const moe__family moe__families[] = {
+    {"deepseek2", MOE__ROPE_NORM, 1, 1, 0, 0},
+    {"qwen3moe", MOE__ROPE_NEOX, 0, 0, 1, 1},
+};
+
+typedef struct moe__layer {
+    const float *attn_norm, *ffn_norm;             /* n_embd */
+    moe__matrix q, k, v;                           /* grouped-query attention */
+    const float *q_norm, *k_norm;                  /* per head, before rope; NULL: none */
+    moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    /* MLA; kv_b, k_b, v_b: one per head */
+    const float *q_a_norm, *kv_a_norm;
+    moe__matrix o;
+    int is_moe;
+    moe__matrix router;                            /* ffn_gate_inp */
+    const float *router_bias;                      /* exp_probs_b: for choosing only */
+    moe__ffn experts, shared, dense;               /* shared.gate.data NULL: none */
+} moe__layer;
+
+struct moe_model {
+    moe_allocator allocator;
+    const moe_gguf *gguf;
+    moe_gguf *own_gguf; /* NULL if the caller's */
+    moe_vocab *vocab;
+    moe_model_info info;
+    const moe__family *family;
+    int32_t head_k, head_v;      /* values of a head's query and key, and of its value */
+    int32_t n_rot;               /* of them turned by position (MLA: the last, else the first) */
+    int32_t q_lora, kv_lora;     /* MLA ranks; q_lora 0: plain q */
+    int32_t n_ff_shared;
+    int32_t n_dense;             /* leading layers without experts */
+    float eps;
+    float kq_scale;              /* factor of query . key */
+    moe__rope rope;
+    moe__router router;
+    moe__matrix token_embd, output;
+    const float *output_norm;
+    moe__layer *layers;
+    void *owned;                 /* list of allocations, each begins with a pointer to the next */
+};
+
+/* State while loading: after the first error everything else is skipped. */
+typedef struct moe__loader {
+    moe_model *model;
+    const moe_gguf *gguf;
+    moe_error *error;
+    moe_status status;
+} moe__loader;
+
+#define moe__load_fail(loader, code, where, ...) \
+    ((loader)->status = (loader)->status ? (loader)->status \
+                                         : moe__fail((loader)->error, code, where, __VA_ARGS__))
+
+/* Zeroed memory that lives as long as the model; NULL after an error. */
+MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t size) {
+    uint64_t bytes;
+    void *memory = NULL;
+    if (loader->status) return NULL;
+    if (moe__size_mul(count, size, &bytes) && bytes < SIZE_MAX / 4)
+        memory = moe__alloc(&loader->model->allocator, (size_t)bytes + 64);
+    if (!memory) {
+        moe__load_fail(loader, MOE_ERROR_MEMORY, "model", "no memory for the model's tables");
+        return NULL;
+    }
+    memcpy(memory, &loader->model->owned, sizeof(void *));
+    loader->model->owned = memory;
+    return (char *)memory + 64;
+}
+
+/* ---- keys ------------------------------------------------------------------------------------ */
+
+enum { MOE__REQUIRED = -1 }; /* in place of a default */
+
+/* The value of "family.name"; *key gets the full name. */
+MOE__PRIVATE const moe_gguf_value *moe__load_value(moe__loader *loader, const char *name,
+                                                   char key[128]) {
+    snprintf(key, 128, "%s.%s", loader->model->family->name, name);
+    return loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
+}
+
+/* An integer key within low..high. Absent or 0 ("not set" in some files): the default, or an */
+/* error if that is MOE__REQUIRED. An array (one value per layer) must hold equal values. */
+MOE__PRIVATE int32_t moe__load_int(moe__loader *loader, const char *name, int64_t low, int64_t high,
+                                   int64_t fallback) {
+    char key[128];
+    int64_t x = 0, other;
+    const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (loader->status) return 0;
+    if (value) {
+        if (!moe_gguf_value_int(value, 0, &x)) {
+            moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not an integer", key);
+            return 0;
+        }
+        for (uint64_t i = 1; i < value->count; i++)
+            if (!moe_gguf_value_int(value, i, &other) || other != x) {
+                moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key,
+                               "%s differs from layer to layer", key);
+                return 0;
+            }
+    }
+    if (x == 0) {
+        if (fallback != MOE__REQUIRED) return (int32_t)fallback;
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
+        return 0;
+    }
+    if (x < low || x > high) {
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is %lld, not within %lld..%lld", key,
+                       (long long)x, (long long)low, (long long)high);
+        return 0;
+    }
+    return (int32_t)x;
+}
+
+/* A real key; absent or 0: the default. NaN, infinity and negative values are refused. */
+MOE__PRIVATE double moe__load_float(moe__loader *loader, const char *name, double fallback) {
+    char key[128];
+    double x = 0;
+    const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (loader->status || !value) return fallback;
+    if (!moe_gguf_value_float(value, 0, &x) || value->count != 1)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a number", key);
+    else if (!(x >= 0 && x <= 1e30))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is %g, not a positive number", key, x);
+    return x > 0 ? x : fallback;
+}
+
+MOE__PRIVATE int moe__load_bool(moe__loader *loader, const char *name, int fallback) {
+    char key[128];
+    int x = fallback;
+    const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (value && !moe_gguf_value_bool(value, 0, &x))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is neither true nor false", key);
+    return x;
+}
+
+/* ---- tensors --------------------------------------------------------------------------------- */
+
+/* The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix"; NULL: absent, and an error if it */
+/* is required. */
+MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int layer,
+                                                     const char *base, const char *suffix,
+                                                     int required) {
+    char name[128];
+    if (loader->status) return NULL;
+    if (layer >= 0)
+        snprintf(name, sizeof name, "blk.%d.%s.%s", layer, base, suffix);
+    else
+        snprintf(name, sizeof name, "%s.%s", base, suffix);
+    const moe_gguf_tensor *tensor = moe_gguf_find_tensor(loader->gguf, name);
+    if (!tensor && required)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, name, "tensor %s is missing", name);
+    return tensor;
+}
+
+MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *tensor, int64_t n0,
+                                    int64_t n1, int64_t n2) {
+    const int64_t *ne = tensor->ne;
+    if (ne[0] == n0 && ne[1] == n1 && ne[2] == n2 && ne[3] == 1) return 1;
+    moe__load_fail(loader, MOE_ERROR_FORMAT, tensor->name,
+                   "tensor %s is {%lld, %lld, %lld, %lld}, expected {%lld, %lld, %lld, 1}",
+                   tensor->name, (long long)ne[0], (long long)ne[1], (long long)ne[2],
+                   (long long)ne[3], (long long)n0, (long long)n1, (long long)n2);
+    return 0;
+}
+
+/* A small tensor {n0, n1} as floats; NULL if absent or after an error. */
+MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const char *base,
+                                           const char *suffix, int64_t n0, int64_t n1,
+                                           int required) {
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, suffix, required);
+    if (!tensor || !moe__load_shape_is(loader, tensor, n0, n1, 1)) return NULL;
+    if (!moe_type_supported(tensor->type)) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s has type %s, which is not supported", tensor->name,
+                       moe_type_name(tensor->type));
+        return NULL;
+    }
+    float *out = (float *)moe__load_alloc(loader, (uint64_t)n0 * (uint64_t)n1, sizeof *out);
+    if (!out || moe_type_dequantize(tensor->type, tensor->data, out, n1, n0, loader->error))
+        return NULL;
+    loader->model->info.n_params += n0 * n1;
+    loader->model->info.n_bytes += (int64_t)tensor->size;
+    loader->model->info.n_bytes_token += (int64_t)tensor->size;
+    return out;
+}
+
+/* Binds matrix to base.weight {n_in, n_out, n_expert} with its scale and bias if there are any. */
+/* Absent and not required: matrix->data stays NULL. per_token: the share of its bytes that one */
+/* token reads. */
+MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int layer,
+                                  const char *base, int64_t n_in, int64_t n_out, int64_t n_expert,
+                                  double per_token, int required) {
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "weight", required);
+    if (!tensor) return 0;
+    /* attn_kv_b, and k_b and v_b in some files: the heads' rows follow one another in 2-D. */
+    int folded = n_expert > 1 && tensor->ne[2] == 1 && tensor->ne[1] == n_out * n_expert &&
+                 !strncmp(base, "attn_", 5);
+    if (!moe__load_shape_is(loader, tensor, n_in, folded ? n_out * n_expert : n_out,
+                            folded ? 1 : n_expert))
+        return 0;
+    const moe__type *type = moe__type_find(tensor->type);
+    if (!type || !tensor->data) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s has type %s (id %d), which is not supported", tensor->name,
+                       moe_type_name(tensor->type), (int)tensor->type);
+        return 0;
+    }
+    matrix->data = (const uint8_t *)tensor->data;
+    matrix->type = type;
+    matrix->index = (int)(type - moe__types);
+    matrix->n_in = n_in;
+    matrix->n_out = n_out;
+    matrix->n_expert = n_expert;
+    matrix->row_size = moe_type_row_size(tensor->type, n_in);
+    matrix->expert_size = matrix->row_size * (size_t)n_out;
+    matrix->scale = NULL;
+    const int scaled = strncmp(base, "ffn_", 4) || loader->model->family->ffn_scale;
+    if (scaled && moe__load_tensor(loader, layer, base, "scale", 0))
+        matrix->scale = moe__load_vector(loader, layer, base, "scale", n_expert, 1, 1);
+    matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
+    matrix->bias_stride = n_out;
+    loader->model->info.n_params += n_in * n_out * n_expert;
+    loader->model->info.n_bytes += (int64_t)tensor->size;
+    loader->model->info.n_bytes_token += (int64_t)(per_token * (double)tensor->size);
+    return !loader->status;
+}
+
+/* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own. */
+MOE__PRIVATE moe__matrix moe__matrix_slice(const moe__matrix *whole, int64_t first, int64_t n) {
+    moe__matrix slice = *whole;
+    slice.data += (size_t)first * whole->row_size;
+    slice.n_out = n;
+    if (slice.bias) slice.bias += first;
+    return slice;
+}
+
+/* ---- layers ---------------------------------------------------------------------------------- */
+
+MOE__PRIVATE void moe__load_gqa(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const int64_t n_embd = model->info.n_embd, n_q = (int64_t)model->info.n_head * model->head_k;
+    const int64_t n_k = (int64_t)model->info.n_head_kv * model->head_k;
+    const int64_t n_v = (int64_t)model->info.n_head_kv * model->head_v;
+    moe__matrix fused;
+    memset(&fused, 0, sizeof fused);
+    if (moe__load_matrix(loader, &fused, il, "attn_qkv", n_embd, n_q + n_k + n_v, 1, 1, 0)) {
+        layer->q = moe__matrix_slice(&fused, 0, n_q);
+        layer->k = moe__matrix_slice(&fused, n_q, n_k);
+        layer->v = moe__matrix_slice(&fused, n_q + n_k, n_v);
+    } else {
+        moe__load_matrix(loader, &layer->q, il, "attn_q", n_embd, n_q, 1, 1, 1);
+        moe__load_matrix(loader, &layer->k, il, "attn_k", n_embd, n_k, 1, 1, 1);
+        moe__load_matrix(loader, &layer->v, il, "attn_v", n_embd, n_v, 1, 1, 1);
+    }
+    layer->q_norm = moe__load_vector(loader, il, "attn_q_norm", "weight", model->head_k, 1, 0);
+    layer->k_norm = moe__load_vector(loader, il, "attn_k_norm", "weight", model->head_k, 1, 0);
+}
+
+/* Three generations of files: kv_b only; k_b and v_b; all three. */
+MOE__PRIVATE void moe__load_mla(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const int64_t n_embd = model->info.n_embd, n_head = model->info.n_head;
+    const int64_t nope = model->head_k - model->n_rot, n_q = n_head * model->head_k;
+    if (model->q_lora) {
+        moe__load_matrix(loader, &layer->q_a, il, "attn_q_a", n_embd, model->q_lora, 1, 1, 1);
+        moe__load_matrix(loader, &layer->q_b, il, "attn_q_b", model->q_lora, n_q, 1, 1, 1);
+        layer->q_a_norm =
+            moe__load_vector(loader, il, "attn_q_a_norm", "weight", model->q_lora, 1, 1);
+    } else {
+        moe__load_matrix(loader, &layer->q, il, "attn_q", n_embd, n_q, 1, 1, 1);
+    }
+    moe__load_matrix(loader, &layer->kv_a, il, "attn_kv_a_mqa", n_embd,
+                     model->kv_lora + model->n_rot, 1, 1, 1);
+    layer->kv_a_norm =
+        moe__load_vector(loader, il, "attn_kv_a_norm", "weight", model->kv_lora, 1, 1);
+    moe__load_matrix(loader, &layer->k_b, il, "attn_k_b", nope, model->kv_lora, n_head, 1, 0);
+    moe__load_matrix(loader, &layer->v_b, il, "attn_v_b", model->kv_lora, model->head_v, n_head, 1,
+                     0);
+    int split = layer->k_b.data && layer->v_b.data;
+    if (split) return;
+    /* The values' rows of kv_b are a v_b; the keys' rows are a k_b transposed. */
+    if (moe__load_matrix(loader, &layer->kv_b, il, "attn_kv_b", model->kv_lora,
+                         nope + model->head_v, n_head, 1, 1)) {
+        layer->v_b = moe__matrix_slice(&layer->kv_b, nope, model->head_v);
+        layer->k_b.data = NULL;
+    }
+}
+
+MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, const char *suffix,
+                                int64_t n_ff, int64_t n_expert, double per_token, int required) {
+    const int64_t n_embd = loader->model->info.n_embd;
+    char gate[32], up[32], down[32], gate_up[32];
+    moe__matrix fused;
+    snprintf(gate, sizeof gate, "ffn_gate%s", suffix);
+    snprintf(up, sizeof up, "ffn_up%s", suffix);
+    snprintf(down, sizeof down, "ffn_down%s", suffix);
+    snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
+    memset(&fused, 0, sizeof fused);
+    if (moe__load_matrix(loader, &fused, il, gate_up, n_embd, 2 * n_ff, n_expert, per_token, 0)) {
+        ffn->gate = moe__matrix_slice(&fused, 0, n_ff);
+        ffn->up = moe__matrix_slice(&fused, n_ff, n_ff);
+    } else {
+        if (!moe__load_matrix(loader, &ffn->gate, il, gate, n_embd, n_ff, n_expert, per_token,
+                              required))
+            return;
+        moe__load_matrix(loader, &ffn->up, il, up, n_embd, n_ff, n_expert, per_token, 1);
+    }
+    moe__load_matrix(loader, &ffn->down, il, down, n_ff, n_embd, n_expert, per_token, 1);
+}
+
+MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const moe_model_info *info = &model->info;
+    layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", info->n_embd, 1, 1);
+    layer->ffn_norm = moe__load_vector(loader, il, "ffn_norm", "weight", info->n_embd, 1, 1);
+    if (model->family->mla)
+        moe__load_mla(loader, layer, il);
+    else
+        moe__load_gqa(loader, layer, il);
+    moe__load_matrix(loader, &layer->o, il, "attn_output", (int64_t)info->n_head * model->head_v,
+                     info->n_embd, 1, 1, 1);
+    layer->is_moe = il >= model->n_dense;
+    if (!layer->is_moe) {
+        moe__load_ffn(loader, &layer->dense, il, "", info->n_ff, 1, 1, 1);
+        return;
+    }
+    const double share = (double)info->n_expert_used / info->n_expert;
+    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", info->n_embd, info->n_expert, 1, 1,
+                     1);
+    if (model->family->router_keys)
+        layer->router_bias =
+            moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
+    moe__load_ffn(loader, &layer->experts, il, "_exps", info->n_ff_exp, info->n_expert, share, 1);
+    if (model->n_ff_shared)
+        moe__load_ffn(loader, &layer->shared, il, "_shexp", model->n_ff_shared, 1, 1, 1);
+}
+
+/* ---- hyper-parameters ------------------------------------------------------------------------ */
+
+/* Positions: base frequency, scaling, and the factor of query . key that goes with it. */
+MOE__PRIVATE void moe__load_rope(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe__rope_scaling s;
+    char key[128];
+    moe_string type;
+    const void *cursor = NULL;
+    memset(&s, 0, sizeof s);
+    type.data = "linear"; /* without a factor: no scaling */
+    type.size = 6;
+    const moe_gguf_value *value = moe__load_value(loader, "rope.scaling.type", key);
+    if (value && !moe_gguf_value_string(value, &cursor, &type))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a string", key);
+    s.base = moe__load_float(loader, "rope.freq_base", 10000);
+    s.factor = moe__load_float(loader, "rope.scaling.factor",
+                               moe__load_float(loader, "rope.scale_linear", 1));
+    s.original_ctx = moe__load_int(loader, "rope.scaling.original_context_length", 1, INT32_MAX,
+                                   model->info.n_ctx_train);
+    s.beta_fast = moe__load_float(loader, "rope.scaling.yarn_beta_fast", 32);
+    s.beta_slow = moe__load_float(loader, "rope.scaling.yarn_beta_slow", 1);
+    s.ext_factor = 1;
+    double attn_factor = moe__load_float(loader, "rope.scaling.attn_factor", 1);
+    if (type.size == 4 && !memcmp(type.data, "none", 4)) {
+        s.factor = 1;
+    } else if (type.size == 4 && !memcmp(type.data, "yarn", 4)) {
+        s.yarn = 1;
+    } else if (type.size != 6 || memcmp(type.data, "linear", 6)) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
+                       (int)moe__min((int64_t)type.size, 32), type.data);
+    }
+    if (!(s.base > 1) || !(s.factor > 1e-6))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.freq_base",
+                       "rope base %g or factor %g is out of range", s.base, s.factor);
+    model->rope.kind = model->family->rope;
+    model->rope.n_rot = model->n_rot;
+    model->rope.magnitude = attn_factor;
+    double kq_scale = 1 / sqrt((double)model->head_k);
+    if (model->family->mla) {
+        /* The magnitude is not in cos and sin but, squared, in the scores (DeepSeek's mscale). */
+        double log_multiplier = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
+        double magnitude = attn_factor * (1 + log_multiplier * log(s.factor));
+        kq_scale *= magnitude * magnitude;
+        model->rope.magnitude = 1;
+    } else if (s.yarn) {
+        model->rope.magnitude = attn_factor * (1 + 0.1 * log(s.factor));
+    }
+    model->kq_scale = (float)kq_scale;
+    model->rope.frequency = (double *)moe__load_alloc(loader, (uint64_t)model->n_rot / 2 + 1,
+                                                      sizeof *model->rope.frequency);
+    if (!loader->status) moe__rope_init(&model->rope, &s);
+}
+
+MOE__PRIVATE void moe__load_router(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe__router *router = &model->router;
+    moe_model_info *info = &model->info;
+    info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, MOE__REQUIRED);
+    info->n_expert_used =
+        moe__load_int(loader, "expert_used_count", 1, info->n_expert, MOE__REQUIRED);
+    router->n_expert = info->n_expert;
+    router->n_used = info->n_expert_used;
+    router->gating = MOE__GATING_SOFTMAX;
+    router->normalize = model->family->normalize;
+    router->scale = 1;
+    if (!model->family->router_keys || loader->status) return;
+    /* GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out. */
+    int glm_flash = info->n_layer == 47 || info->n_layer == 48;
+    int gating = moe__load_int(loader, "expert_gating_func", 1, 4,
+                               glm_flash ? MOE__GATING_SIGMOID : MOE__GATING_SOFTMAX);
+    if (gating > MOE__GATING_SIGMOID)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_gating_func",
+                       "expert gating function %d is not supported", gating);
+    router->gating = (moe__gating)gating;
+    router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
+    router->scale = (float)moe__load_float(loader, "expert_weights_scale", 1);
+    router->n_group = moe__load_int(loader, "expert_group_count", 1, info->n_expert, 1);
+    if (loader->status || router->n_group == 1) return;
+    router->n_group_used =
+        moe__load_int(loader, "expert_group_used_count", 1, router->n_group, MOE__REQUIRED);
+    if (!loader->status && (info->n_expert % router->n_group ||
+                            info->n_expert / router->n_group * router->n_group_used <
+                                info->n_expert_used))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "expert_group_count",
+                       "%d experts in %d groups, %d used, do not give %d experts",
+                       info->n_expert, router->n_group, router->n_group_used,
+                       info->n_expert_used);
+}
+
+MOE__PRIVATE void moe__load_heads(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    info->n_head =
+        moe__load_int(loader, "attention.head_count", 1, MOE__MAX_HEADS, MOE__REQUIRED);
+    if (loader->status) return;
+    info->n_head_kv = moe__load_int(loader, "attention.head_count_kv", 1, info->n_head,
+                                    info->n_head);
+    int64_t head = info->n_embd / info->n_head;
+    model->head_k = moe__load_int(loader, "attention.key_length", 1, MOE__MAX_HEAD, head);
+    model->head_v = moe__load_int(loader, "attention.value_length", 1, MOE__MAX_HEAD, head);
+    if (model->family->mla) {
+        model->head_k = moe__load_int(loader, "attention.key_length_mla", 1, MOE__MAX_HEAD,
+                                      model->head_k);
+        model->head_v = moe__load_int(loader, "attention.value_length_mla", 1, MOE__MAX_HEAD,
+                                      model->head_v);
+        model->kv_lora = moe__load_int(loader, "attention.kv_lora_rank", 1, 1 << 16,
+                                       MOE__REQUIRED);
+        /* Whether queries are low-rank shows in the tensors; the rank must then be known. */
+        if (!moe_gguf_find_tensor(loader->gguf, "blk.0.attn_q.weight"))
+            model->q_lora = moe__load_int(loader, "attention.q_lora_rank", 1, 1 << 16,
+                                          MOE__REQUIRED);
+    } else if (!loader->status && info->n_head % info->n_head_kv) {
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "attention.head_count_kv",
+                       "%d heads cannot share %d key-value heads", info->n_head,
+                       info->n_head_kv);
+    }
+    model->n_rot = moe__load_int(loader, "rope.dimension_count", 2, model->head_k,
+                                 model->family->mla ? MOE__REQUIRED : model->head_k);
+    if (!loader->status && (model->n_rot % 2 || model->head_k < 1 || model->head_v < 1 ||
+                            (model->family->mla && model->n_rot >= model->head_k)))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
+                       "%d rotated values do not fit heads of %d", model->n_rot, model->head_k);
+}
+
+MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    int32_t blocks = moe__load_int(loader, "block_count", 1, MOE__MAX_LAYERS, MOE__REQUIRED);
+    info->n_layer = blocks;
+    if (model->family->router_keys) /* prediction layers at the end are not run */
+        info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
+    info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
+    info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
+    char key[128];
+    if (!loader->status && !moe__load_value(loader, "attention.layer_norm_rms_epsilon", key))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
+    model->eps = (float)moe__load_float(loader, "attention.layer_norm_rms_epsilon", 0);
+    moe__load_heads(loader);
+    moe__load_rope(loader);
+    moe__load_router(loader);
+    info->n_ff = moe__load_int(loader, "feed_forward_length", 1, 1 << 24, 0);
+    info->n_ff_exp =
+        moe__load_int(loader, "expert_feed_forward_length", 1, 1 << 24, info->n_ff);
+    if (model->family->router_keys) {
+        model->n_dense =
+            moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
+        info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
+        model->n_ff_shared = info->n_expert_shared
+                                 ? (int32_t)moe__min((int64_t)info->n_ff_exp *
+                                                         info->n_expert_shared, 1 << 28)
+                                 : 0;
+    }
+    if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
+                       "the width of the feed-forward layers is missing");
+}
+
+MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    const moe_gguf_tensor *embd = moe__load_tensor(loader, -1, "token_embd", "weight", 1);
+    if (!embd) return;
+    if (embd->ne[1] > INT32_MAX / 2)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, embd->name, "tensor %s has %lld rows", embd->name,
+                       (long long)embd->ne[1]);
+    info->n_vocab = (int32_t)embd->ne[1];
+    int tied = !moe_gguf_find_tensor(loader->gguf, "output.weight");
+    moe__load_matrix(loader, &model->token_embd, -1, "token_embd", info->n_embd, info->n_vocab, 1,
+                     tied ? 1 : 1.0 / info->n_vocab, 1);
+    if (tied)
+        model->output = model->token_embd;
+    else
+        moe__load_matrix(loader, &model->output, -1, "output", info->n_embd, info->n_vocab, 1, 1,
+                         1);
+    model->output_norm =
+        moe__load_vector(loader, -1, "output_norm", "weight", info->n_embd, 1, 1);
+    if (!loader->status && model->vocab && moe_vocab_size(model->vocab) > info->n_vocab)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "tokenizer.ggml.tokens",
+                       "%d tokens, but the embedding has %d rows",
+                       (int)moe_vocab_size(model->vocab), (int)info->n_vocab);
+}
+
+/* ---- opening --------------------------------------------------------------------------------- */
+
+MOE__PRIVATE void moe__load_family(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_string name, type;
+    const void *cursor = NULL;
+    const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, "general.type");
+    if (value && moe_gguf_value_string(value, &cursor, &type) &&
+        (type.size != 5 || memcmp(type.data, "model", 5))) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.type",
+                       "the file holds a \"%.*s\", not a model",
+                       (int)moe__min((int64_t)type.size, 32), type.data);
+        return;
+    }
+    cursor = NULL;
+    value = moe_gguf_find_value(loader->gguf, "general.architecture");
+    if (!moe_gguf_value_string(value, &cursor, &name)) {
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "general.architecture",
+                       "general.architecture is missing or not a string");
+        return;
+    }
+    for (size_t i = 0; i < sizeof moe__families / sizeof moe__families[0]; i++)
+        if (name.size == strlen(moe__families[i].name) &&
+            !memcmp(name.data, moe__families[i].name, name.size))
+            model->family = &moe__families[i];
+    if (!model->family) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.architecture",
+                       "model family \"%.*s\" is not supported",
+                       (int)moe__min((int64_t)name.size, 48), name.data);
+        return;
+    }
+    moe__base_copy_text(model->info.family, sizeof model->info.family, name.data, name.size);
+    cursor = NULL;
+    if (moe_gguf_value_string(moe_gguf_find_value(loader->gguf, "general.name"), &cursor, &name))
+        moe__base_copy_text(model->info.name, sizeof model->info.name, name.data, name.size);
+}
+
+/* Some files have no tokenizer: they are run with token ids alone. */
+MOE__PRIVATE int moe__load_has_vocab(const moe_gguf *gguf) {
+    static const char *const none[] = {"none", "no_vocab", "test"};
+    moe_string name;
+    const void *cursor = NULL;
+    if (!moe_gguf_value_string(moe_gguf_find_value(gguf, "tokenizer.ggml.model"), &cursor, &name))
+        return 0;
+    for (size_t i = 0; i < sizeof none / sizeof none[0]; i++)
+        if (name.size == strlen(none[i]) && !memcmp(name.data, none[i], name.size)) return 0;
+    return 1;
+}
+
+MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_options *options,
+                                       moe_error *error) {
+    moe_allocator allocator;
+    moe__loader loader;
+    if (!gguf) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
+        return NULL;
+    }
+    if (options && options->numa) {
+        moe__fail(error, MOE_ERROR_UNSUPPORTED, "numa", "memory placement %d is not supported",
+                  (int)options->numa);
+        return NULL;
+    }
+    if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
+    moe_model *model = (moe_model *)moe__alloc(&allocator, sizeof *model);
+    if (!model) {
+        moe__fail(error, MOE_ERROR_MEMORY, "model", "no memory for a model");
+        return NULL;
+    }
+    model->allocator = allocator;
+    model->gguf = gguf;
+    loader.model = model;
+    loader.gguf = gguf;
+    loader.error = error;
+    loader.status = MOE_OK;
+    moe__load_family(&loader);
+    if (!loader.status) moe__load_hparams(&loader);
+    if (!loader.status && moe__load_has_vocab(gguf)) {
+        model->vocab = moe_vocab_open(gguf, error);
+        if (!model->vocab) loader.status = MOE_ERROR_FORMAT;
+    }
+    if (!loader.status) moe__load_globals(&loader);
+    model->layers = (moe__layer *)moe__load_alloc(&loader, (uint64_t)model->info.n_layer,
+                                                  sizeof *model->layers);
+    for (int il = 0; il < model->info.n_layer && !loader.status; il++)
+        moe__load_layer(&loader, &model->layers[il], il);
+    if (!loader.status) return model;
+    moe_model_close(model);
+    return NULL;
+}
+
+MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
+                                  moe_error *error) {
+    moe_gguf_options gguf_options;
+    memset(&gguf_options, 0, sizeof gguf_options);
+    if (options) {
+        gguf_options.allocator = options->allocator;
+        gguf_options.mmap = options->mmap;
+        gguf_options.prefault = options->prefault;
+        gguf_options.hugepages = options->hugepages;
+        gguf_options.progress = options->progress;
+        gguf_options.progress_user = options->progress_user;
+    }
+    moe_gguf *gguf = moe_gguf_open(path, &gguf_options, error);
+    if (!gguf) return NULL;
+    moe_model *model = moe_model_open_gguf(gguf, options, error);
+    if (model)
+        model->own_gguf = gguf;
+    else
+        moe_gguf_close(gguf);
+    return model;
+}
+
+MOE_API void moe_model_close(moe_model *model) {
+    if (!model) return;
+    moe_allocator allocator = model->allocator;
+    while (model->owned) {
+        void *memory = model->owned;
+        memcpy(&model->owned, memory, sizeof(void *));
+        moe__free(&allocator, memory);
+    }
+    moe_vocab_close(model->vocab);
+    moe_gguf_close(model->own_gguf);
+    moe__free(&allocator, model);
+}
+
+MOE_API const moe_vocab *moe_model_vocab(const moe_model *model) {
+    return model ? model->vocab : NULL;
+}
+MOE_API const moe_gguf *moe_model_gguf(const moe_model *model) {
+    return model ? model->gguf : NULL;
+}
+MOE_API const moe_model_info *moe_model_get_info(const moe_model *model) {
+    return model ? &model->info : NULL;
+}
+
+/* ============================================================================================== */
+/* // >>session */
+/* */
+/* A context: the cache of keys and values, buffers for one batch, and the forward pass, which */
+/* every thread of the team walks from top to bottom (moe__forward). */
+/* */
+/* Two ways of sharing the same steps: */
+/*   one token     what is tiny (norms, quantizing, choosing experts) every thread does for */
+/*                 itself into memory of its own: cheaper than a barrier */
+/*   many tokens   it is split over the tokens, into shared memory, and a barrier follows */
+/* Matrices are split by rows in both. */
+/* */
+/* Attention runs over fixed chunks of MOE__ATTEND_KEYS positions, so that its bits depend on the */
+/* number of positions, never on the number of threads. */
+/* ============================================================================================== */
+
+enum {
+    MOE__MLA_HEADS = 8,     /* heads per work item of absorbed attention with one token */
+    MOE__MLA_EXPAND = 128,  /* from this many tokens on keys and values are expanded */
+    MOE__ROW_UNIT = 16      /* rows of a thread begin at multiples of this: one cache line */
+};
+
+/* Memory of one thread. */
+typedef struct moe__local {
+    moe__scratch scratch;
+    moe__plan plan;
+    moe__acts x, q_a, attn, routed, shared, dense; /* one token (routed: its n_used experts) */
+    moe__acts q_nope;         /* MLA: one head's unrotated query part per token */
+    float *rope;              /* cos and sin of one token */
+    float *router_logits;
+    int32_t *experts;
+    float *expert_weights;
+    float *q, *out;           /* MOE__ATTEND_QUERIES gathered queries and their results */
+    float *max, *sum;
+    int32_t *n_visible;
+    float *scores;            /* MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS */
+    float *w_k, *w_v;         /* MLA: a head's rows of kv_b as floats */
+    float *latent, *keys, *values; /* MLA, expanded: one chunk */
+    const void **latent_rows;
+} moe__local;
+
+struct moe_session {
+    moe_allocator allocator;
+    const moe_model *model;
+    const moe__kernels *kernels;
+    const moe__schedule_info *schedule;
+    moe_pool *pool, *own_pool;
+    moe_session_info info;
+    int (*should_stop)(void *user);
+    void *should_stop_user;
+    int keep_all_logits;
+    int32_t length;        /* tokens in the cache */
+    int32_t n_logits;      /* rows of logits of the last eval */
+    int stop;              /* set by thread 0 before a barrier, read after it */
+
+    uint8_t *k_cache, *v_cache; /* [layer][head][position][width] */
+    float *logits;
+
+    /* One batch of n tokens. */
+    float *residual;       /* [n][n_embd] */
+    float *rope;           /* [n][n_rot] */
+    moe__acts x;           /* [n] normed residual */
+    float *q, *k, *v;      /* [n][heads * width]; MLA: k holds [n][kv_lora + n_rot] */
+    moe__acts q_a;         /* [n] low-rank queries */
+    moe__acts attn;        /* [n] results of all heads */
+    float *q_absorbed;     /* [n][n_head][kv_lora + n_rot] */
+    moe__acts latent;      /* [n * n_head] sums of latent vectors */
+    float *part_max, *part_sum, *part_out; /* [chunk][n_head], [chunk][n_head][width] */
+    float *router_logits;  /* [n][n_expert] */
+    int32_t *experts;      /* [n][n_expert_used] */
+    float *expert_weights;
+    moe__acts routed, shared, dense; /* hidden vectors: [n * n_expert_used], [n], [n] */
+    int32_t *tokens;       /* 0, 1, 2, ... */
+    float *ones;
+
+    moe__local *locals;    /* one per thread */
+    void *memory;
+};
+
+/* ---- memory --------------------------------------------------------------------------------- */
+
+/* What the layers want their activations quantized to. */
+typedef struct moe__session_kinds {
+    unsigned x, q_a, attn, latent, q_nope, routed, shared, dense;
+} moe__session_kinds;
+
+MOE__PRIVATE moe__session_kinds moe__session_find_kinds(const moe_model *model) {
+    moe__session_kinds kinds;
+    memset(&kinds, 0, sizeof kinds);
+    kinds.x = moe__acts_kind(&model->output);
+    for (int il = 0; il < model->info.n_layer; il++) {
+        const moe__layer *layer = &model->layers[il];
+        const moe__ffn *ffns[] = {&layer->experts, &layer->shared, &layer->dense};
+        const moe__matrix *x[] = {&layer->q, &layer->k, &layer->v, &layer->q_a, &layer->kv_a,
+                                  &layer->router};
+        for (size_t i = 0; i < sizeof x / sizeof x[0]; i++) kinds.x |= moe__acts_kind(x[i]);
+        for (int i = 0; i < 3; i++)
+            kinds.x |= moe__acts_kind(&ffns[i]->gate) | moe__acts_kind(&ffns[i]->up);
+        kinds.q_a |= moe__acts_kind(&layer->q_b);
+        kinds.attn |= moe__acts_kind(&layer->o);
+        kinds.latent |= moe__acts_kind(&layer->v_b);
+        kinds.q_nope |= moe__acts_kind(&layer->k_b);
+        kinds.routed |= moe__acts_kind(&layer->experts.down);
+        kinds.shared |= moe__acts_kind(&layer->shared.down);
+        kinds.dense |= moe__acts_kind(&layer->dense.down);
+    }
+    return kinds;
+}
+
+MOE__INLINE float *moe__take_floats(moe__arena *arena, int64_t rows, int64_t n) {
+    uint64_t count;
+    if (!moe__size_mul((uint64_t)rows, (uint64_t)n, &count)) count = UINT64_MAX;
+    return (float *)moe__arena_take(arena, count, sizeof(float));
+}
+
+/* The private form of shared activations: the floats are the shared ones, the rest is private. */
+MOE__PRIVATE void moe__acts_take_private(moe__acts *acts, moe__arena *arena, int64_t n_rows,
+                                         const moe__acts *shared) {
+    moe__acts_take(acts, arena, n_rows, shared->n, shared->kinds);
+}
+
+MOE__PRIVATE void moe__session_layout_local(const moe_session *session, moe__local *local,
+                                            moe__arena *arena) {
+    const moe_model *model = session->model;
+    const moe_model_info *info = &model->info;
+    const int64_t n = session->info.n_batch, used = info->n_expert_used;
+    const int64_t width = moe__max(model->head_k, model->kv_lora + model->n_rot);
+    const int64_t width_v = moe__max(model->head_v, model->kv_lora);
+    int64_t longest = moe__max(info->n_embd, (int64_t)info->n_ff_exp);
+    longest = moe__max(longest, moe__max(info->n_ff, model->n_ff_shared));
+    longest = moe__max(longest, n * MOE__TILE_ROWS);
+    local->scratch.pack = moe__arena_take(arena, 1, MOE__PACK_SIZE);
+    local->scratch.gate = moe__take_floats(arena, 1, longest);
+    local->scratch.up = moe__take_floats(arena, 1, longest);
+    local->scratch.x = (const void **)moe__arena_take(arena, (uint64_t)n, sizeof(void *));
+    local->scratch.x_up = (const void **)moe__arena_take(arena, (uint64_t)n, sizeof(void *));
+    local->plan.entries = (moe__entry *)moe__arena_take(arena, (uint64_t)info->n_expert + 1,
+                                                        sizeof(moe__entry));
+    local->plan.tokens = (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
+    local->plan.weights = moe__take_floats(arena, n, used);
+    moe__acts_take_private(&local->x, arena, 1, &session->x);
+    moe__acts_take_private(&local->q_a, arena, 1, &session->q_a);
+    moe__acts_take_private(&local->attn, arena, 1, &session->attn);
+    moe__acts_take_private(&local->routed, arena, used, &session->routed);
+    moe__acts_take_private(&local->shared, arena, 1, &session->shared);
+    moe__acts_take_private(&local->dense, arena, 1, &session->dense);
+    local->rope = moe__take_floats(arena, 1, model->n_rot);
+    local->router_logits = moe__take_floats(arena, 1, info->n_expert);
+    local->experts = (int32_t *)moe__arena_take(arena, (uint64_t)used, sizeof(int32_t));
+    local->expert_weights = moe__take_floats(arena, 1, used);
+    local->q = moe__take_floats(arena, MOE__ATTEND_QUERIES, width);
+    local->out = moe__take_floats(arena, MOE__ATTEND_QUERIES, width_v);
+    local->max = moe__take_floats(arena, 1, n + MOE__ATTEND_QUERIES);
+    local->sum = moe__take_floats(arena, 1, n + MOE__ATTEND_QUERIES);
+    local->n_visible =
+        (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
+    local->scores = moe__take_floats(arena, MOE__ATTEND_QUERIES, MOE__ATTEND_KEYS);
+    if (!model->family->mla) return;
+    const int64_t nope = model->head_k - model->n_rot, latent = model->kv_lora;
+    moe__acts_take(&local->q_nope, arena, moe__min(n, MOE__MLA_EXPAND), nope,
+                   moe__session_find_kinds(model).q_nope);
+    local->w_k = moe__take_floats(arena, nope, latent);
+    if (n < MOE__MLA_EXPAND) return;
+    local->w_v = moe__take_floats(arena, model->head_v, latent);
+    local->latent = moe__take_floats(arena, MOE__ATTEND_KEYS, latent);
+    local->keys = moe__take_floats(arena, MOE__ATTEND_KEYS, model->head_k);
+    local->values = moe__take_floats(arena, MOE__ATTEND_KEYS, model->head_v);
+    local->latent_rows =
+        (const void **)moe__arena_take(arena, MOE__ATTEND_KEYS, sizeof(void *));
+}
+
+/* Widths of a cached key and value; MLA caches one row per position, without heads. */
+typedef struct moe__kv_shape {
+    int64_t n_head, k, v;
+    size_t element; /* bytes per value */
+} moe__kv_shape;
+
+MOE__PRIVATE moe__kv_shape moe__session_kv_shape(const moe_session *session) {
+    const moe_model *model = session->model;
+    moe__kv_shape shape;
+    shape.n_head = model->family->mla ? 1 : model->info.n_head_kv;
+    shape.k = model->family->mla ? model->kv_lora + model->n_rot : model->head_k;
+    shape.v = model->family->mla ? 0 : model->head_v;
+    shape.element = session->info.kv_type == MOE_KV_F32 ? sizeof(float) : sizeof(uint16_t);
+    return shape;
+}
+
+/* Lays out everything but the logits; fills info.kv_bytes and info.work_bytes. */
+MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, int n_threads) {
+    const moe_model *model = session->model;
+    const moe_model_info *info = &model->info;
+    const moe__kv_shape kv = moe__session_kv_shape(session);
+    const moe__session_kinds kinds = moe__session_find_kinds(model);
+    const int64_t n = session->info.n_batch, n_head = info->n_head, n_ctx = session->info.n_ctx;
+    const uint64_t rows = (uint64_t)info->n_layer * (uint64_t)kv.n_head * (uint64_t)n_ctx;
+    const int64_t chunks = (n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    const int mla = model->family->mla;
+    session->k_cache = (uint8_t *)moe__arena_take(arena, rows, (uint64_t)kv.k * kv.element);
+    session->v_cache = (uint8_t *)moe__arena_take(arena, rows, (uint64_t)kv.v * kv.element);
+    session->info.kv_bytes = (size_t)arena->used;
+    session->residual = moe__take_floats(arena, n, info->n_embd);
+    session->rope = moe__take_floats(arena, n, model->n_rot);
+    moe__acts_take(&session->x, arena, n, info->n_embd, kinds.x);
+    session->q = moe__take_floats(arena, n, n_head * model->head_k);
+    session->k = moe__take_floats(arena, n, kv.n_head * kv.k);
+    session->v = moe__take_floats(arena, n, kv.n_head * kv.v);
+    moe__acts_take(&session->q_a, arena, n, moe__max(model->q_lora, 1), kinds.q_a);
+    moe__acts_take(&session->attn, arena, n, n_head * model->head_v, kinds.attn);
+    if (mla) {
+        const int64_t absorbed = moe__min(n, MOE__MLA_EXPAND);
+        session->q_absorbed = moe__take_floats(arena, absorbed, n_head * kv.k);
+        moe__acts_take(&session->latent, arena, absorbed * n_head, model->kv_lora, kinds.latent);
+    }
+    session->part_max = moe__take_floats(arena, chunks, n_head);
+    session->part_sum = moe__take_floats(arena, chunks, n_head);
+    session->part_out =
+        moe__take_floats(arena, chunks, n_head * (mla ? model->kv_lora : model->head_v));
+    session->router_logits = moe__take_floats(arena, n, info->n_expert);
+    session->experts = (int32_t *)moe__arena_take(
+        arena, (uint64_t)(n * info->n_expert_used), sizeof(int32_t));
+    session->expert_weights = moe__take_floats(arena, n, info->n_expert_used);
+    moe__acts_take(&session->routed, arena, n * info->n_expert_used, info->n_ff_exp,
+                   kinds.routed);
+    moe__acts_take(&session->shared, arena, n, moe__max(model->n_ff_shared, 1), kinds.shared);
+    moe__acts_take(&session->dense, arena, model->n_dense ? n : 1,
+                   model->n_dense ? info->n_ff : 1, kinds.dense);
+    session->tokens = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
+    session->ones = moe__take_floats(arena, 1, n);
+    session->locals =
+        (moe__local *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(moe__local));
+    for (int i = 0; i < n_threads; i++) {
+        moe__local unplaced;
+        memset(&unplaced, 0, sizeof unplaced);
+        moe__session_layout_local(session, arena->base ? &session->locals[i] : &unplaced, arena);
+    }
+    session->info.work_bytes = (size_t)(arena->used - session->info.kv_bytes);
+}
+
+/* ---- the state of one thread in one batch --------------------------------------------------- */
+
+typedef struct moe__eval {
+    moe_session *session;
+    const moe_model *model;
+    const moe__kernels *kernels;
+    moe__local *local;
+    int thread, n_threads;
+    int64_t n;       /* tokens of this batch */
+    int64_t past;    /* tokens in the cache before it */
+    const int32_t *tokens;
+    int64_t row_unit;
+} moe__eval;
+
+MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
+    if (e->thread == 0) e->session->info.n_barriers++;
+    moe__pool_barrier(e->session->pool);
+}
+
+/* This thread's part of `total`. */
+MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit, int64_t *begin,
+                                 int64_t *end) {
+    moe__pool_share(total, unit, e->thread, e->n_threads, begin, end);
+}
+
+/* out[t][all rows of matrix] = matrix x for this thread's rows; no barrier. */
+MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__matrix *matrix, const moe__acts *x,
+                                    float *out) {
+    int64_t begin, end;
+    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
+    moe__acts_gather(x, matrix, NULL, 0, e->n, e->local->scratch.x);
+    moe__matmul(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n, out + begin,
+                matrix->n_out, e->local->scratch.pack);
+}
+
+/* residual += matrix x for this thread's rows; no barrier. */
+MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix,
+                                        const moe__acts *x) {
+    int64_t begin, end;
+    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
+    moe__acts_gather(x, matrix, NULL, 0, e->n, e->local->scratch.x);
+    if (begin < end)
+        moe__matmul_add(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n, NULL, NULL,
+                        e->session->residual, e->local->scratch.up, e->local->scratch.pack);
+}
+
+/* norm(source) * weight, ready for matrices: one token for this thread alone, many shared. */
+/* source: [n][acts' n]. */
+MOE__PRIVATE const moe__acts *moe__eval_norm(moe__eval *e, const float *source,
+                                             const float *weight, const moe__acts *own,
+                                             const moe__acts *common) {
+    const moe__acts *out = e->n == 1 ? own : common;
+    int64_t begin = 0, end = 1;
+    if (e->n > 1) moe__eval_share(e, e->n, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++)
+        e->kernels->rms_norm(source + t * out->n, weight, out->n, e->model->eps,
+                             moe__acts_f32(out, t));
+    moe__acts_quantize(e->kernels, out, begin, end);
+    if (e->n > 1) moe__eval_barrier(e);
+    return out;
+}
+
+/* Floats that all threads wrote together, ready for matrices; rows of them. With one token the */
+/* result is *own: the shared floats with int8 forms of this thread's own. */
+MOE__PRIVATE const moe__acts *moe__eval_quantize(moe__eval *e, const moe__acts *common,
+                                                 moe__acts *own, int64_t rows) {
+    int64_t begin = 0, end = rows;
+    if (e->n == 1) {
+        own->data[MOE__ACT_F32] = common->data[MOE__ACT_F32];
+        moe__acts_quantize(e->kernels, own, begin, end);
+        return own;
+    }
+    moe__eval_share(e, rows, 1, &begin, &end);
+    moe__acts_quantize(e->kernels, common, begin, end);
+    moe__eval_barrier(e);
+    return common;
+}
+
+/* Cos and sin of token t. */
+MOE__INLINE const float *moe__eval_rope(const moe__eval *e, int64_t t) {
+    return e->n == 1 ? e->local->rope : e->session->rope + t * e->model->n_rot;
+}
+
+MOE__PRIVATE moe__kv moe__eval_kv(const moe__eval *e, int il, int value) {
+    const moe_session *session = e->session;
+    const moe__kv_shape shape = moe__session_kv_shape(session);
+    moe__kv kv;
+    kv.type = session->info.kv_type;
+    kv.n_ctx = session->info.n_ctx;
+    kv.width = value ? shape.v : shape.k;
+    kv.row_size = (size_t)kv.width * shape.element;
+    kv.data = (value ? session->v_cache : session->k_cache) +
+              (size_t)(il * shape.n_head * kv.n_ctx) * kv.row_size;
+    return kv;
+}
+
+/* ---- grouped-query attention ---------------------------------------------------------------- */
+
+/* Scales, norms and turns the query of one head; out: head_k floats. */
+MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, int64_t t,
+                                 int64_t head, float *out) {
+    const moe_model *model = e->model;
+    const int64_t d = model->head_k;
+    const float *q = e->session->q + (t * model->info.n_head + head) * d;
+    if (layer->q_norm)
+        e->kernels->rms_norm(q, layer->q_norm, d, model->eps, out);
+    else
+        memcpy(out, q, (size_t)d * sizeof *out);
+    moe__rope_apply(&model->rope, moe__eval_rope(e, t), out);
+    for (int64_t i = 0; i < d; i++) out[i] *= model->kq_scale;
+}
+
+/* Norms and turns the key of one head and stores it and its value in the cache. */
+MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, int il, int64_t t,
+                                 int64_t head) {
+    const moe_model *model = e->model;
+    const int64_t d = model->head_k, n_head = model->info.n_head_kv;
+    const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
+    float *k = e->session->k + (t * n_head + head) * d;
+    if (layer->k_norm) e->kernels->rms_norm(k, layer->k_norm, d, model->eps, k);
+    moe__rope_apply(&model->rope, moe__eval_rope(e, t), k);
+    moe__kv_store(e->kernels, &keys, moe__kv_row(&keys, head, e->past + t), 0, k, d);
+    moe__kv_store(e->kernels, &values, moe__kv_row(&values, head, e->past + t), 0,
+                  e->session->v + (t * n_head + head) * model->head_v, model->head_v);
+}
+
+MOE__PRIVATE void moe__attend_begin(moe__attend_args *a, const moe__eval *e, int32_t dk,
+                                    int32_t dv) {
+    memset(a, 0, sizeof *a);
+    a->f32 = e->session->info.kv_type == MOE_KV_F32;
+    a->dk = dk;
+    a->dv = dv;
+    a->q = e->local->q;
+    a->q_stride = dk;
+    a->max = e->local->max;
+    a->sum = e->local->sum;
+    a->out = e->local->out;
+    a->out_stride = dv;
+    a->scores = e->local->scores;
+}
+
+MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
+    for (int32_t i = 0; i < a->n_queries; i++) {
+        a->max[i] = -INFINITY;
+        a->sum[i] = 0;
+        memset(a->out + i * a->out_stride, 0, (size_t)a->dv * sizeof *a->out);
+    }
+}
+
+/* One token: work items are (key-value head, chunk), each with all query heads that share it. */
+/* The item of the last chunk stores the new key and value first: nobody else reads them. */
+MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
+    const moe_model *model = e->model;
+    moe_session *session = e->session;
+    const int32_t n_kv = model->info.n_head_kv, group = model->info.n_head / n_kv;
+    const int64_t n_keys = e->past + 1, dk = model->head_k, dv = model->head_v;
+    const int64_t chunks = (n_keys + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
+    moe__attend_args a;
+    moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
+    for (int64_t item = e->thread; item < n_kv * chunks; item += e->n_threads) {
+        const int64_t head = item / chunks, chunk = item % chunks;
+        const int64_t begin = chunk * MOE__ATTEND_KEYS;
+        if (chunk == chunks - 1) moe__gqa_store(e, layer, il, 0, head);
+        a.k = moe__kv_row(&keys, head, begin);
+        a.v = moe__kv_row(&values, head, begin);
+        a.k_bytes = keys.row_size;
+        a.v_bytes = values.row_size;
+        a.n_keys = (int32_t)moe__min(n_keys - begin, MOE__ATTEND_KEYS);
+        for (int32_t i = 0; i < group; i += MOE__ATTEND_QUERIES) {
+            const int64_t first = chunk * model->info.n_head + head * group + i;
+            a.n_queries = (int32_t)moe__min(group - i, MOE__ATTEND_QUERIES);
+            for (int32_t j = 0; j < a.n_queries; j++)
+                moe__gqa_query(e, layer, 0, head * group + i + j, e->local->q + j * dk);
+            a.max = session->part_max + first;
+            a.sum = session->part_sum + first;
+            a.out = session->part_out + first * dv;
+            moe__attend_reset(&a);
+            e->kernels->attend(&a);
+        }
+    }
+    moe__eval_barrier(e);
+}
+
+/* Heads' results from their chunks, into session->attn. */
+MOE__PRIVATE void moe__gqa_merge(moe__eval *e) {
+    moe_session *session = e->session;
+    const int64_t n_head = e->model->info.n_head, dv = e->model->head_v;
+    const int64_t chunks = (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS;
+    int64_t begin, end;
+    moe__eval_share(e, n_head, 1, &begin, &end);
+    for (int64_t head = begin; head < end; head++)
+        moe__attend_merge(e->kernels, session->part_max + head, session->part_sum + head,
+                          session->part_out + head * dv, chunks, n_head, n_head * dv, dv,
+                          moe__acts_f32(&session->attn, 0) + head * dv);
+    moe__eval_barrier(e);
+}
+
+/* Many tokens: work items are blocks of queries that share a key-value head. */
+MOE__PRIVATE void moe__gqa_many(moe__eval *e, const moe__layer *layer, int il) {
+    const moe_model *model = e->model;
+    const int64_t n_head = model->info.n_head, n_kv = model->info.n_head_kv;
+    const int64_t group = n_head / n_kv, dk = model->head_k, dv = model->head_v;
+    const int64_t blocks = (e->n * group + MOE__ATTEND_QUERIES - 1) / MOE__ATTEND_QUERIES;
+    const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
+    int64_t begin, end;
+    moe__attend_args a;
+    moe__eval_share(e, e->n, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++)
+        for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, t, head);
+    moe__eval_barrier(e);
+    moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
+    a.k_bytes = keys.row_size;
+    a.v_bytes = values.row_size;
+    a.n_visible = e->local->n_visible;
+    for (int64_t item = e->thread; item < n_kv * blocks; item += e->n_threads) {
+        /* Query j of a key-value head is head j % group of token j / group. */
+        const int64_t kv_head = item % n_kv, first = item / n_kv * MOE__ATTEND_QUERIES;
+        a.n_queries = (int32_t)moe__min(e->n * group - first, MOE__ATTEND_QUERIES);
+        for (int32_t i = 0; i < a.n_queries; i++)
+            moe__gqa_query(e, layer, (first + i) / group, kv_head * group + (first + i) % group,
+                           e->local->q + i * dk);
+        moe__attend_reset(&a);
+        const int64_t n_keys = e->past + (first + a.n_queries - 1) / group + 1;
+        for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
+            a.k = moe__kv_row(&keys, kv_head, key);
+            a.v = moe__kv_row(&values, kv_head, key);
+            a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
+            for (int32_t i = 0; i < a.n_queries; i++) {
+                int64_t visible = e->past + (first + i) / group + 1 - key;
+                e->local->n_visible[i] = (int32_t)moe__max(0, moe__min(visible, a.n_keys));
+            }
+            e->kernels->attend(&a);
+        }
+        for (int32_t i = 0; i < a.n_queries; i++) {
+            const int64_t t = (first + i) / group, head = kv_head * group + (first + i) % group;
+            float *out = moe__acts_f32(&e->session->attn, t) + head * dv;
+            for (int64_t j = 0; j < dv; j++) out[j] = a.out[i * dv + j] / a.sum[i];
+        }
+    }
+    moe__eval_barrier(e);
+}
+
+/* ---- multi-head latent attention (DeepSeek-V2 report, 2.1) ---------------------------------- */
+
+/* Norms the latent vector, turns the shared key, stores both in the cache. */
+MOE__PRIVATE void moe__mla_store(const moe__eval *e, const moe__layer *layer, int il, int64_t t) {
+    const moe_model *model = e->model;
+    const moe__kv cache = moe__eval_kv(e, il, 0);
+    float *row = e->session->k + t * cache.width;
+    e->kernels->rms_norm(row, layer->kv_a_norm, model->kv_lora, model->eps, row);
+    moe__rope_apply(&model->rope, moe__eval_rope(e, t), row + model->kv_lora);
+    moe__kv_store(e->kernels, &cache, moe__kv_row(&cache, 0, e->past + t), 0, row, cache.width);
+}
+
+/* Rows of kv_b that make a head's unrotated keys, as floats: w_k[i][latent]. */
+MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer, int64_t head) {
+    const int64_t nope = e->model->head_k - e->model->n_rot, latent = e->model->kv_lora;
+    float *w_k = e->local->w_k;
+    if (layer->kv_b.data) {
+        for (int64_t i = 0; i < nope; i++)
+            e->kernels->type[layer->kv_b.index].dequantize(
+                moe__matrix_row(&layer->kv_b, (int32_t)head, i), latent, w_k + i * latent);
+        return;
+    }
+    for (int64_t r = 0; r < latent; r++) { /* k_b is stored transposed: {nope, latent} */
+        float *row = moe__acts_f32(&e->local->q_nope, 0);
+        e->kernels->type[layer->k_b.index].dequantize(
+            moe__matrix_row(&layer->k_b, (int32_t)head, r), nope, row);
+        for (int64_t i = 0; i < nope; i++) w_k[i * latent + r] = row[i];
+    }
+}
+
+/* Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, for tokens 0 .. n - 1. */
+MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, int64_t head) {
+    const moe_model *model = e->model;
+    moe__local *local = e->local;
+    const int64_t latent = model->kv_lora, width = latent + model->n_rot;
+    const int64_t nope = model->head_k - model->n_rot, n_head = model->info.n_head;
+    float *out = e->session->q_absorbed + head * width;
+    for (int64_t t = 0; t < e->n; t++) {
+        const float *q = e->session->q + (t * n_head + head) * model->head_k;
+        float *x = moe__acts_f32(&local->q_nope, t), *turned = out + t * n_head * width + latent;
+        for (int64_t i = 0; i < nope; i++) x[i] = q[i] * model->kq_scale;
+        memcpy(turned, q + nope, (size_t)model->n_rot * sizeof *turned);
+        moe__rope_apply(&model->rope, moe__eval_rope(e, t), turned);
+        for (int64_t i = 0; i < model->n_rot; i++) turned[i] *= model->kq_scale;
+    }
+    if (layer->k_b.data) {
+        moe__acts_quantize(e->kernels, &local->q_nope, 0, e->n);
+        moe__acts_gather(&local->q_nope, &layer->k_b, NULL, 0, e->n, local->scratch.x);
+        moe__matmul(e->kernels, &layer->k_b, (int32_t)head, 0, latent, local->scratch.x, e->n,
+                    out, n_head * width, local->scratch.pack);
+        return;
+    }
+    moe__mla_key_rows(e, layer, head);
+    for (int64_t t = 0; t < e->n; t++) {
+        const float *x = moe__acts_f32(&local->q_nope, t);
+        memset(out + t * n_head * width, 0, (size_t)latent * sizeof *out);
+        for (int64_t i = 0; i < nope; i++)
+            e->kernels->axpy(x[i], local->w_k + i * latent, latent, out + t * n_head * width);
+    }
+}
+
+/* Attention of absorbed queries over latent vectors with one token: items are (heads, chunk). */
+MOE__PRIVATE void moe__mla_attend_one(moe__eval *e, int il) {
+    moe_session *session = e->session;
+    const int64_t n_head = e->model->info.n_head, latent = e->model->kv_lora;
+    const moe__kv cache = moe__eval_kv(e, il, 0);
+    const int64_t n_keys = e->past + 1;
+    const int64_t chunks = (n_keys + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    const int64_t blocks = (n_head + MOE__MLA_HEADS - 1) / MOE__MLA_HEADS;
+    moe__attend_args a;
+    moe__attend_begin(&a, e, (int32_t)cache.width, (int32_t)latent);
+    a.k_bytes = a.v_bytes = cache.row_size;
+    for (int64_t item = e->thread; item < blocks * chunks; item += e->n_threads) {
+        const int64_t head = item % blocks * MOE__MLA_HEADS, chunk = item / blocks;
+        const int64_t begin = chunk * MOE__ATTEND_KEYS, first = chunk * n_head + head;
+        a.n_queries = (int32_t)moe__min(n_head - head, MOE__MLA_HEADS);
+        a.q = session->q_absorbed + head * cache.width;
+        a.k = a.v = moe__kv_row(&cache, 0, begin);
+        a.n_keys = (int32_t)moe__min(n_keys - begin, MOE__ATTEND_KEYS);
+        a.max = session->part_max + first;
+        a.sum = session->part_sum + first;
+        a.out = session->part_out + first * latent;
+        moe__attend_reset(&a);
+        e->kernels->attend(&a);
+    }
+    moe__eval_barrier(e);
+}
+
+/* The same with some tokens: items are blocks of (token, head). */
+MOE__PRIVATE void moe__mla_attend_some(moe__eval *e, int il) {
+    moe_session *session = e->session;
+    const int64_t n_head = e->model->info.n_head, latent = e->model->kv_lora;
+    const moe__kv cache = moe__eval_kv(e, il, 0);
+    const int64_t total = e->n * n_head;
+    moe__attend_args a;
+    moe__attend_begin(&a, e, (int32_t)cache.width, (int32_t)latent);
+    a.k_bytes = a.v_bytes = cache.row_size;
+    a.n_visible = e->local->n_visible;
+    for (int64_t first = (int64_t)e->thread * MOE__ATTEND_QUERIES; first < total;
+         first += (int64_t)e->n_threads * MOE__ATTEND_QUERIES) {
+        a.n_queries = (int32_t)moe__min(total - first, MOE__ATTEND_QUERIES);
+        a.q = session->q_absorbed + first * cache.width;
+        a.out = moe__acts_f32(&session->latent, first);
+        moe__attend_reset(&a);
+        const int64_t n_keys = e->past + (first + a.n_queries - 1) / n_head + 1;
+        for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
+            a.k = a.v = moe__kv_row(&cache, 0, key);
+            a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
+            for (int32_t i = 0; i < a.n_queries; i++) {
+                int64_t visible = e->past + (first + i) / n_head + 1 - key;
+                e->local->n_visible[i] = (int32_t)moe__max(0, moe__min(visible, a.n_keys));
+            }
+            e->kernels->attend(&a);
+        }
+        for (int32_t i = 0; i < a.n_queries; i++)
+            for (int64_t j = 0; j < latent; j++) a.out[i * latent + j] /= a.sum[i];
+    }
+    moe__eval_barrier(e);
+}
+
+/* Heads' results from sums of latent vectors: v_b u, for this thread's heads. */
+MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__layer *layer) {
+    moe_session *session = e->session;
+    const moe_model *model = e->model;
+    const int64_t n_head = model->info.n_head, latent = model->kv_lora, dv = model->head_v;
+    const int64_t chunks = (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS;
+    const void **x = e->local->scratch.x;
+    int64_t begin, end;
+    moe__eval_share(e, n_head, 1, &begin, &end);
+    for (int64_t head = begin; head < end; head++) {
+        if (e->n == 1)
+            moe__attend_merge(e->kernels, session->part_max + head, session->part_sum + head,
+                              session->part_out + head * latent, chunks, n_head, n_head * latent,
+                              latent, moe__acts_f32(&session->latent, head));
+        for (int64_t t = 0; t < e->n; t++) {
+            moe__acts_quantize(e->kernels, &session->latent, t * n_head + head,
+                               t * n_head + head + 1);
+            x[t] = moe__acts_row(&session->latent, layer->v_b.type->act, t * n_head + head);
+        }
+        moe__matmul(e->kernels, &layer->v_b, (int32_t)head, 0, dv, x, e->n,
+                    moe__acts_f32(&session->attn, 0) + head * dv, n_head * dv,
+                    e->local->scratch.pack);
+    }
+    moe__eval_barrier(e);
+}
+
+/* One chunk of the cache as keys and values of one head. */
+MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__kv *cache, int64_t begin,
+                                  int64_t n_keys) {
+    const moe_model *model = e->model;
+    moe__local *local = e->local;
+    const int64_t latent = model->kv_lora, dk = model->head_k, nope = dk - model->n_rot;
+    const int type = cache->type == MOE_KV_F32 ? MOE__INDEX_F32 : MOE__INDEX_F16;
+    const size_t element = cache->row_size / (size_t)cache->width;
+    for (int64_t j = 0; j < n_keys; j++) {
+        const uint8_t *row = moe__kv_row(cache, 0, begin + j);
+        e->kernels->type[type].dequantize(row, latent, local->latent + j * latent);
+        e->kernels->type[type].dequantize(row + (size_t)latent * element, model->n_rot,
+                                          local->keys + j * dk + nope);
+        local->latent_rows[j] = local->latent + j * latent;
+    }
+    moe__tile_fn *tile = e->kernels->type[MOE__INDEX_F32].tile;
+    const size_t row_size = (size_t)latent * sizeof(float);
+    for (int64_t i = 0; i < nope; i += MOE__TILE_ROWS)
+        tile((const uint8_t *)(local->w_k + i * latent), row_size,
+             moe__min(nope - i, MOE__TILE_ROWS), latent, local->latent_rows, n_keys,
+             local->keys + i, dk, local->scratch.pack, NULL, 0);
+    for (int64_t i = 0; i < model->head_v; i += MOE__TILE_ROWS)
+        tile((const uint8_t *)(local->w_v + i * latent), row_size,
+             moe__min(model->head_v - i, MOE__TILE_ROWS), latent, local->latent_rows, n_keys,
+             local->values + i, model->head_v, local->scratch.pack, NULL, 0);
+}
+
+/* Many tokens: each head expands the cache chunk by chunk and attends as if it had keys and */
+/* values of its own: fewer multiply-adds than absorbing, from about MOE__MLA_EXPAND tokens on. */
+MOE__PRIVATE void moe__mla_attend_many(moe__eval *e, const moe__layer *layer, int il) {
+    const moe_model *model = e->model;
+    moe__local *local = e->local;
+    const int64_t n_head = model->info.n_head, dk = model->head_k, dv = model->head_v;
+    const int64_t latent = model->kv_lora, nope = dk - model->n_rot, n_keys = e->past + e->n;
+    const moe__kv cache = moe__eval_kv(e, il, 0);
+    moe__attend_args a;
+    moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
+    a.k = local->keys;
+    a.v = local->values;
+    a.k_bytes = (size_t)dk * sizeof(float);
+    a.v_bytes = (size_t)dv * sizeof(float);
+    a.f32 = 1;
+    a.n_visible = local->n_visible;
+    a.out_stride = n_head * dv;
+    for (int64_t head = e->thread; head < n_head; head += e->n_threads) {
+        float *out = moe__acts_f32(&e->session->attn, 0) + head * dv;
+        moe__mla_key_rows(e, layer, head);
+        for (int64_t i = 0; i < dv; i++)
+            e->kernels->type[layer->v_b.index].dequantize(
+                moe__matrix_row(&layer->v_b, (int32_t)head, i), latent, local->w_v + i * latent);
+        for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
+            moe__mla_expand(e, &cache, key, moe__min(n_keys - key, MOE__ATTEND_KEYS));
+            for (int64_t first = 0; first < e->n; first += MOE__ATTEND_QUERIES) {
+                a.n_queries = (int32_t)moe__min(e->n - first, MOE__ATTEND_QUERIES);
+                const int64_t end = moe__min(e->past + first + a.n_queries, n_keys);
+                a.max = local->max + first;
+                a.sum = local->sum + first;
+                a.out = out + first * a.out_stride;
+                if (key == 0) moe__attend_reset(&a);
+                if (end <= key) continue;
+                a.n_keys = (int32_t)moe__min(end - key, MOE__ATTEND_KEYS);
+                for (int32_t i = 0; i < a.n_queries; i++) {
+                    const float *q =
+                        e->session->q + ((first + i) * n_head + head) * dk;
+                    float *turned = local->q + i * dk;
+                    memcpy(turned, q, (size_t)dk * sizeof *turned);
+                    moe__rope_apply(&model->rope, moe__eval_rope(e, first + i), turned + nope);
+                    for (int64_t j = 0; j < dk; j++) turned[j] *= model->kq_scale;
+                    int64_t visible = e->past + first + i + 1 - key;
+                    local->n_visible[i] = (int32_t)moe__max(0, moe__min(visible, a.n_keys));
+                }
+                e->kernels->attend(&a);
+            }
+        }
+        for (int64_t t = 0; t < e->n; t++)
+            for (int64_t j = 0; j < dv; j++) out[t * n_head * dv + j] /= local->sum[t];
+    }
+    moe__eval_barrier(e);
+}
+
+/* Queries from their low-rank form; heads absorb k_b unless keys will be expanded. */
+MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il, int expand) {
+    const moe_model *model = e->model;
+    moe_session *session = e->session;
+    const int64_t n_head = model->info.n_head, dk = model->head_k;
+    int64_t begin, end;
+    if (e->n == 1 && e->thread == e->n_threads - 1) moe__mla_store(e, layer, il, 0);
+    if (e->n > 1) {
+        moe__eval_share(e, e->n, 1, &begin, &end);
+        for (int64_t t = begin; t < end; t++) moe__mla_store(e, layer, il, t);
+    }
+    moe__eval_share(e, n_head, 1, &begin, &end);
+    if (model->q_lora) {
+        const moe__acts *q_a = moe__eval_norm(e, moe__acts_f32(&session->q_a, 0), layer->q_a_norm,
+                                              &e->local->q_a, &session->q_a);
+        moe__acts_gather(q_a, &layer->q_b, NULL, 0, e->n, e->local->scratch.x);
+        moe__matmul(e->kernels, &layer->q_b, 0, begin * dk, end * dk, e->local->scratch.x, e->n,
+                    session->q + begin * dk, n_head * dk, e->local->scratch.pack);
+    }
+    if (!expand)
+        for (int64_t head = begin; head < end; head++) moe__mla_absorb(e, layer, head);
+    moe__eval_barrier(e);
+}
+
+/* ---- the forward pass ----------------------------------------------------------------------- */
+
+/* Heads' results of one layer in session->attn. */
+MOE__PRIVATE void moe__forward_attention(moe__eval *e, const moe__layer *layer, int il,
+                                         const moe__acts *x) {
+    moe_session *session = e->session;
+    if (e->model->family->mla) {
+        const int expand = e->n >= MOE__MLA_EXPAND;
+        moe__eval_project(e, &layer->kv_a, x, session->k);
+        if (e->model->q_lora)
+            moe__eval_project(e, &layer->q_a, x, moe__acts_f32(&session->q_a, 0));
+        else
+            moe__eval_project(e, &layer->q, x, session->q);
+        moe__eval_barrier(e);
+        moe__mla_queries(e, layer, il, expand);
+        if (expand) {
+            moe__mla_attend_many(e, layer, il);
+            return;
+        }
+        if (e->n == 1)
+            moe__mla_attend_one(e, il);
+        else
+            moe__mla_attend_some(e, il);
+        moe__mla_values(e, layer);
+    } else {
+        moe__eval_project(e, &layer->q, x, session->q);
+        moe__eval_project(e, &layer->k, x, session->k);
+        moe__eval_project(e, &layer->v, x, session->v);
+        moe__eval_barrier(e);
+        if (e->n == 1) {
+            moe__gqa_one(e, layer, il);
+            moe__gqa_merge(e);
+        } else {
+            moe__gqa_many(e, layer, il);
+        }
+    }
+}
+
+/* Which experts see which tokens: one entry per active expert, then the shared ones. */
+MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, const moe__acts *x) {
+    moe_session *session = e->session;
+    moe__local *local = e->local;
+    const moe__router *router = &e->model->router;
+    const size_t row_bytes = (size_t)router->n_expert * sizeof(float);
+    const int one = e->n == 1;
+    const int32_t *experts = one ? local->experts : session->experts;
+    const float *weights = one ? local->expert_weights : session->expert_weights;
+    moe__eval_project(e, &layer->router, x, session->router_logits);
+    moe__eval_barrier(e);
+    if (one) {
+        memcpy(local->router_logits, session->router_logits, row_bytes);
+        moe__router_select(e->kernels, router, local->router_logits, layer->router_bias,
+                           local->experts, local->expert_weights);
+    } else {
+        int64_t begin, end;
+        moe__eval_share(e, e->n, 1, &begin, &end);
+        for (int64_t t = begin; t < end; t++)
+            moe__router_select(e->kernels, router, session->router_logits + t * router->n_expert,
+                               layer->router_bias, session->experts + t * router->n_used,
+                               session->expert_weights + t * router->n_used);
+        moe__eval_barrier(e);
+    }
+    moe__plan_routed(&local->plan, &layer->experts, router, experts, weights, e->n,
+                     one ? &local->routed : &session->routed);
+    if (layer->shared.gate.data)
+        moe__plan_all(&local->plan, &layer->shared, e->n, session->tokens, session->ones,
+                      one ? &local->shared : &session->shared);
+}
+
+/* residual += feed-forward network of normed residual x, by the plan's entries. */
+MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const moe__acts *x) {
+    moe_session *session = e->session;
+    moe__local *local = e->local;
+    const moe__schedule_info *schedule = session->schedule;
+    moe__share share;
+    moe__piece piece;
+    local->plan.n_entries = 0;
+    /* With one token hidden vectors are shared floats with private int8 forms. */
+    local->routed.data[MOE__ACT_F32] = session->routed.data[MOE__ACT_F32];
+    local->shared.data[MOE__ACT_F32] = session->shared.data[MOE__ACT_F32];
+    local->dense.data[MOE__ACT_F32] = session->dense.data[MOE__ACT_F32];
+    if (layer->is_moe)
+        moe__forward_route(e, layer, x);
+    else
+        moe__plan_all(&local->plan, &layer->dense, e->n, session->tokens, session->ones,
+                      e->n == 1 ? &local->dense : &session->dense);
+    share.entries = local->plan.entries;
+    share.n_entries = local->plan.n_entries;
+    share.unit = e->row_unit;
+    share.down = 0;
+    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++)
+        moe__experts_gate_up(e->kernels, &share.entries[piece.entry], piece.begin, piece.end, x,
+                             &local->scratch);
+    moe__eval_barrier(e);
+    if (layer->is_moe)
+        moe__eval_quantize(e, &session->routed, &local->routed,
+                           e->n * e->model->info.n_expert_used);
+    if (layer->is_moe && layer->shared.gate.data)
+        moe__eval_quantize(e, &session->shared, &local->shared, e->n);
+    if (!layer->is_moe) moe__eval_quantize(e, &session->dense, &local->dense, e->n);
+    share.down = 1;
+    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++)
+        moe__experts_down(e->kernels, &share.entries[piece.entry], piece.begin, piece.end,
+                          session->residual, &local->scratch);
+    moe__eval_barrier(e);
+}
+
+/* Token embeddings and positions of a batch. */
+MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
+    const moe_model *model = e->model;
+    moe_session *session = e->session;
+    const moe__matrix *embd = &model->token_embd;
+    const int64_t n_embd = model->info.n_embd;
+    int64_t begin, end;
+    moe__eval_share(e, e->n, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++)
+        e->kernels->type[embd->index].dequantize(moe__matrix_row(embd, 0, e->tokens[t]), n_embd,
+                                                 session->residual + t * n_embd);
+    if (e->n == 1)
+        moe__rope_table(&model->rope, e->past, e->local->rope);
+    else
+        for (int64_t t = begin; t < end; t++)
+            moe__rope_table(&model->rope, e->past + t, session->rope + t * model->n_rot);
+    moe__eval_barrier(e);
+}
+
+/* Logits of `rows` tokens from token `first` of the batch on. */
+MOE__PRIVATE void moe__forward_logits(moe__eval *e, int64_t first, int64_t rows, float *out) {
+    const moe_model *model = e->model;
+    moe__eval last = *e;
+    last.n = rows;
+    last.row_unit = rows == 1 ? MOE__ROW_UNIT : MOE__TILE_ROWS;
+    const moe__acts *x = moe__eval_norm(&last, e->session->residual + first * model->info.n_embd,
+                                        model->output_norm, &e->local->x, &e->session->x);
+    moe__eval_project(&last, &model->output, x, out);
+    moe__eval_barrier(e);
+}
+
+/* One batch, by one of the threads that all do the same. Returns 0 if asked to stop. */
+MOE__PRIVATE int moe__forward(moe__eval *e) {
+    const moe_model *model = e->model;
+    moe_session *session = e->session;
+    moe__local *local = e->local;
+    const moe__acts *x;
+    moe__forward_begin(e);
+    for (int il = 0; il < model->info.n_layer; il++) {
+        const moe__layer *layer = &model->layers[il];
+        if (e->thread == 0 && session->should_stop &&
+            session->should_stop(session->should_stop_user))
+            session->stop = 1;
+        x = moe__eval_norm(e, session->residual, layer->attn_norm, &local->x, &session->x);
+        moe__forward_attention(e, layer, il, x);
+        if (session->stop) return 0; /* barriers have passed: all threads see the same */
+        x = moe__eval_quantize(e, &session->attn, &local->attn, e->n);
+        moe__eval_project_add(e, &layer->o, x);
+        moe__eval_barrier(e);
+        x = moe__eval_norm(e, session->residual, layer->ffn_norm, &local->x, &session->x);
+        moe__forward_ffn(e, layer, x);
+    }
+    return 1;
+}
+
+typedef struct moe__eval_job {
+    moe_session *session;
+    const int32_t *tokens;
+    int32_t n_tokens;
+} moe__eval_job;
+
+/* All batches of an eval. */
+MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
+    const moe__eval_job *job = (const moe__eval_job *)context;
+    moe_session *session = job->session;
+    const int64_t n_vocab = session->model->info.n_vocab;
+    moe__eval e;
+    e.session = session;
+    e.model = session->model;
+    e.kernels = session->kernels;
+    e.local = &session->locals[thread];
+    e.thread = thread;
+    e.n_threads = n_threads;
+    for (int64_t done = 0; done < job->n_tokens; done += e.n) {
+        e.n = moe__min(job->n_tokens - done, session->info.n_batch);
+        e.past = session->length + done;
+        e.tokens = job->tokens + done;
+        e.row_unit = e.n == 1 ? MOE__ROW_UNIT : MOE__TILE_ROWS;
+        if (!moe__forward(&e)) return;
+        if (session->keep_all_logits)
+            moe__forward_logits(&e, 0, e.n, session->logits + done * n_vocab);
+        else if (done + e.n == job->n_tokens)
+            moe__forward_logits(&e, e.n - 1, 1, session->logits);
+    }
+}
+
+/* ---- public --------------------------------------------------------------------------------- */
+
+/* Fills session->info and the choices that go with it. */
+MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_model *model,
+                                               const moe_session_options *options,
+                                               moe_error *error) {
+    moe_session_options zero;
+    memset(&zero, 0, sizeof zero);
+    const moe_session_options *o = options ? options : &zero;
+    moe_session_info *info = &session->info;
+    if (o->n_ctx < 0 || o->n_batch < 0 || o->n_threads < 0 || o->n_threads_batch < 0 ||
+        o->n_threads > MOE_MAX_THREADS || o->n_threads_batch > MOE_MAX_THREADS)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "options",
+                         "n_ctx, n_batch or a thread count is out of range");
+    if (o->kv_type != MOE_KV_F16 && o->kv_type != MOE_KV_F32)
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
+                         "cache type %d is not supported: F16 and F32 are", (int)o->kv_type);
+    session->schedule = moe__schedule_find(o->schedule);
+    if (!session->schedule)
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "schedule",
+                         "expert schedule %d is not supported: sequential (1) is",
+                         (int)o->schedule);
+    session->model = model;
+    session->pool = o->pool;
+    session->keep_all_logits = o->keep_all_logits > 0;
+    session->should_stop = o->should_stop;
+    session->should_stop_user = o->should_stop_user;
+    session->kernels = moe__kernels_get(o->isa);
+    info->isa = session->kernels->isa;
+    info->schedule = session->schedule->schedule;
+    info->kv_type = o->kv_type;
+    info->n_ctx = o->n_ctx ? o->n_ctx : (int32_t)moe__min(model->info.n_ctx_train, 4096);
+    info->n_batch = (int32_t)moe__min(o->n_batch ? o->n_batch : 512, info->n_ctx);
+    int most = o->pool ? o->pool->n_threads : MOE_MAX_THREADS;
+    int n = o->n_threads ? o->n_threads : o->pool ? most : moe__pool_default_threads();
+    info->n_threads = (int32_t)moe__min(n, most);
+    info->n_threads_batch =
+        (int32_t)moe__min(o->n_threads_batch ? o->n_threads_batch : info->n_threads, most);
+    return MOE_OK;
+}
+
+/* Bytes of the buffers; logits apart. 0 on overflow. */
+MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits) {
+    moe__arena arena;
+    memset(&arena, 0, sizeof arena);
+    const uint64_t rows = session->keep_all_logits ? (uint64_t)session->info.n_ctx : 1;
+    moe__session_layout(session, &arena,
+                        (int)moe__max(session->info.n_threads, session->info.n_threads_batch));
+    if (arena.overflow ||
+        !moe__size_mul(rows * sizeof(float), (uint64_t)session->model->info.n_vocab, logits) ||
+        *logits > SIZE_MAX / 4)
+        return 0;
+    session->info.work_bytes += (size_t)*logits;
+    return arena.used;
+}
+
+MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_options *options,
+                                      moe_error *error) {
+    moe_session draft, *session;
+    moe__arena arena;
+    uint64_t logits = 0;
+    if (!model) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "model", "model is NULL");
+        return NULL;
+    }
+    memset(&draft, 0, sizeof draft);
+    if (moe__session_configure(&draft, model, options, error)) return NULL;
+    const uint64_t size = moe__session_size(&draft, &logits);
+    session = size ? (moe_session *)moe__alloc(&model->allocator, sizeof *session) : NULL;
+    if (!session) {
+        moe__fail(error, MOE_ERROR_MEMORY, "session", "a session of %d tokens does not fit",
+                  draft.info.n_ctx);
+        return NULL;
+    }
+    *session = draft;
+    session->allocator = model->allocator;
+    session->memory = moe__alloc(&session->allocator, (size_t)size);
+    /* Rows of logits that are never used are never touched. */
+    session->logits = (float *)moe__alloc_unset(&session->allocator, (size_t)logits);
+    if (!session->memory || !session->logits) {
+        moe__fail(error, MOE_ERROR_MEMORY, "session", "no memory for a session of %d tokens",
+                  draft.info.n_ctx);
+        moe_session_close(session);
+        return NULL;
+    }
+    memset(&arena, 0, sizeof arena);
+    arena.base = (unsigned char *)session->memory;
+    const int n_threads = (int)moe__max(session->info.n_threads, session->info.n_threads_batch);
+    moe__session_layout(session, &arena, n_threads);
+    session->info.work_bytes += (size_t)logits;
+    for (int32_t i = 0; i < session->info.n_batch; i++) {
+        session->tokens[i] = i;
+        session->ones[i] = 1;
+    }
+    if (!session->pool) {
+        moe_pool_options pool_options;
+        memset(&pool_options, 0, sizeof pool_options);
+        pool_options.allocator = session->allocator;
+        pool_options.n_threads = n_threads;
+        session->pool = session->own_pool = moe_pool_open(&pool_options, error);
+        if (!session->pool) {
+            moe_session_close(session);
+            return NULL;
+        }
+    }
+    return session;
+}
+
+MOE_API void moe_session_close(moe_session *session) {
+    if (!session) return;
+    moe_allocator allocator = session->allocator;
+    moe_pool_close(session->own_pool);
+    moe__free(&allocator, session->logits);
+    moe__free(&allocator, session->memory);
+    moe__free(&allocator, session);
+}
+
+MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
+                                        moe_session_info *info, moe_error *error) {
+    moe_session draft;
+    uint64_t logits = 0;
+    if (!model || !info)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "model", "model or info is NULL");
+    memset(&draft, 0, sizeof draft);
+    moe_status status = moe__session_configure(&draft, model, options, error);
+    if (status) return status;
+    if (!moe__session_size(&draft, &logits))
+        return moe__fail(error, MOE_ERROR_MEMORY, "session", "a session of %d tokens does not fit",
+                         draft.info.n_ctx);
+    *info = draft.info;
+    return MOE_OK;
+}
+
+MOE_API const moe_model *moe_session_model(const moe_session *session) {
+    return session ? session->model : NULL;
+}
+MOE_API const moe_session_info *moe_session_get_info(const moe_session *session) {
+    return session ? &session->info : NULL;
+}
+MOE_API int32_t moe_session_length(const moe_session *session) {
+    return session ? session->length : 0;
+}
+
+MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    moe_error *error) {
+    moe__eval_job job;
+    if (!session || !tokens || n_tokens < 1)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
+                         "a session and at least one token are needed");
+    for (int32_t i = 0; i < n_tokens; i++)
+        if (tokens[i] < 0 || tokens[i] >= session->model->info.n_vocab)
+            return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
+                             "token %d at position %d is not within 0..%d", (int)tokens[i], (int)i,
+                             (int)session->model->info.n_vocab - 1);
+    if (n_tokens > session->info.n_ctx - session->length)
+        return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx",
+                         "%d tokens do not fit behind %d of %d", (int)n_tokens,
+                         (int)session->length, (int)session->info.n_ctx);
+    job.session = session;
+    job.tokens = tokens;
+    job.n_tokens = n_tokens;
+    session->stop = 0;
+    session->info.n_barriers = 0;
+    session->n_logits = 0;
+    moe__pool_run(session->pool,
+                  n_tokens == 1 ? session->info.n_threads : session->info.n_threads_batch,
+                  moe__eval_run, &job);
+    if (session->stop)
+        return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
+    session->length += n_tokens;
+    session->n_logits = session->keep_all_logits ? n_tokens : 1;
+    return MOE_OK;
+}
+
+MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
+    if (!session || !session->n_logits) return NULL;
+    if (i == -1) i = session->n_logits - 1;
+    else if (!session->keep_all_logits) return NULL;
+    if (i < 0 || i >= session->n_logits) return NULL;
+    return session->logits + (int64_t)i * session->model->info.n_vocab;
+}
+
+MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {
+    if (!session || length < 0 || length > session->length)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",
+                         (int)length, session ? (int)session->length : 0);
+    session->length = length;
+    return MOE_OK;
+}
+
+
+/* ============================================================================================== */
+/* // >>text */
+/* */
+/* Text to tokens and back: byte-level BPE ("gpt2"). What moe_vocab_tokenize does to a text: */
+/* */
+/*     text      "hi <|im_end|> it's 42" */
+/*     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first, Aho-Corasick */
+/*     pieces    "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes */
+/*     symbols   a byte each, written as a printable character (GPT-2's names for bytes) */
+/*     merge     neighbours, lowest rank first, then leftmost, from a heap */
+/* */
+/* Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies */
+/* are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A */
+/* vocabulary copies what it needs, so that the GGUF may go, and never changes after opening. */
+/* ============================================================================================== */
+
+/* ---- UTF-8 and GPT-2's names for bytes ------------------------------------------------------- */
+
+/* Reads one character of 1..left bytes. A byte that begins no valid character (too long a form, */
+/* surrogate, cut off) is a character of its own that reads as U+FFFD. */
+MOE__PRIVATE size_t moe__text_decode(const char *text, size_t left, uint32_t *out) {
+    const unsigned char *p = (const unsigned char *)text;
+    size_t size = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : p[0] >= 0x80 ? 2 : 1;
+    *out = p[0];
+    if (size == 1) return 1;
+    *out = 0xFFFD;
+    if (p[0] < 0xC2 || p[0] > 0xF4 || left < size) return 1;
+    uint32_t code = p[0] & (0xFFu >> (size + 1));
+    for (size_t i = 1; i < size; i++) {
+        if ((p[i] & 0xC0) != 0x80) return 1;
+        code = code << 6 | (p[i] & 0x3F);
+    }
+    if (size == 3 && (code < 0x800 || (code >= 0xD800 && code <= 0xDFFF))) return 1;
+    if (size == 4 && (code < 0x10000 || code > 0x10FFFF)) return 1;
+    *out = code;
+    return size;
+}
+
+/* Printable Latin-1 stands for itself, the other 68 bytes in ascending order are U+0100 to */
+/* U+0143. Writes the name in UTF-8, 1 or 2 bytes, and returns its size. */
+MOE__PRIVATE size_t moe__text_byte_name(unsigned char byte, char *out) {
+    uint32_t code = byte;
+    if (byte < 0x21) code = 0x100u + byte;
+    else if (byte >= 0x7F && byte <= 0xA0) code = 0x121u + byte - 0x7F;
+    else if (byte == 0xAD) code = 0x143;
+    out[0] = (char)(code < 0x80 ? code : 0xC0 | code >> 6);
+    if (code >= 0x80) out[1] = (char)(0x80 | (code & 0x3F));
+    return code < 0x80 ? 1 : 2;
+}
+
+/* The byte that a character names, or -1. */
+MOE__PRIVATE int moe__text_named_byte(uint32_t code) {
+    if (code >= 0x100 && code <= 0x120) return (int)code - 0x100;
+    if (code >= 0x121 && code <= 0x142) return (int)code - 0x121 + 0x7F;
+    if (code == 0x143) return 0xAD;
+    if (code < 0x21 || (code >= 0x7F && code <= 0xA0) || code == 0xAD || code > 0xFF) return -1;
+    return (int)code;
+}
+
+/* ---- classes of characters ------------------------------------------------------------------- */
+
+/* A character's classes are a set of bits: its general category (none: control, unassigned, ...) */
+/* and the sets that pre-tokenizers name. A set with MOE__C_NOT holds the characters that have */
+/* none of its bits. */
+enum {
+    MOE__C_LU = 1 << 0, /* \p{Lu} and so on */
+    MOE__C_LL = 1 << 1,
+    MOE__C_LT = 1 << 2,
+    MOE__C_LM = 1 << 3,
+    MOE__C_LO = 1 << 4,
+    MOE__C_L = 0x1F,
+    MOE__C_M = 1 << 5,
+    MOE__C_N = 1 << 6,
+    MOE__C_P = 1 << 7,
+    MOE__C_S = 1 << 8,
+    MOE__C_WHITE = 1 << 9,    /* White_Space, \s */
+    MOE__C_NEWLINE = 1 << 10, /* [\r\n] */
+    MOE__C_BLANK = 1 << 11,   /* U+0020 */
+    MOE__C_SLASH = 1 << 12,   /* [/] */
+    MOE__C_DIGIT = 1 << 13,   /* [0-9] */
+    MOE__C_ALPHA = 1 << 14,   /* [A-Za-z] */
+    MOE__C_MARK = 1 << 15,    /* printable ASCII but letters, digits and the blank */
+    MOE__C_MATH = 1 << 16,    /* [$+<=>^~|] */
+    MOE__C_HAN = 1 << 17,     /* \p{Han} */
+    MOE__C_HEAD = 1 << 18,    /* [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] without Han */
+    MOE__C_TAIL = 1 << 19,    /* [\p{Ll}\p{Lm}\p{Lo}\p{M}] without Han */
+    MOE__C_CJK = 1 << 20,     /* deepseek-v3's ideographs and kana */
+    MOE__C_CASED = 1 << 21,   /* deepseek-llm's letters: most of \p{Lu}\p{Ll}\p{Lt} */
+    MOE__C_STOP = 1 << 22,    /* deepseek-llm's punctuation, ASCII letters included */
+    MOE__C_WIDE = 1 << 23,    /* deepseek-llm's ideographs, Hangul, and most scripts of Asia */
+    MOE__C_ASIAN = 1 << 24,   /* afmoe's scripts without blanks between words */
+    MOE__C_TURNS = 1 << 29,   /* in the table: upper and lower case in turns, upper case first */
+    MOE__C_CUT = 1 << 30      /* in a text: a piece begins here */
+};
+#define MOE__C_NOT 0x80000000u
+
+MOE__INLINE int moe__text_in(uint32_t classes, uint32_t set) {
+    return ((classes & set) != 0) != (set >> 31);
+}
+
+/* Unicode 14.0.0, 2519 runs; printed by tests/unicode_tables.py. */
+enum { MOE__TEXT_RUNS = 2519 };
+static const char *const moe__text_classes[] = {
+    "y$,z'([`_`]yVZbZ|/[`Y`|5Y`Y`'(|#(YdYaGY`!cT`4Z`SGYUY{2`y.{9`y5yzf5zh5yxi/4h6/4.4/40514/40",
+    "6/4/4i/4.5.4/404.4/5G.6J.:4.:4.:4zh5zj5.:4.404yzhy4/4/5.414yfy|6G|6zFcyFzaEy`A`Azdz|PiA`.",
+    "4#A6Y.%a.Y0!.!/4z2!y0}8.506{j8.4`.4/5yy0yx9}i`yMyyk/4yj5zyk!~/#A_~vZ#b!yxOYMYNYNYMy#|I%JZ",
+    "z&bZ`ZayQY![}HAyJ{OyV]HMzzIYGyM!`RBN`PHyVIaGzZ#GM|L|O#zxKyQGz#yV}IyOB`[A#Ma{JPAyOAOAQ#z[!",
+    "|GO#Y!yK&{L`Ly$yN~KA{R!}OyyLOGzRGyMyJNZyVYAzIO!yH#H#{J!yG!G$J#MGyM#N#OGy#M%H!IN#yVHaXaGYM",
+    "#O!L%H#{J!yG!H!H!H#M!Q%N#O$My!J!Gy!yVNIMYy%O!yI!I!{J!yG!H!K#MGyN!O!O#Gz$HN#yVY`y!GR!O!yH#",
+    "H#{J!yG!H!K#MGyM#N#Oy!O%H!IN#yV`GXy%MG!L$I!J$H!G!H$H$I$yL%Q$O!P#G'Mz#zSya&QyH!I!{K!zJ#MGy",
+    "M!O!Py!N!I#G#HN#yVy!YyS`GOYyH!I!{K!yJ!K#MGyM!O!Py!N'H!HN#yV!Hz!PyI!I!~KNGyM!O!PG`%IMySIN#",
+    "{S`L!O!zL${L!yI!G#yG$M%R!M!yN'yV#NYy'yxLMHyM%`LAyNYyVZ~!H!G!K!{L!G!yJMHyOG#K!A!R#yV#J}#Gb",
+    "z[`YbNe{T`M`M`M]NyH!}L%{NYNKyQ!}R!yaMe!a^cZ~!yxG{NGyV_LPJOGOHyMIPzGyRGMyVPa~/!l&l#yxrYAty",
+    "x}K!J#yG!G!J#~K!J#}I!J#yG!G!J#zI!yzI!J#y|G#Oy[{T$zJyc'zx/#9#Yzx}H`YzK(|HZ$y}I[UyHy!zLPy${",
+    "GOZy$zLNy'zG!I!Ny'yyJ}N[A[`GM#yV'yV'y^O!MyV'}KAyyKy!KN}JMG&y|Jy%}G!yR%yR%`$ZyV|L#Ky&yxH%|",
+    "H'yW$}c{KQ#ZyyKyP!|Q#MyV'yV'yYA_#}Myy!QyxKzQyH$yVyYycyOybZ!O|LzMHyVyxHzNy#]}L{N$^yV$IyV|L",
+    "FZyty!yx.#0yZy#OY{OJMLMHOG&yx5y{Cz4A}7~Ay{P{{jy6zzfy6y/9#3#y5y/y5y/9#3#y5!.!.!.!.y5y/z5#y",
+    "5y;y5y;y5y;8!51:`4b6!51:b7#51!by52b#6!51:a!y,&{_)&({Z`zY`y_(z%SA#XbZAyVbZ!zA$}bz$}Oz$a.c.",
+    "a40504`.b2e.`.`.`1`414J4a5/d.7c4`yyU.4Wa%yy~c]|dZ}~e|!yd{$yzXy}e{Vzx|czZ|Xyy`Z}`y]yz|`{]y",
+    "{b]}aZyy~a#}a!z{byx3yx9.405k14.5.9B04zzf5eiO.4&]SZ~s!r&r#yzHy!AYz#M{Ky$yG!yG!yG!yG!yG!yG!",
+    "yG!yG!}Nyx^A}Zay_}%|a!zxdy'}xc|#ye%([`AGSy]ay_`yURYEaUAGYa!zxH#NaBGYzxLYCG&yxG!zyJ!aVyc}H",
+    "}ey'zJ}`!yV|eyT`zU}ayV~bzUyx|a{yz~Jy{cy{y{zGA{~yI$yz`y$~JFZ~zJA[zJyVH{#yxiGPYyPYA|iBNy|Jy",
+    "VN_y#{dyCazf6y{gAy5i/4ygAaiGlrltlrlrlrlrlrlrlrlrlrlrprprlrlrlrlrlrlrlrorlr&lr!r!rlrlr{'Cl",
+    "rGBryGMIMJM{KQcM$Xc'yyJ]y#NyyHzRy#ZyV'zRL[GYHMyV|JyNZ{KzMy&Y|K$PyxKzNzY!AyV%ZKMAyIyVK!~Kz",
+    "Ny$IMyHN#yV#]zJALbGOyyHMGOHNKNGMG{'HAZyKQZGBNy%L#L#Ly$yG!yG!yxr`DytAa%y~5}KyNYN#yV'}z~~Ly",
+    "'{K%yyG|x}y%yy|L#z{J~#y4y'8&GMyJ`zG!K!G!H!H!z{Lzdz%yy|IZzcy{J#yyLy!`}#yLczPy]'zP}^!zZ`Yb!",
+    "Y`Z%K!{yI%[`_`]yVZbZ|/[`Y`|5Y`Y`yYyJAyxIB}G$L#L#L#I$y`!y`z!a#yL!|H!{G!H!zI#zH}%z~I&[%yxU$",
+    "ybyzUzdTb!z`$`yx&yxbM{x%|K$yyGz$M|U%}HVy${HSyHS&~HQ&|L!Y}L%yHYW~'~1~7y}L#yV'}3%}9%~Jy#yyJ",
+    "y&Yyp!zn!yl!m!yv!zt!yr!sy|!yxzKy${Jy%yH{'F!~F!yCy|$L#G!yxH!H$G#{K!YyT{KayS}Gy#yUyx'{G!H&W",
+    "{JX$Y|H&Yy{%yzH%THzV#yxVGO!N&PJ!I!|K#O%MyUy!y[y!|KTY|KU}#yH`|JN%WyYy$yyL$yY{J#yT{G&yTzLy!",
+    "]y'ySy~#y}Gyz!yy0z!yy6y!X}LPy#yV~~'}S!~L!NY#Hy}'|KyVGy#{JyQV^{%zLP]~#{IyS{#{Ky$OyyKzOyY%|",
+    "XMHNGy$PyxIyQZ!]Mz!|Gy!yV'O}LzN!yV]GNGy#}KMZGy$OyxLzNJ]PYNyVGYG[!{Ty&zL!|GyR_My{&yG!G!J!z",
+    "I!yJY'yxKyR&yV'P!yH#H#{J!yG!H!K!NGyM#N#O#G'M&KN#yM$Q{z!yyKzRJ^yVZ!YMI|'yxL{NHYGy#yV{~%yxK",
+    "yM#yO{^JN}%yxLzQ[Gy&yV'zY{!yxGzMGY'yVyy'|I#zO%yX[`yG|z&yxHzOYzz%}/}5{Sy'yH#G#yH!H!{LR!N#P",
+    "GMGN[y$yVy|%yH#~IyM#yMGYGM|$GyP~JyMGPyZMy#GyQyxJzP[G^z!y}G~y&yI!~GyN!yNG^y%|W$Z|L#{P!zNy}",
+    "!yG!H!~HR$M!N!yMGMy#yV'L!H!}HQ!N!QGy!yVyxz%{GPZ|z$Gz${U|dz!Y{x~Jzz'z|U!^y&||Jyy~}#zzGZz!{",
+    "|{Iy~}z&y~~G|yz{&y~{Ky!}G!yV%Zy~G!yV'|L#QYy%yxLyM^cDY`y%yV!yS!{I&{Gzzz%}m}s{W]zz&y}I%MGyz",
+    "My!PzAy{%BYAMy&Nz#z~~xJy#|y{H~'yI|zz}!D!yA!B!~~Iyx$Iz&Jy#yzzLyx}~%z{K&zG$yIy!yJ#`NYzy~~'y",
+    "xP#{Qy$z}ayz'}}ey%~b#yzeQbRy#yNayM|ePy{`{$y{eO`{|%{Ty'zxby$|S{y$|m|s|myr!zw|m|sl!m#l#m#o!",
+    "ymu!r!yr!yv|m|sm!o#ym!yl!|sm!o!p!l$yl!|s|m|s|m|s|m|s|m|s|m|s|m|u#|l`|r`w|l`|r`w|l`|r`w|l`",
+    "|r`w|l`|r`wlr#yyTy}yayzMcyyNyaMzaMa^z$Q!zO{}y'yuG{s}z$yM!zQ#yM!N!Q}x$yxI$yMyA#yV%G`yx|#|L",
+    "Mz&yxHPyV&`|y|'yG!J!H!zI!||K#yUyM~&}1}7yMA%yV%Zz||&yzW`U`Vy}%yxU`zU||#J!|I!H!G#G!yJ!J!G!G",
+    "'G%G!G!G!I!H!G#G!G!G!G!G!H!G#J!yG!J!J!G!yJ!zK&I!K!zKyy%a~z'yxa%zzcy'zb#zb!zb!~`y%zS{}dyz#",
+    "|dz!yxa%yby!az#e{|%{zze&zc$z`$z}ay'zxdy!ye%`z$ye%yzay#yc'~cy#|e#ay}'yyxcy'za#d$d$y`y$|d$y",
+    "d&ey%yc'yay#y`y${{b!yz`~!yV{{{%z~}zxL}#zxx~Gy!}yL#z}|yHz#{|z~Iy{{~!y}~H}x}'zz}|Gyxx}xx|&}",
+    "|R",
+};
+
+/* The sets that are no general category: set, first and last of each range, 0. */
+static const uint32_t moe__text_sets[] = {
+    MOE__C_NEWLINE, 0x0A, 0x0A, 0x0D, 0x0D, 0, MOE__C_BLANK, 0x20, 0x20, 0,
+    MOE__C_SLASH, 0x2F, 0x2F, 0, MOE__C_DIGIT, 0x30, 0x39, 0,
+    MOE__C_ALPHA, 0x41, 0x5A, 0x61, 0x7A, 0,
+    MOE__C_MARK, 0x21, 0x2F, 0x3A, 0x40, 0x5B, 0x60, 0x7B, 0x7E, 0,
+    MOE__C_MATH, 0x24, 0x24, 0x2B, 0x2B, 0x3C, 0x3E, 0x5E, 0x5E, 0x7C, 0x7C, 0x7E, 0x7E, 0,
+    MOE__C_STOP, 0x21, 0x2F, 0x3A, 0x7E, 0x2018, 0x201F, 0x3000, 0x3002, 0xFF01, 0xFF0F, 0xFF1A,
+    0xFF5E, 0, MOE__C_WIDE, 0x0800, 0x9FA5, 0xAC00, 0xD7FF, 0,
+    MOE__C_CJK, 0x3040, 0x30FF, 0x4E00, 0x9FA5, 0,
+    MOE__C_ASIAN, 0x0E40, 0x0EFF, 0x1000, 0x109F, 0x1100, 0x11FF, 0x1780, 0x17FF, 0x2F00, 0x2FDF,
+    0x3040, 0x30FF, 0x3400, 0x4DBF, 0x4E00, 0x9FFF, 0xA9E0, 0xA9FF, 0xAA60, 0xAA7F, 0xAC00, 0xD7AF,
+    0xF900, 0xFAFF, 0xFF65, 0xFF9F, 0,
+    MOE__C_HAN, 0x2E80, 0x2E99, 0x2E9B, 0x2EF3, 0x2F00, 0x2FD5, 0x3005, 0x3005, 0x3007, 0x3007,
+    0x3021, 0x3029, 0x3038, 0x303B, 0x3400, 0x4DBF, 0x4E00, 0x9FFF, 0xF900, 0xFA6D, 0xFA70, 0xFAD9,
+    0x16FE2, 0x16FE3, 0x16FF0, 0x16FF1, 0x20000, 0x2A6DF, 0x2A700, 0x2B738, 0x2B740, 0x2B81D,
+    0x2B820, 0x2CEA1, 0x2CEB0, 0x2EBE0, 0x2F800, 0x2FA1D, 0x30000, 0x3134A, 0, 0};
+
+/* The first table, decoded: a run covers the characters from start to the next run's start. */
+typedef struct moe__text_run {
+    uint32_t start, classes;
+} moe__text_run;
+
+/* Decodes moe__text_classes into MOE__TEXT_RUNS + 1 runs. */
+MOE__PRIVATE void moe__text_unpack_classes(moe__text_run *runs) {
+    static const uint32_t meaning[14] = {
+        0, MOE__C_WHITE, MOE__C_LU | MOE__C_CASED, MOE__C_LL | MOE__C_CASED,
+        MOE__C_LT | MOE__C_CASED, MOE__C_LM, MOE__C_LO, MOE__C_M, MOE__C_N, MOE__C_P, MOE__C_S,
+        MOE__C_TURNS | MOE__C_CASED, MOE__C_LU, MOE__C_LL};
+    uint32_t n = 0, code = 0, high = 0;
+    for (size_t row = 0; row < sizeof moe__text_classes / sizeof moe__text_classes[0]; row++) {
+        for (const char *p = moe__text_classes[row]; *p; p++) {
+            /* Place in the alphabet: printable ASCII without '"', '?' and '\'. */
+            uint32_t v = (uint32_t)(*p - '!') - (*p > '"') - (*p > '?') - (*p > '\\');
+            if (v >= 84) { /* a digit of the length */
+                high = high * 7 + v - 84;
+                continue;
+            }
+            runs[n].start = code;
+            runs[n].classes = meaning[v / 6];
+            if (n < MOE__TEXT_RUNS) n++;
+            code += 1 + v % 6 + 6 * high;
+            high = 0;
+        }
+    }
+    runs[n].start = code; /* unassigned from here on */
+    runs[n].classes = 0;
+}
+
+MOE__PRIVATE uint32_t moe__text_classify(const moe__text_run *runs, uint32_t code) {
+    size_t low = 0, high = MOE__TEXT_RUNS + 1; /* runs[low].start <= code < runs[high].start */
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (runs[middle].start <= code) low = middle;
+        else high = middle;
+    }
+    uint32_t classes = runs[low].classes;
+    if (classes & MOE__C_TURNS) {
+        classes &= ~(uint32_t)MOE__C_TURNS;
+        classes |= (code - runs[low].start) & 1 ? MOE__C_LL : MOE__C_LU;
+    }
+    for (const uint32_t *p = moe__text_sets; *p; p++)
+        for (uint32_t set = *p++; *p; p += 2)
+            if (code >= p[0] && code <= p[1]) classes |= set;
+    if (classes & MOE__C_HAN) return classes;
+    if (classes & (MOE__C_LM | MOE__C_LO | MOE__C_M)) return classes | MOE__C_HEAD | MOE__C_TAIL;
+    if (classes & (MOE__C_LU | MOE__C_LT)) return classes | MOE__C_HEAD;
+    return classes & MOE__C_LL ? classes | MOE__C_TAIL : classes;
+}
+
+/* ---- pre-tokenizers: the tables -------------------------------------------------------------- */
+
+/* A pre-tokenizer cuts text into pieces that are then merged one by one. It is a list of passes, */
+/* a pass is a list of rules. A pass walks through each piece of the pass before: at every place */
+/* the first rule that matches makes a piece; what no rule matches stays together as a piece. The */
+/* rules are the alternatives of the regular expression in the models' tokenizer.json, $ and */
+/* (?!...) look no further than the piece. */
+enum {
+    MOE__RULE_END,         /* of the list */
+    MOE__RULE_RUN,         /* prefix? first* body{min,max} tail{0,tail_max} */
+    MOE__RULE_PREFIXED,    /* prefix  first* body{min,max} tail{0,tail_max} */
+    MOE__RULE_CASED,       /* prefix? first* body{min,max} tail{0,tail_max} contraction?, any case */
+    MOE__RULE_WORDS,       /* prefix? \p{L}\p{M}*( ?\p{L}\p{M}*)*, prefix without letters */
+    MOE__RULE_CONTRACTION, /* 's|'t|'re|'ve|'m|'ll|'d */
+    MOE__RULE_ANY_CASE,    /* (?i:'s|'t|'re|'ve|'m|'ll|'d) */
+    MOE__RULE_TO_NEWLINE,  /* \s*[\r\n]+ = \s*[\r\n]: up to the last newline among white space */
+    MOE__RULE_BUT_LAST,    /* \s+(?!\S): white space but its last character before a word */
+    MOE__RULE_AT_END,      /* \s+$ */
+    MOE__RULE_THREES       /* \p{N}{1,3} so that a multiple of three numbers follows; what lies */
+                           /* between the last match and this one becomes part of the piece */
+};
+
+typedef struct moe__text_rule {
+    uint8_t kind;
+    uint8_t min, max, tail_max;         /* max, tail_max: 0 = any number */
+    uint32_t prefix, first, body, tail; /* sets; 0 is empty: never matched */
+} moe__text_rule;
+
+#define MOE__RULE(kind)              {MOE__RULE_##kind, 0, 0, 0, 0, 0, 0, 0}
+#define MOE__RUN(prefix, body, tail) {MOE__RULE_RUN, 1, 0, 0, prefix, 0, body, tail}
+#define MOE__UPTO(max, body)         {MOE__RULE_RUN, 1, max, 0, 0, 0, body, 0}
+#define MOE__PASS(name, ...) \
+    static const moe__text_rule moe__text_##name[] = {__VA_ARGS__, MOE__RULE(END)}
+
+#define MOE__LEAD (MOE__C_NOT | MOE__C_NEWLINE | MOE__C_L | MOE__C_N) /* [^\r\n\p{L}\p{N}] */
+#define MOE__SIGN (MOE__C_NOT | MOE__C_WHITE | MOE__C_L | MOE__C_N)   /* [^\s\p{L}\p{N}] */
+#define MOE__HEAD (MOE__C_LU | MOE__C_LT | MOE__C_LM | MOE__C_LO | MOE__C_M)
+#define MOE__TAIL (MOE__C_LL | MOE__C_LM | MOE__C_LO | MOE__C_M)
+/*   \s*[\r\n]+|\s+(?!\S)|\s+ */
+#define MOE__SPACES MOE__RULE(TO_NEWLINE), MOE__RULE(BUT_LAST), MOE__RUN(0, MOE__C_WHITE, 0)
+
+/* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|spaces */
+MOE__PASS(llama3, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0), MOE__UPTO(3, MOE__C_N),
+          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
+/* The same, but numbers one by one; then with marks as parts of words; no newlines after signs. */
+MOE__PASS(qwen2, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0), MOE__UPTO(1, MOE__C_N),
+          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
+MOE__PASS(qwen35, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L | MOE__C_M, 0),
+          MOE__UPTO(1, MOE__C_N), MOE__RUN(MOE__C_BLANK, MOE__SIGN | MOE__C_M, MOE__C_NEWLINE),
+          MOE__SPACES);
+MOE__PASS(seed_coder, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0),
+          MOE__UPTO(1, MOE__C_N), MOE__RUN(MOE__C_BLANK, MOE__SIGN, 0), MOE__SPACES);
+MOE__PASS(exaone_moe, MOE__RULE(ANY_CASE), {MOE__RULE_WORDS, 0, 0, 0, MOE__LEAD, 0, 0, 0},
+          MOE__UPTO(1, MOE__C_N),
+          {MOE__RULE_RUN, 1, 0, 1, MOE__C_BLANK, 0, MOE__SIGN, MOE__C_NEWLINE}, MOE__SPACES);
+/* Words end where a capital letter follows a small one, and contractions belong to their word: */
+/* lead?head*tail+(?i:'s|...)?|lead?head+tail*(?i:'s|...)?|\p{N}{1,3}| ?sign+[\r\n/]*|spaces */
+MOE__PASS(gpt4o, {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, MOE__HEAD, MOE__TAIL, 0},
+          {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, 0, MOE__HEAD, MOE__TAIL}, MOE__UPTO(3, MOE__C_N),
+          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE | MOE__C_SLASH), MOE__SPACES);
+MOE__PASS(tekken, {MOE__RULE_RUN, 1, 0, 0, MOE__LEAD, MOE__HEAD, MOE__TAIL, 0},
+          MOE__RUN(MOE__LEAD, MOE__HEAD, MOE__TAIL), MOE__UPTO(1, MOE__C_N),
+          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE | MOE__C_SLASH), MOE__SPACES);
+MOE__PASS(kimi_k2, MOE__RUN(0, MOE__C_HAN, 0),
+          {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, MOE__C_HEAD, MOE__C_TAIL, 0},
+          {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, 0, MOE__C_HEAD, MOE__C_TAIL},
+          MOE__UPTO(3, MOE__C_N), MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
+/* 's|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S) */
+MOE__PASS(gpt2, MOE__RULE(CONTRACTION), MOE__RUN(MOE__C_BLANK, MOE__C_L, 0),
+          MOE__RUN(MOE__C_BLANK, MOE__C_N, 0), MOE__RUN(MOE__C_BLANK, MOE__SIGN, 0),
+          MOE__RULE(BUT_LAST));
+/* [marks][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|spaces */
+MOE__PASS(deepseek_v3, {MOE__RULE_PREFIXED, 1, 0, 0, MOE__C_MARK, 0, MOE__C_ALPHA, 0},
+          MOE__RUN(MOE__C_NOT | MOE__C_NEWLINE | MOE__C_L | MOE__C_P | MOE__C_S,
+                   MOE__C_L | MOE__C_M, 0),
+          MOE__RUN(MOE__C_BLANK, MOE__C_P | MOE__C_S, MOE__C_NEWLINE), MOE__SPACES);
+
+MOE__PASS(newline, MOE__UPTO(1, MOE__C_NEWLINE));
+MOE__PASS(number, MOE__UPTO(1, MOE__C_N));
+MOE__PASS(numbers, MOE__RUN(0, MOE__C_N, 0));
+MOE__PASS(3_numbers, MOE__UPTO(3, MOE__C_N));
+MOE__PASS(3_digits, {MOE__RULE_RUN, 3, 3, 0, 0, 0, MOE__C_DIGIT, 0});
+MOE__PASS(threes, MOE__RULE(THREES));
+MOE__PASS(signs, MOE__RUN(0, MOE__C_P | MOE__C_MATH, 0));
+MOE__PASS(cjk, MOE__RUN(0, MOE__C_CJK, 0));
+MOE__PASS(wide, MOE__RUN(0, MOE__C_WIDE, 0));
+MOE__PASS(asian, MOE__RUN(0, MOE__C_ASIAN, 0));
+MOE__PASS(cased, MOE__RUN(MOE__C_WHITE, MOE__C_CASED, 0));
+MOE__PASS(letters, MOE__RUN(MOE__C_WHITE, MOE__C_L, 0));
+MOE__PASS(stops, MOE__RUN(MOE__C_WHITE, MOE__C_STOP, 0));
+MOE__PASS(punctuation, MOE__RUN(MOE__C_WHITE, MOE__C_P, 0));
+MOE__PASS(at_end, MOE__RULE(AT_END));
+
+enum {
+    MOE__PRE_WHOLE = 1, /* a piece that is a token as it stands is not merged ("ignore_merges") */
+    MOE__PRE_BOS = 2,   /* tokenizer.ggml.add_bos_token is true unless the file says otherwise */
+    MOE__PRE_NO_BOS = 4, /* there is no BOS unless the file names one */
+    MOE__PRE_PASSES = 6
+};
+
+/* A row per pattern; names as in tokenizer.ggml.pre, a blank between them. */
+typedef struct moe__text_pre {
+    const char *names;
+    unsigned flags;
+    const moe__text_rule *passes[MOE__PRE_PASSES];
+} moe__text_pre;
+
+static const moe__text_pre moe__text_pres[] = {
+    {"llama3 llama-v3 llama-bpe laguna falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+     MOE__PRE_WHOLE | MOE__PRE_BOS, {moe__text_llama3}},
+    {"dbrx smaug-bpe", 0, {moe__text_llama3}},
+    {"glm4 chatglm-bpe", MOE__PRE_NO_BOS, {moe__text_llama3}},
+    {"qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan solar-open grok-2 kormo openpangu f2llmv2 "
+     "bailingmoe bailingmoe2 llada-moe", 0, {moe__text_qwen2}},
+    {"qwen35", 0, {moe__text_qwen35}},
+    {"seed-coder", 0, {moe__text_seed_coder}},
+    {"exaone-moe", 0, {moe__text_exaone_moe}},
+    {"gpt-4o llama4 kanana2 minimax-m2", 0, {moe__text_gpt4o}},
+    {"tekken", MOE__PRE_WHOLE | MOE__PRE_BOS, {moe__text_tekken}},
+    {"kimi-k2", 0, {moe__text_kimi_k2}},
+    {"deepseek-v3 hunyuan-dense joyai-llm", 0,
+     {moe__text_3_numbers, moe__text_cjk, moe__text_deepseek_v3}},
+    {"deepseek-llm", 0, {moe__text_newline, moe__text_cased, moe__text_stops, moe__text_at_end,
+                         moe__text_wide, moe__text_numbers}},
+    {"deepseek-coder", 0, {moe__text_newline, moe__text_letters, moe__text_punctuation,
+                           moe__text_wide, moe__text_number}},
+    {"afmoe", 0, {moe__text_threes, moe__text_asian, moe__text_deepseek_v3}},
+    {"gpt-2 phi-2 jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code gigachat a.x-4.0 "
+     "mellum modern-bert exaone4 mpt olmo jais trillion granite-docling", 0, {moe__text_gpt2}},
+    {"starcoder refact command-r cohere2_moe smollm codeshell exaone minerva-7b mellum2", 0,
+     {moe__text_number, moe__text_gpt2}},
+    {"default", 0, {moe__text_signs, moe__text_gpt2, moe__text_numbers, moe__text_3_digits}}};
+
+MOE__PRIVATE const moe__text_pre *moe__text_find_pre(const char *name, size_t size) {
+    for (size_t i = 0; i < sizeof moe__text_pres / sizeof moe__text_pres[0]; i++) {
+        for (const char *p = moe__text_pres[i].names; *p;) {
+            size_t length = strcspn(p, " ");
+            if (length == size && memcmp(p, name, size) == 0) return &moe__text_pres[i];
+            p += length + (p[length] == ' ');
+        }
+    }
+    return NULL;
+}
+
+/* ---- pre-tokenizers: matching ---------------------------------------------------------------- */
+
+/* The characters of a text and where a pass stands in it. */
+typedef struct moe__text_scan {
+    const char *text;
+    uint32_t *classes; /* of character i */
+    uint32_t *at;      /* its first byte in text; at[n] is the text's size */
+    size_t n;
+    size_t end;        /* of the piece that the pass is in */
+    size_t run_end;    /* of the run found last: spares rules that fail to look for it again */
+} moe__text_scan;
+
+/* Matchers take the character they start at and return the one behind the match, or the start. */
+MOE__PRIVATE size_t moe__text_run_of(const moe__text_scan *scan, size_t i, uint32_t set,
+                                     size_t max) {
+    size_t end = max && max < scan->end - i ? i + max : scan->end;
+    while (i < end && moe__text_in(scan->classes[i], set)) i++;
+    return i;
+}
+
+/* A letter of a contraction, 0 if it is none; U+017F is an s to those who ignore case. */
+MOE__PRIVATE char moe__text_letter(const moe__text_scan *scan, size_t i, int any_case) {
+    if (i >= scan->end) return 0;
+    const char *p = scan->text + scan->at[i];
+    size_t size = scan->at[i + 1] - scan->at[i];
+    if (any_case && size == 2 && memcmp(p, "\xC5\xBF", 2) == 0) return 's';
+    if (size != 1) return 0;
+    return any_case && *p >= 'A' && *p <= 'Z' ? (char)(*p - 'A' + 'a') : *p;
+}
+
+MOE__PRIVATE size_t moe__text_contraction(const moe__text_scan *scan, size_t i, int any_case) {
+    if (moe__text_letter(scan, i, 0) != '\'') return i;
+    char a = moe__text_letter(scan, i + 1, any_case), b = moe__text_letter(scan, i + 2, any_case);
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return i + 2;
+    return (b == 'e' && (a == 'r' || a == 'v')) || (a == 'l' && b == 'l') ? i + 3 : i;
+}
+
+/* MOE__RULE_RUN and its kin, as a backtracking matcher finds them: with the prefix if that leads */
+/* to a match, and with the longest first* that leaves a body. */
+MOE__PRIVATE size_t moe__text_match_run(const moe__text_scan *scan, size_t i,
+                                        const moe__text_rule *rule) {
+    int prefix = moe__text_in(scan->classes[i], rule->prefix);
+    for (; prefix >= (rule->kind == MOE__RULE_PREFIXED); prefix--) {
+        size_t start = i + (size_t)prefix, body = start;
+        if (rule->first) body = moe__text_run_of(scan, start, rule->first, 0);
+        while (body > start &&
+               (body == scan->end || !moe__text_in(scan->classes[body], rule->body)))
+            body--;
+        size_t end = moe__text_run_of(scan, body, rule->body, rule->max);
+        if (end - body < rule->min) continue;
+        if (rule->tail) end = moe__text_run_of(scan, end, rule->tail, rule->tail_max);
+        return rule->kind == MOE__RULE_CASED ? moe__text_contraction(scan, end, 1) : end;
+    }
+    return i;
+}
+
+MOE__PRIVATE size_t moe__text_match_words(const moe__text_scan *scan, size_t i,
+                                          const moe__text_rule *rule) {
+    const uint32_t *classes = scan->classes;
+    size_t p = i + (size_t)moe__text_in(classes[i], rule->prefix);
+    if (p == scan->end || !(classes[p] & MOE__C_L)) return i;
+    for (;; p++) { /* over the blank between two words */
+        p = moe__text_run_of(scan, p, MOE__C_L | MOE__C_M, 0);
+        if (p + 1 >= scan->end || !(classes[p] & MOE__C_BLANK) || !(classes[p + 1] & MOE__C_L))
+            return p;
+    }
+}
+
+MOE__PRIVATE size_t moe__text_match(moe__text_scan *scan, size_t i, const moe__text_rule *rule) {
+    const uint32_t *classes = scan->classes;
+    switch (rule->kind) {
+    case MOE__RULE_RUN:
+    case MOE__RULE_PREFIXED:
+    case MOE__RULE_CASED: return moe__text_match_run(scan, i, rule);
+    case MOE__RULE_WORDS: return moe__text_match_words(scan, i, rule);
+    case MOE__RULE_CONTRACTION: return moe__text_contraction(scan, i, 0);
+    case MOE__RULE_ANY_CASE: return moe__text_contraction(scan, i, 1);
+    default: break;
+    }
+    uint32_t set = rule->kind == MOE__RULE_THREES ? MOE__C_N : MOE__C_WHITE;
+    if (!(classes[i] & set)) return i;
+    if (scan->run_end <= i) scan->run_end = moe__text_run_of(scan, i, set, 0);
+    size_t end = scan->run_end;
+    if (rule->kind == MOE__RULE_THREES) return i + (end - i - 1) % 3 + 1;
+    if (rule->kind == MOE__RULE_AT_END) return end == scan->end ? end : i;
+    if (rule->kind == MOE__RULE_BUT_LAST) return end == scan->end ? end : end - 1;
+    while (end > i && !(classes[end - 1] & MOE__C_NEWLINE)) end--; /* TO_NEWLINE */
+    return end;
+}
+
+/* Cuts every piece further. Linear: a rule that fails after looking at a long run is followed by */
+/* one that takes the run, or remembers where it ends. */
+MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rules) {
+    uint32_t *classes = scan->classes;
+    scan->end = 0;
+    for (size_t i = 0, next; i < scan->n; i = next > i ? next : i + 1) {
+        if (i == scan->end) {
+            scan->end++;
+            while (scan->end < scan->n && !(classes[scan->end] & MOE__C_CUT)) scan->end++;
+            scan->run_end = 0;
+        }
+        const moe__text_rule *rule = rules;
+        next = moe__text_match(scan, i, rule);
+        while (next == i && (++rule)->kind != MOE__RULE_END) next = moe__text_match(scan, i, rule);
+        if (next == i) continue;
+        if (rule->kind != MOE__RULE_THREES) classes[i] |= MOE__C_CUT;
+        if (next < scan->end) classes[next] |= MOE__C_CUT;
+    }
+}
+
+/* ---- hashing --------------------------------------------------------------------------------- */
+
+/* Hashes are keyed with numbers that the author of a file cannot know, so that nobody can choose */
+/* texts that collide and make lookups linear. */
+
+/* The text as a polynomial at a random point modulo 2^31 - 1: two texts of n bytes collide for at */
+/* most n of the points. Returns 64 bits, of which the upper ones are good. */
+MOE__PRIVATE uint64_t moe__text_hash(const uint64_t key[2], moe_string text) {
+    const uint64_t prime = 0x7FFFFFFF, point = key[0] & prime;
+    uint64_t h = text.size & prime;
+    for (size_t i = 0; i < text.size; i++) {
+        h = h * point + (unsigned char)text.data[i];
+        h = (h & prime) + (h >> 31); /* below 2^32 again */
+    }
+    return h % prime * key[1];
+}
+
+/* Pairs: the same without a modulus (multiply-shift). */
+MOE__INLINE uint64_t moe__text_pair_hash(const uint64_t key[2], uint32_t a, uint32_t b) {
+    return key[0] * a + key[1] * b;
+}
+
+/* A hash table of numbers. What they stand for is looked up elsewhere. */
+typedef struct moe__text_table {
+    uint32_t *slots; /* mask + 1 of them; 0 = free */
+    uint32_t mask;
+    int shift; /* the search for hash h begins at slot h >> shift and goes up */
+} moe__text_table;
+
+/* Room for n <= 2^30 numbers in twice as many slots. */
+MOE__PRIVATE moe_status moe__text_table_init(moe__text_table *table,
+                                             const moe_allocator *allocator, uint64_t n) {
+    table->shift = 63;
+    while ((uint64_t)1 << (64 - table->shift) < 2 * n) table->shift--;
+    table->mask = UINT32_MAX >> (table->shift - 32);
+    table->slots =
+        (uint32_t *)moe__alloc(allocator, ((size_t)table->mask + 1) * sizeof *table->slots);
+    return table->slots ? MOE_OK : MOE_ERROR_MEMORY;
+}
+
+/* Numbered texts and the way back. Text i lies at bytes[end[i]] .. bytes[end[i + 1] - 1]. */
+typedef struct moe__text_map {
+    char *bytes;
+    uint32_t *end; /* n + 1 entries, the first is 0 */
+    uint32_t n, max_n, max_bytes;
+    moe__text_table table; /* of 1 + number */
+} moe__text_map;
+
+/* At most so many texts and bytes: with them all sizes below fit 32 bits. */
+enum { MOE__TEXT_MAX = 1 << 29 };
+
+MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
+    moe_string text;
+    text.data = map->bytes + map->end[i];
+    text.size = map->end[i + 1] - map->end[i];
+    return text;
+}
+
+/* The slot that holds the text, or the free one where it belongs. */
+MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, const uint64_t key[2],
+                                      moe_string text) {
+    const moe__text_table *table = &map->table;
+    uint32_t i = (uint32_t)(moe__text_hash(key, text) >> table->shift);
+    for (; table->slots[i]; i = (i + 1) & table->mask) {
+        moe_string other = moe__text_at(map, table->slots[i] - 1);
+        if (other.size == text.size && memcmp(other.data, text.data, text.size) == 0) break;
+    }
+    return &table->slots[i];
+}
+
+MOE__PRIVATE void moe__text_map_free(moe__text_map *map, const moe_allocator *allocator) {
+    moe__free(allocator, map->bytes);
+    moe__free(allocator, map->end);
+    moe__free(allocator, map->table.slots);
+}
+
+/* Makes room for n texts of so many bytes altogether. FORMAT: that is too much. */
+MOE__PRIVATE moe_status moe__text_reserve(moe__text_map *map, const moe_allocator *allocator,
+                                          const uint64_t key[2], uint64_t n, uint64_t bytes) {
+    if (map->bytes && n <= map->max_n && bytes <= map->max_bytes) return MOE_OK;
+    if (n > MOE__TEXT_MAX || bytes > MOE__TEXT_MAX) return MOE_ERROR_FORMAT;
+    moe__text_map old = *map;
+    map->max_n = (uint32_t)(n + n / 2);
+    map->max_bytes = (uint32_t)(bytes + bytes / 2 + 64);
+    map->bytes = (char *)moe__alloc(allocator, map->max_bytes);
+    map->end = (uint32_t *)moe__alloc(allocator, ((size_t)map->max_n + 1) * sizeof *map->end);
+    moe_status status = moe__text_table_init(&map->table, allocator, map->max_n);
+    if (!map->bytes || !map->end) status = MOE_ERROR_MEMORY;
+    if (!status && old.bytes) {
+        memcpy(map->bytes, old.bytes, old.end[old.n]);
+        memcpy(map->end, old.end, ((size_t)old.n + 1) * sizeof *map->end);
+        for (uint32_t i = 0; i < map->n; i++) {
+            moe_string text = moe__text_at(map, i);
+            if (text.size) *moe__text_slot(map, key, text) = i + 1; /* of equal ones the last */
+        }
+    }
+    moe__text_map_free(&old, allocator);
+    return status;
+}
+
+/* ---- a heap: the smallest key first ---------------------------------------------------------- */
+
+MOE__PRIVATE void moe__text_push(uint64_t *heap, size_t *n, uint64_t key) {
+    size_t i = (*n)++;
+    for (; i && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = key;
+}
+
+MOE__PRIVATE uint64_t moe__text_pop(uint64_t *heap, size_t *n) {
+    uint64_t least = heap[0], last = heap[--*n];
+    size_t i = 0, child;
+    while ((child = 2 * i + 1) < *n) {
+        if (child + 1 < *n && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= last) break;
+        heap[i] = heap[child];
+        i = child;
+    }
+    heap[i] = last;
+    return least;
+}
+
+/* ---- the vocabulary -------------------------------------------------------------------------- */
+
+enum { /* tokenizer.ggml.token_type */
+    MOE__TOKEN_NORMAL = 1,
+    MOE__TOKEN_UNKNOWN = 2,
+    MOE__TOKEN_CONTROL = 3,
+    MOE__TOKEN_USER = 4,
+    MOE__TOKEN_BYTE = 6,
+    MOE__TOKEN_TYPE = 7, /* mask */
+    MOE__TOKEN_END = 8   /* flag: ends generation */
+};
+
+#define MOE__TEXT_NONE UINT32_MAX
+
+typedef struct moe__text_merge {
+    uint32_t left, right, result; /* symbols */
+} moe__text_merge;
+
+/* A state of the Aho-Corasick automaton over the special tokens: a prefix of one of them, namely */
+/* the longest that the text read so far ends with. State 0 is the empty prefix. */
+typedef struct moe__text_state {
+    uint32_t parent, fail; /* fail: the longest state that is a proper suffix of this one */
+    uint32_t special;      /* 1 + the longest special token that ends here; 0 = none */
+    unsigned char byte;    /* leads from parent to here */
+} moe__text_state;
+
+typedef struct moe__text_special {
+    uint32_t id, size;
+    uint32_t shorter; /* 1 + the longest special token that is a proper suffix of it; 0 = none */
+} moe__text_special;
+
+struct moe_vocab {
+    moe_allocator allocator;
+    uint64_t key[4]; /* of hashes: two for texts, two for pairs */
+    const moe__text_pre *pre;
+    moe__text_map symbols; /* what merging works on: the tokens, then texts that are only merged */
+    uint32_t n_tokens;
+    uint8_t *types; /* MOE__TOKEN_... */
+    int32_t bos, eos;
+    int add_bos, add_eos;
+    moe__text_merge *merges; /* index = rank */
+    moe__text_table ranks;   /* 1 + rank of (left, right) */
+    uint32_t byte_symbol[256]; /* of the byte's name */
+    uint32_t raw_token[256];   /* the token whose text is this byte itself, or NONE */
+    moe__text_special *specials; /* longest first, then by id */
+    uint32_t n_specials, n_states;
+    moe__text_state *states;
+    moe__text_table steps;    /* state after (state, byte) */
+    uint32_t first_step[256]; /* the same from state 0 */
+    moe__text_run *runs;
+    uint32_t ascii[128]; /* classes */
+};
+
+/* The slot of the merge (left, right), or the free one where it belongs. */
+MOE__PRIVATE uint32_t *moe__text_rank(const moe_vocab *vocab, uint32_t left, uint32_t right) {
+    const moe__text_table *table = &vocab->ranks;
+    uint32_t i = (uint32_t)(moe__text_pair_hash(vocab->key + 2, left, right) >> table->shift);
+    for (; table->slots[i]; i = (i + 1) & table->mask) {
+        const moe__text_merge *merge = &vocab->merges[table->slots[i] - 1];
+        if (merge->left == left && merge->right == right) break;
+    }
+    return &table->slots[i];
+}
+
+/* The slot of the step (state, byte), or the free one where it belongs. */
+MOE__PRIVATE uint32_t *moe__text_step(const moe_vocab *vocab, uint32_t state, unsigned char byte) {
+    const moe__text_table *table = &vocab->steps;
+    uint32_t i = (uint32_t)(moe__text_pair_hash(vocab->key + 2, state, byte) >> table->shift);
+    for (; table->slots[i]; i = (i + 1) & table->mask) {
+        const moe__text_state *to = &vocab->states[table->slots[i]];
+        if (to->parent == state && to->byte == byte) break;
+    }
+    return &table->slots[i];
+}
+
+/* The token with this text, or NONE. */
+MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size) {
+    moe_string key = {text, size};
+    uint32_t symbol = *moe__text_slot(&vocab->symbols, vocab->key, key) - 1; /* 0 - 1 = NONE */
+    return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE;
+}
+
+/* ---- special tokens: the automaton ----------------------------------------------------------- */
+
+/* The state after one more byte: amortized O(1) along a text. */
+MOE__PRIVATE uint32_t moe__text_advance(const moe_vocab *vocab, uint32_t state,
+                                        unsigned char byte) {
+    for (; state; state = vocab->states[state].fail) {
+        uint32_t to = *moe__text_step(vocab, state, byte);
+        if (to) return to;
+    }
+    return vocab->first_step[byte];
+}
+
+/* Makes the states level by level, so that a state comes behind its parent and its suffixes. */
+/* at: n_specials zeros, the state that each token has got to. */
+MOE__PRIVATE void moe__text_make_states(moe_vocab *vocab, uint32_t *at) {
+    vocab->n_states = 1;
+    for (uint32_t level = 0; level < vocab->specials[0].size; level++) {
+        for (uint32_t i = 0; i < vocab->n_specials && vocab->specials[i].size > level; i++) {
+            moe_string text = moe__text_at(&vocab->symbols, vocab->specials[i].id);
+            unsigned char byte = (unsigned char)text.data[level];
+            uint32_t *slot = level ? moe__text_step(vocab, at[i], byte) : &vocab->first_step[byte];
+            if (*slot == 0) {
+                vocab->states[vocab->n_states].parent = at[i];
+                vocab->states[vocab->n_states].byte = byte;
+                *slot = vocab->n_states++;
+            }
+            at[i] = *slot;
+            if (level + 1 == text.size) vocab->states[at[i]].special = i + 1;
+        }
+    }
+    for (uint32_t s = 1; s < vocab->n_states; s++) {
+        moe__text_state *state = &vocab->states[s];
+        if (state->parent)
+            state->fail = moe__text_advance(vocab, vocab->states[state->parent].fail, state->byte);
+        uint32_t shorter = vocab->states[state->fail].special;
+        if (state->special) vocab->specials[state->special - 1].shorter = shorter;
+        else state->special = shorter;
+    }
+}
+
+/* Special are the tokens of the types control, unknown and user-defined. */
+MOE__PRIVATE moe_status moe__text_make_specials(moe_vocab *vocab) {
+    const moe_allocator *allocator = &vocab->allocator;
+    uint64_t *heap = (uint64_t *)moe__alloc(allocator, vocab->n_tokens * sizeof *heap), bytes = 0;
+    size_t n = 0;
+    for (uint32_t id = 0; heap && id < vocab->n_tokens; id++) {
+        int type = vocab->types[id] & MOE__TOKEN_TYPE;
+        moe_string text = moe__text_at(&vocab->symbols, id);
+        if (type < MOE__TOKEN_UNKNOWN || type > MOE__TOKEN_USER ||
+            moe__text_find(vocab, text.data, text.size) != id)
+            continue;
+        bytes += text.size;
+        moe__text_push(heap, &n, (uint64_t)(UINT32_MAX - (uint32_t)text.size) << 32 | id);
+    }
+    uint32_t *at = (uint32_t *)moe__alloc(allocator, (n + 1) * sizeof *at);
+    vocab->specials =
+        (moe__text_special *)moe__alloc(allocator, (n + 1) * sizeof *vocab->specials);
+    vocab->states =
+        (moe__text_state *)moe__alloc(allocator, (size_t)(bytes + 1) * sizeof *vocab->states);
+    moe_status status = moe__text_table_init(&vocab->steps, allocator, bytes);
+    if (!heap || !at || !vocab->specials || !vocab->states) status = MOE_ERROR_MEMORY;
+    while (!status && n) {
+        uint64_t key = moe__text_pop(heap, &n);
+        moe__text_special *special = &vocab->specials[vocab->n_specials++];
+        special->id = (uint32_t)key;
+        special->size = UINT32_MAX - (uint32_t)(key >> 32);
+    }
+    if (!status) moe__text_make_states(vocab, at);
+    moe__free(allocator, heap);
+    moe__free(allocator, at);
+    return status;
+}
+
+/* ---- opening a vocabulary -------------------------------------------------------------------- */
+
+/* status: the first failure; nothing happens after it. */
+typedef struct moe__text_loader {
+    moe_vocab *vocab;
+    const moe_gguf *gguf;
+    moe_error *error;
+    moe_status status;
+} moe__text_loader;
+
+/* NULL if the file has no such value, or if it is not what is wanted, which is an error. */
+MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, const char *key,
+                                                   int is_array, int is_string) {
+    const moe_gguf_value *value = loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
+    if (!value) return NULL;
+    moe_value_type type = value->element_type;
+    int fits = is_string ? type == MOE_VALUE_STRING
+                         : type != MOE_VALUE_STRING && type != MOE_VALUE_ARRAY &&
+                               type != MOE_VALUE_FLOAT32 && type != MOE_VALUE_FLOAT64;
+    if (fits && (value->type == MOE_VALUE_ARRAY) == is_array) return value;
+    loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
+                                  "the value should be %s%s", is_array ? "an array of " : "",
+                                  is_string ? "text" : "integers or bool");
+    return NULL;
+}
+
+/* Fails the load with what `status` means for the value of this key. */
+MOE__PRIVATE void moe__text_fail(moe__text_loader *loader, const char *key, moe_status status) {
+    if (status && !loader->status)
+        loader->status = moe__fail(loader->error, status, key,
+                                   status == MOE_ERROR_MEMORY ? "out of memory for the vocabulary"
+                                                              : "missing, empty or too large");
+}
+
+/* The tokenizer's name and its pre-tokenizer. (SPM, "llama", belongs here and in moe__text_raw.) */
+MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
+    static const char model[] = "tokenizer.ggml.model", pre[] = "tokenizer.ggml.pre";
+    moe_string name = {"", 0};
+    const void *cursor = NULL;
+    const char *key = model;
+    const moe_gguf_value *value = moe__text_value(loader, key, 0, 1);
+    moe_gguf_value_string(value, &cursor, &name);
+    if (name.size == 4 && memcmp(name.data, "gpt2", 4) == 0) {
+        key = pre;
+        cursor = NULL;
+        value = moe__text_value(loader, key, 0, 1);
+        if (!moe_gguf_value_string(value, &cursor, &name)) { /* older than this key */
+            name.data = "default";
+            name.size = 7;
+        }
+        loader->vocab->pre = moe__text_find_pre(name.data, name.size);
+    }
+    if (!loader->status && !loader->vocab->pre)
+        loader->status = moe__fail_at(
+            loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0, key, strlen(key),
+            "%s \"%.*s\" is not supported", key == pre ? "pre-tokenizer" : "tokenizer",
+            (int)moe__min((int64_t)name.size, 64), name.data);
+}
+
+MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
+    static const char key[] = "tokenizer.ggml.tokens";
+    moe_vocab *vocab = loader->vocab;
+    moe__text_map *map = &vocab->symbols;
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, 1);
+    const void *cursor = NULL;
+    moe_string text;
+    uint64_t n = value ? value->count : 0;
+    moe_status status = n ? moe__text_reserve(map, &vocab->allocator, vocab->key, n, 8 * n)
+                          : MOE_ERROR_FORMAT;
+    while (!status && map->n < n) {
+        if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
+        else status = moe__text_reserve(map, &vocab->allocator, vocab->key, n,
+                                        (uint64_t)map->end[map->n] + text.size);
+        if (status) break;
+        if (text.size) memcpy(map->bytes + map->end[map->n], text.data, text.size);
+        map->end[map->n + 1] = map->end[map->n] + (uint32_t)text.size;
+        text = moe__text_at(map, map->n++);
+        if (text.size) *moe__text_slot(map, vocab->key, text) = map->n; /* of equal ones the last */
+    }
+    vocab->n_tokens = map->n;
+    moe__text_fail(loader, key, status);
+}
+
+MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
+    static const char key[] = "tokenizer.ggml.token_type";
+    moe_vocab *vocab = loader->vocab;
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, 0);
+    if (loader->status) return;
+    vocab->types = (uint8_t *)moe__alloc(&vocab->allocator, vocab->n_tokens);
+    if (!vocab->types) {
+        moe__text_fail(loader, key, MOE_ERROR_MEMORY);
+    } else if (value && value->count != vocab->n_tokens) {
+        loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key,
+                                      strlen(key), "%llu types for %u tokens",
+                                      (unsigned long long)value->count, (unsigned)vocab->n_tokens);
+    } else {
+        for (uint32_t id = 0; id < vocab->n_tokens; id++) {
+            int64_t type = MOE__TOKEN_NORMAL;
+            if (value) moe_gguf_value_int(value, id, &type);
+            if (type >= 0 && type <= MOE__TOKEN_BYTE) vocab->types[id] = (uint8_t)type;
+        }
+    }
+}
+
+/* The symbol of the text a, b; a new one if there is none. */
+MOE__PRIVATE moe_status moe__text_intern(moe_vocab *vocab, const char *a, size_t a_size,
+                                         const char *b, size_t b_size, uint32_t *out) {
+    moe__text_map *map = &vocab->symbols;
+    uint64_t end = (uint64_t)map->end[map->n] + a_size + b_size;
+    moe_status status =
+        moe__text_reserve(map, &vocab->allocator, vocab->key, (uint64_t)map->n + 1, end);
+    if (status) return status;
+    moe_string text = {map->bytes + map->end[map->n], a_size + b_size};
+    memcpy(map->bytes + map->end[map->n], a, a_size);
+    memcpy(map->bytes + map->end[map->n] + a_size, b, b_size);
+    uint32_t *slot = moe__text_slot(map, vocab->key, text);
+    if (*slot == 0) {
+        *slot = ++map->n;
+        map->end[map->n] = (uint32_t)end;
+    }
+    *out = *slot - 1;
+    return MOE_OK;
+}
+
+/* Enters the merge "left right". One that has not two parts is never found. */
+MOE__PRIVATE moe_status moe__text_add_merge(moe_vocab *vocab, uint32_t rank, moe_string text) {
+    moe__text_merge *merge = &vocab->merges[rank];
+    const char *a = text.data, *b;
+    b = text.size > 2 ? (const char *)memchr(a + 1, ' ', text.size - 2) : NULL;
+    merge->left = MOE__TEXT_NONE;
+    if (!b) return MOE_OK;
+    size_t a_size = (size_t)(b++ - a), b_size = text.size - a_size - 1;
+    moe_status status = moe__text_intern(vocab, a, a_size, b, 0, &merge->left);
+    if (!status) status = moe__text_intern(vocab, a, 0, b, b_size, &merge->right);
+    if (!status) status = moe__text_intern(vocab, a, a_size, b, b_size, &merge->result);
+    if (status) return status;
+    uint32_t *slot = moe__text_rank(vocab, merge->left, merge->right);
+    if (*slot == 0) *slot = rank + 1; /* of equal ones the first */
+    return MOE_OK;
+}
+
+MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
+    static const char key[] = "tokenizer.ggml.merges";
+    moe_vocab *vocab = loader->vocab;
+    const moe_allocator *allocator = &vocab->allocator;
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, 1);
+    if (loader->status) return;
+    moe_status status = MOE_OK;
+    for (int byte = 0; byte < 256 && !status; byte++) {
+        char name[2], raw = (char)byte;
+        size_t size = moe__text_byte_name((unsigned char)byte, name);
+        vocab->raw_token[byte] = moe__text_find(vocab, &raw, 1);
+        status = moe__text_intern(vocab, name, size, name, 0, &vocab->byte_symbol[byte]);
+    }
+    if (!value || value->count > MOE__TEXT_MAX) status = MOE_ERROR_FORMAT;
+    if (!status) status = moe__text_table_init(&vocab->ranks, allocator, value->count);
+    if (!status) {
+        vocab->merges = (moe__text_merge *)moe__alloc(
+            allocator, ((size_t)value->count + 1) * sizeof *vocab->merges);
+        if (!vocab->merges) status = MOE_ERROR_MEMORY;
+    }
+    const void *cursor = NULL;
+    moe_string text;
+    for (uint32_t rank = 0; !status && rank < value->count; rank++) {
+        if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
+        else status = moe__text_add_merge(vocab, rank, text);
+    }
+    moe__text_fail(loader, key, status);
+}
+
+/* Reads a token id into *id, which stays as it is if the key is missing or names no token. */
+MOE__PRIVATE void moe__text_load_id(moe__text_loader *loader, const char *key, int32_t *id) {
+    int64_t number;
+    if (moe_gguf_value_int(moe__text_value(loader, key, 0, 0), 0, &number) && number >= 0 &&
+        number < loader->vocab->n_tokens)
+        *id = (int32_t)number;
+}
+
+/* Texts that end generation wherever they are in a vocabulary. */
+static const char *const moe__text_ends[] = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<\357\275\234end\342\226\201of\342\226\201sentence\357\275\234>"};
+
+MOE__PRIVATE void moe__text_set_type(moe_vocab *vocab, const char *text, int type) {
+    int32_t id = moe_vocab_find(vocab, text, strlen(text));
+    if (id >= 0) vocab->types[id] = (uint8_t)type;
+}
+
+MOE__PRIVATE int moe__text_has_end(const moe_vocab *vocab, const char *text) {
+    return moe_vocab_is_end(vocab, moe_vocab_find(vocab, text, strlen(text)));
+}
+
+MOE__PRIVATE void moe__text_correct_ends(moe_vocab *vocab) {
+    static const char *const words[] = {"<|end|>", "<|channel|>", "<|message|>", "<|start|>",
+                                        "<|constrain|>"};
+    /* The harmony format (gpt-oss): <|end|> ends one of several messages of a reply, and the */
+    /* words of the format are output, so all of these are text. */
+    int call = moe__text_has_end(vocab, "<|call|>");
+    if (moe__text_has_end(vocab, "<|end|>") &&
+        ((call && moe__text_has_end(vocab, "<|return|>")) ||
+         ((call || moe__text_has_end(vocab, "<|calls|>")) &&
+          moe__text_has_end(vocab, "<|flush|>"))))
+        for (int i = 0; i < 5; i++) moe__text_set_type(vocab, words[i], MOE__TOKEN_USER);
+    int32_t id = moe_vocab_find(vocab, "</s>", 4);
+    if (id >= 0 && moe__text_has_end(vocab, "<|tool_response>"))
+        vocab->types[id] &= (uint8_t)~MOE__TOKEN_END;
+}
+
+MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
+    static const char *const keys[] = {
+        "tokenizer.ggml.eos_token_id",     "tokenizer.ggml.eot_token_id",
+        "tokenizer.ggml.eom_token_id",     "tokenizer.ggml.fim_pad_token_id",
+        "tokenizer.ggml.fim_rep_token_id", "tokenizer.ggml.fim_sep_token_id"};
+    moe_vocab *vocab = loader->vocab;
+    if (loader->status) return;
+    /* Token 11 was the end of texts in the first vocabulary of this kind (Falcon's). Where it is */
+    /* an ordinary word it must not end anything. */
+    vocab->eos = vocab->n_tokens > 11 && vocab->types[11] == MOE__TOKEN_CONTROL ? 11 : -1;
+    vocab->bos = vocab->pre->flags & MOE__PRE_NO_BOS ? -1 : vocab->eos;
+    vocab->add_bos = (vocab->pre->flags & MOE__PRE_BOS) != 0;
+    moe__text_load_id(loader, "tokenizer.ggml.bos_token_id", &vocab->bos);
+    moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_bos_token", 0, 0), 0,
+                        &vocab->add_bos);
+    moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_eos_token", 0, 0), 0,
+                        &vocab->add_eos);
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
+        int32_t id = i ? -1 : vocab->eos;
+        moe__text_load_id(loader, keys[i], &id);
+        if (i == 0) vocab->eos = id;
+        if (id >= 0) vocab->types[id] |= MOE__TOKEN_END;
+    }
+    for (size_t i = 0; i < sizeof moe__text_ends / sizeof moe__text_ends[0]; i++)
+        moe__text_set_type(vocab, moe__text_ends[i], MOE__TOKEN_CONTROL | MOE__TOKEN_END);
+    moe__text_correct_ends(vocab);
+}
+
+MOE__PRIVATE void moe__text_load_classes(moe__text_loader *loader) {
+    moe_vocab *vocab = loader->vocab;
+    if (loader->status) return;
+    vocab->runs = (moe__text_run *)moe__alloc(&vocab->allocator,
+                                              (MOE__TEXT_RUNS + 1) * sizeof *vocab->runs);
+    if (!vocab->runs) {
+        moe__text_fail(loader, "", MOE_ERROR_MEMORY);
+        return;
+    }
+    moe__text_unpack_classes(vocab->runs);
+    for (uint32_t code = 0; code < 128; code++)
+        vocab->ascii[code] = moe__text_classify(vocab->runs, code);
+}
+
+/* Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele and others). */
+MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
+    double now = moe__seconds();
+    uint64_t seed;
+    memcpy(&seed, &now, sizeof seed);
+    seed ^= (uint64_t)(uintptr_t)vocab << 16 ^ (uint64_t)(uintptr_t)&now;
+    for (int i = 0; i < 4; i++) {
+        uint64_t z = seed += 0x9E3779B97F4A7C15u;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        vocab->key[i] = (z ^ z >> 31) | 1;
+    }
+}
+
+MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
+    if (!gguf) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
+        return NULL;
+    }
+    moe__text_loader loader = {NULL, gguf, error, MOE_OK};
+    loader.vocab = (moe_vocab *)moe__alloc(&gguf->allocator, sizeof *loader.vocab);
+    if (!loader.vocab) {
+        moe__text_fail(&loader, "", MOE_ERROR_MEMORY);
+        return NULL;
+    }
+    loader.vocab->allocator = gguf->allocator;
+    moe__text_make_keys(loader.vocab);
+    moe__text_load_kind(&loader);
+    moe__text_load_tokens(&loader);
+    moe__text_load_types(&loader);
+    moe__text_load_merges(&loader);
+    moe__text_load_ends(&loader);
+    moe__text_load_classes(&loader);
+    if (!loader.status) moe__text_fail(&loader, "", moe__text_make_specials(loader.vocab));
+    if (!loader.status) return loader.vocab;
+    moe_vocab_close(loader.vocab);
+    return NULL;
+}
+
+MOE_API void moe_vocab_close(moe_vocab *vocab) {
+    if (!vocab) return;
+    moe_allocator allocator = vocab->allocator;
+    moe__text_map_free(&vocab->symbols, &allocator);
+    moe__free(&allocator, vocab->types);
+    moe__free(&allocator, vocab->merges);
+    moe__free(&allocator, vocab->ranks.slots);
+    moe__free(&allocator, vocab->specials);
+    moe__free(&allocator, vocab->states);
+    moe__free(&allocator, vocab->steps.slots);
+    moe__free(&allocator, vocab->runs);
+    moe__free(&allocator, vocab);
+}
+
+/* ---- what is in a vocabulary ----------------------------------------------------------------- */
+
+MOE__INLINE int moe__text_is_token(const moe_vocab *vocab, int32_t token) {
+    return token >= 0 && (uint32_t)token < vocab->n_tokens;
+}
+
+MOE_API int32_t moe_vocab_size(const moe_vocab *vocab) { return (int32_t)vocab->n_tokens; }
+MOE_API int32_t moe_vocab_bos(const moe_vocab *vocab) { return vocab->bos; }
+MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab) { return vocab->eos; }
+
+MOE_API int32_t moe_vocab_find(const moe_vocab *vocab, const char *text, size_t text_size) {
+    return text ? (int32_t)moe__text_find(vocab, text, text_size) : -1; /* NONE is -1 */
+}
+
+MOE_API moe_string moe_vocab_token(const moe_vocab *vocab, int32_t token) {
+    moe_string none = {NULL, 0};
+    return moe__text_is_token(vocab, token) ? moe__text_at(&vocab->symbols, (uint32_t)token) : none;
+}
+
+MOE_API int moe_vocab_is_end(const moe_vocab *vocab, int32_t token) {
+    return moe__text_is_token(vocab, token) && (vocab->types[token] & MOE__TOKEN_END);
+}
+
+MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token) {
+    return moe__text_is_token(vocab, token) &&
+           (vocab->types[token] & MOE__TOKEN_TYPE) == MOE__TOKEN_CONTROL;
+}
+
+/* The byte of "<0xE2>", or -1. */
+MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
+    static const char digits[] = "0123456789ABCDEFabcdef";
+    if (text.size != 6 || memcmp(text.data, "<0x", 3) != 0 || text.data[5] != '>') return -1;
+    const char *high = (const char *)memchr(digits, text.data[3], 22);
+    const char *low = (const char *)memchr(digits, text.data[4], 22);
+    if (!high || !low) return -1;
+    int a = (int)(high - digits), b = (int)(low - digits);
+    return (a > 15 ? a - 6 : a) * 16 + (b > 15 ? b - 6 : b);
+}
+
+MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer,
+                              size_t capacity) {
+    if (!moe__text_is_token(vocab, token)) return 0;
+    moe_string text = moe__text_at(&vocab->symbols, (uint32_t)token);
+    int type = vocab->types[token] & MOE__TOKEN_TYPE;
+    if (type != MOE__TOKEN_NORMAL && type != MOE__TOKEN_USER && type != MOE__TOKEN_BYTE) return 0;
+    size_t n = 0;
+    for (size_t i = 0, size; i < text.size; i += size) {
+        int byte = -1;
+        uint32_t code;
+        size = moe__text_decode(text.data + i, text.size - i, &code);
+        if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
+        else if (type == MOE__TOKEN_BYTE && (byte = moe__text_hex_byte(text)) >= 0) size = 6;
+        for (size_t k = 0; k < (byte < 0 ? size : 1); k++, n++) /* names no byte: is itself */
+            if (n < capacity) buffer[n] = byte < 0 ? text.data[i + k] : (char)byte;
+    }
+    return n;
+}
+
+/* ---- text to tokens: merging ----------------------------------------------------------------- */
+
+/* One call of moe_vocab_tokenize. Indices fit 32 bits: texts are below 2 GiB. */
+typedef struct moe__text_work {
+    const moe_vocab *vocab;
+    int32_t *tokens;
+    size_t capacity;
+    uint64_t count; /* of tokens so far, also beyond capacity */
+    moe__text_scan scan;
+    /* The piece being merged: symbol i begins with byte i. Merging leaves the left symbol; the */
+    /* right one becomes NONE and falls out of the chain next / prev, whose ends are n and */
+    /* UINT32_MAX. The heap holds pairs to merge as rank << 32 | left, at most 2 n: each of the */
+    /* n - 1 merges takes one and adds two. */
+    uint64_t *heap;
+    uint32_t *symbol, *next, *prev;
+    size_t n_heap, longest; /* longest: bytes of a piece that there is memory for */
+    uint32_t n;
+} moe__text_work;
+
+MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
+    if (work->count < work->capacity) work->tokens[work->count] = (int32_t)id;
+    work->count++;
+}
+
+MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
+    if (left >= work->n || work->next[left] >= work->n) return;
+    uint32_t right = work->next[left];
+    uint32_t rank = *moe__text_rank(work->vocab, work->symbol[left], work->symbol[right]);
+    if (rank) moe__text_push(work->heap, &work->n_heap, (uint64_t)(rank - 1) << 32 | left);
+}
+
+/* Merges until no pair has a rank. A pair is stale if one of its symbols has become another. */
+MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
+    for (uint32_t i = 0; i < work->n; i++) moe__text_consider(work, i);
+    while (work->n_heap) {
+        uint64_t key = moe__text_pop(work->heap, &work->n_heap);
+        const moe__text_merge *merge = &work->vocab->merges[key >> 32];
+        uint32_t left = (uint32_t)key, right = work->next[left];
+        if (work->symbol[left] != merge->left || right >= work->n ||
+            work->symbol[right] != merge->right)
+            continue;
+        uint32_t after = work->next[right];
+        work->symbol[left] = merge->result;
+        work->symbol[right] = MOE__TEXT_NONE;
+        work->next[left] = after;
+        if (after < work->n) work->prev[after] = left;
+        moe__text_consider(work, work->prev[left]);
+        moe__text_consider(work, left);
+    }
+}
+
+/* Memory for a piece of n bytes, 28 bytes for each. */
+MOE__PRIVATE moe_status moe__text_make_piece(moe__text_work *work, size_t n) {
+    const moe_allocator *allocator = &work->vocab->allocator;
+    if (n > work->longest) {
+        moe__free(allocator, work->heap);
+        work->longest = 2 * n + 256;
+        work->heap = (uint64_t *)moe__alloc(allocator, work->longest * (2 * 8 + 3 * 4));
+        if (!work->heap) return MOE_ERROR_MEMORY;
+        work->symbol = (uint32_t *)(work->heap + 2 * work->longest);
+        work->next = work->symbol + work->longest;
+        work->prev = work->next + work->longest;
+    }
+    work->n = (uint32_t)n;
+    return MOE_OK;
+}
+
+/* Non-zero if the whole piece is a token. */
+MOE__PRIVATE int moe__text_take_whole(moe__text_work *work, const char *text) {
+    char *names = (char *)work->heap; /* at most 2 bytes each */
+    size_t size = 0;
+    for (uint32_t i = 0; i < work->n; i++)
+        size += moe__text_byte_name((unsigned char)text[i], names + size);
+    uint32_t id = moe__text_find(work->vocab, names, size);
+    if (id != MOE__TEXT_NONE) moe__text_emit(work, id);
+    return id != MOE__TEXT_NONE;
+}
+
+/* A piece of the pre-tokenizer to tokens. */
+MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
+    const moe_vocab *vocab = work->vocab;
+    moe_status status = moe__text_make_piece(work, size);
+    if (status || (vocab->pre->flags & MOE__PRE_WHOLE && moe__text_take_whole(work, text)))
+        return status;
+    for (uint32_t i = 0; i < work->n; i++) {
+        work->symbol[i] = vocab->byte_symbol[(unsigned char)text[i]];
+        work->next[i] = i + 1;
+        work->prev[i] = i - 1; /* of 0: UINT32_MAX */
+    }
+    moe__text_merge_piece(work);
+    for (uint32_t i = 0; i < work->n; i = work->next[i]) {
+        if (work->symbol[i] < vocab->n_tokens) {
+            moe__text_emit(work, work->symbol[i]);
+            continue;
+        }
+        /* No token: the bytes of its text one by one, those of them that are tokens. */
+        for (uint32_t k = i; k < work->next[i]; k++) {
+            char name[2];
+            size_t n = moe__text_byte_name((unsigned char)text[k], name);
+            for (size_t b = 0; b < n; b++)
+                if (vocab->raw_token[(unsigned char)name[b]] != MOE__TEXT_NONE)
+                    moe__text_emit(work, vocab->raw_token[(unsigned char)name[b]]);
+        }
+    }
+    return MOE_OK;
+}
+
+/* A part of the text without special tokens: pre-tokenizer, then merging. */
+MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, size_t size) {
+    const moe_vocab *vocab = work->vocab;
+    moe__text_scan *scan = &work->scan;
+    moe_status status = MOE_OK;
+    scan->text = text;
+    scan->n = 0;
+    for (size_t i = 0; i < size; scan->n++) {
+        uint32_t code;
+        scan->at[scan->n] = (uint32_t)i;
+        i += moe__text_decode(text + i, size - i, &code);
+        scan->classes[scan->n] =
+            code < 128 ? vocab->ascii[code] : moe__text_classify(vocab->runs, code);
+    }
+    scan->at[scan->n] = (uint32_t)size;
+    for (int pass = 0; pass < MOE__PRE_PASSES && vocab->pre->passes[pass]; pass++)
+        moe__text_pass(scan, vocab->pre->passes[pass]);
+    for (size_t i = 0, end; i < scan->n && !status; i = end) {
+        for (end = i + 1; end < scan->n && !(scan->classes[end] & MOE__C_CUT);) end++;
+        status = moe__text_piece(work, text + scan->at[i], scan->at[end] - scan->at[i]);
+    }
+    return status;
+}
+
+/* ---- text to tokens: special tokens ---------------------------------------------------------- */
+
+/* Of `special` and its suffixes (each 1 + index) the longest that is to be recognised, or 0. */
+MOE__INLINE uint32_t moe__text_wanted(const moe_vocab *vocab, uint32_t special, unsigned flags) {
+    while (special && !(flags & MOE_TOKENIZE_PARSE_SPECIAL) &&
+           (vocab->types[vocab->specials[special - 1].id] & MOE__TOKEN_TYPE) != MOE__TOKEN_USER)
+        special = vocab->specials[special - 1].shorter;
+    return special;
+}
+
+/* Finds where special tokens end in the text: for each such place the longest one, as */
+/* index << 32 | place of its last byte. Returns how many; heap = NULL: counts only. */
+MOE__PRIVATE size_t moe__text_spot(const moe_vocab *vocab, const char *text, size_t size,
+                                   unsigned flags, uint64_t *heap) {
+    size_t n = 0;
+    uint32_t state = 0, special;
+    for (size_t i = 0; i < size; i++) {
+        state = moe__text_advance(vocab, state, (unsigned char)text[i]);
+        special = moe__text_wanted(vocab, vocab->states[state].special, flags);
+        if (special && heap) moe__text_push(heap, &n, (uint64_t)(special - 1) << 32 | i);
+        else n += special != 0;
+    }
+    return n;
+}
+
+/* Decides who gets the bytes: longer tokens before shorter, then lower ids before higher, then */
+/* from left to right, as if the text was searched for one token after the other. owner[i] */
+/* becomes 1 + the index of the special token that byte i is in. Tokens placed before are no */
+/* shorter than the one at hand, so they overlap it only if they own its first or last byte. A */
+/* loser leaves its place to the next shorter token that ends there: n D log n for n places and D */
+/* tokens that are suffixes of each other. D <= sqrt(2 * bytes of all special tokens); in real */
+/* vocabularies it is 1 or 2. */
+MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, unsigned flags, uint64_t *heap,
+                                   size_t n, uint32_t *owner) {
+    while (n) {
+        uint64_t key = moe__text_pop(heap, &n);
+        const moe__text_special *special = &vocab->specials[key >> 32];
+        size_t last = (uint32_t)key, first = last + 1 - special->size;
+        if (owner[last]) continue;
+        if (owner[first]) {
+            uint32_t shorter = moe__text_wanted(vocab, special->shorter, flags);
+            if (shorter) moe__text_push(heap, &n, (uint64_t)(shorter - 1) << 32 | last);
+        } else {
+            for (size_t i = first; i <= last; i++) owner[i] = (uint32_t)(key >> 32) + 1;
+        }
+    }
+}
+
+/* Raw parts and special tokens from left to right. owner = NULL: there are no special tokens. */
+MOE__PRIVATE moe_status moe__text_walk(moe__text_work *work, const char *text, size_t size,
+                                       const uint32_t *owner) {
+    moe_status status = MOE_OK;
+    for (size_t i = 0, end; i < size && !status; i = end) {
+        if (owner && owner[i]) {
+            const moe__text_special *special = &work->vocab->specials[owner[i] - 1];
+            moe__text_emit(work, special->id);
+            end = i + special->size;
+        } else {
+            for (end = i; end < size && !(owner && owner[end]);) end++;
+            status = moe__text_raw(work, text + i, end - i);
+        }
+    }
+    return status;
+}
+
+MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, size_t size,
+                                        unsigned flags) {
+    const moe_vocab *vocab = work->vocab;
+    const moe_allocator *allocator = &vocab->allocator;
+    moe__text_scan *scan = &work->scan;
+    scan->classes = (uint32_t *)moe__alloc(allocator, size * sizeof *scan->classes);
+    scan->at = (uint32_t *)moe__alloc(allocator, (size + 1) * sizeof *scan->at);
+    moe_status status = scan->classes && scan->at ? MOE_OK : MOE_ERROR_MEMORY;
+    size_t n = status ? 0 : moe__text_spot(vocab, text, size, flags, NULL);
+    uint64_t *heap = n ? (uint64_t *)moe__alloc(allocator, n * sizeof *heap) : NULL;
+    uint32_t *owner = n ? (uint32_t *)moe__alloc(allocator, size * sizeof *owner) : NULL;
+    if (n && heap && owner) {
+        moe__text_spot(vocab, text, size, flags, heap);
+        moe__text_settle(vocab, flags, heap, n, owner);
+    } else if (n) {
+        status = MOE_ERROR_MEMORY;
+    }
+    moe__free(allocator, heap);
+    if (!status) status = moe__text_walk(work, text, size, owner);
+    moe__free(allocator, owner);
+    moe__free(allocator, scan->classes);
+    moe__free(allocator, scan->at);
+    moe__free(allocator, work->heap);
+    return status;
+}
+
+MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
+                                   unsigned flags, int32_t *tokens, size_t capacity) {
+    const unsigned known = MOE_TOKENIZE_ADD_SPECIAL | MOE_TOKENIZE_PARSE_SPECIAL;
+    if (!vocab || (!text && text_size) || (!tokens && capacity) || (flags & ~known) ||
+        text_size > INT32_MAX)
+        return -(int64_t)MOE_ERROR_ARGUMENT;
+    moe__text_work work;
+    memset(&work, 0, sizeof work);
+    work.vocab = vocab;
+    work.tokens = tokens;
+    work.capacity = capacity;
+    if (flags & MOE_TOKENIZE_ADD_SPECIAL && vocab->add_bos && vocab->bos >= 0)
+        moe__text_emit(&work, (uint32_t)vocab->bos);
+    moe_status status = text_size ? moe__text_split(&work, text, text_size, flags) : MOE_OK;
+    if (flags & MOE_TOKENIZE_ADD_SPECIAL && vocab->add_eos && vocab->eos >= 0)
+        moe__text_emit(&work, (uint32_t)vocab->eos);
+    return status ? -(int64_t)status : (int64_t)work.count;
+}
+#endif /* MOE_INFER_IMPLEMENTATION */
+
+/* ============================================================================================== */
+/* // >>licence                                                                                   */
+/*                                                                                                */
+/* This software is available under two licences: choose whichever you prefer.                    */
+/*                                                                                                */
+/* ALTERNATIVE A - MIT License                                                                    */
+/* Copyright (c) 2026 the authors of moe_infer.h                                                  */
+/* Permission is hereby granted, free of charge, to any person obtaining a copy of this software  */
+/* and associated documentation files (the "Software"), to deal in the Software without           */
+/* restriction, including without limitation the rights to use, copy, modify, merge, publish,     */
+/* distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the  */
+/* Software is furnished to do so, subject to the following conditions:                           */
+/* The above copyright notice and this permission notice shall be included in all copies or       */
+/* substantial portions of the Software.                                                          */
+/* THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING  */
+/* BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND     */
+/* NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,   */
+/* DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, */
+/* OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.        */
+/*                                                                                                */
+/* ALTERNATIVE B - Public Domain (www.unlicense.org)                                              */
+/* This is free and unencumbered software released into the public domain.                        */
+/* Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software,      */
+/* either in source code form or as a compiled binary, for any purpose, commercial or             */
+/* non-commercial, and by any means.                                                              */
+/* In jurisdictions that recognize copyright laws, the author or authors of this software         */
+/* dedicate any and all copyright interest in the software to the public domain. We make this     */
+/* dedication for the benefit of the public at large and to the detriment of our heirs and        */
+/* successors. We intend this dedication to be an overt act of relinquishment in perpetuity of    */
+/* all present and future rights to this software under copyright law.                            */
+/* THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING  */
+/* BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND     */
+/* NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER       */
+/* LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN     */
+/* CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.                     */
+/* ============================================================================================== */

@@ -1,0 +1,180 @@
+#!/bin/bash
+# moe-bench from outside: the table, the JSON lines, every flag, mistakes and exit codes. Run from
+# the repository root; the build folder is the argument. Ends with "N passed, N failed".
+set -u
+export LC_ALL=C
+build=${1:-build}
+bench=$build/moe-bench
+dir=$build/tests/bench
+rm -rf "$dir"
+mkdir -p "$dir"
+passed=0 failed=0
+
+run() {
+    "$bench" "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    code=$?
+}
+check() {
+    local name=$1
+    shift
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED: $name (exit code $code)"
+        head -n 8 "$dir/out" "$dir/err" | sed 's/^/    /'
+    fi
+}
+exits() { [ "$code" -eq "$1" ]; }
+shows() { exits 0 && grep -qe "$1" "$dir/out"; }
+# rows REGEX N: so many lines of the output match
+rows() { exits 0 && [ "$(grep -ce "$1" "$dir/out")" -eq "$2" ]; }
+fails() { exits 1 && grep -qe "$1" "$dir/err"; }
+refuses() { exits 2 && [ ! -s "$dir/out" ] && grep -qe "$1" "$dir/err"; }
+# the tests of the output in order, with their threads: "pp4/1 tg3/1"
+tests() { awk -F'|' '/± / { gsub(/ /, ""); printf "%s%s/%s", s, $(NF - 2), $6; s = " " }' "$dir/out"; }
+runs() { exits 0 && [ "$(tests)" = "$1" ]; }
+field() { grep -oE "\"$1\": [^,}]*" "$dir/out" | head -n 1 | sed 's/^[^:]*: //'; }
+
+model=$dir/tiny.gguf
+ids=$dir/ids.gguf
+code=0
+"$build/moe-synth" qwen3moe_tiny "$model" >"$dir/err" 2>&1 &&
+    "$build/moe-synth" micro_mla "$ids" --no-tokenizer >>"$dir/err" 2>&1 || {
+    echo "cannot write a model"
+    cat "$dir/err"
+    echo "0 passed, 1 failed"
+    exit 1
+}
+
+# ---- the table -----------------------------------------------------------------------------------
+
+run -m "$model" -p 8 -n 4 -r 2 -t 1
+title='^| model                          |       size |     params | backend    | threads |'
+title="$title            test |                  t/s |\$"
+line='^| -* | -*: | -*: | -* | -*: | -*: | -*: |$'
+check "the table's header" test "$(sed -n 1p "$dir/out" | grep -ce "$title")" = 1
+check "the line below" test "$(sed -n 2p "$dir/out" | grep -ce "$line")" = 1
+check "two tests" runs "pp8/1 tg4/1"
+check "mean and deviation" rows ' | *[0-9]*\.[0-9][0-9] ± [0-9]*\.[0-9][0-9] |$' 2
+check "columns are aligned" test \
+    "$(LC_ALL=C.UTF-8 awk '/^\|/ { gsub(/±/, "+"); print length }' "$dir/out" | sort -u | wc -l)" = 1
+check "name of the model" rows '^| qwen3moe [0-9.]*[MB] F32  *|  *[0-9.]* [MG]iB |  *[0-9.]* [MB] | CPU' 2
+check "the build" shows '^build: moe_infer [0-9.]* ('
+check "nothing on standard error without a terminal" test ! -s "$dir/err"
+run --model "$model" --n-prompt 4,5 --n-gen 2,3 --threads 1,2 --repetitions 1
+check "lists are multiplied" runs "pp4/1 pp5/1 tg2/1 tg3/1 pp4/2 pp5/2 tg2/2 tg3/2"
+run -m "$model,$ids" -p 4 -n 2 -r 1 -t 1
+check "a list of models" runs "pp4/1 tg2/1 pp4/1 tg2/1"
+check "the second model" shows '^| deepseek2 '
+run -m "$model" -p 0 -n 2 -r 1 -t 1
+check "-p 0 leaves prompts out" runs "tg2/1"
+run -m "$model" -p 3 -n 0 -r 1 -t 1
+check "-n 0 leaves generation out" runs "pp3/1"
+run -m "$model" -r 1 -t 2
+check "defaults" runs "pp512/2 tg128/2"
+run -m "$model" -p 4 -n 0 -r 1 -t -1
+check "-t -1" rows '± ' 1
+run -m "$model" -p 4 -n 0 -r 1 --isa scalar,avx2
+check "--isa" rows '| scalar  ' 1
+check "--isa: a row each" rows '± ' 2
+run -m "$model" -p 4 -n 0 -r 1 --schedule sequential
+check "--schedule" rows '| sequential |' 1
+run -m "$model" -p 40 -n 0 -r 1 -b 16
+check "-b" rows '|      16 |' 1
+run -m "$model" -p 40 -n 0 -r 1 --batch-size 16
+check "--batch-size" rows '|      16 |' 1
+run -m "$model" -p 4 -n 0 -r 1 -ctk f32
+check "-ctk" rows '|    f32 |' 1
+run -m "$model" -p 4 -n 0 -r 1 --cache-type-k f16
+check "--cache-type-k" rows '|    f16 |' 1
+run -m "$model" -p 4 -n 2 -r 1 --no-warmup
+check "--no-warmup" rows '± 0.00' 2
+run -m "$model" -p 4 -n 2 -r 1 -o md
+check "-o md" rows '± 0.00' 2
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+run -m "$model" -p 8 -n 4 -r 3 -t 2 -o json
+check "an object per line" rows '^{.*}$' 2
+check "and nothing else" test "$(wc -l <"$dir/out")" = 2
+check "test" shows '"test": "tg4"'
+check "n_prompt and n_gen" rows '"n_prompt": 8, "n_gen": 0,\|"n_prompt": 0, "n_gen": 4,' 2
+check "n_threads" rows '"n_threads": 2,' 2
+check "samples_ts" rows '"samples_ts": \[[0-9.]*, [0-9.]*, [0-9.]*\]' 2
+check "gbps of generation" rows '"gbps": [0-9.]*, ' 1
+check "no gbps of prompts" rows '"gbps": null, ' 1
+for key in model_filename model_type model_size n_params isa schedule backend avg_ts stddev_ts \
+    avg_ns stddev_ns test_time engine version n_batch type_k n_barriers bytes_token; do
+    check "$key" rows "\"$key\": [^,}]" 2
+done
+samples=$(sed -n '1s/.*"samples_ts": \[\([^]]*\)\].*/\1/p' "$dir/out")
+check "avg_ts and stddev_ts are those of the samples" awk -v samples="$samples" \
+    -v mean="$(field avg_ts)" -v deviation="$(field stddev_ts)" 'BEGIN {
+        n = split(samples, x, ", ")
+        for (i = 1; i <= n; i++) sum += x[i]
+        for (i = 1; i <= n; i++) squares += (x[i] - sum / n) ^ 2
+        d = sqrt(squares / (n - 1))
+        exit !((sum / n - mean) ^ 2 <= (1e-4 * mean) ^ 2 &&
+               (d - deviation) ^ 2 <= (1e-3 * mean) ^ 2 && mean > 0)
+    }'
+if command -v python3 >/dev/null; then
+    check "JSON that others can read" python3 -c '
+import json, sys
+for line in open(sys.argv[1]):
+    assert json.loads(line)["avg_ts"] > 0' "$dir/out"
+fi
+cp "$model" "$dir/odd\"\\ name.gguf"
+run -m "$dir/odd\"\\ name.gguf" -p 2 -n 0 -r 1 --output json
+check "quotes in file names" shows 'odd\\"\\\\ name.gguf", '
+
+# ---- help, mistakes ------------------------------------------------------------------------------
+
+for flag in -h --help; do
+    run $flag
+    check "$flag" shows '^usage: '
+done
+tested=$(sed 's/^ *#.*//' "$0")
+missing=
+for name in $(sed -n 's/^  \(-.*\)/\1/p' "$dir/out" | sed 's/  .*//' | tr ', ' '\n\n' |
+              grep '^-'); do
+    grep -qe "[^a-z-]$name[^a-z-]" <<<"$tested" || missing="$missing $name"
+done
+check "every flag of the help is tested here; missing:$missing" test -z "$missing"
+run --version
+check "--version" shows '^moe-bench (moe_infer '
+run
+check "no model" refuses 'no model'
+run -m "$model" -x
+check "an unknown flag" refuses "'-x'"
+run -m
+check "a missing value" refuses '-m needs a value'
+for value in 1x '' , 1, ,1 1,,2 1.5 -2 99999999999 '1 2' 0x10; do
+    run -m "$model" -p "$value"
+    check "-p '$value'" refuses "-p: '"
+done
+run -m "$model" -r 0
+check "-r 0" refuses "'0'"
+run -m "$model" -o xml
+check "-o xml" refuses "'xml' is not one of"
+run -m "$model" --isa scalar,mmx
+check "--isa scalar,mmx" refuses "'mmx' is not one of"
+run -m "$model" -p 0 -n 0
+check "nothing to do" refuses 'nothing to time'
+run -m "$dir/none.gguf"
+check "no such model" fails 'none.gguf'
+run -m "$0"
+check "not a GGUF" fails "$0"
+run -m "$model" -p 4 -n 0 -r 1 --schedule balanced
+case $code in
+    0) check "--schedule balanced" rows '| balanced   |' 1 ;;
+    *) check "--schedule balanced is refused by name" fails schedule ;;
+esac
+if [ -w /dev/full ]; then
+    "$bench" -m "$model" -p 2 -n 0 -r 1 >/dev/full 2>"$dir/err"
+    code=$?
+    check "nowhere to write" fails 'cannot write'
+fi
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]

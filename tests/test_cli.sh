@@ -1,0 +1,392 @@
+#!/bin/bash
+# moe-cli from outside: every flag, every kind of mistake, exit codes, and that standard output
+# carries the text alone. Run from the repository root; the build folder is the argument.
+# Ends with "N passed, N failed".
+set -u
+export LC_ALL=C
+build=${1:-build}
+cli=$build/moe-cli
+dir=$build/tests/cli
+rm -rf "$dir"
+mkdir -p "$dir"
+passed=0 failed=0 skipped=0
+
+# ---- tools of the test ---------------------------------------------------------------------------
+
+# run ARGUMENT...: standard output and error go to files, the exit code to $code
+run() {
+    "$cli" "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    code=$?
+}
+# gen ARGUMENT...: generates with the tiny model
+gen() { run -m "$model" -p "$prompt" "$@"; }
+
+# check NAME COMMAND...: the command must succeed
+check() {
+    local name=$1
+    shift
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED: $name (exit code $code)"
+        sed 's/^/    stderr: /' "$dir/err" | head -n 5
+    fi
+}
+skip() { skipped=$((skipped + 1)); echo "skipped: $*"; }
+exits() { [ "$code" -eq "$1" ]; }
+says() { exits 0 && grep -qe "$1" "$dir/err"; }       # on standard error, after success
+shows() { exits 0 && grep -aqe "$1" "$dir/out"; }      # on standard output
+fails() { exits 1 && [ ! -s "$dir/out" ] && grep -qe "$1" "$dir/err"; }
+refuses() { exits 2 && [ ! -s "$dir/out" ] && grep -qe "$1" "$dir/err"; }
+keep() { cp "$dir/out" "$dir/$1"; }
+same() { exits 0 && cmp -s "$dir/out" "$dir/$1"; }    # the same text as the one kept
+differs() { exits 0 && ! cmp -s "$dir/out" "$dir/$1"; }
+n_tokens() { sed -n "s/^$1 .* \([0-9]*\) tokens.*/\1/p" "$dir/err"; }
+generated() { exits 0 && [ "$(n_tokens generation)" = "$1" ]; }
+prompted() { exits 0 && [ "$(n_tokens prompt)" = "$1" ]; }
+
+model=$dir/tiny.gguf
+prompt="Once upon a time"
+code=0
+for m in "qwen3moe_tiny $model" "micro_mla $dir/mla.gguf" "micro $dir/micro.gguf" \
+    "micro $dir/ids.gguf --no-tokenizer"; do
+    # shellcheck disable=SC2086
+    "$build/moe-synth" $m >"$dir/err" 2>&1 || {
+        echo "cannot write a model: moe-synth $m"
+        cat "$dir/err"
+        echo "0 passed, 1 failed"
+        exit 1
+    }
+done
+
+# ---- text and nothing else -----------------------------------------------------------------------
+
+gen -n 20 --temp 0
+keep greedy
+check "generates" generated 20
+check "generates text" test -s "$dir/out"
+check "timing of loading" says '^load  *[0-9.]* s$'
+check "timing of the prompt" says '^prompt  *[0-9.]* s, .* t/s$'
+check "timing of generation" says '^generation .* t/s, [0-9.]* GB/s of weights read'
+check "no progress bar without a terminal" test -z "$(grep -n $'\r' "$dir/err")"
+check "standard output has the text alone" test -z "$(grep -E 't/s|moe-cli|load ' "$dir/out")"
+run -m "$model" -p "$prompt" -n 100 --temp 0
+keep long
+"$build/minimal" "$model" "$prompt" >"$dir/minimal" 2>"$dir/minimal.err"
+check "the same bytes as the library gives to examples/minimal.c" same minimal
+check "a longer text goes on as the shorter one" \
+    cmp -s -n "$(wc -c <"$dir/greedy")" "$dir/greedy" "$dir/long"
+run -m "$dir/mla.gguf" -p "$prompt" -n 5
+check "deepseek2" generated 5
+
+# ---- model and prompt ----------------------------------------------------------------------------
+
+run --model "$model" --prompt "$prompt" --predict 20 --temp 0
+check "--model --prompt --predict" same greedy
+gen --n-predict 20 --temp 0
+check "--n-predict" same greedy
+printf '%s\n' "$prompt" >"$dir/prompt.txt"
+"$cli" -m "$model" -p - -n 20 --temp 0 <"$dir/prompt.txt" >"$dir/out" 2>"$dir/err"
+code=$?
+check "-p - reads standard input" same greedy
+run -m "$model" -f "$dir/prompt.txt" -n 20 --temp 0
+check "-f" same greedy
+run -m "$model" --file "$dir/prompt.txt" -n 20 --temp 0
+check "--file" same greedy
+gen -n 0
+check "-n 0 evaluates the prompt alone" generated 0
+check "-n 0 writes nothing" test ! -s "$dir/out"
+gen -n -1 -c 64 --ignore-eos
+check "-n -1 goes on until the context is full" says 'the context is full'
+run -m "$model" -p 'a\nb' -n 5 --temp 0
+keep escaped
+run -m "$model" -p $'a\nb' -n 5 --temp 0
+check "\\n is a newline" same escaped
+run -m "$model" -e -p 'a\nb' -n 5 --temp 0
+check "-e" same escaped
+run -m "$model" --escape -p 'a\x0ab' -n 5 --temp 0
+check "--escape, \\x0a" same escaped
+run -m "$model" -p '\n\n\n' -n 0
+check "three newlines" prompted 3
+run -m "$model" --no-escape -p '\n\n\n' -n 0
+check "--no-escape" prompted 6
+run -m "$model" -p '<|end|>' -n 1
+check "control tokens in the prompt" prompted 1
+run -m "$model" -p '' -n 1
+check "an empty prompt begins with the BOS token" prompted 1
+head -c 5000 "$build/moe-synth" >"$dir/binary"
+run -m "$model" -f "$dir/binary" -c 8192 -n 2
+check "any bytes are a prompt" generated 2
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+gen -n 20 -s 7
+keep seven
+gen -n 20 --seed 7
+check "the same seed, the same text" same seven
+gen -n 20 -s 8
+check "another seed, another text" differs seven
+gen -n 20 -s 18446744073709551614
+check "the largest seed" says 'seed 18446744073709551614$'
+gen -n 20 -s -1
+keep random
+sleep 0.01
+gen -n 20
+check "a seed from the clock" differs random
+gen -n 20 --temp 0 -s 8
+check "--temp 0 does not care for the seed" same greedy
+gen -n 20 --temp 50 -s 7
+check "--temp" differs seven
+gen -n 20 --top-k 1 -s 8
+check "--top-k 1 is greedy" same greedy
+gen -n 20 --top-k 0 -s 7 --temp 3 --min-p 0 --top-p 1
+keep all
+gen -n 20 --top-k 2 -s 7 --temp 3 --min-p 0 --top-p 1
+check "--top-k 2" differs all
+gen -n 20 --top-p 0 -s 8
+check "--top-p 0 is greedy" same greedy
+gen -n 20 --top-p 0.3 --top-k 0 -s 7 --temp 3 --min-p 0
+check "--top-p" differs all
+gen -n 20 --min-p 1 -s 8
+check "--min-p 1 is greedy" same greedy
+gen -n 100 --temp 0 --repeat-penalty 1000
+check "--repeat-penalty" differs long
+gen -n 100 --temp 0 --repeat-penalty 1000 --repeat-last-n 0
+check "--repeat-last-n 0 switches it off" same long
+gen -n 100 --temp 0 --repeat-penalty 1000
+keep penalty
+gen -n 100 --temp 0 --repeat-penalty 1000 --repeat-last-n -1
+check "--repeat-last-n -1 is the whole context" differs penalty
+# All 264 tokens are about equally likely.
+wild() {
+    run -m "$dir/micro.gguf" -p x -t 1 --temp 100000 --top-k 0 --top-p 1 --min-p 0 -s 3 -n 2500 "$@"
+}
+wild
+check "ends where the model ends" says 'the model ended'
+wild --ignore-eos
+check "--ignore-eos" generated 2500
+check "control tokens are not text" test -z "$(grep -a -e '<|[a-z]*|>' "$dir/out")"
+wild --ignore-eos --special
+check "--special" shows '<|pad|>'
+wild --ignore-eos -sp
+check "-sp" shows '<|pad|>'
+check "text is UTF-8" iconv -f UTF-8 -t UTF-8 -o /dev/null "$dir/out"
+
+# ---- running -------------------------------------------------------------------------------------
+
+gen -n 5 -c 40
+check "-c" says 'context 40,'
+gen -n 5 --ctx-size 40
+check "--ctx-size" says 'context 40,'
+gen -n 5
+check "default context" says 'context 4096,'
+gen -n 5 -c 0
+check "-c 0: the model's own" says 'context 32768,'
+gen -n 5 -c 40000
+check "a context longer than trained" says 'warning.* 32768 '
+gen -n 1 -c 8
+check "a prompt that does not fit" fails 'holds 8 '
+gen -n 20 --temp 0 -t 1
+check "-t 1" says ', 1 threads,'
+check "-t 1: the same text" same greedy
+gen -n 20 --temp 0 --threads 3
+check "--threads" says ', 3 threads,'
+check "--threads 3: the same text" same greedy
+gen -n 5 -t 1 -tb 2
+check "-tb" says '1 threads (prompt 2)'
+gen -n 5 -t 2 --threads-batch 1
+check "--threads-batch" says '2 threads (prompt 1)'
+gen -n 5 -t -1
+check "-t -1" generated 5
+run -m "$model" --info -b 7
+check "-b" shows ', 7 at once'
+gen -n 5 --batch-size 2
+check "--batch-size" generated 5
+run -m "$model" --info -c 1000
+f16=$(sed -n 's/^  keys and values  *\([0-9]*\).*/\1/p' "$dir/out")
+run -m "$model" --info -c 1000 -ctk f32
+f32=$(sed -n 's/^  keys and values  *\([0-9]*\).*/\1/p' "$dir/out")
+check "-ctk f32 takes twice the memory" test "${f32:-1}" -gt "$((${f16:-1} * 3 / 2))"
+gen -n 5 --cache-type-k f32
+check "--cache-type-k f32" generated 5
+gen -n 5 -ctk q8_0
+case $code in
+    0) check "-ctk q8_0" generated 5 ;;
+    *) check "-ctk q8_0 is refused by name" fails 'kv_type' ;;
+esac
+gen -n 20 --temp 0 --no-mmap
+check "--no-mmap: the same text" same greedy
+run -m "$model" --info --no-mmap
+check "--no-mmap" shows '(in memory)'
+for isa in scalar avx2 avx512 avx-vnni best; do
+    gen -n 5 --isa $isa
+    check "--isa $isa" generated 5
+done
+gen -n 1 --isa scalar
+check "--isa scalar says so" says ', scalar,'
+gen -n 20 --temp 0 --schedule sequential
+check "--schedule sequential" same greedy
+check "--schedule sequential says so" says ', sequential,'
+for schedule in parallel balanced; do
+    gen -n 20 --temp 0 --schedule $schedule
+    case $code in
+        0) check "--schedule $schedule: the same text" same greedy ;;
+        *) check "--schedule $schedule is refused by name" fails 'schedule' ;;
+    esac
+done
+
+# ---- instead of generating -----------------------------------------------------------------------
+
+for flag in --help -h; do
+    run $flag
+    check "$flag" shows '^usage: '
+done
+tested=$(sed 's/^ *#.*//' "$0")
+missing=
+for name in $(sed -n 's/^  \(-.*\)/\1/p' "$dir/out" | sed 's/  .*//' | tr ', ' '\n\n' |
+              grep '^-'); do
+    grep -qe "[^a-z-]$name[^a-z-]" <<<"$tested" || missing="$missing $name"
+done
+check "every flag of the help is tested here; missing:$missing" test -z "$missing"
+run --version
+check "--version" shows '^moe-cli (moe_infer [0-9]*\.[0-9]*\.[0-9]*)'
+run -m "$model" --info
+check "--info" shows '^  general.architecture  *"qwen3moe"$'
+check "--info: tensors by type" shows '^  F32  *[0-9]*  *[0-9]*  '
+check "--info: parameters" shows '^  parameters  *[0-9]'
+check "--info: memory" shows '^  together  *[0-9]'
+check "--info: bytes of tensors add up" test "$(awk '/^  F32 /{print $3}' "$dir/out")" = \
+    "$(awk '/^  weights /{print $2; exit}' "$dir/out")"
+run -m "$dir/ids.gguf" --info
+check "--info without a vocabulary" shows '^  together'
+
+# ---- wrong usage: 2 ------------------------------------------------------------------------------
+
+run
+check "no arguments" refuses '-m'
+run -p x
+check "no model" refuses 'no model'
+run -m "$model"
+check "no prompt" refuses 'no prompt'
+run -m "$model" -p x -f "$dir/prompt.txt"
+check "-p and -f" refuses 'not both'
+gen --frobnicate
+check "an unknown flag is named" refuses "'--frobnicate'"
+gen -N 5
+check "flags have one case" refuses "'-N'"
+gen --temp=1
+check "--flag=value" refuses "'--temp=1'"
+gen word
+check "a stray argument is named" refuses "'word'"
+for flag in -m --model -p --prompt -f --file -n --predict --n-predict -s --seed --temp --top-k \
+    --top-p --min-p --repeat-penalty --repeat-last-n -c --ctx-size -b --batch-size -t --threads \
+    -tb --threads-batch -ctk --cache-type-k --schedule --isa; do
+    gen $flag
+    check "$flag without a value" refuses "$flag needs a value"
+done
+for flag in -n --predict -c -b -t -tb --top-k --repeat-last-n -s; do
+    for value in 12x x '' ' 5' '5 ' 1.5 0x10 1e3 99999999999999999999 -99999999999999999999 -- -2; do
+        gen $flag "$value"
+        check "$flag '$value'" refuses "$flag: '$value' is not"
+    done
+done
+for flag in --temp --top-p --min-p --repeat-penalty; do
+    for value in 0.5x x '' ' 1' '1 ' nan NAN inf -inf 1e999 0x1p3 1,5 . - -1; do
+        gen $flag "$value"
+        check "$flag '$value'" refuses "$flag: '$value' is not"
+    done
+done
+gen -t 5000
+check "too many threads" refuses "'5000'"
+gen -b 0
+check "-b 0" refuses "'0'"
+gen --top-p 1.5
+check "--top-p 1.5" refuses "'1.5'"
+gen --repeat-penalty 0
+check "--repeat-penalty 0" refuses "'0'"
+gen -n 1 --temp 1e-40
+check "a tiny number is a number" generated 1
+for flag in -ctk --schedule --isa; do
+    gen $flag nonsense
+    check "$flag nonsense" refuses "$flag: 'nonsense' is not one of"
+    gen $flag ''
+    check "$flag ''" refuses "$flag: '' is not one of"
+done
+
+# ---- errors: 1 -----------------------------------------------------------------------------------
+
+run -m "$dir/no_such_model.gguf" -p x
+check "no such model" fails 'no_such_model.gguf'
+run -m "$dir" -p x
+check "a folder as model" fails "$dir"
+run -m "$0" -p x
+check "not a GGUF" fails "$0"
+run -m "$0" --info
+check "--info: not a GGUF" fails "$0"
+head -c 3000 "$model" >"$dir/cut.gguf"
+run -m "$dir/cut.gguf" -p x
+check "a truncated model" fails 'cut.gguf'
+run -m "$dir/no_such_model.gguf" --info
+check "--info: no such model" fails 'no_such_model.gguf'
+run -m "$model" -f "$dir/no_such_prompt.txt"
+check "no such prompt" fails 'no_such_prompt.txt: No such file'
+run -m "$model" -f "$dir"
+check "a folder as prompt" fails "$dir: Is a directory"
+run -m "$dir/ids.gguf" -p x
+check "a model without a vocabulary" fails 'no vocabulary'
+if [ -w /dev/full ]; then
+    "$cli" -m "$model" -p x -n 5 >/dev/full 2>"$dir/err"
+    code=$?
+    : >"$dir/out"
+    check "nowhere to write" fails 'cannot write'
+fi
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+
+# wait_for FILE: until there is something in it
+wait_for() {
+    for _ in $(seq 200); do
+        [ -s "$1" ] && return
+        sleep 0.05
+    done
+}
+"$cli" -m "$model" -p x -n -1 -c 1000000 --ignore-eos >"$dir/out" 2>"$dir/err" &
+wait_for "$dir/out"
+kill -INT $!
+wait $!
+code=$?
+check "Ctrl-C ends with 130" exits 130
+check "Ctrl-C: the summary says so" grep -q '^generation .*interrupted' "$dir/err"
+check "Ctrl-C: the text is there" test -s "$dir/out"
+
+# A full pipe holds the program up in its first write: the second Ctrl-C must end it.
+mkfifo "$dir/pipe"
+exec 3<>"$dir/pipe"
+head -c 65536 /dev/zero >&3
+"$cli" -m "$model" -p x -n 1000 --ignore-eos >&3 2>"$dir/err" &
+wait_for "$dir/err"
+sleep 0.3
+kill -INT $!
+sleep 0.3
+check "the first Ctrl-C waits for the reader" kill -0 $!
+kill -INT $!
+wait $! 2>/dev/null
+code=$?
+check "the second Ctrl-C quits" exits 130
+exec 3>&-
+
+# ---- a terminal ----------------------------------------------------------------------------------
+
+if command -v script >/dev/null && script --version 2>/dev/null | grep -q util-linux; then
+    script -qec "$cli -m $model -p x -n 3 --no-mmap" /dev/null >"$dir/out" 2>&1 </dev/null
+    code=$?
+    check "a progress bar on a terminal" shows $'\rloading \[####'
+else
+    skip "a progress bar on a terminal: no script(1)"
+fi
+
+line="$passed passed, $failed failed"
+if [ "$skipped" -gt 0 ]; then line="$line, $skipped skipped"; fi
+echo "$line"
+[ "$failed" -eq 0 ]

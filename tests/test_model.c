@@ -1,0 +1,799 @@
+/* The whole model: logits of small generated models against the naive pass, and of the reference
+ * models against llama.cpp's (../shared/golden). The figures are printed. */
+#define MOE_INFER_IMPLEMENTATION
+#include "../moe_infer.h"
+#include "models.h"
+#include "naive.h"
+
+/* How close is close enough. KV F32 leaves nothing but the rounding of floats. KV F16 rounds what
+ * is cached to 11 bits; a naive pass that does the same is close again. Inputs of quantized
+ * matrices are rounded to 8 bits, a relative error of about 0.5 % per product: over a few layers
+ * an NMSE of 1e-4 to 1e-3, and as logits have a variance of about 1, a KL divergence of half of
+ * that (llama.cpp has 1.3e-4 on models of the shape qwen3moe_quant and 1.0e-3 on dsv3_quant, whose
+ * experts count 2.5 times as much). */
+static const double limit_f32 = 1e-8, limit_f16 = 1e-5, limit_long = 1e-6, limit_family = 1e-6;
+static const double limit_rounded = 1e-7;
+
+typedef enum measure { NMSE, MEDIAN_KL, MEDIAN_NMSE } measure;
+
+/* One demand on the logits of sessions with one type of cache. */
+typedef struct demand {
+    const char *name;
+    moe_kv_type kv_type;
+    double *expected; /* the last n_expected rows of logits */
+    measure by;
+    double limit;
+} demand;
+
+/* A model, what it evaluates, and what must come out. */
+typedef struct subject {
+    const char *label;
+    const moe_gguf *gguf;
+    const moe_model *model;
+    int32_t *tokens;
+    int n, n_vocab, n_expected, n_threads;
+    demand demands[4];
+    int n_demands;
+} subject;
+
+static void subject_demand(subject *s, const char *name, moe_kv_type kv_type, double *expected,
+                           measure by, double limit) {
+    demand *d = &s->demands[s->n_demands++];
+    d->name = name;
+    d->kv_type = kv_type;
+    d->expected = expected;
+    d->by = by;
+    d->limit = limit;
+}
+
+static double subject_measure(const subject *s, const float *logits, const demand *d) {
+    const float *x = logits + (size_t)(s->n - s->n_expected) * (size_t)s->n_vocab;
+    if (d->by == NMSE)
+        return models_nmse(x, d->expected, (size_t)s->n_expected * (size_t)s->n_vocab);
+    return models_median_row(x, d->expected, s->n_expected, s->n_vocab, d->by == MEDIAN_KL);
+}
+
+/* Whole, token by token, in odd pieces, and whole in small batches: worst[demand] becomes the worst */
+/* of the four. */
+static void check_pieces(const subject *s, moe_isa isa, moe_kv_type kv_type, double *worst) {
+    static const int steps[4] = {MODELS_WHOLE, 1, MODELS_ODD, MODELS_WHOLE};
+    static const char *const names[4] = {"whole", "token by token", "in pieces", "n_batch 7"};
+    for (int i = 0; i < 4; i++) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.isa = isa;
+        o.kv_type = kv_type;
+        o.n_threads = s->n_threads;
+        if (i == 3) o.n_batch = 7;
+        float *logits = models_run(s->model, &o, s->tokens, s->n, steps[i]);
+        CHECKF(logits != NULL, "%s %s", s->label, names[i]);
+        for (int d = 0; d < s->n_demands; d++) {
+            const demand *wanted = &s->demands[d];
+            if (wanted->kv_type != kv_type) continue;
+            double result = logits ? subject_measure(s, logits, wanted) : INFINITY;
+            CHECKF(result <= wanted->limit, "%s, %s, %s %s: %g > %g", s->label, wanted->name,
+                   moe_isa_name(isa), names[i], result, wanted->limit);
+            worst[d] = fmax(worst[d], result);
+        }
+        free(logits);
+    }
+}
+
+static void check_demands(const subject *s) {
+    static const char *const measures[3] = {"NMSE", "median KL", "median NMSE"};
+    double worst[4][3] = {{0}};
+    for (int i = 0; i < 3; i++) {
+        static const moe_kv_type kv_types[2] = {MOE_KV_F32, MOE_KV_F16};
+        for (int k = 0; k < 2 && models_has_isa(models_isas[i]); k++) {
+            double one[4] = {0, 0, 0, 0};
+            int wanted = 0;
+            for (int d = 0; d < s->n_demands; d++) wanted |= s->demands[d].kv_type == kv_types[k];
+            if (wanted) check_pieces(s, models_isas[i], kv_types[k], one);
+            for (int d = 0; d < s->n_demands; d++) worst[d][i] = fmax(worst[d][i], one[d]);
+        }
+    }
+    for (int d = 0; d < s->n_demands; d++) {
+        printf("  %-24s kv %s, %s, %s:", s->label, s->demands[d].kv_type == MOE_KV_F32 ? "f32" : "f16",
+               s->demands[d].name, measures[s->demands[d].by]);
+        for (int i = 0; i < 3; i++)
+            if (models_has_isa(models_isas[i]))
+                printf(" %s %.1e", moe_isa_name(models_isas[i]), worst[d][i]);
+        puts("");
+    }
+}
+
+/* The naive pass with some roundings; NULL (a failure) if the file lacks something. */
+static double *subject_naive(const subject *s, int kv_f16, int activations_int8) {
+    naive_options options;
+    int n_vocab;
+    options.kv_f16 = kv_f16;
+    options.activations_int8 = activations_int8;
+    double *logits = naive_logits(s->gguf, s->tokens, s->n, &options, &n_vocab);
+    CHECKF(logits != NULL && n_vocab == s->n_vocab, "%s", s->label);
+    return logits;
+}
+
+static double doubles_nmse(const double *x, const double *r, size_t n) {
+    double off = 0, all = 0;
+    for (size_t i = 0; i < n; i++) {
+        off += (x[i] - r[i]) * (x[i] - r[i]);
+        all += r[i] * r[i];
+    }
+    return off / all;
+}
+
+/* What a cache in half precision must give: the naive pass with the same rounding to within */
+/* limit_rounded, and the truth to within limit_f16. Where two experts are so nearly tied that */
+/* the rounding swaps them (dsv2 of the reference models), the naive pass itself is further off the */
+/* truth than that, and the engine may be as far. */
+static void subject_demand_f16(subject *s, double *truth) {
+    double *rounded = subject_naive(s, 1, 0), limit = limit_f16;
+    if (!rounded) return;
+    double off = doubles_nmse(rounded, truth, (size_t)s->n * (size_t)s->n_vocab);
+    if (off > limit / 2) {
+        printf("  %-24s the naive pass with a rounded cache is %.1e off\n", s->label, off);
+        limit = 2 * off;
+    }
+    subject_demand(s, "truth", MOE_KV_F16, truth, NMSE, limit);
+    subject_demand(s, "naive with f16", MOE_KV_F16, rounded, NMSE,
+                   off > limit_f16 / 2 ? limit_f16 : limit_rounded);
+}
+
+/* ---- generated models ------------------------------------------------------------------------ */
+
+/* Shapes that are small enough and of a family that can be run. */
+static int is_small(const synth_config *c) {
+    return c->n_embd <= 256 && (!strcmp(c->arch, "qwen3moe") || !strcmp(c->arch, "deepseek2"));
+}
+
+/* A model from a file and n tokens; 0 (a failure) if it cannot be opened. */
+static int subject_open(subject *s, const char *path, int n) {
+    memset(s, 0, sizeof *s);
+    s->label = strrchr(path, '/') + 1;
+    s->model = models_open(path);
+    s->tokens = (int32_t *)malloc(sizeof(int32_t) * (size_t)n);
+    CHECKF(s->model && s->tokens, "%s", path);
+    if (!s->model || !s->tokens) return 0;
+    s->gguf = moe_model_gguf(s->model);
+    s->n_vocab = moe_model_get_info(s->model)->n_vocab;
+    models_tokens(s->tokens, n, s->n_vocab, 7);
+    s->n = s->n_expected = n;
+    s->n_threads = 1;
+    return 1;
+}
+static void subject_close(subject *s) {
+    for (int i = 0; i < s->n_demands; i++) {
+        double *expected = s->demands[i].expected;
+        for (int k = i; k < s->n_demands; k++) /* two demands may share it */
+            if (s->demands[k].expected == expected) s->demands[k].expected = NULL;
+        free(expected);
+    }
+    free(s->tokens);
+    moe_model_close((moe_model *)(uintptr_t)s->model);
+}
+
+/* A model with weights in floats: exact but for rounding. */
+static void check_float(const char *path, int n, int with_f16) {
+    subject s;
+    if (subject_open(&s, path, n)) {
+        double *truth = subject_naive(&s, 0, 0);
+        if (truth) {
+            subject_demand(&s, "truth", MOE_KV_F32, truth, NMSE, limit_f32);
+            if (with_f16) subject_demand_f16(&s, truth);
+            check_demands(&s);
+        }
+    }
+    subject_close(&s);
+}
+
+/* A model with quantized weights: near the truth. */
+static void check_quantized(const char *config, const char *type, int kvb, int n, double limit_kl) {
+    synth_options o;
+    subject s;
+    memset(&o, 0, sizeof o);
+    o.type = type;
+    o.kvb = kvb;
+    if (subject_open(&s, models_write(config, &o), n)) {
+        double *truth = subject_naive(&s, 0, 0);
+        if (truth) {
+            subject_demand(&s, "truth", MOE_KV_F32, truth, MEDIAN_KL, limit_kl);
+            subject_demand(&s, "truth", MOE_KV_F16, truth, MEDIAN_KL, limit_kl);
+            check_demands(&s);
+        }
+    }
+    subject_close(&s);
+}
+
+/* Every feature in F32: routing, shared experts, leading dense layers, YaRN, head sizes, ... */
+TEST(small_f32) {
+    for (int i = 0; i < SYNTH_N_CONFIGS; i++)
+        if (is_small(&synth_configs[i]))
+            check_float(models_simple(synth_configs[i].name, "f32"), 150, 1);
+}
+
+TEST(small_f16) {
+    for (int i = 0; i < SYNTH_N_CONFIGS; i++)
+        if (is_small(&synth_configs[i]))
+            check_float(models_simple(synth_configs[i].name, i % 2 ? "f16" : "bf16"), 40, 0);
+}
+
+/* Every quantized type and mix. Rows that do not fit a type's blocks are of another one, so that */
+/* types meet in one model. */
+TEST(small_quantized) {
+    static const char *const configs[] = {"qwen3moe_quant", "dsv3_quant", "dsv2_ragged"};
+    static const char *const types[] = {"q4_0", "q8_0", "q4_K", "q5_K", "q6_K", "q4_K_M",
+                                        "q5_K_M"};
+    for (int c = 0; c < 3; c++)
+        for (int t = 0; t < 7; t++)
+            check_quantized(configs[c], types[t], c == 1 ? SYNTH_KVB_SPLIT : SYNTH_KVB_FUSED, 40,
+                            c == 1 ? 1.5e-3 : 2e-4);
+}
+
+/* attn_kv_b alone, its two halves, all three; with either set of keys; in two dimensions or */
+/* three. The weights are the same, so the truth is. */
+TEST(mla_generations) {
+    static const char *const configs[] = {"t_mla_groups", "t_mla_plain", "dsv3_tiny"};
+    for (int c = 0; c < 3; c++) {
+        double *first = NULL;
+        for (int form = 0; form < 6; form++) {
+            synth_options o;
+            subject s;
+            memset(&o, 0, sizeof o);
+            o.kvb = form < 1 ? SYNTH_KVB_FUSED : form < 3 ? SYNTH_KVB_SPLIT : SYNTH_KVB_BOTH;
+            o.flat_kvb = form == 2 || form == 4;
+            o.mla_keys = form == 2 ? -1 : form == 5 ? 1 : 0;
+            const char *path = models_write(configs[c], &o);
+            check_float(path, 140, form < 3);
+            if (!subject_open(&s, path, 20)) continue;
+            double *truth = subject_naive(&s, 0, 0);
+            if (truth && first) {
+                double off = doubles_nmse(truth, first, (size_t)s.n * (size_t)s.n_vocab);
+                CHECKF(off < 1e-20, "%s: %g", path, off);
+                free(truth);
+            } else {
+                first = truth;
+            }
+            subject_close(&s);
+        }
+        free(first);
+    }
+}
+
+enum { CONTEXTS = 24, CONTEXT = 4 };
+
+/* Logits of many short contexts: as the last bit of a float may decide how a value is rounded to 8 */
+/* bits, and one such value changes everything that sees it, results are compared context by */
+/* context; most of them are free of that. */
+static int run_contexts(const subject *s, moe_isa isa, int step, float *logits) {
+    moe_session_options o;
+    int good = 1;
+    memset(&o, 0, sizeof o);
+    o.isa = isa;
+    o.kv_type = MOE_KV_F32;
+    o.n_threads = 1;
+    o.n_ctx = CONTEXT;
+    o.keep_all_logits = MOE_ON;
+    moe_session *session = moe_session_open(s->model, &o, NULL);
+    for (int c = 0; c < CONTEXTS && session && good; c++)
+        good = models_eval(session, s->tokens + c * CONTEXT, 0, CONTEXT, step,
+                           logits + (size_t)(c * CONTEXT) * (size_t)s->n_vocab) &&
+               moe_session_rewind(session, 0, NULL) == MOE_OK;
+    moe_session_close(session);
+    CHECKF(session && good, "%s", s->label);
+    return session && good;
+}
+
+/* With quantized weights the naive pass that rounds inputs to 8 bits as the engine does gives the */
+/* same logits but for the rounding of floats. (Not so for MLA with quantized attn_k_b and attn_v_b: */
+/* its absorbed form rounds something else. Rows of 16 make them F16 here.) */
+static void check_int8(const char *path, double limit) {
+    subject s;
+    if (subject_open(&s, path, CONTEXTS * CONTEXT)) {
+        size_t V = (size_t)s.n_vocab;
+        double *expected = (double *)malloc(sizeof(double) * CONTEXTS * CONTEXT * V);
+        float *logits = (float *)malloc(sizeof(float) * CONTEXTS * CONTEXT * V);
+        subject context = s;
+        context.n = CONTEXT;
+        for (int c = 0; c < CONTEXTS; c++) {
+            context.tokens = s.tokens + c * CONTEXT;
+            double *part = subject_naive(&context, 0, 1);
+            if (part) memcpy(expected + (size_t)(c * CONTEXT) * V, part, sizeof(double) * CONTEXT * V);
+            free(part);
+        }
+        printf("  %-24s naive with int8, median NMSE:", s.label);
+        for (int i = 0; i < 6; i++) {
+            moe_isa isa = models_isas[i / 2];
+            if (!models_has_isa(isa) || !run_contexts(&s, isa, i % 2, logits)) continue;
+            double off = models_median_row(logits, expected, s.n, s.n_vocab, 0);
+            if (i % 2) printf(" %s %.1e", moe_isa_name(isa), off);
+            CHECKF(off <= limit, "%s %s step %d: %g", s.label, moe_isa_name(isa), i % 2, off);
+        }
+        puts("");
+        free(expected);
+        free(logits);
+    }
+    subject_close(&s);
+}
+
+TEST(int8_activations) {
+    static const char *const types[] = {"q4_0", "q8_0", "q4_K", "q5_K", "q6_K", "q4_K_M", "q5_K_M"};
+    for (int t = 0; t < 7; t++) {
+        synth_config c = *synth_find("dsv3_quant");
+        synth_options o;
+        char name[64];
+        memset(&o, 0, sizeof o);
+        o.type = types[t];
+        c.kv_lora = 80;
+        c.nope = 16;
+        snprintf(name, sizeof name, "mla_f16_kvb-%s", types[t]);
+        if (synth_write_config(&c, models_path(name), &o) != 0) exit(1);
+        check_int8(models_path(name), 1e-10);
+        check_int8(models_simple("qwen3moe_quant", types[t]), 1e-10);
+    }
+}
+
+/* All forms at once in a quantized file: Q8_0 of the same values. */
+TEST(mla_generations_quantized) {
+    check_quantized("dsv3_quant", "q4_K", SYNTH_KVB_BOTH, 40, 1.5e-3);
+    check_quantized("dsv3_quant", "q8_0", SYNTH_KVB_FUSED, 150, 1.5e-3);
+    check_quantized("dsv2_ragged", "q6_K", SYNTH_KVB_SPLIT, 150, 2e-4);
+}
+
+/* More keys than one block of the attention holds, and prompts that begin behind others. */
+TEST(deep_cache) {
+    check_float(models_simple("micro", "f32"), 1300, 1);
+    check_float(models_simple("micro_mla", "f32"), 1300, 1);
+}
+
+/* 1 to 8 experts per token, of few and of many. */
+TEST(experts_used) {
+    for (int used = 1; used <= 8; used++) {
+        for (int many = 0; many < 2; many++) {
+            synth_config c = *synth_find(used % 2 ? "t_mla_nobias" : "micro");
+            char name[64];
+            c.n_used = used;
+            c.n_exp = many ? 61 : used;
+            snprintf(name, sizeof name, "used%d-of-%d.gguf", used, c.n_exp);
+            const char *path = models_path(name);
+            if (synth_write_config(&c, path, NULL) != 0) exit(1);
+            check_float(path, 50, 0);
+        }
+    }
+}
+
+/* ---- the same bits --------------------------------------------------------------------------- */
+
+/* Logits with 1 thread, then with others: no bit differs. */
+static void check_bits(const char *path, moe_isa isa, moe_kv_type kv_type, int n, int step,
+                       const int *threads, int n_threads) {
+    moe_model *model = models_open(path);
+    CHECK(model != NULL);
+    if (!model) return;
+    int32_t *tokens = (int32_t *)malloc(sizeof(int32_t) * (size_t)n);
+    size_t bytes = (size_t)n * (size_t)moe_model_get_info(model)->n_vocab * sizeof(float);
+    float *expected = NULL;
+    models_tokens(tokens, n, moe_model_get_info(model)->n_vocab, 3);
+    for (int i = 0; i < n_threads; i++) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.isa = isa;
+        o.kv_type = kv_type;
+        o.n_threads = threads[i];
+        o.n_threads_batch = i == 2 ? threads[i] + 2 : 0;
+        o.n_batch = 40;
+        float *logits = models_run(model, &o, tokens, n, step);
+        CHECK(logits != NULL);
+        if (logits && expected)
+            CHECKF(memcmp(logits, expected, bytes) == 0, "%s: %d threads", path, o.n_threads);
+        if (expected) free(logits);
+        else expected = logits;
+    }
+    free(expected);
+    free(tokens);
+    moe_model_close(model);
+}
+
+/* Thread counts up to more than any matrix has rows; the first one twice, for a second run. */
+TEST(same_bits) {
+    static const int all[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 40}, few[] = {1, 2, 5};
+    static const struct {
+        const char *config, *type;
+    } cases[] = {{"qwen3moe_tiny", "f32"}, {"qwen3moe_quant", "q4_K_M"}, {"dsv3_quant", "q5_K_M"},
+                 {"dsv2_ragged", "q4_0"},  {"t_mla_groups", "bf16"},     {"t_qwen_odd", "f16"},
+                 {"micro", "q8_0"}};
+    for (int c = 0; c < 7; c++) {
+        const char *path = models_simple(cases[c].config, cases[c].type);
+        check_bits(path, MOE_ISA_BEST, MOE_KV_F16, 50, MODELS_ODD, all, 11);
+        for (int i = 0; i < 3; i++)
+            if (models_has_isa(models_isas[i]))
+                check_bits(path, models_isas[i], MOE_KV_F32, 33, MODELS_WHOLE, few, 3);
+    }
+}
+
+/* With many keys, several threads may share one head. */
+TEST(same_bits_deep) {
+    static const int threads[] = {1, 2, 3, 7};
+    check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
+    check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
+    check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
+    check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
+}
+
+/* ---- sessions and logits --------------------------------------------------------------------- */
+
+/* What comes after a rewind is what a session gives that never saw the forgotten tokens. */
+static void check_rewind(const char *path, moe_isa isa) {
+    moe_model *model = models_open(path);
+    moe_session_options o;
+    CHECK(model != NULL);
+    if (!model) return;
+    int32_t a[60], b[60];
+    size_t V = (size_t)moe_model_get_info(model)->n_vocab;
+    size_t bytes = 60 * V * sizeof(float);
+    float *x = (float *)malloc(bytes), *y = (float *)malloc(bytes);
+    models_tokens(a, 60, (int)V, 1);
+    models_tokens(b, 60, (int)V, 2);
+    memcpy(b, a, 20 * sizeof a[0]);
+    memset(&o, 0, sizeof o);
+    o.isa = isa;
+    o.n_ctx = 60;
+    o.keep_all_logits = MOE_ON;
+    moe_session *first = moe_session_open(model, &o, NULL);
+    moe_session *second = moe_session_open(model, &o, NULL);
+    CHECK(first && second);
+    CHECK(models_eval(first, a, 0, 20, 0, x) && models_eval(first, a, 20, 60, 0, x));
+    CHECK(moe_session_rewind(first, 40, NULL) == MOE_OK && moe_session_length(first) == 40);
+    CHECK(moe_session_rewind(first, 20, NULL) == MOE_OK && moe_session_length(first) == 20);
+    CHECK(models_eval(first, b, 20, 45, 0, x) && models_eval(first, b, 45, 60, 1, x));
+    CHECK(models_eval(second, b, 0, 20, 0, y) && models_eval(second, b, 20, 45, 0, y) &&
+          models_eval(second, b, 45, 60, 1, y));
+    CHECKF(memcmp(x, y, bytes) == 0, "%s", path);
+    CHECK(moe_session_rewind(first, 0, NULL) == MOE_OK && moe_session_length(first) == 0);
+    CHECK(models_eval(first, b, 0, 20, 0, x));
+    CHECK(memcmp(x, y, bytes / 3) == 0);
+    moe_session_close(second);
+    moe_session_close(first);
+    free(x);
+    free(y);
+    moe_model_close(model);
+}
+
+TEST(rewind) {
+    for (int i = 0; i < 3; i++) {
+        check_rewind(models_simple("qwen3moe_quant", "q4_K_M"), models_isas[i]);
+        check_rewind(models_simple("dsv3_quant", "q4_0"), models_isas[i]);
+        check_rewind(models_simple("t_mla_groups", "f32"), models_isas[i]);
+    }
+}
+
+/* Which rows of logits there are, with and without keep_all_logits; that the last one does not */
+/* depend on it. */
+TEST(kept_logits) {
+    moe_model *model = models_open(models_simple("qwen3moe_quant", "q8_0"));
+    moe_session_options o;
+    int32_t tokens[30];
+    CHECK(model != NULL);
+    if (!model) return;
+    size_t V = (size_t)moe_model_get_info(model)->n_vocab;
+    models_tokens(tokens, 30, (int)V, 5);
+    memset(&o, 0, sizeof o);
+    o.n_batch = 8; /* the 30 tokens are four batches */
+    o.keep_all_logits = MOE_ON;
+    moe_session *all = moe_session_open(model, &o, NULL);
+    o.keep_all_logits = MOE_OFF;
+    moe_session *last = moe_session_open(model, &o, NULL);
+    CHECK(all && last);
+    CHECK(moe_session_logits(all, -1) == NULL && moe_session_logits(all, 0) == NULL);
+    CHECK(moe_session_logits(last, -1) == NULL && moe_session_logits(last, 0) == NULL);
+    CHECK(moe_session_eval(all, tokens, 30, NULL) == MOE_OK);
+    CHECK(moe_session_eval(last, tokens, 30, NULL) == MOE_OK);
+    for (int i = 0; i < 30; i++) {
+        CHECK(moe_session_logits(all, i) != NULL);
+        CHECK((moe_session_logits(last, i) != NULL) == (i == 29));
+    }
+    static const int none[] = {30, 31, -2, -30, INT_MAX, INT_MIN};
+    for (int i = 0; i < 6; i++) {
+        CHECK(moe_session_logits(all, none[i]) == NULL);
+        CHECK(moe_session_logits(last, none[i]) == NULL);
+    }
+    const float *x = moe_session_logits(all, -1), *y = moe_session_logits(last, -1);
+    CHECK(x == moe_session_logits(all, 29) && y == moe_session_logits(last, 29));
+    CHECK(x && y);
+    if (x && y) {
+        double *r = models_doubles(x, V);
+        double nmse = models_nmse(y, r, V);
+        CHECKF(nmse < 1e-10, "%g", nmse);
+        free(r);
+    }
+    CHECK(moe_session_eval(all, tokens, 1, NULL) == MOE_OK);
+    CHECK(moe_session_logits(all, 0) && !moe_session_logits(all, 1)); /* of the last eval only */
+    moe_session_close(all);
+    moe_session_close(last);
+    moe_model_close(model);
+}
+
+/* Instruction sets differ by the rounding of floats only. */
+static void check_isas(const char *path) {
+    subject s;
+    if (subject_open(&s, path, CONTEXTS * CONTEXT)) {
+        size_t n = (size_t)s.n * (size_t)s.n_vocab;
+        float *x = (float *)malloc(sizeof(float) * n);
+        double *expected = NULL;
+        for (int i = 0; i < 6; i++) {
+            if (!models_has_isa(models_isas[i / 2])) continue;
+            if (!run_contexts(&s, models_isas[i / 2], i % 2, x)) continue;
+            if (!expected) {
+                expected = models_doubles(x, n);
+            } else {
+                double off = models_median_row(x, expected, s.n, s.n_vocab, 0);
+                CHECKF(off < 1e-10, "%s %s: %g", s.label, moe_isa_name(models_isas[i / 2]), off);
+            }
+        }
+        free(expected);
+        free(x);
+    }
+    subject_close(&s);
+}
+
+TEST(isas_agree) {
+    for (int t = 0; t < SYNTH_N_TYPES; t++) {
+        check_isas(models_simple("qwen3moe_quant", synth_types[t].name));
+        check_isas(models_simple("dsv3_quant", synth_types[t].name));
+        check_isas(models_simple("dsv2_ragged", synth_types[t].name));
+    }
+}
+
+/* Facts about a model that do not need a run. */
+TEST(info) {
+    moe_model *model = models_open(models_simple("dsv3_quant", "q4_K"));
+    CHECK(model != NULL);
+    if (!model) return;
+    const moe_model_info *info = moe_model_get_info(model);
+    const moe_gguf *gguf = moe_model_gguf(model);
+    int64_t n_params = 0, n_bytes = 0;
+    for (int64_t i = 0; i < moe_gguf_n_tensors(gguf); i++) {
+        const moe_gguf_tensor *t = moe_gguf_tensor_at(gguf, i);
+        n_params += t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+        n_bytes += (int64_t)t->size;
+    }
+    CHECK(!strcmp(info->family, "deepseek2") && !strncmp(info->name, "synthetic dsv3_quant", 20));
+    CHECK(info->n_vocab == 384 && info->n_layer == 3 && info->n_embd == 256 && info->n_head == 2);
+    CHECK(info->n_ctx_train == 163840 && info->n_expert == 4 && info->n_expert_used == 2);
+    CHECK(info->n_expert_shared == 1 && info->n_ff == 256 && info->n_ff_exp == 256);
+    CHECKF(info->n_params == n_params, "%lld %lld", (long long)info->n_params, (long long)n_params);
+    CHECKF(info->n_bytes == n_bytes, "%lld %lld", (long long)info->n_bytes, (long long)n_bytes);
+    CHECK(info->n_bytes_token > 0 && info->n_bytes_token < info->n_bytes);
+    moe_model_close(model);
+}
+
+/* ---- the generator and the naive pass themselves --------------------------------------------- */
+
+/* Tensors of every type have the spread that was asked for, and no mean to speak of. */
+TEST(synth_values) {
+    for (int i = 0; i < SYNTH_N_TYPES; i++) {
+        moe_error error;
+        moe_gguf *gguf = moe_gguf_open(models_simple("qwen3moe_quant", synth_types[i].name), NULL,
+                                       &error);
+        CHECK(gguf != NULL);
+        if (!gguf) continue;
+        const moe_gguf_tensor *t = moe_gguf_find_tensor(gguf, "blk.1.ffn_up_exps.weight");
+        CHECK(t && t->type == (moe_type)synth_types[i].id);
+        if (t) {
+            int64_t n = t->ne[0] * t->ne[1] * t->ne[2];
+            float *w = (float *)malloc((size_t)n * sizeof(float));
+            double sum = 0, squares = 0;
+            CHECK(moe_type_dequantize(t->type, t->data, w, n / t->ne[0], t->ne[0], NULL) == MOE_OK);
+            for (int64_t j = 0; j < n; j++) {
+                sum += (double)w[j];
+                squares += (double)w[j] * (double)w[j];
+            }
+            double mean = sum / (double)n * 16, std = sqrt(squares / (double)n) * 16;
+            CHECKF(fabs(mean) < 0.15 && fabs(std - 1) < 0.1, "%s: mean %g, deviation %g",
+                   synth_types[i].name, mean, std);
+            free(w);
+        }
+        moe_gguf_close(gguf);
+    }
+}
+
+/* ---- reference results ----------------------------------------------------------------------- */
+
+#define GOLDEN "../shared/golden/"
+
+typedef struct golden {
+    moe_gguf *gguf;
+    subject s;
+    double *expected;
+} golden;
+
+/* Model file, tokens and expected logits. 0 if one of them is missing. */
+static int golden_open(golden *g, const char *model, const char *tokens, const char *expected) {
+    size_t count = 0;
+    float *floats = models_read_floats(expected, &count);
+    moe_error error;
+    memset(g, 0, sizeof *g);
+    g->gguf = moe_gguf_open(model, NULL, &error);
+    g->s.tokens = models_read_tokens(tokens, &g->s.n);
+    if (floats) g->expected = models_doubles(floats, count);
+    free(floats);
+    if (!g->gguf || !g->s.tokens || !g->expected) return 0;
+    const moe_gguf_tensor *embd = moe_gguf_find_tensor(g->gguf, "token_embd.weight");
+    g->s.gguf = g->gguf;
+    g->s.n_vocab = embd ? (int)embd->ne[1] : 1;
+    g->s.n_expected = (int)(count / (size_t)g->s.n_vocab);
+    g->s.label = strrchr(model, '/') + 1;
+    g->s.n_threads = 2;
+    return 1;
+}
+/* The engine's model; 0 (a failure) if it is refused. */
+static int golden_open_model(golden *g) {
+    moe_error error;
+    g->s.model = moe_model_open_gguf(g->gguf, NULL, &error);
+    CHECKF(g->s.model != NULL, "%s: %s: %s", g->s.label, error.where, error.text);
+    return g->s.model != NULL;
+}
+static void golden_close(golden *g) {
+    int demanded = 0;
+    for (int i = 0; i < g->s.n_demands; i++) demanded |= g->s.demands[i].expected == g->expected;
+    if (!demanded) free(g->expected);
+    subject_close(&g->s);
+    moe_gguf_close(g->gguf);
+}
+
+static void check_naive(const char *model, const char *tokens, const char *expected) {
+    golden g;
+    if (!golden_open(&g, model, tokens, expected)) {
+        golden_close(&g);
+        SKIP("%s", model);
+    }
+    double *x = subject_naive(&g.s, 0, 0);
+    if (x) {
+        double nmse = doubles_nmse(x, g.expected, (size_t)g.s.n * (size_t)g.s.n_vocab);
+        printf("  %-24s NMSE %.1e\n", g.s.label, nmse);
+        CHECKF(nmse < 1e-10 && g.s.n == g.s.n_expected, "%s: %g", g.s.label, nmse);
+    }
+    free(x);
+    golden_close(&g);
+}
+
+/* The naive pass gives llama.cpp's logits: it may judge the engine. */
+TEST(naive_golden) {
+    check_naive(GOLDEN "logits/dsv2.gguf", GOLDEN "logits/tokens512.txt",
+                GOLDEN "logits/dsv2.logits.f32");
+    check_naive(GOLDEN "logits/dsv3.gguf", GOLDEN "logits/tokens512.txt",
+                GOLDEN "logits/dsv3.logits.f32");
+    check_naive(GOLDEN "logits/qwen3moe.gguf", GOLDEN "logits/tokens512.txt",
+                GOLDEN "logits/qwen3moe.logits.f32");
+    check_naive(GOLDEN "families/deepseek2.gguf", GOLDEN "families/tokens128.txt",
+                GOLDEN "families/deepseek2.logits.f32");
+    check_naive(GOLDEN "families/qwen3moe.gguf", GOLDEN "families/tokens128.txt",
+                GOLDEN "families/qwen3moe.logits.f32");
+}
+
+static void check_golden(const char *model, const char *tokens, const char *expected,
+                         double limit) {
+    golden g;
+    int there = golden_open(&g, model, tokens, expected);
+    if (there && golden_open_model(&g)) {
+        subject_demand(&g.s, "llama.cpp", MOE_KV_F32, g.expected, NMSE, limit);
+        subject_demand_f16(&g.s, g.expected);
+        check_demands(&g.s);
+    }
+    golden_close(&g);
+    if (!there) SKIP("%s", model);
+}
+
+TEST(golden_dsv2) {
+    check_golden(GOLDEN "logits/dsv2.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/dsv2.logits.f32", limit_f32);
+}
+TEST(golden_dsv3) {
+    check_golden(GOLDEN "logits/dsv3.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/dsv3.logits.f32", limit_f32);
+}
+TEST(golden_qwen3moe) {
+    check_golden(GOLDEN "logits/qwen3moe.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/qwen3moe.logits.f32", limit_f32);
+}
+TEST(golden_family_deepseek2) {
+    check_golden(GOLDEN "families/deepseek2.gguf", GOLDEN "families/tokens128.txt",
+                 GOLDEN "families/deepseek2.logits.f32", limit_family);
+}
+TEST(golden_family_qwen3moe) {
+    check_golden(GOLDEN "families/qwen3moe.gguf", GOLDEN "families/tokens128.txt",
+                 GOLDEN "families/qwen3moe.logits.f32", limit_family);
+}
+
+/* 5000 tokens in batches of 512, cut by the caller and by the session: the same bits, and close */
+/* to the reference at the end. */
+static void check_long(const char *name) {
+    char model[128], expected[128];
+    golden g;
+    snprintf(model, sizeof model, GOLDEN "logits/%s.gguf", name);
+    snprintf(expected, sizeof expected, GOLDEN "logits/%s.long_last16.f32", name);
+    if (!golden_open(&g, model, GOLDEN "logits/long_tokens512.txt", expected)) {
+        golden_close(&g);
+        SKIP("%s", model);
+    }
+    for (int kv = 0; kv < 2 && (g.s.model || golden_open_model(&g)); kv++) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.n_threads = 2;
+        o.kv_type = kv ? MOE_KV_F16 : MOE_KV_F32;
+        o.n_batch = 512;
+        float *x = models_run(g.s.model, &o, g.s.tokens, g.s.n, 512), *y = NULL;
+        if (kv) y = models_run(g.s.model, &o, g.s.tokens, g.s.n, MODELS_WHOLE);
+        CHECK(x && (y || !kv));
+        if (x) {
+            size_t V = (size_t)g.s.n_vocab;
+            double nmse = models_nmse(x + (size_t)(g.s.n - g.s.n_expected) * V, g.expected,
+                                      (size_t)g.s.n_expected * V);
+            printf("  %-24s %-6s kv %s last %d of %d, NMSE %.1e\n", g.s.label,
+                   moe_isa_name(moe_isa_resolve(MOE_ISA_BEST)), kv ? "f16" : "f32",
+                   g.s.n_expected, g.s.n, nmse);
+            CHECKF(nmse <= (kv ? limit_f16 : limit_long), "%s: %g", g.s.label, nmse);
+            if (y) CHECK(memcmp(x, y, (size_t)g.s.n * V * sizeof(float)) == 0);
+        }
+        free(x);
+        free(y);
+    }
+    golden_close(&g);
+}
+
+TEST(golden_long_dsv2) { check_long("dsv2"); }
+TEST(golden_long_dsv3) { check_long("dsv3"); }
+TEST(golden_long_qwen3moe) { check_long("qwen3moe"); }
+
+/* A quantized model against its weights in F32: as close as 1.5 times llama.cpp's own distance, */
+/* by the median row. A type that cannot be run yet is refused with its name and the tensor's. */
+static void check_golden_quantized(const char *name) {
+    char model[128], truth[128], theirs[128];
+    golden g;
+    snprintf(model, sizeof model, GOLDEN "quantized/%s.gguf", name);
+    snprintf(truth, sizeof truth, GOLDEN "quantized/%s.truth.f32", name);
+    snprintf(theirs, sizeof theirs, GOLDEN "quantized/%s.llamacpp.f32", name);
+    if (!golden_open(&g, model, GOLDEN "quantized/tokens384.txt", truth)) {
+        golden_close(&g);
+        SKIP("%s", model);
+    }
+    const char *unsupported = NULL;
+    for (int64_t i = 0; i < moe_gguf_n_tensors(g.gguf) && !unsupported; i++) {
+        const moe_gguf_tensor *t = moe_gguf_tensor_at(g.gguf, i);
+        if (!moe_type_supported(t->type)) unsupported = moe_type_name(t->type);
+    }
+    if (unsupported) {
+        moe_error error;
+        memset(&error, 0, sizeof error);
+        g.s.model = moe_model_open_gguf(g.gguf, NULL, &error);
+        printf("  %-24s refused (%s): %s: %s\n", g.s.label, unsupported, error.where, error.text);
+        CHECK(g.s.model == NULL && error.status == MOE_ERROR_UNSUPPORTED);
+        const moe_gguf_tensor *t = moe_gguf_find_tensor(g.gguf, error.where);
+        CHECK(t && !moe_type_supported(t->type));
+        CHECK(t && strstr(error.text, moe_type_name(t->type)));
+    } else if (golden_open_model(&g)) {
+        size_t count;
+        float *x = models_read_floats(theirs, &count);
+        double kl = 0, limit = 2e-4;
+        if (x) kl = models_median_row(x, g.expected, g.s.n_expected, g.s.n_vocab, 1);
+        if (x) limit = fmax(1.5 * kl, 1e-12);
+        printf("  %-24s llama.cpp's median KL %.1e\n", g.s.label, kl);
+        free(x);
+        subject_demand(&g.s, "truth", MOE_KV_F32, g.expected, MEDIAN_KL, limit);
+        check_demands(&g.s);
+    }
+    golden_close(&g);
+}
+
+TEST(golden_quantized) {
+    static const char *const names[] = {
+        "dsv3.IQ4_XS",      "dsv3.Q2_K",          "dsv3.Q4_K_M",     "qwen3moe.BF16",
+        "qwen3moe.IQ2_K",   "qwen3moe.IQ2_K_R4",  "qwen3moe.IQ3_S",  "qwen3moe.IQ4_K",
+        "qwen3moe.IQ4_K_R4", "qwen3moe.IQ4_NL",   "qwen3moe.IQ4_XS", "qwen3moe.MXFP4_MOE",
+        "qwen3moe.Q2_K",    "qwen3moe.Q3_K_M",    "qwen3moe.Q4_0",   "qwen3moe.Q4_1",
+        "qwen3moe.Q4_K_M",  "qwen3moe.Q4_K_R4",   "qwen3moe.Q5_0",   "qwen3moe.Q5_1",
+        "qwen3moe.Q5_K_M",  "qwen3moe.Q5_K_R4",   "qwen3moe.Q6_K",   "qwen3moe.Q6_K_R4",
+        "qwen3moe.Q8_0",    "qwen3moe.Q8_0_R8"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) check_golden_quantized(names[i]);
+}
+
+MAIN()

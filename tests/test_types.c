@@ -1,0 +1,1034 @@
+/* Tensor types: the table, conversions, quantizers, the plain C dot products and the plain C */
+/* kernel table. Reference rows: ../shared/golden/rows; sizes: ../shared/spec/quants.md. */
+#define MOE_INFER_IMPLEMENTATION
+#include "../moe_infer.h"
+#include "test.h"
+
+/* ---- helpers --------------------------------------------------------------------------------- */
+
+static uint64_t random_state = 1;
+static uint32_t random_u32(void) {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(random_state >> 33) ^ (uint32_t)(random_state >> 13);
+}
+static double random_unit(void) { return random_u32() / 4294967296.0; }
+static float random_normal(void) { /* sum of uniforms: good enough, and the same everywhere */
+    double sum = 0;
+    for (int i = 0; i < 12; i++) sum += random_unit();
+    return (float)(sum - 6);
+}
+static void *take(size_t size) { /* of exactly this size, so that sanitizers see the end */
+    void *memory = malloc(size ? size : 1);
+    if (!memory) exit(2);
+    return memory;
+}
+static float *take_normal(int64_t n, float scale) {
+    float *x = (float *)take((size_t)n * sizeof(float));
+    for (int64_t i = 0; i < n; i++) x[i] = random_normal() * scale;
+    return x;
+}
+static int is_nan(float x) { return x != x; }
+static int is_finite(float x) { return x - x == 0; }
+
+/* A file of exactly `size` bytes (0: any size, NUL-terminated); NULL if it is not there. */
+static void *read_file(const char *name, size_t size) {
+    char path[256];
+    snprintf(path, sizeof path, "../shared/%s", name);
+    FILE *file = fopen(path, "rb");
+    if (!file) return NULL;
+    fseek(file, 0, SEEK_END);
+    size_t length = (size_t)ftell(file);
+    rewind(file);
+    char *data = (char *)take(length + 1);
+    int good = fread(data, 1, length, file) == length && (size == 0 || length == size);
+    fclose(file);
+    data[length] = 0;
+    if (good) return data;
+    free(data);
+    return NULL;
+}
+
+/* Random blocks whose scales are sane f16 numbers; everything else is any bits. */
+static uint8_t *random_row(const moe__type *t, int64_t n) {
+    size_t size = moe_type_row_size(t->id, n);
+    uint8_t *row = (uint8_t *)take(size);
+    for (size_t i = 0; i < size; i++) row[i] = (uint8_t)random_u32();
+    for (int64_t b = 0; b < n / t->block; b++) {
+        uint8_t *block = row + b * t->bytes;
+        float d = (float)(0.01 + 0.01 * random_unit());
+        switch (t->id) {
+        case MOE_TYPE_F32: memcpy(block, &d, sizeof d); break;
+        case MOE_TYPE_F16: moe__store_u16(block, moe__f32_to_f16(random_normal())); break;
+        case MOE_TYPE_BF16: moe__store_u16(block, moe__f32_to_bf16(random_normal())); break;
+        case MOE_TYPE_Q6_K: moe__store_u16(block + 208, moe__f32_to_f16(-d / 64)); break;
+        case MOE_TYPE_Q4_K:
+        case MOE_TYPE_Q5_K: moe__store_u16(block + 2, moe__f32_to_f16(d / 8)); /* fall through */
+        default: moe__store_u16(block, moe__f32_to_f16(d)); break;
+        }
+    }
+    return row;
+}
+
+/* Weight e of a block as scale * level - min, bit by bit as spec/quants.md writes it down. */
+typedef struct weight {
+    int level, scale, min;
+} weight;
+static int nib(int byte, int high) { return high ? byte >> 4 : byte & 15; }
+static int bit(int byte, int i) { return byte >> i & 1; }
+static void sheet_scale(const uint8_t *s, int j, weight *w) {
+    w->scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4;
+    w->min = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4;
+}
+static weight sheet_weight(moe_type type, const uint8_t *b, int e) {
+    weight w = {0, 1, 0};
+    int half = e / 128, t = e % 128 / 32, l = e % 32;
+    switch (type) {
+    case MOE_TYPE_Q4_0: w.level = nib(b[2 + e % 16], e / 16) - 8; break;
+    case MOE_TYPE_Q8_0: w.level = b[2 + e] < 128 ? b[2 + e] : b[2 + e] - 256; break;
+    case MOE_TYPE_Q4_K:
+        w.level = nib(b[16 + 32 * (e / 64) + l], e % 64 / 32);
+        sheet_scale(b + 4, e / 32, &w);
+        break;
+    case MOE_TYPE_Q5_K:
+        w.level = nib(b[48 + 32 * (e / 64) + l], e % 64 / 32) | bit(b[16 + l], e / 32) << 4;
+        sheet_scale(b + 4, e / 32, &w);
+        break;
+    case MOE_TYPE_Q6_K:
+        w.level = nib(b[64 * half + 32 * (t & 1) + l], t >= 2);
+        w.level = (w.level | (b[128 + 32 * half + l] >> (2 * t) & 3) << 4) - 32;
+        w.scale = b[192 + e / 16] < 128 ? b[192 + e / 16] : b[192 + e / 16] - 256;
+        break;
+    default: break;
+    }
+    return w;
+}
+static size_t scale_offset(moe_type type) { return type == MOE_TYPE_Q6_K ? 208 : 0; }
+static int is_float(const moe__type *t) { return t->act == MOE__ACT_F32; }
+
+/* Activations in the kind that t wants. */
+static void *take_acts(const moe__type *t, const float *x, int64_t n) {
+    void *act = take(moe__act_size(t->act, n));
+    moe__kernels_scalar.quantize[t->act](x, n, act);
+    return act;
+}
+static double act_value(const moe__type *t, const void *act, int64_t i) {
+    if (t->act == MOE__ACT_F32) return ((const float *)act)[i];
+    if (t->act == MOE__ACT_Q32) {
+        const moe__act32 *a = (const moe__act32 *)act + i / 256;
+        return (double)a->d[i % 256 / 32] * a->q[i % 256];
+    }
+    const moe__act256 *a = (const moe__act256 *)act + i / 256;
+    return (double)a->d * a->q[i % 256];
+}
+
+/* Root of the mean (weighted) squared error. */
+static double rmse(const float *a, const float *b, const float *w, int64_t n, int64_t n_columns) {
+    double sum = 0, weights = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double e = (double)a[i] - b[i], wi = w ? w[i % n_columns] : 1;
+        sum += wi * e * e;
+        weights += wi;
+    }
+    return sqrt(sum / weights);
+}
+
+/* ---- the table ------------------------------------------------------------------------------- */
+
+TEST(table) {
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        const moe__gguf_type *info = moe__gguf_type_info((int32_t)t->id);
+        CHECK(moe__type_find(t->id) == t);
+        CHECK(info && info->block == t->block && info->bytes == t->bytes && info->row_meta == 0);
+        CHECK(strcmp(moe_type_name(t->id), t->name) == 0);
+        CHECK(moe_type_supported(t->id) && moe_type_block(t->id) == t->block);
+        CHECK(moe_type_row_size(t->id, t->block) == (size_t)t->bytes);
+        CHECK(t->dequantize && t->quantize && t->dot);
+        CHECK(moe__kernels_scalar.type[i].dot == t->dot);
+        CHECK(moe__kernels_scalar.type[i].dequantize == t->dequantize);
+    }
+    CHECK(MOE__N_TYPES == 8);
+    CHECK(moe__type_find((moe_type)3) == NULL && moe__type_find(MOE_TYPE_ANY_ID) == NULL);
+    CHECK(!moe_type_supported((moe_type)39) && strcmp(moe_type_name((moe_type)39), "MXFP4") == 0);
+    CHECK(strcmp(moe_type_name((moe_type)5000), "?") == 0);
+    CHECK(moe_type_block((moe_type)5000) == 0 && moe_type_row_size((moe_type)5000, 256) == 0);
+}
+
+TEST(row_sizes) {
+    const moe_type q4 = MOE_TYPE_Q4_K;
+    CHECK(moe_type_row_size(q4, 0) == 0 && moe_type_row_size(q4, -256) == 0);
+    CHECK(moe_type_row_size(q4, 255) == 0 && moe_type_row_size(q4, 257) == 0);
+    CHECK(moe_type_row_size(q4, 2048) == 1152);
+    CHECK(moe_type_row_size(MOE_TYPE_Q8_0, 2880) == 3060);
+    CHECK(moe_type_row_size(MOE_TYPE_F32, INT64_MAX) == 0);
+    CHECK(moe_type_row_size(MOE_TYPE_F16, INT64_MAX) == 0);
+    CHECK(moe_type_row_size(MOE_TYPE_Q8_0, INT64_MAX / 32 * 32) == 0);
+    CHECK(moe_type_row_size(MOE_TYPE_F16, 1000) == 2000);
+}
+
+/* The table of sheet section 1.4: per line two entries "id | name | block | type_size | */
+/* row_meta". */
+static int check_sheet_entry(char **cell) {
+    int id, block, bytes, meta = 0;
+    char name[32], rest;
+    if (sscanf(cell[0], " %d %c", &id, &rest) != 1 || sscanf(cell[1], " %31s", name) != 1) return 0;
+    if (sscanf(cell[2], " %d", &block) != 1 || sscanf(cell[3], " %d", &bytes) != 1) return 0;
+    if (id == 15) return 0; /* two programs, two sizes: not to be had from files */
+    sscanf(cell[4], " %d", &meta);
+    moe_type type = (moe_type)id;
+    CHECKF(strcmp(moe_type_name(type), name) == 0, "%d: %s, sheet %s", id, moe_type_name(type),
+           name);
+    CHECKF(moe_type_block(type) == block, "%s: %d, sheet %d", name, moe_type_block(type), block);
+    for (int64_t k = 1; k <= 8; k += 7) {
+        size_t size = moe_type_row_size(type, k * block), want = (size_t)(meta + k * bytes);
+        CHECKF(size == want, "%s: %zu bytes, sheet %zu", name, size, want);
+    }
+    return 1;
+}
+TEST(row_sizes_sheet) {
+    char *sheet = (char *)read_file("spec/quants.md", 0);
+    if (!sheet) SKIP("no spec/quants.md");
+    int n = 0;
+    char *line = strstr(sheet, "### 1.4"), *end = line ? strstr(line, "\n---") : NULL;
+    CHECK(end);
+    if (end) *end = 0;
+    while (end && line) {
+        char *next = strchr(line, '\n'), *cell[16];
+        int n_cells = 0;
+        if (next) *next++ = 0;
+        for (char *p = line; p && n_cells < 16; n_cells++) {
+            cell[n_cells] = p;
+            if ((p = strchr(p, '|')) != NULL) *p++ = 0;
+        }
+        for (int first = 1; first + 5 < n_cells; first += 7) n += check_sheet_entry(cell + first);
+        line = next;
+    }
+    CHECKF(n >= 80, "only %d entries found", n);
+    free(sheet);
+    /* "31-33": one line of the sheet for three ids */
+    for (int id = 31; id <= 33; id++) CHECK(moe_type_row_size((moe_type)id, 64) == 36);
+}
+
+/* ---- f16, bf16 ------------------------------------------------------------------------------- */
+
+static double half_value(unsigned h) {
+    int exponent = (int)(h >> 10 & 31), fraction = (int)(h & 1023);
+    double v = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+    return h & 0x8000 ? -v : v;
+}
+TEST(f16) {
+    for (unsigned h = 0; h < 65536; h++) {
+        float x = moe__f16_to_f32((uint16_t)h);
+        if ((h & 0x7C00) == 0x7C00) {
+            if (h & 1023) CHECK(is_nan(x) && (moe__f32_to_f16(x) | 0x200) == (h | 0x200));
+            else CHECK(x == (h & 0x8000 ? -INFINITY : INFINITY) && moe__f32_to_f16(x) == h);
+            continue;
+        }
+        CHECK((double)x == half_value(h) && !signbit(x) == !(h & 0x8000));
+        CHECK(moe__f32_to_f16(x) == h);
+        /* Between this magnitude and the next: the middle goes to the even one, the rest to the */
+        /* nearer one. Behind 65504 (0x7BFF) comes infinity where 65536 would be. */
+        double next = half_value(h + 1);
+        if ((h & 0x7FFF) == 0x7BFF) next = h & 0x8000 ? -65536.0 : 65536.0;
+        float middle = (float)(((double)x + next) / 2); /* exact */
+        uint16_t even = (uint16_t)(h & 1 ? h + 1 : h);
+        CHECK(moe__f32_to_f16(middle) == even);
+        CHECK(moe__f32_to_f16(moe__f32_from_bits(moe__f32_bits(middle) - 1)) == h);
+        CHECK(moe__f32_to_f16(moe__f32_from_bits(moe__f32_bits(middle) + 1)) == h + 1);
+    }
+    CHECK(moe__f32_to_f16(1e-30f) == 0 && moe__f32_to_f16(-1e-30f) == 0x8000);
+    CHECK(moe__f32_to_f16(3e38f) == 0x7C00);
+}
+TEST(bf16) {
+    for (unsigned b = 0; b < 65536; b++) {
+        float x = moe__bf16_to_f32((uint16_t)b);
+        CHECK(moe__f32_bits(x) == b << 16);
+        if ((b & 0x7FFF) > 0x7F80) {
+            CHECK(is_nan(x) && (moe__f32_to_bf16(x) | 0x40) == (b | 0x40));
+            continue;
+        }
+        CHECK(moe__f32_to_bf16(x) == b);
+        if ((b & 0x7FFF) == 0x7F80) continue;
+        CHECK(moe__f32_to_bf16(moe__f32_from_bits(b << 16 | 0x8000)) == (b & 1 ? b + 1 : b));
+        CHECK(moe__f32_to_bf16(moe__f32_from_bits(b << 16 | 0x7FFF)) == b);
+        CHECK(moe__f32_to_bf16(moe__f32_from_bits(b << 16 | 0x8001)) == b + 1);
+    }
+    CHECK(is_nan(moe__bf16_to_f32(moe__f32_to_bf16(moe__f32_from_bits(0x7F800001)))));
+}
+
+/* ---- dequantize ------------------------------------------------------------------------------ */
+
+TEST(dequantize_against_sheet) {
+    enum { N = 1024 };
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        if (is_float(t)) continue;
+        uint8_t *row = random_row(t, N);
+        float *y = (float *)take(N * sizeof(float));
+        t->dequantize(row, N, y);
+        for (int e = 0; e < N; e++) {
+            const uint8_t *block = row + e / t->block * t->bytes;
+            weight w = sheet_weight(t->id, block, e % t->block);
+            double d = half_value(moe__load_u16(block + scale_offset(t->id)));
+            double dmin = w.min ? half_value(moe__load_u16(block + 2)) : 0;
+            CHECKF(y[e] == (float)(d * w.scale * w.level - dmin * w.min), "%s %d", t->name, e);
+        }
+        free(row);
+        free(y);
+    }
+}
+
+TEST(dequantize_misaligned) {
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        size_t size = moe_type_row_size(t->id, 512);
+        uint8_t *row = random_row(t, 512);
+        float y[512], y1[512], x[512];
+        double sum = 0;
+        t->dequantize(row, 512, y);
+        for (int e = 0; e < 512; e++) sum += fabs(x[e] = random_normal());
+        void *act = take_acts(t, x, 512);
+        for (size_t shift = 1; shift < 4; shift++) {
+            uint8_t *moved = (uint8_t *)take(size + shift);
+            float out, out1;
+            memcpy(moved + shift, row, size);
+            t->dequantize(moved + shift, 512, y1);
+            CHECK(memcmp(y, y1, sizeof y) == 0);
+            t->dot(row, size, 1, 512, act, &out);
+            t->dot(moved + shift, size, 1, 512, act, &out1);
+            CHECK(memcmp(&out, &out1, 4) == 0);
+            memset(moved + shift, 0, size);
+            t->quantize(x, moved + shift, 512, NULL);
+            t->dequantize(moved + shift, 512, y1);
+            CHECK(rmse(x, y1, NULL, 512, 512) < 0.02 * sum);
+            free(moved);
+        }
+        free(act);
+        free(row);
+    }
+}
+
+/* ---- reference rows -------------------------------------------------------------------------- */
+
+enum { GOLD_ROWS = 16, GOLD_N = 512, GOLD = GOLD_ROWS * GOLD_N };
+
+static double index_rmse(const char *index, const char *name) {
+    char line[64], type[32];
+    double value;
+    snprintf(line, sizeof line, "\n%s\t", name);
+    const char *at = strstr(index, line);
+    if (!at || sscanf(at, " %31s %*d %*d %*d %lf", type, &value) != 2) return -1;
+    return value;
+}
+TEST(golden_rows) {
+    float *source = (float *)read_file("golden/rows/source.f32", GOLD * sizeof(float));
+    float *importance = (float *)read_file("golden/rows/importance.f32", GOLD_N * sizeof(float));
+    char *index = (char *)read_file("golden/rows/index.tsv", 0);
+    if (!source || !importance || !index) SKIP("no golden/rows");
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        size_t size = GOLD_ROWS * moe_type_row_size(t->id, GOLD_N);
+        char name[64];
+        snprintf(name, sizeof name, "golden/rows/%s.blocks", t->name);
+        uint8_t *blocks = (uint8_t *)read_file(name, size), *ours = (uint8_t *)take(size);
+        snprintf(name, sizeof name, "golden/rows/%s.f32", t->name);
+        float *gold = (float *)read_file(name, GOLD * sizeof(float));
+        float *y = (float *)take(GOLD * sizeof(float)), *yw = (float *)take(GOLD * sizeof(float));
+        CHECK(blocks && gold);
+        if (!blocks || !gold) return;
+        CHECK(moe_type_dequantize(t->id, blocks, y, GOLD_ROWS, GOLD_N, NULL) == MOE_OK);
+        for (int e = 0; e < GOLD; e++)
+            CHECKF(fabsf(y[e] - gold[e]) <= 1e-6f * fabsf(gold[e]), "%s %d: %g, not %g", t->name, e,
+                   (double)y[e], (double)gold[e]);
+        /* The index's errors come from quantizing with importance; they are not weighted. */
+        double limit = 1.1 * index_rmse(index, t->name) + 1e-12;
+        double gold_weighted = rmse(gold, source, importance, GOLD, GOLD_N);
+        moe_type_quantize(t->id, source, ours, GOLD_ROWS, GOLD_N, NULL, NULL);
+        moe_type_dequantize(t->id, ours, y, GOLD_ROWS, GOLD_N, NULL);
+        moe_type_quantize(t->id, source, ours, GOLD_ROWS, GOLD_N, importance, NULL);
+        moe_type_dequantize(t->id, ours, yw, GOLD_ROWS, GOLD_N, NULL);
+        double plain = rmse(y, source, NULL, GOLD, GOLD_N);
+        double with = rmse(yw, source, NULL, GOLD, GOLD_N);
+        double weighted = rmse(yw, source, importance, GOLD, GOLD_N);
+        CHECKF(plain <= limit, "%s: %g > %g", t->name, plain, limit);
+        CHECKF(with <= limit, "%s with importance: %g > %g", t->name, with, limit);
+        CHECKF(weighted <= 1.001 * gold_weighted, "%s: %g > %g", t->name, weighted, gold_weighted);
+        free(blocks);
+        free(ours);
+        free(gold);
+        free(y);
+        free(yw);
+    }
+    free(source);
+    free(importance);
+    free(index);
+}
+
+/* ---- quantize -------------------------------------------------------------------------------- */
+
+/* Quantizes and dequantizes n weights, in buffers of exactly the right size. */
+static void round_trip(const moe__type *t, const float *x, int64_t n, const float *importance,
+                       float *y) {
+    size_t size = moe_type_row_size(t->id, n);
+    uint8_t *row = (uint8_t *)take(size), *again = (uint8_t *)take(size);
+    memset(row, 0x55, size);
+    memset(again, 0xAA, size);
+    CHECK(moe_type_quantize(t->id, x, row, 1, n, importance, NULL) == MOE_OK);
+    CHECK(moe_type_quantize(t->id, x, again, 1, n, importance, NULL) == MOE_OK);
+    CHECK(memcmp(row, again, size) == 0); /* deterministic, every byte written */
+    CHECK(moe_type_dequantize(t->id, row, y, 1, n, NULL) == MOE_OK);
+    free(row);
+    free(again);
+}
+
+/* Largest RMSE of normally distributed weights, as a part of their own RMS: a bit above what is */
+/* reached. */
+static double error_bound(moe_type type) {
+    switch (type) {
+    case MOE_TYPE_F32: return 0;
+    case MOE_TYPE_F16: return 0.00025;
+    case MOE_TYPE_BF16: return 0.002;
+    case MOE_TYPE_Q8_0: return 0.0056;
+    case MOE_TYPE_Q6_K: return 0.0175;
+    case MOE_TYPE_Q5_K: return 0.0355;
+    case MOE_TYPE_Q4_K: return 0.0720;
+    default: return 0.083; /* Q4_0 */
+    }
+}
+TEST(quantize_error) {
+    enum { N = 16384 };
+    const float scales[] = {1.0f, 0.02f, 1e-4f, 300.0f};
+    float *y = (float *)take(N * sizeof(float));
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        for (int s = 0; s < 4; s++) {
+            float *x = take_normal(N, scales[s]);
+            round_trip(t, x, N, NULL, y);
+            double error = rmse(x, y, NULL, N, N) / scales[s], bound = error_bound(t->id);
+            if (s == 2) bound *= 1.1; /* some scales are f16 subnormals */
+            CHECKF(error <= bound, "%s: %g > %g", t->name, error, bound);
+            free(x);
+        }
+    }
+    free(y);
+}
+
+/* Mins cannot be negative: values 1..2 need all levels from 0 to 2, -2..-1 only those between. */
+TEST(quantize_one_sided) {
+    enum { N = 2048 };
+    float x[N], y[N];
+    for (int side = -1; side <= 1; side += 2) {
+        for (int e = 0; e < N; e++) x[e] = (float)(side * (1 + random_unit()));
+        for (int last = 15; last <= 31; last += 16) {
+            const moe__type *t = moe__type_find(last == 15 ? MOE_TYPE_Q4_K : MOE_TYPE_Q5_K);
+            double step = (side > 0 ? 2.0 : 1.0) / last, error;
+            round_trip(t, x, N, NULL, y);
+            error = rmse(x, y, NULL, N, N);
+            CHECKF(error < 0.3 * step, "%s: %g of a step", t->name, error / step);
+        }
+    }
+}
+
+/* What a type can hold exactly comes back exactly (almost, where a search decides). */
+TEST(quantize_representable) {
+    enum { N = 4096 };
+    float *x = (float *)take(N * sizeof(float)), *y = (float *)take(N * sizeof(float));
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        for (int e = 0; e < N; e++) x[e] = (float)((int)(random_u32() % 15) - 7) / 64;
+        for (int e = 0; e < N; e += 16) x[e] = -8 / 64.0f;
+        round_trip(t, x, N, NULL, y);
+        int k = t->id == MOE_TYPE_Q4_K || t->id == MOE_TYPE_Q5_K;
+        double error = rmse(x, y, NULL, N, N), step = 1 / 64.0;
+        double bound = k ? 0.05 : t->id == MOE_TYPE_Q8_0 ? 0.02 : t->id == MOE_TYPE_Q6_K ? 0.02 : 0;
+        CHECKF(error <= bound * step, "%s: %g of a step", t->name, error / step);
+        for (int e = 0; e < N; e++) x[e] = e < N / 2 ? 0.75f : -0.75f; /* constant blocks */
+        round_trip(t, x, N, NULL, y);
+        error = rmse(x, y, NULL, N, N);
+        CHECKF(error <= 0.75 * 4e-4, "%s %g", t->name, error);
+        memset(x, 0, N * sizeof(float));
+        round_trip(t, x, N, NULL, y);
+        for (int e = 0; e < N; e++) CHECK(y[e] == 0);
+    }
+    free(x);
+    free(y);
+}
+
+/* Q4_0 has one scale per block: no scale in a fine grid may be much better than ours. */
+TEST(quantize_q4_0_search) {
+    double ours = 0, best = 0;
+    for (int block = 0; block < 40; block++) {
+        float *x = take_normal(32, 1), w[32], y[32];
+        for (int i = 0; i < 32; i++) w[i] = block % 2 ? (float)random_unit() : 1;
+        round_trip(moe__type_find(MOE_TYPE_Q4_0), x, 32, block % 2 ? w : NULL, y);
+        double least = 1e30;
+        for (int step = -3000; step <= 3000; step++) {
+            double d = step * 2e-4, error = 0;
+            for (int i = 0; i < 32 && d != 0; i++) {
+                double q = fmin(7, fmax(-8, floor(x[i] / d + 0.5))), e = x[i] - d * q;
+                error += w[i] * e * e;
+            }
+            if (d != 0 && error < least) least = error;
+        }
+        best += least;
+        for (int i = 0; i < 32; i++) ours += w[i] * ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
+        free(x);
+    }
+    CHECKF(ours <= 1.05 * best, "%g, best %g", ours, best);
+}
+
+TEST(quantize_importance) {
+    enum { N = 4096 };
+    float *x = take_normal(N, 1), *w = (float *)take(N * sizeof(float));
+    float *plain = (float *)take(N * sizeof(float)), *weighted = (float *)take(N * sizeof(float));
+    for (int e = 0; e < N; e++) w[e] = (float)exp(1.5 * random_normal());
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        round_trip(t, x, N, NULL, plain);
+        round_trip(t, x, N, w, weighted);
+        double a = rmse(plain, x, w, N, N), b = rmse(weighted, x, w, N, N);
+        if (is_float(t) || t->id == MOE_TYPE_Q8_0) CHECK(a == b);
+        else CHECKF(b < 0.93 * a, "%s: %g with importance, %g without", t->name, b, a);
+        /* Only the ratio counts; all equal is none. */
+        float *scaled = (float *)take(N * sizeof(float));
+        for (int e = 0; e < N; e++) scaled[e] = w[e] * 1048576;
+        round_trip(t, x, N, scaled, plain);
+        CHECK(memcmp(plain, weighted, N * sizeof(float)) == 0);
+        free(scaled);
+    }
+    free(x);
+    free(w);
+    free(plain);
+    free(weighted);
+}
+
+/* NaN, infinity, tiny and huge values, senseless importance: well-formed blocks, neighbours */
+/* intact. */
+TEST(quantize_hostile) {
+    enum { N = 768 };
+    const float bad[] = {NAN,      -NAN,   INFINITY, -INFINITY, 3.4e38f,
+                         -3.4e38f, 1e-45f, -1e-38f,  7e4f,      3e-8f};
+    const float odd[] = {NAN, INFINITY, -1, 0, 1e38f, 1e-45f};
+    float *good = take_normal(N, 1), x[N], y[N], y0[N], w[N];
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        if (is_float(t)) continue;
+        round_trip(t, good, N, NULL, y0);
+        for (int b = 0; b < 10; b++) {
+            for (int place = 0; place < 3; place++) { /* one value, sub-block or block */
+                memcpy(x, good, sizeof x);
+                int n = place == 0 ? 1 : place == 1 ? 16 : t->block;
+                for (int e = 0; e < n; e++) x[256 + e] = bad[b];
+                round_trip(t, x, N, place == 1 ? good : NULL, y);
+                for (int e = 0; e < N; e++) CHECKF(is_finite(y[e]), "%s %d", t->name, e);
+                if (place == 1) continue;
+                if (b < 4 && place == 0) { /* counts as 0, its block lives on */
+                    double error = rmse(good + 257, y + 257, NULL, 255, 255);
+                    CHECKF(error < 1.5 * error_bound(t->id), "%s: %g", t->name, error);
+                }
+                if (b == 4 || b == 5) CHECKF(b == 4 ? y[256] > 4e5f : y[256] < -4e5f, "%s %g",
+                                             t->name, (double)y[256]);
+                CHECK(memcmp(y, y0, 256 * sizeof(float)) == 0);
+                CHECK(memcmp(y + 512, y0 + 512, 256 * sizeof(float)) == 0);
+            }
+        }
+        for (int b = 0; b < 6; b++) {
+            for (int part = 0; part < 2; part++) {
+                for (int e = 0; e < N; e++) w[e] = part && e % 3 ? 1 : odd[b];
+                round_trip(t, good, N, w, y);
+                for (int e = 0; e < N; e++) CHECK(is_finite(y[e]));
+                double error = rmse(good, y, NULL, N, N);
+                if (!part) CHECKF(error <= 1.3 * error_bound(t->id), "%s: %g", t->name, error);
+            }
+        }
+        for (float scale = 1e-45f; scale < 1e38f; scale *= 7) { /* all magnitudes */
+            for (int e = 0; e < N; e++) x[e] = good[e] * scale;
+            round_trip(t, x, N, NULL, y);
+            for (int e = 0; e < N; e++) CHECK(is_finite(y[e]));
+        }
+    }
+    free(good);
+}
+
+/* ---- activations ----------------------------------------------------------------------------- */
+
+/* The definition once more: f32 operations one by one, rounding by the C library. */
+static void check_act_group(const float *x, int n, const int8_t *q, float d) {
+    volatile float peak = 0, inverse, product, scale;
+    for (int i = 0; i < n; i++)
+        if (fabsf(x[i]) > peak) peak = fabsf(x[i]);
+    inverse = 127.0f / peak;
+    scale = peak / 127.0f;
+    CHECK(d == scale);
+    for (int i = 0; i < n; i++) {
+        product = x[i] * inverse;
+        CHECKF(q[i] == (int)rint((double)product), "%d, not %g", q[i], rint((double)product));
+        CHECK(fabs((double)d * q[i] - x[i]) <= 0.5001 * d);
+    }
+}
+static void check_act32(const float *x, int64_t n, int same) {
+    moe__act32 *a = (moe__act32 *)take(moe__act_size(MOE__ACT_Q32, n));
+    memset(a, 0x77, moe__act_size(MOE__ACT_Q32, n));
+    moe__quantize_act_q32(x, n, a);
+    for (int64_t g = 0; g < (n + 255) / 256 * 8; g++) {
+        const moe__act32 *r = a + g / 8;
+        const int8_t *q = r->q + 32 * (g % 8);
+        int sum = 0, any = 0;
+        for (int i = 0; i < 32; i++) sum += q[i], any |= q[i];
+        CHECK(r->nsum[g % 8] == -sum);
+        if (g * 32 >= n) CHECK(any == 0 && r->d[g % 8] == 0);
+        else if (same) check_act_group(x + 32 * g, 32, q, r->d[g % 8]);
+    }
+    free(a);
+}
+static void check_act256(const float *x, int64_t n) {
+    moe__act256 *a = (moe__act256 *)take(moe__act_size(MOE__ACT_Q256, n));
+    memset(a, 0x77, moe__act_size(MOE__ACT_Q256, n));
+    moe__quantize_act_q256(x, n, a);
+    for (int64_t b = 0; b < n / 256; b++) {
+        check_act_group(x + 256 * b, 256, a[b].q, a[b].d);
+        for (int j = 0; j < 16; j++) {
+            int sum = 0;
+            for (int i = 0; i < 16; i++) sum += a[b].q[16 * j + i];
+            CHECK(a[b].nsum[j] == -sum && a[b].sum16[j] == sum);
+            CHECK(a[b].sum32[j / 2] == a[b].sum16[j & ~1] + a[b].sum16[j | 1]);
+        }
+        CHECK(a[b].pad[0] == 0 && a[b].pad[1] == 0 && a[b].pad[2] == 0);
+    }
+    free(a);
+}
+TEST(act_random) {
+    const int64_t sizes[] = {32, 64, 224, 256, 288, 1408, 2880};
+    for (int i = 0; i < 7; i++) {
+        for (int s = -30; s <= 30; s += 6) {
+            float *x = take_normal(sizes[i], (float)pow(10, s));
+            check_act32(x, sizes[i], 1);
+            if (sizes[i] % 256 == 0) check_act256(x, sizes[i]);
+            free(x);
+        }
+    }
+    float *x = take_normal(5120, 3);
+    check_act256(x, 5120);
+    free(x);
+    float f[3] = {1, NAN, -0.0f}, copy[3];
+    moe__quantize_act_f32(f, 3, copy);
+    CHECK(memcmp(f, copy, sizeof f) == 0);
+}
+TEST(act_special) {
+    float x[256];
+    moe__act32 a;
+    moe__act256 b;
+    for (int i = 0; i < 256; i++) x[i] = (float)(i % 127 - 63) + 0.5f; /* ties at scale 1 */
+    for (int j = 0; j < 8; j++) x[32 * j] = j % 2 ? 127.0f : -127.0f;
+    check_act32(x, 256, 1);
+    check_act256(x, 256);
+    moe__quantize_act_q256(x, 256, &b);
+    CHECK(b.d == 1 && b.q[0] == -127 && b.q[1] == -62 && b.q[2] == -60 && b.q[3] == -60);
+
+    memset(x, 0, sizeof x); /* zeros, a single value, NaN, infinity, denormals, both limits */
+    x[32 + 5] = -3.0f;
+    x[64 + 31] = NAN;
+    x[96] = -INFINITY;
+    for (int i = 128; i < 160; i++) x[i] = 1e-42f;
+    x[160] = 7.52316384e-37f; /* 2^-120 */
+    x[192] = moe__f32_from_bits(0x03800000 - 1);
+    x[224] = 3.4028235e38f;
+    moe__quantize_act_q32(x, 256, &a);
+    const int q_first[8] = {0, 0, 0, 0, 0, 127, 0, 127};
+    for (int j = 0; j < 8; j++) {
+        int any = 0;
+        CHECKF(a.q[32 * j] == q_first[j], "group %d: %d", j, a.q[32 * j]);
+        CHECKF(is_nan(a.d[j]) == (j == 2 || j == 3), "group %d: %g", j, (double)a.d[j]);
+        for (int i = 0; i < 32; i++) any |= a.q[32 * j + i];
+        if (j == 0 || j == 2 || j == 3 || j == 4 || j == 6) CHECK(any == 0 && a.nsum[j] == 0);
+    }
+    CHECK(a.d[0] == 0 && a.d[4] == 0 && a.d[6] == 0 && a.d[5] > 0);
+    CHECK(a.d[1] == 3.0f / 127.0f && a.q[37] == -127 && a.nsum[1] == 127);
+    CHECK(a.d[7] == 3.4028235e38f / 127.0f && a.nsum[7] == -127);
+    CHECK(moe__f32_bits(a.d[2]) == 0x7FC00000 && moe__f32_bits(a.d[3]) == 0x7FC00000);
+    moe__quantize_act_q256(x, 256, &b);
+    CHECK(moe__f32_bits(b.d) == 0x7FC00000);
+    for (int i = 0; i < 256; i++) CHECK(b.q[i] == 0 && b.sum16[i / 16] == 0 && b.nsum[i / 16] == 0);
+    memset(x, 0, sizeof x);
+    moe__quantize_act_q256(x, 256, &b);
+    CHECK(b.d == 0 && b.q[0] == 0);
+}
+
+/* x * inverse rounded to f32 is a tie, the exact product is not: a compiler that fuses the */
+/* product with what rounds it to an integer would get half of these wrong. */
+TEST(act_product_rounds_first) {
+    int found = 0;
+    for (int i = 0; i < 300; i++) {
+        float x[256], peak = (float)(1 + random_unit());
+        volatile float inverse = 127.0f / peak;
+        memset(x, 0, sizeof x);
+        x[0] = peak;
+        for (int k = 1; k < 256; k++) {
+            double tie = (double)(k % 126) + 0.5;
+            volatile float value = (float)(tie / (double)inverse), product = value * inverse;
+            if (product == (float)tie && (double)value * (double)inverse != tie)
+                x[k] = value, found++;
+        }
+        check_act32(x, 256, 1);
+        check_act256(x, 256);
+    }
+    CHECKF(found > 5000, "%d", found);
+}
+
+/* ---- dot ------------------------------------------------------------------------------------- */
+
+static void check_dot(const moe__type *t, int64_t n) {
+    enum { ROWS = 3 };
+    size_t size = moe_type_row_size(t->id, n);
+    uint8_t *rows = (uint8_t *)take(ROWS * size);
+    float *x = take_normal(n, 2), *w = (float *)take((size_t)n * sizeof(float)), out[ROWS];
+    void *act = take_acts(t, x, n);
+    for (int r = 0; r < ROWS; r++) {
+        uint8_t *row = random_row(t, n);
+        memcpy(rows + (size_t)r * size, row, size);
+        free(row);
+    }
+    t->dot(rows, size, ROWS, n, act, out);
+    for (int r = 0; r < ROWS; r++) {
+        double sum = 0, terms = 0;
+        t->dequantize(rows + (size_t)r * size, n, w);
+        for (int64_t i = 0; i < n; i++) {
+            double term = (double)w[i] * act_value(t, act, i);
+            sum += term;
+            terms += fabs(term);
+        }
+        CHECKF(fabs(out[r] - sum) <= 1.2e-7 * terms, "%s %d: %g, not %g", t->name, (int)n,
+               (double)out[r], sum);
+        CHECK(terms > 0);
+    }
+    free(rows);
+    free(x);
+    free(w);
+    free(act);
+}
+TEST(dot) {
+    const int64_t n32[] = {32, 64, 96, 256, 288, 1408, 2880}, n256[] = {256, 512, 2048, 7168};
+    const int64_t n1[] = {1, 2, 3, 5, 31, 63, 1408};
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        for (int k = 0; k < 7; k++) {
+            if (t->block == 1) check_dot(t, n1[k]);
+            if (t->block <= 32) check_dot(t, n32[k]);
+            if (k < 4) check_dot(t, n256[k]);
+        }
+    }
+}
+
+/* All scales 1, activations set by hand: the result is an integer, and must be that integer. */
+TEST(dot_exact) {
+    enum { N = 512 };
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        if (is_float(t)) continue;
+        for (int trial = 0; trial < 50; trial++) {
+            moe__act32 a32[2];
+            moe__act256 a256[2];
+            memset(a32, 0, sizeof a32);
+            memset(a256, 0, sizeof a256);
+            for (int e = 0; e < N; e++) {
+                int q = trial == 0 ? 127 : trial == 1 ? -127 : (int)(random_u32() % 255) - 127;
+                a32[e / 256].q[e % 256] = a256[e / 256].q[e % 256] = (int8_t)q;
+                a32[e / 256].d[e % 256 / 32] = a256[e / 256].d = 1;
+                a32[e / 256].nsum[e % 256 / 32] -= q;
+                a256[e / 256].nsum[e % 256 / 16] -= q;
+                int16_t *sum16 = &a256[e / 256].sum16[e % 256 / 16];
+                int16_t *sum32 = &a256[e / 256].sum32[e % 256 / 32];
+                *sum16 = (int16_t)(*sum16 + q);
+                *sum32 = (int16_t)(*sum32 + q);
+            }
+            uint8_t *row = random_row(t, N);
+            size_t size = moe_type_row_size(t->id, N);
+            if (trial < 2) memset(row, trial ? 0x80 : 0xFF, size); /* largest fields */
+            int64_t want = 0;
+            for (int e = 0; e < N; e++) {
+                uint8_t *block = row + e / t->block * t->bytes;
+                moe__store_u16(block + scale_offset(t->id), 0x3C00);
+                if (t->id == MOE_TYPE_Q4_K || t->id == MOE_TYPE_Q5_K)
+                    moe__store_u16(block + 2, 0x3C00);
+                weight w = sheet_weight(t->id, block, e % t->block);
+                want += (w.scale * w.level - w.min) * (int64_t)a256[e / 256].q[e % 256];
+            }
+            float out;
+            t->dot(row, size, 1, N, t->act == MOE__ACT_Q32 ? (void *)a32 : (void *)a256, &out);
+            CHECKF(out == (float)want, "%s: %.1f, not %lld", t->name, (double)out, (long long)want);
+            free(row);
+        }
+    }
+}
+
+TEST(dot_not_finite) {
+    enum { N = 512 };
+    const uint16_t halves[] = {0x7E00, 0x7C00, 0xFC00, 0xFFFF};
+    float *x = take_normal(N, 1), y[N], out;
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        size_t size = moe_type_row_size(t->id, N);
+        uint8_t *row = random_row(t, N);
+        x[3] = NAN; /* in the activations */
+        void *act = take_acts(t, x, N);
+        t->dot(row, size, 1, N, act, &out);
+        CHECKF(is_nan(out), "%s: %g", t->name, (double)out);
+        free(act);
+        x[3] = 1;
+        act = take_acts(t, x, N);
+        t->dot(row, size, 1, N, act, &out);
+        CHECK(is_finite(out));
+        for (int h = 0; h < 4 && !is_float(t); h++) { /* in the scales */
+            moe__store_u16(row + scale_offset(t->id), halves[h]);
+            t->dot(row, size, 1, N, act, &out);
+            t->dequantize(row, N, y);
+            CHECKF(!is_finite(out), "%s: %g", t->name, (double)out);
+            CHECK(is_nan(out) || !(halves[h] & 0x3FF));
+        }
+        memset(row, 0xFF, size); /* NaN for plain types */
+        t->dot(row, size, 1, N, act, &out);
+        t->dequantize(row, N, y);
+        if (t->id != MOE_TYPE_Q8_0) CHECK(is_nan(out) && is_nan(y[0]));
+        free(act);
+        free(row);
+    }
+    free(x);
+}
+
+/* ---- public calls ---------------------------------------------------------------------------- */
+
+static int refused(moe_status status, moe_status want, const moe_error *error, const char *where) {
+    int good = status == want && error->status == want && error->text[0] &&
+               strcmp(error->where, where) == 0;
+    if (!good) printf("    %s, where %s: %s\n", moe_status_name(status), error->where, error->text);
+    return good;
+}
+TEST(arguments) {
+    const moe_type q4 = MOE_TYPE_Q4_K;
+    const moe_status bad = MOE_ERROR_ARGUMENT;
+    float *x = take_normal(512, 1), *y = (float *)take(512 * sizeof(float));
+    uint8_t rows[2 * 288];
+    moe_error e;
+#define QUANTIZE(type, in, out, n_rows, n) (memset(&e, 0, sizeof e), \
+    moe_type_quantize(type, in, out, n_rows, n, NULL, &e))
+#define DEQUANTIZE(type, in, out, n_rows, n) (memset(&e, 0, sizeof e), \
+    moe_type_dequantize(type, in, out, n_rows, n, &e))
+    CHECK(refused(QUANTIZE(q4, NULL, rows, 1, 256), bad, &e, "in"));
+    CHECK(refused(QUANTIZE(q4, x, NULL, 1, 256), bad, &e, "rows"));
+    CHECK(refused(QUANTIZE(q4, x, rows, -1, 256), bad, &e, "n_rows"));
+    CHECK(refused(QUANTIZE(q4, x, rows, INT64_MIN, 256), bad, &e, "n_rows"));
+    CHECK(refused(QUANTIZE(q4, x, rows, 1, 0), bad, &e, "n"));
+    CHECK(refused(QUANTIZE(q4, x, rows, 1, -256), bad, &e, "n"));
+    CHECK(refused(QUANTIZE(q4, x, rows, 1, 128), bad, &e, "n"));
+    CHECK(refused(QUANTIZE(q4, x, rows, INT64_MAX, 256), bad, &e, "n_rows"));
+    CHECK(refused(QUANTIZE(MOE_TYPE_F16, x, rows, 1, INT64_MAX), bad, &e, "n"));
+    CHECK(refused(QUANTIZE(q4, x, rows, (int64_t)1 << 54, 256), bad, &e, "n_rows"));
+    CHECK(refused(QUANTIZE((moe_type)10, x, rows, 1, 256), MOE_ERROR_UNSUPPORTED, &e, "type"));
+    CHECK(strstr(e.text, "Q2_K"));
+    CHECK(refused(QUANTIZE((moe_type)77, x, rows, 1, 256), MOE_ERROR_UNSUPPORTED, &e, "type"));
+    CHECK(refused(DEQUANTIZE(q4, NULL, y, 1, 256), bad, &e, "rows"));
+    CHECK(refused(DEQUANTIZE(q4, rows, NULL, 1, 256), bad, &e, "out"));
+    CHECK(refused(DEQUANTIZE(q4, rows, y, -1, 256), bad, &e, "n_rows"));
+    CHECK(refused(DEQUANTIZE(q4, rows, y, 1, 300), bad, &e, "n"));
+    CHECK(refused(DEQUANTIZE(MOE_TYPE_Q8_0, rows, y, 1, INT64_MIN), bad, &e, "n"));
+    CHECK(refused(DEQUANTIZE(MOE_TYPE_ANY_ID, rows, y, 1, 256), MOE_ERROR_UNSUPPORTED, &e, "type"));
+    CHECK(moe_type_quantize(q4, NULL, rows, 1, 256, NULL, NULL) == bad);
+    CHECK(moe_type_dequantize((moe_type)3, rows, y, 1, 256, NULL) == MOE_ERROR_UNSUPPORTED);
+
+    memset(&e, 0x5A, sizeof e); /* success leaves it alone */
+    moe_error untouched = e;
+    CHECK(moe_type_quantize(q4, x, rows, 2, 256, NULL, &e) == MOE_OK);
+    CHECK(moe_type_dequantize(q4, rows, y, 2, 256, &e) == MOE_OK);
+    CHECK(moe_type_dequantize(q4, rows, y, 0, 256, &e) == MOE_OK);
+    CHECK(memcmp(&e, &untouched, sizeof e) == 0);
+    uint8_t second[144]; /* rows do not depend on each other */
+    CHECK(moe_type_quantize(q4, x + 256, second, 1, 256, NULL, NULL) == MOE_OK);
+    CHECK(memcmp(second, rows + 144, 144) == 0);
+    free(x);
+    free(y);
+}
+
+/* ---- the plain C kernel table ---------------------------------------------------------------- */
+
+TEST(scalar_tile) {
+    enum { ROWS = 5, TOKENS = 4, N = 256, STRIDE = 9 };
+    uint8_t *pack = (uint8_t *)take(MOE__PACK_SIZE);
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        const moe__type *t = &moe__types[i];
+        size_t size = moe_type_row_size(t->id, N);
+        uint8_t *rows = random_row(t, ROWS * N);
+        const void *x[TOKENS];
+        float out[TOKENS * STRIDE], one;
+        for (int k = 0; k < TOKENS; k++) {
+            float *f = take_normal(N, 1);
+            x[k] = take_acts(t, f, N);
+            free(f);
+        }
+        for (int k = 0; k < TOKENS * STRIDE; k++) out[k] = 77;
+        moe__kernels_scalar.type[i].tile(rows, size, ROWS, N, x, TOKENS, out, STRIDE, pack, NULL,
+                                         0);
+        for (int k = 0; k < TOKENS; k++) {
+            for (int r = 0; r < STRIDE; r++) {
+                one = 77;
+                if (r < ROWS) t->dot(rows + (size_t)r * size, size, 1, N, x[k], &one);
+                CHECK(out[k * STRIDE + r] == one);
+            }
+            free((void *)(uintptr_t)x[k]);
+        }
+        free(rows);
+    }
+    free(pack);
+}
+
+TEST(scalar_float) {
+    enum { N = 1000 };
+    const moe__kernels *k = &moe__kernels_scalar;
+    float *x = take_normal(N, 3), *w = take_normal(N, 1), y[N];
+    uint16_t h[N];
+    double sum = 0, max = -1e30;
+    for (int i = 0; i < N; i++) sum += (double)x[i] * x[i];
+    double scale = 1 / sqrt(sum / N + 1e-5);
+    k->rms_norm(x, w, N, 1e-5f, y);
+    for (int i = 0; i < N; i++) CHECK(fabs(y[i] - x[i] * scale * w[i]) <= 3e-7 * fabs(y[i]));
+    k->rms_norm(x, NULL, N, 1e-5f, y);
+    for (int i = 0; i < N; i++) CHECK(fabs(y[i] - x[i] * scale) <= 3e-7 * fabs(y[i]));
+    memcpy(y, x, sizeof y);
+    k->rms_norm(y, NULL, N, 1e-5f, y);
+    CHECK(fabs(y[5] - x[5] * scale) <= 3e-7 * fabs(y[5]));
+
+    k->swiglu(x, w, N, y);
+    for (int i = 0; i < N; i++) {
+        double want = x[i] / (1 + exp(-(double)x[i])) * w[i];
+        CHECK(fabs(y[i] - want) <= 1e-6 * fabs(want));
+    }
+    float ends[2] = {-1000, 1000}, ones[2] = {1, 1};
+    k->swiglu(ends, ones, 2, ends);
+    CHECK(ends[0] == 0 && ends[1] == 1000);
+
+    memcpy(y, x, sizeof y);
+    k->softmax(y, N);
+    for (int i = 0; i < N; i++) max = x[i] > max ? x[i] : max;
+    sum = 0;
+    for (int i = 0; i < N; i++) sum += exp(x[i] - max);
+    for (int i = 0; i < N; i++) CHECK(fabs(y[i] - exp(x[i] - max) / sum) <= 3e-6 * y[i]);
+    float some[3] = {-INFINITY, 1e4f, -INFINITY}, none[3] = {-INFINITY, -INFINITY, -INFINITY};
+    float dirty[3] = {1, NAN, 2};
+    k->softmax(some, 3);
+    CHECK(some[0] == 0 && some[1] == 1 && some[2] == 0);
+    k->softmax(none, 3);
+    k->softmax(dirty, 3);
+    for (int i = 0; i < 3; i++) CHECK(is_nan(none[i]) && is_nan(dirty[i]));
+
+    memcpy(y, w, sizeof y);
+    k->axpy(0.5f, x, N, y);
+    for (int i = 0; i < N; i++) CHECK(fabs(y[i] - (w[i] + 0.5 * x[i])) <= 1e-6);
+    k->f32_to_f16(x, N, h);
+    for (int i = 0; i < N; i++) CHECK(h[i] == moe__f32_to_f16(x[i]));
+    free(x);
+    free(w);
+}
+
+/* Attention over blocks of keys against the formula in double. */
+enum { AT_Q = 3, AT_K = 37, AT_DK = 24, AT_DV = 10, AT_STRIDE = 11 };
+typedef struct attend_case {
+    float q[AT_Q * 30], k[AT_K * AT_DK], v[AT_K * AT_DV];
+    uint16_t k16[AT_K * AT_DK], v16[AT_K * AT_DV];
+    float scores[AT_Q * MOE__ATTEND_KEYS], max[AT_Q], sum[AT_Q], out[AT_Q * AT_STRIDE];
+    moe__attend_args args;
+} attend_case;
+static attend_case *attend_new(int f32) {
+    attend_case *c = (attend_case *)take(sizeof *c);
+    memset(c, 0, sizeof *c);
+    for (int i = 0; i < AT_Q * 30; i++) c->q[i] = random_normal() * 0.4f;
+    for (int i = 0; i < AT_K * AT_DK; i++)
+        c->k[i] = moe__f16_to_f32(c->k16[i] = moe__f32_to_f16(random_normal()));
+    for (int i = 0; i < AT_K * AT_DV; i++)
+        c->v[i] = moe__f16_to_f32(c->v16[i] = moe__f32_to_f16(random_normal()));
+    for (int i = 0; i < AT_Q; i++) c->max[i] = -INFINITY;
+    moe__attend_args *a = &c->args;
+    a->q = c->q;
+    a->q_stride = 30;
+    a->f32 = f32;
+    a->k_bytes = (f32 ? 4 : 2) * AT_DK;
+    a->v_bytes = (f32 ? 4 : 2) * AT_DV;
+    a->dk = AT_DK;
+    a->dv = AT_DV;
+    a->n_queries = AT_Q;
+    a->max = c->max;
+    a->sum = c->sum;
+    a->out = c->out;
+    a->out_stride = AT_STRIDE;
+    a->scores = c->scores;
+    return c;
+}
+/* Keys begin .. begin + n - 1; visible[i] counts from 0. */
+static void attend_block(attend_case *c, int begin, int n, const int *visible) {
+    int32_t here[AT_Q];
+    for (int i = 0; i < AT_Q; i++)
+        here[i] = (int32_t)moe__min(n, moe__max(0, visible ? visible[i] - begin : n));
+    c->args.k = c->args.f32 ? (void *)(c->k + begin * AT_DK) : (void *)(c->k16 + begin * AT_DK);
+    c->args.v = c->args.f32 ? (void *)(c->v + begin * AT_DV) : (void *)(c->v16 + begin * AT_DV);
+    c->args.n_keys = n;
+    c->args.n_visible = visible ? here : NULL;
+    moe__kernels_scalar.attend(&c->args);
+}
+static void attend_check(const attend_case *c, const int *visible) {
+    for (int i = 0; i < AT_Q; i++) {
+        double score[AT_K], max = -INFINITY, sum = 0;
+        int n = visible ? visible[i] : AT_K;
+        for (int j = 0; j < n; j++) {
+            score[j] = 0;
+            for (int d = 0; d < AT_DK; d++)
+                score[j] += (double)c->q[30 * i + d] * c->k[j * AT_DK + d];
+            if (score[j] > max) max = score[j];
+        }
+        for (int j = 0; j < n; j++) sum += exp(score[j] - max);
+        CHECK(n == 0 ? c->max[i] == -INFINITY : fabs(c->max[i] - max) < 1e-6);
+        CHECKF(fabs(c->sum[i] - sum) <= 2e-6 * sum, "%g, not %g", (double)c->sum[i], sum);
+        for (int d = 0; d < AT_STRIDE; d++) {
+            double want = 0;
+            for (int j = 0; j < n && d < AT_DV; j++)
+                want += exp(score[j] - max) * c->v[j * AT_DV + d];
+            CHECKF(fabs(c->out[i * AT_STRIDE + d] - want) <= 3e-6 * (1 + sum), "%d %d", i, d);
+        }
+    }
+}
+TEST(scalar_attend) {
+    const int visible[AT_Q] = {37, 20, 0}, blocks[] = {0, 1, 9, 20, 21, 37};
+    for (int f32 = 0; f32 < 2; f32++) {
+        attend_case *c = attend_new(f32);
+        attend_block(c, 0, AT_K, NULL);
+        attend_check(c, NULL);
+        free(c);
+        for (int masked = 0; masked < 2; masked++) {
+            c = attend_new(f32);
+            for (int b = 0; b < 5; b++)
+                attend_block(c, blocks[b], blocks[b + 1] - blocks[b], masked ? visible : NULL);
+            attend_check(c, masked ? visible : NULL);
+            free(c);
+        }
+    }
+}
+TEST(scalar_attend_special) {
+    attend_case *c = attend_new(1);
+    for (int d = 0; d < AT_DK; d++) c->q[d] = 1, c->q[30 + d] = 1, c->k[AT_DK + d] = 0;
+    c->k[AT_DK] = -INFINITY; /* key 1 has the score -inf */
+    for (int d = 0; d < AT_DV; d++) c->v[AT_DV + d] = 1e30f;
+    attend_block(c, 1, 1, NULL); /* nothing but it: as if nothing had been seen */
+    CHECK(c->max[0] == -INFINITY && c->sum[0] == 0 && c->out[0] == 0);
+    attend_block(c, 0, 3, NULL); /* among others: weight 0 */
+    CHECK(is_finite(c->out[0]) && fabsf(c->out[0]) < 100 && c->sum[0] >= 1);
+    c->k[3 * AT_DK] = NAN; /* a NaN is never lost */
+    attend_block(c, 3, 1, NULL);
+    attend_block(c, 4, 10, NULL);
+    for (int i = 0; i < AT_Q; i++) CHECK(is_nan(c->sum[i]) && is_nan(c->out[i * AT_STRIDE]));
+    free(c);
+    c = attend_new(1);
+    c->k[0] = NAN; /* also if nothing else is in its block */
+    attend_block(c, 0, 1, NULL);
+    attend_block(c, 1, 10, NULL);
+    for (int i = 0; i < AT_Q; i++) CHECK(is_nan(c->sum[i]) && is_nan(c->out[i * AT_STRIDE]));
+    free(c);
+}
+
+MAIN()

@@ -1,7 +1,8 @@
-/* Attention kernels: multiply-adds per second beside a register-only FMA loop, and bytes of cache per
- * second beside plain reading. Every sample lies between two runs of its roof, so the ratios hold even
- * when the clock changes; figures are medians of short samples.
- *     cc -O2 bench/attend_bench.c -lm -lpthread && ./a.out [seconds per case, 0.5] */
+/* Attention kernels: multiply-adds per second beside a register-only FMA loop, and bytes of cache
+ * per second beside plain reading. Every sample lies between two runs of its roof, so the ratios
+ * hold even when the clock changes; figures are medians of short samples.
+ *     cc -O2 bench/attend_bench.c -lm -lpthread
+ *     ./a.out [seconds per case, 0.5 [part of a name [anything: ask for huge pages]]] */
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
@@ -75,7 +76,8 @@ static void run(const moe__kernels *kernels, const use *u, uint8_t *memory) {
     enum { KEYS = MOE__ATTEND_KEYS, QUERIES = MOE__ATTEND_QUERIES };
     static float q[QUERIES * 576], out[QUERIES * 512], max[QUERIES], sum[QUERIES];
     static MOE__ALIGNED(64) float scores[QUERIES * KEYS];
-    static double rate[MAX_SAMPLES], part[MAX_SAMPLES], bandwidth[MAX_SAMPLES], of_read[MAX_SAMPLES];
+    static double rate[MAX_SAMPLES], part[MAX_SAMPLES];
+    static double bandwidth[MAX_SAMPLES], of_read[MAX_SAMPLES];
     int32_t visible[QUERIES];
     const size_t width = u->f32 ? 4 : 2, row = (size_t)u->dk * width;
     const size_t block = row * (size_t)u->heads * KEYS, halves = u->same_memory ? 1 : 2;

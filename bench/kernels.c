@@ -3,7 +3,8 @@
  * that only reads the same bytes, 64 at a time. Medians of short repetitions that alternate
  * between kernel and reading, because a machine's speed drifts.
  * Build: cc -O2 bench/kernels.c -o build/bench-kernels -lm -pthread
- * Usage: bench-kernels [-n row length] [-l KiB in cache] [-m MiB in memory] [-r repetitions] [type ...] */
+ * Usage: bench-kernels [-n row length] [-l KiB in cache] [-m MiB in memory] [-r repetitions]
+ *                      [type ...] */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -14,7 +15,7 @@
 
 enum { MAX_REPETITIONS = 1000, CHUNK = 4 << 20 };
 
-/* ---- a loop that only reads ---------------------------------------------------------------------- */
+/* ---- a loop that only reads ------------------------------------------------------------------ */
 
 #if MOE__X86
 __attribute__((target("avx2"), noinline)) static uint64_t read_all(const uint8_t *p, size_t size) {
@@ -60,7 +61,7 @@ static void read_bytes(moe_isa isa, const uint8_t *p, size_t size) {
     sink |= read_all(p, size);
 }
 
-/* ---- measuring ------------------------------------------------------------------------------------ */
+/* ---- measuring ------------------------------------------------------------------------------- */
 
 typedef struct job {
     const moe__kernels *kernels;
@@ -94,13 +95,16 @@ static double run(job *j, int reading) {
     double start = seconds(), end;
     size_t bytes = 0;
     do {
-        const uint8_t *p = j->weights + next_chunk(j);
-        if (reading)
-            read_bytes(j->kernels->isa, p, j->chunk);
-        else
-            j->kernels->type[j->type].dot(p, j->row_size, (int64_t)(j->chunk / j->row_size), j->n,
-                                          j->act, j->out);
-        bytes += j->chunk;
+        size_t until = bytes + (1 << 20); /* asking for the time takes as long as reading 10 KiB */
+        while (bytes < until) {
+            const uint8_t *p = j->weights + next_chunk(j);
+            if (reading)
+                read_bytes(j->kernels->isa, p, j->chunk);
+            else
+                j->kernels->type[j->type].dot(p, j->row_size, (int64_t)(j->chunk / j->row_size),
+                                              j->n, j->act, j->out);
+            bytes += j->chunk;
+        }
         end = seconds();
     } while (end - start < 5e-4);
     return (double)bytes / (end - start) * 1e-9;
@@ -129,7 +133,7 @@ static void measure(job *j, int repetitions) {
     fflush(stdout);
 }
 
-/* ---- rows of random levels, scales of ordinary size ------------------------------------------------- */
+/* ---- rows of random levels, scales of ordinary size ------------------------------------------ */
 
 typedef struct type_info {
     const char *name;

@@ -518,8 +518,8 @@ static int generate(moe_session *session, moe_sampler *sampler, const int32_t *t
     return interrupted ? TOOL_INTERRUPTED : TOOL_OK;
 }
 
-static void show_setup(const moe_session *session) {
-    const moe_model_info *m = moe_model_get_info(moe_session_model(session));
+static void show_setup(const moe_model *model, const moe_session *session) {
+    const moe_model_info *m = moe_model_get_info(model);
     const moe_session_info *s = moe_session_get_info(session);
     static const char *const schedules[] = {"default", "sequential", "parallel", "balanced"};
     char size[32];
@@ -568,7 +568,7 @@ static int run_opened(state *s) {
     if (!s->sampler) return tool_fail(program, "cannot open a sampler", &error);
     s->tokens = tokenize(vocab, &s->prompt, &n);
     if (!s->tokens) return TOOL_ERROR;
-    show_setup(s->session);
+    show_setup(s->model, s->session);
     return generate(s->session, s->sampler, s->tokens, n, load_seconds);
 }
 

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Compiles the header at -O2 with each compiler that is there and looks at the decoding kernels: prints
-# instructions, calls and spills (vector stores to the stack inside innermost loops) per kernel, and
-# fails on any call or spill. usage: tests/asm_check.sh [directory of moe_infer.h] [kernel name pattern]
+# Compiles the header at -O2 with each compiler that is there and looks at the decoding kernels:
+# prints instructions, calls and spills (vector stores to the stack inside innermost loops) of each
+# and fails on any call or spill.
+# usage: tests/asm_check.sh [directory of moe_infer.h] [pattern of kernel names]
 dir=${1:-$(dirname "$0")/..}
 pattern=${2:-'^moe__dot_.*_avx'}
 work=$(mktemp -d) || exit 1
@@ -33,7 +34,8 @@ for compiler in gcc clang; do
         for (i = 1; i <= count; i++) {
             n++
             if (line[i] ~ /^call/) calls++
-            if (i in inside && line[i] ~ /^v?mov[a-z0-9]*[ \t]+%[xyz]mm[0-9]+, *-?[0-9]*\(%r[sb]p\)/)
+            if (i in inside &&
+                line[i] ~ /^v?mov[a-z0-9]*[ \t]+%[xyz]mm[0-9]+, *-?[0-9]*\(%r[sb]p\)/)
                 spills++
         }
         printf "%-5s %-28s %5d instructions, %d calls, %d spills%s\n", compiler, name, n, calls,

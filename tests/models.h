@@ -49,7 +49,8 @@ MODELS_FN const char *models_path(const char *name) {
 /* A small model of a named shape, made if it is not there yet. (q_lora and vocab are not part of */
 /* its name: use synth_write for such models.) */
 MODELS_FN const char *models_write(const char *config, const synth_options *options) {
-    static const char *const forms[3] = {"", "-split", "-both"}, *const keys[3] = {"-old", "", "-mla"};
+    static const char *const forms[3] = {"", "-split", "-both"};
+    static const char *const keys[3] = {"-old", "", "-mla"};
     char name[160];
     struct stat status;
     snprintf(name, sizeof name, "%s-%s%s%s%s%s%s", config, options->type ? options->type : "f32",

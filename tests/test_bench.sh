@@ -8,6 +8,9 @@ bench=$build/moe-bench
 dir=$build/tests/bench
 rm -rf "$dir"
 mkdir -p "$dir"
+for tool in moe-bench moe-synth; do
+    [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
+done
 passed=0 failed=0
 
 run() {

@@ -9,6 +9,9 @@ cli=$build/moe-cli
 dir=$build/tests/cli
 rm -rf "$dir"
 mkdir -p "$dir"
+for tool in moe-cli moe-synth minimal; do
+    [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
+done
 passed=0 failed=0 skipped=0
 
 # ---- tools of the test ---------------------------------------------------------------------------
@@ -150,13 +153,16 @@ gen -n 20 --top-p 0.3 --top-k 0 -s 7 --temp 3 --min-p 0
 check "--top-p" differs all
 gen -n 20 --min-p 1 -s 8
 check "--min-p 1 is greedy" same greedy
-gen -n 100 --temp 0 --repeat-penalty 1000
-check "--repeat-penalty" differs long
-gen -n 100 --temp 0 --repeat-penalty 1000 --repeat-last-n 0
-check "--repeat-last-n 0 switches it off" same long
-gen -n 100 --temp 0 --repeat-penalty 1000
+gen -n 150 --temp 0 --ignore-eos
+keep longer
+gen -n 150 --temp 0 --ignore-eos --repeat-penalty 1000
+check "--repeat-penalty" differs longer
 keep penalty
-gen -n 100 --temp 0 --repeat-penalty 1000 --repeat-last-n -1
+gen -n 150 --temp 0 --ignore-eos --repeat-penalty 1000 --repeat-last-n 0
+check "--repeat-last-n 0 switches it off" same longer
+gen -n 150 --temp 0 --ignore-eos --repeat-penalty 1000 --repeat-last-n 64
+check "--repeat-last-n 64 is the default" same penalty
+gen -n 150 --temp 0 --ignore-eos --repeat-penalty 1000 --repeat-last-n -1
 check "--repeat-last-n -1 is the whole context" differs penalty
 # All 264 tokens are about equally likely.
 wild() {

@@ -7,6 +7,9 @@ build=${1:-build}
 dir=$build/tests/examples
 rm -rf "$dir"
 mkdir -p "$dir"
+for tool in minimal embed moe-cli moe-synth; do
+    [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
+done
 passed=0 failed=0
 
 check() {

@@ -10,7 +10,7 @@
 
 #include <sys/mman.h>
 
-/* ---- random numbers, guarded memory, the types -------------------------------------------------- */
+/* ---- random numbers, guarded memory, the types ----------------------------------------------- */
 
 static uint64_t seed = 1;
 static uint32_t random_u32(void) {
@@ -138,7 +138,7 @@ static double magnitude(const type_info *t, const uint8_t *row, int n, const voi
     return sum;
 }
 
-/* ---- dot ----------------------------------------------------------------------------------------- */
+/* ---- dot ------------------------------------------------------------------------------------- */
 
 enum { MAX_ROWS = 9, MAX_N = 4096 };
 
@@ -332,7 +332,7 @@ TEST(dot_row_size) {
     }
 }
 
-/* ---- activations ---------------------------------------------------------------------------------- */
+/* ---- activations ----------------------------------------------------------------------------- */
 
 static void check_quantize(const moe__kernels *k, int kind, const float *values, int n,
                            const char *what) {
@@ -377,24 +377,25 @@ TEST(quantize_bitwise) {
     }
 }
 
-/* ---- dequantize ----------------------------------------------------------------------------------- */
+/* ---- dequantize ------------------------------------------------------------------------------ */
 
 TEST(dequantize_bitwise) {
     static float expected[MAX_N];
-    EACH_ISA EACH_TYPE for (const int *n = lengths(t); *n; n++) for (int pass = 0; pass < 4; pass++) {
-        size_t size = (size_t)(*n / t->block * t->size);
-        uint8_t *row = random_rows(t, 1, *n, pass == 1 ? 0x8001 : pass == 2 ? 0x7BFF : 0);
-        float *out = (float *)guarded(2, (size_t)*n * sizeof *out);
-        if (pass == 3) /* any bits, NaN and infinity among them */
-            for (size_t i = 0; i < size; i++) row[i] = (uint8_t)random_u32();
-        plain(t)->dequantize(row, *n, expected);
-        k->type[t->index].dequantize(row, *n, out);
-        for (int i = 0; i < *n; i++)
-            CHECKF(moe__f32_bits(out[i]) == moe__f32_bits(expected[i]) ||
-                       (isnan(out[i]) && isnan(expected[i])),
-                   "%s %s n %d [%d]: %.9g, expected %.9g", moe_isa_name(k->isa), t->name, *n, i,
-                   (double)out[i], (double)expected[i]);
-    }
+    EACH_ISA EACH_TYPE for (const int *n = lengths(t); *n; n++)
+        for (int pass = 0; pass < 4; pass++) {
+            size_t size = (size_t)(*n / t->block * t->size);
+            uint8_t *row = random_rows(t, 1, *n, pass == 1 ? 0x8001 : pass == 2 ? 0x7BFF : 0);
+            float *out = (float *)guarded(2, (size_t)*n * sizeof *out);
+            if (pass == 3) /* any bits, NaN and infinity among them */
+                for (size_t i = 0; i < size; i++) row[i] = (uint8_t)random_u32();
+            plain(t)->dequantize(row, *n, expected);
+            k->type[t->index].dequantize(row, *n, out);
+            for (int i = 0; i < *n; i++)
+                CHECKF(moe__f32_bits(out[i]) == moe__f32_bits(expected[i]) ||
+                           (isnan(out[i]) && isnan(expected[i])),
+                       "%s %s n %d [%d]: %.9g, expected %.9g", moe_isa_name(k->isa), t->name, *n, i,
+                       (double)out[i], (double)expected[i]);
+        }
 }
 
 /* Every f16 and every bf16 number. */

@@ -53,12 +53,12 @@ static double subject_measure(const subject *s, const float *logits, const deman
     return models_median_row(x, d->expected, s->n_expected, s->n_vocab, d->by == MEDIAN_KL);
 }
 
-/* Whole, token by token, in odd pieces, and whole in small batches: worst[demand] becomes the worst */
-/* of the four. */
+/* Whole, in odd pieces, token by token, and whole in small batches: worst[demand] becomes the */
+/* worst of the four. (Plain C is slow and has one path for all: the first two.) */
 static void check_pieces(const subject *s, moe_isa isa, moe_kv_type kv_type, double *worst) {
-    static const int steps[4] = {MODELS_WHOLE, 1, MODELS_ODD, MODELS_WHOLE};
-    static const char *const names[4] = {"whole", "token by token", "in pieces", "n_batch 7"};
-    for (int i = 0; i < 4; i++) {
+    static const int steps[4] = {MODELS_WHOLE, MODELS_ODD, 1, MODELS_WHOLE};
+    static const char *const names[4] = {"whole", "in pieces", "token by token", "n_batch 7"};
+    for (int i = 0; i < (isa == MOE_ISA_SCALAR ? 2 : 4); i++) {
         moe_session_options o;
         memset(&o, 0, sizeof o);
         o.isa = isa;
@@ -93,8 +93,9 @@ static void check_demands(const subject *s) {
         }
     }
     for (int d = 0; d < s->n_demands; d++) {
-        printf("  %-24s kv %s, %s, %s:", s->label, s->demands[d].kv_type == MOE_KV_F32 ? "f32" : "f16",
-               s->demands[d].name, measures[s->demands[d].by]);
+        const demand *wanted = &s->demands[d];
+        printf("  %-24s kv %s, %s, %s:", s->label, wanted->kv_type == MOE_KV_F32 ? "f32" : "f16",
+               wanted->name, measures[wanted->by]);
         for (int i = 0; i < 3; i++)
             if (models_has_isa(models_isas[i]))
                 printf(" %s %.1e", moe_isa_name(models_isas[i]), worst[d][i]);
@@ -124,8 +125,8 @@ static double doubles_nmse(const double *x, const double *r, size_t n) {
 
 /* What a cache in half precision must give: the naive pass with the same rounding to within */
 /* limit_rounded, and the truth to within limit_f16. Where two experts are so nearly tied that */
-/* the rounding swaps them (dsv2 of the reference models), the naive pass itself is further off the */
-/* truth than that, and the engine may be as far. */
+/* the rounding swaps them (dsv2 of the reference models), the naive pass itself is further off */
+/* the truth than that, and the engine may be as far. */
 static void subject_demand_f16(subject *s, double *truth) {
     double *rounded = subject_naive(s, 1, 0), limit = limit_f16;
     if (!rounded) return;
@@ -208,7 +209,7 @@ static void check_quantized(const char *config, const char *type, int kvb, int n
 TEST(small_f32) {
     for (int i = 0; i < SYNTH_N_CONFIGS; i++)
         if (is_small(&synth_configs[i]))
-            check_float(models_simple(synth_configs[i].name, "f32"), 150, 1);
+            check_float(models_simple(synth_configs[i].name, "f32"), 140, 1);
 }
 
 TEST(small_f16) {
@@ -243,7 +244,7 @@ TEST(mla_generations) {
             o.flat_kvb = form == 2 || form == 4;
             o.mla_keys = form == 2 ? -1 : form == 5 ? 1 : 0;
             const char *path = models_write(configs[c], &o);
-            check_float(path, 140, form < 3);
+            check_float(path, 130, form == 1);
             if (!subject_open(&s, path, 20)) continue;
             double *truth = subject_naive(&s, 0, 0);
             if (truth && first) {
@@ -259,10 +260,10 @@ TEST(mla_generations) {
     }
 }
 
-enum { CONTEXTS = 24, CONTEXT = 4 };
+enum { CONTEXTS = 15, CONTEXT = 4 };
 
-/* Logits of many short contexts: as the last bit of a float may decide how a value is rounded to 8 */
-/* bits, and one such value changes everything that sees it, results are compared context by */
+/* Logits of many short contexts: as the last bit of a float may decide how a value is rounded to */
+/* 8 bits, and one such value changes everything that sees it, results are compared context by */
 /* context; most of them are free of that. */
 static int run_contexts(const subject *s, moe_isa isa, int step, float *logits) {
     moe_session_options o;
@@ -283,21 +284,22 @@ static int run_contexts(const subject *s, moe_isa isa, int step, float *logits) 
     return session && good;
 }
 
-/* With quantized weights the naive pass that rounds inputs to 8 bits as the engine does gives the */
-/* same logits but for the rounding of floats. (Not so for MLA with quantized attn_k_b and attn_v_b: */
-/* its absorbed form rounds something else. Rows of 16 make them F16 here.) */
+/* With quantized weights the naive pass that rounds inputs to 8 bits as the engine does gives */
+/* the same logits but for the rounding of floats. (Not so for MLA with quantized attn_k_b and */
+/* attn_v_b: its absorbed form rounds something else. Rows of 16 make them F16 here.) */
 static void check_int8(const char *path, double limit) {
     subject s;
     if (subject_open(&s, path, CONTEXTS * CONTEXT)) {
         size_t V = (size_t)s.n_vocab;
-        double *expected = (double *)malloc(sizeof(double) * CONTEXTS * CONTEXT * V);
-        float *logits = (float *)malloc(sizeof(float) * CONTEXTS * CONTEXT * V);
+        size_t count = CONTEXT * V;
+        double *expected = (double *)malloc(sizeof(double) * CONTEXTS * count);
+        float *logits = (float *)malloc(sizeof(float) * CONTEXTS * count);
         subject context = s;
         context.n = CONTEXT;
         for (int c = 0; c < CONTEXTS; c++) {
             context.tokens = s.tokens + c * CONTEXT;
             double *part = subject_naive(&context, 0, 1);
-            if (part) memcpy(expected + (size_t)(c * CONTEXT) * V, part, sizeof(double) * CONTEXT * V);
+            if (part) memcpy(expected + (size_t)c * count, part, sizeof(double) * count);
             free(part);
         }
         printf("  %-24s naive with int8, median NMSE:", s.label);
@@ -722,8 +724,9 @@ static void check_long(const char *name) {
         o.kv_type = kv ? MOE_KV_F16 : MOE_KV_F32;
         o.n_batch = 512;
         float *x = models_run(g.s.model, &o, g.s.tokens, g.s.n, 512), *y = NULL;
-        if (kv) y = models_run(g.s.model, &o, g.s.tokens, g.s.n, MODELS_WHOLE);
-        CHECK(x && (y || !kv));
+        int twice = kv && moe_model_get_info(g.s.model)->n_layer < 10;
+        if (twice) y = models_run(g.s.model, &o, g.s.tokens, g.s.n, MODELS_WHOLE);
+        CHECK(x && (y || !twice));
         if (x) {
             size_t V = (size_t)g.s.n_vocab;
             double nmse = models_nmse(x + (size_t)(g.s.n - g.s.n_expected) * V, g.expected,

@@ -308,6 +308,27 @@ TEST(tile_rows_and_tokens) {
     }
 }
 
+/* Rows of 2048, 4096, ... bytes are copied before they are unpacked. */
+TEST(tile_rows_of_powers_of_two) {
+    int order[TOKENS];
+    identity(order, TOKENS);
+    for (int type = 0; type < N_TYPES; type++)
+        for (size_t size = 2048; size <= 8192; size *= 2) {
+            const int64_t n = types[type].act == 2 ? 1024 : types[type].act ? 992 : 512;
+            problem p;
+            problem_open(&p, type, n, size - (size_t)(n / types[type].block * types[type].bytes) %
+                                                 size);
+            CHECK(p.row_size % 2048 == 0);
+            problem_solve(&p);
+            FOR_EACH_ISA(isa) {
+                check(&p, isa, 32, 9, order, 33, tolerance_of(type));
+                check(&p, isa, 16, 5, order, 33, tolerance_of(type));
+                check(&p, isa, 31, 2, order, 33, tolerance_of(type));
+            }
+            problem_close(&p);
+        }
+}
+
 TEST(tile_lengths) {
     static const int64_t lengths[3][14] = {{1, 2, 3, 7, 8, 9, 31, 100, 127, 128, 129, 260, 1001, 2048},
                                            {32, 64, 96, 224, 256, 288, 480, 1408, 2880},

@@ -1,0 +1,122 @@
+/* >>base: numbers, checked sizes, memory, errors. */
+#define MOE_INFER_IMPLEMENTATION
+#include "../moe_infer.h"
+#include "test.h"
+
+TEST(f16_round_trip) {
+    for (uint32_t i = 0; i < 65536; i++) {
+        float x = moe__f16_to_f32((uint16_t)i);
+        uint16_t back = moe__f32_to_f16(x);
+        if (x != x)
+            CHECKF((back & 0x7C00) == 0x7C00 && (back & 0x3FF), "NaN %04x became %04x", i, back);
+        else
+            CHECKF(back == i, "%04x became %04x", i, back);
+    }
+}
+
+/* Rounds through double: exact, then to the nearest half by comparing neighbours. */
+static uint16_t f16_by_search(float x) {
+    uint16_t sign = (uint16_t)(moe__f32_bits(x) >> 16 & 0x8000), low = 0, high = 0x7C00;
+    double a = fabs((double)x);
+    if (a >= 65520) return (uint16_t)(sign | 0x7C00);
+    while (high - low > 1) { /* largest half that is not above a */
+        uint16_t middle = (uint16_t)((low + high) / 2);
+        if ((double)moe__f16_to_f32(middle) <= a) low = middle; else high = middle;
+    }
+    double below = moe__f16_to_f32(low);
+    double above = high == 0x7C00 ? 65536.0 : (double)moe__f16_to_f32(high);
+    int up = a - below > above - a || (a - below == above - a && (low & 1));
+    return (uint16_t)(sign | (up ? high : low));
+}
+
+TEST(f32_to_f16_rounds_to_nearest_even) {
+    uint32_t state = 12345;
+    for (int i = 0; i < 400000; i++) {
+        state = state * 1664525u + 1013904223u;
+        uint32_t exponent = 95 + state % 50; /* 2^-32 .. 2^17 */
+        uint32_t bits = (state & 0x80000000u) | exponent << 23 | (state >> 3 & 0x7FFFFF);
+        if (i % 4 == 0) bits &= 0xFFFFE000u; /* representable */
+        if (i % 4 == 1) bits = (bits & 0xFFFFE000u) | 0x1000; /* ties */
+        float x = moe__f32_from_bits(bits);
+        CHECKF(moe__f32_to_f16(x) == f16_by_search(x), "%.9g", (double)x);
+    }
+    CHECK(moe__f32_to_f16(INFINITY) == 0x7C00 && moe__f32_to_f16(-INFINITY) == 0xFC00);
+}
+
+TEST(bf16_rounds_to_nearest_even) {
+    CHECK(moe__f32_to_bf16(1.0f) == 0x3F80);
+    CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x3F808000)) == 0x3F80); /* tie to even */
+    CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x3F818000)) == 0x3F82);
+    CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x3F808001)) == 0x3F81);
+    CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x7F7FFFFF)) == 0x7F80); /* overflows */
+    uint16_t nan = moe__f32_to_bf16(moe__f32_from_bits(0x7F800001));
+    CHECK((nan & 0x7F80) == 0x7F80 && (nan & 0x7F));
+    for (uint32_t i = 0; i < 65536; i++)
+        if ((i & 0x7F80) != 0x7F80)
+            CHECK(moe__f32_to_bf16(moe__bf16_to_f32((uint16_t)i)) == i);
+}
+
+TEST(checked_sizes) {
+    uint64_t out;
+    CHECK(moe__size_mul(1u << 31, 1u << 31, &out) && out == (uint64_t)1 << 62);
+    CHECK(!moe__size_mul((uint64_t)1 << 33, (uint64_t)1 << 31, &out));
+    CHECK(moe__size_add(UINT64_MAX - 1, 1, &out) && out == UINT64_MAX);
+    CHECK(!moe__size_add(UINT64_MAX, 1, &out));
+    moe__arena arena;
+    memset(&arena, 0, sizeof arena);
+    moe__arena_take(&arena, 3, 5);
+    CHECK(arena.used == 64 && !arena.overflow);
+    moe__arena_take(&arena, 65, 1);
+    CHECK(arena.used == 192);
+    moe__arena_take(&arena, (uint64_t)1 << 40, (uint64_t)1 << 40);
+    CHECK(arena.overflow && arena.used == 192);
+}
+
+static size_t live_bytes;
+static void *counting_alloc(void *user, size_t size) {
+    (void)user;
+    live_bytes += size;
+    return (char *)malloc(size + 16) + 16; /* aligned to 16 only */
+}
+static void counting_free(void *user, void *memory, size_t size) {
+    (void)user;
+    live_bytes -= size;
+    free((char *)memory - 16);
+}
+
+TEST(allocations_are_aligned_zeroed_and_returned_whole) {
+    moe_allocator a;
+    a.alloc = counting_alloc;
+    a.free = counting_free;
+    a.user = NULL;
+    void *memory[50];
+    for (size_t i = 0; i < 50; i++) {
+        memory[i] = moe__alloc(&a, i * 7 + 1);
+        CHECK(((uintptr_t)memory[i] & 63) == 0);
+        for (size_t j = 0; j < i * 7 + 1; j++) CHECK(((char *)memory[i])[j] == 0);
+        memset(memory[i], 0xAA, i * 7 + 1);
+    }
+    for (size_t i = 0; i < 50; i++) moe__free(&a, memory[i]);
+    CHECK(live_bytes == 0);
+    CHECK(moe__alloc(&a, 0) == NULL && moe__alloc(&a, SIZE_MAX) == NULL);
+    moe_error error;
+    moe_allocator half = a, out;
+    half.free = NULL;
+    CHECK(moe__allocator_init(&out, &half, &error) == MOE_ERROR_ARGUMENT);
+}
+
+TEST(errors_are_cut_between_characters) {
+    moe_error error;
+    char where[200];
+    memset(where, 'x', sizeof where);
+    memcpy(where + 62, "\xE4\xB8\xAD", 3); /* would be cut in the middle of U+4E2D */
+    CHECK(moe__fail_at(&error, MOE_ERROR_FORMAT, 7, where, sizeof where, "%s", "text") ==
+          MOE_ERROR_FORMAT);
+    CHECK(error.status == MOE_ERROR_FORMAT && error.offset == 7 && strlen(error.where) == 62);
+    CHECK(strcmp(error.text, "text") == 0);
+    CHECK(moe__fail(NULL, MOE_ERROR_IO, "file", "ignored") == MOE_ERROR_IO);
+    for (int i = 0; i <= MOE_ERROR_THREAD; i++)
+        CHECK(strchr(moe_status_name((moe_status)i), '?') == NULL);
+}
+
+MAIN()

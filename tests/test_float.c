@@ -1,0 +1,786 @@
+/* The float kernels of every instruction set against double precision: norms, activations, softmax,
+ * conversion to half, attention. Buffers end at a page that must not be touched. */
+#define MOE_INFER_IMPLEMENTATION
+#include "../moe_infer.h"
+
+#include "test.h"
+
+/* ---- tools ----------------------------------------------------------------------------------- */
+
+/* Calls body with `k`, the kernels of each instruction set that this machine has. */
+#define EACH_ISA(k)                                                                    \
+    for (int isa_ = MOE_ISA_SCALAR; isa_ <= MOE_ISA_AVX512; isa_++)                    \
+        for (const moe__kernels *k = moe__kernels_get((moe_isa)isa_);                  \
+             k && moe_isa_resolve((moe_isa)isa_) == (moe_isa)isa_; k = NULL)
+
+static uint64_t random_state = 0x9E3779B97F4A7C15u;
+static uint32_t random_bits(void) {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return (uint32_t)(random_state >> 32);
+}
+static float random_float(float low, float high) {
+    return low + (high - low) * ((float)(random_bits() >> 8) * (1.0f / 16777216.0f));
+}
+static int random_below(int n) { return (int)(random_bits() % (uint32_t)n); }
+
+/* size bytes that end exactly where a page without any access begins. */
+static void *guarded(size_t size) {
+    const size_t page = 4096, whole = (size + page - 1) / page * page;
+    unsigned char *memory = (unsigned char *)mmap(NULL, whole + page, PROT_READ | PROT_WRITE,
+                                                  0x22 /* private, anonymous */, -1, 0);
+    if (memory == (unsigned char *)MAP_FAILED || mprotect(memory + whole, page, PROT_NONE)) {
+        puts("out of memory");
+        exit(2);
+    }
+    return memory + whole - size;
+}
+static void guarded_free(void *memory, size_t size) {
+    const size_t page = 4096, whole = (size + page - 1) / page * page;
+    munmap((unsigned char *)memory + size - whole, whole + page);
+}
+static float *guarded_floats(int64_t n) { return (float *)guarded((size_t)n * sizeof(float)); }
+static void guarded_floats_free(float *p, int64_t n) { guarded_free(p, (size_t)n * sizeof(float)); }
+
+/* |x - expected| in units in the last place of expected; NaN equals NaN, infinity infinity. */
+static double ulps(float x, double expected) {
+    if (x != x || expected != expected) return x != x && expected != expected ? 0 : 1e30;
+    if (expected == INFINITY || expected == -INFINITY) return (double)x == expected ? 0 : 1e30;
+    const int exponent = expected == 0 || ilogb(expected) < -126 ? -126 : ilogb(expected);
+    return fabs((double)x - expected) / ldexp(1, exponent - 23);
+}
+
+/* ---- rows ------------------------------------------------------------------------------------ */
+
+static int64_t row_length(int i) { /* 1..70, then real rows; 0: no more */
+    return i < 70 ? i + 1 : i == 70 ? 1408 : i == 71 ? 2048 : i == 72 ? 7168 : 0;
+}
+
+static void check_rms_norm(const moe__kernels *k, int64_t n, float size, int weighted,
+                           int in_place) {
+    const float eps = 1e-6f;
+    float *x = guarded_floats(n), *w = guarded_floats(n);
+    float *out = in_place ? x : guarded_floats(n);
+    double *expected = (double *)malloc((size_t)n * sizeof(double)), sum = 0, worst = 0;
+    for (int64_t i = 0; i < n; i++) {
+        x[i] = random_float(-size, size);
+        w[i] = random_float(0.5f, 2);
+        sum += (double)x[i] * x[i];
+    }
+    for (int64_t i = 0; i < n; i++)
+        expected[i] = x[i] / sqrt(sum / (double)n + eps) * (weighted ? w[i] : 1);
+    k->rms_norm(x, weighted ? w : NULL, n, eps, out);
+    for (int64_t i = 0; i < n; i++) worst = fmax(worst, ulps(out[i], expected[i]));
+    CHECKF(worst <= 3, "%s n %d: %.2f ulp", moe_isa_name(k->isa), (int)n, worst);
+    if (!in_place) guarded_floats_free(out, n);
+    guarded_floats_free(x, n);
+    guarded_floats_free(w, n);
+    free(expected);
+}
+
+TEST(rms_norm) {
+    EACH_ISA(k)
+    for (int i = 0; row_length(i); i++)
+        for (int weighted = 0; weighted < 2; weighted++)
+            for (int in_place = 0; in_place < 2; in_place++)
+                check_rms_norm(k, row_length(i), i % 2 ? 3.0f : 0.001f, weighted, in_place);
+}
+
+TEST(rms_norm_special) {
+    static float x[7168], out[7168];
+    EACH_ISA(k) {
+        check_rms_norm(k, 300, 1e25f, 1, 0); /* squares leave the range of floats */
+        memset(x, 0, sizeof x);
+        k->rms_norm(x, NULL, 37, 1e-6f, out);
+        for (int i = 0; i < 37; i++) CHECK(out[i] == 0);
+        /* equal values: any drift of the sum would show */
+        for (int i = 0; i < 7168; i++) x[i] = 0.7f;
+        k->rms_norm(x, NULL, 7168, 0, out);
+        CHECKF(ulps(out[7000], 1.0) <= 2, "%.9g", (double)out[7000]);
+        x[3000] = NAN;
+        k->rms_norm(x, NULL, 7168, 1e-6f, out);
+        int nans = 0;
+        for (int i = 0; i < 7168; i++) nans += out[i] != out[i];
+        CHECK(nans == 7168);
+    }
+}
+
+static double silu(double x) { return x / (1 + exp(-x)); }
+
+TEST(swiglu) {
+    EACH_ISA(k)
+    for (int at = 0; row_length(at); at++) {
+        const int64_t n = row_length(at);
+        float *gate = guarded_floats(n), *up = guarded_floats(n), *out = guarded_floats(n);
+        double worst = 0;
+        int differ = 0;
+        for (int64_t i = 0; i < n; i++) {
+            gate[i] = random_float(-20, 20);
+            up[i] = random_float(-3, 3);
+        }
+        k->swiglu(gate, up, n, out);
+        for (int64_t i = 0; i < n; i++) worst = fmax(worst, ulps(out[i], silu(gate[i]) * up[i]));
+        k->swiglu(gate, up, n, gate);
+        for (int64_t i = 0; i < n; i++) differ += gate[i] != out[i];
+        CHECKF(worst <= 4 && !differ, "%s n %d: %.2f ulp", moe_isa_name(k->isa), (int)n, worst);
+        guarded_floats_free(gate, n);
+        guarded_floats_free(up, n);
+        guarded_floats_free(out, n);
+    }
+}
+
+TEST(swiglu_special) {
+    float gate[17], up[17], out[17];
+    EACH_ISA(k)
+    for (int at = 0; at < 17; at++) { /* in every lane and in the ragged end */
+        for (int i = 0; i < 17; i++) gate[i] = up[i] = 1;
+        gate[at] = NAN;
+        k->swiglu(gate, up, 17, out);
+        for (int i = 0; i < 17; i++) CHECK((out[i] != out[i]) == (i == at));
+        gate[at] = INFINITY;
+        k->swiglu(gate, up, 17, out);
+        CHECK(out[at] == INFINITY);
+        gate[at] = 3e38f;
+        k->swiglu(gate, up, 17, out);
+        CHECK(out[at] == 3e38f);
+        gate[at] = -3e38f;
+        k->swiglu(gate, up, 17, out);
+        CHECK(out[at] == 0);
+        gate[at] = -95;
+        k->swiglu(gate, up, 17, out);
+        CHECK(fabsf(out[at]) < 1e-38f);
+        gate[at] = -85;
+        k->swiglu(gate, up, 17, out);
+        CHECK(ulps(out[at], silu(-85)) <= 4);
+    }
+}
+
+TEST(softmax) {
+    EACH_ISA(k)
+    for (int at = 0; at < 76; at++) {
+        const int64_t n = at < 70 ? at + 1 : at == 70 ? 128 : at == 71 ? 151936 : 100 + at;
+        float *x = guarded_floats(n);
+        double *expected = (double *)malloc((size_t)n * sizeof(double)), sum = 0, max = -1e30;
+        double worst = 0, total = 0;
+        const float range = at % 3 == 0 ? 1.0f : at % 3 == 1 ? 30.0f : 80.0f;
+        for (int64_t i = 0; i < n; i++) {
+            x[i] = random_float(-range, range);
+            if (i && random_below(8) == 0) x[i] = -INFINITY;
+            max = fmax(max, x[i]);
+        }
+        for (int64_t i = 0; i < n; i++) sum += expected[i] = exp(x[i] - max);
+        k->softmax(x, n);
+        for (int64_t i = 0; i < n; i++) {
+            const double y = expected[i] / sum; /* x - max is rounded: 2^-24 of up to 160 */
+            const double e = y < 1.2e-38 ? (fabs(x[i] - y) < 1e-38 ? 0 : 1e9) : ulps(x[i], y);
+            worst = fmax(worst, e / (range < 2 ? 1 : 40));
+            total += x[i];
+        }
+        CHECKF(worst <= 4, "%s n %d: %.2f ulp", moe_isa_name(k->isa), (int)n, worst);
+        CHECKF(fabs(total - 1) < 1e-6, "%s n %d: sum %.9g", moe_isa_name(k->isa), (int)n, total);
+        guarded_floats_free(x, n);
+        free(expected);
+    }
+}
+
+static int count_nans(const float *x, int n) {
+    int count = 0;
+    for (int i = 0; i < n; i++) count += x[i] != x[i];
+    return count;
+}
+
+TEST(softmax_special) {
+    float x[50];
+    EACH_ISA(k)
+    for (int n = 1; n <= 50; n++) {
+        for (int i = 0; i < n; i++) x[i] = -INFINITY;
+        k->softmax(x, n);
+        CHECK(count_nans(x, n) == n);
+        for (int at = 0; at < n; at++) {
+            for (int i = 0; i < n; i++) x[i] = (float)i;
+            x[at] = NAN;
+            k->softmax(x, n);
+            CHECKF(count_nans(x, n) == n, "%s NaN at %d of %d", moe_isa_name(k->isa), at, n);
+            for (int i = 0; i < n; i++) x[i] = -INFINITY;
+            x[at] = -7;
+            k->softmax(x, n);
+            for (int i = 0; i < n; i++) CHECK(x[i] == (i == at ? 1.0f : 0.0f));
+        }
+    }
+}
+
+TEST(axpy) {
+    EACH_ISA(k)
+    for (int at = 0; row_length(at); at++) {
+        const int64_t n = row_length(at);
+        float *x = guarded_floats(n), *y = guarded_floats(n);
+        double *expected = (double *)malloc((size_t)n * sizeof(double)), worst = 0;
+        const float a = random_float(-2, 2);
+        for (int64_t i = 0; i < n; i++) {
+            x[i] = random_float(-3, 3);
+            y[i] = random_float(-3, 3);
+            expected[i] = y[i] + (double)a * x[i];
+        }
+        k->axpy(a, x, n, y);
+        for (int64_t i = 0; i < n; i++) worst = fmax(worst, fabs(y[i] - expected[i]));
+        CHECKF(worst < 1e-6, "%s n %d: %g", moe_isa_name(k->isa), (int)n, worst);
+        guarded_floats_free(x, n);
+        guarded_floats_free(y, n);
+        free(expected);
+    }
+}
+
+/* Compares n conversions with the plain C one, bit for bit. */
+static void check_halves(const moe__kernels *k, const float *x, int64_t n) {
+    uint16_t *out = (uint16_t *)malloc((size_t)n * 2);
+    int64_t wrong = -1;
+    k->f32_to_f16(x, n, out);
+    for (int64_t i = 0; i < n && wrong < 0; i++)
+        if (out[i] != moe__f32_to_f16(x[i])) wrong = i;
+    CHECKF(wrong < 0, "%s: %a -> %04x", moe_isa_name(k->isa), (double)x[wrong < 0 ? 0 : wrong],
+           out[wrong < 0 ? 0 : wrong]);
+    free(out);
+}
+
+TEST(f32_to_f16) {
+    enum { N = 1 << 16, EACH = 9 };
+    float *x = (float *)malloc(sizeof(float) * N * EACH);
+    EACH_ISA(k) {
+        /* every half, the floats around it, the tie with its neighbour and what is around that */
+        for (uint32_t h = 0; h < N; h++) {
+            const uint32_t bits = moe__f32_bits(moe__f16_to_f32((uint16_t)h));
+            const float next = moe__f16_to_f32((uint16_t)(h + 1));
+            const float tie = (moe__f32_from_bits(bits) + next) * 0.5f;
+            float *to = x + EACH * (size_t)h;
+            for (uint32_t i = 0; i < 5; i++) to[i] = moe__f32_from_bits(bits + i - 2);
+            for (uint32_t i = 0; i < 3; i++)
+                to[5 + i] = moe__f32_from_bits(moe__f32_bits(tie) + i - 1);
+            to[8] = moe__f32_from_bits(random_bits());
+        }
+        check_halves(k, x, (int64_t)N * EACH);
+        const uint32_t ends[] = {0x477FEFFF, 0x477FF000, 0x477FF001, 0x7F800000, 0xFF800000,
+                                 0x7F800001, 0xFFC00001, 0x7FFFFFFF, 0x33000000, 0x33000001,
+                                 0x00000001, 0x80000000, 0x387FE000, 0x387FF000, 0x38800000};
+        for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) x[i] = moe__f32_from_bits(ends[i]);
+        check_halves(k, x, sizeof ends / sizeof *ends);
+        for (int n = 1; n <= 70; n++) { /* ragged ends */
+            float *in = guarded_floats(n);
+            uint16_t *out = (uint16_t *)guarded((size_t)n * 2);
+            int wrong = 0;
+            for (int i = 0; i < n; i++) in[i] = random_float(-9, 9);
+            k->f32_to_f16(in, n, out);
+            for (int i = 0; i < n; i++) wrong += out[i] != moe__f32_to_f16(in[i]);
+            CHECKF(wrong == 0, "%s n %d", moe_isa_name(k->isa), n);
+            guarded_floats_free(in, n);
+            guarded_free(out, (size_t)n * 2);
+        }
+    }
+    free(x);
+}
+
+/* Nothing before the row or behind it changes. */
+TEST(rows_canaries) {
+    enum { SIZE = 160, AT = 40 };
+    float x[SIZE], y[SIZE], kept[SIZE];
+    uint16_t halves[SIZE];
+    EACH_ISA(k)
+    for (int n = 1; n <= 70; n++)
+        for (int kernel = 0; kernel < 5; kernel++) {
+            int wrong = 0;
+            for (int i = 0; i < SIZE; i++) {
+                x[i] = random_float(-1, 1);
+                y[i] = kept[i] = random_float(-1, 1);
+                halves[i] = 0xBEEF;
+            }
+            if (kernel == 0) k->rms_norm(x + AT, x, n, 1e-5f, y + AT);
+            if (kernel == 1) k->swiglu(x + AT, x, n, y + AT);
+            if (kernel == 2) k->softmax(y + AT, n);
+            if (kernel == 3) k->axpy(0.5f, x + AT, n, y + AT);
+            if (kernel == 4) k->f32_to_f16(x + AT, n, halves + AT);
+            for (int i = 0; i < SIZE; i++)
+                if (i < AT || i >= AT + n) wrong += y[i] != kept[i] || halves[i] != 0xBEEF;
+            CHECKF(!wrong, "%s kernel %d n %d", moe_isa_name(k->isa), kernel, n);
+        }
+}
+
+/* ---- the exponential ------------------------------------------------------------------------- */
+
+#if MOE__X86
+#define EXP_OF(isa, target_string, vector, lanes, op)                                        \
+    static __attribute__((target(target_string))) void exp_##isa(const float *x, float *out) { \
+        for (int i = 0; i < 16; i += lanes)                                                  \
+            op(storeu)(out + i, moe__f_exp_##isa(op(loadu)(x + i)));                         \
+    }
+#define OP256(name) _mm256_##name##_ps
+EXP_OF(avx2, "avx2,fma,f16c", __m256, 8, OP256)
+#if MOE__USE_AVX512
+#define OP512(name) _mm512_##name##_ps
+EXP_OF(avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni", __m512, 16, OP512)
+#endif
+
+static void exp16(moe_isa isa, const float *x, float *out) {
+#if MOE__USE_AVX512
+    if (isa == MOE_ISA_AVX512) {
+        exp_avx512(x, out);
+        return;
+    }
+#endif
+    (void)isa;
+    exp_avx2(x, out);
+}
+
+TEST(exponential) {
+    EACH_ISA(k) {
+        if (k->isa == MOE_ISA_SCALAR) continue;
+        double worst = 0, where = 0;
+        float x[16], out[16];
+        for (uint32_t bits = 0; bits < 0x42D00000; bits += 1601) { /* 0 .. 104, both signs */
+            for (uint32_t i = 0; i < 16; i++)
+                x[i] = moe__f32_from_bits((bits + i / 2 * 200) | (i & 1) << 31);
+            exp16(k->isa, x, out);
+            for (int i = 0; i < 16; i++) {
+                double expected = exp(x[i]);
+                if (expected >= 3.4028235677973366e38) expected = INFINITY; /* rounds to 2^128 */
+                const double e = ulps(out[i], expected);
+                if (e > worst) worst = e, where = x[i];
+            }
+        }
+        CHECKF(worst <= 1.0, "%s: %.3f ulp at %.9g", moe_isa_name(k->isa), worst, where);
+        const float special[16] = {-INFINITY, INFINITY, NAN,       0,     -0.0f,    88.7228394f,
+                                   88.72284f, 89,       -103.972f, -104,  -103.28f, -87.3365448f,
+                                   3e38f,     -3e38f,   1e-45f,    -1e-45f};
+        exp16(k->isa, special, out);
+        CHECK(out[0] == 0 && out[1] == INFINITY && out[2] != out[2] && out[3] == 1 && out[4] == 1);
+        CHECK(out[7] == INFINITY && out[9] == 0 && out[12] == INFINITY && out[13] == 0);
+        CHECK(out[14] == 1 && out[15] == 1);
+        for (int i = 5; i < 12; i++)
+            if (i != 7) CHECKF(ulps(out[i], (float)exp(special[i])) <= 1, "%.9g", (double)out[i]);
+    }
+}
+#endif
+
+/* ---- attention ------------------------------------------------------------------------------- */
+
+typedef struct shape {
+    int n_queries, n_keys, dk, dv, f32;
+    int same;       /* values are the front of the keys */
+    int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros */
+    int gap;        /* bytes between rows */
+} shape;
+
+typedef struct attention {
+    shape s;
+    float *q, *max, *sum, *out, *scores;
+    uint8_t *k, *v;
+    size_t q_size, k_size, v_size, out_size;
+    int32_t *visible;
+    moe__attend_args args;
+} attention;
+
+static void store_value(uint8_t *p, int f32, float x) {
+    const uint16_t half = moe__f32_to_f16(x);
+    if (f32)
+        memcpy(p, &x, 4);
+    else
+        memcpy(p, &half, 2);
+}
+static float load_value(const uint8_t *p, int f32) {
+    return f32 ? moe__load_f32(p) : moe__f16_to_f32(moe__load_u16(p));
+}
+
+static void attention_reset(attention *a) {
+    const shape *s = &a->s;
+    for (int i = 0; i < s->n_queries; i++) {
+        a->max[i] = -INFINITY;
+        a->sum[i] = 0;
+        for (int c = 0; c < s->dv + 3; c++) {
+            if (i == s->n_queries - 1 && c >= s->dv) break; /* the last row has nothing behind it */
+            a->out[i * (s->dv + 3) + c] = c < s->dv ? 0 : 12345.0f;
+        }
+    }
+}
+
+/* Rows of width values at a guard page, NaN between them. */
+static uint8_t *make_rows(int n, int width, int f32, size_t stride, size_t *size) {
+    const size_t row = (size_t)width * (f32 ? 4 : 2);
+    *size = (size_t)(n - 1) * stride + row;
+    uint8_t *memory = (uint8_t *)guarded(*size);
+    memset(memory, 0xFF, *size);
+    for (int j = 0; j < n; j++)
+        for (int c = 0; c < width; c++)
+            store_value(memory + (size_t)j * stride + (size_t)c * (f32 ? 4 : 2), f32,
+                        random_float(-1, 1));
+    return memory;
+}
+
+static void attention_open(attention *a, const shape *s) {
+    memset(a, 0, sizeof *a);
+    a->s = *s;
+    const int bytes = s->f32 ? 4 : 2, n = s->n_queries;
+    moe__attend_args *args = &a->args;
+    args->q_stride = s->dk + 5;
+    args->out_stride = s->dv + 3;
+    args->k_bytes = (size_t)(s->dk * bytes + s->gap);
+    args->v_bytes = s->same ? args->k_bytes : (size_t)(s->dv * bytes + s->gap * 2);
+    a->q_size = (size_t)((n - 1) * (s->dk + 5) + s->dk);
+    a->out_size = (size_t)((n - 1) * (s->dv + 3) + s->dv);
+    a->q = guarded_floats((int64_t)a->q_size);
+    a->out = guarded_floats((int64_t)a->out_size);
+    a->max = guarded_floats(n);
+    a->sum = guarded_floats(n);
+    a->scores = guarded_floats((int64_t)n * MOE__ATTEND_KEYS);
+    a->k = make_rows(s->n_keys, s->dk, s->f32, args->k_bytes, &a->k_size);
+    a->v = s->same ? a->k : make_rows(s->n_keys, s->dv, s->f32, args->v_bytes, &a->v_size);
+    a->visible = (int32_t *)guarded((size_t)n * 4);
+    const float scale = 2.0f / sqrtf((float)s->dk);
+    for (size_t i = 0; i < a->q_size; i++) a->q[i] = random_float(-1, 1) * scale;
+    for (int i = 0; i < n; i++) {
+        int seen = s->n_keys;
+        if (s->visibility == 1) seen = s->n_keys - n + 1 + i;
+        if (s->visibility == 2) seen = 1 + random_below(s->n_keys);
+        if (s->visibility == 3) seen = random_below(3) ? random_below(s->n_keys + 1) : 0;
+        a->visible[i] = seen < 0 ? 0 : seen;
+    }
+    args->q = a->q;
+    args->k = a->k;
+    args->v = a->v;
+    args->f32 = s->f32;
+    args->dk = s->dk;
+    args->dv = s->dv;
+    args->n_queries = n;
+    args->n_keys = s->n_keys;
+    args->n_visible = s->visibility ? a->visible : NULL;
+    args->max = a->max;
+    args->sum = a->sum;
+    args->out = a->out;
+    args->scores = a->scores;
+    attention_reset(a);
+}
+
+static void attention_close(attention *a) {
+    const int n = a->s.n_queries;
+    guarded_floats_free(a->q, (int64_t)a->q_size);
+    guarded_floats_free(a->out, (int64_t)a->out_size);
+    guarded_floats_free(a->max, n);
+    guarded_floats_free(a->sum, n);
+    guarded_floats_free(a->scores, (int64_t)n * MOE__ATTEND_KEYS);
+    guarded_free(a->k, a->k_size);
+    if (!a->s.same) guarded_free(a->v, a->v_size);
+    guarded_free(a->visible, (size_t)n * 4);
+}
+
+/* Largest error of query i's output, in units of the weighted mean of |value|, and of the logarithm
+ * of the whole sum. *budget is what rounding of scores may cost. */
+static double attention_error(const attention *a, int i, double *budget) {
+    const shape *s = &a->s;
+    static double p[MOE__ATTEND_KEYS], out[1024], size[1024];
+    const int bytes = s->f32 ? 4 : 2;
+    double max = -1e300, sum = 0, products = 0, worst = 0;
+    for (int j = 0; j < a->visible[i]; j++) {
+        double score = 0, absolute = 0;
+        for (int c = 0; c < s->dk; c++) {
+            const double x = (double)a->q[i * a->args.q_stride + c] *
+                             load_value(a->k + (size_t)j * a->args.k_bytes + c * bytes, s->f32);
+            score += x;
+            absolute += fabs(x);
+        }
+        p[j] = score;
+        max = fmax(max, score);
+        products = fmax(products, absolute);
+    }
+    for (int c = 0; c < s->dv; c++) out[c] = size[c] = 0;
+    for (int j = 0; j < a->visible[i]; j++) {
+        p[j] = exp(p[j] - max);
+        sum += p[j];
+        for (int c = 0; c < s->dv; c++) {
+            const double x =
+                p[j] * load_value(a->v + (size_t)j * a->args.v_bytes + c * bytes, s->f32);
+            out[c] += x;
+            size[c] += fabs(x);
+        }
+    }
+    for (int c = 0; c < s->dv; c++) {
+        const double x = (double)a->out[i * a->args.out_stride + c] / a->sum[i];
+        const double e = fabs(x - out[c] / sum) / (size[c] / sum + 1e-30);
+        worst = e > worst || e != e ? e : worst;
+    }
+    *budget = 5e-7 + 1.5e-7 * products;
+    return fmax(worst, fabs(a->max[i] + log(a->sum[i]) - max - log(sum)));
+}
+
+static const char *shape_text(const shape *s) {
+    static char text[128];
+    snprintf(text, sizeof text, "queries %d keys %d dk %d dv %d %s visibility %d gap %d%s",
+             s->n_queries, s->n_keys, s->dk, s->dv, s->f32 ? "f32" : "f16", s->visibility, s->gap,
+             s->same ? " same memory" : "");
+    return text;
+}
+
+static int bits_differ(const float *a, const float *b, int n) {
+    return memcmp(a, b, (size_t)n * sizeof(float)) != 0;
+}
+
+/* One call against double precision; then the same queries in groups of 1, 3 and 5: equal bits. */
+static void check_shape(const moe__kernels *k, const shape *s) {
+    attention a;
+    attention_open(&a, s);
+    const int n = s->n_queries, stride = s->dv + 3;
+    k->attend(&a.args);
+    for (int i = 0; i < n; i++) {
+        if (a.visible[i] == 0) {
+            CHECK(a.max[i] == -INFINITY && a.sum[i] == 0 && a.out[i * stride] == 0);
+            continue;
+        }
+        double budget, error = attention_error(&a, i, &budget);
+        CHECKF(error <= budget, "%s %s query %d (sees %d): %.3g > %.3g", moe_isa_name(k->isa),
+               shape_text(s), i, a.visible[i], error, budget);
+    }
+    int spoilt = 0;
+    for (int i = 0; i < n - 1; i++)
+        for (int c = s->dv; c < stride; c++) spoilt += a.out[i * stride + c] != 12345.0f;
+    CHECKF(!spoilt, "%s %s: gaps of out", moe_isa_name(k->isa), shape_text(s));
+
+    float *out = (float *)malloc(a.out_size * sizeof(float)), max[32], sum[32];
+    memcpy(out, a.out, a.out_size * sizeof(float));
+    memcpy(max, a.max, (size_t)n * sizeof(float));
+    memcpy(sum, a.sum, (size_t)n * sizeof(float));
+    for (int group = 1; group <= 5 && n > 1; group += 2) {
+        attention_reset(&a);
+        for (int i = 0; i < n; i += group) {
+            moe__attend_args part = a.args;
+            part.n_queries = n - i < group ? n - i : group;
+            part.q += i * part.q_stride;
+            part.out += i * part.out_stride;
+            part.max += i;
+            part.sum += i;
+            if (part.n_visible) part.n_visible += i;
+            k->attend(&part);
+        }
+        CHECKF(!bits_differ(out, a.out, (int)a.out_size) && !bits_differ(max, a.max, n) &&
+                   !bits_differ(sum, a.sum, n),
+               "%s %s: groups of %d give other bits", moe_isa_name(k->isa), shape_text(s), group);
+    }
+    free(out);
+    attention_close(&a);
+}
+
+TEST(attend_shapes) {
+    const shape shapes[] = {
+        {8, 512, 128, 128, 0, 0, 0, 0},    {8, 512, 128, 128, 0, 0, 0, 1792}, /* GQA decode */
+        {1, 512, 128, 128, 0, 0, 0, 0},    {4, 77, 64, 64, 0, 0, 0, 0},
+        {16, 512, 576, 512, 0, 1, 0, 0},   {32, 130, 576, 512, 0, 1, 1, 0}, /* MLA */
+        {16, 70, 576, 512, 1, 1, 0, 64},   {3, 33, 576, 512, 0, 1, 2, 0},
+        {32, 512, 128, 128, 0, 0, 1, 0},   {32, 512, 128, 128, 1, 0, 1, 0}, /* prefill */
+        {32, 200, 192, 128, 0, 0, 1, 0},   {32, 100, 192, 192, 0, 0, 2, 6},
+        {31, 65, 96, 96, 0, 0, 3, 0},      {32, 12, 128, 128, 0, 0, 1, 0},
+        {32, 64, 1056, 20, 0, 0, 2, 0},    {20, 9, 1030, 1000, 0, 0, 0, 2}, /* very long rows */
+    };
+    EACH_ISA(k)
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_shape(k, &shapes[i]);
+}
+
+TEST(attend_ragged) {
+    const int widths[] = {1,  2,  3,  5,  7,  8,  9,  15, 16, 17, 20,
+                          24, 31, 33, 48, 63, 64, 65, 80, 96, 112};
+    const int keys[] = {1,  2,  3,  4,  5,  6,  7,  8,   9,   15,  16,
+                        17, 31, 33, 63, 64, 65, 66, 127, 128, 129, 193};
+    const int n_widths = sizeof widths / sizeof *widths, n_all_keys = sizeof keys / sizeof *keys;
+    EACH_ISA(k)
+    for (int i = 0; i < 500; i++) {
+        shape s;
+        memset(&s, 0, sizeof s);
+        s.n_queries = i < 32 ? i + 1 : 1 + random_below(32);
+        s.n_keys = keys[i < 32 ? i % n_all_keys : random_below(n_all_keys)];
+        s.dk = widths[i < n_widths ? i : random_below(n_widths)];
+        s.dv = widths[i < n_widths ? n_widths - 1 - i : random_below(n_widths)];
+        s.f32 = random_below(2);
+        s.visibility = random_below(4);
+        if (random_below(3) == 0) s.gap = random_below(40) * 2 + (i % 4 == 0); /* odd: misaligned */
+        check_shape(k, &s);
+    }
+}
+
+/* Blocks one after the other equal one softmax over all keys. */
+TEST(attend_in_blocks) {
+    EACH_ISA(k)
+    for (int i = 0; i < 24; i++) {
+        const shape s = {1 + random_below(32), 512, 64, 48, i % 2, 0, i % 4, 0};
+        attention a;
+        attention_open(&a, &s);
+        int32_t visible[32];
+        for (int first = 0, size; first < s.n_keys; first += size) {
+            const int largest = i < 6 ? 16 : 200;
+            size = 1 + random_below(largest);
+            if (size > s.n_keys - first) size = s.n_keys - first;
+            for (int r = 0; r < s.n_queries; r++)
+                visible[r] = (int32_t)moe__max(0, moe__min(size, a.visible[r] - first));
+            moe__attend_args part = a.args;
+            part.k = a.k + (size_t)first * part.k_bytes;
+            part.v = a.v + (size_t)first * part.v_bytes;
+            part.n_keys = size;
+            part.n_visible = visible;
+            k->attend(&part);
+        }
+        for (int r = 0; r < s.n_queries; r++) {
+            if (a.visible[r] == 0) continue;
+            double budget, error = attention_error(&a, r, &budget);
+            CHECKF(error <= 1e-6, "%s %s: %.3g", moe_isa_name(k->isa), shape_text(&s), error);
+        }
+        attention_close(&a);
+    }
+}
+
+/* NaN in keys or values changes no bit for those who do not see them, and reaches those who do. */
+TEST(attend_hidden_nan) {
+    EACH_ISA(k)
+    for (int i = 0; i < 60; i++) {
+        const int width = i % 3 == 0 ? 20 : 64;
+        const int n_queries = 2 + random_below(31), n_keys = 3 + random_below(140);
+        const shape s = {n_queries, n_keys, width, width, i % 2, 0, 1 + i % 3, 0};
+        attention a;
+        attention_open(&a, &s);
+        const int n = s.n_queries, stride = s.dv + 3, poison = random_below(s.n_keys);
+        float *out = (float *)malloc(a.out_size * sizeof(float)), max[32], sum[32];
+        k->attend(&a.args);
+        memcpy(out, a.out, a.out_size * sizeof(float));
+        memcpy(max, a.max, (size_t)n * sizeof(float));
+        memcpy(sum, a.sum, (size_t)n * sizeof(float));
+        const int values = i % 4 < 2;
+        uint8_t *rows = values ? a.v : a.k;
+        const size_t bytes = values ? a.args.v_bytes : a.args.k_bytes;
+        memset(rows + (size_t)poison * bytes, 0xFF, (size_t)width * (s.f32 ? 4 : 2)); /* NaN */
+        int seen = 0;
+        for (int r = 0; r < n; r++) seen |= a.visible[r] > poison;
+        if (!seen) memset(rows + (size_t)poison * bytes, 0xFF, (size_t)(s.n_keys - poison) * bytes);
+        attention_reset(&a);
+        k->attend(&a.args);
+        for (int r = 0; r < n; r++) {
+            const float *now = a.out + r * stride;
+            if (a.visible[r] > poison) {
+                float quotient[128];
+                for (int c = 0; c < s.dv; c++) quotient[c] = now[c] / a.sum[r];
+                CHECKF(count_nans(quotient, s.dv) == s.dv, "%s %s: NaN at %d is lost",
+                       moe_isa_name(k->isa), shape_text(&s), poison);
+            } else {
+                const int same = !bits_differ(now, out + r * stride, s.dv) &&
+                                 !bits_differ(a.max + r, max + r, 1) &&
+                                 !bits_differ(a.sum + r, sum + r, 1);
+                CHECKF(same, "%s %s: query %d sees %d, NaN at %d", moe_isa_name(k->isa),
+                       shape_text(&s), r, a.visible[r], poison);
+            }
+        }
+        free(out);
+        attention_close(&a);
+    }
+}
+
+/* A NaN query spoils itself only. */
+TEST(attend_nan_query) {
+    EACH_ISA(k)
+    for (int bad = 0; bad < 9; bad++) {
+        const shape s = {9, 40, 32, 32, 0, 0, 0, 0};
+        attention a;
+        attention_open(&a, &s);
+        a.q[bad * a.args.q_stride + 7] = NAN;
+        k->attend(&a.args);
+        k->attend(&a.args); /* and stays so */
+        for (int r = 0; r < 9; r++) {
+            float quotient[32];
+            for (int c = 0; c < 32; c++) quotient[c] = a.out[r * 35 + c] / a.sum[r];
+            CHECK(count_nans(quotient, 32) == (r == bad ? 32 : 0));
+        }
+        attention_close(&a);
+    }
+}
+
+/* Scores of -inf count for nothing, whether alone, first, last or mixed with others. */
+TEST(attend_minus_infinity) {
+    EACH_ISA(k)
+    for (int f32 = 0; f32 < 2; f32++) {
+        const shape s = {5, 70, 1, 20, f32, 0, 0, 0};
+        attention a;
+        attention_open(&a, &s);
+        for (int i = 0; i < 5; i++) a.q[i * 6] = 1.0f + (float)i; /* dk 1, stride 6 */
+        uint8_t *keys = (uint8_t *)malloc(a.k_size);
+        memcpy(keys, a.k, a.k_size);
+        for (int j = 0; j < 70; j++) store_value(a.k + (size_t)j * a.args.k_bytes, f32, -INFINITY);
+        k->attend(&a.args);
+        for (int i = 0; i < 5; i++)
+            CHECK(a.max[i] == -INFINITY && a.sum[i] == 0 && a.out[i * 23] == 0);
+        memcpy(a.k, keys, a.k_size); /* then finite scores */
+        k->attend(&a.args);
+        for (int i = 0; i < 5; i++) {
+            double budget, error = attention_error(&a, i, &budget);
+            CHECKF(error <= 1e-6, "%s: %.3g", moe_isa_name(k->isa), error);
+        }
+        for (int j = 0; j < 70; j += 1 + (j > 20)) /* then a mixture */
+            store_value(a.k + (size_t)j * a.args.k_bytes, f32, -INFINITY);
+        attention_reset(&a);
+        k->attend(&a.args);
+        for (int i = 0; i < 5; i++) {
+            double sum = 0, out = 0;
+            for (int j = 0; j < 70; j++) {
+                const float score = a.q[i * 6] * load_value(a.k + (size_t)j * a.args.k_bytes, f32);
+                const double p = exp((double)score - a.max[i]);
+                sum += p;
+                out += p * load_value(a.v + (size_t)j * a.args.v_bytes, f32);
+            }
+            CHECK(fabs(sum - a.sum[i]) < 1e-5 && fabs(out - a.out[i * 23]) < 1e-5);
+        }
+        free(keys);
+        attention_close(&a);
+    }
+}
+
+/* A query that sees nothing keeps the bits of its state. */
+TEST(attend_untouched) {
+    EACH_ISA(k)
+    for (int i = 0; i < 20; i++) {
+        const shape s = {6, 90, 64, 68, i % 2, 0, 3, 0};
+        attention a;
+        attention_open(&a, &s);
+        const int hidden = random_below(6), stride = s.dv + 3;
+        float before[68];
+        a.visible[hidden] = 0;
+        a.visible[(hidden + 1) % 6] = 1 + i % 90;
+        a.max[hidden] = 0.5f;
+        a.sum[hidden] = 2.5f;
+        for (int c = 0; c < s.dv; c++) before[c] = c % 3 == 0 ? -0.0f : random_float(-1, 1);
+        before[5] = NAN;
+        memcpy(a.out + hidden * stride, before, sizeof before);
+        k->attend(&a.args);
+        CHECK(!bits_differ(a.out + hidden * stride, before, s.dv));
+        CHECK(a.max[hidden] == 0.5f && a.sum[hidden] == 2.5f);
+        attention_close(&a);
+    }
+}
+
+/* Large scores: no overflow, whether the largest comes in the first block or in the last. */
+TEST(attend_large_scores) {
+    EACH_ISA(k)
+    for (int step = 0; step < 2; step++) {
+        const shape s = {4, 100, 16, 16, 1, 0, 0, 0};
+        attention a;
+        attention_open(&a, &s);
+        for (int i = 0; i < 4; i++)
+            for (int c = 0; c < 16; c++) a.q[i * 21 + c] = c == 0 ? 1.0f : 0.0f;
+        for (int j = 0; j < 100; j++)
+            store_value(a.k + (size_t)j * a.args.k_bytes, 1, (step ? -1e30f : 300.0f) * (float)j);
+        a.args.n_keys = 50;
+        k->attend(&a.args);
+        a.args.k = a.k + 50 * a.args.k_bytes;
+        a.args.v = a.v + 50 * a.args.v_bytes;
+        k->attend(&a.args);
+        const int winner = step ? 0 : 99;
+        for (int i = 0; i < 4; i++) {
+            CHECK(a.sum[i] == 1);
+            for (int c = 0; c < 16; c++)
+                CHECK(a.out[i * 19 + c] ==
+                      load_value(a.v + (size_t)winner * a.args.v_bytes + c * 4, 1));
+        }
+        attention_close(&a);
+    }
+}
+
+MAIN()

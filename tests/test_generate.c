@@ -1,0 +1,521 @@
+/* moe_generate on small random models: their text is nonsense and full of broken UTF-8, which is
+ * just what is needed here. What it must be is computed apart, from logits and token texts. */
+#define MOE_INFER_IMPLEMENTATION
+#include "../moe_infer.h"
+#include "models.h"
+
+/* ---- what the text must be ------------------------------------------------------------------- */
+
+enum { MAX_TEXT = 65536 };
+
+typedef struct text {
+    char data[MAX_TEXT];
+    size_t size;
+    int pieces, bad_pieces; /* pieces that are empty or not UTF-8 */
+    int stop_after;         /* pieces after which the callback returns 0; 0: never */
+} text;
+
+static void text_add(text *t, const char *data, size_t size) {
+    if (t->size + size > MAX_TEXT) size = MAX_TEXT - t->size;
+    memcpy(t->data + t->size, data, size);
+    t->size += size;
+}
+
+/* Length of the UTF-8 character at p, 0 if there is none: no overlong forms, no surrogates, */
+/* nothing above U+10FFFF. */
+static size_t utf8_length(const unsigned char *p, size_t n) {
+    if (n == 0) return 0;
+    if (p[0] < 0x80) return 1;
+    size_t length = p[0] < 0xC2 ? 0 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : p[0] < 0xF5 ? 4 : 0;
+    if (length == 0 || length > n) return 0;
+    for (size_t i = 1; i < length; i++)
+        if ((p[i] & 0xC0) != 0x80) return 0;
+    if (p[0] == 0xE0 && p[1] < 0xA0) return 0;
+    if (p[0] == 0xED && p[1] > 0x9F) return 0;
+    if (p[0] == 0xF0 && p[1] < 0x90) return 0;
+    if (p[0] == 0xF4 && p[1] > 0x8F) return 0;
+    return length;
+}
+static int is_utf8(const char *data, size_t size) {
+    while (size) {
+        size_t n = utf8_length((const unsigned char *)data, size);
+        if (!n) return 0;
+        data += n;
+        size -= n;
+    }
+    return 1;
+}
+
+/* Bytes that are not UTF-8 become U+FFFD. How many of them a broken character gives is a matter */
+/* of taste: here, and in what is compared with it, a run of them counts as one. */
+static void clean(const char *data, size_t size, text *out) {
+    static const char replacement[3] = {'\xEF', '\xBF', '\xBD'};
+    memset(out, 0, sizeof *out);
+    while (size) {
+        size_t n = utf8_length((const unsigned char *)data, size);
+        int broken = n == 0 || (n == 3 && !memcmp(data, replacement, 3));
+        if (!broken) text_add(out, data, n);
+        else if (out->size < 3 || memcmp(out->data + out->size - 3, replacement, 3))
+            text_add(out, replacement, 3);
+        if (n == 0) n = 1;
+        data += n;
+        size -= n;
+    }
+}
+
+static int same_text(const text *got, const char *bytes, size_t size) {
+    static text a, b;
+    clean(got->data, got->size, &a);
+    clean(bytes, size, &b);
+    return a.size == b.size && !memcmp(a.data, b.data, a.size);
+}
+
+static int on_text(void *user, const char *data, size_t size) {
+    text *t = (text *)user;
+    t->pieces++;
+    t->bad_pieces += size == 0 || !is_utf8(data, size);
+    text_add(t, data, size);
+    return t->pieces != t->stop_after;
+}
+
+/* ---- what the tokens must be ----------------------------------------------------------------- */
+
+static moe_model *the_model;
+static const moe_vocab *the_vocab;
+static int32_t n_vocab;
+
+static int open_model(void) {
+    if (!the_model) the_model = models_open(models_simple("micro", "f32"));
+    the_vocab = moe_model_vocab(the_model);
+    n_vocab = the_model ? moe_model_get_info(the_model)->n_vocab : 0;
+    CHECK(the_vocab != NULL);
+    return the_vocab != NULL;
+}
+
+static moe_session *open_session(int n_ctx) {
+    moe_session_options o;
+    memset(&o, 0, sizeof o);
+    o.n_ctx = n_ctx;
+    o.n_threads = 1;
+    moe_session *session = moe_session_open(the_model, &o, NULL);
+    CHECK(session != NULL);
+    return session;
+}
+
+static int32_t argmax(const float *x, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (x[i] > x[best]) best = i;
+    return best;
+}
+
+/* Evaluates the prompt, then n times the likeliest token; the bytes of these. */
+static size_t greedy(moe_session *session, const int32_t *prompt, int n_prompt, int n,
+                     int32_t *tokens, char *bytes) {
+    size_t size = 0;
+    CHECK(moe_session_eval(session, prompt, n_prompt, NULL) == MOE_OK);
+    for (int i = 0; i < n; i++) {
+        tokens[i] = argmax(moe_session_logits(session, -1), n_vocab);
+        size += moe_vocab_text(the_vocab, tokens[i], bytes + size, MAX_TEXT - size);
+        if (i < n - 1) CHECK(moe_session_eval(session, &tokens[i], 1, NULL) == MOE_OK);
+    }
+    return size;
+}
+
+/* A prompt whose greedy continuation does not run into an end-of-text token. */
+static const int32_t prompt[] = {72, 101, 108, 111};
+enum { N_PROMPT = 4 };
+
+static moe_generate_options options(text *t, int max_tokens) {
+    moe_generate_options o;
+    memset(&o, 0, sizeof o);
+    memset(t, 0, sizeof *t);
+    o.max_tokens = max_tokens;
+    o.ignore_end = MOE_ON;
+    o.on_text = on_text;
+    o.user = t;
+    return o;
+}
+
+/* ---- tests ----------------------------------------------------------------------------------- */
+
+/* Greedy text is that of the largest logits, whatever the number of tokens. */
+TEST(greedy_is_argmax) {
+    static char bytes[MAX_TEXT];
+    static text t;
+    static const int counts[] = {1, 2, 3, 10, 100, 400};
+    if (!open_model()) return;
+    for (int i = 0; i < 6; i++) {
+        int32_t tokens[400];
+        moe_generate_result result;
+        moe_session *a = open_session(500), *b = open_session(500);
+        size_t size = greedy(a, prompt, N_PROMPT, counts[i], tokens, bytes);
+        moe_generate_options o = options(&t, counts[i]);
+        memset(&result, 0xAA, sizeof result);
+        CHECK(moe_generate(b, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+        CHECK(result.reason == MOE_STOP_LIMIT && result.n_generated == counts[i]);
+        CHECK(result.n_prompt == N_PROMPT);
+        CHECK(result.prompt_seconds >= 0 && result.generate_seconds >= 0 &&
+              result.generate_seconds < 100);
+        CHECK(t.bad_pieces == 0 && t.pieces <= counts[i] + 1);
+        CHECKF(same_text(&t, bytes, size), "%d tokens: %zu bytes for %zu", counts[i], t.size, size);
+        /* The last token may or may not be in the session already. */
+        int32_t length = moe_session_length(b);
+        CHECKF(length == N_PROMPT + counts[i] || length == N_PROMPT + counts[i] - 1, "%d", length);
+        moe_session_close(a);
+        moe_session_close(b);
+    }
+}
+
+/* A second call goes on behind what the session holds. */
+TEST(goes_on) {
+    static char bytes[MAX_TEXT];
+    static text t;
+    static const int32_t second[] = {10, 11, 12};
+    int32_t tokens[64];
+    if (!open_model()) return;
+    moe_session *a = open_session(100), *b = open_session(100);
+    moe_generate_options o = options(&t, 10);
+    CHECK(moe_generate(b, prompt, N_PROMPT, &o, NULL, NULL) == MOE_OK);
+    int32_t held = moe_session_length(b);
+    greedy(a, prompt, N_PROMPT, 10, tokens, bytes);
+    if (moe_session_length(a) < held)
+        CHECK(moe_session_eval(a, &tokens[9], 1, NULL) == MOE_OK);
+    CHECK(moe_session_length(a) == held);
+    o = options(&t, 20);
+    CHECK(moe_generate(b, second, 3, &o, NULL, NULL) == MOE_OK);
+    size_t size = greedy(a, second, 3, 20, tokens, bytes);
+    CHECK(same_text(&t, bytes, size));
+    moe_session_close(a);
+    moe_session_close(b);
+}
+
+/* An empty prompt: from the logits that are there, without evaluating anything twice. */
+TEST(empty_prompt) {
+    static text whole, t;
+    moe_generate_result result;
+    if (!open_model()) return;
+    moe_session *session = open_session(100);
+    moe_generate_options o = options(&whole, 30);
+    CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+    moe_session_rewind(session, 0, NULL);
+    CHECK(moe_session_eval(session, prompt, N_PROMPT, NULL) == MOE_OK);
+    o = options(&t, 30);
+    CHECK(moe_generate(session, NULL, 0, &o, &result, NULL) == MOE_OK);
+    CHECK(result.n_prompt == 0 && result.n_generated == 30);
+    CHECK(t.size == whole.size && !memcmp(t.data, whole.data, t.size));
+    moe_session_close(session);
+    /* No logits, nothing to go on with. */
+    moe_error error;
+    memset(&error, 0, sizeof error);
+    session = open_session(100);
+    memset(&result, 0xAA, sizeof result);
+    CHECK(moe_generate(session, NULL, 0, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    CHECK(error.status == MOE_ERROR_ARGUMENT && *error.text);
+    CHECK(result.reason == MOE_STOP_CALLER && result.n_generated == 0);
+    moe_session_close(session);
+}
+
+/* Until the context is full: it is used up, and no further. */
+TEST(context) {
+    static text t;
+    moe_generate_result result;
+    if (!open_model()) return;
+    for (int n_ctx = N_PROMPT; n_ctx < N_PROMPT + 20; n_ctx++) {
+        moe_session *session = open_session(n_ctx);
+        moe_generate_options o = options(&t, 0);
+        CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+        CHECK(result.reason == MOE_STOP_CONTEXT);
+        CHECK(moe_session_length(session) == n_ctx);
+        int most = n_ctx - N_PROMPT + 1;
+        CHECKF(result.n_generated == most || result.n_generated == most - 1, "%d of %d",
+               result.n_generated, most);
+        /* Nothing fits any more. */
+        moe_error error;
+        memset(&error, 0, sizeof error);
+        CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_ERROR_CONTEXT_FULL);
+        CHECK(error.status == MOE_ERROR_CONTEXT_FULL && *error.text);
+        CHECK(moe_session_length(session) == n_ctx);
+        moe_session_close(session);
+    }
+    moe_session *session = open_session(3);
+    moe_generate_options o = options(&t, 5);
+    CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_ERROR_CONTEXT_FULL);
+    CHECK(moe_session_length(session) == 0 && t.pieces == 0);
+    CHECK(result.reason == MOE_STOP_CONTEXT && result.n_generated == 0);
+    moe_session_close(session);
+}
+
+/* The callback ends it at the first, second, ... piece; what came is what would have come. */
+TEST(callback_stops) {
+    static text whole, t;
+    moe_generate_result result;
+    if (!open_model()) return;
+    moe_session *session = open_session(100);
+    moe_generate_options o = options(&whole, 40);
+    CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+    CHECK(whole.pieces > 5);
+    for (int at = 1; at <= whole.pieces; at++) {
+        o = options(&t, 40);
+        t.stop_after = at;
+        moe_session_rewind(session, 0, NULL);
+        CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+        CHECKF(result.reason == MOE_STOP_CALLER, "%d of %d", at, whole.pieces);
+        CHECK(t.pieces == at && t.size <= whole.size && !memcmp(t.data, whole.data, t.size));
+    }
+    moe_session_close(session);
+}
+
+static int stop_at_once(void *user) { return ++*(int *)user > 30; }
+
+/* The session's own way to stop counts as the caller's. */
+TEST(session_stops) {
+    static text t;
+    moe_session_options s;
+    moe_generate_result result;
+    int calls = 0;
+    if (!open_model()) return;
+    memset(&s, 0, sizeof s);
+    s.should_stop = stop_at_once;
+    s.should_stop_user = &calls;
+    moe_session *session = moe_session_open(the_model, &s, NULL);
+    moe_generate_options o = options(&t, 1000);
+    CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+    CHECK(result.reason == MOE_STOP_CALLER && result.n_generated < 40);
+    /* During the prompt it is an error, as with moe_session_eval. */
+    CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_ERROR_CANCELLED);
+    CHECK(result.reason == MOE_STOP_CALLER && result.n_generated == 0);
+    moe_session_close(session);
+}
+
+/* The first occurrence of `stop` in clean text. */
+static size_t find(const text *t, const char *stop) {
+    size_t n = strlen(stop);
+    for (size_t i = 0; i + n <= t->size; i++)
+        if (!memcmp(t->data + i, stop, n)) return i;
+    return t->size;
+}
+
+/* Stop strings cut out of the text at every place and of several lengths: the text ends where */
+/* the string begins. */
+TEST(stop_strings) {
+    static text whole, t;
+    moe_generate_result result;
+    if (!open_model()) return;
+    moe_session *session = open_session(200);
+    moe_generate_options o = options(&whole, 60);
+    CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+    int tried = 0;
+    for (size_t n = 1; n <= 40; n = n * 2 + 1)
+        for (size_t at = 0; at + n <= whole.size && at < 60; at += n > 4 ? 3 : 1) {
+            char stop[64];
+            memcpy(stop, whole.data + at, n);
+            stop[n] = 0;
+            if (!is_utf8(stop, n) || memchr(stop, 0, n)) continue;
+            const char *stops[3] = {"never to be seen", stop, "nor this"};
+            o = options(&t, 60);
+            o.stop = stops;
+            o.n_stop = 3;
+            moe_session_rewind(session, 0, NULL);
+            CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+            size_t first = find(&whole, stop);
+            CHECKF(result.reason == MOE_STOP_STRING, "\"%s\"", stop);
+            CHECKF(t.size == first && !memcmp(t.data, whole.data, first), "\"%s\": %zu, not %zu",
+                   stop, t.size, first);
+            CHECK(t.bad_pieces == 0);
+            tried++;
+        }
+    printf("  %d stop strings\n", tried);
+    CHECK(tried > 20);
+    moe_session_close(session);
+}
+
+/* Text that might have been the beginning of a stop string is not lost at the end. */
+TEST(held_back) {
+    static text whole, t;
+    moe_generate_result result;
+    if (!open_model()) return;
+    moe_session *session = open_session(200);
+    for (int n = 5; n < 25; n++) {
+        moe_generate_options o = options(&whole, n);
+        moe_session_rewind(session, 0, NULL);
+        CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+        for (size_t length = 1; length < whole.size && length < 30; length++) {
+            char stop[64];
+            const char *stops[1] = {stop};
+            size_t at = whole.size - length;
+            if (!is_utf8(whole.data + at, length)) continue;
+            memcpy(stop, whole.data + at, length);
+            memcpy(stop + length, "\x01zz", 4); /* the text's end, and what does not come */
+            if (find(&whole, stop) < whole.size) continue;
+            o = options(&t, n);
+            o.stop = stops;
+            o.n_stop = 1;
+            moe_session_rewind(session, 0, NULL);
+            CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+            CHECK(result.reason == MOE_STOP_LIMIT);
+            CHECKF(t.size == whole.size && !memcmp(t.data, whole.data, t.size), "\"%s\"", stop);
+        }
+    }
+    moe_session_close(session);
+}
+
+/* Generates with a seeded sampler. */
+static void sample(moe_session *session, uint64_t seed, float temperature, int max_tokens, text *t,
+                   int ignore_end, int special, moe_generate_result *result) {
+    moe_sampler_options s;
+    memset(&s, 0, sizeof s);
+    s.temperature = temperature;
+    s.seed = seed;
+    moe_sampler *sampler = moe_sampler_open(&s, n_vocab, moe_vocab_size(the_vocab), NULL);
+    moe_generate_options o = options(t, max_tokens);
+    o.sampler = sampler;
+    o.ignore_end = ignore_end;
+    o.special = special;
+    moe_session_rewind(session, 0, NULL);
+    CHECK(sampler && moe_generate(session, prompt, N_PROMPT, &o, result, NULL) == MOE_OK);
+    CHECK(t->bad_pieces == 0);
+    moe_sampler_close(sampler);
+}
+
+TEST(seeds) {
+    static text a, b;
+    moe_generate_result result;
+    if (!open_model()) return;
+    moe_session *first = open_session(300), *second = open_session(300);
+    int differ = 0;
+    for (uint64_t seed = 1; seed <= 8; seed++) {
+        sample(first, seed, 1, 200, &a, MOE_ON, 0, &result);
+        CHECK(result.n_generated == 200);
+        sample(second, seed, 1, 200, &b, MOE_ON, 0, &result);
+        CHECK(a.size == b.size && a.pieces == b.pieces && !memcmp(a.data, b.data, a.size));
+        sample(second, seed + 100, 1, 200, &b, MOE_ON, 0, &result);
+        differ += a.size != b.size || memcmp(a.data, b.data, a.size) != 0;
+    }
+    CHECK(differ == 8);
+    moe_session_close(first);
+    moe_session_close(second);
+}
+
+/* Ends at the end-of-text token, or not; shows control tokens, or not. With the same seed all */
+/* give the same text as far as they go. */
+TEST(end_of_text) {
+    static text stopped, went_on, shown;
+    moe_generate_result result;
+    int ended = 0;
+    if (!open_model()) return;
+    moe_session *session = open_session(1200);
+    for (uint64_t seed = 1; seed <= 10; seed++) {
+        sample(session, seed, 5, 1000, &stopped, 0, 0, &result);
+        int32_t generated = result.n_generated;
+        int end = result.reason == MOE_STOP_END;
+        CHECK(end || result.reason == MOE_STOP_LIMIT);
+        if (!end) continue;
+        ended++;
+        sample(session, seed, 5, 1000, &went_on, MOE_ON, 0, &result);
+        CHECK(result.reason == MOE_STOP_LIMIT && result.n_generated == 1000);
+        CHECK(result.n_generated > generated || generated == 1000);
+        /* Where it ended, half a character may have been cut off and replaced. */
+        size_t same = stopped.size > 3 ? stopped.size - 3 : 0;
+        CHECK(went_on.size >= same && !memcmp(went_on.data, stopped.data, same));
+        CHECK(find(&went_on, "<|end|>") == went_on.size);
+        sample(session, seed, 5, 1000, &shown, MOE_ON, MOE_ON, &result);
+        CHECKF(find(&shown, "<|end|>") < shown.size, "seed %d", (int)seed);
+    }
+    printf("  %d of 10 ended\n", ended);
+    CHECK(ended >= 5);
+    moe_session_close(session);
+}
+
+TEST(wrong_calls) {
+    static text t;
+    moe_generate_result result;
+    moe_error error;
+    if (!open_model()) return;
+    moe_session *session = open_session(50);
+    moe_generate_options o = options(&t, 5);
+    int32_t bad[3] = {1, n_vocab, 2};
+    const char *none[2] = {"x", NULL}, *empty[1] = {""};
+    memset(&error, 0, sizeof error);
+    CHECK(moe_generate(NULL, prompt, 1, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_generate(session, NULL, 1, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_generate(session, prompt, 0, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_generate(session, prompt, -1, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_generate(session, bad, 3, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    CHECK(error.status == MOE_ERROR_ARGUMENT && *error.text && *error.where);
+    o.stop = NULL;
+    o.n_stop = 1;
+    CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    o.stop = none;
+    o.n_stop = 2;
+    CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_length(session) == 0 && t.pieces == 0);
+    o.stop = empty;
+    o.n_stop = 1;
+    CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    char longest[514];
+    const char *one[1] = {longest};
+    memset(longest, 'x', 513);
+    longest[513] = 0;
+    o.stop = one;
+    CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_ERROR_ARGUMENT);
+    longest[512] = 0;
+    CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_OK);
+    /* Everything that may be NULL. */
+    moe_session_rewind(session, 0, NULL);
+    o = options(&t, 5);
+    o.on_text = NULL;
+    CHECK(moe_generate(session, prompt, 1, &o, NULL, NULL) == MOE_OK);
+    moe_session_rewind(session, 0, NULL);
+    CHECK(moe_generate(session, prompt, 1, NULL, NULL, NULL) == MOE_OK);
+    moe_session_close(session);
+}
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+typedef struct meter {
+    long calls;
+} meter;
+static void *meter_alloc(void *user, size_t size) {
+    ((meter *)user)->calls++;
+    return malloc(size);
+}
+static void meter_free(void *user, void *memory, size_t size) {
+    (void)user;
+    (void)size;
+    free(memory);
+}
+
+TEST(takes_no_memory) {
+    static text t;
+    meter m = {0};
+    moe_model_options mo;
+    moe_session_options so;
+    moe_generate_result result;
+    memset(&mo, 0, sizeof mo);
+    memset(&so, 0, sizeof so);
+    mo.allocator.alloc = meter_alloc;
+    mo.allocator.free = meter_free;
+    mo.allocator.user = &m;
+    so.n_ctx = 300;
+    moe_model *model = moe_model_open(models_simple("micro", "f32"), &mo, NULL);
+    moe_session *session = moe_session_open(model, &so, NULL);
+    CHECK(session != NULL);
+    long calls = m.calls;
+    const char *stops[1] = {"never to be seen"};
+    moe_generate_options o = options(&t, 0);
+    o.stop = stops;
+    o.n_stop = 1;
+    CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+    CHECKF(m.calls == calls, "%ld allocations", m.calls - calls);
+    moe_session_close(session);
+    moe_model_close(model);
+}
+
+/* The last test gives back what the others shared. */
+TEST(close) {
+    moe_model_close(the_model);
+    the_model = NULL;
+}
+
+MAIN()

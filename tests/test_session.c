@@ -1,0 +1,1215 @@
+/* Hostile models and calls: whatever is wrong, a status and a sentence come back, nothing leaks,
+ * and a session goes on as if the wrong call had not been made. */
+#define MOE_INFER_IMPLEMENTATION
+#include "../moe_infer.h"
+#include "gguf_edit.h"
+#include "models.h"
+
+/* ---- an allocator that counts, and fails when told to ---------------------------------------- */
+
+typedef struct meter {
+    size_t live, peak, largest; /* bytes */
+    long calls, fail_at;        /* fail_at: the call that fails, from 1; 0: none */
+    size_t limit;               /* larger requests fail; 0: none */
+} meter;
+
+static void *meter_alloc(void *user, size_t size) {
+    meter *m = (meter *)user;
+    if (size > m->largest) m->largest = size;
+    if (++m->calls == m->fail_at || (m->limit && size > m->limit)) return NULL;
+    void *memory = malloc(size);
+    if (!memory) return NULL;
+    m->live += size;
+    if (m->live > m->peak) m->peak = m->live;
+    return memory;
+}
+static void meter_free(void *user, void *memory, size_t size) {
+    ((meter *)user)->live -= size;
+    free(memory);
+}
+static moe_allocator meter_allocator(meter *m) {
+    moe_allocator a = {meter_alloc, meter_free, m};
+    return a;
+}
+
+static void clear_error(moe_error *error) {
+    memset(error, 0, sizeof *error);
+    error->status = (moe_status)-1;
+}
+
+static int is_bad(const float *x, int n) {
+    for (int i = 0; i < n; i++)
+        if (!(fabsf(x[i]) < INFINITY)) return 1;
+    return 0;
+}
+
+/* ---- hostile models -------------------------------------------------------------------------- */
+
+/* What became of a changed file: refused (with the error), or run for some tokens. */
+typedef struct verdict {
+    int opened, ran, finite;
+    moe_error error; /* if it was not opened, or opened and not run */
+    size_t largest;  /* allocation asked for */
+} verdict;
+
+static void try_session(const moe_model *model, verdict *v) {
+    static const int32_t tokens[3] = {0, 1, 2};
+    int n_vocab = moe_model_get_info(model)->n_vocab;
+    moe_session_options o;
+    memset(&o, 0, sizeof o);
+    o.n_ctx = 4;
+    o.n_batch = 2;
+    o.n_threads = 1;
+    moe_session *session = moe_session_open(model, &o, &v->error);
+    if (!session) return;
+    v->ran = moe_session_eval(session, tokens, n_vocab < 3 ? 1 : 3, &v->error) == MOE_OK;
+    const float *logits = v->ran ? moe_session_logits(session, -1) : NULL;
+    v->finite = logits && !is_bad(logits, n_vocab);
+    moe_session_close(session);
+}
+
+static verdict try_image(const edit_image *image) {
+    verdict v;
+    meter m;
+    moe_model_options o;
+    memset(&v, 0, sizeof v);
+    memset(&m, 0, sizeof m);
+    memset(&o, 0, sizeof o);
+    m.limit = (size_t)64 << 20;
+    o.allocator = meter_allocator(&m);
+    clear_error(&v.error);
+    moe_gguf *gguf = moe_gguf_open_memory(image->data, image->size, NULL, &v.error);
+    moe_model *model = gguf ? moe_model_open_gguf(gguf, &o, &v.error) : NULL;
+    v.opened = model != NULL;
+    if (model) try_session(model, &v);
+    moe_model_close(model);
+    moe_gguf_close(gguf);
+    CHECK(m.live == 0);
+    v.largest = m.largest;
+    return v;
+}
+static verdict try_edit(const edit_file *e) {
+    edit_image image = edit_build(e);
+    verdict v = try_image(&image);
+    free(image.data);
+    return v;
+}
+
+/* Either it ran, or a status that fits, a name and a sentence say why not. */
+static void check_verdict(const verdict *v, const char *what) {
+    if (v->opened && v->ran) return;
+    moe_status s = v->error.status;
+    CHECKF(s == MOE_ERROR_FORMAT || s == MOE_ERROR_UNSUPPORTED, "%s: %s: %s", what,
+           moe_status_name(s), v->error.text);
+    CHECKF(*v->error.text && memchr(v->error.text, 0, sizeof v->error.text), "%s", what);
+    CHECKF(*v->error.where && memchr(v->error.where, 0, sizeof v->error.where), "%s", what);
+}
+
+static void check_refused(const edit_file *e, const char *what, moe_status status,
+                          const char *where) {
+    verdict v = try_edit(e);
+    check_verdict(&v, what);
+    CHECKF(!v.opened, "%s was opened", what);
+    if (v.opened) return;
+    CHECKF(status == MOE_OK || v.error.status == status, "%s: %s: %s: %s", what,
+           moe_status_name(v.error.status), v.error.where, v.error.text);
+    CHECKF(!where || !strcmp(v.error.where, where), "%s: %s: %s", what, v.error.where,
+           v.error.text);
+}
+
+/* The models to break: all families, all forms of attention tensors. */
+static const char *broken_path(int i) {
+    synth_options o;
+    memset(&o, 0, sizeof o);
+    o.no_tokenizer = 1;
+    o.kvb = i == 2 ? SYNTH_KVB_SPLIT : i == 3 ? SYNTH_KVB_BOTH : SYNTH_KVB_FUSED;
+    return models_write(i == 0 ? "micro" : "micro_mla", &o);
+}
+enum { N_BROKEN = 4 };
+
+static int ends_with(const char *text, const char *end) {
+    size_t n = strlen(text), m = strlen(end);
+    return n >= m && !strcmp(text + n - m, end);
+}
+
+/* Does the error name this tensor, or one that has to fit to it (of the same layer)? */
+static int names_tensor(const moe_error *error, const char *tensor) {
+    if (!strcmp(error->where, tensor)) return 1;
+    if (!strncmp(tensor, "blk.", 4)) return !strncmp(error->where, tensor, 6);
+    return ends_with(error->where, ".weight") || strchr(error->where, '.') != NULL;
+}
+
+TEST(untouched) {
+    for (int b = 0; b < N_BROKEN; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        verdict v = try_edit(&e);
+        CHECKF(v.opened && v.ran && v.finite, "%s", v.error.text);
+        edit_close(&e);
+    }
+}
+
+/* Each tensor left out in turn. */
+TEST(missing_tensors) {
+    for (int b = 0; b < N_BROKEN; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        for (int i = 0; i < e.n_tensors; i++) {
+            const char *name = e.tensors[i].name;
+            int optional = !strcmp(name, "output.weight") || ends_with(name, "exp_probs_b.bias") ||
+                           (b == 3 && (ends_with(name, "attn_kv_b.weight") ||
+                                       ends_with(name, "attn_k_b.weight") ||
+                                       ends_with(name, "attn_v_b.weight")));
+            e.tensors[i].removed = 1;
+            verdict v = try_edit(&e);
+            check_verdict(&v, name);
+            if (optional) {
+                CHECKF(v.opened && v.ran && v.finite, "%s: %s", name, v.error.text);
+            } else {
+                CHECKF(!v.opened, "opened without %s", name);
+                /* Of two forms of the latent's expansion, either may be named. */
+                int either = ends_with(name, "_b.weight") && strstr(v.error.where, "_b.weight");
+                int one_q = strstr(name, "attn_q") && strstr(v.error.where, "attn_q");
+                CHECKF(v.opened || either || one_q || !strcmp(v.error.where, name), "%s: %s: %s",
+                       name, v.error.where, v.error.text);
+            }
+            e.tensors[i].removed = 0;
+        }
+        edit_close(&e);
+    }
+}
+
+/* Do both shapes have the same rows? (attn_k_b and attn_v_b come as matrices, too.) */
+static int same_rows(const edit_tensor *a, const edit_tensor *b) {
+    return a->ne[0] == b->ne[0] && a->ne[1] * a->ne[2] == b->ne[1] * b->ne[2] &&
+           a->ne[3] == b->ne[3];
+}
+
+static void reshape(edit_tensor *t, int how) {
+    switch (how) {
+    case 0: t->ne[0] += 1; break;
+    case 1: t->ne[0] -= 1; break;
+    case 2: t->ne[0] *= 2; break;
+    case 3: t->ne[0] = 1; break;
+    case 4: t->ne[t->n_dims - 1] += 1; break;
+    case 5: t->ne[t->n_dims - 1] = 1; break;
+    case 6: t->ne[t->n_dims - 1] *= 2; break;
+    case 7: { /* the first two swapped */
+        uint64_t ne = t->ne[0];
+        t->ne[0] = t->ne[1];
+        t->ne[1] = ne;
+        if (t->n_dims == 1) t->n_dims = 2;
+        break;
+    }
+    case 8: /* flattened */
+        t->ne[0] = t->ne[0] * t->ne[1] * t->ne[2];
+        t->ne[1] = t->ne[2] = 1;
+        t->n_dims = 1;
+        break;
+    case 9: /* one more */
+        t->ne[t->n_dims++] = 2;
+        break;
+    case 10: /* the last two together */
+        if (t->n_dims == 3) {
+            t->ne[1] *= t->ne[2];
+            t->ne[2] = 1;
+            t->n_dims = 2;
+        }
+        break;
+    }
+}
+
+TEST(misshapen_tensors) {
+    int exact = 0, all = 0;
+    for (int b = 0; b < N_BROKEN; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        for (int i = 0; i < e.n_tensors; i++)
+            for (int how = 0; how < 11; how++) {
+                edit_tensor old = e.tensors[i];
+                if (b == 3 && ends_with(old.name, "attn_kv_b.weight")) continue; /* not needed */
+                reshape(&e.tensors[i], how);
+                if (memcmp(old.ne, e.tensors[i].ne, sizeof old.ne) && e.tensors[i].ne[0] &&
+                    e.tensors[i].ne[old.n_dims - 1]) {
+                    verdict v = try_edit(&e);
+                    check_verdict(&v, old.name);
+                    int half = ends_with(old.name, "attn_k_b.weight") ||
+                               ends_with(old.name, "attn_v_b.weight");
+                    if (half && same_rows(&old, &e.tensors[i])) {
+                        CHECKF(v.ran && v.finite, "%s: %s", old.name, v.error.text);
+                    } else {
+                        CHECKF(!v.opened, "%s opened with shape %d", old.name, how);
+                        CHECKF(v.opened || names_tensor(&v.error, old.name), "%s: %s: %s", old.name,
+                               v.error.where, v.error.text);
+                        exact += !strcmp(v.error.where, old.name);
+                        all++;
+                    }
+                }
+                e.tensors[i] = old;
+            }
+        edit_close(&e);
+    }
+    printf("  %d of %d errors name the very tensor, the others one of its layer\n", exact, all);
+    CHECK(exact * 4 >= all * 3);
+}
+
+/* Types that the library knows but cannot compute with, and ids that nobody knows, on each */
+/* tensor. */
+TEST(unsupported_types) {
+    static const uint32_t types[] = {3, 6, 20, 39, 38, 9999, 0x7FFFFFFF};
+    for (int b = 0; b < N_BROKEN; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        for (int i = 0; i < e.n_tensors; i++)
+            for (int t = 0; t < 7; t++) {
+                edit_tensor old = e.tensors[i];
+                const char *type = moe_type_name((moe_type)types[t]);
+                if (old.ne[0] % 32 || moe_type_supported((moe_type)types[t])) continue;
+                if (b == 3 && ends_with(old.name, "attn_kv_b.weight")) continue; /* not needed */
+                e.tensors[i].type = types[t];
+                verdict v = try_edit(&e);
+                check_verdict(&v, old.name);
+                CHECKF(!v.opened && v.error.status == MOE_ERROR_UNSUPPORTED, "%s %s: %s", old.name,
+                       type, v.error.text);
+                CHECKF(v.opened || !strcmp(v.error.where, old.name), "%s: %s", old.name,
+                       v.error.where);
+                if (types[t] < 40 && types[t] != 38)
+                    CHECKF(strstr(v.error.text, type), "%s: %s", type, v.error.text);
+                e.tensors[i] = old;
+            }
+        edit_close(&e);
+    }
+}
+
+/* Tensors that nothing needs may be of any type and shape. */
+TEST(unknown_tensors) {
+    edit_file e;
+    CHECK(edit_open(&e, broken_path(1)));
+    edit_tensor *t = &e.tensors[e.n_tensors++];
+    memset(t, 0, sizeof *t);
+    snprintf(t->name, sizeof t->name, "blk.1.nextn.eh_proj.weight");
+    t->n_dims = 1;
+    t->ne[0] = 512;
+    t->type = 23;
+    verdict v = try_edit(&e);
+    CHECKF(v.opened && v.ran && v.finite, "%s", v.error.text);
+    edit_close(&e);
+}
+
+/* ---- hyper-parameters ------------------------------------------------------------------------ */
+
+/* Values to put into each key, as GGUF has them: type and little-endian bytes. */
+typedef struct odd_value {
+    const char *name;
+    uint32_t type;
+    uint64_t bits;
+} odd_value;
+
+static const odd_value odd_values[] = {
+    {"u32 0", 4, 0},
+    {"u32 1", 4, 1},
+    {"u32 2", 4, 2},
+    {"u32 3", 4, 3},
+    {"u32 7", 4, 7},
+    {"u32 33", 4, 33},
+    {"u32 65536", 4, 65536},
+    {"u32 2^31-1", 4, 0x7FFFFFFF},
+    {"u32 2^31", 4, 0x80000000},
+    {"u32 2^32-1", 4, 0xFFFFFFFF},
+    {"u64 2^63", 10, (uint64_t)1 << 63},
+    {"u64 2^64-1", 10, UINT64_MAX},
+    {"u64 2^32", 10, (uint64_t)1 << 32},
+    {"i32 -1", 5, 0xFFFFFFFF},
+    {"i64 min", 11, (uint64_t)1 << 63},
+    {"i8 -128", 1, 0x80},
+    {"f32 0", 6, 0},
+    {"f32 -0", 6, 0x80000000},
+    {"f32 -1", 6, 0xBF800000},
+    {"f32 1e-40", 6, 71362},
+    {"f32 1e30", 6, 0x7149F2CA},
+    {"f32 NaN", 6, 0x7FC00000},
+    {"f32 inf", 6, 0x7F800000},
+    {"f32 -inf", 6, 0xFF800000},
+    {"f64 NaN", 12, 0x7FF8000000000000},
+    {"f64 1e300", 12, 0x7E37E43C8800759C},
+    {"bool 0", 7, 0},
+    {"bool 1", 7, 1},
+    {"bool 2", 7, 2},
+};
+enum { N_ODD = sizeof odd_values / sizeof odd_values[0] };
+
+/* Keys that the library has no reason to read in these models. */
+static int is_unread(const edit_file *e, const char *key) {
+    int dense = 0;
+    for (int i = 0; i < e->n_tensors; i++) dense |= ends_with(e->tensors[i].name, ".ffn_up.weight");
+    return ends_with(key, ".vocab_size") || !strncmp(key, "general.", 8) ||
+           (ends_with(key, ".feed_forward_length") && strstr(key, ".expert") == NULL && !dense);
+}
+
+static void check_value(edit_file *e, int i, uint32_t type, const void *data, size_t size,
+                        const char *name) {
+    edit_value old = e->values[i];
+    char what[192];
+    snprintf(what, sizeof what, "%s = %s", old.key, name);
+    e->values[i].type = type;
+    e->values[i].data = (const uint8_t *)data;
+    e->values[i].size = size;
+    verdict v = try_edit(e);
+    check_verdict(&v, what);
+    CHECKF(v.largest <= (size_t)64 << 20, "%s: asked for %zu bytes", what, v.largest);
+    /* What cannot be a number, and text where a number belongs, must not go unnoticed. */
+    int absurd = strstr(name, "NaN") || strstr(name, "inf") || type == 8 || type == 9;
+    if (absurd && strncmp(old.key, "tokenizer.", 10) && !is_unread(e, old.key) && old.type != 8) {
+        CHECKF(!v.opened, "%s was opened", what);
+        CHECKF(v.opened || !strcmp(v.error.where, old.key), "%s: %s: %s", what, v.error.where,
+               v.error.text);
+    }
+    e->values[i] = old;
+}
+
+TEST(odd_values) {
+    for (int b = 0; b < N_BROKEN; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        for (int i = 0; i < e.n_values; i++) {
+            uint8_t text[12], array[12], texts[12];
+            memset(text, 0, sizeof text);
+            memset(array, 0, sizeof array);
+            memset(texts, 0, sizeof texts);
+            text[0] = 1; /* a text of one byte */
+            text[8] = 'x';
+            array[0] = 4; /* no element of u32 */
+            texts[0] = 8; /* no text */
+            for (int k = 0; k < N_ODD; k++) {
+                uint8_t bytes[8];
+                for (int j = 0; j < 8; j++) bytes[j] = (uint8_t)(odd_values[k].bits >> 8 * j);
+                check_value(&e, i, odd_values[k].type, bytes, edit_scalar(odd_values[k].type),
+                            odd_values[k].name);
+            }
+            check_value(&e, i, 8, text, 9, "text");
+            check_value(&e, i, 9, array, 12, "empty array");
+            check_value(&e, i, 9, texts, 12, "empty array of texts");
+            e.values[i].removed = 1;
+            verdict v = try_edit(&e);
+            check_verdict(&v, e.values[i].key);
+            e.values[i].removed = 0;
+        }
+        edit_close(&e);
+    }
+}
+
+/* Pairs of hyper-parameters that fit each other but no machine. */
+TEST(odd_pairs) {
+    static const uint32_t values[] = {0, 1, 4, 1000000, 0x7FFFFFFF, 0xFFFFFFFF};
+    for (int b = 0; b < 2; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        for (int i = 0; i < e.n_values; i++)
+            for (int j = 0; j < i; j++)
+                for (int k = 0; k < 6 && e.values[i].type == 4 && e.values[j].type == 4; k++) {
+                    edit_value first = e.values[i], second = e.values[j];
+                    uint8_t bytes[4];
+                    for (int d = 0; d < 4; d++) bytes[d] = (uint8_t)(values[k] >> 8 * d);
+                    e.values[i].data = e.values[j].data = bytes;
+                    if (strncmp(first.key, "general.", 8) && strncmp(second.key, "general.", 8)) {
+                        verdict v = try_edit(&e);
+                        check_verdict(&v, first.key);
+                        CHECKF(v.largest <= (size_t)64 << 20, "%s, %s = %u: %zu bytes", first.key,
+                               second.key, values[k], v.largest);
+                    }
+                    e.values[i] = first;
+                    e.values[j] = second;
+                }
+        edit_close(&e);
+    }
+}
+
+/* A text value in GGUF's form. */
+static size_t put_text(uint8_t *out, const char *text) {
+    size_t n = strlen(text);
+    memset(out, 0, 8);
+    out[0] = (uint8_t)n;
+    out[1] = (uint8_t)(n >> 8);
+    memcpy(out + 8, text, n);
+    return n + 8;
+}
+
+TEST(families_and_tokenizers) {
+    uint8_t text[400];
+    char longest[320];
+    edit_file e;
+    memset(longest, 'x', sizeof longest - 1);
+    longest[sizeof longest - 1] = 0;
+    const char *const families[] = {"", "llama5", "qwen3moe ", "Qwen3moe", "deepseek", longest};
+    CHECK(edit_open(&e, models_simple("micro", "f32")));
+    for (int i = 0; i < 6; i++) {
+        edit_set(&e, "general.architecture", 8, text, put_text(text, families[i]));
+        check_refused(&e, families[i], MOE_ERROR_UNSUPPORTED, "general.architecture");
+    }
+    edit_find_value(&e, "general.architecture")->removed = 1;
+    check_refused(&e, "no family", MOE_ERROR_FORMAT, "general.architecture");
+    edit_set(&e, "general.architecture", 8, text, put_text(text, "qwen3moe"));
+
+    const char *const tokenizers[] = {"xyz", "", "gpt3", longest};
+    uint8_t tokenizer[400];
+    for (int i = 0; i < 4; i++) {
+        edit_set(&e, "tokenizer.ggml.model", 8, tokenizer, put_text(tokenizer, tokenizers[i]));
+        check_refused(&e, tokenizers[i], MOE_ERROR_UNSUPPORTED, "tokenizer.ggml.model");
+    }
+    edit_set(&e, "tokenizer.ggml.model", 8, tokenizer, put_text(tokenizer, "gpt2"));
+    uint8_t pre[64];
+    edit_set(&e, "tokenizer.ggml.pre", 8, pre, put_text(pre, "nobody-knows"));
+    check_refused(&e, "unknown pre-tokenizer", MOE_ERROR_UNSUPPORTED, "tokenizer.ggml.pre");
+    edit_set(&e, "tokenizer.ggml.pre", 8, pre, put_text(pre, "qwen2"));
+    edit_find_value(&e, "tokenizer.ggml.tokens")->removed = 1;
+    check_refused(&e, "no tokens", MOE_ERROR_FORMAT, "tokenizer.ggml.tokens");
+    edit_find_value(&e, "tokenizer.ggml.tokens")->removed = 0;
+
+    uint8_t kind[64];
+    edit_set(&e, "general.type", 8, kind, put_text(kind, "adapter"));
+    check_refused(&e, "adapter", MOE_OK, "general.type");
+    edit_close(&e);
+}
+
+/* Models without a vocabulary: token ids only. */
+TEST(no_vocabulary) {
+    static const char *const names[] = {"test", "none", "no_vocab", NULL};
+    for (int i = 0; i < 4; i++) {
+        uint8_t text[32];
+        edit_file e;
+        moe_error error;
+        CHECK(edit_open(&e, models_simple("micro", "f32")));
+        for (int v = 0; v < e.n_values; v++) /* nothing but the model's name is left */
+            if (!strncmp(e.values[v].key, "tokenizer.", 10)) e.values[v].removed = 1;
+        if (names[i]) edit_set(&e, "tokenizer.ggml.model", 8, text, put_text(text, names[i]));
+        edit_image image = edit_build(&e);
+        moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, &error);
+        moe_model *model = moe_model_open_gguf(gguf, NULL, &error);
+        CHECKF(model != NULL, "%s", error.text);
+        CHECK(moe_model_vocab(model) == NULL);
+        moe_session *session = moe_session_open(model, NULL, &error);
+        int32_t token = 5;
+        CHECK(moe_session_eval(session, &token, 1, &error) == MOE_OK);
+        moe_generate_options g;
+        memset(&g, 0, sizeof g);
+        clear_error(&error);
+        CHECK(moe_generate(session, &token, 1, &g, NULL, &error) == MOE_ERROR_ARGUMENT);
+        CHECK(error.status == MOE_ERROR_ARGUMENT && *error.text);
+        moe_session_close(session);
+        moe_model_close(model);
+        moe_gguf_close(gguf);
+        free(image.data);
+        edit_close(&e);
+    }
+    moe_model *model = models_open(models_simple("micro", "f32"));
+    CHECK(model && moe_vocab_size(moe_model_vocab(model)) == 264);
+    moe_model_close(model);
+}
+
+/* ---- files ----------------------------------------------------------------------------------- */
+
+static void check_open_fails(const char *path, moe_status status) {
+    moe_error error;
+    clear_error(&error);
+    moe_model *model = moe_model_open(path, NULL, &error);
+    CHECKF(model == NULL && error.status == status && *error.text, "%s: %s: %s", path,
+           moe_status_name(error.status), error.text);
+    CHECKF(*error.where || status == MOE_ERROR_FORMAT, "%s", path);
+    moe_model_close(model);
+    CHECK(moe_model_open(path, NULL, NULL) == NULL);
+}
+
+static void write_file(const char *path, const void *data, size_t size) {
+    FILE *file = fopen(path, "wb");
+    if (!file || fwrite(data, 1, size, file) != size || fclose(file)) {
+        printf("cannot write %s\n", path);
+        exit(1);
+    }
+}
+
+TEST(bad_files) {
+    moe_error error;
+    clear_error(&error);
+    CHECK(moe_model_open(NULL, NULL, &error) == NULL && error.status == MOE_ERROR_ARGUMENT);
+    CHECK(moe_model_open_gguf(NULL, NULL, &error) == NULL && error.status == MOE_ERROR_ARGUMENT);
+    CHECK(moe_model_open("", NULL, &error) == NULL && error.status == MOE_ERROR_ARGUMENT);
+    check_open_fails("build/no such file.gguf", MOE_ERROR_IO);
+    check_open_fails("tests", MOE_ERROR_IO);
+    check_open_fails("tests/test.h", MOE_ERROR_FORMAT);
+    write_file(models_path("empty"), "", 0);
+    check_open_fails(models_path("empty"), MOE_ERROR_FORMAT);
+    write_file(models_path("magic"), "GGUF", 4);
+    check_open_fails(models_path("magic"), MOE_ERROR_FORMAT);
+}
+
+/* A file that ends too early: mapped, read, and from memory. */
+TEST(truncated_files) {
+    edit_file e;
+    CHECK(edit_open(&e, broken_path(1)));
+    size_t data = (size_t)(e.tensors[0].data - e.bytes);
+    for (size_t size = 0; size < e.size; size += size < 200 ? 1 : size < data ? 61 : 1009) {
+        edit_image image = {e.bytes, size, size};
+        verdict v = try_image(&image);
+        CHECKF(!v.opened && v.error.status == MOE_ERROR_FORMAT && *v.error.text, "%zu bytes: %s",
+               size, v.error.text);
+    }
+    for (int i = 0; i < e.n_tensors; i++) {
+        size_t size = (size_t)(e.tensors[i].data - e.bytes) + e.tensors[i].size - 1;
+        for (int off = 0; off < 2; off++) {
+            moe_model_options o;
+            moe_error error;
+            memset(&o, 0, sizeof o);
+            o.mmap = off ? MOE_OFF : 0;
+            clear_error(&error);
+            write_file(models_path("cut.gguf"), e.bytes, size);
+            moe_model *model = moe_model_open(models_path("cut.gguf"), &o, &error);
+            CHECKF(!model && error.status == MOE_ERROR_FORMAT, "%s: %s", e.tensors[i].name,
+                   error.text);
+            moe_model_close(model);
+        }
+    }
+    edit_close(&e);
+}
+
+static int refuse(void *user, float fraction) {
+    ++*(int *)user;
+    return fraction < 0;
+}
+static int accept(void *user, float fraction) {
+    int *calls = (int *)user;
+    *calls = fraction >= 0 && fraction <= 1 ? *calls + 1 : -1000000;
+    return 1;
+}
+
+/* Every way to get the weights gives the same logits; loading can be cancelled. */
+TEST(ways_to_load) {
+    const char *path = models_simple("t_mla_groups", "q8_0");
+    float *expected = NULL;
+    int32_t tokens[20];
+    models_tokens(tokens, 20, 264, 1);
+    for (int way = 0; way < 8; way++) {
+        moe_model_options o;
+        moe_session_options s;
+        moe_error error;
+        int calls = 0;
+        memset(&o, 0, sizeof o);
+        memset(&s, 0, sizeof s);
+        o.mmap = way & 1 ? MOE_OFF : MOE_ON;
+        o.prefault = way & 2 ? MOE_ON : 0;
+        o.hugepages = way & 4 ? MOE_ON : 0;
+        o.progress = refuse;
+        o.progress_user = &calls;
+        moe_model *model = moe_model_open(path, &o, &error);
+        if (calls) CHECK(!model && error.status == MOE_ERROR_CANCELLED);
+        else CHECK(model != NULL);
+        CHECK(calls == 1 || way == 0 || way == 4);
+        moe_model_close(model);
+        o.progress = accept;
+        calls = 0;
+        model = moe_model_open(path, &o, &error);
+        CHECK(model != NULL && calls >= 0);
+        if (!model) continue;
+        float *logits = models_run(model, &s, tokens, 20, MODELS_WHOLE);
+        if (expected && logits) CHECK(!memcmp(expected, logits, sizeof(float) * 20 * 264));
+        if (expected) free(logits);
+        else expected = logits;
+        moe_model_close(model);
+    }
+    free(expected);
+}
+
+/* ---- calls ----------------------------------------------------------------------------------- */
+
+TEST(closing_nothing) {
+    moe_session_close(NULL);
+    moe_model_close(NULL);
+    moe_gguf_close(NULL);
+    moe_vocab_close(NULL);
+    moe_pool_close(NULL);
+    moe_sampler_close(NULL);
+}
+
+TEST(null_arguments) {
+    moe_error error;
+    int32_t token = 0;
+    moe_session_info info;
+    clear_error(&error);
+    CHECK(moe_session_open(NULL, NULL, &error) == NULL && error.status == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_open(NULL, NULL, NULL) == NULL);
+    CHECK(moe_session_estimate(NULL, NULL, &info, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_eval(NULL, &token, 1, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_rewind(NULL, 0, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_logits(NULL, 0) == NULL);
+    CHECK(moe_session_length(NULL) == 0);
+    CHECK(moe_session_model(NULL) == NULL && moe_session_get_info(NULL) == NULL);
+    CHECK(moe_model_vocab(NULL) == NULL && moe_model_gguf(NULL) == NULL);
+    CHECK(moe_model_get_info(NULL) == NULL);
+    CHECK(moe_pool_threads(NULL) == 0);
+    CHECK(moe_generate(NULL, &token, 1, NULL, NULL, NULL) == MOE_ERROR_ARGUMENT);
+}
+
+/* Opens a session with some options on the micro model. */
+static moe_session *open_micro(moe_model **model, const moe_session_options *o) {
+    *model = models_open(models_simple("micro", "f32"));
+    moe_session *session = *model ? moe_session_open(*model, o, NULL) : NULL;
+    CHECK(session != NULL);
+    return session;
+}
+
+/* Evaluates wrongly: an error, and everything is as it was. */
+static void check_eval_fails(moe_session *s, const int32_t *tokens, int32_t n, moe_status status) {
+    moe_error error;
+    float before[264];
+    int32_t length = moe_session_length(s);
+    const float *logits = moe_session_logits(s, -1);
+    CHECK(logits != NULL);
+    if (logits) memcpy(before, logits, sizeof before);
+    clear_error(&error);
+    CHECKF(moe_session_eval(s, tokens, n, &error) == status, "%s", moe_status_name(error.status));
+    CHECKF(error.status == status && *error.text && *error.where, "%s: %s", error.where,
+           error.text);
+    CHECK(moe_session_eval(s, tokens, n, NULL) == status);
+    CHECK(moe_session_length(s) == length);
+    logits = moe_session_logits(s, -1);
+    CHECK(logits && !memcmp(before, logits, sizeof before));
+}
+
+TEST(wrong_tokens) {
+    moe_model *model;
+    moe_session_options o;
+    memset(&o, 0, sizeof o);
+    o.n_ctx = 16;
+    o.n_threads = 2;
+    moe_session *session = open_micro(&model, &o), *other = moe_session_open(model, &o, NULL);
+    int32_t good[6] = {1, 2, 3, 4, 263, 0}, bad[6];
+    static const int32_t ids[] = {-1, 264, 265, INT32_MAX, INT32_MIN};
+    CHECK(moe_session_eval(session, good, 2, NULL) == MOE_OK);
+    for (int i = 0; i < 5; i++)
+        for (int at = 0; at < 6; at++) {
+            memcpy(bad, good, sizeof bad);
+            bad[at] = ids[i];
+            check_eval_fails(session, bad, 6, MOE_ERROR_ARGUMENT);
+        }
+    check_eval_fails(session, good, 0, MOE_ERROR_ARGUMENT);
+    check_eval_fails(session, good, -1, MOE_ERROR_ARGUMENT);
+    check_eval_fails(session, good, INT32_MIN, MOE_ERROR_ARGUMENT);
+    check_eval_fails(session, NULL, 3, MOE_ERROR_ARGUMENT);
+    /* Goes on as a session that made no mistake. */
+    CHECK(moe_session_eval(session, good + 2, 4, NULL) == MOE_OK);
+    CHECK(moe_session_eval(other, good, 2, NULL) == MOE_OK);
+    CHECK(moe_session_eval(other, good + 2, 4, NULL) == MOE_OK);
+    CHECK(!memcmp(moe_session_logits(session, -1), moe_session_logits(other, -1),
+                  sizeof(float) * 264));
+    moe_session_close(other);
+    moe_session_close(session);
+    moe_model_close(model);
+}
+
+TEST(context_full) {
+    for (int keep = 0; keep < 2; keep++) {
+        moe_model *model;
+        moe_session_options o;
+        int32_t tokens[20];
+        memset(&o, 0, sizeof o);
+        o.n_ctx = 8;
+        o.n_batch = 3;
+        o.keep_all_logits = keep ? MOE_ON : 0;
+        moe_session *session = open_micro(&model, &o);
+        models_tokens(tokens, 20, 264, 4);
+        CHECK(moe_session_eval(session, tokens, 9, NULL) == MOE_ERROR_CONTEXT_FULL);
+        CHECK(moe_session_length(session) == 0 && moe_session_logits(session, -1) == NULL);
+        CHECK(moe_session_eval(session, tokens, 5, NULL) == MOE_OK);
+        check_eval_fails(session, tokens, 4, MOE_ERROR_CONTEXT_FULL);
+        check_eval_fails(session, tokens, 20, MOE_ERROR_CONTEXT_FULL);
+        CHECK(moe_session_eval(session, tokens, 3, NULL) == MOE_OK);
+        CHECK(moe_session_length(session) == 8);
+        check_eval_fails(session, tokens, 1, MOE_ERROR_CONTEXT_FULL);
+        CHECK(moe_session_rewind(session, 7, NULL) == MOE_OK);
+        CHECK(moe_session_eval(session, tokens, 1, NULL) == MOE_OK);
+        moe_session_close(session);
+        moe_model_close(model);
+    }
+}
+
+TEST(rewind_ranges) {
+    moe_model *model;
+    moe_session *session = open_micro(&model, NULL);
+    int32_t tokens[4] = {1, 2, 3, 4};
+    static const int32_t bad[] = {-1, 5, INT32_MAX, INT32_MIN};
+    CHECK(moe_session_rewind(session, 0, NULL) == MOE_OK);
+    CHECK(moe_session_eval(session, tokens, 4, NULL) == MOE_OK);
+    for (int i = 0; i < 4; i++) {
+        moe_error error;
+        clear_error(&error);
+        CHECK(moe_session_rewind(session, bad[i], &error) == MOE_ERROR_ARGUMENT);
+        CHECK(error.status == MOE_ERROR_ARGUMENT && *error.text);
+        CHECK(moe_session_length(session) == 4);
+    }
+    CHECK(moe_session_rewind(session, 4, NULL) == MOE_OK && moe_session_length(session) == 4);
+    CHECK(moe_session_rewind(session, 0, NULL) == MOE_OK && moe_session_length(session) == 0);
+    moe_session_close(session);
+    moe_model_close(model);
+}
+
+/* Options that make no sense, or that this version cannot do. */
+TEST(session_options) {
+    moe_model *model = models_open(models_simple("micro", "f32"));
+    CHECK(model != NULL);
+    if (!model) return;
+    static const struct {
+        int32_t n_ctx, n_batch, n_threads, n_threads_batch;
+        int kv_type, schedule, isa;
+        moe_status status;
+    } cases[] = {
+        {1, 1, 1, 1, 0, 0, 0, MOE_OK},
+        {5, 100, 64, 3, 0, 0, 0, MOE_OK},
+        {5, 1, 3, 64, 2, 1, 1, MOE_OK},
+        {-1, 0, 0, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {INT32_MIN, 0, 0, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {0, -1, 0, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {0, INT32_MIN, 0, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {0, 0, -1, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {0, 0, INT32_MAX, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {0, 0, 0, -1, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {0, 0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, MOE_ERROR_ARGUMENT},
+        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED},
+        {0, 0, 0, 0, 77, 0, 0, MOE_ERROR_UNSUPPORTED},
+        {0, 0, 0, 0, -1, 0, 0, MOE_ERROR_UNSUPPORTED},
+        {0, 0, 0, 0, 0, 77, 0, MOE_ERROR_UNSUPPORTED},
+        {0, 0, 0, 0, 0, -1, 0, MOE_ERROR_UNSUPPORTED},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        moe_session_options o;
+        moe_session_info info;
+        moe_error error;
+        memset(&o, 0, sizeof o);
+        o.n_ctx = cases[i].n_ctx;
+        o.n_batch = cases[i].n_batch;
+        o.n_threads = cases[i].n_threads;
+        o.n_threads_batch = cases[i].n_threads_batch;
+        o.kv_type = (moe_kv_type)cases[i].kv_type;
+        o.schedule = (moe_schedule)cases[i].schedule;
+        o.isa = (moe_isa)cases[i].isa;
+        clear_error(&error);
+        moe_session *session = moe_session_open(model, &o, &error);
+        CHECKF((session != NULL) == (cases[i].status == MOE_OK), "case %zu: %s", i, error.text);
+        if (cases[i].status != MOE_OK)
+            CHECKF(error.status == cases[i].status && *error.text && *error.where,
+                   "case %zu: %s: %s", i, moe_status_name(error.status), error.text);
+        CHECKF(moe_session_estimate(model, &o, &info, NULL) == cases[i].status, "case %zu", i);
+        if (session) {
+            int32_t token = 3;
+            CHECK(moe_session_eval(session, &token, 1, &error) == MOE_OK);
+            CHECK(moe_session_get_info(session)->n_ctx == cases[i].n_ctx);
+            CHECK(moe_session_get_info(session)->n_threads == cases[i].n_threads);
+            CHECK(moe_session_model(session) == model);
+        }
+        moe_session_close(session);
+    }
+    moe_model_close(model);
+}
+
+/* Schedules that are not there yet are refused; those that are give the same bits. */
+TEST(schedules) {
+    moe_model *model = models_open(models_simple("t_mla_groups", "q8_0"));
+    float *expected = NULL;
+    int32_t tokens[40];
+    models_tokens(tokens, 40, 264, 8);
+    for (int i = 0; i < 4 && model; i++) {
+        moe_session_options o;
+        moe_error error;
+        memset(&o, 0, sizeof o);
+        o.schedule = (moe_schedule)i;
+        o.n_threads = 3;
+        clear_error(&error);
+        moe_session *session = moe_session_open(model, &o, &error);
+        if (!session) {
+            CHECK(i > 1 && error.status == MOE_ERROR_UNSUPPORTED && *error.text);
+            continue;
+        }
+        CHECK(moe_session_get_info(session)->schedule != MOE_SCHEDULE_DEFAULT);
+        moe_session_close(session);
+        float *logits = models_run(model, &o, tokens, 40, MODELS_ODD);
+        if (expected) CHECK(logits && !memcmp(expected, logits, sizeof(float) * 40 * 264));
+        if (expected) free(logits);
+        else expected = logits;
+    }
+    free(expected);
+    moe_model_close(model);
+}
+
+TEST(model_options) {
+    moe_model_options o;
+    moe_error error;
+    memset(&o, 0, sizeof o);
+    clear_error(&error);
+    o.numa = 1;
+    CHECK(!moe_model_open(models_simple("micro", "f32"), &o, &error));
+    CHECK(error.status == MOE_ERROR_UNSUPPORTED && !strcmp(error.where, "numa"));
+    memset(&o, 0, sizeof o);
+    o.allocator.alloc = meter_alloc;
+    CHECK(!moe_model_open(models_simple("micro", "f32"), &o, &error));
+    CHECK(error.status == MOE_ERROR_ARGUMENT);
+}
+
+/* ---- stopping -------------------------------------------------------------------------------- */
+
+typedef struct stopper {
+    long calls, stop_at; /* the call that stops, from 1; 0: none */
+} stopper;
+
+static int should_stop(void *user) {
+    stopper *s = (stopper *)user;
+    return ++s->calls == s->stop_at;
+}
+
+/* Stopped at the first, second, ... question; then it goes on and gives the same bits. */
+static void check_stopping(const char *path, int n_threads, int n_batch) {
+    moe_model *model = models_open(path);
+    CHECK(model != NULL);
+    if (!model) return;
+    moe_session_options o;
+    stopper s = {0, 0};
+    int32_t tokens[24];
+    int V = moe_model_get_info(model)->n_vocab, n_layer = moe_model_get_info(model)->n_layer;
+    models_tokens(tokens, 24, V, 9);
+    memset(&o, 0, sizeof o);
+    o.n_ctx = 24;
+    o.n_batch = n_batch;
+    o.n_threads = n_threads;
+    o.should_stop = should_stop;
+    o.should_stop_user = &s;
+    moe_session *session = moe_session_open(model, &o, NULL);
+    float *expected = (float *)malloc(sizeof(float) * (size_t)V);
+    CHECK(session && moe_session_eval(session, tokens, 4, NULL) == MOE_OK);
+    s.calls = 0;
+    CHECK(moe_session_eval(session, tokens + 4, 20, NULL) == MOE_OK);
+    long asked = s.calls, batches = (20 + n_batch - 1) / n_batch;
+    CHECKF(asked >= batches * n_layer, "asked %ld times in %ld batches of %d layers", asked,
+           batches, n_layer);
+    memcpy(expected, moe_session_logits(session, -1), sizeof(float) * (size_t)V);
+    for (long at = 1; at <= asked; at++) {
+        moe_error error;
+        CHECK(moe_session_rewind(session, 0, NULL) == MOE_OK);
+        s.stop_at = 0;
+        CHECK(moe_session_eval(session, tokens, 4, NULL) == MOE_OK);
+        s.calls = 0;
+        s.stop_at = at;
+        clear_error(&error);
+        CHECK(moe_session_eval(session, tokens + 4, 20, &error) == MOE_ERROR_CANCELLED);
+        CHECK(error.status == MOE_ERROR_CANCELLED && *error.text);
+        CHECK(moe_session_length(session) == 4);
+        s.stop_at = 0;
+        CHECK(moe_session_eval(session, tokens + 4, 20, &error) == MOE_OK);
+        CHECKF(!memcmp(expected, moe_session_logits(session, -1), sizeof(float) * (size_t)V),
+               "stopped at %ld of %ld", at, asked);
+    }
+    free(expected);
+    moe_session_close(session);
+    moe_model_close(model);
+}
+
+TEST(stopping) {
+    check_stopping(models_simple("micro", "f32"), 1, 20);
+    check_stopping(models_simple("micro", "q8_0"), 3, 6);
+    check_stopping(models_simple("t_mla_groups", "f32"), 2, 7);
+    check_stopping(models_simple("t_mla_v2", "q4_0"), 1, 1);
+}
+
+/* After a cancelled eval there are either no logits or those from before, never something else. */
+TEST(stopping_and_logits) {
+    moe_model *model;
+    moe_session_options o;
+    stopper s = {0, 0};
+    int32_t tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    memset(&o, 0, sizeof o);
+    o.should_stop = should_stop;
+    o.should_stop_user = &s;
+    o.keep_all_logits = MOE_ON;
+    o.n_batch = 2;
+    moe_session *session = open_micro(&model, &o);
+    for (long at = 1; at < 100; at++) {
+        float before[264];
+        CHECK(moe_session_rewind(session, 0, NULL) == MOE_OK);
+        s.stop_at = 0;
+        CHECK(moe_session_eval(session, tokens, 4, NULL) == MOE_OK);
+        memcpy(before, moe_session_logits(session, 1), sizeof before);
+        s.calls = 0;
+        s.stop_at = at;
+        moe_status status = moe_session_eval(session, tokens + 4, 4, NULL);
+        if (status == MOE_OK) break;
+        CHECK(status == MOE_ERROR_CANCELLED);
+        const float *after = moe_session_logits(session, 1);
+        CHECKF(!after || !memcmp(before, after, sizeof before), "stopped at %ld", at);
+    }
+    moe_session_close(session);
+    moe_model_close(model);
+}
+
+/* ---- threads --------------------------------------------------------------------------------- */
+
+TEST(shared_pool) {
+    moe_pool_options p;
+    moe_session_options o;
+    moe_model *model = models_open(models_simple("t_mla_groups", "f32"));
+    CHECK(model != NULL);
+    if (!model) return;
+    int32_t tokens[30];
+    float *expected, *a = (float *)malloc(sizeof(float) * 30 * 264);
+    float *b = (float *)malloc(sizeof(float) * 30 * 264);
+    models_tokens(tokens, 30, 264, 12);
+    memset(&p, 0, sizeof p);
+    memset(&o, 0, sizeof o);
+    o.n_threads = 1;
+    expected = models_run(model, &o, tokens, 30, 5);
+    for (int n = 1; n <= 5; n += 2) {
+        p.n_threads = n;
+        o.n_threads = n > 2 ? n - 1 : 0;
+        moe_pool *pool = moe_pool_open(&p, NULL);
+        CHECK(moe_pool_threads(pool) == n);
+        o.pool = pool;
+        o.keep_all_logits = MOE_ON;
+        moe_session *x = moe_session_open(model, &o, NULL), *y = moe_session_open(model, &o, NULL);
+        CHECK(x && y);
+        for (int i = 0; i < 30; i += 5) {
+            CHECK(models_eval(x, tokens, i, i + 5, 5, a));
+            CHECK(models_eval(y, tokens, i, i + 5, 5, b));
+        }
+        CHECK(expected && !memcmp(a, expected, sizeof(float) * 30 * 264));
+        CHECK(expected && !memcmp(b, expected, sizeof(float) * 30 * 264));
+        moe_session_close(x);
+        moe_session_close(y);
+        moe_pool_close(pool);
+    }
+    free(expected);
+    free(a);
+    free(b);
+    moe_model_close(model);
+}
+
+typedef struct runner {
+    const moe_model *model;
+    moe_session_options options;
+    const int32_t *tokens;
+    const float *expected;
+    int rounds, wrong;
+} runner;
+
+static void *runner_run(void *user) {
+    runner *r = (runner *)user;
+    for (int i = 0; i < r->rounds; i++) {
+        float *logits = models_run(r->model, &r->options, r->tokens, 30, i % 2 ? 5 : MODELS_WHOLE);
+        size_t from = i % 2 ? 0 : 30 * 264;
+        r->wrong += !logits || memcmp(logits, r->expected + from, sizeof(float) * 30 * 264);
+        free(logits);
+    }
+    return NULL;
+}
+
+/* Several threads, each with its sessions, on one model; then all on one pool. */
+TEST(concurrent_sessions) {
+    moe_model *model = models_open(models_simple("t_mla_groups", "f32"));
+    int32_t tokens[30];
+    moe_pool_options p;
+    moe_session_options o;
+    memset(&p, 0, sizeof p);
+    memset(&o, 0, sizeof o);
+    models_tokens(tokens, 30, 264, 13);
+    CHECK(model != NULL);
+    if (!model) return;
+    float *expected = (float *)malloc(sizeof(float) * 60 * 264);
+    for (int i = 0; i < 2; i++) {
+        float *part = models_run(model, &o, tokens, 30, i ? MODELS_WHOLE : 5);
+        if (part) memcpy(expected + i * 30 * 264, part, sizeof(float) * 30 * 264);
+        free(part);
+    }
+    p.n_threads = 2;
+    moe_pool *pool = moe_pool_open(&p, NULL);
+    for (int shared = 0; shared < 2; shared++) {
+        pthread_t threads[4];
+        runner runners[4];
+        for (int i = 0; i < 4; i++) {
+            memset(&runners[i], 0, sizeof runners[i]);
+            runners[i].model = model;
+            runners[i].options.n_threads = shared ? 0 : 1 + i % 3;
+            runners[i].options.pool = shared ? pool : NULL;
+            runners[i].tokens = tokens;
+            runners[i].expected = expected;
+            runners[i].rounds = 6;
+            CHECK(pthread_create(&threads[i], NULL, runner_run, &runners[i]) == 0);
+        }
+        for (int i = 0; i < 4; i++) {
+            pthread_join(threads[i], NULL);
+            CHECKF(runners[i].wrong == 0, "thread %d: %d wrong", i, runners[i].wrong);
+        }
+    }
+    moe_pool_close(pool);
+    free(expected);
+    moe_model_close(model);
+}
+
+/* ---- memory ---------------------------------------------------------------------------------- */
+
+/* Every allocation of opening a model fails once: no crash, no leak, MEMORY. */
+static void check_model_memory(const char *path, int read) {
+    for (long fail_at = 1;; fail_at++) {
+        meter m;
+        moe_model_options o;
+        moe_error error;
+        memset(&m, 0, sizeof m);
+        memset(&o, 0, sizeof o);
+        o.allocator = meter_allocator(&m);
+        o.mmap = read ? MOE_OFF : 0;
+        m.fail_at = fail_at;
+        clear_error(&error);
+        moe_model *model = moe_model_open(path, &o, &error);
+        int failed = m.calls >= fail_at;
+        if (failed) {
+            CHECK(model == NULL && error.status == MOE_ERROR_MEMORY && *error.text);
+        } else {
+            CHECKF(model != NULL, "%s", error.text);
+        }
+        moe_model_close(model);
+        CHECKF(m.live == 0, "%zu bytes left after failure %ld", m.live, fail_at);
+        if (!failed) {
+            printf("  %ld allocations to open %s%s\n", fail_at - 1, path, read ? ", read" : "");
+            CHECK(fail_at > 1);
+            return;
+        }
+    }
+}
+
+TEST(model_out_of_memory) {
+    check_model_memory(models_simple("micro", "f32"), 0);
+    check_model_memory(models_simple("micro", "f32"), 1);
+    check_model_memory(broken_path(1), 0);
+    check_model_memory(broken_path(2), 1);
+}
+
+/* The same for sessions, which take their memory from the model's allocator; and evaluating */
+/* takes none. */
+TEST(session_out_of_memory) {
+    for (int b = 0; b < 2; b++) {
+        meter m;
+        moe_model_options mo;
+        moe_session_options o;
+        int32_t tokens[20];
+        memset(&m, 0, sizeof m);
+        memset(&mo, 0, sizeof mo);
+        memset(&o, 0, sizeof o);
+        mo.allocator = meter_allocator(&m);
+        o.n_threads = 2;
+        o.n_batch = 8;
+        o.n_ctx = 30;
+        models_tokens(tokens, 20, 264, 2);
+        moe_model *model = moe_model_open(broken_path(b), &mo, NULL);
+        CHECK(model != NULL);
+        size_t model_bytes = m.live;
+        long fail_at = 0;
+        for (int failed = 1; failed && fail_at < 1000;) {
+            moe_error error;
+            m.calls = 0;
+            m.fail_at = ++fail_at;
+            clear_error(&error);
+            moe_session *session = moe_session_open(model, &o, &error);
+            failed = m.calls >= fail_at;
+            CHECKF((session == NULL) == failed, "%s", error.text);
+            if (failed) CHECK(error.status == MOE_ERROR_MEMORY && *error.text);
+            m.fail_at = 0;
+            if (session) {
+                long calls = m.calls;
+                CHECK(moe_session_eval(session, tokens, 20, NULL) == MOE_OK);
+                CHECK(moe_session_eval(session, tokens, 1, NULL) == MOE_OK);
+                CHECK(moe_session_rewind(session, 3, NULL) == MOE_OK);
+                CHECK(moe_session_eval(session, tokens, 9, NULL) == MOE_OK);
+                CHECKF(m.calls == calls, "evaluating took memory %ld times", m.calls - calls);
+            }
+            moe_session_close(session);
+            CHECKF(m.live == model_bytes, "%zu bytes left", m.live - model_bytes);
+        }
+        CHECK(fail_at > 1);
+        moe_model_close(model);
+        CHECK(m.live == 0);
+    }
+}
+
+/* A context that no machine can hold is refused and not tried. */
+TEST(huge_context) {
+    for (int b = 0; b < 2; b++) {
+        meter m;
+        moe_model_options mo;
+        moe_session_options o;
+        moe_error error;
+        memset(&m, 0, sizeof m);
+        memset(&mo, 0, sizeof mo);
+        memset(&o, 0, sizeof o);
+        mo.allocator = meter_allocator(&m);
+        m.limit = (size_t)256 << 20;
+        o.n_ctx = INT32_MAX;
+        moe_model *model = moe_model_open(broken_path(b), &mo, NULL);
+        clear_error(&error);
+        moe_session *session = moe_session_open(model, &o, &error);
+        CHECK(session == NULL);
+        CHECKF(error.status == MOE_ERROR_MEMORY || error.status == MOE_ERROR_ARGUMENT, "%s",
+               moe_status_name(error.status));
+        o.keep_all_logits = MOE_ON;
+        o.n_batch = INT32_MAX;
+        CHECK(moe_session_open(model, &o, NULL) == NULL);
+        moe_model_close(model);
+    }
+}
+
+/* The estimate is what a session then takes, to within the allocator's own overhead. */
+TEST(estimate) {
+    static const int32_t contexts[] = {1, 33, 2000, 0}, batches[] = {1, 7, 512, 0};
+    for (int b = 0; b < 2; b++) {
+        meter m;
+        moe_model_options mo;
+        memset(&m, 0, sizeof m);
+        memset(&mo, 0, sizeof mo);
+        mo.allocator = meter_allocator(&m);
+        moe_model *model = moe_model_open(broken_path(b), &mo, NULL);
+        CHECK(model != NULL);
+        if (!model) return;
+        size_t before = m.live;
+        for (int i = 0; i < 64; i++) {
+            moe_session_options o;
+            moe_session_info info;
+            memset(&o, 0, sizeof o);
+            memset(&info, 0xAA, sizeof info);
+            o.n_ctx = contexts[i % 4];
+            o.n_batch = batches[i / 4 % 4];
+            o.n_threads = i & 16 ? 5 : 1;
+            o.kv_type = i & 32 ? MOE_KV_F32 : MOE_KV_F16;
+            o.keep_all_logits = i & 8 ? MOE_ON : 0;
+            CHECK(moe_session_estimate(model, &o, &info, NULL) == MOE_OK);
+            CHECK(m.live == before);
+            moe_session *session = moe_session_open(model, &o, NULL);
+            CHECK(session != NULL);
+            if (!session) continue;
+            const moe_session_info *real = moe_session_get_info(session);
+            CHECK(info.kv_bytes == real->kv_bytes && info.work_bytes == real->work_bytes);
+            CHECK(info.n_ctx == real->n_ctx && info.n_batch == real->n_batch);
+            CHECK(info.n_threads == real->n_threads && info.isa == real->isa);
+            size_t taken = m.live - before, told = info.kv_bytes + info.work_bytes;
+            CHECKF(taken >= told && taken - told < 65536, "told %zu, taken %zu", told, taken);
+            moe_session_close(session);
+        }
+        /* The cache grows with the context by known amounts: 2 x 16 values per token and layer, */
+        /* or a latent of 32 and 8 rotated. */
+        moe_session_options o;
+        moe_session_info small, large;
+        memset(&o, 0, sizeof o);
+        o.n_ctx = 1024;
+        CHECK(moe_session_estimate(model, &o, &small, NULL) == MOE_OK);
+        o.n_ctx = 2048;
+        CHECK(moe_session_estimate(model, &o, &large, NULL) == MOE_OK);
+        size_t per_token = (large.kv_bytes - small.kv_bytes) / 1024;
+        size_t expected = (size_t)(2 * (b ? 40 : 32) * 2);
+        CHECKF(per_token >= expected && per_token <= 2 * expected, "%zu per token", per_token);
+        moe_model_close(model);
+    }
+}
+
+MAIN()

@@ -1,5 +1,5 @@
 /* Speed of the tile kernels on one thread, beside the peak of a register-only loop of the same
- * multiply instruction measured directly before and after every sample (a noisy machine moves both).
+ * multiply instruction, measured directly before and after every sample (noise moves both).
  *
  *     tile_bench [isa avx2|avx512|all] [type|all] [hot|cold] [tokens,...]
  *
@@ -14,8 +14,9 @@ enum { K = 2048, ROWS = 768, TILE = 32, MAX_TOKENS = 512 };
 static const struct {
     const char *name;
     int block, bytes, act;
-} types[] = {{"F32", 1, 4, 0},    {"F16", 1, 2, 0},      {"BF16", 1, 2, 0},     {"Q4_0", 32, 18, 1},
-             {"Q8_0", 32, 34, 1}, {"Q4_K", 256, 144, 2}, {"Q5_K", 256, 176, 2}, {"Q6_K", 256, 210, 2}};
+} types[] = {{"F32", 1, 4, 0},      {"F16", 1, 2, 0},      {"BF16", 1, 2, 0},
+             {"Q4_0", 32, 18, 1},   {"Q8_0", 32, 34, 1},   {"Q4_K", 256, 144, 2},
+             {"Q5_K", 256, 176, 2}, {"Q6_K", 256, 210, 2}};
 
 /* Seconds of processor time of this thread: other processes do not count, their traces in the
  * caches do. */
@@ -25,58 +26,47 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* ---- peaks: about 20 microseconds of 12 independent chains ------------------------------------ */
+/* ---- peaks: about 20 microseconds of 12 independent chains ----------------------------------- */
 
 #define CHAINS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 enum { PEAK_STEPS = 5000 };
 
-__attribute__((target("avx512f,avx512vnni,avx512bw"))) static double peak_int_avx512(void) {
+#define CLOBBERED                                                                          \
+    "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+        "xmm11"
+/* All operands start as zero: sums of denormal numbers are slow on some processors. */
+static void clear_registers(void) {
+#define CLEAR(n) "vpxor %%xmm" #n ",%%xmm" #n ",%%xmm" #n "\n"
+    __asm__ volatile(CHAINS(CLEAR) CLEAR(13) CLEAR(14) CLEAR(15)::: CLOBBERED, "xmm13", "xmm14",
+                     "xmm15");
+}
+#define DOT(n) "vpdpbusd %%zmm14,%%zmm15,%%zmm" #n "\n"
+__attribute__((target("avx512f,avx512vnni"))) static double peak_int_avx512(void) {
     double start = seconds();
-    for (int i = 0; i < PEAK_STEPS; i++)
-        __asm__ volatile("vpdpbusd %%zmm30,%%zmm31,%%zmm0\n vpdpbusd %%zmm30,%%zmm31,%%zmm1\n"
-                         "vpdpbusd %%zmm30,%%zmm31,%%zmm2\n vpdpbusd %%zmm30,%%zmm31,%%zmm3\n"
-                         "vpdpbusd %%zmm30,%%zmm31,%%zmm4\n vpdpbusd %%zmm30,%%zmm31,%%zmm5\n"
-                         "vpdpbusd %%zmm30,%%zmm31,%%zmm6\n vpdpbusd %%zmm30,%%zmm31,%%zmm7\n"
-                         "vpdpbusd %%zmm30,%%zmm31,%%zmm8\n vpdpbusd %%zmm30,%%zmm31,%%zmm9\n"
-                         "vpdpbusd %%zmm30,%%zmm31,%%zmm10\n vpdpbusd %%zmm30,%%zmm31,%%zmm11\n" ::
-                             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
-                               "xmm8", "xmm9", "xmm10", "xmm11");
+    for (int i = 0; i < PEAK_STEPS; i++) __asm__ volatile(CHAINS(DOT)::: CLOBBERED);
     return PEAK_STEPS * 12 * 64.0 / (seconds() - start);
 }
+#define FMA_512(n) "vfmadd231ps %%zmm14,%%zmm15,%%zmm" #n "\n"
 __attribute__((target("avx512f"))) static double peak_float_avx512(void) {
     double start = seconds();
-    for (int i = 0; i < PEAK_STEPS; i++)
-        __asm__ volatile("vfmadd231ps %%zmm30,%%zmm31,%%zmm0\n vfmadd231ps %%zmm30,%%zmm31,%%zmm1\n"
-                         "vfmadd231ps %%zmm30,%%zmm31,%%zmm2\n vfmadd231ps %%zmm30,%%zmm31,%%zmm3\n"
-                         "vfmadd231ps %%zmm30,%%zmm31,%%zmm4\n vfmadd231ps %%zmm30,%%zmm31,%%zmm5\n"
-                         "vfmadd231ps %%zmm30,%%zmm31,%%zmm6\n vfmadd231ps %%zmm30,%%zmm31,%%zmm7\n"
-                         "vfmadd231ps %%zmm30,%%zmm31,%%zmm8\n vfmadd231ps %%zmm30,%%zmm31,%%zmm9\n"
-                         "vfmadd231ps %%zmm30,%%zmm31,%%zmm10\n vfmadd231ps %%zmm30,%%zmm31,%%zmm11\n" ::
-                             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
-                               "xmm8", "xmm9", "xmm10", "xmm11");
+    for (int i = 0; i < PEAK_STEPS; i++) __asm__ volatile(CHAINS(FMA_512)::: CLOBBERED);
     return PEAK_STEPS * 12 * 16.0 / (seconds() - start);
 }
 /* A product and the addition that must follow it */
 #define MADDUBS(n) "vpmaddubsw %%ymm15,%%ymm14,%%ymm13\n vpaddw %%ymm13,%%ymm" #n ",%%ymm" #n "\n"
 __attribute__((target("avx2"))) static double peak_int_avx2(void) {
     double start = seconds();
-    for (int i = 0; i < PEAK_STEPS; i++)
-        __asm__ volatile(CHAINS(MADDUBS)::
-                             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
-                               "xmm8", "xmm9", "xmm10", "xmm11", "xmm13");
+    for (int i = 0; i < PEAK_STEPS; i++) __asm__ volatile(CHAINS(MADDUBS)::: CLOBBERED, "xmm13");
     return PEAK_STEPS * 12 * 32.0 / (seconds() - start);
 }
-#define FMA(n) "vfmadd231ps %%ymm15,%%ymm14,%%ymm" #n "\n"
+#define FMA_256(n) "vfmadd231ps %%ymm14,%%ymm15,%%ymm" #n "\n"
 __attribute__((target("avx2,fma"))) static double peak_float_avx2(void) {
     double start = seconds();
-    for (int i = 0; i < PEAK_STEPS; i++)
-        __asm__ volatile(CHAINS(FMA)::
-                             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7",
-                               "xmm8", "xmm9", "xmm10", "xmm11");
+    for (int i = 0; i < PEAK_STEPS; i++) __asm__ volatile(CHAINS(FMA_256)::: CLOBBERED);
     return PEAK_STEPS * 12 * 8.0 / (seconds() - start);
 }
 
-/* ---- one measurement -------------------------------------------------------------------------- */
+/* ---- one measurement ------------------------------------------------------------------------- */
 
 static int compare(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -90,7 +80,7 @@ static double median(double *x, int n) {
 static void fill(int type, uint8_t *w, size_t size) {
     uint32_t s = 12345;
     for (size_t i = 0; i < size; i++) w[i] = (uint8_t)((s = s * 1664525 + 1013904223) >> 24);
-    /* Scales and floats must be finite and normal: slow paths for others are not what we measure. */
+    /* Scales and floats are finite and normal: slow paths for others are not measured. */
     for (size_t at = 0; at + (size_t)types[type].bytes <= size; at += (size_t)types[type].bytes) {
         if (type == 0) w[at + 3] = (uint8_t)(0x3C | (w[at + 3] & 0x80));
         if (type == 1) w[at + 1] = (uint8_t)(0x2C | (w[at + 1] & 0x83));
@@ -145,6 +135,7 @@ static void measure(moe_isa isa, int type, const setup *s, int tokens) {
     const size_t tile_size = TILE * s->row_size;
     size_t at = 0;
     for (int i = -1; i < SAMPLES; i++) {
+        clear_registers();
         double before = peak(), start = seconds();
         for (int r = 0; r < ROWS; r += TILE) {
             const uint8_t *rows = s->weights + at;
@@ -153,6 +144,7 @@ static void measure(moe_isa isa, int type, const setup *s, int tokens) {
                  s->weights + at, tile_size);
         }
         double done = (double)ROWS * K * tokens / (seconds() - start);
+        clear_registers();
         double after = peak();
         if (i < 0) continue;
         speed[i] = done, fraction[i] = done * 2 / (before + after);

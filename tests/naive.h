@@ -179,8 +179,9 @@ static void naive_linear(naive_model *m, naive_matrix matrix, int n_in, int n_ou
         x = rounded;
     }
     for (int o = 0; o < n_out; o++, w += n_in) {
-        y[o] = 0;
-        for (int i = 0; i < n_in; i++) y[o] += (double)w[i] * x[i];
+        double sum = 0;
+        for (int i = 0; i < n_in; i++) sum += (double)w[i] * x[i];
+        y[o] = sum;
     }
     naive_free_down_to(m, mark);
 }

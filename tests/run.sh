@@ -27,7 +27,8 @@ for program; do
     code=$?
     seconds=$(($(date +%s) - begin))
     note=
-    if [[ $(tail -n 1 "$log") =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed(,\ ([0-9]+)\ skipped)?$ ]]; then
+    result='^([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?$'
+    if [[ $(tail -n 1 "$log") =~ $result ]]; then
         p=${BASH_REMATCH[1]} f=${BASH_REMATCH[2]} s=${BASH_REMATCH[4]:-0}
         if [ "$code" -ne 0 ] && [ "$f" -eq 0 ]; then
             f=1 note=", exit code $code"

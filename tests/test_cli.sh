@@ -292,7 +292,8 @@ for flag in -m --model -p --prompt -f --file -n --predict --n-predict -s --seed 
     check "$flag without a value" refuses "$flag needs a value"
 done
 for flag in -n --predict -c -b -t -tb --top-k --repeat-last-n -s; do
-    for value in 12x x '' ' 5' '5 ' 1.5 0x10 1e3 99999999999999999999 -99999999999999999999 -- -2; do
+    for value in 12x x '' ' 5' '5 ' 1.5 0x10 1e3 99999999999999999999 -99999999999999999999 -- \
+        -2; do
         gen $flag "$value"
         check "$flag '$value'" refuses "$flag: '$value' is not"
     done

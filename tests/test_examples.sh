@@ -80,8 +80,8 @@ done
 for file in $(grep -oE '`(examples|bench|tests)/[a-z_./]+`' README.md | tr -d '`' | sort -u); do
     check "README: $file exists" test -e "$file"
 done
-config=$(sed -n '/\/\/ >>config/,/^#endif/p' moe_infer.h | grep -oE '^(/\*|//|   ) *MOE_[A-Z0-9_]+' |
-         grep -oE 'MOE_[A-Z0-9_]+' | sort -u)
+config=$(sed -n '/\/\/ >>config/,/^#endif/p' moe_infer.h |
+         grep -oE '^(/\*|//|   ) *MOE_[A-Z0-9_]+' | grep -oE 'MOE_[A-Z0-9_]+' | sort -u)
 check "config: there are macros" test "$(wc -w <<<"$config")" -ge 8
 for macro in $config; do
     check "README: $macro is explained" grep -q "^| \`$macro" README.md

@@ -206,10 +206,12 @@ static void check_quantized(const char *config, const char *type, int kvb, int n
 }
 
 /* Every feature in F32: routing, shared experts, leading dense layers, YaRN, head sizes, ... */
+/* (MLA has another form for more than about 128 new tokens.) */
 TEST(small_f32) {
     for (int i = 0; i < SYNTH_N_CONFIGS; i++)
         if (is_small(&synth_configs[i]))
-            check_float(models_simple(synth_configs[i].name, "f32"), 140, 1);
+            check_float(models_simple(synth_configs[i].name, "f32"),
+                        synth_configs[i].kv_lora ? 140 : 50, 1);
 }
 
 TEST(small_f16) {
@@ -260,7 +262,7 @@ TEST(mla_generations) {
     }
 }
 
-enum { CONTEXTS = 15, CONTEXT = 4 };
+enum { CONTEXTS = 11, CONTEXT = 4 };
 
 /* Logits of many short contexts: as the last bit of a float may decide how a value is rounded to */
 /* 8 bits, and one such value changes everything that sees it, results are compared context by */
@@ -624,7 +626,7 @@ static int golden_open(golden *g, const char *model, const char *tokens, const c
     g->s.n_vocab = embd ? (int)embd->ne[1] : 1;
     g->s.n_expected = (int)(count / (size_t)g->s.n_vocab);
     g->s.label = strrchr(model, '/') + 1;
-    g->s.n_threads = 2;
+    g->s.n_threads = 1;
     return 1;
 }
 /* The engine's model; 0 (a failure) if it is refused. */

@@ -502,6 +502,31 @@ TEST(pieces) {
         {"deepseek-llm deepseek-coder default", "'|tis| I|’|m"},
         {"gpt-2 refact", "'t|is| I|’|m"},
         {"exaone-moe", "'t|is I|’m"},
+        {"llama-bpe qwen2 bailingmoe qwen35 seed-coder exaone-moe", "'ſ|x| '|Sx"},
+        {"gpt-4o tekken kimi-k2", "'ſx| '|Sx"},
+        {"deepseek-v3 deepseek-coder gpt-2 refact", "'|ſx| '|Sx"},
+        {"deepseek-llm", "'|ſ|x| '|Sx"},
+        {"default", "'|ſx| |'|Sx"},
+        {"llama-bpe qwen2 bailingmoe qwen35 gpt-2 refact seed-coder exaone-moe default", "中AB"},
+        {"gpt-4o tekken kimi-k2 deepseek-v3 deepseek-llm deepseek-coder", "中|AB"},
+        {"llama-bpe qwen2 bailingmoe deepseek-llm deepseek-coder gpt-2 refact seed-coder "
+         "exaone-moe default",
+         "\314\201\001"},
+        {"qwen35 gpt-4o tekken kimi-k2 deepseek-v3", "\314\201|\001"},
+        {"llama-bpe qwen2 bailingmoe qwen35 tekken deepseek-v3 gpt-2 refact seed-coder "
+         "exaone-moe",
+         "a|'s|'t|'re|'ve|'m|'ll|'d"},
+        {"gpt-4o kimi-k2", "a's|'t're|'ve'm|'ll'd"},
+        {"deepseek-llm deepseek-coder default", "a|'|s|'|t|'|re|'|ve|'|m|'|ll|'|d"},
+        {"llama-bpe qwen2 bailingmoe qwen35 tekken deepseek-v3 seed-coder exaone-moe",
+         "A|'S|'T|'RE|'VE|'M|'LL|'D"},
+        {"gpt-4o kimi-k2", "A'S|'T'RE|'VE'M|'LL'D"},
+        {"deepseek-llm deepseek-coder gpt-2 refact default", "A|'|S|'|T|'|RE|'|VE|'|M|'|LL|'|D"},
+        {"llama-bpe qwen2 bailingmoe qwen35 gpt-4o tekken kimi-k2 deepseek-v3 seed-coder "
+         "exaone-moe",
+         "'l| '|v| '|r| '|x"},
+        {"deepseek-llm deepseek-coder gpt-2 refact", "'|l| '|v| '|r| '|x"},
+        {"default", "'|l| |'|v| |'|r| |'|x"},
         /* afmoe: the first group of numbers takes what is in front of it. */
         {"afmoe", "x| | |1|234|567| |89"},
         {"afmoe", "12|345|a"},
@@ -900,22 +925,24 @@ TEST(merging_follows_the_definition) {
     }
 }
 
-/* Long pieces: merging takes n log n. */
+/* Long pieces: merging takes n log n. Longer and longer ones, so that a fault shows early. */
 TEST(long_runs) {
     static const char *const units[] = {"a", " ", "1", "\n", "th", "\303\251", "a\314\201", "<",
                                         "\377", "hello", " \n", "<|im_start|>", "<|im_start|"};
     static const char *const pres[] = {"gpt-2", "deepseek-llm", "llama-bpe", "qwen2"};
-    enum { N = 1 << 17, MANY = 1 << 20 };
-    char *text = (char *)malloc(N);
+    enum { SMALL = 1 << 13, MIDDLE = 1 << 16, LARGE = 1 << 20 };
+    char *text = (char *)malloc(MIDDLE);
     for (size_t p = 0; p < 4; p++) {
         moe_vocab *vocab = open_small(pres[p]);
-        if (!vocab) return;
-        for (size_t u = 0; u < sizeof units / sizeof units[0]; u++) {
-            for (size_t i = 0; i < N; i++) text[i] = units[u][i % strlen(units[u])];
-            CHECKF(round_trip(vocab, text, N, 0), "%s, unit %d", pres[p], (int)u);
+        for (size_t u = 0; vocab && u < sizeof units / sizeof units[0]; u++) {
+            double small = seconds_of_text(vocab, units[u], SMALL, 0, -1);
+            check_growth(seconds_of_text(vocab, units[u], MIDDLE, 0, -1), small, pres[p], (int)u);
+            if (test_failures) break;
+            for (size_t i = 0; i < MIDDLE; i++) text[i] = units[u][i % strlen(units[u])];
+            CHECKF(round_trip(vocab, text, MIDDLE, 0), "%s, unit %d", pres[p], (int)u);
             if (p || u > 3) continue; /* a megabyte of letters, blanks, digits, newlines */
-            check_growth(seconds_of_text(vocab, units[u], MANY, 0, -1),
-                         seconds_of_text(vocab, units[u], MANY / 8, 0, -1), "unit", (int)u);
+            check_growth(seconds_of_text(vocab, units[u], LARGE, 0, -1),
+                         seconds_of_text(vocab, units[u], LARGE / 8, 0, -1), "unit", (int)u);
         }
         moe_vocab_close(vocab);
     }
@@ -1006,22 +1033,33 @@ TEST(begin_and_end) {
 
 TEST(end_corrections) {
     spec *s = &shared_spec;
-    static const char *const words[] = {"<|end|>", "<|return|>", "<|channel|>", "<|message|>"};
-    for (int with_call = 0; with_call < 2; with_call++) {
+    /* Which of these make <|end|> and <|channel|> text. */
+    static const struct {
+        const char *words[3];
+        int corrected;
+    } sets[] = {{{"<|return|>", "<|call|>", ""}, 1}, {{"<|return|>", "", ""}, 0},
+                {{"<|call|>", "", ""}, 0},           {{"<|calls|>", "<|flush|>", ""}, 1},
+                {{"<|call|>", "<|flush|>", ""}, 1},  {{"<|calls|>", "<|return|>", ""}, 0},
+                {{"<|flush|>", "<|return|>", ""}, 0}, {{"", "", ""}, 0}};
+    for (size_t i = 0; i < sizeof sets / sizeof sets[0]; i++) {
         spec_small(s, "gpt-4o");
-        for (int i = 0; i < 4; i++) add_token(s, words[i], 3);
-        if (with_call) add_token(s, "<|call|>", 4);
+        add_token(s, "<|end|>", 3);
+        add_token(s, "<|channel|>", 3);
+        for (int k = 0; k < 3; k++)
+            if (sets[i].words[k][0]) add_token(s, sets[i].words[k], k ? 3 : 4);
         moe_vocab *vocab = open_spec(s);
         if (!vocab) return;
         char buffer[16];
+        int yes = sets[i].corrected;
         int32_t end = one_id(vocab, "<|end|>"), channel = one_id(vocab, "<|channel|>");
-        CHECK(moe_vocab_is_end(vocab, end) == !with_call);
-        CHECK(moe_vocab_is_control(vocab, end) == !with_call);
-        CHECK(moe_vocab_text(vocab, end, buffer, 16) == (with_call ? 7u : 0u));
-        CHECK(moe_vocab_text(vocab, channel, buffer, 16) == (with_call ? 11u : 0u));
-        CHECK(moe_vocab_is_end(vocab, one_id(vocab, "<|return|>")));
-        CHECK(moe_vocab_is_control(vocab, one_id(vocab, "<|return|>")));
-        if (with_call) CHECK(moe_vocab_is_end(vocab, one_id(vocab, "<|call|>")));
+        CHECKF(moe_vocab_is_end(vocab, end) == !yes, "set %d", (int)i);
+        CHECK(moe_vocab_is_control(vocab, end) == !yes);
+        CHECK(moe_vocab_text(vocab, end, buffer, 16) == (yes ? 7u : 0u));
+        CHECK(moe_vocab_text(vocab, channel, buffer, 16) == (yes ? 11u : 0u));
+        for (int k = 0; k < 3; k++) {
+            int32_t id = one_id(vocab, sets[i].words[k]);
+            CHECK(id < 0 || (moe_vocab_is_end(vocab, id) && moe_vocab_is_control(vocab, id)));
+        }
         moe_vocab_close(vocab);
     }
     for (int with_tools = 0; with_tools < 2; with_tools++) {

@@ -24,18 +24,18 @@
 /*   >>manual      50  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     106  every macro you may define */
 /*   >>api        180  types and prototypes with their contracts */
-/*   >>base       606  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       879  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1884  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   2810  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      5585  the team of threads: wake, barrier, shares of work */
-/*   >>ops       5894  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   6161  router, plan, the expert schedules */
-/*   >>model     6433  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   7110  cache, the forward pass */
-/*   >>text      8229  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample    9586  choosing tokens, generating text */
-/*   >>licence  10108  MIT or public domain */
+/*   >>base       607  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       880  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1885  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   2811  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      5586  the team of threads: wake, barrier, shares of work */
+/*   >>ops       5895  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   6162  router, plan, the expert schedules */
+/*   >>model     6434  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   7115  cache, the forward pass */
+/*   >>text      8235  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample    9592  choosing tokens, generating text */
+/*   >>licence  10114  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its dequantize, quantize and dot (>>types), then */
 /*   dot, tile and dequantize in the vector text (>>kernels). Tests and benches walk the table. */
@@ -436,7 +436,8 @@ MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
 /* Writes at most `capacity` ids and returns how many there are (call again if that is more), or */
 /* -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so. */
 /* PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed. */
-/* Any bytes are accepted. Time grows as n log n with the text. */
+/* Any bytes are accepted. Time grows as n log n with the text. More than INT32_MAX bytes, unknown */
+/* flags: MOE_ERROR_ARGUMENT. */
 MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
                                    unsigned flags, int32_t *tokens, size_t capacity);
 /* The bytes of a token; a character may be spread over several tokens. Writes at most `capacity` */
@@ -2841,8 +2842,8 @@ typedef void moe__dequantize_fn(const uint8_t *row, int64_t n, float *out);
 
 /* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
 /* largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at */
-/* first), and the weighted sum of values out[i * out_stride ..], dv floats, not yet divided by sum[i]. The call */
-/* brings the state up to date with keys 0 .. n_visible[i] - 1 of this block. */
+/* first), and the weighted sum of values out[i * out_stride ..], dv floats, not yet divided by */
+/* sum[i]. The call brings the state up to date with keys 0 .. n_visible[i] - 1 of this block. */
 typedef struct moe__attend_args {
     const float *q;          /* query i: dk floats at q + i * q_stride, already scaled */
     int64_t q_stride;
@@ -6446,6 +6447,7 @@ typedef struct moe__family {
     int mla;          /* multi-head latent attention (DeepSeek-V2 report, 2.1) */
     int router_keys;  /* gating function, groups, normalization and scale come from keys */
     int normalize;    /* without router_keys: weights of the chosen experts sum to 1 */
+    int qk_norm;      /* queries and keys of each head are normed: their tensors must be there */
     int ffn_scale;    /* NAME.scale tensors of feed-forward matrices count (llama.cpp ignores */
                       /* them in some families) */
 } moe__family;
@@ -6453,8 +6455,8 @@ typedef struct moe__family {
 /* To add a model family: a row here, and what it needs beyond features that are read already in */
 /* moe__load_hparams, moe__load_layer and the forward pass, as a feature any family may have. */
 static const moe__family moe__families[] = {
-    {"deepseek2", MOE__ROPE_NORM, 1, 1, 0, 0},
-    {"qwen3moe", MOE__ROPE_NEOX, 0, 0, 1, 1},
+    {"deepseek2", MOE__ROPE_NORM, 1, 1, 0, 0, 0},
+    {"qwen3moe", MOE__ROPE_NEOX, 0, 0, 1, 1, 1},
 };
 
 typedef struct moe__layer {
@@ -6705,8 +6707,11 @@ MOE__PRIVATE void moe__load_gqa(moe__loader *loader, moe__layer *layer, int il) 
         moe__load_matrix(loader, &layer->k, il, "attn_k", n_embd, n_k, 1, 1, 1);
         moe__load_matrix(loader, &layer->v, il, "attn_v", n_embd, n_v, 1, 1, 1);
     }
-    layer->q_norm = moe__load_vector(loader, il, "attn_q_norm", "weight", model->head_k, 1, 0);
-    layer->k_norm = moe__load_vector(loader, il, "attn_k_norm", "weight", model->head_k, 1, 0);
+    const int normed = model->family->qk_norm;
+    layer->q_norm =
+        moe__load_vector(loader, il, "attn_q_norm", "weight", model->head_k, 1, normed);
+    layer->k_norm =
+        moe__load_vector(loader, il, "attn_k_norm", "weight", model->head_k, 1, normed);
 }
 
 /* Three generations of files: kv_b only; k_b and v_b; all three. */
@@ -7158,7 +7163,7 @@ struct moe_session {
     void *should_stop_user;
     int keep_all_logits;
     int32_t length;        /* tokens in the cache */
-    int32_t n_logits;      /* rows of logits of the last eval */
+    int32_t n_last;        /* tokens of the last eval; 0: it failed, there are no logits */
     int stop;              /* set by thread 0 before a barrier, read after it */
 
     uint8_t *k_cache, *v_cache; /* [layer][head][position][width] */
@@ -8197,23 +8202,24 @@ MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens,
     job.n_tokens = n_tokens;
     session->stop = 0;
     session->info.n_barriers = 0;
-    session->n_logits = 0;
+    session->n_last = 0;
     moe__pool_run(session->pool,
                   n_tokens == 1 ? session->info.n_threads : session->info.n_threads_batch,
                   moe__eval_run, &job);
     if (session->stop)
         return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
     session->length += n_tokens;
-    session->n_logits = session->keep_all_logits ? n_tokens : 1;
+    session->n_last = n_tokens;
     return MOE_OK;
 }
 
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
-    if (!session || !session->n_logits) return NULL;
-    if (i == -1) i = session->n_logits - 1;
-    else if (!session->keep_all_logits) return NULL;
-    if (i < 0 || i >= session->n_logits) return NULL;
-    return session->logits + (int64_t)i * session->model->info.n_vocab;
+    if (!session || !session->n_last) return NULL;
+    if (i == -1) i = session->n_last - 1;
+    if (i < 0 || i >= session->n_last) return NULL;
+    if (session->keep_all_logits)
+        return session->logits + (int64_t)i * session->model->info.n_vocab;
+    return i == session->n_last - 1 ? session->logits : NULL;
 }
 
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {

@@ -65,7 +65,8 @@ check "mean and deviation" rows ' | *[0-9]*\.[0-9][0-9] ± [0-9]*\.[0-9][0-9] |$
 widths=$(awk '/^\|/ { gsub(/±/, "+"); print length }' "$dir/out" | sort -u | wc -l)
 check "columns are aligned" test "$widths" = 1
 number='[0-9][0-9]*\.[0-9]*'
-check "name of the model" rows "^| qwen3moe $number[MB] F32  *| *$number [MG]iB | *$number [MB] | CPU" 2
+row="^| qwen3moe $number[MB] F32  *| *$number [MG]iB | *$number [MB] | CPU"
+check "name of the model" rows "$row" 2
 check "the build" shows '^build: moe_infer [0-9.]* ('
 check "nothing on standard error without a terminal" test ! -s "$dir/err"
 run --model "$model" --n-prompt 4,5 --n-gen 2,3 --threads 1,2 --repetitions 1

@@ -87,8 +87,8 @@ static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
     b.matrix.scale = scale;
     b.matrix.bias = bias;
     b.matrix.bias_stride = N_OUT;
-    int32_t rows[MAX_TOKENS];
-    float weights[MAX_TOKENS];
+    int32_t rows[MAX_TOKENS] = {0};
+    float weights[MAX_TOKENS] = {0};
     static float y[MAX_TOKENS * N_OUT];
     for (int64_t t = 0; t < n_tokens; t++) {
         rows[t] = (int32_t)(n_tokens - 1 - t);

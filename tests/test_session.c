@@ -902,7 +902,8 @@ static void check_stopping(const char *path, int n_threads, int n_batch) {
         CHECK(moe_session_length(session) == 4);
         s.stop_at = 0;
         CHECK(moe_session_eval(session, tokens + 4, 20, &error) == MOE_OK);
-        CHECKF(!memcmp(expected, moe_session_logits(session, -1), sizeof(float) * (size_t)V),
+        const float *logits = moe_session_logits(session, -1);
+        CHECKF(logits && !memcmp(expected, logits, sizeof(float) * (size_t)V),
                "stopped at %ld of %ld", at, asked);
     }
     free(expected);
@@ -978,6 +979,15 @@ TEST(shared_pool) {
         }
         CHECK(expected && !memcmp(a, expected, sizeof(float) * 30 * 264));
         CHECK(expected && !memcmp(b, expected, sizeof(float) * 30 * 264));
+        /* More threads than the pool has: refused, or no more than there are. */
+        o.n_threads = o.n_threads_batch = 64;
+        moe_error error;
+        clear_error(&error);
+        moe_session *z = moe_session_open(model, &o, &error);
+        if (z) CHECK(moe_session_get_info(z)->n_threads == n);
+        if (z) CHECK(models_eval(z, tokens, 0, 30, 5, a));
+        CHECK(z || (error.status == MOE_ERROR_ARGUMENT && *error.text));
+        moe_session_close(z);
         moe_session_close(x);
         moe_session_close(y);
         moe_pool_close(pool);

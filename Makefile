@@ -18,9 +18,10 @@ FUZZ_SECONDS = 60
 B = build
 C = $(CC) $(CFLAGS) $(WARNINGS) $(WERROR)
 CXX17 = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(WERROR)
-TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-synth $(B)/minimal $(B)/embed
-KERNEL_BENCHES = $(patsubst bench/%.c,$(B)/%,\
-    $(filter-out bench/moe_bench.c,$(wildcard bench/*_bench.c)))
+# Without a C++ compiler the C++ example is left out.
+TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-synth $(B)/minimal \
+    $(if $(shell command -v $(CXX) 2>/dev/null),$(B)/embed)
+KERNEL_BENCHES = $(B)/kernels $(B)/tile_bench $(B)/attend_bench
 TESTS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/test_*.c))
 SCRIPTS = $(wildcard tests/test_*.sh)
 # tests that start threads, for the thread sanitizer
@@ -53,7 +54,7 @@ $(B)/embed: examples/embed.cpp moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(CXX17) $< -o $@ $(LDLIBS)
 
-$(B)/%_bench: bench/%_bench.c moe_infer.h
+$(KERNEL_BENCHES): $(B)/%: bench/%.c moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -105,7 +106,7 @@ map:  ## rewrite the line numbers of the map at the top of moe_infer.h
 asm:  ## instructions, calls and spills of the dot kernels, gcc and clang (KERNELS=pattern)
 	@tests/asm_check.sh . '$(KERNELS)'
 
-bench: $(KERNEL_BENCHES)  ## build the benchmarks of single kernels: build/*_bench
+bench: $(KERNEL_BENCHES)  ## build the benchmarks of single kernels: build/kernels, tile_bench, attend_bench
 
 fuzz: $(B)/fuzz_gguf  ## feed odd files to the GGUF reader (clang; FUZZ_SECONDS=60)
 	@mkdir -p $(B)/corpus

@@ -9,6 +9,18 @@
 
 #define MODELS_FN __attribute__((unused)) static
 
+/* With a sanitizer everything takes 5 to 20 times as long: the tests do less then. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define MODELS_SLOW 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define MODELS_SLOW 1
+#endif
+#endif
+#ifndef MODELS_SLOW
+#define MODELS_SLOW 0
+#endif
+
 /* ---- files ----------------------------------------------------------------------------------- */
 
 enum { MODELS_MAX_FILES = 512 };

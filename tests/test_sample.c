@@ -732,6 +732,14 @@ TEST(stream_limits) {
         CHECK(t.out.n_calls == k && t.out.size == 3 * (size_t)k);
         CHECK(t.stream.stopped && t.stream.reason == MOE_STOP_CALLER);
     }
+    /* then neither text that was held back nor half a character comes after it */
+    stop[0] = 'x', stop[1] = 'y', stop[2] = 0;
+    stream_begin(&t, &pointer, 1);
+    t.out.stop_at = 1;
+    moe__stream_push(&t.stream, "abx", 3);
+    moe__stream_push(&t.stream, "\xC3", 1);
+    moe__stream_finish(&t.stream);
+    CHECK(t.out.n_calls == 1 && t.out.size == 2);
 }
 
 TEST(stop_strings_that_are_refused) {

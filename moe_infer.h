@@ -3042,8 +3042,8 @@ static const moe__kernels moe__kernels_scalar = {
 #define MOE__TARGET \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #endif
-/* Two sanitizers would make this text take minutes to compile. Tests hold its results against the */
-/* plain C kernels, which are instrumented, and threads share nothing but whole kernels' results. */
+/* Two sanitizers would make this text take minutes to compile. Tests hold its results against */
+/* the plain C kernels, which are instrumented; threads only share what whole kernels made. */
 #define MOE__QUIET \
     __attribute__((no_sanitize("undefined"), no_sanitize("thread"), unused))
 #define MOE__K static MOE__TARGET MOE__QUIET

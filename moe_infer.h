@@ -24,18 +24,18 @@
 /*   >>manual      50  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     106  every macro you may define */
 /*   >>api        180  types and prototypes with their contracts */
-/*   >>base       607  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       880  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1885  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   2811  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      5585  the team of threads: wake, barrier, shares of work */
-/*   >>ops       5894  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   6161  router, plan, the expert schedules */
-/*   >>model     6433  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   7114  cache, the forward pass */
-/*   >>text      8234  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample    9591  choosing tokens, generating text */
-/*   >>licence  10113  MIT or public domain */
+/*   >>base       613  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       886  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1891  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3481  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7474  the team of threads: wake, barrier, shares of work */
+/*   >>ops       7783  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8050  router, plan, the expert schedules */
+/*   >>model     8322  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9003  cache, the forward pass */
+/*   >>text     10123  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   11480  choosing tokens, generating text */
+/*   >>licence  12002  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its dequantize, quantize and dot (>>types), then */
 /*   dot, tile and dequantize in the vector text (>>kernels). Tests and benches walk the table. */
@@ -241,14 +241,20 @@ typedef struct moe_allocator {
 
 /* Values are GGUF's type ids. Rows of a quantized type are made of blocks of 32 or 256 weights. */
 typedef enum moe_type {
-    MOE_TYPE_F32 = 0,
-    MOE_TYPE_F16 = 1,
-    MOE_TYPE_Q4_0 = 2,
-    MOE_TYPE_Q8_0 = 8,
-    MOE_TYPE_Q4_K = 12,
-    MOE_TYPE_Q5_K = 13,
-    MOE_TYPE_Q6_K = 14,
-    MOE_TYPE_BF16 = 30,
+    MOE_TYPE_F32 = 0, MOE_TYPE_F16 = 1, MOE_TYPE_Q4_0 = 2, MOE_TYPE_Q4_1 = 3, MOE_TYPE_Q5_0 = 6,
+    MOE_TYPE_Q5_1 = 7, MOE_TYPE_Q8_0 = 8, MOE_TYPE_Q2_K = 10, MOE_TYPE_Q3_K = 11,
+    MOE_TYPE_Q4_K = 12, MOE_TYPE_Q5_K = 13, MOE_TYPE_Q6_K = 14, MOE_TYPE_IQ2_XXS = 16,
+    MOE_TYPE_IQ2_XS = 17, MOE_TYPE_IQ3_XXS = 18, MOE_TYPE_IQ1_S = 19, MOE_TYPE_IQ4_NL = 20,
+    MOE_TYPE_IQ3_S = 21, MOE_TYPE_IQ2_S = 22, MOE_TYPE_IQ4_XS = 23, MOE_TYPE_IQ1_M = 29,
+    MOE_TYPE_BF16 = 30, MOE_TYPE_TQ1_0 = 34, MOE_TYPE_TQ2_0 = 35, MOE_TYPE_MXFP4 = 39,
+    MOE_TYPE_NVFP4 = 40, MOE_TYPE_Q6_0 = 133, MOE_TYPE_IQ2_K = 137, MOE_TYPE_IQ3_K = 138,
+    MOE_TYPE_IQ4_K = 139, MOE_TYPE_IQ5_K = 140, MOE_TYPE_IQ6_K = 141, MOE_TYPE_IQ4_KS = 144,
+    MOE_TYPE_IQ2_KS = 145, MOE_TYPE_IQ5_KS = 152, MOE_TYPE_IQ3_KS = 156, MOE_TYPE_IQ2_KL = 157,
+    MOE_TYPE_Q4_0_R8 = 202, MOE_TYPE_Q5_0_R4 = 206, MOE_TYPE_Q8_0_R8 = 208, MOE_TYPE_Q2_K_R4 = 210,
+    MOE_TYPE_Q3_K_R4 = 211, MOE_TYPE_Q4_K_R4 = 212, MOE_TYPE_Q5_K_R4 = 213, MOE_TYPE_Q6_K_R4 = 214,
+    MOE_TYPE_IQ4_NL_R4 = 220, MOE_TYPE_IQ4_XS_R8 = 223, MOE_TYPE_IQ2_K_R4 = 337,
+    MOE_TYPE_IQ3_K_R4 = 338, MOE_TYPE_IQ4_K_R4 = 339, MOE_TYPE_IQ5_K_R4 = 340,
+    MOE_TYPE_IQ4_KS_R4 = 344, MOE_TYPE_IQ5_KS_R4 = 352, MOE_TYPE_MXFP4_R8 = 353,
     MOE_TYPE_ANY_ID = 0x7FFFFFFF /* no type: makes room for every id that a file may hold */
 } moe_type;
 
@@ -1884,35 +1890,95 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 /* ============================================================================================== */
 /* // >>types */
 /* */
-/* Tensor types: the table, what the bits of each mean (dequantize is the specification, in plain */
-/* C), how to make them (quantize), and the plain C dot product that every vector kernel is held */
+/* Tensor types: the table, what the bits of each mean (unpack is the specification, in plain C), */
+/* how to make them (quantize), and the plain C dot product that every vector kernel is held */
 /* against. Blocks are read by byte offset with memcpy: rows may lie at any address. */
 /* */
 /*     row of a matrix      block | block | block | ...     each: scales, then small integers */
 /*     activations     record          | record      |      int8 and their scales, made from */
 /*                                                          floats before they are multiplied */
 /* */
-/* A product is exact integers inside a block, floats between blocks. */
+/* All block types are the same thing behind their bits: weight = scale * q - min, with an int8 q, */
+/* and a scale and a min per 16 or 32 weights. A product is exact integers inside these, floats */
+/* between them. */
 /* ============================================================================================== */
 
-/* The one list of types that can be run: X(NAME, name, weights per block, bytes per block, kind */
-/* of activation). Each row needs moe__dequantize_name, moe__quantize_name and moe__dot_name in */
-/* this room, and dot_name, tile_name and dequantize_name in the vector text of >>kernels. */
-#define MOE__TYPES(X)             \
-    X(F32, f32, 1, 4, F32)        \
-    X(F16, f16, 1, 2, F32)        \
-    X(BF16, bf16, 1, 2, F32)      \
-    X(Q4_0, q4_0, 32, 18, Q32)    \
-    X(Q8_0, q8_0, 32, 34, Q32)    \
-    X(Q4_K, q4_k, 256, 144, Q256) \
-    X(Q5_K, q5_k, 256, 176, Q256) \
-    X(Q6_K, q6_k, 256, 210, Q256)
+/* The one list of types that can be run. Each row of X: */
+/*   NAME name     as in MOE_TYPE_NAME, and in the names of functions */
+/*   block bytes   weights and bytes per block, of one row */
+/*   act           the activations it is multiplied with, see moe__act_kind */
+/*   rows meta     rows that are interleaved in a group; bytes of the scale before a row's blocks */
+/*   per           weights per scale: 16 or 32 */
+/*   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins */
+/*   q             1 if there is a quantizer */
+/*   own           1 if it has dot and tile kernels of its own; 0: those that work on what is */
+/*                 unpacked */
+/* It needs moe__unpack_name here and unpack_name in the vector text of >>kernels (F32, F16 and */
+/* BF16 have no blocks to unpack), moe__quantize_name if q, dot_name and tile_name there if own. */
+#define MOE__TYPES(X)                                                     \
+    X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1, 1)                           \
+    X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1, 1)                           \
+    X(BF16, bf16, 1, 2, F32, 1, 0, 0, 0, 0, 1, 1)                         \
+    MOE__BLOCK_TYPES(X)
+#define MOE__BLOCK_TYPES(X)                                               \
+    X(Q4_0, q4_0, 32, 18, Q32, 1, 0, 32, 4, 8, 1, 1)                      \
+    X(Q4_1, q4_1, 32, 20, Q32, 1, 0, 32, 4, 0, 1, 0)                      \
+    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1, 0)                     \
+    X(Q5_1, q5_1, 32, 24, Q32, 1, 0, 32, 5, 0, 1, 0)                      \
+    X(Q6_0, q6_0, 32, 26, Q32, 1, 0, 32, 6, 32, 0, 0)                     \
+    X(Q8_0, q8_0, 32, 34, Q32, 1, 0, 32, 8, 128, 1, 1)                    \
+    X(Q2_K, q2_k, 256, 84, Q256, 1, 0, 16, 2, 0, 1, 0)                    \
+    X(Q3_K, q3_k, 256, 110, Q256, 1, 0, 16, 3, 4, 1, 0)                   \
+    X(Q4_K, q4_k, 256, 144, Q256, 1, 0, 32, 4, 0, 1, 1)                   \
+    X(Q5_K, q5_k, 256, 176, Q256, 1, 0, 32, 5, 0, 1, 1)                   \
+    X(Q6_K, q6_k, 256, 210, Q256, 1, 0, 16, 6, 32, 1, 1)                  \
+    X(IQ1_S, iq1_s, 256, 50, Q256, 1, 0, 32, 5, 16, 0, 0)                 \
+    X(IQ1_M, iq1_m, 256, 56, Q256, 1, 0, 16, 5, 16, 0, 0)                 \
+    X(IQ2_XXS, iq2_xxs, 256, 66, Q256, 1, 0, 32, 7, 64, 0, 0)             \
+    X(IQ2_XS, iq2_xs, 256, 74, Q256, 1, 0, 16, 7, 64, 0, 0)               \
+    X(IQ2_S, iq2_s, 256, 82, Q256, 1, 0, 16, 7, 64, 0, 0)                 \
+    X(IQ3_XXS, iq3_xxs, 256, 98, Q256, 1, 0, 32, 7, 64, 0, 0)             \
+    X(IQ3_S, iq3_s, 256, 110, Q256, 1, 0, 32, 5, 16, 0, 0)                \
+    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1, 0)                \
+    X(IQ4_XS, iq4_xs, 256, 136, Q256, 1, 0, 32, 8, 128, 1, 0)             \
+    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1, 0)                   \
+    X(NVFP4, nvfp4, 64, 36, Q32, 1, 0, 16, 5, 16, 0, 0)                   \
+    X(TQ1_0, tq1_0, 256, 54, Q256, 1, 0, 32, 2, 1, 0, 0)                  \
+    X(TQ2_0, tq2_0, 256, 66, Q256, 1, 0, 32, 2, 1, 0, 0)                  \
+    X(IQ2_K, iq2_k, 256, 76, Q256, 1, 0, 16, 6, 32, 0, 0)                 \
+    X(IQ3_K, iq3_k, 256, 110, Q256, 1, 0, 16, 7, 64, 0, 0)                \
+    X(IQ4_K, iq4_k, 256, 144, Q256, 1, 0, 16, 8, 128, 0, 0)               \
+    X(IQ5_K, iq5_k, 256, 176, Q256, 1, 0, 16, 8, 128, 0, 0)               \
+    X(IQ6_K, iq6_k, 256, 212, Q256, 1, 0, 16, 8, 128, 0, 0)               \
+    X(IQ2_KS, iq2_ks, 256, 70, Q256, 1, 2, 32, 6, 32, 0, 0)               \
+    X(IQ3_KS, iq3_ks, 256, 102, Q256, 1, 2, 32, 7, 64, 0, 0)              \
+    X(IQ4_KS, iq4_ks, 256, 136, Q256, 1, 4, 32, 8, 128, 0, 0)             \
+    X(IQ5_KS, iq5_ks, 256, 168, Q256, 1, 4, 32, 8, 128, 0, 0)             \
+    X(IQ2_KL, iq2_kl, 256, 86, Q256, 1, 2, 32, 7, 64, 0, 0)               \
+    X(Q4_0_R8, q4_0_r8, 32, 18, Q32, 8, 0, 32, 4, 8, 0, 0)                \
+    X(Q5_0_R4, q5_0_r4, 32, 22, Q32, 4, 0, 32, 5, 16, 0, 0)               \
+    X(Q8_0_R8, q8_0_r8, 32, 34, Q32, 8, 0, 32, 8, 128, 0, 0)              \
+    X(Q2_K_R4, q2_k_r4, 256, 84, Q256, 4, 0, 16, 2, 0, 0, 0)              \
+    X(Q3_K_R4, q3_k_r4, 256, 110, Q256, 4, 0, 16, 3, 4, 0, 0)             \
+    X(Q4_K_R4, q4_k_r4, 256, 144, Q256, 4, 0, 32, 4, 0, 0, 0)             \
+    X(Q5_K_R4, q5_k_r4, 256, 176, Q256, 4, 0, 32, 5, 0, 0, 0)             \
+    X(Q6_K_R4, q6_k_r4, 256, 210, Q256, 4, 0, 16, 6, 32, 0, 0)            \
+    X(IQ4_NL_R4, iq4_nl_r4, 32, 18, Q32, 4, 0, 32, 8, 128, 0, 0)          \
+    X(IQ4_XS_R8, iq4_xs_r8, 256, 136, Q256, 8, 0, 32, 8, 128, 0, 0)       \
+    X(IQ2_K_R4, iq2_k_r4, 256, 76, Q256, 4, 0, 16, 6, 32, 0, 0)           \
+    X(IQ3_K_R4, iq3_k_r4, 256, 110, Q256, 4, 0, 16, 7, 64, 0, 0)          \
+    X(IQ4_K_R4, iq4_k_r4, 256, 144, Q256, 4, 0, 16, 8, 128, 0, 0)         \
+    X(IQ5_K_R4, iq5_k_r4, 256, 176, Q256, 4, 0, 16, 8, 128, 0, 0)         \
+    X(IQ4_KS_R4, iq4_ks_r4, 256, 136, Q256, 4, 4, 32, 8, 128, 0, 0)       \
+    X(IQ5_KS_R4, iq5_ks_r4, 256, 168, Q256, 4, 4, 32, 8, 128, 0, 0)       \
+    X(MXFP4_R8, mxfp4_r8, 32, 17, Q32, 8, 0, 32, 5, 16, 0, 0)
 
 enum {
 #define MOE__TYPE_INDEX(name, ...) MOE__INDEX_##name,
     MOE__TYPES(MOE__TYPE_INDEX)
 #undef MOE__TYPE_INDEX
-    MOE__N_TYPES
+    MOE__N_TYPES,
+    MOE__GROUP_ROWS = 8 /* most rows that a type interleaves */
 };
 
 /* ---- activations ----------------------------------------------------------------------------- */
@@ -1957,153 +2023,788 @@ MOE__INLINE size_t moe__act_size(moe__act_kind kind, int64_t n) {
     return (size_t)n * sizeof(float);
 }
 
+/* ---- code books ------------------------------------------------------------------------------ */
+
+/* The IQ1, IQ2 and IQ3 types store groups of 8 or 4 weights as indices into lists ("books") of */
+/* the groups that are allowed. Element i of an entry is its byte i. */
+typedef struct moe__books {
+    uint64_t iq2xxs[256], iq2xs[512], iq2s[1024]; /* magnitudes 8, 25, 43 */
+    uint64_t iq1s[2048];                          /* int8: -8, 0, 8 */
+    uint32_t iq3xxs[256];                         /* magnitudes 4, 12, 20, 28, 36, 44, 52, 62 */
+    uint32_t iq3s[512];                           /* magnitudes 1, 3, .. 15 */
+    uint8_t signs[128]; /* 7 bits to 8: bit i set: element i is negative, always an even number */
+} moe__books;
+
+/* An entry is a number with one digit per element, element 0 the lowest: 8 digits of base 3 or 4 */
+/* of base 8. The numbers ascend; what is stored is how many are left out before each, as Rice */
+/* codes: zeros for the high part, a one, then the low bits, highest first. A character holds six */
+/* bits, lowest first, as '(' + value, without the backslash. Some lines end early: two question */
+/* marks may not be neighbours. */
+static const char moe__books_iq2xxs[] =
+    "I@4.KYB4/KYB5/SYcV/SbSdF/-1C.S[@5N`[@E?Kbf=66^KJVJ^DTV[YB<=?/f1<K^A?D?[`c>T7b79TV[CANg,W86>-U5"
+    "[8N3d@=f`K0_b/IGT2FQC3+gcCg(V0/S^DT>dbAT22B`[cEfg]UV1h=O@+JYR@.9Nb1cgJ^D5:VRCZ-RX7R+;R4O=GTY.V"
+    "=9E?cPd:6+R9V(<)(<K=ACdf.GP/SbS0AGJRZJ<)98/N^EMS2E49<F*c(H4C(,1Rc*;X/((ce)";
+static const char moe__books_iq2xs[] =
+    "9NANANANAOANANEVANE_Q4[4[4[4`4[6`U[M4[T[=NCCGc4[4[T[5[T[TMb:NA_b2[=gP[^_1Bg4[4[U`D?5bOb:JFQ1?8"
+    "`Z4[4[T[5[T[f[D1[4dDMb:R;CN511]ANEVZT;fJ6?:H=[*gD;WNNU)3(50[4[4[=N31Q4?Z^KO.:g6?G*TPMa^F(EWQLM"
+    "_*0^eB@dL6[4[4dD[4[4`F[M4[T[=N3AdhD;C*TANE_Q4?:U7?f*Bb[VH5?ZgG0M]S/7(_4[6`U[M,EVU5)BT(ANSe1MLh"
+    "*g-FeTW_h8J>N((>gD1^WN6)(>3>W-(5A+B(a)BH,X+b+ANAOdOb:NTANA;2?@1I6fCOCN>:75>X:+3c^[2;_/(e8VWT[M"
+    "]cbQ9+HLNV9V3H/_,](H,F@)]aI6d<gH-T3LE_]P1I.F((X;;3[.ed*T1@;@f";
+static const char moe__books_iq2s[] =
+    "QUUUUUfUUUfUUUf=hCCCCG^_g__`?U=S__?^CCd9hWdUUUfUUUUUUU=CCGG^____gg___gRUf=QUU/ff=Q=I__`_g`___g"
+    "R`9C^_Fhf=Q6<Bf?2(M`___`g_g___g_hgRUUUUUUWUUUWBCGYdd^R?3F=PUfUUWWUUUWBCG=BCCCG^_gR]R8GG=B=P(UU"
+    "UW`CdS:3aUf=Q=Y)MR89)XCdCChC^>?fK_RUR`R=Q=Ice`SH?e`_ggRUf=Q=IggR]RP/a=IJ+HFUa=)2]>-(H*2/ae*WUU"
+    "UUUWUUUUUB^`?UUWUU=CCCdS__?M>UURggR]*FCCCCCdCCCdS__?M____?UUWR`R8CdS:S*-<UWUf=CdSZ=PUf=Q=IJJ>-"
+    "2(H__`___`___?UUWaUUUf=CdS:S*ff=Q=Y3XCCCdS__?M>-BCG=B=P(W2c)(]_gR]R6-a=I*(Pa(8Ih_`_?ff=b2]_gR]"
+    "R8Y9=PP(VhgR]R8)F=P6626((<eR(aXb(-((H+(`Cddd^RUfg^J``_gRUf-W2FhCYS*(BCCCW`_?M>-BCG=B=P6eRa-(8W"
+    ">eR(PF)/<(H+Bb8fg_>=CdS:S*fBYSc(P=I*(]`_?M>-22B=P(8W+aa(]RP/(a-HF((((2]hdBS*HR(/<(RZG)]?e?-2(-"
+    "=Y)(((<(HK+(<(8I+e:d)aX)";
+static const char moe__books_iq1s[] =
+    "fhJ_;eKQf,U`Yh9T`dh8eKQf,UO@Ned?cfHF4[TE(JAg*haUSShhI]h^(CX[h27[C8d1B7Y.;d1B7YC2.Oa5aGN_;]FJA1"
+    "cGJ_+`NJOfg,aO,hhW`TSRFKY[+a/;]g`Kb/[FR;N<f?dOfRS7bf?hhG9=EGf?GEEfe-VFdSG=QdJM.CX.[hdWgAF@HGW8"
+    "^gcZ.SFdI8P9hh_[T-eFJgO@>J_;]h,WA<NhWX,5[]3B7YFNQ?]F*h4V_h4N`:HAN`d;gI?fh[],[4;Y].+WOPf,74U/F7"
+    ">C.F7h[,5-U/F7YFN_;]FJ5.Thh)TMEhgcfeh^9hWGR(Y7NI`_8,4+>8eh-^hgG2>UhcUhcdR]^V_?/f39fWh?^UG3da/["
+    "Z,J_dGNhA>Q<d`_?^h1FGbG(+aOGCHIbSfgfFG57FFMOWgR_^Gf==^?dbS`F[d/WhB7,f2+-G=:h?"
+    "?E=E=7h?S[?^?=`?G==?==^=^ORV2Ef=?cVSR:RRRRR7bSBAE-=W`0chRg*9hC>UhBNWgRRcSMLV2.3L[5G:=gGLVFXaOY"
+    "TSh?(IbG7ONM<[1;B_+_+2K3),C4Hc]ghhSS/OgRg5hS.acdBE5c>EcJ0NPBhG^b^CGU>(BNI`[4;@B_ehQZ?WUJ0g,@/8"
+    "dfd,*QAW/F79f[]FJ_;e7[dh2cA97;d1B7P5;d1B78.e0b`(CXT`eO_?/=hhh@Hf4W3S_J@Lbf,UGYC>WOPf<]KbhGhXX["
+    "]FJ_;e+]FJ_;T3NfeKKaGNh`hhCRSfab`h4WAeh7F.70f_K5gScBeDUbf?"
+    "?3QgcSRRW>B?^^h7C55GRCF2O2e[X[TfOD8TOYhh?WhhSfQOGWY88aGW)[?(UOPf,h+B79d1Qh(]:h+;S)Z/ZFJf4UOPf("
+    ",[[RG=Y((ghYdbSAh^g)4CUX3EQ)C`cfFafHg)UOPf,_:4_F70*PfXd)f(UOPf";
+static const char moe__books_iq3xxs[] =
+    "9N;_9F*,AO;FEMO:hA6?FA3?CW9RHJJF<cT?278Y9`1K^O;FbLQ2a[d:XM;F/LCB-.WRI*gNL:+HYJ7WDZV,aZTZd8^YO`"
+    ".Q14]?+c.*37U,-(;Ra8GbM4NA;S8MPZYXaEL(./^VB<a0AHOI>A;E+HI_-gM(36@<8@A(X<Q-0bag^[I[Jh)).=+^[)H+"
+    "]>H]O>4aY*+]3(3,X(,XC)Z4+:7PMH,^XBT48aYML(]";
+static const char moe__books_iq3s[] =
+    "1A51U5?MV_2^_::Gg_d5L3BF[_gVV_J4?hR^QW0fKf6=OJ93W?]?4IUJ*)[Bbf*ZIO]O_NBSPE,5EfJ5^2R>cBVRK6RUMQ"
+    "BV(9A=2:U`+J5^2.(_/:)>MBe+9f]_]_^OBUS0AE=``g<+e5B-S];`d6Q:5-MQLAd(AN88*+YS8)gIGLZ,HBUE>S]=RcUN"
+    "<,Dc3=QM+,d:G0f2RSZ50c9TZ,2-).4(W0M)XVRG[4DR]BRPcI?96=XNZM2^6(S8A)0e:)0()*DX-.;)JF-fCD=B-K(a2I"
+    "22*@:X8,VRK;b(D6T*(@(F9)(T>F))/`(,8IR49EVH)(0P@P+0X))@(82(He92WD-`@@-adc40()eI*c=)D(Pa(6@(@";
+
+MOE__INLINE int moe__books_bit(const char *text, int at) {
+    int c = text[at / 6];
+    return (c - '(' - (c > '\\')) >> at % 6 & 1;
+}
+
+/* count entries from a Rice code with n_low low bits, values[digit] instead of the digits. */
+MOE__PRIVATE void moe__books_expand(const char *text, int count, int n_low, int n_digits,
+                                    const uint8_t *values, void *out) {
+    uint8_t *bytes = (uint8_t *)out;
+    int base = n_digits == 8 ? 3 : 8, at = 0, entry = -1;
+    for (int i = 0; i < count; i++) {
+        int gap = 0;
+        while (!moe__books_bit(text, at++)) gap++;
+        for (int b = 0; b < n_low; b++) gap = 2 * gap + moe__books_bit(text, at++);
+        entry += gap + 1;
+        for (int rest = entry, e = 0; e < n_digits; e++, rest /= base)
+            *bytes++ = values[rest % base];
+    }
+}
+
+MOE__PRIVATE void moe__books_fill(moe__books *books) {
+    static const uint8_t iq2[] = {8, 25, 43}, iq1[] = {0xF8, 0, 8};
+    static const uint8_t iq3xxs[] = {4, 12, 20, 28, 36, 44, 52, 62};
+    static const uint8_t iq3s[] = {1, 3, 5, 7, 9, 11, 13, 15};
+    moe__books_expand(moe__books_iq2xxs, 256, 4, 8, iq2, books->iq2xxs);
+    moe__books_expand(moe__books_iq2xs, 512, 3, 8, iq2, books->iq2xs);
+    moe__books_expand(moe__books_iq2s, 1024, 2, 8, iq2, books->iq2s);
+    moe__books_expand(moe__books_iq1s, 2048, 1, 8, iq1, books->iq1s);
+    moe__books_expand(moe__books_iq3xxs, 256, 3, 4, iq3xxs, books->iq3xxs);
+    moe__books_expand(moe__books_iq3s, 512, 2, 4, iq3s, books->iq3s);
+    for (int i = 0; i < 128; i++) {
+        int odd = 0x6996 >> ((i ^ i >> 4) & 15) & 1; /* bit k: k has an odd number of ones */
+        books->signs[i] = (uint8_t)(i | odd << 7);
+    }
+}
+
+/* One copy per process, filled by the first caller: from then on a load and a branch. */
+static moe__books moe__books_shared;
+static pthread_once_t moe__books_once = PTHREAD_ONCE_INIT;
+static int moe__books_ready;
+
+MOE__PRIVATE void moe__books_make(void) {
+    moe__books_fill(&moe__books_shared);
+    __atomic_store_n(&moe__books_ready, 1, __ATOMIC_RELEASE);
+}
+MOE__INLINE const moe__books *moe__books_get(void) {
+    if (!__atomic_load_n(&moe__books_ready, __ATOMIC_ACQUIRE))
+        (void)pthread_once(&moe__books_once, moe__books_make);
+    return &moe__books_shared;
+}
 
 /* ---- the bits of the blocks ------------------------------------------------------------------ */
 
-/* Each quantized type stores small integers ("levels") and scales. moe__types_levels_NAME */
-/* unpacks the levels of one block as signed numbers; dequantize and dot are written on top of */
-/* it. */
+/* Up to 256 weights as every block type can be written: weight i = scale[i / 16] * q[i] - */
+/* min[i / 16]. */
+typedef struct moe__block {
+    int8_t q[256];
+    float scale[16], min[16];
+} moe__block;
 
-/* 18 bytes: f16 scale, then 16 bytes whose low halves are weights 0-15, high halves 16-31. */
-MOE__INLINE void moe__types_levels_q4_0(const uint8_t *block, int8_t *q) {
-    for (int i = 0; i < 16; i++) {
-        q[i] = (int8_t)((block[2 + i] & 15) - 8);
-        q[16 + i] = (int8_t)((block[2 + i] >> 4) - 8);
+/* Levels of the types whose levels are not evenly spaced, by index. The tables of IQ2_K .. IQ6_K */
+/* are used twice, the second time shifted by a constant. */
+static const int8_t moe__levels_fp4[16] = {0, 1,  2,  3,  4,  6,  8,  12,
+                                           0, -1, -2, -3, -4, -6, -8, -12}; /* twice E2M1 */
+static const int8_t moe__levels_k2[4] = {-31, -13, 1, 17};
+static const int8_t moe__levels_k3[8] = {-63, -40, -23, -10, 1, 13, 28, 47};
+static const int8_t moe__levels_k4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                          1,    13,   25,  38,  53,  69,  89,  113};
+static const int8_t moe__levels_k5[32] = {-126, -114, -103, -92, -83, -74, -65, -57, -50, -43, -36,
+                                          -30,  -24,  -18,  -12, -6,  -1,  5,   11,  17,  23,  29,
+                                          36,   43,   51,   59,  68,  77,  87,  97,  109, 121};
+static const int8_t moe__levels_k6[64] = {
+    -127, -121, -115, -109, -104, -98, -93, -88, -84, -79, -74, -70, -66, -62, -58, -54,
+    -51,  -47,  -44,  -40,  -37,  -34, -31, -28, -25, -22, -19, -16, -13, -11, -8,  -5,
+    -2,   0,    3,    6,    9,    12,  14,  17,  20,  23,  27,  30,  33,  36,  40,  44,
+    47,   51,   55,   59,   63,   68,  72,  77,  82,  87,  92,  98,  103, 109, 115, 121};
+enum { MOE__SHIFT_K2 = 5, MOE__SHIFT_K3 = 4, MOE__SHIFT_K4 = 4, MOE__SHIFT_K5 = 2,
+       MOE__SHIFT_K6 = 1 };
+/* IQ2_KL: the first and the second of a pair of neighbours, by 5-bit index */
+static const int8_t moe__levels_kl[2][32] = {
+    {-63, -63, -40, -40, -40, -40, -23, -23, -23, -23, -23, -10, -10, -10, -10, 1, 1, 1, 1,
+     1, 13, 13, 13, 13, 13, 28, 28, 28, 28, 28, 47, 47},
+    {-23, 13, -63, -10, 13, 47, -40, -23, 1, 13, 28, -63, 1, 13, 47, -23, -10, 1, 13, 28,
+     -40, -23, -10, 1, 13, -63, -23, 1, 28, 47, -23, 13}};
+
+MOE__INLINE float moe__types_f16(const uint8_t *p) { return moe__f16_to_f32(moe__load_u16(p)); }
+MOE__INLINE float moe__types_bf16(const uint8_t *p) { return moe__bf16_to_f32(moe__load_u16(p)); }
+/* 2^(e - 128): the scale of MXFP4, halved because its levels are doubled. */
+MOE__INLINE float moe__types_e8m0(unsigned e) {
+    return moe__f32_from_bits(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+}
+/* Half of an unsigned E4M3 number: 4 bits of exponent, 3 of mantissa. 127 counts as 0. */
+MOE__INLINE float moe__types_ue4m3(unsigned x) {
+    unsigned e = x >> 3 & 15, m = x & 7;
+    if (x == 0x7F) return 0;
+    if (e == 0) return (float)m / 1024.0f;
+    return (float)(8 + m) * moe__f32_from_bits((e + 127 - 11) << 23);
+}
+MOE__INLINE int moe__types_nibble(int byte, int high) { return high ? byte >> 4 : byte & 15; }
+MOE__INLINE int moe__types_bit(int x, int i) { return x >> i & 1; }
+/* Weights 32 j .. 32 j + 31 */
+MOE__INLINE void moe__types_scale(moe__block *out, int j, float scale, float min) {
+    out->scale[2 * j] = out->scale[2 * j + 1] = scale;
+    out->min[2 * j] = out->min[2 * j + 1] = min;
+}
+
+/* moe__unpack_NAME unpacks one block of a row. In interleaved types (_R4, _R8: 4 or 8 rows side */
+/* by side) b is the group's block and k the row in the group. D: the row's scale, for types that */
+/* have one. In what follows e counts weights, j = e / 32, s = e / 16. */
+#define MOE__UNPACK(name)                                                               \
+    MOE__PRIVATE void moe__unpack_##name(const uint8_t *b, int k __attribute__((unused)), \
+                                         float D __attribute__((unused)), moe__block *out)
+#define MOE__EACH_WEIGHT(n) for (int e = 0; e < n; e++) out->q[e] = (int8_t)
+
+MOE__UNPACK(q4_0) { /* d f16; low nibbles are weights 0-15, high ones 16-31 */
+    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    MOE__EACH_WEIGHT(32)(moe__types_nibble(b[2 + e % 16], e / 16) - 8);
+}
+
+MOE__UNPACK(q4_1) { /* d, m f16; nibbles */
+    moe__types_scale(out, 0, moe__types_f16(b), -moe__types_f16(b + 2));
+    MOE__EACH_WEIGHT(32)(moe__types_nibble(b[4 + e % 16], e / 16));
+}
+
+/* A nibble and the fifth bit from 32 bits. */
+MOE__INLINE int moe__types_five(const uint8_t *low, uint32_t high, int e) {
+    return moe__types_nibble(low[e % 16], e / 16) | (int)(high >> e & 1) << 4;
+}
+
+MOE__UNPACK(q5_0) { /* d f16, 32 fifth bits, nibbles */
+    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    MOE__EACH_WEIGHT(32)(moe__types_five(b + 6, moe__load_u32(b + 2), e) - 16);
+}
+
+MOE__UNPACK(q5_1) { /* d, m f16, 32 fifth bits, nibbles */
+    moe__types_scale(out, 0, moe__types_f16(b), -moe__types_f16(b + 2));
+    MOE__EACH_WEIGHT(32)(moe__types_five(b + 8, moe__load_u32(b + 4), e));
+}
+
+MOE__UNPACK(q6_0) { /* d f16, 8 bytes of high bit pairs, nibbles */
+    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    MOE__EACH_WEIGHT(32)
+    ((moe__types_nibble(b[10 + e % 16], e / 16) |
+      (b[2 + e % 8] >> (4 * (e % 16 / 8) + 2 * (e / 16)) & 3) << 4) - 32);
+}
+
+MOE__UNPACK(q8_0) { /* d f16, int8 */
+    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    memcpy(out->q, b + 2, 32);
+}
+
+/* Two bits: each 32 bytes hold 128 weights, 32 after 32. */
+MOE__INLINE int moe__types_two(const uint8_t *p, int e) {
+    return p[32 * (e / 128) + e % 32] >> 2 * (e / 32 % 4) & 3;
+}
+/* Four bits: each 32 bytes hold 64 weights. */
+MOE__INLINE int moe__types_four(const uint8_t *p, int e) {
+    return moe__types_nibble(p[32 * (e / 64) + e % 32], e / 32 % 2);
+}
+/* Four bits: each 16 bytes hold 32 weights. */
+MOE__INLINE int moe__types_four16(const uint8_t *p, int e) {
+    return moe__types_nibble(p[16 * (e / 32) + e % 16], e / 16 % 2);
+}
+/* One bit: 32 bytes hold 256 weights. */
+MOE__INLINE int moe__types_one(const uint8_t *p, int e) {
+    return moe__types_bit(p[e % 32], e / 32);
+}
+
+MOE__UNPACK(q2_k) { /* 16 bytes of 4-bit scale and min, 2-bit levels, d f16, dmin f16 */
+    for (int s = 0; s < 16; s++) {
+        out->scale[s] = moe__types_f16(b + 80) * (float)(b[s] & 15);
+        out->min[s] = moe__types_f16(b + 82) * (float)(b[s] >> 4);
     }
+    MOE__EACH_WEIGHT(256) moe__types_two(b + 16, e);
 }
 
-/* 34 bytes: f16 scale, 32 int8. */
-MOE__INLINE void moe__types_levels_q8_0(const uint8_t *block, int8_t *q) {
-    memcpy(q, block + 2, 32);
-}
-
-/* 144 bytes: f16 scale of the scales, f16 scale of the mins, 12 bytes of scales and mins (see */
-/* moe__types_scales), 128 bytes. Every 32 of those hold 64 weights: low halves 0-31, high 32-63. */
-MOE__INLINE void moe__types_levels_q4_k(const uint8_t *block, int8_t *q) {
-    for (int chunk = 0; chunk < 4; chunk++) {
-        const uint8_t *low = block + 16 + 32 * chunk;
-        for (int i = 0; i < 32; i++) {
-            q[64 * chunk + i] = (int8_t)(low[i] & 15);
-            q[64 * chunk + 32 + i] = (int8_t)(low[i] >> 4);
-        }
+MOE__UNPACK(q3_k) { /* 32 bytes of third bits, 2-bit levels, 12 bytes of 6-bit scales, d f16 */
+    for (int s = 0; s < 16; s++) {
+        int low = moe__types_nibble(b[96 + s % 8], s / 8), high = b[104 + s % 4] >> 2 * (s / 4) & 3;
+        out->scale[s] = moe__types_f16(b + 108) * (float)((low | high << 4) - 32);
     }
+    MOE__EACH_WEIGHT(256)(moe__types_two(b + 32, e) + 4 * moe__types_one(b, e) - 4);
 }
 
-/* 176 bytes: 16 bytes as in Q4_K, 32 bytes of fifth bits (bit j of byte i: weight 32 j + i), */
-/* then 128 bytes of low bits as in Q4_K. */
-MOE__INLINE void moe__types_levels_q5_k(const uint8_t *block, int8_t *q) {
-    const uint8_t *high = block + 16;
-    for (int chunk = 0; chunk < 4; chunk++) {
-        const uint8_t *low = block + 48 + 32 * chunk;
-        for (int i = 0; i < 32; i++) {
-            int bits = high[i] >> 2 * chunk;
-            q[64 * chunk + i] = (int8_t)((low[i] & 15) | (bits & 1) << 4);
-            q[64 * chunk + 32 + i] = (int8_t)(low[i] >> 4 | (bits & 2) << 3);
-        }
-    }
-}
-
-/* 210 bytes: 128 bytes of low four bits, 64 bytes of high two bits, 16 int8 scales (each for 16 */
-/* weights), f16 scale of the scales. The halves of 128 weights lie one after another; in each, a */
-/* byte of high bits serves weights i, i + 32, i + 64 and i + 96. */
-MOE__INLINE void moe__types_levels_q6_k(const uint8_t *block, int8_t *q) {
-    for (int half = 0; half < 2; half++) {
-        const uint8_t *low = block + 64 * half, *high = block + 128 + 32 * half;
-        int8_t *out = q + 128 * half;
-        for (int i = 0; i < 32; i++) {
-            out[i] = (int8_t)(((low[i] & 15) | (high[i] & 3) << 4) - 32);
-            out[32 + i] = (int8_t)(((low[32 + i] & 15) | (high[i] >> 2 & 3) << 4) - 32);
-            out[64 + i] = (int8_t)((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
-            out[96 + i] = (int8_t)((low[32 + i] >> 4 | (high[i] >> 6 & 3) << 4) - 32);
-        }
-    }
-}
-
-/* Q4_K and Q5_K: eight 6-bit scales and eight 6-bit mins, one pair per 32 weights, in 12 bytes. */
-/*   bytes 0-3   scale 0-3, and in the top two bits those of scale 4-7 */
-/*   bytes 4-7   min 0-3, and in the top two bits those of min 4-7 */
-/*   bytes 8-11  low four bits of scale 4-7, low four bits of min 4-7 */
-MOE__INLINE void moe__types_scales(const uint8_t *packed, uint8_t *scale, uint8_t *min) {
+/* The head of Q4_K and Q5_K: d f16, dmin f16, eight 6-bit scales, eight 6-bit mins. */
+/*   bytes 4-7    scale 0-3, and in the top two bits those of scale 4-7 */
+/*   bytes 8-11   min 0-3, and in the top two bits those of min 4-7 */
+/*   bytes 12-15  low four bits of scale 4-7, low four bits of min 4-7 */
+MOE__INLINE void moe__types_head(const uint8_t *b, moe__block *out) {
+    float d = moe__types_f16(b), dmin = moe__types_f16(b + 2);
     for (int j = 0; j < 4; j++) {
-        scale[j] = packed[j] & 63;
-        min[j] = packed[4 + j] & 63;
-        scale[4 + j] = (uint8_t)((packed[8 + j] & 15) | packed[j] >> 6 << 4);
-        min[4 + j] = (uint8_t)(packed[8 + j] >> 4 | packed[4 + j] >> 6 << 4);
+        int scale = (b[12 + j] & 15) | b[4 + j] >> 6 << 4, min = b[12 + j] >> 4 | b[8 + j] >> 6 << 4;
+        moe__types_scale(out, j, d * (float)(b[4 + j] & 63), dmin * (float)(b[8 + j] & 63));
+        moe__types_scale(out, 4 + j, d * (float)scale, dmin * (float)min);
     }
 }
 
-MOE__INLINE float moe__types_load_f16(const uint8_t *p) {
-    return moe__f16_to_f32(moe__load_u16(p));
+MOE__UNPACK(q4_k) { /* head, 4-bit levels */
+    moe__types_head(b, out);
+    MOE__EACH_WEIGHT(256) moe__types_four(b + 16, e);
 }
 
-/* ---- dequantize: what a row means ------------------------------------------------------------ */
-
-/* A product of an f16 scale (11 bits), a block scale (at most 8) and a level (at most 8) is */
-/* exact in f32 for all types here; only the subtraction of a min rounds. So every instruction */
-/* set and every compiler, fused operations or not, gives the same bits. */
-
-MOE__PRIVATE void moe__dequantize_f32(const uint8_t *row, int64_t n, float *out) {
-    memcpy(out, row, (size_t)n * sizeof(float));
+MOE__UNPACK(q5_k) { /* head, 32 bytes of fifth bits, low four bits */
+    moe__types_head(b, out);
+    MOE__EACH_WEIGHT(256)(moe__types_four(b + 48, e) | moe__types_one(b + 16, e) << 4);
 }
 
-MOE__PRIVATE void moe__dequantize_f16(const uint8_t *row, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i++) out[i] = moe__types_load_f16(row + 2 * i);
+MOE__UNPACK(q6_k) { /* low four bits, high two bits, 16 int8 scales, d f16 */
+    for (int s = 0; s < 16; s++)
+        out->scale[s] = moe__types_f16(b + 208) * (float)(int8_t)b[192 + s];
+    MOE__EACH_WEIGHT(256)
+    ((moe__types_nibble(b[64 * (e / 128) + e % 64], e / 64 % 2) |
+      moe__types_two(b + 128, e) << 4) - 32);
 }
 
-MOE__PRIVATE void moe__dequantize_bf16(const uint8_t *row, int64_t n, float *out) {
-    for (int64_t i = 0; i < n; i++) out[i] = moe__bf16_to_f32(moe__load_u16(row + 2 * i));
+/* ---- the bits of the code-book types */
+
+/* Eight (or four) weights are an entry of a code book, with signs from a byte of bits. */
+MOE__INLINE int moe__types_signed(uint64_t entry, int i, unsigned signs) {
+    int x = (int8_t)(uint8_t)(entry >> 8 * i);
+    return signs >> i & 1 ? -x : x;
 }
 
-MOE__PRIVATE void moe__dequantize_q4_0(const uint8_t *row, int64_t n, float *out) {
-    int8_t q[32];
-    for (; n > 0; n -= 32, row += 18, out += 32) {
-        float d = moe__types_load_f16(row);
-        moe__types_levels_q4_0(row, q);
-        for (int i = 0; i < 32; i++) out[i] = d * (float)q[i];
+MOE__UNPACK(iq2_xxs) { /* d f16; per 32: four indices, then four 7-bit signs and a 4-bit scale */
+    const moe__books *books = moe__books_get();
+    for (int j = 0; j < 8; j++) {
+        uint32_t word = moe__load_u32(b + 6 + 8 * j);
+        moe__types_scale(out, j, moe__types_f16(b) * (0.5f + (float)(word >> 28)) * 0.25f, 0);
+        for (int i = 0; i < 32; i++)
+            out->q[32 * j + i] = (int8_t)moe__types_signed(
+                books->iq2xxs[b[2 + 8 * j + i / 8]], i % 8, books->signs[word >> 7 * (i / 8) & 127]);
     }
 }
 
-MOE__PRIVATE void moe__dequantize_q8_0(const uint8_t *row, int64_t n, float *out) {
-    int8_t q[32];
-    for (; n > 0; n -= 32, row += 34, out += 32) {
-        float d = moe__types_load_f16(row);
-        moe__types_levels_q8_0(row, q);
-        for (int i = 0; i < 32; i++) out[i] = d * (float)q[i];
+MOE__UNPACK(iq2_xs) { /* d f16; 32 of 9 bits of index and 7 of signs; 16 4-bit scales */
+    const moe__books *books = moe__books_get();
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__types_nibble(b[66 + s / 2], s % 2);
+        out->scale[s] = moe__types_f16(b) * (0.5f + (float)scale) * 0.25f;
+    }
+    for (int e = 0; e < 256; e++) {
+        unsigned word = moe__load_u16(b + 2 + 2 * (e / 8));
+        out->q[e] = (int8_t)moe__types_signed(books->iq2xs[word & 511], e % 8,
+                                              books->signs[word >> 9]);
     }
 }
 
-/* Weight = d * scale * level - dmin * min. */
-MOE__INLINE void moe__types_dequantize_k(const uint8_t *block, const int8_t *q, float *out) {
-    uint8_t scale[8], min[8];
-    float d = moe__types_load_f16(block), dmin = moe__types_load_f16(block + 2);
-    moe__types_scales(block + 4, scale, min);
-    for (int i = 0; i < 256; i++)
-        out[i] = d * (float)scale[i / 32] * (float)q[i] - dmin * (float)min[i / 32];
-}
-
-MOE__PRIVATE void moe__dequantize_q4_k(const uint8_t *row, int64_t n, float *out) {
-    int8_t q[256];
-    for (; n > 0; n -= 256, row += 144, out += 256) {
-        moe__types_levels_q4_k(row, q);
-        moe__types_dequantize_k(row, q, out);
+MOE__UNPACK(iq2_s) { /* d f16; 32 low bytes of indices; 32 sign bytes; high bits; 4-bit scales */
+    const moe__books *books = moe__books_get();
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__types_nibble(b[74 + s / 2], s % 2);
+        out->scale[s] = moe__types_f16(b) * (0.5f + (float)scale) * 0.25f;
+    }
+    for (int e = 0; e < 256; e++) {
+        int g = e / 8, index = b[2 + g] | (b[66 + g / 4] >> 2 * (g % 4) & 3) << 8;
+        out->q[e] = (int8_t)moe__types_signed(books->iq2s[index], e % 8, b[34 + g]);
     }
 }
 
-MOE__PRIVATE void moe__dequantize_q5_k(const uint8_t *row, int64_t n, float *out) {
-    int8_t q[256];
-    for (; n > 0; n -= 256, row += 176, out += 256) {
-        moe__types_levels_q5_k(row, q);
-        moe__types_dequantize_k(row, q, out);
+MOE__UNPACK(iq3_xxs) { /* d f16; 64 indices; per 32: four 7-bit signs and a 4-bit scale */
+    const moe__books *books = moe__books_get();
+    for (int j = 0; j < 8; j++) {
+        uint32_t word = moe__load_u32(b + 66 + 4 * j);
+        moe__types_scale(out, j, moe__types_f16(b) * (0.5f + (float)(word >> 28)) * 0.5f, 0);
+        for (int i = 0; i < 32; i++) {
+            unsigned signs = books->signs[word >> 7 * (i / 8) & 127];
+            out->q[32 * j + i] = (int8_t)moe__types_signed(
+                books->iq3xxs[b[2 + 8 * j + i / 4]], i % 4, signs >> 4 * (i / 4 % 2));
+        }
     }
 }
 
-MOE__PRIVATE void moe__dequantize_q6_k(const uint8_t *row, int64_t n, float *out) {
-    int8_t q[256];
-    for (; n > 0; n -= 256, row += 210, out += 256) {
-        float d = moe__types_load_f16(row + 208);
-        moe__types_levels_q6_k(row, q);
-        for (int i = 0; i < 256; i++) out[i] = d * (float)(int8_t)row[192 + i / 16] * (float)q[i];
+MOE__UNPACK(iq3_s) { /* d f16; 64 low bytes of indices; ninth bits; 32 sign bytes; 4-bit scales */
+    const moe__books *books = moe__books_get();
+    for (int j = 0; j < 8; j++) {
+        int scale = 1 + 2 * moe__types_nibble(b[106 + j / 2], j % 2);
+        moe__types_scale(out, j, moe__types_f16(b) * (float)scale, 0);
     }
+    for (int e = 0; e < 256; e++) {
+        int g = e / 4, index = b[2 + g] | moe__types_bit(b[66 + g / 8], g % 8) << 8;
+        unsigned signs = (unsigned)b[74 + g / 2] >> 4 * (g % 2);
+        out->q[e] = (int8_t)moe__types_signed(books->iq3s[index], e % 4, signs);
+    }
+}
+
+/* Entries of -1, 0, 1, all moved by 1/8 up or down: eight times that are integers. */
+MOE__UNPACK(iq1_s) { /* d f16; 32 low bytes; per 32: four times 3 high bits, scale, sign of 1/8 */
+    const moe__books *books = moe__books_get();
+    for (int j = 0; j < 8; j++) {
+        int word = moe__load_u16(b + 34 + 2 * j), shift = word & 0x8000 ? -1 : 1;
+        moe__types_scale(out, j, moe__types_f16(b) * (float)(2 * (word >> 12 & 7) + 1) * 0.125f, 0);
+        for (int i = 0; i < 32; i++) {
+            int index = b[2 + 4 * j + i / 8] | (word >> 3 * (i / 8) & 7) << 8;
+            out->q[32 * j + i] =
+                (int8_t)(moe__types_signed(books->iq1s[index], i % 8, 0) + shift);
+        }
+    }
+}
+
+/* The 16 bits of IQ1_M's d are the top nibbles of its four words of scales. */
+MOE__INLINE float moe__types_iq1_m_d(const uint8_t *scales) {
+    unsigned d = 0;
+    for (int i = 0; i < 4; i++) d |= (unsigned)(scales[2 * i + 1] >> 4) << 4 * i;
+    return moe__f16_to_f32((uint16_t)d);
+}
+
+MOE__UNPACK(iq1_m) { /* 32 low bytes; nibbles of 3 high bits and sign of 1/8; 3-bit scales and d */
+    const moe__books *books = moe__books_get();
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__load_u16(b + 48 + 2 * (s / 4)) >> 3 * (s % 4) & 7;
+        out->scale[s] = moe__types_iq1_m_d(b + 48) * (float)(2 * scale + 1) * 0.125f;
+    }
+    for (int e = 0; e < 256; e++) {
+        int g = e / 8, high = moe__types_nibble(b[32 + g / 2], g % 2);
+        out->q[e] = (int8_t)(moe__types_signed(books->iq1s[b[g] | (high & 7) << 8], e % 8, 0) +
+                             (high & 8 ? -1 : 1));
+    }
+}
+
+/* ---- the bits of the types with tables of levels, and of ternary ones */
+
+MOE__UNPACK(iq4_nl) { /* d f16, nibbles */
+    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    MOE__EACH_WEIGHT(32) moe__levels_k4[moe__types_four16(b + 2, e)];
+}
+
+MOE__UNPACK(iq4_xs) { /* d f16; 6-bit scales: 16 bits of high parts, 4 bytes of low; nibbles */
+    for (int j = 0; j < 8; j++) {
+        int low = moe__types_nibble(b[4 + j / 2], j % 2), high = moe__load_u16(b + 2) >> 2 * j & 3;
+        moe__types_scale(out, j, moe__types_f16(b) * (float)((low | high << 4) - 32), 0);
+    }
+    MOE__EACH_WEIGHT(256) moe__levels_k4[moe__types_four16(b + 8, e)];
+}
+
+MOE__UNPACK(mxfp4) { /* exponent, nibbles */
+    moe__types_scale(out, 0, moe__types_e8m0(b[0]), 0);
+    MOE__EACH_WEIGHT(32) moe__levels_fp4[moe__types_four16(b + 1, e)];
+}
+
+MOE__UNPACK(nvfp4) { /* four E4M3 scales; per 16 weights 8 bytes of nibbles */
+    for (int s = 0; s < 4; s++) out->scale[s] = moe__types_ue4m3(b[s]);
+    MOE__EACH_WEIGHT(64)
+    moe__levels_fp4[moe__types_nibble(b[4 + 8 * (e / 16) + e % 8], e / 8 % 2)];
+}
+
+MOE__UNPACK(tq1_0) { /* bytes of five base-3 digits, the last four bytes of four; d f16 */
+    static const uint8_t power[5] = {1, 3, 9, 27, 81};
+    for (int j = 0; j < 8; j++) moe__types_scale(out, j, moe__types_f16(b + 52), 0);
+    for (int e = 0; e < 256; e++) {
+        int byte = e < 160 ? b[e % 32] : e < 240 ? b[32 + e % 16] : b[48 + e % 4];
+        int digit = e < 160 ? e / 32 : e < 240 ? (e - 160) / 16 : (e - 240) / 4;
+        out->q[e] = (int8_t)((3 * (byte * power[digit] & 255) >> 8) - 1);
+    }
+}
+
+MOE__UNPACK(tq2_0) { /* 2-bit levels, d f16 */
+    for (int j = 0; j < 8; j++) moe__types_scale(out, j, moe__types_f16(b + 64), 0);
+    MOE__EACH_WEIGHT(256)(moe__types_two(b, e) - 1);
+}
+
+MOE__UNPACK(iq2_k) { /* d f16, bits that choose the table, 16 4-bit scales, 2-bit levels */
+    int extra = moe__load_u16(b + 2);
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__types_nibble(b[4 + s / 2], s % 2) - 8;
+        out->scale[s] = moe__types_f16(b) * (float)scale;
+    }
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k2[moe__types_two(b + 12, e)] + MOE__SHIFT_K2 * moe__types_bit(extra, e / 16));
+}
+
+MOE__UNPACK(iq3_k) { /* d f16, table bits, sign bits, 16 4-bit scales, 2-bit levels, third bits */
+    int extra = moe__load_u16(b + 2), signs = moe__load_u16(b + 4);
+    for (int s = 0; s < 16; s++) {
+        int scale = 2 * moe__types_nibble(b[6 + s / 2], s % 2) + 1;
+        out->scale[s] = moe__types_f16(b) * (float)(moe__types_bit(signs, s) ? -scale : scale);
+    }
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k3[moe__types_two(b + 14, e) | moe__types_one(b + 78, e) << 2] +
+     MOE__SHIFT_K3 * moe__types_bit(extra, e / 16));
+}
+
+/* 16 6-bit scales less 32: 4 bytes of high pairs of bits, 8 bytes of low nibbles. */
+MOE__INLINE void moe__types_scales6(const uint8_t *b, float d, moe__block *out) {
+    for (int s = 0; s < 16; s++) {
+        int low = moe__types_nibble(b[4 + s / 2], s % 2), high = b[s / 4] >> 2 * (s % 4) & 3;
+        out->scale[s] = d * (float)((low | high << 4) - 32);
+    }
+}
+
+MOE__UNPACK(iq4_k) { /* d f16, table bits, 6-bit scales, nibbles */
+    int extra = moe__load_u16(b + 2);
+    moe__types_scales6(b + 4, moe__types_f16(b), out);
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k4[moe__types_four16(b + 16, e)] +
+     MOE__SHIFT_K4 * moe__types_bit(extra, e / 16));
+}
+
+MOE__UNPACK(iq5_k) { /* d f16, table bits, 6-bit scales, low four bits, fifth bits */
+    int extra = moe__load_u16(b + 2);
+    moe__types_scales6(b + 4, moe__types_f16(b), out);
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k5[moe__types_four(b + 16, e) | moe__types_one(b + 144, e) << 4] +
+     MOE__SHIFT_K5 * moe__types_bit(extra, e / 16));
+}
+
+MOE__UNPACK(iq6_k) { /* d f16, table bits, 16 int8 scales, low four bits, high two bits */
+    int extra = moe__load_u16(b + 2);
+    for (int s = 0; s < 16; s++) out->scale[s] = moe__types_f16(b) * (float)(int8_t)b[4 + s];
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k6[moe__types_four(b + 20, e) | moe__types_two(b + 148, e) << 4] +
+     MOE__SHIFT_K6 * moe__types_bit(extra, e / 16));
+}
+
+MOE__UNPACK(iq2_ks) { /* bits: table, fifth of scale; 4 bytes of scales; 2-bit levels */
+    int extra = moe__load_u16(b);
+    for (int j = 0; j < 8; j++) {
+        int low = moe__types_nibble(b[2 + j / 2], j % 2), high = moe__types_bit(extra, 8 + j);
+        moe__types_scale(out, j, D * (float)((low | high << 4) - 16), 0);
+    }
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k2[moe__types_two(b + 6, e)] + MOE__SHIFT_K2 * moe__types_bit(extra, e / 32));
+}
+
+MOE__UNPACK(iq3_ks) { /* bits: fifth of scale, table; 4 bytes of scales; 2-bit levels, third bits */
+    int extra = moe__load_u16(b);
+    for (int j = 0; j < 8; j++) {
+        int low = moe__types_nibble(b[2 + j % 4], j / 4), high = moe__types_bit(extra, j);
+        moe__types_scale(out, j, D * (float)((low | high << 4) - 16), 0);
+    }
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k3[moe__types_two(b + 6, e) | moe__types_one(b + 70, e) << 2] +
+     MOE__SHIFT_K3 * moe__types_bit(extra, 8 + e / 32));
+}
+
+MOE__UNPACK(iq4_ks) { /* 8 scales whose lowest bit chooses the table; nibbles */
+    for (int j = 0; j < 8; j++) moe__types_scale(out, j, D * (float)((b[j] & 254) - 127), 0);
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k4[moe__types_four16(b + 8, e)] + MOE__SHIFT_K4 * (b[e / 32] & 1));
+}
+
+MOE__UNPACK(iq5_ks) { /* 8 scales whose lowest bit chooses the table; low four bits, fifth bits */
+    for (int j = 0; j < 8; j++) moe__types_scale(out, j, D * (float)((b[j] & 254) - 127), 0);
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k5[moe__types_four(b + 8, e) | moe__types_one(b + 136, e) << 4] +
+     MOE__SHIFT_K5 * (b[e / 32] & 1));
+}
+
+MOE__UNPACK(iq2_kl) { /* 6-bit scales in 2 + 4 bytes; per pair of weights a nibble, a fifth bit */
+    for (int j = 0; j < 8; j++) {
+        int low = moe__types_nibble(b[2 + j % 4], j / 4), high = moe__load_u16(b) >> 2 * j & 3;
+        moe__types_scale(out, j, D * (float)((low | high << 4) - 32), 0);
+    }
+    for (int e = 0; e < 256; e++) {
+        int j = e / 32, pair = e % 32 / 2;
+        int index = moe__types_nibble(b[6 + 16 * (j / 2) + pair], j % 2) |
+                    moe__types_bit(b[70 + pair], j) << 4;
+        out->q[e] = moe__levels_kl[e % 2][index];
+    }
+}
+
+/* ---- the bits of interleaved types */
+
+/* Four neighbouring weights of a row lie together, then the same of the next row. t = 0..3 counts */
+/* these fours in a half of 32 weights, h the halves. In 16-byte pieces, one of which holds a */
+/* four of each of 4 rows: */
+/*   nibble  piece h + 2 (t % 2), the high half of the byte for t = 2 and 3 */
+/*   two     piece h, bits 2 t and 2 t + 1 */
+/*   one     one piece; bit a h + b (t % 2) + c (t / 2), and a, b, c are different per type */
+MOE__INLINE int moe__types_nibble_r4(const uint8_t *p, int k, int e) {
+    int h = e / 16 % 2, t = e / 4 % 4;
+    return moe__types_nibble(p[64 * (e / 32) + 16 * (h + 2 * (t % 2)) + 4 * k + e % 4], t / 2);
+}
+MOE__INLINE int moe__types_two_r4(const uint8_t *p, int k, int e) {
+    return p[16 * (e / 16) + 4 * k + e % 4] >> 2 * (e / 4 % 4) & 3;
+}
+MOE__INLINE int moe__types_one_r4(const uint8_t *p, int k, int e, int a, int b, int c) {
+    int h = e / 16 % 2, t = e / 4 % 4;
+    return moe__types_bit(p[16 * (e / 32) + 4 * k + e % 4], a * h + b * (t % 2) + c * (t / 2));
+}
+/* Scale s of 64 with 6 bits: 32 bytes of low nibbles, 16 bytes of pairs of high bits. */
+MOE__INLINE int moe__types_six_r4(const uint8_t *low, const uint8_t *high, int s) {
+    return moe__types_nibble(low[s % 32], s / 32) | (high[s % 16] >> 2 * (s / 16) & 3) << 4;
+}
+/* Bit of row k that chooses the table of its weights 16 s .. */
+MOE__INLINE int moe__types_table_r4(const uint8_t *extra, int k, int e) {
+    return moe__types_bit(extra[k + 4 * (e / 16 % 2)], e / 32);
+}
+/* Weight of rows of 8: fours of 8 rows lie together. */
+MOE__INLINE int moe__types_four_r8(const uint8_t *p, int k, int e) {
+    return moe__types_nibble(p[32 * (e % 16 / 4) + 4 * k + e % 4], e / 16);
+}
+
+MOE__UNPACK(q4_0_r8) {
+    moe__types_scale(out, 0, moe__types_f16(b + 2 * k), 0);
+    MOE__EACH_WEIGHT(32)(moe__types_four_r8(b + 16, k, e) - 8);
+}
+
+MOE__UNPACK(mxfp4_r8) {
+    moe__types_scale(out, 0, moe__types_e8m0(b[k]), 0);
+    MOE__EACH_WEIGHT(32) moe__levels_fp4[moe__types_four_r8(b + 8, k, e)];
+}
+
+MOE__UNPACK(q8_0_r8) {
+    moe__types_scale(out, 0, moe__types_f16(b + 2 * k), 0);
+    MOE__EACH_WEIGHT(32) b[16 + 32 * (e / 4) + 4 * k + e % 4];
+}
+
+MOE__UNPACK(iq4_nl_r4) {
+    moe__types_scale(out, 0, moe__types_f16(b + 2 * k), 0);
+    MOE__EACH_WEIGHT(32) moe__levels_k4[moe__types_nibble_r4(b + 8, k, e)];
+}
+
+MOE__UNPACK(q5_0_r4) {
+    moe__types_scale(out, 0, moe__types_f16(b + 2 * k), 0);
+    MOE__EACH_WEIGHT(32)
+    ((moe__types_nibble_r4(b + 24, k, e) | moe__types_one_r4(b + 8, k, e, 1, 2, 4) << 4) - 16);
+}
+
+MOE__UNPACK(q2_k_r4) { /* four d, four dmin, 64 bytes of scale and min, levels */
+    for (int s = 0; s < 16; s++) {
+        int byte = b[16 + 4 * s + k];
+        out->scale[s] = moe__types_f16(b + 2 * k) * (float)(byte & 15);
+        out->min[s] = moe__types_f16(b + 8 + 2 * k) * (float)(byte >> 4);
+    }
+    MOE__EACH_WEIGHT(256) moe__types_two_r4(b + 80, k, e);
+}
+
+MOE__UNPACK(q3_k_r4) {
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__types_six_r4(b + 24, b + 8, 4 * s + k) - 32;
+        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
+    }
+    MOE__EACH_WEIGHT(256)
+    ((moe__types_two_r4(b + 184, k, e) | moe__types_one_r4(b + 56, k, e, 4, 1, 2) << 2) - 4);
+}
+
+/* The head of Q4_K_R4 and Q5_K_R4: four d, four dmin, 16 bytes of high bits, 32 bytes of low. */
+MOE__INLINE void moe__types_head_r4(const uint8_t *b, int k, moe__block *out) {
+    float d = moe__types_f16(b + 2 * k), dmin = moe__types_f16(b + 8 + 2 * k);
+    for (int j = 0; j < 8; j++) {
+        int s = 4 * j + k, low = b[32 + s], high = b[16 + s % 16] >> 4 * (s / 16);
+        moe__types_scale(out, j, d * (float)((low & 15) | (high & 3) << 4),
+                         dmin * (float)(low >> 4 | (high & 12) << 2));
+    }
+}
+
+MOE__UNPACK(q4_k_r4) {
+    moe__types_head_r4(b, k, out);
+    MOE__EACH_WEIGHT(256) moe__types_nibble_r4(b + 64, k, e);
+}
+
+MOE__UNPACK(q5_k_r4) {
+    moe__types_head_r4(b, k, out);
+    MOE__EACH_WEIGHT(256)
+    (moe__types_nibble_r4(b + 192, k, e) | moe__types_one_r4(b + 64, k, e, 4, 2, 1) << 4);
+}
+
+MOE__UNPACK(q6_k_r4) {
+    for (int s = 0; s < 16; s++)
+        out->scale[s] = moe__types_f16(b + 2 * k) * (float)(int8_t)b[8 + 4 * s + k];
+    for (int e = 0; e < 256; e++) {
+        int shift = 4 * (e / 4 % 2) + 2 * (e / 8 % 2);
+        int high = b[72 + 16 * (e / 16) + 4 * k + e % 4] >> shift & 3;
+        out->q[e] = (int8_t)((moe__types_nibble_r4(b + 328, k, e) | high << 4) - 32);
+    }
+}
+
+MOE__UNPACK(iq2_k_r4) {
+    for (int s = 0; s < 16; s++) {
+        int i = 4 * s + k, scale = moe__types_nibble(b[16 + i % 32], i / 32) - 8;
+        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
+    }
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k2[moe__types_two_r4(b + 48, k, e)] +
+     MOE__SHIFT_K2 * moe__types_table_r4(b + 8, k, e));
+}
+
+MOE__UNPACK(iq3_k_r4) {
+    for (int s = 0; s < 16; s++) {
+        int i = 4 * s + k, scale = 2 * moe__types_nibble(b[24 + i % 32], i / 32) + 1;
+        if (moe__types_bit(b[16 + i % 8], i / 8)) scale = -scale;
+        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
+    }
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k3[moe__types_two_r4(b + 56, k, e) |
+                    moe__types_one_r4(b + 312, k, e, 4, 1, 2) << 2] +
+     MOE__SHIFT_K3 * moe__types_table_r4(b + 8, k, e));
+}
+
+MOE__UNPACK(iq4_k_r4) {
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__types_six_r4(b + 32, b + 16, 4 * s + k) - 32;
+        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
+    }
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k4[moe__types_nibble_r4(b + 64, k, e)] +
+     MOE__SHIFT_K4 * moe__types_table_r4(b + 8, k, e));
+}
+
+MOE__UNPACK(iq5_k_r4) {
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__types_six_r4(b + 32, b + 16, 4 * s + k) - 32;
+        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
+    }
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k5[moe__types_nibble_r4(b + 64, k, e) |
+                    moe__types_one_r4(b + 576, k, e, 2, 4, 1) << 4] +
+     MOE__SHIFT_K5 * moe__types_table_r4(b + 8, k, e));
+}
+
+MOE__UNPACK(iq4_ks_r4) {
+    for (int j = 0; j < 8; j++)
+        moe__types_scale(out, j, D * (float)((b[4 * j + k] & 254) - 127), 0);
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k4[moe__types_nibble_r4(b + 32, k, e)] +
+     MOE__SHIFT_K4 * (b[4 * (e / 32) + k] & 1));
+}
+
+MOE__UNPACK(iq5_ks_r4) {
+    for (int j = 0; j < 8; j++)
+        moe__types_scale(out, j, D * (float)((b[4 * j + k] & 254) - 127), 0);
+    MOE__EACH_WEIGHT(256)
+    (moe__levels_k5[moe__types_nibble_r4(b + 32, k, e) |
+                    moe__types_one_r4(b + 544, k, e, 2, 4, 1) << 4] +
+     MOE__SHIFT_K5 * (b[4 * (e / 32) + k] & 1));
+}
+
+MOE__UNPACK(iq4_xs_r8) {
+    for (int j = 0; j < 8; j++) {
+        int scale = moe__types_six_r4(b + 32, b + 16, 8 * j + k) - 32;
+        moe__types_scale(out, j, moe__types_f16(b + 2 * k) * (float)scale, 0);
+    }
+    MOE__EACH_WEIGHT(256)
+    moe__levels_k4[moe__types_nibble(b[64 + 32 * (e / 8) + 4 * k + e % 4], e / 4 % 2)];
+}
+#undef MOE__UNPACK
+#undef MOE__EACH_WEIGHT
+
+/* ---- dequantize, dot ------------------------------------------------------------------------- */
+
+typedef struct moe__type {
+    moe_type id;
+    const char *name;
+    int32_t block, bytes; /* weights and bytes per block, of one row */
+    moe__act_kind act;    /* what it is multiplied with */
+    int32_t rows, meta;   /* rows interleaved in a group; bytes of a row's scale before its blocks */
+    int32_t per, bits, offset; /* see MOE__TYPES */
+    void (*unpack)(const uint8_t *b, int k, float D, moe__block *out); /* NULL: plain floats */
+    void (*quantize)(const float *x, uint8_t *row, int64_t n, const float *importance);
+} moe__type;
+
+/* A group of rows that are read block by block. */
+typedef struct moe__group {
+    const moe__type *type;
+    const uint8_t *at; /* the next block of the group */
+    float scale[MOE__GROUP_ROWS];
+} moe__group;
+
+MOE__PRIVATE moe__group moe__group_begin(const moe__type *type, const uint8_t *rows) {
+    moe__group group;
+    group.type = type;
+    for (int k = 0; k < MOE__GROUP_ROWS; k++) group.scale[k] = 1;
+    for (int k = 0; k < type->rows; k++, rows += type->meta) {
+        if (type->meta == 2) group.scale[k] = moe__types_f16(rows);
+        if (type->meta == 4) group.scale[k] = moe__load_f32(rows);
+    }
+    group.at = rows;
+    return group;
+}
+
+/* Row k of the next block; the mins of types without are 0. */
+MOE__INLINE void moe__group_unpack(const moe__group *group, int k, moe__block *out) {
+    memset(out->min, 0, sizeof out->min);
+    group->type->unpack(group->at, k, group->scale[k], out);
+}
+
+/* What the levels of IQ6_K stand for before they are rounded to integers: products use the rounded */
+/* ones, as the program that makes such files does. */
+MOE__PRIVATE void moe__types_exact_iq6_k(const uint8_t *b, const moe__block *block, float *out) {
+    int extra = moe__load_u16(b + 2);
+    for (int e = 0; e < 256; e++) {
+        float q = (float)(moe__types_four(b + 20, e) | moe__types_two(b + 148, e) << 4);
+        float v = fmaf(q, fmaf(q, fmaf(q, 0.0011972f, -0.11218f), 6.2568f), -127.0f);
+        out[e] = block->scale[e / 16] * (v + (float)moe__types_bit(extra, e / 16));
+    }
+}
+
+/* One group of rows of n weights to floats, row after row. A product of an f16 scale (11 bits), a */
+/* block scale and a level (at most 8 each) is rounded once; so every instruction set and every */
+/* compiler, fused operations or not, gives the same bits. */
+MOE__PRIVATE void moe__types_dequantize(const moe__type *type, const uint8_t *rows, int64_t n,
+                                        float *out) {
+    moe__group group = moe__group_begin(type, rows);
+    moe__block block;
+    for (int64_t at = 0; at < n; at += type->block, group.at += type->rows * type->bytes)
+        for (int k = 0; k < type->rows; k++) {
+            moe__group_unpack(&group, k, &block);
+            for (int e = 0; e < type->block; e++)
+                out[k * n + at + e] =
+                    block.scale[e / 16] * (float)block.q[e] - block.min[e / 16];
+            if (type->id == MOE_TYPE_IQ6_K) moe__types_exact_iq6_k(group.at, &block, out + at);
+        }
+}
+
+/* Block times activations. Sums over 16 weights are exact integers, the rest is double: the */
+/* result is the exact one but for a last rounding to f32, and a vector kernel may be judged by its */
+/* distance from it. NaN and infinity go through. */
+MOE__PRIVATE double moe__types_dot(const moe__type *type, const moe__block *block, const void *act,
+                                   int64_t at) {
+    const moe__act32 *a32 = (const moe__act32 *)act + at / 256;
+    const moe__act256 *a256 = (const moe__act256 *)act + at / 256;
+    const int8_t *q = type->act == MOE__ACT_Q32 ? a32->q : a256->q;
+    double total = 0;
+    q += at % 256;
+    for (int s = 0; s < type->block / 16; s++) {
+        int32_t sum = 0, act_sum = 0;
+        for (int e = 16 * s; e < 16 * s + 16; e++) {
+            sum += block->q[e] * q[e];
+            act_sum += q[e];
+        }
+        double d = type->act == MOE__ACT_Q32 ? a32->d[at % 256 / 32 + s / 2] : a256->d;
+        total += d * ((double)block->scale[s] * sum - (double)block->min[s] * act_sum);
+    }
+    return total;
 }
 
 /* ---- activations to int8 --------------------------------------------------------------------- */
@@ -2169,20 +2870,21 @@ MOE__PRIVATE void moe__quantize_act_q256(const float *x, int64_t n, void *act) {
     }
 }
 
-/* ---- dot: rows times activations ------------------------------------------------------------- */
+/* ---- plain floats ---------------------------------------------------------------------------- */
 
-/* moe__types_row_NAME is one row times one vector of activations. Sums over levels are exact in */
-/* int32; a block's sum times its scales is added to the row's sum in double, block after block. */
-/* So the result is the exact one but for a last rounding to f32, and a vector kernel may be */
-/* judged by its distance from it. NaN and infinity go through. */
-
-MOE__INLINE int32_t moe__types_sum(const int8_t *q, const int8_t *a, int n) {
-    int32_t sum = 0;
-    for (int i = 0; i < n; i++) sum += q[i] * a[i];
-    return sum;
+MOE__PRIVATE void moe__dequantize_f32(const uint8_t *row, int64_t n, float *out) {
+    memcpy(out, row, (size_t)n * sizeof(float));
 }
 
-/* Plain types: four sums, for weights i, i + 1, i + 2 and i + 3 of every four. */
+MOE__PRIVATE void moe__dequantize_f16(const uint8_t *row, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = moe__types_f16(row + 2 * i);
+}
+
+MOE__PRIVATE void moe__dequantize_bf16(const uint8_t *row, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = moe__types_bf16(row + 2 * i);
+}
+
+/* Row times activations: four sums, for weights i, i + 1, i + 2 and i + 3 of every four. */
 #define MOE__TYPES_ROW_FLOAT(name, size, load)                                                 \
     MOE__INLINE double moe__types_row_##name(const uint8_t *row, int64_t n, const void *act) { \
         const float *x = (const float *)act;                                                   \
@@ -2194,91 +2896,10 @@ MOE__INLINE int32_t moe__types_sum(const int8_t *q, const int8_t *a, int n) {
         for (; i < n; i++) sum[i & 3] += (double)load(row + size * i) * (double)x[i];          \
         return (sum[0] + sum[1]) + (sum[2] + sum[3]);                                          \
     }
-MOE__INLINE float moe__types_load_bf16(const uint8_t *p) {
-    return moe__bf16_to_f32(moe__load_u16(p));
-}
 MOE__TYPES_ROW_FLOAT(f32, 4, moe__load_f32)
-MOE__TYPES_ROW_FLOAT(f16, 2, moe__types_load_f16)
-MOE__TYPES_ROW_FLOAT(bf16, 2, moe__types_load_bf16)
+MOE__TYPES_ROW_FLOAT(f16, 2, moe__types_f16)
+MOE__TYPES_ROW_FLOAT(bf16, 2, moe__types_bf16)
 #undef MOE__TYPES_ROW_FLOAT
-
-/* sum over blocks of d * activation scale * sum(level * a) */
-#define MOE__TYPES_ROW_32(name, size)                                                          \
-    MOE__INLINE double moe__types_row_##name(const uint8_t *row, int64_t n, const void *act) { \
-        const moe__act32 *a = (const moe__act32 *)act;                                         \
-        double sum = 0;                                                                        \
-        int8_t q[32];                                                                          \
-        for (int64_t i = 0; i < n / 32; i++, row += size) {                                    \
-            int j = (int)(i % 8); /* scale j of record i / 8 */                                \
-            moe__types_levels_##name(row, q);                                                  \
-            double d = (double)moe__types_load_f16(row) * (double)a[i / 8].d[j];               \
-            sum += d * moe__types_sum(q, a[i / 8].q + 32 * j, 32);                             \
-        }                                                                                      \
-        return sum;                                                                            \
-    }
-MOE__TYPES_ROW_32(q4_0, 18)
-MOE__TYPES_ROW_32(q8_0, 34)
-#undef MOE__TYPES_ROW_32
-
-/* activation scale * (d * sum_j(scale_j * sum(level * a)) - dmin * sum_j(min_j * sum(a))); both */
-/* integers stay below 2^26. */
-MOE__INLINE double moe__types_block_k(const uint8_t *block, const int8_t *q, const moe__act256 *a) {
-    uint8_t scale[8], min[8];
-    int32_t sum = 0, sum_min = 0;
-    moe__types_scales(block + 4, scale, min);
-    for (int j = 0; j < 8; j++) {
-        sum += scale[j] * moe__types_sum(q + 32 * j, a->q + 32 * j, 32);
-        sum_min += min[j] * a->sum32[j];
-    }
-    return (double)a->d * ((double)moe__types_load_f16(block) * sum -
-                           (double)moe__types_load_f16(block + 2) * sum_min);
-}
-
-MOE__INLINE double moe__types_row_q4_k(const uint8_t *row, int64_t n, const void *act) {
-    const moe__act256 *a = (const moe__act256 *)act;
-    double sum = 0;
-    int8_t q[256];
-    for (; n > 0; n -= 256, row += 144, a++) {
-        moe__types_levels_q4_k(row, q);
-        sum += moe__types_block_k(row, q, a);
-    }
-    return sum;
-}
-
-MOE__INLINE double moe__types_row_q5_k(const uint8_t *row, int64_t n, const void *act) {
-    const moe__act256 *a = (const moe__act256 *)act;
-    double sum = 0;
-    int8_t q[256];
-    for (; n > 0; n -= 256, row += 176, a++) {
-        moe__types_levels_q5_k(row, q);
-        sum += moe__types_block_k(row, q, a);
-    }
-    return sum;
-}
-
-/* d * activation scale * sum_j(scale_j * sum(level * a)); the integer stays below 2^27. */
-MOE__INLINE double moe__types_row_q6_k(const uint8_t *row, int64_t n, const void *act) {
-    const moe__act256 *a = (const moe__act256 *)act;
-    double total = 0;
-    int8_t q[256];
-    for (; n > 0; n -= 256, row += 210, a++) {
-        int32_t sum = 0;
-        moe__types_levels_q6_k(row, q);
-        for (int j = 0; j < 16; j++)
-            sum += (int8_t)row[192 + j] * moe__types_sum(q + 16 * j, a->q + 16 * j, 16);
-        total += (double)moe__types_load_f16(row + 208) * (double)a->d * sum;
-    }
-    return total;
-}
-
-#define MOE__TYPES_DOT(NAME, name, ...)                                                      \
-    MOE__PRIVATE void moe__dot_##name(const uint8_t *rows, size_t row_size, int64_t n_rows,  \
-                                      int64_t n, const void *x, float *out) {                \
-        for (int64_t r = 0; r < n_rows; r++)                                                 \
-            out[r] = (float)moe__types_row_##name(rows + (size_t)r * row_size, n, x);        \
-    }
-MOE__TYPES(MOE__TYPES_DOT)
-#undef MOE__TYPES_DOT
 
 /* ---- quantize -------------------------------------------------------------------------------- */
 
@@ -2290,8 +2911,8 @@ MOE__TYPES(MOE__TYPES_DOT)
 /* written for columns of a block: x the values, w their weights, both from moe__types_load. */
 
 enum {
-    MOE__TYPES_SCALES = 10, /* scales tried for y = d * level */
-    MOE__TYPES_LINES = 7,   /* lines tried for y = scale * level - min */
+    MOE__TYPES_SCALES = 10, /* scales tried for y = scale * level */
+    MOE__TYPES_LINES = 7,   /* scales tried for y = scale * level - min */
     MOE__TYPES_ROUNDS = 2   /* times that a block's f16 scales are fitted again */
 };
 /* Ranges below 2^-26 are 0 to all types: the smallest f16 is 2^-24, half of it rounds to 0. */
@@ -2371,176 +2992,81 @@ MOE__PRIVATE void moe__quantize_q8_0(const float *in, uint8_t *row, int64_t n,
     }
 }
 
-/* ---- quantize: y = d * level, levels first < 0 .. last (Q4_0, 16 weights of Q6_K) ------------ */
+/* ---- quantize: y = scale * level - min ------------------------------------------------------- */
 
-MOE__INLINE double moe__types_scale_error(const float *x, const float *w, int n, int first,
-                                          int last, float d) {
-    float inverse = d != 0 ? 1 / d : 0;
-    double error = 0;
-    for (int i = 0; i < n; i++) {
-        float e = x[i] - d * (float)moe__types_level(x[i] * inverse, first, last);
-        error += (double)w[i] * e * e;
-    }
-    return error;
-}
+typedef enum moe__types_mins {
+    MOE__TYPES_NO_MIN, /* min = 0; the scale may be negative */
+    MOE__TYPES_MIN,    /* min >= 0, scale >= 0 */
+    MOE__TYPES_ANY_MIN /* scale >= 0; what is stored is -min, as f16 */
+} moe__types_mins;
 
-/* The best scale for the levels that d gives: sum(w x q) / sum(w q^2). */
-MOE__INLINE float moe__types_refit_scale(const float *x, const float *w, int n, int first,
-                                         int last, float d) {
-    float inverse = 1 / d;
-    double xq = 0, qq = 0;
-    for (int i = 0; i < n; i++) {
-        int32_t q = moe__types_level(x[i] * inverse, first, last);
-        xq += (double)w[i] * x[i] * q;
-        qq += (double)w[i] * q * q;
-    }
-    float refitted = qq > 0 ? (float)(xq / qq) : 0;
-    return fabsf(refitted) > 1e-12f ? refitted : d;
-}
+struct moe__types_k;
 
-/* A good scale, maybe negative: 0, or from scales that put the largest value up to one level */
-/* before or behind the first or the last. */
-MOE__PRIVATE float moe__types_fit_scale(const float *x, const float *w, int n, int first,
-                                        int last) {
-    float peak = 0, best = 0;
-    for (int i = 0; i < n; i++)
-        if (fabsf(x[i]) > fabsf(peak)) peak = x[i];
-    if (fabsf(peak) < MOE__TYPES_TINY) return 0;
-    double least = moe__types_scale_error(x, w, n, first, last, 0);
-    for (int i = 0; i < MOE__TYPES_SCALES; i++) {
-        float level = (float)(i % 2 ? last : first) + 0.5f * (float)(i / 2 - 2);
-        float d = moe__types_refit_scale(x, w, n, first, last, peak / level);
-        double error = moe__types_scale_error(x, w, n, first, last, d);
-        if (error < least) {
-            least = error;
-            best = d;
-        }
-    }
-    return best;
-}
-
-MOE__PRIVATE void moe__quantize_q4_0(const float *in, uint8_t *row, int64_t n,
-                                     const float *importance) {
-    float x[32], w[32];
-    for (int64_t begin = 0; begin < n; begin += 32, row += 18) {
-        moe__types_load(in + begin, importance ? importance + begin : NULL, 32, x, w);
-        float d = moe__types_round_f16(moe__types_fit_scale(x, w, 32, -8, 7));
-        float inverse = d != 0 ? 1 / d : 0;
-        moe__store_u16(row, moe__f32_to_f16(d));
-        for (int i = 0; i < 16; i++) {
-            int32_t low = moe__types_level(x[i] * inverse, -8, 7) + 8;
-            int32_t high = moe__types_level(x[16 + i] * inverse, -8, 7) + 8;
-            row[2 + i] = (uint8_t)(low | high << 4);
-        }
-    }
-}
-
-/* A block of Q6_K in the making. */
-typedef struct moe__types_q6 {
-    float d; /* as stored */
-    int8_t scale[16], q[256];
-    double error;
-} moe__types_q6;
-
-/* Scales, levels and error for k->d; wanted: the scales that each 16 weights would like. */
-MOE__PRIVATE void moe__types_choose_q6(const float *x, const float *w, const float *wanted,
-                                       moe__types_q6 *k) {
-    k->error = 0;
-    for (int j = 0; j < 16; j++, x += 16, w += 16) {
-        int32_t near = k->d != 0 ? moe__types_level(wanted[j] / k->d, -128, 127) : 0;
-        double least = INFINITY;
-        for (int32_t s = near - 1; s <= near + 1; s++) {
-            if (s < -128 || s > 127) continue;
-            double error = moe__types_scale_error(x, w, 16, -32, 31, k->d * (float)s);
-            if (error < least) {
-                least = error;
-                k->scale[j] = (int8_t)s;
-            }
-        }
-        float d = k->d * (float)k->scale[j], inverse = d != 0 ? 1 / d : 0;
-        for (int i = 0; i < 16; i++)
-            k->q[16 * j + i] = (int8_t)moe__types_level(x[i] * inverse, -32, 31);
-        k->error += least;
-    }
-}
-
-/* The best d for the block's scales and levels. */
-MOE__PRIVATE void moe__types_refit_q6(const float *x, const float *w, moe__types_q6 *k) {
-    double xa = 0, aa = 0;
-    for (int i = 0; i < 256; i++) {
-        double a = k->scale[i / 16] * k->q[i];
-        xa += (double)w[i] * x[i] * a;
-        aa += (double)w[i] * a * a;
-    }
-    if (aa > 0) k->d = moe__types_round_f16((float)(xa / aa));
-}
-
-MOE__PRIVATE void moe__types_fit_q6(const float *x, const float *w, moe__types_q6 *best) {
-    moe__types_q6 k;
-    float wanted[16], peak = 0;
-    memset(&k, 0, sizeof k);
-    for (int j = 0; j < 16; j++) {
-        wanted[j] = moe__types_fit_scale(x + 16 * j, w + 16 * j, 16, -32, 31);
-        if (fabsf(wanted[j]) > fabsf(peak)) peak = wanted[j];
-    }
-    k.d = moe__types_round_f16(peak / -128); /* the largest scale becomes -128 */
-    moe__types_choose_q6(x, w, wanted, &k);
-    *best = k;
-    for (int round = 0; round < MOE__TYPES_ROUNDS; round++) {
-        moe__types_refit_q6(x, w, &k);
-        moe__types_choose_q6(x, w, wanted, &k);
-        if (k.error < best->error) *best = k;
-    }
-}
-
-MOE__PRIVATE void moe__quantize_q6_k(const float *in, uint8_t *row, int64_t n,
-                                     const float *importance) {
-    float x[256], w[256];
-    moe__types_q6 k;
-    for (int64_t begin = 0; begin < n; begin += 256, row += 210) {
-        moe__types_load(in + begin, importance ? importance + begin : NULL, 256, x, w);
-        moe__types_fit_q6(x, w, &k);
-        for (int half = 0; half < 2; half++) {
-            uint8_t *low = row + 64 * half, *high = row + 128 + 32 * half;
-            const int8_t *q = k.q + 128 * half;
-            for (int i = 0; i < 32; i++) {
-                int a = q[i] + 32, b = q[32 + i] + 32, c = q[64 + i] + 32, d = q[96 + i] + 32;
-                low[i] = (uint8_t)((a & 15) | (c & 15) << 4);
-                low[32 + i] = (uint8_t)((b & 15) | (d & 15) << 4);
-                high[i] = (uint8_t)(a >> 4 | b >> 4 << 2 | c >> 4 << 4 | d >> 4 << 6);
-            }
-        }
-        memcpy(row + 192, k.scale, 16);
-        moe__store_u16(row + 208, moe__f32_to_f16(k.d));
-    }
-}
-
-/* ---- quantize: y = scale * level - min, min >= 0, levels 0 .. last (32 weights of Q4_K, Q5_K) */
+/* What a type can hold: codes 0, 1, .. stand for the levels first .. last, or for those of an */
+/* ascending table of 16 from first to last. Each `width` weights have a scale (and a min) of */
+/* their own: an f16 if width = block, else an integer times the block's f16. */
+typedef struct moe__types_form {
+    const int8_t *table; /* or NULL */
+    int32_t first, last, width;
+    moe__types_mins mins;
+    int32_t scale_first, scale_last; /* integer scales; integer mins are 0 .. scale_last */
+    int32_t block, bytes;            /* as in the type table */
+    void (*pack)(const struct moe__types_k *k, uint8_t *row);
+} moe__types_form;
 
 typedef struct moe__types_line {
     float scale, min;
 } moe__types_line;
 
-MOE__INLINE double moe__types_line_error(const float *x, const float *w, int last,
-                                         moe__types_line line) {
-    float inverse = line.scale > 0 ? 1 / line.scale : 0;
+/* A block in the making. */
+typedef struct moe__types_k {
+    const moe__types_form *form;
+    float d, dmin; /* as stored */
+    int8_t scale[16], min[16];
+    uint8_t code[256];
+    double error;
+} moe__types_k;
+
+MOE__INLINE int32_t moe__types_value(const moe__types_form *f, int32_t code) {
+    return f->table ? f->table[code] : f->first + code;
+}
+
+/* The code whose level is nearest to x. */
+MOE__INLINE int32_t moe__types_code(const moe__types_form *f, float x) {
+    int32_t code = 0;
+    if (!f->table) return moe__types_level(x, f->first, f->last) - f->first;
+    for (int32_t step = 8; step > 0; step /= 2)
+        code += step * (2 * x > (float)(f->table[code + step - 1] + f->table[code + step]));
+    return code;
+}
+
+MOE__INLINE void moe__types_codes(const moe__types_form *f, const float *x, moe__types_line line,
+                                  uint8_t *code) {
+    float inverse = line.scale != 0 ? 1 / line.scale : 0;
+    for (int i = 0; i < f->width; i++)
+        code[i] = (uint8_t)moe__types_code(f, (x[i] + line.min) * inverse);
+}
+
+MOE__PRIVATE double moe__types_error(const moe__types_form *f, const float *x, const float *w,
+                                     moe__types_line line) {
+    float inverse = line.scale != 0 ? 1 / line.scale : 0;
     double error = 0;
-    for (int i = 0; i < 32; i++) {
-        int32_t q = moe__types_level((x[i] + line.min) * inverse, 0, last);
-        float e = x[i] - (line.scale * (float)q - line.min);
+    for (int i = 0; i < f->width; i++) {
+        int32_t level = moe__types_value(f, moe__types_code(f, (x[i] + line.min) * inverse));
+        float e = x[i] - (line.scale * (float)level - line.min);
         error += (double)w[i] * e * e;
     }
     return error;
 }
 
-/* The best line for the levels that `line` gives: two normal equations, or one if min would be */
-/* negative. */
-MOE__INLINE moe__types_line moe__types_refit_line(const float *x, const float *w, int last,
-                                                  moe__types_line line) {
+/* The best line for the levels that `line` gives: two normal equations, or one if there is no */
+/* min or it would be negative. */
+MOE__PRIVATE moe__types_line moe__types_refit(const moe__types_form *f, const float *x,
+                                              const float *w, moe__types_line line) {
     float inverse = 1 / line.scale;
-    double sw = 0, sx = 0, sq = 0, sqq = 0, sxq = 0;
-    for (int i = 0; i < 32; i++) {
-        int32_t q = moe__types_level((x[i] + line.min) * inverse, 0, last);
+    double sw = 0, sx = 0, sq = 0, sqq = 0, sxq = 0, scale = 0, min = 0;
+    for (int i = 0; i < f->width; i++) {
+        int32_t q = moe__types_value(f, moe__types_code(f, (x[i] + line.min) * inverse));
         double wq = (double)w[i] * q;
         sw += w[i];
         sx += (double)w[i] * x[i];
@@ -2548,39 +3074,51 @@ MOE__INLINE moe__types_line moe__types_refit_line(const float *x, const float *w
         sqq += wq * q;
         sxq += wq * x[i];
     }
-    double determinant = sw * sqq - sq * sq;
-    if (!(determinant > 1e-9 * sw * sqq)) return line; /* all levels are the same */
-    double scale = (sw * sxq - sx * sq) / determinant, min = (sq * sxq - sqq * sx) / determinant;
-    if (min < 0) {
-        min = 0;
-        scale = sxq / sqq;
+    if (f->mins) {
+        double determinant = sw * sqq - sq * sq;
+        if (!(determinant > 1e-9 * sw * sqq)) return line; /* all levels are the same */
+        scale = (sw * sxq - sx * sq) / determinant;
+        min = (sq * sxq - sqq * sx) / determinant;
     }
-    if (scale > 1e-12) {
+    if (!f->mins || (f->mins == MOE__TYPES_MIN && min < 0)) {
+        scale = sqq > 0 ? sxq / sqq : 0;
+        min = 0;
+    }
+    if ((f->mins ? scale : fabs(scale)) > 1e-12) {
         line.scale = (float)scale;
         line.min = (float)min;
     }
     return line;
 }
 
-/* A good line: constant, or from lines that begin at the smallest value and reach the largest */
-/* one up to one level before or two behind the last. */
-MOE__PRIVATE moe__types_line moe__types_fit_line(const float *x, const float *w, int last) {
-    moe__types_line best;
-    float low = 0, high = x[0];
-    for (int i = 0; i < 32; i++) {
+/* A good line: constant, or from lines that put the largest magnitude up to one step before or */
+/* behind the first or the last level; with mins, from lines that begin at the smallest value and */
+/* reach the largest one up to one level before or two behind the last. */
+MOE__PRIVATE moe__types_line moe__types_fit(const moe__types_form *f, const float *x,
+                                            const float *w) {
+    moe__types_line best = {0, 0}, line;
+    float low = x[0], high = x[0], range, min = 0;
+    for (int i = 1; i < f->width; i++) {
         if (x[i] < low) low = x[i];
         if (x[i] > high) high = x[i];
     }
-    best.scale = 0;
-    best.min = -low;
-    if (high - low < MOE__TYPES_TINY) return best;
-    double least = moe__types_line_error(x, w, last, best);
-    for (int i = 0; i < MOE__TYPES_LINES; i++) {
-        moe__types_line line;
-        line.scale = (high - low) / ((float)last - 1 + 0.5f * (float)i);
-        line.min = -low;
-        line = moe__types_refit_line(x, w, last, line);
-        double error = moe__types_line_error(x, w, last, line);
+    if (f->mins) {
+        min = best.min = f->mins == MOE__TYPES_MIN && low > 0 ? 0 : -low;
+        range = high + min;
+    } else {
+        range = high > -low ? high : low;
+    }
+    if (fabsf(range) < MOE__TYPES_TINY) return best;
+    float step = f->table ? (float)(f->last - f->first) / 15 : 1;
+    double least = moe__types_error(f, x, w, best);
+    for (int i = 0; i < (f->mins ? MOE__TYPES_LINES : MOE__TYPES_SCALES); i++) {
+        float level = (float)(i % 2 ? f->last : f->first) + 0.5f * step * (float)(i / 2 - 2);
+        if (f->mins) level = (float)f->last - 1 + 0.5f * (float)i;
+        line.scale = range / level;
+        line.min = min;
+        line = moe__types_refit(f, x, w, line);
+        if (f->mins == MOE__TYPES_ANY_MIN) line = moe__types_refit(f, x, w, line);
+        double error = moe__types_error(f, x, w, line);
         if (error < least) {
             least = error;
             best = line;
@@ -2589,44 +3127,38 @@ MOE__PRIVATE moe__types_line moe__types_fit_line(const float *x, const float *w,
     return best;
 }
 
-/* A block of Q4_K or Q5_K in the making. */
-typedef struct moe__types_k {
-    float d, dmin; /* as stored */
-    uint8_t scale[8], min[8], q[256];
-    double error;
-} moe__types_k;
-
-/* The best of the 3 x 3 integer pairs around what these 32 weights want. */
-MOE__PRIVATE void moe__types_choose_line(const float *x, const float *w, int last,
-                                         moe__types_line wanted, moe__types_k *k, int j) {
-    int32_t scale = k->d > 0 ? moe__types_level(wanted.scale / k->d, 0, 63) : 0;
-    int32_t min = k->dmin > 0 ? moe__types_level(wanted.min / k->dmin, 0, 63) : 0;
+/* The best of the integer scales (and mins) around what the j-th `width` weights want. */
+MOE__PRIVATE void moe__types_choose(const moe__types_form *f, const float *x, const float *w,
+                                    moe__types_line wanted, moe__types_k *k, int j) {
+    int32_t s0 = f->scale_first, s1 = f->scale_last, reach = f->mins ? 1 : 0;
+    int32_t scale = k->d != 0 ? moe__types_level(wanted.scale / k->d, s0, s1) : 0;
+    int32_t min = k->dmin > 0 ? moe__types_level(wanted.min / k->dmin, 0, s1) : 0;
     double least = INFINITY;
     moe__types_line line, best = {0, 0};
-    for (int i = 0; i < 9; i++) {
-        int32_t s = scale + i / 3 - 1, m = min + i % 3 - 1;
-        if (s < 0 || s > 63 || m < 0 || m > 63) continue;
-        line.scale = k->d * (float)s;
-        line.min = k->dmin * (float)m;
-        double error = moe__types_line_error(x, w, last, line);
-        if (error < least) {
+    for (int32_t s = scale - 1; s <= scale + 1; s++) {
+        for (int32_t m = min - reach; m <= min + reach; m++) {
+            if (s < s0 || s > s1 || m < 0 || m > s1) continue;
+            line.scale = k->d * (float)s;
+            line.min = k->dmin * (float)m;
+            double error = moe__types_error(f, x, w, line);
+            if (!(error < least)) continue;
             least = error;
             best = line;
-            k->scale[j] = (uint8_t)s;
-            k->min[j] = (uint8_t)m;
+            k->scale[j] = (int8_t)s;
+            k->min[j] = (int8_t)m;
         }
     }
     k->error += least;
-    float inverse = best.scale > 0 ? 1 / best.scale : 0;
-    for (int i = 0; i < 32; i++)
-        k->q[32 * j + i] = (uint8_t)moe__types_level((x[i] + best.min) * inverse, 0, last);
+    moe__types_codes(f, x, best, k->code + j * f->width);
 }
 
 /* The best d and dmin for the block's scales, mins and levels: y = d * a - dmin * b. */
-MOE__PRIVATE void moe__types_refit_k(const float *x, const float *w, moe__types_k *k) {
+MOE__PRIVATE void moe__types_refit_block(const moe__types_form *f, const float *x, const float *w,
+                                         moe__types_k *k) {
     double xa = 0, xb = 0, aa = 0, ab = 0, bb = 0;
     for (int i = 0; i < 256; i++) {
-        double a = k->scale[i / 32] * k->q[i], b = k->min[i / 32], wa = w[i] * a, wb = w[i] * b;
+        double a = k->scale[i / f->width] * moe__types_value(f, k->code[i]);
+        double b = k->min[i / f->width], wa = w[i] * a, wb = w[i] * b;
         xa += x[i] * wa;
         xb += x[i] * wb;
         aa += wa * a;
@@ -2640,94 +3172,217 @@ MOE__PRIVATE void moe__types_refit_k(const float *x, const float *w, moe__types_
     } else if (aa > 0) {
         d = xa / aa; /* no mins */
     }
-    if (!(d > 0 && dmin >= 0)) return;
+    if (f->mins ? !(d > 0 && dmin >= 0) : d == 0) return;
     k->d = moe__types_round_f16((float)d);
     k->dmin = moe__types_round_f16((float)dmin);
 }
 
-MOE__PRIVATE void moe__types_fit_k(const float *x, const float *w, int last, moe__types_k *best) {
+/* At first the largest scale and min become the largest integers. */
+MOE__PRIVATE void moe__types_fit_block(const moe__types_form *f, const float *x, const float *w,
+                                       moe__types_k *best) {
     moe__types_k k;
-    moe__types_line wanted[8];
+    moe__types_line wanted[16];
     float scale = 0, min = 0;
     memset(&k, 0, sizeof k);
-    for (int j = 0; j < 8; j++) {
-        wanted[j] = moe__types_fit_line(x + 32 * j, w + 32 * j, last);
-        if (wanted[j].scale > scale) scale = wanted[j].scale;
+    k.form = f;
+    for (int j = 0; j < 256 / f->width; j++) {
+        wanted[j] = moe__types_fit(f, x + j * f->width, w + j * f->width);
+        if (fabsf(wanted[j].scale) > fabsf(scale)) scale = wanted[j].scale;
         if (wanted[j].min > min) min = wanted[j].min;
     }
-    k.d = moe__types_round_f16(scale / 63);
-    k.dmin = moe__types_round_f16(min / 63);
+    k.d = moe__types_round_f16(scale / (float)(f->mins ? f->scale_last : f->scale_first));
+    k.dmin = moe__types_round_f16(min / (float)f->scale_last);
     for (int round = 0; round <= MOE__TYPES_ROUNDS; round++) {
-        if (round) moe__types_refit_k(x, w, &k);
+        if (round) moe__types_refit_block(f, x, w, &k);
         k.error = 0;
-        for (int j = 0; j < 8; j++)
-            moe__types_choose_line(x + 32 * j, w + 32 * j, last, wanted[j], &k, j);
+        for (int j = 0; j < 256 / f->width; j++)
+            moe__types_choose(f, x + j * f->width, w + j * f->width, wanted[j], &k, j);
         if (round == 0 || k.error < best->error) *best = k;
     }
 }
 
-/* The 16 bytes that Q4_K and Q5_K begin with. */
-MOE__PRIVATE void moe__types_store_scales(const moe__types_k *k, uint8_t *block) {
-    uint8_t *packed = block + 4;
-    moe__store_u16(block, moe__f32_to_f16(k->d));
-    moe__store_u16(block + 2, moe__f32_to_f16(k->dmin));
+MOE__PRIVATE void moe__types_quantize(const moe__types_form *f, const float *in, uint8_t *row,
+                                      int64_t n, const float *importance) {
+    float x[256], w[256];
+    moe__types_k k;
+    for (int64_t begin = 0; begin < n; begin += f->block, row += f->bytes) {
+        moe__types_load(in + begin, importance ? importance + begin : NULL, f->block, x, w);
+        if (f->width < f->block) {
+            moe__types_fit_block(f, x, w, &k);
+        } else {
+            moe__types_line line = moe__types_fit(f, x, w);
+            k.form = f;
+            line.scale = k.d = moe__types_round_f16(line.scale);
+            line.min = k.dmin = moe__types_round_f16(line.min);
+            moe__types_codes(f, x, line, k.code);
+        }
+        f->pack(&k, row);
+    }
+}
+
+/* ---- quantize: bits -------------------------------------------------------------------------- */
+
+MOE__INLINE void moe__types_store_f16(uint8_t *p, float x) {
+    moe__store_u16(p, moe__f32_to_f16(x));
+}
+
+/* The low four bits of n codes: `half` bytes for each 2 * half codes, first half low. */
+MOE__INLINE void moe__types_store_low(const uint8_t *code, int n, int half, uint8_t *out) {
+    for (int i = 0; i < n / 2; i++, out++) {
+        const uint8_t *q = code + i / half * half + i;
+        *out = (uint8_t)((q[0] & 15) | (q[half] & 15) << 4);
+    }
+}
+
+/* 32 weights: d, maybe -min, maybe the fifth bits, the low bits. */
+MOE__PRIVATE void moe__types_pack_32(const moe__types_k *k, uint8_t *row) {
+    const moe__types_form *f = k->form;
+    uint32_t high = 0;
+    for (int i = 0; i < 32; i++) high |= (uint32_t)(k->code[i] >> 4) << i;
+    moe__types_store_f16(row, k->d);
+    if (f->mins) moe__types_store_f16(row + 2, -k->dmin);
+    if (f->bytes > 20) memcpy(row + f->bytes - 20, &high, 4);
+    moe__types_store_low(k->code, 32, 16, row + f->bytes - 16);
+}
+
+MOE__PRIVATE void moe__types_pack_q2_k(const moe__types_k *k, uint8_t *row) {
+    for (int j = 0; j < 16; j++) row[j] = (uint8_t)(k->scale[j] | k->min[j] << 4);
+    for (int i = 0; i < 64; i++) {
+        const uint8_t *q = k->code + i / 32 * 128 + i % 32;
+        row[16 + i] = (uint8_t)(q[0] | q[32] << 2 | q[64] << 4 | q[96] << 6);
+    }
+    moe__types_store_f16(row + 80, k->d);
+    moe__types_store_f16(row + 82, k->dmin);
+}
+
+MOE__PRIVATE void moe__types_pack_q3_k(const moe__types_k *k, uint8_t *row) {
+    memset(row, 0, 108);
+    for (int i = 0; i < 256; i++) {
+        row[i % 32] |= (uint8_t)(k->code[i] >> 2 << i / 32);
+        row[32 + i / 128 * 32 + i % 32] |= (uint8_t)((k->code[i] & 3) << i % 128 / 32 * 2);
+    }
+    for (int j = 0; j < 16; j++) {
+        int scale = k->scale[j] + 32;
+        row[96 + j % 8] |= (uint8_t)((scale & 15) << j / 8 * 4);
+        row[104 + j % 4] |= (uint8_t)(scale >> 4 << j / 4 * 2);
+    }
+    moe__types_store_f16(row + 108, k->d);
+}
+
+/* Q4_K and Q5_K. */
+MOE__PRIVATE void moe__types_pack_q4_k(const moe__types_k *k, uint8_t *row) {
+    uint8_t *packed = row + 4;
+    moe__types_store_f16(row, k->d);
+    moe__types_store_f16(row + 2, k->dmin);
     for (int j = 0; j < 4; j++) {
         packed[j] = (uint8_t)(k->scale[j] | k->scale[4 + j] >> 4 << 6);
         packed[4 + j] = (uint8_t)(k->min[j] | k->min[4 + j] >> 4 << 6);
         packed[8 + j] = (uint8_t)((k->scale[4 + j] & 15) | (k->min[4 + j] & 15) << 4);
     }
+    memset(row + 16, 0, 32); /* the fifth bits of Q5_K */
+    for (int i = 0; i < 256; i++) row[16 + i % 32] |= (uint8_t)(k->code[i] >> 4 << i / 32);
+    moe__types_store_low(k->code, 256, 32, row + k->form->bytes - 128);
 }
 
-/* The 128 bytes of low bits that Q4_K and Q5_K end with. */
-MOE__PRIVATE void moe__types_store_low(const uint8_t *q, uint8_t *out) {
-    for (int chunk = 0; chunk < 4; chunk++, q += 64, out += 32)
-        for (int i = 0; i < 32; i++) out[i] = (uint8_t)((q[i] & 15) | (q[32 + i] & 15) << 4);
-}
-
-MOE__PRIVATE void moe__quantize_q4_k(const float *in, uint8_t *row, int64_t n,
-                                     const float *importance) {
-    float x[256], w[256];
-    moe__types_k k;
-    for (int64_t begin = 0; begin < n; begin += 256, row += 144) {
-        moe__types_load(in + begin, importance ? importance + begin : NULL, 256, x, w);
-        moe__types_fit_k(x, w, 15, &k);
-        moe__types_store_scales(&k, row);
-        moe__types_store_low(k.q, row + 16);
+MOE__PRIVATE void moe__types_pack_q6_k(const moe__types_k *k, uint8_t *row) {
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *q = k->code + 128 * half;
+        moe__types_store_low(q, 128, 64, row + 64 * half);
+        for (int i = 0; i < 32; i++)
+            row[128 + 32 * half + i] = (uint8_t)(q[i] >> 4 | q[32 + i] >> 4 << 2 |
+                                                 q[64 + i] >> 4 << 4 | q[96 + i] >> 4 << 6);
     }
+    memcpy(row + 192, k->scale, 16);
+    moe__types_store_f16(row + 208, k->d);
 }
 
-MOE__PRIVATE void moe__quantize_q5_k(const float *in, uint8_t *row, int64_t n,
-                                     const float *importance) {
-    float x[256], w[256];
-    moe__types_k k;
-    for (int64_t begin = 0; begin < n; begin += 256, row += 176) {
-        moe__types_load(in + begin, importance ? importance + begin : NULL, 256, x, w);
-        moe__types_fit_k(x, w, 31, &k);
-        moe__types_store_scales(&k, row);
-        memset(row + 16, 0, 32);
-        for (int i = 0; i < 256; i++) row[16 + i % 32] |= (uint8_t)(k.q[i] >> 4 << i / 32);
-        moe__types_store_low(k.q, row + 48);
+MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_k *k, uint8_t *row) {
+    moe__types_store_f16(row, k->d);
+    memset(row + 2, 0, 6);
+    for (int j = 0; j < 8; j++) {
+        int scale = k->scale[j] + 32;
+        row[2 + j / 4] |= (uint8_t)(scale >> 4 << j % 4 * 2);
+        row[4 + j / 2] |= (uint8_t)((scale & 15) << j % 2 * 4);
+    }
+    moe__types_store_low(k->code, 256, 16, row + 8);
+}
+
+/* The levels of IQ4_NL and IQ4_XS. */
+static const int8_t moe__types_iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                          1,    13,   25,  38,  53,  69,  89,  113};
+
+/* name, how it is packed, block, bytes, table, first, last, width, mins, integer scales */
+#define MOE__TYPES_QUANTIZE(name, pack, block, bytes, table, first, last, width, mins, s0, s1)     \
+    MOE__PRIVATE void moe__quantize_##name(const float *in, uint8_t *row, int64_t n,               \
+                                           const float *importance) {                              \
+        static const moe__types_form form = {table, first, last, width, MOE__TYPES_##mins, s0, s1, \
+                                             block, bytes, moe__types_pack_##pack};                \
+        moe__types_quantize(&form, in, row, n, importance);                                        \
+    }
+MOE__TYPES_QUANTIZE(q4_0, 32, 32, 18, NULL, -8, 7, 32, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE(q4_1, 32, 32, 20, NULL, 0, 15, 32, ANY_MIN, 0, 0)
+MOE__TYPES_QUANTIZE(q5_0, 32, 32, 22, NULL, -16, 15, 32, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE(q5_1, 32, 32, 24, NULL, 0, 31, 32, ANY_MIN, 0, 0)
+MOE__TYPES_QUANTIZE(iq4_nl, 32, 32, 18, moe__types_iq4, -127, 113, 32, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE(q2_k, q2_k, 256, 84, NULL, 0, 3, 16, MIN, 0, 15)
+MOE__TYPES_QUANTIZE(q3_k, q3_k, 256, 110, NULL, -4, 3, 16, NO_MIN, -32, 31)
+MOE__TYPES_QUANTIZE(q4_k, q4_k, 256, 144, NULL, 0, 15, 32, MIN, 0, 63)
+MOE__TYPES_QUANTIZE(q5_k, q4_k, 256, 176, NULL, 0, 31, 32, MIN, 0, 63)
+MOE__TYPES_QUANTIZE(q6_k, q6_k, 256, 210, NULL, -32, 31, 16, NO_MIN, -128, 127)
+MOE__TYPES_QUANTIZE(iq4_xs, iq4_xs, 256, 136, moe__types_iq4, -127, 113, 32, NO_MIN, -32, 31)
+#undef MOE__TYPES_QUANTIZE
+
+/* One exponent per 32 weights: the largest magnitude lies between levels 8 and 16, or up to a */
+/* factor of 2 off that. */
+MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
+                                      const float *importance) {
+    static const int8_t levels[16] = {-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12};
+    static const moe__types_form form = {levels, -12, 12, 32, MOE__TYPES_NO_MIN, 0, 0, 32, 17,
+                                         NULL};
+    float x[32], w[32];
+    uint8_t code[32];
+    for (int64_t begin = 0; begin < n; begin += 32, row += 17) {
+        uint32_t peak = 0, best = 2;
+        double least = INFINITY;
+        moe__types_line line = {0, 0};
+        moe__types_load(in + begin, importance ? importance + begin : NULL, 32, x, w);
+        for (int i = 0; i < 32; i++)
+            if (moe__f32_bits(fabsf(x[i])) > peak) peak = moe__f32_bits(fabsf(x[i]));
+        uint32_t e0 = peak >> 23 > 5 ? (peak >> 23) - 3 : 2;
+        for (uint32_t e = e0; e <= e0 + 2; e++) {
+            line.scale = moe__f32_from_bits((e - 1) << 23);
+            double error = moe__types_error(&form, x, w, line);
+            if (error < least) {
+                least = error;
+                best = e;
+            }
+        }
+        line.scale = moe__f32_from_bits((best - 1) << 23);
+        moe__types_codes(&form, x, line, code);
+        for (int i = 0; i < 32; i++) /* 8 .. 15 are the negative levels, -0 is not used */
+            code[i] = (uint8_t)(code[i] > 7 ? code[i] - 8 : code[i] < 7 ? 15 - code[i] : 0);
+        row[0] = (uint8_t)best;
+        moe__types_store_low(code, 32, 16, row + 1);
     }
 }
 
 /* ---- the table ------------------------------------------------------------------------------- */
 
-typedef struct moe__type {
-    moe_type id;
-    const char *name;
-    int32_t block, bytes; /* weights and bytes per block */
-    moe__act_kind act;    /* what dot wants */
-    void (*dequantize)(const uint8_t *row, int64_t n, float *out);
-    void (*quantize)(const float *x, uint8_t *row, int64_t n, const float *importance);
-    void (*dot)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *x,
-                float *out);
-} moe__type;
-
-#define MOE__TYPES_ENTRY(NAME, name, block, bytes, act)                                     \
-    {MOE_TYPE_##NAME, #NAME, block, bytes, MOE__ACT_##act, moe__dequantize_##name,          \
-     moe__quantize_##name, moe__dot_##name},
+#define MOE__UNPACKER_F32(name) NULL
+#define MOE__UNPACKER_Q32(name) moe__unpack_##name
+#define MOE__UNPACKER_Q256(name) moe__unpack_##name
+#define MOE__QUANTIZER_0(name) NULL
+#define MOE__QUANTIZER_1(name) moe__quantize_##name
+#define MOE__TYPES_ENTRY(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q, ...) \
+    {MOE_TYPE_##NAME, #NAME, block, bytes, MOE__ACT_##act, rows, meta, per, bits, offset,      \
+     MOE__UNPACKER_##act(name), MOE__QUANTIZER_##q(name)},
 static const moe__type moe__types[MOE__N_TYPES] = {MOE__TYPES(MOE__TYPES_ENTRY)};
 #undef MOE__TYPES_ENTRY
+#undef MOE__QUANTIZER_0
+#undef MOE__QUANTIZER_1
+#undef MOE__UNPACKER_F32
+#undef MOE__UNPACKER_Q32
+#undef MOE__UNPACKER_Q256
 
 /* NULL if models with this type cannot be run. The entry's place in the table is its index in */
 /* kernel tables. */
@@ -2735,6 +3390,15 @@ MOE__PRIVATE const moe__type *moe__type_find(moe_type id) {
     for (int i = 0; i < MOE__N_TYPES; i++)
         if (moe__types[i].id == id) return &moe__types[i];
     return NULL;
+}
+
+/* A group of rows (one row of most types) to floats, plain C, any type. */
+MOE__PRIVATE void moe__type_to_f32(const moe__type *type, const uint8_t *rows, int64_t n,
+                                   float *out) {
+    if (type->unpack) moe__types_dequantize(type, rows, n, out);
+    else if (type->id == MOE_TYPE_F32) moe__dequantize_f32(rows, n, out);
+    else if (type->id == MOE_TYPE_F16) moe__dequantize_f16(rows, n, out);
+    else moe__dequantize_bf16(rows, n, out);
 }
 
 /* ---- public ---------------------------------------------------------------------------------- */
@@ -2792,8 +3456,11 @@ MOE_API moe_status moe_type_dequantize(moe_type type, const void *rows, float *o
     if (status != MOE_OK) return status;
     const moe__type *t = moe__type_find(type);
     size_t row_size = moe_type_row_size(type, n);
-    for (int64_t r = 0; r < n_rows; r++)
-        t->dequantize((const uint8_t *)rows + (size_t)r * row_size, n, out + r * n);
+    if (n_rows % t->rows)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "n_rows", "rows of %s come in groups of %ld",
+                         t->name, (long)t->rows);
+    for (int64_t r = 0; r < n_rows; r += t->rows)
+        moe__type_to_f32(t, (const uint8_t *)rows + (size_t)r * row_size, n, out + r * n);
     return MOE_OK;
 }
 
@@ -2803,6 +3470,9 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
     if (status != MOE_OK) return status;
     const moe__type *t = moe__type_find(type);
     size_t row_size = moe_type_row_size(type, n);
+    if (!t->quantize)
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "type", "%s can be read, but not made",
+                         t->name);
     for (int64_t r = 0; r < n_rows; r++)
         t->quantize(in + r * n, (uint8_t *)rows + (size_t)r * row_size, n, importance);
     return MOE_OK;
@@ -2827,7 +3497,7 @@ enum {
 typedef void moe__quantize_fn(const float *x, int64_t n, void *act);
 
 /* out[r] = row r . x, for n_rows rows of n weights that lie row_size bytes apart. x: activations */
-/* in the kind that the type wants. */
+/* in the kind that the type wants. Of interleaved types, here and below: whole groups of rows. */
 typedef void moe__dot_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                          const void *x, float *out);
 
@@ -2838,7 +3508,8 @@ typedef void moe__tile_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, 
                           const void *const *x, int64_t n_tokens, float *out, int64_t out_stride,
                           void *pack, const uint8_t *prefetch, size_t prefetch_size);
 
-typedef void moe__dequantize_fn(const uint8_t *row, int64_t n, float *out);
+/* One group of rows (one row of most types) of n weights, row after row. */
+typedef void moe__dequantize_fn(const uint8_t *rows, int64_t n, float *out);
 
 /* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
 /* largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at */
@@ -2886,24 +3557,53 @@ typedef struct moe__kernels {
 /* Short loops in the order of the formulas; sums in double. The vector kernels may differ from */
 /* them by rounding only. */
 
-/* Tokens outside, rows inside: a tile of rows stays in the cache. */
-MOE__INLINE void moe__kernels_tile(moe__dot_fn *dot, const uint8_t *rows, size_t row_size,
-                                   int64_t n_rows, int64_t n, const void *const *x,
-                                   int64_t n_tokens, float *out, int64_t out_stride) {
-    for (int64_t t = 0; t < n_tokens; t++)
-        dot(rows, row_size, n_rows, n, x[t], out + t * out_stride);
+/* Any block type: the rows of a group side by side. */
+MOE__PRIVATE void moe__kernels_dot(const moe__type *type, const uint8_t *rows, size_t row_size,
+                                   int64_t n_rows, int64_t n, const void *x, float *out) {
+    moe__block block;
+    for (int64_t r = 0; r < n_rows; r += type->rows) {
+        moe__group group = moe__group_begin(type, rows + (size_t)r * row_size);
+        double sum[MOE__GROUP_ROWS] = {0};
+        for (int64_t at = 0; at < n; at += type->block, group.at += type->rows * type->bytes)
+            for (int k = 0; k < type->rows; k++) {
+                moe__group_unpack(&group, k, &block);
+                sum[k] += moe__types_dot(type, &block, x, at);
+            }
+        for (int k = 0; k < type->rows; k++) out[r + k] = (float)sum[k];
+    }
 }
 
-#define MOE__KERNELS_TILE(NAME, name, ...)                                                       \
-    MOE__PRIVATE void moe__tile_##name##_scalar(                                                 \
-        const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,   \
-        int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,   \
-        size_t prefetch_size) {                                                                  \
-        (void)pack;                                                                              \
-        (void)prefetch;                                                                          \
-        (void)prefetch_size;                                                                     \
-        moe__kernels_tile(moe__dot_##name, rows, row_size, n_rows, n, x, n_tokens, out,          \
-                          out_stride);                                                           \
+#define MOE__KERNELS_BLOCK(NAME, name, ...)                                                       \
+    MOE__PRIVATE void moe__dot_##name(const uint8_t *rows, size_t row_size, int64_t n_rows,       \
+                                      int64_t n, const void *x, float *out) {                     \
+        moe__kernels_dot(&moe__types[MOE__INDEX_##NAME], rows, row_size, n_rows, n, x, out);      \
+    }                                                                                             \
+    MOE__PRIVATE void moe__dequantize_##name(const uint8_t *rows, int64_t n, float *out) {        \
+        moe__types_dequantize(&moe__types[MOE__INDEX_##NAME], rows, n, out);                      \
+    }
+MOE__BLOCK_TYPES(MOE__KERNELS_BLOCK)
+#undef MOE__KERNELS_BLOCK
+
+#define MOE__KERNELS_FLOAT(name)                                                            \
+    MOE__PRIVATE void moe__dot_##name(const uint8_t *rows, size_t row_size, int64_t n_rows, \
+                                      int64_t n, const void *x, float *out) {               \
+        for (int64_t r = 0; r < n_rows; r++)                                                \
+            out[r] = (float)moe__types_row_##name(rows + (size_t)r * row_size, n, x);       \
+    }
+MOE__KERNELS_FLOAT(f32)
+MOE__KERNELS_FLOAT(f16)
+MOE__KERNELS_FLOAT(bf16)
+#undef MOE__KERNELS_FLOAT
+
+/* Tokens outside, rows inside: a tile of rows stays in the cache. */
+#define MOE__KERNELS_TILE(NAME, name, ...)                                                     \
+    MOE__PRIVATE void moe__tile_##name##_scalar(                                               \
+        const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x, \
+        int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch, \
+        size_t prefetch_size) {                                                                \
+        (void)pack, (void)prefetch, (void)prefetch_size;                                       \
+        for (int64_t t = 0; t < n_tokens; t++)                                                 \
+            moe__dot_##name(rows, row_size, n_rows, n, x[t], out + t * out_stride);            \
     }
 MOE__TYPES(MOE__KERNELS_TILE)
 #undef MOE__KERNELS_TILE
@@ -2945,7 +3645,7 @@ MOE__PRIVATE void moe__f32_to_f16_scalar(const float *x, int64_t n, uint16_t *ou
 
 /* Value c of a key or value row. */
 MOE__INLINE float moe__attend_load(const uint8_t *row, int f32, int c) {
-    return f32 ? moe__load_f32(row + 4 * (size_t)c) : moe__types_load_f16(row + 2 * (size_t)c);
+    return f32 ? moe__load_f32(row + 4 * (size_t)c) : moe__types_f16(row + 2 * (size_t)c);
 }
 
 /* scores[j] = q . key j for n keys; returns the largest of them and `max`. A NaN makes that NaN, */
@@ -3042,6 +3742,7 @@ static const moe__kernels moe__kernels_scalar = {
 #define MOE__TARGET \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #endif
+#define MOE__VNNI (MOE__ISA != 2) /* whether int8 products are added up by one instruction */
 /* Two sanitizers would make this text take minutes to compile. Tests hold its results against */
 /* the plain C kernels, which are instrumented; threads only share what whole kernels made. */
 #define MOE__QUIET \
@@ -3090,6 +3791,7 @@ MOE__V __m512i MOE__(v_load)(const void *p) { return _mm512_loadu_si512(p); }
 MOE__V __m512i MOE__(v_zero)(void) { return _mm512_setzero_si512(); }
 MOE__V __m512i MOE__(v_and)(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
 MOE__V __m512i MOE__(v_or)(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
+MOE__V __m512i MOE__(v_xor)(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
 /* a | (b & mask) */
 MOE__V __m512i MOE__(v_or_and)(__m512i a, __m512i b, __m512i mask) {
     return _mm512_ternarylogic_epi32(a, b, mask, 0xF8);
@@ -3107,6 +3809,10 @@ MOE__V __m512i MOE__(v_load16_rows)(const uint8_t *const *w, size_t offset) {
     low = _mm256_inserti128_si256(low, MOE__(v_load_128)(w[1] + offset), 1);
     high = _mm256_inserti128_si256(high, MOE__(v_load_128)(w[3] + offset), 1);
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+/* acc + the sums of four neighbouring products of unsigned and signed bytes */
+MOE__V __m512i MOE__(v_dot_u8)(__m512i acc, __m512i a, __m512i b) {
+    return _mm512_dpbusd_epi32(acc, a, b);
 }
 /* acc + the sums of two neighbouring int16 products */
 MOE__V __m512i MOE__(v_dot_i16)(__m512i acc, __m512i a, __m512i b) {
@@ -3150,6 +3856,7 @@ MOE__V __m256i MOE__(v_load)(const void *p) { return MOE__(v_load_256)(p); }
 MOE__V __m256i MOE__(v_zero)(void) { return _mm256_setzero_si256(); }
 MOE__V __m256i MOE__(v_and)(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
 MOE__V __m256i MOE__(v_or)(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
+MOE__V __m256i MOE__(v_xor)(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
 MOE__V __m256i MOE__(v_or_and)(__m256i a, __m256i b, __m256i mask) {
     return _mm256_or_si256(a, _mm256_and_si256(b, mask));
 }
@@ -3876,9 +4583,7 @@ MOE__K void MOE__(dot_bf16)(const uint8_t *rows, size_t row_size, int64_t n_rows
 
 /* ---- dequantize ------------------------------------------------------------------------------ */
 
-/* The same bits as moe__dequantize_*: products of d, block scale and level are exact in f32, so */
-/* that only the subtraction of a min rounds, fused or not. (A signalling NaN among f16 weights */
-/* comes out quiet.) */
+/* The same bits as the plain C. (A signalling NaN among f16 weights comes out quiet.) */
 
 /* out[i] = q[i] * scale - min, for 16 signed bytes */
 MOE__V void MOE__(v_store_levels)(float *out, __m128i q, float scale, float min) {
@@ -3912,83 +4617,1087 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
     MOE__(v_dequantize_float)(row, n, out, MOE__INDEX_BF16);
 }
 
-MOE__K void MOE__(dequantize_q4_0)(const uint8_t *row, int64_t n, float *out) {
-    const __m128i nibble = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-    for (; n > 0; n -= 32, row += 18, out += 32) {
-        float d = moe__f16_to_f32(moe__load_u16(row));
-        __m128i b = MOE__(v_load_128)(row + 2);
-        __m128i low = _mm_and_si128(b, nibble), high = _mm_and_si128(_mm_srli_epi16(b, 4), nibble);
-        MOE__(v_store_levels)(out, _mm_sub_epi8(low, eight), d, 0);
-        MOE__(v_store_levels)(out + 16, _mm_sub_epi8(high, eight), d, 0);
+/* ---- unpacking blocks ------------------------------------------------------------------------ */
+
+/* MOE__(unpack_NAME) does what moe__unpack_NAME does, for up to 256 weights (n) of several rows: */
+/* of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. out[r].min is */
+/* written only by types with mins. Nothing behind the blocks is read. 256-bit vectors, whatever */
+/* the instruction set: what comes next uses the widest. */
+typedef void MOE__(unpack_fn)(const uint8_t *const *w, int rows, int n, const float *D,
+                              moe__block *out);
+
+/* The row types: one row; `v` is the vector of 32 weights j, made from block p. */
+#define MOE__ROW_TYPE(name)                                                                   \
+    MOE__V void MOE__(u_row_##name)(const uint8_t *b, int n, float D, moe__block *out)
+#define MOE__ROW_BLOCKS_MIN(name, size, scale_, mins, min_, ...)                              \
+    MOE__ROW_TYPE(name) {                                                                     \
+        (void)D;                                                                              \
+        for (int j = 0; j < n / 32; j++, b += size) {                                         \
+            MOE__(u_scale)(out, j, scale_);                                                   \
+            if (mins) out->min[2 * j] = out->min[2 * j + 1] = min_;                           \
+            MOE__(u_put)(out, j, __VA_ARGS__);                                                \
+        }                                                                                     \
+    }
+#define MOE__ROW_BLOCKS(name, size, scale, ...) \
+    MOE__ROW_BLOCKS_MIN(name, size, scale, 0, 0, __VA_ARGS__)
+#define MOE__EACH_J MOE__UNROLL(8) for (int j = 0; j < 8; j++)
+
+MOE__V void MOE__(u_put)(moe__block *out, int j, __m256i v) {
+    _mm256_storeu_si256((__m256i *)(void *)(out->q + 32 * j), v);
+}
+MOE__V void MOE__(u_scale)(moe__block *out, int j, float scale) {
+    out->scale[2 * j] = out->scale[2 * j + 1] = scale;
+}
+MOE__V float MOE__(u_f16)(const uint8_t *p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(moe__load_u16(p))));
+}
+
+/* 16 int16 -> out[0..15] = d * each; 8 int32 -> pairs of equal floats */
+MOE__V void MOE__(u_scales16)(float *out, __m256i x, float d) {
+    const __m256 factor = _mm256_set1_ps(d);
+    __m256i low = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(x));
+    __m256i high = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1));
+    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), factor));
+    _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), factor));
+}
+MOE__V void MOE__(u_scales8)(float *out, __m256i x, float d) {
+    __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(d));
+    __m256 low = _mm256_unpacklo_ps(s, s), high = _mm256_unpackhi_ps(s, s);
+    _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
+/* 8 bytes of nibbles as 16 int16: the low one of a byte before its high one (pairs), or all low */
+/* ones first */
+MOE__V __m256i MOE__(u_nibbles8)(const uint8_t *p, const int pairs) {
+    __m128i x = _mm_loadl_epi64((const __m128i *)(const void *)p);
+    __m128i high = _mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15));
+    x = _mm_and_si128(x, _mm_set1_epi8(15));
+    return _mm256_cvtepu8_epi16(pairs ? _mm_unpacklo_epi8(x, high) : _mm_unpacklo_epi64(x, high));
+}
+/* The same for 4 bytes as 8 int32 */
+MOE__V __m256i MOE__(u_nibbles4)(const uint8_t *p, const int pairs) {
+    __m128i x = _mm_cvtsi32_si128((int)moe__load_u32(p));
+    __m128i high = _mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15));
+    x = _mm_and_si128(x, _mm_set1_epi8(15));
+    return _mm256_cvtepu8_epi32(pairs ? _mm_unpacklo_epi8(x, high) : _mm_unpacklo_epi32(x, high));
+}
+/* bit fields `step` bits apart as 8 int32 */
+MOE__V __m256i MOE__(u_fields8)(uint32_t x, const int step, const int mask) {
+    const __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                                          _mm256_set1_epi32(step));
+    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int)x), at),
+                            _mm256_set1_epi32(mask));
+}
+/* low | high << shift, less an offset */
+MOE__V __m256i MOE__(u_join32)(__m256i low, __m256i high, const int shift, const int offset) {
+    return _mm256_sub_epi32(_mm256_or_si256(low, _mm256_slli_epi32(high, shift)),
+                            _mm256_set1_epi32(offset));
+}
+
+/* 16 bytes: 32 weights, the low nibbles before the high ones */
+MOE__V __m256i MOE__(u_nibbles)(const uint8_t *p) {
+    __m256i x = _mm256_broadcastsi128_si256(MOE__(v_load_128)(p));
+    x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 0, 4, 4));
+    return _mm256_and_si256(x, _mm256_set1_epi8(15));
+}
+/* A field of the bits of each of 32 bytes */
+MOE__V __m256i MOE__(u_bits)(const uint8_t *p, const int shift, const int mask) {
+    __m256i x = _mm256_srli_epi16(MOE__(v_load_256)(p), shift);
+    return _mm256_and_si256(x, _mm256_set1_epi8((char)mask));
+}
+/* Bytes that are all ones where the bit is set */
+MOE__V __m256i MOE__(u_mask)(uint32_t bits) {
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                            0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit);
+}
+MOE__V __m256i MOE__(u_less)(__m256i x, const int offset) {
+    return _mm256_sub_epi8(x, _mm256_set1_epi8((char)offset));
+}
+MOE__V __m256i MOE__(u_high)(__m256i low, __m256i high, const int shift) {
+    return _mm256_or_si256(low, _mm256_slli_epi16(high, shift));
+}
+/* table[x], 16 entries per step; x < 16 n */
+MOE__V __m256i MOE__(u_lookup)(const int8_t *table, __m256i x, const int n) {
+    __m256i y = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(MOE__(v_load_128)(table)), x);
+    MOE__UNROLL(4)
+    for (int i = 1; i < n; i++) {
+        __m256i more = _mm256_broadcastsi128_si256(MOE__(v_load_128)(table + 16 * i));
+        __m256i here = _mm256_cmpgt_epi8(x, _mm256_set1_epi8((char)(16 * i - 1)));
+        y = _mm256_blendv_epi8(y, _mm256_shuffle_epi8(more, x), here);
+    }
+    return y;
+}
+/* The same for the short tables K2 and K3 */
+MOE__V __m256i MOE__(u_lookup_k2)(__m256i x) {
+    const __m256i table = _mm256_set1_epi32((int)moe__load_u32(moe__levels_k2));
+    return _mm256_shuffle_epi8(table, x);
+}
+MOE__V __m256i MOE__(u_lookup_k3)(__m256i x) {
+    const __m256i table = _mm256_set1_epi64x((int64_t)moe__load_u64(moe__levels_k3));
+    return _mm256_shuffle_epi8(table, x);
+}
+/* `shift` more for each 16 (or 32) weights whose bit is set */
+MOE__V __m256i MOE__(u_shift16)(__m256i x, int bits, const int shift) {
+    const __m256i bit = _mm256_setr_epi64x(0x0101010101010101, 0x0101010101010101,
+                                           0x0202020202020202, 0x0202020202020202);
+    __m256i on = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_set1_epi8((char)bits), bit), bit);
+    return _mm256_add_epi8(x, _mm256_and_si256(on, _mm256_set1_epi8((char)shift)));
+}
+MOE__V __m256i MOE__(u_shift32)(__m256i x, int bit, const int shift) {
+    return _mm256_add_epi8(x, _mm256_set1_epi8((char)((bit & 1) * shift)));
+}
+
+MOE__ROW_BLOCKS(q4_0, 18, MOE__(u_f16)(b), MOE__(u_less)(MOE__(u_nibbles)(b + 2), 8))
+MOE__ROW_BLOCKS_MIN(q4_1, 20, MOE__(u_f16)(b), 1, -MOE__(u_f16)(b + 2),
+                    MOE__(u_nibbles)(b + 4))
+MOE__V __m256i MOE__(u_five)(const uint8_t *low, const uint8_t *high) {
+    return _mm256_or_si256(MOE__(u_nibbles)(low), _mm256_and_si256(MOE__(u_mask)(moe__load_u32(high)),
+                                                                   _mm256_set1_epi8(16)));
+}
+MOE__ROW_BLOCKS(q5_0, 22, MOE__(u_f16)(b), MOE__(u_less)(MOE__(u_five)(b + 6, b + 2), 16))
+MOE__ROW_BLOCKS_MIN(q5_1, 24, MOE__(u_f16)(b), 1, -MOE__(u_f16)(b + 2),
+                    MOE__(u_five)(b + 8, b + 4))
+MOE__V __m256i MOE__(u_six)(const uint8_t *low, const uint8_t *high) {
+    __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(high));
+    x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
+                         _mm256_set1_epi8(3));
+    return MOE__(u_less)(MOE__(u_high)(MOE__(u_nibbles)(low), x, 4), 32);
+}
+MOE__ROW_BLOCKS(q6_0, 26, MOE__(u_f16)(b), MOE__(u_six)(b + 10, b + 2))
+MOE__ROW_BLOCKS(q8_0, 34, MOE__(u_f16)(b), MOE__(v_load_256)(b + 2))
+MOE__ROW_BLOCKS(iq4_nl, 18, MOE__(u_f16)(b),
+                MOE__(u_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 2), 1))
+MOE__ROW_BLOCKS(mxfp4, 17, moe__types_e8m0(b[0]),
+                MOE__(u_lookup)(moe__levels_fp4, MOE__(u_nibbles)(b + 1), 1))
+
+MOE__ROW_TYPE(nvfp4) {
+    (void)D;
+    for (int s = 0; s < n / 16; s++)
+        out->scale[s] = moe__types_ue4m3(b[36 * (s / 4) + s % 4]);
+    for (int j = 0; j < n / 32; j++) { /* 8 bytes: 16 weights, low nibbles before high ones */
+        __m128i bytes = MOE__(v_load_128)(b + 36 * (j / 2) + 4 + 16 * (j % 2));
+        __m256i x = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);
+        x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 0, 4));
+        x = _mm256_and_si256(x, _mm256_set1_epi8(15));
+        MOE__(u_put)(out, j, MOE__(u_lookup)(moe__levels_fp4, x, 1));
     }
 }
 
-MOE__K void MOE__(dequantize_q8_0)(const uint8_t *row, int64_t n, float *out) {
-    for (; n > 0; n -= 32, row += 34, out += 32) {
-        float d = moe__f16_to_f32(moe__load_u16(row));
-        for (int i = 0; i < 32; i += 16)
-            MOE__(v_store_levels)(
-                out + i, MOE__(v_load_128)(row + 2 + i), d, 0);
+/* ---- unpacking: 256 weights of one row */
+
+#define MOE__TWO(at) MOE__(u_bits)(b + at + 32 * (j / 4), 2 * (j % 4), 3)
+#define MOE__FOUR(at) MOE__(u_bits)(b + at + 32 * (j / 2), 4 * (j % 2), 15)
+#define MOE__ONE(at) MOE__(u_bits)(b + at, j, 1)
+#define MOE__ROW_256(name)                                                                  \
+    MOE__V void MOE__(u_256_##name)(const uint8_t *b, float D, moe__block *out);            \
+    MOE__ROW_TYPE(name) { (void)n, MOE__(u_256_##name)(b, D, out); }                        \
+    MOE__V void MOE__(u_256_##name)(const uint8_t *b, float D __attribute__((unused)),      \
+                                    moe__block *out)
+
+MOE__ROW_256(q2_k) {
+    __m128i bytes = MOE__(v_load_128)(b), low = _mm_set1_epi8(15);
+    __m128i mins = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
+    MOE__(u_scales16)(out->scale, _mm256_cvtepu8_epi16(_mm_and_si128(bytes, low)),
+                      MOE__(u_f16)(b + 80));
+    MOE__(u_scales16)(out->min, _mm256_cvtepu8_epi16(mins), MOE__(u_f16)(b + 82));
+    MOE__EACH_J MOE__(u_put)(out, j, MOE__TWO(16));
+}
+
+MOE__ROW_256(q3_k) {
+    __m256i low = MOE__(u_nibbles8)(b + 96, 0);
+    __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + 104)),
+                                  _mm_setr_epi32(0, 2, 4, 6));
+    high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
+    low = _mm256_or_si256(low, _mm256_cvtepu8_epi16(high));
+    MOE__(u_scales16)(out->scale, _mm256_sub_epi16(low, _mm256_set1_epi16(32)),
+                      MOE__(u_f16)(b + 108));
+    MOE__EACH_J MOE__(u_put)(
+        out, j, MOE__(u_less)(MOE__(u_high)(MOE__TWO(32), MOE__ONE(0), 2), 4));
+}
+
+MOE__V void MOE__(u_head)(const uint8_t *b, moe__block *out) {
+    MOE__VI x = MOE__(v_unpack_scales)(MOE__(v_lanes)(MOE__(v_load_128)(b)));
+#if MOE__ISA == 3
+    __m128i scales = _mm512_castsi512_si128(x);
+#else
+    __m128i scales = _mm256_castsi256_si128(x);
+#endif
+    MOE__(u_scales8)(out->scale, _mm256_cvtepu8_epi32(scales), MOE__(u_f16)(b));
+    MOE__(u_scales8)(out->min, _mm256_cvtepu8_epi32(_mm_srli_si128(scales, 8)),
+                     MOE__(u_f16)(b + 2));
+}
+
+MOE__ROW_256(q4_k) {
+    MOE__(u_head)(b, out);
+    MOE__EACH_J MOE__(u_put)(out, j, MOE__FOUR(16));
+}
+
+MOE__ROW_256(q5_k) {
+    MOE__(u_head)(b, out);
+    MOE__EACH_J MOE__(u_put)(out, j, MOE__(u_high)(MOE__FOUR(48), MOE__ONE(16), 4));
+}
+
+MOE__ROW_256(q6_k) {
+    MOE__(u_scales16)(out->scale, _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 192)),
+                      MOE__(u_f16)(b + 208));
+    MOE__EACH_J {
+        __m256i low = MOE__(u_bits)(b + 64 * (j / 4) + 32 * (j % 2), j / 2 % 2 * 4, 15);
+        MOE__(u_put)(out, j, MOE__(u_less)(MOE__(u_high)(low, MOE__TWO(128), 4), 32));
     }
 }
 
-MOE__V void MOE__(v_dequantize_q45_k)(const uint8_t *row, int64_t n, float *out, const int fifth) {
-    const __m128i nibble = _mm_set1_epi8(15), bit4 = _mm_set1_epi8(16);
-    const uint8_t *block = row, *end = row + n / 256 * (fifth ? 176 : 144);
-    for (; block < end; block += fifth ? 176 : 144, out += 256) {
-        float d = moe__f16_to_f32(moe__load_u16(block));
-        float dmin = moe__f16_to_f32(moe__load_u16(block + 2));
-        uint8_t scale[8], min[8];
-        moe__types_scales(block + 4, scale, min);
-        for (int j = 0; j < 8; j += 2) /* sub-blocks j and j + 1, 16 weights of each at once */
-            for (int i = 0; i < 32; i += 16) {
-                const uint8_t *p = block + (fifth ? 48 : 16) + 16 * j + i;
-                __m128i b = MOE__(v_load_128)(p);
-                __m128i low = _mm_and_si128(b, nibble);
-                __m128i high = _mm_and_si128(_mm_srli_epi16(b, 4), nibble);
-                if (fifth) {
-                    __m128i bits = MOE__(v_load_128)(block + 16 + i);
-                    bits = _mm_srl_epi16(bits, _mm_cvtsi32_si128(j));
-                    low = _mm_or_si128(low, _mm_and_si128(_mm_slli_epi16(bits, 4), bit4));
-                    high = _mm_or_si128(high, _mm_and_si128(_mm_slli_epi16(bits, 3), bit4));
-                }
-                float *to = out + 32 * j + i;
-                MOE__(v_store_levels)(to, low, d * (float)scale[j], dmin * (float)min[j]);
-                MOE__(v_store_levels)(to + 32, high, d * (float)scale[j + 1],
-                                      dmin * (float)min[j + 1]);
-            }
+MOE__ROW_256(tq1_0) { /* q * 3^i modulo 256; the digit is 3 q / 256: two comparisons */
+    __m256i digits[8], x = MOE__(v_load_256)(b);
+    MOE__UNROLL(5)
+    for (int j = 0; j < 5; j++, x = _mm256_add_epi8(x, _mm256_add_epi8(x, x))) digits[j] = x;
+    const __m256i pair = _mm256_setr_epi64x(0x0001000100010001, 0x0001000100010001,
+                                            0x0003000300030003, 0x0003000300030003);
+    const __m128i power = _mm_setr_epi32(1, 3, 9, 27);
+    __m256i low = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 32)), byte = _mm256_set1_epi16(255);
+    __m256i even = _mm256_mullo_epi16(_mm256_and_si256(low, byte), pair);
+    __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(low, 8), pair);
+    x = _mm256_or_si256(_mm256_and_si256(even, byte), _mm256_slli_epi16(odd, 8));
+    digits[5] = x; /* bytes 32-47, times 1 and 3 */
+    MOE__UNROLL(4)
+    for (int i = 0; i < 4; i++) {
+        x = _mm256_add_epi8(x, _mm256_add_epi8(x, x));
+        if (i == 1) digits[6] = x;
+        if (i == 3) digits[7] = x;
+    }
+    __m128i last = _mm_set1_epi32((int)moe__load_u32(b + 48)), mask = _mm_set1_epi16(255);
+    __m128i p = _mm_or_si128(power, _mm_slli_epi32(power, 16));
+    __m128i a = _mm_and_si128(_mm_mullo_epi16(_mm_and_si128(last, mask), p), mask);
+    __m128i c = _mm_slli_epi16(_mm_mullo_epi16(_mm_srli_epi16(last, 8), p), 8);
+    digits[7] = _mm256_inserti128_si256(digits[7], _mm_or_si128(a, c), 1);
+    MOE__EACH_J {
+        const __m256i one = _mm256_set1_epi8(86), two = _mm256_set1_epi8((char)171);
+        __m256i y = _mm256_add_epi8(
+            _mm256_cmpeq_epi8(_mm256_max_epu8(digits[j], one), digits[j]),
+            _mm256_cmpeq_epi8(_mm256_max_epu8(digits[j], two), digits[j]));
+        MOE__(u_put)(out, j, _mm256_sub_epi8(_mm256_set1_epi8(-1), y));
+        MOE__(u_scale)(out, j, MOE__(u_f16)(b + 52));
     }
 }
 
-MOE__K void MOE__(dequantize_q4_k)(const uint8_t *row, int64_t n, float *out) {
-    MOE__(v_dequantize_q45_k)(row, n, out, 0);
+MOE__ROW_256(tq2_0) {
+    MOE__EACH_J {
+        MOE__(u_put)(out, j, MOE__(u_less)(MOE__TWO(0), 1));
+        MOE__(u_scale)(out, j, MOE__(u_f16)(b + 64));
+    }
 }
 
-MOE__K void MOE__(dequantize_q5_k)(const uint8_t *row, int64_t n, float *out) {
-    MOE__(v_dequantize_q45_k)(row, n, out, 1);
+MOE__ROW_256(iq4_xs) {
+    __m256i scales = MOE__(u_join32)(MOE__(u_nibbles4)(b + 4, 1),
+                                     MOE__(u_fields8)(moe__load_u16(b + 2), 2, 3), 4, 32);
+    MOE__(u_scales8)(out->scale, scales, MOE__(u_f16)(b));
+    MOE__EACH_J MOE__(u_put)(
+        out, j, MOE__(u_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 8 + 16 * j), 1));
 }
 
-MOE__K void MOE__(dequantize_q6_k)(const uint8_t *row, int64_t n, float *out) {
-    const __m128i nibble = _mm_set1_epi8(15), bits45 = _mm_set1_epi8(0x30);
-    const __m128i offset = _mm_set1_epi8(32);
-    for (; n > 0; n -= 256, row += 210)
-        for (int half = 0; half < 2; half++, out += 128) {
-            float d = moe__f16_to_f32(moe__load_u16(row + 208));
-            for (int i = 0; i < 64; i += 16) {
-                const int8_t *scale = (const int8_t *)row + 192 + 8 * half + i / 16;
-                const uint8_t *p = row + 64 * half + i, *bits_at = row + 128 + 32 * half + i % 32;
-                __m128i b = MOE__(v_load_128)(p);
-                __m128i bits = MOE__(v_load_128)(bits_at);
-                __m128i low = _mm_and_si128(b, nibble);
-                __m128i high = _mm_and_si128(_mm_srli_epi16(b, 4), nibble);
-                bits = _mm_srl_epi16(bits, _mm_cvtsi32_si128(i / 32 * 2));
-                low = _mm_or_si128(low, _mm_and_si128(_mm_slli_epi16(bits, 4), bits45));
-                high = _mm_or_si128(high, _mm_and_si128(bits, bits45));
-                MOE__(v_store_levels)(out + i, _mm_sub_epi8(low, offset), d * scale[0], 0);
-                MOE__(v_store_levels)(out + 64 + i, _mm_sub_epi8(high, offset), d * scale[4], 0);
-            }
+MOE__ROW_256(iq2_k) {
+    __m256i scales = _mm256_sub_epi16(MOE__(u_nibbles8)(b + 4, 1), _mm256_set1_epi16(8));
+    const int extra = moe__load_u16(b + 2);
+    MOE__(u_scales16)(out->scale, scales, MOE__(u_f16)(b));
+    MOE__EACH_J MOE__(u_put)(out, j, MOE__(u_shift16)(MOE__(u_lookup_k2)(MOE__TWO(12)),
+                                                      extra >> 2 * j, MOE__SHIFT_K2));
+}
+
+/* 16 int16, negative where the bit is set */
+MOE__V __m256i MOE__(u_negate16)(__m256i x, int bits) {
+    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
+                                          8192, 16384, (short)-32768);
+    __m256i on = _mm256_cmpeq_epi16(
+        _mm256_and_si256(_mm256_set1_epi16((short)bits), bit), bit);
+    return _mm256_sub_epi16(_mm256_xor_si256(x, on), on);
+}
+
+MOE__ROW_256(iq3_k) {
+    __m256i scales = MOE__(u_nibbles8)(b + 6, 1);
+    const int extra = moe__load_u16(b + 2);
+    scales = _mm256_add_epi16(_mm256_add_epi16(scales, scales), _mm256_set1_epi16(1));
+    MOE__(u_scales16)(out->scale, MOE__(u_negate16)(scales, moe__load_u16(b + 4)),
+                      MOE__(u_f16)(b));
+    MOE__EACH_J {
+        __m256i x = MOE__(u_high)(MOE__TWO(14), MOE__ONE(78), 2);
+        MOE__(u_put)(out, j, MOE__(u_shift16)(MOE__(u_lookup_k3)(x), extra >> 2 * j,
+                                              MOE__SHIFT_K3));
+    }
+}
+
+/* As moe__types_scales6. Bits 2 k of 32 bits are moved to bits 6 and 7 of a byte by a product. */
+MOE__V void MOE__(u_scales6)(const uint8_t *b, float d, moe__block *out) {
+    const __m128i byte = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
+    __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(b)), byte);
+    __m256i high = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(bytes), factor);
+    high = _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
+    high = _mm256_or_si256(high, MOE__(u_nibbles8)(b + 4, 1));
+    MOE__(u_scales16)(out->scale, _mm256_sub_epi16(high, _mm256_set1_epi16(32)), d);
+}
+
+MOE__ROW_256(iq4_k) {
+    const int extra = moe__load_u16(b + 2);
+    MOE__(u_scales6)(b + 4, MOE__(u_f16)(b), out);
+    MOE__EACH_J {
+        __m256i x = MOE__(u_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 16 + 16 * j), 1);
+        MOE__(u_put)(out, j, MOE__(u_shift16)(x, extra >> 2 * j, MOE__SHIFT_K4));
+    }
+}
+
+MOE__ROW_256(iq5_k) {
+    const int extra = moe__load_u16(b + 2);
+    MOE__(u_scales6)(b + 4, MOE__(u_f16)(b), out);
+    MOE__EACH_J {
+        __m256i x = MOE__(u_high)(MOE__FOUR(16), MOE__ONE(144), 4);
+        x = MOE__(u_lookup)(moe__levels_k5, x, 2);
+        MOE__(u_put)(out, j, MOE__(u_shift16)(x, extra >> 2 * j, MOE__SHIFT_K5));
+    }
+}
+
+MOE__ROW_256(iq6_k) {
+    const int extra = moe__load_u16(b + 2);
+    MOE__(u_scales16)(out->scale, _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 4)),
+                      MOE__(u_f16)(b));
+    MOE__EACH_J {
+        __m256i x = MOE__(u_high)(MOE__FOUR(20), MOE__TWO(148), 4);
+        x = MOE__(u_lookup)(moe__levels_k6, x, 4);
+        MOE__(u_put)(out, j, MOE__(u_shift16)(x, extra >> 2 * j, MOE__SHIFT_K6));
+    }
+}
+
+MOE__ROW_256(iq2_ks) {
+    const int extra = moe__load_u16(b);
+    __m256i high = MOE__(u_fields8)((uint32_t)extra >> 8, 1, 1);
+    MOE__(u_scales8)(out->scale, MOE__(u_join32)(MOE__(u_nibbles4)(b + 2, 1), high, 4, 16), D);
+    MOE__EACH_J MOE__(u_put)(
+        out, j, MOE__(u_shift32)(MOE__(u_lookup_k2)(MOE__TWO(6)), extra >> j, MOE__SHIFT_K2));
+}
+
+MOE__ROW_256(iq3_ks) {
+    const int extra = moe__load_u16(b);
+    __m256i high = MOE__(u_fields8)((uint32_t)extra, 1, 1);
+    MOE__(u_scales8)(out->scale, MOE__(u_join32)(MOE__(u_nibbles4)(b + 2, 0), high, 4, 16), D);
+    MOE__EACH_J {
+        __m256i x = MOE__(u_high)(MOE__TWO(6), MOE__ONE(70), 2);
+        MOE__(u_put)(out, j, MOE__(u_shift32)(MOE__(u_lookup_k3)(x), extra >> (8 + j),
+                                              MOE__SHIFT_K3));
+    }
+}
+
+/* Eight scales whose lowest bit is not part of them */
+MOE__V void MOE__(u_scales_ks)(const uint8_t *b, float D, moe__block *out) {
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)b));
+    x = _mm256_and_si256(x, _mm256_set1_epi32(254));
+    MOE__(u_scales8)(out->scale, _mm256_sub_epi32(x, _mm256_set1_epi32(127)), D);
+}
+
+MOE__ROW_256(iq4_ks) {
+    MOE__(u_scales_ks)(b, D, out);
+    MOE__EACH_J {
+        __m256i x = MOE__(u_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 8 + 16 * j), 1);
+        MOE__(u_put)(out, j, MOE__(u_shift32)(x, b[j], MOE__SHIFT_K4));
+    }
+}
+
+MOE__ROW_256(iq5_ks) {
+    MOE__(u_scales_ks)(b, D, out);
+    MOE__EACH_J {
+        __m256i x = MOE__(u_high)(MOE__FOUR(8), MOE__ONE(136), 4);
+        x = MOE__(u_lookup)(moe__levels_k5, x, 2);
+        MOE__(u_put)(out, j, MOE__(u_shift32)(x, b[j], MOE__SHIFT_K5));
+    }
+}
+
+MOE__ROW_256(iq2_kl) {
+    __m256i scales = MOE__(u_join32)(MOE__(u_nibbles4)(b + 2, 0),
+                                     MOE__(u_fields8)(moe__load_u16(b), 2, 3), 4, 32);
+    MOE__(u_scales8)(out->scale, scales, D);
+    MOE__EACH_J {
+        const __m128i low = _mm_set1_epi8(15), one = _mm_set1_epi8(1);
+        __m128i x = _mm_srli_epi16(MOE__(v_load_128)(b + 6 + 16 * (j / 2)), 4 * (j % 2));
+        __m128i high = _mm_srli_epi16(MOE__(v_load_128)(b + 70), j);
+        high = _mm_slli_epi16(_mm_and_si128(high, one), 4);
+        __m256i index = _mm256_castsi128_si256(_mm_or_si128(_mm_and_si128(x, low), high));
+        __m128i y = _mm256_castsi256_si128(MOE__(u_lookup)(moe__levels_kl[0], index, 2));
+        __m128i z = _mm256_castsi256_si128(MOE__(u_lookup)(moe__levels_kl[1], index, 2));
+        __m256i both = _mm256_castsi128_si256(_mm_unpacklo_epi8(y, z));
+        MOE__(u_put)(out, j, _mm256_inserti128_si256(both, _mm_unpackhi_epi8(y, z), 1));
+    }
+}
+
+/* ---- unpacking: code books */
+
+/* Entries of a book side by side, then their signs */
+MOE__V __m256i MOE__(u_book8)(const uint64_t *book, unsigned a, unsigned b, unsigned c,
+                              unsigned d) {
+    return _mm256_set_epi64x((int64_t)book[d], (int64_t)book[c], (int64_t)book[b],
+                             (int64_t)book[a]);
+}
+MOE__V __m256i MOE__(u_signs)(__m256i x, uint32_t signs) {
+    const __m256i on = MOE__(u_mask)(signs);
+    return _mm256_sub_epi8(_mm256_xor_si256(x, on), on);
+}
+/* Four 7-bit signs of a word */
+MOE__V uint32_t MOE__(u_signs7)(const moe__books *books, uint32_t word) {
+    const uint8_t *s = books->signs;
+    return s[word & 127] | (uint32_t)s[word >> 7 & 127] << 8 | (uint32_t)s[word >> 14 & 127] << 16 |
+           (uint32_t)s[word >> 21 & 127] << 24;
+}
+
+MOE__ROW_256(iq2_xxs) {
+    const moe__books *books = moe__books_get();
+    const float d = MOE__(u_f16)(b) * 0.25f;
+    for (int j = 0; j < 8; j++) {
+        const uint8_t *p = b + 2 + 8 * j;
+        const uint32_t word = moe__load_u32(p + 4);
+        __m256i x = MOE__(u_book8)(books->iq2xxs, p[0], p[1], p[2], p[3]);
+        MOE__(u_put)(out, j, MOE__(u_signs)(x, MOE__(u_signs7)(books, word)));
+        MOE__(u_scale)(out, j, d * (0.5f + (float)(word >> 28)));
+    }
+}
+
+/* Scales d * (0.5 + nibble) / 4 */
+MOE__V void MOE__(u_scales_iq2)(const uint8_t *b, float d, moe__block *out) {
+    __m256i x = MOE__(u_nibbles8)(b, 1);
+    x = _mm256_add_epi16(_mm256_add_epi16(x, x), _mm256_set1_epi16(1));
+    MOE__(u_scales16)(out->scale, x, d * 0.125f);
+}
+
+MOE__ROW_256(iq2_xs) {
+    const moe__books *books = moe__books_get();
+    MOE__(u_scales_iq2)(b + 66, MOE__(u_f16)(b), out);
+    for (int j = 0; j < 8; j++) {
+        const uint64_t x = moe__load_u64(b + 2 + 8 * j);
+        const uint8_t *s = books->signs;
+        uint32_t signs = s[x >> 9 & 127] | (uint32_t)s[x >> 25 & 127] << 8 |
+                         (uint32_t)s[x >> 41 & 127] << 16 | (uint32_t)s[x >> 57] << 24;
+        MOE__(u_put)(out, j, MOE__(u_signs)(
+            MOE__(u_book8)(books->iq2xs, x & 511, x >> 16 & 511, x >> 32 & 511, x >> 48 & 511),
+            signs));
+    }
+}
+
+MOE__ROW_256(iq2_s) {
+    const moe__books *books = moe__books_get();
+    MOE__(u_scales_iq2)(b + 74, MOE__(u_f16)(b), out);
+    for (int j = 0; j < 8; j++) {
+        const uint8_t *p = b + 2 + 4 * j;
+        const unsigned h = b[66 + j];
+        __m256i x = MOE__(u_book8)(books->iq2s, p[0] | (h & 3) << 8, p[1] | (h & 12) << 6,
+                                   p[2] | (h & 48) << 4, p[3] | (h & 192) << 2);
+        MOE__(u_put)(out, j, MOE__(u_signs)(x, moe__load_u32(b + 34 + 4 * j)));
+    }
+}
+
+MOE__ROW_256(iq3_xxs) {
+    const moe__books *books = moe__books_get();
+    const float d = MOE__(u_f16)(b) * 0.5f;
+    for (int j = 0; j < 8; j++) {
+        const uint8_t *p = b + 2 + 8 * j;
+        const uint32_t *book = books->iq3xxs, word = moe__load_u32(b + 66 + 4 * j);
+        __m256i x = _mm256_setr_epi32((int)book[p[0]], (int)book[p[1]], (int)book[p[2]],
+                                      (int)book[p[3]], (int)book[p[4]], (int)book[p[5]],
+                                      (int)book[p[6]], (int)book[p[7]]);
+        MOE__(u_put)(out, j, MOE__(u_signs)(x, MOE__(u_signs7)(books, word)));
+        MOE__(u_scale)(out, j, d * (0.5f + (float)(word >> 28)));
+    }
+}
+
+MOE__ROW_256(iq3_s) {
+    const moe__books *books = moe__books_get();
+    __m256i scales = MOE__(u_nibbles4)(b + 106, 1);
+    scales = _mm256_add_epi32(_mm256_add_epi32(scales, scales), _mm256_set1_epi32(1));
+    MOE__(u_scales8)(out->scale, scales, MOE__(u_f16)(b));
+    for (int j = 0; j < 8; j++) {
+        const uint8_t *p = b + 2 + 8 * j;
+        const uint32_t *book = books->iq3s;
+        const unsigned h = b[66 + j];
+#define MOE__ENTRY(i) (int)book[p[i] | (h >> i & 1) << 8]
+        __m256i x = _mm256_setr_epi32(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),
+                                      MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7));
+#undef MOE__ENTRY
+        MOE__(u_put)(out, j, MOE__(u_signs)(x, moe__load_u32(b + 74 + 4 * j)));
+    }
+}
+
+MOE__ROW_256(iq1_s) {
+    const moe__books *books = moe__books_get();
+    const float d = MOE__(u_f16)(b) * 0.125f;
+    for (int j = 0; j < 8; j++) {
+        const uint8_t *p = b + 2 + 4 * j;
+        const unsigned h = moe__load_u16(b + 34 + 2 * j);
+        __m256i x = MOE__(u_book8)(books->iq1s, p[0] | (h & 7) << 8, p[1] | (h >> 3 & 7) << 8,
+                                   p[2] | (h >> 6 & 7) << 8, p[3] | (h >> 9 & 7) << 8);
+        MOE__(u_put)(out, j, _mm256_add_epi8(x, _mm256_set1_epi8(h & 0x8000 ? -1 : 1)));
+        MOE__(u_scale)(out, j, d * (float)(2 * (h >> 12 & 7) + 1));
+    }
+}
+
+MOE__ROW_256(iq1_m) {
+    const moe__books *books = moe__books_get();
+    const float d = moe__types_iq1_m_d(b + 48) * 0.125f;
+    for (int j = 0; j < 8; j++) {
+        const uint8_t *p = b + 4 * j;
+        const unsigned h = moe__load_u16(b + 32 + 2 * j); /* four nibbles */
+        const unsigned scale = (unsigned)moe__load_u16(b + 48 + 2 * (j / 2)) >> 6 * (j % 2);
+        const uint64_t ones = 0x0101010101010101, minus = ~(uint64_t)0;
+        __m256i x = MOE__(u_book8)(books->iq1s, p[0] | (h & 7) << 8, p[1] | (h >> 4 & 7) << 8,
+                                   p[2] | (h >> 8 & 7) << 8, p[3] | (h >> 12 & 7) << 8);
+        __m256i shift = _mm256_set_epi64x(
+            (int64_t)(h & 0x8000 ? minus : ones), (int64_t)(h & 0x800 ? minus : ones),
+            (int64_t)(h & 0x80 ? minus : ones), (int64_t)(h & 8 ? minus : ones));
+        MOE__(u_put)(out, j, _mm256_add_epi8(x, shift));
+        out->scale[2 * j] = d * (float)(2 * (scale & 7) + 1);
+        out->scale[2 * j + 1] = d * (float)(2 * (scale >> 3 & 7) + 1);
+    }
+}
+
+/* ---- unpacking: interleaved rows */
+
+#define MOE__GROUP_TYPE(name)                                                               \
+    MOE__K void MOE__(unpack_##name)(const uint8_t *const *w, int rows, int n,               \
+                                     const float *D, moe__block *out)
+
+/* In lane h of x[t] dword k is the four t of row k, in half h of its 32 weights: four 4 x 4 */
+/* matrices of dwords are turned. */
+typedef struct MOE__(fours) {
+    __m256i t[4];
+} MOE__(fours);
+
+MOE__V MOE__(fours) MOE__(u_turn)(MOE__(fours) x) {
+    __m256i a = _mm256_unpacklo_epi32(x.t[0], x.t[1]), b = _mm256_unpacklo_epi32(x.t[2], x.t[3]);
+    __m256i c = _mm256_unpackhi_epi32(x.t[0], x.t[1]), d = _mm256_unpackhi_epi32(x.t[2], x.t[3]);
+    x.t[0] = _mm256_unpacklo_epi64(a, b), x.t[1] = _mm256_unpackhi_epi64(a, b);
+    x.t[2] = _mm256_unpacklo_epi64(c, d), x.t[3] = _mm256_unpackhi_epi64(c, d);
+    return x;
+}
+MOE__V void MOE__(u_put_rows)(moe__block *out, int j, MOE__(fours) x) {
+    x = MOE__(u_turn)(x);
+    MOE__UNROLL(4) for (int k = 0; k < 4; k++) MOE__(u_put)(out + k, j, x.t[k]);
+}
+/* Nibbles, pairs of bits and single bits of 32 weights of four rows, as moe__types_*_r4 */
+MOE__V MOE__(fours) MOE__(u_nibbles_r4)(const uint8_t *p) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    __m256i a = MOE__(v_load_256)(p), b = MOE__(v_load_256)(p + 32);
+    MOE__(fours) x;
+    x.t[0] = _mm256_and_si256(a, nibble), x.t[1] = _mm256_and_si256(b, nibble);
+    x.t[2] = _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble);
+    x.t[3] = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
+    return x;
+}
+MOE__V MOE__(fours) MOE__(u_fields_r4)(__m256i bits, const int b, const int c, const int mask) {
+    const __m256i m = _mm256_set1_epi8((char)mask);
+    MOE__(fours) x;
+    MOE__UNROLL(4)
+    for (int t = 0; t < 4; t++)
+        x.t[t] = _mm256_and_si256(_mm256_srli_epi16(bits, b * (t % 2) + c * (t / 2)), m);
+    return x;
+}
+MOE__V MOE__(fours) MOE__(u_two_r4)(const uint8_t *p) {
+    return MOE__(u_fields_r4)(MOE__(v_load_256)(p), 2, 4, 3);
+}
+MOE__V MOE__(fours) MOE__(u_one_r4)(const uint8_t *p, const int a, const int b, const int c) {
+    __m256i bits = _mm256_broadcastsi128_si256(MOE__(v_load_128)(p));
+    return MOE__(u_fields_r4)(_mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, a, a)), b, c, 1);
+}
+#define MOE__EACH_T(x, expression)                                             \
+    MOE__UNROLL(4) for (int t = 0; t < 4; t++) x.t[t] = expression;
+MOE__V MOE__(fours) MOE__(u_high_r4)(MOE__(fours) x, MOE__(fours) high, const int shift) {
+    MOE__EACH_T(x, MOE__(u_high)(x.t[t], high.t[t], shift))
+    return x;
+}
+MOE__V MOE__(fours) MOE__(u_less_r4)(MOE__(fours) x, const int offset) {
+    MOE__EACH_T(x, MOE__(u_less)(x.t[t], offset))
+    return x;
+}
+/* Adds `shift` where the bit under `bit` of a byte is set: byte 4 h + k for half h of row k */
+MOE__V MOE__(fours) MOE__(u_shift_r4)(MOE__(fours) x, uint64_t bytes, int bit, const int shift) {
+    const __m256i at = _mm256_setr_epi64x(0x0101010100000000, 0x0303030302020202,
+                                          0x0505050504040404, 0x0707070706060606);
+    const __m256i mask = _mm256_set1_epi8((char)(1 << bit));
+    __m256i on = _mm256_shuffle_epi8(_mm256_set1_epi64x((int64_t)bytes), at);
+    on = _mm256_cmpeq_epi8(_mm256_and_si256(on, mask), mask);
+    on = _mm256_and_si256(on, _mm256_set1_epi8((char)shift));
+    MOE__EACH_T(x, _mm256_add_epi8(x.t[t], on))
+    return x;
+}
+#define MOE__LOOKUP_R4(x, table, n) MOE__EACH_T(x, MOE__(u_lookup)(table, x.t[t], n))
+
+/* Byte k of each dword, shifted right and masked, less an offset: scales of row k */
+MOE__V __m256i MOE__(u_row_scales)(__m256i bytes, int k, const int mask, const int offset) {
+    bytes = _mm256_and_si256(_mm256_srl_epi32(bytes, _mm_cvtsi32_si128(8 * k)),
+                             _mm256_set1_epi32(mask));
+    return _mm256_sub_epi32(bytes, _mm256_set1_epi32(offset));
+}
+/* 16 scales of each of 4 rows from 64 bytes, low and high, row fastest */
+MOE__V void MOE__(u_scales_r4)(float *out, __m256i low, __m256i high, int k, const int mask,
+                               const int offset, float d) {
+    const __m256 factor = _mm256_set1_ps(d);
+    low = MOE__(u_row_scales)(low, k, mask, offset);
+    high = MOE__(u_row_scales)(high, k, mask, offset);
+    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), factor));
+    _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), factor));
+}
+/* 64 6-bit numbers, see moe__types_six_r4: 0-31 in t[0], 32-63 in t[1] */
+MOE__V MOE__(fours) MOE__(u_six_r4)(const uint8_t *low, const uint8_t *high) {
+    __m256i a = MOE__(u_bits)(low, 0, 15), b = MOE__(u_bits)(low, 4, 15);
+    __m256i bits = _mm256_broadcastsi128_si256(MOE__(v_load_128)(high));
+    const __m256i mask = _mm256_set1_epi8(3);
+    __m256i c = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2));
+    __m256i d = _mm256_srli_epi16(c, 4);
+    MOE__(fours) x;
+    x.t[0] = MOE__(u_high)(a, _mm256_and_si256(c, mask), 4);
+    x.t[1] = MOE__(u_high)(b, _mm256_and_si256(d, mask), 4);
+    x.t[2] = x.t[3] = x.t[1];
+    return x;
+}
+
+/* Fours of eight rows: x[t] holds four t of the first 16 weights, y[t] of the others */
+MOE__V void MOE__(u_put_rows8)(moe__block *out, int j, MOE__(fours) x, MOE__(fours) y) {
+    x = MOE__(u_turn)(x), y = MOE__(u_turn)(y);
+    MOE__UNROLL(4)
+    for (int k = 0; k < 4; k++) {
+        MOE__(u_put)(out + k, j, _mm256_permute2x128_si256(x.t[k], y.t[k], 0x20));
+        MOE__(u_put)(out + k + 4, j, _mm256_permute2x128_si256(x.t[k], y.t[k], 0x31));
+    }
+}
+
+#define MOE__GROUP_BLOCKS(name, group, size, scale)                                             \
+    MOE__V void MOE__(u_block_##name)(const uint8_t *b, int j, moe__block *out);               \
+    MOE__GROUP_TYPE(name) {                                                                    \
+        const uint8_t *b = w[0];                                                               \
+        (void)D, (void)rows;                                                                   \
+        for (int j = 0; j < n / 32; j++, b += group * size) {                                  \
+            for (int k = 0; k < group; k++) MOE__(u_scale)(out + k, j, scale);                 \
+            MOE__(u_block_##name)(b, j, out);                                                  \
+        }                                                                                      \
+    }                                                                                          \
+    MOE__V void MOE__(u_block_##name)(const uint8_t *b, int j, moe__block *out)
+
+MOE__GROUP_BLOCKS(q4_0_r8, 8, 18, MOE__(u_f16)(b + 2 * k)) {
+    MOE__(fours) x, y;
+    MOE__EACH_T(x, MOE__(u_less)(MOE__(u_bits)(b + 16 + 32 * t, 0, 15), 8))
+    MOE__EACH_T(y, MOE__(u_less)(MOE__(u_bits)(b + 16 + 32 * t, 4, 15), 8))
+    MOE__(u_put_rows8)(out, j, x, y);
+}
+MOE__GROUP_BLOCKS(mxfp4_r8, 8, 17, moe__types_e8m0(b[k])) {
+    MOE__(fours) x, y;
+    MOE__EACH_T(x, MOE__(u_lookup)(moe__levels_fp4, MOE__(u_bits)(b + 8 + 32 * t, 0, 15), 1))
+    MOE__EACH_T(y, MOE__(u_lookup)(moe__levels_fp4, MOE__(u_bits)(b + 8 + 32 * t, 4, 15), 1))
+    MOE__(u_put_rows8)(out, j, x, y);
+}
+MOE__GROUP_BLOCKS(q8_0_r8, 8, 34, MOE__(u_f16)(b + 2 * k)) {
+    MOE__(fours) x, y;
+    MOE__EACH_T(x, MOE__(v_load_256)(b + 16 + 32 * t))
+    MOE__EACH_T(y, MOE__(v_load_256)(b + 144 + 32 * t))
+    MOE__(u_put_rows8)(out, j, x, y);
+}
+MOE__GROUP_BLOCKS(iq4_nl_r4, 4, 18, MOE__(u_f16)(b + 2 * k)) {
+    MOE__(fours) x = MOE__(u_nibbles_r4)(b + 8);
+    MOE__LOOKUP_R4(x, moe__levels_k4, 1)
+    MOE__(u_put_rows)(out, j, x);
+}
+MOE__GROUP_BLOCKS(q5_0_r4, 4, 22, MOE__(u_f16)(b + 2 * k)) {
+    MOE__(fours) x = MOE__(u_nibbles_r4)(b + 24);
+    x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 8, 1, 2, 4), 4);
+    MOE__(u_put_rows)(out, j, MOE__(u_less_r4)(x, 16));
+}
+
+/* 256 weights of four (eight) rows; k counts the rows. */
+#define MOE__GROUP_256(name)                                                                  \
+    MOE__V void MOE__(u_256_##name)(const uint8_t *b, const float *D, moe__block *out);       \
+    MOE__GROUP_TYPE(name) { (void)rows, (void)n, MOE__(u_256_##name)(w[0], D, out); }         \
+    MOE__V void MOE__(u_256_##name)(const uint8_t *b, const float *D __attribute__((unused)), \
+                                    moe__block *out)
+#define MOE__EACH_K for (int k = 0; k < 4; k++)
+#define MOE__D(at) MOE__(u_f16)(b + at + 2 * k)
+
+MOE__GROUP_256(q2_k_r4) {
+    const __m256i low = MOE__(v_load_256)(b + 16), high = MOE__(v_load_256)(b + 48);
+    MOE__EACH_K {
+        MOE__(u_scales_r4)(out[k].scale, low, high, k, 15, 0, MOE__D(0));
+        MOE__(u_scales_r4)(out[k].min, _mm256_srli_epi32(low, 4), _mm256_srli_epi32(high, 4), k,
+                           15, 0, MOE__D(8));
+    }
+    MOE__EACH_J MOE__(u_put_rows)(out, j, MOE__(u_two_r4)(b + 80 + 32 * j));
+}
+
+MOE__GROUP_256(q3_k_r4) {
+    const MOE__(fours) s = MOE__(u_six_r4)(b + 24, b + 8);
+    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, s.t[0], s.t[1], k, 255, 32, MOE__D(0));
+    MOE__EACH_J {
+        MOE__(fours) x = MOE__(u_two_r4)(b + 184 + 32 * j);
+        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 56 + 16 * j, 4, 1, 2), 2);
+        MOE__(u_put_rows)(out, j, MOE__(u_less_r4)(x, 4));
+    }
+}
+
+/* Numbers s = 4 j + k: low nibbles are scales, high ones mins; two more bits of each */
+MOE__V void MOE__(u_head_r4)(const uint8_t *b, moe__block *out) {
+    __m256i bytes = MOE__(v_load_256)(b + 32), three = _mm256_set1_epi8(48);
+    __m256i high = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 16));
+    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
+    __m256i scales = _mm256_and_si256(bytes, _mm256_set1_epi8(15));
+    __m256i mins = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
+    scales = _mm256_or_si256(scales, _mm256_and_si256(_mm256_slli_epi16(high, 4), three));
+    mins = _mm256_or_si256(mins, _mm256_and_si256(_mm256_slli_epi16(high, 2), three));
+    MOE__EACH_K {
+        MOE__(u_scales8)(out[k].scale, MOE__(u_row_scales)(scales, k, 255, 0), MOE__D(0));
+        MOE__(u_scales8)(out[k].min, MOE__(u_row_scales)(mins, k, 255, 0), MOE__D(8));
+    }
+}
+
+MOE__GROUP_256(q4_k_r4) {
+    MOE__(u_head_r4)(b, out);
+    MOE__EACH_J MOE__(u_put_rows)(out, j, MOE__(u_nibbles_r4)(b + 64 + 64 * j));
+}
+
+MOE__GROUP_256(q5_k_r4) {
+    MOE__(u_head_r4)(b, out);
+    MOE__EACH_J {
+        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 192 + 64 * j);
+        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 64 + 16 * j, 4, 2, 1), 4);
+        MOE__(u_put_rows)(out, j, x);
+    }
+}
+
+MOE__GROUP_256(q6_k_r4) {
+    const __m256i sign = _mm256_set1_epi8(-128); /* int8 + 128 are unsigned bytes */
+    const __m256i low = _mm256_xor_si256(MOE__(v_load_256)(b + 8), sign);
+    const __m256i high = _mm256_xor_si256(MOE__(v_load_256)(b + 40), sign);
+    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, low, high, k, 255, 128, MOE__D(0));
+    MOE__EACH_J {
+        __m256i bits = MOE__(v_load_256)(b + 72 + 32 * j);
+        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 328 + 64 * j);
+        x = MOE__(u_high_r4)(x, MOE__(u_fields_r4)(bits, 4, 2, 3), 4);
+        MOE__(u_put_rows)(out, j, MOE__(u_less_r4)(x, 32));
+    }
+}
+
+MOE__GROUP_256(iq2_k_r4) {
+    const __m256i low = MOE__(u_bits)(b + 16, 0, 15), high = MOE__(u_bits)(b + 16, 4, 15);
+    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, low, high, k, 255, 8, MOE__D(0));
+    MOE__EACH_J {
+        MOE__(fours) x = MOE__(u_two_r4)(b + 48 + 32 * j);
+        MOE__EACH_T(x, MOE__(u_lookup_k2)(x.t[t]))
+        MOE__(u_put_rows)(out, j, MOE__(u_shift_r4)(x, moe__load_u64(b + 8), j, MOE__SHIFT_K2));
+    }
+}
+
+MOE__GROUP_256(iq3_k_r4) {
+    /* Scales 2 s + 1, negative where bit s / 8 of byte s % 8 is set: up to 31, made unsigned */
+    __m256i low = MOE__(u_bits)(b + 24, 0, 15), high = MOE__(u_bits)(b + 24, 4, 15);
+    const __m256i one = _mm256_set1_epi8(1), offset = _mm256_set1_epi8(31);
+    const __m256i bit = _mm256_setr_epi64x(0x0101010101010101, 0x0202020202020202,
+                                           0x0404040404040404, 0x0808080808080808);
+    __m256i signs = _mm256_set1_epi64x((int64_t)moe__load_u64(b + 16));
+    __m256i on = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
+    low = _mm256_add_epi8(_mm256_add_epi8(low, low), one);
+    low = _mm256_add_epi8(_mm256_sub_epi8(_mm256_xor_si256(low, on), on), offset);
+    signs = _mm256_srli_epi16(signs, 4);
+    on = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
+    high = _mm256_add_epi8(_mm256_add_epi8(high, high), one);
+    high = _mm256_add_epi8(_mm256_sub_epi8(_mm256_xor_si256(high, on), on), offset);
+    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, low, high, k, 255, 31, MOE__D(0));
+    MOE__EACH_J {
+        MOE__(fours) x = MOE__(u_two_r4)(b + 56 + 32 * j);
+        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 312 + 16 * j, 4, 1, 2), 2);
+        MOE__EACH_T(x, MOE__(u_lookup_k3)(x.t[t]))
+        MOE__(u_put_rows)(out, j, MOE__(u_shift_r4)(x, moe__load_u64(b + 8), j, MOE__SHIFT_K3));
+    }
+}
+
+MOE__GROUP_256(iq4_k_r4) {
+    const MOE__(fours) s = MOE__(u_six_r4)(b + 32, b + 16);
+    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, s.t[0], s.t[1], k, 255, 32, MOE__D(0));
+    MOE__EACH_J {
+        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 64 + 64 * j);
+        MOE__LOOKUP_R4(x, moe__levels_k4, 1)
+        MOE__(u_put_rows)(out, j, MOE__(u_shift_r4)(x, moe__load_u64(b + 8), j, MOE__SHIFT_K4));
+    }
+}
+
+MOE__GROUP_256(iq5_k_r4) {
+    const MOE__(fours) s = MOE__(u_six_r4)(b + 32, b + 16);
+    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, s.t[0], s.t[1], k, 255, 32, MOE__D(0));
+    MOE__EACH_J {
+        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 64 + 64 * j);
+        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 576 + 16 * j, 2, 4, 1), 4);
+        MOE__LOOKUP_R4(x, moe__levels_k5, 2)
+        MOE__(u_put_rows)(out, j, MOE__(u_shift_r4)(x, moe__load_u64(b + 8), j, MOE__SHIFT_K5));
+    }
+}
+
+/* 8 scales of 4 rows whose lowest bit is not part of them; that bit of each, for both halves */
+MOE__V void MOE__(u_scales_ks_r4)(const uint8_t *b, const float *D, moe__block *out) {
+    const __m256i bytes = MOE__(v_load_256)(b);
+    MOE__EACH_K MOE__(u_scales8)(out[k].scale, MOE__(u_row_scales)(bytes, k, 254, 127), D[k]);
+}
+MOE__V MOE__(fours) MOE__(u_shift_ks_r4)(MOE__(fours) x, const uint8_t *b, const int shift) {
+    const uint64_t bytes = moe__load_u32(b);
+    return MOE__(u_shift_r4)(x, bytes | bytes << 32, 0, shift);
+}
+
+MOE__GROUP_256(iq4_ks_r4) {
+    MOE__(u_scales_ks_r4)(b, D, out);
+    MOE__EACH_J {
+        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 32 + 64 * j);
+        MOE__LOOKUP_R4(x, moe__levels_k4, 1)
+        MOE__(u_put_rows)(out, j, MOE__(u_shift_ks_r4)(x, b + 4 * j, MOE__SHIFT_K4));
+    }
+}
+
+MOE__GROUP_256(iq5_ks_r4) {
+    MOE__(u_scales_ks_r4)(b, D, out);
+    MOE__EACH_J {
+        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 32 + 64 * j);
+        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 544 + 16 * j, 2, 4, 1), 4);
+        MOE__LOOKUP_R4(x, moe__levels_k5, 2)
+        MOE__(u_put_rows)(out, j, MOE__(u_shift_ks_r4)(x, b + 4 * j, MOE__SHIFT_K5));
+    }
+}
+
+MOE__GROUP_256(iq4_xs_r8) {
+    const MOE__(fours) s = MOE__(u_six_r4)(b + 32, b + 16); /* numbers 8 j + k */
+    uint8_t six[64];
+    _mm256_storeu_si256((__m256i *)(void *)six, s.t[0]);
+    _mm256_storeu_si256((__m256i *)(void *)(six + 32), s.t[1]);
+    for (int k = 0; k < 8; k++)
+        for (int j = 0; j < 8; j++)
+            MOE__(u_scale)(out + k, j, MOE__D(0) * (float)(six[8 * j + k] - 32));
+    MOE__EACH_J {
+        const uint8_t *p = b + 64 + 128 * j;
+        MOE__(fours) x, y;
+        MOE__EACH_T(x, MOE__(u_bits)(p + 32 * (t / 2), t % 2 * 4, 15))
+        MOE__EACH_T(y, MOE__(u_bits)(p + 64 + 32 * (t / 2), t % 2 * 4, 15))
+        MOE__LOOKUP_R4(x, moe__levels_k4, 1)
+        MOE__LOOKUP_R4(y, moe__levels_k4, 1)
+        MOE__(u_put_rows8)(out, j, x, y);
+    }
+}
+
+/* Row types, as functions of several rows */
+#define MOE__UNPACK_1(name)                                                                    \
+    MOE__K void MOE__(unpack_##name)(const uint8_t *const *w, int rows, int n, const float *D, \
+                                     moe__block *out) {                                        \
+        for (int r = 0; r < rows; r++) MOE__(u_row_##name)(w[r], n, D[r], out + r);            \
+    }
+#define MOE__UNPACK_4(name)
+#define MOE__UNPACK_8(name)
+#define MOE__UNPACK_ROWS(NAME, name, block, bytes, act, rows, ...) MOE__UNPACK_##rows(name)
+MOE__BLOCK_TYPES(MOE__UNPACK_ROWS)
+
+#undef MOE__ROW_TYPE
+#undef MOE__ROW_BLOCKS_MIN
+#undef MOE__ROW_BLOCKS
+#undef MOE__EACH_J
+#undef MOE__TWO
+#undef MOE__FOUR
+#undef MOE__ONE
+#undef MOE__ROW_256
+#undef MOE__GROUP_TYPE
+#undef MOE__EACH_T
+#undef MOE__LOOKUP_R4
+#undef MOE__GROUP_BLOCKS
+#undef MOE__GROUP_256
+#undef MOE__EACH_K
+#undef MOE__D
+#undef MOE__UNPACK_1
+#undef MOE__UNPACK_4
+#undef MOE__UNPACK_8
+#undef MOE__UNPACK_ROWS
+
+/* ---- rows of unpacked blocks ----------------------------------------------------------------- */
+
+/* What most types need: unpack a block of some rows, then multiply, turn or store it. */
+
+typedef struct MOE__(reader) {
+    const moe__type *type;
+    MOE__(unpack_fn) *unpack;
+    const uint8_t *w[4]; /* the next blocks of rows, or of the group in w[0] */
+    float D[MOE__GROUP_ROWS];
+    int rows; /* rows that are read together */
+} MOE__(reader);
+
+/* Reads a whole group, or `want` (1..4) rows; where less are left, the last is read again. */
+MOE__V void MOE__(reader_begin)(MOE__(reader) *reader, const uint8_t *rows, size_t row_size,
+                                int64_t left, int want) {
+    const moe__type *type = reader->type;
+    reader->rows = type->rows > 1 ? type->rows : want;
+    for (int r = 0; r < want; r++, left--) {
+        const moe__group group = moe__group_begin(type, rows);
+        reader->w[r] = group.at;
+        if (type->rows > 1) {
+            memcpy(reader->D, group.scale, sizeof group.scale);
+            return;
         }
+        reader->D[r] = group.scale[0];
+        if (left > 1) rows += row_size;
+    }
 }
+
+/* The next n (at most 256) weights of each row. Scales behind them are 0. */
+MOE__V void MOE__(reader_next)(MOE__(reader) *reader, int n, moe__block *out) {
+    const moe__type *type = reader->type;
+    const size_t size = (size_t)(n / type->block * type->bytes * type->rows);
+    if (n < 256)
+        for (int r = 0; r < reader->rows; r++) memset(out[r].scale, 0, 2 * sizeof out[r].scale);
+    reader->unpack(reader->w, reader->rows, n, reader->D, out);
+    for (int r = 0; r < (type->rows > 1 ? 1 : reader->rows); r++) reader->w[r] += size;
+}
+
+/* Activations of 256 weights. */
+typedef struct MOE__(block_acts) {
+    const int8_t *q;
+    MOE__VI start[256 / MOE__VBYTES]; /* see v_quads */
+    float d[16], sum[16]; /* per 16 weights: their scale, and their sum times the scale */
+} MOE__(block_acts);
+
+/* Sums of four neighbouring products q * a. VNNI: q is made unsigned by adding 128, and `start` is */
+/* -128 times the sum of four a. AVX2: |q| * (a with the sign of q), sums of two at most 32512. */
+MOE__V MOE__VI MOE__(v_quads)(MOE__VI q, MOE__VI a, MOE__VI start) {
+#if MOE__VNNI
+    return MOE__(v_dot_u8)(start, MOE__(v_xor)(q, MOE__MM(set1_epi8)(-128)), a);
+#else
+    (void)start;
+    q = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(a, q));
+    return _mm256_madd_epi16(q, _mm256_set1_epi16(1));
+#endif
+}
+
+/* a[0] b[0] a[1] b[1] ... */
+MOE__V void MOE__(v_store_pairs)(float *out, __m256 a, __m256 b) {
+    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+/* Record i of the activations x. A type with blocks of 32 has one min per 32 weights, given twice: */
+/* their sum belongs to the first. */
+MOE__V void MOE__(v_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, const void *x,
+                                int64_t i) {
+    if (kind == MOE__ACT_Q32) {
+        const moe__act32 *a = (const moe__act32 *)x + i;
+        const __m256 d = _mm256_loadu_ps(a->d);
+        __m256 sum = _mm256_cvtepi32_ps(MOE__(v_load_256)(a->nsum));
+        sum = _mm256_mul_ps(sum, _mm256_sub_ps(_mm256_setzero_ps(), d));
+        MOE__(v_store_pairs)(out->d, d, d);
+        MOE__(v_store_pairs)(out->sum, sum, _mm256_setzero_ps());
+        out->q = a->q;
+    } else {
+        const moe__act256 *a = (const moe__act256 *)x + i;
+        for (int s = 0; s < 16; s += 8) _mm256_storeu_ps(out->d + s, _mm256_set1_ps(a->d));
+        MOE__(u_scales16)(out->sum, MOE__(v_load_256)(a->sum16), a->d);
+        out->q = a->q;
+    }
+#if MOE__VNNI
+    for (int c = 0; c < 256 / MOE__VBYTES; c++) {
+        MOE__VI a = MOE__(v_load)(out->q + c * MOE__VBYTES), zero = MOE__(v_zero)();
+        a = MOE__(v_dot_u8)(zero, MOE__MM(set1_epi8)(-128), a);
+        out->start[c] = MOE__MM(sub_epi32)(zero, a);
+    }
+#endif
+}
+
+/* sum + block . activations. Each element of a vector of sums has four weights of one scale. */
+MOE__V MOE__VF MOE__(v_add_block)(MOE__VF sum, const moe__block *block,
+                                  const MOE__(block_acts) *a, const int mins) {
+    MOE__VF scale[16 / MOE__VFLOATS];
+#if MOE__ISA == 3
+    __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+#else
+    __m256i at = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+#endif
+    MOE__UNROLL(2)
+    for (int s = 0; s < 16; s += MOE__VFLOATS) {
+        scale[s / MOE__VFLOATS] =
+            MOE__MM(mul_ps)(MOE__MM(loadu_ps)(block->scale + s), MOE__MM(loadu_ps)(a->d + s));
+        if (mins)
+            sum = MOE__MM(fnmadd_ps)(MOE__MM(loadu_ps)(block->min + s),
+                                     MOE__MM(loadu_ps)(a->sum + s), sum);
+    }
+    MOE__UNROLL(8)
+    for (int c = 0; c < 256 / MOE__VBYTES; c++) {
+        const int s = c * MOE__VBYTES / 16;
+        MOE__VI quads = MOE__(v_quads)(MOE__(v_load)(block->q + c * MOE__VBYTES),
+                                       MOE__(v_load)(a->q + c * MOE__VBYTES), a->start[c]);
+#if MOE__ISA == 3
+        __m512 d = _mm512_permutexvar_ps(at, scale[0]);
+        at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
+#else
+        __m256 d = _mm256_permutevar8x32_ps(scale[s / 8], at);
+        at = _mm256_add_epi32(at, _mm256_set1_epi32(s == 6 ? -6 : 2));
+#endif
+        (void)s;
+        sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(quads), d, sum);
+    }
+    return sum;
+}
+
+/* moe__dot_fn for any block type */
+MOE__K void MOE__(dot_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack, const uint8_t *rows,
+                              size_t row_size, int64_t n_rows, int64_t n, const void *x,
+                              float *out) {
+    const uint8_t *end = rows + (size_t)n_rows * row_size;
+    MOE__(reader) reader;
+    MOE__(block_acts) acts;
+    moe__block block[MOE__GROUP_ROWS] __attribute__((aligned(64)));
+    reader.type = type;
+    reader.unpack = unpack;
+    for (int64_t row = 0; row < n_rows; row += reader.rows) {
+        const uint8_t *group = rows + (size_t)row * row_size;
+        MOE__VF sum[MOE__GROUP_ROWS];
+        size_t done = 0;
+        for (int r = 0; r < MOE__GROUP_ROWS; r++) sum[r] = MOE__MM(setzero_ps)();
+        MOE__(reader_begin)(&reader, group, row_size, n_rows - row, 4);
+        for (int64_t at = 0; at < n; at += 256) {
+            const int count = (int)moe__min(n - at, 256);
+            const int size = count / type->block * type->bytes * reader.rows;
+            uintptr_t next = (uintptr_t)group + (size_t)reader.rows * row_size + 8192 + done;
+            for (int i = 0; i < size && next < (uintptr_t)end; i += 64, next += 64)
+                _mm_prefetch((const char *)next, _MM_HINT_T1);
+            done += (size_t)size;
+            MOE__(reader_next)(&reader, count, block);
+            MOE__(v_block_acts)(&acts, type->act, x, at / 256);
+            for (int r = 0; r < reader.rows; r++)
+                sum[r] = type->offset ? MOE__(v_add_block)(sum[r], block + r, &acts, 0)
+                                      : MOE__(v_add_block)(sum[r], block + r, &acts, 1);
+        }
+        for (int r = 0; r < reader.rows; r += 4)
+            MOE__(v_store_rows)(out + row + r, n_rows - row - r, 4,
+                                MOE__(v_sum4)(MOE__(v_fold)(sum[r]), MOE__(v_fold)(sum[r + 1]),
+                                              MOE__(v_fold)(sum[r + 2]), MOE__(v_fold)(sum[r + 3])));
+    }
+}
+
+/* moe__dequantize_fn for any block type; the same bits as moe__types_dequantize: products are */
+/* rounded once, fused or not */
+MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
+                                     const uint8_t *rows, int64_t n, float *out) {
+    moe__block block[MOE__GROUP_ROWS] __attribute__((aligned(64)));
+    MOE__(reader) reader;
+    if (type->id == MOE_TYPE_IQ6_K) {
+        moe__types_dequantize(type, rows, n, out);
+        return;
+    }
+    reader.type = type;
+    reader.unpack = unpack;
+    MOE__(reader_begin)(&reader, rows, 0, 1, 1);
+    if (type->offset) memset(block, 0, sizeof block); /* no mins */
+    for (int64_t at = 0; at < n; at += 256) {
+        const int count = (int)moe__min(n - at, 256);
+        MOE__(reader_next)(&reader, count, block);
+        for (int r = 0; r < reader.rows; r++)
+            for (int s = 0; s < count / 16; s++)
+                MOE__(v_store_levels)(out + r * n + at + 16 * s,
+                                      MOE__(v_load_128)(block[r].q + 16 * s), block[r].scale[s],
+                                      block[r].min[s]);
+    }
+}
+
 /* ---- tiles: up to 32 rows times many tokens -------------------------------------------------- */
 
 /* For each superblock of 256 weights per row (128 for float types) a tile's rows are unpacked */
@@ -4027,7 +5736,9 @@ enum {
     MOE__(TILE_SCALE) = 128 * MOE__VBYTES, /* f32 [16 or 8 sub-blocks][2 vectors] */
     MOE__(TILE_MIN) = 160 * MOE__VBYTES,   /* int16 pairs [4][2 vectors]: mins of two sub-blocks */
     MOE__(TILE_DMIN) = 168 * MOE__VBYTES,  /* f32 [2 vectors]: minus the scale of the mins */
-    MOE__(TILE_START) = 176 * MOE__VBYTES  /* int32 [tokens][16]: where sums start */
+    MOE__(TILE_START) = 176 * MOE__VBYTES, /* int32 [tokens][16]: where sums start */
+    MOE__(TILE_ACT) = 184 * MOE__VBYTES,   /* f32 [tokens][16]: sums of activations, negated */
+    MOE__(TILE_MIN_F32) = 192 * MOE__VBYTES /* f32 [16 or 8 sub-blocks][2 vectors]: mins */
 };
 
 /* What a micro-kernel does: sums[t * 32 + r] += product of the superblock of row r with token t. */
@@ -4043,7 +5754,8 @@ typedef struct MOE__(tile_job) {
 } MOE__(tile_job);
 typedef void MOE__(tile_kernel_fn)(const MOE__(tile_job) *job);
 
-/* Unpacks n weights of a panel's rows, which lie `stride` bytes apart. */
+/* Unpacks n weights of a panel's rows, which lie `stride` bytes apart. For types with kernels of */
+/* their own. */
 typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
 
 MOE__V void MOE__(tile_store)(void *p, MOE__VI v) {
@@ -4061,17 +5773,17 @@ MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((floa
 /* The kernels multiply `bits`-bit weights (4, 6 or 8, unsigned) with any int8, and the int32 sum */
 /* of a sub-block is exact. begin makes an accumulator, dot adds a quad to it (dot2: two quads), */
 /* end turns it into the int32 sum; `start` is where that sum starts. */
-/* - VNNI multiplies and adds a quad by one instruction. */
+/* - VNNI multiplies and adds a quad by one instruction, whatever the bits. */
 /* - AVX2 adds products in pairs to int16, saturating. 4 bits: the 8 pairs of a sub-block that */
 /*   meet in one int16, 2 * 15 * 128 each, fit; end widens their sum. 6 bits: 2 pairs fit, */
 /*   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; the kernel multiplies low and */
 /*   high nibbles one after the other, as 4 bits. */
-#if MOE__ISA == 3
-MOE__V __m512i MOE__(tile_begin)(__m512i start, const int bits) { return (void)bits, start; }
-MOE__V __m512i MOE__(tile_dot)(__m512i sum, __m512i w, __m512i x) {
-    return _mm512_dpbusd_epi32(sum, w, x);
+#if MOE__VNNI
+MOE__V MOE__VI MOE__(tile_begin)(MOE__VI start, const int bits) { return (void)bits, start; }
+MOE__V MOE__VI MOE__(tile_dot)(MOE__VI sum, MOE__VI w, MOE__VI x) {
+    return MOE__(v_dot_u8)(sum, w, x);
 }
-MOE__V __m512i MOE__(tile_end)(__m512i sum, __m512i start, const int bits) {
+MOE__V MOE__VI MOE__(tile_end)(MOE__VI sum, MOE__VI start, const int bits) {
     return (void)bits, (void)start, sum;
 }
 #else
@@ -4106,6 +5818,28 @@ MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
 #else
 #define MOE__EACH(X) MOE__EACH_4(X)
 #endif
+/* Minus the sums of 8 sub-blocks' activations, from number i */
+MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const int per_256) {
+    if (!per_256 && quads == 4) { /* blocks of 32 with a scale per 16: not in the record */
+        __m256i four[4];
+        MOE__UNROLL(4)
+        for (int k = 0; k < 4; k++) {
+            __m256i q = MOE__(v_load_256)(x + 16 * i + 32 * k);
+            q = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
+            four[k] = _mm256_madd_epi16(q, _mm256_set1_epi16(-1));
+        }
+        __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]),
+                                         _mm256_hadd_epi32(four[2], four[3]));
+        return _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    }
+    if (!per_256) return MOE__(v_load_256)(x + offsetof(moe__act32, nsum));
+    if (quads == 4) return MOE__(v_load_256)(x + offsetof(moe__act256, nsum) + 4 * i);
+    __m256i sums = _mm256_cvtepi16_epi32(MOE__(v_load_128)(x + offsetof(moe__act256, sum32)));
+    return _mm256_sub_epi32(_mm256_setzero_si256(), sums);
+}
+MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
+    return _mm256_loadu_ps((const float *)(const void *)p);
+}
 #define MOE__TOKEN(t) const uint8_t *x##t = (const uint8_t *)job->x[n > t ? t : 0] + job->record;
 #define MOE__INTS(t) MOE__VI a##t##0 = zero, a##t##1 = zero;
 #define MOE__FLOATS(t) MOE__VF f##t##0 = MOE__MM(setzero_ps)(), f##t##1 = f##t##0;
@@ -4115,12 +5849,20 @@ MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
     for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) __builtin_prefetch(prefetch, 0, 2)
 
 /* Where sums start, of all sub-blocks: minus the sums of the activations, shifted. Kept in */
-/* memory: shifts would compete with the multiplications. */
-#define MOE__STARTS(t)                                                         \
-    if (n > t)                                                                 \
-        for (int i = 0; i < 64; i += per_256 ? MOE__VBYTES : 2 * MOE__VBYTES) { \
-            MOE__VI nsum = MOE__(v_load)(x##t + nsum_at + i);                  \
-            MOE__(tile_store)(starts + 64 * t + i, MOE__MM(sll_epi32)(nsum, shift)); \
+/* memory: shifts would compete with the multiplications. For float mins those sums as floats. */
+#define MOE__STARTS(t)                                                                     \
+    if (n > t)                                                                             \
+        for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {                               \
+            __m256i sums = MOE__(tile_sums)(x##t, i, quads, per_256);                      \
+            if (mins) {                                                                    \
+                __m256 f = _mm256_cvtepi32_ps(sums);                                       \
+                if (!per_256)                                                              \
+                    f = _mm256_mul_ps(f, MOE__(tile_load8)(x##t + offsetof(moe__act32, d))); \
+                _mm256_storeu_ps((float *)(void *)(acts + 64 * t + 4 * i), f);             \
+            } else {                                                                       \
+                sums = _mm256_sll_epi32(sums, shift);                                      \
+                _mm256_storeu_si256((__m256i *)(void *)(starts + 64 * t + 4 * i), sums);   \
+            }                                                                              \
         }
 #define MOE__START(t) (mins ? zero : MOE__BROADCAST(starts + 64 * t + 4 * j))
 #define MOE__BEGIN(t) \
@@ -4153,7 +5895,7 @@ MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
         MOE__QUAD(4, PART) MOE__QUAD(5, PART) MOE__QUAD(6, PART) MOE__QUAD(7, PART)     \
     }
 #define MOE__WHOLE(w) (w)
-#if MOE__ISA == 2
+#if !MOE__VNNI
 /* The same for two quads at once */
 #define MOE__DOT2(t)                                                \
     if (n > t) {                                                    \
@@ -4196,7 +5938,8 @@ MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
     if (n > t) {                                                                    \
         MOE__VF d0 = scale0, d1 = scale1;                                           \
         if (!per_256) {                                                             \
-            MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act32, d) + 4 * j); \
+            const int64_t at = 4 * (quads == 4 ? j / 2 : j);                        \
+            MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act32, d) + at);    \
             d0 = MOE__MM(mul_ps)(d0, d), d1 = MOE__MM(mul_ps)(d1, d);               \
         }                                                                           \
         f##t##0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##0), d0, f##t##0);    \
@@ -4209,6 +5952,13 @@ MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
     b = MOE__BROADCAST(x##t + offsetof(moe__act256, sum32) + 4 * p);                       \
     a##t##0 = MOE__(v_dot_i16)(a##t##0, MOE__(v_load)(min + 2 * p * MOE__VBYTES), b);      \
     a##t##1 = MOE__(v_dot_i16)(a##t##1, MOE__(v_load)(min + (2 * p + 1) * MOE__VBYTES), b);
+/* f += (minus the sum of the sub-block's activations) * min per row */
+#define MOE__MIN_F32(t)                                                       \
+    if (n > t) {                                                              \
+        const MOE__VF b = MOE__BROADCAST_F32(acts + 64 * t + 4 * j);          \
+        f##t##0 = MOE__MM(fmadd_ps)(min0, b, f##t##0);                        \
+        f##t##1 = MOE__MM(fmadd_ps)(min1, b, f##t##1);                        \
+    }
 #define MOE__MINS(t)                                                                   \
     if (n > t) {                                                                       \
         const uint8_t *min = job->pack + MOE__(TILE_MIN);                              \
@@ -4244,21 +5994,21 @@ MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
 #define MOE__ADD_FLOATS(t) MOE__ADD(t, MOE__MM(fmadd_ps), MOE__MM(set1_ps)(1.0f))
 
 /* n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether */
-/* the activations are moe__act256 or moe__act32; mins: whether weights have mins, and no offset */
-/* then. */
+/* the activations are moe__act256 or moe__act32; mins: 1 if weights have integer mins, 2 if floats, */
+/* and no offset then. */
 MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const int quads,
                                   const int bits, const int per_256, const int mins) {
     const MOE__VI zero = MOE__(v_zero)();
     const uint8_t *weights = job->pack, *scales = job->pack + MOE__(TILE_SCALE);
     const uint8_t *prefetch = job->prefetch;
-    uint8_t *starts = job->pack + MOE__(TILE_START);
-    const size_t nsum_at = per_256 ? offsetof(moe__act256, nsum) : offsetof(moe__act32, nsum);
+    const uint8_t *min_f32 = job->pack + MOE__(TILE_MIN_F32);
+    uint8_t *starts = job->pack + MOE__(TILE_START), *acts = job->pack + MOE__(TILE_ACT);
     const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
     const __m128i shift = _mm_cvtsi32_si128(job->shift);
     MOE__EACH(MOE__TOKEN)
     MOE__EACH(MOE__INTS)
     MOE__EACH(MOE__FLOATS)
-    if (!mins) {
+    if (mins != 1) {
         MOE__EACH(MOE__STARTS)
     }
     if (!per_256) {
@@ -4267,7 +6017,7 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
     for (int64_t j = 0; j < n_blocks; j++) {
         MOE__FETCH_AHEAD();
         MOE__EACH(MOE__BEGIN)
-#if MOE__ISA == 2
+#if !MOE__VNNI
         if (bits == 8) {
             const __m256i nibble = _mm256_set1_epi32(0x0F0F0F0F);
             MOE__SUB_BLOCK(MOE__LOW_NIBBLE)
@@ -4287,10 +6037,16 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         const MOE__VF scale0 = MOE__(tile_load_f32)(scales);
         const MOE__VF scale1 = MOE__(tile_load_f32)(scales + MOE__VBYTES);
         MOE__EACH(MOE__SCALE)
+        if (mins == 2) {
+            const MOE__VF min0 = MOE__(tile_load_f32)(min_f32);
+            const MOE__VF min1 = MOE__(tile_load_f32)(min_f32 + MOE__VBYTES);
+            MOE__EACH(MOE__MIN_F32)
+        }
         weights += 2 * MOE__VBYTES * quads;
         scales += 2 * MOE__VBYTES;
+        min_f32 += 2 * MOE__VBYTES;
     }
-    if (mins) {
+    if (mins == 1) {
         MOE__EACH(MOE__MINS)
     }
     if (per_256) {
@@ -4606,6 +6362,50 @@ MOE__K void MOE__(tile_unpack_bf16)(const uint8_t *rows, size_t stride, int64_t 
         }
 }
 
+/* Turns 4 floats of each row of half a panel. */
+MOE__V void MOE__(tile_turn_f32)(const float *from, int every, uint8_t *out) {
+    const MOE__(tile_columns) c =
+        MOE__(tile_turn)((const uint8_t *)from, sizeof(moe__block));
+    MOE__UNROLL(4)
+    for (int i = 0; i < 4; i += every)
+        MOE__(tile_store)(out + 2 * (i / every) * MOE__VBYTES, c.v[i]);
+}
+
+/* n weights of a panel of any block type, from weight `at` of its rows, of which `left` are there. */
+/* stage: room for half a panel of blocks. */
+MOE__K void MOE__(tile_unpack_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
+                                      const uint8_t *rows, size_t row_size, int64_t left,
+                                      int64_t at, int64_t n, uint8_t *stage, uint8_t *pack) {
+    const size_t skip = (size_t)(at / type->block * type->bytes * type->rows);
+    const MOE__VI offset = MOE__MM(set1_epi8)((char)type->offset);
+    const int step = type->rows > 1 ? type->rows : 4, every = type->per / 16;
+    moe__block *block = (moe__block *)(void *)stage;
+    MOE__(reader) reader;
+    reader.type = type;
+    reader.unpack = unpack;
+    for (int h = 0; h < 2; h++) {
+        for (int r = 0; r < MOE__VFLOATS; r += step) {
+            const int64_t row = moe__min(h * MOE__VFLOATS + r, (left - 1) / step * step);
+            MOE__(reader_begin)(&reader, rows + (size_t)row * row_size, row_size, left - row, 4);
+            for (int i = 0; i < (type->rows > 1 ? 1 : 4); i++) reader.w[i] += skip;
+            MOE__(reader_next)(&reader, (int)n, block + r);
+        }
+        for (int64_t i = 0; i < (n + 15) / 16; i++) {
+            const MOE__(tile_columns) c =
+                MOE__(tile_turn)(stage + 16 * i, sizeof(moe__block));
+            MOE__UNROLL(4)
+            for (int k = 0; k < 4; k++)
+                MOE__(tile_put)(pack, 4 * i + k, h, MOE__MM(add_epi8)(c.v[k], offset));
+        }
+        for (int i = 0; i < 16; i += 4) {
+            uint8_t *to = pack + (2 * (i / every) + h) * MOE__VBYTES;
+            MOE__(tile_turn_f32)(block->scale + i, every, to + MOE__(TILE_SCALE));
+            if (!type->offset)
+                MOE__(tile_turn_f32)(block->min + i, every, to + MOE__(TILE_MIN_F32));
+        }
+    }
+}
+
 /* ---- the loops over superblocks and tokens -------- */
 
 typedef struct MOE__(tile_plan) {
@@ -4616,6 +6416,8 @@ typedef struct MOE__(tile_plan) {
     int block, block_bytes; /* weights and bytes of a block */
     int record;             /* bytes of a superblock's activations */
     int shift;              /* log2 of the offset that `unpack` adds to weights */
+    const moe__type *type;  /* not NULL: unpack_blocks unpacks its blocks instead of `unpack` */
+    MOE__(unpack_fn) *unpack_blocks;
 } MOE__(tile_plan);
 
 /* What is left to prefetch, in cache lines, and how many of them per step */
@@ -4679,16 +6481,22 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
         /* A copy of the rows is unpacked where a panel or a vector of floats is not full */
         /* (nothing is read behind a row), and where rows lie so that they compete for the same */
         /* few lines of the cache while they are turned (4 times slower). */
-        if (n_rows % MOE__PANEL || job.n % 8 || row_size % 2048 == 0) {
+        if (!plan->type && (n_rows % MOE__PANEL || job.n % 8 || row_size % 2048 == 0)) {
             const size_t bytes = (size_t)(job.n / plan->block * plan->block_bytes);
             MOE__(tile_stage)(rows, row_size, n_rows, bytes, pitch, n_panels * MOE__PANEL, stage);
             from = stage, stride = pitch;
         }
-        for (int64_t p = 0; p < n_panels; p++)
-            plan->unpack(from + (size_t)(p * MOE__PANEL) * stride, stride, job.n,
-                         scratch + p * MOE__(TILE_PACK));
+        for (int64_t p = 0; p < n_panels; p++) {
+            uint8_t *panel = scratch + p * MOE__(TILE_PACK);
+            from += (size_t)(p ? MOE__PANEL : 0) * stride;
+            if (plan->type)
+                MOE__(tile_unpack_blocks)(plan->type, plan->unpack_blocks, from, row_size,
+                                          n_rows - p * MOE__PANEL, first, job.n, stage, panel);
+            else
+                plan->unpack(from, stride, job.n, panel);
+        }
         MOE__(tile_tokens)(plan, &job, n_panels, x, n_tokens, scratch, ahead);
-        rows += pitch;
+        if (!plan->type) rows += pitch;
         job.record += (size_t)plan->record;
     }
 }
@@ -4748,50 +6556,125 @@ MOE__TILE_FLOAT(6)
 MOE__TILE_TABLE(float) = {MOE__TILE_NAMES_6(float)};
 #define MOE__TILE_OF_FLOATS MOE__(tile_kernels_float), 6
 
-/* Names of the quantized kernels: q32: blocks of 32 with a scale, k32: superblocks with a scale */
-/* and a min per 32, k16: superblocks with a scale per 16; then the bits of a weight, if they */
-/* matter. */
+/* Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then */
+/* the weights per scale; m: integer mins, f: float mins; the bits of a weight, if they matter. */
 #if MOE__ISA == 3
 #define MOE__TILE_KERNELS(name, ...)       \
     MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
     MOE__TILE_KERNEL(name, 5, __VA_ARGS__) \
     MOE__TILE_KERNEL(name, 6, __VA_ARGS__) \
     MOE__TILE_TABLE(name) = {MOE__TILE_NAMES_6(name)};
-#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name), MOE__TILE_TOKENS
-MOE__TILE_KERNELS(q32, 8, 8, 0, 0)
-MOE__TILE_KERNELS(k32, 8, 8, 1, 1)
-MOE__TILE_KERNELS(k16, 4, 8, 1, 0)
 #else
 #define MOE__TILE_KERNELS(name, ...)       \
     MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
     MOE__TILE_TABLE(name) = {MOE__TILE_NAMES_4(name)};
-#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##_##bits), MOE__TILE_TOKENS
-MOE__TILE_KERNELS(q32_4, 8, 4, 0, 0)
-MOE__TILE_KERNELS(q32_8, 8, 8, 0, 0)
-MOE__TILE_KERNELS(k32_4, 8, 4, 1, 1)
-MOE__TILE_KERNELS(k32_6, 8, 6, 1, 1)
-MOE__TILE_KERNELS(k16_6, 4, 6, 1, 0)
 #endif
+#if MOE__VNNI
+#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name)
+MOE__TILE_KERNELS(q32, 8, 8, 0, 0)
+MOE__TILE_KERNELS(q32f, 8, 8, 0, 2)
+MOE__TILE_KERNELS(q16, 4, 8, 0, 0)
+MOE__TILE_KERNELS(k32, 8, 8, 1, 0)
+MOE__TILE_KERNELS(k32m, 8, 8, 1, 1)
+MOE__TILE_KERNELS(k32f, 8, 8, 1, 2)
+MOE__TILE_KERNELS(k16, 4, 8, 1, 0)
+MOE__TILE_KERNELS(k16f, 4, 8, 1, 2)
+#else
+#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##_##bits)
+MOE__TILE_KERNELS(q32_4, 8, 4, 0, 0)
+MOE__TILE_KERNELS(q32_6, 8, 6, 0, 0)
+MOE__TILE_KERNELS(q32_8, 8, 8, 0, 0)
+MOE__TILE_KERNELS(q32f_6, 8, 6, 0, 2)
+MOE__TILE_KERNELS(q16_6, 4, 6, 0, 0)
+MOE__TILE_KERNELS(k32_6, 8, 6, 1, 0)
+MOE__TILE_KERNELS(k32_8, 8, 8, 1, 0)
+MOE__TILE_KERNELS(k32m_4, 8, 4, 1, 1)
+MOE__TILE_KERNELS(k32m_6, 8, 6, 1, 1)
+MOE__TILE_KERNELS(k32f_6, 8, 6, 1, 2)
+MOE__TILE_KERNELS(k16_6, 4, 6, 1, 0)
+MOE__TILE_KERNELS(k16_8, 4, 8, 1, 0)
+MOE__TILE_KERNELS(k16f_6, 4, 6, 1, 2)
+#endif
+
+/* The kernels for what tile_unpack_blocks makes of a type. */
+MOE__V MOE__(tile_kernel_fn) *const *MOE__(tile_kernels_of)(const moe__type *type) {
+    const int wide = type->bits > 6; /* matters where it is in the names */
+    (void)wide;
+    if (type->act == MOE__ACT_Q32) {
+        if (type->offset == 0) return MOE__TILE_OF(q32f, 6);
+        if (type->per == 16) return MOE__TILE_OF(q16, 6);
+        return wide ? MOE__TILE_OF(q32, 8) : MOE__TILE_OF(q32, 6);
+    }
+    if (type->offset == 0)
+        return type->per == 16 ? MOE__TILE_OF(k16f, 6) : MOE__TILE_OF(k32f, 6);
+    if (type->per == 16) return wide ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k16, 6);
+    return wide ? MOE__TILE_OF(k32, 8) : MOE__TILE_OF(k32, 6);
+}
+
+/* moe__tile_fn for any block type */
+MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
+                               const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                               const void *const *x, int64_t n_tokens, float *out,
+                               int64_t out_stride, void *pack, const uint8_t *prefetch,
+                               size_t prefetch_size) {
+    MOE__(tile_plan) plan;
+    memset(&plan, 0, sizeof plan);
+    plan.kernels = MOE__(tile_kernels_of)(type);
+    plan.max_tokens = MOE__TILE_TOKENS;
+    plan.superblock = 256;
+    plan.step = type->per;
+    plan.block = type->block;
+    plan.block_bytes = type->bytes;
+    plan.record = (int)moe__act_size(type->act, 256);
+    while (type->offset > 1 << plan.shift) plan.shift++;
+    plan.type = type;
+    plan.unpack_blocks = unpack;
+    MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack, prefetch,
+                    prefetch_size);
+}
 
 /* name, kernels, then the rest of a plan in its order */
 #define MOE__TILE_TYPE(name, kernels, ...)                                                        \
-    static const MOE__(tile_plan) MOE__(tile_plan_##name) = {                                     \
-        kernels, MOE__(tile_unpack_##name), __VA_ARGS__};                                         \
     MOE__K void MOE__(tile_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,          \
                                    int64_t n, const void *const *x, int64_t n_tokens, float *out, \
                                    int64_t out_stride, void *pack, const uint8_t *prefetch,       \
                                    size_t prefetch_size) {                                        \
-        MOE__(tile_run)(&MOE__(tile_plan_##name), rows, row_size, n_rows, n, x, n_tokens, out,    \
-                        out_stride, pack, prefetch, prefetch_size);                               \
+        static const MOE__(tile_plan) plan = {kernels, MOE__(tile_unpack_##name), __VA_ARGS__,    \
+                                              NULL, NULL};                                        \
+        MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack,     \
+                        prefetch, prefetch_size);                                                 \
     }
+#define MOE__TILE_Q(name, bits) MOE__TILE_OF(name, bits), MOE__TILE_TOKENS
 MOE__TILE_TYPE(f32, MOE__TILE_OF_FLOATS, 128, 8, 1, 4, 512, 0)
 MOE__TILE_TYPE(f16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
 MOE__TILE_TYPE(bf16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
-MOE__TILE_TYPE(q4_0, MOE__TILE_OF(q32, 4), 256, 32, 32, 18, sizeof(moe__act32), 3)
-MOE__TILE_TYPE(q8_0, MOE__TILE_OF(q32, 8), 256, 32, 32, 34, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(q4_k, MOE__TILE_OF(k32, 4), 256, 32, 256, 144, sizeof(moe__act256), 0)
-MOE__TILE_TYPE(q5_k, MOE__TILE_OF(k32, 6), 256, 32, 256, 176, sizeof(moe__act256), 0)
-MOE__TILE_TYPE(q6_k, MOE__TILE_OF(k16, 6), 256, 16, 256, 210, sizeof(moe__act256), 5)
+MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 256, 32, 32, 18, sizeof(moe__act32), 3)
+MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 256, 32, 32, 34, sizeof(moe__act32), 7)
+MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32m, 4), 256, 32, 256, 144, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 256, 32, 256, 176, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 256, 16, 256, 210, sizeof(moe__act256), 5)
+
+/* Block types, by what they are unpacked to */
+#define MOE__BLOCK_KERNELS(NAME, name, ...)                                                        \
+    MOE__K void MOE__(dot_blocks_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,     \
+                                         int64_t n, const void *x, float *out) {                   \
+        MOE__(dot_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, row_size,    \
+                          n_rows, n, x, out);                                                      \
+    }                                                                                              \
+    MOE__K void MOE__(tile_blocks_##name)(                                                         \
+        const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,     \
+        int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,     \
+        size_t prefetch_size) {                                                                    \
+        MOE__(tile_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, row_size,   \
+                           n_rows, n, x, n_tokens, out, out_stride, pack, prefetch, prefetch_size); \
+    }                                                                                              \
+    MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) {             \
+        MOE__(dequantize_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, n,    \
+                                 out);                                                             \
+    }
+MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
+#undef MOE__BLOCK_KERNELS
+#undef MOE__TILE_Q
 
 #undef MOE__TILE_TOKENS
 #undef MOE__PANEL
@@ -4823,6 +6706,7 @@ MOE__TILE_TYPE(q6_k, MOE__TILE_OF(k16, 6), 256, 16, 256, 210, sizeof(moe__act256
 #undef MOE__SCALE
 #undef MOE__MIN
 #undef MOE__MINS
+#undef MOE__MIN_F32
 #undef MOE__LOAD_SUMS
 #undef MOE__STORE_SUMS
 #undef MOE__ADD
@@ -5490,8 +7374,10 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 #undef MOE__D_OP
 /* ---- the table of this instruction set ------------------------------------------------------- */
 
-#define MOE__TYPE_KERNELS(name, lower, ...) \
-    {MOE__(dot_##lower), MOE__(tile_##lower), MOE__(dequantize_##lower)},
+#define MOE__KERNELS_0(name) MOE__(dot_blocks_##name), MOE__(tile_blocks_##name)
+#define MOE__KERNELS_1(name) MOE__(dot_##name), MOE__(tile_##name)
+#define MOE__TYPE_KERNELS(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q, own) \
+    {MOE__KERNELS_##own(name), MOE__(dequantize_##name)},
 static const moe__kernels MOE__(kernels) = {
     (moe_isa)MOE__ISA,
     {MOE__TYPES(MOE__TYPE_KERNELS)},
@@ -5504,6 +7390,9 @@ static const moe__kernels MOE__(kernels) = {
     MOE__(attend)};
 
 #undef MOE__TYPE_KERNELS
+#undef MOE__KERNELS_0
+#undef MOE__KERNELS_1
+#undef MOE__VNNI
 #undef MOE__EACH_LANE
 #undef MOE__LANE
 #undef MOE__LANES

@@ -366,6 +366,25 @@ TEST(golden_rows) {
 
 /* ---- quantize -------------------------------------------------------------------------------- */
 
+/* Types that can be made, as far as this build knows them, and the largest RMSE of normally */
+/* distributed weights, as a part of their own RMS: a bit above what is reached. */
+static const struct quantizable {
+    int id;
+    const char *name;
+    double error;
+} quantizables[] = {
+    {0, "F32", 0},           {1, "F16", 0.00025},     {30, "BF16", 0.002},  {2, "Q4_0", 0.083},
+    {3, "Q4_1", 0.072},      {6, "Q5_0", 0.041},      {7, "Q5_1", 0.035},   {8, "Q8_0", 0.0056},
+    {10, "Q2_K", 0.27},      {11, "Q3_K", 0.148},     {12, "Q4_K", 0.072},  {13, "Q5_K", 0.0355},
+    {14, "Q6_K", 0.0175},    {20, "IQ4_NL", 0.076},   {23, "IQ4_XS", 0.076}, {39, "MXFP4", 0.115},
+};
+enum { N_QUANTIZABLE = sizeof quantizables / sizeof quantizables[0] };
+static double error_bound(moe_type type) {
+    for (int i = 0; i < N_QUANTIZABLE; i++)
+        if (quantizables[i].id == (int)type) return quantizables[i].error;
+    return 0;
+}
+
 /* Quantizes and dequantizes n weights, in buffers of exactly the right size. */
 static void round_trip(const moe__type *t, const float *x, int64_t n, const float *importance,
                        float *y) {
@@ -381,20 +400,6 @@ static void round_trip(const moe__type *t, const float *x, int64_t n, const floa
     free(again);
 }
 
-/* Largest RMSE of normally distributed weights, as a part of their own RMS: a bit above what is */
-/* reached. */
-static double error_bound(moe_type type) {
-    switch (type) {
-    case MOE_TYPE_F32: return 0;
-    case MOE_TYPE_F16: return 0.00025;
-    case MOE_TYPE_BF16: return 0.002;
-    case MOE_TYPE_Q8_0: return 0.0056;
-    case MOE_TYPE_Q6_K: return 0.0175;
-    case MOE_TYPE_Q5_K: return 0.0355;
-    case MOE_TYPE_Q4_K: return 0.0720;
-    default: return 0.083; /* Q4_0 */
-    }
-}
 TEST(quantize_error) {
     enum { N = 16384 };
     const float scales[] = {1.0f, 0.02f, 1e-4f, 300.0f};
@@ -438,9 +443,13 @@ TEST(quantize_representable) {
         for (int e = 0; e < N; e++) x[e] = (float)((int)(random_u32() % 15) - 7) / 64;
         for (int e = 0; e < N; e += 16) x[e] = -8 / 64.0f;
         round_trip(t, x, N, NULL, y);
-        int k = t->id == MOE_TYPE_Q4_K || t->id == MOE_TYPE_Q5_K;
-        double error = rmse(x, y, NULL, N, N), step = 1 / 64.0;
-        double bound = k ? 0.05 : t->id == MOE_TYPE_Q8_0 ? 0.02 : t->id == MOE_TYPE_Q6_K ? 0.02 : 0;
+        double error = rmse(x, y, NULL, N, N), step = 1 / 64.0, bound = 0;
+        switch ((int)t->id) {
+        case 3: case 7: case 12: case 13: bound = 0.06; break; /* with mins: Q4_1 Q5_1 Q4_K Q5_K */
+        case 8: case 14: bound = 0.02; break; /* Q8_0 Q6_K: other steps than 1/64 */
+        case 10: case 11: case 20: case 23: case 39: bound = 1.1; break; /* cannot hold these */
+        default: break;
+        }
         CHECKF(error <= bound * step, "%s: %g of a step", t->name, error / step);
         for (int e = 0; e < N; e++) x[e] = e < N / 2 ? 0.75f : -0.75f; /* constant blocks */
         round_trip(t, x, N, NULL, y);
@@ -488,7 +497,8 @@ TEST(quantize_importance) {
         round_trip(t, x, N, w, weighted);
         double a = rmse(plain, x, w, N, N), b = rmse(weighted, x, w, N, N);
         if (is_float(t) || t->id == MOE_TYPE_Q8_0) CHECK(a == b);
-        else CHECKF(b < 0.93 * a, "%s: %g with importance, %g without", t->name, b, a);
+        else CHECKF(b < ((int)t->id == 39 ? 1 : 0.93) * a, /* MXFP4: only powers of two */
+                    "%s: %g with importance, %g without", t->name, b, a);
         /* Only the ratio counts; all equal is none. */
         float *scaled = (float *)take(N * sizeof(float));
         for (int e = 0; e < N; e++) scaled[e] = w[e] * 1048576;
@@ -526,7 +536,7 @@ TEST(quantize_hostile) {
                     double error = rmse(good + 257, y + 257, NULL, 255, 255);
                     CHECKF(error < 1.5 * error_bound(t->id), "%s: %g", t->name, error);
                 }
-                if (b == 4 || b == 5) CHECKF(b == 4 ? y[256] > 4e5f : y[256] < -4e5f, "%s %g",
+                if (b == 4 || b == 5) CHECKF(b == 4 ? y[256] > 6e4f : y[256] < -6e4f, "%s %g",
                                              t->name, (double)y[256]);
                 CHECK(memcmp(y, y0, 256 * sizeof(float)) == 0);
                 CHECK(memcmp(y + 512, y0 + 512, 256 * sizeof(float)) == 0);
@@ -548,6 +558,152 @@ TEST(quantize_hostile) {
         }
     }
     free(good);
+}
+
+/* ---- quantize: all types, public calls only -------------------------------------------------- */
+
+/* Through blocks and back, in buffers of exactly the right size; 0 if this build lacks the type. */
+static int there_and_back(const struct quantizable *t, const float *x, int64_t n_rows, int64_t n,
+                          const float *importance, float *y) {
+    moe_type type = (moe_type)t->id;
+    if (!moe_type_supported(type) || moe_type_row_size(type, n) == 0) return 0;
+    size_t size = (size_t)n_rows * moe_type_row_size(type, n);
+    uint8_t *rows = (uint8_t *)take(size), *again = (uint8_t *)take(size);
+    memset(rows, 0x55, size);
+    memset(again, 0xAA, size);
+    CHECK(moe_type_quantize(type, x, rows, n_rows, n, importance, NULL) == MOE_OK);
+    CHECK(moe_type_quantize(type, x, again, n_rows, n, importance, NULL) == MOE_OK);
+    CHECK(memcmp(rows, again, size) == 0); /* deterministic, every byte written */
+    CHECK(moe_type_dequantize(type, rows, y, n_rows, n, NULL) == MOE_OK);
+    for (int64_t e = 0; e < n_rows * n; e++)
+        CHECKF(is_finite(y[e]) || t->error < 0.003, "%s %d", t->name, (int)e);
+    free(rows);
+    free(again);
+    return 1;
+}
+
+/* Against the reference quantizer, which used the importance: plain errors without and with it, */
+/* and weighted ones. */
+TEST(quantize_golden) {
+    float *source = (float *)read_file("golden/rows/source.f32", GOLD * sizeof(float));
+    float *importance = (float *)read_file("golden/rows/importance.f32", GOLD_N * sizeof(float));
+    char *index = (char *)read_file("golden/rows/index.tsv", 0);
+    float *y = (float *)take(GOLD * sizeof(float));
+    if (!source || !importance || !index) SKIP("no golden/rows");
+    for (int i = 0; i < N_QUANTIZABLE; i++) {
+        const struct quantizable *t = &quantizables[i];
+        char name[64];
+        snprintf(name, sizeof name, "golden/rows/%s.f32", t->name);
+        float *gold = (float *)read_file(name, GOLD * sizeof(float));
+        CHECK(gold);
+        if (!gold || !there_and_back(t, source, GOLD_ROWS, GOLD_N, NULL, y)) continue;
+        double limit = 1.1 * index_rmse(index, t->name) + 1e-12;
+        double weighted_limit = 1.001 * rmse(gold, source, importance, GOLD, GOLD_N);
+        double plain = rmse(y, source, NULL, GOLD, GOLD_N);
+        there_and_back(t, source, GOLD_ROWS, GOLD_N, importance, y);
+        double with = rmse(y, source, NULL, GOLD, GOLD_N);
+        double weighted = rmse(y, source, importance, GOLD, GOLD_N);
+        CHECKF(plain <= limit / 1.1 * 1.001, "%s: %g > %g", t->name, plain, limit / 1.1);
+        CHECKF(with <= limit, "%s with importance: %g > %g", t->name, with, limit);
+        CHECKF(weighted <= weighted_limit, "%s: %g > %g", t->name, weighted, weighted_limit);
+        free(gold);
+    }
+    free(source);
+    free(importance);
+    free(index);
+    free(y);
+}
+
+TEST(quantize_every_type) {
+    enum { N = 1024 };
+    float *noise = take_normal(N, 1), x[N], y[N];
+    for (int i = 0; i < N_QUANTIZABLE; i++) {
+        const struct quantizable *t = &quantizables[i];
+        memset(x, 0, sizeof x);
+        if (!there_and_back(t, x, 1, N, NULL, y)) continue;
+        for (int e = 0; e < N; e++) CHECK(y[e] == 0);
+        if (there_and_back(t, noise, 1, 32, NULL, y)) { /* rows of one block of 32 */
+            CHECKF(rmse(noise, y, NULL, 32, 32) <= 1.5 * t->error, "%s", t->name);
+            CHECK(there_and_back(t, noise, N / 32, 32, NULL, y));
+            CHECKF(rmse(noise, y, NULL, N, N) <= 1.1 * t->error, "%s", t->name);
+        } else CHECK(moe_type_block((moe_type)t->id) == 256);
+
+        for (int sign = -1; sign <= 1; sign += 2) { /* constants */
+            for (float c = 0.2f; c < 1e3f; c *= 3.7f) {
+                for (int e = 0; e < N; e++) x[e] = (float)sign * c;
+                there_and_back(t, x, 1, N, NULL, y);
+                /* f16 scales are good to 2^-11; the levels of MXFP4 lie up to 1/3 apart */
+                double error = rmse(x, y, NULL, N, N), bound = t->id == 39 ? 0.2 : 0.004;
+                CHECKF(error <= bound * (double)c, "%s: %g of %g", t->name, error, (double)c);
+            }
+        }
+        for (int e = 0; e < N; e++) x[e] = noise[e] * 1e-7f; /* tiny: no type makes it larger */
+        there_and_back(t, x, 1, N, NULL, y);
+        CHECKF(rmse(x, y, NULL, N, N) <= 1.5e-7, "%s", t->name);
+        for (int e = 0; e < N; e++) CHECKF(fabsf(y[e]) <= 2e-6f, "%s %g", t->name, (double)y[e]);
+
+        for (int e = 0; e < N; e++) x[e] = noise[e] * 1e37f; /* huge: right sign, large */
+        there_and_back(t, x, 1, N, NULL, y);
+        for (int e = 0; e < N && t->error >= 0.003; e++)
+            if (fabsf(noise[e]) > 0.5f && t->id != 10)
+                CHECKF(y[e] * x[e] > 0 && fabsf(y[e]) > 6e4f, "%s %d: %g for %g", t->name, e,
+                       (double)y[e], (double)x[e]);
+
+        for (int e = 0; e < N; e++) x[e] = noise[e]; /* NaN and infinity count as 0 */
+        for (int e = 0; e < N; e += 37) x[e] = e % 3 ? INFINITY : e % 2 ? NAN : -INFINITY;
+        if (t->error >= 0.003) {
+            float zeroed[N], z[N];
+            for (int e = 0; e < N; e++) zeroed[e] = is_finite(x[e]) ? x[e] : 0;
+            there_and_back(t, x, 1, N, NULL, y);
+            there_and_back(t, zeroed, 1, N, NULL, z);
+            CHECKF(memcmp(y, z, sizeof y) == 0, "%s", t->name);
+        }
+
+        for (int e = 0; e < N; e++) x[e] = noise[e] * 0.01f; /* an outlier in one row of four */
+        x[256 + 77] = -8;
+        there_and_back(t, x, 4, 256, NULL, y);
+        CHECKF(fabs(y[256 + 77] + 8.0) <= 0.4, "%s %g", t->name, (double)y[256 + 77]);
+        CHECKF(rmse(x, y, NULL, 256, 256) <= 0.0115 * t->error, "%s", t->name);
+        CHECKF(rmse(x + 256, y + 256, NULL, 256, 256) <= 0.03, "%s", t->name);
+    }
+    free(noise);
+}
+
+/* ---- code books ------------------------------------------------------------------------------ */
+
+static uint32_t crc32_of(const void *data, size_t size) {
+    const uint8_t *p = (const uint8_t *)data;
+    uint32_t crc = 0xFFFFFFFF;
+    for (size_t i = 0; i < size; i++) {
+        crc ^= p[i];
+        for (int k = 0; k < 8; k++) crc = crc >> 1 ^ (crc & 1 ? 0xEDB88320 : 0);
+    }
+    return ~crc;
+}
+static void *ask_books(void *out) {
+    *(const moe__books **)out = moe__books_get();
+    return NULL;
+}
+TEST(books) { /* checksums: spec/quants.md, 5.1 */
+    pthread_t threads[4];
+    const moe__books *seen[4] = {NULL, NULL, NULL, NULL};
+    for (int i = 0; i < 4; i++) CHECK(pthread_create(&threads[i], NULL, ask_books, &seen[i]) == 0);
+    for (int i = 0; i < 4; i++) CHECK(pthread_join(threads[i], NULL) == 0);
+    const moe__books *books = moe__books_get();
+    for (int i = 0; i < 4; i++) CHECK(seen[i] == books);
+    CHECK(crc32_of(books->iq2xxs, sizeof books->iq2xxs) == 0x9924ff02);
+    CHECK(crc32_of(books->iq2xs, sizeof books->iq2xs) == 0xfa1e1bfd);
+    CHECK(crc32_of(books->iq2s, sizeof books->iq2s) == 0x25ae5bf1);
+    CHECK(crc32_of(books->iq3xxs, sizeof books->iq3xxs) == 0x07ba9ed0);
+    CHECK(crc32_of(books->iq3s, sizeof books->iq3s) == 0xf576e4f3);
+    CHECK(crc32_of(books->signs, sizeof books->signs) == 0xffab7940);
+    int8_t ones[2048 * 8]; /* the checksum is of -1, 0, 1 */
+    memcpy(ones, books->iq1s, sizeof ones);
+    for (int i = 0; i < 2048 * 8; i++) {
+        CHECK(ones[i] == -8 || ones[i] == 0 || ones[i] == 8);
+        ones[i] = (int8_t)(ones[i] / 8);
+    }
+    CHECK(crc32_of(ones, sizeof ones) == 0xb85e6ccf);
 }
 
 /* ---- activations ----------------------------------------------------------------------------- */

@@ -4619,6 +4619,13 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
 
 /* ---- unpacking blocks ------------------------------------------------------------------------ */
 
+#if MOE__ISA == 3
+/* acc + the sums of four neighbouring products of unsigned and signed bytes */
+MOE__V __m256i MOE__(u_dot_u8)(__m256i acc, __m256i a, __m256i b) {
+    return _mm256_dpbusd_epi32(acc, a, b);
+}
+#endif
+
 /* MOE__(unpack_NAME) does what moe__unpack_NAME does, for up to 256 weights (n) of several rows: */
 /* of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. out[r].min is */
 /* written only by types with mins. Nothing behind the blocks is read. 256-bit vectors, whatever */
@@ -4632,6 +4639,7 @@ typedef void MOE__(unpack_fn)(const uint8_t *const *w, int rows, int n, const fl
 #define MOE__ROW_BLOCKS_MIN(name, size, scale_, mins, min_, ...)                              \
     MOE__ROW_TYPE(name) {                                                                     \
         (void)D;                                                                              \
+        MOE__UNROLL(8)                                                                        \
         for (int j = 0; j < n / 32; j++, b += size) {                                         \
             MOE__(u_scale)(out, j, scale_);                                                   \
             if (mins) out->min[2 * j] = out->min[2 * j + 1] = min_;                           \
@@ -4660,11 +4668,17 @@ MOE__V void MOE__(u_scales16)(float *out, __m256i x, float d) {
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), factor));
     _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), factor));
 }
+/* a0 b0 a1 b1 ... */
+MOE__V void MOE__(u_pairs)(__m256 *out, __m256 a, __m256 b) {
+    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    out[0] = _mm256_permute2f128_ps(low, high, 0x20);
+    out[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
 MOE__V void MOE__(u_scales8)(float *out, __m256i x, float d) {
-    __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(d));
-    __m256 low = _mm256_unpacklo_ps(s, s), high = _mm256_unpackhi_ps(s, s);
-    _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(d)), pairs[2];
+    MOE__(u_pairs)(pairs, s, s);
+    _mm256_storeu_ps(out, pairs[0]);
+    _mm256_storeu_ps(out + 8, pairs[1]);
 }
 /* 8 bytes of nibbles as 16 int16: the low one of a byte before its high one (pairs), or all low */
 /* ones first */
@@ -5552,92 +5566,75 @@ MOE__V void MOE__(reader_next)(MOE__(reader) *reader, int n, moe__block *out) {
 /* Activations of 256 weights. */
 typedef struct MOE__(block_acts) {
     const int8_t *q;
-    MOE__VI start[256 / MOE__VBYTES]; /* see v_quads */
-    float d[16], sum[16]; /* per 16 weights: their scale, and their sum times the scale */
+    __m256 d[2], sum[2]; /* per 16 weights: their scale, and their sum times the scale */
 } MOE__(block_acts);
 
-/* Sums of four neighbouring products q * a. VNNI: q is made unsigned by adding 128, and `start` is */
-/* -128 times the sum of four a. AVX2: |q| * (a with the sign of q), sums of two at most 32512. */
-MOE__V MOE__VI MOE__(v_quads)(MOE__VI q, MOE__VI a, MOE__VI start) {
+/* Sums of four neighbouring products q * a, as |q| * (a with the sign of q): sums of two are at */
+/* most 32512. */
+MOE__V __m256i MOE__(u_quads)(__m256i q, __m256i a) {
+    a = _mm256_sign_epi8(a, q);
+    q = _mm256_abs_epi8(q);
 #if MOE__VNNI
-    return MOE__(v_dot_u8)(start, MOE__(v_xor)(q, MOE__MM(set1_epi8)(-128)), a);
+    return MOE__(u_dot_u8)(_mm256_setzero_si256(), q, a);
 #else
-    (void)start;
-    q = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(a, q));
-    return _mm256_madd_epi16(q, _mm256_set1_epi16(1));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(q, a), _mm256_set1_epi16(1));
 #endif
-}
-
-/* a[0] b[0] a[1] b[1] ... */
-MOE__V void MOE__(v_store_pairs)(float *out, __m256 a, __m256 b) {
-    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
-    _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 /* Record i of the activations x. A type with blocks of 32 has one min per 32 weights, given twice: */
 /* their sum belongs to the first. */
-MOE__V void MOE__(v_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, const void *x,
+MOE__V void MOE__(u_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, const void *x,
                                 int64_t i) {
     if (kind == MOE__ACT_Q32) {
         const moe__act32 *a = (const moe__act32 *)x + i;
-        const __m256 d = _mm256_loadu_ps(a->d);
+        const __m256 d = _mm256_loadu_ps(a->d), zero = _mm256_setzero_ps();
         __m256 sum = _mm256_cvtepi32_ps(MOE__(v_load_256)(a->nsum));
-        sum = _mm256_mul_ps(sum, _mm256_sub_ps(_mm256_setzero_ps(), d));
-        MOE__(v_store_pairs)(out->d, d, d);
-        MOE__(v_store_pairs)(out->sum, sum, _mm256_setzero_ps());
+        sum = _mm256_mul_ps(sum, _mm256_sub_ps(zero, d));
+        MOE__(u_pairs)(out->d, d, d);
+        MOE__(u_pairs)(out->sum, sum, zero);
         out->q = a->q;
     } else {
         const moe__act256 *a = (const moe__act256 *)x + i;
-        for (int s = 0; s < 16; s += 8) _mm256_storeu_ps(out->d + s, _mm256_set1_ps(a->d));
-        MOE__(u_scales16)(out->sum, MOE__(v_load_256)(a->sum16), a->d);
+        const __m256 d = _mm256_set1_ps(a->d);
+        __m256i low = _mm256_cvtepi16_epi32(MOE__(v_load_128)(a->sum16));
+        __m256i high = _mm256_cvtepi16_epi32(MOE__(v_load_128)(a->sum16 + 8));
+        out->d[0] = out->d[1] = d;
+        out->sum[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(low), d);
+        out->sum[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(high), d);
         out->q = a->q;
     }
-#if MOE__VNNI
-    for (int c = 0; c < 256 / MOE__VBYTES; c++) {
-        MOE__VI a = MOE__(v_load)(out->q + c * MOE__VBYTES), zero = MOE__(v_zero)();
-        a = MOE__(v_dot_u8)(zero, MOE__MM(set1_epi8)(-128), a);
-        out->start[c] = MOE__MM(sub_epi32)(zero, a);
-    }
-#endif
 }
 
 /* sum + block . activations. Each element of a vector of sums has four weights of one scale. */
-MOE__V MOE__VF MOE__(v_add_block)(MOE__VF sum, const moe__block *block,
-                                  const MOE__(block_acts) *a, const int mins) {
-    MOE__VF scale[16 / MOE__VFLOATS];
-#if MOE__ISA == 3
-    __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-#else
-    __m256i at = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-#endif
+MOE__V __m256 MOE__(u_add_block)(__m256 sum, const moe__block *block, const MOE__(block_acts) *a,
+                                 const int mins) {
+    __m256 scale[2], odd = _mm256_setzero_ps();
     MOE__UNROLL(2)
-    for (int s = 0; s < 16; s += MOE__VFLOATS) {
-        scale[s / MOE__VFLOATS] =
-            MOE__MM(mul_ps)(MOE__MM(loadu_ps)(block->scale + s), MOE__MM(loadu_ps)(a->d + s));
-        if (mins)
-            sum = MOE__MM(fnmadd_ps)(MOE__MM(loadu_ps)(block->min + s),
-                                     MOE__MM(loadu_ps)(a->sum + s), sum);
+    for (int h = 0; h < 2; h++) {
+        scale[h] = _mm256_mul_ps(_mm256_loadu_ps(block->scale + 8 * h), a->d[h]);
+        if (mins) odd = _mm256_fnmadd_ps(_mm256_loadu_ps(block->min + 8 * h), a->sum[h], odd);
     }
     MOE__UNROLL(8)
-    for (int c = 0; c < 256 / MOE__VBYTES; c++) {
-        const int s = c * MOE__VBYTES / 16;
-        MOE__VI quads = MOE__(v_quads)(MOE__(v_load)(block->q + c * MOE__VBYTES),
-                                       MOE__(v_load)(a->q + c * MOE__VBYTES), a->start[c]);
-#if MOE__ISA == 3
-        __m512 d = _mm512_permutexvar_ps(at, scale[0]);
-        at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
-#else
-        __m256 d = _mm256_permutevar8x32_ps(scale[s / 8], at);
-        at = _mm256_add_epi32(at, _mm256_set1_epi32(s == 6 ? -6 : 2));
-#endif
-        (void)s;
-        sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(quads), d, sum);
+    for (int j = 0; j < 8; j++) {
+        const int i = 2 * (j % 4);
+        const __m256i at = _mm256_setr_epi32(i, i, i, i, i + 1, i + 1, i + 1, i + 1);
+        const __m256i quads = MOE__(u_quads)(MOE__(v_load_256)(block->q + 32 * j),
+                                             MOE__(v_load_256)(a->q + 32 * j));
+        const __m256 d = _mm256_permutevar8x32_ps(scale[j / 4], at);
+        if (j % 2) odd = _mm256_fmadd_ps(_mm256_cvtepi32_ps(quads), d, odd);
+        else sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(quads), d, sum);
     }
-    return sum;
+    return _mm256_add_ps(sum, odd);
 }
 
-/* moe__dot_fn for any block type */
+/* Fetches `size` bytes from 8 KiB behind the group, see v_prefetch. */
+MOE__V void MOE__(u_prefetch)(const uint8_t *group, size_t offset, const uint8_t *end, int size) {
+    uintptr_t next = (uintptr_t)group + offset + 8192;
+    for (int i = 0; i < size && next < (uintptr_t)end; i += 64, next += 64)
+        _mm_prefetch((const char *)next, _MM_HINT_T1);
+}
+
+/* moe__dot_fn for any block type: four rows or a group are unpacked, then multiplied. */
 MOE__K void MOE__(dot_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack, const uint8_t *rows,
                               size_t row_size, int64_t n_rows, int64_t n, const void *x,
                               float *out) {
@@ -5649,27 +5646,27 @@ MOE__K void MOE__(dot_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack, c
     reader.unpack = unpack;
     for (int64_t row = 0; row < n_rows; row += reader.rows) {
         const uint8_t *group = rows + (size_t)row * row_size;
-        MOE__VF sum[MOE__GROUP_ROWS];
-        size_t done = 0;
-        for (int r = 0; r < MOE__GROUP_ROWS; r++) sum[r] = MOE__MM(setzero_ps)();
+        __m256 sum[MOE__GROUP_ROWS];
+        for (int r = 0; r < MOE__GROUP_ROWS; r++) sum[r] = _mm256_setzero_ps();
         MOE__(reader_begin)(&reader, group, row_size, n_rows - row, 4);
+        size_t ahead = (size_t)reader.rows * row_size;
         for (int64_t at = 0; at < n; at += 256) {
             const int count = (int)moe__min(n - at, 256);
             const int size = count / type->block * type->bytes * reader.rows;
-            uintptr_t next = (uintptr_t)group + (size_t)reader.rows * row_size + 8192 + done;
-            for (int i = 0; i < size && next < (uintptr_t)end; i += 64, next += 64)
-                _mm_prefetch((const char *)next, _MM_HINT_T1);
-            done += (size_t)size;
+            MOE__(u_prefetch)(group, ahead, end, size);
+            ahead += (size_t)size;
             MOE__(reader_next)(&reader, count, block);
-            MOE__(v_block_acts)(&acts, type->act, x, at / 256);
-            for (int r = 0; r < reader.rows; r++)
-                sum[r] = type->offset ? MOE__(v_add_block)(sum[r], block + r, &acts, 0)
-                                      : MOE__(v_add_block)(sum[r], block + r, &acts, 1);
+            MOE__(u_block_acts)(&acts, type->act, x, at / 256);
+            if (type->offset)
+                for (int r = 0; r < reader.rows; r++)
+                    sum[r] = MOE__(u_add_block)(sum[r], block + r, &acts, 0);
+            else
+                for (int r = 0; r < reader.rows; r++)
+                    sum[r] = MOE__(u_add_block)(sum[r], block + r, &acts, 1);
         }
         for (int r = 0; r < reader.rows; r += 4)
             MOE__(v_store_rows)(out + row + r, n_rows - row - r, 4,
-                                MOE__(v_sum4)(MOE__(v_fold)(sum[r]), MOE__(v_fold)(sum[r + 1]),
-                                              MOE__(v_fold)(sum[r + 2]), MOE__(v_fold)(sum[r + 3])));
+                                MOE__(v_sum4)(sum[r], sum[r + 1], sum[r + 2], sum[r + 3]));
     }
 }
 

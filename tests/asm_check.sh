@@ -26,9 +26,10 @@ cat >"$work/all.c" <<'END_C'
 const void *keep(int isa);
 const void *keep(int isa) { return moe__kernels_get((moe_isa)isa); }
 END_C
-status=0
+status=0 found=
 for compiler in ${COMPILERS:-gcc clang}; do
     command -v "$compiler" >/dev/null 2>&1 || continue
+    found=1
     $compiler -O2 -w -I"$dir" -S -o "$work/all.s" "$work/all.c" || { status=1; continue; }
     awk -v compiler="$compiler" -v pattern="$pattern" -v allowed="$work/allowed" '
     BEGIN {
@@ -44,7 +45,7 @@ for compiler in ${COMPILERS:-gcc clang}; do
         return 0
     }
     # Jumps back to a label make a loop of the lines from there to the last of them.
-    function finish(   i, a, b, last, inner, loop, calls, deep, outer, marks) {
+    function finish(   i, a, b, last, inner, loop, calls, deep, outer, marks, note) {
         if (!name) return
         for (i = 1; i <= count; i++)
             if (target[i] in label && label[target[i]] <= i) last[target[i]] = i
@@ -68,9 +69,10 @@ for compiler in ${COMPILERS:-gcc clang}; do
         }
         marks = (calls && !may("calls")) || (deep && !may("innermost")) ||
                 (outer * 50 > count && !may("around"))
-        printf "%-5s %-28s %5d instructions; in loops %2d calls, spills: %2d innermost, " \
-               "%2d around%s\n", compiler, name, count, calls, deep, outer,
-               marks ? "  <-- BAD" : calls || deep || outer * 50 > count ? "  (allowed)" : ""
+        note = marks ? "  <-- BAD" : ""
+        if (!marks && (calls || deep || outer * 50 > count)) note = "  (allowed)"
+        printf("%-5s %-28s %5d instructions; in loops %2d calls, spills: %2d innermost, " \
+               "%2d around%s\n", compiler, name, count, calls, deep, outer, note)
         kernels++
         if (marks) bad = 1
         name = ""
@@ -102,4 +104,5 @@ for compiler in ${COMPILERS:-gcc clang}; do
         exit bad
     }' "$work/all.s" || status=1
 done
+[ -n "$found" ] || { echo "no compiler found"; status=1; }
 exit $status

@@ -1923,7 +1923,7 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 #define MOE__BLOCK_TYPES(X)                                               \
     X(Q4_0, q4_0, 32, 18, Q32, 1, 0, 32, 4, 8, 1, 1)                      \
     X(Q4_1, q4_1, 32, 20, Q32, 1, 0, 32, 4, 0, 1, 0)                      \
-    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1, 0)                     \
+    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1, 1)                     \
     X(Q5_1, q5_1, 32, 24, Q32, 1, 0, 32, 5, 0, 1, 0)                      \
     X(Q6_0, q6_0, 32, 26, Q32, 1, 0, 32, 6, 32, 0, 0)                     \
     X(Q8_0, q8_0, 32, 34, Q32, 1, 0, 32, 8, 128, 1, 1)                    \
@@ -1939,9 +1939,9 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
     X(IQ2_S, iq2_s, 256, 82, Q256, 1, 0, 16, 7, 64, 0, 0)                 \
     X(IQ3_XXS, iq3_xxs, 256, 98, Q256, 1, 0, 32, 7, 64, 0, 0)             \
     X(IQ3_S, iq3_s, 256, 110, Q256, 1, 0, 32, 5, 16, 0, 0)                \
-    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1, 0)                \
+    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1, 1)                \
     X(IQ4_XS, iq4_xs, 256, 136, Q256, 1, 0, 32, 8, 128, 1, 0)             \
-    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1, 0)                   \
+    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1, 1)                   \
     X(NVFP4, nvfp4, 64, 36, Q32, 1, 0, 16, 5, 16, 0, 0)                   \
     X(TQ1_0, tq1_0, 256, 54, Q256, 1, 0, 32, 2, 1, 0, 0)                  \
     X(TQ2_0, tq2_0, 256, 66, Q256, 1, 0, 32, 2, 1, 0, 0)                  \
@@ -4270,239 +4270,6 @@ MOE__K void MOE__(dot_q6_k)(const uint8_t *rows, size_t row_size, int64_t n_rows
     }
 }
 
-/* ---- dot products: blocks of 32 -------------------------------------------------------------- */
-
-/* Levels x activations, summed in int32 to one or two numbers per block: an exact float. These */
-/* are brought into one vector with the numbers of other blocks, and multiplied with the scales */
-/* of weights and activations, brought into the same order. Unsigned levels are 8 (Q4_0) or 128 */
-/* (Q8_0) too large; that times the negated sum of the activations makes up for it. */
-
-/* The f16 scales of four blocks, in the low half of the result. */
-MOE__V __m128i MOE__(v_scales_q32)(const uint8_t *block, size_t size) {
-    __m128i ab = _mm_unpacklo_epi16(_mm_cvtsi32_si128((int)moe__load_u32(block)),
-                                    _mm_cvtsi32_si128((int)moe__load_u32(block + size)));
-    __m128i cd = _mm_unpacklo_epi16(_mm_cvtsi32_si128((int)moe__load_u32(block + 2 * size)),
-                                    _mm_cvtsi32_si128((int)moe__load_u32(block + 3 * size)));
-    return _mm_unpacklo_epi32(ab, cd);
-}
-
-/* One block of Q4_0: sums of two products, at most 2*15*127 = 3810, levels 8 too large. */
-MOE__V __m256i MOE__(v_block_q4_0)(const uint8_t *block, const int8_t *q) {
-    __m128i b = MOE__(v_load_128)(block + 2);
-    __m256i levels = _mm256_srlv_epi64(_mm256_broadcastsi128_si256(b),
-                                       _mm256_setr_epi64x(0, 0, 4, 4));
-    levels = _mm256_and_si256(levels, _mm256_set1_epi8(15));
-    return _mm256_maddubs_epi16(levels, MOE__(v_load_256)(q));
-}
-
-/* One block of Q8_0: sums of four products. |w| * (a with w's sign) is w * a, for w = -128 too; */
-/* sums of two are at most 2*128*127 = 32512, so int16 holds them. */
-MOE__V __m256i MOE__(v_block_q8_0)(const uint8_t *block, const int8_t *q) {
-    __m256i a = MOE__(v_load_256)(q);
-    __m256i b = MOE__(v_load_256)(block + 2);
-    __m256i sums = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(a, b));
-    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-}
-
-/* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
-MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
-    MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
-    MOE__VI cd = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(c, d), MOE__MM(unpackhi_epi32)(c, d));
-    return MOE__MM(add_epi32)(MOE__MM(unpacklo_epi64)(ab, cd), MOE__MM(unpackhi_epi64)(ab, cd));
-}
-
-/* v_record_NAME: sum[r] += one record of row r, eight blocks that begin at w[r] + at. */
-#if MOE__ISA == 3
-/* A vector takes the 16 bytes of four blocks, so that the low and the high halves of its bytes */
-/* are levels of four blocks, and each lane of sums is a block. Blocks lie 9 int16 apart; the */
-/* tables count int16: of bytes 0-127 for the scales and for blocks 0-3, of bytes 16-143 for */
-/* blocks 4-7. */
-MOE__V void MOE__(v_record_q4_0)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                 __m512 *sum) {
-    static const int16_t levels_at[32] = {1,  2,  3,  4,  5,  6,  7,  8,  10, 11, 12,
-                                          13, 14, 15, 16, 17, 19, 20, 21, 22, 23, 24,
-                                          25, 26, 28, 29, 30, 31, 32, 33, 34, 35};
-    static const int16_t scales_at[16] = {0,  36, 0,  36, 9,  45, 9,  45,
-                                          18, 54, 18, 54, 27, 63, 27, 63};
-    const __m512i levels0_at = MOE__(v_load)(levels_at), d_at = MOE__(v_load32)(scales_at);
-    const __m512i levels4_at = _mm512_add_epi16(levels0_at, _mm512_set1_epi16(4 * 9 - 8));
-    const __m512i nibble = _mm512_set1_epi8(15);
-    __m512i q0 = MOE__(v_load)(a->q), q2 = MOE__(v_load)(a->q + 64);
-    __m512i q4 = MOE__(v_load)(a->q + 128), q6 = MOE__(v_load)(a->q + 192);
-    const __m512i a0_low = _mm512_shuffle_i32x4(q0, q2, 0x88);
-    const __m512i a0_high = _mm512_shuffle_i32x4(q0, q2, 0xDD);
-    const __m512i a4_low = _mm512_shuffle_i32x4(q4, q6, 0x88);
-    const __m512i a4_high = _mm512_shuffle_i32x4(q4, q6, 0xDD);
-    /* A block's offset starts the first int32 of its lane. */
-    __m512i nsum = _mm512_castsi256_si512(_mm256_slli_epi32(MOE__(v_load_256)(a->nsum), 3));
-    const __m512i lane0_at = _mm512_setr_epi32(0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0);
-    const __m512i lane4_at = _mm512_add_epi32(lane0_at, _mm512_set1_epi32(4));
-    const __m512i start0 = _mm512_maskz_permutexvar_epi32(0x1111, lane0_at, nsum);
-    const __m512i start4 = _mm512_maskz_permutexvar_epi32(0x1111, lane4_at, nsum);
-    /* When the two are added crosswise, lane l holds blocks l, l + 4, l, l + 4: the scales too. */
-    const __m512i act_d_at = _mm512_setr_epi32(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
-    const __m512 act_d = _mm512_permutexvar_ps(
-        act_d_at, _mm512_castps256_ps512(_mm256_loadu_ps(a->d)));
-#define MOE__ROW(r)                                                                         \
-    {                                                                                       \
-        const uint8_t *p = w[r] + at;                                                       \
-        __m512i b0 = MOE__(v_load)(p), b64 = MOE__(v_load)(p + 64);                         \
-        __m512i b16 = MOE__(v_load)(p + 16), b80 = MOE__(v_load)(p + 80);                   \
-        __m512i levels0 = _mm512_permutex2var_epi16(b0, levels0_at, b64);                   \
-        __m512i levels4 = _mm512_permutex2var_epi16(b16, levels4_at, b80);                  \
-        __m512i d = _mm512_permutex2var_epi16(b0, d_at, b64);                               \
-        __m512i s0 = _mm512_dpbusd_epi32(start0, MOE__(v_and)(levels0, nibble), a0_low);    \
-        __m512i s4 = _mm512_dpbusd_epi32(start4, MOE__(v_and)(levels4, nibble), a4_low);    \
-        levels0 = MOE__(v_and)(_mm512_srli_epi16(levels0, 4), nibble);                      \
-        levels4 = MOE__(v_and)(_mm512_srli_epi16(levels4, 4), nibble);                      \
-        s0 = _mm512_dpbusd_epi32(s0, levels0, a0_high);                                     \
-        s4 = _mm512_dpbusd_epi32(s4, levels4, a4_high);                                     \
-        s0 = _mm512_add_epi32(_mm512_unpacklo_epi32(s0, s4), _mm512_unpackhi_epi32(s0, s4)); \
-        __m512 scale = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(d)), act_d);    \
-        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s0), scale, sum[r]);                    \
-        MOE__SETTLE(sum[r]);                                                                \
-    }
-    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-}
-
-/* Blocks j (low half) and j + 4; levels are made unsigned. */
-MOE__V __m512i MOE__(v_blocks_q8_0)(const uint8_t *block, __m512i a) {
-    __m512i b = MOE__(v_load_pair)((const int8_t *)block + 2, (const int8_t *)block + 2 + 4 * 34);
-    b = _mm512_xor_si512(b, _mm512_set1_epi8(-128));
-    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), b, a);
-}
-
-MOE__V void MOE__(v_record_q8_0)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                 __m512 *sum) {
-    const __m512i a0 = MOE__(v_load_pair)(a->q, a->q + 128);
-    const __m512i a1 = MOE__(v_load_pair)(a->q + 32, a->q + 160);
-    const __m512i a2 = MOE__(v_load_pair)(a->q + 64, a->q + 192);
-    const __m512i a3 = MOE__(v_load_pair)(a->q + 96, a->q + 224);
-    /* Added crosswise, lanes hold blocks 0-3 0-3 4-7 4-7. One of each two gets the offset. */
-    __m512 act_d = _mm512_castps256_ps512(_mm256_loadu_ps(a->d));
-    __m512i nsum = _mm512_castsi256_si512(_mm256_slli_epi32(MOE__(v_load_256)(a->nsum), 7));
-    const __m512i offset = _mm512_maskz_shuffle_i32x4(0x0F0F, nsum, nsum, 0x50);
-    act_d = _mm512_shuffle_f32x4(act_d, act_d, 0x50);
-#define MOE__ROW(r)                                                                          \
-    {                                                                                        \
-        const uint8_t *p = w[r] + at;                                                        \
-        __m128i half = _mm_unpacklo_epi64(MOE__(v_scales_q32)(p, 34),                        \
-                                          MOE__(v_scales_q32)(p + 4 * 34, 34));              \
-        __m512 d = _mm512_cvtph_ps(                                                          \
-            _mm256_permute4x64_epi64(_mm256_castsi128_si256(half), 0x50));                   \
-        __m512i s = MOE__(v_add_crosswise)(                                                  \
-            MOE__(v_blocks_q8_0)(p, a0), MOE__(v_blocks_q8_0)(p + 34, a1),                   \
-            MOE__(v_blocks_q8_0)(p + 68, a2), MOE__(v_blocks_q8_0)(p + 102, a3));            \
-        s = _mm512_add_epi32(s, offset);                                                     \
-        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, act_d), sum[r]);    \
-        MOE__SETTLE(sum[r]);                                                                 \
-    }
-    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-}
-
-MOE__V void MOE__(v_record_q32)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                __m512 *sum, const int eight) {
-    if (eight)
-        MOE__(v_record_q8_0)(w, at, a, sum);
-    else
-        MOE__(v_record_q4_0)(w, at, a, sum);
-}
-#else
-/* The sums of four blocks, in both lanes. Those of Q4_0 stay in int16 (at most 4*3810) for long. */
-MOE__V __m256i MOE__(v_blocks_q4_0)(const uint8_t *p, const int8_t *q) {
-    __m256i a = MOE__(v_block_q4_0)(p, q), b = MOE__(v_block_q4_0)(p + 18, q + 32);
-    __m256i c = MOE__(v_block_q4_0)(p + 36, q + 64), d = MOE__(v_block_q4_0)(p + 54, q + 96);
-    a = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-    c = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-    a = _mm256_add_epi16(_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c));
-    return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
-}
-
-MOE__V __m256i MOE__(v_blocks_q8_0)(const uint8_t *p, const int8_t *q) {
-    return MOE__(v_add_crosswise)(
-        MOE__(v_block_q8_0)(p, q), MOE__(v_block_q8_0)(p + 34, q + 32),
-        MOE__(v_block_q8_0)(p + 68, q + 64), MOE__(v_block_q8_0)(p + 102, q + 96));
-}
-
-MOE__V void MOE__(v_record_q32)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                __m256 *sum, const int eight) {
-    const size_t size = eight ? 34 : 18;
-    for (int j = 0; j < 8; j += 4, at += 4 * size) {
-        const int8_t *q = a->q + 32 * j;
-        const __m128 *act_d = (const __m128 *)(const void *)(a->d + j);
-        /* One of the two lanes gets the offset. */
-        const __m256i offset = _mm256_zextsi128_si256(
-            eight ? _mm_setzero_si128() : _mm_slli_epi32(MOE__(v_load_128)(a->nsum + j), 3));
-#define MOE__ROW(r)                                                                    \
-    {                                                                                  \
-        const uint8_t *p = w[r] + at;                                                  \
-        __m128i half = MOE__(v_scales_q32)(p, size);                                   \
-        __m256 d = _mm256_cvtph_ps(_mm_unpacklo_epi64(half, half));                    \
-        __m256i s = eight ? MOE__(v_blocks_q8_0)(p, q) : MOE__(v_blocks_q4_0)(p, q);   \
-        if (!eight) s = _mm256_add_epi32(s, offset);                                   \
-        d = _mm256_mul_ps(d, _mm256_broadcast_ps(act_d));                              \
-        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, sum[r]);                    \
-        MOE__SETTLE(sum[r]);                                                           \
-    }
-        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-    }
-}
-#endif
-
-MOE__V void MOE__(v_dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                             const void *x, float *out, const int eight) {
-    const size_t size = eight ? 34 : 18;
-    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    for (int64_t row = 0; row < n_rows; row += 4) {
-        const moe__act32 *a = (const moe__act32 *)x, *end = a + n / 256;
-        const uint8_t *w[4];
-        MOE__VF sum[4];
-        size_t at = 0;
-        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, 4, w);
-        sum[0] = sum[1] = sum[2] = sum[3] = MOE__MM(setzero_ps)();
-        for (; a < end; a++, at += 8 * size) {
-            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * 8 * (int)size);
-            MOE__(v_record_q32)(w, at, a, sum, eight);
-        }
-        __m256 part[4];
-#define MOE__ROW(r) part[r] = MOE__(v_fold)(sum[r]);
-        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-        for (int j = 0; j < (int)(n % 256 / 32); j++, at += size) {
-            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * (int)size);
-            __m128i nsum = _mm_cvtsi32_si128(eight ? 0 : a->nsum[j] * 8);
-            __m256i offset = _mm256_zextsi128_si256(nsum);
-#define MOE__ROW(r)                                                                       \
-    {                                                                                     \
-        __m128i half = _mm_cvtsi32_si128(moe__load_u16(w[r] + at));                       \
-        __m256i block = eight ? MOE__(v_block_q8_0)(w[r] + at, a->q + 32 * j)             \
-                              : _mm256_madd_epi16(MOE__(v_block_q4_0)(w[r] + at, a->q + 32 * j), \
-                                                  _mm256_set1_epi16(1));                  \
-        __m256 d = _mm256_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(half)) * a->d[j]);           \
-        block = _mm256_add_epi32(block, offset);                                          \
-        part[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(block), d, part[r]);                 \
-    }
-            MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-        }
-        MOE__(v_store_rows)(out + row, n_rows - row, 4,
-                            MOE__(v_sum4)(part[0], part[1], part[2], part[3]));
-    }
-}
-
-MOE__K void MOE__(dot_q4_0)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                            const void *x, float *out) {
-    MOE__(v_dot_q32)(rows, row_size, n_rows, n, x, out, 0);
-}
-
-MOE__K void MOE__(dot_q8_0)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                            const void *x, float *out) {
-    MOE__(v_dot_q32)(rows, row_size, n_rows, n, x, out, 1);
-}
-
 /* ---- dot products: plain floats -------------------------------------------------------------- */
 
 /* MOE__VFLOATS weights as floats; type: an index of the type table */
@@ -5695,6 +5462,327 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
     }
 }
 
+/* ---- dot products: blocks of 32 -------------------------------------------------------------- */
+
+/* Levels x activations, summed in int32 to one or two numbers per block: an exact float. These */
+/* are brought into one vector with the numbers of other blocks, and multiplied with the scales */
+/* of weights and activations, brought into the same order. Levels are made unsigned by an offset, */
+/* a power of two; that times the negated sum of the activations makes up for it. */
+
+/* Of the types here: bytes per block, where the nibbles are, log2 of the offset. `type` is always */
+/* a constant index of the type table. */
+MOE__V size_t MOE__(q32_size)(const int type) {
+    return type == MOE__INDEX_Q8_0 ? 34 : type == MOE__INDEX_Q5_0 ? 22
+                                      : type == MOE__INDEX_MXFP4 ? 17 : 18;
+}
+MOE__V size_t MOE__(q32_low)(const int type) {
+    return type == MOE__INDEX_Q5_0 ? 6 : type == MOE__INDEX_MXFP4 ? 1 : 2;
+}
+MOE__V int MOE__(q32_shift)(const int type) {
+    return type == MOE__INDEX_Q4_0 ? 3 : type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL ? 7 : 4;
+}
+/* The 16 unsigned levels of MXFP4 or IQ4_NL in every lane. */
+MOE__V MOE__VI MOE__(q32_table)(const int type) {
+    const int8_t *table = type == MOE__INDEX_MXFP4 ? moe__levels_fp4 : moe__levels_k4;
+    const MOE__VI offset = MOE__MM(set1_epi8)((char)(1 << MOE__(q32_shift)(type)));
+    return MOE__MM(add_epi8)(MOE__(v_load16)(table), offset);
+}
+MOE__V float MOE__(q32_scale)(const uint8_t *block, const int type) {
+    return type == MOE__INDEX_MXFP4 ? moe__types_e8m0(block[0]) : MOE__(u_f16)(block);
+}
+/* v + add in bytes whose bit is set in x */
+MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int add) {
+    const MOE__VI y = MOE__MM(set1_epi8)((char)add);
+#if MOE__ISA == 3
+    return _mm512_mask_add_epi8(v, _mm512_test_epi8_mask(x, bit), v, y);
+#else
+    x = _mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit);
+    return _mm256_add_epi8(v, _mm256_and_si256(x, y));
+#endif
+}
+
+/* One block: sums of two products in int16, or of four in int32 for Q8_0 and IQ4_NL, whose levels */
+/* keep their sign: |w| * (a with w's sign) is w * a, for w = -128 too, at most 2*128*127 = 32512. */
+/* The others: 2*15*127 = 3810 (Q4_0), 7874 (Q5_0), 7112 (MXFP4), and four of these sums fit too. */
+MOE__V __m256i MOE__(q32_block)(const uint8_t *block, const int8_t *q, const int type) {
+    __m256i w, a = MOE__(v_load_256)(q);
+    if (type == MOE__INDEX_Q8_0) w = MOE__(v_load_256)(block + 2);
+    else w = MOE__(u_nibbles)(block + MOE__(q32_low)(type));
+    if (type == MOE__INDEX_IQ4_NL) w = MOE__(u_lookup)(moe__levels_k4, w, 1);
+    if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) {
+        w = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+        return _mm256_madd_epi16(w, _mm256_set1_epi16(1));
+    }
+    if (type == MOE__INDEX_MXFP4) {
+        w = MOE__(u_lookup)(moe__levels_fp4, w, 1);
+        w = _mm256_add_epi8(w, _mm256_set1_epi8(16));
+    }
+    if (type == MOE__INDEX_Q5_0) {
+        __m256i fifth = MOE__(u_mask)(moe__load_u32(block + 2));
+        w = _mm256_or_si256(w, _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+    }
+    return _mm256_maddubs_epi16(w, a);
+}
+/* Whether q32_block's sums are int16 and its levels have the offset. */
+MOE__V int MOE__(q32_narrow)(const int type) {
+    return type != MOE__INDEX_Q8_0 && type != MOE__INDEX_IQ4_NL;
+}
+
+/* Scales of blocks 0-7 in the low half. */
+MOE__V __m128i MOE__(q32_scales)(const uint8_t *p, const int type) {
+    const size_t size = MOE__(q32_size)(type);
+    uint64_t low = 0, high = 0; /* put together outside the vector units, which are busy */
+    if (type == MOE__INDEX_MXFP4) {
+        MOE__UNROLL(8) for (int i = 0; i < 8; i++) low |= (uint64_t)p[size * (size_t)i] << 8 * i;
+    } else {
+        MOE__UNROLL(4)
+        for (int i = 0; i < 4; i++) {
+            low |= (uint64_t)moe__load_u16(p + size * (size_t)i) << 16 * i;
+            high |= (uint64_t)moe__load_u16(p + size * (size_t)(i + 4)) << 16 * i;
+        }
+    }
+    return _mm_set_epi64x((int64_t)high, (int64_t)low);
+}
+/* Exponents of MXFP4, int32, as floats, see moe__types_e8m0 */
+MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
+    const MOE__VI tiny = MOE__MM(sllv_epi32)(MOE__MM(set1_epi32)(0x00200000), e);
+    const MOE__VI usual =
+        MOE__MM(slli_epi32)(MOE__MM(sub_epi32)(e, MOE__MM(set1_epi32)(1)), 23);
+#if MOE__ISA == 3
+    const __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(usual, small, tiny));
+#else
+    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(usual, tiny, small));
+#endif
+}
+
+/* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
+MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
+    MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
+    MOE__VI cd = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(c, d), MOE__MM(unpackhi_epi32)(c, d));
+    return MOE__MM(add_epi32)(MOE__MM(unpacklo_epi64)(ab, cd), MOE__MM(unpackhi_epi64)(ab, cd));
+}
+
+/* q32_record: sum[r] += one record of row r, eight blocks that begin at w[r] + at. */
+#if MOE__ISA == 3
+/* 16 bytes at `offset` of each of four blocks, 0-3 or 4-7 of a record. Blocks of an even size are */
+/* gathered by int16 from 128 bytes that begin or end with the record. */
+MOE__V __m512i MOE__(q32_load4)(const uint8_t *p, int first, size_t offset, const int type) {
+    static const int16_t at9[32] = {0,  1,  2,  3,  4,  5,  6,  7,  9,  10, 11, 12, 13, 14, 15, 16,
+                                    18, 19, 20, 21, 22, 23, 24, 25, 27, 28, 29, 30, 31, 32, 33, 34};
+    static const int16_t at11[32] = {0,  1,  2,  3,  4,  5,  6,  7,  11, 12, 13, 14, 15, 16, 17, 18,
+                                     22, 23, 24, 25, 26, 27, 28, 29, 33, 34, 35, 36, 37, 38, 39, 40};
+    const size_t size = MOE__(q32_size)(type), from = first ? 8 * size - 128 : 0;
+    if (type == MOE__INDEX_MXFP4) {
+        const uint8_t *block[4];
+        for (size_t i = 0; i < 4; i++) block[i] = p + ((size_t)first + i) * size;
+        return MOE__(v_load16_rows)(block, offset);
+    }
+    const int shift = (int)((size_t)first * size - from + offset) / 2;
+    const __m512i at = _mm512_add_epi16(MOE__(v_load)(size == 18 ? at9 : at11),
+                                        _mm512_set1_epi16((short)shift));
+    return _mm512_permutex2var_epi16(MOE__(v_load)(p + from), at, MOE__(v_load)(p + from + 64));
+}
+/* acc + four blocks x activations; the low and the high halves of their bytes are weights 0-15 and */
+/* 16-31, so each lane of sums is a block. */
+MOE__V __m512i MOE__(q32_add4)(__m512i acc, const uint8_t *p, int first, __m512i table,
+                               __m512i a_low, __m512i a_high, const int type) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i x = MOE__(q32_load4)(p, first, MOE__(q32_low)(type), type);
+    __m512i low = MOE__(v_and)(x, nibble);
+    __m512i high = MOE__(v_and)(_mm512_srli_epi16(x, 4), nibble);
+    if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL) {
+        low = _mm512_shuffle_epi8(table, low);
+        high = _mm512_shuffle_epi8(table, high);
+    }
+    if (type == MOE__INDEX_Q5_0) {
+        const __m512i byte = MOE__(v_lanes)(_mm_set_epi64x(0x0101010101010101, 0));
+        const __m512i bit = _mm512_set1_epi64((int64_t)0x8040201008040201);
+        const __m512i fifth = MOE__(q32_load4)(p, first, 2, type);
+        low = MOE__(v_add_where)(low, _mm512_shuffle_epi8(fifth, byte), bit, 16);
+        high = MOE__(v_add_where)(
+            high, _mm512_shuffle_epi8(fifth, _mm512_add_epi8(byte, _mm512_set1_epi8(2))), bit, 16);
+    }
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, low, a_low), high, a_high);
+}
+/* Scales of the eight blocks in the order d_at */
+MOE__V __m512 MOE__(q32_scales8)(const uint8_t *p, __m512i d_at, const int type) {
+    const __m128i scales = MOE__(q32_scales)(p, type);
+    if (type == MOE__INDEX_MXFP4)
+        return MOE__(v_e8m0)(_mm512_permutexvar_epi32(
+            d_at, _mm512_castsi256_si512(_mm256_cvtepu8_epi32(scales))));
+    return _mm512_permutexvar_ps(d_at, _mm512_castps256_ps512(_mm256_cvtph_ps(scales)));
+}
+MOE__V void MOE__(q32_record_nibbles)(const uint8_t *const *w, size_t at, const moe__act32 *a,
+                                      __m512 *sum, const int type) {
+    const __m512i table = MOE__(q32_table)(type);
+    const __m512i q0 = MOE__(v_load)(a->q), q2 = MOE__(v_load)(a->q + 64);
+    const __m512i q4 = MOE__(v_load)(a->q + 128), q6 = MOE__(v_load)(a->q + 192);
+    const __m512i a0_low = _mm512_shuffle_i32x4(q0, q2, 0x88);
+    const __m512i a0_high = _mm512_shuffle_i32x4(q0, q2, 0xDD);
+    const __m512i a4_low = _mm512_shuffle_i32x4(q4, q6, 0x88);
+    const __m512i a4_high = _mm512_shuffle_i32x4(q4, q6, 0xDD);
+    /* A block's offset starts the first int32 of its lane. */
+    __m512i nsum = _mm512_castsi256_si512(
+        _mm256_slli_epi32(MOE__(v_load_256)(a->nsum), MOE__(q32_shift)(type)));
+    const __m512i lane0_at = _mm512_setr_epi32(0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0);
+    const __m512i lane4_at = _mm512_add_epi32(lane0_at, _mm512_set1_epi32(4));
+    const __m512i start0 = _mm512_maskz_permutexvar_epi32(0x1111, lane0_at, nsum);
+    const __m512i start4 = _mm512_maskz_permutexvar_epi32(0x1111, lane4_at, nsum);
+    /* When the two are added crosswise, lane l holds blocks l, l + 4, l, l + 4: the scales too. */
+    const __m512i d_at = _mm512_setr_epi32(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
+    const __m512 act_d =
+        _mm512_permutexvar_ps(d_at, _mm512_castps256_ps512(_mm256_loadu_ps(a->d)));
+#define MOE__ROW(r)                                                                              \
+    {                                                                                            \
+        const uint8_t *p = w[r] + at;                                                            \
+        __m512i s0 = MOE__(q32_add4)(start0, p, 0, table, a0_low, a0_high, type);                \
+        __m512i s4 = MOE__(q32_add4)(start4, p, 4, table, a4_low, a4_high, type);                \
+        __m512 d = MOE__(q32_scales8)(p, d_at, type);                                            \
+        s0 = _mm512_add_epi32(_mm512_unpacklo_epi32(s0, s4), _mm512_unpackhi_epi32(s0, s4));     \
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s0), _mm512_mul_ps(d, act_d), sum[r]);       \
+        MOE__SETTLE(sum[r]);                                                                     \
+    }
+    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+}
+
+/* Blocks j (low half) and j + 4; levels are made unsigned. */
+MOE__V __m512i MOE__(q32_add_q8_0)(const uint8_t *block, __m512i a) {
+    __m512i b = MOE__(v_load_pair)((const int8_t *)block + 2, (const int8_t *)block + 2 + 4 * 34);
+    b = _mm512_xor_si512(b, _mm512_set1_epi8(-128));
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), b, a);
+}
+
+MOE__V void MOE__(q32_record_q8_0)(const uint8_t *const *w, size_t at, const moe__act32 *a,
+                                   __m512 *sum) {
+    const __m512i a0 = MOE__(v_load_pair)(a->q, a->q + 128);
+    const __m512i a1 = MOE__(v_load_pair)(a->q + 32, a->q + 160);
+    const __m512i a2 = MOE__(v_load_pair)(a->q + 64, a->q + 192);
+    const __m512i a3 = MOE__(v_load_pair)(a->q + 96, a->q + 224);
+    /* Added crosswise, lanes hold blocks 0-3 0-3 4-7 4-7. One of each two gets the offset. */
+    __m512 act_d = _mm512_castps256_ps512(_mm256_loadu_ps(a->d));
+    __m512i nsum = _mm512_castsi256_si512(_mm256_slli_epi32(MOE__(v_load_256)(a->nsum), 7));
+    const __m512i offset = _mm512_maskz_shuffle_i32x4(0x0F0F, nsum, nsum, 0x50);
+    act_d = _mm512_shuffle_f32x4(act_d, act_d, 0x50);
+#define MOE__ROW(r)                                                                          \
+    {                                                                                        \
+        const uint8_t *p = w[r] + at;                                                        \
+        __m256i half = _mm256_castsi128_si256(MOE__(q32_scales)(p, MOE__INDEX_Q8_0));        \
+        __m512 d = _mm512_cvtph_ps(_mm256_permute4x64_epi64(half, 0x50));                    \
+        __m512i s = MOE__(v_add_crosswise)(                                                  \
+            MOE__(q32_add_q8_0)(p, a0), MOE__(q32_add_q8_0)(p + 34, a1),                     \
+            MOE__(q32_add_q8_0)(p + 68, a2), MOE__(q32_add_q8_0)(p + 102, a3));              \
+        s = _mm512_add_epi32(s, offset);                                                     \
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, act_d), sum[r]);    \
+        MOE__SETTLE(sum[r]);                                                                 \
+    }
+    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+}
+
+MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act32 *a,
+                              __m512 *sum, const int type) {
+    if (type == MOE__INDEX_Q8_0) MOE__(q32_record_q8_0)(w, at, a, sum);
+    else MOE__(q32_record_nibbles)(w, at, a, sum, type);
+}
+#else
+/* The sums of four blocks, in both lanes. int16 sums stay so for long. */
+MOE__V __m256i MOE__(q32_add4)(const uint8_t *p, const int8_t *q, const int type) {
+    const size_t size = MOE__(q32_size)(type);
+    __m256i a = MOE__(q32_block)(p, q, type), b = MOE__(q32_block)(p + size, q + 32, type);
+    __m256i c = MOE__(q32_block)(p + 2 * size, q + 64, type);
+    __m256i d = MOE__(q32_block)(p + 3 * size, q + 96, type);
+    if (!MOE__(q32_narrow)(type)) return MOE__(v_add_crosswise)(a, b, c, d);
+    a = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    c = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    a = _mm256_add_epi16(_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c));
+    return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
+}
+
+MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act32 *a, __m256 *sum,
+                              const int type) {
+    const size_t size = MOE__(q32_size)(type);
+    const int narrow = MOE__(q32_narrow)(type), shift = MOE__(q32_shift)(type);
+    __m256 d[4];
+    MOE__UNROLL(4)
+    for (int r = 0; r < 4; r++) {
+        __m128i scales = MOE__(q32_scales)(w[r] + at, type);
+        d[r] = type == MOE__INDEX_MXFP4 ? MOE__(v_e8m0)(_mm256_cvtepu8_epi32(scales))
+                                        : _mm256_cvtph_ps(scales);
+        d[r] = _mm256_mul_ps(d[r], _mm256_loadu_ps(a->d));
+    }
+    MOE__UNROLL(2)
+    for (int j = 0; j < 8; j += 4, at += 4 * size) {
+        /* One of the two lanes gets the offset. */
+        const __m256i offset = _mm256_zextsi128_si256(
+            narrow ? _mm_slli_epi32(MOE__(v_load_128)(a->nsum + j), shift) : _mm_setzero_si128());
+#define MOE__ROW(r)                                                                \
+    {                                                                              \
+        __m256i s = MOE__(q32_add4)(w[r] + at, a->q + 32 * j, type);               \
+        __m256 both = _mm256_permute2f128_ps(d[r], d[r], j ? 0x11 : 0x00);         \
+        if (narrow) s = _mm256_add_epi32(s, offset);                               \
+        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), both, sum[r]);             \
+        MOE__SETTLE(sum[r]);                                                       \
+    }
+        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+    }
+}
+#endif
+
+MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                           const void *x, float *out, const int type) {
+    const size_t size = MOE__(q32_size)(type);
+    const int narrow = MOE__(q32_narrow)(type);
+    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
+    for (int64_t row = 0; row < n_rows; row += 4) {
+        const moe__act32 *a = (const moe__act32 *)x, *end = a + n / 256;
+        const uint8_t *w[4];
+        MOE__VF sum[4];
+        size_t at = 0;
+        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, 4, w);
+        sum[0] = sum[1] = sum[2] = sum[3] = MOE__MM(setzero_ps)();
+        for (; a < end; a++, at += 8 * size) {
+            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * 8 * (int)size);
+            MOE__(q32_record)(w, at, a, sum, type);
+        }
+        __m256 part[4];
+#define MOE__ROW(r) part[r] = MOE__(v_fold)(sum[r]);
+        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+        for (int j = 0; j < (int)(n % 256 / 32); j++, at += size) {
+            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * (int)size);
+            __m256i offset = _mm256_zextsi128_si256(
+                _mm_cvtsi32_si128(narrow ? a->nsum[j] * (1 << MOE__(q32_shift)(type)) : 0));
+#define MOE__ROW(r)                                                                            \
+    {                                                                                          \
+        __m256i block = MOE__(q32_block)(w[r] + at, a->q + 32 * j, type);                      \
+        __m256 d = _mm256_set1_ps(MOE__(q32_scale)(w[r] + at, type) * a->d[j]);                \
+        if (narrow) block = _mm256_madd_epi16(block, _mm256_set1_epi16(1));                    \
+        block = _mm256_add_epi32(block, offset);                                               \
+        part[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(block), d, part[r]);                      \
+    }
+            MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+        }
+        MOE__(v_store_rows)(out + row, n_rows - row, 4,
+                            MOE__(v_sum4)(part[0], part[1], part[2], part[3]));
+    }
+}
+#define MOE__DOT_Q32(NAME, name)                                                                \
+    MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
+                                  const void *x, float *out) {                                  \
+        MOE__(dot_q32)(rows, row_size, n_rows, n, x, out, MOE__INDEX_##NAME);                   \
+    }
+MOE__DOT_Q32(Q4_0, q4_0)
+MOE__DOT_Q32(Q5_0, q5_0)
+MOE__DOT_Q32(Q8_0, q8_0)
+MOE__DOT_Q32(IQ4_NL, iq4_nl)
+MOE__DOT_Q32(MXFP4, mxfp4)
+#undef MOE__DOT_Q32
+
 /* ---- tiles: up to 32 rows times many tokens -------------------------------------------------- */
 
 /* For each superblock of 256 weights per row (128 for float types) a tile's rows are unpacked */
@@ -6175,18 +6263,48 @@ MOE__V MOE__VI MOE__(tile_high_nibbles)(MOE__VI v) {
     return MOE__(tile_low)(MOE__MM(srli_epi32)(v, 4), 0x0F0F0F0F);
 }
 
-MOE__K void MOE__(tile_unpack_q4_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+/* Blocks of nibbles: Q4_0, Q5_0, IQ4_NL, MXFP4 */
+MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64_t n,
+                                       uint8_t *pack, const int type) {
+    const MOE__VI table = MOE__(q32_table)(type);
+    const MOE__VI byte = MOE__(v_lanes)(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
-            const uint8_t *block = rows + 18 * b;
-            const MOE__(tile_columns) c = MOE__(tile_turn)(block + 2, stride);
-            MOE__(tile_put_scale)(pack, b, h, MOE__(tile_row_halves)(block, stride));
-            MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-                MOE__(tile_put)(pack, 8 * b + i, h, MOE__(tile_low)(c.v[i], 0x0F0F0F0F));
-                MOE__(tile_put)(pack, 8 * b + 4 + i, h, MOE__(tile_high_nibbles)(c.v[i]));
+            const uint8_t *block = rows + MOE__(q32_size)(type) * (size_t)b;
+            const MOE__(tile_columns) c =
+                MOE__(tile_turn)(block + MOE__(q32_low)(type), stride);
+            MOE__VI fifth = MOE__(v_zero)();
+            if (type == MOE__INDEX_Q5_0) fifth = MOE__(tile_turn)(block + 2, stride).v[0];
+            if (type == MOE__INDEX_MXFP4) {
+                MOE__VI e = MOE__(tile_low)(MOE__(tile_turn)(block, stride).v[0], 0xFF);
+                MOE__(tile_put_scale)(pack, b, h, MOE__(v_e8m0)(e));
+            } else {
+                MOE__(tile_put_scale)(pack, b, h, MOE__(tile_row_halves)(block, stride));
+            }
+            MOE__UNROLL(8) for (int i = 0; i < 8; i++) { /* a quad: nibbles of 4 bytes */
+                MOE__VI v = i < 4 ? MOE__(tile_low)(c.v[i], 0x0F0F0F0F)
+                                  : MOE__(tile_high_nibbles)(c.v[i - 4]);
+                if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL)
+                    v = MOE__MM(shuffle_epi8)(table, v);
+                if (type == MOE__INDEX_Q5_0) { /* bits 4 i .. 4 i + 3 */
+                    MOE__VI at = MOE__MM(add_epi8)(byte, MOE__MM(set1_epi8)((char)(i / 2)));
+                    MOE__VI bit = MOE__MM(set1_epi32)(i % 2 ? (int)0x80402010 : 0x08040201);
+                    v = MOE__(v_add_where)(v, MOE__MM(shuffle_epi8)(fifth, at), bit, 16);
+                }
+                MOE__(tile_put)(pack, 8 * b + i, h, v);
             }
         }
 }
+#define MOE__TILE_NIBBLES(NAME, name)                                                      \
+    MOE__K void MOE__(tile_unpack_##name)(const uint8_t *rows, size_t stride, int64_t n,   \
+                                          uint8_t *pack) {                                 \
+        MOE__(tile_unpack_nibbles)(rows, stride, n, pack, MOE__INDEX_##NAME);              \
+    }
+MOE__TILE_NIBBLES(Q4_0, q4_0)
+MOE__TILE_NIBBLES(Q5_0, q5_0)
+MOE__TILE_NIBBLES(IQ4_NL, iq4_nl)
+MOE__TILE_NIBBLES(MXFP4, mxfp4)
+#undef MOE__TILE_NIBBLES
 
 MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
     const MOE__VI offset = MOE__MM(set1_epi8)(-128); /* int8 + 128, modulo 256 */
@@ -6646,6 +6764,9 @@ MOE__TILE_TYPE(f32, MOE__TILE_OF_FLOATS, 128, 8, 1, 4, 512, 0)
 MOE__TILE_TYPE(f16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
 MOE__TILE_TYPE(bf16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
 MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 256, 32, 32, 18, sizeof(moe__act32), 3)
+MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 256, 32, 32, 22, sizeof(moe__act32), 4)
+MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 256, 32, 32, 18, sizeof(moe__act32), 7)
+MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 256, 32, 32, 17, sizeof(moe__act32), 4)
 MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 256, 32, 32, 34, sizeof(moe__act32), 7)
 MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32m, 4), 256, 32, 256, 144, sizeof(moe__act256), 0)
 MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 256, 32, 256, 176, sizeof(moe__act256), 0)

@@ -6552,7 +6552,7 @@ static const moe__family moe__families[] = {
     {"gpt-oss", MOE__ROPE_NEOX, 0, MOE__GATING_CHOSEN, 2, "post_attention_norm",
      MOE__SINKS | MOE__BIASES | MOE__OAI},
     {"llama", MOE__ROPE_NORM, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__NORMALIZE | MOE__WIDTH_FFN},
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
     {"olmoe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      MOE__QK_NORM_WIDE | MOE__CLAMP_KQV | MOE__WIDTH_FFN},
     {"qwen2moe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm", MOE__SHARED_GATED},

@@ -7011,16 +7011,14 @@ MOE__PRIVATE void moe__load_rope(moe__loader *loader) {
     model->rope.frequency = (double *)moe__load_alloc(loader, (uint64_t)model->n_rot / 2 + 1,
                                                       sizeof *model->rope.frequency);
     const float *factors =
-        moe__load_tensor(loader, -1, "rope_freqs", "weight", 0)
-            ? moe__load_vector(loader, -1, "rope_freqs", "weight", model->n_rot / 2, 1, 1)
-            : NULL;
+        moe__load_vector(loader, -1, "rope_freqs", "weight", model->n_rot / 2, 1, 0);
     if (loader->status) return;
     moe__rope_init(&model->rope, &s);
     for (int i = 0; factors && i < model->n_rot / 2; i++) {
         model->rope.frequency[i] /= factors[i];
         if (!(fabs(model->rope.frequency[i]) <= 1e30))
             moe__load_fail(loader, MOE_ERROR_FORMAT, "rope_freqs.weight",
-                           "rope_freqs.weight holds %g", (double)factors[i]);
+                           "tensor rope_freqs.weight holds %g", (double)factors[i]);
     }
 }
 
@@ -7028,12 +7026,10 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     moe_model *model = loader->model;
     moe__router *router = &model->router;
     moe_model_info *info = &model->info;
-    char key[128];
     info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, 0);
-    moe__load_value(loader, "expert_count", key);
     if (!loader->status && !info->n_expert)
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key,
-                       "%s is missing: a model without experts is not supported", key);
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_count",
+                       "model family \"%s\" without experts is not supported", info->family);
     info->n_expert_used =
         moe__load_int(loader, "expert_used_count", 1, info->n_expert, MOE__REQUIRED);
     router->n_expert = info->n_expert;
@@ -7656,7 +7652,8 @@ MOE__PRIVATE moe__kv moe__eval_kv(const moe__eval *e, int il, int value) {
 
 /* ---- grouped-query attention ---------------------------------------------------------------- */
 
-/* Queries and keys of token t as they are before the norm of each head. */
+/* The projected query and key of token t; where the family norms them over all heads together, */
+/* after moe__gqa_norm_wide: one token's in this thread's memory, many in place. */
 MOE__INLINE float *moe__gqa_q(const moe__eval *e, int64_t t) {
     const int64_t n = (int64_t)e->model->info.n_head * e->model->head_k;
     return e->n == 1 && e->local->wide_q ? e->local->wide_q : e->session->q + t * n;
@@ -7665,18 +7662,14 @@ MOE__INLINE float *moe__gqa_k(const moe__eval *e, int64_t t) {
     const int64_t n = (int64_t)e->model->info.n_head_kv * e->model->head_k;
     return e->n == 1 && e->local->wide_k ? e->local->wide_k : e->session->k + t * n;
 }
-
-/* Norms over all heads together, if the family has them: of one token into this thread's memory, */
-/* of many in place. */
 MOE__PRIVATE void moe__gqa_norm_wide(const moe__eval *e, const moe__layer *layer, int64_t t) {
-    const moe_model *model = e->model;
-    const int64_t n_q = (int64_t)model->info.n_head * model->head_k;
-    const int64_t n_k = (int64_t)model->info.n_head_kv * model->head_k;
+    const moe_model_info *info = &e->model->info;
+    const int64_t n_q = (int64_t)info->n_head * e->model->head_k;
+    const int64_t n_k = (int64_t)info->n_head_kv * e->model->head_k;
+    const float *q = e->session->q + t * n_q, *k = e->session->k + t * n_k;
     if (!e->local->wide_q) return;
-    e->kernels->rms_norm(e->session->q + t * n_q, layer->q_norm, n_q, model->eps,
-                         moe__gqa_q(e, t));
-    e->kernels->rms_norm(e->session->k + t * n_k, layer->k_norm, n_k, model->eps,
-                         moe__gqa_k(e, t));
+    e->kernels->rms_norm(q, layer->q_norm, n_q, e->model->eps, moe__gqa_q(e, t));
+    e->kernels->rms_norm(k, layer->k_norm, n_k, e->model->eps, moe__gqa_k(e, t));
 }
 
 MOE__PRIVATE void moe__gqa_clamp(const moe__eval *e, float *x, int64_t n) {

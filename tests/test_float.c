@@ -418,7 +418,7 @@ TEST(exponential) {
 typedef struct shape {
     int n_queries, n_keys, dk, dv, f32;
     int same;       /* values are the front of the keys */
-    int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros, 4 and 5 causal with a short */
+    int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros; 4, 5 causal with a short */
                     /* or long window, 6 random at both ends */
     int gap;        /* bytes between rows */
 } shape;
@@ -824,8 +824,8 @@ TEST(attend_untouched) {
     }
 }
 
-/* A state that begins with a sink (max = its score, sum = 1, nothing in out) gives a softmax with */
-/* one more score, whose value is 0. */
+/* A state that begins with a sink (max = its score, sum = 1, nothing in out) gives a softmax */
+/* with one more score, whose value is 0. */
 TEST(attend_sink) {
     EACH_ISA(k)
     for (int i = 0; i < 30; i++) {

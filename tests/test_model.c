@@ -525,8 +525,8 @@ static void form_fuse(edit_file *e, int layer, const char *fused, const char *co
     t->data = data; /* freed by nobody: small, and the process ends */
 }
 
-/* Old Mixtral files hold one tensor per expert; new files may hold gate and up, or query, key and */
-/* value in one: the same bits. */
+/* Old Mixtral files hold one tensor per expert; new files may hold gate and up, or query, key */
+/* and value in one: the same bits. */
 TEST(fused_and_split_tensors) {
     static const char *const qkv[] = {"attn_q.weight", "attn_k.weight", "attn_v.weight"};
     static const char *const qkv_bias[] = {"attn_q.bias", "attn_k.bias", "attn_v.bias"};

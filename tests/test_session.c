@@ -335,7 +335,7 @@ TEST(odd_weights) {
     }
     t->removed = 1;
     edit_find_value(&e, "llama.expert_count")->removed = 1; /* a dense model */
-    check_refused(&e, "no experts", MOE_ERROR_UNSUPPORTED, "llama.expert_count");
+    check_refused(&e, "no experts", MOE_ERROR_UNSUPPORTED, "expert_count");
     edit_close(&e);
 }
 

@@ -504,6 +504,9 @@ static void form_split_experts(edit_file *e, int layer) {
         }
 }
 
+static uint8_t *form_memory[16];
+static int form_n_memory;
+
 /* Three or two tensors as one whose rows follow one another, part by part of each. */
 static void form_fuse(edit_file *e, int layer, const char *fused, const char *const *names, int n,
                       int n_parts) {
@@ -522,7 +525,7 @@ static void form_fuse(edit_file *e, int layer, const char *fused, const char *co
     for (int i = 0; i < n; i++) parts[i]->removed = 1;
     for (int i = 1; i < n; i++) t->ne[rows] += parts[i]->ne[rows];
     t->size = size;
-    t->data = data; /* freed by nobody: small, and the process ends */
+    t->data = form_memory[form_n_memory++] = data;
 }
 
 /* Old Mixtral files hold one tensor per expert; new files may hold gate and up, or query, key */
@@ -563,6 +566,7 @@ TEST(fused_and_split_tensors) {
         free(expected);
         edit_close(&e);
     }
+    while (form_n_memory) free(form_memory[--form_n_memory]);
 }
 
 /* Keys that few files have. */

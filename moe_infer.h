@@ -3511,10 +3511,13 @@ typedef void moe__tile_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, 
 /* One group of rows (one row of most types) of n weights, row after row. */
 typedef void moe__dequantize_fn(const uint8_t *rows, int64_t n, float *out);
 
+typedef void moe__glu_fn(const float *gate, const float *up, int64_t n, float *out);
+
 /* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
 /* largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at */
 /* first), and the weighted sum of values out[i * out_stride ..], dv floats, not yet divided by */
-/* sum[i]. The call brings the state up to date with keys 0 .. n_visible[i] - 1 of this block. */
+/* sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1 of this */
+/* block. */
 typedef struct moe__attend_args {
     const float *q;          /* query i: dk floats at q + i * q_stride, already scaled */
     int64_t q_stride;
@@ -3525,6 +3528,7 @@ typedef struct moe__attend_args {
     int32_t n_queries;       /* 1..MOE__ATTEND_QUERIES */
     int32_t n_keys;          /* 1..MOE__ATTEND_KEYS */
     const int32_t *n_visible; /* per query, 0..n_keys; NULL: all */
+    const int32_t *first;    /* per query, >= 0, may be n_visible or more; NULL: 0 */
     float *max, *sum, *out;
     int64_t out_stride;
     float *scores;           /* scratch: n_queries * MOE__ATTEND_KEYS floats, aligned to 64 */
@@ -3543,7 +3547,9 @@ typedef struct moe__kernels {
     /* out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; weight NULL: 1. out may be x. */
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
     /* out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)). out may be gate. */
-    void (*swiglu)(const float *gate, const float *up, int64_t n, float *out);
+    moe__glu_fn *swiglu;
+    /* out[i] = g / (1 + exp(-1.702 g)) * (u + 1), g = min(gate[i], 7), u = up[i] within -7..7 */
+    moe__glu_fn *swiglu_oai;
     /* x[i] = exp(x[i] - max(x)) / sum; all -inf or a NaN inside: NaN */
     void (*softmax)(float *x, int64_t n);
     /* y[i] += a * x[i] */
@@ -3620,6 +3626,19 @@ MOE__PRIVATE void moe__swiglu_scalar(const float *gate, const float *up, int64_t
     for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
+/* The comparisons let NaN through. */
+MOE__INLINE float moe__clamp(float x, float low, float high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+MOE__PRIVATE void moe__swiglu_oai_scalar(const float *gate, const float *up, int64_t n,
+                                         float *out) {
+    for (int64_t i = 0; i < n; i++) {
+        float g = moe__clamp(gate[i], -INFINITY, 7), u = moe__clamp(up[i], -7, 7);
+        out[i] = g / (1 + expf(-1.702f * g)) * (u + 1);
+    }
+}
+
 MOE__PRIVATE void moe__softmax_scalar(float *x, int64_t n) {
     float max = -INFINITY;
     double sum = 0;
@@ -3648,11 +3667,11 @@ MOE__INLINE float moe__attend_load(const uint8_t *row, int f32, int c) {
     return f32 ? moe__load_f32(row + 4 * (size_t)c) : moe__types_f16(row + 2 * (size_t)c);
 }
 
-/* scores[j] = q . key j for n keys; returns the largest of them and `max`. A NaN makes that NaN, */
-/* or its own weight later: either way it reaches the sum. */
-MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *q, int n, float max,
-                                     float *scores) {
-    for (int j = 0; j < n; j++) {
+/* scores[j] = q . key j for keys first .. n - 1; returns the largest of them and `max`. A NaN */
+/* makes that NaN, or its own weight later: either way it reaches the sum. */
+MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *q, int first, int n,
+                                     float max, float *scores) {
+    for (int j = first; j < n; j++) {
         const uint8_t *key = (const uint8_t *)args->k + (size_t)j * args->k_bytes;
         double sum = 0;
         for (int c = 0; c < args->dk; c++)
@@ -3665,15 +3684,16 @@ MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *
 
 /* One query. What was summed up under the old maximum is brought to the new one. If there is no */
 /* score above -inf yet, there is nothing to sum. */
-MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int n) {
+MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int first, int n) {
     float *scores = args->scores + (size_t)i * MOE__ATTEND_KEYS;
     float *out = args->out + i * args->out_stride;
-    float max = moe__attend_scores(args, args->q + i * args->q_stride, n, args->max[i], scores);
+    const float *q = args->q + i * args->q_stride;
+    float max = moe__attend_scores(args, q, first, n, args->max[i], scores);
     if (max == -INFINITY) return;
     float scale = expf(args->max[i] - max); /* 0 the first time */
     double sum = (double)args->sum[i] * scale;
     for (int c = 0; c < args->dv; c++) out[c] *= scale;
-    for (int j = 0; j < n; j++) {
+    for (int j = first; j < n; j++) {
         const uint8_t *value = (const uint8_t *)args->v + (size_t)j * args->v_bytes;
         float weight = expf(scores[j] - max);
         sum += weight;
@@ -3687,7 +3707,8 @@ MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int n) 
 MOE__PRIVATE void moe__attend_scalar(const moe__attend_args *args) {
     for (int i = 0; i < args->n_queries; i++) {
         int n = args->n_visible ? args->n_visible[i] : args->n_keys;
-        if (n > 0) moe__attend_query(args, i, n);
+        int first = args->first ? args->first[i] : 0;
+        if (n > first) moe__attend_query(args, i, first, n);
     }
 }
 
@@ -3699,6 +3720,7 @@ static const moe__kernels moe__kernels_scalar = {
     {moe__quantize_act_f32, moe__quantize_act_q32, moe__quantize_act_q256},
     moe__rms_norm_scalar,
     moe__swiglu_scalar,
+    moe__swiglu_oai_scalar,
     moe__softmax_scalar,
     moe__axpy_scalar,
     moe__f32_to_f16_scalar,
@@ -7070,18 +7092,31 @@ MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, floa
     MOE__(f_store_part)(out + i, n - i, a);
 }
 
-MOE__V MOE__F MOE__(f_silu_mul)(MOE__F gate, MOE__F up) {
-    MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_zero)(), gate));
-    return MOE__(f_mul)(MOE__(f_div)(gate, MOE__(f_add)(MOE__(f_set)(1.0f), e)), up);
+/* gate / (1 + exp(-gate)) * up, or as gpt-oss has it; oai is a constant once inlined. */
+MOE__V MOE__F MOE__(f_glu)(MOE__F gate, MOE__F up, const int oai) {
+    const MOE__F one = MOE__(f_set)(1.0f), most = MOE__(f_set)(7.0f);
+    if (oai) {
+        gate = MOE__(f_min)(most, gate);
+        up = MOE__(f_max)(MOE__(f_set)(-7.0f), MOE__(f_min)(most, up));
+        up = MOE__(f_add)(up, one);
+    }
+    MOE__F e = MOE__(f_exp)(MOE__(f_mul)(MOE__(f_set)(oai ? -1.702f : -1.0f), gate));
+    return MOE__(f_mul)(MOE__(f_div)(gate, MOE__(f_add)(one, e)), up);
 }
-MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *out) {
+MOE__V void MOE__(glu)(const float *gate, const float *up, int64_t n, float *out, const int oai) {
     int64_t i = 0;
     for (; i + MOE__FW <= n; i += MOE__FW)
         MOE__(f_store)(out + i,
-                       MOE__(f_silu_mul)(MOE__(f_load)(gate + i), MOE__(f_load)(up + i)));
+                       MOE__(f_glu)(MOE__(f_load)(gate + i), MOE__(f_load)(up + i), oai));
     if (i == n) return;
     MOE__F g = MOE__(f_load_part)(gate + i, n - i), u = MOE__(f_load_part)(up + i, n - i);
-    MOE__(f_store_part)(out + i, n - i, MOE__(f_silu_mul)(g, u));
+    MOE__(f_store_part)(out + i, n - i, MOE__(f_glu)(g, u, oai));
+}
+MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *out) {
+    MOE__(glu)(gate, up, n, out, 0);
+}
+MOE__K void MOE__(swiglu_oai)(const float *gate, const float *up, int64_t n, float *out) {
+    MOE__(glu)(gate, up, n, out, 1);
 }
 
 /* NaN never becomes the maximum: it turns the sum, and with it every output, into NaN. */
@@ -7180,13 +7215,20 @@ MOE__V int MOE__(attend_most)(const int32_t *visible, int n) {
     return most;
 }
 
-/* Fetches row i of what is read next: first n_keys keys, then the values of the first step. */
-MOE__V void MOE__(attend_prefetch)(const moe__attend_args *a, int n_keys, int i) {
+/* The smallest of n first keys. */
+MOE__V int MOE__(attend_least)(const int32_t *first, int n) {
+    int least = first[0];
+    for (int i = 1; i < n; i++) least = first[i] < least ? first[i] : least;
+    return least;
+}
+
+/* Fetches row i of what is read next: keys start .. n_keys - 1, then the first step's values. */
+MOE__V void MOE__(attend_prefetch)(const moe__attend_args *a, int start, int n_keys, int i) {
     const char *row = (const char *)a->k + (size_t)i * a->k_bytes;
     size_t size = (size_t)a->dk * (a->f32 ? 4 : 2);
     if (i >= n_keys) {
-        i -= n_keys;
-        if (i >= n_keys || i >= MOE__(ATTEND_STEP)) return;
+        i -= n_keys - start;
+        if (i >= n_keys || i >= start + MOE__(ATTEND_STEP)) return;
         row = (const char *)a->v + (size_t)i * a->v_bytes;
         size = (size_t)a->dv * (a->f32 ? 4 : 2);
     }
@@ -7260,23 +7302,26 @@ MOE__V void MOE__(score_tiles)(int n, int f32, const MOE__(score_args) *t) {
     }
 }
 
-/* scores[i * MOE__ATTEND_KEYS + j] = query i . key j, for every visible key and some more. */
-MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *visible, int n_keys) {
+/* scores[i * MOE__ATTEND_KEYS + j] = query i . key j, for every visible key and some more; */
+/* start: a multiple of 4. */
+MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first,
+                                 const int32_t *visible, int start, int n_keys) {
     MOE__ALIGNED(64) float floats[4 * MOE__(ATTEND_DK)];
     const int n = a->n_queries, rows = a->dk % MOE__FW ? 1 : MOE__(attend_rows)(n);
     const int64_t padded = (a->dk + MOE__FW - 1) / MOE__FW * MOE__FW;
     const int convert = !a->f32 && padded <= MOE__(ATTEND_DK) &&
                         n > (MOE__(ATTEND_CONVERT) - 1) * rows;
     const int f32 = a->f32 || convert;
-    int next = 0; /* row to prefetch */
+    int next = start; /* row to prefetch */
     MOE__(score_args) t;
     t.q_stride = a->q_stride;
     t.dk = a->dk;
-    for (int j = 0; j < n_keys; j += 4) {
+    for (int j = start; j < n_keys; j += 4) {
         t.key = (const uint8_t *)a->k + (size_t)j * a->k_bytes;
         t.k_bytes = a->k_bytes;
         t.n_keys = n_keys - j < 4 ? n_keys - j : 4;
-        while (next < j + 4 + MOE__(ATTEND_STEP)) MOE__(attend_prefetch)(a, n_keys, next++);
+        while (next < j + 4 + MOE__(ATTEND_STEP))
+            MOE__(attend_prefetch)(a, start, n_keys, next++);
         if (convert) {
             for (int c = 0; c < t.n_keys; c++)
                 MOE__(halves_to_floats)(t.key + (size_t)c * a->k_bytes, a->dk, floats + c * padded);
@@ -7286,6 +7331,7 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *visib
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
             if (MOE__(attend_most)(visible + i, count) <= j) continue;
+            if (MOE__(attend_least)(first + i, count) >= j + 4) continue;
             t.q = a->q + i * a->q_stride;
             t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
             MOE__(score_tiles)(count, f32, &t);
@@ -7293,20 +7339,22 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *visib
     }
 }
 
-/* Turns the n >= 1 scores of one query into weights exp(score - max) and brings its max and sum */
-/* up to date. Returns the factor that takes older weights to the new max. NaN is never the max. */
-MOE__K float MOE__(attend_weights)(float *s, int n, float *max, float *sum) {
-    const int whole = n / MOE__FW * MOE__FW;
+/* Turns the scores first .. n - 1 of one query, at least one, into weights exp(score - max) and */
+/* brings its max and sum up to date. Returns the factor that takes older weights to the new max. */
+/* NaN is never the max. */
+MOE__K float MOE__(attend_weights)(float *s, int first, int n, float *max, float *sum) {
+    const int begin = first / MOE__FW * MOE__FW, whole = n / MOE__FW * MOE__FW;
     MOE__F lowest = MOE__(f_set)(-INFINITY), m = lowest;
     if (whole < n) /* the row of scratch is longer than n: fill up the last vector */
         MOE__(f_store)(s + whole,
                        MOE__(f_select_part)(n - whole, MOE__(f_load)(s + whole), lowest));
-    for (int j = 0; j < n; j += MOE__FW) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
+    for (int j = begin; j < first; j++) s[j] = -INFINITY;
+    for (int j = begin; j < n; j += MOE__FW) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
     const float old = *max, block = MOE__(f_largest)(m), now = block > old ? block : old;
     /* With nothing but -inf so far, any finite base gives weights of 0 instead of NaN. */
     const float base = now == -INFINITY ? 0.0f : now;
     MOE__F total = MOE__(f_zero)();
-    for (int j = 0; j < n; j += MOE__FW) {
+    for (int j = begin; j < n; j += MOE__FW) {
         MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j), MOE__(f_set)(base)));
         MOE__(f_store)(s + j, e);
         total = MOE__(f_add)(total, e);
@@ -7324,7 +7372,7 @@ typedef struct MOE__(value_args) {
     size_t v_bytes;
     int32_t width;           /* floats of the tile: 4 vectors, or at most 1 */
     int32_t j0, j1;          /* keys */
-    const int32_t *visible;  /* per query, like all below */
+    const int32_t *first, *visible; /* per query, like all below */
     const float *weights;    /* MOE__ATTEND_KEYS apart */
     const float *factor;     /* out = out * factor + ... */
     float *out;
@@ -7349,13 +7397,19 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
                               const MOE__(value_args) *t) {
     MOE__F acc[MOE__ATTEND_ROWS][4], w[MOE__ATTEND_ROWS];
     const uint8_t *value = t->value, *ahead = t->ahead;
-    int j = t->j0, all = t->j1; /* keys below `all` are visible to every query of the tile */
+    /* Keys below j are visible to no query of the tile, those from `from` to `all` to each. */
+    int j = t->j1, from = t->j0, all = t->j1;
     MOE__UNROLL(MOE__ATTEND_ROWS)
     for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
         if (r < n && t->visible[r] < all) all = t->visible[r];
+        if (r < n && t->first[r] < j) j = t->first[r];
+        if (r < n && t->first[r] > from) from = t->first[r];
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++) acc[r][c] = MOE__(f_zero)();
     }
+    if (j < t->j0) j = t->j0;
+    if (j < from) all = j; /* windows that begin within this step: each query for itself */
+    value += (size_t)(j - t->j0) * t->v_bytes;
     for (; j < all; j++, value += t->v_bytes, ahead += t->ahead_bytes) {
         _mm_prefetch((const char *)ahead, _MM_HINT_T1);
         _mm_prefetch((const char *)ahead + t->ahead_more, _MM_HINT_T1);
@@ -7374,7 +7428,7 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
     for (; j < t->j1; j++, value += t->v_bytes) {
         MOE__UNROLL(MOE__ATTEND_ROWS)
         for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
-            if (r >= n || j >= t->visible[r]) continue;
+            if (r >= n || j >= t->visible[r] || j < t->first[r]) continue;
             w[r] = MOE__(f_set)(t->weights[r * MOE__ATTEND_KEYS + j]);
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
@@ -7386,7 +7440,7 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
     }
     MOE__UNROLL(MOE__ATTEND_ROWS)
     for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
-        if (r >= n || t->visible[r] <= t->j0) continue;
+        if (r >= n || t->visible[r] <= t->j0 || t->first[r] >= t->j1) continue;
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
             if (c < columns)
@@ -7421,12 +7475,12 @@ MOE__V void MOE__(value_tiles)(int n, int f32, const MOE__(value_args) *t) {
 }
 
 /* out[i] = out[i] * factor[i] + the weighted values of keys j0 .. n_keys - 1, at most one step. */
-MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *visible,
-                               const float *factor, int j0, int n_keys) {
+MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
+                               const int32_t *visible, const float *factor, int j0, int n_keys) {
     MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * MOE__FW];
     const int n = a->n_queries, rows = MOE__(attend_rows)(n), bytes = a->f32 ? 4 : 2;
     const int convert = !a->f32 && n > (MOE__(ATTEND_CONVERT) - 1) * rows;
-    const uint8_t *first = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;
+    const uint8_t *values = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;
     /* While this step is computed, the rows of the next are fetched from left to right, one or */
     /* two lines of 64 bytes of each per tile: all of it at once would only queue up. */
     const int n_tiles = (a->dv / (4 * MOE__FW) + (a->dv % (4 * MOE__FW) + MOE__FW - 1) / MOE__FW) *
@@ -7442,7 +7496,7 @@ MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *visible
     for (int column = 0; column < a->dv; column += t.width) {
         const int left = a->dv - column;
         t.width = left >= 4 * MOE__FW ? 4 * MOE__FW : left < MOE__FW ? left : MOE__FW;
-        t.value = first + (size_t)column * (size_t)bytes;
+        t.value = values + (size_t)column * (size_t)bytes;
         t.v_bytes = a->v_bytes;
         if (convert) {
             for (int j = j0; j < n_keys && j < j0 + MOE__(ATTEND_STEP); j++, t.value += a->v_bytes)
@@ -7453,11 +7507,12 @@ MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *visible
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
             t.j1 = (int)moe__min(MOE__(attend_most)(visible + i, count), j0 + MOE__(ATTEND_STEP));
+            t.first = first + i;
             t.visible = visible + i;
             t.weights = a->scores + i * MOE__ATTEND_KEYS;
             t.factor = factor + i;
             t.out = a->out + i * a->out_stride + column;
-            t.ahead = first; /* nothing left to fetch: what is there already */
+            t.ahead = values; /* nothing left to fetch: what is there already */
             if (fetched < fetch) t.ahead += MOE__(ATTEND_STEP) * a->v_bytes + (size_t)fetched;
             fetched += 64 * lines;
             MOE__(value_tiles)(count, a->f32 || convert, &t);
@@ -7466,21 +7521,30 @@ MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *visible
 }
 
 MOE__K void MOE__(attend)(const moe__attend_args *a) {
-    int32_t visible[MOE__ATTEND_QUERIES];
+    int32_t first[MOE__ATTEND_QUERIES], visible[MOE__ATTEND_QUERIES];
     float factor[MOE__ATTEND_QUERIES];
     const int n = a->n_queries;
-    for (int i = 0; i < n; i++) visible[i] = a->n_visible ? a->n_visible[i] : a->n_keys;
+    for (int i = 0; i < n; i++) {
+        first[i] = a->first ? a->first[i] : 0;
+        visible[i] = a->n_visible ? a->n_visible[i] : a->n_keys;
+        if (first[i] < visible[i]) continue;
+        first[i] = MOE__ATTEND_KEYS; /* sees nothing */
+        visible[i] = 0;
+    }
+    /* A fixed grid of steps: whoever shares the call, a query's sums are made in the same order. */
     const int n_keys = MOE__(attend_most)(visible, n);
-    MOE__(attend_scores)(a, visible, n_keys);
+    const int start = MOE__(attend_least)(first, n) / MOE__(ATTEND_STEP) * MOE__(ATTEND_STEP);
+    MOE__(attend_scores)(a, first, visible, start, n_keys);
     for (int i = 0; i < n; i++) {
         factor[i] = 1.0f;
         if (visible[i] > 0)
-            factor[i] = MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, visible[i],
-                                              a->max + i, a->sum + i);
+            factor[i] = MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, first[i],
+                                              visible[i], a->max + i, a->sum + i);
     }
-    for (int j0 = 0; j0 < n_keys; j0 += MOE__(ATTEND_STEP)) {
-        MOE__(attend_step)(a, visible, factor, j0, n_keys);
-        for (int i = 0; i < n; i++) factor[i] = 1.0f; /* out is up to date with the new max */
+    for (int j0 = start; j0 < n_keys; j0 += MOE__(ATTEND_STEP)) {
+        MOE__(attend_step)(a, first, visible, factor, j0, n_keys);
+        for (int i = 0; i < n; i++) /* out is up to date with the new max */
+            if (first[i] < j0 + MOE__(ATTEND_STEP)) factor[i] = 1.0f;
     }
 }
 
@@ -7502,6 +7566,7 @@ static const moe__kernels MOE__(kernels) = {
     {MOE__(quantize_f32), MOE__(quantize_q32), MOE__(quantize_q256)},
     MOE__(rms_norm),
     MOE__(swiglu),
+    MOE__(swiglu_oai),
     MOE__(softmax),
     MOE__(axpy),
     MOE__(f32_to_f16),
@@ -7913,6 +7978,7 @@ typedef struct moe__matrix {
     int64_t n_in, n_out, n_expert;
     size_t row_size;      /* bytes of a row */
     size_t expert_size;   /* bytes from one expert's matrix to the next */
+    const uint8_t *const *experts; /* NULL, or where each of them lies */
     const float *scale;   /* factor of the product, one per expert; NULL: 1 */
     const float *bias;    /* added to the product, n_out values per expert; NULL: 0 */
     int64_t bias_stride;  /* from one expert's bias to the next */
@@ -7983,7 +8049,9 @@ typedef struct moe__next {
 
 MOE__INLINE const uint8_t *moe__matrix_row(const moe__matrix *matrix, int32_t expert,
                                            int64_t row) {
-    return matrix->data + (size_t)expert * matrix->expert_size + (size_t)row * matrix->row_size;
+    const uint8_t *first = matrix->experts ? matrix->experts[expert]
+                                           : matrix->data + (size_t)expert * matrix->expert_size;
+    return first + (size_t)row * matrix->row_size;
 }
 
 MOE__INLINE moe__next moe__next_tile(const moe__matrix *matrix, int32_t expert, int64_t row,
@@ -8171,9 +8239,10 @@ MOE__PRIVATE void moe__attend_merge(const moe__kernels *kernels, const float *ma
 /* */
 /*   router      token -> its n_used experts and their weights */
 /*   plan        one entry per active expert: its tokens; shared experts (and the feed-forward */
-/*               net of a dense layer) are entries that see all tokens with weight 1 */
+/*               net of a dense layer) are entries that see all tokens, with weight 1 or their */
+/*               gate's */
 /*   schedule    (entries, rows, threads) -> the row ranges of each thread */
-/*   gate_up     hidden = silu(gate x) * up x       for the ranges of this thread */
+/*   gate_up     hidden = silu(gate x) * up x, or another activation, for this thread's ranges */
 /*   down        residual += weight * (down hidden) for the ranges of this thread */
 /* */
 /* Sums over experts are taken in the order of the entries: experts ascending, shared ones last. */
@@ -8183,7 +8252,11 @@ MOE__PRIVATE void moe__attend_merge(const moe__kernels *kernels, const float *ma
 
 enum { MOE__MAX_EXPERTS = 512 };
 
-typedef enum moe__gating { MOE__GATING_SOFTMAX = 1, MOE__GATING_SIGMOID = 2 } moe__gating;
+typedef enum moe__gating {
+    MOE__GATING_SOFTMAX = 1,
+    MOE__GATING_SIGMOID = 2,
+    MOE__GATING_CHOSEN = 3 /* softmax over the chosen experts only */
+} moe__gating;
 
 typedef struct moe__router {
     moe__gating gating;
@@ -8239,7 +8312,7 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
     const int32_t n = router->n_expert;
     if (router->gating == MOE__GATING_SOFTMAX)
         kernels->softmax(logits, n);
-    else
+    else if (router->gating == MOE__GATING_SIGMOID)
         for (int32_t e = 0; e < n; e++) logits[e] = 1.0f / (1.0f + expf(-logits[e]));
     for (int32_t e = 0; e < n; e++) {
         score[e] = logits[e] + (bias ? bias[e] : 0.0f);
@@ -8255,9 +8328,13 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
         for (; at > 0 && experts[at - 1] > e; at--) experts[at] = experts[at - 1];
         experts[at] = e;
     }
+    for (int32_t i = 0; i < router->n_used; i++) weights[i] = logits[experts[i]];
     float factor = router->scale;
-    if (router->normalize) factor /= fmaxf(sum, 6.103515625e-5f); /* llama.cpp's guard, 2^-14 */
-    for (int32_t i = 0; i < router->n_used; i++) weights[i] = logits[experts[i]] * factor;
+    if (router->gating == MOE__GATING_CHOSEN)
+        kernels->softmax(weights, router->n_used);
+    else if (router->normalize)
+        factor /= fmaxf(sum, 6.103515625e-5f); /* llama.cpp's guard, 2^-14 */
+    for (int32_t i = 0; i < router->n_used; i++) weights[i] *= factor;
 }
 
 /* ---- plan ------------------------------------------------------------------------------------ */
@@ -8265,6 +8342,7 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
 /* down(silu(gate x) * up x): one per expert, or one for all tokens. */
 typedef struct moe__ffn {
     moe__matrix gate, up, down;
+    int oai; /* gpt-oss' activation in place of silu, see moe__kernels */
 } moe__ffn;
 
 typedef struct moe__entry {
@@ -8313,16 +8391,16 @@ MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const m
     }
 }
 
-/* One entry for all tokens with weight 1. tokens: 0, 1, 2, ...; ones: 1, 1, 1, ... */
+/* One entry for all tokens. tokens: 0, 1, 2, ...; weights: one per token */
 MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_tokens,
-                                const int32_t *tokens, const float *ones,
+                                const int32_t *tokens, const float *weights,
                                 const moe__acts *hidden) {
     moe__entry *entry = &plan->entries[plan->n_entries++];
     entry->ffn = ffn;
     entry->expert = 0;
     entry->n_tokens = (int32_t)n_tokens;
     entry->tokens = tokens;
-    entry->weights = ones;
+    entry->weights = weights;
     entry->hidden = hidden;
     entry->hidden_row = 0;
 }
@@ -8396,11 +8474,12 @@ typedef struct moe__scratch {
     const void **x, **x_up; /* n_batch pointers to activations each */
 } moe__scratch;
 
-/* hidden = silu(gate x) * up x for some rows of one entry. */
+/* hidden = silu(gate x) * up x (or the like) for some rows of one entry. */
 MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__entry *entry,
                                        int64_t begin, int64_t end, const moe__acts *input,
                                        const moe__scratch *scratch) {
     const moe__matrix *gate = &entry->ffn->gate, *up = &entry->ffn->up;
+    moe__glu_fn *glu = entry->ffn->oai ? kernels->swiglu_oai : kernels->swiglu;
     const int32_t expert = entry->expert;
     const int64_t n = entry->n_tokens;
     if (begin >= end) return;
@@ -8410,7 +8489,7 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
         float *h = moe__acts_f32(entry->hidden, entry->hidden_row) + begin;
         moe__matmul(kernels, gate, expert, begin, end, scratch->x, 1, h, 0, NULL);
         moe__matmul(kernels, up, expert, begin, end, scratch->x_up, 1, scratch->up, 0, NULL);
-        kernels->swiglu(h, scratch->up, end - begin, h);
+        glu(h, scratch->up, end - begin, h);
         return;
     }
     for (int64_t row = begin; row < end; row += MOE__TILE_ROWS) {
@@ -8421,8 +8500,8 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
                          MOE__TILE_ROWS, scratch->pack,
                          moe__next_tile(gate, expert, row + n_rows, end));
         for (int64_t t = 0; t < n; t++)
-            kernels->swiglu(scratch->gate + t * MOE__TILE_ROWS, scratch->up + t * MOE__TILE_ROWS,
-                            n_rows, moe__acts_f32(entry->hidden, entry->hidden_row + t) + row);
+            glu(scratch->gate + t * MOE__TILE_ROWS, scratch->up + t * MOE__TILE_ROWS, n_rows,
+                moe__acts_f32(entry->hidden, entry->hidden_row + t) + row);
     }
 }
 
@@ -8447,28 +8526,54 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
 
 enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
 
+enum { /* features of a family */
+    MOE__ROUTER_KEYS = 1,   /* gating function, groups, normalization and scale come from keys */
+    MOE__NORMALIZE = 2,     /* without router keys: weights of the chosen experts sum to 1 */
+    MOE__QK_NORM = 4,       /* norms of queries and keys, by head: their tensors must be there */
+    MOE__QK_NORM_WIDE = 8,  /* the same over all heads together */
+    MOE__CLAMP_KQV = 16,    /* attention.clamp_kqv bounds queries, keys and values */
+    MOE__SINKS = 32,        /* attn_sinks: per head a score whose exponential joins the sum */
+    MOE__BIASES = 64,       /* every matrix of a layer has a bias, which must be there */
+    MOE__OAI = 128,         /* activation moe__kernels.swiglu_oai */
+    MOE__SHARED_COUNT = 256, /* shared experts, as wide as expert_shared_count routed ones */
+    MOE__SHARED_GATED = 512, /* one of its own width, times the sigmoid of its gate */
+    MOE__WIDTH_FFN = 1024,  /* experts are as wide as feed_forward_length says */
+    MOE__FFN_SCALE = 2048   /* NAME.scale tensors of feed-forward matrices count (llama.cpp */
+                            /* ignores them in some families) */
+};
+
 typedef struct moe__family {
     const char *name; /* general.architecture */
     moe__rope_kind rope;
     int mla;          /* multi-head latent attention (DeepSeek-V2 report, 2.1) */
-    int router_keys;  /* gating function, groups, normalization and scale come from keys */
-    int normalize;    /* without router_keys: weights of the chosen experts sum to 1 */
-    int qk_norm;      /* queries and keys of each head are normed: their tensors must be there */
-    int ffn_scale;    /* NAME.scale tensors of feed-forward matrices count (llama.cpp ignores */
-                      /* them in some families) */
+    moe__gating gating; /* if there is no key for it */
+    int window_period; /* of so many layers all but the last see a sliding window; 0: none */
+    const char *ffn_norm; /* name of the norm before the feed-forward part */
+    unsigned features;
 } moe__family;
 
 /* To add a model family: a row here, and what it needs beyond features that are read already in */
 /* moe__load_hparams, moe__load_layer and the forward pass, as a feature any family may have. */
 static const moe__family moe__families[] = {
-    {"deepseek2", MOE__ROPE_NORM, 1, 1, 0, 0, 0},
-    {"qwen3moe", MOE__ROPE_NEOX, 0, 0, 1, 1, 1},
+    {"deepseek2", MOE__ROPE_NORM, 1, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+    {"gpt-oss", MOE__ROPE_NEOX, 0, MOE__GATING_CHOSEN, 2, "post_attention_norm",
+     MOE__SINKS | MOE__BIASES | MOE__OAI},
+    {"llama", MOE__ROPE_NORM, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
+    {"olmoe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__QK_NORM_WIDE | MOE__CLAMP_KQV | MOE__WIDTH_FFN},
+    {"qwen2moe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm", MOE__SHARED_GATED},
+    {"qwen3moe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__NORMALIZE | MOE__QK_NORM | MOE__FFN_SCALE},
 };
 
 typedef struct moe__layer {
     const float *attn_norm, *ffn_norm;             /* n_embd */
     moe__matrix q, k, v;                           /* grouped-query attention */
-    const float *q_norm, *k_norm;                  /* per head, before rope; NULL: none */
+    const float *q_norm, *k_norm;                  /* before rope; NULL: none */
+    const float *sinks;                            /* per head; NULL: none */
+    int32_t window;                                /* keys seen by a query; 0: all */
     moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    /* MLA; kv_b, k_b, v_b: one per head */
     const float *q_a_norm, *kv_a_norm;
     moe__matrix o;
@@ -8476,6 +8581,7 @@ typedef struct moe__layer {
     moe__matrix router;                            /* ffn_gate_inp */
     const float *router_bias;                      /* exp_probs_b: for choosing only */
     moe__ffn experts, shared, dense;               /* shared.gate.data NULL: none */
+    const float *shared_gate;                      /* n_embd; NULL: weight 1 */
 } moe__layer;
 
 struct moe_model {
@@ -8492,6 +8598,8 @@ struct moe_model {
     int32_t n_dense;             /* leading layers without experts */
     float eps;
     float kq_scale;              /* factor of query . key */
+    float clamp_kqv;             /* bound of queries, keys and values; 0: none */
+    int32_t window;              /* keys that a query sees in some layers */
     moe__rope rope;
     moe__router router;
     moe__matrix token_embd, output;
@@ -8531,6 +8639,10 @@ MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t
 /* ---- keys ------------------------------------------------------------------------------------ */
 
 enum { MOE__REQUIRED = -1 }; /* in place of a default */
+
+MOE__INLINE int moe__has(const moe_model *model, unsigned feature) {
+    return (model->family->features & feature) != 0;
+}
 
 /* The value of "family.name"; *key gets the full name. */
 MOE__PRIVATE const moe_gguf_value *moe__load_value(moe__loader *loader, const char *name,
@@ -8675,7 +8787,7 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     matrix->row_size = moe_type_row_size(tensor->type, n_in);
     matrix->expert_size = matrix->row_size * (size_t)n_out;
     matrix->scale = NULL;
-    const int scaled = strncmp(base, "ffn_", 4) || loader->model->family->ffn_scale;
+    const int scaled = strncmp(base, "ffn_", 4) || moe__has(loader->model, MOE__FFN_SCALE);
     if (scaled && moe__load_tensor(loader, layer, base, "scale", 0))
         matrix->scale = moe__load_vector(loader, layer, base, "scale", n_expert, 1, 1);
     matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
@@ -8684,6 +8796,32 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     loader->model->info.n_bytes += (int64_t)tensor->size;
     loader->model->info.n_bytes_token += (int64_t)(per_token * (double)tensor->size);
     return !loader->status;
+}
+
+/* The same from files that hold one tensor per expert, base.E.weight. */
+MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int layer,
+                                 const char *base, int64_t n_in, int64_t n_out, int64_t n_expert,
+                                 double per_token) {
+    const uint8_t **experts =
+        (const uint8_t **)moe__load_alloc(loader, (uint64_t)n_expert, sizeof *experts);
+    for (int e = 0; e < n_expert; e++) {
+        moe__matrix one;
+        char name[64];
+        memset(&one, 0, sizeof one);
+        snprintf(name, sizeof name, "%s.%d", base, e);
+        if (!moe__load_matrix(loader, &one, layer, name, n_in, n_out, 1, per_token, 1)) return 0;
+        if (e == 0) *matrix = one;
+        if (one.type != matrix->type || one.scale || one.bias) {
+            snprintf(name, sizeof name, "blk.%d.%s.%d.weight", layer, base, e);
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, name,
+                           "tensor %s has another type than expert 0, a scale or a bias", name);
+            return 0;
+        }
+        experts[e] = one.data;
+    }
+    matrix->n_expert = n_expert;
+    matrix->experts = experts;
+    return 1;
 }
 
 /* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own. */
@@ -8713,11 +8851,17 @@ MOE__PRIVATE void moe__load_gqa(moe__loader *loader, moe__layer *layer, int il) 
         moe__load_matrix(loader, &layer->k, il, "attn_k", n_embd, n_k, 1, 1, 1);
         moe__load_matrix(loader, &layer->v, il, "attn_v", n_embd, n_v, 1, 1, 1);
     }
-    const int normed = model->family->qk_norm;
-    layer->q_norm =
-        moe__load_vector(loader, il, "attn_q_norm", "weight", model->head_k, 1, normed);
-    layer->k_norm =
-        moe__load_vector(loader, il, "attn_k_norm", "weight", model->head_k, 1, normed);
+    const int wide = moe__has(model, MOE__QK_NORM_WIDE);
+    const int normed = wide || moe__has(model, MOE__QK_NORM);
+    layer->q_norm = moe__load_vector(loader, il, "attn_q_norm", "weight",
+                                     wide ? n_q : model->head_k, 1, normed);
+    layer->k_norm = moe__load_vector(loader, il, "attn_k_norm", "weight",
+                                     wide ? n_k : model->head_k, 1, normed);
+    if (moe__has(model, MOE__SINKS))
+        layer->sinks =
+            moe__load_vector(loader, il, "attn_sinks", "weight", model->info.n_head, 1, 1);
+    const int period = model->family->window_period;
+    if (period && il % period < period - 1) layer->window = model->window;
 }
 
 /* Three generations of files: kv_b only; k_b and v_b; all three. */
@@ -8760,6 +8904,13 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     snprintf(down, sizeof down, "ffn_down%s", suffix);
     snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
     memset(&fused, 0, sizeof fused);
+    ffn->oai = moe__has(loader->model, MOE__OAI);
+    if (moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0) && !strcmp(suffix, "_exps")) {
+        moe__load_split(loader, &ffn->gate, il, "ffn_gate", n_embd, n_ff, n_expert, per_token);
+        moe__load_split(loader, &ffn->up, il, "ffn_up", n_embd, n_ff, n_expert, per_token);
+        moe__load_split(loader, &ffn->down, il, "ffn_down", n_ff, n_embd, n_expert, per_token);
+        return;
+    }
     if (moe__load_matrix(loader, &fused, il, gate_up, n_embd, 2 * n_ff, n_expert, per_token, 0)) {
         ffn->gate = moe__matrix_slice(&fused, 0, n_ff);
         ffn->up = moe__matrix_slice(&fused, n_ff, n_ff);
@@ -8772,11 +8923,24 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     moe__load_matrix(loader, &ffn->down, il, down, n_ff, n_embd, n_expert, per_token, 1);
 }
 
+/* Families whose matrices have biases must not run without one. */
+MOE__PRIVATE void moe__load_check_biases(moe__loader *loader, const moe__layer *layer, int il) {
+    const moe__matrix *const matrices[] = {
+        &layer->q, &layer->k, &layer->v, &layer->o, &layer->router,
+        &layer->experts.gate, &layer->experts.up, &layer->experts.down};
+    static const char *const names[] = {"attn_q", "attn_k", "attn_v", "attn_output",
+                                        "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps",
+                                        "ffn_down_exps"};
+    for (int i = 0; i < 8; i++)
+        if (!matrices[i]->bias) moe__load_tensor(loader, il, names[i], "bias", 1);
+}
+
 MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
     const moe_model_info *info = &model->info;
     layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", info->n_embd, 1, 1);
-    layer->ffn_norm = moe__load_vector(loader, il, "ffn_norm", "weight", info->n_embd, 1, 1);
+    layer->ffn_norm =
+        moe__load_vector(loader, il, model->family->ffn_norm, "weight", info->n_embd, 1, 1);
     if (model->family->mla)
         moe__load_mla(loader, layer, il);
     else
@@ -8791,12 +8955,16 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
     const double share = (double)info->n_expert_used / info->n_expert;
     moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", info->n_embd, info->n_expert, 1, 1,
                      1);
-    if (model->family->router_keys)
+    if (moe__has(model, MOE__ROUTER_KEYS))
         layer->router_bias =
             moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
     moe__load_ffn(loader, &layer->experts, il, "_exps", info->n_ff_exp, info->n_expert, share, 1);
     if (model->n_ff_shared)
         moe__load_ffn(loader, &layer->shared, il, "_shexp", model->n_ff_shared, 1, 1, 1);
+    if (moe__has(model, MOE__SHARED_GATED))
+        layer->shared_gate =
+            moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", info->n_embd, 1, 1);
+    if (moe__has(model, MOE__BIASES)) moe__load_check_biases(loader, layer, il);
 }
 
 /* ---- hyper-parameters ------------------------------------------------------------------------ */
@@ -8850,27 +9018,39 @@ MOE__PRIVATE void moe__load_rope(moe__loader *loader) {
     model->kq_scale = (float)kq_scale;
     model->rope.frequency = (double *)moe__load_alloc(loader, (uint64_t)model->n_rot / 2 + 1,
                                                       sizeof *model->rope.frequency);
-    if (!loader->status) moe__rope_init(&model->rope, &s);
+    const float *factors =
+        moe__load_vector(loader, -1, "rope_freqs", "weight", model->n_rot / 2, 1, 0);
+    if (loader->status) return;
+    moe__rope_init(&model->rope, &s);
+    for (int i = 0; factors && i < model->n_rot / 2; i++) {
+        model->rope.frequency[i] /= factors[i];
+        if (!(fabs(model->rope.frequency[i]) <= 1e30))
+            moe__load_fail(loader, MOE_ERROR_FORMAT, "rope_freqs.weight",
+                           "tensor rope_freqs.weight holds %g", (double)factors[i]);
+    }
 }
 
 MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     moe_model *model = loader->model;
     moe__router *router = &model->router;
     moe_model_info *info = &model->info;
-    info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, MOE__REQUIRED);
+    info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, 0);
+    if (!loader->status && !info->n_expert)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_count",
+                       "model family \"%s\" without experts is not supported", info->family);
     info->n_expert_used =
         moe__load_int(loader, "expert_used_count", 1, info->n_expert, MOE__REQUIRED);
     router->n_expert = info->n_expert;
     router->n_used = info->n_expert_used;
-    router->gating = MOE__GATING_SOFTMAX;
-    router->normalize = model->family->normalize;
+    router->gating = model->family->gating;
+    router->normalize = moe__has(model, MOE__NORMALIZE);
     router->scale = 1;
-    if (!model->family->router_keys || loader->status) return;
+    if (!moe__has(model, MOE__ROUTER_KEYS) || loader->status) return;
     /* GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out. */
     int glm_flash = info->n_layer == 47 || info->n_layer == 48;
     int gating = moe__load_int(loader, "expert_gating_func", 1, 4,
-                               glm_flash ? MOE__GATING_SIGMOID : MOE__GATING_SOFTMAX);
-    if (gating > MOE__GATING_SIGMOID)
+                               glm_flash ? MOE__GATING_SIGMOID : router->gating);
+    if (gating > MOE__GATING_CHOSEN)
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_gating_func",
                        "expert gating function %d is not supported", gating);
     router->gating = (moe__gating)gating;
@@ -8929,7 +9109,7 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe_model_info *info = &model->info;
     int32_t blocks = moe__load_int(loader, "block_count", 1, MOE__MAX_LAYERS, MOE__REQUIRED);
     info->n_layer = blocks;
-    if (model->family->router_keys) /* prediction layers at the end are not run */
+    if (moe__has(model, MOE__ROUTER_KEYS)) /* prediction layers at the end are not run */
         info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
     info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
     info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
@@ -8941,11 +9121,25 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe__load_rope(loader);
     moe__load_router(loader);
     info->n_ff = moe__load_int(loader, "feed_forward_length", 1, 1 << 24, 0);
-    info->n_ff_exp =
-        moe__load_int(loader, "expert_feed_forward_length", 1, 1 << 24, info->n_ff);
-    if (model->family->router_keys) {
+    info->n_ff_exp = info->n_ff;
+    if (moe__has(model, MOE__SHARED_GATED) && !loader->status) {
+        info->n_ff_exp = info->n_ff / info->n_expert_used; /* Qwen1.5-MoE without the key */
+        info->n_expert_shared = 1;
+        model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
+                                           info->n_ff ? info->n_ff : MOE__REQUIRED);
+    }
+    if (!moe__has(model, MOE__WIDTH_FFN))
+        info->n_ff_exp =
+            moe__load_int(loader, "expert_feed_forward_length", 1, 1 << 24, info->n_ff_exp);
+    if (moe__has(model, MOE__CLAMP_KQV))
+        model->clamp_kqv = (float)moe__load_float(loader, "attention.clamp_kqv", 0);
+    if (model->family->window_period)
+        model->window =
+            moe__load_int(loader, "attention.sliding_window", 1, INT32_MAX, MOE__REQUIRED);
+    if (moe__has(model, MOE__ROUTER_KEYS))
         model->n_dense =
             moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
+    if (moe__has(model, MOE__SHARED_COUNT)) {
         info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
         model->n_ff_shared = info->n_expert_shared
                                  ? (int32_t)moe__min((int64_t)info->n_ff_exp *
@@ -9149,9 +9343,11 @@ typedef struct moe__local {
     float *router_logits;
     int32_t *experts;
     float *expert_weights;
+    float shared_weight;
+    float *wide_q, *wide_k;   /* one token's normed over all heads, if the family does that */
     float *q, *out;           /* MOE__ATTEND_QUERIES gathered queries and their results */
     float *max, *sum;
-    int32_t *n_visible;
+    int32_t *first, *n_visible;
     float *scores;            /* MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS */
     float *w_k, *w_v;         /* MLA: a head's rows of kv_b as floats */
     float *latent, *keys, *values; /* MLA, expanded: one chunk */
@@ -9188,6 +9384,7 @@ struct moe_session {
     float *router_logits;  /* [n][n_expert] */
     int32_t *experts;      /* [n][n_expert_used] */
     float *expert_weights;
+    float *shared_weights; /* [n] */
     moe__acts routed, shared, dense; /* hidden vectors: [n * n_expert_used], [n], [n] */
     int32_t *tokens;       /* 0, 1, 2, ... */
     float *ones;
@@ -9271,8 +9468,13 @@ MOE__PRIVATE void moe__session_layout_local(const moe_session *session, moe__loc
     local->out = moe__take_floats(arena, MOE__ATTEND_QUERIES, width_v);
     local->max = moe__take_floats(arena, 1, n + MOE__ATTEND_QUERIES);
     local->sum = moe__take_floats(arena, 1, n + MOE__ATTEND_QUERIES);
+    local->first = (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
     local->n_visible =
         (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
+    if (moe__has(model, MOE__QK_NORM_WIDE)) {
+        local->wide_q = moe__take_floats(arena, info->n_head, model->head_k);
+        local->wide_k = moe__take_floats(arena, info->n_head_kv, model->head_k);
+    }
     local->scores = moe__take_floats(arena, MOE__ATTEND_QUERIES, MOE__ATTEND_KEYS);
     if (!model->family->mla) return;
     const int64_t nope = model->head_k - model->n_rot, latent = model->kv_lora;
@@ -9338,6 +9540,7 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, i
     session->experts = (int32_t *)moe__arena_take(
         arena, (uint64_t)(n * info->n_expert_used), sizeof(int32_t));
     session->expert_weights = moe__take_floats(arena, n, info->n_expert_used);
+    session->shared_weights = moe__take_floats(arena, 1, n);
     moe__acts_take(&session->routed, arena, n * info->n_expert_used, info->n_ff_exp,
                    kinds.routed);
     moe__acts_take(&session->shared, arena, n, moe__max(model->n_ff_shared, 1), kinds.shared);
@@ -9457,16 +9660,42 @@ MOE__PRIVATE moe__kv moe__eval_kv(const moe__eval *e, int il, int value) {
 
 /* ---- grouped-query attention ---------------------------------------------------------------- */
 
+/* The projected query and key of token t; where the family norms them over all heads together, */
+/* after moe__gqa_norm_wide: one token's in this thread's memory, many in place. */
+MOE__INLINE float *moe__gqa_q(const moe__eval *e, int64_t t) {
+    const int64_t n = (int64_t)e->model->info.n_head * e->model->head_k;
+    return e->n == 1 && e->local->wide_q ? e->local->wide_q : e->session->q + t * n;
+}
+MOE__INLINE float *moe__gqa_k(const moe__eval *e, int64_t t) {
+    const int64_t n = (int64_t)e->model->info.n_head_kv * e->model->head_k;
+    return e->n == 1 && e->local->wide_k ? e->local->wide_k : e->session->k + t * n;
+}
+MOE__PRIVATE void moe__gqa_norm_wide(const moe__eval *e, const moe__layer *layer, int64_t t) {
+    const moe_model_info *info = &e->model->info;
+    const int64_t n_q = (int64_t)info->n_head * e->model->head_k;
+    const int64_t n_k = (int64_t)info->n_head_kv * e->model->head_k;
+    const float *q = e->session->q + t * n_q, *k = e->session->k + t * n_k;
+    if (!e->local->wide_q) return;
+    e->kernels->rms_norm(q, layer->q_norm, n_q, e->model->eps, moe__gqa_q(e, t));
+    e->kernels->rms_norm(k, layer->k_norm, n_k, e->model->eps, moe__gqa_k(e, t));
+}
+
+MOE__PRIVATE void moe__gqa_clamp(const moe__eval *e, float *x, int64_t n) {
+    const float most = e->model->clamp_kqv;
+    for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
+}
+
 /* Scales, norms and turns the query of one head; out: head_k floats. */
 MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, int64_t t,
                                  int64_t head, float *out) {
     const moe_model *model = e->model;
     const int64_t d = model->head_k;
-    const float *q = e->session->q + (t * model->info.n_head + head) * d;
-    if (layer->q_norm)
+    const float *q = moe__gqa_q(e, t) + head * d;
+    if (layer->q_norm && !e->local->wide_q)
         e->kernels->rms_norm(q, layer->q_norm, d, model->eps, out);
     else
         memcpy(out, q, (size_t)d * sizeof *out);
+    moe__gqa_clamp(e, out, d);
     moe__rope_apply(&model->rope, moe__eval_rope(e, t), out);
     for (int64_t i = 0; i < d; i++) out[i] *= model->kq_scale;
 }
@@ -9477,12 +9706,29 @@ MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, in
     const moe_model *model = e->model;
     const int64_t d = model->head_k, n_head = model->info.n_head_kv;
     const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
-    float *k = e->session->k + (t * n_head + head) * d;
-    if (layer->k_norm) e->kernels->rms_norm(k, layer->k_norm, d, model->eps, k);
+    float *k = moe__gqa_k(e, t) + head * d;
+    float *v = e->session->v + (t * n_head + head) * model->head_v;
+    if (layer->k_norm && !e->local->wide_k)
+        e->kernels->rms_norm(k, layer->k_norm, d, model->eps, k);
+    moe__gqa_clamp(e, k, d);
+    moe__gqa_clamp(e, v, model->head_v);
     moe__rope_apply(&model->rope, moe__eval_rope(e, t), k);
     moe__kv_store(e->kernels, &keys, moe__kv_row(&keys, head, e->past + t), 0, k, d);
-    moe__kv_store(e->kernels, &values, moe__kv_row(&values, head, e->past + t), 0,
-                  e->session->v + (t * n_head + head) * model->head_v, model->head_v);
+    moe__kv_store(e->kernels, &values, moe__kv_row(&values, head, e->past + t), 0, v,
+                  model->head_v);
+}
+
+/* The first key that a query at this position sees. */
+MOE__INLINE int64_t moe__gqa_first(const moe__layer *layer, int64_t position) {
+    return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
+}
+
+/* A sink is as good as a key that query i saw first, whose value is 0. */
+MOE__INLINE void moe__gqa_sink(const moe__attend_args *a, const moe__layer *layer, int32_t i,
+                               int64_t head) {
+    if (!layer->sinks) return;
+    a->max[i] = layer->sinks[head];
+    a->sum[i] = 1;
 }
 
 MOE__PRIVATE void moe__attend_begin(moe__attend_args *a, const moe__eval *e, int32_t dk,
@@ -9515,19 +9761,22 @@ MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
     moe_session *session = e->session;
     const int32_t n_kv = model->info.n_head_kv, group = model->info.n_head / n_kv;
     const int64_t n_keys = e->past + 1, dk = model->head_k, dv = model->head_v;
-    const int64_t chunks = (n_keys + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    const int64_t visible = moe__gqa_first(layer, e->past), skipped = visible / MOE__ATTEND_KEYS;
+    const int64_t chunks = (n_keys + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS - skipped;
     const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
     moe__attend_args a;
     moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
+    moe__gqa_norm_wide(e, layer, 0);
     for (int64_t item = e->thread; item < n_kv * chunks; item += e->n_threads) {
         const int64_t head = item / chunks, chunk = item % chunks;
-        const int64_t begin = chunk * MOE__ATTEND_KEYS;
+        const int64_t whole = (skipped + chunk) * MOE__ATTEND_KEYS;
+        const int64_t begin = moe__max(whole, visible);
         if (chunk == chunks - 1) moe__gqa_store(e, layer, il, 0, head);
         a.k = moe__kv_row(&keys, head, begin);
         a.v = moe__kv_row(&values, head, begin);
         a.k_bytes = keys.row_size;
         a.v_bytes = values.row_size;
-        a.n_keys = (int32_t)moe__min(n_keys - begin, MOE__ATTEND_KEYS);
+        a.n_keys = (int32_t)(moe__min(n_keys, whole + MOE__ATTEND_KEYS) - begin);
         for (int32_t i = 0; i < group; i += MOE__ATTEND_QUERIES) {
             const int64_t first = chunk * model->info.n_head + head * group + i;
             a.n_queries = (int32_t)moe__min(group - i, MOE__ATTEND_QUERIES);
@@ -9537,6 +9786,8 @@ MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
             a.sum = session->part_sum + first;
             a.out = session->part_out + first * dv;
             moe__attend_reset(&a);
+            for (int32_t j = 0; chunk == 0 && j < a.n_queries; j++)
+                moe__gqa_sink(&a, layer, j, head * group + i + j);
             e->kernels->attend(&a);
         }
     }
@@ -9544,10 +9795,11 @@ MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
 }
 
 /* Heads' results from their chunks, into session->attn. */
-MOE__PRIVATE void moe__gqa_merge(moe__eval *e) {
+MOE__PRIVATE void moe__gqa_merge(moe__eval *e, const moe__layer *layer) {
     moe_session *session = e->session;
     const int64_t n_head = e->model->info.n_head, dv = e->model->head_v;
-    const int64_t chunks = (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS;
+    const int64_t chunks = (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS -
+                           moe__gqa_first(layer, e->past) / MOE__ATTEND_KEYS;
     int64_t begin, end;
     moe__eval_share(e, n_head, 1, &begin, &end);
     for (int64_t head = begin; head < end; head++)
@@ -9567,13 +9819,16 @@ MOE__PRIVATE void moe__gqa_many(moe__eval *e, const moe__layer *layer, int il) {
     int64_t begin, end;
     moe__attend_args a;
     moe__eval_share(e, e->n, 1, &begin, &end);
-    for (int64_t t = begin; t < end; t++)
+    for (int64_t t = begin; t < end; t++) {
+        moe__gqa_norm_wide(e, layer, t);
         for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, t, head);
+    }
     moe__eval_barrier(e);
     moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
     a.k_bytes = keys.row_size;
     a.v_bytes = values.row_size;
     a.n_visible = e->local->n_visible;
+    if (layer->window) a.first = e->local->first;
     for (int64_t item = e->thread; item < n_kv * blocks; item += e->n_threads) {
         /* Query j of a key-value head is head j % group of token j / group. */
         const int64_t kv_head = item % n_kv, first = item / n_kv * MOE__ATTEND_QUERIES;
@@ -9582,13 +9837,20 @@ MOE__PRIVATE void moe__gqa_many(moe__eval *e, const moe__layer *layer, int il) {
             moe__gqa_query(e, layer, (first + i) / group, kv_head * group + (first + i) % group,
                            e->local->q + i * dk);
         moe__attend_reset(&a);
+        for (int32_t i = 0; i < a.n_queries; i++)
+            moe__gqa_sink(&a, layer, i, kv_head * group + (first + i) % group);
         const int64_t n_keys = e->past + (first + a.n_queries - 1) / group + 1;
-        for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
+        const int64_t skipped =
+            moe__gqa_first(layer, e->past + first / group) / MOE__ATTEND_KEYS;
+        for (int64_t key = skipped * MOE__ATTEND_KEYS; key < n_keys; key += MOE__ATTEND_KEYS) {
             a.k = moe__kv_row(&keys, kv_head, key);
             a.v = moe__kv_row(&values, kv_head, key);
             a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
             for (int32_t i = 0; i < a.n_queries; i++) {
-                int64_t visible = e->past + (first + i) / group + 1 - key;
+                const int64_t position = e->past + (first + i) / group;
+                const int64_t hidden = moe__gqa_first(layer, position) - key;
+                int64_t visible = position + 1 - key;
+                e->local->first[i] = (int32_t)moe__max(0, moe__min(hidden, a.n_keys));
                 e->local->n_visible[i] = (int32_t)moe__max(0, moe__min(visible, a.n_keys));
             }
             e->kernels->attend(&a);
@@ -9883,11 +10145,22 @@ MOE__PRIVATE void moe__forward_attention(moe__eval *e, const moe__layer *layer, 
         moe__eval_barrier(e);
         if (e->n == 1) {
             moe__gqa_one(e, layer, il);
-            moe__gqa_merge(e);
+            moe__gqa_merge(e, layer);
         } else {
             moe__gqa_many(e, layer, il);
         }
     }
+}
+
+/* The weight of the shared experts for token t. */
+MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer,
+                                     const moe__acts *x, int64_t t) {
+    const int64_t n = e->model->info.n_embd;
+    float z;
+    if (!layer->shared_gate) return 1;
+    e->kernels->type[MOE__INDEX_F32].dot((const uint8_t *)layer->shared_gate,
+                                         (size_t)n * sizeof z, 1, n, moe__acts_f32(x, t), &z);
+    return 1 / (1 + expf(-z));
 }
 
 /* Which experts see which tokens: one entry per active expert, then the shared ones. */
@@ -9905,19 +10178,23 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, cons
         memcpy(local->router_logits, session->router_logits, row_bytes);
         moe__router_select(e->kernels, router, local->router_logits, layer->router_bias,
                            local->experts, local->expert_weights);
+        local->shared_weight = moe__route_shared(e, layer, x, 0);
     } else {
         int64_t begin, end;
         moe__eval_share(e, e->n, 1, &begin, &end);
-        for (int64_t t = begin; t < end; t++)
+        for (int64_t t = begin; t < end; t++) {
             moe__router_select(e->kernels, router, session->router_logits + t * router->n_expert,
                                layer->router_bias, session->experts + t * router->n_used,
                                session->expert_weights + t * router->n_used);
+            session->shared_weights[t] = moe__route_shared(e, layer, x, t);
+        }
         moe__eval_barrier(e);
     }
     moe__plan_routed(&local->plan, &layer->experts, router, experts, weights, e->n,
                      one ? &local->routed : &session->routed);
     if (layer->shared.gate.data)
-        moe__plan_all(&local->plan, &layer->shared, e->n, session->tokens, session->ones,
+        moe__plan_all(&local->plan, &layer->shared, e->n, session->tokens,
+                      one ? &local->shared_weight : session->shared_weights,
                       one ? &local->shared : &session->shared);
 }
 

@@ -156,6 +156,59 @@ TEST(swiglu_special) {
     }
 }
 
+static double swiglu_oai(double g, double u) {
+    g = g > 7 ? 7 : g;
+    u = u > 7 ? 7 : u < -7 ? -7 : u;
+    return g / (1 + exp(-1.702 * g)) * (u + 1);
+}
+
+/* The product 1.702 g is rounded before the exponential: |1.702 g| times half an ulp. */
+TEST(swiglu_oai) {
+    EACH_ISA(k)
+    for (int at = 0; row_length(at); at++) {
+        const int64_t n = row_length(at);
+        float *gate = guarded_floats(n), *up = guarded_floats(n), *out = guarded_floats(n);
+        int differ = 0, wrong = 0;
+        for (int64_t i = 0; i < n; i++) {
+            gate[i] = random_float(-20, 20);
+            up[i] = random_float(-12, 12);
+        }
+        k->swiglu_oai(gate, up, n, out);
+        for (int64_t i = 0; i < n; i++)
+            wrong += !(ulps(out[i], swiglu_oai(gate[i], up[i])) <= 6 + 2 * fabs((double)gate[i]));
+        k->swiglu_oai(gate, up, n, gate);
+        for (int64_t i = 0; i < n; i++) differ += gate[i] != out[i];
+        CHECKF(!wrong && !differ, "%s n %d: %d wrong", moe_isa_name(k->isa), (int)n, wrong);
+        guarded_floats_free(gate, n);
+        guarded_floats_free(up, n);
+        guarded_floats_free(out, n);
+    }
+}
+
+TEST(swiglu_oai_special) {
+    const float gates[] = {7, 8, 3e38f, INFINITY, -3e38f, -40, 0, 1, 1, 1, 1, 1};
+    const float ups[] = {1, 1, 1, 1, 1, 1, 1, 9, -9, INFINITY, -INFINITY, -1};
+    float gate[17], up[17], out[17];
+    EACH_ISA(k)
+    for (int at = 0; at < 17; at++) { /* in every lane and in the ragged end */
+        for (int i = 0; i < 17; i++) gate[i] = up[i] = 1;
+        for (int c = 0; c < 12; c++) {
+            gate[at] = gates[c];
+            up[at] = ups[c];
+            k->swiglu_oai(gate, up, 17, out);
+            const double expected = gates[c] < -1e38f ? 0 : swiglu_oai(gates[c], ups[c]);
+            CHECKF(fabs(out[at] - expected) <= 1e-5 * fabs(expected), "%g %g: %g",
+                   (double)gates[c], (double)ups[c], (double)out[at]);
+        }
+        for (int c = 0; c < 2; c++) {
+            gate[at] = c ? 1 : NAN;
+            up[at] = c ? NAN : 1;
+            k->swiglu_oai(gate, up, 17, out);
+            for (int i = 0; i < 17; i++) CHECK((out[i] != out[i]) == (i == at));
+        }
+    }
+}
+
 TEST(softmax) {
     EACH_ISA(k)
     for (int at = 0; at < 76; at++) {
@@ -365,7 +418,8 @@ TEST(exponential) {
 typedef struct shape {
     int n_queries, n_keys, dk, dv, f32;
     int same;       /* values are the front of the keys */
-    int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros */
+    int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros; 4, 5 causal with a short */
+                    /* or long window, 6 random at both ends */
     int gap;        /* bytes between rows */
 } shape;
 
@@ -374,7 +428,7 @@ typedef struct attention {
     float *q, *max, *sum, *out, *scores;
     uint8_t *k, *v;
     size_t q_size, k_size, v_size, out_size;
-    int32_t *visible;
+    int32_t *visible, *first;
     moe__attend_args args;
 } attention;
 
@@ -433,14 +487,19 @@ static void attention_open(attention *a, const shape *s) {
     a->k = make_rows(s->n_keys, s->dk, s->f32, args->k_bytes, &a->k_size);
     a->v = s->same ? a->k : make_rows(s->n_keys, s->dv, s->f32, args->v_bytes, &a->v_size);
     a->visible = (int32_t *)guarded((size_t)n * 4);
+    a->first = (int32_t *)guarded((size_t)n * 4);
     const float scale = 2.0f / sqrtf((float)s->dk);
     for (size_t i = 0; i < a->q_size; i++) a->q[i] = random_float(-1, 1) * scale;
     for (int i = 0; i < n; i++) {
         int seen = s->n_keys;
-        if (s->visibility == 1) seen = s->n_keys - n + 1 + i;
+        const int window = s->visibility == 4 ? 1 + s->n_keys / 9 : 1 + s->n_keys / 2;
+        const int v = s->visibility;
+        if (v == 1 || v == 4 || v == 5) seen = s->n_keys - n + 1 + i;
         if (s->visibility == 2) seen = 1 + random_below(s->n_keys);
-        if (s->visibility == 3) seen = random_below(3) ? random_below(s->n_keys + 1) : 0;
+        if (v == 3 || v == 6) seen = random_below(3) ? random_below(s->n_keys + 1) : 0;
         a->visible[i] = seen < 0 ? 0 : seen;
+        a->first[i] = v < 4 ? 0 : v == 6 ? random_below(s->n_keys + 1) : seen - window;
+        if (a->first[i] < 0) a->first[i] = 0;
     }
     args->q = a->q;
     args->k = a->k;
@@ -451,6 +510,7 @@ static void attention_open(attention *a, const shape *s) {
     args->n_queries = n;
     args->n_keys = s->n_keys;
     args->n_visible = s->visibility ? a->visible : NULL;
+    args->first = s->visibility > 3 ? a->first : NULL;
     args->max = a->max;
     args->sum = a->sum;
     args->out = a->out;
@@ -468,6 +528,7 @@ static void attention_close(attention *a) {
     guarded_free(a->k, a->k_size);
     if (!a->s.same) guarded_free(a->v, a->v_size);
     guarded_free(a->visible, (size_t)n * 4);
+    guarded_free(a->first, (size_t)n * 4);
 }
 
 /* Largest error of query i's output, in units of the weighted mean of |value|, and of the logarithm
@@ -477,7 +538,7 @@ static double attention_error(const attention *a, int i, double *budget) {
     static double p[MOE__ATTEND_KEYS], out[1024], size[1024];
     const int bytes = s->f32 ? 4 : 2;
     double max = -1e300, sum = 0, products = 0, worst = 0;
-    for (int j = 0; j < a->visible[i]; j++) {
+    for (int j = a->first[i]; j < a->visible[i]; j++) {
         double score = 0, absolute = 0;
         for (int c = 0; c < s->dk; c++) {
             const double x = (double)a->q[i * a->args.q_stride + c] *
@@ -490,7 +551,7 @@ static double attention_error(const attention *a, int i, double *budget) {
         products = fmax(products, absolute);
     }
     for (int c = 0; c < s->dv; c++) out[c] = size[c] = 0;
-    for (int j = 0; j < a->visible[i]; j++) {
+    for (int j = a->first[i]; j < a->visible[i]; j++) {
         p[j] = exp(p[j] - max);
         sum += p[j];
         for (int c = 0; c < s->dv; c++) {
@@ -528,7 +589,7 @@ static void check_shape(const moe__kernels *k, const shape *s) {
     const int n = s->n_queries, stride = s->dv + 3;
     k->attend(&a.args);
     for (int i = 0; i < n; i++) {
-        if (a.visible[i] == 0) {
+        if (a.visible[i] <= a.first[i]) {
             CHECK(a.max[i] == -INFINITY && a.sum[i] == 0 && a.out[i * stride] == 0);
             continue;
         }
@@ -555,6 +616,7 @@ static void check_shape(const moe__kernels *k, const shape *s) {
             part.max += i;
             part.sum += i;
             if (part.n_visible) part.n_visible += i;
+            if (part.first) part.first += i;
             k->attend(&part);
         }
         CHECKF(!bits_differ(out, a.out, (int)a.out_size) && !bits_differ(max, a.max, n) &&
@@ -574,6 +636,8 @@ TEST(attend_shapes) {
         {32, 512, 128, 128, 0, 0, 1, 0},   {32, 512, 128, 128, 1, 0, 1, 0}, /* prefill */
         {32, 200, 192, 128, 0, 0, 1, 0},   {32, 100, 192, 192, 0, 0, 2, 6},
         {31, 65, 96, 96, 0, 0, 3, 0},      {32, 12, 128, 128, 0, 0, 1, 0},
+        {32, 512, 64, 64, 0, 0, 4, 0},     {32, 512, 64, 64, 1, 0, 5, 0}, /* sliding windows */
+        {32, 300, 128, 128, 0, 0, 6, 0},   {7, 512, 64, 64, 0, 0, 6, 0},
         {32, 64, 1056, 20, 0, 0, 2, 0},    {20, 9, 1030, 1000, 0, 0, 0, 2}, /* very long rows */
     };
     EACH_ISA(k)
@@ -595,7 +659,7 @@ TEST(attend_ragged) {
         s.dk = widths[i < n_widths ? i : random_below(n_widths)];
         s.dv = widths[i < n_widths ? n_widths - 1 - i : random_below(n_widths)];
         s.f32 = random_below(2);
-        s.visibility = random_below(4);
+        s.visibility = random_below(7);
         if (random_below(3) == 0) s.gap = random_below(40) * 2 + (i % 4 == 0); /* odd: misaligned */
         check_shape(k, &s);
     }
@@ -605,25 +669,28 @@ TEST(attend_ragged) {
 TEST(attend_in_blocks) {
     EACH_ISA(k)
     for (int i = 0; i < 24; i++) {
-        const shape s = {1 + random_below(32), 512, 64, 48, i % 2, 0, i % 4, 0};
+        const shape s = {1 + random_below(32), 512, 64, 48, i % 2, 0, i % 7, 0};
         attention a;
         attention_open(&a, &s);
-        int32_t visible[32];
+        int32_t visible[32], hidden[32];
         for (int first = 0, size; first < s.n_keys; first += size) {
             const int largest = i < 6 ? 16 : 200;
             size = 1 + random_below(largest);
             if (size > s.n_keys - first) size = s.n_keys - first;
-            for (int r = 0; r < s.n_queries; r++)
+            for (int r = 0; r < s.n_queries; r++) {
                 visible[r] = (int32_t)moe__max(0, moe__min(size, a.visible[r] - first));
+                hidden[r] = (int32_t)moe__max(0, moe__min(size, a.first[r] - first));
+            }
             moe__attend_args part = a.args;
             part.k = a.k + (size_t)first * part.k_bytes;
             part.v = a.v + (size_t)first * part.v_bytes;
             part.n_keys = size;
             part.n_visible = visible;
+            part.first = hidden;
             k->attend(&part);
         }
         for (int r = 0; r < s.n_queries; r++) {
-            if (a.visible[r] == 0) continue;
+            if (a.visible[r] <= a.first[r]) continue;
             double budget, error = attention_error(&a, r, &budget);
             CHECKF(error <= 1e-6, "%s %s: %.3g", moe_isa_name(k->isa), shape_text(&s), error);
         }
@@ -634,10 +701,10 @@ TEST(attend_in_blocks) {
 /* NaN in keys or values changes no bit for those who do not see them, and reaches those who do. */
 TEST(attend_hidden_nan) {
     EACH_ISA(k)
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < 120; i++) {
         const int width = i % 3 == 0 ? 20 : 64;
         const int n_queries = 2 + random_below(31), n_keys = 3 + random_below(140);
-        const shape s = {n_queries, n_keys, width, width, i % 2, 0, 1 + i % 3, 0};
+        const shape s = {n_queries, n_keys, width, width, i % 2, 0, 1 + i % 6, 0};
         attention a;
         attention_open(&a, &s);
         const int n = s.n_queries, stride = s.dv + 3, poison = random_below(s.n_keys);
@@ -651,13 +718,14 @@ TEST(attend_hidden_nan) {
         const size_t bytes = values ? a.args.v_bytes : a.args.k_bytes;
         memset(rows + (size_t)poison * bytes, 0xFF, (size_t)width * (s.f32 ? 4 : 2)); /* NaN */
         int seen = 0;
-        for (int r = 0; r < n; r++) seen |= a.visible[r] > poison;
+        for (int r = 0; r < n; r++) seen |= a.visible[r] > poison && s.visibility < 4;
+        seen |= s.visibility > 3;
         if (!seen) memset(rows + (size_t)poison * bytes, 0xFF, (size_t)(s.n_keys - poison) * bytes);
         attention_reset(&a);
         k->attend(&a.args);
         for (int r = 0; r < n; r++) {
             const float *now = a.out + r * stride;
-            if (a.visible[r] > poison) {
+            if (a.visible[r] > poison && a.first[r] <= poison) {
                 float quotient[128];
                 for (int c = 0; c < s.dv; c++) quotient[c] = now[c] / a.sum[r];
                 CHECKF(count_nans(quotient, s.dv) == s.dv, "%s %s: NaN at %d is lost",
@@ -752,6 +820,40 @@ TEST(attend_untouched) {
         k->attend(&a.args);
         CHECK(!bits_differ(a.out + hidden * stride, before, s.dv));
         CHECK(a.max[hidden] == 0.5f && a.sum[hidden] == 2.5f);
+        attention_close(&a);
+    }
+}
+
+/* A state that begins with a sink (max = its score, sum = 1, nothing in out) gives a softmax */
+/* with one more score, whose value is 0. */
+TEST(attend_sink) {
+    EACH_ISA(k)
+    for (int i = 0; i < 30; i++) {
+        const shape s = {6, 90, 64, 68, i % 2, 0, i % 7, 0};
+        attention a;
+        attention_open(&a, &s);
+        k->attend(&a.args);
+        float max[6], sum[6], out[6];
+        for (int r = 0; r < 6; r++) {
+            max[r] = a.max[r];
+            sum[r] = a.sum[r];
+            out[r] = a.out[r * 71 + 5];
+        }
+        attention_reset(&a);
+        for (int r = 0; r < 6; r++) {
+            a.max[r] = random_float(-4, 4);
+            a.sum[r] = 1;
+        }
+        float sinks[6];
+        memcpy(sinks, a.max, sizeof sinks);
+        k->attend(&a.args);
+        for (int r = 0; r < 6; r++) {
+            const double weight = exp((double)sinks[r] - max[r]);
+            const double expected = sum[r] > 0 ? out[r] / (sum[r] + weight) : 0;
+            const double x = a.out[r * 71 + 5] / a.sum[r];
+            CHECKF(fabs(x - expected) <= 1e-6, "%s: %g, expected %g", moe_isa_name(k->isa), x,
+                   expected);
+        }
         attention_close(&a);
     }
 }

@@ -143,10 +143,8 @@ static void subject_demand_f16(subject *s, double *truth) {
 
 /* ---- generated models ------------------------------------------------------------------------ */
 
-/* Shapes that are small enough and of a family that can be run. */
-static int is_small(const synth_config *c) {
-    return c->n_embd <= 256 && (!strcmp(c->arch, "qwen3moe") || !strcmp(c->arch, "deepseek2"));
-}
+/* Shapes that are small enough. */
+static int is_small(const synth_config *c) { return c->n_embd <= 256; }
 
 /* A model from a file and n tokens; 0 (a failure) if it cannot be opened. */
 static int subject_open(subject *s, const char *path, int n) {
@@ -386,14 +384,17 @@ static void check_other_type(edit_file *e, edit_tensor *t, uint32_t type, int *n
 
 TEST(other_types) {
     static const uint32_t types[] = {MOE_TYPE_F16, MOE_TYPE_BF16, MOE_TYPE_Q8_0, MOE_TYPE_Q4_0};
-    static const int forms[] = {SYNTH_KVB_FUSED, SYNTH_KVB_FUSED, SYNTH_KVB_SPLIT};
+    static const int forms[] = {SYNTH_KVB_FUSED, SYNTH_KVB_FUSED, SYNTH_KVB_SPLIT, SYNTH_KVB_FUSED,
+                                SYNTH_KVB_FUSED};
+    static const char *const configs[] = {"micro", "micro_mla", "micro_mla", "micro_qwen2",
+                                          "micro_oss"};
     int n_refused = 0;
-    for (int b = 0; b < 3; b++) {
+    for (int b = 0; b < 5; b++) {
         synth_options o;
         edit_file e;
         memset(&o, 0, sizeof o);
         o.kvb = forms[b];
-        CHECK(edit_open(&e, models_write(b ? "micro_mla" : "micro", &o)));
+        CHECK(edit_open(&e, models_write(configs[b], &o)));
         for (int i = 0; i < e.n_tensors; i++)
             for (int t = 0; t < 4; t++)
                 if (moe_type_row_size((moe_type)types[t], (int64_t)e.tensors[i].ne[0]))
@@ -414,6 +415,190 @@ TEST(mla_generations_quantized) {
 TEST(deep_cache) {
     check_float(models_simple("micro", "f32"), MODELS_SLOW ? 600 : 1300, !MODELS_SLOW);
     check_float(models_simple("micro_mla", "f32"), MODELS_SLOW ? 600 : 1300, !MODELS_SLOW);
+}
+
+/* Windows of every kind: shorter and longer than a block of keys, all there is, one key. */
+TEST(windows) {
+    static const int windows[] = {1, 2, 100, 511, 512, 513, 700, 0x7FFFFFFF};
+    for (int i = 0; i < (MODELS_SLOW ? 3 : 8); i++) {
+        synth_config c = *synth_find(i % 2 ? "t_oss_wide" : "micro_oss");
+        char name[64];
+        c.window = windows[i];
+        snprintf(name, sizeof name, "window%d.gguf", c.window);
+        if (synth_write_config(&c, models_path(name), NULL) != 0) exit(1);
+        check_float(models_path(name), i < 2 ? 200 : 1100, i < 2);
+    }
+}
+
+/* ---- the same model in other forms ----------------------------------------------------------- */
+
+enum { FORM_TOKENS = 40 };
+
+/* Logits of a changed file, if `naive` compared with the naive pass; the caller frees them. */
+static float *form_logits(const edit_file *e, const char *label, int naive) {
+    edit_image image = edit_build(e);
+    moe_error error;
+    int32_t tokens[FORM_TOKENS];
+    float *logits = NULL;
+    subject s;
+    memset(&s, 0, sizeof s);
+    moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, &error);
+    moe_model *model = gguf ? moe_model_open_gguf(gguf, NULL, &error) : NULL;
+    CHECKF(model != NULL, "%s: %s: %s", label, error.where, error.text);
+    if (model) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.kv_type = MOE_KV_F32;
+        o.n_threads = 2;
+        s.label = label;
+        s.gguf = gguf;
+        s.model = model;
+        s.tokens = tokens;
+        s.n = s.n_expected = FORM_TOKENS;
+        s.n_vocab = moe_model_get_info(model)->n_vocab;
+        s.n_threads = 1;
+        models_tokens(tokens, s.n, s.n_vocab, 7);
+        double *truth = naive ? subject_naive(&s, 0, 0) : NULL;
+        if (truth) {
+            subject_demand(&s, "truth", MOE_KV_F32, truth, NMSE, limit_f32);
+            check_demands(&s);
+        }
+        free(truth);
+        logits = models_run(model, &o, tokens, FORM_TOKENS, MODELS_ODD);
+        CHECKF(logits != NULL, "%s", label);
+    }
+    moe_model_close(model);
+    moe_gguf_close(gguf);
+    free(image.data);
+    return logits;
+}
+
+static edit_tensor *form_add(edit_file *e, int layer, const char *name, const edit_tensor *like) {
+    edit_tensor *t = &e->tensors[e->n_tensors++];
+    *t = *like;
+    t->removed = 0;
+    snprintf(t->name, sizeof t->name, "blk.%d.%s", layer, name);
+    return t;
+}
+static edit_tensor *form_find(edit_file *e, int layer, const char *name) {
+    char full[64];
+    snprintf(full, sizeof full, "blk.%d.%s", layer, name);
+    return edit_find_tensor(e, full);
+}
+
+/* blk.N.ffn_gate.E.weight and so on in place of blk.N.ffn_gate_exps.weight. */
+static void form_split_experts(edit_file *e, int layer) {
+    static const char *const names[] = {"gate", "down", "up"};
+    for (int expert = 0; expert < 4; expert++)
+        for (int i = 0; i < 3; i++) {
+            char name[32];
+            snprintf(name, sizeof name, "ffn_%s_exps.weight", names[i]);
+            edit_tensor *all = form_find(e, layer, name);
+            snprintf(name, sizeof name, "ffn_%s.%d.weight", names[i], expert);
+            edit_tensor *t = form_add(e, layer, name, all);
+            all->removed = 1;
+            t->n_dims = 2;
+            t->ne[2] = 1;
+            t->size = all->size / 4;
+            t->data = all->data + (size_t)expert * t->size;
+        }
+}
+
+static uint8_t *form_memory[16];
+static int form_n_memory;
+
+/* Three or two tensors as one whose rows follow one another, part by part of each. */
+static void form_fuse(edit_file *e, int layer, const char *fused, const char *const *names, int n,
+                      int n_parts) {
+    edit_tensor *parts[3] = {NULL, NULL, NULL};
+    size_t size = 0;
+    for (int i = 0; i < n; i++) size += (parts[i] = form_find(e, layer, names[i]))->size;
+    edit_tensor *t = form_add(e, layer, fused, parts[0]);
+    uint8_t *data = (uint8_t *)malloc(size), *to = data;
+    for (int p = 0; p < n_parts; p++)
+        for (int i = 0; i < n; i++) {
+            size_t part = parts[i]->size / (size_t)n_parts;
+            memcpy(to, parts[i]->data + part * (size_t)p, part);
+            to += part;
+        }
+    int rows = strstr(fused, ".bias") ? 0 : 1; /* the dimension that grows */
+    for (int i = 0; i < n; i++) parts[i]->removed = 1;
+    for (int i = 1; i < n; i++) t->ne[rows] += parts[i]->ne[rows];
+    t->size = size;
+    t->data = form_memory[form_n_memory++] = data;
+}
+
+/* Old Mixtral files hold one tensor per expert; new files may hold gate and up, or query, key */
+/* and value in one: the same bits. */
+TEST(fused_and_split_tensors) {
+    static const char *const qkv[] = {"attn_q.weight", "attn_k.weight", "attn_v.weight"};
+    static const char *const qkv_bias[] = {"attn_q.bias", "attn_k.bias", "attn_v.bias"};
+    static const char *const gate_up[] = {"ffn_gate_exps.weight", "ffn_up_exps.weight"};
+    static const char *const gate_up_bias[] = {"ffn_gate_exps.bias", "ffn_up_exps.bias"};
+    const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
+    for (int b = 0; b < 2; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, models_simple(b ? "micro_oss" : "micro_mixtral", "q8_0")));
+        float *expected = form_logits(&e, "plain", 0);
+        for (int layer = 0; layer < 2; layer++) {
+            if (b == 0) form_split_experts(&e, layer);
+            if (b == 1) form_fuse(&e, layer, "ffn_gate_up_exps.weight", gate_up, 2, 4);
+            if (b == 1) form_fuse(&e, layer, "ffn_gate_up_exps.bias", gate_up_bias, 2, 4);
+            form_fuse(&e, layer, "attn_qkv.weight", qkv, 3, 1);
+            if (b == 1) form_fuse(&e, layer, "attn_qkv.bias", qkv_bias, 3, 1);
+        }
+        float *x = form_logits(&e, b ? "fused" : "split", 0);
+        if (x && expected) CHECKF(!memcmp(x, expected, bytes), "%d", b);
+        if (b == 0) { /* an expert of another type */
+            moe_error error;
+            edit_tensor *t = form_find(&e, 1, "ffn_up.2.weight");
+            t->type = MOE_TYPE_F32;
+            edit_image image = edit_build(&e);
+            moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, NULL);
+            CHECK(gguf && !moe_model_open_gguf(gguf, NULL, &error));
+            CHECKF(error.status == MOE_ERROR_UNSUPPORTED && !strcmp(error.where, t->name), "%s: %s",
+                   error.where, error.text);
+            t->removed = 1;
+            moe_gguf_close(gguf);
+            free(image.data);
+        }
+        free(x);
+        free(expected);
+        edit_close(&e);
+    }
+    while (form_n_memory) free(form_memory[--form_n_memory]);
+}
+
+/* Keys that few files have. */
+TEST(rare_keys) {
+    const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
+    float bound = 0.5f, factors[8];
+    edit_file e;
+    CHECK(edit_open(&e, models_simple("micro_olmoe", "f32")));
+    edit_set(&e, "olmoe.attention.clamp_kqv", 6, &bound, 4);
+    free(form_logits(&e, "clamp_kqv", 1));
+    edit_close(&e);
+
+    CHECK(edit_open(&e, models_simple("micro_mixtral", "f32")));
+    edit_tensor *t = &e.tensors[e.n_tensors++];
+    *t = e.tensors[1]; /* a norm */
+    snprintf(t->name, sizeof t->name, "rope_freqs.weight");
+    for (int i = 0; i < 8; i++) factors[i] = 1 + 0.5f * (float)i;
+    t->ne[0] = 8;
+    t->data = (const uint8_t *)factors;
+    t->size = sizeof factors;
+    free(form_logits(&e, "rope_freqs", 1));
+    edit_close(&e);
+
+    CHECK(edit_open(&e, models_simple("micro_qwen2", "f32")));
+    float *expected = form_logits(&e, "with widths", 0);
+    edit_find_value(&e, "qwen2moe.expert_feed_forward_length")->removed = 1;
+    edit_find_value(&e, "qwen2moe.expert_shared_feed_forward_length")->removed = 1;
+    float *x = form_logits(&e, "without widths", 0);
+    if (x && expected) CHECK(!memcmp(x, expected, bytes));
+    free(x);
+    free(expected);
+    edit_close(&e);
 }
 
 /* 1 to 8 experts per token, of few and of many. */
@@ -471,8 +656,9 @@ TEST(same_bits) {
         const char *config, *type;
     } cases[] = {{"qwen3moe_tiny", "f32"}, {"qwen3moe_quant", "q4_K_M"}, {"dsv3_quant", "q5_K_M"},
                  {"dsv2_ragged", "q4_0"},  {"t_mla_groups", "bf16"},     {"t_qwen_odd", "f16"},
-                 {"micro", "q8_0"}};
-    for (int c = 0; c < 7; c++) {
+                 {"micro", "q8_0"},        {"micro_qwen2", "q8_0"},      {"t_olmoe_odd", "f32"},
+                 {"t_oss_wide", "f16"},    {"micro_mixtral", "q4_0"}};
+    for (int c = 0; c < 11; c++) {
         const char *path = models_simple(cases[c].config, cases[c].type);
         check_bits(path, MOE_ISA_BEST, MOE_KV_F16, 50, MODELS_ODD, all, 11);
         for (int i = 0; i < 3; i++)
@@ -486,6 +672,8 @@ TEST(same_bits_deep) {
     static const int threads[] = {1, 2, 3, 7};
     check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
     check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
+    check_bits(models_simple("t_oss_wide", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
+    check_bits(models_simple("micro_oss", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
     check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
     check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
 }
@@ -534,6 +722,7 @@ TEST(rewind) {
         check_rewind(models_simple("qwen3moe_quant", "q4_K_M"), models_isas[i]);
         check_rewind(models_simple("dsv3_quant", "q4_0"), models_isas[i]);
         check_rewind(models_simple("t_mla_groups", "f32"), models_isas[i]);
+        check_rewind(models_simple("t_oss_wide", "f32"), models_isas[i]);
     }
 }
 
@@ -729,6 +918,9 @@ static void check_naive(const char *model, const char *tokens, const char *expec
     golden_close(&g);
 }
 
+static const char *const families[] = {"deepseek2", "gpt-oss",  "llama",
+                                       "olmoe",     "qwen2moe", "qwen3moe"};
+
 /* The naive pass gives llama.cpp's logits: it may judge the engine. */
 TEST(naive_golden) {
     check_naive(GOLDEN "logits/dsv2.gguf", GOLDEN "logits/tokens512.txt",
@@ -737,10 +929,19 @@ TEST(naive_golden) {
                 GOLDEN "logits/dsv3.logits.f32");
     check_naive(GOLDEN "logits/qwen3moe.gguf", GOLDEN "logits/tokens512.txt",
                 GOLDEN "logits/qwen3moe.logits.f32");
-    check_naive(GOLDEN "families/deepseek2.gguf", GOLDEN "families/tokens128.txt",
-                GOLDEN "families/deepseek2.logits.f32");
-    check_naive(GOLDEN "families/qwen3moe.gguf", GOLDEN "families/tokens128.txt",
-                GOLDEN "families/qwen3moe.logits.f32");
+    static const char *const logits[] = {"mixtral", "qwen2moe", "olmoe", "gptoss"};
+    for (int i = 0; i < 4; i++) {
+        char model[128], expected[128];
+        snprintf(model, sizeof model, GOLDEN "logits/%s.gguf", logits[i]);
+        snprintf(expected, sizeof expected, GOLDEN "logits/%s.logits.f32", logits[i]);
+        check_naive(model, GOLDEN "logits/tokens512.txt", expected);
+    }
+    for (int i = 0; i < 6; i++) {
+        char model[128], expected[128];
+        snprintf(model, sizeof model, GOLDEN "families/%s.gguf", families[i]);
+        snprintf(expected, sizeof expected, GOLDEN "families/%s.logits.f32", families[i]);
+        check_naive(model, GOLDEN "families/tokens128.txt", expected);
+    }
 }
 
 static void check_golden(const char *model, const char *tokens, const char *expected,
@@ -768,13 +969,29 @@ TEST(golden_qwen3moe) {
     check_golden(GOLDEN "logits/qwen3moe.gguf", GOLDEN "logits/tokens512.txt",
                  GOLDEN "logits/qwen3moe.logits.f32", limit_f32);
 }
-TEST(golden_family_deepseek2) {
-    check_golden(GOLDEN "families/deepseek2.gguf", GOLDEN "families/tokens128.txt",
-                 GOLDEN "families/deepseek2.logits.f32", limit_family);
+TEST(golden_mixtral) {
+    check_golden(GOLDEN "logits/mixtral.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/mixtral.logits.f32", limit_f32);
 }
-TEST(golden_family_qwen3moe) {
-    check_golden(GOLDEN "families/qwen3moe.gguf", GOLDEN "families/tokens128.txt",
-                 GOLDEN "families/qwen3moe.logits.f32", limit_family);
+TEST(golden_qwen2moe) {
+    check_golden(GOLDEN "logits/qwen2moe.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/qwen2moe.logits.f32", limit_f32);
+}
+TEST(golden_olmoe) {
+    check_golden(GOLDEN "logits/olmoe.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/olmoe.logits.f32", limit_f32);
+}
+TEST(golden_gptoss) {
+    check_golden(GOLDEN "logits/gptoss.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/gptoss.logits.f32", limit_f32);
+}
+TEST(golden_families) {
+    for (int i = 0; i < 6; i++) {
+        char model[128], expected[128];
+        snprintf(model, sizeof model, GOLDEN "families/%s.gguf", families[i]);
+        snprintf(expected, sizeof expected, GOLDEN "families/%s.logits.f32", families[i]);
+        check_golden(model, GOLDEN "families/tokens128.txt", expected, limit_family);
+    }
 }
 
 /* 5000 tokens in batches of 512, cut by the caller and by the session: the same bits, and close */
@@ -820,6 +1037,7 @@ TEST(golden_long_dsv2) {
 }
 TEST(golden_long_dsv3) { check_long("dsv3"); }
 TEST(golden_long_qwen3moe) { check_long("qwen3moe"); }
+TEST(golden_long_gptoss) { check_long("gptoss"); }
 
 /* A quantized model against its weights in F32: as close as 1.5 times llama.cpp's own distance, */
 /* by the median row. A type that cannot be run yet is refused with its name and the tensor's. */

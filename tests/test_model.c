@@ -13,7 +13,7 @@
  * that (llama.cpp has 1.3e-4 on models of the shape qwen3moe_quant and 1.0e-3 on dsv3_quant, whose
  * experts count 2.5 times as much). */
 static const double limit_f32 = 1e-8, limit_f16 = 1e-5, limit_long = 1e-6, limit_family = 1e-6;
-static const double limit_rounded = 1e-7;
+static const double limit_rounded = 1e-7, limit_q8_0 = 1e-3;
 
 typedef enum measure { NMSE, MEDIAN_KL, MEDIAN_NMSE } measure;
 
@@ -33,7 +33,7 @@ typedef struct subject {
     const moe_model *model;
     int32_t *tokens;
     int n, n_vocab, n_expected, n_threads;
-    demand demands[4];
+    demand demands[6];
     int n_demands;
 } subject;
 
@@ -82,11 +82,12 @@ static void check_pieces(const subject *s, moe_isa isa, moe_kv_type kv_type, dou
 
 static void check_demands(const subject *s) {
     static const char *const measures[3] = {"NMSE", "median KL", "median NMSE"};
-    double worst[4][3] = {{0}};
+    static const char *const kv_names[3] = {"f16", "q8_0", "f32"};
+    double worst[6][3] = {{0}};
     for (int i = 0; i < 3; i++) {
-        static const moe_kv_type kv_types[2] = {MOE_KV_F32, MOE_KV_F16};
-        for (int k = 0; k < 2 && models_has_isa(models_isas[i]); k++) {
-            double one[4] = {0, 0, 0, 0};
+        static const moe_kv_type kv_types[3] = {MOE_KV_F32, MOE_KV_F16, MOE_KV_Q8_0};
+        for (int k = 0; k < 3 && models_has_isa(models_isas[i]); k++) {
+            double one[6] = {0, 0, 0, 0, 0, 0};
             int wanted = 0;
             for (int d = 0; d < s->n_demands; d++) wanted |= s->demands[d].kv_type == kv_types[k];
             if (wanted) check_pieces(s, models_isas[i], kv_types[k], one);
@@ -95,8 +96,8 @@ static void check_demands(const subject *s) {
     }
     for (int d = 0; d < s->n_demands; d++) {
         const demand *wanted = &s->demands[d];
-        printf("  %-24s kv %s, %s, %s:", s->label, wanted->kv_type == MOE_KV_F32 ? "f32" : "f16",
-               wanted->name, measures[wanted->by]);
+        printf("  %-24s kv %s, %s, %s:", s->label, kv_names[wanted->kv_type], wanted->name,
+               measures[wanted->by]);
         for (int i = 0; i < 3; i++)
             if (models_has_isa(models_isas[i]))
                 printf(" %s %.1e", moe_isa_name(models_isas[i]), worst[d][i]);
@@ -104,11 +105,13 @@ static void check_demands(const subject *s) {
     }
 }
 
-/* The naive pass with some roundings; NULL (a failure) if the file lacks something. */
+/* The naive pass with some roundings (kv_f16 2: Q8_0); NULL (a failure) if the file lacks */
+/* something. */
 static double *subject_naive(const subject *s, int kv_f16, int activations_int8) {
     naive_options options;
     int n_vocab;
-    options.kv_f16 = kv_f16;
+    options.kv_f16 = kv_f16 == 1;
+    options.kv_q8_0 = kv_f16 == 2;
     options.activations_int8 = activations_int8;
     double *logits = naive_logits(s->gguf, s->tokens, s->n, &options, &n_vocab);
     CHECKF(logits != NULL && n_vocab == s->n_vocab, "%s", s->label);
@@ -139,6 +142,21 @@ static void subject_demand_f16(subject *s, double *truth) {
     subject_demand(s, "truth", MOE_KV_F16, truth, NMSE, limit);
     subject_demand(s, "naive with f16", MOE_KV_F16, rounded, NMSE,
                    off > limit_f16 / 2 ? limit_f16 : limit_rounded);
+}
+
+/* The same for a Q8_0 cache, where blocks fit: values in steps of 1/127 of their block's largest */
+/* are off by an NMSE of some 1e-5, and where the last bit of a float decides between two levels */
+/* the two passes differ, hence the weaker limit. */
+static void subject_demand_q8_0(subject *s, double *truth) {
+    const moe_model *m = s->model;
+    const int mla = m->family->mla;
+    if ((mla ? m->kv_lora : m->head_k) % 32 || (mla ? m->n_rot : m->head_v) % 32) return;
+    double *rounded = subject_naive(s, 2, 0);
+    if (!rounded) return;
+    double off = doubles_nmse(rounded, truth, (size_t)s->n * (size_t)s->n_vocab);
+    CHECKF(off < limit_q8_0, "%s: the naive pass is %g off", s->label, off);
+    subject_demand(s, "truth", MOE_KV_Q8_0, truth, NMSE, 2 * off);
+    subject_demand(s, "naive with q8_0", MOE_KV_Q8_0, rounded, NMSE, off / 10);
 }
 
 /* ---- generated models ------------------------------------------------------------------------ */
@@ -182,6 +200,7 @@ static void check_float(const char *path, int n, int with_f16) {
         if (truth) {
             subject_demand(&s, "truth", MOE_KV_F32, truth, NMSE, limit_f32);
             if (with_f16) subject_demand_f16(&s, truth);
+            if (with_f16) subject_demand_q8_0(&s, truth);
             check_demands(&s);
         }
     }
@@ -748,6 +767,7 @@ static void check_golden(const char *model, const char *tokens, const char *expe
     if (there && golden_open_model(&g)) {
         subject_demand(&g.s, "llama.cpp", MOE_KV_F32, g.expected, NMSE, limit);
         subject_demand_f16(&g.s, g.expected);
+        subject_demand_q8_0(&g.s, g.expected);
         check_demands(&g.s);
     }
     golden_close(&g);

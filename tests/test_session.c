@@ -773,7 +773,7 @@ TEST(session_options) {
         {0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
         {0, 0, 0, -1, 0, 0, 0, MOE_ERROR_ARGUMENT},
         {0, 0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, MOE_ERROR_ARGUMENT},
-        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED},
+        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED}, /* heads of 16 */
         {0, 0, 0, 0, 77, 0, 0, MOE_ERROR_UNSUPPORTED},
         {0, 0, 0, 0, -1, 0, 0, MOE_ERROR_UNSUPPORTED},
         {0, 0, 0, 0, 0, 77, 0, MOE_ERROR_UNSUPPORTED},

@@ -13,7 +13,7 @@
  * that (llama.cpp has 1.3e-4 on models of the shape qwen3moe_quant and 1.0e-3 on dsv3_quant, whose
  * experts count 2.5 times as much). */
 static const double limit_f32 = 1e-8, limit_f16 = 1e-5, limit_long = 1e-6, limit_family = 1e-6;
-static const double limit_rounded = 1e-7, limit_q8_0 = 1e-3;
+static const double limit_rounded = 1e-7, limit_q8_0 = 5e-3;
 
 typedef enum measure { NMSE, MEDIAN_KL, MEDIAN_NMSE } measure;
 
@@ -144,9 +144,9 @@ static void subject_demand_f16(subject *s, double *truth) {
                    off > limit_f16 / 2 ? limit_f16 : limit_rounded);
 }
 
-/* The same for a Q8_0 cache, where blocks fit: values in steps of 1/127 of their block's largest */
-/* are off by an NMSE of some 1e-5, and where the last bit of a float decides between two levels */
-/* the two passes differ, hence the weaker limit. */
+/* The same for a Q8_0 cache, where blocks fit. Steps of 1/127 of a block's largest value give an */
+/* NMSE of some 1e-5, and of up to limit_q8_0 where they swap experts (dsv3_quant): what counts is */
+/* to be at most twice as far off the truth as the naive pass with that cache, and near that. */
 static void subject_demand_q8_0(subject *s, double *truth) {
     const moe_model *m = s->model;
     const int mla = m->family->mla;
@@ -192,14 +192,15 @@ static void subject_close(subject *s) {
     moe_model_close((moe_model *)(uintptr_t)s->model);
 }
 
-/* A model with weights in floats: exact but for rounding. */
+/* A model with weights in floats: exact but for rounding. with_f16: such a cache, too, and one of */
+/* Q8_0 (2: that only). */
 static void check_float(const char *path, int n, int with_f16) {
     subject s;
     if (subject_open(&s, path, n)) {
         double *truth = subject_naive(&s, 0, 0);
         if (truth) {
             subject_demand(&s, "truth", MOE_KV_F32, truth, NMSE, limit_f32);
-            if (with_f16) subject_demand_f16(&s, truth);
+            if (with_f16 == 1) subject_demand_f16(&s, truth);
             if (with_f16) subject_demand_q8_0(&s, truth);
             check_demands(&s);
         }
@@ -483,6 +484,30 @@ static void check_bits(const char *path, moe_isa isa, moe_kv_type kv_type, int n
     moe_model_close(model);
 }
 
+/* Batches that the caller cuts and those that the session cuts give the same bits. */
+static void check_cuts(const char *path) {
+    moe_model *model = models_open(path);
+    int32_t tokens[60];
+    CHECK(model != NULL);
+    if (!model) return;
+    models_tokens(tokens, 60, moe_model_get_info(model)->n_vocab, 5);
+    for (int32_t batch = 1; batch <= 20; batch += batch == 1 ? 5 : 14) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.kv_type = MOE_KV_Q8_0;
+        o.n_threads = 2;
+        o.n_batch = batch;
+        float *whole = models_run(model, &o, tokens, 60, MODELS_WHOLE);
+        float *cut = models_run(model, &o, tokens, 60, batch);
+        CHECKF(whole && cut &&
+                   !memcmp(whole, cut, 240 * (size_t)moe_model_get_info(model)->n_vocab),
+               "%s: batches of %d", path, (int)batch);
+        free(whole);
+        free(cut);
+    }
+    moe_model_close(model);
+}
+
 /* Thread counts up to more than any matrix has rows; the first one twice, for a second run. */
 TEST(same_bits) {
     static const int all[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 40}, few[] = {1, 2, 5};
@@ -507,6 +532,29 @@ TEST(same_bits_deep) {
     check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
     check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
     check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
+}
+
+/* Rows of one to three blocks, few queries per key and many, MLA absorbed and expanded, several */
+/* blocks of keys; any number of threads gives the same bits. */
+TEST(q8_0_cache) {
+    static const int threads[] = {1, 2, 3, 4, 5};
+    for (int i = 0; i < 6; i++) {
+        synth_config c = *synth_find(i < 4 ? "micro" : "micro_mla");
+        char name[64];
+        c.head_dim = i == 3 ? 96 : 32 + 32 * (i % 2);
+        c.n_head = i < 4 ? 1 + i * 3 : 5;
+        c.n_kv = i == 1 ? 2 : 1;
+        c.kv_lora = i < 4 ? 0 : 32 * i - 64;
+        c.rope = i < 4 ? 0 : 32;
+        snprintf(name, sizeof name, "q8_0-cache-%d.gguf", i);
+        const char *path = models_path(name);
+        if (synth_write_config(&c, path, NULL) != 0) exit(1);
+        check_float(path, i == 2 || i == 4 ? 600 : 140, 2);
+        check_bits(path, MOE_ISA_BEST, MOE_KV_Q8_0, 60, MODELS_ODD, threads, 5);
+        check_bits(path, MOE_ISA_AVX2, MOE_KV_Q8_0, 60, MODELS_WHOLE, threads, 5);
+        check_bits(path, MOE_ISA_BEST, MOE_KV_Q8_0, 520, 1, threads, 3);
+        check_cuts(path);
+    }
 }
 
 /* ---- sessions and logits --------------------------------------------------------------------- */

@@ -2840,11 +2840,11 @@ typedef void moe__tile_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, 
 
 typedef void moe__dequantize_fn(const uint8_t *row, int64_t n, float *out);
 
-/* Bytes of n cached values. Q8_0: blocks of 32 as in files, f16 scale and 32 int8; n is a multiple */
-/* of 32, or the start of n's block is what is asked for. */
+/* Where value n of a row of cached keys or values lies. Q8_0: its block does, 34 bytes (an f16 */
+/* scale, 32 int8) as in files. For a whole row n is its size. */
 MOE__INLINE size_t moe__kv_bytes(moe_kv_type type, int64_t n) {
-    return type == MOE_KV_Q8_0 ? (size_t)n / 32 * 34
-                               : (size_t)n * (type == MOE_KV_F32 ? sizeof(float) : sizeof(uint16_t));
+    if (type == MOE_KV_Q8_0) return (size_t)n / 32 * 34;
+    return (size_t)n * (type == MOE_KV_F32 ? sizeof(float) : sizeof(uint16_t));
 }
 
 /* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
@@ -2885,7 +2885,7 @@ typedef struct moe__kernels {
     /* y[i] += a * x[i] */
     void (*axpy)(float a, const float *x, int64_t n, float *y);
     void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
-    /* n values, a multiple of 32, to blocks as moe__kv_bytes has them */
+    /* n values, a multiple of 32, to blocks as in moe__kv_bytes */
     void (*f32_to_q8_0)(const float *x, int64_t n, uint8_t *out);
     void (*attend)(const moe__attend_args *args);
 } moe__kernels;
@@ -5246,8 +5246,8 @@ MOE__V MOE__F MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, moe_
     if (type == MOE_KV_F32) return MOE__(f_load_part)((const float *)(const void *)p, n);
     return MOE__(f_load_half_part)(p, n);
 }
-/* n values of a row, not f32, to floats. f16: the last vector is filled up with zeros. Q8_0: from */
-/* value `first` of a block on; n is a multiple of the vector. */
+/* n values of a row, not f32, to floats. f16: the last vector is filled up with zeros. Q8_0: */
+/* from value `first` of a block on, whole vectors. */
 MOE__V void MOE__(kv_to_floats)(const uint8_t *row, moe_kv_type type, int64_t first, int64_t n,
                                 float *out) {
     int64_t i = 0;
@@ -8175,13 +8175,14 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
                          "n_ctx, n_batch or a thread count is out of range");
     if ((unsigned)o->kv_type > MOE_KV_F32)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
-                         "cache type %d is not supported: F16, Q8_0 and F32 are", (int)o->kv_type);
-    const int mla = model->family->mla;
-    const int first = mla ? model->kv_lora : model->head_k, then = mla ? model->n_rot : model->head_v;
+                         "cache type %d is not supported: F16, Q8_0 and F32 are",
+                         (int)o->kv_type);
+    const int first = model->family->mla ? model->kv_lora : model->head_k;
+    const int then = model->family->mla ? model->n_rot : model->head_v;
     if (o->kv_type == MOE_KV_Q8_0 && (first % 32 || then % 32))
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
-                         "a Q8_0 cache needs widths that are multiples of 32: here %d and %d", first,
-                         then);
+                         "a Q8_0 cache needs widths that are multiples of 32: here %d and %d",
+                         first, then);
     session->schedule = moe__schedule_find(o->schedule);
     if (!session->schedule)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "schedule",
@@ -8243,7 +8244,7 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
     session->allocator = model->allocator;
     session->memory = moe__alloc_unset(&session->allocator, (size_t)size);
     if (session->memory) { /* the cache is its begin; huge pages only before it is touched */
-        moe__gguf_advise(session->memory, (size_t)size, 14 /* MADV_HUGEPAGE */);
+        moe__gguf_advise((uint8_t *)session->memory, size, 14 /* MADV_HUGEPAGE */);
         memset(session->memory, 0, (size_t)size);
     }
     /* Rows of logits that are never used are never touched. */

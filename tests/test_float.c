@@ -408,8 +408,8 @@ TEST(f32_to_q8_0) {
             const float size = powf(2, random_float(-34, 28)); /* 127 * 65504 is 2^23 */
             for (int c = 0; c < 32; c++) x[32 * b + c] = random_float(-size, size);
             if (i % 16 == 5) memset(x + 32 * b, 0, 32 * sizeof(float));
-            if (i % 3 == 0) /* ties */
-                for (int c = 0; c < 32; c++) x[32 * b + c] = c ? random_below(255) * 0.5f - 64 : 127;
+            for (int c = 0; c < 32 && i % 3 == 0; c++) /* ties */
+                x[32 * b + c] = c ? (float)random_below(255) * 0.5f - 64 : 127;
         }
         if (bad >= 0) x[bad] = i % 3 == 0 ? NAN : i % 3 == 1 ? INFINITY : -INFINITY;
         moe__f32_to_q8_0_scalar(x, 96, expected);
@@ -564,8 +564,9 @@ static double attention_error(const attention *a, int i, double *budget) {
 
 static const char *shape_text(const shape *s) {
     static char text[128];
+    static const char *const names[3] = {"f16", "f32", "q8_0"};
     snprintf(text, sizeof text, "queries %d keys %d dk %d dv %d %s visibility %d gap %d%s",
-             s->n_queries, s->n_keys, s->dk, s->dv, s->kind ? s->kind > 1 ? "q8_0" : "f32" : "f16", s->visibility, s->gap,
+             s->n_queries, s->n_keys, s->dk, s->dv, names[s->kind], s->visibility, s->gap,
              s->same ? " same memory" : "");
     return text;
 }

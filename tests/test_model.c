@@ -105,8 +105,8 @@ static void check_demands(const subject *s) {
     }
 }
 
-/* The naive pass with some roundings (kv_f16 2: Q8_0); NULL (a failure) if the file lacks */
-/* something. */
+/* The naive pass with some roundings (kv_f16 2: Q8_0); NULL (a failure) if the file lacks
+ * something. */
 static double *subject_naive(const subject *s, int kv_f16, int activations_int8) {
     naive_options options;
     int n_vocab;
@@ -144,9 +144,9 @@ static void subject_demand_f16(subject *s, double *truth) {
                    off > limit_f16 / 2 ? limit_f16 : limit_rounded);
 }
 
-/* The same for a Q8_0 cache, where blocks fit. Steps of 1/127 of a block's largest value give an */
-/* NMSE of some 1e-5, and of up to limit_q8_0 where they swap experts (dsv3_quant): what counts is */
-/* to be at most twice as far off the truth as the naive pass with that cache, and near that. */
+/* The same for a Q8_0 cache, where blocks fit. Steps of 1/127 of a block's largest value give an
+ * NMSE of some 1e-5, and of up to limit_q8_0 where they swap experts (dsv3_quant): what counts is
+ * to be at most twice as far off the truth as the naive pass with that cache, and near that. */
 static void subject_demand_q8_0(subject *s, double *truth) {
     const moe_model *m = s->model;
     const int mla = m->family->mla;
@@ -192,8 +192,8 @@ static void subject_close(subject *s) {
     moe_model_close((moe_model *)(uintptr_t)s->model);
 }
 
-/* A model with weights in floats: exact but for rounding. with_f16: such a cache, too, and one of */
-/* Q8_0 (2: that only). */
+/* A model with weights in floats: exact but for rounding. with_f16: such a cache, too, and one
+ * of Q8_0 (2: that only). */
 static void check_float(const char *path, int n, int with_f16) {
     subject s;
     if (subject_open(&s, path, n)) {

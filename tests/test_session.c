@@ -1222,8 +1222,8 @@ TEST(estimate) {
     }
 }
 
-/* A Q8_0 cache takes 34 bytes where F16 takes 64, as estimated; widths that blocks do not fit are */
-/* refused with the numbers. */
+/* A Q8_0 cache takes 34 bytes where F16 takes 64, as estimated; widths that blocks do not fit
+ * are refused with the numbers. */
 TEST(q8_0_cache) {
     static const struct {
         const char *config, *widths; /* NULL: fits */

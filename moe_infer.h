@@ -78,8 +78,8 @@
 /* */
 /* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
 /* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
-/* Everything else is f32. The cache holds f16 or f32. Instruction sets differ in the last bits */
-/* of float sums only. */
+/* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). Instruction sets */
+/* differ in the last bits of float sums only. */
 /* */
 /* EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads */
 /* may share that work in different ways, picked by macro or moe_session_options.schedule: */
@@ -496,7 +496,7 @@ typedef struct moe_session_options {
     int32_t n_batch;         /* tokens evaluated at once (longer inputs are cut); 0: 512 */
     int32_t n_threads;       /* for generation; 0: see moe_pool_options */
     int32_t n_threads_batch; /* for prompts (more than one token); 0: n_threads */
-    moe_kv_type kv_type;     /* F16 or F32 */
+    moe_kv_type kv_type;     /* Q8_0: widths of keys and values are multiples of 32 */
     int32_t keep_all_logits; /* MOE_ON: logits of every token of an eval, not only of the last */
     moe_schedule schedule;
     moe_isa isa;
@@ -3513,6 +3513,13 @@ typedef void moe__dequantize_fn(const uint8_t *rows, int64_t n, float *out);
 
 typedef void moe__glu_fn(const float *gate, const float *up, int64_t n, float *out);
 
+/* Where value n of a row of cached keys or values lies. Q8_0: its block does, 34 bytes (an f16 */
+/* scale, 32 int8) as in files. For a whole row n is its size. */
+MOE__INLINE size_t moe__kv_bytes(moe_kv_type type, int64_t n) {
+    if (type == MOE_KV_Q8_0) return (size_t)n / 32 * 34;
+    return (size_t)n * (type == MOE_KV_F32 ? sizeof(float) : sizeof(uint16_t));
+}
+
 /* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
 /* largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at */
 /* first), and the weighted sum of values out[i * out_stride ..], dv floats, not yet divided by */
@@ -3523,8 +3530,8 @@ typedef struct moe__attend_args {
     int64_t q_stride;
     const void *k, *v;       /* key j: dk values at byte j * k_bytes; value j: dv at j * v_bytes */
     size_t k_bytes, v_bytes;
-    int32_t f32;             /* keys and values are f32; else f16 */
-    int32_t dk, dv;          /* any positive size; fast for multiples of 16 */
+    moe_kv_type type;        /* of keys and values */
+    int32_t dk, dv;          /* any positive size; fast for multiples of 16; Q8_0: of 32 */
     int32_t n_queries;       /* 1..MOE__ATTEND_QUERIES */
     int32_t n_keys;          /* 1..MOE__ATTEND_KEYS */
     const int32_t *n_visible; /* per query, 0..n_keys; NULL: all */
@@ -3555,6 +3562,8 @@ typedef struct moe__kernels {
     /* y[i] += a * x[i] */
     void (*axpy)(float a, const float *x, int64_t n, float *y);
     void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
+    /* n values, a multiple of 32, to blocks as in moe__kv_bytes */
+    void (*f32_to_q8_0)(const float *x, int64_t n, uint8_t *out);
     void (*attend)(const moe__attend_args *args);
 } moe__kernels;
 
@@ -3660,11 +3669,39 @@ MOE__PRIVATE void moe__f32_to_f16_scalar(const float *x, int64_t n, uint16_t *ou
     for (int64_t i = 0; i < n; i++) out[i] = moe__f32_to_f16(x[i]);
 }
 
+/* Stores the scale of a block whose largest magnitude is `peak` and returns its inverse. As half */
+/* precision has it, so that the levels make up for its rounding. Not finite: NaN, levels are 0. */
+MOE__INLINE float moe__q8_0_scale(float peak, uint8_t *block) {
+    uint16_t half = moe__f32_to_f16(peak / 127);
+    if ((half & 0x7FFF) >= 0x7C00) half = 0x7E00;
+    moe__store_u16(block, half);
+    float scale = moe__f16_to_f32(half);
+    return scale > 0 ? 1 / scale : 0;
+}
+
+MOE__PRIVATE void moe__f32_to_q8_0_scalar(const float *x, int64_t n, uint8_t *out) {
+    for (; n > 0; n -= 32, x += 32, out += 34) {
+        float peak = 0, finite = 0; /* or NaN */
+        for (int i = 0; i < 32; i++) {
+            if (fabsf(x[i]) > peak) peak = fabsf(x[i]);
+            finite += 0 * x[i];
+        }
+        const float inverse = moe__q8_0_scale(peak + finite, out);
+        for (int i = 0; i < 32; i++) {
+            float level = inverse > 0 ? x[i] * inverse : 0;
+            level = level > 127 ? 127 : level < -127 ? -127 : level;
+            out[2 + i] = (uint8_t)(int8_t)lrintf(level);
+        }
+    }
+}
+
 /* ---- attention */
 
 /* Value c of a key or value row. */
-MOE__INLINE float moe__attend_load(const uint8_t *row, int f32, int c) {
-    return f32 ? moe__load_f32(row + 4 * (size_t)c) : moe__types_f16(row + 2 * (size_t)c);
+MOE__INLINE float moe__attend_load(const uint8_t *row, moe_kv_type type, int c) {
+    const uint8_t *p = row + moe__kv_bytes(type, c);
+    if (type == MOE_KV_Q8_0) return moe__types_f16(p) * (float)(int8_t)p[2 + c % 32];
+    return type == MOE_KV_F32 ? moe__load_f32(p) : moe__types_f16(p);
 }
 
 /* scores[j] = q . key j for keys first .. n - 1; returns the largest of them and `max`. A NaN */
@@ -3675,7 +3712,7 @@ MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *
         const uint8_t *key = (const uint8_t *)args->k + (size_t)j * args->k_bytes;
         double sum = 0;
         for (int c = 0; c < args->dk; c++)
-            sum += (double)q[c] * moe__attend_load(key, args->f32, c);
+            sum += (double)q[c] * moe__attend_load(key, args->type, c);
         scores[j] = (float)sum;
         if (!(scores[j] <= max)) max = scores[j];
     }
@@ -3698,7 +3735,7 @@ MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int fir
         float weight = expf(scores[j] - max);
         sum += weight;
         for (int c = 0; c < args->dv; c++)
-            out[c] += weight * moe__attend_load(value, args->f32, c);
+            out[c] += weight * moe__attend_load(value, args->type, c);
     }
     args->max[i] = max;
     args->sum[i] = (float)sum;
@@ -3724,6 +3761,7 @@ static const moe__kernels moe__kernels_scalar = {
     moe__softmax_scalar,
     moe__axpy_scalar,
     moe__f32_to_f16_scalar,
+    moe__f32_to_q8_0_scalar,
     moe__attend_scalar};
 #undef MOE__KERNELS_TYPE
 /* ---- the vector kernels, once per instruction set -------------------------------------------- */
@@ -6926,6 +6964,20 @@ MOE__V void MOE__(f_store_half_part)(uint16_t *p, int64_t n, __m256 x) {
     MOE__(f_store_half)(halves, x);
     for (int64_t i = 0; i < n; i++) p[i] = halves[i];
 }
+MOE__V __m256 MOE__(f_load_i8)(const void *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+/* Rounded to the nearest even. */
+MOE__V void MOE__(f_store_i8)(uint8_t *p, __m256 x) {
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole),
+                                    _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(words, words));
+}
+/* One half from p in every lane. */
+MOE__V __m256 MOE__(f_set_half)(const uint8_t *p) {
+    return _mm256_cvtph_ps(_mm_set1_epi16((short)moe__load_u16(p)));
+}
 MOE__V __m256 MOE__(f_round)(__m256 x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -6976,6 +7028,15 @@ MOE__V void MOE__(f_store_half)(uint16_t *p, __m512 x) {
 }
 MOE__V void MOE__(f_store_half_part)(uint16_t *p, int64_t n, __m512 x) {
     _mm256_mask_storeu_epi16(p, MOE__(f_mask)(n), MOE__(f_to_half)(x));
+}
+MOE__V __m512 MOE__(f_load_i8)(const void *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+MOE__V void MOE__(f_store_i8)(uint8_t *p, __m512 x) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+MOE__V __m512 MOE__(f_set_half)(const uint8_t *p) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16((short)moe__load_u16(p)));
 }
 MOE__V __m512 MOE__(f_round)(__m512 x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -7161,6 +7222,25 @@ MOE__K void MOE__(f32_to_f16)(const float *x, int64_t n, uint16_t *out) {
     if (i < n) MOE__(f_store_half_part)(out + i, n - i, MOE__(f_load_part)(x + i, n - i));
 }
 
+MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
+    const MOE__F limit = MOE__(f_set)(127.0f), low = MOE__(f_set)(-127.0f);
+    for (; n > 0; n -= 32, x += 32, out += 34) {
+        MOE__F high = MOE__(f_zero)(), finite = high; /* or NaN */
+        for (int i = 0; i < 32; i += MOE__FW) {
+            const MOE__F v = MOE__(f_load)(x + i);
+            high = MOE__(f_max)(MOE__(f_max)(v, MOE__(f_sub)(MOE__(f_zero)(), v)), high);
+            finite = MOE__(f_fma)(MOE__(f_zero)(), v, finite);
+        }
+        const float inverse =
+            moe__q8_0_scale(MOE__(f_largest)(high) + MOE__(f_sum)(finite), out);
+        for (int i = 0; i < 32; i += MOE__FW) {
+            MOE__F v = inverse > 0 ? MOE__(f_mul)(MOE__(f_load)(x + i), MOE__(f_set)(inverse))
+                                   : MOE__(f_zero)();
+            MOE__(f_store_i8)(out + 2 + i, MOE__(f_max)(low, MOE__(f_min)(limit, v)));
+        }
+    }
+}
+
 /* ---- attention ------------------------------------------------------------------------------- */
 
 /* Three passes over the block: scores = Q K^T, exponentials, out += P V. Both products work on */
@@ -7184,29 +7264,49 @@ enum {
                              /* also the distance of prefetching */
     /* From this many tiles per row on, f16 is converted to floats once for all of them. Below, */
     /* each tile converts for itself: with 2 tiles that gave 79 % of the FMA peak on a Zen 4, */
-    /* against 66 % with floats stored and loaded again. */
+    /* against 66 % with floats stored and loaded again. Q8_0 is worth it from 2 tiles on. */
     MOE__(ATTEND_CONVERT) = 5
 };
 
-MOE__V MOE__F MOE__(kv_load)(const uint8_t *row, int64_t i, int f32) {
-    return f32 ? MOE__(f_load)(row + 4 * i) : MOE__(f_load_half)(row + 2 * i);
+/* A vector of a Q8_0 block from its value i on. */
+MOE__V MOE__F MOE__(q8_0_load)(const uint8_t *block, int64_t i) {
+    return MOE__(f_mul)(MOE__(f_load_i8)(block + 2 + i), MOE__(f_set_half)(block));
 }
-MOE__V MOE__F MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, int f32) {
-    if (f32) return MOE__(f_load_part)((const float *)(const void *)(row + 4 * i), n);
-    return MOE__(f_load_half_part)(row + 2 * i, n);
+MOE__V MOE__F MOE__(kv_load)(const uint8_t *row, int64_t i, moe_kv_type type) {
+    const uint8_t *p = row + moe__kv_bytes(type, i);
+    if (type == MOE_KV_Q8_0) return MOE__(q8_0_load)(p, i % 32);
+    return type == MOE_KV_F32 ? MOE__(f_load)(p) : MOE__(f_load_half)(p);
 }
-/* n halves to floats; the last vector is filled up with zeros. */
-MOE__V void MOE__(halves_to_floats)(const uint8_t *halves, int64_t n, float *out) {
+/* Not for Q8_0, whose rows are whole vectors. */
+MOE__V MOE__F MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, moe_kv_type type) {
+    const uint8_t *p = row + moe__kv_bytes(type, i);
+    if (type == MOE_KV_F32) return MOE__(f_load_part)((const float *)(const void *)p, n);
+    return MOE__(f_load_half_part)(p, n);
+}
+/* n values of a row, not f32, to floats. f16: the last vector is filled up with zeros. Q8_0: */
+/* from value `first` of a block on, whole vectors. */
+MOE__V void MOE__(kv_to_floats)(const uint8_t *row, moe_kv_type type, int64_t first, int64_t n,
+                                float *out) {
     int64_t i = 0;
+    if (type == MOE_KV_Q8_0)
+        for (; i < n; i += 32, row += 34)
+            MOE__UNROLL(4)
+            for (int c = 0; c < 32; c += MOE__FW)
+                if (c < n - i) MOE__(f_store)(out + i + c, MOE__(q8_0_load)(row, first + c));
     for (; i + MOE__FW <= n; i += MOE__FW)
-        MOE__(f_store)(out + i, MOE__(f_load_half)(halves + 2 * i));
-    if (i < n) MOE__(f_store)(out + i, MOE__(f_load_half_part)(halves + 2 * i, n - i));
+        MOE__(f_store)(out + i, MOE__(kv_load)(row, i, MOE_KV_F16));
+    if (i < n) MOE__(f_store)(out + i, MOE__(kv_load_part)(row, i, n - i, MOE_KV_F16));
 }
 
 /* How many queries to take at a time, so that the tiles are even. */
 MOE__V int MOE__(attend_rows)(int n_queries) {
     int tiles = (n_queries + MOE__ATTEND_ROWS - 1) / MOE__ATTEND_ROWS;
     return (n_queries + tiles - 1) / tiles;
+}
+/* Whether keys or values are turned into floats once, for tiles of `rows` queries each. */
+MOE__V int MOE__(attend_convert)(moe_kv_type type, int n, int rows) {
+    if (type == MOE_KV_F32) return 0;
+    return n > (type == MOE_KV_Q8_0 ? 1 : MOE__(ATTEND_CONVERT) - 1) * rows;
 }
 /* The largest of n numbers of visible keys. */
 MOE__V int MOE__(attend_most)(const int32_t *visible, int n) {
@@ -7225,17 +7325,17 @@ MOE__V int MOE__(attend_least)(const int32_t *first, int n) {
 /* Fetches row i of what is read next: keys start .. n_keys - 1, then the first step's values. */
 MOE__V void MOE__(attend_prefetch)(const moe__attend_args *a, int start, int n_keys, int i) {
     const char *row = (const char *)a->k + (size_t)i * a->k_bytes;
-    size_t size = (size_t)a->dk * (a->f32 ? 4 : 2);
+    size_t size = moe__kv_bytes(a->type, a->dk);
     if (i >= n_keys) {
         i -= n_keys - start;
         if (i >= n_keys || i >= start + MOE__(ATTEND_STEP)) return;
         row = (const char *)a->v + (size_t)i * a->v_bytes;
-        size = (size_t)a->dv * (a->f32 ? 4 : 2);
+        size = moe__kv_bytes(a->type, a->dv);
     }
     for (size_t at = 0; at < size; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
 }
 
-/* In both tiles n, f32 and columns are constants once inlined. All loops run over the largest */
+/* In both tiles n, type and columns are constants once inlined. All loops run over the largest */
 /* tile with a condition on n: unrolled completely, they keep the accumulators in registers, and */
 /* clang needs exact counts for that. */
 typedef struct MOE__(score_args) {
@@ -7247,7 +7347,8 @@ typedef struct MOE__(score_args) {
     float *scores; /* 4 floats per query are written, MOE__ATTEND_KEYS apart */
 } MOE__(score_args);
 
-MOE__V void MOE__(score_tile)(const int n, const int f32, const MOE__(score_args) *t) {
+MOE__V void MOE__(score_tile)(const int n, const moe_kv_type type,
+                              const MOE__(score_args) *t) {
     MOE__F acc[MOE__ATTEND_ROWS][4], x[MOE__ATTEND_ROWS];
     const uint8_t *key[4];
     MOE__UNROLL(4)
@@ -7258,23 +7359,27 @@ MOE__V void MOE__(score_tile)(const int n, const int f32, const MOE__(score_args
     }
     const int64_t dk = t->dk;
     int64_t i = 0;
-    for (; i + MOE__FW <= dk; i += MOE__FW) {
-        MOE__UNROLL(MOE__ATTEND_ROWS)
-        for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-            if (r < n) x[r] = MOE__(f_load)(t->q + r * t->q_stride + i);
+    const int step = type == MOE_KV_Q8_0 ? 32 : MOE__FW;
+    size_t at = 0;
+    for (; i + step <= dk; i += step, at += moe__kv_bytes(type, step))
         MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) {
-            MOE__F k = MOE__(f_keep)(MOE__(kv_load)(key[c], i, f32));
+        for (int s = 0; s < step; s += MOE__FW) {
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-                if (r < n) acc[r][c] = MOE__(f_fma)(x[r], k, acc[r][c]);
+                if (r < n) x[r] = MOE__(f_load)(t->q + r * t->q_stride + i + s);
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++) {
+                MOE__F k = MOE__(f_keep)(MOE__(kv_load)(key[c] + at, s, type));
+                MOE__UNROLL(MOE__ATTEND_ROWS)
+                for (int r = 0; r < MOE__ATTEND_ROWS; r++)
+                    if (r < n) acc[r][c] = MOE__(f_fma)(x[r], k, acc[r][c]);
+            }
         }
-    }
     if (n == 1 && i < dk) { /* ragged rows come one query at a time */
         MOE__F y = MOE__(f_load_part)(t->q + i, dk - i);
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
-            acc[0][c] = MOE__(f_fma)(y, MOE__(kv_load_part)(key[c], i, dk - i, f32), acc[0][c]);
+            acc[0][c] = MOE__(f_fma)(y, MOE__(kv_load_part)(key[c], i, dk - i, type), acc[0][c]);
     }
     MOE__UNROLL(MOE__ATTEND_ROWS)
     for (int r = 0; r < MOE__ATTEND_ROWS; r++)
@@ -7283,20 +7388,22 @@ MOE__V void MOE__(score_tile)(const int n, const int f32, const MOE__(score_args
                           MOE__(f_sum4)(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
 }
 
-/* The same with n and f32 known at run time only. */
-MOE__V void MOE__(score_tile_of)(const int n, int f32, const MOE__(score_args) *t) {
-    if (f32)
-        MOE__(score_tile)(n, 1, t);
+/* The same with n and type known at run time only. */
+MOE__V void MOE__(score_tile_of)(const int n, moe_kv_type type, const MOE__(score_args) *t) {
+    if (type == MOE_KV_F32)
+        MOE__(score_tile)(n, MOE_KV_F32, t);
+    else if (type == MOE_KV_F16)
+        MOE__(score_tile)(n, MOE_KV_F16, t);
     else
-        MOE__(score_tile)(n, 0, t);
+        MOE__(score_tile)(n, MOE_KV_Q8_0, t);
 }
-MOE__V void MOE__(score_tiles)(int n, int f32, const MOE__(score_args) *t) {
+MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const MOE__(score_args) *t) {
     switch (n) {
-    case 1: MOE__(score_tile_of)(1, f32, t); break;
-    case 2: MOE__(score_tile_of)(2, f32, t); break;
-    case 3: MOE__(score_tile_of)(3, f32, t); break;
+    case 1: MOE__(score_tile_of)(1, type, t); break;
+    case 2: MOE__(score_tile_of)(2, type, t); break;
+    case 3: MOE__(score_tile_of)(3, type, t); break;
 #if MOE__ATTEND_ROWS > 3
-    case 4: MOE__(score_tile_of)(4, f32, t); break;
+    case 4: MOE__(score_tile_of)(4, type, t); break;
 #endif
     default: break;
     }
@@ -7309,9 +7416,7 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first
     MOE__ALIGNED(64) float floats[4 * MOE__(ATTEND_DK)];
     const int n = a->n_queries, rows = a->dk % MOE__FW ? 1 : MOE__(attend_rows)(n);
     const int64_t padded = (a->dk + MOE__FW - 1) / MOE__FW * MOE__FW;
-    const int convert = !a->f32 && padded <= MOE__(ATTEND_DK) &&
-                        n > (MOE__(ATTEND_CONVERT) - 1) * rows;
-    const int f32 = a->f32 || convert;
+    const int convert = padded <= MOE__(ATTEND_DK) && MOE__(attend_convert)(a->type, n, rows);
     int next = start; /* row to prefetch */
     MOE__(score_args) t;
     t.q_stride = a->q_stride;
@@ -7324,7 +7429,8 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first
             MOE__(attend_prefetch)(a, start, n_keys, next++);
         if (convert) {
             for (int c = 0; c < t.n_keys; c++)
-                MOE__(halves_to_floats)(t.key + (size_t)c * a->k_bytes, a->dk, floats + c * padded);
+                MOE__(kv_to_floats)(t.key + (size_t)c * a->k_bytes, a->type, 0, a->dk,
+                                    floats + c * padded);
             t.key = (const uint8_t *)(const void *)floats;
             t.k_bytes = (size_t)padded * sizeof(float);
         }
@@ -7334,7 +7440,7 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first
             if (MOE__(attend_least)(first + i, count) >= j + 4) continue;
             t.q = a->q + i * a->q_stride;
             t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
-            MOE__(score_tiles)(count, f32, &t);
+            MOE__(score_tiles)(count, convert ? MOE_KV_F32 : a->type, &t);
         }
     }
 }
@@ -7368,9 +7474,9 @@ MOE__K float MOE__(attend_weights)(float *s, int first, int n, float *max, float
 }
 
 typedef struct MOE__(value_args) {
-    const uint8_t *value; /* of key j0, at the tile's first column */
+    const uint8_t *value; /* of key j0, at the tile's first column, or its block's first */
     size_t v_bytes;
-    int32_t width;           /* floats of the tile: 4 vectors, or at most 1 */
+    int32_t column, width;   /* in the block; floats of the tile: 4 vectors, or at most 1 */
     int32_t j0, j1;          /* keys */
     const int32_t *first, *visible; /* per query, like all below */
     const float *weights;    /* MOE__ATTEND_KEYS apart */
@@ -7382,9 +7488,11 @@ typedef struct MOE__(value_args) {
 } MOE__(value_args);
 
 /* Vector c of a value: whole ones if there are 4 columns, else the only one. */
-MOE__V MOE__F MOE__(value_load)(const uint8_t *value, int columns, int c, int width, int f32) {
-    if (columns == 4) return MOE__(kv_load)(value, c * MOE__FW, f32);
-    return MOE__(kv_load_part)(value, 0, width, f32);
+MOE__V MOE__F MOE__(value_load)(const MOE__(value_args) *t, const uint8_t *value, int columns,
+                                int c, moe_kv_type type) {
+    if (columns == 4) return MOE__(kv_load)(value, c * MOE__FW, type);
+    if (type == MOE_KV_Q8_0) return MOE__(q8_0_load)(value, t->column);
+    return MOE__(kv_load_part)(value, 0, t->width, type);
 }
 MOE__V void MOE__(value_add)(float *out, int width, MOE__F factor, MOE__F x) {
     if (width >= MOE__FW)
@@ -7393,7 +7501,7 @@ MOE__V void MOE__(value_add)(float *out, int width, MOE__F factor, MOE__F x) {
         MOE__(f_store_part)(out, width, MOE__(f_fma)(MOE__(f_load_part)(out, width), factor, x));
 }
 
-MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
+MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type type,
                               const MOE__(value_args) *t) {
     MOE__F acc[MOE__ATTEND_ROWS][4], w[MOE__ATTEND_ROWS];
     const uint8_t *value = t->value, *ahead = t->ahead;
@@ -7419,7 +7527,7 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++) {
             if (c >= columns) continue;
-            MOE__F v = MOE__(f_keep)(MOE__(value_load)(value, columns, c, t->width, f32));
+            MOE__F v = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
                 if (r < n) acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
@@ -7433,7 +7541,7 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
                 if (c >= columns) continue;
-                MOE__F v = MOE__(value_load)(value, columns, c, t->width, f32);
+                MOE__F v = MOE__(value_load)(t, value, columns, c, type);
                 acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
             }
         }
@@ -7450,25 +7558,29 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
     }
 }
 
-/* The same with n, the columns and f32 known at run time only. */
-MOE__V void MOE__(value_tile_of)(const int n, int f32, const MOE__(value_args) *t) {
-    const int wide = t->width > MOE__FW;
-    if (wide && f32)
-        MOE__(value_tile)(n, 4, 1, t);
-    else if (wide)
-        MOE__(value_tile)(n, 4, 0, t);
-    else if (f32)
-        MOE__(value_tile)(n, 1, 1, t);
+/* The same with n, the columns and type known at run time only. */
+MOE__V void MOE__(value_tile_wide)(const int n, const int columns, moe_kv_type type,
+                                   const MOE__(value_args) *t) {
+    if (type == MOE_KV_F32)
+        MOE__(value_tile)(n, columns, MOE_KV_F32, t);
+    else if (type == MOE_KV_F16)
+        MOE__(value_tile)(n, columns, MOE_KV_F16, t);
     else
-        MOE__(value_tile)(n, 1, 0, t);
+        MOE__(value_tile)(n, columns, MOE_KV_Q8_0, t);
 }
-MOE__V void MOE__(value_tiles)(int n, int f32, const MOE__(value_args) *t) {
+MOE__V void MOE__(value_tile_of)(const int n, moe_kv_type type, const MOE__(value_args) *t) {
+    if (t->width > MOE__FW)
+        MOE__(value_tile_wide)(n, 4, type, t);
+    else
+        MOE__(value_tile_wide)(n, 1, type, t);
+}
+MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const MOE__(value_args) *t) {
     switch (n) {
-    case 1: MOE__(value_tile_of)(1, f32, t); break;
-    case 2: MOE__(value_tile_of)(2, f32, t); break;
-    case 3: MOE__(value_tile_of)(3, f32, t); break;
+    case 1: MOE__(value_tile_of)(1, type, t); break;
+    case 2: MOE__(value_tile_of)(2, type, t); break;
+    case 3: MOE__(value_tile_of)(3, type, t); break;
 #if MOE__ATTEND_ROWS > 3
-    case 4: MOE__(value_tile_of)(4, f32, t); break;
+    case 4: MOE__(value_tile_of)(4, type, t); break;
 #endif
     default: break;
     }
@@ -7478,14 +7590,15 @@ MOE__V void MOE__(value_tiles)(int n, int f32, const MOE__(value_args) *t) {
 MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
                                const int32_t *visible, const float *factor, int j0, int n_keys) {
     MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * MOE__FW];
-    const int n = a->n_queries, rows = MOE__(attend_rows)(n), bytes = a->f32 ? 4 : 2;
-    const int convert = !a->f32 && n > (MOE__(ATTEND_CONVERT) - 1) * rows;
+    const int n = a->n_queries, rows = MOE__(attend_rows)(n);
+    const int convert = MOE__(attend_convert)(a->type, n, rows);
+    const moe_kv_type type = convert ? MOE_KV_F32 : a->type;
     const uint8_t *values = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;
     /* While this step is computed, the rows of the next are fetched from left to right, one or */
     /* two lines of 64 bytes of each per tile: all of it at once would only queue up. */
     const int n_tiles = (a->dv / (4 * MOE__FW) + (a->dv % (4 * MOE__FW) + MOE__FW - 1) / MOE__FW) *
                         ((n + rows - 1) / rows);
-    const int fetch = n_keys - j0 > MOE__(ATTEND_STEP) ? a->dv * bytes : 0;
+    const int fetch = n_keys - j0 > MOE__(ATTEND_STEP) ? (int)moe__kv_bytes(a->type, a->dv) : 0;
     const int lines = fetch > 64 * n_tiles ? 2 : 1;
     int fetched = 0;
     MOE__(value_args) t;
@@ -7496,11 +7609,13 @@ MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
     for (int column = 0; column < a->dv; column += t.width) {
         const int left = a->dv - column;
         t.width = left >= 4 * MOE__FW ? 4 * MOE__FW : left < MOE__FW ? left : MOE__FW;
-        t.value = values + (size_t)column * (size_t)bytes;
+        t.value = values + moe__kv_bytes(a->type, column);
+        t.column = column % 32;
         t.v_bytes = a->v_bytes;
         if (convert) {
             for (int j = j0; j < n_keys && j < j0 + MOE__(ATTEND_STEP); j++, t.value += a->v_bytes)
-                MOE__(halves_to_floats)(t.value, t.width, floats + (j - j0) * 4 * MOE__FW);
+                MOE__(kv_to_floats)(t.value, a->type, t.column, t.width,
+                                    floats + (j - j0) * 4 * MOE__FW);
             t.value = (const uint8_t *)(const void *)floats;
             t.v_bytes = 4 * MOE__FW * sizeof(float);
         }
@@ -7515,7 +7630,7 @@ MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
             t.ahead = values; /* nothing left to fetch: what is there already */
             if (fetched < fetch) t.ahead += MOE__(ATTEND_STEP) * a->v_bytes + (size_t)fetched;
             fetched += 64 * lines;
-            MOE__(value_tiles)(count, a->f32 || convert, &t);
+            MOE__(value_tiles)(count, type, &t);
         }
     }
 }
@@ -7570,6 +7685,7 @@ static const moe__kernels MOE__(kernels) = {
     MOE__(softmax),
     MOE__(axpy),
     MOE__(f32_to_f16),
+    MOE__(f32_to_q8_0),
     MOE__(attend)};
 
 #undef MOE__TYPE_KERNELS
@@ -8190,7 +8306,8 @@ MOE__PRIVATE void moe__rope_init(moe__rope *rope, const moe__rope_scaling *s) {
 /* ---- the cache of keys and values ----------------------------------------------------------- */
 
 /* Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the */
-/* latent vector and the rotated key, and no values of their own. */
+/* latent vector and the rotated key, and no values of their own. A Q8_0 row is width / 32 blocks */
+/* as in files: f16 scale, 32 int8. The widths of the parts of a row are multiples of 32. */
 typedef struct moe__kv {
     uint8_t *data;
     moe_kv_type type;
@@ -8205,10 +8322,13 @@ MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t positi
 /* Stores n values behind the first `at` of a row. */
 MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, uint8_t *row,
                                 int64_t at, const float *x, int64_t n) {
+    row += moe__kv_bytes(kv->type, at);
     if (kv->type == MOE_KV_F32)
-        memcpy(row + (size_t)at * sizeof(float), x, (size_t)n * sizeof(float));
+        memcpy(row, x, (size_t)n * sizeof(float));
+    else if (kv->type == MOE_KV_F16)
+        kernels->f32_to_f16(x, n, (uint16_t *)(void *)row);
     else
-        kernels->f32_to_f16(x, n, (uint16_t *)(void *)(row + (size_t)at * sizeof(uint16_t)));
+        kernels->f32_to_q8_0(x, n, row);
 }
 
 /* ---- merging attention over chunks of keys -------------------------------------------------- */
@@ -9493,7 +9613,6 @@ MOE__PRIVATE void moe__session_layout_local(const moe_session *session, moe__loc
 /* Widths of a cached key and value; MLA caches one row per position, without heads. */
 typedef struct moe__kv_shape {
     int64_t n_head, k, v;
-    size_t element; /* bytes per value */
 } moe__kv_shape;
 
 MOE__PRIVATE moe__kv_shape moe__session_kv_shape(const moe_session *session) {
@@ -9502,7 +9621,6 @@ MOE__PRIVATE moe__kv_shape moe__session_kv_shape(const moe_session *session) {
     shape.n_head = model->family->mla ? 1 : model->info.n_head_kv;
     shape.k = model->family->mla ? model->kv_lora + model->n_rot : model->head_k;
     shape.v = model->family->mla ? 0 : model->head_v;
-    shape.element = session->info.kv_type == MOE_KV_F32 ? sizeof(float) : sizeof(uint16_t);
     return shape;
 }
 
@@ -9516,8 +9634,9 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, i
     const uint64_t rows = (uint64_t)info->n_layer * (uint64_t)kv.n_head * (uint64_t)n_ctx;
     const int64_t chunks = (n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
     const int mla = model->family->mla;
-    session->k_cache = (uint8_t *)moe__arena_take(arena, rows, (uint64_t)kv.k * kv.element);
-    session->v_cache = (uint8_t *)moe__arena_take(arena, rows, (uint64_t)kv.v * kv.element);
+    const moe_kv_type type = session->info.kv_type;
+    session->k_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.k));
+    session->v_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.v));
     session->info.kv_bytes = (size_t)arena->used;
     session->residual = moe__take_floats(arena, n, info->n_embd);
     session->rope = moe__take_floats(arena, n, model->n_rot);
@@ -9652,7 +9771,7 @@ MOE__PRIVATE moe__kv moe__eval_kv(const moe__eval *e, int il, int value) {
     kv.type = session->info.kv_type;
     kv.n_ctx = session->info.n_ctx;
     kv.width = value ? shape.v : shape.k;
-    kv.row_size = (size_t)kv.width * shape.element;
+    kv.row_size = moe__kv_bytes(kv.type, kv.width);
     kv.data = (value ? session->v_cache : session->k_cache) +
               (size_t)(il * shape.n_head * kv.n_ctx) * kv.row_size;
     return kv;
@@ -9734,7 +9853,7 @@ MOE__INLINE void moe__gqa_sink(const moe__attend_args *a, const moe__layer *laye
 MOE__PRIVATE void moe__attend_begin(moe__attend_args *a, const moe__eval *e, int32_t dk,
                                     int32_t dv) {
     memset(a, 0, sizeof *a);
-    a->f32 = e->session->info.kv_type == MOE_KV_F32;
+    a->type = e->session->info.kv_type;
     a->dk = dk;
     a->dv = dv;
     a->q = e->local->q;
@@ -10016,12 +10135,14 @@ MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__kv *cache, int6
     const moe_model *model = e->model;
     moe__local *local = e->local;
     const int64_t latent = model->kv_lora, dk = model->head_k, nope = dk - model->n_rot;
-    const int type = cache->type == MOE_KV_F32 ? MOE__INDEX_F32 : MOE__INDEX_F16;
-    const size_t element = cache->row_size / (size_t)cache->width;
+    const int type = cache->type == MOE_KV_F32   ? MOE__INDEX_F32
+                     : cache->type == MOE_KV_F16 ? MOE__INDEX_F16
+                                                 : MOE__INDEX_Q8_0;
+    const size_t turned = moe__kv_bytes(cache->type, latent);
     for (int64_t j = 0; j < n_keys; j++) {
         const uint8_t *row = moe__kv_row(cache, 0, begin + j);
         e->kernels->type[type].dequantize(row, latent, local->latent + j * latent);
-        e->kernels->type[type].dequantize(row + (size_t)latent * element, model->n_rot,
+        e->kernels->type[type].dequantize(row + turned, model->n_rot,
                                           local->keys + j * dk + nope);
         local->latent_rows[j] = local->latent + j * latent;
     }
@@ -10051,7 +10172,7 @@ MOE__PRIVATE void moe__mla_attend_many(moe__eval *e, const moe__layer *layer, in
     a.v = local->values;
     a.k_bytes = (size_t)dk * sizeof(float);
     a.v_bytes = (size_t)dv * sizeof(float);
-    a.f32 = 1;
+    a.type = MOE_KV_F32;
     a.n_visible = local->n_visible;
     a.out_stride = n_head * dv;
     for (int64_t head = e->thread; head < n_head; head += e->n_threads) {
@@ -10336,9 +10457,16 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
         o->n_threads > MOE_MAX_THREADS || o->n_threads_batch > MOE_MAX_THREADS)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "options",
                          "n_ctx, n_batch or a thread count is out of range");
-    if (o->kv_type != MOE_KV_F16 && o->kv_type != MOE_KV_F32)
+    if ((unsigned)o->kv_type > MOE_KV_F32)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
-                         "cache type %d is not supported: F16 and F32 are", (int)o->kv_type);
+                         "cache type %d is not supported: F16, Q8_0 and F32 are",
+                         (int)o->kv_type);
+    const int first = model->family->mla ? model->kv_lora : model->head_k;
+    const int then = model->family->mla ? model->n_rot : model->head_v;
+    if (o->kv_type == MOE_KV_Q8_0 && (first % 32 || then % 32))
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
+                         "a Q8_0 cache needs widths that are multiples of 32: here %d and %d",
+                         first, then);
     session->schedule = moe__schedule_find(o->schedule);
     if (!session->schedule)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "schedule",
@@ -10398,7 +10526,11 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
     }
     *session = draft;
     session->allocator = model->allocator;
-    session->memory = moe__alloc(&session->allocator, (size_t)size);
+    session->memory = moe__alloc_unset(&session->allocator, (size_t)size);
+    if (session->memory) { /* the cache is its begin; huge pages only before it is touched */
+        moe__gguf_advise((uint8_t *)session->memory, size, 14 /* MADV_HUGEPAGE */);
+        memset(session->memory, 0, (size_t)size);
+    }
     /* Rows of logits that are never used are never touched. */
     session->logits = (float *)moe__alloc_unset(&session->allocator, (size_t)logits);
     if (!session->memory || !session->logits) {

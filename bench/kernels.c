@@ -278,9 +278,10 @@ static const shape shapes[] = {
 typedef struct kind {
     const char *name;
     size_t block, bytes; /* values and bytes per block */
-    int f32;
+    moe_kv_type type;
 } kind;
-static const kind kinds[] = {{"f16", 1, 2, 0}, {"f32", 1, 4, 1}};
+static const kind kinds[] = {
+    {"f16", 1, 2, MOE_KV_F16}, {"q8_0", 32, 34, MOE_KV_Q8_0}, {"f32", 1, 4, MOE_KV_F32}};
 enum { N_KINDS = sizeof kinds / sizeof *kinds };
 
 typedef struct attend_job {
@@ -316,7 +317,7 @@ static double attend_work(roofs *r, int thread, double seconds, void *user) {
     memset(&a, 0, sizeof a);
     a.q = l->q, a.q_stride = s->dk, a.k_bytes = heads * k_size;
     a.v_bytes = s->same_memory ? a.k_bytes : heads * v_size;
-    a.f32 = j->k->f32;
+    a.type = j->k->type;
     a.dk = s->dk, a.dv = s->dv, a.n_queries = s->n_queries, a.n_keys = KEYS;
     a.n_visible = l->visible, a.max = l->max, a.sum = l->sum;
     a.out = l->out, a.out_stride = s->dv, a.scores = l->scores;

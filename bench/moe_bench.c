@@ -24,11 +24,11 @@ enum { MAX_REPETITIONS = 1000 };
 static struct settings {
     const char *model;
     tool_list n_prompt, n_gen, n_depth, n_threads, isa, schedule;
-    int32_t repetitions, n_batch, kv_type, format;
+    int32_t repetitions, n_batch, k_type, v_type, kv_type, format;
     int warm_up, roofs, help, version;
 } set = {NULL,     {1, {512}}, {1, {128}}, {1, {0}}, {1, {-1}}, {1, {0}},
-         {1, {0}}, 5,          512,        0,        0,         1,
-         1,        0,          0};
+         {1, {0}}, 5,          512,        -1,       -1,        0,
+         0,        1,          1,          0,        0};
 
 static const tool_option options[] = {
     {"A list a,b,c tries each; several lists are multiplied.", NULL, TOOL_HEADING, NULL, 0, 0,
@@ -46,8 +46,10 @@ static const tool_option options[] = {
      "timed runs of each test, behind an untimed one (default 5)"},
     {"-b, --batch-size", "N", TOOL_INT, &set.n_batch, 1, INT32_MAX,
      "tokens evaluated at once (default 512)"},
-    {"-ctk, --cache-type-k", "f16|q8_0|f32", TOOL_CHOICE, &set.kv_type, 0, 0,
+    {"-ctk, --cache-type-k", "f16|q8_0|f32", TOOL_CHOICE, &set.k_type, 0, 0,
      "what keys and values are kept as (default f16)"},
+    {"-ctv, --cache-type-v", "f16|q8_0|f32", TOOL_CHOICE, &set.v_type, 0, 0,
+     "the same (llama.cpp sets them one by one: here they are\none)"},
     {"--isa", "best|scalar|avx2|avx512|avx-vnni", TOOL_CHOICES, &set.isa, 0, 0,
      "list of instruction sets; one that is missing falls back\nto the next lower one"},
     {"--schedule", "default|sequential|parallel|balanced", TOOL_CHOICES, &set.schedule, 0, 0,
@@ -382,6 +384,7 @@ static void write_fields(const test *t) {
     field_text("isa", moe_isa_name(t->info.isa));
     field_text("schedule", schedule_names[t->info.schedule & 3]);
     field_text("type_k", kv_names[t->info.kv_type % 3]);
+    field_text("type_v", kv_names[t->info.kv_type % 3]);
     field_text("test", t->name);
     field_number("n_threads", 0, t->n_threads);
     field_number("n_batch", 0, t->info.n_batch);
@@ -605,6 +608,7 @@ static int any(const tool_list *list) {
 int main(int argc, char **argv) {
     int status = tool_parse(program, options, argc, argv);
     if (status) return status;
+    if (!tool_kv_type(program, set.k_type, set.v_type, &set.kv_type)) return TOOL_USAGE;
     if (set.help) {
         printf("usage: %s -m MODEL.gguf [options]\n\n"
                "Times prompts (ppN) and generation (tgN) on the CPU.\n"
@@ -623,7 +627,7 @@ int main(int argc, char **argv) {
         show_isa = is_given(argc, argv, "--isa");
         show_schedule = is_given(argc, argv, "--schedule");
         show_batch = is_given(argc, argv, "-b, --batch-size");
-        show_kv_type = is_given(argc, argv, "-ctk, --cache-type-k");
+        show_kv_type = set.k_type >= 0 || set.v_type >= 0;
         char *paths = (char *)malloc(strlen(set.model) + 1);
         if (!paths) return TOOL_ERROR;
         strcpy(paths, set.model);

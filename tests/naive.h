@@ -16,10 +16,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Two roundings that an engine does on purpose, so that wrong results can be told from rounded */
+/* Roundings that an engine does on purpose, so that wrong results can be told from rounded */
 /* ones. NULL or zeros: none. */
 typedef struct naive_options {
     int kv_f16;           /* what is cached (keys, values, latents): to half precision */
+    int kv_q8_0;          /* the same: to 8 bits per value, blocks of 32 with an f16 scale */
     int activations_int8; /* inputs of quantized matrices: to 8 bits, in steps of max |x| / 127 */
                           /* within a block of the matrix's type */
 } naive_options;
@@ -168,13 +169,25 @@ static void naive_round_int8(const double *x, int n, int block, double *rounded)
     }
 }
 
-/* n values rounded to half precision: 11 bits, in steps of 2^-24 at least. */
-static void naive_round_f16(const naive_model *m, double *x, int n) {
-    for (int i = 0; i < n && m->options.kv_f16; i++) {
-        int exponent;
-        frexp(x[i], &exponent);
-        double step = ldexp(1, exponent - 11 > -24 ? exponent - 11 : -24);
-        x[i] = rint((double)(float)x[i] / step) * step;
+/* To half precision: 11 bits, in steps of 2^-24 at least. */
+static double naive_f16(double x) {
+    int exponent;
+    frexp(x, &exponent);
+    double step = ldexp(1, exponent - 11 > -24 ? exponent - 11 : -24);
+    return rint((double)(float)x / step) * step;
+}
+
+/* n cached values; for Q8_0 whole blocks of 32: scale max |x| / 127 as f16, then levels. */
+static void naive_round_cached(const naive_model *m, double *x, int n) {
+    for (int i = 0; i < n && m->options.kv_f16; i++) x[i] = naive_f16(x[i]);
+    for (int start = 0; start < n && m->options.kv_q8_0; start += 32) {
+        float largest = 0;
+        for (int i = start; i < start + 32; i++) largest = fmaxf(largest, fabsf((float)x[i]));
+        double scale = naive_f16((double)largest / 127);
+        for (int i = start; i < start + 32; i++) {
+            double level = scale > 0 ? rint((double)(float)x[i] / scale) : 0;
+            x[i] = scale * fmax(-127, fmin(127, level));
+        }
     }
 }
 
@@ -334,8 +347,8 @@ static void naive_attention_gqa(naive_model *m, int layer, int n, const double *
         naive_clamp(m, v + t * nv, nv);
         for (int h = 0; h < m->n_head; h++) naive_rope(m, q + t * nq + h * m->dk, t);
         for (int h = 0; h < m->n_head_kv; h++) naive_rope(m, k + t * nk + h * m->dk, t);
-        naive_round_f16(m, k + t * nk, (int)nk);
-        naive_round_f16(m, v + t * nv, (int)nv);
+        naive_round_cached(m, k + t * nk, (int)nk);
+        naive_round_cached(m, v + t * nv, (int)nv);
     }
     naive_attend(m, n, q, k, v, m->n_head_kv, layer % 2 == 0 ? m->window : 0, sinks, out);
 }
@@ -401,7 +414,7 @@ static void naive_attention_mla(naive_model *m, int layer, int n, const double *
         naive_linear(m, kv_a, m->n_embd, (int)(L + R), xn + t * E, c);
         naive_rms(c, gain, (int)L, m->eps, c);
         naive_rope(m, c + L, t);
-        naive_round_f16(m, c, (int)(L + R));
+        naive_round_cached(m, c, (int)(L + R));
         naive_linear(m, kv_b, (int)L, (int)(H * (N + V)), c, expanded);
         for (int64_t h = 0; h < H; h++) {
             double *kh = k + (t * H + h) * m->dk, *vh = v + (t * H + h) * V;

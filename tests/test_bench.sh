@@ -95,8 +95,14 @@ run -m "$model" -p 40 -n 0 -r 1 --batch-size 16
 check "--batch-size" rows '|      16 |' 1
 run -m "$model" -p 4 -n 0 -r 1 -ctk f32
 check "-ctk" rows '|    f32 |' 1
+run -m "$model" -p 4 -n 0 -r 1 -ctk q8_0 -ctv q8_0
+case $code in 0) check "-ctk q8_0 -ctv q8_0" rows '|   q8_0 |' 1 ;; esac
 run -m "$model" -p 4 -n 0 -r 1 --cache-type-k f16
 check "--cache-type-k" rows '|    f16 |' 1
+run -m "$model" -p 4 -n 0 -r 1 --cache-type-v f32
+check "--cache-type-v" rows '|    f32 |' 1
+run -m "$model" -p 4 -n 0 -r 1 -ctk f16 -ctv f32
+check "-ctk f16 -ctv f32" exits 2
 run -m "$model" -p 4 -n 2 -r 1 --no-warmup
 check "--no-warmup" rows '± 0.00' 2
 run -m "$model" -p 4 -n 2 -r 1 -o md

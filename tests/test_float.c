@@ -415,8 +415,10 @@ TEST(exponential) {
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
+static const moe_kv_type kinds[3] = {MOE_KV_F16, MOE_KV_F32, MOE_KV_Q8_0};
+
 typedef struct shape {
-    int n_queries, n_keys, dk, dv, f32;
+    int n_queries, n_keys, dk, dv, kind; /* kind: see kinds */
     int same;       /* values are the front of the keys */
     int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros; 4, 5 causal with a short */
                     /* or long window, 6 random at both ends */
@@ -442,6 +444,51 @@ static void store_value(uint8_t *p, int f32, float x) {
 static float load_value(const uint8_t *p, int f32) {
     return f32 ? moe__load_f32(p) : moe__f16_to_f32(moe__load_u16(p));
 }
+/* Value c of a row. */
+static float row_value(const uint8_t *row, int kind, int c) {
+    if (kind < 2) return load_value(row + c * (kind ? 4 : 2), kind);
+    row += c / 32 * 34;
+    return moe__f16_to_f32(moe__load_u16(row)) * (float)(int8_t)row[2 + c % 32];
+}
+
+/* Blocks of 32: every kernel gives the plain C bits, values within half a step and the rounding of
+ * the scale; zeros, tiny and huge values, and what is not finite. */
+TEST(f32_to_q8_0) {
+    for (int i = 0; i < 400; i++) {
+        float *x = guarded_floats(96);
+        uint8_t *expected = (uint8_t *)guarded(102), *out = (uint8_t *)guarded(102);
+        const int bad = i % 8 == 0 ? random_below(96) : -1;
+        for (int b = 0; b < 3; b++) {
+            const float size = powf(2, random_float(-34, 28)); /* 127 * 65504 is 2^23 */
+            for (int c = 0; c < 32; c++) x[32 * b + c] = random_float(-size, size);
+            if (i % 16 == 5) memset(x + 32 * b, 0, 32 * sizeof(float));
+            for (int c = 0; c < 32 && i % 3 == 0; c++) /* ties */
+                x[32 * b + c] = c ? (float)random_below(255) * 0.5f - 64 : 127;
+        }
+        if (bad >= 0) x[bad] = i % 3 == 0 ? NAN : i % 3 == 1 ? INFINITY : -INFINITY;
+        moe__f32_to_q8_0_scalar(x, 96, expected);
+        for (int c = 0; c < 96; c++) {
+            const float y = row_value(expected, 2, c);
+            float peak = 0;
+            for (int j = c / 32 * 32; j < c / 32 * 32 + 32; j++) peak = fmaxf(peak, fabsf(x[j]));
+            if (bad / 32 == c / 32 && bad >= 0)
+                CHECKF(y != y, "%d: %g", c, (double)y);
+            else if (peak / 127 >= 65520)
+                CHECKF(y != y, "%g: %g", (double)peak, (double)y);
+            else /* half a step; the largest may lose the rounding of the scale */
+                CHECKF(fabsf(y - x[c]) <= 0.5001f * peak / 127 + peak * 0x1p-11f + 4e-6f,
+                       "%g: %g", (double)x[c], (double)y);
+        }
+        EACH_ISA(k) {
+            memset(out, 0xAA, 102);
+            k->f32_to_q8_0(x, 96, out);
+            CHECKF(memcmp(out, expected, 102) == 0, "%s, case %d", moe_isa_name(k->isa), i);
+        }
+        guarded_floats_free(x, 96);
+        guarded_free(expected, 102);
+        guarded_free(out, 102);
+    }
+}
 
 static void attention_reset(attention *a) {
     const shape *s = &a->s;
@@ -456,27 +503,35 @@ static void attention_reset(attention *a) {
 }
 
 /* Rows of width values at a guard page, NaN between them. */
-static uint8_t *make_rows(int n, int width, int f32, size_t stride, size_t *size) {
-    const size_t row = (size_t)width * (f32 ? 4 : 2);
+static uint8_t *make_rows(int n, int width, int kind, size_t stride, size_t *size) {
+    const size_t row = moe__kv_bytes(kinds[kind], width);
     *size = (size_t)(n - 1) * stride + row;
     uint8_t *memory = (uint8_t *)guarded(*size);
     memset(memory, 0xFF, *size);
     for (int j = 0; j < n; j++)
-        for (int c = 0; c < width; c++)
-            store_value(memory + (size_t)j * stride + (size_t)c * (f32 ? 4 : 2), f32,
-                        random_float(-1, 1));
+        for (int c = 0; c < width; c++) {
+            uint8_t *p = memory + (size_t)j * stride;
+            if (kind < 2) {
+                store_value(p + (size_t)c * (kind ? 4 : 2), kind, random_float(-1, 1));
+                continue;
+            }
+            p += c / 32 * 34;
+            if (c % 32 == 0) store_value(p, 0, random_float(0, 1.0f / 64));
+            p[2 + c % 32] = (uint8_t)random_below(256); /* -128 is nothing that we store */
+        }
     return memory;
 }
 
 static void attention_open(attention *a, const shape *s) {
     memset(a, 0, sizeof *a);
     a->s = *s;
-    const int bytes = s->f32 ? 4 : 2, n = s->n_queries;
+    const int n = s->n_queries;
     moe__attend_args *args = &a->args;
     args->q_stride = s->dk + 5;
     args->out_stride = s->dv + 3;
-    args->k_bytes = (size_t)(s->dk * bytes + s->gap);
-    args->v_bytes = s->same ? args->k_bytes : (size_t)(s->dv * bytes + s->gap * 2);
+    args->k_bytes = moe__kv_bytes(kinds[s->kind], s->dk) + (size_t)s->gap;
+    args->v_bytes =
+        s->same ? args->k_bytes : moe__kv_bytes(kinds[s->kind], s->dv) + (size_t)s->gap * 2;
     a->q_size = (size_t)((n - 1) * (s->dk + 5) + s->dk);
     a->out_size = (size_t)((n - 1) * (s->dv + 3) + s->dv);
     a->q = guarded_floats((int64_t)a->q_size);
@@ -484,8 +539,8 @@ static void attention_open(attention *a, const shape *s) {
     a->max = guarded_floats(n);
     a->sum = guarded_floats(n);
     a->scores = guarded_floats((int64_t)n * MOE__ATTEND_KEYS);
-    a->k = make_rows(s->n_keys, s->dk, s->f32, args->k_bytes, &a->k_size);
-    a->v = s->same ? a->k : make_rows(s->n_keys, s->dv, s->f32, args->v_bytes, &a->v_size);
+    a->k = make_rows(s->n_keys, s->dk, s->kind, args->k_bytes, &a->k_size);
+    a->v = s->same ? a->k : make_rows(s->n_keys, s->dv, s->kind, args->v_bytes, &a->v_size);
     a->visible = (int32_t *)guarded((size_t)n * 4);
     a->first = (int32_t *)guarded((size_t)n * 4);
     const float scale = 2.0f / sqrtf((float)s->dk);
@@ -504,7 +559,7 @@ static void attention_open(attention *a, const shape *s) {
     args->q = a->q;
     args->k = a->k;
     args->v = a->v;
-    args->f32 = s->f32;
+    args->type = kinds[s->kind];
     args->dk = s->dk;
     args->dv = s->dv;
     args->n_queries = n;
@@ -536,13 +591,12 @@ static void attention_close(attention *a) {
 static double attention_error(const attention *a, int i, double *budget) {
     const shape *s = &a->s;
     static double p[MOE__ATTEND_KEYS], out[1024], size[1024];
-    const int bytes = s->f32 ? 4 : 2;
     double max = -1e300, sum = 0, products = 0, worst = 0;
     for (int j = a->first[i]; j < a->visible[i]; j++) {
         double score = 0, absolute = 0;
         for (int c = 0; c < s->dk; c++) {
             const double x = (double)a->q[i * a->args.q_stride + c] *
-                             load_value(a->k + (size_t)j * a->args.k_bytes + c * bytes, s->f32);
+                             row_value(a->k + (size_t)j * a->args.k_bytes, s->kind, c);
             score += x;
             absolute += fabs(x);
         }
@@ -555,8 +609,7 @@ static double attention_error(const attention *a, int i, double *budget) {
         p[j] = exp(p[j] - max);
         sum += p[j];
         for (int c = 0; c < s->dv; c++) {
-            const double x =
-                p[j] * load_value(a->v + (size_t)j * a->args.v_bytes + c * bytes, s->f32);
+            const double x = p[j] * row_value(a->v + (size_t)j * a->args.v_bytes, s->kind, c);
             out[c] += x;
             size[c] += fabs(x);
         }
@@ -572,8 +625,9 @@ static double attention_error(const attention *a, int i, double *budget) {
 
 static const char *shape_text(const shape *s) {
     static char text[128];
+    static const char *const names[3] = {"f16", "f32", "q8_0"};
     snprintf(text, sizeof text, "queries %d keys %d dk %d dv %d %s visibility %d gap %d%s",
-             s->n_queries, s->n_keys, s->dk, s->dv, s->f32 ? "f32" : "f16", s->visibility, s->gap,
+             s->n_queries, s->n_keys, s->dk, s->dv, names[s->kind], s->visibility, s->gap,
              s->same ? " same memory" : "");
     return text;
 }
@@ -639,6 +693,10 @@ TEST(attend_shapes) {
         {32, 512, 64, 64, 0, 0, 4, 0},     {32, 512, 64, 64, 1, 0, 5, 0}, /* sliding windows */
         {32, 300, 128, 128, 0, 0, 6, 0},   {7, 512, 64, 64, 0, 0, 6, 0},
         {32, 64, 1056, 20, 0, 0, 2, 0},    {20, 9, 1030, 1000, 0, 0, 0, 2}, /* very long rows */
+        {1, 512, 128, 128, 2, 0, 0, 0},    {8, 512, 128, 128, 2, 0, 0, 952}, /* Q8_0 */
+        {16, 512, 576, 512, 2, 1, 0, 0},   {32, 130, 576, 512, 2, 1, 1, 0},
+        {5, 70, 32, 96, 2, 0, 2, 1},       {32, 100, 192, 160, 2, 0, 2, 6},
+        {20, 9, 1056, 992, 2, 0, 0, 2},    {8, 33, 576, 512, 2, 1, 2, 0},
     };
     EACH_ISA(k)
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_shape(k, &shapes[i]);
@@ -658,7 +716,8 @@ TEST(attend_ragged) {
         s.n_keys = keys[i < 32 ? i % n_all_keys : random_below(n_all_keys)];
         s.dk = widths[i < n_widths ? i : random_below(n_widths)];
         s.dv = widths[i < n_widths ? n_widths - 1 - i : random_below(n_widths)];
-        s.f32 = random_below(2);
+        s.kind = random_below(3);
+        if (s.kind == 2) s.dk = (s.dk + 31) & ~31, s.dv = (s.dv + 31) & ~31;
         s.visibility = random_below(7);
         if (random_below(3) == 0) s.gap = random_below(40) * 2 + (i % 4 == 0); /* odd: misaligned */
         check_shape(k, &s);
@@ -669,7 +728,7 @@ TEST(attend_ragged) {
 TEST(attend_in_blocks) {
     EACH_ISA(k)
     for (int i = 0; i < 24; i++) {
-        const shape s = {1 + random_below(32), 512, 64, 48, i % 2, 0, i % 7, 0};
+        const shape s = {1 + random_below(32), 512, 64, i % 3 > 1 ? 96 : 48, i % 3, 0, i % 7, 0};
         attention a;
         attention_open(&a, &s);
         int32_t visible[32], hidden[32];
@@ -702,9 +761,9 @@ TEST(attend_in_blocks) {
 TEST(attend_hidden_nan) {
     EACH_ISA(k)
     for (int i = 0; i < 120; i++) {
-        const int width = i % 3 == 0 ? 20 : 64;
+        const int kind = i % 3, width = kind < 2 && i % 4 == 0 ? 20 : 64;
         const int n_queries = 2 + random_below(31), n_keys = 3 + random_below(140);
-        const shape s = {n_queries, n_keys, width, width, i % 2, 0, 1 + i % 6, 0};
+        const shape s = {n_queries, n_keys, width, width, kind, 0, 1 + i / 3 % 6, 0};
         attention a;
         attention_open(&a, &s);
         const int n = s.n_queries, stride = s.dv + 3, poison = random_below(s.n_keys);
@@ -713,10 +772,10 @@ TEST(attend_hidden_nan) {
         memcpy(out, a.out, a.out_size * sizeof(float));
         memcpy(max, a.max, (size_t)n * sizeof(float));
         memcpy(sum, a.sum, (size_t)n * sizeof(float));
-        const int values = i % 4 < 2;
+        const int values = i % 5 < 2;
         uint8_t *rows = values ? a.v : a.k;
         const size_t bytes = values ? a.args.v_bytes : a.args.k_bytes;
-        memset(rows + (size_t)poison * bytes, 0xFF, (size_t)width * (s.f32 ? 4 : 2)); /* NaN */
+        memset(rows + (size_t)poison * bytes, 0xFF, moe__kv_bytes(kinds[kind], width)); /* NaN */
         int seen = 0;
         for (int r = 0; r < n; r++) seen |= a.visible[r] > poison && s.visibility < 4;
         seen |= s.visibility > 3;
@@ -805,7 +864,7 @@ TEST(attend_minus_infinity) {
 TEST(attend_untouched) {
     EACH_ISA(k)
     for (int i = 0; i < 20; i++) {
-        const shape s = {6, 90, 64, 68, i % 2, 0, 3, 0};
+        const shape s = {6, 90, 64, i % 3 > 1 ? 64 : 68, i % 3, 0, 3, 0};
         attention a;
         attention_open(&a, &s);
         const int hidden = random_below(6), stride = s.dv + 3;
@@ -814,9 +873,9 @@ TEST(attend_untouched) {
         a.visible[(hidden + 1) % 6] = 1 + i % 90;
         a.max[hidden] = 0.5f;
         a.sum[hidden] = 2.5f;
-        for (int c = 0; c < s.dv; c++) before[c] = c % 3 == 0 ? -0.0f : random_float(-1, 1);
+        for (int c = 0; c < 68; c++) before[c] = c % 3 == 0 ? -0.0f : random_float(-1, 1);
         before[5] = NAN;
-        memcpy(a.out + hidden * stride, before, sizeof before);
+        memcpy(a.out + hidden * stride, before, sizeof(float) * (size_t)s.dv);
         k->attend(&a.args);
         CHECK(!bits_differ(a.out + hidden * stride, before, s.dv));
         CHECK(a.max[hidden] == 0.5f && a.sum[hidden] == 2.5f);

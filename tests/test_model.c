@@ -13,7 +13,7 @@
  * that (llama.cpp has 1.3e-4 on models of the shape qwen3moe_quant and 1.0e-3 on dsv3_quant, whose
  * experts count 2.5 times as much). */
 static const double limit_f32 = 1e-8, limit_f16 = 1e-5, limit_long = 1e-6, limit_family = 1e-6;
-static const double limit_rounded = 1e-7;
+static const double limit_rounded = 1e-7, limit_q8_0 = 5e-3;
 
 typedef enum measure { NMSE, MEDIAN_KL, MEDIAN_NMSE } measure;
 
@@ -33,7 +33,7 @@ typedef struct subject {
     const moe_model *model;
     int32_t *tokens;
     int n, n_vocab, n_expected, n_threads;
-    demand demands[4];
+    demand demands[6];
     int n_demands;
 } subject;
 
@@ -82,11 +82,12 @@ static void check_pieces(const subject *s, moe_isa isa, moe_kv_type kv_type, dou
 
 static void check_demands(const subject *s) {
     static const char *const measures[3] = {"NMSE", "median KL", "median NMSE"};
-    double worst[4][3] = {{0}};
+    static const char *const kv_names[3] = {"f16", "q8_0", "f32"};
+    double worst[6][3] = {{0}};
     for (int i = 0; i < 3; i++) {
-        static const moe_kv_type kv_types[2] = {MOE_KV_F32, MOE_KV_F16};
-        for (int k = 0; k < 2 && models_has_isa(models_isas[i]); k++) {
-            double one[4] = {0, 0, 0, 0};
+        static const moe_kv_type kv_types[3] = {MOE_KV_F32, MOE_KV_F16, MOE_KV_Q8_0};
+        for (int k = 0; k < 3 && models_has_isa(models_isas[i]); k++) {
+            double one[6] = {0, 0, 0, 0, 0, 0};
             int wanted = 0;
             for (int d = 0; d < s->n_demands; d++) wanted |= s->demands[d].kv_type == kv_types[k];
             if (wanted) check_pieces(s, models_isas[i], kv_types[k], one);
@@ -95,8 +96,8 @@ static void check_demands(const subject *s) {
     }
     for (int d = 0; d < s->n_demands; d++) {
         const demand *wanted = &s->demands[d];
-        printf("  %-24s kv %s, %s, %s:", s->label, wanted->kv_type == MOE_KV_F32 ? "f32" : "f16",
-               wanted->name, measures[wanted->by]);
+        printf("  %-24s kv %s, %s, %s:", s->label, kv_names[wanted->kv_type], wanted->name,
+               measures[wanted->by]);
         for (int i = 0; i < 3; i++)
             if (models_has_isa(models_isas[i]))
                 printf(" %s %.1e", moe_isa_name(models_isas[i]), worst[d][i]);
@@ -104,11 +105,13 @@ static void check_demands(const subject *s) {
     }
 }
 
-/* The naive pass with some roundings; NULL (a failure) if the file lacks something. */
+/* The naive pass with some roundings (kv_f16 2: Q8_0); NULL (a failure) if the file lacks
+ * something. */
 static double *subject_naive(const subject *s, int kv_f16, int activations_int8) {
     naive_options options;
     int n_vocab;
-    options.kv_f16 = kv_f16;
+    options.kv_f16 = kv_f16 == 1;
+    options.kv_q8_0 = kv_f16 == 2;
     options.activations_int8 = activations_int8;
     double *logits = naive_logits(s->gguf, s->tokens, s->n, &options, &n_vocab);
     CHECKF(logits != NULL && n_vocab == s->n_vocab, "%s", s->label);
@@ -139,6 +142,21 @@ static void subject_demand_f16(subject *s, double *truth) {
     subject_demand(s, "truth", MOE_KV_F16, truth, NMSE, limit);
     subject_demand(s, "naive with f16", MOE_KV_F16, rounded, NMSE,
                    off > limit_f16 / 2 ? limit_f16 : limit_rounded);
+}
+
+/* The same for a Q8_0 cache, where blocks fit. Steps of 1/127 of a block's largest value give an
+ * NMSE of some 1e-5, and of up to limit_q8_0 where they swap experts (dsv3_quant): what counts is
+ * to be at most twice as far off the truth as the naive pass with that cache, and near that. */
+static void subject_demand_q8_0(subject *s, double *truth) {
+    const moe_model *m = s->model;
+    const int mla = m->family->mla;
+    if ((mla ? m->kv_lora : m->head_k) % 32 || (mla ? m->n_rot : m->head_v) % 32) return;
+    double *rounded = subject_naive(s, 2, 0);
+    if (!rounded) return;
+    double off = doubles_nmse(rounded, truth, (size_t)s->n * (size_t)s->n_vocab);
+    CHECKF(off < limit_q8_0, "%s: the naive pass is %g off", s->label, off);
+    subject_demand(s, "truth", MOE_KV_Q8_0, truth, NMSE, 2 * off);
+    subject_demand(s, "naive with q8_0", MOE_KV_Q8_0, rounded, NMSE, off / 10);
 }
 
 /* ---- generated models ------------------------------------------------------------------------ */
@@ -172,14 +190,16 @@ static void subject_close(subject *s) {
     moe_model_close((moe_model *)(uintptr_t)s->model);
 }
 
-/* A model with weights in floats: exact but for rounding. */
+/* A model with weights in floats: exact but for rounding. with_f16: such a cache, too, and one
+ * of Q8_0 (2: that only). */
 static void check_float(const char *path, int n, int with_f16) {
     subject s;
     if (subject_open(&s, path, n)) {
         double *truth = subject_naive(&s, 0, 0);
         if (truth) {
             subject_demand(&s, "truth", MOE_KV_F32, truth, NMSE, limit_f32);
-            if (with_f16) subject_demand_f16(&s, truth);
+            if (with_f16 == 1) subject_demand_f16(&s, truth);
+            if (with_f16) subject_demand_q8_0(&s, truth);
             check_demands(&s);
         }
     }
@@ -649,6 +669,30 @@ static void check_bits(const char *path, moe_isa isa, moe_kv_type kv_type, int n
     moe_model_close(model);
 }
 
+/* Batches that the caller cuts and those that the session cuts give the same bits. */
+static void check_cuts(const char *path) {
+    moe_model *model = models_open(path);
+    int32_t tokens[60];
+    CHECK(model != NULL);
+    if (!model) return;
+    models_tokens(tokens, 60, moe_model_get_info(model)->n_vocab, 5);
+    for (int32_t batch = 1; batch <= 20; batch += batch == 1 ? 5 : 14) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.kv_type = MOE_KV_Q8_0;
+        o.n_threads = 2;
+        o.n_batch = batch;
+        float *whole = models_run(model, &o, tokens, 60, MODELS_WHOLE);
+        float *cut = models_run(model, &o, tokens, 60, batch);
+        CHECKF(whole && cut &&
+                   !memcmp(whole, cut, 240 * (size_t)moe_model_get_info(model)->n_vocab),
+               "%s: batches of %d", path, (int)batch);
+        free(whole);
+        free(cut);
+    }
+    moe_model_close(model);
+}
+
 /* Thread counts up to more than any matrix has rows; the first one twice, for a second run. */
 TEST(same_bits) {
     static const int all[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 40}, few[] = {1, 2, 5};
@@ -676,6 +720,29 @@ TEST(same_bits_deep) {
     check_bits(models_simple("micro_oss", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
     check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
     check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
+}
+
+/* Rows of one to three blocks, few queries per key and many, MLA absorbed and expanded, several */
+/* blocks of keys; any number of threads gives the same bits. */
+TEST(q8_0_cache) {
+    static const int threads[] = {1, 2, 3, 4, 5};
+    for (int i = 0; i < 6; i++) {
+        synth_config c = *synth_find(i < 4 ? "micro" : "micro_mla");
+        char name[64];
+        c.head_dim = i == 3 ? 96 : 32 + 32 * (i % 2);
+        c.n_head = i < 4 ? 1 + i * 3 : 5;
+        c.n_kv = i == 1 ? 2 : 1;
+        c.kv_lora = i < 4 ? 0 : 32 * i - 64;
+        c.rope = i < 4 ? 0 : 32;
+        snprintf(name, sizeof name, "q8_0-cache-%d.gguf", i);
+        const char *path = models_path(name);
+        if (synth_write_config(&c, path, NULL) != 0) exit(1);
+        check_float(path, i == 2 || i == 4 ? 600 : 140, 2);
+        check_bits(path, MOE_ISA_BEST, MOE_KV_Q8_0, 60, MODELS_ODD, threads, 5);
+        check_bits(path, MOE_ISA_AVX2, MOE_KV_Q8_0, 60, MODELS_WHOLE, threads, 5);
+        check_bits(path, MOE_ISA_BEST, MOE_KV_Q8_0, 520, 1, threads, 3);
+        check_cuts(path);
+    }
 }
 
 /* ---- sessions and logits --------------------------------------------------------------------- */
@@ -951,6 +1018,7 @@ static void check_golden(const char *model, const char *tokens, const char *expe
     if (there && golden_open_model(&g)) {
         subject_demand(&g.s, "llama.cpp", MOE_KV_F32, g.expected, NMSE, limit);
         subject_demand_f16(&g.s, g.expected);
+        subject_demand_q8_0(&g.s, g.expected);
         check_demands(&g.s);
     }
     golden_close(&g);

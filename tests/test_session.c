@@ -818,7 +818,7 @@ TEST(session_options) {
         {0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
         {0, 0, 0, -1, 0, 0, 0, MOE_ERROR_ARGUMENT},
         {0, 0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, MOE_ERROR_ARGUMENT},
-        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED},
+        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED}, /* heads of 16 */
         {0, 0, 0, 0, 77, 0, 0, MOE_ERROR_UNSUPPORTED},
         {0, 0, 0, 0, -1, 0, 0, MOE_ERROR_UNSUPPORTED},
         {0, 0, 0, 0, 0, 77, 0, MOE_ERROR_UNSUPPORTED},
@@ -1263,6 +1263,42 @@ TEST(estimate) {
         size_t per_token = (large.kv_bytes - small.kv_bytes) / 1024;
         size_t expected = (size_t)(2 * (b ? 40 : 32) * 2);
         CHECKF(per_token >= expected && per_token <= 2 * expected, "%zu per token", per_token);
+        moe_model_close(model);
+    }
+}
+
+/* A Q8_0 cache takes 34 bytes where F16 takes 64, as estimated; widths that blocks do not fit
+ * are refused with the numbers. */
+TEST(q8_0_cache) {
+    static const struct {
+        const char *config, *widths; /* NULL: fits */
+    } cases[] = {{"qwen3moe_quant", NULL}, {"dsv3_quant", NULL}, {"micro", "16 and 16"},
+                 {"micro_mla", "32 and 8"}, {"t_qwen_odd", "10 and 10"}};
+    for (int i = 0; i < 5; i++) {
+        moe_model *model = models_open(models_simple(cases[i].config, "f32"));
+        moe_session_options o;
+        moe_session_info f16, q8_0;
+        moe_error error;
+        memset(&o, 0, sizeof o);
+        o.n_ctx = 640;
+        CHECK(model && moe_session_estimate(model, &o, &f16, NULL) == MOE_OK);
+        if (!model) continue;
+        o.kv_type = MOE_KV_Q8_0;
+        clear_error(&error);
+        moe_status status = moe_session_estimate(model, &o, &q8_0, &error);
+        moe_session *session = moe_session_open(model, &o, NULL);
+        CHECK((session != NULL) == (cases[i].widths == NULL));
+        if (cases[i].widths) {
+            CHECKF(status == MOE_ERROR_UNSUPPORTED && !strcmp(error.where, "kv_type") &&
+                       strstr(error.text, cases[i].widths),
+                   "%s: %s", cases[i].config, error.text);
+        } else if (session) {
+            const moe_session_info *real = moe_session_get_info(session);
+            CHECK(status == MOE_OK && q8_0.kv_bytes * 64 == f16.kv_bytes * 34);
+            CHECK(real->kv_type == MOE_KV_Q8_0 && real->kv_bytes == q8_0.kv_bytes);
+            CHECK(real->work_bytes == q8_0.work_bytes && q8_0.work_bytes == f16.work_bytes);
+        }
+        moe_session_close(session);
         moe_model_close(model);
     }
 }

@@ -8178,6 +8178,14 @@ MOE__INLINE moe__next moe__next_tile(const moe__matrix *matrix, int32_t expert, 
     return next;
 }
 
+/* Rows begin .. begin + n - 1 as floats, whole groups of interleaved types. */
+MOE__PRIVATE void moe__matrix_to_f32(const moe__kernels *kernels, const moe__matrix *matrix,
+                                     int32_t expert, int64_t begin, int64_t n, float *out) {
+    for (int64_t r = 0; r < n; r += matrix->type->rows)
+        kernels->type[matrix->index].dequantize(moe__matrix_row(matrix, expert, begin + r),
+                                                matrix->n_in, out + r * matrix->n_in);
+}
+
 /* Scale and bias of rows begin .. begin + n_rows - 1, which few models have. */
 MOE__PRIVATE void moe__matmul_finish(const moe__matrix *matrix, int32_t expert, int64_t begin,
                                      int64_t n_rows, float *out) {
@@ -8898,6 +8906,12 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
                        moe_type_name(tensor->type), (int)tensor->type);
         return 0;
     }
+    if (n_out % type->rows || (type->rows > 1 && !strcmp(base, "token_embd"))) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s: %s interleaves %d rows, and these are not read by such groups",
+                       tensor->name, type->name, (int)type->rows);
+        return 0;
+    }
     matrix->data = (const uint8_t *)tensor->data;
     matrix->type = type;
     matrix->index = (int)(type - moe__types);
@@ -8944,9 +8958,14 @@ MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int l
     return 1;
 }
 
-/* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own. */
-MOE__PRIVATE moe__matrix moe__matrix_slice(const moe__matrix *whole, int64_t first, int64_t n) {
+/* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own: whole groups. */
+MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix *whole,
+                                         int64_t first, int64_t n) {
     moe__matrix slice = *whole;
+    if (first % whole->type->rows || n % whole->type->rows)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "model",
+                       "%s interleaves rows of tensors that are parts of one",
+                       whole->type->name);
     slice.data += (size_t)first * whole->row_size;
     slice.n_out = n;
     if (slice.bias) slice.bias += first;
@@ -8963,9 +8982,9 @@ MOE__PRIVATE void moe__load_gqa(moe__loader *loader, moe__layer *layer, int il) 
     moe__matrix fused;
     memset(&fused, 0, sizeof fused);
     if (moe__load_matrix(loader, &fused, il, "attn_qkv", n_embd, n_q + n_k + n_v, 1, 1, 0)) {
-        layer->q = moe__matrix_slice(&fused, 0, n_q);
-        layer->k = moe__matrix_slice(&fused, n_q, n_k);
-        layer->v = moe__matrix_slice(&fused, n_q + n_k, n_v);
+        layer->q = moe__load_slice(loader, &fused, 0, n_q);
+        layer->k = moe__load_slice(loader, &fused, n_q, n_k);
+        layer->v = moe__load_slice(loader, &fused, n_q + n_k, n_v);
     } else {
         moe__load_matrix(loader, &layer->q, il, "attn_q", n_embd, n_q, 1, 1, 1);
         moe__load_matrix(loader, &layer->k, il, "attn_k", n_embd, n_k, 1, 1, 1);
@@ -9009,7 +9028,7 @@ MOE__PRIVATE void moe__load_mla(moe__loader *loader, moe__layer *layer, int il) 
     /* The values' rows of kv_b are a v_b; the keys' rows are a k_b transposed. */
     if (moe__load_matrix(loader, &layer->kv_b, il, "attn_kv_b", model->kv_lora,
                          nope + model->head_v, n_head, 1, 1)) {
-        layer->v_b = moe__matrix_slice(&layer->kv_b, nope, model->head_v);
+        layer->v_b = moe__load_slice(loader, &layer->kv_b, nope, model->head_v);
         layer->k_b.data = NULL;
     }
 }
@@ -9032,8 +9051,8 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
         return;
     }
     if (moe__load_matrix(loader, &fused, il, gate_up, n_embd, 2 * n_ff, n_expert, per_token, 0)) {
-        ffn->gate = moe__matrix_slice(&fused, 0, n_ff);
-        ffn->up = moe__matrix_slice(&fused, n_ff, n_ff);
+        ffn->gate = moe__load_slice(loader, &fused, 0, n_ff);
+        ffn->up = moe__load_slice(loader, &fused, n_ff, n_ff);
     } else {
         if (!moe__load_matrix(loader, &ffn->gate, il, gate, n_embd, n_ff, n_expert, per_token,
                               required))
@@ -9598,7 +9617,8 @@ MOE__PRIVATE void moe__session_layout_local(const moe_session *session, moe__loc
     local->scores = moe__take_floats(arena, MOE__ATTEND_QUERIES, MOE__ATTEND_KEYS);
     if (!model->family->mla) return;
     const int64_t nope = model->head_k - model->n_rot, latent = model->kv_lora;
-    moe__acts_take(&local->q_nope, arena, moe__min(n, MOE__MLA_EXPAND), nope,
+    moe__acts_take(&local->q_nope, arena,
+                   moe__max(moe__min(n, MOE__MLA_EXPAND), MOE__GROUP_ROWS), nope,
                    moe__session_find_kinds(model).q_nope);
     local->w_k = moe__take_floats(arena, nope, latent);
     if (n < MOE__MLA_EXPAND) return;
@@ -10000,16 +10020,15 @@ MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
     const int64_t nope = e->model->head_k - e->model->n_rot, latent = e->model->kv_lora;
     float *w_k = e->local->w_k;
     if (layer->kv_b.data) {
-        for (int64_t i = 0; i < nope; i++)
-            e->kernels->type[layer->kv_b.index].dequantize(
-                moe__matrix_row(&layer->kv_b, (int32_t)head, i), latent, w_k + i * latent);
+        moe__matrix_to_f32(e->kernels, &layer->kv_b, (int32_t)head, 0, nope, w_k);
         return;
     }
-    for (int64_t r = 0; r < latent; r++) { /* k_b is stored transposed: {nope, latent} */
-        float *row = moe__acts_f32(&e->local->q_nope, 0);
-        e->kernels->type[layer->k_b.index].dequantize(
-            moe__matrix_row(&layer->k_b, (int32_t)head, r), nope, row);
-        for (int64_t i = 0; i < nope; i++) w_k[i * latent + r] = row[i];
+    const int64_t group = layer->k_b.type->rows;
+    for (int64_t r = 0; r < latent; r += group) { /* k_b is stored transposed: {nope, latent} */
+        float *rows = moe__acts_f32(&e->local->q_nope, 0);
+        moe__matrix_to_f32(e->kernels, &layer->k_b, (int32_t)head, r, group, rows);
+        for (int64_t k = 0; k < group; k++)
+            for (int64_t i = 0; i < nope; i++) w_k[i * latent + r + k] = rows[k * nope + i];
     }
 }
 
@@ -10178,9 +10197,7 @@ MOE__PRIVATE void moe__mla_attend_many(moe__eval *e, const moe__layer *layer, in
     for (int64_t head = e->thread; head < n_head; head += e->n_threads) {
         float *out = moe__acts_f32(&e->session->attn, 0) + head * dv;
         moe__mla_key_rows(e, layer, head);
-        for (int64_t i = 0; i < dv; i++)
-            e->kernels->type[layer->v_b.index].dequantize(
-                moe__matrix_row(&layer->v_b, (int32_t)head, i), latent, local->w_v + i * latent);
+        moe__matrix_to_f32(e->kernels, &layer->v_b, (int32_t)head, 0, dv, local->w_v);
         for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
             moe__mla_expand(e, &cache, key, moe__min(n_keys - key, MOE__ATTEND_KEYS));
             for (int64_t first = 0; first < e->n; first += MOE__ATTEND_QUERIES) {
@@ -10366,8 +10383,7 @@ MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
     int64_t begin, end;
     moe__eval_share(e, e->n, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++)
-        e->kernels->type[embd->index].dequantize(moe__matrix_row(embd, 0, e->tokens[t]), n_embd,
-                                                 session->residual + t * n_embd);
+        moe__matrix_to_f32(e->kernels, embd, 0, e->tokens[t], 1, session->residual + t * n_embd);
     if (e->n == 1)
         moe__rope_table(&model->rope, e->past, e->local->rope);
     else

@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 cat >"$work/allowed" <<'END_ALLOWED'
 any ^moe__tile_run_ calls it drives the others, once per superblock, panel and group of tokens
 any ^moe__attend_avx calls one per query and block of keys, for the exponentials
-any ^moe__tile_(k16|k32|q32)_.*_avx(2|_?vnni)$ around 16 registers: float sums lie on the stack
+any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_?vnni)$ around 16 registers: float sums lie on the stack
 END_ALLOWED
 
 cat >"$work/all.c" <<'END_C'

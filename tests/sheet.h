@@ -105,7 +105,9 @@ static int sheet_uses_book(moe_type type) {
     return strstr("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S ", moe_type_name(type)) != NULL;
 }
 /* 0 if it cannot be decoded here for want of the books. */
-static int sheet_knows(moe_type type) { return !sheet_uses_book(type) || sheet_books_load(); }
+__attribute__((unused)) static int sheet_knows(moe_type type) {
+    return !sheet_uses_book(type) || sheet_books_load();
+}
 
 static int sheet_sign(unsigned byte, int i) { return byte >> i & 1 ? -1 : 1; }
 static unsigned sheet_s7(unsigned i) { /* 7 bits and one that makes the number of ones even */

@@ -382,6 +382,18 @@ static void round_trip(const moe__type *t, const float *x, int64_t n, const floa
     free(again);
 }
 
+TEST(quantizers) { /* the list above is complete */
+    int n = 0;
+    for (int i = 0; i < MOE__N_TYPES; i++) {
+        int listed = 0;
+        for (int k = 0; k < N_QUANTIZABLE; k++)
+            listed += quantizables[k].id == (int)moe__types[i].id;
+        CHECKF(listed == (moe__types[i].quantize != NULL), "%s", moe__types[i].name);
+        n += listed;
+    }
+    CHECK(n == N_QUANTIZABLE);
+}
+
 TEST(quantize_error) {
     enum { N = 16384 };
     const float scales[] = {1.0f, 0.02f, 1e-4f, 300.0f};

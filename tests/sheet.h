@@ -133,7 +133,7 @@ static int sheet_x(const uint8_t *high, const uint8_t *low, int s) {
     return sheet_nib(low[s % 32], s / 32) | (high[s % 16] >> 2 * (s / 16) & 3) << 4;
 }
 
-/* Element e of row k of a group of rows. product: as products count it (IQ6_K rounds its levels). */
+/* Weight `at` of row k of a group. product: as products count it (IQ6_K rounds its levels). */
 static sheet_pair sheet_parts(moe_type type, const uint8_t *group, int k, int64_t at, int product) {
     const moe__type *t = moe__type_find(type);
     const uint8_t *b = group + t->rows * t->meta + at / t->block * t->rows * t->bytes;
@@ -458,7 +458,7 @@ __attribute__((unused)) static void sheet_put_all(const moe__type *t, uint8_t *r
             sheet_put(t, rows + (size_t)(r - r % t->rows) * row_size, r % t->rows, b,
                       d != 0 ? d : random_f32() * 0.1f, d != 0 ? d : random_f32() * 0.1f);
 }
-/* Fills rows with random bits and scales as above. Floats: -1 .. 1, or if d is 1, small integers. */
+/* Fills rows with random bits and scales as above. Floats: -1 .. 1, or if d is not 0, integers. */
 __attribute__((unused)) static void sheet_random(const moe__type *t, uint8_t *rows, size_t row_size,
                                                  int n_rows, int64_t n, float d) {
     for (size_t i = 0; i < (size_t)n_rows * row_size; i++) rows[i] = (uint8_t)random_u32();

@@ -74,7 +74,7 @@ static void *activations(moe__act_kind kind, const float *x, int n) {
     return act;
 }
 
-/* sum |terms| of row k of a group: |weight * activation|, plus |min * activation| where mins are. */
+/* sum |terms| of row k of a group: |weight * activation|, and |min * activation| where mins are. */
 static double magnitude(const moe__type *t, const uint8_t *rows, int k, int n, const void *act) {
     static float w[MAX_N];
     static moe__block block;
@@ -167,19 +167,19 @@ TEST(dot_exact) {
 TEST(dot_extremes) {
     static int (*const levels[])(int) = {level_high, level_low, level_mixed, level_half};
     static const uint8_t fill[] = {0xFF, 0x00, 0x80, 0x7F, 0xF0, 0x0F, 0x08, 0x88};
-    EACH_ISA EACH_TYPE for (int f = 0; f < 8 && t->block > 1; f++) for (int part = 0; part < 9; part++)
-        for (int l = 0; l < 4; l++) {
-            /* All bytes the same, or a part of them something else: scales, if it hits them. */
-            const void *act = exact_activations(t->act, t->block, levels[l]);
-            size_t size = (size_t)t->rows * moe_type_row_size(t->id, t->block);
-            uint8_t *group = (uint8_t *)guarded(0, size);
-            size_t a = random_u32() % size, b = random_u32() % size;
-            memset(group, fill[f], size);
-            if (part < 8 && a < b) memset(group + a, fill[part], b - a);
-            if (part < 8 && a > b) memset(group, fill[part], b);
-            sheet_put_all(t, group, size / (size_t)t->rows, t->rows, t->block, 1);
-            check_dot(k, t, group, t->rows, t->block, act, 1, "extremes");
-        }
+    EACH_ISA EACH_TYPE for (int i = 0; i < 8 * 9 * 4 && t->block > 1; i++) {
+        int f = i % 8, part = i / 8 % 9, l = i / 72;
+        /* All bytes the same, or a part of them something else: scales, if it hits them. */
+        const void *act = exact_activations(t->act, t->block, levels[l]);
+        size_t size = (size_t)t->rows * moe_type_row_size(t->id, t->block);
+        uint8_t *group = (uint8_t *)guarded(0, size);
+        size_t a = random_u32() % size, b = random_u32() % size;
+        memset(group, fill[f], size);
+        if (part < 8 && a < b) memset(group + a, fill[part], b - a);
+        if (part < 8 && a > b) memset(group, fill[part], b);
+        sheet_put_all(t, group, size / (size_t)t->rows, t->rows, t->block, 1);
+        check_dot(k, t, group, t->rows, t->block, act, 1, "extremes");
+    }
 }
 
 /* One block of random extreme bytes: the parts of a sum cancel each other or reach their bounds. */

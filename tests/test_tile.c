@@ -130,17 +130,18 @@ static uint8_t *group_of(const problem *p, int r) {
 }
 
 static void problem_solve(problem *p) {
+    const moe__type *type = &types[p->type];
     const int64_t n = p->n;
     double *a = (double *)malloc((size_t)n * TOKENS * sizeof(double));
     double *w = (double *)malloc((size_t)n * 2 * sizeof(double)), *part = w + n;
     uint8_t *act = (uint8_t *)malloc(p->act_size); /* aligned */
     for (int t = 0; t < TOKENS; t++) {
         memcpy(act, p->acts.data + (size_t)t * p->act_size, p->act_size);
-        for (int64_t i = 0; i < n; i++) a[t * n + i] = sheet_act(types[p->type].act, act, i);
+        for (int64_t i = 0; i < n; i++) a[t * n + i] = sheet_act(type->act, act, i);
     }
     for (int r = 0; r < ROWS; r++) {
         for (int64_t i = 0; i < n; i++) {
-            sheet_pair x = sheet_parts(types[p->type].id, group_of(p, r), r % types[p->type].rows, i, 1);
+            sheet_pair x = sheet_parts(type->id, group_of(p, r), r % type->rows, i, 1);
             w[i] = x.value - x.min, part[i] = fabs(x.value) + fabs(x.min);
         }
         for (int t = 0; t < TOKENS; t++) {
@@ -212,13 +213,15 @@ static void check(const problem *p, moe_isa isa, int n_rows, int64_t n_tokens, c
             double error = fabs(*got - want) / (terms > 0 ? terms : 1), bound = tolerance;
             if (tolerance == EXACT) bound = terms < integers ? 0 : 3e-7;
             if (!(terms < 3e38)) error = isfinite(*got) && !(fabs(want) < 3e38) ? 1e9 : 0;
-            if (!(error <= bound) && !(error <= worst)) worst = error, worst_r = r, worst_t = (int)t;
+            if (!(error <= bound) && !(error <= worst))
+                worst = error, worst_r = r, worst_t = (int)t;
             float *seen = &p->seen[(isa - MOE_ISA_SCALAR) * TOKENS * ROWS + at];
             if (!memcmp(seen, &canary, 4)) *seen = *got;
             same &= !memcmp(seen, got, 4) || (isnan(*seen) && isnan(*got));
         }
     CHECKF(worst == 0, "%s %s n %d, %d rows, %d tokens: error %g at row %d token %d",
-           moe_isa_name(isa), type->name, (int)p->n, n_rows, (int)n_tokens, worst, worst_r, worst_t);
+           moe_isa_name(isa), type->name, (int)p->n, n_rows, (int)n_tokens, worst, worst_r,
+           worst_t);
     CHECKF(same, "%s %s n %d, %d rows, %d tokens: other bits than with others", moe_isa_name(isa),
            type->name, (int)p->n, n_rows, (int)n_tokens);
     free(out);

@@ -21,7 +21,6 @@ CXX17 = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(WERROR)
 # Without a C++ compiler the C++ example is left out.
 TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-synth $(B)/minimal \
     $(if $(shell command -v $(CXX) 2>/dev/null),$(B)/embed)
-KERNEL_BENCHES = $(B)/kernels $(B)/tile_bench $(B)/attend_bench
 TESTS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/test_*.c))
 SCRIPTS = $(wildcard tests/test_*.sh)
 # tests that start threads, for the thread sanitizer; not test_model, whose single-threaded
@@ -39,7 +38,7 @@ $(B)/moe-cli: examples/moe_cli.c examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-$(B)/moe-bench: bench/moe_bench.c examples/tool.h moe_infer.h
+$(B)/moe-bench: bench/moe_bench.c bench/roofs.h examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -55,7 +54,7 @@ $(B)/embed: examples/embed.cpp moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(CXX17) $< -o $@ $(LDLIBS)
 
-$(KERNEL_BENCHES): $(B)/%: bench/%.c moe_infer.h
+$(B)/kernels: bench/kernels.c bench/roofs.h examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -104,10 +103,10 @@ tsan:  ## the tests that use threads with the thread sanitizer
 map:  ## rewrite the line numbers of the map at the top of moe_infer.h
 	@tests/map.sh moe_infer.h
 
-asm:  ## instructions, calls and spills of the dot kernels, gcc and clang (KERNELS=pattern)
+asm:  ## calls and spills in the loops of the kernels, gcc and clang (KERNELS=pattern)
 	@tests/asm_check.sh . '$(KERNELS)'
 
-bench: $(KERNEL_BENCHES)  ## build the benchmarks of single kernels: build/kernels, tile_bench, attend_bench
+bench: $(B)/kernels  ## build the benchmark of single kernels, build/kernels
 
 fuzz: $(B)/fuzz_gguf  ## feed odd files to the GGUF reader (clang; FUZZ_SECONDS=60)
 	@mkdir -p $(B)/corpus

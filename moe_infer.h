@@ -78,8 +78,8 @@
 /* */
 /* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
 /* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
-/* Everything else is f32. The cache holds f16 or f32. Instruction sets differ in the last bits */
-/* of float sums only. */
+/* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). Instruction sets */
+/* differ in the last bits of float sums only. */
 /* */
 /* EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads */
 /* may share that work in different ways, picked by macro or moe_session_options.schedule: */
@@ -496,7 +496,7 @@ typedef struct moe_session_options {
     int32_t n_batch;         /* tokens evaluated at once (longer inputs are cut); 0: 512 */
     int32_t n_threads;       /* for generation; 0: see moe_pool_options */
     int32_t n_threads_batch; /* for prompts (more than one token); 0: n_threads */
-    moe_kv_type kv_type;     /* F16 or F32 */
+    moe_kv_type kv_type;     /* Q8_0: widths of keys and values are multiples of 32 */
     int32_t keep_all_logits; /* MOE_ON: logits of every token of an eval, not only of the last */
     moe_schedule schedule;
     moe_isa isa;
@@ -1923,7 +1923,7 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 #define MOE__BLOCK_TYPES(X)                                               \
     X(Q4_0, q4_0, 32, 18, Q32, 1, 0, 32, 4, 8, 1, 1)                      \
     X(Q4_1, q4_1, 32, 20, Q32, 1, 0, 32, 4, 0, 1, 0)                      \
-    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1, 0)                     \
+    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1, 1)                     \
     X(Q5_1, q5_1, 32, 24, Q32, 1, 0, 32, 5, 0, 1, 0)                      \
     X(Q6_0, q6_0, 32, 26, Q32, 1, 0, 32, 6, 32, 0, 0)                     \
     X(Q8_0, q8_0, 32, 34, Q32, 1, 0, 32, 8, 128, 1, 1)                    \
@@ -1939,9 +1939,9 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
     X(IQ2_S, iq2_s, 256, 82, Q256, 1, 0, 16, 7, 64, 0, 0)                 \
     X(IQ3_XXS, iq3_xxs, 256, 98, Q256, 1, 0, 32, 7, 64, 0, 0)             \
     X(IQ3_S, iq3_s, 256, 110, Q256, 1, 0, 32, 5, 16, 0, 0)                \
-    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1, 0)                \
+    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1, 1)                \
     X(IQ4_XS, iq4_xs, 256, 136, Q256, 1, 0, 32, 8, 128, 1, 0)             \
-    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1, 0)                   \
+    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1, 1)                   \
     X(NVFP4, nvfp4, 64, 36, Q32, 1, 0, 16, 5, 16, 0, 0)                   \
     X(TQ1_0, tq1_0, 256, 54, Q256, 1, 0, 32, 2, 1, 0, 0)                  \
     X(TQ2_0, tq2_0, 256, 66, Q256, 1, 0, 32, 2, 1, 0, 0)                  \
@@ -3511,20 +3511,31 @@ typedef void moe__tile_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, 
 /* One group of rows (one row of most types) of n weights, row after row. */
 typedef void moe__dequantize_fn(const uint8_t *rows, int64_t n, float *out);
 
+typedef void moe__glu_fn(const float *gate, const float *up, int64_t n, float *out);
+
+/* Where value n of a row of cached keys or values lies. Q8_0: its block does, 34 bytes (an f16 */
+/* scale, 32 int8) as in files. For a whole row n is its size. */
+MOE__INLINE size_t moe__kv_bytes(moe_kv_type type, int64_t n) {
+    if (type == MOE_KV_Q8_0) return (size_t)n / 32 * 34;
+    return (size_t)n * (type == MOE_KV_F32 ? sizeof(float) : sizeof(uint16_t));
+}
+
 /* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
 /* largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at */
 /* first), and the weighted sum of values out[i * out_stride ..], dv floats, not yet divided by */
-/* sum[i]. The call brings the state up to date with keys 0 .. n_visible[i] - 1 of this block. */
+/* sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1 of this */
+/* block. */
 typedef struct moe__attend_args {
     const float *q;          /* query i: dk floats at q + i * q_stride, already scaled */
     int64_t q_stride;
     const void *k, *v;       /* key j: dk values at byte j * k_bytes; value j: dv at j * v_bytes */
     size_t k_bytes, v_bytes;
-    int32_t f32;             /* keys and values are f32; else f16 */
-    int32_t dk, dv;          /* any positive size; fast for multiples of 16 */
+    moe_kv_type type;        /* of keys and values */
+    int32_t dk, dv;          /* any positive size; fast for multiples of 16; Q8_0: of 32 */
     int32_t n_queries;       /* 1..MOE__ATTEND_QUERIES */
     int32_t n_keys;          /* 1..MOE__ATTEND_KEYS */
     const int32_t *n_visible; /* per query, 0..n_keys; NULL: all */
+    const int32_t *first;    /* per query, >= 0, may be n_visible or more; NULL: 0 */
     float *max, *sum, *out;
     int64_t out_stride;
     float *scores;           /* scratch: n_queries * MOE__ATTEND_KEYS floats, aligned to 64 */
@@ -3543,12 +3554,16 @@ typedef struct moe__kernels {
     /* out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; weight NULL: 1. out may be x. */
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
     /* out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)). out may be gate. */
-    void (*swiglu)(const float *gate, const float *up, int64_t n, float *out);
+    moe__glu_fn *swiglu;
+    /* out[i] = g / (1 + exp(-1.702 g)) * (u + 1), g = min(gate[i], 7), u = up[i] within -7..7 */
+    moe__glu_fn *swiglu_oai;
     /* x[i] = exp(x[i] - max(x)) / sum; all -inf or a NaN inside: NaN */
     void (*softmax)(float *x, int64_t n);
     /* y[i] += a * x[i] */
     void (*axpy)(float a, const float *x, int64_t n, float *y);
     void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
+    /* n values, a multiple of 32, to blocks as in moe__kv_bytes */
+    void (*f32_to_q8_0)(const float *x, int64_t n, uint8_t *out);
     void (*attend)(const moe__attend_args *args);
 } moe__kernels;
 
@@ -3620,6 +3635,19 @@ MOE__PRIVATE void moe__swiglu_scalar(const float *gate, const float *up, int64_t
     for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
+/* The comparisons let NaN through. */
+MOE__INLINE float moe__clamp(float x, float low, float high) {
+    return x < low ? low : x > high ? high : x;
+}
+
+MOE__PRIVATE void moe__swiglu_oai_scalar(const float *gate, const float *up, int64_t n,
+                                         float *out) {
+    for (int64_t i = 0; i < n; i++) {
+        float g = moe__clamp(gate[i], -INFINITY, 7), u = moe__clamp(up[i], -7, 7);
+        out[i] = g / (1 + expf(-1.702f * g)) * (u + 1);
+    }
+}
+
 MOE__PRIVATE void moe__softmax_scalar(float *x, int64_t n) {
     float max = -INFINITY;
     double sum = 0;
@@ -3641,22 +3669,50 @@ MOE__PRIVATE void moe__f32_to_f16_scalar(const float *x, int64_t n, uint16_t *ou
     for (int64_t i = 0; i < n; i++) out[i] = moe__f32_to_f16(x[i]);
 }
 
+/* Stores the scale of a block whose largest magnitude is `peak` and returns its inverse. As half */
+/* precision has it, so that the levels make up for its rounding. Not finite: NaN, levels are 0. */
+MOE__INLINE float moe__q8_0_scale(float peak, uint8_t *block) {
+    uint16_t half = moe__f32_to_f16(peak / 127);
+    if ((half & 0x7FFF) >= 0x7C00) half = 0x7E00;
+    moe__store_u16(block, half);
+    float scale = moe__f16_to_f32(half);
+    return scale > 0 ? 1 / scale : 0;
+}
+
+MOE__PRIVATE void moe__f32_to_q8_0_scalar(const float *x, int64_t n, uint8_t *out) {
+    for (; n > 0; n -= 32, x += 32, out += 34) {
+        float peak = 0, finite = 0; /* or NaN */
+        for (int i = 0; i < 32; i++) {
+            if (fabsf(x[i]) > peak) peak = fabsf(x[i]);
+            finite += 0 * x[i];
+        }
+        const float inverse = moe__q8_0_scale(peak + finite, out);
+        for (int i = 0; i < 32; i++) {
+            float level = inverse > 0 ? x[i] * inverse : 0;
+            level = level > 127 ? 127 : level < -127 ? -127 : level;
+            out[2 + i] = (uint8_t)(int8_t)lrintf(level);
+        }
+    }
+}
+
 /* ---- attention */
 
 /* Value c of a key or value row. */
-MOE__INLINE float moe__attend_load(const uint8_t *row, int f32, int c) {
-    return f32 ? moe__load_f32(row + 4 * (size_t)c) : moe__types_f16(row + 2 * (size_t)c);
+MOE__INLINE float moe__attend_load(const uint8_t *row, moe_kv_type type, int c) {
+    const uint8_t *p = row + moe__kv_bytes(type, c);
+    if (type == MOE_KV_Q8_0) return moe__types_f16(p) * (float)(int8_t)p[2 + c % 32];
+    return type == MOE_KV_F32 ? moe__load_f32(p) : moe__types_f16(p);
 }
 
-/* scores[j] = q . key j for n keys; returns the largest of them and `max`. A NaN makes that NaN, */
-/* or its own weight later: either way it reaches the sum. */
-MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *q, int n, float max,
-                                     float *scores) {
-    for (int j = 0; j < n; j++) {
+/* scores[j] = q . key j for keys first .. n - 1; returns the largest of them and `max`. A NaN */
+/* makes that NaN, or its own weight later: either way it reaches the sum. */
+MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *q, int first, int n,
+                                     float max, float *scores) {
+    for (int j = first; j < n; j++) {
         const uint8_t *key = (const uint8_t *)args->k + (size_t)j * args->k_bytes;
         double sum = 0;
         for (int c = 0; c < args->dk; c++)
-            sum += (double)q[c] * moe__attend_load(key, args->f32, c);
+            sum += (double)q[c] * moe__attend_load(key, args->type, c);
         scores[j] = (float)sum;
         if (!(scores[j] <= max)) max = scores[j];
     }
@@ -3665,20 +3721,21 @@ MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *
 
 /* One query. What was summed up under the old maximum is brought to the new one. If there is no */
 /* score above -inf yet, there is nothing to sum. */
-MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int n) {
+MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int first, int n) {
     float *scores = args->scores + (size_t)i * MOE__ATTEND_KEYS;
     float *out = args->out + i * args->out_stride;
-    float max = moe__attend_scores(args, args->q + i * args->q_stride, n, args->max[i], scores);
+    const float *q = args->q + i * args->q_stride;
+    float max = moe__attend_scores(args, q, first, n, args->max[i], scores);
     if (max == -INFINITY) return;
     float scale = expf(args->max[i] - max); /* 0 the first time */
     double sum = (double)args->sum[i] * scale;
     for (int c = 0; c < args->dv; c++) out[c] *= scale;
-    for (int j = 0; j < n; j++) {
+    for (int j = first; j < n; j++) {
         const uint8_t *value = (const uint8_t *)args->v + (size_t)j * args->v_bytes;
         float weight = expf(scores[j] - max);
         sum += weight;
         for (int c = 0; c < args->dv; c++)
-            out[c] += weight * moe__attend_load(value, args->f32, c);
+            out[c] += weight * moe__attend_load(value, args->type, c);
     }
     args->max[i] = max;
     args->sum[i] = (float)sum;
@@ -3687,7 +3744,8 @@ MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int n) 
 MOE__PRIVATE void moe__attend_scalar(const moe__attend_args *args) {
     for (int i = 0; i < args->n_queries; i++) {
         int n = args->n_visible ? args->n_visible[i] : args->n_keys;
-        if (n > 0) moe__attend_query(args, i, n);
+        int first = args->first ? args->first[i] : 0;
+        if (n > first) moe__attend_query(args, i, first, n);
     }
 }
 
@@ -3699,9 +3757,11 @@ static const moe__kernels moe__kernels_scalar = {
     {moe__quantize_act_f32, moe__quantize_act_q32, moe__quantize_act_q256},
     moe__rms_norm_scalar,
     moe__swiglu_scalar,
+    moe__swiglu_oai_scalar,
     moe__softmax_scalar,
     moe__axpy_scalar,
     moe__f32_to_f16_scalar,
+    moe__f32_to_q8_0_scalar,
     moe__attend_scalar};
 #undef MOE__KERNELS_TYPE
 /* ---- the vector kernels, once per instruction set -------------------------------------------- */
@@ -4270,239 +4330,6 @@ MOE__K void MOE__(dot_q6_k)(const uint8_t *rows, size_t row_size, int64_t n_rows
     }
 }
 
-/* ---- dot products: blocks of 32 -------------------------------------------------------------- */
-
-/* Levels x activations, summed in int32 to one or two numbers per block: an exact float. These */
-/* are brought into one vector with the numbers of other blocks, and multiplied with the scales */
-/* of weights and activations, brought into the same order. Unsigned levels are 8 (Q4_0) or 128 */
-/* (Q8_0) too large; that times the negated sum of the activations makes up for it. */
-
-/* The f16 scales of four blocks, in the low half of the result. */
-MOE__V __m128i MOE__(v_scales_q32)(const uint8_t *block, size_t size) {
-    __m128i ab = _mm_unpacklo_epi16(_mm_cvtsi32_si128((int)moe__load_u32(block)),
-                                    _mm_cvtsi32_si128((int)moe__load_u32(block + size)));
-    __m128i cd = _mm_unpacklo_epi16(_mm_cvtsi32_si128((int)moe__load_u32(block + 2 * size)),
-                                    _mm_cvtsi32_si128((int)moe__load_u32(block + 3 * size)));
-    return _mm_unpacklo_epi32(ab, cd);
-}
-
-/* One block of Q4_0: sums of two products, at most 2*15*127 = 3810, levels 8 too large. */
-MOE__V __m256i MOE__(v_block_q4_0)(const uint8_t *block, const int8_t *q) {
-    __m128i b = MOE__(v_load_128)(block + 2);
-    __m256i levels = _mm256_srlv_epi64(_mm256_broadcastsi128_si256(b),
-                                       _mm256_setr_epi64x(0, 0, 4, 4));
-    levels = _mm256_and_si256(levels, _mm256_set1_epi8(15));
-    return _mm256_maddubs_epi16(levels, MOE__(v_load_256)(q));
-}
-
-/* One block of Q8_0: sums of four products. |w| * (a with w's sign) is w * a, for w = -128 too; */
-/* sums of two are at most 2*128*127 = 32512, so int16 holds them. */
-MOE__V __m256i MOE__(v_block_q8_0)(const uint8_t *block, const int8_t *q) {
-    __m256i a = MOE__(v_load_256)(q);
-    __m256i b = MOE__(v_load_256)(block + 2);
-    __m256i sums = _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(a, b));
-    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-}
-
-/* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
-MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
-    MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
-    MOE__VI cd = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(c, d), MOE__MM(unpackhi_epi32)(c, d));
-    return MOE__MM(add_epi32)(MOE__MM(unpacklo_epi64)(ab, cd), MOE__MM(unpackhi_epi64)(ab, cd));
-}
-
-/* v_record_NAME: sum[r] += one record of row r, eight blocks that begin at w[r] + at. */
-#if MOE__ISA == 3
-/* A vector takes the 16 bytes of four blocks, so that the low and the high halves of its bytes */
-/* are levels of four blocks, and each lane of sums is a block. Blocks lie 9 int16 apart; the */
-/* tables count int16: of bytes 0-127 for the scales and for blocks 0-3, of bytes 16-143 for */
-/* blocks 4-7. */
-MOE__V void MOE__(v_record_q4_0)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                 __m512 *sum) {
-    static const int16_t levels_at[32] = {1,  2,  3,  4,  5,  6,  7,  8,  10, 11, 12,
-                                          13, 14, 15, 16, 17, 19, 20, 21, 22, 23, 24,
-                                          25, 26, 28, 29, 30, 31, 32, 33, 34, 35};
-    static const int16_t scales_at[16] = {0,  36, 0,  36, 9,  45, 9,  45,
-                                          18, 54, 18, 54, 27, 63, 27, 63};
-    const __m512i levels0_at = MOE__(v_load)(levels_at), d_at = MOE__(v_load32)(scales_at);
-    const __m512i levels4_at = _mm512_add_epi16(levels0_at, _mm512_set1_epi16(4 * 9 - 8));
-    const __m512i nibble = _mm512_set1_epi8(15);
-    __m512i q0 = MOE__(v_load)(a->q), q2 = MOE__(v_load)(a->q + 64);
-    __m512i q4 = MOE__(v_load)(a->q + 128), q6 = MOE__(v_load)(a->q + 192);
-    const __m512i a0_low = _mm512_shuffle_i32x4(q0, q2, 0x88);
-    const __m512i a0_high = _mm512_shuffle_i32x4(q0, q2, 0xDD);
-    const __m512i a4_low = _mm512_shuffle_i32x4(q4, q6, 0x88);
-    const __m512i a4_high = _mm512_shuffle_i32x4(q4, q6, 0xDD);
-    /* A block's offset starts the first int32 of its lane. */
-    __m512i nsum = _mm512_castsi256_si512(_mm256_slli_epi32(MOE__(v_load_256)(a->nsum), 3));
-    const __m512i lane0_at = _mm512_setr_epi32(0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0);
-    const __m512i lane4_at = _mm512_add_epi32(lane0_at, _mm512_set1_epi32(4));
-    const __m512i start0 = _mm512_maskz_permutexvar_epi32(0x1111, lane0_at, nsum);
-    const __m512i start4 = _mm512_maskz_permutexvar_epi32(0x1111, lane4_at, nsum);
-    /* When the two are added crosswise, lane l holds blocks l, l + 4, l, l + 4: the scales too. */
-    const __m512i act_d_at = _mm512_setr_epi32(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
-    const __m512 act_d = _mm512_permutexvar_ps(
-        act_d_at, _mm512_castps256_ps512(_mm256_loadu_ps(a->d)));
-#define MOE__ROW(r)                                                                         \
-    {                                                                                       \
-        const uint8_t *p = w[r] + at;                                                       \
-        __m512i b0 = MOE__(v_load)(p), b64 = MOE__(v_load)(p + 64);                         \
-        __m512i b16 = MOE__(v_load)(p + 16), b80 = MOE__(v_load)(p + 80);                   \
-        __m512i levels0 = _mm512_permutex2var_epi16(b0, levels0_at, b64);                   \
-        __m512i levels4 = _mm512_permutex2var_epi16(b16, levels4_at, b80);                  \
-        __m512i d = _mm512_permutex2var_epi16(b0, d_at, b64);                               \
-        __m512i s0 = _mm512_dpbusd_epi32(start0, MOE__(v_and)(levels0, nibble), a0_low);    \
-        __m512i s4 = _mm512_dpbusd_epi32(start4, MOE__(v_and)(levels4, nibble), a4_low);    \
-        levels0 = MOE__(v_and)(_mm512_srli_epi16(levels0, 4), nibble);                      \
-        levels4 = MOE__(v_and)(_mm512_srli_epi16(levels4, 4), nibble);                      \
-        s0 = _mm512_dpbusd_epi32(s0, levels0, a0_high);                                     \
-        s4 = _mm512_dpbusd_epi32(s4, levels4, a4_high);                                     \
-        s0 = _mm512_add_epi32(_mm512_unpacklo_epi32(s0, s4), _mm512_unpackhi_epi32(s0, s4)); \
-        __m512 scale = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(d)), act_d);    \
-        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s0), scale, sum[r]);                    \
-        MOE__SETTLE(sum[r]);                                                                \
-    }
-    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-}
-
-/* Blocks j (low half) and j + 4; levels are made unsigned. */
-MOE__V __m512i MOE__(v_blocks_q8_0)(const uint8_t *block, __m512i a) {
-    __m512i b = MOE__(v_load_pair)((const int8_t *)block + 2, (const int8_t *)block + 2 + 4 * 34);
-    b = _mm512_xor_si512(b, _mm512_set1_epi8(-128));
-    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), b, a);
-}
-
-MOE__V void MOE__(v_record_q8_0)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                 __m512 *sum) {
-    const __m512i a0 = MOE__(v_load_pair)(a->q, a->q + 128);
-    const __m512i a1 = MOE__(v_load_pair)(a->q + 32, a->q + 160);
-    const __m512i a2 = MOE__(v_load_pair)(a->q + 64, a->q + 192);
-    const __m512i a3 = MOE__(v_load_pair)(a->q + 96, a->q + 224);
-    /* Added crosswise, lanes hold blocks 0-3 0-3 4-7 4-7. One of each two gets the offset. */
-    __m512 act_d = _mm512_castps256_ps512(_mm256_loadu_ps(a->d));
-    __m512i nsum = _mm512_castsi256_si512(_mm256_slli_epi32(MOE__(v_load_256)(a->nsum), 7));
-    const __m512i offset = _mm512_maskz_shuffle_i32x4(0x0F0F, nsum, nsum, 0x50);
-    act_d = _mm512_shuffle_f32x4(act_d, act_d, 0x50);
-#define MOE__ROW(r)                                                                          \
-    {                                                                                        \
-        const uint8_t *p = w[r] + at;                                                        \
-        __m128i half = _mm_unpacklo_epi64(MOE__(v_scales_q32)(p, 34),                        \
-                                          MOE__(v_scales_q32)(p + 4 * 34, 34));              \
-        __m512 d = _mm512_cvtph_ps(                                                          \
-            _mm256_permute4x64_epi64(_mm256_castsi128_si256(half), 0x50));                   \
-        __m512i s = MOE__(v_add_crosswise)(                                                  \
-            MOE__(v_blocks_q8_0)(p, a0), MOE__(v_blocks_q8_0)(p + 34, a1),                   \
-            MOE__(v_blocks_q8_0)(p + 68, a2), MOE__(v_blocks_q8_0)(p + 102, a3));            \
-        s = _mm512_add_epi32(s, offset);                                                     \
-        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, act_d), sum[r]);    \
-        MOE__SETTLE(sum[r]);                                                                 \
-    }
-    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-}
-
-MOE__V void MOE__(v_record_q32)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                __m512 *sum, const int eight) {
-    if (eight)
-        MOE__(v_record_q8_0)(w, at, a, sum);
-    else
-        MOE__(v_record_q4_0)(w, at, a, sum);
-}
-#else
-/* The sums of four blocks, in both lanes. Those of Q4_0 stay in int16 (at most 4*3810) for long. */
-MOE__V __m256i MOE__(v_blocks_q4_0)(const uint8_t *p, const int8_t *q) {
-    __m256i a = MOE__(v_block_q4_0)(p, q), b = MOE__(v_block_q4_0)(p + 18, q + 32);
-    __m256i c = MOE__(v_block_q4_0)(p + 36, q + 64), d = MOE__(v_block_q4_0)(p + 54, q + 96);
-    a = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-    c = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-    a = _mm256_add_epi16(_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c));
-    return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
-}
-
-MOE__V __m256i MOE__(v_blocks_q8_0)(const uint8_t *p, const int8_t *q) {
-    return MOE__(v_add_crosswise)(
-        MOE__(v_block_q8_0)(p, q), MOE__(v_block_q8_0)(p + 34, q + 32),
-        MOE__(v_block_q8_0)(p + 68, q + 64), MOE__(v_block_q8_0)(p + 102, q + 96));
-}
-
-MOE__V void MOE__(v_record_q32)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                __m256 *sum, const int eight) {
-    const size_t size = eight ? 34 : 18;
-    for (int j = 0; j < 8; j += 4, at += 4 * size) {
-        const int8_t *q = a->q + 32 * j;
-        const __m128 *act_d = (const __m128 *)(const void *)(a->d + j);
-        /* One of the two lanes gets the offset. */
-        const __m256i offset = _mm256_zextsi128_si256(
-            eight ? _mm_setzero_si128() : _mm_slli_epi32(MOE__(v_load_128)(a->nsum + j), 3));
-#define MOE__ROW(r)                                                                    \
-    {                                                                                  \
-        const uint8_t *p = w[r] + at;                                                  \
-        __m128i half = MOE__(v_scales_q32)(p, size);                                   \
-        __m256 d = _mm256_cvtph_ps(_mm_unpacklo_epi64(half, half));                    \
-        __m256i s = eight ? MOE__(v_blocks_q8_0)(p, q) : MOE__(v_blocks_q4_0)(p, q);   \
-        if (!eight) s = _mm256_add_epi32(s, offset);                                   \
-        d = _mm256_mul_ps(d, _mm256_broadcast_ps(act_d));                              \
-        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), d, sum[r]);                    \
-        MOE__SETTLE(sum[r]);                                                           \
-    }
-        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-    }
-}
-#endif
-
-MOE__V void MOE__(v_dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                             const void *x, float *out, const int eight) {
-    const size_t size = eight ? 34 : 18;
-    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    for (int64_t row = 0; row < n_rows; row += 4) {
-        const moe__act32 *a = (const moe__act32 *)x, *end = a + n / 256;
-        const uint8_t *w[4];
-        MOE__VF sum[4];
-        size_t at = 0;
-        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, 4, w);
-        sum[0] = sum[1] = sum[2] = sum[3] = MOE__MM(setzero_ps)();
-        for (; a < end; a++, at += 8 * size) {
-            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * 8 * (int)size);
-            MOE__(v_record_q32)(w, at, a, sum, eight);
-        }
-        __m256 part[4];
-#define MOE__ROW(r) part[r] = MOE__(v_fold)(sum[r]);
-        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-        for (int j = 0; j < (int)(n % 256 / 32); j++, at += size) {
-            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * (int)size);
-            __m128i nsum = _mm_cvtsi32_si128(eight ? 0 : a->nsum[j] * 8);
-            __m256i offset = _mm256_zextsi128_si256(nsum);
-#define MOE__ROW(r)                                                                       \
-    {                                                                                     \
-        __m128i half = _mm_cvtsi32_si128(moe__load_u16(w[r] + at));                       \
-        __m256i block = eight ? MOE__(v_block_q8_0)(w[r] + at, a->q + 32 * j)             \
-                              : _mm256_madd_epi16(MOE__(v_block_q4_0)(w[r] + at, a->q + 32 * j), \
-                                                  _mm256_set1_epi16(1));                  \
-        __m256 d = _mm256_set1_ps(_mm_cvtss_f32(_mm_cvtph_ps(half)) * a->d[j]);           \
-        block = _mm256_add_epi32(block, offset);                                          \
-        part[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(block), d, part[r]);                 \
-    }
-            MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-        }
-        MOE__(v_store_rows)(out + row, n_rows - row, 4,
-                            MOE__(v_sum4)(part[0], part[1], part[2], part[3]));
-    }
-}
-
-MOE__K void MOE__(dot_q4_0)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                            const void *x, float *out) {
-    MOE__(v_dot_q32)(rows, row_size, n_rows, n, x, out, 0);
-}
-
-MOE__K void MOE__(dot_q8_0)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                            const void *x, float *out) {
-    MOE__(v_dot_q32)(rows, row_size, n_rows, n, x, out, 1);
-}
-
 /* ---- dot products: plain floats -------------------------------------------------------------- */
 
 /* MOE__VFLOATS weights as floats; type: an index of the type table */
@@ -4619,6 +4446,13 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
 
 /* ---- unpacking blocks ------------------------------------------------------------------------ */
 
+#if MOE__ISA == 3
+/* acc + the sums of four neighbouring products of unsigned and signed bytes */
+MOE__V __m256i MOE__(u_dot_u8)(__m256i acc, __m256i a, __m256i b) {
+    return _mm256_dpbusd_epi32(acc, a, b);
+}
+#endif
+
 /* MOE__(unpack_NAME) does what moe__unpack_NAME does, for up to 256 weights (n) of several rows: */
 /* of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. out[r].min is */
 /* written only by types with mins. Nothing behind the blocks is read. 256-bit vectors, whatever */
@@ -4632,6 +4466,7 @@ typedef void MOE__(unpack_fn)(const uint8_t *const *w, int rows, int n, const fl
 #define MOE__ROW_BLOCKS_MIN(name, size, scale_, mins, min_, ...)                              \
     MOE__ROW_TYPE(name) {                                                                     \
         (void)D;                                                                              \
+        MOE__UNROLL(8)                                                                        \
         for (int j = 0; j < n / 32; j++, b += size) {                                         \
             MOE__(u_scale)(out, j, scale_);                                                   \
             if (mins) out->min[2 * j] = out->min[2 * j + 1] = min_;                           \
@@ -4660,11 +4495,17 @@ MOE__V void MOE__(u_scales16)(float *out, __m256i x, float d) {
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), factor));
     _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), factor));
 }
+/* a0 b0 a1 b1 ... */
+MOE__V void MOE__(u_pairs)(__m256 *out, __m256 a, __m256 b) {
+    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    out[0] = _mm256_permute2f128_ps(low, high, 0x20);
+    out[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
 MOE__V void MOE__(u_scales8)(float *out, __m256i x, float d) {
-    __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(d));
-    __m256 low = _mm256_unpacklo_ps(s, s), high = _mm256_unpackhi_ps(s, s);
-    _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(d)), pairs[2];
+    MOE__(u_pairs)(pairs, s, s);
+    _mm256_storeu_ps(out, pairs[0]);
+    _mm256_storeu_ps(out + 8, pairs[1]);
 }
 /* 8 bytes of nibbles as 16 int16: the low one of a byte before its high one (pairs), or all low */
 /* ones first */
@@ -5552,92 +5393,75 @@ MOE__V void MOE__(reader_next)(MOE__(reader) *reader, int n, moe__block *out) {
 /* Activations of 256 weights. */
 typedef struct MOE__(block_acts) {
     const int8_t *q;
-    MOE__VI start[256 / MOE__VBYTES]; /* see v_quads */
-    float d[16], sum[16]; /* per 16 weights: their scale, and their sum times the scale */
+    __m256 d[2], sum[2]; /* per 16 weights: their scale, and their sum times the scale */
 } MOE__(block_acts);
 
-/* Sums of four neighbouring products q * a. VNNI: q is made unsigned by adding 128, and `start` is */
-/* -128 times the sum of four a. AVX2: |q| * (a with the sign of q), sums of two at most 32512. */
-MOE__V MOE__VI MOE__(v_quads)(MOE__VI q, MOE__VI a, MOE__VI start) {
+/* Sums of four neighbouring products q * a, as |q| * (a with the sign of q): sums of two are at */
+/* most 32512. */
+MOE__V __m256i MOE__(u_quads)(__m256i q, __m256i a) {
+    a = _mm256_sign_epi8(a, q);
+    q = _mm256_abs_epi8(q);
 #if MOE__VNNI
-    return MOE__(v_dot_u8)(start, MOE__(v_xor)(q, MOE__MM(set1_epi8)(-128)), a);
+    return MOE__(u_dot_u8)(_mm256_setzero_si256(), q, a);
 #else
-    (void)start;
-    q = _mm256_maddubs_epi16(_mm256_abs_epi8(q), _mm256_sign_epi8(a, q));
-    return _mm256_madd_epi16(q, _mm256_set1_epi16(1));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(q, a), _mm256_set1_epi16(1));
 #endif
-}
-
-/* a[0] b[0] a[1] b[1] ... */
-MOE__V void MOE__(v_store_pairs)(float *out, __m256 a, __m256 b) {
-    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
-    _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 /* Record i of the activations x. A type with blocks of 32 has one min per 32 weights, given twice: */
 /* their sum belongs to the first. */
-MOE__V void MOE__(v_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, const void *x,
+MOE__V void MOE__(u_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, const void *x,
                                 int64_t i) {
     if (kind == MOE__ACT_Q32) {
         const moe__act32 *a = (const moe__act32 *)x + i;
-        const __m256 d = _mm256_loadu_ps(a->d);
+        const __m256 d = _mm256_loadu_ps(a->d), zero = _mm256_setzero_ps();
         __m256 sum = _mm256_cvtepi32_ps(MOE__(v_load_256)(a->nsum));
-        sum = _mm256_mul_ps(sum, _mm256_sub_ps(_mm256_setzero_ps(), d));
-        MOE__(v_store_pairs)(out->d, d, d);
-        MOE__(v_store_pairs)(out->sum, sum, _mm256_setzero_ps());
+        sum = _mm256_mul_ps(sum, _mm256_sub_ps(zero, d));
+        MOE__(u_pairs)(out->d, d, d);
+        MOE__(u_pairs)(out->sum, sum, zero);
         out->q = a->q;
     } else {
         const moe__act256 *a = (const moe__act256 *)x + i;
-        for (int s = 0; s < 16; s += 8) _mm256_storeu_ps(out->d + s, _mm256_set1_ps(a->d));
-        MOE__(u_scales16)(out->sum, MOE__(v_load_256)(a->sum16), a->d);
+        const __m256 d = _mm256_set1_ps(a->d);
+        __m256i low = _mm256_cvtepi16_epi32(MOE__(v_load_128)(a->sum16));
+        __m256i high = _mm256_cvtepi16_epi32(MOE__(v_load_128)(a->sum16 + 8));
+        out->d[0] = out->d[1] = d;
+        out->sum[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(low), d);
+        out->sum[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(high), d);
         out->q = a->q;
     }
-#if MOE__VNNI
-    for (int c = 0; c < 256 / MOE__VBYTES; c++) {
-        MOE__VI a = MOE__(v_load)(out->q + c * MOE__VBYTES), zero = MOE__(v_zero)();
-        a = MOE__(v_dot_u8)(zero, MOE__MM(set1_epi8)(-128), a);
-        out->start[c] = MOE__MM(sub_epi32)(zero, a);
-    }
-#endif
 }
 
 /* sum + block . activations. Each element of a vector of sums has four weights of one scale. */
-MOE__V MOE__VF MOE__(v_add_block)(MOE__VF sum, const moe__block *block,
-                                  const MOE__(block_acts) *a, const int mins) {
-    MOE__VF scale[16 / MOE__VFLOATS];
-#if MOE__ISA == 3
-    __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-#else
-    __m256i at = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-#endif
+MOE__V __m256 MOE__(u_add_block)(__m256 sum, const moe__block *block, const MOE__(block_acts) *a,
+                                 const int mins) {
+    __m256 scale[2], odd = _mm256_setzero_ps();
     MOE__UNROLL(2)
-    for (int s = 0; s < 16; s += MOE__VFLOATS) {
-        scale[s / MOE__VFLOATS] =
-            MOE__MM(mul_ps)(MOE__MM(loadu_ps)(block->scale + s), MOE__MM(loadu_ps)(a->d + s));
-        if (mins)
-            sum = MOE__MM(fnmadd_ps)(MOE__MM(loadu_ps)(block->min + s),
-                                     MOE__MM(loadu_ps)(a->sum + s), sum);
+    for (int h = 0; h < 2; h++) {
+        scale[h] = _mm256_mul_ps(_mm256_loadu_ps(block->scale + 8 * h), a->d[h]);
+        if (mins) odd = _mm256_fnmadd_ps(_mm256_loadu_ps(block->min + 8 * h), a->sum[h], odd);
     }
     MOE__UNROLL(8)
-    for (int c = 0; c < 256 / MOE__VBYTES; c++) {
-        const int s = c * MOE__VBYTES / 16;
-        MOE__VI quads = MOE__(v_quads)(MOE__(v_load)(block->q + c * MOE__VBYTES),
-                                       MOE__(v_load)(a->q + c * MOE__VBYTES), a->start[c]);
-#if MOE__ISA == 3
-        __m512 d = _mm512_permutexvar_ps(at, scale[0]);
-        at = _mm512_add_epi32(at, _mm512_set1_epi32(4));
-#else
-        __m256 d = _mm256_permutevar8x32_ps(scale[s / 8], at);
-        at = _mm256_add_epi32(at, _mm256_set1_epi32(s == 6 ? -6 : 2));
-#endif
-        (void)s;
-        sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(quads), d, sum);
+    for (int j = 0; j < 8; j++) {
+        const int i = 2 * (j % 4);
+        const __m256i at = _mm256_setr_epi32(i, i, i, i, i + 1, i + 1, i + 1, i + 1);
+        const __m256i quads = MOE__(u_quads)(MOE__(v_load_256)(block->q + 32 * j),
+                                             MOE__(v_load_256)(a->q + 32 * j));
+        const __m256 d = _mm256_permutevar8x32_ps(scale[j / 4], at);
+        if (j % 2) odd = _mm256_fmadd_ps(_mm256_cvtepi32_ps(quads), d, odd);
+        else sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(quads), d, sum);
     }
-    return sum;
+    return _mm256_add_ps(sum, odd);
 }
 
-/* moe__dot_fn for any block type */
+/* Fetches `size` bytes from 8 KiB behind the group, see v_prefetch. */
+MOE__V void MOE__(u_prefetch)(const uint8_t *group, size_t offset, const uint8_t *end, int size) {
+    uintptr_t next = (uintptr_t)group + offset + 8192;
+    for (int i = 0; i < size && next < (uintptr_t)end; i += 64, next += 64)
+        _mm_prefetch((const char *)next, _MM_HINT_T1);
+}
+
+/* moe__dot_fn for any block type: four rows or a group are unpacked, then multiplied. */
 MOE__K void MOE__(dot_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack, const uint8_t *rows,
                               size_t row_size, int64_t n_rows, int64_t n, const void *x,
                               float *out) {
@@ -5649,27 +5473,27 @@ MOE__K void MOE__(dot_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack, c
     reader.unpack = unpack;
     for (int64_t row = 0; row < n_rows; row += reader.rows) {
         const uint8_t *group = rows + (size_t)row * row_size;
-        MOE__VF sum[MOE__GROUP_ROWS];
-        size_t done = 0;
-        for (int r = 0; r < MOE__GROUP_ROWS; r++) sum[r] = MOE__MM(setzero_ps)();
+        __m256 sum[MOE__GROUP_ROWS];
+        for (int r = 0; r < MOE__GROUP_ROWS; r++) sum[r] = _mm256_setzero_ps();
         MOE__(reader_begin)(&reader, group, row_size, n_rows - row, 4);
+        size_t ahead = (size_t)reader.rows * row_size;
         for (int64_t at = 0; at < n; at += 256) {
             const int count = (int)moe__min(n - at, 256);
             const int size = count / type->block * type->bytes * reader.rows;
-            uintptr_t next = (uintptr_t)group + (size_t)reader.rows * row_size + 8192 + done;
-            for (int i = 0; i < size && next < (uintptr_t)end; i += 64, next += 64)
-                _mm_prefetch((const char *)next, _MM_HINT_T1);
-            done += (size_t)size;
+            MOE__(u_prefetch)(group, ahead, end, size);
+            ahead += (size_t)size;
             MOE__(reader_next)(&reader, count, block);
-            MOE__(v_block_acts)(&acts, type->act, x, at / 256);
-            for (int r = 0; r < reader.rows; r++)
-                sum[r] = type->offset ? MOE__(v_add_block)(sum[r], block + r, &acts, 0)
-                                      : MOE__(v_add_block)(sum[r], block + r, &acts, 1);
+            MOE__(u_block_acts)(&acts, type->act, x, at / 256);
+            if (type->offset)
+                for (int r = 0; r < reader.rows; r++)
+                    sum[r] = MOE__(u_add_block)(sum[r], block + r, &acts, 0);
+            else
+                for (int r = 0; r < reader.rows; r++)
+                    sum[r] = MOE__(u_add_block)(sum[r], block + r, &acts, 1);
         }
         for (int r = 0; r < reader.rows; r += 4)
             MOE__(v_store_rows)(out + row + r, n_rows - row - r, 4,
-                                MOE__(v_sum4)(MOE__(v_fold)(sum[r]), MOE__(v_fold)(sum[r + 1]),
-                                              MOE__(v_fold)(sum[r + 2]), MOE__(v_fold)(sum[r + 3])));
+                                MOE__(v_sum4)(sum[r], sum[r + 1], sum[r + 2], sum[r + 3]));
     }
 }
 
@@ -5697,6 +5521,327 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
                                       block[r].min[s]);
     }
 }
+
+/* ---- dot products: blocks of 32 -------------------------------------------------------------- */
+
+/* Levels x activations, summed in int32 to one or two numbers per block: an exact float. These */
+/* are brought into one vector with the numbers of other blocks, and multiplied with the scales */
+/* of weights and activations, brought into the same order. Levels are made unsigned by an offset, */
+/* a power of two; that times the negated sum of the activations makes up for it. */
+
+/* Of the types here: bytes per block, where the nibbles are, log2 of the offset. `type` is always */
+/* a constant index of the type table. */
+MOE__V size_t MOE__(q32_size)(const int type) {
+    return type == MOE__INDEX_Q8_0 ? 34 : type == MOE__INDEX_Q5_0 ? 22
+                                      : type == MOE__INDEX_MXFP4 ? 17 : 18;
+}
+MOE__V size_t MOE__(q32_low)(const int type) {
+    return type == MOE__INDEX_Q5_0 ? 6 : type == MOE__INDEX_MXFP4 ? 1 : 2;
+}
+MOE__V int MOE__(q32_shift)(const int type) {
+    return type == MOE__INDEX_Q4_0 ? 3 : type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL ? 7 : 4;
+}
+/* The 16 unsigned levels of MXFP4 or IQ4_NL in every lane. */
+MOE__V MOE__VI MOE__(q32_table)(const int type) {
+    const int8_t *table = type == MOE__INDEX_MXFP4 ? moe__levels_fp4 : moe__levels_k4;
+    const MOE__VI offset = MOE__MM(set1_epi8)((char)(1 << MOE__(q32_shift)(type)));
+    return MOE__MM(add_epi8)(MOE__(v_load16)(table), offset);
+}
+MOE__V float MOE__(q32_scale)(const uint8_t *block, const int type) {
+    return type == MOE__INDEX_MXFP4 ? moe__types_e8m0(block[0]) : MOE__(u_f16)(block);
+}
+/* v + add in bytes whose bit is set in x */
+MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int add) {
+    const MOE__VI y = MOE__MM(set1_epi8)((char)add);
+#if MOE__ISA == 3
+    return _mm512_mask_add_epi8(v, _mm512_test_epi8_mask(x, bit), v, y);
+#else
+    x = _mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit);
+    return _mm256_add_epi8(v, _mm256_and_si256(x, y));
+#endif
+}
+
+/* One block: sums of two products in int16, or of four in int32 for Q8_0 and IQ4_NL, whose levels */
+/* keep their sign: |w| * (a with w's sign) is w * a, for w = -128 too, at most 2*128*127 = 32512. */
+/* The others: 2*15*127 = 3810 (Q4_0), 7874 (Q5_0), 7112 (MXFP4), and four of these sums fit too. */
+MOE__V __m256i MOE__(q32_block)(const uint8_t *block, const int8_t *q, const int type) {
+    __m256i w, a = MOE__(v_load_256)(q);
+    if (type == MOE__INDEX_Q8_0) w = MOE__(v_load_256)(block + 2);
+    else w = MOE__(u_nibbles)(block + MOE__(q32_low)(type));
+    if (type == MOE__INDEX_IQ4_NL) w = MOE__(u_lookup)(moe__levels_k4, w, 1);
+    if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) {
+        w = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+        return _mm256_madd_epi16(w, _mm256_set1_epi16(1));
+    }
+    if (type == MOE__INDEX_MXFP4) {
+        w = MOE__(u_lookup)(moe__levels_fp4, w, 1);
+        w = _mm256_add_epi8(w, _mm256_set1_epi8(16));
+    }
+    if (type == MOE__INDEX_Q5_0) {
+        __m256i fifth = MOE__(u_mask)(moe__load_u32(block + 2));
+        w = _mm256_or_si256(w, _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+    }
+    return _mm256_maddubs_epi16(w, a);
+}
+/* Whether q32_block's sums are int16 and its levels have the offset. */
+MOE__V int MOE__(q32_narrow)(const int type) {
+    return type != MOE__INDEX_Q8_0 && type != MOE__INDEX_IQ4_NL;
+}
+
+/* Scales of blocks 0-7 in the low half. */
+MOE__V __m128i MOE__(q32_scales)(const uint8_t *p, const int type) {
+    const size_t size = MOE__(q32_size)(type);
+    uint64_t low = 0, high = 0; /* put together outside the vector units, which are busy */
+    if (type == MOE__INDEX_MXFP4) {
+        MOE__UNROLL(8) for (int i = 0; i < 8; i++) low |= (uint64_t)p[size * (size_t)i] << 8 * i;
+    } else {
+        MOE__UNROLL(4)
+        for (int i = 0; i < 4; i++) {
+            low |= (uint64_t)moe__load_u16(p + size * (size_t)i) << 16 * i;
+            high |= (uint64_t)moe__load_u16(p + size * (size_t)(i + 4)) << 16 * i;
+        }
+    }
+    return _mm_set_epi64x((int64_t)high, (int64_t)low);
+}
+/* Exponents of MXFP4, int32, as floats, see moe__types_e8m0 */
+MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
+    const MOE__VI tiny = MOE__MM(sllv_epi32)(MOE__MM(set1_epi32)(0x00200000), e);
+    const MOE__VI usual =
+        MOE__MM(slli_epi32)(MOE__MM(sub_epi32)(e, MOE__MM(set1_epi32)(1)), 23);
+#if MOE__ISA == 3
+    const __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(usual, small, tiny));
+#else
+    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(usual, tiny, small));
+#endif
+}
+
+/* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
+MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
+    MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
+    MOE__VI cd = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(c, d), MOE__MM(unpackhi_epi32)(c, d));
+    return MOE__MM(add_epi32)(MOE__MM(unpacklo_epi64)(ab, cd), MOE__MM(unpackhi_epi64)(ab, cd));
+}
+
+/* q32_record: sum[r] += one record of row r, eight blocks that begin at w[r] + at. */
+#if MOE__ISA == 3
+/* 16 bytes at `offset` of each of four blocks, 0-3 or 4-7 of a record. Blocks of an even size are */
+/* gathered by int16 from 128 bytes that begin or end with the record. */
+MOE__V __m512i MOE__(q32_load4)(const uint8_t *p, int first, size_t offset, const int type) {
+    static const int16_t at9[32] = {0,  1,  2,  3,  4,  5,  6,  7,  9,  10, 11, 12, 13, 14, 15, 16,
+                                    18, 19, 20, 21, 22, 23, 24, 25, 27, 28, 29, 30, 31, 32, 33, 34};
+    static const int16_t at11[32] = {0,  1,  2,  3,  4,  5,  6,  7,  11, 12, 13, 14, 15, 16, 17, 18,
+                                     22, 23, 24, 25, 26, 27, 28, 29, 33, 34, 35, 36, 37, 38, 39, 40};
+    const size_t size = MOE__(q32_size)(type), from = first ? 8 * size - 128 : 0;
+    if (type == MOE__INDEX_MXFP4) {
+        const uint8_t *block[4];
+        for (size_t i = 0; i < 4; i++) block[i] = p + ((size_t)first + i) * size;
+        return MOE__(v_load16_rows)(block, offset);
+    }
+    const int shift = (int)((size_t)first * size - from + offset) / 2;
+    const __m512i at = _mm512_add_epi16(MOE__(v_load)(size == 18 ? at9 : at11),
+                                        _mm512_set1_epi16((short)shift));
+    return _mm512_permutex2var_epi16(MOE__(v_load)(p + from), at, MOE__(v_load)(p + from + 64));
+}
+/* acc + four blocks x activations; the low and the high halves of their bytes are weights 0-15 and */
+/* 16-31, so each lane of sums is a block. */
+MOE__V __m512i MOE__(q32_add4)(__m512i acc, const uint8_t *p, int first, __m512i table,
+                               __m512i a_low, __m512i a_high, const int type) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512i x = MOE__(q32_load4)(p, first, MOE__(q32_low)(type), type);
+    __m512i low = MOE__(v_and)(x, nibble);
+    __m512i high = MOE__(v_and)(_mm512_srli_epi16(x, 4), nibble);
+    if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL) {
+        low = _mm512_shuffle_epi8(table, low);
+        high = _mm512_shuffle_epi8(table, high);
+    }
+    if (type == MOE__INDEX_Q5_0) {
+        const __m512i byte = MOE__(v_lanes)(_mm_set_epi64x(0x0101010101010101, 0));
+        const __m512i bit = _mm512_set1_epi64((int64_t)0x8040201008040201);
+        const __m512i fifth = MOE__(q32_load4)(p, first, 2, type);
+        low = MOE__(v_add_where)(low, _mm512_shuffle_epi8(fifth, byte), bit, 16);
+        high = MOE__(v_add_where)(
+            high, _mm512_shuffle_epi8(fifth, _mm512_add_epi8(byte, _mm512_set1_epi8(2))), bit, 16);
+    }
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, low, a_low), high, a_high);
+}
+/* Scales of the eight blocks in the order d_at */
+MOE__V __m512 MOE__(q32_scales8)(const uint8_t *p, __m512i d_at, const int type) {
+    const __m128i scales = MOE__(q32_scales)(p, type);
+    if (type == MOE__INDEX_MXFP4)
+        return MOE__(v_e8m0)(_mm512_permutexvar_epi32(
+            d_at, _mm512_castsi256_si512(_mm256_cvtepu8_epi32(scales))));
+    return _mm512_permutexvar_ps(d_at, _mm512_castps256_ps512(_mm256_cvtph_ps(scales)));
+}
+MOE__V void MOE__(q32_record_nibbles)(const uint8_t *const *w, size_t at, const moe__act32 *a,
+                                      __m512 *sum, const int type) {
+    const __m512i table = MOE__(q32_table)(type);
+    const __m512i q0 = MOE__(v_load)(a->q), q2 = MOE__(v_load)(a->q + 64);
+    const __m512i q4 = MOE__(v_load)(a->q + 128), q6 = MOE__(v_load)(a->q + 192);
+    const __m512i a0_low = _mm512_shuffle_i32x4(q0, q2, 0x88);
+    const __m512i a0_high = _mm512_shuffle_i32x4(q0, q2, 0xDD);
+    const __m512i a4_low = _mm512_shuffle_i32x4(q4, q6, 0x88);
+    const __m512i a4_high = _mm512_shuffle_i32x4(q4, q6, 0xDD);
+    /* A block's offset starts the first int32 of its lane. */
+    __m512i nsum = _mm512_castsi256_si512(
+        _mm256_slli_epi32(MOE__(v_load_256)(a->nsum), MOE__(q32_shift)(type)));
+    const __m512i lane0_at = _mm512_setr_epi32(0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0);
+    const __m512i lane4_at = _mm512_add_epi32(lane0_at, _mm512_set1_epi32(4));
+    const __m512i start0 = _mm512_maskz_permutexvar_epi32(0x1111, lane0_at, nsum);
+    const __m512i start4 = _mm512_maskz_permutexvar_epi32(0x1111, lane4_at, nsum);
+    /* When the two are added crosswise, lane l holds blocks l, l + 4, l, l + 4: the scales too. */
+    const __m512i d_at = _mm512_setr_epi32(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
+    const __m512 act_d =
+        _mm512_permutexvar_ps(d_at, _mm512_castps256_ps512(_mm256_loadu_ps(a->d)));
+#define MOE__ROW(r)                                                                              \
+    {                                                                                            \
+        const uint8_t *p = w[r] + at;                                                            \
+        __m512i s0 = MOE__(q32_add4)(start0, p, 0, table, a0_low, a0_high, type);                \
+        __m512i s4 = MOE__(q32_add4)(start4, p, 4, table, a4_low, a4_high, type);                \
+        __m512 d = MOE__(q32_scales8)(p, d_at, type);                                            \
+        s0 = _mm512_add_epi32(_mm512_unpacklo_epi32(s0, s4), _mm512_unpackhi_epi32(s0, s4));     \
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s0), _mm512_mul_ps(d, act_d), sum[r]);       \
+        MOE__SETTLE(sum[r]);                                                                     \
+    }
+    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+}
+
+/* Blocks j (low half) and j + 4; levels are made unsigned. */
+MOE__V __m512i MOE__(q32_add_q8_0)(const uint8_t *block, __m512i a) {
+    __m512i b = MOE__(v_load_pair)((const int8_t *)block + 2, (const int8_t *)block + 2 + 4 * 34);
+    b = _mm512_xor_si512(b, _mm512_set1_epi8(-128));
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), b, a);
+}
+
+MOE__V void MOE__(q32_record_q8_0)(const uint8_t *const *w, size_t at, const moe__act32 *a,
+                                   __m512 *sum) {
+    const __m512i a0 = MOE__(v_load_pair)(a->q, a->q + 128);
+    const __m512i a1 = MOE__(v_load_pair)(a->q + 32, a->q + 160);
+    const __m512i a2 = MOE__(v_load_pair)(a->q + 64, a->q + 192);
+    const __m512i a3 = MOE__(v_load_pair)(a->q + 96, a->q + 224);
+    /* Added crosswise, lanes hold blocks 0-3 0-3 4-7 4-7. One of each two gets the offset. */
+    __m512 act_d = _mm512_castps256_ps512(_mm256_loadu_ps(a->d));
+    __m512i nsum = _mm512_castsi256_si512(_mm256_slli_epi32(MOE__(v_load_256)(a->nsum), 7));
+    const __m512i offset = _mm512_maskz_shuffle_i32x4(0x0F0F, nsum, nsum, 0x50);
+    act_d = _mm512_shuffle_f32x4(act_d, act_d, 0x50);
+#define MOE__ROW(r)                                                                          \
+    {                                                                                        \
+        const uint8_t *p = w[r] + at;                                                        \
+        __m256i half = _mm256_castsi128_si256(MOE__(q32_scales)(p, MOE__INDEX_Q8_0));        \
+        __m512 d = _mm512_cvtph_ps(_mm256_permute4x64_epi64(half, 0x50));                    \
+        __m512i s = MOE__(v_add_crosswise)(                                                  \
+            MOE__(q32_add_q8_0)(p, a0), MOE__(q32_add_q8_0)(p + 34, a1),                     \
+            MOE__(q32_add_q8_0)(p + 68, a2), MOE__(q32_add_q8_0)(p + 102, a3));              \
+        s = _mm512_add_epi32(s, offset);                                                     \
+        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, act_d), sum[r]);    \
+        MOE__SETTLE(sum[r]);                                                                 \
+    }
+    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+}
+
+MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act32 *a,
+                              __m512 *sum, const int type) {
+    if (type == MOE__INDEX_Q8_0) MOE__(q32_record_q8_0)(w, at, a, sum);
+    else MOE__(q32_record_nibbles)(w, at, a, sum, type);
+}
+#else
+/* The sums of four blocks, in both lanes. int16 sums stay so for long. */
+MOE__V __m256i MOE__(q32_add4)(const uint8_t *p, const int8_t *q, const int type) {
+    const size_t size = MOE__(q32_size)(type);
+    __m256i a = MOE__(q32_block)(p, q, type), b = MOE__(q32_block)(p + size, q + 32, type);
+    __m256i c = MOE__(q32_block)(p + 2 * size, q + 64, type);
+    __m256i d = MOE__(q32_block)(p + 3 * size, q + 96, type);
+    if (!MOE__(q32_narrow)(type)) return MOE__(v_add_crosswise)(a, b, c, d);
+    a = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    c = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    a = _mm256_add_epi16(_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c));
+    return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
+}
+
+MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act32 *a, __m256 *sum,
+                              const int type) {
+    const size_t size = MOE__(q32_size)(type);
+    const int narrow = MOE__(q32_narrow)(type), shift = MOE__(q32_shift)(type);
+    __m256 d[4];
+    MOE__UNROLL(4)
+    for (int r = 0; r < 4; r++) {
+        __m128i scales = MOE__(q32_scales)(w[r] + at, type);
+        d[r] = type == MOE__INDEX_MXFP4 ? MOE__(v_e8m0)(_mm256_cvtepu8_epi32(scales))
+                                        : _mm256_cvtph_ps(scales);
+        d[r] = _mm256_mul_ps(d[r], _mm256_loadu_ps(a->d));
+    }
+    MOE__UNROLL(2)
+    for (int j = 0; j < 8; j += 4, at += 4 * size) {
+        /* One of the two lanes gets the offset. */
+        const __m256i offset = _mm256_zextsi128_si256(
+            narrow ? _mm_slli_epi32(MOE__(v_load_128)(a->nsum + j), shift) : _mm_setzero_si128());
+#define MOE__ROW(r)                                                                \
+    {                                                                              \
+        __m256i s = MOE__(q32_add4)(w[r] + at, a->q + 32 * j, type);               \
+        __m256 both = _mm256_permute2f128_ps(d[r], d[r], j ? 0x11 : 0x00);         \
+        if (narrow) s = _mm256_add_epi32(s, offset);                               \
+        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), both, sum[r]);             \
+        MOE__SETTLE(sum[r]);                                                       \
+    }
+        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+    }
+}
+#endif
+
+MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                           const void *x, float *out, const int type) {
+    const size_t size = MOE__(q32_size)(type);
+    const int narrow = MOE__(q32_narrow)(type);
+    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
+    for (int64_t row = 0; row < n_rows; row += 4) {
+        const moe__act32 *a = (const moe__act32 *)x, *end = a + n / 256;
+        const uint8_t *w[4];
+        MOE__VF sum[4];
+        size_t at = 0;
+        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, 4, w);
+        sum[0] = sum[1] = sum[2] = sum[3] = MOE__MM(setzero_ps)();
+        for (; a < end; a++, at += 8 * size) {
+            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * 8 * (int)size);
+            MOE__(q32_record)(w, at, a, sum, type);
+        }
+        __m256 part[4];
+#define MOE__ROW(r) part[r] = MOE__(v_fold)(sum[r]);
+        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+        for (int j = 0; j < (int)(n % 256 / 32); j++, at += size) {
+            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * (int)size);
+            __m256i offset = _mm256_zextsi128_si256(
+                _mm_cvtsi32_si128(narrow ? a->nsum[j] * (1 << MOE__(q32_shift)(type)) : 0));
+#define MOE__ROW(r)                                                                            \
+    {                                                                                          \
+        __m256i block = MOE__(q32_block)(w[r] + at, a->q + 32 * j, type);                      \
+        __m256 d = _mm256_set1_ps(MOE__(q32_scale)(w[r] + at, type) * a->d[j]);                \
+        if (narrow) block = _mm256_madd_epi16(block, _mm256_set1_epi16(1));                    \
+        block = _mm256_add_epi32(block, offset);                                               \
+        part[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(block), d, part[r]);                      \
+    }
+            MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+#undef MOE__ROW
+        }
+        MOE__(v_store_rows)(out + row, n_rows - row, 4,
+                            MOE__(v_sum4)(part[0], part[1], part[2], part[3]));
+    }
+}
+#define MOE__DOT_Q32(NAME, name)                                                                \
+    MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
+                                  const void *x, float *out) {                                  \
+        MOE__(dot_q32)(rows, row_size, n_rows, n, x, out, MOE__INDEX_##NAME);                   \
+    }
+MOE__DOT_Q32(Q4_0, q4_0)
+MOE__DOT_Q32(Q5_0, q5_0)
+MOE__DOT_Q32(Q8_0, q8_0)
+MOE__DOT_Q32(IQ4_NL, iq4_nl)
+MOE__DOT_Q32(MXFP4, mxfp4)
+#undef MOE__DOT_Q32
 
 /* ---- tiles: up to 32 rows times many tokens -------------------------------------------------- */
 
@@ -6178,18 +6323,48 @@ MOE__V MOE__VI MOE__(tile_high_nibbles)(MOE__VI v) {
     return MOE__(tile_low)(MOE__MM(srli_epi32)(v, 4), 0x0F0F0F0F);
 }
 
-MOE__K void MOE__(tile_unpack_q4_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+/* Blocks of nibbles: Q4_0, Q5_0, IQ4_NL, MXFP4 */
+MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64_t n,
+                                       uint8_t *pack, const int type) {
+    const MOE__VI table = MOE__(q32_table)(type);
+    const MOE__VI byte = MOE__(v_lanes)(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
-            const uint8_t *block = rows + 18 * b;
-            const MOE__(tile_columns) c = MOE__(tile_turn)(block + 2, stride);
-            MOE__(tile_put_scale)(pack, b, h, MOE__(tile_row_halves)(block, stride));
-            MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-                MOE__(tile_put)(pack, 8 * b + i, h, MOE__(tile_low)(c.v[i], 0x0F0F0F0F));
-                MOE__(tile_put)(pack, 8 * b + 4 + i, h, MOE__(tile_high_nibbles)(c.v[i]));
+            const uint8_t *block = rows + MOE__(q32_size)(type) * (size_t)b;
+            const MOE__(tile_columns) c =
+                MOE__(tile_turn)(block + MOE__(q32_low)(type), stride);
+            MOE__VI fifth = MOE__(v_zero)();
+            if (type == MOE__INDEX_Q5_0) fifth = MOE__(tile_turn)(block + 2, stride).v[0];
+            if (type == MOE__INDEX_MXFP4) {
+                MOE__VI e = MOE__(tile_low)(MOE__(tile_turn)(block, stride).v[0], 0xFF);
+                MOE__(tile_put_scale)(pack, b, h, MOE__(v_e8m0)(e));
+            } else {
+                MOE__(tile_put_scale)(pack, b, h, MOE__(tile_row_halves)(block, stride));
+            }
+            MOE__UNROLL(8) for (int i = 0; i < 8; i++) { /* a quad: nibbles of 4 bytes */
+                MOE__VI v = i < 4 ? MOE__(tile_low)(c.v[i], 0x0F0F0F0F)
+                                  : MOE__(tile_high_nibbles)(c.v[i - 4]);
+                if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL)
+                    v = MOE__MM(shuffle_epi8)(table, v);
+                if (type == MOE__INDEX_Q5_0) { /* bits 4 i .. 4 i + 3 */
+                    MOE__VI at = MOE__MM(add_epi8)(byte, MOE__MM(set1_epi8)((char)(i / 2)));
+                    MOE__VI bit = MOE__MM(set1_epi32)(i % 2 ? (int)0x80402010 : 0x08040201);
+                    v = MOE__(v_add_where)(v, MOE__MM(shuffle_epi8)(fifth, at), bit, 16);
+                }
+                MOE__(tile_put)(pack, 8 * b + i, h, v);
             }
         }
 }
+#define MOE__TILE_NIBBLES(NAME, name)                                                      \
+    MOE__K void MOE__(tile_unpack_##name)(const uint8_t *rows, size_t stride, int64_t n,   \
+                                          uint8_t *pack) {                                 \
+        MOE__(tile_unpack_nibbles)(rows, stride, n, pack, MOE__INDEX_##NAME);              \
+    }
+MOE__TILE_NIBBLES(Q4_0, q4_0)
+MOE__TILE_NIBBLES(Q5_0, q5_0)
+MOE__TILE_NIBBLES(IQ4_NL, iq4_nl)
+MOE__TILE_NIBBLES(MXFP4, mxfp4)
+#undef MOE__TILE_NIBBLES
 
 MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
     const MOE__VI offset = MOE__MM(set1_epi8)(-128); /* int8 + 128, modulo 256 */
@@ -6649,6 +6824,9 @@ MOE__TILE_TYPE(f32, MOE__TILE_OF_FLOATS, 128, 8, 1, 4, 512, 0)
 MOE__TILE_TYPE(f16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
 MOE__TILE_TYPE(bf16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
 MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 256, 32, 32, 18, sizeof(moe__act32), 3)
+MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 256, 32, 32, 22, sizeof(moe__act32), 4)
+MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 256, 32, 32, 18, sizeof(moe__act32), 7)
+MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 256, 32, 32, 17, sizeof(moe__act32), 4)
 MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 256, 32, 32, 34, sizeof(moe__act32), 7)
 MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32m, 4), 256, 32, 256, 144, sizeof(moe__act256), 0)
 MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 256, 32, 256, 176, sizeof(moe__act256), 0)
@@ -6786,6 +6964,20 @@ MOE__V void MOE__(f_store_half_part)(uint16_t *p, int64_t n, __m256 x) {
     MOE__(f_store_half)(halves, x);
     for (int64_t i = 0; i < n; i++) p[i] = halves[i];
 }
+MOE__V __m256 MOE__(f_load_i8)(const void *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+/* Rounded to the nearest even. */
+MOE__V void MOE__(f_store_i8)(uint8_t *p, __m256 x) {
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole),
+                                    _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(words, words));
+}
+/* One half from p in every lane. */
+MOE__V __m256 MOE__(f_set_half)(const uint8_t *p) {
+    return _mm256_cvtph_ps(_mm_set1_epi16((short)moe__load_u16(p)));
+}
 MOE__V __m256 MOE__(f_round)(__m256 x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -6836,6 +7028,15 @@ MOE__V void MOE__(f_store_half)(uint16_t *p, __m512 x) {
 }
 MOE__V void MOE__(f_store_half_part)(uint16_t *p, int64_t n, __m512 x) {
     _mm256_mask_storeu_epi16(p, MOE__(f_mask)(n), MOE__(f_to_half)(x));
+}
+MOE__V __m512 MOE__(f_load_i8)(const void *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+MOE__V void MOE__(f_store_i8)(uint8_t *p, __m512 x) {
+    _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+MOE__V __m512 MOE__(f_set_half)(const uint8_t *p) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16((short)moe__load_u16(p)));
 }
 MOE__V __m512 MOE__(f_round)(__m512 x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -6952,18 +7153,31 @@ MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, floa
     MOE__(f_store_part)(out + i, n - i, a);
 }
 
-MOE__V MOE__F MOE__(f_silu_mul)(MOE__F gate, MOE__F up) {
-    MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_zero)(), gate));
-    return MOE__(f_mul)(MOE__(f_div)(gate, MOE__(f_add)(MOE__(f_set)(1.0f), e)), up);
+/* gate / (1 + exp(-gate)) * up, or as gpt-oss has it; oai is a constant once inlined. */
+MOE__V MOE__F MOE__(f_glu)(MOE__F gate, MOE__F up, const int oai) {
+    const MOE__F one = MOE__(f_set)(1.0f), most = MOE__(f_set)(7.0f);
+    if (oai) {
+        gate = MOE__(f_min)(most, gate);
+        up = MOE__(f_max)(MOE__(f_set)(-7.0f), MOE__(f_min)(most, up));
+        up = MOE__(f_add)(up, one);
+    }
+    MOE__F e = MOE__(f_exp)(MOE__(f_mul)(MOE__(f_set)(oai ? -1.702f : -1.0f), gate));
+    return MOE__(f_mul)(MOE__(f_div)(gate, MOE__(f_add)(one, e)), up);
 }
-MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *out) {
+MOE__V void MOE__(glu)(const float *gate, const float *up, int64_t n, float *out, const int oai) {
     int64_t i = 0;
     for (; i + MOE__FW <= n; i += MOE__FW)
         MOE__(f_store)(out + i,
-                       MOE__(f_silu_mul)(MOE__(f_load)(gate + i), MOE__(f_load)(up + i)));
+                       MOE__(f_glu)(MOE__(f_load)(gate + i), MOE__(f_load)(up + i), oai));
     if (i == n) return;
     MOE__F g = MOE__(f_load_part)(gate + i, n - i), u = MOE__(f_load_part)(up + i, n - i);
-    MOE__(f_store_part)(out + i, n - i, MOE__(f_silu_mul)(g, u));
+    MOE__(f_store_part)(out + i, n - i, MOE__(f_glu)(g, u, oai));
+}
+MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *out) {
+    MOE__(glu)(gate, up, n, out, 0);
+}
+MOE__K void MOE__(swiglu_oai)(const float *gate, const float *up, int64_t n, float *out) {
+    MOE__(glu)(gate, up, n, out, 1);
 }
 
 /* NaN never becomes the maximum: it turns the sum, and with it every output, into NaN. */
@@ -7008,6 +7222,25 @@ MOE__K void MOE__(f32_to_f16)(const float *x, int64_t n, uint16_t *out) {
     if (i < n) MOE__(f_store_half_part)(out + i, n - i, MOE__(f_load_part)(x + i, n - i));
 }
 
+MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
+    const MOE__F limit = MOE__(f_set)(127.0f), low = MOE__(f_set)(-127.0f);
+    for (; n > 0; n -= 32, x += 32, out += 34) {
+        MOE__F high = MOE__(f_zero)(), finite = high; /* or NaN */
+        for (int i = 0; i < 32; i += MOE__FW) {
+            const MOE__F v = MOE__(f_load)(x + i);
+            high = MOE__(f_max)(MOE__(f_max)(v, MOE__(f_sub)(MOE__(f_zero)(), v)), high);
+            finite = MOE__(f_fma)(MOE__(f_zero)(), v, finite);
+        }
+        const float inverse =
+            moe__q8_0_scale(MOE__(f_largest)(high) + MOE__(f_sum)(finite), out);
+        for (int i = 0; i < 32; i += MOE__FW) {
+            MOE__F v = inverse > 0 ? MOE__(f_mul)(MOE__(f_load)(x + i), MOE__(f_set)(inverse))
+                                   : MOE__(f_zero)();
+            MOE__(f_store_i8)(out + 2 + i, MOE__(f_max)(low, MOE__(f_min)(limit, v)));
+        }
+    }
+}
+
 /* ---- attention ------------------------------------------------------------------------------- */
 
 /* Three passes over the block: scores = Q K^T, exponentials, out += P V. Both products work on */
@@ -7031,29 +7264,49 @@ enum {
                              /* also the distance of prefetching */
     /* From this many tiles per row on, f16 is converted to floats once for all of them. Below, */
     /* each tile converts for itself: with 2 tiles that gave 79 % of the FMA peak on a Zen 4, */
-    /* against 66 % with floats stored and loaded again. */
+    /* against 66 % with floats stored and loaded again. Q8_0 is worth it from 2 tiles on. */
     MOE__(ATTEND_CONVERT) = 5
 };
 
-MOE__V MOE__F MOE__(kv_load)(const uint8_t *row, int64_t i, int f32) {
-    return f32 ? MOE__(f_load)(row + 4 * i) : MOE__(f_load_half)(row + 2 * i);
+/* A vector of a Q8_0 block from its value i on. */
+MOE__V MOE__F MOE__(q8_0_load)(const uint8_t *block, int64_t i) {
+    return MOE__(f_mul)(MOE__(f_load_i8)(block + 2 + i), MOE__(f_set_half)(block));
 }
-MOE__V MOE__F MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, int f32) {
-    if (f32) return MOE__(f_load_part)((const float *)(const void *)(row + 4 * i), n);
-    return MOE__(f_load_half_part)(row + 2 * i, n);
+MOE__V MOE__F MOE__(kv_load)(const uint8_t *row, int64_t i, moe_kv_type type) {
+    const uint8_t *p = row + moe__kv_bytes(type, i);
+    if (type == MOE_KV_Q8_0) return MOE__(q8_0_load)(p, i % 32);
+    return type == MOE_KV_F32 ? MOE__(f_load)(p) : MOE__(f_load_half)(p);
 }
-/* n halves to floats; the last vector is filled up with zeros. */
-MOE__V void MOE__(halves_to_floats)(const uint8_t *halves, int64_t n, float *out) {
+/* Not for Q8_0, whose rows are whole vectors. */
+MOE__V MOE__F MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, moe_kv_type type) {
+    const uint8_t *p = row + moe__kv_bytes(type, i);
+    if (type == MOE_KV_F32) return MOE__(f_load_part)((const float *)(const void *)p, n);
+    return MOE__(f_load_half_part)(p, n);
+}
+/* n values of a row, not f32, to floats. f16: the last vector is filled up with zeros. Q8_0: */
+/* from value `first` of a block on, whole vectors. */
+MOE__V void MOE__(kv_to_floats)(const uint8_t *row, moe_kv_type type, int64_t first, int64_t n,
+                                float *out) {
     int64_t i = 0;
+    if (type == MOE_KV_Q8_0)
+        for (; i < n; i += 32, row += 34)
+            MOE__UNROLL(4)
+            for (int c = 0; c < 32; c += MOE__FW)
+                if (c < n - i) MOE__(f_store)(out + i + c, MOE__(q8_0_load)(row, first + c));
     for (; i + MOE__FW <= n; i += MOE__FW)
-        MOE__(f_store)(out + i, MOE__(f_load_half)(halves + 2 * i));
-    if (i < n) MOE__(f_store)(out + i, MOE__(f_load_half_part)(halves + 2 * i, n - i));
+        MOE__(f_store)(out + i, MOE__(kv_load)(row, i, MOE_KV_F16));
+    if (i < n) MOE__(f_store)(out + i, MOE__(kv_load_part)(row, i, n - i, MOE_KV_F16));
 }
 
 /* How many queries to take at a time, so that the tiles are even. */
 MOE__V int MOE__(attend_rows)(int n_queries) {
     int tiles = (n_queries + MOE__ATTEND_ROWS - 1) / MOE__ATTEND_ROWS;
     return (n_queries + tiles - 1) / tiles;
+}
+/* Whether keys or values are turned into floats once, for tiles of `rows` queries each. */
+MOE__V int MOE__(attend_convert)(moe_kv_type type, int n, int rows) {
+    if (type == MOE_KV_F32) return 0;
+    return n > (type == MOE_KV_Q8_0 ? 1 : MOE__(ATTEND_CONVERT) - 1) * rows;
 }
 /* The largest of n numbers of visible keys. */
 MOE__V int MOE__(attend_most)(const int32_t *visible, int n) {
@@ -7062,20 +7315,27 @@ MOE__V int MOE__(attend_most)(const int32_t *visible, int n) {
     return most;
 }
 
-/* Fetches row i of what is read next: first n_keys keys, then the values of the first step. */
-MOE__V void MOE__(attend_prefetch)(const moe__attend_args *a, int n_keys, int i) {
+/* The smallest of n first keys. */
+MOE__V int MOE__(attend_least)(const int32_t *first, int n) {
+    int least = first[0];
+    for (int i = 1; i < n; i++) least = first[i] < least ? first[i] : least;
+    return least;
+}
+
+/* Fetches row i of what is read next: keys start .. n_keys - 1, then the first step's values. */
+MOE__V void MOE__(attend_prefetch)(const moe__attend_args *a, int start, int n_keys, int i) {
     const char *row = (const char *)a->k + (size_t)i * a->k_bytes;
-    size_t size = (size_t)a->dk * (a->f32 ? 4 : 2);
+    size_t size = moe__kv_bytes(a->type, a->dk);
     if (i >= n_keys) {
-        i -= n_keys;
-        if (i >= n_keys || i >= MOE__(ATTEND_STEP)) return;
+        i -= n_keys - start;
+        if (i >= n_keys || i >= start + MOE__(ATTEND_STEP)) return;
         row = (const char *)a->v + (size_t)i * a->v_bytes;
-        size = (size_t)a->dv * (a->f32 ? 4 : 2);
+        size = moe__kv_bytes(a->type, a->dv);
     }
     for (size_t at = 0; at < size; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
 }
 
-/* In both tiles n, f32 and columns are constants once inlined. All loops run over the largest */
+/* In both tiles n, type and columns are constants once inlined. All loops run over the largest */
 /* tile with a condition on n: unrolled completely, they keep the accumulators in registers, and */
 /* clang needs exact counts for that. */
 typedef struct MOE__(score_args) {
@@ -7087,7 +7347,8 @@ typedef struct MOE__(score_args) {
     float *scores; /* 4 floats per query are written, MOE__ATTEND_KEYS apart */
 } MOE__(score_args);
 
-MOE__V void MOE__(score_tile)(const int n, const int f32, const MOE__(score_args) *t) {
+MOE__V void MOE__(score_tile)(const int n, const moe_kv_type type,
+                              const MOE__(score_args) *t) {
     MOE__F acc[MOE__ATTEND_ROWS][4], x[MOE__ATTEND_ROWS];
     const uint8_t *key[4];
     MOE__UNROLL(4)
@@ -7098,23 +7359,27 @@ MOE__V void MOE__(score_tile)(const int n, const int f32, const MOE__(score_args
     }
     const int64_t dk = t->dk;
     int64_t i = 0;
-    for (; i + MOE__FW <= dk; i += MOE__FW) {
-        MOE__UNROLL(MOE__ATTEND_ROWS)
-        for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-            if (r < n) x[r] = MOE__(f_load)(t->q + r * t->q_stride + i);
+    const int step = type == MOE_KV_Q8_0 ? 32 : MOE__FW;
+    size_t at = 0;
+    for (; i + step <= dk; i += step, at += moe__kv_bytes(type, step))
         MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) {
-            MOE__F k = MOE__(f_keep)(MOE__(kv_load)(key[c], i, f32));
+        for (int s = 0; s < step; s += MOE__FW) {
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-                if (r < n) acc[r][c] = MOE__(f_fma)(x[r], k, acc[r][c]);
+                if (r < n) x[r] = MOE__(f_load)(t->q + r * t->q_stride + i + s);
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++) {
+                MOE__F k = MOE__(f_keep)(MOE__(kv_load)(key[c] + at, s, type));
+                MOE__UNROLL(MOE__ATTEND_ROWS)
+                for (int r = 0; r < MOE__ATTEND_ROWS; r++)
+                    if (r < n) acc[r][c] = MOE__(f_fma)(x[r], k, acc[r][c]);
+            }
         }
-    }
     if (n == 1 && i < dk) { /* ragged rows come one query at a time */
         MOE__F y = MOE__(f_load_part)(t->q + i, dk - i);
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
-            acc[0][c] = MOE__(f_fma)(y, MOE__(kv_load_part)(key[c], i, dk - i, f32), acc[0][c]);
+            acc[0][c] = MOE__(f_fma)(y, MOE__(kv_load_part)(key[c], i, dk - i, type), acc[0][c]);
     }
     MOE__UNROLL(MOE__ATTEND_ROWS)
     for (int r = 0; r < MOE__ATTEND_ROWS; r++)
@@ -7123,72 +7388,79 @@ MOE__V void MOE__(score_tile)(const int n, const int f32, const MOE__(score_args
                           MOE__(f_sum4)(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
 }
 
-/* The same with n and f32 known at run time only. */
-MOE__V void MOE__(score_tile_of)(const int n, int f32, const MOE__(score_args) *t) {
-    if (f32)
-        MOE__(score_tile)(n, 1, t);
+/* The same with n and type known at run time only. */
+MOE__V void MOE__(score_tile_of)(const int n, moe_kv_type type, const MOE__(score_args) *t) {
+    if (type == MOE_KV_F32)
+        MOE__(score_tile)(n, MOE_KV_F32, t);
+    else if (type == MOE_KV_F16)
+        MOE__(score_tile)(n, MOE_KV_F16, t);
     else
-        MOE__(score_tile)(n, 0, t);
+        MOE__(score_tile)(n, MOE_KV_Q8_0, t);
 }
-MOE__V void MOE__(score_tiles)(int n, int f32, const MOE__(score_args) *t) {
+MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const MOE__(score_args) *t) {
     switch (n) {
-    case 1: MOE__(score_tile_of)(1, f32, t); break;
-    case 2: MOE__(score_tile_of)(2, f32, t); break;
-    case 3: MOE__(score_tile_of)(3, f32, t); break;
+    case 1: MOE__(score_tile_of)(1, type, t); break;
+    case 2: MOE__(score_tile_of)(2, type, t); break;
+    case 3: MOE__(score_tile_of)(3, type, t); break;
 #if MOE__ATTEND_ROWS > 3
-    case 4: MOE__(score_tile_of)(4, f32, t); break;
+    case 4: MOE__(score_tile_of)(4, type, t); break;
 #endif
     default: break;
     }
 }
 
-/* scores[i * MOE__ATTEND_KEYS + j] = query i . key j, for every visible key and some more. */
-MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *visible, int n_keys) {
+/* scores[i * MOE__ATTEND_KEYS + j] = query i . key j, for every visible key and some more; */
+/* start: a multiple of 4. */
+MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first,
+                                 const int32_t *visible, int start, int n_keys) {
     MOE__ALIGNED(64) float floats[4 * MOE__(ATTEND_DK)];
     const int n = a->n_queries, rows = a->dk % MOE__FW ? 1 : MOE__(attend_rows)(n);
     const int64_t padded = (a->dk + MOE__FW - 1) / MOE__FW * MOE__FW;
-    const int convert = !a->f32 && padded <= MOE__(ATTEND_DK) &&
-                        n > (MOE__(ATTEND_CONVERT) - 1) * rows;
-    const int f32 = a->f32 || convert;
-    int next = 0; /* row to prefetch */
+    const int convert = padded <= MOE__(ATTEND_DK) && MOE__(attend_convert)(a->type, n, rows);
+    int next = start; /* row to prefetch */
     MOE__(score_args) t;
     t.q_stride = a->q_stride;
     t.dk = a->dk;
-    for (int j = 0; j < n_keys; j += 4) {
+    for (int j = start; j < n_keys; j += 4) {
         t.key = (const uint8_t *)a->k + (size_t)j * a->k_bytes;
         t.k_bytes = a->k_bytes;
         t.n_keys = n_keys - j < 4 ? n_keys - j : 4;
-        while (next < j + 4 + MOE__(ATTEND_STEP)) MOE__(attend_prefetch)(a, n_keys, next++);
+        while (next < j + 4 + MOE__(ATTEND_STEP))
+            MOE__(attend_prefetch)(a, start, n_keys, next++);
         if (convert) {
             for (int c = 0; c < t.n_keys; c++)
-                MOE__(halves_to_floats)(t.key + (size_t)c * a->k_bytes, a->dk, floats + c * padded);
+                MOE__(kv_to_floats)(t.key + (size_t)c * a->k_bytes, a->type, 0, a->dk,
+                                    floats + c * padded);
             t.key = (const uint8_t *)(const void *)floats;
             t.k_bytes = (size_t)padded * sizeof(float);
         }
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
             if (MOE__(attend_most)(visible + i, count) <= j) continue;
+            if (MOE__(attend_least)(first + i, count) >= j + 4) continue;
             t.q = a->q + i * a->q_stride;
             t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
-            MOE__(score_tiles)(count, f32, &t);
+            MOE__(score_tiles)(count, convert ? MOE_KV_F32 : a->type, &t);
         }
     }
 }
 
-/* Turns the n >= 1 scores of one query into weights exp(score - max) and brings its max and sum */
-/* up to date. Returns the factor that takes older weights to the new max. NaN is never the max. */
-MOE__K float MOE__(attend_weights)(float *s, int n, float *max, float *sum) {
-    const int whole = n / MOE__FW * MOE__FW;
+/* Turns the scores first .. n - 1 of one query, at least one, into weights exp(score - max) and */
+/* brings its max and sum up to date. Returns the factor that takes older weights to the new max. */
+/* NaN is never the max. */
+MOE__K float MOE__(attend_weights)(float *s, int first, int n, float *max, float *sum) {
+    const int begin = first / MOE__FW * MOE__FW, whole = n / MOE__FW * MOE__FW;
     MOE__F lowest = MOE__(f_set)(-INFINITY), m = lowest;
     if (whole < n) /* the row of scratch is longer than n: fill up the last vector */
         MOE__(f_store)(s + whole,
                        MOE__(f_select_part)(n - whole, MOE__(f_load)(s + whole), lowest));
-    for (int j = 0; j < n; j += MOE__FW) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
+    for (int j = begin; j < first; j++) s[j] = -INFINITY;
+    for (int j = begin; j < n; j += MOE__FW) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
     const float old = *max, block = MOE__(f_largest)(m), now = block > old ? block : old;
     /* With nothing but -inf so far, any finite base gives weights of 0 instead of NaN. */
     const float base = now == -INFINITY ? 0.0f : now;
     MOE__F total = MOE__(f_zero)();
-    for (int j = 0; j < n; j += MOE__FW) {
+    for (int j = begin; j < n; j += MOE__FW) {
         MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j), MOE__(f_set)(base)));
         MOE__(f_store)(s + j, e);
         total = MOE__(f_add)(total, e);
@@ -7202,11 +7474,11 @@ MOE__K float MOE__(attend_weights)(float *s, int n, float *max, float *sum) {
 }
 
 typedef struct MOE__(value_args) {
-    const uint8_t *value; /* of key j0, at the tile's first column */
+    const uint8_t *value; /* of key j0, at the tile's first column, or its block's first */
     size_t v_bytes;
-    int32_t width;           /* floats of the tile: 4 vectors, or at most 1 */
+    int32_t column, width;   /* in the block; floats of the tile: 4 vectors, or at most 1 */
     int32_t j0, j1;          /* keys */
-    const int32_t *visible;  /* per query, like all below */
+    const int32_t *first, *visible; /* per query, like all below */
     const float *weights;    /* MOE__ATTEND_KEYS apart */
     const float *factor;     /* out = out * factor + ... */
     float *out;
@@ -7216,9 +7488,11 @@ typedef struct MOE__(value_args) {
 } MOE__(value_args);
 
 /* Vector c of a value: whole ones if there are 4 columns, else the only one. */
-MOE__V MOE__F MOE__(value_load)(const uint8_t *value, int columns, int c, int width, int f32) {
-    if (columns == 4) return MOE__(kv_load)(value, c * MOE__FW, f32);
-    return MOE__(kv_load_part)(value, 0, width, f32);
+MOE__V MOE__F MOE__(value_load)(const MOE__(value_args) *t, const uint8_t *value, int columns,
+                                int c, moe_kv_type type) {
+    if (columns == 4) return MOE__(kv_load)(value, c * MOE__FW, type);
+    if (type == MOE_KV_Q8_0) return MOE__(q8_0_load)(value, t->column);
+    return MOE__(kv_load_part)(value, 0, t->width, type);
 }
 MOE__V void MOE__(value_add)(float *out, int width, MOE__F factor, MOE__F x) {
     if (width >= MOE__FW)
@@ -7227,17 +7501,23 @@ MOE__V void MOE__(value_add)(float *out, int width, MOE__F factor, MOE__F x) {
         MOE__(f_store_part)(out, width, MOE__(f_fma)(MOE__(f_load_part)(out, width), factor, x));
 }
 
-MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
+MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type type,
                               const MOE__(value_args) *t) {
     MOE__F acc[MOE__ATTEND_ROWS][4], w[MOE__ATTEND_ROWS];
     const uint8_t *value = t->value, *ahead = t->ahead;
-    int j = t->j0, all = t->j1; /* keys below `all` are visible to every query of the tile */
+    /* Keys below j are visible to no query of the tile, those from `from` to `all` to each. */
+    int j = t->j1, from = t->j0, all = t->j1;
     MOE__UNROLL(MOE__ATTEND_ROWS)
     for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
         if (r < n && t->visible[r] < all) all = t->visible[r];
+        if (r < n && t->first[r] < j) j = t->first[r];
+        if (r < n && t->first[r] > from) from = t->first[r];
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++) acc[r][c] = MOE__(f_zero)();
     }
+    if (j < t->j0) j = t->j0;
+    if (j < from) all = j; /* windows that begin within this step: each query for itself */
+    value += (size_t)(j - t->j0) * t->v_bytes;
     for (; j < all; j++, value += t->v_bytes, ahead += t->ahead_bytes) {
         _mm_prefetch((const char *)ahead, _MM_HINT_T1);
         _mm_prefetch((const char *)ahead + t->ahead_more, _MM_HINT_T1);
@@ -7247,7 +7527,7 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++) {
             if (c >= columns) continue;
-            MOE__F v = MOE__(f_keep)(MOE__(value_load)(value, columns, c, t->width, f32));
+            MOE__F v = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
                 if (r < n) acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
@@ -7256,19 +7536,19 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
     for (; j < t->j1; j++, value += t->v_bytes) {
         MOE__UNROLL(MOE__ATTEND_ROWS)
         for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
-            if (r >= n || j >= t->visible[r]) continue;
+            if (r >= n || j >= t->visible[r] || j < t->first[r]) continue;
             w[r] = MOE__(f_set)(t->weights[r * MOE__ATTEND_KEYS + j]);
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
                 if (c >= columns) continue;
-                MOE__F v = MOE__(value_load)(value, columns, c, t->width, f32);
+                MOE__F v = MOE__(value_load)(t, value, columns, c, type);
                 acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
             }
         }
     }
     MOE__UNROLL(MOE__ATTEND_ROWS)
     for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
-        if (r >= n || t->visible[r] <= t->j0) continue;
+        if (r >= n || t->visible[r] <= t->j0 || t->first[r] >= t->j1) continue;
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
             if (c < columns)
@@ -7278,42 +7558,47 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const int f32,
     }
 }
 
-/* The same with n, the columns and f32 known at run time only. */
-MOE__V void MOE__(value_tile_of)(const int n, int f32, const MOE__(value_args) *t) {
-    const int wide = t->width > MOE__FW;
-    if (wide && f32)
-        MOE__(value_tile)(n, 4, 1, t);
-    else if (wide)
-        MOE__(value_tile)(n, 4, 0, t);
-    else if (f32)
-        MOE__(value_tile)(n, 1, 1, t);
+/* The same with n, the columns and type known at run time only. */
+MOE__V void MOE__(value_tile_wide)(const int n, const int columns, moe_kv_type type,
+                                   const MOE__(value_args) *t) {
+    if (type == MOE_KV_F32)
+        MOE__(value_tile)(n, columns, MOE_KV_F32, t);
+    else if (type == MOE_KV_F16)
+        MOE__(value_tile)(n, columns, MOE_KV_F16, t);
     else
-        MOE__(value_tile)(n, 1, 0, t);
+        MOE__(value_tile)(n, columns, MOE_KV_Q8_0, t);
 }
-MOE__V void MOE__(value_tiles)(int n, int f32, const MOE__(value_args) *t) {
+MOE__V void MOE__(value_tile_of)(const int n, moe_kv_type type, const MOE__(value_args) *t) {
+    if (t->width > MOE__FW)
+        MOE__(value_tile_wide)(n, 4, type, t);
+    else
+        MOE__(value_tile_wide)(n, 1, type, t);
+}
+MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const MOE__(value_args) *t) {
     switch (n) {
-    case 1: MOE__(value_tile_of)(1, f32, t); break;
-    case 2: MOE__(value_tile_of)(2, f32, t); break;
-    case 3: MOE__(value_tile_of)(3, f32, t); break;
+    case 1: MOE__(value_tile_of)(1, type, t); break;
+    case 2: MOE__(value_tile_of)(2, type, t); break;
+    case 3: MOE__(value_tile_of)(3, type, t); break;
 #if MOE__ATTEND_ROWS > 3
-    case 4: MOE__(value_tile_of)(4, f32, t); break;
+    case 4: MOE__(value_tile_of)(4, type, t); break;
 #endif
     default: break;
     }
 }
 
 /* out[i] = out[i] * factor[i] + the weighted values of keys j0 .. n_keys - 1, at most one step. */
-MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *visible,
-                               const float *factor, int j0, int n_keys) {
+MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
+                               const int32_t *visible, const float *factor, int j0, int n_keys) {
     MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * MOE__FW];
-    const int n = a->n_queries, rows = MOE__(attend_rows)(n), bytes = a->f32 ? 4 : 2;
-    const int convert = !a->f32 && n > (MOE__(ATTEND_CONVERT) - 1) * rows;
-    const uint8_t *first = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;
+    const int n = a->n_queries, rows = MOE__(attend_rows)(n);
+    const int convert = MOE__(attend_convert)(a->type, n, rows);
+    const moe_kv_type type = convert ? MOE_KV_F32 : a->type;
+    const uint8_t *values = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;
     /* While this step is computed, the rows of the next are fetched from left to right, one or */
     /* two lines of 64 bytes of each per tile: all of it at once would only queue up. */
     const int n_tiles = (a->dv / (4 * MOE__FW) + (a->dv % (4 * MOE__FW) + MOE__FW - 1) / MOE__FW) *
                         ((n + rows - 1) / rows);
-    const int fetch = n_keys - j0 > MOE__(ATTEND_STEP) ? a->dv * bytes : 0;
+    const int fetch = n_keys - j0 > MOE__(ATTEND_STEP) ? (int)moe__kv_bytes(a->type, a->dv) : 0;
     const int lines = fetch > 64 * n_tiles ? 2 : 1;
     int fetched = 0;
     MOE__(value_args) t;
@@ -7324,45 +7609,57 @@ MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *visible
     for (int column = 0; column < a->dv; column += t.width) {
         const int left = a->dv - column;
         t.width = left >= 4 * MOE__FW ? 4 * MOE__FW : left < MOE__FW ? left : MOE__FW;
-        t.value = first + (size_t)column * (size_t)bytes;
+        t.value = values + moe__kv_bytes(a->type, column);
+        t.column = column % 32;
         t.v_bytes = a->v_bytes;
         if (convert) {
             for (int j = j0; j < n_keys && j < j0 + MOE__(ATTEND_STEP); j++, t.value += a->v_bytes)
-                MOE__(halves_to_floats)(t.value, t.width, floats + (j - j0) * 4 * MOE__FW);
+                MOE__(kv_to_floats)(t.value, a->type, t.column, t.width,
+                                    floats + (j - j0) * 4 * MOE__FW);
             t.value = (const uint8_t *)(const void *)floats;
             t.v_bytes = 4 * MOE__FW * sizeof(float);
         }
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
             t.j1 = (int)moe__min(MOE__(attend_most)(visible + i, count), j0 + MOE__(ATTEND_STEP));
+            t.first = first + i;
             t.visible = visible + i;
             t.weights = a->scores + i * MOE__ATTEND_KEYS;
             t.factor = factor + i;
             t.out = a->out + i * a->out_stride + column;
-            t.ahead = first; /* nothing left to fetch: what is there already */
+            t.ahead = values; /* nothing left to fetch: what is there already */
             if (fetched < fetch) t.ahead += MOE__(ATTEND_STEP) * a->v_bytes + (size_t)fetched;
             fetched += 64 * lines;
-            MOE__(value_tiles)(count, a->f32 || convert, &t);
+            MOE__(value_tiles)(count, type, &t);
         }
     }
 }
 
 MOE__K void MOE__(attend)(const moe__attend_args *a) {
-    int32_t visible[MOE__ATTEND_QUERIES];
+    int32_t first[MOE__ATTEND_QUERIES], visible[MOE__ATTEND_QUERIES];
     float factor[MOE__ATTEND_QUERIES];
     const int n = a->n_queries;
-    for (int i = 0; i < n; i++) visible[i] = a->n_visible ? a->n_visible[i] : a->n_keys;
+    for (int i = 0; i < n; i++) {
+        first[i] = a->first ? a->first[i] : 0;
+        visible[i] = a->n_visible ? a->n_visible[i] : a->n_keys;
+        if (first[i] < visible[i]) continue;
+        first[i] = MOE__ATTEND_KEYS; /* sees nothing */
+        visible[i] = 0;
+    }
+    /* A fixed grid of steps: whoever shares the call, a query's sums are made in the same order. */
     const int n_keys = MOE__(attend_most)(visible, n);
-    MOE__(attend_scores)(a, visible, n_keys);
+    const int start = MOE__(attend_least)(first, n) / MOE__(ATTEND_STEP) * MOE__(ATTEND_STEP);
+    MOE__(attend_scores)(a, first, visible, start, n_keys);
     for (int i = 0; i < n; i++) {
         factor[i] = 1.0f;
         if (visible[i] > 0)
-            factor[i] = MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, visible[i],
-                                              a->max + i, a->sum + i);
+            factor[i] = MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, first[i],
+                                              visible[i], a->max + i, a->sum + i);
     }
-    for (int j0 = 0; j0 < n_keys; j0 += MOE__(ATTEND_STEP)) {
-        MOE__(attend_step)(a, visible, factor, j0, n_keys);
-        for (int i = 0; i < n; i++) factor[i] = 1.0f; /* out is up to date with the new max */
+    for (int j0 = start; j0 < n_keys; j0 += MOE__(ATTEND_STEP)) {
+        MOE__(attend_step)(a, first, visible, factor, j0, n_keys);
+        for (int i = 0; i < n; i++) /* out is up to date with the new max */
+            if (first[i] < j0 + MOE__(ATTEND_STEP)) factor[i] = 1.0f;
     }
 }
 
@@ -7384,9 +7681,11 @@ static const moe__kernels MOE__(kernels) = {
     {MOE__(quantize_f32), MOE__(quantize_q32), MOE__(quantize_q256)},
     MOE__(rms_norm),
     MOE__(swiglu),
+    MOE__(swiglu_oai),
     MOE__(softmax),
     MOE__(axpy),
     MOE__(f32_to_f16),
+    MOE__(f32_to_q8_0),
     MOE__(attend)};
 
 #undef MOE__TYPE_KERNELS
@@ -7795,6 +8094,7 @@ typedef struct moe__matrix {
     int64_t n_in, n_out, n_expert;
     size_t row_size;      /* bytes of a row */
     size_t expert_size;   /* bytes from one expert's matrix to the next */
+    const uint8_t *const *experts; /* NULL, or where each of them lies */
     const float *scale;   /* factor of the product, one per expert; NULL: 1 */
     const float *bias;    /* added to the product, n_out values per expert; NULL: 0 */
     int64_t bias_stride;  /* from one expert's bias to the next */
@@ -7865,7 +8165,9 @@ typedef struct moe__next {
 
 MOE__INLINE const uint8_t *moe__matrix_row(const moe__matrix *matrix, int32_t expert,
                                            int64_t row) {
-    return matrix->data + (size_t)expert * matrix->expert_size + (size_t)row * matrix->row_size;
+    const uint8_t *first = matrix->experts ? matrix->experts[expert]
+                                           : matrix->data + (size_t)expert * matrix->expert_size;
+    return first + (size_t)row * matrix->row_size;
 }
 
 MOE__INLINE moe__next moe__next_tile(const moe__matrix *matrix, int32_t expert, int64_t row,
@@ -7874,6 +8176,14 @@ MOE__INLINE moe__next moe__next_tile(const moe__matrix *matrix, int32_t expert, 
     next.data = row < end ? moe__matrix_row(matrix, expert, row) : NULL;
     next.size = (size_t)moe__max(0, moe__min(end - row, MOE__TILE_ROWS)) * matrix->row_size;
     return next;
+}
+
+/* Rows begin .. begin + n - 1 as floats, whole groups of interleaved types. */
+MOE__PRIVATE void moe__matrix_to_f32(const moe__kernels *kernels, const moe__matrix *matrix,
+                                     int32_t expert, int64_t begin, int64_t n, float *out) {
+    for (int64_t r = 0; r < n; r += matrix->type->rows)
+        kernels->type[matrix->index].dequantize(moe__matrix_row(matrix, expert, begin + r),
+                                                matrix->n_in, out + r * matrix->n_in);
 }
 
 /* Scale and bias of rows begin .. begin + n_rows - 1, which few models have. */
@@ -8004,7 +8314,8 @@ MOE__PRIVATE void moe__rope_init(moe__rope *rope, const moe__rope_scaling *s) {
 /* ---- the cache of keys and values ----------------------------------------------------------- */
 
 /* Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the */
-/* latent vector and the rotated key, and no values of their own. */
+/* latent vector and the rotated key, and no values of their own. A Q8_0 row is width / 32 blocks */
+/* as in files: f16 scale, 32 int8. The widths of the parts of a row are multiples of 32. */
 typedef struct moe__kv {
     uint8_t *data;
     moe_kv_type type;
@@ -8019,10 +8330,13 @@ MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t positi
 /* Stores n values behind the first `at` of a row. */
 MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, uint8_t *row,
                                 int64_t at, const float *x, int64_t n) {
+    row += moe__kv_bytes(kv->type, at);
     if (kv->type == MOE_KV_F32)
-        memcpy(row + (size_t)at * sizeof(float), x, (size_t)n * sizeof(float));
+        memcpy(row, x, (size_t)n * sizeof(float));
+    else if (kv->type == MOE_KV_F16)
+        kernels->f32_to_f16(x, n, (uint16_t *)(void *)row);
     else
-        kernels->f32_to_f16(x, n, (uint16_t *)(void *)(row + (size_t)at * sizeof(uint16_t)));
+        kernels->f32_to_q8_0(x, n, row);
 }
 
 /* ---- merging attention over chunks of keys -------------------------------------------------- */
@@ -8053,9 +8367,10 @@ MOE__PRIVATE void moe__attend_merge(const moe__kernels *kernels, const float *ma
 /* */
 /*   router      token -> its n_used experts and their weights */
 /*   plan        one entry per active expert: its tokens; shared experts (and the feed-forward */
-/*               net of a dense layer) are entries that see all tokens with weight 1 */
+/*               net of a dense layer) are entries that see all tokens, with weight 1 or their */
+/*               gate's */
 /*   schedule    (entries, rows, threads) -> the row ranges of each thread */
-/*   gate_up     hidden = silu(gate x) * up x       for the ranges of this thread */
+/*   gate_up     hidden = silu(gate x) * up x, or another activation, for this thread's ranges */
 /*   down        residual += weight * (down hidden) for the ranges of this thread */
 /* */
 /* Sums over experts are taken in the order of the entries: experts ascending, shared ones last. */
@@ -8065,7 +8380,11 @@ MOE__PRIVATE void moe__attend_merge(const moe__kernels *kernels, const float *ma
 
 enum { MOE__MAX_EXPERTS = 512 };
 
-typedef enum moe__gating { MOE__GATING_SOFTMAX = 1, MOE__GATING_SIGMOID = 2 } moe__gating;
+typedef enum moe__gating {
+    MOE__GATING_SOFTMAX = 1,
+    MOE__GATING_SIGMOID = 2,
+    MOE__GATING_CHOSEN = 3 /* softmax over the chosen experts only */
+} moe__gating;
 
 typedef struct moe__router {
     moe__gating gating;
@@ -8121,7 +8440,7 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
     const int32_t n = router->n_expert;
     if (router->gating == MOE__GATING_SOFTMAX)
         kernels->softmax(logits, n);
-    else
+    else if (router->gating == MOE__GATING_SIGMOID)
         for (int32_t e = 0; e < n; e++) logits[e] = 1.0f / (1.0f + expf(-logits[e]));
     for (int32_t e = 0; e < n; e++) {
         score[e] = logits[e] + (bias ? bias[e] : 0.0f);
@@ -8137,9 +8456,13 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
         for (; at > 0 && experts[at - 1] > e; at--) experts[at] = experts[at - 1];
         experts[at] = e;
     }
+    for (int32_t i = 0; i < router->n_used; i++) weights[i] = logits[experts[i]];
     float factor = router->scale;
-    if (router->normalize) factor /= fmaxf(sum, 6.103515625e-5f); /* llama.cpp's guard, 2^-14 */
-    for (int32_t i = 0; i < router->n_used; i++) weights[i] = logits[experts[i]] * factor;
+    if (router->gating == MOE__GATING_CHOSEN)
+        kernels->softmax(weights, router->n_used);
+    else if (router->normalize)
+        factor /= fmaxf(sum, 6.103515625e-5f); /* llama.cpp's guard, 2^-14 */
+    for (int32_t i = 0; i < router->n_used; i++) weights[i] *= factor;
 }
 
 /* ---- plan ------------------------------------------------------------------------------------ */
@@ -8147,6 +8470,7 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
 /* down(silu(gate x) * up x): one per expert, or one for all tokens. */
 typedef struct moe__ffn {
     moe__matrix gate, up, down;
+    int oai; /* gpt-oss' activation in place of silu, see moe__kernels */
 } moe__ffn;
 
 typedef struct moe__entry {
@@ -8195,16 +8519,16 @@ MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const m
     }
 }
 
-/* One entry for all tokens with weight 1. tokens: 0, 1, 2, ...; ones: 1, 1, 1, ... */
+/* One entry for all tokens. tokens: 0, 1, 2, ...; weights: one per token */
 MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_tokens,
-                                const int32_t *tokens, const float *ones,
+                                const int32_t *tokens, const float *weights,
                                 const moe__acts *hidden) {
     moe__entry *entry = &plan->entries[plan->n_entries++];
     entry->ffn = ffn;
     entry->expert = 0;
     entry->n_tokens = (int32_t)n_tokens;
     entry->tokens = tokens;
-    entry->weights = ones;
+    entry->weights = weights;
     entry->hidden = hidden;
     entry->hidden_row = 0;
 }
@@ -8278,11 +8602,12 @@ typedef struct moe__scratch {
     const void **x, **x_up; /* n_batch pointers to activations each */
 } moe__scratch;
 
-/* hidden = silu(gate x) * up x for some rows of one entry. */
+/* hidden = silu(gate x) * up x (or the like) for some rows of one entry. */
 MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__entry *entry,
                                        int64_t begin, int64_t end, const moe__acts *input,
                                        const moe__scratch *scratch) {
     const moe__matrix *gate = &entry->ffn->gate, *up = &entry->ffn->up;
+    moe__glu_fn *glu = entry->ffn->oai ? kernels->swiglu_oai : kernels->swiglu;
     const int32_t expert = entry->expert;
     const int64_t n = entry->n_tokens;
     if (begin >= end) return;
@@ -8292,7 +8617,7 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
         float *h = moe__acts_f32(entry->hidden, entry->hidden_row) + begin;
         moe__matmul(kernels, gate, expert, begin, end, scratch->x, 1, h, 0, NULL);
         moe__matmul(kernels, up, expert, begin, end, scratch->x_up, 1, scratch->up, 0, NULL);
-        kernels->swiglu(h, scratch->up, end - begin, h);
+        glu(h, scratch->up, end - begin, h);
         return;
     }
     for (int64_t row = begin; row < end; row += MOE__TILE_ROWS) {
@@ -8303,8 +8628,8 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
                          MOE__TILE_ROWS, scratch->pack,
                          moe__next_tile(gate, expert, row + n_rows, end));
         for (int64_t t = 0; t < n; t++)
-            kernels->swiglu(scratch->gate + t * MOE__TILE_ROWS, scratch->up + t * MOE__TILE_ROWS,
-                            n_rows, moe__acts_f32(entry->hidden, entry->hidden_row + t) + row);
+            glu(scratch->gate + t * MOE__TILE_ROWS, scratch->up + t * MOE__TILE_ROWS, n_rows,
+                moe__acts_f32(entry->hidden, entry->hidden_row + t) + row);
     }
 }
 
@@ -8329,28 +8654,54 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
 
 enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
 
+enum { /* features of a family */
+    MOE__ROUTER_KEYS = 1,   /* gating function, groups, normalization and scale come from keys */
+    MOE__NORMALIZE = 2,     /* without router keys: weights of the chosen experts sum to 1 */
+    MOE__QK_NORM = 4,       /* norms of queries and keys, by head: their tensors must be there */
+    MOE__QK_NORM_WIDE = 8,  /* the same over all heads together */
+    MOE__CLAMP_KQV = 16,    /* attention.clamp_kqv bounds queries, keys and values */
+    MOE__SINKS = 32,        /* attn_sinks: per head a score whose exponential joins the sum */
+    MOE__BIASES = 64,       /* every matrix of a layer has a bias, which must be there */
+    MOE__OAI = 128,         /* activation moe__kernels.swiglu_oai */
+    MOE__SHARED_COUNT = 256, /* shared experts, as wide as expert_shared_count routed ones */
+    MOE__SHARED_GATED = 512, /* one of its own width, times the sigmoid of its gate */
+    MOE__WIDTH_FFN = 1024,  /* experts are as wide as feed_forward_length says */
+    MOE__FFN_SCALE = 2048   /* NAME.scale tensors of feed-forward matrices count (llama.cpp */
+                            /* ignores them in some families) */
+};
+
 typedef struct moe__family {
     const char *name; /* general.architecture */
     moe__rope_kind rope;
     int mla;          /* multi-head latent attention (DeepSeek-V2 report, 2.1) */
-    int router_keys;  /* gating function, groups, normalization and scale come from keys */
-    int normalize;    /* without router_keys: weights of the chosen experts sum to 1 */
-    int qk_norm;      /* queries and keys of each head are normed: their tensors must be there */
-    int ffn_scale;    /* NAME.scale tensors of feed-forward matrices count (llama.cpp ignores */
-                      /* them in some families) */
+    moe__gating gating; /* if there is no key for it */
+    int window_period; /* of so many layers all but the last see a sliding window; 0: none */
+    const char *ffn_norm; /* name of the norm before the feed-forward part */
+    unsigned features;
 } moe__family;
 
 /* To add a model family: a row here, and what it needs beyond features that are read already in */
 /* moe__load_hparams, moe__load_layer and the forward pass, as a feature any family may have. */
 static const moe__family moe__families[] = {
-    {"deepseek2", MOE__ROPE_NORM, 1, 1, 0, 0, 0},
-    {"qwen3moe", MOE__ROPE_NEOX, 0, 0, 1, 1, 1},
+    {"deepseek2", MOE__ROPE_NORM, 1, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+    {"gpt-oss", MOE__ROPE_NEOX, 0, MOE__GATING_CHOSEN, 2, "post_attention_norm",
+     MOE__SINKS | MOE__BIASES | MOE__OAI},
+    {"llama", MOE__ROPE_NORM, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
+    {"olmoe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__QK_NORM_WIDE | MOE__CLAMP_KQV | MOE__WIDTH_FFN},
+    {"qwen2moe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm", MOE__SHARED_GATED},
+    {"qwen3moe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__NORMALIZE | MOE__QK_NORM | MOE__FFN_SCALE},
 };
 
 typedef struct moe__layer {
     const float *attn_norm, *ffn_norm;             /* n_embd */
     moe__matrix q, k, v;                           /* grouped-query attention */
-    const float *q_norm, *k_norm;                  /* per head, before rope; NULL: none */
+    const float *q_norm, *k_norm;                  /* before rope; NULL: none */
+    const float *sinks;                            /* per head; NULL: none */
+    int32_t window;                                /* keys seen by a query; 0: all */
     moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    /* MLA; kv_b, k_b, v_b: one per head */
     const float *q_a_norm, *kv_a_norm;
     moe__matrix o;
@@ -8358,6 +8709,7 @@ typedef struct moe__layer {
     moe__matrix router;                            /* ffn_gate_inp */
     const float *router_bias;                      /* exp_probs_b: for choosing only */
     moe__ffn experts, shared, dense;               /* shared.gate.data NULL: none */
+    const float *shared_gate;                      /* n_embd; NULL: weight 1 */
 } moe__layer;
 
 struct moe_model {
@@ -8374,6 +8726,8 @@ struct moe_model {
     int32_t n_dense;             /* leading layers without experts */
     float eps;
     float kq_scale;              /* factor of query . key */
+    float clamp_kqv;             /* bound of queries, keys and values; 0: none */
+    int32_t window;              /* keys that a query sees in some layers */
     moe__rope rope;
     moe__router router;
     moe__matrix token_embd, output;
@@ -8413,6 +8767,10 @@ MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t
 /* ---- keys ------------------------------------------------------------------------------------ */
 
 enum { MOE__REQUIRED = -1 }; /* in place of a default */
+
+MOE__INLINE int moe__has(const moe_model *model, unsigned feature) {
+    return (model->family->features & feature) != 0;
+}
 
 /* The value of "family.name"; *key gets the full name. */
 MOE__PRIVATE const moe_gguf_value *moe__load_value(moe__loader *loader, const char *name,
@@ -8548,6 +8906,12 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
                        moe_type_name(tensor->type), (int)tensor->type);
         return 0;
     }
+    if (n_out % type->rows || (type->rows > 1 && !strcmp(base, "token_embd"))) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s: %s interleaves %d rows, and these are not read by such groups",
+                       tensor->name, type->name, (int)type->rows);
+        return 0;
+    }
     matrix->data = (const uint8_t *)tensor->data;
     matrix->type = type;
     matrix->index = (int)(type - moe__types);
@@ -8557,7 +8921,7 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     matrix->row_size = moe_type_row_size(tensor->type, n_in);
     matrix->expert_size = matrix->row_size * (size_t)n_out;
     matrix->scale = NULL;
-    const int scaled = strncmp(base, "ffn_", 4) || loader->model->family->ffn_scale;
+    const int scaled = strncmp(base, "ffn_", 4) || moe__has(loader->model, MOE__FFN_SCALE);
     if (scaled && moe__load_tensor(loader, layer, base, "scale", 0))
         matrix->scale = moe__load_vector(loader, layer, base, "scale", n_expert, 1, 1);
     matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
@@ -8568,9 +8932,40 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     return !loader->status;
 }
 
-/* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own. */
-MOE__PRIVATE moe__matrix moe__matrix_slice(const moe__matrix *whole, int64_t first, int64_t n) {
+/* The same from files that hold one tensor per expert, base.E.weight. */
+MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int layer,
+                                 const char *base, int64_t n_in, int64_t n_out, int64_t n_expert,
+                                 double per_token) {
+    const uint8_t **experts =
+        (const uint8_t **)moe__load_alloc(loader, (uint64_t)n_expert, sizeof *experts);
+    for (int e = 0; e < n_expert; e++) {
+        moe__matrix one;
+        char name[64];
+        memset(&one, 0, sizeof one);
+        snprintf(name, sizeof name, "%s.%d", base, e);
+        if (!moe__load_matrix(loader, &one, layer, name, n_in, n_out, 1, per_token, 1)) return 0;
+        if (e == 0) *matrix = one;
+        if (one.type != matrix->type || one.scale || one.bias) {
+            snprintf(name, sizeof name, "blk.%d.%s.%d.weight", layer, base, e);
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, name,
+                           "tensor %s has another type than expert 0, a scale or a bias", name);
+            return 0;
+        }
+        experts[e] = one.data;
+    }
+    matrix->n_expert = n_expert;
+    matrix->experts = experts;
+    return 1;
+}
+
+/* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own: whole groups. */
+MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix *whole,
+                                         int64_t first, int64_t n) {
     moe__matrix slice = *whole;
+    if (first % whole->type->rows || n % whole->type->rows)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "model",
+                       "%s interleaves rows of tensors that are parts of one",
+                       whole->type->name);
     slice.data += (size_t)first * whole->row_size;
     slice.n_out = n;
     if (slice.bias) slice.bias += first;
@@ -8587,19 +8982,25 @@ MOE__PRIVATE void moe__load_gqa(moe__loader *loader, moe__layer *layer, int il) 
     moe__matrix fused;
     memset(&fused, 0, sizeof fused);
     if (moe__load_matrix(loader, &fused, il, "attn_qkv", n_embd, n_q + n_k + n_v, 1, 1, 0)) {
-        layer->q = moe__matrix_slice(&fused, 0, n_q);
-        layer->k = moe__matrix_slice(&fused, n_q, n_k);
-        layer->v = moe__matrix_slice(&fused, n_q + n_k, n_v);
+        layer->q = moe__load_slice(loader, &fused, 0, n_q);
+        layer->k = moe__load_slice(loader, &fused, n_q, n_k);
+        layer->v = moe__load_slice(loader, &fused, n_q + n_k, n_v);
     } else {
         moe__load_matrix(loader, &layer->q, il, "attn_q", n_embd, n_q, 1, 1, 1);
         moe__load_matrix(loader, &layer->k, il, "attn_k", n_embd, n_k, 1, 1, 1);
         moe__load_matrix(loader, &layer->v, il, "attn_v", n_embd, n_v, 1, 1, 1);
     }
-    const int normed = model->family->qk_norm;
-    layer->q_norm =
-        moe__load_vector(loader, il, "attn_q_norm", "weight", model->head_k, 1, normed);
-    layer->k_norm =
-        moe__load_vector(loader, il, "attn_k_norm", "weight", model->head_k, 1, normed);
+    const int wide = moe__has(model, MOE__QK_NORM_WIDE);
+    const int normed = wide || moe__has(model, MOE__QK_NORM);
+    layer->q_norm = moe__load_vector(loader, il, "attn_q_norm", "weight",
+                                     wide ? n_q : model->head_k, 1, normed);
+    layer->k_norm = moe__load_vector(loader, il, "attn_k_norm", "weight",
+                                     wide ? n_k : model->head_k, 1, normed);
+    if (moe__has(model, MOE__SINKS))
+        layer->sinks =
+            moe__load_vector(loader, il, "attn_sinks", "weight", model->info.n_head, 1, 1);
+    const int period = model->family->window_period;
+    if (period && il % period < period - 1) layer->window = model->window;
 }
 
 /* Three generations of files: kv_b only; k_b and v_b; all three. */
@@ -8627,7 +9028,7 @@ MOE__PRIVATE void moe__load_mla(moe__loader *loader, moe__layer *layer, int il) 
     /* The values' rows of kv_b are a v_b; the keys' rows are a k_b transposed. */
     if (moe__load_matrix(loader, &layer->kv_b, il, "attn_kv_b", model->kv_lora,
                          nope + model->head_v, n_head, 1, 1)) {
-        layer->v_b = moe__matrix_slice(&layer->kv_b, nope, model->head_v);
+        layer->v_b = moe__load_slice(loader, &layer->kv_b, nope, model->head_v);
         layer->k_b.data = NULL;
     }
 }
@@ -8642,9 +9043,16 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     snprintf(down, sizeof down, "ffn_down%s", suffix);
     snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
     memset(&fused, 0, sizeof fused);
+    ffn->oai = moe__has(loader->model, MOE__OAI);
+    if (moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0) && !strcmp(suffix, "_exps")) {
+        moe__load_split(loader, &ffn->gate, il, "ffn_gate", n_embd, n_ff, n_expert, per_token);
+        moe__load_split(loader, &ffn->up, il, "ffn_up", n_embd, n_ff, n_expert, per_token);
+        moe__load_split(loader, &ffn->down, il, "ffn_down", n_ff, n_embd, n_expert, per_token);
+        return;
+    }
     if (moe__load_matrix(loader, &fused, il, gate_up, n_embd, 2 * n_ff, n_expert, per_token, 0)) {
-        ffn->gate = moe__matrix_slice(&fused, 0, n_ff);
-        ffn->up = moe__matrix_slice(&fused, n_ff, n_ff);
+        ffn->gate = moe__load_slice(loader, &fused, 0, n_ff);
+        ffn->up = moe__load_slice(loader, &fused, n_ff, n_ff);
     } else {
         if (!moe__load_matrix(loader, &ffn->gate, il, gate, n_embd, n_ff, n_expert, per_token,
                               required))
@@ -8654,11 +9062,24 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     moe__load_matrix(loader, &ffn->down, il, down, n_ff, n_embd, n_expert, per_token, 1);
 }
 
+/* Families whose matrices have biases must not run without one. */
+MOE__PRIVATE void moe__load_check_biases(moe__loader *loader, const moe__layer *layer, int il) {
+    const moe__matrix *const matrices[] = {
+        &layer->q, &layer->k, &layer->v, &layer->o, &layer->router,
+        &layer->experts.gate, &layer->experts.up, &layer->experts.down};
+    static const char *const names[] = {"attn_q", "attn_k", "attn_v", "attn_output",
+                                        "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps",
+                                        "ffn_down_exps"};
+    for (int i = 0; i < 8; i++)
+        if (!matrices[i]->bias) moe__load_tensor(loader, il, names[i], "bias", 1);
+}
+
 MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
     const moe_model_info *info = &model->info;
     layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", info->n_embd, 1, 1);
-    layer->ffn_norm = moe__load_vector(loader, il, "ffn_norm", "weight", info->n_embd, 1, 1);
+    layer->ffn_norm =
+        moe__load_vector(loader, il, model->family->ffn_norm, "weight", info->n_embd, 1, 1);
     if (model->family->mla)
         moe__load_mla(loader, layer, il);
     else
@@ -8673,12 +9094,16 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
     const double share = (double)info->n_expert_used / info->n_expert;
     moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", info->n_embd, info->n_expert, 1, 1,
                      1);
-    if (model->family->router_keys)
+    if (moe__has(model, MOE__ROUTER_KEYS))
         layer->router_bias =
             moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
     moe__load_ffn(loader, &layer->experts, il, "_exps", info->n_ff_exp, info->n_expert, share, 1);
     if (model->n_ff_shared)
         moe__load_ffn(loader, &layer->shared, il, "_shexp", model->n_ff_shared, 1, 1, 1);
+    if (moe__has(model, MOE__SHARED_GATED))
+        layer->shared_gate =
+            moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", info->n_embd, 1, 1);
+    if (moe__has(model, MOE__BIASES)) moe__load_check_biases(loader, layer, il);
 }
 
 /* ---- hyper-parameters ------------------------------------------------------------------------ */
@@ -8732,27 +9157,39 @@ MOE__PRIVATE void moe__load_rope(moe__loader *loader) {
     model->kq_scale = (float)kq_scale;
     model->rope.frequency = (double *)moe__load_alloc(loader, (uint64_t)model->n_rot / 2 + 1,
                                                       sizeof *model->rope.frequency);
-    if (!loader->status) moe__rope_init(&model->rope, &s);
+    const float *factors =
+        moe__load_vector(loader, -1, "rope_freqs", "weight", model->n_rot / 2, 1, 0);
+    if (loader->status) return;
+    moe__rope_init(&model->rope, &s);
+    for (int i = 0; factors && i < model->n_rot / 2; i++) {
+        model->rope.frequency[i] /= factors[i];
+        if (!(fabs(model->rope.frequency[i]) <= 1e30))
+            moe__load_fail(loader, MOE_ERROR_FORMAT, "rope_freqs.weight",
+                           "tensor rope_freqs.weight holds %g", (double)factors[i]);
+    }
 }
 
 MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     moe_model *model = loader->model;
     moe__router *router = &model->router;
     moe_model_info *info = &model->info;
-    info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, MOE__REQUIRED);
+    info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, 0);
+    if (!loader->status && !info->n_expert)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_count",
+                       "model family \"%s\" without experts is not supported", info->family);
     info->n_expert_used =
         moe__load_int(loader, "expert_used_count", 1, info->n_expert, MOE__REQUIRED);
     router->n_expert = info->n_expert;
     router->n_used = info->n_expert_used;
-    router->gating = MOE__GATING_SOFTMAX;
-    router->normalize = model->family->normalize;
+    router->gating = model->family->gating;
+    router->normalize = moe__has(model, MOE__NORMALIZE);
     router->scale = 1;
-    if (!model->family->router_keys || loader->status) return;
+    if (!moe__has(model, MOE__ROUTER_KEYS) || loader->status) return;
     /* GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out. */
     int glm_flash = info->n_layer == 47 || info->n_layer == 48;
     int gating = moe__load_int(loader, "expert_gating_func", 1, 4,
-                               glm_flash ? MOE__GATING_SIGMOID : MOE__GATING_SOFTMAX);
-    if (gating > MOE__GATING_SIGMOID)
+                               glm_flash ? MOE__GATING_SIGMOID : router->gating);
+    if (gating > MOE__GATING_CHOSEN)
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_gating_func",
                        "expert gating function %d is not supported", gating);
     router->gating = (moe__gating)gating;
@@ -8811,7 +9248,7 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe_model_info *info = &model->info;
     int32_t blocks = moe__load_int(loader, "block_count", 1, MOE__MAX_LAYERS, MOE__REQUIRED);
     info->n_layer = blocks;
-    if (model->family->router_keys) /* prediction layers at the end are not run */
+    if (moe__has(model, MOE__ROUTER_KEYS)) /* prediction layers at the end are not run */
         info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
     info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
     info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
@@ -8823,11 +9260,25 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe__load_rope(loader);
     moe__load_router(loader);
     info->n_ff = moe__load_int(loader, "feed_forward_length", 1, 1 << 24, 0);
-    info->n_ff_exp =
-        moe__load_int(loader, "expert_feed_forward_length", 1, 1 << 24, info->n_ff);
-    if (model->family->router_keys) {
+    info->n_ff_exp = info->n_ff;
+    if (moe__has(model, MOE__SHARED_GATED) && !loader->status) {
+        info->n_ff_exp = info->n_ff / info->n_expert_used; /* Qwen1.5-MoE without the key */
+        info->n_expert_shared = 1;
+        model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
+                                           info->n_ff ? info->n_ff : MOE__REQUIRED);
+    }
+    if (!moe__has(model, MOE__WIDTH_FFN))
+        info->n_ff_exp =
+            moe__load_int(loader, "expert_feed_forward_length", 1, 1 << 24, info->n_ff_exp);
+    if (moe__has(model, MOE__CLAMP_KQV))
+        model->clamp_kqv = (float)moe__load_float(loader, "attention.clamp_kqv", 0);
+    if (model->family->window_period)
+        model->window =
+            moe__load_int(loader, "attention.sliding_window", 1, INT32_MAX, MOE__REQUIRED);
+    if (moe__has(model, MOE__ROUTER_KEYS))
         model->n_dense =
             moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
+    if (moe__has(model, MOE__SHARED_COUNT)) {
         info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
         model->n_ff_shared = info->n_expert_shared
                                  ? (int32_t)moe__min((int64_t)info->n_ff_exp *
@@ -9031,9 +9482,11 @@ typedef struct moe__local {
     float *router_logits;
     int32_t *experts;
     float *expert_weights;
+    float shared_weight;
+    float *wide_q, *wide_k;   /* one token's normed over all heads, if the family does that */
     float *q, *out;           /* MOE__ATTEND_QUERIES gathered queries and their results */
     float *max, *sum;
-    int32_t *n_visible;
+    int32_t *first, *n_visible;
     float *scores;            /* MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS */
     float *w_k, *w_v;         /* MLA: a head's rows of kv_b as floats */
     float *latent, *keys, *values; /* MLA, expanded: one chunk */
@@ -9070,6 +9523,7 @@ struct moe_session {
     float *router_logits;  /* [n][n_expert] */
     int32_t *experts;      /* [n][n_expert_used] */
     float *expert_weights;
+    float *shared_weights; /* [n] */
     moe__acts routed, shared, dense; /* hidden vectors: [n * n_expert_used], [n], [n] */
     int32_t *tokens;       /* 0, 1, 2, ... */
     float *ones;
@@ -9153,12 +9607,18 @@ MOE__PRIVATE void moe__session_layout_local(const moe_session *session, moe__loc
     local->out = moe__take_floats(arena, MOE__ATTEND_QUERIES, width_v);
     local->max = moe__take_floats(arena, 1, n + MOE__ATTEND_QUERIES);
     local->sum = moe__take_floats(arena, 1, n + MOE__ATTEND_QUERIES);
+    local->first = (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
     local->n_visible =
         (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
+    if (moe__has(model, MOE__QK_NORM_WIDE)) {
+        local->wide_q = moe__take_floats(arena, info->n_head, model->head_k);
+        local->wide_k = moe__take_floats(arena, info->n_head_kv, model->head_k);
+    }
     local->scores = moe__take_floats(arena, MOE__ATTEND_QUERIES, MOE__ATTEND_KEYS);
     if (!model->family->mla) return;
     const int64_t nope = model->head_k - model->n_rot, latent = model->kv_lora;
-    moe__acts_take(&local->q_nope, arena, moe__min(n, MOE__MLA_EXPAND), nope,
+    moe__acts_take(&local->q_nope, arena,
+                   moe__max(moe__min(n, MOE__MLA_EXPAND), MOE__GROUP_ROWS), nope,
                    moe__session_find_kinds(model).q_nope);
     local->w_k = moe__take_floats(arena, nope, latent);
     if (n < MOE__MLA_EXPAND) return;
@@ -9173,7 +9633,6 @@ MOE__PRIVATE void moe__session_layout_local(const moe_session *session, moe__loc
 /* Widths of a cached key and value; MLA caches one row per position, without heads. */
 typedef struct moe__kv_shape {
     int64_t n_head, k, v;
-    size_t element; /* bytes per value */
 } moe__kv_shape;
 
 MOE__PRIVATE moe__kv_shape moe__session_kv_shape(const moe_session *session) {
@@ -9182,7 +9641,6 @@ MOE__PRIVATE moe__kv_shape moe__session_kv_shape(const moe_session *session) {
     shape.n_head = model->family->mla ? 1 : model->info.n_head_kv;
     shape.k = model->family->mla ? model->kv_lora + model->n_rot : model->head_k;
     shape.v = model->family->mla ? 0 : model->head_v;
-    shape.element = session->info.kv_type == MOE_KV_F32 ? sizeof(float) : sizeof(uint16_t);
     return shape;
 }
 
@@ -9196,8 +9654,9 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, i
     const uint64_t rows = (uint64_t)info->n_layer * (uint64_t)kv.n_head * (uint64_t)n_ctx;
     const int64_t chunks = (n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
     const int mla = model->family->mla;
-    session->k_cache = (uint8_t *)moe__arena_take(arena, rows, (uint64_t)kv.k * kv.element);
-    session->v_cache = (uint8_t *)moe__arena_take(arena, rows, (uint64_t)kv.v * kv.element);
+    const moe_kv_type type = session->info.kv_type;
+    session->k_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.k));
+    session->v_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.v));
     session->info.kv_bytes = (size_t)arena->used;
     session->residual = moe__take_floats(arena, n, info->n_embd);
     session->rope = moe__take_floats(arena, n, model->n_rot);
@@ -9220,6 +9679,7 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, i
     session->experts = (int32_t *)moe__arena_take(
         arena, (uint64_t)(n * info->n_expert_used), sizeof(int32_t));
     session->expert_weights = moe__take_floats(arena, n, info->n_expert_used);
+    session->shared_weights = moe__take_floats(arena, 1, n);
     moe__acts_take(&session->routed, arena, n * info->n_expert_used, info->n_ff_exp,
                    kinds.routed);
     moe__acts_take(&session->shared, arena, n, moe__max(model->n_ff_shared, 1), kinds.shared);
@@ -9331,7 +9791,7 @@ MOE__PRIVATE moe__kv moe__eval_kv(const moe__eval *e, int il, int value) {
     kv.type = session->info.kv_type;
     kv.n_ctx = session->info.n_ctx;
     kv.width = value ? shape.v : shape.k;
-    kv.row_size = (size_t)kv.width * shape.element;
+    kv.row_size = moe__kv_bytes(kv.type, kv.width);
     kv.data = (value ? session->v_cache : session->k_cache) +
               (size_t)(il * shape.n_head * kv.n_ctx) * kv.row_size;
     return kv;
@@ -9339,16 +9799,42 @@ MOE__PRIVATE moe__kv moe__eval_kv(const moe__eval *e, int il, int value) {
 
 /* ---- grouped-query attention ---------------------------------------------------------------- */
 
+/* The projected query and key of token t; where the family norms them over all heads together, */
+/* after moe__gqa_norm_wide: one token's in this thread's memory, many in place. */
+MOE__INLINE float *moe__gqa_q(const moe__eval *e, int64_t t) {
+    const int64_t n = (int64_t)e->model->info.n_head * e->model->head_k;
+    return e->n == 1 && e->local->wide_q ? e->local->wide_q : e->session->q + t * n;
+}
+MOE__INLINE float *moe__gqa_k(const moe__eval *e, int64_t t) {
+    const int64_t n = (int64_t)e->model->info.n_head_kv * e->model->head_k;
+    return e->n == 1 && e->local->wide_k ? e->local->wide_k : e->session->k + t * n;
+}
+MOE__PRIVATE void moe__gqa_norm_wide(const moe__eval *e, const moe__layer *layer, int64_t t) {
+    const moe_model_info *info = &e->model->info;
+    const int64_t n_q = (int64_t)info->n_head * e->model->head_k;
+    const int64_t n_k = (int64_t)info->n_head_kv * e->model->head_k;
+    const float *q = e->session->q + t * n_q, *k = e->session->k + t * n_k;
+    if (!e->local->wide_q) return;
+    e->kernels->rms_norm(q, layer->q_norm, n_q, e->model->eps, moe__gqa_q(e, t));
+    e->kernels->rms_norm(k, layer->k_norm, n_k, e->model->eps, moe__gqa_k(e, t));
+}
+
+MOE__PRIVATE void moe__gqa_clamp(const moe__eval *e, float *x, int64_t n) {
+    const float most = e->model->clamp_kqv;
+    for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
+}
+
 /* Scales, norms and turns the query of one head; out: head_k floats. */
 MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, int64_t t,
                                  int64_t head, float *out) {
     const moe_model *model = e->model;
     const int64_t d = model->head_k;
-    const float *q = e->session->q + (t * model->info.n_head + head) * d;
-    if (layer->q_norm)
+    const float *q = moe__gqa_q(e, t) + head * d;
+    if (layer->q_norm && !e->local->wide_q)
         e->kernels->rms_norm(q, layer->q_norm, d, model->eps, out);
     else
         memcpy(out, q, (size_t)d * sizeof *out);
+    moe__gqa_clamp(e, out, d);
     moe__rope_apply(&model->rope, moe__eval_rope(e, t), out);
     for (int64_t i = 0; i < d; i++) out[i] *= model->kq_scale;
 }
@@ -9359,18 +9845,35 @@ MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, in
     const moe_model *model = e->model;
     const int64_t d = model->head_k, n_head = model->info.n_head_kv;
     const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
-    float *k = e->session->k + (t * n_head + head) * d;
-    if (layer->k_norm) e->kernels->rms_norm(k, layer->k_norm, d, model->eps, k);
+    float *k = moe__gqa_k(e, t) + head * d;
+    float *v = e->session->v + (t * n_head + head) * model->head_v;
+    if (layer->k_norm && !e->local->wide_k)
+        e->kernels->rms_norm(k, layer->k_norm, d, model->eps, k);
+    moe__gqa_clamp(e, k, d);
+    moe__gqa_clamp(e, v, model->head_v);
     moe__rope_apply(&model->rope, moe__eval_rope(e, t), k);
     moe__kv_store(e->kernels, &keys, moe__kv_row(&keys, head, e->past + t), 0, k, d);
-    moe__kv_store(e->kernels, &values, moe__kv_row(&values, head, e->past + t), 0,
-                  e->session->v + (t * n_head + head) * model->head_v, model->head_v);
+    moe__kv_store(e->kernels, &values, moe__kv_row(&values, head, e->past + t), 0, v,
+                  model->head_v);
+}
+
+/* The first key that a query at this position sees. */
+MOE__INLINE int64_t moe__gqa_first(const moe__layer *layer, int64_t position) {
+    return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
+}
+
+/* A sink is as good as a key that query i saw first, whose value is 0. */
+MOE__INLINE void moe__gqa_sink(const moe__attend_args *a, const moe__layer *layer, int32_t i,
+                               int64_t head) {
+    if (!layer->sinks) return;
+    a->max[i] = layer->sinks[head];
+    a->sum[i] = 1;
 }
 
 MOE__PRIVATE void moe__attend_begin(moe__attend_args *a, const moe__eval *e, int32_t dk,
                                     int32_t dv) {
     memset(a, 0, sizeof *a);
-    a->f32 = e->session->info.kv_type == MOE_KV_F32;
+    a->type = e->session->info.kv_type;
     a->dk = dk;
     a->dv = dv;
     a->q = e->local->q;
@@ -9397,19 +9900,22 @@ MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
     moe_session *session = e->session;
     const int32_t n_kv = model->info.n_head_kv, group = model->info.n_head / n_kv;
     const int64_t n_keys = e->past + 1, dk = model->head_k, dv = model->head_v;
-    const int64_t chunks = (n_keys + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    const int64_t visible = moe__gqa_first(layer, e->past), skipped = visible / MOE__ATTEND_KEYS;
+    const int64_t chunks = (n_keys + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS - skipped;
     const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
     moe__attend_args a;
     moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
+    moe__gqa_norm_wide(e, layer, 0);
     for (int64_t item = e->thread; item < n_kv * chunks; item += e->n_threads) {
         const int64_t head = item / chunks, chunk = item % chunks;
-        const int64_t begin = chunk * MOE__ATTEND_KEYS;
+        const int64_t whole = (skipped + chunk) * MOE__ATTEND_KEYS;
+        const int64_t begin = moe__max(whole, visible);
         if (chunk == chunks - 1) moe__gqa_store(e, layer, il, 0, head);
         a.k = moe__kv_row(&keys, head, begin);
         a.v = moe__kv_row(&values, head, begin);
         a.k_bytes = keys.row_size;
         a.v_bytes = values.row_size;
-        a.n_keys = (int32_t)moe__min(n_keys - begin, MOE__ATTEND_KEYS);
+        a.n_keys = (int32_t)(moe__min(n_keys, whole + MOE__ATTEND_KEYS) - begin);
         for (int32_t i = 0; i < group; i += MOE__ATTEND_QUERIES) {
             const int64_t first = chunk * model->info.n_head + head * group + i;
             a.n_queries = (int32_t)moe__min(group - i, MOE__ATTEND_QUERIES);
@@ -9419,6 +9925,8 @@ MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
             a.sum = session->part_sum + first;
             a.out = session->part_out + first * dv;
             moe__attend_reset(&a);
+            for (int32_t j = 0; chunk == 0 && j < a.n_queries; j++)
+                moe__gqa_sink(&a, layer, j, head * group + i + j);
             e->kernels->attend(&a);
         }
     }
@@ -9426,10 +9934,11 @@ MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
 }
 
 /* Heads' results from their chunks, into session->attn. */
-MOE__PRIVATE void moe__gqa_merge(moe__eval *e) {
+MOE__PRIVATE void moe__gqa_merge(moe__eval *e, const moe__layer *layer) {
     moe_session *session = e->session;
     const int64_t n_head = e->model->info.n_head, dv = e->model->head_v;
-    const int64_t chunks = (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS;
+    const int64_t chunks = (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS -
+                           moe__gqa_first(layer, e->past) / MOE__ATTEND_KEYS;
     int64_t begin, end;
     moe__eval_share(e, n_head, 1, &begin, &end);
     for (int64_t head = begin; head < end; head++)
@@ -9449,13 +9958,16 @@ MOE__PRIVATE void moe__gqa_many(moe__eval *e, const moe__layer *layer, int il) {
     int64_t begin, end;
     moe__attend_args a;
     moe__eval_share(e, e->n, 1, &begin, &end);
-    for (int64_t t = begin; t < end; t++)
+    for (int64_t t = begin; t < end; t++) {
+        moe__gqa_norm_wide(e, layer, t);
         for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, t, head);
+    }
     moe__eval_barrier(e);
     moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
     a.k_bytes = keys.row_size;
     a.v_bytes = values.row_size;
     a.n_visible = e->local->n_visible;
+    if (layer->window) a.first = e->local->first;
     for (int64_t item = e->thread; item < n_kv * blocks; item += e->n_threads) {
         /* Query j of a key-value head is head j % group of token j / group. */
         const int64_t kv_head = item % n_kv, first = item / n_kv * MOE__ATTEND_QUERIES;
@@ -9464,13 +9976,20 @@ MOE__PRIVATE void moe__gqa_many(moe__eval *e, const moe__layer *layer, int il) {
             moe__gqa_query(e, layer, (first + i) / group, kv_head * group + (first + i) % group,
                            e->local->q + i * dk);
         moe__attend_reset(&a);
+        for (int32_t i = 0; i < a.n_queries; i++)
+            moe__gqa_sink(&a, layer, i, kv_head * group + (first + i) % group);
         const int64_t n_keys = e->past + (first + a.n_queries - 1) / group + 1;
-        for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
+        const int64_t skipped =
+            moe__gqa_first(layer, e->past + first / group) / MOE__ATTEND_KEYS;
+        for (int64_t key = skipped * MOE__ATTEND_KEYS; key < n_keys; key += MOE__ATTEND_KEYS) {
             a.k = moe__kv_row(&keys, kv_head, key);
             a.v = moe__kv_row(&values, kv_head, key);
             a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
             for (int32_t i = 0; i < a.n_queries; i++) {
-                int64_t visible = e->past + (first + i) / group + 1 - key;
+                const int64_t position = e->past + (first + i) / group;
+                const int64_t hidden = moe__gqa_first(layer, position) - key;
+                int64_t visible = position + 1 - key;
+                e->local->first[i] = (int32_t)moe__max(0, moe__min(hidden, a.n_keys));
                 e->local->n_visible[i] = (int32_t)moe__max(0, moe__min(visible, a.n_keys));
             }
             e->kernels->attend(&a);
@@ -9501,16 +10020,15 @@ MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
     const int64_t nope = e->model->head_k - e->model->n_rot, latent = e->model->kv_lora;
     float *w_k = e->local->w_k;
     if (layer->kv_b.data) {
-        for (int64_t i = 0; i < nope; i++)
-            e->kernels->type[layer->kv_b.index].dequantize(
-                moe__matrix_row(&layer->kv_b, (int32_t)head, i), latent, w_k + i * latent);
+        moe__matrix_to_f32(e->kernels, &layer->kv_b, (int32_t)head, 0, nope, w_k);
         return;
     }
-    for (int64_t r = 0; r < latent; r++) { /* k_b is stored transposed: {nope, latent} */
-        float *row = moe__acts_f32(&e->local->q_nope, 0);
-        e->kernels->type[layer->k_b.index].dequantize(
-            moe__matrix_row(&layer->k_b, (int32_t)head, r), nope, row);
-        for (int64_t i = 0; i < nope; i++) w_k[i * latent + r] = row[i];
+    const int64_t group = layer->k_b.type->rows;
+    for (int64_t r = 0; r < latent; r += group) { /* k_b is stored transposed: {nope, latent} */
+        float *rows = moe__acts_f32(&e->local->q_nope, 0);
+        moe__matrix_to_f32(e->kernels, &layer->k_b, (int32_t)head, r, group, rows);
+        for (int64_t k = 0; k < group; k++)
+            for (int64_t i = 0; i < nope; i++) w_k[i * latent + r + k] = rows[k * nope + i];
     }
 }
 
@@ -9636,12 +10154,14 @@ MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__kv *cache, int6
     const moe_model *model = e->model;
     moe__local *local = e->local;
     const int64_t latent = model->kv_lora, dk = model->head_k, nope = dk - model->n_rot;
-    const int type = cache->type == MOE_KV_F32 ? MOE__INDEX_F32 : MOE__INDEX_F16;
-    const size_t element = cache->row_size / (size_t)cache->width;
+    const int type = cache->type == MOE_KV_F32   ? MOE__INDEX_F32
+                     : cache->type == MOE_KV_F16 ? MOE__INDEX_F16
+                                                 : MOE__INDEX_Q8_0;
+    const size_t turned = moe__kv_bytes(cache->type, latent);
     for (int64_t j = 0; j < n_keys; j++) {
         const uint8_t *row = moe__kv_row(cache, 0, begin + j);
         e->kernels->type[type].dequantize(row, latent, local->latent + j * latent);
-        e->kernels->type[type].dequantize(row + (size_t)latent * element, model->n_rot,
+        e->kernels->type[type].dequantize(row + turned, model->n_rot,
                                           local->keys + j * dk + nope);
         local->latent_rows[j] = local->latent + j * latent;
     }
@@ -9671,15 +10191,13 @@ MOE__PRIVATE void moe__mla_attend_many(moe__eval *e, const moe__layer *layer, in
     a.v = local->values;
     a.k_bytes = (size_t)dk * sizeof(float);
     a.v_bytes = (size_t)dv * sizeof(float);
-    a.f32 = 1;
+    a.type = MOE_KV_F32;
     a.n_visible = local->n_visible;
     a.out_stride = n_head * dv;
     for (int64_t head = e->thread; head < n_head; head += e->n_threads) {
         float *out = moe__acts_f32(&e->session->attn, 0) + head * dv;
         moe__mla_key_rows(e, layer, head);
-        for (int64_t i = 0; i < dv; i++)
-            e->kernels->type[layer->v_b.index].dequantize(
-                moe__matrix_row(&layer->v_b, (int32_t)head, i), latent, local->w_v + i * latent);
+        moe__matrix_to_f32(e->kernels, &layer->v_b, (int32_t)head, 0, dv, local->w_v);
         for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
             moe__mla_expand(e, &cache, key, moe__min(n_keys - key, MOE__ATTEND_KEYS));
             for (int64_t first = 0; first < e->n; first += MOE__ATTEND_QUERIES) {
@@ -9765,11 +10283,22 @@ MOE__PRIVATE void moe__forward_attention(moe__eval *e, const moe__layer *layer, 
         moe__eval_barrier(e);
         if (e->n == 1) {
             moe__gqa_one(e, layer, il);
-            moe__gqa_merge(e);
+            moe__gqa_merge(e, layer);
         } else {
             moe__gqa_many(e, layer, il);
         }
     }
+}
+
+/* The weight of the shared experts for token t. */
+MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer,
+                                     const moe__acts *x, int64_t t) {
+    const int64_t n = e->model->info.n_embd;
+    float z;
+    if (!layer->shared_gate) return 1;
+    e->kernels->type[MOE__INDEX_F32].dot((const uint8_t *)layer->shared_gate,
+                                         (size_t)n * sizeof z, 1, n, moe__acts_f32(x, t), &z);
+    return 1 / (1 + expf(-z));
 }
 
 /* Which experts see which tokens: one entry per active expert, then the shared ones. */
@@ -9787,19 +10316,23 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, cons
         memcpy(local->router_logits, session->router_logits, row_bytes);
         moe__router_select(e->kernels, router, local->router_logits, layer->router_bias,
                            local->experts, local->expert_weights);
+        local->shared_weight = moe__route_shared(e, layer, x, 0);
     } else {
         int64_t begin, end;
         moe__eval_share(e, e->n, 1, &begin, &end);
-        for (int64_t t = begin; t < end; t++)
+        for (int64_t t = begin; t < end; t++) {
             moe__router_select(e->kernels, router, session->router_logits + t * router->n_expert,
                                layer->router_bias, session->experts + t * router->n_used,
                                session->expert_weights + t * router->n_used);
+            session->shared_weights[t] = moe__route_shared(e, layer, x, t);
+        }
         moe__eval_barrier(e);
     }
     moe__plan_routed(&local->plan, &layer->experts, router, experts, weights, e->n,
                      one ? &local->routed : &session->routed);
     if (layer->shared.gate.data)
-        moe__plan_all(&local->plan, &layer->shared, e->n, session->tokens, session->ones,
+        moe__plan_all(&local->plan, &layer->shared, e->n, session->tokens,
+                      one ? &local->shared_weight : session->shared_weights,
                       one ? &local->shared : &session->shared);
 }
 
@@ -9850,8 +10383,7 @@ MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
     int64_t begin, end;
     moe__eval_share(e, e->n, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++)
-        e->kernels->type[embd->index].dequantize(moe__matrix_row(embd, 0, e->tokens[t]), n_embd,
-                                                 session->residual + t * n_embd);
+        moe__matrix_to_f32(e->kernels, embd, 0, e->tokens[t], 1, session->residual + t * n_embd);
     if (e->n == 1)
         moe__rope_table(&model->rope, e->past, e->local->rope);
     else
@@ -9941,9 +10473,16 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
         o->n_threads > MOE_MAX_THREADS || o->n_threads_batch > MOE_MAX_THREADS)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "options",
                          "n_ctx, n_batch or a thread count is out of range");
-    if (o->kv_type != MOE_KV_F16 && o->kv_type != MOE_KV_F32)
+    if ((unsigned)o->kv_type > MOE_KV_F32)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
-                         "cache type %d is not supported: F16 and F32 are", (int)o->kv_type);
+                         "cache type %d is not supported: F16, Q8_0 and F32 are",
+                         (int)o->kv_type);
+    const int first = model->family->mla ? model->kv_lora : model->head_k;
+    const int then = model->family->mla ? model->n_rot : model->head_v;
+    if (o->kv_type == MOE_KV_Q8_0 && (first % 32 || then % 32))
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
+                         "a Q8_0 cache needs widths that are multiples of 32: here %d and %d",
+                         first, then);
     session->schedule = moe__schedule_find(o->schedule);
     if (!session->schedule)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "schedule",
@@ -10003,7 +10542,11 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
     }
     *session = draft;
     session->allocator = model->allocator;
-    session->memory = moe__alloc(&session->allocator, (size_t)size);
+    session->memory = moe__alloc_unset(&session->allocator, (size_t)size);
+    if (session->memory) { /* the cache is its begin; huge pages only before it is touched */
+        moe__gguf_advise((uint8_t *)session->memory, size, 14 /* MADV_HUGEPAGE */);
+        memset(session->memory, 0, (size_t)size);
+    }
     /* Rows of logits that are never used are never touched. */
     session->logits = (float *)moe__alloc_unset(&session->allocator, (size_t)logits);
     if (!session->memory || !session->logits) {

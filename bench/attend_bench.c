@@ -12,7 +12,9 @@ static volatile float sink;
 
 typedef struct use {
     const char *name;
-    int n_queries, dk, dv, f32, causal;
+    int n_queries, dk, dv;
+    moe_kv_type type;
+    int causal;
     int heads;       /* cache rows of this many heads lie side by side: the stride of a key */
     int same_memory; /* values are the front of the keys (MLA) */
     size_t bytes;    /* of cache that is walked through: more than the caches = from memory */
@@ -79,7 +81,7 @@ static void run(const moe__kernels *kernels, const use *u, uint8_t *memory) {
     static double rate[MAX_SAMPLES], part[MAX_SAMPLES];
     static double bandwidth[MAX_SAMPLES], of_read[MAX_SAMPLES];
     int32_t visible[QUERIES];
-    const size_t width = u->f32 ? 4 : 2, row = (size_t)u->dk * width;
+    const size_t row = moe__kv_bytes(u->type, u->dk);
     const size_t block = row * (size_t)u->heads * KEYS, halves = u->same_memory ? 1 : 2;
     const size_t n_blocks = (u->bytes / halves) / block ? (u->bytes / halves) / block : 1;
     double fma = 0, bytes = 0;
@@ -91,7 +93,7 @@ static void run(const moe__kernels *kernels, const use *u, uint8_t *memory) {
     moe__attend_args a;
     memset(&a, 0, sizeof a);
     a.q = q, a.q_stride = u->dk, a.k_bytes = a.v_bytes = row * (size_t)u->heads;
-    a.f32 = u->f32, a.dk = u->dk, a.dv = u->dv, a.n_queries = u->n_queries, a.n_keys = KEYS;
+    a.type = u->type, a.dk = u->dk, a.dv = u->dv, a.n_queries = u->n_queries, a.n_keys = KEYS;
     a.n_visible = visible, a.max = max, a.sum = sum, a.out = out, a.out_stride = u->dv;
     a.scores = scores;
     for (int i = 0; i < u->n_queries; i++) fma += (double)visible[i] * (u->dk + u->dv);
@@ -129,22 +131,35 @@ static void run(const moe__kernels *kernels, const use *u, uint8_t *memory) {
 
 int main(int argc, char **argv) {
     const size_t large = (size_t)384 << 20, hot = 1 << 18;
+    const moe_kv_type F16 = MOE_KV_F16, Q8 = MOE_KV_Q8_0, F32 = MOE_KV_F32;
     const use uses[] = {
-        {"prefill 32 queries, d 128, f16", 32, 128, 128, 0, 0, 1, 0, hot},
-        {"prefill 32 queries, d 128, f16, causal", 32, 128, 128, 0, 1, 1, 0, hot},
-        {"prefill 32 queries, d 128, f32", 32, 128, 128, 1, 0, 1, 0, hot},
-        {"prefill 32 queries, d 64, f16", 32, 64, 64, 0, 0, 1, 0, hot},
-        {"prefill 32 queries, MLA expanded 192/192", 32, 192, 192, 0, 1, 1, 0, hot},
-        {"prefill 32 queries, MLA absorbed 576/512", 32, 576, 512, 0, 0, 1, 1, hot},
-        {"decode 1 query, d 128, rows of one head", 1, 128, 128, 0, 0, 1, 0, large},
-        {"decode 4 queries, d 128, rows of one head", 4, 128, 128, 0, 0, 1, 0, large},
-        {"decode 8 queries, d 128, rows of one head", 8, 128, 128, 0, 0, 1, 0, large},
-        {"decode 8 queries, d 128, rows of 4 heads", 8, 128, 128, 0, 0, 4, 0, large},
-        {"decode 8 queries, d 128, rows of 8 heads", 8, 128, 128, 0, 0, 8, 0, large},
-        {"decode 1 query, d 128, in cache", 1, 128, 128, 0, 0, 1, 0, hot},
-        {"decode 8 queries, d 128, in cache", 8, 128, 128, 0, 0, 1, 0, hot},
-        {"decode MLA 16 queries, 576/512", 16, 576, 512, 0, 0, 1, 1, large},
-        {"decode MLA 16 queries, 576/512, in cache", 16, 576, 512, 0, 0, 1, 1, hot},
+        {"prefill 32 queries, d 128, f16", 32, 128, 128, F16, 0, 1, 0, hot},
+        {"prefill 32 queries, d 128, f16, causal", 32, 128, 128, F16, 1, 1, 0, hot},
+        {"prefill 32 queries, d 128, f32", 32, 128, 128, F32, 0, 1, 0, hot},
+        {"prefill 32 queries, d 64, f16", 32, 64, 64, F16, 0, 1, 0, hot},
+        {"prefill 32 queries, MLA expanded 192/192", 32, 192, 192, F16, 1, 1, 0, hot},
+        {"prefill 32 queries, MLA absorbed 576/512", 32, 576, 512, F16, 0, 1, 1, hot},
+        {"decode 1 query, d 128, rows of one head", 1, 128, 128, F16, 0, 1, 0, large},
+        {"decode 4 queries, d 128, rows of one head", 4, 128, 128, F16, 0, 1, 0, large},
+        {"decode 8 queries, d 128, rows of one head", 8, 128, 128, F16, 0, 1, 0, large},
+        {"decode 8 queries, d 128, rows of 4 heads", 8, 128, 128, F16, 0, 4, 0, large},
+        {"decode 8 queries, d 128, rows of 8 heads", 8, 128, 128, F16, 0, 8, 0, large},
+        {"decode 1 query, d 128, in cache", 1, 128, 128, F16, 0, 1, 0, hot},
+        {"decode 8 queries, d 128, in cache", 8, 128, 128, F16, 0, 1, 0, hot},
+        {"decode MLA 16 queries, 576/512", 16, 576, 512, F16, 0, 1, 1, large},
+        {"decode MLA 16 queries, 576/512, in cache", 16, 576, 512, F16, 0, 1, 1, hot},
+        {"prefill 32 queries, d 128, q8_0", 32, 128, 128, Q8, 0, 1, 0, hot},
+        {"prefill 32 queries, MLA absorbed, q8_0", 32, 576, 512, Q8, 0, 1, 1, hot},
+        {"decode 1 query, d 128, q8_0", 1, 128, 128, Q8, 0, 1, 0, large},
+        {"decode 2 queries, d 128, q8_0", 2, 128, 128, Q8, 0, 1, 0, large},
+        {"decode 3 queries, d 128, q8_0", 3, 128, 128, Q8, 0, 1, 0, large},
+        {"decode 4 queries, d 128, q8_0", 4, 128, 128, Q8, 0, 1, 0, large},
+        {"decode 8 queries, d 128, q8_0", 8, 128, 128, Q8, 0, 1, 0, large},
+        {"decode 16 queries, d 128, q8_0", 16, 128, 128, Q8, 0, 1, 0, large},
+        {"decode 1 query, d 128, q8_0, in cache", 1, 128, 128, Q8, 0, 1, 0, hot},
+        {"decode 8 queries, d 128, q8_0, in cache", 8, 128, 128, Q8, 0, 1, 0, hot},
+        {"decode MLA 8 queries, q8_0", 8, 576, 512, Q8, 0, 1, 1, large},
+        {"decode MLA 16 queries, q8_0", 16, 576, 512, Q8, 0, 1, 1, large},
     };
     if (argc > 1) bench_seconds = atof(argv[1]);
     const char *only = argc > 2 ? argv[2] : "";

@@ -149,6 +149,16 @@ static const synth_config synth_configs[] = {
      .lead = 1, .n_exp = 4, .n_used = 2, .n_ff_exp = 32, .n_shared = 1, .gating = 2, .norm_w = 1,
      .bias = 1, .groups = 2, .groups_used = 1, .scale = 2.5f, .yarn_factor = 40,
      .yarn_ctx = 4096, .yarn_log = 0.1f},
+    {.name = "micro_mixtral", .arch = "llama", .n_layer = 2, .n_embd = 32, .vocab = 264,
+     .n_head = 2, .n_kv = 1, .head_dim = 16, .n_ff = 32, .n_exp = 4, .n_used = 2, .n_ff_exp = 32},
+    {.name = "micro_qwen2", .arch = "qwen2moe", .n_layer = 2, .n_embd = 32, .vocab = 264,
+     .n_head = 2, .n_kv = 1, .head_dim = 16, .n_ff = 64, .n_exp = 4, .n_used = 2, .n_ff_exp = 32,
+     .n_ff_shexp = 64},
+    {.name = "micro_olmoe", .arch = "olmoe", .n_layer = 2, .n_embd = 32, .vocab = 264,
+     .n_head = 2, .n_kv = 2, .head_dim = 16, .n_ff = 32, .n_exp = 4, .n_used = 2, .n_ff_exp = 32},
+    {.name = "micro_oss", .arch = "gpt-oss", .n_layer = 3, .n_embd = 32, .vocab = 264,
+     .n_head = 4, .n_kv = 1, .head_dim = 16, .n_ff = 32, .n_exp = 4, .n_used = 2, .n_ff_exp = 32,
+     .yarn_factor = 32, .yarn_ctx = 4096, .window = 6},
 
     /* Feature by feature; odd widths, so for float types only where not a multiple of 32. */
     {.name = "t_qwen_odd", .arch = "qwen3moe", .n_layer = 2, .n_embd = 36, .vocab = 277,
@@ -159,6 +169,13 @@ static const synth_config synth_configs[] = {
     {.name = "t_qwen_yarn", .arch = "qwen3moe", .n_layer = 2, .n_embd = 64, .vocab = 288,
      .n_head = 4, .n_kv = 4, .head_dim = 32, .n_ff = 32, .n_exp = 16, .n_used = 8, .n_ff_exp = 40,
      .yarn_factor = 4, .yarn_ctx = 512},
+    {.name = "t_olmoe_odd", .arch = "olmoe", .n_layer = 2, .n_embd = 36, .vocab = 277, .n_head = 3,
+     .n_kv = 3, .head_dim = 10, .n_ff = 27, .n_exp = 5, .n_used = 3, .n_ff_exp = 27},
+    {.name = "t_oss_odd", .arch = "gpt-oss", .n_layer = 2, .n_embd = 36, .vocab = 277, .n_head = 3,
+     .n_kv = 1, .head_dim = 10, .n_ff = 27, .n_exp = 5, .n_used = 3, .n_ff_exp = 27, .window = 1},
+    {.name = "t_oss_wide", .arch = "gpt-oss", .n_layer = 3, .n_embd = 64, .vocab = 264,
+     .n_head = 4, .n_kv = 4, .head_dim = 16, .n_ff = 32, .n_exp = 4, .n_used = 4, .n_ff_exp = 32,
+     .yarn_factor = 8, .yarn_ctx = 256, .window = 33},
     {.name = "t_mla_plain", .arch = "deepseek2", .n_layer = 3, .n_embd = 64, .vocab = 283,
      .n_head = 3, .kv_lora = 64, .nope = 24, .rope = 12, .v_dim = 40, .n_ff = 72, .lead = 0,
      .n_exp = 6, .n_used = 2, .n_ff_exp = 44, .n_shared = 0, .gating = 1, .norm_w = 1},
@@ -199,20 +216,26 @@ typedef struct synth_type {
 } synth_type;
 
 static const synth_type synth_types[] = {
-    {"f32", 0, 1, 4, NULL},         {"f16", 1, 1, 2, NULL},         {"bf16", 30, 1, 2, NULL},
-    {"q4_0", 2, 32, 18, "f16"},     {"q8_0", 8, 32, 34, "f16"},     {"q4_K", 12, 256, 144, "q4_0"},
-    {"q5_K", 13, 256, 176, "q8_0"}, {"q6_K", 14, 256, 210, "q8_0"},
+    {"f32", 0, 1, 4, NULL},         {"f16", 1, 1, 2, NULL},
+    {"bf16", 30, 1, 2, NULL},       {"q4_0", 2, 32, 18, "f16"},
+    {"q4_1", 3, 32, 20, "f16"},     {"q5_0", 6, 32, 22, "f16"},
+    {"q5_1", 7, 32, 24, "f16"},     {"q8_0", 8, 32, 34, "f16"},
+    {"q2_K", 10, 256, 84, "q4_0"},  {"q3_K", 11, 256, 110, "q4_0"},
+    {"q4_K", 12, 256, 144, "q5_0"}, {"q5_K", 13, 256, 176, "q5_1"},
+    {"q6_K", 14, 256, 210, "q8_0"}, {"iq4_nl", 20, 32, 18, "f16"},
+    {"iq4_xs", 23, 256, 136, "iq4_nl"}, {"mxfp4", 39, 32, 17, "q8_0"},
 };
 enum { SYNTH_N_TYPES = sizeof synth_types / sizeof synth_types[0] };
 
 /* A mix: one type for most tensors, another for those that matter most. */
 typedef struct synth_mix {
-    const char *name, *base, *down, *head, *v;
+    const char *name, *base, *down, *head, *v, *experts;
 } synth_mix;
 
 static const synth_mix synth_mixes[] = {
-    {"q4_K_M", "q4_K", "q6_K", "q6_K", "q6_K"},
-    {"q5_K_M", "q5_K", "q6_K", "q6_K", "q6_K"},
+    {"q4_K_M", "q4_K", "q6_K", "q6_K", "q6_K", "q4_K"},
+    {"q5_K_M", "q5_K", "q6_K", "q6_K", "q6_K", "q5_K"},
+    {"mxfp4", "q8_0", "mxfp4", "q8_0", "q8_0", "mxfp4"}, /* only experts are made of it */
 };
 enum { SYNTH_N_MIXES = sizeof synth_mixes / sizeof synth_mixes[0] };
 
@@ -351,8 +374,20 @@ static void synth_put_scales(unsigned char *p, uint64_t random) {
     }
 }
 
+/* Q2_K's 4-bit scales and minima: 8..15, each minimum the same as its scale. */
+static void synth_put_scales_q2(unsigned char *p) {
+    for (int j = 0; j < 16; j++) p[j] = (unsigned char)(((p[j] & 15) | 8) * 17);
+}
+
+/* MXFP4's scale, a power of two: mostly the one nearest to d, sometimes half or twice that. */
+static unsigned char synth_exponent(float d, uint64_t random) {
+    int e = 127 + (int)lrintf(log2f(d)) + (int)(random % 3) - 1;
+    return (unsigned char)(e < 1 ? 1 : e > 250 ? 250 : e);
+}
+
 /* Blocks of random bytes whose scales give the wanted standard deviation (whose integers have */
-/* a deviation of 4.61 with 4 bits, 9.23 with 5, 18.5 with 6, 73.9 with 8). */
+/* a deviation of 1.12 with 2 bits, 2.34 with 3, 4.61 with 4, 9.23 with 5, 18.5 with 6, 73.9 with */
+/* 8, 67.5 as IQ4's table, 2.93 as MXFP4's). */
 static void synth_fill_random(const synth_tensor *t, uint64_t first, uint64_t n,
                               unsigned char *out) {
     uint32_t bytes = t->type->bytes, words = (bytes + 7) / 8;
@@ -366,7 +401,23 @@ static void synth_fill_random(const synth_tensor *t, uint64_t first, uint64_t n,
         float d = t->std * synth_jitter(t->seed, b);
         switch (t->type->id) {
         case 2: synth_put_half(out, d / 4.61f); break;
+        case 3:
+            synth_put_half(out, d / 4.61f);
+            synth_put_half(out + 2, d / 4.61f * -7.5f);
+            break;
+        case 6: synth_put_half(out, d / 9.23f); break;
+        case 7:
+            synth_put_half(out, d / 9.23f);
+            synth_put_half(out + 2, d / 9.23f * -15.5f);
+            break;
         case 8: synth_put_half(out, d / 73.9f); break;
+        case 10:
+            d /= 1.12f * 11.7f;
+            synth_put_scales_q2(out);
+            synth_put_half(out + 80, d);
+            synth_put_half(out + 82, d * 1.5f);
+            break;
+        case 11: synth_put_half(out + 108, d / (2.34f * 18.5f)); break;
         case 12:
         case 13:
             d /= (t->type->id == 12 ? 4.61f : 9.23f) * 39.5f;
@@ -375,6 +426,9 @@ static void synth_fill_random(const synth_tensor *t, uint64_t first, uint64_t n,
             synth_put_scales(out + 4, synth_random(~t->seed, ~b));
             break;
         case 14: synth_put_half(out + 208, d / (18.5f * 73.9f)); break;
+        case 20: synth_put_half(out, d / 67.5f); break;
+        case 23: synth_put_half(out, d / (67.5f * 18.5f)); break;
+        case 39: out[0] = synth_exponent(t->std / (2.93f * 1.32f), x >> 8); break;
         }
     }
 }
@@ -676,6 +730,7 @@ static const synth_type *synth_pick(const synth_file *f, synth_role role, uint64
     const synth_type *type = f->base;
     if (role >= SYNTH_ROUTER) return synth_find_type("f32");
     if (f->mix && role == SYNTH_DOWN) type = synth_find_type(f->mix->down);
+    if (f->mix && role == SYNTH_EXPERT) type = synth_find_type(f->mix->experts);
     if (f->mix && role == SYNTH_HEAD) type = synth_find_type(f->mix->head);
     if (f->mix && (role == SYNTH_V || role == SYNTH_V_B)) type = synth_find_type(f->mix->v);
     if (f->o->kvb == SYNTH_KVB_BOTH && role >= SYNTH_KV_B && type->block > 1)
@@ -979,8 +1034,9 @@ static void synth_help(FILE *out) {
     fputs("usage: moe-synth SHAPE OUT.gguf [options]\n"
           "Writes a GGUF file of a Mixture-of-Experts model with seeded random weights.\n"
           "\n"
-          "  --type T       f32 (default), f16, bf16, q4_0, q8_0, q4_K, q5_K, q6_K, or a mix:\n"
-          "                 q4_K_M, q5_K_M (down projections, values and output in q6_K)\n"
+          "  --type T       f32 (default), f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_K, q3_K,\n"
+          "                 q4_K, q5_K, q6_K, iq4_nl, iq4_xs, or a mix: q4_K_M, q5_K_M (down\n"
+          "                 projections, values and output in q6_K), mxfp4 (experts; rest q8_0)\n"
           "  --layers N     instead of the shape's own number\n"
           "  --vocab N      tokens, at least 259\n"
           "  --seed N       of the random numbers (default 1)\n"
@@ -992,8 +1048,9 @@ static void synth_help(FILE *out) {
           "  --list         shapes and types\n"
           "  --help\n"
           "\n"
-          "Rows that are not a multiple of a type's block take another: q4_K takes q4_0, q5_K and\n"
-          "q6_K take q8_0, blocks of 32 take f16. Norms, biases and routers are f32.\n"
+          "Rows that are not a multiple of a type's block take another: q2_K and q3_K take q4_0,\n"
+          "q4_K q5_0, q5_K q5_1, q6_K q8_0, iq4_xs iq4_nl, blocks of 32 take f16. Norms, biases\n"
+          "and routers are f32.\n"
           "Exit codes: 0 done, 1 the file could not be written, 2 wrong arguments.\n",
           out);
 }

@@ -20,11 +20,11 @@ static struct settings {
     float temp, top_p, min_p, repeat_penalty;
     int32_t top_k, repeat_last_n;
     uint64_t seed;
-    int32_t kv_type, schedule, isa;
+    int32_t k_type, v_type, schedule, isa, kv_type;
     int mmap, escape, ignore_eos, special;
     int info, help, version;
 } set = {NULL, NULL, NULL, -1, -1, -1, -1, 512, 0.8f, 0.95f, 0.05f, 1.0f, 40, 64, UINT64_MAX,
-         0, 0, 0, 1, 1, 0, 0, 0, 0, 0};
+         -1, -1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0};
 
 /* Words for an enumeration stand in the order of its values. */
 static const tool_option options[] = {
@@ -72,8 +72,10 @@ static const tool_option options[] = {
      "threads (default -1: the physical cores we may use)"},
     {"-tb, --threads-batch", "N", TOOL_INT, &set.n_threads_batch, -1, MOE_MAX_THREADS,
      "threads for the prompt (default -1: as -t)"},
-    {"-ctk, --cache-type-k", "f16|q8_0|f32", TOOL_CHOICE, &set.kv_type, 0, 0,
+    {"-ctk, --cache-type-k", "f16|q8_0|f32", TOOL_CHOICE, &set.k_type, 0, 0,
      "what keys and values are kept as (default f16)"},
+    {"-ctv, --cache-type-v", "f16|q8_0|f32", TOOL_CHOICE, &set.v_type, 0, 0,
+     "the same (llama.cpp sets them one by one: here they are\none)"},
     {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "read the model into memory; do not map it"},
     {"--schedule", "default|sequential|parallel|balanced", TOOL_CHOICE, &set.schedule, 0, 0,
      "how threads share the experts (only sequential exists so\nfar)"},
@@ -597,6 +599,7 @@ static uint64_t clock_seed(void) {
 int main(int argc, char **argv) {
     int status = tool_parse(program, options, argc, argv);
     if (status) return status;
+    if (!tool_kv_type(program, set.k_type, set.v_type, &set.kv_type)) return TOOL_USAGE;
     if (set.help) {
         show_help();
     } else if (set.version) {

@@ -238,6 +238,15 @@ static inline int tool_parse(const char *program, const tool_option *table, int 
     return TOOL_OK;
 }
 
+/* One type for keys and values from what -ctk and -ctv say, -1: nothing. 0 (said so) if they are
+ * different: a cache has one type. */
+static inline int tool_kv_type(const char *program, int32_t k, int32_t v, int32_t *out) {
+    *out = k >= 0 ? k : v >= 0 ? v : 0;
+    if (k < 0 || v < 0 || k == v) return 1;
+    fprintf(stderr, "%s: -ctk and -ctv: keys and values are kept as the same type\n", program);
+    return 0;
+}
+
 /* The table as text: names and value on the left, the sentence on the right. */
 static inline void tool_help(FILE *out, const tool_option *table) {
     for (const tool_option *o = table; o->names; o++) {

@@ -1,7 +1,7 @@
-/* A deliberately naive forward pass of qwen3moe and deepseek2, for tests only: double precision,
- * plain loops, no cache, no batching, nothing absorbed or fused. It reads the file with the public
- * functions alone and follows the formulas word for word, so that it can serve as their
- * documentation and as the judge of the engine.
+/* A deliberately naive forward pass of deepseek2, qwen2moe, qwen3moe, olmoe, gpt-oss and llama with
+ * experts (Mixtral), for tests only: double precision, plain loops, no cache, no batching, nothing
+ * absorbed or fused. It reads the file with the public functions alone and follows the formulas
+ * word for word, so that it can serve as their documentation and as the judge of the engine.
  *
  *     x = token_embd[token]
  *     for each layer:   x += attention(rms(x, attn_norm));   x += mlp(rms(x, ffn_norm))
@@ -16,10 +16,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Two roundings that an engine does on purpose, so that wrong results can be told from rounded */
+/* Roundings that an engine does on purpose, so that wrong results can be told from rounded */
 /* ones. NULL or zeros: none. */
 typedef struct naive_options {
     int kv_f16;           /* what is cached (keys, values, latents): to half precision */
+    int kv_q8_0;          /* the same: to 8 bits per value, blocks of 32 with an f16 scale */
     int activations_int8; /* inputs of quantized matrices: to 8 bits, in steps of max |x| / 127 */
                           /* within a block of the matrix's type */
 } naive_options;
@@ -27,7 +28,10 @@ typedef struct naive_options {
 typedef struct naive_model {
     const moe_gguf *gguf;
     naive_options options;
-    int mla; /* deepseek2, else qwen3moe */
+    char family[32];
+    int mla;       /* deepseek2; the others have grouped-query attention */
+    int rope_norm; /* rotated pairs are neighbours: deepseek2, llama */
+    int oss;       /* gpt-oss */
     int n_layer, n_embd, n_vocab, n_head, n_head_kv;
     int dk, dv;             /* width of a head's query and key, and of its value */
     int n_rot;              /* values of a head that are rotated */
@@ -39,6 +43,9 @@ typedef struct naive_model {
     int n_group, n_group_used;
     double eps, softmax_scale;
     double rope_base, rope_factor, rope_mul; /* rope_mul: factor of cos and sin */
+    const float *rope_factors; /* NULL, or what the angles are divided by */
+    double clamp_kqv;       /* olmoe: queries, keys and values stay within this; 0: no bound */
+    int window;             /* gpt-oss, even layers: a token sees itself and window - 1 others */
     int yarn;
     double yarn_low, yarn_high; /* the ramp, in pairs of values */
     void *memory[256];      /* what is allocated, freed in reverse order */
@@ -58,6 +65,7 @@ static void *naive_alloc(naive_model *m, size_t count, size_t size) {
 typedef struct naive_matrix {
     const float *w; /* row by row */
     int block;      /* of the type that the weights had in the file */
+    const float *bias; /* NULL: none, or added by the caller */
 } naive_matrix;
 
 static double *naive_doubles(naive_model *m, size_t n) {
@@ -70,7 +78,7 @@ static void naive_free_down_to(naive_model *m, int n_memory) {
 /* A key of the model's family. */
 static const moe_gguf_value *naive_key(const naive_model *m, const char *key) {
     char full[128];
-    snprintf(full, sizeof full, "%s.%s", m->mla ? "deepseek2" : "qwen3moe", key);
+    snprintf(full, sizeof full, "%s.%s", m->family, key);
     return moe_gguf_find_value(m->gguf, full);
 }
 static int naive_int(const naive_model *m, const char *key, int fallback) {
@@ -100,14 +108,17 @@ static const moe_gguf_tensor *naive_find(const naive_model *m, int layer, const 
 }
 
 /* NAME.scale, if the file has it, multiplies the products with NAME.weight: one factor for all, */
-/* or one per expert. Here it multiplies the weights. deepseek2 knows it for attn_output only (so */
-/* say the reference results: other scales in such a file do not count). */
+/* or one per expert. Here it multiplies the weights. deepseek2 knows it for attn_output only, */
+/* some others for the attention only (so say the reference results: other scales in such a file */
+/* do not count). */
 static void naive_apply_scale(naive_model *m, int layer, const char *name, float *w,
                               int64_t count) {
     char other[64];
     size_t stem = strlen(name) - strlen("weight");
     if (strlen(name) < 8 || strcmp(name + stem, "weight") != 0) return;
+    int everywhere = !strcmp(m->family, "qwen3moe") || !strcmp(m->family, "llama");
     if (m->mla && strcmp(name, "attn_output.weight") != 0) return;
+    if (!everywhere && strncmp(name, "attn_", 5) != 0) return;
     snprintf(other, sizeof other, "%.*sscale", (int)stem, name);
     const moe_gguf_tensor *t = naive_find(m, layer, other);
     if (!t || t->type != MOE_TYPE_F32) return;
@@ -139,7 +150,7 @@ static naive_matrix naive_get_matrix(naive_model *m, int layer, const char *name
                                      int64_t n_out) {
     const moe_gguf_tensor *t = naive_find(m, layer, name);
     naive_matrix matrix = {naive_weights(m, layer, name, n_in * n_out),
-                           t ? (int)moe_type_block(t->type) : 1};
+                           t ? (int)moe_type_block(t->type) : 1, NULL};
     return matrix;
 }
 
@@ -158,13 +169,25 @@ static void naive_round_int8(const double *x, int n, int block, double *rounded)
     }
 }
 
-/* n values rounded to half precision: 11 bits, in steps of 2^-24 at least. */
-static void naive_round_f16(const naive_model *m, double *x, int n) {
-    for (int i = 0; i < n && m->options.kv_f16; i++) {
-        int exponent;
-        frexp(x[i], &exponent);
-        double step = ldexp(1, exponent - 11 > -24 ? exponent - 11 : -24);
-        x[i] = rint((double)(float)x[i] / step) * step;
+/* To half precision: 11 bits, in steps of 2^-24 at least. */
+static double naive_f16(double x) {
+    int exponent;
+    frexp(x, &exponent);
+    double step = ldexp(1, exponent - 11 > -24 ? exponent - 11 : -24);
+    return rint((double)(float)x / step) * step;
+}
+
+/* n cached values; for Q8_0 whole blocks of 32: scale max |x| / 127 as f16, then levels. */
+static void naive_round_cached(const naive_model *m, double *x, int n) {
+    for (int i = 0; i < n && m->options.kv_f16; i++) x[i] = naive_f16(x[i]);
+    for (int start = 0; start < n && m->options.kv_q8_0; start += 32) {
+        float largest = 0;
+        for (int i = start; i < start + 32; i++) largest = fmaxf(largest, fabsf((float)x[i]));
+        double scale = naive_f16((double)largest / 127);
+        for (int i = start; i < start + 32; i++) {
+            double level = scale > 0 ? rint((double)(float)x[i] / scale) : 0;
+            x[i] = scale * fmax(-127, fmin(127, level));
+        }
     }
 }
 
@@ -205,6 +228,7 @@ static double naive_sigmoid(double x) { return 1 / (1 + exp(-x)); }
 static double naive_angle(const naive_model *m, int position, int i) {
     double angle = position * pow(m->rope_base, -2.0 * i / m->n_rot);
     double ramp = 0;
+    if (m->rope_factors) angle /= (double)m->rope_factors[i];
     if (m->yarn) {
         double width = m->yarn_high - m->yarn_low;
         double along = (i - m->yarn_low) / (width > 0.001 ? width : 0.001);
@@ -213,17 +237,26 @@ static double naive_angle(const naive_model *m, int position, int i) {
     return angle / m->rope_factor * (1 - ramp) + angle * ramp;
 }
 
-/* Rotates pairs of n_rot values: (2i, 2i + 1) for deepseek2, (i, i + n_rot / 2) for qwen3moe. */
+/* Rotates pairs of n_rot values: (2i, 2i + 1) in some families, (i, i + n_rot / 2) in others. */
 static void naive_rope(const naive_model *m, double *x, int position) {
     for (int i = 0; i < m->n_rot / 2; i++) {
-        int first = m->mla ? 2 * i : i, second = m->mla ? 2 * i + 1 : i + m->n_rot / 2;
+        int first = m->rope_norm ? 2 * i : i, second = m->rope_norm ? 2 * i + 1 : i + m->n_rot / 2;
         double angle = naive_angle(m, position, i), a = x[first], b = x[second];
         x[first] = (a * cos(angle) - b * sin(angle)) * m->rope_mul;
         x[second] = (a * sin(angle) + b * cos(angle)) * m->rope_mul;
     }
 }
 
-/* out = down * (silu(gate * x) * (up * x)), silu(z) = z * sigmoid(z), added with weight w. */
+/* One unit between gate * x and up * x: silu(g) * u with silu(z) = z * sigmoid(z). gpt-oss cuts */
+/* off g above 7 and u beyond 7 either way, and has g * sigmoid(1.702 g) * (u + 1). */
+static double naive_activation(const naive_model *m, double g, double u) {
+    if (!m->oss) return g * naive_sigmoid(g) * u;
+    g = g > 7 ? 7 : g;
+    u = u > 7 ? 7 : u < -7 ? -7 : u;
+    return g * naive_sigmoid(1.702 * g) * (u + 1);
+}
+
+/* out = down * activation(gate * x, up * x), added with weight w; each matrix with its bias. */
 static void naive_swiglu(naive_model *m, naive_matrix gate, naive_matrix up, naive_matrix down,
                          int width, const double *x, double w, double *out) {
     int mark = m->n_memory;
@@ -231,18 +264,22 @@ static void naive_swiglu(naive_model *m, naive_matrix gate, naive_matrix up, nai
     double *y = naive_doubles(m, (size_t)m->n_embd);
     naive_linear(m, gate, m->n_embd, width, x, g);
     naive_linear(m, up, m->n_embd, width, x, u);
-    for (int i = 0; i < width; i++) g[i] = g[i] * naive_sigmoid(g[i]) * u[i];
+    naive_add(gate.bias, width, g);
+    naive_add(up.bias, width, u);
+    for (int i = 0; i < width; i++) g[i] = naive_activation(m, g[i], u[i]);
     naive_linear(m, down, width, m->n_embd, g, y);
+    naive_add(down.bias, m->n_embd, y);
     for (int i = 0; i < m->n_embd; i++) out[i] += w * y[i];
     naive_free_down_to(m, mark);
 }
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
-/* Head by head, every token looks back at all up to itself: q n x n_head * dk, k n x n_kv * dk, */
-/* v n x n_kv * dv, out n x n_head * dv. Query head h uses head h / (n_head / n_kv) of k and v. */
+/* Head by head, every token looks back at all up to itself, or at the last `window` of them: q */
+/* n x n_head * dk, k n x n_kv * dk, v n x n_kv * dv, out n x n_head * dv. Query head h uses head */
+/* h / (n_head / n_kv) of k and v. A sink is a score of a head whose exponential joins the sum. */
 static void naive_attend(naive_model *m, int n, const double *q, const double *k, const double *v,
-                         int n_kv, double *out) {
+                         int n_kv, int window, const float *sinks, double *out) {
     int mark = m->n_memory;
     double *p = naive_doubles(m, (size_t)n);
     for (int t = 0; t < n; t++) {
@@ -250,16 +287,18 @@ static void naive_attend(naive_model *m, int n, const double *q, const double *k
             int hk = h / (m->n_head / n_kv);
             const double *qt = q + ((size_t)t * (size_t)m->n_head + (size_t)h) * (size_t)m->dk;
             double *o = out + ((size_t)t * (size_t)m->n_head + (size_t)h) * (size_t)m->dv;
-            double largest = -INFINITY, sum = 0;
-            for (int j = 0; j <= t; j++) {
+            double largest = sinks ? (double)sinks[h] : -INFINITY;
+            int first = window && t >= window ? t - window + 1 : 0;
+            for (int j = first; j <= t; j++) {
                 const double *kj = k + ((size_t)j * (size_t)n_kv + (size_t)hk) * (size_t)m->dk;
                 p[j] = 0;
                 for (int i = 0; i < m->dk; i++) p[j] += qt[i] * kj[i];
                 p[j] *= m->softmax_scale;
                 if (p[j] > largest) largest = p[j];
             }
-            for (int j = 0; j <= t; j++) sum += p[j] = exp(p[j] - largest);
-            for (int j = 0; j <= t; j++) {
+            double sum = sinks ? exp((double)sinks[h] - largest) : 0;
+            for (int j = first; j <= t; j++) sum += p[j] = exp(p[j] - largest);
+            for (int j = first; j <= t; j++) {
                 const double *vj = v + ((size_t)j * (size_t)n_kv + (size_t)hk) * (size_t)m->dv;
                 for (int i = 0; i < m->dv; i++) o[i] += p[j] / sum * vj[i];
             }
@@ -268,8 +307,17 @@ static void naive_attend(naive_model *m, int n, const double *q, const double *k
     naive_free_down_to(m, mark);
 }
 
-/* Grouped-query attention: biases if the file has them, then norms of each head's query and key, */
-/* then the rotation. */
+/* Grouped-query attention: biases if the file has them, then norms of queries and keys, if the */
+/* file has them, each head's by itself or (olmoe) of all heads together, then the rotation. */
+static void naive_norm_heads(const naive_model *m, const float *gain, int n_head, double *x) {
+    int wide = !strcmp(m->family, "olmoe"), width = wide ? n_head * m->dk : m->dk;
+    for (int h = 0; h < (wide ? 1 : n_head) && gain; h++)
+        naive_rms(x + h * m->dk, gain, width, m->eps, x + h * m->dk);
+}
+static void naive_clamp(const naive_model *m, double *x, int64_t n) {
+    for (int64_t i = 0; i < n && m->clamp_kqv > 0; i++)
+        x[i] = fmax(-m->clamp_kqv, fmin(m->clamp_kqv, x[i]));
+}
 static void naive_attention_gqa(naive_model *m, int layer, int n, const double *xn, double *out) {
     int64_t E = m->n_embd, nq = (int64_t)m->n_head * m->dk, nk = (int64_t)m->n_head_kv * m->dk;
     int64_t nv = (int64_t)m->n_head_kv * m->dv;
@@ -279,8 +327,10 @@ static void naive_attention_gqa(naive_model *m, int layer, int n, const double *
     const float *bq = naive_optional(m, layer, "attn_q.bias", nq);
     const float *bk = naive_optional(m, layer, "attn_k.bias", nk);
     const float *bv = naive_optional(m, layer, "attn_v.bias", nv);
-    const float *q_norm = naive_weights(m, layer, "attn_q_norm.weight", m->dk);
-    const float *k_norm = naive_weights(m, layer, "attn_k_norm.weight", m->dk);
+    int wide = !strcmp(m->family, "olmoe");
+    const float *q_norm = naive_optional(m, layer, "attn_q_norm.weight", wide ? nq : m->dk);
+    const float *k_norm = naive_optional(m, layer, "attn_k_norm.weight", wide ? nk : m->dk);
+    const float *sinks = m->oss ? naive_weights(m, layer, "attn_sinks.weight", m->n_head) : NULL;
     double *q = naive_doubles(m, (size_t)(n * nq)), *k = naive_doubles(m, (size_t)(n * nk));
     double *v = naive_doubles(m, (size_t)(n * nv));
     for (int t = 0; t < n; t++) {
@@ -290,20 +340,17 @@ static void naive_attention_gqa(naive_model *m, int layer, int n, const double *
         naive_add(bq, (int)nq, q + t * nq);
         naive_add(bk, (int)nk, k + t * nk);
         naive_add(bv, (int)nv, v + t * nv);
-        for (int h = 0; h < m->n_head; h++) {
-            double *qh = q + t * nq + h * m->dk;
-            naive_rms(qh, q_norm, m->dk, m->eps, qh);
-            naive_rope(m, qh, t);
-        }
-        for (int h = 0; h < m->n_head_kv; h++) {
-            double *kh = k + t * nk + h * m->dk;
-            naive_rms(kh, k_norm, m->dk, m->eps, kh);
-            naive_rope(m, kh, t);
-        }
-        naive_round_f16(m, k + t * nk, (int)nk);
-        naive_round_f16(m, v + t * nv, (int)nv);
+        naive_norm_heads(m, q_norm, m->n_head, q + t * nq);
+        naive_norm_heads(m, k_norm, m->n_head_kv, k + t * nk);
+        naive_clamp(m, q + t * nq, nq);
+        naive_clamp(m, k + t * nk, nk);
+        naive_clamp(m, v + t * nv, nv);
+        for (int h = 0; h < m->n_head; h++) naive_rope(m, q + t * nq + h * m->dk, t);
+        for (int h = 0; h < m->n_head_kv; h++) naive_rope(m, k + t * nk + h * m->dk, t);
+        naive_round_cached(m, k + t * nk, (int)nk);
+        naive_round_cached(m, v + t * nv, (int)nv);
     }
-    naive_attend(m, n, q, k, v, m->n_head_kv, out);
+    naive_attend(m, n, q, k, v, m->n_head_kv, layer % 2 == 0 ? m->window : 0, sinks, out);
 }
 
 /* The latent's expansion as one matrix kv_b[h * (nope + dv) + row][r], whatever form the file */
@@ -323,7 +370,7 @@ static naive_matrix naive_kv_b(naive_model *m, int layer) {
             for (int64_t j = 0; j < V; j++)
                 kv_b[(h * (N + V) + N + j) * L + r] = v_b[(h * V + j) * L + r];
         }
-    naive_matrix matrix = {kv_b, 1};
+    naive_matrix matrix = {kv_b, 1, NULL};
     return matrix;
 }
 
@@ -367,7 +414,7 @@ static void naive_attention_mla(naive_model *m, int layer, int n, const double *
         naive_linear(m, kv_a, m->n_embd, (int)(L + R), xn + t * E, c);
         naive_rms(c, gain, (int)L, m->eps, c);
         naive_rope(m, c + L, t);
-        naive_round_f16(m, c, (int)(L + R));
+        naive_round_cached(m, c, (int)(L + R));
         naive_linear(m, kv_b, (int)L, (int)(H * (N + V)), c, expanded);
         for (int64_t h = 0; h < H; h++) {
             double *kh = k + (t * H + h) * m->dk, *vh = v + (t * H + h) * V;
@@ -376,7 +423,7 @@ static void naive_attention_mla(naive_model *m, int layer, int n, const double *
             for (int64_t j = 0; j < V; j++) vh[j] = expanded[h * (N + V) + N + j];
         }
     }
-    naive_attend(m, n, q, k, v, m->n_head, out);
+    naive_attend(m, n, q, k, v, m->n_head, 0, NULL, out);
 }
 
 /* x += attn_output * attention(rms(x)) */
@@ -435,6 +482,7 @@ static void naive_route(naive_model *m, naive_matrix router, const float *bias, 
     double *p = naive_doubles(m, (size_t)m->n_exp), *score = naive_doubles(m, (size_t)m->n_exp);
     double largest = -INFINITY, sum = 0;
     naive_linear(m, router, m->n_embd, m->n_exp, x, p);
+    naive_add(router.bias, m->n_exp, p);
     for (int e = 0; e < m->n_exp; e++)
         if (p[e] > largest) largest = p[e];
     for (int e = 0; e < m->n_exp; e++) {
@@ -464,7 +512,7 @@ static void naive_route(naive_model *m, naive_matrix router, const float *bias, 
 }
 
 /* The experts' gate and up matrices, {n_embd, width, n_exp} each; a file may have them as one */
-/* tensor, per expert the rows of gate and then those of up. */
+/* tensor, per expert the rows of gate and then those of up. Biases stay with the caller. */
 static void naive_gate_up(naive_model *m, int layer, int64_t *width, naive_matrix *gate,
                           naive_matrix *up) {
     const moe_gguf_tensor *fused = naive_find(m, layer, "ffn_gate_up_exps.weight");
@@ -487,15 +535,26 @@ static void naive_gate_up(naive_model *m, int layer, int64_t *width, naive_matri
     gate->w = g;
     up->w = u;
     gate->block = up->block = both.block;
+    gate->bias = up->bias = NULL;
 }
 
-/* x += sum of the chosen experts, weighted, + the shared experts (one MLP, weight 1) */
+/* One expert's bias: row `expert` of NAME.bias {width, n_exp}, if the file has it. */
+static const float *naive_expert_bias(naive_model *m, int layer, const char *name, int64_t width,
+                                      int expert) {
+    const float *bias = naive_optional(m, layer, name, width * m->n_exp);
+    return bias ? bias + expert * width : NULL;
+}
+
+/* x += sum of the chosen experts, weighted, + the shared experts (one MLP, with weight 1, or in */
+/* qwen2moe the sigmoid of its gate's product with the input) */
 static void naive_experts(naive_model *m, int layer, int n, const double *xn, double *x) {
     const moe_gguf_tensor *shared = naive_find(m, layer, "ffn_gate_shexp.weight");
     int64_t E = m->n_embd, X = m->n_exp, F, S = shared ? shared->ne[1] : 0;
     naive_matrix gate, up, s_gate, s_up, s_down;
     naive_matrix router = naive_get_matrix(m, layer, "ffn_gate_inp.weight", E, X);
+    router.bias = naive_optional(m, layer, "ffn_gate_inp.bias", X);
     const float *bias = naive_optional(m, layer, "exp_probs_b.bias", X);
+    const float *s_weight = naive_optional(m, layer, "ffn_gate_inp_shexp.weight", E);
     naive_gate_up(m, layer, &F, &gate, &up);
     naive_matrix down = naive_get_matrix(m, layer, "ffn_down_exps.weight", F, E * X);
     if (S) {
@@ -508,20 +567,33 @@ static void naive_experts(naive_model *m, int layer, int n, const double *xn, do
     for (int t = 0; t < n && !m->failed; t++) {
         naive_route(m, router, bias, xn + t * E, chosen, weight);
         for (int i = 0; i < m->n_used; i++) {
+            int mark = m->n_memory;
             naive_matrix g = gate, u = up, d = down;
+            g.bias = naive_expert_bias(m, layer, "ffn_gate_exps.bias", F, chosen[i]);
+            u.bias = naive_expert_bias(m, layer, "ffn_up_exps.bias", F, chosen[i]);
+            d.bias = naive_expert_bias(m, layer, "ffn_down_exps.bias", E, chosen[i]);
+            if (naive_find(m, layer, "ffn_gate_up_exps.bias")) {
+                g.bias = naive_expert_bias(m, layer, "ffn_gate_up_exps.bias", 2 * F, chosen[i]);
+                u.bias = g.bias + F;
+            }
             g.w += chosen[i] * E * F;
             u.w += chosen[i] * E * F;
             d.w += chosen[i] * E * F;
             naive_swiglu(m, g, u, d, (int)F, xn + t * E, weight[i], x + t * E);
+            naive_free_down_to(m, mark);
         }
-        if (S) naive_swiglu(m, s_gate, s_up, s_down, (int)S, xn + t * E, 1, x + t * E);
+        double w = 0;
+        for (int64_t i = 0; i < E && s_weight; i++) w += (double)s_weight[i] * xn[t * E + i];
+        w = s_weight ? naive_sigmoid(w) : 1;
+        if (S) naive_swiglu(m, s_gate, s_up, s_down, (int)S, xn + t * E, w, x + t * E);
     }
 }
 
 static void naive_mlp(naive_model *m, int layer, int n, double *x) {
     int mark = m->n_memory;
     int64_t E = m->n_embd;
-    const float *gain = naive_weights(m, layer, "ffn_norm.weight", E);
+    const char *norm = m->oss ? "post_attention_norm.weight" : "ffn_norm.weight";
+    const float *gain = naive_weights(m, layer, norm, E);
     double *xn = naive_doubles(m, (size_t)(n * E));
     for (int t = 0; t < n; t++) naive_rms(x + t * E, gain, m->n_embd, m->eps, xn + t * E);
     if (layer < m->n_lead) {
@@ -549,6 +621,7 @@ static void naive_read_rope(naive_model *m) {
     double factor = naive_real(m, "rope.scaling.factor", 0);
     double context = naive_int(m, "rope.scaling.original_context_length",
                                naive_int(m, "context_length", 0));
+    m->rope_factors = naive_optional(m, -1, "rope_freqs.weight", m->n_rot / 2);
     m->rope_base = naive_real(m, "rope.freq_base", 10000);
     m->rope_factor = factor > 0 ? factor : 1;
     m->rope_mul = 1;
@@ -573,7 +646,13 @@ static void naive_read(naive_model *m, const moe_gguf *gguf, const naive_options
     memset(m, 0, sizeof *m);
     if (options) m->options = *options;
     m->gguf = gguf;
-    m->mla = naive_text_is(moe_gguf_find_value(gguf, "general.architecture"), "deepseek2");
+    const void *cursor = NULL;
+    moe_string family;
+    if (moe_gguf_value_string(moe_gguf_find_value(gguf, "general.architecture"), &cursor, &family))
+        snprintf(m->family, sizeof m->family, "%.*s", (int)family.size, family.data);
+    m->mla = !strcmp(m->family, "deepseek2");
+    m->oss = !strcmp(m->family, "gpt-oss");
+    m->rope_norm = m->mla || !strcmp(m->family, "llama");
     const moe_gguf_tensor *embd = moe_gguf_find_tensor(gguf, "token_embd.weight");
     m->n_embd = naive_int(m, "embedding_length", 0);
     m->n_vocab = embd ? (int)embd->ne[1] : 0;
@@ -583,8 +662,12 @@ static void naive_read(naive_model *m, const moe_gguf *gguf, const naive_options
     m->eps = naive_real(m, "attention.layer_norm_rms_epsilon", 0);
     m->n_exp = naive_int(m, "expert_count", 0);
     m->n_used = naive_int(m, "expert_used_count", 0);
-    m->norm_w = 1;
+    /* gpt-oss takes the softmax of the chosen experts' scores: the softmax of all, divided by */
+    /* the sum of the chosen, as in qwen3moe and llama. */
+    m->norm_w = strcmp(m->family, "qwen2moe") != 0 && strcmp(m->family, "olmoe") != 0;
     m->scale_w = 1;
+    if (!strcmp(m->family, "olmoe")) m->clamp_kqv = naive_real(m, "attention.clamp_kqv", 0);
+    if (m->oss) m->window = naive_int(m, "attention.sliding_window", 0);
     m->dk = naive_int(m, "attention.key_length", m->n_embd / m->n_head);
     m->dv = naive_int(m, "attention.value_length", m->n_embd / m->n_head);
     m->n_rot = naive_int(m, "rope.dimension_count", m->dk);

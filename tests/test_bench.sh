@@ -13,7 +13,9 @@ for tool in moe-bench moe-synth; do
 done
 passed=0 failed=0
 
-run() {
+# run ARGUMENT...: without measuring roofs, which takes a second; with_roofs: as a user does
+run() { with_roofs "$@" --no-roofs; }
+with_roofs() {
     "$bench" "$@" >"$dir/out" 2>"$dir/err" </dev/null
     code=$?
 }
@@ -93,12 +95,28 @@ run -m "$model" -p 40 -n 0 -r 1 --batch-size 16
 check "--batch-size" rows '|      16 |' 1
 run -m "$model" -p 4 -n 0 -r 1 -ctk f32
 check "-ctk" rows '|    f32 |' 1
+run -m "$model" -p 4 -n 0 -r 1 -ctk q8_0 -ctv q8_0
+case $code in 0) check "-ctk q8_0 -ctv q8_0" rows '|   q8_0 |' 1 ;; esac
 run -m "$model" -p 4 -n 0 -r 1 --cache-type-k f16
 check "--cache-type-k" rows '|    f16 |' 1
+run -m "$model" -p 4 -n 0 -r 1 --cache-type-v f32
+check "--cache-type-v" rows '|    f32 |' 1
+run -m "$model" -p 4 -n 0 -r 1 -ctk f16 -ctv f32
+check "-ctk f16 -ctv f32" exits 2
 run -m "$model" -p 4 -n 2 -r 1 --no-warmup
 check "--no-warmup" rows '± 0.00' 2
 run -m "$model" -p 4 -n 2 -r 1 -o md
 check "-o md" rows '± 0.00' 2
+check "--no-roofs: no such column" rows '% roof' 0
+with_roofs -m "$model" -p 4 -n 2 -r 1
+check "% roof" rows '| % roof |            test |' 1
+check "its values" rows '^| qwen3moe .* | *[0-9]*\.[0-9] | *[pt][pg][24] |' 2
+widths=$(awk '/^\|/ { gsub(/±/, "+"); print length }' "$dir/out" | sort -u | wc -l)
+check "columns are aligned" test "$widths" = 1
+run -m "$model" -p 4 -n 2 -r 1 -d 0,30 -t 1
+check "-d" runs "pp4/1 pp4@d30/1 tg2/1 tg2@d30/1"
+run -m "$model" -p 2 -n 0 -r 1 --n-depth 600 -t 1
+check "--n-depth" runs "pp2@d600/1"
 
 # ---- JSON ----------------------------------------------------------------------------------------
 
@@ -109,10 +127,13 @@ check "test" shows '"test": "tg4"'
 check "n_prompt and n_gen" rows '"n_prompt": 8, "n_gen": 0,\|"n_prompt": 0, "n_gen": 4,' 2
 check "n_threads" rows '"n_threads": 2,' 2
 check "samples_ts" rows '"samples_ts": \[[0-9.]*, [0-9.]*, [0-9.]*\]' 2
-check "gbps of generation" rows '"gbps": [0-9.]*, ' 1
+check "gbps of generation" rows '"gbps": [0-9.]*, "gbps_cache": [0-9.]*, ' 1
+check "gmacs of both" rows '"gmacs": [0-9.]*, ' 2
+check "no roofs" rows '"roof_gbps": null, "roof_gmacs": null, "roof_fraction": null, ' 2
 check "no gbps of prompts" rows '"gbps": null, ' 1
 for key in model_filename model_type model_size n_params isa schedule backend avg_ts stddev_ts \
-    avg_ns stddev_ns test_time engine version n_batch type_k n_barriers bytes_token; do
+    avg_ns stddev_ns test_time engine version n_batch type_k n_barriers bytes_token macs_token \
+    n_depth; do
     check "$key" rows "\"$key\": [^,}]" 2
 done
 samples=$(sed -n '1s/.*"samples_ts": \[\([^]]*\)\].*/\1/p' "$dir/out")
@@ -134,6 +155,54 @@ fi
 cp "$model" "$dir/odd\"\\ name.gguf"
 run -m "$dir/odd\"\\ name.gguf" -p 2 -n 0 -r 1 --output json
 check "quotes in file names" shows 'odd\\"\\\\ name.gguf", '
+run -m "$dir/odd\"\\ name.gguf" -p 2 -n 0 -r 1 -o csv
+check "quotes in CSV" shows 'odd""\\ name.gguf",'
+
+# What one token needs, counted by hand from the shape: width 64, 8 heads of 32, 2 of them with
+# keys, 4 layers, 8 of 32 experts of width 32, 512 tokens, all f32; bytes have the norms, too.
+macs=$((4 * (64 * 256 * 2 + 64 * 64 * 2 + 64 * 32 + 8 * 3 * 64 * 32) + 512 * 64))
+bytes=$((4 * (macs + 64 + 4 * (64 * 2 + 32 * 2))))
+with_roofs -m "$model" -p 8 -n 4 -r 2 -t 1 -d 100 -o json
+check "macs_token" rows "\"macs_token\": $macs," 2
+check "bytes_token" rows "\"bytes_token\": $bytes," 2
+check "roofs" rows '"roof_gbps": [1-9][0-9.]*, "roof_gmacs": [1-9][0-9.]*, ' 2
+check "roof_fraction" rows '"roof_fraction": [0-9.]*, ' 2
+run -m "$model" -p 0 -n 4 -r 1 -t 1 -d 100 -o json
+check "gbps and gbps_cache are those of the speed" awk -v ts="$(field avg_ts)" -v bytes="$bytes" \
+    -v gbps="$(field gbps)" -v cache="$(field gbps_cache)" 'BEGIN {
+        row = 4 * 2 * (32 + 32) * 2 # layers, heads, key and value, f16
+        exit !((gbps * 1e9 / (ts * bytes) - 1) ^ 2 < 1e-6 &&
+               (cache * 1e9 / (ts * row * 102.5) - 1) ^ 2 < 1e-6)
+    }'
+
+# ---- CSV -----------------------------------------------------------------------------------------
+
+run -m "$model,$ids" -p 8 -n 4 -r 1 -t 1 -o csv
+check "a line of names and one per test" test "$(wc -l <"$dir/out")" = 5
+check "names" test "$(sed -n 1p "$dir/out" | grep -c '^engine,.*,gbps,gbps_cache,gmacs,')" = 1
+check "values" test "$(grep -c '^"moe_infer.h",' "$dir/out")" = 4
+columns=$(sed 's/"[^"]*"/x/g' "$dir/out" | awk -F, '{ print NF }' | sort -u | wc -l)
+check "as many of them" test "$columns" = 1
+
+# ---- single kernels, if `make bench` has built them --------------------------------------------
+
+if [ -x "$build/kernels" ]; then
+    moe_bench=$bench
+    bench=$build/kernels
+    with_roofs -T Q4_K -i scalar -a MLA -n 512 -s 1
+    check "kernels: a type" rows '^| Q4_K     | scalar   |\( *[0-9.]* *[0-9]* |\)\{7\}$' 1
+    check "kernels: attention" shows '^| token, MLA'
+    with_roofs -T none -a 'd 64' -i best -s 1 -t 2 -o csv
+    check "kernels: a line of names" rows '^kernel,what,place,isa,threads,tokens,unit,' 1
+    check "kernels: CSV" shows '^attend,"prompt, .*",cache,[A-Za-z0-9-]*,2,0,gmacs,[0-9.,]*$'
+    with_roofs -T f32 -i scalar -a none -n 32 -l 16 -s 1 -o json
+    check "kernels: JSON" rows '^{"kernel": "\(dot\|tile\)", "what": "F32", .*}$' 7
+    with_roofs -T Q9_Z -a none
+    check "kernels: an unknown type" fails 'no type of that name'
+    with_roofs -n 31
+    check "kernels: -n 31" refuses "'31'"
+    bench=$moe_bench
+fi
 
 # ---- help, mistakes ------------------------------------------------------------------------------
 
@@ -154,7 +223,7 @@ run
 check "no model" refuses 'no model'
 run -m "$model" -x
 check "an unknown flag" refuses "'-x'"
-run -m
+with_roofs -m
 check "a missing value" refuses '-m needs a value'
 for value in 1x '' , 1, ,1 1,,2 1.5 -2 99999999999 '1 2' 0x10; do
     run -m "$model" -p "$value"

@@ -219,8 +219,14 @@ check "--cache-type-k f32" generated 5
 gen -n 5 -ctk q8_0
 case $code in
     0) check "-ctk q8_0" generated 5 ;;
-    *) check "-ctk q8_0 is refused by name" fails 'kv_type' ;;
+    *) check "-ctk q8_0 is refused by name" fails 'kv_type' ;; # heads of other widths than 32 n
 esac
+gen -n 5 -ctk f32 -ctv f32
+check "-ctk f32 -ctv f32" generated 5
+run -m "$model" --info -c 1000 -ctv f32
+check "-ctv alone" test "$(sed -n 's/^  keys and values  *\([0-9]*\).*/\1/p' "$dir/out")" = "$f32"
+gen -n 5 -ctk f32 --cache-type-v f16
+check "-ctk f32 -ctv f16" refuses "same type"
 gen -n 20 --temp 0 --no-mmap
 check "--no-mmap: the same text" same greedy
 run -m "$model" --info --no-mmap
@@ -287,7 +293,7 @@ gen word
 check "a stray argument is named" refuses "'word'"
 for flag in -m --model -p --prompt -f --file -n --predict --n-predict -s --seed --temp --top-k \
     --top-p --min-p --repeat-penalty --repeat-last-n -c --ctx-size -b --batch-size -t --threads \
-    -tb --threads-batch -ctk --cache-type-k --schedule --isa; do
+    -tb --threads-batch -ctk --cache-type-k -ctv --cache-type-v --schedule --isa; do
     gen $flag
     check "$flag without a value" refuses "$flag needs a value"
 done

@@ -32,9 +32,10 @@ static void check_select(const moe__router *router, const float *logits, const f
     moe__router_select(moe__kernels_get(MOE_ISA_BEST), router, p, bias, experts, weights);
     for (int e = 0; e < n; e++) total += exp(logits[e]);
     for (int e = 0; e < n; e++) {
-        probability[e] = router->gating == MOE__GATING_SOFTMAX ? exp(logits[e]) / total
-                                                               : 1 / (1 + exp(-logits[e]));
-        score[e] = probability[e] + (bias ? bias[e] : 0);
+        probability[e] = router->gating == MOE__GATING_SIGMOID ? 1 / (1 + exp(-logits[e]))
+                                                               : exp(logits[e]) / total;
+        score[e] = router->gating == MOE__GATING_CHOSEN ? logits[e] : probability[e];
+        score[e] += bias ? bias[e] : 0;
     }
     if (router->n_group > 1) {
         double group[MOE__MAX_EXPERTS];
@@ -60,7 +61,8 @@ static void check_select(const moe__router *router, const float *logits, const f
         if (i) CHECK(experts[i] > experts[i - 1]);
         for (int f = 0; f < n; f++) better += score[f] > score[e] + 1e-6;
         CHECKF(better < router->n_used, "expert %d is beaten by %d others", e, better);
-        double weight = probability[e] * router->scale / (router->normalize ? sum : 1);
+        int normalize = router->normalize || router->gating == MOE__GATING_CHOSEN;
+        double weight = probability[e] * router->scale / (normalize ? sum : 1);
         CHECKF(fabs(weights[i] - weight) < 1e-5 * (1 + weight), "%g, expected %g",
                (double)weights[i], weight);
     }
@@ -70,12 +72,14 @@ TEST(router_chooses_the_best) {
     const int sizes[][4] = {{8, 2, 1, 1}, {64, 6, 1, 1}, {256, 8, 8, 4}, {32, 4, 8, 4},
                             {512, 10, 1, 1}, {4, 4, 1, 1}, {16, 1, 4, 1}, {8, 3, 8, 3}};
     for (int i = 0; i < 8; i++)
-        for (int variant = 0; variant < 8; variant++)
+        for (int variant = 0; variant < 12; variant++)
             for (int repeat = 0; repeat < 5; repeat++) {
                 float logits[512], bias[512];
                 moe__router router = router_of(
-                    variant & 1 ? MOE__GATING_SIGMOID : MOE__GATING_SOFTMAX, sizes[i][0],
-                    sizes[i][1], sizes[i][2], sizes[i][3], variant >> 1 & 1,
+                    variant >= 8  ? MOE__GATING_CHOSEN
+                    : variant & 1 ? MOE__GATING_SIGMOID
+                                  : MOE__GATING_SOFTMAX,
+                    sizes[i][0], sizes[i][1], sizes[i][2], sizes[i][3], variant >> 1 & 1,
                     variant & 1 ? 2.5f : 1.0f);
                 for (int e = 0; e < router.n_expert; e++) {
                     logits[e] = 3 * uniform();
@@ -88,17 +92,18 @@ TEST(router_chooses_the_best) {
 TEST(router_survives_nan_and_ties) {
     float logits[16], weights[16];
     int32_t experts[16];
-    for (int variant = 0; variant < 4; variant++)
+    for (int variant = 0; variant < 6; variant++)
         for (int groups = 1; groups <= 4; groups *= 4) {
-            moe__router router = router_of(variant & 1 ? MOE__GATING_SIGMOID : MOE__GATING_SOFTMAX,
-                                           16, 4, groups, 2, 1, 1);
-            for (int e = 0; e < 16; e++) logits[e] = variant & 2 ? 1.0f : NAN;
+            const moe__gating gatings[] = {MOE__GATING_SOFTMAX, MOE__GATING_SIGMOID,
+                                           MOE__GATING_CHOSEN};
+            moe__router router = router_of(gatings[variant / 2], 16, 4, groups, 2, 1, 1);
+            for (int e = 0; e < 16; e++) logits[e] = variant & 1 ? 1.0f : NAN;
             moe__router_select(moe__kernels_get(MOE_ISA_BEST), &router, logits, NULL, experts,
                                weights);
             for (int i = 0; i < 4; i++) {
                 CHECK(experts[i] >= 0 && experts[i] < 16);
                 if (i) CHECK(experts[i] > experts[i - 1]);
-                if (variant & 2) CHECK(experts[i] == i && fabsf(weights[i] - 0.25f) < 1e-6f);
+                if (variant & 1) CHECK(experts[i] == i && fabsf(weights[i] - 0.25f) < 1e-6f);
             }
         }
     for (int e = 0; e < 16; e++) logits[e] = e == 5 ? NAN : (float)e;

@@ -156,6 +156,59 @@ TEST(swiglu_special) {
     }
 }
 
+static double swiglu_oai(double g, double u) {
+    g = g > 7 ? 7 : g;
+    u = u > 7 ? 7 : u < -7 ? -7 : u;
+    return g / (1 + exp(-1.702 * g)) * (u + 1);
+}
+
+/* The product 1.702 g is rounded before the exponential: |1.702 g| times half an ulp. */
+TEST(swiglu_oai) {
+    EACH_ISA(k)
+    for (int at = 0; row_length(at); at++) {
+        const int64_t n = row_length(at);
+        float *gate = guarded_floats(n), *up = guarded_floats(n), *out = guarded_floats(n);
+        int differ = 0, wrong = 0;
+        for (int64_t i = 0; i < n; i++) {
+            gate[i] = random_float(-20, 20);
+            up[i] = random_float(-12, 12);
+        }
+        k->swiglu_oai(gate, up, n, out);
+        for (int64_t i = 0; i < n; i++)
+            wrong += !(ulps(out[i], swiglu_oai(gate[i], up[i])) <= 6 + 2 * fabs((double)gate[i]));
+        k->swiglu_oai(gate, up, n, gate);
+        for (int64_t i = 0; i < n; i++) differ += gate[i] != out[i];
+        CHECKF(!wrong && !differ, "%s n %d: %d wrong", moe_isa_name(k->isa), (int)n, wrong);
+        guarded_floats_free(gate, n);
+        guarded_floats_free(up, n);
+        guarded_floats_free(out, n);
+    }
+}
+
+TEST(swiglu_oai_special) {
+    const float gates[] = {7, 8, 3e38f, INFINITY, -3e38f, -40, 0, 1, 1, 1, 1, 1};
+    const float ups[] = {1, 1, 1, 1, 1, 1, 1, 9, -9, INFINITY, -INFINITY, -1};
+    float gate[17], up[17], out[17];
+    EACH_ISA(k)
+    for (int at = 0; at < 17; at++) { /* in every lane and in the ragged end */
+        for (int i = 0; i < 17; i++) gate[i] = up[i] = 1;
+        for (int c = 0; c < 12; c++) {
+            gate[at] = gates[c];
+            up[at] = ups[c];
+            k->swiglu_oai(gate, up, 17, out);
+            const double expected = gates[c] < -1e38f ? 0 : swiglu_oai(gates[c], ups[c]);
+            CHECKF(fabs(out[at] - expected) <= 1e-5 * fabs(expected), "%g %g: %g",
+                   (double)gates[c], (double)ups[c], (double)out[at]);
+        }
+        for (int c = 0; c < 2; c++) {
+            gate[at] = c ? 1 : NAN;
+            up[at] = c ? NAN : 1;
+            k->swiglu_oai(gate, up, 17, out);
+            for (int i = 0; i < 17; i++) CHECK((out[i] != out[i]) == (i == at));
+        }
+    }
+}
+
 TEST(softmax) {
     EACH_ISA(k)
     for (int at = 0; at < 76; at++) {
@@ -362,10 +415,13 @@ TEST(exponential) {
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
+static const moe_kv_type kinds[3] = {MOE_KV_F16, MOE_KV_F32, MOE_KV_Q8_0};
+
 typedef struct shape {
-    int n_queries, n_keys, dk, dv, f32;
+    int n_queries, n_keys, dk, dv, kind; /* kind: see kinds */
     int same;       /* values are the front of the keys */
-    int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros */
+    int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros; 4, 5 causal with a short */
+                    /* or long window, 6 random at both ends */
     int gap;        /* bytes between rows */
 } shape;
 
@@ -374,7 +430,7 @@ typedef struct attention {
     float *q, *max, *sum, *out, *scores;
     uint8_t *k, *v;
     size_t q_size, k_size, v_size, out_size;
-    int32_t *visible;
+    int32_t *visible, *first;
     moe__attend_args args;
 } attention;
 
@@ -387,6 +443,51 @@ static void store_value(uint8_t *p, int f32, float x) {
 }
 static float load_value(const uint8_t *p, int f32) {
     return f32 ? moe__load_f32(p) : moe__f16_to_f32(moe__load_u16(p));
+}
+/* Value c of a row. */
+static float row_value(const uint8_t *row, int kind, int c) {
+    if (kind < 2) return load_value(row + c * (kind ? 4 : 2), kind);
+    row += c / 32 * 34;
+    return moe__f16_to_f32(moe__load_u16(row)) * (float)(int8_t)row[2 + c % 32];
+}
+
+/* Blocks of 32: every kernel gives the plain C bits, values within half a step and the rounding of
+ * the scale; zeros, tiny and huge values, and what is not finite. */
+TEST(f32_to_q8_0) {
+    for (int i = 0; i < 400; i++) {
+        float *x = guarded_floats(96);
+        uint8_t *expected = (uint8_t *)guarded(102), *out = (uint8_t *)guarded(102);
+        const int bad = i % 8 == 0 ? random_below(96) : -1;
+        for (int b = 0; b < 3; b++) {
+            const float size = powf(2, random_float(-34, 28)); /* 127 * 65504 is 2^23 */
+            for (int c = 0; c < 32; c++) x[32 * b + c] = random_float(-size, size);
+            if (i % 16 == 5) memset(x + 32 * b, 0, 32 * sizeof(float));
+            for (int c = 0; c < 32 && i % 3 == 0; c++) /* ties */
+                x[32 * b + c] = c ? (float)random_below(255) * 0.5f - 64 : 127;
+        }
+        if (bad >= 0) x[bad] = i % 3 == 0 ? NAN : i % 3 == 1 ? INFINITY : -INFINITY;
+        moe__f32_to_q8_0_scalar(x, 96, expected);
+        for (int c = 0; c < 96; c++) {
+            const float y = row_value(expected, 2, c);
+            float peak = 0;
+            for (int j = c / 32 * 32; j < c / 32 * 32 + 32; j++) peak = fmaxf(peak, fabsf(x[j]));
+            if (bad / 32 == c / 32 && bad >= 0)
+                CHECKF(y != y, "%d: %g", c, (double)y);
+            else if (peak / 127 >= 65520)
+                CHECKF(y != y, "%g: %g", (double)peak, (double)y);
+            else /* half a step; the largest may lose the rounding of the scale */
+                CHECKF(fabsf(y - x[c]) <= 0.5001f * peak / 127 + peak * 0x1p-11f + 4e-6f,
+                       "%g: %g", (double)x[c], (double)y);
+        }
+        EACH_ISA(k) {
+            memset(out, 0xAA, 102);
+            k->f32_to_q8_0(x, 96, out);
+            CHECKF(memcmp(out, expected, 102) == 0, "%s, case %d", moe_isa_name(k->isa), i);
+        }
+        guarded_floats_free(x, 96);
+        guarded_free(expected, 102);
+        guarded_free(out, 102);
+    }
 }
 
 static void attention_reset(attention *a) {
@@ -402,27 +503,35 @@ static void attention_reset(attention *a) {
 }
 
 /* Rows of width values at a guard page, NaN between them. */
-static uint8_t *make_rows(int n, int width, int f32, size_t stride, size_t *size) {
-    const size_t row = (size_t)width * (f32 ? 4 : 2);
+static uint8_t *make_rows(int n, int width, int kind, size_t stride, size_t *size) {
+    const size_t row = moe__kv_bytes(kinds[kind], width);
     *size = (size_t)(n - 1) * stride + row;
     uint8_t *memory = (uint8_t *)guarded(*size);
     memset(memory, 0xFF, *size);
     for (int j = 0; j < n; j++)
-        for (int c = 0; c < width; c++)
-            store_value(memory + (size_t)j * stride + (size_t)c * (f32 ? 4 : 2), f32,
-                        random_float(-1, 1));
+        for (int c = 0; c < width; c++) {
+            uint8_t *p = memory + (size_t)j * stride;
+            if (kind < 2) {
+                store_value(p + (size_t)c * (kind ? 4 : 2), kind, random_float(-1, 1));
+                continue;
+            }
+            p += c / 32 * 34;
+            if (c % 32 == 0) store_value(p, 0, random_float(0, 1.0f / 64));
+            p[2 + c % 32] = (uint8_t)random_below(256); /* -128 is nothing that we store */
+        }
     return memory;
 }
 
 static void attention_open(attention *a, const shape *s) {
     memset(a, 0, sizeof *a);
     a->s = *s;
-    const int bytes = s->f32 ? 4 : 2, n = s->n_queries;
+    const int n = s->n_queries;
     moe__attend_args *args = &a->args;
     args->q_stride = s->dk + 5;
     args->out_stride = s->dv + 3;
-    args->k_bytes = (size_t)(s->dk * bytes + s->gap);
-    args->v_bytes = s->same ? args->k_bytes : (size_t)(s->dv * bytes + s->gap * 2);
+    args->k_bytes = moe__kv_bytes(kinds[s->kind], s->dk) + (size_t)s->gap;
+    args->v_bytes =
+        s->same ? args->k_bytes : moe__kv_bytes(kinds[s->kind], s->dv) + (size_t)s->gap * 2;
     a->q_size = (size_t)((n - 1) * (s->dk + 5) + s->dk);
     a->out_size = (size_t)((n - 1) * (s->dv + 3) + s->dv);
     a->q = guarded_floats((int64_t)a->q_size);
@@ -430,27 +539,33 @@ static void attention_open(attention *a, const shape *s) {
     a->max = guarded_floats(n);
     a->sum = guarded_floats(n);
     a->scores = guarded_floats((int64_t)n * MOE__ATTEND_KEYS);
-    a->k = make_rows(s->n_keys, s->dk, s->f32, args->k_bytes, &a->k_size);
-    a->v = s->same ? a->k : make_rows(s->n_keys, s->dv, s->f32, args->v_bytes, &a->v_size);
+    a->k = make_rows(s->n_keys, s->dk, s->kind, args->k_bytes, &a->k_size);
+    a->v = s->same ? a->k : make_rows(s->n_keys, s->dv, s->kind, args->v_bytes, &a->v_size);
     a->visible = (int32_t *)guarded((size_t)n * 4);
+    a->first = (int32_t *)guarded((size_t)n * 4);
     const float scale = 2.0f / sqrtf((float)s->dk);
     for (size_t i = 0; i < a->q_size; i++) a->q[i] = random_float(-1, 1) * scale;
     for (int i = 0; i < n; i++) {
         int seen = s->n_keys;
-        if (s->visibility == 1) seen = s->n_keys - n + 1 + i;
+        const int window = s->visibility == 4 ? 1 + s->n_keys / 9 : 1 + s->n_keys / 2;
+        const int v = s->visibility;
+        if (v == 1 || v == 4 || v == 5) seen = s->n_keys - n + 1 + i;
         if (s->visibility == 2) seen = 1 + random_below(s->n_keys);
-        if (s->visibility == 3) seen = random_below(3) ? random_below(s->n_keys + 1) : 0;
+        if (v == 3 || v == 6) seen = random_below(3) ? random_below(s->n_keys + 1) : 0;
         a->visible[i] = seen < 0 ? 0 : seen;
+        a->first[i] = v < 4 ? 0 : v == 6 ? random_below(s->n_keys + 1) : seen - window;
+        if (a->first[i] < 0) a->first[i] = 0;
     }
     args->q = a->q;
     args->k = a->k;
     args->v = a->v;
-    args->f32 = s->f32;
+    args->type = kinds[s->kind];
     args->dk = s->dk;
     args->dv = s->dv;
     args->n_queries = n;
     args->n_keys = s->n_keys;
     args->n_visible = s->visibility ? a->visible : NULL;
+    args->first = s->visibility > 3 ? a->first : NULL;
     args->max = a->max;
     args->sum = a->sum;
     args->out = a->out;
@@ -468,6 +583,7 @@ static void attention_close(attention *a) {
     guarded_free(a->k, a->k_size);
     if (!a->s.same) guarded_free(a->v, a->v_size);
     guarded_free(a->visible, (size_t)n * 4);
+    guarded_free(a->first, (size_t)n * 4);
 }
 
 /* Largest error of query i's output, in units of the weighted mean of |value|, and of the logarithm
@@ -475,13 +591,12 @@ static void attention_close(attention *a) {
 static double attention_error(const attention *a, int i, double *budget) {
     const shape *s = &a->s;
     static double p[MOE__ATTEND_KEYS], out[1024], size[1024];
-    const int bytes = s->f32 ? 4 : 2;
     double max = -1e300, sum = 0, products = 0, worst = 0;
-    for (int j = 0; j < a->visible[i]; j++) {
+    for (int j = a->first[i]; j < a->visible[i]; j++) {
         double score = 0, absolute = 0;
         for (int c = 0; c < s->dk; c++) {
             const double x = (double)a->q[i * a->args.q_stride + c] *
-                             load_value(a->k + (size_t)j * a->args.k_bytes + c * bytes, s->f32);
+                             row_value(a->k + (size_t)j * a->args.k_bytes, s->kind, c);
             score += x;
             absolute += fabs(x);
         }
@@ -490,12 +605,11 @@ static double attention_error(const attention *a, int i, double *budget) {
         products = fmax(products, absolute);
     }
     for (int c = 0; c < s->dv; c++) out[c] = size[c] = 0;
-    for (int j = 0; j < a->visible[i]; j++) {
+    for (int j = a->first[i]; j < a->visible[i]; j++) {
         p[j] = exp(p[j] - max);
         sum += p[j];
         for (int c = 0; c < s->dv; c++) {
-            const double x =
-                p[j] * load_value(a->v + (size_t)j * a->args.v_bytes + c * bytes, s->f32);
+            const double x = p[j] * row_value(a->v + (size_t)j * a->args.v_bytes, s->kind, c);
             out[c] += x;
             size[c] += fabs(x);
         }
@@ -511,8 +625,9 @@ static double attention_error(const attention *a, int i, double *budget) {
 
 static const char *shape_text(const shape *s) {
     static char text[128];
+    static const char *const names[3] = {"f16", "f32", "q8_0"};
     snprintf(text, sizeof text, "queries %d keys %d dk %d dv %d %s visibility %d gap %d%s",
-             s->n_queries, s->n_keys, s->dk, s->dv, s->f32 ? "f32" : "f16", s->visibility, s->gap,
+             s->n_queries, s->n_keys, s->dk, s->dv, names[s->kind], s->visibility, s->gap,
              s->same ? " same memory" : "");
     return text;
 }
@@ -528,7 +643,7 @@ static void check_shape(const moe__kernels *k, const shape *s) {
     const int n = s->n_queries, stride = s->dv + 3;
     k->attend(&a.args);
     for (int i = 0; i < n; i++) {
-        if (a.visible[i] == 0) {
+        if (a.visible[i] <= a.first[i]) {
             CHECK(a.max[i] == -INFINITY && a.sum[i] == 0 && a.out[i * stride] == 0);
             continue;
         }
@@ -555,6 +670,7 @@ static void check_shape(const moe__kernels *k, const shape *s) {
             part.max += i;
             part.sum += i;
             if (part.n_visible) part.n_visible += i;
+            if (part.first) part.first += i;
             k->attend(&part);
         }
         CHECKF(!bits_differ(out, a.out, (int)a.out_size) && !bits_differ(max, a.max, n) &&
@@ -574,7 +690,13 @@ TEST(attend_shapes) {
         {32, 512, 128, 128, 0, 0, 1, 0},   {32, 512, 128, 128, 1, 0, 1, 0}, /* prefill */
         {32, 200, 192, 128, 0, 0, 1, 0},   {32, 100, 192, 192, 0, 0, 2, 6},
         {31, 65, 96, 96, 0, 0, 3, 0},      {32, 12, 128, 128, 0, 0, 1, 0},
+        {32, 512, 64, 64, 0, 0, 4, 0},     {32, 512, 64, 64, 1, 0, 5, 0}, /* sliding windows */
+        {32, 300, 128, 128, 0, 0, 6, 0},   {7, 512, 64, 64, 0, 0, 6, 0},
         {32, 64, 1056, 20, 0, 0, 2, 0},    {20, 9, 1030, 1000, 0, 0, 0, 2}, /* very long rows */
+        {1, 512, 128, 128, 2, 0, 0, 0},    {8, 512, 128, 128, 2, 0, 0, 952}, /* Q8_0 */
+        {16, 512, 576, 512, 2, 1, 0, 0},   {32, 130, 576, 512, 2, 1, 1, 0},
+        {5, 70, 32, 96, 2, 0, 2, 1},       {32, 100, 192, 160, 2, 0, 2, 6},
+        {20, 9, 1056, 992, 2, 0, 0, 2},    {8, 33, 576, 512, 2, 1, 2, 0},
     };
     EACH_ISA(k)
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_shape(k, &shapes[i]);
@@ -594,8 +716,9 @@ TEST(attend_ragged) {
         s.n_keys = keys[i < 32 ? i % n_all_keys : random_below(n_all_keys)];
         s.dk = widths[i < n_widths ? i : random_below(n_widths)];
         s.dv = widths[i < n_widths ? n_widths - 1 - i : random_below(n_widths)];
-        s.f32 = random_below(2);
-        s.visibility = random_below(4);
+        s.kind = random_below(3);
+        if (s.kind == 2) s.dk = (s.dk + 31) & ~31, s.dv = (s.dv + 31) & ~31;
+        s.visibility = random_below(7);
         if (random_below(3) == 0) s.gap = random_below(40) * 2 + (i % 4 == 0); /* odd: misaligned */
         check_shape(k, &s);
     }
@@ -605,25 +728,28 @@ TEST(attend_ragged) {
 TEST(attend_in_blocks) {
     EACH_ISA(k)
     for (int i = 0; i < 24; i++) {
-        const shape s = {1 + random_below(32), 512, 64, 48, i % 2, 0, i % 4, 0};
+        const shape s = {1 + random_below(32), 512, 64, i % 3 > 1 ? 96 : 48, i % 3, 0, i % 7, 0};
         attention a;
         attention_open(&a, &s);
-        int32_t visible[32];
+        int32_t visible[32], hidden[32];
         for (int first = 0, size; first < s.n_keys; first += size) {
             const int largest = i < 6 ? 16 : 200;
             size = 1 + random_below(largest);
             if (size > s.n_keys - first) size = s.n_keys - first;
-            for (int r = 0; r < s.n_queries; r++)
+            for (int r = 0; r < s.n_queries; r++) {
                 visible[r] = (int32_t)moe__max(0, moe__min(size, a.visible[r] - first));
+                hidden[r] = (int32_t)moe__max(0, moe__min(size, a.first[r] - first));
+            }
             moe__attend_args part = a.args;
             part.k = a.k + (size_t)first * part.k_bytes;
             part.v = a.v + (size_t)first * part.v_bytes;
             part.n_keys = size;
             part.n_visible = visible;
+            part.first = hidden;
             k->attend(&part);
         }
         for (int r = 0; r < s.n_queries; r++) {
-            if (a.visible[r] == 0) continue;
+            if (a.visible[r] <= a.first[r]) continue;
             double budget, error = attention_error(&a, r, &budget);
             CHECKF(error <= 1e-6, "%s %s: %.3g", moe_isa_name(k->isa), shape_text(&s), error);
         }
@@ -634,10 +760,10 @@ TEST(attend_in_blocks) {
 /* NaN in keys or values changes no bit for those who do not see them, and reaches those who do. */
 TEST(attend_hidden_nan) {
     EACH_ISA(k)
-    for (int i = 0; i < 60; i++) {
-        const int width = i % 3 == 0 ? 20 : 64;
+    for (int i = 0; i < 120; i++) {
+        const int kind = i % 3, width = kind < 2 && i % 4 == 0 ? 20 : 64;
         const int n_queries = 2 + random_below(31), n_keys = 3 + random_below(140);
-        const shape s = {n_queries, n_keys, width, width, i % 2, 0, 1 + i % 3, 0};
+        const shape s = {n_queries, n_keys, width, width, kind, 0, 1 + i / 3 % 6, 0};
         attention a;
         attention_open(&a, &s);
         const int n = s.n_queries, stride = s.dv + 3, poison = random_below(s.n_keys);
@@ -646,18 +772,19 @@ TEST(attend_hidden_nan) {
         memcpy(out, a.out, a.out_size * sizeof(float));
         memcpy(max, a.max, (size_t)n * sizeof(float));
         memcpy(sum, a.sum, (size_t)n * sizeof(float));
-        const int values = i % 4 < 2;
+        const int values = i % 5 < 2;
         uint8_t *rows = values ? a.v : a.k;
         const size_t bytes = values ? a.args.v_bytes : a.args.k_bytes;
-        memset(rows + (size_t)poison * bytes, 0xFF, (size_t)width * (s.f32 ? 4 : 2)); /* NaN */
+        memset(rows + (size_t)poison * bytes, 0xFF, moe__kv_bytes(kinds[kind], width)); /* NaN */
         int seen = 0;
-        for (int r = 0; r < n; r++) seen |= a.visible[r] > poison;
+        for (int r = 0; r < n; r++) seen |= a.visible[r] > poison && s.visibility < 4;
+        seen |= s.visibility > 3;
         if (!seen) memset(rows + (size_t)poison * bytes, 0xFF, (size_t)(s.n_keys - poison) * bytes);
         attention_reset(&a);
         k->attend(&a.args);
         for (int r = 0; r < n; r++) {
             const float *now = a.out + r * stride;
-            if (a.visible[r] > poison) {
+            if (a.visible[r] > poison && a.first[r] <= poison) {
                 float quotient[128];
                 for (int c = 0; c < s.dv; c++) quotient[c] = now[c] / a.sum[r];
                 CHECKF(count_nans(quotient, s.dv) == s.dv, "%s %s: NaN at %d is lost",
@@ -737,7 +864,7 @@ TEST(attend_minus_infinity) {
 TEST(attend_untouched) {
     EACH_ISA(k)
     for (int i = 0; i < 20; i++) {
-        const shape s = {6, 90, 64, 68, i % 2, 0, 3, 0};
+        const shape s = {6, 90, 64, i % 3 > 1 ? 64 : 68, i % 3, 0, 3, 0};
         attention a;
         attention_open(&a, &s);
         const int hidden = random_below(6), stride = s.dv + 3;
@@ -746,12 +873,46 @@ TEST(attend_untouched) {
         a.visible[(hidden + 1) % 6] = 1 + i % 90;
         a.max[hidden] = 0.5f;
         a.sum[hidden] = 2.5f;
-        for (int c = 0; c < s.dv; c++) before[c] = c % 3 == 0 ? -0.0f : random_float(-1, 1);
+        for (int c = 0; c < 68; c++) before[c] = c % 3 == 0 ? -0.0f : random_float(-1, 1);
         before[5] = NAN;
-        memcpy(a.out + hidden * stride, before, sizeof before);
+        memcpy(a.out + hidden * stride, before, sizeof(float) * (size_t)s.dv);
         k->attend(&a.args);
         CHECK(!bits_differ(a.out + hidden * stride, before, s.dv));
         CHECK(a.max[hidden] == 0.5f && a.sum[hidden] == 2.5f);
+        attention_close(&a);
+    }
+}
+
+/* A state that begins with a sink (max = its score, sum = 1, nothing in out) gives a softmax */
+/* with one more score, whose value is 0. */
+TEST(attend_sink) {
+    EACH_ISA(k)
+    for (int i = 0; i < 30; i++) {
+        const shape s = {6, 90, 64, 68, i % 2, 0, i % 7, 0};
+        attention a;
+        attention_open(&a, &s);
+        k->attend(&a.args);
+        float max[6], sum[6], out[6];
+        for (int r = 0; r < 6; r++) {
+            max[r] = a.max[r];
+            sum[r] = a.sum[r];
+            out[r] = a.out[r * 71 + 5];
+        }
+        attention_reset(&a);
+        for (int r = 0; r < 6; r++) {
+            a.max[r] = random_float(-4, 4);
+            a.sum[r] = 1;
+        }
+        float sinks[6];
+        memcpy(sinks, a.max, sizeof sinks);
+        k->attend(&a.args);
+        for (int r = 0; r < 6; r++) {
+            const double weight = exp((double)sinks[r] - max[r]);
+            const double expected = sum[r] > 0 ? out[r] / (sum[r] + weight) : 0;
+            const double x = a.out[r * 71 + 5] / a.sum[r];
+            CHECKF(fabs(x - expected) <= 1e-6, "%s: %g, expected %g", moe_isa_name(k->isa), x,
+                   expected);
+        }
         attention_close(&a);
     }
 }

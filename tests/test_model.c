@@ -13,7 +13,7 @@
  * that (llama.cpp has 1.3e-4 on models of the shape qwen3moe_quant and 1.0e-3 on dsv3_quant, whose
  * experts count 2.5 times as much). */
 static const double limit_f32 = 1e-8, limit_f16 = 1e-5, limit_long = 1e-6, limit_family = 1e-6;
-static const double limit_rounded = 1e-7;
+static const double limit_rounded = 1e-7, limit_q8_0 = 5e-3;
 
 typedef enum measure { NMSE, MEDIAN_KL, MEDIAN_NMSE } measure;
 
@@ -33,7 +33,7 @@ typedef struct subject {
     const moe_model *model;
     int32_t *tokens;
     int n, n_vocab, n_expected, n_threads;
-    demand demands[4];
+    demand demands[6];
     int n_demands;
 } subject;
 
@@ -82,11 +82,12 @@ static void check_pieces(const subject *s, moe_isa isa, moe_kv_type kv_type, dou
 
 static void check_demands(const subject *s) {
     static const char *const measures[3] = {"NMSE", "median KL", "median NMSE"};
-    double worst[4][3] = {{0}};
+    static const char *const kv_names[3] = {"f16", "q8_0", "f32"};
+    double worst[6][3] = {{0}};
     for (int i = 0; i < 3; i++) {
-        static const moe_kv_type kv_types[2] = {MOE_KV_F32, MOE_KV_F16};
-        for (int k = 0; k < 2 && models_has_isa(models_isas[i]); k++) {
-            double one[4] = {0, 0, 0, 0};
+        static const moe_kv_type kv_types[3] = {MOE_KV_F32, MOE_KV_F16, MOE_KV_Q8_0};
+        for (int k = 0; k < 3 && models_has_isa(models_isas[i]); k++) {
+            double one[6] = {0, 0, 0, 0, 0, 0};
             int wanted = 0;
             for (int d = 0; d < s->n_demands; d++) wanted |= s->demands[d].kv_type == kv_types[k];
             if (wanted) check_pieces(s, models_isas[i], kv_types[k], one);
@@ -95,8 +96,8 @@ static void check_demands(const subject *s) {
     }
     for (int d = 0; d < s->n_demands; d++) {
         const demand *wanted = &s->demands[d];
-        printf("  %-24s kv %s, %s, %s:", s->label, wanted->kv_type == MOE_KV_F32 ? "f32" : "f16",
-               wanted->name, measures[wanted->by]);
+        printf("  %-24s kv %s, %s, %s:", s->label, kv_names[wanted->kv_type], wanted->name,
+               measures[wanted->by]);
         for (int i = 0; i < 3; i++)
             if (models_has_isa(models_isas[i]))
                 printf(" %s %.1e", moe_isa_name(models_isas[i]), worst[d][i]);
@@ -104,11 +105,13 @@ static void check_demands(const subject *s) {
     }
 }
 
-/* The naive pass with some roundings; NULL (a failure) if the file lacks something. */
+/* The naive pass with some roundings (kv_f16 2: Q8_0); NULL (a failure) if the file lacks
+ * something. */
 static double *subject_naive(const subject *s, int kv_f16, int activations_int8) {
     naive_options options;
     int n_vocab;
-    options.kv_f16 = kv_f16;
+    options.kv_f16 = kv_f16 == 1;
+    options.kv_q8_0 = kv_f16 == 2;
     options.activations_int8 = activations_int8;
     double *logits = naive_logits(s->gguf, s->tokens, s->n, &options, &n_vocab);
     CHECKF(logits != NULL && n_vocab == s->n_vocab, "%s", s->label);
@@ -141,12 +144,25 @@ static void subject_demand_f16(subject *s, double *truth) {
                    off > limit_f16 / 2 ? limit_f16 : limit_rounded);
 }
 
+/* The same for a Q8_0 cache, where blocks fit. Steps of 1/127 of a block's largest value give an
+ * NMSE of some 1e-5, and of up to limit_q8_0 where they swap experts (dsv3_quant): what counts is
+ * to be at most twice as far off the truth as the naive pass with that cache, and near that. */
+static void subject_demand_q8_0(subject *s, double *truth) {
+    const moe_model *m = s->model;
+    const int mla = m->family->mla;
+    if ((mla ? m->kv_lora : m->head_k) % 32 || (mla ? m->n_rot : m->head_v) % 32) return;
+    double *rounded = subject_naive(s, 2, 0);
+    if (!rounded) return;
+    double off = doubles_nmse(rounded, truth, (size_t)s->n * (size_t)s->n_vocab);
+    CHECKF(off < limit_q8_0, "%s: the naive pass is %g off", s->label, off);
+    subject_demand(s, "truth", MOE_KV_Q8_0, truth, NMSE, 2 * off);
+    subject_demand(s, "naive with q8_0", MOE_KV_Q8_0, rounded, NMSE, off / 10);
+}
+
 /* ---- generated models ------------------------------------------------------------------------ */
 
-/* Shapes that are small enough and of a family that can be run. */
-static int is_small(const synth_config *c) {
-    return c->n_embd <= 256 && (!strcmp(c->arch, "qwen3moe") || !strcmp(c->arch, "deepseek2"));
-}
+/* Shapes that are small enough. */
+static int is_small(const synth_config *c) { return c->n_embd <= 256; }
 
 /* A model from a file and n tokens; 0 (a failure) if it cannot be opened. */
 static int subject_open(subject *s, const char *path, int n) {
@@ -174,14 +190,16 @@ static void subject_close(subject *s) {
     moe_model_close((moe_model *)(uintptr_t)s->model);
 }
 
-/* A model with weights in floats: exact but for rounding. */
+/* A model with weights in floats: exact but for rounding. with_f16: such a cache, too, and one
+ * of Q8_0 (2: that only). */
 static void check_float(const char *path, int n, int with_f16) {
     subject s;
     if (subject_open(&s, path, n)) {
         double *truth = subject_naive(&s, 0, 0);
         if (truth) {
             subject_demand(&s, "truth", MOE_KV_F32, truth, NMSE, limit_f32);
-            if (with_f16) subject_demand_f16(&s, truth);
+            if (with_f16 == 1) subject_demand_f16(&s, truth);
+            if (with_f16) subject_demand_q8_0(&s, truth);
             check_demands(&s);
         }
     }
@@ -386,14 +404,17 @@ static void check_other_type(edit_file *e, edit_tensor *t, uint32_t type, int *n
 
 TEST(other_types) {
     static const uint32_t types[] = {MOE_TYPE_F16, MOE_TYPE_BF16, MOE_TYPE_Q8_0, MOE_TYPE_Q4_0};
-    static const int forms[] = {SYNTH_KVB_FUSED, SYNTH_KVB_FUSED, SYNTH_KVB_SPLIT};
+    static const int forms[] = {SYNTH_KVB_FUSED, SYNTH_KVB_FUSED, SYNTH_KVB_SPLIT, SYNTH_KVB_FUSED,
+                                SYNTH_KVB_FUSED};
+    static const char *const configs[] = {"micro", "micro_mla", "micro_mla", "micro_qwen2",
+                                          "micro_oss"};
     int n_refused = 0;
-    for (int b = 0; b < 3; b++) {
+    for (int b = 0; b < 5; b++) {
         synth_options o;
         edit_file e;
         memset(&o, 0, sizeof o);
         o.kvb = forms[b];
-        CHECK(edit_open(&e, models_write(b ? "micro_mla" : "micro", &o)));
+        CHECK(edit_open(&e, models_write(configs[b], &o)));
         for (int i = 0; i < e.n_tensors; i++)
             for (int t = 0; t < 4; t++)
                 if (moe_type_row_size((moe_type)types[t], (int64_t)e.tensors[i].ne[0]))
@@ -414,6 +435,190 @@ TEST(mla_generations_quantized) {
 TEST(deep_cache) {
     check_float(models_simple("micro", "f32"), MODELS_SLOW ? 600 : 1300, !MODELS_SLOW);
     check_float(models_simple("micro_mla", "f32"), MODELS_SLOW ? 600 : 1300, !MODELS_SLOW);
+}
+
+/* Windows of every kind: shorter and longer than a block of keys, all there is, one key. */
+TEST(windows) {
+    static const int windows[] = {1, 2, 100, 511, 512, 513, 700, 0x7FFFFFFF};
+    for (int i = 0; i < (MODELS_SLOW ? 3 : 8); i++) {
+        synth_config c = *synth_find(i % 2 ? "t_oss_wide" : "micro_oss");
+        char name[64];
+        c.window = windows[i];
+        snprintf(name, sizeof name, "window%d.gguf", c.window);
+        if (synth_write_config(&c, models_path(name), NULL) != 0) exit(1);
+        check_float(models_path(name), i < 2 ? 200 : 1100, i < 2);
+    }
+}
+
+/* ---- the same model in other forms ----------------------------------------------------------- */
+
+enum { FORM_TOKENS = 40 };
+
+/* Logits of a changed file, if `naive` compared with the naive pass; the caller frees them. */
+static float *form_logits(const edit_file *e, const char *label, int naive) {
+    edit_image image = edit_build(e);
+    moe_error error;
+    int32_t tokens[FORM_TOKENS];
+    float *logits = NULL;
+    subject s;
+    memset(&s, 0, sizeof s);
+    moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, &error);
+    moe_model *model = gguf ? moe_model_open_gguf(gguf, NULL, &error) : NULL;
+    CHECKF(model != NULL, "%s: %s: %s", label, error.where, error.text);
+    if (model) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.kv_type = MOE_KV_F32;
+        o.n_threads = 2;
+        s.label = label;
+        s.gguf = gguf;
+        s.model = model;
+        s.tokens = tokens;
+        s.n = s.n_expected = FORM_TOKENS;
+        s.n_vocab = moe_model_get_info(model)->n_vocab;
+        s.n_threads = 1;
+        models_tokens(tokens, s.n, s.n_vocab, 7);
+        double *truth = naive ? subject_naive(&s, 0, 0) : NULL;
+        if (truth) {
+            subject_demand(&s, "truth", MOE_KV_F32, truth, NMSE, limit_f32);
+            check_demands(&s);
+        }
+        free(truth);
+        logits = models_run(model, &o, tokens, FORM_TOKENS, MODELS_ODD);
+        CHECKF(logits != NULL, "%s", label);
+    }
+    moe_model_close(model);
+    moe_gguf_close(gguf);
+    free(image.data);
+    return logits;
+}
+
+static edit_tensor *form_add(edit_file *e, int layer, const char *name, const edit_tensor *like) {
+    edit_tensor *t = &e->tensors[e->n_tensors++];
+    *t = *like;
+    t->removed = 0;
+    snprintf(t->name, sizeof t->name, "blk.%d.%s", layer, name);
+    return t;
+}
+static edit_tensor *form_find(edit_file *e, int layer, const char *name) {
+    char full[64];
+    snprintf(full, sizeof full, "blk.%d.%s", layer, name);
+    return edit_find_tensor(e, full);
+}
+
+/* blk.N.ffn_gate.E.weight and so on in place of blk.N.ffn_gate_exps.weight. */
+static void form_split_experts(edit_file *e, int layer) {
+    static const char *const names[] = {"gate", "down", "up"};
+    for (int expert = 0; expert < 4; expert++)
+        for (int i = 0; i < 3; i++) {
+            char name[32];
+            snprintf(name, sizeof name, "ffn_%s_exps.weight", names[i]);
+            edit_tensor *all = form_find(e, layer, name);
+            snprintf(name, sizeof name, "ffn_%s.%d.weight", names[i], expert);
+            edit_tensor *t = form_add(e, layer, name, all);
+            all->removed = 1;
+            t->n_dims = 2;
+            t->ne[2] = 1;
+            t->size = all->size / 4;
+            t->data = all->data + (size_t)expert * t->size;
+        }
+}
+
+static uint8_t *form_memory[16];
+static int form_n_memory;
+
+/* Three or two tensors as one whose rows follow one another, part by part of each. */
+static void form_fuse(edit_file *e, int layer, const char *fused, const char *const *names, int n,
+                      int n_parts) {
+    edit_tensor *parts[3] = {NULL, NULL, NULL};
+    size_t size = 0;
+    for (int i = 0; i < n; i++) size += (parts[i] = form_find(e, layer, names[i]))->size;
+    edit_tensor *t = form_add(e, layer, fused, parts[0]);
+    uint8_t *data = (uint8_t *)malloc(size), *to = data;
+    for (int p = 0; p < n_parts; p++)
+        for (int i = 0; i < n; i++) {
+            size_t part = parts[i]->size / (size_t)n_parts;
+            memcpy(to, parts[i]->data + part * (size_t)p, part);
+            to += part;
+        }
+    int rows = strstr(fused, ".bias") ? 0 : 1; /* the dimension that grows */
+    for (int i = 0; i < n; i++) parts[i]->removed = 1;
+    for (int i = 1; i < n; i++) t->ne[rows] += parts[i]->ne[rows];
+    t->size = size;
+    t->data = form_memory[form_n_memory++] = data;
+}
+
+/* Old Mixtral files hold one tensor per expert; new files may hold gate and up, or query, key */
+/* and value in one: the same bits. */
+TEST(fused_and_split_tensors) {
+    static const char *const qkv[] = {"attn_q.weight", "attn_k.weight", "attn_v.weight"};
+    static const char *const qkv_bias[] = {"attn_q.bias", "attn_k.bias", "attn_v.bias"};
+    static const char *const gate_up[] = {"ffn_gate_exps.weight", "ffn_up_exps.weight"};
+    static const char *const gate_up_bias[] = {"ffn_gate_exps.bias", "ffn_up_exps.bias"};
+    const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
+    for (int b = 0; b < 2; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, models_simple(b ? "micro_oss" : "micro_mixtral", "q8_0")));
+        float *expected = form_logits(&e, "plain", 0);
+        for (int layer = 0; layer < 2; layer++) {
+            if (b == 0) form_split_experts(&e, layer);
+            if (b == 1) form_fuse(&e, layer, "ffn_gate_up_exps.weight", gate_up, 2, 4);
+            if (b == 1) form_fuse(&e, layer, "ffn_gate_up_exps.bias", gate_up_bias, 2, 4);
+            form_fuse(&e, layer, "attn_qkv.weight", qkv, 3, 1);
+            if (b == 1) form_fuse(&e, layer, "attn_qkv.bias", qkv_bias, 3, 1);
+        }
+        float *x = form_logits(&e, b ? "fused" : "split", 0);
+        if (x && expected) CHECKF(!memcmp(x, expected, bytes), "%d", b);
+        if (b == 0) { /* an expert of another type */
+            moe_error error;
+            edit_tensor *t = form_find(&e, 1, "ffn_up.2.weight");
+            t->type = MOE_TYPE_F32;
+            edit_image image = edit_build(&e);
+            moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, NULL);
+            CHECK(gguf && !moe_model_open_gguf(gguf, NULL, &error));
+            CHECKF(error.status == MOE_ERROR_UNSUPPORTED && !strcmp(error.where, t->name), "%s: %s",
+                   error.where, error.text);
+            t->removed = 1;
+            moe_gguf_close(gguf);
+            free(image.data);
+        }
+        free(x);
+        free(expected);
+        edit_close(&e);
+    }
+    while (form_n_memory) free(form_memory[--form_n_memory]);
+}
+
+/* Keys that few files have. */
+TEST(rare_keys) {
+    const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
+    float bound = 0.5f, factors[8];
+    edit_file e;
+    CHECK(edit_open(&e, models_simple("micro_olmoe", "f32")));
+    edit_set(&e, "olmoe.attention.clamp_kqv", 6, &bound, 4);
+    free(form_logits(&e, "clamp_kqv", 1));
+    edit_close(&e);
+
+    CHECK(edit_open(&e, models_simple("micro_mixtral", "f32")));
+    edit_tensor *t = &e.tensors[e.n_tensors++];
+    *t = e.tensors[1]; /* a norm */
+    snprintf(t->name, sizeof t->name, "rope_freqs.weight");
+    for (int i = 0; i < 8; i++) factors[i] = 1 + 0.5f * (float)i;
+    t->ne[0] = 8;
+    t->data = (const uint8_t *)factors;
+    t->size = sizeof factors;
+    free(form_logits(&e, "rope_freqs", 1));
+    edit_close(&e);
+
+    CHECK(edit_open(&e, models_simple("micro_qwen2", "f32")));
+    float *expected = form_logits(&e, "with widths", 0);
+    edit_find_value(&e, "qwen2moe.expert_feed_forward_length")->removed = 1;
+    edit_find_value(&e, "qwen2moe.expert_shared_feed_forward_length")->removed = 1;
+    float *x = form_logits(&e, "without widths", 0);
+    if (x && expected) CHECK(!memcmp(x, expected, bytes));
+    free(x);
+    free(expected);
+    edit_close(&e);
 }
 
 /* 1 to 8 experts per token, of few and of many. */
@@ -464,6 +669,30 @@ static void check_bits(const char *path, moe_isa isa, moe_kv_type kv_type, int n
     moe_model_close(model);
 }
 
+/* Batches that the caller cuts and those that the session cuts give the same bits. */
+static void check_cuts(const char *path) {
+    moe_model *model = models_open(path);
+    int32_t tokens[60];
+    CHECK(model != NULL);
+    if (!model) return;
+    models_tokens(tokens, 60, moe_model_get_info(model)->n_vocab, 5);
+    for (int32_t batch = 1; batch <= 20; batch += batch == 1 ? 5 : 14) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.kv_type = MOE_KV_Q8_0;
+        o.n_threads = 2;
+        o.n_batch = batch;
+        float *whole = models_run(model, &o, tokens, 60, MODELS_WHOLE);
+        float *cut = models_run(model, &o, tokens, 60, batch);
+        CHECKF(whole && cut &&
+                   !memcmp(whole, cut, 240 * (size_t)moe_model_get_info(model)->n_vocab),
+               "%s: batches of %d", path, (int)batch);
+        free(whole);
+        free(cut);
+    }
+    moe_model_close(model);
+}
+
 /* Thread counts up to more than any matrix has rows; the first one twice, for a second run. */
 TEST(same_bits) {
     static const int all[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 40}, few[] = {1, 2, 5};
@@ -471,8 +700,9 @@ TEST(same_bits) {
         const char *config, *type;
     } cases[] = {{"qwen3moe_tiny", "f32"}, {"qwen3moe_quant", "q4_K_M"}, {"dsv3_quant", "q5_K_M"},
                  {"dsv2_ragged", "q4_0"},  {"t_mla_groups", "bf16"},     {"t_qwen_odd", "f16"},
-                 {"micro", "q8_0"}};
-    for (int c = 0; c < 7; c++) {
+                 {"micro", "q8_0"},        {"micro_qwen2", "q8_0"},      {"t_olmoe_odd", "f32"},
+                 {"t_oss_wide", "f16"},    {"micro_mixtral", "q4_0"}};
+    for (int c = 0; c < 11; c++) {
         const char *path = models_simple(cases[c].config, cases[c].type);
         check_bits(path, MOE_ISA_BEST, MOE_KV_F16, 50, MODELS_ODD, all, 11);
         for (int i = 0; i < 3; i++)
@@ -486,8 +716,33 @@ TEST(same_bits_deep) {
     static const int threads[] = {1, 2, 3, 7};
     check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
     check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
+    check_bits(models_simple("t_oss_wide", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
+    check_bits(models_simple("micro_oss", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
     check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
     check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F32, 600, 1, threads, 3);
+}
+
+/* Rows of one to three blocks, few queries per key and many, MLA absorbed and expanded, several */
+/* blocks of keys; any number of threads gives the same bits. */
+TEST(q8_0_cache) {
+    static const int threads[] = {1, 2, 3, 4, 5};
+    for (int i = 0; i < 6; i++) {
+        synth_config c = *synth_find(i < 4 ? "micro" : "micro_mla");
+        char name[64];
+        c.head_dim = i == 3 ? 96 : 32 + 32 * (i % 2);
+        c.n_head = i < 4 ? 1 + i * 3 : 5;
+        c.n_kv = i == 1 ? 2 : 1;
+        c.kv_lora = i < 4 ? 0 : 32 * i - 64;
+        c.rope = i < 4 ? 0 : 32;
+        snprintf(name, sizeof name, "q8_0-cache-%d.gguf", i);
+        const char *path = models_path(name);
+        if (synth_write_config(&c, path, NULL) != 0) exit(1);
+        check_float(path, i == 2 || i == 4 ? 600 : 140, 2);
+        check_bits(path, MOE_ISA_BEST, MOE_KV_Q8_0, 60, MODELS_ODD, threads, 5);
+        check_bits(path, MOE_ISA_AVX2, MOE_KV_Q8_0, 60, MODELS_WHOLE, threads, 5);
+        check_bits(path, MOE_ISA_BEST, MOE_KV_Q8_0, 520, 1, threads, 3);
+        check_cuts(path);
+    }
 }
 
 /* ---- sessions and logits --------------------------------------------------------------------- */
@@ -534,6 +789,7 @@ TEST(rewind) {
         check_rewind(models_simple("qwen3moe_quant", "q4_K_M"), models_isas[i]);
         check_rewind(models_simple("dsv3_quant", "q4_0"), models_isas[i]);
         check_rewind(models_simple("t_mla_groups", "f32"), models_isas[i]);
+        check_rewind(models_simple("t_oss_wide", "f32"), models_isas[i]);
     }
 }
 
@@ -608,6 +864,7 @@ static void check_isas(const char *path) {
 
 TEST(isas_agree) {
     for (int t = 0; t < SYNTH_N_TYPES; t++) {
+        if (!moe_type_supported((moe_type)synth_types[t].id)) continue;
         check_isas(models_simple("qwen3moe_quant", synth_types[t].name));
         check_isas(models_simple("dsv3_quant", synth_types[t].name));
         check_isas(models_simple("dsv2_ragged", synth_types[t].name));
@@ -642,6 +899,7 @@ TEST(info) {
 /* Tensors of every type have the spread that was asked for, and no mean to speak of. */
 TEST(synth_values) {
     for (int i = 0; i < SYNTH_N_TYPES; i++) {
+        if (!moe_type_supported((moe_type)synth_types[i].id)) continue;
         moe_error error;
         moe_gguf *gguf = moe_gguf_open(models_simple("qwen3moe_quant", synth_types[i].name), NULL,
                                        &error);
@@ -727,6 +985,9 @@ static void check_naive(const char *model, const char *tokens, const char *expec
     golden_close(&g);
 }
 
+static const char *const families[] = {"deepseek2", "gpt-oss",  "llama",
+                                       "olmoe",     "qwen2moe", "qwen3moe"};
+
 /* The naive pass gives llama.cpp's logits: it may judge the engine. */
 TEST(naive_golden) {
     check_naive(GOLDEN "logits/dsv2.gguf", GOLDEN "logits/tokens512.txt",
@@ -735,10 +996,19 @@ TEST(naive_golden) {
                 GOLDEN "logits/dsv3.logits.f32");
     check_naive(GOLDEN "logits/qwen3moe.gguf", GOLDEN "logits/tokens512.txt",
                 GOLDEN "logits/qwen3moe.logits.f32");
-    check_naive(GOLDEN "families/deepseek2.gguf", GOLDEN "families/tokens128.txt",
-                GOLDEN "families/deepseek2.logits.f32");
-    check_naive(GOLDEN "families/qwen3moe.gguf", GOLDEN "families/tokens128.txt",
-                GOLDEN "families/qwen3moe.logits.f32");
+    static const char *const logits[] = {"mixtral", "qwen2moe", "olmoe", "gptoss"};
+    for (int i = 0; i < 4; i++) {
+        char model[128], expected[128];
+        snprintf(model, sizeof model, GOLDEN "logits/%s.gguf", logits[i]);
+        snprintf(expected, sizeof expected, GOLDEN "logits/%s.logits.f32", logits[i]);
+        check_naive(model, GOLDEN "logits/tokens512.txt", expected);
+    }
+    for (int i = 0; i < 6; i++) {
+        char model[128], expected[128];
+        snprintf(model, sizeof model, GOLDEN "families/%s.gguf", families[i]);
+        snprintf(expected, sizeof expected, GOLDEN "families/%s.logits.f32", families[i]);
+        check_naive(model, GOLDEN "families/tokens128.txt", expected);
+    }
 }
 
 static void check_golden(const char *model, const char *tokens, const char *expected,
@@ -748,6 +1018,7 @@ static void check_golden(const char *model, const char *tokens, const char *expe
     if (there && golden_open_model(&g)) {
         subject_demand(&g.s, "llama.cpp", MOE_KV_F32, g.expected, NMSE, limit);
         subject_demand_f16(&g.s, g.expected);
+        subject_demand_q8_0(&g.s, g.expected);
         check_demands(&g.s);
     }
     golden_close(&g);
@@ -766,13 +1037,29 @@ TEST(golden_qwen3moe) {
     check_golden(GOLDEN "logits/qwen3moe.gguf", GOLDEN "logits/tokens512.txt",
                  GOLDEN "logits/qwen3moe.logits.f32", limit_f32);
 }
-TEST(golden_family_deepseek2) {
-    check_golden(GOLDEN "families/deepseek2.gguf", GOLDEN "families/tokens128.txt",
-                 GOLDEN "families/deepseek2.logits.f32", limit_family);
+TEST(golden_mixtral) {
+    check_golden(GOLDEN "logits/mixtral.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/mixtral.logits.f32", limit_f32);
 }
-TEST(golden_family_qwen3moe) {
-    check_golden(GOLDEN "families/qwen3moe.gguf", GOLDEN "families/tokens128.txt",
-                 GOLDEN "families/qwen3moe.logits.f32", limit_family);
+TEST(golden_qwen2moe) {
+    check_golden(GOLDEN "logits/qwen2moe.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/qwen2moe.logits.f32", limit_f32);
+}
+TEST(golden_olmoe) {
+    check_golden(GOLDEN "logits/olmoe.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/olmoe.logits.f32", limit_f32);
+}
+TEST(golden_gptoss) {
+    check_golden(GOLDEN "logits/gptoss.gguf", GOLDEN "logits/tokens512.txt",
+                 GOLDEN "logits/gptoss.logits.f32", limit_f32);
+}
+TEST(golden_families) {
+    for (int i = 0; i < 6; i++) {
+        char model[128], expected[128];
+        snprintf(model, sizeof model, GOLDEN "families/%s.gguf", families[i]);
+        snprintf(expected, sizeof expected, GOLDEN "families/%s.logits.f32", families[i]);
+        check_golden(model, GOLDEN "families/tokens128.txt", expected, limit_family);
+    }
 }
 
 /* 5000 tokens in batches of 512, cut by the caller and by the session: the same bits, and close */
@@ -818,6 +1105,7 @@ TEST(golden_long_dsv2) {
 }
 TEST(golden_long_dsv3) { check_long("dsv3"); }
 TEST(golden_long_qwen3moe) { check_long("qwen3moe"); }
+TEST(golden_long_gptoss) { check_long("gptoss"); }
 
 /* A quantized model against its weights in F32: as close as 1.5 times llama.cpp's own distance, */
 /* by the median row. A type that cannot be run yet is refused with its name and the tensor's. */

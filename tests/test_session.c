@@ -123,9 +123,12 @@ static const char *broken_path(int i) {
     memset(&o, 0, sizeof o);
     o.no_tokenizer = 1;
     o.kvb = i == 2 ? SYNTH_KVB_SPLIT : i == 3 ? SYNTH_KVB_BOTH : SYNTH_KVB_FUSED;
-    return models_write(i == 0 ? "micro" : "micro_mla", &o);
+    static const char *const configs[] = {"micro",         "micro_mla",   "micro_mla",  "micro_mla",
+                                          "micro_mixtral", "micro_qwen2", "micro_olmoe",
+                                          "micro_oss"};
+    return models_write(configs[i], &o);
 }
-enum { N_BROKEN = 4 };
+enum { N_BROKEN = 8 };
 
 static int ends_with(const char *text, const char *end) {
     size_t n = strlen(text), m = strlen(end);
@@ -157,6 +160,7 @@ TEST(missing_tensors) {
         for (int i = 0; i < e.n_tensors; i++) {
             const char *name = e.tensors[i].name;
             int optional = !strcmp(name, "output.weight") || ends_with(name, "exp_probs_b.bias") ||
+                           (b == 5 && ends_with(name, ".bias")) ||
                            (b == 3 && (ends_with(name, "attn_kv_b.weight") ||
                                        ends_with(name, "attn_k_b.weight") ||
                                        ends_with(name, "attn_v_b.weight")));
@@ -296,6 +300,45 @@ TEST(unknown_tensors) {
     edit_close(&e);
 }
 
+/* Odd numbers where each of them counts: sinks may be anything, factors of frequencies not. */
+TEST(odd_weights) {
+    static const float sinks[] = {-INFINITY, -1e30f, 1e30f, INFINITY, NAN};
+    static const float factors[] = {1, -2, 1e-20f, 0, 1e-40f, NAN};
+    float values[8];
+    edit_file e;
+    CHECK(edit_open(&e, broken_path(7)));
+    edit_tensor *t = edit_find_tensor(&e, "blk.1.attn_sinks.weight");
+    for (int i = 0; i < 5; i++) {
+        for (int h = 0; h < 4; h++) values[h] = sinks[h == 2 ? i : 1];
+        t->data = (const uint8_t *)values;
+        verdict v = try_edit(&e);
+        CHECKF(v.opened && v.ran && v.finite == (i < 3), "sink %g", (double)sinks[i]);
+    }
+    edit_close(&e);
+    CHECK(edit_open(&e, broken_path(4)));
+    t = &e.tensors[e.n_tensors++];
+    snprintf(t->name, sizeof t->name, "rope_freqs.weight");
+    t->n_dims = 1;
+    t->ne[0] = 8;
+    t->ne[1] = t->ne[2] = t->ne[3] = 1;
+    t->data = (const uint8_t *)values;
+    t->size = sizeof values;
+    for (int i = 0; i < 6; i++) {
+        for (int k = 0; k < 8; k++) values[k] = factors[k == 7 ? i : 0];
+        verdict v = try_edit(&e);
+        if (i < 3) CHECKF(v.opened && v.ran && v.finite, "factor %g", (double)factors[i]);
+        else check_refused(&e, "factor", MOE_ERROR_FORMAT, "rope_freqs.weight");
+    }
+    for (int how = 0; how < 3; how++) {
+        t->ne[0] = how == 0 ? 7 : how == 1 ? 9 : 16;
+        check_refused(&e, "factors", MOE_ERROR_FORMAT, "rope_freqs.weight");
+    }
+    t->removed = 1;
+    edit_find_value(&e, "llama.expert_count")->removed = 1; /* a dense model */
+    check_refused(&e, "no experts", MOE_ERROR_UNSUPPORTED, "expert_count");
+    edit_close(&e);
+}
+
 /* ---- hyper-parameters ------------------------------------------------------------------------ */
 
 /* Values to put into each key, as GGUF has them: type and little-endian bytes. */
@@ -340,10 +383,12 @@ enum { N_ODD = sizeof odd_values / sizeof odd_values[0] };
 
 /* Keys that the library has no reason to read in these models. */
 static int is_unread(const edit_file *e, const char *key) {
-    int dense = 0;
+    /* In these families experts are as wide as feed_forward_length says. */
+    int dense = !strncmp(key, "llama.", 6) || !strncmp(key, "olmoe.", 6);
+    if (ends_with(key, ".expert_feed_forward_length")) return dense;
     for (int i = 0; i < e->n_tensors; i++) dense |= ends_with(e->tensors[i].name, ".ffn_up.weight");
     return ends_with(key, ".vocab_size") || !strncmp(key, "general.", 8) ||
-           (ends_with(key, ".feed_forward_length") && strstr(key, ".expert") == NULL && !dense);
+           (ends_with(key, ".feed_forward_length") && !dense);
 }
 
 static void check_value(edit_file *e, int i, uint32_t type, const void *data, size_t size,
@@ -440,7 +485,7 @@ TEST(families_and_tokenizers) {
     edit_file e;
     memset(longest, 'x', sizeof longest - 1);
     longest[sizeof longest - 1] = 0;
-    const char *const families[] = {"", "llama5", "qwen3moe ", "Qwen3moe", "deepseek", longest};
+    const char *const families[] = {"", "llama5", "qwen3moe ", "Qwen3moe", "gpt", longest};
     CHECK(edit_open(&e, models_simple("micro", "f32")));
     for (int i = 0; i < 6; i++) {
         edit_set(&e, "general.architecture", 8, text, put_text(text, families[i]));
@@ -773,7 +818,7 @@ TEST(session_options) {
         {0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
         {0, 0, 0, -1, 0, 0, 0, MOE_ERROR_ARGUMENT},
         {0, 0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, MOE_ERROR_ARGUMENT},
-        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED},
+        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED}, /* heads of 16 */
         {0, 0, 0, 0, 77, 0, 0, MOE_ERROR_UNSUPPORTED},
         {0, 0, 0, 0, -1, 0, 0, MOE_ERROR_UNSUPPORTED},
         {0, 0, 0, 0, 0, 77, 0, MOE_ERROR_UNSUPPORTED},
@@ -1218,6 +1263,42 @@ TEST(estimate) {
         size_t per_token = (large.kv_bytes - small.kv_bytes) / 1024;
         size_t expected = (size_t)(2 * (b ? 40 : 32) * 2);
         CHECKF(per_token >= expected && per_token <= 2 * expected, "%zu per token", per_token);
+        moe_model_close(model);
+    }
+}
+
+/* A Q8_0 cache takes 34 bytes where F16 takes 64, as estimated; widths that blocks do not fit
+ * are refused with the numbers. */
+TEST(q8_0_cache) {
+    static const struct {
+        const char *config, *widths; /* NULL: fits */
+    } cases[] = {{"qwen3moe_quant", NULL}, {"dsv3_quant", NULL}, {"micro", "16 and 16"},
+                 {"micro_mla", "32 and 8"}, {"t_qwen_odd", "10 and 10"}};
+    for (int i = 0; i < 5; i++) {
+        moe_model *model = models_open(models_simple(cases[i].config, "f32"));
+        moe_session_options o;
+        moe_session_info f16, q8_0;
+        moe_error error;
+        memset(&o, 0, sizeof o);
+        o.n_ctx = 640;
+        CHECK(model && moe_session_estimate(model, &o, &f16, NULL) == MOE_OK);
+        if (!model) continue;
+        o.kv_type = MOE_KV_Q8_0;
+        clear_error(&error);
+        moe_status status = moe_session_estimate(model, &o, &q8_0, &error);
+        moe_session *session = moe_session_open(model, &o, NULL);
+        CHECK((session != NULL) == (cases[i].widths == NULL));
+        if (cases[i].widths) {
+            CHECKF(status == MOE_ERROR_UNSUPPORTED && !strcmp(error.where, "kv_type") &&
+                       strstr(error.text, cases[i].widths),
+                   "%s: %s", cases[i].config, error.text);
+        } else if (session) {
+            const moe_session_info *real = moe_session_get_info(session);
+            CHECK(status == MOE_OK && q8_0.kv_bytes * 64 == f16.kv_bytes * 34);
+            CHECK(real->kv_type == MOE_KV_Q8_0 && real->kv_bytes == q8_0.kv_bytes);
+            CHECK(real->work_bytes == q8_0.work_bytes && q8_0.work_bytes == f16.work_bytes);
+        }
+        moe_session_close(session);
         moe_model_close(model);
     }
 }

@@ -1111,7 +1111,7 @@ static attend_case *attend_new(int f32) {
     moe__attend_args *a = &c->args;
     a->q = c->q;
     a->q_stride = 30;
-    a->f32 = f32;
+    a->type = f32 ? MOE_KV_F32 : MOE_KV_F16;
     a->k_bytes = (f32 ? 4 : 2) * AT_DK;
     a->v_bytes = (f32 ? 4 : 2) * AT_DV;
     a->dk = AT_DK;

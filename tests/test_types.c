@@ -1129,8 +1129,9 @@ static void attend_block(attend_case *c, int begin, int n, const int *visible) {
     int32_t here[AT_Q];
     for (int i = 0; i < AT_Q; i++)
         here[i] = (int32_t)moe__min(n, moe__max(0, visible ? visible[i] - begin : n));
-    c->args.k = c->args.f32 ? (void *)(c->k + begin * AT_DK) : (void *)(c->k16 + begin * AT_DK);
-    c->args.v = c->args.f32 ? (void *)(c->v + begin * AT_DV) : (void *)(c->v16 + begin * AT_DV);
+    const int f32 = c->args.type == MOE_KV_F32;
+    c->args.k = f32 ? (void *)(c->k + begin * AT_DK) : (void *)(c->k16 + begin * AT_DK);
+    c->args.v = f32 ? (void *)(c->v + begin * AT_DV) : (void *)(c->v16 + begin * AT_DV);
     c->args.n_keys = n;
     c->args.n_visible = visible ? here : NULL;
     moe__kernels_scalar.attend(&c->args);

@@ -117,6 +117,7 @@
 /*                           files and callers is never checked by it. */
 /* MOE_NO_AVX2               leave out the AVX2 kernels (and the AVX-512 ones). */
 /* MOE_NO_AVX512             leave out the AVX-512 kernels. */
+/* MOE_NO_AVX_VNNI           leave out the AVX-VNNI kernels (GCC before 11 has none anyway). */
 /* MOE_NO_FUTEX              pthread condition variables instead of the Linux futex. */
 /* MOE_PARALLEL_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_PARALLEL. */
 /* MOE_BALANCED_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_BALANCED. */
@@ -156,6 +157,22 @@
 #define MOE__USE_AVX512 0
 #else
 #define MOE__USE_AVX512 1
+#endif
+/* The AVX-VNNI kernels may be tried on a machine with AVX-512 only: MOE__VNNI_EVEX = 1. */
+#ifndef MOE__VNNI_EVEX
+#define MOE__VNNI_EVEX 0
+#endif
+#if defined(__clang__)
+#define MOE__HAS_AVX_VNNI (__clang_major__ >= 12)
+#elif defined(__GNUC__)
+#define MOE__HAS_AVX_VNNI (__GNUC__ >= 11)
+#else
+#define MOE__HAS_AVX_VNNI 0
+#endif
+#if (defined(MOE_NO_AVX_VNNI) && MOE__IS_ON(MOE_NO_AVX_VNNI)) || !MOE__USE_AVX2
+#define MOE__USE_AVX_VNNI 0
+#else
+#define MOE__USE_AVX_VNNI MOE__HAS_AVX_VNNI
 #endif
 #if (defined(MOE_NO_FUTEX) && MOE__IS_ON(MOE_NO_FUTEX)) || !defined(__linux__)
 #define MOE__USE_FUTEX 0
@@ -285,10 +302,10 @@ typedef enum moe_isa {
     MOE_ISA_SCALAR = 1,
     MOE_ISA_AVX2 = 2,    /* AVX2, FMA, F16C */
     MOE_ISA_AVX512 = 3,  /* AVX-512 F, BW, VL, DQ, VNNI */
-    MOE_ISA_AVX_VNNI = 4 /* AVX2 with 256-bit VNNI; for now the AVX2 kernels */
+    MOE_ISA_AVX_VNNI = 4 /* AVX2 and AVX-VNNI (256 bit): between AVX2 and AVX512 */
 } moe_isa;
 
-/* What `isa` resolves to on this machine: SCALAR, AVX2 or AVX512. */
+/* What `isa` resolves to on this machine: any of them but BEST. */
 MOE_API moe_isa moe_isa_resolve(moe_isa isa);
 MOE_API const char *moe_isa_name(moe_isa isa);
 
@@ -1911,14 +1928,14 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 /*   per           weights per scale: 16 or 32 */
 /*   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins */
 /*   q             1 if there is a quantizer */
-/*   own           1 if it has dot and tile kernels of its own; 0: those that work on what is */
-/*                 unpacked */
+/*   own           1 if it has dot and tile kernels of its own (2: without int8 products); 0: those */
+/*                 that work on what is unpacked */
 /* It needs moe__unpack_name here and unpack_name in the vector text of >>kernels (F32, F16 and */
 /* BF16 have no blocks to unpack), moe__quantize_name if q, dot_name and tile_name there if own. */
 #define MOE__TYPES(X)                                                     \
-    X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1, 1)                           \
-    X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1, 1)                           \
-    X(BF16, bf16, 1, 2, F32, 1, 0, 0, 0, 0, 1, 1)                         \
+    X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1, 2)                           \
+    X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1, 2)                           \
+    X(BF16, bf16, 1, 2, F32, 1, 0, 0, 0, 0, 1, 2)                         \
     MOE__BLOCK_TYPES(X)
 #define MOE__BLOCK_TYPES(X)                                               \
     X(Q4_0, q4_0, 32, 18, Q32, 1, 0, 32, 4, 8, 1, 1)                      \
@@ -3776,6 +3793,11 @@ static const moe__kernels moe__kernels_scalar = {
 #define MOE__ISA 2
 #include MOE_INFER_HEADER
 #undef MOE__ISA
+#if MOE__USE_AVX_VNNI
+#define MOE__ISA 4
+#include MOE_INFER_HEADER
+#undef MOE__ISA
+#endif
 #if MOE__USE_AVX512
 #define MOE__ISA 3
 #include MOE_INFER_HEADER
@@ -3797,10 +3819,22 @@ static const moe__kernels moe__kernels_scalar = {
 #if MOE__ISA == 2
 #define MOE__(name) MOE__PASTE(moe__##name, _avx2)
 #define MOE__TARGET __attribute__((target("avx2,fma,f16c")))
-#elif MOE__ISA == 3
+#elif MOE__ISA == 4
+#define MOE__(name) MOE__PASTE(moe__##name, _avx_vnni)
+#if MOE__VNNI_EVEX
+#define MOE__TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")))
+#else
+#define MOE__TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#endif
+#else
 #define MOE__(name) MOE__PASTE(moe__##name, _avx512)
 #define MOE__TARGET \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#endif
+#if MOE__ISA == 4 /* only tiles are its own, the rest is AVX2's */
+#define MOE__SHARED(name) MOE__PASTE(moe__##name, _avx2)
+#else
+#define MOE__SHARED(name) MOE__(name)
 #endif
 #define MOE__VNNI (MOE__ISA != 2) /* whether int8 products are added up by one instruction */
 /* Two sanitizers would make this text take minutes to compile. Tests hold its results against */
@@ -3929,6 +3963,15 @@ MOE__V __m256i MOE__(v_load16_rows)(const uint8_t *const *w, size_t offset) {
 MOE__V __m256i MOE__(v_dot_i16)(__m256i acc, __m256i a, __m256i b) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
+#if MOE__ISA == 4
+MOE__V __m256i MOE__(v_dot_u8)(__m256i acc, __m256i a, __m256i b) {
+#if MOE__VNNI_EVEX
+    return _mm256_dpbusd_epi32(acc, a, b);
+#else
+    return _mm256_dpbusd_avx_epi32(acc, a, b);
+#endif
+}
+#endif
 MOE__V __m256i MOE__(v_add_lanes)(const __m256i *x) {
     return _mm256_add_epi32(_mm256_permute2x128_si256(x[0], x[1], 0x20),
                             _mm256_permute2x128_si256(x[0], x[1], 0x31));
@@ -3982,6 +4025,8 @@ MOE__V MOE__VI MOE__(v_unpack_scales)(MOE__VI header) {
     low = MOE__(v_and)(MOE__MM(srlv_epi32)(low, shift), mask);
     return MOE__(v_or_and)(low, MOE__MM(srli_epi32)(high, 2), top);
 }
+
+#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 
 /* ---- activations to int8 --------------------------------------------------------------------- */
 
@@ -4457,8 +4502,6 @@ MOE__V __m256i MOE__(u_dot_u8)(__m256i acc, __m256i a, __m256i b) {
 /* of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. out[r].min is */
 /* written only by types with mins. Nothing behind the blocks is read. 256-bit vectors, whatever */
 /* the instruction set: what comes next uses the widest. */
-typedef void MOE__(unpack_fn)(const uint8_t *const *w, int rows, int n, const float *D,
-                              moe__block *out);
 
 /* The row types: one row; `v` is the vector of 32 weights j, made from block p. */
 #define MOE__ROW_TYPE(name)                                                                   \
@@ -5351,10 +5394,14 @@ MOE__BLOCK_TYPES(MOE__UNPACK_ROWS)
 #undef MOE__UNPACK_8
 #undef MOE__UNPACK_ROWS
 
+#endif /* MOE__ISA != 4 */
+
 /* ---- rows of unpacked blocks ----------------------------------------------------------------- */
 
 /* What most types need: unpack a block of some rows, then multiply, turn or store it. */
 
+typedef void MOE__(unpack_fn)(const uint8_t *const *w, int rows, int n, const float *D,
+                              moe__block *out);
 typedef struct MOE__(reader) {
     const moe__type *type;
     MOE__(unpack_fn) *unpack;
@@ -5390,6 +5437,7 @@ MOE__V void MOE__(reader_next)(MOE__(reader) *reader, int n, moe__block *out) {
     for (int r = 0; r < (type->rows > 1 ? 1 : reader->rows); r++) reader->w[r] += size;
 }
 
+#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 /* Activations of 256 weights. */
 typedef struct MOE__(block_acts) {
     const int8_t *q;
@@ -5522,6 +5570,8 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
     }
 }
 
+#endif /* MOE__ISA != 4 */
+
 /* ---- dot products: blocks of 32 -------------------------------------------------------------- */
 
 /* Levels x activations, summed in int32 to one or two numbers per block: an exact float. These */
@@ -5547,9 +5597,6 @@ MOE__V MOE__VI MOE__(q32_table)(const int type) {
     const MOE__VI offset = MOE__MM(set1_epi8)((char)(1 << MOE__(q32_shift)(type)));
     return MOE__MM(add_epi8)(MOE__(v_load16)(table), offset);
 }
-MOE__V float MOE__(q32_scale)(const uint8_t *block, const int type) {
-    return type == MOE__INDEX_MXFP4 ? moe__types_e8m0(block[0]) : MOE__(u_f16)(block);
-}
 /* v + add in bytes whose bit is set in x */
 MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int add) {
     const MOE__VI y = MOE__MM(set1_epi8)((char)add);
@@ -5559,6 +5606,25 @@ MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int a
     x = _mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit);
     return _mm256_add_epi8(v, _mm256_and_si256(x, y));
 #endif
+}
+
+/* Exponents of MXFP4, int32, as floats, see moe__types_e8m0 */
+MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
+    const MOE__VI tiny = MOE__MM(sllv_epi32)(MOE__MM(set1_epi32)(0x00200000), e);
+    const MOE__VI usual =
+        MOE__MM(slli_epi32)(MOE__MM(sub_epi32)(e, MOE__MM(set1_epi32)(1)), 23);
+#if MOE__ISA == 3
+    const __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(usual, small, tiny));
+#else
+    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(usual, tiny, small));
+#endif
+}
+
+#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
+MOE__V float MOE__(q32_scale)(const uint8_t *block, const int type) {
+    return type == MOE__INDEX_MXFP4 ? moe__types_e8m0(block[0]) : MOE__(u_f16)(block);
 }
 
 /* One block: sums of two products in int16, or of four in int32 for Q8_0 and IQ4_NL, whose levels */
@@ -5603,20 +5669,6 @@ MOE__V __m128i MOE__(q32_scales)(const uint8_t *p, const int type) {
     }
     return _mm_set_epi64x((int64_t)high, (int64_t)low);
 }
-/* Exponents of MXFP4, int32, as floats, see moe__types_e8m0 */
-MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
-    const MOE__VI tiny = MOE__MM(sllv_epi32)(MOE__MM(set1_epi32)(0x00200000), e);
-    const MOE__VI usual =
-        MOE__MM(slli_epi32)(MOE__MM(sub_epi32)(e, MOE__MM(set1_epi32)(1)), 23);
-#if MOE__ISA == 3
-    const __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
-    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(usual, small, tiny));
-#else
-    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
-    return _mm256_castsi256_ps(_mm256_blendv_epi8(usual, tiny, small));
-#endif
-}
-
 /* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
 MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
     MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
@@ -5781,7 +5833,8 @@ MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act
 #define MOE__ROW(r)                                                                \
     {                                                                              \
         __m256i s = MOE__(q32_add4)(w[r] + at, a->q + 32 * j, type);               \
-        __m256 both = _mm256_permute2f128_ps(d[r], d[r], j ? 0x11 : 0x00);         \
+        __m128 four = j ? _mm256_extractf128_ps(d[r], 1) : _mm256_castps256_ps128(d[r]); \
+        __m256 both = _mm256_insertf128_ps(_mm256_castps128_ps256(four), four, 1);  \
         if (narrow) s = _mm256_add_epi32(s, offset);                               \
         sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), both, sum[r]);             \
         MOE__SETTLE(sum[r]);                                                       \
@@ -5842,6 +5895,8 @@ MOE__DOT_Q32(Q8_0, q8_0)
 MOE__DOT_Q32(IQ4_NL, iq4_nl)
 MOE__DOT_Q32(MXFP4, mxfp4)
 #undef MOE__DOT_Q32
+
+#endif /* MOE__ISA != 4 */
 
 /* ---- tiles: up to 32 rows times many tokens -------------------------------------------------- */
 
@@ -6201,6 +6256,7 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
     }
 }
 
+#if MOE__ISA != 4
 #define MOE__FLOAT(t)                                                  \
     if (n > t) {                                                       \
         const MOE__VF b = MOE__BROADCAST_F32(x##t + 4 * (k + step));   \
@@ -6237,6 +6293,7 @@ MOE__V void MOE__(tile_float)(const MOE__(tile_job) *job, const int n) {
     for (; k < job->n; k++, w += 2 * MOE__VBYTES) MOE__FLOAT_STEP(0)
     MOE__EACH_6(MOE__ADD_FLOATS)
 }
+#endif
 
 /* ---- unpacking ---------------- */
 
@@ -6503,6 +6560,7 @@ MOE__K void MOE__(tile_unpack_q6_k)(const uint8_t *rows, size_t stride, int64_t 
     }
 }
 
+#if MOE__ISA != 4
 /* Floats: each row is readable up to a multiple of 8 weights. */
 MOE__K void MOE__(tile_unpack_f32)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
@@ -6536,6 +6594,7 @@ MOE__K void MOE__(tile_unpack_bf16)(const uint8_t *rows, size_t stride, int64_t 
             }
         }
 }
+#endif
 
 /* Turns 4 floats of each row of half a panel. */
 MOE__V void MOE__(tile_turn_f32)(const float *from, int every, uint8_t *out) {
@@ -6722,6 +6781,7 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
     MOE__TILE_KERNEL(name, 3, __VA_ARGS__) \
     MOE__TILE_KERNEL(name, 4, __VA_ARGS__)
 
+#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 MOE__TILE_FLOAT(1)
 MOE__TILE_FLOAT(2)
 MOE__TILE_FLOAT(3)
@@ -6730,6 +6790,7 @@ MOE__TILE_FLOAT(5)
 MOE__TILE_FLOAT(6)
 MOE__TILE_TABLE(float) = {MOE__TILE_NAMES_6(float)};
 #define MOE__TILE_OF_FLOATS MOE__(tile_kernels_float), 6
+#endif
 
 /* Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then */
 /* the weights per scale; m: integer mins, f: float mins; the bits of a weight, if they matter. */
@@ -6820,9 +6881,11 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
                         prefetch, prefetch_size);                                                 \
     }
 #define MOE__TILE_Q(name, bits) MOE__TILE_OF(name, bits), MOE__TILE_TOKENS
+#if MOE__ISA != 4
 MOE__TILE_TYPE(f32, MOE__TILE_OF_FLOATS, 128, 8, 1, 4, 512, 0)
 MOE__TILE_TYPE(f16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
 MOE__TILE_TYPE(bf16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
+#endif
 MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 256, 32, 32, 18, sizeof(moe__act32), 3)
 MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 256, 32, 32, 22, sizeof(moe__act32), 4)
 MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 256, 32, 32, 18, sizeof(moe__act32), 7)
@@ -6833,18 +6896,23 @@ MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 256, 32, 256, 176, sizeof(moe__act256
 MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 256, 16, 256, 210, sizeof(moe__act256), 5)
 
 /* Block types, by what they are unpacked to */
+#define MOE__BLOCK_TILE(NAME, name, ...)                                                           \
+    MOE__K void MOE__(tile_blocks_##name)(                                                         \
+        const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,     \
+        int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,     \
+        size_t prefetch_size) {                                                                    \
+        MOE__(tile_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__SHARED(unpack_##name), rows, row_size,   \
+                           n_rows, n, x, n_tokens, out, out_stride, pack, prefetch, prefetch_size); \
+    }
+MOE__BLOCK_TYPES(MOE__BLOCK_TILE)
+#undef MOE__BLOCK_TILE
+
+#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 #define MOE__BLOCK_KERNELS(NAME, name, ...)                                                        \
     MOE__K void MOE__(dot_blocks_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,     \
                                          int64_t n, const void *x, float *out) {                   \
         MOE__(dot_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, row_size,    \
                           n_rows, n, x, out);                                                      \
-    }                                                                                              \
-    MOE__K void MOE__(tile_blocks_##name)(                                                         \
-        const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,     \
-        int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,     \
-        size_t prefetch_size) {                                                                    \
-        MOE__(tile_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, row_size,   \
-                           n_rows, n, x, n_tokens, out, out_stride, pack, prefetch, prefetch_size); \
     }                                                                                              \
     MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) {             \
         MOE__(dequantize_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, n,    \
@@ -6852,6 +6920,7 @@ MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 256, 16, 256, 210, sizeof(moe__act256)
     }
 MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
 #undef MOE__BLOCK_KERNELS
+#endif
 #undef MOE__TILE_Q
 
 #undef MOE__TILE_TOKENS
@@ -6904,6 +6973,8 @@ MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
 #undef MOE__TILE_KERNELS
 #undef MOE__TILE_OF
 #undef MOE__TILE_TYPE
+
+#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 
 /* ---- floats: norms, activations, softmax, attention ------------------------------------------ */
 
@@ -7669,28 +7740,33 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 #undef MOE__FW
 #undef MOE__F_OP
 #undef MOE__D_OP
+#endif /* MOE__ISA != 4 */
+
 /* ---- the table of this instruction set ------------------------------------------------------- */
 
-#define MOE__KERNELS_0(name) MOE__(dot_blocks_##name), MOE__(tile_blocks_##name)
-#define MOE__KERNELS_1(name) MOE__(dot_##name), MOE__(tile_##name)
+#define MOE__KERNELS_0(name) MOE__SHARED(dot_blocks_##name), MOE__(tile_blocks_##name)
+#define MOE__KERNELS_1(name) MOE__SHARED(dot_##name), MOE__(tile_##name)
+#define MOE__KERNELS_2(name) MOE__SHARED(dot_##name), MOE__SHARED(tile_##name)
 #define MOE__TYPE_KERNELS(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q, own) \
-    {MOE__KERNELS_##own(name), MOE__(dequantize_##name)},
+    {MOE__KERNELS_##own(name), MOE__SHARED(dequantize_##name)},
 static const moe__kernels MOE__(kernels) = {
     (moe_isa)MOE__ISA,
     {MOE__TYPES(MOE__TYPE_KERNELS)},
-    {MOE__(quantize_f32), MOE__(quantize_q32), MOE__(quantize_q256)},
-    MOE__(rms_norm),
-    MOE__(swiglu),
-    MOE__(swiglu_oai),
-    MOE__(softmax),
-    MOE__(axpy),
-    MOE__(f32_to_f16),
-    MOE__(f32_to_q8_0),
-    MOE__(attend)};
+    {MOE__SHARED(quantize_f32), MOE__SHARED(quantize_q32), MOE__SHARED(quantize_q256)},
+    MOE__SHARED(rms_norm),
+    MOE__SHARED(swiglu),
+    MOE__SHARED(swiglu_oai),
+    MOE__SHARED(softmax),
+    MOE__SHARED(axpy),
+    MOE__SHARED(f32_to_f16),
+    MOE__SHARED(f32_to_q8_0),
+    MOE__SHARED(attend)};
 
 #undef MOE__TYPE_KERNELS
 #undef MOE__KERNELS_0
 #undef MOE__KERNELS_1
+#undef MOE__KERNELS_2
+#undef MOE__SHARED
 #undef MOE__VNNI
 #undef MOE__EACH_LANE
 #undef MOE__LANE
@@ -7718,29 +7794,37 @@ static const moe__kernels MOE__(kernels) = {
 /* ---- picking a table ------------------------------------------------------------------------- */
 
 #if MOE__X86
-/* What the processor and the operating system can do: MOE_ISA_SCALAR, _AVX2 or _AVX512. */
-static moe_isa moe__kernels_detect(void) {
-    unsigned a, b, c, d, low, high;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return MOE_ISA_SCALAR;
+/* What the processor, the operating system and this build can do: a bit per moe_isa. */
+static unsigned moe__kernels_detect(void) {
+    unsigned a, b, c, d, low, high, found = 1u << MOE_ISA_SCALAR;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
     const unsigned osxsave = 1u << 27, fma = 1u << 12, f16c = 1u << 29, avx = 1u << 28;
-    if ((c & (osxsave | fma | f16c | avx)) != (osxsave | fma | f16c | avx)) return MOE_ISA_SCALAR;
+    if ((c & (osxsave | fma | f16c | avx)) != (osxsave | fma | f16c | avx)) return found;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 0x6) != 0x6) return MOE_ISA_SCALAR; /* the system does not save ymm registers */
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & 1u << 5)) return MOE_ISA_SCALAR;
+    if ((low & 0x6) != 0x6) return found; /* the system does not save ymm registers */
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & 1u << 5)) return found;
+    found |= 1u << MOE_ISA_AVX2;
     const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11;
-    if ((low & 0xE0) != 0xE0 || (b & f_dq_bw_vl) != f_dq_bw_vl || !(c & vnni)) return MOE_ISA_AVX2;
-    return MOE_ISA_AVX512;
+    const int avx512 = (low & 0xE0) == 0xE0 && (b & f_dq_bw_vl) == f_dq_bw_vl && (c & vnni);
+    const unsigned more = a ? 1 : 0; /* number of the last subleaf */
+    if (avx512 && MOE__USE_AVX512) found |= 1u << MOE_ISA_AVX512;
+    if (avx512 && MOE__VNNI_EVEX) found |= 1u << MOE_ISA_AVX_VNNI;
+    if (more && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) && MOE__USE_AVX_VNNI)
+        found |= 1u << MOE_ISA_AVX_VNNI;
+    return found;
 }
 #else
-static moe_isa moe__kernels_detect(void) { return MOE_ISA_SCALAR; }
+static unsigned moe__kernels_detect(void) { return 1u << MOE_ISA_SCALAR; }
 #endif
 
 MOE_API moe_isa moe_isa_resolve(moe_isa isa) {
-    moe_isa best = moe__kernels_detect();
-    if (best == MOE_ISA_AVX512 && !MOE__USE_AVX512) best = MOE_ISA_AVX2;
-    if (isa == MOE_ISA_AVX_VNNI) isa = MOE_ISA_AVX2;
-    if (isa < MOE_ISA_SCALAR || isa > best) return best;
-    return isa;
+    static const moe_isa order[] = {MOE_ISA_AVX512, MOE_ISA_AVX_VNNI, MOE_ISA_AVX2,
+                                    MOE_ISA_SCALAR};
+    const unsigned found = moe__kernels_detect();
+    int i = 0, known = isa >= MOE_ISA_SCALAR && isa <= MOE_ISA_AVX_VNNI;
+    while (known && order[i] != isa) i++;
+    while (!(found >> order[i] & 1)) i++;
+    return order[i];
 }
 
 MOE_API const char *moe_isa_name(moe_isa isa) {
@@ -7759,6 +7843,9 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
     switch (moe_isa_resolve(isa)) {
 #if MOE__USE_AVX512
     case MOE_ISA_AVX512: return &moe__kernels_avx512;
+#endif
+#if MOE__USE_AVX_VNNI
+    case MOE_ISA_AVX_VNNI: return &moe__kernels_avx_vnni;
 #endif
     case MOE_ISA_AVX2: return &moe__kernels_avx2;
     default: break;
@@ -10183,7 +10270,7 @@ MOE__PRIVATE void moe__mla_attend_many(moe__eval *e, const moe__layer *layer, in
     const moe_model *model = e->model;
     moe__local *local = e->local;
     const int64_t n_head = model->info.n_head, dk = model->head_k, dv = model->head_v;
-    const int64_t latent = model->kv_lora, nope = dk - model->n_rot, n_keys = e->past + e->n;
+    const int64_t nope = dk - model->n_rot, n_keys = e->past + e->n;
     const moe__kv cache = moe__eval_kv(e, il, 0);
     moe__attend_args a;
     moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);

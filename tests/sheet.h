@@ -5,6 +5,8 @@
 #ifndef SHEET_H
 #define SHEET_H
 
+enum { LAST_ISA = MOE_ISA_AVX_VNNI }; /* the largest number of an instruction set */
+
 /* ---- numbers --------------------------------------------------------------------------------- */
 
 static uint64_t sheet_seed = 1;

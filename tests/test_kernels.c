@@ -30,7 +30,7 @@ static void *guarded(int slot, size_t size) {
 
 /* Runs the statement for each vector instruction set that the machine has, as `k`. */
 #define EACH_ISA                                                                           \
-    for (int isa = MOE_ISA_AVX2; isa <= MOE_ISA_AVX512; isa++)                             \
+    for (int isa = MOE_ISA_AVX2; isa <= LAST_ISA; isa++)                                   \
         if ((int)moe_isa_resolve((moe_isa)isa) == isa)                                     \
             for (const moe__kernels *k = moe__kernels_get((moe_isa)isa); k; k = NULL)
 #define EACH_TYPE for (const moe__type *t = moe__types; t < moe__types + MOE__N_TYPES; t++)

@@ -118,7 +118,7 @@ static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
 TEST(matmul_matches_double_precision_and_ignores_splits) {
     const int64_t tokens[] = {1, 2, 3, 7, 33};
     for (int type = 0; type < MOE__N_TYPES; type++)
-        for (int isa = MOE_ISA_SCALAR; isa <= MOE_ISA_AVX512; isa++)
+        for (int isa = MOE_ISA_SCALAR; isa <= LAST_ISA; isa++)
             for (int i = 0; i < 5; i++)
                 check_matmul(moe__types[type].id, (moe_isa)isa, tokens[i]);
 }
@@ -126,7 +126,7 @@ TEST(matmul_matches_double_precision_and_ignores_splits) {
 /* A token's result does not depend on its neighbours in the batch (from MOE__TILE_TOKENS on). */
 TEST(tokens_do_not_influence_each_other) {
     for (int type = 0; type < MOE__N_TYPES; type++)
-        for (int isa = MOE_ISA_SCALAR; isa <= MOE_ISA_AVX512; isa++) {
+        for (int isa = MOE_ISA_SCALAR; isa <= LAST_ISA; isa++) {
             const moe__kernels *kernels = moe__kernels_get((moe_isa)isa);
             built b = build(moe__types[type].id, 256, 32, 1);
             static MOE__ALIGNED(64) uint8_t acts[16][sizeof(moe__act256) + 1024];

@@ -118,8 +118,8 @@ static void problem_open(problem *p, int type, int64_t n, size_t row_pad, float 
     p->pack = walled_new(MOE__PACK_SIZE);
     p->result = (double *)malloc(TOKENS * ROWS * sizeof(double));
     p->terms = (double *)malloc(TOKENS * ROWS * sizeof(double));
-    p->seen = (float *)malloc(3 * TOKENS * ROWS * sizeof(float));
-    for (int i = 0; i < 3 * TOKENS * ROWS; i++) memcpy(p->seen + i, &canary, 4);
+    p->seen = (float *)malloc(LAST_ISA * TOKENS * ROWS * sizeof(float));
+    for (int i = 0; i < LAST_ISA * TOKENS * ROWS; i++) memcpy(p->seen + i, &canary, 4);
     sheet_random(&types[type], p->rows.data, p->row_size, ROWS, n, d);
     for (int t = 0; t < TOKENS; t++)
         make_act(types[type].act, p->acts.data + (size_t)t * p->act_size, n, Q_RANDOM, 0);
@@ -227,10 +227,10 @@ static void check(const problem *p, moe_isa isa, int n_rows, int64_t n_tokens, c
     free(out);
 }
 
-static const moe_isa isas[] = {MOE_ISA_AVX2, MOE_ISA_AVX512};
+static const moe_isa isas[] = {MOE_ISA_AVX2, MOE_ISA_AVX_VNNI, MOE_ISA_AVX512};
 static int available(moe_isa isa) { return moe_isa_resolve(isa) == isa; }
 #define FOR_EACH_ISA(isa)                                                            \
-    for (int isa##_i = 0; isa##_i < 2; isa##_i++)                                    \
+    for (int isa##_i = 0; isa##_i < 3; isa##_i++)                                    \
         for (moe_isa isa = isas[isa##_i], isa##_once = isa;                          \
              isa##_once != MOE_ISA_BEST && available(isa); isa##_once = MOE_ISA_BEST)
 /* Types whose code books are not there are left out. */

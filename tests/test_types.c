@@ -90,7 +90,7 @@ TEST(table) {
         CHECK(moe_type_row_size(t->id, t->block) == (size_t)(t->bytes + t->meta));
         const char *tail = strstr(t->name, "_R");
         CHECK(t->rows == (tail ? atoi(tail + 2) : 1) && t->rows <= MOE__GROUP_ROWS);
-        for (int isa = MOE_ISA_SCALAR; isa <= MOE_ISA_AVX512; isa++) {
+        for (int isa = MOE_ISA_SCALAR; isa <= LAST_ISA; isa++) {
             if ((int)moe_isa_resolve((moe_isa)isa) != isa) continue;
             const moe__type_kernels *k = &moe__kernels_get((moe_isa)isa)->type[i];
             CHECKF(k->dot && k->tile && k->dequantize, "%s", t->name);
@@ -328,7 +328,7 @@ TEST(golden_rows) {
         CHECKF(!blocks == (index_rmse(index, t->name) < 0) && !blocks == !gold, "%s", t->name);
         /* IQ6_K: a float polynomial with cancellation */
         float bound = t->id == MOE_TYPE_IQ6_K ? 1e-4f : 1e-6f;
-        for (int isa = MOE_ISA_SCALAR; isa <= MOE_ISA_AVX512 && blocks && gold; isa++) {
+        for (int isa = MOE_ISA_SCALAR; isa <= LAST_ISA && blocks && gold; isa++) {
             if ((int)moe_isa_resolve((moe_isa)isa) != isa) continue;
             const moe__type_kernels *k = &moe__kernels_get((moe_isa)isa)->type[i];
             for (int r = 0; r < GOLD_ROWS; r += t->rows)

@@ -23,19 +23,19 @@
 /*   tag         line  what lives here */
 /*   >>manual      50  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     106  every macro you may define */
-/*   >>api        180  types and prototypes with their contracts */
-/*   >>base       613  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       886  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1891  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3481  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7474  the team of threads: wake, barrier, shares of work */
-/*   >>ops       7783  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8050  router, plan, the expert schedules */
-/*   >>model     8322  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9003  cache, the forward pass */
-/*   >>text     10123  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   11480  choosing tokens, generating text */
-/*   >>licence  12002  MIT or public domain */
+/*   >>api        197  types and prototypes with their contracts */
+/*   >>base       630  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       903  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1908  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3498  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7867  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8176  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8458  router, plan, the expert schedules */
+/*   >>model     8741  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9548  cache, the forward pass */
+/*   >>text     10760  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12117  choosing tokens, generating text */
+/*   >>licence  12639  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its dequantize, quantize and dot (>>types), then */
 /*   dot, tile and dequantize in the vector text (>>kernels). Tests and benches walk the table. */
@@ -3831,8 +3831,10 @@ static const moe__kernels moe__kernels_scalar = {
 #define MOE__TARGET \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #endif
-#if MOE__ISA == 4 /* only tiles are its own, the rest is AVX2's */
-#define MOE__SHARED(name) MOE__PASTE(moe__##name, _avx2)
+/* Kernels that instruction sets take from AVX2: unpacking, and for AVX-VNNI all but tiles. */
+#define MOE__AVX2(name) MOE__PASTE(moe__##name, _avx2)
+#if MOE__ISA == 4
+#define MOE__SHARED(name) MOE__AVX2(name)
 #else
 #define MOE__SHARED(name) MOE__(name)
 #endif
@@ -4489,20 +4491,57 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
     MOE__(v_dequantize_float)(row, n, out, MOE__INDEX_BF16);
 }
 
-/* ---- unpacking blocks ------------------------------------------------------------------------ */
+/* ---- pieces of blocks ------------------------------------------------------------------------ */
 
+/* u_: on 256 bits in every instruction set. */
 #if MOE__ISA == 3
 /* acc + the sums of four neighbouring products of unsigned and signed bytes */
 MOE__V __m256i MOE__(u_dot_u8)(__m256i acc, __m256i a, __m256i b) {
     return _mm256_dpbusd_epi32(acc, a, b);
 }
 #endif
+MOE__V float MOE__(u_f16)(const uint8_t *p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(moe__load_u16(p))));
+}
+/* a0 b0 a1 b1 ... */
+MOE__V void MOE__(u_pairs)(__m256 *out, __m256 a, __m256 b) {
+    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    out[0] = _mm256_permute2f128_ps(low, high, 0x20);
+    out[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
+/* 16 bytes: 32 weights, the low nibbles before the high ones */
+MOE__V __m256i MOE__(u_nibbles)(const uint8_t *p) {
+    __m256i x = _mm256_broadcastsi128_si256(MOE__(v_load_128)(p));
+    x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 0, 4, 4));
+    return _mm256_and_si256(x, _mm256_set1_epi8(15));
+}
+/* Bytes that are all ones where the bit is set */
+MOE__V __m256i MOE__(u_mask)(uint32_t bits) {
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                            0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte);
+    return _mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit);
+}
+/* table[x], 16 entries per step; x < 16 n */
+MOE__V __m256i MOE__(u_lookup)(const int8_t *table, __m256i x, const int n) {
+    __m256i y = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(MOE__(v_load_128)(table)), x);
+    MOE__UNROLL(4)
+    for (int i = 1; i < n; i++) {
+        __m256i more = _mm256_broadcastsi128_si256(MOE__(v_load_128)(table + 16 * i));
+        __m256i here = _mm256_cmpgt_epi8(x, _mm256_set1_epi8((char)(16 * i - 1)));
+        y = _mm256_blendv_epi8(y, _mm256_shuffle_epi8(more, x), here);
+    }
+    return y;
+}
 
-/* MOE__(unpack_NAME) does what moe__unpack_NAME does, for up to 256 weights (n) of several rows: */
-/* of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. out[r].min is */
-/* written only by types with mins. Nothing behind the blocks is read. 256-bit vectors, whatever */
-/* the instruction set: what comes next uses the widest. */
+/* ---- unpacking blocks ------------------------------------------------------------------------ */
 
+/* moe__unpack_NAME_avx2 does what moe__unpack_NAME does, for up to 256 weights (n) of several */
+/* rows: of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. out[r].min */
+/* is written only by types with mins. Nothing behind the blocks is read. All instruction sets use */
+/* these: what comes after them takes the time. */
+#if MOE__ISA == 2
 /* The row types: one row; `v` is the vector of 32 weights j, made from block p. */
 #define MOE__ROW_TYPE(name)                                                                   \
     MOE__V void MOE__(u_row_##name)(const uint8_t *b, int n, float D, moe__block *out)
@@ -4526,10 +4565,6 @@ MOE__V void MOE__(u_put)(moe__block *out, int j, __m256i v) {
 MOE__V void MOE__(u_scale)(moe__block *out, int j, float scale) {
     out->scale[2 * j] = out->scale[2 * j + 1] = scale;
 }
-MOE__V float MOE__(u_f16)(const uint8_t *p) {
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(moe__load_u16(p))));
-}
-
 /* 16 int16 -> out[0..15] = d * each; 8 int32 -> pairs of equal floats */
 MOE__V void MOE__(u_scales16)(float *out, __m256i x, float d) {
     const __m256 factor = _mm256_set1_ps(d);
@@ -4537,12 +4572,6 @@ MOE__V void MOE__(u_scales16)(float *out, __m256i x, float d) {
     __m256i high = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1));
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), factor));
     _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), factor));
-}
-/* a0 b0 a1 b1 ... */
-MOE__V void MOE__(u_pairs)(__m256 *out, __m256 a, __m256 b) {
-    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
-    out[0] = _mm256_permute2f128_ps(low, high, 0x20);
-    out[1] = _mm256_permute2f128_ps(low, high, 0x31);
 }
 MOE__V void MOE__(u_scales8)(float *out, __m256i x, float d) {
     __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(d)), pairs[2];
@@ -4578,24 +4607,10 @@ MOE__V __m256i MOE__(u_join32)(__m256i low, __m256i high, const int shift, const
                             _mm256_set1_epi32(offset));
 }
 
-/* 16 bytes: 32 weights, the low nibbles before the high ones */
-MOE__V __m256i MOE__(u_nibbles)(const uint8_t *p) {
-    __m256i x = _mm256_broadcastsi128_si256(MOE__(v_load_128)(p));
-    x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 0, 4, 4));
-    return _mm256_and_si256(x, _mm256_set1_epi8(15));
-}
 /* A field of the bits of each of 32 bytes */
 MOE__V __m256i MOE__(u_bits)(const uint8_t *p, const int shift, const int mask) {
     __m256i x = _mm256_srli_epi16(MOE__(v_load_256)(p), shift);
     return _mm256_and_si256(x, _mm256_set1_epi8((char)mask));
-}
-/* Bytes that are all ones where the bit is set */
-MOE__V __m256i MOE__(u_mask)(uint32_t bits) {
-    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
-                                            0x0303030303030303);
-    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
-    __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte);
-    return _mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit);
 }
 MOE__V __m256i MOE__(u_less)(__m256i x, const int offset) {
     return _mm256_sub_epi8(x, _mm256_set1_epi8((char)offset));
@@ -4603,18 +4618,7 @@ MOE__V __m256i MOE__(u_less)(__m256i x, const int offset) {
 MOE__V __m256i MOE__(u_high)(__m256i low, __m256i high, const int shift) {
     return _mm256_or_si256(low, _mm256_slli_epi16(high, shift));
 }
-/* table[x], 16 entries per step; x < 16 n */
-MOE__V __m256i MOE__(u_lookup)(const int8_t *table, __m256i x, const int n) {
-    __m256i y = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(MOE__(v_load_128)(table)), x);
-    MOE__UNROLL(4)
-    for (int i = 1; i < n; i++) {
-        __m256i more = _mm256_broadcastsi128_si256(MOE__(v_load_128)(table + 16 * i));
-        __m256i here = _mm256_cmpgt_epi8(x, _mm256_set1_epi8((char)(16 * i - 1)));
-        y = _mm256_blendv_epi8(y, _mm256_shuffle_epi8(more, x), here);
-    }
-    return y;
-}
-/* The same for the short tables K2 and K3 */
+/* As u_lookup, for the short tables K2 and K3 */
 MOE__V __m256i MOE__(u_lookup_k2)(__m256i x) {
     const __m256i table = _mm256_set1_epi32((int)moe__load_u32(moe__levels_k2));
     return _mm256_shuffle_epi8(table, x);
@@ -5373,6 +5377,10 @@ MOE__GROUP_256(iq4_xs_r8) {
 #define MOE__UNPACK_8(name)
 #define MOE__UNPACK_ROWS(NAME, name, block, bytes, act, rows, ...) MOE__UNPACK_##rows(name)
 MOE__BLOCK_TYPES(MOE__UNPACK_ROWS)
+#undef MOE__UNPACK_1
+#undef MOE__UNPACK_4
+#undef MOE__UNPACK_8
+#undef MOE__UNPACK_ROWS
 
 #undef MOE__ROW_TYPE
 #undef MOE__ROW_BLOCKS_MIN
@@ -5389,10 +5397,7 @@ MOE__BLOCK_TYPES(MOE__UNPACK_ROWS)
 #undef MOE__GROUP_256
 #undef MOE__EACH_K
 #undef MOE__D
-#undef MOE__UNPACK_1
-#undef MOE__UNPACK_4
-#undef MOE__UNPACK_8
-#undef MOE__UNPACK_ROWS
+#endif /* MOE__ISA == 2 */
 
 #endif /* MOE__ISA != 4 */
 
@@ -6609,10 +6614,11 @@ MOE__V void MOE__(tile_turn_f32)(const float *from, int every, uint8_t *out) {
 /* stage: room for half a panel of blocks. */
 MOE__K void MOE__(tile_unpack_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
                                       const uint8_t *rows, size_t row_size, int64_t left,
-                                      int64_t at, int64_t n, uint8_t *stage, uint8_t *pack) {
+                                      int64_t at, int64_t n, int per, uint8_t *stage,
+                                      uint8_t *pack) {
     const size_t skip = (size_t)(at / type->block * type->bytes * type->rows);
     const MOE__VI offset = MOE__MM(set1_epi8)((char)type->offset);
-    const int step = type->rows > 1 ? type->rows : 4, every = type->per / 16;
+    const int step = type->rows > 1 ? type->rows : 4, every = per / 16;
     moe__block *block = (moe__block *)(void *)stage;
     MOE__(reader) reader;
     reader.type = type;
@@ -6725,7 +6731,8 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
             from += (size_t)(p ? MOE__PANEL : 0) * stride;
             if (plan->type)
                 MOE__(tile_unpack_blocks)(plan->type, plan->unpack_blocks, from, row_size,
-                                          n_rows - p * MOE__PANEL, first, job.n, stage, panel);
+                                          n_rows - p * MOE__PANEL, first, job.n, plan->step, stage,
+                                          panel);
             else
                 plan->unpack(from, stride, job.n, panel);
         }
@@ -6812,7 +6819,6 @@ MOE__TILE_KERNELS(q32f, 8, 8, 0, 2)
 MOE__TILE_KERNELS(q16, 4, 8, 0, 0)
 MOE__TILE_KERNELS(k32, 8, 8, 1, 0)
 MOE__TILE_KERNELS(k32m, 8, 8, 1, 1)
-MOE__TILE_KERNELS(k32f, 8, 8, 1, 2)
 MOE__TILE_KERNELS(k16, 4, 8, 1, 0)
 MOE__TILE_KERNELS(k16f, 4, 8, 1, 2)
 #else
@@ -6822,29 +6828,30 @@ MOE__TILE_KERNELS(q32_6, 8, 6, 0, 0)
 MOE__TILE_KERNELS(q32_8, 8, 8, 0, 0)
 MOE__TILE_KERNELS(q32f_6, 8, 6, 0, 2)
 MOE__TILE_KERNELS(q16_6, 4, 6, 0, 0)
-MOE__TILE_KERNELS(k32_6, 8, 6, 1, 0)
-MOE__TILE_KERNELS(k32_8, 8, 8, 1, 0)
 MOE__TILE_KERNELS(k32m_4, 8, 4, 1, 1)
 MOE__TILE_KERNELS(k32m_6, 8, 6, 1, 1)
-MOE__TILE_KERNELS(k32f_6, 8, 6, 1, 2)
 MOE__TILE_KERNELS(k16_6, 4, 6, 1, 0)
 MOE__TILE_KERNELS(k16_8, 4, 8, 1, 0)
 MOE__TILE_KERNELS(k16f_6, 4, 6, 1, 2)
 #endif
 
-/* The kernels for what tile_unpack_blocks makes of a type. */
-MOE__V MOE__(tile_kernel_fn) *const *MOE__(tile_kernels_of)(const moe__type *type) {
+/* The kernels for what tile_unpack_blocks makes of a type, with a scale per 16 or 32 weights. Where */
+/* there are no kernels for 32 (a compile takes long enough), scales are given twice. */
+MOE__V MOE__(tile_kernel_fn) *const *MOE__(tile_kernels_of)(const moe__type *type, int *per) {
     const int wide = type->bits > 6; /* matters where it is in the names */
     (void)wide;
+    *per = type->per;
     if (type->act == MOE__ACT_Q32) {
         if (type->offset == 0) return MOE__TILE_OF(q32f, 6);
         if (type->per == 16) return MOE__TILE_OF(q16, 6);
         return wide ? MOE__TILE_OF(q32, 8) : MOE__TILE_OF(q32, 6);
     }
-    if (type->offset == 0)
-        return type->per == 16 ? MOE__TILE_OF(k16f, 6) : MOE__TILE_OF(k32f, 6);
-    if (type->per == 16) return wide ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k16, 6);
-    return wide ? MOE__TILE_OF(k32, 8) : MOE__TILE_OF(k32, 6);
+#if MOE__VNNI
+    if (type->offset && type->per == 32) return MOE__TILE_OF(k32, 8);
+#endif
+    *per = 16;
+    if (type->offset == 0) return MOE__TILE_OF(k16f, 6);
+    return wide ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k16, 6);
 }
 
 /* moe__tile_fn for any block type */
@@ -6855,10 +6862,9 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
                                size_t prefetch_size) {
     MOE__(tile_plan) plan;
     memset(&plan, 0, sizeof plan);
-    plan.kernels = MOE__(tile_kernels_of)(type);
+    plan.kernels = MOE__(tile_kernels_of)(type, &plan.step);
     plan.max_tokens = MOE__TILE_TOKENS;
     plan.superblock = 256;
-    plan.step = type->per;
     plan.block = type->block;
     plan.block_bytes = type->bytes;
     plan.record = (int)moe__act_size(type->act, 256);
@@ -6901,7 +6907,7 @@ MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 256, 16, 256, 210, sizeof(moe__act256)
         const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,     \
         int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,     \
         size_t prefetch_size) {                                                                    \
-        MOE__(tile_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__SHARED(unpack_##name), rows, row_size,   \
+        MOE__(tile_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__AVX2(unpack_##name), rows, row_size,   \
                            n_rows, n, x, n_tokens, out, out_stride, pack, prefetch, prefetch_size); \
     }
 MOE__BLOCK_TYPES(MOE__BLOCK_TILE)
@@ -6911,11 +6917,11 @@ MOE__BLOCK_TYPES(MOE__BLOCK_TILE)
 #define MOE__BLOCK_KERNELS(NAME, name, ...)                                                        \
     MOE__K void MOE__(dot_blocks_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,     \
                                          int64_t n, const void *x, float *out) {                   \
-        MOE__(dot_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, row_size,    \
+        MOE__(dot_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__AVX2(unpack_##name), rows, row_size,    \
                           n_rows, n, x, out);                                                      \
     }                                                                                              \
     MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) {             \
-        MOE__(dequantize_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, n,    \
+        MOE__(dequantize_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__AVX2(unpack_##name), rows, n,    \
                                  out);                                                             \
     }
 MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
@@ -7767,6 +7773,7 @@ static const moe__kernels MOE__(kernels) = {
 #undef MOE__KERNELS_1
 #undef MOE__KERNELS_2
 #undef MOE__SHARED
+#undef MOE__AVX2
 #undef MOE__VNNI
 #undef MOE__EACH_LANE
 #undef MOE__LANE

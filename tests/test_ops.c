@@ -3,6 +3,8 @@
 #include "../moe_infer.h"
 #include "test.h"
 
+#include "sheet.h"
+
 static uint32_t random_state = 1;
 static float uniform(void) { /* -1 .. 1 */
     random_state = random_state * 1664525u + 1013904223u;
@@ -30,7 +32,10 @@ static built build(moe_type type, int64_t n_in, int64_t n_out, int64_t n_expert)
     b.data = (uint8_t *)malloc(b.matrix.row_size * (size_t)rows);
     b.weights = (float *)malloc((size_t)(rows * n_in) * sizeof(float));
     for (int64_t i = 0; i < rows * n_in; i++) b.weights[i] = uniform();
-    moe_type_quantize(type, b.weights, b.data, rows, n_in, NULL, NULL);
+    if (b.matrix.type->quantize)
+        moe_type_quantize(type, b.weights, b.data, rows, n_in, NULL, NULL);
+    else
+        sheet_random(b.matrix.type, b.data, b.matrix.row_size, (int)rows, n_in, 0);
     moe_type_dequantize(type, b.data, b.weights, rows, n_in, NULL);
     b.matrix.data = b.data;
     return b;
@@ -42,11 +47,12 @@ static void release(built *b) {
 
 /* All drivers against double precision over the same int8 activations, for every split of rows. */
 static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
-    enum { N_IN = 256, N_OUT = 75, EXPERT = 2, MAX_TOKENS = 40 };
+    enum { N_IN = 256, MAX_OUT = 75, EXPERT = 2, MAX_TOKENS = 40 };
+    const int group = moe__type_find(type)->rows, n_out = MAX_OUT / group * group;
     const moe__kernels *kernels = moe__kernels_get(isa);
-    built b = build(type, N_IN, N_OUT, 3);
-    float bias[3 * N_OUT], scale[3] = {1.0f, 2.0f, -0.5f};
-    for (int i = 0; i < 3 * N_OUT; i++) bias[i] = uniform();
+    built b = build(type, N_IN, n_out, 3);
+    float bias[3 * MAX_OUT], scale[3] = {1.0f, 2.0f, -0.5f};
+    for (int i = 0; i < 3 * n_out; i++) bias[i] = uniform();
     moe__arena arena;
     moe__acts acts;
     memset(&arena, 0, sizeof arena);
@@ -59,49 +65,50 @@ static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
     moe__acts_quantize(kernels, &acts, 0, n_tokens);
     const void *x[MAX_TOKENS];
     moe__acts_gather(&acts, &b.matrix, NULL, 0, n_tokens, x);
-    static float whole[MAX_TOKENS * N_OUT], part[MAX_TOKENS * N_OUT], tile[MAX_TOKENS * 128];
+    static float whole[MAX_TOKENS * MAX_OUT], part[MAX_TOKENS * MAX_OUT], tile[MAX_TOKENS * 128];
     void *pack = aligned_alloc(64, MOE__PACK_SIZE);
-    moe__matmul(kernels, &b.matrix, EXPERT, 0, N_OUT, x, n_tokens, whole, N_OUT, pack);
+    moe__matmul(kernels, &b.matrix, EXPERT, 0, n_out, x, n_tokens, whole, n_out, pack);
     for (int64_t t = 0; t < n_tokens; t++)
-        for (int64_t r = 0; r < N_OUT; r++) {
+        for (int64_t r = 0; r < n_out; r++) {
             double sum = 0, size = 0;
-            const float *w = b.weights + (EXPERT * N_OUT + r) * N_IN;
+            const float *w = b.weights + (EXPERT * n_out + r) * N_IN;
             for (int64_t i = 0; i < N_IN; i++) {
                 sum += (double)w[i] * moe__acts_f32(&acts, t)[i];
                 size += fabs((double)w[i] * moe__acts_f32(&acts, t)[i]);
             }
-            double got = whole[t * N_OUT + r];
+            double got = whole[t * n_out + r];
             CHECKF(fabs(got - sum) <= 6e-3 * size, "%s: row %d token %d: %g, expected %g",
                    moe_type_name(type), (int)r, (int)t, got, sum);
         }
-    /* Any split of the rows gives the same bits. */
-    const int64_t cuts[] = {0, 1, 16, 31, 32, 33, 64, N_OUT};
+    /* Any split of the rows, or groups of rows, gives the same bits. */
+    int64_t cuts[] = {0, 1, 16, 31, 32, 33, 64, n_out};
     memset(part, 0, sizeof part);
+    for (int c = 0; c < 8; c++) cuts[c] -= cuts[c] % group;
     for (size_t c = 0; c + 1 < sizeof cuts / sizeof cuts[0]; c++)
         moe__matmul(kernels, &b.matrix, EXPERT, cuts[c], cuts[c + 1], x, n_tokens, part + cuts[c],
-                    N_OUT, pack);
-    CHECKF(!memcmp(part, whole, (size_t)(n_tokens * N_OUT) * sizeof(float)),
+                    n_out, pack);
+    CHECKF(!memcmp(part, whole, (size_t)(n_tokens * n_out) * sizeof(float)),
            "%s %s, %d tokens: bits depend on the range of rows", moe_type_name(type),
            moe_isa_name(isa), (int)n_tokens);
     /* Scale, bias and weighted addition. */
     b.matrix.scale = scale;
     b.matrix.bias = bias;
-    b.matrix.bias_stride = N_OUT;
+    b.matrix.bias_stride = n_out;
     int32_t rows[MAX_TOKENS] = {0};
     float weights[MAX_TOKENS] = {0};
-    static float y[MAX_TOKENS * N_OUT];
+    static float y[MAX_TOKENS * MAX_OUT];
     for (int64_t t = 0; t < n_tokens; t++) {
         rows[t] = (int32_t)(n_tokens - 1 - t);
         weights[t] = 0.25f * (float)(t + 1);
     }
-    for (int64_t i = 0; i < n_tokens * N_OUT; i++) y[i] = 1;
-    moe__matmul_add(kernels, &b.matrix, EXPERT, 0, N_OUT, x, n_tokens, rows, weights, y, tile,
+    for (int64_t i = 0; i < n_tokens * n_out; i++) y[i] = 1;
+    moe__matmul_add(kernels, &b.matrix, EXPERT, 0, n_out, x, n_tokens, rows, weights, y, tile,
                     pack);
     for (int64_t t = 0; t < n_tokens; t++)
-        for (int64_t r = 0; r < N_OUT; r++) {
-            double product = -0.5 * whole[t * N_OUT + r] + bias[EXPERT * N_OUT + r];
+        for (int64_t r = 0; r < n_out; r++) {
+            double product = -0.5 * whole[t * n_out + r] + bias[EXPERT * n_out + r];
             double expected = 1 + weights[t] * product;
-            CHECK(fabs(y[rows[t] * N_OUT + r] - expected) <= 1e-5 * (1 + fabs(expected)));
+            CHECK(fabs(y[rows[t] * n_out + r] - expected) <= 1e-5 * (1 + fabs(expected)));
         }
     free(pack);
     free(arena.base);
@@ -111,7 +118,7 @@ static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
 TEST(matmul_matches_double_precision_and_ignores_splits) {
     const int64_t tokens[] = {1, 2, 3, 7, 33};
     for (int type = 0; type < MOE__N_TYPES; type++)
-        for (int isa = MOE_ISA_SCALAR; isa <= MOE_ISA_AVX512; isa++)
+        for (int isa = MOE_ISA_SCALAR; isa <= LAST_ISA; isa++)
             for (int i = 0; i < 5; i++)
                 check_matmul(moe__types[type].id, (moe_isa)isa, tokens[i]);
 }
@@ -119,7 +126,7 @@ TEST(matmul_matches_double_precision_and_ignores_splits) {
 /* A token's result does not depend on its neighbours in the batch (from MOE__TILE_TOKENS on). */
 TEST(tokens_do_not_influence_each_other) {
     for (int type = 0; type < MOE__N_TYPES; type++)
-        for (int isa = MOE_ISA_SCALAR; isa <= MOE_ISA_AVX512; isa++) {
+        for (int isa = MOE_ISA_SCALAR; isa <= LAST_ISA; isa++) {
             const moe__kernels *kernels = moe__kernels_get((moe_isa)isa);
             built b = build(moe__types[type].id, 256, 32, 1);
             static MOE__ALIGNED(64) uint8_t acts[16][sizeof(moe__act256) + 1024];

@@ -28,14 +28,14 @@
 /*   >>gguf       903  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     1908  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   3498  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7867  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8176  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8458  router, plan, the expert schedules */
-/*   >>model     8741  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9548  cache, the forward pass */
-/*   >>text     10760  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12117  choosing tokens, generating text */
-/*   >>licence  12639  MIT or public domain */
+/*   >>pool      7871  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8180  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8462  router, plan, the expert schedules */
+/*   >>model     8766  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9574  cache, the forward pass */
+/*   >>text     10808  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12165  choosing tokens, generating text */
+/*   >>licence  12687  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its dequantize, quantize and dot (>>types), then */
 /*   dot, tile and dequantize in the vector text (>>kernels). Tests and benches walk the table. */
@@ -5674,13 +5674,6 @@ MOE__V __m128i MOE__(q32_scales)(const uint8_t *p, const int type) {
     }
     return _mm_set_epi64x((int64_t)high, (int64_t)low);
 }
-/* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
-MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
-    MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
-    MOE__VI cd = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(c, d), MOE__MM(unpackhi_epi32)(c, d));
-    return MOE__MM(add_epi32)(MOE__MM(unpacklo_epi64)(ab, cd), MOE__MM(unpackhi_epi64)(ab, cd));
-}
-
 /* q32_record: sum[r] += one record of row r, eight blocks that begin at w[r] + at. */
 #if MOE__ISA == 3
 /* 16 bytes at `offset` of each of four blocks, 0-3 or 4-7 of a record. Blocks of an even size are */
@@ -5765,6 +5758,13 @@ MOE__V void MOE__(q32_record_nibbles)(const uint8_t *const *w, size_t at, const 
 #undef MOE__ROW
 }
 
+/* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
+MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
+    MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
+    MOE__VI cd = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(c, d), MOE__MM(unpackhi_epi32)(c, d));
+    return MOE__MM(add_epi32)(MOE__MM(unpacklo_epi64)(ab, cd), MOE__MM(unpackhi_epi64)(ab, cd));
+}
+
 /* Blocks j (low half) and j + 4; levels are made unsigned. */
 MOE__V __m512i MOE__(q32_add_q8_0)(const uint8_t *block, __m512i a) {
     __m512i b = MOE__(v_load_pair)((const int8_t *)block + 2, (const int8_t *)block + 2 + 4 * 34);
@@ -5809,44 +5809,48 @@ MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act
 MOE__V __m256i MOE__(q32_add4)(const uint8_t *p, const int8_t *q, const int type) {
     const size_t size = MOE__(q32_size)(type);
     __m256i a = MOE__(q32_block)(p, q, type), b = MOE__(q32_block)(p + size, q + 32, type);
-    __m256i c = MOE__(q32_block)(p + 2 * size, q + 64, type);
-    __m256i d = MOE__(q32_block)(p + 3 * size, q + 96, type);
-    if (!MOE__(q32_narrow)(type)) return MOE__(v_add_crosswise)(a, b, c, d);
-    a = _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-    c = _mm256_add_epi16(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
-    a = _mm256_add_epi16(_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c));
+    const int narrow = MOE__(q32_narrow)(type);
+    a = narrow ? _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b))
+               : _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    MOE__SETTLE(a);
+    b = MOE__(q32_block)(p + 2 * size, q + 64, type);
+    __m256i c = MOE__(q32_block)(p + 3 * size, q + 96, type);
+    b = narrow ? _mm256_add_epi16(_mm256_unpacklo_epi32(b, c), _mm256_unpackhi_epi32(b, c))
+               : _mm256_add_epi32(_mm256_unpacklo_epi32(b, c), _mm256_unpackhi_epi32(b, c));
+    if (!narrow) return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    a = _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
     return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
+}
+
+/* What makes up for the offset of four blocks, in one of the two lanes */
+MOE__V __m256i MOE__(q32_offset)(const int32_t *nsum, const int type) {
+    if (!MOE__(q32_narrow)(type)) return _mm256_setzero_si256();
+    return _mm256_zextsi128_si256(_mm_slli_epi32(MOE__(v_load_128)(nsum), MOE__(q32_shift)(type)));
 }
 
 MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act32 *a, __m256 *sum,
                               const int type) {
     const size_t size = MOE__(q32_size)(type);
-    const int narrow = MOE__(q32_narrow)(type), shift = MOE__(q32_shift)(type);
-    __m256 d[4];
-    MOE__UNROLL(4)
-    for (int r = 0; r < 4; r++) {
-        __m128i scales = MOE__(q32_scales)(w[r] + at, type);
-        d[r] = type == MOE__INDEX_MXFP4 ? MOE__(v_e8m0)(_mm256_cvtepu8_epi32(scales))
-                                        : _mm256_cvtph_ps(scales);
-        d[r] = _mm256_mul_ps(d[r], _mm256_loadu_ps(a->d));
+#define MOE__ROW(r)                                                                     \
+    {                                                                                   \
+        __m128i scales = MOE__(q32_scales)(w[r] + at, type);                            \
+        __m256 d = type == MOE__INDEX_MXFP4                                             \
+                       ? MOE__(v_e8m0)(_mm256_cvtepu8_epi32(scales))                    \
+                       : _mm256_cvtph_ps(scales);                                       \
+        d = _mm256_mul_ps(d, _mm256_loadu_ps(a->d));                                    \
+        __m256i s = MOE__(q32_add4)(w[r] + at, a->q, type);                             \
+        s = _mm256_add_epi32(s, MOE__(q32_offset)(a->nsum, type));                      \
+        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_permute2f128_ps(d, d, 0x00), \
+                                 sum[r]);                                               \
+        MOE__SETTLE(sum[r]);                                                            \
+        s = MOE__(q32_add4)(w[r] + at + 4 * size, a->q + 128, type);                    \
+        s = _mm256_add_epi32(s, MOE__(q32_offset)(a->nsum + 4, type));                  \
+        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_permute2f128_ps(d, d, 0x11), \
+                                 sum[r]);                                               \
+        MOE__SETTLE(sum[r]);                                                            \
     }
-    MOE__UNROLL(2)
-    for (int j = 0; j < 8; j += 4, at += 4 * size) {
-        /* One of the two lanes gets the offset. */
-        const __m256i offset = _mm256_zextsi128_si256(
-            narrow ? _mm_slli_epi32(MOE__(v_load_128)(a->nsum + j), shift) : _mm_setzero_si128());
-#define MOE__ROW(r)                                                                \
-    {                                                                              \
-        __m256i s = MOE__(q32_add4)(w[r] + at, a->q + 32 * j, type);               \
-        __m128 four = j ? _mm256_extractf128_ps(d[r], 1) : _mm256_castps256_ps128(d[r]); \
-        __m256 both = _mm256_insertf128_ps(_mm256_castps128_ps256(four), four, 1);  \
-        if (narrow) s = _mm256_add_epi32(s, offset);                               \
-        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), both, sum[r]);             \
-        MOE__SETTLE(sum[r]);                                                       \
-    }
-        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
+    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
 #undef MOE__ROW
-    }
 }
 #endif
 
@@ -8689,6 +8693,26 @@ MOE__PRIVATE const moe__schedule_info *moe__schedule_find(moe_schedule schedule)
 
 /* ---- doing the pieces ------------------------------------------------------------------------ */
 
+/* Rows of another matrix begin with a wait for memory, unless they were fetched before: 12 KiB, */
+/* which is what dot kernels fetch ahead of themselves. */
+enum { MOE__FETCH = 12288 };
+MOE__PRIVATE void moe__matrix_fetch(const moe__matrix *matrix, int32_t expert, int64_t begin,
+                                    int64_t end) {
+    if (begin >= end) return;
+    const uint8_t *rows = moe__matrix_row(matrix, expert, begin);
+    const size_t size = (size_t)(end - begin) * matrix->row_size;
+    for (size_t i = 0; i < size && i < MOE__FETCH; i += 64) __builtin_prefetch(rows + i, 0, 2);
+}
+/* The beginning of this thread's piece i, if there is one. */
+MOE__PRIVATE void moe__piece_fetch(const moe__schedule_info *schedule, const moe__share *share,
+                                   int thread, int n_threads, int32_t i) {
+    moe__piece piece;
+    if (!schedule->pieces(share, thread, n_threads, i, &piece)) return;
+    const moe__entry *entry = &share->entries[piece.entry];
+    moe__matrix_fetch(share->down ? &entry->ffn->down : &entry->ffn->gate, entry->expert,
+                      piece.begin, piece.end);
+}
+
 /* Private to a thread. */
 typedef struct moe__scratch {
     void *pack;            /* MOE__PACK_SIZE bytes */
@@ -8709,6 +8733,7 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
     moe__acts_gather(input, up, entry->tokens, 0, n, scratch->x_up);
     if (n == 1) {
         float *h = moe__acts_f32(entry->hidden, entry->hidden_row) + begin;
+        moe__matrix_fetch(up, expert, begin, end);
         moe__matmul(kernels, gate, expert, begin, end, scratch->x, 1, h, 0, NULL);
         moe__matmul(kernels, up, expert, begin, end, scratch->x_up, 1, scratch->up, 0, NULL);
         glu(h, scratch->up, end - begin, h);
@@ -9107,6 +9132,7 @@ MOE__PRIVATE void moe__load_mla(moe__loader *loader, moe__layer *layer, int il) 
         moe__load_matrix(loader, &layer->q_b, il, "attn_q_b", model->q_lora, n_q, 1, 1, 1);
         layer->q_a_norm =
             moe__load_vector(loader, il, "attn_q_a_norm", "weight", model->q_lora, 1, 1);
+        if (layer->q_b.data) moe__load_slice(loader, &layer->q_b, 0, model->head_k); /* heads */
     } else {
         moe__load_matrix(loader, &layer->q, il, "attn_q", n_embd, n_q, 1, 1, 1);
     }
@@ -9820,6 +9846,14 @@ MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit
     moe__pool_share(total, unit, e->thread, e->n_threads, begin, end);
 }
 
+/* Fetches the first of this thread's rows of a matrix that is read soon, see moe__matrix_fetch. */
+MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix) {
+    int64_t begin, end;
+    if (!matrix->data) return;
+    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
+    moe__matrix_fetch(matrix, 0, begin, end);
+}
+
 /* out[t][all rows of matrix] = matrix x for this thread's rows; no barrier. */
 MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__matrix *matrix, const moe__acts *x,
                                     float *out) {
@@ -10354,6 +10388,7 @@ MOE__PRIVATE void moe__forward_attention(moe__eval *e, const moe__layer *layer, 
     moe_session *session = e->session;
     if (e->model->family->mla) {
         const int expand = e->n >= MOE__MLA_EXPAND;
+        moe__eval_fetch(e, e->model->q_lora ? &layer->q_a : &layer->q);
         moe__eval_project(e, &layer->kv_a, x, session->k);
         if (e->model->q_lora)
             moe__eval_project(e, &layer->q_a, x, moe__acts_f32(&session->q_a, 0));
@@ -10371,9 +10406,12 @@ MOE__PRIVATE void moe__forward_attention(moe__eval *e, const moe__layer *layer, 
             moe__mla_attend_some(e, il);
         moe__mla_values(e, layer);
     } else {
+        moe__eval_fetch(e, &layer->k);
         moe__eval_project(e, &layer->q, x, session->q);
+        moe__eval_fetch(e, &layer->v);
         moe__eval_project(e, &layer->k, x, session->k);
         moe__eval_project(e, &layer->v, x, session->v);
+        moe__eval_fetch(e, &layer->o);
         moe__eval_barrier(e);
         if (e->n == 1) {
             moe__gqa_one(e, layer, il);
@@ -10430,8 +10468,10 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, cons
                       one ? &local->shared : &session->shared);
 }
 
-/* residual += feed-forward network of normed residual x, by the plan's entries. */
-MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const moe__acts *x) {
+/* residual += feed-forward network of normed residual x, by the plan's entries. next: the matrix */
+/* that is read first after it. */
+MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const moe__acts *x,
+                                   const moe__matrix *next) {
     moe_session *session = e->session;
     moe__local *local = e->local;
     const moe__schedule_info *schedule = session->schedule;
@@ -10451,9 +10491,13 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
     share.n_entries = local->plan.n_entries;
     share.unit = e->row_unit;
     share.down = 0;
-    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++)
+    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
+        moe__piece_fetch(schedule, &share, e->thread, e->n_threads, i + 1);
         moe__experts_gate_up(e->kernels, &share.entries[piece.entry], piece.begin, piece.end, x,
                              &local->scratch);
+    }
+    share.down = 1;
+    moe__piece_fetch(schedule, &share, e->thread, e->n_threads, 0);
     moe__eval_barrier(e);
     if (layer->is_moe)
         moe__eval_quantize(e, &session->routed, &local->routed,
@@ -10461,10 +10505,12 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
     if (layer->is_moe && layer->shared.gate.data)
         moe__eval_quantize(e, &session->shared, &local->shared, e->n);
     if (!layer->is_moe) moe__eval_quantize(e, &session->dense, &local->dense, e->n);
-    share.down = 1;
-    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++)
+    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
+        moe__piece_fetch(schedule, &share, e->thread, e->n_threads, i + 1);
         moe__experts_down(e->kernels, &share.entries[piece.entry], piece.begin, piece.end,
                           session->residual, &local->scratch);
+    }
+    moe__eval_fetch(e, next);
     moe__eval_barrier(e);
 }
 
@@ -10517,7 +10563,9 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
         moe__eval_project_add(e, &layer->o, x);
         moe__eval_barrier(e);
         x = moe__eval_norm(e, session->residual, layer->ffn_norm, &local->x, &session->x);
-        moe__forward_ffn(e, layer, x);
+        moe__forward_ffn(e, layer, x, il + 1 == model->info.n_layer ? &model->output
+                                      : layer[1].q.data             ? &layer[1].q
+                                                                    : &layer[1].kv_a);
     }
     return 1;
 }

@@ -16,8 +16,15 @@ trap 'rm -rf "$work"' EXIT
 # What may be all the same: compiler or any; pattern of names; calls, innermost or around; reason.
 cat >"$work/allowed" <<'END_ALLOWED'
 any ^moe__tile_run_ calls it drives the others, once per superblock, panel and group of tokens
+any ^moe__tile_run_ innermost the same: what clang inlines into it is not the multiplying loop
+any ^moe__tile_run_ around the same
+any ^moe__(tile|dot|tile_unpack)_blocks_avx calls they call what unpacks a block of a type
+any ^moe__(tile|dot|tile_unpack)_blocks_avx innermost the same: outside the multiplying loops
+any ^moe__(tile|dot|tile_unpack)_blocks_avx around the same
 any ^moe__attend_avx calls one per query and block of keys, for the exponentials
-any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_?vnni)$ around 16 registers: float sums lie on the stack
+any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_vnni)$ innermost 16 registers: float sums lie on the stack
+any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_vnni)$ around the same
+any ^moe__tile_unpack_q6_k_avx(2|_vnni)$ innermost 12 turned vectors live at once, of 16 registers
 END_ALLOWED
 
 cat >"$work/all.c" <<'END_C'

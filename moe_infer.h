@@ -10759,13 +10759,18 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 /* ============================================================================================== */
 /* // >>text */
 /* */
-/* Text to tokens and back: byte-level BPE ("gpt2"). What moe_vocab_tokenize does to a text: */
+/* Text to tokens and back: byte-level BPE ("gpt2") and SentencePiece's BPE, SPM ("llama"). What */
+/* moe_vocab_tokenize does to a text: */
 /* */
 /*     text      "hi <|im_end|> it's 42" */
 /*     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first, Aho-Corasick */
 /*     pieces    "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes */
 /*     symbols   a byte each, written as a printable character (GPT-2's names for bytes) */
 /*     merge     neighbours, lowest rank first, then leftmost, from a heap */
+/* */
+/* With SPM there are no pieces. A part between special tokens gets a blank in front, blanks */
+/* become U+2581, symbols are characters, and two of them merge if that makes a token, the one */
+/* with the highest score first. Characters that are no tokens become a token for each byte. */
 /* */
 /* Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies */
 /* are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A */
@@ -11071,6 +11076,7 @@ enum {
     MOE__PRE_WHOLE = 1, /* a piece that is a token as it stands is not merged ("ignore_merges") */
     MOE__PRE_BOS = 2,   /* tokenizer.ggml.add_bos_token is true unless the file says otherwise */
     MOE__PRE_NO_BOS = 4, /* there is no BOS unless the file names one */
+    MOE__PRE_SPM = 8,    /* no pre-tokenizer: see moe__text_spm */
     MOE__PRE_PASSES = 6
 };
 
@@ -11106,6 +11112,8 @@ static const moe__text_pre moe__text_pres[] = {
     {"starcoder refact command-r cohere2_moe smollm codeshell exaone minerva-7b mellum2", 0,
      {moe__text_number, moe__text_gpt2}},
     {"default", 0, {moe__text_signs, moe__text_gpt2, moe__text_numbers, moe__text_3_digits}}};
+
+static const moe__text_pre moe__text_spm = {"", MOE__PRE_BOS | MOE__PRE_SPM, {NULL}};
 
 MOE__PRIVATE const moe__text_pre *moe__text_find_pre(const char *name, size_t size) {
     for (size_t i = 0; i < sizeof moe__text_pres / sizeof moe__text_pres[0]; i++) {
@@ -11366,6 +11374,7 @@ enum { /* tokenizer.ggml.token_type */
 };
 
 #define MOE__TEXT_NONE UINT32_MAX
+#define MOE__TEXT_GONE (UINT32_MAX - 1)
 
 typedef struct moe__text_merge {
     uint32_t left, right, result; /* symbols */
@@ -11389,14 +11398,18 @@ struct moe_vocab {
     uint64_t key[4]; /* of hashes: two for texts, two for pairs */
     const moe__text_pre *pre;
     moe__text_map symbols; /* what merging works on: the tokens, then texts that are only merged */
-    uint32_t n_tokens;
+    uint32_t n_tokens, longest; /* longest: bytes of a token */
     uint8_t *types; /* MOE__TOKEN_... */
     int32_t bos, eos;
     int add_bos, add_eos;
+    int add_space;     /* SPM: in front of raw text */
+    int strip;         /* white space after special tokens is dropped */
+    uint32_t *orders;  /* SPM: of a token when it is merged, least first, or NONE */
     moe__text_merge *merges; /* index = rank */
     moe__text_table ranks;   /* 1 + rank of (left, right) */
     uint32_t byte_symbol[256]; /* of the byte's name */
-    uint32_t raw_token[256];   /* the token whose text is this byte itself, or NONE */
+    uint32_t raw_token[256];   /* the token whose text is this byte itself, or NONE; with SPM */
+                               /* the token that stands for the byte, the unknown one if none */
     moe__text_special *specials; /* longest first, then by id */
     uint32_t n_specials, n_states;
     moe__text_state *states;
@@ -11519,19 +11532,22 @@ typedef struct moe__text_loader {
     moe_status status;
 } moe__text_loader;
 
+enum { MOE__TEXT_INTEGER, MOE__TEXT_STRING, MOE__TEXT_FLOAT };
+
 /* NULL if the file has no such value, or if it is not what is wanted, which is an error. */
 MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, const char *key,
-                                                   int is_array, int is_string) {
+                                                   int is_array, int kind) {
+    static const char *const names[] = {"integers or bool", "text", "float32"};
     const moe_gguf_value *value = loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
     if (!value) return NULL;
     moe_value_type type = value->element_type;
-    int fits = is_string ? type == MOE_VALUE_STRING
-                         : type != MOE_VALUE_STRING && type != MOE_VALUE_ARRAY &&
-                               type != MOE_VALUE_FLOAT32 && type != MOE_VALUE_FLOAT64;
-    if (fits && (value->type == MOE_VALUE_ARRAY) == is_array) return value;
+    int found = type == MOE_VALUE_STRING    ? MOE__TEXT_STRING
+                : type == MOE_VALUE_FLOAT32 ? MOE__TEXT_FLOAT
+                : type == MOE_VALUE_FLOAT64 || type == MOE_VALUE_ARRAY ? -1 : MOE__TEXT_INTEGER;
+    if (found == kind && (value->type == MOE_VALUE_ARRAY) == is_array) return value;
     loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
                                   "the value should be %s%s", is_array ? "an array of " : "",
-                                  is_string ? "text" : "integers or bool");
+                                  names[kind]);
     return NULL;
 }
 
@@ -11543,7 +11559,7 @@ MOE__PRIVATE void moe__text_fail(moe__text_loader *loader, const char *key, moe_
                                                               : "missing, empty or too large");
 }
 
-/* The tokenizer's name and its pre-tokenizer. (SPM, "llama", belongs here and in moe__text_raw.) */
+/* The tokenizer's name and its pre-tokenizer. */
 MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     static const char model[] = "tokenizer.ggml.model", pre[] = "tokenizer.ggml.pre";
     moe_string name = {"", 0};
@@ -11560,6 +11576,8 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
             name.size = 7;
         }
         loader->vocab->pre = moe__text_find_pre(name.data, name.size);
+    } else if (name.size == 5 && memcmp(name.data, "llama", 5) == 0) {
+        loader->vocab->pre = &moe__text_spm;
     }
     if (!loader->status && !loader->vocab->pre)
         loader->status = moe__fail_at(
@@ -11585,6 +11603,7 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
         if (status) break;
         if (text.size) memcpy(map->bytes + map->end[map->n], text.data, text.size);
         map->end[map->n + 1] = map->end[map->n] + (uint32_t)text.size;
+        if (text.size > vocab->longest) vocab->longest = (uint32_t)text.size;
         text = moe__text_at(map, map->n++);
         if (text.size) *moe__text_slot(map, vocab->key, text) = map->n; /* of equal ones the last */
     }
@@ -11592,24 +11611,29 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     moe__text_fail(loader, key, status);
 }
 
+/* An array with a value for each token, or NULL if the file has none. */
+MOE__PRIVATE const moe_gguf_value *moe__text_each(moe__text_loader *loader, const char *key,
+                                                  int kind) {
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, kind);
+    uint32_t n = loader->vocab->n_tokens;
+    if (!value || value->count == n) return value;
+    loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
+                                  "%llu values for %u tokens", (unsigned long long)value->count,
+                                  (unsigned)n);
+    return NULL;
+}
+
 MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.token_type";
     moe_vocab *vocab = loader->vocab;
-    const moe_gguf_value *value = moe__text_value(loader, key, 1, 0);
+    const moe_gguf_value *value = moe__text_each(loader, key, MOE__TEXT_INTEGER);
     if (loader->status) return;
     vocab->types = (uint8_t *)moe__alloc(&vocab->allocator, vocab->n_tokens);
-    if (!vocab->types) {
-        moe__text_fail(loader, key, MOE_ERROR_MEMORY);
-    } else if (value && value->count != vocab->n_tokens) {
-        loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key,
-                                      strlen(key), "%llu types for %u tokens",
-                                      (unsigned long long)value->count, (unsigned)vocab->n_tokens);
-    } else {
-        for (uint32_t id = 0; id < vocab->n_tokens; id++) {
-            int64_t type = MOE__TOKEN_NORMAL;
-            if (value) moe_gguf_value_int(value, id, &type);
-            if (type >= 0 && type <= MOE__TOKEN_BYTE) vocab->types[id] = (uint8_t)type;
-        }
+    if (!vocab->types) moe__text_fail(loader, key, MOE_ERROR_MEMORY);
+    for (uint32_t id = 0; vocab->types && id < vocab->n_tokens; id++) {
+        int64_t type = MOE__TOKEN_NORMAL;
+        if (value) moe_gguf_value_int(value, id, &type);
+        if (type >= 0 && type <= MOE__TOKEN_BYTE) vocab->types[id] = (uint8_t)type;
     }
 }
 
@@ -11687,6 +11711,40 @@ MOE__PRIVATE void moe__text_load_id(moe__text_loader *loader, const char *key, i
         *id = (int32_t)number;
 }
 
+/* SPM: the orders of merging, from scores, and the tokens of bytes. */
+MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
+    static const char key[] = "tokenizer.ggml.scores";
+    moe_vocab *vocab = loader->vocab;
+    const moe_gguf_value *value = moe__text_each(loader, key, MOE__TEXT_FLOAT);
+    int32_t unknown = 0;
+    moe__text_load_id(loader, "tokenizer.ggml.unknown_token_id", &unknown);
+    moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_space_prefix", 0, 0), 0,
+                        &vocab->add_space);
+    if (loader->status) return;
+    vocab->orders = (uint32_t *)moe__text_alloc(&vocab->allocator, vocab->n_tokens, 4);
+    if (!vocab->orders) moe__text_fail(loader, key, MOE_ERROR_MEMORY);
+    for (uint32_t id = 0; vocab->orders && id < vocab->n_tokens; id++) {
+        int type = vocab->types[id] & MOE__TOKEN_TYPE;
+        double score = 0;
+        if (value) moe_gguf_value_float(value, id, &score);
+        float f = score == score ? (float)score + 0.0f : -INFINITY; /* no NaN, no -0 */
+        uint32_t bits;
+        memcpy(&bits, &f, 4);
+        /* Control tokens and the like are not spelled. */
+        vocab->orders[id] = type == MOE__TOKEN_CONTROL || type == MOE__TOKEN_UNKNOWN ||
+                                    type == MOE__TOKEN_BYTE
+                                ? MOE__TEXT_NONE
+                                : bits >> 31 ? bits : bits ^ 0x7FFFFFFF;
+    }
+    for (int byte = 0; byte < 256; byte++) {
+        static const char hex[] = "0123456789ABCDEF";
+        char name[] = {'<', '0', 'x', hex[byte / 16], hex[byte % 16], '>'}, raw = (char)byte;
+        uint32_t id = moe__text_find(vocab, name, 6);
+        if (id == MOE__TEXT_NONE) id = moe__text_find(vocab, &raw, 1);
+        vocab->raw_token[byte] = id == MOE__TEXT_NONE ? (uint32_t)unknown : id;
+    }
+}
+
 /* Texts that end generation wherever they are in a vocabulary. */
 static const char *const moe__text_ends[] = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
@@ -11731,6 +11789,11 @@ MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
     vocab->eos = vocab->n_tokens > 11 && vocab->types[11] == MOE__TOKEN_CONTROL ? 11 : -1;
     vocab->bos = vocab->pre->flags & MOE__PRE_NO_BOS ? -1 : vocab->eos;
     vocab->add_bos = (vocab->pre->flags & MOE__PRE_BOS) != 0;
+    if (vocab->pre->flags & MOE__PRE_SPM) {
+        vocab->add_space = 1;
+        vocab->bos = vocab->n_tokens > 1 ? 1 : -1;
+        vocab->eos = vocab->n_tokens > 2 ? 2 : -1;
+    }
     moe__text_load_id(loader, "tokenizer.ggml.bos_token_id", &vocab->bos);
     moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_bos_token", 0, 0), 0,
                         &vocab->add_bos);
@@ -11745,6 +11808,20 @@ MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
     for (size_t i = 0; i < sizeof moe__text_ends / sizeof moe__text_ends[0]; i++)
         moe__text_set_type(vocab, moe__text_ends[i], MOE__TOKEN_CONTROL | MOE__TOKEN_END);
     moe__text_correct_ends(vocab);
+}
+
+/* The special tokens of Phi-3 take the white space behind them; its files do not say so. */
+MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
+    const void *cursor = NULL;
+    moe_string name = {"", 0};
+    const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, "general.name");
+    if (value && value->type == MOE_VALUE_STRING) moe_gguf_value_string(value, &cursor, &name);
+    for (size_t i = 0; i + 4 <= name.size; i++) {
+        const char *p = name.data + i;
+        size_t dash = i + 5 <= name.size && p[3] == '-';
+        if ((p[0] | 32) == 'p' && (p[1] | 32) == 'h' && (p[2] | 32) == 'i' && p[3 + dash] == '3')
+            loader->vocab->strip = 1;
+    }
 }
 
 MOE__PRIVATE void moe__text_load_classes(moe__text_loader *loader) {
@@ -11791,8 +11868,10 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     moe__text_load_kind(&loader);
     moe__text_load_tokens(&loader);
     moe__text_load_types(&loader);
-    moe__text_load_merges(&loader);
     moe__text_load_ends(&loader);
+    if (!loader.status && loader.vocab->pre->flags & MOE__PRE_SPM) moe__text_load_scores(&loader);
+    else moe__text_load_merges(&loader);
+    if (!loader.status) moe__text_load_strip(&loader);
     moe__text_load_classes(&loader);
     if (!loader.status) moe__text_fail(&loader, "", moe__text_make_specials(loader.vocab));
     if (!loader.status) return loader.vocab;
@@ -11805,6 +11884,7 @@ MOE_API void moe_vocab_close(moe_vocab *vocab) {
     moe_allocator allocator = vocab->allocator;
     moe__text_map_free(&vocab->symbols, &allocator);
     moe__free(&allocator, vocab->types);
+    moe__free(&allocator, vocab->orders);
     moe__free(&allocator, vocab->merges);
     moe__free(&allocator, vocab->ranks.slots);
     moe__free(&allocator, vocab->specials);
@@ -11864,7 +11944,8 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
         int byte = -1;
         uint32_t code;
         size = moe__text_decode(text.data + i, text.size - i, &code);
-        if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
+        if (type == MOE__TOKEN_NORMAL && vocab->orders) byte = code == 0x2581 ? ' ' : -1;
+        else if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
         else if (type == MOE__TOKEN_BYTE && (byte = moe__text_hex_byte(text)) >= 0) size = 6;
         for (size_t k = 0; k < (byte < 0 ? size : 1); k++, n++) /* names no byte: is itself */
             if (n < capacity) buffer[n] = byte < 0 ? text.data[i + k] : (char)byte;
@@ -11882,11 +11963,12 @@ typedef struct moe__text_work {
     uint64_t count; /* of tokens so far, also beyond capacity */
     moe__text_scan scan;
     /* The piece being merged: symbol i begins with byte i. Merging leaves the left symbol; the */
-    /* right one becomes NONE and falls out of the chain next / prev, whose ends are n and */
-    /* UINT32_MAX. The heap holds pairs to merge as rank << 32 | left, at most 2 n: each of the */
-    /* n - 1 merges takes one and adds two. */
+    /* right one becomes GONE and falls out of the chain next / prev, whose ends are n and */
+    /* UINT32_MAX. The heap holds pairs to merge as order << 32 | left (order: rank or from the */
+    /* score), at most 2 n: each of the n - 1 merges takes one and adds two. */
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
+    char *spelled; /* SPM: the piece with its blanks replaced */
     size_t n_heap, longest; /* longest: bytes of a piece that there is memory for */
     uint32_t n;
 } moe__text_work;
@@ -11896,26 +11978,46 @@ MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
     work->count++;
 }
 
-MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
-    if (left >= work->n || work->next[left] >= work->n) return;
-    uint32_t right = work->next[left];
-    uint32_t rank = *moe__text_rank(work->vocab, work->symbol[left], work->symbol[right]);
-    if (rank) moe__text_push(work->heap, &work->n_heap, (uint64_t)(rank - 1) << 32 | left);
+/* SPM: the token that is spelled so, or NONE. */
+MOE__PRIVATE uint32_t moe__text_spelled(const moe__text_work *work, uint32_t i, uint32_t end) {
+    const moe_vocab *vocab = work->vocab;
+    uint32_t id = MOE__TEXT_NONE;
+    if (end - i <= vocab->longest) id = moe__text_find(vocab, work->spelled + i, end - i);
+    return id != MOE__TEXT_NONE && vocab->orders[id] != MOE__TEXT_NONE ? id : MOE__TEXT_NONE;
 }
 
-/* Merges until no pair has a rank. A pair is stale if one of its symbols has become another. */
+/* What the symbol at left makes with the next one, or NONE, and the key of that in the heap. */
+MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left, uint64_t *key) {
+    const moe_vocab *vocab = work->vocab;
+    uint32_t right = left < work->n ? work->next[left] : work->n, order, result;
+    if (right >= work->n || work->symbol[left] == MOE__TEXT_GONE) return MOE__TEXT_NONE;
+    if (vocab->orders) {
+        result = moe__text_spelled(work, left, work->next[right]);
+        order = result == MOE__TEXT_NONE ? result : vocab->orders[result];
+    } else {
+        order = *moe__text_rank(vocab, work->symbol[left], work->symbol[right]) - 1;
+        result = order == MOE__TEXT_NONE ? order : vocab->merges[order].result;
+    }
+    *key = (uint64_t)order << 32 | left;
+    return result;
+}
+
+MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
+    uint64_t key;
+    if (moe__text_joined(work, left, &key) != MOE__TEXT_NONE)
+        moe__text_push(work->heap, &work->n_heap, key);
+}
+
+/* Merges until no pair makes anything. A pair is stale if its place has another one by now. */
 MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
-    for (uint32_t i = 0; i < work->n; i++) moe__text_consider(work, i);
+    for (uint32_t i = 0; i < work->n; i = work->next[i]) moe__text_consider(work, i);
     while (work->n_heap) {
-        uint64_t key = moe__text_pop(work->heap, &work->n_heap);
-        const moe__text_merge *merge = &work->vocab->merges[key >> 32];
-        uint32_t left = (uint32_t)key, right = work->next[left];
-        if (work->symbol[left] != merge->left || right >= work->n ||
-            work->symbol[right] != merge->right)
-            continue;
-        uint32_t after = work->next[right];
-        work->symbol[left] = merge->result;
-        work->symbol[right] = MOE__TEXT_NONE;
+        uint64_t key = moe__text_pop(work->heap, &work->n_heap), now;
+        uint32_t left = (uint32_t)key, result = moe__text_joined(work, left, &now);
+        if (result == MOE__TEXT_NONE || now != key) continue;
+        uint32_t right = work->next[left], after = work->next[right];
+        work->symbol[left] = result;
+        work->symbol[right] = MOE__TEXT_GONE;
         work->next[left] = after;
         if (after < work->n) work->prev[after] = left;
         moe__text_consider(work, work->prev[left]);
@@ -11923,17 +12025,18 @@ MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
     }
 }
 
-/* Memory for a piece of n bytes, 28 bytes for each. */
+/* Memory for a piece of n bytes, 29 bytes for each. */
 MOE__PRIVATE moe_status moe__text_make_piece(moe__text_work *work, size_t n) {
     const moe_allocator *allocator = &work->vocab->allocator;
     if (n > work->longest) {
         moe__free(allocator, work->heap);
         work->longest = n + n / 2 + 256;
-        work->heap = (uint64_t *)moe__text_alloc(allocator, work->longest, 2 * 8 + 3 * 4);
+        work->heap = (uint64_t *)moe__text_alloc(allocator, work->longest, 2 * 8 + 3 * 4 + 1);
         if (!work->heap) return MOE_ERROR_MEMORY;
         work->symbol = (uint32_t *)(work->heap + 2 * work->longest);
         work->next = work->symbol + work->longest;
         work->prev = work->next + work->longest;
+        work->spelled = (char *)(work->prev + work->longest);
     }
     work->n = (uint32_t)n;
     return MOE_OK;
@@ -11976,6 +12079,39 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
                 if (vocab->raw_token[(unsigned char)name[b]] != MOE__TEXT_NONE)
                     moe__text_emit(work, vocab->raw_token[(unsigned char)name[b]]);
         }
+    }
+    return MOE_OK;
+}
+
+/* SPM: a part of the text without special tokens. Time is n log n times what it takes to look a */
+/* token up: hostile vocabularies may hold all prefixes of a long one, sqrt(2 * bytes) of them. */
+MOE__PRIVATE moe_status moe__text_raw_spm(moe__text_work *work, const char *text, size_t size) {
+    const moe_vocab *vocab = work->vocab;
+    size_t n = size + (vocab->add_space ? 3 : 0);
+    for (size_t i = 0; i < size; i++) n += text[i] == ' ' ? 2 : 0;
+    if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
+    moe_status status = moe__text_make_piece(work, n);
+    if (status) return status;
+    char *to = work->spelled;
+    for (size_t i = vocab->add_space ? 0 : 1; i <= size; i++) { /* character i - 1, or the blank */
+        int blank = i == 0 || text[i - 1] == ' ';
+        if (blank) memcpy(to, "\342\226\201", 3);
+        else *to = text[i - 1];
+        to += blank ? 3 : 1;
+    }
+    for (uint32_t i = 0, before = UINT32_MAX, end; i < n; before = i, i = end) {
+        unsigned char byte = (unsigned char)work->spelled[i];
+        end = i + (byte >= 0xF0 ? 4u : byte >= 0xE0 ? 3u : byte >= 0xC0 ? 2u : 1u);
+        if (end > n) end = (uint32_t)n;
+        work->symbol[i] = moe__text_spelled(work, i, end);
+        work->next[i] = end;
+        work->prev[i] = before;
+    }
+    moe__text_merge_piece(work);
+    for (uint32_t i = 0; i < n; i = work->next[i]) {
+        if (work->symbol[i] != MOE__TEXT_NONE) moe__text_emit(work, work->symbol[i]);
+        else for (uint32_t k = i; k < work->next[i]; k++)
+            moe__text_emit(work, vocab->raw_token[(unsigned char)work->spelled[k]]);
     }
     return MOE_OK;
 }
@@ -12061,9 +12197,11 @@ MOE__PRIVATE moe_status moe__text_walk(moe__text_work *work, const char *text, s
             const moe__text_special *special = &work->vocab->specials[owner[i] - 1];
             moe__text_emit(work, special->id);
             end = i + special->size;
+            while (work->vocab->strip && end < size && !owner[end] && strchr(" \t\n\v\f\r", text[end]) && text[end]) end++;
         } else {
             for (end = i; end < size && !(owner && owner[end]);) end++;
-            status = moe__text_raw(work, text + i, end - i);
+            status = work->vocab->orders ? moe__text_raw_spm(work, text + i, end - i)
+                                         : moe__text_raw(work, text + i, end - i);
         }
     }
     return status;

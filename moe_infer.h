@@ -10763,7 +10763,7 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 /* moe_vocab_tokenize does to a text: */
 /* */
 /*     text      "hi <|im_end|> it's 42" */
-/*     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first, Aho-Corasick */
+/*     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first */
 /*     pieces    "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes */
 /*     symbols   a byte each, written as a printable character (GPT-2's names for bytes) */
 /*     merge     neighbours, lowest rank first, then leftmost, from a heap */
@@ -11241,16 +11241,23 @@ MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rul
 /* Hashes are keyed with numbers that the author of a file cannot know, so that nobody can choose */
 /* texts that collide and make lookups linear. */
 
-/* The text as a polynomial modulo 2^31 - 1 at a random point: two texts of n bytes collide for */
-/* at most n points. The upper bits of the result are the good ones. */
-MOE__PRIVATE uint64_t moe__text_hash(const uint64_t key[2], moe_string text) {
-    const uint64_t prime = 0x7FFFFFFF, point = key[0] & prime;
-    uint64_t h = text.size & prime;
-    for (size_t i = 0; i < text.size; i++) {
-        h = h * point + (unsigned char)text.data[i];
-        h = (h & prime) + (h >> 31); /* below 2^32 again */
-    }
-    return h % prime * key[1];
+MOE__INLINE uint64_t moe__text_mod(uint64_t x) { /* up to 2^31 + 1 for x < 2^63 */
+    x = (x & 0x7FFFFFFF) + (x >> 31);
+    return (x & 0x7FFFFFFF) + (x >> 31);
+}
+
+/* The text as a polynomial modulo 2^31 - 1 at the point key[0]: two texts of n bytes collide for */
+/* at most n points. h: where it begins, the text's size for texts that are to be told apart. */
+MOE__PRIVATE uint64_t moe__text_polynomial(const uint64_t key[2], uint64_t h, const char *text,
+                                           size_t size) {
+    const uint64_t point = key[0] & 0x7FFFFFFF;
+    for (size_t i = 0; i < size; i++) h = moe__text_mod(h * point + (unsigned char)text[i]);
+    return h % 0x7FFFFFFF;
+}
+
+/* The upper bits are the good ones. */
+MOE__INLINE uint64_t moe__text_hash(const uint64_t key[2], moe_string text) {
+    return moe__text_polynomial(key, text.size & 0x7FFFFFFF, text.data, text.size) * key[1];
 }
 
 /* Pairs: the same without a modulus (multiply-shift). */
@@ -11380,19 +11387,6 @@ typedef struct moe__text_merge {
     uint32_t left, right, result; /* symbols */
 } moe__text_merge;
 
-/* A state of the Aho-Corasick automaton over the special tokens: a prefix of one of them, namely */
-/* the longest that the text read so far ends with. State 0 is the empty prefix. */
-typedef struct moe__text_state {
-    uint32_t parent, fail; /* fail: the longest state that is a proper suffix of this one */
-    uint32_t special;      /* 1 + the longest special token that ends here; 0 = none */
-    unsigned char byte;    /* leads from parent to here */
-} moe__text_state;
-
-typedef struct moe__text_special {
-    uint32_t id, size;
-    uint32_t shorter; /* 1 + the longest special token that is a proper suffix of it; 0 = none */
-} moe__text_special;
-
 struct moe_vocab {
     moe_allocator allocator;
     uint64_t key[4]; /* of hashes: two for texts, two for pairs */
@@ -11410,11 +11404,9 @@ struct moe_vocab {
     uint32_t byte_symbol[256]; /* of the byte's name */
     uint32_t raw_token[256];   /* the token whose text is this byte itself, or NONE; with SPM */
                                /* the token that stands for the byte, the unknown one if none */
-    moe__text_special *specials; /* longest first, then by id */
-    uint32_t n_specials, n_states;
-    moe__text_state *states;
-    moe__text_table steps;    /* state after (state, byte) */
-    uint32_t first_step[256]; /* the same from state 0 */
+    uint64_t *specials; /* longest first, see moe__text_make_specials */
+    size_t n_specials;
+    uint8_t starts[256]; /* a special token begins with this byte */
     moe__text_run *runs;
     uint32_t ascii[128]; /* classes */
 };
@@ -11430,17 +11422,6 @@ MOE__PRIVATE uint32_t *moe__text_rank(const moe_vocab *vocab, uint32_t left, uin
     return &table->slots[i];
 }
 
-/* The slot of the step (state, byte), or the free one where it belongs. */
-MOE__PRIVATE uint32_t *moe__text_step(const moe_vocab *vocab, uint32_t state, unsigned char byte) {
-    const moe__text_table *table = &vocab->steps;
-    uint32_t i = (uint32_t)(moe__text_pair_hash(vocab->key + 2, state, byte) >> table->shift);
-    for (; table->slots[i]; i = (i + 1) & table->mask) {
-        const moe__text_state *to = &vocab->states[table->slots[i]];
-        if (to->parent == state && to->byte == byte) break;
-    }
-    return &table->slots[i];
-}
-
 /* The token with this text, or NONE. */
 MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size) {
     moe_string key = {text, size};
@@ -11448,78 +11429,34 @@ MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, s
     return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE;
 }
 
-/* ---- special tokens: the automaton ----------------------------------------------------------- */
-
-/* The state after one more byte: amortized O(1) along a text. */
-MOE__PRIVATE uint32_t moe__text_advance(const moe_vocab *vocab, uint32_t state,
-                                        unsigned char byte) {
-    for (; state; state = vocab->states[state].fail) {
-        uint32_t to = *moe__text_step(vocab, state, byte);
-        if (to) return to;
-    }
-    return vocab->first_step[byte];
+/* Can the token be found in raw text? Types control, unknown and user-defined; without */
+/* PARSE_SPECIAL the last only. */
+MOE__INLINE int moe__text_is_special(const moe_vocab *vocab, uint32_t id, unsigned flags) {
+    int type = vocab->types[id] & MOE__TOKEN_TYPE;
+    return type == MOE__TOKEN_USER || (flags & MOE_TOKENIZE_PARSE_SPECIAL &&
+                                       (type == MOE__TOKEN_UNKNOWN || type == MOE__TOKEN_CONTROL));
 }
 
-/* Makes the states level by level, so that a state comes behind its parent and its suffixes. */
-/* at: n_specials zeros, the state that each token has got to. */
-MOE__PRIVATE void moe__text_make_states(moe_vocab *vocab, uint32_t *at) {
-    vocab->n_states = 1;
-    for (uint32_t level = 0; level < vocab->specials[0].size; level++) {
-        for (uint32_t i = 0; i < vocab->n_specials && vocab->specials[i].size > level; i++) {
-            moe_string text = moe__text_at(&vocab->symbols, vocab->specials[i].id);
-            unsigned char byte = (unsigned char)text.data[level];
-            uint32_t *slot = level ? moe__text_step(vocab, at[i], byte) : &vocab->first_step[byte];
-            if (*slot == 0) {
-                vocab->states[vocab->n_states].parent = at[i];
-                vocab->states[vocab->n_states].byte = byte;
-                *slot = vocab->n_states++;
-            }
-            at[i] = *slot;
-            if (level + 1 == text.size) vocab->states[at[i]].special = i + 1;
-        }
-    }
-    for (uint32_t s = 1; s < vocab->n_states; s++) {
-        moe__text_state *state = &vocab->states[s];
-        if (state->parent)
-            state->fail = moe__text_advance(vocab, vocab->states[state->parent].fail, state->byte);
-        uint32_t shorter = vocab->states[state->fail].special;
-        if (state->special) vocab->specials[state->special - 1].shorter = shorter;
-        else state->special = shorter;
-    }
-}
-
-/* Special are the tokens of the types control, unknown and user-defined. */
+/* Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small. */
 MOE__PRIVATE moe_status moe__text_make_specials(moe_vocab *vocab) {
-    const moe_allocator *allocator = &vocab->allocator;
-    uint64_t *heap = (uint64_t *)moe__text_alloc(allocator, vocab->n_tokens, sizeof *heap);
-    uint64_t bytes = 0;
     size_t n = 0;
-    for (uint32_t id = 0; heap && id < vocab->n_tokens; id++) {
-        int type = vocab->types[id] & MOE__TOKEN_TYPE;
+    uint64_t *heap = (uint64_t *)moe__text_alloc(&vocab->allocator, vocab->n_tokens, sizeof *heap);
+    vocab->specials = heap;
+    if (!heap) return MOE_ERROR_MEMORY;
+    for (uint32_t id = 0; id < vocab->n_tokens; id++) {
         moe_string text = moe__text_at(&vocab->symbols, id);
-        if (type < MOE__TOKEN_UNKNOWN || type > MOE__TOKEN_USER ||
-            moe__text_find(vocab, text.data, text.size) != id)
-            continue;
-        bytes += text.size;
-        moe__text_push(heap, &n, (uint64_t)(UINT32_MAX - (uint32_t)text.size) << 32 | id);
+        if (!text.size || !moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL)) continue;
+        if (moe__text_find(vocab, text.data, text.size) != id) continue;
+        vocab->starts[(unsigned char)text.data[0]] = 1;
+        moe__text_push(heap, &n, (uint64_t)text.size << 32 |
+                                     moe__text_polynomial(vocab->key, 0, text.data, text.size) << 1 |
+                                     (uint64_t)moe__text_is_special(vocab, id, 0));
     }
-    uint32_t *at = (uint32_t *)moe__text_alloc(allocator, n + 1, sizeof *at);
-    vocab->specials = (moe__text_special *)moe__text_alloc(allocator, n + 1,
-                                                           sizeof *vocab->specials);
-    vocab->states = (moe__text_state *)moe__text_alloc(allocator, bytes + 1,
-                                                       sizeof *vocab->states);
-    moe_status status = moe__text_table_init(&vocab->steps, allocator, bytes);
-    if (!heap || !at || !vocab->specials || !vocab->states) status = MOE_ERROR_MEMORY;
-    while (!status && n) {
-        uint64_t key = moe__text_pop(heap, &n);
-        moe__text_special *special = &vocab->specials[vocab->n_specials++];
-        special->id = (uint32_t)key;
-        special->size = UINT32_MAX - (uint32_t)(key >> 32);
+    for (vocab->n_specials = n; n;) {
+        uint64_t least = moe__text_pop(heap, &n);
+        heap[n] = least;
     }
-    if (!status) moe__text_make_states(vocab, at);
-    moe__free(allocator, heap);
-    moe__free(allocator, at);
-    return status;
+    return MOE_OK;
 }
 
 /* ---- opening a vocabulary -------------------------------------------------------------------- */
@@ -11888,8 +11825,6 @@ MOE_API void moe_vocab_close(moe_vocab *vocab) {
     moe__free(&allocator, vocab->merges);
     moe__free(&allocator, vocab->ranks.slots);
     moe__free(&allocator, vocab->specials);
-    moe__free(&allocator, vocab->states);
-    moe__free(&allocator, vocab->steps.slots);
     moe__free(&allocator, vocab->runs);
     moe__free(&allocator, vocab);
 }
@@ -12142,66 +12077,66 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
 
 /* ---- text to tokens: special tokens ---------------------------------------------------------- */
 
-/* Of `special` and its suffixes (each 1 + index) the longest that is to be recognised, or 0. */
-MOE__INLINE uint32_t moe__text_wanted(const moe_vocab *vocab, uint32_t special, unsigned flags) {
-    while (special && !(flags & MOE_TOKENIZE_PARSE_SPECIAL) &&
-           (vocab->types[vocab->specials[special - 1].id] & MOE__TOKEN_TYPE) != MOE__TOKEN_USER)
-        special = vocab->specials[special - 1].shorter;
-    return special;
-}
-
-/* Finds where special tokens end in the text: for each such place the longest one, as */
-/* index << 32 | place of its last byte. Returns how many; heap = NULL: counts only. */
-MOE__PRIVATE size_t moe__text_spot(const moe_vocab *vocab, const char *text, size_t size,
-                                   unsigned flags, uint64_t *heap) {
-    size_t n = 0;
-    uint32_t state = 0, special;
-    for (size_t i = 0; i < size; i++) {
-        state = moe__text_advance(vocab, state, (unsigned char)text[i]);
-        special = moe__text_wanted(vocab, vocab->states[state].special, flags);
-        if (special && heap) moe__text_push(heap, &n, (uint64_t)(special - 1) << 32 | i);
-        else n += special != 0;
-    }
-    return n;
-}
-
-/* Decides who gets the bytes: longer tokens before shorter, then lower ids before higher, then */
-/* from left to right, as if the text was searched for one token after the other. owner[i] */
-/* becomes 1 + the index of the special token that byte i is in. Tokens placed before are no */
-/* shorter than the one at hand, so they overlap it only if they own its first or last byte. A */
-/* loser leaves its place to the next shorter token that ends there: n D log n for n places and D */
-/* tokens that are suffixes of each other. D <= sqrt(2 * bytes of all special tokens); in real */
-/* vocabularies it is 1 or 2. */
-MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, unsigned flags, uint64_t *heap,
-                                   size_t n, uint32_t *owner) {
-    while (n) {
-        uint64_t key = moe__text_pop(heap, &n);
-        const moe__text_special *special = &vocab->specials[key >> 32];
-        size_t last = (uint32_t)key, first = last + 1 - special->size;
-        if (owner[last]) continue;
-        if (owner[first]) {
-            uint32_t shorter = moe__text_wanted(vocab, special->shorter, flags);
-            if (shorter) moe__text_push(heap, &n, (uint64_t)(shorter - 1) << 32 | last);
-        } else {
-            for (size_t i = first; i <= last; i++) owner[i] = (uint32_t)(key >> 32) + 1;
+/* Finds the special tokens of one size, specials[from] to specials[to - 1], from left to right. */
+/* sums[i]: the polynomial of the text's first i bytes, so that of any part takes O(1). owner[i] */
+/* becomes 1 + the token that byte i is in. Tokens found before are no shorter, so they overlap a */
+/* place only if they own its first or last byte. */
+MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size_t size,
+                                  unsigned flags, size_t from, size_t to, const uint32_t *sums,
+                                  uint32_t *owner) {
+    const uint64_t prime = 0x7FFFFFFF, point = vocab->key[0] & prime;
+    size_t length = (size_t)(vocab->specials[from] >> 32);
+    uint64_t power = 1;
+    for (size_t k = 0; k < length; k++) power = moe__text_mod(power * point);
+    power %= prime;
+    for (size_t i = 0; i + length <= size; i++) {
+        if (!vocab->starts[(unsigned char)text[i]] || owner[i] || owner[i + length - 1]) continue;
+        uint64_t sum = (sums[i + length] + (prime - sums[i]) * power) % prime;
+        uint64_t wanted = (uint64_t)length << 32 | sum << 1 | 1;
+        size_t low = from, high = to; /* the first that is no greater is in low .. high */
+        while (low < high) {
+            size_t middle = (low + high) / 2;
+            if (vocab->specials[middle] > wanted) low = middle + 1;
+            else high = middle;
         }
+        if (low == to || vocab->specials[low] >> 1 != wanted >> 1) continue;
+        if (!(vocab->specials[low] & 1) && !(flags & MOE_TOKENIZE_PARSE_SPECIAL)) continue;
+        uint32_t id = moe__text_find(vocab, text + i, length);
+        if (id == MOE__TEXT_NONE || !moe__text_is_special(vocab, id, flags)) continue;
+        for (size_t k = 0; k < length; k++) owner[i + k] = id + 1;
+        i += length - 1;
+    }
+}
+
+/* Gives special tokens their bytes: n D log n for D different sizes of special tokens, some 20 in */
+/* real vocabularies, at most sqrt(2 * bytes of all of them). */
+MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
+                                   unsigned flags, uint32_t *sums, uint32_t *owner) {
+    for (size_t i = 0; i < size; i++)
+        sums[i + 1] = (uint32_t)moe__text_polynomial(vocab->key, sums[i], text + i, 1);
+    for (size_t from = 0, to; from < vocab->n_specials; from = to) {
+        uint64_t length = vocab->specials[from] >> 32;
+        for (to = from + 1; to < vocab->n_specials && vocab->specials[to] >> 32 == length;) to++;
+        if (length <= size) moe__text_claim(vocab, text, size, flags, from, to, sums, owner);
     }
 }
 
 /* Raw parts and special tokens from left to right. owner = NULL: there are no special tokens. */
 MOE__PRIVATE moe_status moe__text_walk(moe__text_work *work, const char *text, size_t size,
                                        const uint32_t *owner) {
+    const moe_vocab *vocab = work->vocab;
     moe_status status = MOE_OK;
     for (size_t i = 0, end; i < size && !status; i = end) {
         if (owner && owner[i]) {
-            const moe__text_special *special = &work->vocab->specials[owner[i] - 1];
-            moe__text_emit(work, special->id);
-            end = i + special->size;
-            while (work->vocab->strip && end < size && !owner[end] && strchr(" \t\n\v\f\r", text[end]) && text[end]) end++;
+            moe__text_emit(work, owner[i] - 1);
+            end = i + moe__text_at(&vocab->symbols, owner[i] - 1).size;
+            if (vocab->strip)
+                while (end < size && !owner[end] && text[end] && strchr(" \t\n\v\f\r", text[end]))
+                    end++;
         } else {
             for (end = i; end < size && !(owner && owner[end]);) end++;
-            status = work->vocab->orders ? moe__text_raw_spm(work, text + i, end - i)
-                                         : moe__text_raw(work, text + i, end - i);
+            status = vocab->orders ? moe__text_raw_spm(work, text + i, end - i)
+                                   : moe__text_raw(work, text + i, end - i);
         }
     }
     return status;
@@ -12212,19 +12147,14 @@ MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, 
     const moe_vocab *vocab = work->vocab;
     const moe_allocator *allocator = &vocab->allocator;
     moe__text_scan *scan = &work->scan;
-    scan->classes = (uint32_t *)moe__text_alloc(allocator, size, sizeof *scan->classes);
+    size_t starts = 0;
+    for (size_t i = 0; i < size; i++) starts += vocab->starts[(unsigned char)text[i]];
+    /* The scan's memory serves the search for special tokens first. */
     scan->at = (uint32_t *)moe__text_alloc(allocator, (uint64_t)size + 1, sizeof *scan->at);
-    moe_status status = scan->classes && scan->at ? MOE_OK : MOE_ERROR_MEMORY;
-    size_t n = status ? 0 : moe__text_spot(vocab, text, size, flags, NULL);
-    uint64_t *heap = n ? (uint64_t *)moe__text_alloc(allocator, n, sizeof *heap) : NULL;
-    uint32_t *owner = n ? (uint32_t *)moe__text_alloc(allocator, size, sizeof *owner) : NULL;
-    if (n && heap && owner) {
-        moe__text_spot(vocab, text, size, flags, heap);
-        moe__text_settle(vocab, flags, heap, n, owner);
-    } else if (n) {
-        status = MOE_ERROR_MEMORY;
-    }
-    moe__free(allocator, heap);
+    scan->classes = (uint32_t *)moe__text_alloc(allocator, size, sizeof *scan->classes);
+    uint32_t *owner = starts ? (uint32_t *)moe__text_alloc(allocator, size, sizeof *owner) : NULL;
+    moe_status status = scan->classes && scan->at && (owner || !starts) ? MOE_OK : MOE_ERROR_MEMORY;
+    if (!status && starts) moe__text_settle(vocab, text, size, flags, scan->at, owner);
     if (!status) status = moe__text_walk(work, text, size, owner);
     moe__free(allocator, owner);
     moe__free(allocator, scan->classes);

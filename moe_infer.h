@@ -11381,7 +11381,6 @@ enum { /* tokenizer.ggml.token_type */
 };
 
 #define MOE__TEXT_NONE UINT32_MAX
-#define MOE__TEXT_GONE (UINT32_MAX - 1)
 
 typedef struct moe__text_merge {
     uint32_t left, right, result; /* symbols */
@@ -11407,7 +11406,7 @@ struct moe_vocab {
     uint64_t *specials; /* longest first, see moe__text_make_specials */
     size_t n_specials;
     uint8_t starts[256]; /* a special token begins with this byte */
-    moe__text_run *runs;
+    moe__text_run runs[MOE__TEXT_RUNS + 1];
     uint32_t ascii[128]; /* classes */
 };
 
@@ -11523,6 +11522,20 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
             (int)moe__min((int64_t)name.size, 64), name.data);
 }
 
+/* Writes the text a, b behind the others; it counts only when map->n does. */
+MOE__PRIVATE moe_status moe__text_append(moe_vocab *vocab, const char *a, size_t a_size,
+                                         const char *b, size_t b_size) {
+    moe__text_map *map = &vocab->symbols;
+    uint64_t at = map->end ? map->end[map->n] : 0, end = at + a_size + b_size;
+    moe_status status =
+        moe__text_reserve(map, &vocab->allocator, vocab->key, (uint64_t)map->n + 1, end);
+    if (status) return status;
+    if (a_size) memcpy(map->bytes + at, a, a_size);
+    if (b_size) memcpy(map->bytes + at + a_size, b, b_size);
+    map->end[map->n + 1] = (uint32_t)end;
+    return MOE_OK;
+}
+
 MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.tokens";
     moe_vocab *vocab = loader->vocab;
@@ -11535,11 +11548,8 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
                           : MOE_ERROR_FORMAT;
     while (!status && map->n < n) {
         if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
-        else status = moe__text_reserve(map, &vocab->allocator, vocab->key, n,
-                                        (uint64_t)map->end[map->n] + text.size);
+        else status = moe__text_append(vocab, text.data, text.size, NULL, 0);
         if (status) break;
-        if (text.size) memcpy(map->bytes + map->end[map->n], text.data, text.size);
-        map->end[map->n + 1] = map->end[map->n] + (uint32_t)text.size;
         if (text.size > vocab->longest) vocab->longest = (uint32_t)text.size;
         text = moe__text_at(map, map->n++);
         if (text.size) *moe__text_slot(map, vocab->key, text) = map->n; /* of equal ones the last */
@@ -11578,18 +11588,10 @@ MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
 MOE__PRIVATE moe_status moe__text_intern(moe_vocab *vocab, const char *a, size_t a_size,
                                          const char *b, size_t b_size, uint32_t *out) {
     moe__text_map *map = &vocab->symbols;
-    uint64_t end = (uint64_t)map->end[map->n] + a_size + b_size;
-    moe_status status =
-        moe__text_reserve(map, &vocab->allocator, vocab->key, (uint64_t)map->n + 1, end);
+    moe_status status = moe__text_append(vocab, a, a_size, b, b_size);
     if (status) return status;
-    moe_string text = {map->bytes + map->end[map->n], a_size + b_size};
-    memcpy(map->bytes + map->end[map->n], a, a_size);
-    memcpy(map->bytes + map->end[map->n] + a_size, b, b_size);
-    uint32_t *slot = moe__text_slot(map, vocab->key, text);
-    if (*slot == 0) {
-        *slot = ++map->n;
-        map->end[map->n] = (uint32_t)end;
-    }
+    uint32_t *slot = moe__text_slot(map, vocab->key, moe__text_at(map, map->n));
+    if (*slot == 0) *slot = ++map->n;
     *out = *slot - 1;
     return MOE_OK;
 }
@@ -11761,20 +11763,6 @@ MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     }
 }
 
-MOE__PRIVATE void moe__text_load_classes(moe__text_loader *loader) {
-    moe_vocab *vocab = loader->vocab;
-    if (loader->status) return;
-    vocab->runs = (moe__text_run *)moe__alloc(&vocab->allocator,
-                                              (MOE__TEXT_RUNS + 1) * sizeof *vocab->runs);
-    if (!vocab->runs) {
-        moe__text_fail(loader, "", MOE_ERROR_MEMORY);
-        return;
-    }
-    moe__text_unpack_classes(vocab->runs);
-    for (uint32_t code = 0; code < 128; code++)
-        vocab->ascii[code] = moe__text_classify(vocab->runs, code);
-}
-
 /* Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele et al.). */
 MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
     double now = moe__seconds();
@@ -11809,7 +11797,9 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     if (!loader.status && loader.vocab->pre->flags & MOE__PRE_SPM) moe__text_load_scores(&loader);
     else moe__text_load_merges(&loader);
     if (!loader.status) moe__text_load_strip(&loader);
-    moe__text_load_classes(&loader);
+    moe__text_unpack_classes(loader.vocab->runs);
+    for (uint32_t code = 0; code < 128; code++)
+        loader.vocab->ascii[code] = moe__text_classify(loader.vocab->runs, code);
     if (!loader.status) moe__text_fail(&loader, "", moe__text_make_specials(loader.vocab));
     if (!loader.status) return loader.vocab;
     moe_vocab_close(loader.vocab);
@@ -11825,7 +11815,6 @@ MOE_API void moe_vocab_close(moe_vocab *vocab) {
     moe__free(&allocator, vocab->merges);
     moe__free(&allocator, vocab->ranks.slots);
     moe__free(&allocator, vocab->specials);
-    moe__free(&allocator, vocab->runs);
     moe__free(&allocator, vocab);
 }
 
@@ -11859,13 +11848,12 @@ MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token) {
 
 /* The byte of "<0xE2>", or -1. */
 MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
-    static const char digits[] = "0123456789ABCDEFabcdef";
+    char hex[3] = {0}, *end;
     if (text.size != 6 || memcmp(text.data, "<0x", 3) != 0 || text.data[5] != '>') return -1;
-    const char *high = (const char *)memchr(digits, text.data[3], 22);
-    const char *low = (const char *)memchr(digits, text.data[4], 22);
-    if (!high || !low) return -1;
-    int a = (int)(high - digits), b = (int)(low - digits);
-    return (a > 15 ? a - 6 : a) * 16 + (b > 15 ? b - 6 : b);
+    memcpy(hex, text.data + 3, 2);
+    if (hex[0] < '0') return -1; /* blanks and signs */
+    int byte = (int)strtol(hex, &end, 16);
+    return end == hex + 2 && hex[1] != 'x' && hex[1] != 'X' ? byte : -1;
 }
 
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer,
@@ -11897,13 +11885,14 @@ typedef struct moe__text_work {
     size_t capacity;
     uint64_t count; /* of tokens so far, also beyond capacity */
     moe__text_scan scan;
-    /* The piece being merged: symbol i begins with byte i. Merging leaves the left symbol; the */
-    /* right one becomes GONE and falls out of the chain next / prev, whose ends are n and */
-    /* UINT32_MAX. The heap holds pairs to merge as order << 32 | left (order: rank or from the */
-    /* score), at most 2 n: each of the n - 1 merges takes one and adds two. */
+    /* The piece being merged, in the spelling of the vocabulary: n bytes. A symbol has the number */
+    /* of its first byte. Merging leaves the left symbol; the right one falls out of the chain */
+    /* next / prev, whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | */
+    /* left (order: the rank, or from the score), at most 2 n: each of the n - 1 merges takes one */
+    /* and adds two. */
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
-    char *spelled; /* SPM: the piece with its blanks replaced */
+    char *spelled;
     size_t n_heap, longest; /* longest: bytes of a piece that there is memory for */
     uint32_t n;
 } moe__text_work;
@@ -11925,7 +11914,7 @@ MOE__PRIVATE uint32_t moe__text_spelled(const moe__text_work *work, uint32_t i, 
 MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left, uint64_t *key) {
     const moe_vocab *vocab = work->vocab;
     uint32_t right = left < work->n ? work->next[left] : work->n, order, result;
-    if (right >= work->n || work->symbol[left] == MOE__TEXT_GONE) return MOE__TEXT_NONE;
+    if (right >= work->n) return MOE__TEXT_NONE;
     if (vocab->orders) {
         result = moe__text_spelled(work, left, work->next[right]);
         order = result == MOE__TEXT_NONE ? result : vocab->orders[result];
@@ -11952,7 +11941,7 @@ MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
         if (result == MOE__TEXT_NONE || now != key) continue;
         uint32_t right = work->next[left], after = work->next[right];
         work->symbol[left] = result;
-        work->symbol[right] = MOE__TEXT_GONE;
+        work->next[right] = work->n; /* merges with nothing any more */
         work->next[left] = after;
         if (after < work->n) work->prev[after] = left;
         moe__text_consider(work, work->prev[left]);
@@ -11973,32 +11962,50 @@ MOE__PRIVATE moe_status moe__text_make_piece(moe__text_work *work, size_t n) {
         work->prev = work->next + work->longest;
         work->spelled = (char *)(work->prev + work->longest);
     }
-    work->n = (uint32_t)n;
     return MOE_OK;
 }
 
-/* Non-zero if the whole piece is a token. Control tokens are not spelled: see the next chapter. */
-MOE__PRIVATE int moe__text_take_whole(moe__text_work *work, const char *text) {
-    char *names = (char *)work->heap; /* at most 2 bytes each */
-    size_t size = 0;
-    for (uint32_t i = 0; i < work->n; i++)
-        size += moe__text_byte_name((unsigned char)text[i], names + size);
-    uint32_t id = moe__text_find(work->vocab, names, size);
-    if (id == MOE__TEXT_NONE || moe_vocab_is_control(work->vocab, (int32_t)id)) return 0;
-    moe__text_emit(work, id);
-    return 1;
+/* Spells a piece: bytes by their names, or (SPM) a blank in front and U+2581 for blanks. */
+MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, size_t size) {
+    const moe_vocab *vocab = work->vocab;
+    size_t n = size + 3;
+    for (size_t i = 0; i < size; i++) n += vocab->orders ? 2 * (text[i] == ' ') : 1;
+    if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
+    moe_status status = moe__text_make_piece(work, n);
+    if (status) return status;
+    char *to = work->spelled;
+    for (size_t i = vocab->orders && vocab->add_space ? 0 : 1; i <= size; i++) {
+        char byte = i ? text[i - 1] : ' ';
+        if (vocab->orders && byte == ' ') memcpy(to, "\342\226\201", 3);
+        else if (vocab->orders) *to = byte;
+        to += !vocab->orders ? moe__text_byte_name((unsigned char)byte, to) : byte == ' ' ? 3u : 1u;
+    }
+    work->n = (uint32_t)(to - work->spelled);
+    return MOE_OK;
 }
 
-/* A piece of the pre-tokenizer to tokens. */
+/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. With SPM time */
+/* is n log n times that of looking a token up, which takes long only in vocabularies that hold */
+/* very many prefixes of a long token. */
 MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
-    moe_status status = moe__text_make_piece(work, size);
-    if (status || (vocab->pre->flags & MOE__PRE_WHOLE && moe__text_take_whole(work, text)))
-        return status;
-    for (uint32_t i = 0; i < work->n; i++) {
-        work->symbol[i] = vocab->byte_symbol[(unsigned char)text[i]];
-        work->next[i] = i + 1;
-        work->prev[i] = i - 1; /* of 0: UINT32_MAX */
+    moe_status status = moe__text_spell(work, text, size);
+    if (status) return status;
+    if (vocab->pre->flags & MOE__PRE_WHOLE) { /* control tokens are not spelled */
+        uint32_t id = moe__text_find(vocab, work->spelled, work->n);
+        if (id != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)id)) {
+            moe__text_emit(work, id);
+            return MOE_OK;
+        }
+    }
+    for (uint32_t i = 0, before = UINT32_MAX, end; i < work->n; before = i, i = end) {
+        unsigned char byte = (unsigned char)work->spelled[i];
+        end = i + (byte >= 0xF0 ? 4u : byte >= 0xE0 ? 3u : byte >= 0xC0 ? 2u : 1u);
+        if (end > work->n) end = work->n;
+        work->symbol[i] = vocab->orders ? moe__text_spelled(work, i, end)
+                                        : vocab->byte_symbol[(unsigned char)*text++];
+        work->next[i] = end;
+        work->prev[i] = before;
     }
     moe__text_merge_piece(work);
     for (uint32_t i = 0; i < work->n; i = work->next[i]) {
@@ -12006,47 +12013,11 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
             moe__text_emit(work, work->symbol[i]);
             continue;
         }
-        /* No token: the bytes of its text one by one, those of them that are tokens. */
+        /* No token: the bytes of its spelling one by one, those of them that are tokens. */
         for (uint32_t k = i; k < work->next[i]; k++) {
-            char name[2];
-            size_t n = moe__text_byte_name((unsigned char)text[k], name);
-            for (size_t b = 0; b < n; b++)
-                if (vocab->raw_token[(unsigned char)name[b]] != MOE__TEXT_NONE)
-                    moe__text_emit(work, vocab->raw_token[(unsigned char)name[b]]);
+            uint32_t id = vocab->raw_token[(unsigned char)work->spelled[k]];
+            if (id != MOE__TEXT_NONE) moe__text_emit(work, id);
         }
-    }
-    return MOE_OK;
-}
-
-/* SPM: a part of the text without special tokens. Time is n log n times what it takes to look a */
-/* token up: hostile vocabularies may hold all prefixes of a long one, sqrt(2 * bytes) of them. */
-MOE__PRIVATE moe_status moe__text_raw_spm(moe__text_work *work, const char *text, size_t size) {
-    const moe_vocab *vocab = work->vocab;
-    size_t n = size + (vocab->add_space ? 3 : 0);
-    for (size_t i = 0; i < size; i++) n += text[i] == ' ' ? 2 : 0;
-    if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
-    moe_status status = moe__text_make_piece(work, n);
-    if (status) return status;
-    char *to = work->spelled;
-    for (size_t i = vocab->add_space ? 0 : 1; i <= size; i++) { /* character i - 1, or the blank */
-        int blank = i == 0 || text[i - 1] == ' ';
-        if (blank) memcpy(to, "\342\226\201", 3);
-        else *to = text[i - 1];
-        to += blank ? 3 : 1;
-    }
-    for (uint32_t i = 0, before = UINT32_MAX, end; i < n; before = i, i = end) {
-        unsigned char byte = (unsigned char)work->spelled[i];
-        end = i + (byte >= 0xF0 ? 4u : byte >= 0xE0 ? 3u : byte >= 0xC0 ? 2u : 1u);
-        if (end > n) end = (uint32_t)n;
-        work->symbol[i] = moe__text_spelled(work, i, end);
-        work->next[i] = end;
-        work->prev[i] = before;
-    }
-    moe__text_merge_piece(work);
-    for (uint32_t i = 0; i < n; i = work->next[i]) {
-        if (work->symbol[i] != MOE__TEXT_NONE) moe__text_emit(work, work->symbol[i]);
-        else for (uint32_t k = i; k < work->next[i]; k++)
-            moe__text_emit(work, vocab->raw_token[(unsigned char)work->spelled[k]]);
     }
     return MOE_OK;
 }
@@ -12056,6 +12027,7 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
     const moe_vocab *vocab = work->vocab;
     moe__text_scan *scan = &work->scan;
     moe_status status = MOE_OK;
+    if (vocab->orders) return moe__text_piece(work, text, size);
     scan->text = text;
     scan->n = 0;
     for (size_t i = 0; i < size; scan->n++) {
@@ -12135,8 +12107,7 @@ MOE__PRIVATE moe_status moe__text_walk(moe__text_work *work, const char *text, s
                     end++;
         } else {
             for (end = i; end < size && !(owner && owner[end]);) end++;
-            status = vocab->orders ? moe__text_raw_spm(work, text + i, end - i)
-                                   : moe__text_raw(work, text + i, end - i);
+            status = moe__text_raw(work, text + i, end - i);
         }
     }
     return status;

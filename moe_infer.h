@@ -451,20 +451,22 @@ MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
 
 enum { MOE_TOKENIZE_ADD_SPECIAL = 1, MOE_TOKENIZE_PARSE_SPECIAL = 2 };
 
-/* Reads the tokenizer of a GGUF file; files without tensors work too. The GGUF may be closed */
-/* afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (tokenizer model or pre-tokenizer unknown). */
+/* Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM); files without */
+/* tensors work too. The GGUF may be closed afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (tokenizer model or pre-tokenizer unknown). */
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error);
 MOE_API void moe_vocab_close(moe_vocab *vocab);
 MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
 /* Writes at most `capacity` ids and returns how many there are (call again if that is more), or */
 /* -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so. */
 /* PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed. */
-/* Any bytes are accepted. Time grows as n log n with the text. More than INT32_MAX bytes and */
-/* unknown flags are errors of the argument. */
+/* Any bytes are accepted. Time grows as n log n with the text. Unknown flags and more than */
+/* INT32_MAX bytes (of an unbroken word, or with SPM, half of that at most) are errors of the */
+/* argument. */
 MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
                                    unsigned flags, int32_t *tokens, size_t capacity);
 /* The bytes of a token; a character may be spread over several tokens. Writes at most `capacity` */
-/* bytes (no NUL) and returns how many there are. Control tokens, ids out of range: 0 bytes. */
+/* bytes (no NUL) and returns how many there are. Control tokens, ids out of range: 0 bytes. SPM */
+/* vocabularies put a blank in front of most texts, which the first token gives back: drop it. */
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer, size_t capacity);
 /* The token's entry in the vocabulary as text, also for control tokens ("<|im_end|>"); not */
 /* NUL-terminated, {NULL, 0} if out of range. */
@@ -11289,6 +11291,8 @@ MOE__PRIVATE moe_status moe__text_table_init(moe__text_table *table,
 
 /* Numbered texts and the way back. Text i lies at bytes[end[i]] .. bytes[end[i + 1] - 1]. */
 typedef struct moe__text_map {
+    const moe_allocator *allocator;
+    const uint64_t *key; /* of hashes, two */
     char *bytes;
     uint32_t *end; /* n + 1 entries, the first is 0 */
     uint32_t n, max_n, max_bytes;
@@ -11306,10 +11310,9 @@ MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
 }
 
 /* The slot that holds the text, or the free one where it belongs. */
-MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, const uint64_t key[2],
-                                      moe_string text) {
+MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, moe_string text) {
     const moe__text_table *table = &map->table;
-    uint32_t i = (uint32_t)(moe__text_hash(key, text) >> table->shift);
+    uint32_t i = (uint32_t)(moe__text_hash(map->key, text) >> table->shift);
     for (; table->slots[i]; i = (i + 1) & table->mask) {
         moe_string other = moe__text_at(map, table->slots[i] - 1);
         if (other.size == text.size && memcmp(other.data, text.data, text.size) == 0) break;
@@ -11317,33 +11320,32 @@ MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, const uint64_t k
     return &table->slots[i];
 }
 
-MOE__PRIVATE void moe__text_map_free(moe__text_map *map, const moe_allocator *allocator) {
-    moe__free(allocator, map->bytes);
-    moe__free(allocator, map->end);
-    moe__free(allocator, map->table.slots);
+MOE__PRIVATE void moe__text_map_free(moe__text_map *map) {
+    moe__free(map->allocator, map->bytes);
+    moe__free(map->allocator, map->end);
+    moe__free(map->allocator, map->table.slots);
 }
 
 /* Makes room for n texts of so many bytes altogether. FORMAT: that is too much. */
-MOE__PRIVATE moe_status moe__text_reserve(moe__text_map *map, const moe_allocator *allocator,
-                                          const uint64_t key[2], uint64_t n, uint64_t bytes) {
+MOE__PRIVATE moe_status moe__text_reserve(moe__text_map *map, uint64_t n, uint64_t bytes) {
     if (map->bytes && n <= map->max_n && bytes <= map->max_bytes) return MOE_OK;
     if (n > MOE__TEXT_MAX || bytes > MOE__TEXT_MAX) return MOE_ERROR_FORMAT;
     moe__text_map old = *map;
     map->max_n = (uint32_t)(n + n / 2);
     map->max_bytes = (uint32_t)(bytes + bytes / 2 + 64);
-    map->bytes = (char *)moe__alloc(allocator, map->max_bytes);
-    map->end = (uint32_t *)moe__text_alloc(allocator, (uint64_t)map->max_n + 1, 4);
-    moe_status status = moe__text_table_init(&map->table, allocator, map->max_n);
+    map->bytes = (char *)moe__alloc(map->allocator, map->max_bytes);
+    map->end = (uint32_t *)moe__text_alloc(map->allocator, (uint64_t)map->max_n + 1, 4);
+    moe_status status = moe__text_table_init(&map->table, map->allocator, map->max_n);
     if (!map->bytes || !map->end) status = MOE_ERROR_MEMORY;
     if (!status && old.bytes) {
         memcpy(map->bytes, old.bytes, old.end[old.n]);
         memcpy(map->end, old.end, ((size_t)old.n + 1) * sizeof *map->end);
         for (uint32_t i = 0; i < map->n; i++) {
             moe_string text = moe__text_at(map, i);
-            if (text.size) *moe__text_slot(map, key, text) = i + 1; /* of equal ones the last */
+            if (text.size) *moe__text_slot(map, text) = i + 1; /* of equal ones the last */
         }
     }
-    moe__text_map_free(&old, allocator);
+    moe__text_map_free(&old);
     return status;
 }
 
@@ -11424,7 +11426,7 @@ MOE__PRIVATE uint32_t *moe__text_rank(const moe_vocab *vocab, uint32_t left, uin
 /* The token with this text, or NONE. */
 MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size) {
     moe_string key = {text, size};
-    uint32_t symbol = *moe__text_slot(&vocab->symbols, vocab->key, key) - 1; /* 0 - 1 = NONE */
+    uint32_t symbol = *moe__text_slot(&vocab->symbols, key) - 1; /* 0 - 1 = NONE */
     return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE;
 }
 
@@ -11434,28 +11436,6 @@ MOE__INLINE int moe__text_is_special(const moe_vocab *vocab, uint32_t id, unsign
     int type = vocab->types[id] & MOE__TOKEN_TYPE;
     return type == MOE__TOKEN_USER || (flags & MOE_TOKENIZE_PARSE_SPECIAL &&
                                        (type == MOE__TOKEN_UNKNOWN || type == MOE__TOKEN_CONTROL));
-}
-
-/* Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small. */
-MOE__PRIVATE moe_status moe__text_make_specials(moe_vocab *vocab) {
-    size_t n = 0;
-    uint64_t *heap = (uint64_t *)moe__text_alloc(&vocab->allocator, vocab->n_tokens, sizeof *heap);
-    vocab->specials = heap;
-    if (!heap) return MOE_ERROR_MEMORY;
-    for (uint32_t id = 0; id < vocab->n_tokens; id++) {
-        moe_string text = moe__text_at(&vocab->symbols, id);
-        if (!text.size || !moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL)) continue;
-        if (moe__text_find(vocab, text.data, text.size) != id) continue;
-        vocab->starts[(unsigned char)text.data[0]] = 1;
-        moe__text_push(heap, &n, (uint64_t)text.size << 32 |
-                                     moe__text_polynomial(vocab->key, 0, text.data, text.size) << 1 |
-                                     (uint64_t)moe__text_is_special(vocab, id, 0));
-    }
-    for (vocab->n_specials = n; n;) {
-        uint64_t least = moe__text_pop(heap, &n);
-        heap[n] = least;
-    }
-    return MOE_OK;
 }
 
 /* ---- opening a vocabulary -------------------------------------------------------------------- */
@@ -11495,31 +11475,38 @@ MOE__PRIVATE void moe__text_fail(moe__text_loader *loader, const char *key, moe_
                                                               : "missing, empty or too large");
 }
 
-/* The tokenizer's name and its pre-tokenizer. */
-MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
-    static const char model[] = "tokenizer.ggml.model", pre[] = "tokenizer.ggml.pre";
-    moe_string name = {"", 0};
+MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key,
+                                       moe_string *out) {
     const void *cursor = NULL;
-    const char *key = model;
-    const moe_gguf_value *value = moe__text_value(loader, key, 0, 1);
-    moe_gguf_value_string(value, &cursor, &name);
+    return moe_gguf_value_string(moe__text_value(loader, key, 0, MOE__TEXT_STRING), &cursor, out);
+}
+
+/* Memory for the vocabulary; if there is none the load fails. */
+MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t each) {
+    void *memory = NULL;
+    if (!loader->status) memory = moe__text_alloc(&loader->vocab->allocator, count, each);
+    if (!memory) moe__text_fail(loader, "", MOE_ERROR_MEMORY);
+    return memory;
+}
+
+/* The tokenizer's name and its pre-tokenizer, "default" in files older than this key. */
+MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
+    moe_string name = {"", 0}, fallback = {"default", 7};
+    const char *key = "tokenizer.ggml.model", *what = "tokenizer";
+    const moe__text_pre **pre = &loader->vocab->pre;
+    moe__text_load_string(loader, key, &name);
+    if (name.size == 5 && memcmp(name.data, "llama", 5) == 0) *pre = &moe__text_spm;
     if (name.size == 4 && memcmp(name.data, "gpt2", 4) == 0) {
-        key = pre;
-        cursor = NULL;
-        value = moe__text_value(loader, key, 0, 1);
-        if (!moe_gguf_value_string(value, &cursor, &name)) { /* older than this key */
-            name.data = "default";
-            name.size = 7;
-        }
-        loader->vocab->pre = moe__text_find_pre(name.data, name.size);
-    } else if (name.size == 5 && memcmp(name.data, "llama", 5) == 0) {
-        loader->vocab->pre = &moe__text_spm;
+        key = "tokenizer.ggml.pre";
+        what = "pre-tokenizer";
+        if (!moe__text_load_string(loader, key, &name)) name = fallback;
+        *pre = moe__text_find_pre(name.data, name.size);
     }
-    if (!loader->status && !loader->vocab->pre)
-        loader->status = moe__fail_at(
-            loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0, key, strlen(key),
-            "%s \"%.*s\" is not supported", key == pre ? "pre-tokenizer" : "tokenizer",
-            (int)moe__min((int64_t)name.size, 64), name.data);
+    if (loader->status || *pre) return;
+    const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
+    loader->status = moe__fail_at(loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0,
+                                  key, strlen(key), "%s \"%.*s\" is not supported", what,
+                                  (int)moe__min((int64_t)name.size, 64), name.data);
 }
 
 /* Writes the text a, b behind the others; it counts only when map->n does. */
@@ -11527,8 +11514,7 @@ MOE__PRIVATE moe_status moe__text_append(moe_vocab *vocab, const char *a, size_t
                                          const char *b, size_t b_size) {
     moe__text_map *map = &vocab->symbols;
     uint64_t at = map->end ? map->end[map->n] : 0, end = at + a_size + b_size;
-    moe_status status =
-        moe__text_reserve(map, &vocab->allocator, vocab->key, (uint64_t)map->n + 1, end);
+    moe_status status = moe__text_reserve(map, (uint64_t)map->n + 1, end);
     if (status) return status;
     if (a_size) memcpy(map->bytes + at, a, a_size);
     if (b_size) memcpy(map->bytes + at + a_size, b, b_size);
@@ -11544,15 +11530,14 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     const void *cursor = NULL;
     moe_string text;
     uint64_t n = value ? value->count : 0;
-    moe_status status = n ? moe__text_reserve(map, &vocab->allocator, vocab->key, n, 8 * n)
-                          : MOE_ERROR_FORMAT;
+    moe_status status = n ? moe__text_reserve(map, n, 8 * n) : MOE_ERROR_FORMAT;
     while (!status && map->n < n) {
         if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
         else status = moe__text_append(vocab, text.data, text.size, NULL, 0);
         if (status) break;
         if (text.size > vocab->longest) vocab->longest = (uint32_t)text.size;
         text = moe__text_at(map, map->n++);
-        if (text.size) *moe__text_slot(map, vocab->key, text) = map->n; /* of equal ones the last */
+        if (text.size) *moe__text_slot(map, text) = map->n; /* of equal ones the last */
     }
     vocab->n_tokens = map->n;
     moe__text_fail(loader, key, status);
@@ -11574,9 +11559,7 @@ MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.token_type";
     moe_vocab *vocab = loader->vocab;
     const moe_gguf_value *value = moe__text_each(loader, key, MOE__TEXT_INTEGER);
-    if (loader->status) return;
-    vocab->types = (uint8_t *)moe__alloc(&vocab->allocator, vocab->n_tokens);
-    if (!vocab->types) moe__text_fail(loader, key, MOE_ERROR_MEMORY);
+    vocab->types = (uint8_t *)moe__text_take(loader, vocab->n_tokens, 1);
     for (uint32_t id = 0; vocab->types && id < vocab->n_tokens; id++) {
         int64_t type = MOE__TOKEN_NORMAL;
         if (value) moe_gguf_value_int(value, id, &type);
@@ -11590,7 +11573,7 @@ MOE__PRIVATE moe_status moe__text_intern(moe_vocab *vocab, const char *a, size_t
     moe__text_map *map = &vocab->symbols;
     moe_status status = moe__text_append(vocab, a, a_size, b, b_size);
     if (status) return status;
-    uint32_t *slot = moe__text_slot(map, vocab->key, moe__text_at(map, map->n));
+    uint32_t *slot = moe__text_slot(map, moe__text_at(map, map->n));
     if (*slot == 0) *slot = ++map->n;
     *out = *slot - 1;
     return MOE_OK;
@@ -11628,14 +11611,12 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
     }
     if (!value || value->count > MOE__TEXT_MAX) status = MOE_ERROR_FORMAT;
     if (!status) status = moe__text_table_init(&vocab->ranks, allocator, value->count);
-    if (!status) {
-        vocab->merges = (moe__text_merge *)moe__text_alloc(allocator, value->count + 1,
-                                                           sizeof *vocab->merges);
-        if (!vocab->merges) status = MOE_ERROR_MEMORY;
-    }
+    if (!status)
+        vocab->merges = (moe__text_merge *)moe__text_take(loader, value->count + 1,
+                                                          sizeof *vocab->merges);
     const void *cursor = NULL;
     moe_string text;
-    for (uint32_t rank = 0; !status && rank < value->count; rank++) {
+    for (uint32_t rank = 0; !status && vocab->merges && rank < value->count; rank++) {
         if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
         else status = moe__text_add_merge(vocab, rank, text);
     }
@@ -11650,6 +11631,28 @@ MOE__PRIVATE void moe__text_load_id(moe__text_loader *loader, const char *key, i
         *id = (int32_t)number;
 }
 
+/* Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small. */
+MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
+    moe_vocab *vocab = loader->vocab;
+    size_t n = 0;
+    uint64_t *heap = (uint64_t *)moe__text_take(loader, vocab->n_tokens, sizeof *heap);
+    vocab->specials = heap;
+    for (uint32_t id = 0; heap && id < vocab->n_tokens; id++) {
+        moe_string text = moe__text_at(&vocab->symbols, id);
+        if (!text.size || !moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL) ||
+            moe__text_find(vocab, text.data, text.size) != id)
+            continue;
+        vocab->starts[(unsigned char)text.data[0]] = 1;
+        uint64_t sum = moe__text_polynomial(vocab->key, 0, text.data, text.size);
+        uint64_t user = (uint64_t)moe__text_is_special(vocab, id, 0);
+        moe__text_push(heap, &n, (uint64_t)text.size << 32 | sum << 1 | user);
+    }
+    for (vocab->n_specials = n; n;) {
+        uint64_t least = moe__text_pop(heap, &n);
+        heap[n] = least;
+    }
+}
+
 /* SPM: the orders of merging, from scores, and the tokens of bytes. */
 MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.scores";
@@ -11659,23 +11662,18 @@ MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     moe__text_load_id(loader, "tokenizer.ggml.unknown_token_id", &unknown);
     moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_space_prefix", 0, 0), 0,
                         &vocab->add_space);
-    if (loader->status) return;
-    vocab->orders = (uint32_t *)moe__text_alloc(&vocab->allocator, vocab->n_tokens, 4);
-    if (!vocab->orders) moe__text_fail(loader, key, MOE_ERROR_MEMORY);
+    vocab->orders = (uint32_t *)moe__text_take(loader, vocab->n_tokens, 4);
     for (uint32_t id = 0; vocab->orders && id < vocab->n_tokens; id++) {
         int type = vocab->types[id] & MOE__TOKEN_TYPE;
+        int word = type == MOE__TOKEN_NORMAL || type == MOE__TOKEN_USER; /* may be spelled */
         double score = 0;
         if (value) moe_gguf_value_float(value, id, &score);
         float f = score == score ? (float)score + 0.0f : -INFINITY; /* no NaN, no -0 */
         uint32_t bits;
         memcpy(&bits, &f, 4);
-        /* Control tokens and the like are not spelled. */
-        vocab->orders[id] = type == MOE__TOKEN_CONTROL || type == MOE__TOKEN_UNKNOWN ||
-                                    type == MOE__TOKEN_BYTE
-                                ? MOE__TEXT_NONE
-                                : bits >> 31 ? bits : bits ^ 0x7FFFFFFF;
+        vocab->orders[id] = !word ? MOE__TEXT_NONE : bits >> 31 ? bits : bits ^ 0x7FFFFFFF;
     }
-    for (int byte = 0; byte < 256; byte++) {
+    for (int byte = 0; !loader->status && byte < 256; byte++) {
         static const char hex[] = "0123456789ABCDEF";
         char name[] = {'<', '0', 'x', hex[byte / 16], hex[byte % 16], '>'}, raw = (char)byte;
         uint32_t id = moe__text_find(vocab, name, 6);
@@ -11789,6 +11787,8 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
         return NULL;
     }
     loader.vocab->allocator = gguf->allocator;
+    loader.vocab->symbols.allocator = &loader.vocab->allocator;
+    loader.vocab->symbols.key = loader.vocab->key;
     moe__text_make_keys(loader.vocab);
     moe__text_load_kind(&loader);
     moe__text_load_tokens(&loader);
@@ -11800,7 +11800,7 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     moe__text_unpack_classes(loader.vocab->runs);
     for (uint32_t code = 0; code < 128; code++)
         loader.vocab->ascii[code] = moe__text_classify(loader.vocab->runs, code);
-    if (!loader.status) moe__text_fail(&loader, "", moe__text_make_specials(loader.vocab));
+    moe__text_make_specials(&loader);
     if (!loader.status) return loader.vocab;
     moe_vocab_close(loader.vocab);
     return NULL;
@@ -11809,7 +11809,7 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
 MOE_API void moe_vocab_close(moe_vocab *vocab) {
     if (!vocab) return;
     moe_allocator allocator = vocab->allocator;
-    moe__text_map_free(&vocab->symbols, &allocator);
+    moe__text_map_free(&vocab->symbols);
     moe__free(&allocator, vocab->types);
     moe__free(&allocator, vocab->orders);
     moe__free(&allocator, vocab->merges);
@@ -11885,11 +11885,10 @@ typedef struct moe__text_work {
     size_t capacity;
     uint64_t count; /* of tokens so far, also beyond capacity */
     moe__text_scan scan;
-    /* The piece being merged, in the spelling of the vocabulary: n bytes. A symbol has the number */
-    /* of its first byte. Merging leaves the left symbol; the right one falls out of the chain */
-    /* next / prev, whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | */
-    /* left (order: the rank, or from the score), at most 2 n: each of the n - 1 merges takes one */
-    /* and adds two. */
+    /* The piece being merged, n bytes in the vocabulary's spelling. A symbol has the number of its */
+    /* first byte. Merging leaves the left symbol; the right one falls out of the chain next / prev, */
+    /* whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | left (order: */
+    /* the rank, or from the score), at most 2 n: each of the n - 1 merges takes one, adds two. */
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
     char *spelled;
@@ -11949,30 +11948,22 @@ MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
     }
 }
 
-/* Memory for a piece of n bytes, 29 bytes for each. */
-MOE__PRIVATE moe_status moe__text_make_piece(moe__text_work *work, size_t n) {
-    const moe_allocator *allocator = &work->vocab->allocator;
-    if (n > work->longest) {
-        moe__free(allocator, work->heap);
-        work->longest = n + n / 2 + 256;
-        work->heap = (uint64_t *)moe__text_alloc(allocator, work->longest, 2 * 8 + 3 * 4 + 1);
-        if (!work->heap) return MOE_ERROR_MEMORY;
-        work->symbol = (uint32_t *)(work->heap + 2 * work->longest);
-        work->next = work->symbol + work->longest;
-        work->prev = work->next + work->longest;
-        work->spelled = (char *)(work->prev + work->longest);
-    }
-    return MOE_OK;
-}
-
 /* Spells a piece: bytes by their names, or (SPM) a blank in front and U+2581 for blanks. */
 MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     size_t n = size + 3;
     for (size_t i = 0; i < size; i++) n += vocab->orders ? 2 * (text[i] == ' ') : 1;
     if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
-    moe_status status = moe__text_make_piece(work, n);
-    if (status) return status;
+    if (n > work->longest) { /* 29 bytes for each */
+        moe__free(&vocab->allocator, work->heap);
+        work->longest = n + n / 2 + 256;
+        work->heap = (uint64_t *)moe__text_alloc(&vocab->allocator, work->longest, 16 + 12 + 1);
+        if (!work->heap) return MOE_ERROR_MEMORY;
+        work->symbol = (uint32_t *)(work->heap + 2 * work->longest);
+        work->next = work->symbol + work->longest;
+        work->prev = work->next + work->longest;
+        work->spelled = (char *)(work->prev + work->longest);
+    }
     char *to = work->spelled;
     for (size_t i = vocab->orders && vocab->add_space ? 0 : 1; i <= size; i++) {
         char byte = i ? text[i - 1] : ' ';
@@ -12080,8 +12071,8 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
     }
 }
 
-/* Gives special tokens their bytes: n D log n for D different sizes of special tokens, some 20 in */
-/* real vocabularies, at most sqrt(2 * bytes of all of them). */
+/* Gives special tokens their bytes: n D log n for D different sizes of special tokens, about 20 */
+/* in real vocabularies, at most sqrt(2 * bytes of all of them). */
 MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
                                    unsigned flags, uint32_t *sums, uint32_t *owner) {
     for (size_t i = 0; i < size; i++)
@@ -12102,9 +12093,9 @@ MOE__PRIVATE moe_status moe__text_walk(moe__text_work *work, const char *text, s
         if (owner && owner[i]) {
             moe__text_emit(work, owner[i] - 1);
             end = i + moe__text_at(&vocab->symbols, owner[i] - 1).size;
-            if (vocab->strip)
-                while (end < size && !owner[end] && text[end] && strchr(" \t\n\v\f\r", text[end]))
-                    end++;
+            while (vocab->strip && end < size && !owner[end] &&
+                   (text[end] == ' ' || (text[end] >= '\t' && text[end] <= '\r')))
+                end++;
         } else {
             for (end = i; end < size && !(owner && owner[end]);) end++;
             status = moe__text_raw(work, text + i, end - i);

@@ -452,7 +452,8 @@ MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
 enum { MOE_TOKENIZE_ADD_SPECIAL = 1, MOE_TOKENIZE_PARSE_SPECIAL = 2 };
 
 /* Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM); files without */
-/* tensors work too. The GGUF may be closed afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (tokenizer model or pre-tokenizer unknown). */
+/* tensors work too. The GGUF may be closed afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (an */
+/* unknown tokenizer or pre-tokenizer). */
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error);
 MOE_API void moe_vocab_close(moe_vocab *vocab);
 MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
@@ -460,8 +461,7 @@ MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
 /* -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so. */
 /* PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed. */
 /* Any bytes are accepted. Time grows as n log n with the text. Unknown flags and more than */
-/* INT32_MAX bytes (of an unbroken word, or with SPM, half of that at most) are errors of the */
-/* argument. */
+/* INT32_MAX bytes (2^29 are always accepted) are errors of the argument. */
 MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
                                    unsigned flags, int32_t *tokens, size_t capacity);
 /* The bytes of a token; a character may be spread over several tokens. Writes at most `capacity` */
@@ -11426,6 +11426,7 @@ MOE__PRIVATE uint32_t *moe__text_rank(const moe_vocab *vocab, uint32_t left, uin
 /* The token with this text, or NONE. */
 MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size) {
     moe_string key = {text, size};
+    if (size > vocab->longest) return MOE__TEXT_NONE;
     uint32_t symbol = *moe__text_slot(&vocab->symbols, key) - 1; /* 0 - 1 = NONE */
     return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE;
 }
@@ -11526,7 +11527,7 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.tokens";
     moe_vocab *vocab = loader->vocab;
     moe__text_map *map = &vocab->symbols;
-    const moe_gguf_value *value = moe__text_value(loader, key, 1, 1);
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, MOE__TEXT_STRING);
     const void *cursor = NULL;
     moe_string text;
     uint64_t n = value ? value->count : 0;
@@ -11556,9 +11557,9 @@ MOE__PRIVATE const moe_gguf_value *moe__text_each(moe__text_loader *loader, cons
 }
 
 MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
-    static const char key[] = "tokenizer.ggml.token_type";
     moe_vocab *vocab = loader->vocab;
-    const moe_gguf_value *value = moe__text_each(loader, key, MOE__TEXT_INTEGER);
+    const moe_gguf_value *value =
+        moe__text_each(loader, "tokenizer.ggml.token_type", MOE__TEXT_INTEGER);
     vocab->types = (uint8_t *)moe__text_take(loader, vocab->n_tokens, 1);
     for (uint32_t id = 0; vocab->types && id < vocab->n_tokens; id++) {
         int64_t type = MOE__TOKEN_NORMAL;
@@ -11599,8 +11600,7 @@ MOE__PRIVATE moe_status moe__text_add_merge(moe_vocab *vocab, uint32_t rank, moe
 MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.merges";
     moe_vocab *vocab = loader->vocab;
-    const moe_allocator *allocator = &vocab->allocator;
-    const moe_gguf_value *value = moe__text_value(loader, key, 1, 1);
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, MOE__TEXT_STRING);
     if (loader->status) return;
     moe_status status = MOE_OK;
     for (int byte = 0; byte < 256 && !status; byte++) {
@@ -11610,7 +11610,7 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
         status = moe__text_intern(vocab, name, size, name, 0, &vocab->byte_symbol[byte]);
     }
     if (!value || value->count > MOE__TEXT_MAX) status = MOE_ERROR_FORMAT;
-    if (!status) status = moe__text_table_init(&vocab->ranks, allocator, value->count);
+    if (!status) status = moe__text_table_init(&vocab->ranks, &vocab->allocator, value->count);
     if (!status)
         vocab->merges = (moe__text_merge *)moe__text_take(loader, value->count + 1,
                                                           sizeof *vocab->merges);
@@ -11626,9 +11626,13 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
 /* Reads a token id into *id, which stays as it is if the key is missing or names no token. */
 MOE__PRIVATE void moe__text_load_id(moe__text_loader *loader, const char *key, int32_t *id) {
     int64_t number;
-    if (moe_gguf_value_int(moe__text_value(loader, key, 0, 0), 0, &number) && number >= 0 &&
-        number < loader->vocab->n_tokens)
+    const moe_gguf_value *value = moe__text_value(loader, key, 0, MOE__TEXT_INTEGER);
+    if (moe_gguf_value_int(value, 0, &number) && number >= 0 && number < loader->vocab->n_tokens)
         *id = (int32_t)number;
+}
+
+MOE__PRIVATE void moe__text_load_bool(moe__text_loader *loader, const char *key, int *out) {
+    moe_gguf_value_bool(moe__text_value(loader, key, 0, MOE__TEXT_INTEGER), 0, out);
 }
 
 /* Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small. */
@@ -11655,13 +11659,11 @@ MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
 
 /* SPM: the orders of merging, from scores, and the tokens of bytes. */
 MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
-    static const char key[] = "tokenizer.ggml.scores";
     moe_vocab *vocab = loader->vocab;
-    const moe_gguf_value *value = moe__text_each(loader, key, MOE__TEXT_FLOAT);
+    const moe_gguf_value *value = moe__text_each(loader, "tokenizer.ggml.scores", MOE__TEXT_FLOAT);
     int32_t unknown = 0;
     moe__text_load_id(loader, "tokenizer.ggml.unknown_token_id", &unknown);
-    moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_space_prefix", 0, 0), 0,
-                        &vocab->add_space);
+    moe__text_load_bool(loader, "tokenizer.ggml.add_space_prefix", &vocab->add_space);
     vocab->orders = (uint32_t *)moe__text_take(loader, vocab->n_tokens, 4);
     for (uint32_t id = 0; vocab->orders && id < vocab->n_tokens; id++) {
         int type = vocab->types[id] & MOE__TOKEN_TYPE;
@@ -11732,10 +11734,8 @@ MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
         vocab->eos = vocab->n_tokens > 2 ? 2 : -1;
     }
     moe__text_load_id(loader, "tokenizer.ggml.bos_token_id", &vocab->bos);
-    moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_bos_token", 0, 0), 0,
-                        &vocab->add_bos);
-    moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_eos_token", 0, 0), 0,
-                        &vocab->add_eos);
+    moe__text_load_bool(loader, "tokenizer.ggml.add_bos_token", &vocab->add_bos);
+    moe__text_load_bool(loader, "tokenizer.ggml.add_eos_token", &vocab->add_eos);
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
         int32_t id = i ? -1 : vocab->eos;
         moe__text_load_id(loader, keys[i], &id);
@@ -11753,12 +11753,10 @@ MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     moe_string name = {"", 0};
     const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, "general.name");
     if (value && value->type == MOE_VALUE_STRING) moe_gguf_value_string(value, &cursor, &name);
-    for (size_t i = 0; i + 4 <= name.size; i++) {
-        const char *p = name.data + i;
-        size_t dash = i + 5 <= name.size && p[3] == '-';
-        if ((p[0] | 32) == 'p' && (p[1] | 32) == 'h' && (p[2] | 32) == 'i' && p[3 + dash] == '3')
-            loader->vocab->strip = 1;
-    }
+    char plain[128] = {0}; /* lower case, without dashes */
+    for (size_t i = 0, n = 0; i < name.size && n < sizeof plain - 1; i++)
+        if (name.data[i] != '-') plain[n++] = (char)(name.data[i] | 32);
+    loader->vocab->strip = strstr(plain, "phi3") != NULL;
 }
 
 /* Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele et al.). */
@@ -11776,16 +11774,11 @@ MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
 }
 
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
-    if (!gguf) {
-        moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
-        return NULL;
-    }
     moe__text_loader loader = {NULL, gguf, error, MOE_OK};
-    loader.vocab = (moe_vocab *)moe__alloc(&gguf->allocator, sizeof *loader.vocab);
-    if (!loader.vocab) {
-        moe__text_fail(&loader, "", MOE_ERROR_MEMORY);
-        return NULL;
-    }
+    if (!gguf) moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
+    else loader.vocab = (moe_vocab *)moe__alloc(&gguf->allocator, sizeof *loader.vocab);
+    if (gguf && !loader.vocab) moe__text_fail(&loader, "", MOE_ERROR_MEMORY);
+    if (!loader.vocab) return NULL;
     loader.vocab->allocator = gguf->allocator;
     loader.vocab->symbols.allocator = &loader.vocab->allocator;
     loader.vocab->symbols.key = loader.vocab->key;
@@ -11904,8 +11897,7 @@ MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
 /* SPM: the token that is spelled so, or NONE. */
 MOE__PRIVATE uint32_t moe__text_spelled(const moe__text_work *work, uint32_t i, uint32_t end) {
     const moe_vocab *vocab = work->vocab;
-    uint32_t id = MOE__TEXT_NONE;
-    if (end - i <= vocab->longest) id = moe__text_find(vocab, work->spelled + i, end - i);
+    uint32_t id = moe__text_find(vocab, work->spelled + i, end - i);
     return id != MOE__TEXT_NONE && vocab->orders[id] != MOE__TEXT_NONE ? id : MOE__TEXT_NONE;
 }
 
@@ -12075,6 +12067,9 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
 /* in real vocabularies, at most sqrt(2 * bytes of all of them). */
 MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
                                    unsigned flags, uint32_t *sums, uint32_t *owner) {
+    int any = 0;
+    for (size_t i = 0; i < size && !any; i++) any = vocab->starts[(unsigned char)text[i]];
+    if (!any) return;
     for (size_t i = 0; i < size; i++)
         sums[i + 1] = (uint32_t)moe__text_polynomial(vocab->key, sums[i], text + i, 1);
     for (size_t from = 0, to; from < vocab->n_specials; from = to) {
@@ -12084,40 +12079,30 @@ MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, siz
     }
 }
 
-/* Raw parts and special tokens from left to right. owner = NULL: there are no special tokens. */
-MOE__PRIVATE moe_status moe__text_walk(moe__text_work *work, const char *text, size_t size,
-                                       const uint32_t *owner) {
+/* Special tokens, then what is between them, from left to right. */
+MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, size_t size,
+                                        unsigned flags) {
     const moe_vocab *vocab = work->vocab;
-    moe_status status = MOE_OK;
+    const moe_allocator *allocator = &vocab->allocator;
+    moe__text_scan *scan = &work->scan;
+    /* The scan's memory serves the search for special tokens first. */
+    scan->at = (uint32_t *)moe__text_alloc(allocator, (uint64_t)size + 1, sizeof *scan->at);
+    scan->classes = (uint32_t *)moe__text_alloc(allocator, size, sizeof *scan->classes);
+    uint32_t *owner = (uint32_t *)moe__text_alloc(allocator, size, sizeof *owner);
+    moe_status status = scan->classes && scan->at && owner ? MOE_OK : MOE_ERROR_MEMORY;
+    if (!status) moe__text_settle(vocab, text, size, flags, scan->at, owner);
     for (size_t i = 0, end; i < size && !status; i = end) {
-        if (owner && owner[i]) {
+        if (owner[i]) {
             moe__text_emit(work, owner[i] - 1);
             end = i + moe__text_at(&vocab->symbols, owner[i] - 1).size;
             while (vocab->strip && end < size && !owner[end] &&
                    (text[end] == ' ' || (text[end] >= '\t' && text[end] <= '\r')))
                 end++;
         } else {
-            for (end = i; end < size && !(owner && owner[end]);) end++;
+            for (end = i; end < size && !owner[end];) end++;
             status = moe__text_raw(work, text + i, end - i);
         }
     }
-    return status;
-}
-
-MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, size_t size,
-                                        unsigned flags) {
-    const moe_vocab *vocab = work->vocab;
-    const moe_allocator *allocator = &vocab->allocator;
-    moe__text_scan *scan = &work->scan;
-    size_t starts = 0;
-    for (size_t i = 0; i < size; i++) starts += vocab->starts[(unsigned char)text[i]];
-    /* The scan's memory serves the search for special tokens first. */
-    scan->at = (uint32_t *)moe__text_alloc(allocator, (uint64_t)size + 1, sizeof *scan->at);
-    scan->classes = (uint32_t *)moe__text_alloc(allocator, size, sizeof *scan->classes);
-    uint32_t *owner = starts ? (uint32_t *)moe__text_alloc(allocator, size, sizeof *owner) : NULL;
-    moe_status status = scan->classes && scan->at && (owner || !starts) ? MOE_OK : MOE_ERROR_MEMORY;
-    if (!status && starts) moe__text_settle(vocab, text, size, flags, scan->at, owner);
-    if (!status) status = moe__text_walk(work, text, size, owner);
     moe__free(allocator, owner);
     moe__free(allocator, scan->classes);
     moe__free(allocator, scan->at);

@@ -10761,8 +10761,7 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 /* ============================================================================================== */
 /* // >>text */
 /* */
-/* Text to tokens and back: byte-level BPE ("gpt2") and SentencePiece's BPE, SPM ("llama"). What */
-/* moe_vocab_tokenize does to a text: */
+/* Text to tokens and back: byte-level BPE ("gpt2"), SPM ("llama"). What moe_vocab_tokenize does: */
 /* */
 /*     text      "hi <|im_end|> it's 42" */
 /*     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first */
@@ -10770,9 +10769,8 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 /*     symbols   a byte each, written as a printable character (GPT-2's names for bytes) */
 /*     merge     neighbours, lowest rank first, then leftmost, from a heap */
 /* */
-/* With SPM there are no pieces. A part between special tokens gets a blank in front, blanks */
-/* become U+2581, symbols are characters, and two of them merge if that makes a token, the one */
-/* with the highest score first. Characters that are no tokens become a token for each byte. */
+/* With SPM a part between special tokens is one piece, with a blank in front and U+2581 for */
+/* blanks; symbols are characters, and two merge if that makes a token, highest score first. */
 /* */
 /* Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies */
 /* are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A */
@@ -11022,17 +11020,15 @@ typedef struct moe__text_rule {
 /*   \s*[\r\n]+|\s+(?!\S)|\s+ */
 #define MOE__SPACES MOE__RULE(TO_NEWLINE), MOE__RULE(BUT_LAST), MOE__RUN(0, MOE__C_WHITE, 0)
 
-/* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|spaces */
-MOE__PASS(llama3, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0), MOE__UPTO(3, MOE__C_N),
-          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
-/* The same, but numbers one by one; then with marks as parts of words; no newlines after signs. */
-MOE__PASS(qwen2, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0), MOE__UPTO(1, MOE__C_N),
-          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
-MOE__PASS(qwen35, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L | MOE__C_M, 0),
-          MOE__UPTO(1, MOE__C_N), MOE__RUN(MOE__C_BLANK, MOE__SIGN | MOE__C_M, MOE__C_NEWLINE),
-          MOE__SPACES);
-MOE__PASS(seed_coder, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0),
-          MOE__UPTO(1, MOE__C_N), MOE__RUN(MOE__C_BLANK, MOE__SIGN, 0), MOE__SPACES);
+/* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|spaces; then numbers */
+/* one by one, with marks as parts of words, without newlines after signs. */
+#define MOE__WORDS(letters, max, signs, tail) \
+    MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, letters, 0), MOE__UPTO(max, MOE__C_N), \
+        MOE__RUN(MOE__C_BLANK, signs, tail), MOE__SPACES
+MOE__PASS(llama3, MOE__WORDS(MOE__C_L, 3, MOE__SIGN, MOE__C_NEWLINE));
+MOE__PASS(qwen2, MOE__WORDS(MOE__C_L, 1, MOE__SIGN, MOE__C_NEWLINE));
+MOE__PASS(qwen35, MOE__WORDS(MOE__C_L | MOE__C_M, 1, MOE__SIGN | MOE__C_M, MOE__C_NEWLINE));
+MOE__PASS(seed_coder, MOE__WORDS(MOE__C_L, 1, MOE__SIGN, 0));
 MOE__PASS(exaone_moe, MOE__RULE(ANY_CASE), {MOE__RULE_WORDS, 0, 0, 0, MOE__LEAD, 0, 0, 0},
           MOE__UPTO(1, MOE__C_N),
           {MOE__RULE_RUN, 1, 0, 1, MOE__C_BLANK, 0, MOE__SIGN, MOE__C_NEWLINE}, MOE__SPACES);
@@ -11396,15 +11392,13 @@ struct moe_vocab {
     uint32_t n_tokens, longest; /* longest: bytes of a token */
     uint8_t *types; /* MOE__TOKEN_... */
     int32_t bos, eos;
-    int add_bos, add_eos;
-    int add_space;     /* SPM: in front of raw text */
-    int strip;         /* white space after special tokens is dropped */
-    uint32_t *orders;  /* SPM: of a token when it is merged, least first, or NONE */
-    moe__text_merge *merges; /* index = rank */
+    int add_bos, add_eos, add_space; /* add_space: a blank before raw text, SPM */
+    int strip;                       /* drop white space after special tokens */
+    uint32_t *orders;        /* SPM, else NULL: when a token is merged, least first, or NONE */
+    moe__text_merge *merges; /* BPE; index = rank */
     moe__text_table ranks;   /* 1 + rank of (left, right) */
     uint32_t byte_symbol[256]; /* of the byte's name */
-    uint32_t raw_token[256];   /* the token whose text is this byte itself, or NONE; with SPM */
-                               /* the token that stands for the byte, the unknown one if none */
+    uint32_t raw_token[256]; /* whose text is this byte itself, or NONE; SPM: for it, or unknown */
     uint64_t *specials; /* longest first, see moe__text_make_specials */
     size_t n_specials;
     uint8_t starts[256]; /* a special token begins with this byte */
@@ -11431,8 +11425,7 @@ MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, s
     return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE;
 }
 
-/* Can the token be found in raw text? Types control, unknown and user-defined; without */
-/* PARSE_SPECIAL the last only. */
+/* Is the token looked for in texts? Without PARSE_SPECIAL only user-defined ones are. */
 MOE__INLINE int moe__text_is_special(const moe_vocab *vocab, uint32_t id, unsigned flags) {
     int type = vocab->types[id] & MOE__TOKEN_TYPE;
     return type == MOE__TOKEN_USER || (flags & MOE_TOKENIZE_PARSE_SPECIAL &&
@@ -11455,13 +11448,11 @@ enum { MOE__TEXT_INTEGER, MOE__TEXT_STRING, MOE__TEXT_FLOAT };
 MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, const char *key,
                                                    int is_array, int kind) {
     static const char *const names[] = {"integers or bool", "text", "float32"};
+    static const int8_t kinds[] = {0, 0, 0, 0, 0, 0, 2, 0, 1, -1, 0, 0, -1}; /* of moe_value_type */
     const moe_gguf_value *value = loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
     if (!value) return NULL;
-    moe_value_type type = value->element_type;
-    int found = type == MOE_VALUE_STRING    ? MOE__TEXT_STRING
-                : type == MOE_VALUE_FLOAT32 ? MOE__TEXT_FLOAT
-                : type == MOE_VALUE_FLOAT64 || type == MOE_VALUE_ARRAY ? -1 : MOE__TEXT_INTEGER;
-    if (found == kind && (value->type == MOE_VALUE_ARRAY) == is_array) return value;
+    int fits = kinds[value->element_type] == kind;
+    if (fits && (value->type == MOE_VALUE_ARRAY) == is_array) return value;
     loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
                                   "the value should be %s%s", is_array ? "an array of " : "",
                                   names[kind]);
@@ -11841,12 +11832,10 @@ MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token) {
 
 /* The byte of "<0xE2>", or -1. */
 MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
-    char hex[3] = {0}, *end;
+    char hex[3] = {0};
     if (text.size != 6 || memcmp(text.data, "<0x", 3) != 0 || text.data[5] != '>') return -1;
     memcpy(hex, text.data + 3, 2);
-    if (hex[0] < '0') return -1; /* blanks and signs */
-    int byte = (int)strtol(hex, &end, 16);
-    return end == hex + 2 && hex[1] != 'x' && hex[1] != 'X' ? byte : -1;
+    return strspn(hex, "0123456789ABCDEFabcdef") == 2 ? (int)strtol(hex, NULL, 16) : -1;
 }
 
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer,
@@ -11878,10 +11867,10 @@ typedef struct moe__text_work {
     size_t capacity;
     uint64_t count; /* of tokens so far, also beyond capacity */
     moe__text_scan scan;
-    /* The piece being merged, n bytes in the vocabulary's spelling. A symbol has the number of its */
-    /* first byte. Merging leaves the left symbol; the right one falls out of the chain next / prev, */
-    /* whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | left (order: */
-    /* the rank, or from the score), at most 2 n: each of the n - 1 merges takes one, adds two. */
+    /* The piece being merged: n bytes, spelled as in the vocabulary. A symbol is named after its */
+    /* first byte. Merging leaves the left symbol; the right one falls out of the chain next / */
+    /* prev, whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | left */
+    /* (order: rank, or from the score), at most 2 n: each of n - 1 merges takes one, adds two. */
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
     char *spelled;
@@ -11967,19 +11956,17 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. With SPM time */
-/* is n log n times that of looking a token up, which takes long only in vocabularies that hold */
-/* very many prefixes of a long token. */
+/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. With SPM pairs */
+/* are hashed: slow only where very many beginnings of a long token are tokens. */
 MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe_status status = moe__text_spell(work, text, size);
     if (status) return status;
-    if (vocab->pre->flags & MOE__PRE_WHOLE) { /* control tokens are not spelled */
-        uint32_t id = moe__text_find(vocab, work->spelled, work->n);
-        if (id != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)id)) {
-            moe__text_emit(work, id);
-            return MOE_OK;
-        }
+    uint32_t whole = MOE__TEXT_NONE;
+    if (vocab->pre->flags & MOE__PRE_WHOLE) whole = moe__text_find(vocab, work->spelled, work->n);
+    if (whole != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)whole)) {
+        moe__text_emit(work, whole); /* control tokens are not spelled */
+        return MOE_OK;
     }
     for (uint32_t i = 0, before = UINT32_MAX, end; i < work->n; before = i, i = end) {
         unsigned char byte = (unsigned char)work->spelled[i];
@@ -12067,9 +12054,9 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
 /* in real vocabularies, at most sqrt(2 * bytes of all of them). */
 MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
                                    unsigned flags, uint32_t *sums, uint32_t *owner) {
-    int any = 0;
-    for (size_t i = 0; i < size && !any; i++) any = vocab->starts[(unsigned char)text[i]];
-    if (!any) return;
+    size_t first = 0;
+    while (first < size && !vocab->starts[(unsigned char)text[first]]) first++;
+    if (first == size) return;
     for (size_t i = 0; i < size; i++)
         sums[i + 1] = (uint32_t)moe__text_polynomial(vocab->key, sums[i], text + i, 1);
     for (size_t from = 0, to; from < vocab->n_specials; from = to) {

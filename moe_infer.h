@@ -11956,8 +11956,8 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. With SPM pairs */
-/* are hashed: slow only where very many beginnings of a long token are tokens. */
+/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. SPM hashes the */
+/* text of pairs: slow only where very many beginnings of a long token are tokens. */
 MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe_status status = moe__text_spell(work, text, size);

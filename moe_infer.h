@@ -451,20 +451,22 @@ MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
 
 enum { MOE_TOKENIZE_ADD_SPECIAL = 1, MOE_TOKENIZE_PARSE_SPECIAL = 2 };
 
-/* Reads the tokenizer of a GGUF file; files without tensors work too. The GGUF may be closed */
-/* afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (tokenizer model or pre-tokenizer unknown). */
+/* Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM); files without */
+/* tensors work too. The GGUF may be closed afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (an */
+/* unknown tokenizer or pre-tokenizer). */
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error);
 MOE_API void moe_vocab_close(moe_vocab *vocab);
 MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
 /* Writes at most `capacity` ids and returns how many there are (call again if that is more), or */
 /* -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so. */
 /* PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed. */
-/* Any bytes are accepted. Time grows as n log n with the text. More than INT32_MAX bytes and */
-/* unknown flags are errors of the argument. */
+/* Any bytes are accepted. Time grows as n log n with the text. Unknown flags and more than */
+/* INT32_MAX bytes (2^29 are always accepted) are errors of the argument. */
 MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
                                    unsigned flags, int32_t *tokens, size_t capacity);
 /* The bytes of a token; a character may be spread over several tokens. Writes at most `capacity` */
-/* bytes (no NUL) and returns how many there are. Control tokens, ids out of range: 0 bytes. */
+/* bytes (no NUL) and returns how many there are. Control tokens, ids out of range: 0 bytes. SPM */
+/* vocabularies put a blank in front of most texts, which the first token gives back: drop it. */
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer, size_t capacity);
 /* The token's entry in the vocabulary as text, also for control tokens ("<|im_end|>"); not */
 /* NUL-terminated, {NULL, 0} if out of range. */
@@ -10807,13 +10809,16 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 /* ============================================================================================== */
 /* // >>text */
 /* */
-/* Text to tokens and back: byte-level BPE ("gpt2"). What moe_vocab_tokenize does to a text: */
+/* Text to tokens and back: byte-level BPE ("gpt2"), SPM ("llama"). What moe_vocab_tokenize does: */
 /* */
 /*     text      "hi <|im_end|> it's 42" */
-/*     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first, Aho-Corasick */
+/*     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first */
 /*     pieces    "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes */
 /*     symbols   a byte each, written as a printable character (GPT-2's names for bytes) */
 /*     merge     neighbours, lowest rank first, then leftmost, from a heap */
+/* */
+/* With SPM a part between special tokens is one piece, with a blank in front and U+2581 for */
+/* blanks; symbols are characters, and two merge if that makes a token, highest score first. */
 /* */
 /* Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies */
 /* are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A */
@@ -11063,17 +11068,15 @@ typedef struct moe__text_rule {
 /*   \s*[\r\n]+|\s+(?!\S)|\s+ */
 #define MOE__SPACES MOE__RULE(TO_NEWLINE), MOE__RULE(BUT_LAST), MOE__RUN(0, MOE__C_WHITE, 0)
 
-/* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|spaces */
-MOE__PASS(llama3, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0), MOE__UPTO(3, MOE__C_N),
-          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
-/* The same, but numbers one by one; then with marks as parts of words; no newlines after signs. */
-MOE__PASS(qwen2, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0), MOE__UPTO(1, MOE__C_N),
-          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
-MOE__PASS(qwen35, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L | MOE__C_M, 0),
-          MOE__UPTO(1, MOE__C_N), MOE__RUN(MOE__C_BLANK, MOE__SIGN | MOE__C_M, MOE__C_NEWLINE),
-          MOE__SPACES);
-MOE__PASS(seed_coder, MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, MOE__C_L, 0),
-          MOE__UPTO(1, MOE__C_N), MOE__RUN(MOE__C_BLANK, MOE__SIGN, 0), MOE__SPACES);
+/* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|spaces; then numbers */
+/* one by one, with marks as parts of words, without newlines after signs. */
+#define MOE__WORDS(letters, max, signs, tail) \
+    MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, letters, 0), MOE__UPTO(max, MOE__C_N), \
+        MOE__RUN(MOE__C_BLANK, signs, tail), MOE__SPACES
+MOE__PASS(llama3, MOE__WORDS(MOE__C_L, 3, MOE__SIGN, MOE__C_NEWLINE));
+MOE__PASS(qwen2, MOE__WORDS(MOE__C_L, 1, MOE__SIGN, MOE__C_NEWLINE));
+MOE__PASS(qwen35, MOE__WORDS(MOE__C_L | MOE__C_M, 1, MOE__SIGN | MOE__C_M, MOE__C_NEWLINE));
+MOE__PASS(seed_coder, MOE__WORDS(MOE__C_L, 1, MOE__SIGN, 0));
 MOE__PASS(exaone_moe, MOE__RULE(ANY_CASE), {MOE__RULE_WORDS, 0, 0, 0, MOE__LEAD, 0, 0, 0},
           MOE__UPTO(1, MOE__C_N),
           {MOE__RULE_RUN, 1, 0, 1, MOE__C_BLANK, 0, MOE__SIGN, MOE__C_NEWLINE}, MOE__SPACES);
@@ -11119,6 +11122,7 @@ enum {
     MOE__PRE_WHOLE = 1, /* a piece that is a token as it stands is not merged ("ignore_merges") */
     MOE__PRE_BOS = 2,   /* tokenizer.ggml.add_bos_token is true unless the file says otherwise */
     MOE__PRE_NO_BOS = 4, /* there is no BOS unless the file names one */
+    MOE__PRE_SPM = 8,    /* no pre-tokenizer: see moe__text_spm */
     MOE__PRE_PASSES = 6
 };
 
@@ -11154,6 +11158,8 @@ static const moe__text_pre moe__text_pres[] = {
     {"starcoder refact command-r cohere2_moe smollm codeshell exaone minerva-7b mellum2", 0,
      {moe__text_number, moe__text_gpt2}},
     {"default", 0, {moe__text_signs, moe__text_gpt2, moe__text_numbers, moe__text_3_digits}}};
+
+static const moe__text_pre moe__text_spm = {"", MOE__PRE_BOS | MOE__PRE_SPM, {NULL}};
 
 MOE__PRIVATE const moe__text_pre *moe__text_find_pre(const char *name, size_t size) {
     for (size_t i = 0; i < sizeof moe__text_pres / sizeof moe__text_pres[0]; i++) {
@@ -11281,16 +11287,23 @@ MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rul
 /* Hashes are keyed with numbers that the author of a file cannot know, so that nobody can choose */
 /* texts that collide and make lookups linear. */
 
-/* The text as a polynomial modulo 2^31 - 1 at a random point: two texts of n bytes collide for */
-/* at most n points. The upper bits of the result are the good ones. */
-MOE__PRIVATE uint64_t moe__text_hash(const uint64_t key[2], moe_string text) {
-    const uint64_t prime = 0x7FFFFFFF, point = key[0] & prime;
-    uint64_t h = text.size & prime;
-    for (size_t i = 0; i < text.size; i++) {
-        h = h * point + (unsigned char)text.data[i];
-        h = (h & prime) + (h >> 31); /* below 2^32 again */
-    }
-    return h % prime * key[1];
+MOE__INLINE uint64_t moe__text_mod(uint64_t x) { /* up to 2^31 + 1 for x < 2^63 */
+    x = (x & 0x7FFFFFFF) + (x >> 31);
+    return (x & 0x7FFFFFFF) + (x >> 31);
+}
+
+/* The text as a polynomial modulo 2^31 - 1 at the point key[0]: two texts of n bytes collide for */
+/* at most n points. h: where it begins, the text's size for texts that are to be told apart. */
+MOE__PRIVATE uint64_t moe__text_polynomial(const uint64_t key[2], uint64_t h, const char *text,
+                                           size_t size) {
+    const uint64_t point = key[0] & 0x7FFFFFFF;
+    for (size_t i = 0; i < size; i++) h = moe__text_mod(h * point + (unsigned char)text[i]);
+    return h % 0x7FFFFFFF;
+}
+
+/* The upper bits are the good ones. */
+MOE__INLINE uint64_t moe__text_hash(const uint64_t key[2], moe_string text) {
+    return moe__text_polynomial(key, text.size & 0x7FFFFFFF, text.data, text.size) * key[1];
 }
 
 /* Pairs: the same without a modulus (multiply-shift). */
@@ -11322,6 +11335,8 @@ MOE__PRIVATE moe_status moe__text_table_init(moe__text_table *table,
 
 /* Numbered texts and the way back. Text i lies at bytes[end[i]] .. bytes[end[i + 1] - 1]. */
 typedef struct moe__text_map {
+    const moe_allocator *allocator;
+    const uint64_t *key; /* of hashes, two */
     char *bytes;
     uint32_t *end; /* n + 1 entries, the first is 0 */
     uint32_t n, max_n, max_bytes;
@@ -11339,10 +11354,9 @@ MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
 }
 
 /* The slot that holds the text, or the free one where it belongs. */
-MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, const uint64_t key[2],
-                                      moe_string text) {
+MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, moe_string text) {
     const moe__text_table *table = &map->table;
-    uint32_t i = (uint32_t)(moe__text_hash(key, text) >> table->shift);
+    uint32_t i = (uint32_t)(moe__text_hash(map->key, text) >> table->shift);
     for (; table->slots[i]; i = (i + 1) & table->mask) {
         moe_string other = moe__text_at(map, table->slots[i] - 1);
         if (other.size == text.size && memcmp(other.data, text.data, text.size) == 0) break;
@@ -11350,33 +11364,32 @@ MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, const uint64_t k
     return &table->slots[i];
 }
 
-MOE__PRIVATE void moe__text_map_free(moe__text_map *map, const moe_allocator *allocator) {
-    moe__free(allocator, map->bytes);
-    moe__free(allocator, map->end);
-    moe__free(allocator, map->table.slots);
+MOE__PRIVATE void moe__text_map_free(moe__text_map *map) {
+    moe__free(map->allocator, map->bytes);
+    moe__free(map->allocator, map->end);
+    moe__free(map->allocator, map->table.slots);
 }
 
 /* Makes room for n texts of so many bytes altogether. FORMAT: that is too much. */
-MOE__PRIVATE moe_status moe__text_reserve(moe__text_map *map, const moe_allocator *allocator,
-                                          const uint64_t key[2], uint64_t n, uint64_t bytes) {
+MOE__PRIVATE moe_status moe__text_reserve(moe__text_map *map, uint64_t n, uint64_t bytes) {
     if (map->bytes && n <= map->max_n && bytes <= map->max_bytes) return MOE_OK;
     if (n > MOE__TEXT_MAX || bytes > MOE__TEXT_MAX) return MOE_ERROR_FORMAT;
     moe__text_map old = *map;
     map->max_n = (uint32_t)(n + n / 2);
     map->max_bytes = (uint32_t)(bytes + bytes / 2 + 64);
-    map->bytes = (char *)moe__alloc(allocator, map->max_bytes);
-    map->end = (uint32_t *)moe__text_alloc(allocator, (uint64_t)map->max_n + 1, 4);
-    moe_status status = moe__text_table_init(&map->table, allocator, map->max_n);
+    map->bytes = (char *)moe__alloc(map->allocator, map->max_bytes);
+    map->end = (uint32_t *)moe__text_alloc(map->allocator, (uint64_t)map->max_n + 1, 4);
+    moe_status status = moe__text_table_init(&map->table, map->allocator, map->max_n);
     if (!map->bytes || !map->end) status = MOE_ERROR_MEMORY;
     if (!status && old.bytes) {
         memcpy(map->bytes, old.bytes, old.end[old.n]);
         memcpy(map->end, old.end, ((size_t)old.n + 1) * sizeof *map->end);
         for (uint32_t i = 0; i < map->n; i++) {
             moe_string text = moe__text_at(map, i);
-            if (text.size) *moe__text_slot(map, key, text) = i + 1; /* of equal ones the last */
+            if (text.size) *moe__text_slot(map, text) = i + 1; /* of equal ones the last */
         }
     }
-    moe__text_map_free(&old, allocator);
+    moe__text_map_free(&old);
     return status;
 }
 
@@ -11419,38 +11432,25 @@ typedef struct moe__text_merge {
     uint32_t left, right, result; /* symbols */
 } moe__text_merge;
 
-/* A state of the Aho-Corasick automaton over the special tokens: a prefix of one of them, namely */
-/* the longest that the text read so far ends with. State 0 is the empty prefix. */
-typedef struct moe__text_state {
-    uint32_t parent, fail; /* fail: the longest state that is a proper suffix of this one */
-    uint32_t special;      /* 1 + the longest special token that ends here; 0 = none */
-    unsigned char byte;    /* leads from parent to here */
-} moe__text_state;
-
-typedef struct moe__text_special {
-    uint32_t id, size;
-    uint32_t shorter; /* 1 + the longest special token that is a proper suffix of it; 0 = none */
-} moe__text_special;
-
 struct moe_vocab {
     moe_allocator allocator;
     uint64_t key[4]; /* of hashes: two for texts, two for pairs */
     const moe__text_pre *pre;
     moe__text_map symbols; /* what merging works on: the tokens, then texts that are only merged */
-    uint32_t n_tokens;
+    uint32_t n_tokens, longest; /* longest: bytes of a token */
     uint8_t *types; /* MOE__TOKEN_... */
     int32_t bos, eos;
-    int add_bos, add_eos;
-    moe__text_merge *merges; /* index = rank */
+    int add_bos, add_eos, add_space; /* add_space: a blank before raw text, SPM */
+    int strip;                       /* drop white space after special tokens */
+    uint32_t *orders;        /* SPM, else NULL: when a token is merged, least first, or NONE */
+    moe__text_merge *merges; /* BPE; index = rank */
     moe__text_table ranks;   /* 1 + rank of (left, right) */
     uint32_t byte_symbol[256]; /* of the byte's name */
-    uint32_t raw_token[256];   /* the token whose text is this byte itself, or NONE */
-    moe__text_special *specials; /* longest first, then by id */
-    uint32_t n_specials, n_states;
-    moe__text_state *states;
-    moe__text_table steps;    /* state after (state, byte) */
-    uint32_t first_step[256]; /* the same from state 0 */
-    moe__text_run *runs;
+    uint32_t raw_token[256]; /* whose text is this byte itself, or NONE; SPM: for it, or unknown */
+    uint64_t *specials; /* longest first, see moe__text_make_specials */
+    size_t n_specials;
+    uint8_t starts[256]; /* a special token begins with this byte */
+    moe__text_run runs[MOE__TEXT_RUNS + 1];
     uint32_t ascii[128]; /* classes */
 };
 
@@ -11465,96 +11465,19 @@ MOE__PRIVATE uint32_t *moe__text_rank(const moe_vocab *vocab, uint32_t left, uin
     return &table->slots[i];
 }
 
-/* The slot of the step (state, byte), or the free one where it belongs. */
-MOE__PRIVATE uint32_t *moe__text_step(const moe_vocab *vocab, uint32_t state, unsigned char byte) {
-    const moe__text_table *table = &vocab->steps;
-    uint32_t i = (uint32_t)(moe__text_pair_hash(vocab->key + 2, state, byte) >> table->shift);
-    for (; table->slots[i]; i = (i + 1) & table->mask) {
-        const moe__text_state *to = &vocab->states[table->slots[i]];
-        if (to->parent == state && to->byte == byte) break;
-    }
-    return &table->slots[i];
-}
-
 /* The token with this text, or NONE. */
 MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size) {
     moe_string key = {text, size};
-    uint32_t symbol = *moe__text_slot(&vocab->symbols, vocab->key, key) - 1; /* 0 - 1 = NONE */
+    if (size > vocab->longest) return MOE__TEXT_NONE;
+    uint32_t symbol = *moe__text_slot(&vocab->symbols, key) - 1; /* 0 - 1 = NONE */
     return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE;
 }
 
-/* ---- special tokens: the automaton ----------------------------------------------------------- */
-
-/* The state after one more byte: amortized O(1) along a text. */
-MOE__PRIVATE uint32_t moe__text_advance(const moe_vocab *vocab, uint32_t state,
-                                        unsigned char byte) {
-    for (; state; state = vocab->states[state].fail) {
-        uint32_t to = *moe__text_step(vocab, state, byte);
-        if (to) return to;
-    }
-    return vocab->first_step[byte];
-}
-
-/* Makes the states level by level, so that a state comes behind its parent and its suffixes. */
-/* at: n_specials zeros, the state that each token has got to. */
-MOE__PRIVATE void moe__text_make_states(moe_vocab *vocab, uint32_t *at) {
-    vocab->n_states = 1;
-    for (uint32_t level = 0; level < vocab->specials[0].size; level++) {
-        for (uint32_t i = 0; i < vocab->n_specials && vocab->specials[i].size > level; i++) {
-            moe_string text = moe__text_at(&vocab->symbols, vocab->specials[i].id);
-            unsigned char byte = (unsigned char)text.data[level];
-            uint32_t *slot = level ? moe__text_step(vocab, at[i], byte) : &vocab->first_step[byte];
-            if (*slot == 0) {
-                vocab->states[vocab->n_states].parent = at[i];
-                vocab->states[vocab->n_states].byte = byte;
-                *slot = vocab->n_states++;
-            }
-            at[i] = *slot;
-            if (level + 1 == text.size) vocab->states[at[i]].special = i + 1;
-        }
-    }
-    for (uint32_t s = 1; s < vocab->n_states; s++) {
-        moe__text_state *state = &vocab->states[s];
-        if (state->parent)
-            state->fail = moe__text_advance(vocab, vocab->states[state->parent].fail, state->byte);
-        uint32_t shorter = vocab->states[state->fail].special;
-        if (state->special) vocab->specials[state->special - 1].shorter = shorter;
-        else state->special = shorter;
-    }
-}
-
-/* Special are the tokens of the types control, unknown and user-defined. */
-MOE__PRIVATE moe_status moe__text_make_specials(moe_vocab *vocab) {
-    const moe_allocator *allocator = &vocab->allocator;
-    uint64_t *heap = (uint64_t *)moe__text_alloc(allocator, vocab->n_tokens, sizeof *heap);
-    uint64_t bytes = 0;
-    size_t n = 0;
-    for (uint32_t id = 0; heap && id < vocab->n_tokens; id++) {
-        int type = vocab->types[id] & MOE__TOKEN_TYPE;
-        moe_string text = moe__text_at(&vocab->symbols, id);
-        if (type < MOE__TOKEN_UNKNOWN || type > MOE__TOKEN_USER ||
-            moe__text_find(vocab, text.data, text.size) != id)
-            continue;
-        bytes += text.size;
-        moe__text_push(heap, &n, (uint64_t)(UINT32_MAX - (uint32_t)text.size) << 32 | id);
-    }
-    uint32_t *at = (uint32_t *)moe__text_alloc(allocator, n + 1, sizeof *at);
-    vocab->specials = (moe__text_special *)moe__text_alloc(allocator, n + 1,
-                                                           sizeof *vocab->specials);
-    vocab->states = (moe__text_state *)moe__text_alloc(allocator, bytes + 1,
-                                                       sizeof *vocab->states);
-    moe_status status = moe__text_table_init(&vocab->steps, allocator, bytes);
-    if (!heap || !at || !vocab->specials || !vocab->states) status = MOE_ERROR_MEMORY;
-    while (!status && n) {
-        uint64_t key = moe__text_pop(heap, &n);
-        moe__text_special *special = &vocab->specials[vocab->n_specials++];
-        special->id = (uint32_t)key;
-        special->size = UINT32_MAX - (uint32_t)(key >> 32);
-    }
-    if (!status) moe__text_make_states(vocab, at);
-    moe__free(allocator, heap);
-    moe__free(allocator, at);
-    return status;
+/* Is the token looked for in texts? Without PARSE_SPECIAL only user-defined ones are. */
+MOE__INLINE int moe__text_is_special(const moe_vocab *vocab, uint32_t id, unsigned flags) {
+    int type = vocab->types[id] & MOE__TOKEN_TYPE;
+    return type == MOE__TOKEN_USER || (flags & MOE_TOKENIZE_PARSE_SPECIAL &&
+                                       (type == MOE__TOKEN_UNKNOWN || type == MOE__TOKEN_CONTROL));
 }
 
 /* ---- opening a vocabulary -------------------------------------------------------------------- */
@@ -11567,19 +11490,20 @@ typedef struct moe__text_loader {
     moe_status status;
 } moe__text_loader;
 
+enum { MOE__TEXT_INTEGER, MOE__TEXT_STRING, MOE__TEXT_FLOAT };
+
 /* NULL if the file has no such value, or if it is not what is wanted, which is an error. */
 MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, const char *key,
-                                                   int is_array, int is_string) {
+                                                   int is_array, int kind) {
+    static const char *const names[] = {"integers or bool", "text", "float32"};
+    static const int8_t kinds[] = {0, 0, 0, 0, 0, 0, 2, 0, 1, -1, 0, 0, -1}; /* of moe_value_type */
     const moe_gguf_value *value = loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
     if (!value) return NULL;
-    moe_value_type type = value->element_type;
-    int fits = is_string ? type == MOE_VALUE_STRING
-                         : type != MOE_VALUE_STRING && type != MOE_VALUE_ARRAY &&
-                               type != MOE_VALUE_FLOAT32 && type != MOE_VALUE_FLOAT64;
+    int fits = kinds[value->element_type] == kind;
     if (fits && (value->type == MOE_VALUE_ARRAY) == is_array) return value;
     loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
                                   "the value should be %s%s", is_array ? "an array of " : "",
-                                  is_string ? "text" : "integers or bool");
+                                  names[kind]);
     return NULL;
 }
 
@@ -11591,73 +11515,95 @@ MOE__PRIVATE void moe__text_fail(moe__text_loader *loader, const char *key, moe_
                                                               : "missing, empty or too large");
 }
 
-/* The tokenizer's name and its pre-tokenizer. (SPM, "llama", belongs here and in moe__text_raw.) */
-MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
-    static const char model[] = "tokenizer.ggml.model", pre[] = "tokenizer.ggml.pre";
-    moe_string name = {"", 0};
+MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key,
+                                       moe_string *out) {
     const void *cursor = NULL;
-    const char *key = model;
-    const moe_gguf_value *value = moe__text_value(loader, key, 0, 1);
-    moe_gguf_value_string(value, &cursor, &name);
+    return moe_gguf_value_string(moe__text_value(loader, key, 0, MOE__TEXT_STRING), &cursor, out);
+}
+
+/* Memory for the vocabulary; if there is none the load fails. */
+MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t each) {
+    void *memory = NULL;
+    if (!loader->status) memory = moe__text_alloc(&loader->vocab->allocator, count, each);
+    if (!memory) moe__text_fail(loader, "", MOE_ERROR_MEMORY);
+    return memory;
+}
+
+/* The tokenizer's name and its pre-tokenizer, "default" in files older than this key. */
+MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
+    moe_string name = {"", 0}, fallback = {"default", 7};
+    const char *key = "tokenizer.ggml.model", *what = "tokenizer";
+    const moe__text_pre **pre = &loader->vocab->pre;
+    moe__text_load_string(loader, key, &name);
+    if (name.size == 5 && memcmp(name.data, "llama", 5) == 0) *pre = &moe__text_spm;
     if (name.size == 4 && memcmp(name.data, "gpt2", 4) == 0) {
-        key = pre;
-        cursor = NULL;
-        value = moe__text_value(loader, key, 0, 1);
-        if (!moe_gguf_value_string(value, &cursor, &name)) { /* older than this key */
-            name.data = "default";
-            name.size = 7;
-        }
-        loader->vocab->pre = moe__text_find_pre(name.data, name.size);
+        key = "tokenizer.ggml.pre";
+        what = "pre-tokenizer";
+        if (!moe__text_load_string(loader, key, &name)) name = fallback;
+        *pre = moe__text_find_pre(name.data, name.size);
     }
-    if (!loader->status && !loader->vocab->pre)
-        loader->status = moe__fail_at(
-            loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0, key, strlen(key),
-            "%s \"%.*s\" is not supported", key == pre ? "pre-tokenizer" : "tokenizer",
-            (int)moe__min((int64_t)name.size, 64), name.data);
+    if (loader->status || *pre) return;
+    const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
+    loader->status = moe__fail_at(loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0,
+                                  key, strlen(key), "%s \"%.*s\" is not supported", what,
+                                  (int)moe__min((int64_t)name.size, 64), name.data);
+}
+
+/* Writes the text a, b behind the others; it counts only when map->n does. */
+MOE__PRIVATE moe_status moe__text_append(moe_vocab *vocab, const char *a, size_t a_size,
+                                         const char *b, size_t b_size) {
+    moe__text_map *map = &vocab->symbols;
+    uint64_t at = map->end ? map->end[map->n] : 0, end = at + a_size + b_size;
+    moe_status status = moe__text_reserve(map, (uint64_t)map->n + 1, end);
+    if (status) return status;
+    if (a_size) memcpy(map->bytes + at, a, a_size);
+    if (b_size) memcpy(map->bytes + at + a_size, b, b_size);
+    map->end[map->n + 1] = (uint32_t)end;
+    return MOE_OK;
 }
 
 MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.tokens";
     moe_vocab *vocab = loader->vocab;
     moe__text_map *map = &vocab->symbols;
-    const moe_gguf_value *value = moe__text_value(loader, key, 1, 1);
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, MOE__TEXT_STRING);
     const void *cursor = NULL;
     moe_string text;
     uint64_t n = value ? value->count : 0;
-    moe_status status = n ? moe__text_reserve(map, &vocab->allocator, vocab->key, n, 8 * n)
-                          : MOE_ERROR_FORMAT;
+    moe_status status = n ? moe__text_reserve(map, n, 8 * n) : MOE_ERROR_FORMAT;
     while (!status && map->n < n) {
         if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
-        else status = moe__text_reserve(map, &vocab->allocator, vocab->key, n,
-                                        (uint64_t)map->end[map->n] + text.size);
+        else status = moe__text_append(vocab, text.data, text.size, NULL, 0);
         if (status) break;
-        if (text.size) memcpy(map->bytes + map->end[map->n], text.data, text.size);
-        map->end[map->n + 1] = map->end[map->n] + (uint32_t)text.size;
+        if (text.size > vocab->longest) vocab->longest = (uint32_t)text.size;
         text = moe__text_at(map, map->n++);
-        if (text.size) *moe__text_slot(map, vocab->key, text) = map->n; /* of equal ones the last */
+        if (text.size) *moe__text_slot(map, text) = map->n; /* of equal ones the last */
     }
     vocab->n_tokens = map->n;
     moe__text_fail(loader, key, status);
 }
 
+/* An array with a value for each token, or NULL if the file has none. */
+MOE__PRIVATE const moe_gguf_value *moe__text_each(moe__text_loader *loader, const char *key,
+                                                  int kind) {
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, kind);
+    uint32_t n = loader->vocab->n_tokens;
+    if (!value || value->count == n) return value;
+    loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
+                                  "%llu values for %u tokens", (unsigned long long)value->count,
+                                  (unsigned)n);
+    return NULL;
+}
+
 MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
-    static const char key[] = "tokenizer.ggml.token_type";
     moe_vocab *vocab = loader->vocab;
-    const moe_gguf_value *value = moe__text_value(loader, key, 1, 0);
-    if (loader->status) return;
-    vocab->types = (uint8_t *)moe__alloc(&vocab->allocator, vocab->n_tokens);
-    if (!vocab->types) {
-        moe__text_fail(loader, key, MOE_ERROR_MEMORY);
-    } else if (value && value->count != vocab->n_tokens) {
-        loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key,
-                                      strlen(key), "%llu types for %u tokens",
-                                      (unsigned long long)value->count, (unsigned)vocab->n_tokens);
-    } else {
-        for (uint32_t id = 0; id < vocab->n_tokens; id++) {
-            int64_t type = MOE__TOKEN_NORMAL;
-            if (value) moe_gguf_value_int(value, id, &type);
-            if (type >= 0 && type <= MOE__TOKEN_BYTE) vocab->types[id] = (uint8_t)type;
-        }
+    const moe_gguf_value *value =
+        moe__text_each(loader, "tokenizer.ggml.token_type", MOE__TEXT_INTEGER);
+    vocab->types = (uint8_t *)moe__text_take(loader, vocab->n_tokens, 1);
+    for (uint32_t id = 0; vocab->types && id < vocab->n_tokens; id++) {
+        int64_t type = MOE__TOKEN_NORMAL;
+        if (value) moe_gguf_value_int(value, id, &type);
+        if (type >= 0 && type <= MOE__TOKEN_BYTE) vocab->types[id] = (uint8_t)type;
     }
 }
 
@@ -11665,18 +11611,10 @@ MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
 MOE__PRIVATE moe_status moe__text_intern(moe_vocab *vocab, const char *a, size_t a_size,
                                          const char *b, size_t b_size, uint32_t *out) {
     moe__text_map *map = &vocab->symbols;
-    uint64_t end = (uint64_t)map->end[map->n] + a_size + b_size;
-    moe_status status =
-        moe__text_reserve(map, &vocab->allocator, vocab->key, (uint64_t)map->n + 1, end);
+    moe_status status = moe__text_append(vocab, a, a_size, b, b_size);
     if (status) return status;
-    moe_string text = {map->bytes + map->end[map->n], a_size + b_size};
-    memcpy(map->bytes + map->end[map->n], a, a_size);
-    memcpy(map->bytes + map->end[map->n] + a_size, b, b_size);
-    uint32_t *slot = moe__text_slot(map, vocab->key, text);
-    if (*slot == 0) {
-        *slot = ++map->n;
-        map->end[map->n] = (uint32_t)end;
-    }
+    uint32_t *slot = moe__text_slot(map, moe__text_at(map, map->n));
+    if (*slot == 0) *slot = ++map->n;
     *out = *slot - 1;
     return MOE_OK;
 }
@@ -11701,8 +11639,7 @@ MOE__PRIVATE moe_status moe__text_add_merge(moe_vocab *vocab, uint32_t rank, moe
 MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.merges";
     moe_vocab *vocab = loader->vocab;
-    const moe_allocator *allocator = &vocab->allocator;
-    const moe_gguf_value *value = moe__text_value(loader, key, 1, 1);
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, MOE__TEXT_STRING);
     if (loader->status) return;
     moe_status status = MOE_OK;
     for (int byte = 0; byte < 256 && !status; byte++) {
@@ -11712,15 +11649,13 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
         status = moe__text_intern(vocab, name, size, name, 0, &vocab->byte_symbol[byte]);
     }
     if (!value || value->count > MOE__TEXT_MAX) status = MOE_ERROR_FORMAT;
-    if (!status) status = moe__text_table_init(&vocab->ranks, allocator, value->count);
-    if (!status) {
-        vocab->merges = (moe__text_merge *)moe__text_alloc(allocator, value->count + 1,
-                                                           sizeof *vocab->merges);
-        if (!vocab->merges) status = MOE_ERROR_MEMORY;
-    }
+    if (!status) status = moe__text_table_init(&vocab->ranks, &vocab->allocator, value->count);
+    if (!status)
+        vocab->merges = (moe__text_merge *)moe__text_take(loader, value->count + 1,
+                                                          sizeof *vocab->merges);
     const void *cursor = NULL;
     moe_string text;
-    for (uint32_t rank = 0; !status && rank < value->count; rank++) {
+    for (uint32_t rank = 0; !status && vocab->merges && rank < value->count; rank++) {
         if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
         else status = moe__text_add_merge(vocab, rank, text);
     }
@@ -11730,9 +11665,62 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
 /* Reads a token id into *id, which stays as it is if the key is missing or names no token. */
 MOE__PRIVATE void moe__text_load_id(moe__text_loader *loader, const char *key, int32_t *id) {
     int64_t number;
-    if (moe_gguf_value_int(moe__text_value(loader, key, 0, 0), 0, &number) && number >= 0 &&
-        number < loader->vocab->n_tokens)
+    const moe_gguf_value *value = moe__text_value(loader, key, 0, MOE__TEXT_INTEGER);
+    if (moe_gguf_value_int(value, 0, &number) && number >= 0 && number < loader->vocab->n_tokens)
         *id = (int32_t)number;
+}
+
+MOE__PRIVATE void moe__text_load_bool(moe__text_loader *loader, const char *key, int *out) {
+    moe_gguf_value_bool(moe__text_value(loader, key, 0, MOE__TEXT_INTEGER), 0, out);
+}
+
+/* Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small. */
+MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
+    moe_vocab *vocab = loader->vocab;
+    size_t n = 0;
+    uint64_t *heap = (uint64_t *)moe__text_take(loader, vocab->n_tokens, sizeof *heap);
+    vocab->specials = heap;
+    for (uint32_t id = 0; heap && id < vocab->n_tokens; id++) {
+        moe_string text = moe__text_at(&vocab->symbols, id);
+        if (!text.size || !moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL) ||
+            moe__text_find(vocab, text.data, text.size) != id)
+            continue;
+        vocab->starts[(unsigned char)text.data[0]] = 1;
+        uint64_t sum = moe__text_polynomial(vocab->key, 0, text.data, text.size);
+        uint64_t user = (uint64_t)moe__text_is_special(vocab, id, 0);
+        moe__text_push(heap, &n, (uint64_t)text.size << 32 | sum << 1 | user);
+    }
+    for (vocab->n_specials = n; n;) {
+        uint64_t least = moe__text_pop(heap, &n);
+        heap[n] = least;
+    }
+}
+
+/* SPM: the orders of merging, from scores, and the tokens of bytes. */
+MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
+    moe_vocab *vocab = loader->vocab;
+    const moe_gguf_value *value = moe__text_each(loader, "tokenizer.ggml.scores", MOE__TEXT_FLOAT);
+    int32_t unknown = 0;
+    moe__text_load_id(loader, "tokenizer.ggml.unknown_token_id", &unknown);
+    moe__text_load_bool(loader, "tokenizer.ggml.add_space_prefix", &vocab->add_space);
+    vocab->orders = (uint32_t *)moe__text_take(loader, vocab->n_tokens, 4);
+    for (uint32_t id = 0; vocab->orders && id < vocab->n_tokens; id++) {
+        int type = vocab->types[id] & MOE__TOKEN_TYPE;
+        int word = type == MOE__TOKEN_NORMAL || type == MOE__TOKEN_USER; /* may be spelled */
+        double score = 0;
+        if (value) moe_gguf_value_float(value, id, &score);
+        float f = score == score ? (float)score + 0.0f : -INFINITY; /* no NaN, no -0 */
+        uint32_t bits;
+        memcpy(&bits, &f, 4);
+        vocab->orders[id] = !word ? MOE__TEXT_NONE : bits >> 31 ? bits : bits ^ 0x7FFFFFFF;
+    }
+    for (int byte = 0; !loader->status && byte < 256; byte++) {
+        static const char hex[] = "0123456789ABCDEF";
+        char name[] = {'<', '0', 'x', hex[byte / 16], hex[byte % 16], '>'}, raw = (char)byte;
+        uint32_t id = moe__text_find(vocab, name, 6);
+        if (id == MOE__TEXT_NONE) id = moe__text_find(vocab, &raw, 1);
+        vocab->raw_token[byte] = id == MOE__TEXT_NONE ? (uint32_t)unknown : id;
+    }
 }
 
 /* Texts that end generation wherever they are in a vocabulary. */
@@ -11779,11 +11767,14 @@ MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
     vocab->eos = vocab->n_tokens > 11 && vocab->types[11] == MOE__TOKEN_CONTROL ? 11 : -1;
     vocab->bos = vocab->pre->flags & MOE__PRE_NO_BOS ? -1 : vocab->eos;
     vocab->add_bos = (vocab->pre->flags & MOE__PRE_BOS) != 0;
+    if (vocab->pre->flags & MOE__PRE_SPM) {
+        vocab->add_space = 1;
+        vocab->bos = vocab->n_tokens > 1 ? 1 : -1;
+        vocab->eos = vocab->n_tokens > 2 ? 2 : -1;
+    }
     moe__text_load_id(loader, "tokenizer.ggml.bos_token_id", &vocab->bos);
-    moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_bos_token", 0, 0), 0,
-                        &vocab->add_bos);
-    moe_gguf_value_bool(moe__text_value(loader, "tokenizer.ggml.add_eos_token", 0, 0), 0,
-                        &vocab->add_eos);
+    moe__text_load_bool(loader, "tokenizer.ggml.add_bos_token", &vocab->add_bos);
+    moe__text_load_bool(loader, "tokenizer.ggml.add_eos_token", &vocab->add_eos);
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
         int32_t id = i ? -1 : vocab->eos;
         moe__text_load_id(loader, keys[i], &id);
@@ -11795,18 +11786,16 @@ MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
     moe__text_correct_ends(vocab);
 }
 
-MOE__PRIVATE void moe__text_load_classes(moe__text_loader *loader) {
-    moe_vocab *vocab = loader->vocab;
-    if (loader->status) return;
-    vocab->runs = (moe__text_run *)moe__alloc(&vocab->allocator,
-                                              (MOE__TEXT_RUNS + 1) * sizeof *vocab->runs);
-    if (!vocab->runs) {
-        moe__text_fail(loader, "", MOE_ERROR_MEMORY);
-        return;
-    }
-    moe__text_unpack_classes(vocab->runs);
-    for (uint32_t code = 0; code < 128; code++)
-        vocab->ascii[code] = moe__text_classify(vocab->runs, code);
+/* The special tokens of Phi-3 take the white space behind them; its files do not say so. */
+MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
+    const void *cursor = NULL;
+    moe_string name = {"", 0};
+    const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, "general.name");
+    if (value && value->type == MOE_VALUE_STRING) moe_gguf_value_string(value, &cursor, &name);
+    char plain[128] = {0}; /* lower case, without dashes */
+    for (size_t i = 0, n = 0; i < name.size && n < sizeof plain - 1; i++)
+        if (name.data[i] != '-') plain[n++] = (char)(name.data[i] | 32);
+    loader->vocab->strip = strstr(plain, "phi3") != NULL;
 }
 
 /* Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele et al.). */
@@ -11824,25 +11813,26 @@ MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
 }
 
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
-    if (!gguf) {
-        moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
-        return NULL;
-    }
     moe__text_loader loader = {NULL, gguf, error, MOE_OK};
-    loader.vocab = (moe_vocab *)moe__alloc(&gguf->allocator, sizeof *loader.vocab);
-    if (!loader.vocab) {
-        moe__text_fail(&loader, "", MOE_ERROR_MEMORY);
-        return NULL;
-    }
+    if (!gguf) moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
+    else loader.vocab = (moe_vocab *)moe__alloc(&gguf->allocator, sizeof *loader.vocab);
+    if (gguf && !loader.vocab) moe__text_fail(&loader, "", MOE_ERROR_MEMORY);
+    if (!loader.vocab) return NULL;
     loader.vocab->allocator = gguf->allocator;
+    loader.vocab->symbols.allocator = &loader.vocab->allocator;
+    loader.vocab->symbols.key = loader.vocab->key;
     moe__text_make_keys(loader.vocab);
     moe__text_load_kind(&loader);
     moe__text_load_tokens(&loader);
     moe__text_load_types(&loader);
-    moe__text_load_merges(&loader);
     moe__text_load_ends(&loader);
-    moe__text_load_classes(&loader);
-    if (!loader.status) moe__text_fail(&loader, "", moe__text_make_specials(loader.vocab));
+    if (!loader.status && loader.vocab->pre->flags & MOE__PRE_SPM) moe__text_load_scores(&loader);
+    else moe__text_load_merges(&loader);
+    if (!loader.status) moe__text_load_strip(&loader);
+    moe__text_unpack_classes(loader.vocab->runs);
+    for (uint32_t code = 0; code < 128; code++)
+        loader.vocab->ascii[code] = moe__text_classify(loader.vocab->runs, code);
+    moe__text_make_specials(&loader);
     if (!loader.status) return loader.vocab;
     moe_vocab_close(loader.vocab);
     return NULL;
@@ -11851,14 +11841,12 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
 MOE_API void moe_vocab_close(moe_vocab *vocab) {
     if (!vocab) return;
     moe_allocator allocator = vocab->allocator;
-    moe__text_map_free(&vocab->symbols, &allocator);
+    moe__text_map_free(&vocab->symbols);
     moe__free(&allocator, vocab->types);
+    moe__free(&allocator, vocab->orders);
     moe__free(&allocator, vocab->merges);
     moe__free(&allocator, vocab->ranks.slots);
     moe__free(&allocator, vocab->specials);
-    moe__free(&allocator, vocab->states);
-    moe__free(&allocator, vocab->steps.slots);
-    moe__free(&allocator, vocab->runs);
     moe__free(&allocator, vocab);
 }
 
@@ -11892,13 +11880,10 @@ MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token) {
 
 /* The byte of "<0xE2>", or -1. */
 MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
-    static const char digits[] = "0123456789ABCDEFabcdef";
+    char hex[3] = {0};
     if (text.size != 6 || memcmp(text.data, "<0x", 3) != 0 || text.data[5] != '>') return -1;
-    const char *high = (const char *)memchr(digits, text.data[3], 22);
-    const char *low = (const char *)memchr(digits, text.data[4], 22);
-    if (!high || !low) return -1;
-    int a = (int)(high - digits), b = (int)(low - digits);
-    return (a > 15 ? a - 6 : a) * 16 + (b > 15 ? b - 6 : b);
+    memcpy(hex, text.data + 3, 2);
+    return strspn(hex, "0123456789ABCDEFabcdef") == 2 ? (int)strtol(hex, NULL, 16) : -1;
 }
 
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer,
@@ -11912,7 +11897,8 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
         int byte = -1;
         uint32_t code;
         size = moe__text_decode(text.data + i, text.size - i, &code);
-        if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
+        if (type == MOE__TOKEN_NORMAL && vocab->orders) byte = code == 0x2581 ? ' ' : -1;
+        else if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
         else if (type == MOE__TOKEN_BYTE && (byte = moe__text_hex_byte(text)) >= 0) size = 6;
         for (size_t k = 0; k < (byte < 0 ? size : 1); k++, n++) /* names no byte: is itself */
             if (n < capacity) buffer[n] = byte < 0 ? text.data[i + k] : (char)byte;
@@ -11929,12 +11915,13 @@ typedef struct moe__text_work {
     size_t capacity;
     uint64_t count; /* of tokens so far, also beyond capacity */
     moe__text_scan scan;
-    /* The piece being merged: symbol i begins with byte i. Merging leaves the left symbol; the */
-    /* right one becomes NONE and falls out of the chain next / prev, whose ends are n and */
-    /* UINT32_MAX. The heap holds pairs to merge as rank << 32 | left, at most 2 n: each of the */
-    /* n - 1 merges takes one and adds two. */
+    /* The piece being merged: n bytes, spelled as in the vocabulary. A symbol is named after its */
+    /* first byte. Merging leaves the left symbol; the right one falls out of the chain next / */
+    /* prev, whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | left */
+    /* (order: rank, or from the score), at most 2 n: each of n - 1 merges takes one, adds two. */
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
+    char *spelled;
     size_t n_heap, longest; /* longest: bytes of a piece that there is memory for */
     uint32_t n;
 } moe__text_work;
@@ -11944,26 +11931,45 @@ MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
     work->count++;
 }
 
-MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
-    if (left >= work->n || work->next[left] >= work->n) return;
-    uint32_t right = work->next[left];
-    uint32_t rank = *moe__text_rank(work->vocab, work->symbol[left], work->symbol[right]);
-    if (rank) moe__text_push(work->heap, &work->n_heap, (uint64_t)(rank - 1) << 32 | left);
+/* SPM: the token that is spelled so, or NONE. */
+MOE__PRIVATE uint32_t moe__text_spelled(const moe__text_work *work, uint32_t i, uint32_t end) {
+    const moe_vocab *vocab = work->vocab;
+    uint32_t id = moe__text_find(vocab, work->spelled + i, end - i);
+    return id != MOE__TEXT_NONE && vocab->orders[id] != MOE__TEXT_NONE ? id : MOE__TEXT_NONE;
 }
 
-/* Merges until no pair has a rank. A pair is stale if one of its symbols has become another. */
+/* What the symbol at left makes with the next one, or NONE, and the key of that in the heap. */
+MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left, uint64_t *key) {
+    const moe_vocab *vocab = work->vocab;
+    uint32_t right = left < work->n ? work->next[left] : work->n, order, result;
+    if (right >= work->n) return MOE__TEXT_NONE;
+    if (vocab->orders) {
+        result = moe__text_spelled(work, left, work->next[right]);
+        order = result == MOE__TEXT_NONE ? result : vocab->orders[result];
+    } else {
+        order = *moe__text_rank(vocab, work->symbol[left], work->symbol[right]) - 1;
+        result = order == MOE__TEXT_NONE ? order : vocab->merges[order].result;
+    }
+    *key = (uint64_t)order << 32 | left;
+    return result;
+}
+
+MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
+    uint64_t key;
+    if (moe__text_joined(work, left, &key) != MOE__TEXT_NONE)
+        moe__text_push(work->heap, &work->n_heap, key);
+}
+
+/* Merges until no pair makes anything. A pair is stale if its place has another one by now. */
 MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
-    for (uint32_t i = 0; i < work->n; i++) moe__text_consider(work, i);
+    for (uint32_t i = 0; i < work->n; i = work->next[i]) moe__text_consider(work, i);
     while (work->n_heap) {
-        uint64_t key = moe__text_pop(work->heap, &work->n_heap);
-        const moe__text_merge *merge = &work->vocab->merges[key >> 32];
-        uint32_t left = (uint32_t)key, right = work->next[left];
-        if (work->symbol[left] != merge->left || right >= work->n ||
-            work->symbol[right] != merge->right)
-            continue;
-        uint32_t after = work->next[right];
-        work->symbol[left] = merge->result;
-        work->symbol[right] = MOE__TEXT_NONE;
+        uint64_t key = moe__text_pop(work->heap, &work->n_heap), now;
+        uint32_t left = (uint32_t)key, result = moe__text_joined(work, left, &now);
+        if (result == MOE__TEXT_NONE || now != key) continue;
+        uint32_t right = work->next[left], after = work->next[right];
+        work->symbol[left] = result;
+        work->next[right] = work->n; /* merges with nothing any more */
         work->next[left] = after;
         if (after < work->n) work->prev[after] = left;
         moe__text_consider(work, work->prev[left]);
@@ -11971,44 +11977,53 @@ MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
     }
 }
 
-/* Memory for a piece of n bytes, 28 bytes for each. */
-MOE__PRIVATE moe_status moe__text_make_piece(moe__text_work *work, size_t n) {
-    const moe_allocator *allocator = &work->vocab->allocator;
-    if (n > work->longest) {
-        moe__free(allocator, work->heap);
+/* Spells a piece: bytes by their names, or (SPM) a blank in front and U+2581 for blanks. */
+MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, size_t size) {
+    const moe_vocab *vocab = work->vocab;
+    size_t n = size + 3;
+    for (size_t i = 0; i < size; i++) n += vocab->orders ? 2 * (text[i] == ' ') : 1;
+    if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
+    if (n > work->longest) { /* 29 bytes for each */
+        moe__free(&vocab->allocator, work->heap);
         work->longest = n + n / 2 + 256;
-        work->heap = (uint64_t *)moe__text_alloc(allocator, work->longest, 2 * 8 + 3 * 4);
+        work->heap = (uint64_t *)moe__text_alloc(&vocab->allocator, work->longest, 16 + 12 + 1);
         if (!work->heap) return MOE_ERROR_MEMORY;
         work->symbol = (uint32_t *)(work->heap + 2 * work->longest);
         work->next = work->symbol + work->longest;
         work->prev = work->next + work->longest;
+        work->spelled = (char *)(work->prev + work->longest);
     }
-    work->n = (uint32_t)n;
+    char *to = work->spelled;
+    for (size_t i = vocab->orders && vocab->add_space ? 0 : 1; i <= size; i++) {
+        char byte = i ? text[i - 1] : ' ';
+        if (vocab->orders && byte == ' ') memcpy(to, "\342\226\201", 3);
+        else if (vocab->orders) *to = byte;
+        to += !vocab->orders ? moe__text_byte_name((unsigned char)byte, to) : byte == ' ' ? 3u : 1u;
+    }
+    work->n = (uint32_t)(to - work->spelled);
     return MOE_OK;
 }
 
-/* Non-zero if the whole piece is a token. Control tokens are not spelled: see the next chapter. */
-MOE__PRIVATE int moe__text_take_whole(moe__text_work *work, const char *text) {
-    char *names = (char *)work->heap; /* at most 2 bytes each */
-    size_t size = 0;
-    for (uint32_t i = 0; i < work->n; i++)
-        size += moe__text_byte_name((unsigned char)text[i], names + size);
-    uint32_t id = moe__text_find(work->vocab, names, size);
-    if (id == MOE__TEXT_NONE || moe_vocab_is_control(work->vocab, (int32_t)id)) return 0;
-    moe__text_emit(work, id);
-    return 1;
-}
-
-/* A piece of the pre-tokenizer to tokens. */
+/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. SPM hashes the */
+/* text of pairs: slow only where very many beginnings of a long token are tokens. */
 MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
-    moe_status status = moe__text_make_piece(work, size);
-    if (status || (vocab->pre->flags & MOE__PRE_WHOLE && moe__text_take_whole(work, text)))
-        return status;
-    for (uint32_t i = 0; i < work->n; i++) {
-        work->symbol[i] = vocab->byte_symbol[(unsigned char)text[i]];
-        work->next[i] = i + 1;
-        work->prev[i] = i - 1; /* of 0: UINT32_MAX */
+    moe_status status = moe__text_spell(work, text, size);
+    if (status) return status;
+    uint32_t whole = MOE__TEXT_NONE;
+    if (vocab->pre->flags & MOE__PRE_WHOLE) whole = moe__text_find(vocab, work->spelled, work->n);
+    if (whole != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)whole)) {
+        moe__text_emit(work, whole); /* control tokens are not spelled */
+        return MOE_OK;
+    }
+    for (uint32_t i = 0, before = UINT32_MAX, end; i < work->n; before = i, i = end) {
+        unsigned char byte = (unsigned char)work->spelled[i];
+        end = i + (byte >= 0xF0 ? 4u : byte >= 0xE0 ? 3u : byte >= 0xC0 ? 2u : 1u);
+        if (end > work->n) end = work->n;
+        work->symbol[i] = vocab->orders ? moe__text_spelled(work, i, end)
+                                        : vocab->byte_symbol[(unsigned char)*text++];
+        work->next[i] = end;
+        work->prev[i] = before;
     }
     moe__text_merge_piece(work);
     for (uint32_t i = 0; i < work->n; i = work->next[i]) {
@@ -12016,13 +12031,10 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
             moe__text_emit(work, work->symbol[i]);
             continue;
         }
-        /* No token: the bytes of its text one by one, those of them that are tokens. */
+        /* No token: the bytes of its spelling one by one, those of them that are tokens. */
         for (uint32_t k = i; k < work->next[i]; k++) {
-            char name[2];
-            size_t n = moe__text_byte_name((unsigned char)text[k], name);
-            for (size_t b = 0; b < n; b++)
-                if (vocab->raw_token[(unsigned char)name[b]] != MOE__TEXT_NONE)
-                    moe__text_emit(work, vocab->raw_token[(unsigned char)name[b]]);
+            uint32_t id = vocab->raw_token[(unsigned char)work->spelled[k]];
+            if (id != MOE__TEXT_NONE) moe__text_emit(work, id);
         }
     }
     return MOE_OK;
@@ -12033,6 +12045,7 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
     const moe_vocab *vocab = work->vocab;
     moe__text_scan *scan = &work->scan;
     moe_status status = MOE_OK;
+    if (vocab->orders) return moe__text_piece(work, text, size);
     scan->text = text;
     scan->n = 0;
     for (size_t i = 0; i < size; scan->n++) {
@@ -12054,88 +12067,77 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
 
 /* ---- text to tokens: special tokens ---------------------------------------------------------- */
 
-/* Of `special` and its suffixes (each 1 + index) the longest that is to be recognised, or 0. */
-MOE__INLINE uint32_t moe__text_wanted(const moe_vocab *vocab, uint32_t special, unsigned flags) {
-    while (special && !(flags & MOE_TOKENIZE_PARSE_SPECIAL) &&
-           (vocab->types[vocab->specials[special - 1].id] & MOE__TOKEN_TYPE) != MOE__TOKEN_USER)
-        special = vocab->specials[special - 1].shorter;
-    return special;
-}
-
-/* Finds where special tokens end in the text: for each such place the longest one, as */
-/* index << 32 | place of its last byte. Returns how many; heap = NULL: counts only. */
-MOE__PRIVATE size_t moe__text_spot(const moe_vocab *vocab, const char *text, size_t size,
-                                   unsigned flags, uint64_t *heap) {
-    size_t n = 0;
-    uint32_t state = 0, special;
-    for (size_t i = 0; i < size; i++) {
-        state = moe__text_advance(vocab, state, (unsigned char)text[i]);
-        special = moe__text_wanted(vocab, vocab->states[state].special, flags);
-        if (special && heap) moe__text_push(heap, &n, (uint64_t)(special - 1) << 32 | i);
-        else n += special != 0;
-    }
-    return n;
-}
-
-/* Decides who gets the bytes: longer tokens before shorter, then lower ids before higher, then */
-/* from left to right, as if the text was searched for one token after the other. owner[i] */
-/* becomes 1 + the index of the special token that byte i is in. Tokens placed before are no */
-/* shorter than the one at hand, so they overlap it only if they own its first or last byte. A */
-/* loser leaves its place to the next shorter token that ends there: n D log n for n places and D */
-/* tokens that are suffixes of each other. D <= sqrt(2 * bytes of all special tokens); in real */
-/* vocabularies it is 1 or 2. */
-MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, unsigned flags, uint64_t *heap,
-                                   size_t n, uint32_t *owner) {
-    while (n) {
-        uint64_t key = moe__text_pop(heap, &n);
-        const moe__text_special *special = &vocab->specials[key >> 32];
-        size_t last = (uint32_t)key, first = last + 1 - special->size;
-        if (owner[last]) continue;
-        if (owner[first]) {
-            uint32_t shorter = moe__text_wanted(vocab, special->shorter, flags);
-            if (shorter) moe__text_push(heap, &n, (uint64_t)(shorter - 1) << 32 | last);
-        } else {
-            for (size_t i = first; i <= last; i++) owner[i] = (uint32_t)(key >> 32) + 1;
+/* Finds the special tokens of one size, specials[from] to specials[to - 1], from left to right. */
+/* sums[i]: the polynomial of the text's first i bytes, so that of any part takes O(1). owner[i] */
+/* becomes 1 + the token that byte i is in. Tokens found before are no shorter, so they overlap a */
+/* place only if they own its first or last byte. */
+MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size_t size,
+                                  unsigned flags, size_t from, size_t to, const uint32_t *sums,
+                                  uint32_t *owner) {
+    const uint64_t prime = 0x7FFFFFFF, point = vocab->key[0] & prime;
+    size_t length = (size_t)(vocab->specials[from] >> 32);
+    uint64_t power = 1;
+    for (size_t k = 0; k < length; k++) power = moe__text_mod(power * point);
+    power %= prime;
+    for (size_t i = 0; i + length <= size; i++) {
+        if (!vocab->starts[(unsigned char)text[i]] || owner[i] || owner[i + length - 1]) continue;
+        uint64_t sum = (sums[i + length] + (prime - sums[i]) * power) % prime;
+        uint64_t wanted = (uint64_t)length << 32 | sum << 1 | 1;
+        size_t low = from, high = to; /* the first that is no greater is in low .. high */
+        while (low < high) {
+            size_t middle = (low + high) / 2;
+            if (vocab->specials[middle] > wanted) low = middle + 1;
+            else high = middle;
         }
+        if (low == to || vocab->specials[low] >> 1 != wanted >> 1) continue;
+        if (!(vocab->specials[low] & 1) && !(flags & MOE_TOKENIZE_PARSE_SPECIAL)) continue;
+        uint32_t id = moe__text_find(vocab, text + i, length);
+        if (id == MOE__TEXT_NONE || !moe__text_is_special(vocab, id, flags)) continue;
+        for (size_t k = 0; k < length; k++) owner[i + k] = id + 1;
+        i += length - 1;
     }
 }
 
-/* Raw parts and special tokens from left to right. owner = NULL: there are no special tokens. */
-MOE__PRIVATE moe_status moe__text_walk(moe__text_work *work, const char *text, size_t size,
-                                       const uint32_t *owner) {
-    moe_status status = MOE_OK;
-    for (size_t i = 0, end; i < size && !status; i = end) {
-        if (owner && owner[i]) {
-            const moe__text_special *special = &work->vocab->specials[owner[i] - 1];
-            moe__text_emit(work, special->id);
-            end = i + special->size;
-        } else {
-            for (end = i; end < size && !(owner && owner[end]);) end++;
-            status = moe__text_raw(work, text + i, end - i);
-        }
+/* Gives special tokens their bytes: n D log n for D different sizes of special tokens, about 20 */
+/* in real vocabularies, at most sqrt(2 * bytes of all of them). */
+MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
+                                   unsigned flags, uint32_t *sums, uint32_t *owner) {
+    size_t first = 0;
+    while (first < size && !vocab->starts[(unsigned char)text[first]]) first++;
+    if (first == size) return;
+    for (size_t i = 0; i < size; i++)
+        sums[i + 1] = (uint32_t)moe__text_polynomial(vocab->key, sums[i], text + i, 1);
+    for (size_t from = 0, to; from < vocab->n_specials; from = to) {
+        uint64_t length = vocab->specials[from] >> 32;
+        for (to = from + 1; to < vocab->n_specials && vocab->specials[to] >> 32 == length;) to++;
+        if (length <= size) moe__text_claim(vocab, text, size, flags, from, to, sums, owner);
     }
-    return status;
 }
 
+/* Special tokens, then what is between them, from left to right. */
 MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, size_t size,
                                         unsigned flags) {
     const moe_vocab *vocab = work->vocab;
     const moe_allocator *allocator = &vocab->allocator;
     moe__text_scan *scan = &work->scan;
-    scan->classes = (uint32_t *)moe__text_alloc(allocator, size, sizeof *scan->classes);
+    /* The scan's memory serves the search for special tokens first. */
     scan->at = (uint32_t *)moe__text_alloc(allocator, (uint64_t)size + 1, sizeof *scan->at);
-    moe_status status = scan->classes && scan->at ? MOE_OK : MOE_ERROR_MEMORY;
-    size_t n = status ? 0 : moe__text_spot(vocab, text, size, flags, NULL);
-    uint64_t *heap = n ? (uint64_t *)moe__text_alloc(allocator, n, sizeof *heap) : NULL;
-    uint32_t *owner = n ? (uint32_t *)moe__text_alloc(allocator, size, sizeof *owner) : NULL;
-    if (n && heap && owner) {
-        moe__text_spot(vocab, text, size, flags, heap);
-        moe__text_settle(vocab, flags, heap, n, owner);
-    } else if (n) {
-        status = MOE_ERROR_MEMORY;
+    scan->classes = (uint32_t *)moe__text_alloc(allocator, size, sizeof *scan->classes);
+    uint32_t *owner = (uint32_t *)moe__text_alloc(allocator, size, sizeof *owner);
+    moe_status status = scan->classes && scan->at && owner ? MOE_OK : MOE_ERROR_MEMORY;
+    if (!status) moe__text_settle(vocab, text, size, flags, scan->at, owner);
+    for (size_t i = 0, end; i < size && !status; i = end) {
+        if (owner[i]) {
+            moe__text_emit(work, owner[i] - 1);
+            end = i + moe__text_at(&vocab->symbols, owner[i] - 1).size;
+            while (vocab->strip && end < size && !owner[end] &&
+                   (text[end] == ' ' || (text[end] >= '\t' && text[end] <= '\r')))
+                end++;
+        } else {
+            for (end = i; end < size && !owner[end];) end++;
+            status = moe__text_raw(work, text + i, end - i);
+        }
     }
-    moe__free(allocator, heap);
-    if (!status) status = moe__text_walk(work, text, size, owner);
     moe__free(allocator, owner);
     moe__free(allocator, scan->classes);
     moe__free(allocator, scan->at);

@@ -24,18 +24,18 @@
 /*   >>manual      50  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     106  every macro you may define */
 /*   >>api        197  types and prototypes with their contracts */
-/*   >>base       630  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       903  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1908  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3498  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7871  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8180  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8462  router, plan, the expert schedules */
-/*   >>model     8766  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9574  cache, the forward pass */
-/*   >>text     10808  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12165  choosing tokens, generating text */
-/*   >>licence  12687  MIT or public domain */
+/*   >>base       632  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       905  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1910  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3500  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7873  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8182  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8464  router, plan, the expert schedules */
+/*   >>model     8768  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9576  cache, the forward pass */
+/*   >>text     10810  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12167  choosing tokens, generating text */
+/*   >>licence  12689  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its dequantize, quantize and dot (>>types), then */
 /*   dot, tile and dequantize in the vector text (>>kernels). Tests and benches walk the table. */

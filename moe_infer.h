@@ -14,31 +14,32 @@
 /*     #include "moe_infer.h" */
 /* */
 /* In the others only the #include. Build: cc -O2 app.c -lm -lpthread. No -march is needed: the */
-/* kernels for AVX2 and AVX-512 are compiled in and chosen when the program runs. */
+/* kernels for AVX2, AVX-VNNI and AVX-512 are compiled in and chosen when the program runs. */
 /* */
 /* The rooms of this file, each opened by its tag; a room calls only rooms above it, but for */
 /* >>model, which opens the vocabulary through the public functions of >>text: */
 /* */
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
-/*   >>manual      50  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     106  every macro you may define */
-/*   >>api        197  types and prototypes with their contracts */
-/*   >>base       632  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       905  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1910  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3500  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7873  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8182  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8464  router, plan, the expert schedules */
-/*   >>model     8768  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9576  cache, the forward pass */
-/*   >>text     10810  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12167  choosing tokens, generating text */
-/*   >>licence  12689  MIT or public domain */
+/*   >>manual      51  how to use it: models, sessions, threads, schedules, errors, limits */
+/*   >>config     108  every macro you may define */
+/*   >>api        199  types and prototypes with their contracts */
+/*   >>base       634  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       907  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1912  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3505  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7883  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8192  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8474  router, plan, the expert schedules */
+/*   >>model     8778  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9586  cache, the forward pass */
+/*   >>text     10820  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12177  choosing tokens, generating text */
+/*   >>licence  12699  MIT or public domain */
 /* */
-/* To add a tensor type: a row in MOE__TYPES and its dequantize, quantize and dot (>>types), then */
-/*   dot, tile and dequantize in the vector text (>>kernels). Tests and benches walk the table. */
+/* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
+/*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
+/*   benches walk the table. */
 /* To add an instruction set: a number and a target string at the top of the vector text, an */
 /*   include of this file before it, and a case in moe__kernels_detect (>>kernels). */
 /* To add an expert schedule: one function and one row in moe__schedules (>>experts). */
@@ -95,8 +96,9 @@
 /* */
 /* ERRORS. Calls return a moe_status or NULL and fill a moe_error with the place and a sentence. */
 /* The library never exits, aborts, prints, installs handlers, reads the environment or keeps */
-/* global state. One thing it cannot turn into an error: a mapped file that is cut short by */
-/* somebody else while in use raises SIGBUS; options.mmap = MOE_OFF avoids that. */
+/* global state (the code books of the IQ types are unpacked once and constant from then on). One */
+/* thing it cannot turn into an error: a mapped file that is cut short by somebody else while in */
+/* use raises SIGBUS; options.mmap = MOE_OFF avoids that. */
 /* */
 /* LIMITS. Little-endian 64-bit machines with GCC or clang. Up to 512 layers and 512 experts, */
 /* 1024 threads. Not for -ffast-math (infinities are used). */
@@ -1917,9 +1919,9 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 /*     activations     record          | record      |      int8 and their scales, made from */
 /*                                                          floats before they are multiplied */
 /* */
-/* All block types are the same thing behind their bits: weight = scale * q - min, with an int8 q, */
-/* and a scale and a min per 16 or 32 weights. A product is exact integers inside these, floats */
-/* between them. */
+/* All block types are the same thing behind their bits: weight = scale * q - min, with an int8 */
+/* q, and a scale and a min per 16 or 32 weights. A product is exact integers inside these, */
+/* floats between them. */
 /* ============================================================================================== */
 
 /* The one list of types that can be run. Each row of X: */
@@ -1930,8 +1932,8 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 /*   per           weights per scale: 16 or 32 */
 /*   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins */
 /*   q             1 if there is a quantizer */
-/*   own           1 if it has dot and tile kernels of its own (2: without int8 products); 0: those */
-/*                 that work on what is unpacked */
+/*   own           1 if it has dot and tile kernels of its own (2: without int8 products); 0: */
+/*                 those that work on what is unpacked */
 /* It needs moe__unpack_name here and unpack_name in the vector text of >>kernels (F32, F16 and */
 /* BF16 have no blocks to unpack), moe__quantize_name if q, dot_name and tile_name there if own. */
 #define MOE__TYPES(X)                                                     \
@@ -2291,7 +2293,8 @@ MOE__UNPACK(q3_k) { /* 32 bytes of third bits, 2-bit levels, 12 bytes of 6-bit s
 MOE__INLINE void moe__types_head(const uint8_t *b, moe__block *out) {
     float d = moe__types_f16(b), dmin = moe__types_f16(b + 2);
     for (int j = 0; j < 4; j++) {
-        int scale = (b[12 + j] & 15) | b[4 + j] >> 6 << 4, min = b[12 + j] >> 4 | b[8 + j] >> 6 << 4;
+        int scale = (b[12 + j] & 15) | b[4 + j] >> 6 << 4;
+        int min = b[12 + j] >> 4 | b[8 + j] >> 6 << 4;
         moe__types_scale(out, j, d * (float)(b[4 + j] & 63), dmin * (float)(b[8 + j] & 63));
         moe__types_scale(out, 4 + j, d * (float)scale, dmin * (float)min);
     }
@@ -2328,9 +2331,11 @@ MOE__UNPACK(iq2_xxs) { /* d f16; per 32: four indices, then four 7-bit signs and
     for (int j = 0; j < 8; j++) {
         uint32_t word = moe__load_u32(b + 6 + 8 * j);
         moe__types_scale(out, j, moe__types_f16(b) * (0.5f + (float)(word >> 28)) * 0.25f, 0);
-        for (int i = 0; i < 32; i++)
-            out->q[32 * j + i] = (int8_t)moe__types_signed(
-                books->iq2xxs[b[2 + 8 * j + i / 8]], i % 8, books->signs[word >> 7 * (i / 8) & 127]);
+        for (int i = 0; i < 32; i++) {
+            unsigned signs = books->signs[word >> 7 * (i / 8) & 127];
+            out->q[32 * j + i] =
+                (int8_t)moe__types_signed(books->iq2xxs[b[2 + 8 * j + i / 8]], i % 8, signs);
+        }
     }
 }
 
@@ -2562,9 +2567,9 @@ MOE__UNPACK(iq2_kl) { /* 6-bit scales in 2 + 4 bytes; per pair of weights a nibb
 
 /* ---- the bits of interleaved types */
 
-/* Four neighbouring weights of a row lie together, then the same of the next row. t = 0..3 counts */
-/* these fours in a half of 32 weights, h the halves. In 16-byte pieces, one of which holds a */
-/* four of each of 4 rows: */
+/* Four neighbouring weights of a row lie together, then the same of the next row. t = 0..3 */
+/* counts these fours in a half of 32 weights, h the halves. In 16-byte pieces, one of which */
+/* holds a four of each of 4 rows: */
 /*   nibble  piece h + 2 (t % 2), the high half of the byte for t = 2 and 3 */
 /*   two     piece h, bits 2 t and 2 t + 1 */
 /*   one     one piece; bit a h + b (t % 2) + c (t / 2), and a, b, c are different per type */
@@ -2745,7 +2750,7 @@ typedef struct moe__type {
     const char *name;
     int32_t block, bytes; /* weights and bytes per block, of one row */
     moe__act_kind act;    /* what it is multiplied with */
-    int32_t rows, meta;   /* rows interleaved in a group; bytes of a row's scale before its blocks */
+    int32_t rows, meta;   /* rows interleaved in a group; bytes of a row's scale before blocks */
     int32_t per, bits, offset; /* see MOE__TYPES */
     void (*unpack)(const uint8_t *b, int k, float D, moe__block *out); /* NULL: plain floats */
     void (*quantize)(const float *x, uint8_t *row, int64_t n, const float *importance);
@@ -2776,8 +2781,8 @@ MOE__INLINE void moe__group_unpack(const moe__group *group, int k, moe__block *o
     group->type->unpack(group->at, k, group->scale[k], out);
 }
 
-/* What the levels of IQ6_K stand for before they are rounded to integers: products use the rounded */
-/* ones, as the program that makes such files does. */
+/* What the levels of IQ6_K stand for before they are rounded to integers: products use the */
+/* rounded ones, as the program that makes such files does. */
 MOE__PRIVATE void moe__types_exact_iq6_k(const uint8_t *b, const moe__block *block, float *out) {
     int extra = moe__load_u16(b + 2);
     for (int e = 0; e < 256; e++) {
@@ -2787,8 +2792,8 @@ MOE__PRIVATE void moe__types_exact_iq6_k(const uint8_t *b, const moe__block *blo
     }
 }
 
-/* One group of rows of n weights to floats, row after row. A product of an f16 scale (11 bits), a */
-/* block scale and a level (at most 8 each) is rounded once; so every instruction set and every */
+/* One group of rows of n weights to floats, row after row. A product of an f16 scale (11 bits), */
+/* a block scale and a level (at most 8 each) is rounded once; so every instruction set and every */
 /* compiler, fused operations or not, gives the same bits. */
 MOE__PRIVATE void moe__types_dequantize(const moe__type *type, const uint8_t *rows, int64_t n,
                                         float *out) {
@@ -2805,8 +2810,8 @@ MOE__PRIVATE void moe__types_dequantize(const moe__type *type, const uint8_t *ro
 }
 
 /* Block times activations. Sums over 16 weights are exact integers, the rest is double: the */
-/* result is the exact one but for a last rounding to f32, and a vector kernel may be judged by its */
-/* distance from it. NaN and infinity go through. */
+/* result is the exact one but for a last rounding to f32, and a vector kernel may be judged by */
+/* its distance from it. NaN and infinity go through. */
 MOE__PRIVATE double moe__types_dot(const moe__type *type, const moe__block *block, const void *act,
                                    int64_t at) {
     const moe__act32 *a32 = (const moe__act32 *)act + at / 256;
@@ -4540,9 +4545,9 @@ MOE__V __m256i MOE__(u_lookup)(const int8_t *table, __m256i x, const int n) {
 /* ---- unpacking blocks ------------------------------------------------------------------------ */
 
 /* moe__unpack_NAME_avx2 does what moe__unpack_NAME does, for up to 256 weights (n) of several */
-/* rows: of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. out[r].min */
-/* is written only by types with mins. Nothing behind the blocks is read. All instruction sets use */
-/* these: what comes after them takes the time. */
+/* rows: of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. */
+/* out[r].min is written only by types with mins. Nothing behind the blocks is read. All */
+/* instruction sets use these: what comes after them takes the time. */
 #if MOE__ISA == 2
 /* The row types: one row; `v` is the vector of 32 weights j, made from block p. */
 #define MOE__ROW_TYPE(name)                                                                   \
@@ -4644,8 +4649,8 @@ MOE__ROW_BLOCKS(q4_0, 18, MOE__(u_f16)(b), MOE__(u_less)(MOE__(u_nibbles)(b + 2)
 MOE__ROW_BLOCKS_MIN(q4_1, 20, MOE__(u_f16)(b), 1, -MOE__(u_f16)(b + 2),
                     MOE__(u_nibbles)(b + 4))
 MOE__V __m256i MOE__(u_five)(const uint8_t *low, const uint8_t *high) {
-    return _mm256_or_si256(MOE__(u_nibbles)(low), _mm256_and_si256(MOE__(u_mask)(moe__load_u32(high)),
-                                                                   _mm256_set1_epi8(16)));
+    __m256i fifth = MOE__(u_mask)(moe__load_u32(high));
+    return _mm256_or_si256(MOE__(u_nibbles)(low), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
 }
 MOE__ROW_BLOCKS(q5_0, 22, MOE__(u_f16)(b), MOE__(u_less)(MOE__(u_five)(b + 6, b + 2), 16))
 MOE__ROW_BLOCKS_MIN(q5_1, 24, MOE__(u_f16)(b), 1, -MOE__(u_f16)(b + 2),
@@ -4746,7 +4751,8 @@ MOE__ROW_256(tq1_0) { /* q * 3^i modulo 256; the digit is 3 q / 256: two compari
     const __m256i pair = _mm256_setr_epi64x(0x0001000100010001, 0x0001000100010001,
                                             0x0003000300030003, 0x0003000300030003);
     const __m128i power = _mm_setr_epi32(1, 3, 9, 27);
-    __m256i low = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 32)), byte = _mm256_set1_epi16(255);
+    const __m256i low = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 32));
+    const __m256i byte = _mm256_set1_epi16(255);
     __m256i even = _mm256_mullo_epi16(_mm256_and_si256(low, byte), pair);
     __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(low, 8), pair);
     x = _mm256_or_si256(_mm256_and_si256(even, byte), _mm256_slli_epi16(odd, 8));
@@ -5463,8 +5469,8 @@ MOE__V __m256i MOE__(u_quads)(__m256i q, __m256i a) {
 #endif
 }
 
-/* Record i of the activations x. A type with blocks of 32 has one min per 32 weights, given twice: */
-/* their sum belongs to the first. */
+/* Record i of the activations x. A type with blocks of 32 has one min per 32 weights, given */
+/* twice: their sum belongs to the first. */
 MOE__V void MOE__(u_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, const void *x,
                                 int64_t i) {
     if (kind == MOE__ACT_Q32) {
@@ -5583,11 +5589,11 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
 
 /* Levels x activations, summed in int32 to one or two numbers per block: an exact float. These */
 /* are brought into one vector with the numbers of other blocks, and multiplied with the scales */
-/* of weights and activations, brought into the same order. Levels are made unsigned by an offset, */
-/* a power of two; that times the negated sum of the activations makes up for it. */
+/* of weights and activations, brought into the same order. Levels are made unsigned by an */
+/* offset, a power of two; that times the negated sum of the activations makes up for it. */
 
-/* Of the types here: bytes per block, where the nibbles are, log2 of the offset. `type` is always */
-/* a constant index of the type table. */
+/* Of the types here: bytes per block, where the nibbles are, log2 of the offset. `type` is */
+/* always a constant index of the type table. */
 MOE__V size_t MOE__(q32_size)(const int type) {
     return type == MOE__INDEX_Q8_0 ? 34 : type == MOE__INDEX_Q5_0 ? 22
                                       : type == MOE__INDEX_MXFP4 ? 17 : 18;
@@ -5596,7 +5602,8 @@ MOE__V size_t MOE__(q32_low)(const int type) {
     return type == MOE__INDEX_Q5_0 ? 6 : type == MOE__INDEX_MXFP4 ? 1 : 2;
 }
 MOE__V int MOE__(q32_shift)(const int type) {
-    return type == MOE__INDEX_Q4_0 ? 3 : type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL ? 7 : 4;
+    if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) return 7;
+    return type == MOE__INDEX_Q4_0 ? 3 : 4;
 }
 /* The 16 unsigned levels of MXFP4 or IQ4_NL in every lane. */
 MOE__V MOE__VI MOE__(q32_table)(const int type) {
@@ -5634,9 +5641,10 @@ MOE__V float MOE__(q32_scale)(const uint8_t *block, const int type) {
     return type == MOE__INDEX_MXFP4 ? moe__types_e8m0(block[0]) : MOE__(u_f16)(block);
 }
 
-/* One block: sums of two products in int16, or of four in int32 for Q8_0 and IQ4_NL, whose levels */
-/* keep their sign: |w| * (a with w's sign) is w * a, for w = -128 too, at most 2*128*127 = 32512. */
-/* The others: 2*15*127 = 3810 (Q4_0), 7874 (Q5_0), 7112 (MXFP4), and four of these sums fit too. */
+/* One block: sums of two products in int16, or of four in int32 for Q8_0 and IQ4_NL, whose */
+/* levels keep their sign: |w| * (a with w's sign) is w * a, for w = -128 too, at most 2*128*127 */
+/* = 32512. The others: 2*15*127 = 3810 (Q4_0), 7874 (Q5_0), 7112 (MXFP4), and four of these sums */
+/* fit too. */
 MOE__V __m256i MOE__(q32_block)(const uint8_t *block, const int8_t *q, const int type) {
     __m256i w, a = MOE__(v_load_256)(q);
     if (type == MOE__INDEX_Q8_0) w = MOE__(v_load_256)(block + 2);
@@ -5678,13 +5686,15 @@ MOE__V __m128i MOE__(q32_scales)(const uint8_t *p, const int type) {
 }
 /* q32_record: sum[r] += one record of row r, eight blocks that begin at w[r] + at. */
 #if MOE__ISA == 3
-/* 16 bytes at `offset` of each of four blocks, 0-3 or 4-7 of a record. Blocks of an even size are */
-/* gathered by int16 from 128 bytes that begin or end with the record. */
+/* 16 bytes at `offset` of each of four blocks, 0-3 or 4-7 of a record. Blocks of an even size */
+/* are gathered by int16 from 128 bytes that begin or end with the record. */
 MOE__V __m512i MOE__(q32_load4)(const uint8_t *p, int first, size_t offset, const int type) {
-    static const int16_t at9[32] = {0,  1,  2,  3,  4,  5,  6,  7,  9,  10, 11, 12, 13, 14, 15, 16,
-                                    18, 19, 20, 21, 22, 23, 24, 25, 27, 28, 29, 30, 31, 32, 33, 34};
-    static const int16_t at11[32] = {0,  1,  2,  3,  4,  5,  6,  7,  11, 12, 13, 14, 15, 16, 17, 18,
-                                     22, 23, 24, 25, 26, 27, 28, 29, 33, 34, 35, 36, 37, 38, 39, 40};
+    static const int16_t at9[32] = {0,  1,  2,  3,  4,  5,  6,  7,  9,  10, 11,
+                                    12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23,
+                                    24, 25, 27, 28, 29, 30, 31, 32, 33, 34};
+    static const int16_t at11[32] = {0,  1,  2,  3,  4,  5,  6,  7,  11, 12, 13,
+                                     14, 15, 16, 17, 18, 22, 23, 24, 25, 26, 27,
+                                     28, 29, 33, 34, 35, 36, 37, 38, 39, 40};
     const size_t size = MOE__(q32_size)(type), from = first ? 8 * size - 128 : 0;
     if (type == MOE__INDEX_MXFP4) {
         const uint8_t *block[4];
@@ -5696,8 +5706,8 @@ MOE__V __m512i MOE__(q32_load4)(const uint8_t *p, int first, size_t offset, cons
                                         _mm512_set1_epi16((short)shift));
     return _mm512_permutex2var_epi16(MOE__(v_load)(p + from), at, MOE__(v_load)(p + from + 64));
 }
-/* acc + four blocks x activations; the low and the high halves of their bytes are weights 0-15 and */
-/* 16-31, so each lane of sums is a block. */
+/* acc + four blocks x activations; the low and the high halves of their bytes are weights 0-15 */
+/* and 16-31, so each lane of sums is a block. */
 MOE__V __m512i MOE__(q32_add4)(__m512i acc, const uint8_t *p, int first, __m512i table,
                                __m512i a_low, __m512i a_high, const int type) {
     const __m512i nibble = _mm512_set1_epi8(15);
@@ -6205,8 +6215,8 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
 #define MOE__ADD_FLOATS(t) MOE__ADD(t, MOE__MM(fmadd_ps), MOE__MM(set1_ps)(1.0f))
 
 /* n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether */
-/* the activations are moe__act256 or moe__act32; mins: 1 if weights have integer mins, 2 if floats, */
-/* and no offset then. */
+/* the activations are moe__act256 or moe__act32; mins: 1 if weights have integer mins, 2 if */
+/* floats, and no offset then. */
 MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const int quads,
                                   const int bits, const int per_256, const int mins) {
     const MOE__VI zero = MOE__(v_zero)();
@@ -6616,8 +6626,8 @@ MOE__V void MOE__(tile_turn_f32)(const float *from, int every, uint8_t *out) {
         MOE__(tile_store)(out + 2 * (i / every) * MOE__VBYTES, c.v[i]);
 }
 
-/* n weights of a panel of any block type, from weight `at` of its rows, of which `left` are there. */
-/* stage: room for half a panel of blocks. */
+/* n weights of a panel of any block type, from weight `at` of its rows, of which `left` are */
+/* there. stage: room for half a panel of blocks. */
 MOE__K void MOE__(tile_unpack_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
                                       const uint8_t *rows, size_t row_size, int64_t left,
                                       int64_t at, int64_t n, int per, uint8_t *stage,
@@ -6841,8 +6851,8 @@ MOE__TILE_KERNELS(k16_8, 4, 8, 1, 0)
 MOE__TILE_KERNELS(k16f_6, 4, 6, 1, 2)
 #endif
 
-/* The kernels for what tile_unpack_blocks makes of a type, with a scale per 16 or 32 weights. Where */
-/* there are no kernels for 32 (a compile takes long enough), scales are given twice. */
+/* The kernels for what tile_unpack_blocks makes of a type, with a scale per 16 or 32 weights. */
+/* Where there are no kernels for 32 (a compile takes long enough), scales are given twice. */
 MOE__V MOE__(tile_kernel_fn) *const *MOE__(tile_kernels_of)(const moe__type *type, int *per) {
     const int wide = type->bits > 6; /* matters where it is in the names */
     (void)wide;
@@ -6908,31 +6918,31 @@ MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 256, 32, 256, 176, sizeof(moe__act256
 MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 256, 16, 256, 210, sizeof(moe__act256), 5)
 
 /* Block types, by what they are unpacked to */
-#define MOE__BLOCK_TILE(NAME, name, ...)                                                           \
-    MOE__K void MOE__(tile_blocks_##name)(                                                         \
-        const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,     \
-        int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,     \
-        size_t prefetch_size) {                                                                    \
-        MOE__(tile_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__AVX2(unpack_##name), rows, row_size,   \
-                           n_rows, n, x, n_tokens, out, out_stride, pack, prefetch, prefetch_size); \
+#define MOE__BLOCK_OF(NAME, name) &moe__types[MOE__INDEX_##NAME], MOE__AVX2(unpack_##name)
+#define MOE__BLOCK_TILE(NAME, name, ...)                                                          \
+    MOE__K void MOE__(tile_blocks_##name)(                                                        \
+        const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,    \
+        int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,    \
+        size_t prefetch_size) {                                                                   \
+        MOE__(tile_blocks)(MOE__BLOCK_OF(NAME, name), rows, row_size, n_rows, n, x, n_tokens, out,\
+                           out_stride, pack, prefetch, prefetch_size);                            \
     }
 MOE__BLOCK_TYPES(MOE__BLOCK_TILE)
 #undef MOE__BLOCK_TILE
 
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
-#define MOE__BLOCK_KERNELS(NAME, name, ...)                                                        \
-    MOE__K void MOE__(dot_blocks_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,     \
-                                         int64_t n, const void *x, float *out) {                   \
-        MOE__(dot_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__AVX2(unpack_##name), rows, row_size,    \
-                          n_rows, n, x, out);                                                      \
-    }                                                                                              \
-    MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) {             \
-        MOE__(dequantize_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__AVX2(unpack_##name), rows, n,    \
-                                 out);                                                             \
+#define MOE__BLOCK_KERNELS(NAME, name, ...)                                                       \
+    MOE__K void MOE__(dot_blocks_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,    \
+                                         int64_t n, const void *x, float *out) {                  \
+        MOE__(dot_blocks)(MOE__BLOCK_OF(NAME, name), rows, row_size, n_rows, n, x, out);          \
+    }                                                                                             \
+    MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) {            \
+        MOE__(dequantize_blocks)(MOE__BLOCK_OF(NAME, name), rows, n, out);                        \
     }
 MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
 #undef MOE__BLOCK_KERNELS
 #endif
+#undef MOE__BLOCK_OF
 #undef MOE__TILE_Q
 
 #undef MOE__TILE_TOKENS
@@ -12004,8 +12014,8 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. SPM hashes the */
-/* text of pairs: slow only where very many beginnings of a long token are tokens. */
+/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. SPM hashes */
+/* the text of pairs: slow only where very many beginnings of a long token are tokens. */
 MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe_status status = moe__text_spell(work, text, size);

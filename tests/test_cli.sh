@@ -203,7 +203,7 @@ gen -n 5 -t 1 -tb 2
 check "-tb" says '1 threads (prompt 2)'
 gen -n 5 -t 2 --threads-batch 1
 check "--threads-batch" says '2 threads (prompt 1)'
-gen -n 5 -t -1
+gen -n 5 -t -1 --ignore-eos
 check "-t -1" generated 5
 run -m "$model" --info -b 7
 check "-b" shows ', 7 at once'

@@ -58,6 +58,9 @@ $(B)/kernels: bench/kernels.c bench/roofs.h examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
+# The AVX-VNNI kernels, tried with AVX-512's encoding where the processor has only that.
+$(B)/tests/test_tile: C += $(if $(shell grep -m1 -w avx_vnni /proc/cpuinfo),,-DMOE__VNNI_EVEX=1)
+
 $(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)

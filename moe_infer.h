@@ -24,10 +24,10 @@
 /*   >>manual      51  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     108  every macro you may define */
 /*   >>api        199  types and prototypes with their contracts */
-/*   >>base       634  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       907  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1912  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3505  inner loops: plain C, then one vector text per instruction set */
+/*   >>base       635  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       908  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1913  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3506  inner loops: plain C, then one vector text per instruction set */
 /*   >>pool      7883  the team of threads: wake, barrier, shares of work */
 /*   >>ops       8192  matrix products, rotary positions, cache rows, merging attention */
 /*   >>experts   8474  router, plan, the expert schedules */
@@ -287,13 +287,14 @@ MOE_API int32_t moe_type_block(moe_type type);
 /* Bytes of a row of n weights; 0 if n is not a positive multiple of the block, if the type is */
 /* unknown or if the size does not fit. */
 MOE_API size_t moe_type_row_size(moe_type type, int64_t n);
-/* rows: n_rows * moe_type_row_size(type, n) bytes, any alignment; out: n_rows * n floats. */
-/* Errors: ARGUMENT (NULL, negative or ragged size), UNSUPPORTED. */
+/* rows: n_rows * moe_type_row_size(type, n) bytes, any alignment; out: n_rows * n floats. Types */
+/* with interleaved rows (_R4, _R8) come in whole groups of 4 or 8. Errors: ARGUMENT (NULL, */
+/* negative or ragged size), UNSUPPORTED. */
 MOE_API moe_status moe_type_dequantize(moe_type type, const void *rows, float *out, int64_t n_rows,
                                        int64_t n, moe_error *error);
 /* The reverse. importance: NULL or n non-negative weights of the squared error per column (an */
 /* importance matrix's mean squared activations). Deterministic. NaN and infinity in `in`: the */
-/* block's result is unspecified but well-formed. */
+/* block's result is unspecified but well-formed. UNSUPPORTED for types that can only be read. */
 MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows, int64_t n_rows,
                                      int64_t n, const float *importance, moe_error *error);
 
@@ -7831,9 +7832,8 @@ static unsigned moe__kernels_detect(void) {
     const int avx512 = (low & 0xE0) == 0xE0 && (b & f_dq_bw_vl) == f_dq_bw_vl && (c & vnni);
     const unsigned more = a ? 1 : 0; /* number of the last subleaf */
     if (avx512 && MOE__USE_AVX512) found |= 1u << MOE_ISA_AVX512;
-    if (avx512 && MOE__VNNI_EVEX) found |= 1u << MOE_ISA_AVX_VNNI;
-    if (more && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) && MOE__USE_AVX_VNNI)
-        found |= 1u << MOE_ISA_AVX_VNNI;
+    const int avx_vnni = more && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+    if (MOE__USE_AVX_VNNI && (MOE__VNNI_EVEX ? avx512 : avx_vnni)) found |= 1u << MOE_ISA_AVX_VNNI;
     return found;
 }
 #else

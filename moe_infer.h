@@ -27,15 +27,15 @@
 /*   >>base       635  compiler macros, errors, memory, checked sizes, small floats */
 /*   >>gguf       908  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     1913  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3506  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7883  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8192  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8474  router, plan, the expert schedules */
-/*   >>model     8778  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9586  cache, the forward pass */
-/*   >>text     10820  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12177  choosing tokens, generating text */
-/*   >>licence  12699  MIT or public domain */
+/*   >>kernels   3511  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7888  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8197  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8479  router, plan, the expert schedules */
+/*   >>model     8783  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9591  cache, the forward pass */
+/*   >>text     10825  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12182  choosing tokens, generating text */
+/*   >>licence  12704  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -2340,12 +2340,17 @@ MOE__UNPACK(iq2_xxs) { /* d f16; per 32: four indices, then four 7-bit signs and
     }
 }
 
+/* IQ2_XS and IQ2_S: 16 4-bit scales. */
+MOE__INLINE void moe__types_scales_iq2(const uint8_t *b, float d, moe__block *out) {
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__types_nibble(b[s / 2], s % 2);
+        out->scale[s] = d * (0.5f + (float)scale) * 0.25f;
+    }
+}
+
 MOE__UNPACK(iq2_xs) { /* d f16; 32 of 9 bits of index and 7 of signs; 16 4-bit scales */
     const moe__books *books = moe__books_get();
-    for (int s = 0; s < 16; s++) {
-        int scale = moe__types_nibble(b[66 + s / 2], s % 2);
-        out->scale[s] = moe__types_f16(b) * (0.5f + (float)scale) * 0.25f;
-    }
+    moe__types_scales_iq2(b + 66, moe__types_f16(b), out);
     for (int e = 0; e < 256; e++) {
         unsigned word = moe__load_u16(b + 2 + 2 * (e / 8));
         out->q[e] = (int8_t)moe__types_signed(books->iq2xs[word & 511], e % 8,
@@ -2355,10 +2360,7 @@ MOE__UNPACK(iq2_xs) { /* d f16; 32 of 9 bits of index and 7 of signs; 16 4-bit s
 
 MOE__UNPACK(iq2_s) { /* d f16; 32 low bytes of indices; 32 sign bytes; high bits; 4-bit scales */
     const moe__books *books = moe__books_get();
-    for (int s = 0; s < 16; s++) {
-        int scale = moe__types_nibble(b[74 + s / 2], s % 2);
-        out->scale[s] = moe__types_f16(b) * (0.5f + (float)scale) * 0.25f;
-    }
+    moe__types_scales_iq2(b + 74, moe__types_f16(b), out);
     for (int e = 0; e < 256; e++) {
         int g = e / 8, index = b[2 + g] | (b[66 + g / 4] >> 2 * (g % 4) & 3) << 8;
         out->q[e] = (int8_t)moe__types_signed(books->iq2s[index], e % 8, b[34 + g]);
@@ -2540,14 +2542,20 @@ MOE__UNPACK(iq3_ks) { /* bits: fifth of scale, table; 4 bytes of scales; 2-bit l
      MOE__SHIFT_K3 * moe__types_bit(extra, 8 + e / 32));
 }
 
+/* Eight scales, `step` bytes apart, whose lowest bit is not part of them. */
+MOE__INLINE void moe__types_scales_ks(const uint8_t *b, int step, float D, moe__block *out) {
+    for (int j = 0; j < 8; j++)
+        moe__types_scale(out, j, D * (float)((b[step * j] & 254) - 127), 0);
+}
+
 MOE__UNPACK(iq4_ks) { /* 8 scales whose lowest bit chooses the table; nibbles */
-    for (int j = 0; j < 8; j++) moe__types_scale(out, j, D * (float)((b[j] & 254) - 127), 0);
+    moe__types_scales_ks(b, 1, D, out);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k4[moe__types_four16(b + 8, e)] + MOE__SHIFT_K4 * (b[e / 32] & 1));
 }
 
 MOE__UNPACK(iq5_ks) { /* 8 scales whose lowest bit chooses the table; low four bits, fifth bits */
-    for (int j = 0; j < 8; j++) moe__types_scale(out, j, D * (float)((b[j] & 254) - 127), 0);
+    moe__types_scales_ks(b, 1, D, out);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k5[moe__types_four(b + 8, e) | moe__types_one(b + 136, e) << 4] +
      MOE__SHIFT_K5 * (b[e / 32] & 1));
@@ -2588,6 +2596,14 @@ MOE__INLINE int moe__types_one_r4(const uint8_t *p, int k, int e, int a, int b, 
 /* Scale s of 64 with 6 bits: 32 bytes of low nibbles, 16 bytes of pairs of high bits. */
 MOE__INLINE int moe__types_six_r4(const uint8_t *low, const uint8_t *high, int s) {
     return moe__types_nibble(low[s % 32], s / 32) | (high[s % 16] >> 2 * (s / 16) & 3) << 4;
+}
+/* Row k's 16 of them less 32, times its f16 at the beginning of the block. */
+MOE__INLINE void moe__types_scales6_r4(const uint8_t *b, const uint8_t *low, const uint8_t *high,
+                                       int k, moe__block *out) {
+    for (int s = 0; s < 16; s++) {
+        int scale = moe__types_six_r4(low, high, 4 * s + k) - 32;
+        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
+    }
 }
 /* Bit of row k that chooses the table of its weights 16 s .. */
 MOE__INLINE int moe__types_table_r4(const uint8_t *extra, int k, int e) {
@@ -2634,10 +2650,7 @@ MOE__UNPACK(q2_k_r4) { /* four d, four dmin, 64 bytes of scale and min, levels *
 }
 
 MOE__UNPACK(q3_k_r4) {
-    for (int s = 0; s < 16; s++) {
-        int scale = moe__types_six_r4(b + 24, b + 8, 4 * s + k) - 32;
-        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
-    }
+    moe__types_scales6_r4(b, b + 24, b + 8, k, out);
     MOE__EACH_WEIGHT(256)
     ((moe__types_two_r4(b + 184, k, e) | moe__types_one_r4(b + 56, k, e, 4, 1, 2) << 2) - 4);
 }
@@ -2696,20 +2709,14 @@ MOE__UNPACK(iq3_k_r4) {
 }
 
 MOE__UNPACK(iq4_k_r4) {
-    for (int s = 0; s < 16; s++) {
-        int scale = moe__types_six_r4(b + 32, b + 16, 4 * s + k) - 32;
-        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
-    }
+    moe__types_scales6_r4(b, b + 32, b + 16, k, out);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k4[moe__types_nibble_r4(b + 64, k, e)] +
      MOE__SHIFT_K4 * moe__types_table_r4(b + 8, k, e));
 }
 
 MOE__UNPACK(iq5_k_r4) {
-    for (int s = 0; s < 16; s++) {
-        int scale = moe__types_six_r4(b + 32, b + 16, 4 * s + k) - 32;
-        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
-    }
+    moe__types_scales6_r4(b, b + 32, b + 16, k, out);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k5[moe__types_nibble_r4(b + 64, k, e) |
                     moe__types_one_r4(b + 576, k, e, 2, 4, 1) << 4] +
@@ -2717,16 +2724,14 @@ MOE__UNPACK(iq5_k_r4) {
 }
 
 MOE__UNPACK(iq4_ks_r4) {
-    for (int j = 0; j < 8; j++)
-        moe__types_scale(out, j, D * (float)((b[4 * j + k] & 254) - 127), 0);
+    moe__types_scales_ks(b + k, 4, D, out);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k4[moe__types_nibble_r4(b + 32, k, e)] +
      MOE__SHIFT_K4 * (b[4 * (e / 32) + k] & 1));
 }
 
 MOE__UNPACK(iq5_ks_r4) {
-    for (int j = 0; j < 8; j++)
-        moe__types_scale(out, j, D * (float)((b[4 * j + k] & 254) - 127), 0);
+    moe__types_scales_ks(b + k, 4, D, out);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k5[moe__types_nibble_r4(b + 32, k, e) |
                     moe__types_one_r4(b + 544, k, e, 2, 4, 1) << 4] +

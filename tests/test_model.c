@@ -1025,34 +1025,18 @@ static void check_golden(const char *model, const char *tokens, const char *expe
     if (!there) SKIP("%s", model);
 }
 
-TEST(golden_dsv2) {
-    check_golden(GOLDEN "logits/dsv2.gguf", GOLDEN "logits/tokens512.txt",
-                 GOLDEN "logits/dsv2.logits.f32", limit_f32);
-}
-TEST(golden_dsv3) {
-    check_golden(GOLDEN "logits/dsv3.gguf", GOLDEN "logits/tokens512.txt",
-                 GOLDEN "logits/dsv3.logits.f32", limit_f32);
-}
-TEST(golden_qwen3moe) {
-    check_golden(GOLDEN "logits/qwen3moe.gguf", GOLDEN "logits/tokens512.txt",
-                 GOLDEN "logits/qwen3moe.logits.f32", limit_f32);
-}
-TEST(golden_mixtral) {
-    check_golden(GOLDEN "logits/mixtral.gguf", GOLDEN "logits/tokens512.txt",
-                 GOLDEN "logits/mixtral.logits.f32", limit_f32);
-}
-TEST(golden_qwen2moe) {
-    check_golden(GOLDEN "logits/qwen2moe.gguf", GOLDEN "logits/tokens512.txt",
-                 GOLDEN "logits/qwen2moe.logits.f32", limit_f32);
-}
-TEST(golden_olmoe) {
-    check_golden(GOLDEN "logits/olmoe.gguf", GOLDEN "logits/tokens512.txt",
-                 GOLDEN "logits/olmoe.logits.f32", limit_f32);
-}
-TEST(golden_gptoss) {
-    check_golden(GOLDEN "logits/gptoss.gguf", GOLDEN "logits/tokens512.txt",
-                 GOLDEN "logits/gptoss.logits.f32", limit_f32);
-}
+#define GOLDEN_LOGITS(name)                                                               \
+    TEST(golden_##name) {                                                                 \
+        check_golden(GOLDEN "logits/" #name ".gguf", GOLDEN "logits/tokens512.txt",       \
+                     GOLDEN "logits/" #name ".logits.f32", limit_f32);                    \
+    }
+GOLDEN_LOGITS(dsv2)
+GOLDEN_LOGITS(dsv3)
+GOLDEN_LOGITS(qwen3moe)
+GOLDEN_LOGITS(mixtral)
+GOLDEN_LOGITS(qwen2moe)
+GOLDEN_LOGITS(olmoe)
+GOLDEN_LOGITS(gptoss)
 TEST(golden_families) {
     for (int i = 0; i < 6; i++) {
         char model[128], expected[128];

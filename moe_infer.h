@@ -25,17 +25,17 @@
 /*   >>config     108  every macro you may define */
 /*   >>api        199  types and prototypes with their contracts */
 /*   >>base       635  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       908  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1913  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3511  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7888  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8197  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8479  router, plan, the expert schedules */
-/*   >>model     8783  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9591  cache, the forward pass */
-/*   >>text     10825  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12182  choosing tokens, generating text */
-/*   >>licence  12704  MIT or public domain */
+/*   >>gguf       907  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1912  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3506  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7883  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8192  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8474  router, plan, the expert schedules */
+/*   >>model     8778  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9586  cache, the forward pass */
+/*   >>text     10820  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12177  choosing tokens, generating text */
+/*   >>licence  12699  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -670,7 +670,6 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 
 #define MOE__PRIVATE static __attribute__((unused))
 #define MOE__INLINE static inline __attribute__((unused, always_inline))
-#define MOE__RESTRICT __restrict
 #define MOE__ALIGNED(n) __attribute__((aligned(n)))
 #define MOE__PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
 #define MOE__STATIC_ASSERT(name, condition) \
@@ -3337,10 +3336,6 @@ MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_k *k, uint8_t *row) {
     moe__types_store_low(k->code, 256, 16, row + 8);
 }
 
-/* The levels of IQ4_NL and IQ4_XS. */
-static const int8_t moe__types_iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                          1,    13,   25,  38,  53,  69,  89,  113};
-
 /* name, how it is packed, block, bytes, table, first, last, width, mins, integer scales */
 #define MOE__TYPES_QUANTIZE(name, pack, block, bytes, table, first, last, width, mins, s0, s1)     \
     MOE__PRIVATE void moe__quantize_##name(const float *in, uint8_t *row, int64_t n,               \
@@ -3353,13 +3348,13 @@ MOE__TYPES_QUANTIZE(q4_0, 32, 32, 18, NULL, -8, 7, 32, NO_MIN, 0, 0)
 MOE__TYPES_QUANTIZE(q4_1, 32, 32, 20, NULL, 0, 15, 32, ANY_MIN, 0, 0)
 MOE__TYPES_QUANTIZE(q5_0, 32, 32, 22, NULL, -16, 15, 32, NO_MIN, 0, 0)
 MOE__TYPES_QUANTIZE(q5_1, 32, 32, 24, NULL, 0, 31, 32, ANY_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(iq4_nl, 32, 32, 18, moe__types_iq4, -127, 113, 32, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE(iq4_nl, 32, 32, 18, moe__levels_k4, -127, 113, 32, NO_MIN, 0, 0)
 MOE__TYPES_QUANTIZE(q2_k, q2_k, 256, 84, NULL, 0, 3, 16, MIN, 0, 15)
 MOE__TYPES_QUANTIZE(q3_k, q3_k, 256, 110, NULL, -4, 3, 16, NO_MIN, -32, 31)
 MOE__TYPES_QUANTIZE(q4_k, q4_k, 256, 144, NULL, 0, 15, 32, MIN, 0, 63)
 MOE__TYPES_QUANTIZE(q5_k, q4_k, 256, 176, NULL, 0, 31, 32, MIN, 0, 63)
 MOE__TYPES_QUANTIZE(q6_k, q6_k, 256, 210, NULL, -32, 31, 16, NO_MIN, -128, 127)
-MOE__TYPES_QUANTIZE(iq4_xs, iq4_xs, 256, 136, moe__types_iq4, -127, 113, 32, NO_MIN, -32, 31)
+MOE__TYPES_QUANTIZE(iq4_xs, iq4_xs, 256, 136, moe__levels_k4, -127, 113, 32, NO_MIN, -32, 31)
 #undef MOE__TYPES_QUANTIZE
 
 /* One exponent per 32 weights: the largest magnitude lies between levels 8 and 16, or up to a */

@@ -257,12 +257,12 @@ static figures get_figures(const test *t) {
     const token_work *work = &t->m->work;
     const int n = set.repetitions, generates = t->n_gen > 0;
     const double macs = work->macs + work->output_macs / (generates ? 1 : t->n_prompt);
-    const double bytes = work->bytes + cache_bytes(t);
+    const double cache = cache_bytes(t), bytes = work->bytes + cache;
     double mean, deviation;
     figures f = {NAN, NAN, NAN, NAN, NAN, NAN};
     statistics(t->rate, n, &mean, &deviation);
     if (generates) f.gbps = mean * work->bytes * 1e-9;
-    if (generates) f.gbps_cache = mean * cache_bytes(t) * 1e-9;
+    if (generates) f.gbps_cache = mean * cache * 1e-9;
     f.gmacs = mean * macs * 1e-9;
     if (!t->roof) return f;
     for (int r = 0; r < n; r++) {

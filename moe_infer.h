@@ -27,15 +27,15 @@
 /*   >>base       635  compiler macros, errors, memory, checked sizes, small floats */
 /*   >>gguf       907  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     1912  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3506  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7883  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8192  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8474  router, plan, the expert schedules */
-/*   >>model     8778  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9586  cache, the forward pass */
-/*   >>text     10820  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12177  choosing tokens, generating text */
-/*   >>licence  12699  MIT or public domain */
+/*   >>kernels   3513  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7611  the team of threads: wake, barrier, shares of work */
+/*   >>ops       7920  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8202  router, plan, the expert schedules */
+/*   >>model     8506  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9314  cache, the forward pass */
+/*   >>text     10548  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   11905  choosing tokens, generating text */
+/*   >>licence  12427  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -2020,10 +2020,16 @@ typedef enum moe__act_kind {
 /* Sums of q are kept negated as int32: an accumulator that starts at nsum << log2(offset) makes */
 /* the offset of unsigned weights free. */
 typedef struct moe__act32 {
-    int8_t q[256];
+    int8_t q[256];   /* value i is at moe__act32_at(i) */
     int32_t nsum[8]; /* minus the sum of each 32 values */
     float d[8];      /* scale of each 32 values */
 } moe__act32;
+
+/* In moe__act32 values 0-15 of four blocks of 32 lie before their values 16-31: so many types */
+/* pack their weights, and a vector then holds parts of several blocks. */
+MOE__INLINE int moe__act32_at(int i) {
+    return i / 128 * 128 + i % 32 / 16 * 64 + i / 32 % 4 * 16 + i % 16;
+}
 
 typedef struct moe__act256 {
     int8_t q[256];
@@ -2821,13 +2827,13 @@ MOE__PRIVATE double moe__types_dot(const moe__type *type, const moe__block *bloc
                                    int64_t at) {
     const moe__act32 *a32 = (const moe__act32 *)act + at / 256;
     const moe__act256 *a256 = (const moe__act256 *)act + at / 256;
-    const int8_t *q = type->act == MOE__ACT_Q32 ? a32->q : a256->q;
     double total = 0;
-    q += at % 256;
     for (int s = 0; s < type->block / 16; s++) {
+        const int i = (int)(at % 256) + 16 * s;
+        const int8_t *q = type->act == MOE__ACT_Q32 ? a32->q + moe__act32_at(i) : a256->q + i;
         int32_t sum = 0, act_sum = 0;
-        for (int e = 16 * s; e < 16 * s + 16; e++) {
-            sum += block->q[e] * q[e];
+        for (int e = 0; e < 16; e++) {
+            sum += block->q[16 * s + e] * q[e];
             act_sum += q[e];
         }
         double d = type->act == MOE__ACT_Q32 ? a32->d[at % 256 / 32 + s / 2] : a256->d;
@@ -2875,11 +2881,12 @@ MOE__PRIVATE void moe__quantize_act_q32(const float *x, int64_t n, void *act) {
     for (; n > 0; n -= 256, x += 256, record++) {
         memset(record, 0, sizeof *record);
         for (int j = 0; j < (int)moe__min(n / 32, 8); j++) {
-            int8_t *q = record->q + 32 * j;
-            int32_t sum = 0;
+            int8_t q[32];
             record->d[j] = moe__types_quantize_act(x + 32 * j, 32, q);
-            for (int i = 0; i < 32; i++) sum += q[i];
-            record->nsum[j] = -sum;
+            for (int i = 0; i < 32; i++) {
+                record->q[moe__act32_at(32 * j + i)] = q[i];
+                record->nsum[j] -= q[i];
+            }
         }
     }
 }
@@ -3860,32 +3867,23 @@ static const moe__kernels moe__kernels_scalar = {
 /* ---- vectors --------------------------------------------------------------------------------- */
 
 /* MOE__VI and MOE__VF are whole vectors of integers and floats, MOE__MM(op) is the intrinsic of */
-/* that width where both instruction sets have it under the same name. A lane is 128 bits: */
-/* K-quant kernels compute MOE__LANES rows at once, and wherever the rows meet, lane r belongs to */
-/* row r. MOE__LANE(x, r) is lane r of x in all lanes; MOE__EACH_LANE(M) is M(0) M(1) ..., one */
-/* per lane. Products that are to be fused are written as fmadd, so that C and C++ give the same */
-/* bits. */
+/* that width where both instruction sets have it under the same name. A vector has MOE__LANES */
+/* lanes of 128 bits. Products that are to be fused are written as fmadd, so that C and C++ give */
+/* the same bits. */
 #if MOE__ISA == 3
 #define MOE__VI __m512i
 #define MOE__VF __m512
 #define MOE__MM(op) _mm512_##op
 #define MOE__VBYTES 64
 #define MOE__LANES 4
-#define MOE__LANE(x, r) _mm512_shuffle_i32x4(x, x, (r)*0x55)
-#define MOE__EACH_LANE(M) M(0) M(1) M(2) M(3)
 #else
 #define MOE__VI __m256i
 #define MOE__VF __m256
 #define MOE__MM(op) _mm256_##op
 #define MOE__VBYTES 32
 #define MOE__LANES 2
-#define MOE__LANE(x, r) _mm256_permute2x128_si256(x, x, (r)*0x11)
-#define MOE__EACH_LANE(M) M(0) M(1)
 #endif
 #define MOE__VFLOATS (MOE__VBYTES / 4) /* floats in a vector */
-/* Vector x is computed here, and no load is moved across: compilers that load and multiply far */
-/* ahead (clang), sum up in another order or keep what is read twice (GCC) run out of registers. */
-#define MOE__SETTLE(x) __asm__ volatile("" : "+v"(x) : : "memory")
 
 MOE__V __m128i MOE__(v_load_128)(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 MOE__V __m256i MOE__(v_load_256)(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
@@ -3902,18 +3900,6 @@ MOE__V __m512i MOE__(v_or_and)(__m512i a, __m512i b, __m512i mask) {
 }
 /* x in every lane */
 MOE__V __m512i MOE__(v_lanes)(__m128i x) { return _mm512_broadcast_i32x4(x); }
-/* 32 bytes in every half */
-MOE__V __m512i MOE__(v_load32)(const void *p) {
-    return _mm512_broadcast_i64x4(MOE__(v_load_256)(p));
-}
-/* 16 bytes of row r in lane r: w[0] + offset, w[1] + offset, ... */
-MOE__V __m512i MOE__(v_load16_rows)(const uint8_t *const *w, size_t offset) {
-    __m256i low = _mm256_castsi128_si256(MOE__(v_load_128)(w[0] + offset));
-    __m256i high = _mm256_castsi128_si256(MOE__(v_load_128)(w[2] + offset));
-    low = _mm256_inserti128_si256(low, MOE__(v_load_128)(w[1] + offset), 1);
-    high = _mm256_inserti128_si256(high, MOE__(v_load_128)(w[3] + offset), 1);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
 /* acc + the sums of four neighbouring products of unsigned and signed bytes */
 MOE__V __m512i MOE__(v_dot_u8)(__m512i acc, __m512i a, __m512i b) {
     return _mm512_dpbusd_epi32(acc, a, b);
@@ -3921,27 +3907,6 @@ MOE__V __m512i MOE__(v_dot_u8)(__m512i acc, __m512i a, __m512i b) {
 /* acc + the sums of two neighbouring int16 products */
 MOE__V __m512i MOE__(v_dot_i16)(__m512i acc, __m512i a, __m512i b) {
     return _mm512_dpwssd_epi32(acc, a, b);
-}
-/* Lane r of the result: the sum of the four lanes of x[r], int32. */
-MOE__V __m512i MOE__(v_add_lanes)(const __m512i *x) {
-    __m512i a = _mm512_add_epi32(_mm512_shuffle_i32x4(x[0], x[1], 0x44),
-                                 _mm512_shuffle_i32x4(x[0], x[1], 0xEE));
-    __m512i b = _mm512_add_epi32(_mm512_shuffle_i32x4(x[2], x[3], 0x44),
-                                 _mm512_shuffle_i32x4(x[2], x[3], 0xEE));
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
-}
-/* All four floats of lane r of the result: f16 number `index` (0..7) of lane r of x. */
-MOE__V __m512 MOE__(v_lane_f16)(__m512i x, int index) {
-    const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x180018, 0x180018, 0x100010,
-                                           0x100010, 0x080008, 0x080008, 0, 0);
-    __m512i at = _mm512_add_epi16(first, _mm512_set1_epi16((short)index));
-    return _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutexvar_epi16(at, x)));
-}
-/* Result r (of four): the sum of the floats of lane r. */
-MOE__V __m128 MOE__(v_lane_sums)(__m512 x) {
-    __m256 a = _mm256_hadd_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-    a = _mm256_hadd_ps(a, a); /* rows 0 2 0 2 | 1 3 1 3 */
-    return _mm_unpacklo_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
 }
 /* The low half plus the high half. */
 MOE__V __m256 MOE__(v_fold)(__m512 x) {
@@ -3965,11 +3930,6 @@ MOE__V __m256i MOE__(v_or_and)(__m256i a, __m256i b, __m256i mask) {
     return _mm256_or_si256(a, _mm256_and_si256(b, mask));
 }
 MOE__V __m256i MOE__(v_lanes)(__m128i x) { return _mm256_broadcastsi128_si256(x); }
-MOE__V __m256i MOE__(v_load32)(const void *p) { return MOE__(v_load)(p); }
-MOE__V __m256i MOE__(v_load16_rows)(const uint8_t *const *w, size_t offset) {
-    __m256i low = _mm256_castsi128_si256(MOE__(v_load_128)(w[0] + offset));
-    return _mm256_inserti128_si256(low, MOE__(v_load_128)(w[1] + offset), 1);
-}
 MOE__V __m256i MOE__(v_dot_i16)(__m256i acc, __m256i a, __m256i b) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
@@ -3982,19 +3942,6 @@ MOE__V __m256i MOE__(v_dot_u8)(__m256i acc, __m256i a, __m256i b) {
 #endif
 }
 #endif
-MOE__V __m256i MOE__(v_add_lanes)(const __m256i *x) {
-    return _mm256_add_epi32(_mm256_permute2x128_si256(x[0], x[1], 0x20),
-                            _mm256_permute2x128_si256(x[0], x[1], 0x31));
-}
-MOE__V __m256 MOE__(v_lane_f16)(__m256i x, int index) {
-    x = _mm256_shuffle_epi8(x, _mm256_set1_epi16((short)(0x0100 + 0x0202 * index)));
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(x, 0x08)));
-}
-MOE__V __m128 MOE__(v_lane_sums)(__m256 x) {
-    __m256 a = _mm256_hadd_ps(x, x);
-    a = _mm256_hadd_ps(a, a);
-    return _mm_unpacklo_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-}
 MOE__V __m256 MOE__(v_fold)(__m256 x) { return x; }
 MOE__V __m256 MOE__(v_load_f16)(const void *p) {
     return _mm256_cvtph_ps(MOE__(v_load_128)(p));
@@ -4010,30 +3957,17 @@ MOE__V MOE__VI MOE__(v_load16)(const void *p) {
     return MOE__(v_lanes)(MOE__(v_load_128)(p));
 }
 
-/* int16 shifted left by n, right by -n */
-MOE__V MOE__VI MOE__(v_shift_i16)(MOE__VI x, const int n) {
-    if (n == 0) return x;
-    return n > 0 ? MOE__MM(slli_epi16)(x, n) : MOE__MM(srli_epi16)(x, -n);
-}
-
-/* Result r (of four): the sum of the floats of vector r. */
-MOE__V __m128 MOE__(v_sum4)(__m256 a, __m256 b, __m256 c, __m256 d) {
-    __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
-}
-
 /* The 6-bit scales and mins of a Q4_K or Q5_K block from its first 16 bytes (f16 d, f16 dmin, 12 */
-/* packed bytes), one block per lane: bytes 0-7 of a lane become the scales, bytes 8-15 the mins. */
-/* Dword 1: s0-s3 and the top bits of s4-s7; 2: the same of the mins; 3: low 4 bits of both. */
-MOE__V MOE__VI MOE__(v_unpack_scales)(MOE__VI header) {
+/* packed bytes): bytes 0-7 become the scales, bytes 8-15 the mins. Dword 1: s0-s3 and the top */
+/* bits of s4-s7; 2: the same of the mins; 3: low 4 bits of both. */
+MOE__V __m128i MOE__(u_unpack_scales)(__m128i header) {
     const int all6 = 0x3F3F3F3F, low4 = 0x0F0F0F0F, top2 = 0x30303030;
-    const MOE__VI shift = MOE__(v_lanes)(_mm_setr_epi32(0, 0, 0, 4));
-    const MOE__VI mask = MOE__(v_lanes)(_mm_setr_epi32(all6, low4, all6, low4));
-    const MOE__VI top = MOE__(v_lanes)(_mm_setr_epi32(0, top2, 0, top2));
-    MOE__VI low = MOE__MM(shuffle_epi32)(header, (_MM_PERM_ENUM)0xED); /* dwords 1 3 2 3 */
-    MOE__VI high = MOE__MM(shuffle_epi32)(header, (_MM_PERM_ENUM)0xA5); /* dwords 1 1 2 2 */
-    low = MOE__(v_and)(MOE__MM(srlv_epi32)(low, shift), mask);
-    return MOE__(v_or_and)(low, MOE__MM(srli_epi32)(high, 2), top);
+    __m128i low = _mm_shuffle_epi32(header, 0xED); /* dwords 1 3 2 3 */
+    __m128i high = _mm_shuffle_epi32(header, 0xA5); /* dwords 1 1 2 2 */
+    low = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 0, 4)),
+                        _mm_setr_epi32(all6, low4, all6, low4));
+    high = _mm_and_si128(_mm_srli_epi32(high, 2), _mm_setr_epi32(0, top2, 0, top2));
+    return _mm_or_si128(low, high);
 }
 
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
@@ -4074,8 +4008,9 @@ MOE__V __m256i MOE__(v_act_round)(const float *x, __m256 scale, __m256 on) {
 }
 #endif
 
-/* 32 values to int8; inverse = 0 gives zeros whatever x is. Result: the sums of four neighbours. */
-MOE__V __m256i MOE__(v_act_pack)(const float *x, float inverse, int8_t *q) {
+/* 32 values to int8, 16 to `low`, 16 to `high`; inverse = 0 gives zeros whatever x is. Result: the */
+/* sums of four neighbours. */
+MOE__V __m256i MOE__(v_act_pack)(const float *x, float inverse, int8_t *low, int8_t *high) {
     MOE__VF scale = MOE__MM(set1_ps)(inverse);
 #if MOE__ISA == 3
     __mmask16 on = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ);
@@ -4093,7 +4028,8 @@ MOE__V __m256i MOE__(v_act_pack)(const float *x, float inverse, int8_t *q) {
     __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd),
                                                 _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 #endif
-    _mm256_storeu_si256((__m256i *)(void *)q, bytes);
+    _mm_storeu_si128((__m128i *)(void *)low, _mm256_castsi256_si128(bytes));
+    _mm_storeu_si128((__m128i *)(void *)high, _mm256_extracti128_si256(bytes, 1));
     __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
@@ -4110,7 +4046,8 @@ MOE__K void MOE__(quantize_q32)(const float *x, int64_t n, void *act) {
             MOE__VI peak = MOE__(v_zero)();
             for (int i = 0; i < 32; i += MOE__VFLOATS) peak = MOE__(v_peak)(peak, x + 32 * j + i);
             float inverse = MOE__(v_act_scale)(peak, &record->d[j]);
-            __m256i sums = MOE__(v_act_pack)(x + 32 * j, inverse, record->q + 32 * j);
+            int8_t *q = record->q + moe__act32_at(32 * j);
+            __m256i sums = MOE__(v_act_pack)(x + 32 * j, inverse, q, q + 64);
             __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums),
                                       _mm256_extracti128_si256(sums, 1));
             s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
@@ -4129,10 +4066,10 @@ MOE__K void MOE__(quantize_q256)(const float *x, int64_t n, void *act) {
         for (int i = 0; i < 2; i++) {
             const float *from = x + 128 * i;
             int8_t *q = record->q + 128 * i;
-            __m256i ab = _mm256_hadd_epi32(MOE__(v_act_pack)(from, inverse, q),
-                                           MOE__(v_act_pack)(from + 32, inverse, q + 32));
-            __m256i cd = _mm256_hadd_epi32(MOE__(v_act_pack)(from + 64, inverse, q + 64),
-                                           MOE__(v_act_pack)(from + 96, inverse, q + 96));
+            __m256i ab = _mm256_hadd_epi32(MOE__(v_act_pack)(from, inverse, q, q + 16),
+                                           MOE__(v_act_pack)(from + 32, inverse, q + 32, q + 48));
+            __m256i cd = _mm256_hadd_epi32(MOE__(v_act_pack)(from + 64, inverse, q + 64, q + 80),
+                                           MOE__(v_act_pack)(from + 96, inverse, q + 96, q + 112));
             /* Sums of 16 values, numbers 0 2 4 6 | 1 3 5 7 of these 128. */
             __m256i sums = _mm256_hadd_epi32(ab, cd);
             sums = _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
@@ -4148,240 +4085,171 @@ MOE__K void MOE__(quantize_q256)(const float *x, int64_t n, void *act) {
     }
 }
 
-/* ---- dot products: groups of rows ------------------------------------------------------------ */
-
-/* Kernels compute 2 or 4 rows at once, which share the loads of the activations. Where the last */
-/* group lacks rows, its last row is read again and computed in vain: a row's result does not */
-/* depend on its place in a group, nor on how rows are dealt to threads. */
-
-/* w[r] = row r of a group that begins at `rows`; `left` rows are there. */
-MOE__V void MOE__(v_rows)(const uint8_t *rows, size_t row_size, int64_t left, int count,
-                          const uint8_t **w) {
-    w[0] = rows;
-    w[1] = left > 1 ? rows + row_size : rows;
-    if (count == 4) {
-        w[2] = left > 2 ? w[1] + row_size : w[1];
-        w[3] = left > 3 ? w[2] + row_size : w[2];
-    }
+MOE__V float MOE__(u_f16)(const uint8_t *p) {
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(moe__load_u16(p))));
 }
 
-/* Fetches `size` bytes into L2, from 8 KiB behind the group of rows at `group`: hardware */
-/* prefetchers do not see through rows read side by side. `done` bytes of the group have been */
-/* read, so that the fetches walk on line after line, through the next groups up to `end`. */
-/* (Measured on Zen 4: 0.2-0.4 of the speed of plain reading without, 0.8-1.0 with it; 0.5 when */
-/* fetched into L1, which then stalls.) */
-MOE__V void MOE__(v_prefetch)(const uint8_t *group, size_t group_size, size_t done,
-                              const uint8_t *end, const int size) {
-    uintptr_t at = (uintptr_t)group + group_size + 8192 + done;
+/* ---- dot products: reading rows -------------------------------------------------------------- */
+
+/* Rows are read from the first byte to the last, one after the other: hardware prefetchers follow */
+/* a single stream at the speed of memory, but not rows side by side (measured on Zen 4: 0.91 of */
+/* plain reading against 0.65). A fetch some pages ahead bridges where they stop, at the end of a */
+/* page. Each row is summed by itself, so it has the same bits wherever it lies. */
+enum { MOE__(AHEAD) = 4096 };
+
+/* Fetches `size` bytes that lie AHEAD of p, but nothing from `end` on. */
+MOE__V void MOE__(v_fetch)(const uint8_t *p, const uint8_t *end, const int size) {
+    const uintptr_t at = (uintptr_t)p + MOE__(AHEAD);
     if (at >= (uintptr_t)end) return;
-    MOE__UNROLL(32)
-    for (int i = 0; i < size; i += 64) _mm_prefetch((const char *)(at + (size_t)i), _MM_HINT_T1);
+    MOE__UNROLL(8)
+    for (int i = 0; i < size; i += 64) _mm_prefetch((const char *)at + i, _MM_HINT_T0);
 }
 
-/* Stores the results of the rows that are there. */
-MOE__V void MOE__(v_store_rows)(float *out, int64_t left, int count, __m128 results) {
-    if (count == 4 && left > 3) {
-        _mm_storeu_ps(out, results);
-        return;
-    }
-    _mm_store_ss(out, results);
-    if (left > 1) _mm_store_ss(out + 1, _mm_movehdup_ps(results));
-    if (count == 4 && left > 2) _mm_store_ss(out + 2, _mm_movehl_ps(results, results));
+MOE__V float MOE__(u_sum)(__m256 x) {
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
 
 /* ---- dot products: K-quants ------------------------------------------------------------------ */
 
-/* One row per lane. Per block of 256 weights: */
+/* Per block of 256 weights, in every instruction set on 256 bits (u_): */
 /*   unsigned levels x activations -> sums of two, int16 -> x block scales -> sums in int32 */
-/*   -> the lanes of row r added into lane r -> float -> x d of the row and of the activations */
+/*   -> float -> x d of the row and of the activations */
 /* Bounds, with |activation| <= 127: the sums of two are at most 2*15*127 = 3810 (Q4_K), 7874 */
-/* (Q5_K), 16002 (Q6_K), so int16 holds them. An int32 of lane r sums 64 products times their */
-/* scales: at most 64*15*127*63 = 7.7e6 (Q4_K), 1.6e7 (Q5_K): both below 2^24, exact as floats; */
-/* and Q6_K 64*63*127*128 = 6.6e7, less an offset of 3.3e7. */
+/* (Q5_K), 16002 (Q6_K), so int16 holds them. An int32 sums 32 products times their scales: at */
+/* most 32*31*127*63 = 7.9e6 (Q5_K), exact as a float; Q6_K: 32*63*127*128 = 3.3e7, less an */
+/* offset of 1.7e7, which a float rounds in its last two bits at most. */
 
-/* pshufb index that fills lane 0 with copies of its int16 number a, lane 1 with those of number */
-/* b, lanes 2 and 3 (AVX-512) of c and d. Adding 2 to every byte moves on to the next numbers. */
-MOE__V MOE__VI MOE__(v_copy_i16)(int a, int b, int c, int d) {
-    const int64_t first = 0x0100010001000100, next = 0x0202020202020202;
-    const int64_t at_a = first + a * next, at_b = first + b * next;
+/* acc + the sums of two neighbouring int16 products */
+MOE__V __m256i MOE__(u_dot_i16)(__m256i acc, __m256i a, __m256i b) {
 #if MOE__ISA == 3
-    const int64_t at_c = first + c * next, at_d = first + d * next;
-    return _mm512_setr_epi64(at_a, at_a, at_b, at_b, at_c, at_c, at_d, at_d);
+    return _mm256_dpwssd_epi32(acc, a, b);
 #else
-    (void)c;
-    (void)d;
-    return _mm256_setr_epi64x(at_a, at_a, at_b, at_b);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 #endif
 }
-
-/* The sum of the four int32 of a lane, in all of them. */
-MOE__V MOE__VI MOE__(v_total)(MOE__VI x) {
-    x = MOE__MM(add_epi32)(x, MOE__MM(shuffle_epi32)(x, (_MM_PERM_ENUM)0x4E));
-    return MOE__MM(add_epi32)(x, MOE__MM(shuffle_epi32)(x, (_MM_PERM_ENUM)0xB1));
+/* a | (b & mask) */
+MOE__V __m256i MOE__(u_or_and)(__m256i a, __m256i b, __m256i mask) {
+    return _mm256_or_si256(a, _mm256_and_si256(b, mask));
+}
+/* int16 shifted left by n, right by -n */
+MOE__V __m256i MOE__(u_shift_i16)(__m256i x, const int n) {
+    if (n == 0) return x;
+    return n > 0 ? _mm256_slli_epi16(x, n) : _mm256_srli_epi16(x, -n);
+}
+/* x, in a register: GCC would load it again for each use, or make a constant again in a loop. */
+MOE__V __m256i MOE__(u_keep)(__m256i x) {
+    __asm__ volatile("" : "+v"(x));
+    return x;
+}
+/* pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the high */
+/* lane in the high one */
+MOE__V __m256i MOE__(u_copy_i16)(const int a, const int b) {
+    const short copy_a = (short)(0x0100 + 0x0202 * a), copy_b = (short)(0x0100 + 0x0202 * b);
+    return MOE__(u_keep)(
+        _mm256_inserti128_si256(_mm256_set1_epi16(copy_a), _mm_set1_epi16(copy_b), 1));
 }
 
-/* p[0..31], in AVX-512 with q[0..31] above it */
-MOE__V MOE__VI MOE__(v_load_pair)(const int8_t *p, const int8_t *q) {
-#if MOE__ISA == 3
-    __m256i low = MOE__(v_load_256)(p);
-    __m256i high = MOE__(v_load_256)(q);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-#else
-    (void)q;
-    return MOE__(v_load)(p);
-#endif
-}
-
-/* 32 bytes of high bits; in AVX-512 with a copy above, shifted right by the two bits that the 32 */
-/* weights before it take. Bits from neighbour bytes are masked out by the caller. */
-MOE__V MOE__VI MOE__(v_load_bits)(const uint8_t *p) {
-    MOE__VI bits = MOE__(v_load32)(p);
-#if MOE__ISA == 3
-    bits = _mm512_srlv_epi64(bits, _mm512_setr_epi64(0, 0, 0, 0, 2, 2, 2, 2));
-#endif
-    return bits;
-}
-
-/* Q4_K, and Q5_K with fifth = 1. A vector of bytes holds 32 or 64 low levels and, in the high */
-/* half of its bytes, the levels of the 32 weights after each. */
-MOE__V void MOE__(v_dot_q45_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+/* Q4_K, and Q5_K with fifth = 1. 32 bytes hold the levels of 32 weights in their low halves and */
+/* of the next 32 in their high ones. */
+MOE__V void MOE__(u_dot_q45_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                                const void *x, float *out, const int fifth) {
-    const size_t block_size = fifth ? 176 : 144, low_at = fifth ? 48 : 16;
-    const MOE__VI nibble = MOE__MM(set1_epi8)(15), bit4 = MOE__MM(set1_epi8)(16);
+    const int size = fifth ? 176 : 144, low_at = fifth ? 48 : 16;
+    const __m256i nibble = _mm256_set1_epi8(15), bit4 = _mm256_set1_epi8(16);
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    for (int64_t row = 0; row < n_rows; row += MOE__LANES) {
+    __m256i copy[8];
+    MOE__UNROLL(8) for (int i = 0; i < 8; i++) copy[i] = MOE__(u_copy_i16)(i, i);
+    for (int64_t r = 0; r < n_rows; r++) {
+        const uint8_t *b = rows + (size_t)r * row_size;
         const moe__act256 *a = (const moe__act256 *)x, *end = a + n / 256;
-        const uint8_t *w[MOE__LANES];
-        MOE__VF sum = MOE__MM(setzero_ps)();
-        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, MOE__LANES, w);
-        for (size_t at = 0; a < end; a++, at += block_size) {
-            MOE__(v_prefetch)(w[0], MOE__LANES * row_size, MOE__LANES * at, rows_end,
-                              MOE__LANES * (int)block_size);
-            MOE__VI header = MOE__(v_load16_rows)(w, at), acc[MOE__LANES];
-            MOE__VI scales = MOE__(v_unpack_scales)(header);
-            MOE__VI mins = MOE__MM(unpackhi_epi8)(scales, MOE__(v_zero)());
-            mins = MOE__MM(madd_epi16)(mins, MOE__(v_load16)(a->sum32));
-            scales = MOE__MM(unpacklo_epi8)(scales, MOE__(v_zero)());
-            MOE__VF d, dmin = MOE__(v_lane_f16)(header, 1);
-            dmin = MOE__MM(mul_ps)(dmin, MOE__MM(set1_ps)(a->d));
-            sum = MOE__MM(fnmadd_ps)(MOE__MM(cvtepi32_ps)(mins), dmin, sum);
-            MOE__SETTLE(sum);
-            MOE__VI copy = MOE__(v_copy_i16)(0, 0, 2, 2);
-#define MOE__ROW(r)                                     \
-    const MOE__VI scales##r = MOE__LANE(scales, r);     \
-    acc[r] = MOE__(v_zero)();
-            MOE__EACH_LANE(MOE__ROW)
-#undef MOE__ROW
+        __m256 sum = _mm256_setzero_ps();
+        __m128 min_sum = _mm_setzero_ps();
+        for (; a < end; a++, b += size) {
+            MOE__(v_fetch)(b, rows_end, size);
+            const __m128i header = MOE__(v_load_128)(b), zero = _mm_setzero_si128();
+            const __m128i six = MOE__(u_unpack_scales)(header);
+            const __m128 d = _mm_mul_ps(_mm_cvtph_ps(header), _mm_set1_ps(a->d)); /* d, dmin */
+            const __m128i mins = _mm_madd_epi16(_mm_unpackhi_epi8(six, zero),
+                                                MOE__(v_load_128)(a->sum32));
+            min_sum = _mm_fnmadd_ps(_mm_cvtepi32_ps(mins), _mm_shuffle_ps(d, d, 0x55), min_sum);
+            const __m256i scales = _mm256_broadcastsi128_si256(_mm_unpacklo_epi8(six, zero));
+            const __m256i bits = fifth ? MOE__(v_load_256)(b + 16) : _mm256_setzero_si256();
+            __m256i low_sum = _mm256_setzero_si256(), high_sum = low_sum;
             MOE__UNROLL(4)
-            for (int c = 0; c < 128; c += MOE__VBYTES) {
-                const int8_t *q = a->q + 2 * c;
-                const MOE__VI a_low = MOE__(v_load_pair)(q, q + 64);
-                const MOE__VI a_high = MOE__(v_load_pair)(q + 32, q + 96);
-                const MOE__VI copy_high = MOE__MM(add_epi8)(copy, MOE__MM(set1_epi8)(2));
-#define MOE__ROW(r)                                                                        \
-    {                                                                                      \
-        MOE__VI b = MOE__(v_load)(w[r] + at + low_at + c);                                 \
-        MOE__VI low = MOE__(v_and)(b, nibble);                                             \
-        MOE__VI high = MOE__(v_and)(MOE__MM(srli_epi16)(b, 4), nibble);                    \
-        if (fifth) {                                                                       \
-            MOE__VI bits = MOE__(v_load_bits)(w[r] + at + 16);                             \
-            low = MOE__(v_or_and)(low, MOE__(v_shift_i16)(bits, 4 - c / 16), bit4);        \
-            high = MOE__(v_or_and)(high, MOE__(v_shift_i16)(bits, 3 - c / 16), bit4);      \
-        }                                                                                  \
-        acc[r] = MOE__(v_dot_i16)(acc[r], MOE__MM(maddubs_epi16)(low, a_low),              \
-                                  MOE__MM(shuffle_epi8)(scales##r, copy));                 \
-        acc[r] = MOE__(v_dot_i16)(acc[r], MOE__MM(maddubs_epi16)(high, a_high),            \
-                                  MOE__MM(shuffle_epi8)(scales##r, copy_high));            \
-        MOE__SETTLE(acc[r]);                                                               \
-    }
-                MOE__EACH_LANE(MOE__ROW)
-#undef MOE__ROW
-                copy = MOE__MM(add_epi8)(copy, MOE__MM(set1_epi8)(MOE__VBYTES / 8));
+            for (int c = 0; c < 4; c++) {
+                const __m256i q = MOE__(u_keep)(MOE__(v_load_256)(b + low_at + 32 * c));
+                __m256i low = _mm256_and_si256(q, nibble);
+                __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble);
+                if (fifth) {
+                    low = MOE__(u_or_and)(low, MOE__(u_shift_i16)(bits, 4 - 2 * c), bit4);
+                    high = MOE__(u_or_and)(high, MOE__(u_shift_i16)(bits, 3 - 2 * c), bit4);
+                }
+                low = _mm256_maddubs_epi16(low, MOE__(v_load_256)(a->q + 64 * c));
+                high = _mm256_maddubs_epi16(high, MOE__(v_load_256)(a->q + 64 * c + 32));
+                low_sum = MOE__(u_dot_i16)(low_sum, low,
+                                           _mm256_shuffle_epi8(scales, copy[2 * c]));
+                high_sum = MOE__(u_dot_i16)(high_sum, high,
+                                            _mm256_shuffle_epi8(scales, copy[2 * c + 1]));
             }
-            d = MOE__(v_lane_f16)(MOE__(v_load16_rows)(w, at), 0);
-            d = MOE__MM(mul_ps)(d, MOE__MM(set1_ps)(a->d));
-            sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(MOE__(v_add_lanes)(acc)), d, sum);
+            low_sum = _mm256_add_epi32(low_sum, high_sum);
+            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low_sum), _mm256_broadcastss_ps(d), sum);
         }
-        MOE__(v_store_rows)(out + row, n_rows - row, MOE__LANES, MOE__(v_lane_sums)(sum));
+        out[r] = MOE__(u_sum)(_mm256_add_ps(sum, _mm256_zextps128_ps256(min_sum)));
     }
 }
 
 MOE__K void MOE__(dot_q4_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                             const void *x, float *out) {
-    MOE__(v_dot_q45_k)(rows, row_size, n_rows, n, x, out, 0);
+    MOE__(u_dot_q45_k)(rows, row_size, n_rows, n, x, out, 0);
 }
 
 MOE__K void MOE__(dot_q5_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                             const void *x, float *out) {
-    MOE__(v_dot_q45_k)(rows, row_size, n_rows, n, x, out, 1);
+    MOE__(u_dot_q45_k)(rows, row_size, n_rows, n, x, out, 1);
 }
 
-/* Levels are unsigned, 32 too large; sum(scale * 32 * activations) is subtracted per block. The */
-/* int32 of a lane are added up before they become a float: each alone may not fit its 24 bits. */
+/* Levels are unsigned, 32 too large; sum(scale * 32 * activations) is subtracted per block. In a */
+/* vector of 32 weights, the lanes have scales of their own. */
 MOE__K void MOE__(dot_q6_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                             const void *x, float *out) {
-    const MOE__VI nibble = MOE__MM(set1_epi8)(15), bits45 = MOE__MM(set1_epi8)(0x30);
+    const __m256i nibble = _mm256_set1_epi8(15), bits45 = _mm256_set1_epi8(0x30);
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    for (int64_t row = 0; row < n_rows; row += MOE__LANES) {
+    __m256i copy[4];
+    MOE__UNROLL(4) for (int i = 0; i < 4; i++) copy[i] = MOE__(u_copy_i16)(2 * i, 2 * i + 1);
+    for (int64_t r = 0; r < n_rows; r++) {
+        const uint8_t *b = rows + (size_t)r * row_size;
         const moe__act256 *a = (const moe__act256 *)x, *end = a + n / 256;
-        const uint8_t *w[MOE__LANES];
-        MOE__VF sum = MOE__MM(setzero_ps)();
-        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, MOE__LANES, w);
-        for (size_t at = 0; a < end; a++, at += 210) {
-            MOE__(v_prefetch)(w[0], MOE__LANES * row_size, MOE__LANES * at, rows_end,
-                              MOE__LANES * 210);
-            const MOE__VI zero = MOE__(v_zero)();
-            MOE__VI offset = zero;
-            MOE__VI acc[MOE__LANES];
-#define MOE__ROW(r) acc[r] = zero;
-            MOE__EACH_LANE(MOE__ROW)
-#undef MOE__ROW
+        __m256 sum = _mm256_setzero_ps();
+        for (; a < end; a++, b += 210) {
+            MOE__(v_fetch)(b, rows_end, 210);
+            const __m256i scales = _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 192));
+            const __m256i zero = _mm256_setzero_si256();
+            const __m256i offset = MOE__(u_dot_i16)(zero, scales, MOE__(v_load_256)(a->sum16));
+            __m256i even = zero, odd = zero;
             MOE__UNROLL(2)
-            for (int half = 0; half < 2; half++) {
-                MOE__VI copy = MOE__(v_copy_i16)(0, 1, 2, 3);
-                const MOE__VI bytes = MOE__(v_load16_rows)(w, at + 192);
-                MOE__VI scales = half ? MOE__MM(unpackhi_epi8)(zero, bytes)
-                                      : MOE__MM(unpacklo_epi8)(zero, bytes);
-                scales = MOE__MM(srai_epi16)(scales, 8);
-                offset = MOE__(v_dot_i16)(offset, scales, MOE__(v_load16)(a->sum16 + 8 * half));
-                MOE__SETTLE(offset);
-                MOE__SETTLE(sum);
-#define MOE__ROW(r) const MOE__VI scales##r = MOE__LANE(scales, r);
-                MOE__EACH_LANE(MOE__ROW)
-#undef MOE__ROW
+            for (int h = 0; h < 2; h++) {
+                const __m256i s = _mm256_permute4x64_epi64(scales, h ? 0xEE : 0x44);
+                const __m256i bits = MOE__(u_keep)(MOE__(v_load_256)(b + 128 + 32 * h));
                 MOE__UNROLL(2)
-                for (int c = 0; c < 64; c += MOE__VBYTES) {
-                    const int8_t *q = a->q + 128 * half + c;
-                    const MOE__VI copy_high = MOE__MM(add_epi8)(copy, MOE__MM(set1_epi8)(8));
-#define MOE__ROW(r)                                                                        \
-    {                                                                                      \
-        MOE__VI b = MOE__(v_load)(w[r] + at + 64 * half + c);                              \
-        MOE__VI low = MOE__(v_and)(b, nibble);                                             \
-        MOE__VI high = MOE__(v_and)(MOE__MM(srli_epi16)(b, 4), nibble);                    \
-        MOE__VI bits = MOE__(v_load_bits)(w[r] + at + 128 + 32 * half);                    \
-        low = MOE__(v_or_and)(low, MOE__(v_shift_i16)(bits, 4 - c / 16), bits45);          \
-        high = MOE__(v_or_and)(high, MOE__(v_shift_i16)(bits, -c / 16), bits45);           \
-        low = MOE__MM(maddubs_epi16)(low, MOE__(v_load)(q));                               \
-        high = MOE__MM(maddubs_epi16)(high, MOE__(v_load)(q + 64));                        \
-        acc[r] = MOE__(v_dot_i16)(acc[r], low, MOE__MM(shuffle_epi8)(scales##r, copy));    \
-        acc[r] = MOE__(v_dot_i16)(acc[r], high, MOE__MM(shuffle_epi8)(scales##r, copy_high)); \
-        MOE__SETTLE(acc[r]);                                                               \
-    }
-                    MOE__EACH_LANE(MOE__ROW)
-#undef MOE__ROW
-                    copy = MOE__MM(add_epi8)(copy, MOE__MM(set1_epi8)(4));
+                for (int c = 0; c < 2; c++) { /* low halves: vector c, high ones: c + 2 */
+                    const __m256i q = MOE__(u_keep)(MOE__(v_load_256)(b + 64 * h + 32 * c));
+                    const int8_t *act = a->q + 128 * h + 32 * c;
+                    __m256i low = _mm256_and_si256(q, nibble);
+                    __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble);
+                    low = MOE__(u_or_and)(low, MOE__(u_shift_i16)(bits, 4 - 2 * c), bits45);
+                    high = MOE__(u_or_and)(high, MOE__(u_shift_i16)(bits, -2 * c), bits45);
+                    low = _mm256_maddubs_epi16(low, MOE__(v_load_256)(act));
+                    high = _mm256_maddubs_epi16(high, MOE__(v_load_256)(act + 64));
+                    even = MOE__(u_dot_i16)(even, low, _mm256_shuffle_epi8(s, copy[c]));
+                    odd = MOE__(u_dot_i16)(odd, high, _mm256_shuffle_epi8(s, copy[c + 2]));
                 }
             }
-            /* d is the f16 before byte 210: number 7 of the 16 bytes at 194. */
-            const MOE__VF d = MOE__(v_lane_f16)(MOE__(v_load16_rows)(w, at + 194), 7);
-            MOE__VI total = MOE__MM(sub_epi32)(MOE__(v_add_lanes)(acc),
-                                               MOE__MM(slli_epi32)(offset, 5));
-            total = MOE__(v_total)(total);
-            sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(total),
-                                    MOE__MM(mul_ps)(d, MOE__MM(set1_ps)(a->d)), sum);
+            even = _mm256_sub_epi32(_mm256_add_epi32(even, odd), _mm256_slli_epi32(offset, 5));
+            const __m256 d = _mm256_set1_ps(MOE__(u_f16)(b + 208) * a->d);
+            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(even), d, sum);
         }
-        sum = MOE__MM(mul_ps)(sum, MOE__MM(set1_ps)(0.25f)); /* four times the same in a lane */
-        MOE__(v_store_rows)(out + row, n_rows - row, MOE__LANES, MOE__(v_lane_sums)(sum));
+        out[r] = MOE__(u_sum)(sum);
     }
 }
 
@@ -4395,56 +4263,41 @@ MOE__V MOE__VF MOE__(v_load_weights)(const uint8_t *p, const int type) {
 }
 
 MOE__V float MOE__(v_load_weight)(const uint8_t *p, const int type) {
-    if (type == MOE__INDEX_F16)
-        return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(moe__load_u16(p))));
+    if (type == MOE__INDEX_F16) return MOE__(u_f16)(p);
     if (type == MOE__INDEX_BF16) return moe__bf16_to_f32(moe__load_u16(p));
     return moe__load_f32(p);
 }
 
-/* Two sums per row, so that eight chains of multiply-adds hide each other's latency. */
+/* Four sums, so that chains of multiply-adds hide each other's latency. */
 MOE__V void MOE__(v_dot_float)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                                const void *x, float *out, const int type) {
     const size_t size = type == MOE__INDEX_F32 ? 4 : 2;
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    for (int64_t row = 0; row < n_rows; row += 4) {
+    for (int64_t r = 0; r < n_rows; r++) {
+        const uint8_t *w = rows + (size_t)r * row_size;
         const float *a = (const float *)x;
-        const uint8_t *w[4];
-        MOE__VF even[4], odd[4];
+        MOE__VF sum0 = MOE__MM(setzero_ps)(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
         int64_t i = 0;
-        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, 4, w);
-#define MOE__ROW(r) even[r] = odd[r] = MOE__MM(setzero_ps)();
-        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-#define MOE__ROW(r, sum, from)                                                                  \
-    sum[r] = MOE__MM(fmadd_ps)(MOE__(v_load_weights)(w[r] + size * (size_t)(from), type), a_##sum, \
-                               sum[r]);
-        for (; i + 2 * MOE__VFLOATS <= n; i += 2 * MOE__VFLOATS) {
-            MOE__VF a_even = MOE__MM(loadu_ps)(a + i);
-            MOE__VF a_odd = MOE__MM(loadu_ps)(a + i + MOE__VFLOATS);
-            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * size * (size_t)i, rows_end,
-                              8 * MOE__VFLOATS * (int)size);
-            MOE__ROW(0, even, i) MOE__ROW(0, odd, i + MOE__VFLOATS)
-            MOE__ROW(1, even, i) MOE__ROW(1, odd, i + MOE__VFLOATS)
-            MOE__ROW(2, even, i) MOE__ROW(2, odd, i + MOE__VFLOATS)
-            MOE__ROW(3, even, i) MOE__ROW(3, odd, i + MOE__VFLOATS)
+#define MOE__STEP(sum, k)                                                                      \
+    sum = MOE__MM(fmadd_ps)(                                                                   \
+        MOE__(v_load_weights)(w + size * (size_t)(i + (k) * MOE__VFLOATS), type),              \
+        MOE__MM(loadu_ps)(a + i + (k) * MOE__VFLOATS), sum)
+        for (; i + 4 * MOE__VFLOATS <= n; i += 4 * MOE__VFLOATS) {
+            MOE__(v_fetch)(w + size * (size_t)i, rows_end, 4 * MOE__VFLOATS * (int)size);
+            MOE__STEP(sum0, 0);
+            MOE__STEP(sum1, 1);
+            MOE__STEP(sum2, 2);
+            MOE__STEP(sum3, 3);
         }
-        if (i + MOE__VFLOATS <= n) {
-            MOE__VF a_even = MOE__MM(loadu_ps)(a + i);
-            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * size * (size_t)i, rows_end,
-                              4 * MOE__VFLOATS * (int)size);
-            MOE__ROW(0, even, i) MOE__ROW(1, even, i) MOE__ROW(2, even, i) MOE__ROW(3, even, i)
-            i += MOE__VFLOATS;
-        }
-#undef MOE__ROW
-#define MOE__ROW(r) MOE__(v_fold)(MOE__MM(add_ps)(even[r], odd[r]))
-        __m128 total = MOE__(v_sum4)(MOE__ROW(0), MOE__ROW(1), MOE__ROW(2), MOE__ROW(3));
-#undef MOE__ROW
-#define MOE__ROW(r) MOE__(v_load_weight)(w[r] + size * (size_t)i, type)
-        for (; i < n; i++)
-            total = _mm_fmadd_ps(_mm_setr_ps(MOE__ROW(0), MOE__ROW(1), MOE__ROW(2), MOE__ROW(3)),
-                                 _mm_set1_ps(a[i]), total);
-#undef MOE__ROW
-        MOE__(v_store_rows)(out + row, n_rows - row, 4, total);
+        for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS) MOE__STEP(sum0, 0);
+#undef MOE__STEP
+        sum0 = MOE__MM(add_ps)(MOE__MM(add_ps)(sum0, sum1), MOE__MM(add_ps)(sum2, sum3));
+        float total = MOE__(u_sum)(MOE__(v_fold)(sum0));
+        for (; i < n; i++) /* fused as written: C and C++ give the same bits */
+            total = _mm_cvtss_f32(_mm_fmadd_ss(
+                _mm_set_ss(MOE__(v_load_weight)(w + size * (size_t)i, type)), _mm_set_ss(a[i]),
+                _mm_set_ss(total)));
+        out[r] = total;
     }
 }
 
@@ -4508,9 +4361,6 @@ MOE__V __m256i MOE__(u_dot_u8)(__m256i acc, __m256i a, __m256i b) {
     return _mm256_dpbusd_epi32(acc, a, b);
 }
 #endif
-MOE__V float MOE__(u_f16)(const uint8_t *p) {
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(moe__load_u16(p))));
-}
 /* a0 b0 a1 b1 ... */
 MOE__V void MOE__(u_pairs)(__m256 *out, __m256 a, __m256 b) {
     __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
@@ -4541,6 +4391,13 @@ MOE__V __m256i MOE__(u_lookup)(const int8_t *table, __m256i x, const int n) {
         y = _mm256_blendv_epi8(y, _mm256_shuffle_epi8(more, x), here);
     }
     return y;
+}
+
+/* Values 32 j .. 32 j + 31 of moe__act32.q */
+MOE__V __m256i MOE__(u_act32)(const int8_t *q, int j) {
+    q += moe__act32_at(32 * j);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(MOE__(v_load_128)(q)),
+                                   MOE__(v_load_128)(q + 64), 1);
 }
 
 /* ---- unpacking blocks ------------------------------------------------------------------------ */
@@ -4715,12 +4572,7 @@ MOE__ROW_256(q3_k) {
 }
 
 MOE__V void MOE__(u_head)(const uint8_t *b, moe__block *out) {
-    MOE__VI x = MOE__(v_unpack_scales)(MOE__(v_lanes)(MOE__(v_load_128)(b)));
-#if MOE__ISA == 3
-    __m128i scales = _mm512_castsi512_si128(x);
-#else
-    __m128i scales = _mm256_castsi256_si128(x);
-#endif
+    const __m128i scales = MOE__(u_unpack_scales)(MOE__(v_load_128)(b));
     MOE__(u_scales8)(out->scale, _mm256_cvtepu8_epi32(scales), MOE__(u_f16)(b));
     MOE__(u_scales8)(out->min, _mm256_cvtepu8_epi32(_mm_srli_si128(scales, 8)),
                      MOE__(u_f16)(b + 2));
@@ -5454,7 +5306,7 @@ MOE__V void MOE__(reader_next)(MOE__(reader) *reader, int n, moe__block *out) {
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 /* Activations of 256 weights. */
 typedef struct MOE__(block_acts) {
-    const int8_t *q;
+    __m256i q[8];
     __m256 d[2], sum[2]; /* per 16 weights: their scale, and their sum times the scale */
 } MOE__(block_acts);
 
@@ -5481,7 +5333,7 @@ MOE__V void MOE__(u_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, cons
         sum = _mm256_mul_ps(sum, _mm256_sub_ps(zero, d));
         MOE__(u_pairs)(out->d, d, d);
         MOE__(u_pairs)(out->sum, sum, zero);
-        out->q = a->q;
+        for (int j = 0; j < 8; j++) out->q[j] = MOE__(u_act32)(a->q, j);
     } else {
         const moe__act256 *a = (const moe__act256 *)x + i;
         const __m256 d = _mm256_set1_ps(a->d);
@@ -5490,7 +5342,7 @@ MOE__V void MOE__(u_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, cons
         out->d[0] = out->d[1] = d;
         out->sum[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(low), d);
         out->sum[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(high), d);
-        out->q = a->q;
+        for (int j = 0; j < 8; j++) out->q[j] = MOE__(v_load_256)(a->q + 32 * j);
     }
 }
 
@@ -5507,8 +5359,7 @@ MOE__V __m256 MOE__(u_add_block)(__m256 sum, const moe__block *block, const MOE_
     for (int j = 0; j < 8; j++) {
         const int i = 2 * (j % 4);
         const __m256i at = _mm256_setr_epi32(i, i, i, i, i + 1, i + 1, i + 1, i + 1);
-        const __m256i quads = MOE__(u_quads)(MOE__(v_load_256)(block->q + 32 * j),
-                                             MOE__(v_load_256)(a->q + 32 * j));
+        const __m256i quads = MOE__(u_quads)(MOE__(v_load_256)(block->q + 32 * j), a->q[j]);
         const __m256 d = _mm256_permutevar8x32_ps(scale[j / 4], at);
         if (j % 2) odd = _mm256_fmadd_ps(_mm256_cvtepi32_ps(quads), d, odd);
         else sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(quads), d, sum);
@@ -5553,9 +5404,8 @@ MOE__K void MOE__(dot_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack, c
                 for (int r = 0; r < reader.rows; r++)
                     sum[r] = MOE__(u_add_block)(sum[r], block + r, &acts, 1);
         }
-        for (int r = 0; r < reader.rows; r += 4)
-            MOE__(v_store_rows)(out + row + r, n_rows - row - r, 4,
-                                MOE__(v_sum4)(sum[r], sum[r + 1], sum[r + 2], sum[r + 3]));
+        for (int r = 0; r < (int)moe__min(reader.rows, n_rows - row); r++)
+            out[row + r] = MOE__(u_sum)(sum[r]);
     }
 }
 
@@ -5588,29 +5438,28 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
 
 /* ---- dot products: blocks of 32 -------------------------------------------------------------- */
 
-/* Levels x activations, summed in int32 to one or two numbers per block: an exact float. These */
-/* are brought into one vector with the numbers of other blocks, and multiplied with the scales */
-/* of weights and activations, brought into the same order. Levels are made unsigned by an */
-/* offset, a power of two; that times the negated sum of the activations makes up for it. */
+/* A vector holds some bytes of MOE__LANES neighbouring blocks of a row, one block per lane, and */
+/* so do the activations: first weights 0-15 of each block, then 16-31. Levels x activations are */
+/* summed in int32 to four numbers per lane: exact floats, which are multiplied with the scales */
+/* of weights and activations, spread over the lanes. */
 
-/* Of the types here: bytes per block, where the nibbles are, log2 of the offset. `type` is */
-/* always a constant index of the type table. */
-MOE__V size_t MOE__(q32_size)(const int type) {
+/* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes levels */
+/* unsigned. `type` is always a constant index of the type table. */
+MOE__V int MOE__(q32_size)(const int type) {
     return type == MOE__INDEX_Q8_0 ? 34 : type == MOE__INDEX_Q5_0 ? 22
                                       : type == MOE__INDEX_MXFP4 ? 17 : 18;
 }
-MOE__V size_t MOE__(q32_low)(const int type) {
+MOE__V int MOE__(q32_low)(const int type) {
     return type == MOE__INDEX_Q5_0 ? 6 : type == MOE__INDEX_MXFP4 ? 1 : 2;
 }
 MOE__V int MOE__(q32_shift)(const int type) {
     if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) return 7;
     return type == MOE__INDEX_Q4_0 ? 3 : 4;
 }
-/* The 16 unsigned levels of MXFP4 or IQ4_NL in every lane. */
-MOE__V MOE__VI MOE__(q32_table)(const int type) {
+/* The 16 levels of MXFP4 or IQ4_NL plus an offset, in every lane */
+MOE__V MOE__VI MOE__(q32_table)(const int type, const int offset) {
     const int8_t *table = type == MOE__INDEX_MXFP4 ? moe__levels_fp4 : moe__levels_k4;
-    const MOE__VI offset = MOE__MM(set1_epi8)((char)(1 << MOE__(q32_shift)(type)));
-    return MOE__MM(add_epi8)(MOE__(v_load16)(table), offset);
+    return MOE__MM(add_epi8)(MOE__(v_load16)(table), MOE__MM(set1_epi8)((char)offset));
 }
 /* v + add in bytes whose bit is set in x */
 MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int add) {
@@ -5622,7 +5471,6 @@ MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int a
     return _mm256_add_epi8(v, _mm256_and_si256(x, y));
 #endif
 }
-
 /* Exponents of MXFP4, int32, as floats, see moe__types_e8m0 */
 MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
     const MOE__VI tiny = MOE__MM(sllv_epi32)(MOE__MM(set1_epi32)(0x00200000), e);
@@ -5638,272 +5486,151 @@ MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
 }
 
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
-MOE__V float MOE__(q32_scale)(const uint8_t *block, const int type) {
-    return type == MOE__INDEX_MXFP4 ? moe__types_e8m0(block[0]) : MOE__(u_f16)(block);
+
+/* 16 bytes at `p` of each of MOE__LANES blocks from number `first` on; `count` are there, the */
+/* last is read again for those behind it. */
+MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int first, int count) {
+#define MOE__BLOCK(i) MOE__(v_load_128)(p + size * (int)moe__min(first + (i), count - 1))
+    __m256i low = _mm256_castsi128_si256(MOE__BLOCK(0));
+    low = _mm256_inserti128_si256(low, MOE__BLOCK(1), 1);
+#if MOE__ISA == 3
+    __m256i high = _mm256_castsi128_si256(MOE__BLOCK(2));
+    high = _mm256_inserti128_si256(high, MOE__BLOCK(3), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    return low;
+#endif
+#undef MOE__BLOCK
 }
 
-/* One block: sums of two products in int16, or of four in int32 for Q8_0 and IQ4_NL, whose */
-/* levels keep their sign: |w| * (a with w's sign) is w * a, for w = -128 too, at most 2*128*127 */
-/* = 32512. The others: 2*15*127 = 3810 (Q4_0), 7874 (Q5_0), 7112 (MXFP4), and four of these sums */
-/* fit too. */
-MOE__V __m256i MOE__(q32_block)(const uint8_t *block, const int8_t *q, const int type) {
-    __m256i w, a = MOE__(v_load_256)(q);
-    if (type == MOE__INDEX_Q8_0) w = MOE__(v_load_256)(block + 2);
-    else w = MOE__(u_nibbles)(block + MOE__(q32_low)(type));
-    if (type == MOE__INDEX_IQ4_NL) w = MOE__(u_lookup)(moe__levels_k4, w, 1);
-    if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) {
-        w = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
-        return _mm256_madd_epi16(w, _mm256_set1_epi16(1));
-    }
-    if (type == MOE__INDEX_MXFP4) {
-        w = MOE__(u_lookup)(moe__levels_fp4, w, 1);
-        w = _mm256_add_epi8(w, _mm256_set1_epi8(16));
-    }
-    if (type == MOE__INDEX_Q5_0) {
-        __m256i fifth = MOE__(u_mask)(moe__load_u32(block + 2));
-        w = _mm256_or_si256(w, _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
-    }
-    return _mm256_maddubs_epi16(w, a);
-}
-/* Whether q32_block's sums are int16 and its levels have the offset. */
-MOE__V int MOE__(q32_narrow)(const int type) {
-    return type != MOE__INDEX_Q8_0 && type != MOE__INDEX_IQ4_NL;
-}
-
-/* Scales of blocks 0-7 in the low half. */
-MOE__V __m128i MOE__(q32_scales)(const uint8_t *p, const int type) {
-    const size_t size = MOE__(q32_size)(type);
+/* The scales of eight blocks, `count` of which are there, as floats */
+MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, int count, const int type) {
+    const int size = MOE__(q32_size)(type);
     uint64_t low = 0, high = 0; /* put together outside the vector units, which are busy */
     if (type == MOE__INDEX_MXFP4) {
-        MOE__UNROLL(8) for (int i = 0; i < 8; i++) low |= (uint64_t)p[size * (size_t)i] << 8 * i;
-    } else {
-        MOE__UNROLL(4)
-        for (int i = 0; i < 4; i++) {
-            low |= (uint64_t)moe__load_u16(p + size * (size_t)i) << 16 * i;
-            high |= (uint64_t)moe__load_u16(p + size * (size_t)(i + 4)) << 16 * i;
-        }
+        MOE__UNROLL(8)
+        for (int i = 0; i < 8; i++) low |= (uint64_t)b[size * (int)moe__min(i, count - 1)] << 8 * i;
+        return MOE__AVX2(v_e8m0)(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)low)));
     }
-    return _mm_set_epi64x((int64_t)high, (int64_t)low);
+    MOE__UNROLL(4)
+    for (int i = 0; i < 4; i++) {
+        low |= (uint64_t)moe__load_u16(b + size * (int)moe__min(i, count - 1)) << 16 * i;
+        high |= (uint64_t)moe__load_u16(b + size * (int)moe__min(i + 4, count - 1)) << 16 * i;
+    }
+    return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)high, (int64_t)low));
 }
-/* q32_record: sum[r] += one record of row r, eight blocks that begin at w[r] + at. */
+
+/* Numbers first .. first + MOE__LANES - 1 of x: each fills a lane; or each is the first number of */
+/* a lane, the others are 0. */
+MOE__V MOE__VF MOE__(q32_spread)(__m256 x, const int first) {
 #if MOE__ISA == 3
-/* 16 bytes at `offset` of each of four blocks, 0-3 or 4-7 of a record. Blocks of an even size */
-/* are gathered by int16 from 128 bytes that begin or end with the record. */
-MOE__V __m512i MOE__(q32_load4)(const uint8_t *p, int first, size_t offset, const int type) {
-    static const int16_t at9[32] = {0,  1,  2,  3,  4,  5,  6,  7,  9,  10, 11,
-                                    12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23,
-                                    24, 25, 27, 28, 29, 30, 31, 32, 33, 34};
-    static const int16_t at11[32] = {0,  1,  2,  3,  4,  5,  6,  7,  11, 12, 13,
-                                     14, 15, 16, 17, 18, 22, 23, 24, 25, 26, 27,
-                                     28, 29, 33, 34, 35, 36, 37, 38, 39, 40};
-    const size_t size = MOE__(q32_size)(type), from = first ? 8 * size - 128 : 0;
-    if (type == MOE__INDEX_MXFP4) {
-        const uint8_t *block[4];
-        for (size_t i = 0; i < 4; i++) block[i] = p + ((size_t)first + i) * size;
-        return MOE__(v_load16_rows)(block, offset);
-    }
-    const int shift = (int)((size_t)first * size - from + offset) / 2;
-    const __m512i at = _mm512_add_epi16(MOE__(v_load)(size == 18 ? at9 : at11),
-                                        _mm512_set1_epi16((short)shift));
-    return _mm512_permutex2var_epi16(MOE__(v_load)(p + from), at, MOE__(v_load)(p + from + 64));
-}
-/* acc + four blocks x activations; the low and the high halves of their bytes are weights 0-15 */
-/* and 16-31, so each lane of sums is a block. */
-MOE__V __m512i MOE__(q32_add4)(__m512i acc, const uint8_t *p, int first, __m512i table,
-                               __m512i a_low, __m512i a_high, const int type) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    __m512i x = MOE__(q32_load4)(p, first, MOE__(q32_low)(type), type);
-    __m512i low = MOE__(v_and)(x, nibble);
-    __m512i high = MOE__(v_and)(_mm512_srli_epi16(x, 4), nibble);
-    if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL) {
-        low = _mm512_shuffle_epi8(table, low);
-        high = _mm512_shuffle_epi8(table, high);
-    }
-    if (type == MOE__INDEX_Q5_0) {
-        const __m512i byte = MOE__(v_lanes)(_mm_set_epi64x(0x0101010101010101, 0));
-        const __m512i bit = _mm512_set1_epi64((int64_t)0x8040201008040201);
-        const __m512i fifth = MOE__(q32_load4)(p, first, 2, type);
-        low = MOE__(v_add_where)(low, _mm512_shuffle_epi8(fifth, byte), bit, 16);
-        high = MOE__(v_add_where)(
-            high, _mm512_shuffle_epi8(fifth, _mm512_add_epi8(byte, _mm512_set1_epi8(2))), bit, 16);
-    }
-    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, low, a_low), high, a_high);
-}
-/* Scales of the eight blocks in the order d_at */
-MOE__V __m512 MOE__(q32_scales8)(const uint8_t *p, __m512i d_at, const int type) {
-    const __m128i scales = MOE__(q32_scales)(p, type);
-    if (type == MOE__INDEX_MXFP4)
-        return MOE__(v_e8m0)(_mm512_permutexvar_epi32(
-            d_at, _mm512_castsi256_si512(_mm256_cvtepu8_epi32(scales))));
-    return _mm512_permutexvar_ps(d_at, _mm512_castps256_ps512(_mm256_cvtph_ps(scales)));
-}
-MOE__V void MOE__(q32_record_nibbles)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                      __m512 *sum, const int type) {
-    const __m512i table = MOE__(q32_table)(type);
-    const __m512i q0 = MOE__(v_load)(a->q), q2 = MOE__(v_load)(a->q + 64);
-    const __m512i q4 = MOE__(v_load)(a->q + 128), q6 = MOE__(v_load)(a->q + 192);
-    const __m512i a0_low = _mm512_shuffle_i32x4(q0, q2, 0x88);
-    const __m512i a0_high = _mm512_shuffle_i32x4(q0, q2, 0xDD);
-    const __m512i a4_low = _mm512_shuffle_i32x4(q4, q6, 0x88);
-    const __m512i a4_high = _mm512_shuffle_i32x4(q4, q6, 0xDD);
-    /* A block's offset starts the first int32 of its lane. */
-    __m512i nsum = _mm512_castsi256_si512(
-        _mm256_slli_epi32(MOE__(v_load_256)(a->nsum), MOE__(q32_shift)(type)));
-    const __m512i lane0_at = _mm512_setr_epi32(0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0);
-    const __m512i lane4_at = _mm512_add_epi32(lane0_at, _mm512_set1_epi32(4));
-    const __m512i start0 = _mm512_maskz_permutexvar_epi32(0x1111, lane0_at, nsum);
-    const __m512i start4 = _mm512_maskz_permutexvar_epi32(0x1111, lane4_at, nsum);
-    /* When the two are added crosswise, lane l holds blocks l, l + 4, l, l + 4: the scales too. */
-    const __m512i d_at = _mm512_setr_epi32(0, 4, 0, 4, 1, 5, 1, 5, 2, 6, 2, 6, 3, 7, 3, 7);
-    const __m512 act_d =
-        _mm512_permutexvar_ps(d_at, _mm512_castps256_ps512(_mm256_loadu_ps(a->d)));
-#define MOE__ROW(r)                                                                              \
-    {                                                                                            \
-        const uint8_t *p = w[r] + at;                                                            \
-        __m512i s0 = MOE__(q32_add4)(start0, p, 0, table, a0_low, a0_high, type);                \
-        __m512i s4 = MOE__(q32_add4)(start4, p, 4, table, a4_low, a4_high, type);                \
-        __m512 d = MOE__(q32_scales8)(p, d_at, type);                                            \
-        s0 = _mm512_add_epi32(_mm512_unpacklo_epi32(s0, s4), _mm512_unpackhi_epi32(s0, s4));     \
-        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s0), _mm512_mul_ps(d, act_d), sum[r]);       \
-        MOE__SETTLE(sum[r]);                                                                     \
-    }
-    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-}
-
-/* Lane l of the result: the sum of lane l of a, that of b, of c, of d. */
-MOE__V MOE__VI MOE__(v_add_crosswise)(MOE__VI a, MOE__VI b, MOE__VI c, MOE__VI d) {
-    MOE__VI ab = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(a, b), MOE__MM(unpackhi_epi32)(a, b));
-    MOE__VI cd = MOE__MM(add_epi32)(MOE__MM(unpacklo_epi32)(c, d), MOE__MM(unpackhi_epi32)(c, d));
-    return MOE__MM(add_epi32)(MOE__MM(unpacklo_epi64)(ab, cd), MOE__MM(unpackhi_epi64)(ab, cd));
-}
-
-/* Blocks j (low half) and j + 4; levels are made unsigned. */
-MOE__V __m512i MOE__(q32_add_q8_0)(const uint8_t *block, __m512i a) {
-    __m512i b = MOE__(v_load_pair)((const int8_t *)block + 2, (const int8_t *)block + 2 + 4 * 34);
-    b = _mm512_xor_si512(b, _mm512_set1_epi8(-128));
-    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), b, a);
-}
-
-MOE__V void MOE__(q32_record_q8_0)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                                   __m512 *sum) {
-    const __m512i a0 = MOE__(v_load_pair)(a->q, a->q + 128);
-    const __m512i a1 = MOE__(v_load_pair)(a->q + 32, a->q + 160);
-    const __m512i a2 = MOE__(v_load_pair)(a->q + 64, a->q + 192);
-    const __m512i a3 = MOE__(v_load_pair)(a->q + 96, a->q + 224);
-    /* Added crosswise, lanes hold blocks 0-3 0-3 4-7 4-7. One of each two gets the offset. */
-    __m512 act_d = _mm512_castps256_ps512(_mm256_loadu_ps(a->d));
-    __m512i nsum = _mm512_castsi256_si512(_mm256_slli_epi32(MOE__(v_load_256)(a->nsum), 7));
-    const __m512i offset = _mm512_maskz_shuffle_i32x4(0x0F0F, nsum, nsum, 0x50);
-    act_d = _mm512_shuffle_f32x4(act_d, act_d, 0x50);
-#define MOE__ROW(r)                                                                          \
-    {                                                                                        \
-        const uint8_t *p = w[r] + at;                                                        \
-        __m256i half = _mm256_castsi128_si256(MOE__(q32_scales)(p, MOE__INDEX_Q8_0));        \
-        __m512 d = _mm512_cvtph_ps(_mm256_permute4x64_epi64(half, 0x50));                    \
-        __m512i s = MOE__(v_add_crosswise)(                                                  \
-            MOE__(q32_add_q8_0)(p, a0), MOE__(q32_add_q8_0)(p + 34, a1),                     \
-            MOE__(q32_add_q8_0)(p + 68, a2), MOE__(q32_add_q8_0)(p + 102, a3));              \
-        s = _mm512_add_epi32(s, offset);                                                     \
-        sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(d, act_d), sum[r]);    \
-        MOE__SETTLE(sum[r]);                                                                 \
-    }
-    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-}
-
-MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act32 *a,
-                              __m512 *sum, const int type) {
-    if (type == MOE__INDEX_Q8_0) MOE__(q32_record_q8_0)(w, at, a, sum);
-    else MOE__(q32_record_nibbles)(w, at, a, sum, type);
-}
+    const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(first)),
+                                 _mm512_castps256_ps512(x));
 #else
-/* The sums of four blocks, in both lanes. int16 sums stay so for long. */
-MOE__V __m256i MOE__(q32_add4)(const uint8_t *p, const int8_t *q, const int type) {
-    const size_t size = MOE__(q32_size)(type);
-    __m256i a = MOE__(q32_block)(p, q, type), b = MOE__(q32_block)(p + size, q + 32, type);
-    const int narrow = MOE__(q32_narrow)(type);
-    a = narrow ? _mm256_add_epi16(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b))
-               : _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-    MOE__SETTLE(a);
-    b = MOE__(q32_block)(p + 2 * size, q + 64, type);
-    __m256i c = MOE__(q32_block)(p + 3 * size, q + 96, type);
-    b = narrow ? _mm256_add_epi16(_mm256_unpacklo_epi32(b, c), _mm256_unpackhi_epi32(b, c))
-               : _mm256_add_epi32(_mm256_unpacklo_epi32(b, c), _mm256_unpackhi_epi32(b, c));
-    if (!narrow) return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-    a = _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-    return _mm256_madd_epi16(a, _mm256_set1_epi16(1));
-}
-
-/* What makes up for the offset of four blocks, in one of the two lanes */
-MOE__V __m256i MOE__(q32_offset)(const int32_t *nsum, const int type) {
-    if (!MOE__(q32_narrow)(type)) return _mm256_setzero_si256();
-    return _mm256_zextsi128_si256(_mm_slli_epi32(MOE__(v_load_128)(nsum), MOE__(q32_shift)(type)));
-}
-
-MOE__V void MOE__(q32_record)(const uint8_t *const *w, size_t at, const moe__act32 *a, __m256 *sum,
-                              const int type) {
-    const size_t size = MOE__(q32_size)(type);
-#define MOE__ROW(r)                                                                     \
-    {                                                                                   \
-        __m128i scales = MOE__(q32_scales)(w[r] + at, type);                            \
-        __m256 d = type == MOE__INDEX_MXFP4                                             \
-                       ? MOE__(v_e8m0)(_mm256_cvtepu8_epi32(scales))                    \
-                       : _mm256_cvtph_ps(scales);                                       \
-        d = _mm256_mul_ps(d, _mm256_loadu_ps(a->d));                                    \
-        __m256i s = MOE__(q32_add4)(w[r] + at, a->q, type);                             \
-        s = _mm256_add_epi32(s, MOE__(q32_offset)(a->nsum, type));                      \
-        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_permute2f128_ps(d, d, 0x00), \
-                                 sum[r]);                                               \
-        MOE__SETTLE(sum[r]);                                                            \
-        s = MOE__(q32_add4)(w[r] + at + 4 * size, a->q + 128, type);                    \
-        s = _mm256_add_epi32(s, MOE__(q32_offset)(a->nsum + 4, type));                  \
-        sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_permute2f128_ps(d, d, 0x11), \
-                                 sum[r]);                                               \
-        MOE__SETTLE(sum[r]);                                                            \
-    }
-    MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-}
+    const __m256i at = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    return _mm256_permutevar8x32_ps(x, _mm256_add_epi32(at, _mm256_set1_epi32(first)));
 #endif
+}
+MOE__V MOE__VI MOE__(q32_firsts)(__m256i x, const int first) {
+#if MOE__ISA == 3
+    const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_maskz_permutexvar_epi32(0x1111, _mm512_add_epi32(at, _mm512_set1_epi32(first)),
+                                          _mm512_castsi256_si512(x));
+#else
+    const __m256i at = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    x = _mm256_permutevar8x32_epi32(x, _mm256_add_epi32(at, _mm256_set1_epi32(first)));
+    return _mm256_blend_epi32(_mm256_setzero_si256(), x, 0x11);
+#endif
+}
+
+/* Levels of weights 0-15 (low) and 16-31 (high) of some blocks, plus the type's offset; in AVX2 */
+/* Q8_0 and IQ4_NL keep their signs. */
+typedef struct MOE__(q32_levels) {
+    MOE__VI low, high;
+} MOE__(q32_levels);
+MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int first, int count,
+                                           MOE__VI table, const int type) {
+    const int size = MOE__(q32_size)(type), low_at = MOE__(q32_low)(type);
+    const MOE__VI nibble = MOE__MM(set1_epi8)(15);
+    MOE__(q32_levels) w;
+    w.low = MOE__(q32_load)(b + low_at, size, first, count);
+    if (type == MOE__INDEX_Q8_0) {
+        w.high = MOE__(q32_load)(b + low_at + 16, size, first, count);
+#if MOE__ISA == 3
+        w.low = MOE__(v_xor)(w.low, MOE__MM(set1_epi8)(-128));
+        w.high = MOE__(v_xor)(w.high, MOE__MM(set1_epi8)(-128));
+#endif
+        return w;
+    }
+    w.high = MOE__(v_and)(MOE__MM(srli_epi16)(w.low, 4), nibble);
+    w.low = MOE__(v_and)(w.low, nibble);
+    if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL) {
+        w.low = MOE__MM(shuffle_epi8)(table, w.low);
+        w.high = MOE__MM(shuffle_epi8)(table, w.high);
+    }
+    if (type == MOE__INDEX_Q5_0) { /* bits of weights 0-15 in bytes 0 and 1, of the others behind */
+        const MOE__VI byte = MOE__(v_lanes)(_mm_set_epi64x(0x0101010101010101, 0));
+        const MOE__VI bit = MOE__(v_lanes)(_mm_set1_epi64x((int64_t)0x8040201008040201));
+        const MOE__VI fifth = MOE__(q32_load)(b + 2, size, first, count);
+        w.low = MOE__(v_add_where)(w.low, MOE__MM(shuffle_epi8)(fifth, byte), bit, 16);
+        const MOE__VI rest = MOE__MM(srli_epi32)(fifth, 16);
+        w.high = MOE__(v_add_where)(w.high, MOE__MM(shuffle_epi8)(rest, byte), bit, 16);
+    }
+    return w;
+}
+
+/* sum + `count` (1..8) blocks from b on x a record of activations, four numbers per block */
+MOE__V MOE__VF MOE__(q32_add)(MOE__VF sum, const uint8_t *b, int count, const moe__act32 *a,
+                              MOE__VI table, const int type) {
+    const __m256 d = _mm256_mul_ps(MOE__(q32_scales)(b, count, type), _mm256_loadu_ps(a->d));
+    const __m256i nsum = _mm256_slli_epi32(MOE__(v_load_256)(a->nsum), MOE__(q32_shift)(type));
+    MOE__UNROLL(4)
+    for (int first = 0; first < count; first += MOE__LANES) {
+        const int8_t *q = a->q + 128 * (first / 4) + 16 * (first % 4);
+        const MOE__VI a_low = MOE__(v_load)(q), a_high = MOE__(v_load)(q + 64);
+        const MOE__(q32_levels) w = MOE__(q32_unpack)(b, first, count, table, type);
+#if MOE__ISA == 3
+        __m512i s = _mm512_dpbusd_epi32(MOE__(q32_firsts)(nsum, first), w.low, a_low);
+        s = _mm512_dpbusd_epi32(s, w.high, a_high);
+#else
+        /* |w| * (a with w's sign) is w * a, for w = -128 too, at most 2*128*127 = 32512. Of the */
+        /* others two sums of two fit in int16: 4*31*127 = 15748. */
+        const __m256i ones = _mm256_set1_epi16(1);
+        __m256i s;
+        if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) {
+            s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w.low),
+                                                       _mm256_sign_epi8(a_low, w.low)), ones);
+            s = _mm256_add_epi32(
+                s, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w.high),
+                                                          _mm256_sign_epi8(a_high, w.high)), ones));
+        } else {
+            s = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a_low),
+                                 _mm256_maddubs_epi16(w.high, a_high));
+            s = _mm256_add_epi32(_mm256_madd_epi16(s, ones), MOE__(q32_firsts)(nsum, first));
+        }
+#endif
+        sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(s), MOE__(q32_spread)(d, first), sum);
+    }
+    return sum;
+}
 
 MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                            const void *x, float *out, const int type) {
-    const size_t size = MOE__(q32_size)(type);
-    const int narrow = MOE__(q32_narrow)(type);
+    const int size = MOE__(q32_size)(type);
+    const int is_signed = MOE__ISA == 2 && type == MOE__INDEX_IQ4_NL;
+    const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << MOE__(q32_shift)(type));
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    for (int64_t row = 0; row < n_rows; row += 4) {
+    for (int64_t r = 0; r < n_rows; r++) {
+        const uint8_t *b = rows + (size_t)r * row_size;
         const moe__act32 *a = (const moe__act32 *)x, *end = a + n / 256;
-        const uint8_t *w[4];
-        MOE__VF sum[4];
-        size_t at = 0;
-        MOE__(v_rows)(rows + (size_t)row * row_size, row_size, n_rows - row, 4, w);
-        sum[0] = sum[1] = sum[2] = sum[3] = MOE__MM(setzero_ps)();
-        for (; a < end; a++, at += 8 * size) {
-            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * 8 * (int)size);
-            MOE__(q32_record)(w, at, a, sum, type);
+        MOE__VF sum = MOE__MM(setzero_ps)();
+        for (; a < end; a++, b += 8 * size) {
+            MOE__(v_fetch)(b, rows_end, 8 * size);
+            sum = MOE__(q32_add)(sum, b, 8, a, table, type);
         }
-        __m256 part[4];
-#define MOE__ROW(r) part[r] = MOE__(v_fold)(sum[r]);
-        MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-        for (int j = 0; j < (int)(n % 256 / 32); j++, at += size) {
-            MOE__(v_prefetch)(w[0], 4 * row_size, 4 * at, rows_end, 4 * (int)size);
-            __m256i offset = _mm256_zextsi128_si256(
-                _mm_cvtsi32_si128(narrow ? a->nsum[j] * (1 << MOE__(q32_shift)(type)) : 0));
-#define MOE__ROW(r)                                                                            \
-    {                                                                                          \
-        __m256i block = MOE__(q32_block)(w[r] + at, a->q + 32 * j, type);                      \
-        __m256 d = _mm256_set1_ps(MOE__(q32_scale)(w[r] + at, type) * a->d[j]);                \
-        if (narrow) block = _mm256_madd_epi16(block, _mm256_set1_epi16(1));                    \
-        block = _mm256_add_epi32(block, offset);                                               \
-        part[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(block), d, part[r]);                      \
-    }
-            MOE__ROW(0) MOE__ROW(1) MOE__ROW(2) MOE__ROW(3)
-#undef MOE__ROW
-        }
-        MOE__(v_store_rows)(out + row, n_rows - row, 4,
-                            MOE__(v_sum4)(part[0], part[1], part[2], part[3]));
+        if (n % 256) sum = MOE__(q32_add)(sum, b, (int)(n % 256 / 32), a, table, type);
+        out[r] = MOE__(u_sum)(MOE__(v_fold)(sum));
     }
 }
 #define MOE__DOT_Q32(NAME, name)                                                                \
@@ -6046,7 +5773,7 @@ MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const 
         __m256i four[4];
         MOE__UNROLL(4)
         for (int k = 0; k < 4; k++) {
-            __m256i q = MOE__(v_load_256)(x + 16 * i + 32 * k);
+            __m256i q = MOE__AVX2(u_act32)((const int8_t *)x, i / 2 + k);
             q = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
             four[k] = _mm256_madd_epi16(q, _mm256_set1_epi16(-1));
         }
@@ -6096,6 +5823,8 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         a##t##1 = MOE__(tile_end)(a##t##1, start, bits);         \
     }
 
+/* Where quads of sub-block j are in the activations: at + MOE__QUAD_AT(q), see moe__act32_at */
+#define MOE__QUAD_AT(q) (per_256 ? 4 * (q) : (q) / 4 * 64 + (q) % 4 * 4)
 /* Quad q of sub-block j and all tokens; PART picks bits of the weights. */
 #define MOE__WEIGHTS(q, h) MOE__(v_load)(weights + (2 * (q) + (h)) * MOE__VBYTES)
 #define MOE__DOT(t)                                        \
@@ -6106,7 +5835,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     }
 #define MOE__QUAD(q, PART)                                  \
     {                                                       \
-        const int64_t k = 4 * (quads * j + q);              \
+        const int64_t k = at + MOE__QUAD_AT(q);             \
         const MOE__VI w0 = PART(MOE__WEIGHTS(q, 0));        \
         const MOE__VI w1 = PART(MOE__WEIGHTS(q, 1));        \
         MOE__EACH(MOE__DOT)                                 \
@@ -6128,7 +5857,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     }
 #define MOE__QUADS(q)                                                             \
     {                                                                             \
-        const int64_t k = 4 * (quads * j + q);                                    \
+        const int64_t k = at + MOE__QUAD_AT(q);                                   \
         const MOE__VI w00 = MOE__WEIGHTS(q, 0), w01 = MOE__WEIGHTS(q, 1);         \
         const MOE__VI w10 = MOE__WEIGHTS(q + 1, 0), w11 = MOE__WEIGHTS(q + 1, 1); \
         MOE__EACH(MOE__DOT2)                                                      \
@@ -6237,6 +5966,7 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         MOE__EACH(MOE__LOAD_SUMS)
     }
     for (int64_t j = 0; j < n_blocks; j++) {
+        const int64_t at = per_256 ? 4 * quads * j : moe__act32_at(4 * quads * (int)j);
         MOE__FETCH_AHEAD();
         MOE__EACH(MOE__BEGIN)
 #if !MOE__VNNI
@@ -6405,7 +6135,7 @@ MOE__V MOE__VI MOE__(tile_high_nibbles)(MOE__VI v) {
 /* Blocks of nibbles: Q4_0, Q5_0, IQ4_NL, MXFP4 */
 MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64_t n,
                                        uint8_t *pack, const int type) {
-    const MOE__VI table = MOE__(q32_table)(type);
+    const MOE__VI table = MOE__(q32_table)(type, 1 << MOE__(q32_shift)(type));
     const MOE__VI byte = MOE__(v_lanes)(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
@@ -6962,6 +6692,7 @@ MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
 #undef MOE__BEGIN
 #undef MOE__END
 #undef MOE__WEIGHTS
+#undef MOE__QUAD_AT
 #undef MOE__DOT
 #undef MOE__QUAD
 #undef MOE__SUB_BLOCK
@@ -7792,10 +7523,7 @@ static const moe__kernels MOE__(kernels) = {
 #undef MOE__SHARED
 #undef MOE__AVX2
 #undef MOE__VNNI
-#undef MOE__EACH_LANE
-#undef MOE__LANE
 #undef MOE__LANES
-#undef MOE__SETTLE
 #undef MOE__VFLOATS
 #undef MOE__VBYTES
 #undef MOE__MM
@@ -8705,15 +8433,15 @@ MOE__PRIVATE const moe__schedule_info *moe__schedule_find(moe_schedule schedule)
 
 /* ---- doing the pieces ------------------------------------------------------------------------ */
 
-/* Rows of another matrix begin with a wait for memory, unless they were fetched before: 12 KiB, */
+/* Rows of another matrix begin with a wait for memory, unless they were fetched before: 4 KiB, */
 /* which is what dot kernels fetch ahead of themselves. */
-enum { MOE__FETCH = 12288 };
+enum { MOE__FETCH = 4096 };
 MOE__PRIVATE void moe__matrix_fetch(const moe__matrix *matrix, int32_t expert, int64_t begin,
                                     int64_t end) {
     if (begin >= end) return;
     const uint8_t *rows = moe__matrix_row(matrix, expert, begin);
     const size_t size = (size_t)(end - begin) * matrix->row_size;
-    for (size_t i = 0; i < size && i < MOE__FETCH; i += 64) __builtin_prefetch(rows + i, 0, 2);
+    for (size_t i = 0; i < size && i < MOE__FETCH; i += 64) __builtin_prefetch(rows + i, 0, 3);
 }
 /* The beginning of this thread's piece i, if there is one. */
 MOE__PRIVATE void moe__piece_fetch(const moe__schedule_info *schedule, const moe__share *share,

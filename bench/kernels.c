@@ -315,8 +315,8 @@ static double attend_work(roofs *r, int thread, double seconds, void *user) {
     const size_t blocks = depth / KEYS;
     moe__attend_args a;
     memset(&a, 0, sizeof a);
-    a.q = l->q, a.q_stride = s->dk, a.k_bytes = heads * k_size;
-    a.v_bytes = s->same_memory ? a.k_bytes : heads * v_size;
+    a.q = l->q, a.q_stride = s->dk;
+    a.k_bytes = k_size, a.v_bytes = s->same_memory ? k_size : v_size;
     a.type = j->k->type;
     a.dk = s->dk, a.dv = s->dv, a.n_queries = s->n_queries, a.n_keys = KEYS;
     a.n_visible = l->visible, a.max = l->max, a.sum = l->sum;
@@ -331,8 +331,8 @@ static double attend_work(roofs *r, int thread, double seconds, void *user) {
         const size_t block = l->at % blocks, head = l->at / blocks % heads;
         const uint8_t *layer = t->memory + l->at / blocks / heads % layers * layer_size;
         const uint8_t *v = s->same_memory ? layer : layer + keys_size;
-        a.k = layer + block * KEYS * a.k_bytes + head * k_size;
-        a.v = v + block * KEYS * a.v_bytes + head * (s->same_memory ? k_size : v_size);
+        a.k = layer + (head * depth + block * KEYS) * a.k_bytes; /* as sessions keep them */
+        a.v = v + (head * depth + block * KEYS) * a.v_bytes;
         j->kernels->attend(&a);
         l->at++, calls++;
         now = roofs_now(r);

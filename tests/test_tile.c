@@ -57,7 +57,7 @@ static int8_t make_q(int kind) {
 
 static void fill_sums32(moe__act32 *a) {
     memset(a->nsum, 0, sizeof a->nsum);
-    for (int i = 0; i < 256; i++) a->nsum[i / 32] -= a->q[i];
+    for (int i = 0; i < 256; i++) a->nsum[i / 32] -= a->q[moe__act32_at(i)];
 }
 static void fill_sums256(moe__act256 *a) {
     memset(a->nsum, 0, sizeof a->nsum);
@@ -79,7 +79,7 @@ static void make_act(int act, void *out, int64_t n, int kind, float d) {
         } else if (act == 1) {
             moe__act32 a;
             memset(&a, 0, sizeof a);
-            for (int i = 0; i < 256 && first + i < n; i++) a.q[i] = make_q(kind);
+            for (int i = 0; i < 256 && first + i < n; i++) a.q[moe__act32_at(i)] = make_q(kind);
             for (int i = 0; i < 8 && first + 32 * i < n; i++)
                 a.d[i] = d > 0 ? d : 0.01f + 0.01f * random_f32();
             fill_sums32(&a);

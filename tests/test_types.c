@@ -727,9 +727,12 @@ static void check_act32(const float *x, int64_t n, int same) {
     moe__quantize_act_q32(x, n, a);
     for (int64_t g = 0; g < (n + 255) / 256 * 8; g++) {
         const moe__act32 *r = a + g / 8;
-        const int8_t *q = r->q + 32 * (g % 8);
+        int8_t q[32];
         int sum = 0, any = 0;
-        for (int i = 0; i < 32; i++) sum += q[i], any |= q[i];
+        for (int i = 0; i < 32; i++) {
+            q[i] = r->q[moe__act32_at((int)(g % 8 * 32 + i))];
+            sum += q[i], any |= q[i];
+        }
         CHECK(r->nsum[g % 8] == -sum);
         if (g * 32 >= n) CHECK(any == 0 && r->d[g % 8] == 0);
         else if (same) check_act_group(x + 32 * g, 32, q, r->d[g % 8]);
@@ -792,13 +795,13 @@ TEST(act_special) {
     const int q_first[8] = {0, 0, 0, 0, 0, 127, 0, 127};
     for (int j = 0; j < 8; j++) {
         int any = 0;
-        CHECKF(a.q[32 * j] == q_first[j], "group %d: %d", j, a.q[32 * j]);
+        CHECKF(a.q[moe__act32_at(32 * j)] == q_first[j], "group %d", j);
         CHECKF(is_nan(a.d[j]) == (j == 2 || j == 3), "group %d: %g", j, (double)a.d[j]);
-        for (int i = 0; i < 32; i++) any |= a.q[32 * j + i];
+        for (int i = 0; i < 32; i++) any |= a.q[moe__act32_at(32 * j + i)];
         if (j == 0 || j == 2 || j == 3 || j == 4 || j == 6) CHECK(any == 0 && a.nsum[j] == 0);
     }
     CHECK(a.d[0] == 0 && a.d[4] == 0 && a.d[6] == 0 && a.d[5] > 0);
-    CHECK(a.d[1] == 3.0f / 127.0f && a.q[37] == -127 && a.nsum[1] == 127);
+    CHECK(a.d[1] == 3.0f / 127.0f && a.q[moe__act32_at(37)] == -127 && a.nsum[1] == 127);
     CHECK(a.d[7] == 3.4028235e38f / 127.0f && a.nsum[7] == -127);
     CHECK(moe__f32_bits(a.d[2]) == 0x7FC00000 && moe__f32_bits(a.d[3]) == 0x7FC00000);
     moe__quantize_act_q256(x, 256, &b);

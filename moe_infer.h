@@ -5725,8 +5725,8 @@ MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((floa
 /* - VNNI multiplies and adds a quad by one instruction, whatever the bits. */
 /* - AVX2 adds products in pairs to int16, saturating. 4 bits: the 8 pairs of a sub-block that */
 /*   meet in one int16, 2 * 15 * 128 each, fit; end widens their sum. 6 bits: 2 pairs fit, */
-/*   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; the kernel multiplies low and */
-/*   high nibbles one after the other, as 4 bits. */
+/*   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; weights keep their sign and are */
+/*   widened to int16 before, the even and the odd ones of a quad, and so are activations. */
 #if MOE__VNNI
 MOE__V MOE__VI MOE__(tile_begin)(MOE__VI start, const int bits) { return (void)bits, start; }
 MOE__V MOE__VI MOE__(tile_dot)(MOE__VI sum, MOE__VI w, MOE__VI x) {
@@ -5738,6 +5738,22 @@ MOE__V MOE__VI MOE__(tile_end)(MOE__VI sum, MOE__VI start, const int bits) {
 #else
 MOE__V __m256i MOE__(tile_begin)(__m256i start, const int bits) {
     return bits == 6 ? start : _mm256_setzero_si256();
+}
+/* The even or the odd one of each two int8, as int16 */
+MOE__V __m256i MOE__(tile_even)(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+MOE__V __m256i MOE__(tile_odd)(__m256i x) { return _mm256_srai_epi16(x, 8); }
+/* 256 int8 so: what belongs to byte 4 i of `q` is at bytes 4 i (even) and 256 + 4 i (odd). */
+MOE__V void MOE__(tile_widen)(const uint8_t *q, uint8_t *out) {
+    for (int i = 0; i < 256; i += 32) {
+        const __m256i x = MOE__(v_load_256)(q + i);
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), MOE__(tile_even)(x));
+        _mm256_storeu_si256((__m256i *)(void *)(out + 256 + i), MOE__(tile_odd)(x));
+    }
+}
+MOE__V __m256i MOE__(tile_dot_i16)(__m256i sum, __m256i w, __m256i x) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+    __asm__("" : "+x"(sum));
+    return sum;
 }
 MOE__V __m256i MOE__(tile_dot)(__m256i sum, __m256i w, __m256i x) {
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
@@ -5751,7 +5767,8 @@ MOE__V __m256i MOE__(tile_dot2)(__m256i sum, __m256i w0, __m256i w1, __m256i x0,
     return sum;
 }
 MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
-    return bits == 6 ? sum : _mm256_add_epi32(start, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+    if (bits != 4) return sum;
+    return _mm256_add_epi32(start, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
 }
 #endif
 
@@ -5813,7 +5830,9 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
                 _mm256_storeu_si256((__m256i *)(void *)(starts + 64 * t + 4 * i), sums);   \
             }                                                                              \
         }
-#define MOE__START(t) (mins ? zero : MOE__BROADCAST(starts + 64 * t + 4 * j))
+#define MOE__START(t)                                  \
+    (mins || (bits == 8 && !MOE__VNNI) ? zero          \
+                                       : MOE__BROADCAST(starts + 64 * t + 4 * j))
 #define MOE__BEGIN(t) \
     if (n > t) a##t##0 = a##t##1 = MOE__(tile_begin)(MOE__START(t), bits);
 #define MOE__END(t)                                              \
@@ -5825,7 +5844,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
 
 /* Where quads of sub-block j are in the activations: at + MOE__QUAD_AT(q), see moe__act32_at */
 #define MOE__QUAD_AT(q) (per_256 ? 4 * (q) : (q) / 4 * 64 + (q) % 4 * 4)
-/* Quad q of sub-block j and all tokens; PART picks bits of the weights. */
+/* Quad q of sub-block j and all tokens */
 #define MOE__WEIGHTS(q, h) MOE__(v_load)(weights + (2 * (q) + (h)) * MOE__VBYTES)
 #define MOE__DOT(t)                                        \
     if (n > t) {                                           \
@@ -5833,19 +5852,18 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         a##t##0 = MOE__(tile_dot)(a##t##0, w0, b);         \
         a##t##1 = MOE__(tile_dot)(a##t##1, w1, b);         \
     }
-#define MOE__QUAD(q, PART)                                  \
+#define MOE__QUAD(q)                                        \
     {                                                       \
         const int64_t k = at + MOE__QUAD_AT(q);             \
-        const MOE__VI w0 = PART(MOE__WEIGHTS(q, 0));        \
-        const MOE__VI w1 = PART(MOE__WEIGHTS(q, 1));        \
+        const MOE__VI w0 = MOE__WEIGHTS(q, 0);              \
+        const MOE__VI w1 = MOE__WEIGHTS(q, 1);              \
         MOE__EACH(MOE__DOT)                                 \
     }
-#define MOE__SUB_BLOCK(PART)                                                            \
-    MOE__QUAD(0, PART) MOE__QUAD(1, PART) MOE__QUAD(2, PART) MOE__QUAD(3, PART)         \
-    if (quads == 8) {                                                                   \
-        MOE__QUAD(4, PART) MOE__QUAD(5, PART) MOE__QUAD(6, PART) MOE__QUAD(7, PART)     \
+#define MOE__SUB_BLOCK()                                        \
+    MOE__QUAD(0) MOE__QUAD(1) MOE__QUAD(2) MOE__QUAD(3)         \
+    if (quads == 8) {                                           \
+        MOE__QUAD(4) MOE__QUAD(5) MOE__QUAD(6) MOE__QUAD(7)     \
     }
-#define MOE__WHOLE(w) (w)
 #if !MOE__VNNI
 /* The same for two quads at once */
 #define MOE__DOT2(t)                                                \
@@ -5867,20 +5885,30 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     if (quads == 8) {                   \
         MOE__QUADS(4) MOE__QUADS(6)     \
     }
-#define MOE__LOW_NIBBLE(w) _mm256_and_si256(w, nibble)
-#define MOE__HIGH_NIBBLE(w) _mm256_and_si256(_mm256_srli_epi32(w, 4), nibble)
-/* The low nibbles' sums wait in l00, l01, ... while the high ones are summed. */
-#define MOE__KEEP_LOW(t)                                         \
-    MOE__VI l##t##0 = zero, l##t##1 = zero;                      \
-    if (n > t) {                                                 \
-        l##t##0 = a##t##0, l##t##1 = a##t##1;                    \
-        a##t##0 = a##t##1 = zero;                                \
+/* Signed weights, and activations in `wide`, see tile_widen */
+#define MOE__WIDEN(t) \
+    if (n > t) MOE__(tile_widen)(x##t, wide + 512 * t);
+#define MOE__DOT8(t)                                                \
+    if (n > t) {                                                    \
+        const MOE__VI even = MOE__BROADCAST(wide + 512 * t + k);    \
+        const MOE__VI odd = MOE__BROADCAST(wide + 512 * t + 256 + k); \
+        a##t##0 = MOE__(tile_dot_i16)(a##t##0, even0, even);        \
+        a##t##1 = MOE__(tile_dot_i16)(a##t##1, even1, even);        \
+        a##t##0 = MOE__(tile_dot_i16)(a##t##0, odd0, odd);          \
+        a##t##1 = MOE__(tile_dot_i16)(a##t##1, odd1, odd);          \
     }
-#define MOE__ADD_HIGH(t)                                                        \
-    if (n > t) {                                                                \
-        const __m256i sixteen = _mm256_set1_epi16(16);                          \
-        a##t##0 = MOE__(v_dot_i16)(l##t##0, a##t##0, sixteen);                  \
-        a##t##1 = MOE__(v_dot_i16)(l##t##1, a##t##1, sixteen);                  \
+#define MOE__QUAD8(q)                                               \
+    {                                                               \
+        const int64_t k = at + MOE__QUAD_AT(q);                     \
+        const MOE__VI w0 = MOE__WEIGHTS(q, 0), w1 = MOE__WEIGHTS(q, 1); \
+        const MOE__VI even0 = MOE__(tile_even)(w0), odd0 = MOE__(tile_odd)(w0); \
+        const MOE__VI even1 = MOE__(tile_even)(w1), odd1 = MOE__(tile_odd)(w1); \
+        MOE__EACH(MOE__DOT8)                                        \
+    }
+#define MOE__SUB_BLOCK_SIGNED()                                         \
+    MOE__QUAD8(0) MOE__QUAD8(1) MOE__QUAD8(2) MOE__QUAD8(3)             \
+    if (quads == 8) {                                                   \
+        MOE__QUAD8(4) MOE__QUAD8(5) MOE__QUAD8(6) MOE__QUAD8(7)         \
     }
 #endif
 
@@ -5959,7 +5987,13 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
     MOE__EACH(MOE__TOKEN)
     MOE__EACH(MOE__INTS)
     MOE__EACH(MOE__FLOATS)
-    if (mins != 1) {
+#if !MOE__VNNI
+    uint8_t *wide = starts; /* 8-bit weights have no offset and no mins here: room for 4 tokens */
+    if (bits == 8) {
+        MOE__EACH(MOE__WIDEN)
+    } else
+#endif
+        if (mins != 1) {
         MOE__EACH(MOE__STARTS)
     }
     if (!per_256) {
@@ -5971,19 +6005,14 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         MOE__EACH(MOE__BEGIN)
 #if !MOE__VNNI
         if (bits == 8) {
-            const __m256i nibble = _mm256_set1_epi32(0x0F0F0F0F);
-            MOE__SUB_BLOCK(MOE__LOW_NIBBLE)
-            MOE__EACH(MOE__END)
-            MOE__EACH(MOE__KEEP_LOW)
-            MOE__SUB_BLOCK(MOE__HIGH_NIBBLE)
-            MOE__EACH(MOE__ADD_HIGH)
+            MOE__SUB_BLOCK_SIGNED()
         } else if (bits == 6) {
             MOE__SUB_BLOCK_IN_TWOS()
             MOE__EACH(MOE__END)
         } else
 #endif
         {
-            MOE__SUB_BLOCK(MOE__WHOLE)
+            MOE__SUB_BLOCK()
             MOE__EACH(MOE__END)
         }
         const MOE__VF scale0 = MOE__(tile_load_f32)(scales);
@@ -6135,7 +6164,8 @@ MOE__V MOE__VI MOE__(tile_high_nibbles)(MOE__VI v) {
 /* Blocks of nibbles: Q4_0, Q5_0, IQ4_NL, MXFP4 */
 MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64_t n,
                                        uint8_t *pack, const int type) {
-    const MOE__VI table = MOE__(q32_table)(type, 1 << MOE__(q32_shift)(type));
+    const int is_signed = !MOE__VNNI && type == MOE__INDEX_IQ4_NL;
+    const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << MOE__(q32_shift)(type));
     const MOE__VI byte = MOE__(v_lanes)(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
@@ -6176,7 +6206,7 @@ MOE__TILE_NIBBLES(MXFP4, mxfp4)
 #undef MOE__TILE_NIBBLES
 
 MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
-    const MOE__VI offset = MOE__MM(set1_epi8)(-128); /* int8 + 128, modulo 256 */
+    const MOE__VI offset = MOE__MM(set1_epi8)(MOE__VNNI ? -128 : 0); /* int8 + 128, modulo 256 */
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
             const uint8_t *block = rows + 34 * b;
@@ -6364,7 +6394,9 @@ MOE__K void MOE__(tile_unpack_blocks)(const moe__type *type, MOE__(unpack_fn) *u
                                       int64_t at, int64_t n, int per, uint8_t *stage,
                                       uint8_t *pack) {
     const size_t skip = (size_t)(at / type->block * type->bytes * type->rows);
-    const MOE__VI offset = MOE__MM(set1_epi8)((char)type->offset);
+    /* AVX2 multiplies levels of more than 6 bits with their signs */
+    const int add = MOE__VNNI || type->bits <= 6 ? type->offset : 0;
+    const MOE__VI offset = MOE__MM(set1_epi8)((char)add);
     const int step = type->rows > 1 ? type->rows : 4, every = per / 16;
     moe__block *block = (moe__block *)(void *)stage;
     MOE__(reader) reader;
@@ -6696,14 +6728,13 @@ MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
 #undef MOE__DOT
 #undef MOE__QUAD
 #undef MOE__SUB_BLOCK
-#undef MOE__WHOLE
 #undef MOE__DOT2
 #undef MOE__QUADS
 #undef MOE__SUB_BLOCK_IN_TWOS
-#undef MOE__LOW_NIBBLE
-#undef MOE__HIGH_NIBBLE
-#undef MOE__KEEP_LOW
-#undef MOE__ADD_HIGH
+#undef MOE__WIDEN
+#undef MOE__DOT8
+#undef MOE__QUAD8
+#undef MOE__SUB_BLOCK_SIGNED
 #undef MOE__SCALE
 #undef MOE__MIN
 #undef MOE__MINS

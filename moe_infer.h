@@ -28,14 +28,14 @@
 /*   >>gguf       907  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     1912  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   3513  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7611  the team of threads: wake, barrier, shares of work */
-/*   >>ops       7920  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8202  router, plan, the expert schedules */
-/*   >>model     8506  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9314  cache, the forward pass */
-/*   >>text     10548  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   11905  choosing tokens, generating text */
-/*   >>licence  12427  MIT or public domain */
+/*   >>pool      7644  the team of threads: wake, barrier, shares of work */
+/*   >>ops       7953  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8235  router, plan, the expert schedules */
+/*   >>model     8539  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9347  cache, the forward pass */
+/*   >>text     10581  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   11938  choosing tokens, generating text */
+/*   >>licence  12460  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -4008,8 +4008,8 @@ MOE__V __m256i MOE__(v_act_round)(const float *x, __m256 scale, __m256 on) {
 }
 #endif
 
-/* 32 values to int8, 16 to `low`, 16 to `high`; inverse = 0 gives zeros whatever x is. Result: the */
-/* sums of four neighbours. */
+/* 32 values to int8, 16 to `low`, 16 to `high`; inverse = 0 gives zeros whatever x is. Result: */
+/* the sums of four neighbours. */
 MOE__V __m256i MOE__(v_act_pack)(const float *x, float inverse, int8_t *low, int8_t *high) {
     MOE__VF scale = MOE__MM(set1_ps)(inverse);
 #if MOE__ISA == 3
@@ -4091,10 +4091,10 @@ MOE__V float MOE__(u_f16)(const uint8_t *p) {
 
 /* ---- dot products: reading rows -------------------------------------------------------------- */
 
-/* Rows are read from the first byte to the last, one after the other: hardware prefetchers follow */
-/* a single stream at the speed of memory, but not rows side by side (measured on Zen 4: 0.91 of */
-/* plain reading against 0.65). A fetch some pages ahead bridges where they stop, at the end of a */
-/* page. Each row is summed by itself, so it has the same bits wherever it lies. */
+/* Rows are read from the first byte to the last, one after the other: hardware prefetchers */
+/* follow a single stream at the speed of memory, but not rows side by side (measured on Zen 4: */
+/* 0.91 of plain reading against 0.65). A fetch one page ahead bridges where they stop, at the */
+/* end of a page. Each row is summed by itself, so it has the same bits wherever it lies. */
 enum { MOE__(AHEAD) = 4096 };
 
 /* Fetches `size` bytes that lie AHEAD of p, but nothing from `end` on. */
@@ -4143,8 +4143,8 @@ MOE__V __m256i MOE__(u_keep)(__m256i x) {
     __asm__ volatile("" : "+v"(x));
     return x;
 }
-/* pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the high */
-/* lane in the high one */
+/* pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the */
+/* high lane in the high one */
 MOE__V __m256i MOE__(u_copy_i16)(const int a, const int b) {
     const short copy_a = (short)(0x0100 + 0x0202 * a), copy_b = (short)(0x0100 + 0x0202 * b);
     return MOE__(u_keep)(
@@ -4229,7 +4229,8 @@ MOE__K void MOE__(dot_q6_k)(const uint8_t *rows, size_t row_size, int64_t n_rows
             __m256i even = zero, odd = zero;
             MOE__UNROLL(2)
             for (int h = 0; h < 2; h++) {
-                const __m256i s = _mm256_permute4x64_epi64(scales, h ? 0xEE : 0x44);
+                const __m256i s = h ? _mm256_permute4x64_epi64(scales, 0xEE)
+                                    : _mm256_permute4x64_epi64(scales, 0x44);
                 const __m256i bits = MOE__(u_keep)(MOE__(v_load_256)(b + 128 + 32 * h));
                 MOE__UNROLL(2)
                 for (int c = 0; c < 2; c++) { /* low halves: vector c, high ones: c + 2 */
@@ -4318,39 +4319,37 @@ MOE__K void MOE__(dot_bf16)(const uint8_t *rows, size_t row_size, int64_t n_rows
 
 /* ---- dequantize ------------------------------------------------------------------------------ */
 
-/* The same bits as the plain C. (A signalling NaN among f16 weights comes out quiet.) */
-
+/* The same bits as the plain C. (A signalling NaN among f16 weights comes out quiet.) All */
+/* instruction sets use these. */
+#if MOE__ISA == 2
 /* out[i] = q[i] * scale - min, for 16 signed bytes */
-MOE__V void MOE__(v_store_levels)(float *out, __m128i q, float scale, float min) {
-    const MOE__VF s = MOE__MM(set1_ps)(scale), m = MOE__MM(set1_ps)(min);
-#if MOE__ISA == 3
-    _mm512_storeu_ps(out, _mm512_fmsub_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)), s, m));
-#else
-    __m256i low = _mm256_cvtepi8_epi32(q);
-    __m256i high = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q));
+MOE__V void MOE__(u_store_levels)(float *out, __m128i q, float scale, float min) {
+    const __m256 s = _mm256_set1_ps(scale), m = _mm256_set1_ps(min);
+    const __m256i low = _mm256_cvtepi8_epi32(q);
+    const __m256i high = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q));
     _mm256_storeu_ps(out, _mm256_fmsub_ps(_mm256_cvtepi32_ps(low), s, m));
     _mm256_storeu_ps(out + 8, _mm256_fmsub_ps(_mm256_cvtepi32_ps(high), s, m));
-#endif
 }
 
 MOE__K void MOE__(dequantize_f32)(const uint8_t *row, int64_t n, float *out) {
     memcpy(out, row, (size_t)n * sizeof(float));
 }
 
-MOE__V void MOE__(v_dequantize_float)(const uint8_t *row, int64_t n, float *out, const int type) {
+MOE__V void MOE__(u_dequantize_float)(const uint8_t *row, int64_t n, float *out, const int type) {
     int64_t i = 0;
-    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
-        MOE__MM(storeu_ps)(out + i, MOE__(v_load_weights)(row + 2 * i, type));
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, MOE__(v_load_weights)(row + 2 * i, type));
     for (; i < n; i++) out[i] = MOE__(v_load_weight)(row + 2 * i, type);
 }
 
 MOE__K void MOE__(dequantize_f16)(const uint8_t *row, int64_t n, float *out) {
-    MOE__(v_dequantize_float)(row, n, out, MOE__INDEX_F16);
+    MOE__(u_dequantize_float)(row, n, out, MOE__INDEX_F16);
 }
 
 MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
-    MOE__(v_dequantize_float)(row, n, out, MOE__INDEX_BF16);
+    MOE__(u_dequantize_float)(row, n, out, MOE__INDEX_BF16);
 }
+#endif
 
 /* ---- pieces of blocks ------------------------------------------------------------------------ */
 
@@ -5409,6 +5408,7 @@ MOE__K void MOE__(dot_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack, c
     }
 }
 
+#if MOE__ISA == 2
 /* moe__dequantize_fn for any block type; the same bits as moe__types_dequantize: products are */
 /* rounded once, fused or not */
 MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
@@ -5428,11 +5428,12 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
         MOE__(reader_next)(&reader, count, block);
         for (int r = 0; r < reader.rows; r++)
             for (int s = 0; s < count / 16; s++)
-                MOE__(v_store_levels)(out + r * n + at + 16 * s,
+                MOE__(u_store_levels)(out + r * n + at + 16 * s,
                                       MOE__(v_load_128)(block[r].q + 16 * s), block[r].scale[s],
                                       block[r].min[s]);
     }
 }
+#endif
 
 #endif /* MOE__ISA != 4 */
 
@@ -5443,8 +5444,8 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
 /* summed in int32 to four numbers per lane: exact floats, which are multiplied with the scales */
 /* of weights and activations, spread over the lanes. */
 
-/* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes levels */
-/* unsigned. `type` is always a constant index of the type table. */
+/* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes */
+/* levels unsigned. `type` is always a constant index of the type table. */
 MOE__V int MOE__(q32_size)(const int type) {
     return type == MOE__INDEX_Q8_0 ? 34 : type == MOE__INDEX_Q5_0 ? 22
                                       : type == MOE__INDEX_MXFP4 ? 17 : 18;
@@ -5520,8 +5521,8 @@ MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, int count, const int type) {
     return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)high, (int64_t)low));
 }
 
-/* Numbers first .. first + MOE__LANES - 1 of x: each fills a lane; or each is the first number of */
-/* a lane, the others are 0. */
+/* Numbers first .. first + MOE__LANES - 1 of x: each fills a lane; or each is the first number */
+/* of a lane, the others are 0. */
 MOE__V MOE__VF MOE__(q32_spread)(__m256 x, const int first) {
 #if MOE__ISA == 3
     const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -5725,8 +5726,8 @@ MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((floa
 /* - VNNI multiplies and adds a quad by one instruction, whatever the bits. */
 /* - AVX2 adds products in pairs to int16, saturating. 4 bits: the 8 pairs of a sub-block that */
 /*   meet in one int16, 2 * 15 * 128 each, fit; end widens their sum. 6 bits: 2 pairs fit, */
-/*   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; weights keep their sign and are */
-/*   widened to int16 before, the even and the odd ones of a quad, and so are activations. */
+/*   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; weights keep their sign and */
+/*   are widened to int16 before, the even and the odd ones of a quad, and so are activations. */
 #if MOE__VNNI
 MOE__V MOE__VI MOE__(tile_begin)(MOE__VI start, const int bits) { return (void)bits, start; }
 MOE__V MOE__VI MOE__(tile_dot)(MOE__VI sum, MOE__VI w, MOE__VI x) {
@@ -6000,7 +6001,8 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         MOE__EACH(MOE__LOAD_SUMS)
     }
     for (int64_t j = 0; j < n_blocks; j++) {
-        const int64_t at = per_256 ? 4 * quads * j : moe__act32_at(4 * quads * (int)j);
+        int64_t at = per_256 ? 4 * quads * j : moe__act32_at(4 * quads * (int)j);
+        __asm__("" : "+r"(at)); /* clang would make an address of its own for each quad */
         MOE__FETCH_AHEAD();
         MOE__EACH(MOE__BEGIN)
 #if !MOE__VNNI
@@ -6698,12 +6700,17 @@ MOE__BLOCK_TYPES(MOE__BLOCK_TILE)
     MOE__K void MOE__(dot_blocks_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,    \
                                          int64_t n, const void *x, float *out) {                  \
         MOE__(dot_blocks)(MOE__BLOCK_OF(NAME, name), rows, row_size, n_rows, n, x, out);          \
-    }                                                                                             \
-    MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) {            \
-        MOE__(dequantize_blocks)(MOE__BLOCK_OF(NAME, name), rows, n, out);                        \
     }
 MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
 #undef MOE__BLOCK_KERNELS
+#endif
+#if MOE__ISA == 2
+#define MOE__BLOCK_DEQUANTIZE(NAME, name, ...)                                         \
+    MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) { \
+        MOE__(dequantize_blocks)(MOE__BLOCK_OF(NAME, name), rows, n, out);             \
+    }
+MOE__BLOCK_TYPES(MOE__BLOCK_DEQUANTIZE)
+#undef MOE__BLOCK_DEQUANTIZE
 #endif
 #undef MOE__BLOCK_OF
 #undef MOE__TILE_Q
@@ -6763,13 +6770,10 @@ MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
 
 /* ---- floats: norms, activations, softmax, attention ------------------------------------------ */
 
-/* MOE__F is a vector of MOE__FW floats, MOE__D one of half as many doubles. A "part" is a ragged */
-/* end of n = 1..MOE__FW elements: nothing beyond it is touched, the other lanes read 0. */
+/* MOE__D is a vector of half as many doubles as MOE__VF has floats. A "part" is a ragged end of */
+/* n = 1..MOE__VFLOATS elements: nothing beyond it is touched, the other lanes read 0. */
 #if MOE__ISA == 2
-#define MOE__F __m256
 #define MOE__D __m256d
-#define MOE__FW 8
-#define MOE__F_OP(name) _mm256_##name##_ps
 #define MOE__D_OP(name) _mm256_##name##_pd
 
 static const int32_t MOE__(part_mask)[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -6853,10 +6857,7 @@ MOE__V __m256 MOE__(f_fold_max)(__m256 x) { return x; }
 MOE__V __m256d MOE__(d_fold)(__m256d x) { return x; }
 
 #else
-#define MOE__F __m512
 #define MOE__D __m512d
-#define MOE__FW 16
-#define MOE__F_OP(name) _mm512_##name##_ps
 #define MOE__D_OP(name) _mm512_##name##_pd
 
 MOE__V __mmask16 MOE__(f_mask)(int64_t n) { return (__mmask16)((1u << n) - 1); }
@@ -6915,35 +6916,37 @@ MOE__V __m256d MOE__(d_fold)(__m512d x) {
 #endif
 
 /* x, in a register: GCC would read memory again for each of 2 or 3 uses. */
-MOE__V MOE__F MOE__(f_keep)(MOE__F x) {
+MOE__V MOE__VF MOE__(f_keep)(MOE__VF x) {
     __asm__("" : "+v"(x));
     return x;
 }
-MOE__V MOE__F MOE__(f_zero)(void) { return MOE__F_OP(setzero)(); }
-MOE__V MOE__F MOE__(f_set)(float x) { return MOE__F_OP(set1)(x); }
-MOE__V MOE__F MOE__(f_load)(const void *p) { return MOE__F_OP(loadu)((const float *)p); }
-MOE__V void MOE__(f_store)(float *p, MOE__F x) { MOE__F_OP(storeu)(p, x); }
-MOE__V MOE__F MOE__(f_add)(MOE__F a, MOE__F b) { return MOE__F_OP(add)(a, b); }
-MOE__V MOE__F MOE__(f_sub)(MOE__F a, MOE__F b) { return MOE__F_OP(sub)(a, b); }
-MOE__V MOE__F MOE__(f_mul)(MOE__F a, MOE__F b) { return MOE__F_OP(mul)(a, b); }
-MOE__V MOE__F MOE__(f_div)(MOE__F a, MOE__F b) { return MOE__F_OP(div)(a, b); }
+MOE__V MOE__VF MOE__(f_zero)(void) { return MOE__MM(setzero_ps)(); }
+MOE__V MOE__VF MOE__(f_set)(float x) { return MOE__MM(set1_ps)(x); }
+MOE__V MOE__VF MOE__(f_load)(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
+MOE__V void MOE__(f_store)(float *p, MOE__VF x) { MOE__MM(storeu_ps)(p, x); }
+MOE__V MOE__VF MOE__(f_add)(MOE__VF a, MOE__VF b) { return MOE__MM(add_ps)(a, b); }
+MOE__V MOE__VF MOE__(f_sub)(MOE__VF a, MOE__VF b) { return MOE__MM(sub_ps)(a, b); }
+MOE__V MOE__VF MOE__(f_mul)(MOE__VF a, MOE__VF b) { return MOE__MM(mul_ps)(a, b); }
+MOE__V MOE__VF MOE__(f_div)(MOE__VF a, MOE__VF b) { return MOE__MM(div_ps)(a, b); }
 /* a * b + c and c - a * b, rounded once. */
-MOE__V MOE__F MOE__(f_fma)(MOE__F a, MOE__F b, MOE__F c) { return MOE__F_OP(fmadd)(a, b, c); }
-MOE__V MOE__F MOE__(f_fnma)(MOE__F a, MOE__F b, MOE__F c) { return MOE__F_OP(fnmadd)(a, b, c); }
+MOE__V MOE__VF MOE__(f_fma)(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fmadd_ps)(a, b, c); }
+MOE__V MOE__VF MOE__(f_fnma)(MOE__VF a, MOE__VF b, MOE__VF c) {
+    return MOE__MM(fnmadd_ps)(a, b, c);
+}
 /* If either is NaN, these give b. */
-MOE__V MOE__F MOE__(f_max)(MOE__F a, MOE__F b) { return MOE__F_OP(max)(a, b); }
-MOE__V MOE__F MOE__(f_min)(MOE__F a, MOE__F b) { return MOE__F_OP(min)(a, b); }
+MOE__V MOE__VF MOE__(f_max)(MOE__VF a, MOE__VF b) { return MOE__MM(max_ps)(a, b); }
+MOE__V MOE__VF MOE__(f_min)(MOE__VF a, MOE__VF b) { return MOE__MM(min_ps)(a, b); }
 MOE__V MOE__D MOE__(d_zero)(void) { return MOE__D_OP(setzero)(); }
 MOE__V MOE__D MOE__(d_add)(MOE__D a, MOE__D b) { return MOE__D_OP(add)(a, b); }
 MOE__V MOE__D MOE__(d_square_add)(MOE__D a, MOE__D c) { return MOE__D_OP(fmadd)(a, a, c); }
 
-MOE__V float MOE__(f_sum)(MOE__F x) {
+MOE__V float MOE__(f_sum)(MOE__VF x) {
     __m256 half = MOE__(f_fold)(x);
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-MOE__V float MOE__(f_largest)(MOE__F x) {
+MOE__V float MOE__(f_largest)(MOE__VF x) {
     __m256 half = MOE__(f_fold_max)(x);
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
@@ -6955,7 +6958,7 @@ MOE__V double MOE__(d_sum)(MOE__D x) {
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
 }
 /* The sums of four vectors, side by side. */
-MOE__V __m128 MOE__(f_sum4)(MOE__F a, MOE__F b, MOE__F c, MOE__F d) {
+MOE__V __m128 MOE__(f_sum4)(MOE__VF a, MOE__VF b, MOE__VF c, MOE__VF d) {
     __m256 e = MOE__(f_fold)(a), f = MOE__(f_fold)(b), g = MOE__(f_fold)(c), h = MOE__(f_fold)(d);
     __m256 ef = _mm256_hadd_ps(e, f), gh = _mm256_hadd_ps(g, h), all = _mm256_hadd_ps(ef, gh);
     return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
@@ -6964,18 +6967,18 @@ MOE__V __m128 MOE__(f_sum4)(MOE__F a, MOE__F b, MOE__F c, MOE__F d) {
 /* e^x within 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r, e^r = 1 + r + r^2 p(r), */
 /* where p is the minimax polynomial of degree 4 (Remez; 4e-9 of e^r). Beyond the bounds the */
 /* result is 0 or infinity anyhow; NaN stays NaN, e^0 is 1. */
-MOE__V MOE__F MOE__(f_exp)(MOE__F x) {
+MOE__V MOE__VF MOE__(f_exp)(MOE__VF x) {
     x = MOE__(f_max)(MOE__(f_set)(-104.0f), x);
     x = MOE__(f_min)(MOE__(f_set)(89.0f), x);
-    MOE__F n = MOE__(f_round)(MOE__(f_mul)(x, MOE__(f_set)(1.44269504f)));
-    MOE__F r = MOE__(f_fnma)(n, MOE__(f_set)(0.693147182f), x); /* ln 2 as float, exact by fma */
+    MOE__VF n = MOE__(f_round)(MOE__(f_mul)(x, MOE__(f_set)(1.44269504f)));
+    MOE__VF r = MOE__(f_fnma)(n, MOE__(f_set)(0.693147182f), x); /* ln 2 as float, exact by fma */
     r = MOE__(f_fnma)(n, MOE__(f_set)(-1.90465421e-9f), r);     /* ln 2 minus that */
-    MOE__F p = MOE__(f_set)(1.38145988e-3f);
+    MOE__VF p = MOE__(f_set)(1.38145988e-3f);
     p = MOE__(f_fma)(p, r, MOE__(f_set)(8.36871658e-3f));
     p = MOE__(f_fma)(p, r, MOE__(f_set)(4.16683889e-2f));
     p = MOE__(f_fma)(p, r, MOE__(f_set)(1.66665211e-1f));
     p = MOE__(f_fma)(p, r, MOE__(f_set)(4.99999940e-1f));
-    MOE__F e = MOE__(f_fma)(MOE__(f_mul)(r, r), p, r);
+    MOE__VF e = MOE__(f_fma)(MOE__(f_mul)(r, r), p, r);
     return MOE__(f_scale)(MOE__(f_add)(e, MOE__(f_set)(1.0f)), n);
 }
 
@@ -6983,50 +6986,50 @@ MOE__V MOE__F MOE__(f_exp)(MOE__F x) {
 MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out) {
     MOE__D s0 = MOE__(d_zero)(), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
-    for (; i + 2 * MOE__FW <= n; i += 2 * MOE__FW) {
-        MOE__F a = MOE__(f_load)(x + i), b = MOE__(f_load)(x + i + MOE__FW);
+    for (; i + 2 * MOE__VFLOATS <= n; i += 2 * MOE__VFLOATS) {
+        MOE__VF a = MOE__(f_load)(x + i), b = MOE__(f_load)(x + i + MOE__VFLOATS);
         s0 = MOE__(d_square_add)(MOE__(f_low)(a), s0);
         s1 = MOE__(d_square_add)(MOE__(f_high)(a), s1);
         s2 = MOE__(d_square_add)(MOE__(f_low)(b), s2);
         s3 = MOE__(d_square_add)(MOE__(f_high)(b), s3);
     }
-    for (; i < n; i += MOE__FW) {
-        MOE__F a = MOE__(f_load_part)(x + i, moe__min(n - i, MOE__FW));
+    for (; i < n; i += MOE__VFLOATS) {
+        MOE__VF a = MOE__(f_load_part)(x + i, moe__min(n - i, MOE__VFLOATS));
         s0 = MOE__(d_square_add)(MOE__(f_low)(a), s0);
         s1 = MOE__(d_square_add)(MOE__(f_high)(a), s1);
     }
     double sum = MOE__(d_sum)(MOE__(d_add)(MOE__(d_add)(s0, s1), MOE__(d_add)(s2, s3)));
     __m128d root = _mm_sqrt_pd(_mm_set1_pd(sum / (double)n + (double)eps));
-    MOE__F scale = MOE__(f_set)((float)(1.0 / _mm_cvtsd_f64(root)));
-    for (i = 0; i + MOE__FW <= n; i += MOE__FW) {
-        MOE__F a = MOE__(f_mul)(MOE__(f_load)(x + i), scale);
+    MOE__VF scale = MOE__(f_set)((float)(1.0 / _mm_cvtsd_f64(root)));
+    for (i = 0; i + MOE__VFLOATS <= n; i += MOE__VFLOATS) {
+        MOE__VF a = MOE__(f_mul)(MOE__(f_load)(x + i), scale);
         if (weight) a = MOE__(f_mul)(a, MOE__(f_load)(weight + i));
         MOE__(f_store)(out + i, a);
     }
     if (i == n) return;
-    MOE__F a = MOE__(f_mul)(MOE__(f_load_part)(x + i, n - i), scale);
+    MOE__VF a = MOE__(f_mul)(MOE__(f_load_part)(x + i, n - i), scale);
     if (weight) a = MOE__(f_mul)(a, MOE__(f_load_part)(weight + i, n - i));
     MOE__(f_store_part)(out + i, n - i, a);
 }
 
 /* gate / (1 + exp(-gate)) * up, or as gpt-oss has it; oai is a constant once inlined. */
-MOE__V MOE__F MOE__(f_glu)(MOE__F gate, MOE__F up, const int oai) {
-    const MOE__F one = MOE__(f_set)(1.0f), most = MOE__(f_set)(7.0f);
+MOE__V MOE__VF MOE__(f_glu)(MOE__VF gate, MOE__VF up, const int oai) {
+    const MOE__VF one = MOE__(f_set)(1.0f), most = MOE__(f_set)(7.0f);
     if (oai) {
         gate = MOE__(f_min)(most, gate);
         up = MOE__(f_max)(MOE__(f_set)(-7.0f), MOE__(f_min)(most, up));
         up = MOE__(f_add)(up, one);
     }
-    MOE__F e = MOE__(f_exp)(MOE__(f_mul)(MOE__(f_set)(oai ? -1.702f : -1.0f), gate));
+    MOE__VF e = MOE__(f_exp)(MOE__(f_mul)(MOE__(f_set)(oai ? -1.702f : -1.0f), gate));
     return MOE__(f_mul)(MOE__(f_div)(gate, MOE__(f_add)(one, e)), up);
 }
 MOE__V void MOE__(glu)(const float *gate, const float *up, int64_t n, float *out, const int oai) {
     int64_t i = 0;
-    for (; i + MOE__FW <= n; i += MOE__FW)
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
         MOE__(f_store)(out + i,
                        MOE__(f_glu)(MOE__(f_load)(gate + i), MOE__(f_load)(up + i), oai));
     if (i == n) return;
-    MOE__F g = MOE__(f_load_part)(gate + i, n - i), u = MOE__(f_load_part)(up + i, n - i);
+    MOE__VF g = MOE__(f_load_part)(gate + i, n - i), u = MOE__(f_load_part)(up + i, n - i);
     MOE__(f_store_part)(out + i, n - i, MOE__(f_glu)(g, u, oai));
 }
 MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *out) {
@@ -7038,15 +7041,15 @@ MOE__K void MOE__(swiglu_oai)(const float *gate, const float *up, int64_t n, flo
 
 /* NaN never becomes the maximum: it turns the sum, and with it every output, into NaN. */
 MOE__K void MOE__(softmax)(float *x, int64_t n) {
-    const int64_t full = n / MOE__FW * MOE__FW, rest = n - full;
-    MOE__F lowest = MOE__(f_set)(-INFINITY), m = lowest;
-    for (int64_t i = 0; i < full; i += MOE__FW) m = MOE__(f_max)(MOE__(f_load)(x + i), m);
-    MOE__F end = lowest; /* lanes beyond n: e^-inf = 0 adds nothing */
+    const int64_t full = n / MOE__VFLOATS * MOE__VFLOATS, rest = n - full;
+    MOE__VF lowest = MOE__(f_set)(-INFINITY), m = lowest;
+    for (int64_t i = 0; i < full; i += MOE__VFLOATS) m = MOE__(f_max)(MOE__(f_load)(x + i), m);
+    MOE__VF end = lowest; /* lanes beyond n: e^-inf = 0 adds nothing */
     if (rest) end = MOE__(f_select_part)(rest, MOE__(f_load_part)(x + full, rest), lowest);
     m = MOE__(f_set)(MOE__(f_largest)(MOE__(f_max)(end, m)));
     MOE__D s0 = MOE__(d_zero)(), s1 = s0; /* double: n may be a vocabulary */
-    for (int64_t i = 0; i < full; i += MOE__FW) {
-        MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(x + i), m));
+    for (int64_t i = 0; i < full; i += MOE__VFLOATS) {
+        MOE__VF e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(x + i), m));
         MOE__(f_store)(x + i, e);
         s0 = MOE__(d_add)(MOE__(f_low)(e), s0);
         s1 = MOE__(d_add)(MOE__(f_high)(e), s1);
@@ -7056,41 +7059,42 @@ MOE__K void MOE__(softmax)(float *x, int64_t n) {
         s0 = MOE__(d_add)(MOE__(f_low)(end), s0);
         s1 = MOE__(d_add)(MOE__(f_high)(end), s1);
     }
-    MOE__F sum = MOE__(f_set)((float)MOE__(d_sum)(MOE__(d_add)(s0, s1)));
-    for (int64_t i = 0; i < full; i += MOE__FW)
+    MOE__VF sum = MOE__(f_set)((float)MOE__(d_sum)(MOE__(d_add)(s0, s1)));
+    for (int64_t i = 0; i < full; i += MOE__VFLOATS)
         MOE__(f_store)(x + i, MOE__(f_div)(MOE__(f_load)(x + i), sum));
     if (rest) MOE__(f_store_part)(x + full, rest, MOE__(f_div)(end, sum));
 }
 
 MOE__K void MOE__(axpy)(float a, const float *x, int64_t n, float *y) {
-    MOE__F factor = MOE__(f_set)(a);
+    MOE__VF factor = MOE__(f_set)(a);
     int64_t i = 0;
-    for (; i + MOE__FW <= n; i += MOE__FW)
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
         MOE__(f_store)(y + i, MOE__(f_fma)(factor, MOE__(f_load)(x + i), MOE__(f_load)(y + i)));
     if (i == n) return;
-    MOE__F b = MOE__(f_load_part)(x + i, n - i), c = MOE__(f_load_part)(y + i, n - i);
+    MOE__VF b = MOE__(f_load_part)(x + i, n - i), c = MOE__(f_load_part)(y + i, n - i);
     MOE__(f_store_part)(y + i, n - i, MOE__(f_fma)(factor, b, c));
 }
 
 MOE__K void MOE__(f32_to_f16)(const float *x, int64_t n, uint16_t *out) {
     int64_t i = 0;
-    for (; i + MOE__FW <= n; i += MOE__FW) MOE__(f_store_half)(out + i, MOE__(f_load)(x + i));
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
+        MOE__(f_store_half)(out + i, MOE__(f_load)(x + i));
     if (i < n) MOE__(f_store_half_part)(out + i, n - i, MOE__(f_load_part)(x + i, n - i));
 }
 
 MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
-    const MOE__F limit = MOE__(f_set)(127.0f), low = MOE__(f_set)(-127.0f);
+    const MOE__VF limit = MOE__(f_set)(127.0f), low = MOE__(f_set)(-127.0f);
     for (; n > 0; n -= 32, x += 32, out += 34) {
-        MOE__F high = MOE__(f_zero)(), finite = high; /* or NaN */
-        for (int i = 0; i < 32; i += MOE__FW) {
-            const MOE__F v = MOE__(f_load)(x + i);
+        MOE__VF high = MOE__(f_zero)(), finite = high; /* or NaN */
+        for (int i = 0; i < 32; i += MOE__VFLOATS) {
+            const MOE__VF v = MOE__(f_load)(x + i);
             high = MOE__(f_max)(MOE__(f_max)(v, MOE__(f_sub)(MOE__(f_zero)(), v)), high);
             finite = MOE__(f_fma)(MOE__(f_zero)(), v, finite);
         }
         const float inverse =
             moe__q8_0_scale(MOE__(f_largest)(high) + MOE__(f_sum)(finite), out);
-        for (int i = 0; i < 32; i += MOE__FW) {
-            MOE__F v = inverse > 0 ? MOE__(f_mul)(MOE__(f_load)(x + i), MOE__(f_set)(inverse))
+        for (int i = 0; i < 32; i += MOE__VFLOATS) {
+            MOE__VF v = inverse > 0 ? MOE__(f_mul)(MOE__(f_load)(x + i), MOE__(f_set)(inverse))
                                    : MOE__(f_zero)();
             MOE__(f_store_i8)(out + 2 + i, MOE__(f_max)(low, MOE__(f_min)(limit, v)));
         }
@@ -7125,16 +7129,16 @@ enum {
 };
 
 /* A vector of a Q8_0 block from its value i on. */
-MOE__V MOE__F MOE__(q8_0_load)(const uint8_t *block, int64_t i) {
+MOE__V MOE__VF MOE__(q8_0_load)(const uint8_t *block, int64_t i) {
     return MOE__(f_mul)(MOE__(f_load_i8)(block + 2 + i), MOE__(f_set_half)(block));
 }
-MOE__V MOE__F MOE__(kv_load)(const uint8_t *row, int64_t i, moe_kv_type type) {
+MOE__V MOE__VF MOE__(kv_load)(const uint8_t *row, int64_t i, moe_kv_type type) {
     const uint8_t *p = row + moe__kv_bytes(type, i);
     if (type == MOE_KV_Q8_0) return MOE__(q8_0_load)(p, i % 32);
     return type == MOE_KV_F32 ? MOE__(f_load)(p) : MOE__(f_load_half)(p);
 }
 /* Not for Q8_0, whose rows are whole vectors. */
-MOE__V MOE__F MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, moe_kv_type type) {
+MOE__V MOE__VF MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, moe_kv_type type) {
     const uint8_t *p = row + moe__kv_bytes(type, i);
     if (type == MOE_KV_F32) return MOE__(f_load_part)((const float *)(const void *)p, n);
     return MOE__(f_load_half_part)(p, n);
@@ -7147,9 +7151,9 @@ MOE__V void MOE__(kv_to_floats)(const uint8_t *row, moe_kv_type type, int64_t fi
     if (type == MOE_KV_Q8_0)
         for (; i < n; i += 32, row += 34)
             MOE__UNROLL(4)
-            for (int c = 0; c < 32; c += MOE__FW)
+            for (int c = 0; c < 32; c += MOE__VFLOATS)
                 if (c < n - i) MOE__(f_store)(out + i + c, MOE__(q8_0_load)(row, first + c));
-    for (; i + MOE__FW <= n; i += MOE__FW)
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
         MOE__(f_store)(out + i, MOE__(kv_load)(row, i, MOE_KV_F16));
     if (i < n) MOE__(f_store)(out + i, MOE__(kv_load_part)(row, i, n - i, MOE_KV_F16));
 }
@@ -7205,7 +7209,7 @@ typedef struct MOE__(score_args) {
 
 MOE__V void MOE__(score_tile)(const int n, const moe_kv_type type,
                               const MOE__(score_args) *t) {
-    MOE__F acc[MOE__ATTEND_ROWS][4], x[MOE__ATTEND_ROWS];
+    MOE__VF acc[MOE__ATTEND_ROWS][4], x[MOE__ATTEND_ROWS];
     const uint8_t *key[4];
     MOE__UNROLL(4)
     for (int c = 0; c < 4; c++) {
@@ -7215,24 +7219,24 @@ MOE__V void MOE__(score_tile)(const int n, const moe_kv_type type,
     }
     const int64_t dk = t->dk;
     int64_t i = 0;
-    const int step = type == MOE_KV_Q8_0 ? 32 : MOE__FW;
+    const int step = type == MOE_KV_Q8_0 ? 32 : MOE__VFLOATS;
     size_t at = 0;
     for (; i + step <= dk; i += step, at += moe__kv_bytes(type, step))
         MOE__UNROLL(4)
-        for (int s = 0; s < step; s += MOE__FW) {
+        for (int s = 0; s < step; s += MOE__VFLOATS) {
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
                 if (r < n) x[r] = MOE__(f_load)(t->q + r * t->q_stride + i + s);
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
-                MOE__F k = MOE__(f_keep)(MOE__(kv_load)(key[c] + at, s, type));
+                MOE__VF k = MOE__(f_keep)(MOE__(kv_load)(key[c] + at, s, type));
                 MOE__UNROLL(MOE__ATTEND_ROWS)
                 for (int r = 0; r < MOE__ATTEND_ROWS; r++)
                     if (r < n) acc[r][c] = MOE__(f_fma)(x[r], k, acc[r][c]);
             }
         }
     if (n == 1 && i < dk) { /* ragged rows come one query at a time */
-        MOE__F y = MOE__(f_load_part)(t->q + i, dk - i);
+        MOE__VF y = MOE__(f_load_part)(t->q + i, dk - i);
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
             acc[0][c] = MOE__(f_fma)(y, MOE__(kv_load_part)(key[c], i, dk - i, type), acc[0][c]);
@@ -7270,8 +7274,8 @@ MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const MOE__(score_args) 
 MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first,
                                  const int32_t *visible, int start, int n_keys) {
     MOE__ALIGNED(64) float floats[4 * MOE__(ATTEND_DK)];
-    const int n = a->n_queries, rows = a->dk % MOE__FW ? 1 : MOE__(attend_rows)(n);
-    const int64_t padded = (a->dk + MOE__FW - 1) / MOE__FW * MOE__FW;
+    const int n = a->n_queries, rows = a->dk % MOE__VFLOATS ? 1 : MOE__(attend_rows)(n);
+    const int64_t padded = (a->dk + MOE__VFLOATS - 1) / MOE__VFLOATS * MOE__VFLOATS;
     const int convert = padded <= MOE__(ATTEND_DK) && MOE__(attend_convert)(a->type, n, rows);
     int next = start; /* row to prefetch */
     MOE__(score_args) t;
@@ -7305,19 +7309,19 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first
 /* brings its max and sum up to date. Returns the factor that takes older weights to the new max. */
 /* NaN is never the max. */
 MOE__K float MOE__(attend_weights)(float *s, int first, int n, float *max, float *sum) {
-    const int begin = first / MOE__FW * MOE__FW, whole = n / MOE__FW * MOE__FW;
-    MOE__F lowest = MOE__(f_set)(-INFINITY), m = lowest;
+    const int begin = first / MOE__VFLOATS * MOE__VFLOATS, whole = n / MOE__VFLOATS * MOE__VFLOATS;
+    MOE__VF lowest = MOE__(f_set)(-INFINITY), m = lowest;
     if (whole < n) /* the row of scratch is longer than n: fill up the last vector */
         MOE__(f_store)(s + whole,
                        MOE__(f_select_part)(n - whole, MOE__(f_load)(s + whole), lowest));
     for (int j = begin; j < first; j++) s[j] = -INFINITY;
-    for (int j = begin; j < n; j += MOE__FW) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
+    for (int j = begin; j < n; j += MOE__VFLOATS) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
     const float old = *max, block = MOE__(f_largest)(m), now = block > old ? block : old;
     /* With nothing but -inf so far, any finite base gives weights of 0 instead of NaN. */
     const float base = now == -INFINITY ? 0.0f : now;
-    MOE__F total = MOE__(f_zero)();
-    for (int j = begin; j < n; j += MOE__FW) {
-        MOE__F e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j), MOE__(f_set)(base)));
+    MOE__VF total = MOE__(f_zero)();
+    for (int j = begin; j < n; j += MOE__VFLOATS) {
+        MOE__VF e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j), MOE__(f_set)(base)));
         MOE__(f_store)(s + j, e);
         total = MOE__(f_add)(total, e);
     }
@@ -7344,14 +7348,14 @@ typedef struct MOE__(value_args) {
 } MOE__(value_args);
 
 /* Vector c of a value: whole ones if there are 4 columns, else the only one. */
-MOE__V MOE__F MOE__(value_load)(const MOE__(value_args) *t, const uint8_t *value, int columns,
+MOE__V MOE__VF MOE__(value_load)(const MOE__(value_args) *t, const uint8_t *value, int columns,
                                 int c, moe_kv_type type) {
-    if (columns == 4) return MOE__(kv_load)(value, c * MOE__FW, type);
+    if (columns == 4) return MOE__(kv_load)(value, c * MOE__VFLOATS, type);
     if (type == MOE_KV_Q8_0) return MOE__(q8_0_load)(value, t->column);
     return MOE__(kv_load_part)(value, 0, t->width, type);
 }
-MOE__V void MOE__(value_add)(float *out, int width, MOE__F factor, MOE__F x) {
-    if (width >= MOE__FW)
+MOE__V void MOE__(value_add)(float *out, int width, MOE__VF factor, MOE__VF x) {
+    if (width >= MOE__VFLOATS)
         MOE__(f_store)(out, MOE__(f_fma)(MOE__(f_load)(out), factor, x));
     else
         MOE__(f_store_part)(out, width, MOE__(f_fma)(MOE__(f_load_part)(out, width), factor, x));
@@ -7359,7 +7363,7 @@ MOE__V void MOE__(value_add)(float *out, int width, MOE__F factor, MOE__F x) {
 
 MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type type,
                               const MOE__(value_args) *t) {
-    MOE__F acc[MOE__ATTEND_ROWS][4], w[MOE__ATTEND_ROWS];
+    MOE__VF acc[MOE__ATTEND_ROWS][4], w[MOE__ATTEND_ROWS];
     const uint8_t *value = t->value, *ahead = t->ahead;
     /* Keys below j are visible to no query of the tile, those from `from` to `all` to each. */
     int j = t->j1, from = t->j0, all = t->j1;
@@ -7383,7 +7387,7 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++) {
             if (c >= columns) continue;
-            MOE__F v = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
+            MOE__VF v = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
                 if (r < n) acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
@@ -7397,7 +7401,7 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
                 if (c >= columns) continue;
-                MOE__F v = MOE__(value_load)(t, value, columns, c, type);
+                MOE__VF v = MOE__(value_load)(t, value, columns, c, type);
                 acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
             }
         }
@@ -7408,8 +7412,8 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
             if (c < columns)
-                MOE__(value_add)(t->out + r * t->out_stride + c * MOE__FW,
-                                 columns == 4 ? MOE__FW : t->width,
+                MOE__(value_add)(t->out + r * t->out_stride + c * MOE__VFLOATS,
+                                 columns == 4 ? MOE__VFLOATS : t->width,
                                  MOE__(f_set)(t->factor[r]), acc[r][c]);
     }
 }
@@ -7425,7 +7429,7 @@ MOE__V void MOE__(value_tile_wide)(const int n, const int columns, moe_kv_type t
         MOE__(value_tile)(n, columns, MOE_KV_Q8_0, t);
 }
 MOE__V void MOE__(value_tile_of)(const int n, moe_kv_type type, const MOE__(value_args) *t) {
-    if (t->width > MOE__FW)
+    if (t->width > MOE__VFLOATS)
         MOE__(value_tile_wide)(n, 4, type, t);
     else
         MOE__(value_tile_wide)(n, 1, type, t);
@@ -7445,15 +7449,16 @@ MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const MOE__(value_args) 
 /* out[i] = out[i] * factor[i] + the weighted values of keys j0 .. n_keys - 1, at most one step. */
 MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
                                const int32_t *visible, const float *factor, int j0, int n_keys) {
-    MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * MOE__FW];
+    MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * MOE__VFLOATS];
     const int n = a->n_queries, rows = MOE__(attend_rows)(n);
     const int convert = MOE__(attend_convert)(a->type, n, rows);
     const moe_kv_type type = convert ? MOE_KV_F32 : a->type;
     const uint8_t *values = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;
     /* While this step is computed, the rows of the next are fetched from left to right, one or */
     /* two lines of 64 bytes of each per tile: all of it at once would only queue up. */
-    const int n_tiles = (a->dv / (4 * MOE__FW) + (a->dv % (4 * MOE__FW) + MOE__FW - 1) / MOE__FW) *
-                        ((n + rows - 1) / rows);
+    enum { WIDE = 4 * MOE__VFLOATS }; /* floats of a tile */
+    const int n_columns = a->dv / WIDE + (a->dv % WIDE + MOE__VFLOATS - 1) / MOE__VFLOATS;
+    const int n_tiles = n_columns * ((n + rows - 1) / rows);
     const int fetch = n_keys - j0 > MOE__(ATTEND_STEP) ? (int)moe__kv_bytes(a->type, a->dv) : 0;
     const int lines = fetch > 64 * n_tiles ? 2 : 1;
     int fetched = 0;
@@ -7464,16 +7469,16 @@ MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
     t.ahead_bytes = a->v_bytes;
     for (int column = 0; column < a->dv; column += t.width) {
         const int left = a->dv - column;
-        t.width = left >= 4 * MOE__FW ? 4 * MOE__FW : left < MOE__FW ? left : MOE__FW;
+        t.width = left >= WIDE ? WIDE : left < MOE__VFLOATS ? left : MOE__VFLOATS;
         t.value = values + moe__kv_bytes(a->type, column);
         t.column = column % 32;
         t.v_bytes = a->v_bytes;
         if (convert) {
             for (int j = j0; j < n_keys && j < j0 + MOE__(ATTEND_STEP); j++, t.value += a->v_bytes)
                 MOE__(kv_to_floats)(t.value, a->type, t.column, t.width,
-                                    floats + (j - j0) * 4 * MOE__FW);
+                                    floats + (j - j0) * 4 * MOE__VFLOATS);
             t.value = (const uint8_t *)(const void *)floats;
-            t.v_bytes = 4 * MOE__FW * sizeof(float);
+            t.v_bytes = 4 * MOE__VFLOATS * sizeof(float);
         }
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
@@ -7520,10 +7525,7 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 }
 
 #undef MOE__ATTEND_ROWS
-#undef MOE__F
 #undef MOE__D
-#undef MOE__FW
-#undef MOE__F_OP
 #undef MOE__D_OP
 #endif /* MOE__ISA != 4 */
 
@@ -7533,7 +7535,7 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 #define MOE__KERNELS_1(name) MOE__SHARED(dot_##name), MOE__(tile_##name)
 #define MOE__KERNELS_2(name) MOE__SHARED(dot_##name), MOE__SHARED(tile_##name)
 #define MOE__TYPE_KERNELS(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q, own) \
-    {MOE__KERNELS_##own(name), MOE__SHARED(dequantize_##name)},
+    {MOE__KERNELS_##own(name), MOE__AVX2(dequantize_##name)},
 static const moe__kernels MOE__(kernels) = {
     (moe_isa)MOE__ISA,
     {MOE__TYPES(MOE__TYPE_KERNELS)},

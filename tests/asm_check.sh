@@ -27,7 +27,7 @@ any ^moe__attend_avx calls one per query and block of keys, for the exponentials
 any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_vnni)$ innermost 16 registers: float sums lie on the stack
 any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_vnni)$ around the same
 any ^moe__dot_q5_k_avx2$ around 8 constant indices beside the rest, 16 registers: once per row
-any ^moe__dot_q5_0_avx2$ innermost the ragged end of a row, once per row
+any ^moe__dot_(q5_0|iq4_nl)_avx2$ innermost the ragged end of a row, once per row
 any ^moe__tile_unpack_q6_k_avx(2|_vnni)$ innermost 12 turned vectors live at once, of 16 registers
 END_ALLOWED
 

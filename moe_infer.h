@@ -22,27 +22,27 @@
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
 /*   >>manual      51  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     108  every macro you may define */
-/*   >>api        199  types and prototypes with their contracts */
-/*   >>base       635  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       907  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1912  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3513  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7628  the team of threads: wake, barrier, shares of work */
-/*   >>ops       7937  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8219  router, plan, the expert schedules */
-/*   >>model     8523  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9331  cache, the forward pass */
-/*   >>text     10565  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   11922  choosing tokens, generating text */
-/*   >>licence  12444  MIT or public domain */
+/*   >>config     118  every macro you may define */
+/*   >>api        209  types and prototypes with their contracts */
+/*   >>base       647  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       919  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1924  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3525  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7640  the team of threads: wake, barrier, shares of work */
+/*   >>ops       7949  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8231  router, plan, the expert schedules */
+/*   >>model     8667  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9475  cache, the forward pass */
+/*   >>text     10741  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12098  choosing tokens, generating text */
+/*   >>licence  12620  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
 /*   benches walk the table. */
 /* To add an instruction set: a number and a target string at the top of the vector text, an */
 /*   include of this file before it, and a case in moe__kernels_detect (>>kernels). */
-/* To add an expert schedule: one function and one row in moe__schedules (>>experts). */
+/* To add an expert schedule: its functions and one row in moe__schedules (>>experts). */
 /* To add a model family: one row in moe__families (>>model), and what is new about it as a */
 /*   feature that any family may have, read by the one forward pass (>>session). */
 /* ============================================================================================== */
@@ -83,16 +83,26 @@
 /* differ in the last bits of float sums only. */
 /* */
 /* EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads */
-/* may share that work in different ways, picked by macro or moe_session_options.schedule: */
+/* may share that work in different ways, picked by macro or moe_session_options.schedule. Rows */
+/* of the active experts' matrices, one token, 4 threads (0-3): */
 /* */
-/*   sequential (default)       expert   3        17        42       shared */
-/*   all threads on each        thread 0 rows 0.. rows 0..  rows 0.. rows 0.. */
-/*   expert, one expert         thread 1 rows n/2 rows n/2  rows n/2 rows n/2 */
-/*   after another              A thread's rows are the same for every expert; nobody waits */
-/*                              between experts. */
+/*   sequential (default)       expert    3         17        42        51 */
+/*   all threads on one expert  rows      00112233  00112233  00112233  00112233 */
+/*   after another. A thread's rows are the same for every expert; nobody waits between experts. */
 /* */
-/* MOE_SCHEDULE_PARALLEL and MOE_SCHEDULE_BALANCED are named but not in this version: sessions */
-/* that ask for them, or builds with their macros, are refused with MOE_ERROR_UNSUPPORTED. */
+/*   parallel                   expert    3         17        42        51 */
+/*   experts at the same time   rows      00000000  11111111  22222222  33333333 */
+/*   Groups of threads, as many as the greatest common divisor of active experts and threads. */
+/*   For one token; if the divisor is 1, and in prompts, it is sequential. */
+/* */
+/*   balanced                   expert    3         17        42        51 */
+/*   one list, cut evenly       rows      001123    012233    001123    012233 */
+/*   When rows do not divide by threads, who gets one more rotates from expert to expert. In */
+/*   prompts gate and up are one list of row blocks, cut where the work is even. */
+/* */
+/* All three give the same bits. Where two threads compute the same row of down for different */
+/* experts, results are added up behind one more barrier: always with parallel, with balanced */
+/* only if blocks of 16 rows divide badly by threads. */
 /* */
 /* ERRORS. Calls return a moe_status or NULL and fill a moe_error with the place and a sentence. */
 /* The library never exits, aborts, prints, installs handlers, reads the environment or keeps */
@@ -535,6 +545,8 @@ typedef struct moe_session_info {
     size_t kv_bytes;       /* the cache */
     size_t work_bytes;     /* everything else */
     uint64_t n_barriers;   /* barriers passed by the last eval */
+    int32_t n_expert_groups; /* groups of threads on experts at the same time in its last layer */
+                             /* of experts: more than 1 with MOE_SCHEDULE_PARALLEL, if it can */
 } moe_session_info;
 
 /* Takes all memory and threads that evaluating needs. Errors: ARGUMENT, MEMORY, THREAD, */
@@ -8336,14 +8348,37 @@ typedef struct moe__entry {
     const float *weights;   /* per token */
     const moe__acts *hidden; /* where the hidden vectors are, */
     int64_t hidden_row;     /* from this row on, one per token */
+    int64_t work_before;    /* moe__entry_work of all entries before */
 } moe__entry;
 
 typedef struct moe__plan {
     moe__entry *entries; /* room for n_expert + 1 */
     int32_t n_entries;
+    int32_t n_routed;    /* the first of them; the others see all tokens */
     int32_t *tokens;     /* of the routed experts, entry after entry */
     float *weights;
 } moe__plan;
+
+/* What a block of rows costs: a multiplication per token, and unpacking, which takes as long as */
+/* some tokens do. */
+MOE__INLINE int64_t moe__entry_cost(const moe__entry *entry) { return entry->n_tokens + 6; }
+/* What gate and up of an entry cost: blocks of MOE__TILE_ROWS rows */
+MOE__INLINE int64_t moe__entry_blocks(const moe__entry *entry) {
+    return (entry->ffn->gate.n_out + MOE__TILE_ROWS - 1) / MOE__TILE_ROWS;
+}
+MOE__INLINE int64_t moe__entry_work(const moe__entry *entry) {
+    return moe__entry_blocks(entry) * moe__entry_cost(entry);
+}
+
+/* The next entry, of n_tokens tokens. */
+MOE__PRIVATE moe__entry *moe__plan_add(moe__plan *plan, const moe__ffn *ffn, int32_t n_tokens) {
+    moe__entry *entry = &plan->entries[plan->n_entries];
+    entry->ffn = ffn;
+    entry->n_tokens = n_tokens;
+    entry->work_before =
+        plan->n_entries++ ? entry[-1].work_before + moe__entry_work(entry - 1) : 0;
+    return entry;
+}
 
 /* Entries of the routed experts. experts, weights: n_tokens x n_used from the router. */
 MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const moe__router *router,
@@ -8358,15 +8393,14 @@ MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const m
         first[e] = next;
         next += count[e];
         if (!count[e]) continue;
-        moe__entry *entry = &plan->entries[plan->n_entries++];
-        entry->ffn = ffn;
+        moe__entry *entry = moe__plan_add(plan, ffn, count[e]);
         entry->expert = e;
-        entry->n_tokens = count[e];
         entry->tokens = plan->tokens + first[e];
         entry->weights = plan->weights + first[e];
         entry->hidden = hidden;
         entry->hidden_row = first[e];
     }
+    plan->n_routed = plan->n_entries;
     for (int64_t i = 0; i < n_slots; i++) {
         int32_t at = first[experts[i]]++;
         plan->tokens[at] = (int32_t)(i / router->n_used);
@@ -8378,10 +8412,8 @@ MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const m
 MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_tokens,
                                 const int32_t *tokens, const float *weights,
                                 const moe__acts *hidden) {
-    moe__entry *entry = &plan->entries[plan->n_entries++];
-    entry->ffn = ffn;
+    moe__entry *entry = moe__plan_add(plan, ffn, (int32_t)n_tokens);
     entry->expert = 0;
-    entry->n_tokens = (int32_t)n_tokens;
     entry->tokens = tokens;
     entry->weights = weights;
     entry->hidden = hidden;
@@ -8394,8 +8426,10 @@ MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_
 typedef struct moe__share {
     const moe__entry *entries;
     int32_t n_entries;
-    int down;     /* rows are those of down, else those of gate and up */
-    int64_t unit; /* row ranges begin at multiples of this */
+    int32_t n_routed; /* the first entries are routed experts, the others see all tokens */
+    int one_token;    /* of a batch of one token */
+    int down;         /* rows are those of down, else those of gate and up */
+    int64_t unit;     /* row ranges begin at multiples of this; many tokens: MOE__TILE_ROWS */
 } moe__share;
 
 typedef struct moe__piece {
@@ -8404,7 +8438,9 @@ typedef struct moe__piece {
 } moe__piece;
 
 /* The i-th piece (0, 1, ...) of a thread's work; 0 when there is none. All threads' pieces */
-/* together cover every row of every entry once. */
+/* together cover every row of every entry once. With many tokens a row of down has the same */
+/* thread in every entry, so that each may add to the residual directly; with one token it need */
+/* not, see moe__schedule_info.owns_rows. */
 typedef int moe__schedule_fn(const moe__share *share, int thread, int n_threads, int32_t i,
                              moe__piece *piece);
 
@@ -8413,28 +8449,125 @@ MOE__INLINE int64_t moe__share_rows(const moe__share *share, int32_t entry) {
     return share->down ? ffn->down.n_out : ffn->gate.n_out;
 }
 
-/* All threads on one expert after another, each on its own rows. The rows of a thread are the */
-/* same for every expert. */
-MOE__PRIVATE int moe__schedule_sequential(const moe__share *share, int thread, int n_threads,
-                                          int32_t i, moe__piece *piece) {
-    if (i >= share->n_entries) return 0;
-    piece->entry = i;
-    moe__pool_share(moe__share_rows(share, i), share->unit, thread, n_threads, &piece->begin,
+/* Rows of one entry for member `thread` of n: the same part of every entry. */
+MOE__INLINE int moe__share_stripe(const moe__share *share, int32_t entry, int thread, int n,
+                                  moe__piece *piece) {
+    piece->entry = entry;
+    moe__pool_share(moe__share_rows(share, entry), share->unit, thread, n, &piece->begin,
                     &piece->end);
     return 1;
 }
 
-/* To add a schedule: its function and a row here. owns_rows: no two threads ever get the same */
-/* row of down, whatever the expert, so that each may add to the residual directly. */
+/* All threads on one expert after another, each on its own rows. The rows of a thread are the */
+/* same for every expert. */
+MOE__PRIVATE int moe__schedule_sequential(const moe__share *share, int thread, int n_threads,
+                                          int32_t i, moe__piece *piece) {
+    return i < share->n_entries && moe__share_stripe(share, i, thread, n_threads, piece);
+}
+MOE__PRIVATE int moe__schedule_sequential_owns(const moe__share *share, int n_threads) {
+    return (void)share, (void)n_threads, 1;
+}
+
+/* How many experts are worked on at the same time: the greatest common divisor. */
+MOE__PRIVATE int moe__schedule_groups(const moe__share *share, int n_threads) {
+    int a = share->one_token && share->n_routed ? share->n_routed : 1, b = n_threads;
+    while (b) {
+        const int rest = a % b;
+        a = b, b = rest;
+    }
+    return a;
+}
+
+/* Thread t belongs to group t % groups, which takes every groups-th routed expert and shares its */
+/* rows; the entries that see all tokens are shared by all threads. */
+MOE__PRIVATE int moe__schedule_parallel(const moe__share *share, int thread, int n_threads,
+                                        int32_t i, moe__piece *piece) {
+    const int groups = moe__schedule_groups(share, n_threads);
+    const int32_t rounds = share->n_routed / groups; /* with one group: all of them */
+    if (groups == 1) return moe__schedule_sequential(share, thread, n_threads, i, piece);
+    if (i < rounds)
+        return moe__share_stripe(share, i * groups + thread % groups, thread / groups,
+                                 n_threads / groups, piece);
+    i += share->n_routed - rounds;
+    return i < share->n_entries && moe__share_stripe(share, i, thread, n_threads, piece);
+}
+MOE__PRIVATE int moe__schedule_parallel_owns(const moe__share *share, int n_threads) {
+    return moe__schedule_groups(share, n_threads) == 1;
+}
+
+/* One token: every thread gets units / n_threads of each entry, and the threads that get one of */
+/* the remaining units are the next ones in turn. */
+MOE__PRIVATE void moe__schedule_rotate(const moe__share *share, int thread, int n_threads,
+                                       int32_t entry, moe__piece *piece) {
+    int64_t first = 0; /* the next thread in turn */
+    for (int32_t e = 0; e < entry; e++)
+        first += (moe__share_rows(share, e) + share->unit - 1) / share->unit % n_threads;
+    first %= n_threads;
+    const int64_t rows = moe__share_rows(share, entry);
+    const int64_t units = (rows + share->unit - 1) / share->unit;
+    const int64_t each = units / n_threads, rest = units % n_threads, last = first + rest;
+    /* threads first .. last - 1, modulo n_threads, get one more: how many are before this one? */
+    const int64_t wrapped = moe__max(last - n_threads, 0);
+    int64_t before = moe__min(thread, wrapped);
+    if (thread > first) before += moe__min(thread, moe__min(last, n_threads)) - first;
+    const int more = thread < wrapped || (thread >= first && thread < last);
+    piece->entry = entry;
+    piece->begin = moe__min(rows, (each * thread + before) * share->unit);
+    piece->end = moe__min(rows, (each * (thread + 1) + before + more) * share->unit);
+}
+
+/* Many tokens: the first block of rows of an entry whose middle lies in the work of `thread` or */
+/* behind, when all work is laid out in one line and cut into equal parts. */
+MOE__PRIVATE int64_t moe__schedule_cut(const moe__share *share, int32_t entry, int thread,
+                                       int n_threads) {
+    const moe__entry *e = &share->entries[entry], *last = &share->entries[share->n_entries - 1];
+    const int64_t total = last->work_before + moe__entry_work(last), cost = moe__entry_cost(e);
+    /* the smallest j with (2 (work_before + j cost) + cost) n_threads >= 2 total thread */
+    const int64_t need = 2 * total * thread - (2 * e->work_before + cost) * n_threads;
+    const int64_t step = 2 * cost * n_threads;
+    return need <= 0 ? 0 : moe__min((need + step - 1) / step, moe__entry_blocks(e));
+}
+
+/* Rotating down costs a barrier: not unless equal parts would leave over a 16th idle. */
+MOE__PRIVATE int moe__schedule_balanced_owns(const moe__share *share, int n_threads) {
+    const int64_t rows = share->entries[0].ffn->down.n_out;
+    const int64_t units = (rows + share->unit - 1) / share->unit;
+    const int64_t most = (units + n_threads - 1) / n_threads;
+    return !share->one_token || share->n_entries < 2 || 16 * units >= 15 * most * n_threads;
+}
+
+MOE__PRIVATE int moe__schedule_balanced(const moe__share *share, int thread, int n_threads,
+                                        int32_t i, moe__piece *piece) {
+    if (i >= share->n_entries) return 0;
+    if (share->down && moe__schedule_balanced_owns(share, n_threads))
+        return moe__share_stripe(share, i, thread, n_threads, piece);
+    if (share->one_token) {
+        moe__schedule_rotate(share, thread, n_threads, i, piece);
+        return 1;
+    }
+    const int64_t rows = moe__share_rows(share, i);
+    const int64_t first = moe__schedule_cut(share, i, thread, n_threads);
+    const int64_t next = moe__schedule_cut(share, i, thread + 1, n_threads);
+    piece->entry = i;
+    piece->begin = moe__min(first * MOE__TILE_ROWS, rows);
+    piece->end = moe__min(next * MOE__TILE_ROWS, rows);
+    return 1;
+}
+
+/* To add a schedule: its functions and a row here. owns_rows: whether, in down, no two threads */
+/* ever get the same row, whatever the expert. */
 typedef struct moe__schedule_info {
     moe_schedule schedule;
     const char *name;
     moe__schedule_fn *pieces;
-    int owns_rows;
+    int (*owns_rows)(const moe__share *share, int n_threads);
 } moe__schedule_info;
 
 static const moe__schedule_info moe__schedules[] = {
-    {MOE_SCHEDULE_SEQUENTIAL, "sequential", moe__schedule_sequential, 1},
+    {MOE_SCHEDULE_SEQUENTIAL, "sequential", moe__schedule_sequential,
+     moe__schedule_sequential_owns},
+    {MOE_SCHEDULE_PARALLEL, "parallel", moe__schedule_parallel, moe__schedule_parallel_owns},
+    {MOE_SCHEDULE_BALANCED, "balanced", moe__schedule_balanced, moe__schedule_balanced_owns},
 };
 
 /* NULL: this build has no such schedule. */
@@ -8507,6 +8640,17 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
             glu(scratch->gate + t * MOE__TILE_ROWS, scratch->up + t * MOE__TILE_ROWS, n_rows,
                 moe__acts_f32(entry->hidden, entry->hidden_row + t) + row);
     }
+}
+
+/* out[row] = down hidden for some rows of one entry with one token; added up later. */
+MOE__PRIVATE void moe__experts_down_apart(const moe__kernels *kernels, const moe__entry *entry,
+                                          int64_t begin, int64_t end, float *out,
+                                          const moe__scratch *scratch) {
+    const moe__matrix *down = &entry->ffn->down;
+    if (begin >= end) return;
+    moe__acts_gather(entry->hidden, down, NULL, entry->hidden_row, 1, scratch->x);
+    moe__matmul(kernels, down, entry->expert, begin, end, scratch->x, 1, out + begin, 0,
+                scratch->pack);
 }
 
 /* residual[token] += weight * (down hidden) for some rows of one entry. */
@@ -9402,6 +9546,7 @@ struct moe_session {
     float *expert_weights;
     float *shared_weights; /* [n] */
     moe__acts routed, shared, dense; /* hidden vectors: [n * n_expert_used], [n], [n] */
+    float *expert_out;     /* [n_expert_used + 1][n_embd], of one token, see moe__forward_down */
     int32_t *tokens;       /* 0, 1, 2, ... */
     float *ones;
 
@@ -9562,6 +9707,7 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, i
     moe__acts_take(&session->shared, arena, n, moe__max(model->n_ff_shared, 1), kinds.shared);
     moe__acts_take(&session->dense, arena, model->n_dense ? n : 1,
                    model->n_dense ? info->n_ff : 1, kinds.dense);
+    session->expert_out = moe__take_floats(arena, info->n_expert_used + 1, info->n_embd);
     session->tokens = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
     session->ones = moe__take_floats(arena, 1, n);
     session->locals =
@@ -10225,6 +10371,35 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, cons
                       one ? &local->shared : &session->shared);
 }
 
+/* residual += weight * (down hidden) over the entries, in their order. Where the schedule lets */
+/* several threads compute a row, each for other entries, they are added up behind a barrier. */
+MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share) {
+    moe_session *session = e->session;
+    const moe__schedule_info *schedule = session->schedule;
+    const moe__scratch *scratch = &e->local->scratch;
+    const int64_t n_embd = e->model->info.n_embd;
+    const int apart = !schedule->owns_rows(share, e->n_threads);
+    moe__piece piece;
+    for (int32_t i = 0; schedule->pieces(share, e->thread, e->n_threads, i, &piece); i++) {
+        const moe__entry *entry = &share->entries[piece.entry];
+        moe__piece_fetch(schedule, share, e->thread, e->n_threads, i + 1);
+        if (apart)
+            moe__experts_down_apart(e->kernels, entry, piece.begin, piece.end,
+                                    session->expert_out + piece.entry * n_embd, scratch);
+        else
+            moe__experts_down(e->kernels, entry, piece.begin, piece.end, session->residual,
+                              scratch);
+    }
+    if (!apart) return;
+    moe__eval_barrier(e);
+    int64_t begin, end;
+    moe__eval_share(e, n_embd, e->row_unit, &begin, &end);
+    for (int32_t i = 0; i < share->n_entries; i++)
+        e->kernels->axpy(share->entries[i].weights ? share->entries[i].weights[0] : 1.0f,
+                         session->expert_out + i * n_embd + begin, end - begin,
+                         session->residual + begin);
+}
+
 /* residual += feed-forward network of normed residual x, by the plan's entries. next: the matrix */
 /* that is read first after it. */
 MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const moe__acts *x,
@@ -10234,7 +10409,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
     const moe__schedule_info *schedule = session->schedule;
     moe__share share;
     moe__piece piece;
-    local->plan.n_entries = 0;
+    local->plan.n_entries = local->plan.n_routed = 0;
     /* With one token hidden vectors are shared floats with private int8 forms. */
     local->routed.data[MOE__ACT_F32] = session->routed.data[MOE__ACT_F32];
     local->shared.data[MOE__ACT_F32] = session->shared.data[MOE__ACT_F32];
@@ -10246,6 +10421,8 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
                       e->n == 1 ? &local->dense : &session->dense);
     share.entries = local->plan.entries;
     share.n_entries = local->plan.n_entries;
+    share.n_routed = local->plan.n_routed;
+    share.one_token = e->n == 1;
     share.unit = e->row_unit;
     share.down = 0;
     for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
@@ -10253,6 +10430,9 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
         moe__experts_gate_up(e->kernels, &share.entries[piece.entry], piece.begin, piece.end, x,
                              &local->scratch);
     }
+    if (e->thread == 0 && layer->is_moe)
+        session->info.n_expert_groups = schedule->schedule == MOE_SCHEDULE_PARALLEL
+                                            ? moe__schedule_groups(&share, e->n_threads) : 1;
     share.down = 1;
     moe__piece_fetch(schedule, &share, e->thread, e->n_threads, 0);
     moe__eval_barrier(e);
@@ -10262,11 +10442,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
     if (layer->is_moe && layer->shared.gate.data)
         moe__eval_quantize(e, &session->shared, &local->shared, e->n);
     if (!layer->is_moe) moe__eval_quantize(e, &session->dense, &local->dense, e->n);
-    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
-        moe__piece_fetch(schedule, &share, e->thread, e->n_threads, i + 1);
-        moe__experts_down(e->kernels, &share.entries[piece.entry], piece.begin, piece.end,
-                          session->residual, &local->scratch);
-    }
+    moe__forward_down(e, &share);
     moe__eval_fetch(e, next);
     moe__eval_barrier(e);
 }
@@ -10385,7 +10561,7 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
     session->schedule = moe__schedule_find(o->schedule);
     if (!session->schedule)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "schedule",
-                         "expert schedule %d is not supported: sequential (1) is",
+                         "expert schedule %d is unknown: 1 to 3 are known",
                          (int)o->schedule);
     session->model = model;
     session->pool = o->pool;

@@ -15,6 +15,7 @@
 #include "../moe_infer.h"
 
 #include "../examples/tool.h"
+#include "plan.h"
 #include "roofs.h"
 #include <unistd.h>
 
@@ -25,10 +26,10 @@ static struct settings {
     const char *model;
     tool_list n_prompt, n_gen, n_depth, n_threads, isa, schedule;
     int32_t repetitions, n_batch, k_type, v_type, kv_type, format;
-    int warm_up, roofs, help, version;
+    int warm_up, roofs, plan, help, version;
 } set = {NULL,     {1, {512}}, {1, {128}}, {1, {0}}, {1, {-1}}, {1, {0}},
          {1, {0}}, 5,          512,        -1,       -1,        0,
-         0,        1,          1,          0,        0};
+         0,        1,          1,          0,        0,        0};
 
 static const tool_option options[] = {
     {"A list a,b,c tries each; several lists are multiplied.", NULL, TOOL_HEADING, NULL, 0, 0,
@@ -53,12 +54,14 @@ static const tool_option options[] = {
     {"--isa", "best|scalar|avx2|avx512|avx-vnni", TOOL_CHOICES, &set.isa, 0, 0,
      "list of instruction sets; one that is missing falls back\nto the next lower one"},
     {"--schedule", "default|sequential|parallel|balanced", TOOL_CHOICES, &set.schedule, 0, 0,
-     "list of ways in which threads share the experts\n(only sequential exists so far)"},
+     "list of ways in which threads share the experts"},
     {"--no-warmup", NULL, TOOL_UNFLAG, &set.warm_up, 0, 0, "no untimed run"},
     {"--no-roofs", NULL, TOOL_UNFLAG, &set.roofs, 0, 0,
      "do not measure what the machine could do at most"},
     {"-o, --output", "md|json|csv", TOOL_CHOICE, &set.format, 0, 0,
      "a table in Markdown (default), one JSON object per test and\nline, or CSV"},
+    {"--plan", NULL, TOOL_FLAG, &set.plan, 0, 0,
+     "print how evenly each schedule would use up to 256 threads\nand 8 memory nodes; needs no model"},
     {"-h, --help", NULL, TOOL_FLAG, &set.help, 0, 0, "show this"},
     {"--version", NULL, TOOL_FLAG, &set.version, 0, 0, "show the version"},
     {NULL, NULL, TOOL_HEADING, NULL, 0, 0, NULL}};
@@ -614,6 +617,8 @@ int main(int argc, char **argv) {
                "Times prompts (ppN) and generation (tgN) on the CPU.\n"
                "Exit codes: 0 done, 1 something failed, 2 wrong usage.\n", program);
         tool_help(stdout, options);
+    } else if (set.plan) {
+        plan_print();
     } else if (set.version) {
         printf("%s (moe_infer %d.%d.%d), %s\n", program, MOE_VERSION_MAJOR, MOE_VERSION_MINOR,
                MOE_VERSION_PATCH, moe_isa_name(moe_isa_resolve(MOE_ISA_BEST)));

@@ -78,7 +78,7 @@ static const tool_option options[] = {
      "the same (llama.cpp sets them one by one: here they are\none)"},
     {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "read the model into memory; do not map it"},
     {"--schedule", "default|sequential|parallel|balanced", TOOL_CHOICE, &set.schedule, 0, 0,
-     "how threads share the experts (only sequential exists so\nfar)"},
+     "how threads share the experts"},
     {"--isa", "best|scalar|avx2|avx512|avx-vnni", TOOL_CHOICE, &set.isa, 0, 0,
      "instruction set; falls back to the next lower one\n(default best)"},
 

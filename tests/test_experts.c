@@ -151,46 +151,168 @@ TEST(plan_lists_every_slot_once) {
     CHECK(seen == TOKENS * USED);
 }
 
-/* Every row of every entry is given out exactly once, whatever the numbers. */
+/* ---- schedules ------------------------------------------------------------------------------- */
+
+enum { MAX_ROWS = 300, MAX_ENTRIES = 17 };
+
+typedef struct {
+    moe__entry entries[MAX_ENTRIES];
+    moe__ffn ffns[2]; /* of the routed experts, of the shared one */
+    moe__plan plan;
+    moe__share share;
+} problem;
+
+/* n_routed experts with tokens_of(i) tokens each, then perhaps a shared one. */
+static void problem_init(problem *p, int n_routed, int shared, int64_t rows, int64_t down_rows,
+                         int64_t shared_rows, int one_token, int64_t unit) {
+    memset(p, 0, sizeof *p);
+    p->plan.entries = p->entries;
+    p->ffns[0].gate.n_out = rows;
+    p->ffns[1].gate.n_out = shared_rows;
+    p->ffns[0].down.n_out = p->ffns[1].down.n_out = down_rows;
+    for (int i = 0; i < n_routed; i++)
+        moe__plan_add(&p->plan, &p->ffns[0], one_token ? 1 : 1 + i * i % 50);
+    if (shared) moe__plan_add(&p->plan, &p->ffns[1], one_token ? 1 : 64);
+    p->share.entries = p->entries;
+    p->share.n_entries = p->plan.n_entries;
+    p->share.n_routed = n_routed;
+    p->share.one_token = one_token;
+    p->share.unit = unit;
+}
+
+/* owner[entry][row] = thread + 1 of each row; returns how many rows are given out twice or are not
+ * there. */
+static int give_out(const moe__schedule_info *schedule, const moe__share *share, int threads,
+                    int16_t owner[MAX_ENTRIES][MAX_ROWS]) {
+    int bad = 0;
+    memset(owner, 0, sizeof(int16_t) * MAX_ENTRIES * MAX_ROWS);
+    for (int thread = 0; thread < threads; thread++) {
+        moe__piece piece;
+        for (int32_t i = 0; schedule->pieces(share, thread, threads, i, &piece); i++) {
+            if (piece.begin >= piece.end) continue;
+            if (piece.entry < 0 || piece.entry >= share->n_entries || piece.begin < 0 ||
+                piece.end > moe__share_rows(share, piece.entry) || piece.begin % share->unit)
+                return 1;
+            for (int64_t r = piece.begin; r < piece.end; r++) {
+                bad += owner[piece.entry][r] != 0;
+                owner[piece.entry][r] = (int16_t)(thread + 1);
+            }
+        }
+    }
+    for (int i = 0; i < share->n_entries; i++)
+        for (int64_t r = 0; r < moe__share_rows(share, i); r++) bad += owner[i][r] == 0;
+    return bad;
+}
+
+static int same_owners(const moe__share *share, int16_t owner[MAX_ENTRIES][MAX_ROWS]) {
+    for (int i = 1; i < share->n_entries; i++)
+        for (int64_t r = 0; r < moe__share_rows(share, i); r++)
+            if (owner[i][r] != owner[0][r]) return 0;
+    return 1;
+}
+
+/* Every row of every entry is given out exactly once, in whole units, whatever the numbers; */
+/* where rows are said to be owned, down has one thread per row. */
 TEST(schedules_cover_without_overlap) {
-    enum { MAX_ROWS = 300 };
-    static uint8_t owner[16][MAX_ROWS];
+    static int16_t owner[MAX_ENTRIES][MAX_ROWS];
+    static problem p;
+    int apart = 0;
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++)
         for (int threads = 1; threads <= 256; threads = threads < 20 ? threads + 1 : threads + 59)
-            for (int n_entries = 1; n_entries <= 16; n_entries += 5)
-                for (int64_t unit = 1; unit <= 32; unit *= 32) {
-                    moe__entry entries[16];
-                    moe__ffn ffns[16];
-                    moe__share share;
-                    memset(entries, 0, sizeof entries);
-                    memset(ffns, 0, sizeof ffns);
-                    for (int i = 0; i < n_entries; i++) {
-                        entries[i].ffn = &ffns[i];
-                        entries[i].n_tokens = 1 + i;
-                        ffns[i].gate.n_out = 1 + (i * 97 + threads) % MAX_ROWS;
-                        ffns[i].down.n_out = MAX_ROWS;
+            for (int n_routed = 0; n_routed <= 16; n_routed += n_routed < 4 ? 1 : 4)
+                for (int variant = 0; variant < 8; variant++) {
+                    const int one_token = variant & 1, shared = variant & 2 || !n_routed;
+                    const int64_t rows = variant & 4 ? MAX_ROWS : 1 + threads * 37 % MAX_ROWS;
+                    problem_init(&p, n_routed, shared, rows, MAX_ROWS - threads % 7, 96, one_token,
+                                 one_token ? 16 : MOE__TILE_ROWS);
+                    for (p.share.down = 0; p.share.down < 2; p.share.down++) {
+                        const int bad = give_out(&moe__schedules[s], &p.share, threads, owner);
+                        CHECKF(!bad, "%s, %d threads, %d experts, variant %d",
+                               moe__schedules[s].name, threads, n_routed, variant);
                     }
-                    share.entries = entries;
-                    share.n_entries = n_entries;
-                    share.unit = unit;
-                    for (share.down = 0; share.down < 2; share.down++) {
-                        memset(owner, 0, sizeof owner);
-                        int bad = 0;
-                        for (int thread = 0; thread < threads; thread++) {
-                            moe__piece piece;
-                            for (int32_t i = 0; moe__schedules[s].pieces(&share, thread, threads,
-                                                                         i, &piece); i++)
-                                for (int64_t r = piece.begin; r < piece.end; r++)
-                                    bad += owner[piece.entry][r]++ != 0;
-                        }
-                        for (int i = 0; i < n_entries; i++)
-                            for (int64_t r = 0; r < MAX_ROWS; r++)
-                                bad += owner[i][r] != (r < moe__share_rows(&share, i));
-                        CHECKF(!bad, "%s, %d threads", moe__schedules[s].name, threads);
-                    }
+                    p.share.down = 1;
+                    const int owns = moe__schedules[s].owns_rows(&p.share, threads);
+                    give_out(&moe__schedules[s], &p.share, threads, owner);
+                    if (owns)
+                        CHECKF(same_owners(&p.share, owner), "%s, %d threads, %d experts",
+                               moe__schedules[s].name, threads, n_routed);
+                    apart += !owns;
+                    if (!one_token) CHECK(owns);
                 }
+    CHECK(apart > 50);
     CHECK(moe__schedule_find(MOE_SCHEDULE_SEQUENTIAL) == &moe__schedules[0]);
     CHECK(moe__schedule_find((moe_schedule)77) == NULL);
+    for (int i = 1; i <= 3; i++)
+        CHECK(moe__schedule_find((moe_schedule)i)->schedule == (moe_schedule)i);
+}
+
+/* Work of a thread: rows with one token, blocks times their cost with many. */
+static int64_t work_of(const moe__schedule_info *schedule, const moe__share *share, int thread,
+                       int threads) {
+    int64_t work = 0;
+    moe__piece piece;
+    for (int32_t i = 0; schedule->pieces(share, thread, threads, i, &piece); i++) {
+        const int64_t units = (piece.end - piece.begin + share->unit - 1) / share->unit;
+        const int64_t cost = share->one_token ? 1 : moe__entry_cost(&share->entries[piece.entry]);
+        work += units * cost;
+    }
+    return work;
+}
+
+/* Balanced: no thread has more than a unit over the mean with one token, nor more than the most */
+/* expensive block with many; where rows of down are owned, 15/16 of the time are used. */
+TEST(balanced_is_even) {
+    static problem p;
+    const moe__schedule_info *balanced = moe__schedule_find(MOE_SCHEDULE_BALANCED);
+    for (int threads = 1; threads <= 256; threads++)
+        for (int n_routed = 1; n_routed <= 16; n_routed++)
+            for (int one_token = 0; one_token < 2; one_token++) {
+                const int64_t unit = one_token ? 16 : MOE__TILE_ROWS;
+                problem_init(&p, n_routed, n_routed % 2, 48 * unit, 224 * unit, 96 * unit,
+                             one_token, unit);
+                for (p.share.down = 0; p.share.down <= one_token; p.share.down++) {
+                    int64_t total = 0, most = 0, block = 1;
+                    for (int t = 0; t < threads; t++) {
+                        const int64_t work = work_of(balanced, &p.share, t, threads);
+                        total += work;
+                        most = moe__max(most, work);
+                    }
+                    for (int i = 0; i < p.share.n_entries && !one_token; i++)
+                        block = moe__max(block, moe__entry_cost(&p.entries[i]));
+                    if (p.share.down && balanced->owns_rows(&p.share, threads))
+                        CHECKF(16 * total >= 15 * most * threads, "%d threads, %d experts: %d",
+                               threads, n_routed, (int)most);
+                    else
+                        CHECKF(most * threads < total + block * threads,
+                               "%d threads, %d experts: %d", threads, n_routed, (int)most);
+                }
+            }
+}
+
+/* Parallel: experts of one token go to groups of threads by their rank; else it is sequential. */
+TEST(parallel_groups) {
+    static problem p;
+    static int16_t owner[MAX_ENTRIES][MAX_ROWS], expected[MAX_ENTRIES][MAX_ROWS];
+    const moe__schedule_info *parallel = moe__schedule_find(MOE_SCHEDULE_PARALLEL);
+    problem_init(&p, 6, 1, 256, 256, 64, 1, 16);
+    for (int threads = 1; threads <= 24; threads++) {
+        int groups = 1;
+        for (int g = 1; g <= 6; g++)
+            if (6 % g == 0 && threads % g == 0) groups = g;
+        CHECKF(moe__schedule_groups(&p.share, threads) == groups, "%d threads", threads);
+        CHECK(give_out(parallel, &p.share, threads, owner) == 0);
+        for (int e = 0; e < 6; e++)
+            for (int r = 0; r < 256; r++)
+                CHECKF((owner[e][r] - 1) % groups == e % groups, "%d threads", threads);
+        if (groups > 1) continue;
+        give_out(&moe__schedules[0], &p.share, threads, expected);
+        CHECK(memcmp(owner, expected, sizeof owner) == 0);
+    }
+    problem_init(&p, 6, 1, 256, 256, 64, 0, MOE__TILE_ROWS);
+    CHECK(moe__schedule_groups(&p.share, 6) == 1);
+    give_out(parallel, &p.share, 6, owner);
+    give_out(&moe__schedules[0], &p.share, 6, expected);
+    CHECK(memcmp(owner, expected, sizeof owner) == 0);
 }
 
 MAIN()

@@ -1,0 +1,69 @@
+#!/bin/bash
+# Three builds of the command line, one per schedule macro, give the same text; moe-bench --plan.
+# usage: tests/test_schedules.sh [build folder]
+set -u
+cd "$(dirname "$0")/.." || exit 1
+build=${1:-build}
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+
+# check NAME COMMAND...
+check() {
+    local name=$1
+    shift
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "$name: FAILED"
+    fi
+}
+
+# ---- macros --------------------------------------------------------------------------------------
+
+model=$dir/tiny.gguf
+"$build/moe-synth" qwen3moe_tiny "$model" --seed 1 >/dev/null 2>&1
+# generate NAME FLAG...: builds the command line with FLAG and keeps what it says
+generate() {
+    local name=$1
+    shift
+    ${CC:-cc} -O1 "$@" examples/moe_cli.c -o "$dir/$name" -lm -lpthread || return 1
+    "$dir/$name" -m "$model" -p "Once upon a time" -n 30 --temp 0 -t 4 >"$dir/$name.text" \
+        2>"$dir/$name.log"
+}
+says() { grep -q ", $2, seed" "$dir/$1.log"; }
+same() { [ -s "$dir/$1.text" ] && cmp -s "$dir/sequential.text" "$dir/$1.text"; }
+check "build without a macro" generate sequential
+check "it is sequential" says sequential sequential
+for name in parallel balanced; do
+    macro=MOE_$(echo "$name" | tr '[:lower:]' '[:upper:]')_EXPERTS
+    check "build with $macro" generate "$name" "-D$macro"
+    check "it is $name" says "$name" "$name"
+    check "$name: the same text" same "$name"
+done
+
+# ---- plan ----------------------------------------------------------------------------------------
+
+"$build/moe-bench" --plan >"$dir/plan"
+rows() { [ "$(grep -c '^| [A-Zg]' "$dir/plan")" -gt 100 ]; }
+# on one thread everything is used by every schedule; nothing is above 100 % or below 1
+one_thread() { [ "$(grep -cE '\|       1 \|     1 \|( 100 100 100 \|){3}' "$dir/plan")" = 6 ]; }
+bounds() {
+    awk -F'|' '/^\| [A-Zg]/ { for (i = 5; i <= 7; i++) { n = split($i, x, " ")
+        if (n != 3) bad = 1
+        for (k = 1; k <= n; k++) if (x[k] < 1 || x[k] > 100) bad = 1 } }
+        END { exit bad }' "$dir/plan"
+}
+# balanced never uses less of the threads' time than sequential
+never_worse() {
+    awk -F'|' '/^\| [A-Zg]/ { split($5, s, " "); split($7, b, " ")
+        if (b[1] < s[1] || b[2] < s[2]) bad = 1 } END { exit bad }' "$dir/plan"
+}
+check "--plan: rows" rows
+check "--plan: one thread" one_thread
+check "--plan: bounds" bounds
+check "--plan: balanced is never worse than sequential" never_worse
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

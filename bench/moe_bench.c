@@ -26,10 +26,11 @@ static struct settings {
     const char *model;
     tool_list n_prompt, n_gen, n_depth, n_threads, isa, schedule;
     int32_t repetitions, n_batch, k_type, v_type, kv_type, format;
-    int warm_up, roofs, plan, help, version;
+    int warm_up, roofs, compare, plan, help, version;
 } set = {NULL,     {1, {512}}, {1, {128}}, {1, {0}}, {1, {-1}}, {1, {0}},
          {1, {0}}, 5,          512,        -1,       -1,        0,
-         0,        1,          1,          0,        0,        0};
+         0,        1,          1,          0,        0,        0,
+         0};
 
 static const tool_option options[] = {
     {"A list a,b,c tries each; several lists are multiplied.", NULL, TOOL_HEADING, NULL, 0, 0,
@@ -60,8 +61,12 @@ static const tool_option options[] = {
      "do not measure what the machine could do at most"},
     {"-o, --output", "md|json|csv", TOOL_CHOICE, &set.format, 0, 0,
      "a table in Markdown (default), one JSON object per test and\nline, or CSV"},
+    {"--compare", NULL, TOOL_FLAG, &set.compare, 0, 0,
+     "the schedules of --schedule (default: all) in turns,\n"
+     "A B C C B A; refused if their logits differ in any bit"},
     {"--plan", NULL, TOOL_FLAG, &set.plan, 0, 0,
-     "print how evenly each schedule would use up to 256 threads\nand 8 memory nodes; needs no model"},
+     "print how evenly each schedule would use up to 256\n"
+     "threads and 8 memory nodes; needs no model"},
     {"-h, --help", NULL, TOOL_FLAG, &set.help, 0, 0, "show this"},
     {"--version", NULL, TOOL_FLAG, &set.version, 0, 0, "show the version"},
     {NULL, NULL, TOOL_HEADING, NULL, 0, 0, NULL}};
@@ -552,6 +557,150 @@ static int run_model(const model *m) {
     return TOOL_OK;
 }
 
+/* ---- comparing schedules --------------------------------------------------------------------- */
+
+/* Schedules side by side on the same mapped pages, in rounds A B C C B A: what changes within the
+ * minutes of a measurement meets them all. Prompts are the control: parallel is sequential in
+ * them. */
+enum { MAX_RIVALS = 16 };
+typedef struct rival {
+    moe_session *session;
+    double prompt[2 * MAX_REPETITIONS], generation[2 * MAX_REPETITIONS]; /* tokens per second */
+} rival;
+typedef struct comparison {
+    const model *m;
+    rival *rivals;
+    int n_rivals, n_samples, n_prompt, n_gen;
+    int32_t *tokens;
+} comparison;
+
+/* Refuses to time schedules that do not agree: the logits of a prompt and of some tokens behind it
+ * must have the same bits. */
+static int compare_check(const comparison *c, moe_error *error) {
+    const size_t size = (size_t)c->m->info->n_vocab * sizeof(float);
+    const int32_t n = c->n_prompt < 32 ? c->n_prompt : 32;
+    for (int32_t step = 0; step < 5; step++) {
+        const float *expected = NULL;
+        for (int i = 0; i < c->n_rivals; i++) {
+            moe_session *s = c->rivals[i].session;
+            const int32_t *tokens = step ? c->tokens + (n + step) % c->n_prompt : c->tokens;
+            if (moe_session_eval(s, tokens, step ? 1 : n, error)) return TOOL_ERROR;
+            const float *logits = moe_session_logits(s, -1);
+            if (!i) expected = logits;
+            if (memcmp(expected, logits, size) == 0) continue;
+            fprintf(stderr, "%s: %s and %s do not agree: not timed\n", program,
+                    schedule_names[moe_session_get_info(c->rivals[0].session)->schedule & 3],
+                    schedule_names[moe_session_get_info(s)->schedule & 3]);
+            error->status = MOE_OK;
+            return TOOL_ERROR;
+        }
+    }
+    return TOOL_OK;
+}
+
+/* One sample of one schedule; untimed: index < 0. */
+static moe_status compare_sample(const comparison *c, rival *r, int index, moe_error *error) {
+    double seconds = 0;
+    moe_status status = run_once(r->session, 0, c->tokens, c->n_prompt, 0, &seconds, error);
+    if (index >= 0) r->prompt[index] = c->n_prompt / seconds;
+    if (status == MOE_OK)
+        status = run_once(r->session, 0, c->tokens, c->n_gen, 1, &seconds, error);
+    if (index >= 0) r->generation[index] = c->n_gen / seconds;
+    return status;
+}
+
+/* "12.3 (12.1 - 12.6) | 1.02 |": median and quartiles of x, and the median of x / first, sample by
+ * sample. */
+static void compare_print(const double *x, const double *first, int n) {
+    static double sorted[2 * MAX_REPETITIONS], ratio[2 * MAX_REPETITIONS];
+    for (int i = 0; i < n; i++) sorted[i] = x[i], ratio[i] = x[i] / first[i];
+    const double median = roofs_median(sorted, n);
+    char text[64];
+    snprintf(text, sizeof text, "%.1f (%.1f - %.1f)", median, sorted[n / 4], sorted[n - 1 - n / 4]);
+    printf(" %22s | %5.3f |", text, roofs_median(ratio, n));
+}
+
+static void compare_rows(const comparison *c) {
+    for (int i = 0; i < c->n_rivals; i++) {
+        const rival *r = &c->rivals[i];
+        const moe_session_info *info = moe_session_get_info(r->session);
+        printf("| %7d | %-10s | %6d | %8d |", info->n_threads, schedule_names[info->schedule & 3],
+               info->n_expert_groups, (int)info->n_barriers);
+        compare_print(r->prompt, c->rivals[0].prompt, c->n_samples);
+        compare_print(r->generation, c->rivals[0].generation, c->n_samples);
+        printf("\n");
+    }
+    fflush(stdout);
+}
+
+/* All schedules of the list with one number of threads. */
+static int compare_run(comparison *c, int32_t threads) {
+    moe_error error;
+    int status = TOOL_ERROR;
+    memset(&error, 0, sizeof error);
+    for (int i = 0; i < c->n_rivals; i++) {
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.n_ctx = (c->n_prompt > c->n_gen ? c->n_prompt : c->n_gen) + 8;
+        o.n_batch = set.n_batch;
+        o.n_threads = threads > 0 ? threads : 0;
+        o.kv_type = (moe_kv_type)set.kv_type;
+        o.isa = (moe_isa)set.isa.item[0];
+        o.schedule = (moe_schedule)set.schedule.item[i];
+        c->rivals[i].session = moe_session_open(c->m->handle, &o, &error);
+        if (!c->rivals[i].session) goto done;
+    }
+    if (compare_check(c, &error)) goto done;
+    for (int i = 0; i < c->n_rivals && set.warm_up; i++)
+        if (compare_sample(c, &c->rivals[i], -1, &error)) goto done;
+    for (c->n_samples = 0; c->n_samples < 2 * set.repetitions; c->n_samples++)
+        for (int i = 0; i < c->n_rivals; i++) {
+            const int turn = c->n_samples % 2 ? c->n_rivals - 1 - i : i;
+            if (compare_sample(c, &c->rivals[turn], c->n_samples, &error)) goto done;
+        }
+    compare_rows(c);
+    status = TOOL_OK;
+done:
+    if (error.status) tool_fail(program, "schedules", &error);
+    for (int i = 0; i < c->n_rivals; i++) {
+        moe_session_close(c->rivals[i].session);
+        c->rivals[i].session = NULL;
+    }
+    return status;
+}
+
+static int run_comparison(const model *m) {
+    uint64_t random = 88172645463325252u;
+    comparison c;
+    int status = TOOL_ERROR;
+    memset(&c, 0, sizeof c);
+    c.m = m;
+    c.n_rivals = set.schedule.n < MAX_RIVALS ? set.schedule.n : MAX_RIVALS;
+    c.n_prompt = set.n_prompt.item[0] > 0 ? set.n_prompt.item[0] : 1;
+    c.n_gen = set.n_gen.item[0] > 0 ? set.n_gen.item[0] : 1;
+    const int most = c.n_prompt > c.n_gen ? c.n_prompt : c.n_gen;
+    c.rivals = (rival *)calloc((size_t)c.n_rivals, sizeof *c.rivals);
+    c.tokens = (int32_t *)malloc((size_t)most * sizeof *c.tokens);
+    if (c.rivals && c.tokens) {
+        random_tokens(m->handle, &random, c.tokens, most);
+        printf("%s, prompt of %d tokens, %d generated; tokens per second: median (quartiles) of %d,"
+               " ratio to the first\n\n"
+               "| threads | schedule   | groups | barriers |       pp, prompt tokens/s | ratio |"
+               " tg, generated tokens/s | ratio |\n"
+               "| ------: | ---------- | -----: | -------: | ----------------------: | ----: |"
+               " ---------------------: | ----: |\n",
+               m->type, c.n_prompt, c.n_gen, 2 * set.repetitions);
+        status = TOOL_OK;
+        for (int32_t i = 0; i < set.n_threads.n && status == TOOL_OK; i++)
+            status = compare_run(&c, set.n_threads.item[i]);
+    } else {
+        fprintf(stderr, "%s: out of memory\n", program);
+    }
+    free(c.rivals);
+    free(c.tokens);
+    return status;
+}
+
 static int on_loading(void *user, float fraction) {
     if (isatty(STDERR_FILENO))
         fprintf(stderr, "\r%s: loading %s: %3.0f %% ", program, (const char *)user,
@@ -575,14 +724,14 @@ static int run_file(const char *path) {
     m.info = moe_model_get_info(m.handle);
     describe(&m);
     count_work(&m);
-    int status = run_model(&m);
+    int status = set.compare ? run_comparison(&m) : run_model(&m);
     moe_model_close(m.handle);
     return status;
 }
 
 static int run_files(char *paths) {
     int status = TOOL_OK;
-    if (set.format == 0) table_header();
+    if (set.format == 0 && !set.compare) table_header();
     for (char *path = paths; path && status == TOOL_OK;) {
         char *comma = strchr(path, ',');
         if (comma) *comma = 0;
@@ -631,6 +780,9 @@ int main(int argc, char **argv) {
     } else {
         show_isa = is_given(argc, argv, "--isa");
         show_schedule = is_given(argc, argv, "--schedule");
+        if (set.compare && !show_schedule)
+            for (set.schedule.n = 0; set.schedule.n < 3; set.schedule.n++)
+                set.schedule.item[set.schedule.n] = MOE_SCHEDULE_SEQUENTIAL + set.schedule.n;
         show_batch = is_given(argc, argv, "-b, --batch-size");
         show_kv_type = set.k_type >= 0 || set.v_type >= 0;
         char *paths = (char *)malloc(strlen(set.model) + 1);

@@ -81,8 +81,8 @@ static void plan_print_row(const plan_shape *shape, int threads, int nodes) {
 
 static void plan_print(void) {
     static const int threads[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 88, 96, 128, 192, 256};
-    printf("One token: %% of the threads' time (up, down) and of the nodes' bandwidth (node) used.\n\n"
-           "| model            | threads | nodes |");
+    printf("One token: %% used of the threads' time (up, down) and of the nodes' bandwidth (node)."
+           "\n\n| model            | threads | nodes |");
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++)
         printf(" %s: up down node |", moe__schedules[s].name);
     printf("\n| ---------------- | ------: | ----: |");

@@ -241,6 +241,14 @@ run -m "$dir/none.gguf"
 check "no such model" fails 'none.gguf'
 run -m "$0"
 check "not a GGUF" fails "$0"
+run --plan
+check "--plan needs no model" rows '|     128 |     2 |' 6
+run -m "$model" -p 8 -n 4 -r 2 -t 1,2 --compare
+check "--compare" rows '| sequential |' 2
+check "--compare: parallel" rows '| parallel   |' 2
+check "--compare: balanced" rows '| balanced   |' 2
+run -m "$model" -p 8 -n 4 -r 1 -t 2 --compare --schedule balanced,sequential
+check "--compare --schedule: the first is 1" rows '| balanced   .*| 1.000 |.*| 1.000 |' 1
 run -m "$model" -p 4 -n 0 -r 1 --schedule balanced
 check "--schedule balanced" rows '| balanced   |' 1
 if [ -w /dev/full ]; then

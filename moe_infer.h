@@ -24,18 +24,18 @@
 /*   >>manual      51  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     118  every macro you may define */
 /*   >>api        209  types and prototypes with their contracts */
-/*   >>base       647  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       919  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1924  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3525  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7643  the team of threads: wake, barrier, shares of work */
-/*   >>ops       7952  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8234  router, plan, the expert schedules */
-/*   >>model     8670  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9478  cache, the forward pass */
-/*   >>text     10744  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12101  choosing tokens, generating text */
-/*   >>licence  12623  MIT or public domain */
+/*   >>base       648  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       920  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1925  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3526  inner loops: plain C, then one vector text per instruction set */
+/*   >>pool      7644  the team of threads: wake, barrier, shares of work */
+/*   >>ops       7968  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8250  router, plan, the expert schedules */
+/*   >>model     8686  hyper-parameters, the table of families, binding of tensors */
+/*   >>session   9494  cache, the forward pass */
+/*   >>text     10760  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12117  choosing tokens, generating text */
+/*   >>licence  12639  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -499,7 +499,8 @@ typedef struct moe_pool_options {
     moe_allocator allocator;
     int32_t n_threads; /* the caller's thread included; 0: physical cores in the affinity mask */
                        /* and cgroup quota; at most MOE_MAX_THREADS */
-    int32_t spin_us;   /* how long a waiting thread spins before it sleeps; 0: 50; MOE_OFF: not */
+    int32_t spin_us;   /* how long a waiting thread spins before it sleeps; MOE_OFF: not at all; */
+                       /* 0: 50, or not at all if there are more threads than processors */
 } moe_pool_options;
 
 enum { MOE_MAX_THREADS = 1024 };
@@ -5839,7 +5840,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         a##t##1 = MOE__(tile_end)(a##t##1, start, bits);         \
     }
 
-/* Where quads of sub-block j are in the activations: at + MOE__QUAD_AT(q), see moe__act32_at */
+/* Where quads of sub-block j are in the activations: base + MOE__QUAD_AT(q), see moe__act32_at */
 #define MOE__QUAD_AT(q) (per_256 ? 4 * (q) : (q) / 4 * 64 + (q) % 4 * 4)
 /* Quad q of sub-block j and all tokens */
 #define MOE__WEIGHTS(q, h) MOE__(v_load)(weights + (2 * (q) + (h)) * MOE__VBYTES)
@@ -5851,7 +5852,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     }
 #define MOE__QUAD(q)                                        \
     {                                                       \
-        const int64_t k = at + MOE__QUAD_AT(q);             \
+        const int64_t k = base + MOE__QUAD_AT(q);           \
         const MOE__VI w0 = MOE__WEIGHTS(q, 0);              \
         const MOE__VI w1 = MOE__WEIGHTS(q, 1);              \
         MOE__EACH(MOE__DOT)                                 \
@@ -5872,7 +5873,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     }
 #define MOE__QUADS(q)                                                             \
     {                                                                             \
-        const int64_t k = at + MOE__QUAD_AT(q);                                   \
+        const int64_t k = base + MOE__QUAD_AT(q);                                 \
         const MOE__VI w00 = MOE__WEIGHTS(q, 0), w01 = MOE__WEIGHTS(q, 1);         \
         const MOE__VI w10 = MOE__WEIGHTS(q + 1, 0), w11 = MOE__WEIGHTS(q + 1, 1); \
         MOE__EACH(MOE__DOT2)                                                      \
@@ -5896,7 +5897,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     }
 #define MOE__QUAD8(q)                                               \
     {                                                               \
-        const int64_t k = at + MOE__QUAD_AT(q);                     \
+        const int64_t k = base + MOE__QUAD_AT(q);                   \
         const MOE__VI w0 = MOE__WEIGHTS(q, 0), w1 = MOE__WEIGHTS(q, 1); \
         const MOE__VI even0 = MOE__(tile_even)(w0), odd0 = MOE__(tile_odd)(w0); \
         const MOE__VI even1 = MOE__(tile_even)(w1), odd1 = MOE__(tile_odd)(w1); \
@@ -5997,8 +5998,8 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         MOE__EACH(MOE__LOAD_SUMS)
     }
     for (int64_t j = 0; j < n_blocks; j++) {
-        int64_t at = per_256 ? 4 * quads * j : moe__act32_at(4 * quads * (int)j);
-        __asm__("" : "+r"(at)); /* clang would make an address of its own for each quad */
+        int64_t base = per_256 ? 4 * quads * j : moe__act32_at(4 * quads * (int)j);
+        __asm__("" : "+r"(base)); /* clang would make an address of its own for each quad */
         MOE__FETCH_AHEAD();
         MOE__EACH(MOE__BEGIN)
 #if !MOE__VNNI
@@ -7849,15 +7850,26 @@ MOE__PRIVATE int moe__pool_quota(const char *path, int most) {
     return count < 1 ? 1 : count < most ? (int)count : most;
 }
 
+/* Processors the process may run on, a bit each; returns how many. */
+enum { MOE__MAX_PROCESSORS = 1024 };
+MOE__PRIVATE int moe__pool_affinity(uint64_t *mask) {
+    int count = 0;
+    memset(mask, 0, MOE__MAX_PROCESSORS / 8);
+#if defined(__linux__)
+    if (syscall(SYS_sched_getaffinity, 0, MOE__MAX_PROCESSORS / 8, mask) < 0) mask[0] = 1;
+#endif
+    for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++) count += mask[cpu / 64] >> (cpu % 64) & 1;
+    return count;
+}
+
 /* Physical cores in the process's affinity mask, at most the control group's processor quota. */
 MOE__PRIVATE int moe__pool_default_threads(void) {
     int count = 0;
 #if defined(__linux__)
-    uint64_t mask[1024 / 64]; /* processors the process may run on */
-    memset(mask, 0, sizeof mask);
-    if (syscall(SYS_sched_getaffinity, 0, sizeof mask, mask) < 0) mask[0] = 1;
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    moe__pool_affinity(mask);
     char path[512], text[512];
-    for (int cpu = 0; cpu < 1024; cpu++) {
+    for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++) {
         if (!(mask[cpu / 64] >> (cpu % 64) & 1)) continue;
         /* "0,64" or "0-1": a core counts by its first hardware thread that we may use */
         snprintf(path, sizeof path,
@@ -7911,7 +7923,11 @@ MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *erro
     pool->workers = workers;
     pool->n_threads = n;
     pool->n_active = 1;
-    pool->spin_seconds = spin_us < 0 ? 0 : 1e-6 * (spin_us ? spin_us : 50);
+    /* With more threads than processors, who spins keeps from work those that are waited for. */
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    const int processors = moe__pool_affinity(mask);
+    if (spin_us == 0) spin_us = processors && n > processors ? -1 : 50;
+    pool->spin_seconds = spin_us < 0 ? 0 : 1e-6 * spin_us;
     pthread_mutex_init(&pool->turn, NULL);
 #if !MOE__USE_FUTEX
     pthread_mutex_init(&pool->sleep_mutex, NULL);

@@ -21,21 +21,22 @@
 /* */
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
-/*   >>manual      51  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     118  every macro you may define */
-/*   >>api        209  types and prototypes with their contracts */
-/*   >>base       648  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       920  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1925  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3526  inner loops: plain C, then one vector text per instruction set */
-/*   >>pool      7644  the team of threads: wake, barrier, shares of work */
-/*   >>ops       7968  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8250  router, plan, the expert schedules */
-/*   >>model     8686  hyper-parameters, the table of families, binding of tensors */
-/*   >>session   9494  cache, the forward pass */
-/*   >>text     10760  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12117  choosing tokens, generating text */
-/*   >>licence  12639  MIT or public domain */
+/*   >>manual      52  how to use it: models, sessions, threads, schedules, errors, limits */
+/*   >>config     125  every macro you may define */
+/*   >>api        216  types and prototypes with their contracts */
+/*   >>base       689  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       961  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1966  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3567  inner loops: plain C, then one vector text per instruction set */
+/*   >>machine 7685  processors, cores, quotas, memory nodes; binding threads and pages */
+/*   >>pool      8015  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8431  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8713  router, plan, the expert schedules */
+/*   >>model     9161  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  10159  cache, the forward pass */
+/*   >>text     11441  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12798  choosing tokens, generating text */
+/*   >>licence  13320  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -77,6 +78,11 @@
 /* evals. The result has the same bits for any number of threads. Callbacks run on the calling */
 /* thread. A program that forks must not use the child's copy of a session. */
 /* */
+/* MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best */
+/* with mmap off: threads are pinned in blocks, and a row of a matrix lies in the memory of the */
+/* socket that reads it. MOE_NUMA_INTERLEAVE suits threads that move. moe_model_get_memory tells */
+/* what came of it. On one socket neither does anything. */
+/* */
 /* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
 /* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
 /* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). Instruction sets */
@@ -97,8 +103,9 @@
 /* */
 /*   balanced                   expert    3         17        42        51 */
 /*   one list, cut evenly       rows      001123    012233    001123    012233 */
-/*   When rows do not divide by threads, who gets one more rotates from expert to expert. In */
-/*   prompts gate and up are one list of row blocks, cut where the work is even. */
+/*   When rows do not divide by threads, who gets one more rotates from expert to expert, among */
+/*   the threads of a memory node: which node reads a row never changes. In prompts gate and up */
+/*   are one list of row blocks, cut where the work is even. */
 /* */
 /* All three give the same bits. Where two threads compute the same row of down for different */
 /* experts, results are added up behind one more barrier: always with parallel, with balanced */
@@ -330,7 +337,8 @@ typedef struct moe_gguf_options {
     moe_allocator allocator;
     int32_t mmap;      /* MOE_OFF: read the file into memory (its later truncation cannot hurt */
                        /* then); default: map it */
-    int32_t hugepages; /* MOE_ON with mmap off: ask for huge pages for the copy (madvise) */
+    int32_t hugepages; /* MOE_ON with mmap off: ask for huge pages for the copy (madvise); what */
+                       /* came of it is in moe_model_memory */
     int32_t prefault;  /* MOE_ON: touch every page before returning */
     /* Called now and then while reading or touching pages; fraction in 0..1. Return 0 to cancel. */
     int (*progress)(void *user, float fraction);
@@ -421,12 +429,21 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 typedef struct moe_model moe_model; /* immutable: share it between sessions and threads */
 typedef struct moe_vocab moe_vocab;
 
+/* On which memory nodes the pages of weights lie. Other than OFF, all are touched at opening, as */
+/* prefault does. Pages of a mapped file that other processes use stay where they are. */
+typedef enum moe_numa {
+    MOE_NUMA_OFF = 0,        /* where the system puts them */
+    MOE_NUMA_INTERLEAVE = 1, /* in turn on all nodes: right for any thread, half far on two nodes */
+    MOE_NUMA_OWNER = 2       /* rows on the node of those threads that read them: for pinned ones */
+} moe_numa;
+
 typedef struct moe_model_options {
     moe_allocator allocator;
     int32_t mmap;      /* as in moe_gguf_options */
     int32_t prefault;
     int32_t hugepages;
-    int32_t numa;      /* placement of weights over memory nodes: only 0 (off) is known */
+    int32_t mlock;     /* MOE_ON: keep the weights in memory, as far as the system allows */
+    moe_numa numa;
     int (*progress)(void *user, float fraction);
     void *progress_user;
 } moe_model_options;
@@ -447,18 +464,30 @@ typedef struct moe_model_info {
     int64_t n_bytes_token;    /* bytes of weights that generating one token reads */
 } moe_model_info;
 
+/* What became of the wishes about memory; where the system refuses one, nothing else changes. */
+typedef struct moe_model_memory {
+    moe_numa numa;           /* OFF if there is one node only, or if the system refused */
+    int32_t n_nodes;         /* memory nodes with processors that we may use */
+    uint64_t n_bytes_placed; /* of weights, in the right place: OWNER: on their node; INTERLEAVE: */
+                             /* as many times the least loaded node as there are nodes */
+    uint64_t n_bytes_huge;   /* of the copy (mmap off) on huge pages */
+    uint64_t n_bytes_locked; /* of weights, by mlock */
+} moe_model_memory;
+
 /* Opens path (as moe_gguf_open) and prepares it for running. Refused with the reason: a family, */
 /* tensor type or tokenizer that is not supported, a missing or misshapen tensor, a */
 /* hyper-parameter out of bounds. Weights stay in the mapping; norms and the like are copied. */
 MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
                                   moe_error *error);
 /* The same from a GGUF opened before (from memory, for instance), which must outlive the model. */
+/* Of the options about memory only numa and mlock matter. */
 MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_options *options,
                                        moe_error *error);
 MOE_API void moe_model_close(moe_model *model);
 MOE_API const moe_vocab *moe_model_vocab(const moe_model *model); /* NULL: token ids only */
 MOE_API const moe_gguf *moe_model_gguf(const moe_model *model);
 MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
+MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model);
 
 /* ---- vocabulary ------------------------------------------------------------------------------ */
 
@@ -499,8 +528,12 @@ typedef struct moe_pool_options {
     moe_allocator allocator;
     int32_t n_threads; /* the caller's thread included; 0: physical cores in the affinity mask */
                        /* and cgroup quota; at most MOE_MAX_THREADS */
-    int32_t spin_us;   /* how long a waiting thread spins before it sleeps; MOE_OFF: not at all; */
-                       /* 0: 50, or not at all if there are more threads than processors */
+    int32_t spin_us;   /* how long a waiting thread spins before it sleeps, at most: one that */
+                       /* spins in vain does so less; MOE_OFF: not at all; 0: 50, or not at all */
+                       /* if there are more threads than processors */
+    int32_t pin;       /* MOE_ON: each thread stays on a core of its own (then on second hardware */
+                       /* threads), in blocks over the memory nodes; the caller's thread only */
+                       /* while it evaluates. Default: the system moves threads as it likes */
 } moe_pool_options;
 
 enum { MOE_MAX_THREADS = 1024 };
@@ -510,6 +543,7 @@ enum { MOE_MAX_THREADS = 1024 };
 MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error);
 MOE_API void moe_pool_close(moe_pool *pool); /* after the sessions that use it */
 MOE_API int32_t moe_pool_threads(const moe_pool *pool);
+MOE_API int32_t moe_pool_nodes(const moe_pool *pool); /* that threads are pinned to; else 1 */
 
 /* ---- sessions -------------------------------------------------------------------------------- */
 
@@ -533,7 +567,8 @@ typedef struct moe_session_options {
     int32_t keep_all_logits; /* MOE_ON: logits of every token of an eval, not only of the last */
     moe_schedule schedule;
     moe_isa isa;
-    moe_pool *pool;          /* shared threads, must outlive the session; NULL: own */
+    moe_pool *pool;          /* shared threads, must outlive the session; NULL: own, which are */
+                             /* pinned if the model's weights were placed by MOE_NUMA_OWNER */
     int (*should_stop)(void *user); /* asked at least once per layer; non-zero cancels the eval */
     void *should_stop_user;
 } moe_session_options;
@@ -546,6 +581,9 @@ typedef struct moe_session_info {
     size_t kv_bytes;       /* the cache */
     size_t work_bytes;     /* everything else */
     uint64_t n_barriers;   /* barriers passed by the last eval */
+    double eval_seconds;   /* how long it took */
+    double wait_seconds;   /* what all its threads together spent at barriers, see */
+                           /* moe_session_wait_seconds */
     int32_t n_expert_groups; /* groups of threads on experts at the same time in its last layer */
                              /* of experts: more than 1 with MOE_SCHEDULE_PARALLEL, if it can */
 } moe_session_info;
@@ -568,6 +606,9 @@ MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens,
 /* n_vocab floats: what follows the i-th token of the last eval, -1 = last. NULL if not kept. */
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
 MOE_API int32_t moe_session_length(const moe_session *session);
+/* Seconds of the last eval that a thread (0: the caller's) waited for others; 0 if it took no */
+/* part. A thread that always waits least has more work than the others, or a slower core. */
+MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread);
 /* Forgets all tokens from position `length` on, 0 <= length <= moe_session_length. */
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
 
@@ -7641,6 +7682,336 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
 }
 
 /* ============================================================================================== */
+/* // >>machine */
+/* */
+/* What the system lets this process use: processors and physical cores (affinity mask, control */
+/* groups), the memory nodes they belong to, and the calls that bind threads and pages to them. */
+/* */
+/*   socket 0 = node 0    cores 0-3     threads 0 1 2 3    rows of a matrix: the first half */
+/*   socket 1 = node 1    cores 4-7     threads 4 5 6 7                      the second half */
+/* */
+/* Threads stand in blocks, those of the first node first: with fixed rows per thread, a node */
+/* reads the same rows in every token, and their pages can lie in its memory. */
+/* */
+/* Files are read below `root`, which is "" outside of tests. Where the system tells nothing or */
+/* refuses, there is one node, and nothing is bound to anything. */
+/* ============================================================================================== */
+
+enum {
+    MOE__MAX_PROCESSORS = 8192, /* the most that Linux is built for */
+    MOE__MAX_NODES = 64 /* with processors that we may use; all further ones count as the last */
+};
+
+typedef struct moe__machine {
+    int32_t n_processors; /* in the affinity mask */
+    int32_t n_cores;      /* physical cores among them */
+    int32_t n_nodes;      /* memory nodes that have some of them, at least 1 */
+    int32_t node[MOE__MAX_NODES];       /* the system's number of each */
+    int32_t cores[MOE__MAX_NODES + 1];  /* cores on all nodes before */
+    int32_t first[MOE__MAX_NODES + 1];  /* processors of node k: order[first[k]] and on, each */
+    uint16_t order[MOE__MAX_PROCESSORS]; /* core's first hardware thread before all second ones */
+} moe__machine;
+
+/* Which thread of n stands where: threads first[k] .. first[k + 1] - 1 on node k. */
+typedef struct moe__nodes {
+    int32_t n;
+    int32_t first[MOE__MAX_NODES + 1];
+} moe__nodes;
+
+MOE__INLINE int moe__machine_bit(const uint64_t *mask, int i) {
+    return mask[i / 64] >> (i % 64) & 1;
+}
+
+/* The beginning of a small text file; 0 bytes if it cannot be read. */
+MOE__PRIVATE size_t moe__machine_file(const char *root, const char *path, char *out,
+                                      size_t capacity) {
+    char whole[1024];
+    size_t size = 0;
+    out[0] = 0;
+    if ((size_t)snprintf(whole, sizeof whole, "%s%s", root, path) >= sizeof whole) return 0;
+    int fd = open(whole, O_RDONLY | MOE__O_CLOEXEC);
+    if (fd < 0) return 0;
+    ssize_t n = read(fd, out, capacity - 1);
+    if (n > 0) size = (size_t)n;
+    close(fd);
+    out[size] = 0;
+    return size;
+}
+
+/* A list such as "0-3,8" as bits of mask; 0 if the file cannot be read or says something else. */
+MOE__PRIVATE int moe__machine_list(const char *root, const char *path, uint64_t *mask) {
+    char text[4096];
+    memset(mask, 0, MOE__MAX_PROCESSORS / 8);
+    if (!moe__machine_file(root, path, text, sizeof text)) return 0;
+    for (char *p = text; *p >= '0' && *p <= '9';) {
+        long low = strtol(p, &p, 10), high = *p == '-' ? strtol(p + 1, &p, 10) : low;
+        for (long i = low; i <= high && i < MOE__MAX_PROCESSORS; i++)
+            mask[i / 64] |= (uint64_t)1 << (i % 64);
+        if (*p != ',') return *p == '\n' || !*p;
+        p++;
+    }
+    return 0;
+}
+
+/* The processors that the process may run on; returns how many. */
+MOE__PRIVATE int32_t moe__machine_affinity(uint64_t *mask) {
+    int32_t count = 0;
+    memset(mask, 0, MOE__MAX_PROCESSORS / 8);
+#if defined(__linux__)
+    if (syscall(SYS_sched_getaffinity, 0, (size_t)MOE__MAX_PROCESSORS / 8, mask) <= 0)
+#endif
+        for (long i = 0, n = sysconf(_SC_NPROCESSORS_ONLN); i < n && i < MOE__MAX_PROCESSORS; i++)
+            mask[i / 64] |= (uint64_t)1 << (i % 64);
+    for (int i = 0; i < MOE__MAX_PROCESSORS; i++) count += moe__machine_bit(mask, i);
+    return count;
+}
+
+/* Appends the node's processors: its cores first. */
+MOE__PRIVATE void moe__machine_add_node(moe__machine *m, const char *root, int32_t node,
+                                        const uint64_t *allowed, uint64_t *on_node) {
+    uint64_t siblings[MOE__MAX_PROCESSORS / 64], core[MOE__MAX_PROCESSORS / 64];
+    const int32_t k = m->n_nodes;
+    int32_t next = m->first[k], n_cores = 0;
+    memset(core, 0, sizeof core);
+    for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++) {
+        char path[128];
+        if (!moe__machine_bit(on_node, cpu)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
+                 cpu);
+        int first = 0; /* a core counts by its first hardware thread that we may use */
+        if (!moe__machine_list(root, path, siblings)) first = cpu;
+        while (first < cpu &&
+               !(moe__machine_bit(siblings, first) && moe__machine_bit(allowed, first)))
+            first++;
+        if (first == cpu) core[cpu / 64] |= (uint64_t)1 << (cpu % 64);
+    }
+    for (int second = 0; second < 2; second++)
+        for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++)
+            if (moe__machine_bit(on_node, cpu) && moe__machine_bit(core, cpu) != second) {
+                m->order[next++] = (uint16_t)cpu;
+                n_cores += !second;
+            }
+    if (next == m->first[k]) return;
+    m->node[k] = node;
+    m->first[k + 1] = next;
+    m->cores[k + 1] = m->cores[k] + n_cores;
+    m->n_cores += n_cores;
+    m->n_nodes++;
+}
+
+/* What there is of the processors in `allowed`. */
+MOE__PRIVATE void moe__machine_read(moe__machine *m, const char *root, const uint64_t *allowed) {
+    uint64_t online[MOE__MAX_PROCESSORS / 64], on_node[MOE__MAX_PROCESSORS / 64];
+    uint64_t rest[MOE__MAX_PROCESSORS / 64];
+    memset(m, 0, sizeof *m);
+    memcpy(rest, allowed, sizeof rest);
+    for (int i = 0; i < MOE__MAX_PROCESSORS; i++) m->n_processors += moe__machine_bit(allowed, i);
+    moe__machine_list(root, "/sys/devices/system/node/online", online);
+    for (int id = 0; id < MOE__MAX_PROCESSORS && m->n_nodes < MOE__MAX_NODES - 1; id++) {
+        char path[64];
+        if (!moe__machine_bit(online, id)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/node/node%d/cpulist", id);
+        moe__machine_list(root, path, on_node);
+        for (size_t i = 0; i < sizeof rest / sizeof rest[0]; i++) {
+            on_node[i] &= rest[i];
+            rest[i] &= ~on_node[i];
+        }
+        moe__machine_add_node(m, root, id, allowed, on_node);
+    }
+    moe__machine_add_node(m, root, 0, allowed, rest); /* those that no node lists */
+    if (m->n_nodes == 0) m->n_nodes = 1;
+}
+
+/* ---- how many threads ------------------------------------------------------------------------ */
+
+/* Processors for a quota of microseconds per period, rounded up; at most `most`. */
+MOE__PRIVATE int32_t moe__machine_share(double quota, double period, int32_t most) {
+    if (!(quota > 0) || !(period > 0)) return most;
+    double count = ceil(quota / period);
+    return count < 1 ? 1 : count < most ? (int32_t)count : most;
+}
+
+/* What the control group in folder `path` allows: cpu.max ("200000 100000", "max 100000") or, in */
+/* version 1, cpu.cfs_quota_us (-1: no limit) and cpu.cfs_period_us. */
+MOE__PRIVATE int32_t moe__machine_group(const char *root, const char *path, int32_t most) {
+    char file[768], text[128], *end;
+    snprintf(file, sizeof file, "%s/cpu.max", path);
+    if (moe__machine_file(root, file, text, sizeof text)) {
+        double quota = strtod(text, &end);
+        if (end != text) most = moe__machine_share(quota, strtod(end, NULL), most);
+    }
+    snprintf(file, sizeof file, "%s/cpu.cfs_quota_us", path);
+    if (moe__machine_file(root, file, text, sizeof text)) {
+        double quota = strtod(text, NULL);
+        snprintf(file, sizeof file, "%s/cpu.cfs_period_us", path);
+        if (moe__machine_file(root, file, text, sizeof text))
+            most = moe__machine_share(quota, strtod(text, NULL), most);
+    }
+    return most;
+}
+
+/* Processors that the process's control groups allow, from its own up to the root; at most */
+/* `most`. */
+MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t most) {
+    char text[4096], path[640];
+    moe__machine_file(root, "/proc/self/cgroup", text, sizeof text);
+    for (char *line = text, *next; *line; line = next) { /* number:controllers:/path */
+        size_t size = strcspn(line, "\n");
+        next = line + size + (line[size] != 0);
+        line[size] = 0;
+        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':')
+                                                                    : NULL;
+        if (!group || strlen(group) > 512) continue;
+        controllers++;
+        *group++ = 0;
+        int v2 = !*controllers, cpu = v2;
+        for (const char *p = controllers; *p; p += strcspn(p, ",") + (p[strcspn(p, ",")] != 0))
+            cpu |= strcspn(p, ",") == 3 && !memcmp(p, "cpu", 3);
+        if (!cpu) continue;
+        for (size_t n = strlen(group);; n--) {
+            while (n && group[n] && group[n] != '/') n--;
+            group[n] = 0;
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s", v2 ? "" : "/cpu", group);
+            most = moe__machine_group(root, path, most);
+            if (!n) break;
+        }
+    }
+    return moe__machine_group(root, "/sys/fs/cgroup", most); /* of a container without the others */
+}
+
+/* Physical cores in the process's affinity mask, at most the control groups' quota. */
+MOE__PRIVATE int32_t moe__machine_threads(const moe__machine *m, const char *root) {
+    int32_t n = moe__machine_quota(root, m->n_cores);
+    return n < 1 ? 1 : n > MOE_MAX_THREADS ? (int32_t)MOE_MAX_THREADS : n;
+}
+
+/* ---- binding threads ------------------------------------------------------------------------- */
+
+/* n_threads in blocks, on each node in proportion to its cores. */
+MOE__PRIVATE void moe__machine_nodes(const moe__machine *m, int32_t n_threads, moe__nodes *nodes) {
+    nodes->n = m->n_nodes;
+    for (int32_t k = 0; k <= m->n_nodes; k++)
+        nodes->first[k] = (int32_t)((int64_t)n_threads * m->cores[k] / moe__max(m->n_cores, 1));
+    nodes->first[m->n_nodes] = n_threads;
+}
+MOE__PRIVATE void moe__nodes_single(moe__nodes *nodes, int32_t n_threads) {
+    nodes->n = 1;
+    nodes->first[0] = 0;
+    nodes->first[1] = n_threads;
+}
+/* The node that a thread stands on. */
+MOE__INLINE int32_t moe__nodes_of(const moe__nodes *nodes, int32_t thread) {
+    int32_t k = 0;
+    while (k + 1 < nodes->n && thread >= nodes->first[k + 1]) k++;
+    return k;
+}
+
+/* The processor of a thread: a core for each as long as there are some, then their second */
+/* hardware threads. */
+MOE__PRIVATE int32_t moe__machine_processor(const moe__machine *m, const moe__nodes *nodes,
+                                            int32_t thread) {
+    const int32_t k = moe__nodes_of(nodes, thread), n = m->first[k + 1] - m->first[k];
+    return n > 0 ? m->order[m->first[k] + (thread - nodes->first[k]) % n] : 0;
+}
+
+/* The calling thread runs on these processors only. Returns whether the system agreed. */
+MOE__PRIVATE int moe__machine_bind(const uint64_t *mask) {
+#if defined(__linux__)
+    return syscall(SYS_sched_setaffinity, 0, (size_t)MOE__MAX_PROCESSORS / 8, mask) == 0;
+#else
+    return (void)mask, 0;
+#endif
+}
+
+/* ---- binding pages --------------------------------------------------------------------------- */
+
+/* Where the pages go that the calling thread touches first: Linux's memory policies. */
+enum { MOE__POLICY_DEFAULT = 0, MOE__POLICY_PREFERRED = 1, MOE__POLICY_INTERLEAVE = 3 };
+enum { MOE__POLICY_BITS = 1024 }; /* node numbers; the most that Linux is built for */
+typedef struct moe__policy {
+    int mode;
+    uint64_t nodes[MOE__POLICY_BITS / 64];
+} moe__policy;
+
+/* Both return whether the system agreed; containers often refuse. */
+MOE__PRIVATE int moe__policy_get(moe__policy *policy) {
+    memset(policy, 0, sizeof *policy);
+#if defined(__linux__) && defined(SYS_get_mempolicy)
+    return syscall(SYS_get_mempolicy, &policy->mode, policy->nodes, (long)MOE__POLICY_BITS, NULL,
+                   0L) == 0;
+#else
+    return 0;
+#endif
+}
+MOE__PRIVATE int moe__policy_set(const moe__policy *policy) {
+#if defined(__linux__) && defined(SYS_set_mempolicy)
+    return syscall(SYS_set_mempolicy, (long)policy->mode,
+                   policy->mode == MOE__POLICY_DEFAULT ? NULL : policy->nodes,
+                   policy->mode == MOE__POLICY_DEFAULT ? 0L : (long)MOE__POLICY_BITS + 1) == 0;
+#else
+    return (void)policy, 0;
+#endif
+}
+/* In turn on all of the machine's nodes, or near one of them. */
+MOE__PRIVATE void moe__policy_init(moe__policy *policy, const moe__machine *m, int mode,
+                                   int32_t k) {
+    memset(policy, 0, sizeof *policy);
+    policy->mode = mode;
+    for (int32_t i = 0; i < m->n_nodes; i++)
+        if ((mode == MOE__POLICY_INTERLEAVE || i == k) && m->node[i] < MOE__POLICY_BITS)
+            policy->nodes[m->node[i] / 64] |= (uint64_t)1 << (m->node[i] % 64);
+}
+
+/* Moves n pages to the nodes `to` where nobody else uses them; status[i] becomes the node where */
+/* page i lies then, negative if it is not known. Returns whether the system agreed. */
+MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int *status) {
+#if defined(__linux__) && defined(SYS_move_pages)
+    return syscall(SYS_move_pages, 0L, (unsigned long)n, pages, to, status,
+                   2L /* MPOL_MF_MOVE */) >= 0;
+#else
+    return (void)pages, (void)to, (void)n, (void)status, 0;
+#endif
+}
+
+MOE__PRIVATE size_t moe__machine_page(void) {
+    const long size = sysconf(_SC_PAGESIZE);
+    return size > 0 ? (size_t)size : 4096;
+}
+
+/* Bytes on huge pages within memory[0 .. size), from the text of /proc/self/smaps: ranges */
+/* "7f00-7f40 rw-p ..." each followed by lines such as "AnonHugePages:  2048 kB". */
+MOE__PRIVATE uint64_t moe__machine_huge(const char *path, const void *memory, uint64_t size) {
+    const uint64_t first = (uint64_t)(uintptr_t)memory, last = first + size;
+    char buffer[2048], line[128];
+    size_t length = 0;
+    uint64_t overlap = 0, sum = 0;
+    ssize_t n;
+    int fd = open(path, O_RDONLY | MOE__O_CLOEXEC);
+    if (fd < 0) return 0;
+    while ((n = read(fd, buffer, sizeof buffer)) > 0)
+        for (ssize_t i = 0; i < n; i++) {
+            char *end;
+            if (buffer[i] != '\n') {
+                if (length < sizeof line - 1) line[length++] = buffer[i];
+                continue;
+            }
+            line[length] = 0;
+            length = 0;
+            const uint64_t from = strtoull(line, &end, 16);
+            if (end != line && *end == '-') {
+                const uint64_t to = strtoull(end + 1, NULL, 16);
+                overlap = to > first && from < last
+                              ? (to < last ? to : last) - (from > first ? from : first) : 0;
+            } else if (overlap && !strncmp(line, "AnonHugePages:", 14)) {
+                const uint64_t huge = strtoull(line + 14, NULL, 10) << 10;
+                sum += huge < overlap ? huge : overlap;
+            }
+        }
+    close(fd);
+    return sum;
+}
+
+/* ============================================================================================== */
 /* // >>pool */
 /* */
 /* The team: threads that are created once and sleep between evals. One wake per eval: every */
@@ -7650,8 +8021,18 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
 /*   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep */
 /* */
 /* Waiting means spinning for a short time and then sleeping in the kernel; whoever releases the */
-/* others makes a system call only if someone sleeps. Words that are spun on lie on cache lines */
-/* of their own (128 bytes: neighbours are fetched in pairs). */
+/* others makes a system call only if someone sleeps. A thread that spins in vain spins less from */
+/* then on: it may be in the way of those it waits for. */
+/* */
+/* Threads arrive at a barrier in groups of 16 or less, none across memory nodes; the last of a */
+/* group arrives for it at the root. So a counter is passed around among neighbours only. */
+/* */
+/*   threads  0 1 ... 15 | 16 17 ... 31 | ...        arrived[1], arrived[2], ... */
+/*                     \             /  */
+/*                       root, release               arrived[0], release */
+/* */
+/* Words that are spun on lie on cache lines of their own (128 bytes: neighbours are fetched in */
+/* pairs). */
 /* ============================================================================================== */
 
 typedef void moe__job_fn(void *context, int thread, int n_threads);
@@ -7659,37 +8040,45 @@ typedef void moe__job_fn(void *context, int thread, int n_threads);
 typedef struct moe__pool_word {
     uint32_t value;
     uint32_t sleepers; /* threads that sleep, or are about to, until value changes */
+#if !MOE__USE_FUTEX
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+#endif
     char pad[120];
 } moe__pool_word;
 
+/* A thread of the team; what changes is written by itself. */
 typedef struct moe__worker {
     struct moe_pool *pool;
     int thread;
+    int32_t processor; /* it runs there only; -1: anywhere */
     pthread_t handle;
+    double spin;       /* seconds it spins at a barrier before it sleeps */
+    int n_naps;        /* waits since it gave up spinning */
+    uint64_t waited;   /* ticks spent at barriers of the running job */
+    char pad[128];
 } moe__worker;
 
 struct moe_pool {
     moe__pool_word command; /* serial number << 11 | threads that take part; see below */
     moe__pool_word release; /* number of barriers passed */
-    moe__pool_word arrived; /* threads at the current barrier */
     moe__job_fn *job;       /* written before command, read by the threads that take part */
     void *context;
-    int n_active;
+    int n_active, leaf;     /* threads that take part, those of a group */
     moe_allocator allocator;
     pthread_mutex_t turn; /* held by the session whose job runs */
     int n_threads;        /* the caller's included */
     double spin_seconds;
-    moe__worker *workers; /* n_threads - 1 */
+    moe__nodes nodes;     /* of all n_threads; one node if they are not bound */
+    moe__worker *workers; /* n_threads; the first is the caller */
+    moe__pool_word *arrived; /* root, then groups: how many have arrived at the current barrier */
+    int n_arrived;
     int n_started;
-#if !MOE__USE_FUTEX
-    pthread_mutex_t sleep_mutex;
-    pthread_cond_t sleep_changed;
-#endif
 };
 
-/* A worker decides by the command word alone whether it takes part. One that does keeps the */
-/* caller from giving the next command until it has passed the last barrier; one that does not */
-/* may miss any number of commands. */
+/* A worker decides by the command word alone whether it takes part, and as which thread of the */
+/* job. One that does keeps the caller from giving the next command until it has passed the last */
+/* barrier; one that does not may miss any number of commands. */
 enum { MOE__POOL_COUNT_BITS = 11, MOE__POOL_QUIT = (1 << MOE__POOL_COUNT_BITS) - 1 };
 
 MOE__INLINE void moe__pool_pause(void) {
@@ -7700,74 +8089,159 @@ MOE__INLINE void moe__pool_pause(void) {
 #endif
 }
 
+/* A clock that costs nearly nothing, for differences on one thread. */
+MOE__INLINE uint64_t moe__pool_ticks(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    return __builtin_ia32_rdtsc();
+#elif defined(__aarch64__)
+    uint64_t ticks;
+    __asm__ volatile("mrs %0, cntvct_el0" : "=r"(ticks));
+    return ticks;
+#else
+    return (uint64_t)(moe__seconds() * 1e9);
+#endif
+}
+
 /* ---- sleeping -------------------------------------------------------------------------------- */
 
 #if MOE__USE_FUTEX
-MOE__PRIVATE void moe__pool_sleep(moe_pool *pool, moe__pool_word *word, uint32_t old) {
-    (void)pool;
+MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old) {
     syscall(SYS_futex, &word->value, 128 /* FUTEX_WAIT_PRIVATE */, old, NULL, NULL, 0);
 }
-MOE__PRIVATE void moe__pool_wake(moe_pool *pool, moe__pool_word *word) {
-    (void)pool;
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word) {
     syscall(SYS_futex, &word->value, 129 /* FUTEX_WAKE_PRIVATE */, INT_MAX, NULL, NULL, 0);
 }
+MOE__INLINE void moe__pool_word_open(moe__pool_word *word) { (void)word; }
+MOE__INLINE void moe__pool_word_close(moe__pool_word *word) { (void)word; }
 #else
-MOE__PRIVATE void moe__pool_sleep(moe_pool *pool, moe__pool_word *word, uint32_t old) {
-    pthread_mutex_lock(&pool->sleep_mutex);
+MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old) {
+    pthread_mutex_lock(&word->mutex);
     while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
-        pthread_cond_wait(&pool->sleep_changed, &pool->sleep_mutex);
-    pthread_mutex_unlock(&pool->sleep_mutex);
+        pthread_cond_wait(&word->changed, &word->mutex);
+    pthread_mutex_unlock(&word->mutex);
 }
-MOE__PRIVATE void moe__pool_wake(moe_pool *pool, moe__pool_word *word) {
-    (void)word;
-    pthread_mutex_lock(&pool->sleep_mutex);
-    pthread_cond_broadcast(&pool->sleep_changed);
-    pthread_mutex_unlock(&pool->sleep_mutex);
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word) {
+    pthread_mutex_lock(&word->mutex);
+    pthread_cond_broadcast(&word->changed);
+    pthread_mutex_unlock(&word->mutex);
+}
+MOE__PRIVATE void moe__pool_word_open(moe__pool_word *word) {
+    pthread_mutex_init(&word->mutex, NULL);
+    pthread_cond_init(&word->changed, NULL);
+}
+MOE__PRIVATE void moe__pool_word_close(moe__pool_word *word) {
+    pthread_cond_destroy(&word->changed);
+    pthread_mutex_destroy(&word->mutex);
 }
 #endif
 
-/* Waits until word->value is not `old`; returns the new value. */
-MOE__PRIVATE uint32_t moe__pool_wait(moe_pool *pool, moe__pool_word *word, uint32_t old) {
-    uint32_t value = __atomic_load_n(&word->value, __ATOMIC_ACQUIRE);
-    if (value != old) return value;
-    if (pool->spin_seconds > 0) {
-        double end = moe__seconds() + pool->spin_seconds;
+/* Waits until word->value is not `old`: spins for some time, then sleeps. Returns whether it */
+/* slept. */
+MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds) {
+    if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
+    if (spin_seconds > 0) {
+        double end = moe__seconds() + spin_seconds;
         do {
             for (int i = 0; i < 64; i++) { /* asking the time costs as much as some pauses */
                 moe__pool_pause();
-                value = __atomic_load_n(&word->value, __ATOMIC_ACQUIRE);
-                if (value != old) return value;
+                if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
             }
         } while (moe__seconds() < end);
     }
     /* Whoever changes the word looks at `sleepers` afterwards, and the kernel compares the word */
     /* once more: a wake cannot be lost, whichever comes first. */
     __atomic_fetch_add(&word->sleepers, 1, __ATOMIC_SEQ_CST);
-    while ((value = __atomic_load_n(&word->value, __ATOMIC_SEQ_CST)) == old)
-        moe__pool_sleep(pool, word, old);
+    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old) moe__pool_sleep(word, old);
     __atomic_fetch_sub(&word->sleepers, 1, __ATOMIC_SEQ_CST);
-    return value;
+    return 1;
 }
 
-MOE__PRIVATE void moe__pool_set(moe_pool *pool, moe__pool_word *word, uint32_t value) {
+MOE__PRIVATE void moe__pool_set(moe__pool_word *word, uint32_t value) {
     __atomic_store_n(&word->value, value, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(pool, word);
+    if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(word);
+}
+
+/* How long a thread spins at its next barrier. On a crowded machine those it waits for may be */
+/* waiting for its processor: who spun in vain spins half as long the next time, below an 8th of */
+/* `most` not at all, and then tries again every 32nd time. */
+MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double most) {
+    if (worker->spin > 0 || most <= 0) return worker->spin;
+    return ++worker->n_naps % 32 == 0 ? most : 0;
+}
+MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budget, int slept) {
+    if (budget <= 0) return;
+    worker->spin = !slept                      ? 2 * worker->spin + most / 8
+                   : worker->spin >= most / 8 ? worker->spin / 2
+                                              : 0;
+    if (worker->spin > most) worker->spin = most;
 }
 
 /* ---- barrier and jobs ------------------------------------------------------------------------ */
 
-/* Every thread of the running job calls this equally often. What one wrote before it, all see */
-/* after it. */
-MOE__PRIVATE void moe__pool_barrier(moe_pool *pool) {
-    uint32_t n = (uint32_t)pool->n_active;
-    if (n == 1) return;
-    uint32_t passed = __atomic_load_n(&pool->release.value, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&pool->arrived.value, 1, __ATOMIC_ACQ_REL) == n) {
-        __atomic_store_n(&pool->arrived.value, 0, __ATOMIC_RELAXED);
-        moe__pool_set(pool, &pool->release, passed + 1);
-    } else {
-        moe__pool_wait(pool, &pool->release, passed);
+/* Threads of a group at a barrier: at most 16, equally many, of one node if nodes have enough. */
+MOE__PRIVATE int moe__pool_leaf(int n_threads, int n_nodes) {
+    enum { MOST = 16, LEAST = 4 };
+    int each = (n_threads + n_nodes - 1) / n_nodes;
+    if (each < LEAST) each = n_threads;
+    const int groups = (each + MOST - 1) / MOST;
+    return (each + groups - 1) / groups;
+}
+
+/* Counts this thread; returns whether it is the last of all. The last of a group has set its */
+/* counter back before it counts for the group: nobody looks at it again before the release. */
+MOE__PRIVATE int moe__pool_arrive(moe_pool *pool, int thread, int n) {
+    const int leaf = pool->leaf, groups = (n + leaf - 1) / leaf, group = thread / leaf;
+    moe__pool_word *word = &pool->arrived[groups > 1 ? 1 + group : 0];
+    const int size = (int)moe__min(leaf, n - group * leaf);
+    if (__atomic_add_fetch(&word->value, 1, __ATOMIC_ACQ_REL) != (uint32_t)size) return 0;
+    __atomic_store_n(&word->value, 0, __ATOMIC_RELAXED);
+    if (groups == 1) return 1;
+    if (__atomic_add_fetch(&pool->arrived[0].value, 1, __ATOMIC_ACQ_REL) != (uint32_t)groups)
+        return 0;
+    __atomic_store_n(&pool->arrived[0].value, 0, __ATOMIC_RELAXED);
+    return 1;
+}
+
+MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread) {
+    const int n = pool->n_active;
+    if (n == 1) return 0;
+    const uint32_t passed = __atomic_load_n(&pool->release.value, __ATOMIC_RELAXED);
+    if (moe__pool_arrive(pool, thread, n)) {
+        moe__pool_set(&pool->release, passed + 1);
+        return 0;
     }
+    if (__atomic_load_n(&pool->release.value, __ATOMIC_ACQUIRE) != passed) return 0;
+    const double budget = moe__pool_budget(worker, pool->spin_seconds);
+    moe__pool_learn(worker, pool->spin_seconds, budget,
+                    moe__pool_wait(&pool->release, passed, budget));
+    return 1;
+}
+
+/* The worker that is thread `thread` of a job of n: those that take part are spread evenly, so */
+/* that all nodes have their share of a small job, too. */
+MOE__INLINE int moe__pool_worker_of(const moe_pool *pool, int thread, int n) {
+    return (int)((int64_t)thread * pool->n_threads / n);
+}
+/* How many workers before worker `w` take part in a job of n. */
+MOE__INLINE int moe__pool_rank(const moe_pool *pool, int w, int n) {
+    return (int)(((int64_t)w * n + pool->n_threads - 1) / pool->n_threads);
+}
+
+/* Every thread of the running job calls this equally often. What one wrote before it, all see */
+/* after it. thread: as the job was told. */
+MOE__PRIVATE void moe__pool_barrier(moe_pool *pool, int thread) {
+    moe__worker *worker = &pool->workers[moe__pool_worker_of(pool, thread, pool->n_active)];
+    const uint64_t begin = moe__pool_ticks();
+    if (!moe__pool_meet(pool, worker, thread)) return;
+    const uint64_t end = moe__pool_ticks();
+    if (end > begin) worker->waited += end - begin;
+}
+
+/* A thread's part in a job. Waiting for the end is not counted: the caller may read by then. */
+MOE__PRIVATE void moe__pool_work(moe_pool *pool, moe__worker *worker, int thread, int n) {
+    worker->waited = 0;
+    pool->job(pool->context, thread, n);
+    moe__pool_meet(pool, worker, thread);
 }
 
 /* Signals meant for the program are handled by its own threads. Those that report a fault of the */
@@ -7782,38 +8256,74 @@ MOE__PRIVATE void moe__pool_block_signals(void) {
 #endif
 }
 
+/* The calling thread runs on the worker's processor; saved (or NULL) gets what it ran on before. */
+MOE__PRIVATE int moe__pool_bind(const moe__worker *worker, uint64_t *saved) {
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    if (worker->processor < 0 || (saved && !moe__machine_affinity(saved))) return 0;
+    memset(mask, 0, sizeof mask);
+    mask[worker->processor / 64] = (uint64_t)1 << (worker->processor % 64);
+    return moe__machine_bind(mask);
+}
+
 MOE__PRIVATE void *moe__pool_worker(void *argument) {
     moe__worker *worker = (moe__worker *)argument;
     moe_pool *pool = worker->pool;
     uint32_t command = 0;
     moe__pool_block_signals();
+    moe__pool_bind(worker, NULL);
     for (;;) {
-        command = moe__pool_wait(pool, &pool->command, command);
-        int count = (int)(command & MOE__POOL_QUIT);
-        if (count == MOE__POOL_QUIT) return NULL;
-        if (worker->thread >= count) continue;
-        pool->job(pool->context, worker->thread, count);
-        moe__pool_barrier(pool);
+        moe__pool_wait(&pool->command, command, pool->spin_seconds);
+        command = __atomic_load_n(&pool->command.value, __ATOMIC_ACQUIRE);
+        const int n = (int)(command & MOE__POOL_QUIT);
+        if (n == MOE__POOL_QUIT) return NULL;
+        const int thread = moe__pool_rank(pool, worker->thread, n);
+        if (thread < moe__pool_rank(pool, worker->thread + 1, n))
+            moe__pool_work(pool, worker, thread, n);
     }
 }
 
 MOE__PRIVATE void moe__pool_command(moe_pool *pool, int count) {
     uint32_t serial = (pool->command.value >> MOE__POOL_COUNT_BITS) + 1;
-    moe__pool_set(pool, &pool->command, serial << MOE__POOL_COUNT_BITS | (uint32_t)count);
+    moe__pool_set(&pool->command, serial << MOE__POOL_COUNT_BITS | (uint32_t)count);
 }
 
 /* Runs job(context, thread, n_threads) on the calling thread (thread 0) and n_threads - 1 */
-/* workers; returns when all are done. Callers from several threads take turns. */
-MOE__PRIVATE void moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *job, void *context) {
+/* workers; returns when all are done. Callers from several threads take turns. Returns the */
+/* seconds it took, and in waited (or NULL) those that each thread spent at barriers. */
+MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *job, void *context,
+                                  double *waited) {
+    uint64_t saved[MOE__MAX_PROCESSORS / 64];
     pthread_mutex_lock(&pool->turn);
     pool->job = job;
     pool->context = context;
     pool->n_active = n_threads;
+    pool->leaf = moe__pool_leaf(n_threads, pool->nodes.n);
+    const int bound = n_threads > 1 && moe__pool_bind(&pool->workers[0], saved);
+    const double begin = moe__seconds();
+    const uint64_t ticks = moe__pool_ticks();
     if (n_threads > 1) moe__pool_command(pool, n_threads);
-    job(context, 0, n_threads);
-    moe__pool_barrier(pool);
+    moe__pool_work(pool, &pool->workers[0], 0, n_threads);
+    const double seconds = moe__seconds() - begin;
+    const double second = (double)(moe__pool_ticks() - ticks) / (seconds > 0 ? seconds : 1);
+    for (int i = 0; i < n_threads && waited; i++) {
+        const double all = (double)pool->workers[moe__pool_worker_of(pool, i, n_threads)].waited;
+        waited[i] = second <= 0 ? 0 : all < second * seconds ? all / second : seconds;
+    }
+    if (bound) moe__machine_bind(saved);
     pthread_mutex_unlock(&pool->turn);
+    return seconds;
 }
+
+/* The nodes of the threads of a job of n. */
+MOE__PRIVATE void moe__pool_nodes(const moe_pool *pool, int n, moe__nodes *nodes) {
+    nodes->n = pool->nodes.n;
+    for (int32_t k = 0; k < nodes->n; k++)
+        nodes->first[k] = moe__pool_rank(pool, pool->nodes.first[k], n);
+    nodes->first[nodes->n] = n;
+}
+
+/* With one token, rows of a thread begin at multiples of this: one cache line of results. */
+enum { MOE__ROW_UNIT = 16 };
 
 /* The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are */
 /* multiples of `unit` (but for the last) and differ by at most one unit. */
@@ -7824,126 +8334,79 @@ MOE__INLINE void moe__pool_share(int64_t total, int64_t unit, int thread, int n,
     *end = moe__min(total, units * (thread + 1) / n * unit);
 }
 
-/* ---- how many threads ------------------------------------------------------------------------ */
-
-/* The beginning of a small text file; 0 bytes if it cannot be read. */
-MOE__PRIVATE size_t moe__pool_read_file(const char *path, char *out, size_t capacity) {
-    size_t size = 0;
-    int fd = open(path, O_RDONLY | MOE__O_CLOEXEC);
-    if (fd >= 0) {
-        ssize_t n = read(fd, out, capacity - 1);
-        if (n > 0) size = (size_t)n;
-        close(fd);
-    }
-    out[size] = 0;
-    return size;
-}
-
-/* Processors that a cpu.max file ("200000 100000": quota, period) allows, rounded up; or `most`. */
-MOE__PRIVATE int moe__pool_quota(const char *path, int most) {
-    char text[128], *end;
-    if (!moe__pool_read_file(path, text, sizeof text)) return most;
-    double quota = strtod(text, &end);
-    if (end == text || quota <= 0) return most; /* "max 100000" */
-    double period = strtod(end, NULL);
-    double count = period > 0 ? ceil(quota / period) : most;
-    return count < 1 ? 1 : count < most ? (int)count : most;
-}
-
-/* Processors the process may run on, a bit each; returns how many. */
-enum { MOE__MAX_PROCESSORS = 1024 };
-MOE__PRIVATE int moe__pool_affinity(uint64_t *mask) {
-    int count = 0;
-    memset(mask, 0, MOE__MAX_PROCESSORS / 8);
-#if defined(__linux__)
-    if (syscall(SYS_sched_getaffinity, 0, MOE__MAX_PROCESSORS / 8, mask) < 0) mask[0] = 1;
-#endif
-    for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++) count += mask[cpu / 64] >> (cpu % 64) & 1;
-    return count;
-}
-
-/* Physical cores in the process's affinity mask, at most the control group's processor quota. */
 MOE__PRIVATE int moe__pool_default_threads(void) {
-    int count = 0;
-#if defined(__linux__)
+    moe__machine machine;
     uint64_t mask[MOE__MAX_PROCESSORS / 64];
-    moe__pool_affinity(mask);
-    char path[512], text[512];
-    for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++) {
-        if (!(mask[cpu / 64] >> (cpu % 64) & 1)) continue;
-        /* "0,64" or "0-1": a core counts by its first hardware thread that we may use */
-        snprintf(path, sizeof path,
-                 "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        int first = cpu;
-        if (moe__pool_read_file(path, text, sizeof text)) {
-            for (char *p = text; first == cpu && *p >= '0' && *p <= '9';) {
-                long low = strtol(p, &p, 10), high = *p == '-' ? strtol(p + 1, &p, 10) : low;
-                for (long i = low; i <= high && i < cpu && i >= 0; i++)
-                    if (mask[i / 64] >> (i % 64) & 1) first = (int)i;
-                if (*p == ',') p++;
-            }
-        }
-        count += first == cpu;
-    }
-    if (count < 1) count = 1;
-    count = moe__pool_quota("/sys/fs/cgroup/cpu.max", count);
-    if (moe__pool_read_file("/proc/self/cgroup", text, sizeof text)) {
-        const char *group = strstr(text, "0::/");
-        if (group && strcspn(group, "\n") < 256) {
-            snprintf(path, sizeof path, "/sys/fs/cgroup%.*s/cpu.max",
-                     (int)strcspn(group + 3, "\n"), group + 3);
-            count = moe__pool_quota(path, count);
-        }
-    }
-#endif
-    return count < 1 ? 1 : count > MOE_MAX_THREADS ? MOE_MAX_THREADS : count;
+    moe__machine_affinity(mask);
+    moe__machine_read(&machine, "", mask);
+    return moe__machine_threads(&machine, "");
 }
 
 /* ---- public ---------------------------------------------------------------------------------- */
 
+/* Who runs where, and how long who waits spins. */
+MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, int pin,
+                                   int spin_us) {
+    const int32_t usable = moe__machine_quota("", machine->n_processors);
+    moe__nodes_single(&pool->nodes, pool->n_threads);
+    if (pin) moe__machine_nodes(machine, pool->n_threads, &pool->nodes);
+    /* With more threads than processors, who spins keeps from work those that are waited for. */
+    if (spin_us == 0) spin_us = pool->n_threads > usable ? -1 : 50;
+    pool->spin_seconds = spin_us < 0 ? 0 : 1e-6 * spin_us;
+    for (int i = 0; i < pool->n_threads; i++) {
+        moe__worker *worker = &pool->workers[i];
+        worker->pool = pool;
+        worker->thread = i;
+        worker->spin = pool->spin_seconds;
+        worker->processor = pin ? moe__machine_processor(machine, &pool->nodes, i) : -1;
+    }
+}
+
 MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error) {
     moe_allocator allocator;
-    int n = options ? options->n_threads : 0, spin_us = options ? options->spin_us : 0;
+    moe__machine machine;
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    int n = options ? options->n_threads : 0;
     if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
     if (n < 0 || n > MOE_MAX_THREADS) {
         moe__fail(error, MOE_ERROR_ARGUMENT, "n_threads", "n_threads is %d, not 0..%d", n,
                   (int)MOE_MAX_THREADS);
         return NULL;
     }
-    if (n == 0) n = moe__pool_default_threads();
+    moe__machine_affinity(mask);
+    moe__machine_read(&machine, "", mask);
+    if (n == 0) n = moe__machine_threads(&machine, "");
     moe_pool *pool = (moe_pool *)moe__alloc(&allocator, sizeof *pool);
-    moe__worker *workers =
-        pool ? (moe__worker *)moe__alloc(&allocator, (size_t)n * sizeof *workers) : NULL;
-    if (!workers) {
+    if (pool) {
+        pool->allocator = allocator;
+        pool->n_arrived = 1 + (n + 3) / 4;
+        pool->workers = (moe__worker *)moe__alloc(&allocator, (size_t)n * sizeof *pool->workers);
+        pool->arrived = (moe__pool_word *)moe__alloc(&allocator, (size_t)pool->n_arrived *
+                                                                     sizeof *pool->arrived);
+    }
+    if (!pool || !pool->workers || !pool->arrived) {
+        if (pool) moe__free(&allocator, pool->workers);
+        if (pool) moe__free(&allocator, pool->arrived);
         moe__free(&allocator, pool);
         moe__fail(error, MOE_ERROR_MEMORY, "pool", "no memory for a pool of %d threads", n);
         return NULL;
     }
-    pool->allocator = allocator;
-    pool->workers = workers;
     pool->n_threads = n;
     pool->n_active = 1;
-    /* With more threads than processors, who spins keeps from work those that are waited for. */
-    uint64_t mask[MOE__MAX_PROCESSORS / 64];
-    const int processors = moe__pool_affinity(mask);
-    if (spin_us == 0) spin_us = processors && n > processors ? -1 : 50;
-    pool->spin_seconds = spin_us < 0 ? 0 : 1e-6 * spin_us;
+    moe__pool_settle(pool, &machine, options && options->pin > 0, options ? options->spin_us : 0);
     pthread_mutex_init(&pool->turn, NULL);
-#if !MOE__USE_FUTEX
-    pthread_mutex_init(&pool->sleep_mutex, NULL);
-    pthread_cond_init(&pool->sleep_changed, NULL);
-#endif
-    for (int i = 0; i < n - 1; i++) {
-        workers[i].pool = pool;
-        workers[i].thread = i + 1;
-        int code = pthread_create(&workers[i].handle, NULL, moe__pool_worker, &workers[i]);
+    moe__pool_word_open(&pool->command);
+    moe__pool_word_open(&pool->release);
+    for (pool->n_started = 1; pool->n_started < n; pool->n_started++) {
+        moe__worker *worker = &pool->workers[pool->n_started];
+        int code = pthread_create(&worker->handle, NULL, moe__pool_worker, worker);
         if (code) {
             moe__fail(error, MOE_ERROR_THREAD, "pthread_create",
-                      "the system refused thread %d of %d (error %d)", i + 2, n, code);
+                      "the system refused thread %d of %d (error %d)", pool->n_started + 1, n,
+                      code);
             moe_pool_close(pool);
             return NULL;
         }
-        pool->n_started++;
     }
     return pool;
 }
@@ -7951,18 +8414,18 @@ MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *erro
 MOE_API void moe_pool_close(moe_pool *pool) {
     if (!pool) return;
     moe__pool_command(pool, MOE__POOL_QUIT);
-    for (int i = 0; i < pool->n_started; i++) pthread_join(pool->workers[i].handle, NULL);
-#if !MOE__USE_FUTEX
-    pthread_cond_destroy(&pool->sleep_changed);
-    pthread_mutex_destroy(&pool->sleep_mutex);
-#endif
+    for (int i = 1; i < pool->n_started; i++) pthread_join(pool->workers[i].handle, NULL);
+    moe__pool_word_close(&pool->command);
+    moe__pool_word_close(&pool->release);
     pthread_mutex_destroy(&pool->turn);
     moe_allocator allocator = pool->allocator;
+    moe__free(&allocator, pool->arrived);
     moe__free(&allocator, pool->workers);
     moe__free(&allocator, pool);
 }
 
 MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_threads : 0; }
+MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes.n : 0; }
 
 /* ============================================================================================== */
 /* // >>ops */
@@ -8449,6 +8912,7 @@ typedef struct moe__share {
     int one_token;    /* of a batch of one token */
     int down;         /* rows are those of down, else those of gate and up */
     int64_t unit;     /* row ranges begin at multiples of this; many tokens: MOE__TILE_ROWS */
+    const moe__nodes *nodes; /* memory nodes of the threads */
 } moe__share;
 
 typedef struct moe__piece {
@@ -8514,25 +8978,36 @@ MOE__PRIVATE int moe__schedule_parallel_owns(const moe__share *share, int n_thre
     return moe__schedule_groups(share, n_threads) == 1;
 }
 
-/* One token: every thread gets units / n_threads of each entry, and the threads that get one of */
-/* the remaining units are the next ones in turn. */
-MOE__PRIVATE void moe__schedule_rotate(const moe__share *share, int thread, int n_threads,
-                                       int32_t entry, moe__piece *piece) {
-    int64_t first = 0; /* the next thread in turn */
+/* The first unit of an entry's rows that belongs to node k: the same part of every entry. */
+MOE__INLINE int64_t moe__schedule_node(const moe__share *share, int32_t entry, int32_t k) {
+    const moe__nodes *nodes = share->nodes;
+    const int64_t units = (moe__share_rows(share, entry) + share->unit - 1) / share->unit;
+    return units * nodes->first[k] / nodes->first[nodes->n];
+}
+
+/* One token: the rows of a node are shared by its n threads, each gets units / n of each entry, */
+/* and the threads that get one of the remaining units are the next ones in turn. */
+MOE__PRIVATE void moe__schedule_rotate(const moe__share *share, int thread, int32_t entry,
+                                       moe__piece *piece) {
+    const int32_t k = moe__nodes_of(share->nodes, thread);
+    const int64_t n = share->nodes->first[k + 1] - share->nodes->first[k];
+    const int64_t i = thread - share->nodes->first[k]; /* which of them */
+    int64_t next = 0;                                  /* in turn */
     for (int32_t e = 0; e < entry; e++)
-        first += (moe__share_rows(share, e) + share->unit - 1) / share->unit % n_threads;
-    first %= n_threads;
+        next += (moe__schedule_node(share, e, k + 1) - moe__schedule_node(share, e, k)) % n;
+    next %= n;
+    const int64_t begin = moe__schedule_node(share, entry, k);
+    const int64_t units = moe__schedule_node(share, entry, k + 1) - begin;
+    const int64_t each = units / n, last = next + units % n;
+    /* threads next .. last - 1, modulo n, get one more: how many are before this one? */
+    const int64_t wrapped = moe__max(last - n, 0);
+    int64_t before = moe__min(i, wrapped);
+    if (i > next) before += moe__min(i, moe__min(last, n)) - next;
+    const int more = i < wrapped || (i >= next && i < last);
     const int64_t rows = moe__share_rows(share, entry);
-    const int64_t units = (rows + share->unit - 1) / share->unit;
-    const int64_t each = units / n_threads, rest = units % n_threads, last = first + rest;
-    /* threads first .. last - 1, modulo n_threads, get one more: how many are before this one? */
-    const int64_t wrapped = moe__max(last - n_threads, 0);
-    int64_t before = moe__min(thread, wrapped);
-    if (thread > first) before += moe__min(thread, moe__min(last, n_threads)) - first;
-    const int more = thread < wrapped || (thread >= first && thread < last);
     piece->entry = entry;
-    piece->begin = moe__min(rows, (each * thread + before) * share->unit);
-    piece->end = moe__min(rows, (each * (thread + 1) + before + more) * share->unit);
+    piece->begin = moe__min(rows, (begin + each * i + before) * share->unit);
+    piece->end = moe__min(rows, (begin + each * (i + 1) + before + more) * share->unit);
 }
 
 /* Many tokens: the first block of rows of an entry whose middle lies in the work of `thread` or */
@@ -8561,7 +9036,7 @@ MOE__PRIVATE int moe__schedule_balanced(const moe__share *share, int thread, int
     if (share->down && moe__schedule_balanced_owns(share, n_threads))
         return moe__share_stripe(share, i, thread, n_threads, piece);
     if (share->one_token) {
-        moe__schedule_rotate(share, thread, n_threads, i, piece);
+        moe__schedule_rotate(share, thread, i, piece);
         return 1;
     }
     const int64_t rows = moe__share_rows(share, i);
@@ -8773,6 +9248,7 @@ struct moe_model {
     const float *output_norm;
     moe__layer *layers;
     void *owned;                 /* list of allocations, each begins with a pointer to the next */
+    moe_model_memory memory;
 };
 
 /* State while loading: after the first error everything else is skipped. */
@@ -9392,6 +9868,177 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
         moe__base_copy_text(model->info.name, sizeof model->info.name, name.data, name.size);
 }
 
+/* ---- placing the weights in memory ----------------------------------------------------------- */
+
+/* A team with threads on every memory node touches the pages of weights, each thread those that */
+/* are to lie on its node, so that new pages appear there; then pages that were elsewhere before */
+/* (of a file that is in the system's cache, or of a copy) are moved. */
+typedef struct moe__place {
+    const moe_gguf *gguf;
+    const moe__machine *machine;
+    moe_pool *pool;
+    moe_numa numa;
+    int (*progress)(void *user, float fraction);
+    void *progress_user;
+    size_t page;
+    uint64_t granule;      /* INTERLEAVE changes the node every so many bytes */
+    uint64_t n_bytes;      /* of all weights */
+    uint64_t done, placed; /* atomic: bytes touched; of pages that lie where they should */
+    int stop, refused;     /* atomic */
+} moe__place;
+
+/* Pages from .. to - 1, by one thread of node k. */
+MOE__PRIVATE void moe__place_pages(moe__place *p, uintptr_t from, uintptr_t to, int32_t k) {
+    enum { BATCH = 512 };
+    const void *pages[BATCH];
+    int node[BATCH], status[BATCH];
+    while (from < to && !__atomic_load_n(&p->stop, __ATOMIC_RELAXED)) {
+        int n = 0;
+        uint64_t placed = 0;
+        for (; n < BATCH && from < to; n++, from += p->page) {
+            if (p->numa == MOE_NUMA_INTERLEAVE)
+                k = (int32_t)(from / p->granule % (uint64_t)p->machine->n_nodes);
+            pages[n] = (const void *)from;
+            node[n] = p->machine->node[k];
+            status[n] = -1;
+            (void)*(const volatile uint8_t *)from;
+        }
+        if (!moe__machine_move(pages, node, n, status))
+            __atomic_store_n(&p->refused, 1, __ATOMIC_RELAXED);
+        for (int i = 0; i < n; i++) placed += status[i] == node[i] ? p->page : 0;
+        __atomic_fetch_add(&p->placed, placed, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&p->done, (uint64_t)n * p->page, __ATOMIC_RELAXED);
+    }
+}
+
+/* Is a tensor read by rows that belong to threads? Of token_embd single rows are read, and heads */
+/* of attn_k_b and attn_v_b go around. */
+MOE__PRIVATE int moe__place_has_owners(const moe_gguf_tensor *tensor) {
+    return tensor->n_dims > 1 && !strstr(tensor->name, "token_embd.") &&
+           !strstr(tensor->name, ".attn_k_b.") && !strstr(tensor->name, ".attn_v_b.");
+}
+
+/* This thread's pages of a tensor: of its node's rows of each expert its share. A page that two */
+/* nodes have rows on belongs to the first. */
+MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor, int thread,
+                                    int n_threads) {
+    const moe__nodes *nodes = &p->pool->nodes;
+    const int owned = p->numa == MOE_NUMA_OWNER && moe__place_has_owners(tensor);
+    const int64_t rows = owned ? tensor->ne[1] : 1;
+    const int64_t units = (rows + MOE__ROW_UNIT - 1) / MOE__ROW_UNIT;
+    const int64_t experts = owned ? tensor->ne[2] * tensor->ne[3] : 1;
+    const uintptr_t row_size = (uintptr_t)(tensor->size / (uint64_t)(rows * experts));
+    const int32_t k = moe__nodes_of(nodes, thread);
+    int64_t first = 0, last = rows, member = thread, members = n_threads;
+    if (owned) {
+        first = moe__min(rows, units * nodes->first[k] / n_threads * MOE__ROW_UNIT);
+        last = moe__min(rows, units * nodes->first[k + 1] / n_threads * MOE__ROW_UNIT);
+        member -= nodes->first[k];
+        members = nodes->first[k + 1] - nodes->first[k];
+    }
+    for (int64_t e = 0; e < experts; e++) {
+        const uintptr_t base = (uintptr_t)tensor->data + (uintptr_t)(e * rows) * row_size;
+        const uintptr_t from = base + (uintptr_t)first * row_size;
+        const uintptr_t to = base + (uintptr_t)last * row_size;
+        const int64_t page = (int64_t)((from + p->page - 1) / p->page);
+        const int64_t n_pages = (int64_t)((to + p->page - 1) / p->page) - page;
+        int64_t begin, end;
+        if (n_pages <= 0) continue;
+        moe__pool_share(n_pages, 1, (int)member, (int)members, &begin, &end);
+        if (tensor->data && begin < end)
+            moe__place_pages(p, (uintptr_t)(page + begin) * p->page,
+                             (uintptr_t)(page + end) * p->page, k);
+    }
+}
+
+MOE__PRIVATE void moe__place_job(void *context, int thread, int n_threads) {
+    moe__place *p = (moe__place *)context;
+    moe__policy before, policy;
+    const int known = moe__policy_get(&before);
+    moe__policy_init(&policy, p->machine,
+                     p->numa == MOE_NUMA_OWNER ? MOE__POLICY_PREFERRED : MOE__POLICY_INTERLEAVE,
+                     moe__nodes_of(&p->pool->nodes, thread));
+    if (!known || !moe__policy_set(&policy)) __atomic_store_n(&p->refused, 1, __ATOMIC_RELAXED);
+    for (int64_t i = 0; i < moe_gguf_n_tensors(p->gguf); i++) {
+        moe__place_tensor(p, moe_gguf_tensor_at(p->gguf, i), thread, n_threads);
+        const double done = (double)__atomic_load_n(&p->done, __ATOMIC_RELAXED);
+        const float fraction = (float)(done / (double)p->n_bytes);
+        if (thread == 0 && p->progress && !p->stop &&
+            !p->progress(p->progress_user, fraction < 1 ? fraction : 1))
+            __atomic_store_n(&p->stop, 1, __ATOMIC_RELAXED);
+    }
+    if (known) moe__policy_set(&before);
+}
+
+/* Places all weights; what the system refuses shows in model->memory only. */
+MOE__PRIVATE moe_status moe__place_weights(moe_model *model, const moe__machine *machine,
+                                           const moe_model_options *options, moe_error *error) {
+    moe_pool_options pool_options;
+    moe__place p;
+    memset(&p, 0, sizeof p);
+    memset(&pool_options, 0, sizeof pool_options);
+    pool_options.allocator = model->allocator;
+    pool_options.pin = MOE_ON;
+    p.pool = moe_pool_open(&pool_options, error);
+    if (!p.pool) return MOE_ERROR_THREAD;
+    moe__machine_nodes(machine, p.pool->n_threads, &p.pool->nodes);
+    p.gguf = model->gguf;
+    p.machine = machine;
+    p.numa = options->numa;
+    p.progress = options->progress;
+    p.progress_user = options->progress_user;
+    p.page = moe__machine_page();
+    p.granule = model->gguf->options.hugepages == MOE_ON ? (uint64_t)1 << 21 : p.page;
+    for (int64_t i = 0; i < moe_gguf_n_tensors(p.gguf); i++)
+        p.n_bytes += moe_gguf_tensor_at(p.gguf, i)->size;
+    moe__pool_run(p.pool, p.pool->n_threads, moe__place_job, &p, NULL);
+    moe_pool_close(p.pool);
+    model->memory.n_bytes_placed = p.placed < p.n_bytes ? p.placed : p.n_bytes;
+    if (!p.refused) model->memory.numa = p.numa;
+    if (!p.stop) return MOE_OK;
+    return moe__fail(error, MOE_ERROR_CANCELLED, "progress",
+                     "loading was cancelled by the progress callback");
+}
+
+/* Keeps weights in memory, or (lock = 0) no longer; returns the bytes for which the system */
+/* agreed, up to the first for which it did not. */
+MOE__PRIVATE uint64_t moe__place_lock(const moe_gguf *gguf, int lock) {
+    uint64_t bytes = 0;
+    for (int64_t i = 0; i < moe_gguf_n_tensors(gguf); i++) {
+        const moe_gguf_tensor *tensor = moe_gguf_tensor_at(gguf, i);
+        if (!tensor->data || !tensor->size) continue;
+        if (lock ? mlock(tensor->data, (size_t)tensor->size)
+                 : munlock(tensor->data, (size_t)tensor->size))
+            break;
+        bytes += tensor->size;
+    }
+    return bytes;
+}
+
+/* What the options ask about memory, once the tensors are known to be right. */
+MOE__PRIVATE moe_status moe__place_all(moe_model *model, const moe_model_options *options,
+                                       moe_error *error) {
+    moe__machine machine;
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    moe_model_memory *memory = &model->memory;
+    moe__machine_affinity(mask);
+    moe__machine_read(&machine, "", mask);
+    memory->n_nodes = machine.n_nodes;
+    moe_status status = MOE_OK;
+    if (options && options->numa && machine.n_nodes > 1)
+        status = moe__place_weights(model, &machine, options, error);
+    if (!status && options && options->mlock == MOE_ON)
+        memory->n_bytes_locked = moe__place_lock(model->gguf, 1);
+    for (int32_t i = 0; i < model->gguf->n_parts; i++) {
+        const moe__gguf_part *part = &model->gguf->parts[i];
+        if (part->copy && model->gguf->options.hugepages == MOE_ON)
+            memory->n_bytes_huge += moe__machine_huge("/proc/self/smaps", part->data, part->size);
+    }
+    return status;
+}
+
+/* ---- opening --------------------------------------------------------------------------------- */
+
 /* Some files have no tokenizer: they are run with token ids alone. */
 MOE__PRIVATE int moe__load_has_vocab(const moe_gguf *gguf) {
     static const char *const none[] = {"none", "no_vocab", "test"};
@@ -9412,9 +10059,9 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
         return NULL;
     }
-    if (options && options->numa) {
-        moe__fail(error, MOE_ERROR_UNSUPPORTED, "numa", "memory placement %d is not supported",
-                  (int)options->numa);
+    if (options && ((unsigned)options->numa > MOE_NUMA_OWNER || !moe__is_switch(options->mlock))) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "options", "numa %d or mlock %d is out of range",
+                  (int)options->numa, (int)options->mlock);
         return NULL;
     }
     if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
@@ -9440,6 +10087,7 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
                                                   sizeof *model->layers);
     for (int il = 0; il < model->info.n_layer && !loader.status; il++)
         moe__load_layer(&loader, &model->layers[il], il);
+    if (!loader.status) loader.status = moe__place_all(model, options, error);
     if (!loader.status) return model;
     moe_model_close(model);
     return NULL;
@@ -9448,6 +10096,8 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
 MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
                                   moe_error *error) {
     moe_gguf_options gguf_options;
+    moe__policy before;
+    int spread = 0; /* a copy is read in turn to all nodes, so that no node runs full */
     memset(&gguf_options, 0, sizeof gguf_options);
     if (options) {
         gguf_options.allocator = options->allocator;
@@ -9457,7 +10107,18 @@ MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *opt
         gguf_options.progress = options->progress;
         gguf_options.progress_user = options->progress_user;
     }
+    if (options && options->numa) {
+        moe__machine machine;
+        moe__policy policy;
+        uint64_t mask[MOE__MAX_PROCESSORS / 64];
+        moe__machine_affinity(mask);
+        moe__machine_read(&machine, "", mask);
+        moe__policy_init(&policy, &machine, MOE__POLICY_INTERLEAVE, 0);
+        if (machine.n_nodes == 1) gguf_options.prefault = MOE_ON;
+        else spread = moe__policy_get(&before) && moe__policy_set(&policy);
+    }
     moe_gguf *gguf = moe_gguf_open(path, &gguf_options, error);
+    if (spread) moe__policy_set(&before);
     if (!gguf) return NULL;
     moe_model *model = moe_model_open_gguf(gguf, options, error);
     if (model)
@@ -9476,6 +10137,7 @@ MOE_API void moe_model_close(moe_model *model) {
         moe__free(&allocator, memory);
     }
     moe_vocab_close(model->vocab);
+    if (model->memory.n_bytes_locked) moe__place_lock(model->gguf, 0);
     moe_gguf_close(model->own_gguf);
     moe__free(&allocator, model);
 }
@@ -9488,6 +10150,9 @@ MOE_API const moe_gguf *moe_model_gguf(const moe_model *model) {
 }
 MOE_API const moe_model_info *moe_model_get_info(const moe_model *model) {
     return model ? &model->info : NULL;
+}
+MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
+    return model ? &model->memory : NULL;
 }
 
 /* ============================================================================================== */
@@ -9508,8 +10173,7 @@ MOE_API const moe_model_info *moe_model_get_info(const moe_model *model) {
 
 enum {
     MOE__MLA_HEADS = 8,     /* heads per work item of absorbed attention with one token */
-    MOE__MLA_EXPAND = 128,  /* from this many tokens on keys and values are expanded */
-    MOE__ROW_UNIT = 16      /* rows of a thread begin at multiples of this: one cache line */
+    MOE__MLA_EXPAND = 128   /* from this many tokens on keys and values are expanded */
 };
 
 /* Memory of one thread. */
@@ -9546,6 +10210,8 @@ struct moe_session {
     int32_t length;        /* tokens in the cache */
     int32_t n_last;        /* tokens of the last eval; 0: it failed, there are no logits */
     int stop;              /* set by thread 0 before a barrier, read after it */
+    moe__nodes nodes;      /* of the threads of the running eval */
+    double *wait_seconds;  /* of each thread in the last eval */
 
     uint8_t *k_cache, *v_cache; /* [layer][head][position][width] */
     float *logits;
@@ -9729,6 +10395,8 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, i
     session->expert_out = moe__take_floats(arena, info->n_expert_used + 1, info->n_embd);
     session->tokens = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
     session->ones = moe__take_floats(arena, 1, n);
+    session->wait_seconds =
+        (double *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(double));
     session->locals =
         (moe__local *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(moe__local));
     for (int i = 0; i < n_threads; i++) {
@@ -9759,7 +10427,7 @@ MOE__INLINE int64_t moe__eval_row_unit(int64_t n_tokens) {
 
 MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
     if (e->thread == 0) e->session->info.n_barriers++;
-    moe__pool_barrier(e->session->pool);
+    moe__pool_barrier(e->session->pool, e->thread);
 }
 
 /* This thread's part of `total`. */
@@ -10443,6 +11111,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
     share.n_routed = local->plan.n_routed;
     share.one_token = e->n == 1;
     share.unit = e->row_unit;
+    share.nodes = &session->nodes;
     share.down = 0;
     for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
         moe__piece_fetch(schedule, &share, e->thread, e->n_threads, i + 1);
@@ -10663,6 +11332,7 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
         memset(&pool_options, 0, sizeof pool_options);
         pool_options.allocator = session->allocator;
         pool_options.n_threads = n_threads;
+        pool_options.pin = model->memory.numa == MOE_NUMA_OWNER ? MOE_ON : 0;
         session->pool = session->own_pool = moe_pool_open(&pool_options, error);
         if (!session->pool) {
             moe_session_close(session);
@@ -10727,10 +11397,15 @@ MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens,
     job.n_tokens = n_tokens;
     session->stop = 0;
     session->info.n_barriers = 0;
+    session->info.wait_seconds = 0;
     session->n_last = 0;
-    moe__pool_run(session->pool,
-                  n_tokens == 1 ? session->info.n_threads : session->info.n_threads_batch,
-                  moe__eval_run, &job);
+    const int32_t n = n_tokens == 1 ? session->info.n_threads : session->info.n_threads_batch;
+    const int32_t most = (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
+    moe__pool_nodes(session->pool, n, &session->nodes);
+    session->info.eval_seconds =
+        moe__pool_run(session->pool, n, moe__eval_run, &job, session->wait_seconds);
+    for (int32_t i = 0; i < n; i++) session->info.wait_seconds += session->wait_seconds[i];
+    for (int32_t i = n; i < most; i++) session->wait_seconds[i] = 0;
     if (session->stop)
         return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
     session->length += n_tokens;
@@ -10747,6 +11422,13 @@ MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
     return i == session->n_last - 1 ? session->logits : NULL;
 }
 
+MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread) {
+    if (!session || thread < 0 ||
+        thread >= moe__max(session->info.n_threads, session->info.n_threads_batch))
+        return 0;
+    return session->wait_seconds[thread];
+}
+
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {
     if (!session || length < 0 || length > session->length)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",
@@ -10754,7 +11436,6 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
     session->length = length;
     return MOE_OK;
 }
-
 
 /* ============================================================================================== */
 /* // >>text */

@@ -3,9 +3,11 @@
  * the rows of the active experts; printed are
  *
  *     up, down    useful rows / (threads x rows of the busiest thread), in percent
- *     node        of what all nodes together could read while the busiest one reads its rows, the
- *                 part that is read, in percent; threads stand in blocks, the first node's first,
- *                 and each thread's rows count for the node it stands on
+ *     node        of what all nodes together could read while the busiest one is read from, the
+ *                 part that is read; each row lies where MOE_NUMA_OWNER puts it
+ *     local       the part of the rows that lie on the node of the thread that reads them
+ *
+ * Threads stand in blocks, the first node's first, as pinned threads do.
  *
  * Include moe_infer.h with its implementation first. */
 #ifndef PLAN_H
@@ -23,35 +25,50 @@ static const plan_shape plan_shapes[] = {
 
 enum { PLAN_ENTRIES = 16, PLAN_NODES = 8 };
 typedef struct plan_result {
-    double even, node; /* 0..1 */
+    double even, node, local; /* 0..1 */
 } plan_result;
 
-/* Rows of all pieces, by thread and by node. */
+/* Rows of all pieces, by the thread that reads them and by the node that they lie on. */
 static plan_result plan_measure(const moe__schedule_info *schedule, const moe__share *share,
-                                int threads, int nodes) {
-    int64_t node_rows[PLAN_NODES] = {0}, total = 0, busiest = 0, busiest_node = 0;
+                                int threads) {
+    const moe__nodes *nodes = share->nodes;
+    int64_t node_rows[PLAN_NODES] = {0}, total = 0, busiest = 0, busiest_node = 0, local = 0;
     plan_result result;
     for (int t = 0; t < threads; t++) {
         int64_t rows = 0;
         moe__piece piece;
         for (int32_t i = 0; schedule->pieces(share, t, threads, i, &piece); i++)
-            if (piece.end > piece.begin) rows += piece.end - piece.begin;
+            for (int32_t k = 0; k < nodes->n; k++) {
+                int64_t begin = moe__schedule_node(share, piece.entry, k) * share->unit;
+                int64_t end = moe__schedule_node(share, piece.entry, k + 1) * share->unit;
+                begin = begin > piece.begin ? begin : piece.begin;
+                end = end < piece.end ? end : piece.end;
+                if (begin >= end) continue;
+                rows += end - begin;
+                node_rows[k] += end - begin;
+                local += k == moe__nodes_of(nodes, t) ? end - begin : 0;
+            }
         total += rows;
         busiest = rows > busiest ? rows : busiest;
-        node_rows[(int64_t)t * nodes / threads] += rows;
     }
-    for (int n = 0; n < nodes; n++)
+    for (int n = 0; n < nodes->n; n++)
         busiest_node = node_rows[n] > busiest_node ? node_rows[n] : busiest_node;
     result.even = (double)total / ((double)threads * (double)busiest);
-    result.node = (double)total / ((double)nodes * (double)busiest_node);
+    result.node = (double)total / ((double)nodes->n * (double)busiest_node);
+    result.local = (double)local / (double)total;
     return result;
 }
+
+static double plan_least(double a, double b) { return a < b ? a : b; }
 
 static void plan_print_row(const plan_shape *shape, int threads, int nodes) {
     moe__entry entries[PLAN_ENTRIES];
     moe__ffn routed, shared;
     moe__plan plan;
     moe__share share;
+    moe__nodes map;
+    map.n = nodes;
+    for (int k = 0; k <= nodes; k++) map.first[k] = threads * k / nodes;
     memset(entries, 0, sizeof entries);
     memset(&routed, 0, sizeof routed);
     memset(&shared, 0, sizeof shared);
@@ -68,23 +85,26 @@ static void plan_print_row(const plan_shape *shape, int threads, int nodes) {
     share.n_routed = shape->experts;
     share.one_token = 1;
     share.unit = moe__eval_row_unit(1);
+    share.nodes = &map;
     printf("| %-16s | %7d | %5d |", shape->name, threads, nodes);
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++) {
         plan_result result[2];
         for (share.down = 0; share.down < 2; share.down++)
-            result[share.down] = plan_measure(&moe__schedules[s], &share, threads, nodes);
-        printf(" %3.0f %3.0f %3.0f |", 100 * result[0].even, 100 * result[1].even,
-               100 * (result[0].node < result[1].node ? result[0].node : result[1].node));
+            result[share.down] = plan_measure(&moe__schedules[s], &share, threads);
+        printf(" %3.0f %3.0f %3.0f %3.0f |", 100 * result[0].even, 100 * result[1].even,
+               100 * plan_least(result[0].node, result[1].node),
+               100 * plan_least(result[0].local, result[1].local));
     }
     printf("\n");
 }
 
 static void plan_print(void) {
     static const int threads[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 88, 96, 128, 192, 256};
-    printf("One token: %% used of the threads' time (up, down) and of the nodes' bandwidth (node)."
+    printf("One token: %% used of the threads' time (up, down) and of the nodes' bandwidth (node),\n"
+           "%% of rows that threads of their own node read (local; the worse of up and down)."
            "\n\n| model            | threads | nodes |");
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++)
-        printf(" %s: up down node |", moe__schedules[s].name);
+        printf(" %s: up down node local |", moe__schedules[s].name);
     printf("\n| ---------------- | ------: | ----: |");
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++)
         printf(" ----------: |");

@@ -160,7 +160,15 @@ typedef struct {
     moe__ffn ffns[2]; /* of the routed experts, of the shared one */
     moe__plan plan;
     moe__share share;
+    moe__nodes nodes;
 } problem;
+
+/* The threads of the problem stand evenly on some memory nodes. */
+static void problem_threads(problem *p, int threads, int nodes) {
+    p->nodes.n = nodes;
+    for (int k = 0; k <= nodes; k++) p->nodes.first[k] = threads * k / nodes;
+    p->share.nodes = &p->nodes;
+}
 
 /* n_routed experts with tokens_of(i) tokens each, then perhaps a shared one. */
 static void problem_init(problem *p, int n_routed, int shared, int64_t rows, int64_t down_rows,
@@ -225,6 +233,7 @@ TEST(schedules_cover_without_overlap) {
                     const int64_t rows = variant & 4 ? MAX_ROWS : 1 + threads * 37 % MAX_ROWS;
                     problem_init(&p, n_routed, shared, rows, MAX_ROWS - threads % 7, 96, one_token,
                                  one_token ? 16 : MOE__TILE_ROWS);
+                    problem_threads(&p, threads, 1 + (threads + variant) % 4);
                     for (p.share.down = 0; p.share.down < 2; p.share.down++) {
                         const int bad = give_out(&moe__schedules[s], &p.share, threads, owner);
                         CHECKF(!bad, "%s, %d threads, %d experts, variant %d",
@@ -270,6 +279,7 @@ TEST(balanced_is_even) {
                 const int64_t unit = one_token ? 16 : MOE__TILE_ROWS;
                 problem_init(&p, n_routed, n_routed % 2, 48 * unit, 224 * unit, 96 * unit,
                              one_token, unit);
+                problem_threads(&p, threads, 1);
                 for (p.share.down = 0; p.share.down <= one_token; p.share.down++) {
                     int64_t total = 0, most = 0, block = 1;
                     for (int t = 0; t < threads; t++) {
@@ -299,6 +309,7 @@ TEST(parallel_groups) {
         int groups = 1;
         for (int g = 1; g <= 6; g++)
             if (6 % g == 0 && threads % g == 0) groups = g;
+        problem_threads(&p, threads, 1);
         CHECKF(moe__schedule_groups(&p.share, threads) == groups, "%d threads", threads);
         CHECK(give_out(parallel, &p.share, threads, owner) == 0);
         for (int e = 0; e < 6; e++)
@@ -309,10 +320,49 @@ TEST(parallel_groups) {
         CHECK(memcmp(owner, expected, sizeof owner) == 0);
     }
     problem_init(&p, 6, 1, 256, 256, 64, 0, MOE__TILE_ROWS);
+    problem_threads(&p, 6, 2);
     CHECK(moe__schedule_groups(&p.share, 6) == 1);
     give_out(parallel, &p.share, 6, owner);
     give_out(&moe__schedules[0], &p.share, 6, expected);
     CHECK(memcmp(owner, expected, sizeof owner) == 0);
+}
+
+/* One token: which node reads a row does not depend on the expert, and is what the nodes say; on
+ * each node the rows are evenly shared. */
+TEST(rows_stay_on_their_node) {
+    static problem p;
+    static int16_t owner[MAX_ENTRIES][MAX_ROWS];
+    for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++)
+        for (int threads = 2; threads <= 64; threads += threads < 20 ? 1 : 11)
+            for (int nodes = 1; nodes <= 4 && nodes <= threads; nodes++)
+                for (int uneven = 0; uneven < 2; uneven++) {
+                    if (moe__schedules[s].schedule == MOE_SCHEDULE_PARALLEL) continue;
+                    problem_init(&p, 7, 1, 250, MAX_ROWS, 96, 1, 16);
+                    problem_threads(&p, threads, nodes);
+                    if (uneven && nodes > 1) p.nodes.first[1] = 1;
+                    for (p.share.down = 0; p.share.down < 2; p.share.down++) {
+                        CHECK(give_out(&moe__schedules[s], &p.share, threads, owner) == 0);
+                        for (int e = 0; e < p.share.n_entries; e++)
+                            for (int64_t r = 0; r < moe__share_rows(&p.share, e); r++) {
+                                const int64_t k = moe__nodes_of(&p.nodes, owner[e][r] - 1);
+                                CHECK(r / 16 >= moe__schedule_node(&p.share, e, (int32_t)k) &&
+                                      r / 16 < moe__schedule_node(&p.share, e, (int32_t)k + 1));
+                            }
+                        if (moe__schedules[s].schedule != MOE_SCHEDULE_BALANCED ||
+                            (p.share.down && moe__schedules[s].owns_rows(&p.share, threads)))
+                            continue;
+                        for (int k = 0; k < nodes; k++) {
+                            int64_t least = INT64_MAX, most = 0;
+                            for (int t = p.nodes.first[k]; t < p.nodes.first[k + 1]; t++) {
+                                const int64_t w = work_of(&moe__schedules[s], &p.share, t, threads);
+                                least = moe__min(least, w);
+                                most = moe__max(most, w);
+                            }
+                            CHECKF(most - least <= 1, "%d threads, %d nodes: %d .. %d", threads,
+                                   nodes, (int)least, (int)most);
+                        }
+                    }
+                }
 }
 
 MAIN()

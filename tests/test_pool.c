@@ -17,12 +17,12 @@ static void counting_job(void *context, int thread, int n) {
     for (int round = 1; round <= c->rounds; round++) {
         __atomic_fetch_add(&c->total, 1, __ATOMIC_RELAXED);
         c->plain[thread] = round;
-        moe__pool_barrier(c->pool);
+        moe__pool_barrier(c->pool, thread);
         if (__atomic_load_n(&c->total, __ATOMIC_RELAXED) != (uint32_t)(round * n))
             __atomic_fetch_add(&c->wrong, 1, __ATOMIC_RELAXED);
         for (int i = 0; i < n; i++)
             if (c->plain[i] != round) __atomic_fetch_add(&c->wrong, 1, __ATOMIC_RELAXED);
-        moe__pool_barrier(c->pool);
+        moe__pool_barrier(c->pool, thread);
     }
 }
 
@@ -39,7 +39,7 @@ static void run_counting(int pool_threads, int active, int rounds, int spin_us) 
     if (!c.pool) return;
     CHECK(moe_pool_threads(c.pool) == pool_threads);
     c.rounds = rounds;
-    moe__pool_run(c.pool, active, counting_job, &c);
+    moe__pool_run(c.pool, active, counting_job, &c, NULL);
     CHECKF(c.wrong == 0, "%d threads of %d: %d wrong sums", active, pool_threads, c.wrong);
     CHECK(c.total == (uint32_t)(active * rounds));
     moe_pool_close(c.pool);
@@ -72,7 +72,7 @@ TEST(changing_numbers_of_threads_between_jobs) {
         c.rounds = 2;
         random = random * 1664525u + 1013904223u;
         int active = 1 + (int)((random >> 16) % 7);
-        moe__pool_run(pool, active, counting_job, &c);
+        moe__pool_run(pool, active, counting_job, &c, NULL);
         CHECKF(c.wrong == 0 && c.total == (uint32_t)(2 * active), "job %d", job);
     }
     moe_pool_close(pool);
@@ -86,7 +86,7 @@ static void *hammer(void *argument) {
         memset(&c, 0, sizeof c);
         c.pool = pool;
         c.rounds = 2;
-        moe__pool_run(pool, 1 + i % 3, counting_job, &c);
+        moe__pool_run(pool, 1 + i % 3, counting_job, &c, NULL);
         wrong += c.wrong;
     }
     return (void *)wrong;
@@ -158,7 +158,7 @@ TEST(idle_workers_sleep) {
     c.pool = moe_pool_open(&options, NULL);
     c.rounds = 3;
     if (!c.pool) return;
-    moe__pool_run(c.pool, 4, counting_job, &c);
+    moe__pool_run(c.pool, 4, counting_job, &c, NULL);
     struct timespec pause;
     pause.tv_sec = 0;
     pause.tv_nsec = 20 * 1000000;
@@ -171,20 +171,183 @@ TEST(idle_workers_sleep) {
     moe_pool_close(c.pool);
 }
 
-TEST(quota_files) {
-    char path[64];
-    const char *texts[] = {"max 100000\n", "150000 100000\n", "50000 100000", "", "junk", "100 0"};
-    const int counts[] = {8, 2, 1, 8, 8, 8};
-    snprintf(path, sizeof path, "build/test_quota_%d", (int)getpid());
-    for (int i = 0; i < 6; i++) {
-        FILE *f = fopen(path, "w");
-        if (!f) SKIP("cannot write %s", path);
-        fputs(texts[i], f);
-        fclose(f);
-        CHECKF(moe__pool_quota(path, 8) == counts[i], "\"%s\"", texts[i]);
+/* ---- who takes part, who stands where -------------------------------------------------------- */
+
+TEST(workers_are_spread_over_the_pool) {
+    moe_pool pool;
+    memset(&pool, 0, sizeof pool);
+    for (pool.n_threads = 1; pool.n_threads <= 70; pool.n_threads++)
+        for (int n = 1; n <= pool.n_threads; n++) {
+            int next = 0;
+            for (int w = 0; w < pool.n_threads; w++) {
+                const int rank = moe__pool_rank(&pool, w, n);
+                CHECK(rank == next);
+                if (moe__pool_rank(&pool, w + 1, n) == rank) continue;
+                CHECK(moe__pool_worker_of(&pool, rank, n) == w);
+                next++;
+            }
+            CHECK(next == n && moe__pool_worker_of(&pool, 0, n) == 0);
+        }
+}
+
+TEST(small_jobs_use_all_nodes) {
+    moe_pool pool;
+    moe__nodes nodes;
+    memset(&pool, 0, sizeof pool);
+    pool.n_threads = 64;
+    pool.nodes.n = 2;
+    pool.nodes.first[1] = 32;
+    pool.nodes.first[2] = 64;
+    for (int n = 2; n <= 64; n++) {
+        moe__pool_nodes(&pool, n, &nodes);
+        CHECK(nodes.n == 2 && nodes.first[0] == 0 && nodes.first[2] == n);
+        CHECK(nodes.first[1] == (n + 1) / 2);
+        for (int t = 0; t < n; t++)
+            CHECK(moe__nodes_of(&nodes, t) == moe__pool_worker_of(&pool, t, n) / 32);
     }
-    remove(path);
-    CHECK(moe__pool_quota("/nonexistent", 5) == 5);
+}
+
+TEST(groups_at_a_barrier) {
+    for (int nodes = 1; nodes <= 8; nodes++)
+        for (int n = 1; n <= MOE_MAX_THREADS; n++) {
+            const int leaf = moe__pool_leaf(n, nodes);
+            CHECK(leaf >= 1 && leaf <= 16 && (n + leaf - 1) / leaf <= (n + 3) / 4);
+            if (n >= 4 * nodes && n % nodes == 0) CHECK((n / nodes + leaf - 1) / leaf * leaf <
+                                                        n / nodes + leaf);
+        }
+    CHECK(moe__pool_leaf(16, 1) == 16 && moe__pool_leaf(17, 1) == 9);
+    CHECK(moe__pool_leaf(16, 2) == 8 && moe__pool_leaf(128, 2) == 16 && moe__pool_leaf(96, 2) == 16);
+    CHECK(moe__pool_leaf(88, 2) == 15 && moe__pool_leaf(2, 2) == 2);
+}
+
+/* A pool whose threads count as those of two nodes. */
+TEST(barriers_over_two_nodes) {
+    moe_pool_options options;
+    memset(&options, 0, sizeof options);
+    for (options.n_threads = 8; options.n_threads <= 40; options.n_threads += 8) {
+        counting c;
+        memset(&c, 0, sizeof c);
+        c.pool = moe_pool_open(&options, NULL);
+        if (!c.pool) return;
+        c.pool->nodes.n = 2;
+        c.pool->nodes.first[1] = options.n_threads / 2;
+        c.pool->nodes.first[2] = options.n_threads;
+        for (int n = 1; n <= options.n_threads; n += 3) {
+            c.rounds = 5;
+            c.total = 0;
+            moe__pool_run(c.pool, n, counting_job, &c, NULL);
+            CHECKF(c.wrong == 0 && c.total == (uint32_t)(5 * n), "%d of %d", n, options.n_threads);
+        }
+        moe_pool_close(c.pool);
+    }
+}
+
+typedef struct binding {
+    moe_pool *pool;
+    int32_t n_processors[64];
+    int processor[64];
+} binding;
+static void binding_job(void *context, int thread, int n) {
+    binding *b = (binding *)context;
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    (void)n;
+    b->n_processors[thread] = moe__machine_affinity(mask);
+    for (b->processor[thread] = 0; !moe__machine_bit(mask, b->processor[thread]);)
+        b->processor[thread]++;
+    moe__pool_barrier(b->pool, thread);
+}
+
+TEST(pinned_threads_stay_where_they_are) {
+    uint64_t before[MOE__MAX_PROCESSORS / 64], after[MOE__MAX_PROCESSORS / 64];
+    moe_pool_options options;
+    moe__machine machine;
+    binding b;
+    memset(&options, 0, sizeof options);
+    memset(&b, 0, sizeof b);
+    moe__machine_affinity(before);
+    moe__machine_read(&machine, "", before);
+    for (options.pin = 0; options.pin <= 1; options.pin++) {
+        options.n_threads = machine.n_processors < 60 ? machine.n_processors + 1 : 60;
+        b.pool = moe_pool_open(&options, NULL);
+        if (!b.pool) return;
+        CHECK(moe_pool_nodes(b.pool) == (options.pin ? machine.n_nodes : 1));
+        moe__pool_run(b.pool, options.n_threads, binding_job, &b, NULL);
+        for (int t = 0; t < options.n_threads; t++) {
+            if (!options.pin) {
+                CHECK(b.n_processors[t] == machine.n_processors);
+                continue;
+            }
+            CHECK(b.n_processors[t] == 1);
+            CHECK(b.processor[t] == moe__machine_processor(&machine, &b.pool->nodes, t));
+            for (int other = 0; other < t && t < machine.n_processors; other++)
+                CHECK(b.processor[other] != b.processor[t]);
+        }
+        moe_pool_close(b.pool);
+        moe__machine_affinity(after);
+        CHECK(!memcmp(before, after, sizeof before)); /* the caller is as free as before */
+    }
+    CHECK(moe_pool_nodes(NULL) == 0);
+}
+
+/* ---- waiting --------------------------------------------------------------------------------- */
+
+static void late_job(void *context, int thread, int n) {
+    moe_pool *pool = (moe_pool *)context;
+    struct timespec pause;
+    pause.tv_sec = 0;
+    pause.tv_nsec = 30 * 1000000;
+    for (int i = 0; i < 2; i++) {
+        if (thread == n - 1) syscall(SYS_nanosleep, &pause, NULL);
+        moe__pool_barrier(pool, thread);
+    }
+}
+
+TEST(waiting_is_counted_for_those_who_wait) {
+    moe_pool_options options;
+    double waited[4];
+    memset(&options, 0, sizeof options);
+    options.n_threads = 5;
+    moe_pool *pool = moe_pool_open(&options, NULL);
+    if (!pool) return;
+    for (int repeat = 0; repeat < 3; repeat++) { /* the counts of one job alone */
+        const double seconds = moe__pool_run(pool, 4, late_job, pool, waited);
+        CHECKF(seconds >= 0.06, "%.3f s", seconds);
+        for (int i = 0; i < 3; i++)
+            CHECKF(waited[i] > waited[3] + 0.03 && waited[i] <= seconds, "thread %d: %.3f of %.3f, "
+                   "the late one %.3f", i, waited[i], seconds, waited[3]);
+    }
+    CHECK(moe__pool_run(pool, 1, late_job, pool, waited) >= 0.06 && waited[0] == 0);
+    moe_pool_close(pool);
+}
+
+/* Who spins in vain soon does not spin, tries again now and then, and comes back. */
+TEST(spinning_adapts) {
+    moe__worker w;
+    const double most = 50e-6;
+    memset(&w, 0, sizeof w);
+    w.spin = most;
+    double spun = 0;
+    for (int i = 0; i < 320; i++) { /* nobody ever comes in time */
+        const double budget = moe__pool_budget(&w, most);
+        spun += budget;
+        moe__pool_learn(&w, most, budget, 1);
+    }
+    CHECKF(w.spin == 0 && spun < 13 * most && spun > 8 * most, "%.1f times", spun / most);
+    int naps = 0;
+    for (int i = 0; i < 40; i++) { /* from now on everybody does */
+        const double budget = moe__pool_budget(&w, most);
+        naps += budget == 0;
+        moe__pool_learn(&w, most, budget, budget == 0);
+    }
+    CHECK(w.spin == most && naps <= 31);
+    moe__pool_learn(&w, most, most, 1); /* a single bad time costs half */
+    CHECK(w.spin == most / 2);
+    w.spin = 0;
+    for (int i = 0; i < 100; i++) { /* no spinning at all */
+        CHECK(moe__pool_budget(&w, 0) == 0);
+        moe__pool_learn(&w, 0, 0, i % 2);
+    }
+    CHECK(w.spin == 0);
 }
 
 MAIN()

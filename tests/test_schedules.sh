@@ -48,10 +48,10 @@ done
 "$build/moe-bench" --plan >"$dir/plan"
 rows() { [ "$(grep -c '^| [A-Zg]' "$dir/plan")" -gt 100 ]; }
 # on one thread everything is used by every schedule; nothing is above 100 % or below 1
-one_thread() { [ "$(grep -cE '\|       1 \|     1 \|( 100 100 100 \|){3}' "$dir/plan")" = 6 ]; }
+one_thread() { [ "$(grep -cE '\|       1 \|     1 \|( 100 100 100 100 \|){3}' "$dir/plan")" = 6 ]; }
 bounds() {
     awk -F'|' '/^\| [A-Zg]/ { for (i = 5; i <= 7; i++) { n = split($i, x, " ")
-        if (n != 3) bad = 1
+        if (n != 4) bad = 1
         for (k = 1; k <= n; k++) if (x[k] < 1 || x[k] > 100) bad = 1 } }
         END { exit bad }' "$dir/plan"
 }
@@ -60,7 +60,13 @@ never_worse() {
     awk -F'|' '/^\| [A-Zg]/ { split($5, s, " "); split($7, b, " ")
         if (b[1] < s[1] || b[2] < s[2]) bad = 1 } END { exit bad }' "$dir/plan"
 }
+# with rows placed by their owners, sequential and balanced read from their own node only
+all_local() {
+    awk -F'|' '/^\| [A-Zg]/ { split($5, s, " "); split($7, b, " ")
+        if (s[4] != 100 || b[4] != 100) bad = 1 } END { exit bad }' "$dir/plan"
+}
 check "--plan: rows" rows
+check "--plan: nothing is far away" all_local
 check "--plan: one thread" one_thread
 check "--plan: bounds" bounds
 check "--plan: balanced is never worse than sequential" never_worse

@@ -927,6 +927,14 @@ TEST(schedules_report) {
                 const uint64_t most = (uint64_t)((c ? 8 : 7) + apart);
                 CHECKF(info->n_barriers <= layers * most + 3, "%s, schedule %d, %d threads: %d",
                        configs[c], schedule, threads, (int)info->n_barriers);
+                double waited = 0;
+                for (int t = -1; t <= threads; t++) {
+                    const double wait = moe_session_wait_seconds(session, t);
+                    CHECK(wait >= 0 && wait <= info->eval_seconds);
+                    if (t < 0 || t >= threads || threads == 1) CHECK(wait == 0);
+                    waited += wait;
+                }
+                CHECK(waited == info->wait_seconds && (threads == 1 || waited > 0));
                 moe_session_close(session);
             }
         moe_model_close(model);
@@ -936,15 +944,163 @@ TEST(schedules_report) {
 TEST(model_options) {
     moe_model_options o;
     moe_error error;
-    memset(&o, 0, sizeof o);
-    clear_error(&error);
-    o.numa = 1;
-    CHECK(!moe_model_open(models_simple("micro", "f32"), &o, &error));
-    CHECK(error.status == MOE_ERROR_UNSUPPORTED && !strcmp(error.where, "numa"));
+    for (int wrong = 0; wrong < 4; wrong++) {
+        memset(&o, 0, sizeof o);
+        clear_error(&error);
+        if (wrong < 2) o.numa = (moe_numa)(wrong ? -1 : 3);
+        else o.mlock = wrong == 2 ? 2 : -7;
+        CHECK(!moe_model_open(models_simple("micro", "f32"), &o, &error));
+        CHECK(error.status == MOE_ERROR_ARGUMENT && !strcmp(error.where, "options"));
+    }
     memset(&o, 0, sizeof o);
     o.allocator.alloc = meter_alloc;
     CHECK(!moe_model_open(models_simple("micro", "f32"), &o, &error));
     CHECK(error.status == MOE_ERROR_ARGUMENT);
+}
+
+/* ---- memory nodes ---------------------------------------------------------------------------- */
+
+/* On any machine every way works; on one with one node numa is OFF and costs nothing. */
+TEST(numa_options) {
+    float *expected = NULL;
+    int32_t tokens[20];
+    moe_session_options s;
+    models_tokens(tokens, 20, 264, 1);
+    memset(&s, 0, sizeof s);
+    for (int way = 0; way < 12; way++) {
+        moe_model_options o;
+        memset(&o, 0, sizeof o);
+        o.numa = (moe_numa)(way % 3);
+        o.mmap = way / 3 % 2 ? MOE_OFF : 0;
+        o.mlock = way / 6 ? MOE_ON : 0;
+        o.hugepages = way / 6 ? MOE_ON : 0;
+        moe_model *model = moe_model_open(models_simple("t_mla_groups", "q8_0"), &o, NULL);
+        CHECK(model != NULL);
+        if (!model) continue;
+        const moe_model_memory *memory = moe_model_get_memory(model);
+        const uint64_t bytes = moe_gguf_file_size(moe_model_gguf(model));
+        CHECK(memory->n_nodes >= 1 && memory->n_bytes_placed <= bytes &&
+              memory->n_bytes_locked <= bytes && memory->n_bytes_huge <= bytes + (2u << 20));
+        if (memory->n_nodes == 1) CHECK(memory->numa == MOE_NUMA_OFF && !memory->n_bytes_placed);
+        if (!o.mlock) CHECK(memory->n_bytes_locked == 0);
+        float *logits = models_run(model, &s, tokens, 20, MODELS_WHOLE);
+        if (expected && logits) CHECK(!memcmp(expected, logits, sizeof(float) * 20 * 264));
+        if (expected) free(logits);
+        else expected = logits;
+        moe_model_close(model);
+    }
+    free(expected);
+    CHECK(moe_model_get_memory(NULL) == NULL);
+}
+
+/* What mlock got shows in the process's status. */
+static uint64_t locked_kib(void) {
+    char text[4096];
+    moe__machine_file("", "/proc/self/status", text, sizeof text);
+    const char *line = strstr(text, "VmLck:");
+    return line ? strtoull(line + 6, NULL, 10) : 0;
+}
+TEST(locked_in_memory) {
+    moe_model_options o;
+    for (int copy = 0; copy < 2; copy++) {
+        memset(&o, 0, sizeof o);
+        o.mlock = MOE_ON;
+        o.mmap = copy ? MOE_OFF : MOE_ON;
+        moe_model *model = moe_model_open(models_simple("micro", "f32"), &o, NULL);
+        CHECK(model != NULL);
+        if (!model) return;
+        const uint64_t bytes = moe_model_get_memory(model)->n_bytes_locked;
+        if (bytes) CHECK(locked_kib() * 1024 >= bytes);
+        moe_model_close(model);
+        CHECK(locked_kib() == 0);
+        if (!bytes) SKIP("the system locks nothing");
+    }
+}
+
+/* Two nodes that are both this machine's: every page is touched, moved "there" and counted. One */
+/* that does not exist: the system refuses, and that is all. */
+TEST(placing_on_made_up_nodes) {
+    moe__machine machine;
+    moe_model_options o;
+    moe_error error;
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    int calls = 0;
+    moe__machine_affinity(mask);
+    moe__machine_read(&machine, "", mask);
+    const int real = machine.node[0];
+    memset(&machine, 0, sizeof machine);
+    machine.n_nodes = 2;
+    machine.n_cores = 2;
+    machine.cores[1] = 1;
+    machine.cores[2] = 2;
+    memset(&o, 0, sizeof o);
+    for (int way = 0; way < 8; way++) {
+        o.mmap = way & 1 ? MOE_OFF : 0;
+        o.numa = MOE_NUMA_OFF;
+        o.progress = NULL;
+        moe_model *model = moe_model_open(models_simple("qwen3moe_quant", "q4_K"), &o, &error);
+        CHECK(model != NULL);
+        if (!model) return;
+        o.numa = way & 2 ? MOE_NUMA_OWNER : MOE_NUMA_INTERLEAVE;
+        o.progress = accept;
+        o.progress_user = &calls;
+        calls = 0;
+        machine.node[0] = real;
+        machine.node[1] = way & 4 ? MOE__POLICY_BITS - 1 : real;
+        CHECK(moe__place_weights(model, &machine, &o, &error) == MOE_OK && calls > 0);
+        const moe_model_memory *memory = moe_model_get_memory(model);
+        uint64_t bytes = 0;
+        for (int64_t i = 0; i < moe_gguf_n_tensors(model->gguf); i++)
+            bytes += moe_gguf_tensor_at(model->gguf, i)->size;
+        if (way & 4) {
+            CHECK(memory->numa == MOE_NUMA_OFF && memory->n_bytes_placed < bytes);
+        } else if (memory->numa == MOE_NUMA_OFF) {
+            moe_model_close(model);
+            SKIP("the system does not place pages");
+        } else {
+            CHECK(memory->numa == o.numa);
+            CHECKF(memory->n_bytes_placed + 8192 > bytes, "way %d: %d of %d", way,
+                   (int)memory->n_bytes_placed, (int)bytes);
+        }
+        o.progress = refuse;
+        CHECK(moe__place_weights(model, &machine, &o, &error) == MOE_ERROR_CANCELLED);
+        moe_model_close(model);
+    }
+}
+
+/* Threads in two groups of a node each: the same bits. */
+TEST(schedules_on_two_nodes) {
+    int32_t tokens[12];
+    moe_session_options s;
+    float *expected[2] = {NULL, NULL};
+    moe_model *model = models_open(models_simple("qwen3moe_quant", "q4_K"));
+    if (!model) return;
+    const int32_t n_vocab = moe_model_get_info(model)->n_vocab;
+    models_tokens(tokens, 12, n_vocab, 1);
+    for (int schedule = 1; schedule <= 3; schedule++)
+        for (int threads = 1; threads <= 9; threads += 2)
+            for (int step = 0; step < 2; step++) {
+                moe_pool_options p;
+                memset(&p, 0, sizeof p);
+                memset(&s, 0, sizeof s);
+                p.n_threads = threads;
+                s.pool = moe_pool_open(&p, NULL);
+                if (!s.pool) continue;
+                s.pool->nodes.n = 2;
+                s.pool->nodes.first[1] = threads / 2;
+                s.pool->nodes.first[2] = threads;
+                s.schedule = (moe_schedule)schedule;
+                float *logits = models_run(model, &s, tokens, 12, step ? MODELS_WHOLE : 1);
+                CHECK(logits != NULL);
+                if (expected[step] && logits)
+                    CHECKF(!memcmp(expected[step], logits, sizeof(float) * 12 * (size_t)n_vocab),
+                           "schedule %d, %d threads", schedule, threads);
+                if (expected[step]) free(logits);
+                else expected[step] = logits;
+                moe_pool_close(s.pool);
+            }
+    for (int step = 0; step < 2; step++) free(expected[step]);
+    moe_model_close(model);
 }
 
 /* ---- stopping -------------------------------------------------------------------------------- */

@@ -38,7 +38,8 @@ $(B)/moe-cli: examples/moe_cli.c examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-$(B)/moe-bench: bench/moe_bench.c bench/plan.h bench/roofs.h examples/tool.h moe_infer.h
+BENCH = bench/moe_bench.c $(wildcard bench/*.h) examples/tool.h
+$(B)/moe-bench: $(BENCH) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 

@@ -25,18 +25,18 @@
 /*   >>config     125  every macro you may define */
 /*   >>api        216  types and prototypes with their contracts */
 /*   >>base       689  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       961  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1966  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3567  inner loops: plain C, then one vector text per instruction set */
-/*   >>machine 7685  processors, cores, quotas, memory nodes; binding threads and pages */
-/*   >>pool      8015  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8431  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8713  router, plan, the expert schedules */
-/*   >>model     9161  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  10159  cache, the forward pass */
-/*   >>text     11441  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12798  choosing tokens, generating text */
-/*   >>licence  13320  MIT or public domain */
+/*   >>gguf       962  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1967  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3568  inner loops: plain C, then one vector text per instruction set */
+/*   >>machine 7686  processors, cores, quotas, memory nodes; binding threads and pages */
+/*   >>pool      8016  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8445  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8727  router, plan, the expert schedules */
+/*   >>model     9175  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  10173  cache, the forward pass */
+/*   >>text     11455  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12812  choosing tokens, generating text */
+/*   >>licence  13334  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -530,7 +530,7 @@ typedef struct moe_pool_options {
                        /* and cgroup quota; at most MOE_MAX_THREADS */
     int32_t spin_us;   /* how long a waiting thread spins before it sleeps, at most: one that */
                        /* spins in vain does so less; MOE_OFF: not at all; 0: 50, or not at all */
-                       /* if there are more threads than processors */
+                       /* in a job of more threads than processors */
     int32_t pin;       /* MOE_ON: each thread stays on a core of its own (then on second hardware */
                        /* threads), in blocks over the memory nodes; the caller's thread only */
                        /* while it evaluates. Default: the system moves threads as it likes */
@@ -697,6 +697,7 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8065,10 +8066,14 @@ struct moe_pool {
     moe__job_fn *job;       /* written before command, read by the threads that take part */
     void *context;
     int n_active, leaf;     /* threads that take part, those of a group */
+    double spin;            /* most seconds that they spin at a barrier, */
+    int n_yields;           /* then how often they let others run before they sleep */
     moe_allocator allocator;
     pthread_mutex_t turn; /* held by the session whose job runs */
     int n_threads;        /* the caller's included */
-    double spin_seconds;
+    int n_processors;     /* that we may use */
+    double spin_seconds;  /* most of any job, and of waiting for one */
+    int spin_anyway;      /* also with more threads than processors: the caller wants it */
     moe__nodes nodes;     /* of all n_threads; one node if they are not bound */
     moe__worker *workers; /* n_threads; the first is the caller */
     moe__pool_word *arrived; /* root, then groups: how many have arrived at the current barrier */
@@ -8135,9 +8140,10 @@ MOE__PRIVATE void moe__pool_word_close(moe__pool_word *word) {
 }
 #endif
 
-/* Waits until word->value is not `old`: spins for some time, then sleeps. Returns whether it */
-/* slept. */
-MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds) {
+/* Waits until word->value is not `old`: spins for some time, yields the processor some times, then */
+/* sleeps. Returns whether it slept. */
+MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds,
+                                int n_yields) {
     if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
     if (spin_seconds > 0) {
         double end = moe__seconds() + spin_seconds;
@@ -8147,6 +8153,10 @@ MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_
                 if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
             }
         } while (moe__seconds() < end);
+    }
+    for (int i = 0; i < n_yields; i++) {
+        sched_yield();
+        if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
     }
     /* Whoever changes the word looks at `sleepers` afterwards, and the kernel compares the word */
     /* once more: a wake cannot be lost, whichever comes first. */
@@ -8165,7 +8175,7 @@ MOE__PRIVATE void moe__pool_set(moe__pool_word *word, uint32_t value) {
 /* waiting for its processor: who spun in vain spins half as long the next time, below an 8th of */
 /* `most` not at all, and then tries again every 32nd time. */
 MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double most) {
-    if (worker->spin > 0 || most <= 0) return worker->spin;
+    if (worker->spin > 0 || most <= 0) return most <= 0 ? 0 : worker->spin;
     return ++worker->n_naps % 32 == 0 ? most : 0;
 }
 MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budget, int slept) {
@@ -8211,9 +8221,9 @@ MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread)
         return 0;
     }
     if (__atomic_load_n(&pool->release.value, __ATOMIC_ACQUIRE) != passed) return 0;
-    const double budget = moe__pool_budget(worker, pool->spin_seconds);
-    moe__pool_learn(worker, pool->spin_seconds, budget,
-                    moe__pool_wait(&pool->release, passed, budget));
+    const double budget = moe__pool_budget(worker, pool->spin);
+    const int slept = moe__pool_wait(&pool->release, passed, budget, pool->n_yields);
+    moe__pool_learn(worker, pool->spin, budget, slept);
     return 1;
 }
 
@@ -8272,7 +8282,7 @@ MOE__PRIVATE void *moe__pool_worker(void *argument) {
     moe__pool_block_signals();
     moe__pool_bind(worker, NULL);
     for (;;) {
-        moe__pool_wait(&pool->command, command, pool->spin_seconds);
+        moe__pool_wait(&pool->command, command, pool->spin_seconds, 0);
         command = __atomic_load_n(&pool->command.value, __ATOMIC_ACQUIRE);
         const int n = (int)(command & MOE__POOL_QUIT);
         if (n == MOE__POOL_QUIT) return NULL;
@@ -8298,6 +8308,11 @@ MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *jo
     pool->context = context;
     pool->n_active = n_threads;
     pool->leaf = moe__pool_leaf(n_threads, pool->nodes.n);
+    /* With more threads than processors, who spins keeps from work those that are waited for, and */
+    /* handing on the processor is cheaper than sleeping and being woken. */
+    const int crowded = n_threads > pool->n_processors;
+    pool->spin = crowded && !pool->spin_anyway ? 0 : pool->spin_seconds;
+    pool->n_yields = crowded ? 8 : 0;
     const int bound = n_threads > 1 && moe__pool_bind(&pool->workers[0], saved);
     const double begin = moe__seconds();
     const uint64_t ticks = moe__pool_ticks();
@@ -8347,12 +8362,11 @@ MOE__PRIVATE int moe__pool_default_threads(void) {
 /* Who runs where, and how long who waits spins. */
 MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, int pin,
                                    int spin_us) {
-    const int32_t usable = moe__machine_quota("", machine->n_processors);
+    pool->n_processors = moe__machine_quota("", machine->n_processors);
     moe__nodes_single(&pool->nodes, pool->n_threads);
     if (pin) moe__machine_nodes(machine, pool->n_threads, &pool->nodes);
-    /* With more threads than processors, who spins keeps from work those that are waited for. */
-    if (spin_us == 0) spin_us = pool->n_threads > usable ? -1 : 50;
-    pool->spin_seconds = spin_us < 0 ? 0 : 1e-6 * spin_us;
+    pool->spin_seconds = 1e-6 * (spin_us < 0 ? 0 : spin_us ? spin_us : 50);
+    pool->spin_anyway = spin_us > 0;
     for (int i = 0; i < pool->n_threads; i++) {
         moe__worker *worker = &pool->workers[i];
         worker->pool = pool;

@@ -91,7 +91,8 @@ static void plan_print_row(const plan_shape *shape, int threads, int nodes) {
         plan_result result[2];
         for (share.down = 0; share.down < 2; share.down++)
             result[share.down] = plan_measure(&moe__schedules[s], &share, threads);
-        printf(" %3.0f %3.0f %3.0f %3.0f |", 100 * result[0].even, 100 * result[1].even,
+        printf(" %*.0f %4.0f %4.0f %5.0f |", (int)strlen(moe__schedules[s].name) + 4,
+               100 * result[0].even, 100 * result[1].even,
                100 * plan_least(result[0].node, result[1].node),
                100 * plan_least(result[0].local, result[1].local));
     }
@@ -100,14 +101,15 @@ static void plan_print_row(const plan_shape *shape, int threads, int nodes) {
 
 static void plan_print(void) {
     static const int threads[] = {1, 2, 4, 8, 16, 24, 32, 48, 64, 88, 96, 128, 192, 256};
-    printf("One token: %% used of the threads' time (up, down) and of the nodes' bandwidth (node),\n"
-           "%% of rows that threads of their own node read (local; the worse of up and down)."
-           "\n\n| model            | threads | nodes |");
+    printf("One token: %% used of the threads' time (up, down) and of the nodes' bandwidth\n"
+           "(node), %% of rows that threads of their own node read (local).\n\n"
+           "| model            | threads | nodes |");
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++)
         printf(" %s: up down node local |", moe__schedules[s].name);
     printf("\n| ---------------- | ------: | ----: |");
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++)
-        printf(" ----------: |");
+        printf(" %.*s: |", (int)strlen(moe__schedules[s].name) + 19,
+               "----------------------------------------");
     printf("\n");
     for (size_t i = 0; i < sizeof plan_shapes / sizeof plan_shapes[0]; i++)
         for (size_t t = 0; t < sizeof threads / sizeof threads[0]; t++)

@@ -89,6 +89,7 @@ typedef enum tool_kind {
     TOOL_SEED,    /* uint64_t; -1 stands for UINT64_MAX */
     TOOL_CHOICE,  /* int32_t: place in the list of words a|b|c, from 0 */
     TOOL_INTS,    /* tool_list: 1,2,3 */
+    TOOL_PAIR,    /* tool_list: 1,2; given again, it adds another pair */
     TOOL_CHOICES  /* tool_list: a,c */
 } tool_kind;
 
@@ -167,12 +168,17 @@ static inline int tool_item(const char *program, const tool_option *o, const cha
 static inline int tool_items(const char *program, const tool_option *o, const char *name,
                              const char *text) {
     tool_list *list = (tool_list *)o->out;
-    for (list->n = 0; list->n < TOOL_LIST_MAX;) {
+    const int32_t before = o->kind == TOOL_PAIR ? list->n : 0;
+    for (list->n = before; list->n < TOOL_LIST_MAX;) {
         size_t size = strcspn(text, ",");
         int status = tool_item(program, o, name, text, size, &list->item[list->n]);
         if (status) return status;
         list->n++;
-        if (!text[size]) return TOOL_OK;
+        if (!text[size] && (o->kind != TOOL_PAIR || list->n == before + 2)) return TOOL_OK;
+        if (o->kind == TOOL_PAIR && (!text[size] || list->n == before + 2)) {
+            fprintf(stderr, "%s: %s: two numbers, please: %s\n", program, name, o->value);
+            return TOOL_USAGE;
+        }
         text += size + 1;
     }
     fprintf(stderr, "%s: %s: more than %d values\n", program, name, (int)TOOL_LIST_MAX);
@@ -190,6 +196,7 @@ static inline int tool_set(const char *program, const tool_option *o, const char
     case TOOL_INT:
     case TOOL_CHOICE: return tool_item(program, o, name, text, strlen(text), (int32_t *)o->out);
     case TOOL_INTS:
+    case TOOL_PAIR:
     case TOOL_CHOICES: return tool_items(program, o, name, text);
     case TOOL_FLOAT:
         if (!tool_number(text, strlen(text), o->min, o->max, 0, &number)) {

@@ -348,6 +348,10 @@ TEST(spinning_adapts) {
         moe__pool_learn(&w, 0, 0, i % 2);
     }
     CHECK(w.spin == 0);
+    w.spin = most; /* a job of too many threads between others */
+    CHECK(moe__pool_budget(&w, 0) == 0);
+    moe__pool_learn(&w, 0, 0, 1);
+    CHECK(moe__pool_budget(&w, most) == most);
 }
 
 MAIN()

@@ -30,7 +30,7 @@ THREADED = $(patsubst tests/%.c,$(B)/tests/%,$(filter-out tests/test_model.c,\
 # builds in parallel unless make was told how (-j)
 PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 
-.PHONY: all run test test-programs check check-compile asan ubsan tsan map asm bench fuzz help clean
+.PHONY: all run test test-programs check check-compile asan ubsan tsan numa map asm bench compare fuzz help clean
 
 all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
 
@@ -59,6 +59,19 @@ $(B)/kernels: bench/kernels.c bench/roofs.h examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
+# The benchmark as a user compiles it to compare: with a macro, and without.
+$(B)/compare/sequential: MACRO =
+$(B)/compare/parallel: MACRO = -DMOE_PARALLEL_EXPERTS
+$(B)/compare/balanced: MACRO = -DMOE_BALANCED_EXPERTS
+SCHEDULES = sequential parallel balanced
+$(SCHEDULES:%=$(B)/compare/%): $(BENCH) moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $(MACRO) $< -o $@ $(LDLIBS)
+
+$(B)/compare/compare: bench/compare.c bench/svg.h examples/tool.h moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
 # The AVX-VNNI kernels, tried with AVX-512's encoding where the processor has only that.
 $(B)/tests/test_tile: C += $(if $(shell grep -m1 -w avx_vnni /proc/cpuinfo),,-DMOE__VNNI_EVEX=1)
 
@@ -78,7 +91,7 @@ test:  ## build and run all tests; ends with the line "N passed, N failed"
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
 	@tests/run.sh $(B) $(TESTS) $(SCRIPTS)
 
-test-programs: $(TOOLS) $(TESTS)
+test-programs: $(TOOLS) $(TESTS) $(B)/compare/compare
 
 check:  ## the tests and the compile checks
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
@@ -104,11 +117,21 @@ tsan:  ## the tests that use threads with the thread sanitizer
 	@+TSAN_OPTIONS=halt_on_error=1 $(SANITIZE) TESTS="$(subst $(B)/,build/tsan/,$(THREADED))" \
 	    SCRIPTS= TOOLS= test
 
+numa:  ## placement of weights on a virtual machine with two memory nodes (qemu-system-x86)
+	@tests/numa.sh $(B)
+
 map:  ## rewrite the line numbers of the map at the top of moe_infer.h
 	@tests/map.sh moe_infer.h
 
 asm:  ## calls and spills in the loops of the kernels, gcc and clang (KERNELS=pattern)
 	@tests/asm_check.sh . '$(KERNELS)'
+
+# 1, 2, 4, ... up to twice the processors
+THREADS = $(shell n=1; while [ $$n -le $$((2 * $(JOBS))) ]; do printf '%s%d' "$$s" $$n; s=,; \
+    n=$$((2 * n)); done)
+compare: $(SCHEDULES:%=$(B)/compare/%) $(B)/compare/compare $(MODEL)  ## the schedules' builds in turns: table, build/compare.svg (MODEL= THREADS=)
+	$(B)/compare/compare -m "$(MODEL)" -t $(THREADS) --svg $(B)/compare.svg \
+	    $(foreach s,$(SCHEDULES),$(s)=$(B)/compare/$(s))
 
 bench: $(B)/kernels  ## build the benchmark of single kernels, build/kernels
 

@@ -24,19 +24,19 @@
 /*   >>manual      52  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     125  every macro you may define */
 /*   >>api        216  types and prototypes with their contracts */
-/*   >>base       689  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       962  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1967  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3568  inner loops: plain C, then one vector text per instruction set */
-/*   >>machine 7686  processors, cores, quotas, memory nodes; binding threads and pages */
-/*   >>pool      8016  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8445  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8727  router, plan, the expert schedules */
-/*   >>model     9175  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  10173  cache, the forward pass */
-/*   >>text     11455  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12812  choosing tokens, generating text */
-/*   >>licence  13334  MIT or public domain */
+/*   >>base       692  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       965  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1971  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3572  inner loops: plain C, then one vector text per instruction set */
+/*   >>machine 7690  processors, cores, quotas, memory nodes; binding threads and pages */
+/*   >>pool      8020  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8449  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8731  router, plan, the expert schedules */
+/*   >>model     9179  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  10180  cache, the forward pass */
+/*   >>text     11464  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12821  choosing tokens, generating text */
+/*   >>licence  13343  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -337,8 +337,8 @@ typedef struct moe_gguf_options {
     moe_allocator allocator;
     int32_t mmap;      /* MOE_OFF: read the file into memory (its later truncation cannot hurt */
                        /* then); default: map it */
-    int32_t hugepages; /* MOE_ON with mmap off: ask for huge pages for the copy (madvise); what */
-                       /* came of it is in moe_model_memory */
+    int32_t hugepages; /* with mmap off: MOE_ON asks for huge pages for the copy (madvise), OFF */
+                       /* for none; moe_model_memory tells what came of it */
     int32_t prefault;  /* MOE_ON: touch every page before returning */
     /* Called now and then while reading or touching pages; fraction in 0..1. Return 0 to cancel. */
     int (*progress)(void *user, float fraction);
@@ -430,11 +430,13 @@ typedef struct moe_model moe_model; /* immutable: share it between sessions and 
 typedef struct moe_vocab moe_vocab;
 
 /* On which memory nodes the pages of weights lie. Other than OFF, all are touched at opening, as */
-/* prefault does. Pages of a mapped file that other processes use stay where they are. */
+/* prefault does. Pages of a mapped file that other processes use stay where they are. A copy (mmap */
+/* off) is made of small pages, unless hugepages are ON: then 2 MiB lie together, which are often */
+/* rows of two nodes. */
 typedef enum moe_numa {
     MOE_NUMA_OFF = 0,        /* where the system puts them */
-    MOE_NUMA_INTERLEAVE = 1, /* in turn on all nodes: right for any thread, half far on two nodes */
-    MOE_NUMA_OWNER = 2       /* rows on the node of those threads that read them: for pinned ones */
+    MOE_NUMA_INTERLEAVE = 1, /* in turn on all nodes: for any threads; on two nodes half is far */
+    MOE_NUMA_OWNER = 2       /* rows on the node of the pinned threads that read them */
 } moe_numa;
 
 typedef struct moe_model_options {
@@ -567,8 +569,9 @@ typedef struct moe_session_options {
     int32_t keep_all_logits; /* MOE_ON: logits of every token of an eval, not only of the last */
     moe_schedule schedule;
     moe_isa isa;
-    moe_pool *pool;          /* shared threads, must outlive the session; NULL: own, which are */
-                             /* pinned if the model's weights were placed by MOE_NUMA_OWNER */
+    moe_pool *pool;          /* shared threads, must outlive the session; NULL: own */
+    int32_t pin;             /* own threads: as in moe_pool_options; default: pinned if the */
+                             /* model's weights were placed by MOE_NUMA_OWNER */
     int (*should_stop)(void *user); /* asked at least once per layer; non-zero cancels the eval */
     void *should_stop_user;
 } moe_session_options;
@@ -1629,7 +1632,8 @@ MOE__PRIVATE moe_status moe__gguf_read_file(moe_gguf *gguf, int32_t part_index, 
     if (!part->copy) return moe__gguf_no_memory(error, total);
     part->copy_size = total;
     uint8_t *memory = (uint8_t *)(((uintptr_t)part->copy + align - 1) & ~(uintptr_t)(align - 1));
-    if (huge) moe__gguf_advise(memory, part->size, 14 /* MADV_HUGEPAGE */);
+    if (gguf->options.hugepages)
+        moe__gguf_advise(memory, part->size, huge ? 14 /* MADV_HUGEPAGE */ : 15 /* no ... */);
     while (done < part->size) {
         ssize_t got = read(file, memory + done, moe__gguf_chunk(part->size - done));
         if (got < 0 && errno == EINTR) continue;
@@ -7963,8 +7967,8 @@ MOE__PRIVATE void moe__policy_init(moe__policy *policy, const moe__machine *m, i
             policy->nodes[m->node[i] / 64] |= (uint64_t)1 << (m->node[i] % 64);
 }
 
-/* Moves n pages to the nodes `to` where nobody else uses them; status[i] becomes the node where */
-/* page i lies then, negative if it is not known. Returns whether the system agreed. */
+/* Moves n pages to the nodes `to` where nobody else uses them, or (NULL) only asks; status[i] */
+/* becomes the node of page i, negative if that failed. Returns whether the system agreed. */
 MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int *status) {
 #if defined(__linux__) && defined(SYS_move_pages)
     return syscall(SYS_move_pages, 0L, (unsigned long)n, pages, to, status,
@@ -8140,8 +8144,8 @@ MOE__PRIVATE void moe__pool_word_close(moe__pool_word *word) {
 }
 #endif
 
-/* Waits until word->value is not `old`: spins for some time, yields the processor some times, then */
-/* sleeps. Returns whether it slept. */
+/* Waits until word->value is not `old`: spins for some time, yields the processor some times, */
+/* then sleeps. Returns whether it slept. */
 MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds,
                                 int n_yields) {
     if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
@@ -8308,8 +8312,8 @@ MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *jo
     pool->context = context;
     pool->n_active = n_threads;
     pool->leaf = moe__pool_leaf(n_threads, pool->nodes.n);
-    /* With more threads than processors, who spins keeps from work those that are waited for, and */
-    /* handing on the processor is cheaper than sleeping and being woken. */
+    /* With more threads than processors, who spins keeps from work those that are waited for, */
+    /* and handing on the processor is cheaper than sleeping and being woken. */
     const int crowded = n_threads > pool->n_processors;
     pool->spin = crowded && !pool->spin_anyway ? 0 : pool->spin_seconds;
     pool->n_yields = crowded ? 8 : 0;
@@ -9894,8 +9898,7 @@ typedef struct moe__place {
     moe_numa numa;
     int (*progress)(void *user, float fraction);
     void *progress_user;
-    size_t page;
-    uint64_t granule;      /* INTERLEAVE changes the node every so many bytes */
+    size_t page, granule;  /* the node changes at multiples of granule: page, or a huge page */
     uint64_t n_bytes;      /* of all weights */
     uint64_t done, placed; /* atomic: bytes touched; of pages that lie where they should */
     int stop, refused;     /* atomic */
@@ -9911,13 +9914,14 @@ MOE__PRIVATE void moe__place_pages(moe__place *p, uintptr_t from, uintptr_t to, 
         uint64_t placed = 0;
         for (; n < BATCH && from < to; n++, from += p->page) {
             if (p->numa == MOE_NUMA_INTERLEAVE)
-                k = (int32_t)(from / p->granule % (uint64_t)p->machine->n_nodes);
+                k = (int32_t)(from / p->granule % (size_t)p->machine->n_nodes);
             pages[n] = (const void *)from;
             node[n] = p->machine->node[k];
             status[n] = -1;
             (void)*(const volatile uint8_t *)from;
         }
-        if (!moe__machine_move(pages, node, n, status))
+        if (!moe__machine_move(pages, node, n, status) ||
+            !moe__machine_move(pages, NULL, n, status))
             __atomic_store_n(&p->refused, 1, __ATOMIC_RELAXED);
         for (int i = 0; i < n; i++) placed += status[i] == node[i] ? p->page : 0;
         __atomic_fetch_add(&p->placed, placed, __ATOMIC_RELAXED);
@@ -9942,6 +9946,7 @@ MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor
     const int64_t units = (rows + MOE__ROW_UNIT - 1) / MOE__ROW_UNIT;
     const int64_t experts = owned ? tensor->ne[2] * tensor->ne[3] : 1;
     const uintptr_t row_size = (uintptr_t)(tensor->size / (uint64_t)(rows * experts));
+    const uintptr_t last_byte = (uintptr_t)tensor->data + (uintptr_t)tensor->size;
     const int32_t k = moe__nodes_of(nodes, thread);
     int64_t first = 0, last = rows, member = thread, members = n_threads;
     if (owned) {
@@ -9954,14 +9959,15 @@ MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor
         const uintptr_t base = (uintptr_t)tensor->data + (uintptr_t)(e * rows) * row_size;
         const uintptr_t from = base + (uintptr_t)first * row_size;
         const uintptr_t to = base + (uintptr_t)last * row_size;
-        const int64_t page = (int64_t)((from + p->page - 1) / p->page);
-        const int64_t n_pages = (int64_t)((to + p->page - 1) / p->page) - page;
+        const int64_t piece = (int64_t)((from + p->granule - 1) / p->granule);
+        const int64_t n_pieces = (int64_t)((to + p->granule - 1) / p->granule) - piece;
         int64_t begin, end;
-        if (n_pages <= 0) continue;
-        moe__pool_share(n_pages, 1, (int)member, (int)members, &begin, &end);
-        if (tensor->data && begin < end)
-            moe__place_pages(p, (uintptr_t)(page + begin) * p->page,
-                             (uintptr_t)(page + end) * p->page, k);
+        if (n_pieces <= 0) continue;
+        moe__pool_share(n_pieces, 1, (int)member, (int)members, &begin, &end);
+        const uintptr_t start = (uintptr_t)(piece + begin) * p->granule;
+        const uintptr_t stop = (uintptr_t)(piece + end) * p->granule;
+        if (tensor->data && begin < end) /* what is behind the tensor need not be mapped */
+            moe__place_pages(p, start, stop < last_byte ? stop : last_byte, k);
     }
 }
 
@@ -10002,7 +10008,7 @@ MOE__PRIVATE moe_status moe__place_weights(moe_model *model, const moe__machine 
     p.progress = options->progress;
     p.progress_user = options->progress_user;
     p.page = moe__machine_page();
-    p.granule = model->gguf->options.hugepages == MOE_ON ? (uint64_t)1 << 21 : p.page;
+    p.granule = model->gguf->options.hugepages == MOE_ON ? (size_t)1 << 21 : p.page;
     for (int64_t i = 0; i < moe_gguf_n_tensors(p.gguf); i++)
         p.n_bytes += moe_gguf_tensor_at(p.gguf, i)->size;
     moe__pool_run(p.pool, p.pool->n_threads, moe__place_job, &p, NULL);
@@ -10117,7 +10123,8 @@ MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *opt
         gguf_options.allocator = options->allocator;
         gguf_options.mmap = options->mmap;
         gguf_options.prefault = options->prefault;
-        gguf_options.hugepages = options->hugepages;
+        gguf_options.hugepages = options->hugepages ? options->hugepages
+                                 : options->numa    ? MOE_OFF : 0;
         gguf_options.progress = options->progress;
         gguf_options.progress_user = options->progress_user;
     }
@@ -10217,6 +10224,7 @@ struct moe_session {
     const moe__kernels *kernels;
     const moe__schedule_info *schedule;
     moe_pool *pool, *own_pool;
+    int32_t pin;           /* of own_pool */
     moe_session_info info;
     int (*should_stop)(void *user);
     void *should_stop_user;
@@ -11268,6 +11276,7 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
     session->model = model;
     session->pool = o->pool;
     session->keep_all_logits = o->keep_all_logits > 0;
+    session->pin = o->pin ? o->pin : model->memory.numa == MOE_NUMA_OWNER ? MOE_ON : MOE_OFF;
     session->should_stop = o->should_stop;
     session->should_stop_user = o->should_stop_user;
     session->kernels = moe__kernels_get(o->isa);
@@ -11346,7 +11355,7 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
         memset(&pool_options, 0, sizeof pool_options);
         pool_options.allocator = session->allocator;
         pool_options.n_threads = n_threads;
-        pool_options.pin = model->memory.numa == MOE_NUMA_OWNER ? MOE_ON : 0;
+        pool_options.pin = session->pin;
         session->pool = session->own_pool = moe_pool_open(&pool_options, error);
         if (!session->pool) {
             moe_session_close(session);

@@ -63,14 +63,13 @@ static inline int crowd_sample(moe_session *session, const int32_t *tokens, int3
 
 static inline int crowd_run(crowd *c, const model *m, const int32_t *tokens, int32_t n) {
     moe_session *sessions[2] = {NULL, NULL};
-    moe_pool *pools[2] = {NULL, NULL};
     moe_error error;
     int status = TOOL_OK;
     double warm;
     memset(&error, 0, sizeof error);
     for (int i = 0; i < 2 && !error.status; i++) {
         sessions[i] = open_session(m, n, 1, i ? c->threads_crowded : c->threads_quiet,
-                                   set.isa.item[0], set.schedule.item[0], &pools[i], &error);
+                                   set.isa.item[0], set.schedule.item[0], &error);
         if (!sessions[i]) status = tool_fail(program, "--crowded", &error);
         else status = crowd_sample(sessions[i], tokens, n < 8 ? n : 8, 0, &warm, &error);
         if (status) break;
@@ -81,10 +80,7 @@ static inline int crowd_run(crowd *c, const model *m, const int32_t *tokens, int
             status = crowd_sample(sessions[crowded], tokens, n, crowded && c->neighbour,
                                   crowded ? &c->crowded[r] : &c->quiet[r], &error);
         }
-    for (int i = 0; i < 2; i++) {
-        moe_session_close(sessions[i]);
-        moe_pool_close(pools[i]);
-    }
+    for (int i = 0; i < 2; i++) moe_session_close(sessions[i]);
     return status;
 }
 
@@ -126,9 +122,9 @@ static inline int run_crowded(const model *m) {
     crowds[1].threads_crowded = 4 * processors;
     if (set.format == FORMAT_MD)
         printf("%s, %d processors; generation of %d tokens, medians of %d, ratio with quartiles"
-               "\n\n"
-               "| situation    | threads        | quiet t/s | crowded t/s | ratio | quartiles   |\n"
-               "| ------------ | -------------: | --------: | ----------: | ----: | ----------: |\n",
+               "\n\n| situation    | threads        | quiet t/s | crowded t/s | ratio | quartiles"
+               "   |\n| ------------ | -------------: | --------: | ----------: | ----: | ----------:"
+               " |\n",
                m->type, processors, n, 2 * set.repetitions);
     for (int i = 0; i < 2 && status == TOOL_OK; i++) {
         status = crowd_run(&crowds[i], m, tokens, n);

@@ -382,19 +382,6 @@ static int run_model(const model *m) {
     return status;
 }
 
-/* What became of --numa, --hugepages and --mlock. */
-static void show_memory(const model *m) {
-    static const char *const numa[] = {"off", "interleave", "owner"};
-    const moe_model_memory *memory = moe_model_get_memory(m->handle);
-    char placed[32], huge[32], locked[32];
-    if (!set.numa && !set.hugepages && !set.mlock) return;
-    fprintf(stderr, "%s: %d memory nodes, placement %s: %s in place, %s on huge pages, %s locked\n",
-            program, memory->n_nodes, numa[memory->numa % 3],
-            tool_size(placed, (double)memory->n_bytes_placed),
-            tool_size(huge, (double)memory->n_bytes_huge),
-            tool_size(locked, (double)memory->n_bytes_locked));
-}
-
 static int run_file(const char *path) {
     model m;
     moe_model_options o;
@@ -405,7 +392,7 @@ static int run_file(const char *path) {
     o.numa = (moe_numa)set.numa;
     int status = model_open(&m, program, path, &o);
     if (status != TOOL_OK) return status;
-    show_memory(&m);
+    if (set.numa || set.hugepages || set.mlock) tool_memory(program, m.handle);
     status = set.compare   ? run_comparison(&m)
              : set.crowded ? run_crowded(&m)
              : set.sweep   ? run_sweep(&m)

@@ -8,7 +8,6 @@
 
 typedef struct rival {
     moe_session *session;
-    moe_pool *pool;
     double prompt[2 * MAX_REPETITIONS], generation[2 * MAX_REPETITIONS]; /* tokens per second */
     double waiting, imbalance; /* of the last generation */
 } rival;
@@ -68,7 +67,7 @@ static inline int compare_run(comparison *c, int32_t threads) {
     for (int i = 0; i < c->n_rivals; i++) {
         rival *r = &c->rivals[i];
         r->session = open_session(c->m, most + CHECK_TOKENS, set.n_ubatch.item[0], threads,
-                                  set.isa.item[0], set.schedule.item[i], &r->pool, &error);
+                                  set.isa.item[0], set.schedule.item[i], &error);
         sessions[i] = r->session;
         if (!r->session) goto done;
     }
@@ -86,9 +85,7 @@ done:
     if (error.status) tool_fail(program, "schedules", &error);
     for (int i = 0; i < c->n_rivals; i++) {
         moe_session_close(c->rivals[i].session);
-        moe_pool_close(c->rivals[i].pool);
         c->rivals[i].session = NULL;
-        c->rivals[i].pool = NULL;
     }
     return status;
 }

@@ -154,7 +154,8 @@ static inline int svg_write(const char *path, const char *title, const svg_panel
     FILE *f = fopen(draft, "w");
     int failed = !f;
     if (f) {
-        const int width = n * SVG_WIDTH, height = SVG_HEAD + SVG_HEIGHT + SVG_LEGEND;
+        const int legend = n && panels[0].n_lines > 1 ? SVG_LEGEND : 0;
+        const int width = n * SVG_WIDTH, height = SVG_HEAD + SVG_HEIGHT + legend;
         double x = SVG_LEFT;
         fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" "
                    "viewBox=\"0 0 %d %d\" font-family=\"sans-serif\" font-size=\"13\" "
@@ -166,7 +167,7 @@ static inline int svg_write(const char *path, const char *title, const svg_panel
             svg_axes(f, &panels[i], &scale);
             svg_lines(f, &panels[i], &scale);
         }
-        for (int l = 0; n && panels[0].n_lines > 1 && l < panels[0].n_lines; l++) {
+        for (int l = 0; legend && l < panels[0].n_lines; l++) {
             const double y = SVG_HEAD + SVG_HEIGHT + 14;
             fprintf(f, "<path d=\"M%.1f %.1fh24\" stroke=\"%s\" stroke-width=\"2\"/>\n", x, y,
                     svg_colour(l));

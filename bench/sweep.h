@@ -25,10 +25,12 @@ static inline void sweep_print(const moe_session_info *info, int32_t ub, int32_t
     fflush(stdout);
 }
 
-static inline int sweep_draw(const model *m, const sweep_row *rows, int n, int32_t ub,
-                             int32_t tg) {
+static inline int sweep_draw(const model *m, int32_t n_threads, const sweep_row *rows, int n,
+                             int32_t ub, int32_t tg) {
     svg_panel *panels = (svg_panel *)calloc(2, sizeof *panels);
+    char title[128];
     if (!panels) return TOOL_ERROR;
+    snprintf(title, sizeof title, "%s, %d thread%s", m->type, n_threads, n_threads > 1 ? "s" : "");
     for (int i = 0; i < 2; i++) {
         svg_panel *p = &panels[i];
         p->title = i ? "Prompts" : "Generation";
@@ -40,7 +42,7 @@ static inline int sweep_draw(const model *m, const sweep_row *rows, int n, int32
             p->line[0].y[r] = i ? ub / rows[r].t_pp : tg / rows[r].t_tg;
         }
     }
-    const int failed = svg_write(set.svg, m->type, panels, 2);
+    const int failed = svg_write(set.svg, title, panels, 2);
     if (failed) fprintf(stderr, "%s: %s: %s\n", program, set.svg, strerror(errno));
     free(panels);
     return failed ? TOOL_ERROR : TOOL_OK;
@@ -55,14 +57,13 @@ static inline int run_sweep(const model *m) {
     int status = TOOL_ERROR, done = 0;
     uint64_t random = RANDOM_SEED;
     moe_error error;
-    moe_pool *pool = NULL;
     memset(&error, 0, sizeof error);
     if (n_rows < 1) {
         fprintf(stderr, "%s: -c %d holds no batch of %d tokens\n", program, n_ctx, ub);
         return TOOL_USAGE;
     }
     moe_session *session = open_session(m, n_ctx, ub, set.n_threads.item[0], set.isa.item[0],
-                                        set.schedule.item[0], &pool, &error);
+                                        set.schedule.item[0], &error);
     int32_t *tokens = (int32_t *)malloc((size_t)ub * sizeof *tokens);
     sweep_row *rows = (sweep_row *)calloc((size_t)n_rows, sizeof *rows);
     if (session && tokens && rows) {
@@ -90,7 +91,9 @@ static inline int run_sweep(const model *m) {
             sweep_print(info, ub, tg, row);
             random_tokens(m->handle, &random, tokens, ub);
         }
-        status = error.status ? TOOL_ERROR : set.svg ? sweep_draw(m, rows, done, ub, tg) : TOOL_OK;
+        status = error.status ? TOOL_ERROR : TOOL_OK;
+        if (status == TOOL_OK && set.svg)
+            status = sweep_draw(m, info->n_threads, rows, done, ub, tg);
     } else if (!error.status) {
         fprintf(stderr, "%s: out of memory\n", program);
     }
@@ -98,7 +101,6 @@ static inline int run_sweep(const model *m) {
     free(rows);
     free(tokens);
     moe_session_close(session);
-    moe_pool_close(pool);
     return status;
 }
 

@@ -75,19 +75,14 @@ static inline double usage_imbalance(const usage *u, int n) {
 
 /* ---- sessions -------------------------------------------------------------------------------- */
 
-/* A session with threads of its own; *pool must be closed after it. threads <= 0: the default. */
+/* threads <= 0: the default. */
 static inline moe_session *open_session(const model *m, int32_t n_ctx, int32_t n_batch,
                                         int32_t threads, int32_t isa, int32_t schedule,
-                                        moe_pool **pool, moe_error *error) {
-    moe_pool_options p;
+                                        moe_error *error) {
     moe_session_options o;
-    memset(&p, 0, sizeof p);
     memset(&o, 0, sizeof o);
-    p.n_threads = threads > 0 ? threads : 0;
-    p.pin = set.pin || moe_model_get_memory(m->handle)->numa == MOE_NUMA_OWNER ? MOE_ON : 0;
-    *pool = moe_pool_open(&p, error);
-    if (!*pool) return NULL;
-    o.pool = *pool;
+    o.n_threads = threads > 0 ? threads : 0;
+    o.pin = set.pin ? MOE_ON : 0;
     o.n_ctx = n_ctx;
     o.n_batch = n_batch;
     o.kv_type = (moe_kv_type)set.kv_type;
@@ -126,7 +121,6 @@ enum { CHECK_PROMPT = 32, CHECK_TOKENS = 40 }; /* what sessions_agree is given *
 /* All schedules with these threads, before any is timed (--check). */
 static inline int check_schedules(const model *m, int32_t threads, int32_t isa) {
     moe_session *sessions[3] = {NULL, NULL, NULL};
-    moe_pool *pools[3] = {NULL, NULL, NULL};
     int32_t tokens[CHECK_TOKENS];
     uint64_t random = RANDOM_SEED;
     moe_error error;
@@ -134,16 +128,12 @@ static inline int check_schedules(const model *m, int32_t threads, int32_t isa) 
     memset(&error, 0, sizeof error);
     random_tokens(m->handle, &random, tokens, CHECK_TOKENS);
     for (int i = 0; i < 3 && opened; i++) {
-        sessions[i] = open_session(m, CHECK_TOKENS, CHECK_PROMPT, threads, isa, i + 1, &pools[i],
-                                   &error);
+        sessions[i] = open_session(m, CHECK_TOKENS, CHECK_PROMPT, threads, isa, i + 1, &error);
         opened = sessions[i] != NULL;
     }
     if (opened) agree = sessions_agree(m, sessions, 3, tokens, CHECK_PROMPT, &error);
     if (!agree && error.status) tool_fail(program, "--check", &error);
-    for (int i = 0; i < 3; i++) {
-        moe_session_close(sessions[i]);
-        moe_pool_close(pools[i]);
-    }
+    for (int i = 0; i < 3; i++) moe_session_close(sessions[i]);
     return agree;
 }
 
@@ -156,7 +146,6 @@ typedef struct test {
     int32_t n_depth;         /* tokens in the context before */
     int32_t n_batch, n_ubatch, threads, isa, schedule; /* as asked for */
     moe_session *session;
-    moe_pool *pool;
     moe_session_info info;
     int32_t n_threads;       /* those that the test used */
     double seconds[MAX_REPETITIONS];
@@ -217,7 +206,7 @@ static inline void measure_roofs(test *t, int32_t at) {
 static inline moe_status test_open(test *t, moe_error *error) {
     const int32_t n_batch = t->n_ubatch < t->n_batch ? t->n_ubatch : t->n_batch;
     t->session = open_session(t->m, t->n_prompt + t->n_gen + t->n_depth, n_batch, t->threads,
-                              t->isa, t->schedule, &t->pool, error);
+                              t->isa, t->schedule, error);
     if (!t->session) return error->status;
     t->info = *moe_session_get_info(t->session);
     t->n_threads = t->info.n_threads;
@@ -226,9 +215,7 @@ static inline moe_status test_open(test *t, moe_error *error) {
 
 static inline void test_close(test *t) {
     moe_session_close(t->session);
-    moe_pool_close(t->pool);
     t->session = NULL;
-    t->pool = NULL;
 }
 
 /* The context before, and an untimed run. */

@@ -20,11 +20,13 @@ static struct settings {
     float temp, top_p, min_p, repeat_penalty;
     int32_t top_k, repeat_last_n;
     uint64_t seed;
-    int32_t k_type, v_type, schedule, isa, kv_type;
-    int mmap, escape, ignore_eos, special;
+    int32_t k_type, v_type, schedule, isa, kv_type, numa;
+    int mmap, prefault, hugepages, mlock, pin, escape, ignore_eos, special;
     int info, help, version;
-} set = {NULL, NULL, NULL, -1, -1, -1, -1, 512, 0.8f, 0.95f, 0.05f, 1.0f, 40, 64, UINT64_MAX,
-         -1, -1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0};
+} set = {.n_predict = -1, .n_ctx = -1, .n_threads = -1, .n_threads_batch = -1, .n_batch = 512,
+         .temp = 0.8f, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f, .top_k = 40,
+         .repeat_last_n = 64, .seed = UINT64_MAX, .k_type = -1, .v_type = -1, .mmap = 1,
+         .escape = 1};
 
 /* Words for an enumeration stand in the order of its values. */
 static const tool_option options[] = {
@@ -77,6 +79,13 @@ static const tool_option options[] = {
     {"-ctv, --cache-type-v", "f16|q8_0|f32", TOOL_CHOICE, &set.v_type, 0, 0,
      "the same (llama.cpp sets them one by one: here they are\none)"},
     {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "read the model into memory; do not map it"},
+    {"--prefault", NULL, TOOL_FLAG, &set.prefault, 0, 0,
+     "touch all of the mapped model before the first token"},
+    {"--hugepages", NULL, TOOL_FLAG, &set.hugepages, 0, 0, "ask for huge pages (with --no-mmap)"},
+    {"--mlock", NULL, TOOL_FLAG, &set.mlock, 0, 0, "keep the model in memory"},
+    {"--numa", "off|interleave|owner", TOOL_CHOICE, &set.numa, 0, 0,
+     "weights in turn on all memory nodes, or on the node of\nthe (pinned) threads that read them"},
+    {"--pin", NULL, TOOL_FLAG, &set.pin, 0, 0, "each thread stays on a core of its own"},
     {"--schedule", "default|sequential|parallel|balanced", TOOL_CHOICE, &set.schedule, 0, 0,
      "how threads share the experts"},
     {"--isa", "best|scalar|avx2|avx512|avx-vnni", TOOL_CHOICE, &set.isa, 0, 0,
@@ -237,6 +246,7 @@ static moe_session_options session_options(const moe_model *model) {
     o.kv_type = (moe_kv_type)set.kv_type;
     o.schedule = (moe_schedule)set.schedule;
     o.isa = (moe_isa)set.isa;
+    o.pin = set.pin ? MOE_ON : 0;
     o.should_stop = should_stop;
     return o;
 }
@@ -260,6 +270,10 @@ static moe_model *open_model(const moe_gguf *gguf, moe_error *error) {
     moe_model_options o;
     memset(&o, 0, sizeof o);
     o.mmap = set.mmap ? MOE_ON : MOE_OFF;
+    o.prefault = set.prefault ? MOE_ON : 0;
+    o.hugepages = set.hugepages ? MOE_ON : 0;
+    o.mlock = set.mlock ? MOE_ON : 0;
+    o.numa = (moe_numa)set.numa;
     o.progress = on_progress;
     o.progress_user = isatty(STDERR_FILENO) ? &shown : NULL;
     moe_model *model = gguf ? moe_model_open_gguf(gguf, &o, error)
@@ -532,6 +546,7 @@ static void show_setup(const moe_model *model, const moe_session *session) {
     if (s->n_threads_batch != s->n_threads) fprintf(stderr, " (prompt %d)", s->n_threads_batch);
     fprintf(stderr, ", %s, %s, seed %llu\n", moe_isa_name(s->isa), schedules[s->schedule & 3],
             (unsigned long long)set.seed);
+    if (set.numa || set.hugepages || set.mlock) tool_memory(program, model);
     if (s->n_ctx > m->n_ctx_train)
         fprintf(stderr, "%s: warning: the model was trained with contexts of %d tokens only\n",
                 program, m->n_ctx_train);

@@ -93,6 +93,28 @@ run -m "$model" -p 40 -n 0 -r 1 -b 16
 check "-b" rows '|      16 |' 1
 run -m "$model" -p 40 -n 0 -r 1 --batch-size 16
 check "--batch-size" rows '|      16 |' 1
+run -m "$model" -p 40 -n 0 -r 1 -b 16,32 -ub 8,64
+check "-b and -ub: lists are multiplied" rows '± ' 4
+check "-ub" rows '|      32 |       64 |' 1
+run -m "$model" -p 40 -n 0 -r 1 --ubatch-size 8
+check "--ubatch-size" rows '|        8 |' 1
+run -m "$model" -p 0 -n 0 -r 1 -t 1 -pg 8,3 -pg 4,2 -gp 30,2
+check "-pg and -gp" runs "pp8+tg3/1 pp4+tg2/1 tg2@pp30/1"
+for value in 8 8,3,2 8, ,3 8,0 x,1; do
+    run -m "$model" -pg "$value"
+    check "-pg '$value'" exits 2
+done
+run -m "$model" -p 4 -n 2 -r 2 -t 1,2 --schedule sequential,parallel,balanced --check --detail
+check "several schedules" rows '| balanced   |' 4
+check "--detail" shows '|   GB/s | barriers | % wait | imbalance |'
+check "one thread does not wait" rows '|    0.0 |     1.000 |' 6
+run -m "$model" -p 4 -n 2 -r 1 --pin --no-mmap --hugepages --mlock --numa interleave
+check "--pin --no-mmap --hugepages --mlock" rows '± 0.00' 2
+check "--numa" grep -q 'memory node.*placement' "$dir/err"
+run -m "$model" --hugepages
+check "--hugepages without --no-mmap" refuses 'goes with --no-mmap'
+run -m "$model" --numa everywhere
+check "--numa everywhere" refuses "'everywhere' is not one of"
 run -m "$model" -p 4 -n 0 -r 1 -ctk f32
 check "-ctk" rows '|    f32 |' 1
 run -m "$model" -p 4 -n 0 -r 1 -ctk q8_0 -ctv q8_0
@@ -120,20 +142,22 @@ check "--n-depth" runs "pp2@d600/1"
 
 # ---- JSON ----------------------------------------------------------------------------------------
 
-run -m "$model" -p 8 -n 4 -r 3 -t 2 -o json
+run -m "$model" -p 8 -n 4 -r 3 -t 2 -o jsonl
 check "an object per line" rows '^{.*}$' 2
 check "and nothing else" test "$(wc -l <"$dir/out")" = 2
 check "test" shows '"test": "tg4"'
 check "n_prompt and n_gen" rows '"n_prompt": 8, "n_gen": 0,\|"n_prompt": 0, "n_gen": 4,' 2
 check "n_threads" rows '"n_threads": 2,' 2
 check "samples_ts" rows '"samples_ts": \[[0-9.]*, [0-9.]*, [0-9.]*\]' 2
+check "samples_ns" rows '"samples_ns": \[[0-9]*, [0-9]*, [0-9]*\]' 2
+check "waiting per thread" rows '"wait_fractions": \[0\.[0-9]*, 0\.[0-9]*\]' 2
 check "gbps of generation" rows '"gbps": [0-9.]*, "gbps_cache": [0-9.]*, ' 1
 check "gmacs of both" rows '"gmacs": [0-9.]*, ' 2
 check "no roofs" rows '"roof_gbps": null, "roof_gmacs": null, "roof_fraction": null, ' 2
 check "no gbps of prompts" rows '"gbps": null, ' 1
-for key in model_filename model_type model_size n_params isa schedule backend avg_ts stddev_ts \
-    avg_ns stddev_ns test_time engine version n_batch type_k n_barriers bytes_token macs_token \
-    n_depth; do
+for key in model_filename model_type model_size model_n_params isa schedule backends avg_ts \
+    stddev_ts avg_ns stddev_ns test_time engine version n_batch n_ubatch type_k type_v n_barriers \
+    bytes_token macs_token n_depth cpu_info use_mmap wait_fraction imbalance n_expert_groups; do
     check "$key" rows "\"$key\": [^,}]" 2
 done
 samples=$(sed -n '1s/.*"samples_ts": \[\([^]]*\)\].*/\1/p' "$dir/out")
@@ -147,13 +171,19 @@ check "avg_ts and stddev_ts are those of the samples" awk -v samples="$samples" 
                (d - deviation) ^ 2 <= (1e-3 * mean) ^ 2 && mean > 0)
     }'
 if command -v python3 >/dev/null; then
-    check "JSON that others can read" python3 -c '
+    check "JSON lines that others can read" python3 -c '
 import json, sys
 for line in open(sys.argv[1]):
     assert json.loads(line)["avg_ts"] > 0' "$dir/out"
+    run -m "$model,$ids" -p 8 -n 4 -r 1 -t 1 -o json
+    check "a JSON array that others can read" python3 -c '
+import json, sys
+tests = json.load(open(sys.argv[1]))
+assert [t["test"] for t in tests] == ["pp8", "tg4"] * 2
+assert all(t["avg_ts"] > 0 for t in tests)' "$dir/out"
 fi
 cp "$model" "$dir/odd\"\\ name.gguf"
-run -m "$dir/odd\"\\ name.gguf" -p 2 -n 0 -r 1 --output json
+run -m "$dir/odd\"\\ name.gguf" -p 2 -n 0 -r 1 --output jsonl
 check "quotes in file names" shows 'odd\\"\\\\ name.gguf", '
 run -m "$dir/odd\"\\ name.gguf" -p 2 -n 0 -r 1 -o csv
 check "quotes in CSV" shows 'odd""\\ name.gguf",'
@@ -162,12 +192,12 @@ check "quotes in CSV" shows 'odd""\\ name.gguf",'
 # keys, 4 layers, 8 of 32 experts of width 32, 512 tokens, all f32; bytes have the norms, too.
 macs=$((4 * (64 * 256 * 2 + 64 * 64 * 2 + 64 * 32 + 8 * 3 * 64 * 32) + 512 * 64))
 bytes=$((4 * (macs + 64 + 4 * (64 * 2 + 32 * 2))))
-with_roofs -m "$model" -p 8 -n 4 -r 2 -t 1 -d 100 -o json
+with_roofs -m "$model" -p 8 -n 4 -r 2 -t 1 -d 100 -o jsonl
 check "macs_token" rows "\"macs_token\": $macs," 2
 check "bytes_token" rows "\"bytes_token\": $bytes," 2
 check "roofs" rows '"roof_gbps": [1-9][0-9.]*, "roof_gmacs": [1-9][0-9.]*, ' 2
 check "roof_fraction" rows '"roof_fraction": [0-9.]*, ' 2
-run -m "$model" -p 0 -n 4 -r 1 -t 1 -d 100 -o json
+run -m "$model" -p 0 -n 4 -r 1 -t 1 -d 100 -o jsonl
 check "gbps and gbps_cache are those of the speed" awk -v ts="$(field avg_ts)" -v bytes="$bytes" \
     -v gbps="$(field gbps)" -v cache="$(field gbps_cache)" 'BEGIN {
         row = 4 * 2 * (32 + 32) * 2 # layers, heads, key and value, f16
@@ -181,8 +211,56 @@ run -m "$model,$ids" -p 8 -n 4 -r 1 -t 1 -o csv
 check "a line of names and one per test" test "$(wc -l <"$dir/out")" = 5
 check "names" test "$(sed -n 1p "$dir/out" | grep -c '^engine,.*,gbps,gbps_cache,gmacs,')" = 1
 check "values" test "$(grep -c '^"moe_infer.h",' "$dir/out")" = 4
+check "all values stand in quotes" test "$(sed 1d "$dir/out" | grep -vcE '^("[^"]*",)*"[^"]*"$')" = 0
 columns=$(sed 's/"[^"]*"/x/g' "$dir/out" | awk -F, '{ print NF }' | sort -u | wc -l)
 check "as many of them" test "$columns" = 1
+
+# ---- speed against depth, crowds -----------------------------------------------------------------
+
+run -m "$model" --sweep -c 100 -ub 32 -t 1 --svg "$dir/sweep.svg"
+check "--sweep" rows '^|    32 |      8 |     [ 36][0-9] | *[0-9.]* | *[0-9.]* | *[0-9.]* | *[0-9.]* |$' 3
+header='^|    PP |     TG |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |$'
+check "--sweep: the header" test "$(sed -n 1p "$dir/out" | grep -ce "$header")" = 1
+line='^|-------|--------|--------|----------|----------|----------|----------|$'
+check "--sweep: the line below" test "$(sed -n 2p "$dir/out" | grep -ce "$line")" = 1
+check "--sweep: nothing else" test "$(wc -l <"$dir/out")" = 5
+check "--sweep: the settings" grep -q '^main: n_kv_max = 100, .* n_ubatch = 32, ' "$dir/err"
+check "--svg" grep -q '</svg>' "$dir/sweep.svg"
+check "--svg: three points in each panel" test "$(grep -c '<circle' "$dir/sweep.svg")" = 6
+run -m "$model" --sweep --ctx-size 64 -ub 32 -t 1 -o jsonl
+check "--sweep -o jsonl" rows '^{"n_kv_max": 64, .*"pp": 32, "tg": 8, "n_kv": [0-9]*, "t_pp": ' 2
+run -m "$model" --sweep -c 10 -ub 32
+check "--sweep in too small a context" refuses 'holds no batch'
+run -m "$model" --svg "$dir/x.svg"
+check "--svg alone" refuses 'goes with --sweep'
+run -m "$model" --sweep -c 32 -ub 32 --svg "$dir/none/x.svg"
+check "a picture that cannot be written" fails 'none/x.svg'
+run -m "$model" --crowded -n 20 -r 1
+check "--crowded: beside a neighbour" rows '^| neighbour    | .* | *[0-9.]* |  *[0-9.]* | [0-9. -]* |$' 1
+check "--crowded: with more threads" rows '^| more threads | ' 1
+run -m "$model" --crowded -n 20 -r 1 -o jsonl
+check "--crowded -o jsonl" rows '^{"situation": ".*"ratio_high": [0-9.]*}$' 2
+printf '%s' "$model" >"$dir/pattern" # in a file: it would find itself in the command line
+check "the neighbours are gone" test -z "$(grep -alsf "$dir/pattern" /proc/[0-9]*/cmdline)"
+run -m "$model" --crowded --sweep
+check "two modes" refuses 'one at a time'
+
+# ---- builds in turns (make compare) --------------------------------------------------------------
+
+if [ -x "$build/compare/compare" ]; then
+    "$build/compare/compare" -m "$model" -t 1,2 -p 8 -n 8 -r 1 --svg "$dir/compare.svg" \
+        one="$bench" two="$bench" >"$dir/out" 2>"$dir/err"
+    code=$?
+    check "compare" rows '^|       [12] | \(one\|two\)  *|' 4
+    check "compare: the first is 1" rows '| one .*| 1.000 |.*| 1.000 |$' 2
+    check "compare: a picture" grep -q '>two</text>' "$dir/compare.svg"
+    "$build/compare/compare" -m "$model" one=/nonexistent >"$dir/out" 2>"$dir/err"
+    code=$?
+    check "compare: no such program" fails '/nonexistent'
+    "$build/compare/compare" -m "$model" >"$dir/out" 2>"$dir/err"
+    code=$?
+    check "compare: nothing to compare" refuses 'NAME=PROGRAM'
+fi
 
 # ---- single kernels, if `make bench` has built them --------------------------------------------
 

@@ -231,6 +231,16 @@ gen -n 20 --temp 0 --no-mmap
 check "--no-mmap: the same text" same greedy
 run -m "$model" --info --no-mmap
 check "--no-mmap" shows '(in memory)'
+gen -n 20 --temp 0 --prefault --mlock --pin -t 2
+check "--prefault --mlock --pin: the same text" same greedy
+check "--mlock says what it got" says 'memory node.* locked'
+gen -n 20 --temp 0 --no-mmap --hugepages --numa owner
+check "--no-mmap --hugepages --numa owner: the same text" same greedy
+gen -n 20 --temp 0 --numa interleave
+check "--numa interleave: the same text" same greedy
+check "--numa says what it got" says 'memory node.* in place'
+gen -n 5 --numa nowhere
+check "--numa nowhere" refuses "'nowhere' is not one of"
 for isa in scalar avx2 avx512 avx-vnni best; do
     gen -n 5 --isa $isa
     check "--isa $isa" generated 5

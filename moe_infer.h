@@ -34,9 +34,9 @@
 /*   >>experts   8731  router, plan, the expert schedules */
 /*   >>model     9179  hyper-parameters, the table of families, binding of tensors */
 /*   >>session  10180  cache, the forward pass */
-/*   >>text     11464  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12821  choosing tokens, generating text */
-/*   >>licence  13343  MIT or public domain */
+/*   >>text     11467  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12824  choosing tokens, generating text */
+/*   >>licence  13346  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -430,9 +430,9 @@ typedef struct moe_model moe_model; /* immutable: share it between sessions and 
 typedef struct moe_vocab moe_vocab;
 
 /* On which memory nodes the pages of weights lie. Other than OFF, all are touched at opening, as */
-/* prefault does. Pages of a mapped file that other processes use stay where they are. A copy (mmap */
-/* off) is made of small pages, unless hugepages are ON: then 2 MiB lie together, which are often */
-/* rows of two nodes. */
+/* prefault does. Pages of a mapped file that other processes use stay where they are. A copy */
+/* (mmap off) is made of small pages, unless hugepages are ON: then 2 MiB lie together, which are */
+/* often rows of two nodes. */
 typedef enum moe_numa {
     MOE_NUMA_OFF = 0,        /* where the system puts them */
     MOE_NUMA_INTERLEAVE = 1, /* in turn on all nodes: for any threads; on two nodes half is far */
@@ -10633,6 +10633,22 @@ MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
     }
 }
 
+/* Chunks of keys that one token sees. */
+MOE__INLINE int64_t moe__gqa_chunks(const moe__eval *e, const moe__layer *layer) {
+    return (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS -
+           moe__gqa_first(layer, e->past) / MOE__ATTEND_KEYS;
+}
+
+/* Results of some heads from their chunks, into session->attn. */
+MOE__PRIVATE void moe__gqa_merge(moe__eval *e, int64_t begin, int64_t end, int64_t chunks) {
+    moe_session *session = e->session;
+    const int64_t n_head = e->model->info.n_head, dv = e->model->head_v;
+    for (int64_t head = begin; head < end; head++)
+        moe__attend_merge(e->kernels, session->part_max + head, session->part_sum + head,
+                          session->part_out + head * dv, chunks, n_head, n_head * dv, dv,
+                          moe__acts_f32(&session->attn, 0) + head * dv);
+}
+
 /* One token: work items are (key-value head, chunk), each with all query heads that share it. */
 /* The item of the last chunk stores the new key and value first: nobody else reads them. */
 MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
@@ -10641,7 +10657,8 @@ MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
     const int32_t n_kv = model->info.n_head_kv, group = model->info.n_head / n_kv;
     const int64_t n_keys = e->past + 1, dk = model->head_k, dv = model->head_v;
     const int64_t visible = moe__gqa_first(layer, e->past), skipped = visible / MOE__ATTEND_KEYS;
-    const int64_t chunks = (n_keys + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS - skipped;
+    const int64_t chunks = moe__gqa_chunks(e, layer);
+    int64_t begin_head, end_head;
     const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
     moe__attend_args a;
     moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
@@ -10669,22 +10686,12 @@ MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
                 moe__gqa_sink(&a, layer, j, head * group + i + j);
             e->kernels->attend(&a);
         }
+        if (chunks == 1) moe__gqa_merge(e, head * group, (head + 1) * group, 1);
     }
     moe__eval_barrier(e);
-}
-
-/* Heads' results from their chunks, into session->attn. */
-MOE__PRIVATE void moe__gqa_merge(moe__eval *e, const moe__layer *layer) {
-    moe_session *session = e->session;
-    const int64_t n_head = e->model->info.n_head, dv = e->model->head_v;
-    const int64_t chunks = (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS -
-                           moe__gqa_first(layer, e->past) / MOE__ATTEND_KEYS;
-    int64_t begin, end;
-    moe__eval_share(e, n_head, 1, &begin, &end);
-    for (int64_t head = begin; head < end; head++)
-        moe__attend_merge(e->kernels, session->part_max + head, session->part_sum + head,
-                          session->part_out + head * dv, chunks, n_head, n_head * dv, dv,
-                          moe__acts_f32(&session->attn, 0) + head * dv);
+    if (chunks == 1) return;
+    moe__eval_share(e, model->info.n_head, 1, &begin_head, &end_head);
+    moe__gqa_merge(e, begin_head, end_head, chunks);
     moe__eval_barrier(e);
 }
 
@@ -11025,12 +11032,8 @@ MOE__PRIVATE void moe__forward_attention(moe__eval *e, const moe__layer *layer, 
         moe__eval_project(e, &layer->v, x, session->v);
         moe__eval_fetch(e, &layer->o);
         moe__eval_barrier(e);
-        if (e->n == 1) {
-            moe__gqa_one(e, layer, il);
-            moe__gqa_merge(e, layer);
-        } else {
-            moe__gqa_many(e, layer, il);
-        }
+        if (e->n == 1) moe__gqa_one(e, layer, il);
+        else moe__gqa_many(e, layer, il);
     }
 }
 

@@ -121,10 +121,10 @@ static inline int run_crowded(const model *m) {
     crowds[1].threads_quiet = threads;
     crowds[1].threads_crowded = 4 * processors;
     if (set.format == FORMAT_MD)
-        printf("%s, %d processors; generation of %d tokens, medians of %d, ratio with quartiles"
-               "\n\n| situation    | threads        | quiet t/s | crowded t/s | ratio | quartiles"
-               "   |\n| ------------ | -------------: | --------: | ----------: | ----: | ----------:"
-               " |\n",
+        printf("%s, %d processors; generation of %d tokens, medians of %d, quartiles\n\n"
+               "| situation    |        threads | quiet t/s | crowded t/s | ratio |   quartiles |\n"
+               "| ------------ | -------------: | --------: | ----------: | ----: | "
+               "----------: |\n",
                m->type, processors, n, 2 * set.repetitions);
     for (int i = 0; i < 2 && status == TOOL_OK; i++) {
         status = crowd_run(&crowds[i], m, tokens, n);

@@ -1,6 +1,6 @@
 /* Placement of weights on a machine that has several memory nodes; tests/numa.sh runs it as the
- * first process of a virtual one. Every page of every tensor is looked up and compared with the node
- * of the thread whose rows it holds. */
+ * first process of a virtual one. Every page of every tensor is looked up and compared with the
+ * node of the thread whose rows it holds. */
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "models.h"
@@ -55,8 +55,8 @@ TEST(the_machine_has_two_nodes) {
     CHECK(moe__pool_default_threads() == 4);
 }
 
-/* Fresh pages, as malloc gives them for real models: what it gives for small ones may have been huge
- * pages before, which do not lie in two places. */
+/* Fresh pages, as malloc gives them for real models: what it gives for small ones may have been
+ * huge pages before, which do not lie in two places. */
 static void *fresh_alloc(void *user, size_t size) {
     (void)user;
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -219,6 +219,20 @@ static int same_owners(const moe__share *share, int16_t owner[MAX_ENTRIES][MAX_R
     return 1;
 }
 
+/* Who gets how many tokens, in batches of many. */
+enum { TOKENS_MIXED, TOKENS_ONE_HAS_ALL, TOKENS_SOME_HAVE_NONE, N_TOKENS };
+static void problem_tokens(problem *p, int how) {
+    p->plan.n_entries = 0;
+    for (int i = 0; i < p->share.n_entries; i++) {
+        const moe__ffn *ffn = p->entries[i].ffn;
+        const int many = p->share.one_token || i >= p->share.n_routed;
+        moe__plan_add(&p->plan, ffn, many                          ? p->entries[i].n_tokens
+                                     : how == TOKENS_ONE_HAS_ALL    ? (i == 1 ? 512 : 0)
+                                     : how == TOKENS_SOME_HAVE_NONE ? i % 3 * 7
+                                                                    : 1 + i * i % 50);
+    }
+}
+
 /* Every row of every entry is given out exactly once, in whole units, whatever the numbers; */
 /* where rows are said to be owned, down has one thread per row. */
 TEST(schedules_cover_without_overlap) {
@@ -226,28 +240,31 @@ TEST(schedules_cover_without_overlap) {
     static problem p;
     int apart = 0;
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++)
-        for (int threads = 1; threads <= 256; threads = threads < 20 ? threads + 1 : threads + 59)
-            for (int n_routed = 0; n_routed <= 16; n_routed += n_routed < 4 ? 1 : 4)
-                for (int variant = 0; variant < 8; variant++) {
-                    const int one_token = variant & 1, shared = variant & 2 || !n_routed;
-                    const int64_t rows = variant & 4 ? MAX_ROWS : 1 + threads * 37 % MAX_ROWS;
-                    problem_init(&p, n_routed, shared, rows, MAX_ROWS - threads % 7, 96, one_token,
-                                 one_token ? 16 : MOE__TILE_ROWS);
-                    problem_threads(&p, threads, 1 + (threads + variant) % 4);
-                    for (p.share.down = 0; p.share.down < 2; p.share.down++) {
-                        const int bad = give_out(&moe__schedules[s], &p.share, threads, owner);
-                        CHECKF(!bad, "%s, %d threads, %d experts, variant %d",
-                               moe__schedules[s].name, threads, n_routed, variant);
-                    }
-                    p.share.down = 1;
-                    const int owns = moe__schedules[s].owns_rows(&p.share, threads);
-                    give_out(&moe__schedules[s], &p.share, threads, owner);
-                    if (owns)
-                        CHECKF(same_owners(&p.share, owner), "%s, %d threads, %d experts",
-                               moe__schedules[s].name, threads, n_routed);
-                    apart += !owns;
-                    if (!one_token) CHECK(owns);
+        for (int i = 0; i < 2 * 256 * 17; i++) {
+            const int one_token = i % 2, threads = 1 + i / 2 % 256, n_routed = i / 512;
+            const int variant = (threads * 5 + n_routed) % 8;
+            const int shared = variant & 2 || !n_routed;
+            const int64_t rows = variant & 4 ? MAX_ROWS : 1 + threads * 37 % MAX_ROWS;
+            problem_init(&p, n_routed, shared, rows, MAX_ROWS - threads % 7, 96, one_token,
+                         one_token ? 16 : MOE__TILE_ROWS);
+            problem_threads(&p, threads, 1 + (threads + variant) % 4);
+            for (int how = 0; how < (one_token ? 1 : N_TOKENS); how++) {
+                problem_tokens(&p, how);
+                for (p.share.down = 0; p.share.down < 2; p.share.down++) {
+                    const int bad = give_out(&moe__schedules[s], &p.share, threads, owner);
+                    CHECKF(!bad, "%s, %d threads, %d experts, tokens %d",
+                           moe__schedules[s].name, threads, n_routed, how);
                 }
+            }
+            p.share.down = 1;
+            const int owns = moe__schedules[s].owns_rows(&p.share, threads);
+            give_out(&moe__schedules[s], &p.share, threads, owner);
+            if (owns)
+                CHECKF(same_owners(&p.share, owner), "%s, %d threads, %d experts",
+                       moe__schedules[s].name, threads, n_routed);
+            apart += !owns;
+            if (!one_token) CHECK(owns);
+        }
     CHECK(apart > 50);
     CHECK(moe__schedule_find(MOE_SCHEDULE_SEQUENTIAL) == &moe__schedules[0]);
     CHECK(moe__schedule_find((moe_schedule)77) == NULL);
@@ -280,6 +297,7 @@ TEST(balanced_is_even) {
                 problem_init(&p, n_routed, n_routed % 2, 48 * unit, 224 * unit, 96 * unit,
                              one_token, unit);
                 problem_threads(&p, threads, 1);
+                problem_tokens(&p, (threads + n_routed) % N_TOKENS);
                 for (p.share.down = 0; p.share.down <= one_token; p.share.down++) {
                     int64_t total = 0, most = 0, block = 1;
                     for (int t = 0; t < threads; t++) {

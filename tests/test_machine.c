@@ -1,4 +1,4 @@
-/* >>machine: processors, cores, memory nodes and quotas of made-up machines; binding on this one. */
+/* >>machine: processors, cores, memory nodes, quotas of made-up machines; binding on this one. */
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"

@@ -216,8 +216,8 @@ TEST(groups_at_a_barrier) {
                                                         n / nodes + leaf);
         }
     CHECK(moe__pool_leaf(16, 1) == 16 && moe__pool_leaf(17, 1) == 9);
-    CHECK(moe__pool_leaf(16, 2) == 8 && moe__pool_leaf(128, 2) == 16 && moe__pool_leaf(96, 2) == 16);
-    CHECK(moe__pool_leaf(88, 2) == 15 && moe__pool_leaf(2, 2) == 2);
+    CHECK(moe__pool_leaf(16, 2) == 8 && moe__pool_leaf(128, 2) == 16);
+    CHECK(moe__pool_leaf(96, 2) == 16 && moe__pool_leaf(88, 2) == 15 && moe__pool_leaf(2, 2) == 2);
 }
 
 /* A pool whose threads count as those of two nodes. */

@@ -43,12 +43,36 @@ for name in parallel balanced; do
     check "$name: the same text" same "$name"
 done
 
+# ---- wrong code ----------------------------------------------------------------------------------
+
+# PR #287's defect: with experts at the same time, down took the hidden vector of the wrong expert.
+# A build with it must not be timed.
+mkdir -p "$dir/wrong/bench" "$dir/wrong/examples"
+cp bench/*.h bench/moe_bench.c "$dir/wrong/bench"
+cp examples/tool.h "$dir/wrong/examples"
+right='moe__acts_gather(entry->hidden, down, NULL, entry->hidden_row, 1, scratch->x);'
+sed "s/$right/${right/entry->hidden_row/0}/" moe_infer.h >"$dir/wrong/moe_infer.h"
+build_wrong() {
+    ! cmp -s moe_infer.h "$dir/wrong/moe_infer.h" &&
+        ${CC:-cc} -O0 "$dir/wrong/bench/moe_bench.c" -o "$dir/wrong/moe-bench" -lm -lpthread
+}
+# refused FLAG...: exit code 1, says why, prints no speed
+refused() {
+    "$dir/wrong/moe-bench" -m "$model" -p 4 -n 4 -r 1 -t 2 --no-roofs "$@" >"$dir/out" 2>"$dir/err"
+    [ $? -eq 1 ] && grep -q 'sequential and parallel do not agree: not timed' "$dir/err" &&
+        ! grep -q '± \|| parallel' "$dir/out"
+}
+check "a build with the wrong hidden vector" build_wrong
+check "--compare refuses it" refused --compare
+check "--check refuses it" refused --check --schedule parallel
+check "--check refuses whatever is timed" refused --check
+
 # ---- plan ----------------------------------------------------------------------------------------
 
 "$build/moe-bench" --plan >"$dir/plan"
 rows() { [ "$(grep -c '^| [A-Zg]' "$dir/plan")" -gt 100 ]; }
 # on one thread everything is used by every schedule; nothing is above 100 % or below 1
-one_thread() { [ "$(grep -cE '\|       1 \|     1 \|( 100 100 100 100 \|){3}' "$dir/plan")" = 6 ]; }
+one_thread() { [ "$(grep -cE '\|       1 \|     1 \|(( +100){4} \|){3}' "$dir/plan")" = 6 ]; }
 bounds() {
     awk -F'|' '/^\| [A-Zg]/ { for (i = 5; i <= 7; i++) { n = split($i, x, " ")
         if (n != 4) bad = 1

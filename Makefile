@@ -19,7 +19,7 @@ B = build
 C = $(CC) $(CFLAGS) $(WARNINGS) $(WERROR)
 CXX17 = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(WERROR)
 # Without a C++ compiler the C++ example is left out.
-TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-synth $(B)/minimal \
+TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-quantize $(B)/moe-synth $(B)/minimal \
     $(if $(shell command -v $(CXX) 2>/dev/null),$(B)/embed)
 TESTS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/test_*.c))
 SCRIPTS = $(wildcard tests/test_*.sh)
@@ -34,7 +34,7 @@ PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)
 
 all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
 
-$(B)/moe-cli: examples/moe_cli.c examples/tool.h moe_infer.h
+$(B)/moe-cli: examples/moe_cli.c examples/heatmap.h examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -44,6 +44,10 @@ $(B)/moe-bench: $(BENCH) moe_infer.h
 	$(C) $< -o $@ $(LDLIBS)
 
 $(B)/moe-synth: bench/synth.c
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
+$(B)/moe-quantize: examples/quantize.c examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 

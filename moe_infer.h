@@ -24,19 +24,19 @@
 /*   >>manual      52  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     125  every macro you may define */
 /*   >>api        216  types and prototypes with their contracts */
-/*   >>base       692  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       965  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1971  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3572  inner loops: plain C, then one vector text per instruction set */
-/*   >>machine 7690  processors, cores, quotas, memory nodes; binding threads and pages */
-/*   >>pool      8020  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8449  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8731  router, plan, the expert schedules */
-/*   >>model     9179  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  10180  cache, the forward pass */
-/*   >>text     11467  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12824  choosing tokens, generating text */
-/*   >>licence  13346  MIT or public domain */
+/*   >>base       696  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>gguf       969  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     1975  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   3576  inner loops: plain C, then one vector text per instruction set */
+/*   >>machine 7694  processors, cores, quotas, memory nodes; binding threads and pages */
+/*   >>pool      8024  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8453  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8735  router, plan, the expert schedules */
+/*   >>model     9183  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  10184  cache, the forward pass */
+/*   >>text     11485  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12842  choosing tokens, generating text */
+/*   >>licence  13364  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -612,6 +612,10 @@ MOE_API int32_t moe_session_length(const moe_session *session);
 /* Seconds of the last eval that a thread (0: the caller's) waited for others; 0 if it took no */
 /* part. A thread that always waits least has more work than the others, or a slower core. */
 MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread);
+/* n_expert counts: for how many tokens each routed expert of a layer was chosen since the session */
+/* was opened (tokens that were forgotten later, too). NULL: the layer has no experts, or is out of */
+/* range. Valid until close. */
+MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer);
 /* Forgets all tokens from position `length` on, 0 <= length <= moe_session_length. */
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
 
@@ -10232,6 +10236,7 @@ struct moe_session {
     int32_t length;        /* tokens in the cache */
     int32_t n_last;        /* tokens of the last eval; 0: it failed, there are no logits */
     int stop;              /* set by thread 0 before a barrier, read after it */
+    uint64_t *expert_counts; /* [layer][expert] */
     moe__nodes nodes;      /* of the threads of the running eval */
     double *wait_seconds;  /* of each thread in the last eval */
 
@@ -10419,6 +10424,8 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, i
     session->ones = moe__take_floats(arena, 1, n);
     session->wait_seconds =
         (double *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(double));
+    session->expert_counts = (uint64_t *)moe__arena_take(
+        arena, (uint64_t)info->n_layer * (uint64_t)info->n_expert, sizeof(uint64_t));
     session->locals =
         (moe__local *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(moe__local));
     for (int i = 0; i < n_threads; i++) {
@@ -11077,6 +11084,10 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, cons
     }
     moe__plan_routed(&local->plan, &layer->experts, router, experts, weights, e->n,
                      one ? &local->routed : &session->routed);
+    uint64_t *counts =
+        session->expert_counts + (layer - e->model->layers) * e->model->info.n_expert;
+    for (int32_t i = 0; e->thread == 0 && i < local->plan.n_routed; i++)
+        counts[local->plan.entries[i].expert] += (uint64_t)local->plan.entries[i].n_tokens;
     if (layer->shared.gate.data)
         moe__plan_all(&local->plan, &layer->shared, e->n, session->tokens,
                       one ? &local->shared_weight : session->shared_weights,
@@ -11453,6 +11464,13 @@ MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thre
         thread >= moe__max(session->info.n_threads, session->info.n_threads_batch))
         return 0;
     return session->wait_seconds[thread];
+}
+
+MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer) {
+    if (!session || layer < 0 || layer >= session->model->info.n_layer ||
+        !session->model->layers[layer].is_moe)
+        return NULL;
+    return session->expert_counts + (int64_t)layer * session->model->info.n_expert;
 }
 
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {

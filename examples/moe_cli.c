@@ -8,6 +8,8 @@
 #include "../moe_infer.h"
 
 #include "tool.h"
+
+#include "heatmap.h"
 #include <float.h>
 #include <signal.h>
 #include <unistd.h>
@@ -15,7 +17,7 @@
 static const char program[] = "moe-cli";
 
 static struct settings {
-    const char *model, *prompt, *prompt_file;
+    const char *model, *prompt, *prompt_file, *expert_stats;
     int32_t n_predict, n_ctx, n_threads, n_threads_batch, n_batch;
     float temp, top_p, min_p, repeat_penalty;
     int32_t top_k, repeat_last_n;
@@ -90,6 +92,9 @@ static const tool_option options[] = {
      "how threads share the experts"},
     {"--isa", "best|scalar|avx2|avx512|avx-vnni", TOOL_CHOICE, &set.isa, 0, 0,
      "instruction set; falls back to the next lower one\n(default best)"},
+
+    {"--expert-stats", "FILE.svg", TOOL_TEXT, &set.expert_stats, 0, 0,
+     "at the end draw which experts were used, layer by layer"},
 
     {"Instead of generating:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
     {"--info", NULL, TOOL_FLAG, &set.info, 0, 0,
@@ -528,6 +533,10 @@ static int generate(moe_session *session, moe_sampler *sampler, const int32_t *t
             fprintf(stderr, "%s: the prompt has %d tokens, the context holds %d (-c)\n", program, n,
                     moe_session_get_info(session)->n_ctx);
         return tool_fail(program, "cannot generate", &error);
+    }
+    if (set.expert_stats && heatmap_write(set.expert_stats, session)) {
+        fprintf(stderr, "%s: cannot write %s: %s\n", program, set.expert_stats, strerror(errno));
+        return TOOL_ERROR;
     }
     if (status == MOE_ERROR_CANCELLED) fprintf(stderr, "%s: interrupted\n", program);
     else show_timing(moe_session_model(session), &result, load_seconds);

@@ -941,6 +941,36 @@ TEST(schedules_report) {
     }
 }
 
+/* Every token chooses n_used experts in each layer that has some, prompts and single tokens alike. */
+TEST(expert_counts) {
+    moe_model *model = models_open(models_simple("t_mla_groups", "q8_0"));
+    moe_session *session = moe_session_open(model, NULL, NULL);
+    int32_t tokens[30];
+    CHECK(session != NULL);
+    if (!session) return;
+    const moe_model_info *info = moe_model_get_info(model);
+    models_tokens(tokens, 30, info->n_vocab, 1);
+    uint64_t evaluated = 0;
+    for (int part = 0; part < 3; part++) {
+        const int32_t n = part == 1 ? 1 : 12;
+        CHECK(moe_session_eval(session, tokens + evaluated, n, NULL) == MOE_OK);
+        evaluated += (uint64_t)n;
+        for (int32_t il = -1; il <= info->n_layer; il++) {
+            const uint64_t *counts = moe_session_expert_counts(session, il);
+            uint64_t sum = 0;
+            CHECK((counts != NULL) == (il >= 0 && il < info->n_layer && model->layers[il].is_moe));
+            for (int32_t e = 0; counts && e < info->n_expert; e++) {
+                CHECK(counts[e] <= evaluated);
+                sum += counts[e];
+            }
+            if (counts) CHECK(sum == evaluated * (uint64_t)info->n_expert_used);
+        }
+    }
+    CHECK(moe_session_expert_counts(NULL, 0) == NULL);
+    moe_session_close(session);
+    moe_model_close(model);
+}
+
 TEST(model_options) {
     moe_model_options o;
     moe_error error;

@@ -10,9 +10,11 @@ WERROR = -Werror
 LDLIBS = -lm -lpthread
 JOBS = $(shell nproc 2>/dev/null || echo 2)
 # what `make run` runs
-MODEL = $(B)/tiny.gguf
-PROMPT = Once upon a time
-N = 100
+MODEL = examples/storyteller/storyteller.gguf
+PROMPT = Once upon a time there was
+N = 400
+SEED = 7
+TEMP = 0.7
 FUZZ_SECONDS = 60
 
 B = build
@@ -83,13 +85,9 @@ $(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-$(B)/tiny.gguf: $(B)/moe-synth
-	$(B)/moe-synth qwen3moe_tiny $@ --seed 1
-
-run: $(B)/moe-cli $(MODEL)  ## write a tiny random model and generate from it (MODEL= PROMPT= N=)
-	@if [ "$(MODEL)" = "$(B)/tiny.gguf" ]; then echo "This model is tiny and its" \
-	    "weights are random: it babbles. Try make run MODEL=your.gguf" >&2; fi
-	$(B)/moe-cli -m "$(MODEL)" -p "$(PROMPT)" -n $(N)
+run: $(B)/moe-cli  ## a story from the model in the box (PROMPT= SEED= TEMP= N= MODEL=)
+	@printf '\n%s' "$(PROMPT)"; $(B)/moe-cli -m "$(MODEL)" -p "$(PROMPT)" -n $(N) -s $(SEED) \
+	    --temp $(TEMP) 2>$(B)/run.log; code=$$?; echo; echo; tail -n 3 $(B)/run.log >&2; exit $$code
 
 test:  ## build and run all tests; ends with the line "N passed, N failed"
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed

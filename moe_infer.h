@@ -30,13 +30,13 @@
 /*   >>kernels   3576  inner loops: plain C, then one vector text per instruction set */
 /*   >>machine 7694  processors, cores, quotas, memory nodes; binding threads and pages */
 /*   >>pool      8024  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8453  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8735  router, plan, the expert schedules */
-/*   >>model     9183  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  10184  cache, the forward pass */
-/*   >>text     11485  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12842  choosing tokens, generating text */
-/*   >>licence  13364  MIT or public domain */
+/*   >>ops       8456  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8738  router, plan, the expert schedules */
+/*   >>model     9186  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  10187  cache, the forward pass */
+/*   >>text     11488  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12845  choosing tokens, generating text */
+/*   >>licence  13367  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -612,9 +612,9 @@ MOE_API int32_t moe_session_length(const moe_session *session);
 /* Seconds of the last eval that a thread (0: the caller's) waited for others; 0 if it took no */
 /* part. A thread that always waits least has more work than the others, or a slower core. */
 MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread);
-/* n_expert counts: for how many tokens each routed expert of a layer was chosen since the session */
-/* was opened (tokens that were forgotten later, too). NULL: the layer has no experts, or is out of */
-/* range. Valid until close. */
+/* n_expert counts: for how many tokens each routed expert of a layer was chosen since the */
+/* session was opened (tokens that were forgotten later, too). NULL: the layer has no experts, or */
+/* is out of range. Valid until close. */
 MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer);
 /* Forgets all tokens from position `length` on, 0 <= length <= moe_session_length. */
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
@@ -8220,8 +8220,11 @@ MOE__PRIVATE int moe__pool_arrive(moe_pool *pool, int thread, int n) {
     return 1;
 }
 
+/* Returns whether it had to wait. What belongs to the job is read before this thread counts as */
+/* arrived: at the last barrier the next job may be prepared as soon as all have. */
 MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread) {
-    const int n = pool->n_active;
+    const int n = pool->n_active, n_yields = pool->n_yields;
+    const double most = pool->spin;
     if (n == 1) return 0;
     const uint32_t passed = __atomic_load_n(&pool->release.value, __ATOMIC_RELAXED);
     if (moe__pool_arrive(pool, thread, n)) {
@@ -8229,9 +8232,9 @@ MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread)
         return 0;
     }
     if (__atomic_load_n(&pool->release.value, __ATOMIC_ACQUIRE) != passed) return 0;
-    const double budget = moe__pool_budget(worker, pool->spin);
-    const int slept = moe__pool_wait(&pool->release, passed, budget, pool->n_yields);
-    moe__pool_learn(worker, pool->spin, budget, slept);
+    const double budget = moe__pool_budget(worker, most);
+    const int slept = moe__pool_wait(&pool->release, passed, budget, n_yields);
+    moe__pool_learn(worker, most, budget, slept);
     return 1;
 }
 

@@ -256,6 +256,14 @@ for schedule in parallel balanced; do
     check "--schedule $schedule says so" says ", $schedule,"
 done
 
+rm -f "$dir/experts.svg"
+gen -n 5 --expert-stats "$dir/experts.svg"
+check "--expert-stats: a picture" grep -q '</svg>' "$dir/experts.svg"
+check "--expert-stats: a cell for each expert of each layer" \
+    test "$(grep -c '<title>layer' "$dir/experts.svg")" -ge 8
+gen -n 5 --expert-stats "$dir/none/experts.svg"
+check "--expert-stats: nowhere to write" grep -q "cannot write .*none/experts.svg" "$dir/err"
+
 # ---- instead of generating -----------------------------------------------------------------------
 
 for flag in --help -h; do

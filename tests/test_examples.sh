@@ -7,7 +7,7 @@ build=${1:-build}
 dir=$build/tests/examples
 rm -rf "$dir"
 mkdir -p "$dir"
-tools="minimal moe-cli moe-synth"
+tools="minimal moe-cli moe-quantize moe-synth"
 command -v "${CXX:-c++}" >/dev/null && tools="$tools embed"
 for tool in $tools; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
@@ -63,6 +63,58 @@ check "embed: usage" test $? -eq 2
 else
     echo "skipped: embed.cpp: there is no C++ compiler"
     skipped=1
+fi
+
+# ---- quantize.c ----------------------------------------------------------------------------------
+
+quantize() { "$build/moe-quantize" "$@" >"$dir/out" 2>"$dir/err"; }
+greedy() { "$build/moe-cli" -m "$1" -p "Once upon a time" -n 20 --temp 0 2>/dev/null; }
+quantize "$model" "$dir/f32.gguf" F32
+check "quantize: to the same type: exit code" test $? -eq 0
+check "quantize: to the same type: the same file" cmp -s "$model" "$dir/f32.gguf"
+quantize "$model" "$dir/q8.gguf" q8_0 token_embd=f16 attn_q.=Q4_0
+check "quantize: exit code" test $? -eq 0
+"$build/moe-cli" -m "$dir/q8.gguf" --info >"$dir/info" 2>&1
+check "quantize: the first type" grep -q '^  Q8_0  *[1-9]' "$dir/info"
+check "quantize: a type for some" grep -q '^  Q4_0  *4 ' "$dir/info"
+check "quantize: and for one" grep -q '^  F16  *1 ' "$dir/info"
+check "quantize: the router stays" grep -q '^  F32  *[1-9]' "$dir/info"
+check "quantize: it generates" test -n "$(greedy "$dir/q8.gguf")"
+cp "$dir/q8.gguf" "$dir/kept.gguf"
+quantize "$dir/q8.gguf" "$dir/q8.gguf" F16
+check "quantize: onto itself" test $? -eq 0
+quantize "$dir/none.gguf" "$dir/kept.gguf" F16
+check "quantize: no such file: exit code" test $? -eq 1
+quantize "$model" "$dir/kept.gguf" IQ2_XXS
+check "quantize: a type that cannot be made: exit code" test $? -eq 1
+check "quantize: it says why" grep -q "IQ2_XXS can be read, but not made" "$dir/err"
+check "quantize: what was there stays" grep -q GGUF "$dir/kept.gguf"
+check "quantize: no draft is left" test ! -e "$dir/kept.gguf.tmp"
+quantize "$model" "$dir/none/x.gguf" F16
+check "quantize: nowhere to write" test $? -eq 1
+quantize "$model" "$dir/x.gguf" Q9_Z
+check "quantize: no such type" test $? -eq 2
+quantize "$model" "$dir/x.gguf"
+check "quantize: usage" test $? -eq 2
+
+# ---- the storyteller -----------------------------------------------------------------------------
+
+story=examples/storyteller/storyteller.gguf
+check "storyteller: at most 8 MB" test "$(stat -c %s "$story")" -le 8000000
+make -s run "B=$build" >"$dir/out" 2>"$dir/err"
+check "make run: exit code" test $? -eq 0
+check "make run: begins with the prompt" grep -q '^Once upon a time there was ' "$dir/out"
+check "make run: a whole story" test "$(wc -w <"$dir/out")" -gt 60
+check "make run: the model ended it" grep -q '; the model ended$' "$dir/err"
+check "make run: with a full stop" test "$(tr -d '\n' <"$dir/out" | tail -c 1)" = .
+make -s run "B=$build" PROMPT="The old fisherman" >"$dir/out" 2>"$dir/err"
+check "make run PROMPT=" grep -q '^The old fisherman' "$dir/out"
+if command -v python3 >/dev/null; then
+    (cd examples/storyteller && python3 grammar.py --seed 424242 --count 24) >"$dir/held_out"
+    check "storyteller: the held-out stories are the grammar's" \
+        cmp -s "$dir/held_out" examples/storyteller/held_out.txt
+    check "storyteller: the grammar has 1500 words or more" test "$(cd examples/storyteller &&
+        python3 grammar.py --count 5000 | grep -oE "[A-Za-z'-]+" | sort -u | wc -l)" -ge 1500
 fi
 
 # ---- README --------------------------------------------------------------------------------------

@@ -165,7 +165,8 @@ static int quantize(const char *in, const char *out, const rule *rules, int n_ru
         sprintf(draft, "%s.tmp", out);
         FILE *f = fopen(draft, "wb");
         status = f ? write_file(f, gguf, types, &sum) : fail_write(draft);
-        if (f && ((ferror(f) != 0) | (fclose(f) != 0)) && !status) status = fail_write(draft);
+        if (f && ferror(f) && !status) status = fail_write(draft);
+        if (f && fclose(f) && !status) status = fail_write(draft);
         if (!status && rename(draft, out)) status = fail_write(out);
         if (f && status) remove(draft);
     }

@@ -1032,6 +1032,7 @@ static uint64_t locked_kib(void) {
 }
 TEST(locked_in_memory) {
     moe_model_options o;
+    if (MODELS_SLOW) SKIP("sanitizers lock nothing");
     for (int copy = 0; copy < 2; copy++) {
         memset(&o, 0, sizeof o);
         o.mlock = MOE_ON;

@@ -33,10 +33,10 @@
 /*   >>ops       8456  matrix products, rotary positions, cache rows, merging attention */
 /*   >>experts   8738  router, plan, the expert schedules */
 /*   >>model     9186  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  10187  cache, the forward pass */
-/*   >>text     11488  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12845  choosing tokens, generating text */
-/*   >>licence  13367  MIT or public domain */
+/*   >>session  10190  cache, the forward pass */
+/*   >>text     11491  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12848  choosing tokens, generating text */
+/*   >>licence  13370  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -10130,8 +10130,7 @@ MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *opt
         gguf_options.allocator = options->allocator;
         gguf_options.mmap = options->mmap;
         gguf_options.prefault = options->prefault;
-        gguf_options.hugepages = options->hugepages ? options->hugepages
-                                 : options->numa    ? MOE_OFF : 0;
+        gguf_options.hugepages = options->hugepages;
         gguf_options.progress = options->progress;
         gguf_options.progress_user = options->progress_user;
     }
@@ -10142,8 +10141,12 @@ MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *opt
         moe__machine_affinity(mask);
         moe__machine_read(&machine, "", mask);
         moe__policy_init(&policy, &machine, MOE__POLICY_INTERLEAVE, 0);
-        if (machine.n_nodes == 1) gguf_options.prefault = MOE_ON;
-        else spread = moe__policy_get(&before) && moe__policy_set(&policy);
+        if (machine.n_nodes == 1) {
+            gguf_options.prefault = MOE_ON;
+        } else {
+            if (!gguf_options.hugepages) gguf_options.hugepages = MOE_OFF;
+            spread = moe__policy_get(&before) && moe__policy_set(&policy);
+        }
     }
     moe_gguf *gguf = moe_gguf_open(path, &gguf_options, error);
     if (spread) moe__policy_set(&before);

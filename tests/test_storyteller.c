@@ -1,7 +1,8 @@
 /* The model in the box: its logits against stored double-precision values on every instruction set,
  * its perplexity on stories it has not seen, and what quantizing costs.
  *
- *     build/tests/test_storyteller --write     writes the stored values anew */
+ *     build/tests/test_storyteller --write                 writes the stored values anew
+ *     build/tests/test_storyteller --perplexity FILE...    of other files on the same stories */
 #define main quantize_main
 #include "../examples/quantize.c"
 #undef main
@@ -170,12 +171,15 @@ TEST(experts_are_balanced) {
     }
     for (int32_t il = 1; il < info->n_layer; il++) {
         const uint64_t *counts = moe_session_expert_counts(session, il);
-        double sum = 0;
+        double sum = 0, least = 1e9, most = 0;
         for (int32_t e = 0; e < info->n_expert; e++) sum += (double)counts[e];
         for (int32_t e = 0; e < info->n_expert; e++) {
             const double share = (double)counts[e] * info->n_expert / sum;
+            least = fmin(least, share);
+            most = fmax(most, share);
             CHECKF(share > 0.3 && share < 2.5, "layer %d, expert %d: %.2f", il, e, share);
         }
+        printf("  layer %d: %.2f to %.2f of an even share\n", il, least, most);
     }
     moe_session_close(session);
     moe_model_close(model);
@@ -218,5 +222,9 @@ static int write_stored(void) {
 
 int main(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--write")) return write_stored();
+    if (argc > 2 && !strcmp(argv[1], "--perplexity")) {
+        for (int i = 2; i < argc; i++) printf("%s: %.4f\n", argv[i], perplexity(argv[i]));
+        return 0;
+    }
     return test_main(argc, argv);
 }

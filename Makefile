@@ -13,8 +13,8 @@ JOBS = $(shell nproc 2>/dev/null || echo 2)
 MODEL = examples/storyteller/storyteller.gguf
 PROMPT = Once upon a time there was
 N = 400
-SEED = 7
-TEMP = 0.7
+SEED = 28
+TEMP = 0.5
 FUZZ_SECONDS = 60
 
 B = build

@@ -941,7 +941,7 @@ TEST(schedules_report) {
     }
 }
 
-/* Every token chooses n_used experts in each layer that has some, prompts and single tokens alike. */
+/* Every token chooses n_used experts in each layer that has some, in prompts and one by one. */
 TEST(expert_counts) {
     moe_model *model = models_open(models_simple("t_mla_groups", "q8_0"));
     moe_session *session = moe_session_open(model, NULL, NULL);

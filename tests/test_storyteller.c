@@ -73,8 +73,8 @@ TEST(logits_of_every_instruction_set) {
             const double apart = models_nmse(last, first, STORED_LOGITS);
             printf("  %s: %.2g from the truth, %.2g from plain C\n", moe_isa_name(isas[i]), error,
                    apart);
-            CHECKF(error < 1e-4 && apart < 1e-8, "%s, step %d: %g, %g", moe_isa_name(isas[i]), step,
-                   error, apart);
+            CHECKF(error < 1e-4 && apart < 1e-8, "%s, step %d: %g, %g", moe_isa_name(isas[i]),
+                   step, error, apart);
             free(logits);
         }
     moe_model_close(model);
@@ -82,7 +82,7 @@ TEST(logits_of_every_instruction_set) {
 
 /* ---- perplexity ------------------------------------------------------------------------------ */
 
-/* Perplexity per token over the stories of a text, an empty line between two: each from its begin */
+/* Perplexity per token over the stories of a text, an empty line between two: each from begin */
 /* to its end token. 0: something failed. */
 static double perplexity(const char *path) {
     moe_model *model = models_open(path);
@@ -196,8 +196,8 @@ static int write_stored(void) {
     FILE *f = fopen("tests/storyteller_logits.h", "w");
     if (!logits || !f) return 1;
     const double before = perplexity(storyteller);
-    fprintf(f, "/* Written by test_storyteller --write from the double-precision pass of naive.h. */\n"
-               "#define STORED_PERPLEXITY %.4f\n#define STORED_COSTS", before);
+    fprintf(f, "/* Written by test_storyteller --write from the double-precision pass of "
+               "naive.h. */\n#define STORED_PERPLEXITY %.4f\n#define STORED_COSTS", before);
     static const char *const types[] = {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"};
     for (int i = 0; i < 5; i++) {
         rule r;

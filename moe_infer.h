@@ -29,14 +29,14 @@
 /*   >>types     1975  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   3576  inner loops: plain C, then one vector text per instruction set */
 /*   >>machine 7694  processors, cores, quotas, memory nodes; binding threads and pages */
-/*   >>pool      8024  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8456  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8738  router, plan, the expert schedules */
-/*   >>model     9186  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  10190  cache, the forward pass */
-/*   >>text     11491  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12848  choosing tokens, generating text */
-/*   >>licence  13370  MIT or public domain */
+/*   >>pool      8031  the team of threads: wake, barrier, shares of work */
+/*   >>ops       8462  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   8744  router, plan, the expert schedules */
+/*   >>model     9192  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  10192  cache, the forward pass */
+/*   >>text     11493  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   12850  choosing tokens, generating text */
+/*   >>licence  13372  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -7831,6 +7831,13 @@ MOE__PRIVATE void moe__machine_read(moe__machine *m, const char *root, const uin
     if (m->n_nodes == 0) m->n_nodes = 1;
 }
 
+/* What there is of the processors that this process may run on. */
+MOE__PRIVATE void moe__machine_this(moe__machine *m) {
+    uint64_t allowed[MOE__MAX_PROCESSORS / 64];
+    moe__machine_affinity(allowed);
+    moe__machine_read(m, "", allowed);
+}
+
 /* ---- how many threads ------------------------------------------------------------------------ */
 
 /* Processors for a quota of microseconds per period, rounded up; at most `most`. */
@@ -8085,7 +8092,6 @@ struct moe_pool {
     moe__nodes nodes;     /* of all n_threads; one node if they are not bound */
     moe__worker *workers; /* n_threads; the first is the caller */
     moe__pool_word *arrived; /* root, then groups: how many have arrived at the current barrier */
-    int n_arrived;
     int n_started;
 };
 
@@ -8362,9 +8368,7 @@ MOE__INLINE void moe__pool_share(int64_t total, int64_t unit, int thread, int n,
 
 MOE__PRIVATE int moe__pool_default_threads(void) {
     moe__machine machine;
-    uint64_t mask[MOE__MAX_PROCESSORS / 64];
-    moe__machine_affinity(mask);
-    moe__machine_read(&machine, "", mask);
+    moe__machine_this(&machine);
     return moe__machine_threads(&machine, "");
 }
 
@@ -8392,22 +8396,24 @@ MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *erro
     moe__machine machine;
     uint64_t mask[MOE__MAX_PROCESSORS / 64];
     int n = options ? options->n_threads : 0;
+    const int pin = options && options->pin > 0;
     if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
     if (n < 0 || n > MOE_MAX_THREADS) {
         moe__fail(error, MOE_ERROR_ARGUMENT, "n_threads", "n_threads is %d, not 0..%d", n,
                   (int)MOE_MAX_THREADS);
         return NULL;
     }
-    moe__machine_affinity(mask);
-    moe__machine_read(&machine, "", mask);
+    memset(&machine, 0, sizeof machine);
+    if (n == 0 || pin) moe__machine_this(&machine); /* two files per processor: only if needed */
+    else machine.n_processors = moe__machine_affinity(mask);
     if (n == 0) n = moe__machine_threads(&machine, "");
     moe_pool *pool = (moe_pool *)moe__alloc(&allocator, sizeof *pool);
     if (pool) {
         pool->allocator = allocator;
-        pool->n_arrived = 1 + (n + 3) / 4;
+        const size_t n_words = 1 + ((size_t)n + 3) / 4; /* groups have 4 threads or more */
         pool->workers = (moe__worker *)moe__alloc(&allocator, (size_t)n * sizeof *pool->workers);
-        pool->arrived = (moe__pool_word *)moe__alloc(&allocator, (size_t)pool->n_arrived *
-                                                                     sizeof *pool->arrived);
+        pool->arrived =
+            (moe__pool_word *)moe__alloc(&allocator, n_words * sizeof *pool->arrived);
     }
     if (!pool || !pool->workers || !pool->arrived) {
         if (pool) moe__free(&allocator, pool->workers);
@@ -8418,7 +8424,7 @@ MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *erro
     }
     pool->n_threads = n;
     pool->n_active = 1;
-    moe__pool_settle(pool, &machine, options && options->pin > 0, options ? options->spin_us : 0);
+    moe__pool_settle(pool, &machine, pin, options ? options->spin_us : 0);
     pthread_mutex_init(&pool->turn, NULL);
     moe__pool_word_open(&pool->command);
     moe__pool_word_open(&pool->release);
@@ -10046,10 +10052,8 @@ MOE__PRIVATE uint64_t moe__place_lock(const moe_gguf *gguf, int lock) {
 MOE__PRIVATE moe_status moe__place_all(moe_model *model, const moe_model_options *options,
                                        moe_error *error) {
     moe__machine machine;
-    uint64_t mask[MOE__MAX_PROCESSORS / 64];
     moe_model_memory *memory = &model->memory;
-    moe__machine_affinity(mask);
-    moe__machine_read(&machine, "", mask);
+    moe__machine_this(&machine);
     memory->n_nodes = machine.n_nodes;
     moe_status status = MOE_OK;
     if (options && options->numa && machine.n_nodes > 1)
@@ -10137,9 +10141,7 @@ MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *opt
     if (options && options->numa) {
         moe__machine machine;
         moe__policy policy;
-        uint64_t mask[MOE__MAX_PROCESSORS / 64];
-        moe__machine_affinity(mask);
-        moe__machine_read(&machine, "", mask);
+        moe__machine_this(&machine);
         moe__policy_init(&policy, &machine, MOE__POLICY_INTERLEAVE, 0);
         if (machine.n_nodes == 1) {
             gguf_options.prefault = MOE_ON;

@@ -1,8 +1,7 @@
 /* Line charts as SVG: panels side by side, each with axes, units and lines of its own, one legend
- * for all. The file is replaced only when the new one is whole. Nothing else is needed. */
+ * for all. Include moe_infer.h and tool.h first. */
 #ifndef BENCH_SVG_H
 #define BENCH_SVG_H
-#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -146,47 +145,38 @@ static inline void svg_lines(FILE *f, const svg_panel *p, const svg_scale *s) {
     }
 }
 
+static inline void svg_chart(FILE *f, const char *title, const svg_panel *panels, int n) {
+    const int legend = n && panels[0].n_lines > 1 ? SVG_LEGEND : 0;
+    const int width = n * SVG_WIDTH, height = SVG_HEAD + SVG_HEIGHT + legend;
+    double x = SVG_LEFT;
+    fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" "
+               "viewBox=\"0 0 %d %d\" font-family=\"sans-serif\" font-size=\"13\" "
+               "fill=\"#222\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"white\"/>\n",
+            width, height, width, height);
+    svg_text(f, SVG_LEFT, 24, "font-size=\"16\" font-weight=\"bold\"", title);
+    for (int i = 0; i < n; i++) {
+        const svg_scale scale = svg_fit(&panels[i], i * SVG_WIDTH, SVG_HEAD);
+        svg_axes(f, &panels[i], &scale);
+        svg_lines(f, &panels[i], &scale);
+    }
+    for (int l = 0; legend && l < panels[0].n_lines; l++) {
+        const double y = SVG_HEAD + SVG_HEIGHT + 14;
+        fprintf(f, "<path d=\"M%.1f %.1fh24\" stroke=\"%s\" stroke-width=\"2\"/>\n", x, y,
+                svg_colour(l));
+        svg_sign(f, x + 12, y, l);
+        svg_text(f, x + 30, y + 4, "", panels[0].line[l].name);
+        x += 60 + 8.0 * (double)strlen(panels[0].line[l].name);
+    }
+    fputs("</svg>\n", f);
+}
+
 /* Returns 0, or -1 with errno set. */
 static inline int svg_write(const char *path, const char *title, const svg_panel *panels, int n) {
-    char *draft = (char *)malloc(strlen(path) + 8);
-    if (!draft) return -1;
-    sprintf(draft, "%s.tmp", path);
-    FILE *f = fopen(draft, "w");
-    int failed = !f;
-    if (f) {
-        const int legend = n && panels[0].n_lines > 1 ? SVG_LEGEND : 0;
-        const int width = n * SVG_WIDTH, height = SVG_HEAD + SVG_HEIGHT + legend;
-        double x = SVG_LEFT;
-        fprintf(f, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" "
-                   "viewBox=\"0 0 %d %d\" font-family=\"sans-serif\" font-size=\"13\" "
-                   "fill=\"#222\">\n<rect width=\"100%%\" height=\"100%%\" fill=\"white\"/>\n",
-                width, height, width, height);
-        svg_text(f, SVG_LEFT, 24, "font-size=\"16\" font-weight=\"bold\"", title);
-        for (int i = 0; i < n; i++) {
-            const svg_scale scale = svg_fit(&panels[i], i * SVG_WIDTH, SVG_HEAD);
-            svg_axes(f, &panels[i], &scale);
-            svg_lines(f, &panels[i], &scale);
-        }
-        for (int l = 0; legend && l < panels[0].n_lines; l++) {
-            const double y = SVG_HEAD + SVG_HEIGHT + 14;
-            fprintf(f, "<path d=\"M%.1f %.1fh24\" stroke=\"%s\" stroke-width=\"2\"/>\n", x, y,
-                    svg_colour(l));
-            svg_sign(f, x + 12, y, l);
-            svg_text(f, x + 30, y + 4, "", panels[0].line[l].name);
-            x += 60 + 8.0 * (double)strlen(panels[0].line[l].name);
-        }
-        fputs("</svg>\n", f);
-        failed = ferror(f);
-        if (fclose(f)) failed = 1;
-        if (!failed && rename(draft, path)) failed = 1;
-        if (failed) {
-            const int saved = errno;
-            remove(draft);
-            errno = saved;
-        }
-    }
-    free(draft);
-    return failed ? -1 : 0;
+    char *draft;
+    FILE *f = tool_replace_begin(path, &draft);
+    if (!f) return -1;
+    svg_chart(f, title, panels, n);
+    return tool_replace_end(f, draft, path, 1);
 }
 
 #endif

@@ -1,5 +1,5 @@
 /* A picture of which experts were used: one row per layer, one column per expert, the darker the
- * more often; 1 would be an even share. The file is replaced only when the new one is whole.
+ * more often; 1 would be an even share.
  * Include moe_infer.h and tool.h first. */
 #ifndef HEATMAP_H
 #define HEATMAP_H
@@ -67,24 +67,11 @@ static inline void heatmap_body(FILE *f, const moe_session *session) {
 
 /* Returns 0, or -1 with errno set. */
 static inline int heatmap_write(const char *path, const moe_session *session) {
-    char *draft = (char *)malloc(strlen(path) + 8);
-    if (!draft) return -1;
-    sprintf(draft, "%s.tmp", path);
-    FILE *f = fopen(draft, "w");
-    int failed = !f;
-    if (f) {
-        heatmap_body(f, session);
-        failed = ferror(f);
-        if (fclose(f)) failed = 1;
-        if (!failed && rename(draft, path)) failed = 1;
-        if (failed) {
-            const int saved = errno;
-            remove(draft);
-            errno = saved;
-        }
-    }
-    free(draft);
-    return failed ? -1 : 0;
+    char *draft;
+    FILE *f = tool_replace_begin(path, &draft);
+    if (!f) return -1;
+    heatmap_body(f, session);
+    return tool_replace_end(f, draft, path, 1);
 }
 
 #endif

@@ -65,9 +65,8 @@ static void pad(FILE *f, uint64_t size, uint64_t alignment) {
     for (; size % alignment; size++) fputc(0, f);
 }
 
-/* Magic, counts, metadata as it was, and the table of tensors; returns the bytes written. */
-static uint64_t write_head(FILE *f, const moe_gguf *gguf, const moe_type *types,
-                           uint64_t alignment) {
+/* Magic, counts, metadata as it was, and the table of tensors. */
+static void write_head(FILE *f, const moe_gguf *gguf, const moe_type *types, uint64_t alignment) {
     const int64_t n_values = moe_gguf_n_values(gguf), n_tensors = moe_gguf_n_tensors(gguf);
     uint64_t size = 24, offset = 0;
     fwrite("GGUF", 1, 4, f);
@@ -94,7 +93,6 @@ static uint64_t write_head(FILE *f, const moe_gguf *gguf, const moe_type *types,
         size += 8 + strlen(t->name) + 4 + 8 * (uint64_t)t->n_dims + 4 + 8;
     }
     pad(f, size, alignment);
-    return size;
 }
 
 /* A tensor's rows, some at a time. */
@@ -149,8 +147,8 @@ static int quantize(const char *in, const char *out, const rule *rules, int n_ru
     if (!gguf) return tool_fail(program, in, &error);
     const int64_t n = moe_gguf_n_tensors(gguf);
     moe_type *types = (moe_type *)calloc((size_t)n + 1, sizeof *types);
-    char *draft = (char *)malloc(strlen(out) + 8);
-    int status = types && draft ? TOOL_OK : TOOL_ERROR;
+    char *draft;
+    int status = types ? TOOL_OK : TOOL_ERROR;
     for (int64_t i = 0; i < n && !status; i++) {
         const moe_gguf_tensor *t = moe_gguf_tensor_at(gguf, i);
         if (t->part || !t->data || !moe_type_supported(t->type)) {
@@ -162,18 +160,13 @@ static int quantize(const char *in, const char *out, const rule *rules, int n_ru
         }
     }
     if (!status) {
-        sprintf(draft, "%s.tmp", out);
-        FILE *f = fopen(draft, "wb");
-        status = f ? write_file(f, gguf, types, &sum) : fail_write(draft);
-        if (f && ferror(f) && !status) status = fail_write(draft);
-        if (f && fclose(f) && !status) status = fail_write(draft);
-        if (!status && rename(draft, out)) status = fail_write(out);
-        if (f && status) remove(draft);
+        FILE *f = tool_replace_begin(out, &draft);
+        status = f ? write_file(f, gguf, types, &sum) : fail_write(out);
+        if (f && tool_replace_end(f, draft, out, !status) && !status) status = fail_write(out);
     }
     if (!status)
         printf("%s: %s of weights, %s before\n", out, tool_size(to, sum),
                tool_size(from, (double)moe_gguf_file_size(gguf)));
-    free(draft);
     free(types);
     moe_gguf_close(gguf);
     return status;

@@ -627,6 +627,12 @@ static int accept(void *user, float fraction) {
 }
 
 /* Every way to get the weights gives the same logits; loading can be cancelled. */
+/* The first logits are what later ones are compared with; those are freed. */
+static void keep_first(float **first, float *logits) {
+    if (*first) free(logits);
+    else *first = logits;
+}
+
 TEST(ways_to_load) {
     const char *path = models_simple("t_mla_groups", "q8_0");
     float *expected = NULL;
@@ -656,8 +662,7 @@ TEST(ways_to_load) {
         if (!model) continue;
         float *logits = models_run(model, &s, tokens, 20, MODELS_WHOLE);
         if (expected && logits) CHECK(!memcmp(expected, logits, sizeof(float) * 20 * 264));
-        if (expected) free(logits);
-        else expected = logits;
+        keep_first(&expected, logits);
         moe_model_close(model);
     }
     free(expected);
@@ -1015,8 +1020,7 @@ TEST(numa_options) {
         if (!o.mlock) CHECK(memory->n_bytes_locked == 0);
         float *logits = models_run(model, &s, tokens, 20, MODELS_WHOLE);
         if (expected && logits) CHECK(!memcmp(expected, logits, sizeof(float) * 20 * 264));
-        if (expected) free(logits);
-        else expected = logits;
+        keep_first(&expected, logits);
         moe_model_close(model);
     }
     free(expected);
@@ -1126,8 +1130,7 @@ TEST(schedules_on_two_nodes) {
                 if (expected[step] && logits)
                     CHECKF(!memcmp(expected[step], logits, sizeof(float) * 12 * (size_t)n_vocab),
                            "schedule %d, %d threads", schedule, threads);
-                if (expected[step]) free(logits);
-                else expected[step] = logits;
+                keep_first(&expected[step], logits);
                 moe_pool_close(s.pool);
             }
     for (int step = 0; step < 2; step++) free(expected[step]);

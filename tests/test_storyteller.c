@@ -82,19 +82,24 @@ TEST(logits_of_every_instruction_set) {
 
 /* ---- perplexity ------------------------------------------------------------------------------ */
 
+/* The held-out stories, an empty line between two; "" if they cannot be read. */
+static char *read_stories(void) {
+    static char text[1 << 16];
+    FILE *f = fopen(stories, "rb");
+    text[f ? fread(text, 1, sizeof text - 1, f) : 0] = 0;
+    if (f) fclose(f);
+    return text;
+}
+
 /* Perplexity per token over the stories of a text, an empty line between two: each from begin */
 /* to its end token. 0: something failed. */
 static double perplexity(const char *path) {
     moe_model *model = models_open(path);
-    FILE *f = fopen(stories, "rb");
     double sum = 0, count = 0;
-    static char text[1 << 16];
-    if (!model || !f) return 0;
-    text[fread(text, 1, sizeof text - 1, f)] = 0;
-    fclose(f);
+    if (!model) return 0;
     const moe_vocab *vocab = moe_model_vocab(model);
     const int32_t n_vocab = moe_model_get_info(model)->n_vocab;
-    for (char *story = text; *story;) {
+    for (char *story = read_stories(); *story;) {
         int32_t tokens[1024];
         moe_session_options o;
         char *end = strstr(story, "\n\n");
@@ -153,13 +158,10 @@ TEST(quantizing_costs) {
 /* All experts of all layers are used by a few stories: no dead one, none that does all the work. */
 TEST(experts_are_balanced) {
     moe_model *model = models_open(storyteller);
-    FILE *f = fopen(stories, "rb");
-    static char text[1 << 16];
+    const char *text = read_stories();
     static int32_t tokens[1 << 14];
-    CHECK(model && f);
-    if (!model || !f) return;
-    text[fread(text, 1, sizeof text - 1, f)] = 0;
-    fclose(f);
+    CHECK(model && *text);
+    if (!model || !*text) return;
     const moe_model_info *info = moe_model_get_info(model);
     int64_t n = moe_vocab_tokenize(moe_model_vocab(model), text, strlen(text), 0, tokens, 1 << 14);
     moe_session *session = moe_session_open(model, NULL, NULL);

@@ -48,7 +48,8 @@ TEST(stored_logits_are_the_truth) {
     moe_model_close(model);
 }
 
-/* Within what rounding activations to 8 bits costs, and of each other within float sums. */
+/* Within what rounding activations to 8 bits costs. The instruction sets add in different orders, so */
+/* now and then an activation half way between two steps goes to the other one: 1e-7 each time. */
 TEST(logits_of_every_instruction_set) {
     int32_t tokens[MAX_PROMPT];
     double first[STORED_LOGITS];
@@ -73,7 +74,7 @@ TEST(logits_of_every_instruction_set) {
             const double apart = models_nmse(last, first, STORED_LOGITS);
             printf("  %s: %.2g from the truth, %.2g from plain C\n", moe_isa_name(isas[i]), error,
                    apart);
-            CHECKF(error < 1e-4 && apart < 1e-8, "%s, step %d: %g, %g", moe_isa_name(isas[i]),
+            CHECKF(error < 1e-4 && apart < 1e-6, "%s, step %d: %g, %g", moe_isa_name(isas[i]),
                    step, error, apart);
             free(logits);
         }
@@ -91,23 +92,32 @@ static char *read_stories(void) {
     return text;
 }
 
-/* Perplexity per token over the stories of a text, an empty line between two: each from begin */
-/* to its end token. 0: something failed. */
+enum { MAX_STORY = 512 };
+
+/* The tokens of the next story of *text, from begin to end token; 0: there is none. */
+static int32_t next_story(const moe_vocab *vocab, char **text, int32_t tokens[MAX_STORY]) {
+    char *story = *text;
+    const char *gap = strstr(story, "\n\n");
+    const size_t size = gap ? (size_t)(gap - story) : strcspn(story, "\n");
+    *text += size + strspn(story + size, "\n");
+    const int64_t n = moe_vocab_tokenize(vocab, story, size, MOE_TOKENIZE_ADD_SPECIAL, tokens,
+                                         MAX_STORY - 1);
+    CHECK(size == 0 || (n > 1 && n < MAX_STORY));
+    if (size == 0 || n < 2 || n >= MAX_STORY) return 0;
+    tokens[n] = moe_vocab_eos(vocab);
+    return (int32_t)n + 1;
+}
+
+/* Perplexity per token over the held-out stories. 0: something failed. */
 static double perplexity(const char *path) {
     moe_model *model = models_open(path);
     double sum = 0, count = 0;
     if (!model) return 0;
     const moe_vocab *vocab = moe_model_vocab(model);
     const int32_t n_vocab = moe_model_get_info(model)->n_vocab;
-    for (char *story = read_stories(); *story;) {
-        int32_t tokens[1024];
+    int32_t tokens[MAX_STORY], n;
+    for (char *text = read_stories(); (n = next_story(vocab, &text, tokens)) > 0;) {
         moe_session_options o;
-        char *end = strstr(story, "\n\n");
-        if (!end) end = story + strlen(story);
-        const size_t size = (size_t)(end - story);
-        int32_t n = (int32_t)moe_vocab_tokenize(vocab, story, size, MOE_TOKENIZE_ADD_SPECIAL,
-                                                tokens, 1023);
-        tokens[n++] = moe_vocab_eos(vocab);
         memset(&o, 0, sizeof o);
         o.n_ctx = n;
         float *logits = models_run(model, &o, tokens, n, MODELS_WHOLE);
@@ -119,7 +129,6 @@ static double perplexity(const char *path) {
             count++;
         }
         free(logits);
-        story = end + strspn(end, "\n");
     }
     moe_model_close(model);
     return count > 0 ? exp(sum / count) : 0;
@@ -158,18 +167,17 @@ TEST(quantizing_costs) {
 /* All experts of all layers are used by a few stories: no dead one, none that does all the work. */
 TEST(experts_are_balanced) {
     moe_model *model = models_open(storyteller);
-    const char *text = read_stories();
-    static int32_t tokens[1 << 14];
+    char *text = read_stories();
+    int32_t tokens[MAX_STORY], n;
     CHECK(model && *text);
     if (!model || !*text) return;
     const moe_model_info *info = moe_model_get_info(model);
-    int64_t n = moe_vocab_tokenize(moe_model_vocab(model), text, strlen(text), 0, tokens, 1 << 14);
     moe_session *session = moe_session_open(model, NULL, NULL);
     CHECK(session != NULL);
     if (!session) return;
-    for (int64_t at = 0; at + 256 <= n; at += 256) {
+    while ((n = next_story(moe_model_vocab(model), &text, tokens)) > 0) {
         CHECK(moe_session_rewind(session, 0, NULL) == MOE_OK);
-        CHECK(moe_session_eval(session, tokens + at, 256, NULL) == MOE_OK);
+        CHECK(moe_session_eval(session, tokens, n, NULL) == MOE_OK);
     }
     for (int32_t il = 1; il < info->n_layer; il++) {
         const uint64_t *counts = moe_session_expert_counts(session, il);
@@ -179,7 +187,7 @@ TEST(experts_are_balanced) {
             const double share = (double)counts[e] * info->n_expert / sum;
             least = fmin(least, share);
             most = fmax(most, share);
-            CHECKF(share > 0.3 && share < 2.5, "layer %d, expert %d: %.2f", il, e, share);
+            CHECKF(share > 0.6 && share < 1.6, "layer %d, expert %d: %.2f", il, e, share);
         }
         printf("  layer %d: %.2f to %.2f of an even share\n", il, least, most);
     }

@@ -44,9 +44,13 @@ class Vocabulary:
         return [self.id[s] for s in symbols]
 
 
-def learn(texts, n_merges):
-    """The merges that shorten the texts most, one after another; ties go to the smaller pair."""
+def learn(texts, n_merges, whole=()):
+    """The merges that shorten the texts most, one after another; ties go to the smaller pair. The
+    pieces in `whole` count 30 times, so that most become a single token: who is named once can be
+    named again by copying one token."""
     count = collections.Counter(piece for text in texts for piece in PIECES.findall(text))
+    for piece in whole:
+        count[piece] *= 30
     pieces = [([LETTERS[b] for b in piece.encode()], n) for piece, n in sorted(count.items())]
     merges = []
     for _ in range(n_merges):

@@ -61,11 +61,12 @@ class Someone:
 class Thing:
     """Something that can be lost: with its looks, in singular or plural."""
 
-    def __init__(self, rng):
+    def __init__(self, rng, looks):
         self.many = rng.random() < 0.15
         self.noun = rng.choice(w.PAIRS if self.many else w.THINGS)
-        self.look = rng.choice(w.COLOURS + w.STATES)
+        self.look = rng.choice(looks)
         self.they, self.it = ("they", "them") if self.many else ("it", "it")
+        self.broke, self.broken = ("tore", "torn") if self.noun in w.CLOTH else ("broke", "broken")
         self.was, self.is_ = ("were", "are") if self.many else ("was", "is")
         phrase = self.look + " " + self.noun
         self.full = "a pair of " + phrase if self.many else a(phrase)
@@ -99,6 +100,13 @@ OPENINGS = [
     "There once was {h.full}. {h.He} lived {home} with {h.his} {kin}.",
     "This is the story of {h.full}.",
     "Far away, {home}, lived {h.full}.",
+    "Once upon a time {h.full} lived {home}.",
+    "{Home} there lived {h.full}.",
+]
+ELDERS_OPENINGS = [
+    "{h.Name} lived {home} and was very {h.temper}.",
+    "{h.Name} was very {h.temper}, and everybody {home} knew {h.him}.",
+    "{h.Name} lived {home} with {h.his} {kin}. {h.He} was very {h.temper}.",
 ]
 HABITS = [
     "{h.He} liked to {hobby}, and {h.he} liked {foods}.",
@@ -133,15 +141,17 @@ THANKS = [
     "{h.Name} was so {glad} that {h.he} gave {f.name} {reward}.",
     "As a thank-you, {f.name} got {reward} from {h.name}.",
 ]
-ENDINGS = [
+EVENINGS = [
+    "Then they went home together and ate {foods}.",
+    "They laughed and danced until the stars came out.",
+    "At home {h.he} told {h.his} {kin} everything, and they all ate {foods}.",
+    "That night {h.name} fell asleep with a smile.",
+]
+MORALS = [
     "From that day on, {h.name} and {f.name} were the best of friends.",
     "And {h.name} learned that {lesson}.",
-    "Then they went home together and ate {foods}.",
-    "That night {h.name} fell asleep with a smile.",
-    "{h.He} never forgot what {f.name} had done for {h.him}.",
-    "They laughed and danced until the stars came out.",
-    "And if you go there on a {weather} day, you may still see them {hobbying}.",
-    "At home {h.he} told {h.his} {kin} everything, and they all ate {foods}.",
+    "{h.Name} never forgot what {f.name} had done for {h.him}.",
+    "And if you go there on {a_weather} day, you may still see them {hobbying}.",
 ]
 CLOSINGS = ["The end.", "And they lived happily ever after.", "And that was that.", ""]
 
@@ -173,20 +183,22 @@ def lost(tell):
 
 def broken(tell):
     """Something breaks and is mended."""
-    tool = tell.rng.choice(list(w.TOOLS))
+    thing = tell.slots["t"]
+    tools = w.SEWING if thing.noun in w.CLOTH else w.TOOLS
+    tool = tell.rng.choice(list(tools))
     who = tell.rng.choice(["{f.He}", "Together they", "{f.Name} and {h.name}"])
-    tell.slots.update(tool=tool, mended=w.TOOLS[tool], Sound=capital(tell.slots["sound"]))
+    tell.slots.update(tool=tool, mended=tools[tool].format(it=thing.it))
     tell.say(*OWNING)
-    tell.say("One {time} {h.he} stumbled over {stumble}, and the {t.noun} broke.",
-             "But one {weather} {time} the {t.noun} fell down with a {sound}. Now {t.they} {t.was} "
-             "broken.",
-             "Then came {danger}. {Sound}! The {t} {t.was} broken.")
+    tell.say("One {time} {h.he} stumbled over {stumble}, and the {t.noun} {t.broke}.",
+             "But one {weather} {time} the {t.noun} fell down with a {crash}. Now {t.they} {t.was} "
+             "{t.broken}.",
+             "Then came {danger}. {Crash}! The {t} {t.was} {t.broken}.")
     tell.say("{h.Name} was very {sad} and began to cry.",
              "\"Oh no!\" cried {h.name}. \"What shall I do now?\"",
              "{h.He} sat down under {tree} and felt {sad}.")
     tell.say(*MEETING)
     tell.say(*GREETING)
-    tell.say("\"My {t.noun} broke,\" said {h.name} {sadly}.",
+    tell.say("\"My {t.noun} {t.broke},\" said {h.name} {sadly}.",
              "{h.Name} showed {f.him} the {t.noun}.")
     tell.say("\"That can be mended,\" said {f.name} and took out {tool}.",
              "\"Do not worry,\" said {f.name}. \"I have {tool} at home.\"")
@@ -212,7 +224,7 @@ def stuck(tell):
              "One {time} {h.he} wanted to {hobby} {place}.",
              "But {h.he} was so {h.temper} that {h.he} did not watch out for {danger}.")
     tell.say("Suddenly {h.he} was {where} and could not move.",
-             "With a {sound} {h.he} ended up {where}.",
+             "With a {crash} {h.he} ended up {where}.",
              "Before long {h.name} sat {where}, and {h.he} was {sad}.")
     tell.say("\"Help!\" cried {h.name}. \"Please help me!\"",
              "{h.He} called {sadly}, but nobody came for a long time.",
@@ -226,11 +238,11 @@ def stuck(tell):
     tell.say("{f.Name} {way}, and step by step {h.name} came back to safety.")
 
 
-def weather(tell):
+def storm(tell):
     """A storm, and shelter with somebody."""
-    tell.say("One {time} {h.he} was {hobbying} {place} when dark clouds came up.",
+    tell.say("One {time} {h.he} was {hobbying} when dark clouds came up.",
              "While {h.he} was {hobbying}, it began to rain harder and harder.",
-             "One {part} a storm came over the hills with a {sound}.")
+             "One {part} a storm came over the hills with a {storm}.")
     tell.say("{h.Name} was wet and {sad}, and the way home was long.",
              "The wind blew so hard that {tree} fell across the path.",
              "{h.He} could not see the path any more.")
@@ -267,7 +279,7 @@ def hungry(tell):
              "\"I do not want to share,\" said {f.name} at first, but then {f.he} saw how {sad} "
              "{h.name} was.")
     tell.say("They ate the {food} together, and nothing had ever tasted so good.",
-             "Soon {h.name} was full, and there was still some {food} left for the birds.")
+             "Soon {h.name} was full, and the birds got the rest of the {food}.")
 
 
 CONTESTS = ["a race", "a singing contest", "a cooking contest", "a boat race", "a snail race",
@@ -290,7 +302,7 @@ def contest(tell):
              "Next to {h.him} stood {f.full}.")
     tell.say("In the middle of {the} {f.name} fell over {stumble}.",
              "{f.Name} was far ahead, but then {f.he} hurt {f.his} foot.",
-             "Suddenly there was a {sound}, and {f.name} stood still and looked {sad}.")
+             "Suddenly there was a {crash}, and {f.name} stood still and looked {sad}.")
     tell.say("{h.Name} could have won now. But {h.he} stopped and helped {f.him} up.",
              "\"Winning is not everything,\" said {h.name} and went back to {f.him}.",
              "{h.He} forgot the prize and ran to help {f.name}.")
@@ -315,7 +327,7 @@ def gift(tell):
              "{h.Name} told {f.him} about the birthday.")
     tell.say("\"The best presents are made with your own hands,\" said {f.name}.",
              "\"Then let us make one,\" said {f.name} {kindly}. \"I will show you how.\"")
-    tell.say("So they picked {flowers}, baked {foods} and tied everything up with {a_colour} ribbon.",
+    tell.say("So they picked {flowers}, packed {foods} and tied everything up with {a_colour} ribbon.",
              "They worked for {number} hours, and then it was done: {t.full}, all made by hand.",
              "Out of paper, leaves and {flowers} they made a wonderful picture.")
     tell.say("{h.His} {kin} had tears of joy in {kin_his} eyes.",
@@ -326,8 +338,8 @@ def secret(tell):
     """A strange noise, and who made it."""
     tell.slots.update(spot=tell.rng.choice(w.HIDING), Full=capital(tell.slots["f"].full))
     tell.say("One {part} {h.he} heard a strange {sound}.",
-             "\"What was that?\" whispered {h.name}. There it was again: a {sound}!",
-             "It was {weather} and late, and from somewhere came a {sound}.")
+             "\"What was that?\" whispered {h.name}. There it was again: {a_sound}!",
+             "It was {weather} and late, and from somewhere came {a_sound}.")
     tell.say("{h.He} was {sad}, but also curious.",
              "{h.Name} took {t.full} and went to look.",
              "\"I am not afraid,\" said {h.name} to {h.himself}, and {h.his} knees shook.")
@@ -343,7 +355,7 @@ def secret(tell):
              "\"Then stay with me,\" said {h.name}, and {f.name} was {glad}.")
 
 
-PLOTS = [lost, lost, broken, broken, stuck, weather, hungry, contest, gift, secret]
+PLOTS = [lost, lost, broken, broken, stuck, storm, hungry, contest, gift, secret]
 
 
 def story(rng):
@@ -351,30 +363,40 @@ def story(rng):
     f = Someone(rng, rng.choice(["animal", "elder", "girl", "boy", "animal"]))
     while f.name == h.name or f.plain == h.plain:
         f = Someone(rng, "animal")
-    hobby, hobbying = rng.choice(w.HOBBIES)
 
     def place():
         preposition, name = rng.choice(w.PLACES)
         return "%s the %s" % (preposition, name)
 
+    plot = rng.choice(PLOTS)
+    hobby, hobbying = rng.choice(w.HOBBIES)
+    weather, sound, crash = rng.choice(w.WEATHERS), rng.choice(w.SOUNDS), rng.choice(w.CRASHES)
+    home, looks = place(), w.COLOURS + w.FINE + ([] if plot is gift else w.WORN)
+
     tell = Teller(
-        rng, h=h, f=f, t=Thing(rng), home=place(), place=place(), hobby=hobby, hobbying=hobbying,
-        foods=rng.choice(w.FOODS), kin=rng.choice(w.KIN),
+        rng, h=h, f=f, t=Thing(rng, looks), home=home, Home=capital(home), place=place(), hobby=hobby,
+        hobbying=hobbying, foods=rng.choice(w.FOODS), kin=rng.choice(w.KIN),
         kind={"girl": "child", "boy": "child", "animal": "creature", "elder": "person"}[h.kind],
-        weather=rng.choice(w.WEATHERS), time=rng.choice(w.TIMES),
+        weather=weather, a_weather=a(weather), time=rng.choice(w.TIMES),
         part=rng.choice(["morning", "evening", "afternoon"]),
         feeling=rng.choice(["happy", "cheerful", "merry", "calm", "proud"]),
         sad=rng.choice(w.SAD), glad=rng.choice(w.GLAD), tree=a(rng.choice(w.TREES)),
-        flowers=rng.choice(w.FLOWERS), danger=rng.choice(w.DANGERS + w.STUMBLES),
-        stumble=rng.choice(w.STUMBLES), sound=rng.choice(w.SOUNDS), number=rng.choice(w.NUMBERS),
+        flowers=rng.choice(w.FLOWERS), danger=rng.choice(w.DANGERS),
+        stumble=rng.choice(w.STUMBLES), sound=sound, a_sound=a(sound), number=rng.choice(w.NUMBERS),
         a_colour=a(rng.choice(w.COLOURS)), reward=rng.choice(w.REWARDS),
-        lesson=rng.choice(w.LESSONS))
-    tell.say(*OPENINGS)
+        crash=crash, Crash=capital(crash), storm=rng.choice(["roar", "howl", "rumble"]),
+        lesson=rng.choice(w.LESSONS[plot.__name__]))
+    tell.say(*OPENINGS + (ELDERS_OPENINGS if h.kind == "elder" else []))
     tell.say(*HABITS)
-    rng.choice(PLOTS)(tell)
+    plot(tell)
+    if plot in (contest, secret):  # there it was the hero who helped
+        tell.slots.update(h=f, f=h)
     tell.say(*THANKS)
-    for ending in rng.sample(ENDINGS, rng.choice([1, 2])):
-        tell.say(ending)
+    ending = rng.choice(["evening", "moral", "both"])
+    if ending != "moral":
+        tell.say(*EVENINGS)
+    if ending != "evening":
+        tell.say(*MORALS)
     tell.say(*CLOSINGS)
     return " ".join(tell.said)
 

@@ -1,7 +1,10 @@
 """Trains the storyteller and writes it as a GGUF file in F32, which build/moe-quantize makes small.
 
     apt-get install python3-torch
-    python3 train.py --out storyteller-f32.gguf [--steps 1000] [--seed 1]
+    OMP_NUM_THREADS=1 python3 train.py --out storyteller-f32.gguf [--steps 6000] [--processes 2]
+
+The matrices are small: two processes, each with half of a step's stories, are faster than one with
+two threads. The result depends on the seed and on the number of processes.
 
 A deepseek2 model: multi-head latent attention, one leading dense layer, then layers of routed
 experts (sigmoid gating, two of them per token) and a shared one. The load of the experts is
@@ -15,15 +18,18 @@ import struct
 import time
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 import torch.nn.functional as F
 
 import bpe
 import grammar
+import words
 
 N_EMBD, N_LAYER, N_HEAD = 256, 4, 4
-NOPE, ROPE, V_DIM, KV_LORA = 32, 32, 64, 64
+NOPE, ROPE, V_DIM, KV_LORA = 32, 32, 64, 128
 N_EXPERT, N_USED, FF_EXPERT, FF_DENSE = 8, 2, 256, 512
-CONTEXT, ROW, N_MERGES, EPS, BASE = 512, 256, 1150, 1e-6, 10000.0
+CONTEXT, N_MERGES, EPS, BASE = 512, 1790, 1e-6, 10000.0
 SPECIALS = ["<|begin|>", "<|end|>"]
 
 
@@ -49,7 +55,8 @@ class Storyteller(torch.nn.Module):
             return torch.nn.Parameter(torch.ones(n))
 
         out = 1 / math.sqrt(2 * N_LAYER)  # what is added to the residual begins small
-        self.embd = torch.nn.Parameter(torch.randn(n_vocab, N_EMBD) * 0.02)
+        # As large as what the layers add: which token it is must not drown, or copying is learned late.
+        self.embd = torch.nn.Parameter(torch.randn(n_vocab, N_EMBD))
         self.output = matrix(n_vocab, N_EMBD)
         self.output_norm = ones(N_EMBD)
         self.layers = torch.nn.ModuleList()
@@ -218,75 +225,164 @@ def export(model, vocabulary, path):
     g.write(path)
 
 
+def read(path):
+    """The vocabulary and the tensors of a file that export() wrote."""
+    data, at, lists, tensors = open(path, "rb").read(), 8, {}, []
+
+    def take(format):
+        nonlocal at
+        values = struct.unpack_from("<" + format, data, at)
+        at += struct.calcsize("<" + format)
+        return values[0] if len(values) == 1 else values
+
+    def text():
+        nonlocal at
+        n = take("Q")
+        at += n
+        return data[at - n : at].decode()
+
+    n_tensors, n_keys = take("QQ")
+    for _ in range(n_keys):
+        key, kind = text(), take("I")
+        if kind == 9:
+            kind, n = take("IQ")
+            lists[key] = [text() if kind == 8 else take("i") for _ in range(n)]
+        elif kind == 8:
+            text()
+        else:
+            take({4: "I", 6: "f", 7: "?"}[kind])
+    for _ in range(n_tensors):
+        name, n_dims = text(), take("I")
+        shape = [take("Q") for _ in range(n_dims)]
+        tensors.append((name, shape[::-1], take("IQ")[1]))
+    begin = (at + 31) // 32 * 32
+    merges = [tuple(m.split(" ")) for m in lists["tokenizer.ggml.merges"]]
+    return bpe.Vocabulary(merges, SPECIALS), {
+        name: torch.frombuffer(bytearray(data[begin + offset : begin + offset + 4 * math.prod(shape)]),
+                               dtype=torch.float32).view(shape) for name, shape, offset in tensors}
+
+
+def restore(model, tensors):
+    """What export() wrote becomes the model's weights."""
+    with torch.no_grad():
+        model.embd.copy_(tensors["token_embd.weight"])
+        model.output_norm.copy_(tensors["output_norm.weight"])
+        model.output.copy_(tensors["output.weight"])
+        for il, p in enumerate(model.layers):
+            for name, value in p.items():
+                if name != "kv_b":
+                    value.copy_(tensors["blk.%d.%s.weight" % (il, name)])
+            k_b, v_b = (tensors["blk.%d.attn_%s_b.weight" % (il, kv)] for kv in "kv")
+            p["kv_b"].copy_(torch.cat((k_b.transpose(1, 2), v_b), 1))
+            if il:
+                model.bias[il] = tensors["blk.%d.exp_probs_b.bias" % il]
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 
-def batches(vocabulary, seed, n_rows):
-    """Stories without end, packed into rows of ROW + 1 tokens that begin with a story's begin."""
+def batches(vocabulary, seed, n_rows, pool=16):
+    """Batches without end: (tokens, the token after each), a story in a row. After the shorter stories
+    comes padding: -1 where a next token does not count. As little of it as possible: of `pool`
+    batches' stories each gets those of nearly the same length."""
     begin, end = len(vocabulary.tokens) - 2, len(vocabulary.tokens) - 1
-    rng, rows, row = random.Random(seed), [], []
+    rng = random.Random(seed)
     while True:
-        row += [begin] + vocabulary.encode(grammar.story(rng)) + [end]
-        if len(row) > ROW:
-            rows.append(row[: ROW + 1])
-            row = []
-        if len(rows) == n_rows:
-            yield torch.tensor(rows)
-            rows = []
+        stories = sorted(([begin] + vocabulary.encode(grammar.story(rng)) + [end]
+                          for _ in range(n_rows * pool)), key=len)
+        groups = [stories[i : i + n_rows] for i in range(0, len(stories), n_rows)]
+        rng.shuffle(groups)
+        for group in groups:
+            longest = len(group[-1])
+            yield (torch.tensor([(s + [end] * (longest - len(s)))[:-1] for s in group]),
+                   torch.tensor([s[1:] + [-1] * (longest - len(s)) for s in group]))
 
 
-def loss_of(model, rows):
-    logits = model(rows[:, :-1])
-    return F.cross_entropy(logits.reshape(-1, model.n_vocab), rows[:, 1:].reshape(-1))
+def loss_of(model, batch):
+    tokens, following = batch
+    return F.cross_entropy(model(tokens).flatten(0, 1), following.flatten(), ignore_index=-1)
+
+
+def add_up(model, n_processes):
+    """The mean of all processes' gradients, the sum of their experts' loads: the same in each."""
+    if n_processes == 1:
+        return
+    tensors = [p.grad for p in model.parameters()] + [model.load]
+    flat = torch.cat([t.flatten() for t in tensors])
+    torch.distributed.all_reduce(flat)
+    for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(part.view_as(t) if t is model.load else part.view_as(t) / n_processes)
+
+
+def train(rank, options, vocabulary, weights):
+    n = options.processes
+    if n > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method="tcp://127.0.0.1:29431", rank=rank, world_size=n)
+    torch.manual_seed(options.seed)
+    torch.set_flush_denormal(True)
+    model = Storyteller(len(vocabulary.tokens))
+    if weights:
+        restore(model, weights)
+    decayed = [p for p in model.parameters() if p.dim() > 1 and p is not model.embd]
+    plain = [model.embd] + [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05},
+                                   {"params": plain, "weight_decay": 0.0}],
+                                  lr=options.rate, betas=(0.9, 0.98))
+    held_out = [b for b, _ in zip(batches(vocabulary, 1000003, 8, 4), range(4))]  # other stories
+    if rank == 0:
+        print("%d tokens in the vocabulary, %.2f M weights" % (
+            model.n_vocab, sum(p.numel() for p in model.parameters()) / 1e6), flush=True)
+    start, n_tokens = time.time(), 0
+    data = batches(vocabulary, options.seed + 17 + 1000 * rank, options.rows)
+    for step in range(options.steps):
+        done = step / options.steps
+        slope = min(1, (step + 1) / 50) * (0.02 + 0.98 * min(1, 2.0 * (1 - done)))
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * slope
+        batch = next(data)
+        loss = loss_of(model, batch)
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        for p in model.parameters():  # an expert may have got no token, the first time
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        add_up(model, n)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.balance(0.01 if done < 0.3 else 0.003 if done < 0.7 else 0.0005)
+        n_tokens += n * int((batch[1] >= 0).sum())
+        if rank == 0 and (step + 1) % 50 == 0:
+            load = " ".join("%.2f-%.2f" % (l.min() / l.sum() * N_EXPERT, l.max() / l.sum() * N_EXPERT)
+                            for l in model.load[1:])
+            with torch.no_grad():
+                held = sum(loss_of(model, b).item() for b in held_out) / len(held_out)
+            print("step %d, %.1f min, %.2f M tokens, loss %.3f, held out %.3f, load %s" % (
+                step + 1, (time.time() - start) / 60, n_tokens / 1e6, loss.item(), held, load),
+                flush=True)
+        if rank == 0 and ((step + 1) % 100 == 0 or step + 1 == options.steps):
+            export(model, vocabulary, options.out)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default="storyteller-f32.gguf")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=12, help="stories per step and process")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--start", help="a file to go on from: its vocabulary and weights")
     options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    merges = bpe.learn(grammar.stories(options.seed, 4000), N_MERGES)
+    if options.start:
+        vocabulary, weights = read(options.start)
+        torch.multiprocessing.spawn(train, (options, vocabulary, weights), options.processes)
+        return
+    referred = [" " + word for word in words.GIRLS + words.BOYS + words.PETS]
+    referred += [" " + part for word in words.ELDERS + words.THINGS for part in word.split()]
+    merges = bpe.learn(grammar.stories(options.seed, 4000), N_MERGES, referred)
     vocabulary = bpe.Vocabulary(merges, SPECIALS)
-    model = Storyteller(len(vocabulary.tokens))
-    torch.set_flush_denormal(True)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05},
-                                   {"params": plain, "weight_decay": 0.0}],
-                                  lr=options.rate, betas=(0.9, 0.98))
-    held_out = next(batches(vocabulary, 1000003, 16))  # another seed: other stories
-    print("%d tokens in the vocabulary, %.2f M weights" % (
-        model.n_vocab, sum(p.numel() for p in model.parameters()) / 1e6), flush=True)
-    start, step = time.time(), 0
-    for rows in batches(vocabulary, options.seed + 17, options.rows):
-        done = step / options.steps
-        if done >= 1:
-            break
-        slope = min(1, (step + 1) / 50) * (0.02 + 0.98 * min(1, 2.0 * (1 - done)))
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * slope
-        loss = loss_of(model, rows)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.balance(0.01 if done < 0.3 else 0.003 if done < 0.7 else 0.0005)
-        step += 1
-        if step % 50 == 0:
-            with torch.no_grad():
-                held = loss_of(model, held_out).item()
-            print("step %d, %.1f min, loss %.3f, held out %.3f, load %s" % (
-                step, (time.time() - start) / 60, loss.item(), held,
-                " ".join("%.2f-%.2f" % (l.min() / l.sum() * N_EXPERT, l.max() / l.sum() * N_EXPERT)
-                         for l in model.load[1:])), flush=True)
-        if step % 100 == 0:
-            export(model, vocabulary, options.out)
-    export(model, vocabulary, options.out)
-    print("%d steps, %d tokens: %s" % (step, step * options.rows * ROW, options.out))
+    torch.multiprocessing.spawn(train, (options, vocabulary, None), options.processes)
 
 
 if __name__ == "__main__":

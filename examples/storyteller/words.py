@@ -57,17 +57,20 @@ helpful honest impatient kind lazy lively lonely loyal merry messy modest naught
 quick quiet restless serious shy silly sleepy stubborn thoughtful timid wild wise
 """)
 
-SIZES = words("big enormous fat giant great huge large little long narrow round short slim small tall thick thin tiny")
+SIZES = words("big enormous fat giant great huge large little plump short slim small tall thin tiny")
 
 COLOURS = words("""
 amber beige black blue bronze brown copper cream crimson emerald golden green grey indigo ivory lemon lilac orange
 pink purple red rosy scarlet silver turquoise violet white yellow
 """)
 
-STATES = words("""
-beautiful broken_in bright_new crooked dented dusty fancy fine funny-looking glittering handmade heavy light lovely
-lucky magic old patched plain polished precious pretty rusty shiny simple soft spotted squeaky sticky striped strange
-torn warm wonderful wooden woollen worn
+# Looks of things: of new ones, and of those that may have been through something.
+FINE = words("""
+beautiful bright_new fancy fine glittering handmade light lovely lucky magic polished precious pretty shiny soft striped
+warm wonderful wooden woollen
+""")
+WORN = words("""
+crooked dented dusty funny-looking heavy old patched plain rusty simple spotted squeaky sticky strange worn
 """)
 
 THINGS = words("""
@@ -135,10 +138,7 @@ lazily loudly merrily nervously noisily patiently playfully politely proudly qui
 sleepily slowly softly solemnly steadily stubbornly suddenly thoughtfully timidly warmly wearily wildly wisely
 """)
 
-FEELINGS = words("""
-amazed angry ashamed bored calm confident embarrassed excited exhausted hoarse hopeful hungry hurt jealous puzzled ready
-sore sorry surprised thirsty tired
-""")
+FEELINGS = words("breathless calm confident exhausted hoarse hopeful hungry ready sore thirsty tired")
 
 # Activities: "liked to ..." and "was ...ing".
 HOBBIES = [tuple(h.replace("_", " ").split("|")) for h in """
@@ -159,9 +159,11 @@ watch_the_clouds|watching_the_clouds water_the_plants|watering_the_plants weave_
 whistle_a_melody|whistling_a_melody write_letters|writing_letters
 """.split()]
 
+# What is heard when something falls, and what in the night.
+CRASHES = words("bang boom clang clatter clunk crack crash creak crunch pop rattle splash splat squeak thud thump")
 SOUNDS = words("""
-bang boom clang clatter click crack crash creak drip growl hiss howl hum knock murmur pop rattling_noise roar rumble
-rustle scratch scream sigh snap snore splash squeak thud tick whisper
+clatter click crackling creak drip gurgle growl hiss howl hum knock murmur rattling_noise roar rumble rustle scratching
+sigh snap snore squeak thud tick whimper whisper
 """)
 
 HIDING = words("""
@@ -171,22 +173,43 @@ in_the_sand in_the_wardrobe in_the_woodpile inside_a_boot on_the_shelf on_the_wi
 under_the_bed under_the_bench under_the_carpet under_the_roots under_the_sofa under_the_stairs under_the_table
 """)
 
-TOOLS = {  # what may be done with it when something is broken
-    "glue": "glued the pieces together", "a needle and thread": "stitched the tear shut",
-    "a hammer and nails": "nailed it fast", "a drop of oil": "oiled the stiff part",
-    "a strip of leather": "tied a strip of leather around the crack", "some wax": "sealed the hole with wax",
-    "a piece of wire": "bound it with wire", "fresh paint": "painted over the scratches",
-    "a bit of string": "fastened it with string", "a strong screw": "screwed it together",
+# What may be done with a tool when something is broken: hard things, and things made of cloth.
+TOOLS = {
+    "glue": "glued the pieces together", "a hammer and nails": "nailed {it} together",
+    "a drop of oil": "oiled the stiff part", "a piece of wire": "bound {it} with wire",
+    "some wax": "sealed the crack with wax", "a strong screw": "screwed {it} together",
+    "a strip of leather": "tied a strip of leather around the crack",
+    "fresh paint": "painted over the scratches",
 }
-
-LESSONS = words("""
-a_friend_in_need_is_a_friend_indeed  asking_for_help_is_not_a_weakness  every_cloud_has_a_silver_lining
-good_things_take_time  honest_words_weigh_more_than_gold  it_is_better_to_share_than_to_keep
-kindness_comes_back_in_the_end  little_by_little_one_travels_far  many_hands_make_light_work
-patience_is_stronger_than_anger  small_steps_lead_up_high_mountains  a_true_friend_never_laughs_at_a_mistake
-the_smallest_creature_can_be_the_bravest  those_who_listen_learn_the_most  trying_again_is_half_of_winning
-what_is_lost_can_often_be_found  whoever_helps_others_is_never_alone  courage_grows_when_it_is_needed
+SEWING = {
+    "a needle and thread": "stitched the tear shut", "a patch": "sewed a patch over the hole",
+    "a bit of string": "laced {it} with string", "some wool": "darned the hole with wool",
+    "a safety pin": "pinned {it} together",
+}
+CLOTH = words("""
+apron blanket cap cape coat cushion dress flag handkerchief hat jacket mitten pillow puppet purse quilt ribbon
+sail scarf shawl shirt skirt sweater vest waistcoat wallet gloves mittens sandals shoes slippers socks trousers
+boots
 """)
+
+# What is learned, by plot.
+LESSONS = {plot: [lesson.replace("_", " ") for lesson in lessons.split()] for plot, lessons in {
+    "lost": """what_is_lost_can_often_be_found many_hands_make_light_work every_cloud_has_a_silver_lining
+        patience_is_stronger_than_anger""",
+    "broken": """good_things_take_time many_hands_make_light_work what_is_broken_can_be_mended
+        patience_is_stronger_than_anger""",
+    "stuck": """asking_for_help_is_not_a_weakness a_friend_in_need_is_a_friend_indeed
+        the_smallest_creature_can_be_the_bravest whoever_helps_others_is_never_alone""",
+    "storm": """every_cloud_has_a_silver_lining kindness_comes_back_in_the_end
+        a_friend_in_need_is_a_friend_indeed""",
+    "hungry": """it_is_better_to_share_than_to_keep kindness_comes_back_in_the_end
+        whoever_helps_others_is_never_alone""",
+    "contest": """a_true_friend_is_worth_more_than_a_prize small_steps_lead_up_high_mountains
+        trying_again_is_half_of_winning little_by_little_one_travels_far""",
+    "gift": """honest_words_weigh_more_than_gold good_things_take_time those_who_listen_learn_the_most""",
+    "secret": """courage_grows_when_it_is_needed those_who_listen_learn_the_most
+        a_stranger_is_a_friend_whom_you_do_not_know_yet""",
+}.items()}
 
 NUMBERS = words("two three four five six seven eight nine ten eleven twelve twenty")
 

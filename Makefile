@@ -13,7 +13,7 @@ JOBS = $(shell nproc 2>/dev/null || echo 2)
 MODEL = examples/storyteller/storyteller.gguf
 PROMPT = Once upon a time there was
 N = 400
-SEED = 28
+SEED = 14
 TEMP = 0.5
 FUZZ_SECONDS = 60
 

@@ -48,8 +48,9 @@ TEST(stored_logits_are_the_truth) {
     moe_model_close(model);
 }
 
-/* Within what rounding activations to 8 bits costs. The instruction sets add in different orders, so */
-/* now and then an activation half way between two steps goes to the other one: 1e-7 each time. */
+/* Within what rounding activations to 8 bits costs. Instruction sets add in different orders, so */
+/* an activation half way between two steps may go to the other one: mostly none does and they */
+/* agree to 1e-14, but never may they differ by more than two independent roundings would. */
 TEST(logits_of_every_instruction_set) {
     int32_t tokens[MAX_PROMPT];
     double first[STORED_LOGITS];
@@ -74,7 +75,7 @@ TEST(logits_of_every_instruction_set) {
             const double apart = models_nmse(last, first, STORED_LOGITS);
             printf("  %s: %.2g from the truth, %.2g from plain C\n", moe_isa_name(isas[i]), error,
                    apart);
-            CHECKF(error < 1e-4 && apart < 1e-6, "%s, step %d: %g, %g", moe_isa_name(isas[i]),
+            CHECKF(error < 1e-4 && apart < 4e-5, "%s, step %d: %g, %g", moe_isa_name(isas[i]),
                    step, error, apart);
             free(logits);
         }

@@ -28,7 +28,7 @@
 /*   >>gguf       969  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     1975  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   3576  inner loops: plain C, then one vector text per instruction set */
-/*   >>machine 7694  processors, cores, quotas, memory nodes; binding threads and pages */
+/*   >>machine   7694  processors, cores, quotas, memory nodes; binding threads and pages */
 /*   >>pool      8031  the team of threads: wake, barrier, shares of work */
 /*   >>ops       8462  matrix products, rotary positions, cache rows, merging attention */
 /*   >>experts   8744  router, plan, the expert schedules */

@@ -626,13 +626,13 @@ static int accept(void *user, float fraction) {
     return 1;
 }
 
-/* Every way to get the weights gives the same logits; loading can be cancelled. */
 /* The first logits are what later ones are compared with; those are freed. */
 static void keep_first(float **first, float *logits) {
     if (*first) free(logits);
     else *first = logits;
 }
 
+/* Every way to get the weights gives the same logits; loading can be cancelled. */
 TEST(ways_to_load) {
     const char *path = models_simple("t_mla_groups", "q8_0");
     float *expected = NULL;

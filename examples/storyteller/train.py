@@ -303,15 +303,15 @@ def loss_of(model, batch):
     return F.cross_entropy(model(tokens).flatten(0, 1), following.flatten(), ignore_index=-1)
 
 
-def add_up(model, n_processes):
-    """The mean of all processes' gradients, the sum of their experts' loads: the same in each."""
+def average(model, n_processes):
+    """Gradients and experts' loads become the mean over all processes: the same in each."""
     if n_processes == 1:
         return
     tensors = [p.grad for p in model.parameters()] + [model.load]
     flat = torch.cat([t.flatten() for t in tensors])
     torch.distributed.all_reduce(flat)
     for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(part.view_as(t) if t is model.load else part.view_as(t) / n_processes)
+        t.copy_(part.view_as(t) / n_processes)
 
 
 def train(rank, options, vocabulary, weights):
@@ -347,7 +347,7 @@ def train(rank, options, vocabulary, weights):
         for p in model.parameters():  # an expert may have got no token, the first time
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        add_up(model, n)
+        average(model, n)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.balance(0.01 if done < 0.3 else 0.003 if done < 0.7 else 0.0005)
@@ -364,6 +364,13 @@ def train(rank, options, vocabulary, weights):
             export(model, vocabulary, options.out)
 
 
+def learn_vocabulary(seed):
+    referred = [" " + word for word in words.GIRLS + words.BOYS + words.PETS]
+    referred += [" " + part for word in words.ELDERS + words.THINGS for part in word.split()]
+    merges = bpe.learn(grammar.stories(seed, 4000), N_MERGES, referred)
+    return bpe.Vocabulary(merges, SPECIALS)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default="storyteller-f32.gguf")
@@ -376,13 +383,9 @@ def main():
     options = parser.parse_args()
     if options.start:
         vocabulary, weights = read(options.start)
-        torch.multiprocessing.spawn(train, (options, vocabulary, weights), options.processes)
-        return
-    referred = [" " + word for word in words.GIRLS + words.BOYS + words.PETS]
-    referred += [" " + part for word in words.ELDERS + words.THINGS for part in word.split()]
-    merges = bpe.learn(grammar.stories(options.seed, 4000), N_MERGES, referred)
-    vocabulary = bpe.Vocabulary(merges, SPECIALS)
-    torch.multiprocessing.spawn(train, (options, vocabulary, None), options.processes)
+    else:
+        vocabulary, weights = learn_vocabulary(options.seed), None
+    torch.multiprocessing.spawn(train, (options, vocabulary, weights), options.processes)
 
 
 if __name__ == "__main__":

@@ -966,6 +966,774 @@ MOE__PRIVATE double moe__seconds(void) {
 }
 
 /* ============================================================================================== */
+/* // >>machine */
+/* */
+/* What the system lets this process use: processors and physical cores (affinity mask, control */
+/* groups), the memory nodes they belong to, and the calls that bind threads and pages to them. */
+/* */
+/*   socket 0 = node 0    cores 0-3     threads 0 1 2 3    rows of a matrix: the first half */
+/*   socket 1 = node 1    cores 4-7     threads 4 5 6 7                      the second half */
+/* */
+/* Threads stand in blocks, those of the first node first: with fixed rows per thread, a node */
+/* reads the same rows in every token, and their pages can lie in its memory. */
+/* */
+/* Files are read below `root`, which is "" outside of tests. Where the system tells nothing or */
+/* refuses, there is one node, and nothing is bound to anything. */
+/* ============================================================================================== */
+
+enum {
+    MOE__MAX_PROCESSORS = 8192, /* the most that Linux is built for */
+    MOE__MAX_NODES = 64 /* with processors that we may use; all further ones count as the last */
+};
+
+typedef struct moe__machine {
+    int32_t n_processors; /* in the affinity mask */
+    int32_t n_cores;      /* physical cores among them */
+    int32_t n_nodes;      /* memory nodes that have some of them, at least 1 */
+    int32_t node[MOE__MAX_NODES];       /* the system's number of each */
+    int32_t cores[MOE__MAX_NODES + 1];  /* cores on all nodes before */
+    int32_t first[MOE__MAX_NODES + 1];  /* processors of node k: order[first[k]] and on, each */
+    uint16_t order[MOE__MAX_PROCESSORS]; /* core's first hardware thread before all second ones */
+} moe__machine;
+
+/* Which thread of n stands where: threads first[k] .. first[k + 1] - 1 on node k. */
+typedef struct moe__nodes {
+    int32_t n;
+    int32_t first[MOE__MAX_NODES + 1];
+} moe__nodes;
+
+MOE__INLINE int moe__machine_bit(const uint64_t *mask, int i) {
+    return mask[i / 64] >> (i % 64) & 1;
+}
+
+/* The beginning of a small text file; 0 bytes if it cannot be read. */
+MOE__PRIVATE size_t moe__machine_file(const char *root, const char *path, char *out,
+                                      size_t capacity) {
+    char whole[1024];
+    size_t size = 0;
+    out[0] = 0;
+    if ((size_t)snprintf(whole, sizeof whole, "%s%s", root, path) >= sizeof whole) return 0;
+    int fd = open(whole, O_RDONLY | MOE__O_CLOEXEC);
+    if (fd < 0) return 0;
+    ssize_t n = read(fd, out, capacity - 1);
+    if (n > 0) size = (size_t)n;
+    close(fd);
+    out[size] = 0;
+    return size;
+}
+
+/* A list such as "0-3,8" as bits of mask; 0 if the file cannot be read or says something else. */
+MOE__PRIVATE int moe__machine_list(const char *root, const char *path, uint64_t *mask) {
+    char text[4096];
+    memset(mask, 0, MOE__MAX_PROCESSORS / 8);
+    if (!moe__machine_file(root, path, text, sizeof text)) return 0;
+    for (char *p = text; *p >= '0' && *p <= '9';) {
+        long low = strtol(p, &p, 10), high = *p == '-' ? strtol(p + 1, &p, 10) : low;
+        for (long i = low; i <= high && i < MOE__MAX_PROCESSORS; i++)
+            mask[i / 64] |= (uint64_t)1 << (i % 64);
+        if (*p != ',') return *p == '\n' || !*p;
+        p++;
+    }
+    return 0;
+}
+
+/* The processors that the process may run on; returns how many. */
+MOE__PRIVATE int32_t moe__machine_affinity(uint64_t *mask) {
+    int32_t count = 0;
+    memset(mask, 0, MOE__MAX_PROCESSORS / 8);
+#if defined(__linux__)
+    if (syscall(SYS_sched_getaffinity, 0, (size_t)MOE__MAX_PROCESSORS / 8, mask) <= 0)
+#endif
+        for (long i = 0, n = sysconf(_SC_NPROCESSORS_ONLN); i < n && i < MOE__MAX_PROCESSORS; i++)
+            mask[i / 64] |= (uint64_t)1 << (i % 64);
+    for (int i = 0; i < MOE__MAX_PROCESSORS; i++) count += moe__machine_bit(mask, i);
+    return count;
+}
+
+/* Appends the node's processors: its cores first. */
+MOE__PRIVATE void moe__machine_add_node(moe__machine *m, const char *root, int32_t node,
+                                        const uint64_t *allowed, uint64_t *on_node) {
+    uint64_t siblings[MOE__MAX_PROCESSORS / 64], core[MOE__MAX_PROCESSORS / 64];
+    const int32_t k = m->n_nodes;
+    int32_t next = m->first[k], n_cores = 0;
+    memset(core, 0, sizeof core);
+    for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++) {
+        char path[128];
+        if (!moe__machine_bit(on_node, cpu)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
+                 cpu);
+        int first = 0; /* a core counts by its first hardware thread that we may use */
+        if (!moe__machine_list(root, path, siblings)) first = cpu;
+        while (first < cpu &&
+               !(moe__machine_bit(siblings, first) && moe__machine_bit(allowed, first)))
+            first++;
+        if (first == cpu) core[cpu / 64] |= (uint64_t)1 << (cpu % 64);
+    }
+    for (int second = 0; second < 2; second++)
+        for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++)
+            if (moe__machine_bit(on_node, cpu) && moe__machine_bit(core, cpu) != second) {
+                m->order[next++] = (uint16_t)cpu;
+                n_cores += !second;
+            }
+    if (next == m->first[k]) return;
+    m->node[k] = node;
+    m->first[k + 1] = next;
+    m->cores[k + 1] = m->cores[k] + n_cores;
+    m->n_cores += n_cores;
+    m->n_nodes++;
+}
+
+/* What there is of the processors in `allowed`. */
+MOE__PRIVATE void moe__machine_read(moe__machine *m, const char *root, const uint64_t *allowed) {
+    uint64_t online[MOE__MAX_PROCESSORS / 64], on_node[MOE__MAX_PROCESSORS / 64];
+    uint64_t rest[MOE__MAX_PROCESSORS / 64];
+    memset(m, 0, sizeof *m);
+    memcpy(rest, allowed, sizeof rest);
+    for (int i = 0; i < MOE__MAX_PROCESSORS; i++) m->n_processors += moe__machine_bit(allowed, i);
+    moe__machine_list(root, "/sys/devices/system/node/online", online);
+    for (int id = 0; id < MOE__MAX_PROCESSORS && m->n_nodes < MOE__MAX_NODES - 1; id++) {
+        char path[64];
+        if (!moe__machine_bit(online, id)) continue;
+        snprintf(path, sizeof path, "/sys/devices/system/node/node%d/cpulist", id);
+        moe__machine_list(root, path, on_node);
+        for (size_t i = 0; i < sizeof rest / sizeof rest[0]; i++) {
+            on_node[i] &= rest[i];
+            rest[i] &= ~on_node[i];
+        }
+        moe__machine_add_node(m, root, id, allowed, on_node);
+    }
+    moe__machine_add_node(m, root, 0, allowed, rest); /* those that no node lists */
+    if (m->n_nodes == 0) m->n_nodes = 1;
+}
+
+/* What there is of the processors that this process may run on. */
+MOE__PRIVATE void moe__machine_this(moe__machine *m) {
+    uint64_t allowed[MOE__MAX_PROCESSORS / 64];
+    moe__machine_affinity(allowed);
+    moe__machine_read(m, "", allowed);
+}
+
+/* ---- how many threads ------------------------------------------------------------------------ */
+
+/* Processors for a quota of microseconds per period, rounded up; at most `most`. */
+MOE__PRIVATE int32_t moe__machine_share(double quota, double period, int32_t most) {
+    if (!(quota > 0) || !(period > 0)) return most;
+    double count = ceil(quota / period);
+    return count < 1 ? 1 : count < most ? (int32_t)count : most;
+}
+
+/* What the control group in folder `path` allows: cpu.max ("200000 100000", "max 100000") or, in */
+/* version 1, cpu.cfs_quota_us (-1: no limit) and cpu.cfs_period_us. */
+MOE__PRIVATE int32_t moe__machine_group(const char *root, const char *path, int32_t most) {
+    char file[768], text[128], *end;
+    snprintf(file, sizeof file, "%s/cpu.max", path);
+    if (moe__machine_file(root, file, text, sizeof text)) {
+        double quota = strtod(text, &end);
+        if (end != text) most = moe__machine_share(quota, strtod(end, NULL), most);
+    }
+    snprintf(file, sizeof file, "%s/cpu.cfs_quota_us", path);
+    if (moe__machine_file(root, file, text, sizeof text)) {
+        double quota = strtod(text, NULL);
+        snprintf(file, sizeof file, "%s/cpu.cfs_period_us", path);
+        if (moe__machine_file(root, file, text, sizeof text))
+            most = moe__machine_share(quota, strtod(text, NULL), most);
+    }
+    return most;
+}
+
+/* Processors that the process's control groups allow, from its own up to the root; at most */
+/* `most`. */
+MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t most) {
+    char text[4096], path[640];
+    moe__machine_file(root, "/proc/self/cgroup", text, sizeof text);
+    for (char *line = text, *next; *line; line = next) { /* number:controllers:/path */
+        size_t size = strcspn(line, "\n");
+        next = line + size + (line[size] != 0);
+        line[size] = 0;
+        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':')
+                                                                    : NULL;
+        if (!group || strlen(group) > 512) continue;
+        controllers++;
+        *group++ = 0;
+        int v2 = !*controllers, cpu = v2;
+        for (const char *p = controllers; *p; p += strcspn(p, ",") + (p[strcspn(p, ",")] != 0))
+            cpu |= strcspn(p, ",") == 3 && !memcmp(p, "cpu", 3);
+        if (!cpu) continue;
+        for (size_t n = strlen(group);; n--) {
+            while (n && group[n] && group[n] != '/') n--;
+            group[n] = 0;
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s", v2 ? "" : "/cpu", group);
+            most = moe__machine_group(root, path, most);
+            if (!n) break;
+        }
+    }
+    return moe__machine_group(root, "/sys/fs/cgroup", most); /* of a container without the others */
+}
+
+/* Physical cores in the process's affinity mask, at most the control groups' quota. */
+MOE__PRIVATE int32_t moe__machine_threads(const moe__machine *m, const char *root) {
+    int32_t n = moe__machine_quota(root, m->n_cores);
+    return n < 1 ? 1 : n > MOE_MAX_THREADS ? (int32_t)MOE_MAX_THREADS : n;
+}
+
+/* ---- binding threads ------------------------------------------------------------------------- */
+
+/* n_threads in blocks, on each node in proportion to its cores. */
+MOE__PRIVATE void moe__machine_nodes(const moe__machine *m, int32_t n_threads, moe__nodes *nodes) {
+    nodes->n = m->n_nodes;
+    for (int32_t k = 0; k <= m->n_nodes; k++)
+        nodes->first[k] = (int32_t)((int64_t)n_threads * m->cores[k] / moe__max(m->n_cores, 1));
+    nodes->first[m->n_nodes] = n_threads;
+}
+MOE__PRIVATE void moe__nodes_single(moe__nodes *nodes, int32_t n_threads) {
+    nodes->n = 1;
+    nodes->first[0] = 0;
+    nodes->first[1] = n_threads;
+}
+/* The node that a thread stands on. */
+MOE__INLINE int32_t moe__nodes_of(const moe__nodes *nodes, int32_t thread) {
+    int32_t k = 0;
+    while (k + 1 < nodes->n && thread >= nodes->first[k + 1]) k++;
+    return k;
+}
+
+/* The processor of a thread: a core for each as long as there are some, then their second */
+/* hardware threads. */
+MOE__PRIVATE int32_t moe__machine_processor(const moe__machine *m, const moe__nodes *nodes,
+                                            int32_t thread) {
+    const int32_t k = moe__nodes_of(nodes, thread), n = m->first[k + 1] - m->first[k];
+    return n > 0 ? m->order[m->first[k] + (thread - nodes->first[k]) % n] : 0;
+}
+
+/* The calling thread runs on these processors only. Returns whether the system agreed. */
+MOE__PRIVATE int moe__machine_bind(const uint64_t *mask) {
+#if defined(__linux__)
+    return syscall(SYS_sched_setaffinity, 0, (size_t)MOE__MAX_PROCESSORS / 8, mask) == 0;
+#else
+    return (void)mask, 0;
+#endif
+}
+
+/* ---- binding pages --------------------------------------------------------------------------- */
+
+/* Where the pages go that the calling thread touches first: Linux's memory policies. */
+enum { MOE__POLICY_DEFAULT = 0, MOE__POLICY_PREFERRED = 1, MOE__POLICY_INTERLEAVE = 3 };
+enum { MOE__POLICY_BITS = 1024 }; /* node numbers; the most that Linux is built for */
+typedef struct moe__policy {
+    int mode;
+    uint64_t nodes[MOE__POLICY_BITS / 64];
+} moe__policy;
+
+/* Both return whether the system agreed; containers often refuse. */
+MOE__PRIVATE int moe__policy_get(moe__policy *policy) {
+    memset(policy, 0, sizeof *policy);
+#if defined(__linux__) && defined(SYS_get_mempolicy)
+    return syscall(SYS_get_mempolicy, &policy->mode, policy->nodes, (long)MOE__POLICY_BITS, NULL,
+                   0L) == 0;
+#else
+    return 0;
+#endif
+}
+MOE__PRIVATE int moe__policy_set(const moe__policy *policy) {
+#if defined(__linux__) && defined(SYS_set_mempolicy)
+    return syscall(SYS_set_mempolicy, (long)policy->mode,
+                   policy->mode == MOE__POLICY_DEFAULT ? NULL : policy->nodes,
+                   policy->mode == MOE__POLICY_DEFAULT ? 0L : (long)MOE__POLICY_BITS + 1) == 0;
+#else
+    return (void)policy, 0;
+#endif
+}
+/* In turn on all of the machine's nodes, or near one of them. */
+MOE__PRIVATE void moe__policy_init(moe__policy *policy, const moe__machine *m, int mode,
+                                   int32_t k) {
+    memset(policy, 0, sizeof *policy);
+    policy->mode = mode;
+    for (int32_t i = 0; i < m->n_nodes; i++)
+        if ((mode == MOE__POLICY_INTERLEAVE || i == k) && m->node[i] < MOE__POLICY_BITS)
+            policy->nodes[m->node[i] / 64] |= (uint64_t)1 << (m->node[i] % 64);
+}
+
+/* Moves n pages to the nodes `to` where nobody else uses them, or (NULL) only asks; status[i] */
+/* becomes the node of page i, negative if that failed. Returns whether the system agreed. */
+MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int *status) {
+#if defined(__linux__) && defined(SYS_move_pages)
+    return syscall(SYS_move_pages, 0L, (unsigned long)n, pages, to, status,
+                   2L /* MPOL_MF_MOVE */) >= 0;
+#else
+    return (void)pages, (void)to, (void)n, (void)status, 0;
+#endif
+}
+
+MOE__PRIVATE size_t moe__machine_page(void) {
+    const long size = sysconf(_SC_PAGESIZE);
+    return size > 0 ? (size_t)size : 4096;
+}
+
+/* Bytes on huge pages within memory[0 .. size), from the text of /proc/self/smaps: ranges */
+/* "7f00-7f40 rw-p ..." each followed by lines such as "AnonHugePages:  2048 kB". */
+MOE__PRIVATE uint64_t moe__machine_huge(const char *path, const void *memory, uint64_t size) {
+    const uint64_t first = (uint64_t)(uintptr_t)memory, last = first + size;
+    char buffer[2048], line[128];
+    size_t length = 0;
+    uint64_t overlap = 0, sum = 0;
+    ssize_t n;
+    int fd = open(path, O_RDONLY | MOE__O_CLOEXEC);
+    if (fd < 0) return 0;
+    while ((n = read(fd, buffer, sizeof buffer)) > 0)
+        for (ssize_t i = 0; i < n; i++) {
+            char *end;
+            if (buffer[i] != '\n') {
+                if (length < sizeof line - 1) line[length++] = buffer[i];
+                continue;
+            }
+            line[length] = 0;
+            length = 0;
+            const uint64_t from = strtoull(line, &end, 16);
+            if (end != line && *end == '-') {
+                const uint64_t to = strtoull(end + 1, NULL, 16);
+                overlap = to > first && from < last
+                              ? (to < last ? to : last) - (from > first ? from : first) : 0;
+            } else if (overlap && !strncmp(line, "AnonHugePages:", 14)) {
+                const uint64_t huge = strtoull(line + 14, NULL, 10) << 10;
+                sum += huge < overlap ? huge : overlap;
+            }
+        }
+    close(fd);
+    return sum;
+}
+
+/* ============================================================================================== */
+/* // >>pool */
+/* */
+/* The team: threads that are created once and sleep between evals. One wake per eval: every */
+/* thread runs the same job from its first to its last line, and they meet at barriers. */
+/* */
+/*   caller (thread 0)      --run--> job -> barrier -> ... -> barrier -> return */
+/*   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep */
+/* */
+/* Waiting means spinning for a short time and then sleeping in the kernel; whoever releases the */
+/* others makes a system call only if someone sleeps. A thread that spins in vain spins less from */
+/* then on: it may be in the way of those it waits for. */
+/* */
+/* Threads arrive at a barrier in groups of 16 or less, none across memory nodes; the last of a */
+/* group arrives for it at the root. So a counter is passed around among neighbours only. */
+/* */
+/*   threads  0 1 ... 15 | 16 17 ... 31 | ...        arrived[1], arrived[2], ... */
+/*                     \             /  */
+/*                       root, release               arrived[0], release */
+/* */
+/* Words that are spun on lie on cache lines of their own (128 bytes: neighbours are fetched in */
+/* pairs). */
+/* ============================================================================================== */
+
+typedef void moe__job_fn(void *context, int thread, int n_threads);
+
+typedef struct moe__pool_word {
+    uint32_t value;
+    uint32_t sleepers; /* threads that sleep, or are about to, until value changes */
+#if !MOE__USE_FUTEX
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+#endif
+    char pad[120];
+} moe__pool_word;
+
+/* A thread of the team; what changes is written by itself. */
+typedef struct moe__worker {
+    struct moe_pool *pool;
+    int thread;
+    int32_t processor; /* it runs there only; -1: anywhere */
+    pthread_t handle;
+    double spin;       /* seconds it spins at a barrier before it sleeps */
+    int n_naps;        /* waits since it gave up spinning */
+    uint64_t waited;   /* ticks spent at barriers of the running job */
+    char pad[128];
+} moe__worker;
+
+struct moe_pool {
+    moe__pool_word command; /* serial number << 11 | threads that take part; see below */
+    moe__pool_word release; /* number of barriers passed */
+    moe__job_fn *job;       /* written before command, read by the threads that take part */
+    void *context;
+    int n_active, leaf;     /* threads that take part, those of a group */
+    double spin;            /* most seconds that they spin at a barrier, */
+    int n_yields;           /* then how often they let others run before they sleep */
+    moe_allocator allocator;
+    pthread_mutex_t turn; /* held by the session whose job runs */
+    int n_threads;        /* the caller's included */
+    int n_processors;     /* that we may use */
+    double spin_seconds;  /* most of any job, and of waiting for one */
+    int spin_anyway;      /* also with more threads than processors: the caller wants it */
+    moe__nodes nodes;     /* of all n_threads; one node if they are not bound */
+    moe__worker *workers; /* n_threads; the first is the caller */
+    moe__pool_word *arrived; /* root, then groups: how many have arrived at the current barrier */
+    int n_started;
+};
+
+/* A worker decides by the command word alone whether it takes part, and as which thread of the */
+/* job. One that does keeps the caller from giving the next command until it has passed the last */
+/* barrier; one that does not may miss any number of commands. */
+enum { MOE__POOL_COUNT_BITS = 11, MOE__POOL_QUIT = (1 << MOE__POOL_COUNT_BITS) - 1 };
+
+MOE__INLINE void moe__pool_pause(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* A clock that costs nearly nothing, for differences on one thread. */
+MOE__INLINE uint64_t moe__pool_ticks(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    return __builtin_ia32_rdtsc();
+#elif defined(__aarch64__)
+    uint64_t ticks;
+    __asm__ volatile("mrs %0, cntvct_el0" : "=r"(ticks));
+    return ticks;
+#else
+    return (uint64_t)(moe__seconds() * 1e9);
+#endif
+}
+
+/* ---- sleeping -------------------------------------------------------------------------------- */
+
+#if MOE__USE_FUTEX
+MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old) {
+    syscall(SYS_futex, &word->value, 128 /* FUTEX_WAIT_PRIVATE */, old, NULL, NULL, 0);
+}
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word) {
+    syscall(SYS_futex, &word->value, 129 /* FUTEX_WAKE_PRIVATE */, INT_MAX, NULL, NULL, 0);
+}
+MOE__INLINE void moe__pool_word_open(moe__pool_word *word) { (void)word; }
+MOE__INLINE void moe__pool_word_close(moe__pool_word *word) { (void)word; }
+#else
+MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old) {
+    pthread_mutex_lock(&word->mutex);
+    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
+        pthread_cond_wait(&word->changed, &word->mutex);
+    pthread_mutex_unlock(&word->mutex);
+}
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word) {
+    pthread_mutex_lock(&word->mutex);
+    pthread_cond_broadcast(&word->changed);
+    pthread_mutex_unlock(&word->mutex);
+}
+MOE__PRIVATE void moe__pool_word_open(moe__pool_word *word) {
+    pthread_mutex_init(&word->mutex, NULL);
+    pthread_cond_init(&word->changed, NULL);
+}
+MOE__PRIVATE void moe__pool_word_close(moe__pool_word *word) {
+    pthread_cond_destroy(&word->changed);
+    pthread_mutex_destroy(&word->mutex);
+}
+#endif
+
+/* Waits until word->value is not `old`: spins for some time, yields the processor some times, */
+/* then sleeps. Returns whether it slept. */
+MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds,
+                                int n_yields) {
+    if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
+    if (spin_seconds > 0) {
+        double end = moe__seconds() + spin_seconds;
+        do {
+            for (int i = 0; i < 64; i++) { /* asking the time costs as much as some pauses */
+                moe__pool_pause();
+                if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
+            }
+        } while (moe__seconds() < end);
+    }
+    for (int i = 0; i < n_yields; i++) {
+        sched_yield();
+        if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
+    }
+    /* Whoever changes the word looks at `sleepers` afterwards, and the kernel compares the word */
+    /* once more: a wake cannot be lost, whichever comes first. */
+    __atomic_fetch_add(&word->sleepers, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old) moe__pool_sleep(word, old);
+    __atomic_fetch_sub(&word->sleepers, 1, __ATOMIC_SEQ_CST);
+    return 1;
+}
+
+MOE__PRIVATE void moe__pool_set(moe__pool_word *word, uint32_t value) {
+    __atomic_store_n(&word->value, value, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(word);
+}
+
+/* How long a thread spins at its next barrier. On a crowded machine those it waits for may be */
+/* waiting for its processor: who spun in vain spins half as long the next time, below an 8th of */
+/* `most` not at all, and then tries again every 32nd time. */
+MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double most) {
+    if (worker->spin > 0 || most <= 0) return most <= 0 ? 0 : worker->spin;
+    return ++worker->n_naps % 32 == 0 ? most : 0;
+}
+MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budget, int slept) {
+    if (budget <= 0) return;
+    worker->spin = !slept                      ? 2 * worker->spin + most / 8
+                   : worker->spin >= most / 8 ? worker->spin / 2
+                                              : 0;
+    if (worker->spin > most) worker->spin = most;
+}
+
+/* ---- barrier and jobs ------------------------------------------------------------------------ */
+
+/* Threads of a group at a barrier: at most 16, equally many, of one node if nodes have enough. */
+MOE__PRIVATE int moe__pool_leaf(int n_threads, int n_nodes) {
+    enum { MOST = 16, LEAST = 4 };
+    int each = (n_threads + n_nodes - 1) / n_nodes;
+    if (each < LEAST) each = n_threads;
+    const int groups = (each + MOST - 1) / MOST;
+    return (each + groups - 1) / groups;
+}
+
+/* Counts this thread; returns whether it is the last of all. The last of a group has set its */
+/* counter back before it counts for the group: nobody looks at it again before the release. */
+MOE__PRIVATE int moe__pool_arrive(moe_pool *pool, int thread, int n) {
+    const int leaf = pool->leaf, groups = (n + leaf - 1) / leaf, group = thread / leaf;
+    moe__pool_word *word = &pool->arrived[groups > 1 ? 1 + group : 0];
+    const int size = (int)moe__min(leaf, n - group * leaf);
+    if (__atomic_add_fetch(&word->value, 1, __ATOMIC_ACQ_REL) != (uint32_t)size) return 0;
+    __atomic_store_n(&word->value, 0, __ATOMIC_RELAXED);
+    if (groups == 1) return 1;
+    if (__atomic_add_fetch(&pool->arrived[0].value, 1, __ATOMIC_ACQ_REL) != (uint32_t)groups)
+        return 0;
+    __atomic_store_n(&pool->arrived[0].value, 0, __ATOMIC_RELAXED);
+    return 1;
+}
+
+/* Returns whether it had to wait. What belongs to the job is read before this thread counts as */
+/* arrived: at the last barrier the next job may be prepared as soon as all have. */
+MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread) {
+    const int n = pool->n_active, n_yields = pool->n_yields;
+    const double most = pool->spin;
+    if (n == 1) return 0;
+    const uint32_t passed = __atomic_load_n(&pool->release.value, __ATOMIC_RELAXED);
+    if (moe__pool_arrive(pool, thread, n)) {
+        moe__pool_set(&pool->release, passed + 1);
+        return 0;
+    }
+    if (__atomic_load_n(&pool->release.value, __ATOMIC_ACQUIRE) != passed) return 0;
+    const double budget = moe__pool_budget(worker, most);
+    const int slept = moe__pool_wait(&pool->release, passed, budget, n_yields);
+    moe__pool_learn(worker, most, budget, slept);
+    return 1;
+}
+
+/* The worker that is thread `thread` of a job of n: those that take part are spread evenly, so */
+/* that all nodes have their share of a small job, too. */
+MOE__INLINE int moe__pool_worker_of(const moe_pool *pool, int thread, int n) {
+    return (int)((int64_t)thread * pool->n_threads / n);
+}
+/* How many workers before worker `w` take part in a job of n. */
+MOE__INLINE int moe__pool_rank(const moe_pool *pool, int w, int n) {
+    return (int)(((int64_t)w * n + pool->n_threads - 1) / pool->n_threads);
+}
+
+/* Every thread of the running job calls this equally often. What one wrote before it, all see */
+/* after it. thread: as the job was told. */
+MOE__PRIVATE void moe__pool_barrier(moe_pool *pool, int thread) {
+    moe__worker *worker = &pool->workers[moe__pool_worker_of(pool, thread, pool->n_active)];
+    const uint64_t begin = moe__pool_ticks();
+    if (!moe__pool_meet(pool, worker, thread)) return;
+    const uint64_t end = moe__pool_ticks();
+    if (end > begin) worker->waited += end - begin;
+}
+
+/* A thread's part in a job. Waiting for the end is not counted: the caller may read by then. */
+MOE__PRIVATE void moe__pool_work(moe_pool *pool, moe__worker *worker, int thread, int n) {
+    worker->waited = 0;
+    pool->job(pool->context, thread, n);
+    moe__pool_meet(pool, worker, thread);
+}
+
+/* Signals meant for the program are handled by its own threads. Those that report a fault of the */
+/* running instruction stay, and so do the two that the C library uses itself. */
+MOE__PRIVATE void moe__pool_block_signals(void) {
+#if defined(__linux__)
+    const unsigned keep[] = {4, 5, 6, 7, 8, 11, 32, 33}; /* ILL TRAP ABRT BUS FPE SEGV, libc's */
+    uint64_t mask = ~(uint64_t)0;
+    for (size_t i = 0; i < sizeof keep / sizeof keep[0]; i++)
+        mask &= ~((uint64_t)1 << (keep[i] - 1));
+    syscall(SYS_rt_sigprocmask, 2 /* SIG_SETMASK */, &mask, NULL, sizeof mask);
+#endif
+}
+
+/* The calling thread runs on the worker's processor; saved (or NULL) gets what it ran on before. */
+MOE__PRIVATE int moe__pool_bind(const moe__worker *worker, uint64_t *saved) {
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    if (worker->processor < 0 || (saved && !moe__machine_affinity(saved))) return 0;
+    memset(mask, 0, sizeof mask);
+    mask[worker->processor / 64] = (uint64_t)1 << (worker->processor % 64);
+    return moe__machine_bind(mask);
+}
+
+MOE__PRIVATE void *moe__pool_worker(void *argument) {
+    moe__worker *worker = (moe__worker *)argument;
+    moe_pool *pool = worker->pool;
+    uint32_t command = 0;
+    moe__pool_block_signals();
+    moe__pool_bind(worker, NULL);
+    for (;;) {
+        moe__pool_wait(&pool->command, command, pool->spin_seconds, 0);
+        command = __atomic_load_n(&pool->command.value, __ATOMIC_ACQUIRE);
+        const int n = (int)(command & MOE__POOL_QUIT);
+        if (n == MOE__POOL_QUIT) return NULL;
+        const int thread = moe__pool_rank(pool, worker->thread, n);
+        if (thread < moe__pool_rank(pool, worker->thread + 1, n))
+            moe__pool_work(pool, worker, thread, n);
+    }
+}
+
+MOE__PRIVATE void moe__pool_command(moe_pool *pool, int count) {
+    uint32_t serial = (pool->command.value >> MOE__POOL_COUNT_BITS) + 1;
+    moe__pool_set(&pool->command, serial << MOE__POOL_COUNT_BITS | (uint32_t)count);
+}
+
+/* Runs job(context, thread, n_threads) on the calling thread (thread 0) and n_threads - 1 */
+/* workers; returns when all are done. Callers from several threads take turns. Returns the */
+/* seconds it took, and in waited (or NULL) those that each thread spent at barriers. */
+MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *job, void *context,
+                                  double *waited) {
+    uint64_t saved[MOE__MAX_PROCESSORS / 64];
+    pthread_mutex_lock(&pool->turn);
+    pool->job = job;
+    pool->context = context;
+    pool->n_active = n_threads;
+    pool->leaf = moe__pool_leaf(n_threads, pool->nodes.n);
+    /* With more threads than processors, who spins keeps from work those that are waited for, */
+    /* and handing on the processor is cheaper than sleeping and being woken. */
+    const int crowded = n_threads > pool->n_processors;
+    pool->spin = crowded && !pool->spin_anyway ? 0 : pool->spin_seconds;
+    pool->n_yields = crowded ? 8 : 0;
+    const int bound = n_threads > 1 && moe__pool_bind(&pool->workers[0], saved);
+    const double begin = moe__seconds();
+    const uint64_t ticks = moe__pool_ticks();
+    if (n_threads > 1) moe__pool_command(pool, n_threads);
+    moe__pool_work(pool, &pool->workers[0], 0, n_threads);
+    const double seconds = moe__seconds() - begin;
+    const double second = (double)(moe__pool_ticks() - ticks) / (seconds > 0 ? seconds : 1);
+    for (int i = 0; i < n_threads && waited; i++) {
+        const double all = (double)pool->workers[moe__pool_worker_of(pool, i, n_threads)].waited;
+        waited[i] = second <= 0 ? 0 : all < second * seconds ? all / second : seconds;
+    }
+    if (bound) moe__machine_bind(saved);
+    pthread_mutex_unlock(&pool->turn);
+    return seconds;
+}
+
+/* The nodes of the threads of a job of n. */
+MOE__PRIVATE void moe__pool_nodes(const moe_pool *pool, int n, moe__nodes *nodes) {
+    nodes->n = pool->nodes.n;
+    for (int32_t k = 0; k < nodes->n; k++)
+        nodes->first[k] = moe__pool_rank(pool, pool->nodes.first[k], n);
+    nodes->first[nodes->n] = n;
+}
+
+/* With one token, rows of a thread begin at multiples of this: one cache line of results. */
+enum { MOE__ROW_UNIT = 16 };
+
+/* The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are */
+/* multiples of `unit` (but for the last) and differ by at most one unit. */
+MOE__INLINE void moe__pool_share(int64_t total, int64_t unit, int thread, int n, int64_t *begin,
+                                 int64_t *end) {
+    int64_t units = (total + unit - 1) / unit;
+    *begin = moe__min(total, units * thread / n * unit);
+    *end = moe__min(total, units * (thread + 1) / n * unit);
+}
+
+MOE__PRIVATE int moe__pool_default_threads(void) {
+    moe__machine machine;
+    moe__machine_this(&machine);
+    return moe__machine_threads(&machine, "");
+}
+
+/* ---- public ---------------------------------------------------------------------------------- */
+
+/* Who runs where, and how long who waits spins. */
+MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, int pin,
+                                   int spin_us) {
+    pool->n_processors = moe__machine_quota("", machine->n_processors);
+    moe__nodes_single(&pool->nodes, pool->n_threads);
+    if (pin) moe__machine_nodes(machine, pool->n_threads, &pool->nodes);
+    pool->spin_seconds = 1e-6 * (spin_us < 0 ? 0 : spin_us ? spin_us : 50);
+    pool->spin_anyway = spin_us > 0;
+    for (int i = 0; i < pool->n_threads; i++) {
+        moe__worker *worker = &pool->workers[i];
+        worker->pool = pool;
+        worker->thread = i;
+        worker->spin = pool->spin_seconds;
+        worker->processor = pin ? moe__machine_processor(machine, &pool->nodes, i) : -1;
+    }
+}
+
+MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error) {
+    moe_allocator allocator;
+    moe__machine machine;
+    uint64_t mask[MOE__MAX_PROCESSORS / 64];
+    int n = options ? options->n_threads : 0;
+    const int pin = options && options->pin > 0;
+    if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
+    if (n < 0 || n > MOE_MAX_THREADS) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "n_threads", "n_threads is %d, not 0..%d", n,
+                  (int)MOE_MAX_THREADS);
+        return NULL;
+    }
+    memset(&machine, 0, sizeof machine);
+    if (n == 0 || pin) moe__machine_this(&machine); /* two files per processor: only if needed */
+    else machine.n_processors = moe__machine_affinity(mask);
+    if (n == 0) n = moe__machine_threads(&machine, "");
+    moe_pool *pool = (moe_pool *)moe__alloc(&allocator, sizeof *pool);
+    if (pool) {
+        pool->allocator = allocator;
+        const size_t n_words = 1 + ((size_t)n + 3) / 4; /* groups have 4 threads or more */
+        pool->workers = (moe__worker *)moe__alloc(&allocator, (size_t)n * sizeof *pool->workers);
+        pool->arrived =
+            (moe__pool_word *)moe__alloc(&allocator, n_words * sizeof *pool->arrived);
+    }
+    if (!pool || !pool->workers || !pool->arrived) {
+        if (pool) moe__free(&allocator, pool->workers);
+        if (pool) moe__free(&allocator, pool->arrived);
+        moe__free(&allocator, pool);
+        moe__fail(error, MOE_ERROR_MEMORY, "pool", "no memory for a pool of %d threads", n);
+        return NULL;
+    }
+    pool->n_threads = n;
+    pool->n_active = 1;
+    moe__pool_settle(pool, &machine, pin, options ? options->spin_us : 0);
+    pthread_mutex_init(&pool->turn, NULL);
+    moe__pool_word_open(&pool->command);
+    moe__pool_word_open(&pool->release);
+    for (pool->n_started = 1; pool->n_started < n; pool->n_started++) {
+        moe__worker *worker = &pool->workers[pool->n_started];
+        int code = pthread_create(&worker->handle, NULL, moe__pool_worker, worker);
+        if (code) {
+            moe__fail(error, MOE_ERROR_THREAD, "pthread_create",
+                      "the system refused thread %d of %d (error %d)", pool->n_started + 1, n,
+                      code);
+            moe_pool_close(pool);
+            return NULL;
+        }
+    }
+    return pool;
+}
+
+MOE_API void moe_pool_close(moe_pool *pool) {
+    if (!pool) return;
+    moe__pool_command(pool, MOE__POOL_QUIT);
+    for (int i = 1; i < pool->n_started; i++) pthread_join(pool->workers[i].handle, NULL);
+    moe__pool_word_close(&pool->command);
+    moe__pool_word_close(&pool->release);
+    pthread_mutex_destroy(&pool->turn);
+    moe_allocator allocator = pool->allocator;
+    moe__free(&allocator, pool->arrived);
+    moe__free(&allocator, pool->workers);
+    moe__free(&allocator, pool);
+}
+
+MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_threads : 0; }
+MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes.n : 0; }
+
+/* ============================================================================================== */
 /* // >>gguf */
 /* */
 /* The file reader. A GGUF file is, back to back and without padding: */
@@ -7689,774 +8457,6 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
 #endif
     return &moe__kernels_scalar;
 }
-
-/* ============================================================================================== */
-/* // >>machine */
-/* */
-/* What the system lets this process use: processors and physical cores (affinity mask, control */
-/* groups), the memory nodes they belong to, and the calls that bind threads and pages to them. */
-/* */
-/*   socket 0 = node 0    cores 0-3     threads 0 1 2 3    rows of a matrix: the first half */
-/*   socket 1 = node 1    cores 4-7     threads 4 5 6 7                      the second half */
-/* */
-/* Threads stand in blocks, those of the first node first: with fixed rows per thread, a node */
-/* reads the same rows in every token, and their pages can lie in its memory. */
-/* */
-/* Files are read below `root`, which is "" outside of tests. Where the system tells nothing or */
-/* refuses, there is one node, and nothing is bound to anything. */
-/* ============================================================================================== */
-
-enum {
-    MOE__MAX_PROCESSORS = 8192, /* the most that Linux is built for */
-    MOE__MAX_NODES = 64 /* with processors that we may use; all further ones count as the last */
-};
-
-typedef struct moe__machine {
-    int32_t n_processors; /* in the affinity mask */
-    int32_t n_cores;      /* physical cores among them */
-    int32_t n_nodes;      /* memory nodes that have some of them, at least 1 */
-    int32_t node[MOE__MAX_NODES];       /* the system's number of each */
-    int32_t cores[MOE__MAX_NODES + 1];  /* cores on all nodes before */
-    int32_t first[MOE__MAX_NODES + 1];  /* processors of node k: order[first[k]] and on, each */
-    uint16_t order[MOE__MAX_PROCESSORS]; /* core's first hardware thread before all second ones */
-} moe__machine;
-
-/* Which thread of n stands where: threads first[k] .. first[k + 1] - 1 on node k. */
-typedef struct moe__nodes {
-    int32_t n;
-    int32_t first[MOE__MAX_NODES + 1];
-} moe__nodes;
-
-MOE__INLINE int moe__machine_bit(const uint64_t *mask, int i) {
-    return mask[i / 64] >> (i % 64) & 1;
-}
-
-/* The beginning of a small text file; 0 bytes if it cannot be read. */
-MOE__PRIVATE size_t moe__machine_file(const char *root, const char *path, char *out,
-                                      size_t capacity) {
-    char whole[1024];
-    size_t size = 0;
-    out[0] = 0;
-    if ((size_t)snprintf(whole, sizeof whole, "%s%s", root, path) >= sizeof whole) return 0;
-    int fd = open(whole, O_RDONLY | MOE__O_CLOEXEC);
-    if (fd < 0) return 0;
-    ssize_t n = read(fd, out, capacity - 1);
-    if (n > 0) size = (size_t)n;
-    close(fd);
-    out[size] = 0;
-    return size;
-}
-
-/* A list such as "0-3,8" as bits of mask; 0 if the file cannot be read or says something else. */
-MOE__PRIVATE int moe__machine_list(const char *root, const char *path, uint64_t *mask) {
-    char text[4096];
-    memset(mask, 0, MOE__MAX_PROCESSORS / 8);
-    if (!moe__machine_file(root, path, text, sizeof text)) return 0;
-    for (char *p = text; *p >= '0' && *p <= '9';) {
-        long low = strtol(p, &p, 10), high = *p == '-' ? strtol(p + 1, &p, 10) : low;
-        for (long i = low; i <= high && i < MOE__MAX_PROCESSORS; i++)
-            mask[i / 64] |= (uint64_t)1 << (i % 64);
-        if (*p != ',') return *p == '\n' || !*p;
-        p++;
-    }
-    return 0;
-}
-
-/* The processors that the process may run on; returns how many. */
-MOE__PRIVATE int32_t moe__machine_affinity(uint64_t *mask) {
-    int32_t count = 0;
-    memset(mask, 0, MOE__MAX_PROCESSORS / 8);
-#if defined(__linux__)
-    if (syscall(SYS_sched_getaffinity, 0, (size_t)MOE__MAX_PROCESSORS / 8, mask) <= 0)
-#endif
-        for (long i = 0, n = sysconf(_SC_NPROCESSORS_ONLN); i < n && i < MOE__MAX_PROCESSORS; i++)
-            mask[i / 64] |= (uint64_t)1 << (i % 64);
-    for (int i = 0; i < MOE__MAX_PROCESSORS; i++) count += moe__machine_bit(mask, i);
-    return count;
-}
-
-/* Appends the node's processors: its cores first. */
-MOE__PRIVATE void moe__machine_add_node(moe__machine *m, const char *root, int32_t node,
-                                        const uint64_t *allowed, uint64_t *on_node) {
-    uint64_t siblings[MOE__MAX_PROCESSORS / 64], core[MOE__MAX_PROCESSORS / 64];
-    const int32_t k = m->n_nodes;
-    int32_t next = m->first[k], n_cores = 0;
-    memset(core, 0, sizeof core);
-    for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++) {
-        char path[128];
-        if (!moe__machine_bit(on_node, cpu)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
-                 cpu);
-        int first = 0; /* a core counts by its first hardware thread that we may use */
-        if (!moe__machine_list(root, path, siblings)) first = cpu;
-        while (first < cpu &&
-               !(moe__machine_bit(siblings, first) && moe__machine_bit(allowed, first)))
-            first++;
-        if (first == cpu) core[cpu / 64] |= (uint64_t)1 << (cpu % 64);
-    }
-    for (int second = 0; second < 2; second++)
-        for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++)
-            if (moe__machine_bit(on_node, cpu) && moe__machine_bit(core, cpu) != second) {
-                m->order[next++] = (uint16_t)cpu;
-                n_cores += !second;
-            }
-    if (next == m->first[k]) return;
-    m->node[k] = node;
-    m->first[k + 1] = next;
-    m->cores[k + 1] = m->cores[k] + n_cores;
-    m->n_cores += n_cores;
-    m->n_nodes++;
-}
-
-/* What there is of the processors in `allowed`. */
-MOE__PRIVATE void moe__machine_read(moe__machine *m, const char *root, const uint64_t *allowed) {
-    uint64_t online[MOE__MAX_PROCESSORS / 64], on_node[MOE__MAX_PROCESSORS / 64];
-    uint64_t rest[MOE__MAX_PROCESSORS / 64];
-    memset(m, 0, sizeof *m);
-    memcpy(rest, allowed, sizeof rest);
-    for (int i = 0; i < MOE__MAX_PROCESSORS; i++) m->n_processors += moe__machine_bit(allowed, i);
-    moe__machine_list(root, "/sys/devices/system/node/online", online);
-    for (int id = 0; id < MOE__MAX_PROCESSORS && m->n_nodes < MOE__MAX_NODES - 1; id++) {
-        char path[64];
-        if (!moe__machine_bit(online, id)) continue;
-        snprintf(path, sizeof path, "/sys/devices/system/node/node%d/cpulist", id);
-        moe__machine_list(root, path, on_node);
-        for (size_t i = 0; i < sizeof rest / sizeof rest[0]; i++) {
-            on_node[i] &= rest[i];
-            rest[i] &= ~on_node[i];
-        }
-        moe__machine_add_node(m, root, id, allowed, on_node);
-    }
-    moe__machine_add_node(m, root, 0, allowed, rest); /* those that no node lists */
-    if (m->n_nodes == 0) m->n_nodes = 1;
-}
-
-/* What there is of the processors that this process may run on. */
-MOE__PRIVATE void moe__machine_this(moe__machine *m) {
-    uint64_t allowed[MOE__MAX_PROCESSORS / 64];
-    moe__machine_affinity(allowed);
-    moe__machine_read(m, "", allowed);
-}
-
-/* ---- how many threads ------------------------------------------------------------------------ */
-
-/* Processors for a quota of microseconds per period, rounded up; at most `most`. */
-MOE__PRIVATE int32_t moe__machine_share(double quota, double period, int32_t most) {
-    if (!(quota > 0) || !(period > 0)) return most;
-    double count = ceil(quota / period);
-    return count < 1 ? 1 : count < most ? (int32_t)count : most;
-}
-
-/* What the control group in folder `path` allows: cpu.max ("200000 100000", "max 100000") or, in */
-/* version 1, cpu.cfs_quota_us (-1: no limit) and cpu.cfs_period_us. */
-MOE__PRIVATE int32_t moe__machine_group(const char *root, const char *path, int32_t most) {
-    char file[768], text[128], *end;
-    snprintf(file, sizeof file, "%s/cpu.max", path);
-    if (moe__machine_file(root, file, text, sizeof text)) {
-        double quota = strtod(text, &end);
-        if (end != text) most = moe__machine_share(quota, strtod(end, NULL), most);
-    }
-    snprintf(file, sizeof file, "%s/cpu.cfs_quota_us", path);
-    if (moe__machine_file(root, file, text, sizeof text)) {
-        double quota = strtod(text, NULL);
-        snprintf(file, sizeof file, "%s/cpu.cfs_period_us", path);
-        if (moe__machine_file(root, file, text, sizeof text))
-            most = moe__machine_share(quota, strtod(text, NULL), most);
-    }
-    return most;
-}
-
-/* Processors that the process's control groups allow, from its own up to the root; at most */
-/* `most`. */
-MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t most) {
-    char text[4096], path[640];
-    moe__machine_file(root, "/proc/self/cgroup", text, sizeof text);
-    for (char *line = text, *next; *line; line = next) { /* number:controllers:/path */
-        size_t size = strcspn(line, "\n");
-        next = line + size + (line[size] != 0);
-        line[size] = 0;
-        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':')
-                                                                    : NULL;
-        if (!group || strlen(group) > 512) continue;
-        controllers++;
-        *group++ = 0;
-        int v2 = !*controllers, cpu = v2;
-        for (const char *p = controllers; *p; p += strcspn(p, ",") + (p[strcspn(p, ",")] != 0))
-            cpu |= strcspn(p, ",") == 3 && !memcmp(p, "cpu", 3);
-        if (!cpu) continue;
-        for (size_t n = strlen(group);; n--) {
-            while (n && group[n] && group[n] != '/') n--;
-            group[n] = 0;
-            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s", v2 ? "" : "/cpu", group);
-            most = moe__machine_group(root, path, most);
-            if (!n) break;
-        }
-    }
-    return moe__machine_group(root, "/sys/fs/cgroup", most); /* of a container without the others */
-}
-
-/* Physical cores in the process's affinity mask, at most the control groups' quota. */
-MOE__PRIVATE int32_t moe__machine_threads(const moe__machine *m, const char *root) {
-    int32_t n = moe__machine_quota(root, m->n_cores);
-    return n < 1 ? 1 : n > MOE_MAX_THREADS ? (int32_t)MOE_MAX_THREADS : n;
-}
-
-/* ---- binding threads ------------------------------------------------------------------------- */
-
-/* n_threads in blocks, on each node in proportion to its cores. */
-MOE__PRIVATE void moe__machine_nodes(const moe__machine *m, int32_t n_threads, moe__nodes *nodes) {
-    nodes->n = m->n_nodes;
-    for (int32_t k = 0; k <= m->n_nodes; k++)
-        nodes->first[k] = (int32_t)((int64_t)n_threads * m->cores[k] / moe__max(m->n_cores, 1));
-    nodes->first[m->n_nodes] = n_threads;
-}
-MOE__PRIVATE void moe__nodes_single(moe__nodes *nodes, int32_t n_threads) {
-    nodes->n = 1;
-    nodes->first[0] = 0;
-    nodes->first[1] = n_threads;
-}
-/* The node that a thread stands on. */
-MOE__INLINE int32_t moe__nodes_of(const moe__nodes *nodes, int32_t thread) {
-    int32_t k = 0;
-    while (k + 1 < nodes->n && thread >= nodes->first[k + 1]) k++;
-    return k;
-}
-
-/* The processor of a thread: a core for each as long as there are some, then their second */
-/* hardware threads. */
-MOE__PRIVATE int32_t moe__machine_processor(const moe__machine *m, const moe__nodes *nodes,
-                                            int32_t thread) {
-    const int32_t k = moe__nodes_of(nodes, thread), n = m->first[k + 1] - m->first[k];
-    return n > 0 ? m->order[m->first[k] + (thread - nodes->first[k]) % n] : 0;
-}
-
-/* The calling thread runs on these processors only. Returns whether the system agreed. */
-MOE__PRIVATE int moe__machine_bind(const uint64_t *mask) {
-#if defined(__linux__)
-    return syscall(SYS_sched_setaffinity, 0, (size_t)MOE__MAX_PROCESSORS / 8, mask) == 0;
-#else
-    return (void)mask, 0;
-#endif
-}
-
-/* ---- binding pages --------------------------------------------------------------------------- */
-
-/* Where the pages go that the calling thread touches first: Linux's memory policies. */
-enum { MOE__POLICY_DEFAULT = 0, MOE__POLICY_PREFERRED = 1, MOE__POLICY_INTERLEAVE = 3 };
-enum { MOE__POLICY_BITS = 1024 }; /* node numbers; the most that Linux is built for */
-typedef struct moe__policy {
-    int mode;
-    uint64_t nodes[MOE__POLICY_BITS / 64];
-} moe__policy;
-
-/* Both return whether the system agreed; containers often refuse. */
-MOE__PRIVATE int moe__policy_get(moe__policy *policy) {
-    memset(policy, 0, sizeof *policy);
-#if defined(__linux__) && defined(SYS_get_mempolicy)
-    return syscall(SYS_get_mempolicy, &policy->mode, policy->nodes, (long)MOE__POLICY_BITS, NULL,
-                   0L) == 0;
-#else
-    return 0;
-#endif
-}
-MOE__PRIVATE int moe__policy_set(const moe__policy *policy) {
-#if defined(__linux__) && defined(SYS_set_mempolicy)
-    return syscall(SYS_set_mempolicy, (long)policy->mode,
-                   policy->mode == MOE__POLICY_DEFAULT ? NULL : policy->nodes,
-                   policy->mode == MOE__POLICY_DEFAULT ? 0L : (long)MOE__POLICY_BITS + 1) == 0;
-#else
-    return (void)policy, 0;
-#endif
-}
-/* In turn on all of the machine's nodes, or near one of them. */
-MOE__PRIVATE void moe__policy_init(moe__policy *policy, const moe__machine *m, int mode,
-                                   int32_t k) {
-    memset(policy, 0, sizeof *policy);
-    policy->mode = mode;
-    for (int32_t i = 0; i < m->n_nodes; i++)
-        if ((mode == MOE__POLICY_INTERLEAVE || i == k) && m->node[i] < MOE__POLICY_BITS)
-            policy->nodes[m->node[i] / 64] |= (uint64_t)1 << (m->node[i] % 64);
-}
-
-/* Moves n pages to the nodes `to` where nobody else uses them, or (NULL) only asks; status[i] */
-/* becomes the node of page i, negative if that failed. Returns whether the system agreed. */
-MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int *status) {
-#if defined(__linux__) && defined(SYS_move_pages)
-    return syscall(SYS_move_pages, 0L, (unsigned long)n, pages, to, status,
-                   2L /* MPOL_MF_MOVE */) >= 0;
-#else
-    return (void)pages, (void)to, (void)n, (void)status, 0;
-#endif
-}
-
-MOE__PRIVATE size_t moe__machine_page(void) {
-    const long size = sysconf(_SC_PAGESIZE);
-    return size > 0 ? (size_t)size : 4096;
-}
-
-/* Bytes on huge pages within memory[0 .. size), from the text of /proc/self/smaps: ranges */
-/* "7f00-7f40 rw-p ..." each followed by lines such as "AnonHugePages:  2048 kB". */
-MOE__PRIVATE uint64_t moe__machine_huge(const char *path, const void *memory, uint64_t size) {
-    const uint64_t first = (uint64_t)(uintptr_t)memory, last = first + size;
-    char buffer[2048], line[128];
-    size_t length = 0;
-    uint64_t overlap = 0, sum = 0;
-    ssize_t n;
-    int fd = open(path, O_RDONLY | MOE__O_CLOEXEC);
-    if (fd < 0) return 0;
-    while ((n = read(fd, buffer, sizeof buffer)) > 0)
-        for (ssize_t i = 0; i < n; i++) {
-            char *end;
-            if (buffer[i] != '\n') {
-                if (length < sizeof line - 1) line[length++] = buffer[i];
-                continue;
-            }
-            line[length] = 0;
-            length = 0;
-            const uint64_t from = strtoull(line, &end, 16);
-            if (end != line && *end == '-') {
-                const uint64_t to = strtoull(end + 1, NULL, 16);
-                overlap = to > first && from < last
-                              ? (to < last ? to : last) - (from > first ? from : first) : 0;
-            } else if (overlap && !strncmp(line, "AnonHugePages:", 14)) {
-                const uint64_t huge = strtoull(line + 14, NULL, 10) << 10;
-                sum += huge < overlap ? huge : overlap;
-            }
-        }
-    close(fd);
-    return sum;
-}
-
-/* ============================================================================================== */
-/* // >>pool */
-/* */
-/* The team: threads that are created once and sleep between evals. One wake per eval: every */
-/* thread runs the same job from its first to its last line, and they meet at barriers. */
-/* */
-/*   caller (thread 0)      --run--> job -> barrier -> ... -> barrier -> return */
-/*   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep */
-/* */
-/* Waiting means spinning for a short time and then sleeping in the kernel; whoever releases the */
-/* others makes a system call only if someone sleeps. A thread that spins in vain spins less from */
-/* then on: it may be in the way of those it waits for. */
-/* */
-/* Threads arrive at a barrier in groups of 16 or less, none across memory nodes; the last of a */
-/* group arrives for it at the root. So a counter is passed around among neighbours only. */
-/* */
-/*   threads  0 1 ... 15 | 16 17 ... 31 | ...        arrived[1], arrived[2], ... */
-/*                     \             /  */
-/*                       root, release               arrived[0], release */
-/* */
-/* Words that are spun on lie on cache lines of their own (128 bytes: neighbours are fetched in */
-/* pairs). */
-/* ============================================================================================== */
-
-typedef void moe__job_fn(void *context, int thread, int n_threads);
-
-typedef struct moe__pool_word {
-    uint32_t value;
-    uint32_t sleepers; /* threads that sleep, or are about to, until value changes */
-#if !MOE__USE_FUTEX
-    pthread_mutex_t mutex;
-    pthread_cond_t changed;
-#endif
-    char pad[120];
-} moe__pool_word;
-
-/* A thread of the team; what changes is written by itself. */
-typedef struct moe__worker {
-    struct moe_pool *pool;
-    int thread;
-    int32_t processor; /* it runs there only; -1: anywhere */
-    pthread_t handle;
-    double spin;       /* seconds it spins at a barrier before it sleeps */
-    int n_naps;        /* waits since it gave up spinning */
-    uint64_t waited;   /* ticks spent at barriers of the running job */
-    char pad[128];
-} moe__worker;
-
-struct moe_pool {
-    moe__pool_word command; /* serial number << 11 | threads that take part; see below */
-    moe__pool_word release; /* number of barriers passed */
-    moe__job_fn *job;       /* written before command, read by the threads that take part */
-    void *context;
-    int n_active, leaf;     /* threads that take part, those of a group */
-    double spin;            /* most seconds that they spin at a barrier, */
-    int n_yields;           /* then how often they let others run before they sleep */
-    moe_allocator allocator;
-    pthread_mutex_t turn; /* held by the session whose job runs */
-    int n_threads;        /* the caller's included */
-    int n_processors;     /* that we may use */
-    double spin_seconds;  /* most of any job, and of waiting for one */
-    int spin_anyway;      /* also with more threads than processors: the caller wants it */
-    moe__nodes nodes;     /* of all n_threads; one node if they are not bound */
-    moe__worker *workers; /* n_threads; the first is the caller */
-    moe__pool_word *arrived; /* root, then groups: how many have arrived at the current barrier */
-    int n_started;
-};
-
-/* A worker decides by the command word alone whether it takes part, and as which thread of the */
-/* job. One that does keeps the caller from giving the next command until it has passed the last */
-/* barrier; one that does not may miss any number of commands. */
-enum { MOE__POOL_COUNT_BITS = 11, MOE__POOL_QUIT = (1 << MOE__POOL_COUNT_BITS) - 1 };
-
-MOE__INLINE void moe__pool_pause(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-/* A clock that costs nearly nothing, for differences on one thread. */
-MOE__INLINE uint64_t moe__pool_ticks(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    return __builtin_ia32_rdtsc();
-#elif defined(__aarch64__)
-    uint64_t ticks;
-    __asm__ volatile("mrs %0, cntvct_el0" : "=r"(ticks));
-    return ticks;
-#else
-    return (uint64_t)(moe__seconds() * 1e9);
-#endif
-}
-
-/* ---- sleeping -------------------------------------------------------------------------------- */
-
-#if MOE__USE_FUTEX
-MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old) {
-    syscall(SYS_futex, &word->value, 128 /* FUTEX_WAIT_PRIVATE */, old, NULL, NULL, 0);
-}
-MOE__PRIVATE void moe__pool_wake(moe__pool_word *word) {
-    syscall(SYS_futex, &word->value, 129 /* FUTEX_WAKE_PRIVATE */, INT_MAX, NULL, NULL, 0);
-}
-MOE__INLINE void moe__pool_word_open(moe__pool_word *word) { (void)word; }
-MOE__INLINE void moe__pool_word_close(moe__pool_word *word) { (void)word; }
-#else
-MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old) {
-    pthread_mutex_lock(&word->mutex);
-    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
-        pthread_cond_wait(&word->changed, &word->mutex);
-    pthread_mutex_unlock(&word->mutex);
-}
-MOE__PRIVATE void moe__pool_wake(moe__pool_word *word) {
-    pthread_mutex_lock(&word->mutex);
-    pthread_cond_broadcast(&word->changed);
-    pthread_mutex_unlock(&word->mutex);
-}
-MOE__PRIVATE void moe__pool_word_open(moe__pool_word *word) {
-    pthread_mutex_init(&word->mutex, NULL);
-    pthread_cond_init(&word->changed, NULL);
-}
-MOE__PRIVATE void moe__pool_word_close(moe__pool_word *word) {
-    pthread_cond_destroy(&word->changed);
-    pthread_mutex_destroy(&word->mutex);
-}
-#endif
-
-/* Waits until word->value is not `old`: spins for some time, yields the processor some times, */
-/* then sleeps. Returns whether it slept. */
-MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds,
-                                int n_yields) {
-    if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
-    if (spin_seconds > 0) {
-        double end = moe__seconds() + spin_seconds;
-        do {
-            for (int i = 0; i < 64; i++) { /* asking the time costs as much as some pauses */
-                moe__pool_pause();
-                if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
-            }
-        } while (moe__seconds() < end);
-    }
-    for (int i = 0; i < n_yields; i++) {
-        sched_yield();
-        if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
-    }
-    /* Whoever changes the word looks at `sleepers` afterwards, and the kernel compares the word */
-    /* once more: a wake cannot be lost, whichever comes first. */
-    __atomic_fetch_add(&word->sleepers, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old) moe__pool_sleep(word, old);
-    __atomic_fetch_sub(&word->sleepers, 1, __ATOMIC_SEQ_CST);
-    return 1;
-}
-
-MOE__PRIVATE void moe__pool_set(moe__pool_word *word, uint32_t value) {
-    __atomic_store_n(&word->value, value, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(word);
-}
-
-/* How long a thread spins at its next barrier. On a crowded machine those it waits for may be */
-/* waiting for its processor: who spun in vain spins half as long the next time, below an 8th of */
-/* `most` not at all, and then tries again every 32nd time. */
-MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double most) {
-    if (worker->spin > 0 || most <= 0) return most <= 0 ? 0 : worker->spin;
-    return ++worker->n_naps % 32 == 0 ? most : 0;
-}
-MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budget, int slept) {
-    if (budget <= 0) return;
-    worker->spin = !slept                      ? 2 * worker->spin + most / 8
-                   : worker->spin >= most / 8 ? worker->spin / 2
-                                              : 0;
-    if (worker->spin > most) worker->spin = most;
-}
-
-/* ---- barrier and jobs ------------------------------------------------------------------------ */
-
-/* Threads of a group at a barrier: at most 16, equally many, of one node if nodes have enough. */
-MOE__PRIVATE int moe__pool_leaf(int n_threads, int n_nodes) {
-    enum { MOST = 16, LEAST = 4 };
-    int each = (n_threads + n_nodes - 1) / n_nodes;
-    if (each < LEAST) each = n_threads;
-    const int groups = (each + MOST - 1) / MOST;
-    return (each + groups - 1) / groups;
-}
-
-/* Counts this thread; returns whether it is the last of all. The last of a group has set its */
-/* counter back before it counts for the group: nobody looks at it again before the release. */
-MOE__PRIVATE int moe__pool_arrive(moe_pool *pool, int thread, int n) {
-    const int leaf = pool->leaf, groups = (n + leaf - 1) / leaf, group = thread / leaf;
-    moe__pool_word *word = &pool->arrived[groups > 1 ? 1 + group : 0];
-    const int size = (int)moe__min(leaf, n - group * leaf);
-    if (__atomic_add_fetch(&word->value, 1, __ATOMIC_ACQ_REL) != (uint32_t)size) return 0;
-    __atomic_store_n(&word->value, 0, __ATOMIC_RELAXED);
-    if (groups == 1) return 1;
-    if (__atomic_add_fetch(&pool->arrived[0].value, 1, __ATOMIC_ACQ_REL) != (uint32_t)groups)
-        return 0;
-    __atomic_store_n(&pool->arrived[0].value, 0, __ATOMIC_RELAXED);
-    return 1;
-}
-
-/* Returns whether it had to wait. What belongs to the job is read before this thread counts as */
-/* arrived: at the last barrier the next job may be prepared as soon as all have. */
-MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread) {
-    const int n = pool->n_active, n_yields = pool->n_yields;
-    const double most = pool->spin;
-    if (n == 1) return 0;
-    const uint32_t passed = __atomic_load_n(&pool->release.value, __ATOMIC_RELAXED);
-    if (moe__pool_arrive(pool, thread, n)) {
-        moe__pool_set(&pool->release, passed + 1);
-        return 0;
-    }
-    if (__atomic_load_n(&pool->release.value, __ATOMIC_ACQUIRE) != passed) return 0;
-    const double budget = moe__pool_budget(worker, most);
-    const int slept = moe__pool_wait(&pool->release, passed, budget, n_yields);
-    moe__pool_learn(worker, most, budget, slept);
-    return 1;
-}
-
-/* The worker that is thread `thread` of a job of n: those that take part are spread evenly, so */
-/* that all nodes have their share of a small job, too. */
-MOE__INLINE int moe__pool_worker_of(const moe_pool *pool, int thread, int n) {
-    return (int)((int64_t)thread * pool->n_threads / n);
-}
-/* How many workers before worker `w` take part in a job of n. */
-MOE__INLINE int moe__pool_rank(const moe_pool *pool, int w, int n) {
-    return (int)(((int64_t)w * n + pool->n_threads - 1) / pool->n_threads);
-}
-
-/* Every thread of the running job calls this equally often. What one wrote before it, all see */
-/* after it. thread: as the job was told. */
-MOE__PRIVATE void moe__pool_barrier(moe_pool *pool, int thread) {
-    moe__worker *worker = &pool->workers[moe__pool_worker_of(pool, thread, pool->n_active)];
-    const uint64_t begin = moe__pool_ticks();
-    if (!moe__pool_meet(pool, worker, thread)) return;
-    const uint64_t end = moe__pool_ticks();
-    if (end > begin) worker->waited += end - begin;
-}
-
-/* A thread's part in a job. Waiting for the end is not counted: the caller may read by then. */
-MOE__PRIVATE void moe__pool_work(moe_pool *pool, moe__worker *worker, int thread, int n) {
-    worker->waited = 0;
-    pool->job(pool->context, thread, n);
-    moe__pool_meet(pool, worker, thread);
-}
-
-/* Signals meant for the program are handled by its own threads. Those that report a fault of the */
-/* running instruction stay, and so do the two that the C library uses itself. */
-MOE__PRIVATE void moe__pool_block_signals(void) {
-#if defined(__linux__)
-    const unsigned keep[] = {4, 5, 6, 7, 8, 11, 32, 33}; /* ILL TRAP ABRT BUS FPE SEGV, libc's */
-    uint64_t mask = ~(uint64_t)0;
-    for (size_t i = 0; i < sizeof keep / sizeof keep[0]; i++)
-        mask &= ~((uint64_t)1 << (keep[i] - 1));
-    syscall(SYS_rt_sigprocmask, 2 /* SIG_SETMASK */, &mask, NULL, sizeof mask);
-#endif
-}
-
-/* The calling thread runs on the worker's processor; saved (or NULL) gets what it ran on before. */
-MOE__PRIVATE int moe__pool_bind(const moe__worker *worker, uint64_t *saved) {
-    uint64_t mask[MOE__MAX_PROCESSORS / 64];
-    if (worker->processor < 0 || (saved && !moe__machine_affinity(saved))) return 0;
-    memset(mask, 0, sizeof mask);
-    mask[worker->processor / 64] = (uint64_t)1 << (worker->processor % 64);
-    return moe__machine_bind(mask);
-}
-
-MOE__PRIVATE void *moe__pool_worker(void *argument) {
-    moe__worker *worker = (moe__worker *)argument;
-    moe_pool *pool = worker->pool;
-    uint32_t command = 0;
-    moe__pool_block_signals();
-    moe__pool_bind(worker, NULL);
-    for (;;) {
-        moe__pool_wait(&pool->command, command, pool->spin_seconds, 0);
-        command = __atomic_load_n(&pool->command.value, __ATOMIC_ACQUIRE);
-        const int n = (int)(command & MOE__POOL_QUIT);
-        if (n == MOE__POOL_QUIT) return NULL;
-        const int thread = moe__pool_rank(pool, worker->thread, n);
-        if (thread < moe__pool_rank(pool, worker->thread + 1, n))
-            moe__pool_work(pool, worker, thread, n);
-    }
-}
-
-MOE__PRIVATE void moe__pool_command(moe_pool *pool, int count) {
-    uint32_t serial = (pool->command.value >> MOE__POOL_COUNT_BITS) + 1;
-    moe__pool_set(&pool->command, serial << MOE__POOL_COUNT_BITS | (uint32_t)count);
-}
-
-/* Runs job(context, thread, n_threads) on the calling thread (thread 0) and n_threads - 1 */
-/* workers; returns when all are done. Callers from several threads take turns. Returns the */
-/* seconds it took, and in waited (or NULL) those that each thread spent at barriers. */
-MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *job, void *context,
-                                  double *waited) {
-    uint64_t saved[MOE__MAX_PROCESSORS / 64];
-    pthread_mutex_lock(&pool->turn);
-    pool->job = job;
-    pool->context = context;
-    pool->n_active = n_threads;
-    pool->leaf = moe__pool_leaf(n_threads, pool->nodes.n);
-    /* With more threads than processors, who spins keeps from work those that are waited for, */
-    /* and handing on the processor is cheaper than sleeping and being woken. */
-    const int crowded = n_threads > pool->n_processors;
-    pool->spin = crowded && !pool->spin_anyway ? 0 : pool->spin_seconds;
-    pool->n_yields = crowded ? 8 : 0;
-    const int bound = n_threads > 1 && moe__pool_bind(&pool->workers[0], saved);
-    const double begin = moe__seconds();
-    const uint64_t ticks = moe__pool_ticks();
-    if (n_threads > 1) moe__pool_command(pool, n_threads);
-    moe__pool_work(pool, &pool->workers[0], 0, n_threads);
-    const double seconds = moe__seconds() - begin;
-    const double second = (double)(moe__pool_ticks() - ticks) / (seconds > 0 ? seconds : 1);
-    for (int i = 0; i < n_threads && waited; i++) {
-        const double all = (double)pool->workers[moe__pool_worker_of(pool, i, n_threads)].waited;
-        waited[i] = second <= 0 ? 0 : all < second * seconds ? all / second : seconds;
-    }
-    if (bound) moe__machine_bind(saved);
-    pthread_mutex_unlock(&pool->turn);
-    return seconds;
-}
-
-/* The nodes of the threads of a job of n. */
-MOE__PRIVATE void moe__pool_nodes(const moe_pool *pool, int n, moe__nodes *nodes) {
-    nodes->n = pool->nodes.n;
-    for (int32_t k = 0; k < nodes->n; k++)
-        nodes->first[k] = moe__pool_rank(pool, pool->nodes.first[k], n);
-    nodes->first[nodes->n] = n;
-}
-
-/* With one token, rows of a thread begin at multiples of this: one cache line of results. */
-enum { MOE__ROW_UNIT = 16 };
-
-/* The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are */
-/* multiples of `unit` (but for the last) and differ by at most one unit. */
-MOE__INLINE void moe__pool_share(int64_t total, int64_t unit, int thread, int n, int64_t *begin,
-                                 int64_t *end) {
-    int64_t units = (total + unit - 1) / unit;
-    *begin = moe__min(total, units * thread / n * unit);
-    *end = moe__min(total, units * (thread + 1) / n * unit);
-}
-
-MOE__PRIVATE int moe__pool_default_threads(void) {
-    moe__machine machine;
-    moe__machine_this(&machine);
-    return moe__machine_threads(&machine, "");
-}
-
-/* ---- public ---------------------------------------------------------------------------------- */
-
-/* Who runs where, and how long who waits spins. */
-MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, int pin,
-                                   int spin_us) {
-    pool->n_processors = moe__machine_quota("", machine->n_processors);
-    moe__nodes_single(&pool->nodes, pool->n_threads);
-    if (pin) moe__machine_nodes(machine, pool->n_threads, &pool->nodes);
-    pool->spin_seconds = 1e-6 * (spin_us < 0 ? 0 : spin_us ? spin_us : 50);
-    pool->spin_anyway = spin_us > 0;
-    for (int i = 0; i < pool->n_threads; i++) {
-        moe__worker *worker = &pool->workers[i];
-        worker->pool = pool;
-        worker->thread = i;
-        worker->spin = pool->spin_seconds;
-        worker->processor = pin ? moe__machine_processor(machine, &pool->nodes, i) : -1;
-    }
-}
-
-MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error) {
-    moe_allocator allocator;
-    moe__machine machine;
-    uint64_t mask[MOE__MAX_PROCESSORS / 64];
-    int n = options ? options->n_threads : 0;
-    const int pin = options && options->pin > 0;
-    if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
-    if (n < 0 || n > MOE_MAX_THREADS) {
-        moe__fail(error, MOE_ERROR_ARGUMENT, "n_threads", "n_threads is %d, not 0..%d", n,
-                  (int)MOE_MAX_THREADS);
-        return NULL;
-    }
-    memset(&machine, 0, sizeof machine);
-    if (n == 0 || pin) moe__machine_this(&machine); /* two files per processor: only if needed */
-    else machine.n_processors = moe__machine_affinity(mask);
-    if (n == 0) n = moe__machine_threads(&machine, "");
-    moe_pool *pool = (moe_pool *)moe__alloc(&allocator, sizeof *pool);
-    if (pool) {
-        pool->allocator = allocator;
-        const size_t n_words = 1 + ((size_t)n + 3) / 4; /* groups have 4 threads or more */
-        pool->workers = (moe__worker *)moe__alloc(&allocator, (size_t)n * sizeof *pool->workers);
-        pool->arrived =
-            (moe__pool_word *)moe__alloc(&allocator, n_words * sizeof *pool->arrived);
-    }
-    if (!pool || !pool->workers || !pool->arrived) {
-        if (pool) moe__free(&allocator, pool->workers);
-        if (pool) moe__free(&allocator, pool->arrived);
-        moe__free(&allocator, pool);
-        moe__fail(error, MOE_ERROR_MEMORY, "pool", "no memory for a pool of %d threads", n);
-        return NULL;
-    }
-    pool->n_threads = n;
-    pool->n_active = 1;
-    moe__pool_settle(pool, &machine, pin, options ? options->spin_us : 0);
-    pthread_mutex_init(&pool->turn, NULL);
-    moe__pool_word_open(&pool->command);
-    moe__pool_word_open(&pool->release);
-    for (pool->n_started = 1; pool->n_started < n; pool->n_started++) {
-        moe__worker *worker = &pool->workers[pool->n_started];
-        int code = pthread_create(&worker->handle, NULL, moe__pool_worker, worker);
-        if (code) {
-            moe__fail(error, MOE_ERROR_THREAD, "pthread_create",
-                      "the system refused thread %d of %d (error %d)", pool->n_started + 1, n,
-                      code);
-            moe_pool_close(pool);
-            return NULL;
-        }
-    }
-    return pool;
-}
-
-MOE_API void moe_pool_close(moe_pool *pool) {
-    if (!pool) return;
-    moe__pool_command(pool, MOE__POOL_QUIT);
-    for (int i = 1; i < pool->n_started; i++) pthread_join(pool->workers[i].handle, NULL);
-    moe__pool_word_close(&pool->command);
-    moe__pool_word_close(&pool->release);
-    pthread_mutex_destroy(&pool->turn);
-    moe_allocator allocator = pool->allocator;
-    moe__free(&allocator, pool->arrived);
-    moe__free(&allocator, pool->workers);
-    moe__free(&allocator, pool);
-}
-
-MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_threads : 0; }
-MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes.n : 0; }
 
 /* ============================================================================================== */
 /* // >>ops */

@@ -21,22 +21,23 @@
 /* */
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
-/*   >>manual      52  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     125  every macro you may define */
-/*   >>api        216  types and prototypes with their contracts */
-/*   >>base       696  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>gguf       969  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     1975  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   3576  inner loops: plain C, then one vector text per instruction set */
-/*   >>machine   7694  processors, cores, quotas, memory nodes; binding threads and pages */
-/*   >>pool      8031  the team of threads: wake, barrier, shares of work */
-/*   >>ops       8462  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   8744  router, plan, the expert schedules */
-/*   >>model     9192  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  10192  cache, the forward pass */
-/*   >>text     11493  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   12850  choosing tokens, generating text */
-/*   >>licence  13372  MIT or public domain */
+/*   >>manual      53  how to use it: models, sessions, threads, schedules, errors, limits */
+/*   >>config     134  every macro you may define */
+/*   >>api        225  types and prototypes with their contracts */
+/*   >>base       725  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine    999  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1384  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1815  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2516  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3506  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5107  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops       9225  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   9507  router, plan, the expert schedules */
+/*   >>model     9955  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  11049  cache, the forward pass */
+/*   >>text     12366  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   13723  choosing tokens, generating text */
+/*   >>licence  14245  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -69,6 +70,14 @@
 /* treated as hostile; what cannot be run right is refused with the reason. An open model never */
 /* changes: any number of sessions in any threads may use it. It must outlive them. */
 /* */
+/* PAGES. On most machines a mapped file is read as fast as any memory. On some (virtual machines */
+/* whose hypervisor keeps page tables of its own) the speed depends on the pieces in which the */
+/* system happens to cache the file, by up to ten times. With moe_model_options.pages = AUTO, */
+/* opening a model measures a sample for some milliseconds and, only if the mapping is slow and at */
+/* least twice as much memory is free, makes a private copy of it in huge pages. The mapping is */
+/* looked at once more when some hundred tokens have been generated; pieces are then copied */
+/* between tokens. moe_model_get_memory says in words what was done. MAP never copies, COPY always. */
+/* */
 /* SESSIONS. A session is one context: its cache of keys and values and the buffers for a batch. */
 /* One thread at a time may call it. All memory is taken when it is opened (ask */
 /* moe_session_estimate before); evaluating allocates nothing. A failed or cancelled eval leaves */
@@ -79,9 +88,9 @@
 /* thread. A program that forks must not use the child's copy of a session. */
 /* */
 /* MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best */
-/* with mmap off: threads are pinned in blocks, and a row of a matrix lies in the memory of the */
-/* socket that reads it. MOE_NUMA_INTERLEAVE suits threads that move. moe_model_get_memory tells */
-/* what came of it. On one socket neither does anything. */
+/* with pages = COPY: threads are pinned in blocks, and a row of a matrix lies in the memory of */
+/* the socket that reads it. MOE_NUMA_INTERLEAVE suits threads that move. moe_model_get_memory */
+/* tells what came of it. On one socket neither does anything. */
 /* */
 /* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
 /* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
@@ -115,7 +124,7 @@
 /* The library never exits, aborts, prints, installs handlers, reads the environment or keeps */
 /* global state (the code books of the IQ types are unpacked once and constant from then on). One */
 /* thing it cannot turn into an error: a mapped file that is cut short by somebody else while in */
-/* use raises SIGBUS; options.mmap = MOE_OFF avoids that. */
+/* use raises SIGBUS; pages = MOE_PAGES_COPY avoids that. */
 /* */
 /* LIMITS. Little-endian 64-bit machines with GCC or clang. Up to 512 layers and 512 experts, */
 /* 1024 threads. Not for -ffast-math (infinities are used). */
@@ -331,14 +340,22 @@ MOE_API const char *moe_isa_name(moe_isa isa);
 
 /* ---- GGUF files ------------------------------------------------------------------------------ */
 
+/* How a file's bytes lie in memory. Mapped pages are shared with other processes, and opening */
+/* takes milliseconds; how fast they are read depends on the pages in which the system caches the */
+/* file, on some virtual machines by a multiple. A copy is private, in huge pages (2 MiB) if the */
+/* system has them, and the cache behind it is dropped, so that memory is needed once. */
+typedef enum moe_pages {
+    MOE_PAGES_AUTO = 0, /* mapped; a model measures a sample of what is cached and, only if that */
+                        /* is read much slower than huge pages are, makes huge pages of it */
+    MOE_PAGES_MAP = 1,  /* mapped, never copied */
+    MOE_PAGES_COPY = 2  /* copied: a file that is cut short later cannot hurt any more */
+} moe_pages;
+
 typedef struct moe_gguf moe_gguf;
 
 typedef struct moe_gguf_options {
-    moe_allocator allocator;
-    int32_t mmap;      /* MOE_OFF: read the file into memory (its later truncation cannot hurt */
-                       /* then); default: map it */
-    int32_t hugepages; /* with mmap off: MOE_ON asks for huge pages for the copy (madvise), OFF */
-                       /* for none; moe_model_memory tells what came of it */
+    moe_allocator allocator; /* of tables; files are mapped or copied into pages of the system */
+    moe_pages pages;   /* AUTO does what MAP does until a model is opened */
     int32_t prefault;  /* MOE_ON: touch every page before returning */
     /* Called now and then while reading or touching pages; fraction in 0..1. Return 0 to cancel. */
     int (*progress)(void *user, float fraction);
@@ -395,8 +412,8 @@ typedef struct moe_gguf_tensor {
 /* CANCELLED. */
 MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *options,
                                 moe_error *error);
-/* A whole unsplit GGUF file in memory, which must stay unchanged until close. options->mmap etc. */
-/* do not matter. */
+/* A whole unsplit GGUF file in memory, which must stay unchanged until close. options->pages */
+/* etc. do not matter. */
 MOE_API moe_gguf *moe_gguf_open_memory(const void *data, size_t size,
                                        const moe_gguf_options *options, moe_error *error);
 MOE_API void moe_gguf_close(moe_gguf *gguf);
@@ -430,9 +447,8 @@ typedef struct moe_model moe_model; /* immutable: share it between sessions and 
 typedef struct moe_vocab moe_vocab;
 
 /* On which memory nodes the pages of weights lie. Other than OFF, all are touched at opening, as */
-/* prefault does. Pages of a mapped file that other processes use stay where they are. A copy */
-/* (mmap off) is made of small pages, unless hugepages are ON: then 2 MiB lie together, which are */
-/* often rows of two nodes. */
+/* prefault does. Pages of a mapped file that other processes use stay where they are. With more */
+/* than one node a copy is made of small pages, since 2 MiB often hold rows of two nodes. */
 typedef enum moe_numa {
     MOE_NUMA_OFF = 0,        /* where the system puts them */
     MOE_NUMA_INTERLEAVE = 1, /* in turn on all nodes: for any threads; on two nodes half is far */
@@ -441,9 +457,8 @@ typedef enum moe_numa {
 
 typedef struct moe_model_options {
     moe_allocator allocator;
-    int32_t mmap;      /* as in moe_gguf_options */
-    int32_t prefault;
-    int32_t hugepages;
+    moe_pages pages;
+    int32_t prefault;  /* as in moe_gguf_options */
     int32_t mlock;     /* MOE_ON: keep the weights in memory, as far as the system allows */
     moe_numa numa;
     int (*progress)(void *user, float fraction);
@@ -468,11 +483,16 @@ typedef struct moe_model_info {
 
 /* What became of the wishes about memory; where the system refuses one, nothing else changes. */
 typedef struct moe_model_memory {
+    moe_pages pages;         /* MAP, or COPY if the file was copied, if only in part */
+    uint64_t n_bytes_copied; /* of the file: memory that no other process shares */
+    double map_rate;         /* bytes per second at which a sample of the mapping was read, and */
+    double copy_rate;        /* as much anonymous memory in huge pages; 0: not measured */
+    char text[160];          /* what was done and why, in words: "4.00 GiB copied to huge pages: */
+                             /* the mapping reads at 7.1 of 41.3 GB/s" */
     moe_numa numa;           /* OFF if there is one node only, or if the system refused */
     int32_t n_nodes;         /* memory nodes with processors that we may use */
     uint64_t n_bytes_placed; /* of weights, in the right place: OWNER: on their node; INTERLEAVE: */
                              /* as many times the least loaded node as there are nodes */
-    uint64_t n_bytes_huge;   /* of the copy (mmap off) on huge pages */
     uint64_t n_bytes_locked; /* of weights, by mlock */
 } moe_model_memory;
 
@@ -482,14 +502,21 @@ typedef struct moe_model_memory {
 MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
                                   moe_error *error);
 /* The same from a GGUF opened before (from memory, for instance), which must outlive the model. */
-/* Of the options about memory only numa and mlock matter. */
+/* What options->pages says counts only if the GGUF was opened with AUTO, and only for its first */
+/* model; prefault does not matter. */
 MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_options *options,
                                        moe_error *error);
 MOE_API void moe_model_close(moe_model *model);
 MOE_API const moe_vocab *moe_model_vocab(const moe_model *model); /* NULL: token ids only */
 MOE_API const moe_gguf *moe_model_gguf(const moe_model *model);
 MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
+/* With AUTO the weights may still move to huge pages after some hundred generated tokens, if */
+/* they are read slowly by then: ask again for what came of it (what an earlier call returned */
+/* stays as it was until close). */
 MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model);
+/* Bytes of the model's files that are mapped by huge pages now, as /proc/self/smaps tells: pages */
+/* of a mapping count once they were read. Takes milliseconds. */
+MOE_API uint64_t moe_model_huge_bytes(const moe_model *model);
 
 /* ---- vocabulary ------------------------------------------------------------------------------ */
 
@@ -598,6 +625,8 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
 MOE_API void moe_session_close(moe_session *session); /* before its model */
 MOE_API const moe_model *moe_session_model(const moe_session *session);
 MOE_API const moe_session_info *moe_session_get_info(const moe_session *session);
+/* Bytes of its cache and buffers on huge pages now. Takes milliseconds. */
+MOE_API uint64_t moe_session_huge_bytes(const moe_session *session);
 /* Memory a session with these options would take, without taking it: info->kv_bytes and */
 /* info->work_bytes (the threads' stacks are not counted). */
 MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
@@ -710,6 +739,7 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -1006,6 +1036,11 @@ MOE__INLINE int moe__machine_bit(const uint64_t *mask, int i) {
     return mask[i / 64] >> (i % 64) & 1;
 }
 
+MOE__PRIVATE size_t moe__machine_page(void) {
+    const long size = sysconf(_SC_PAGESIZE);
+    return size > 0 ? (size_t)size : 4096;
+}
+
 /* The beginning of a small text file; 0 bytes if it cannot be read. */
 MOE__PRIVATE size_t moe__machine_file(const char *root, const char *path, char *out,
                                       size_t capacity) {
@@ -1122,58 +1157,139 @@ MOE__PRIVATE int32_t moe__machine_share(double quota, double period, int32_t mos
     return count < 1 ? 1 : count < most ? (int32_t)count : most;
 }
 
-/* What the control group in folder `path` allows: cpu.max ("200000 100000", "max 100000") or, in */
-/* version 1, cpu.cfs_quota_us (-1: no limit) and cpu.cfs_period_us. */
-MOE__PRIVATE int32_t moe__machine_group(const char *root, const char *path, int32_t most) {
-    char file[768], text[128], *end;
-    snprintf(file, sizeof file, "%s/cpu.max", path);
-    if (moe__machine_file(root, file, text, sizeof text)) {
-        double quota = strtod(text, &end);
-        if (end != text) most = moe__machine_share(quota, strtod(end, NULL), most);
-    }
-    snprintf(file, sizeof file, "%s/cpu.cfs_quota_us", path);
-    if (moe__machine_file(root, file, text, sizeof text)) {
-        double quota = strtod(text, NULL);
-        snprintf(file, sizeof file, "%s/cpu.cfs_period_us", path);
-        if (moe__machine_file(root, file, text, sizeof text))
-            most = moe__machine_share(quota, strtod(text, NULL), most);
-    }
-    return most;
-}
-
-/* Processors that the process's control groups allow, from its own up to the root; at most */
-/* `most`. */
-MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t most) {
+/* Calls look for the folder of each of the process's control groups that has this controller, */
+/* from its own up to the root. */
+typedef void moe__machine_look_fn(const char *root, const char *path, void *found);
+MOE__PRIVATE void moe__machine_groups(const char *root, const char *controller,
+                                      moe__machine_look_fn *look, void *found) {
     char text[4096], path[640];
+    const size_t length = strlen(controller);
     moe__machine_file(root, "/proc/self/cgroup", text, sizeof text);
     for (char *line = text, *next; *line; line = next) { /* number:controllers:/path */
         size_t size = strcspn(line, "\n");
         next = line + size + (line[size] != 0);
         line[size] = 0;
-        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':')
-                                                                    : NULL;
+        char *names = strchr(line, ':'), *group = names ? strchr(names + 1, ':') : NULL;
         if (!group || strlen(group) > 512) continue;
-        controllers++;
+        names++;
         *group++ = 0;
-        int v2 = !*controllers, cpu = v2;
-        for (const char *p = controllers; *p; p += strcspn(p, ",") + (p[strcspn(p, ",")] != 0))
-            cpu |= strcspn(p, ",") == 3 && !memcmp(p, "cpu", 3);
-        if (!cpu) continue;
+        const int v2 = !*names;
+        int ours = v2;
+        for (const char *p = names; *p; p += strcspn(p, ",") + (p[strcspn(p, ",")] != 0))
+            ours |= strcspn(p, ",") == length && !memcmp(p, controller, length);
+        if (!ours) continue;
         for (size_t n = strlen(group);; n--) {
             while (n && group[n] && group[n] != '/') n--;
             group[n] = 0;
-            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s", v2 ? "" : "/cpu", group);
-            most = moe__machine_group(root, path, most);
+            snprintf(path, sizeof path, "/sys/fs/cgroup%s%s%s", v2 ? "" : "/",
+                     v2 ? "" : controller, group);
+            look(root, path, found);
             if (!n) break;
         }
     }
-    return moe__machine_group(root, "/sys/fs/cgroup", most); /* of a container without the others */
+    look(root, "/sys/fs/cgroup", found); /* of a container without the others */
+}
+
+/* A file of a control group: 0 if it cannot be read. */
+MOE__PRIVATE size_t moe__machine_group_file(const char *root, const char *path, const char *name,
+                                            char *text, size_t capacity) {
+    char file[768];
+    snprintf(file, sizeof file, "%s/%s", path, name);
+    return moe__machine_file(root, file, text, capacity);
+}
+
+/* Lowers *most (int32_t) to the processors that a control group allows: cpu.max ("200000 */
+/* 100000", "max 100000") or, in version 1, cpu.cfs_quota_us (-1: no limit) and */
+/* cpu.cfs_period_us. */
+MOE__PRIVATE void moe__machine_look_cpu(const char *root, const char *path, void *most) {
+    char text[128], *end;
+    int32_t *count = (int32_t *)most;
+    if (moe__machine_group_file(root, path, "cpu.max", text, sizeof text)) {
+        double quota = strtod(text, &end);
+        if (end != text) *count = moe__machine_share(quota, strtod(end, NULL), *count);
+    }
+    if (moe__machine_group_file(root, path, "cpu.cfs_quota_us", text, sizeof text)) {
+        double quota = strtod(text, NULL);
+        if (moe__machine_group_file(root, path, "cpu.cfs_period_us", text, sizeof text))
+            *count = moe__machine_share(quota, strtod(text, NULL), *count);
+    }
+}
+
+/* Processors that the process's control groups allow, at most `most`. */
+MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t most) {
+    moe__machine_groups(root, "cpu", moe__machine_look_cpu, &most);
+    return most;
 }
 
 /* Physical cores in the process's affinity mask, at most the control groups' quota. */
 MOE__PRIVATE int32_t moe__machine_threads(const moe__machine *m, const char *root) {
     int32_t n = moe__machine_quota(root, m->n_cores);
     return n < 1 ? 1 : n > MOE_MAX_THREADS ? (int32_t)MOE_MAX_THREADS : n;
+}
+
+/* ---- how much memory ------------------------------------------------------------------------- */
+
+/* The number behind `name` at the beginning of a line of text; 0 if there is none. */
+MOE__PRIVATE uint64_t moe__machine_number(const char *text, const char *name) {
+    const size_t size = strlen(name);
+    while (strncmp(text, name, size) || (text[size] != ' ' && text[size] != ':')) {
+        text = strchr(text, '\n');
+        if (!text++) return 0;
+    }
+    return strtoull(text + size + 1, NULL, 10);
+}
+
+/* What is left of a limit in bytes; a text that is no number ("max") is none. */
+MOE__PRIVATE void moe__machine_left(const char *limit, uint64_t used, uint64_t *least) {
+    char *end;
+    const uint64_t most = strtoull(limit, &end, 10);
+    const uint64_t left = most > used ? most - used : 0;
+    if (end != limit && left < *least) *least = left;
+}
+
+/* Lowers *least (uint64_t) to what a control group leaves. Cached files give way. */
+MOE__PRIVATE void moe__machine_look_memory(const char *root, const char *path, void *least) {
+    static const char *const limits[] = {"memory.max", "memory.high", "memory.limit_in_bytes"};
+    char text[8192], limit[64];
+    uint64_t cached[2] = {0, 0}, used[2] = {0, 0};
+    if (moe__machine_group_file(root, path, "memory.stat", text, sizeof text)) {
+        cached[0] = moe__machine_number(text, "inactive_file") +
+                    moe__machine_number(text, "active_file");
+        cached[1] = moe__machine_number(text, "total_inactive_file") +
+                    moe__machine_number(text, "total_active_file");
+    }
+    if (moe__machine_group_file(root, path, "memory.current", text, sizeof text))
+        used[0] = strtoull(text, NULL, 10);
+    if (moe__machine_group_file(root, path, "memory.usage_in_bytes", text, sizeof text))
+        used[1] = strtoull(text, NULL, 10);
+    for (int i = 0; i < 3; i++)
+        if (moe__machine_group_file(root, path, limits[i], limit, sizeof limit))
+            moe__machine_left(limit, used[i / 2] - moe__min((int64_t)cached[i / 2],
+                                                            (int64_t)used[i / 2]),
+                              (uint64_t *)least);
+}
+
+/* Bytes that the process may take without anything being swapped: what the system calls */
+/* available, its control groups leave, and its limits on address space and data allow. */
+MOE__PRIVATE uint64_t moe__machine_memory(const char *root) {
+    static const int kinds[] = {RLIMIT_AS, RLIMIT_DATA};
+    char text[4096], *p = text;
+    uint64_t least = UINT64_MAX, pages[6] = {0, 0, 0, 0, 0, 0};
+    if (moe__machine_file(root, "/proc/meminfo", text, sizeof text)) {
+        least = moe__machine_number(text, "MemAvailable") << 10;
+        if (!least) least = moe__machine_number(text, "MemFree") << 10;
+    }
+    moe__machine_groups(root, "memory", moe__machine_look_memory, &least);
+    moe__machine_file(root, "/proc/self/statm", text, sizeof text);
+    for (int i = 0; i < 6; i++) pages[i] = strtoull(p, &p, 10); /* all, ..., data and stack */
+    for (int i = 0; i < 2; i++) {
+        struct rlimit limit;
+        const uint64_t used = pages[i ? 5 : 0] * moe__machine_page();
+        if (getrlimit(kinds[i], &limit) || limit.rlim_cur == RLIM_INFINITY) continue;
+        const uint64_t left = limit.rlim_cur > used ? (uint64_t)limit.rlim_cur - used : 0;
+        if (left < least) least = left;
+    }
+    return least;
 }
 
 /* ---- binding threads ------------------------------------------------------------------------- */
@@ -1262,44 +1378,6 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 #else
     return (void)pages, (void)to, (void)n, (void)status, 0;
 #endif
-}
-
-MOE__PRIVATE size_t moe__machine_page(void) {
-    const long size = sysconf(_SC_PAGESIZE);
-    return size > 0 ? (size_t)size : 4096;
-}
-
-/* Bytes on huge pages within memory[0 .. size), from the text of /proc/self/smaps: ranges */
-/* "7f00-7f40 rw-p ..." each followed by lines such as "AnonHugePages:  2048 kB". */
-MOE__PRIVATE uint64_t moe__machine_huge(const char *path, const void *memory, uint64_t size) {
-    const uint64_t first = (uint64_t)(uintptr_t)memory, last = first + size;
-    char buffer[2048], line[128];
-    size_t length = 0;
-    uint64_t overlap = 0, sum = 0;
-    ssize_t n;
-    int fd = open(path, O_RDONLY | MOE__O_CLOEXEC);
-    if (fd < 0) return 0;
-    while ((n = read(fd, buffer, sizeof buffer)) > 0)
-        for (ssize_t i = 0; i < n; i++) {
-            char *end;
-            if (buffer[i] != '\n') {
-                if (length < sizeof line - 1) line[length++] = buffer[i];
-                continue;
-            }
-            line[length] = 0;
-            length = 0;
-            const uint64_t from = strtoull(line, &end, 16);
-            if (end != line && *end == '-') {
-                const uint64_t to = strtoull(end + 1, NULL, 16);
-                overlap = to > first && from < last
-                              ? (to < last ? to : last) - (from > first ? from : first) : 0;
-            } else if (overlap && !strncmp(line, "AnonHugePages:", 14)) {
-                const uint64_t huge = strtoull(line + 14, NULL, 10) << 10;
-                sum += huge < overlap ? huge : overlap;
-            }
-        }
-    close(fd);
-    return sum;
 }
 
 /* ============================================================================================== */
@@ -1734,6 +1812,707 @@ MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_t
 MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes.n : 0; }
 
 /* ============================================================================================== */
+/* // >>pages */
+/* */
+/* Files in memory, and the pages that they lie in. How fast weights are read depends on them: */
+/* */
+/*   2 MiB   One entry of the page tables leads to 512 times 4 KiB. Anonymous memory gets such */
+/*           pages with MADV_HUGEPAGE. A mapped file has them where the system caches it in */
+/*           pieces (folios) of 2 MiB, and if the mapping begins at a multiple of 2 MiB. */
+/*   4 KiB   An entry each. On a virtual machine whose hypervisor keeps page tables of its own, */
+/*           reading through many such entries may be several times slower. */
+/* */
+/* Whoever read a file first decided in which folios it is cached, so that the speed of a mapping */
+/* cannot be known: it is measured, against anonymous memory, on a sample of what is cached */
+/* (moe__paging_probe). Where it is much slower, pages are made anew, the cheapest way first: */
+/* */
+/*   collapse   the system makes 2 MiB folios of what it has cached (few kernels can, for files) */
+/*   copy       pieces are copied to anonymous huge pages and put in the place of the mapping; */
+/*              the cache behind them is dropped, so that memory is needed once */
+/*   reread     the cache is dropped and read again, through a mapping that asks for huge folios */
+/* */
+/* The address of a byte never changes: mremap puts a finished copy where the mapping was, in one */
+/* step, so that other threads may read on meanwhile. */
+/* ============================================================================================== */
+
+/* Sizes for which tests set smaller ones. */
+#ifndef MOE__PAGES_PIECE
+#define MOE__PAGES_PIECE (1 << 24) /* bytes that a thread touches, copies or replaces at once; */
+#endif                             /* a multiple of MOE__PAGES_HUGE */
+#ifndef MOE__PROBE_WINDOW
+#define MOE__PROBE_WINDOW (1 << 19) /* bytes of a sample: as much as threads read at once from */
+#endif                              /* an expert's matrix */
+#ifndef MOE__PAGING_TOKENS
+#define MOE__PAGING_TOKENS 128 /* generated until a mapping is looked at once more */
+#endif
+#ifndef MOE__PAGING_SLOW
+#define MOE__PAGING_SLOW 0.7 /* of the speed of huge pages: below it a mapping counts as slow */
+#endif
+
+enum {
+    MOE__PAGES_HUGE = 1 << 21, /* bytes of a huge page */
+    MOE__PAGES_TEAM = 16       /* most threads that work on pages */
+};
+
+/* Linux's numbers: strict C11 hides some, old headers lack others. */
+enum {
+    MOE__MADV_DONTNEED = 4,
+    MOE__MADV_HUGEPAGE = 14,
+    MOE__MADV_NOHUGEPAGE = 15,
+    MOE__MADV_POPULATE_READ = 22,
+    MOE__MADV_COLLAPSE = 25
+};
+#if defined(MAP_ANONYMOUS)
+#define MOE__MAP_ANONYMOUS MAP_ANONYMOUS
+#else
+#define MOE__MAP_ANONYMOUS 0x20
+#endif
+
+/* A file in memory. */
+typedef struct moe__pages {
+    uint8_t *data;     /* NULL: nothing */
+    uint64_t size;
+    int file;          /* open as long as pages may be replaced, else -1 */
+    uint64_t n_copied; /* atomic: bytes that lie in anonymous memory */
+} moe__pages;
+
+/* ---- calls of the system --------------------------------------------------------------------- */
+
+/* Advice for the whole pages inside the range. Returns 0 or an errno, and leaves errno alone. */
+MOE__PRIVATE int moe__pages_advise(const uint8_t *memory, uint64_t size, int advice) {
+#if defined(__linux__) && defined(SYS_madvise)
+    const uintptr_t page = moe__machine_page();
+    const uintptr_t start = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)size) & ~(page - 1);
+    const int saved = errno;
+    int code = 0;
+    if (start < end && syscall(SYS_madvise, start, end - start, (long)advice)) code = errno;
+    errno = saved;
+    return code;
+#else
+    return (void)memory, (void)size, (void)advice, EINVAL;
+#endif
+}
+
+/* Gives back what the system has cached of a range of the file, if nobody else maps it. */
+MOE__PRIVATE void moe__pages_drop(int file, uint64_t from, uint64_t to) {
+#if defined(__linux__) && defined(SYS_fadvise64)
+    const int saved = errno;
+    syscall(SYS_fadvise64, file, (long)from, (long)(to - from), 4L /* POSIX_FADV_DONTNEED */);
+    errno = saved;
+#else
+    (void)file, (void)from, (void)to;
+#endif
+}
+
+/* Reads bytes from .. to - 1 of the file. Returns 0, an errno, or -1 if the file ends before. */
+MOE__PRIVATE int moe__pages_read(int file, uint8_t *out, uint64_t from, uint64_t to) {
+    while (from < to) {
+#if defined(__linux__) && defined(SYS_pread64)
+        const long got = syscall(SYS_pread64, file, out, (size_t)(to - from), (long)from);
+#else
+        const long got = lseek(file, (off_t)from, SEEK_SET) < 0
+                             ? -1 : (long)read(file, out, (size_t)(to - from));
+#endif
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return got < 0 ? errno : -1;
+        out += got;
+        from += (uint64_t)got;
+    }
+    return 0;
+}
+
+/* Is all of a range of whole pages in memory? Windows are MOE__PAGES_HUGE bytes at most. */
+MOE__PRIVATE int moe__pages_resident(const uint8_t *memory, uint64_t size) {
+#if defined(__linux__) && defined(SYS_mincore)
+    unsigned char there[MOE__PAGES_HUGE / 4096];
+    const size_t page = moe__machine_page(), n = (size_t)size / page;
+    if (n > sizeof there || syscall(SYS_mincore, memory, (size_t)size, there)) return 0;
+    for (size_t i = 0; i < n; i++)
+        if (!(there[i] & 1)) return 0;
+    return 1;
+#else
+    return (void)memory, (void)size, 0;
+#endif
+}
+
+/* Bytes on huge pages within memory[0 .. size), of files and anonymous ones, from the text of */
+/* /proc/self/smaps: ranges "7f00-7f40 rw-p ..." each followed by lines such as */
+/* "AnonHugePages:  2048 kB". */
+MOE__PRIVATE uint64_t moe__pages_huge(const char *path, const void *memory, uint64_t size) {
+    static const char *const names[] = {"AnonHugePages:", "FilePmdMapped:"};
+    const uint64_t first = (uint64_t)(uintptr_t)memory, last = first + size;
+    char buffer[2048], line[128];
+    size_t length = 0;
+    uint64_t overlap = 0, sum = 0;
+    ssize_t n;
+    int fd = open(path, O_RDONLY | MOE__O_CLOEXEC);
+    if (fd < 0) return 0;
+    while ((n = read(fd, buffer, sizeof buffer)) > 0)
+        for (ssize_t i = 0; i < n; i++) {
+            char *end;
+            if (buffer[i] != '\n') {
+                if (length < sizeof line - 1) line[length++] = buffer[i];
+                continue;
+            }
+            line[length] = 0;
+            length = 0;
+            const uint64_t from = strtoull(line, &end, 16);
+            if (end != line && *end == '-') {
+                const uint64_t to = strtoull(end + 1, NULL, 16);
+                overlap = to > first && from < last
+                              ? (to < last ? to : last) - (from > first ? from : first) : 0;
+            }
+            for (int k = 0; k < 2 && overlap; k++)
+                if (!strncmp(line, names[k], strlen(names[k]))) {
+                    const uint64_t huge = strtoull(line + strlen(names[k]), NULL, 10) << 10;
+                    sum += huge < overlap ? huge : overlap;
+                }
+        }
+    close(fd);
+    return sum;
+}
+
+/* Makes the page tables' entries of a range, where the system can do so for many at once. */
+MOE__PRIVATE void moe__pages_touch(const uint8_t *memory, uint64_t size) {
+    if (moe__pages_advise(memory, size, MOE__MADV_POPULATE_READ) != EINVAL) return;
+    for (uint64_t i = 0; i < size; i += 4096) (void)*(const volatile uint8_t *)(memory + i);
+}
+
+/* ---- mappings -------------------------------------------------------------------------------- */
+
+/* Anonymous memory at a multiple of 2 MiB; NULL if there is none. Given back by munmap. */
+MOE__PRIVATE uint8_t *moe__pages_take(uint64_t size, int protection) {
+    const uintptr_t huge = MOE__PAGES_HUGE, page = moe__machine_page();
+    const uintptr_t whole = ((uintptr_t)size + page - 1) & ~(page - 1);
+    void *raw = mmap(NULL, whole + huge, protection, MAP_PRIVATE | MOE__MAP_ANONYMOUS, -1, 0);
+    if (raw == MAP_FAILED) return NULL;
+    const uintptr_t begin = (uintptr_t)raw, first = (begin + huge - 1) & ~(huge - 1);
+    if (first > begin) munmap(raw, first - begin);
+    if (begin + huge > first) munmap((void *)(first + whole), begin + huge - first);
+    return (uint8_t *)first;
+}
+
+/* Maps the file; it stays open if `keep`, so that pages can be replaced. Returns 0 or an errno. */
+MOE__PRIVATE int moe__pages_map(moe__pages *p, int file, uint64_t size, int keep) {
+    uint8_t *place = moe__pages_take(size, PROT_NONE); /* NULL: any other place will do */
+    void *mapping = mmap(place, (size_t)size, PROT_READ, MAP_PRIVATE | (place ? MAP_FIXED : 0),
+                         file, 0);
+    const int code = errno;
+    if (mapping == MAP_FAILED) {
+        if (place) munmap(place, (size_t)size);
+        return code;
+    }
+    p->data = (uint8_t *)mapping;
+    p->size = size;
+    p->file = keep ? file : -1;
+    moe__pages_advise(p->data, size, MOE__MADV_HUGEPAGE); /* before anything touches it */
+    return 0;
+}
+
+MOE__PRIVATE void moe__pages_close(moe__pages *p) {
+    if (p->data) munmap(p->data, (size_t)p->size);
+    if (p->data && p->file >= 0) close(p->file);
+    p->data = NULL;
+}
+
+/* ---- pieces, by a team ----------------------------------------------------------------------- */
+
+/* Pieces of a range that threads take in turn. */
+typedef struct moe__pieces {
+    int (*work)(void *context, uint64_t from, uint64_t to); /* 0, or a code that ends it all */
+    int (*report)(void *context, uint64_t done); /* may be NULL; on the caller's thread; also */
+    void *context;
+    uint64_t next, size; /* next: atomic */
+    uint64_t done;       /* atomic */
+    uint64_t reported;   /* what report was last told */
+    int code;            /* atomic: the first one that was not 0 */
+} moe__pieces;
+
+MOE__PRIVATE int moe__pieces_report(moe__pieces *p) {
+    p->reported = __atomic_load_n(&p->done, __ATOMIC_RELAXED);
+    return p->report(p->context, p->reported);
+}
+
+MOE__PRIVATE void moe__pieces_job(void *context, int thread, int n_threads) {
+    moe__pieces *p = (moe__pieces *)context;
+    (void)n_threads;
+    while (!__atomic_load_n(&p->code, __ATOMIC_RELAXED)) {
+        const uint64_t from = __atomic_fetch_add(&p->next, MOE__PAGES_PIECE, __ATOMIC_RELAXED);
+        if (from >= p->size) return;
+        const uint64_t left = p->size - from;
+        const uint64_t size = left < MOE__PAGES_PIECE ? left : MOE__PAGES_PIECE;
+        int expected = 0, code = p->work(p->context, from, from + size);
+        if (!code) __atomic_fetch_add(&p->done, size, __ATOMIC_RELAXED);
+        if (!code && thread == 0 && p->report) code = moe__pieces_report(p);
+        if (code)
+            __atomic_compare_exchange_n(&p->code, &expected, code, 0, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED);
+    }
+}
+
+/* Works off all pieces, with the pool's threads or (NULL) some of its own. Returns the code. */
+MOE__PRIVATE int moe__pieces_run(moe__pieces *p, moe_pool *pool, const moe_allocator *allocator) {
+    const uint64_t n_pieces = (p->size - p->next + MOE__PAGES_PIECE - 1) / MOE__PAGES_PIECE;
+    moe_pool_options options;
+    moe_pool *own = NULL;
+    memset(&options, 0, sizeof options);
+    options.allocator = *allocator;
+    if (!pool && n_pieces > 1) pool = own = moe_pool_open(&options, NULL);
+    int64_t n = pool ? moe__min(pool->n_threads, MOE__PAGES_TEAM) : 1;
+    if ((uint64_t)n > n_pieces) n = (int64_t)n_pieces;
+    if (n > 1) moe__pool_run(pool, (int)n, moe__pieces_job, p, NULL);
+    else moe__pieces_job(p, 0, 1);
+    moe_pool_close(own);
+    if (!p->code && p->report && p->reported < p->done) p->code = moe__pieces_report(p);
+    return p->code;
+}
+
+/* ---- copies ---------------------------------------------------------------------------------- */
+
+/* A file that is read into anonymous memory, or touched, by a team. */
+typedef struct moe__pages_load {
+    moe__pages *pages;
+    int file;
+    int (*report)(void *user, uint64_t done); /* may be NULL */
+    void *user;
+} moe__pages_load;
+
+MOE__PRIVATE int moe__pages_load_piece(void *context, uint64_t from, uint64_t to) {
+    const moe__pages_load *load = (const moe__pages_load *)context;
+    const int code = moe__pages_read(load->file, load->pages->data + from, from, to);
+    if (!code) moe__pages_drop(load->file, from, to);
+    return code;
+}
+MOE__PRIVATE int moe__pages_touch_piece(void *context, uint64_t from, uint64_t to) {
+    const moe__pages_load *load = (const moe__pages_load *)context;
+    moe__pages_touch(load->pages->data + from, to - from);
+    return 0;
+}
+MOE__PRIVATE int moe__pages_load_report(void *context, uint64_t done) {
+    const moe__pages_load *load = (const moe__pages_load *)context;
+    return load->report(load->user, done);
+}
+
+MOE__PRIVATE int moe__pages_load_run(moe__pages_load *load, const moe_allocator *allocator,
+                                     int (*work)(void *, uint64_t, uint64_t)) {
+    moe__pieces pieces;
+    memset(&pieces, 0, sizeof pieces);
+    pieces.work = work;
+    pieces.report = load->report ? moe__pages_load_report : NULL;
+    pieces.context = load;
+    pieces.size = load->pages->size;
+    return moe__pieces_run(&pieces, NULL, allocator);
+}
+
+/* Reads the file into huge (or small) pages. Returns 0, an errno, -1 if the file became shorter, */
+/* or what report returned. */
+MOE__PRIVATE int moe__pages_copy(moe__pages_load *load, uint64_t size, int small,
+                                 const moe_allocator *allocator) {
+    moe__pages *p = load->pages;
+    uint8_t *memory = moe__pages_take(size, PROT_READ | PROT_WRITE);
+    if (!memory) return ENOMEM;
+    p->data = memory;
+    p->size = size;
+    p->file = -1;
+    p->n_copied = size;
+    moe__pages_advise(memory, size + moe__machine_page() - 1,
+                      small ? MOE__MADV_NOHUGEPAGE : MOE__MADV_HUGEPAGE);
+    const int code = moe__pages_load_run(load, allocator, moe__pages_load_piece);
+    if (!code) mprotect(memory, (size_t)size, PROT_READ); /* weights are never written */
+    return code;
+}
+
+/* Puts a copy on huge pages in the place of bytes from .. to - 1 of the mapping, whole pieces */
+/* but at the end of the file. Who reads them meanwhile reads the one or the other. */
+MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
+#if defined(__linux__) && defined(SYS_mremap)
+    const size_t page = moe__machine_page();
+    const size_t size = ((size_t)(to - from) + page - 1) & ~(page - 1);
+    uint8_t *copy = moe__pages_take(size, PROT_READ | PROT_WRITE);
+    if (!copy) return ENOMEM;
+    moe__pages_advise(copy, size, MOE__MADV_HUGEPAGE);
+    int code = moe__pages_read(p->file, copy, from, to);
+    if (!code && mprotect(copy, size, PROT_READ)) code = errno;
+    if (!code && syscall(SYS_mremap, copy, size, size, 3L /* MAYMOVE, FIXED */,
+                         p->data + from) == -1)
+        code = errno;
+    if (code) {
+        munmap(copy, size);
+        return code;
+    }
+    moe__pages_drop(p->file, from, to);
+    __atomic_fetch_add(&p->n_copied, to - from, __ATOMIC_RELAXED);
+    return 0;
+#else
+    return (void)p, (void)from, (void)to, ENOSYS;
+#endif
+}
+
+/* ---- measuring ------------------------------------------------------------------------------- */
+
+/* A sample is larger than most caches, and the mapping and the copy are read in turns, so that */
+/* neither stays there. */
+enum { MOE__PROBE_WINDOWS = 128, MOE__PROBE_ROUNDS = 5 };
+
+typedef struct moe__probe {
+    moe_pool *pool;
+    const uint8_t *window[MOE__PROBE_WINDOWS];
+    int32_t n_windows;
+    uint8_t *copy;       /* as much anonymous memory in huge pages */
+    double fill_seconds; /* for the page tables' entries of the windows */
+    double seconds[2][MOE__PROBE_ROUNDS]; /* of windows, of copy */
+    uint64_t sum;        /* of all that was read, so that it is */
+} moe__probe;
+
+/* What one found: bytes per second. */
+typedef struct moe__rates {
+    double map, copy, fill;
+    double ratio; /* map / copy, measured in turns; 0: not measured */
+} moe__rates;
+
+MOE__PRIVATE uint64_t moe__probe_sum(const uint8_t *p, size_t size) {
+    uint64_t sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    for (size_t i = 0; i + 64 <= size; i += 64)
+        for (int k = 0; k < 8; k++) sum[k] += moe__load_u64(p + i + 8 * k);
+    return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+}
+
+/* One of the threads: fills page tables and the copy, reads both once untimed, then in turns. */
+MOE__PRIVATE void moe__probe_job(void *context, int thread, int n_threads) {
+    moe__probe *probe = (moe__probe *)context;
+    uint64_t sum = 0;
+    double begin = moe__seconds();
+    for (int32_t i = thread; i < probe->n_windows; i += n_threads)
+        moe__pages_touch(probe->window[i], MOE__PROBE_WINDOW);
+    moe__pool_barrier(probe->pool, thread);
+    if (thread == 0) probe->fill_seconds = moe__seconds() - begin;
+    for (int32_t i = thread; i < probe->n_windows; i += n_threads)
+        memset(probe->copy + (size_t)i * MOE__PROBE_WINDOW, thread + 1, MOE__PROBE_WINDOW);
+    for (int pass = -2; pass < 2 * MOE__PROBE_ROUNDS; pass++) {
+        moe__pool_barrier(probe->pool, thread);
+        begin = moe__seconds();
+        for (int32_t i = thread; i < probe->n_windows; i += n_threads)
+            sum += moe__probe_sum(pass & 1 ? probe->copy + (size_t)i * MOE__PROBE_WINDOW
+                                           : probe->window[i], MOE__PROBE_WINDOW);
+        moe__pool_barrier(probe->pool, thread);
+        if (thread == 0 && pass >= 0) probe->seconds[pass & 1][pass / 2] = moe__seconds() - begin;
+    }
+    __atomic_fetch_add(&probe->sum, sum, __ATOMIC_RELAXED);
+}
+
+MOE__PRIVATE double moe__probe_median(const double *x) {
+    double sorted[MOE__PROBE_ROUNDS];
+    for (int i = 0; i < MOE__PROBE_ROUNDS; i++) {
+        int k = i;
+        for (; k && sorted[k - 1] > x[i]; k--) sorted[k] = sorted[k - 1];
+        sorted[k] = x[i];
+    }
+    return sorted[MOE__PROBE_ROUNDS / 2];
+}
+
+/* Evenly spread windows of n files; of those only what is in memory: the disk is not measured. */
+MOE__PRIVATE void moe__probe_windows(moe__probe *probe, const moe__pages *files, int32_t n) {
+    uint64_t total = 0;
+    for (int32_t i = 0; i < n; i++) total += files[i].size / MOE__PROBE_WINDOW;
+    for (uint64_t k = 0; k < MOE__PROBE_WINDOWS && total >= MOE__PROBE_WINDOWS; k++) {
+        uint64_t at = total * k / MOE__PROBE_WINDOWS;
+        int32_t i = 0;
+        for (; at >= files[i].size / MOE__PROBE_WINDOW; i++)
+            at -= files[i].size / MOE__PROBE_WINDOW;
+        const uint8_t *window = files[i].data + at * MOE__PROBE_WINDOW;
+        if (moe__pages_resident(window, MOE__PROBE_WINDOW))
+            probe->window[probe->n_windows++] = window;
+    }
+}
+
+/* How fast the mapping of n files is read by the pool's threads. Returns whether it was */
+/* measured: not if they are small or less than half of the sample is in memory. */
+MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, moe_pool *pool,
+                                moe__rates *rates) {
+    moe__probe probe;
+    double ratio[MOE__PROBE_ROUNDS];
+    memset(rates, 0, sizeof *rates);
+    memset(&probe, 0, sizeof probe);
+    probe.pool = pool;
+    moe__probe_windows(&probe, files, n);
+    if (probe.n_windows < MOE__PROBE_WINDOWS / 2) return 0;
+    const size_t size = (size_t)probe.n_windows * MOE__PROBE_WINDOW;
+    probe.copy = moe__pages_take(size, PROT_READ | PROT_WRITE);
+    if (!probe.copy) return 0;
+    moe__pages_advise(probe.copy, size, MOE__MADV_HUGEPAGE);
+    moe__pool_run(pool, (int)moe__min(pool->n_threads, MOE__PAGES_TEAM), moe__probe_job, &probe,
+                  NULL);
+    munmap(probe.copy, size);
+    for (int i = 0; i < MOE__PROBE_ROUNDS; i++)
+        ratio[i] = probe.seconds[1][i] / probe.seconds[0][i];
+    rates->map = (double)size / moe__probe_median(probe.seconds[0]);
+    rates->copy = (double)size / moe__probe_median(probe.seconds[1]);
+    rates->fill = (double)size / probe.fill_seconds;
+    rates->ratio = moe__probe_median(ratio);
+    return 1;
+}
+
+/* ---- what AUTO does -------------------------------------------------------------------------- */
+
+/* Seconds that filling the page tables at once may take: else pages are faulted in as they are */
+/* read. */
+#define MOE__PAGING_FILL 0.05
+/* Bytes per second below which reading a file again is given up. */
+#define MOE__PAGING_REREAD 5e8
+
+enum {
+    MOE__PAGING_LATER = 8,        /* how many times later the next look is, after each */
+    MOE__PAGING_RESERVE = 1 << 28 /* bytes that a copy in progress leaves free */
+};
+
+typedef enum moe__paging_state {
+    MOE__PAGING_DONE,  /* nothing more is done */
+    MOE__PAGING_WATCH, /* looks again some tokens later */
+    MOE__PAGING_COPY   /* replaces some pieces after each token */
+} moe__paging_state;
+
+typedef enum moe__paging_outcome {
+    MOE__PAGED_SMALL, /* too small to matter */
+    MOE__PAGED_COLD,  /* not cached: there was nothing to measure */
+    MOE__PAGED_FAST,
+    MOE__PAGED_COLLAPSED,
+    MOE__PAGED_COPIED, /* if only in part */
+    MOE__PAGED_REREAD,
+    MOE__PAGED_NO_ROOM /* slow, but neither copied nor read again */
+} moe__paging_outcome;
+
+/* The mapped files of a model. */
+typedef struct moe__paging {
+    moe__pages *files;
+    int32_t n_files;
+    uint64_t size; /* of all */
+    moe_allocator allocator;
+    int (*progress)(void *user, float fraction); /* while opening */
+    void *progress_user;
+    moe__paging_outcome outcome;
+    moe__rates rates;
+    uint64_t room;    /* bytes that were free when it was decided */
+    int state;        /* atomic: moe__paging_state */
+    int busy;         /* atomic: one thread at a time goes on */
+    int64_t tokens;   /* atomic: until the next look */
+    int64_t interval; /* between this look and the one before */
+    int32_t file;     /* of files, and of it the piece that comes next */
+    uint64_t next, before; /* before: bytes of the files worked off */
+    double begin;     /* seconds */
+} moe__paging;
+
+MOE__PRIVATE uint64_t moe__paging_copied(const moe__paging *g) {
+    uint64_t sum = 0;
+    for (int32_t i = 0; i < g->n_files; i++)
+        sum += __atomic_load_n(&g->files[i].n_copied, __ATOMIC_RELAXED);
+    return sum;
+}
+
+MOE__PRIVATE int moe__paging_collapse_piece(void *context, uint64_t from, uint64_t to) {
+    const moe__paging *g = (const moe__paging *)context;
+    return moe__pages_advise(g->files[g->file].data + from, to - from, MOE__MADV_COLLAPSE);
+}
+MOE__PRIVATE int moe__paging_fill_piece(void *context, uint64_t from, uint64_t to) {
+    const moe__paging *g = (const moe__paging *)context;
+    moe__pages_touch(g->files[g->file].data + from, to - from);
+    return 0;
+}
+/* Memory may be taken by others while a copy is made. */
+MOE__PRIVATE int moe__paging_replace_piece(void *context, uint64_t from, uint64_t to) {
+    const moe__paging *g = (const moe__paging *)context;
+    if (from / MOE__PAGES_PIECE % 8 == 0 && moe__machine_memory("") < MOE__PAGING_RESERVE)
+        return ENOMEM;
+    return moe__pages_replace(&g->files[g->file], from, to);
+}
+/* Not if others map the file, so that it stays cached as it is, or if the disk is slow. */
+MOE__PRIVATE int moe__paging_reread_piece(void *context, uint64_t from, uint64_t to) {
+    const moe__paging *g = (const moe__paging *)context;
+    const moe__pages *p = &g->files[g->file];
+    const double least = (double)(g->before + from) / MOE__PAGING_REREAD;
+    if (from > 8 * (uint64_t)MOE__PAGES_PIECE && moe__seconds() - g->begin > least)
+        return ETIMEDOUT;
+    moe__pages_advise(p->data + from, to - from, MOE__MADV_DONTNEED);
+    moe__pages_drop(p->file, from, to);
+    if (to - from >= MOE__PROBE_WINDOW && moe__pages_resident(p->data + from, MOE__PROBE_WINDOW))
+        return EBUSY;
+    moe__pages_touch(p->data + from, to - from);
+    return 0;
+}
+
+MOE__PRIVATE int moe__paging_report(void *context, uint64_t done) {
+    const moe__paging *g = (const moe__paging *)context;
+    const double fraction = (double)(g->before + done) / (double)g->size;
+    return !g->progress || g->progress(g->progress_user, (float)fraction) ? 0 : ECANCELED;
+}
+
+/* Works off all files. Returns 0 or the code that ended it. */
+MOE__PRIVATE int moe__paging_all(moe__paging *g, moe_pool *pool,
+                                 int (*work)(void *, uint64_t, uint64_t)) {
+    int code = 0;
+    g->before = 0;
+    g->begin = moe__seconds();
+    for (g->file = 0; g->file < g->n_files && !code; g->file++) {
+        moe__pieces pieces;
+        memset(&pieces, 0, sizeof pieces);
+        pieces.work = work;
+        pieces.report = moe__paging_report;
+        pieces.context = g;
+        pieces.size = g->files[g->file].size;
+        code = moe__pieces_run(&pieces, pool, &g->allocator);
+        g->before += pieces.size;
+    }
+    return code;
+}
+
+/* May a copy be made of what is not copied yet? Never of more than half of what is free. */
+MOE__PRIVATE int moe__paging_fits(moe__paging *g) {
+    for (int32_t i = 0; i < g->n_files; i++)
+        if ((uintptr_t)g->files[i].data % MOE__PAGES_HUGE || g->files[i].file < 0) return 0;
+    g->room = moe__machine_memory("");
+    return g->size - moe__paging_copied(g) <= g->room / 2;
+}
+
+/* The mapping is slow: makes huge pages of it. Returns 0, or ECANCELED. */
+MOE__PRIVATE int moe__paging_mend(moe__paging *g, moe_pool *pool) {
+    int code;
+    g->outcome = MOE__PAGED_NO_ROOM;
+    if (!moe__pages_advise(g->files[0].data, MOE__PAGES_HUGE, MOE__MADV_COLLAPSE)) {
+        code = moe__paging_all(g, pool, moe__paging_collapse_piece);
+        if (code == ECANCELED) return code;
+        g->outcome = MOE__PAGED_COLLAPSED;
+        if (!code) return 0;
+    }
+    if (moe__paging_fits(g)) {
+        code = moe__paging_all(g, pool, moe__paging_replace_piece);
+        if (moe__paging_copied(g)) g->outcome = MOE__PAGED_COPIED;
+    } else if (g->files[0].file >= 0 && g->size <= g->room) {
+        code = moe__paging_all(g, pool, moe__paging_reread_piece);
+        if (!code) g->outcome = MOE__PAGED_REREAD;
+    } else {
+        code = 0;
+    }
+    return code == ECANCELED ? code : 0;
+}
+
+/* Looks at the mapping when a model is opened. Returns 0, or ECANCELED. */
+MOE__PRIVATE int moe__paging_open(moe__paging *g) {
+    moe_pool_options options;
+    int code = 0;
+    memset(&options, 0, sizeof options);
+    options.allocator = g->allocator;
+    g->outcome = MOE__PAGED_SMALL;
+    if (g->size < (uint64_t)MOE__PROBE_WINDOW * MOE__PROBE_WINDOWS) return 0;
+    moe_pool *pool = moe_pool_open(&options, NULL);
+    if (!pool) return 0;
+    g->outcome = MOE__PAGED_COLD;
+    g->interval = g->tokens = MOE__PAGING_TOKENS;
+    g->state = MOE__PAGING_WATCH;
+    if (moe__probe_run(g->files, g->n_files, pool, &g->rates)) {
+        g->outcome = MOE__PAGED_FAST;
+        if (g->rates.ratio < MOE__PAGING_SLOW) {
+            code = moe__paging_mend(g, pool);
+            g->state = MOE__PAGING_DONE;
+        } else if ((double)g->size < MOE__PAGING_FILL * g->rates.fill) {
+            code = moe__paging_all(g, pool, moe__paging_fill_piece);
+        }
+    }
+    moe_pool_close(pool);
+    return code;
+}
+
+/* Replaces the next pieces, one for each of n threads. Returns 1 when there is nothing more to */
+/* do. */
+MOE__PRIVATE int moe__paging_step(moe__paging *g, moe_pool *pool, int n) {
+    moe__pieces pieces;
+    memset(&pieces, 0, sizeof pieces);
+    pieces.work = moe__paging_replace_piece;
+    pieces.context = g;
+    pieces.next = g->next;
+    pieces.size = g->next + (uint64_t)n * MOE__PAGES_PIECE;
+    if (pieces.size > g->files[g->file].size) pieces.size = g->files[g->file].size;
+    const int code = moe__pieces_run(&pieces, pool, &g->allocator);
+    g->next = pieces.size;
+    if (g->next == g->files[g->file].size) {
+        g->next = 0;
+        g->file++;
+    }
+    return code || g->file == g->n_files;
+}
+
+/* Goes on after a generated token: looks again, or copies some more. Returns 1 when something */
+/* came of it. */
+MOE__PRIVATE int moe__paging_tend(moe__paging *g, moe_pool *pool) {
+    int finished = 0;
+    if (__atomic_load_n(&g->state, __ATOMIC_ACQUIRE) == MOE__PAGING_WATCH &&
+        __atomic_sub_fetch(&g->tokens, 1, __ATOMIC_RELAXED) > 0)
+        return 0;
+    if (__atomic_exchange_n(&g->busy, 1, __ATOMIC_ACQUIRE)) return 0;
+    moe__rates rates;
+    if (g->state == MOE__PAGING_COPY) {
+        finished = moe__paging_step(g, pool, (int)moe__min(pool->n_threads, MOE__PAGES_TEAM));
+        if (finished) __atomic_store_n(&g->state, MOE__PAGING_DONE, __ATOMIC_RELEASE);
+        if (finished && moe__paging_copied(g)) g->outcome = MOE__PAGED_COPIED;
+    } else if (g->state == MOE__PAGING_WATCH && g->tokens <= 0) {
+        int next = MOE__PAGING_WATCH;
+        if (moe__probe_run(g->files, g->n_files, pool, &rates) && rates.ratio < MOE__PAGING_SLOW) {
+            next = moe__paging_fits(g) ? MOE__PAGING_COPY : MOE__PAGING_DONE;
+            g->outcome = MOE__PAGED_NO_ROOM;
+            g->rates = rates;
+            g->file = 0;
+            finished = next == MOE__PAGING_DONE;
+        }
+        if (g->interval < INT64_MAX / MOE__PAGING_LATER) g->interval *= MOE__PAGING_LATER;
+        __atomic_store_n(&g->tokens, g->interval, __ATOMIC_RELAXED);
+        __atomic_store_n(&g->state, next, __ATOMIC_RELEASE);
+    }
+    __atomic_store_n(&g->busy, 0, __ATOMIC_RELEASE);
+    return finished;
+}
+
+/* "4.00 GiB" */
+MOE__PRIVATE void moe__paging_size(char *out, size_t capacity, uint64_t bytes) {
+    if (bytes >> 30) snprintf(out, capacity, "%.2f GiB", (double)bytes / 1073741824.0);
+    else snprintf(out, capacity, "%.1f MiB", (double)bytes / 1048576.0);
+}
+
+/* What was done and why. */
+MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capacity) {
+    char whole[32], copied[32], room[32], speed[64] = "";
+    const uint64_t n_copied = moe__paging_copied(g);
+    moe__paging_size(whole, sizeof whole, g->size);
+    moe__paging_size(copied, sizeof copied, n_copied);
+    moe__paging_size(room, sizeof room, g->room);
+    snprintf(speed, sizeof speed, "%.1f of %.1f GB/s", g->rates.map * 1e-9, g->rates.copy * 1e-9);
+    switch (g->outcome) {
+    case MOE__PAGED_SMALL: snprintf(text, capacity, "%s mapped", whole); break;
+    case MOE__PAGED_COLD:
+        snprintf(text, capacity, "%s mapped: not cached, read from the disk as it is used", whole);
+        break;
+    case MOE__PAGED_FAST:
+        snprintf(text, capacity, "%s mapped: the mapping reads at %s", whole, speed);
+        break;
+    case MOE__PAGED_COLLAPSED:
+        snprintf(text, capacity, "%s mapped, collapsed to huge pages: the mapping read at %s",
+                 whole, speed);
+        break;
+    case MOE__PAGED_REREAD:
+        snprintf(text, capacity, "%s mapped, read again in huge pages: the mapping read at %s",
+                 whole, speed);
+        break;
+    case MOE__PAGED_COPIED:
+        snprintf(text, capacity, "%s%s%s copied to huge pages: the mapping reads at %s", copied,
+                 n_copied < g->size ? " of " : "", n_copied < g->size ? whole : "", speed);
+        break;
+    case MOE__PAGED_NO_ROOM:
+        snprintf(text, capacity,
+                 "%s mapped, though the mapping reads at %s: %s are free, too little for a copy",
+                 whole, speed, room);
+        break;
+    }
+}
+
+/* ============================================================================================== */
 /* // >>gguf */
 /* */
 /* The file reader. A GGUF file is, back to back and without padding: */
@@ -1760,8 +2539,7 @@ enum {
     MOE__GGUF_MAX_KEY = 65535,       /* bytes */
     MOE__GGUF_MAX_ALIGNMENT = 1 << 20,
     MOE__GGUF_MAX_PARTS = 65535,     /* the writers' split.count is a u16 */
-    MOE__GGUF_SUFFIX = 20,           /* strlen("-00001-of-00009.gguf") */
-    MOE__GGUF_CHUNK = 1 << 24        /* bytes read or touched between two calls of progress */
+    MOE__GGUF_SUFFIX = 20            /* strlen("-00001-of-00009.gguf") */
 };
 
 /* ---- sizes of tensor types ------------------------------------------------------------------- */
@@ -1855,13 +2633,10 @@ typedef struct moe__gguf_entry {
     uint64_t offset; /* where in its file the tensor is described */
 } moe__gguf_entry;
 
-/* One file. Exactly one of mapping and copy is set, or none for a memory source. */
+/* One file. */
 typedef struct moe__gguf_part {
-    const uint8_t *data;
+    const uint8_t *data; /* the same as its moe__pages', which a memory source has not */
     uint64_t size;
-    void *mapping;    /* from mmap, `size` bytes */
-    void *copy;       /* from the allocator, copy_size bytes; data lies inside */
-    size_t copy_size;
     uint32_t version;
     int64_t n_values, n_tensors;
     moe_gguf_value *values;
@@ -1877,6 +2652,9 @@ struct moe_gguf {
     int32_t n_parts;
     int32_t n_parts_hoped;  /* what the file name promises; only for progress */
     moe__gguf_part *parts;
+    moe__pages *pages;      /* of each part; of a memory source all are empty */
+    int small_pages;        /* a copy is not made of huge pages */
+    int looked_after;       /* atomic: a model is in charge of the pages */
     int64_t n_tensors;
     moe__gguf_entry *tensors;
     moe__gguf_name *names;  /* of the tensors */
@@ -2374,83 +3152,50 @@ MOE__PRIVATE moe_status moe__gguf_progress(const moe_gguf *gguf, int32_t part, u
                      "loading was cancelled by the progress callback");
 }
 
-/* Advice for the whole pages inside the range; the kernel may ignore it. */
-MOE__PRIVATE void moe__gguf_advise(const uint8_t *memory, uint64_t size, int advice) {
-#if defined(__linux__) && defined(SYS_madvise)
-    uintptr_t page = 4096; /* a finer guess than the machine's is refused without harm */
-    uintptr_t start = ((uintptr_t)memory + page - 1) & ~(page - 1);
-    uintptr_t end = ((uintptr_t)memory + (uintptr_t)size) & ~(page - 1);
-    int saved = errno;
-    if (start < end) syscall(SYS_madvise, start, end - start, (long)advice);
-    errno = saved;
-#else
-    (void)memory, (void)size, (void)advice;
-#endif
+/* What a team that reads or touches a part reports to. */
+typedef struct moe__gguf_loading {
+    const moe_gguf *gguf;
+    int32_t part;
+    uint64_t size;
+    moe_error *error;
+} moe__gguf_loading;
+
+MOE__PRIVATE int moe__gguf_report(void *user, uint64_t done) {
+    const moe__gguf_loading *l = (const moe__gguf_loading *)user;
+    return moe__gguf_progress(l->gguf, l->part, done, l->size, l->error) ? ECANCELED : 0;
 }
 
-/* How much of `left` bytes is worked off between two calls of progress. */
-MOE__INLINE size_t moe__gguf_chunk(uint64_t left) {
-    return (size_t)moe__min((int64_t)left, MOE__GGUF_CHUNK);
-}
-
-/* Reads the whole file into memory of the allocator. */
-MOE__PRIVATE moe_status moe__gguf_read_file(moe_gguf *gguf, int32_t part_index, int file,
-                                            moe_error *error) {
+/* Maps or reads the file, as the options say. *kept: it stays open. */
+MOE__PRIVATE moe_status moe__gguf_load_file(moe_gguf *gguf, int32_t part_index, int file,
+                                            int *kept, moe_error *error) {
     moe__gguf_part *part = &gguf->parts[part_index];
-    int huge = gguf->options.hugepages == MOE_ON;
-    uint64_t align = huge ? (uint64_t)1 << 21 : 64, done = 0;
-    size_t total = (size_t)(part->size + align);
-    part->copy = gguf->allocator.alloc(gguf->allocator.user, total);
-    if (!part->copy) return moe__gguf_no_memory(error, total);
-    part->copy_size = total;
-    uint8_t *memory = (uint8_t *)(((uintptr_t)part->copy + align - 1) & ~(uintptr_t)(align - 1));
-    if (gguf->options.hugepages)
-        moe__gguf_advise(memory, part->size, huge ? 14 /* MADV_HUGEPAGE */ : 15 /* no ... */);
-    while (done < part->size) {
-        ssize_t got = read(file, memory + done, moe__gguf_chunk(part->size - done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0) return moe__gguf_io_fail(error, gguf->path, "read", errno);
-        if (got == 0)
-            return moe__fail(error, MOE_ERROR_IO, moe__gguf_file_name(gguf->path),
-                             "the file became shorter while it was read");
-        done += (uint64_t)got;
-        moe_status status = moe__gguf_progress(gguf, part_index, done, part->size, error);
-        if (status != MOE_OK) return status;
-    }
-    part->data = memory;
-    return MOE_OK;
-}
-
-/* Maps the file; with prefault, touches every page. */
-MOE__PRIVATE moe_status moe__gguf_map_file(moe_gguf *gguf, int32_t part_index, int file,
-                                           moe_error *error) {
-    moe__gguf_part *part = &gguf->parts[part_index];
-    void *mapping = mmap(NULL, (size_t)part->size, PROT_READ, MAP_PRIVATE, file, 0);
-    if (mapping == MAP_FAILED) return moe__gguf_io_fail(error, gguf->path, "map", errno);
-    part->mapping = mapping;
-    part->data = (const uint8_t *)mapping;
-    if (gguf->options.prefault != MOE_ON) return MOE_OK;
-    for (uint64_t done = 0; done < part->size;) {
-        size_t chunk = moe__gguf_chunk(part->size - done);
-        moe__gguf_advise(part->data + done, chunk, 3 /* MADV_WILLNEED */);
-        const volatile uint8_t *page = part->data + done;
-        for (size_t i = 0; i < chunk; i += 4096) (void)page[i];
-        done += chunk;
-        moe_status status = moe__gguf_progress(gguf, part_index, done, part->size, error);
-        if (status != MOE_OK) return status;
-    }
-    return MOE_OK;
+    moe__pages *pages = &gguf->pages[part_index];
+    moe__gguf_loading loading = {gguf, part_index, part->size, error};
+    moe__pages_load load = {pages, file, gguf->options.progress ? moe__gguf_report : NULL,
+                            &loading};
+    const int copy = gguf->options.pages == MOE_PAGES_COPY;
+    const int keep = gguf->options.pages == MOE_PAGES_AUTO;
+    int code = copy ? moe__pages_copy(&load, part->size, gguf->small_pages, &gguf->allocator)
+                    : moe__pages_map(pages, file, part->size, keep);
+    *kept = !code && keep;
+    part->data = pages->data;
+    if (!code && !copy && gguf->options.prefault == MOE_ON)
+        code = moe__pages_load_run(&load, &gguf->allocator, moe__pages_touch_piece);
+    if (code == ECANCELED) return MOE_ERROR_CANCELLED; /* moe__gguf_progress said so */
+    if (code == -1)
+        return moe__fail(error, MOE_ERROR_IO, moe__gguf_file_name(gguf->path),
+                         "the file became shorter while it was read");
+    if (code == ENOMEM && copy) return moe__gguf_no_memory(error, part->size);
+    return code ? moe__gguf_io_fail(error, gguf->path, copy ? "read" : "map", code) : MOE_OK;
 }
 
 /* gguf->path becomes the data of a part. */
 MOE__PRIVATE moe_status moe__gguf_load_part(moe_gguf *gguf, int32_t part_index, moe_error *error) {
-    int file = -1;
+    int file = -1, kept = 0;
     moe_status status =
         moe__gguf_open_file(gguf->path, &file, &gguf->parts[part_index].size, error);
-    if (status == MOE_OK)
-        status = gguf->options.mmap == MOE_OFF ? moe__gguf_read_file(gguf, part_index, file, error)
-                                               : moe__gguf_map_file(gguf, part_index, file, error);
-    if (file >= 0) close(file);
+    if (status == MOE_OK) status = moe__gguf_load_file(gguf, part_index, file, &kept, error);
+    if (file >= 0 && !kept) close(file);
     return status;
 }
 
@@ -2496,10 +3241,17 @@ MOE__PRIVATE moe_status moe__gguf_check_split(const moe_gguf *gguf, int32_t part
 MOE__PRIVATE moe_status moe__gguf_grow_parts(moe_gguf *gguf, int32_t count, moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
     moe__gguf_part *parts = (moe__gguf_part *)moe__gguf_alloc(&r, count, sizeof *parts);
-    if (!parts) return r.status;
+    moe__pages *pages = (moe__pages *)moe__gguf_alloc(&r, count, sizeof *pages);
+    if (!pages) {
+        moe__free(&gguf->allocator, parts);
+        return r.status;
+    }
     parts[0] = gguf->parts[0];
+    pages[0] = gguf->pages[0];
     moe__free(&gguf->allocator, gguf->parts);
+    moe__free(&gguf->allocator, gguf->pages);
     gguf->parts = parts;
+    gguf->pages = pages;
     gguf->n_parts = count;
     return MOE_OK;
 }
@@ -2559,10 +3311,12 @@ MOE__PRIVATE moe_status moe__gguf_new(const moe_gguf_options *options, moe_gguf 
     moe_gguf_options all;
     memset(&all, 0, sizeof all);
     if (options) all = *options;
-    if (!moe__is_switch(all.mmap) || !moe__is_switch(all.hugepages) ||
-        !moe__is_switch(all.prefault))
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "options",
+    if (!moe__is_switch(all.prefault))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "prefault",
                          "a switch must be MOE_ON, MOE_OFF or 0");
+    if ((unsigned)all.pages > MOE_PAGES_COPY)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "pages", "pages is %d, not 0..%d",
+                         (int)all.pages, (int)MOE_PAGES_COPY);
     moe_status status = moe__allocator_init(&allocator, &all.allocator, error);
     if (status != MOE_OK) return status;
     moe_gguf *gguf = (moe_gguf *)moe__alloc(&allocator, sizeof *gguf);
@@ -2572,7 +3326,9 @@ MOE__PRIVATE moe_status moe__gguf_new(const moe_gguf_options *options, moe_gguf 
     gguf->n_parts = gguf->n_parts_hoped = 1;
     *out = gguf;
     gguf->parts = (moe__gguf_part *)moe__alloc(&allocator, sizeof *gguf->parts);
-    return gguf->parts ? MOE_OK : moe__gguf_no_memory(error, sizeof *gguf->parts);
+    gguf->pages = (moe__pages *)moe__alloc(&allocator, sizeof *gguf->pages);
+    if (gguf->parts && gguf->pages) return MOE_OK;
+    return moe__gguf_no_memory(error, sizeof *gguf->parts);
 }
 
 /* Takes objects in any state of being built. */
@@ -2581,12 +3337,12 @@ MOE_API void moe_gguf_close(moe_gguf *gguf) {
     moe_allocator allocator = gguf->allocator;
     for (int32_t p = 0; gguf->parts && p < gguf->n_parts; p++) {
         moe__gguf_part *part = &gguf->parts[p];
-        if (part->mapping) munmap(part->mapping, (size_t)part->size);
-        if (part->copy) allocator.free(allocator.user, part->copy, part->copy_size);
+        if (gguf->pages) moe__pages_close(&gguf->pages[p]);
         moe__free(&allocator, part->values);
         moe__free(&allocator, part->names);
     }
     moe__free(&allocator, gguf->parts);
+    moe__free(&allocator, gguf->pages);
     moe__free(&allocator, gguf->tensors);
     moe__free(&allocator, gguf->names);
     moe__free(&allocator, gguf->path);
@@ -2601,8 +3357,9 @@ MOE__PRIVATE moe_status moe__gguf_read(moe_gguf *gguf, moe_error *error) {
     return status;
 }
 
-MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *options,
-                                moe_error *error) {
+/* As moe_gguf_open; small: a copy is not made of huge pages. */
+MOE__PRIVATE moe_gguf *moe__gguf_open(const char *path, const moe_gguf_options *options, int small,
+                                      moe_error *error) {
     moe_gguf *gguf = NULL;
     if (!path || !*path) {
         moe__fail(error, MOE_ERROR_ARGUMENT, "path", "path is missing");
@@ -2615,6 +3372,7 @@ MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *option
     }
     if (status == MOE_OK) {
         memcpy(gguf->path, path, strlen(path));
+        gguf->small_pages = small;
         gguf->n_parts_hoped = moe__gguf_promised_parts(path);
         status = moe__gguf_load_part(gguf, 0, error);
     }
@@ -2622,6 +3380,11 @@ MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *option
     if (status == MOE_OK) return gguf;
     moe_gguf_close(gguf);
     return NULL;
+}
+
+MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *options,
+                                moe_error *error) {
+    return moe__gguf_open(path, options, 0, error);
 }
 
 MOE_API moe_gguf *moe_gguf_open_memory(const void *data, size_t size,
@@ -9279,7 +10042,10 @@ struct moe_model {
     const float *output_norm;
     moe__layer *layers;
     void *owned;                 /* list of allocations, each begins with a pointer to the next */
-    moe_model_memory memory;
+    moe_model_memory memory;     /* as it was when the model had been opened */
+    moe_model_memory later;      /* and when paging was done, */
+    int is_later;                /* atomic: if that came later */
+    moe__paging paging;          /* of the gguf's pages, if this model looks after them */
 };
 
 /* State while loading: after the first error everything else is skipped. */
@@ -9911,7 +10677,7 @@ typedef struct moe__place {
     moe_numa numa;
     int (*progress)(void *user, float fraction);
     void *progress_user;
-    size_t page, granule;  /* the node changes at multiples of granule: page, or a huge page */
+    size_t page;
     uint64_t n_bytes;      /* of all weights */
     uint64_t done, placed; /* atomic: bytes touched; of pages that lie where they should */
     int stop, refused;     /* atomic */
@@ -9927,7 +10693,7 @@ MOE__PRIVATE void moe__place_pages(moe__place *p, uintptr_t from, uintptr_t to, 
         uint64_t placed = 0;
         for (; n < BATCH && from < to; n++, from += p->page) {
             if (p->numa == MOE_NUMA_INTERLEAVE)
-                k = (int32_t)(from / p->granule % (size_t)p->machine->n_nodes);
+                k = (int32_t)(from / p->page % (size_t)p->machine->n_nodes);
             pages[n] = (const void *)from;
             node[n] = p->machine->node[k];
             status[n] = -1;
@@ -9972,13 +10738,13 @@ MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor
         const uintptr_t base = (uintptr_t)tensor->data + (uintptr_t)(e * rows) * row_size;
         const uintptr_t from = base + (uintptr_t)first * row_size;
         const uintptr_t to = base + (uintptr_t)last * row_size;
-        const int64_t piece = (int64_t)((from + p->granule - 1) / p->granule);
-        const int64_t n_pieces = (int64_t)((to + p->granule - 1) / p->granule) - piece;
+        const int64_t piece = (int64_t)((from + p->page - 1) / p->page);
+        const int64_t n_pieces = (int64_t)((to + p->page - 1) / p->page) - piece;
         int64_t begin, end;
         if (n_pieces <= 0) continue;
         moe__pool_share(n_pieces, 1, (int)member, (int)members, &begin, &end);
-        const uintptr_t start = (uintptr_t)(piece + begin) * p->granule;
-        const uintptr_t stop = (uintptr_t)(piece + end) * p->granule;
+        const uintptr_t start = (uintptr_t)(piece + begin) * p->page;
+        const uintptr_t stop = (uintptr_t)(piece + end) * p->page;
         if (tensor->data && begin < end) /* what is behind the tensor need not be mapped */
             moe__place_pages(p, start, stop < last_byte ? stop : last_byte, k);
     }
@@ -10021,7 +10787,6 @@ MOE__PRIVATE moe_status moe__place_weights(moe_model *model, const moe__machine 
     p.progress = options->progress;
     p.progress_user = options->progress_user;
     p.page = moe__machine_page();
-    p.granule = model->gguf->options.hugepages == MOE_ON ? (size_t)1 << 21 : p.page;
     for (int64_t i = 0; i < moe_gguf_n_tensors(p.gguf); i++)
         p.n_bytes += moe_gguf_tensor_at(p.gguf, i)->size;
     moe__pool_run(p.pool, p.pool->n_threads, moe__place_job, &p, NULL);
@@ -10048,23 +10813,113 @@ MOE__PRIVATE uint64_t moe__place_lock(const moe_gguf *gguf, int lock) {
     return bytes;
 }
 
+/* ---- pages of the weights -------------------------------------------------------------------- */
+
+MOE_API uint64_t moe_model_huge_bytes(const moe_model *model) {
+    uint64_t sum = 0;
+    for (int32_t i = 0; model && i < model->gguf->n_parts; i++) {
+        const moe__pages *pages = &model->gguf->pages[i];
+        if (pages->data) sum += moe__pages_huge("/proc/self/smaps", pages->data, pages->size);
+    }
+    return sum;
+}
+
+/* A copy as it was granted: appends what is not on huge pages to the text. */
+MOE__PRIVATE void moe__paging_granted(const moe_model *model, moe_model_memory *memory) {
+    char huge[32];
+    const size_t length = strlen(memory->text);
+    const uint64_t bytes = moe_model_huge_bytes(model);
+    if (!memory->n_bytes_copied || bytes + bytes / 64 + MOE__PAGES_HUGE > memory->n_bytes_copied)
+        return;
+    moe__paging_size(huge, sizeof huge, bytes);
+    snprintf(memory->text + length, sizeof memory->text - length, " (%s of it granted)", huge);
+}
+
+/* What lies where, once nothing more is done with the pages. */
+MOE__PRIVATE void moe__paging_record(const moe_model *model, moe_model_memory *memory) {
+    const moe__paging *paging = &model->paging;
+    memory->n_bytes_copied = moe__paging_copied(paging);
+    memory->pages = memory->n_bytes_copied ? MOE_PAGES_COPY : MOE_PAGES_MAP;
+    memory->map_rate = paging->rates.map;
+    memory->copy_rate = paging->rates.copy;
+    moe__paging_say(paging, memory->text, sizeof memory->text);
+    moe__paging_granted(model, memory);
+}
+
+/* The gguf's pages are what the options say, or what its own options made of them. */
+MOE__PRIVATE void moe__paging_as_asked(moe_model *model) {
+    const moe_gguf *gguf = model->gguf;
+    moe_model_memory *memory = &model->memory;
+    char size[32];
+    moe__paging_size(size, sizeof size, moe_gguf_file_size(gguf));
+    for (int32_t i = 0; i < gguf->n_parts; i++) memory->n_bytes_copied += gguf->pages[i].n_copied;
+    memory->pages = memory->n_bytes_copied ? MOE_PAGES_COPY : MOE_PAGES_MAP;
+    snprintf(memory->text, sizeof memory->text, "%s %s", size,
+             !gguf->pages[0].data ? "in the caller's memory"
+             : memory->pages == MOE_PAGES_MAP ? "mapped"
+             : gguf->small_pages ? "copied to small pages" : "copied to huge pages");
+    if (!gguf->small_pages) moe__paging_granted(model, memory);
+}
+
+/* Looks after the pages of a mapped gguf, or leaves them alone. */
+MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_options *options,
+                                          moe_error *error) {
+    moe_gguf *gguf = (moe_gguf *)model->gguf; /* of its pages the addresses never change */
+    moe__paging *paging = &model->paging;
+    const moe_pages pages = options ? options->pages : MOE_PAGES_AUTO;
+    int code;
+    if (gguf->options.pages != MOE_PAGES_AUTO || pages == MOE_PAGES_MAP || !gguf->pages[0].data ||
+        model->memory.numa || __atomic_exchange_n(&gguf->looked_after, 1, __ATOMIC_ACQ_REL)) {
+        moe__paging_as_asked(model);
+        return MOE_OK;
+    }
+    paging->files = gguf->pages;
+    paging->n_files = gguf->n_parts;
+    paging->size = moe_gguf_file_size(gguf);
+    paging->allocator = model->allocator;
+    paging->progress = options ? options->progress : NULL;
+    paging->progress_user = options ? options->progress_user : NULL;
+    if (pages == MOE_PAGES_COPY) {
+        code = moe__paging_all(paging, NULL, moe__paging_replace_piece);
+        moe__paging_as_asked(model);
+        if (code && code != ECANCELED)
+            return moe__fail(error, MOE_ERROR_MEMORY, "pages",
+                             "the file cannot be copied into memory (system error %d)", code);
+    } else {
+        code = moe__paging_open(paging);
+        if (options && options->mlock == MOE_ON) paging->state = MOE__PAGING_DONE;
+        moe__paging_record(model, &model->memory);
+    }
+    if (!code) return MOE_OK;
+    return moe__fail(error, MOE_ERROR_CANCELLED, "progress",
+                     "loading was cancelled by the progress callback");
+}
+
+/* A session has generated a token with threads of this pool. */
+MOE__INLINE void moe__paging_token(const moe_model *model, moe_pool *pool) {
+    if (__atomic_load_n(&model->paging.state, __ATOMIC_RELAXED) == MOE__PAGING_DONE) return;
+    moe_model *mutable_model = (moe_model *)model; /* what it computes does not change */
+    if (!moe__paging_tend(&mutable_model->paging, pool)) return;
+    mutable_model->later = model->memory;
+    moe__paging_record(model, &mutable_model->later);
+    __atomic_store_n(&mutable_model->is_later, 1, __ATOMIC_RELEASE);
+}
+
 /* What the options ask about memory, once the tensors are known to be right. */
 MOE__PRIVATE moe_status moe__place_all(moe_model *model, const moe_model_options *options,
                                        moe_error *error) {
     moe__machine machine;
     moe_model_memory *memory = &model->memory;
-    moe__machine_this(&machine);
-    memory->n_nodes = machine.n_nodes;
     moe_status status = MOE_OK;
-    if (options && options->numa && machine.n_nodes > 1)
-        status = moe__place_weights(model, &machine, options, error);
+    memory->n_nodes = 1;
+    if (options && options->numa) { /* two files per processor: only if needed */
+        moe__machine_this(&machine);
+        memory->n_nodes = machine.n_nodes;
+        if (machine.n_nodes > 1) status = moe__place_weights(model, &machine, options, error);
+    }
+    if (!status) status = moe__paging_begin(model, options, error);
     if (!status && options && options->mlock == MOE_ON)
         memory->n_bytes_locked = moe__place_lock(model->gguf, 1);
-    for (int32_t i = 0; i < model->gguf->n_parts; i++) {
-        const moe__gguf_part *part = &model->gguf->parts[i];
-        if (part->copy && model->gguf->options.hugepages == MOE_ON)
-            memory->n_bytes_huge += moe__machine_huge("/proc/self/smaps", part->data, part->size);
-    }
     return status;
 }
 
@@ -10090,9 +10945,11 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
         return NULL;
     }
-    if (options && ((unsigned)options->numa > MOE_NUMA_OWNER || !moe__is_switch(options->mlock))) {
-        moe__fail(error, MOE_ERROR_ARGUMENT, "options", "numa %d or mlock %d is out of range",
-                  (int)options->numa, (int)options->mlock);
+    if (options && ((unsigned)options->numa > MOE_NUMA_OWNER || !moe__is_switch(options->mlock) ||
+                    (unsigned)options->pages > MOE_PAGES_COPY)) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "options",
+                  "numa %d, mlock %d or pages %d is out of range", (int)options->numa,
+                  (int)options->mlock, (int)options->pages);
         return NULL;
     }
     if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
@@ -10129,12 +10986,12 @@ MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *opt
     moe_gguf_options gguf_options;
     moe__policy before;
     int spread = 0; /* a copy is read in turn to all nodes, so that no node runs full */
+    int32_t nodes = 1;
     memset(&gguf_options, 0, sizeof gguf_options);
     if (options) {
         gguf_options.allocator = options->allocator;
-        gguf_options.mmap = options->mmap;
+        gguf_options.pages = options->pages;
         gguf_options.prefault = options->prefault;
-        gguf_options.hugepages = options->hugepages;
         gguf_options.progress = options->progress;
         gguf_options.progress_user = options->progress_user;
     }
@@ -10143,14 +11000,11 @@ MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *opt
         moe__policy policy;
         moe__machine_this(&machine);
         moe__policy_init(&policy, &machine, MOE__POLICY_INTERLEAVE, 0);
-        if (machine.n_nodes == 1) {
-            gguf_options.prefault = MOE_ON;
-        } else {
-            if (!gguf_options.hugepages) gguf_options.hugepages = MOE_OFF;
-            spread = moe__policy_get(&before) && moe__policy_set(&policy);
-        }
+        if (machine.n_nodes == 1) gguf_options.prefault = MOE_ON;
+        else spread = moe__policy_get(&before) && moe__policy_set(&policy);
+        nodes = machine.n_nodes;
     }
-    moe_gguf *gguf = moe_gguf_open(path, &gguf_options, error);
+    moe_gguf *gguf = moe__gguf_open(path, &gguf_options, nodes > 1, error);
     if (spread) moe__policy_set(&before);
     if (!gguf) return NULL;
     moe_model *model = moe_model_open_gguf(gguf, options, error);
@@ -10171,6 +11025,8 @@ MOE_API void moe_model_close(moe_model *model) {
     }
     moe_vocab_close(model->vocab);
     if (model->memory.n_bytes_locked) moe__place_lock(model->gguf, 0);
+    if (model->paging.files) /* another model of the caller's gguf may look after them */
+        __atomic_store_n(&((moe_gguf *)model->gguf)->looked_after, 0, __ATOMIC_RELEASE);
     moe_gguf_close(model->own_gguf);
     moe__free(&allocator, model);
 }
@@ -10185,7 +11041,8 @@ MOE_API const moe_model_info *moe_model_get_info(const moe_model *model) {
     return model ? &model->info : NULL;
 }
 MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
-    return model ? &model->memory : NULL;
+    if (!model) return NULL;
+    return __atomic_load_n(&model->is_later, __ATOMIC_ACQUIRE) ? &model->later : &model->memory;
 }
 
 /* ============================================================================================== */
@@ -10272,6 +11129,8 @@ struct moe_session {
 
     moe__local *locals;    /* one per thread */
     void *memory;
+    uint8_t *buffers;      /* within memory, at a huge page: all of the above but the logits */
+    size_t n_bytes;        /* of buffers */
 };
 
 /* ---- memory --------------------------------------------------------------------------------- */
@@ -11315,6 +12174,11 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
     return MOE_OK;
 }
 
+/* Buffers begin at a multiple of this: large ones at a huge page. */
+MOE__INLINE uint64_t moe__session_align(uint64_t size) {
+    return size < 8 * (uint64_t)MOE__PAGES_HUGE ? 64 : MOE__PAGES_HUGE;
+}
+
 /* Bytes of the buffers; logits apart. 0 on overflow. */
 MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits) {
     moe__arena arena;
@@ -11326,7 +12190,7 @@ MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits) 
         !moe__size_mul(rows * sizeof(float), (uint64_t)session->model->info.n_vocab, logits) ||
         *logits > SIZE_MAX / 4)
         return 0;
-    session->info.work_bytes += (size_t)*logits;
+    session->info.work_bytes += (size_t)(*logits + moe__session_align(arena.used));
     return arena.used;
 }
 
@@ -11350,10 +12214,14 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
     }
     *session = draft;
     session->allocator = model->allocator;
-    session->memory = moe__alloc_unset(&session->allocator, (size_t)size);
-    if (session->memory) { /* the cache is its begin; huge pages only before it is touched */
-        moe__gguf_advise((uint8_t *)session->memory, size, 14 /* MADV_HUGEPAGE */);
-        memset(session->memory, 0, (size_t)size);
+    /* The cache is the begin of `buffers`; huge pages are asked for before anything touches it. */
+    const uint64_t align = moe__session_align(size);
+    session->memory = moe__alloc_unset(&session->allocator, (size_t)(size + align));
+    if (session->memory) {
+        session->buffers = (uint8_t *)(((uintptr_t)session->memory + align - 1) & ~(align - 1));
+        session->n_bytes = (size_t)size;
+        moe__pages_advise(session->buffers, size, MOE__MADV_HUGEPAGE);
+        memset(session->buffers, 0, (size_t)size);
     }
     /* Rows of logits that are never used are never touched. */
     session->logits = (float *)moe__alloc_unset(&session->allocator, (size_t)logits);
@@ -11364,10 +12232,10 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
         return NULL;
     }
     memset(&arena, 0, sizeof arena);
-    arena.base = (unsigned char *)session->memory;
+    arena.base = session->buffers;
     const int n_threads = (int)moe__max(session->info.n_threads, session->info.n_threads_batch);
     moe__session_layout(session, &arena, n_threads);
-    session->info.work_bytes += (size_t)logits;
+    session->info.work_bytes += (size_t)(logits + align);
     for (int32_t i = 0; i < session->info.n_batch; i++) {
         session->tokens[i] = i;
         session->ones[i] = 1;
@@ -11418,6 +12286,10 @@ MOE_API const moe_model *moe_session_model(const moe_session *session) {
 MOE_API const moe_session_info *moe_session_get_info(const moe_session *session) {
     return session ? &session->info : NULL;
 }
+MOE_API uint64_t moe_session_huge_bytes(const moe_session *session) {
+    if (!session) return 0;
+    return moe__pages_huge("/proc/self/smaps", session->buffers, session->n_bytes);
+}
 MOE_API int32_t moe_session_length(const moe_session *session) {
     return session ? session->length : 0;
 }
@@ -11455,6 +12327,7 @@ MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens,
         return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
     session->length += n_tokens;
     session->n_last = n_tokens;
+    if (n_tokens == 1) moe__paging_token(session->model, session->pool);
     return MOE_OK;
 }
 

@@ -22,8 +22,8 @@ static struct settings {
     float temp, top_p, min_p, repeat_penalty;
     int32_t top_k, repeat_last_n;
     uint64_t seed;
-    int32_t k_type, v_type, schedule, isa, kv_type, numa;
-    int mmap, prefault, hugepages, mlock, pin, escape, ignore_eos, special;
+    int32_t k_type, v_type, schedule, isa, kv_type, numa, pages;
+    int mmap, prefault, mlock, pin, escape, ignore_eos, special;
     int info, help, version;
 } set = {.n_predict = -1, .n_ctx = -1, .n_threads = -1, .n_threads_batch = -1, .n_batch = 512,
          .temp = 0.8f, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f, .top_k = 40,
@@ -80,10 +80,12 @@ static const tool_option options[] = {
      "what keys and values are kept as (default f16)"},
     {"-ctv, --cache-type-v", "f16|q8_0|f32", TOOL_CHOICE, &set.v_type, 0, 0,
      "the same (llama.cpp sets them one by one: here they are\none)"},
-    {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "read the model into memory; do not map it"},
+    {"--pages", "auto|map|copy", TOOL_CHOICE, &set.pages, 0, 0,
+     "map the model, copy it into huge pages, or (default) map\n"
+     "it and copy it only if the mapping is read slowly"},
+    {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "as --pages copy"},
     {"--prefault", NULL, TOOL_FLAG, &set.prefault, 0, 0,
      "touch all of the mapped model before the first token"},
-    {"--hugepages", NULL, TOOL_FLAG, &set.hugepages, 0, 0, "ask for huge pages (with --no-mmap)"},
     {"--mlock", NULL, TOOL_FLAG, &set.mlock, 0, 0, "keep the model in memory"},
     {"--numa", "off|interleave|owner", TOOL_CHOICE, &set.numa, 0, 0,
      "weights in turn on all memory nodes, or on the node of\nthe (pinned) threads that read them"},
@@ -274,9 +276,8 @@ static moe_model *open_model(const moe_gguf *gguf, moe_error *error) {
     int shown = -1;
     moe_model_options o;
     memset(&o, 0, sizeof o);
-    o.mmap = set.mmap ? MOE_ON : MOE_OFF;
+    o.pages = set.mmap ? (moe_pages)set.pages : MOE_PAGES_COPY;
     o.prefault = set.prefault ? MOE_ON : 0;
-    o.hugepages = set.hugepages ? MOE_ON : 0;
     o.mlock = set.mlock ? MOE_ON : 0;
     o.numa = (moe_numa)set.numa;
     o.progress = on_progress;
@@ -392,14 +393,17 @@ static int show_memory(const moe_model *model) {
         return tool_fail(program, "cannot tell the memory needed", &error);
     double sum = (double)info->n_bytes + (double)need.kv_bytes + (double)need.work_bytes;
     printf("\nmemory needed with %d tokens of context, %d at once\n", need.n_ctx, need.n_batch);
+    const moe_model_memory *memory = moe_model_get_memory(model);
     printf("  weights           %16lld  %s (%s)\n", (long long)info->n_bytes,
            tool_size(size, (double)info->n_bytes),
-           set.mmap ? "mapped: shared, and only while in use" : "in memory");
+           memory->pages == MOE_PAGES_MAP ? "mapped: shared, and only while in use"
+                                          : "copied: of this process alone");
     printf("  keys and values   %16zu  %s\n", need.kv_bytes,
            tool_size(size, (double)need.kv_bytes));
     printf("  work              %16zu  %s\n", need.work_bytes,
            tool_size(size, (double)need.work_bytes));
     printf("  together          %16.0f  %s\n", sum, tool_size(size, sum));
+    printf("  pages             %s\n", memory->text);
     return TOOL_OK;
 }
 
@@ -409,6 +413,7 @@ static int show_info(void) {
     moe_gguf_options o;
     char size[32];
     memset(&o, 0, sizeof o);
+    o.pages = set.mmap ? (moe_pages)set.pages : MOE_PAGES_COPY;
     moe_gguf *gguf = moe_gguf_open(set.model, &o, &error);
     if (!gguf) return tool_fail(program, set.model, &error);
     printf("%s: GGUF version %u, %llu bytes (%s)\n", set.model, (unsigned)moe_gguf_version(gguf),
@@ -510,6 +515,7 @@ static moe_status evaluate(moe_session *session, const int32_t *tokens, int32_t 
 static int generate(moe_session *session, moe_sampler *sampler, const int32_t *tokens, int32_t n,
                     double load_seconds) {
     output out = {0, '\n'};
+    const moe_model_memory *memory = moe_model_get_memory(moe_session_model(session));
     moe_error error;
     moe_generate_options o;
     moe_generate_result result;
@@ -538,8 +544,11 @@ static int generate(moe_session *session, moe_sampler *sampler, const int32_t *t
         fprintf(stderr, "%s: cannot write %s: %s\n", program, set.expert_stats, strerror(errno));
         return TOOL_ERROR;
     }
+    const moe_model *model = moe_session_model(session);
+    if (moe_model_get_memory(model) != memory)
+        fprintf(stderr, "%s: %s\n", program, moe_model_get_memory(model)->text);
     if (status == MOE_ERROR_CANCELLED) fprintf(stderr, "%s: interrupted\n", program);
-    else show_timing(moe_session_model(session), &result, load_seconds);
+    else show_timing(model, &result, load_seconds);
     return interrupted ? TOOL_INTERRUPTED : TOOL_OK;
 }
 
@@ -555,7 +564,8 @@ static void show_setup(const moe_model *model, const moe_session *session) {
     if (s->n_threads_batch != s->n_threads) fprintf(stderr, " (prompt %d)", s->n_threads_batch);
     fprintf(stderr, ", %s, %s, seed %llu\n", moe_isa_name(s->isa), schedules[s->schedule & 3],
             (unsigned long long)set.seed);
-    if (set.numa || set.hugepages || set.mlock) tool_memory(program, model);
+    fprintf(stderr, "%s: %s\n", program, moe_model_get_memory(model)->text);
+    if (set.numa || set.mlock) tool_memory(program, model);
     if (s->n_ctx > m->n_ctx_train)
         fprintf(stderr, "%s: warning: the model was trained with contexts of %d tokens only\n",
                 program, m->n_ctx_train);

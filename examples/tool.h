@@ -75,12 +75,10 @@ static inline int tool_fail(const char *program, const char *what, const moe_err
 static inline void tool_memory(const char *program, const moe_model *model) {
     static const char *const numa[] = {"off", "interleave", "owner"};
     const moe_model_memory *memory = moe_model_get_memory(model);
-    char placed[32], huge[32], locked[32];
-    fprintf(stderr,
-            "%s: %d memory node%s, placement %s, %s in place, %s on huge pages, %s locked\n",
-            program, memory->n_nodes, memory->n_nodes > 1 ? "s" : "", numa[memory->numa % 3],
+    char placed[32], locked[32];
+    fprintf(stderr, "%s: %d memory node%s, placement %s, %s in place, %s locked\n", program,
+            memory->n_nodes, memory->n_nodes > 1 ? "s" : "", numa[memory->numa % 3],
             tool_size(placed, (double)memory->n_bytes_placed),
-            tool_size(huge, (double)memory->n_bytes_huge),
             tool_size(locked, (double)memory->n_bytes_locked));
 }
 

@@ -81,14 +81,14 @@ TEST(weights_are_placed) {
         o.allocator.alloc = fresh_alloc;
         o.allocator.free = fresh_free;
         o.numa = (moe_numa)(way % 3);
-        o.mmap = way / 3 ? MOE_OFF : MOE_ON;
+        o.pages = way / 3 ? MOE_PAGES_COPY : MOE_PAGES_MAP;
         moe_model *model = moe_model_open(path, &o, &error);
         CHECK(model != NULL);
         if (!model) continue;
         const moe_model_memory *memory = moe_model_get_memory(model);
         count_pages(model, &machine, o.numa, 4, &right, &all);
         printf("  numa %d, %s: %d of %d pages where they should be, %d bytes placed\n",
-               (int)o.numa, o.mmap == MOE_OFF ? "copied" : "mapped", (int)right, (int)all,
+               (int)o.numa, o.pages == MOE_PAGES_COPY ? "copied" : "mapped", (int)right, (int)all,
                (int)memory->n_bytes_placed);
         CHECK(memory->numa == o.numa && memory->n_nodes == 2);
         if (o.numa) CHECK(all >= 300 && right == all);

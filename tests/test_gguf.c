@@ -401,8 +401,8 @@ TEST(bad_arguments) {
     CHECK(!moe_gguf_open_memory("GGUF", 4, NULL, NULL));
     for (int field = 0; field < 5; field++) {
         memset(&options, 0, sizeof options);
-        if (field == 0) options.mmap = 2;
-        if (field == 1) options.hugepages = -2;
+        if (field == 0) options.pages = (moe_pages)3;
+        if (field == 1) options.pages = (moe_pages)-1;
         if (field == 2) options.prefault = INT32_MIN;
         if (field == 3) options.allocator.alloc = counter_alloc;
         if (field == 4) options.allocator.free = counter_free;
@@ -964,12 +964,12 @@ static int n_open_files(void) {
 static void expect_file(const char *path, moe_status status, const char *where, const char *text,
                         int line) {
     int n_open = n_open_files();
-    for (int mode = 0; mode < 2; mode++) {
+    for (int mode = 0; mode < 3; mode++) {
         counter c;
         moe_gguf_options options = counter_options(&c);
         moe_error error;
         memset(&error, 0, sizeof error);
-        options.mmap = mode ? MOE_OFF : 0;
+        options.pages = (moe_pages)mode;
         moe_gguf *gguf = moe_gguf_open(path, &options, &error);
         if (gguf) walked += walk(gguf);
         moe_gguf_close(gguf);
@@ -1030,19 +1030,17 @@ TEST(file_sources) {
     CHECK(make_folder());
     put_good_file(&b, 3);
     uint64_t sum = 0;
-    size_t small = b.size;
     for (int large = 0; large < 2; large++) {
         if (large) put_zeros(&b, (size_t)40 << 20); /* several chunks; data that nothing uses */
         write_file("good.gguf", &b);
-        for (int mode = 0; mode < 16; mode++) {
+        for (int mode = 0; mode < 6; mode++) {
             counter c;
             progress p;
             moe_error error;
             moe_gguf_options options = counter_options(&c);
             memset(&p, 0, sizeof p);
-            options.mmap = mode & 1 ? MOE_OFF : mode & 2 ? MOE_ON : 0;
-            options.hugepages = mode & 4 ? MOE_ON : 0;
-            options.prefault = mode & 8 ? MOE_ON : MOE_OFF;
+            options.pages = (moe_pages)(mode % 3);
+            options.prefault = mode / 3 ? MOE_ON : MOE_OFF;
             options.progress = on_progress;
             options.progress_user = &p;
             moe_gguf *gguf = moe_gguf_open(in_folder("good.gguf"), &options, &error);
@@ -1052,10 +1050,10 @@ TEST(file_sources) {
             uint64_t got = walk(gguf) - b.size;
             if (!sum) sum = got;
             CHECK(got == sum);
-            int reads = (mode & 1) || (mode & 8);
-            CHECK(reads ? p.n_calls >= (large ? 3 : 1) && p.last == 1 : p.n_calls == 0);
-            CHECK((c.peak_bytes > small) == ((mode & 1) != 0 || small < 65536));
-            CHECK((uintptr_t)gguf->parts[0].data % 64 == 0);
+            int reads = options.pages == MOE_PAGES_COPY || mode / 3;
+            CHECK(reads ? p.n_calls >= 1 && p.last == 1 : p.n_calls == 0);
+            CHECK(c.peak_bytes < 65536); /* tables only: files lie in pages of the system */
+            CHECK((uintptr_t)gguf->parts[0].data % MOE__PAGES_HUGE == 0);
             moe_gguf_close(gguf);
             CHECK(c.live == 0 && c.live_bytes == 0);
             for (int k = 1; k <= p.n_calls; k++) { /* cancel at every call */
@@ -1064,8 +1062,11 @@ TEST(file_sources) {
                 q.cancel_at = k;
                 options.progress_user = &q;
                 memset(&error, 0, sizeof error);
-                CHECK(!moe_gguf_open(in_folder("good.gguf"), &options, &error));
-                CHECK(error.status == MOE_ERROR_CANCELLED && q.n_calls == k);
+                gguf = moe_gguf_open(in_folder("good.gguf"), &options, &error);
+                /* how often a team reports depends on who took which piece; the end is reported */
+                if (gguf) CHECK(k > 1 && q.n_calls < k && q.last == 1);
+                else CHECK(error.status == MOE_ERROR_CANCELLED && q.n_calls == k);
+                moe_gguf_close(gguf);
                 CHECK(c.live == 0 && c.live_bytes == 0);
             }
         }
@@ -1244,9 +1245,9 @@ TEST(split_out_of_memory) {
     CHECK(make_folder());
     good_split(parts);
     write_split(parts);
-    for (int mode = 0; mode < 2; mode++) {
+    for (int mode = 0; mode < 3; mode++) {
         moe_gguf_options options = counter_options(&c);
-        options.mmap = mode ? MOE_OFF : 0;
+        options.pages = (moe_pages)mode;
         moe_gguf *gguf = moe_gguf_open(in_folder("m-00001-of-00003.gguf"), &options, NULL);
         CHECK(gguf != NULL);
         long n = c.n_allocs;
@@ -1256,7 +1257,7 @@ TEST(split_out_of_memory) {
             moe_error error;
             memset(&error, 0, sizeof error);
             options = counter_options(&c);
-            options.mmap = mode ? MOE_OFF : 0;
+            options.pages = (moe_pages)mode;
             c.fail_at = k;
             CHECK(!moe_gguf_open(in_folder("m-00001-of-00003.gguf"), &options, &error));
             CHECK(error.status == MOE_ERROR_MEMORY);

@@ -2,6 +2,7 @@
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
+#include <sys/wait.h>
 
 /* ---- made-up machines: files below a folder of their own ------------------------------------- */
 
@@ -256,6 +257,84 @@ TEST(quotas_of_version_1) {
     end_machine();
 }
 
+/* ---- free memory ----------------------------------------------------------------------------- */
+
+TEST(memory_that_groups_leave) {
+    const uint64_t mib = 1 << 20;
+    if (!begin_machine()) SKIP("cannot write files");
+    CHECK(moe__machine_memory("/nonexistent") == UINT64_MAX);
+    put("/proc/meminfo", "MemTotal:       24684076 kB\nMemFree:         102400 kB\n");
+    CHECK(moe__machine_memory(root) == 100 * mib); /* systems before 3.14 */
+    put("/proc/meminfo", "MemTotal: 24684076 kB\nMemFree: 102400 kB\nMemAvailable:   8192000 kB\n"
+                         "SwapFree: 99999999 kB\n");
+    CHECK(moe__machine_memory(root) == 8000 * mib); /* without swap */
+    /* version 2: the least of all groups; what is cached of files gives way */
+    put("/proc/self/cgroup", "0::/a/b\n");
+    put("/sys/fs/cgroup/a/b/memory.max", "max\n");
+    put("/sys/fs/cgroup/a/b/memory.current", "1048576\n");
+    CHECK(moe__machine_memory(root) == 8000 * mib);
+    put("/sys/fs/cgroup/a/memory.max", "1073741824\n");
+    put("/sys/fs/cgroup/a/memory.current", "524288000\n");
+    CHECK(moe__machine_memory(root) == 524 * mib);
+    put("/sys/fs/cgroup/a/memory.stat", "anon 5\nfile 999999999\ninactive_file 209715200\n"
+                                        "active_file 104857600\n");
+    CHECK(moe__machine_memory(root) == 824 * mib);
+    put("/sys/fs/cgroup/a/memory.high", "536870912\n");
+    CHECK(moe__machine_memory(root) == 312 * mib);
+    put("/sys/fs/cgroup/memory.max", "4096\n");
+    CHECK(moe__machine_memory(root) == 4096);
+    put("/sys/fs/cgroup/memory.current", "8192\n");
+    CHECK(moe__machine_memory(root) == 0);
+    end_machine();
+}
+
+TEST(memory_that_groups_of_version_1_leave) {
+    const uint64_t mib = 1 << 20;
+    if (!begin_machine()) SKIP("cannot write files");
+    put("/proc/meminfo", "MemAvailable:   8192000 kB\n");
+    put("/proc/self/cgroup", "4:memory:/x/y\n5:cpu:/z\n0::/\n");
+    put("/sys/fs/cgroup/memory/x/y/memory.limit_in_bytes", "9223372036854771712\n");
+    put("/sys/fs/cgroup/memory/x/y/memory.usage_in_bytes", "104857600\n");
+    CHECK(moe__machine_memory(root) == 8000 * mib);
+    put("/sys/fs/cgroup/memory/x/memory.limit_in_bytes", "209715200\n");
+    put("/sys/fs/cgroup/memory/x/memory.usage_in_bytes", "104857600\n");
+    CHECK(moe__machine_memory(root) == 100 * mib);
+    put("/sys/fs/cgroup/memory/x/memory.stat", "cache 1\ninactive_file 4096\n"
+        "total_inactive_file 52428800\ntotal_active_file 0\n");
+    CHECK(moe__machine_memory(root) == 150 * mib);
+    put("/sys/fs/cgroup/memory/memory.limit_in_bytes", "junk");
+    CHECK(moe__machine_memory(root) == 150 * mib);
+    put("/sys/fs/cgroup/memory/x/memory.stat", "total_inactive_file 99999999999999\n");
+    CHECK(moe__machine_memory(root) == 200 * mib); /* not more than is used */
+    end_machine();
+}
+
+/* In a process of its own: limits cannot be raised again. */
+TEST(memory_that_limits_leave) {
+    if (!begin_machine()) SKIP("cannot write files");
+    put("/proc/meminfo", "MemAvailable:   8192000 kB\n");
+    put("/proc/self/statm", "25600 9 9 9 0 12800 0\n"); /* 100 MiB, of it 50 MiB data */
+    for (int kind = 0; kind < 2; kind++) {
+        const pid_t child = fork();
+        int state = 1;
+        if (child == 0) {
+            struct rlimit limit;
+            limit.rlim_cur = limit.rlim_max = (rlim_t)1 << 38;
+            if (setrlimit(kind ? RLIMIT_DATA : RLIMIT_AS, &limit)) _exit(2);
+            if (moe__machine_memory(root) != (uint64_t)8000 << 20) _exit(3);
+            limit.rlim_cur = limit.rlim_max = (rlim_t)1 << 31;
+            if (setrlimit(kind ? RLIMIT_DATA : RLIMIT_AS, &limit)) _exit(2);
+            const uint64_t used = (uint64_t)(kind ? 12800 : 25600) * moe__machine_page();
+            _exit(moe__machine_memory(root) == ((uint64_t)1 << 31) - used ? 0 : 4);
+        }
+        CHECK(child > 0 && waitpid(child, &state, 0) == child);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+        CHECKF(WIFEXITED(state) && WEXITSTATUS(state) == 0, "state %d", state);
+#endif
+    }
+    end_machine();
+}
+
 /* ---- this machine ---------------------------------------------------------------------------- */
 
 TEST(this_machine) {
@@ -305,22 +384,6 @@ TEST(pages_that_lie_on_a_node) {
     to[0] = MOE__POLICY_BITS - 1; /* no such node */
     CHECK(!moe__machine_move(pages, to, 1, status));
     munmap(memory, 4 * page);
-}
-
-TEST(huge_pages_are_counted) {
-    char path[320];
-    if (!begin_machine()) SKIP("cannot write files");
-    put("/smaps",
-        "00400000-00800000 r--p 00000000 08:01 1   /x\nAnonHugePages:      4096 kB\n"
-        "10000000-10800000 rw-p 00000000 00:00 0 \nSize: 8192 kB\nAnonHugePages:      6144 kB\n"
-        "10800000-10c00000 rw-p 00000000 00:00 0 \nAnonHugePages:      2048 kB\nRss: 1 kB\n"
-        "20000000-20800000 rw-p 00000000 00:00 0 \nAnonHugePages:      8192 kB");
-    snprintf(path, sizeof path, "%s/smaps", root);
-    CHECK(moe__machine_huge(path, (void *)(uintptr_t)0x10000000, 0xc00000) == 8u << 20);
-    CHECK(moe__machine_huge(path, (void *)(uintptr_t)0x10200000, 0x200000) == 2u << 20);
-    CHECK(moe__machine_huge(path, (void *)(uintptr_t)0x30000000, 0xc00000) == 0);
-    CHECK(moe__machine_huge("/nonexistent", (void *)(uintptr_t)0x10000000, 0xc00000) == 0);
-    end_machine();
 }
 
 MAIN()

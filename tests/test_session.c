@@ -604,7 +604,7 @@ TEST(truncated_files) {
             moe_model_options o;
             moe_error error;
             memset(&o, 0, sizeof o);
-            o.mmap = off ? MOE_OFF : 0;
+            o.pages = off ? MOE_PAGES_COPY : MOE_PAGES_AUTO;
             clear_error(&error);
             write_file(models_path("cut.gguf"), e.bytes, size);
             moe_model *model = moe_model_open(models_path("cut.gguf"), &o, &error);
@@ -638,22 +638,21 @@ TEST(ways_to_load) {
     float *expected = NULL;
     int32_t tokens[20];
     models_tokens(tokens, 20, 264, 1);
-    for (int way = 0; way < 8; way++) {
+    for (int way = 0; way < 6; way++) {
         moe_model_options o;
         moe_session_options s;
         moe_error error;
         int calls = 0;
         memset(&o, 0, sizeof o);
         memset(&s, 0, sizeof s);
-        o.mmap = way & 1 ? MOE_OFF : MOE_ON;
-        o.prefault = way & 2 ? MOE_ON : 0;
-        o.hugepages = way & 4 ? MOE_ON : 0;
+        o.pages = (moe_pages)(way % 3);
+        o.prefault = way / 3 ? MOE_ON : 0;
         o.progress = refuse;
         o.progress_user = &calls;
         moe_model *model = moe_model_open(path, &o, &error);
         if (calls) CHECK(!model && error.status == MOE_ERROR_CANCELLED);
         else CHECK(model != NULL);
-        CHECK(calls == 1 || way == 0 || way == 4);
+        CHECK(calls == 1 || way < 2);
         moe_model_close(model);
         o.progress = accept;
         calls = 0;
@@ -1006,16 +1005,15 @@ TEST(numa_options) {
         moe_model_options o;
         memset(&o, 0, sizeof o);
         o.numa = (moe_numa)(way % 3);
-        o.mmap = way / 3 % 2 ? MOE_OFF : 0;
+        o.pages = way / 3 % 2 ? MOE_PAGES_COPY : MOE_PAGES_AUTO;
         o.mlock = way / 6 ? MOE_ON : 0;
-        o.hugepages = way / 6 ? MOE_ON : 0;
         moe_model *model = moe_model_open(models_simple("t_mla_groups", "q8_0"), &o, NULL);
         CHECK(model != NULL);
         if (!model) continue;
         const moe_model_memory *memory = moe_model_get_memory(model);
         const uint64_t bytes = moe_gguf_file_size(moe_model_gguf(model));
         CHECK(memory->n_nodes >= 1 && memory->n_bytes_placed <= bytes &&
-              memory->n_bytes_locked <= bytes && memory->n_bytes_huge <= bytes + (2u << 20));
+              memory->n_bytes_locked <= bytes && moe_model_huge_bytes(model) <= bytes);
         if (memory->n_nodes == 1) CHECK(memory->numa == MOE_NUMA_OFF && !memory->n_bytes_placed);
         if (!o.mlock) CHECK(memory->n_bytes_locked == 0);
         float *logits = models_run(model, &s, tokens, 20, MODELS_WHOLE);
@@ -1040,7 +1038,7 @@ TEST(locked_in_memory) {
     for (int copy = 0; copy < 2; copy++) {
         memset(&o, 0, sizeof o);
         o.mlock = MOE_ON;
-        o.mmap = copy ? MOE_OFF : MOE_ON;
+        o.pages = copy ? MOE_PAGES_COPY : MOE_PAGES_MAP;
         moe_model *model = moe_model_open(models_simple("micro", "f32"), &o, NULL);
         CHECK(model != NULL);
         if (!model) return;
@@ -1070,7 +1068,7 @@ TEST(placing_on_made_up_nodes) {
     machine.cores[2] = 2;
     memset(&o, 0, sizeof o);
     for (int way = 0; way < 8; way++) {
-        o.mmap = way & 1 ? MOE_OFF : 0;
+        o.pages = way & 1 ? MOE_PAGES_COPY : MOE_PAGES_AUTO;
         o.numa = MOE_NUMA_OFF;
         o.progress = NULL;
         moe_model *model = moe_model_open(models_simple("qwen3moe_quant", "q4_K"), &o, &error);
@@ -1354,7 +1352,7 @@ static void check_model_memory(const char *path, int read) {
         memset(&m, 0, sizeof m);
         memset(&o, 0, sizeof o);
         o.allocator = meter_allocator(&m);
-        o.mmap = read ? MOE_OFF : 0;
+        o.pages = read ? MOE_PAGES_COPY : MOE_PAGES_AUTO;
         m.fail_at = fail_at;
         clear_error(&error);
         moe_model *model = moe_model_open(path, &o, &error);

@@ -28,16 +28,16 @@
 /*   >>machine    999  processors, cores, quotas, free memory, memory nodes; binding to them */
 /*   >>pool      1384  the team of threads: wake, barrier, shares of work */
 /*   >>pages     1815  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2516  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3506  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5107  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops       9225  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   9507  router, plan, the expert schedules */
-/*   >>model     9955  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  11049  cache, the forward pass */
-/*   >>text     12366  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   13723  choosing tokens, generating text */
-/*   >>licence  14245  MIT or public domain */
+/*   >>gguf      2513  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3503  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5104  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops       9222  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   9504  router, plan, the expert schedules */
+/*   >>model     9952  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  11045  cache, the forward pass */
+/*   >>text     12362  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   13719  choosing tokens, generating text */
+/*   >>licence  14241  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -2453,7 +2453,8 @@ MOE__PRIVATE int moe__paging_tend(moe__paging *g, moe_pool *pool) {
         finished = moe__paging_step(g, pool, (int)moe__min(pool->n_threads, MOE__PAGES_TEAM));
         if (finished) __atomic_store_n(&g->state, MOE__PAGING_DONE, __ATOMIC_RELEASE);
         if (finished && moe__paging_copied(g)) g->outcome = MOE__PAGED_COPIED;
-    } else if (g->state == MOE__PAGING_WATCH && g->tokens <= 0) {
+    } else if (g->state == MOE__PAGING_WATCH &&
+               __atomic_load_n(&g->tokens, __ATOMIC_RELAXED) <= 0) {
         int next = MOE__PAGING_WATCH;
         if (moe__probe_run(g->files, g->n_files, pool, &rates) && rates.ratio < MOE__PAGING_SLOW) {
             next = moe__paging_fits(g) ? MOE__PAGING_COPY : MOE__PAGING_DONE;
@@ -2470,46 +2471,42 @@ MOE__PRIVATE int moe__paging_tend(moe__paging *g, moe_pool *pool) {
     return finished;
 }
 
-/* "4.00 GiB" */
-MOE__PRIVATE void moe__paging_size(char *out, size_t capacity, uint64_t bytes) {
-    if (bytes >> 30) snprintf(out, capacity, "%.2f GiB", (double)bytes / 1073741824.0);
-    else snprintf(out, capacity, "%.1f MiB", (double)bytes / 1048576.0);
+/* Appends to a text of some capacity; what does not fit is cut off. */
+MOE__PRIVATE MOE__PRINTF(3, 4) void
+    moe__paging_write(char *text, size_t capacity, const char *format, ...) {
+    const size_t length = strlen(text);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text + length, capacity - length, format, args);
+    va_end(args);
+}
+
+/* Appends "4.00 GiB" or "4.0 MiB". */
+MOE__PRIVATE void moe__paging_write_size(char *text, size_t capacity, uint64_t bytes) {
+    if (bytes >> 30) moe__paging_write(text, capacity, "%.2f GiB", (double)bytes / 1073741824.0);
+    else moe__paging_write(text, capacity, "%.1f MiB", (double)bytes / 1048576.0);
 }
 
 /* What was done and why. */
 MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capacity) {
-    char whole[32], copied[32], room[32], speed[64] = "";
+    static const char *const deeds[] = {
+        " mapped", " mapped: not cached, read from the disk as it is used", " mapped",
+        " collapsed to huge pages", " copied to huge pages", " read again in huge pages",
+        " mapped"}; /* of moe__paging_outcome */
     const uint64_t n_copied = moe__paging_copied(g);
-    moe__paging_size(whole, sizeof whole, g->size);
-    moe__paging_size(copied, sizeof copied, n_copied);
-    moe__paging_size(room, sizeof room, g->room);
-    snprintf(speed, sizeof speed, "%.1f of %.1f GB/s", g->rates.map * 1e-9, g->rates.copy * 1e-9);
-    switch (g->outcome) {
-    case MOE__PAGED_SMALL: snprintf(text, capacity, "%s mapped", whole); break;
-    case MOE__PAGED_COLD:
-        snprintf(text, capacity, "%s mapped: not cached, read from the disk as it is used", whole);
-        break;
-    case MOE__PAGED_FAST:
-        snprintf(text, capacity, "%s mapped: the mapping reads at %s", whole, speed);
-        break;
-    case MOE__PAGED_COLLAPSED:
-        snprintf(text, capacity, "%s mapped, collapsed to huge pages: the mapping read at %s",
-                 whole, speed);
-        break;
-    case MOE__PAGED_REREAD:
-        snprintf(text, capacity, "%s mapped, read again in huge pages: the mapping read at %s",
-                 whole, speed);
-        break;
-    case MOE__PAGED_COPIED:
-        snprintf(text, capacity, "%s%s%s copied to huge pages: the mapping reads at %s", copied,
-                 n_copied < g->size ? " of " : "", n_copied < g->size ? whole : "", speed);
-        break;
-    case MOE__PAGED_NO_ROOM:
-        snprintf(text, capacity,
-                 "%s mapped, though the mapping reads at %s: %s are free, too little for a copy",
-                 whole, speed, room);
-        break;
+    text[0] = 0;
+    if (n_copied && n_copied < g->size) {
+        moe__paging_write_size(text, capacity, n_copied);
+        moe__paging_write(text, capacity, " of ");
     }
+    moe__paging_write_size(text, capacity, g->size);
+    moe__paging_write(text, capacity, "%s", deeds[g->outcome]);
+    if (g->outcome < MOE__PAGED_FAST) return;
+    moe__paging_write(text, capacity, ": the mapping reads at %.1f of %.1f GB/s",
+                      g->rates.map * 1e-9, g->rates.copy * 1e-9);
+    if (g->outcome != MOE__PAGED_NO_ROOM) return;
+    moe__paging_write(text, capacity, ", but a copy would take more than half of the free ");
+    moe__paging_write_size(text, capacity, g->room);
 }
 
 /* ============================================================================================== */
@@ -10826,13 +10823,12 @@ MOE_API uint64_t moe_model_huge_bytes(const moe_model *model) {
 
 /* A copy as it was granted: appends what is not on huge pages to the text. */
 MOE__PRIVATE void moe__paging_granted(const moe_model *model, moe_model_memory *memory) {
-    char huge[32];
-    const size_t length = strlen(memory->text);
     const uint64_t bytes = moe_model_huge_bytes(model);
     if (!memory->n_bytes_copied || bytes + bytes / 64 + MOE__PAGES_HUGE > memory->n_bytes_copied)
         return;
-    moe__paging_size(huge, sizeof huge, bytes);
-    snprintf(memory->text + length, sizeof memory->text - length, " (%s of it granted)", huge);
+    moe__paging_write(memory->text, sizeof memory->text, " (");
+    moe__paging_write_size(memory->text, sizeof memory->text, bytes);
+    moe__paging_write(memory->text, sizeof memory->text, " of it granted)");
 }
 
 /* What lies where, once nothing more is done with the pages. */
@@ -10850,14 +10846,14 @@ MOE__PRIVATE void moe__paging_record(const moe_model *model, moe_model_memory *m
 MOE__PRIVATE void moe__paging_as_asked(moe_model *model) {
     const moe_gguf *gguf = model->gguf;
     moe_model_memory *memory = &model->memory;
-    char size[32];
-    moe__paging_size(size, sizeof size, moe_gguf_file_size(gguf));
     for (int32_t i = 0; i < gguf->n_parts; i++) memory->n_bytes_copied += gguf->pages[i].n_copied;
     memory->pages = memory->n_bytes_copied ? MOE_PAGES_COPY : MOE_PAGES_MAP;
-    snprintf(memory->text, sizeof memory->text, "%s %s", size,
-             !gguf->pages[0].data ? "in the caller's memory"
-             : memory->pages == MOE_PAGES_MAP ? "mapped"
-             : gguf->small_pages ? "copied to small pages" : "copied to huge pages");
+    moe__paging_write_size(memory->text, sizeof memory->text, moe_gguf_file_size(gguf));
+    moe__paging_write(memory->text, sizeof memory->text, "%s",
+                      !gguf->pages[0].data             ? " in the caller's memory"
+                      : memory->pages == MOE_PAGES_MAP ? " mapped"
+                      : gguf->small_pages              ? " copied to small pages"
+                                                       : " copied to huge pages");
     if (!gguf->small_pages) moe__paging_granted(model, memory);
 }
 

@@ -230,12 +230,20 @@ check "-ctk f32 -ctv f16" refuses "same type"
 gen -n 20 --temp 0 --no-mmap
 check "--no-mmap: the same text" same greedy
 run -m "$model" --info --no-mmap
-check "--no-mmap" shows '(in memory)'
+check "--no-mmap" shows '(copied: of this process alone)'
+check "--no-mmap: --info says what was done" shows 'pages .* copied to huge pages'
+for pages in auto map copy; do
+    gen -n 20 --temp 0 --pages $pages
+    check "--pages $pages: the same text" same greedy
+    check "--pages $pages says what was done" says 'moe-cli: .*iB \(mapped\|copied to huge pages\)'
+done
+gen -n 5 --pages large
+check "--pages large" refuses "'large' is not one of"
 gen -n 20 --temp 0 --prefault --mlock --pin -t 2
 check "--prefault --mlock --pin: the same text" same greedy
 check "--mlock says what it got" says 'memory node.* locked'
-gen -n 20 --temp 0 --no-mmap --hugepages --numa owner
-check "--no-mmap --hugepages --numa owner: the same text" same greedy
+gen -n 20 --temp 0 --no-mmap --numa owner
+check "--no-mmap --numa owner: the same text" same greedy
 gen -n 20 --temp 0 --numa interleave
 check "--numa interleave: the same text" same greedy
 check "--numa says what it got" says 'memory node.* in place'

@@ -530,6 +530,7 @@ TEST(without_memory_for_a_team) {
 static int run_limited(moe_pages pages, uint64_t room, int *was_copied) {
     const pid_t child = fork();
     int state = 0;
+    *was_copied = 0;
     if (child == 0) {
         moe_model_options o;
         moe_session_options s;

@@ -22,22 +22,22 @@
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
 /*   >>manual      53  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     134  every macro you may define */
-/*   >>api        225  types and prototypes with their contracts */
-/*   >>base       725  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine    999  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1384  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1815  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2513  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3503  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5104  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops       9222  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   9504  router, plan, the expert schedules */
-/*   >>model     9952  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  11045  cache, the forward pass */
-/*   >>text     12362  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   13719  choosing tokens, generating text */
-/*   >>licence  14241  MIT or public domain */
+/*   >>config     135  every macro you may define */
+/*   >>api        226  types and prototypes with their contracts */
+/*   >>base       726  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine   1000  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1385  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1816  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2548  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3538  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5139  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops       9257  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   9539  router, plan, the expert schedules */
+/*   >>model     9987  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  11080  cache, the forward pass */
+/*   >>text     12398  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   13755  choosing tokens, generating text */
+/*   >>licence  14277  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -73,10 +73,11 @@
 /* PAGES. On most machines a mapped file is read as fast as any memory. On some (virtual machines */
 /* whose hypervisor keeps page tables of its own) the speed depends on the pieces in which the */
 /* system happens to cache the file, by up to ten times. With moe_model_options.pages = AUTO, */
-/* opening a model measures a sample for some milliseconds and, only if the mapping is slow and at */
-/* least twice as much memory is free, makes a private copy of it in huge pages. The mapping is */
-/* looked at once more when some hundred tokens have been generated; pieces are then copied */
-/* between tokens. moe_model_get_memory says in words what was done. MAP never copies, COPY always. */
+/* opening a model measures a sample for some milliseconds and, only if the mapping is slow and */
+/* at least twice as much memory is free, makes a private copy of it in huge pages. The mapping */
+/* is looked at again after a second of generating, then more and more seldom; if it has become */
+/* slow, pieces are copied between tokens. moe_model_get_memory says in words what was done. MAP */
+/* never copies, COPY always. */
 /* */
 /* SESSIONS. A session is one context: its cache of keys and values and the buffers for a batch. */
 /* One thread at a time may call it. All memory is taken when it is opened (ask */
@@ -510,9 +511,9 @@ MOE_API void moe_model_close(moe_model *model);
 MOE_API const moe_vocab *moe_model_vocab(const moe_model *model); /* NULL: token ids only */
 MOE_API const moe_gguf *moe_model_gguf(const moe_model *model);
 MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
-/* With AUTO the weights may still move to huge pages after some hundred generated tokens, if */
-/* they are read slowly by then: ask again for what came of it (what an earlier call returned */
-/* stays as it was until close). */
+/* With AUTO the weights may still move to huge pages while tokens are generated, if they are */
+/* read slowly by then: ask again for what came of it (what an earlier call returned stays as it */
+/* was until close). */
 MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model);
 /* Bytes of the model's files that are mapped by huge pages now, as /proc/self/smaps tells: pages */
 /* of a mapping count once they were read. Takes milliseconds. */
@@ -1842,8 +1843,8 @@ MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes
 #ifndef MOE__PROBE_WINDOW
 #define MOE__PROBE_WINDOW (1 << 19) /* bytes of a sample: as much as threads read at once from */
 #endif                              /* an expert's matrix */
-#ifndef MOE__PAGING_TOKENS
-#define MOE__PAGING_TOKENS 128 /* generated until a mapping is looked at once more */
+#ifndef MOE__PAGING_SECONDS
+#define MOE__PAGING_SECONDS 1.0 /* of generating until a mapping is looked at once more */
 #endif
 #ifndef MOE__PAGING_SLOW
 #define MOE__PAGING_SLOW 0.7 /* of the speed of huge pages: below it a mapping counts as slow */
@@ -2152,15 +2153,20 @@ MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 /* ---- measuring ------------------------------------------------------------------------------- */
 
 /* A sample is larger than most caches, and the mapping and the copy are read in turns, so that */
-/* neither stays there. */
+/* neither stays there. When a model is opened one sample is read in all rounds, the first time */
+/* untimed: what the first touch of a page costs is not what reading it costs. Later, when pages */
+/* have been in use for some time, each round reads other windows, once: systems that look which */
+/* pages are used undo the hypervisor's page tables with each look, and only the first read meets */
+/* that. */
 enum { MOE__PROBE_WINDOWS = 128, MOE__PROBE_ROUNDS = 5 };
 
 typedef struct moe__probe {
     moe_pool *pool;
-    const uint8_t *window[MOE__PROBE_WINDOWS];
-    int32_t n_windows;
+    int in_use;          /* the pages have been read for some time */
+    const uint8_t *window[MOE__PROBE_ROUNDS][MOE__PROBE_WINDOWS]; /* [0] of all, if not in_use */
+    int32_t n_windows;   /* the least of any round */
     uint8_t *copy;       /* as much anonymous memory in huge pages */
-    double fill_seconds; /* for the page tables' entries of the windows */
+    double fill_seconds; /* for the page tables' entries of the windows of the first round */
     double seconds[2][MOE__PROBE_ROUNDS]; /* of windows, of copy */
     uint64_t sum;        /* of all that was read, so that it is */
 } moe__probe;
@@ -2178,25 +2184,39 @@ MOE__PRIVATE uint64_t moe__probe_sum(const uint8_t *p, size_t size) {
     return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
 }
 
-/* One of the threads: fills page tables and the copy, reads both once untimed, then in turns. */
+/* This thread's windows of a sample, or (NULL) its part of the copy. */
+MOE__PRIVATE uint64_t moe__probe_read(const moe__probe *probe, const uint8_t *const *windows,
+                                      int thread, int n_threads) {
+    uint64_t sum = 0;
+    for (int32_t i = thread; i < probe->n_windows; i += n_threads)
+        sum += moe__probe_sum(windows ? windows[i] : probe->copy + (size_t)i * MOE__PROBE_WINDOW,
+                              MOE__PROBE_WINDOW);
+    return sum;
+}
+
+/* One of the threads: fills page tables and the copy, then reads mapping and copy in turns. */
 MOE__PRIVATE void moe__probe_job(void *context, int thread, int n_threads) {
     moe__probe *probe = (moe__probe *)context;
     uint64_t sum = 0;
-    double begin = moe__seconds();
-    for (int32_t i = thread; i < probe->n_windows; i += n_threads)
-        moe__pages_touch(probe->window[i], MOE__PROBE_WINDOW);
-    moe__pool_barrier(probe->pool, thread);
-    if (thread == 0) probe->fill_seconds = moe__seconds() - begin;
+    double begin;
     for (int32_t i = thread; i < probe->n_windows; i += n_threads)
         memset(probe->copy + (size_t)i * MOE__PROBE_WINDOW, thread + 1, MOE__PROBE_WINDOW);
-    for (int pass = -2; pass < 2 * MOE__PROBE_ROUNDS; pass++) {
+    for (int round = 0; round < MOE__PROBE_ROUNDS; round++) {
+        const uint8_t *const *windows = probe->window[probe->in_use ? round : 0];
         moe__pool_barrier(probe->pool, thread);
         begin = moe__seconds();
-        for (int32_t i = thread; i < probe->n_windows; i += n_threads)
-            sum += moe__probe_sum(pass & 1 ? probe->copy + (size_t)i * MOE__PROBE_WINDOW
-                                           : probe->window[i], MOE__PROBE_WINDOW);
+        for (int32_t i = thread; i < probe->n_windows && (probe->in_use || !round); i += n_threads)
+            moe__pages_touch(windows[i], MOE__PROBE_WINDOW);
         moe__pool_barrier(probe->pool, thread);
-        if (thread == 0 && pass >= 0) probe->seconds[pass & 1][pass / 2] = moe__seconds() - begin;
+        if (thread == 0 && !round) probe->fill_seconds = moe__seconds() - begin;
+        if (!probe->in_use && !round) sum += moe__probe_read(probe, windows, thread, n_threads);
+        for (int copy = 0; copy < 2; copy++) {
+            moe__pool_barrier(probe->pool, thread);
+            begin = moe__seconds();
+            sum += moe__probe_read(probe, copy ? NULL : windows, thread, n_threads);
+            moe__pool_barrier(probe->pool, thread);
+            if (thread == 0) probe->seconds[copy][round] = moe__seconds() - begin;
+        }
     }
     __atomic_fetch_add(&probe->sum, sum, __ATOMIC_RELAXED);
 }
@@ -2213,28 +2233,36 @@ MOE__PRIVATE double moe__probe_median(const double *x) {
 
 /* Evenly spread windows of n files; of those only what is in memory: the disk is not measured. */
 MOE__PRIVATE void moe__probe_windows(moe__probe *probe, const moe__pages *files, int32_t n) {
+    const uint64_t n_rounds = probe->in_use ? MOE__PROBE_ROUNDS : 1;
     uint64_t total = 0;
     for (int32_t i = 0; i < n; i++) total += files[i].size / MOE__PROBE_WINDOW;
-    for (uint64_t k = 0; k < MOE__PROBE_WINDOWS && total >= MOE__PROBE_WINDOWS; k++) {
-        uint64_t at = total * k / MOE__PROBE_WINDOWS;
-        int32_t i = 0;
-        for (; at >= files[i].size / MOE__PROBE_WINDOW; i++)
-            at -= files[i].size / MOE__PROBE_WINDOW;
-        const uint8_t *window = files[i].data + at * MOE__PROBE_WINDOW;
-        if (moe__pages_resident(window, MOE__PROBE_WINDOW))
-            probe->window[probe->n_windows++] = window;
+    if (total < n_rounds * MOE__PROBE_WINDOWS) return;
+    probe->n_windows = MOE__PROBE_WINDOWS;
+    for (uint64_t round = 0; round < n_rounds; round++) {
+        int32_t found = 0;
+        for (uint64_t k = round; k < n_rounds * MOE__PROBE_WINDOWS; k += n_rounds) {
+            uint64_t at = total * k / (n_rounds * MOE__PROBE_WINDOWS);
+            int32_t i = 0;
+            for (; at >= files[i].size / MOE__PROBE_WINDOW; i++)
+                at -= files[i].size / MOE__PROBE_WINDOW;
+            const uint8_t *window = files[i].data + at * MOE__PROBE_WINDOW;
+            if (moe__pages_resident(window, MOE__PROBE_WINDOW))
+                probe->window[round][found++] = window;
+        }
+        if (found < probe->n_windows) probe->n_windows = found;
     }
 }
 
 /* How fast the mapping of n files is read by the pool's threads. Returns whether it was */
 /* measured: not if they are small or less than half of the sample is in memory. */
-MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, moe_pool *pool,
+MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, int in_use, moe_pool *pool,
                                 moe__rates *rates) {
     moe__probe probe;
     double ratio[MOE__PROBE_ROUNDS];
     memset(rates, 0, sizeof *rates);
     memset(&probe, 0, sizeof probe);
     probe.pool = pool;
+    probe.in_use = in_use;
     moe__probe_windows(&probe, files, n);
     if (probe.n_windows < MOE__PROBE_WINDOWS / 2) return 0;
     const size_t size = (size_t)probe.n_windows * MOE__PROBE_WINDOW;
@@ -2262,13 +2290,14 @@ MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, moe_pool *po
 #define MOE__PAGING_REREAD 5e8
 
 enum {
-    MOE__PAGING_LATER = 8,        /* how many times later the next look is, after each */
+    MOE__PAGING_LATER = 2,        /* how many times longer it is to the next look, after each, */
+    MOE__PAGING_LATEST = 64,      /* up to so many times MOE__PAGING_SECONDS */
     MOE__PAGING_RESERVE = 1 << 28 /* bytes that a copy in progress leaves free */
 };
 
 typedef enum moe__paging_state {
     MOE__PAGING_DONE,  /* nothing more is done */
-    MOE__PAGING_WATCH, /* looks again some tokens later */
+    MOE__PAGING_WATCH, /* looks again some time later */
     MOE__PAGING_COPY   /* replaces some pieces after each token */
 } moe__paging_state;
 
@@ -2295,7 +2324,7 @@ typedef struct moe__paging {
     uint64_t room;    /* bytes that were free when it was decided */
     int state;        /* atomic: moe__paging_state */
     int busy;         /* atomic: one thread at a time goes on */
-    int64_t tokens;   /* atomic: until the next look */
+    int64_t left;     /* atomic: nanoseconds of generating until the next look */
     int64_t interval; /* between this look and the one before */
     int32_t file;     /* of files, and of it the piece that comes next */
     uint64_t next, before; /* before: bytes of the files worked off */
@@ -2406,9 +2435,9 @@ MOE__PRIVATE int moe__paging_open(moe__paging *g) {
     moe_pool *pool = moe_pool_open(&options, NULL);
     if (!pool) return 0;
     g->outcome = MOE__PAGED_COLD;
-    g->interval = g->tokens = MOE__PAGING_TOKENS;
+    g->interval = g->left = (int64_t)(1e9 * MOE__PAGING_SECONDS);
     g->state = MOE__PAGING_WATCH;
-    if (moe__probe_run(g->files, g->n_files, pool, &g->rates)) {
+    if (moe__probe_run(g->files, g->n_files, 0, pool, &g->rates)) {
         g->outcome = MOE__PAGED_FAST;
         if (g->rates.ratio < MOE__PAGING_SLOW) {
             code = moe__paging_mend(g, pool);
@@ -2440,32 +2469,38 @@ MOE__PRIVATE int moe__paging_step(moe__paging *g, moe_pool *pool, int n) {
     return code || g->file == g->n_files;
 }
 
+/* A look some time later. Returns 1 when it is the last. */
+MOE__PRIVATE int moe__paging_look(moe__paging *g, moe_pool *pool) {
+    int next = MOE__PAGING_WATCH;
+    moe__rates rates;
+    if (moe__probe_run(g->files, g->n_files, 1, pool, &rates) && rates.ratio < MOE__PAGING_SLOW) {
+        next = moe__paging_fits(g) ? MOE__PAGING_COPY : MOE__PAGING_DONE;
+        g->outcome = MOE__PAGED_NO_ROOM;
+        g->rates = rates;
+        g->file = 0;
+    }
+    if (g->interval < (int64_t)(1e9 * MOE__PAGING_SECONDS * MOE__PAGING_LATEST))
+        g->interval *= MOE__PAGING_LATER;
+    __atomic_store_n(&g->left, g->interval, __ATOMIC_RELAXED);
+    __atomic_store_n(&g->state, next, __ATOMIC_RELEASE);
+    return next == MOE__PAGING_DONE;
+}
+
 /* Goes on after a generated token: looks again, or copies some more. Returns 1 when something */
 /* came of it. */
-MOE__PRIVATE int moe__paging_tend(moe__paging *g, moe_pool *pool) {
+MOE__PRIVATE int moe__paging_tend(moe__paging *g, double seconds, moe_pool *pool) {
     int finished = 0;
+    const int64_t passed = (int64_t)(1e9 * seconds);
     if (__atomic_load_n(&g->state, __ATOMIC_ACQUIRE) == MOE__PAGING_WATCH &&
-        __atomic_sub_fetch(&g->tokens, 1, __ATOMIC_RELAXED) > 0)
+        __atomic_sub_fetch(&g->left, passed, __ATOMIC_RELAXED) > 0)
         return 0;
     if (__atomic_exchange_n(&g->busy, 1, __ATOMIC_ACQUIRE)) return 0;
-    moe__rates rates;
     if (g->state == MOE__PAGING_COPY) {
         finished = moe__paging_step(g, pool, (int)moe__min(pool->n_threads, MOE__PAGES_TEAM));
         if (finished) __atomic_store_n(&g->state, MOE__PAGING_DONE, __ATOMIC_RELEASE);
         if (finished && moe__paging_copied(g)) g->outcome = MOE__PAGED_COPIED;
-    } else if (g->state == MOE__PAGING_WATCH &&
-               __atomic_load_n(&g->tokens, __ATOMIC_RELAXED) <= 0) {
-        int next = MOE__PAGING_WATCH;
-        if (moe__probe_run(g->files, g->n_files, pool, &rates) && rates.ratio < MOE__PAGING_SLOW) {
-            next = moe__paging_fits(g) ? MOE__PAGING_COPY : MOE__PAGING_DONE;
-            g->outcome = MOE__PAGED_NO_ROOM;
-            g->rates = rates;
-            g->file = 0;
-            finished = next == MOE__PAGING_DONE;
-        }
-        if (g->interval < INT64_MAX / MOE__PAGING_LATER) g->interval *= MOE__PAGING_LATER;
-        __atomic_store_n(&g->tokens, g->interval, __ATOMIC_RELAXED);
-        __atomic_store_n(&g->state, next, __ATOMIC_RELEASE);
+    } else if (g->state == MOE__PAGING_WATCH && __atomic_load_n(&g->left, __ATOMIC_RELAXED) <= 0) {
+        finished = moe__paging_look(g, pool);
     }
     __atomic_store_n(&g->busy, 0, __ATOMIC_RELEASE);
     return finished;
@@ -10891,11 +10926,11 @@ MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_opti
                      "loading was cancelled by the progress callback");
 }
 
-/* A session has generated a token with threads of this pool. */
-MOE__INLINE void moe__paging_token(const moe_model *model, moe_pool *pool) {
+/* A session has generated a token, in so many seconds, with threads of this pool. */
+MOE__INLINE void moe__paging_token(const moe_model *model, double seconds, moe_pool *pool) {
     if (__atomic_load_n(&model->paging.state, __ATOMIC_RELAXED) == MOE__PAGING_DONE) return;
     moe_model *mutable_model = (moe_model *)model; /* what it computes does not change */
-    if (!moe__paging_tend(&mutable_model->paging, pool)) return;
+    if (!moe__paging_tend(&mutable_model->paging, seconds, pool)) return;
     mutable_model->later = model->memory;
     moe__paging_record(model, &mutable_model->later);
     __atomic_store_n(&mutable_model->is_later, 1, __ATOMIC_RELEASE);
@@ -12323,7 +12358,8 @@ MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens,
         return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
     session->length += n_tokens;
     session->n_last = n_tokens;
-    if (n_tokens == 1) moe__paging_token(session->model, session->pool);
+    if (n_tokens == 1)
+        moe__paging_token(session->model, session->info.eval_seconds, session->pool);
     return MOE_OK;
 }
 

@@ -3,10 +3,10 @@
  * which a mapping counts as slow is a variable here, and samples and pieces are small. */
 #include <stddef.h>
 static double slow_limit;           /* 0: nothing is slow; 1e9: everything is */
-static int look_again;              /* generated tokens */
+static double look_again = 1;       /* after so many seconds */
 #define MOE__PAGING_SLOW slow_limit
-#define MOE__PAGING_TOKENS look_again
-#define MOE__PROBE_WINDOW (1 << 14) /* a sample of 2 MiB */
+#define MOE__PAGING_SECONDS look_again
+#define MOE__PROBE_WINDOW (1 << 12) /* samples of 0.5 MiB */
 #define MOE__PAGES_PIECE (1 << 21)
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
@@ -210,18 +210,20 @@ TEST(only_what_is_cached_is_measured) {
     moe__rates rates;
     memset(&options, 0, sizeof options);
     moe__pages p[2] = {map(make_file(SIZE), SIZE), map(story, 6 << 20)};
-    for (options.n_threads = 1; options.n_threads < 4; options.n_threads++) {
+    for (int way = 0; way < 6; way++) {
+        const int in_use = way % 2;
+        options.n_threads = 1 + way / 2;
         moe_pool *pool = moe_pool_open(&options, NULL);
         CHECK(pool != NULL);
         CHECK(n_wrong(p[0].data, SIZE) == 0); /* it is cached now */
-        CHECK(moe__probe_run(p, 1, pool, &rates) == 1);
+        CHECK(moe__probe_run(p, 1, in_use, pool, &rates) == 1);
         CHECK(rates.map > 0 && rates.copy > 0 && rates.fill > 0 && rates.ratio > 0);
         moe__pages small = p[0];
         small.size = MOE__PROBE_WINDOW * (MOE__PROBE_WINDOWS - 1);
-        CHECK(moe__probe_run(&small, 1, pool, &rates) == 0 && rates.ratio == 0);
-        CHECK(moe__probe_run(p, 2, pool, &rates) == 1);
+        CHECK(moe__probe_run(&small, 1, in_use, pool, &rates) == 0 && rates.ratio == 0);
+        CHECK(moe__probe_run(p, 2, in_use, pool, &rates) == 1);
         if (has_cold_pages(&p[0])) {
-            CHECK(moe__probe_run(p, 1, pool, &rates) == 0 && rates.ratio == 0 && rates.map == 0);
+            CHECK(moe__probe_run(p, 1, in_use, pool, &rates) == 0 && rates.ratio == 0 && rates.map == 0);
             /* and nothing was read for it */
             CHECK(!moe__pages_resident(p[0].data, MOE__PAGES_HUGE));
         }
@@ -240,7 +242,7 @@ static moe__paging paging_of(moe__pages *p, int n) {
     g.n_files = n;
     for (int i = 0; i < n; i++) g.size += p[i].size;
     g.allocator = plain_allocator();
-    look_again = 128;
+    look_again = 1;
     return g;
 }
 
@@ -271,11 +273,11 @@ TEST(auto_does_what_was_measured) {
 TEST(small_and_cold_files_stay_mapped) {
     char text[160];
     slow_limit = 1e9;
-    moe__pages p = map(make_file(1 << 20), 1 << 20);
+    moe__pages p = map(make_file(300000), 300000);
     moe__paging g = paging_of(&p, 1);
     CHECK(moe__paging_open(&g) == 0 && g.outcome == MOE__PAGED_SMALL && !g.state);
     moe__paging_say(&g, text, sizeof text);
-    CHECK(!strcmp(text, "1.0 MiB mapped"));
+    CHECK(!strcmp(text, "0.3 MiB mapped"));
     moe__pages_close(&p);
     p = map(make_file(SIZE), SIZE);
     g = paging_of(&p, 1);
@@ -359,7 +361,7 @@ TEST(models_are_copied_at_opening) {
         memset(&o, 0, sizeof o);
         memset(&go, 0, sizeof go);
         slow_limit = 1e9;
-        look_again = 5;
+        look_again = 1e-6;
         o.pages = way & 1 ? MOE_PAGES_COPY : MOE_PAGES_AUTO;
         moe_gguf *gguf = way & 2 ? moe_gguf_open(story, &go, &error) : NULL;
         moe_model *model = gguf ? moe_model_open_gguf(gguf, &o, &error)
@@ -402,7 +404,7 @@ TEST(models_that_become_slow_are_copied_between_tokens) {
         pthread_t handles[3];
         user users[3];
         slow_limit = 0;
-        look_again = 5;
+        look_again = 1e-6;
         moe_model *model = moe_model_open(story, NULL, NULL);
         CHECK(model != NULL);
         if (!model) return;
@@ -431,24 +433,28 @@ TEST(models_that_become_slow_are_copied_between_tokens) {
     free(expected);
 }
 
-/* Looks that find nothing become rare: after 5, 40, 320 ... tokens. */
+/* Looks that find nothing become rare. */
 TEST(fast_mappings_are_looked_at_seldom) {
     int32_t tokens[N];
     slow_limit = 0;
-    look_again = 5;
+    look_again = 1e-6; /* every token takes longer */
     moe_model *model = moe_model_open(story, NULL, NULL);
     CHECK(model != NULL);
     if (!model) return;
     free(run_story(model, 1, tokens));
-    CHECK(model->paging.state == MOE__PAGING_WATCH && model->paging.interval == 40 &&
-          model->paging.tokens == 40 - (N - 5));
+    CHECK(model->paging.state == MOE__PAGING_WATCH && model->paging.interval == 64000);
+    moe_model_close(model);
+    look_again = 1e6;
+    model = moe_model_open(story, NULL, NULL);
+    free(run_story(model, 1, tokens));
+    CHECK(model->paging.interval == (int64_t)1e15 && model->paging.left < (int64_t)1e15);
     moe_model_close(model);
 }
 
 /* The pages of a caller's gguf have one model that looks after them. */
 TEST(one_model_looks_after_a_gguf) {
     slow_limit = 0;
-    look_again = 5;
+    look_again = 1e-6;
     moe_gguf *gguf = moe_gguf_open(story, NULL, NULL);
     moe_model *first = moe_model_open_gguf(gguf, NULL, NULL);
     moe_model *second = moe_model_open_gguf(gguf, NULL, NULL);

@@ -32,7 +32,7 @@ THREADED = $(patsubst tests/%.c,$(B)/tests/%,$(filter-out tests/test_model.c,\
 # builds in parallel unless make was told how (-j)
 PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 
-.PHONY: all run test test-programs check check-compile asan ubsan tsan numa map asm bench compare fuzz help clean
+.PHONY: all run test test-programs check check-compile asan ubsan tsan numa map asm bench compare rivals fuzz help clean
 
 all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
 
@@ -74,7 +74,12 @@ $(SCHEDULES:%=$(B)/compare/%): $(BENCH) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $(MACRO) $< -o $@ $(LDLIBS)
 
-$(B)/compare/compare: bench/compare.c bench/svg.h examples/tool.h moe_infer.h
+$(B)/compare/compare: bench/compare.c bench/svg.h bench/turns.h examples/tool.h moe_infer.h
+	@mkdir -p $(@D) && rm -f $@
+	$(C) $< -o $@ $(LDLIBS)
+
+$(B)/engines: bench/engines.c bench/turns.h bench/machine.h bench/page_state.h examples/tool.h \
+    moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -93,7 +98,7 @@ test:  ## build and run all tests; ends with the line "N passed, N failed"
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
 	@tests/run.sh $(B) $(TESTS) $(SCRIPTS)
 
-test-programs: $(TOOLS) $(TESTS) $(B)/compare/compare
+test-programs: $(TOOLS) $(TESTS) $(B)/compare/compare $(B)/engines
 
 check:  ## the tests and the compile checks
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
@@ -134,6 +139,19 @@ THREADS = $(shell n=1; while [ $$n -le $$((2 * $(JOBS))) ]; do printf '%s%d' "$$
 compare: $(SCHEDULES:%=$(B)/compare/%) $(B)/compare/compare $(MODEL)  ## the schedules' builds in turns: table, build/compare.svg (MODEL= THREADS=)
 	$(B)/compare/compare -m "$(MODEL)" -t $(THREADS) --svg $(B)/compare.svg \
 	    $(foreach s,$(SCHEDULES),$(s)=$(B)/compare/$(s))
+
+# Other engines: LLAMA_BENCH is the path of llama.cpp's benchmark, RIVALS a list of more such
+# programs with arguments of their own: "NAME=PROGRAM ARGUMENT...; NAME=PROGRAM ...".
+ROUNDS = 5
+LLAMA_BENCH =
+RIVALS =
+PAGE_STATE =
+rivals: THREADS = -1
+rivals: $(B)/moe-bench $(B)/engines $(MODEL)  ## llama-bench and ours in turns: table (MODEL= LLAMA_BENCH= RIVALS= PAGE_STATE= THREADS= ROUNDS=)
+	@$(B)/engines -m "$(MODEL)" -t $(THREADS) -r $(ROUNDS) \
+	    $(if $(PAGE_STATE),--page-state $(PAGE_STATE)) \
+	    --engines "moe_infer.h=$(B)/moe-bench --no-roofs; \
+	        $(if $(LLAMA_BENCH),llama.cpp=$(LLAMA_BENCH);) $(RIVALS)"
 
 bench: $(B)/kernels  ## build the benchmark of single kernels, build/kernels
 

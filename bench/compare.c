@@ -5,7 +5,7 @@
  *
  *     compare -m MODEL.gguf -t 1,2,4 [options] NAME=PROGRAM...
  *
- * Every sample is a process of its own that runs PROGRAM -o jsonl; the file's pages stay in the
+ * Every sample is a process of its own that runs PROGRAM -o json; the file's pages stay in the
  * system's cache between them. Prompts are the control: what the builds differ in is the generation
  * of tokens. */
 #define _GNU_SOURCE
@@ -13,8 +13,7 @@
 
 #include "../examples/tool.h"
 #include "svg.h"
-#include <sys/wait.h>
-#include <unistd.h>
+#include "turns.h"
 
 static const char program[] = "compare";
 
@@ -36,7 +35,7 @@ static const tool_option options[] = {
     {"-h, --help", NULL, TOOL_FLAG, &set.help, 0, 0, "show this"},
     {NULL, NULL, TOOL_HEADING, NULL, 0, 0, NULL}};
 
-enum { MAX_BUILDS = SVG_LINES, MAX_SAMPLES = 200, KINDS = 2 };
+enum { MAX_BUILDS = SVG_LINES };
 static const char *const kind_names[KINDS] = {"Generation", "Prompts (control)"};
 
 typedef struct samples {
@@ -50,81 +49,21 @@ typedef struct build {
 } build;
 static build builds[MAX_BUILDS];
 static int n_builds;
-static char model_type[128];
+static speeds last; /* of the last run */
 
 /* ---- running a build ------------------------------------------------------------------------- */
 
-/* A value of a JSON line that moe-bench wrote. */
-static int json_value(const char *line, const char *key, char *out, size_t size) {
-    char name[64];
-    snprintf(name, sizeof name, "\"%s\": ", key);
-    const char *value = strstr(line, name);
-    if (!value) return 0;
-    value += strlen(name);
-    if (*value == '"') snprintf(out, size, "%.*s", (int)strcspn(value + 1, "\""), value + 1);
-    else snprintf(out, size, "%.*s", (int)strcspn(value, ",}"), value);
-    return 1;
-}
-
-/* Reads the two lines of a run. */
-static int read_results(FILE *in, double rate[KINDS]) {
-    static char line[1 << 20];
-    int found = 0;
-    while (fgets(line, sizeof line, in)) {
-        char test[64], speed[64];
-        if (!json_value(line, "test", test, sizeof test) ||
-            !json_value(line, "avg_ts", speed, sizeof speed))
-            continue;
-        rate[test[0] == 'p'] = strtod(speed, NULL);
-        found |= 1 << (test[0] == 'p');
-        json_value(line, "model_type", model_type, sizeof model_type);
-    }
-    return found == 3;
-}
-
-static int run_build(const build *b, int32_t threads, double rate[KINDS]) {
-    int ends[2], state = 0;
-    char t[16], p[16], n[16];
-    snprintf(t, sizeof t, "%d", threads);
-    snprintf(p, sizeof p, "%d", set.n_prompt);
-    snprintf(n, sizeof n, "%d", set.n_gen);
-    if (pipe(ends)) return 0;
-    const pid_t child = fork();
-    if (child == 0) {
-        dup2(ends[1], STDOUT_FILENO);
-        close(ends[0]);
-        close(ends[1]);
-        execl(b->path, b->path, "-m", set.model, "-t", t, "-p", p, "-n", n, "-r", "1", "-o",
-              "jsonl", "--no-roofs", (char *)NULL);
-        fprintf(stderr, "%s: cannot run %s: %s\n", program, b->path, strerror(errno));
-        _exit(127);
-    }
-    close(ends[1]);
-    FILE *in = child > 0 ? fdopen(ends[0], "r") : NULL;
-    const int found = in && read_results(in, rate);
-    if (in) fclose(in);
-    else close(ends[0]);
-    if (child > 0) waitpid(child, &state, 0);
-    if (found && WIFEXITED(state) && WEXITSTATUS(state) == 0) return 1;
-    fprintf(stderr, "%s: %s (%s) with %d threads failed\n", program, b->name, b->path, threads);
+static int run_build(const build *b, int32_t threads) {
+    const command c = {b->path, {"--no-roofs"}};
+    const workload w = {set.model, threads, set.n_prompt, set.n_gen};
+    char why[128];
+    if (run_sample(&c, &w, &last, why)) return 1;
+    fprintf(stderr, "%s: %s (%s) with %d threads failed: %s\n", program, b->name, b->path,
+            threads, why);
     return 0;
 }
 
 /* ---- results --------------------------------------------------------------------------------- */
-
-static int by_size(const void *a, const void *b) {
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-/* The quantile 0 <= q <= 1 of n samples, or of their ratios to `base`. */
-static double quantile(const double *x, const double *base, int n, double q) {
-    double sorted[MAX_SAMPLES];
-    for (int i = 0; i < n; i++) sorted[i] = base ? x[i] / base[i] : x[i];
-    qsort(sorted, (size_t)n, sizeof *sorted, by_size);
-    const double at = q * (n - 1);
-    const int i = (int)at;
-    return i + 1 < n ? sorted[i] + (at - i) * (sorted[i + 1] - sorted[i]) : sorted[i];
-}
 
 static void print_table(int n_samples) {
     printf("%s, prompts of %d tokens, %d generated; tokens per second: medians of %d samples in\n"
@@ -132,7 +71,7 @@ static void print_table(int n_samples) {
            "| threads | build      | tg t/s | quartiles       | ratio | pp t/s | quartiles       |"
            " ratio |\n"
            "| ------: | ---------- | -----: | --------------: | ----: | -----: | --------------: |"
-           " ----: |\n", model_type, set.n_prompt, set.n_gen, n_samples, builds[0].name);
+           " ----: |\n", last.model_type, set.n_prompt, set.n_gen, n_samples, builds[0].name);
     for (int i = 0; i < set.n_threads.n; i++)
         for (int b = 0; b < n_builds; b++) {
             printf("| %7d | %-10s |", set.n_threads.item[i], builds[b].name);
@@ -150,7 +89,7 @@ static int draw(int n_samples) {
     svg_panel *panels = (svg_panel *)calloc(KINDS, sizeof *panels);
     char title[192];
     if (!panels) return TOOL_ERROR;
-    snprintf(title, sizeof title, "Expert schedules: %s", model_type);
+    snprintf(title, sizeof title, "Expert schedules: %s", last.model_type);
     for (int k = 0; k < KINDS; k++) {
         panels[k].title = kind_names[k];
         panels[k].x_label = "threads";
@@ -181,12 +120,11 @@ static int run_all(void) {
         for (int s = 0; s < n_samples; s++)
             for (int turn = 0; turn < n_builds; turn++) {
                 build *b = &builds[s % 2 ? n_builds - 1 - turn : turn];
-                double rate[KINDS];
                 if (isatty(STDERR_FILENO))
                     fprintf(stderr, "\r%d threads: %d/%d %-12s", set.n_threads.item[i], s + 1,
                             n_samples, b->name);
-                if (!run_build(b, set.n_threads.item[i], rate)) return TOOL_ERROR;
-                for (int k = 0; k < KINDS; k++) b->of[i].rate[k][s] = rate[k];
+                if (!run_build(b, set.n_threads.item[i])) return TOOL_ERROR;
+                for (int k = 0; k < KINDS; k++) b->of[i].rate[k][s] = last.rate[k];
             }
     if (isatty(STDERR_FILENO)) fprintf(stderr, "\r%40s\r", "");
     print_table(n_samples);

@@ -1,5 +1,5 @@
 /* A model that is timed, and what one of its tokens needs, counted from the file's tensors.
- * Include moe_infer.h and tool.h first. */
+ * Include moe_infer.h, tool.h and page_state.h first. */
 #ifndef BENCH_MODEL_H
 #define BENCH_MODEL_H
 #include <stdint.h>
@@ -22,6 +22,8 @@ typedef struct model {
     moe_model *handle;
     const moe_model_info *info;
     token_work work;
+    page_state pages;    /* where the file lay before it was opened */
+    double began, open_seconds;
 } model;
 
 /* xorshift64*: any fixed sequence would do, but it must be the same for every build. */
@@ -133,17 +135,17 @@ static inline int on_loading(void *user, float fraction) {
     return 1;
 }
 
-/* Opens a file with its pages touched: the first timed run must not wait for the disk. */
 static inline int model_open(model *m, const char *program, const char *path,
                              const moe_model_options *options) {
     moe_model_options o = *options;
     moe_error error;
     memset(m, 0, sizeof *m);
-    o.prefault = MOE_ON;
     o.progress = on_loading;
     o.progress_user = (void *)(uintptr_t)path;
     m->path = path;
+    m->began = tool_seconds();
     m->handle = moe_model_open(path, &o, &error);
+    m->open_seconds = tool_seconds() - m->began;
     if (isatty(STDERR_FILENO)) fprintf(stderr, "\r%79s\r", "");
     if (!m->handle) return tool_fail(program, path, &error);
     m->info = moe_model_get_info(m->handle);

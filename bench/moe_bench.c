@@ -12,19 +12,24 @@
  * many threads: of reading memory for generation, of int8 multiply-adds for prompts (see roofs.h).
  * What a token needs is counted from the file's table of tensors.
  *
- * The other modes have files of their own: rivals.h (--compare), crowded.h, sweep.h, plan.h. */
+ * The other modes have files of their own: rivals.h (--compare), crowded.h, start.h, sweep.h,
+ * plan.h. In which pages the model's file lay in the system's cache before: page_state.h. */
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
 #include "../examples/tool.h"
+#include "machine.h"
+#include "page_state.h"
 #include "model.h"
 #include "plan.h"
 #include "roofs.h"
 #include "svg.h"
 #include "timing.h"
+#include "fields.h"
 
 #include "crowded.h"
 #include "rivals.h"
+#include "start.h"
 #include "sweep.h"
 
 static const tool_option options[] = {
@@ -73,6 +78,11 @@ static const tool_option options[] = {
     {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "read the model into memory"},
     {"--hugepages", NULL, TOOL_FLAG, &set.hugepages, 0, 0, "ask for huge pages (with --no-mmap)"},
     {"--mlock", NULL, TOOL_FLAG, &set.mlock, 0, 0, "keep the model in memory"},
+    {"--page-state", PAGE_STATES, TOOL_CHOICE, &set.page_state, 0, 0,
+     "first drop the file from the system's page cache and read\n"
+     "it again in folios of 2 MiB, of 128 KiB, in 4 KiB pages,\n"
+     "or not (cold); all but cold need root. Fails if the file\n"
+     "does not get there; nobody else may have it mapped"},
     {"Other modes", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
     {"--compare", NULL, TOOL_FLAG, &set.compare, 0, 0,
      "the schedules of --schedule (default: all) with -p and -n,\n"
@@ -86,6 +96,11 @@ static const tool_option options[] = {
     {"-c, --ctx-size", "N", TOOL_INT, &set.n_ctx, 1, INT32_MAX,
      "... up to N tokens (default 8192)"},
     {"--svg", "FILE", TOOL_TEXT, &set.svg, 0, 0, "with --sweep: draw speed against depth, too"},
+    {"--start", NULL, TOOL_FLAG, &set.start, 0, 0,
+     "what a user of moe-cli meets, once: seconds to open the\n"
+     "model and to the first token behind a prompt of -p (16)\n"
+     "tokens, speed of the next 50 and of 200 more, memory.\n"
+     "Only the first start of a process is a fresh one"},
     {"--plan", NULL, TOOL_FLAG, &set.plan, 0, 0,
      "print how evenly each schedule would use up to 256\n"
      "threads and 8 memory nodes; needs no model"},
@@ -156,96 +171,22 @@ static void table_row(const test *t) {
 
 /* ---- JSON and CSV ---------------------------------------------------------------------------- */
 
-/* One row is written three ways: a JSON object, the names of the CSV columns, a line of CSV (all
- * values in quotes, as llama-bench does). Names that llama-bench has mean what they mean there. */
-static enum { WRITE_JSON, WRITE_NAMES, WRITE_CSV } writing;
-static int n_fields;
-
-/* What stands before a field's value; 0 if only names are wanted. */
-static int begin_field(const char *key) {
-    if (n_fields++) fputs(writing == WRITE_JSON ? ", " : ",", stdout);
-    if (writing == WRITE_JSON) printf("\"%s\": ", key);
-    else if (writing == WRITE_NAMES) fputs(key, stdout);
-    return writing != WRITE_NAMES;
-}
-
-/* Bytes that are not UTF-8 become U+FFFD. */
-static void field_text(const char *key, const char *text) {
-    if (!begin_field(key)) return;
-    putchar('"');
-    for (size_t i = 0, size = strlen(text); i < size;) {
-        size_t n = tool_character(text + i, size - i);
-        if (n && text[i] != '"' && (text[i] != '\\' || writing == WRITE_CSV))
-            fwrite(text + i, 1, n, stdout);
-        else if (n) printf(writing == WRITE_CSV ? "\"%c" : "\\%c", text[i]);
-        else if ((unsigned char)text[i] < 0x80 && writing == WRITE_JSON)
-            printf("\\u%04X", (unsigned)text[i]);
-        else fputs("\xEF\xBF\xBD", stdout);
-        i += n ? n : 1;
-    }
-    putchar('"');
-}
-static void field_number(const char *key, int digits, double value) {
-    if (!begin_field(key)) return;
-    if (writing == WRITE_CSV) putchar('"');
-    if (value == value) printf("%.*f", digits, value);
-    else if (writing == WRITE_JSON) fputs("null", stdout);
-    if (writing == WRITE_CSV) putchar('"');
-}
-
-static void field_list(const char *key, int digits, const double *x, int n) {
-    if (!begin_field(key)) return;
-    for (int i = 0; i < n; i++) printf("%s%.*f", i ? ", " : "[", digits, x[i]);
-    putchar(']');
-}
-
-/* "model name" of the processor, "" where the system does not tell. */
-static void cpu_name(char *out, size_t size) {
-    char line[256];
-    FILE *f = fopen("/proc/cpuinfo", "r");
-    out[0] = 0;
-    while (f && fgets(line, sizeof line, f)) {
-        const char *value = strchr(line, ':');
-        if (strncmp(line, "model name", 10) != 0 || !value) continue;
-        snprintf(out, size, "%.*s", (int)strcspn(value + 2, "\n"), value + 2);
-        break;
-    }
-    if (f) fclose(f);
-}
-
-static void write_fields(const test *t) {
-    const moe_model_info *m = t->m->info;
+static void write_fields(const void *row) {
+    const test *t = (const test *)row;
     const figures f = get_figures(t);
     double mean, deviation, mean_s, deviation_s;
-    char version[32], when[32] = "", cpu[128];
-    time_t now = time(NULL);
-    struct tm utc;
-    cpu_name(cpu, sizeof cpu);
     statistics(t->rate, set.repetitions, &mean, &deviation);
     statistics(t->seconds, set.repetitions, &mean_s, &deviation_s);
-    snprintf(version, sizeof version, "%d.%d.%d", MOE_VERSION_MAJOR, MOE_VERSION_MINOR,
-             MOE_VERSION_PATCH);
-    if (gmtime_r(&now, &utc)) strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    n_fields = 0;
-    field_text("engine", "moe_infer.h");
-    field_text("version", version);
-    field_text("cpu_info", cpu);
-    field_text("backends", "CPU");
-    field_text("model_filename", t->m->path);
-    field_text("model_type", t->m->type);
-    field_number("model_size", 0, (double)m->n_bytes);
-    field_number("model_n_params", 0, (double)m->n_params);
+    field_model(t->m);
     field_number("n_batch", 0, t->n_batch);
     field_number("n_ubatch", 0, t->n_ubatch);
     field_number("n_threads", 0, t->n_threads);
     field_text("type_k", kv_names[t->info.kv_type % 3]);
     field_text("type_v", kv_names[t->info.kv_type % 3]);
-    field_number("use_mmap", 0, set.mmap);
     field_number("n_prompt", 0, t->n_prompt);
     field_number("n_gen", 0, t->n_gen);
     field_number("n_depth", 0, t->n_depth);
     field_text("test", t->name);
-    field_text("test_time", when);
     field_number("avg_ns", 0, mean_s * 1e9);
     field_number("stddev_ns", 0, deviation_s * 1e9);
     field_number("avg_ts", 6, mean);
@@ -272,32 +213,10 @@ static void write_fields(const test *t) {
     field_list("samples_ts", 4, t->rate, set.repetitions);
 }
 
-static int n_rows; /* written so far */
-
-static void json_row(const test *t) {
-    writing = WRITE_JSON;
-    if (set.format == FORMAT_JSON) fputs(n_rows ? ",\n  {" : "[\n  {", stdout);
-    else putchar('{');
-    write_fields(t);
-    fputs(set.format == FORMAT_JSON ? "}" : "}\n", stdout);
-}
-
-static void csv_row(const test *t) {
-    for (writing = n_rows ? WRITE_CSV : WRITE_NAMES;; writing = WRITE_CSV) {
-        write_fields(t);
-        putchar('\n');
-        if (writing == WRITE_CSV) break;
-    }
-}
-
-static int write_row(const test *t) {
-    if (set.format == FORMAT_MD) table_row(t);
-    else if (set.format == FORMAT_CSV) csv_row(t);
-    else json_row(t);
-    n_rows++;
-    if (fflush(stdout) == 0) return TOOL_OK;
-    fprintf(stderr, "%s: cannot write: %s\n", program, strerror(errno));
-    return TOOL_ERROR;
+static int show_row(const test *t) {
+    if (set.format != FORMAT_MD) return write_row(write_fields, t);
+    table_row(t);
+    return flush_rows();
 }
 
 /* ---- all tests ------------------------------------------------------------------------------- */
@@ -341,7 +260,7 @@ static int run_test(const setup *s, int32_t n_prompt, int32_t n_gen, int32_t n_d
         return TOOL_ERROR;
     }
     int status = run_rivals(tests, n);
-    for (int i = 0; i < n && status == TOOL_OK; i++) status = write_row(&tests[i]);
+    for (int i = 0; i < n && status == TOOL_OK; i++) status = show_row(&tests[i]);
     return status;
 }
 
@@ -382,19 +301,38 @@ static int run_model(const model *m) {
     return status;
 }
 
+/* Puts the file into the wanted state, if there is one, and looks at the state it is in. */
+static int prepare_pages(const char *path, page_state *found) {
+    char text[PAGE_SENTENCE], why[PAGE_REASON];
+    if (set.page_state >= 0 && page_state_set(path, set.page_state, why)) {
+        fprintf(stderr, "%s: %s: %s\n", program, path, why);
+        return TOOL_ERROR;
+    }
+    page_state_find(path, found);
+    if (set.page_state >= 0 || set.detail)
+        fprintf(stderr, "%s: %s: %s\n", program, path, page_state_sentence(found, text));
+    return TOOL_OK;
+}
+
 static int run_file(const char *path) {
     model m;
+    page_state pages;
     moe_model_options o;
     memset(&o, 0, sizeof o);
     o.mmap = set.mmap ? 0 : MOE_OFF;
     o.hugepages = set.hugepages ? MOE_ON : 0;
     o.mlock = set.mlock ? MOE_ON : 0;
     o.numa = (moe_numa)set.numa;
-    int status = model_open(&m, program, path, &o);
+    /* Pages are touched: the first timed run must not wait for the disk. */
+    o.prefault = set.start ? 0 : MOE_ON;
+    int status = prepare_pages(path, &pages);
+    if (status == TOOL_OK) status = model_open(&m, program, path, &o);
     if (status != TOOL_OK) return status;
+    m.pages = pages;
     if (set.numa || set.hugepages || set.mlock) tool_memory(program, m.handle);
     status = set.compare   ? run_comparison(&m)
              : set.crowded ? run_crowded(&m)
+             : set.start   ? run_start(&m)
              : set.sweep   ? run_sweep(&m)
                            : run_model(&m);
     moe_model_close(m.handle);
@@ -402,16 +340,17 @@ static int run_file(const char *path) {
 }
 
 static int run_files(char *paths) {
-    const int tests = !set.compare && !set.crowded && !set.sweep;
+    const int rows = !set.compare && !set.crowded && !set.sweep; /* those that write_row writes */
     int status = TOOL_OK;
-    if (set.format == FORMAT_MD && tests) table_header();
+    if (set.format == FORMAT_MD && set.start) start_header();
+    else if (set.format == FORMAT_MD && rows) table_header();
     for (char *path = paths; path && status == TOOL_OK;) {
         char *comma = strchr(path, ',');
         if (comma) *comma = 0;
         status = run_file(path);
         path = comma ? comma + 1 : NULL;
     }
-    if (set.format == FORMAT_JSON && tests) fputs(n_rows ? "\n]\n" : "[]\n", stdout);
+    if (set.format == FORMAT_JSON && rows) fputs(rows_written ? "\n]\n" : "[]\n", stdout);
     if (set.format == FORMAT_MD && !set.sweep && status == TOOL_OK)
         printf("\nbuild: moe_infer %d.%d.%d (%s)\n", MOE_VERSION_MAJOR, MOE_VERSION_MINOR,
                MOE_VERSION_PATCH, moe_isa_name(moe_isa_resolve(MOE_ISA_BEST)));
@@ -434,11 +373,13 @@ static int any(const tool_list *list) {
 /* What of the command line does not go together; NULL: nothing. */
 static const char *contradiction(void) {
     if (!set.model) return "no model: give -m FILE; see moe-bench --help";
-    if (set.compare + set.crowded + set.sweep > 1)
-        return "--compare, --crowded, --sweep: one at a time, please";
+    if (set.compare + set.crowded + set.start + set.sweep > 1)
+        return "--compare, --crowded, --start, --sweep: one at a time, please";
     if (set.compare && set.format != FORMAT_MD) return "--compare prints a table only";
     if ((set.sweep || set.crowded) && set.format == FORMAT_CSV) return "-o md or jsonl, please";
     if (set.svg && !set.sweep) return "--svg goes with --sweep";
+    if (set.start && (set.n_prompt.n > 1 || !set.n_prompt.item[0]))
+        return "--start takes one prompt: -p N, at least 1";
     if (set.hugepages && set.mmap) return "--hugepages goes with --no-mmap";
     if (!any(&set.n_prompt) && !any(&set.n_gen) && !set.both.n && !set.behind.n && !set.sweep)
         return "nothing to time: -p and -n are both 0";
@@ -448,6 +389,7 @@ static const char *contradiction(void) {
 int main(int argc, char **argv) {
     int status = tool_parse(program, options, argc, argv);
     if (status) return status;
+    if (set.start && !is_given(argc, argv, "-p, --n-prompt")) set.n_prompt.item[0] = START_PROMPT;
     if (!tool_kv_type(program, set.k_type, set.v_type, &set.kv_type)) return TOOL_USAGE;
     if (set.help) {
         printf("usage: %s -m MODEL.gguf [options]\n\n"

@@ -157,7 +157,8 @@ check "no roofs" rows '"roof_gbps": null, "roof_gmacs": null, "roof_fraction": n
 check "no gbps of prompts" rows '"gbps": null, ' 1
 for key in model_filename model_type model_size model_n_params isa schedule backends avg_ts \
     stddev_ts avg_ns stddev_ns test_time engine version n_batch n_ubatch type_k type_v n_barriers \
-    bytes_token macs_token n_depth cpu_info use_mmap wait_fraction imbalance n_expert_groups; do
+    bytes_token macs_token n_depth cpu_info use_mmap wait_fraction imbalance n_expert_groups \
+    page_state_found cached_fraction folio_2m_fraction; do
     check "$key" rows "\"$key\": [^,}]" 2
 done
 samples=$(sed -n '1s/.*"samples_ts": \[\([^]]*\)\].*/\1/p' "$dir/out")
@@ -245,6 +246,86 @@ check "the neighbours are gone" test -z "$(grep -alsf "$dir/pattern" /proc/[0-9]
 run -m "$model" --crowded --sweep
 check "two modes" refuses 'one at a time'
 
+# ---- pages of the file in the system's cache ----------------------------------------------------
+
+# What the system allows differs: a state is reached, or a sentence says why not.
+# state WORD FRACTION: its name, and what cached_fraction then is
+state() {
+    case $code in
+        0) [ "$(field cached_fraction)" = "$2" ] && grep -qe "cached" "$dir/err" ;;
+        *) fails "page state $1: " ;;
+    esac
+}
+run -m "$model" -p 2 -n 0 -r 1 -o jsonl --page-state cold
+check "--page-state cold" state cold 0.0000
+check "no folios of what is not cached" test "$code" != 0 -o "$(field folio_2m_fraction)" = null
+run -m "$model" -p 2 -n 0 -r 1 -o jsonl --page-state small
+check "--page-state small" state small 1.0000
+check "... has no large folios" test "$code" != 0 -o "$(field folio_2m_fraction)" = 0.0000
+run -m "$model" -p 2 -n 2 -r 1 -o csv
+check "pages in CSV" shows ',page_state_found,cached_fraction,folio_2m_fraction,'
+run -m "$model" -p 2 -n 0 -r 1 --detail
+check "--detail: pages" grep -qE 'tiny.gguf: .* of 3.9[0-9] MiB cached|page cache unknown' "$dir/err"
+run -m "$model" -p 2 -n 0 --page-state warm
+check "--page-state warm" refuses "'warm' is not one of"
+run -m "$dir/none.gguf" --page-state cold
+check "--page-state of no file" fails 'none.gguf: cannot open'
+
+# Without root only "cold" can be had, for a file of one's own.
+plain=
+if [ "$(id -u)" -ne 0 ]; then
+    plain=$(mktemp -d)
+    as_user() { "$@"; }
+elif command -v setpriv >/dev/null && setpriv --reuid 65534 --clear-groups true 2>/dev/null; then
+    plain=$(mktemp -d)
+    as_user() { setpriv --reuid 65534 --clear-groups "$@"; }
+fi
+if [ -n "$plain" ]; then
+    cp "$bench" "$model" "$plain"
+    chmod 755 "$plain"
+    for want in huge large small; do
+        (cd "$plain" && as_user ./moe-bench -m tiny.gguf --page-state $want --no-roofs) \
+            >"$dir/out" 2>"$dir/err"
+        code=$?
+        check "--page-state $want needs root" fails 'needs root'
+    done
+    (cd "$plain" && as_user ./moe-bench -m tiny.gguf -p 2 -n 0 -r 1 --no-roofs -o jsonl) \
+        >"$dir/out" 2>"$dir/err"
+    code=$?
+    check "folios are unknown without root" shows '"folio_2m_fraction": null'
+    rm -r "$plain"
+fi
+
+# ---- what a user of moe-cli meets ----------------------------------------------------------------
+
+run -m "$model" --start -t 1 -o jsonl
+check "--start" rows '"test": "start", "n_prompt": 16, "n_gen": 251, "n_ctx": 4096, "n_threads": 1,' 1
+for key in open_seconds session_seconds first_token_seconds first_50_ts next_200_ts pss_bytes \
+    peak_bytes rss_anon_bytes rss_file_bytes cached_fraction; do
+    check "--start: $key" rows "\"$key\": \([0-9]\|null\)" 1
+done
+check "--start: pages" shows '"pages": ".*"}$'
+check "--start: the first token comes after opening" awk -v open="$(field open_seconds)" \
+    -v session="$(field session_seconds)" -v token="$(field first_token_seconds)" \
+    'BEGIN { exit !(open > 0 && session > 0 && token > open + session) }'
+run -m "$model,$ids" --start -p 5 -o csv
+check "--start -o csv" test "$(wc -l <"$dir/out")" = 3
+check "--start -p 5" shows '"start","5","251",'
+columns=$(sed 's/"[^"]*"/x/g' "$dir/out" | awk -F, '{ print NF }' | sort -u | wc -l)
+check "--start: as many values as names" test "$columns" = 1
+run -m "$model,$ids" --start
+check "--start: a table" rows '^| qwen3moe .* cached.*|$\|^| deepseek2 .*|$' 2
+columns=$(sed -n 1,4p "$dir/out" | awk -F'|' '{ print NF }' | sort -u | wc -l)
+check "--start: as many columns" test "$columns" = 1
+run -m "$model" --start -o json
+check "--start -o json" test "$(sed -n '1p;$p' "$dir/out" | tr -d '\n')" = '[]'
+run -m "$model" --start -p 4000 -b 256 -t 2 -o jsonl
+check "--start: a context for a long prompt" shows '"n_prompt": 4000, .*"n_ctx": 4250,'
+for value in 0 8,16; do
+    run -m "$model" --start -p "$value"
+    check "--start -p $value" refuses '--start takes one prompt'
+done
+
 # ---- builds in turns (make compare) --------------------------------------------------------------
 
 if [ -x "$build/compare/compare" ]; then
@@ -260,6 +341,85 @@ if [ -x "$build/compare/compare" ]; then
     "$build/compare/compare" -m "$model" >"$dir/out" 2>"$dir/err"
     code=$?
     check "compare: nothing to compare" refuses 'NAME=PROGRAM'
+fi
+
+# ---- engines in turns (make rivals) --------------------------------------------------------------
+
+# An engine that prints the next line of NAME.speeds, "prompts generation", as llama-bench prints it
+# (ik_llama.cpp's: over many lines), and notes its name and arguments.
+cat >"$dir/stub" <<'END'
+#!/bin/bash
+name=$(basename "$0")
+dir=$(dirname "$0")
+printf '%s' "$name" >>"$dir/calls"
+printf '<%s>' "$@" >"$dir/$name.arguments"
+read -r pp tg <"$dir/$name.speeds" || exit 3
+sed -i 1d "$dir/$name.speeds"
+[ "$pp" = signal ] && kill -KILL $$
+[ "$pp" = exit ] && exit "$tg"
+echo 'noise: "'
+test() {
+    printf '  {\n    "build_commit": "c0ffee",\n    "model_type": "stub {\\"7\\"} B",\n'
+    printf '    "n_prompt": %s,\n    "n_gen": %s,\n    "avg_ts": %s,\n' "$1" "$2" "$3"
+    printf '    "samples_ts": [ %s ]\n  }' "$3"
+}
+printf '[\n'
+[ "$pp" = none ] || test 512 0 "$pp"
+printf ',\n'
+test 0 128 "$tg"
+printf '\n]\n'
+END
+chmod +x "$dir/stub"
+for name in A B; do cp "$dir/stub" "$dir/$name"; done
+engines() {
+    : >"$dir/calls"
+    "$build/engines" "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    code=$?
+}
+speeds() { printf '%s\n' "${@:2}" >"$dir/$1.speeds"; }
+if [ -x "$build/engines" ]; then
+    speeds A '100 10' '300 30' '200 50' '500 50' '400 40'
+    speeds B '100 20' '100 20' '100 20' '100 20' '100 20'
+    engines -m "$model" -t 3 -p 7 -n 9 --engines "A=$dir/A ; the  other=$dir/B -x 1 y\\ z \\; \\\\;"
+    row='| A  *| c0ffee  *| *300.0 | *200.0 - *400.0 | *1.00 | *40.0 | *30.0 - *50.0 | *1.00 |$'
+    check "engines: medians and quartiles" rows "^$row" 1
+    row='| the  other  *| c0ffee  *| *100.0 | *100.0 - *100.0 | *3.00 |'
+    check "engines: ratios of the same turn" rows "^$row *20.0 | *20.0 - *20.0 | *2.00 |\$" 1
+    check "engines: forth and back" test "$(cat "$dir/calls")" = ABBAABBAAB
+    check "engines: the model" shows '^stub {.*: prompts of 7 tokens, 9 generated, 3 threads; '
+    check "engines: the machine" shows ' cores that we may use, Linux '
+    common="<-m><$model><-t><3><-p><7><-n><9><-r><1><-o><json>"
+    check "engines: arguments" test "$(cat "$dir/A.arguments")" = "$common"
+    check "engines: own arguments" test "$(cat "$dir/B.arguments")" = "$common<-x><1><y z><;><\\>"
+    check "engines: every sample" rows '^|    [1-5] | .* | *[0-9.]* | *[0-9.]* | .*cache.* |$' 10
+    for wrong in "signal 9|signal 9" "exit 5|exit code 5" "none 7|not one speed of prompts"; do
+        speeds A '100 10' '100 10'
+        speeds B '100 10' "${wrong%|*}"
+        engines -m "$model" -r 2 --engines "A=$dir/A; B=$dir/B"
+        check "engines: ${wrong%|*}" fails "B (.*/B) failed: .*${wrong#*|}"
+        check "engines: no half table" test ! -s "$dir/out"
+    done
+    engines -m "$model" -r 1 --engines "A=/nonexistent/engine"
+    check "engines: no such program" fails 'cannot run /nonexistent/engine'
+    engines -m "$dir/none.gguf" -r 1 --page-state cold --engines "A=$dir/A"
+    check "engines: no such file" fails 'none.gguf: cannot open'
+    engines -m "$model" --rounds 1 --threads 1 --n-prompt 4 --n-gen 3 --page-state cold \
+        --engines "ours=$bench --no-roofs"
+    case $code in 0) check "engines: ours, cold" rows '| ours .*| 0 B of 3.9[0-9] MiB cached |$' 1 ;; esac
+    for list in '' ' ; ' '=x' 'A' 'A=' 'A= ;'; do
+        engines -m "$model" --engines "$list"
+        check "engines '$list'" refuses 'engines: --engines: '
+    done
+    engines --engines "A=$dir/A"
+    check "engines: no model" refuses 'are needed'
+    engines -h
+    check "engines -h" shows '^usage: .* --engines LIST'
+    if [ -w /dev/full ]; then
+        speeds A '100 10'
+        "$build/engines" -m "$model" -r 1 --engines "A=$dir/A" >/dev/full 2>"$dir/err"
+        code=$?
+        check "engines: nowhere to write" fails 'cannot write'
+    fi
 fi
 
 # ---- single kernels, if `make bench` has built them --------------------------------------------

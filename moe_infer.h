@@ -12121,6 +12121,11 @@ typedef struct moe__text_map {
 /* At most so many texts and bytes: with them all sizes below fit 32 bits. */
 enum { MOE__TEXT_MAX = 1 << 29, MOE__TEXT_BATCH = 16 };
 
+/* How many of the next `left` are done together. */
+MOE__INLINE uint32_t moe__text_batch(uint32_t left) {
+    return left < MOE__TEXT_BATCH ? left : (uint32_t)MOE__TEXT_BATCH;
+}
+
 MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
     moe_string text;
     text.data = map->bytes + map->end[i];
@@ -12152,7 +12157,7 @@ MOE__PRIVATE void moe__text_enter(moe__text_map *map, uint32_t from) {
     const char *limit = map->bytes + map->max_bytes + 16;
     for (uint32_t n; from < map->n; from += n) {
         moe__text_key batch[MOE__TEXT_BATCH];
-        n = map->n - from < MOE__TEXT_BATCH ? map->n - from : MOE__TEXT_BATCH;
+        n = moe__text_batch(map->n - from);
         for (uint32_t i = 0; i < n; i++) {
             moe_string text = moe__text_at(map, from + i);
             moe__text_set_key(&batch[i], map->keys, text.data, text.size, limit);
@@ -12548,7 +12553,7 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
     const void *cursor = NULL;
     uint32_t count = !status && vocab->merges ? (uint32_t)value->count : 0, n;
     for (uint32_t rank = 0; !status && rank < count; rank += n) {
-        n = count - rank < MOE__TEXT_BATCH ? count - rank : MOE__TEXT_BATCH;
+        n = moe__text_batch(count - rank);
         status = moe__text_add_merges(vocab, value, &cursor, rank, n);
     }
     moe__text_fail(loader, key, status);

@@ -86,9 +86,18 @@ $(B)/engines: bench/engines.c bench/turns.h bench/machine.h bench/page_state.h e
 # The AVX-VNNI kernels, tried with AVX-512's encoding where the processor has only that.
 $(B)/tests/test_tile: C += $(if $(shell grep -m1 -w avx_vnni /proc/cpuinfo),,-DMOE__VNNI_EVEX=1)
 
+# Tests that limit what something costs count its steps, see tests/steps.h (gcc, clang).
+COUNTED = $(B)/tests/test_text $(B)/tests/test_gguf $(B)/tests/test_sample
+$(COUNTED): STEPS = -fsanitize-coverage=trace-pc $(B)/tests/steps.o
+$(COUNTED): $(B)/tests/steps.o
+
+$(B)/tests/steps.o: tests/steps.c
+	@mkdir -p $(@D) && rm -f $@
+	$(C) -c $< -o $@
+
 $(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c
 	@mkdir -p $(@D) && rm -f $@
-	$(C) $< -o $@ $(LDLIBS)
+	$(C) $(STEPS) $< -o $@ $(LDLIBS)
 
 run: $(B)/moe-cli  ## a story from the model in the box (PROMPT= SEED= TEMP= N= MODEL=)
 	@printf '\n%s' "$(PROMPT)"; $(B)/moe-cli -m "$(MODEL)" -p "$(PROMPT)" -n $(N) -s $(SEED) \

@@ -533,7 +533,8 @@ MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
 /* -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so. */
 /* PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed. */
 /* Any bytes are accepted. Time grows as n log n with the text. Unknown flags and more than */
-/* INT32_MAX bytes (2^29 are always accepted) are errors of the argument. */
+/* INT32_MAX bytes (2^29 are always accepted) are errors of the argument. Up to 16 MiB of working */
+/* memory stay with the vocabulary for the next call, until moe_vocab_close. */
 MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
                                    unsigned flags, int32_t *tokens, size_t capacity);
 /* The bytes of a token; a character may be spread over several tokens. Writes at most `capacity` */
@@ -12410,7 +12411,8 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 /* */
 /* Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies */
 /* are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A */
-/* vocabulary copies what it needs, so that the GGUF may go, and never changes after opening. */
+/* vocabulary copies what it needs, so that the GGUF may go, and never changes after opening, but */
+/* for the working memory that one call leaves to the next. */
 /* ============================================================================================== */
 
 /* ---- UTF-8 and GPT-2's names for bytes ------------------------------------------------------- */
@@ -12873,66 +12875,161 @@ MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rul
 /* ---- hashing --------------------------------------------------------------------------------- */
 
 /* Hashes are keyed with numbers that the author of a file cannot know, so that nobody can choose */
-/* texts that collide and make lookups linear. */
+/* texts that collide and make lookups linear. All keys are odd. */
+enum {
+    MOE__KEY_POINT = 0, /* of polynomials modulo 2^31 - 1 */
+    MOE__KEY_BLOCK = 1, /* four for the words of a block */
+    MOE__KEY_FRONT = 5, /* what lies in front of the last block */
+    MOE__KEY_PAIR = 6,  /* two for pairs of numbers */
+    MOE__KEYS = 8
+};
 
 MOE__INLINE uint64_t moe__text_mod(uint64_t x) { /* up to 2^31 + 1 for x < 2^63 */
     x = (x & 0x7FFFFFFF) + (x >> 31);
     return (x & 0x7FFFFFFF) + (x >> 31);
 }
 
-/* The text as a polynomial modulo 2^31 - 1 at the point key[0]: two texts of n bytes collide for */
-/* at most n points. h: where it begins, the text's size for texts that are to be told apart. */
-MOE__PRIVATE uint64_t moe__text_polynomial(const uint64_t key[2], uint64_t h, const char *text,
+/* A text as a polynomial of its bytes; h: that of the text in front of it. That of any part of a */
+/* text follows from those of its beginnings, for which moe__text_claim takes it. */
+MOE__PRIVATE uint64_t moe__text_polynomial(const uint64_t *keys, uint64_t h, const char *text,
                                            size_t size) {
-    const uint64_t point = key[0] & 0x7FFFFFFF;
+    const uint64_t point = keys[MOE__KEY_POINT] & 0x7FFFFFFF;
     for (size_t i = 0; i < size; i++) h = moe__text_mod(h * point + (unsigned char)text[i]);
     return h % 0x7FFFFFFF;
 }
 
-/* The upper bits are the good ones. */
-MOE__INLINE uint64_t moe__text_hash(const uint64_t key[2], moe_string text) {
-    return moe__text_polynomial(key, text.size & 0x7FFFFFFF, text.data, text.size) * key[1];
+/* Up to 16 bytes as numbers, zeros behind them. */
+typedef struct moe__text_block {
+    uint64_t low, high;
+} moe__text_block;
+
+MOE__PRIVATE moe__text_block moe__text_load_bytes(const char *text, size_t size) {
+    moe__text_block block = {0, 0};
+    memcpy(&block, text, size);
+    return block;
+}
+/* Bytes in front of `limit` may be read, also those behind the text. */
+MOE__INLINE moe__text_block moe__text_load(const char *text, size_t size, const char *limit) {
+    static const uint8_t masks[32] = {255, 255, 255, 255, 255, 255, 255, 255,
+                                      255, 255, 255, 255, 255, 255, 255, 255};
+    if (limit - text < 16) return moe__text_load_bytes(text, size);
+    moe__text_block block;
+    block.low = moe__load_u64(text) & moe__load_u64(masks + 16 - size);
+    block.high = moe__load_u64(text + 8) & moe__load_u64(masks + 24 - size);
+    return block;
 }
 
-/* Pairs: the same without a modulus (multiply-shift). */
-MOE__INLINE uint64_t moe__text_pair_hash(const uint64_t key[2], uint32_t a, uint32_t b) {
-    return key[0] * a + key[1] * b;
+/* A sum of key * word. Where two blocks differ in a word, by d = 2^t * odd, t < 32, the products */
+/* of d with the 2^63 odd keys are 2^(63 - t) numbers that lie 2^(t + 1) apart, each as often. The */
+/* sums have the same upper b <= 32 bits only if the product is one of fewer than 2^(65 - b) in a */
+/* row, which at most 2^(64 - b - t) are: two blocks agree so far for one key in 2^(b - 1). */
+MOE__INLINE uint64_t moe__text_block_hash(const uint64_t *keys, moe__text_block block) {
+    const uint64_t *key = keys + MOE__KEY_BLOCK;
+    return key[0] * (uint32_t)block.low + key[1] * (block.low >> 32) +
+           key[2] * (uint32_t)block.high + key[3] * (block.high >> 32);
 }
 
-/* Zeroed memory for count elements; NULL also if that does not fit a size_t. */
+/* Blocks of 16 bytes as coefficients of a polynomial modulo 2^31 - 1 behind the size of the text, */
+/* `size` bytes in front of its last 1 to 16. */
+MOE__PRIVATE uint64_t moe__text_front(const uint64_t *keys, const char *text, size_t size,
+                                      size_t front) {
+    const uint64_t point = keys[MOE__KEY_POINT] & 0x7FFFFFFF;
+    uint64_t h = size;
+    for (const char *end = text + front; text < end; text += 16)
+        h = moe__text_mod(h * point +
+                          (moe__text_block_hash(keys, moe__text_load(text, 16, end)) >> 33));
+    return h;
+}
+
+/* A text to look for. */
+typedef struct moe__text_key {
+    const char *text;
+    size_t size;
+    moe__text_block last; /* its last 1 to 16 bytes, so that short texts are in here */
+    uint32_t hash;
+} moe__text_key;
+
+/* What is in front of the last block, or the size alone, is one more word of that. So two texts */
+/* have the same upper b bits for one key in 2^(b - 1), and for size / 16 + 4 in 2^31 more if they */
+/* are longer than a block. Bytes in front of `limit` may be read. */
+MOE__INLINE void moe__text_set_key(moe__text_key *key, const uint64_t *keys, const char *text,
+                                   size_t size, const char *limit) {
+    uint64_t front = size;
+    key->text = text;
+    key->size = size;
+    if (size > 16) {
+        front = moe__text_front(keys, text, size, (size - 1) & ~(size_t)15);
+        text += (size - 1) & ~(size_t)15;
+        size = (size - 1) % 16 + 1;
+    }
+    key->last = moe__text_load(text, size, limit);
+    key->hash = (uint32_t)((moe__text_block_hash(keys, key->last) +
+                            keys[MOE__KEY_FRONT] * front) >> 32);
+}
+
+/* As good as that of a block. */
+MOE__INLINE uint32_t moe__text_pair_hash(const uint64_t *keys, uint32_t a, uint32_t b) {
+    return (uint32_t)((keys[MOE__KEY_PAIR] * a + keys[MOE__KEY_PAIR + 1] * b) >> 32);
+}
+
+/* Memory for count elements, not cleared; NULL also if that does not fit a size_t. */
 MOE__PRIVATE void *moe__text_alloc(const moe_allocator *allocator, uint64_t count, size_t each) {
-    return count > SIZE_MAX / each ? NULL : moe__alloc(allocator, (size_t)count * each);
+    return count > SIZE_MAX / each ? NULL : moe__alloc_unset(allocator, (size_t)count * each);
 }
 
-/* A hash table of numbers. What they stand for is looked up elsewhere. */
+/* A hash table of numbers from 1; what they stand for is looked up elsewhere. There are 2^bits */
+/* slots, 0 = free. The upper bits of a hash say where the search for it begins, from where it */
+/* goes up. A used slot has the other bits of its hash above the number, so that few searches look */
+/* at what another number stands for. */
 typedef struct moe__text_table {
-    uint32_t *slots; /* mask + 1 of them; 0 = free */
-    uint32_t mask;
-    int shift; /* the search for hash h begins at slot h >> shift and goes up */
+    uint32_t *slots;
+    uint32_t mask; /* 2^bits - 1 */
+    int bits;
 } moe__text_table;
 
-/* Room for n <= 2^30 numbers in twice as many slots. */
+/* Room for n <= 2^30 numbers: a third of the slots stays free. */
 MOE__PRIVATE moe_status moe__text_table_init(moe__text_table *table,
                                              const moe_allocator *allocator, uint64_t n) {
-    table->shift = 63;
-    while ((uint64_t)1 << (64 - table->shift) < 2 * n) table->shift--;
-    table->mask = UINT32_MAX >> (table->shift - 32);
+    table->bits = 4;
+    while ((uint64_t)2 << table->bits < 3 * n) table->bits++;
+    table->mask = ((uint32_t)1 << table->bits) - 1;
     table->slots = (uint32_t *)moe__text_alloc(allocator, (uint64_t)table->mask + 1, 4);
+    if (table->slots) memset(table->slots, 0, ((size_t)table->mask + 1) * 4);
     return table->slots ? MOE_OK : MOE_ERROR_MEMORY;
+}
+
+MOE__INLINE uint32_t *moe__text_home(const moe__text_table *table, uint32_t hash) {
+    return &table->slots[hash >> (32 - table->bits)];
+}
+MOE__INLINE uint32_t *moe__text_after(const moe__text_table *table, const uint32_t *slot) {
+    return &table->slots[(size_t)(slot + 1 - table->slots) & table->mask];
+}
+MOE__INLINE uint32_t moe__text_entry(const moe__text_table *table, uint32_t hash, uint32_t number) {
+    return hash << table->bits | number;
+}
+/* May the slot be of this hash? */
+MOE__INLINE int moe__text_fits(const moe__text_table *table, uint32_t slot, uint32_t hash) {
+    return (slot ^ hash << table->bits) <= table->mask;
 }
 
 /* Numbered texts and the way back. Text i lies at bytes[end[i]] .. bytes[end[i + 1] - 1]. */
 typedef struct moe__text_map {
     const moe_allocator *allocator;
-    const uint64_t *key; /* of hashes, two */
-    char *bytes;
-    uint32_t *end; /* n + 1 entries, the first is 0 */
+    const uint64_t *keys; /* of hashes */
+    char *bytes;          /* 16 more than max_bytes */
+    uint32_t *end;        /* n + 1 entries, the first is 0 */
     uint32_t n, max_n, max_bytes;
+    int twice;             /* a text is there more than once */
     moe__text_table table; /* of 1 + number */
 } moe__text_map;
 
 /* At most so many texts and bytes: with them all sizes below fit 32 bits. */
-enum { MOE__TEXT_MAX = 1 << 29 };
+enum { MOE__TEXT_MAX = 1 << 29, MOE__TEXT_BATCH = 16 };
+
+/* How many of the next `left` are done together. */
+MOE__INLINE uint32_t moe__text_batch(uint32_t left) {
+    return left < MOE__TEXT_BATCH ? left : (uint32_t)MOE__TEXT_BATCH;
+}
 
 MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
     moe_string text;
@@ -12941,15 +13038,43 @@ MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
     return text;
 }
 
+MOE__INLINE int moe__text_is(const moe__text_map *map, uint32_t i, const moe__text_key *key) {
+    moe_string text = moe__text_at(map, i);
+    if (text.size != key->size) return 0;
+    if (text.size > 16) return memcmp(text.data, key->text, text.size) == 0;
+    moe__text_block block = moe__text_load(text.data, text.size, text.data + 16);
+    return ((block.low ^ key->last.low) | (block.high ^ key->last.high)) == 0;
+}
+
 /* The slot that holds the text, or the free one where it belongs. */
-MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, moe_string text) {
+MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, const moe__text_key *key) {
     const moe__text_table *table = &map->table;
-    uint32_t i = (uint32_t)(moe__text_hash(map->key, text) >> table->shift);
-    for (; table->slots[i]; i = (i + 1) & table->mask) {
-        moe_string other = moe__text_at(map, table->slots[i] - 1);
-        if (other.size == text.size && memcmp(other.data, text.data, text.size) == 0) break;
+    uint32_t *slot = moe__text_home(table, key->hash);
+    for (; *slot; slot = moe__text_after(table, slot))
+        if (moe__text_fits(table, *slot, key->hash) &&
+            moe__text_is(map, (*slot & table->mask) - 1, key))
+            break;
+    return slot;
+}
+
+/* Enters the texts from .. map->n - 1. Batches, so that their slots come from memory together. */
+MOE__PRIVATE void moe__text_enter(moe__text_map *map, uint32_t from) {
+    const char *limit = map->bytes + map->max_bytes + 16;
+    for (uint32_t n; from < map->n; from += n) {
+        moe__text_key batch[MOE__TEXT_BATCH];
+        n = moe__text_batch(map->n - from);
+        for (uint32_t i = 0; i < n; i++) {
+            moe_string text = moe__text_at(map, from + i);
+            moe__text_set_key(&batch[i], map->keys, text.data, text.size, limit);
+            __builtin_prefetch(moe__text_home(&map->table, batch[i].hash));
+        }
+        for (uint32_t i = 0; i < n; i++) {
+            if (!batch[i].size) continue;
+            uint32_t *slot = moe__text_slot(map, &batch[i]);
+            map->twice |= *slot != 0;
+            *slot = moe__text_entry(&map->table, batch[i].hash, from + i + 1); /* the last counts */
+        }
     }
-    return &table->slots[i];
 }
 
 MOE__PRIVATE void moe__text_map_free(moe__text_map *map) {
@@ -12958,27 +13083,28 @@ MOE__PRIVATE void moe__text_map_free(moe__text_map *map) {
     moe__free(map->allocator, map->table.slots);
 }
 
-/* Makes room for n texts of so many bytes altogether. FORMAT: that is too much. */
-MOE__PRIVATE moe_status moe__text_reserve(moe__text_map *map, uint64_t n, uint64_t bytes) {
-    if (map->bytes && n <= map->max_n && bytes <= map->max_bytes) return MOE_OK;
+MOE__PRIVATE moe_status moe__text_resize(moe__text_map *map, uint64_t n, uint64_t bytes) {
     if (n > MOE__TEXT_MAX || bytes > MOE__TEXT_MAX) return MOE_ERROR_FORMAT;
     moe__text_map old = *map;
-    map->max_n = (uint32_t)(n + n / 2);
+    moe_status status = moe__text_table_init(&map->table, map->allocator, n + 2);
+    map->max_n = map->table.mask / 3 * 2; /* what the table has room for */
     map->max_bytes = (uint32_t)(bytes + bytes / 2 + 64);
-    map->bytes = (char *)moe__alloc(map->allocator, map->max_bytes);
+    map->bytes = (char *)moe__text_alloc(map->allocator, (uint64_t)map->max_bytes + 16, 1);
     map->end = (uint32_t *)moe__text_alloc(map->allocator, (uint64_t)map->max_n + 1, 4);
-    moe_status status = moe__text_table_init(&map->table, map->allocator, map->max_n);
     if (!map->bytes || !map->end) status = MOE_ERROR_MEMORY;
+    if (!status) map->end[0] = 0;
     if (!status && old.bytes) {
         memcpy(map->bytes, old.bytes, old.end[old.n]);
         memcpy(map->end, old.end, ((size_t)old.n + 1) * sizeof *map->end);
-        for (uint32_t i = 0; i < map->n; i++) {
-            moe_string text = moe__text_at(map, i);
-            if (text.size) *moe__text_slot(map, text) = i + 1; /* of equal ones the last */
-        }
+        moe__text_enter(map, 0);
     }
     moe__text_map_free(&old);
     return status;
+}
+
+/* Makes room for n texts of so many bytes altogether. FORMAT: that is too much. */
+MOE__INLINE moe_status moe__text_reserve(moe__text_map *map, uint64_t n, uint64_t bytes) {
+    return n <= map->max_n && bytes <= map->max_bytes ? MOE_OK : moe__text_resize(map, n, bytes);
 }
 
 /* ---- a heap: the smallest key first ---------------------------------------------------------- */
@@ -13022,7 +13148,8 @@ typedef struct moe__text_merge {
 
 struct moe_vocab {
     moe_allocator allocator;
-    uint64_t key[4]; /* of hashes: two for texts, two for pairs */
+    struct moe__text_space *kept; /* atomic; the memory of a call that is over, or NULL */
+    uint64_t keys[MOE__KEYS]; /* of hashes */
     const moe__text_pre *pre;
     moe__text_map symbols; /* what merging works on: the tokens, then texts that are only merged */
     uint32_t n_tokens, longest; /* longest: bytes of a token */
@@ -13042,23 +13169,33 @@ struct moe_vocab {
     uint32_t ascii[128]; /* classes */
 };
 
-/* The slot of the merge (left, right), or the free one where it belongs. */
-MOE__PRIVATE uint32_t *moe__text_rank(const moe_vocab *vocab, uint32_t left, uint32_t right) {
+/* The slot of the merge (left, right), whose hash is given, or the free one where it belongs. */
+MOE__INLINE uint32_t *moe__text_rank_slot(const moe_vocab *vocab, uint32_t left, uint32_t right,
+                                          uint32_t hash) {
     const moe__text_table *table = &vocab->ranks;
-    uint32_t i = (uint32_t)(moe__text_pair_hash(vocab->key + 2, left, right) >> table->shift);
-    for (; table->slots[i]; i = (i + 1) & table->mask) {
-        const moe__text_merge *merge = &vocab->merges[table->slots[i] - 1];
+    uint32_t *slot = moe__text_home(table, hash);
+    for (; *slot; slot = moe__text_after(table, slot)) {
+        if (!moe__text_fits(table, *slot, hash)) continue;
+        const moe__text_merge *merge = &vocab->merges[(*slot & table->mask) - 1];
         if (merge->left == left && merge->right == right) break;
     }
-    return &table->slots[i];
+    return slot;
 }
 
-/* The token with this text, or NONE. */
-MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size) {
-    moe_string key = {text, size};
-    if (size > vocab->longest) return MOE__TEXT_NONE;
-    uint32_t symbol = *moe__text_slot(&vocab->symbols, key) - 1; /* 0 - 1 = NONE */
-    return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE;
+/* The rank of the merge, or NONE. */
+MOE__PRIVATE uint32_t moe__text_rank(const moe_vocab *vocab, uint32_t left, uint32_t right) {
+    uint32_t hash = moe__text_pair_hash(vocab->keys, left, right);
+    return (*moe__text_rank_slot(vocab, left, right, hash) & vocab->ranks.mask) - 1;
+}
+
+/* The token with this text, or NONE. Bytes in front of `limit` may be read. */
+MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size,
+                                     const char *limit) {
+    if (size == 0 || size > vocab->longest) return MOE__TEXT_NONE;
+    moe__text_key key;
+    moe__text_set_key(&key, vocab->keys, text, size, limit);
+    uint32_t symbol = (*moe__text_slot(&vocab->symbols, &key) & vocab->symbols.table.mask) - 1;
+    return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE; /* 0 - 1 = NONE */
 }
 
 /* Is the token looked for in texts? Without PARSE_SPECIAL only user-defined ones are. */
@@ -13109,7 +13246,7 @@ MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key
     return moe_gguf_value_string(moe__text_value(loader, key, 0, MOE__TEXT_STRING), &cursor, out);
 }
 
-/* Memory for the vocabulary; if there is none the load fails. */
+/* Memory for the vocabulary, not cleared; if there is none the load fails. */
 MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t each) {
     void *memory = NULL;
     if (!loader->status) memory = moe__text_alloc(&loader->vocab->allocator, count, each);
@@ -13137,19 +13274,6 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
                                   (int)moe__min((int64_t)name.size, 64), name.data);
 }
 
-/* Writes the text a, b behind the others; it counts only when map->n does. */
-MOE__PRIVATE moe_status moe__text_append(moe_vocab *vocab, const char *a, size_t a_size,
-                                         const char *b, size_t b_size) {
-    moe__text_map *map = &vocab->symbols;
-    uint64_t at = map->end ? map->end[map->n] : 0, end = at + a_size + b_size;
-    moe_status status = moe__text_reserve(map, (uint64_t)map->n + 1, end);
-    if (status) return status;
-    if (a_size) memcpy(map->bytes + at, a, a_size);
-    if (b_size) memcpy(map->bytes + at + a_size, b, b_size);
-    map->end[map->n + 1] = (uint32_t)end;
-    return MOE_OK;
-}
-
 MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     static const char key[] = "tokenizer.ggml.tokens";
     moe_vocab *vocab = loader->vocab;
@@ -13158,15 +13282,18 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     const void *cursor = NULL;
     moe_string text;
     uint64_t n = value ? value->count : 0;
-    moe_status status = n ? moe__text_reserve(map, n, 8 * n) : MOE_ERROR_FORMAT;
+    /* each has 8 bytes of size in the file */
+    moe_status status = n ? moe__text_reserve(map, n, value->size - 8 * n) : MOE_ERROR_FORMAT;
     while (!status && map->n < n) {
+        uint32_t at = map->end[map->n];
         if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
-        else status = moe__text_append(vocab, text.data, text.size, NULL, 0);
+        else status = moe__text_reserve(map, n, (uint64_t)at + text.size);
         if (status) break;
+        if (text.size) memcpy(map->bytes + at, text.data, text.size);
         if (text.size > vocab->longest) vocab->longest = (uint32_t)text.size;
-        text = moe__text_at(map, map->n++);
-        if (text.size) *moe__text_slot(map, text) = map->n; /* of equal ones the last */
+        map->end[++map->n] = at + (uint32_t)text.size;
     }
+    if (!status) moe__text_enter(map, 0);
     vocab->n_tokens = map->n;
     moe__text_fail(loader, key, status);
 }
@@ -13191,37 +13318,122 @@ MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
     for (uint32_t id = 0; vocab->types && id < vocab->n_tokens; id++) {
         int64_t type = MOE__TOKEN_NORMAL;
         if (value) moe_gguf_value_int(value, id, &type);
-        if (type >= 0 && type <= MOE__TOKEN_BYTE) vocab->types[id] = (uint8_t)type;
+        vocab->types[id] = (uint8_t)(type >= 0 && type <= MOE__TOKEN_BYTE ? type : 0);
     }
 }
 
-/* The symbol of the text a, b; a new one if there is none. */
-MOE__PRIVATE moe_status moe__text_intern(moe_vocab *vocab, const char *a, size_t a_size,
-                                         const char *b, size_t b_size, uint32_t *out) {
+/* Makes a text that is not there the next symbol. */
+MOE__PRIVATE moe_status moe__text_add(moe_vocab *vocab, const moe__text_key *key, uint32_t *out) {
     moe__text_map *map = &vocab->symbols;
-    moe_status status = moe__text_append(vocab, a, a_size, b, b_size);
+    uint32_t at = map->end[map->n];
+    moe_status status = moe__text_reserve(map, (uint64_t)map->n + 1, (uint64_t)at + key->size);
     if (status) return status;
-    uint32_t *slot = moe__text_slot(map, moe__text_at(map, map->n));
-    if (*slot == 0) *slot = ++map->n;
-    *out = *slot - 1;
+    if (key->text != map->bytes + at) memcpy(map->bytes + at, key->text, key->size);
+    map->end[map->n + 1] = at + (uint32_t)key->size;
+    *out = map->n++;
+    *moe__text_slot(map, key) = moe__text_entry(&map->table, key->hash, map->n);
     return MOE_OK;
 }
 
-/* Enters the merge "left right". One that has not two parts is never found. */
-MOE__PRIVATE moe_status moe__text_add_merge(moe_vocab *vocab, uint32_t rank, moe_string text) {
-    moe__text_merge *merge = &vocab->merges[rank];
+/* The symbol of a text; a new one if there is none. */
+MOE__INLINE moe_status moe__text_intern(moe_vocab *vocab, const moe__text_key *key, uint32_t *out) {
+    *out = (*moe__text_slot(&vocab->symbols, key) & vocab->symbols.table.mask) - 1;
+    return *out == MOE__TEXT_NONE ? moe__text_add(vocab, key, out) : MOE_OK;
+}
+
+/* A merge while it is read. */
+typedef struct moe__text_parts {
+    moe__text_key left, right; /* left.size 0: it has not two parts and is never found */
+    moe__text_key both;        /* without its hash at first */
+    char joined[32];                 /* the text of both, if that is not longer than a block */
+    uint32_t hash;                   /* of the pair */
+} moe__text_parts;
+
+/* Takes "left right" apart. Bytes in front of `limit` may be read. */
+MOE__PRIVATE void moe__text_take_apart(const moe_vocab *vocab, moe_string text, const char *limit,
+                                       moe__text_parts *out) {
     const char *a = text.data, *b;
     b = text.size > 2 ? (const char *)memchr(a + 1, ' ', text.size - 2) : NULL;
-    merge->left = MOE__TEXT_NONE;
-    if (!b) return MOE_OK;
+    out->left.size = 0;
+    if (!b) return;
     size_t a_size = (size_t)(b++ - a), b_size = text.size - a_size - 1;
-    moe_status status = moe__text_intern(vocab, a, a_size, b, 0, &merge->left);
-    if (!status) status = moe__text_intern(vocab, a, 0, b, b_size, &merge->right);
-    if (!status) status = moe__text_intern(vocab, a, a_size, b, b_size, &merge->result);
+    moe__text_set_key(&out->left, vocab->keys, a, a_size, limit);
+    moe__text_set_key(&out->right, vocab->keys, b, b_size, limit);
+    __builtin_prefetch(moe__text_home(&vocab->symbols.table, out->left.hash));
+    __builtin_prefetch(moe__text_home(&vocab->symbols.table, out->right.hash));
+    out->both.size = a_size + b_size;
+    if (out->both.size > 16) return;
+    memcpy(out->joined, &out->left.last, 16); /* zeros behind the text */
+    memcpy(out->joined + a_size, &out->right.last, 16);
+    memcpy(&out->both.last, out->joined, 16);
+}
+
+/* Joins long parts behind the texts of the map: they count when map->n does. */
+MOE__PRIVATE moe_status moe__text_join(moe_vocab *vocab, moe__text_parts *parts) {
+    moe__text_map *map = &vocab->symbols;
+    uint64_t at = map->end[map->n], end = at + parts->both.size;
+    moe_status status = moe__text_reserve(map, (uint64_t)map->n + 1, end);
     if (status) return status;
-    uint32_t *slot = moe__text_rank(vocab, merge->left, merge->right);
-    if (*slot == 0) *slot = rank + 1; /* of equal ones the first */
+    memcpy(map->bytes + at, parts->left.text, parts->left.size);
+    memcpy(map->bytes + at + parts->left.size, parts->right.text, parts->right.size);
+    moe__text_set_key(&parts->both, vocab->keys, map->bytes + at, parts->both.size,
+                      map->bytes + end + 16);
     return MOE_OK;
+}
+
+/* The symbol of both parts. Tokens are numbered as they were made by merges, so mostly it is that */
+/* of the merge before (`guess`) or the next, which spares a search. */
+MOE__PRIVATE moe_status moe__text_intern_both(moe_vocab *vocab, moe__text_parts *parts,
+                                              uint32_t guess, uint32_t *out) {
+    const moe__text_map *map = &vocab->symbols;
+    size_t size = parts->both.size;
+    moe_status status = size > 16 ? moe__text_join(vocab, parts) : MOE_OK;
+    for (uint32_t i = guess; size <= 16 && !map->twice && i < map->n && i - guess < 2; i++) {
+        *out = i;
+        if (moe__text_is(map, i, &parts->both)) return MOE_OK;
+    }
+    if (size <= 16)
+        moe__text_set_key(&parts->both, vocab->keys, parts->joined, size, parts->joined + 16);
+    return status ? status : moe__text_intern(vocab, &parts->both, out);
+}
+
+/* Numbers the texts of a merge. */
+MOE__PRIVATE moe_status moe__text_name_parts(moe_vocab *vocab, moe__text_parts *parts,
+                                             uint32_t guess, moe__text_merge *merge) {
+    merge->left = merge->right = merge->result = MOE__TEXT_NONE;
+    if (!parts->left.size) return MOE_OK;
+    moe_status status = moe__text_intern(vocab, &parts->left, &merge->left);
+    if (!status) status = moe__text_intern(vocab, &parts->right, &merge->right);
+    if (!status) status = moe__text_intern_both(vocab, parts, guess, &merge->result);
+    parts->hash = moe__text_pair_hash(vocab->keys, merge->left, merge->right);
+    __builtin_prefetch(moe__text_home(&vocab->ranks, parts->hash));
+    return status;
+}
+
+/* Enters n <= MOE__TEXT_BATCH merges, the next ones of the file: each step for all of them, so */
+/* that the memory of one is on its way while others are looked at. */
+MOE__PRIVATE moe_status moe__text_add_merges(moe_vocab *vocab, const moe_gguf_value *value,
+                                             const void **cursor, uint32_t rank, uint32_t n) {
+    const char *limit = (const char *)value->data + value->size;
+    moe__text_parts batch[MOE__TEXT_BATCH];
+    moe__text_merge *merges = vocab->merges + rank;
+    uint32_t guess = rank ? merges[-1].result : 0;
+    moe_status status = MOE_OK;
+    moe_string text;
+    for (uint32_t i = 0; i < n; i++) {
+        if (!moe_gguf_value_string(value, cursor, &text)) return MOE_ERROR_FORMAT;
+        moe__text_take_apart(vocab, text, limit, &batch[i]);
+    }
+    for (uint32_t i = 0; i < n && !status; guess = merges[i++].result)
+        status = moe__text_name_parts(vocab, &batch[i], guess, &merges[i]);
+    for (uint32_t i = 0; i < n && !status; i++) {
+        if (!batch[i].left.size) continue;
+        uint32_t *slot = moe__text_rank_slot(vocab, merges[i].left, merges[i].right,
+                                             batch[i].hash);
+        if (*slot == 0) /* of equal ones the first */
+            *slot = moe__text_entry(&vocab->ranks, batch[i].hash, rank + i + 1);
+    }
+    return status;
 }
 
 MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
@@ -13231,10 +13443,12 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
     if (loader->status) return;
     moe_status status = MOE_OK;
     for (int byte = 0; byte < 256 && !status; byte++) {
-        char name[2], raw = (char)byte;
+        char name[16] = {0}, raw[16] = {(char)byte};
         size_t size = moe__text_byte_name((unsigned char)byte, name);
-        vocab->raw_token[byte] = moe__text_find(vocab, &raw, 1);
-        status = moe__text_intern(vocab, name, size, name, 0, &vocab->byte_symbol[byte]);
+        moe__text_key text;
+        moe__text_set_key(&text, vocab->keys, name, size, name + 16);
+        vocab->raw_token[byte] = moe__text_find(vocab, raw, 1, raw + 16);
+        status = moe__text_intern(vocab, &text, &vocab->byte_symbol[byte]);
     }
     if (!value || value->count > MOE__TEXT_MAX) status = MOE_ERROR_FORMAT;
     if (!status) status = moe__text_table_init(&vocab->ranks, &vocab->allocator, value->count);
@@ -13242,10 +13456,10 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
         vocab->merges = (moe__text_merge *)moe__text_take(loader, value->count + 1,
                                                           sizeof *vocab->merges);
     const void *cursor = NULL;
-    moe_string text;
-    for (uint32_t rank = 0; !status && vocab->merges && rank < value->count; rank++) {
-        if (!moe_gguf_value_string(value, &cursor, &text)) status = MOE_ERROR_FORMAT;
-        else status = moe__text_add_merge(vocab, rank, text);
+    uint32_t count = !status && vocab->merges ? (uint32_t)value->count : 0, n;
+    for (uint32_t rank = 0; !status && rank < count; rank += n) {
+        n = moe__text_batch(count - rank);
+        status = moe__text_add_merges(vocab, value, &cursor, rank, n);
     }
     moe__text_fail(loader, key, status);
 }
@@ -13265,16 +13479,18 @@ MOE__PRIVATE void moe__text_load_bool(moe__text_loader *loader, const char *key,
 /* Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small. */
 MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
-    size_t n = 0;
-    uint64_t *heap = (uint64_t *)moe__text_take(loader, vocab->n_tokens, sizeof *heap);
+    size_t n = 0, most = 1;
+    for (uint32_t id = 0; !loader->status && id < vocab->n_tokens; id++)
+        most += (size_t)moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL);
+    uint64_t *heap = (uint64_t *)moe__text_take(loader, most, sizeof *heap);
     vocab->specials = heap;
     for (uint32_t id = 0; heap && id < vocab->n_tokens; id++) {
         moe_string text = moe__text_at(&vocab->symbols, id);
         if (!text.size || !moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL) ||
-            moe__text_find(vocab, text.data, text.size) != id)
+            moe__text_find(vocab, text.data, text.size, text.data + text.size) != id)
             continue;
         vocab->starts[(unsigned char)text.data[0]] = 1;
-        uint64_t sum = moe__text_polynomial(vocab->key, 0, text.data, text.size);
+        uint64_t sum = moe__text_polynomial(vocab->keys, 0, text.data, text.size);
         uint64_t user = (uint64_t)moe__text_is_special(vocab, id, 0);
         moe__text_push(heap, &n, (uint64_t)text.size << 32 | sum << 1 | user);
     }
@@ -13305,8 +13521,8 @@ MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     for (int byte = 0; !loader->status && byte < 256; byte++) {
         static const char hex[] = "0123456789ABCDEF";
         char name[] = {'<', '0', 'x', hex[byte / 16], hex[byte % 16], '>'}, raw = (char)byte;
-        uint32_t id = moe__text_find(vocab, name, 6);
-        if (id == MOE__TEXT_NONE) id = moe__text_find(vocab, &raw, 1);
+        uint32_t id = moe__text_find(vocab, name, 6, name + 6);
+        if (id == MOE__TEXT_NONE) id = moe__text_find(vocab, &raw, 1, &raw + 1);
         vocab->raw_token[byte] = id == MOE__TEXT_NONE ? (uint32_t)unknown : id;
     }
 }
@@ -13392,11 +13608,11 @@ MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
     uint64_t seed;
     memcpy(&seed, &now, sizeof seed);
     seed ^= (uint64_t)(uintptr_t)vocab << 16 ^ (uint64_t)(uintptr_t)&now;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < MOE__KEYS; i++) {
         uint64_t z = seed += 0x9E3779B97F4A7C15u;
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
         z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-        vocab->key[i] = (z ^ z >> 31) | 1;
+        vocab->keys[i] = (z ^ z >> 31) | 1;
     }
 }
 
@@ -13408,7 +13624,7 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     if (!loader.vocab) return NULL;
     loader.vocab->allocator = gguf->allocator;
     loader.vocab->symbols.allocator = &loader.vocab->allocator;
-    loader.vocab->symbols.key = loader.vocab->key;
+    loader.vocab->symbols.keys = loader.vocab->keys;
     moe__text_make_keys(loader.vocab);
     moe__text_load_kind(&loader);
     moe__text_load_tokens(&loader);
@@ -13426,9 +13642,29 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     return NULL;
 }
 
+/* What moe_vocab_tokenize works in. Nothing in it is cleared, all is written before it is read. */
+typedef struct moe__text_space {
+    size_t max_size, max_owner, max_spelled; /* bytes of a text, bytes of a piece's spelling */
+    uint32_t *at;    /* max_size + 1, then max_size of classes */
+    uint32_t *owner; /* max_owner */
+    uint64_t *heap;  /* 2 max_spelled, then what moe__text_spell puts there */
+} moe__text_space;
+
+/* Larger ones are freed after the call. */
+enum { MOE__TEXT_KEPT = 16 << 20, MOE__TEXT_SPELLED = 16 + 12 + 1 /* bytes per max_spelled */ };
+
+MOE__PRIVATE void moe__text_space_free(const moe_allocator *allocator, moe__text_space *space) {
+    if (!space) return;
+    moe__free(allocator, space->at);
+    moe__free(allocator, space->owner);
+    moe__free(allocator, space->heap);
+    moe__free(allocator, space);
+}
+
 MOE_API void moe_vocab_close(moe_vocab *vocab) {
     if (!vocab) return;
     moe_allocator allocator = vocab->allocator;
+    moe__text_space_free(&allocator, vocab->kept);
     moe__text_map_free(&vocab->symbols);
     moe__free(&allocator, vocab->types);
     moe__free(&allocator, vocab->orders);
@@ -13449,7 +13685,8 @@ MOE_API int32_t moe_vocab_bos(const moe_vocab *vocab) { return vocab->bos; }
 MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab) { return vocab->eos; }
 
 MOE_API int32_t moe_vocab_find(const moe_vocab *vocab, const char *text, size_t text_size) {
-    return text ? (int32_t)moe__text_find(vocab, text, text_size) : -1; /* NONE is -1 */
+    return text ? (int32_t)moe__text_find(vocab, text, text_size, text + text_size)
+                : -1; /* NONE is -1 */
 }
 
 MOE_API moe_string moe_vocab_token(const moe_vocab *vocab, int32_t token) {
@@ -13510,9 +13747,38 @@ typedef struct moe__text_work {
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
     char *spelled;
-    size_t n_heap, longest; /* longest: bytes of a piece that there is memory for */
+    const char *limit; /* behind the memory of spelled */
+    size_t n_heap;
     uint32_t n;
+    moe__text_space *space;
 } moe__text_work;
+
+/* The memory that another call left, or new one. */
+MOE__PRIVATE moe__text_space *moe__text_space_take(const moe_vocab *vocab) {
+    moe__text_space **kept = (moe__text_space **)&vocab->kept;
+    moe__text_space *space = __atomic_exchange_n(kept, (moe__text_space *)NULL, __ATOMIC_ACQUIRE);
+    return space ? space : (moe__text_space *)moe__alloc(&vocab->allocator, sizeof *space);
+}
+
+/* Leaves it for the next call, if it is not too large, and frees what lies in its place. */
+MOE__PRIVATE void moe__text_space_leave(const moe_vocab *vocab, moe__text_space *space) {
+    moe__text_space **kept = (moe__text_space **)&vocab->kept;
+    uint64_t bytes = (uint64_t)space->max_size * 8 + (uint64_t)space->max_owner * 4 +
+                     (uint64_t)space->max_spelled * MOE__TEXT_SPELLED;
+    if (bytes < MOE__TEXT_KEPT) space = __atomic_exchange_n(kept, space, __ATOMIC_ACQ_REL);
+    moe__text_space_free(&vocab->allocator, space);
+}
+
+/* `count` elements in *memory, which has room for *max. A quarter more for the next text. */
+MOE__PRIVATE void *moe__text_grow(const moe_vocab *vocab, void *memory, size_t *max, size_t count,
+                                  size_t each) {
+    if (count <= *max) return memory;
+    moe__free(&vocab->allocator, memory);
+    *max = count + count / 4 + 256;
+    memory = moe__text_alloc(&vocab->allocator, (uint64_t)*max + 1, each);
+    if (!memory) *max = 0;
+    return memory;
+}
 
 MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
     if (work->count < work->capacity) work->tokens[work->count] = (int32_t)id;
@@ -13522,7 +13788,7 @@ MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
 /* SPM: the token that is spelled so, or NONE. */
 MOE__PRIVATE uint32_t moe__text_spelled(const moe__text_work *work, uint32_t i, uint32_t end) {
     const moe_vocab *vocab = work->vocab;
-    uint32_t id = moe__text_find(vocab, work->spelled + i, end - i);
+    uint32_t id = moe__text_find(vocab, work->spelled + i, end - i, work->limit);
     return id != MOE__TEXT_NONE && vocab->orders[id] != MOE__TEXT_NONE ? id : MOE__TEXT_NONE;
 }
 
@@ -13535,7 +13801,7 @@ MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left
         result = moe__text_spelled(work, left, work->next[right]);
         order = result == MOE__TEXT_NONE ? result : vocab->orders[result];
     } else {
-        order = *moe__text_rank(vocab, work->symbol[left], work->symbol[right]) - 1;
+        order = moe__text_rank(vocab, work->symbol[left], work->symbol[right]);
         result = order == MOE__TEXT_NONE ? order : vocab->merges[order].result;
     }
     *key = (uint64_t)order << 32 | left;
@@ -13571,16 +13837,16 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     size_t n = size + 3;
     for (size_t i = 0; i < size; i++) n += vocab->orders ? 2 * (text[i] == ' ') : 1;
     if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
-    if (n > work->longest) { /* 29 bytes for each */
-        moe__free(&vocab->allocator, work->heap);
-        work->longest = n + n / 2 + 256;
-        work->heap = (uint64_t *)moe__text_alloc(&vocab->allocator, work->longest, 16 + 12 + 1);
-        if (!work->heap) return MOE_ERROR_MEMORY;
-        work->symbol = (uint32_t *)(work->heap + 2 * work->longest);
-        work->next = work->symbol + work->longest;
-        work->prev = work->next + work->longest;
-        work->spelled = (char *)(work->prev + work->longest);
-    }
+    moe__text_space *space = work->space;
+    space->heap = (uint64_t *)moe__text_grow(vocab, space->heap, &space->max_spelled, n,
+                                             MOE__TEXT_SPELLED);
+    if (!space->heap) return MOE_ERROR_MEMORY;
+    work->heap = space->heap;
+    work->symbol = (uint32_t *)(work->heap + 2 * space->max_spelled);
+    work->next = work->symbol + space->max_spelled;
+    work->prev = work->next + space->max_spelled;
+    work->spelled = (char *)(work->prev + space->max_spelled);
+    work->limit = work->spelled + space->max_spelled;
     char *to = work->spelled;
     for (size_t i = vocab->orders && vocab->add_space ? 0 : 1; i <= size; i++) {
         char byte = i ? text[i - 1] : ' ';
@@ -13599,7 +13865,8 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
     moe_status status = moe__text_spell(work, text, size);
     if (status) return status;
     uint32_t whole = MOE__TEXT_NONE;
-    if (vocab->pre->flags & MOE__PRE_WHOLE) whole = moe__text_find(vocab, work->spelled, work->n);
+    if (vocab->pre->flags & MOE__PRE_WHOLE)
+        whole = moe__text_find(vocab, work->spelled, work->n, work->limit);
     if (whole != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)whole)) {
         moe__text_emit(work, whole); /* control tokens are not spelled */
         return MOE_OK;
@@ -13662,7 +13929,7 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
 MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size_t size,
                                   unsigned flags, size_t from, size_t to, const uint32_t *sums,
                                   uint32_t *owner) {
-    const uint64_t prime = 0x7FFFFFFF, point = vocab->key[0] & prime;
+    const uint64_t prime = 0x7FFFFFFF, point = vocab->keys[MOE__KEY_POINT] & prime;
     size_t length = (size_t)(vocab->specials[from] >> 32);
     uint64_t power = 1;
     for (size_t k = 0; k < length; k++) power = moe__text_mod(power * point);
@@ -13679,7 +13946,7 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
         }
         if (low == to || vocab->specials[low] >> 1 != wanted >> 1) continue;
         if (!(vocab->specials[low] & 1) && !(flags & MOE_TOKENIZE_PARSE_SPECIAL)) continue;
-        uint32_t id = moe__text_find(vocab, text + i, length);
+        uint32_t id = moe__text_find(vocab, text + i, length, text + size);
         if (id == MOE__TEXT_NONE || !moe__text_is_special(vocab, id, flags)) continue;
         for (size_t k = 0; k < length; k++) owner[i + k] = id + 1;
         i += length - 1;
@@ -13690,11 +13957,10 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
 /* in real vocabularies, at most sqrt(2 * bytes of all of them). */
 MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
                                    unsigned flags, uint32_t *sums, uint32_t *owner) {
-    size_t first = 0;
-    while (first < size && !vocab->starts[(unsigned char)text[first]]) first++;
-    if (first == size) return;
+    memset(owner, 0, size * sizeof *owner);
+    sums[0] = 0;
     for (size_t i = 0; i < size; i++)
-        sums[i + 1] = (uint32_t)moe__text_polynomial(vocab->key, sums[i], text + i, 1);
+        sums[i + 1] = (uint32_t)moe__text_polynomial(vocab->keys, sums[i], text + i, 1);
     for (size_t from = 0, to; from < vocab->n_specials; from = to) {
         uint64_t length = vocab->specials[from] >> 32;
         for (to = from + 1; to < vocab->n_specials && vocab->specials[to] >> 32 == length;) to++;
@@ -13702,18 +13968,34 @@ MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, siz
     }
 }
 
+/* Memory for a text: the scan's, and `owner` only where a special token may begin. The scan's */
+/* serves the search for special tokens first. */
+MOE__PRIVATE moe_status moe__text_prepare(moe__text_work *work, const char *text, size_t size,
+                                          unsigned flags, uint32_t **owner) {
+    const moe_vocab *vocab = work->vocab;
+    moe__text_space *space = work->space;
+    space->at = (uint32_t *)moe__text_grow(vocab, space->at, &space->max_size, size, 8);
+    if (!space->at) return MOE_ERROR_MEMORY;
+    work->scan.at = space->at;
+    work->scan.classes = space->at + space->max_size + 1;
+    for (size_t i = 0; i < size; i++) {
+        if (!vocab->starts[(unsigned char)text[i]]) continue;
+        space->owner = (uint32_t *)moe__text_grow(vocab, space->owner, &space->max_owner, size, 4);
+        *owner = space->owner;
+        if (!*owner) return MOE_ERROR_MEMORY;
+        moe__text_settle(vocab, text, size, flags, work->scan.at, *owner);
+        break;
+    }
+    return MOE_OK;
+}
+
 /* Special tokens, then what is between them, from left to right. */
 MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, size_t size,
                                         unsigned flags) {
     const moe_vocab *vocab = work->vocab;
-    const moe_allocator *allocator = &vocab->allocator;
-    moe__text_scan *scan = &work->scan;
-    /* The scan's memory serves the search for special tokens first. */
-    scan->at = (uint32_t *)moe__text_alloc(allocator, (uint64_t)size + 1, sizeof *scan->at);
-    scan->classes = (uint32_t *)moe__text_alloc(allocator, size, sizeof *scan->classes);
-    uint32_t *owner = (uint32_t *)moe__text_alloc(allocator, size, sizeof *owner);
-    moe_status status = scan->classes && scan->at && owner ? MOE_OK : MOE_ERROR_MEMORY;
-    if (!status) moe__text_settle(vocab, text, size, flags, scan->at, owner);
+    uint32_t *owner = NULL;
+    moe_status status = moe__text_prepare(work, text, size, flags, &owner);
+    if (!status && !owner) return moe__text_raw(work, text, size);
     for (size_t i = 0, end; i < size && !status; i = end) {
         if (owner[i]) {
             moe__text_emit(work, owner[i] - 1);
@@ -13726,10 +14008,17 @@ MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, 
             status = moe__text_raw(work, text + i, end - i);
         }
     }
-    moe__free(allocator, owner);
-    moe__free(allocator, scan->classes);
-    moe__free(allocator, scan->at);
-    moe__free(allocator, work->heap);
+    return status;
+}
+
+/* Memory for a call, and the call. Memory of one that failed is not kept: it may be needed. */
+MOE__PRIVATE moe_status moe__text_run_call(moe__text_work *work, const char *text, size_t size,
+                                           unsigned flags) {
+    work->space = moe__text_space_take(work->vocab);
+    if (!work->space) return MOE_ERROR_MEMORY;
+    moe_status status = moe__text_split(work, text, size, flags);
+    if (status) moe__text_space_free(&work->vocab->allocator, work->space);
+    else moe__text_space_leave(work->vocab, work->space);
     return status;
 }
 
@@ -13746,7 +14035,7 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
     work.capacity = capacity;
     if (flags & MOE_TOKENIZE_ADD_SPECIAL && vocab->add_bos && vocab->bos >= 0)
         moe__text_emit(&work, (uint32_t)vocab->bos);
-    moe_status status = text_size ? moe__text_split(&work, text, text_size, flags) : MOE_OK;
+    moe_status status = text_size ? moe__text_run_call(&work, text, text_size, flags) : MOE_OK;
     if (flags & MOE_TOKENIZE_ADD_SPECIAL && vocab->add_eos && vocab->eos >= 0)
         moe__text_emit(&work, (uint32_t)vocab->eos);
     return status ? -(int64_t)status : (int64_t)work.count;

@@ -155,8 +155,7 @@ TEST(greedy_is_argmax) {
         CHECK(moe_generate(b, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
         CHECK(result.reason == MOE_STOP_LIMIT && result.n_generated == counts[i]);
         CHECK(result.n_prompt == N_PROMPT);
-        CHECK(result.prompt_seconds >= 0 && result.generate_seconds >= 0 &&
-              result.generate_seconds < 100);
+        CHECK(result.prompt_seconds >= 0 && result.generate_seconds >= 0);
         CHECK(t.bad_pieces == 0 && t.pieces <= counts[i] + 1);
         CHECKF(same_text(&t, bytes, size), "%d tokens: %zu bytes for %zu", counts[i], t.size, size);
         /* The last token may or may not be in the session already. */

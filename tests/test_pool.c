@@ -1,4 +1,11 @@
 /* >>pool: wake, barrier, shares, many threads on few processors. */
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Counts the calls of the kernel, which are how a thread of the pool sleeps. */
+static int calls_made; /* atomic */
+#define syscall(...) (__atomic_fetch_add(&calls_made, 1, __ATOMIC_RELAXED), syscall(__VA_ARGS__))
+
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
@@ -142,13 +149,7 @@ TEST(options_are_checked) {
     moe_pool_close(NULL);
 }
 
-/* Idle workers use no processor time: they sleep. */
-static double process_seconds(void) {
-    struct timespec used;
-    syscall(SYS_clock_gettime, 2 /* CLOCK_PROCESS_CPUTIME_ID */, &used);
-    return (double)used.tv_sec + 1e-9 * (double)used.tv_nsec;
-}
-
+/* Idle workers use no processor time: they go to sleep and stay there. */
 TEST(idle_workers_sleep) {
     moe_pool_options options;
     counting c;
@@ -159,15 +160,18 @@ TEST(idle_workers_sleep) {
     c.rounds = 3;
     if (!c.pool) return;
     moe__pool_run(c.pool, 4, counting_job, &c, NULL);
+    const uint32_t *sleepers = &c.pool->command.sleepers;
     struct timespec pause;
     pause.tv_sec = 0;
-    pause.tv_nsec = 20 * 1000000;
-    syscall(SYS_nanosleep, &pause, NULL); /* spinning is over by then */
-    double before = process_seconds();
+    pause.tv_nsec = 1000000;
+    for (int i = 0; i < 30000 && __atomic_load_n(sleepers, __ATOMIC_SEQ_CST) < 3; i++)
+        syscall(SYS_nanosleep, &pause, NULL);
+    int before = __atomic_load_n(&calls_made, __ATOMIC_RELAXED);
     pause.tv_nsec = 200 * 1000000;
     syscall(SYS_nanosleep, &pause, NULL);
-    double used = process_seconds() - before;
-    CHECKF(used < 0.05, "three idle workers used %.3f s of 0.2 s", used);
+    int calls = __atomic_load_n(&calls_made, __ATOMIC_RELAXED) - before;
+    CHECK(__atomic_load_n(sleepers, __ATOMIC_SEQ_CST) == 3);
+    CHECKF(calls < 20, "%d calls of the kernel while three workers were idle", calls);
     moe_pool_close(c.pool);
 }
 
@@ -291,12 +295,19 @@ TEST(pinned_threads_stay_where_they_are) {
 
 /* ---- waiting --------------------------------------------------------------------------------- */
 
+static int n_early; /* atomic: threads that came to the barriers of late_job, but the late one */
+
+/* The last thread comes 30 ms after the others, however late they are. */
 static void late_job(void *context, int thread, int n) {
     moe_pool *pool = (moe_pool *)context;
     struct timespec pause;
     pause.tv_sec = 0;
-    pause.tv_nsec = 30 * 1000000;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 1; i <= 2; i++) {
+        pause.tv_nsec = 1000000;
+        if (thread < n - 1) __atomic_fetch_add(&n_early, 1, __ATOMIC_RELAXED);
+        else while (__atomic_load_n(&n_early, __ATOMIC_RELAXED) < i * (n - 1))
+            syscall(SYS_nanosleep, &pause, NULL);
+        pause.tv_nsec = 30 * 1000000;
         if (thread == n - 1) syscall(SYS_nanosleep, &pause, NULL);
         moe__pool_barrier(pool, thread);
     }
@@ -310,6 +321,7 @@ TEST(waiting_is_counted_for_those_who_wait) {
     moe_pool *pool = moe_pool_open(&options, NULL);
     if (!pool) return;
     for (int repeat = 0; repeat < 3; repeat++) { /* the counts of one job alone */
+        n_early = 0;
         const double seconds = moe__pool_run(pool, 4, late_job, pool, waited);
         CHECKF(seconds >= 0.06, "%.3f s", seconds);
         for (int i = 0; i < 3; i++)

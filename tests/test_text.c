@@ -1,4 +1,5 @@
 /* The room >>text: character classes, pre-tokenizers, BPE, special tokens, detokenization. */
+#include "steps.h"
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
@@ -278,14 +279,6 @@ static size_t random_text(char *out, size_t capacity) {
     }
     return n;
 }
-
-/* Fails if `slow` seconds for a text look quadratic next to `fast` ones for an eighth of it: the */
-/* ratio is 8 or a bit more, or else 64. Processor time, and only what can be measured well. */
-static void check_growth(double slow, double fast, const char *what, int number) {
-    CHECKF(slow < 0.3 || slow < 32 * fast, "%s %d: %.3f s, and %.3f s for an eighth", what, number,
-           slow, fast);
-}
-static double processor_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
 static int32_t one_id(const moe_vocab *vocab, const char *text) {
     return moe_vocab_find(vocab, text, strlen(text));
@@ -591,8 +584,8 @@ TEST(pre_tokenizer_names) {
         CHECKF(!moe__text_find_pre(unknown[i], strlen(unknown[i])), "%s", unknown[i]);
 }
 
-/* Processor time of a pre-tokenizer for n repeated bytes; checks that it makes nothing but cuts. */
-static double seconds_of_passes(const moe__text_pre *pre, const char *unit, size_t n) {
+/* Steps of a pre-tokenizer for n repeated bytes; checks that it makes nothing but cuts. */
+static uint64_t steps_of_passes(const moe__text_pre *pre, const char *unit, size_t n) {
     static const moe__text_pre none = {"", 0, {NULL}};
     char *text = (char *)malloc(n + 1);
     for (size_t i = 0; i < n; i++) text[i] = unit[i % strlen(unit)];
@@ -600,10 +593,10 @@ static double seconds_of_passes(const moe__text_pre *pre, const char *unit, size
     moe__text_scan scan = cut_text(&none, text, n + 1);
     uint32_t *classes = (uint32_t *)malloc(4 * scan.n);
     memcpy(classes, scan.classes, 4 * scan.n);
-    double start = processor_seconds();
+    uint64_t start = steps_now();
     for (int i = 0; i < MOE__PRE_PASSES && pre->passes[i]; i++)
         moe__text_pass(&scan, pre->passes[i]);
-    start = processor_seconds() - start;
+    start = steps_now() - start;
     for (size_t i = 0; i < scan.n; i++)
         if ((scan.classes[i] ^ classes[i]) & ~(uint32_t)MOE__C_CUT) CHECK(0);
     free(scan.classes);
@@ -618,13 +611,12 @@ TEST(passes_are_linear) {
     static const char *const units[] = {"a", "A", " ", "7", "\n", ".", "'", "\314\201",
                                         "\344\270\255", " \n", "a ", "Aa", "\302\240", "\t", "$",
                                         "\344\270\255A", "\177"};
-    enum { N = 60000 };
+    enum { N = 24000 };
     for (size_t u = 0; u < sizeof units / sizeof units[0]; u++) {
         for (size_t p = 0; p < sizeof moe__text_pres / sizeof moe__text_pres[0]; p++) {
             const moe__text_pre *pre = &moe__text_pres[p];
-            double slow = seconds_of_passes(pre, units[u], N);
-            if (slow < 0.3) continue;
-            check_growth(slow, seconds_of_passes(pre, units[u], N / 8), pre->names, (int)u);
+            CHECK_GROWTH(steps_of_passes(pre, units[u], N), steps_of_passes(pre, units[u], N / 8),
+                         N_LOG_N, pre->names, (int)u);
         }
     }
 }
@@ -790,14 +782,14 @@ TEST(special_tokens_overlap) {
     }
 }
 
-/* Processor time of tokenizing n repeated bytes; checks the number of tokens unless it is < 0. */
-static double seconds_of_text(const moe_vocab *vocab, const char *unit, size_t n, unsigned flags,
+/* Steps of tokenizing n repeated bytes; checks the number of tokens unless it is < 0. */
+static uint64_t steps_of_text(const moe_vocab *vocab, const char *unit, size_t n, unsigned flags,
                               int64_t count) {
     char *text = (char *)malloc(n);
     for (size_t i = 0; i < n; i++) text[i] = unit[i % strlen(unit)];
-    double start = processor_seconds();
+    uint64_t start = steps_now();
     int64_t found = moe_vocab_tokenize(vocab, text, n, flags, NULL, 0);
-    start = processor_seconds() - start;
+    start = steps_now() - start;
     CHECK(found == count || (count < 0 && found > 0));
     free(text);
     return start;
@@ -816,11 +808,11 @@ TEST(special_tokens_do_not_blow_up) {
     moe_vocab *vocab = open_spec(s);
     if (!vocab) return;
     enum { N = 240000 };
-    double slow = seconds_of_text(vocab, "a", N, MOE_TOKENIZE_PARSE_SPECIAL, N / 60);
-    check_growth(slow, seconds_of_text(vocab, "a", N / 8, MOE_TOKENIZE_PARSE_SPECIAL, N / 480),
-                 "special", 0);
-    slow = seconds_of_text(vocab, "a", N, 0, N / 7 + N % 7);
-    check_growth(slow, seconds_of_text(vocab, "a", N / 8, 0, N / 8 / 7 + N / 8 % 7), "user", 0);
+    const unsigned special = MOE_TOKENIZE_PARSE_SPECIAL;
+    CHECK_GROWTH(steps_of_text(vocab, "a", N, special, N / 60),
+                 steps_of_text(vocab, "a", N / 8, special, N / 480), N_LOG_N, "special", 0);
+    CHECK_GROWTH(steps_of_text(vocab, "a", N, 0, N / 7 + N % 7),
+                 steps_of_text(vocab, "a", N / 8, 0, N / 8 / 7 + N / 8 % 7), N_LOG_N, "user", 0);
     moe_vocab_close(vocab);
 }
 
@@ -950,14 +942,14 @@ TEST(long_runs) {
     for (size_t p = 0; p < 4; p++) {
         moe_vocab *vocab = open_small(pres[p]);
         for (size_t u = 0; vocab && u < sizeof units / sizeof units[0]; u++) {
-            double small = seconds_of_text(vocab, units[u], SMALL, 0, -1);
-            check_growth(seconds_of_text(vocab, units[u], MIDDLE, 0, -1), small, pres[p], (int)u);
+            CHECK_GROWTH(steps_of_text(vocab, units[u], MIDDLE, 0, -1),
+                         steps_of_text(vocab, units[u], SMALL, 0, -1), N_LOG_N, pres[p], (int)u);
             if (test_failures) break;
             for (size_t i = 0; i < MIDDLE; i++) text[i] = units[u][i % strlen(units[u])];
             CHECKF(round_trip(vocab, text, MIDDLE, 0), "%s, unit %d", pres[p], (int)u);
             if (p || u > 3) continue; /* a megabyte of letters, blanks, digits, newlines */
-            check_growth(seconds_of_text(vocab, units[u], LARGE, 0, -1),
-                         seconds_of_text(vocab, units[u], LARGE / 8, 0, -1), "unit", (int)u);
+            CHECK_GROWTH(steps_of_text(vocab, units[u], LARGE, 0, -1),
+                         steps_of_text(vocab, units[u], LARGE / 8, 0, -1), N_LOG_N, "unit", (int)u);
         }
         moe_vocab_close(vocab);
     }
@@ -1158,8 +1150,8 @@ TEST(spm_long_texts) {
     add_token(s, "\342\226\201\342\226\201", 1);
     moe_vocab *vocab = open_bytes(spm_file(s, NULL), NULL);
     for (size_t u = 0; vocab && u < sizeof units / sizeof units[0]; u++)
-        check_growth(seconds_of_text(vocab, units[u], 1 << 18, 0, -1),
-                     seconds_of_text(vocab, units[u], 1 << 15, 0, -1), "unit", (int)u);
+        CHECK_GROWTH(steps_of_text(vocab, units[u], 1 << 18, 0, -1),
+                     steps_of_text(vocab, units[u], 1 << 15, 0, -1), N_LOG_N, "unit", (int)u);
     moe_vocab_close(vocab);
 }
 
@@ -1491,6 +1483,48 @@ TEST(changed_files) {
     free(file.p);
 }
 
+/* Steps of opening a vocabulary of n long tokens and as many merges of `size` bytes whose texts are
+ * no tokens, so that the table of texts grows; the tokens' texts differ in one byte. */
+static uint64_t steps_of_opening(int n, int size) {
+    bytes file = file_begin();
+    char text[256];
+    memset(text, 'a', sizeof text);
+    put_string(&file, "tokenizer.ggml.model", "gpt2");
+    put_string(&file, "tokenizer.ggml.pre", "qwen2");
+    for (int merges = 0; merges < 2; merges++) {
+        put_array(&file, merges ? "tokenizer.ggml.merges" : "tokenizer.ggml.tokens",
+                  MOE_VALUE_STRING, (uint64_t)n);
+        for (int i = 0; i < n; i++) {
+            char digits[16];
+            snprintf(digits, sizeof digits, "%08d", i);
+            for (int k = 0; k < 8; k++) text[(k + 1) * size / 9] = digits[k]; /* spread */
+            if (merges) text[size / 2] = ' ';
+            put_text(&file, text, (size_t)size);
+        }
+    }
+    uint64_t start = steps_now();
+    moe_error error;
+    memset(&error, 0, sizeof error);
+    moe_vocab *vocab = open_bytes(file, &error);
+    start = steps_now() - start;
+    CHECKF(vocab, "%s", error.text);
+    int lost = 0;
+    for (int32_t id = 0; vocab && id < n; id++) {
+        moe_string token = moe_vocab_token(vocab, id);
+        lost += moe_vocab_find(vocab, token.data, token.size) != id;
+    }
+    CHECK(lost == 0);
+    moe_vocab_close(vocab);
+    return start;
+}
+
+TEST(opening_is_linear) {
+    static const int sizes[] = {12, 17, 30, 33, 100};
+    for (int i = 0; i < 5; i++)
+        CHECK_GROWTH(steps_of_opening(16000, sizes[i]), steps_of_opening(2000, sizes[i]), N_LOG_N,
+                     "bytes", sizes[i]);
+}
+
 /* ---- memory and threads ---------------------------------------------------------------------- */
 
 static int64_t allocations_left, bytes_held;
@@ -1527,7 +1561,7 @@ TEST(out_of_memory_spm) {
     for (int64_t k = 0; vocab && n < 0 && k < 100; k++) {
         allocations_left = k;
         n = moe_vocab_tokenize(vocab, "ab <s> c", 8, MOE_TOKENIZE_PARSE_SPECIAL, NULL, 0);
-        CHECK((n > 0 || n == -(int64_t)MOE_ERROR_MEMORY) && bytes_held == before);
+        CHECK(n > 0 || (n == -(int64_t)MOE_ERROR_MEMORY && bytes_held == before));
     }
     CHECK(n > 0);
     moe_vocab_close(vocab);
@@ -1573,7 +1607,7 @@ TEST(out_of_memory) {
         allocations_left = k;
         n = moe_vocab_tokenize(vocab, text, strlen(text), MOE_TOKENIZE_PARSE_SPECIAL, NULL, 0);
         failures += n < 0;
-        CHECK((n > 0 || n == -(int64_t)MOE_ERROR_MEMORY) && bytes_held == before);
+        CHECK(n > 0 || (n == -(int64_t)MOE_ERROR_MEMORY && bytes_held == before));
     }
     CHECK(n > 0 && failures == 4);
     moe_vocab_close(vocab);
@@ -1582,35 +1616,138 @@ TEST(out_of_memory) {
     free(file.p);
 }
 
+/* The small vocabulary with memory that is counted. */
+static moe_vocab *open_limited(const char *pre) {
+    spec_small(&shared_spec, pre);
+    bytes file = spec_file(&shared_spec);
+    moe_gguf_options options;
+    memset(&options, 0, sizeof options);
+    options.allocator.alloc = limited_alloc;
+    options.allocator.free = limited_free;
+    allocations_left = INT32_MAX;
+    moe_gguf *gguf = moe_gguf_open_memory(file.p, file.n, &options, NULL);
+    moe_vocab *vocab = gguf ? moe_vocab_open(gguf, NULL) : NULL;
+    moe_gguf_close(gguf);
+    free(file.p);
+    CHECK(vocab);
+    return vocab;
+}
+
+TEST(memory_is_used_again) {
+    const char *text = "hello <user> world <|im_start|> and more", *ids;
+    moe_vocab *vocab = open_limited("qwen2");
+    if (!vocab) return;
+    char *want = strdup(ids_of(vocab, text, 3));
+    allocations_left = 0;
+    for (size_t size = strlen(text); size; size--) { /* no longer ones, whatever is in them */
+        int64_t n = moe_vocab_tokenize(vocab, text, size, 3, NULL, 0);
+        CHECKF(n > 0, "%d bytes: %d", (int)size, (int)n);
+    }
+    CHECK(strcmp(ids_of(vocab, text, 3), want) == 0);
+    /* A longer text fails, and then nothing is kept until there is memory again. */
+    char longer[5000];
+    memset(longer, '<', sizeof longer);
+    CHECK(moe_vocab_tokenize(vocab, longer, 5000, 0, NULL, 0) == -(int64_t)MOE_ERROR_MEMORY);
+    CHECK(vocab->kept == NULL);
+    CHECK(moe_vocab_tokenize(vocab, text, 5, 0, NULL, 0) == -(int64_t)MOE_ERROR_MEMORY);
+    allocations_left = INT32_MAX;
+    ids = ids_of(vocab, text, 3);
+    CHECKF(strcmp(ids, want) == 0, "%s, not %s", ids, want);
+    /* Every n-th allocation fails, while texts grow. */
+    for (int every = 2; every < 6; every++) {
+        int failed = 0;
+        for (size_t size = 100; size < sizeof longer; size += 100) {
+            allocations_left = every - 1;
+            int64_t n = moe_vocab_tokenize(vocab, longer, size, 0, NULL, 0);
+            CHECK(n > 0 || n == -(int64_t)MOE_ERROR_MEMORY);
+            failed += n < 0;
+        }
+        CHECK(failed == 0 || every < 4);
+        allocations_left = INT32_MAX;
+        CHECK(strcmp(ids_of(vocab, text, 3), want) == 0);
+    }
+    free(want);
+    moe_vocab_close(vocab);
+    CHECK(bytes_held == 0);
+}
+
+/* What is kept is bounded, and does not grow from call to call. */
+TEST(memory_that_is_kept_is_bounded) {
+    enum { LARGE = 1 << 20 };
+    char *text = (char *)malloc(LARGE);
+    moe_vocab *vocab = open_limited("gpt-2");
+    int64_t before = bytes_held, most = 0;
+    if (!vocab) return;
+    for (size_t size = 1; size <= LARGE; size += size / 2 + 1) {
+        for (int pieces = 1; pieces >= 0; pieces--) {
+            for (size_t i = 0; i < size; i++) text[i] = pieces && i % 4 == 3 ? '<' : 'a';
+            CHECK(moe_vocab_tokenize(vocab, text, size, 0, NULL, 0) > 0);
+            int64_t kept = bytes_held - before;
+            CHECKF(kept >= 0 && kept <= MOE__TEXT_KEPT + 1024, "%d bytes are kept", (int)kept);
+            if (kept > most) most = kept;
+        }
+    }
+    CHECK(most > MOE__TEXT_KEPT / 4 && bytes_held == before && vocab->kept == NULL);
+    moe_vocab_close(vocab);
+    CHECK(bytes_held == 0);
+    free(text);
+}
+
 typedef struct thread_work {
     const moe_vocab *vocab;
     uint64_t sum;
 } thread_work;
 
+/* Texts of growing size, so that memory is taken, left, and made larger. */
 static void *thread_run(void *argument) {
     thread_work *work = (thread_work *)argument;
+    char text[1600];
+    int32_t ids[1600];
     for (int i = 0; i < 300; i++) {
-        int32_t ids[64];
-        char text[64];
         int size = snprintf(text, sizeof text, "hello world %d <|im_end|> aaaa%d", i, i * i);
-        int64_t n = moe_vocab_tokenize(work->vocab, text, (size_t)size, 3, ids, 64);
+        while (size < 5 * i) text[size] = "hello th1 "[size % 10], size++;
+        int64_t n = moe_vocab_tokenize(work->vocab, text, (size_t)size, i % 4u, ids, 1600);
         for (int64_t k = 0; k < n; k++) work->sum = work->sum * 31 + (uint64_t)ids[k];
     }
     return NULL;
 }
 
+static int64_t shared_bytes; /* atomic */
+static void *shared_alloc(void *user, size_t size) {
+    (void)user;
+    __atomic_fetch_add(&shared_bytes, (int64_t)size, __ATOMIC_RELAXED);
+    return malloc(size);
+}
+static void shared_free(void *user, void *memory, size_t size) {
+    (void)user;
+    __atomic_fetch_sub(&shared_bytes, (int64_t)size, __ATOMIC_RELAXED);
+    free(memory);
+}
+
 TEST(threads) {
-    moe_vocab *vocab = open_small("llama-bpe");
-    thread_work work[4];
-    pthread_t threads[4];
-    for (int i = 0; i < 4; i++) {
-        work[i].vocab = vocab;
-        work[i].sum = 0;
-        CHECK(pthread_create(&threads[i], NULL, thread_run, &work[i]) == 0);
+    enum { N = 4 };
+    spec_small(&shared_spec, "llama-bpe");
+    bytes file = spec_file(&shared_spec);
+    moe_gguf_options options;
+    memset(&options, 0, sizeof options);
+    options.allocator.alloc = shared_alloc;
+    options.allocator.free = shared_free;
+    moe_gguf *gguf = moe_gguf_open_memory(file.p, file.n, &options, NULL);
+    for (int round = 0; round < 5; round++) {
+        moe_vocab *vocab = moe_vocab_open(gguf, NULL);
+        thread_work work[N + 1]; /* the last one's alone, for comparison */
+        pthread_t threads[N];
+        for (int i = 0; i <= N; i++) work[i].vocab = vocab, work[i].sum = 0;
+        for (int i = 0; i < N; i++)
+            CHECK(pthread_create(&threads[i], NULL, thread_run, &work[i]) == 0);
+        for (int i = 0; i < N; i++) pthread_join(threads[i], NULL);
+        thread_run(&work[N]);
+        for (int i = 0; i < N; i++) CHECK(work[i].sum == work[N].sum && work[i].sum);
+        moe_vocab_close(vocab);
     }
-    for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
-    for (int i = 0; i < 4; i++) CHECK(work[i].sum == work[0].sum && work[i].sum);
-    moe_vocab_close(vocab);
+    moe_gguf_close(gguf);
+    CHECK(shared_bytes == 0);
+    free(file.p);
 }
 
 /* ---- reference results ----------------------------------------------------------------------- */
@@ -1710,6 +1847,13 @@ static void check_vocabulary(const char *name) {
     CHECK(!line || *line == 0);
     free(texts);
     free(ids);
+    int lost = 0;
+    for (int32_t id = 0; id < moe_vocab_size(vocab); id++) { /* each is found, or an equal one */
+        moe_string text = moe_vocab_token(vocab, id);
+        moe_string found = moe_vocab_token(vocab, moe_vocab_find(vocab, text.data, text.size));
+        lost += found.size != text.size || memcmp(found.data, text.data, text.size) != 0;
+    }
+    CHECKF(lost == 0, "%d tokens are not found", lost);
     random_state = 5;
     for (int i = 0; i < 2000; i++) {
         char text[600];

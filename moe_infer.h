@@ -24,20 +24,20 @@
 /*   >>manual      53  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     135  every macro you may define */
 /*   >>api        226  types and prototypes with their contracts */
-/*   >>base       726  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine   1000  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1385  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1816  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2548  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3538  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5139  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops       9257  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   9539  router, plan, the expert schedules */
-/*   >>model     9987  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  11080  cache, the forward pass */
-/*   >>text     12398  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   13755  choosing tokens, generating text */
-/*   >>licence  14277  MIT or public domain */
+/*   >>base       727  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine   1001  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1386  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1817  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2549  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3539  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5140  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops       9258  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   9540  router, plan, the expert schedules */
+/*   >>model     9988  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  11081  cache, the forward pass */
+/*   >>text     12399  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   14044  choosing tokens, generating text */
+/*   >>licence  14566  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */

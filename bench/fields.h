@@ -51,6 +51,7 @@ static inline void field_list(const char *key, int digits, const double *x, int 
 /* What every row says about the library, the machine, the model and its pages. */
 static inline void field_model(const model *m) {
     char version[32], when[32] = "", cpu[128], found[PAGE_SENTENCE];
+    const moe_model_memory *memory = moe_model_get_memory(m->handle);
     const time_t now = time(NULL);
     struct tm utc;
     cpu_name(cpu, sizeof cpu);
@@ -65,7 +66,12 @@ static inline void field_model(const model *m) {
     field_text("model_type", m->type);
     field_number("model_size", 0, (double)m->info->n_bytes);
     field_number("model_n_params", 0, (double)m->info->n_params);
-    field_number("use_mmap", 0, set.mmap);
+    field_number("use_mmap", 0, set.mmap && set.pages != MOE_PAGES_COPY);
+    field_text("pages", memory->text);
+    field_number("pages_map_gbps", 4, memory->map_rate > 0 ? memory->map_rate * 1e-9 : NAN);
+    field_number("pages_copy_gbps", 4, memory->copy_rate > 0 ? memory->copy_rate * 1e-9 : NAN);
+    field_number("pages_copied_bytes", 0, (double)memory->n_bytes_copied);
+    field_number("pages_huge_bytes", 0, (double)moe_model_huge_bytes(m->handle));
     field_text("page_state_found", page_state_sentence(&m->pages, found));
     field_number("cached_fraction", 4, page_state_cached(&m->pages));
     field_number("folio_2m_fraction", 4, page_state_folio(&m->pages, FOLIO_2M));

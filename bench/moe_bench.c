@@ -75,8 +75,10 @@ static const tool_option options[] = {
     {"--pin", NULL, TOOL_FLAG, &set.pin, 0, 0, "each thread stays on a core of its own"},
     {"--numa", "off|interleave|owner", TOOL_CHOICE, &set.numa, 0, 0,
      "weights in turn on all memory nodes, or on the node of\nthe (pinned) threads that read them"},
-    {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "read the model into memory"},
-    {"--hugepages", NULL, TOOL_FLAG, &set.hugepages, 0, 0, "ask for huge pages (with --no-mmap)"},
+    {"--pages", "auto|map|copy", TOOL_CHOICE, &set.pages, 0, 0,
+     "map the model, copy it into huge pages, or (default) map\n"
+     "it and copy it only if the mapping is read slowly"},
+    {"--no-mmap", NULL, TOOL_UNFLAG, &set.mmap, 0, 0, "as --pages copy"},
     {"--mlock", NULL, TOOL_FLAG, &set.mlock, 0, 0, "keep the model in memory"},
     {"--page-state", PAGE_STATES, TOOL_CHOICE, &set.page_state, 0, 0,
      "first drop the file from the system's page cache and read\n"
@@ -319,8 +321,7 @@ static int run_file(const char *path) {
     page_state pages;
     moe_model_options o;
     memset(&o, 0, sizeof o);
-    o.mmap = set.mmap ? 0 : MOE_OFF;
-    o.hugepages = set.hugepages ? MOE_ON : 0;
+    o.pages = set.mmap ? (moe_pages)set.pages : MOE_PAGES_COPY;
     o.mlock = set.mlock ? MOE_ON : 0;
     o.numa = (moe_numa)set.numa;
     /* Pages are touched: the first timed run must not wait for the disk. */
@@ -329,7 +330,9 @@ static int run_file(const char *path) {
     if (status == TOOL_OK) status = model_open(&m, program, path, &o);
     if (status != TOOL_OK) return status;
     m.pages = pages;
-    if (set.numa || set.hugepages || set.mlock) tool_memory(program, m.handle);
+    if (set.numa || set.mlock) tool_memory(program, m.handle);
+    if (set.page_state >= 0 || set.detail)
+        fprintf(stderr, "%s: %s\n", program, moe_model_get_memory(m.handle)->text);
     status = set.compare   ? run_comparison(&m)
              : set.crowded ? run_crowded(&m)
              : set.start   ? run_start(&m)
@@ -380,7 +383,6 @@ static const char *contradiction(void) {
     if (set.svg && !set.sweep) return "--svg goes with --sweep";
     if (set.start && (set.n_prompt.n > 1 || !set.n_prompt.item[0]))
         return "--start takes one prompt: -p N, at least 1";
-    if (set.hugepages && set.mmap) return "--hugepages goes with --no-mmap";
     if (!any(&set.n_prompt) && !any(&set.n_gen) && !set.both.n && !set.behind.n && !set.sweep)
         return "nothing to time: -p and -n are both 0";
     return NULL;

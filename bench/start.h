@@ -23,12 +23,6 @@ typedef struct start_run {
     start_memory memory;
 } start_run;
 
-/* What the library says that it did about the model's pages, "" if nothing. */
-static inline const char *start_note(const moe_model *m) {
-    (void)m;
-    return "";
-}
-
 /* The value of "NAME:   123 kB" in a file of /proc/self, in bytes. */
 static inline double process_bytes(const char *path, const char *name) {
     char line[256];
@@ -125,7 +119,7 @@ static inline void start_print(const start_run *run) {
            run->m->type, run->info.n_threads, run->m->open_seconds, run->first_token_seconds,
            run->rate_first, run->rate_next, run->memory.peak / mib, run->memory.anonymous / mib,
            run->memory.file / mib, run->memory.shared_out / mib,
-           page_state_sentence(&run->m->pages, found), start_note(run->m->handle));
+           page_state_sentence(&run->m->pages, found), moe_model_get_memory(run->m->handle)->text);
 }
 
 static inline void start_fields(const void *row) {
@@ -148,7 +142,6 @@ static inline void start_fields(const void *row) {
     field_number("rss_anon_bytes", 0, run->memory.anonymous);
     field_number("rss_file_bytes", 0, run->memory.file);
     field_number("pss_bytes", 0, run->memory.shared_out);
-    field_text("pages", start_note(run->m->handle));
 }
 
 static inline int run_start(const model *m) {

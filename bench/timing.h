@@ -12,8 +12,9 @@ static struct settings {
     tool_list n_prompt, n_gen, both, behind, n_depth, n_threads, n_batch, n_ubatch, isa, schedule;
     int32_t repetitions, k_type, v_type, kv_type, format, n_ctx, numa;
     int32_t page_state; /* < 0: as it is */
+    int32_t pages;      /* moe_pages */
     int warm_up, roofs, detail, check, compare, sweep, crowded, start, plan;
-    int pin, mmap, hugepages, mlock, help, version;
+    int pin, mmap, mlock, help, version;
 } set = {.n_prompt = {1, {512}}, .n_gen = {1, {128}}, .n_depth = {1, {0}}, .n_threads = {1, {-1}},
          .n_batch = {1, {2048}}, .n_ubatch = {1, {512}}, .isa = {1, {0}}, .schedule = {1, {0}},
          .repetitions = 5, .k_type = -1, .v_type = -1, .n_ctx = 8192, .page_state = -1,

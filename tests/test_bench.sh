@@ -108,11 +108,14 @@ run -m "$model" -p 4 -n 2 -r 2 -t 1,2 --schedule sequential,parallel,balanced --
 check "several schedules" rows '| balanced   |' 4
 check "--detail" shows '|   GB/s | barriers | % wait | imbalance |'
 check "one thread does not wait" rows '|    0.0 |     1.000 |' 6
-run -m "$model" -p 4 -n 2 -r 1 --pin --no-mmap --hugepages --mlock --numa interleave
-check "--pin --no-mmap --hugepages --mlock" rows '± 0.00' 2
+run -m "$model" -p 4 -n 2 -r 1 --pin --no-mmap --mlock --numa interleave
+check "--pin --no-mmap --mlock" rows '± 0.00' 2
 check "--numa" grep -q 'memory node.*placement' "$dir/err"
-run -m "$model" --hugepages
-check "--hugepages without --no-mmap" refuses 'goes with --no-mmap'
+run -m "$model" -p 0 -n 2 -r 1 --pages copy --detail
+check "--pages copy" rows '± 0.00' 1
+check "--pages copy says what was done" grep -q 'copied to huge pages' "$dir/err"
+run -m "$model" --pages small
+check "--pages small" refuses "'small' is not one of"
 run -m "$model" --numa everywhere
 check "--numa everywhere" refuses "'everywhere' is not one of"
 run -m "$model" -p 4 -n 0 -r 1 -ctk f32
@@ -158,7 +161,8 @@ check "no gbps of prompts" rows '"gbps": null, ' 1
 for key in model_filename model_type model_size model_n_params isa schedule backends avg_ts \
     stddev_ts avg_ns stddev_ns test_time engine version n_batch n_ubatch type_k type_v n_barriers \
     bytes_token macs_token n_depth cpu_info use_mmap wait_fraction imbalance n_expert_groups \
-    page_state_found cached_fraction folio_2m_fraction; do
+    page_state_found cached_fraction folio_2m_fraction pages pages_map_gbps pages_copy_gbps \
+    pages_copied_bytes pages_huge_bytes; do
     check "$key" rows "\"$key\": [^,}]" 2
 done
 samples=$(sed -n '1s/.*"samples_ts": \[\([^]]*\)\].*/\1/p' "$dir/out")

@@ -31,13 +31,13 @@
 /*   >>gguf      2549  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3539  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5140  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops       9258  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   9540  router, plan, the expert schedules */
-/*   >>model     9988  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  11081  cache, the forward pass */
-/*   >>text     12399  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   14044  choosing tokens, generating text */
-/*   >>licence  14566  MIT or public domain */
+/*   >>ops       9453  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   9735  router, plan, the expert schedules */
+/*   >>model    10183  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  11276  cache, the forward pass */
+/*   >>text     12594  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   14239  choosing tokens, generating text */
+/*   >>licence  15085  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -5148,7 +5148,8 @@ enum {
     MOE__TILE_ROWS = 32,    /* most rows of one call of a tile kernel */
     MOE__PACK_SIZE = 65536, /* bytes of scratch of a tile kernel */
     MOE__ATTEND_KEYS = 512, /* most keys of one call of an attention kernel */
-    MOE__ATTEND_QUERIES = 32 /* most queries of one call of an attention kernel */
+    MOE__ATTEND_QUERIES = 32, /* most queries of one call of an attention kernel */
+    MOE__PEAK = 128         /* logits that one peak stands for */
 };
 
 /* Activations from n floats, n a multiple of 32 (Q32) or 256 (Q256). A NaN or infinity among the */
@@ -5218,6 +5219,13 @@ typedef struct moe__kernels {
     moe__glu_fn *swiglu_oai;
     /* x[i] = exp(x[i] - max(x)) / sum; all -inf or a NaN inside: NaN */
     void (*softmax)(float *x, int64_t n);
+    /* Weights of logits: e[i] = exp((x[i] - max) * scale) for x[i] >= least, 0 for the others, */
+    /* for NaN and below 1e-300. No x[i] is above max, scale > 0. Returns their sum. The same */
+    /* bits from every instruction set. e: n doubles, rounded up to a multiple of 16 (0 behind */
+    /* n), or NULL. */
+    double (*weigh)(const float *x, int64_t n, float least, double max, double scale, double *e);
+    /* out[i]: the largest of x[MOE__PEAK * i ..], NaN does not count; -inf if there is none */
+    void (*peaks)(const float *x, int64_t n, float *out);
     /* y[i] += a * x[i] */
     void (*axpy)(float a, const float *x, int64_t n, float *y);
     void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
@@ -5320,6 +5328,66 @@ MOE__PRIVATE void moe__softmax_scalar(float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] *= inverse;
 }
 
+/* x, rounded before it is used: a product is not fused with what is added to it. */
+MOE__INLINE double moe__weigh_keep(double x) {
+#if defined(__x86_64__)
+    __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#else
+    __asm__("" : "+m"(x));
+#endif
+    return x;
+}
+
+/* 2^t for t > -1000: t = n + r with |r| <= 1/2, and 2^r = 1 + r p(r), a polynomial of degree 8 */
+/* (Remez; relative error 1.1e-12). Adding 1.5 * 2^52 leaves n in the low bits of the mantissa. */
+/* 2^0 is 1. Each operation is rounded by itself and in the order of the vector kernels. */
+MOE__INLINE double moe__weigh_power(double t) {
+    static const double c[8] = {1.3344144332419254e-06, 1.5314206034731837e-05,
+                                0.00015403098456626539, 0.0013333434171244902,
+                                0.0096181295586266428,  0.055504109592126163,
+                                0.24022650694743239,    0.69314718054123725};
+    double shifted = t + 6755399441055744.0, r = t - (shifted - 6755399441055744.0), p = c[0];
+    for (int i = 1; i < 8; i++) p = moe__weigh_keep(p * r) + c[i];
+    p = moe__weigh_keep(p * r) + 1;
+    uint64_t exponent = moe__load_u64(&shifted) << 52, bits = moe__load_u64(&p) + exponent;
+    memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
+/* The end of weigh: sums of every 16th weight, made one in a fixed order. */
+MOE__INLINE double moe__weigh_sum(double *sum) {
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+    return sum[0];
+}
+
+MOE__PRIVATE double moe__weigh_scalar(const float *x, int64_t n, float least, double max,
+                                      double scale, double *e) {
+    double sum[16] = {0};
+    const double factor = scale * 1.4426950408889634; /* 1 / ln 2 */
+    for (int64_t i = 0; i < (n + 15) / 16 * 16; i++) {
+        double weight = 0;
+        if (i < n && x[i] >= least) { /* else and for -inf: t = -inf */
+            double t = moe__weigh_keep((x[i] - max) * factor);
+            weight = t > -1000 ? moe__weigh_power(t) : 0;
+        }
+        sum[i % 16] += weight;
+        if (e) e[i] = weight;
+    }
+    return moe__weigh_sum(sum);
+}
+
+MOE__PRIVATE void moe__peaks_scalar(const float *x, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += MOE__PEAK) {
+        float peak = -INFINITY;
+        for (int64_t j = i; j < moe__min(n, i + MOE__PEAK); j++)
+            if (x[j] > peak) peak = x[j];
+        out[i / MOE__PEAK] = peak;
+    }
+}
+
 MOE__PRIVATE void moe__axpy_scalar(float a, const float *x, int64_t n, float *y) {
     for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
 }
@@ -5418,6 +5486,8 @@ static const moe__kernels moe__kernels_scalar = {
     moe__swiglu_scalar,
     moe__swiglu_oai_scalar,
     moe__softmax_scalar,
+    moe__weigh_scalar,
+    moe__peaks_scalar,
     moe__axpy_scalar,
     moe__f32_to_f16_scalar,
     moe__f32_to_q8_0_scalar,
@@ -8463,6 +8533,19 @@ MOE__V __m256 MOE__(f_scale)(__m256 x, __m256 n) {
 MOE__V __m256d MOE__(f_low)(__m256 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 MOE__V __m256d MOE__(f_high)(__m256 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
 MOE__V float MOE__(f_first)(__m256 x) { return _mm_cvtss_f32(_mm256_castps256_ps128(x)); }
+/* x where it is least or more, -inf elsewhere. */
+MOE__V __m256 MOE__(f_at_least)(__m256 x, __m256 least) {
+    return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, _mm256_cmp_ps(x, least, _CMP_GE_OQ));
+}
+/* y where x is above low, 0 elsewhere. */
+MOE__V __m256d MOE__(d_above)(__m256d x, __m256d low, __m256d y) {
+    return _mm256_and_pd(_mm256_cmp_pd(x, low, _CMP_GT_OQ), y);
+}
+/* y * 2^n, n being the low bits of x's mantissa. */
+MOE__V __m256d MOE__(d_scale)(__m256d y, __m256d x) {
+    const __m256i n = _mm256_slli_epi64(_mm256_castpd_si256(x), 52);
+    return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(y), n));
+}
 MOE__V __m256 MOE__(f_fold)(__m256 x) { return x; }
 MOE__V __m256 MOE__(f_fold_max)(__m256 x) { return x; }
 MOE__V __m256d MOE__(d_fold)(__m256d x) { return x; }
@@ -8514,6 +8597,20 @@ MOE__V __m256 MOE__(f_upper)(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
 MOE__V __m512d MOE__(f_low)(__m512 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 MOE__V __m512d MOE__(f_high)(__m512 x) { return _mm512_cvtps_pd(MOE__(f_upper)(x)); }
 MOE__V float MOE__(f_first)(__m512 x) { return _mm_cvtss_f32(_mm512_castps512_ps128(x)); }
+/* x where it is least or more, -inf elsewhere. */
+MOE__V __m512 MOE__(f_at_least)(__m512 x, __m512 least) {
+    const __mmask16 mask = _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ);
+    return _mm512_mask_blend_ps(mask, _mm512_set1_ps(-INFINITY), x);
+}
+/* y where x is above low, 0 elsewhere. */
+MOE__V __m512d MOE__(d_above)(__m512d x, __m512d low, __m512d y) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, low, _CMP_GT_OQ), y);
+}
+/* y * 2^n, n being the low bits of x's mantissa. */
+MOE__V __m512d MOE__(d_scale)(__m512d y, __m512d x) {
+    const __m512i n = _mm512_slli_epi64(_mm512_castpd_si512(x), 52);
+    return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(y), n));
+}
 /* 512 bits to 256: the first step of a reduction. */
 MOE__V __m256 MOE__(f_fold)(__m512 x) {
     return _mm256_add_ps(_mm512_castps512_ps256(x), MOE__(f_upper)(x));
@@ -8674,6 +8771,102 @@ MOE__K void MOE__(softmax)(float *x, int64_t n) {
     for (int64_t i = 0; i < full; i += MOE__VFLOATS)
         MOE__(f_store)(x + i, MOE__(f_div)(MOE__(f_load)(x + i), sum));
     if (rest) MOE__(f_store_part)(x + full, rest, MOE__(f_div)(end, sum));
+}
+
+/* Weights, as moe__weigh_scalar and moe__weigh_power have them. GCC would fuse products and sums */
+/* of intrinsics, too. */
+typedef struct MOE__(weights) {
+    MOE__VF least;
+    MOE__D max, factor;
+} MOE__(weights);
+
+MOE__V MOE__D MOE__(d_set)(double x) { return MOE__D_OP(set1)(x); }
+MOE__V MOE__D MOE__(d_sub)(MOE__D a, MOE__D b) { return MOE__D_OP(sub)(a, b); }
+MOE__V MOE__D MOE__(d_product)(MOE__D a, MOE__D b) {
+    MOE__D x = MOE__D_OP(mul)(a, b);
+    __asm__("" : "+v"(x));
+    return x;
+}
+/* p * r + c, rounded twice. */
+MOE__V MOE__D MOE__(d_step)(MOE__D p, MOE__D r, double c) {
+    return MOE__(d_add)(MOE__(d_product)(p, r), MOE__(d_set)(c));
+}
+MOE__V MOE__D MOE__(d_weigh)(MOE__D x, const MOE__(weights) *w) {
+    const MOE__D shift = MOE__(d_set)(6755399441055744.0);
+    const MOE__D t = MOE__(d_product)(MOE__(d_sub)(x, w->max), w->factor);
+    const MOE__D shifted = MOE__(d_add)(t, shift);
+    const MOE__D r = MOE__(d_sub)(t, MOE__(d_sub)(shifted, shift));
+    MOE__D p = MOE__(d_step)(MOE__(d_set)(1.3344144332419254e-06), r, 1.5314206034731837e-05);
+    p = MOE__(d_step)(p, r, 0.00015403098456626539);
+    p = MOE__(d_step)(p, r, 0.0013333434171244902);
+    p = MOE__(d_step)(p, r, 0.0096181295586266428);
+    p = MOE__(d_step)(p, r, 0.055504109592126163);
+    p = MOE__(d_step)(p, r, 0.24022650694743239);
+    p = MOE__(d_step)(p, r, 0.69314718054123725);
+    p = MOE__(d_step)(p, r, 1.0);
+    return MOE__(d_above)(t, MOE__(d_set)(-1000.0), MOE__(d_scale)(p, shifted));
+}
+/* One vector of floats: two of weights, added to their sums. */
+MOE__V void MOE__(weigh_step)(MOE__VF x, const MOE__(weights) *w, MOE__D *sum, double *e) {
+    x = MOE__(f_at_least)(x, w->least);
+    const MOE__D low = MOE__(d_weigh)(MOE__(f_low)(x), w);
+    const MOE__D high = MOE__(d_weigh)(MOE__(f_high)(x), w);
+    sum[0] = MOE__(d_add)(sum[0], low);
+    sum[1] = MOE__(d_add)(sum[1], high);
+    if (!e) return;
+    MOE__D_OP(storeu)(e, low);
+    MOE__D_OP(storeu)(e + MOE__VFLOATS / 2, high);
+}
+MOE__K double MOE__(weigh)(const float *x, int64_t n, float least, double max, double scale,
+                           double *e) {
+    enum { SUMS = 32 / MOE__VFLOATS };
+    const MOE__(weights) w = {MOE__(f_set)(least), MOE__(d_set)(max),
+                              MOE__(d_set)(scale * 1.4426950408889634)};
+    MOE__D sum[SUMS];
+    double lanes[16];
+    MOE__UNROLL(4)
+    for (int s = 0; s < SUMS; s++) sum[s] = MOE__(d_zero)();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        MOE__UNROLL(2)
+        for (int s = 0; s < SUMS; s += 2)
+            MOE__(weigh_step)(MOE__(f_load)(x + i + s * (MOE__VFLOATS / 2)), &w, sum + s,
+                              e ? e + i + s * (MOE__VFLOATS / 2) : NULL);
+    }
+    if (i < n) {
+        const MOE__VF nothing = MOE__(f_set)(-INFINITY);
+        MOE__UNROLL(2)
+        for (int s = 0; s < SUMS; s += 2, i += MOE__VFLOATS) {
+            const int64_t rest = moe__max(0, moe__min(n - i, MOE__VFLOATS));
+            MOE__VF end = nothing;
+            if (rest) end = MOE__(f_select_part)(rest, MOE__(f_load_part)(x + i, rest), nothing);
+            MOE__(weigh_step)(end, &w, sum + s, e ? e + i : NULL);
+        }
+    }
+    MOE__UNROLL(4)
+    for (int s = 0; s < SUMS; s++)
+        MOE__D_OP(storeu)(lanes + s * (MOE__VFLOATS / 2), sum[s]);
+    return moe__weigh_sum(lanes);
+}
+
+MOE__K void MOE__(peaks)(const float *x, int64_t n, float *out) {
+    const MOE__VF lowest = MOE__(f_set)(-INFINITY);
+    for (; n >= MOE__PEAK; n -= MOE__PEAK, x += MOE__PEAK) {
+        MOE__VF a = lowest, b = lowest;
+        MOE__UNROLL(8)
+        for (int i = 0; i < MOE__PEAK; i += 2 * MOE__VFLOATS) {
+            a = MOE__(f_max)(MOE__(f_load)(x + i), a);
+            b = MOE__(f_max)(MOE__(f_load)(x + i + MOE__VFLOATS), b);
+        }
+        *out++ = MOE__(f_largest)(MOE__(f_max)(a, b));
+    }
+    if (n == 0) return;
+    MOE__VF a = lowest;
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const int64_t rest = moe__min(n - i, MOE__VFLOATS);
+        a = MOE__(f_max)(MOE__(f_select_part)(rest, MOE__(f_load_part)(x + i, rest), lowest), a);
+    }
+    *out = MOE__(f_largest)(a);
 }
 
 MOE__K void MOE__(axpy)(float a, const float *x, int64_t n, float *y) {
@@ -9158,6 +9351,8 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(swiglu),
     MOE__SHARED(swiglu_oai),
     MOE__SHARED(softmax),
+    MOE__SHARED(weigh),
+    MOE__SHARED(peaks),
     MOE__SHARED(axpy),
     MOE__SHARED(f32_to_f16),
     MOE__SHARED(f32_to_q8_0),
@@ -14047,21 +14242,26 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
 /* */
 /*     logits -> sampler -> token -> bytes -> whole characters -> held back -> on_text */
 /* */
-/* The sampler's filters only need the most likely few of the candidates: these are selected with */
-/* a heap and sorted, and then every filter cuts off the end of that list. The stream keeps a */
-/* character until its last byte is there, and text for as long as it may be the beginning of a */
-/* stop string. Neither allocates anything after it was opened. */
+/* The sampler takes one look at all logits, for the largest of each block of them. Then greedy */
+/* reads one block, top-k the k blocks with the largest of these peaks: none of the k likeliest */
+/* lies elsewhere. They become a list, and the filters cut off its end. Without top-k the filters */
+/* are a limit below which blocks and logits have no weight, and nothing is stored but the sum of */
+/* each block's weights. The stream keeps a character until its last byte is there, and text for */
+/* as long as it may be the beginning of a stop string. Neither allocates anything after it was */
+/* opened. */
 /* ============================================================================================== */
 
 #include <float.h>
 
 enum {
     MOE__MAX_RECENT = 1 << 24, /* tokens that the repetition penalty can look back */
-    MOE__FIRST_SELECTION = 64, /* candidates sorted at first when only top_p is on */
+    MOE__FIRST_SELECTION = 64, /* candidates sorted at first when top_p asks for some of a list */
+    MOE__TOP_P_SLOTS = 4096,   /* of logits, MOE__TOP_P_WIDTH wide, by which it finds its limit */
     MOE__MAX_STOP = 512,       /* bytes of a stop string */
     MOE__STREAM_SIZE = 2048,   /* bytes of text that wait; more than MOE__MAX_STOP */
     MOE__TOKEN_TEXT = 8192     /* bytes of one token's text; what lies behind is left out */
 };
+#define MOE__TOP_P_WIDTH (1.0f / 128)
 
 /* ---- candidates ------------------------------------------------------------------------------ */
 
@@ -14090,9 +14290,23 @@ MOE__PRIVATE void moe__candidates_sift(moe__candidate *heap, int32_t root, int32
     heap[root] = moved;
 }
 
+MOE__PRIVATE void moe__candidates_heap(moe__candidate *c, int32_t n) {
+    for (int32_t i = n / 2; i-- > 0;) moe__candidates_sift(c, i, n);
+}
+
+/* Sorts a heap. */
+MOE__PRIVATE void moe__candidates_sort(moe__candidate *c, int32_t n) {
+    for (int32_t end = n - 1; end > 0; end--) {
+        moe__candidate last = c[0];
+        c[0] = c[end];
+        c[end] = last;
+        moe__candidates_sift(c, 0, end);
+    }
+}
+
 /* Reorders n candidates so that the first k, 1 <= k <= n, are the likeliest, in order. */
 MOE__PRIVATE void moe__candidates_select(moe__candidate *c, int32_t n, int32_t k) {
-    for (int32_t i = k / 2; i-- > 0;) moe__candidates_sift(c, i, k);
+    moe__candidates_heap(c, k);
     for (int32_t i = k; i < n; i++) {
         if (!moe__candidate_before(c[i], c[0])) continue;
         moe__candidate out = c[0];
@@ -14100,12 +14314,26 @@ MOE__PRIVATE void moe__candidates_select(moe__candidate *c, int32_t n, int32_t k
         c[i] = out;
         moe__candidates_sift(c, 0, k);
     }
-    for (int32_t end = k - 1; end > 0; end--) {
-        moe__candidate last = c[0];
-        c[0] = c[end];
-        c[end] = last;
-        moe__candidates_sift(c, 0, end);
+    moe__candidates_sort(c, k);
+}
+
+/* The first k in order of those that were added: as they came until there are more of them, then */
+/* a heap. */
+typedef struct moe__top {
+    moe__candidate *at;
+    int32_t k, n; /* n: how many were added */
+} moe__top;
+
+MOE__INLINE void moe__top_add(moe__top *top, float logit, int32_t id) {
+    const moe__candidate c = {logit, id};
+    if (top->n < top->k) {
+        top->at[top->n++] = c;
+        return;
     }
+    if (top->n++ == top->k) moe__candidates_heap(top->at, top->k);
+    if (!moe__candidate_before(c, top->at[0])) return;
+    top->at[0] = c;
+    moe__candidates_sift(top->at, 0, top->k);
 }
 
 /* Sum of exp(logit - max) over n candidates. */
@@ -14115,18 +14343,14 @@ MOE__PRIVATE double moe__candidates_mass(const moe__candidate *c, int32_t n, dou
     return sum;
 }
 
-/* Top-p: how many of n candidates, sorted up to `sorted`, are needed for their probabilities to */
-/* reach p. Sorts more of them when these do not suffice. */
+/* Top-p: how many of n candidates, sorted up to `sorted`, are needed for the sum of exp(logit - */
+/* max) to be `needed`; sorts more of them when these do not suffice. */
 MOE__PRIVATE int32_t moe__candidates_top_p(moe__candidate *c, int32_t n, int32_t sorted,
-                                           double max, double p) {
-    double needed = p * moe__candidates_mass(c, n, max), sum = 0;
-    if (sorted == 0) {
-        sorted = (int32_t)moe__min(n, MOE__FIRST_SELECTION);
-        moe__candidates_select(c, n, sorted);
-    }
+                                           double max, double needed) {
+    double sum = 0;
     for (int32_t i = 0; i < n; i++) {
         if (i == sorted) { /* the first i stay where they are */
-            sorted = (int32_t)moe__min(n, (int64_t)sorted * 8);
+            sorted = (int32_t)moe__min(n, moe__max(MOE__FIRST_SELECTION, (int64_t)sorted * 8));
             moe__candidates_select(c + i, n - i, sorted - i);
         }
         sum += exp((double)c[i].logit - max);
@@ -14135,14 +14359,114 @@ MOE__PRIVATE int32_t moe__candidates_top_p(moe__candidate *c, int32_t n, int32_t
     return n;
 }
 
-/* Min-p: keeps the candidates that are at least p times as likely as the likeliest, which stays */
-/* itself in any case. */
-MOE__PRIVATE int32_t moe__candidates_min_p(moe__candidate *c, int32_t n, double max, double p) {
-    double limit = p < 1 ? max + log(p) : max;
+/* Min-p: the lowest logit that is at least p times as likely as the largest; if p is 1 or more, */
+/* the largest itself. */
+MOE__PRIVATE float moe__candidates_limit(float max, float p) {
+    if (p >= 1) return max;
+    const double limit = (double)max + log((double)p);
+    const float nearest = (float)limit;
+    return (double)nearest < limit ? nextafterf(nearest, INFINITY) : nearest;
+}
+
+MOE__PRIVATE int32_t moe__candidates_min_p(moe__candidate *c, int32_t n, float limit) {
     int32_t kept = 0;
     for (int32_t i = 0; i < n; i++)
-        if ((double)c[i].logit >= limit) c[kept++] = c[i];
+        if (c[i].logit >= limit) c[kept++] = c[i];
     return kept;
+}
+
+/* ---- logits ---------------------------------------------------------------------------------- */
+
+typedef struct moe__recent {
+    int32_t id, count; /* a token, how many times it is among the recent ones */
+} moe__recent;
+
+/* One row, read in blocks of MOE__PEAK logits. */
+typedef struct moe__logits {
+    const moe__kernels *kernels;
+    const float *row;
+    int32_t n;
+    const moe__recent *recent; /* by id, all below n: tokens to penalize */
+    int32_t n_recent, at;      /* at: where the last block began among them */
+    float penalty;
+} moe__logits;
+
+MOE__INLINE int32_t moe__logits_blocks(int32_t n) {
+    return (int32_t)(((int64_t)n + MOE__PEAK - 1) / MOE__PEAK);
+}
+
+/* Of a token that was there lately; once, however often it was. Finite values stay finite. */
+MOE__PRIVATE float moe__logits_penalize(float logit, float penalty) {
+    float result = logit > 0 ? logit / penalty : logit * penalty;
+    if (result > FLT_MAX) return FLT_MAX;
+    return logit > -INFINITY && result < -FLT_MAX ? -FLT_MAX : result;
+}
+
+/* A block as it counts: with penalties, the largest float for infinity, and -inf behind the end. */
+/* What is NaN or -inf cannot be chosen. peak: of the block, with or without penalties. */
+MOE__PRIVATE void moe__logits_load(moe__logits *l, int32_t block, float peak, float *out) {
+    const int32_t start = block * MOE__PEAK, n = (int32_t)moe__min(l->n - start, MOE__PEAK);
+    memcpy(out, l->row + start, (size_t)n * sizeof *out);
+    for (int32_t i = n; i < MOE__PEAK; i++) out[i] = -INFINITY;
+    for (int32_t i = 0; peak >= FLT_MAX && i < n; i++)
+        if (out[i] > FLT_MAX) out[i] = FLT_MAX;
+    while (l->at > 0 && l->recent[l->at - 1].id >= start) l->at--;
+    while (l->at < l->n_recent && l->recent[l->at].id < start) l->at++;
+    for (int32_t i = l->at; i < l->n_recent && l->recent[i].id - start < n; i++) {
+        const int32_t id = l->recent[i].id;
+        out[id - start] = moe__logits_penalize(l->row[id], l->penalty);
+    }
+}
+
+/* The largest logits of n blocks from `first` on, -inf where there is none; returns the largest */
+/* of these. */
+MOE__PRIVATE float moe__logits_peaks(moe__logits *l, int32_t first, int32_t n, float *peaks) {
+    const int32_t start = first * MOE__PEAK;
+    const int32_t end = (int32_t)moe__min(l->n, start + (int64_t)n * MOE__PEAK);
+    float block[MOE__PEAK], max = -INFINITY;
+    l->kernels->peaks(l->row + start, end - start, peaks);
+    while (l->at > 0 && l->recent[l->at - 1].id >= start) l->at--;
+    for (int32_t i = l->at, last = -1; i < l->n_recent && l->recent[i].id < end; i++) {
+        const int32_t b = l->recent[i].id / MOE__PEAK - first;
+        if (b <= last) continue; /* once per block, and none before the first */
+        moe__logits_load(l, first + b, peaks[b], block);
+        l->kernels->peaks(block, MOE__PEAK, peaks + b);
+        last = b;
+    }
+    for (int32_t b = 0; b < n; b++) {
+        if (peaks[b] > FLT_MAX) peaks[b] = FLT_MAX;
+        if (peaks[b] > max) max = peaks[b];
+    }
+    return max;
+}
+
+/* Whether there is a finite logit; max is the largest one. */
+MOE__PRIVATE int moe__logits_any(const moe__logits *l, float max) {
+    if (max < FLT_MAX) return max > -INFINITY;
+    for (int32_t i = 0; i < l->n; i++)
+        if (l->row[i] > -INFINITY && l->row[i] <= FLT_MAX) return 1;
+    return 0;
+}
+
+/* The token with the largest logit, the first of equals; 0 if no logit is finite. */
+MOE__PRIVATE int32_t moe__logits_greedy(moe__logits *l) {
+    enum { STEP = 64 };
+    const int32_t n_blocks = moe__logits_blocks(l->n);
+    float peaks[STEP], max = -INFINITY, logit[MOE__PEAK];
+    int32_t best = 0, at = 0;
+    for (int32_t first = 0; first < n_blocks; first += STEP) {
+        const int32_t n = (int32_t)moe__min(n_blocks - first, STEP);
+        if (!(moe__logits_peaks(l, first, n, peaks) > max)) continue;
+        for (int32_t b = 0; b < n; b++) {
+            if (!(peaks[b] > max)) continue;
+            max = peaks[b];
+            best = first + b;
+        }
+    }
+    if (!moe__logits_any(l, max)) return 0;
+    moe__logits_load(l, best, max, logit);
+    while (logit[at] != max) at++;
+    return best * MOE__PEAK + at;
 }
 
 /* ---- sampler --------------------------------------------------------------------------------- */
@@ -14152,9 +14476,16 @@ struct moe_sampler {
     moe_allocator allocator;
     int32_t n_vocab, n_valid;
     uint64_t random;
+    const moe__kernels *kernels;
     int32_t *recent; /* ring of the last max_recent tokens, n_recent of them filled */
     int32_t max_recent, n_recent, next_recent;
-    moe__candidate *candidates; /* n_valid */
+    moe__recent *penalized; /* the same by id, those that there are logits of */
+    int32_t n_penalized;
+    float *peaks;               /* per block; not if greedy */
+    moe__candidate *candidates; /* top_k at most; n_valid if top_p stands alone */
+    double *sums, *slots;       /* weights per block, if there is no top_k; top-p's */
+    moe__candidate last;        /* the least likely that the filters keep, of one choice */
+    float above;                /* the float above last.logit */
 };
 
 /* splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators), made a double */
@@ -14186,6 +14517,41 @@ MOE__PRIVATE moe_status moe__sampler_check(const moe_sampler_options *o, int32_t
     return MOE_OK;
 }
 
+MOE__INLINE int moe__sampler_has_top_p(const moe_sampler_options *o) {
+    return o->top_p > 0 && o->top_p < 1;
+}
+
+/* n elements, or NULL; *ok becomes 0 if there is no memory. */
+MOE__PRIVATE void *moe__sampler_array(const moe_sampler *sampler, int64_t n, size_t size, int *ok) {
+    if (n == 0) return NULL;
+    void *memory = moe__alloc(&sampler->allocator, (size_t)n * size);
+    if (!memory) *ok = 0;
+    return memory;
+}
+
+/* What the options need; only top-p without top-k, or a large top-k, takes a list as long as the */
+/* vocabulary. */
+MOE__PRIVATE int moe__sampler_alloc(moe_sampler *sampler) {
+    const moe_sampler_options *o = &sampler->options;
+    const int32_t n = sampler->n_valid;
+    const int draws = o->temperature > 0, list = draws && o->top_k > 0, all = draws && !list;
+    const int64_t n_blocks = moe__logits_blocks(n), top_p = all && moe__sampler_has_top_p(o);
+    int ok = 1;
+    sampler->recent = (int32_t *)moe__sampler_array(sampler, sampler->max_recent,
+                                                    sizeof *sampler->recent, &ok);
+    sampler->penalized = (moe__recent *)moe__sampler_array(
+        sampler, moe__min(n, sampler->max_recent), sizeof *sampler->penalized, &ok);
+    sampler->peaks = (float *)moe__sampler_array(sampler, draws ? n_blocks : 0,
+                                                 sizeof *sampler->peaks, &ok);
+    sampler->candidates = (moe__candidate *)moe__sampler_array(
+        sampler, list ? moe__min(n, o->top_k) : top_p ? n : 0, sizeof *sampler->candidates, &ok);
+    sampler->sums = (double *)moe__sampler_array(sampler, all ? n_blocks : 0,
+                                                 sizeof *sampler->sums, &ok);
+    sampler->slots = (double *)moe__sampler_array(sampler, top_p ? MOE__TOP_P_SLOTS + 1 : 0,
+                                                  sizeof *sampler->slots, &ok);
+    return ok;
+}
+
 MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_t n_vocab,
                                       int32_t n_valid, moe_error *error) {
     moe_sampler_options o;
@@ -14198,17 +14564,15 @@ MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_
     moe_sampler *sampler = (moe_sampler *)moe__alloc(&allocator, sizeof *sampler);
     if (sampler) {
         int penalty = o.repeat_penalty > 0 && o.repeat_penalty != 1 && o.repeat_last_n != MOE_OFF;
+        memset(sampler, 0, sizeof *sampler);
         sampler->options = o;
         sampler->allocator = allocator;
         sampler->n_vocab = n_vocab;
         sampler->n_valid = n_valid;
         sampler->random = o.seed;
+        sampler->kernels = moe__kernels_get(MOE_ISA_BEST);
         sampler->max_recent = !penalty ? 0 : o.repeat_last_n ? o.repeat_last_n : 64;
-        sampler->candidates = (moe__candidate *)moe__alloc(
-            &allocator, (size_t)n_valid * sizeof *sampler->candidates);
-        sampler->recent = (int32_t *)moe__alloc(
-            &allocator, ((size_t)sampler->max_recent + 1) * sizeof *sampler->recent);
-        if (sampler->candidates && sampler->recent) return sampler;
+        if (moe__sampler_alloc(sampler)) return sampler;
         moe_sampler_close(sampler);
     }
     moe__fail(error, MOE_ERROR_MEMORY, "", "out of memory for a sampler");
@@ -14218,46 +14582,75 @@ MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_
 MOE_API void moe_sampler_close(moe_sampler *sampler) {
     if (!sampler) return;
     moe_allocator allocator = sampler->allocator;
-    moe__free(&allocator, sampler->candidates);
     moe__free(&allocator, sampler->recent);
+    moe__free(&allocator, sampler->penalized);
+    moe__free(&allocator, sampler->peaks);
+    moe__free(&allocator, sampler->candidates);
+    moe__free(&allocator, sampler->sums);
+    moe__free(&allocator, sampler->slots);
     moe__free(&allocator, sampler);
+}
+
+/* Counts a token among the penalized ones, or takes it away again. */
+MOE__PRIVATE void moe__sampler_count(moe_sampler *sampler, int32_t id, int32_t change) {
+    moe__recent *p = sampler->penalized;
+    int32_t at = 0, end = sampler->n_penalized;
+    if (id < 0 || id >= sampler->n_valid) return;
+    while (at < end) {
+        int32_t middle = at + (end - at) / 2;
+        if (p[middle].id < id) at = middle + 1;
+        else end = middle;
+    }
+    const size_t behind = (size_t)(sampler->n_penalized - at) * sizeof *p;
+    if (at == sampler->n_penalized || p[at].id != id) {
+        memmove(p + at + 1, p + at, behind);
+        p[at].id = id;
+        p[at].count = 0;
+        sampler->n_penalized++;
+    }
+    p[at].count += change;
+    if (p[at].count > 0) return;
+    sampler->n_penalized--;
+    memmove(p + at, p + at + 1, (size_t)(sampler->n_penalized - at) * sizeof *p);
 }
 
 MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token) {
     if (!sampler || sampler->max_recent == 0) return;
-    sampler->recent[sampler->next_recent] = token;
+    int32_t *place = sampler->recent + sampler->next_recent;
+    if (sampler->n_recent == sampler->max_recent) moe__sampler_count(sampler, *place, -1);
+    else sampler->n_recent++;
+    *place = token;
+    moe__sampler_count(sampler, token, 1);
     sampler->next_recent = (sampler->next_recent + 1) % sampler->max_recent;
-    if (sampler->n_recent < sampler->max_recent) sampler->n_recent++;
 }
 
-/* Of a token that was there lately; once, however often it was. Finite values stay finite. */
-MOE__PRIVATE float moe__sampler_penalize(float logit, float penalty) {
-    float result = logit > 0 ? logit / penalty : logit * penalty;
-    return logit > -INFINITY && result < -FLT_MAX ? -FLT_MAX : result;
-}
+/* ---- choosing from a list */
 
-/* The logits that may be chosen, penalties applied, without those that are NaN or -inf; +inf */
-/* becomes the largest float. Returns how many candidates there are, 0 if no logit is finite. */
-MOE__PRIVATE int32_t moe__sampler_collect(moe_sampler *sampler, const float *logits) {
-    moe__candidate *c = sampler->candidates;
-    int32_t n = 0, n_finite = 0;
-    for (int32_t id = 0; id < sampler->n_valid; id++) {
-        c[id].logit = logits[id];
-        c[id].id = id;
+/* The k likeliest become the list, in order. If there are no more than k, all of them by id, and */
+/* *sorted stays 0. Returns how many there are. A block is left out if k blocks have a likelier */
+/* candidate each. */
+MOE__PRIVATE int32_t moe__sampler_top(moe_sampler *sampler, moe__logits *l, int32_t k,
+                                      int32_t *sorted) {
+    const int32_t n_blocks = moe__logits_blocks(l->n);
+    moe__candidate least = {-FLT_MAX, INT32_MAX};
+    moe__top top = {sampler->candidates, k, 0};
+    float logit[MOE__PEAK];
+    for (int32_t b = 0; n_blocks > k && b < n_blocks; b++)
+        if (sampler->peaks[b] > -INFINITY) moe__top_add(&top, sampler->peaks[b], b);
+    const int left_out = top.n > k;
+    if (left_out) least = top.at[0];
+    top.n = 0;
+    for (int32_t b = 0; b < n_blocks; b++) {
+        const moe__candidate peak = {sampler->peaks[b], b};
+        if (moe__candidate_before(least, peak)) continue;
+        moe__logits_load(l, b, peak.logit, logit);
+        for (int32_t i = 0; i < MOE__PEAK; i++)
+            if (logit[i] >= least.logit) moe__top_add(&top, logit[i], b * MOE__PEAK + i);
     }
-    for (int32_t i = 0; i < sampler->n_recent; i++) {
-        int32_t id = sampler->recent[i];
-        if (id >= 0 && id < sampler->n_valid)
-            c[id].logit = moe__sampler_penalize(logits[id], sampler->options.repeat_penalty);
-    }
-    for (int32_t id = 0; id < sampler->n_valid; id++) {
-        if (!(c[id].logit > -INFINITY)) continue;
-        n_finite += logits[id] <= FLT_MAX;
-        c[n] = c[id];
-        if (c[n].logit > FLT_MAX) c[n].logit = FLT_MAX;
-        n++;
-    }
-    return n_finite ? n : 0;
+    if (top.n <= k && !left_out) return top.n;
+    if (top.n <= k) moe__candidates_heap(top.at, k);
+    moe__candidates_sort(top.at, k);
+    return *sorted = k;
 }
 
 /* Draws one of n candidates by exp(logit / temperature). */
@@ -14276,35 +14669,161 @@ MOE__PRIVATE int32_t moe__sampler_draw(moe_sampler *sampler, int32_t n, double m
     return chosen;
 }
 
+/* What top-p left of the list: min-p and the draw. */
+MOE__PRIVATE int32_t moe__sampler_finish(moe_sampler *sampler, int32_t n, float max) {
+    const float p = sampler->options.min_p;
+    moe__candidate *c = sampler->candidates;
+    if (p > 0) n = moe__candidates_min_p(c, n, moe__candidates_limit(max, p));
+    return moe__sampler_draw(sampler, n, max);
+}
+
+MOE__PRIVATE int32_t moe__sampler_top_k(moe_sampler *sampler, moe__logits *l, float max) {
+    const moe_sampler_options *o = &sampler->options;
+    moe__candidate *c = sampler->candidates;
+    int32_t sorted = 0;
+    int32_t n = moe__sampler_top(sampler, l, (int32_t)moe__min(o->top_k, l->n), &sorted);
+    if (moe__sampler_has_top_p(o)) {
+        const double needed = (double)o->top_p * moe__candidates_mass(c, n, max);
+        n = moe__candidates_top_p(c, n, sorted, max, needed);
+    }
+    return moe__sampler_finish(sampler, n, max);
+}
+
+/* ---- choosing from all */
+
+/* Nothing behind `last` is kept. */
+MOE__PRIVATE void moe__sampler_cut(moe_sampler *sampler, float logit, int32_t id) {
+    sampler->last.logit = logit;
+    sampler->last.id = id;
+    sampler->above = nextafterf(logit, INFINITY);
+}
+
+/* The weights of a block, exp((logit - max) * scale), of those candidates that are kept; returns */
+/* their sum. logit, weight: MOE__PEAK places each; weight may be NULL. */
+MOE__PRIVATE double moe__sampler_weigh(const moe_sampler *sampler, moe__logits *l, int32_t block,
+                                       float max, double scale, float *logit, double *weight) {
+    const moe__candidate last = sampler->last;
+    const int32_t start = block * MOE__PEAK, last_block = last.id / MOE__PEAK;
+    moe__logits_load(l, block, sampler->peaks[block], logit);
+    const float least = block > last_block ? sampler->above : last.logit;
+    if (block == last_block) /* of equals the lower ids stay */
+        for (int32_t i = last.id - start + 1; i < MOE__PEAK; i++)
+            if (logit[i] == last.logit) logit[i] = -INFINITY;
+    return l->kernels->weigh(logit, MOE__PEAK, least, max, scale, weight);
+}
+
+/* Draws by exp(logit / temperature), in the order of the ids: finds the block, then the token. */
+MOE__PRIVATE int32_t moe__sampler_draw_all(moe_sampler *sampler, moe__logits *l, float max) {
+    const double scale = 1 / (double)sampler->options.temperature;
+    const int32_t n_blocks = moe__logits_blocks(l->n);
+    double total = 0, sum = 0, before = 0, weight[MOE__PEAK];
+    float logit[MOE__PEAK];
+    int32_t block = 0, chosen = 0;
+    for (int32_t b = 0; b < n_blocks; b++) {
+        sampler->sums[b] = 0;
+        if (sampler->peaks[b] < sampler->last.logit) continue;
+        sampler->sums[b] = moe__sampler_weigh(sampler, l, b, max, scale, logit, NULL);
+        total += sampler->sums[b];
+    }
+    const double point = moe__sampler_random(sampler) * total;
+    for (int32_t b = 0; b < n_blocks && sum <= point; b++) {
+        if (sampler->sums[b] == 0) continue;
+        block = b; /* the last one, if rounding leaves the sum too small; so below */
+        before = sum;
+        sum += sampler->sums[b];
+    }
+    moe__sampler_weigh(sampler, l, block, max, scale, logit, weight);
+    for (int32_t i = 0; i < MOE__PEAK && before <= point; i++) {
+        if (weight[i] == 0) continue;
+        chosen = block * MOE__PEAK + i;
+        before += weight[i];
+    }
+    return chosen;
+}
+
+/* The slots of n logits: slots of equal width for what lies below the largest one, and one more */
+/* for all the rest. */
+MOE__INLINE void moe__top_p_slots(const float *logit, int32_t n, float max, int32_t *slot) {
+    const float end = (float)MOE__TOP_P_SLOTS;
+    for (int32_t i = 0; i < n; i++) {
+        const float at = (max - logit[i]) * (1 / MOE__TOP_P_WIDTH); /* may be NaN or infinite */
+        slot[i] = (int32_t)(at < end ? at : end);
+    }
+}
+
+/* Adds up the weights of all candidates, and those of each slot. */
+MOE__PRIVATE double moe__sampler_slots(moe_sampler *sampler, moe__logits *l, float max) {
+    const int32_t n_blocks = moe__logits_blocks(l->n);
+    double total = 0, weight[MOE__PEAK];
+    float logit[MOE__PEAK];
+    int32_t slot[MOE__PEAK];
+    memset(sampler->slots, 0, (MOE__TOP_P_SLOTS + 1) * sizeof *sampler->slots);
+    for (int32_t b = 0; b < n_blocks; b++) {
+        total += moe__sampler_weigh(sampler, l, b, max, 1, logit, weight);
+        moe__top_p_slots(logit, MOE__PEAK, max, slot);
+        for (int32_t i = 0; i < MOE__PEAK; i++) sampler->slots[slot[i]] += weight[i];
+    }
+    return total;
+}
+
+/* The candidates of one slot become the list; returns how many there are. */
+MOE__PRIVATE int32_t moe__sampler_slot(moe_sampler *sampler, moe__logits *l, float max,
+                                       int32_t wanted) {
+    const int32_t n_blocks = moe__logits_blocks(l->n);
+    moe__top list = {sampler->candidates, l->n, 0};
+    float logit[MOE__PEAK];
+    int32_t slot[MOE__PEAK];
+    for (int32_t b = 0; b < n_blocks; b++) {
+        moe__top_p_slots(&sampler->peaks[b], 1, max, slot);
+        if (slot[0] > wanted) continue;
+        moe__logits_load(l, b, sampler->peaks[b], logit);
+        moe__top_p_slots(logit, MOE__PEAK, max, slot);
+        for (int32_t i = 0; i < MOE__PEAK; i++)
+            if (slot[i] == wanted && logit[i] > -INFINITY)
+                moe__top_add(&list, logit[i], b * MOE__PEAK + i);
+    }
+    return list.n;
+}
+
+/* Top-p without sorting all: the slots' weights say in which of them the sum is reached, and */
+/* only that one is sorted. */
+MOE__PRIVATE void moe__sampler_top_p(moe_sampler *sampler, moe__logits *l, float max) {
+    double needed = (double)sampler->options.top_p * moe__sampler_slots(sampler, l, max);
+    moe__candidate *c = sampler->candidates;
+    int32_t slot = 0;
+    for (; slot < MOE__TOP_P_SLOTS && sampler->slots[slot] < needed; slot++)
+        needed -= sampler->slots[slot];
+    const int32_t n = moe__sampler_slot(sampler, l, max, slot);
+    if (n == 0) return; /* rounding: all of them are needed */
+    const int32_t kept = moe__candidates_top_p(c, n, 0, max, needed);
+    moe__sampler_cut(sampler, c[kept - 1].logit, c[kept - 1].id);
+}
+
+MOE__PRIVATE int32_t moe__sampler_all(moe_sampler *sampler, moe__logits *l, float max) {
+    const moe_sampler_options *o = &sampler->options;
+    moe__sampler_cut(sampler, -FLT_MAX, INT32_MAX);
+    if (moe__sampler_has_top_p(o)) moe__sampler_top_p(sampler, l, max);
+    const float limit = o->min_p > 0 ? moe__candidates_limit(max, o->min_p) : -FLT_MAX;
+    if (limit > sampler->last.logit) moe__sampler_cut(sampler, limit, INT32_MAX);
+    return moe__sampler_draw_all(sampler, l, max);
+}
+
 MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits) {
     if (!sampler || !logits) return 0;
     const moe_sampler_options *o = &sampler->options;
-    moe__candidate *c = sampler->candidates;
-    int32_t n = moe__sampler_collect(sampler, logits), sorted = 0;
-    if (n == 0) return 0;
-    moe__candidate best = c[0];
-    for (int32_t i = 1; i < n; i++)
-        if (c[i].logit > best.logit) best = c[i];
-    if (o->temperature <= 0) return best.id;
-    if (o->top_k > 0 && o->top_k < n) {
-        moe__candidates_select(c, n, o->top_k);
-        n = sorted = o->top_k;
-    }
-    if (o->top_p > 0 && o->top_p < 1)
-        n = moe__candidates_top_p(c, n, sorted, best.logit, o->top_p);
-    if (o->min_p > 0) n = moe__candidates_min_p(c, n, best.logit, o->min_p);
-    return moe__sampler_draw(sampler, n, best.logit);
+    moe__logits l = {sampler->kernels,     logits, sampler->n_valid,  sampler->penalized,
+                     sampler->n_penalized, 0,      o->repeat_penalty};
+    if (o->temperature <= 0) return moe__logits_greedy(&l);
+    const float max = moe__logits_peaks(&l, 0, moe__logits_blocks(l.n), sampler->peaks);
+    if (!moe__logits_any(&l, max)) return 0;
+    return o->top_k > 0 ? moe__sampler_top_k(sampler, &l, max) : moe__sampler_all(sampler, &l, max);
 }
 
 /* What moe_sampler_sample does with a temperature of 0 and nothing else. */
-MOE__PRIVATE int32_t moe__sample_greedy(const float *logits, int32_t n) {
-    int32_t best = -1, n_finite = 0;
-    for (int32_t i = 0; i < n; i++) {
-        if (!(logits[i] > -INFINITY)) continue;
-        n_finite += logits[i] <= FLT_MAX;
-        if (best < 0 || logits[i] > logits[best]) best = i;
-    }
-    return n_finite ? best : 0;
+MOE__PRIVATE int32_t moe__sample_greedy(const moe__kernels *kernels, const float *logits,
+                                        int32_t n) {
+    moe__logits l = {kernels, logits, n, NULL, 0, 0, 1};
+    return moe__logits_greedy(&l);
 }
 
 /* ---- text stream ----------------------------------------------------------------------------- */
@@ -14505,7 +15024,7 @@ MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
     if (!logits) return 0; /* a callback used the session itself, and that was cancelled */
     int32_t n = (int32_t)moe__min(moe_vocab_size(vocab), moe_model_get_info(model)->n_vocab);
     int32_t token = options->sampler ? moe_sampler_sample(options->sampler, logits)
-                                     : moe__sample_greedy(logits, n);
+                                     : moe__sample_greedy(session->kernels, logits, n);
     result->reason = MOE_STOP_END;
     if (options->ignore_end != MOE_ON && moe_vocab_is_end(vocab, token)) return 0;
     moe_status evaluated = moe_session_eval(session, &token, 1, &why);

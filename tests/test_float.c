@@ -263,6 +263,81 @@ TEST(softmax_special) {
     }
 }
 
+/* ---- weights of logits ----------------------------------------------------------------------- */
+
+static double slow_weight(float x, float least, double max, double scale) {
+    const double t = ((double)x - max) * scale;
+    return x >= least && t > -700 ? exp(t) : 0; /* the last ones are below 1e-300 */
+}
+
+/* n logits with `odd` in some places, against plain C bit for bit, and against exp. */
+static void check_weigh(const moe__kernels *k, int n, float range, float least, double scale,
+                        float odd) {
+    const int room = (n + 15) / 16 * 16;
+    const size_t size = (size_t)room * sizeof(double);
+    float *x = guarded_floats(n), max = -INFINITY;
+    double *e = (double *)guarded(size), *plain = (double *)malloc(size), worst = 0, sum = 0;
+    for (int i = 0; i < n; i++) {
+        x[i] = random_below(6) ? random_float(-range, range) : odd;
+        if (x[i] > max) max = x[i];
+    }
+    if (max == -INFINITY) x[0] = max = 3;
+    const double expected = moe__kernels_scalar.weigh(x, n, least, max, scale, plain);
+    const double got = k->weigh(x, n, least, max, scale, e);
+    const double alone = k->weigh(x, n, least, max, scale, NULL);
+    CHECKF(!memcmp(&got, &expected, sizeof got) && !memcmp(&alone, &expected, sizeof got),
+           "%s n %d: sum %a, plain C has %a", moe_isa_name(k->isa), n, got, expected);
+    CHECKF(!memcmp(e, plain, size), "%s n %d: other weights", moe_isa_name(k->isa), n);
+    for (int i = 0; i < room; i++) {
+        const double y = i < n ? slow_weight(x[i], least, max, scale) : 0;
+        worst = fmax(worst, y < 1e-300 ? (e[i] >= 0 && e[i] < 1e-300 ? 0 : 1) : fabs(e[i] / y - 1));
+        sum += y;
+        if (i < n && x[i] == max && max >= least) CHECK(e[i] == 1);
+    }
+    CHECKF(worst < 2e-12 && fabs(got - sum) <= 2e-12 * sum, "%s n %d: error %g",
+           moe_isa_name(k->isa), n, worst);
+    guarded_floats_free(x, n);
+    guarded_free(e, size);
+    free(plain);
+}
+
+TEST(weigh) {
+    static const float ranges[] = {0, 1, 30, 900, 1e-30f, 1.7e38f};
+    static const double scales[] = {1, 1.25, 1e-30, 1e30, 1 / 1.4e-45, 0.3};
+    EACH_ISA(k)
+    for (int at = 0; at < 300; at++) {
+        const int n = at < 299 ? at + 1 : 151936;
+        const float range = ranges[at % 6], odd = at % 7 < 3 ? NAN : at % 7 < 6 ? -INFINITY : 0;
+        const float least = at % 5 < 3 ? -INFINITY : random_float(-range, range);
+        check_weigh(k, n, range, least, scales[at / 6 % 6], odd);
+        check_weigh(k, n, 1, -3.4028235e38f, 1, odd);
+    }
+}
+
+TEST(peaks) {
+    static const float odd[] = {NAN, INFINITY, -INFINITY, -0.0f, 3e38f, -3e38f};
+    EACH_ISA(k)
+    for (int n = 1; n <= 5 * MOE__PEAK + 3; n++) {
+        const int count = (n + MOE__PEAK - 1) / MOE__PEAK, shape = random_below(4);
+        float *x = guarded_floats(n), *out = guarded_floats(count);
+        float expected[6];
+        for (int i = 0; i < n; i++) {
+            x[i] = random_float(-9, shape == 3 ? -1 : 9);
+            if (shape == 0 || (shape == 1 && random_below(9) == 0)) x[i] = odd[random_below(6)];
+            if (shape == 3 && random_below(200)) x[i] = random_below(2) ? NAN : -INFINITY;
+        }
+        for (int i = 0; i < count; i++) expected[i] = -INFINITY;
+        for (int i = 0; i < n; i++)
+            if (x[i] > expected[i / MOE__PEAK]) expected[i / MOE__PEAK] = x[i];
+        k->peaks(x, n, out);
+        for (int i = 0; i < count; i++)
+            CHECKF(out[i] == expected[i], "%s n %d, %d: %g, expected %g", moe_isa_name(k->isa), n,
+                   i, (double)out[i], (double)expected[i]);
+        guarded_floats_free(x, n);
+        guarded_floats_free(out, count);
+    }
+}
+
 TEST(axpy) {
     EACH_ISA(k)
     for (int at = 0; row_length(at); at++) {

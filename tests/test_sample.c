@@ -31,11 +31,13 @@ static moe_sampler *open_sampler(const moe_sampler_options *options, int n) {
 
 typedef struct counter {
     int n_allocs, fail_at, live;
+    size_t size; /* of all that was asked for */
 } counter;
 static void *counter_alloc(void *user, size_t size) {
     counter *c = (counter *)user;
     if (++c->n_allocs == c->fail_at) return NULL;
     c->live++;
+    c->size += size;
     return malloc(size);
 }
 static void counter_free(void *user, void *memory, size_t size) {
@@ -121,14 +123,43 @@ TEST(sampler_memory) {
     CHECK(!moe_sampler_open(&options, 100, 100, NULL));
 }
 
+/* Whoever needs few candidates takes little memory, whatever the vocabulary. */
+TEST(sampler_memory_sizes) {
+    enum { N = 151936, BLOCKS = (N + MOE__PEAK - 1) / MOE__PEAK };
+    static const struct {
+        float temperature, top_p, min_p, penalty;
+        int top_k;
+        size_t most;
+    } cases[] = {{0, 0.9f, 0.1f, 0, 40, 1000},
+                 {0, 0, 0, 1.1f, 0, 2000},
+                 {1, 0.9f, 0.1f, 1.1f, 40, 2000 + 4 * BLOCKS},
+                 {1, 0, 0, 0, 300, 4000 + 4 * BLOCKS},
+                 {1, 0, 0.1f, 0, 0, 1000 + 12 * BLOCKS},
+                 {1, 0.9f, 0, 0, 0, 8 * N + 40000 + 12 * BLOCKS}};
+    for (int i = 0; i < 6; i++) {
+        moe_sampler_options o = defaults();
+        counter c;
+        memset(&c, 0, sizeof c);
+        o.allocator.alloc = counter_alloc;
+        o.allocator.free = counter_free;
+        o.allocator.user = &c;
+        o.temperature = cases[i].temperature, o.top_p = cases[i].top_p, o.min_p = cases[i].min_p;
+        o.repeat_penalty = cases[i].penalty, o.top_k = cases[i].top_k;
+        moe_sampler *sampler = open_sampler(&o, N);
+        CHECKF(c.size <= cases[i].most, "case %d: %zu bytes", i, c.size);
+        moe_sampler_close(sampler);
+        CHECK(c.live == 0);
+    }
+}
+
 /* ---- sampler: choosing ----------------------------------------------------------------------- */
 
 static int32_t greedy(const float *logits, int n) {
     moe_sampler_options options = defaults();
     moe_sampler *sampler = open_sampler(&options, n);
     int32_t token = moe_sampler_sample(sampler, logits);
+    CHECK(moe__sample_greedy(sampler->kernels, logits, n) == token);
     moe_sampler_close(sampler);
-    CHECK(moe__sample_greedy(logits, n) == token);
     return token;
 }
 
@@ -247,9 +278,17 @@ static void check_filters(const float *logits, int n, const moe_sampler_options 
     if (margin > 1e-9) {
         CHECKF(probability[token] > 0, "n %d k %d p %g min %g: token %d", n, o->top_k,
                (double)o->top_p, (double)o->min_p, token);
-        /* the kept candidates lie at the front of the sampler's list */
+        /* with top-k the kept candidates lie at the front of the sampler's list, else `last` says
+         * which is the last one of them */
         int same = 0;
-        for (int i = 0; i < expected; i++) same += probability[sampler->candidates[i].id] > 0;
+        for (int i = 0; o->top_k > 0 && i < expected; i++)
+            same += probability[sampler->candidates[i].id] > 0;
+        for (int i = 0; o->top_k <= 0 && i < n; i++) {
+            const moe__candidate c = {logits[i], i};
+            const int kept = !moe__candidate_before(sampler->last, c);
+            same += kept && probability[i] > 0;
+            if (kept && probability[i] == 0) same = INT32_MIN;
+        }
         CHECKF(same == expected, "n %d k %d p %g min %g: %d of %d", n, o->top_k,
                (double)o->top_p, (double)o->min_p, same, expected);
     }
@@ -285,6 +324,193 @@ TEST(filters_keep_the_right_candidates) {
     free(logits);
 }
 
+/* Everything by the definitions, one step after the other: penalties, sorting, filters, the draw.
+ * Without top-k the draw goes by id, else in order of the logits if these were sorted. */
+typedef struct slow {
+    const moe_sampler_options *options;
+    int n, n_recent;
+    const int32_t *recent; /* the last of them count */
+    uint64_t random;
+    int close; /* a comparison that rounding may decide otherwise */
+} slow;
+
+static float slow_logit(const slow *s, const float *logits, int id) {
+    const moe_sampler_options *o = s->options;
+    const int window = o->repeat_last_n == MOE_OFF ? 0 : o->repeat_last_n ? o->repeat_last_n : 64;
+    float x = logits[id];
+    int recent = 0;
+    for (int i = s->n_recent - 1; i >= 0 && i >= s->n_recent - window; i--)
+        recent |= s->recent[i] == id;
+    if (recent && o->repeat_penalty > 0)
+        x = x > 0 ? x / o->repeat_penalty : x * o->repeat_penalty;
+    if (x < -3.4028235e38f && logits[id] > -INFINITY) x = -3.4028235e38f;
+    return x > 3.4028235e38f ? 3.4028235e38f : x;
+}
+static int weighted_by_id(const void *a, const void *b) {
+    return ((const weighted *)a)->id - ((const weighted *)b)->id;
+}
+static int32_t slow_draw(slow *s, const weighted *w, int n, double max) {
+    uint64_t z = s->random += 0x9E3779B97F4A7C15u;
+    double total = 0, sum = 0;
+    int i = 0;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    const double unit = (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;
+    const double temperature = (double)s->options->temperature;
+    for (int j = 0; j < n; j++) total += exp((w[j].logit - max) / temperature);
+    for (; i < n; i++) {
+        sum += exp((w[i].logit - max) / temperature);
+        s->close |= fabs(sum - unit * total) < total * 1e-9;
+        if (sum > unit * total) break;
+    }
+    return w[i < n ? i : n - 1].id;
+}
+static int32_t slow_sample(slow *s, const float *logits, weighted *w) {
+    const moe_sampler_options *o = s->options;
+    int n = 0, n_finite = 0, sorted = 0;
+    double total = 0, sum = 0;
+    s->close = 0;
+    for (int i = 0; i < s->n; i++) {
+        n_finite += logits[i] > -INFINITY && logits[i] < INFINITY;
+        w[n].logit = (double)slow_logit(s, logits, i);
+        w[n].id = i;
+        n += logits[i] > -INFINITY;
+    }
+    if (!n_finite) return 0;
+    qsort(w, (size_t)n, sizeof *w, weighted_compare);
+    const double max = w[0].logit;
+    if (o->temperature <= 0) return w[0].id;
+    if (o->top_k > 0 && o->top_k < n) n = o->top_k, sorted = 1;
+    for (int i = 0; i < n; i++) total += exp(w[i].logit - max);
+    if (o->top_p > 0 && o->top_p < 1) {
+        int kept = 0;
+        while (kept < n && (kept == 0 || sum < (double)o->top_p * total)) {
+            sum += exp(w[kept++].logit - max);
+            s->close |= fabs(sum - (double)o->top_p * total) < total * 1e-9;
+        }
+        n = kept, sorted = o->top_k > 0;
+    }
+    if (o->min_p > 0) {
+        const double least = o->min_p < 1 ? max + log((double)o->min_p) : max;
+        while (w[n - 1].logit < least) n--;
+    }
+    if (!sorted) qsort(w, (size_t)n, sizeof *w, weighted_by_id);
+    return slow_draw(s, w, n, max);
+}
+
+static float odd_logit(int shape) {
+    static const float odd[] = {NAN, INFINITY, -INFINITY, -0.0f, 0, 3.4028235e38f, -3.4028235e38f,
+                                1e-45f, -NAN};
+    double x = random_unit() + random_unit() + random_unit() - 1.5;
+    switch (shape) {
+    case 0: return (float)(x * 12);
+    case 1: return (float)x;
+    case 2: return (float)floor(x * 4);                                  /* many ties */
+    case 3: return 1.5f;                                                 /* nothing else */
+    case 4: return random_u32() % 4 ? (float)(x * 9) : odd[random_u32() % 9];
+    case 5: return random_u32() % 50 ? -INFINITY : (float)(x * 3);       /* few candidates */
+    case 6: return odd[random_u32() % 9];
+    default: return random_u32() % 50 ? (float)x : (float)(x * 3e-3) + 9; /* a few far above */
+    }
+}
+
+/* One setting: five choices in a row, each accepted, with tokens that were there before. */
+static void check_against_slow(const moe_sampler_options *o, const float *logits, int n_vocab,
+                               int n_valid, weighted *w) {
+    enum { BEFORE = 200, TURNS = 5 };
+    int32_t recent[BEFORE + TURNS];
+    slow s = {o, n_valid, (int)(random_u32() % BEFORE), recent, o->seed, 0};
+    moe_sampler *sampler = moe_sampler_open(o, n_vocab, n_valid, NULL);
+    const int spread = random_u32() % 2 ? 20 : n_vocab + 10; /* often the same ones, or not */
+    CHECK(sampler != NULL);
+    if (!sampler) return;
+    for (int i = 0; i < s.n_recent; i++) {
+        recent[i] = (int32_t)(random_u32() % (uint32_t)spread) - 5;
+        moe_sampler_accept(sampler, recent[i]);
+    }
+    for (int turn = 0; turn < TURNS; turn++) {
+        const int32_t expected = slow_sample(&s, logits, w);
+        const int32_t token = moe_sampler_sample(sampler, logits);
+        CHECKF(token == expected || s.close, "n %d of %d k %d p %g min %g T %g penalty %g last %d: "
+               "%d, expected %d", n_valid, n_vocab, (int)o->top_k, (double)o->top_p,
+               (double)o->min_p, (double)o->temperature, (double)o->repeat_penalty,
+               (int)o->repeat_last_n, (int)token, (int)expected);
+        moe_sampler_accept(sampler, token);
+        recent[s.n_recent++] = token;
+    }
+    moe_sampler_close(sampler);
+}
+
+TEST(all_settings_against_a_slow_sampler) {
+    enum { MOST = 40000, P = MOE__PEAK };
+    static const int sizes[] = {1, 2, 3, 15, 16, 17, P - 1, P, P + 1, 2 * P, 777, 5 * P + 1, 4000,
+                                64 * P - 1, 64 * P, 64 * P + 1, MOST};
+    static const int ks[] = {0, 0, 0, 1, 2, 3, 5, 6, 7, 31, 40, 63, 64, 65, 300, 1000, 1 << 30};
+    static const float ps[] = {0, 0, 0.1f, 0.5f, 0.9f, 0.95f, 0.9999f, 1};
+    static const float mins[] = {0, 0, 0.05f, 0.9f, 1e-30f, 1};
+    static const float temperatures[] = {0, 0.8f, 1, 0.01f, 30};
+    static const float penalties[] = {0, 1, 1.1f, 0.8f, 5, 0.01f, 1e-38f, 3e38f};
+    static const int lasts[] = {0, MOE_OFF, 1, 7, 100, 1000};
+    float *logits = (float *)malloc(MOST * sizeof *logits);
+    weighted *w = (weighted *)malloc((MOST + 1) * sizeof *w);
+    for (int round = 0; round < 6000; round++) {
+        const int large = round % 40 == 0;
+        const int n = sizes[large ? 12 + random_u32() % 5 : random_u32() % 12];
+        const int shape = (int)(random_u32() % 8);
+        const int n_valid = random_u32() % 4 ? n : 1 + (int)(random_u32() % (uint32_t)n);
+        moe_sampler_options o = defaults();
+        for (int i = 0; i < n; i++) logits[i] = odd_logit(shape);
+        o.temperature = temperatures[random_u32() % 5], o.top_k = ks[random_u32() % 17];
+        o.top_p = ps[random_u32() % 8], o.min_p = mins[random_u32() % 6], o.seed = random_u32();
+        o.repeat_penalty = penalties[random_u32() % 8];
+        o.repeat_last_n = lasts[random_u32() % 6];
+        check_against_slow(&o, logits, n, n_valid, w);
+    }
+    free(w);
+    free(logits);
+}
+
+/* Tokens do not depend on the instruction set: the sums have the same bits. */
+TEST(instruction_sets_choose_alike) {
+    enum { N = 5000 + 77 };
+    float *logits = (float *)malloc(N * sizeof *logits);
+    for (int setting = 0; setting < 16; setting++) {
+        moe_sampler_options o = defaults();
+        o.temperature = setting & 1 ? 0.7f : 1.3f, o.top_p = setting & 2 ? 0.9f : 0;
+        o.min_p = setting & 4 ? 0.01f : 0, o.top_k = setting & 8 ? 50 : 0;
+        moe_sampler *best = open_sampler(&o, N);
+        for (int isa = MOE_ISA_SCALAR; isa <= MOE_ISA_AVX_VNNI; isa++) {
+            moe_sampler *other = open_sampler(&o, N);
+            other->kernels = moe__kernels_get((moe_isa)isa);
+            best->random = o.seed;
+            for (int turn = 0; turn < 20; turn++) {
+                for (int i = 0; i < N; i++) logits[i] = odd_logit(setting & 1);
+                int32_t token = moe_sampler_sample(best, logits);
+                CHECK(moe_sampler_sample(other, logits) == token);
+                if (o.top_k) continue;
+                CHECK(!memcmp(best->sums, other->sums, moe__logits_blocks(N) * sizeof(double)));
+                CHECK(best->last.logit == other->last.logit && best->last.id == other->last.id);
+            }
+            moe_sampler_close(other);
+        }
+        moe_sampler_close(best);
+    }
+    free(logits);
+}
+
+/* The limit of min-p is a float: the lowest one that is likely enough. */
+TEST(min_p_limit) {
+    for (int i = 0; i < 20000; i++) {
+        const float max = (float)((random_unit() - 0.5) * (i % 3 ? 50 : 1e-3));
+        const float p = (float)pow(random_unit(), i % 7 + 1), limit = moe__candidates_limit(max, p);
+        if (p <= 0) continue;
+        CHECK((double)limit >= (double)max + log((double)p));
+        CHECK((double)nextafterf(limit, -INFINITY) < (double)max + log((double)p));
+    }
+    CHECK(moe__candidates_limit(5, 1) == 5 && moe__candidates_limit(-5, 7) == -5);
+    CHECK(moe__candidates_limit(-3.4028235e38f, 1e-45f) == -3.4028235e38f);
+}
+
 /* Probabilities that reach p exactly; of equals the lower ids stay. */
 TEST(top_p_of_equals) {
     const float logits[] = {0, 0, 0, 0};
@@ -295,6 +521,27 @@ TEST(top_p_of_equals) {
         moe_sampler *sampler = open_sampler(&o, 4);
         for (int i = 0; i < 200; i++) seen |= 1 << moe_sampler_sample(sampler, logits);
         CHECK(seen == (1 << k) - 1);
+        moe_sampler_close(sampler);
+    }
+}
+
+/* The same where many are equal, some slots wide apart, over several blocks: the set that stays is
+ * exactly the one that was asked for. */
+TEST(top_p_of_many_equals) {
+    enum { N = 1000 };
+    float logits[N];
+    for (int i = 0; i < N; i++) logits[i] = i % 10 ? 0 : -200; /* 900 equal ones */
+    for (int kept = 1; kept <= 900; kept += kept < 4 ? 1 : 37) {
+        moe_sampler_options o = defaults();
+        int largest = 0;
+        o.temperature = 1, o.top_p = ((float)kept - 0.5f) / 900;
+        moe_sampler *sampler = open_sampler(&o, N);
+        for (int i = 0; i < 300; i++)
+            largest = (int)moe__max(largest, moe_sampler_sample(sampler, logits));
+        const int last = (kept - 1) / 9 * 10 + (kept - 1) % 9 + 1; /* the kept-th equal one */
+        CHECKF(sampler->last.id == last && sampler->last.logit == 0, "%d: %d, expected %d", kept,
+               (int)sampler->last.id, last);
+        CHECK(largest <= last);
         moe_sampler_close(sampler);
     }
 }

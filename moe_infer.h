@@ -13076,7 +13076,8 @@ enum {
     MOE__KEY_BLOCK = 1, /* four for the words of a block */
     MOE__KEY_FRONT = 5, /* what lies in front of the last block */
     MOE__KEY_PAIR = 6,  /* two for pairs of numbers */
-    MOE__KEYS = 8
+    MOE__KEY_SPREAD = 8,
+    MOE__KEYS = 9
 };
 
 MOE__INLINE uint64_t moe__text_mod(uint64_t x) { /* up to 2^31 + 1 for x < 2^63 */
@@ -13115,17 +13116,22 @@ MOE__INLINE moe__text_block moe__text_load(const char *text, size_t size, const 
 }
 
 /* A sum of key * word. Where two blocks differ in a word, by d = 2^t * odd, t < 32, the products */
-/* of d with the 2^63 odd keys are 2^(63 - t) numbers that lie 2^(t + 1) apart, each as often. The */
-/* sums have the same upper b <= 32 bits only if the product is one of fewer than 2^(65 - b) in a */
-/* row, which at most 2^(64 - b - t) are: two blocks agree so far for one key in 2^(b - 1). */
+/* of d with the 2^63 odd keys are 2^(63 - t) numbers that lie 2^(t + 1) apart, each as often. So */
+/* the sums are equal for one key in 2^32, and their upper 31 bits for one in 2^30. */
 MOE__INLINE uint64_t moe__text_block_hash(const uint64_t *keys, moe__text_block block) {
     const uint64_t *key = keys + MOE__KEY_BLOCK;
     return key[0] * (uint32_t)block.low + key[1] * (block.low >> 32) +
            key[2] * (uint32_t)block.high + key[3] * (block.high >> 32);
 }
 
-/* Blocks of 16 bytes as coefficients of a polynomial modulo 2^31 - 1 behind the size of the text, */
-/* `size` bytes in front of its last 1 to 16. */
+/* The hash of a sum. The same upper b bits of two that differ: for one key in 2^(b - 1). Sums of */
+/* texts that are alike lie in rows, which would make clusters in a table: folded they do not. */
+MOE__INLINE uint32_t moe__text_spread(const uint64_t *keys, uint64_t sum) {
+    return (uint32_t)((sum ^ sum >> 32) * keys[MOE__KEY_SPREAD] >> 32);
+}
+
+/* Blocks of 16 bytes as coefficients of a polynomial modulo 2^31 - 1 behind the size of the */
+/* text, `size` bytes in front of its last 1 to 16. */
 MOE__PRIVATE uint64_t moe__text_front(const uint64_t *keys, const char *text, size_t size,
                                       size_t front) {
     const uint64_t point = keys[MOE__KEY_POINT] & 0x7FFFFFFF;
@@ -13144,9 +13150,9 @@ typedef struct moe__text_key {
     uint32_t hash;
 } moe__text_key;
 
-/* What is in front of the last block, or the size alone, is one more word of that. So two texts */
-/* have the same upper b bits for one key in 2^(b - 1), and for size / 16 + 4 in 2^31 more if they */
-/* are longer than a block. Bytes in front of `limit` may be read. */
+/* What is in front of the last block, or the size alone, is one more word of that. The sums of */
+/* two texts are equal for one key in 2^32, or size / 16 + 4 in 2^31 if they are longer than a */
+/* block. Bytes in front of `limit` may be read. */
 MOE__INLINE void moe__text_set_key(moe__text_key *key, const uint64_t *keys, const char *text,
                                    size_t size, const char *limit) {
     uint64_t front = size;
@@ -13158,13 +13164,13 @@ MOE__INLINE void moe__text_set_key(moe__text_key *key, const uint64_t *keys, con
         size = (size - 1) % 16 + 1;
     }
     key->last = moe__text_load(text, size, limit);
-    key->hash = (uint32_t)((moe__text_block_hash(keys, key->last) +
-                            keys[MOE__KEY_FRONT] * front) >> 32);
+    key->hash = moe__text_spread(keys, moe__text_block_hash(keys, key->last) +
+                                           keys[MOE__KEY_FRONT] * front);
 }
 
 /* As good as that of a block. */
 MOE__INLINE uint32_t moe__text_pair_hash(const uint64_t *keys, uint32_t a, uint32_t b) {
-    return (uint32_t)((keys[MOE__KEY_PAIR] * a + keys[MOE__KEY_PAIR + 1] * b) >> 32);
+    return moe__text_spread(keys, keys[MOE__KEY_PAIR] * a + keys[MOE__KEY_PAIR + 1] * b);
 }
 
 /* Memory for count elements, not cleared; NULL also if that does not fit a size_t. */
@@ -13174,8 +13180,8 @@ MOE__PRIVATE void *moe__text_alloc(const moe_allocator *allocator, uint64_t coun
 
 /* A hash table of numbers from 1; what they stand for is looked up elsewhere. There are 2^bits */
 /* slots, 0 = free. The upper bits of a hash say where the search for it begins, from where it */
-/* goes up. A used slot has the other bits of its hash above the number, so that few searches look */
-/* at what another number stands for. */
+/* goes up. A used slot has the other bits of its hash above the number, so that few searches */
+/* look at what another number stands for. */
 typedef struct moe__text_table {
     uint32_t *slots;
     uint32_t mask; /* 2^bits - 1 */
@@ -13576,8 +13582,8 @@ MOE__PRIVATE moe_status moe__text_join(moe_vocab *vocab, moe__text_parts *parts)
     return MOE_OK;
 }
 
-/* The symbol of both parts. Tokens are numbered as they were made by merges, so mostly it is that */
-/* of the merge before (`guess`) or the next, which spares a search. */
+/* The symbol of both parts. Tokens are numbered as they were made by merges, so mostly it is */
+/* that of the merge before (`guess`) or the next, which spares a search. */
 MOE__PRIVATE moe_status moe__text_intern_both(moe_vocab *vocab, moe__text_parts *parts,
                                               uint32_t guess, uint32_t *out) {
     const moe__text_map *map = &vocab->symbols;
@@ -13964,7 +13970,8 @@ MOE__PRIVATE void moe__text_space_leave(const moe_vocab *vocab, moe__text_space 
     moe__text_space_free(&vocab->allocator, space);
 }
 
-/* `count` elements in *memory, which has room for *max. A quarter more for the next text. */
+/* Memory for `count` elements and one more, which is `memory` if that has room for them (*max). */
+/* A quarter more, for the next text. What was in it is lost. NULL: there is none, *max is 0. */
 MOE__PRIVATE void *moe__text_grow(const moe_vocab *vocab, void *memory, size_t *max, size_t count,
                                   size_t each) {
     if (count <= *max) return memory;

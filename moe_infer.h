@@ -36,8 +36,8 @@
 /*   >>model    10183  hyper-parameters, the table of families, binding of tensors */
 /*   >>session  11276  cache, the forward pass */
 /*   >>text     12594  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   14239  choosing tokens, generating text */
-/*   >>licence  15085  MIT or public domain */
+/*   >>sample   14246  choosing tokens, generating text */
+/*   >>licence  15092  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */

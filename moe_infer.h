@@ -28,16 +28,16 @@
 /*   >>machine   1001  processors, cores, quotas, free memory, memory nodes; binding to them */
 /*   >>pool      1386  the team of threads: wake, barrier, shares of work */
 /*   >>pages     1817  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2549  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3539  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5140  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops       9453  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   9735  router, plan, the expert schedules */
-/*   >>model    10183  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  11276  cache, the forward pass */
-/*   >>text     12594  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   14246  choosing tokens, generating text */
-/*   >>licence  15092  MIT or public domain */
+/*   >>gguf      2553  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3543  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5144  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops       9457  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   9739  router, plan, the expert schedules */
+/*   >>model    10187  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  11280  cache, the forward pass */
+/*   >>text     12598  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   14250  choosing tokens, generating text */
+/*   >>licence  15096  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -2175,7 +2175,6 @@ typedef struct moe__probe {
 /* What one found: bytes per second. */
 typedef struct moe__rates {
     double map, copy, fill;
-    double ratio; /* map / copy, measured in turns; 0: not measured */
 } moe__rates;
 
 MOE__PRIVATE uint64_t moe__probe_sum(const uint8_t *p, size_t size) {
@@ -2222,14 +2221,11 @@ MOE__PRIVATE void moe__probe_job(void *context, int thread, int n_threads) {
     __atomic_fetch_add(&probe->sum, sum, __ATOMIC_RELAXED);
 }
 
-MOE__PRIVATE double moe__probe_median(const double *x) {
-    double sorted[MOE__PROBE_ROUNDS];
-    for (int i = 0; i < MOE__PROBE_ROUNDS; i++) {
-        int k = i;
-        for (; k && sorted[k - 1] > x[i]; k--) sorted[k] = sorted[k - 1];
-        sorted[k] = x[i];
-    }
-    return sorted[MOE__PROBE_ROUNDS / 2];
+/* The best of the rounds: what else the machine does meanwhile only makes them slower. */
+MOE__PRIVATE double moe__probe_least(const double *x) {
+    double least = x[0];
+    for (int i = 1; i < MOE__PROBE_ROUNDS; i++) least = x[i] < least ? x[i] : least;
+    return least;
 }
 
 /* Evenly spread windows of n files; of those only what is in memory: the disk is not measured. */
@@ -2259,7 +2255,6 @@ MOE__PRIVATE void moe__probe_windows(moe__probe *probe, const moe__pages *files,
 MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, int in_use, moe_pool *pool,
                                 moe__rates *rates) {
     moe__probe probe;
-    double ratio[MOE__PROBE_ROUNDS];
     memset(rates, 0, sizeof *rates);
     memset(&probe, 0, sizeof probe);
     probe.pool = pool;
@@ -2273,12 +2268,9 @@ MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, int in_use, 
     moe__pool_run(pool, (int)moe__min(pool->n_threads, MOE__PAGES_TEAM), moe__probe_job, &probe,
                   NULL);
     munmap(probe.copy, size);
-    for (int i = 0; i < MOE__PROBE_ROUNDS; i++)
-        ratio[i] = probe.seconds[1][i] / probe.seconds[0][i];
-    rates->map = (double)size / moe__probe_median(probe.seconds[0]);
-    rates->copy = (double)size / moe__probe_median(probe.seconds[1]);
+    rates->map = (double)size / moe__probe_least(probe.seconds[0]);
+    rates->copy = (double)size / moe__probe_least(probe.seconds[1]);
     rates->fill = (double)size / probe.fill_seconds;
-    rates->ratio = moe__probe_median(ratio);
     return 1;
 }
 
@@ -2331,6 +2323,20 @@ typedef struct moe__paging {
     uint64_t next, before; /* before: bytes of the files worked off */
     double begin;     /* seconds */
 } moe__paging;
+
+/* How fast is the mapping? Returns whether it could be measured. What looks slow is measured */
+/* twice: a copy is not made for a moment's sake. */
+MOE__PRIVATE int moe__paging_measure(moe__paging *g, int in_use, moe_pool *pool, int *slow) {
+    moe__rates rates;
+    *slow = 0;
+    for (int i = 0; i < 2; i++) {
+        if (!moe__probe_run(g->files, g->n_files, in_use, pool, &rates)) return 0;
+        *slow = rates.map < MOE__PAGING_SLOW * rates.copy;
+        if (!*slow) break;
+    }
+    g->rates = rates;
+    return 1;
+}
 
 MOE__PRIVATE uint64_t moe__paging_copied(const moe__paging *g) {
     uint64_t sum = 0;
@@ -2428,7 +2434,7 @@ MOE__PRIVATE int moe__paging_mend(moe__paging *g, moe_pool *pool) {
 /* Looks at the mapping when a model is opened. Returns 0, or ECANCELED. */
 MOE__PRIVATE int moe__paging_open(moe__paging *g) {
     moe_pool_options options;
-    int code = 0;
+    int code = 0, slow;
     memset(&options, 0, sizeof options);
     options.allocator = g->allocator;
     g->outcome = MOE__PAGED_SMALL;
@@ -2438,9 +2444,9 @@ MOE__PRIVATE int moe__paging_open(moe__paging *g) {
     g->outcome = MOE__PAGED_COLD;
     g->interval = g->left = (int64_t)(1e9 * MOE__PAGING_SECONDS);
     g->state = MOE__PAGING_WATCH;
-    if (moe__probe_run(g->files, g->n_files, 0, pool, &g->rates)) {
+    if (moe__paging_measure(g, 0, pool, &slow)) {
         g->outcome = MOE__PAGED_FAST;
-        if (g->rates.ratio < MOE__PAGING_SLOW) {
+        if (slow) {
             code = moe__paging_mend(g, pool);
             g->state = MOE__PAGING_DONE;
         } else if ((double)g->size < MOE__PAGING_FILL * g->rates.fill) {
@@ -2472,12 +2478,10 @@ MOE__PRIVATE int moe__paging_step(moe__paging *g, moe_pool *pool, int n) {
 
 /* A look some time later. Returns 1 when it is the last. */
 MOE__PRIVATE int moe__paging_look(moe__paging *g, moe_pool *pool) {
-    int next = MOE__PAGING_WATCH;
-    moe__rates rates;
-    if (moe__probe_run(g->files, g->n_files, 1, pool, &rates) && rates.ratio < MOE__PAGING_SLOW) {
+    int next = MOE__PAGING_WATCH, slow;
+    if (moe__paging_measure(g, 1, pool, &slow) && slow) {
         next = moe__paging_fits(g) ? MOE__PAGING_COPY : MOE__PAGING_DONE;
         g->outcome = MOE__PAGED_NO_ROOM;
-        g->rates = rates;
         g->file = 0;
     }
     if (g->interval < (int64_t)(1e9 * MOE__PAGING_SECONDS * MOE__PAGING_LATEST))

@@ -75,7 +75,7 @@
 /* system happens to cache the file, by up to ten times. With moe_model_options.pages = AUTO, */
 /* opening a model measures a sample for some milliseconds and, only if the mapping is slow and */
 /* at least twice as much memory is free, makes a private copy of it in huge pages. The mapping */
-/* is looked at again after a second of generating, then more and more seldom; if it has become */
+/* is looked at again after two seconds of generating, then less and less often; if it has become */
 /* slow, pieces are copied between tokens. moe_model_get_memory says in words what was done. MAP */
 /* never copies, COPY always. */
 /* */
@@ -1845,7 +1845,7 @@ MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes
 #define MOE__PROBE_WINDOW (1 << 19) /* bytes of a sample: as much as threads read at once from */
 #endif                              /* an expert's matrix */
 #ifndef MOE__PAGING_SECONDS
-#define MOE__PAGING_SECONDS 1.0 /* of generating until a mapping is looked at once more */
+#define MOE__PAGING_SECONDS 2.0 /* of generating until a mapping is looked at once more */
 #endif
 #ifndef MOE__PAGING_SLOW
 #define MOE__PAGING_SLOW 0.7 /* of the speed of huge pages: below it a mapping counts as slow */
@@ -2159,7 +2159,7 @@ MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 /* have been in use for some time, each round reads other windows, once: systems that look which */
 /* pages are used undo the hypervisor's page tables with each look, and only the first read meets */
 /* that. */
-enum { MOE__PROBE_WINDOWS = 128, MOE__PROBE_ROUNDS = 5 };
+enum { MOE__PROBE_WINDOWS = 64, MOE__PROBE_ROUNDS = 5 };
 
 typedef struct moe__probe {
     moe_pool *pool;

@@ -6,7 +6,7 @@ static double slow_limit;           /* 0: nothing is slow; 1e9: everything is */
 static double look_again = 1;       /* after so many seconds */
 #define MOE__PAGING_SLOW slow_limit
 #define MOE__PAGING_SECONDS look_again
-#define MOE__PROBE_WINDOW (1 << 12) /* samples of 0.5 MiB */
+#define MOE__PROBE_WINDOW (1 << 13) /* samples of 0.5 MiB */
 #define MOE__PAGES_PIECE (1 << 21)
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"

@@ -346,8 +346,9 @@ MOE_API const char *moe_isa_name(moe_isa isa);
 /* file, on some virtual machines by a multiple. A copy is private, in huge pages (2 MiB) if the */
 /* system has them, and the cache behind it is dropped, so that memory is needed once. */
 typedef enum moe_pages {
-    MOE_PAGES_AUTO = 0, /* mapped; a model measures a sample of what is cached and, only if that */
-                        /* is read much slower than huge pages are, makes huge pages of it */
+    MOE_PAGES_AUTO = 0, /* mapped, and the file stays open; a model measures a sample of what is */
+                        /* cached and, only if that is read much slower than huge pages are, */
+                        /* makes huge pages of it */
     MOE_PAGES_MAP = 1,  /* mapped, never copied */
     MOE_PAGES_COPY = 2  /* copied: a file that is cut short later cannot hurt any more */
 } moe_pages;
@@ -1826,7 +1827,7 @@ MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes
 /* */
 /* Whoever read a file first decided in which folios it is cached, so that the speed of a mapping */
 /* cannot be known: it is measured, against anonymous memory, on a sample of what is cached */
-/* (moe__paging_probe). Where it is much slower, pages are made anew, the cheapest way first: */
+/* (moe__probe_run). Where it is much slower, pages are made anew, the cheapest way first: */
 /* */
 /*   collapse   the system makes 2 MiB folios of what it has cached (few kernels can, for files) */
 /*   copy       pieces are copied to anonymous huge pages and put in the place of the mapping; */
@@ -2159,7 +2160,7 @@ MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 /* have been in use for some time, each round reads other windows, once: systems that look which */
 /* pages are used undo the hypervisor's page tables with each look, and only the first read meets */
 /* that. */
-enum { MOE__PROBE_WINDOWS = 64, MOE__PROBE_ROUNDS = 5 };
+enum { MOE__PROBE_WINDOWS = 64, MOE__PROBE_ROUNDS = 3 };
 
 typedef struct moe__probe {
     moe_pool *pool;
@@ -2200,7 +2201,8 @@ MOE__PRIVATE void moe__probe_job(void *context, int thread, int n_threads) {
     uint64_t sum = 0;
     double begin;
     for (int32_t i = thread; i < probe->n_windows; i += n_threads)
-        memset(probe->copy + (size_t)i * MOE__PROBE_WINDOW, thread + 1, MOE__PROBE_WINDOW);
+        for (size_t k = 0; k < MOE__PROBE_WINDOW; k += 4096) /* pages appear when written to */
+            probe->copy[(size_t)i * MOE__PROBE_WINDOW + k] = 1;
     for (int round = 0; round < MOE__PROBE_ROUNDS; round++) {
         const uint8_t *const *windows = probe->window[probe->in_use ? round : 0];
         moe__pool_barrier(probe->pool, thread);

@@ -24,20 +24,20 @@
 /*   >>manual      53  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     135  every macro you may define */
 /*   >>api        226  types and prototypes with their contracts */
-/*   >>base       727  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine   1001  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1386  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1817  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2553  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3543  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5144  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops       9457  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   9739  router, plan, the expert schedules */
-/*   >>model    10187  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  11280  cache, the forward pass */
-/*   >>text     12598  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   14250  choosing tokens, generating text */
-/*   >>licence  15096  MIT or public domain */
+/*   >>base       728  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine   1002  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1387  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1818  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2558  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3548  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5149  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops       9462  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts   9744  router, plan, the expert schedules */
+/*   >>model    10192  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  11285  cache, the forward pass */
+/*   >>text     12603  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   14255  choosing tokens, generating text */
+/*   >>licence  15101  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -2054,14 +2054,20 @@ MOE__PRIVATE void moe__pieces_job(void *context, int thread, int n_threads) {
     }
 }
 
+/* A team for work on pages; NULL if there is no memory or no thread for it. */
+MOE__PRIVATE moe_pool *moe__pages_team(const moe_allocator *allocator) {
+    moe_pool_options options;
+    memset(&options, 0, sizeof options);
+    options.allocator = *allocator;
+    options.n_threads = (int32_t)moe__min(moe__pool_default_threads(), MOE__PAGES_TEAM);
+    return moe_pool_open(&options, NULL);
+}
+
 /* Works off all pieces, with the pool's threads or (NULL) some of its own. Returns the code. */
 MOE__PRIVATE int moe__pieces_run(moe__pieces *p, moe_pool *pool, const moe_allocator *allocator) {
     const uint64_t n_pieces = (p->size - p->next + MOE__PAGES_PIECE - 1) / MOE__PAGES_PIECE;
-    moe_pool_options options;
     moe_pool *own = NULL;
-    memset(&options, 0, sizeof options);
-    options.allocator = *allocator;
-    if (!pool && n_pieces > 1) pool = own = moe_pool_open(&options, NULL);
+    if (!pool && n_pieces > 1) pool = own = moe__pages_team(allocator);
     int64_t n = pool ? moe__min(pool->n_threads, MOE__PAGES_TEAM) : 1;
     if ((uint64_t)n > n_pieces) n = (int64_t)n_pieces;
     if (n > 1) moe__pool_run(pool, (int)n, moe__pieces_job, p, NULL);
@@ -2435,13 +2441,10 @@ MOE__PRIVATE int moe__paging_mend(moe__paging *g, moe_pool *pool) {
 
 /* Looks at the mapping when a model is opened. Returns 0, or ECANCELED. */
 MOE__PRIVATE int moe__paging_open(moe__paging *g) {
-    moe_pool_options options;
     int code = 0, slow;
-    memset(&options, 0, sizeof options);
-    options.allocator = g->allocator;
     g->outcome = MOE__PAGED_SMALL;
     if (g->size < (uint64_t)MOE__PROBE_WINDOW * MOE__PROBE_WINDOWS) return 0;
-    moe_pool *pool = moe_pool_open(&options, NULL);
+    moe_pool *pool = moe__pages_team(&g->allocator);
     if (!pool) return 0;
     g->outcome = MOE__PAGED_COLD;
     g->interval = g->left = (int64_t)(1e9 * MOE__PAGING_SECONDS);

@@ -2489,7 +2489,7 @@ MOE__PRIVATE int moe__paging_look(moe__paging *g, moe_pool *pool) {
         g->outcome = MOE__PAGED_NO_ROOM;
         g->file = 0;
     }
-    if (g->interval < (int64_t)(1e9 * MOE__PAGING_SECONDS * MOE__PAGING_LATEST))
+    if (g->interval / MOE__PAGING_LATEST < (int64_t)(1e9 * MOE__PAGING_SECONDS))
         g->interval *= MOE__PAGING_LATER;
     __atomic_store_n(&g->left, g->interval, __ATOMIC_RELAXED);
     __atomic_store_n(&g->state, next, __ATOMIC_RELEASE);

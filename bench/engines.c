@@ -177,7 +177,7 @@ static void print_machine(void) {
     cpu_name(cpu, sizeof cpu);
     if (uname(&system)) strcpy(system.release, "unknown");
     printf("%s: prompts of %d tokens, %d generated, %d threads; medians of %d samples in turns,\n"
-           "quartiles, and the median of the ratios of the speed of %s to that of the engine in the same\n"
+           "quartiles, and the median of the ratios of the speed of %s to the engine's in the same\n"
            "turn.\n", engines[0].last.model_type, set.n_prompt, set.n_gen, set.n_threads,
            set.rounds, engines[0].name);
     printf("%s, %d cores that we may use, Linux %s.\n\n", cpu[0] ? cpu : "Unknown processor",

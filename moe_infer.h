@@ -492,7 +492,7 @@ typedef struct moe_model_memory {
     char text[160];          /* what was done and why, in words: "4.00 GiB copied to huge pages: */
                              /* the mapping reads at 7.1 of 41.3 GB/s" */
     moe_numa numa;           /* OFF if there is one node only, or if the system refused */
-    int32_t n_nodes;         /* memory nodes with processors that we may use */
+    int32_t n_nodes;         /* memory nodes with processors that we may use; 1 if numa was OFF */
     uint64_t n_bytes_placed; /* of weights, in the right place: OWNER: on their node; INTERLEAVE: */
                              /* as many times the least loaded node as there are nodes */
     uint64_t n_bytes_locked; /* of weights, by mlock */
@@ -2411,9 +2411,9 @@ MOE__PRIVATE int moe__paging_all(moe__paging *g, moe_pool *pool,
 
 /* May a copy be made of what is not copied yet? Never of more than half of what is free. */
 MOE__PRIVATE int moe__paging_fits(moe__paging *g) {
+    g->room = moe__machine_memory("");
     for (int32_t i = 0; i < g->n_files; i++)
         if ((uintptr_t)g->files[i].data % MOE__PAGES_HUGE || g->files[i].file < 0) return 0;
-    g->room = moe__machine_memory("");
     return g->size - moe__paging_copied(g) <= g->room / 2;
 }
 

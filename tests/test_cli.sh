@@ -22,7 +22,8 @@ run() {
     code=$?
 }
 # gen ARGUMENT...: generates with the tiny model
-gen() { run -m "$model" -p "$prompt" "$@"; }
+# A seed, so that no choice ends the text early; a later -s counts instead.
+gen() { run -m "$model" -p "$prompt" -s 7 "$@"; }
 
 # check NAME COMMAND...: the command must succeed
 check() {
@@ -119,7 +120,7 @@ check "control tokens in the prompt" prompted 1
 run -m "$model" -p '' -n 1
 check "an empty prompt begins with the BOS token" prompted 1
 head -c 5000 "$build/moe-synth" >"$dir/binary"
-run -m "$model" -f "$dir/binary" -c 8192 -n 2
+run -m "$model" -s 7 -f "$dir/binary" -c 8192 -n 2
 check "any bytes are a prompt" generated 2
 
 # ---- sampling ------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ check "the largest seed" says 'seed 18446744073709551614$'
 gen -n 20 -s -1
 keep random
 sleep 0.01
-gen -n 20
+run -m "$model" -p "$prompt" -n 20
 check "a seed from the clock" differs random
 gen -n 20 --temp 0 -s 8
 check "--temp 0 does not care for the seed" same greedy

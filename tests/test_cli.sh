@@ -81,7 +81,7 @@ keep long
 check "the same bytes as the library gives to examples/minimal.c" same minimal
 check "a longer text goes on as the shorter one" \
     cmp -s -n "$(wc -c <"$dir/greedy")" "$dir/greedy" "$dir/long"
-run -m "$dir/mla.gguf" -p "$prompt" -n 5
+run -m "$dir/mla.gguf" -p "$prompt" -n 5 -s 7
 check "deepseek2" generated 5
 
 # ---- model and prompt ----------------------------------------------------------------------------

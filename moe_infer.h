@@ -37,7 +37,7 @@
 /*   >>session  11285  cache, the forward pass */
 /*   >>text     12603  Unicode tables, pre-tokenizers, byte-pair encoding */
 /*   >>sample   14255  choosing tokens, generating text */
-/*   >>licence  15101  MIT or public domain */
+/*   >>licence  15100  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -14580,7 +14580,6 @@ MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_
     moe_sampler *sampler = (moe_sampler *)moe__alloc(&allocator, sizeof *sampler);
     if (sampler) {
         int penalty = o.repeat_penalty > 0 && o.repeat_penalty != 1 && o.repeat_last_n != MOE_OFF;
-        memset(sampler, 0, sizeof *sampler);
         sampler->options = o;
         sampler->allocator = allocator;
         sampler->n_vocab = n_vocab;

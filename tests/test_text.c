@@ -1540,15 +1540,20 @@ static void limited_free(void *user, void *memory, size_t size) {
     free(memory);
 }
 
-TEST(out_of_memory_spm) {
-    spm_spec(&shared_spec, 1);
-    bytes file = spm_file(&shared_spec, NULL);
+/* A file in memory whose tables, and those of its vocabulary, are counted. */
+static moe_gguf *open_limited_gguf(const bytes *file) {
     moe_gguf_options options;
     memset(&options, 0, sizeof options);
     options.allocator.alloc = limited_alloc;
     options.allocator.free = limited_free;
     allocations_left = INT32_MAX;
-    moe_gguf *gguf = moe_gguf_open_memory(file.p, file.n, &options, NULL);
+    return moe_gguf_open_memory(file->p, file->n, &options, NULL);
+}
+
+TEST(out_of_memory_spm) {
+    spm_spec(&shared_spec, 1);
+    bytes file = spm_file(&shared_spec, NULL);
+    moe_gguf *gguf = open_limited_gguf(&file);
     int64_t before = bytes_held, n = -1;
     moe_vocab *vocab = NULL;
     for (int64_t k = 0; !vocab && k < 100; k++) {
@@ -1580,12 +1585,7 @@ TEST(out_of_memory) {
         add_merge(&shared_spec, merge);
     }
     bytes file = spec_file(&shared_spec);
-    moe_gguf_options options;
-    memset(&options, 0, sizeof options);
-    options.allocator.alloc = limited_alloc;
-    options.allocator.free = limited_free;
-    allocations_left = INT32_MAX;
-    moe_gguf *gguf = moe_gguf_open_memory(file.p, file.n, &options, NULL);
+    moe_gguf *gguf = open_limited_gguf(&file);
     CHECK(gguf);
     int64_t before = bytes_held, failures = 0;
     moe_vocab *vocab = NULL;
@@ -1620,12 +1620,7 @@ TEST(out_of_memory) {
 static moe_vocab *open_limited(const char *pre) {
     spec_small(&shared_spec, pre);
     bytes file = spec_file(&shared_spec);
-    moe_gguf_options options;
-    memset(&options, 0, sizeof options);
-    options.allocator.alloc = limited_alloc;
-    options.allocator.free = limited_free;
-    allocations_left = INT32_MAX;
-    moe_gguf *gguf = moe_gguf_open_memory(file.p, file.n, &options, NULL);
+    moe_gguf *gguf = open_limited_gguf(&file);
     moe_vocab *vocab = gguf ? moe_vocab_open(gguf, NULL) : NULL;
     moe_gguf_close(gguf);
     free(file.p);

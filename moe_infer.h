@@ -30,14 +30,14 @@
 /*   >>pages     1818  files in memory: mapped or copied, huge pages found, measured and made */
 /*   >>gguf      2558  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3548  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5149  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops       9462  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts   9744  router, plan, the expert schedules */
-/*   >>model    10192  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  11285  cache, the forward pass */
-/*   >>text     12603  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   14255  choosing tokens, generating text */
-/*   >>licence  15100  MIT or public domain */
+/*   >>kernels   5232  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10387  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10669  router, plan, the expert schedules */
+/*   >>model    11117  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12210  cache, the forward pass */
+/*   >>text     13528  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15180  choosing tokens, generating text */
+/*   >>licence  16025  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -3568,74 +3568,82 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 /*   per           weights per scale: 16 or 32 */
 /*   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins */
 /*   q             1 if there is a quantizer */
-/*   own           1 if it has dot and tile kernels of its own (2: without int8 products); 0: */
-/*                 those that work on what is unpacked */
-/* It needs moe__unpack_name here and unpack_name in the vector text of >>kernels (F32, F16 and */
-/* BF16 have no blocks to unpack), moe__quantize_name if q, dot_name and tile_name there if own. */
+/* It needs moe__unpack_name here (F32, F16 and BF16 have no blocks to unpack), moe__quantize_name */
+/* if q, and in the vector text of >>kernels its head and level, which become dot, tile and */
+/* dequantize. */
 #define MOE__TYPES(X)                                                     \
-    X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1, 2)                           \
-    X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1, 2)                           \
-    X(BF16, bf16, 1, 2, F32, 1, 0, 0, 0, 0, 1, 2)                         \
+    X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1)                              \
+    X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1)                              \
+    X(BF16, bf16, 1, 2, F32, 1, 0, 0, 0, 0, 1)                            \
     MOE__BLOCK_TYPES(X)
 #define MOE__BLOCK_TYPES(X)                                               \
-    X(Q4_0, q4_0, 32, 18, Q32, 1, 0, 32, 4, 8, 1, 1)                      \
-    X(Q4_1, q4_1, 32, 20, Q32, 1, 0, 32, 4, 0, 1, 0)                      \
-    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1, 1)                     \
-    X(Q5_1, q5_1, 32, 24, Q32, 1, 0, 32, 5, 0, 1, 0)                      \
-    X(Q6_0, q6_0, 32, 26, Q32, 1, 0, 32, 6, 32, 0, 0)                     \
-    X(Q8_0, q8_0, 32, 34, Q32, 1, 0, 32, 8, 128, 1, 1)                    \
-    X(Q2_K, q2_k, 256, 84, Q256, 1, 0, 16, 2, 0, 1, 0)                    \
-    X(Q3_K, q3_k, 256, 110, Q256, 1, 0, 16, 3, 4, 1, 0)                   \
-    X(Q4_K, q4_k, 256, 144, Q256, 1, 0, 32, 4, 0, 1, 1)                   \
-    X(Q5_K, q5_k, 256, 176, Q256, 1, 0, 32, 5, 0, 1, 1)                   \
-    X(Q6_K, q6_k, 256, 210, Q256, 1, 0, 16, 6, 32, 1, 1)                  \
-    X(IQ1_S, iq1_s, 256, 50, Q256, 1, 0, 32, 5, 16, 0, 0)                 \
-    X(IQ1_M, iq1_m, 256, 56, Q256, 1, 0, 16, 5, 16, 0, 0)                 \
-    X(IQ2_XXS, iq2_xxs, 256, 66, Q256, 1, 0, 32, 7, 64, 0, 0)             \
-    X(IQ2_XS, iq2_xs, 256, 74, Q256, 1, 0, 16, 7, 64, 0, 0)               \
-    X(IQ2_S, iq2_s, 256, 82, Q256, 1, 0, 16, 7, 64, 0, 0)                 \
-    X(IQ3_XXS, iq3_xxs, 256, 98, Q256, 1, 0, 32, 7, 64, 0, 0)             \
-    X(IQ3_S, iq3_s, 256, 110, Q256, 1, 0, 32, 5, 16, 0, 0)                \
-    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1, 1)                \
-    X(IQ4_XS, iq4_xs, 256, 136, Q256, 1, 0, 32, 8, 128, 1, 0)             \
-    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1, 1)                   \
-    X(NVFP4, nvfp4, 64, 36, Q32, 1, 0, 16, 5, 16, 0, 0)                   \
-    X(TQ1_0, tq1_0, 256, 54, Q256, 1, 0, 32, 2, 1, 0, 0)                  \
-    X(TQ2_0, tq2_0, 256, 66, Q256, 1, 0, 32, 2, 1, 0, 0)                  \
-    X(IQ2_K, iq2_k, 256, 76, Q256, 1, 0, 16, 6, 32, 0, 0)                 \
-    X(IQ3_K, iq3_k, 256, 110, Q256, 1, 0, 16, 7, 64, 0, 0)                \
-    X(IQ4_K, iq4_k, 256, 144, Q256, 1, 0, 16, 8, 128, 0, 0)               \
-    X(IQ5_K, iq5_k, 256, 176, Q256, 1, 0, 16, 8, 128, 0, 0)               \
-    X(IQ6_K, iq6_k, 256, 212, Q256, 1, 0, 16, 8, 128, 0, 0)               \
-    X(IQ2_KS, iq2_ks, 256, 70, Q256, 1, 2, 32, 6, 32, 0, 0)               \
-    X(IQ3_KS, iq3_ks, 256, 102, Q256, 1, 2, 32, 7, 64, 0, 0)              \
-    X(IQ4_KS, iq4_ks, 256, 136, Q256, 1, 4, 32, 8, 128, 0, 0)             \
-    X(IQ5_KS, iq5_ks, 256, 168, Q256, 1, 4, 32, 8, 128, 0, 0)             \
-    X(IQ2_KL, iq2_kl, 256, 86, Q256, 1, 2, 32, 7, 64, 0, 0)               \
-    X(Q4_0_R8, q4_0_r8, 32, 18, Q32, 8, 0, 32, 4, 8, 0, 0)                \
-    X(Q5_0_R4, q5_0_r4, 32, 22, Q32, 4, 0, 32, 5, 16, 0, 0)               \
-    X(Q8_0_R8, q8_0_r8, 32, 34, Q32, 8, 0, 32, 8, 128, 0, 0)              \
-    X(Q2_K_R4, q2_k_r4, 256, 84, Q256, 4, 0, 16, 2, 0, 0, 0)              \
-    X(Q3_K_R4, q3_k_r4, 256, 110, Q256, 4, 0, 16, 3, 4, 0, 0)             \
-    X(Q4_K_R4, q4_k_r4, 256, 144, Q256, 4, 0, 32, 4, 0, 0, 0)             \
-    X(Q5_K_R4, q5_k_r4, 256, 176, Q256, 4, 0, 32, 5, 0, 0, 0)             \
-    X(Q6_K_R4, q6_k_r4, 256, 210, Q256, 4, 0, 16, 6, 32, 0, 0)            \
-    X(IQ4_NL_R4, iq4_nl_r4, 32, 18, Q32, 4, 0, 32, 8, 128, 0, 0)          \
-    X(IQ4_XS_R8, iq4_xs_r8, 256, 136, Q256, 8, 0, 32, 8, 128, 0, 0)       \
-    X(IQ2_K_R4, iq2_k_r4, 256, 76, Q256, 4, 0, 16, 6, 32, 0, 0)           \
-    X(IQ3_K_R4, iq3_k_r4, 256, 110, Q256, 4, 0, 16, 7, 64, 0, 0)          \
-    X(IQ4_K_R4, iq4_k_r4, 256, 144, Q256, 4, 0, 16, 8, 128, 0, 0)         \
-    X(IQ5_K_R4, iq5_k_r4, 256, 176, Q256, 4, 0, 16, 8, 128, 0, 0)         \
-    X(IQ4_KS_R4, iq4_ks_r4, 256, 136, Q256, 4, 4, 32, 8, 128, 0, 0)       \
-    X(IQ5_KS_R4, iq5_ks_r4, 256, 168, Q256, 4, 4, 32, 8, 128, 0, 0)       \
-    X(MXFP4_R8, mxfp4_r8, 32, 17, Q32, 8, 0, 32, 5, 16, 0, 0)
+    X(Q4_0, q4_0, 32, 18, Q32, 1, 0, 32, 4, 8, 1)                         \
+    X(Q4_1, q4_1, 32, 20, Q32, 1, 0, 32, 4, 0, 1)                         \
+    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1)                        \
+    X(Q5_1, q5_1, 32, 24, Q32, 1, 0, 32, 5, 0, 1)                         \
+    X(Q6_0, q6_0, 32, 26, Q32, 1, 0, 32, 6, 32, 0)                        \
+    X(Q8_0, q8_0, 32, 34, Q32, 1, 0, 32, 8, 128, 1)                       \
+    X(Q2_K, q2_k, 256, 84, Q256, 1, 0, 16, 2, 0, 1)                       \
+    X(Q3_K, q3_k, 256, 110, Q256, 1, 0, 16, 3, 4, 1)                      \
+    X(Q4_K, q4_k, 256, 144, Q256, 1, 0, 32, 4, 0, 1)                      \
+    X(Q5_K, q5_k, 256, 176, Q256, 1, 0, 32, 5, 0, 1)                      \
+    X(Q6_K, q6_k, 256, 210, Q256, 1, 0, 16, 6, 32, 1)                     \
+    X(IQ1_S, iq1_s, 256, 50, Q256, 1, 0, 32, 5, 16, 0)                    \
+    X(IQ1_M, iq1_m, 256, 56, Q256, 1, 0, 16, 5, 16, 0)                    \
+    X(IQ2_XXS, iq2_xxs, 256, 66, Q256, 1, 0, 32, 7, 64, 0)                \
+    X(IQ2_XS, iq2_xs, 256, 74, Q256, 1, 0, 16, 7, 64, 0)                  \
+    X(IQ2_S, iq2_s, 256, 82, Q256, 1, 0, 16, 7, 64, 0)                    \
+    X(IQ3_XXS, iq3_xxs, 256, 98, Q256, 1, 0, 32, 7, 64, 0)                \
+    X(IQ3_S, iq3_s, 256, 110, Q256, 1, 0, 32, 5, 16, 0)                   \
+    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1)                   \
+    X(IQ4_XS, iq4_xs, 256, 136, Q256, 1, 0, 32, 8, 128, 1)                \
+    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1)                      \
+    X(NVFP4, nvfp4, 64, 36, Q32, 1, 0, 16, 5, 16, 0)                      \
+    X(TQ1_0, tq1_0, 256, 54, Q256, 1, 0, 32, 2, 1, 0)                     \
+    X(TQ2_0, tq2_0, 256, 66, Q256, 1, 0, 32, 2, 1, 0)                     \
+    X(IQ2_K, iq2_k, 256, 76, Q256, 1, 0, 16, 6, 32, 0)                    \
+    X(IQ3_K, iq3_k, 256, 110, Q256, 1, 0, 16, 7, 64, 0)                   \
+    X(IQ4_K, iq4_k, 256, 144, Q256, 1, 0, 16, 8, 128, 0)                  \
+    X(IQ5_K, iq5_k, 256, 176, Q256, 1, 0, 16, 8, 128, 0)                  \
+    X(IQ6_K, iq6_k, 256, 212, Q256, 1, 0, 16, 8, 128, 0)                  \
+    X(IQ2_KS, iq2_ks, 256, 70, Q256, 1, 2, 32, 6, 32, 0)                  \
+    X(IQ3_KS, iq3_ks, 256, 102, Q256, 1, 2, 32, 7, 64, 0)                 \
+    X(IQ4_KS, iq4_ks, 256, 136, Q256, 1, 4, 32, 8, 128, 0)                \
+    X(IQ5_KS, iq5_ks, 256, 168, Q256, 1, 4, 32, 8, 128, 0)                \
+    X(IQ2_KL, iq2_kl, 256, 86, Q256, 1, 2, 32, 7, 64, 0)                  \
+    X(Q4_0_R8, q4_0_r8, 32, 18, Q32, 8, 0, 32, 4, 8, 0)                   \
+    X(Q5_0_R4, q5_0_r4, 32, 22, Q32, 4, 0, 32, 5, 16, 0)                  \
+    X(Q8_0_R8, q8_0_r8, 32, 34, Q32, 8, 0, 32, 8, 128, 0)                 \
+    X(Q2_K_R4, q2_k_r4, 256, 84, Q256, 4, 0, 16, 2, 0, 0)                 \
+    X(Q3_K_R4, q3_k_r4, 256, 110, Q256, 4, 0, 16, 3, 4, 0)                \
+    X(Q4_K_R4, q4_k_r4, 256, 144, Q256, 4, 0, 32, 4, 0, 0)                \
+    X(Q5_K_R4, q5_k_r4, 256, 176, Q256, 4, 0, 32, 5, 0, 0)                \
+    X(Q6_K_R4, q6_k_r4, 256, 210, Q256, 4, 0, 16, 6, 32, 0)               \
+    X(IQ4_NL_R4, iq4_nl_r4, 32, 18, Q32, 4, 0, 32, 8, 128, 0)             \
+    X(IQ4_XS_R8, iq4_xs_r8, 256, 136, Q256, 8, 0, 32, 8, 128, 0)          \
+    X(IQ2_K_R4, iq2_k_r4, 256, 76, Q256, 4, 0, 16, 6, 32, 0)              \
+    X(IQ3_K_R4, iq3_k_r4, 256, 110, Q256, 4, 0, 16, 7, 64, 0)             \
+    X(IQ4_K_R4, iq4_k_r4, 256, 144, Q256, 4, 0, 16, 8, 128, 0)            \
+    X(IQ5_K_R4, iq5_k_r4, 256, 176, Q256, 4, 0, 16, 8, 128, 0)            \
+    X(IQ4_KS_R4, iq4_ks_r4, 256, 136, Q256, 4, 4, 32, 8, 128, 0)          \
+    X(IQ5_KS_R4, iq5_ks_r4, 256, 168, Q256, 4, 4, 32, 8, 128, 0)          \
+    X(MXFP4_R8, mxfp4_r8, 32, 17, Q32, 8, 0, 32, 5, 16, 0)
 
 enum {
-#define MOE__TYPE_INDEX(name, ...) MOE__INDEX_##name,
+#define MOE__TYPE_INDEX(NAME, ...) MOE__INDEX_##NAME,
     MOE__TYPES(MOE__TYPE_INDEX)
 #undef MOE__TYPE_INDEX
     MOE__N_TYPES,
     MOE__GROUP_ROWS = 8 /* most rows that a type interleaves */
+};
+/* The columns of the list, for kernels: MOE__BYTES_Q4_0, ... */
+enum {
+#define MOE__TYPE_COLUMNS(NAME, name, block, bytes, act, rows, meta, per, bits, offset, ...)    \
+    MOE__BYTES_##NAME = bytes, MOE__ROWS_##NAME = rows, MOE__META_##NAME = meta,                \
+    MOE__PER_##NAME = per, MOE__BITS_##NAME = bits, MOE__OFFSET_##NAME = offset,
+    MOE__TYPES(MOE__TYPE_COLUMNS)
+#undef MOE__TYPE_COLUMNS
+    MOE__COLUMNS_END
 };
 
 /* ---- activations ----------------------------------------------------------------------------- */
@@ -3661,14 +3669,21 @@ typedef struct moe__act32 {
     float d[8];      /* scale of each 32 values */
 } moe__act32;
 
-/* In moe__act32 values 0-15 of four blocks of 32 lie before their values 16-31: so many types */
-/* pack their weights, and a vector then holds parts of several blocks. */
+/* In moe__act32 the even blocks of 32 values lie before the odd ones, and of both the values 0-15 */
+/* of each block before the values 16-31: many types pack their weights so, and a vector then holds */
+/* parts of several blocks, which can be picked out of 128 bytes. */
 MOE__INLINE int moe__act32_at(int i) {
-    return i / 128 * 128 + i % 32 / 16 * 64 + i / 32 % 4 * 16 + i % 16;
+    return i / 32 % 2 * 128 + i % 32 / 16 * 64 + i / 64 * 16 + i % 16;
+}
+
+/* In moe__act256 each four sub-blocks of 32 values lie in the order 0 2 1 3: a vector of 64 bytes */
+/* of Q4_K holds weights of sub-blocks 0 and 2 in its low nibbles, of 1 and 3 in the high ones. */
+MOE__INLINE int moe__act256_at(int i) {
+    return i / 128 * 128 + (i / 32 % 2 * 2 + i / 64 % 2) * 32 + i % 32;
 }
 
 typedef struct moe__act256 {
-    int8_t q[256];
+    int8_t q[256];     /* value i is at moe__act256_at(i) */
     int32_t nsum[16];  /* minus the sum of each 16 values */
     int16_t sum16[16]; /* the sum of each 16 values */
     int16_t sum32[8];  /* the sum of each 32 values */
@@ -3797,11 +3812,14 @@ MOE__INLINE const moe__books *moe__books_get(void) {
 
 /* ---- the bits of the blocks ------------------------------------------------------------------ */
 
-/* Up to 256 weights as every block type can be written: weight i = scale[i / 16] * q[i] - */
-/* min[i / 16]. */
+/* Up to 256 weights as every block type can be written: weight i = d * scale[i / 16] * q[i] - */
+/* dmin * min[i / 16], all but d and dmin integers. Types that are multiplied with MOE__ACT_Q256 */
+/* have one d and dmin (the first) per block, the others one per 16 weights, and then scale and */
+/* min are 1. */
 typedef struct moe__block {
     int8_t q[256];
-    float scale[16], min[16];
+    int16_t scale[16], min[16];
+    float d[16], dmin[16];
 } moe__block;
 
 /* Levels of the types whose levels are not evenly spaced, by index. The tables of IQ2_K .. IQ6_K */
@@ -3845,9 +3863,15 @@ MOE__INLINE float moe__types_ue4m3(unsigned x) {
 MOE__INLINE int moe__types_nibble(int byte, int high) { return high ? byte >> 4 : byte & 15; }
 MOE__INLINE int moe__types_bit(int x, int i) { return x >> i & 1; }
 /* Weights 32 j .. 32 j + 31 */
-MOE__INLINE void moe__types_scale(moe__block *out, int j, float scale, float min) {
-    out->scale[2 * j] = out->scale[2 * j + 1] = scale;
-    out->min[2 * j] = out->min[2 * j + 1] = min;
+MOE__INLINE void moe__types_scale(moe__block *out, int j, int scale, int min) {
+    out->scale[2 * j] = out->scale[2 * j + 1] = (int16_t)scale;
+    out->min[2 * j] = out->min[2 * j + 1] = (int16_t)min;
+}
+/* A block of 32 weights */
+MOE__INLINE void moe__types_d(moe__block *out, float d, float dmin) {
+    out->d[0] = out->d[1] = d;
+    out->dmin[0] = out->dmin[1] = dmin;
+    moe__types_scale(out, 0, 1, 1);
 }
 
 /* moe__unpack_NAME unpacks one block of a row. In interleaved types (_R4, _R8: 4 or 8 rows side */
@@ -3859,12 +3883,12 @@ MOE__INLINE void moe__types_scale(moe__block *out, int j, float scale, float min
 #define MOE__EACH_WEIGHT(n) for (int e = 0; e < n; e++) out->q[e] = (int8_t)
 
 MOE__UNPACK(q4_0) { /* d f16; low nibbles are weights 0-15, high ones 16-31 */
-    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    moe__types_d(out, moe__types_f16(b), 0);
     MOE__EACH_WEIGHT(32)(moe__types_nibble(b[2 + e % 16], e / 16) - 8);
 }
 
 MOE__UNPACK(q4_1) { /* d, m f16; nibbles */
-    moe__types_scale(out, 0, moe__types_f16(b), -moe__types_f16(b + 2));
+    moe__types_d(out, moe__types_f16(b), -moe__types_f16(b + 2));
     MOE__EACH_WEIGHT(32)(moe__types_nibble(b[4 + e % 16], e / 16));
 }
 
@@ -3874,24 +3898,24 @@ MOE__INLINE int moe__types_five(const uint8_t *low, uint32_t high, int e) {
 }
 
 MOE__UNPACK(q5_0) { /* d f16, 32 fifth bits, nibbles */
-    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    moe__types_d(out, moe__types_f16(b), 0);
     MOE__EACH_WEIGHT(32)(moe__types_five(b + 6, moe__load_u32(b + 2), e) - 16);
 }
 
 MOE__UNPACK(q5_1) { /* d, m f16, 32 fifth bits, nibbles */
-    moe__types_scale(out, 0, moe__types_f16(b), -moe__types_f16(b + 2));
+    moe__types_d(out, moe__types_f16(b), -moe__types_f16(b + 2));
     MOE__EACH_WEIGHT(32)(moe__types_five(b + 8, moe__load_u32(b + 4), e));
 }
 
 MOE__UNPACK(q6_0) { /* d f16, 8 bytes of high bit pairs, nibbles */
-    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    moe__types_d(out, moe__types_f16(b), 0);
     MOE__EACH_WEIGHT(32)
     ((moe__types_nibble(b[10 + e % 16], e / 16) |
       (b[2 + e % 8] >> (4 * (e % 16 / 8) + 2 * (e / 16)) & 3) << 4) - 32);
 }
 
 MOE__UNPACK(q8_0) { /* d f16, int8 */
-    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    moe__types_d(out, moe__types_f16(b), 0);
     memcpy(out->q, b + 2, 32);
 }
 
@@ -3913,17 +3937,16 @@ MOE__INLINE int moe__types_one(const uint8_t *p, int e) {
 }
 
 MOE__UNPACK(q2_k) { /* 16 bytes of 4-bit scale and min, 2-bit levels, d f16, dmin f16 */
-    for (int s = 0; s < 16; s++) {
-        out->scale[s] = moe__types_f16(b + 80) * (float)(b[s] & 15);
-        out->min[s] = moe__types_f16(b + 82) * (float)(b[s] >> 4);
-    }
+    out->d[0] = moe__types_f16(b + 80), out->dmin[0] = moe__types_f16(b + 82);
+    for (int s = 0; s < 16; s++) out->scale[s] = b[s] & 15, out->min[s] = b[s] >> 4;
     MOE__EACH_WEIGHT(256) moe__types_two(b + 16, e);
 }
 
 MOE__UNPACK(q3_k) { /* 32 bytes of third bits, 2-bit levels, 12 bytes of 6-bit scales, d f16 */
+    out->d[0] = moe__types_f16(b + 108);
     for (int s = 0; s < 16; s++) {
         int low = moe__types_nibble(b[96 + s % 8], s / 8), high = b[104 + s % 4] >> 2 * (s / 4) & 3;
-        out->scale[s] = moe__types_f16(b + 108) * (float)((low | high << 4) - 32);
+        out->scale[s] = (int16_t)((low | high << 4) - 32);
     }
     MOE__EACH_WEIGHT(256)(moe__types_two(b + 32, e) + 4 * moe__types_one(b, e) - 4);
 }
@@ -3933,12 +3956,12 @@ MOE__UNPACK(q3_k) { /* 32 bytes of third bits, 2-bit levels, 12 bytes of 6-bit s
 /*   bytes 8-11   min 0-3, and in the top two bits those of min 4-7 */
 /*   bytes 12-15  low four bits of scale 4-7, low four bits of min 4-7 */
 MOE__INLINE void moe__types_head(const uint8_t *b, moe__block *out) {
-    float d = moe__types_f16(b), dmin = moe__types_f16(b + 2);
+    out->d[0] = moe__types_f16(b), out->dmin[0] = moe__types_f16(b + 2);
     for (int j = 0; j < 4; j++) {
         int scale = (b[12 + j] & 15) | b[4 + j] >> 6 << 4;
         int min = b[12 + j] >> 4 | b[8 + j] >> 6 << 4;
-        moe__types_scale(out, j, d * (float)(b[4 + j] & 63), dmin * (float)(b[8 + j] & 63));
-        moe__types_scale(out, 4 + j, d * (float)scale, dmin * (float)min);
+        moe__types_scale(out, j, b[4 + j] & 63, b[8 + j] & 63);
+        moe__types_scale(out, 4 + j, scale, min);
     }
 }
 
@@ -3953,8 +3976,8 @@ MOE__UNPACK(q5_k) { /* head, 32 bytes of fifth bits, low four bits */
 }
 
 MOE__UNPACK(q6_k) { /* low four bits, high two bits, 16 int8 scales, d f16 */
-    for (int s = 0; s < 16; s++)
-        out->scale[s] = moe__types_f16(b + 208) * (float)(int8_t)b[192 + s];
+    out->d[0] = moe__types_f16(b + 208);
+    for (int s = 0; s < 16; s++) out->scale[s] = (int8_t)b[192 + s];
     MOE__EACH_WEIGHT(256)
     ((moe__types_nibble(b[64 * (e / 128) + e % 64], e / 64 % 2) |
       moe__types_two(b + 128, e) << 4) - 32);
@@ -3970,9 +3993,10 @@ MOE__INLINE int moe__types_signed(uint64_t entry, int i, unsigned signs) {
 
 MOE__UNPACK(iq2_xxs) { /* d f16; per 32: four indices, then four 7-bit signs and a 4-bit scale */
     const moe__books *books = moe__books_get();
+    out->d[0] = moe__types_f16(b) * 0.125f; /* scale: (0.5 + s) / 4 = (2 s + 1) / 8 */
     for (int j = 0; j < 8; j++) {
         uint32_t word = moe__load_u32(b + 6 + 8 * j);
-        moe__types_scale(out, j, moe__types_f16(b) * (0.5f + (float)(word >> 28)) * 0.25f, 0);
+        moe__types_scale(out, j, 2 * (int)(word >> 28) + 1, 0);
         for (int i = 0; i < 32; i++) {
             unsigned signs = books->signs[word >> 7 * (i / 8) & 127];
             out->q[32 * j + i] =
@@ -3981,12 +4005,11 @@ MOE__UNPACK(iq2_xxs) { /* d f16; per 32: four indices, then four 7-bit signs and
     }
 }
 
-/* IQ2_XS and IQ2_S: 16 4-bit scales. */
+/* IQ2_XS and IQ2_S: 16 4-bit scales, (0.5 + s) / 4. */
 MOE__INLINE void moe__types_scales_iq2(const uint8_t *b, float d, moe__block *out) {
-    for (int s = 0; s < 16; s++) {
-        int scale = moe__types_nibble(b[s / 2], s % 2);
-        out->scale[s] = d * (0.5f + (float)scale) * 0.25f;
-    }
+    out->d[0] = d * 0.125f;
+    for (int s = 0; s < 16; s++)
+        out->scale[s] = (int16_t)(2 * moe__types_nibble(b[s / 2], s % 2) + 1);
 }
 
 MOE__UNPACK(iq2_xs) { /* d f16; 32 of 9 bits of index and 7 of signs; 16 4-bit scales */
@@ -4010,9 +4033,10 @@ MOE__UNPACK(iq2_s) { /* d f16; 32 low bytes of indices; 32 sign bytes; high bits
 
 MOE__UNPACK(iq3_xxs) { /* d f16; 64 indices; per 32: four 7-bit signs and a 4-bit scale */
     const moe__books *books = moe__books_get();
+    out->d[0] = moe__types_f16(b) * 0.25f; /* scale: (0.5 + s) / 2 */
     for (int j = 0; j < 8; j++) {
         uint32_t word = moe__load_u32(b + 66 + 4 * j);
-        moe__types_scale(out, j, moe__types_f16(b) * (0.5f + (float)(word >> 28)) * 0.5f, 0);
+        moe__types_scale(out, j, 2 * (int)(word >> 28) + 1, 0);
         for (int i = 0; i < 32; i++) {
             unsigned signs = books->signs[word >> 7 * (i / 8) & 127];
             out->q[32 * j + i] = (int8_t)moe__types_signed(
@@ -4023,10 +4047,9 @@ MOE__UNPACK(iq3_xxs) { /* d f16; 64 indices; per 32: four 7-bit signs and a 4-bi
 
 MOE__UNPACK(iq3_s) { /* d f16; 64 low bytes of indices; ninth bits; 32 sign bytes; 4-bit scales */
     const moe__books *books = moe__books_get();
-    for (int j = 0; j < 8; j++) {
-        int scale = 1 + 2 * moe__types_nibble(b[106 + j / 2], j % 2);
-        moe__types_scale(out, j, moe__types_f16(b) * (float)scale, 0);
-    }
+    out->d[0] = moe__types_f16(b);
+    for (int j = 0; j < 8; j++)
+        moe__types_scale(out, j, 1 + 2 * moe__types_nibble(b[106 + j / 2], j % 2), 0);
     for (int e = 0; e < 256; e++) {
         int g = e / 4, index = b[2 + g] | moe__types_bit(b[66 + g / 8], g % 8) << 8;
         unsigned signs = (unsigned)b[74 + g / 2] >> 4 * (g % 2);
@@ -4037,9 +4060,10 @@ MOE__UNPACK(iq3_s) { /* d f16; 64 low bytes of indices; ninth bits; 32 sign byte
 /* Entries of -1, 0, 1, all moved by 1/8 up or down: eight times that are integers. */
 MOE__UNPACK(iq1_s) { /* d f16; 32 low bytes; per 32: four times 3 high bits, scale, sign of 1/8 */
     const moe__books *books = moe__books_get();
+    out->d[0] = moe__types_f16(b) * 0.125f;
     for (int j = 0; j < 8; j++) {
         int word = moe__load_u16(b + 34 + 2 * j), shift = word & 0x8000 ? -1 : 1;
-        moe__types_scale(out, j, moe__types_f16(b) * (float)(2 * (word >> 12 & 7) + 1) * 0.125f, 0);
+        moe__types_scale(out, j, 2 * (word >> 12 & 7) + 1, 0);
         for (int i = 0; i < 32; i++) {
             int index = b[2 + 4 * j + i / 8] | (word >> 3 * (i / 8) & 7) << 8;
             out->q[32 * j + i] =
@@ -4057,9 +4081,10 @@ MOE__INLINE float moe__types_iq1_m_d(const uint8_t *scales) {
 
 MOE__UNPACK(iq1_m) { /* 32 low bytes; nibbles of 3 high bits and sign of 1/8; 3-bit scales and d */
     const moe__books *books = moe__books_get();
+    out->d[0] = moe__types_iq1_m_d(b + 48) * 0.125f;
     for (int s = 0; s < 16; s++) {
         int scale = moe__load_u16(b + 48 + 2 * (s / 4)) >> 3 * (s % 4) & 7;
-        out->scale[s] = moe__types_iq1_m_d(b + 48) * (float)(2 * scale + 1) * 0.125f;
+        out->scale[s] = (int16_t)(2 * scale + 1);
     }
     for (int e = 0; e < 256; e++) {
         int g = e / 8, high = moe__types_nibble(b[32 + g / 2], g % 2);
@@ -4071,32 +4096,34 @@ MOE__UNPACK(iq1_m) { /* 32 low bytes; nibbles of 3 high bits and sign of 1/8; 3-
 /* ---- the bits of the types with tables of levels, and of ternary ones */
 
 MOE__UNPACK(iq4_nl) { /* d f16, nibbles */
-    moe__types_scale(out, 0, moe__types_f16(b), 0);
+    moe__types_d(out, moe__types_f16(b), 0);
     MOE__EACH_WEIGHT(32) moe__levels_k4[moe__types_four16(b + 2, e)];
 }
 
 MOE__UNPACK(iq4_xs) { /* d f16; 6-bit scales: 16 bits of high parts, 4 bytes of low; nibbles */
+    out->d[0] = moe__types_f16(b);
     for (int j = 0; j < 8; j++) {
         int low = moe__types_nibble(b[4 + j / 2], j % 2), high = moe__load_u16(b + 2) >> 2 * j & 3;
-        moe__types_scale(out, j, moe__types_f16(b) * (float)((low | high << 4) - 32), 0);
+        moe__types_scale(out, j, (low | high << 4) - 32, 0);
     }
     MOE__EACH_WEIGHT(256) moe__levels_k4[moe__types_four16(b + 8, e)];
 }
 
 MOE__UNPACK(mxfp4) { /* exponent, nibbles */
-    moe__types_scale(out, 0, moe__types_e8m0(b[0]), 0);
+    moe__types_d(out, moe__types_e8m0(b[0]), 0);
     MOE__EACH_WEIGHT(32) moe__levels_fp4[moe__types_four16(b + 1, e)];
 }
 
 MOE__UNPACK(nvfp4) { /* four E4M3 scales; per 16 weights 8 bytes of nibbles */
-    for (int s = 0; s < 4; s++) out->scale[s] = moe__types_ue4m3(b[s]);
+    for (int s = 0; s < 4; s++) out->d[s] = moe__types_ue4m3(b[s]), out->scale[s] = 1;
     MOE__EACH_WEIGHT(64)
     moe__levels_fp4[moe__types_nibble(b[4 + 8 * (e / 16) + e % 8], e / 8 % 2)];
 }
 
 MOE__UNPACK(tq1_0) { /* bytes of five base-3 digits, the last four bytes of four; d f16 */
     static const uint8_t power[5] = {1, 3, 9, 27, 81};
-    for (int j = 0; j < 8; j++) moe__types_scale(out, j, moe__types_f16(b + 52), 0);
+    out->d[0] = moe__types_f16(b + 52);
+    for (int j = 0; j < 8; j++) moe__types_scale(out, j, 1, 0);
     for (int e = 0; e < 256; e++) {
         int byte = e < 160 ? b[e % 32] : e < 240 ? b[32 + e % 16] : b[48 + e % 4];
         int digit = e < 160 ? e / 32 : e < 240 ? (e - 160) / 16 : (e - 240) / 4;
@@ -4105,25 +4132,26 @@ MOE__UNPACK(tq1_0) { /* bytes of five base-3 digits, the last four bytes of four
 }
 
 MOE__UNPACK(tq2_0) { /* 2-bit levels, d f16 */
-    for (int j = 0; j < 8; j++) moe__types_scale(out, j, moe__types_f16(b + 64), 0);
+    out->d[0] = moe__types_f16(b + 64);
+    for (int j = 0; j < 8; j++) moe__types_scale(out, j, 1, 0);
     MOE__EACH_WEIGHT(256)(moe__types_two(b, e) - 1);
 }
 
 MOE__UNPACK(iq2_k) { /* d f16, bits that choose the table, 16 4-bit scales, 2-bit levels */
     int extra = moe__load_u16(b + 2);
-    for (int s = 0; s < 16; s++) {
-        int scale = moe__types_nibble(b[4 + s / 2], s % 2) - 8;
-        out->scale[s] = moe__types_f16(b) * (float)scale;
-    }
+    out->d[0] = moe__types_f16(b);
+    for (int s = 0; s < 16; s++)
+        out->scale[s] = (int16_t)(moe__types_nibble(b[4 + s / 2], s % 2) - 8);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k2[moe__types_two(b + 12, e)] + MOE__SHIFT_K2 * moe__types_bit(extra, e / 16));
 }
 
 MOE__UNPACK(iq3_k) { /* d f16, table bits, sign bits, 16 4-bit scales, 2-bit levels, third bits */
     int extra = moe__load_u16(b + 2), signs = moe__load_u16(b + 4);
+    out->d[0] = moe__types_f16(b);
     for (int s = 0; s < 16; s++) {
         int scale = 2 * moe__types_nibble(b[6 + s / 2], s % 2) + 1;
-        out->scale[s] = moe__types_f16(b) * (float)(moe__types_bit(signs, s) ? -scale : scale);
+        out->scale[s] = (int16_t)(moe__types_bit(signs, s) ? -scale : scale);
     }
     MOE__EACH_WEIGHT(256)
     (moe__levels_k3[moe__types_two(b + 14, e) | moe__types_one(b + 78, e) << 2] +
@@ -4132,9 +4160,10 @@ MOE__UNPACK(iq3_k) { /* d f16, table bits, sign bits, 16 4-bit scales, 2-bit lev
 
 /* 16 6-bit scales less 32: 4 bytes of high pairs of bits, 8 bytes of low nibbles. */
 MOE__INLINE void moe__types_scales6(const uint8_t *b, float d, moe__block *out) {
+    out->d[0] = d;
     for (int s = 0; s < 16; s++) {
         int low = moe__types_nibble(b[4 + s / 2], s % 2), high = b[s / 4] >> 2 * (s % 4) & 3;
-        out->scale[s] = d * (float)((low | high << 4) - 32);
+        out->scale[s] = (int16_t)((low | high << 4) - 32);
     }
 }
 
@@ -4156,7 +4185,8 @@ MOE__UNPACK(iq5_k) { /* d f16, table bits, 6-bit scales, low four bits, fifth bi
 
 MOE__UNPACK(iq6_k) { /* d f16, table bits, 16 int8 scales, low four bits, high two bits */
     int extra = moe__load_u16(b + 2);
-    for (int s = 0; s < 16; s++) out->scale[s] = moe__types_f16(b) * (float)(int8_t)b[4 + s];
+    out->d[0] = moe__types_f16(b);
+    for (int s = 0; s < 16; s++) out->scale[s] = (int8_t)b[4 + s];
     MOE__EACH_WEIGHT(256)
     (moe__levels_k6[moe__types_four(b + 20, e) | moe__types_two(b + 148, e) << 4] +
      MOE__SHIFT_K6 * moe__types_bit(extra, e / 16));
@@ -4164,9 +4194,10 @@ MOE__UNPACK(iq6_k) { /* d f16, table bits, 16 int8 scales, low four bits, high t
 
 MOE__UNPACK(iq2_ks) { /* bits: table, fifth of scale; 4 bytes of scales; 2-bit levels */
     int extra = moe__load_u16(b);
+    out->d[0] = D;
     for (int j = 0; j < 8; j++) {
         int low = moe__types_nibble(b[2 + j / 2], j % 2), high = moe__types_bit(extra, 8 + j);
-        moe__types_scale(out, j, D * (float)((low | high << 4) - 16), 0);
+        moe__types_scale(out, j, (low | high << 4) - 16, 0);
     }
     MOE__EACH_WEIGHT(256)
     (moe__levels_k2[moe__types_two(b + 6, e)] + MOE__SHIFT_K2 * moe__types_bit(extra, e / 32));
@@ -4174,9 +4205,10 @@ MOE__UNPACK(iq2_ks) { /* bits: table, fifth of scale; 4 bytes of scales; 2-bit l
 
 MOE__UNPACK(iq3_ks) { /* bits: fifth of scale, table; 4 bytes of scales; 2-bit levels, third bits */
     int extra = moe__load_u16(b);
+    out->d[0] = D;
     for (int j = 0; j < 8; j++) {
         int low = moe__types_nibble(b[2 + j % 4], j / 4), high = moe__types_bit(extra, j);
-        moe__types_scale(out, j, D * (float)((low | high << 4) - 16), 0);
+        moe__types_scale(out, j, (low | high << 4) - 16, 0);
     }
     MOE__EACH_WEIGHT(256)
     (moe__levels_k3[moe__types_two(b + 6, e) | moe__types_one(b + 70, e) << 2] +
@@ -4185,8 +4217,8 @@ MOE__UNPACK(iq3_ks) { /* bits: fifth of scale, table; 4 bytes of scales; 2-bit l
 
 /* Eight scales, `step` bytes apart, whose lowest bit is not part of them. */
 MOE__INLINE void moe__types_scales_ks(const uint8_t *b, int step, float D, moe__block *out) {
-    for (int j = 0; j < 8; j++)
-        moe__types_scale(out, j, D * (float)((b[step * j] & 254) - 127), 0);
+    out->d[0] = D;
+    for (int j = 0; j < 8; j++) moe__types_scale(out, j, (b[step * j] & 254) - 127, 0);
 }
 
 MOE__UNPACK(iq4_ks) { /* 8 scales whose lowest bit chooses the table; nibbles */
@@ -4203,9 +4235,10 @@ MOE__UNPACK(iq5_ks) { /* 8 scales whose lowest bit chooses the table; low four b
 }
 
 MOE__UNPACK(iq2_kl) { /* 6-bit scales in 2 + 4 bytes; per pair of weights a nibble, a fifth bit */
+    out->d[0] = D;
     for (int j = 0; j < 8; j++) {
         int low = moe__types_nibble(b[2 + j % 4], j / 4), high = moe__load_u16(b) >> 2 * j & 3;
-        moe__types_scale(out, j, D * (float)((low | high << 4) - 32), 0);
+        moe__types_scale(out, j, (low | high << 4) - 32, 0);
     }
     for (int e = 0; e < 256; e++) {
         int j = e / 32, pair = e % 32 / 2;
@@ -4241,10 +4274,9 @@ MOE__INLINE int moe__types_six_r4(const uint8_t *low, const uint8_t *high, int s
 /* Row k's 16 of them less 32, times its f16 at the beginning of the block. */
 MOE__INLINE void moe__types_scales6_r4(const uint8_t *b, const uint8_t *low, const uint8_t *high,
                                        int k, moe__block *out) {
-    for (int s = 0; s < 16; s++) {
-        int scale = moe__types_six_r4(low, high, 4 * s + k) - 32;
-        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
-    }
+    out->d[0] = moe__types_f16(b + 2 * k);
+    for (int s = 0; s < 16; s++)
+        out->scale[s] = (int16_t)(moe__types_six_r4(low, high, 4 * s + k) - 32);
 }
 /* Bit of row k that chooses the table of its weights 16 s .. */
 MOE__INLINE int moe__types_table_r4(const uint8_t *extra, int k, int e) {
@@ -4256,36 +4288,36 @@ MOE__INLINE int moe__types_four_r8(const uint8_t *p, int k, int e) {
 }
 
 MOE__UNPACK(q4_0_r8) {
-    moe__types_scale(out, 0, moe__types_f16(b + 2 * k), 0);
+    moe__types_d(out, moe__types_f16(b + 2 * k), 0);
     MOE__EACH_WEIGHT(32)(moe__types_four_r8(b + 16, k, e) - 8);
 }
 
 MOE__UNPACK(mxfp4_r8) {
-    moe__types_scale(out, 0, moe__types_e8m0(b[k]), 0);
+    moe__types_d(out, moe__types_e8m0(b[k]), 0);
     MOE__EACH_WEIGHT(32) moe__levels_fp4[moe__types_four_r8(b + 8, k, e)];
 }
 
 MOE__UNPACK(q8_0_r8) {
-    moe__types_scale(out, 0, moe__types_f16(b + 2 * k), 0);
+    moe__types_d(out, moe__types_f16(b + 2 * k), 0);
     MOE__EACH_WEIGHT(32) b[16 + 32 * (e / 4) + 4 * k + e % 4];
 }
 
 MOE__UNPACK(iq4_nl_r4) {
-    moe__types_scale(out, 0, moe__types_f16(b + 2 * k), 0);
+    moe__types_d(out, moe__types_f16(b + 2 * k), 0);
     MOE__EACH_WEIGHT(32) moe__levels_k4[moe__types_nibble_r4(b + 8, k, e)];
 }
 
 MOE__UNPACK(q5_0_r4) {
-    moe__types_scale(out, 0, moe__types_f16(b + 2 * k), 0);
+    moe__types_d(out, moe__types_f16(b + 2 * k), 0);
     MOE__EACH_WEIGHT(32)
     ((moe__types_nibble_r4(b + 24, k, e) | moe__types_one_r4(b + 8, k, e, 1, 2, 4) << 4) - 16);
 }
 
 MOE__UNPACK(q2_k_r4) { /* four d, four dmin, 64 bytes of scale and min, levels */
+    out->d[0] = moe__types_f16(b + 2 * k), out->dmin[0] = moe__types_f16(b + 8 + 2 * k);
     for (int s = 0; s < 16; s++) {
         int byte = b[16 + 4 * s + k];
-        out->scale[s] = moe__types_f16(b + 2 * k) * (float)(byte & 15);
-        out->min[s] = moe__types_f16(b + 8 + 2 * k) * (float)(byte >> 4);
+        out->scale[s] = (int16_t)(byte & 15), out->min[s] = (int16_t)(byte >> 4);
     }
     MOE__EACH_WEIGHT(256) moe__types_two_r4(b + 80, k, e);
 }
@@ -4298,11 +4330,10 @@ MOE__UNPACK(q3_k_r4) {
 
 /* The head of Q4_K_R4 and Q5_K_R4: four d, four dmin, 16 bytes of high bits, 32 bytes of low. */
 MOE__INLINE void moe__types_head_r4(const uint8_t *b, int k, moe__block *out) {
-    float d = moe__types_f16(b + 2 * k), dmin = moe__types_f16(b + 8 + 2 * k);
+    out->d[0] = moe__types_f16(b + 2 * k), out->dmin[0] = moe__types_f16(b + 8 + 2 * k);
     for (int j = 0; j < 8; j++) {
         int s = 4 * j + k, low = b[32 + s], high = b[16 + s % 16] >> 4 * (s / 16);
-        moe__types_scale(out, j, d * (float)((low & 15) | (high & 3) << 4),
-                         dmin * (float)(low >> 4 | (high & 12) << 2));
+        moe__types_scale(out, j, (low & 15) | (high & 3) << 4, low >> 4 | (high & 12) << 2);
     }
 }
 
@@ -4318,8 +4349,8 @@ MOE__UNPACK(q5_k_r4) {
 }
 
 MOE__UNPACK(q6_k_r4) {
-    for (int s = 0; s < 16; s++)
-        out->scale[s] = moe__types_f16(b + 2 * k) * (float)(int8_t)b[8 + 4 * s + k];
+    out->d[0] = moe__types_f16(b + 2 * k);
+    for (int s = 0; s < 16; s++) out->scale[s] = (int8_t)b[8 + 4 * s + k];
     for (int e = 0; e < 256; e++) {
         int shift = 4 * (e / 4 % 2) + 2 * (e / 8 % 2);
         int high = b[72 + 16 * (e / 16) + 4 * k + e % 4] >> shift & 3;
@@ -4328,9 +4359,10 @@ MOE__UNPACK(q6_k_r4) {
 }
 
 MOE__UNPACK(iq2_k_r4) {
+    out->d[0] = moe__types_f16(b + 2 * k);
     for (int s = 0; s < 16; s++) {
-        int i = 4 * s + k, scale = moe__types_nibble(b[16 + i % 32], i / 32) - 8;
-        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
+        int i = 4 * s + k;
+        out->scale[s] = (int16_t)(moe__types_nibble(b[16 + i % 32], i / 32) - 8);
     }
     MOE__EACH_WEIGHT(256)
     (moe__levels_k2[moe__types_two_r4(b + 48, k, e)] +
@@ -4338,10 +4370,10 @@ MOE__UNPACK(iq2_k_r4) {
 }
 
 MOE__UNPACK(iq3_k_r4) {
+    out->d[0] = moe__types_f16(b + 2 * k);
     for (int s = 0; s < 16; s++) {
         int i = 4 * s + k, scale = 2 * moe__types_nibble(b[24 + i % 32], i / 32) + 1;
-        if (moe__types_bit(b[16 + i % 8], i / 8)) scale = -scale;
-        out->scale[s] = moe__types_f16(b + 2 * k) * (float)scale;
+        out->scale[s] = (int16_t)(moe__types_bit(b[16 + i % 8], i / 8) ? -scale : scale);
     }
     MOE__EACH_WEIGHT(256)
     (moe__levels_k3[moe__types_two_r4(b + 56, k, e) |
@@ -4380,10 +4412,9 @@ MOE__UNPACK(iq5_ks_r4) {
 }
 
 MOE__UNPACK(iq4_xs_r8) {
-    for (int j = 0; j < 8; j++) {
-        int scale = moe__types_six_r4(b + 32, b + 16, 8 * j + k) - 32;
-        moe__types_scale(out, j, moe__types_f16(b + 2 * k) * (float)scale, 0);
-    }
+    out->d[0] = moe__types_f16(b + 2 * k);
+    for (int j = 0; j < 8; j++)
+        moe__types_scale(out, j, moe__types_six_r4(b + 32, b + 16, 8 * j + k) - 32, 0);
     MOE__EACH_WEIGHT(256)
     moe__levels_k4[moe__types_nibble(b[64 + 32 * (e / 8) + 4 * k + e % 4], e / 4 % 2)];
 }
@@ -4425,7 +4456,16 @@ MOE__PRIVATE moe__group moe__group_begin(const moe__type *type, const uint8_t *r
 /* Row k of the next block; the mins of types without are 0. */
 MOE__INLINE void moe__group_unpack(const moe__group *group, int k, moe__block *out) {
     memset(out->min, 0, sizeof out->min);
+    memset(out->dmin, 0, sizeof out->dmin);
     group->type->unpack(group->at, k, group->scale[k], out);
+}
+
+/* Weights 16 s .. 16 s + 15 of an unpacked block are scale * q - min. */
+MOE__INLINE float moe__block_scale(const moe__type *type, const moe__block *block, int s) {
+    return block->d[type->act == MOE__ACT_Q32 ? s : 0] * (float)block->scale[s];
+}
+MOE__INLINE float moe__block_min(const moe__type *type, const moe__block *block, int s) {
+    return block->dmin[type->act == MOE__ACT_Q32 ? s : 0] * (float)block->min[s];
 }
 
 /* What the levels of IQ6_K stand for before they are rounded to integers: products use the */
@@ -4435,7 +4475,8 @@ MOE__PRIVATE void moe__types_exact_iq6_k(const uint8_t *b, const moe__block *blo
     for (int e = 0; e < 256; e++) {
         float q = (float)(moe__types_four(b + 20, e) | moe__types_two(b + 148, e) << 4);
         float v = fmaf(q, fmaf(q, fmaf(q, 0.0011972f, -0.11218f), 6.2568f), -127.0f);
-        out[e] = block->scale[e / 16] * (v + (float)moe__types_bit(extra, e / 16));
+        out[e] = block->d[0] * (float)block->scale[e / 16] *
+                 (v + (float)moe__types_bit(extra, e / 16));
     }
 }
 
@@ -4450,32 +4491,72 @@ MOE__PRIVATE void moe__types_dequantize(const moe__type *type, const uint8_t *ro
         for (int k = 0; k < type->rows; k++) {
             moe__group_unpack(&group, k, &block);
             for (int e = 0; e < type->block; e++)
-                out[k * n + at + e] =
-                    block.scale[e / 16] * (float)block.q[e] - block.min[e / 16];
+                out[k * n + at + e] = moe__block_scale(type, &block, e / 16) * (float)block.q[e] -
+                                      moe__block_min(type, &block, e / 16);
             if (type->id == MOE_TYPE_IQ6_K) moe__types_exact_iq6_k(group.at, &block, out + at);
         }
 }
 
-/* Block times activations. Sums over 16 weights are exact integers, the rest is double: the */
-/* result is the exact one but for a last rounding to f32, and a vector kernel may be judged by */
-/* its distance from it. NaN and infinity go through. */
-MOE__PRIVATE double moe__types_dot(const moe__type *type, const moe__block *block, const void *act,
-                                   int64_t at) {
-    const moe__act32 *a32 = (const moe__act32 *)act + at / 256;
-    const moe__act256 *a256 = (const moe__act256 *)act + at / 256;
-    double total = 0;
-    for (int s = 0; s < type->block / 16; s++) {
-        const int i = (int)(at % 256) + 16 * s;
-        const int8_t *q = type->act == MOE__ACT_Q32 ? a32->q + moe__act32_at(i) : a256->q + i;
-        int32_t sum = 0, act_sum = 0;
-        for (int e = 0; e < 16; e++) {
-            sum += block->q[16 * s + e] * q[e];
-            act_sum += q[e];
-        }
-        double d = type->act == MOE__ACT_Q32 ? a32->d[at % 256 / 32 + s / 2] : a256->d;
-        total += d * ((double)block->scale[s] * sum - (double)block->min[s] * act_sum);
+/* ---- the product of quantized rows with activations */
+
+/* There is one arithmetic, and every kernel on every instruction set computes it bit by bit, for */
+/* one vector or many: integers are summed exactly, floats in one order. Per 256 weights */
+/* */
+/*   ACT_Q256   sum += d_act * (d * int(sum of scale q a) - dmin * int(sum of min a)) */
+/*   ACT_Q32    part = 0; per scale: part += (d * d_act) * int(sum of q a) - dmin * (d_act * */
+/*              int(sum of a)); sum += part */
+/* */
+/* where int(...) is an int32, rounded to float, and each operation of floats is rounded as */
+/* moe__dot_256 and moe__dot_32 write it. No int32 can overflow: 256 * 128 * 127 * 128 < 2^30. */
+
+/* a * b + c, rounded once */
+MOE__INLINE float moe__dot_fma(float a, float b, float c) { return fmaf(a, b, c); }
+/* x, rounded before it is used: a product is not fused with what is added to it. */
+MOE__INLINE float moe__dot_keep(float x) {
+#if defined(__x86_64__)
+    __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#else
+    __asm__("" : "+m"(x));
+#endif
+    return x;
+}
+
+/* sum + a block of 256 weights times a record of activations */
+MOE__INLINE float moe__dot_256(const moe__block *block, const moe__act256 *a, float sum) {
+    int32_t product = 0, min = 0;
+    for (int s = 0; s < 16; s++) {
+        int32_t part = 0;
+        const int8_t *q = a->q + moe__act256_at(16 * s);
+        for (int e = 0; e < 16; e++) part += block->q[16 * s + e] * q[e];
+        product += block->scale[s] * part;
+        min += block->min[s] * a->sum16[s];
     }
-    return total;
+    float x = moe__dot_keep((float)product * block->d[0]);
+    x = moe__dot_fma(-(float)min, block->dmin[0], x);
+    return moe__dot_fma(x, a->d, sum);
+}
+
+/* part + the product of n weights, of which `at` is the first in a record of activations */
+MOE__INLINE float moe__dot_32(const moe__type *type, const moe__block *block, int n,
+                              const moe__act32 *a, int at, float part) {
+    const int per = type->per;
+    for (int s = 0; s < n / per; s++, at += per) {
+        int32_t product = 0, act_sum = 0;
+        for (int e = 0; e < per; e++) {
+            const int q = a->q[moe__act32_at(at + e)];
+            product += block->q[per * s + e] * q;
+            act_sum += q;
+        }
+        const float d_act = a->d[at / 32];
+        const float d = moe__dot_keep(block->d[per / 16 * s] * d_act);
+        float x = moe__dot_keep((float)product * d);
+        if (!type->offset)
+            x = moe__dot_fma(-block->dmin[per / 16 * s], moe__dot_keep((float)act_sum * d_act), x);
+        part += x;
+    }
+    return part;
 }
 
 /* ---- activations to int8 --------------------------------------------------------------------- */
@@ -4531,10 +4612,12 @@ MOE__PRIVATE void moe__quantize_act_q256(const float *x, int64_t n, void *act) {
     moe__act256 *record = (moe__act256 *)act;
     for (; n > 0; n -= 256, x += 256, record++) {
         memset(record, 0, sizeof *record);
-        record->d = moe__types_quantize_act(x, 256, record->q);
+        int8_t q[256];
+        record->d = moe__types_quantize_act(x, 256, q);
         for (int j = 0; j < 16; j++) {
             int sum = 0;
-            for (int i = 0; i < 16; i++) sum += record->q[16 * j + i];
+            for (int i = 0; i < 16; i++) sum += q[16 * j + i];
+            memcpy(record->q + moe__act256_at(16 * j), q + 16 * j, 16);
             record->nsum[j] = -sum;
             record->sum16[j] = (int16_t)sum;
             record->sum32[j / 2] = (int16_t)(record->sum32[j / 2] + sum);
@@ -5254,13 +5337,21 @@ MOE__PRIVATE void moe__kernels_dot(const moe__type *type, const uint8_t *rows, s
     moe__block block;
     for (int64_t r = 0; r < n_rows; r += type->rows) {
         moe__group group = moe__group_begin(type, rows + (size_t)r * row_size);
-        double sum[MOE__GROUP_ROWS] = {0};
+        float sum[MOE__GROUP_ROWS] = {0}, part[MOE__GROUP_ROWS] = {0};
         for (int64_t at = 0; at < n; at += type->block, group.at += type->rows * type->bytes)
             for (int k = 0; k < type->rows; k++) {
                 moe__group_unpack(&group, k, &block);
-                sum[k] += moe__types_dot(type, &block, x, at);
+                if (type->act == MOE__ACT_Q256) {
+                    sum[k] = moe__dot_256(&block, (const moe__act256 *)x + at / 256, sum[k]);
+                    continue;
+                }
+                part[k] = moe__dot_32(type, &block, type->block, (const moe__act32 *)x + at / 256,
+                                      (int)(at % 256), part[k]);
+                if ((at + type->block) % 256 && at + type->block < n) continue;
+                sum[k] += part[k];
+                part[k] = 0;
             }
-        for (int k = 0; k < type->rows; k++) out[r + k] = (float)sum[k];
+        memcpy(out + r, sum, (size_t)type->rows * sizeof *sum);
     }
 }
 
@@ -5642,6 +5733,11 @@ MOE__V __m256i MOE__(v_dot_u8)(__m256i acc, __m256i a, __m256i b) {
 #endif
 MOE__V __m256 MOE__(v_fold)(__m256 x) { return x; }
 #endif
+/* x, rounded before it is used: a product is not fused with what is added to it. */
+MOE__V MOE__VF MOE__(v_rounded)(MOE__VF x) {
+    __asm__("" : "+v"(x));
+    return x;
+}
 
 /* 16 bytes in every lane */
 MOE__V MOE__VI MOE__(v_load16)(const void *p) {
@@ -5756,10 +5852,10 @@ MOE__K void MOE__(quantize_q256)(const float *x, int64_t n, void *act) {
         float inverse = MOE__(v_act_scale)(peak, &record->d);
         for (int i = 0; i < 2; i++) {
             const float *from = x + 128 * i;
-            int8_t *q = record->q + 128 * i;
+            int8_t *q = record->q + 128 * i; /* see moe__act256_at */
             __m256i ab = _mm256_hadd_epi32(MOE__(v_act_pack)(from, inverse, q, q + 16),
-                                           MOE__(v_act_pack)(from + 32, inverse, q + 32, q + 48));
-            __m256i cd = _mm256_hadd_epi32(MOE__(v_act_pack)(from + 64, inverse, q + 64, q + 80),
+                                           MOE__(v_act_pack)(from + 32, inverse, q + 64, q + 80));
+            __m256i cd = _mm256_hadd_epi32(MOE__(v_act_pack)(from + 64, inverse, q + 32, q + 48),
                                            MOE__(v_act_pack)(from + 96, inverse, q + 96, q + 112));
             /* Sums of 16 values, numbers 0 2 4 6 | 1 3 5 7 of these 128. */
             __m256i sums = _mm256_hadd_epi32(ab, cd);
@@ -5800,149 +5896,6 @@ MOE__V float MOE__(u_sum)(__m256 x) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
-}
-
-/* ---- dot products: K-quants ------------------------------------------------------------------ */
-
-/* Per block of 256 weights, in every instruction set on 256 bits (u_): */
-/*   unsigned levels x activations -> sums of two, int16 -> x block scales -> sums in int32 */
-/*   -> float -> x d of the row and of the activations */
-/* Bounds, with |activation| <= 127: the sums of two are at most 2*15*127 = 3810 (Q4_K), 7874 */
-/* (Q5_K), 16002 (Q6_K), so int16 holds them. An int32 sums 32 products times their scales: at */
-/* most 32*31*127*63 = 7.9e6 (Q5_K), exact as a float; Q6_K: 32*63*127*128 = 3.3e7, less an */
-/* offset of 1.7e7, which a float rounds in its last two bits at most. */
-
-/* acc + the sums of two neighbouring int16 products */
-MOE__V __m256i MOE__(u_dot_i16)(__m256i acc, __m256i a, __m256i b) {
-#if MOE__ISA == 3
-    return _mm256_dpwssd_epi32(acc, a, b);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-#endif
-}
-/* a | (b & mask) */
-MOE__V __m256i MOE__(u_or_and)(__m256i a, __m256i b, __m256i mask) {
-    return _mm256_or_si256(a, _mm256_and_si256(b, mask));
-}
-/* int16 shifted left by n, right by -n */
-MOE__V __m256i MOE__(u_shift_i16)(__m256i x, const int n) {
-    if (n == 0) return x;
-    return n > 0 ? _mm256_slli_epi16(x, n) : _mm256_srli_epi16(x, -n);
-}
-/* x, in a register: GCC would load it again for each use, or make a constant again in a loop. */
-MOE__V __m256i MOE__(u_keep)(__m256i x) {
-    __asm__ volatile("" : "+v"(x));
-    return x;
-}
-/* pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the */
-/* high lane in the high one */
-MOE__V __m256i MOE__(u_copy_i16)(const int a, const int b) {
-    const short copy_a = (short)(0x0100 + 0x0202 * a), copy_b = (short)(0x0100 + 0x0202 * b);
-    return MOE__(u_keep)(
-        _mm256_inserti128_si256(_mm256_set1_epi16(copy_a), _mm_set1_epi16(copy_b), 1));
-}
-
-/* Q4_K, and Q5_K with fifth = 1. 32 bytes hold the levels of 32 weights in their low halves and */
-/* of the next 32 in their high ones. */
-MOE__V void MOE__(u_dot_q45_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                               const void *x, float *out, const int fifth) {
-    const int size = fifth ? 176 : 144, low_at = fifth ? 48 : 16;
-    const __m256i nibble = _mm256_set1_epi8(15), bit4 = _mm256_set1_epi8(16);
-    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    __m256i copy[8];
-    MOE__UNROLL(8) for (int i = 0; i < 8; i++) copy[i] = MOE__(u_copy_i16)(i, i);
-    for (int64_t r = 0; r < n_rows; r++) {
-        const uint8_t *b = rows + (size_t)r * row_size;
-        const moe__act256 *a = (const moe__act256 *)x, *end = a + n / 256;
-        __m256 sum = _mm256_setzero_ps();
-        __m128 min_sum = _mm_setzero_ps();
-        for (; a < end; a++, b += size) {
-            MOE__(v_fetch)(b, rows_end, size);
-            const __m128i header = MOE__(v_load_128)(b), zero = _mm_setzero_si128();
-            const __m128i six = MOE__(u_unpack_scales)(header);
-            const __m128 d = _mm_mul_ps(_mm_cvtph_ps(header), _mm_set1_ps(a->d)); /* d, dmin */
-            const __m128i mins = _mm_madd_epi16(_mm_unpackhi_epi8(six, zero),
-                                                MOE__(v_load_128)(a->sum32));
-            min_sum = _mm_fnmadd_ps(_mm_cvtepi32_ps(mins), _mm_shuffle_ps(d, d, 0x55), min_sum);
-            const __m256i scales = _mm256_broadcastsi128_si256(_mm_unpacklo_epi8(six, zero));
-            const __m256i bits = fifth ? MOE__(v_load_256)(b + 16) : _mm256_setzero_si256();
-            __m256i low_sum = _mm256_setzero_si256(), high_sum = low_sum;
-            MOE__UNROLL(4)
-            for (int c = 0; c < 4; c++) {
-                const __m256i q = MOE__(u_keep)(MOE__(v_load_256)(b + low_at + 32 * c));
-                __m256i low = _mm256_and_si256(q, nibble);
-                __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble);
-                if (fifth) {
-                    low = MOE__(u_or_and)(low, MOE__(u_shift_i16)(bits, 4 - 2 * c), bit4);
-                    high = MOE__(u_or_and)(high, MOE__(u_shift_i16)(bits, 3 - 2 * c), bit4);
-                }
-                low = _mm256_maddubs_epi16(low, MOE__(v_load_256)(a->q + 64 * c));
-                high = _mm256_maddubs_epi16(high, MOE__(v_load_256)(a->q + 64 * c + 32));
-                low_sum = MOE__(u_dot_i16)(low_sum, low,
-                                           _mm256_shuffle_epi8(scales, copy[2 * c]));
-                high_sum = MOE__(u_dot_i16)(high_sum, high,
-                                            _mm256_shuffle_epi8(scales, copy[2 * c + 1]));
-            }
-            low_sum = _mm256_add_epi32(low_sum, high_sum);
-            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low_sum), _mm256_broadcastss_ps(d), sum);
-        }
-        out[r] = MOE__(u_sum)(_mm256_add_ps(sum, _mm256_zextps128_ps256(min_sum)));
-    }
-}
-
-MOE__K void MOE__(dot_q4_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                            const void *x, float *out) {
-    MOE__(u_dot_q45_k)(rows, row_size, n_rows, n, x, out, 0);
-}
-
-MOE__K void MOE__(dot_q5_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                            const void *x, float *out) {
-    MOE__(u_dot_q45_k)(rows, row_size, n_rows, n, x, out, 1);
-}
-
-/* Levels are unsigned, 32 too large; sum(scale * 32 * activations) is subtracted per block. In a */
-/* vector of 32 weights, the lanes have scales of their own. */
-MOE__K void MOE__(dot_q6_k)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                            const void *x, float *out) {
-    const __m256i nibble = _mm256_set1_epi8(15), bits45 = _mm256_set1_epi8(0x30);
-    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    __m256i copy[4];
-    MOE__UNROLL(4) for (int i = 0; i < 4; i++) copy[i] = MOE__(u_copy_i16)(2 * i, 2 * i + 1);
-    for (int64_t r = 0; r < n_rows; r++) {
-        const uint8_t *b = rows + (size_t)r * row_size;
-        const moe__act256 *a = (const moe__act256 *)x, *end = a + n / 256;
-        __m256 sum = _mm256_setzero_ps();
-        for (; a < end; a++, b += 210) {
-            MOE__(v_fetch)(b, rows_end, 210);
-            const __m256i scales = _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 192));
-            const __m256i zero = _mm256_setzero_si256();
-            const __m256i offset = MOE__(u_dot_i16)(zero, scales, MOE__(v_load_256)(a->sum16));
-            __m256i even = zero, odd = zero;
-            MOE__UNROLL(2)
-            for (int h = 0; h < 2; h++) {
-                const __m256i s = h ? _mm256_permute4x64_epi64(scales, 0xEE)
-                                    : _mm256_permute4x64_epi64(scales, 0x44);
-                const __m256i bits = MOE__(u_keep)(MOE__(v_load_256)(b + 128 + 32 * h));
-                MOE__UNROLL(2)
-                for (int c = 0; c < 2; c++) { /* low halves: vector c, high ones: c + 2 */
-                    const __m256i q = MOE__(u_keep)(MOE__(v_load_256)(b + 64 * h + 32 * c));
-                    const int8_t *act = a->q + 128 * h + 32 * c;
-                    __m256i low = _mm256_and_si256(q, nibble);
-                    __m256i high = _mm256_and_si256(_mm256_srli_epi16(q, 4), nibble);
-                    low = MOE__(u_or_and)(low, MOE__(u_shift_i16)(bits, 4 - 2 * c), bits45);
-                    high = MOE__(u_or_and)(high, MOE__(u_shift_i16)(bits, -2 * c), bits45);
-                    low = _mm256_maddubs_epi16(low, MOE__(v_load_256)(act));
-                    high = _mm256_maddubs_epi16(high, MOE__(v_load_256)(act + 64));
-                    even = MOE__(u_dot_i16)(even, low, _mm256_shuffle_epi8(s, copy[c]));
-                    odd = MOE__(u_dot_i16)(odd, high, _mm256_shuffle_epi8(s, copy[c + 2]));
-                }
-            }
-            even = _mm256_sub_epi32(_mm256_add_epi32(even, odd), _mm256_slli_epi32(offset, 5));
-            const __m256 d = _mm256_set1_ps(MOE__(u_f16)(b + 208) * a->d);
-            sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(even), d, sum);
-        }
-        out[r] = MOE__(u_sum)(sum);
-    }
 }
 
 /* ---- dot products: plain floats -------------------------------------------------------------- */
@@ -6041,20 +5994,41 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
 }
 #endif
 
-/* ---- pieces of blocks ------------------------------------------------------------------------ */
+#endif /* MOE__ISA != 4 */
+
+/* ---- pieces of vectors ----------------------------------------------------------------------- */
 
 /* u_: on 256 bits in every instruction set. */
+/* acc + the sums of two neighbouring int16 products */
+MOE__V __m256i MOE__(u_dot_i16)(__m256i acc, __m256i a, __m256i b) {
 #if MOE__ISA == 3
-/* acc + the sums of four neighbouring products of unsigned and signed bytes */
-MOE__V __m256i MOE__(u_dot_u8)(__m256i acc, __m256i a, __m256i b) {
-    return _mm256_dpbusd_epi32(acc, a, b);
-}
+    return _mm256_dpwssd_epi32(acc, a, b);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 #endif
-/* a0 b0 a1 b1 ... */
-MOE__V void MOE__(u_pairs)(__m256 *out, __m256 a, __m256 b) {
-    __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
-    out[0] = _mm256_permute2f128_ps(low, high, 0x20);
-    out[1] = _mm256_permute2f128_ps(low, high, 0x31);
+}
+/* a | (b & mask) */
+MOE__V __m256i MOE__(u_or_and)(__m256i a, __m256i b, __m256i mask) {
+    return _mm256_or_si256(a, _mm256_and_si256(b, mask));
+}
+/* x, in a register: GCC would load it again for each use, or make a constant again in a loop. */
+MOE__V __m256i MOE__(u_keep)(__m256i x) {
+    __asm__ volatile("" : "+v"(x));
+    return x;
+}
+/* pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the */
+/* high lane in the high one */
+MOE__V __m256i MOE__(u_copy_i16)(const int a, const int b) {
+    const short copy_a = (short)(0x0100 + 0x0202 * a), copy_b = (short)(0x0100 + 0x0202 * b);
+    return _mm256_inserti128_si256(_mm256_set1_epi16(copy_a), _mm_set1_epi16(copy_b), 1);
+}
+
+MOE__V void MOE__(tile_store)(void *p, MOE__VI v) {
+#if MOE__ISA == 3
+    _mm512_storeu_si512(p, v);
+#else
+    _mm256_storeu_si256((__m256i *)p, v);
+#endif
 }
 /* 16 bytes: 32 weights, the low nibbles before the high ones */
 MOE__V __m256i MOE__(u_nibbles)(const uint8_t *p) {
@@ -6070,18 +6044,6 @@ MOE__V __m256i MOE__(u_mask)(uint32_t bits) {
     __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte);
     return _mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit);
 }
-/* table[x], 16 entries per step; x < 16 n */
-MOE__V __m256i MOE__(u_lookup)(const int8_t *table, __m256i x, const int n) {
-    __m256i y = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(MOE__(v_load_128)(table)), x);
-    MOE__UNROLL(4)
-    for (int i = 1; i < n; i++) {
-        __m256i more = _mm256_broadcastsi128_si256(MOE__(v_load_128)(table + 16 * i));
-        __m256i here = _mm256_cmpgt_epi8(x, _mm256_set1_epi8((char)(16 * i - 1)));
-        y = _mm256_blendv_epi8(y, _mm256_shuffle_epi8(more, x), here);
-    }
-    return y;
-}
-
 /* Values 32 j .. 32 j + 31 of moe__act32.q */
 MOE__V __m256i MOE__(u_act32)(const int8_t *q, int j) {
     q += moe__act32_at(32 * j);
@@ -6089,1063 +6051,42 @@ MOE__V __m256i MOE__(u_act32)(const int8_t *q, int j) {
                                    MOE__(v_load_128)(q + 64), 1);
 }
 
-/* ---- unpacking blocks ------------------------------------------------------------------------ */
-
-/* moe__unpack_NAME_avx2 does what moe__unpack_NAME does, for up to 256 weights (n) of several */
-/* rows: of `rows` rows at w[0], w[1], ..., or of the 4 or 8 rows of the group at w[0]. */
-/* out[r].min is written only by types with mins. Nothing behind the blocks is read. All */
-/* instruction sets use these: what comes after them takes the time. */
-#if MOE__ISA == 2
-/* The row types: one row; `v` is the vector of 32 weights j, made from block p. */
-#define MOE__ROW_TYPE(name)                                                                   \
-    MOE__V void MOE__(u_row_##name)(const uint8_t *b, int n, float D, moe__block *out)
-#define MOE__ROW_BLOCKS_MIN(name, size, scale_, mins, min_, ...)                              \
-    MOE__ROW_TYPE(name) {                                                                     \
-        (void)D;                                                                              \
-        MOE__UNROLL(8)                                                                        \
-        for (int j = 0; j < n / 32; j++, b += size) {                                         \
-            MOE__(u_scale)(out, j, scale_);                                                   \
-            if (mins) out->min[2 * j] = out->min[2 * j + 1] = min_;                           \
-            MOE__(u_put)(out, j, __VA_ARGS__);                                                \
-        }                                                                                     \
-    }
-#define MOE__ROW_BLOCKS(name, size, scale, ...) \
-    MOE__ROW_BLOCKS_MIN(name, size, scale, 0, 0, __VA_ARGS__)
-#define MOE__EACH_J MOE__UNROLL(8) for (int j = 0; j < 8; j++)
-
-MOE__V void MOE__(u_put)(moe__block *out, int j, __m256i v) {
-    _mm256_storeu_si256((__m256i *)(void *)(out->q + 32 * j), v);
-}
-MOE__V void MOE__(u_scale)(moe__block *out, int j, float scale) {
-    out->scale[2 * j] = out->scale[2 * j + 1] = scale;
-}
-/* 16 int16 -> out[0..15] = d * each; 8 int32 -> pairs of equal floats */
-MOE__V void MOE__(u_scales16)(float *out, __m256i x, float d) {
-    const __m256 factor = _mm256_set1_ps(d);
-    __m256i low = _mm256_cvtepi16_epi32(_mm256_castsi256_si128(x));
-    __m256i high = _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1));
-    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), factor));
-    _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), factor));
-}
-MOE__V void MOE__(u_scales8)(float *out, __m256i x, float d) {
-    __m256 s = _mm256_mul_ps(_mm256_cvtepi32_ps(x), _mm256_set1_ps(d)), pairs[2];
-    MOE__(u_pairs)(pairs, s, s);
-    _mm256_storeu_ps(out, pairs[0]);
-    _mm256_storeu_ps(out + 8, pairs[1]);
-}
-/* 8 bytes of nibbles as 16 int16: the low one of a byte before its high one (pairs), or all low */
-/* ones first */
-MOE__V __m256i MOE__(u_nibbles8)(const uint8_t *p, const int pairs) {
-    __m128i x = _mm_loadl_epi64((const __m128i *)(const void *)p);
-    __m128i high = _mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15));
-    x = _mm_and_si128(x, _mm_set1_epi8(15));
-    return _mm256_cvtepu8_epi16(pairs ? _mm_unpacklo_epi8(x, high) : _mm_unpacklo_epi64(x, high));
-}
-/* The same for 4 bytes as 8 int32 */
-MOE__V __m256i MOE__(u_nibbles4)(const uint8_t *p, const int pairs) {
-    __m128i x = _mm_cvtsi32_si128((int)moe__load_u32(p));
-    __m128i high = _mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15));
-    x = _mm_and_si128(x, _mm_set1_epi8(15));
-    return _mm256_cvtepu8_epi32(pairs ? _mm_unpacklo_epi8(x, high) : _mm_unpacklo_epi32(x, high));
-}
-/* bit fields `step` bits apart as 8 int32 */
-MOE__V __m256i MOE__(u_fields8)(uint32_t x, const int step, const int mask) {
-    const __m256i at = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                                          _mm256_set1_epi32(step));
-    return _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int)x), at),
-                            _mm256_set1_epi32(mask));
-}
-/* low | high << shift, less an offset */
-MOE__V __m256i MOE__(u_join32)(__m256i low, __m256i high, const int shift, const int offset) {
-    return _mm256_sub_epi32(_mm256_or_si256(low, _mm256_slli_epi32(high, shift)),
-                            _mm256_set1_epi32(offset));
-}
-
-/* A field of the bits of each of 32 bytes */
-MOE__V __m256i MOE__(u_bits)(const uint8_t *p, const int shift, const int mask) {
-    __m256i x = _mm256_srli_epi16(MOE__(v_load_256)(p), shift);
-    return _mm256_and_si256(x, _mm256_set1_epi8((char)mask));
-}
-MOE__V __m256i MOE__(u_less)(__m256i x, const int offset) {
-    return _mm256_sub_epi8(x, _mm256_set1_epi8((char)offset));
-}
-MOE__V __m256i MOE__(u_high)(__m256i low, __m256i high, const int shift) {
-    return _mm256_or_si256(low, _mm256_slli_epi16(high, shift));
-}
-/* As u_lookup, for the short tables K2 and K3 */
-MOE__V __m256i MOE__(u_lookup_k2)(__m256i x) {
-    const __m256i table = _mm256_set1_epi32((int)moe__load_u32(moe__levels_k2));
-    return _mm256_shuffle_epi8(table, x);
-}
-MOE__V __m256i MOE__(u_lookup_k3)(__m256i x) {
-    const __m256i table = _mm256_set1_epi64x((int64_t)moe__load_u64(moe__levels_k3));
-    return _mm256_shuffle_epi8(table, x);
-}
-/* `shift` more for each 16 (or 32) weights whose bit is set */
-MOE__V __m256i MOE__(u_shift16)(__m256i x, int bits, const int shift) {
-    const __m256i bit = _mm256_setr_epi64x(0x0101010101010101, 0x0101010101010101,
-                                           0x0202020202020202, 0x0202020202020202);
-    __m256i on = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_set1_epi8((char)bits), bit), bit);
-    return _mm256_add_epi8(x, _mm256_and_si256(on, _mm256_set1_epi8((char)shift)));
-}
-MOE__V __m256i MOE__(u_shift32)(__m256i x, int bit, const int shift) {
-    return _mm256_add_epi8(x, _mm256_set1_epi8((char)((bit & 1) * shift)));
-}
-
-MOE__ROW_BLOCKS(q4_0, 18, MOE__(u_f16)(b), MOE__(u_less)(MOE__(u_nibbles)(b + 2), 8))
-MOE__ROW_BLOCKS_MIN(q4_1, 20, MOE__(u_f16)(b), 1, -MOE__(u_f16)(b + 2),
-                    MOE__(u_nibbles)(b + 4))
-MOE__V __m256i MOE__(u_five)(const uint8_t *low, const uint8_t *high) {
-    __m256i fifth = MOE__(u_mask)(moe__load_u32(high));
-    return _mm256_or_si256(MOE__(u_nibbles)(low), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
-}
-MOE__ROW_BLOCKS(q5_0, 22, MOE__(u_f16)(b), MOE__(u_less)(MOE__(u_five)(b + 6, b + 2), 16))
-MOE__ROW_BLOCKS_MIN(q5_1, 24, MOE__(u_f16)(b), 1, -MOE__(u_f16)(b + 2),
-                    MOE__(u_five)(b + 8, b + 4))
-MOE__V __m256i MOE__(u_six)(const uint8_t *low, const uint8_t *high) {
-    __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(high));
-    x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
-                         _mm256_set1_epi8(3));
-    return MOE__(u_less)(MOE__(u_high)(MOE__(u_nibbles)(low), x, 4), 32);
-}
-MOE__ROW_BLOCKS(q6_0, 26, MOE__(u_f16)(b), MOE__(u_six)(b + 10, b + 2))
-MOE__ROW_BLOCKS(q8_0, 34, MOE__(u_f16)(b), MOE__(v_load_256)(b + 2))
-MOE__ROW_BLOCKS(iq4_nl, 18, MOE__(u_f16)(b),
-                MOE__(u_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 2), 1))
-MOE__ROW_BLOCKS(mxfp4, 17, moe__types_e8m0(b[0]),
-                MOE__(u_lookup)(moe__levels_fp4, MOE__(u_nibbles)(b + 1), 1))
-
-MOE__ROW_TYPE(nvfp4) {
-    (void)D;
-    for (int s = 0; s < n / 16; s++)
-        out->scale[s] = moe__types_ue4m3(b[36 * (s / 4) + s % 4]);
-    for (int j = 0; j < n / 32; j++) { /* 8 bytes: 16 weights, low nibbles before high ones */
-        __m128i bytes = MOE__(v_load_128)(b + 36 * (j / 2) + 4 + 16 * (j % 2));
-        __m256i x = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);
-        x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 0, 4));
-        x = _mm256_and_si256(x, _mm256_set1_epi8(15));
-        MOE__(u_put)(out, j, MOE__(u_lookup)(moe__levels_fp4, x, 1));
-    }
-}
-
-/* ---- unpacking: 256 weights of one row */
-
-#define MOE__TWO(at) MOE__(u_bits)(b + at + 32 * (j / 4), 2 * (j % 4), 3)
-#define MOE__FOUR(at) MOE__(u_bits)(b + at + 32 * (j / 2), 4 * (j % 2), 15)
-#define MOE__ONE(at) MOE__(u_bits)(b + at, j, 1)
-#define MOE__ROW_256(name)                                                                  \
-    MOE__V void MOE__(u_256_##name)(const uint8_t *b, float D, moe__block *out);            \
-    MOE__ROW_TYPE(name) { (void)n, MOE__(u_256_##name)(b, D, out); }                        \
-    MOE__V void MOE__(u_256_##name)(const uint8_t *b, float D __attribute__((unused)),      \
-                                    moe__block *out)
-
-MOE__ROW_256(q2_k) {
-    __m128i bytes = MOE__(v_load_128)(b), low = _mm_set1_epi8(15);
-    __m128i mins = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
-    MOE__(u_scales16)(out->scale, _mm256_cvtepu8_epi16(_mm_and_si128(bytes, low)),
-                      MOE__(u_f16)(b + 80));
-    MOE__(u_scales16)(out->min, _mm256_cvtepu8_epi16(mins), MOE__(u_f16)(b + 82));
-    MOE__EACH_J MOE__(u_put)(out, j, MOE__TWO(16));
-}
-
-MOE__ROW_256(q3_k) {
-    __m256i low = MOE__(u_nibbles8)(b + 96, 0);
-    __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + 104)),
-                                  _mm_setr_epi32(0, 2, 4, 6));
-    high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
-    low = _mm256_or_si256(low, _mm256_cvtepu8_epi16(high));
-    MOE__(u_scales16)(out->scale, _mm256_sub_epi16(low, _mm256_set1_epi16(32)),
-                      MOE__(u_f16)(b + 108));
-    MOE__EACH_J MOE__(u_put)(
-        out, j, MOE__(u_less)(MOE__(u_high)(MOE__TWO(32), MOE__ONE(0), 2), 4));
-}
-
-MOE__V void MOE__(u_head)(const uint8_t *b, moe__block *out) {
-    const __m128i scales = MOE__(u_unpack_scales)(MOE__(v_load_128)(b));
-    MOE__(u_scales8)(out->scale, _mm256_cvtepu8_epi32(scales), MOE__(u_f16)(b));
-    MOE__(u_scales8)(out->min, _mm256_cvtepu8_epi32(_mm_srli_si128(scales, 8)),
-                     MOE__(u_f16)(b + 2));
-}
-
-MOE__ROW_256(q4_k) {
-    MOE__(u_head)(b, out);
-    MOE__EACH_J MOE__(u_put)(out, j, MOE__FOUR(16));
-}
-
-MOE__ROW_256(q5_k) {
-    MOE__(u_head)(b, out);
-    MOE__EACH_J MOE__(u_put)(out, j, MOE__(u_high)(MOE__FOUR(48), MOE__ONE(16), 4));
-}
-
-MOE__ROW_256(q6_k) {
-    MOE__(u_scales16)(out->scale, _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 192)),
-                      MOE__(u_f16)(b + 208));
-    MOE__EACH_J {
-        __m256i low = MOE__(u_bits)(b + 64 * (j / 4) + 32 * (j % 2), j / 2 % 2 * 4, 15);
-        MOE__(u_put)(out, j, MOE__(u_less)(MOE__(u_high)(low, MOE__TWO(128), 4), 32));
-    }
-}
-
-MOE__ROW_256(tq1_0) { /* q * 3^i modulo 256; the digit is 3 q / 256: two comparisons */
-    __m256i digits[8], x = MOE__(v_load_256)(b);
-    MOE__UNROLL(5)
-    for (int j = 0; j < 5; j++, x = _mm256_add_epi8(x, _mm256_add_epi8(x, x))) digits[j] = x;
-    const __m256i pair = _mm256_setr_epi64x(0x0001000100010001, 0x0001000100010001,
-                                            0x0003000300030003, 0x0003000300030003);
-    const __m128i power = _mm_setr_epi32(1, 3, 9, 27);
-    const __m256i low = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 32));
-    const __m256i byte = _mm256_set1_epi16(255);
-    __m256i even = _mm256_mullo_epi16(_mm256_and_si256(low, byte), pair);
-    __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(low, 8), pair);
-    x = _mm256_or_si256(_mm256_and_si256(even, byte), _mm256_slli_epi16(odd, 8));
-    digits[5] = x; /* bytes 32-47, times 1 and 3 */
-    MOE__UNROLL(4)
-    for (int i = 0; i < 4; i++) {
-        x = _mm256_add_epi8(x, _mm256_add_epi8(x, x));
-        if (i == 1) digits[6] = x;
-        if (i == 3) digits[7] = x;
-    }
-    __m128i last = _mm_set1_epi32((int)moe__load_u32(b + 48)), mask = _mm_set1_epi16(255);
-    __m128i p = _mm_or_si128(power, _mm_slli_epi32(power, 16));
-    __m128i a = _mm_and_si128(_mm_mullo_epi16(_mm_and_si128(last, mask), p), mask);
-    __m128i c = _mm_slli_epi16(_mm_mullo_epi16(_mm_srli_epi16(last, 8), p), 8);
-    digits[7] = _mm256_inserti128_si256(digits[7], _mm_or_si128(a, c), 1);
-    MOE__EACH_J {
-        const __m256i one = _mm256_set1_epi8(86), two = _mm256_set1_epi8((char)171);
-        __m256i y = _mm256_add_epi8(
-            _mm256_cmpeq_epi8(_mm256_max_epu8(digits[j], one), digits[j]),
-            _mm256_cmpeq_epi8(_mm256_max_epu8(digits[j], two), digits[j]));
-        MOE__(u_put)(out, j, _mm256_sub_epi8(_mm256_set1_epi8(-1), y));
-        MOE__(u_scale)(out, j, MOE__(u_f16)(b + 52));
-    }
-}
-
-MOE__ROW_256(tq2_0) {
-    MOE__EACH_J {
-        MOE__(u_put)(out, j, MOE__(u_less)(MOE__TWO(0), 1));
-        MOE__(u_scale)(out, j, MOE__(u_f16)(b + 64));
-    }
-}
-
-MOE__ROW_256(iq4_xs) {
-    __m256i scales = MOE__(u_join32)(MOE__(u_nibbles4)(b + 4, 1),
-                                     MOE__(u_fields8)(moe__load_u16(b + 2), 2, 3), 4, 32);
-    MOE__(u_scales8)(out->scale, scales, MOE__(u_f16)(b));
-    MOE__EACH_J MOE__(u_put)(
-        out, j, MOE__(u_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 8 + 16 * j), 1));
-}
-
-MOE__ROW_256(iq2_k) {
-    __m256i scales = _mm256_sub_epi16(MOE__(u_nibbles8)(b + 4, 1), _mm256_set1_epi16(8));
-    const int extra = moe__load_u16(b + 2);
-    MOE__(u_scales16)(out->scale, scales, MOE__(u_f16)(b));
-    MOE__EACH_J MOE__(u_put)(out, j, MOE__(u_shift16)(MOE__(u_lookup_k2)(MOE__TWO(12)),
-                                                      extra >> 2 * j, MOE__SHIFT_K2));
-}
-
-/* 16 int16, negative where the bit is set */
-MOE__V __m256i MOE__(u_negate16)(__m256i x, int bits) {
-    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
-                                          8192, 16384, (short)-32768);
-    __m256i on = _mm256_cmpeq_epi16(
-        _mm256_and_si256(_mm256_set1_epi16((short)bits), bit), bit);
-    return _mm256_sub_epi16(_mm256_xor_si256(x, on), on);
-}
-
-MOE__ROW_256(iq3_k) {
-    __m256i scales = MOE__(u_nibbles8)(b + 6, 1);
-    const int extra = moe__load_u16(b + 2);
-    scales = _mm256_add_epi16(_mm256_add_epi16(scales, scales), _mm256_set1_epi16(1));
-    MOE__(u_scales16)(out->scale, MOE__(u_negate16)(scales, moe__load_u16(b + 4)),
-                      MOE__(u_f16)(b));
-    MOE__EACH_J {
-        __m256i x = MOE__(u_high)(MOE__TWO(14), MOE__ONE(78), 2);
-        MOE__(u_put)(out, j, MOE__(u_shift16)(MOE__(u_lookup_k3)(x), extra >> 2 * j,
-                                              MOE__SHIFT_K3));
-    }
-}
-
-/* As moe__types_scales6. Bits 2 k of 32 bits are moved to bits 6 and 7 of a byte by a product. */
-MOE__V void MOE__(u_scales6)(const uint8_t *b, float d, moe__block *out) {
-    const __m128i byte = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
-    __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(b)), byte);
-    __m256i high = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(bytes), factor);
-    high = _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
-    high = _mm256_or_si256(high, MOE__(u_nibbles8)(b + 4, 1));
-    MOE__(u_scales16)(out->scale, _mm256_sub_epi16(high, _mm256_set1_epi16(32)), d);
-}
-
-MOE__ROW_256(iq4_k) {
-    const int extra = moe__load_u16(b + 2);
-    MOE__(u_scales6)(b + 4, MOE__(u_f16)(b), out);
-    MOE__EACH_J {
-        __m256i x = MOE__(u_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 16 + 16 * j), 1);
-        MOE__(u_put)(out, j, MOE__(u_shift16)(x, extra >> 2 * j, MOE__SHIFT_K4));
-    }
-}
-
-MOE__ROW_256(iq5_k) {
-    const int extra = moe__load_u16(b + 2);
-    MOE__(u_scales6)(b + 4, MOE__(u_f16)(b), out);
-    MOE__EACH_J {
-        __m256i x = MOE__(u_high)(MOE__FOUR(16), MOE__ONE(144), 4);
-        x = MOE__(u_lookup)(moe__levels_k5, x, 2);
-        MOE__(u_put)(out, j, MOE__(u_shift16)(x, extra >> 2 * j, MOE__SHIFT_K5));
-    }
-}
-
-MOE__ROW_256(iq6_k) {
-    const int extra = moe__load_u16(b + 2);
-    MOE__(u_scales16)(out->scale, _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 4)),
-                      MOE__(u_f16)(b));
-    MOE__EACH_J {
-        __m256i x = MOE__(u_high)(MOE__FOUR(20), MOE__TWO(148), 4);
-        x = MOE__(u_lookup)(moe__levels_k6, x, 4);
-        MOE__(u_put)(out, j, MOE__(u_shift16)(x, extra >> 2 * j, MOE__SHIFT_K6));
-    }
-}
-
-MOE__ROW_256(iq2_ks) {
-    const int extra = moe__load_u16(b);
-    __m256i high = MOE__(u_fields8)((uint32_t)extra >> 8, 1, 1);
-    MOE__(u_scales8)(out->scale, MOE__(u_join32)(MOE__(u_nibbles4)(b + 2, 1), high, 4, 16), D);
-    MOE__EACH_J MOE__(u_put)(
-        out, j, MOE__(u_shift32)(MOE__(u_lookup_k2)(MOE__TWO(6)), extra >> j, MOE__SHIFT_K2));
-}
-
-MOE__ROW_256(iq3_ks) {
-    const int extra = moe__load_u16(b);
-    __m256i high = MOE__(u_fields8)((uint32_t)extra, 1, 1);
-    MOE__(u_scales8)(out->scale, MOE__(u_join32)(MOE__(u_nibbles4)(b + 2, 0), high, 4, 16), D);
-    MOE__EACH_J {
-        __m256i x = MOE__(u_high)(MOE__TWO(6), MOE__ONE(70), 2);
-        MOE__(u_put)(out, j, MOE__(u_shift32)(MOE__(u_lookup_k3)(x), extra >> (8 + j),
-                                              MOE__SHIFT_K3));
-    }
-}
-
-/* Eight scales whose lowest bit is not part of them */
-MOE__V void MOE__(u_scales_ks)(const uint8_t *b, float D, moe__block *out) {
-    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)b));
-    x = _mm256_and_si256(x, _mm256_set1_epi32(254));
-    MOE__(u_scales8)(out->scale, _mm256_sub_epi32(x, _mm256_set1_epi32(127)), D);
-}
-
-MOE__ROW_256(iq4_ks) {
-    MOE__(u_scales_ks)(b, D, out);
-    MOE__EACH_J {
-        __m256i x = MOE__(u_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 8 + 16 * j), 1);
-        MOE__(u_put)(out, j, MOE__(u_shift32)(x, b[j], MOE__SHIFT_K4));
-    }
-}
-
-MOE__ROW_256(iq5_ks) {
-    MOE__(u_scales_ks)(b, D, out);
-    MOE__EACH_J {
-        __m256i x = MOE__(u_high)(MOE__FOUR(8), MOE__ONE(136), 4);
-        x = MOE__(u_lookup)(moe__levels_k5, x, 2);
-        MOE__(u_put)(out, j, MOE__(u_shift32)(x, b[j], MOE__SHIFT_K5));
-    }
-}
-
-MOE__ROW_256(iq2_kl) {
-    __m256i scales = MOE__(u_join32)(MOE__(u_nibbles4)(b + 2, 0),
-                                     MOE__(u_fields8)(moe__load_u16(b), 2, 3), 4, 32);
-    MOE__(u_scales8)(out->scale, scales, D);
-    MOE__EACH_J {
-        const __m128i low = _mm_set1_epi8(15), one = _mm_set1_epi8(1);
-        __m128i x = _mm_srli_epi16(MOE__(v_load_128)(b + 6 + 16 * (j / 2)), 4 * (j % 2));
-        __m128i high = _mm_srli_epi16(MOE__(v_load_128)(b + 70), j);
-        high = _mm_slli_epi16(_mm_and_si128(high, one), 4);
-        __m256i index = _mm256_castsi128_si256(_mm_or_si128(_mm_and_si128(x, low), high));
-        __m128i y = _mm256_castsi256_si128(MOE__(u_lookup)(moe__levels_kl[0], index, 2));
-        __m128i z = _mm256_castsi256_si128(MOE__(u_lookup)(moe__levels_kl[1], index, 2));
-        __m256i both = _mm256_castsi128_si256(_mm_unpacklo_epi8(y, z));
-        MOE__(u_put)(out, j, _mm256_inserti128_si256(both, _mm_unpackhi_epi8(y, z), 1));
-    }
-}
-
-/* ---- unpacking: code books */
-
-/* Entries of a book side by side, then their signs */
-MOE__V __m256i MOE__(u_book8)(const uint64_t *book, unsigned a, unsigned b, unsigned c,
-                              unsigned d) {
-    return _mm256_set_epi64x((int64_t)book[d], (int64_t)book[c], (int64_t)book[b],
-                             (int64_t)book[a]);
-}
-MOE__V __m256i MOE__(u_signs)(__m256i x, uint32_t signs) {
-    const __m256i on = MOE__(u_mask)(signs);
-    return _mm256_sub_epi8(_mm256_xor_si256(x, on), on);
-}
-/* Four 7-bit signs of a word */
-MOE__V uint32_t MOE__(u_signs7)(const moe__books *books, uint32_t word) {
-    const uint8_t *s = books->signs;
-    return s[word & 127] | (uint32_t)s[word >> 7 & 127] << 8 | (uint32_t)s[word >> 14 & 127] << 16 |
-           (uint32_t)s[word >> 21 & 127] << 24;
-}
-
-MOE__ROW_256(iq2_xxs) {
-    const moe__books *books = moe__books_get();
-    const float d = MOE__(u_f16)(b) * 0.25f;
-    for (int j = 0; j < 8; j++) {
-        const uint8_t *p = b + 2 + 8 * j;
-        const uint32_t word = moe__load_u32(p + 4);
-        __m256i x = MOE__(u_book8)(books->iq2xxs, p[0], p[1], p[2], p[3]);
-        MOE__(u_put)(out, j, MOE__(u_signs)(x, MOE__(u_signs7)(books, word)));
-        MOE__(u_scale)(out, j, d * (0.5f + (float)(word >> 28)));
-    }
-}
-
-/* Scales d * (0.5 + nibble) / 4 */
-MOE__V void MOE__(u_scales_iq2)(const uint8_t *b, float d, moe__block *out) {
-    __m256i x = MOE__(u_nibbles8)(b, 1);
-    x = _mm256_add_epi16(_mm256_add_epi16(x, x), _mm256_set1_epi16(1));
-    MOE__(u_scales16)(out->scale, x, d * 0.125f);
-}
-
-MOE__ROW_256(iq2_xs) {
-    const moe__books *books = moe__books_get();
-    MOE__(u_scales_iq2)(b + 66, MOE__(u_f16)(b), out);
-    for (int j = 0; j < 8; j++) {
-        const uint64_t x = moe__load_u64(b + 2 + 8 * j);
-        const uint8_t *s = books->signs;
-        uint32_t signs = s[x >> 9 & 127] | (uint32_t)s[x >> 25 & 127] << 8 |
-                         (uint32_t)s[x >> 41 & 127] << 16 | (uint32_t)s[x >> 57] << 24;
-        MOE__(u_put)(out, j, MOE__(u_signs)(
-            MOE__(u_book8)(books->iq2xs, x & 511, x >> 16 & 511, x >> 32 & 511, x >> 48 & 511),
-            signs));
-    }
-}
-
-MOE__ROW_256(iq2_s) {
-    const moe__books *books = moe__books_get();
-    MOE__(u_scales_iq2)(b + 74, MOE__(u_f16)(b), out);
-    for (int j = 0; j < 8; j++) {
-        const uint8_t *p = b + 2 + 4 * j;
-        const unsigned h = b[66 + j];
-        __m256i x = MOE__(u_book8)(books->iq2s, p[0] | (h & 3) << 8, p[1] | (h & 12) << 6,
-                                   p[2] | (h & 48) << 4, p[3] | (h & 192) << 2);
-        MOE__(u_put)(out, j, MOE__(u_signs)(x, moe__load_u32(b + 34 + 4 * j)));
-    }
-}
-
-MOE__ROW_256(iq3_xxs) {
-    const moe__books *books = moe__books_get();
-    const float d = MOE__(u_f16)(b) * 0.5f;
-    for (int j = 0; j < 8; j++) {
-        const uint8_t *p = b + 2 + 8 * j;
-        const uint32_t *book = books->iq3xxs, word = moe__load_u32(b + 66 + 4 * j);
-        __m256i x = _mm256_setr_epi32((int)book[p[0]], (int)book[p[1]], (int)book[p[2]],
-                                      (int)book[p[3]], (int)book[p[4]], (int)book[p[5]],
-                                      (int)book[p[6]], (int)book[p[7]]);
-        MOE__(u_put)(out, j, MOE__(u_signs)(x, MOE__(u_signs7)(books, word)));
-        MOE__(u_scale)(out, j, d * (0.5f + (float)(word >> 28)));
-    }
-}
-
-MOE__ROW_256(iq3_s) {
-    const moe__books *books = moe__books_get();
-    __m256i scales = MOE__(u_nibbles4)(b + 106, 1);
-    scales = _mm256_add_epi32(_mm256_add_epi32(scales, scales), _mm256_set1_epi32(1));
-    MOE__(u_scales8)(out->scale, scales, MOE__(u_f16)(b));
-    for (int j = 0; j < 8; j++) {
-        const uint8_t *p = b + 2 + 8 * j;
-        const uint32_t *book = books->iq3s;
-        const unsigned h = b[66 + j];
-#define MOE__ENTRY(i) (int)book[p[i] | (h >> i & 1) << 8]
-        __m256i x = _mm256_setr_epi32(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),
-                                      MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7));
-#undef MOE__ENTRY
-        MOE__(u_put)(out, j, MOE__(u_signs)(x, moe__load_u32(b + 74 + 4 * j)));
-    }
-}
-
-MOE__ROW_256(iq1_s) {
-    const moe__books *books = moe__books_get();
-    const float d = MOE__(u_f16)(b) * 0.125f;
-    for (int j = 0; j < 8; j++) {
-        const uint8_t *p = b + 2 + 4 * j;
-        const unsigned h = moe__load_u16(b + 34 + 2 * j);
-        __m256i x = MOE__(u_book8)(books->iq1s, p[0] | (h & 7) << 8, p[1] | (h >> 3 & 7) << 8,
-                                   p[2] | (h >> 6 & 7) << 8, p[3] | (h >> 9 & 7) << 8);
-        MOE__(u_put)(out, j, _mm256_add_epi8(x, _mm256_set1_epi8(h & 0x8000 ? -1 : 1)));
-        MOE__(u_scale)(out, j, d * (float)(2 * (h >> 12 & 7) + 1));
-    }
-}
-
-MOE__ROW_256(iq1_m) {
-    const moe__books *books = moe__books_get();
-    const float d = moe__types_iq1_m_d(b + 48) * 0.125f;
-    for (int j = 0; j < 8; j++) {
-        const uint8_t *p = b + 4 * j;
-        const unsigned h = moe__load_u16(b + 32 + 2 * j); /* four nibbles */
-        const unsigned scale = (unsigned)moe__load_u16(b + 48 + 2 * (j / 2)) >> 6 * (j % 2);
-        const uint64_t ones = 0x0101010101010101, minus = ~(uint64_t)0;
-        __m256i x = MOE__(u_book8)(books->iq1s, p[0] | (h & 7) << 8, p[1] | (h >> 4 & 7) << 8,
-                                   p[2] | (h >> 8 & 7) << 8, p[3] | (h >> 12 & 7) << 8);
-        __m256i shift = _mm256_set_epi64x(
-            (int64_t)(h & 0x8000 ? minus : ones), (int64_t)(h & 0x800 ? minus : ones),
-            (int64_t)(h & 0x80 ? minus : ones), (int64_t)(h & 8 ? minus : ones));
-        MOE__(u_put)(out, j, _mm256_add_epi8(x, shift));
-        out->scale[2 * j] = d * (float)(2 * (scale & 7) + 1);
-        out->scale[2 * j + 1] = d * (float)(2 * (scale >> 3 & 7) + 1);
-    }
-}
-
-/* ---- unpacking: interleaved rows */
-
-#define MOE__GROUP_TYPE(name)                                                               \
-    MOE__K void MOE__(unpack_##name)(const uint8_t *const *w, int rows, int n,               \
-                                     const float *D, moe__block *out)
-
-/* In lane h of x[t] dword k is the four t of row k, in half h of its 32 weights: four 4 x 4 */
-/* matrices of dwords are turned. */
-typedef struct MOE__(fours) {
-    __m256i t[4];
-} MOE__(fours);
-
-MOE__V MOE__(fours) MOE__(u_turn)(MOE__(fours) x) {
-    __m256i a = _mm256_unpacklo_epi32(x.t[0], x.t[1]), b = _mm256_unpacklo_epi32(x.t[2], x.t[3]);
-    __m256i c = _mm256_unpackhi_epi32(x.t[0], x.t[1]), d = _mm256_unpackhi_epi32(x.t[2], x.t[3]);
-    x.t[0] = _mm256_unpacklo_epi64(a, b), x.t[1] = _mm256_unpackhi_epi64(a, b);
-    x.t[2] = _mm256_unpacklo_epi64(c, d), x.t[3] = _mm256_unpackhi_epi64(c, d);
-    return x;
-}
-MOE__V void MOE__(u_put_rows)(moe__block *out, int j, MOE__(fours) x) {
-    x = MOE__(u_turn)(x);
-    MOE__UNROLL(4) for (int k = 0; k < 4; k++) MOE__(u_put)(out + k, j, x.t[k]);
-}
-/* Nibbles, pairs of bits and single bits of 32 weights of four rows, as moe__types_*_r4 */
-MOE__V MOE__(fours) MOE__(u_nibbles_r4)(const uint8_t *p) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i a = MOE__(v_load_256)(p), b = MOE__(v_load_256)(p + 32);
-    MOE__(fours) x;
-    x.t[0] = _mm256_and_si256(a, nibble), x.t[1] = _mm256_and_si256(b, nibble);
-    x.t[2] = _mm256_and_si256(_mm256_srli_epi16(a, 4), nibble);
-    x.t[3] = _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble);
-    return x;
-}
-MOE__V MOE__(fours) MOE__(u_fields_r4)(__m256i bits, const int b, const int c, const int mask) {
-    const __m256i m = _mm256_set1_epi8((char)mask);
-    MOE__(fours) x;
-    MOE__UNROLL(4)
-    for (int t = 0; t < 4; t++)
-        x.t[t] = _mm256_and_si256(_mm256_srli_epi16(bits, b * (t % 2) + c * (t / 2)), m);
-    return x;
-}
-MOE__V MOE__(fours) MOE__(u_two_r4)(const uint8_t *p) {
-    return MOE__(u_fields_r4)(MOE__(v_load_256)(p), 2, 4, 3);
-}
-MOE__V MOE__(fours) MOE__(u_one_r4)(const uint8_t *p, const int a, const int b, const int c) {
-    __m256i bits = _mm256_broadcastsi128_si256(MOE__(v_load_128)(p));
-    return MOE__(u_fields_r4)(_mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, a, a)), b, c, 1);
-}
-#define MOE__EACH_T(x, expression)                                             \
-    MOE__UNROLL(4) for (int t = 0; t < 4; t++) x.t[t] = expression;
-MOE__V MOE__(fours) MOE__(u_high_r4)(MOE__(fours) x, MOE__(fours) high, const int shift) {
-    MOE__EACH_T(x, MOE__(u_high)(x.t[t], high.t[t], shift))
-    return x;
-}
-MOE__V MOE__(fours) MOE__(u_less_r4)(MOE__(fours) x, const int offset) {
-    MOE__EACH_T(x, MOE__(u_less)(x.t[t], offset))
-    return x;
-}
-/* Adds `shift` where the bit under `bit` of a byte is set: byte 4 h + k for half h of row k */
-MOE__V MOE__(fours) MOE__(u_shift_r4)(MOE__(fours) x, uint64_t bytes, int bit, const int shift) {
-    const __m256i at = _mm256_setr_epi64x(0x0101010100000000, 0x0303030302020202,
-                                          0x0505050504040404, 0x0707070706060606);
-    const __m256i mask = _mm256_set1_epi8((char)(1 << bit));
-    __m256i on = _mm256_shuffle_epi8(_mm256_set1_epi64x((int64_t)bytes), at);
-    on = _mm256_cmpeq_epi8(_mm256_and_si256(on, mask), mask);
-    on = _mm256_and_si256(on, _mm256_set1_epi8((char)shift));
-    MOE__EACH_T(x, _mm256_add_epi8(x.t[t], on))
-    return x;
-}
-#define MOE__LOOKUP_R4(x, table, n) MOE__EACH_T(x, MOE__(u_lookup)(table, x.t[t], n))
-
-/* Byte k of each dword, shifted right and masked, less an offset: scales of row k */
-MOE__V __m256i MOE__(u_row_scales)(__m256i bytes, int k, const int mask, const int offset) {
-    bytes = _mm256_and_si256(_mm256_srl_epi32(bytes, _mm_cvtsi32_si128(8 * k)),
-                             _mm256_set1_epi32(mask));
-    return _mm256_sub_epi32(bytes, _mm256_set1_epi32(offset));
-}
-/* 16 scales of each of 4 rows from 64 bytes, low and high, row fastest */
-MOE__V void MOE__(u_scales_r4)(float *out, __m256i low, __m256i high, int k, const int mask,
-                               const int offset, float d) {
-    const __m256 factor = _mm256_set1_ps(d);
-    low = MOE__(u_row_scales)(low, k, mask, offset);
-    high = MOE__(u_row_scales)(high, k, mask, offset);
-    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(low), factor));
-    _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(high), factor));
-}
-/* 64 6-bit numbers, see moe__types_six_r4: 0-31 in t[0], 32-63 in t[1] */
-MOE__V MOE__(fours) MOE__(u_six_r4)(const uint8_t *low, const uint8_t *high) {
-    __m256i a = MOE__(u_bits)(low, 0, 15), b = MOE__(u_bits)(low, 4, 15);
-    __m256i bits = _mm256_broadcastsi128_si256(MOE__(v_load_128)(high));
-    const __m256i mask = _mm256_set1_epi8(3);
-    __m256i c = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2));
-    __m256i d = _mm256_srli_epi16(c, 4);
-    MOE__(fours) x;
-    x.t[0] = MOE__(u_high)(a, _mm256_and_si256(c, mask), 4);
-    x.t[1] = MOE__(u_high)(b, _mm256_and_si256(d, mask), 4);
-    x.t[2] = x.t[3] = x.t[1];
-    return x;
-}
-
-/* Fours of eight rows: x[t] holds four t of the first 16 weights, y[t] of the others */
-MOE__V void MOE__(u_put_rows8)(moe__block *out, int j, MOE__(fours) x, MOE__(fours) y) {
-    x = MOE__(u_turn)(x), y = MOE__(u_turn)(y);
-    MOE__UNROLL(4)
-    for (int k = 0; k < 4; k++) {
-        MOE__(u_put)(out + k, j, _mm256_permute2x128_si256(x.t[k], y.t[k], 0x20));
-        MOE__(u_put)(out + k + 4, j, _mm256_permute2x128_si256(x.t[k], y.t[k], 0x31));
-    }
-}
-
-#define MOE__GROUP_BLOCKS(name, group, size, scale)                                             \
-    MOE__V void MOE__(u_block_##name)(const uint8_t *b, int j, moe__block *out);               \
-    MOE__GROUP_TYPE(name) {                                                                    \
-        const uint8_t *b = w[0];                                                               \
-        (void)D, (void)rows;                                                                   \
-        for (int j = 0; j < n / 32; j++, b += group * size) {                                  \
-            for (int k = 0; k < group; k++) MOE__(u_scale)(out + k, j, scale);                 \
-            MOE__(u_block_##name)(b, j, out);                                                  \
-        }                                                                                      \
-    }                                                                                          \
-    MOE__V void MOE__(u_block_##name)(const uint8_t *b, int j, moe__block *out)
-
-MOE__GROUP_BLOCKS(q4_0_r8, 8, 18, MOE__(u_f16)(b + 2 * k)) {
-    MOE__(fours) x, y;
-    MOE__EACH_T(x, MOE__(u_less)(MOE__(u_bits)(b + 16 + 32 * t, 0, 15), 8))
-    MOE__EACH_T(y, MOE__(u_less)(MOE__(u_bits)(b + 16 + 32 * t, 4, 15), 8))
-    MOE__(u_put_rows8)(out, j, x, y);
-}
-MOE__GROUP_BLOCKS(mxfp4_r8, 8, 17, moe__types_e8m0(b[k])) {
-    MOE__(fours) x, y;
-    MOE__EACH_T(x, MOE__(u_lookup)(moe__levels_fp4, MOE__(u_bits)(b + 8 + 32 * t, 0, 15), 1))
-    MOE__EACH_T(y, MOE__(u_lookup)(moe__levels_fp4, MOE__(u_bits)(b + 8 + 32 * t, 4, 15), 1))
-    MOE__(u_put_rows8)(out, j, x, y);
-}
-MOE__GROUP_BLOCKS(q8_0_r8, 8, 34, MOE__(u_f16)(b + 2 * k)) {
-    MOE__(fours) x, y;
-    MOE__EACH_T(x, MOE__(v_load_256)(b + 16 + 32 * t))
-    MOE__EACH_T(y, MOE__(v_load_256)(b + 144 + 32 * t))
-    MOE__(u_put_rows8)(out, j, x, y);
-}
-MOE__GROUP_BLOCKS(iq4_nl_r4, 4, 18, MOE__(u_f16)(b + 2 * k)) {
-    MOE__(fours) x = MOE__(u_nibbles_r4)(b + 8);
-    MOE__LOOKUP_R4(x, moe__levels_k4, 1)
-    MOE__(u_put_rows)(out, j, x);
-}
-MOE__GROUP_BLOCKS(q5_0_r4, 4, 22, MOE__(u_f16)(b + 2 * k)) {
-    MOE__(fours) x = MOE__(u_nibbles_r4)(b + 24);
-    x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 8, 1, 2, 4), 4);
-    MOE__(u_put_rows)(out, j, MOE__(u_less_r4)(x, 16));
-}
-
-/* 256 weights of four (eight) rows; k counts the rows. */
-#define MOE__GROUP_256(name)                                                                  \
-    MOE__V void MOE__(u_256_##name)(const uint8_t *b, const float *D, moe__block *out);       \
-    MOE__GROUP_TYPE(name) { (void)rows, (void)n, MOE__(u_256_##name)(w[0], D, out); }         \
-    MOE__V void MOE__(u_256_##name)(const uint8_t *b, const float *D __attribute__((unused)), \
-                                    moe__block *out)
-#define MOE__EACH_K for (int k = 0; k < 4; k++)
-#define MOE__D(at) MOE__(u_f16)(b + at + 2 * k)
-
-MOE__GROUP_256(q2_k_r4) {
-    const __m256i low = MOE__(v_load_256)(b + 16), high = MOE__(v_load_256)(b + 48);
-    MOE__EACH_K {
-        MOE__(u_scales_r4)(out[k].scale, low, high, k, 15, 0, MOE__D(0));
-        MOE__(u_scales_r4)(out[k].min, _mm256_srli_epi32(low, 4), _mm256_srli_epi32(high, 4), k,
-                           15, 0, MOE__D(8));
-    }
-    MOE__EACH_J MOE__(u_put_rows)(out, j, MOE__(u_two_r4)(b + 80 + 32 * j));
-}
-
-MOE__GROUP_256(q3_k_r4) {
-    const MOE__(fours) s = MOE__(u_six_r4)(b + 24, b + 8);
-    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, s.t[0], s.t[1], k, 255, 32, MOE__D(0));
-    MOE__EACH_J {
-        MOE__(fours) x = MOE__(u_two_r4)(b + 184 + 32 * j);
-        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 56 + 16 * j, 4, 1, 2), 2);
-        MOE__(u_put_rows)(out, j, MOE__(u_less_r4)(x, 4));
-    }
-}
-
-/* Numbers s = 4 j + k: low nibbles are scales, high ones mins; two more bits of each */
-MOE__V void MOE__(u_head_r4)(const uint8_t *b, moe__block *out) {
-    __m256i bytes = MOE__(v_load_256)(b + 32), three = _mm256_set1_epi8(48);
-    __m256i high = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 16));
-    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
-    __m256i scales = _mm256_and_si256(bytes, _mm256_set1_epi8(15));
-    __m256i mins = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
-    scales = _mm256_or_si256(scales, _mm256_and_si256(_mm256_slli_epi16(high, 4), three));
-    mins = _mm256_or_si256(mins, _mm256_and_si256(_mm256_slli_epi16(high, 2), three));
-    MOE__EACH_K {
-        MOE__(u_scales8)(out[k].scale, MOE__(u_row_scales)(scales, k, 255, 0), MOE__D(0));
-        MOE__(u_scales8)(out[k].min, MOE__(u_row_scales)(mins, k, 255, 0), MOE__D(8));
-    }
-}
-
-MOE__GROUP_256(q4_k_r4) {
-    MOE__(u_head_r4)(b, out);
-    MOE__EACH_J MOE__(u_put_rows)(out, j, MOE__(u_nibbles_r4)(b + 64 + 64 * j));
-}
-
-MOE__GROUP_256(q5_k_r4) {
-    MOE__(u_head_r4)(b, out);
-    MOE__EACH_J {
-        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 192 + 64 * j);
-        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 64 + 16 * j, 4, 2, 1), 4);
-        MOE__(u_put_rows)(out, j, x);
-    }
-}
-
-MOE__GROUP_256(q6_k_r4) {
-    const __m256i sign = _mm256_set1_epi8(-128); /* int8 + 128 are unsigned bytes */
-    const __m256i low = _mm256_xor_si256(MOE__(v_load_256)(b + 8), sign);
-    const __m256i high = _mm256_xor_si256(MOE__(v_load_256)(b + 40), sign);
-    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, low, high, k, 255, 128, MOE__D(0));
-    MOE__EACH_J {
-        __m256i bits = MOE__(v_load_256)(b + 72 + 32 * j);
-        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 328 + 64 * j);
-        x = MOE__(u_high_r4)(x, MOE__(u_fields_r4)(bits, 4, 2, 3), 4);
-        MOE__(u_put_rows)(out, j, MOE__(u_less_r4)(x, 32));
-    }
-}
-
-MOE__GROUP_256(iq2_k_r4) {
-    const __m256i low = MOE__(u_bits)(b + 16, 0, 15), high = MOE__(u_bits)(b + 16, 4, 15);
-    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, low, high, k, 255, 8, MOE__D(0));
-    MOE__EACH_J {
-        MOE__(fours) x = MOE__(u_two_r4)(b + 48 + 32 * j);
-        MOE__EACH_T(x, MOE__(u_lookup_k2)(x.t[t]))
-        MOE__(u_put_rows)(out, j, MOE__(u_shift_r4)(x, moe__load_u64(b + 8), j, MOE__SHIFT_K2));
-    }
-}
-
-MOE__GROUP_256(iq3_k_r4) {
-    /* Scales 2 s + 1, negative where bit s / 8 of byte s % 8 is set: up to 31, made unsigned */
-    __m256i low = MOE__(u_bits)(b + 24, 0, 15), high = MOE__(u_bits)(b + 24, 4, 15);
-    const __m256i one = _mm256_set1_epi8(1), offset = _mm256_set1_epi8(31);
-    const __m256i bit = _mm256_setr_epi64x(0x0101010101010101, 0x0202020202020202,
-                                           0x0404040404040404, 0x0808080808080808);
-    __m256i signs = _mm256_set1_epi64x((int64_t)moe__load_u64(b + 16));
-    __m256i on = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
-    low = _mm256_add_epi8(_mm256_add_epi8(low, low), one);
-    low = _mm256_add_epi8(_mm256_sub_epi8(_mm256_xor_si256(low, on), on), offset);
-    signs = _mm256_srli_epi16(signs, 4);
-    on = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
-    high = _mm256_add_epi8(_mm256_add_epi8(high, high), one);
-    high = _mm256_add_epi8(_mm256_sub_epi8(_mm256_xor_si256(high, on), on), offset);
-    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, low, high, k, 255, 31, MOE__D(0));
-    MOE__EACH_J {
-        MOE__(fours) x = MOE__(u_two_r4)(b + 56 + 32 * j);
-        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 312 + 16 * j, 4, 1, 2), 2);
-        MOE__EACH_T(x, MOE__(u_lookup_k3)(x.t[t]))
-        MOE__(u_put_rows)(out, j, MOE__(u_shift_r4)(x, moe__load_u64(b + 8), j, MOE__SHIFT_K3));
-    }
-}
-
-MOE__GROUP_256(iq4_k_r4) {
-    const MOE__(fours) s = MOE__(u_six_r4)(b + 32, b + 16);
-    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, s.t[0], s.t[1], k, 255, 32, MOE__D(0));
-    MOE__EACH_J {
-        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 64 + 64 * j);
-        MOE__LOOKUP_R4(x, moe__levels_k4, 1)
-        MOE__(u_put_rows)(out, j, MOE__(u_shift_r4)(x, moe__load_u64(b + 8), j, MOE__SHIFT_K4));
-    }
-}
-
-MOE__GROUP_256(iq5_k_r4) {
-    const MOE__(fours) s = MOE__(u_six_r4)(b + 32, b + 16);
-    MOE__EACH_K MOE__(u_scales_r4)(out[k].scale, s.t[0], s.t[1], k, 255, 32, MOE__D(0));
-    MOE__EACH_J {
-        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 64 + 64 * j);
-        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 576 + 16 * j, 2, 4, 1), 4);
-        MOE__LOOKUP_R4(x, moe__levels_k5, 2)
-        MOE__(u_put_rows)(out, j, MOE__(u_shift_r4)(x, moe__load_u64(b + 8), j, MOE__SHIFT_K5));
-    }
-}
-
-/* 8 scales of 4 rows whose lowest bit is not part of them; that bit of each, for both halves */
-MOE__V void MOE__(u_scales_ks_r4)(const uint8_t *b, const float *D, moe__block *out) {
-    const __m256i bytes = MOE__(v_load_256)(b);
-    MOE__EACH_K MOE__(u_scales8)(out[k].scale, MOE__(u_row_scales)(bytes, k, 254, 127), D[k]);
-}
-MOE__V MOE__(fours) MOE__(u_shift_ks_r4)(MOE__(fours) x, const uint8_t *b, const int shift) {
-    const uint64_t bytes = moe__load_u32(b);
-    return MOE__(u_shift_r4)(x, bytes | bytes << 32, 0, shift);
-}
-
-MOE__GROUP_256(iq4_ks_r4) {
-    MOE__(u_scales_ks_r4)(b, D, out);
-    MOE__EACH_J {
-        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 32 + 64 * j);
-        MOE__LOOKUP_R4(x, moe__levels_k4, 1)
-        MOE__(u_put_rows)(out, j, MOE__(u_shift_ks_r4)(x, b + 4 * j, MOE__SHIFT_K4));
-    }
-}
-
-MOE__GROUP_256(iq5_ks_r4) {
-    MOE__(u_scales_ks_r4)(b, D, out);
-    MOE__EACH_J {
-        MOE__(fours) x = MOE__(u_nibbles_r4)(b + 32 + 64 * j);
-        x = MOE__(u_high_r4)(x, MOE__(u_one_r4)(b + 544 + 16 * j, 2, 4, 1), 4);
-        MOE__LOOKUP_R4(x, moe__levels_k5, 2)
-        MOE__(u_put_rows)(out, j, MOE__(u_shift_ks_r4)(x, b + 4 * j, MOE__SHIFT_K5));
-    }
-}
-
-MOE__GROUP_256(iq4_xs_r8) {
-    const MOE__(fours) s = MOE__(u_six_r4)(b + 32, b + 16); /* numbers 8 j + k */
-    uint8_t six[64];
-    _mm256_storeu_si256((__m256i *)(void *)six, s.t[0]);
-    _mm256_storeu_si256((__m256i *)(void *)(six + 32), s.t[1]);
-    for (int k = 0; k < 8; k++)
-        for (int j = 0; j < 8; j++)
-            MOE__(u_scale)(out + k, j, MOE__D(0) * (float)(six[8 * j + k] - 32));
-    MOE__EACH_J {
-        const uint8_t *p = b + 64 + 128 * j;
-        MOE__(fours) x, y;
-        MOE__EACH_T(x, MOE__(u_bits)(p + 32 * (t / 2), t % 2 * 4, 15))
-        MOE__EACH_T(y, MOE__(u_bits)(p + 64 + 32 * (t / 2), t % 2 * 4, 15))
-        MOE__LOOKUP_R4(x, moe__levels_k4, 1)
-        MOE__LOOKUP_R4(y, moe__levels_k4, 1)
-        MOE__(u_put_rows8)(out, j, x, y);
-    }
-}
-
-/* Row types, as functions of several rows */
-#define MOE__UNPACK_1(name)                                                                    \
-    MOE__K void MOE__(unpack_##name)(const uint8_t *const *w, int rows, int n, const float *D, \
-                                     moe__block *out) {                                        \
-        for (int r = 0; r < rows; r++) MOE__(u_row_##name)(w[r], n, D[r], out + r);            \
-    }
-#define MOE__UNPACK_4(name)
-#define MOE__UNPACK_8(name)
-#define MOE__UNPACK_ROWS(NAME, name, block, bytes, act, rows, ...) MOE__UNPACK_##rows(name)
-MOE__BLOCK_TYPES(MOE__UNPACK_ROWS)
-#undef MOE__UNPACK_1
-#undef MOE__UNPACK_4
-#undef MOE__UNPACK_8
-#undef MOE__UNPACK_ROWS
-
-#undef MOE__ROW_TYPE
-#undef MOE__ROW_BLOCKS_MIN
-#undef MOE__ROW_BLOCKS
-#undef MOE__EACH_J
-#undef MOE__TWO
-#undef MOE__FOUR
-#undef MOE__ONE
-#undef MOE__ROW_256
-#undef MOE__GROUP_TYPE
-#undef MOE__EACH_T
-#undef MOE__LOOKUP_R4
-#undef MOE__GROUP_BLOCKS
-#undef MOE__GROUP_256
-#undef MOE__EACH_K
-#undef MOE__D
-#endif /* MOE__ISA == 2 */
-
-#endif /* MOE__ISA != 4 */
-
-/* ---- rows of unpacked blocks ----------------------------------------------------------------- */
-
-/* What most types need: unpack a block of some rows, then multiply, turn or store it. */
-
-typedef void MOE__(unpack_fn)(const uint8_t *const *w, int rows, int n, const float *D,
-                              moe__block *out);
-typedef struct MOE__(reader) {
-    const moe__type *type;
-    MOE__(unpack_fn) *unpack;
-    const uint8_t *w[4]; /* the next blocks of rows, or of the group in w[0] */
-    float D[MOE__GROUP_ROWS];
-    int rows; /* rows that are read together */
-} MOE__(reader);
-
-/* Reads a whole group, or `want` (1..4) rows; where less are left, the last is read again. */
-MOE__V void MOE__(reader_begin)(MOE__(reader) *reader, const uint8_t *rows, size_t row_size,
-                                int64_t left, int want) {
-    const moe__type *type = reader->type;
-    reader->rows = type->rows > 1 ? type->rows : want;
-    for (int r = 0; r < want; r++, left--) {
-        const moe__group group = moe__group_begin(type, rows);
-        reader->w[r] = group.at;
-        if (type->rows > 1) {
-            memcpy(reader->D, group.scale, sizeof group.scale);
-            return;
-        }
-        reader->D[r] = group.scale[0];
-        if (left > 1) rows += row_size;
-    }
-}
-
-/* The next n (at most 256) weights of each row. Scales behind them are 0. */
-MOE__V void MOE__(reader_next)(MOE__(reader) *reader, int n, moe__block *out) {
-    const moe__type *type = reader->type;
-    const size_t size = (size_t)(n / type->block * type->bytes * type->rows);
-    if (n < 256)
-        for (int r = 0; r < reader->rows; r++) memset(out[r].scale, 0, 2 * sizeof out[r].scale);
-    reader->unpack(reader->w, reader->rows, n, reader->D, out);
-    for (int r = 0; r < (type->rows > 1 ? 1 : reader->rows); r++) reader->w[r] += size;
-}
-
-#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
-/* Activations of 256 weights. */
-typedef struct MOE__(block_acts) {
-    __m256i q[8];
-    __m256 d[2], sum[2]; /* per 16 weights: their scale, and their sum times the scale */
-} MOE__(block_acts);
-
-/* Sums of four neighbouring products q * a, as |q| * (a with the sign of q): sums of two are at */
-/* most 32512. */
+/* Sums of four neighbouring products of signed bytes, as |q| * (a with the sign of q): sums of two */
+/* are at most 32512. */
 MOE__V __m256i MOE__(u_quads)(__m256i q, __m256i a) {
     a = _mm256_sign_epi8(a, q);
-    q = _mm256_abs_epi8(q);
-#if MOE__VNNI
-    return MOE__(u_dot_u8)(_mm256_setzero_si256(), q, a);
-#else
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(q, a), _mm256_set1_epi16(1));
-#endif
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(q), a), _mm256_set1_epi16(1));
+}
+/* x, rounded before it is used: a product is not fused with what is added to it. */
+MOE__V __m256 MOE__(u_rounded)(__m256 x) {
+    __asm__("" : "+v"(x));
+    return x;
 }
 
-/* Record i of the activations x. A type with blocks of 32 has one min per 32 weights, given */
-/* twice: their sum belongs to the first. */
-MOE__V void MOE__(u_block_acts)(MOE__(block_acts) *out, moe__act_kind kind, const void *x,
-                                int64_t i) {
-    if (kind == MOE__ACT_Q32) {
-        const moe__act32 *a = (const moe__act32 *)x + i;
-        const __m256 d = _mm256_loadu_ps(a->d), zero = _mm256_setzero_ps();
-        __m256 sum = _mm256_cvtepi32_ps(MOE__(v_load_256)(a->nsum));
-        sum = _mm256_mul_ps(sum, _mm256_sub_ps(zero, d));
-        MOE__(u_pairs)(out->d, d, d);
-        MOE__(u_pairs)(out->sum, sum, zero);
-        for (int j = 0; j < 8; j++) out->q[j] = MOE__(u_act32)(a->q, j);
-    } else {
-        const moe__act256 *a = (const moe__act256 *)x + i;
-        const __m256 d = _mm256_set1_ps(a->d);
-        __m256i low = _mm256_cvtepi16_epi32(MOE__(v_load_128)(a->sum16));
-        __m256i high = _mm256_cvtepi16_epi32(MOE__(v_load_128)(a->sum16 + 8));
-        out->d[0] = out->d[1] = d;
-        out->sum[0] = _mm256_mul_ps(_mm256_cvtepi32_ps(low), d);
-        out->sum[1] = _mm256_mul_ps(_mm256_cvtepi32_ps(high), d);
-        for (int j = 0; j < 8; j++) out->q[j] = MOE__(v_load_256)(a->q + 32 * j);
-    }
-}
-
-/* sum + block . activations. Each element of a vector of sums has four weights of one scale. */
-MOE__V __m256 MOE__(u_add_block)(__m256 sum, const moe__block *block, const MOE__(block_acts) *a,
-                                 const int mins) {
-    __m256 scale[2], odd = _mm256_setzero_ps();
-    MOE__UNROLL(2)
-    for (int h = 0; h < 2; h++) {
-        scale[h] = _mm256_mul_ps(_mm256_loadu_ps(block->scale + 8 * h), a->d[h]);
-        if (mins) odd = _mm256_fnmadd_ps(_mm256_loadu_ps(block->min + 8 * h), a->sum[h], odd);
-    }
-    MOE__UNROLL(8)
-    for (int j = 0; j < 8; j++) {
-        const int i = 2 * (j % 4);
-        const __m256i at = _mm256_setr_epi32(i, i, i, i, i + 1, i + 1, i + 1, i + 1);
-        const __m256i quads = MOE__(u_quads)(MOE__(v_load_256)(block->q + 32 * j), a->q[j]);
-        const __m256 d = _mm256_permutevar8x32_ps(scale[j / 4], at);
-        if (j % 2) odd = _mm256_fmadd_ps(_mm256_cvtepi32_ps(quads), d, odd);
-        else sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(quads), d, sum);
-    }
-    return _mm256_add_ps(sum, odd);
-}
-
-/* Fetches `size` bytes from 8 KiB behind the group, see v_prefetch. */
-MOE__V void MOE__(u_prefetch)(const uint8_t *group, size_t offset, const uint8_t *end, int size) {
-    uintptr_t next = (uintptr_t)group + offset + 8192;
-    for (int i = 0; i < size && next < (uintptr_t)end; i += 64, next += 64)
-        _mm_prefetch((const char *)next, _MM_HINT_T1);
-}
-
-/* moe__dot_fn for any block type: four rows or a group are unpacked, then multiplied. */
-MOE__K void MOE__(dot_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack, const uint8_t *rows,
-                              size_t row_size, int64_t n_rows, int64_t n, const void *x,
-                              float *out) {
-    const uint8_t *end = rows + (size_t)n_rows * row_size;
-    MOE__(reader) reader;
-    MOE__(block_acts) acts;
-    moe__block block[MOE__GROUP_ROWS] __attribute__((aligned(64)));
-    reader.type = type;
-    reader.unpack = unpack;
-    for (int64_t row = 0; row < n_rows; row += reader.rows) {
-        const uint8_t *group = rows + (size_t)row * row_size;
-        __m256 sum[MOE__GROUP_ROWS];
-        for (int r = 0; r < MOE__GROUP_ROWS; r++) sum[r] = _mm256_setzero_ps();
-        MOE__(reader_begin)(&reader, group, row_size, n_rows - row, 4);
-        size_t ahead = (size_t)reader.rows * row_size;
-        for (int64_t at = 0; at < n; at += 256) {
-            const int count = (int)moe__min(n - at, 256);
-            const int size = count / type->block * type->bytes * reader.rows;
-            MOE__(u_prefetch)(group, ahead, end, size);
-            ahead += (size_t)size;
-            MOE__(reader_next)(&reader, count, block);
-            MOE__(u_block_acts)(&acts, type->act, x, at / 256);
-            if (type->offset)
-                for (int r = 0; r < reader.rows; r++)
-                    sum[r] = MOE__(u_add_block)(sum[r], block + r, &acts, 0);
-            else
-                for (int r = 0; r < reader.rows; r++)
-                    sum[r] = MOE__(u_add_block)(sum[r], block + r, &acts, 1);
-        }
-        for (int r = 0; r < (int)moe__min(reader.rows, n_rows - row); r++)
-            out[row + r] = MOE__(u_sum)(sum[r]);
-    }
-}
-
-#if MOE__ISA == 2
-/* moe__dequantize_fn for any block type; the same bits as moe__types_dequantize: products are */
-/* rounded once, fused or not */
-MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
-                                     const uint8_t *rows, int64_t n, float *out) {
-    moe__block block[MOE__GROUP_ROWS] __attribute__((aligned(64)));
-    MOE__(reader) reader;
-    if (type->id == MOE_TYPE_IQ6_K) {
-        moe__types_dequantize(type, rows, n, out);
-        return;
-    }
-    reader.type = type;
-    reader.unpack = unpack;
-    MOE__(reader_begin)(&reader, rows, 0, 1, 1);
-    if (type->offset) memset(block, 0, sizeof block); /* no mins */
-    for (int64_t at = 0; at < n; at += 256) {
-        const int count = (int)moe__min(n - at, 256);
-        MOE__(reader_next)(&reader, count, block);
-        for (int r = 0; r < reader.rows; r++)
-            for (int s = 0; s < count / 16; s++)
-                MOE__(u_store_levels)(out + r * n + at + 16 * s,
-                                      MOE__(v_load_128)(block[r].q + 16 * s), block[r].scale[s],
-                                      block[r].min[s]);
-    }
-}
-#endif
-
-#endif /* MOE__ISA != 4 */
-
-/* ---- dot products: blocks of 32 -------------------------------------------------------------- */
-
-/* A vector holds some bytes of MOE__LANES neighbouring blocks of a row, one block per lane, and */
-/* so do the activations: first weights 0-15 of each block, then 16-31. Levels x activations are */
-/* summed in int32 to four numbers per lane: exact floats, which are multiplied with the scales */
-/* of weights and activations, spread over the lanes. */
+/* ---- types of 32-wide blocks ----------------------------------------------------------------- */
 
 /* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes */
 /* levels unsigned. `type` is always a constant index of the type table. */
 MOE__V int MOE__(q32_size)(const int type) {
-    return type == MOE__INDEX_Q8_0 ? 34 : type == MOE__INDEX_Q5_0 ? 22
-                                      : type == MOE__INDEX_MXFP4 ? 17 : 18;
+    switch (type) {
+    case MOE__INDEX_Q4_1: return MOE__BYTES_Q4_1;
+    case MOE__INDEX_Q5_0: return MOE__BYTES_Q5_0;
+    case MOE__INDEX_Q5_1: return MOE__BYTES_Q5_1;
+    case MOE__INDEX_Q6_0: return MOE__BYTES_Q6_0;
+    case MOE__INDEX_Q8_0: return MOE__BYTES_Q8_0;
+    case MOE__INDEX_MXFP4: return MOE__BYTES_MXFP4;
+    default: return MOE__BYTES_Q4_0; /* and IQ4_NL */
+    }
 }
 MOE__V int MOE__(q32_low)(const int type) {
-    return type == MOE__INDEX_Q5_0 ? 6 : type == MOE__INDEX_MXFP4 ? 1 : 2;
+    return type == MOE__INDEX_Q8_0 ? 2 : MOE__(q32_size)(type) - 16;
 }
 MOE__V int MOE__(q32_shift)(const int type) {
     if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) return 7;
-    return type == MOE__INDEX_Q4_0 ? 3 : 4;
+    return type == MOE__INDEX_Q4_0 ? 3 : type == MOE__INDEX_Q6_0 ? 5 : 4;
+}
+MOE__V int MOE__(q32_min)(const int type) {
+    return type == MOE__INDEX_Q4_1 || type == MOE__INDEX_Q5_1;
 }
 /* The 16 levels of MXFP4 or IQ4_NL plus an offset, in every lane */
 MOE__V MOE__VI MOE__(q32_table)(const int type, const int offset) {
@@ -7162,26 +6103,1591 @@ MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int a
     return _mm256_add_epi8(v, _mm256_and_si256(x, y));
 #endif
 }
-/* Exponents of MXFP4, int32, as floats, see moe__types_e8m0 */
+/* Exponents of MXFP4, int32, as floats, see moe__types_e8m0: of e - 1 if that is above 0; shifts */
+/* of more than 31 give 0 */
 MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
-    const MOE__VI tiny = MOE__MM(sllv_epi32)(MOE__MM(set1_epi32)(0x00200000), e);
-    const MOE__VI usual =
-        MOE__MM(slli_epi32)(MOE__MM(sub_epi32)(e, MOE__MM(set1_epi32)(1)), 23);
+    const MOE__VI one = MOE__MM(set1_epi32)(1), tiny = MOE__MM(set1_epi32)(0x00400000);
+    const MOE__VI usual = MOE__MM(slli_epi32)(MOE__MM(sub_epi32)(e, one), 23);
+    const MOE__VI small = MOE__MM(srlv_epi32)(tiny, MOE__MM(sub_epi32)(one, e));
 #if MOE__ISA == 3
-    const __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
-    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(usual, small, tiny));
+    return _mm512_castsi512_ps(_mm512_max_epi32(usual, small));
 #else
-    const __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e);
-    return _mm256_castsi256_ps(_mm256_blendv_epi8(usual, tiny, small));
+    return _mm256_castsi256_ps(_mm256_max_epi32(usual, small));
 #endif
 }
 
+/* ---- the scratch of tiles -------------------------------------------------------------------- */
+
+/* See "tiles" below. */
+#if MOE__ISA == 3
+#define MOE__TILE_TOKENS 6
+#else
+#define MOE__TILE_TOKENS 4
+#endif
+#define MOE__PANEL (2 * MOE__VFLOATS) /* rows of a micro-kernel */
+
+enum {
+    /* The scratch: packs of the tile's panels, copies of rows, sums[token][32 rows]. */
+    MOE__(TILE_PACK) = 256 * MOE__VBYTES, /* bytes of one panel's pack */
+    MOE__(TILE_STAGE_AT) = 16384,
+    MOE__(TILE_SUMS_AT) = 32768,
+    MOE__(TILE_CHUNK) = (MOE__PACK_SIZE - 32768) / (MOE__TILE_ROWS * 4), /* most tokens at once */
+    /* A pack of quantized weights starts with their quads, [64][2 vectors]. Behind them, for 16 */
+    /* or 8 sub-blocks (ACT_Q256, ACT_Q32): */
+    MOE__(TILE_SCALE) = 128 * MOE__VBYTES, /* int32 or f32 [sub-blocks][2 vectors] */
+    MOE__(TILE_D) = 160 * MOE__VBYTES,     /* f32 [2 vectors]: the scale of the integer scales */
+    MOE__(TILE_DMIN) = 162 * MOE__VBYTES,  /* f32 [2 vectors]: minus the scale of the integer mins */
+    MOE__(TILE_MIN) = 164 * MOE__VBYTES,   /* int16 pairs [sub-blocks / 2][2 vectors], or as scales */
+    MOE__(TILE_ACT) = 196 * MOE__VBYTES,   /* f32 [tokens][16]: sums of activations, negated */
+    MOE__(TILE_START) = 208 * MOE__VBYTES  /* int32 [tokens][16]: where sums start */
+};
+
+/* ---- quantized rows: levels ------------------------------------------------------------------ */
+
+/* A block of 256 weights is read as a head (scales and the like) and vectors of levels: level v */
+/* is the v-th vector of bytes q + bias, bias being the type's offset. (AVX2 multiplies unsigned */
+/* bytes of at most 7 bits; 8-bit levels keep their signs there, bias 0.) All else is made from */
+/* these two: products, tiles, floats. */
+/* */
+/* Which weights a vector holds is the type's order. With 256 bits it is always the natural one. */
+/* With 512 it is what a load of 64 bytes gives, so that no levels are moved: two sub-blocks of 32 */
+/* weights (a, b), or four halves of such */
+/* */
+/*   NATURAL  (0, 1) (2, 3) (4, 5) (6, 7)       TWOS    (0, 4) (1, 5) (2, 6) (3, 7) */
+/*   FOURS    (0, 2) (1, 3) (4, 6) (5, 7)       HALVES  first halves of 0-3, second ones, of 4-7 */
+
+#define MOE__NATURAL 0
+#define MOE__FOURS 1
+#define MOE__TWOS 2
+#define MOE__HALVES 3
+#define MOE__LEVELS (256 / MOE__VBYTES) /* vectors of levels */
+/* AVX-VNNI has them from AVX2. */
+#define MOE__LEVELS_OF(name) MOE__SHARED(name)
+
+#if MOE__ISA != 4
+
+/* Where lane `lane` of vector v is from: the number of 16 weights */
+MOE__V int MOE__(v_group)(const int order, const int v, const int lane) {
+#if MOE__ISA == 3
+    const int half = lane / 2;
+    if (order == MOE__HALVES) return 8 * (v / 2) + v % 2 + 2 * lane;
+    if (order == MOE__FOURS) return 2 * (4 * (v / 2) + v % 2 + 2 * half) + lane % 2;
+    if (order == MOE__TWOS) return 2 * (v + 4 * half) + lane % 2;
+    return 4 * v + lane;
+#else
+    return (void)order, 2 * v + lane;
+#endif
+}
+
+typedef struct MOE__(head) {
+    __m256i scale, min; /* int16, 16 of them or (of a type with 32 weights per scale) 8 */
+    __m256i shift;      /* likewise: to be added to the levels */
+    __m128 d;           /* d, and dmin behind it */
+    uint16_t index[32]; /* of code books' entries */
+    uint8_t sign[32];   /* a bit per weight: negative */
+    const moe__books *books;
+} MOE__(head);
+
+/* Activations in the order of vector v: FOURS is that of moe__act256 */
+MOE__V MOE__VI MOE__(v_acts)(const int8_t *q, const int order, const int v) {
+#if MOE__ISA == 3
+    if (order == MOE__FOURS) return MOE__(v_load)(q + 64 * v);
+    if (order == MOE__HALVES) {
+        const __m512i at = v % 2 ? _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15)
+                                 : _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+        return _mm512_permutex2var_epi64(MOE__(v_load)(q + 128 * (v / 2)), at,
+                                         MOE__(v_load)(q + 128 * (v / 2) + 64));
+    }
+    const int a = moe__act256_at(16 * MOE__(v_group)(order, v, 0));
+    const int b = moe__act256_at(16 * MOE__(v_group)(order, v, 2));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(MOE__(v_load_256)(q + a)),
+                              MOE__(v_load_256)(q + b), 1);
+#else
+    return (void)order, MOE__(v_load)(q + moe__act256_at(32 * v));
+#endif
+}
+
+/* Number per 16 (or per 32) weights of x, int16, in the lanes they belong to */
+MOE__V MOE__VI MOE__(v_spread)(__m256i x, const int per, const int order, const int v) {
+    const int by = per / 16;
+#if MOE__ISA == 3
+#define MOE__AT(lane) 0x0001000100010001 * (MOE__(v_group)(order, v, lane) / by)
+    const __m512i at = _mm512_setr_epi64(MOE__AT(0), MOE__AT(0), MOE__AT(1), MOE__AT(1), MOE__AT(2),
+                                         MOE__AT(2), MOE__AT(3), MOE__AT(3));
+#undef MOE__AT
+    return _mm512_permutexvar_epi16(at, _mm512_castsi256_si512(x));
+#else
+    const int a = 2 * v / by, b = (2 * v + 1) / by;
+    x = a < 8 ? _mm256_permute4x64_epi64(x, 0x44) : _mm256_permute4x64_epi64(x, 0xEE);
+    return (void)order, _mm256_shuffle_epi8(x, MOE__(u_copy_i16)(a % 8, b % 8));
+#endif
+}
+
+/* acc + the sums of neighbouring products of levels and activations times their scales */
+MOE__V MOE__VI MOE__(v_multiply)(MOE__VI acc, MOE__VI levels, MOE__VI acts, __m256i scale,
+                                 const int bits, const int per, const int order, const int v) {
+#if MOE__ISA == 3
+    if (bits == 8) { /* sums of two would not fit into int16 */
+        const __m512i both = MOE__(v_spread)(scale, per, order, v);
+        const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), levels, acts);
+        return _mm512_add_epi32(acc, _mm512_mullo_epi32(sums, _mm512_srai_epi32(both, 16)));
+    }
+#else
+    if (bits == 8) {
+        acts = _mm256_sign_epi8(acts, levels);
+        levels = _mm256_abs_epi8(levels);
+    }
+#endif
+    return MOE__(v_dot_i16)(acc, MOE__MM(maddubs_epi16)(levels, acts),
+                            MOE__(v_spread)(scale, per, order, v));
+}
+
+/* The sum of x * (sum of activations) over all scales, spread over a vector */
+MOE__V __m256i MOE__(u_times_sums)(__m256i x, const moe__act256 *a, const int per) {
+    if (per == 16) return _mm256_madd_epi16(x, MOE__(v_load_256)(a->sum16));
+    return _mm256_zextsi128_si256(
+        _mm_madd_epi16(_mm256_castsi256_si128(x), MOE__(v_load_128)(a->sum32)));
+}
+MOE__V MOE__VI MOE__(v_extend)(__m256i x) {
+#if MOE__ISA == 3
+    return _mm512_zextsi256_si512(x);
+#else
+    return x;
+#endif
+}
+
+/* ---- pieces of levels */
+
+/* Fields of `bits` bits: each 32 bytes hold as many sub-blocks of 32 weights as fit, the first in */
+/* the low bits. Bits above the field are not cleared. */
+MOE__V MOE__VI MOE__(v_field)(const uint8_t *p, const int bits, const int order, const int v) {
+    const int fit = 8 / bits;
+#if MOE__ISA == 3
+    const int a = MOE__(v_group)(order, v, 0) / 2, b = MOE__(v_group)(order, v, 2) / 2;
+    if (a / fit != b / fit)
+        return _mm512_srli_epi16(MOE__(v_load)(p + 32 * (a / fit)), bits * (a % fit));
+    const __m512i at = _mm512_inserti64x4(_mm512_set1_epi16((short)(bits * (a % fit))),
+                                          _mm256_set1_epi16((short)(bits * (b % fit))), 1);
+    return _mm512_srlv_epi16(_mm512_broadcast_i64x4(MOE__(v_load_256)(p + 32 * (a / fit))), at);
+#else
+    (void)order;
+    return _mm256_srli_epi16(MOE__(v_load)(p + 32 * (v / fit)), bits * (v % fit));
+#endif
+}
+MOE__V MOE__VI MOE__(v_mask)(MOE__VI x, const int mask) {
+    return MOE__(v_and)(x, MOE__MM(set1_epi8)((char)mask));
+}
+/* low | the `bits` low bits of high << shift */
+MOE__V MOE__VI MOE__(v_join)(MOE__VI low, MOE__VI high, const int bits, const int shift) {
+    return MOE__(v_or_and)(low, MOE__MM(slli_epi16)(high, shift),
+                           MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << shift)));
+}
+/* HALVES: 16 bytes hold 32 weights, the first half in the low nibbles */
+MOE__V MOE__VI MOE__(v_nibbles)(const uint8_t *p, const int v) {
+#if MOE__ISA == 3
+    return MOE__(v_mask)(_mm512_srli_epi16(MOE__(v_load)(p + 64 * (v / 2)), 4 * (v % 2)), 15);
+#else
+    return MOE__(u_nibbles)(p + 16 * v);
+#endif
+}
+/* table[x] + bias, of 4, 8, 16, 32 or 64 entries */
+MOE__V MOE__VI MOE__(v_table)(const int8_t *table, const int n, const int bias) {
+    const MOE__VI add = MOE__MM(set1_epi8)((char)bias);
+    if (n == 4) return MOE__MM(add_epi8)(MOE__MM(set1_epi32)((int)moe__load_u32(table)), add);
+#if MOE__ISA == 3
+    if (n == 8) return _mm512_add_epi8(_mm512_set1_epi64((int64_t)moe__load_u64(table)), add);
+#else
+    if (n == 8) return _mm256_add_epi8(_mm256_set1_epi64x((int64_t)moe__load_u64(table)), add);
+#endif
+    return MOE__MM(add_epi8)(MOE__(v_load16)(table), add);
+}
+MOE__V MOE__VI MOE__(v_lookup)(const int8_t *table, MOE__VI x, const int n, const int bias) {
+    MOE__VI y = MOE__MM(shuffle_epi8)(MOE__(v_table)(table, n, bias), x);
+#if MOE__ISA == 3
+    if (n > 16) {
+        const __mmask64 odd = _mm512_test_epi8_mask(x, _mm512_set1_epi8(16));
+        y = _mm512_mask_shuffle_epi8(y, odd, MOE__(v_table)(table + 16, 16, bias), x);
+        if (n > 32) {
+            __m512i z = _mm512_shuffle_epi8(MOE__(v_table)(table + 32, 16, bias), x);
+            z = _mm512_mask_shuffle_epi8(z, odd, MOE__(v_table)(table + 48, 16, bias), x);
+            y = _mm512_mask_blend_epi8(_mm512_test_epi8_mask(x, _mm512_set1_epi8(32)), y, z);
+        }
+    }
+#else
+    MOE__UNROLL(4)
+    for (int i = 1; i < n / 16; i++) {
+        const __m256i here = _mm256_cmpgt_epi8(x, _mm256_set1_epi8((char)(16 * i - 1)));
+        const __m256i z = _mm256_shuffle_epi8(MOE__(v_table)(table + 16 * i, 16, bias), x);
+        y = _mm256_blendv_epi8(y, z, here);
+    }
+#endif
+    return y;
+}
+/* Tables of 8-bit levels: see `bias` above */
+#define MOE__BIAS8 (MOE__ISA == 3 ? 128 : 0)
+
+/* ---- pieces of heads */
+
+MOE__V __m256i MOE__(u_words)(__m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
+/* One or two f16 (of n bytes) */
+MOE__V __m128 MOE__(u_halves)(const uint8_t *p, const int n) {
+    return _mm_cvtph_ps(_mm_cvtsi32_si128(n == 4 ? (int)moe__load_u32(p) : moe__load_u16(p)));
+}
+/* 8 bytes of nibbles as 16 int16: the low one of a byte before its high one (pairs), or all low */
+/* ones first; 4 bytes as 8 int16 */
+MOE__V __m256i MOE__(u_nibbles16)(const uint8_t *p, const int n, const int pairs) {
+    __m128i x = n == 16 ? _mm_loadl_epi64((const __m128i *)(const void *)p)
+                        : _mm_cvtsi32_si128((int)moe__load_u32(p));
+    __m128i high = _mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15));
+    x = _mm_and_si128(x, _mm_set1_epi8(15));
+    if (pairs) return MOE__(u_words)(_mm_unpacklo_epi8(x, high));
+    return MOE__(u_words)(n == 16 ? _mm_unpacklo_epi64(x, high) : _mm_unpacklo_epi32(x, high));
+}
+/* Bit i of x as int16 number i: `on` where it is set, else 0 */
+MOE__V __m256i MOE__(u_bits16)(int x, const int on) {
+    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
+                                          8192, 16384, (short)-32768);
+    const __m256i set = _mm256_cmpeq_epi16(
+        _mm256_and_si256(_mm256_set1_epi16((short)x), bit), bit);
+    return _mm256_and_si256(set, _mm256_set1_epi16((short)on));
+}
+/* 2-bit fields of 16 bits as bits 4 and 5 of 8 int16 */
+MOE__V __m256i MOE__(u_pairs16)(int x) {
+    /* field i to the two top bits, then to bits 4 and 5 */
+    const __m128i factor = _mm_setr_epi16(16384, 4096, 1024, 256, 64, 16, 4, 1);
+    __m128i y = _mm_mullo_epi16(_mm_set1_epi16((short)x), factor);
+    y = _mm_and_si128(_mm_srli_epi16(y, 10), _mm_set1_epi16(48));
+    return _mm256_castsi128_si256(y);
+}
+MOE__V __m256i MOE__(u_add16)(__m256i x, const int y) {
+    return _mm256_add_epi16(x, _mm256_set1_epi16((short)y));
+}
+/* 2 x + 1 */
+MOE__V __m256i MOE__(u_odd16)(__m256i x) { return MOE__(u_add16)(_mm256_add_epi16(x, x), 1); }
+/* As moe__types_scales6. Bits 2 k of 32 bits are moved to bits 6 and 7 of a byte by a product. */
+MOE__V __m256i MOE__(u_scales6)(const uint8_t *b) {
+    const __m128i byte = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
+    __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(b)), byte);
+    __m256i high = _mm256_mullo_epi16(MOE__(u_words)(bytes), factor);
+    high = _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
+    return MOE__(u_add16)(_mm256_or_si256(high, MOE__(u_nibbles16)(b + 4, 16, 1)), -32);
+}
+
+/* ---- K-quants */
+
+#define MOE__HEAD(name)                                                                      \
+    MOE__V void MOE__(head_##name)(const uint8_t *b, float D __attribute__((unused)),        \
+                                   MOE__(head) *h)
+#define MOE__LEVEL(name)                                                                     \
+    MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, const int v,                        \
+                                       const MOE__(head) *h __attribute__((unused)))
+
+MOE__HEAD(q2_k) {
+    const __m128i bytes = MOE__(v_load_128)(b), low = _mm_set1_epi8(15);
+    h->scale = MOE__(u_words)(_mm_and_si128(bytes, low));
+    h->min = MOE__(u_words)(_mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+    h->d = MOE__(u_halves)(b + 80, 4);
+}
+MOE__LEVEL(q2_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 2, MOE__TWOS, v), 3); }
+
+MOE__HEAD(q3_k) {
+    __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + 104)),
+                                  _mm_setr_epi32(0, 2, 4, 6));
+    high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
+    const __m256i low = MOE__(u_nibbles16)(b + 96, 16, 0);
+    h->scale = MOE__(u_add16)(_mm256_or_si256(low, MOE__(u_words)(high)), -32);
+    h->d = MOE__(u_halves)(b + 108, 2);
+}
+MOE__LEVEL(q3_k) {
+    const MOE__VI low = MOE__(v_mask)(MOE__(v_field)(b + 32, 2, MOE__TWOS, v), 3);
+    return MOE__(v_join)(low, MOE__(v_field)(b, 1, MOE__TWOS, v), 1, 2);
+}
+
+/* Scales and mins, see moe__types_head; outside the vector units, which are busy */
+MOE__HEAD(q4_k) {
+    const uint32_t x = moe__load_u32(b + 4), y = moe__load_u32(b + 8), z = moe__load_u32(b + 12);
+    const uint32_t low = 0x0F0F0F0F, top = 0x30303030, six = 0x3F3F3F3F;
+    const uint64_t scale = (x & six) | (uint64_t)((z & low) | (x >> 2 & top)) << 32;
+    const uint64_t min = (y & six) | (uint64_t)((z >> 4 & low) | (y >> 2 & top)) << 32;
+    h->scale = MOE__(u_words)(_mm_cvtsi64_si128((int64_t)scale));
+    h->min = MOE__(u_words)(_mm_cvtsi64_si128((int64_t)min));
+    h->d = MOE__(u_halves)(b, 4);
+}
+MOE__LEVEL(q4_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 4, MOE__FOURS, v), 15); }
+
+MOE__HEAD(q5_k) { MOE__(head_q4_k)(b, D, h); }
+MOE__LEVEL(q5_k) {
+    const MOE__VI low = MOE__(v_mask)(MOE__(v_field)(b + 48, 4, MOE__FOURS, v), 15);
+    return MOE__(v_join)(low, MOE__(v_field)(b + 16, 1, MOE__FOURS, v), 1, 4);
+}
+
+MOE__HEAD(q6_k) {
+    h->scale = _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 192));
+    h->d = MOE__(u_halves)(b + 208, 2);
+}
+MOE__LEVEL(q6_k) { /* low nibbles of 64 bytes: 64 weights, high ones: the next */
+#if MOE__ISA == 3
+    MOE__VI low = _mm512_srli_epi16(MOE__(v_load)(b + 64 * (v / 2)), 4 * (v % 2));
+#else
+    MOE__VI low = _mm256_srli_epi16(MOE__(v_load)(b + 64 * (v / 4) + 32 * (v % 2)), v / 2 % 2 * 4);
+#endif
+    return MOE__(v_join)(MOE__(v_mask)(low, 15), MOE__(v_field)(b + 128, 2, MOE__NATURAL, v), 2, 4);
+}
+
+/* ---- ternary */
+
+MOE__HEAD(tq2_0) { h->scale = _mm256_set1_epi16(1), h->d = MOE__(u_halves)(b + 64, 2); }
+MOE__LEVEL(tq2_0) { return MOE__(v_mask)(MOE__(v_field)(b, 2, MOE__TWOS, v), 3); }
+
+MOE__HEAD(tq1_0) { h->scale = _mm256_set1_epi16(1), h->d = MOE__(u_halves)(b + 52, 2); }
+/* Sub-block j: bytes, and the powers of 3 they are multiplied with */
+MOE__V __m256i MOE__(u_tq1_0_bytes)(const uint8_t *b, const int j) {
+    if (j < 5) return MOE__(v_load_256)(b);
+    const __m256i x = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 32));
+    if (j < 7) return x;
+    return _mm256_inserti128_si256(x, _mm_set1_epi32((int)moe__load_u32(b + 48)), 1);
+}
+MOE__V __m256i MOE__(u_tq1_0_powers)(const int j) {
+    const int power[5] = {1, 3, 9, 27, 81};
+    if (j < 5) return _mm256_set1_epi16((short)power[j]);
+    const __m128i a = _mm_set1_epi16((short)power[2 * (j - 5) % 5]);
+    const __m128i c = j == 7 ? _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27)
+                             : _mm_set1_epi16((short)power[2 * (j - 5) + 1]);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(a), c, 1);
+}
+MOE__LEVEL(tq1_0) { /* x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons */
+#if MOE__ISA == 3
+#define MOE__BOTH(x, y) _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)
+    const __m512i bytes = MOE__BOTH(MOE__(u_tq1_0_bytes)(b, 2 * v),
+                                    MOE__(u_tq1_0_bytes)(b, 2 * v + 1));
+    const __m512i power = MOE__BOTH(MOE__(u_tq1_0_powers)(2 * v),
+                                    MOE__(u_tq1_0_powers)(2 * v + 1));
+#undef MOE__BOTH
+#else
+    const __m256i bytes = MOE__(u_tq1_0_bytes)(b, v), power = MOE__(u_tq1_0_powers)(v);
+#endif
+    const MOE__VI high = MOE__MM(set1_epi16)((short)0xFF00);
+    const MOE__VI odd = MOE__MM(mullo_epi16)(MOE__(v_and)(bytes, high), power);
+    const MOE__VI x = MOE__(v_or_and)(odd, MOE__MM(mullo_epi16)(bytes, power),
+                                      MOE__MM(set1_epi16)(0x00FF));
+    const MOE__VI one = MOE__MM(set1_epi8)(86), two = MOE__MM(set1_epi8)((char)171);
+#if MOE__ISA == 3
+    const __m512i y = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(x, one), 1);
+    return _mm512_mask_add_epi8(y, _mm512_cmpge_epu8_mask(x, two), y, _mm512_set1_epi8(1));
+#else
+    const __m256i y = _mm256_add_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(x, one), x),
+                                      _mm256_cmpeq_epi8(_mm256_max_epu8(x, two), x));
+    return _mm256_sub_epi8(_mm256_setzero_si256(), y);
+#endif
+}
+
+/* ---- tables of levels */
+
+MOE__HEAD(iq4_xs) {
+    const __m256i high = MOE__(u_pairs16)(moe__load_u16(b + 2));
+    h->scale = MOE__(u_add16)(_mm256_or_si256(MOE__(u_nibbles16)(b + 4, 8, 1), high), -32);
+    h->d = MOE__(u_halves)(b, 2);
+}
+MOE__LEVEL(iq4_xs) {
+    return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles)(b + 8, v), 16, MOE__BIAS8);
+}
+
+MOE__HEAD(iq2_k) {
+    h->scale = MOE__(u_add16)(MOE__(u_nibbles16)(b + 4, 16, 1), -8);
+    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K2);
+    h->d = MOE__(u_halves)(b, 2);
+}
+MOE__LEVEL(iq2_k) {
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 12, 2, MOE__TWOS, v), 3);
+    return MOE__(v_lookup)(moe__levels_k2, x, 4, 32);
+}
+
+MOE__V MOE__VI MOE__(v_three)(const uint8_t *two, const uint8_t *one, const int v) {
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(two, 2, MOE__TWOS, v), 3);
+    return MOE__(v_join)(x, MOE__(v_field)(one, 1, MOE__TWOS, v), 1, 2);
+}
+MOE__V MOE__VI MOE__(v_five)(const uint8_t *four, const uint8_t *one, const int v) {
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(four, 4, MOE__FOURS, v), 15);
+    return MOE__(v_join)(x, MOE__(v_field)(one, 1, MOE__FOURS, v), 1, 4);
+}
+
+MOE__HEAD(iq3_k) {
+    const __m256i scale = MOE__(u_odd16)(MOE__(u_nibbles16)(b + 6, 16, 1));
+    const __m256i sign = MOE__(u_bits16)(moe__load_u16(b + 4), -1);
+    h->scale = _mm256_sub_epi16(_mm256_xor_si256(scale, sign), sign);
+    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K3);
+    h->d = MOE__(u_halves)(b, 2);
+}
+MOE__LEVEL(iq3_k) {
+    return MOE__(v_lookup)(moe__levels_k3, MOE__(v_three)(b + 14, b + 78, v), 8, 64);
+}
+
+MOE__HEAD(iq4_k) {
+    h->scale = MOE__(u_scales6)(b + 4);
+    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K4);
+    h->d = MOE__(u_halves)(b, 2);
+}
+MOE__LEVEL(iq4_k) {
+    return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles)(b + 16, v), 16, MOE__BIAS8);
+}
+
+MOE__HEAD(iq5_k) {
+    h->scale = MOE__(u_scales6)(b + 4);
+    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K5);
+    h->d = MOE__(u_halves)(b, 2);
+}
+MOE__LEVEL(iq5_k) {
+    return MOE__(v_lookup)(moe__levels_k5, MOE__(v_five)(b + 16, b + 144, v), 32, MOE__BIAS8);
+}
+
+MOE__HEAD(iq6_k) {
+    h->scale = _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 4));
+    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K6);
+    h->d = MOE__(u_halves)(b, 2);
+}
+MOE__LEVEL(iq6_k) {
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 20, 4, MOE__FOURS, v), 15);
+    return MOE__(v_lookup)(moe__levels_k6,
+                           MOE__(v_join)(x, MOE__(v_field)(b + 148, 2, MOE__FOURS, v), 2, 4), 64,
+                           MOE__BIAS8);
+}
+
+MOE__HEAD(iq2_ks) {
+    const int extra = moe__load_u16(b);
+    const __m256i low = MOE__(u_nibbles16)(b + 2, 8, 1), high = MOE__(u_bits16)(extra >> 8, 16);
+    h->scale = MOE__(u_add16)(_mm256_or_si256(low, high), -16);
+    h->shift = MOE__(u_bits16)(extra, MOE__SHIFT_K2);
+    h->d = _mm_set_ss(D);
+}
+MOE__LEVEL(iq2_ks) {
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 6, 2, MOE__TWOS, v), 3);
+    return MOE__(v_lookup)(moe__levels_k2, x, 4, 32);
+}
+
+MOE__HEAD(iq3_ks) {
+    const int extra = moe__load_u16(b);
+    const __m256i low = MOE__(u_nibbles16)(b + 2, 8, 0), high = MOE__(u_bits16)(extra, 16);
+    h->scale = MOE__(u_add16)(_mm256_or_si256(low, high), -16);
+    h->shift = MOE__(u_bits16)(extra >> 8, MOE__SHIFT_K3);
+    h->d = _mm_set_ss(D);
+}
+MOE__LEVEL(iq3_ks) {
+    return MOE__(v_lookup)(moe__levels_k3, MOE__(v_three)(b + 6, b + 70, v), 8, 64);
+}
+
+/* Eight scales whose lowest bit is not part of them but chooses the table */
+MOE__V void MOE__(u_head_ks)(const uint8_t *b, float D, const int shift, MOE__(head) *h) {
+    const __m256i x = MOE__(u_words)(_mm_loadl_epi64((const __m128i *)(const void *)b));
+    const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
+    h->scale = MOE__(u_add16)(_mm256_sub_epi16(x, bit), -127);
+    h->shift = _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
+                                _mm256_set1_epi16((short)shift));
+    h->d = _mm_set_ss(D);
+}
+
+MOE__HEAD(iq4_ks) { MOE__(u_head_ks)(b, D, MOE__SHIFT_K4, h); }
+MOE__LEVEL(iq4_ks) {
+    return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles)(b + 8, v), 16, MOE__BIAS8);
+}
+
+MOE__HEAD(iq5_ks) { MOE__(u_head_ks)(b, D, MOE__SHIFT_K5, h); }
+MOE__LEVEL(iq5_ks) {
+    return MOE__(v_lookup)(moe__levels_k5, MOE__(v_five)(b + 8, b + 136, v), 32, MOE__BIAS8);
+}
+
+MOE__HEAD(iq2_kl) {
+    const __m256i high = MOE__(u_pairs16)(moe__load_u16(b));
+    h->scale = MOE__(u_add16)(_mm256_or_si256(MOE__(u_nibbles16)(b + 2, 8, 0), high), -32);
+    h->d = _mm_set_ss(D);
+}
+/* An index stands for two weights: 16 bytes of low nibbles are two sub-blocks, bit j of 16 more */
+/* bytes the fifth bit of sub-block j. */
+MOE__LEVEL(iq2_kl) {
+#if MOE__ISA == 3
+    static const int16_t pairs[32] = {
+#define MOE__PAIR(a, b) (int16_t)((uint16_t)((a) + 64) | (uint16_t)((b) + 64) << 8)
+        MOE__PAIR(-63, -23), MOE__PAIR(-63, 13), MOE__PAIR(-40, -63), MOE__PAIR(-40, -10),
+        MOE__PAIR(-40, 13), MOE__PAIR(-40, 47), MOE__PAIR(-23, -40), MOE__PAIR(-23, -23),
+        MOE__PAIR(-23, 1), MOE__PAIR(-23, 13), MOE__PAIR(-23, 28), MOE__PAIR(-10, -63),
+        MOE__PAIR(-10, 1), MOE__PAIR(-10, 13), MOE__PAIR(-10, 47), MOE__PAIR(1, -23),
+        MOE__PAIR(1, -10), MOE__PAIR(1, 1), MOE__PAIR(1, 13), MOE__PAIR(1, 28), MOE__PAIR(13, -40),
+        MOE__PAIR(13, -23), MOE__PAIR(13, -10), MOE__PAIR(13, 1), MOE__PAIR(13, 13),
+        MOE__PAIR(28, -63), MOE__PAIR(28, -23), MOE__PAIR(28, 1), MOE__PAIR(28, 28),
+        MOE__PAIR(28, 47), MOE__PAIR(47, -23), MOE__PAIR(47, 13)};
+#undef MOE__PAIR
+    const __m256i x = MOE__(u_nibbles)(b + 6 + 16 * v);
+    __m256i high = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 70));
+    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
+    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)),
+                                    MOE__(v_load)(pairs));
+#else
+    const __m128i low = _mm_set1_epi8(15), one = _mm_set1_epi8(1);
+    __m128i x = _mm_srli_epi16(MOE__(v_load_128)(b + 6 + 16 * (v / 2)), 4 * (v % 2));
+    __m128i high = _mm_srli_epi16(MOE__(v_load_128)(b + 70), v);
+    high = _mm_slli_epi16(_mm_and_si128(high, one), 4);
+    __m256i index = _mm256_castsi128_si256(_mm_or_si128(_mm_and_si128(x, low), high));
+    __m128i y = _mm256_castsi256_si128(MOE__(v_lookup)(moe__levels_kl[0], index, 32, 64));
+    __m128i z = _mm256_castsi256_si128(MOE__(v_lookup)(moe__levels_kl[1], index, 32, 64));
+    __m256i both = _mm256_castsi128_si256(_mm_unpacklo_epi8(y, z));
+    return _mm256_inserti128_si256(both, _mm_unpackhi_epi8(y, z), 1);
+#endif
+}
+
+/* ---- code books */
+
+/* Entries index[0], [1], ... of a book of 8 bytes each */
+MOE__V MOE__VI MOE__(v_book8)(const uint64_t *book, const uint16_t *index) {
+#define MOE__ENTRY(i) (int64_t)book[index[i]]
+#if MOE__ISA == 3
+    return _mm512_setr_epi64(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),
+                             MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7));
+#else
+    return _mm256_setr_epi64x(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3));
+#endif
+#undef MOE__ENTRY
+}
+/* bias + x, or bias - x where its sign is set */
+MOE__V MOE__VI MOE__(v_signed)(MOE__VI x, const uint8_t *sign, const int v, const int bias) {
+    const MOE__VI zero = MOE__MM(set1_epi8)((char)bias);
+#if MOE__ISA == 3
+    return _mm512_mask_sub_epi8(_mm512_add_epi8(zero, x),
+                                (__mmask64)moe__load_u64(sign + 8 * v), zero, x);
+#else
+    const __m256i on = MOE__(u_mask)(moe__load_u32(sign + 4 * v));
+    return _mm256_add_epi8(_mm256_sub_epi8(_mm256_xor_si256(x, on), on), zero);
+#endif
+}
+/* The eighth sign makes their number even: 32 bytes of 7 bits to 8. */
+MOE__V __m256i MOE__(u_even_signs)(__m256i x) {
+    const __m256i odd = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0));
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i fold = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi16(x, 4)), low);
+    return _mm256_or_si256(x, _mm256_shuffle_epi8(odd, fold));
+}
+MOE__V void MOE__(u_store)(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
+/* Eight words of four 7-bit signs and a 4-bit scale */
+MOE__V void MOE__(u_signs_scales)(__m256i words, MOE__(head) *h) {
+    __m256i x = _mm256_and_si256(words, _mm256_set1_epi32(0x7F));
+    x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 1), _mm256_set1_epi32(0x7F00));
+    x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 2), _mm256_set1_epi32(0x7F0000));
+    x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 3), _mm256_set1_epi32(0x7F000000));
+    MOE__(u_store)(h->sign, MOE__(u_even_signs)(x));
+    const __m256i scale = _mm256_srli_epi32(words, 28);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(scale),
+                                            _mm256_extracti128_si256(scale, 1));
+    h->scale = MOE__(u_odd16)(_mm256_castsi128_si256(packed));
+}
+/* 32 bytes as indices, with a high part */
+MOE__V void MOE__(u_indices)(const uint8_t *p, __m256i high0, __m256i high1, MOE__(head) *h) {
+    const __m256i a = MOE__(u_words)(MOE__(v_load_128)(p));
+    const __m256i b = MOE__(u_words)(MOE__(v_load_128)(p + 16));
+    MOE__(u_store)(h->index, _mm256_or_si256(a, high0));
+    MOE__(u_store)(h->index + 16, _mm256_or_si256(b, high1));
+}
+/* Int16 numbers n .. n + 3 of x (n + 4 .. n + 7), each four times */
+MOE__V __m256i MOE__(u_fours16)(__m128i x, const int n) {
+    const __m256i at = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3,
+                                        4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(x),
+                               _mm256_add_epi8(at, _mm256_set1_epi8((char)(2 * n))));
+}
+
+MOE__HEAD(iq2_xxs) {
+    const __m256 x = _mm256_loadu_ps((const float *)(const void *)(b + 2));
+    const __m256 y = _mm256_loadu_ps((const float *)(const void *)(b + 34));
+    __m256i words = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xDD)); /* 0 1 4 5 2 3 6 7 */
+    __m256i bytes = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88));
+    MOE__(u_signs_scales)(_mm256_permute4x64_epi64(words, 0xD8), h);
+    bytes = _mm256_permute4x64_epi64(bytes, 0xD8);
+    MOE__(u_store)(h->index, MOE__(u_words)(_mm256_castsi256_si128(bytes)));
+    MOE__(u_store)(h->index + 16, MOE__(u_words)(_mm256_extracti128_si256(bytes, 1)));
+    h->books = moe__books_get();
+    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
+}
+MOE__LEVEL(iq2_xxs) {
+    const MOE__VI x = MOE__(v_book8)(h->books->iq2xxs, h->index + MOE__VBYTES / 8 * v);
+    return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
+}
+
+MOE__V __m256i MOE__(u_scales_iq2)(const uint8_t *b) {
+    return MOE__(u_odd16)(MOE__(u_nibbles16)(b, 16, 1));
+}
+
+MOE__HEAD(iq2_xs) {
+    h->books = moe__books_get();
+    const __m256i x = MOE__(v_load_256)(b + 2), y = MOE__(v_load_256)(b + 34);
+    const __m256i mask = _mm256_set1_epi16(511);
+    __m256i sign = _mm256_packus_epi16(_mm256_srli_epi16(x, 9), _mm256_srli_epi16(y, 9));
+    MOE__(u_store)(h->sign, MOE__(u_even_signs)(_mm256_permute4x64_epi64(sign, 0xD8)));
+    MOE__(u_store)(h->index, _mm256_and_si256(x, mask));
+    MOE__(u_store)(h->index + 16, _mm256_and_si256(y, mask));
+    h->scale = MOE__(u_scales_iq2)(b + 66);
+    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
+}
+MOE__LEVEL(iq2_xs) {
+    const MOE__VI x = MOE__(v_book8)(h->books->iq2xs, h->index + MOE__VBYTES / 8 * v);
+    return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
+}
+
+MOE__HEAD(iq2_s) {
+    h->books = moe__books_get();
+    const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(b + 66));
+    const __m128i high = _mm_cvtepu8_epi16(bytes); /* four pairs of bits */
+    const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = _mm256_set1_epi16(0x300);
+    MOE__(u_indices)(b + 2, _mm256_and_si256(_mm256_mullo_epi16(MOE__(u_fours16)(high, 0), up), mask),
+                     _mm256_and_si256(_mm256_mullo_epi16(MOE__(u_fours16)(high, 4), up), mask), h);
+    MOE__(u_store)(h->sign, MOE__(v_load_256)(b + 34));
+    h->scale = MOE__(u_scales_iq2)(b + 74);
+    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
+}
+MOE__LEVEL(iq2_s) {
+    const MOE__VI x = MOE__(v_book8)(h->books->iq2s, h->index + MOE__VBYTES / 8 * v);
+    return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
+}
+
+/* Entries of a book of 4 bytes each: `index` bytes, and a ninth bit of each if there are bits */
+MOE__V MOE__VI MOE__(v_book4)(const uint32_t *book, const uint8_t *index, const uint8_t *ninth) {
+#define MOE__ENTRY(i) \
+    (int)book[index[i] | (ninth ? (ninth[(i) / 8] >> (i) % 8 & 1) << 8 : 0)]
+#if MOE__ISA == 3
+    return _mm512_setr_epi32(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),
+                             MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7),
+                             MOE__ENTRY(8), MOE__ENTRY(9), MOE__ENTRY(10), MOE__ENTRY(11),
+                             MOE__ENTRY(12), MOE__ENTRY(13), MOE__ENTRY(14), MOE__ENTRY(15));
+#else
+    return _mm256_setr_epi32(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),
+                             MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7));
+#endif
+#undef MOE__ENTRY
+}
+
+MOE__HEAD(iq3_xxs) {
+    h->books = moe__books_get();
+    MOE__(u_signs_scales)(MOE__(v_load_256)(b + 66), h);
+    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.25f);
+}
+MOE__LEVEL(iq3_xxs) {
+    const MOE__VI x = MOE__(v_book4)(h->books->iq3xxs, b + 2 + MOE__VBYTES / 4 * v, NULL);
+    return MOE__(v_signed)(x, h->sign, v, 64);
+}
+
+MOE__HEAD(iq3_s) {
+    h->books = moe__books_get();
+    h->scale = MOE__(u_odd16)(MOE__(u_nibbles16)(b + 106, 8, 1));
+    h->d = MOE__(u_halves)(b, 2);
+}
+MOE__LEVEL(iq3_s) {
+    const MOE__VI x = MOE__(v_book4)(h->books->iq3s, b + 2 + MOE__VBYTES / 4 * v,
+                                     b + 66 + MOE__VBYTES / 32 * v);
+    return MOE__(v_signed)(x, b + 74, v, 16);
+}
+
+/* Levels -8, 0 or 8, and one more or less */
+MOE__HEAD(iq1_s) {
+    h->books = moe__books_get();
+    const __m128i words = MOE__(v_load_128)(b + 34); /* four times 3 bits, a scale, a sign */
+    const __m256i up = _mm256_set1_epi64x(0x0001000800400200);
+    const __m256i mask = _mm256_set1_epi16(0x700);
+    const __m256i low = _mm256_mullo_epi16(MOE__(u_fours16)(words, 0), up);
+    const __m256i high = _mm256_mullo_epi16(MOE__(u_fours16)(words, 4), up);
+    /* 3 bits from 0, 3, 6 or 9 on are at 9 now, bit 15 is lost */
+    MOE__(u_indices)(b + 2, _mm256_and_si256(_mm256_srli_epi16(low, 1), mask),
+                     _mm256_and_si256(_mm256_srli_epi16(high, 1), mask), h);
+    const __m128i scale = _mm_and_si128(_mm_srli_epi16(words, 12), _mm_set1_epi16(7));
+    h->scale = MOE__(u_odd16)(_mm256_castsi128_si256(scale));
+    h->shift = _mm256_castsi128_si256(_mm_or_si128(_mm_srai_epi16(words, 15), _mm_set1_epi16(1)));
+    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
+}
+MOE__LEVEL(iq1_s) {
+    const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index + MOE__VBYTES / 8 * v);
+    return (void)b, MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)(16));
+}
+
+MOE__HEAD(iq1_m) {
+    const __m128i words = MOE__(v_load_128)(b + 32); /* four nibbles each: 3 bits, a sign */
+    const __m256i up = _mm256_set1_epi64x(0x0001001001001000), mask = _mm256_set1_epi16(7);
+    const __m256i low = _mm256_srli_epi16(_mm256_mullo_epi16(MOE__(u_fours16)(words, 0), up), 12);
+    const __m256i high = _mm256_srli_epi16(_mm256_mullo_epi16(MOE__(u_fours16)(words, 4), up), 12);
+    h->books = moe__books_get();
+    MOE__(u_indices)(b, _mm256_slli_epi16(_mm256_and_si256(low, mask), 8),
+                     _mm256_slli_epi16(_mm256_and_si256(high, mask), 8), h);
+    const __m256i nibbles = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
+    const uint32_t signs =
+        (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(nibbles, _mm256_set1_epi8(7)));
+    memcpy(h->sign, &signs, 4); /* a bit per entry */
+    __m256i scale = MOE__(u_fours16)(_mm_loadl_epi64((const __m128i *)(const void *)(b + 48)), 0);
+    scale = _mm256_mullo_epi16(scale, _mm256_set1_epi64x(0x0001000800400200));
+    h->scale = MOE__(u_odd16)(_mm256_and_si256(_mm256_srli_epi16(scale, 9), mask));
+    h->d = _mm_set_ss(moe__types_iq1_m_d(b + 48) * 0.125f);
+}
+MOE__LEVEL(iq1_m) {
+    const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index + MOE__VBYTES / 8 * v);
+    const MOE__VI more = MOE__MM(set1_epi8)(17), less = MOE__MM(set1_epi8)(15);
+    (void)b;
+#if MOE__ISA == 3
+    return _mm512_add_epi8(x, _mm512_mask_mov_epi64(more, h->sign[v], less));
+#else
+    const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i on = _mm256_set1_epi64x(h->sign[v / 2] >> 4 * (v % 2));
+    const __m256i minus = _mm256_cmpeq_epi64(_mm256_and_si256(on, bit), bit);
+    return _mm256_add_epi8(x, _mm256_blendv_epi8(more, less, minus));
+#endif
+}
+
+/* ---- dot products: blocks of 256 ------------------------------------------------------------- */
+
+/* Lanes added up: every second of four, all of them */
+MOE__V __m256i MOE__(u_rows_8)(MOE__VI x) {
+#if MOE__ISA == 3
+    return _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+#else
+    return x;
+#endif
+}
+MOE__V __m128i MOE__(u_rows_4)(MOE__VI x) {
+    const __m256i y = MOE__(u_rows_8)(x);
+    return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+}
+
+/* total + a block whose products and mins are the sums over two vectors, as moe__dot_256 does. */
+/* d: d, dmin; per: weights per min, 32: only the low half of mins is not 0 */
+MOE__V __m128 MOE__(u_add_block)(__m128 total, MOE__VI products, __m256i mins, __m128 d, float act,
+                                 const int has_mins, const int per) {
+    __m128i x = MOE__(u_rows_4)(products), y = _mm256_castsi256_si128(mins);
+    __m128 part;
+    if (has_mins) {
+        if (per == 16) y = _mm_add_epi32(y, _mm256_extracti128_si256(mins, 1));
+        x = _mm_hadd_epi32(x, y);
+        x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xB1)); /* dword 0: products, 2: mins */
+        const __m128 both = _mm_cvtepi32_ps(x);
+        part = _mm_fnmadd_ss(_mm_movehl_ps(both, both), _mm_movehdup_ps(d), _mm_mul_ss(both, d));
+    } else {
+        x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4E));
+        x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xB1));
+        part = _mm_mul_ss(_mm_cvtepi32_ps(x), d);
+    }
+    return _mm_fmadd_ss(part, _mm_set_ss(act), total);
+}
+
+MOE__V float MOE__(u_row_scale)(const uint8_t *row, const int meta) {
+    return meta == 4 ? moe__load_f32(row) : meta == 2 ? MOE__(u_f16)(row) : 1;
+}
+/* Numbers per 32 weights as numbers per 16 */
+MOE__V __m256i MOE__(u_per_16)(__m256i x, const int per) {
+    if (per == 16) return x;
+    const __m128i y = _mm256_castsi256_si128(x);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(y, y)),
+                                   _mm_unpackhi_epi16(y, y), 1);
+}
+
+/* A type of 256-wide blocks: MOE__HEAD and MOE__LEVEL as dot and unpack. unpack writes the levels */
+/* with their bias and shifts, in the order of the vectors. */
+#define MOE__TYPE_256(NAME, name, order, shifts)                                                  \
+    MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
+                                  const void *x, float *out) {                                    \
+        enum { size = MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME,          \
+               mins = !MOE__OFFSET_##NAME, meta = MOE__META_##NAME,                               \
+               bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME };                      \
+        const __m256i less = _mm256_set1_epi16((short)-bias);                                     \
+        const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
+        const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;                \
+        for (int64_t r = 0; r < n_rows; r++) {                                                    \
+            const uint8_t *b = rows + (size_t)r * row_size;                                       \
+            const float D = MOE__(u_row_scale)(b, meta);                                          \
+            __m128 total = _mm_setzero_ps();                                                      \
+            b += meta;                                                                            \
+            for (const moe__act256 *a = first; a < end; a++, b += size) {                         \
+                MOE__(head) h;                                                                    \
+                MOE__VI s[2] = {MOE__(v_zero)(), MOE__(v_zero)()};                                \
+                MOE__(v_fetch)(b, rows_end, size);                                                \
+                MOE__(head_##name)(b, D, &h);                                                     \
+                if (shifts || bias) {                                                             \
+                    const __m256i by = shifts ? _mm256_add_epi16(h.shift, less) : less;           \
+                    s[0] = MOE__(v_extend)(MOE__(u_times_sums)(_mm256_mullo_epi16(h.scale, by),   \
+                                                               a, per));                          \
+                }                                                                                 \
+                MOE__UNROLL(8)                                                                    \
+                for (int v = 0; v < MOE__LEVELS; v++)                                             \
+                    s[v % 2] = MOE__(v_multiply)(s[v % 2], MOE__(level_##name)(b, v, &h),         \
+                                                 MOE__(v_acts)(a->q, order, v), h.scale, bits,    \
+                                                 per, order, v);                                  \
+                total = MOE__(u_add_block)(                                                       \
+                    total, MOE__MM(add_epi32)(s[0], s[1]),                                        \
+                    mins ? MOE__(u_times_sums)(h.min, a, per) : _mm256_setzero_si256(), h.d,      \
+                    a->d, mins, per);                                                             \
+            }                                                                                     \
+            out[r] = _mm_cvtss_f32(total);                                                        \
+        }                                                                                         \
+    }                                                                                             \
+    MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
+        enum { per = MOE__PER_##NAME, mins = !MOE__OFFSET_##NAME };                               \
+        MOE__(head) h;                                                                            \
+        (void)n;                                                                                  \
+        MOE__(head_##name)(b, D, &h);                                                             \
+        MOE__UNROLL(8)                                                                            \
+        for (int v = 0; v < MOE__LEVELS; v++) {                                                   \
+            MOE__VI levels = MOE__(level_##name)(b, v, &h);                                       \
+            if (shifts) {                                                                         \
+                const __m256i both = _mm256_or_si256(_mm256_slli_epi16(h.shift, 8),               \
+                                                     _mm256_and_si256(h.shift,                    \
+                                                                      _mm256_set1_epi16(255)));   \
+                levels = MOE__MM(add_epi8)(levels, MOE__(v_spread)(both, per, order, v));         \
+            }                                                                                     \
+            MOE__(tile_store)(out->q + MOE__VBYTES * v, levels);                                  \
+        }                                                                                         \
+        MOE__(u_store)(out->scale, MOE__(u_per_16)(h.scale, per));                                \
+        if (mins) MOE__(u_store)(out->min, MOE__(u_per_16)(h.min, per));                          \
+        out->d[0] = _mm_cvtss_f32(h.d);                                                           \
+        out->dmin[0] = mins ? _mm_cvtss_f32(_mm_movehdup_ps(h.d)) : 0;                            \
+    }
+
+MOE__TYPE_256(Q2_K, q2_k, MOE__TWOS, 0)
+MOE__TYPE_256(Q3_K, q3_k, MOE__TWOS, 0)
+MOE__TYPE_256(Q4_K, q4_k, MOE__FOURS, 0)
+MOE__TYPE_256(Q5_K, q5_k, MOE__FOURS, 0)
+MOE__TYPE_256(Q6_K, q6_k, MOE__NATURAL, 0)
+MOE__TYPE_256(TQ1_0, tq1_0, MOE__NATURAL, 0)
+MOE__TYPE_256(TQ2_0, tq2_0, MOE__TWOS, 0)
+MOE__TYPE_256(IQ1_S, iq1_s, MOE__NATURAL, 1)
+MOE__TYPE_256(IQ1_M, iq1_m, MOE__NATURAL, 0)
+MOE__TYPE_256(IQ2_XXS, iq2_xxs, MOE__NATURAL, 0)
+MOE__TYPE_256(IQ2_XS, iq2_xs, MOE__NATURAL, 0)
+MOE__TYPE_256(IQ2_S, iq2_s, MOE__NATURAL, 0)
+MOE__TYPE_256(IQ3_XXS, iq3_xxs, MOE__NATURAL, 0)
+MOE__TYPE_256(IQ3_S, iq3_s, MOE__NATURAL, 0)
+MOE__TYPE_256(IQ4_XS, iq4_xs, MOE__HALVES, 0)
+MOE__TYPE_256(IQ2_K, iq2_k, MOE__TWOS, 1)
+MOE__TYPE_256(IQ3_K, iq3_k, MOE__TWOS, 1)
+MOE__TYPE_256(IQ4_K, iq4_k, MOE__HALVES, 1)
+MOE__TYPE_256(IQ5_K, iq5_k, MOE__FOURS, 1)
+MOE__TYPE_256(IQ6_K, iq6_k, MOE__FOURS, 1)
+MOE__TYPE_256(IQ2_KS, iq2_ks, MOE__TWOS, 1)
+MOE__TYPE_256(IQ3_KS, iq3_ks, MOE__TWOS, 1)
+MOE__TYPE_256(IQ4_KS, iq4_ks, MOE__HALVES, 1)
+MOE__TYPE_256(IQ5_KS, iq5_ks, MOE__FOURS, 1)
+MOE__TYPE_256(IQ2_KL, iq2_kl, MOE__NATURAL, 0)
+#undef MOE__TYPE_256
+#undef MOE__HEAD
+#undef MOE__LEVEL
+#endif /* MOE__ISA != 4 */
+
+/* ---- interleaved rows ------------------------------------------------------------------------ */
+
+/* Four (eight) rows lie side by side in dwords of four weights: a load gives the same weights of */
+/* all of them, and their activations are copied to each. So a vector of sums has a row per dword, */
+/* in every lane (in every two lanes), and needs no summing across until the end of a block. */
+/* See >>types for where the fours of a sub-block of 32 weights lie; `level` of these types is */
+/* vector v (0..3, with 512 bits 0..1) of sub-block j. */
+
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 
-/* 16 bytes at `p` of each of MOE__LANES blocks from number `first` on; `count` are there, the */
-/* last is read again for those behind it. */
-MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int first, int count) {
-#define MOE__BLOCK(i) MOE__(v_load_128)(p + size * (int)moe__min(first + (i), count - 1))
+#define MOE__SUB_LEVELS (128 / MOE__VBYTES) /* vectors of a sub-block of four rows */
+
+typedef struct MOE__(rows_head) {
+    int8_t scale[64], min[64]; /* [16 or 8 of a block][4 rows] */
+    int8_t shift[64];          /* likewise: to be added to the levels */
+    __m128 d, dmin;
+} MOE__(rows_head);
+
+/* Lane l of vector v holds four t = r4_t of half r4_half. */
+MOE__V int MOE__(r4_half)(const int lane) { return lane % 2; }
+MOE__V int MOE__(r4_t)(const int v, const int lane) { return MOE__LANES / 2 * v + lane / 2; }
+
+/* Dwords a, b, c, d (with 256 bits a and b) of 32 bytes in all dwords of their lanes */
+MOE__V MOE__VI MOE__(v_dwords)(__m256i x, const int a, const int b, const int c, const int d) {
+#if MOE__ISA == 3
+    const __m512i at = _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d);
+    return _mm512_permutexvar_epi32(at, _mm512_castsi256_si512(x));
+#else
+    (void)c, (void)d;
+    return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(a, a, a, a, b, b, b, b));
+#endif
+}
+/* The fours of vector v of 32 activations */
+MOE__V MOE__VI MOE__(v_acts_r4)(__m256i acts, const int v) {
+#define MOE__DWORD(lane) 4 * MOE__(r4_half)(lane) + MOE__(r4_t)(v, lane)
+    return MOE__(v_dwords)(acts, MOE__DWORD(0), MOE__DWORD(1), MOE__DWORD(2), MOE__DWORD(3));
+#undef MOE__DWORD
+}
+
+/* acc + the sums of four neighbouring products of levels and activations. With AVX2 levels of */
+/* 8 bits are signed, see moe__tile_widen_avx2 for why. */
+MOE__V MOE__VI MOE__(v_quads)(MOE__VI acc, MOE__VI levels, MOE__VI acts, const int bits) {
+#if MOE__ISA == 3
+    return (void)bits, _mm512_dpbusd_epi32(acc, levels, acts);
+#else
+    if (bits == 8) {
+        acts = _mm256_sign_epi8(acts, levels);
+        levels = _mm256_abs_epi8(levels);
+    }
+    return MOE__(v_dot_i16)(acc, _mm256_maddubs_epi16(levels, acts), _mm256_set1_epi16(1));
+#endif
+}
+
+/* ---- levels of four rows */
+
+MOE__V MOE__VI MOE__(v_nibbles_r4)(const uint8_t *p, const int v) {
+#if MOE__ISA == 3
+    return MOE__(v_mask)(_mm512_srli_epi16(MOE__(v_load)(p), 4 * v), 15);
+#else
+    return MOE__(v_mask)(_mm256_srli_epi16(MOE__(v_load)(p + 32 * (v % 2)), 4 * (v / 2)), 15);
+#endif
+}
+/* Bits from a h + b (t % 2) + c (t / 2) on; higher ones are not cleared. 32 bytes: half h is lane */
+/* h; 16 bytes: both halves are in each */
+MOE__V MOE__VI MOE__(v_bits_r4)(MOE__VI x, const int v, const int a, const int b, const int c) {
+#define MOE__SHIFT(lane)                                                                     \
+    (a * MOE__(r4_half)(lane) + b * (MOE__(r4_t)(v, lane) % 2) + c * (MOE__(r4_t)(v, lane) / 2))
+#if MOE__ISA == 3
+    const __m512i at = _mm512_setr_epi64(MOE__SHIFT(0), MOE__SHIFT(0), MOE__SHIFT(1), MOE__SHIFT(1),
+                                         MOE__SHIFT(2), MOE__SHIFT(2), MOE__SHIFT(3), MOE__SHIFT(3));
+    return _mm512_srlv_epi64(x, at);
+#else
+    const __m256i at =
+        _mm256_setr_epi64x(MOE__SHIFT(0), MOE__SHIFT(0), MOE__SHIFT(1), MOE__SHIFT(1));
+    return _mm256_srlv_epi64(x, at);
+#endif
+#undef MOE__SHIFT
+}
+MOE__V MOE__VI MOE__(v_load_twice)(const uint8_t *p) {
+#if MOE__ISA == 3
+    return _mm512_broadcast_i64x4(MOE__(v_load_256)(p));
+#else
+    return MOE__(v_load)(p);
+#endif
+}
+MOE__V MOE__VI MOE__(v_two_r4)(const uint8_t *p, const int v) {
+    return MOE__(v_mask)(MOE__(v_bits_r4)(MOE__(v_load_twice)(p), v, 0, 2, 4), 3);
+}
+MOE__V MOE__VI MOE__(v_one_r4)(const uint8_t *p, const int v, const int a, const int b,
+                               const int c) {
+    return MOE__(v_bits_r4)(MOE__(v_load16)(p), v, a, b, c);
+}
+
+/* ---- heads of four rows */
+
+MOE__V __m128 MOE__(u_four_halves)(const uint8_t *p) {
+    return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(const void *)p));
+}
+MOE__V __m256i MOE__(u_mask8)(__m256i x, const int mask) {
+    return _mm256_and_si256(x, _mm256_set1_epi8((char)mask));
+}
+MOE__V __m256i MOE__(u_add8)(__m256i x, const int y) {
+    return _mm256_add_epi8(x, _mm256_set1_epi8((char)y));
+}
+/* 64 6-bit scales less 32, see moe__types_six_r4 */
+MOE__V void MOE__(u_six_r4)(const uint8_t *low, const uint8_t *high, MOE__(rows_head) *h) {
+    const __m256i x = MOE__(v_load_256)(low);
+    const __m256i bits = _mm256_broadcastsi128_si256(MOE__(v_load_128)(high));
+    __m256i a = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)), b;
+    b = MOE__(u_mask8)(_mm256_srli_epi16(a, 4), 3);
+    a = _mm256_slli_epi16(MOE__(u_mask8)(a, 3), 4);
+    b = _mm256_slli_epi16(b, 4);
+    a = _mm256_or_si256(a, MOE__(u_mask8)(x, 15));
+    b = _mm256_or_si256(b, MOE__(u_mask8)(_mm256_srli_epi16(x, 4), 15));
+    MOE__(u_store)(h->scale, MOE__(u_add8)(a, -32));
+    MOE__(u_store)(h->scale + 32, MOE__(u_add8)(b, -32));
+}
+/* Bit i / 8 of byte i % 8 of x, for i = 0..31 (and 32..63 with the second function): -1 or 0 */
+MOE__V __m256i MOE__(u_bits_r4)(uint64_t x, const int high) {
+    const __m256i bit = _mm256_setr_epi64x(0x0101010101010101, 0x0202020202020202,
+                                           0x0404040404040404, 0x0808080808080808);
+    const __m256i bits = _mm256_set1_epi64x((int64_t)x);
+    const __m256i at = high ? _mm256_slli_epi16(bit, 4) : bit;
+    return _mm256_cmpeq_epi8(_mm256_and_si256(bits, at), at);
+}
+MOE__V void MOE__(u_shift_r4)(const uint8_t *extra, const int shift, MOE__(rows_head) *h) {
+    const uint64_t bits = moe__load_u64(extra);
+    MOE__(u_store)(h->shift, MOE__(u_mask8)(MOE__(u_bits_r4)(bits, 0), shift));
+    MOE__(u_store)(h->shift + 32, MOE__(u_mask8)(MOE__(u_bits_r4)(bits, 1), shift));
+}
+
+#define MOE__HEAD(name)                                                                      \
+    MOE__V void MOE__(head_##name)(const uint8_t *b, const float *D __attribute__((unused)), \
+                                   MOE__(rows_head) *h)
+#define MOE__LEVEL(name) MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, int j, const int v)
+
+MOE__HEAD(q2_k_r4) {
+    const __m256i low = MOE__(v_load_256)(b + 16), high = MOE__(v_load_256)(b + 48);
+    MOE__(u_store)(h->scale, MOE__(u_mask8)(low, 15));
+    MOE__(u_store)(h->scale + 32, MOE__(u_mask8)(high, 15));
+    MOE__(u_store)(h->min, MOE__(u_mask8)(_mm256_srli_epi16(low, 4), 15));
+    MOE__(u_store)(h->min + 32, MOE__(u_mask8)(_mm256_srli_epi16(high, 4), 15));
+    h->d = MOE__(u_four_halves)(b), h->dmin = MOE__(u_four_halves)(b + 8);
+}
+MOE__LEVEL(q2_k_r4) { return MOE__(v_two_r4)(b + 80 + 32 * j, v); }
+
+MOE__HEAD(q3_k_r4) {
+    MOE__(u_six_r4)(b + 24, b + 8, h);
+    h->d = MOE__(u_four_halves)(b);
+}
+MOE__LEVEL(q3_k_r4) {
+    return MOE__(v_join)(MOE__(v_two_r4)(b + 184 + 32 * j, v),
+                         MOE__(v_one_r4)(b + 56 + 16 * j, v, 4, 1, 2), 1, 2);
+}
+
+/* Low nibbles are scales, high ones mins; two more bits of each */
+MOE__HEAD(q4_k_r4) {
+    const __m256i bytes = MOE__(v_load_256)(b + 32), three = _mm256_set1_epi8(48);
+    __m256i high = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 16));
+    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
+    const __m256i scale = MOE__(u_mask8)(bytes, 15);
+    const __m256i min = MOE__(u_mask8)(_mm256_srli_epi16(bytes, 4), 15);
+    MOE__(u_store)(h->scale, MOE__(u_or_and)(scale, _mm256_slli_epi16(high, 4), three));
+    MOE__(u_store)(h->min, MOE__(u_or_and)(min, _mm256_slli_epi16(high, 2), three));
+    h->d = MOE__(u_four_halves)(b), h->dmin = MOE__(u_four_halves)(b + 8);
+}
+MOE__LEVEL(q4_k_r4) { return MOE__(v_nibbles_r4)(b + 64 + 64 * j, v); }
+
+MOE__HEAD(q5_k_r4) { MOE__(head_q4_k_r4)(b, D, h); }
+MOE__LEVEL(q5_k_r4) {
+    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 192 + 64 * j, v),
+                         MOE__(v_one_r4)(b + 64 + 16 * j, v, 4, 2, 1), 1, 4);
+}
+
+MOE__HEAD(q6_k_r4) {
+    memcpy(h->scale, b + 8, 64);
+    h->d = MOE__(u_four_halves)(b);
+}
+MOE__LEVEL(q6_k_r4) {
+    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 328 + 64 * j, v),
+                         MOE__(v_bits_r4)(MOE__(v_load_twice)(b + 72 + 32 * j), v, 0, 4, 2), 2, 4);
+}
+
+MOE__HEAD(iq2_k_r4) {
+    const __m256i x = MOE__(v_load_256)(b + 16);
+    MOE__(u_store)(h->scale, MOE__(u_add8)(MOE__(u_mask8)(x, 15), -8));
+    MOE__(u_store)(h->scale + 32,
+                   MOE__(u_add8)(MOE__(u_mask8)(_mm256_srli_epi16(x, 4), 15), -8));
+    MOE__(u_shift_r4)(b + 8, MOE__SHIFT_K2, h);
+    h->d = MOE__(u_four_halves)(b);
+}
+MOE__LEVEL(iq2_k_r4) {
+    return MOE__(v_lookup)(moe__levels_k2, MOE__(v_two_r4)(b + 48 + 32 * j, v), 4, 32);
+}
+
+/* 2 x + 1, negative where the sign is set */
+MOE__V __m256i MOE__(u_odd_signed)(__m256i x, __m256i sign) {
+    x = MOE__(u_add8)(_mm256_add_epi8(x, x), 1);
+    return _mm256_sub_epi8(_mm256_xor_si256(x, sign), sign);
+}
+MOE__HEAD(iq3_k_r4) {
+    const __m256i x = MOE__(v_load_256)(b + 24);
+    const uint64_t signs = moe__load_u64(b + 16);
+    MOE__(u_store)(h->scale, MOE__(u_odd_signed)(MOE__(u_mask8)(x, 15),
+                                                 MOE__(u_bits_r4)(signs, 0)));
+    MOE__(u_store)(h->scale + 32,
+                   MOE__(u_odd_signed)(MOE__(u_mask8)(_mm256_srli_epi16(x, 4), 15),
+                                       MOE__(u_bits_r4)(signs, 1)));
+    MOE__(u_shift_r4)(b + 8, MOE__SHIFT_K3, h);
+    h->d = MOE__(u_four_halves)(b);
+}
+MOE__LEVEL(iq3_k_r4) {
+    const MOE__VI x = MOE__(v_join)(MOE__(v_two_r4)(b + 56 + 32 * j, v),
+                                    MOE__(v_one_r4)(b + 312 + 16 * j, v, 4, 1, 2), 1, 2);
+    return MOE__(v_lookup)(moe__levels_k3, x, 8, 64);
+}
+
+MOE__HEAD(iq4_k_r4) {
+    MOE__(u_six_r4)(b + 32, b + 16, h);
+    MOE__(u_shift_r4)(b + 8, MOE__SHIFT_K4, h);
+    h->d = MOE__(u_four_halves)(b);
+}
+MOE__LEVEL(iq4_k_r4) {
+    const MOE__VI x = MOE__(v_nibbles_r4)(b + 64 + 64 * j, v);
+    return MOE__(v_lookup)(moe__levels_k4, x, 16, MOE__BIAS8);
+}
+
+MOE__HEAD(iq5_k_r4) {
+    MOE__(u_six_r4)(b + 32, b + 16, h);
+    MOE__(u_shift_r4)(b + 8, MOE__SHIFT_K5, h);
+    h->d = MOE__(u_four_halves)(b);
+}
+MOE__LEVEL(iq5_k_r4) {
+    const MOE__VI x = MOE__(v_join)(MOE__(v_nibbles_r4)(b + 64 + 64 * j, v),
+                                    MOE__(v_one_r4)(b + 576 + 16 * j, v, 2, 4, 1), 1, 4);
+    return MOE__(v_lookup)(moe__levels_k5, x, 32, MOE__BIAS8);
+}
+
+/* Scales whose lowest bit is not part of them but chooses the table */
+MOE__V void MOE__(u_head_ks_r4)(const uint8_t *b, const float *D, const int shift,
+                                MOE__(rows_head) *h) {
+    const __m256i x = MOE__(v_load_256)(b), bit = MOE__(u_mask8)(x, 1);
+    MOE__(u_store)(h->scale, MOE__(u_add8)(_mm256_sub_epi8(x, bit), -127));
+    MOE__(u_store)(h->shift,
+                   MOE__(u_mask8)(_mm256_sub_epi8(_mm256_setzero_si256(), bit), shift));
+    h->d = _mm_loadu_ps(D);
+}
+
+MOE__HEAD(iq4_ks_r4) { MOE__(u_head_ks_r4)(b, D, MOE__SHIFT_K4, h); }
+MOE__LEVEL(iq4_ks_r4) {
+    const MOE__VI x = MOE__(v_nibbles_r4)(b + 32 + 64 * j, v);
+    return MOE__(v_lookup)(moe__levels_k4, x, 16, MOE__BIAS8);
+}
+
+MOE__HEAD(iq5_ks_r4) { MOE__(u_head_ks_r4)(b, D, MOE__SHIFT_K5, h); }
+MOE__LEVEL(iq5_ks_r4) {
+    const MOE__VI x = MOE__(v_join)(MOE__(v_nibbles_r4)(b + 32 + 64 * j, v),
+                                    MOE__(v_one_r4)(b + 544 + 16 * j, v, 2, 4, 1), 1, 4);
+    return MOE__(v_lookup)(moe__levels_k5, x, 32, MOE__BIAS8);
+}
+
+/* ---- products with four rows */
+
+/* The scales of sub-block j, per row and half: int16 twice in a dword, or int32 */
+MOE__V MOE__VI MOE__(v_scales_r4)(const int8_t *scale, int j, const int per, const int words) {
+    const int h = per == 16 ? 0x04040404 : 0; /* second half */
+    const int a = 0x00800080, b = 0x01800180, c = 0x02800280, d = 0x03800380;
+    const __m128i even = words ? _mm_setr_epi32(a, b, c, d)
+                               : _mm_setr_epi32(0x00808080, 0x01808080, 0x02808080, 0x03808080);
+    const __m128i odd = _mm_add_epi8(even, _mm_set1_epi32(h)); /* 0x84 is a zero like 0x80 */
+#if MOE__ISA == 3
+    const __m512i at =
+        _mm512_broadcast_i64x4(_mm256_inserti128_si256(_mm256_castsi128_si256(even), odd, 1));
+    const __m512i bytes = per == 16 ? _mm512_set1_epi64((int64_t)moe__load_u64(scale + 8 * j))
+                                    : _mm512_set1_epi32((int)moe__load_u32(scale + 4 * j));
+    const __m512i x = _mm512_shuffle_epi8(bytes, at);
+    return words ? _mm512_srai_epi16(x, 8) : _mm512_srai_epi32(x, 24);
+#else
+    const __m256i at = _mm256_inserti128_si256(_mm256_castsi128_si256(even), odd, 1);
+    const __m256i bytes = per == 16 ? _mm256_set1_epi64x((int64_t)moe__load_u64(scale + 8 * j))
+                                    : _mm256_set1_epi32((int)moe__load_u32(scale + 4 * j));
+    return _mm256_srai_epi16(_mm256_shuffle_epi8(bytes, at), 8);
+#endif
+}
+
+/* Bytes [16 or 8][4 rows] as pairs of int16 of each row: pairs number MOE__LANES * i .. */
+MOE__V MOE__VI MOE__(v_pairs_r4)(const int8_t *bytes, const int i) {
+    const __m128i at = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+#if MOE__ISA == 3
+    const __m256i x = MOE__(v_load_256)(bytes + 32 * i);
+    return _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(at)));
+#else
+    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(MOE__(v_load_128)(bytes + 16 * i), at));
+#endif
+}
+/* acc + per row the sum of x * (shift + add) * (sum of activations); shift NULL: 0 */
+MOE__V MOE__VI MOE__(v_times_sums_r4)(MOE__VI acc, const int8_t *x, const int8_t *shift,
+                                      const int add, const moe__act256 *a, const int per) {
+    const __m256i sums = per == 16 ? MOE__(v_load_256)(a->sum16)
+                                   : _mm256_castsi128_si256(MOE__(v_load_128)(a->sum32));
+    const MOE__VI more = MOE__MM(set1_epi16)((short)add);
+    MOE__UNROLL(4)
+    for (int i = 0; i < 128 / per / MOE__LANES; i++) {
+        const int at = MOE__LANES * i;
+        MOE__VI y = MOE__(v_pairs_r4)(x, i);
+        if (shift)
+            y = MOE__MM(mullo_epi16)(
+                y, MOE__MM(add_epi16)(MOE__(v_pairs_r4)(shift, i), more));
+        else if (add != 1)
+            y = MOE__MM(mullo_epi16)(y, more);
+        acc = MOE__(v_dot_i16)(acc, y, MOE__(v_dwords)(sums, at, at + 1, at + 2, at + 3));
+    }
+    return acc;
+}
+
+/* acc + the products of sub-block j, whose levels are w, times its scales */
+MOE__V MOE__VI MOE__(v_multiply_r4)(MOE__VI acc, const MOE__VI *w, const int8_t *q,
+                                    const int8_t *scale, int j, const int bits, const int per) {
+    const __m256i acts = MOE__(v_load_256)(q + moe__act256_at(32 * j));
+#if MOE__ISA == 3
+    if (bits == 8) {
+        __m512i sum = _mm512_setzero_si512();
+        MOE__UNROLL(4)
+        for (int v = 0; v < MOE__SUB_LEVELS; v++)
+            sum = _mm512_dpbusd_epi32(sum, w[v], MOE__(v_acts_r4)(acts, v));
+        return _mm512_add_epi32(
+            acc, _mm512_mullo_epi32(sum, MOE__(v_scales_r4)(scale, j, per, 0)));
+    }
+#endif
+    const MOE__VI scales = MOE__(v_scales_r4)(scale, j, per, 1);
+    MOE__UNROLL(4)
+    for (int v = 0; v < MOE__SUB_LEVELS; v++) {
+        MOE__VI levels = w[v], x = MOE__(v_acts_r4)(acts, v);
+#if MOE__ISA == 2
+        if (bits == 8) x = _mm256_sign_epi8(x, levels), levels = _mm256_abs_epi8(levels);
+#endif
+        acc = MOE__(v_dot_i16)(acc, MOE__MM(maddubs_epi16)(levels, x), scales);
+    }
+    return acc;
+}
+
+/* What tiles want of half a panel: its rows' levels and scales, see moe__tile_pack. */
+typedef struct MOE__(rows_out) {
+    uint8_t *pack;
+    int64_t half;
+    int per; /* weights per scale, 16 or 32: as many as the type has, or less */
+    int add; /* to the levels */
+} MOE__(rows_out);
+MOE__V void MOE__(rows_put)(const MOE__(rows_out) *out, int quad, MOE__VI x) {
+    MOE__(tile_store)(out->pack + (2 * quad + out->half) * MOE__VBYTES,
+                      MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)((char)out->add)));
+}
+/* Vectors v of sub-block j of as many groups of four rows as fill a vector with rows */
+MOE__V void MOE__(rows_put_r4)(const MOE__(rows_out) *out, int j, const int v, const MOE__VI *x) {
+#define MOE__AT(lane) 8 * j + 4 * MOE__(r4_half)(lane) + MOE__(r4_t)(v, lane)
+#if MOE__ISA == 3
+    const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44); /* lanes 0 1 of two groups */
+    const __m512i b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xEE); /* lanes 2 3 */
+    const __m512i d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
+    MOE__(rows_put)(out, MOE__AT(0), _mm512_shuffle_i32x4(a, b, 0x88));
+    MOE__(rows_put)(out, MOE__AT(1), _mm512_shuffle_i32x4(a, b, 0xDD));
+    MOE__(rows_put)(out, MOE__AT(2), _mm512_shuffle_i32x4(c, d, 0x88));
+    MOE__(rows_put)(out, MOE__AT(3), _mm512_shuffle_i32x4(c, d, 0xDD));
+#else
+    MOE__(rows_put)(out, MOE__AT(0), _mm256_permute2x128_si256(x[0], x[1], 0x20));
+    MOE__(rows_put)(out, MOE__AT(1), _mm256_permute2x128_si256(x[0], x[1], 0x31));
+#endif
+#undef MOE__AT
+}
+/* Shifts of sub-block j, per row and half, in every byte */
+MOE__V MOE__VI MOE__(v_shift_r4)(const int8_t *shift, int j, const int per) {
+    const __m128i even = _mm_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303);
+    const __m128i odd = _mm_add_epi8(even, _mm_set1_epi8(per == 16 ? 4 : 0));
+    const __m256i at = _mm256_inserti128_si256(_mm256_castsi128_si256(even), odd, 1);
+    const __m256i bytes = per == 16 ? _mm256_set1_epi64x((int64_t)moe__load_u64(shift + 8 * j))
+                                    : _mm256_set1_epi32((int)moe__load_u32(shift + 4 * j));
+    const __m256i x = _mm256_shuffle_epi8(bytes, at);
+#if MOE__ISA == 3
+    return _mm512_broadcast_i64x4(x);
+#else
+    return x;
+#endif
+}
+typedef void MOE__(rows_fn)(const uint8_t *const *group, int n, const float (*D)[4],
+                            const MOE__(rows_out) *out);
+/* The scales, mins and their scales of those groups; `per` of the type */
+MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_head) *h,
+                                  const int per, const int mins) {
+    enum { GROUPS = MOE__VFLOATS / 4 };
+    uint8_t *half = out->pack + out->half * MOE__VBYTES;
+    for (int s = 0; s < 256 / out->per; s++) {
+        int32_t bytes[GROUPS];
+        for (int g = 0; g < GROUPS; g++)
+            memcpy(bytes + g, h[g].scale + 4 * (s * out->per / per), 4);
+#if MOE__ISA == 3
+        const __m512i x = _mm512_cvtepi8_epi32(MOE__(v_load_128)(bytes));
+#else
+        const __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(void *)bytes));
+#endif
+        MOE__(tile_store)(half + MOE__(TILE_SCALE) + 2 * s * MOE__VBYTES, x);
+    }
+    for (int i = 0; mins && i < 128 / per; i++) {
+        int8_t bytes[8 * GROUPS];
+        for (int g = 0; g < GROUPS; g++) memcpy(bytes + 8 * g, h[g].min + 8 * i, 8);
+        MOE__(tile_store)(half + MOE__(TILE_MIN) + 2 * i * MOE__VBYTES,
+                          MOE__(v_pairs_r4)(bytes, 0));
+    }
+    for (int g = 0; g < GROUPS; g++) {
+        _mm_storeu_ps((float *)(void *)(half + MOE__(TILE_D)) + 4 * g, h[g].d);
+        if (mins)
+            _mm_storeu_ps((float *)(void *)(half + MOE__(TILE_DMIN)) + 4 * g,
+                          _mm_sub_ps(_mm_setzero_ps(), h[g].dmin));
+    }
+}
+
+/* A type of four rows: its dot products, and its rows for tiles: of groups group[0], ... */
+#define MOE__TYPE_R4(NAME, name, shifts)                                                          \
+    MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
+                                  const void *x, float *out) {                                    \
+        enum { size = 4 * MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME,      \
+               mins = !MOE__OFFSET_##NAME, meta = 4 * MOE__META_##NAME,                           \
+               bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME };                      \
+        const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
+        const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;                \
+        for (int64_t r = 0; r < n_rows; r += 4) {                                                 \
+            const uint8_t *b = rows + (size_t)r * row_size;                                       \
+            float D[4];                                                                           \
+            __m128 total = _mm_setzero_ps();                                                      \
+            if (meta) memcpy(D, b, sizeof D);                                                     \
+            b += meta;                                                                            \
+            for (const moe__act256 *a = first; a < end; a++, b += size) {                         \
+                MOE__(rows_head) h;                                                               \
+                MOE__VI sum = MOE__(v_zero)();                                                    \
+                MOE__(v_fetch)(b, rows_end, size);                                                \
+                MOE__(head_##name)(b, D, &h);                                                     \
+                if (shifts || bias)                                                               \
+                    sum = MOE__(v_times_sums_r4)(sum, h.scale, shifts ? h.shift : NULL, -bias, a, \
+                                                 per);                                            \
+                for (int j = 0; j < 8; j++) {                                                     \
+                    MOE__VI w[MOE__SUB_LEVELS];                                                   \
+                    MOE__UNROLL(4)                                                                \
+                    for (int v = 0; v < MOE__SUB_LEVELS; v++)                                     \
+                        w[v] = MOE__(level_##name)(b, j, v);                                      \
+                    sum = MOE__(v_multiply_r4)(sum, w, a->q, h.scale, j, bits, per);              \
+                }                                                                                 \
+                __m128 part = _mm_mul_ps(_mm_cvtepi32_ps(MOE__(u_rows_4)(sum)), h.d);             \
+                if (mins) {                                                                       \
+                    sum = MOE__(v_times_sums_r4)(MOE__(v_zero)(), h.min, NULL, 1, a, per);        \
+                    part = _mm_fnmadd_ps(_mm_cvtepi32_ps(MOE__(u_rows_4)(sum)), h.dmin, part);    \
+                }                                                                                 \
+                total = _mm_fmadd_ps(part, _mm_set1_ps(a->d), total);                             \
+            }                                                                                     \
+            _mm_storeu_ps(out + r, total);                                                        \
+        }                                                                                         \
+    }                                                                                             \
+    MOE__K void MOE__(rows_##name)(const uint8_t *const *group, int n, const float (*D)[4],       \
+                                   const MOE__(rows_out) *out) {                                  \
+        enum { per = MOE__PER_##NAME, mins = !MOE__OFFSET_##NAME, GROUPS = MOE__VFLOATS / 4 };    \
+        MOE__(rows_head) h[GROUPS];                                                               \
+        (void)n;                                                                                  \
+        for (int g = 0; g < GROUPS; g++) MOE__(head_##name)(group[g], D[g], h + g);               \
+        for (int j = 0; j < 8; j++) {                                                             \
+            MOE__UNROLL(4)                                                                        \
+            for (int v = 0; v < MOE__SUB_LEVELS; v++) {                                           \
+                MOE__VI w[GROUPS];                                                                \
+                MOE__UNROLL(4)                                                                    \
+                for (int g = 0; g < GROUPS; g++) {                                                \
+                    w[g] = MOE__(level_##name)(group[g], j, v);                                   \
+                    if (shifts)                                                                   \
+                        w[g] = MOE__MM(add_epi8)(w[g], MOE__(v_shift_r4)(h[g].shift, j, per));    \
+                }                                                                                 \
+                MOE__(rows_put_r4)(out, j, v, w);                                                 \
+            }                                                                                     \
+        }                                                                                         \
+        MOE__(rows_put_heads)(out, h, per, mins);                                                 \
+    }
+
+MOE__TYPE_R4(Q2_K_R4, q2_k_r4, 0)
+MOE__TYPE_R4(Q3_K_R4, q3_k_r4, 0)
+MOE__TYPE_R4(Q4_K_R4, q4_k_r4, 0)
+MOE__TYPE_R4(Q5_K_R4, q5_k_r4, 0)
+MOE__TYPE_R4(Q6_K_R4, q6_k_r4, 0)
+MOE__TYPE_R4(IQ2_K_R4, iq2_k_r4, 1)
+MOE__TYPE_R4(IQ3_K_R4, iq3_k_r4, 1)
+MOE__TYPE_R4(IQ4_K_R4, iq4_k_r4, 1)
+MOE__TYPE_R4(IQ5_K_R4, iq5_k_r4, 1)
+MOE__TYPE_R4(IQ4_KS_R4, iq4_ks_r4, 1)
+MOE__TYPE_R4(IQ5_KS_R4, iq5_ks_r4, 1)
+#undef MOE__TYPE_R4
+#undef MOE__HEAD
+#undef MOE__LEVEL
+
+/* ---- eight rows */
+
+/* Pieces of 32 bytes hold fours of eight rows; a vector has one or two of them, from number */
+/* MOE__PIECES * v. */
+#define MOE__PIECES (MOE__VBYTES / 32)
+
+/* Fours a (and b) of 32 activations */
+MOE__V MOE__VI MOE__(v_acts_r8)(__m256i acts, const int a, const int b) {
+#if MOE__ISA == 3
+    return MOE__(v_dwords)(acts, a, a, b, b);
+#else
+    return (void)b, MOE__(v_dwords)(acts, a, a, a, a);
+#endif
+}
+/* Puts the pieces of as many groups of eight rows as fill a vector with rows: fours a (and b). */
+MOE__V void MOE__(rows_put_r8)(const MOE__(rows_out) *out, int j, const MOE__VI *x, const int a,
+                               const int b) {
+#if MOE__ISA == 3
+    MOE__(rows_put)(out, 8 * j + a, _mm512_shuffle_i64x2(x[0], x[1], 0x44));
+    MOE__(rows_put)(out, 8 * j + b, _mm512_shuffle_i64x2(x[0], x[1], 0xEE));
+#else
+    (void)b;
+    MOE__(rows_put)(out, 8 * j + a, x[0]);
+#endif
+}
+
+/* IQ4_XS_R8: in a piece the low nibbles are the even fours, the high ones the odd ones. Scales of */
+/* sub-block j are bytes 8 j .. of moe__types_six_r4's. */
+MOE__V MOE__VI MOE__(level_iq4_xs_r8)(const uint8_t *b, int j, const int v, const int high) {
+    const MOE__VI x = MOE__(v_load)(b + 64 + 128 * j + MOE__VBYTES * v);
+    return MOE__(v_lookup)(moe__levels_k4,
+                           MOE__(v_mask)(MOE__MM(srli_epi16)(x, high ? 4 : 0), 15), 16,
+                           MOE__BIAS8);
+}
+MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                                 const void *x, float *out) {
+    enum { size = 8 * MOE__BYTES_IQ4_XS_R8, P = MOE__PIECES };
+    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
+    const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;
+    for (int64_t r = 0; r < n_rows; r += 8) {
+        const uint8_t *b = rows + (size_t)r * row_size;
+        __m256 total = _mm256_setzero_ps();
+        for (const moe__act256 *a = first; a < end; a++, b += size) {
+            MOE__(rows_head) h;
+            __m256i sum = _mm256_setzero_si256();
+            MOE__(v_fetch)(b, rows_end, size);
+            MOE__(u_six_r4)(b + 32, b + 16, &h);
+            for (int j = 0; j < 8; j++) {
+                const __m256i acts = MOE__(v_load_256)(a->q + moe__act256_at(32 * j));
+                MOE__VI s = MOE__(v_zero)();
+                MOE__UNROLL(4)
+                for (int v = 0; v < 4 / P; v++) {
+                    s = MOE__(v_quads)(s, MOE__(level_iq4_xs_r8)(b, j, v, 0),
+                                       MOE__(v_acts_r8)(acts, 2 * P * v, 2 * P * v + 2), 8);
+                    s = MOE__(v_quads)(s, MOE__(level_iq4_xs_r8)(b, j, v, 1),
+                                       MOE__(v_acts_r8)(acts, 2 * P * v + 1, 2 * P * v + 3), 8);
+                }
+                const __m256i less = _mm256_set1_epi32(MOE__BIAS8 * a->sum32[j]);
+                const __m256i scale = _mm256_cvtepi8_epi32(
+                    _mm_loadl_epi64((const __m128i *)(const void *)(h.scale + 8 * j)));
+                sum = _mm256_add_epi32(
+                    sum, _mm256_mullo_epi32(_mm256_sub_epi32(MOE__(u_rows_8)(s), less), scale));
+            }
+            const __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sum),
+                                              _mm256_cvtph_ps(MOE__(v_load_128)(b)));
+            total = _mm256_fmadd_ps(part, _mm256_set1_ps(a->d), total);
+        }
+        _mm256_storeu_ps(out + r, total);
+    }
+}
+MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const float (*D)[4],
+                                  const MOE__(rows_out) *out) {
+    enum { GROUPS = MOE__VFLOATS / 8, P = MOE__PIECES };
+    MOE__(rows_head) h[GROUPS];
+    uint8_t *half = out->pack + out->half * MOE__VBYTES;
+    (void)n, (void)D;
+    for (int g = 0; g < GROUPS; g++) {
+        MOE__(u_six_r4)(group[g] + 32, group[g] + 16, h + g);
+        _mm256_storeu_ps((float *)(void *)(half + MOE__(TILE_D)) + 8 * g,
+                         _mm256_cvtph_ps(MOE__(v_load_128)(group[g])));
+    }
+    for (int j = 0; j < 8; j++) {
+        MOE__UNROLL(8)
+        for (int i = 0; i < 8 / P; i++) { /* vector i / 2, low or high nibbles */
+            MOE__VI w[GROUPS];
+            for (int g = 0; g < GROUPS; g++)
+                w[g] = MOE__(level_iq4_xs_r8)(group[g], j, i / 2, i % 2);
+            MOE__(rows_put_r8)(out, j, w, 2 * P * (i / 2) + i % 2, 2 * P * (i / 2) + i % 2 + 2);
+        }
+    }
+    for (int s = 0; s < 256 / out->per; s++)
+        for (int g = 0; g < GROUPS; g++) {
+            const __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64(
+                (const __m128i *)(const void *)(h[g].scale + 8 * (s * out->per / 32))));
+            MOE__(u_store)(half + MOE__(TILE_SCALE) + 2 * s * MOE__VBYTES + 32 * g, x);
+        }
+}
+
+/* ---- interleaved rows of 32-wide blocks */
+
+/* Fours of one block of 32 weights: with four rows vectors as above, with eight rows pieces of */
+/* fours 0..3 in the low nibbles, 4..7 in the high ones (Q8_0_R8: 0..7). `level` is vector v. */
+#define MOE__LEVEL(name) MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, const int v)
+MOE__V MOE__VI MOE__(v_nibbles_r8)(const uint8_t *p, const int v) {
+    const int n = 4 / MOE__PIECES;
+    const MOE__VI x = MOE__(v_load)(p + MOE__VBYTES * (v % n));
+    return MOE__(v_mask)(MOE__MM(srli_epi16)(x, v / n * 4), 15);
+}
+MOE__LEVEL(q4_0_r8) { return MOE__(v_nibbles_r8)(b + 16, v); }
+MOE__LEVEL(mxfp4_r8) {
+    return MOE__(v_lookup)(moe__levels_fp4, MOE__(v_nibbles_r8)(b + 8, v), 16, 16);
+}
+MOE__LEVEL(q8_0_r8) {
+    return MOE__MM(add_epi8)(MOE__(v_load)(b + 16 + MOE__VBYTES * v),
+                             MOE__MM(set1_epi8)((char)MOE__BIAS8));
+}
+MOE__LEVEL(iq4_nl_r4) {
+    return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles_r4)(b + 8, v), 16, MOE__BIAS8);
+}
+MOE__LEVEL(q5_0_r4) {
+    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 24, v), MOE__(v_one_r4)(b + 8, v, 1, 2, 4), 1, 4);
+}
+#undef MOE__LEVEL
+
+/* The scales of the rows of a block */
+MOE__V __m256 MOE__(u_scales_rows)(const uint8_t *b, const int rows, const int type) {
+    if (type == MOE__INDEX_MXFP4_R8)
+        return MOE__AVX2(v_e8m0)(
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)b)));
+    if (rows == 4) return _mm256_zextps128_ps256(MOE__(u_four_halves)(b));
+    return _mm256_cvtph_ps(MOE__(v_load_128)(b));
+}
+
+#define MOE__TYPE_ROWS_32(NAME, name)                                                             \
+    MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
+                                  const void *x, float *out) {                                    \
+        enum { R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, bits = MOE__BITS_##NAME,       \
+               bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME,                        \
+               P = MOE__PIECES };                                                                 \
+        const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
+        for (int64_t r = 0; r < n_rows; r += R) {                                                 \
+            const uint8_t *b = rows + (size_t)r * row_size;                                       \
+            const moe__act32 *a = (const moe__act32 *)x;                                          \
+            __m256 total = _mm256_setzero_ps();                                                   \
+            for (int64_t at = 0; at < n; at += 256, a++) {                                        \
+                const int n_blocks = (int)moe__min(8, (n - at) / 32);                             \
+                __m256 part = _mm256_setzero_ps();                                                \
+                MOE__(v_fetch)(b, rows_end, 8 * size);                                            \
+                for (int j = 0; j < n_blocks; j++, b += size) {                                   \
+                    const __m256i acts = MOE__(u_act32)(a->q, j);                                 \
+                    MOE__VI s = MOE__(v_zero)();                                                  \
+                    MOE__UNROLL(8)                                                                \
+                    for (int v = 0; v < 32 * R / MOE__VBYTES; v++)                                \
+                        s = MOE__(v_quads)(s, MOE__(level_##name)(b, v),                          \
+                                           R == 4 ? MOE__(v_acts_r4)(acts, v)                     \
+                                                  : MOE__(v_acts_r8)(acts, P * v, P * v + 1),     \
+                                           bits);                                                 \
+                    const __m256i sum = R == 4 ? _mm256_zextsi128_si256(MOE__(u_rows_4)(s))       \
+                                               : MOE__(u_rows_8)(s);                              \
+                    const __m256i more = _mm256_set1_epi32(bias * a->nsum[j]);                    \
+                    const __m256 d = _mm256_mul_ps(                                               \
+                        MOE__(u_scales_rows)(b, R, MOE__INDEX_##NAME), _mm256_set1_ps(a->d[j]));  \
+                    part = _mm256_add_ps(                                                         \
+                        part, MOE__(u_rounded)(_mm256_mul_ps(                                     \
+                                  _mm256_cvtepi32_ps(_mm256_add_epi32(sum, more)), d)));          \
+                }                                                                                 \
+                total = _mm256_add_ps(total, part);                                               \
+            }                                                                                     \
+            if (R == 4) _mm_storeu_ps(out + r, _mm256_castps256_ps128(total));                    \
+            else _mm256_storeu_ps(out + r, total);                                                \
+        }                                                                                         \
+    }                                                                                             \
+    MOE__K void MOE__(rows_##name)(const uint8_t *const *group, int n, const float (*D)[4],       \
+                                   const MOE__(rows_out) *out) {                                  \
+        enum { R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, GROUPS = MOE__VFLOATS / R,     \
+               P = MOE__PIECES };                                                                 \
+        (void)D;                                                                                  \
+        for (int j = 0; j < n / 32; j++) {                                                        \
+            float d[MOE__VFLOATS + 8];                                                            \
+            MOE__UNROLL(8)                                                                        \
+            for (int v = 0; v < 32 * R / MOE__VBYTES; v++) {                                      \
+                MOE__VI w[GROUPS];                                                                \
+                for (int g = 0; g < GROUPS; g++)                                                  \
+                    w[g] = MOE__(level_##name)(group[g] + size * j, v);                           \
+                if (R == 4) MOE__(rows_put_r4)(out, j, v, w);                                     \
+                else MOE__(rows_put_r8)(out, j, w, P * v, P * v + 1);                             \
+            }                                                                                     \
+            for (int g = 0; g < GROUPS; g++)                                                      \
+                _mm256_storeu_ps(d + R * g,                                                       \
+                                 MOE__(u_scales_rows)(group[g] + size * j, R, MOE__INDEX_##NAME)); \
+            MOE__(tile_store)(out->pack + MOE__(TILE_SCALE) + (2 * j + out->half) * MOE__VBYTES,  \
+                              MOE__(v_load)(d));                                                  \
+        }                                                                                         \
+    }
+MOE__TYPE_ROWS_32(Q4_0_R8, q4_0_r8)
+MOE__TYPE_ROWS_32(Q5_0_R4, q5_0_r4)
+MOE__TYPE_ROWS_32(Q8_0_R8, q8_0_r8)
+MOE__TYPE_ROWS_32(IQ4_NL_R4, iq4_nl_r4)
+MOE__TYPE_ROWS_32(MXFP4_R8, mxfp4_r8)
+#undef MOE__TYPE_ROWS_32
+#endif /* MOE__ISA != 4 */
+
+/* ---- dot products: blocks of 32 -------------------------------------------------------------- */
+
+/* A vector holds some bytes of MOE__LANES neighbouring blocks of a row, one block per lane, and */
+/* so do the activations: first weights 0-15 of each block, then 16-31. Levels x activations are */
+/* summed in int32 to four numbers per lane: exact floats, which are multiplied with the scales */
+/* of weights and activations, spread over the lanes. */
+
+#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
+
+/* The block of a lane of vector i of moe__act32: the even ones come first */
+MOE__V int MOE__(q32_block)(const int i, const int lane) {
+    const int number = MOE__LANES * i + lane;
+    return number % 4 * 2 + number / 4;
+}
+/* 16 bytes at `p` of the blocks of vector i; `count` are there, the last is read again for those */
+/* behind it. */
+MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int i, int count) {
+#define MOE__BLOCK(lane) \
+    MOE__(v_load_128)(p + size * (int)moe__min(MOE__(q32_block)(i, lane), count - 1))
     __m256i low = _mm256_castsi128_si256(MOE__BLOCK(0));
     low = _mm256_inserti128_si256(low, MOE__BLOCK(1), 1);
 #if MOE__ISA == 3
@@ -7193,11 +7699,71 @@ MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int first
 #endif
 #undef MOE__BLOCK
 }
+/* The same of 8 bytes, twice */
+MOE__V MOE__VI MOE__(q32_load_8)(const uint8_t *p, const int size, const int i, int count) {
+#define MOE__BLOCK(lane) \
+    (int64_t)moe__load_u64(p + size * (int)moe__min(MOE__(q32_block)(i, lane), count - 1))
+#if MOE__ISA == 3
+    return _mm512_setr_epi64(MOE__BLOCK(0), MOE__BLOCK(0), MOE__BLOCK(1), MOE__BLOCK(1),
+                             MOE__BLOCK(2), MOE__BLOCK(2), MOE__BLOCK(3), MOE__BLOCK(3));
+#else
+    return _mm256_setr_epi64x(MOE__BLOCK(0), MOE__BLOCK(0), MOE__BLOCK(1), MOE__BLOCK(1));
+#endif
+#undef MOE__BLOCK
+}
 
-/* The scales of eight blocks, `count` of which are there, as floats */
-MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, int count, const int type) {
+#if MOE__ISA == 3
+/* 16-bit words at byte (size i + at) / 2 * 2 of 128 bytes, for i = first..first + n - 1 */
+MOE__V __m512i MOE__(q32_words)(const uint8_t *b, const int size, const int at, const int first,
+                                const int n) {
+#define MOE__WORD(i) (i) < n ? (size * (first + (i)) + at) / 2 : 0
+    const __m256i words = _mm256_setr_epi16(MOE__WORD(0), MOE__WORD(1), MOE__WORD(2), MOE__WORD(3),
+                                            MOE__WORD(4), MOE__WORD(5), MOE__WORD(6), MOE__WORD(7),
+                                            0, 0, 0, 0, 0, 0, 0, 0);
+#undef MOE__WORD
+    return _mm512_permutex2var_epi16(MOE__(v_load)(b), _mm512_castsi256_si512(words),
+                                     MOE__(v_load)(b + 64));
+}
+/* 16 bytes at b + at of the blocks of vector i, of eight whole blocks of at most 18 bytes: picked */
+/* out of 128 bytes. With an odd size the window begins so that these bytes are whole words. */
+MOE__V __m512i MOE__(q32_pick)(const uint8_t *b, const int size, const int at, const int i) {
+    const int from = i ? 8 * size - 128 : at % 2, first = size * i + at - from;
+    const uint64_t each = 0x0001000100010001, step = 0x0003000200010000;
+#define MOE__WORDS(lane, more) \
+    (int64_t)(each * (uint64_t)(size * (lane) + first / 2 + (more)) + step)
+    const __m512i words = _mm512_setr_epi64(MOE__WORDS(0, 0), MOE__WORDS(0, 4), MOE__WORDS(1, 0),
+                                            MOE__WORDS(1, 4), MOE__WORDS(2, 0), MOE__WORDS(2, 4),
+                                            MOE__WORDS(3, 0), MOE__WORDS(3, 4));
+#undef MOE__WORDS
+    return _mm512_permutex2var_epi16(MOE__(v_load)(b + from), words, MOE__(v_load)(b + from + 64));
+}
+/* The numbers at b + at of eight whole blocks as floats: f16, or the exponents of MXFP4. They are */
+/* picked out of 128 bytes, or of the first 128 bytes and of 128 that hold the last four. */
+MOE__V __m256 MOE__(q32_all_scales)(const uint8_t *b, const int at, const int type) {
+    const int size = MOE__(q32_size)(type), half = 4 * size;
+    const int behind = half < 8 * size - 128 ? half : 8 * size - 128;
+    const int fit = (126 - at) / size + 1 < 8 ? (126 - at) / size + 1 : 8;
+    __m128i x = _mm512_castsi512_si128(MOE__(q32_words)(b, size, at, 0, fit));
+    if (fit < 8) {
+        const __m128i y = _mm512_castsi512_si128(
+            MOE__(q32_words)(b + behind, size, at - behind, 4, 4));
+        x = _mm_unpacklo_epi64(x, y);
+    }
+    if (type != MOE__INDEX_MXFP4) return _mm256_cvtph_ps(x);
+    x = _mm_srlv_epi16(x, _mm_setr_epi16(0, 8, 0, 8, 0, 8, 0, 8)); /* 17 i is odd for odd i */
+    return MOE__AVX2(v_e8m0)(_mm256_cvtepu16_epi32(_mm_and_si128(x, _mm_set1_epi16(255))));
+}
+#endif
+
+/* The numbers at b + at of eight blocks, `count` of which are there, as floats: f16, or the */
+/* exponents of MXFP4 */
+MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, const int at, int count, const int type) {
     const int size = MOE__(q32_size)(type);
     uint64_t low = 0, high = 0; /* put together outside the vector units, which are busy */
+#if MOE__ISA == 3
+    if (count == 8) return MOE__(q32_all_scales)(b, at, type);
+#endif
+    b += at;
     if (type == MOE__INDEX_MXFP4) {
         MOE__UNROLL(8)
         for (int i = 0; i < 8; i++) low |= (uint64_t)b[size * (int)moe__min(i, count - 1)] << 8 * i;
@@ -7211,117 +7777,203 @@ MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, int count, const int type) {
     return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)high, (int64_t)low));
 }
 
-/* Numbers first .. first + MOE__LANES - 1 of x: each fills a lane; or each is the first number */
-/* of a lane, the others are 0. */
-MOE__V MOE__VF MOE__(q32_spread)(__m256 x, const int first) {
 #if MOE__ISA == 3
-    const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(first)),
-                                 _mm512_castps256_ps512(x));
-#else
-    const __m256i at = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    return _mm256_permutevar8x32_ps(x, _mm256_add_epi32(at, _mm256_set1_epi32(first)));
-#endif
+/* The fifth bits of eight whole blocks of Q5_0 or Q5_1: a bit per weight, of weights 0-15 of the */
+/* even blocks, 16-31 of these, and the same of the odd ones */
+typedef struct MOE__(q32_fifths) {
+    uint64_t mask[4];
+} MOE__(q32_fifths);
+MOE__V MOE__(q32_fifths) MOE__(q32_all_fifths)(const uint8_t *b, const int size, const int at) {
+    const int half = 4 * size, behind = half < 8 * size - 128 ? half : 8 * size - 128;
+#define MOE__EVEN(n, i, from) \
+    ((i) / 4 == n ? (size * (i) + at - (from)) / 2 : 0), ((i) / 4 == n ? (size * (i) + at - (from)) / 2 + 1 : 0)
+#define MOE__ALL(n, from)                                                                        \
+    _mm512_castsi256_si512(_mm256_setr_epi16(                                                    \
+        MOE__EVEN(n, 0, from), MOE__EVEN(n, 2, from), MOE__EVEN(n, 4, from), MOE__EVEN(n, 6, from), \
+        MOE__EVEN(n, 1, from), MOE__EVEN(n, 3, from), MOE__EVEN(n, 5, from), MOE__EVEN(n, 7, from)))
+    const __m256i low = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
+        MOE__(v_load)(b), MOE__ALL(0, 0), MOE__(v_load)(b + 64)));
+    const __m256i high = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
+        MOE__(v_load)(b + behind), MOE__ALL(1, behind), MOE__(v_load)(b + behind + 64)));
+#undef MOE__ALL
+#undef MOE__EVEN
+    /* dwords of blocks 0 2 4 6 | 1 3 5 7; their low words before their high ones */
+    const __m256i words = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    MOE__(q32_fifths) f;
+    MOE__(u_store)(f.mask, _mm256_shuffle_epi8(_mm256_blend_epi32(low, high, 0xCC), words));
+    return f;
 }
-MOE__V MOE__VI MOE__(q32_firsts)(__m256i x, const int first) {
-#if MOE__ISA == 3
-    const __m512i at = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_maskz_permutexvar_epi32(0x1111, _mm512_add_epi32(at, _mm512_set1_epi32(first)),
-                                          _mm512_castsi256_si512(x));
-#else
-    const __m256i at = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    x = _mm256_permutevar8x32_epi32(x, _mm256_add_epi32(at, _mm256_set1_epi32(first)));
-    return _mm256_blend_epi32(_mm256_setzero_si256(), x, 0x11);
 #endif
-}
 
-/* Levels of weights 0-15 (low) and 16-31 (high) of some blocks, plus the type's offset; in AVX2 */
-/* Q8_0 and IQ4_NL keep their signs. */
+/* Levels of weights 0-15 (low) and 16-31 (high) of the blocks of vector i, plus the type's offset; */
+/* in AVX2 Q8_0 and IQ4_NL keep their signs. */
 typedef struct MOE__(q32_levels) {
     MOE__VI low, high;
 } MOE__(q32_levels);
-MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int first, int count,
+MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int i, int count,
                                            MOE__VI table, const int type) {
     const int size = MOE__(q32_size)(type), low_at = MOE__(q32_low)(type);
-    const MOE__VI nibble = MOE__MM(set1_epi8)(15);
     MOE__(q32_levels) w;
-    w.low = MOE__(q32_load)(b + low_at, size, first, count);
+#if MOE__ISA == 3
+    if (count == 8 && size <= 18)
+        w.low = MOE__(q32_pick)(b, size, low_at, i);
+    else
+#endif
+        w.low = MOE__(q32_load)(b + low_at, size, i, count);
     if (type == MOE__INDEX_Q8_0) {
-        w.high = MOE__(q32_load)(b + low_at + 16, size, first, count);
+        w.high = MOE__(q32_load)(b + low_at + 16, size, i, count);
 #if MOE__ISA == 3
         w.low = MOE__(v_xor)(w.low, MOE__MM(set1_epi8)(-128));
         w.high = MOE__(v_xor)(w.high, MOE__MM(set1_epi8)(-128));
 #endif
         return w;
     }
-    w.high = MOE__(v_and)(MOE__MM(srli_epi16)(w.low, 4), nibble);
-    w.low = MOE__(v_and)(w.low, nibble);
+    w.high = MOE__(v_mask)(MOE__MM(srli_epi16)(w.low, 4), 15);
+    w.low = MOE__(v_mask)(w.low, 15);
     if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL) {
         w.low = MOE__MM(shuffle_epi8)(table, w.low);
         w.high = MOE__MM(shuffle_epi8)(table, w.high);
     }
-    if (type == MOE__INDEX_Q5_0) { /* bits of weights 0-15 in bytes 0 and 1, of the others behind */
+    if (type == MOE__INDEX_Q5_0 || type == MOE__INDEX_Q5_1) {
+        /* bits of weights 0-15 in bytes 0 and 1, of the others behind */
         const MOE__VI byte = MOE__(v_lanes)(_mm_set_epi64x(0x0101010101010101, 0));
         const MOE__VI bit = MOE__(v_lanes)(_mm_set1_epi64x((int64_t)0x8040201008040201));
-        const MOE__VI fifth = MOE__(q32_load)(b + 2, size, first, count);
+#if MOE__ISA == 3
+        if (count == 8) {
+            const MOE__(q32_fifths) f = MOE__(q32_all_fifths)(b, size, low_at - 4);
+            const __m512i more = _mm512_set1_epi8(16);
+            w.low = _mm512_mask_add_epi8(w.low, f.mask[2 * i], w.low, more);
+            w.high = _mm512_mask_add_epi8(w.high, f.mask[2 * i + 1], w.high, more);
+            return w;
+        }
+#endif
+        const MOE__VI fifth = MOE__(q32_load)(b + low_at - 4, size, i, count);
         w.low = MOE__(v_add_where)(w.low, MOE__MM(shuffle_epi8)(fifth, byte), bit, 16);
         const MOE__VI rest = MOE__MM(srli_epi32)(fifth, 16);
         w.high = MOE__(v_add_where)(w.high, MOE__MM(shuffle_epi8)(rest, byte), bit, 16);
     }
+    if (type == MOE__INDEX_Q6_0) { /* 8 bytes: pairs of bits of weights 0-7, 16-23, 8-15, 24-31 */
+        const MOE__VI bits = MOE__MM(srlv_epi64)(
+            MOE__(q32_load_8)(b + 2, size, i, count), MOE__(v_lanes)(_mm_set_epi64x(4, 0)));
+        w.low = MOE__(v_join)(w.low, bits, 2, 4);
+        w.high = MOE__(v_join)(w.high, MOE__MM(srli_epi16)(bits, 2), 2, 4);
+    }
     return w;
 }
 
-/* sum + `count` (1..8) blocks from b on x a record of activations, four numbers per block */
-MOE__V MOE__VF MOE__(q32_add)(MOE__VF sum, const uint8_t *b, int count, const moe__act32 *a,
-                              MOE__VI table, const int type) {
-    const __m256 d = _mm256_mul_ps(MOE__(q32_scales)(b, count, type), _mm256_loadu_ps(a->d));
-    const __m256i nsum = _mm256_slli_epi32(MOE__(v_load_256)(a->nsum), MOE__(q32_shift)(type));
-    MOE__UNROLL(4)
-    for (int first = 0; first < count; first += MOE__LANES) {
-        const int8_t *q = a->q + 128 * (first / 4) + 16 * (first % 4);
-        const MOE__VI a_low = MOE__(v_load)(q), a_high = MOE__(v_load)(q + 64);
-        const MOE__(q32_levels) w = MOE__(q32_unpack)(b, first, count, table, type);
+/* The int32 sums of eight blocks times a record of activations, from the sums of their fours: */
+/* four per lane, a lane per block */
+MOE__V __m256i MOE__(q32_sum)(const MOE__VI *s) {
 #if MOE__ISA == 3
-        __m512i s = _mm512_dpbusd_epi32(MOE__(q32_firsts)(nsum, first), w.low, a_low);
-        s = _mm512_dpbusd_epi32(s, w.high, a_high);
+    __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]),
+                                 _mm512_unpackhi_epi32(s[0], s[1]));
+    x = _mm512_add_epi32(x, _mm512_shuffle_epi32(x, (_MM_PERM_ENUM)0x4E));
+    const __m512i at = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi32(at, x));
+#else
+    /* blocks 0 4 1 5 | 2 6 3 7 */
+    const __m256i x = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]),
+                                        _mm256_hadd_epi32(s[2], s[3]));
+    return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+#endif
+}
+
+/* The products of `count` (1..8) blocks from b on with a record of activations, as moe__dot_32; 0 */
+/* for those that are not there */
+MOE__V __m256 MOE__(q32_products)(const uint8_t *b, int count, const moe__act32 *a, MOE__VI table,
+                             const int type) {
+    enum { GROUPS = 8 / MOE__LANES };
+    const int is_signed = MOE__ISA == 2 && (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL);
+    const __m256i nsum = MOE__(v_load_256)(a->nsum);
+    MOE__VI s[GROUPS];
+    MOE__UNROLL(4)
+    for (int i = 0; i < GROUPS; i++) {
+        const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
+        const MOE__VI a_low = MOE__(v_load)(q), a_high = MOE__(v_load)(q + 64);
+        const MOE__(q32_levels) w = MOE__(q32_unpack)(b, i, count, table, type);
+#if MOE__ISA == 3
+        s[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.low, a_low);
+        s[i] = _mm512_dpbusd_epi32(s[i], w.high, a_high);
 #else
         /* |w| * (a with w's sign) is w * a, for w = -128 too, at most 2*128*127 = 32512. Of the */
-        /* others two sums of two fit in int16: 4*31*127 = 15748. */
+        /* others two sums of two fit in int16: 4*63*127 = 32004. */
         const __m256i ones = _mm256_set1_epi16(1);
-        __m256i s;
-        if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) {
-            s = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w.low),
-                                                       _mm256_sign_epi8(a_low, w.low)), ones);
-            s = _mm256_add_epi32(
-                s, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w.high),
-                                                          _mm256_sign_epi8(a_high, w.high)), ones));
+        if (is_signed) {
+            s[i] = _mm256_add_epi32(MOE__(u_quads)(w.low, a_low), MOE__(u_quads)(w.high, a_high));
         } else {
-            s = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a_low),
-                                 _mm256_maddubs_epi16(w.high, a_high));
-            s = _mm256_add_epi32(_mm256_madd_epi16(s, ones), MOE__(q32_firsts)(nsum, first));
+            s[i] = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a_low),
+                                    _mm256_maddubs_epi16(w.high, a_high));
+            s[i] = _mm256_madd_epi16(s[i], ones);
         }
 #endif
-        sum = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(s), MOE__(q32_spread)(d, first), sum);
     }
+    __m256i sum = MOE__(q32_sum)(s);
+    const int has_min = MOE__(q32_min)(type);
+    if (!is_signed && !has_min)
+        sum = _mm256_add_epi32(sum, _mm256_slli_epi32(nsum, MOE__(q32_shift)(type)));
+    const __m256 act = _mm256_loadu_ps(a->d);
+    const __m256 d = _mm256_mul_ps(MOE__(q32_scales)(b, 0, count, type), act);
+    __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), d);
+    if (has_min) /* d * q + m; minus the sum of the activations */
+        product = _mm256_fnmadd_ps(MOE__(q32_scales)(b, 2, count, type),
+                                   _mm256_mul_ps(_mm256_cvtepi32_ps(nsum), act), product);
+    if (count == 8) return product;
+    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(count),
+                                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_and_ps(product, _mm256_castsi256_ps(there));
+}
+
+/* The sums of eight vectors, each from its first float to its last: they are turned, and added */
+MOE__V __m256 MOE__(u_sum_rows)(const __m256 *x) {
+    __m256 y[8], z[8], sum;
+    MOE__UNROLL(4)
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    MOE__UNROLL(2)
+    for (int i = 0; i < 8; i += 4) {
+        z[i] = _mm256_shuffle_ps(y[i], y[i + 2], 0x44);
+        z[i + 1] = _mm256_shuffle_ps(y[i], y[i + 2], 0xEE);
+        z[i + 2] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+        z[i + 3] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0xEE);
+    }
+    sum = _mm256_permute2f128_ps(z[0], z[4], 0x20);
+    MOE__UNROLL(8)
+    for (int i = 1; i < 8; i++)
+        sum = _mm256_add_ps(sum, i < 4 ? _mm256_permute2f128_ps(z[i], z[i + 4], 0x20)
+                                       : _mm256_permute2f128_ps(z[i - 4], z[i], 0x31));
     return sum;
 }
 
+/* Eight records of activations at a time: the products with each are added up by themselves. */
 MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                            const void *x, float *out, const int type) {
-    const int size = MOE__(q32_size)(type);
+    const int size = MOE__(q32_size)(type), n_rest = (int)(n % 256 / 32);
     const int is_signed = MOE__ISA == 2 && type == MOE__INDEX_IQ4_NL;
     const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << MOE__(q32_shift)(type));
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
+    const int64_t n_records = n / 256 + (n_rest > 0);
+    __m256 part[8];
+    float sums[8];
+    for (int i = 0; i < 8; i++) part[i] = _mm256_setzero_ps();
     for (int64_t r = 0; r < n_rows; r++) {
         const uint8_t *b = rows + (size_t)r * row_size;
-        const moe__act32 *a = (const moe__act32 *)x, *end = a + n / 256;
-        MOE__VF sum = MOE__MM(setzero_ps)();
-        for (; a < end; a++, b += 8 * size) {
-            MOE__(v_fetch)(b, rows_end, 8 * size);
-            sum = MOE__(q32_add)(sum, b, 8, a, table, type);
+        const moe__act32 *a = (const moe__act32 *)x;
+        float sum = 0;
+        for (int64_t left = n_records; left > 0; left -= 8) {
+            const int count = (int)moe__min(left, 8), whole = count - (left <= 8 && n_rest);
+            for (int i = 0; i < whole; i++, a++, b += 8 * size) {
+                MOE__(v_fetch)(b, rows_end, 8 * size);
+                part[i] = MOE__(q32_products)(b, 8, a, table, type);
+            }
+            if (whole < count)
+                part[whole] = MOE__(q32_products)(b, n_rest, a, table, type);
+            _mm256_storeu_ps(sums, MOE__(u_sum_rows)(part));
+            for (int i = 0; i < count; i++) sum += sums[i];
         }
-        if (n % 256) sum = MOE__(q32_add)(sum, b, (int)(n % 256 / 32), a, table, type);
-        out[r] = MOE__(u_sum)(MOE__(v_fold)(sum));
+        out[r] = sum;
     }
 }
 #define MOE__DOT_Q32(NAME, name)                                                                \
@@ -7330,13 +7982,168 @@ MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows,
         MOE__(dot_q32)(rows, row_size, n_rows, n, x, out, MOE__INDEX_##NAME);                   \
     }
 MOE__DOT_Q32(Q4_0, q4_0)
+MOE__DOT_Q32(Q4_1, q4_1)
 MOE__DOT_Q32(Q5_0, q5_0)
+MOE__DOT_Q32(Q5_1, q5_1)
+MOE__DOT_Q32(Q6_0, q6_0)
 MOE__DOT_Q32(Q8_0, q8_0)
 MOE__DOT_Q32(IQ4_NL, iq4_nl)
 MOE__DOT_Q32(MXFP4, mxfp4)
 #undef MOE__DOT_Q32
 
+/* NVFP4: 16 bytes are two groups of 16 weights with a scale each, 8 bytes and 8 bytes: weights */
+/* 0-7 of both in the low nibbles, 8-15 in the high ones. So their sums are in the halves of a */
+/* lane. count: blocks of 64 weights */
+MOE__V float MOE__(nvfp4_part)(const uint8_t *b, int count, const moe__act32 *a,
+                               const float *ue4m3) {
+    enum { GROUPS = 8 / MOE__LANES };
+    const MOE__VI table = MOE__(v_table)(moe__levels_fp4, 16, 16);
+    float x[16], part = 0;
+    MOE__UNROLL(4)
+    for (int i = 0; i < GROUPS; i++) {
+        const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
+        const MOE__VI acts = MOE__(v_load)(q), more = MOE__(v_load)(q + 64);
+        const MOE__VI a_low = MOE__MM(unpacklo_epi64)(acts, more);
+        const MOE__VI a_high = MOE__MM(unpackhi_epi64)(acts, more);
+#define MOE__PAIR(lane)                                                                      \
+    MOE__(v_load_128)(b + 36 * (int)moe__min(MOE__(q32_block)(i, lane) / 2, count - 1) + 4 + \
+                      16 * (MOE__(q32_block)(i, lane) % 2))
+        const __m256i low =
+            _mm256_inserti128_si256(_mm256_castsi128_si256(MOE__PAIR(0)), MOE__PAIR(1), 1);
+#if MOE__ISA == 3
+        const __m256i high =
+            _mm256_inserti128_si256(_mm256_castsi128_si256(MOE__PAIR(2)), MOE__PAIR(3), 1);
+        const __m512i w = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+        const __m256i w = low;
+#endif
+#undef MOE__PAIR
+        const MOE__VI w_low = MOE__MM(shuffle_epi8)(table, MOE__(v_mask)(w, 15));
+        const MOE__VI w_high =
+            MOE__MM(shuffle_epi8)(table, MOE__(v_mask)(MOE__MM(srli_epi16)(w, 4), 15));
+        MOE__VI s = MOE__(v_quads)(MOE__(v_zero)(), w_low, a_low, 5);
+        s = MOE__(v_quads)(s, w_high, a_high, 5);
+        const MOE__VI ones = MOE__MM(set1_epi8)(1);
+        MOE__VI sums = MOE__(v_quads)(MOE__(v_zero)(), ones, a_low, 5);
+        sums = MOE__(v_quads)(sums, ones, a_high, 5);
+        s = MOE__MM(sub_epi32)(s, MOE__MM(slli_epi32)(sums, 4));
+        s = MOE__MM(add_epi32)(s, MOE__MM(srli_epi64)(s, 32)); /* dwords 0 and 2 of a lane */
+        int32_t four[MOE__VBYTES / 4];
+        MOE__(tile_store)(four, s);
+        for (int lane = 0; lane < MOE__LANES; lane++)
+            for (int h = 0; h < 2; h++)
+                x[2 * MOE__(q32_block)(i, lane) + h] = (float)four[4 * lane + 2 * h];
+    }
+    for (int s = 0; s < 4 * count; s++) {
+        const float d = moe__dot_keep(ue4m3[b[36 * (s / 4) + s % 4]] * a->d[s / 2]);
+        part += moe__dot_keep(x[s] * d);
+    }
+    return part;
+}
+MOE__K void MOE__(dot_nvfp4)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                             const void *x, float *out) {
+    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
+    float ue4m3[256];
+    for (unsigned i = 0; i < 256; i++) ue4m3[i] = moe__types_ue4m3(i);
+    for (int64_t r = 0; r < n_rows; r++) {
+        const uint8_t *b = rows + (size_t)r * row_size;
+        const moe__act32 *a = (const moe__act32 *)x;
+        float sum = 0;
+        for (int64_t at = 0; at < n; at += 256, a++, b += 144) {
+            MOE__(v_fetch)(b, rows_end, 144);
+            sum += MOE__(nvfp4_part)(b, (int)moe__min(4, (n - at) / 64), a, ue4m3);
+        }
+        out[r] = sum;
+    }
+}
+
 #endif /* MOE__ISA != 4 */
+
+/* What tiles and dequantize read: up to 256 weights (n) of a row; D: the scale of the row. */
+typedef void MOE__(unpack_fn)(const uint8_t *b, int n, float D, moe__block *out);
+
+/* ---- unpacking blocks of 32 weights ---------------------------------------------------------- */
+
+/* moe__unpack_NAME_avx2 is moe__unpack_NAME for up to 256 weights (n) of a row, the offset added to */
+/* levels but for 8 bits. Nothing behind the blocks is read. All instruction sets use these. */
+#if MOE__ISA == 2
+#define MOE__ROW_BLOCKS(name, size, d_, dmin_, ...)                                               \
+    MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
+        (void)D;                                                                                  \
+        for (int j = 0; j < n / 32; j++, b += size) {                                             \
+            out->d[2 * j] = out->d[2 * j + 1] = d_;                                               \
+            out->dmin[2 * j] = out->dmin[2 * j + 1] = dmin_;                                      \
+            MOE__(u_put)(out, j, __VA_ARGS__);                                                    \
+        }                                                                                         \
+    }
+MOE__V void MOE__(u_put)(moe__block *out, int j, __m256i v) {
+    _mm256_storeu_si256((__m256i *)(void *)(out->q + 32 * j), v);
+}
+MOE__V __m256i MOE__(u_five)(const uint8_t *low, const uint8_t *high) {
+    __m256i fifth = MOE__(u_mask)(moe__load_u32(high));
+    return _mm256_or_si256(MOE__(u_nibbles)(low), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+}
+MOE__V __m256i MOE__(u_six)(const uint8_t *low, const uint8_t *high) {
+    __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(high));
+    x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
+                         _mm256_set1_epi8(3));
+    return _mm256_or_si256(MOE__(u_nibbles)(low), _mm256_slli_epi16(x, 4));
+}
+MOE__ROW_BLOCKS(q4_0, 18, MOE__(u_f16)(b), 0, MOE__(u_nibbles)(b + 2))
+MOE__ROW_BLOCKS(q4_1, 20, MOE__(u_f16)(b), -MOE__(u_f16)(b + 2), MOE__(u_nibbles)(b + 4))
+MOE__ROW_BLOCKS(q5_0, 22, MOE__(u_f16)(b), 0, MOE__(u_five)(b + 6, b + 2))
+MOE__ROW_BLOCKS(q5_1, 24, MOE__(u_f16)(b), -MOE__(u_f16)(b + 2), MOE__(u_five)(b + 8, b + 4))
+MOE__ROW_BLOCKS(q6_0, 26, MOE__(u_f16)(b), 0, MOE__(u_six)(b + 10, b + 2))
+MOE__ROW_BLOCKS(q8_0, 34, MOE__(u_f16)(b), 0, MOE__(v_load_256)(b + 2))
+MOE__ROW_BLOCKS(iq4_nl, 18, MOE__(u_f16)(b), 0,
+                MOE__(v_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 2), 16, 0))
+MOE__ROW_BLOCKS(mxfp4, 17, moe__types_e8m0(b[0]), 0,
+                MOE__(v_lookup)(moe__levels_fp4, MOE__(u_nibbles)(b + 1), 16, 16))
+#undef MOE__ROW_BLOCKS
+
+MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *out) {
+    (void)D;
+    for (int s = 0; s < n / 16; s++) {
+        out->d[s] = moe__types_ue4m3(b[36 * (s / 4) + s % 4]);
+        out->dmin[s] = 0;
+    }
+    for (int j = 0; j < n / 32; j++) { /* 8 bytes: 16 weights, low nibbles before high ones */
+        __m128i bytes = MOE__(v_load_128)(b + 36 * (j / 2) + 4 + 16 * (j % 2));
+        __m256i x = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);
+        x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 0, 4));
+        x = _mm256_and_si256(x, _mm256_set1_epi8(15));
+        MOE__(u_put)(out, j, MOE__(v_lookup)(moe__levels_fp4, x, 16, 16));
+    }
+}
+#endif
+
+#if MOE__ISA == 2
+/* moe__dequantize_fn for row types; the same bits as moe__types_dequantize: products are rounded */
+/* once, fused or not. What is unpacked has the type's offset added, but for 8 bits. */
+MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
+                                     const uint8_t *row, int64_t n, float *out) {
+    const float D = type->meta == 4 ? moe__load_f32(row)
+                                    : type->meta == 2 ? MOE__(u_f16)(row) : 1;
+    const __m128i bias = _mm_set1_epi8((char)(type->bits == 8 ? 0 : type->offset));
+    moe__block block;
+    if (type->id == MOE_TYPE_IQ6_K) {
+        moe__types_dequantize(type, row, n, out);
+        return;
+    }
+    row += type->meta;
+    for (int64_t at = 0; at < n; at += 256, row += 256 / type->block * type->bytes) {
+        const int count = (int)moe__min(n - at, 256), by_32 = type->act == MOE__ACT_Q32;
+        unpack(row, count, D, &block);
+        for (int s = 0; s < count / 16; s++) {
+            const float d = by_32 ? block.d[s] : block.d[0] * (float)block.scale[s];
+            float min = by_32 ? block.dmin[s] : 0;
+            if (!by_32 && !type->offset) min = block.dmin[0] * (float)block.min[s];
+            MOE__(u_store_levels)(out + at + 16 * s,
+                                  _mm_sub_epi8(MOE__(v_load_128)(block.q + 16 * s), bias), d, min);
+        }
+    }
+}
+#endif
 
 /* ---- tiles: up to 32 rows times many tokens -------------------------------------------------- */
 
@@ -7359,28 +8166,6 @@ MOE__DOT_Q32(MXFP4, mxfp4)
 /* ones lie on the stack). Its text is the same for both; only "products of quads" differs, and */
 /* an instruction set with 256-bit dot products would replace just that. */
 
-#if MOE__ISA == 3
-#define MOE__TILE_TOKENS 6
-#else
-#define MOE__TILE_TOKENS 4
-#endif
-#define MOE__PANEL (2 * MOE__VFLOATS) /* rows of a micro-kernel */
-
-enum {
-    /* The scratch: packs of the tile's panels, copies of rows, sums[token][32 rows]. */
-    MOE__(TILE_PACK) = 256 * MOE__VBYTES, /* bytes of one panel's pack */
-    MOE__(TILE_STAGE_AT) = 16384,
-    MOE__(TILE_SUMS_AT) = 32768,
-    MOE__(TILE_CHUNK) = (MOE__PACK_SIZE - 32768) / (MOE__TILE_ROWS * 4), /* most tokens at once */
-    /* A pack of quantized weights starts with their quads, [64][2 vectors]. Behind them: */
-    MOE__(TILE_SCALE) = 128 * MOE__VBYTES, /* f32 [16 or 8 sub-blocks][2 vectors] */
-    MOE__(TILE_MIN) = 160 * MOE__VBYTES,   /* int16 pairs [4][2 vectors]: mins of two sub-blocks */
-    MOE__(TILE_DMIN) = 168 * MOE__VBYTES,  /* f32 [2 vectors]: minus the scale of the mins */
-    MOE__(TILE_START) = 176 * MOE__VBYTES, /* int32 [tokens][16]: where sums start */
-    MOE__(TILE_ACT) = 184 * MOE__VBYTES,   /* f32 [tokens][16]: sums of activations, negated */
-    MOE__(TILE_MIN_F32) = 192 * MOE__VBYTES /* f32 [16 or 8 sub-blocks][2 vectors]: mins */
-};
-
 /* What a micro-kernel does: sums[t * 32 + r] += product of the superblock of row r with token t. */
 typedef struct MOE__(tile_job) {
     uint8_t *pack;           /* of the panel */
@@ -7398,13 +8183,6 @@ typedef void MOE__(tile_kernel_fn)(const MOE__(tile_job) *job);
 /* their own. */
 typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
 
-MOE__V void MOE__(tile_store)(void *p, MOE__VI v) {
-#if MOE__ISA == 3
-    _mm512_storeu_si512(p, v);
-#else
-    _mm256_storeu_si256((__m256i *)p, v);
-#endif
-}
 MOE__V MOE__VF MOE__(tile_load_f32)(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
 MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
 
@@ -7498,7 +8276,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     return _mm256_loadu_ps((const float *)(const void *)p);
 }
 #define MOE__TOKEN(t) const uint8_t *x##t = (const uint8_t *)job->x[n > t ? t : 0] + job->record;
-#define MOE__INTS(t) MOE__VI a##t##0 = zero, a##t##1 = zero;
+#define MOE__INTS(t) MOE__VI a##t##0 = zero, a##t##1 = zero, i##t##0 = zero, i##t##1 = zero;
 #define MOE__FLOATS(t) MOE__VF f##t##0 = MOE__MM(setzero_ps)(), f##t##1 = f##t##0;
 #define MOE__BROADCAST(p) MOE__MM(set1_epi32)((int)moe__load_u32(p))
 #define MOE__BROADCAST_F32(p) MOE__MM(set1_ps)(moe__load_f32(p))
@@ -7512,9 +8290,8 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {                               \
             __m256i sums = MOE__(tile_sums)(x##t, i, quads, per_256);                      \
             if (mins) {                                                                    \
-                __m256 f = _mm256_cvtepi32_ps(sums);                                       \
-                if (!per_256)                                                              \
-                    f = _mm256_mul_ps(f, MOE__(tile_load8)(x##t + offsetof(moe__act32, d))); \
+                __m256 f = MOE__(tile_load8)(x##t + offsetof(moe__act32, d));              \
+                f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), f);                            \
                 _mm256_storeu_ps((float *)(void *)(acts + 64 * t + 4 * i), f);             \
             } else {                                                                       \
                 sums = _mm256_sll_epi32(sums, shift);                                      \
@@ -7533,7 +8310,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         a##t##1 = MOE__(tile_end)(a##t##1, start, bits);         \
     }
 
-/* Where quads of sub-block j are in the activations: base + MOE__QUAD_AT(q), see moe__act32_at */
+/* Where quads of sub-block j are in the activations: base + MOE__QUAD_AT(q), see moe__act256_at */
 #define MOE__QUAD_AT(q) (per_256 ? 4 * (q) : (q) / 4 * 64 + (q) % 4 * 4)
 /* Quad q of sub-block j and all tokens */
 #define MOE__WEIGHTS(q, h) MOE__(v_load)(weights + (2 * (q) + (h)) * MOE__VBYTES)
@@ -7603,95 +8380,91 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     }
 #endif
 
-/* f += sum of the sub-block * scale per row, times the token's scale if that is per sub-block */
-#define MOE__SCALE(t)                                                               \
-    if (n > t) {                                                                    \
-        MOE__VF d0 = scale0, d1 = scale1;                                           \
-        if (!per_256) {                                                             \
-            const int64_t at = 4 * (quads == 4 ? j / 2 : j);                        \
-            MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act32, d) + at);    \
-            d0 = MOE__MM(mul_ps)(d0, d), d1 = MOE__MM(mul_ps)(d1, d);               \
-        }                                                                           \
-        f##t##0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##0), d0, f##t##0);    \
-        f##t##1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##1), d1, f##t##1);    \
+/* See "the product of quantized rows with activations" in >>types. Scales per 256 activations: */
+/* i += scale * sum of the sub-block. */
+#define MOE__SCALE_INT(t)                                                                  \
+    if (n > t) {                                                                           \
+        i##t##0 = MOE__MM(add_epi32)(i##t##0, MOE__MM(mullo_epi32)(a##t##0, scale0));      \
+        i##t##1 = MOE__MM(add_epi32)(i##t##1, MOE__MM(mullo_epi32)(a##t##1, scale1));      \
+    }
+/* Per 32: f += (scale * the token's) * sum of the sub-block - min * sum of the activations */
+#define MOE__SCALE_F32(t)                                                                  \
+    if (n > t) {                                                                           \
+        const int64_t at = 4 * (quads == 4 ? j / 2 : j);                                   \
+        const MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act32, d) + at);         \
+        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##0), MOE__MM(mul_ps)(scale0, d)); \
+        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##1), MOE__MM(mul_ps)(scale1, d)); \
+        if (mins) {                                                                        \
+            const MOE__VF b = MOE__BROADCAST_F32(acts + 64 * t + 4 * j);                   \
+            p0 = MOE__MM(fmadd_ps)(min0, b, p0), p1 = MOE__MM(fmadd_ps)(min1, b, p1);      \
+        }                                                                                  \
+        f##t##0 = MOE__MM(add_ps)(f##t##0, MOE__(v_rounded)(p0));                          \
+        f##t##1 = MOE__MM(add_ps)(f##t##1, MOE__(v_rounded)(p1));                          \
     }
 
-/* f -= dmin * sum over the sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks */
-/* each */
+/* sum over the sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each */
 #define MOE__MIN(t, p)                                                                     \
-    b = MOE__BROADCAST(x##t + offsetof(moe__act256, sum32) + 4 * p);                       \
-    a##t##0 = MOE__(v_dot_i16)(a##t##0, MOE__(v_load)(min + 2 * p * MOE__VBYTES), b);      \
-    a##t##1 = MOE__(v_dot_i16)(a##t##1, MOE__(v_load)(min + (2 * p + 1) * MOE__VBYTES), b);
-/* f += (minus the sum of the sub-block's activations) * min per row */
-#define MOE__MIN_F32(t)                                                       \
-    if (n > t) {                                                              \
-        const MOE__VF b = MOE__BROADCAST_F32(acts + 64 * t + 4 * j);          \
-        f##t##0 = MOE__MM(fmadd_ps)(min0, b, f##t##0);                        \
-        f##t##1 = MOE__MM(fmadd_ps)(min1, b, f##t##1);                        \
+    b = MOE__BROADCAST(x##t + sums_at + 4 * (p));                                          \
+    a##t##0 = MOE__(v_dot_i16)(a##t##0, MOE__(v_load)(min + 2 * (p) * MOE__VBYTES), b);    \
+    a##t##1 = MOE__(v_dot_i16)(a##t##1, MOE__(v_load)(min + (2 * (p) + 1) * MOE__VBYTES), b);
+#define MOE__MINS(t)                                                                       \
+    if (n > t && mins) {                                                                   \
+        MOE__VI b;                                                                         \
+        a##t##0 = a##t##1 = zero;                                                          \
+        MOE__MIN(t, 0) MOE__MIN(t, 1) MOE__MIN(t, 2) MOE__MIN(t, 3)                        \
+        if (quads == 4) {                                                                  \
+            MOE__MIN(t, 4) MOE__MIN(t, 5) MOE__MIN(t, 6) MOE__MIN(t, 7)                    \
+        }                                                                                  \
     }
-#define MOE__MINS(t)                                                                   \
-    if (n > t) {                                                                       \
-        const uint8_t *min = job->pack + MOE__(TILE_MIN);                              \
-        const uint8_t *dmin = job->pack + MOE__(TILE_DMIN);                            \
-        MOE__VF d0 = MOE__(tile_load_f32)(dmin);                                       \
-        MOE__VF d1 = MOE__(tile_load_f32)(dmin + MOE__VBYTES);                         \
-        MOE__VI b;                                                                     \
-        a##t##0 = a##t##1 = zero;                                                      \
-        MOE__MIN(t, 0) MOE__MIN(t, 1) MOE__MIN(t, 2) MOE__MIN(t, 3)                    \
-        f##t##0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##0), d0, f##t##0);       \
-        f##t##1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##1), d1, f##t##1);       \
+/* sums += (d * i - dmin * a) * the token's scale */
+#define MOE__ADD_INT(t)                                                                    \
+    if (n > t) {                                                                           \
+        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;               \
+        const MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act256, d));             \
+        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(i##t##0), scale0);               \
+        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(i##t##1), scale1);               \
+        if (mins) {                                                                        \
+            p0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##0), min0, p0);               \
+            p1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##1), min1, p1);               \
+        }                                                                                  \
+        MOE__MM(storeu_ps)(s0, MOE__MM(fmadd_ps)(p0, d, MOE__MM(loadu_ps)(s0)));           \
+        MOE__MM(storeu_ps)(s1, MOE__MM(fmadd_ps)(p1, d, MOE__MM(loadu_ps)(s1)));           \
     }
-
-/* sums += f, with ADD_SCALED times the token's scale */
-#define MOE__LOAD_SUMS(t)                                                            \
-    if (n > t) {                                                                     \
-        f##t##0 = MOE__MM(loadu_ps)(job->sums + t * MOE__TILE_ROWS);                 \
-        f##t##1 = MOE__MM(loadu_ps)(job->sums + t * MOE__TILE_ROWS + MOE__VFLOATS);  \
+/* sums += f */
+#define MOE__ADD_FLOATS(t)                                                                 \
+    if (n > t) {                                                                           \
+        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;               \
+        MOE__MM(storeu_ps)(s0, MOE__MM(add_ps)(f##t##0, MOE__MM(loadu_ps)(s0)));           \
+        MOE__MM(storeu_ps)(s1, MOE__MM(add_ps)(f##t##1, MOE__MM(loadu_ps)(s1)));           \
     }
-#define MOE__STORE_SUMS(t)                                                           \
-    if (n > t) {                                                                     \
-        MOE__MM(storeu_ps)(job->sums + t * MOE__TILE_ROWS, f##t##0);                 \
-        MOE__MM(storeu_ps)(job->sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f##t##1);  \
-    }
-#define MOE__ADD(t, ADD, d)                                                        \
-    if (n > t) {                                                                   \
-        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;       \
-        MOE__MM(storeu_ps)(s0, ADD(f##t##0, d, MOE__MM(loadu_ps)(s0)));            \
-        MOE__MM(storeu_ps)(s1, ADD(f##t##1, d, MOE__MM(loadu_ps)(s1)));            \
-    }
-#define MOE__TOKEN_SCALE(t) MOE__BROADCAST_F32(x##t + offsetof(moe__act256, d))
-#define MOE__ADD_SCALED(t) MOE__ADD(t, MOE__MM(fmadd_ps), MOE__TOKEN_SCALE(t))
-#define MOE__ADD_FLOATS(t) MOE__ADD(t, MOE__MM(fmadd_ps), MOE__MM(set1_ps)(1.0f))
 
 /* n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether */
-/* the activations are moe__act256 or moe__act32; mins: 1 if weights have integer mins, 2 if */
-/* floats, and no offset then. */
+/* the activations are moe__act256 or moe__act32; mins: whether weights have mins, and no offset. */
 MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const int quads,
                                   const int bits, const int per_256, const int mins) {
     const MOE__VI zero = MOE__(v_zero)();
     const uint8_t *weights = job->pack, *scales = job->pack + MOE__(TILE_SCALE);
-    const uint8_t *prefetch = job->prefetch;
-    const uint8_t *min_f32 = job->pack + MOE__(TILE_MIN_F32);
+    const uint8_t *min = job->pack + MOE__(TILE_MIN), *prefetch = job->prefetch;
     uint8_t *starts = job->pack + MOE__(TILE_START), *acts = job->pack + MOE__(TILE_ACT);
     const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
+    const size_t sums_at =
+        quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
     const __m128i shift = _mm_cvtsi32_si128(job->shift);
     MOE__EACH(MOE__TOKEN)
     MOE__EACH(MOE__INTS)
     MOE__EACH(MOE__FLOATS)
 #if !MOE__VNNI
-    uint8_t *wide = starts; /* 8-bit weights have no offset and no mins here: room for 4 tokens */
+    uint8_t *wide = job->pack + MOE__(TILE_MIN); /* signed weights have no mins and no start */
     if (bits == 8) {
         MOE__EACH(MOE__WIDEN)
     } else
 #endif
-        if (mins != 1) {
+        if (!per_256 || !mins) {
         MOE__EACH(MOE__STARTS)
     }
-    if (!per_256) {
-        MOE__EACH(MOE__LOAD_SUMS)
-    }
     for (int64_t j = 0; j < n_blocks; j++) {
-        int64_t base = per_256 ? 4 * quads * j : moe__act32_at(4 * quads * (int)j);
+        int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
+                               : moe__act32_at(4 * quads * (int)j);
         __asm__("" : "+r"(base)); /* clang would make an address of its own for each quad */
         MOE__FETCH_AHEAD();
         MOE__EACH(MOE__BEGIN)
@@ -7707,25 +8480,33 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
             MOE__SUB_BLOCK()
             MOE__EACH(MOE__END)
         }
-        const MOE__VF scale0 = MOE__(tile_load_f32)(scales);
-        const MOE__VF scale1 = MOE__(tile_load_f32)(scales + MOE__VBYTES);
-        MOE__EACH(MOE__SCALE)
-        if (mins == 2) {
-            const MOE__VF min0 = MOE__(tile_load_f32)(min_f32);
-            const MOE__VF min1 = MOE__(tile_load_f32)(min_f32 + MOE__VBYTES);
-            MOE__EACH(MOE__MIN_F32)
+        if (per_256) {
+            const MOE__VI scale0 = MOE__(v_load)(scales);
+            const MOE__VI scale1 = MOE__(v_load)(scales + MOE__VBYTES);
+            MOE__EACH(MOE__SCALE_INT)
+        } else {
+            const MOE__VF scale0 = MOE__(tile_load_f32)(scales);
+            const MOE__VF scale1 = MOE__(tile_load_f32)(scales + MOE__VBYTES);
+            const MOE__VF min0 = MOE__(tile_load_f32)(min);
+            const MOE__VF min1 = MOE__(tile_load_f32)(min + MOE__VBYTES);
+            (void)min0, (void)min1;
+            MOE__EACH(MOE__SCALE_F32)
+            min += 2 * MOE__VBYTES;
         }
         weights += 2 * MOE__VBYTES * quads;
         scales += 2 * MOE__VBYTES;
-        min_f32 += 2 * MOE__VBYTES;
-    }
-    if (mins == 1) {
-        MOE__EACH(MOE__MINS)
     }
     if (per_256) {
-        MOE__EACH(MOE__ADD_SCALED)
+        const uint8_t *d = job->pack + MOE__(TILE_D), *dmin = job->pack + MOE__(TILE_DMIN);
+        const MOE__VF scale0 = MOE__(tile_load_f32)(d);
+        const MOE__VF scale1 = MOE__(tile_load_f32)(d + MOE__VBYTES);
+        const MOE__VF min0 = MOE__(tile_load_f32)(dmin);
+        const MOE__VF min1 = MOE__(tile_load_f32)(dmin + MOE__VBYTES);
+        (void)min0, (void)min1;
+        MOE__EACH(MOE__MINS)
+        MOE__EACH(MOE__ADD_INT)
     } else {
-        MOE__EACH(MOE__STORE_SUMS)
+        MOE__EACH(MOE__ADD_FLOATS)
     }
 }
 
@@ -7824,18 +8605,18 @@ MOE__V MOE__(tile_pair) MOE__(tile_halves)(MOE__VI v) {
 MOE__V MOE__VF MOE__(tile_row_halves)(const uint8_t *rows, size_t stride) {
 #define MOE__HALF(v, r, i) \
     v = _mm_insert_epi16(v, moe__load_u16(rows + (size_t)(r + i) * stride), i)
-#define MOE__HALVES(v, r)                                                    \
+#define MOE__EIGHT(v, r)                                                    \
     __m128i v = _mm_cvtsi32_si128(moe__load_u16(rows + (size_t)(r) * stride)); \
     MOE__HALF(v, r, 1), MOE__HALF(v, r, 2), MOE__HALF(v, r, 3);              \
     MOE__HALF(v, r, 4), MOE__HALF(v, r, 5), MOE__HALF(v, r, 6), MOE__HALF(v, r, 7)
-    MOE__HALVES(low, 0);
+    MOE__EIGHT(low, 0);
 #if MOE__ISA == 3
-    MOE__HALVES(high, 8);
+    MOE__EIGHT(high, 8);
     return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
 #else
     return _mm256_cvtph_ps(low);
 #endif
-#undef MOE__HALVES
+#undef MOE__EIGHT
 #undef MOE__HALF
 }
 
@@ -7912,12 +8693,20 @@ MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t 
         }
 }
 
-/* Four unsigned bytes of each dword times d */
-MOE__V void MOE__(tile_put_scales)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI s,
-                                   MOE__VF d) {
+MOE__V void MOE__(tile_put_int)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI v) {
+    MOE__(tile_store)(pack + MOE__(TILE_SCALE) + (2 * sub_block + h) * MOE__VBYTES, v);
+}
+MOE__V void MOE__(tile_put_d)(uint8_t *pack, int64_t h, MOE__VF d) {
+    MOE__(tile_store_f32)(pack + MOE__(TILE_D) + h * MOE__VBYTES, d);
+}
+MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
+    MOE__(tile_store_f32)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES,
+                          MOE__MM(sub_ps)(MOE__MM(setzero_ps)(), dmin));
+}
+/* Four unsigned bytes of each dword */
+MOE__V void MOE__(tile_put_scales)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI s) {
     MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-        MOE__VF scale = MOE__MM(cvtepi32_ps)(MOE__(tile_low)(s, 0xFF));
-        MOE__(tile_put_scale)(pack, sub_block + i, h, MOE__MM(mul_ps)(scale, d));
+        MOE__(tile_put_int)(pack, sub_block + i, h, MOE__(tile_low)(s, 0xFF));
         s = MOE__MM(srli_epi32)(s, 8);
     }
 }
@@ -7943,12 +8732,12 @@ MOE__V void MOE__(tile_unpack_head)(const uint8_t *rows, size_t stride, int64_t 
     MOE__VI s = MOE__(tile_low)(c.v[3], 0x0F0F0F0F), m = MOE__(tile_high_nibbles)(c.v[3]);
     s = MOE__(v_or_and)(s, MOE__MM(srli_epi32)(c.v[1], 2), top);
     m = MOE__(v_or_and)(m, MOE__MM(srli_epi32)(c.v[2], 2), top);
-    MOE__(tile_put_scales)(pack, 0, h, MOE__(tile_low)(c.v[1], 0x3F3F3F3F), d.low);
-    MOE__(tile_put_scales)(pack, 4, h, s, d.low);
+    MOE__(tile_put_scales)(pack, 0, h, MOE__(tile_low)(c.v[1], 0x3F3F3F3F));
+    MOE__(tile_put_scales)(pack, 4, h, s);
     MOE__(tile_put_mins)(pack, 0, h, MOE__(tile_low)(c.v[2], 0x3F3F3F3F));
     MOE__(tile_put_mins)(pack, 2, h, m);
-    MOE__(tile_store_f32)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES,
-                          MOE__MM(mul_ps)(d.high, MOE__MM(set1_ps)(-1.0f)));
+    MOE__(tile_put_d)(pack, h, d.low);
+    MOE__(tile_put_dmin)(pack, h, d.high);
 }
 
 MOE__K void MOE__(tile_unpack_q4_k)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
@@ -7994,12 +8783,11 @@ MOE__K void MOE__(tile_unpack_q5_k)(const uint8_t *rows, size_t stride, int64_t 
 MOE__V void MOE__(tile_unpack_tail)(const uint8_t *rows, size_t stride, int64_t h, uint8_t *pack) {
     const MOE__(tile_columns) s = MOE__(tile_turn)(rows + 192, stride);
     const MOE__(tile_columns) e = MOE__(tile_turn)(rows + 194, stride);
-    const MOE__VF d = MOE__(tile_halves)(e.v[3]).high;
+    MOE__(tile_put_d)(pack, h, MOE__(tile_halves)(e.v[3]).high);
     MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
         MOE__VI bytes = s.v[i]; /* the top one is the last of four scales */
         MOE__UNROLL(4) for (int b = 3; b >= 0; b--) {
-            MOE__VF scale = MOE__MM(cvtepi32_ps)(MOE__MM(srai_epi32)(bytes, 24));
-            MOE__(tile_put_scale)(pack, 4 * i + b, h, MOE__MM(mul_ps)(scale, d));
+            MOE__(tile_put_int)(pack, 4 * i + b, h, MOE__MM(srai_epi32)(bytes, 24));
             bytes = MOE__MM(slli_epi32)(bytes, 8);
         }
     }
@@ -8070,51 +8858,110 @@ MOE__K void MOE__(tile_unpack_bf16)(const uint8_t *rows, size_t stride, int64_t 
 }
 #endif
 
-/* Turns 4 floats of each row of half a panel. */
-MOE__V void MOE__(tile_turn_f32)(const float *from, int every, uint8_t *out) {
-    const MOE__(tile_columns) c =
-        MOE__(tile_turn)((const uint8_t *)from, sizeof(moe__block));
-    MOE__UNROLL(4)
-    for (int i = 0; i < 4; i += every)
-        MOE__(tile_store)(out + 2 * (i / every) * MOE__VBYTES, c.v[i]);
+/* What else is there: row types are unpacked row by row, then turned. `order`: of the vectors that */
+/* unpack writes. */
+MOE__V MOE__(tile_columns) MOE__(tile_turn_blocks)(const void *from) {
+    return MOE__(tile_turn)((const uint8_t *)from, sizeof(moe__block));
 }
+/* The place (number of 16 weights) of each 16 weights in each order */
+static const uint8_t MOE__(tile_at)[4][16] = {
+#if MOE__ISA == 3
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15},
+    {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15},
+    {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15}
+#else
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#endif
+};
 
-/* n weights of a panel of any block type, from weight `at` of its rows, of which `left` are */
-/* there. stage: room for half a panel of blocks. */
-MOE__K void MOE__(tile_unpack_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
-                                      const uint8_t *rows, size_t row_size, int64_t left,
-                                      int64_t at, int64_t n, int per, uint8_t *stage,
-                                      uint8_t *pack) {
-    const size_t skip = (size_t)(at / type->block * type->bytes * type->rows);
-    /* AVX2 multiplies levels of more than 6 bits with their signs */
-    const int add = MOE__VNNI || type->bits <= 6 ? type->offset : 0;
-    const MOE__VI offset = MOE__MM(set1_epi8)((char)add);
-    const int step = type->rows > 1 ? type->rows : 4, every = per / 16;
-    moe__block *block = (moe__block *)(void *)stage;
-    MOE__(reader) reader;
-    reader.type = type;
-    reader.unpack = unpack;
-    for (int h = 0; h < 2; h++) {
-        for (int r = 0; r < MOE__VFLOATS; r += step) {
-            const int64_t row = moe__min(h * MOE__VFLOATS + r, (left - 1) / step * step);
-            MOE__(reader_begin)(&reader, rows + (size_t)row * row_size, row_size, left - row, 4);
-            for (int i = 0; i < (type->rows > 1 ? 1 : 4); i++) reader.w[i] += skip;
-            MOE__(reader_next)(&reader, (int)n, block + r);
-        }
-        for (int64_t i = 0; i < (n + 15) / 16; i++) {
-            const MOE__(tile_columns) c =
-                MOE__(tile_turn)(stage + 16 * i, sizeof(moe__block));
-            MOE__UNROLL(4)
-            for (int k = 0; k < 4; k++)
-                MOE__(tile_put)(pack, 4 * i + k, h, MOE__MM(add_epi8)(c.v[k], offset));
-        }
-        for (int i = 0; i < 16; i += 4) {
-            uint8_t *to = pack + (2 * (i / every) + h) * MOE__VBYTES;
-            MOE__(tile_turn_f32)(block->scale + i, every, to + MOE__(TILE_SCALE));
-            if (!type->offset)
-                MOE__(tile_turn_f32)(block->min + i, every, to + MOE__(TILE_MIN_F32));
+/* Integer scales, mins and their scales of half a panel; per: weights per scale in the pack */
+MOE__V void MOE__(tile_turn_scales)(const moe__block *block, int per, int mins, int64_t h,
+                                    uint8_t *pack) {
+    for (int i = 0; i < 2; i++) { /* pairs of int16: numbers 2 k, 2 k + 1 in each dword */
+        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(block->scale + 8 * i);
+        MOE__UNROLL(4)
+        for (int k = 0; k < 4; k++) {
+            const MOE__VI high = MOE__MM(srai_epi32)(c.v[k], 16);
+            const MOE__VI low = MOE__MM(srai_epi32)(MOE__MM(slli_epi32)(c.v[k], 16), 16);
+            const int pair = 4 * i + k;
+            MOE__(tile_put_int)(pack, per == 16 ? 2 * pair : pair, h, low);
+            if (per == 16) MOE__(tile_put_int)(pack, 2 * pair + 1, h, high);
         }
     }
+    uint8_t *min = pack + MOE__(TILE_MIN) + h * MOE__VBYTES;
+    for (int i = 0; mins && i < 2; i++) {
+        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(block->min + 8 * i);
+        MOE__UNROLL(4)
+        for (int k = 0; k < 4; k += per / 16) {
+            const MOE__VI high = MOE__MM(slli_epi32)(c.v[(k + 1) % 4], 16);
+            const MOE__VI both = MOE__(v_or)(MOE__(tile_low)(c.v[k], 0xFFFF), high);
+            MOE__(tile_store)(min, per == 16 ? c.v[k] : both);
+            min += 2 * MOE__VBYTES;
+        }
+    }
+    MOE__VI d = MOE__(tile_turn_blocks)(block->d).v[0], dmin = MOE__(tile_turn_blocks)(block->dmin).v[0];
+    MOE__(tile_store)(pack + MOE__(TILE_D) + h * MOE__VBYTES, d);
+    dmin = MOE__(v_xor)(dmin, MOE__MM(set1_epi32)((int)0x80000000));
+    MOE__(tile_store)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES, dmin);
+}
+/* Scales (or mins) as floats, one per `per` weights */
+MOE__V void MOE__(tile_turn_f32)(const float *from, int per, int at, int64_t h, uint8_t *pack) {
+    for (int i = 0; i < 16; i += 4) {
+        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(from + i);
+        for (int k = 0; k < 4; k += per / 16)
+            MOE__(tile_store)(pack + at + (2 * ((i + k) / (per / 16)) + h) * MOE__VBYTES, c.v[k]);
+    }
+}
+
+/* n weights of half h of a panel of a row type, from weight `at` of its rows, of which `left` are */
+/* there (the last stands for those behind it). stage: room for half a panel of blocks. */
+MOE__K void MOE__(tile_rows)(const moe__type *type, MOE__(unpack_fn) *unpack, int order, int add,
+                             int per, const uint8_t *rows, size_t row_size, int64_t left,
+                             int64_t at, int64_t n, int64_t h, uint8_t *stage, uint8_t *pack) {
+    const size_t skip = (size_t)(at / type->block * type->bytes + type->meta);
+    const MOE__VI more = MOE__MM(set1_epi8)((char)add);
+    const uint8_t *place = MOE__(tile_at)[order];
+    moe__block *block = (moe__block *)(void *)stage;
+    for (int r = 0; r < MOE__VFLOATS; r++) {
+        const uint8_t *row = rows + (size_t)moe__min(h * MOE__VFLOATS + r, left - 1) * row_size;
+        float D = 1;
+        if (type->meta == 4) D = moe__load_f32(row);
+        if (type->meta == 2) D = moe__types_f16(row);
+        unpack(row + skip, (int)n, D, block + r);
+    }
+    for (int64_t i = 0; i < (n + 15) / 16; i++) {
+        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(block->q + 16 * place[i]);
+        MOE__UNROLL(4)
+        for (int k = 0; k < 4; k++)
+            MOE__(tile_put)(pack, 4 * i + k, h, MOE__MM(add_epi8)(c.v[k], more));
+    }
+    if (type->act == MOE__ACT_Q256) {
+        MOE__(tile_turn_scales)(block, per, !type->offset, h, pack);
+        return;
+    }
+    MOE__(tile_turn_f32)(block->d, per, MOE__(TILE_SCALE), h, pack);
+    if (!type->offset) MOE__(tile_turn_f32)(block->dmin, per, MOE__(TILE_MIN), h, pack);
+}
+
+/* The same of an interleaved type */
+MOE__K void MOE__(tile_groups)(const moe__type *type, MOE__LEVELS_OF(rows_fn) *unpack, int add,
+                               int per, const uint8_t *rows, size_t row_size, int64_t left,
+                               int64_t at, int64_t n, int64_t h, uint8_t *pack) {
+    const uint8_t *group[MOE__VFLOATS / 4];
+    float D[MOE__VFLOATS / 4][4];
+    MOE__LEVELS_OF(rows_out) out;
+    out.pack = pack, out.half = h, out.per = per, out.add = add;
+    for (int g = 0; g < MOE__VFLOATS / type->rows; g++) {
+        const int64_t row = moe__min(h * MOE__VFLOATS + g * type->rows, left - type->rows);
+        const uint8_t *p = rows + (size_t)row * row_size;
+        if (type->meta == 4) memcpy(D[g], p, sizeof D[g]);
+        group[g] = p + (size_t)type->rows * (size_t)(type->meta + at / type->block * type->bytes);
+    }
+    unpack(group, (int)n, (const float(*)[4])D, &out);
 }
 
 /* ---- the loops over superblocks and tokens -------- */
@@ -8127,8 +8974,10 @@ typedef struct MOE__(tile_plan) {
     int block, block_bytes; /* weights and bytes of a block */
     int record;             /* bytes of a superblock's activations */
     int shift;              /* log2 of the offset that `unpack` adds to weights */
-    const moe__type *type;  /* not NULL: unpack_blocks unpacks its blocks instead of `unpack` */
-    MOE__(unpack_fn) *unpack_blocks;
+    const moe__type *type;  /* not NULL: one of these is used instead of `unpack` */
+    MOE__(unpack_fn) *unpack_row;
+    MOE__LEVELS_OF(rows_fn) *unpack_group;
+    int order, add; /* of unpack_row; what is to be added to levels */
 } MOE__(tile_plan);
 
 /* What is left to prefetch, in cache lines, and how many of them per step */
@@ -8200,12 +9049,17 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
         for (int64_t p = 0; p < n_panels; p++) {
             uint8_t *panel = scratch + p * MOE__(TILE_PACK);
             from += (size_t)(p ? MOE__PANEL : 0) * stride;
-            if (plan->type)
-                MOE__(tile_unpack_blocks)(plan->type, plan->unpack_blocks, from, row_size,
-                                          n_rows - p * MOE__PANEL, first, job.n, plan->step, stage,
-                                          panel);
-            else
-                plan->unpack(from, stride, job.n, panel);
+            const int64_t left = n_rows - p * MOE__PANEL;
+            for (int h = 0; plan->type && h < 2; h++) {
+                if (plan->unpack_row)
+                    MOE__(tile_rows)(plan->type, plan->unpack_row, plan->order, plan->add,
+                                     plan->step, from, row_size, left, first, job.n, h, stage,
+                                     panel);
+                else
+                    MOE__(tile_groups)(plan->type, plan->unpack_group, plan->add, plan->step, from,
+                                       row_size, left, first, job.n, h, panel);
+            }
+            if (!plan->type) plan->unpack(from, stride, job.n, panel);
         }
         MOE__(tile_tokens)(plan, &job, n_panels, x, n_tokens, scratch, ahead);
         if (!plan->type) rows += pitch;
@@ -8286,51 +9140,59 @@ MOE__TILE_TABLE(float) = {MOE__TILE_NAMES_6(float)};
 #if MOE__VNNI
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name)
 MOE__TILE_KERNELS(q32, 8, 8, 0, 0)
-MOE__TILE_KERNELS(q32f, 8, 8, 0, 2)
+MOE__TILE_KERNELS(q32m, 8, 8, 0, 1)
 MOE__TILE_KERNELS(q16, 4, 8, 0, 0)
 MOE__TILE_KERNELS(k32, 8, 8, 1, 0)
 MOE__TILE_KERNELS(k32m, 8, 8, 1, 1)
 MOE__TILE_KERNELS(k16, 4, 8, 1, 0)
-MOE__TILE_KERNELS(k16f, 4, 8, 1, 2)
+MOE__TILE_KERNELS(k16m, 4, 8, 1, 1)
 #else
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##_##bits)
 MOE__TILE_KERNELS(q32_4, 8, 4, 0, 0)
 MOE__TILE_KERNELS(q32_6, 8, 6, 0, 0)
 MOE__TILE_KERNELS(q32_8, 8, 8, 0, 0)
-MOE__TILE_KERNELS(q32f_6, 8, 6, 0, 2)
+MOE__TILE_KERNELS(q32m_6, 8, 6, 0, 1)
 MOE__TILE_KERNELS(q16_6, 4, 6, 0, 0)
 MOE__TILE_KERNELS(k32m_4, 8, 4, 1, 1)
 MOE__TILE_KERNELS(k32m_6, 8, 6, 1, 1)
 MOE__TILE_KERNELS(k16_6, 4, 6, 1, 0)
 MOE__TILE_KERNELS(k16_8, 4, 8, 1, 0)
-MOE__TILE_KERNELS(k16f_6, 4, 6, 1, 2)
+MOE__TILE_KERNELS(k16m_4, 4, 4, 1, 1)
 #endif
 
-/* The kernels for what tile_unpack_blocks makes of a type, with a scale per 16 or 32 weights. */
-/* Where there are no kernels for 32 (a compile takes long enough), scales are given twice. */
+/* The kernels for what tile_rows and tile_groups make of a type, with a scale per 16 or 32 */
+/* weights. Where there are no kernels for 32 (a compile takes long enough), scales are given */
+/* twice. */
 MOE__V MOE__(tile_kernel_fn) *const *MOE__(tile_kernels_of)(const moe__type *type, int *per) {
     const int wide = type->bits > 6; /* matters where it is in the names */
     (void)wide;
     *per = type->per;
     if (type->act == MOE__ACT_Q32) {
-        if (type->offset == 0) return MOE__TILE_OF(q32f, 6);
+        if (type->offset == 0) return MOE__TILE_OF(q32m, 6);
         if (type->per == 16) return MOE__TILE_OF(q16, 6);
         return wide ? MOE__TILE_OF(q32, 8) : MOE__TILE_OF(q32, 6);
     }
+    if (type->offset == 0)
+        return type->per == 16 ? MOE__TILE_OF(k16m, 4) : MOE__TILE_OF(k32m, 6);
 #if MOE__VNNI
-    if (type->offset && type->per == 32) return MOE__TILE_OF(k32, 8);
+    if (type->per == 32) return MOE__TILE_OF(k32, 8);
 #endif
     *per = 16;
-    if (type->offset == 0) return MOE__TILE_OF(k16f, 6);
     return wide ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k16, 6);
 }
 
 /* moe__tile_fn for any block type */
-MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
-                               const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                               const void *const *x, int64_t n_tokens, float *out,
-                               int64_t out_stride, void *pack, const uint8_t *prefetch,
-                               size_t prefetch_size) {
+MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_row, int order,
+                               MOE__LEVELS_OF(rows_fn) *unpack_group, const uint8_t *rows,
+                               size_t row_size, int64_t n_rows, int64_t n, const void *const *x,
+                               int64_t n_tokens, float *out, int64_t out_stride, void *pack,
+                               const uint8_t *prefetch, size_t prefetch_size) {
+    /* AVX2 multiplies levels of more than 6 bits with their signs, see moe__head_avx2 */
+    const int have = type->bits < 8 || (MOE__ISA == 3 && type->act == MOE__ACT_Q256) ||
+                             (MOE__ISA == 3 && type->rows > 1)
+                         ? type->offset
+                         : 0;
+    const int want = MOE__VNNI || type->bits <= 6 ? type->offset : 0;
     MOE__(tile_plan) plan;
     memset(&plan, 0, sizeof plan);
     plan.kernels = MOE__(tile_kernels_of)(type, &plan.step);
@@ -8341,7 +9203,10 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
     plan.record = (int)moe__act_size(type->act, 256);
     while (type->offset > 1 << plan.shift) plan.shift++;
     plan.type = type;
-    plan.unpack_blocks = unpack;
+    plan.unpack_row = unpack_row;
+    plan.unpack_group = unpack_group;
+    plan.order = order;
+    plan.add = want - have;
     MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack, prefetch,
                     prefetch_size);
 }
@@ -8353,7 +9218,7 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
                                    int64_t out_stride, void *pack, const uint8_t *prefetch,       \
                                    size_t prefetch_size) {                                        \
         static const MOE__(tile_plan) plan = {kernels, MOE__(tile_unpack_##name), __VA_ARGS__,    \
-                                              NULL, NULL};                                        \
+                                              NULL, NULL, NULL, 0, 0};                            \
         MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack,     \
                         prefetch, prefetch_size);                                                 \
     }
@@ -8372,37 +9237,85 @@ MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32m, 4), 256, 32, 256, 144, sizeof(moe__act256
 MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 256, 32, 256, 176, sizeof(moe__act256), 0)
 MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 256, 16, 256, 210, sizeof(moe__act256), 5)
 
-/* Block types, by what they are unpacked to */
-#define MOE__BLOCK_OF(NAME, name) &moe__types[MOE__INDEX_##NAME], MOE__AVX2(unpack_##name)
-#define MOE__BLOCK_TILE(NAME, name, ...)                                                          \
-    MOE__K void MOE__(tile_blocks_##name)(                                                        \
+/* Block types without unpacking of their own for tiles, by what they are read with */
+#define MOE__TILE_BLOCKS(NAME, name, row, order, group)                                           \
+    MOE__K void MOE__(tile_##name)(                                                               \
         const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,    \
         int64_t n_tokens, float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,    \
         size_t prefetch_size) {                                                                   \
-        MOE__(tile_blocks)(MOE__BLOCK_OF(NAME, name), rows, row_size, n_rows, n, x, n_tokens, out,\
-                           out_stride, pack, prefetch, prefetch_size);                            \
+        MOE__(tile_blocks)(&moe__types[MOE__INDEX_##NAME], row, order, group, rows, row_size,     \
+                           n_rows, n, x, n_tokens, out, out_stride, pack, prefetch,               \
+                           prefetch_size);                                                        \
     }
-MOE__BLOCK_TYPES(MOE__BLOCK_TILE)
-#undef MOE__BLOCK_TILE
+#define MOE__TILE_ROW_32(NAME, name) \
+    MOE__TILE_BLOCKS(NAME, name, MOE__AVX2(unpack_##name), MOE__NATURAL, NULL)
+#define MOE__TILE_ROW_256(NAME, name, order) \
+    MOE__TILE_BLOCKS(NAME, name, MOE__LEVELS_OF(unpack_##name), order, NULL)
+#define MOE__TILE_GROUP(NAME, name) \
+    MOE__TILE_BLOCKS(NAME, name, NULL, 0, MOE__LEVELS_OF(rows_##name))
+MOE__TILE_ROW_32(Q4_1, q4_1)
+MOE__TILE_ROW_32(Q5_1, q5_1)
+MOE__TILE_ROW_32(Q6_0, q6_0)
+MOE__TILE_ROW_32(NVFP4, nvfp4)
+MOE__TILE_ROW_256(Q2_K, q2_k, MOE__TWOS)
+MOE__TILE_ROW_256(Q3_K, q3_k, MOE__TWOS)
+MOE__TILE_ROW_256(TQ1_0, tq1_0, MOE__NATURAL)
+MOE__TILE_ROW_256(TQ2_0, tq2_0, MOE__TWOS)
+MOE__TILE_ROW_256(IQ1_S, iq1_s, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ1_M, iq1_m, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ2_XXS, iq2_xxs, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ2_XS, iq2_xs, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ2_S, iq2_s, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ3_XXS, iq3_xxs, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ3_S, iq3_s, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ4_XS, iq4_xs, MOE__HALVES)
+MOE__TILE_ROW_256(IQ2_K, iq2_k, MOE__TWOS)
+MOE__TILE_ROW_256(IQ3_K, iq3_k, MOE__TWOS)
+MOE__TILE_ROW_256(IQ4_K, iq4_k, MOE__HALVES)
+MOE__TILE_ROW_256(IQ5_K, iq5_k, MOE__FOURS)
+MOE__TILE_ROW_256(IQ6_K, iq6_k, MOE__FOURS)
+MOE__TILE_ROW_256(IQ2_KS, iq2_ks, MOE__TWOS)
+MOE__TILE_ROW_256(IQ3_KS, iq3_ks, MOE__TWOS)
+MOE__TILE_ROW_256(IQ4_KS, iq4_ks, MOE__HALVES)
+MOE__TILE_ROW_256(IQ5_KS, iq5_ks, MOE__FOURS)
+MOE__TILE_ROW_256(IQ2_KL, iq2_kl, MOE__NATURAL)
+MOE__TILE_GROUP(Q4_0_R8, q4_0_r8)
+MOE__TILE_GROUP(Q5_0_R4, q5_0_r4)
+MOE__TILE_GROUP(Q8_0_R8, q8_0_r8)
+MOE__TILE_GROUP(Q2_K_R4, q2_k_r4)
+MOE__TILE_GROUP(Q3_K_R4, q3_k_r4)
+MOE__TILE_GROUP(Q4_K_R4, q4_k_r4)
+MOE__TILE_GROUP(Q5_K_R4, q5_k_r4)
+MOE__TILE_GROUP(Q6_K_R4, q6_k_r4)
+MOE__TILE_GROUP(IQ4_NL_R4, iq4_nl_r4)
+MOE__TILE_GROUP(IQ4_XS_R8, iq4_xs_r8)
+MOE__TILE_GROUP(IQ2_K_R4, iq2_k_r4)
+MOE__TILE_GROUP(IQ3_K_R4, iq3_k_r4)
+MOE__TILE_GROUP(IQ4_K_R4, iq4_k_r4)
+MOE__TILE_GROUP(IQ5_K_R4, iq5_k_r4)
+MOE__TILE_GROUP(IQ4_KS_R4, iq4_ks_r4)
+MOE__TILE_GROUP(IQ5_KS_R4, iq5_ks_r4)
+MOE__TILE_GROUP(MXFP4_R8, mxfp4_r8)
+#undef MOE__TILE_BLOCKS
+#undef MOE__TILE_ROW_32
+#undef MOE__TILE_ROW_256
+#undef MOE__TILE_GROUP
 
-#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
-#define MOE__BLOCK_KERNELS(NAME, name, ...)                                                       \
-    MOE__K void MOE__(dot_blocks_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,    \
-                                         int64_t n, const void *x, float *out) {                  \
-        MOE__(dot_blocks)(MOE__BLOCK_OF(NAME, name), rows, row_size, n_rows, n, x, out);          \
-    }
-MOE__BLOCK_TYPES(MOE__BLOCK_KERNELS)
-#undef MOE__BLOCK_KERNELS
-#endif
 #if MOE__ISA == 2
-#define MOE__BLOCK_DEQUANTIZE(NAME, name, ...)                                         \
-    MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) { \
-        MOE__(dequantize_blocks)(MOE__BLOCK_OF(NAME, name), rows, n, out);             \
+#define MOE__DEQUANTIZE_1(NAME, name)                                                   \
+    MOE__K void MOE__(dequantize_##name)(const uint8_t *rows, int64_t n, float *out) {  \
+        MOE__(dequantize_blocks)(&moe__types[MOE__INDEX_##NAME], MOE__(unpack_##name), rows, n, \
+                                 out);                                                  \
     }
-MOE__BLOCK_TYPES(MOE__BLOCK_DEQUANTIZE)
-#undef MOE__BLOCK_DEQUANTIZE
+#define MOE__DEQUANTIZE_4(NAME, name)
+#define MOE__DEQUANTIZE_8(NAME, name)
+#define MOE__DEQUANTIZE(NAME, name, block, bytes, act, rows, ...) MOE__DEQUANTIZE_##rows(NAME, name)
+MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
+#undef MOE__DEQUANTIZE
+#undef MOE__DEQUANTIZE_1
+#undef MOE__DEQUANTIZE_4
+#undef MOE__DEQUANTIZE_8
 #endif
-#undef MOE__BLOCK_OF
 #undef MOE__TILE_Q
 
 #undef MOE__TILE_TOKENS
@@ -8432,16 +9345,12 @@ MOE__BLOCK_TYPES(MOE__BLOCK_DEQUANTIZE)
 #undef MOE__DOT8
 #undef MOE__QUAD8
 #undef MOE__SUB_BLOCK_SIGNED
-#undef MOE__SCALE
 #undef MOE__MIN
 #undef MOE__MINS
-#undef MOE__MIN_F32
-#undef MOE__LOAD_SUMS
-#undef MOE__STORE_SUMS
-#undef MOE__ADD
-#undef MOE__TOKEN_SCALE
-#undef MOE__ADD_SCALED
 #undef MOE__ADD_FLOATS
+#undef MOE__SCALE_INT
+#undef MOE__SCALE_F32
+#undef MOE__ADD_INT
 #undef MOE__FLOAT
 #undef MOE__FLOAT_STEP
 #undef MOE__TILE_NAME
@@ -9347,11 +10256,15 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 
 /* ---- the table of this instruction set ------------------------------------------------------- */
 
-#define MOE__KERNELS_0(name) MOE__SHARED(dot_blocks_##name), MOE__(tile_blocks_##name)
-#define MOE__KERNELS_1(name) MOE__SHARED(dot_##name), MOE__(tile_##name)
-#define MOE__KERNELS_2(name) MOE__SHARED(dot_##name), MOE__SHARED(tile_##name)
-#define MOE__TYPE_KERNELS(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q, own) \
-    {MOE__KERNELS_##own(name), MOE__AVX2(dequantize_##name)},
+/* Floats have no int8 products. Interleaved rows are made floats by plain C. */
+#define MOE__TILE_F32(name) MOE__SHARED(tile_##name)
+#define MOE__TILE_Q32(name) MOE__(tile_##name)
+#define MOE__TILE_Q256(name) MOE__(tile_##name)
+#define MOE__FLOATS_1(name) MOE__AVX2(dequantize_##name)
+#define MOE__FLOATS_4(name) moe__dequantize_##name
+#define MOE__FLOATS_8(name) moe__dequantize_##name
+#define MOE__TYPE_KERNELS(NAME, name, block, bytes, act, rows, ...) \
+    {MOE__SHARED(dot_##name), MOE__TILE_##act(name), MOE__FLOATS_##rows(name)},
 static const moe__kernels MOE__(kernels) = {
     (moe_isa)MOE__ISA,
     {MOE__TYPES(MOE__TYPE_KERNELS)},
@@ -9368,9 +10281,21 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(attend)};
 
 #undef MOE__TYPE_KERNELS
-#undef MOE__KERNELS_0
-#undef MOE__KERNELS_1
-#undef MOE__KERNELS_2
+#undef MOE__TILE_F32
+#undef MOE__TILE_Q32
+#undef MOE__TILE_Q256
+#undef MOE__FLOATS_1
+#undef MOE__FLOATS_4
+#undef MOE__FLOATS_8
+#undef MOE__LEVELS_OF
+#undef MOE__NATURAL
+#undef MOE__FOURS
+#undef MOE__TWOS
+#undef MOE__HALVES
+#undef MOE__LEVELS
+#undef MOE__BIAS8
+#undef MOE__SUB_LEVELS
+#undef MOE__PIECES
 #undef MOE__SHARED
 #undef MOE__AVX2
 #undef MOE__VNNI

@@ -478,7 +478,7 @@ static double sheet_act(moe__act_kind kind, const void *act, int64_t i) {
     const moe__act32 *a32 = (const moe__act32 *)act + i / 256;
     const moe__act256 *a256 = (const moe__act256 *)act + i / 256;
     if (kind == MOE__ACT_Q32) return (double)a32->d[i % 256 / 32] * a32->q[moe__act32_at((int)(i % 256))];
-    if (kind == MOE__ACT_Q256) return (double)a256->d * a256->q[i % 256];
+    if (kind == MOE__ACT_Q256) return (double)a256->d * a256->q[moe__act256_at((int)(i % 256))];
     return ((const float *)act)[i];
 }
 

@@ -62,8 +62,9 @@ static void fill_sums32(moe__act32 *a) {
 static void fill_sums256(moe__act256 *a) {
     memset(a->nsum, 0, sizeof a->nsum);
     memset(a->sum32, 0, sizeof a->sum32);
-    for (int i = 0; i < 256; i++) a->nsum[i / 16] -= a->q[i];
-    for (int i = 0; i < 256; i++) a->sum32[i / 32] = (int16_t)(a->sum32[i / 32] + a->q[i]);
+    for (int i = 0; i < 256; i++) a->nsum[i / 16] -= a->q[moe__act256_at(i)];
+    for (int i = 0; i < 256; i++)
+        a->sum32[i / 32] = (int16_t)(a->sum32[i / 32] + a->q[moe__act256_at(i)]);
     for (int i = 0; i < 16; i++) a->sum16[i] = (int16_t)-a->nsum[i];
 }
 
@@ -105,6 +106,12 @@ typedef struct {
     double *result, *terms; /* [TOKENS][ROWS]; terms: sum of |terms| */
     float *seen;            /* [isa][TOKENS][ROWS]: what a kernel made of it first; or CANARY */
 } problem;
+
+/* Quantized types give the same bits from every instruction set. */
+static float *seen_of(const problem *p, moe_isa isa) {
+    const int number = types[p->type].block > 1 ? 0 : isa - MOE_ISA_SCALAR;
+    return p->seen + number * TOKENS * ROWS;
+}
 
 /* d: the scale of all weights, 0: random ones */
 static void problem_open(problem *p, int type, int64_t n, size_t row_pad, float d) {
@@ -192,7 +199,7 @@ enum { EXACT = 1 }; /* instead of a tolerance, where all scales are 1, see below
 
 /* tolerance: of the sum of |terms|; what is not finite in the reference must not be finite. EXACT:
  * sums are integers (eighths in types with code books), exact in floats below 2^24. A result has
- * the same bits whatever rows and tokens it is computed with. */
+ * the same bits whatever rows and tokens it is computed with, and by whom. */
 static void check(const problem *p, moe_isa isa, int n_rows, int64_t n_tokens, const int *order,
                   int64_t stride, double tolerance) {
     const moe__type *type = &types[p->type];
@@ -215,7 +222,7 @@ static void check(const problem *p, moe_isa isa, int n_rows, int64_t n_tokens, c
             if (!(terms < 3e38)) error = isfinite(*got) && !(fabs(want) < 3e38) ? 1e9 : 0;
             if (!(error <= bound) && !(error <= worst))
                 worst = error, worst_r = r, worst_t = (int)t;
-            float *seen = &p->seen[(isa - MOE_ISA_SCALAR) * TOKENS * ROWS + at];
+            float *seen = seen_of(p, isa) + at;
             if (!memcmp(seen, &canary, 4)) *seen = *got;
             same &= !memcmp(seen, got, 4) || (isnan(*seen) && isnan(*got));
         }
@@ -408,6 +415,8 @@ TEST(tile_against_plain_dot) {
                 CHECKF(fabs(out[r] - p.result[t * ROWS + r]) <=
                            tolerance_of(type) * p.terms[t * ROWS + r],
                        "%s: %g, expected %g", types[type].name, out[r], p.result[t * ROWS + r]);
+            if (types[type].block > 1) /* what tiles have to give bit by bit */
+                memcpy(seen_of(&p, MOE_ISA_SCALAR) + t * ROWS, out, sizeof out);
         }
         FOR_EACH_ISA(isa) check(&p, isa, 32, TOKENS, order, 32, tolerance_of(type));
         problem_close(&p);

@@ -744,10 +744,12 @@ static void check_act256(const float *x, int64_t n) {
     memset(a, 0x77, moe__act_size(MOE__ACT_Q256, n));
     moe__quantize_act_q256(x, n, a);
     for (int64_t b = 0; b < n / 256; b++) {
-        check_act_group(x + 256 * b, 256, a[b].q, a[b].d);
+        int8_t q[256];
+        for (int i = 0; i < 256; i++) q[i] = a[b].q[moe__act256_at(i)];
+        check_act_group(x + 256 * b, 256, q, a[b].d);
         for (int j = 0; j < 16; j++) {
             int sum = 0;
-            for (int i = 0; i < 16; i++) sum += a[b].q[16 * j + i];
+            for (int i = 0; i < 16; i++) sum += q[16 * j + i];
             CHECK(a[b].nsum[j] == -sum && a[b].sum16[j] == sum);
             CHECK(a[b].sum32[j / 2] == a[b].sum16[j & ~1] + a[b].sum16[j | 1]);
         }
@@ -871,7 +873,7 @@ TEST(dot) {
     }
 }
 
-/* All scales 1: sums are eighths of integers, exact but for a last rounding. */
+/* All scales 1: sums are eighths of integers, exact in floats up to 2^24 eighths. */
 TEST(dot_exact) {
     enum { N = 512 };
     const uint8_t fill[] = {0x00, 0xFF, 0x80, 0x7F};
@@ -893,7 +895,8 @@ TEST(dot_exact) {
             plain_of(t)->dot(group, size, t->rows, N, act, out);
             for (int k = 0; k < t->rows; k++) {
                 double terms, want = sheet_dot(t, group, k, N, act, &terms);
-                CHECKF(out[k] == (float)want, "%s row %d: %.2f, not %.2f", t->name, k,
+                double bound = terms < 0x1p21 ? 0 : 1.2e-7 * terms;
+                CHECKF(fabs(out[k] - want) <= bound, "%s row %d: %.2f, not %.2f", t->name, k,
                        (double)out[k], want);
             }
             free(act);
@@ -934,8 +937,10 @@ TEST(dot_not_finite) {
         memset(group, 0xFF, group_size(t, N)); /* NaN for most types */
         plain_of(t)->dot(group, size, t->rows, N, act, out);
         plain_of(t)->dequantize(group, N, y);
+        double terms;
+        sheet_dot(t, group, 0, N, act, &terms);
         if (sheet_may_be_nan(t)) CHECK(is_nan(out[0]) && is_nan(y[0]));
-        else CHECK(!is_nan(out[0]) && !is_nan(y[0]));
+        else CHECK((!is_nan(out[0]) || terms > 3e38) && !is_nan(y[0]));
         free(act);
         free(group);
     }

@@ -30,14 +30,14 @@
 /*   >>pages     1818  files in memory: mapped or copied, huge pages found, measured and made */
 /*   >>gguf      2558  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3548  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5232  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10387  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10669  router, plan, the expert schedules */
-/*   >>model    11117  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12210  cache, the forward pass */
-/*   >>text     13528  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15180  choosing tokens, generating text */
-/*   >>licence  16025  MIT or public domain */
+/*   >>kernels   5241  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10465  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10750  router, plan, the expert schedules */
+/*   >>model    11198  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12291  cache, the forward pass */
+/*   >>text     13609  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15261  choosing tokens, generating text */
+/*   >>licence  16106  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -3710,6 +3710,7 @@ typedef struct moe__books {
     uint64_t iq1s[2048];                          /* int8: -8, 0, 8 */
     uint32_t iq3xxs[256];                         /* magnitudes 4, 12, 20, 28, 36, 44, 52, 62 */
     uint32_t iq3s[512];                           /* magnitudes 1, 3, .. 15 */
+    uint16_t iq3xxs_16[2][256], iq3s_16[2][512];  /* low and high halves of these */
     uint8_t signs[128]; /* 7 bits to 8: bit i set: element i is negative, always an even number */
 } moe__books;
 
@@ -3789,6 +3790,14 @@ MOE__PRIVATE void moe__books_fill(moe__books *books) {
     moe__books_expand(moe__books_iq1s, 2048, 1, 8, iq1, books->iq1s);
     moe__books_expand(moe__books_iq3xxs, 256, 3, 4, iq3xxs, books->iq3xxs);
     moe__books_expand(moe__books_iq3s, 512, 2, 4, iq3s, books->iq3s);
+    for (int i = 0; i < 256; i++) {
+        books->iq3xxs_16[0][i] = (uint16_t)(books->iq3xxs[i] & 0xFFFF);
+        books->iq3xxs_16[1][i] = (uint16_t)(books->iq3xxs[i] >> 16);
+    }
+    for (int i = 0; i < 512; i++) {
+        books->iq3s_16[0][i] = (uint16_t)(books->iq3s[i] & 0xFFFF);
+        books->iq3s_16[1][i] = (uint16_t)(books->iq3s[i] >> 16);
+    }
     for (int i = 0; i < 128; i++) {
         int odd = 0x6996 >> ((i ^ i >> 4) & 15) & 1; /* bit k: k has an odd number of ones */
         books->signs[i] = (uint8_t)(i | odd << 7);
@@ -5124,7 +5133,7 @@ MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
 #define MOE__UNPACKER_Q256(name) moe__unpack_##name
 #define MOE__QUANTIZER_0(name) NULL
 #define MOE__QUANTIZER_1(name) moe__quantize_##name
-#define MOE__TYPES_ENTRY(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q, ...) \
+#define MOE__TYPES_ENTRY(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q) \
     {MOE_TYPE_##NAME, #NAME, block, bytes, MOE__ACT_##act, rows, meta, per, bits, offset,      \
      MOE__UNPACKER_##act(name), MOE__QUANTIZER_##q(name)},
 static const moe__type moe__types[MOE__N_TYPES] = {MOE__TYPES(MOE__TYPES_ENTRY)};
@@ -6183,7 +6192,7 @@ typedef struct MOE__(head) {
     __m256i scale, min; /* int16, 16 of them or (of a type with 32 weights per scale) 8 */
     __m256i shift;      /* likewise: to be added to the levels */
     __m128 d;           /* d, and dmin behind it */
-    uint16_t index[32]; /* of code books' entries */
+    uint16_t index[64]; /* of code books' entries */
     uint8_t sign[32];   /* a bit per weight: negative */
     const moe__books *books;
 } MOE__(head);
@@ -6680,12 +6689,17 @@ MOE__V void MOE__(u_signs_scales)(__m256i words, MOE__(head) *h) {
                                             _mm256_extracti128_si256(scale, 1));
     h->scale = MOE__(u_odd16)(_mm256_castsi128_si256(packed));
 }
+/* Indices are read back one by one: GCC would take them out of the registers instead. */
+MOE__V void MOE__(u_store_indices)(__m256i low, __m256i high, MOE__(head) *h) {
+    MOE__(u_store)(h->index, low);
+    MOE__(u_store)(h->index + 16, high);
+    __asm__("" : "+m"(h->index));
+}
 /* 32 bytes as indices, with a high part */
 MOE__V void MOE__(u_indices)(const uint8_t *p, __m256i high0, __m256i high1, MOE__(head) *h) {
     const __m256i a = MOE__(u_words)(MOE__(v_load_128)(p));
     const __m256i b = MOE__(u_words)(MOE__(v_load_128)(p + 16));
-    MOE__(u_store)(h->index, _mm256_or_si256(a, high0));
-    MOE__(u_store)(h->index + 16, _mm256_or_si256(b, high1));
+    MOE__(u_store_indices)(_mm256_or_si256(a, high0), _mm256_or_si256(b, high1), h);
 }
 /* Int16 numbers n .. n + 3 of x (n + 4 .. n + 7), each four times */
 MOE__V __m256i MOE__(u_fours16)(__m128i x, const int n) {
@@ -6702,9 +6716,8 @@ MOE__HEAD(iq2_xxs) {
     __m256i bytes = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88));
     MOE__(u_signs_scales)(_mm256_permute4x64_epi64(words, 0xD8), h);
     bytes = _mm256_permute4x64_epi64(bytes, 0xD8);
-    MOE__(u_store)(h->index, MOE__(u_words)(_mm256_castsi256_si128(bytes)));
-    MOE__(u_store)(h->index + 16, MOE__(u_words)(_mm256_extracti128_si256(bytes, 1)));
-    h->books = moe__books_get();
+    MOE__(u_store_indices)(MOE__(u_words)(_mm256_castsi256_si128(bytes)),
+                           MOE__(u_words)(_mm256_extracti128_si256(bytes, 1)), h);
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
 }
 MOE__LEVEL(iq2_xxs) {
@@ -6717,13 +6730,11 @@ MOE__V __m256i MOE__(u_scales_iq2)(const uint8_t *b) {
 }
 
 MOE__HEAD(iq2_xs) {
-    h->books = moe__books_get();
     const __m256i x = MOE__(v_load_256)(b + 2), y = MOE__(v_load_256)(b + 34);
     const __m256i mask = _mm256_set1_epi16(511);
     __m256i sign = _mm256_packus_epi16(_mm256_srli_epi16(x, 9), _mm256_srli_epi16(y, 9));
     MOE__(u_store)(h->sign, MOE__(u_even_signs)(_mm256_permute4x64_epi64(sign, 0xD8)));
-    MOE__(u_store)(h->index, _mm256_and_si256(x, mask));
-    MOE__(u_store)(h->index + 16, _mm256_and_si256(y, mask));
+    MOE__(u_store_indices)(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask), h);
     h->scale = MOE__(u_scales_iq2)(b + 66);
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
 }
@@ -6733,7 +6744,6 @@ MOE__LEVEL(iq2_xs) {
 }
 
 MOE__HEAD(iq2_s) {
-    h->books = moe__books_get();
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(b + 66));
     const __m128i high = _mm_cvtepu8_epi16(bytes); /* four pairs of bits */
     const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = _mm256_set1_epi16(0x300);
@@ -6748,46 +6758,96 @@ MOE__LEVEL(iq2_s) {
     return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
 }
 
-/* Entries of a book of 4 bytes each: `index` bytes, and a ninth bit of each if there are bits */
-MOE__V MOE__VI MOE__(v_book4)(const uint32_t *book, const uint8_t *index, const uint8_t *ninth) {
-#define MOE__ENTRY(i) \
-    (int)book[index[i] | (ninth ? (ninth[(i) / 8] >> (i) % 8 & 1) << 8 : 0)]
+/* Books of 256 or 512 entries of 4 bytes. With 512 bits halves of entries are looked up in vectors */
+/* (moe__books.iq3xxs_16 and iq3s_16); their order is HALVES then. Otherwise they are loaded one by */
+/* one. */
 #if MOE__ISA == 3
-    return _mm512_setr_epi32(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),
-                             MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7),
-                             MOE__ENTRY(8), MOE__ENTRY(9), MOE__ENTRY(10), MOE__ENTRY(11),
-                             MOE__ENTRY(12), MOE__ENTRY(13), MOE__ENTRY(14), MOE__ENTRY(15));
-#else
-    return _mm256_setr_epi32(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),
-                             MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7));
-#endif
-#undef MOE__ENTRY
+/* table[x] of `count` words, for 32 words x */
+MOE__V __m512i MOE__(v_lookup_16)(const uint16_t *table, __m512i x, const int count) {
+    __m512i y[8];
+    MOE__UNROLL(8)
+    for (int i = 0; i < count / 64; i++)
+        y[i] = _mm512_permutex2var_epi16(MOE__(v_load)(table + 64 * i), x,
+                                         MOE__(v_load)(table + 64 * i + 32));
+    MOE__UNROLL(4)
+    for (int n = 64; n < count; n *= 2) {
+        const __mmask32 odd = _mm512_test_epi16_mask(x, _mm512_set1_epi16((short)n));
+        MOE__UNROLL(4)
+        for (int i = 0; i < count / n / 2; i++)
+            y[i] = _mm512_mask_blend_epi16(odd, y[2 * i], y[2 * i + 1]);
+    }
+    return y[0];
 }
+/* The signs of the vectors, from those of the weights: words 0 2 4 6 1 3 5 7 of each eight */
+MOE__V void MOE__(u_signs_book4)(__m256i sign, MOE__(head) *h) {
+    const __m256i words = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    MOE__(u_store)(h->sign, _mm256_shuffle_epi8(sign, words));
+}
+MOE__V __m512i MOE__(v_book4)(const uint16_t *book, __m512i index, const int count, const int v) {
+    const __m512i low = MOE__(v_lookup_16)(book, index, count);
+    const __m512i high = MOE__(v_lookup_16)(book + count, index, count);
+    return v % 2 ? _mm512_unpackhi_epi16(low, high) : _mm512_unpacklo_epi16(low, high);
+}
+#define MOE__BOOK4_ORDER MOE__HALVES
+#else
+MOE__V void MOE__(u_signs_book4)(__m256i sign, MOE__(head) *h) { MOE__(u_store)(h->sign, sign); }
+#define MOE__ENTRY(i) (int)book[index[i]]
+#define MOE__ENTRIES                                                                         \
+    _mm256_setr_epi32(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),            \
+                      MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7))
+MOE__V __m256i MOE__(v_book4)(const uint32_t *book, const uint8_t *index) { return MOE__ENTRIES; }
+MOE__V __m256i MOE__(v_book4_16)(const uint32_t *book, const uint16_t *index) {
+    return MOE__ENTRIES;
+}
+#undef MOE__ENTRIES
+#undef MOE__ENTRY
+#define MOE__BOOK4_ORDER MOE__NATURAL
+#endif
 
 MOE__HEAD(iq3_xxs) {
-    h->books = moe__books_get();
     MOE__(u_signs_scales)(MOE__(v_load_256)(b + 66), h);
+    MOE__(u_signs_book4)(MOE__(v_load_256)(h->sign), h);
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.25f);
 }
 MOE__LEVEL(iq3_xxs) {
-    const MOE__VI x = MOE__(v_book4)(h->books->iq3xxs, b + 2 + MOE__VBYTES / 4 * v, NULL);
+#if MOE__ISA == 3
+    const __m512i index = _mm512_cvtepu8_epi16(MOE__(v_load_256)(b + 2 + 32 * (v / 2)));
+    const __m512i x = MOE__(v_book4)(h->books->iq3xxs_16[0], index, 256, v);
+#else
+    const __m256i x = MOE__(v_book4)(h->books->iq3xxs, b + 2 + 8 * v);
+#endif
     return MOE__(v_signed)(x, h->sign, v, 64);
 }
 
 MOE__HEAD(iq3_s) {
-    h->books = moe__books_get();
     h->scale = MOE__(u_odd16)(MOE__(u_nibbles16)(b + 106, 8, 1));
+    MOE__(u_signs_book4)(MOE__(v_load_256)(b + 74), h);
+#if MOE__ISA == 2
+    MOE__UNROLL(4)
+    for (int i = 0; i < 4; i++) { /* 16 indices and their ninth bits */
+        const __m256i low = MOE__(u_words)(MOE__(v_load_128)(b + 2 + 16 * i));
+        const __m256i high = MOE__(u_bits16)(moe__load_u16(b + 66 + 2 * i), 256);
+        MOE__(u_store)(h->index + 16 * i, _mm256_or_si256(low, high));
+    }
+    __asm__("" : "+m"(h->index));
+#endif
     h->d = MOE__(u_halves)(b, 2);
 }
 MOE__LEVEL(iq3_s) {
-    const MOE__VI x = MOE__(v_book4)(h->books->iq3s, b + 2 + MOE__VBYTES / 4 * v,
-                                     b + 66 + MOE__VBYTES / 32 * v);
-    return MOE__(v_signed)(x, b + 74, v, 16);
+#if MOE__ISA == 3
+    __m512i index = _mm512_cvtepu8_epi16(MOE__(v_load_256)(b + 2 + 32 * (v / 2)));
+    index = _mm512_mask_add_epi16(index, moe__load_u32(b + 66 + 4 * (v / 2)), index,
+                                  _mm512_set1_epi16(256));
+    const __m512i x = MOE__(v_book4)(h->books->iq3s_16[0], index, 512, v);
+#else
+    const __m256i x = MOE__(v_book4_16)(h->books->iq3s, h->index + 8 * v);
+#endif
+    return (void)b, MOE__(v_signed)(x, h->sign, v, 16);
 }
 
 /* Levels -8, 0 or 8, and one more or less */
 MOE__HEAD(iq1_s) {
-    h->books = moe__books_get();
     const __m128i words = MOE__(v_load_128)(b + 34); /* four times 3 bits, a scale, a sign */
     const __m256i up = _mm256_set1_epi64x(0x0001000800400200);
     const __m256i mask = _mm256_set1_epi16(0x700);
@@ -6811,7 +6871,6 @@ MOE__HEAD(iq1_m) {
     const __m256i up = _mm256_set1_epi64x(0x0001001001001000), mask = _mm256_set1_epi16(7);
     const __m256i low = _mm256_srli_epi16(_mm256_mullo_epi16(MOE__(u_fours16)(words, 0), up), 12);
     const __m256i high = _mm256_srli_epi16(_mm256_mullo_epi16(MOE__(u_fours16)(words, 4), up), 12);
-    h->books = moe__books_get();
     MOE__(u_indices)(b, _mm256_slli_epi16(_mm256_and_si256(low, mask), 8),
                      _mm256_slli_epi16(_mm256_and_si256(high, mask), 8), h);
     const __m256i nibbles = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
@@ -6883,48 +6942,64 @@ MOE__V __m256i MOE__(u_per_16)(__m256i x, const int per) {
                                    _mm_unpackhi_epi16(y, y), 1);
 }
 
-/* A type of 256-wide blocks: MOE__HEAD and MOE__LEVEL as dot and unpack. unpack writes the levels */
+/* A type of 256-wide blocks: MOE__HEAD and MOE__LEVEL as dot and unpack. With code books heads are */
+/* read some blocks ahead: their indices go through memory, which takes its time. unpack writes the levels */
 /* with their bias and shifts, in the order of the vectors. */
-#define MOE__TYPE_256(NAME, name, order, shifts)                                                  \
+/* What a type has: shifts of levels, code books */
+#define MOE__SHIFTS 1
+#define MOE__BOOKS 2
+#define MOE__TYPE_256(NAME, name, order, has)                                                     \
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
-        enum { size = MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME,          \
-               mins = !MOE__OFFSET_##NAME, meta = MOE__META_##NAME,                               \
-               bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME };                      \
+        enum { RUN = (has) & MOE__BOOKS ? 8 : 1 };                                                \
+        const int size = MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME;       \
+        const int mins = MOE__OFFSET_##NAME == 0, meta = MOE__META_##NAME;                        \
+        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME;                     \
+        const int shifts = (has) & MOE__SHIFTS;                                                   \
         const __m256i less = _mm256_set1_epi16((short)-bias);                                     \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;                \
+        const moe__books *books = (has) & MOE__BOOKS ? moe__books_get() : NULL;                   \
         for (int64_t r = 0; r < n_rows; r++) {                                                    \
             const uint8_t *b = rows + (size_t)r * row_size;                                       \
             const float D = MOE__(u_row_scale)(b, meta);                                          \
             __m128 total = _mm_setzero_ps();                                                      \
             b += meta;                                                                            \
-            for (const moe__act256 *a = first; a < end; a++, b += size) {                         \
-                MOE__(head) h;                                                                    \
-                MOE__VI s[2] = {MOE__(v_zero)(), MOE__(v_zero)()};                                \
-                MOE__(v_fetch)(b, rows_end, size);                                                \
-                MOE__(head_##name)(b, D, &h);                                                     \
-                if (shifts || bias) {                                                             \
-                    const __m256i by = shifts ? _mm256_add_epi16(h.shift, less) : less;           \
-                    s[0] = MOE__(v_extend)(MOE__(u_times_sums)(_mm256_mullo_epi16(h.scale, by),   \
-                                                               a, per));                          \
+            for (const moe__act256 *a = first; a < end;) {                                        \
+                MOE__(head) h[RUN];                                                               \
+                const int count = RUN == 1 ? 1 : (int)moe__min(RUN, end - a);                     \
+                for (int i = 0; i < count; i++) {                                                 \
+                    MOE__(v_fetch)(b + size * i, rows_end, size);                                 \
+                    MOE__(head_##name)(b + size * i, D, h + i);                                   \
                 }                                                                                 \
-                MOE__UNROLL(8)                                                                    \
-                for (int v = 0; v < MOE__LEVELS; v++)                                             \
-                    s[v % 2] = MOE__(v_multiply)(s[v % 2], MOE__(level_##name)(b, v, &h),         \
-                                                 MOE__(v_acts)(a->q, order, v), h.scale, bits,    \
-                                                 per, order, v);                                  \
-                total = MOE__(u_add_block)(                                                       \
-                    total, MOE__MM(add_epi32)(s[0], s[1]),                                        \
-                    mins ? MOE__(u_times_sums)(h.min, a, per) : _mm256_setzero_si256(), h.d,      \
-                    a->d, mins, per);                                                             \
+                for (int i = 0; i < count; i++, a++, b += size) {                                 \
+                    const __m256i scale = h[i].scale;                                             \
+                    MOE__VI s[2] = {MOE__(v_zero)(), MOE__(v_zero)()};                            \
+                    __m256i min = _mm256_setzero_si256();                                         \
+                    h[i].books = books;                                                           \
+                    if (shifts || bias) {                                                         \
+                        const __m256i by = shifts ? _mm256_add_epi16(h[i].shift, less) : less;    \
+                        s[0] = MOE__(v_extend)(                                                   \
+                            MOE__(u_times_sums)(_mm256_mullo_epi16(scale, by), a, per));          \
+                    }                                                                             \
+                    MOE__UNROLL(8)                                                                \
+                    for (int v = 0; v < MOE__LEVELS; v++)                                         \
+                        s[v % 2] = MOE__(v_multiply)(s[v % 2], MOE__(level_##name)(b, v, h + i),  \
+                                                     MOE__(v_acts)(a->q, order, v), scale, bits,  \
+                                                     per, order, v);                              \
+                    if (mins) min = MOE__(u_times_sums)(h[i].min, a, per);                        \
+                    total = MOE__(u_add_block)(total, MOE__MM(add_epi32)(s[0], s[1]), min,        \
+                                               h[i].d, a->d, mins, per);                          \
+                }                                                                                 \
             }                                                                                     \
             out[r] = _mm_cvtss_f32(total);                                                        \
         }                                                                                         \
     }                                                                                             \
     MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
-        enum { per = MOE__PER_##NAME, mins = !MOE__OFFSET_##NAME };                               \
+        const int per = MOE__PER_##NAME, mins = MOE__OFFSET_##NAME == 0;                          \
+        const int shifts = (has) & MOE__SHIFTS;                                                   \
         MOE__(head) h;                                                                            \
+        h.books = (has) & MOE__BOOKS ? moe__books_get() : NULL;                \
         (void)n;                                                                                  \
         MOE__(head_##name)(b, D, &h);                                                             \
         MOE__UNROLL(8)                                                                            \
@@ -6951,25 +7026,28 @@ MOE__TYPE_256(Q5_K, q5_k, MOE__FOURS, 0)
 MOE__TYPE_256(Q6_K, q6_k, MOE__NATURAL, 0)
 MOE__TYPE_256(TQ1_0, tq1_0, MOE__NATURAL, 0)
 MOE__TYPE_256(TQ2_0, tq2_0, MOE__TWOS, 0)
-MOE__TYPE_256(IQ1_S, iq1_s, MOE__NATURAL, 1)
-MOE__TYPE_256(IQ1_M, iq1_m, MOE__NATURAL, 0)
-MOE__TYPE_256(IQ2_XXS, iq2_xxs, MOE__NATURAL, 0)
-MOE__TYPE_256(IQ2_XS, iq2_xs, MOE__NATURAL, 0)
-MOE__TYPE_256(IQ2_S, iq2_s, MOE__NATURAL, 0)
-MOE__TYPE_256(IQ3_XXS, iq3_xxs, MOE__NATURAL, 0)
-MOE__TYPE_256(IQ3_S, iq3_s, MOE__NATURAL, 0)
+MOE__TYPE_256(IQ1_S, iq1_s, MOE__NATURAL, MOE__SHIFTS | MOE__BOOKS)
+MOE__TYPE_256(IQ1_M, iq1_m, MOE__NATURAL, MOE__BOOKS)
+MOE__TYPE_256(IQ2_XXS, iq2_xxs, MOE__NATURAL, MOE__BOOKS)
+MOE__TYPE_256(IQ2_XS, iq2_xs, MOE__NATURAL, MOE__BOOKS)
+MOE__TYPE_256(IQ2_S, iq2_s, MOE__NATURAL, MOE__BOOKS)
+MOE__TYPE_256(IQ3_XXS, iq3_xxs, MOE__BOOK4_ORDER, MOE__BOOKS)
+MOE__TYPE_256(IQ3_S, iq3_s, MOE__BOOK4_ORDER, MOE__BOOKS)
+#undef MOE__BOOK4_ORDER
 MOE__TYPE_256(IQ4_XS, iq4_xs, MOE__HALVES, 0)
-MOE__TYPE_256(IQ2_K, iq2_k, MOE__TWOS, 1)
-MOE__TYPE_256(IQ3_K, iq3_k, MOE__TWOS, 1)
-MOE__TYPE_256(IQ4_K, iq4_k, MOE__HALVES, 1)
-MOE__TYPE_256(IQ5_K, iq5_k, MOE__FOURS, 1)
-MOE__TYPE_256(IQ6_K, iq6_k, MOE__FOURS, 1)
-MOE__TYPE_256(IQ2_KS, iq2_ks, MOE__TWOS, 1)
-MOE__TYPE_256(IQ3_KS, iq3_ks, MOE__TWOS, 1)
-MOE__TYPE_256(IQ4_KS, iq4_ks, MOE__HALVES, 1)
-MOE__TYPE_256(IQ5_KS, iq5_ks, MOE__FOURS, 1)
+MOE__TYPE_256(IQ2_K, iq2_k, MOE__TWOS, MOE__SHIFTS)
+MOE__TYPE_256(IQ3_K, iq3_k, MOE__TWOS, MOE__SHIFTS)
+MOE__TYPE_256(IQ4_K, iq4_k, MOE__HALVES, MOE__SHIFTS)
+MOE__TYPE_256(IQ5_K, iq5_k, MOE__FOURS, MOE__SHIFTS)
+MOE__TYPE_256(IQ6_K, iq6_k, MOE__FOURS, MOE__SHIFTS)
+MOE__TYPE_256(IQ2_KS, iq2_ks, MOE__TWOS, MOE__SHIFTS)
+MOE__TYPE_256(IQ3_KS, iq3_ks, MOE__TWOS, MOE__SHIFTS)
+MOE__TYPE_256(IQ4_KS, iq4_ks, MOE__HALVES, MOE__SHIFTS)
+MOE__TYPE_256(IQ5_KS, iq5_ks, MOE__FOURS, MOE__SHIFTS)
 MOE__TYPE_256(IQ2_KL, iq2_kl, MOE__NATURAL, 0)
 #undef MOE__TYPE_256
+#undef MOE__SHIFTS
+#undef MOE__BOOKS
 #undef MOE__HEAD
 #undef MOE__LEVEL
 #endif /* MOE__ISA != 4 */
@@ -7394,9 +7472,9 @@ MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_h
 #define MOE__TYPE_R4(NAME, name, shifts)                                                          \
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
-        enum { size = 4 * MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME,      \
-               mins = !MOE__OFFSET_##NAME, meta = 4 * MOE__META_##NAME,                           \
-               bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME };                      \
+        const int size = 4 * MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME;   \
+        const int mins = MOE__OFFSET_##NAME == 0, meta = 4 * MOE__META_##NAME;                    \
+        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME;                     \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;                \
         for (int64_t r = 0; r < n_rows; r += 4) {                                                 \
@@ -7432,7 +7510,8 @@ MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_h
     }                                                                                             \
     MOE__K void MOE__(rows_##name)(const uint8_t *const *group, int n, const float (*D)[4],       \
                                    const MOE__(rows_out) *out) {                                  \
-        enum { per = MOE__PER_##NAME, mins = !MOE__OFFSET_##NAME, GROUPS = MOE__VFLOATS / 4 };    \
+        enum { GROUPS = MOE__VFLOATS / 4 };                                                       \
+        const int per = MOE__PER_##NAME, mins = MOE__OFFSET_##NAME == 0;                          \
         MOE__(rows_head) h[GROUPS];                                                               \
         (void)n;                                                                                  \
         for (int g = 0; g < GROUPS; g++) MOE__(head_##name)(group[g], D[g], h + g);               \
@@ -7603,9 +7682,8 @@ MOE__V __m256 MOE__(u_scales_rows)(const uint8_t *b, const int rows, const int t
 #define MOE__TYPE_ROWS_32(NAME, name)                                                             \
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
-        enum { R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, bits = MOE__BITS_##NAME,       \
-               bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME,                        \
-               P = MOE__PIECES };                                                                 \
+        const int R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, bits = MOE__BITS_##NAME;    \
+        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME, P = MOE__PIECES;    \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         for (int64_t r = 0; r < n_rows; r += R) {                                                 \
             const uint8_t *b = rows + (size_t)r * row_size;                                       \
@@ -9266,8 +9344,8 @@ MOE__TILE_ROW_256(IQ1_M, iq1_m, MOE__NATURAL)
 MOE__TILE_ROW_256(IQ2_XXS, iq2_xxs, MOE__NATURAL)
 MOE__TILE_ROW_256(IQ2_XS, iq2_xs, MOE__NATURAL)
 MOE__TILE_ROW_256(IQ2_S, iq2_s, MOE__NATURAL)
-MOE__TILE_ROW_256(IQ3_XXS, iq3_xxs, MOE__NATURAL)
-MOE__TILE_ROW_256(IQ3_S, iq3_s, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ3_XXS, iq3_xxs, MOE__HALVES)
+MOE__TILE_ROW_256(IQ3_S, iq3_s, MOE__HALVES)
 MOE__TILE_ROW_256(IQ4_XS, iq4_xs, MOE__HALVES)
 MOE__TILE_ROW_256(IQ2_K, iq2_k, MOE__TWOS)
 MOE__TILE_ROW_256(IQ3_K, iq3_k, MOE__TWOS)
@@ -10459,8 +10537,10 @@ MOE__PRIVATE void moe__acts_gather(const moe__acts *acts, const moe__matrix *mat
 
 /* ---- matrix times activations --------------------------------------------------------------- */
 
-/* From this many tokens on a tile of weights is unpacked once and used for all of them. */
-enum { MOE__TILE_TOKENS = 3 };
+/* From this many tokens on a tile of weights is unpacked once and used for all of them. Quantized */
+/* weights give the same bits either way. Floats do not; with them all evals of up to 8 tokens give */
+/* a token the bits that it has alone. */
+enum { MOE__TILE_TOKENS = 2, MOE__TILE_TOKENS_FLOAT = 9 };
 
 /* Rows that are read next, to be prefetched. */
 typedef struct moe__next {
@@ -10509,7 +10589,8 @@ MOE__PRIVATE void moe__matmul_tile(const moe__kernels *kernels, const moe__matri
                                    int64_t out_stride, void *pack, moe__next next) {
     const moe__type_kernels *k = &kernels->type[matrix->index];
     const uint8_t *rows = moe__matrix_row(matrix, expert, begin);
-    if (n_tokens >= MOE__TILE_TOKENS) {
+    if (n_tokens >= (matrix->type->act == MOE__ACT_F32 ? MOE__TILE_TOKENS_FLOAT
+                                                       : MOE__TILE_TOKENS)) {
         k->tile(rows, matrix->row_size, n_rows, matrix->n_in, x, n_tokens, out, out_stride, pack,
                 next.data, next.size);
     } else {

@@ -31,13 +31,13 @@
 /*   >>gguf      2558  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3548  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5241  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10465  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10750  router, plan, the expert schedules */
-/*   >>model    11198  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12291  cache, the forward pass */
-/*   >>text     13609  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15261  choosing tokens, generating text */
-/*   >>licence  16106  MIT or public domain */
+/*   >>ops      10518  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10803  router, plan, the expert schedules */
+/*   >>model    11251  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12344  cache, the forward pass */
+/*   >>text     13662  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15314  choosing tokens, generating text */
+/*   >>licence  16159  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
 /*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
@@ -5329,6 +5329,7 @@ typedef struct moe__kernels {
     void (*peaks)(const float *x, int64_t n, float *out);
     /* y[i] += a * x[i] */
     void (*axpy)(float a, const float *x, int64_t n, float *y);
+    void (*divide)(float *x, int64_t n, float by); /* x[i] /= by */
     void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
     /* n values, a multiple of 32, to blocks as in moe__kv_bytes */
     void (*f32_to_q8_0)(const float *x, int64_t n, uint8_t *out);
@@ -5501,6 +5502,10 @@ MOE__PRIVATE void moe__axpy_scalar(float a, const float *x, int64_t n, float *y)
     for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
 }
 
+MOE__PRIVATE void moe__divide_scalar(float *x, int64_t n, float by) {
+    for (int64_t i = 0; i < n; i++) x[i] /= by;
+}
+
 MOE__PRIVATE void moe__f32_to_f16_scalar(const float *x, int64_t n, uint16_t *out) {
     for (int64_t i = 0; i < n; i++) out[i] = moe__f32_to_f16(x[i]);
 }
@@ -5598,6 +5603,7 @@ static const moe__kernels moe__kernels_scalar = {
     moe__weigh_scalar,
     moe__peaks_scalar,
     moe__axpy_scalar,
+    moe__divide_scalar,
     moe__f32_to_f16_scalar,
     moe__f32_to_q8_0_scalar,
     moe__attend_scalar};
@@ -5714,10 +5720,6 @@ MOE__V __m512i MOE__(v_dot_u8)(__m512i acc, __m512i a, __m512i b) {
 MOE__V __m512i MOE__(v_dot_i16)(__m512i acc, __m512i a, __m512i b) {
     return _mm512_dpwssd_epi32(acc, a, b);
 }
-/* The low half plus the high half. */
-MOE__V __m256 MOE__(v_fold)(__m512 x) {
-    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-}
 #else
 MOE__V __m256i MOE__(v_load)(const void *p) { return MOE__(v_load_256)(p); }
 MOE__V __m256i MOE__(v_zero)(void) { return _mm256_setzero_si256(); }
@@ -5740,7 +5742,6 @@ MOE__V __m256i MOE__(v_dot_u8)(__m256i acc, __m256i a, __m256i b) {
 #endif
 }
 #endif
-MOE__V __m256 MOE__(v_fold)(__m256 x) { return x; }
 #endif
 /* x, rounded before it is used: a product is not fused with what is added to it. */
 MOE__V MOE__VF MOE__(v_rounded)(MOE__VF x) {
@@ -6008,22 +6009,9 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
 /* ---- pieces of vectors ----------------------------------------------------------------------- */
 
 /* u_: on 256 bits in every instruction set. */
-/* acc + the sums of two neighbouring int16 products */
-MOE__V __m256i MOE__(u_dot_i16)(__m256i acc, __m256i a, __m256i b) {
-#if MOE__ISA == 3
-    return _mm256_dpwssd_epi32(acc, a, b);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
-#endif
-}
 /* a | (b & mask) */
 MOE__V __m256i MOE__(u_or_and)(__m256i a, __m256i b, __m256i mask) {
     return _mm256_or_si256(a, _mm256_and_si256(b, mask));
-}
-/* x, in a register: GCC would load it again for each use, or make a constant again in a loop. */
-MOE__V __m256i MOE__(u_keep)(__m256i x) {
-    __asm__ volatile("" : "+v"(x));
-    return x;
 }
 /* pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the */
 /* high lane in the high one */
@@ -6039,6 +6027,7 @@ MOE__V void MOE__(tile_store)(void *p, MOE__VI v) {
     _mm256_storeu_si256((__m256i *)p, v);
 #endif
 }
+MOE__V void MOE__(u_store)(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
 /* 16 bytes: 32 weights, the low nibbles before the high ones */
 MOE__V __m256i MOE__(u_nibbles)(const uint8_t *p) {
     __m256i x = _mm256_broadcastsi128_si256(MOE__(v_load_128)(p));
@@ -6159,11 +6148,13 @@ enum {
 /* these two: products, tiles, floats. */
 /* */
 /* Which weights a vector holds is the type's order. With 256 bits it is always the natural one. */
-/* With 512 it is what a load of 64 bytes gives, so that no levels are moved: two sub-blocks of 32 */
-/* weights (a, b), or four halves of such */
+/* With 512 it is one in which neither levels nor activations have to be moved much: two sub-blocks */
+/* of 32 weights (a, b), or four halves of such */
 /* */
-/*   NATURAL  (0, 1) (2, 3) (4, 5) (6, 7)       TWOS    (0, 4) (1, 5) (2, 6) (3, 7) */
-/*   FOURS    (0, 2) (1, 3) (4, 6) (5, 7)       HALVES  first halves of 0-3, second ones, of 4-7 */
+/*   FOURS    (0, 2) (1, 3) (4, 6) (5, 7), as moe__act256 has its activations */
+/*   TWOS     (0, 4) (1, 5) (2, 6) (3, 7) */
+/*   NATURAL  (0, 1) (2, 3) (4, 5) (6, 7) */
+/*   HALVES   first halves of 0-3, second ones, the same of 4-7 */
 
 #define MOE__NATURAL 0
 #define MOE__FOURS 1
@@ -6237,9 +6228,15 @@ MOE__V MOE__VI MOE__(v_multiply)(MOE__VI acc, MOE__VI levels, MOE__VI acts, __m2
                                  const int bits, const int per, const int order, const int v) {
 #if MOE__ISA == 3
     if (bits == 8) { /* sums of two would not fit into int16 */
-        const __m512i both = MOE__(v_spread)(scale, per, order, v);
+        const int by = per / 16;
+#define MOE__AT(lane) 0x0000000100000001 * (MOE__(v_group)(order, v, lane) / by)
+        const __m512i at =
+            _mm512_setr_epi64(MOE__AT(0), MOE__AT(0), MOE__AT(1), MOE__AT(1), MOE__AT(2),
+                              MOE__AT(2), MOE__AT(3), MOE__AT(3));
+#undef MOE__AT
+        const __m512i factor = _mm512_permutexvar_epi32(at, _mm512_cvtepi16_epi32(scale));
         const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), levels, acts);
-        return _mm512_add_epi32(acc, _mm512_mullo_epi32(sums, _mm512_srai_epi32(both, 16)));
+        return _mm512_add_epi32(acc, _mm512_mullo_epi32(sums, factor));
     }
 #else
     if (bits == 8) {
@@ -6267,29 +6264,33 @@ MOE__V MOE__VI MOE__(v_extend)(__m256i x) {
 
 /* ---- pieces of levels */
 
-/* Fields of `bits` bits: each 32 bytes hold as many sub-blocks of 32 weights as fit, the first in */
-/* the low bits. Bits above the field are not cleared. */
-MOE__V MOE__VI MOE__(v_field)(const uint8_t *p, const int bits, const int order, const int v) {
+/* int16 shifted right by n, left by -n */
+MOE__V MOE__VI MOE__(v_shift)(MOE__VI x, const int n) {
+    return n >= 0 ? MOE__MM(srli_epi16)(x, n) : MOE__MM(slli_epi16)(x, -n);
+}
+/* Fields of `bits` bits, moved to bit `to` of each byte: each 32 bytes hold as many sub-blocks of 32 */
+/* weights as fit, the first in the low bits. The other bits are not cleared. */
+MOE__V MOE__VI MOE__(v_field)(const uint8_t *p, const int bits, const int to, const int order,
+                              const int v) {
     const int fit = 8 / bits;
 #if MOE__ISA == 3
     const int a = MOE__(v_group)(order, v, 0) / 2, b = MOE__(v_group)(order, v, 2) / 2;
     if (a / fit != b / fit)
-        return _mm512_srli_epi16(MOE__(v_load)(p + 32 * (a / fit)), bits * (a % fit));
-    const __m512i at = _mm512_inserti64x4(_mm512_set1_epi16((short)(bits * (a % fit))),
-                                          _mm256_set1_epi16((short)(bits * (b % fit))), 1);
-    return _mm512_srlv_epi16(_mm512_broadcast_i64x4(MOE__(v_load_256)(p + 32 * (a / fit))), at);
+        return MOE__(v_shift)(MOE__(v_load)(p + 32 * (a / fit)), bits * (a % fit) - to);
+    const __m512i by = _mm512_inserti64x4(_mm512_set1_epi64(bits * (a % fit) - to + 64),
+                                          _mm256_set1_epi64x(bits * (b % fit) - to + 64), 1);
+    return _mm512_rorv_epi64(_mm512_broadcast_i64x4(MOE__(v_load_256)(p + 32 * (a / fit))), by);
 #else
     (void)order;
-    return _mm256_srli_epi16(MOE__(v_load)(p + 32 * (v / fit)), bits * (v % fit));
+    return MOE__(v_shift)(MOE__(v_load)(p + 32 * (v / fit)), bits * (v % fit) - to);
 #endif
 }
 MOE__V MOE__VI MOE__(v_mask)(MOE__VI x, const int mask) {
     return MOE__(v_and)(x, MOE__MM(set1_epi8)((char)mask));
 }
-/* low | the `bits` low bits of high << shift */
-MOE__V MOE__VI MOE__(v_join)(MOE__VI low, MOE__VI high, const int bits, const int shift) {
-    return MOE__(v_or_and)(low, MOE__MM(slli_epi16)(high, shift),
-                           MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << shift)));
+/* low | `bits` bits of high from bit `at` on */
+MOE__V MOE__VI MOE__(v_join)(MOE__VI low, MOE__VI high, const int bits, const int at) {
+    return MOE__(v_or_and)(low, high, MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << at)));
 }
 /* HALVES: 16 bytes hold 32 weights, the first half in the low nibbles */
 MOE__V MOE__VI MOE__(v_nibbles)(const uint8_t *p, const int v) {
@@ -6398,7 +6399,7 @@ MOE__HEAD(q2_k) {
     h->min = MOE__(u_words)(_mm_and_si128(_mm_srli_epi16(bytes, 4), low));
     h->d = MOE__(u_halves)(b + 80, 4);
 }
-MOE__LEVEL(q2_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 2, MOE__TWOS, v), 3); }
+MOE__LEVEL(q2_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 2, 0, MOE__TWOS, v), 3); }
 
 MOE__HEAD(q3_k) {
     __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + 104)),
@@ -6409,8 +6410,8 @@ MOE__HEAD(q3_k) {
     h->d = MOE__(u_halves)(b + 108, 2);
 }
 MOE__LEVEL(q3_k) {
-    const MOE__VI low = MOE__(v_mask)(MOE__(v_field)(b + 32, 2, MOE__TWOS, v), 3);
-    return MOE__(v_join)(low, MOE__(v_field)(b, 1, MOE__TWOS, v), 1, 2);
+    const MOE__VI low = MOE__(v_mask)(MOE__(v_field)(b + 32, 2, 0, MOE__TWOS, v), 3);
+    return MOE__(v_join)(low, MOE__(v_field)(b, 1, 2, MOE__TWOS, v), 1, 2);
 }
 
 /* Scales and mins, see moe__types_head; outside the vector units, which are busy */
@@ -6423,12 +6424,12 @@ MOE__HEAD(q4_k) {
     h->min = MOE__(u_words)(_mm_cvtsi64_si128((int64_t)min));
     h->d = MOE__(u_halves)(b, 4);
 }
-MOE__LEVEL(q4_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 4, MOE__FOURS, v), 15); }
+MOE__LEVEL(q4_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 4, 0, MOE__FOURS, v), 15); }
 
 MOE__HEAD(q5_k) { MOE__(head_q4_k)(b, D, h); }
 MOE__LEVEL(q5_k) {
-    const MOE__VI low = MOE__(v_mask)(MOE__(v_field)(b + 48, 4, MOE__FOURS, v), 15);
-    return MOE__(v_join)(low, MOE__(v_field)(b + 16, 1, MOE__FOURS, v), 1, 4);
+    const MOE__VI low = MOE__(v_mask)(MOE__(v_field)(b + 48, 4, 0, MOE__FOURS, v), 15);
+    return MOE__(v_join)(low, MOE__(v_field)(b + 16, 1, 4, MOE__FOURS, v), 1, 4);
 }
 
 MOE__HEAD(q6_k) {
@@ -6437,17 +6438,20 @@ MOE__HEAD(q6_k) {
 }
 MOE__LEVEL(q6_k) { /* low nibbles of 64 bytes: 64 weights, high ones: the next */
 #if MOE__ISA == 3
-    MOE__VI low = _mm512_srli_epi16(MOE__(v_load)(b + 64 * (v / 2)), 4 * (v % 2));
+    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i low = _mm512_srlv_epi16(
+        _mm512_broadcast_i64x4(MOE__(v_load_256)(b + 64 * (v / 2) + 32 * (v % 2))), by);
 #else
-    MOE__VI low = _mm256_srli_epi16(MOE__(v_load)(b + 64 * (v / 4) + 32 * (v % 2)), v / 2 % 2 * 4);
+    const __m256i low =
+        _mm256_srli_epi16(MOE__(v_load)(b + 64 * (v / 4) + 32 * (v % 2)), v / 2 % 2 * 4);
 #endif
-    return MOE__(v_join)(MOE__(v_mask)(low, 15), MOE__(v_field)(b + 128, 2, MOE__NATURAL, v), 2, 4);
+    return MOE__(v_join)(MOE__(v_mask)(low, 15), MOE__(v_field)(b + 128, 2, 4, MOE__FOURS, v), 2, 4);
 }
 
 /* ---- ternary */
 
 MOE__HEAD(tq2_0) { h->scale = _mm256_set1_epi16(1), h->d = MOE__(u_halves)(b + 64, 2); }
-MOE__LEVEL(tq2_0) { return MOE__(v_mask)(MOE__(v_field)(b, 2, MOE__TWOS, v), 3); }
+MOE__LEVEL(tq2_0) { return MOE__(v_mask)(MOE__(v_field)(b, 2, 0, MOE__TWOS, v), 3); }
 
 MOE__HEAD(tq1_0) { h->scale = _mm256_set1_epi16(1), h->d = MOE__(u_halves)(b + 52, 2); }
 /* Sub-block j: bytes, and the powers of 3 they are multiplied with */
@@ -6468,10 +6472,9 @@ MOE__V __m256i MOE__(u_tq1_0_powers)(const int j) {
 MOE__LEVEL(tq1_0) { /* x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons */
 #if MOE__ISA == 3
 #define MOE__BOTH(x, y) _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)
-    const __m512i bytes = MOE__BOTH(MOE__(u_tq1_0_bytes)(b, 2 * v),
-                                    MOE__(u_tq1_0_bytes)(b, 2 * v + 1));
-    const __m512i power = MOE__BOTH(MOE__(u_tq1_0_powers)(2 * v),
-                                    MOE__(u_tq1_0_powers)(2 * v + 1));
+    const int i = MOE__(v_group)(MOE__FOURS, v, 0) / 2, j = MOE__(v_group)(MOE__FOURS, v, 2) / 2;
+    const __m512i bytes = MOE__BOTH(MOE__(u_tq1_0_bytes)(b, i), MOE__(u_tq1_0_bytes)(b, j));
+    const __m512i power = MOE__BOTH(MOE__(u_tq1_0_powers)(i), MOE__(u_tq1_0_powers)(j));
 #undef MOE__BOTH
 #else
     const __m256i bytes = MOE__(u_tq1_0_bytes)(b, v), power = MOE__(u_tq1_0_powers)(v);
@@ -6508,17 +6511,17 @@ MOE__HEAD(iq2_k) {
     h->d = MOE__(u_halves)(b, 2);
 }
 MOE__LEVEL(iq2_k) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 12, 2, MOE__TWOS, v), 3);
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 12, 2, 0, MOE__TWOS, v), 3);
     return MOE__(v_lookup)(moe__levels_k2, x, 4, 32);
 }
 
 MOE__V MOE__VI MOE__(v_three)(const uint8_t *two, const uint8_t *one, const int v) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(two, 2, MOE__TWOS, v), 3);
-    return MOE__(v_join)(x, MOE__(v_field)(one, 1, MOE__TWOS, v), 1, 2);
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(two, 2, 0, MOE__TWOS, v), 3);
+    return MOE__(v_join)(x, MOE__(v_field)(one, 1, 2, MOE__TWOS, v), 1, 2);
 }
 MOE__V MOE__VI MOE__(v_five)(const uint8_t *four, const uint8_t *one, const int v) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(four, 4, MOE__FOURS, v), 15);
-    return MOE__(v_join)(x, MOE__(v_field)(one, 1, MOE__FOURS, v), 1, 4);
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(four, 4, 0, MOE__FOURS, v), 15);
+    return MOE__(v_join)(x, MOE__(v_field)(one, 1, 4, MOE__FOURS, v), 1, 4);
 }
 
 MOE__HEAD(iq3_k) {
@@ -6556,9 +6559,9 @@ MOE__HEAD(iq6_k) {
     h->d = MOE__(u_halves)(b, 2);
 }
 MOE__LEVEL(iq6_k) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 20, 4, MOE__FOURS, v), 15);
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 20, 4, 0, MOE__FOURS, v), 15);
     return MOE__(v_lookup)(moe__levels_k6,
-                           MOE__(v_join)(x, MOE__(v_field)(b + 148, 2, MOE__FOURS, v), 2, 4), 64,
+                           MOE__(v_join)(x, MOE__(v_field)(b + 148, 2, 4, MOE__FOURS, v), 2, 4), 64,
                            MOE__BIAS8);
 }
 
@@ -6570,7 +6573,7 @@ MOE__HEAD(iq2_ks) {
     h->d = _mm_set_ss(D);
 }
 MOE__LEVEL(iq2_ks) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 6, 2, MOE__TWOS, v), 3);
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 6, 2, 0, MOE__TWOS, v), 3);
     return MOE__(v_lookup)(moe__levels_k2, x, 4, 32);
 }
 
@@ -6646,16 +6649,26 @@ MOE__LEVEL(iq2_kl) {
 
 /* ---- code books */
 
-/* Entries index[0], [1], ... of a book of 8 bytes each */
-MOE__V MOE__VI MOE__(v_book8)(const uint64_t *book, const uint16_t *index) {
-#define MOE__ENTRY(i) (int64_t)book[index[i]]
+/* Code books' vectors are in the order FOURS. Entries of vector v, of a book of 8 bytes each: */
+MOE__V MOE__VI MOE__(v_book8)(const uint64_t *book, const uint16_t *index, const int v) {
+#define MOE__ENTRY(lane, i) \
+    (int64_t)book[index[2 * MOE__(v_group)(MOE__FOURS, v, lane) + (i)]]
 #if MOE__ISA == 3
-    return _mm512_setr_epi64(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),
-                             MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7));
+    return _mm512_setr_epi64(MOE__ENTRY(0, 0), MOE__ENTRY(0, 1), MOE__ENTRY(1, 0),
+                             MOE__ENTRY(1, 1), MOE__ENTRY(2, 0), MOE__ENTRY(2, 1),
+                             MOE__ENTRY(3, 0), MOE__ENTRY(3, 1));
 #else
-    return _mm256_setr_epi64x(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3));
+    return _mm256_setr_epi64x(MOE__ENTRY(0, 0), MOE__ENTRY(0, 1), MOE__ENTRY(1, 0),
+                              MOE__ENTRY(1, 1));
 #endif
 #undef MOE__ENTRY
+}
+/* The signs of the vectors, from those of the weights */
+MOE__V void MOE__(u_signs_book8)(__m256i sign, MOE__(head) *h) {
+#if MOE__ISA == 3
+    sign = _mm256_permutevar8x32_epi32(sign, _mm256_setr_epi32(0, 2, 1, 3, 4, 6, 5, 7));
+#endif
+    MOE__(u_store)(h->sign, sign);
 }
 /* bias + x, or bias - x where its sign is set */
 MOE__V MOE__VI MOE__(v_signed)(MOE__VI x, const uint8_t *sign, const int v, const int bias) {
@@ -6676,18 +6689,17 @@ MOE__V __m256i MOE__(u_even_signs)(__m256i x) {
     const __m256i fold = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi16(x, 4)), low);
     return _mm256_or_si256(x, _mm256_shuffle_epi8(odd, fold));
 }
-MOE__V void MOE__(u_store)(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
-/* Eight words of four 7-bit signs and a 4-bit scale */
-MOE__V void MOE__(u_signs_scales)(__m256i words, MOE__(head) *h) {
+/* Eight words of four 7-bit signs and a 4-bit scale; returns the signs */
+MOE__V __m256i MOE__(u_signs_scales)(__m256i words, MOE__(head) *h) {
     __m256i x = _mm256_and_si256(words, _mm256_set1_epi32(0x7F));
     x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 1), _mm256_set1_epi32(0x7F00));
     x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 2), _mm256_set1_epi32(0x7F0000));
     x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 3), _mm256_set1_epi32(0x7F000000));
-    MOE__(u_store)(h->sign, MOE__(u_even_signs)(x));
     const __m256i scale = _mm256_srli_epi32(words, 28);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(scale),
                                             _mm256_extracti128_si256(scale, 1));
     h->scale = MOE__(u_odd16)(_mm256_castsi128_si256(packed));
+    return MOE__(u_even_signs)(x);
 }
 /* Indices are read back one by one: GCC would take them out of the registers instead. */
 MOE__V void MOE__(u_store_indices)(__m256i low, __m256i high, MOE__(head) *h) {
@@ -6714,14 +6726,14 @@ MOE__HEAD(iq2_xxs) {
     const __m256 y = _mm256_loadu_ps((const float *)(const void *)(b + 34));
     __m256i words = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xDD)); /* 0 1 4 5 2 3 6 7 */
     __m256i bytes = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88));
-    MOE__(u_signs_scales)(_mm256_permute4x64_epi64(words, 0xD8), h);
+    MOE__(u_signs_book8)(MOE__(u_signs_scales)(_mm256_permute4x64_epi64(words, 0xD8), h), h);
     bytes = _mm256_permute4x64_epi64(bytes, 0xD8);
     MOE__(u_store_indices)(MOE__(u_words)(_mm256_castsi256_si128(bytes)),
                            MOE__(u_words)(_mm256_extracti128_si256(bytes, 1)), h);
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
 }
 MOE__LEVEL(iq2_xxs) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq2xxs, h->index + MOE__VBYTES / 8 * v);
+    const MOE__VI x = MOE__(v_book8)(h->books->iq2xxs, h->index, v);
     return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
 }
 
@@ -6733,13 +6745,13 @@ MOE__HEAD(iq2_xs) {
     const __m256i x = MOE__(v_load_256)(b + 2), y = MOE__(v_load_256)(b + 34);
     const __m256i mask = _mm256_set1_epi16(511);
     __m256i sign = _mm256_packus_epi16(_mm256_srli_epi16(x, 9), _mm256_srli_epi16(y, 9));
-    MOE__(u_store)(h->sign, MOE__(u_even_signs)(_mm256_permute4x64_epi64(sign, 0xD8)));
+    MOE__(u_signs_book8)(MOE__(u_even_signs)(_mm256_permute4x64_epi64(sign, 0xD8)), h);
     MOE__(u_store_indices)(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask), h);
     h->scale = MOE__(u_scales_iq2)(b + 66);
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
 }
 MOE__LEVEL(iq2_xs) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq2xs, h->index + MOE__VBYTES / 8 * v);
+    const MOE__VI x = MOE__(v_book8)(h->books->iq2xs, h->index, v);
     return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
 }
 
@@ -6749,12 +6761,12 @@ MOE__HEAD(iq2_s) {
     const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = _mm256_set1_epi16(0x300);
     MOE__(u_indices)(b + 2, _mm256_and_si256(_mm256_mullo_epi16(MOE__(u_fours16)(high, 0), up), mask),
                      _mm256_and_si256(_mm256_mullo_epi16(MOE__(u_fours16)(high, 4), up), mask), h);
-    MOE__(u_store)(h->sign, MOE__(v_load_256)(b + 34));
+    MOE__(u_signs_book8)(MOE__(v_load_256)(b + 34), h);
     h->scale = MOE__(u_scales_iq2)(b + 74);
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
 }
 MOE__LEVEL(iq2_s) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq2s, h->index + MOE__VBYTES / 8 * v);
+    const MOE__VI x = MOE__(v_book8)(h->books->iq2s, h->index, v);
     return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
 }
 
@@ -6806,8 +6818,7 @@ MOE__V __m256i MOE__(v_book4_16)(const uint32_t *book, const uint16_t *index) {
 #endif
 
 MOE__HEAD(iq3_xxs) {
-    MOE__(u_signs_scales)(MOE__(v_load_256)(b + 66), h);
-    MOE__(u_signs_book4)(MOE__(v_load_256)(h->sign), h);
+    MOE__(u_signs_book4)(MOE__(u_signs_scales)(MOE__(v_load_256)(b + 66), h), h);
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.25f);
 }
 MOE__LEVEL(iq3_xxs) {
@@ -6862,7 +6873,7 @@ MOE__HEAD(iq1_s) {
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
 }
 MOE__LEVEL(iq1_s) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index + MOE__VBYTES / 8 * v);
+    const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index, v);
     return (void)b, MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)(16));
 }
 
@@ -6874,16 +6885,19 @@ MOE__HEAD(iq1_m) {
     MOE__(u_indices)(b, _mm256_slli_epi16(_mm256_and_si256(low, mask), 8),
                      _mm256_slli_epi16(_mm256_and_si256(high, mask), 8), h);
     const __m256i nibbles = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
-    const uint32_t signs =
+    uint32_t signs =
         (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(nibbles, _mm256_set1_epi8(7)));
-    memcpy(h->sign, &signs, 4); /* a bit per entry */
+#if MOE__ISA == 3
+    signs = (signs & 0xF00FF00F) | (signs & 0x00F000F0) << 4 | (signs >> 4 & 0x00F000F0);
+#endif
+    memcpy(h->sign, &signs, 4); /* a bit per entry, in the order of the vectors */
     __m256i scale = MOE__(u_fours16)(_mm_loadl_epi64((const __m128i *)(const void *)(b + 48)), 0);
     scale = _mm256_mullo_epi16(scale, _mm256_set1_epi64x(0x0001000800400200));
     h->scale = MOE__(u_odd16)(_mm256_and_si256(_mm256_srli_epi16(scale, 9), mask));
     h->d = _mm_set_ss(moe__types_iq1_m_d(b + 48) * 0.125f);
 }
 MOE__LEVEL(iq1_m) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index + MOE__VBYTES / 8 * v);
+    const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index, v);
     const MOE__VI more = MOE__MM(set1_epi8)(17), less = MOE__MM(set1_epi8)(15);
     (void)b;
 #if MOE__ISA == 3
@@ -7023,14 +7037,14 @@ MOE__TYPE_256(Q2_K, q2_k, MOE__TWOS, 0)
 MOE__TYPE_256(Q3_K, q3_k, MOE__TWOS, 0)
 MOE__TYPE_256(Q4_K, q4_k, MOE__FOURS, 0)
 MOE__TYPE_256(Q5_K, q5_k, MOE__FOURS, 0)
-MOE__TYPE_256(Q6_K, q6_k, MOE__NATURAL, 0)
-MOE__TYPE_256(TQ1_0, tq1_0, MOE__NATURAL, 0)
+MOE__TYPE_256(Q6_K, q6_k, MOE__FOURS, 0)
+MOE__TYPE_256(TQ1_0, tq1_0, MOE__FOURS, 0)
 MOE__TYPE_256(TQ2_0, tq2_0, MOE__TWOS, 0)
-MOE__TYPE_256(IQ1_S, iq1_s, MOE__NATURAL, MOE__SHIFTS | MOE__BOOKS)
-MOE__TYPE_256(IQ1_M, iq1_m, MOE__NATURAL, MOE__BOOKS)
-MOE__TYPE_256(IQ2_XXS, iq2_xxs, MOE__NATURAL, MOE__BOOKS)
-MOE__TYPE_256(IQ2_XS, iq2_xs, MOE__NATURAL, MOE__BOOKS)
-MOE__TYPE_256(IQ2_S, iq2_s, MOE__NATURAL, MOE__BOOKS)
+MOE__TYPE_256(IQ1_S, iq1_s, MOE__FOURS, MOE__SHIFTS | MOE__BOOKS)
+MOE__TYPE_256(IQ1_M, iq1_m, MOE__FOURS, MOE__BOOKS)
+MOE__TYPE_256(IQ2_XXS, iq2_xxs, MOE__FOURS, MOE__BOOKS)
+MOE__TYPE_256(IQ2_XS, iq2_xs, MOE__FOURS, MOE__BOOKS)
+MOE__TYPE_256(IQ2_S, iq2_s, MOE__FOURS, MOE__BOOKS)
 MOE__TYPE_256(IQ3_XXS, iq3_xxs, MOE__BOOK4_ORDER, MOE__BOOKS)
 MOE__TYPE_256(IQ3_S, iq3_s, MOE__BOOK4_ORDER, MOE__BOOKS)
 #undef MOE__BOOK4_ORDER
@@ -7114,19 +7128,20 @@ MOE__V MOE__VI MOE__(v_nibbles_r4)(const uint8_t *p, const int v) {
     return MOE__(v_mask)(_mm256_srli_epi16(MOE__(v_load)(p + 32 * (v % 2)), 4 * (v / 2)), 15);
 #endif
 }
-/* Bits from a h + b (t % 2) + c (t / 2) on; higher ones are not cleared. 32 bytes: half h is lane */
-/* h; 16 bytes: both halves are in each */
-MOE__V MOE__VI MOE__(v_bits_r4)(MOE__VI x, const int v, const int a, const int b, const int c) {
+/* Bits from a h + b (t % 2) + c (t / 2) on, moved to bit `to`; others are not cleared. 32 bytes: */
+/* half h is lane h; 16 bytes: both halves are in each */
+MOE__V MOE__VI MOE__(v_bits_r4)(MOE__VI x, const int v, const int a, const int b, const int c,
+                                const int to) {
 #define MOE__SHIFT(lane)                                                                     \
     (a * MOE__(r4_half)(lane) + b * (MOE__(r4_t)(v, lane) % 2) + c * (MOE__(r4_t)(v, lane) / 2))
 #if MOE__ISA == 3
     const __m512i at = _mm512_setr_epi64(MOE__SHIFT(0), MOE__SHIFT(0), MOE__SHIFT(1), MOE__SHIFT(1),
                                          MOE__SHIFT(2), MOE__SHIFT(2), MOE__SHIFT(3), MOE__SHIFT(3));
-    return _mm512_srlv_epi64(x, at);
+    return _mm512_rorv_epi64(x, _mm512_add_epi64(at, _mm512_set1_epi64(64 - to)));
 #else
     const __m256i at =
         _mm256_setr_epi64x(MOE__SHIFT(0), MOE__SHIFT(0), MOE__SHIFT(1), MOE__SHIFT(1));
-    return _mm256_srlv_epi64(x, at);
+    return _mm256_slli_epi16(_mm256_srlv_epi64(x, at), to);
 #endif
 #undef MOE__SHIFT
 }
@@ -7138,11 +7153,11 @@ MOE__V MOE__VI MOE__(v_load_twice)(const uint8_t *p) {
 #endif
 }
 MOE__V MOE__VI MOE__(v_two_r4)(const uint8_t *p, const int v) {
-    return MOE__(v_mask)(MOE__(v_bits_r4)(MOE__(v_load_twice)(p), v, 0, 2, 4), 3);
+    return MOE__(v_mask)(MOE__(v_bits_r4)(MOE__(v_load_twice)(p), v, 0, 2, 4, 0), 3);
 }
 MOE__V MOE__VI MOE__(v_one_r4)(const uint8_t *p, const int v, const int a, const int b,
-                               const int c) {
-    return MOE__(v_bits_r4)(MOE__(v_load16)(p), v, a, b, c);
+                               const int c, const int to) {
+    return MOE__(v_bits_r4)(MOE__(v_load16)(p), v, a, b, c, to);
 }
 
 /* ---- heads of four rows */
@@ -7204,7 +7219,7 @@ MOE__HEAD(q3_k_r4) {
 }
 MOE__LEVEL(q3_k_r4) {
     return MOE__(v_join)(MOE__(v_two_r4)(b + 184 + 32 * j, v),
-                         MOE__(v_one_r4)(b + 56 + 16 * j, v, 4, 1, 2), 1, 2);
+                         MOE__(v_one_r4)(b + 56 + 16 * j, v, 4, 1, 2, 2), 1, 2);
 }
 
 /* Low nibbles are scales, high ones mins; two more bits of each */
@@ -7223,7 +7238,7 @@ MOE__LEVEL(q4_k_r4) { return MOE__(v_nibbles_r4)(b + 64 + 64 * j, v); }
 MOE__HEAD(q5_k_r4) { MOE__(head_q4_k_r4)(b, D, h); }
 MOE__LEVEL(q5_k_r4) {
     return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 192 + 64 * j, v),
-                         MOE__(v_one_r4)(b + 64 + 16 * j, v, 4, 2, 1), 1, 4);
+                         MOE__(v_one_r4)(b + 64 + 16 * j, v, 4, 2, 1, 4), 1, 4);
 }
 
 MOE__HEAD(q6_k_r4) {
@@ -7232,7 +7247,7 @@ MOE__HEAD(q6_k_r4) {
 }
 MOE__LEVEL(q6_k_r4) {
     return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 328 + 64 * j, v),
-                         MOE__(v_bits_r4)(MOE__(v_load_twice)(b + 72 + 32 * j), v, 0, 4, 2), 2, 4);
+                         MOE__(v_bits_r4)(MOE__(v_load_twice)(b + 72 + 32 * j), v, 0, 4, 2, 4), 2, 4);
 }
 
 MOE__HEAD(iq2_k_r4) {
@@ -7265,7 +7280,7 @@ MOE__HEAD(iq3_k_r4) {
 }
 MOE__LEVEL(iq3_k_r4) {
     const MOE__VI x = MOE__(v_join)(MOE__(v_two_r4)(b + 56 + 32 * j, v),
-                                    MOE__(v_one_r4)(b + 312 + 16 * j, v, 4, 1, 2), 1, 2);
+                                    MOE__(v_one_r4)(b + 312 + 16 * j, v, 4, 1, 2, 2), 1, 2);
     return MOE__(v_lookup)(moe__levels_k3, x, 8, 64);
 }
 
@@ -7286,7 +7301,7 @@ MOE__HEAD(iq5_k_r4) {
 }
 MOE__LEVEL(iq5_k_r4) {
     const MOE__VI x = MOE__(v_join)(MOE__(v_nibbles_r4)(b + 64 + 64 * j, v),
-                                    MOE__(v_one_r4)(b + 576 + 16 * j, v, 2, 4, 1), 1, 4);
+                                    MOE__(v_one_r4)(b + 576 + 16 * j, v, 2, 4, 1, 4), 1, 4);
     return MOE__(v_lookup)(moe__levels_k5, x, 32, MOE__BIAS8);
 }
 
@@ -7309,7 +7324,7 @@ MOE__LEVEL(iq4_ks_r4) {
 MOE__HEAD(iq5_ks_r4) { MOE__(u_head_ks_r4)(b, D, MOE__SHIFT_K5, h); }
 MOE__LEVEL(iq5_ks_r4) {
     const MOE__VI x = MOE__(v_join)(MOE__(v_nibbles_r4)(b + 32 + 64 * j, v),
-                                    MOE__(v_one_r4)(b + 544 + 16 * j, v, 2, 4, 1), 1, 4);
+                                    MOE__(v_one_r4)(b + 544 + 16 * j, v, 2, 4, 1, 4), 1, 4);
     return MOE__(v_lookup)(moe__levels_k5, x, 32, MOE__BIAS8);
 }
 
@@ -7666,7 +7681,7 @@ MOE__LEVEL(iq4_nl_r4) {
     return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles_r4)(b + 8, v), 16, MOE__BIAS8);
 }
 MOE__LEVEL(q5_0_r4) {
-    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 24, v), MOE__(v_one_r4)(b + 8, v, 1, 2, 4), 1, 4);
+    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 24, v), MOE__(v_one_r4)(b + 8, v, 1, 2, 4, 4), 1, 4);
 }
 #undef MOE__LEVEL
 
@@ -7934,8 +7949,8 @@ MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int i, int co
     if (type == MOE__INDEX_Q6_0) { /* 8 bytes: pairs of bits of weights 0-7, 16-23, 8-15, 24-31 */
         const MOE__VI bits = MOE__MM(srlv_epi64)(
             MOE__(q32_load_8)(b + 2, size, i, count), MOE__(v_lanes)(_mm_set_epi64x(4, 0)));
-        w.low = MOE__(v_join)(w.low, bits, 2, 4);
-        w.high = MOE__(v_join)(w.high, MOE__MM(srli_epi16)(bits, 2), 2, 4);
+        w.low = MOE__(v_join)(w.low, MOE__MM(slli_epi16)(bits, 4), 2, 4);
+        w.high = MOE__(v_join)(w.high, MOE__MM(slli_epi16)(bits, 2), 2, 4);
     }
     return w;
 }
@@ -8941,20 +8956,54 @@ MOE__K void MOE__(tile_unpack_bf16)(const uint8_t *rows, size_t stride, int64_t 
 MOE__V MOE__(tile_columns) MOE__(tile_turn_blocks)(const void *from) {
     return MOE__(tile_turn)((const uint8_t *)from, sizeof(moe__block));
 }
-/* The place (number of 16 weights) of each 16 weights in each order */
-static const uint8_t MOE__(tile_at)[4][16] = {
+/* Levels of half a panel, n per row, in vectors of an order, plus `more` */
 #if MOE__ISA == 3
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-    {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15},
-    {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15},
-    {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15}
+/* Vector v of 16 rows: dwords are turned in lanes, then lanes of four times four rows. */
+MOE__V void MOE__(tile_turn_levels)(const moe__block *block, int order, const int v, __m512i more,
+                                    int64_t h, uint8_t *pack) {
+    __m512i x[4][4]; /* [4 rows][dword of each lane] */
+    MOE__UNROLL(4)
+    for (int g = 0; g < 4; g++) {
+        const __m512i r0 = MOE__(v_load)(block[4 * g].q + 64 * v);
+        const __m512i r1 = MOE__(v_load)(block[4 * g + 1].q + 64 * v);
+        const __m512i r2 = MOE__(v_load)(block[4 * g + 2].q + 64 * v);
+        const __m512i r3 = MOE__(v_load)(block[4 * g + 3].q + 64 * v);
+        const __m512i a = _mm512_unpacklo_epi32(r0, r1), b = _mm512_unpacklo_epi32(r2, r3);
+        const __m512i c = _mm512_unpackhi_epi32(r0, r1), d = _mm512_unpackhi_epi32(r2, r3);
+        x[g][0] = _mm512_unpacklo_epi64(a, b), x[g][1] = _mm512_unpackhi_epi64(a, b);
+        x[g][2] = _mm512_unpacklo_epi64(c, d), x[g][3] = _mm512_unpackhi_epi64(c, d);
+    }
+    int quad[4]; /* of each lane's first dword */
+    for (int lane = 0; lane < 4; lane++) quad[lane] = 4 * MOE__(v_group)(order, v, lane);
+    MOE__UNROLL(4)
+    for (int k = 0; k < 4; k++) {
+        const __m512i a = _mm512_shuffle_i32x4(x[0][k], x[1][k], 0x44);
+        const __m512i b = _mm512_shuffle_i32x4(x[2][k], x[3][k], 0x44);
+        const __m512i c = _mm512_shuffle_i32x4(x[0][k], x[1][k], 0xEE);
+        const __m512i d = _mm512_shuffle_i32x4(x[2][k], x[3][k], 0xEE);
+        MOE__(tile_put)(pack, quad[0] + k, h,
+                        _mm512_add_epi8(_mm512_shuffle_i32x4(a, b, 0x88), more));
+        MOE__(tile_put)(pack, quad[1] + k, h,
+                        _mm512_add_epi8(_mm512_shuffle_i32x4(a, b, 0xDD), more));
+        MOE__(tile_put)(pack, quad[2] + k, h,
+                        _mm512_add_epi8(_mm512_shuffle_i32x4(c, d, 0x88), more));
+        MOE__(tile_put)(pack, quad[3] + k, h,
+                        _mm512_add_epi8(_mm512_shuffle_i32x4(c, d, 0xDD), more));
+    }
+}
 #else
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+MOE__V void MOE__(tile_turn_levels)(const moe__block *block, int order, const int v, __m256i more,
+                                    int64_t h, uint8_t *pack) {
+    (void)order;
+    MOE__UNROLL(2)
+    for (int i = 2 * v; i < 2 * v + 2; i++) {
+        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(block->q + 16 * i);
+        MOE__UNROLL(4)
+        for (int k = 0; k < 4; k++)
+            MOE__(tile_put)(pack, 4 * i + k, h, _mm256_add_epi8(c.v[k], more));
+    }
+}
 #endif
-};
 
 /* Integer scales, mins and their scales of half a panel; per: weights per scale in the pack */
 MOE__V void MOE__(tile_turn_scales)(const moe__block *block, int per, int mins, int64_t h,
@@ -9002,7 +9051,6 @@ MOE__K void MOE__(tile_rows)(const moe__type *type, MOE__(unpack_fn) *unpack, in
                              int64_t at, int64_t n, int64_t h, uint8_t *stage, uint8_t *pack) {
     const size_t skip = (size_t)(at / type->block * type->bytes + type->meta);
     const MOE__VI more = MOE__MM(set1_epi8)((char)add);
-    const uint8_t *place = MOE__(tile_at)[order];
     moe__block *block = (moe__block *)(void *)stage;
     for (int r = 0; r < MOE__VFLOATS; r++) {
         const uint8_t *row = rows + (size_t)moe__min(h * MOE__VFLOATS + r, left - 1) * row_size;
@@ -9011,12 +9059,8 @@ MOE__K void MOE__(tile_rows)(const moe__type *type, MOE__(unpack_fn) *unpack, in
         if (type->meta == 2) D = moe__types_f16(row);
         unpack(row + skip, (int)n, D, block + r);
     }
-    for (int64_t i = 0; i < (n + 15) / 16; i++) {
-        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(block->q + 16 * place[i]);
-        MOE__UNROLL(4)
-        for (int k = 0; k < 4; k++)
-            MOE__(tile_put)(pack, 4 * i + k, h, MOE__MM(add_epi8)(c.v[k], more));
-    }
+    for (int v = 0; v < (int)(n + MOE__VBYTES - 1) / MOE__VBYTES; v++)
+        MOE__(tile_turn_levels)(block, order, v, more, h, pack);
     if (type->act == MOE__ACT_Q256) {
         MOE__(tile_turn_scales)(block, per, !type->offset, h, pack);
         return;
@@ -9337,13 +9381,13 @@ MOE__TILE_ROW_32(Q6_0, q6_0)
 MOE__TILE_ROW_32(NVFP4, nvfp4)
 MOE__TILE_ROW_256(Q2_K, q2_k, MOE__TWOS)
 MOE__TILE_ROW_256(Q3_K, q3_k, MOE__TWOS)
-MOE__TILE_ROW_256(TQ1_0, tq1_0, MOE__NATURAL)
+MOE__TILE_ROW_256(TQ1_0, tq1_0, MOE__FOURS)
 MOE__TILE_ROW_256(TQ2_0, tq2_0, MOE__TWOS)
-MOE__TILE_ROW_256(IQ1_S, iq1_s, MOE__NATURAL)
-MOE__TILE_ROW_256(IQ1_M, iq1_m, MOE__NATURAL)
-MOE__TILE_ROW_256(IQ2_XXS, iq2_xxs, MOE__NATURAL)
-MOE__TILE_ROW_256(IQ2_XS, iq2_xs, MOE__NATURAL)
-MOE__TILE_ROW_256(IQ2_S, iq2_s, MOE__NATURAL)
+MOE__TILE_ROW_256(IQ1_S, iq1_s, MOE__FOURS)
+MOE__TILE_ROW_256(IQ1_M, iq1_m, MOE__FOURS)
+MOE__TILE_ROW_256(IQ2_XXS, iq2_xxs, MOE__FOURS)
+MOE__TILE_ROW_256(IQ2_XS, iq2_xs, MOE__FOURS)
+MOE__TILE_ROW_256(IQ2_S, iq2_s, MOE__FOURS)
 MOE__TILE_ROW_256(IQ3_XXS, iq3_xxs, MOE__HALVES)
 MOE__TILE_ROW_256(IQ3_S, iq3_s, MOE__HALVES)
 MOE__TILE_ROW_256(IQ4_XS, iq4_xs, MOE__HALVES)
@@ -9875,6 +9919,14 @@ MOE__K void MOE__(axpy)(float a, const float *x, int64_t n, float *y) {
     MOE__(f_store_part)(y + i, n - i, MOE__(f_fma)(factor, b, c));
 }
 
+MOE__K void MOE__(divide)(float *x, int64_t n, float by) {
+    const MOE__VF d = MOE__(f_set)(by);
+    int64_t i = 0;
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
+        MOE__(f_store)(x + i, MOE__MM(div_ps)(MOE__(f_load)(x + i), d));
+    for (; i < n; i++) x[i] /= by;
+}
+
 MOE__K void MOE__(f32_to_f16)(const float *x, int64_t n, uint16_t *out) {
     int64_t i = 0;
     for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
@@ -10354,6 +10406,7 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(weigh),
     MOE__SHARED(peaks),
     MOE__SHARED(axpy),
+    MOE__SHARED(divide),
     MOE__SHARED(f32_to_f16),
     MOE__SHARED(f32_to_q8_0),
     MOE__SHARED(attend)};
@@ -10743,7 +10796,7 @@ MOE__PRIVATE void moe__attend_merge(const moe__kernels *kernels, const float *ma
         total += weight * sum[c * stride];
         kernels->axpy(weight, partial + c * partial_stride, dv, out);
     }
-    for (int64_t i = 0; i < dv; i++) out[i] /= total;
+    kernels->divide(out, dv, total);
 }
 
 /* ============================================================================================== */
@@ -12980,7 +13033,7 @@ MOE__PRIVATE void moe__mla_attend_some(moe__eval *e, int il) {
             e->kernels->attend(&a);
         }
         for (int32_t i = 0; i < a.n_queries; i++)
-            for (int64_t j = 0; j < latent; j++) a.out[i * latent + j] /= a.sum[i];
+            e->kernels->divide(a.out + i * latent, latent, a.sum[i]);
     }
     moe__eval_barrier(e);
 }
@@ -13086,7 +13139,7 @@ MOE__PRIVATE void moe__mla_attend_many(moe__eval *e, const moe__layer *layer, in
             }
         }
         for (int64_t t = 0; t < e->n; t++)
-            for (int64_t j = 0; j < dv; j++) out[t * n_head * dv + j] /= local->sum[t];
+            e->kernels->divide(out + t * n_head * dv, dv, local->sum[t]);
     }
     moe__eval_barrier(e);
 }

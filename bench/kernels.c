@@ -28,7 +28,7 @@
 
 static const char program[] = "kernels";
 enum { TILE = MOE__TILE_ROWS, MAX_TOKENS = 512, MAX_SAMPLES = 64, MAX_THREADS = 256 };
-static const int tokens_of[] = {8, 16, 32, 64, 512};
+static const int tokens_of[] = {2, 4, 8, 16, 32, 64, 512};
 enum { N_TOKENS = sizeof tokens_of / sizeof *tokens_of };
 
 static struct settings {

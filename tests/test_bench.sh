@@ -432,13 +432,13 @@ if [ -x "$build/kernels" ]; then
     moe_bench=$bench
     bench=$build/kernels
     with_roofs -T Q4_K -i scalar -a MLA -n 512 -s 1
-    check "kernels: a type" rows '^| Q4_K     | scalar   |\( *[0-9.]* *[0-9]* |\)\{7\}$' 1
+    check "kernels: a type" rows '^| Q4_K     | scalar   |\( *[0-9.]* *[0-9]* |\)\{9\}$' 1
     check "kernels: attention" shows '^| token, MLA'
     with_roofs -T none -a 'd 64' -i best -s 1 -t 2 -o csv
     check "kernels: a line of names" rows '^kernel,what,place,isa,threads,tokens,unit,' 1
     check "kernels: CSV" shows '^attend,"prompt, .*",cache,[A-Za-z0-9-]*,2,0,gmacs,[0-9.,]*$'
     with_roofs -T f32 -i scalar -a none -n 32 -l 16 -s 1 -o json
-    check "kernels: JSON" rows '^{"kernel": "\(dot\|tile\)", "what": "F32", .*}$' 7
+    check "kernels: JSON" rows '^{"kernel": "\(dot\|tile\)", "what": "F32", .*}$' 9
     with_roofs -T Q9_Z -a none
     check "kernels: an unknown type" fails 'no type of that name'
     with_roofs -n 31

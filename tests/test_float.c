@@ -338,6 +338,17 @@ TEST(peaks) {
     }
 }
 
+TEST(divide) {
+    float x[70], y[70];
+    EACH_ISA(k)
+    for (int n = 0; n <= 67; n++) {
+        const float by = n % 5 == 4 ? 0 : random_float(-3, 3);
+        for (int i = 0; i < 70; i++) x[i] = y[i] = random_float(-3, 3);
+        k->divide(y, n, by);
+        for (int i = 0; i < 70; i++) CHECK(y[i] == (i < n ? x[i] / by : x[i]));
+    }
+}
+
 TEST(axpy) {
     EACH_ISA(k)
     for (int at = 0; row_length(at); at++) {

@@ -254,6 +254,50 @@ TEST(dot_not_finite) {
     }
 }
 
+/* Weights of 0 count as 0, however large their scale: the offset of unsigned levels is taken out of
+ * exact integers. One activation meets a weight of another block, all others the zeros. */
+TEST(dot_zeros_of_large_scale) {
+    static const struct {
+        moe_type type;
+        int size, data, bytes, scale, more; /* of a block; its zeros from byte `data` on */
+        uint8_t zero, more_zero;            /* more: bytes behind them, of another value */
+        float one;                          /* the weight that scale 1 gives the first level + 1 */
+    } cases[] = {{MOE_TYPE_Q4_0, 18, 2, 16, 0, 0, 0x88, 0, 1}, {MOE_TYPE_Q8_0, 34, 2, 32, 0, 0, 0, 0, 1},
+                 {MOE_TYPE_Q5_0, 22, 2, 4, 0, 16, 0xFF, 0, 1}, {MOE_TYPE_MXFP4, 17, 1, 16, 0, 0, 0, 0, 0.5f},
+                 {MOE_TYPE_Q6_K, 210, 0, 128, 208, 64, 0, 0xAA, 1}};
+    EACH_ISA for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const moe__type *t = moe__type_find(cases[i].type);
+        const int n = 2 * 256, size = cases[i].size, n_blocks = n / t->block;
+        static float x[2 * 256];
+        uint8_t *row = (uint8_t *)guarded(0, (size_t)(size * n_blocks));
+        for (int b = 0; b < n_blocks; b++) {
+            uint8_t *p = row + size * b;
+            memset(p + cases[i].data, cases[i].zero, (size_t)cases[i].bytes);
+            if (cases[i].more)
+                memset(p + cases[i].data + cases[i].bytes, cases[i].more_zero, (size_t)cases[i].more);
+            if (t->id == MOE_TYPE_Q6_K) memset(p + 192, b ? 1 : 127, 16);
+            if (t->id == MOE_TYPE_MXFP4) p[0] = b == n_blocks - 1 ? 127 : 254;
+            else moe__store_u16(p + cases[i].scale, b == n_blocks - 1 ? 0x3C00 : 0x7BFF);
+        }
+        /* the first weight of the last block is one level more */
+        uint8_t *last = row + size * (n_blocks - 1);
+        if (t->id == MOE_TYPE_Q5_0) last[6] |= 1;
+        else last[cases[i].data] = (uint8_t)(last[cases[i].data] + 1);
+        for (int e = 0; e < n; e++) x[e] = (float)(e % 7 * 10 + 1);
+        x[n - t->block] = 56, x[0] = 127, x[n - 1] = 127;
+        for (int e = 0; e < n; e += 32) x[e + 31] = 127; /* makes all scales of activations 1 */
+        const void *act = activations(t->act, x, n);
+        float out = 0, tile[4] = {0};
+        static MOE__ALIGNED(64) uint8_t pack[MOE__PACK_SIZE];
+        const void *acts[3] = {act, act, act};
+        of(k, t)->dot(row, (size_t)(size * n_blocks), 1, n, act, &out);
+        of(k, t)->tile(row, (size_t)(size * n_blocks), 1, n, acts, 3, tile, 1, pack, NULL, 0);
+        const float want = 56 * cases[i].one;
+        CHECKF(out == want && tile[0] == want && tile[2] == want, "%s %s: %g and %g, not %g",
+               moe_isa_name(k->isa), t->name, (double)out, (double)tile[0], (double)want);
+    }
+}
+
 /* Groups of rows that do not lie one right after another, at odd addresses. */
 TEST(dot_row_size) {
     static float x[MAX_N];

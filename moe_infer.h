@@ -22,26 +22,26 @@
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
 /*   >>manual      53  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     135  every macro you may define */
-/*   >>api        226  types and prototypes with their contracts */
-/*   >>base       728  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine   1002  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1387  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1818  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2558  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3548  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5241  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10518  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10803  router, plan, the expert schedules */
-/*   >>model    11251  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12344  cache, the forward pass */
-/*   >>text     13662  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15314  choosing tokens, generating text */
-/*   >>licence  16159  MIT or public domain */
+/*   >>config     137  every macro you may define */
+/*   >>api        228  types and prototypes with their contracts */
+/*   >>base       730  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine   1004  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1389  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1820  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2560  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3550  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5243  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10523  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10808  router, plan, the expert schedules */
+/*   >>model    11256  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12349  cache, the forward pass */
+/*   >>text     13667  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15319  choosing tokens, generating text */
+/*   >>licence  16164  MIT or public domain */
 /* */
-/* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then its unpack in the */
-/*   vector text (>>kernels). Kernels of its own only if it is to be as fast as memory. Tests and */
-/*   benches walk the table. */
+/* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
+/*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
+/*   ...) and one that makes its tile. Tests and benches walk the table. */
 /* To add an instruction set: a number and a target string at the top of the vector text, an */
 /*   include of this file before it, and a case in moe__kernels_detect (>>kernels). */
 /* To add an expert schedule: its functions and one row in moe__schedules (>>experts). */
@@ -95,8 +95,10 @@
 /* */
 /* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
 /* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
-/* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). Instruction sets */
-/* differ in the last bits of float sums only. */
+/* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). Products of quantized */
+/* weights have the same bits from every instruction set, for one token and for many ("the product */
+/* of quantized rows" in >>types is the arithmetic); the rest differs in the last bits of float */
+/* sums only. */
 /* */
 /* EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads */
 /* may share that work in different ways, picked by macro or moe_session_options.schedule. Rows */
@@ -3643,7 +3645,7 @@ enum {
     MOE__PER_##NAME = per, MOE__BITS_##NAME = bits, MOE__OFFSET_##NAME = offset,
     MOE__TYPES(MOE__TYPE_COLUMNS)
 #undef MOE__TYPE_COLUMNS
-    MOE__COLUMNS_END
+    MOE__COLUMNS_END /* the list ends with a comma, which C++ does not like at the end */
 };
 
 /* ---- activations ----------------------------------------------------------------------------- */
@@ -6063,8 +6065,8 @@ MOE__V __m256 MOE__(u_rounded)(__m256 x) {
 
 /* ---- types of 32-wide blocks ----------------------------------------------------------------- */
 
-/* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes */
-/* levels unsigned. `type` is always a constant index of the type table. */
+/* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes levels */
+/* unsigned, whether there are mins. `type` is always a constant index of the type table. */
 MOE__V int MOE__(q32_size)(const int type) {
     switch (type) {
     case MOE__INDEX_Q4_1: return MOE__BYTES_Q4_1;
@@ -6223,7 +6225,8 @@ MOE__V MOE__VI MOE__(v_spread)(__m256i x, const int per, const int order, const 
 #endif
 }
 
-/* acc + the sums of neighbouring products of levels and activations times their scales */
+/* acc + the sums of neighbouring products of levels and activations times their scales. Sums of */
+/* two products are at most 2 * 127 * 127 = 32258, which int16 holds. */
 MOE__V MOE__VI MOE__(v_multiply)(MOE__VI acc, MOE__VI levels, MOE__VI acts, __m256i scale,
                                  const int bits, const int per, const int order, const int v) {
 #if MOE__ISA == 3
@@ -7106,7 +7109,7 @@ MOE__V MOE__VI MOE__(v_acts_r4)(__m256i acts, const int v) {
 }
 
 /* acc + the sums of four neighbouring products of levels and activations. With AVX2 levels of */
-/* 8 bits are signed, see moe__tile_widen_avx2 for why. */
+/* 8 bits are signed: products of unsigned ones would not fit into int16 in twos. */
 MOE__V MOE__VI MOE__(v_quads)(MOE__VI acc, MOE__VI levels, MOE__VI acts, const int bits) {
 #if MOE__ISA == 3
     return (void)bits, _mm512_dpbusd_epi32(acc, levels, acts);
@@ -7764,10 +7767,11 @@ MOE__TYPE_ROWS_32(MXFP4_R8, mxfp4_r8)
 
 /* ---- dot products: blocks of 32 -------------------------------------------------------------- */
 
-/* A vector holds some bytes of MOE__LANES neighbouring blocks of a row, one block per lane, and */
-/* so do the activations: first weights 0-15 of each block, then 16-31. Levels x activations are */
-/* summed in int32 to four numbers per lane: exact floats, which are multiplied with the scales */
-/* of weights and activations, spread over the lanes. */
+/* A vector holds some bytes of MOE__LANES blocks of a row, one block per lane, and so do the */
+/* activations (see moe__act32): weights 0-15 of each block, then 16-31. Products of levels and */
+/* activations are summed in int32 to four numbers per lane, then across: one per block. They are */
+/* floats from there on, multiplied with the scales of weights and activations, and added up from */
+/* the first block to the last, eight records at a time, which are turned for that. */
 
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 
@@ -9309,7 +9313,8 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_r
                                size_t row_size, int64_t n_rows, int64_t n, const void *const *x,
                                int64_t n_tokens, float *out, int64_t out_stride, void *pack,
                                const uint8_t *prefetch, size_t prefetch_size) {
-    /* AVX2 multiplies levels of more than 6 bits with their signs, see moe__head_avx2 */
+    /* What unpacking has added to the levels (see "levels"), and what the micro-kernels want: AVX2 */
+    /* multiplies levels of more than 6 bits with their signs */
     const int have = type->bits < 8 || (MOE__ISA == 3 && type->act == MOE__ACT_Q256) ||
                              (MOE__ISA == 3 && type->rows > 1)
                          ? type->offset

@@ -30,14 +30,14 @@
 /*   >>pages     1820  files in memory: mapped or copied, huge pages found, measured and made */
 /*   >>gguf      2560  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3550  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5243  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10523  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10808  router, plan, the expert schedules */
-/*   >>model    11256  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12349  cache, the forward pass */
-/*   >>text     13667  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15319  choosing tokens, generating text */
-/*   >>licence  16164  MIT or public domain */
+/*   >>kernels   5244  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10534  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10819  router, plan, the expert schedules */
+/*   >>model    11267  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12360  cache, the forward pass */
+/*   >>text     13678  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15330  choosing tokens, generating text */
+/*   >>licence  16175  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -96,9 +96,9 @@
 /* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
 /* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
 /* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). Products of quantized */
-/* weights have the same bits from every instruction set, for one token and for many ("the product */
-/* of quantized rows" in >>types is the arithmetic); the rest differs in the last bits of float */
-/* sums only. */
+/* weights have the same bits from every instruction set, for one token and for many ("the */
+/* product of quantized rows" in >>types is the arithmetic); the rest differs in the last bits of */
+/* float sums only. */
 /* */
 /* EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads */
 /* may share that work in different ways, picked by macro or moe_session_options.schedule. Rows */
@@ -3570,9 +3570,9 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 /*   per           weights per scale: 16 or 32 */
 /*   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins */
 /*   q             1 if there is a quantizer */
-/* It needs moe__unpack_name here (F32, F16 and BF16 have no blocks to unpack), moe__quantize_name */
-/* if q, and in the vector text of >>kernels its head and level, which become dot, tile and */
-/* dequantize. */
+/* It needs moe__unpack_name here (F32, F16 and BF16 have no blocks to unpack), */
+/* moe__quantize_name if q, and in the vector text of >>kernels its head and level, which become */
+/* dot, tile and dequantize. */
 #define MOE__TYPES(X)                                                     \
     X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1)                              \
     X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1)                              \
@@ -3671,15 +3671,16 @@ typedef struct moe__act32 {
     float d[8];      /* scale of each 32 values */
 } moe__act32;
 
-/* In moe__act32 the even blocks of 32 values lie before the odd ones, and of both the values 0-15 */
-/* of each block before the values 16-31: many types pack their weights so, and a vector then holds */
-/* parts of several blocks, which can be picked out of 128 bytes. */
+/* In moe__act32 the even blocks of 32 values lie before the odd ones, and of both the values */
+/* 0-15 of each block before the values 16-31: many types pack their weights so, and a vector */
+/* then holds parts of several blocks, which can be picked out of 128 bytes. */
 MOE__INLINE int moe__act32_at(int i) {
     return i / 32 % 2 * 128 + i % 32 / 16 * 64 + i / 64 * 16 + i % 16;
 }
 
-/* In moe__act256 each four sub-blocks of 32 values lie in the order 0 2 1 3: a vector of 64 bytes */
-/* of Q4_K holds weights of sub-blocks 0 and 2 in its low nibbles, of 1 and 3 in the high ones. */
+/* In moe__act256 each four sub-blocks of 32 values lie in the order 0 2 1 3: a vector of 64 */
+/* bytes of Q4_K holds weights of sub-blocks 0 and 2 in its low nibbles, of 1 and 3 in the high */
+/* ones. */
 MOE__INLINE int moe__act256_at(int i) {
     return i / 128 * 128 + (i / 32 % 2 * 2 + i / 64 % 2) * 32 + i % 32;
 }
@@ -6051,8 +6052,8 @@ MOE__V __m256i MOE__(u_act32)(const int8_t *q, int j) {
                                    MOE__(v_load_128)(q + 64), 1);
 }
 
-/* Sums of four neighbouring products of signed bytes, as |q| * (a with the sign of q): sums of two */
-/* are at most 32512. */
+/* Sums of four neighbouring products of signed bytes, as |q| * (a with the sign of q): sums of */
+/* two are at most 32512. */
 MOE__V __m256i MOE__(u_quads)(__m256i q, __m256i a) {
     a = _mm256_sign_epi8(a, q);
     return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(q), a), _mm256_set1_epi16(1));
@@ -6065,8 +6066,8 @@ MOE__V __m256 MOE__(u_rounded)(__m256 x) {
 
 /* ---- types of 32-wide blocks ----------------------------------------------------------------- */
 
-/* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes levels */
-/* unsigned, whether there are mins. `type` is always a constant index of the type table. */
+/* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes */
+/* levels unsigned, whether there are mins. `type` is always a constant index of the type table. */
 MOE__V int MOE__(q32_size)(const int type) {
     switch (type) {
     case MOE__INDEX_Q4_1: return MOE__BYTES_Q4_1;
@@ -6136,8 +6137,8 @@ enum {
     /* or 8 sub-blocks (ACT_Q256, ACT_Q32): */
     MOE__(TILE_SCALE) = 128 * MOE__VBYTES, /* int32 or f32 [sub-blocks][2 vectors] */
     MOE__(TILE_D) = 160 * MOE__VBYTES,     /* f32 [2 vectors]: the scale of the integer scales */
-    MOE__(TILE_DMIN) = 162 * MOE__VBYTES,  /* f32 [2 vectors]: minus the scale of the integer mins */
-    MOE__(TILE_MIN) = 164 * MOE__VBYTES,   /* int16 pairs [sub-blocks / 2][2 vectors], or as scales */
+    MOE__(TILE_DMIN) = 162 * MOE__VBYTES,  /* f32 [2 vectors]: minus that of the integer mins */
+    MOE__(TILE_MIN) = 164 * MOE__VBYTES,   /* int16 pairs [sub-blocks / 2][2], or as scales */
     MOE__(TILE_ACT) = 196 * MOE__VBYTES,   /* f32 [tokens][16]: sums of activations, negated */
     MOE__(TILE_START) = 208 * MOE__VBYTES  /* int32 [tokens][16]: where sums start */
 };
@@ -6150,8 +6151,8 @@ enum {
 /* these two: products, tiles, floats. */
 /* */
 /* Which weights a vector holds is the type's order. With 256 bits it is always the natural one. */
-/* With 512 it is one in which neither levels nor activations have to be moved much: two sub-blocks */
-/* of 32 weights (a, b), or four halves of such */
+/* With 512 it is one in which neither levels nor activations have to be moved much: two */
+/* sub-blocks of 32 weights (a, b), or four halves of such */
 /* */
 /*   FOURS    (0, 2) (1, 3) (4, 6) (5, 7), as moe__act256 has its activations */
 /*   TWOS     (0, 4) (1, 5) (2, 6) (3, 7) */
@@ -6271,8 +6272,8 @@ MOE__V MOE__VI MOE__(v_extend)(__m256i x) {
 MOE__V MOE__VI MOE__(v_shift)(MOE__VI x, const int n) {
     return n >= 0 ? MOE__MM(srli_epi16)(x, n) : MOE__MM(slli_epi16)(x, -n);
 }
-/* Fields of `bits` bits, moved to bit `to` of each byte: each 32 bytes hold as many sub-blocks of 32 */
-/* weights as fit, the first in the low bits. The other bits are not cleared. */
+/* Fields of `bits` bits, moved to bit `to` of each byte: each 32 bytes hold as many sub-blocks */
+/* of 32 weights as fit, the first in the low bits. The other bits are not cleared. */
 MOE__V MOE__VI MOE__(v_field)(const uint8_t *p, const int bits, const int to, const int order,
                               const int v) {
     const int fit = 8 / bits;
@@ -6448,7 +6449,8 @@ MOE__LEVEL(q6_k) { /* low nibbles of 64 bytes: 64 weights, high ones: the next *
     const __m256i low =
         _mm256_srli_epi16(MOE__(v_load)(b + 64 * (v / 4) + 32 * (v % 2)), v / 2 % 2 * 4);
 #endif
-    return MOE__(v_join)(MOE__(v_mask)(low, 15), MOE__(v_field)(b + 128, 2, 4, MOE__FOURS, v), 2, 4);
+    return MOE__(v_join)(MOE__(v_mask)(low, 15), MOE__(v_field)(b + 128, 2, 4, MOE__FOURS, v), 2,
+                         4);
 }
 
 /* ---- ternary */
@@ -6762,8 +6764,9 @@ MOE__HEAD(iq2_s) {
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(b + 66));
     const __m128i high = _mm_cvtepu8_epi16(bytes); /* four pairs of bits */
     const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = _mm256_set1_epi16(0x300);
-    MOE__(u_indices)(b + 2, _mm256_and_si256(_mm256_mullo_epi16(MOE__(u_fours16)(high, 0), up), mask),
-                     _mm256_and_si256(_mm256_mullo_epi16(MOE__(u_fours16)(high, 4), up), mask), h);
+    const __m256i low_half = _mm256_mullo_epi16(MOE__(u_fours16)(high, 0), up);
+    const __m256i high_half = _mm256_mullo_epi16(MOE__(u_fours16)(high, 4), up);
+    MOE__(u_indices)(b + 2, _mm256_and_si256(low_half, mask), _mm256_and_si256(high_half, mask), h);
     MOE__(u_signs_book8)(MOE__(v_load_256)(b + 34), h);
     h->scale = MOE__(u_scales_iq2)(b + 74);
     h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
@@ -6773,9 +6776,9 @@ MOE__LEVEL(iq2_s) {
     return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
 }
 
-/* Books of 256 or 512 entries of 4 bytes. With 512 bits halves of entries are looked up in vectors */
-/* (moe__books.iq3xxs_16 and iq3s_16); their order is HALVES then. Otherwise they are loaded one by */
-/* one. */
+/* Books of 256 or 512 entries of 4 bytes. With 512 bits halves of entries are looked up in */
+/* vectors (moe__books.iq3xxs_16 and iq3s_16); their order is HALVES then. Otherwise they are */
+/* loaded one by one. */
 #if MOE__ISA == 3
 /* table[x] of `count` words, for 32 words x */
 MOE__V __m512i MOE__(v_lookup_16)(const uint16_t *table, __m512i x, const int count) {
@@ -6959,10 +6962,10 @@ MOE__V __m256i MOE__(u_per_16)(__m256i x, const int per) {
                                    _mm_unpackhi_epi16(y, y), 1);
 }
 
-/* A type of 256-wide blocks: MOE__HEAD and MOE__LEVEL as dot and unpack. With code books heads are */
-/* read some blocks ahead: their indices go through memory, which takes its time. unpack writes the levels */
-/* with their bias and shifts, in the order of the vectors. */
-/* What a type has: shifts of levels, code books */
+/* A type of 256-wide blocks: MOE__HEAD and MOE__LEVEL as dot and unpack. With code books heads */
+/* are read some blocks ahead: their indices go through memory, which takes its time. unpack */
+/* writes the levels with their bias and shifts, in the order of the vectors. What a type has: */
+/* shifts of levels, code books */
 #define MOE__SHIFTS 1
 #define MOE__BOOKS 2
 #define MOE__TYPE_256(NAME, name, order, has)                                                     \
@@ -7072,10 +7075,10 @@ MOE__TYPE_256(IQ2_KL, iq2_kl, MOE__NATURAL, 0)
 /* ---- interleaved rows ------------------------------------------------------------------------ */
 
 /* Four (eight) rows lie side by side in dwords of four weights: a load gives the same weights of */
-/* all of them, and their activations are copied to each. So a vector of sums has a row per dword, */
-/* in every lane (in every two lanes), and needs no summing across until the end of a block. */
-/* See >>types for where the fours of a sub-block of 32 weights lie; `level` of these types is */
-/* vector v (0..3, with 512 bits 0..1) of sub-block j. */
+/* all of them, and their activations are copied to each. So a vector of sums has a row per */
+/* dword, in every lane (in every two lanes), and needs no summing across until the end of a */
+/* block. See >>types for where the fours of a sub-block of 32 weights lie; `level` of these */
+/* types is vector v (0..3, with 512 bits 0..1) of sub-block j. */
 
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 
@@ -7138,8 +7141,9 @@ MOE__V MOE__VI MOE__(v_bits_r4)(MOE__VI x, const int v, const int a, const int b
 #define MOE__SHIFT(lane)                                                                     \
     (a * MOE__(r4_half)(lane) + b * (MOE__(r4_t)(v, lane) % 2) + c * (MOE__(r4_t)(v, lane) / 2))
 #if MOE__ISA == 3
-    const __m512i at = _mm512_setr_epi64(MOE__SHIFT(0), MOE__SHIFT(0), MOE__SHIFT(1), MOE__SHIFT(1),
-                                         MOE__SHIFT(2), MOE__SHIFT(2), MOE__SHIFT(3), MOE__SHIFT(3));
+    const __m512i at =
+        _mm512_setr_epi64(MOE__SHIFT(0), MOE__SHIFT(0), MOE__SHIFT(1), MOE__SHIFT(1),
+                          MOE__SHIFT(2), MOE__SHIFT(2), MOE__SHIFT(3), MOE__SHIFT(3));
     return _mm512_rorv_epi64(x, _mm512_add_epi64(at, _mm512_set1_epi64(64 - to)));
 #else
     const __m256i at =
@@ -7249,8 +7253,9 @@ MOE__HEAD(q6_k_r4) {
     h->d = MOE__(u_four_halves)(b);
 }
 MOE__LEVEL(q6_k_r4) {
+    const MOE__VI high = MOE__(v_load_twice)(b + 72 + 32 * j);
     return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 328 + 64 * j, v),
-                         MOE__(v_bits_r4)(MOE__(v_load_twice)(b + 72 + 32 * j), v, 0, 4, 2, 4), 2, 4);
+                         MOE__(v_bits_r4)(high, v, 0, 4, 2, 4), 2, 4);
 }
 
 MOE__HEAD(iq2_k_r4) {
@@ -7590,8 +7595,8 @@ MOE__V void MOE__(rows_put_r8)(const MOE__(rows_out) *out, int j, const MOE__VI 
 #endif
 }
 
-/* IQ4_XS_R8: in a piece the low nibbles are the even fours, the high ones the odd ones. Scales of */
-/* sub-block j are bytes 8 j .. of moe__types_six_r4's. */
+/* IQ4_XS_R8: in a piece the low nibbles are the even fours, the high ones the odd ones. Scales */
+/* of sub-block j are bytes 8 j .. of moe__types_six_r4's. */
 MOE__V MOE__VI MOE__(level_iq4_xs_r8)(const uint8_t *b, int j, const int v, const int high) {
     const MOE__VI x = MOE__(v_load)(b + 64 + 128 * j + MOE__VBYTES * v);
     return MOE__(v_lookup)(moe__levels_k4,
@@ -7684,7 +7689,8 @@ MOE__LEVEL(iq4_nl_r4) {
     return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles_r4)(b + 8, v), 16, MOE__BIAS8);
 }
 MOE__LEVEL(q5_0_r4) {
-    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 24, v), MOE__(v_one_r4)(b + 8, v, 1, 2, 4, 4), 1, 4);
+    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 24, v), MOE__(v_one_r4)(b + 8, v, 1, 2, 4, 4), 1,
+                         4);
 }
 #undef MOE__LEVEL
 
@@ -7821,8 +7827,9 @@ MOE__V __m512i MOE__(q32_words)(const uint8_t *b, const int size, const int at, 
     return _mm512_permutex2var_epi16(MOE__(v_load)(b), _mm512_castsi256_si512(words),
                                      MOE__(v_load)(b + 64));
 }
-/* 16 bytes at b + at of the blocks of vector i, of eight whole blocks of at most 18 bytes: picked */
-/* out of 128 bytes. With an odd size the window begins so that these bytes are whole words. */
+/* 16 bytes at b + at of the blocks of vector i, of eight whole blocks of at most 18 bytes: */
+/* picked out of 128 bytes. With an odd size the window begins so that these bytes are whole */
+/* words. */
 MOE__V __m512i MOE__(q32_pick)(const uint8_t *b, const int size, const int at, const int i) {
     const int from = i ? 8 * size - 128 : at % 2, first = size * i + at - from;
     const uint64_t each = 0x0001000100010001, step = 0x0003000200010000;
@@ -7834,8 +7841,8 @@ MOE__V __m512i MOE__(q32_pick)(const uint8_t *b, const int size, const int at, c
 #undef MOE__WORDS
     return _mm512_permutex2var_epi16(MOE__(v_load)(b + from), words, MOE__(v_load)(b + from + 64));
 }
-/* The numbers at b + at of eight whole blocks as floats: f16, or the exponents of MXFP4. They are */
-/* picked out of 128 bytes, or of the first 128 bytes and of 128 that hold the last four. */
+/* The numbers at b + at of eight whole blocks as floats: f16, or the exponents of MXFP4. They */
+/* are picked out of 128 bytes, or of the first 128 bytes and of 128 that hold the last four. */
 MOE__V __m256 MOE__(q32_all_scales)(const uint8_t *b, const int at, const int type) {
     const int size = MOE__(q32_size)(type), half = 4 * size;
     const int behind = half < 8 * size - 128 ? half : 8 * size - 128;
@@ -7882,18 +7889,21 @@ typedef struct MOE__(q32_fifths) {
 } MOE__(q32_fifths);
 MOE__V MOE__(q32_fifths) MOE__(q32_all_fifths)(const uint8_t *b, const int size, const int at) {
     const int half = 4 * size, behind = half < 8 * size - 128 ? half : 8 * size - 128;
-#define MOE__EVEN(n, i, from) \
-    ((i) / 4 == n ? (size * (i) + at - (from)) / 2 : 0), ((i) / 4 == n ? (size * (i) + at - (from)) / 2 + 1 : 0)
-#define MOE__ALL(n, from)                                                                        \
-    _mm512_castsi256_si512(_mm256_setr_epi16(                                                    \
-        MOE__EVEN(n, 0, from), MOE__EVEN(n, 2, from), MOE__EVEN(n, 4, from), MOE__EVEN(n, 6, from), \
-        MOE__EVEN(n, 1, from), MOE__EVEN(n, 3, from), MOE__EVEN(n, 5, from), MOE__EVEN(n, 7, from)))
+#define MOE__WORD(n, i, from, more) \
+    ((i) / 4 == n ? (size * (i) + at - (from)) / 2 + (more) : 0)
+#define MOE__BITS(n, i, from) MOE__WORD(n, i, from, 0), MOE__WORD(n, i, from, 1)
+#define MOE__ALL(n, from)                                                                    \
+    _mm512_castsi256_si512(_mm256_setr_epi16(                                                \
+        MOE__BITS(n, 0, from), MOE__BITS(n, 2, from), MOE__BITS(n, 4, from),                 \
+        MOE__BITS(n, 6, from), MOE__BITS(n, 1, from), MOE__BITS(n, 3, from),                 \
+        MOE__BITS(n, 5, from), MOE__BITS(n, 7, from)))
     const __m256i low = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
         MOE__(v_load)(b), MOE__ALL(0, 0), MOE__(v_load)(b + 64)));
     const __m256i high = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
         MOE__(v_load)(b + behind), MOE__ALL(1, behind), MOE__(v_load)(b + behind + 64)));
 #undef MOE__ALL
-#undef MOE__EVEN
+#undef MOE__BITS
+#undef MOE__WORD
     /* dwords of blocks 0 2 4 6 | 1 3 5 7; their low words before their high ones */
     const __m256i words = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
@@ -7903,8 +7913,8 @@ MOE__V MOE__(q32_fifths) MOE__(q32_all_fifths)(const uint8_t *b, const int size,
 }
 #endif
 
-/* Levels of weights 0-15 (low) and 16-31 (high) of the blocks of vector i, plus the type's offset; */
-/* in AVX2 Q8_0 and IQ4_NL keep their signs. */
+/* Levels of weights 0-15 (low) and 16-31 (high) of the blocks of vector i, plus the type's */
+/* offset; in AVX2 Q8_0 and IQ4_NL keep their signs. */
 typedef struct MOE__(q32_levels) {
     MOE__VI low, high;
 } MOE__(q32_levels);
@@ -7976,8 +7986,8 @@ MOE__V __m256i MOE__(q32_sum)(const MOE__VI *s) {
 #endif
 }
 
-/* The products of `count` (1..8) blocks from b on with a record of activations, as moe__dot_32; 0 */
-/* for those that are not there */
+/* The products of `count` (1..8) blocks from b on with a record of activations, as moe__dot_32; */
+/* 0 for those that are not there */
 MOE__V __m256 MOE__(q32_products)(const uint8_t *b, int count, const moe__act32 *a, MOE__VI table,
                              const int type) {
     enum { GROUPS = 8 / MOE__LANES };
@@ -8161,8 +8171,8 @@ typedef void MOE__(unpack_fn)(const uint8_t *b, int n, float D, moe__block *out)
 
 /* ---- unpacking blocks of 32 weights ---------------------------------------------------------- */
 
-/* moe__unpack_NAME_avx2 is moe__unpack_NAME for up to 256 weights (n) of a row, the offset added to */
-/* levels but for 8 bits. Nothing behind the blocks is read. All instruction sets use these. */
+/* moe__unpack_NAME_avx2 is moe__unpack_NAME for up to 256 weights (n) of a row, the offset added */
+/* to levels but for 8 bits. Nothing behind the blocks is read. All instruction sets use these. */
 #if MOE__ISA == 2
 #define MOE__ROW_BLOCKS(name, size, d_, dmin_, ...)                                               \
     MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
@@ -8955,8 +8965,8 @@ MOE__K void MOE__(tile_unpack_bf16)(const uint8_t *rows, size_t stride, int64_t 
 }
 #endif
 
-/* What else is there: row types are unpacked row by row, then turned. `order`: of the vectors that */
-/* unpack writes. */
+/* What else is there: row types are unpacked row by row, then turned. `order`: of the vectors */
+/* that unpack writes. */
 MOE__V MOE__(tile_columns) MOE__(tile_turn_blocks)(const void *from) {
     return MOE__(tile_turn)((const uint8_t *)from, sizeof(moe__block));
 }
@@ -9034,7 +9044,8 @@ MOE__V void MOE__(tile_turn_scales)(const moe__block *block, int per, int mins, 
             min += 2 * MOE__VBYTES;
         }
     }
-    MOE__VI d = MOE__(tile_turn_blocks)(block->d).v[0], dmin = MOE__(tile_turn_blocks)(block->dmin).v[0];
+    const MOE__VI d = MOE__(tile_turn_blocks)(block->d).v[0];
+    MOE__VI dmin = MOE__(tile_turn_blocks)(block->dmin).v[0];
     MOE__(tile_store)(pack + MOE__(TILE_D) + h * MOE__VBYTES, d);
     dmin = MOE__(v_xor)(dmin, MOE__MM(set1_epi32)((int)0x80000000));
     MOE__(tile_store)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES, dmin);
@@ -9048,8 +9059,8 @@ MOE__V void MOE__(tile_turn_f32)(const float *from, int per, int at, int64_t h, 
     }
 }
 
-/* n weights of half h of a panel of a row type, from weight `at` of its rows, of which `left` are */
-/* there (the last stands for those behind it). stage: room for half a panel of blocks. */
+/* n weights of half h of a panel of a row type, from weight `at` of its rows, of which `left` */
+/* are there (the last stands for those behind it). stage: room for half a panel of blocks. */
 MOE__K void MOE__(tile_rows)(const moe__type *type, MOE__(unpack_fn) *unpack, int order, int add,
                              int per, const uint8_t *rows, size_t row_size, int64_t left,
                              int64_t at, int64_t n, int64_t h, uint8_t *stage, uint8_t *pack) {
@@ -9313,8 +9324,8 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_r
                                size_t row_size, int64_t n_rows, int64_t n, const void *const *x,
                                int64_t n_tokens, float *out, int64_t out_stride, void *pack,
                                const uint8_t *prefetch, size_t prefetch_size) {
-    /* What unpacking has added to the levels (see "levels"), and what the micro-kernels want: AVX2 */
-    /* multiplies levels of more than 6 bits with their signs */
+    /* What unpacking has added to the levels (see "levels"), and what the micro-kernels want: */
+    /* AVX2 multiplies levels of more than 6 bits with their signs */
     const int have = type->bits < 8 || (MOE__ISA == 3 && type->act == MOE__ACT_Q256) ||
                              (MOE__ISA == 3 && type->rows > 1)
                          ? type->offset
@@ -10595,9 +10606,9 @@ MOE__PRIVATE void moe__acts_gather(const moe__acts *acts, const moe__matrix *mat
 
 /* ---- matrix times activations --------------------------------------------------------------- */
 
-/* From this many tokens on a tile of weights is unpacked once and used for all of them. Quantized */
-/* weights give the same bits either way. Floats do not; with them all evals of up to 8 tokens give */
-/* a token the bits that it has alone. */
+/* From this many tokens on a tile of weights is unpacked once and used for all of them. */
+/* Quantized weights give the same bits either way. Floats do not; with them all evals of up to 8 */
+/* tokens give a token the bits that it has alone. */
 enum { MOE__TILE_TOKENS = 2, MOE__TILE_TOKENS_FLOAT = 9 };
 
 /* Rows that are read next, to be prefetched. */

@@ -262,8 +262,10 @@ TEST(dot_zeros_of_large_scale) {
         int size, data, bytes, scale, more; /* of a block; its zeros from byte `data` on */
         uint8_t zero, more_zero;            /* more: bytes behind them, of another value */
         float one;                          /* the weight that scale 1 gives the first level + 1 */
-    } cases[] = {{MOE_TYPE_Q4_0, 18, 2, 16, 0, 0, 0x88, 0, 1}, {MOE_TYPE_Q8_0, 34, 2, 32, 0, 0, 0, 0, 1},
-                 {MOE_TYPE_Q5_0, 22, 2, 4, 0, 16, 0xFF, 0, 1}, {MOE_TYPE_MXFP4, 17, 1, 16, 0, 0, 0, 0, 0.5f},
+    } cases[] = {{MOE_TYPE_Q4_0, 18, 2, 16, 0, 0, 0x88, 0, 1},
+                 {MOE_TYPE_Q8_0, 34, 2, 32, 0, 0, 0, 0, 1},
+                 {MOE_TYPE_Q5_0, 22, 2, 4, 0, 16, 0xFF, 0, 1},
+                 {MOE_TYPE_MXFP4, 17, 1, 16, 0, 0, 0, 0, 0.5f},
                  {MOE_TYPE_Q6_K, 210, 0, 128, 208, 64, 0, 0xAA, 1}};
     EACH_ISA for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const moe__type *t = moe__type_find(cases[i].type);
@@ -273,8 +275,7 @@ TEST(dot_zeros_of_large_scale) {
         for (int b = 0; b < n_blocks; b++) {
             uint8_t *p = row + size * b;
             memset(p + cases[i].data, cases[i].zero, (size_t)cases[i].bytes);
-            if (cases[i].more)
-                memset(p + cases[i].data + cases[i].bytes, cases[i].more_zero, (size_t)cases[i].more);
+            memset(p + cases[i].data + cases[i].bytes, cases[i].more_zero, (size_t)cases[i].more);
             if (t->id == MOE_TYPE_Q6_K) memset(p + 192, b ? 1 : 127, 16);
             if (t->id == MOE_TYPE_MXFP4) p[0] = b == n_blocks - 1 ? 127 : 254;
             else moe__store_u16(p + cases[i].scale, b == n_blocks - 1 ? 0x3C00 : 0x7BFF);

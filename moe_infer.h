@@ -31,13 +31,13 @@
 /*   >>gguf      2560  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3550  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5244  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10534  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10819  router, plan, the expert schedules */
-/*   >>model    11267  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12360  cache, the forward pass */
-/*   >>text     13678  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15330  choosing tokens, generating text */
-/*   >>licence  16175  MIT or public domain */
+/*   >>ops      10535  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10820  router, plan, the expert schedules */
+/*   >>model    11268  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12361  cache, the forward pass */
+/*   >>text     13679  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15331  choosing tokens, generating text */
+/*   >>licence  16176  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -8604,11 +8604,12 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         scales += 2 * MOE__VBYTES;
     }
     if (per_256) {
-        const uint8_t *d = job->pack + MOE__(TILE_D), *dmin = job->pack + MOE__(TILE_DMIN);
-        const MOE__VF scale0 = MOE__(tile_load_f32)(d);
-        const MOE__VF scale1 = MOE__(tile_load_f32)(d + MOE__VBYTES);
-        const MOE__VF min0 = MOE__(tile_load_f32)(dmin);
-        const MOE__VF min1 = MOE__(tile_load_f32)(dmin + MOE__VBYTES);
+        const uint8_t *of_scales = job->pack + MOE__(TILE_D);
+        const uint8_t *of_mins = job->pack + MOE__(TILE_DMIN);
+        const MOE__VF scale0 = MOE__(tile_load_f32)(of_scales);
+        const MOE__VF scale1 = MOE__(tile_load_f32)(of_scales + MOE__VBYTES);
+        const MOE__VF min0 = MOE__(tile_load_f32)(of_mins);
+        const MOE__VF min1 = MOE__(tile_load_f32)(of_mins + MOE__VBYTES);
         (void)min0, (void)min1;
         MOE__EACH(MOE__MINS)
         MOE__EACH(MOE__ADD_INT)

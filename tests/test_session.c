@@ -898,6 +898,35 @@ TEST(schedules) {
     }
 }
 
+/* A token evaluated with up to seven others has the bits that it has alone, whatever the weights. */
+TEST(evals_of_up_to_8_tokens) {
+    static const char *const configs[][2] = {
+        {"t_mla_groups", "q8_0"},  {"qwen3moe_quant", "q4_K"}, {"qwen3moe_quant", "q2_K"},
+        {"qwen3moe_quant", "q6_K"}, {"micro_oss", "f32"},      {"micro_qwen2", "f32"},
+        {"micro_mixtral", "f16"},  {"dsv3_quant", "q4_0"},     {"t_qwen_odd", "bf16"}};
+    enum { TOKENS = 29 };
+    for (size_t c = 0; c < sizeof configs / sizeof configs[0]; c++) {
+        moe_model *model = models_open(models_simple(configs[c][0], configs[c][1]));
+        int32_t tokens[TOKENS];
+        CHECKF(model != NULL, "%s %s", configs[c][0], configs[c][1]);
+        if (!model) continue;
+        const size_t size = sizeof(float) * TOKENS * (size_t)moe_model_get_info(model)->n_vocab;
+        models_tokens(tokens, TOKENS, moe_model_get_info(model)->n_vocab, 5);
+        moe_session_options o;
+        memset(&o, 0, sizeof o);
+        o.n_threads = 2;
+        float *alone = models_run(model, &o, tokens, TOKENS, 1);
+        for (int step = 2; step <= 8; step++) {
+            float *logits = models_run(model, &o, tokens, TOKENS, step);
+            CHECKF(alone && logits && !memcmp(alone, logits, size), "%s %s, %d at a time",
+                   configs[c][0], configs[c][1], step);
+            free(logits);
+        }
+        free(alone);
+        moe_model_close(model);
+    }
+}
+
 /* Which way a session went, and how often its threads met. */
 TEST(schedules_report) {
     static const char *const configs[] = {"qwen3moe_tiny", "t_mla_groups"}; /* 8 and 3 experts */

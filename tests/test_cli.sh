@@ -374,7 +374,7 @@ check "a folder as prompt" fails "$dir: Is a directory"
 run -m "$dir/ids.gguf" -p x
 check "a model without a vocabulary" fails 'no vocabulary'
 if [ -w /dev/full ]; then
-    "$cli" -m "$model" -p x -n 5 >/dev/full 2>"$dir/err"
+    "$cli" -m "$model" -p x -n 5 --ignore-eos >/dev/full 2>"$dir/err"
     code=$?
     : >"$dir/out"
     check "nowhere to write" fails 'cannot write'
@@ -417,7 +417,7 @@ exec 3>&-
 # ---- a terminal ----------------------------------------------------------------------------------
 
 if command -v script >/dev/null && script --version 2>/dev/null | grep -q util-linux; then
-    script -qec "$cli -m $model -p x -n 3 --no-mmap" /dev/null >"$dir/out" 2>&1 </dev/null
+    script -qec "$cli -m $model -p x -n 3 --ignore-eos --no-mmap" /dev/null >"$dir/out" 2>&1 </dev/null
     code=$?
     check "a progress bar on a terminal" shows $'\rloading \[####'
 else

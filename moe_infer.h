@@ -25,19 +25,19 @@
 /*   >>config     137  every macro you may define */
 /*   >>api        228  types and prototypes with their contracts */
 /*   >>base       730  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine   1004  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1389  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1820  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2560  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3550  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5244  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10535  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10820  router, plan, the expert schedules */
-/*   >>model    11268  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12361  cache, the forward pass */
-/*   >>text     13679  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15331  choosing tokens, generating text */
-/*   >>licence  16176  MIT or public domain */
+/*   >>machine   1024  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1409  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1840  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2580  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3570  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5250  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10498  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10783  router, plan, the expert schedules */
+/*   >>model    11231  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12324  cache, the forward pass */
+/*   >>text     13642  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15294  choosing tokens, generating text */
+/*   >>licence  16139  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -999,6 +999,26 @@ MOE__PRIVATE double moe__seconds(void) {
 #endif
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
+
+/* ---- rounding -------------------------------------------------------------------------------- */
+
+/* x, rounded before it is used: a product is not fused with what is added to it. */
+#if defined(__x86_64__)
+#define MOE__ROUND(x) __asm__("" : "+x"(x))
+#elif defined(__aarch64__)
+#define MOE__ROUND(x) __asm__("" : "+w"(x))
+#else
+#define MOE__ROUND(x) __asm__("" : "+m"(x))
+#endif
+MOE__INLINE float moe__rounded_f32(float x) {
+    MOE__ROUND(x);
+    return x;
+}
+MOE__INLINE double moe__rounded_f64(double x) {
+    MOE__ROUND(x);
+    return x;
+}
+#undef MOE__ROUND
 
 /* ============================================================================================== */
 /* // >>machine */
@@ -4521,20 +4541,6 @@ MOE__PRIVATE void moe__types_dequantize(const moe__type *type, const uint8_t *ro
 /* where int(...) is an int32, rounded to float, and each operation of floats is rounded as */
 /* moe__dot_256 and moe__dot_32 write it. No int32 can overflow: 256 * 128 * 127 * 128 < 2^30. */
 
-/* a * b + c, rounded once */
-MOE__INLINE float moe__dot_fma(float a, float b, float c) { return fmaf(a, b, c); }
-/* x, rounded before it is used: a product is not fused with what is added to it. */
-MOE__INLINE float moe__dot_keep(float x) {
-#if defined(__x86_64__)
-    __asm__("" : "+x"(x));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(x));
-#else
-    __asm__("" : "+m"(x));
-#endif
-    return x;
-}
-
 /* sum + a block of 256 weights times a record of activations */
 MOE__INLINE float moe__dot_256(const moe__block *block, const moe__act256 *a, float sum) {
     int32_t product = 0, min = 0;
@@ -4545,9 +4551,9 @@ MOE__INLINE float moe__dot_256(const moe__block *block, const moe__act256 *a, fl
         product += block->scale[s] * part;
         min += block->min[s] * a->sum16[s];
     }
-    float x = moe__dot_keep((float)product * block->d[0]);
-    x = moe__dot_fma(-(float)min, block->dmin[0], x);
-    return moe__dot_fma(x, a->d, sum);
+    float x = moe__rounded_f32((float)product * block->d[0]);
+    x = fmaf(-(float)min, block->dmin[0], x);
+    return fmaf(x, a->d, sum);
 }
 
 /* part + the product of n weights, of which `at` is the first in a record of activations */
@@ -4562,10 +4568,10 @@ MOE__INLINE float moe__dot_32(const moe__type *type, const moe__block *block, in
             act_sum += q;
         }
         const float d_act = a->d[at / 32];
-        const float d = moe__dot_keep(block->d[per / 16 * s] * d_act);
-        float x = moe__dot_keep((float)product * d);
+        const float d = moe__rounded_f32(block->d[per / 16 * s] * d_act);
+        float x = moe__rounded_f32((float)product * d);
         if (!type->offset)
-            x = moe__dot_fma(-block->dmin[per / 16 * s], moe__dot_keep((float)act_sum * d_act), x);
+            x = fmaf(-block->dmin[per / 16 * s], moe__rounded_f32((float)act_sum * d_act), x);
         part += x;
     }
     return part;
@@ -5441,18 +5447,6 @@ MOE__PRIVATE void moe__softmax_scalar(float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] *= inverse;
 }
 
-/* x, rounded before it is used: a product is not fused with what is added to it. */
-MOE__INLINE double moe__weigh_keep(double x) {
-#if defined(__x86_64__)
-    __asm__("" : "+x"(x));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(x));
-#else
-    __asm__("" : "+m"(x));
-#endif
-    return x;
-}
-
 /* 2^t for t > -1000: t = n + r with |r| <= 1/2, and 2^r = 1 + r p(r), a polynomial of degree 8 */
 /* (Remez; relative error 1.1e-12). Adding 1.5 * 2^52 leaves n in the low bits of the mantissa. */
 /* 2^0 is 1. Each operation is rounded by itself and in the order of the vector kernels. */
@@ -5462,8 +5456,8 @@ MOE__INLINE double moe__weigh_power(double t) {
                                 0.0096181295586266428,  0.055504109592126163,
                                 0.24022650694743239,    0.69314718054123725};
     double shifted = t + 6755399441055744.0, r = t - (shifted - 6755399441055744.0), p = c[0];
-    for (int i = 1; i < 8; i++) p = moe__weigh_keep(p * r) + c[i];
-    p = moe__weigh_keep(p * r) + 1;
+    for (int i = 1; i < 8; i++) p = moe__rounded_f64(p * r) + c[i];
+    p = moe__rounded_f64(p * r) + 1;
     uint64_t exponent = moe__load_u64(&shifted) << 52, bits = moe__load_u64(&p) + exponent;
     memcpy(&p, &bits, sizeof p);
     return p;
@@ -5483,7 +5477,7 @@ MOE__PRIVATE double moe__weigh_scalar(const float *x, int64_t n, float least, do
     for (int64_t i = 0; i < (n + 15) / 16 * 16; i++) {
         double weight = 0;
         if (i < n && x[i] >= least) { /* else and for -inf: t = -inf */
-            double t = moe__weigh_keep((x[i] - max) * factor);
+            double t = moe__rounded_f64((x[i] - max) * factor);
             weight = t > -1000 ? moe__weigh_power(t) : 0;
         }
         sum[i % 16] += weight;
@@ -5755,19 +5749,6 @@ MOE__V MOE__VF MOE__(v_rounded)(MOE__VF x) {
 /* 16 bytes in every lane */
 MOE__V MOE__VI MOE__(v_load16)(const void *p) {
     return MOE__(v_lanes)(MOE__(v_load_128)(p));
-}
-
-/* The 6-bit scales and mins of a Q4_K or Q5_K block from its first 16 bytes (f16 d, f16 dmin, 12 */
-/* packed bytes): bytes 0-7 become the scales, bytes 8-15 the mins. Dword 1: s0-s3 and the top */
-/* bits of s4-s7; 2: the same of the mins; 3: low 4 bits of both. */
-MOE__V __m128i MOE__(u_unpack_scales)(__m128i header) {
-    const int all6 = 0x3F3F3F3F, low4 = 0x0F0F0F0F, top2 = 0x30303030;
-    __m128i low = _mm_shuffle_epi32(header, 0xED); /* dwords 1 3 2 3 */
-    __m128i high = _mm_shuffle_epi32(header, 0xA5); /* dwords 1 1 2 2 */
-    low = _mm_and_si128(_mm_srlv_epi32(low, _mm_setr_epi32(0, 0, 0, 4)),
-                        _mm_setr_epi32(all6, low4, all6, low4));
-    high = _mm_and_si128(_mm_srli_epi32(high, 2), _mm_setr_epi32(0, top2, 0, top2));
-    return _mm_or_si128(low, high);
 }
 
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
@@ -6052,12 +6033,6 @@ MOE__V __m256i MOE__(u_act32)(const int8_t *q, int j) {
                                    MOE__(v_load_128)(q + 64), 1);
 }
 
-/* Sums of four neighbouring products of signed bytes, as |q| * (a with the sign of q): sums of */
-/* two are at most 32512. */
-MOE__V __m256i MOE__(u_quads)(__m256i q, __m256i a) {
-    a = _mm256_sign_epi8(a, q);
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(q), a), _mm256_set1_epi16(1));
-}
 /* x, rounded before it is used: a product is not fused with what is added to it. */
 MOE__V __m256 MOE__(u_rounded)(__m256 x) {
     __asm__("" : "+v"(x));
@@ -6117,6 +6092,18 @@ MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
 #endif
 }
 
+#if MOE__ISA == 3
+/* Lanes of four vectors turned: lane i of vector k to lane k of vector i */
+MOE__V void MOE__(v_turn_lanes)(const __m512i *x, __m512i *out) {
+    const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44); /* lanes 0 1 */
+    const __m512i b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xEE); /* lanes 2 3 */
+    const __m512i d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
+    out[0] = _mm512_shuffle_i32x4(a, b, 0x88), out[1] = _mm512_shuffle_i32x4(a, b, 0xDD);
+    out[2] = _mm512_shuffle_i32x4(c, d, 0x88), out[3] = _mm512_shuffle_i32x4(c, d, 0xDD);
+}
+#endif
+
 /* ---- the scratch of tiles -------------------------------------------------------------------- */
 
 /* See "tiles" below. */
@@ -6142,6 +6129,25 @@ enum {
     MOE__(TILE_ACT) = 196 * MOE__VBYTES,   /* f32 [tokens][16]: sums of activations, negated */
     MOE__(TILE_START) = 208 * MOE__VBYTES  /* int32 [tokens][16]: where sums start */
 };
+
+MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
+/* Stores a quad (or a float weight) of half h of a panel's rows, and the rest of its pack. */
+MOE__V void MOE__(tile_put)(uint8_t *pack, int64_t quad, int64_t h, MOE__VI v) {
+    MOE__(tile_store)(pack + (2 * quad + h) * MOE__VBYTES, v);
+}
+MOE__V void MOE__(tile_put_scale)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VF v) {
+    MOE__(tile_store_f32)(pack + MOE__(TILE_SCALE) + (2 * sub_block + h) * MOE__VBYTES, v);
+}
+MOE__V void MOE__(tile_put_int)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI v) {
+    MOE__(tile_store)(pack + MOE__(TILE_SCALE) + (2 * sub_block + h) * MOE__VBYTES, v);
+}
+MOE__V void MOE__(tile_put_d)(uint8_t *pack, int64_t h, MOE__VF d) {
+    MOE__(tile_store_f32)(pack + MOE__(TILE_D) + h * MOE__VBYTES, d);
+}
+MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
+    MOE__(tile_store_f32)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES,
+                          MOE__MM(sub_ps)(MOE__MM(setzero_ps)(), dmin));
+}
 
 /* ---- quantized rows: levels ------------------------------------------------------------------ */
 
@@ -6210,45 +6216,64 @@ MOE__V MOE__VI MOE__(v_acts)(const int8_t *q, const int order, const int v) {
 #endif
 }
 
+#if MOE__ISA == 3
+/* Which number per 16 (or per 32) weights each lane's is, times `ones`: in all its elements */
+MOE__V __m512i MOE__(v_numbers)(const int64_t ones, const int per, const int order, const int v) {
+#define MOE__AT(lane) ones * (MOE__(v_group)(order, v, lane) / (per / 16))
+    return _mm512_setr_epi64(MOE__AT(0), MOE__AT(0), MOE__AT(1), MOE__AT(1), MOE__AT(2), MOE__AT(2),
+                             MOE__AT(3), MOE__AT(3));
+#undef MOE__AT
+}
+#endif
 /* Number per 16 (or per 32) weights of x, int16, in the lanes they belong to */
 MOE__V MOE__VI MOE__(v_spread)(__m256i x, const int per, const int order, const int v) {
-    const int by = per / 16;
 #if MOE__ISA == 3
-#define MOE__AT(lane) 0x0001000100010001 * (MOE__(v_group)(order, v, lane) / by)
-    const __m512i at = _mm512_setr_epi64(MOE__AT(0), MOE__AT(0), MOE__AT(1), MOE__AT(1), MOE__AT(2),
-                                         MOE__AT(2), MOE__AT(3), MOE__AT(3));
-#undef MOE__AT
-    return _mm512_permutexvar_epi16(at, _mm512_castsi256_si512(x));
+    return _mm512_permutexvar_epi16(MOE__(v_numbers)(0x0001000100010001, per, order, v),
+                                    _mm512_castsi256_si512(x));
 #else
+    const int by = per / 16;
     const int a = 2 * v / by, b = (2 * v + 1) / by;
     x = a < 8 ? _mm256_permute4x64_epi64(x, 0x44) : _mm256_permute4x64_epi64(x, 0xEE);
     return (void)order, _mm256_shuffle_epi8(x, MOE__(u_copy_i16)(a % 8, b % 8));
 #endif
 }
 
-/* acc + the sums of neighbouring products of levels and activations times their scales. Sums of */
-/* two products are at most 2 * 127 * 127 = 32258, which int16 holds. */
-MOE__V MOE__VI MOE__(v_multiply)(MOE__VI acc, MOE__VI levels, MOE__VI acts, __m256i scale,
-                                 const int bits, const int per, const int order, const int v) {
-#if MOE__ISA == 3
-    if (bits == 8) { /* sums of two would not fit into int16 */
-        const int by = per / 16;
-#define MOE__AT(lane) 0x0000000100000001 * (MOE__(v_group)(order, v, lane) / by)
-        const __m512i at =
-            _mm512_setr_epi64(MOE__AT(0), MOE__AT(0), MOE__AT(1), MOE__AT(1), MOE__AT(2),
-                              MOE__AT(2), MOE__AT(3), MOE__AT(3));
-#undef MOE__AT
-        const __m512i factor = _mm512_permutexvar_epi32(at, _mm512_cvtepi16_epi32(scale));
-        const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), levels, acts);
-        return _mm512_add_epi32(acc, _mm512_mullo_epi32(sums, factor));
-    }
-#else
+/* Sums of two neighbouring products of levels and activations as int16, which holds them: at */
+/* most 2 * 127 * 127 of levels of 7 bits. Those of 8 bits have their signs and are multiplied as */
+/* |level| * (activation with the level's sign): at most 2 * 128 * 127. (512 bits have no such */
+/* instruction, and do not come here with 8.) */
+MOE__V MOE__VI MOE__(v_twos)(MOE__VI levels, MOE__VI acts, const int bits) {
+#if MOE__ISA == 2
     if (bits == 8) {
         acts = _mm256_sign_epi8(acts, levels);
         levels = _mm256_abs_epi8(levels);
     }
 #endif
-    return MOE__(v_dot_i16)(acc, MOE__MM(maddubs_epi16)(levels, acts),
+    (void)bits;
+    return MOE__MM(maddubs_epi16)(levels, acts);
+}
+/* acc + the sums of four neighbouring products */
+MOE__V MOE__VI MOE__(v_quads)(MOE__VI acc, MOE__VI levels, MOE__VI acts, const int bits) {
+#if MOE__ISA == 3
+    return (void)bits, _mm512_dpbusd_epi32(acc, levels, acts);
+#else
+    return MOE__(v_dot_i16)(acc, MOE__(v_twos)(levels, acts, bits), _mm256_set1_epi16(1));
+#endif
+}
+
+/* acc + the sums of products of levels and activations times their scales */
+MOE__V MOE__VI MOE__(v_multiply)(MOE__VI acc, MOE__VI levels, MOE__VI acts, __m256i scale,
+                                 const int bits, const int per, const int order, const int v) {
+#if MOE__ISA == 3
+    if (bits == 8) {
+        const __m512i sums = MOE__(v_quads)(_mm512_setzero_si512(), levels, acts, 8);
+        const __m512i factor =
+            _mm512_permutexvar_epi32(MOE__(v_numbers)(0x0000000100000001, per, order, v),
+                                     _mm512_cvtepi16_epi32(scale));
+        return _mm512_add_epi32(acc, _mm512_mullo_epi32(sums, factor));
+    }
+#endif
+    return MOE__(v_dot_i16)(acc, MOE__(v_twos)(levels, acts, bits),
                             MOE__(v_spread)(scale, per, order, v));
 }
 
@@ -6295,6 +6320,15 @@ MOE__V MOE__VI MOE__(v_mask)(MOE__VI x, const int mask) {
 /* low | `bits` bits of high from bit `at` on */
 MOE__V MOE__VI MOE__(v_join)(MOE__VI low, MOE__VI high, const int bits, const int at) {
     return MOE__(v_or_and)(low, high, MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << at)));
+}
+/* TWOS: 2-bit fields and a third bit; FOURS: 4-bit fields and a fifth bit */
+MOE__V MOE__VI MOE__(v_three)(const uint8_t *two, const uint8_t *one, const int v) {
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(two, 2, 0, MOE__TWOS, v), 3);
+    return MOE__(v_join)(x, MOE__(v_field)(one, 1, 2, MOE__TWOS, v), 1, 2);
+}
+MOE__V MOE__VI MOE__(v_five)(const uint8_t *four, const uint8_t *one, const int v) {
+    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(four, 4, 0, MOE__FOURS, v), 15);
+    return MOE__(v_join)(x, MOE__(v_field)(one, 1, 4, MOE__FOURS, v), 1, 4);
 }
 /* HALVES: 16 bytes hold 32 weights, the first half in the low nibbles */
 MOE__V MOE__VI MOE__(v_nibbles)(const uint8_t *p, const int v) {
@@ -6394,7 +6428,7 @@ MOE__V __m256i MOE__(u_scales6)(const uint8_t *b) {
     MOE__V void MOE__(head_##name)(const uint8_t *b, float D __attribute__((unused)),        \
                                    MOE__(head) *h)
 #define MOE__LEVEL(name)                                                                     \
-    MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, const int v,                        \
+    MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b __attribute__((unused)), const int v, \
                                        const MOE__(head) *h __attribute__((unused)))
 
 MOE__HEAD(q2_k) {
@@ -6413,10 +6447,7 @@ MOE__HEAD(q3_k) {
     h->scale = MOE__(u_add16)(_mm256_or_si256(low, MOE__(u_words)(high)), -32);
     h->d = MOE__(u_halves)(b + 108, 2);
 }
-MOE__LEVEL(q3_k) {
-    const MOE__VI low = MOE__(v_mask)(MOE__(v_field)(b + 32, 2, 0, MOE__TWOS, v), 3);
-    return MOE__(v_join)(low, MOE__(v_field)(b, 1, 2, MOE__TWOS, v), 1, 2);
-}
+MOE__LEVEL(q3_k) { return MOE__(v_three)(b + 32, b, v); }
 
 /* Scales and mins, see moe__types_head; outside the vector units, which are busy */
 MOE__HEAD(q4_k) {
@@ -6431,10 +6462,7 @@ MOE__HEAD(q4_k) {
 MOE__LEVEL(q4_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 4, 0, MOE__FOURS, v), 15); }
 
 MOE__HEAD(q5_k) { MOE__(head_q4_k)(b, D, h); }
-MOE__LEVEL(q5_k) {
-    const MOE__VI low = MOE__(v_mask)(MOE__(v_field)(b + 48, 4, 0, MOE__FOURS, v), 15);
-    return MOE__(v_join)(low, MOE__(v_field)(b + 16, 1, 4, MOE__FOURS, v), 1, 4);
-}
+MOE__LEVEL(q5_k) { return MOE__(v_five)(b + 48, b + 16, v); }
 
 MOE__HEAD(q6_k) {
     h->scale = _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 192));
@@ -6518,15 +6546,6 @@ MOE__HEAD(iq2_k) {
 MOE__LEVEL(iq2_k) {
     const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 12, 2, 0, MOE__TWOS, v), 3);
     return MOE__(v_lookup)(moe__levels_k2, x, 4, 32);
-}
-
-MOE__V MOE__VI MOE__(v_three)(const uint8_t *two, const uint8_t *one, const int v) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(two, 2, 0, MOE__TWOS, v), 3);
-    return MOE__(v_join)(x, MOE__(v_field)(one, 1, 2, MOE__TWOS, v), 1, 2);
-}
-MOE__V MOE__VI MOE__(v_five)(const uint8_t *four, const uint8_t *one, const int v) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(four, 4, 0, MOE__FOURS, v), 15);
-    return MOE__(v_join)(x, MOE__(v_field)(one, 1, 4, MOE__FOURS, v), 1, 4);
 }
 
 MOE__HEAD(iq3_k) {
@@ -6622,23 +6641,16 @@ MOE__HEAD(iq2_kl) {
 /* bytes the fifth bit of sub-block j. */
 MOE__LEVEL(iq2_kl) {
 #if MOE__ISA == 3
-    static const int16_t pairs[32] = {
-#define MOE__PAIR(a, b) (int16_t)((uint16_t)((a) + 64) | (uint16_t)((b) + 64) << 8)
-        MOE__PAIR(-63, -23), MOE__PAIR(-63, 13), MOE__PAIR(-40, -63), MOE__PAIR(-40, -10),
-        MOE__PAIR(-40, 13), MOE__PAIR(-40, 47), MOE__PAIR(-23, -40), MOE__PAIR(-23, -23),
-        MOE__PAIR(-23, 1), MOE__PAIR(-23, 13), MOE__PAIR(-23, 28), MOE__PAIR(-10, -63),
-        MOE__PAIR(-10, 1), MOE__PAIR(-10, 13), MOE__PAIR(-10, 47), MOE__PAIR(1, -23),
-        MOE__PAIR(1, -10), MOE__PAIR(1, 1), MOE__PAIR(1, 13), MOE__PAIR(1, 28), MOE__PAIR(13, -40),
-        MOE__PAIR(13, -23), MOE__PAIR(13, -10), MOE__PAIR(13, 1), MOE__PAIR(13, 13),
-        MOE__PAIR(28, -63), MOE__PAIR(28, -23), MOE__PAIR(28, 1), MOE__PAIR(28, 28),
-        MOE__PAIR(28, 47), MOE__PAIR(47, -23), MOE__PAIR(47, 13)};
-#undef MOE__PAIR
+    const __m512i first = _mm512_cvtepi8_epi16(MOE__(v_load_256)(moe__levels_kl[0]));
+    const __m512i second = _mm512_cvtepi8_epi16(MOE__(v_load_256)(moe__levels_kl[1]));
+    const __m512i pairs = _mm512_or_si512( /* levels + 64: bytes of each word */
+        _mm512_add_epi16(first, _mm512_set1_epi16(64)),
+        _mm512_slli_epi16(_mm512_add_epi16(second, _mm512_set1_epi16(64)), 8));
     const __m256i x = MOE__(u_nibbles)(b + 6 + 16 * v);
     __m256i high = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 70));
     high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
     high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
-    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)),
-                                    MOE__(v_load)(pairs));
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)), pairs);
 #else
     const __m128i low = _mm_set1_epi8(15), one = _mm_set1_epi8(1);
     __m128i x = _mm_srli_epi16(MOE__(v_load_128)(b + 6 + 16 * (v / 2)), 4 * (v % 2));
@@ -6718,7 +6730,7 @@ MOE__V void MOE__(u_indices)(const uint8_t *p, __m256i high0, __m256i high1, MOE
     const __m256i b = MOE__(u_words)(MOE__(v_load_128)(p + 16));
     MOE__(u_store_indices)(_mm256_or_si256(a, high0), _mm256_or_si256(b, high1), h);
 }
-/* Int16 numbers n .. n + 3 of x (n + 4 .. n + 7), each four times */
+/* Int16 numbers n .. n + 3 of x, each four times */
 MOE__V __m256i MOE__(u_fours16)(__m128i x, const int n) {
     const __m256i at = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3,
                                         4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7);
@@ -6739,7 +6751,7 @@ MOE__HEAD(iq2_xxs) {
 }
 MOE__LEVEL(iq2_xxs) {
     const MOE__VI x = MOE__(v_book8)(h->books->iq2xxs, h->index, v);
-    return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
+    return MOE__(v_signed)(x, h->sign, v, 64);
 }
 
 MOE__V __m256i MOE__(u_scales_iq2)(const uint8_t *b) {
@@ -6757,7 +6769,7 @@ MOE__HEAD(iq2_xs) {
 }
 MOE__LEVEL(iq2_xs) {
     const MOE__VI x = MOE__(v_book8)(h->books->iq2xs, h->index, v);
-    return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
+    return MOE__(v_signed)(x, h->sign, v, 64);
 }
 
 MOE__HEAD(iq2_s) {
@@ -6773,7 +6785,7 @@ MOE__HEAD(iq2_s) {
 }
 MOE__LEVEL(iq2_s) {
     const MOE__VI x = MOE__(v_book8)(h->books->iq2s, h->index, v);
-    return (void)b, MOE__(v_signed)(x, h->sign, v, 64);
+    return MOE__(v_signed)(x, h->sign, v, 64);
 }
 
 /* Books of 256 or 512 entries of 4 bytes. With 512 bits halves of entries are looked up in */
@@ -6860,7 +6872,7 @@ MOE__LEVEL(iq3_s) {
 #else
     const __m256i x = MOE__(v_book4_16)(h->books->iq3s, h->index + 8 * v);
 #endif
-    return (void)b, MOE__(v_signed)(x, h->sign, v, 16);
+    return MOE__(v_signed)(x, h->sign, v, 16);
 }
 
 /* Levels -8, 0 or 8, and one more or less */
@@ -6880,7 +6892,7 @@ MOE__HEAD(iq1_s) {
 }
 MOE__LEVEL(iq1_s) {
     const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index, v);
-    return (void)b, MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)(16));
+    return MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)(16));
 }
 
 MOE__HEAD(iq1_m) {
@@ -6905,7 +6917,6 @@ MOE__HEAD(iq1_m) {
 MOE__LEVEL(iq1_m) {
     const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index, v);
     const MOE__VI more = MOE__MM(set1_epi8)(17), less = MOE__MM(set1_epi8)(15);
-    (void)b;
 #if MOE__ISA == 3
     return _mm512_add_epi8(x, _mm512_mask_mov_epi64(more, h->sign[v], less));
 #else
@@ -7111,20 +7122,6 @@ MOE__V MOE__VI MOE__(v_acts_r4)(__m256i acts, const int v) {
 #undef MOE__DWORD
 }
 
-/* acc + the sums of four neighbouring products of levels and activations. With AVX2 levels of */
-/* 8 bits are signed: products of unsigned ones would not fit into int16 in twos. */
-MOE__V MOE__VI MOE__(v_quads)(MOE__VI acc, MOE__VI levels, MOE__VI acts, const int bits) {
-#if MOE__ISA == 3
-    return (void)bits, _mm512_dpbusd_epi32(acc, levels, acts);
-#else
-    if (bits == 8) {
-        acts = _mm256_sign_epi8(acts, levels);
-        levels = _mm256_abs_epi8(levels);
-    }
-    return MOE__(v_dot_i16)(acc, _mm256_maddubs_epi16(levels, acts), _mm256_set1_epi16(1));
-#endif
-}
-
 /* ---- levels of four rows */
 
 MOE__V MOE__VI MOE__(v_nibbles_r4)(const uint8_t *p, const int v) {
@@ -7191,7 +7188,7 @@ MOE__V void MOE__(u_six_r4)(const uint8_t *low, const uint8_t *high, MOE__(rows_
     MOE__(u_store)(h->scale, MOE__(u_add8)(a, -32));
     MOE__(u_store)(h->scale + 32, MOE__(u_add8)(b, -32));
 }
-/* Bit i / 8 of byte i % 8 of x, for i = 0..31 (and 32..63 with the second function): -1 or 0 */
+/* Bit i / 8 of byte i % 8 of x, for i = 0..31 (high: 32..63): -1 or 0 */
 MOE__V __m256i MOE__(u_bits_r4)(uint64_t x, const int high) {
     const __m256i bit = _mm256_setr_epi64x(0x0101010101010101, 0x0202020202020202,
                                            0x0404040404040404, 0x0808080808080808);
@@ -7399,24 +7396,19 @@ MOE__V MOE__VI MOE__(v_multiply_r4)(MOE__VI acc, const MOE__VI *w, const int8_t 
         __m512i sum = _mm512_setzero_si512();
         MOE__UNROLL(4)
         for (int v = 0; v < MOE__SUB_LEVELS; v++)
-            sum = _mm512_dpbusd_epi32(sum, w[v], MOE__(v_acts_r4)(acts, v));
+            sum = MOE__(v_quads)(sum, w[v], MOE__(v_acts_r4)(acts, v), 8);
         return _mm512_add_epi32(
             acc, _mm512_mullo_epi32(sum, MOE__(v_scales_r4)(scale, j, per, 0)));
     }
 #endif
     const MOE__VI scales = MOE__(v_scales_r4)(scale, j, per, 1);
     MOE__UNROLL(4)
-    for (int v = 0; v < MOE__SUB_LEVELS; v++) {
-        MOE__VI levels = w[v], x = MOE__(v_acts_r4)(acts, v);
-#if MOE__ISA == 2
-        if (bits == 8) x = _mm256_sign_epi8(x, levels), levels = _mm256_abs_epi8(levels);
-#endif
-        acc = MOE__(v_dot_i16)(acc, MOE__MM(maddubs_epi16)(levels, x), scales);
-    }
+    for (int v = 0; v < MOE__SUB_LEVELS; v++)
+        acc = MOE__(v_dot_i16)(acc, MOE__(v_twos)(w[v], MOE__(v_acts_r4)(acts, v), bits), scales);
     return acc;
 }
 
-/* What tiles want of half a panel: its rows' levels and scales, see moe__tile_pack. */
+/* What tiles want of half a panel: its rows' levels and scales, see "the scratch of tiles". */
 typedef struct MOE__(rows_out) {
     uint8_t *pack;
     int64_t half;
@@ -7424,21 +7416,17 @@ typedef struct MOE__(rows_out) {
     int add; /* to the levels */
 } MOE__(rows_out);
 MOE__V void MOE__(rows_put)(const MOE__(rows_out) *out, int quad, MOE__VI x) {
-    MOE__(tile_store)(out->pack + (2 * quad + out->half) * MOE__VBYTES,
-                      MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)((char)out->add)));
+    MOE__(tile_put)(out->pack, quad, out->half,
+                    MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)((char)out->add)));
 }
 /* Vectors v of sub-block j of as many groups of four rows as fill a vector with rows */
 MOE__V void MOE__(rows_put_r4)(const MOE__(rows_out) *out, int j, const int v, const MOE__VI *x) {
 #define MOE__AT(lane) 8 * j + 4 * MOE__(r4_half)(lane) + MOE__(r4_t)(v, lane)
 #if MOE__ISA == 3
-    const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44); /* lanes 0 1 of two groups */
-    const __m512i b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
-    const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xEE); /* lanes 2 3 */
-    const __m512i d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
-    MOE__(rows_put)(out, MOE__AT(0), _mm512_shuffle_i32x4(a, b, 0x88));
-    MOE__(rows_put)(out, MOE__AT(1), _mm512_shuffle_i32x4(a, b, 0xDD));
-    MOE__(rows_put)(out, MOE__AT(2), _mm512_shuffle_i32x4(c, d, 0x88));
-    MOE__(rows_put)(out, MOE__AT(3), _mm512_shuffle_i32x4(c, d, 0xDD));
+    __m512i y[4];
+    MOE__(v_turn_lanes)(x, y);
+    MOE__(rows_put)(out, MOE__AT(0), y[0]), MOE__(rows_put)(out, MOE__AT(1), y[1]);
+    MOE__(rows_put)(out, MOE__AT(2), y[2]), MOE__(rows_put)(out, MOE__AT(3), y[3]);
 #else
     MOE__(rows_put)(out, MOE__AT(0), _mm256_permute2x128_si256(x[0], x[1], 0x20));
     MOE__(rows_put)(out, MOE__AT(1), _mm256_permute2x128_si256(x[0], x[1], 0x31));
@@ -7475,7 +7463,7 @@ MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_h
 #else
         const __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(void *)bytes));
 #endif
-        MOE__(tile_store)(half + MOE__(TILE_SCALE) + 2 * s * MOE__VBYTES, x);
+        MOE__(tile_put_int)(out->pack, s, out->half, x);
     }
     for (int i = 0; mins && i < 128 / per; i++) {
         int8_t bytes[8 * GROUPS];
@@ -7759,8 +7747,7 @@ MOE__V __m256 MOE__(u_scales_rows)(const uint8_t *b, const int rows, const int t
             for (int g = 0; g < GROUPS; g++)                                                      \
                 _mm256_storeu_ps(d + R * g,                                                       \
                                  MOE__(u_scales_rows)(group[g] + size * j, R, MOE__INDEX_##NAME)); \
-            MOE__(tile_store)(out->pack + MOE__(TILE_SCALE) + (2 * j + out->half) * MOE__VBYTES,  \
-                              MOE__(v_load)(d));                                                  \
+            MOE__(tile_put_int)(out->pack, j, out->half, MOE__(v_load)(d));                       \
         }                                                                                         \
     }
 MOE__TYPE_ROWS_32(Q4_0_R8, q4_0_r8)
@@ -7999,21 +7986,16 @@ MOE__V __m256 MOE__(q32_products)(const uint8_t *b, int count, const moe__act32 
         const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
         const MOE__VI a_low = MOE__(v_load)(q), a_high = MOE__(v_load)(q + 64);
         const MOE__(q32_levels) w = MOE__(q32_unpack)(b, i, count, table, type);
-#if MOE__ISA == 3
-        s[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.low, a_low);
-        s[i] = _mm512_dpbusd_epi32(s[i], w.high, a_high);
-#else
-        /* |w| * (a with w's sign) is w * a, for w = -128 too, at most 2*128*127 = 32512. Of the */
-        /* others two sums of two fit in int16: 4*63*127 = 32004. */
-        const __m256i ones = _mm256_set1_epi16(1);
-        if (is_signed) {
-            s[i] = _mm256_add_epi32(MOE__(u_quads)(w.low, a_low), MOE__(u_quads)(w.high, a_high));
-        } else {
+#if MOE__ISA == 2
+        if (!is_signed) { /* two sums of two fit in int16: 4 * 63 * 127 = 32004 */
             s[i] = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a_low),
                                     _mm256_maddubs_epi16(w.high, a_high));
-            s[i] = _mm256_madd_epi16(s[i], ones);
+            s[i] = _mm256_madd_epi16(s[i], _mm256_set1_epi16(1));
+            continue;
         }
 #endif
+        s[i] = MOE__(v_quads)(MOE__(v_zero)(), w.low, a_low, 8);
+        s[i] = MOE__(v_quads)(s[i], w.high, a_high, 8);
     }
     __m256i sum = MOE__(q32_sum)(s);
     const int has_min = MOE__(q32_min)(type);
@@ -8098,14 +8080,25 @@ MOE__DOT_Q32(IQ4_NL, iq4_nl)
 MOE__DOT_Q32(MXFP4, mxfp4)
 #undef MOE__DOT_Q32
 
+/* Eight E4M3 scales as moe__types_ue4m3: as bits of an f16 they are numbers 2^8 too small */
+MOE__V __m256 MOE__(u_ue4m3)(uint32_t low, uint32_t high) {
+    const __m128i x = _mm_cvtepu8_epi16(_mm_setr_epi32((int)low, (int)high, 0, 0));
+    const __m128i none = _mm_cmpeq_epi16(x, _mm_set1_epi16(0x7F));
+    const __m128i bits = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x7F)), 7);
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_andnot_si128(none, bits)), _mm256_set1_ps(128.0f));
+}
+
 /* NVFP4: 16 bytes are two groups of 16 weights with a scale each, 8 bytes and 8 bytes: weights */
 /* 0-7 of both in the low nibbles, 8-15 in the high ones. So their sums are in the halves of a */
 /* lane. count: blocks of 64 weights */
-MOE__V float MOE__(nvfp4_part)(const uint8_t *b, int count, const moe__act32 *a,
-                               const float *ue4m3) {
+MOE__V float MOE__(nvfp4_part)(const uint8_t *b, int count, const moe__act32 *a) {
     enum { GROUPS = 8 / MOE__LANES };
     const MOE__VI table = MOE__(v_table)(moe__levels_fp4, 16, 16);
-    float x[16], part = 0;
+    float x[16], scale[16], part = 0;
+    for (int i = 0; i < 4; i += 2)
+        _mm256_storeu_ps(scale + 4 * i,
+                         MOE__(u_ue4m3)(moe__load_u32(b + 36 * (int)moe__min(i, count - 1)),
+                                        moe__load_u32(b + 36 * (int)moe__min(i + 1, count - 1))));
     MOE__UNROLL(4)
     for (int i = 0; i < GROUPS; i++) {
         const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
@@ -8142,23 +8135,21 @@ MOE__V float MOE__(nvfp4_part)(const uint8_t *b, int count, const moe__act32 *a,
                 x[2 * MOE__(q32_block)(i, lane) + h] = (float)four[4 * lane + 2 * h];
     }
     for (int s = 0; s < 4 * count; s++) {
-        const float d = moe__dot_keep(ue4m3[b[36 * (s / 4) + s % 4]] * a->d[s / 2]);
-        part += moe__dot_keep(x[s] * d);
+        const float d = moe__rounded_f32(scale[s] * a->d[s / 2]);
+        part += moe__rounded_f32(x[s] * d);
     }
     return part;
 }
 MOE__K void MOE__(dot_nvfp4)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                              const void *x, float *out) {
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    float ue4m3[256];
-    for (unsigned i = 0; i < 256; i++) ue4m3[i] = moe__types_ue4m3(i);
     for (int64_t r = 0; r < n_rows; r++) {
         const uint8_t *b = rows + (size_t)r * row_size;
         const moe__act32 *a = (const moe__act32 *)x;
         float sum = 0;
         for (int64_t at = 0; at < n; at += 256, a++, b += 144) {
             MOE__(v_fetch)(b, rows_end, 144);
-            sum += MOE__(nvfp4_part)(b, (int)moe__min(4, (n - at) / 64), a, ue4m3);
+            sum += MOE__(nvfp4_part)(b, (int)moe__min(4, (n - at) / 64), a);
         }
         out[r] = sum;
     }
@@ -8229,8 +8220,7 @@ MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *ou
 /* once, fused or not. What is unpacked has the type's offset added, but for 8 bits. */
 MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
                                      const uint8_t *row, int64_t n, float *out) {
-    const float D = type->meta == 4 ? moe__load_f32(row)
-                                    : type->meta == 2 ? MOE__(u_f16)(row) : 1;
+    const float D = MOE__(u_row_scale)(row, type->meta);
     const __m128i bias = _mm_set1_epi8((char)(type->bits == 8 ? 0 : type->offset));
     moe__block block;
     if (type->id == MOE_TYPE_IQ6_K) {
@@ -8291,7 +8281,7 @@ typedef void MOE__(tile_kernel_fn)(const MOE__(tile_job) *job);
 typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
 
 MOE__V MOE__VF MOE__(tile_load_f32)(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
-MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
+
 
 /* ---- products of quads -------- */
 
@@ -8728,13 +8718,6 @@ MOE__V MOE__VF MOE__(tile_row_halves)(const uint8_t *rows, size_t stride) {
 #undef MOE__HALF
 }
 
-/* Stores a quad (or a float weight) of half h of the panel's rows. */
-MOE__V void MOE__(tile_put)(uint8_t *pack, int64_t quad, int64_t h, MOE__VI v) {
-    MOE__(tile_store)(pack + (2 * quad + h) * MOE__VBYTES, v);
-}
-MOE__V void MOE__(tile_put_scale)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VF v) {
-    MOE__(tile_store_f32)(pack + MOE__(TILE_SCALE) + (2 * sub_block + h) * MOE__VBYTES, v);
-}
 MOE__V MOE__VI MOE__(tile_low)(MOE__VI v, const int mask) {
     return MOE__(v_and)(v, MOE__MM(set1_epi32)(mask));
 }
@@ -8801,16 +8784,6 @@ MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t 
         }
 }
 
-MOE__V void MOE__(tile_put_int)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI v) {
-    MOE__(tile_store)(pack + MOE__(TILE_SCALE) + (2 * sub_block + h) * MOE__VBYTES, v);
-}
-MOE__V void MOE__(tile_put_d)(uint8_t *pack, int64_t h, MOE__VF d) {
-    MOE__(tile_store_f32)(pack + MOE__(TILE_D) + h * MOE__VBYTES, d);
-}
-MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
-    MOE__(tile_store_f32)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES,
-                          MOE__MM(sub_ps)(MOE__MM(setzero_ps)(), dmin));
-}
 /* Four unsigned bytes of each dword */
 MOE__V void MOE__(tile_put_scales)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI s) {
     MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
@@ -8976,7 +8949,7 @@ MOE__V MOE__(tile_columns) MOE__(tile_turn_blocks)(const void *from) {
 /* Vector v of 16 rows: dwords are turned in lanes, then lanes of four times four rows. */
 MOE__V void MOE__(tile_turn_levels)(const moe__block *block, int order, const int v, __m512i more,
                                     int64_t h, uint8_t *pack) {
-    __m512i x[4][4]; /* [4 rows][dword of each lane] */
+    __m512i x[4][4]; /* [dword of each lane][4 rows] */
     MOE__UNROLL(4)
     for (int g = 0; g < 4; g++) {
         const __m512i r0 = MOE__(v_load)(block[4 * g].q + 64 * v);
@@ -8985,25 +8958,17 @@ MOE__V void MOE__(tile_turn_levels)(const moe__block *block, int order, const in
         const __m512i r3 = MOE__(v_load)(block[4 * g + 3].q + 64 * v);
         const __m512i a = _mm512_unpacklo_epi32(r0, r1), b = _mm512_unpacklo_epi32(r2, r3);
         const __m512i c = _mm512_unpackhi_epi32(r0, r1), d = _mm512_unpackhi_epi32(r2, r3);
-        x[g][0] = _mm512_unpacklo_epi64(a, b), x[g][1] = _mm512_unpackhi_epi64(a, b);
-        x[g][2] = _mm512_unpacklo_epi64(c, d), x[g][3] = _mm512_unpackhi_epi64(c, d);
+        x[0][g] = _mm512_unpacklo_epi64(a, b), x[1][g] = _mm512_unpackhi_epi64(a, b);
+        x[2][g] = _mm512_unpacklo_epi64(c, d), x[3][g] = _mm512_unpackhi_epi64(c, d);
     }
-    int quad[4]; /* of each lane's first dword */
-    for (int lane = 0; lane < 4; lane++) quad[lane] = 4 * MOE__(v_group)(order, v, lane);
     MOE__UNROLL(4)
     for (int k = 0; k < 4; k++) {
-        const __m512i a = _mm512_shuffle_i32x4(x[0][k], x[1][k], 0x44);
-        const __m512i b = _mm512_shuffle_i32x4(x[2][k], x[3][k], 0x44);
-        const __m512i c = _mm512_shuffle_i32x4(x[0][k], x[1][k], 0xEE);
-        const __m512i d = _mm512_shuffle_i32x4(x[2][k], x[3][k], 0xEE);
-        MOE__(tile_put)(pack, quad[0] + k, h,
-                        _mm512_add_epi8(_mm512_shuffle_i32x4(a, b, 0x88), more));
-        MOE__(tile_put)(pack, quad[1] + k, h,
-                        _mm512_add_epi8(_mm512_shuffle_i32x4(a, b, 0xDD), more));
-        MOE__(tile_put)(pack, quad[2] + k, h,
-                        _mm512_add_epi8(_mm512_shuffle_i32x4(c, d, 0x88), more));
-        MOE__(tile_put)(pack, quad[3] + k, h,
-                        _mm512_add_epi8(_mm512_shuffle_i32x4(c, d, 0xDD), more));
+        __m512i y[4];
+        MOE__(v_turn_lanes)(x[k], y);
+        MOE__UNROLL(4)
+        for (int lane = 0; lane < 4; lane++)
+            MOE__(tile_put)(pack, 4 * MOE__(v_group)(order, v, lane) + k, h,
+                            _mm512_add_epi8(y[lane], more));
     }
 }
 #else
@@ -9070,9 +9035,7 @@ MOE__K void MOE__(tile_rows)(const moe__type *type, MOE__(unpack_fn) *unpack, in
     moe__block *block = (moe__block *)(void *)stage;
     for (int r = 0; r < MOE__VFLOATS; r++) {
         const uint8_t *row = rows + (size_t)moe__min(h * MOE__VFLOATS + r, left - 1) * row_size;
-        float D = 1;
-        if (type->meta == 4) D = moe__load_f32(row);
-        if (type->meta == 2) D = moe__types_f16(row);
+        const float D = MOE__LEVELS_OF(u_row_scale)(row, type->meta);
         unpack(row + skip, (int)n, D, block + r);
     }
     for (int v = 0; v < (int)(n + MOE__VBYTES - 1) / MOE__VBYTES; v++)

@@ -31,13 +31,13 @@
 /*   >>gguf      2580  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3570  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5250  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10498  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10783  router, plan, the expert schedules */
-/*   >>model    11231  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12324  cache, the forward pass */
-/*   >>text     13642  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15294  choosing tokens, generating text */
-/*   >>licence  16139  MIT or public domain */
+/*   >>ops      10496  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10781  router, plan, the expert schedules */
+/*   >>model    11229  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12322  cache, the forward pass */
+/*   >>text     13640  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15292  choosing tokens, generating text */
+/*   >>licence  16137  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -8939,8 +8939,22 @@ MOE__K void MOE__(tile_unpack_bf16)(const uint8_t *rows, size_t stride, int64_t 
 }
 #endif
 
-/* What else is there: row types are unpacked row by row, then turned. `order`: of the vectors */
-/* that unpack writes. */
+/* How the tiles of a type are made */
+typedef struct MOE__(tile_plan) {
+    MOE__(tile_kernel_fn) *const *kernels; /* [n - 1]: for n tokens */
+    int max_tokens;
+    MOE__(tile_unpack_fn) *unpack;
+    int superblock, step;   /* weights per row; weights per scale, and per prefetch step */
+    int block, block_bytes; /* weights and bytes of a block */
+    int record;             /* bytes of a superblock's activations */
+    int shift;              /* log2 of the offset that `unpack` adds to weights */
+    const moe__type *type;  /* not NULL: one of these is used instead of `unpack` */
+    MOE__(unpack_fn) *unpack_row;
+    MOE__LEVELS_OF(rows_fn) *unpack_group;
+    int order, add; /* of unpack_row; what is to be added to levels */
+} MOE__(tile_plan);
+
+/* What else is there: rows are unpacked one by one to blocks, then turned. */
 MOE__V MOE__(tile_columns) MOE__(tile_turn_blocks)(const void *from) {
     return MOE__(tile_turn)((const uint8_t *)from, sizeof(moe__block));
 }
@@ -9025,61 +9039,48 @@ MOE__V void MOE__(tile_turn_f32)(const float *from, int per, int at, int64_t h, 
     }
 }
 
-/* n weights of half h of a panel of a row type, from weight `at` of its rows, of which `left` */
-/* are there (the last stands for those behind it). stage: room for half a panel of blocks. */
-MOE__K void MOE__(tile_rows)(const moe__type *type, MOE__(unpack_fn) *unpack, int order, int add,
-                             int per, const uint8_t *rows, size_t row_size, int64_t left,
-                             int64_t at, int64_t n, int64_t h, uint8_t *stage, uint8_t *pack) {
+/* n weights of half h of a panel, from weight `at` of its rows, of which `left` are there (the */
+/* last stands for those behind it). stage: room for half a panel of blocks. */
+MOE__K void MOE__(tile_rows)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
+                             int64_t left, int64_t at, int64_t n, int64_t h, uint8_t *stage,
+                             uint8_t *pack) {
+    const moe__type *type = plan->type;
     const size_t skip = (size_t)(at / type->block * type->bytes + type->meta);
-    const MOE__VI more = MOE__MM(set1_epi8)((char)add);
+    const MOE__VI more = MOE__MM(set1_epi8)((char)plan->add);
     moe__block *block = (moe__block *)(void *)stage;
     for (int r = 0; r < MOE__VFLOATS; r++) {
         const uint8_t *row = rows + (size_t)moe__min(h * MOE__VFLOATS + r, left - 1) * row_size;
         const float D = MOE__LEVELS_OF(u_row_scale)(row, type->meta);
-        unpack(row + skip, (int)n, D, block + r);
+        plan->unpack_row(row + skip, (int)n, D, block + r);
     }
     for (int v = 0; v < (int)(n + MOE__VBYTES - 1) / MOE__VBYTES; v++)
-        MOE__(tile_turn_levels)(block, order, v, more, h, pack);
+        MOE__(tile_turn_levels)(block, plan->order, v, more, h, pack);
     if (type->act == MOE__ACT_Q256) {
-        MOE__(tile_turn_scales)(block, per, !type->offset, h, pack);
+        MOE__(tile_turn_scales)(block, plan->step, !type->offset, h, pack);
         return;
     }
-    MOE__(tile_turn_f32)(block->d, per, MOE__(TILE_SCALE), h, pack);
-    if (!type->offset) MOE__(tile_turn_f32)(block->dmin, per, MOE__(TILE_MIN), h, pack);
+    MOE__(tile_turn_f32)(block->d, plan->step, MOE__(TILE_SCALE), h, pack);
+    if (!type->offset) MOE__(tile_turn_f32)(block->dmin, plan->step, MOE__(TILE_MIN), h, pack);
 }
 
 /* The same of an interleaved type */
-MOE__K void MOE__(tile_groups)(const moe__type *type, MOE__LEVELS_OF(rows_fn) *unpack, int add,
-                               int per, const uint8_t *rows, size_t row_size, int64_t left,
-                               int64_t at, int64_t n, int64_t h, uint8_t *pack) {
+MOE__K void MOE__(tile_groups)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
+                               int64_t left, int64_t at, int64_t n, int64_t h, uint8_t *pack) {
+    const moe__type *type = plan->type;
     const uint8_t *group[MOE__VFLOATS / 4];
     float D[MOE__VFLOATS / 4][4];
     MOE__LEVELS_OF(rows_out) out;
-    out.pack = pack, out.half = h, out.per = per, out.add = add;
+    out.pack = pack, out.half = h, out.per = plan->step, out.add = plan->add;
     for (int g = 0; g < MOE__VFLOATS / type->rows; g++) {
         const int64_t row = moe__min(h * MOE__VFLOATS + g * type->rows, left - type->rows);
         const uint8_t *p = rows + (size_t)row * row_size;
         if (type->meta == 4) memcpy(D[g], p, sizeof D[g]);
         group[g] = p + (size_t)type->rows * (size_t)(type->meta + at / type->block * type->bytes);
     }
-    unpack(group, (int)n, (const float(*)[4])D, &out);
+    plan->unpack_group(group, (int)n, (const float(*)[4])D, &out);
 }
 
 /* ---- the loops over superblocks and tokens -------- */
-
-typedef struct MOE__(tile_plan) {
-    MOE__(tile_kernel_fn) *const *kernels; /* [n - 1]: for n tokens */
-    int max_tokens;
-    MOE__(tile_unpack_fn) *unpack;
-    int superblock, step;   /* weights per row; weights per prefetch step */
-    int block, block_bytes; /* weights and bytes of a block */
-    int record;             /* bytes of a superblock's activations */
-    int shift;              /* log2 of the offset that `unpack` adds to weights */
-    const moe__type *type;  /* not NULL: one of these is used instead of `unpack` */
-    MOE__(unpack_fn) *unpack_row;
-    MOE__LEVELS_OF(rows_fn) *unpack_group;
-    int order, add; /* of unpack_row; what is to be added to levels */
-} MOE__(tile_plan);
 
 /* What is left to prefetch, in cache lines, and how many of them per step */
 typedef struct MOE__(tile_ahead) {
@@ -9153,12 +9154,9 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
             const int64_t left = n_rows - p * MOE__PANEL;
             for (int h = 0; plan->type && h < 2; h++) {
                 if (plan->unpack_row)
-                    MOE__(tile_rows)(plan->type, plan->unpack_row, plan->order, plan->add,
-                                     plan->step, from, row_size, left, first, job.n, h, stage,
-                                     panel);
+                    MOE__(tile_rows)(plan, from, row_size, left, first, job.n, h, stage, panel);
                 else
-                    MOE__(tile_groups)(plan->type, plan->unpack_group, plan->add, plan->step, from,
-                                       row_size, left, first, job.n, h, panel);
+                    MOE__(tile_groups)(plan, from, row_size, left, first, job.n, h, panel);
             }
             if (!plan->type) plan->unpack(from, stride, job.n, panel);
         }

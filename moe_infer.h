@@ -31,13 +31,13 @@
 /*   >>gguf      2580  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3570  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5250  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10496  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10781  router, plan, the expert schedules */
-/*   >>model    11229  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12322  cache, the forward pass */
-/*   >>text     13640  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15292  choosing tokens, generating text */
-/*   >>licence  16137  MIT or public domain */
+/*   >>ops      10500  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10777  router, plan, the expert schedules */
+/*   >>model    11225  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12318  cache, the forward pass */
+/*   >>text     13636  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15288  choosing tokens, generating text */
+/*   >>licence  16133  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -95,10 +95,10 @@
 /* */
 /* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
 /* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
-/* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). Products of quantized */
-/* weights have the same bits from every instruction set, for one token and for many ("the */
-/* product of quantized rows" in >>types is the arithmetic); the rest differs in the last bits of */
-/* float sums only. */
+/* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). A product has the same */
+/* bits for one token and for many, that of quantized weights also from every instruction set */
+/* ("the product of quantized rows" in >>types is the arithmetic); the rest differs in the last */
+/* bits of float sums only. */
 /* */
 /* EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads */
 /* may share that work in different ways, picked by macro or moe_session_options.schedule. Rows */
@@ -5908,6 +5908,21 @@ MOE__V float MOE__(u_load_weight)(const uint8_t *p, const int type) {
     return moe__load_f32(p);
 }
 
+/* The end of a product: the sums of weights k mod 32 = 0-7, 8-15, 16-23, 24-31 of all whole 32, */
+/* and `left` weights behind them */
+MOE__V float MOE__(u_dot_end)(__m256 sum0, __m256 sum1, __m256 sum2, __m256 sum3, const uint8_t *w,
+                              const float *a, int64_t left, const int type) {
+    const int size = type == MOE__INDEX_F32 ? 4 : 2;
+    for (; left >= 8; left -= 8, w += 8 * size, a += 8)
+        sum0 = _mm256_fmadd_ps(MOE__(u_load_weights)(w, type), _mm256_loadu_ps(a), sum0);
+    sum0 = _mm256_add_ps(_mm256_add_ps(sum0, sum1), _mm256_add_ps(sum2, sum3));
+    float total = MOE__(u_sum)(sum0);
+    for (; left > 0; left--, w += size, a++) /* fused as written: the same bits from C++ */
+        total = _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(MOE__(u_load_weight)(w, type)),
+                                           _mm_set_ss(*a), _mm_set_ss(total)));
+    return total;
+}
+
 /* Four sums, so that chains of multiply-adds hide each other's latency. Nothing is fetched */
 /* ahead: with so little to compute hardware prefetchers do better alone (Zen 4: 0.9 of plain */
 /* reading, against 0.7 with 256 bits and 0.4 with 512 when fetching). */
@@ -5928,31 +5943,122 @@ MOE__V void MOE__(u_dot_float)(const uint8_t *rows, size_t row_size, int64_t n_r
             MOE__STEP(sum2, 2);
             MOE__STEP(sum3, 3);
         }
-        for (; left >= 8; left -= 8, w += 8 * size, a += 8) MOE__STEP(sum0, 0);
 #undef MOE__STEP
-        sum0 = _mm256_add_ps(_mm256_add_ps(sum0, sum1), _mm256_add_ps(sum2, sum3));
-        float total = MOE__(u_sum)(sum0);
-        for (; left > 0; left--, w += size, a++) /* fused as written: the same bits from C++ */
-            total = _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(MOE__(u_load_weight)(w, type)),
-                                               _mm_set_ss(*a), _mm_set_ss(total)));
-        out[r] = total;
+        out[r] = MOE__(u_dot_end)(sum0, sum1, sum2, sum3, w, a, left, type);
     }
 }
 
-MOE__K void MOE__(dot_f32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                           const void *x, float *out) {
-    MOE__(u_dot_float)(rows, row_size, n_rows, n, x, out, MOE__INDEX_F32);
+/* Many tokens. Two rows times six tokens fill the registers with sums, a vector of the 32 that */
+/* one product has; those of all rows lie in the scratch, [row][token][32], while weights and */
+/* activations are read in pieces that stay in the first-level cache. Each product is added up */
+/* in the order of u_dot_float and has its bits. */
+enum { MOE__(FLOAT_TOKENS) = 6, MOE__(FLOAT_PIECE) = 1024 };
+
+MOE__V MOE__VF MOE__(v_load_weights)(const uint8_t *p, const int type) {
+#if MOE__ISA == 3
+    if (type == MOE__INDEX_F32) return _mm512_loadu_ps(p);
+    if (type == MOE__INDEX_F16) return _mm512_cvtph_ps(MOE__(v_load_256)(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(MOE__(v_load_256)(p)), 16));
+#else
+    return MOE__(u_load_weights)(p, type);
+#endif
 }
 
-MOE__K void MOE__(dot_f16)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                           const void *x, float *out) {
-    MOE__(u_dot_float)(rows, row_size, n_rows, n, x, out, MOE__INDEX_F16);
+/* n weights, a multiple of 32, of two rows times six tokens, all from number k on */
+MOE__V void MOE__(tile_float_piece)(const uint8_t *row0, const uint8_t *row1,
+                                    const float *const *x, int64_t k, int64_t n, float *sums,
+                                    const int type) {
+    const int size = type == MOE__INDEX_F32 ? 4 : 2;
+    const float *x0 = x[0] + k, *x1 = x[1] + k, *x2 = x[2] + k, *x3 = x[3] + k, *x4 = x[4] + k,
+                *x5 = x[5] + k;
+    row0 += size * k, row1 += size * k;
+#define MOE__EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define MOE__AT(row, t) sums + 32 * (MOE__(FLOAT_TOKENS) * (row) + (t)) + chain
+#define MOE__LOAD(t)                                        \
+    MOE__VF a##t##0 = MOE__MM(loadu_ps)(MOE__AT(0, t));     \
+    MOE__VF a##t##1 = MOE__MM(loadu_ps)(MOE__AT(1, t));
+#define MOE__STORE(t)                           \
+    MOE__MM(storeu_ps)(MOE__AT(0, t), a##t##0); \
+    MOE__MM(storeu_ps)(MOE__AT(1, t), a##t##1);
+#define MOE__STEP(t)                                        \
+    {                                                       \
+        MOE__VF b = MOE__MM(loadu_ps)(x##t + i);            \
+        __asm__("" : "+v"(b)); /* or GCC loads it twice */  \
+        a##t##0 = MOE__MM(fmadd_ps)(w0, b, a##t##0);        \
+        a##t##1 = MOE__MM(fmadd_ps)(w1, b, a##t##1);        \
+    }
+    for (int64_t chain = 0; chain < 32; chain += MOE__VFLOATS) {
+        MOE__EACH(MOE__LOAD)
+        for (int64_t i = chain; i < n; i += 32) {
+            const MOE__VF w0 = MOE__(v_load_weights)(row0 + size * i, type);
+            const MOE__VF w1 = MOE__(v_load_weights)(row1 + size * i, type);
+            MOE__EACH(MOE__STEP)
+        }
+        MOE__EACH(MOE__STORE)
+    }
+#undef MOE__EACH
+#undef MOE__AT
+#undef MOE__LOAD
+#undef MOE__STORE
+#undef MOE__STEP
 }
 
-MOE__K void MOE__(dot_bf16)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                            const void *x, float *out) {
-    MOE__(u_dot_float)(rows, row_size, n_rows, n, x, out, MOE__INDEX_BF16);
+/* moe__tile_fn of plain floats */
+MOE__V void MOE__(tile_float)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                              const void *const *x, int64_t n_tokens, float *out,
+                              int64_t out_stride, void *pack, const uint8_t *prefetch,
+                              size_t prefetch_size, moe__dot_fn *dot, const int type) {
+    enum { TOKENS = MOE__(FLOAT_TOKENS), PIECE = MOE__(FLOAT_PIECE) };
+    const int size = type == MOE__INDEX_F32 ? 4 : 2;
+    const int64_t whole = n / 32 * 32, n_pieces = (whole + PIECE - 1) / PIECE;
+    const int64_t n_groups = (n_tokens + TOKENS - 3) / TOKENS;
+    const int64_t n_steps = moe__max(1, n_groups * n_pieces * ((n_rows + 1) / 2));
+    const size_t per_step = (prefetch_size / (size_t)n_steps + 64) / 64 * 64;
+    size_t fetched = 0;
+    float *sums = (float *)pack;
+    const float *token[TOKENS];
+    /* One or two tokens are left to the dot product, more are filled up to six. */
+    for (; n_tokens > 2; n_tokens -= TOKENS, x += TOKENS, out += TOKENS * out_stride) {
+        const int count = (int)moe__min(n_tokens, TOKENS);
+        for (int t = 0; t < TOKENS; t++) token[t] = (const float *)x[t < count ? t : 0];
+        memset(sums, 0, (size_t)(n_rows + 1) / 2 * 2 * TOKENS * 32 * sizeof *sums);
+        for (int64_t k = 0; k < whole; k += PIECE)
+            for (int64_t r = 0; r < n_rows; r += 2) {
+                const uint8_t *row = rows + (size_t)r * row_size;
+                for (size_t i = 0; i < per_step && fetched < prefetch_size; i += 64, fetched += 64)
+                    __builtin_prefetch(prefetch + fetched, 0, 2);
+                MOE__(tile_float_piece)(row, row + (r + 1 < n_rows ? row_size : 0), token, k,
+                                        moe__min(whole - k, PIECE), sums + r * TOKENS * 32, type);
+            }
+        for (int64_t r = 0; r < n_rows; r++)
+            for (int t = 0; t < count; t++) {
+                const float *s = sums + (r * TOKENS + t) * 32;
+                out[t * out_stride + r] = MOE__(u_dot_end)(
+                    _mm256_loadu_ps(s), _mm256_loadu_ps(s + 8), _mm256_loadu_ps(s + 16),
+                    _mm256_loadu_ps(s + 24), rows + (size_t)r * row_size + size * whole,
+                    token[t] + whole, n - whole, type);
+            }
+    }
+    for (int64_t t = 0; t < n_tokens; t++)
+        dot(rows, row_size, n_rows, n, x[t], out + t * out_stride);
 }
+
+#define MOE__FLOAT_TYPE(NAME, name)                                                               \
+    MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,           \
+                                  int64_t n, const void *x, float *out) {                         \
+        MOE__(u_dot_float)(rows, row_size, n_rows, n, x, out, MOE__INDEX_##NAME);                 \
+    }                                                                                             \
+    MOE__K void MOE__(tile_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,          \
+                                   int64_t n, const void *const *x, int64_t n_tokens, float *out, \
+                                   int64_t out_stride, void *pack, const uint8_t *prefetch,       \
+                                   size_t prefetch_size) {                                        \
+        MOE__(tile_float)(rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack,          \
+                          prefetch, prefetch_size, MOE__(dot_##name), MOE__INDEX_##NAME);         \
+    }
+MOE__FLOAT_TYPE(F32, f32)
+MOE__FLOAT_TYPE(F16, f16)
+MOE__FLOAT_TYPE(BF16, bf16)
+#undef MOE__FLOAT_TYPE
 
 /* ---- dequantize ------------------------------------------------------------------------------ */
 
@@ -8244,8 +8350,8 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
 
 /* ---- tiles: up to 32 rows times many tokens -------------------------------------------------- */
 
-/* For each superblock of 256 weights per row (128 for float types) a tile's rows are unpacked */
-/* once, into a pack that stays in the first-level cache, and every token reads it from there: */
+/* For each superblock of 256 weights per row a tile's rows are unpacked once, into a pack that */
+/* stays in the first-level cache, and every token reads it from there: */
 /* */
 /*     for each superblock          unpack 32 rows x 256 weights */
 /*         for each token group     for each panel of rows: one micro-kernel */
@@ -8272,7 +8378,7 @@ typedef struct MOE__(tile_job) {
     int shift;               /* log2 of the weights' offset */
     float *sums;             /* of the panel's first row and the group's first token */
     const uint8_t *prefetch; /* fetch cache lines from here, n_prefetch of them per step (a */
-    int64_t n_prefetch;      /* sub-block or 8 floats), evenly: bursts would stop the kernel */
+    int64_t n_prefetch;      /* sub-block), evenly: bursts would stop the kernel */
 } MOE__(tile_job);
 typedef void MOE__(tile_kernel_fn)(const MOE__(tile_job) *job);
 
@@ -8343,12 +8449,10 @@ MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
 /* Sums are named a00, a01 (token 0: two vectors of rows), a10, ... a51 and are not arrays, which */
 /* compilers may keep in memory. MOE__EACH(X) is X for every token; n is a constant, so that what */
 /* `n > t` excludes does not exist. */
-#define MOE__EACH_4(X) X(0) X(1) X(2) X(3)
-#define MOE__EACH_6(X) MOE__EACH_4(X) X(4) X(5)
 #if MOE__TILE_TOKENS == 6
-#define MOE__EACH(X) MOE__EACH_6(X)
+#define MOE__EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #else
-#define MOE__EACH(X) MOE__EACH_4(X)
+#define MOE__EACH(X) X(0) X(1) X(2) X(3)
 #endif
 /* Minus the sums of 8 sub-blocks' activations, from number i */
 MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const int per_256) {
@@ -8608,45 +8712,6 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
     }
 }
 
-#if MOE__ISA != 4
-#define MOE__FLOAT(t)                                                  \
-    if (n > t) {                                                       \
-        const MOE__VF b = MOE__BROADCAST_F32(x##t + 4 * (k + step));   \
-        f##t##0 = MOE__MM(fmadd_ps)(w0, b, f##t##0);                   \
-        f##t##1 = MOE__MM(fmadd_ps)(w1, b, f##t##1);                   \
-    }
-#define MOE__FLOAT_STEP(i)                                                            \
-    {                                                                                 \
-        const int step = i;                                                           \
-        const MOE__VF w0 = MOE__(tile_load_f32)(w + 2 * step * MOE__VBYTES);          \
-        const MOE__VF w1 = MOE__(tile_load_f32)(w + (2 * step + 1) * MOE__VBYTES);    \
-        MOE__EACH_6(MOE__FLOAT)                                                         \
-    }
-
-/* n tokens; the pack: f32 [weight][2 vectors]. A superblock is summed by itself before it is */
-/* added: rounding errors grow with the length of a chain of additions. */
-MOE__V void MOE__(tile_float)(const MOE__(tile_job) *job, const int n) {
-    const uint8_t *w = job->pack, *prefetch = job->prefetch;
-    const int64_t n_prefetch = job->n_prefetch;
-    int64_t k = 0;
-    MOE__EACH_6(MOE__TOKEN)
-    MOE__EACH_6(MOE__FLOATS)
-    for (; k + 8 <= job->n; k += 8, w += 16 * MOE__VBYTES) {
-        MOE__FETCH_AHEAD();
-        MOE__FLOAT_STEP(0)
-        MOE__FLOAT_STEP(1)
-        MOE__FLOAT_STEP(2)
-        MOE__FLOAT_STEP(3)
-        MOE__FLOAT_STEP(4)
-        MOE__FLOAT_STEP(5)
-        MOE__FLOAT_STEP(6)
-        MOE__FLOAT_STEP(7)
-    }
-    for (; k < job->n; k++, w += 2 * MOE__VBYTES) MOE__FLOAT_STEP(0)
-    MOE__EACH_6(MOE__ADD_FLOATS)
-}
-#endif
-
 /* ---- unpacking ---------------- */
 
 typedef struct MOE__(tile_columns) {
@@ -8903,48 +8968,12 @@ MOE__K void MOE__(tile_unpack_q6_k)(const uint8_t *rows, size_t stride, int64_t 
     }
 }
 
-#if MOE__ISA != 4
-/* Floats: each row is readable up to a multiple of 8 weights. */
-MOE__K void MOE__(tile_unpack_f32)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
-    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
-        for (int64_t k = 0; k < n; k += 4) {
-            const MOE__(tile_columns) c = MOE__(tile_turn)(rows + 4 * k, stride);
-            MOE__UNROLL(4) for (int i = 0; i < 4; i++) MOE__(tile_put)(pack, k + i, h, c.v[i]);
-        }
-}
-
-MOE__K void MOE__(tile_unpack_f16)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
-    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
-        for (int64_t k = 0; k < n; k += 8) {
-            const MOE__(tile_columns) c = MOE__(tile_turn)(rows + 2 * k, stride);
-            uint8_t *out = pack + (2 * k + h) * MOE__VBYTES;
-            MOE__UNROLL(4) for (int i = 0; i < 4; i++, out += 4 * MOE__VBYTES) {
-                const MOE__(tile_pair) f = MOE__(tile_halves)(c.v[i]);
-                MOE__(tile_store_f32)(out, f.low);
-                MOE__(tile_store_f32)(out + 2 * MOE__VBYTES, f.high);
-            }
-        }
-}
-
-MOE__K void MOE__(tile_unpack_bf16)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
-    for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
-        for (int64_t k = 0; k < n; k += 8) {
-            const MOE__(tile_columns) c = MOE__(tile_turn)(rows + 2 * k, stride);
-            MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-                MOE__VI high = MOE__(tile_low)(c.v[i], (int)0xFFFF0000);
-                MOE__(tile_put)(pack, k + 2 * i, h, MOE__MM(slli_epi32)(c.v[i], 16));
-                MOE__(tile_put)(pack, k + 2 * i + 1, h, high);
-            }
-        }
-}
-#endif
-
 /* How the tiles of a type are made */
 typedef struct MOE__(tile_plan) {
     MOE__(tile_kernel_fn) *const *kernels; /* [n - 1]: for n tokens */
     int max_tokens;
     MOE__(tile_unpack_fn) *unpack;
-    int superblock, step;   /* weights per row; weights per scale, and per prefetch step */
+    int step;               /* weights per scale, and per prefetch step */
     int block, block_bytes; /* weights and bytes of a block */
     int record;             /* bytes of a superblock's activations */
     int shift;              /* log2 of the offset that `unpack` adds to weights */
@@ -9130,20 +9159,20 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
                               int64_t n_rows, int64_t n, const void *const *x, int64_t n_tokens,
                               uint8_t *scratch, MOE__(tile_ahead) *ahead) {
     const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
-    const size_t pitch = (size_t)plan->superblock / (size_t)plan->block * (size_t)plan->block_bytes;
+    const size_t pitch = 256 / (size_t)plan->block * (size_t)plan->block_bytes;
     uint8_t *stage = scratch + MOE__(TILE_STAGE_AT);
     MOE__(tile_job) job;
     memset(&job, 0, sizeof job);
     job.shift = plan->shift;
     memset(scratch + MOE__(TILE_SUMS_AT), 0, (size_t)n_tokens * MOE__TILE_ROWS * sizeof(float));
-    for (int64_t first = 0; first < n; first += plan->superblock) {
+    for (int64_t first = 0; first < n; first += 256) {
         const uint8_t *from = rows;
         size_t stride = row_size;
-        job.n = moe__min(n - first, plan->superblock);
-        /* A copy of the rows is unpacked where a panel or a vector of floats is not full */
-        /* (nothing is read behind a row), and where rows lie so that they compete for the same */
-        /* few lines of the cache while they are turned (4 times slower). */
-        if (!plan->type && (n_rows % MOE__PANEL || job.n % 8 || row_size % 2048 == 0)) {
+        job.n = moe__min(n - first, 256);
+        /* A copy of the rows is unpacked where a panel is not full (nothing is read behind a */
+        /* row), and where rows lie so that they compete for the same few lines of the cache */
+        /* while they are turned (4 times slower). */
+        if (!plan->type && (n_rows % MOE__PANEL || row_size % 2048 == 0)) {
             const size_t bytes = (size_t)(job.n / plan->block * plan->block_bytes);
             MOE__(tile_stage)(rows, row_size, n_rows, bytes, pitch, n_panels * MOE__PANEL, stage);
             from = stage, stride = pitch;
@@ -9198,8 +9227,6 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
     MOE__K void MOE__TILE_NAME(name, n)(const MOE__(tile_job) *job) { \
         MOE__(tile_quantized)(job, n, __VA_ARGS__);                 \
     }
-#define MOE__TILE_FLOAT(n) \
-    MOE__K void MOE__TILE_NAME(float, n)(const MOE__(tile_job) *job) { MOE__(tile_float)(job, n); }
 #define MOE__TILE_TABLE(name) static MOE__(tile_kernel_fn) *const MOE__(tile_kernels_##name)[]
 #define MOE__TILE_NAMES_4(name)                          \
     MOE__TILE_NAME(name, 1), MOE__TILE_NAME(name, 2),    \
@@ -9211,17 +9238,6 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
     MOE__TILE_KERNEL(name, 2, __VA_ARGS__) \
     MOE__TILE_KERNEL(name, 3, __VA_ARGS__) \
     MOE__TILE_KERNEL(name, 4, __VA_ARGS__)
-
-#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
-MOE__TILE_FLOAT(1)
-MOE__TILE_FLOAT(2)
-MOE__TILE_FLOAT(3)
-MOE__TILE_FLOAT(4)
-MOE__TILE_FLOAT(5)
-MOE__TILE_FLOAT(6)
-MOE__TILE_TABLE(float) = {MOE__TILE_NAMES_6(float)};
-#define MOE__TILE_OF_FLOATS MOE__(tile_kernels_float), 6
-#endif
 
 /* Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then */
 /* the weights per scale; m: integer mins, f: float mins; the bits of a weight, if they matter. */
@@ -9297,7 +9313,6 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_r
     memset(&plan, 0, sizeof plan);
     plan.kernels = MOE__(tile_kernels_of)(type, &plan.step);
     plan.max_tokens = MOE__TILE_TOKENS;
-    plan.superblock = 256;
     plan.block = type->block;
     plan.block_bytes = type->bytes;
     plan.record = (int)moe__act_size(type->act, 256);
@@ -9323,19 +9338,14 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_r
                         prefetch, prefetch_size);                                                 \
     }
 #define MOE__TILE_Q(name, bits) MOE__TILE_OF(name, bits), MOE__TILE_TOKENS
-#if MOE__ISA != 4
-MOE__TILE_TYPE(f32, MOE__TILE_OF_FLOATS, 128, 8, 1, 4, 512, 0)
-MOE__TILE_TYPE(f16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
-MOE__TILE_TYPE(bf16, MOE__TILE_OF_FLOATS, 128, 8, 1, 2, 512, 0)
-#endif
-MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 256, 32, 32, 18, sizeof(moe__act32), 3)
-MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 256, 32, 32, 22, sizeof(moe__act32), 4)
-MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 256, 32, 32, 18, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 256, 32, 32, 17, sizeof(moe__act32), 4)
-MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 256, 32, 32, 34, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32m, 4), 256, 32, 256, 144, sizeof(moe__act256), 0)
-MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 256, 32, 256, 176, sizeof(moe__act256), 0)
-MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 256, 16, 256, 210, sizeof(moe__act256), 5)
+MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 32, 32, 18, sizeof(moe__act32), 3)
+MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 32, 32, 22, sizeof(moe__act32), 4)
+MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 32, 32, 18, sizeof(moe__act32), 7)
+MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 32, 32, 17, sizeof(moe__act32), 4)
+MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 32, 32, 34, sizeof(moe__act32), 7)
+MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32m, 4), 32, 256, 144, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 32, 256, 176, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 16, 256, 210, sizeof(moe__act256), 5)
 
 /* Block types without unpacking of their own for tiles, by what they are read with */
 #define MOE__TILE_BLOCKS(NAME, name, row, order, group)                                           \
@@ -9420,8 +9430,6 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 
 #undef MOE__TILE_TOKENS
 #undef MOE__PANEL
-#undef MOE__EACH_4
-#undef MOE__EACH_6
 #undef MOE__EACH
 #undef MOE__TOKEN
 #undef MOE__INTS
@@ -9451,16 +9459,12 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 #undef MOE__SCALE_INT
 #undef MOE__SCALE_F32
 #undef MOE__ADD_INT
-#undef MOE__FLOAT
-#undef MOE__FLOAT_STEP
 #undef MOE__TILE_NAME
 #undef MOE__TILE_KERNEL
-#undef MOE__TILE_FLOAT
 #undef MOE__TILE_TABLE
 #undef MOE__TILE_NAMES_4
 #undef MOE__TILE_NAMES_6
 #undef MOE__TILE_KERNELS_4
-#undef MOE__TILE_OF_FLOATS
 #undef MOE__TILE_KERNELS
 #undef MOE__TILE_OF
 #undef MOE__TILE_TYPE
@@ -10568,11 +10572,6 @@ MOE__PRIVATE void moe__acts_gather(const moe__acts *acts, const moe__matrix *mat
 
 /* ---- matrix times activations --------------------------------------------------------------- */
 
-/* From this many tokens on a tile of weights is unpacked once and used for all of them. */
-/* Quantized weights give the same bits either way. Floats do not; with them all evals of up to 8 */
-/* tokens give a token the bits that it has alone. */
-enum { MOE__TILE_TOKENS = 2, MOE__TILE_TOKENS_FLOAT = 9 };
-
 /* Rows that are read next, to be prefetched. */
 typedef struct moe__next {
     const uint8_t *data;
@@ -10613,21 +10612,18 @@ MOE__PRIVATE void moe__matmul_finish(const moe__matrix *matrix, int32_t expert, 
 }
 
 /* out[t * out_stride + r] = row (begin + r) of one expert's matrix . x[t], for at most */
-/* MOE__TILE_ROWS rows. */
+/* MOE__TILE_ROWS rows. A token has the same bits alone and among others. */
 MOE__PRIVATE void moe__matmul_tile(const moe__kernels *kernels, const moe__matrix *matrix,
                                    int32_t expert, int64_t begin, int64_t n_rows,
                                    const void *const *x, int64_t n_tokens, float *out,
                                    int64_t out_stride, void *pack, moe__next next) {
     const moe__type_kernels *k = &kernels->type[matrix->index];
     const uint8_t *rows = moe__matrix_row(matrix, expert, begin);
-    if (n_tokens >= (matrix->type->act == MOE__ACT_F32 ? MOE__TILE_TOKENS_FLOAT
-                                                       : MOE__TILE_TOKENS)) {
+    if (n_tokens == 1)
+        k->dot(rows, matrix->row_size, n_rows, matrix->n_in, x[0], out);
+    else
         k->tile(rows, matrix->row_size, n_rows, matrix->n_in, x, n_tokens, out, out_stride, pack,
                 next.data, next.size);
-    } else {
-        for (int64_t t = 0; t < n_tokens; t++)
-            k->dot(rows, matrix->row_size, n_rows, matrix->n_in, x[t], out + t * out_stride);
-    }
     if (matrix->scale || matrix->bias)
         for (int64_t t = 0; t < n_tokens; t++)
             moe__matmul_finish(matrix, expert, begin, n_rows, out + t * out_stride);

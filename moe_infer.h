@@ -31,13 +31,13 @@
 /*   >>gguf      2580  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3570  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5250  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10500  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10777  router, plan, the expert schedules */
-/*   >>model    11225  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12318  cache, the forward pass */
-/*   >>text     13636  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15288  choosing tokens, generating text */
-/*   >>licence  16133  MIT or public domain */
+/*   >>ops      10510  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10787  router, plan, the expert schedules */
+/*   >>model    11235  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12328  cache, the forward pass */
+/*   >>text     13646  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15298  choosing tokens, generating text */
+/*   >>licence  16143  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -6170,9 +6170,9 @@ MOE__V int MOE__(q32_shift)(const int type) {
 MOE__V int MOE__(q32_min)(const int type) {
     return type == MOE__INDEX_Q4_1 || type == MOE__INDEX_Q5_1;
 }
-/* The 16 levels of MXFP4 or IQ4_NL plus an offset, in every lane */
+/* The 16 levels of MXFP4 and NVFP4, or of IQ4_NL, plus an offset, in every lane */
 MOE__V MOE__VI MOE__(q32_table)(const int type, const int offset) {
-    const int8_t *table = type == MOE__INDEX_MXFP4 ? moe__levels_fp4 : moe__levels_k4;
+    const int8_t *table = type == MOE__INDEX_IQ4_NL ? moe__levels_k4 : moe__levels_fp4;
     return MOE__MM(add_epi8)(MOE__(v_load16)(table), MOE__MM(set1_epi8)((char)offset));
 }
 /* v + add in bytes whose bit is set in x */
@@ -7874,16 +7874,32 @@ MOE__TYPE_ROWS_32(MXFP4_R8, mxfp4_r8)
 
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 
+/* v_dot_i16 on 256 bits */
+MOE__V __m256i MOE__(u_dot_i16)(__m256i acc, __m256i a, __m256i b) {
+#if MOE__ISA == 3
+    return _mm256_dpwssd_epi32(acc, a, b);
+#else
+    return MOE__(v_dot_i16)(acc, a, b);
+#endif
+}
 /* The block of a lane of vector i of moe__act32: the even ones come first */
 MOE__V int MOE__(q32_block)(const int i, const int lane) {
     const int number = MOE__LANES * i + lane;
     return number % 4 * 2 + number / 4;
 }
-/* 16 bytes at `p` of the blocks of vector i; `count` are there, the last is read again for those */
-/* behind it. */
-MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int i, int count) {
-#define MOE__BLOCK(lane) \
-    MOE__(v_load_128)(p + size * (int)moe__min(MOE__(q32_block)(i, lane), count - 1))
+/* Per lane: the sums of x's neighbouring dwords, then of y's */
+MOE__V MOE__VI MOE__(v_hadd)(MOE__VI x, MOE__VI y) {
+#if MOE__ISA == 3
+    const __m512 a = _mm512_castsi512_ps(x), b = _mm512_castsi512_ps(y);
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
+                            _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xDD)));
+#else
+    return _mm256_hadd_epi32(x, y);
+#endif
+}
+/* 16 bytes at `p` of the blocks of vector i */
+MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int i) {
+#define MOE__BLOCK(lane) MOE__(v_load_128)(p + size * MOE__(q32_block)(i, lane))
     __m256i low = _mm256_castsi128_si256(MOE__BLOCK(0));
     low = _mm256_inserti128_si256(low, MOE__BLOCK(1), 1);
 #if MOE__ISA == 3
@@ -7896,9 +7912,8 @@ MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int i, in
 #undef MOE__BLOCK
 }
 /* The same of 8 bytes, twice */
-MOE__V MOE__VI MOE__(q32_load_8)(const uint8_t *p, const int size, const int i, int count) {
-#define MOE__BLOCK(lane) \
-    (int64_t)moe__load_u64(p + size * (int)moe__min(MOE__(q32_block)(i, lane), count - 1))
+MOE__V MOE__VI MOE__(q32_load_8)(const uint8_t *p, const int size, const int i) {
+#define MOE__BLOCK(lane) (int64_t)moe__load_u64(p + size * MOE__(q32_block)(i, lane))
 #if MOE__ISA == 3
     return _mm512_setr_epi64(MOE__BLOCK(0), MOE__BLOCK(0), MOE__BLOCK(1), MOE__BLOCK(1),
                              MOE__BLOCK(2), MOE__BLOCK(2), MOE__BLOCK(3), MOE__BLOCK(3));
@@ -7920,7 +7935,7 @@ MOE__V __m512i MOE__(q32_words)(const uint8_t *b, const int size, const int at, 
     return _mm512_permutex2var_epi16(MOE__(v_load)(b), _mm512_castsi256_si512(words),
                                      MOE__(v_load)(b + 64));
 }
-/* 16 bytes at b + at of the blocks of vector i, of eight whole blocks of at most 18 bytes: */
+/* 16 bytes at b + at of the blocks of vector i, of eight blocks of at most 18 bytes: */
 /* picked out of 128 bytes. With an odd size the window begins so that these bytes are whole */
 /* words. */
 MOE__V __m512i MOE__(q32_pick)(const uint8_t *b, const int size, const int at, const int i) {
@@ -7934,74 +7949,71 @@ MOE__V __m512i MOE__(q32_pick)(const uint8_t *b, const int size, const int at, c
 #undef MOE__WORDS
     return _mm512_permutex2var_epi16(MOE__(v_load)(b + from), words, MOE__(v_load)(b + from + 64));
 }
-/* The numbers at b + at of eight whole blocks as floats: f16, or the exponents of MXFP4. They */
-/* are picked out of 128 bytes, or of the first 128 bytes and of 128 that hold the last four. */
-MOE__V __m256 MOE__(q32_all_scales)(const uint8_t *b, const int at, const int type) {
-    const int size = MOE__(q32_size)(type), half = 4 * size;
-    const int behind = half < 8 * size - 128 ? half : 8 * size - 128;
-    const int fit = (126 - at) / size + 1 < 8 ? (126 - at) / size + 1 : 8;
+#endif
+
+/* The numbers at b + at of eight blocks as floats: f16, or the exponents of MXFP4 */
+MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, const int at, const int type) {
+    const int size = MOE__(q32_size)(type);
+#if MOE__ISA == 3 /* picked out of 128 bytes, or of 128 bytes for each half */
+    if (type == MOE__INDEX_MXFP4) { /* an odd block's is the high byte of a word, for 17 i is odd */
+#define MOE__WORD(i) 17 * (i) / 2, 0
+        const __m256i words = _mm256_setr_epi16(MOE__WORD(0), MOE__WORD(1), MOE__WORD(2),
+                                                MOE__WORD(3), MOE__WORD(4), MOE__WORD(5),
+                                                MOE__WORD(6), MOE__WORD(7));
+#undef MOE__WORD
+        const __m256i e = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
+            MOE__(v_load)(b), _mm512_castsi256_si512(words), MOE__(v_load)(b + 64)));
+        return MOE__AVX2(v_e8m0)(_mm256_maddubs_epi16(e, _mm256_set1_epi64x(0x0000010000000001)));
+    }
+    const int behind = (int)moe__min(4 * size, 8 * size - 128), fit = (126 - at) / size + 1;
     __m128i x = _mm512_castsi512_si128(MOE__(q32_words)(b, size, at, 0, fit));
     if (fit < 8) {
         const __m128i y = _mm512_castsi512_si128(
             MOE__(q32_words)(b + behind, size, at - behind, 4, 4));
         x = _mm_unpacklo_epi64(x, y);
     }
-    if (type != MOE__INDEX_MXFP4) return _mm256_cvtph_ps(x);
-    x = _mm_srlv_epi16(x, _mm_setr_epi16(0, 8, 0, 8, 0, 8, 0, 8)); /* 17 i is odd for odd i */
-    return MOE__AVX2(v_e8m0)(_mm256_cvtepu16_epi32(_mm_and_si128(x, _mm_set1_epi16(255))));
-}
-#endif
-
-/* The numbers at b + at of eight blocks, `count` of which are there, as floats: f16, or the */
-/* exponents of MXFP4 */
-MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, const int at, int count, const int type) {
-    const int size = MOE__(q32_size)(type);
+    return _mm256_cvtph_ps(x);
+#else
     uint64_t low = 0, high = 0; /* put together outside the vector units, which are busy */
-#if MOE__ISA == 3
-    if (count == 8) return MOE__(q32_all_scales)(b, at, type);
-#endif
     b += at;
     if (type == MOE__INDEX_MXFP4) {
         MOE__UNROLL(8)
-        for (int i = 0; i < 8; i++) low |= (uint64_t)b[size * (int)moe__min(i, count - 1)] << 8 * i;
-        return MOE__AVX2(v_e8m0)(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)low)));
+        for (int i = 0; i < 8; i++) low |= (uint64_t)b[size * i] << 8 * i;
+        return MOE__(v_e8m0)(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)low)));
     }
     MOE__UNROLL(4)
     for (int i = 0; i < 4; i++) {
-        low |= (uint64_t)moe__load_u16(b + size * (int)moe__min(i, count - 1)) << 16 * i;
-        high |= (uint64_t)moe__load_u16(b + size * (int)moe__min(i + 4, count - 1)) << 16 * i;
+        low |= (uint64_t)moe__load_u16(b + size * i) << 16 * i;
+        high |= (uint64_t)moe__load_u16(b + size * (i + 4)) << 16 * i;
     }
     return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)high, (int64_t)low));
+#endif
 }
 
 #if MOE__ISA == 3
-/* The fifth bits of eight whole blocks of Q5_0 or Q5_1: a bit per weight, of weights 0-15 of the */
-/* even blocks, 16-31 of these, and the same of the odd ones */
+/* The fifth bits of eight blocks of Q5_0 or Q5_1, `at` bytes into each: a bit per weight, of */
+/* weights 0-15 of blocks 0 2 4 6, 16-31 of these, and the same of blocks 1 3 5 7 */
 typedef struct MOE__(q32_fifths) {
     uint64_t mask[4];
 } MOE__(q32_fifths);
 MOE__V MOE__(q32_fifths) MOE__(q32_all_fifths)(const uint8_t *b, const int size, const int at) {
-    const int half = 4 * size, behind = half < 8 * size - 128 ? half : 8 * size - 128;
-#define MOE__WORD(n, i, from, more) \
-    ((i) / 4 == n ? (size * (i) + at - (from)) / 2 + (more) : 0)
-#define MOE__BITS(n, i, from) MOE__WORD(n, i, from, 0), MOE__WORD(n, i, from, 1)
-#define MOE__ALL(n, from)                                                                    \
-    _mm512_castsi256_si512(_mm256_setr_epi16(                                                \
-        MOE__BITS(n, 0, from), MOE__BITS(n, 2, from), MOE__BITS(n, 4, from),                 \
-        MOE__BITS(n, 6, from), MOE__BITS(n, 1, from), MOE__BITS(n, 3, from),                 \
-        MOE__BITS(n, 5, from), MOE__BITS(n, 7, from)))
-    const __m256i low = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
-        MOE__(v_load)(b), MOE__ALL(0, 0), MOE__(v_load)(b + 64)));
+    const int behind = 8 * size - 128; /* blocks 0-3 are in the first 128 bytes, 4-7 in the last */
+#define MOE__WORD(i, half) (size * (i) + at - ((i) < 4 ? 0 : behind)) / 2 + half
+#define MOE__WORDS(i)                                                                           \
+    _mm512_castsi256_si512(_mm256_setr_epi16(                                                   \
+        MOE__WORD(i, 0), MOE__WORD(i + 2, 0), MOE__WORD(i, 0), MOE__WORD(i + 2, 0),             \
+        MOE__WORD(i, 1), MOE__WORD(i + 2, 1), MOE__WORD(i, 1), MOE__WORD(i + 2, 1),             \
+        MOE__WORD(i + 1, 0), MOE__WORD(i + 3, 0), MOE__WORD(i + 1, 0), MOE__WORD(i + 3, 0),     \
+        MOE__WORD(i + 1, 1), MOE__WORD(i + 3, 1), MOE__WORD(i + 1, 1), MOE__WORD(i + 3, 1)))
+    const __m256i low = _mm512_castsi512_si256(
+        _mm512_permutex2var_epi16(MOE__(v_load)(b), MOE__WORDS(0), MOE__(v_load)(b + 64)));
     const __m256i high = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
-        MOE__(v_load)(b + behind), MOE__ALL(1, behind), MOE__(v_load)(b + behind + 64)));
-#undef MOE__ALL
-#undef MOE__BITS
+        MOE__(v_load)(b + behind), MOE__WORDS(4), MOE__(v_load)(b + behind + 64)));
+#undef MOE__WORDS
 #undef MOE__WORD
-    /* dwords of blocks 0 2 4 6 | 1 3 5 7; their low words before their high ones */
-    const __m256i words = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
     MOE__(q32_fifths) f;
-    MOE__(u_store)(f.mask, _mm256_shuffle_epi8(_mm256_blend_epi32(low, high, 0xCC), words));
+    MOE__(u_store)(f.mask, _mm256_blend_epi32(low, high, 0xAA));
+    __asm__("" : "+m"(f)); /* loads of masks are cheaper than moves from vectors */
     return f;
 }
 #endif
@@ -8011,21 +8023,28 @@ MOE__V MOE__(q32_fifths) MOE__(q32_all_fifths)(const uint8_t *b, const int size,
 typedef struct MOE__(q32_levels) {
     MOE__VI low, high;
 } MOE__(q32_levels);
-MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int i, int count,
-                                           MOE__VI table, const int type) {
+MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int i, MOE__VI table,
+                                           const int type) {
     const int size = MOE__(q32_size)(type), low_at = MOE__(q32_low)(type);
     MOE__(q32_levels) w;
 #if MOE__ISA == 3
-    if (count == 8 && size <= 18)
+    if (size <= 18)
         w.low = MOE__(q32_pick)(b, size, low_at, i);
     else
 #endif
-        w.low = MOE__(q32_load)(b + low_at, size, i, count);
+        w.low = MOE__(q32_load)(b + low_at, size, i);
     if (type == MOE__INDEX_Q8_0) {
-        w.high = MOE__(q32_load)(b + low_at + 16, size, i, count);
-#if MOE__ISA == 3
-        w.low = MOE__(v_xor)(w.low, MOE__MM(set1_epi8)(-128));
-        w.high = MOE__(v_xor)(w.high, MOE__MM(set1_epi8)(-128));
+#if MOE__ISA == 3 /* two whole blocks in a vector; their halves are exchanged */
+#define MOE__BLOCK(lane) MOE__(v_load_256)(b + low_at + size * MOE__(q32_block)(i, lane))
+#define MOE__BLOCKS(lane)                                                            \
+    _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(MOE__BLOCK(lane)),    \
+                                        MOE__BLOCK((lane) + 1), 1), _mm512_set1_epi8(-128))
+        const __m512i x = MOE__BLOCKS(0), y = MOE__BLOCKS(2);
+#undef MOE__BLOCKS
+#undef MOE__BLOCK
+        w.low = _mm512_shuffle_i64x2(x, y, 0x88), w.high = _mm512_shuffle_i64x2(x, y, 0xDD);
+#else
+        w.high = MOE__(q32_load)(b + low_at + 16, size, i);
 #endif
         return w;
     }
@@ -8036,26 +8055,24 @@ MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int i, int co
         w.high = MOE__MM(shuffle_epi8)(table, w.high);
     }
     if (type == MOE__INDEX_Q5_0 || type == MOE__INDEX_Q5_1) {
-        /* bits of weights 0-15 in bytes 0 and 1, of the others behind */
-        const MOE__VI byte = MOE__(v_lanes)(_mm_set_epi64x(0x0101010101010101, 0));
-        const MOE__VI bit = MOE__(v_lanes)(_mm_set1_epi64x((int64_t)0x8040201008040201));
 #if MOE__ISA == 3
-        if (count == 8) {
-            const MOE__(q32_fifths) f = MOE__(q32_all_fifths)(b, size, low_at - 4);
-            const __m512i more = _mm512_set1_epi8(16);
-            w.low = _mm512_mask_add_epi8(w.low, f.mask[2 * i], w.low, more);
-            w.high = _mm512_mask_add_epi8(w.high, f.mask[2 * i + 1], w.high, more);
-            return w;
-        }
+        const MOE__(q32_fifths) f = MOE__(q32_all_fifths)(b, size, low_at - 4);
+        const __m512i more = _mm512_set1_epi8(16);
+        w.low = _mm512_mask_add_epi8(w.low, f.mask[2 * i], w.low, more);
+        w.high = _mm512_mask_add_epi8(w.high, f.mask[2 * i + 1], w.high, more);
+#else
+        /* bits of weights 0-15 in bytes 0 and 1, of the others behind */
+        const __m256i byte = MOE__(v_lanes)(_mm_set_epi64x(0x0101010101010101, 0));
+        const __m256i bit = MOE__(v_lanes)(_mm_set1_epi64x((int64_t)0x8040201008040201));
+        const __m256i fifth = MOE__(q32_load)(b + low_at - 4, size, i);
+        const __m256i rest = _mm256_srli_epi32(fifth, 16);
+        w.low = MOE__(v_add_where)(w.low, _mm256_shuffle_epi8(fifth, byte), bit, 16);
+        w.high = MOE__(v_add_where)(w.high, _mm256_shuffle_epi8(rest, byte), bit, 16);
 #endif
-        const MOE__VI fifth = MOE__(q32_load)(b + low_at - 4, size, i, count);
-        w.low = MOE__(v_add_where)(w.low, MOE__MM(shuffle_epi8)(fifth, byte), bit, 16);
-        const MOE__VI rest = MOE__MM(srli_epi32)(fifth, 16);
-        w.high = MOE__(v_add_where)(w.high, MOE__MM(shuffle_epi8)(rest, byte), bit, 16);
     }
     if (type == MOE__INDEX_Q6_0) { /* 8 bytes: pairs of bits of weights 0-7, 16-23, 8-15, 24-31 */
         const MOE__VI bits = MOE__MM(srlv_epi64)(
-            MOE__(q32_load_8)(b + 2, size, i, count), MOE__(v_lanes)(_mm_set_epi64x(4, 0)));
+            MOE__(q32_load_8)(b + 2, size, i), MOE__(v_lanes)(_mm_set_epi64x(4, 0)));
         w.low = MOE__(v_join)(w.low, MOE__MM(slli_epi16)(bits, 4), 2, 4);
         w.high = MOE__(v_join)(w.high, MOE__MM(slli_epi16)(bits, 2), 2, 4);
     }
@@ -8079,10 +8096,9 @@ MOE__V __m256i MOE__(q32_sum)(const MOE__VI *s) {
 #endif
 }
 
-/* The products of `count` (1..8) blocks from b on with a record of activations, as moe__dot_32; */
-/* 0 for those that are not there */
-MOE__V __m256 MOE__(q32_products)(const uint8_t *b, int count, const moe__act32 *a, MOE__VI table,
-                             const int type) {
+/* The products of eight blocks with a record of activations, as moe__dot_32 */
+MOE__V __m256 MOE__(q32_products)(const uint8_t *b, const moe__act32 *a, MOE__VI table,
+                                  const int type) {
     enum { GROUPS = 8 / MOE__LANES };
     const int is_signed = MOE__ISA == 2 && (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL);
     const __m256i nsum = MOE__(v_load_256)(a->nsum);
@@ -8091,7 +8107,7 @@ MOE__V __m256 MOE__(q32_products)(const uint8_t *b, int count, const moe__act32 
     for (int i = 0; i < GROUPS; i++) {
         const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
         const MOE__VI a_low = MOE__(v_load)(q), a_high = MOE__(v_load)(q + 64);
-        const MOE__(q32_levels) w = MOE__(q32_unpack)(b, i, count, table, type);
+        const MOE__(q32_levels) w = MOE__(q32_unpack)(b, i, table, type);
 #if MOE__ISA == 2
         if (!is_signed) { /* two sums of two fit in int16: 4 * 63 * 127 = 32004 */
             s[i] = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a_low),
@@ -8105,68 +8121,128 @@ MOE__V __m256 MOE__(q32_products)(const uint8_t *b, int count, const moe__act32 
     }
     __m256i sum = MOE__(q32_sum)(s);
     const int has_min = MOE__(q32_min)(type);
-    if (!is_signed && !has_min)
-        sum = _mm256_add_epi32(sum, _mm256_slli_epi32(nsum, MOE__(q32_shift)(type)));
+    if (!is_signed && !has_min) /* |nsum| <= 32 * 127: the low halves are all of it */
+        sum = MOE__(u_dot_i16)(sum, nsum, _mm256_set1_epi32(1 << MOE__(q32_shift)(type)));
     const __m256 act = _mm256_loadu_ps(a->d);
-    const __m256 d = _mm256_mul_ps(MOE__(q32_scales)(b, 0, count, type), act);
+    const __m256 d = _mm256_mul_ps(MOE__(q32_scales)(b, 0, type), act);
     __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), d);
     if (has_min) /* d * q + m; minus the sum of the activations */
-        product = _mm256_fnmadd_ps(MOE__(q32_scales)(b, 2, count, type),
+        product = _mm256_fnmadd_ps(MOE__(q32_scales)(b, 2, type),
                                    _mm256_mul_ps(_mm256_cvtepi32_ps(nsum), act), product);
-    if (count == 8) return product;
-    const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32(count),
-                                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    return _mm256_and_ps(product, _mm256_castsi256_ps(there));
+    return product;
 }
 
-/* The sums of eight vectors, each from its first float to its last: they are turned, and added */
-MOE__V __m256 MOE__(u_sum_rows)(const __m256 *x) {
-    __m256 y[8], z[8], sum;
+/* Eight E4M3 scales as moe__types_ue4m3: as bits of an f16 they are numbers 2^8 too small */
+MOE__V __m256 MOE__(u_ue4m3)(__m128i x) {
+    const __m128i none = _mm_cmpeq_epi16(x, _mm_set1_epi16(0x7F));
+    const __m128i bits = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x7F)), 7);
+    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_andnot_si128(none, bits)), _mm256_set1_ps(128.0f));
+}
+
+/* The same of NVFP4, which has 16 scales: two halves of `out`. 16 bytes are two groups of 16 */
+/* weights, 8 bytes and 8 bytes: weights 0-7 of both in the low nibbles, 8-15 in the high ones. So */
+/* their sums are in the halves of a lane. */
+MOE__V void MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, MOE__VI table,
+                                  float *out) {
+    enum { GROUPS = 8 / MOE__LANES, BYTES = MOE__BYTES_NVFP4 };
+    MOE__VI s[GROUPS];
+    MOE__ALIGNED(64) int32_t sums[16];
     MOE__UNROLL(4)
-    for (int i = 0; i < 8; i += 2) {
-        y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-        y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    for (int i = 0; i < GROUPS; i++) {
+        const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
+        const MOE__VI acts = MOE__(v_load)(q), more = MOE__(v_load)(q + 64);
+        const MOE__VI a_low = MOE__MM(unpacklo_epi64)(acts, more);
+        const MOE__VI a_high = MOE__MM(unpackhi_epi64)(acts, more);
+        const int odd = MOE__(q32_block)(i, 0) % 2; /* 16 bytes behind the even ones, not 18 */
+        const MOE__VI w = MOE__(q32_load)(b + 4 - 2 * odd, BYTES / 2, i);
+        const MOE__VI w_low = MOE__MM(shuffle_epi8)(table, MOE__(v_mask)(w, 15));
+        const MOE__VI w_high =
+            MOE__MM(shuffle_epi8)(table, MOE__(v_mask)(MOE__MM(srli_epi16)(w, 4), 15));
+        const MOE__VI offset = MOE__MM(set1_epi8)(16);
+        MOE__VI extra = MOE__(v_quads)(MOE__(v_zero)(), offset, a_low, 5);
+        extra = MOE__(v_quads)(extra, offset, a_high, 5);
+        s[i] = MOE__(v_quads)(MOE__(v_zero)(), w_low, a_low, 5);
+        s[i] = MOE__MM(sub_epi32)(MOE__(v_quads)(s[i], w_high, a_high, 5), extra);
     }
     MOE__UNROLL(2)
-    for (int i = 0; i < 8; i += 4) {
-        z[i] = _mm256_shuffle_ps(y[i], y[i + 2], 0x44);
-        z[i + 1] = _mm256_shuffle_ps(y[i], y[i + 2], 0xEE);
-        z[i + 2] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0x44);
-        z[i + 3] = _mm256_shuffle_ps(y[i + 1], y[i + 3], 0xEE);
+    for (int i = 0; i < GROUPS / 2; i++) /* of an even and an odd block: four in their order */
+        MOE__(tile_store)(sums + MOE__VFLOATS * i, MOE__(v_hadd)(s[i], s[i + GROUPS / 2]));
+    const __m256i twice[2] = {_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3),
+                              _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)};
+    MOE__UNROLL(2)
+    for (int h = 0; h < 2; h++, b += 2 * BYTES) {
+        const __m128i scales = _mm_cvtepu8_epi16(_mm_set_epi64x(
+            0, (int64_t)(moe__load_u32(b) | (uint64_t)moe__load_u32(b + BYTES) << 32)));
+        const __m256 act = _mm256_permutevar8x32_ps(_mm256_loadu_ps(a->d), twice[h]);
+        const __m256 d = MOE__(u_rounded)(_mm256_mul_ps(MOE__(u_ue4m3)(scales), act));
+        const __m256 x = _mm256_cvtepi32_ps(MOE__(v_load_256)(sums + 8 * h));
+        _mm256_store_ps(out + 64 * h, _mm256_mul_ps(x, d));
     }
-    sum = _mm256_permute2f128_ps(z[0], z[4], 0x20);
+}
+
+/* sum + eight times eight floats, each from its first to its last: they are turned, and added. */
+MOE__V __m256 MOE__(u_sum_rows)(__m256 sum, const float *x) {
+    __m256 column[8];
+    MOE__UNROLL(2)
+    for (int h = 0; h < 8; h += 4) { /* columns h to h + 3; rows r and r + 4 in one vector */
+        __m256 y[4];
+        MOE__UNROLL(4)
+        for (int r = 0; r < 4; r++)
+            y[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + 8 * r + h)),
+                                        _mm_loadu_ps(x + 8 * (r + 4) + h), 1);
+        const __m256 a = _mm256_unpacklo_ps(y[0], y[1]), b = _mm256_unpacklo_ps(y[2], y[3]);
+        const __m256 c = _mm256_unpackhi_ps(y[0], y[1]), d = _mm256_unpackhi_ps(y[2], y[3]);
+        column[h] = _mm256_shuffle_ps(a, b, 0x44), column[h + 1] = _mm256_shuffle_ps(a, b, 0xEE);
+        column[h + 2] = _mm256_shuffle_ps(c, d, 0x44);
+        column[h + 3] = _mm256_shuffle_ps(c, d, 0xEE);
+    }
     MOE__UNROLL(8)
-    for (int i = 1; i < 8; i++)
-        sum = _mm256_add_ps(sum, i < 4 ? _mm256_permute2f128_ps(z[i], z[i + 4], 0x20)
-                                       : _mm256_permute2f128_ps(z[i - 4], z[i], 0x31));
+    for (int i = 0; i < 8; i++) sum = _mm256_add_ps(sum, column[i]);
     return sum;
 }
 
 /* Eight records of activations at a time: the products with each are added up by themselves. */
+/* What is missing to a whole record, or to eight of them, is zero: that changes no sum. */
 MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                            const void *x, float *out, const int type) {
-    const int size = MOE__(q32_size)(type), n_rest = (int)(n % 256 / 32);
+    const int two = type == MOE__INDEX_NVFP4; /* halves, see nvfp4_products */
+    const int size = two ? MOE__BYTES_NVFP4 / 2 : MOE__(q32_size)(type); /* of 32 weights */
     const int is_signed = MOE__ISA == 2 && type == MOE__INDEX_IQ4_NL;
     const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << MOE__(q32_shift)(type));
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    const int64_t n_records = n / 256 + (n_rest > 0);
-    __m256 part[8];
+    const int64_t n_records = (n + 255) / 256;
+    const size_t n_rest = (size_t)(n % 256 / 32 * size); /* bytes of a record that is not whole */
+    uint8_t rest[8 * MOE__BYTES_Q8_0];
+    MOE__ALIGNED(64) float part[2 * 64];
     float sums[8];
-    for (int i = 0; i < 8; i++) part[i] = _mm256_setzero_ps();
+    memset(rest, 0, sizeof rest);
     for (int64_t r = 0; r < n_rows; r++) {
         const uint8_t *b = rows + (size_t)r * row_size;
         const moe__act32 *a = (const moe__act32 *)x;
         float sum = 0;
         for (int64_t left = n_records; left > 0; left -= 8) {
-            const int count = (int)moe__min(left, 8), whole = count - (left <= 8 && n_rest);
-            for (int i = 0; i < whole; i++, a++, b += 8 * size) {
+            float *end = part + 8 * moe__min(left, 8);
+            const float *partial = left <= 8 && n_rest ? end - 8 : NULL;
+            for (float *p = part; p < end; p += 8, a++, b += 8 * size) {
                 MOE__(v_fetch)(b, rows_end, 8 * size);
-                part[i] = MOE__(q32_products)(b, 8, a, table, type);
+                if (p == partial) {
+                    memcpy(rest, b, n_rest);
+                    b = rest;
+                }
+                if (two)
+                    MOE__(nvfp4_products)(b, a, table, p);
+                else
+                    _mm256_store_ps(p, MOE__(q32_products)(b, a, table, type));
             }
-            if (whole < count)
-                part[whole] = MOE__(q32_products)(b, n_rest, a, table, type);
-            _mm256_storeu_ps(sums, MOE__(u_sum_rows)(part));
-            for (int i = 0; i < count; i++) sum += sums[i];
+            for (; end < part + 64; end += 8) {
+                _mm256_store_ps(end, _mm256_setzero_ps());
+                if (two) _mm256_store_ps(end + 64, _mm256_setzero_ps());
+            }
+            __m256 eight = MOE__(u_sum_rows)(_mm256_setzero_ps(), part);
+            if (two) eight = MOE__(u_sum_rows)(eight, part + 64);
+            _mm256_storeu_ps(sums, eight);
+            MOE__UNROLL(8)
+            for (int i = 0; i < 8; i++) sum += sums[i];
         }
         out[r] = sum;
     }
@@ -8184,82 +8260,8 @@ MOE__DOT_Q32(Q6_0, q6_0)
 MOE__DOT_Q32(Q8_0, q8_0)
 MOE__DOT_Q32(IQ4_NL, iq4_nl)
 MOE__DOT_Q32(MXFP4, mxfp4)
+MOE__DOT_Q32(NVFP4, nvfp4)
 #undef MOE__DOT_Q32
-
-/* Eight E4M3 scales as moe__types_ue4m3: as bits of an f16 they are numbers 2^8 too small */
-MOE__V __m256 MOE__(u_ue4m3)(uint32_t low, uint32_t high) {
-    const __m128i x = _mm_cvtepu8_epi16(_mm_setr_epi32((int)low, (int)high, 0, 0));
-    const __m128i none = _mm_cmpeq_epi16(x, _mm_set1_epi16(0x7F));
-    const __m128i bits = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x7F)), 7);
-    return _mm256_mul_ps(_mm256_cvtph_ps(_mm_andnot_si128(none, bits)), _mm256_set1_ps(128.0f));
-}
-
-/* NVFP4: 16 bytes are two groups of 16 weights with a scale each, 8 bytes and 8 bytes: weights */
-/* 0-7 of both in the low nibbles, 8-15 in the high ones. So their sums are in the halves of a */
-/* lane. count: blocks of 64 weights */
-MOE__V float MOE__(nvfp4_part)(const uint8_t *b, int count, const moe__act32 *a) {
-    enum { GROUPS = 8 / MOE__LANES };
-    const MOE__VI table = MOE__(v_table)(moe__levels_fp4, 16, 16);
-    float x[16], scale[16], part = 0;
-    for (int i = 0; i < 4; i += 2)
-        _mm256_storeu_ps(scale + 4 * i,
-                         MOE__(u_ue4m3)(moe__load_u32(b + 36 * (int)moe__min(i, count - 1)),
-                                        moe__load_u32(b + 36 * (int)moe__min(i + 1, count - 1))));
-    MOE__UNROLL(4)
-    for (int i = 0; i < GROUPS; i++) {
-        const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
-        const MOE__VI acts = MOE__(v_load)(q), more = MOE__(v_load)(q + 64);
-        const MOE__VI a_low = MOE__MM(unpacklo_epi64)(acts, more);
-        const MOE__VI a_high = MOE__MM(unpackhi_epi64)(acts, more);
-#define MOE__PAIR(lane)                                                                      \
-    MOE__(v_load_128)(b + 36 * (int)moe__min(MOE__(q32_block)(i, lane) / 2, count - 1) + 4 + \
-                      16 * (MOE__(q32_block)(i, lane) % 2))
-        const __m256i low =
-            _mm256_inserti128_si256(_mm256_castsi128_si256(MOE__PAIR(0)), MOE__PAIR(1), 1);
-#if MOE__ISA == 3
-        const __m256i high =
-            _mm256_inserti128_si256(_mm256_castsi128_si256(MOE__PAIR(2)), MOE__PAIR(3), 1);
-        const __m512i w = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-#else
-        const __m256i w = low;
-#endif
-#undef MOE__PAIR
-        const MOE__VI w_low = MOE__MM(shuffle_epi8)(table, MOE__(v_mask)(w, 15));
-        const MOE__VI w_high =
-            MOE__MM(shuffle_epi8)(table, MOE__(v_mask)(MOE__MM(srli_epi16)(w, 4), 15));
-        MOE__VI s = MOE__(v_quads)(MOE__(v_zero)(), w_low, a_low, 5);
-        s = MOE__(v_quads)(s, w_high, a_high, 5);
-        const MOE__VI ones = MOE__MM(set1_epi8)(1);
-        MOE__VI sums = MOE__(v_quads)(MOE__(v_zero)(), ones, a_low, 5);
-        sums = MOE__(v_quads)(sums, ones, a_high, 5);
-        s = MOE__MM(sub_epi32)(s, MOE__MM(slli_epi32)(sums, 4));
-        s = MOE__MM(add_epi32)(s, MOE__MM(srli_epi64)(s, 32)); /* dwords 0 and 2 of a lane */
-        int32_t four[MOE__VBYTES / 4];
-        MOE__(tile_store)(four, s);
-        for (int lane = 0; lane < MOE__LANES; lane++)
-            for (int h = 0; h < 2; h++)
-                x[2 * MOE__(q32_block)(i, lane) + h] = (float)four[4 * lane + 2 * h];
-    }
-    for (int s = 0; s < 4 * count; s++) {
-        const float d = moe__rounded_f32(scale[s] * a->d[s / 2]);
-        part += moe__rounded_f32(x[s] * d);
-    }
-    return part;
-}
-MOE__K void MOE__(dot_nvfp4)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                             const void *x, float *out) {
-    const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    for (int64_t r = 0; r < n_rows; r++) {
-        const uint8_t *b = rows + (size_t)r * row_size;
-        const moe__act32 *a = (const moe__act32 *)x;
-        float sum = 0;
-        for (int64_t at = 0; at < n; at += 256, a++, b += 144) {
-            MOE__(v_fetch)(b, rows_end, 144);
-            sum += MOE__(nvfp4_part)(b, (int)moe__min(4, (n - at) / 64), a);
-        }
-        out[r] = sum;
-    }
-}
 
 #endif /* MOE__ISA != 4 */
 

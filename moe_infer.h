@@ -31,13 +31,13 @@
 /*   >>gguf      2580  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3570  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5250  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10510  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10787  router, plan, the expert schedules */
-/*   >>model    11235  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12328  cache, the forward pass */
-/*   >>text     13646  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15298  choosing tokens, generating text */
-/*   >>licence  16143  MIT or public domain */
+/*   >>ops      10501  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10778  router, plan, the expert schedules */
+/*   >>model    11226  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12319  cache, the forward pass */
+/*   >>text     13637  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15289  choosing tokens, generating text */
+/*   >>licence  16134  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -8377,7 +8377,7 @@ typedef struct MOE__(tile_job) {
     const void *const *x;    /* the group's activations */
     size_t record;           /* the superblock's byte offset in each of them */
     int64_t n;               /* weights per row in this superblock */
-    int shift;               /* log2 of the weights' offset */
+    int shift;               /* log2 of the weights' offset; 0: they have mins */
     float *sums;             /* of the panel's first row and the group's first token */
     const uint8_t *prefetch; /* fetch cache lines from here, n_prefetch of them per step (a */
     int64_t n_prefetch;      /* sub-block), evenly: bursts would stop the kernel */
@@ -8492,17 +8492,16 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     if (n > t)                                                                             \
         for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {                               \
             __m256i sums = MOE__(tile_sums)(x##t, i, quads, per_256);                      \
-            if (mins) {                                                                    \
+            if (mins && !per_256) {                                                        \
                 __m256 f = MOE__(tile_load8)(x##t + offsetof(moe__act32, d));              \
                 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), f);                            \
                 _mm256_storeu_ps((float *)(void *)(acts + 64 * t + 4 * i), f);             \
-            } else {                                                                       \
-                sums = _mm256_sll_epi32(sums, shift);                                      \
-                _mm256_storeu_si256((__m256i *)(void *)(starts + 64 * t + 4 * i), sums);   \
             }                                                                              \
+            sums = mins ? _mm256_setzero_si256() : _mm256_sll_epi32(sums, shift);          \
+            MOE__(u_store)(starts + 64 * t + 4 * i, sums);                                 \
         }
-#define MOE__START(t)                                  \
-    (mins || (bits == 8 && !MOE__VNNI) ? zero          \
+#define MOE__START(t)                                                      \
+    (!MOE__VNNI && (mins || bits == 8) ? zero                              \
                                        : MOE__BROADCAST(starts + 64 * t + 4 * j))
 #define MOE__BEGIN(t) \
     if (n > t) a##t##0 = a##t##1 = MOE__(tile_begin)(MOE__START(t), bits);
@@ -8662,7 +8661,7 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         MOE__EACH(MOE__WIDEN)
     } else
 #endif
-        if (!per_256 || !mins) {
+        if (MOE__VNNI || !per_256 || !mins) {
         MOE__EACH(MOE__STARTS)
     }
     for (int64_t j = 0; j < n_blocks; j++) {
@@ -9256,13 +9255,10 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
 #endif
 #if MOE__VNNI
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name)
-MOE__TILE_KERNELS(q32, 8, 8, 0, 0)
-MOE__TILE_KERNELS(q32m, 8, 8, 0, 1)
+MOE__TILE_KERNELS(q32, 8, 8, 0, !job->shift)
 MOE__TILE_KERNELS(q16, 4, 8, 0, 0)
-MOE__TILE_KERNELS(k32, 8, 8, 1, 0)
-MOE__TILE_KERNELS(k32m, 8, 8, 1, 1)
-MOE__TILE_KERNELS(k16, 4, 8, 1, 0)
-MOE__TILE_KERNELS(k16m, 4, 8, 1, 1)
+MOE__TILE_KERNELS(k32, 8, 8, 1, !job->shift)
+MOE__TILE_KERNELS(k16, 4, 8, 1, !job->shift)
 #else
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##_##bits)
 MOE__TILE_KERNELS(q32_4, 8, 4, 0, 0)
@@ -9270,8 +9266,8 @@ MOE__TILE_KERNELS(q32_6, 8, 6, 0, 0)
 MOE__TILE_KERNELS(q32_8, 8, 8, 0, 0)
 MOE__TILE_KERNELS(q32m_6, 8, 6, 0, 1)
 MOE__TILE_KERNELS(q16_6, 4, 6, 0, 0)
-MOE__TILE_KERNELS(k32m_4, 8, 4, 1, 1)
-MOE__TILE_KERNELS(k32m_6, 8, 6, 1, 1)
+MOE__TILE_KERNELS(k32_4, 8, 4, 1, 1)
+MOE__TILE_KERNELS(k32_6, 8, 6, 1, 1)
 MOE__TILE_KERNELS(k16_6, 4, 6, 1, 0)
 MOE__TILE_KERNELS(k16_8, 4, 8, 1, 0)
 MOE__TILE_KERNELS(k16m_4, 4, 4, 1, 1)
@@ -9285,17 +9281,20 @@ MOE__V MOE__(tile_kernel_fn) *const *MOE__(tile_kernels_of)(const moe__type *typ
     (void)wide;
     *per = type->per;
     if (type->act == MOE__ACT_Q32) {
-        if (type->offset == 0) return MOE__TILE_OF(q32m, 6);
         if (type->per == 16) return MOE__TILE_OF(q16, 6);
+#if !MOE__VNNI
+        if (type->offset == 0) return MOE__TILE_OF(q32m, 6);
+#endif
         return wide ? MOE__TILE_OF(q32, 8) : MOE__TILE_OF(q32, 6);
     }
-    if (type->offset == 0)
-        return type->per == 16 ? MOE__TILE_OF(k16m, 4) : MOE__TILE_OF(k32m, 6);
 #if MOE__VNNI
-    if (type->per == 32) return MOE__TILE_OF(k32, 8);
-#endif
+    return type->per == 16 ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k32, 8);
+#else
+    if (type->offset == 0)
+        return type->per == 16 ? MOE__TILE_OF(k16m, 4) : MOE__TILE_OF(k32, 6);
     *per = 16;
     return wide ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k16, 6);
+#endif
 }
 
 /* moe__tile_fn for any block type */
@@ -9345,8 +9344,8 @@ MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 32, 32, 22, sizeof(moe__act32), 4)
 MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 32, 32, 18, sizeof(moe__act32), 7)
 MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 32, 32, 17, sizeof(moe__act32), 4)
 MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 32, 32, 34, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32m, 4), 32, 256, 144, sizeof(moe__act256), 0)
-MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32m, 6), 32, 256, 176, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32, 4), 32, 256, 144, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32, 6), 32, 256, 176, sizeof(moe__act256), 0)
 MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 16, 256, 210, sizeof(moe__act256), 5)
 
 /* Block types without unpacking of their own for tiles, by what they are read with */

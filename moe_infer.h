@@ -8140,8 +8140,8 @@ MOE__V __m256 MOE__(u_ue4m3)(__m128i x) {
 }
 
 /* The same of NVFP4, which has 16 scales: two halves of `out`. 16 bytes are two groups of 16 */
-/* weights, 8 bytes and 8 bytes: weights 0-7 of both in the low nibbles, 8-15 in the high ones. So */
-/* their sums are in the halves of a lane. */
+/* weights, 8 bytes and 8 bytes: weights 0-7 of both in the low nibbles, 8-15 in the high ones, */
+/* so that their sums are in the halves of a lane. */
 MOE__V void MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, MOE__VI table,
                                   float *out) {
     enum { GROUPS = 8 / MOE__LANES, BYTES = MOE__BYTES_NVFP4 };
@@ -8377,7 +8377,7 @@ typedef struct MOE__(tile_job) {
     const void *const *x;    /* the group's activations */
     size_t record;           /* the superblock's byte offset in each of them */
     int64_t n;               /* weights per row in this superblock */
-    int shift;               /* log2 of the weights' offset; 0: they have mins */
+    int shift;               /* log2 of the weights' offset; -1: they have mins */
     float *sums;             /* of the panel's first row and the group's first token */
     const uint8_t *prefetch; /* fetch cache lines from here, n_prefetch of them per step (a */
     int64_t n_prefetch;      /* sub-block), evenly: bursts would stop the kernel */
@@ -8486,8 +8486,9 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
 #define MOE__FETCH_AHEAD() \
     for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) __builtin_prefetch(prefetch, 0, 2)
 
-/* Where sums start, of all sub-blocks: minus the sums of the activations, shifted. Kept in */
-/* memory: shifts would compete with the multiplications. For float mins those sums as floats. */
+/* Where sums start, of all sub-blocks: minus the sums of the activations, shifted (by -1, so to */
+/* 0, with mins). Kept in memory: shifts would compete with the multiplications. For float mins */
+/* those sums as floats. */
 #define MOE__STARTS(t)                                                                     \
     if (n > t)                                                                             \
         for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {                               \
@@ -8497,8 +8498,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
                 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), f);                            \
                 _mm256_storeu_ps((float *)(void *)(acts + 64 * t + 4 * i), f);             \
             }                                                                              \
-            sums = mins ? _mm256_setzero_si256() : _mm256_sll_epi32(sums, shift);          \
-            MOE__(u_store)(starts + 64 * t + 4 * i, sums);                                 \
+            MOE__(u_store)(starts + 64 * t + 4 * i, _mm256_sll_epi32(sums, shift));        \
         }
 #define MOE__START(t)                                                      \
     (!MOE__VNNI && (mins || bits == 8) ? zero                              \
@@ -8977,7 +8977,7 @@ typedef struct MOE__(tile_plan) {
     int step;               /* weights per scale, and per prefetch step */
     int block, block_bytes; /* weights and bytes of a block */
     int record;             /* bytes of a superblock's activations */
-    int shift;              /* log2 of the offset that `unpack` adds to weights */
+    int shift;              /* log2 of the offset that `unpack` adds to weights, or -1 */
     const moe__type *type;  /* not NULL: one of these is used instead of `unpack` */
     MOE__(unpack_fn) *unpack_row;
     MOE__LEVELS_OF(rows_fn) *unpack_group;
@@ -9255,10 +9255,10 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
 #endif
 #if MOE__VNNI
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name)
-MOE__TILE_KERNELS(q32, 8, 8, 0, !job->shift)
+MOE__TILE_KERNELS(q32, 8, 8, 0, job->shift < 0)
 MOE__TILE_KERNELS(q16, 4, 8, 0, 0)
-MOE__TILE_KERNELS(k32, 8, 8, 1, !job->shift)
-MOE__TILE_KERNELS(k16, 4, 8, 1, !job->shift)
+MOE__TILE_KERNELS(k32, 8, 8, 1, job->shift < 0)
+MOE__TILE_KERNELS(k16, 4, 8, 1, job->shift < 0)
 #else
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##_##bits)
 MOE__TILE_KERNELS(q32_4, 8, 4, 0, 0)
@@ -9317,7 +9317,7 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_r
     plan.block = type->block;
     plan.block_bytes = type->bytes;
     plan.record = (int)moe__act_size(type->act, 256);
-    while (type->offset > 1 << plan.shift) plan.shift++;
+    for (plan.shift = -1; type->offset >> (plan.shift + 1); plan.shift++) {}
     plan.type = type;
     plan.unpack_row = unpack_row;
     plan.unpack_group = unpack_group;
@@ -9344,8 +9344,8 @@ MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 32, 32, 22, sizeof(moe__act32), 4)
 MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 32, 32, 18, sizeof(moe__act32), 7)
 MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 32, 32, 17, sizeof(moe__act32), 4)
 MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 32, 32, 34, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32, 4), 32, 256, 144, sizeof(moe__act256), 0)
-MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32, 6), 32, 256, 176, sizeof(moe__act256), 0)
+MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32, 4), 32, 256, 144, sizeof(moe__act256), -1)
+MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32, 6), 32, 256, 176, sizeof(moe__act256), -1)
 MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 16, 256, 210, sizeof(moe__act256), 5)
 
 /* Block types without unpacking of their own for tiles, by what they are read with */

@@ -30,14 +30,14 @@
 /*   >>pages     1840  files in memory: mapped or copied, huge pages found, measured and made */
 /*   >>gguf      2580  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3570  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5250  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10501  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10778  router, plan, the expert schedules */
-/*   >>model    11226  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12319  cache, the forward pass */
-/*   >>text     13637  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15289  choosing tokens, generating text */
-/*   >>licence  16134  MIT or public domain */
+/*   >>kernels   5249  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10534  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10811  router, plan, the expert schedules */
+/*   >>model    11259  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12352  cache, the forward pass */
+/*   >>text     13670  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15322  choosing tokens, generating text */
+/*   >>licence  16167  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -4535,8 +4535,9 @@ MOE__PRIVATE void moe__types_dequantize(const moe__type *type, const uint8_t *ro
 /* one vector or many: integers are summed exactly, floats in one order. Per 256 weights */
 /* */
 /*   ACT_Q256   sum += d_act * (d * int(sum of scale q a) - dmin * int(sum of min a)) */
-/*   ACT_Q32    part = 0; per scale: part += (d * d_act) * int(sum of q a) - dmin * (d_act * */
-/*              int(sum of a)); sum += part */
+/*   ACT_Q32    for each scale i: s[i % 4] += (d * int(sum of q a)) * d_act, */
+/*                                s[i % 4] -= dmin * (d_act * int(sum of a)) */
+/*              sum = (s[0] + s[2]) + (s[1] + s[3]), s of all weights */
 /* */
 /* where int(...) is an int32, rounded to float, and each operation of floats is rounded as */
 /* moe__dot_256 and moe__dot_32 write it. No int32 can overflow: 256 * 128 * 127 * 128 < 2^30. */
@@ -4556,9 +4557,9 @@ MOE__INLINE float moe__dot_256(const moe__block *block, const moe__act256 *a, fl
     return fmaf(x, a->d, sum);
 }
 
-/* part + the product of n weights, of which `at` is the first in a record of activations */
-MOE__INLINE float moe__dot_32(const moe__type *type, const moe__block *block, int n,
-                              const moe__act32 *a, int at, float part) {
+/* sum[4] += n weights times activations, of which `at` is the first in a record */
+MOE__INLINE void moe__dot_32(const moe__type *type, const moe__block *block, int n,
+                             const moe__act32 *a, int at, float sum[4]) {
     const int per = type->per;
     for (int s = 0; s < n / per; s++, at += per) {
         int32_t product = 0, act_sum = 0;
@@ -4567,14 +4568,12 @@ MOE__INLINE float moe__dot_32(const moe__type *type, const moe__block *block, in
             product += block->q[per * s + e] * q;
             act_sum += q;
         }
-        const float d_act = a->d[at / 32];
-        const float d = moe__rounded_f32(block->d[per / 16 * s] * d_act);
-        float x = moe__rounded_f32((float)product * d);
+        const float d_act = a->d[at / 32], x = moe__rounded_f32((float)product * block->d[per / 16 * s]);
+        float *to = &sum[at / per % 4];
+        *to = fmaf(x, d_act, *to);
         if (!type->offset)
-            x = fmaf(-block->dmin[per / 16 * s], moe__rounded_f32((float)act_sum * d_act), x);
-        part += x;
+            *to = fmaf(-block->dmin[per / 16 * s], moe__rounded_f32((float)act_sum * d_act), *to);
     }
-    return part;
 }
 
 /* ---- activations to int8 --------------------------------------------------------------------- */
@@ -5256,7 +5255,7 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
 
 enum {
     MOE__TILE_ROWS = 32,    /* most rows of one call of a tile kernel */
-    MOE__PACK_SIZE = 65536, /* bytes of scratch of a tile kernel */
+    MOE__PACK_SIZE = 131072, /* bytes of scratch of a tile kernel */
     MOE__ATTEND_KEYS = 512, /* most keys of one call of an attention kernel */
     MOE__ATTEND_QUERIES = 32, /* most queries of one call of an attention kernel */
     MOE__PEAK = 128         /* logits that one peak stands for */
@@ -5356,21 +5355,18 @@ MOE__PRIVATE void moe__kernels_dot(const moe__type *type, const uint8_t *rows, s
     moe__block block;
     for (int64_t r = 0; r < n_rows; r += type->rows) {
         moe__group group = moe__group_begin(type, rows + (size_t)r * row_size);
-        float sum[MOE__GROUP_ROWS] = {0}, part[MOE__GROUP_ROWS] = {0};
+        float sum[MOE__GROUP_ROWS][4] = {{0}};
         for (int64_t at = 0; at < n; at += type->block, group.at += type->rows * type->bytes)
             for (int k = 0; k < type->rows; k++) {
                 moe__group_unpack(&group, k, &block);
-                if (type->act == MOE__ACT_Q256) {
-                    sum[k] = moe__dot_256(&block, (const moe__act256 *)x + at / 256, sum[k]);
-                    continue;
-                }
-                part[k] = moe__dot_32(type, &block, type->block, (const moe__act32 *)x + at / 256,
-                                      (int)(at % 256), part[k]);
-                if ((at + type->block) % 256 && at + type->block < n) continue;
-                sum[k] += part[k];
-                part[k] = 0;
+                if (type->act == MOE__ACT_Q256)
+                    sum[k][0] = moe__dot_256(&block, (const moe__act256 *)x + at / 256, sum[k][0]);
+                else
+                    moe__dot_32(type, &block, type->block, (const moe__act32 *)x + at / 256,
+                                (int)(at % 256), sum[k]);
             }
-        memcpy(out + r, sum, (size_t)type->rows * sizeof *sum);
+        for (int k = 0; k < type->rows; k++)
+            out[r + k] = (sum[k][0] + sum[k][2]) + (sum[k][1] + sum[k][3]);
     }
 }
 
@@ -7806,33 +7802,36 @@ MOE__V __m256 MOE__(u_scales_rows)(const uint8_t *b, const int rows, const int t
         for (int64_t r = 0; r < n_rows; r += R) {                                                 \
             const uint8_t *b = rows + (size_t)r * row_size;                                       \
             const moe__act32 *a = (const moe__act32 *)x;                                          \
-            __m256 total = _mm256_setzero_ps();                                                   \
-            for (int64_t at = 0; at < n; at += 256, a++) {                                        \
+            __m256 total[4];                                                                      \
+            for (int c = 0; c < 4; c++) total[c] = _mm256_setzero_ps();                           \
+            for (int64_t at = 0; at < n; at += 256, a++, b += 8 * size) {                         \
                 const int n_blocks = (int)moe__min(8, (n - at) / 32);                             \
-                __m256 part = _mm256_setzero_ps();                                                \
                 MOE__(v_fetch)(b, rows_end, 8 * size);                                            \
-                for (int j = 0; j < n_blocks; j++, b += size) {                                   \
-                    const __m256i acts = MOE__(u_act32)(a->q, j);                                 \
-                    MOE__VI s = MOE__(v_zero)();                                                  \
-                    MOE__UNROLL(8)                                                                \
-                    for (int v = 0; v < 32 * R / MOE__VBYTES; v++)                                \
-                        s = MOE__(v_quads)(s, MOE__(level_##name)(b, v),                          \
-                                           R == 4 ? MOE__(v_acts_r4)(acts, v)                     \
-                                                  : MOE__(v_acts_r8)(acts, P * v, P * v + 1),     \
-                                           bits);                                                 \
-                    const __m256i sum = R == 4 ? _mm256_zextsi128_si256(MOE__(u_rows_4)(s))       \
-                                               : MOE__(u_rows_8)(s);                              \
-                    const __m256i more = _mm256_set1_epi32(bias * a->nsum[j]);                    \
-                    const __m256 d = _mm256_mul_ps(                                               \
-                        MOE__(u_scales_rows)(b, R, MOE__INDEX_##NAME), _mm256_set1_ps(a->d[j]));  \
-                    part = _mm256_add_ps(                                                         \
-                        part, MOE__(u_rounded)(_mm256_mul_ps(                                     \
-                                  _mm256_cvtepi32_ps(_mm256_add_epi32(sum, more)), d)));          \
+                for (int c = 0; c < 4; c++) {                                                     \
+                    for (int j = c; j < n_blocks; j += 4) {                                       \
+                        const uint8_t *block = b + size * j;                                      \
+                        const __m256i acts = MOE__(u_act32)(a->q, j);                             \
+                        MOE__VI s = MOE__(v_zero)();                                              \
+                        MOE__UNROLL(8)                                                            \
+                        for (int v = 0; v < 32 * R / MOE__VBYTES; v++)                            \
+                            s = MOE__(v_quads)(s, MOE__(level_##name)(block, v),                  \
+                                               R == 4 ? MOE__(v_acts_r4)(acts, v)                 \
+                                                      : MOE__(v_acts_r8)(acts, P * v, P * v + 1), \
+                                               bits);                                             \
+                        const __m256i sum = R == 4 ? _mm256_zextsi128_si256(MOE__(u_rows_4)(s))   \
+                                                   : MOE__(u_rows_8)(s);                          \
+                        const __m256i more = _mm256_set1_epi32(bias * a->nsum[j]);                \
+                        const __m256 d = MOE__(u_scales_rows)(block, R, MOE__INDEX_##NAME);       \
+                        total[c] = _mm256_fmadd_ps(                                               \
+                            _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, more)), d),    \
+                            _mm256_set1_ps(a->d[j]), total[c]);                                   \
+                    }                                                                             \
                 }                                                                                 \
-                total = _mm256_add_ps(total, part);                                               \
             }                                                                                     \
-            if (R == 4) _mm_storeu_ps(out + r, _mm256_castps256_ps128(total));                    \
-            else _mm256_storeu_ps(out + r, total);                                                \
+            total[0] = _mm256_add_ps(_mm256_add_ps(total[0], total[2]),                           \
+                                     _mm256_add_ps(total[1], total[3]));                          \
+            if (R == 4) _mm_storeu_ps(out + r, _mm256_castps256_ps128(total[0]));                 \
+            else _mm256_storeu_ps(out + r, total[0]);                                             \
         }                                                                                         \
     }                                                                                             \
     MOE__K void MOE__(rows_##name)(const uint8_t *const *group, int n, const float (*D)[4],       \
@@ -7869,8 +7868,8 @@ MOE__TYPE_ROWS_32(MXFP4_R8, mxfp4_r8)
 /* A vector holds some bytes of MOE__LANES blocks of a row, one block per lane, and so do the */
 /* activations (see moe__act32): weights 0-15 of each block, then 16-31. Products of levels and */
 /* activations are summed in int32 to four numbers per lane, then across: one per block. They are */
-/* floats from there on, multiplied with the scales of weights and activations, and added up from */
-/* the first block to the last, eight records at a time, which are turned for that. */
+/* floats from there on, multiplied with the scales of weights and activations, and added to four */
+/* sums, see moe__dot_32. */
 
 #if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
 
@@ -8096,7 +8095,7 @@ MOE__V __m256i MOE__(q32_sum)(const MOE__VI *s) {
 #endif
 }
 
-/* The products of eight blocks with a record of activations, as moe__dot_32 */
+/* Of eight blocks and a record of activations: scale * int(sum of q a) */
 MOE__V __m256 MOE__(q32_products)(const uint8_t *b, const moe__act32 *a, MOE__VI table,
                                   const int type) {
     enum { GROUPS = 8 / MOE__LANES };
@@ -8123,13 +8122,7 @@ MOE__V __m256 MOE__(q32_products)(const uint8_t *b, const moe__act32 *a, MOE__VI
     const int has_min = MOE__(q32_min)(type);
     if (!is_signed && !has_min) /* |nsum| <= 32 * 127: the low halves are all of it */
         sum = MOE__(u_dot_i16)(sum, nsum, _mm256_set1_epi32(1 << MOE__(q32_shift)(type)));
-    const __m256 act = _mm256_loadu_ps(a->d);
-    const __m256 d = _mm256_mul_ps(MOE__(q32_scales)(b, 0, type), act);
-    __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), d);
-    if (has_min) /* d * q + m; minus the sum of the activations */
-        product = _mm256_fnmadd_ps(MOE__(q32_scales)(b, 2, type),
-                                   _mm256_mul_ps(_mm256_cvtepi32_ps(nsum), act), product);
-    return product;
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), MOE__(q32_scales)(b, 0, type));
 }
 
 /* Eight E4M3 scales as moe__types_ue4m3: as bits of an f16 they are numbers 2^8 too small */
@@ -8139,14 +8132,17 @@ MOE__V __m256 MOE__(u_ue4m3)(__m128i x) {
     return _mm256_mul_ps(_mm256_cvtph_ps(_mm_andnot_si128(none, bits)), _mm256_set1_ps(128.0f));
 }
 
-/* The same of NVFP4, which has 16 scales: two halves of `out`. 16 bytes are two groups of 16 */
+/* The same of NVFP4, which has 16 scales: 8 floats, and 8 behind. 16 bytes are two groups of 16 */
 /* weights, 8 bytes and 8 bytes: weights 0-7 of both in the low nibbles, 8-15 in the high ones, */
 /* so that their sums are in the halves of a lane. */
-MOE__V void MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, MOE__VI table,
-                                  float *out) {
+typedef struct MOE__(two) {
+    __m256 first, second;
+} MOE__(two);
+MOE__V MOE__(two) MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, MOE__VI table) {
     enum { GROUPS = 8 / MOE__LANES, BYTES = MOE__BYTES_NVFP4 };
     MOE__VI s[GROUPS];
     MOE__ALIGNED(64) int32_t sums[16];
+    MOE__(two) out;
     MOE__UNROLL(4)
     for (int i = 0; i < GROUPS; i++) {
         const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
@@ -8167,84 +8163,75 @@ MOE__V void MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, MOE__VI
     MOE__UNROLL(2)
     for (int i = 0; i < GROUPS / 2; i++) /* of an even and an odd block: four in their order */
         MOE__(tile_store)(sums + MOE__VFLOATS * i, MOE__(v_hadd)(s[i], s[i + GROUPS / 2]));
-    const __m256i twice[2] = {_mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3),
-                              _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)};
     MOE__UNROLL(2)
     for (int h = 0; h < 2; h++, b += 2 * BYTES) {
         const __m128i scales = _mm_cvtepu8_epi16(_mm_set_epi64x(
             0, (int64_t)(moe__load_u32(b) | (uint64_t)moe__load_u32(b + BYTES) << 32)));
-        const __m256 act = _mm256_permutevar8x32_ps(_mm256_loadu_ps(a->d), twice[h]);
-        const __m256 d = MOE__(u_rounded)(_mm256_mul_ps(MOE__(u_ue4m3)(scales), act));
         const __m256 x = _mm256_cvtepi32_ps(MOE__(v_load_256)(sums + 8 * h));
-        _mm256_store_ps(out + 64 * h, _mm256_mul_ps(x, d));
+        if (h) out.second = _mm256_mul_ps(x, MOE__(u_ue4m3)(scales));
+        else out.first = _mm256_mul_ps(x, MOE__(u_ue4m3)(scales));
     }
+    return out;
 }
 
-/* sum + eight times eight floats, each from its first to its last: they are turned, and added. */
-MOE__V __m256 MOE__(u_sum_rows)(__m256 sum, const float *x) {
-    __m256 column[8];
-    MOE__UNROLL(2)
-    for (int h = 0; h < 8; h += 4) { /* columns h to h + 3; rows r and r + 4 in one vector */
-        __m256 y[4];
-        MOE__UNROLL(4)
-        for (int r = 0; r < 4; r++)
-            y[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + 8 * r + h)),
-                                        _mm_loadu_ps(x + 8 * (r + 4) + h), 1);
-        const __m256 a = _mm256_unpacklo_ps(y[0], y[1]), b = _mm256_unpacklo_ps(y[2], y[3]);
-        const __m256 c = _mm256_unpackhi_ps(y[0], y[1]), d = _mm256_unpackhi_ps(y[2], y[3]);
-        column[h] = _mm256_shuffle_ps(a, b, 0x44), column[h + 1] = _mm256_shuffle_ps(a, b, 0xEE);
-        column[h + 2] = _mm256_shuffle_ps(c, d, 0x44);
-        column[h + 3] = _mm256_shuffle_ps(c, d, 0xEE);
-    }
-    MOE__UNROLL(8)
-    for (int i = 0; i < 8; i++) sum = _mm256_add_ps(sum, column[i]);
-    return sum;
-}
-
-/* Eight records of activations at a time: the products with each are added up by themselves. */
-/* What is missing to a whole record, or to eight of them, is zero: that changes no sum. */
+/* A record that is not whole is read as if it were, where that stays within the rows. */
 MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                            const void *x, float *out, const int type) {
-    const int two = type == MOE__INDEX_NVFP4; /* halves, see nvfp4_products */
+    const int two = type == MOE__INDEX_NVFP4, has_min = MOE__(q32_min)(type);
     const int size = two ? MOE__BYTES_NVFP4 / 2 : MOE__(q32_size)(type); /* of 32 weights */
+    const int n_rest = (int)(n % 256 / 32), n_steps = two || has_min ? 4 : 2;
     const int is_signed = MOE__ISA == 2 && type == MOE__INDEX_IQ4_NL;
     const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << MOE__(q32_shift)(type));
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
-    const int64_t n_records = (n + 255) / 256;
-    const size_t n_rest = (size_t)(n % 256 / 32 * size); /* bytes of a record that is not whole */
     uint8_t rest[8 * MOE__BYTES_Q8_0];
-    MOE__ALIGNED(64) float part[2 * 64];
-    float sums[8];
+    uint32_t there[16]; /* of such a record: ones for each sum of each step */
     memset(rest, 0, sizeof rest);
+    for (int i = 0; i < 16; i++) {
+        const int number = has_min ? i / 8 * 4 + i % 4 : i; /* of a scale */
+        there[i] = number < (two ? 2 * n_rest : n_rest) ? 0xFFFFFFFF : 0;
+    }
     for (int64_t r = 0; r < n_rows; r++) {
         const uint8_t *b = rows + (size_t)r * row_size;
         const moe__act32 *a = (const moe__act32 *)x;
-        float sum = 0;
-        for (int64_t left = n_records; left > 0; left -= 8) {
-            float *end = part + 8 * moe__min(left, 8);
-            const float *partial = left <= 8 && n_rest ? end - 8 : NULL;
-            for (float *p = part; p < end; p += 8, a++, b += 8 * size) {
-                MOE__(v_fetch)(b, rows_end, 8 * size);
-                if (p == partial) {
-                    memcpy(rest, b, n_rest);
-                    b = rest;
-                }
-                if (two)
-                    MOE__(nvfp4_products)(b, a, table, p);
-                else
-                    _mm256_store_ps(p, MOE__(q32_products)(b, a, table, type));
+        __m128 sum = _mm_setzero_ps();
+        for (int64_t left = n; left > 0; left -= 256, a++, b += 8 * size) {
+            __m128 xs[4], ys[4]; /* what is multiplied and added to the sums, in this order */
+            MOE__(v_fetch)(b, rows_end, 8 * size);
+            if (left < 256 && rows_end - b < 8 * size) {
+                memcpy(rest, b, (size_t)(n_rest * size));
+                b = rest;
             }
-            for (; end < part + 64; end += 8) {
-                _mm256_store_ps(end, _mm256_setzero_ps());
-                if (two) _mm256_store_ps(end + 64, _mm256_setzero_ps());
+            if (two) {
+                const MOE__(two) p = MOE__(nvfp4_products)(b, a, table);
+                MOE__UNROLL(4)
+                for (int k = 0; k < 4; k++)
+                    ys[k] = _mm_setr_ps(a->d[2 * k], a->d[2 * k], a->d[2 * k + 1], a->d[2 * k + 1]);
+                xs[0] = _mm256_castps256_ps128(p.first), xs[1] = _mm256_extractf128_ps(p.first, 1);
+                xs[2] = _mm256_castps256_ps128(p.second);
+                xs[3] = _mm256_extractf128_ps(p.second, 1);
+            } else {
+                const __m256 p = MOE__(q32_products)(b, a, table, type);
+                xs[0] = _mm256_castps256_ps128(p), ys[0] = _mm_loadu_ps(a->d);
+                xs[has_min ? 2 : 1] = _mm256_extractf128_ps(p, 1);
+                ys[has_min ? 2 : 1] = _mm_loadu_ps(a->d + 4);
             }
-            __m256 eight = MOE__(u_sum_rows)(_mm256_setzero_ps(), part);
-            if (two) eight = MOE__(u_sum_rows)(eight, part + 64);
-            _mm256_storeu_ps(sums, eight);
-            MOE__UNROLL(8)
-            for (int i = 0; i < 8; i++) sum += sums[i];
+            if (has_min) { /* d * q + m; minus the sum of the activations, and minus m */
+                const __m256 nsum = _mm256_cvtepi32_ps(MOE__(v_load_256)(a->nsum));
+                const __m256 y = MOE__(u_rounded)(_mm256_mul_ps(nsum, _mm256_loadu_ps(a->d)));
+                const __m256 m =
+                    _mm256_xor_ps(MOE__(q32_scales)(b, 2, type), _mm256_set1_ps(-0.0f));
+                xs[1] = _mm256_castps256_ps128(m), xs[3] = _mm256_extractf128_ps(m, 1);
+                ys[1] = _mm256_castps256_ps128(y), ys[3] = _mm256_extractf128_ps(y, 1);
+            }
+            MOE__UNROLL(4)
+            for (int k = 0; k < n_steps; k++) {
+                const __m128 more = _mm_fmadd_ps(xs[k], ys[k], sum);
+                const __m128 mask = _mm_castsi128_ps(MOE__(v_load_128)(there + 4 * k));
+                sum = left < 256 ? _mm_blendv_ps(sum, more, mask) : more;
+            }
         }
-        out[r] = sum;
+        sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+        out[r] = _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
     }
 }
 #define MOE__DOT_Q32(NAME, name)                                                                \
@@ -8371,7 +8358,8 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
 /* ones lie on the stack). Its text is the same for both; only "products of quads" differs, and */
 /* an instruction set with 256-bit dot products would replace just that. */
 
-/* What a micro-kernel does: sums[t * 32 + r] += product of the superblock of row r with token t. */
+/* What a micro-kernel does: sums[t * 32 + r] += product of the superblock of row r with token t; */
+/* with a scale per 32 activations to the four sums of moe__dot_32, sums[(c * n + t) * 32 + r]. */
 typedef struct MOE__(tile_job) {
     uint8_t *pack;           /* of the panel */
     const void *const *x;    /* the group's activations */
@@ -8589,19 +8577,21 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         i##t##0 = MOE__MM(add_epi32)(i##t##0, MOE__MM(mullo_epi32)(a##t##0, scale0));      \
         i##t##1 = MOE__MM(add_epi32)(i##t##1, MOE__MM(mullo_epi32)(a##t##1, scale1));      \
     }
-/* Per 32: f += (scale * the token's) * sum of the sub-block - min * sum of the activations */
+/* Per 32: f += (scale * sum of the sub-block) * the token's scale - min * sum of the activations; */
+/* f: the sums of moe__dot_32 that the sub-block belongs to */
 #define MOE__SCALE_F32(t)                                                                  \
     if (n > t) {                                                                           \
         const int64_t at = 4 * (quads == 4 ? j / 2 : j);                                   \
         const MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act32, d) + at);         \
-        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##0), MOE__MM(mul_ps)(scale0, d)); \
-        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##1), MOE__MM(mul_ps)(scale1, d)); \
+        const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##0), scale0);         \
+        const MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##1), scale1);         \
+        f##t##0 = MOE__MM(fmadd_ps)(p0, d, f##t##0);                                       \
+        f##t##1 = MOE__MM(fmadd_ps)(p1, d, f##t##1);                                       \
         if (mins) {                                                                        \
             const MOE__VF b = MOE__BROADCAST_F32(acts + 64 * t + 4 * j);                   \
-            p0 = MOE__MM(fmadd_ps)(min0, b, p0), p1 = MOE__MM(fmadd_ps)(min1, b, p1);      \
+            f##t##0 = MOE__MM(fmadd_ps)(min0, b, f##t##0);                                 \
+            f##t##1 = MOE__MM(fmadd_ps)(min1, b, f##t##1);                                 \
         }                                                                                  \
-        f##t##0 = MOE__MM(add_ps)(f##t##0, MOE__(v_rounded)(p0));                          \
-        f##t##1 = MOE__MM(add_ps)(f##t##1, MOE__(v_rounded)(p1));                          \
     }
 
 /* sum over the sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each */
@@ -8632,12 +8622,16 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         MOE__MM(storeu_ps)(s0, MOE__MM(fmadd_ps)(p0, d, MOE__MM(loadu_ps)(s0)));           \
         MOE__MM(storeu_ps)(s1, MOE__MM(fmadd_ps)(p1, d, MOE__MM(loadu_ps)(s1)));           \
     }
-/* sums += f */
-#define MOE__ADD_FLOATS(t)                                                                 \
-    if (n > t) {                                                                           \
-        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;               \
-        MOE__MM(storeu_ps)(s0, MOE__MM(add_ps)(f##t##0, MOE__MM(loadu_ps)(s0)));           \
-        MOE__MM(storeu_ps)(s1, MOE__MM(add_ps)(f##t##1, MOE__MM(loadu_ps)(s1)));           \
+#define MOE__SUMS(t) (job->sums + (n * chain + t) * MOE__TILE_ROWS)
+#define MOE__LOAD_FLOATS(t)                                             \
+    if (n > t) {                                                        \
+        f##t##0 = MOE__MM(loadu_ps)(MOE__SUMS(t));                      \
+        f##t##1 = MOE__MM(loadu_ps)(MOE__SUMS(t) + MOE__VFLOATS);       \
+    }
+#define MOE__STORE_FLOATS(t)                                            \
+    if (n > t) {                                                        \
+        MOE__MM(storeu_ps)(MOE__SUMS(t), f##t##0);                      \
+        MOE__MM(storeu_ps)(MOE__SUMS(t) + MOE__VFLOATS, f##t##1);       \
     }
 
 /* n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether */
@@ -8645,7 +8639,6 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
 MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const int quads,
                                   const int bits, const int per_256, const int mins) {
     const MOE__VI zero = MOE__(v_zero)();
-    const uint8_t *weights = job->pack, *scales = job->pack + MOE__(TILE_SCALE);
     const uint8_t *min = job->pack + MOE__(TILE_MIN), *prefetch = job->prefetch;
     uint8_t *starts = job->pack + MOE__(TILE_START), *acts = job->pack + MOE__(TILE_ACT);
     const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
@@ -8664,39 +8657,53 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         if (MOE__VNNI || !per_256 || !mins) {
         MOE__EACH(MOE__STARTS)
     }
-    for (int64_t j = 0; j < n_blocks; j++) {
-        int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
-                               : moe__act32_at(4 * quads * (int)j);
-        __asm__("" : "+r"(base)); /* clang would make an address of its own for each quad */
-        MOE__FETCH_AHEAD();
-        MOE__EACH(MOE__BEGIN)
+    /* All sub-blocks one after another, or two at a time, which belong to the same sums */
+    const int64_t step = per_256 ? 1 : 4, n_passes = per_256 ? 1 : (n_blocks + 7) / 8 * 4;
+    for (int64_t pass = 0; pass < n_passes; pass++) {
+        const int64_t chain = pass % 4, first = pass / 4 * 8 + chain;
+        const int64_t end = per_256 ? n_blocks : moe__min(first - chain + 8, n_blocks);
+        const uint8_t *weights = job->pack + first * 2 * MOE__VBYTES * quads;
+        const uint8_t *scales = job->pack + MOE__(TILE_SCALE) + first * 2 * MOE__VBYTES;
+        if (!per_256) {
+            MOE__EACH(MOE__LOAD_FLOATS)
+        }
+        for (int64_t j = first; j < end; j += step) {
+            int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
+                                   : moe__act32_at(4 * quads * (int)j);
+            __asm__("" : "+r"(base)); /* clang would make an address of its own for each quad */
+            MOE__FETCH_AHEAD();
+            MOE__EACH(MOE__BEGIN)
 #if !MOE__VNNI
-        if (bits == 8) {
-            MOE__SUB_BLOCK_SIGNED()
-        } else if (bits == 6) {
-            MOE__SUB_BLOCK_IN_TWOS()
-            MOE__EACH(MOE__END)
-        } else
+            if (bits == 8) {
+                MOE__SUB_BLOCK_SIGNED()
+            } else if (bits == 6) {
+                MOE__SUB_BLOCK_IN_TWOS()
+                MOE__EACH(MOE__END)
+            } else
 #endif
-        {
-            MOE__SUB_BLOCK()
-            MOE__EACH(MOE__END)
+            {
+                MOE__SUB_BLOCK()
+                MOE__EACH(MOE__END)
+            }
+            if (per_256) {
+                const MOE__VI scale0 = MOE__(v_load)(scales);
+                const MOE__VI scale1 = MOE__(v_load)(scales + MOE__VBYTES);
+                MOE__EACH(MOE__SCALE_INT)
+            } else {
+                const uint8_t *min_at = min + j * 2 * MOE__VBYTES;
+                const MOE__VF scale0 = MOE__(tile_load_f32)(scales);
+                const MOE__VF scale1 = MOE__(tile_load_f32)(scales + MOE__VBYTES);
+                const MOE__VF min0 = MOE__(tile_load_f32)(min_at);
+                const MOE__VF min1 = MOE__(tile_load_f32)(min_at + MOE__VBYTES);
+                (void)min0, (void)min1;
+                MOE__EACH(MOE__SCALE_F32)
+            }
+            weights += step * 2 * MOE__VBYTES * quads;
+            scales += step * 2 * MOE__VBYTES;
         }
-        if (per_256) {
-            const MOE__VI scale0 = MOE__(v_load)(scales);
-            const MOE__VI scale1 = MOE__(v_load)(scales + MOE__VBYTES);
-            MOE__EACH(MOE__SCALE_INT)
-        } else {
-            const MOE__VF scale0 = MOE__(tile_load_f32)(scales);
-            const MOE__VF scale1 = MOE__(tile_load_f32)(scales + MOE__VBYTES);
-            const MOE__VF min0 = MOE__(tile_load_f32)(min);
-            const MOE__VF min1 = MOE__(tile_load_f32)(min + MOE__VBYTES);
-            (void)min0, (void)min1;
-            MOE__EACH(MOE__SCALE_F32)
-            min += 2 * MOE__VBYTES;
+        if (!per_256) {
+            MOE__EACH(MOE__STORE_FLOATS)
         }
-        weights += 2 * MOE__VBYTES * quads;
-        scales += 2 * MOE__VBYTES;
     }
     if (per_256) {
         const uint8_t *of_scales = job->pack + MOE__(TILE_D);
@@ -8708,8 +8715,6 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         (void)min0, (void)min1;
         MOE__EACH(MOE__MINS)
         MOE__EACH(MOE__ADD_INT)
-    } else {
-        MOE__EACH(MOE__ADD_FLOATS)
     }
 }
 
@@ -8974,6 +8979,7 @@ typedef struct MOE__(tile_plan) {
     MOE__(tile_kernel_fn) *const *kernels; /* [n - 1]: for n tokens */
     int max_tokens;
     MOE__(tile_unpack_fn) *unpack;
+    int chains;             /* sums per product, 1 or 4 */
     int step;               /* weights per scale, and per prefetch step */
     int block, block_bytes; /* weights and bytes of a block */
     int record;             /* bytes of a superblock's activations */
@@ -9129,14 +9135,19 @@ MOE__K void MOE__(tile_stage)(const uint8_t *rows, size_t stride, int64_t n_rows
     }
 }
 
+/* How n_tokens are cut into groups of nearly equal size (small ones are slow), the first larger */
+MOE__V int64_t MOE__(tile_group)(const MOE__(tile_plan) *plan, int64_t n_tokens, int64_t g) {
+    const int64_t n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
+    return n_tokens / n_groups + (g < n_tokens % n_groups);
+}
+
 /* One superblock, already unpacked, times n_tokens tokens */
 MOE__K void MOE__(tile_tokens)(const MOE__(tile_plan) *plan, MOE__(tile_job) *job, int64_t n_panels,
                                const void *const *x, int64_t n_tokens, uint8_t *scratch,
                                MOE__(tile_ahead) *ahead) {
-    const int64_t n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
     float *sums = (float *)(void *)(scratch + MOE__(TILE_SUMS_AT));
-    for (int64_t g = 0; g < n_groups; g++) { /* of nearly equal size: small groups are slow */
-        const int64_t count = n_tokens / n_groups + (g < n_tokens % n_groups);
+    for (int64_t g = 0, t = 0, count; t < n_tokens; t += count, g++) {
+        count = MOE__(tile_group)(plan, n_tokens, g);
         job->x = x;
         for (int64_t p = 0; p < n_panels; p++) {
             job->pack = scratch + p * MOE__(TILE_PACK);
@@ -9151,7 +9162,7 @@ MOE__K void MOE__(tile_tokens)(const MOE__(tile_plan) *plan, MOE__(tile_job) *jo
             }
         }
         x += count;
-        sums += count * MOE__TILE_ROWS;
+        sums += count * plan->chains * MOE__TILE_ROWS;
     }
 }
 
@@ -9165,7 +9176,8 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
     MOE__(tile_job) job;
     memset(&job, 0, sizeof job);
     job.shift = plan->shift;
-    memset(scratch + MOE__(TILE_SUMS_AT), 0, (size_t)n_tokens * MOE__TILE_ROWS * sizeof(float));
+    memset(scratch + MOE__(TILE_SUMS_AT), 0,
+           (size_t)(n_tokens * plan->chains * MOE__TILE_ROWS) * sizeof(float));
     for (int64_t first = 0; first < n; first += 256) {
         const uint8_t *from = rows;
         size_t stride = row_size;
@@ -9196,14 +9208,33 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
     }
 }
 
+/* Results from the sums of n_tokens tokens */
+MOE__K void MOE__(tile_out)(const MOE__(tile_plan) *plan, float *sums, int64_t n_rows,
+                            int64_t n_tokens, float *out, int64_t out_stride) {
+    for (int64_t g = 0, t = 0, n; t < n_tokens; t += n, g++) {
+        n = MOE__(tile_group)(plan, n_tokens, g);
+        for (int64_t i = 0; i < n * MOE__TILE_ROWS && plan->chains == 4; i += MOE__VFLOATS) {
+            MOE__VF x[4];
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++) x[c] = MOE__MM(loadu_ps)(sums + c * n * MOE__TILE_ROWS + i);
+            x[0] = MOE__MM(add_ps)(MOE__MM(add_ps)(x[0], x[2]), MOE__MM(add_ps)(x[1], x[3]));
+            MOE__MM(storeu_ps)(sums + i, x[0]);
+        }
+        for (int64_t i = 0; i < n; i++, out += out_stride)
+            memcpy(out, sums + i * MOE__TILE_ROWS, (size_t)n_rows * sizeof *out);
+        sums += n * plan->chains * MOE__TILE_ROWS;
+    }
+}
+
 /* moe__tile_fn for any type */
 MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
                             int64_t n_rows, int64_t n, const void *const *x, int64_t n_tokens,
                             float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,
                             size_t prefetch_size) {
     uint8_t *scratch = (uint8_t *)pack;
-    const float *sums = (const float *)(const void *)(scratch + MOE__(TILE_SUMS_AT));
-    const int64_t n_chunks = (n_tokens + MOE__(TILE_CHUNK) - 1) / MOE__(TILE_CHUNK);
+    float *sums = (float *)(void *)(scratch + MOE__(TILE_SUMS_AT));
+    const int64_t most = moe__min(256, MOE__(TILE_CHUNK) / plan->chains); /* tokens */
+    const int64_t n_chunks = (n_tokens + most - 1) / most;
     const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
     const int64_t n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
     const int64_t n_steps = moe__max(1, n_groups * n_panels * (n / plan->step));
@@ -9214,8 +9245,7 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
     for (int64_t c = 0; c < n_chunks; c++) {
         const int64_t count = n_tokens / n_chunks + (c < n_tokens % n_chunks);
         MOE__(tile_chunk)(plan, rows, row_size, n_rows, n, x, count, scratch, &ahead);
-        for (int64_t t = 0; t < count; t++)
-            memcpy(out + t * out_stride, sums + t * MOE__TILE_ROWS, (size_t)n_rows * sizeof *out);
+        MOE__(tile_out)(plan, sums, n_rows, count, out, out_stride);
         x += count;
         out += count * out_stride;
     }
@@ -9314,6 +9344,7 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_r
     memset(&plan, 0, sizeof plan);
     plan.kernels = MOE__(tile_kernels_of)(type, &plan.step);
     plan.max_tokens = MOE__TILE_TOKENS;
+    plan.chains = type->act == MOE__ACT_Q32 ? 4 : 1;
     plan.block = type->block;
     plan.block_bytes = type->bytes;
     plan.record = (int)moe__act_size(type->act, 256);
@@ -9339,14 +9370,14 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_r
                         prefetch, prefetch_size);                                                 \
     }
 #define MOE__TILE_Q(name, bits) MOE__TILE_OF(name, bits), MOE__TILE_TOKENS
-MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 32, 32, 18, sizeof(moe__act32), 3)
-MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 32, 32, 22, sizeof(moe__act32), 4)
-MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 32, 32, 18, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 32, 32, 17, sizeof(moe__act32), 4)
-MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 32, 32, 34, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32, 4), 32, 256, 144, sizeof(moe__act256), -1)
-MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32, 6), 32, 256, 176, sizeof(moe__act256), -1)
-MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 16, 256, 210, sizeof(moe__act256), 5)
+MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 4, 32, 32, 18, sizeof(moe__act32), 3)
+MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 4, 32, 32, 22, sizeof(moe__act32), 4)
+MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 4, 32, 32, 18, sizeof(moe__act32), 7)
+MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 4, 32, 32, 17, sizeof(moe__act32), 4)
+MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 4, 32, 32, 34, sizeof(moe__act32), 7)
+MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32, 4), 1, 32, 256, 144, sizeof(moe__act256), -1)
+MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32, 6), 1, 32, 256, 176, sizeof(moe__act256), -1)
+MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 1, 16, 256, 210, sizeof(moe__act256), 5)
 
 /* Block types without unpacking of their own for tiles, by what they are read with */
 #define MOE__TILE_BLOCKS(NAME, name, row, order, group)                                           \
@@ -9456,7 +9487,9 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 #undef MOE__SUB_BLOCK_SIGNED
 #undef MOE__MIN
 #undef MOE__MINS
-#undef MOE__ADD_FLOATS
+#undef MOE__SUMS
+#undef MOE__LOAD_FLOATS
+#undef MOE__STORE_FLOATS
 #undef MOE__SCALE_INT
 #undef MOE__SCALE_F32
 #undef MOE__ADD_INT

@@ -30,14 +30,14 @@
 /*   >>pages     1840  files in memory: mapped or copied, huge pages found, measured and made */
 /*   >>gguf      2580  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3570  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5249  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10534  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10811  router, plan, the expert schedules */
-/*   >>model    11259  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12352  cache, the forward pass */
-/*   >>text     13670  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15322  choosing tokens, generating text */
-/*   >>licence  16167  MIT or public domain */
+/*   >>kernels   5250  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10547  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10824  router, plan, the expert schedules */
+/*   >>model    11272  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12365  cache, the forward pass */
+/*   >>text     13683  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15335  choosing tokens, generating text */
+/*   >>licence  16180  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -4568,7 +4568,8 @@ MOE__INLINE void moe__dot_32(const moe__type *type, const moe__block *block, int
             product += block->q[per * s + e] * q;
             act_sum += q;
         }
-        const float d_act = a->d[at / 32], x = moe__rounded_f32((float)product * block->d[per / 16 * s]);
+        const float d_act = a->d[at / 32];
+        const float x = moe__rounded_f32((float)product * block->d[per / 16 * s]);
         float *to = &sum[at / per % 4];
         *to = fmaf(x, d_act, *to);
         if (!type->offset)
@@ -8474,9 +8475,9 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
 #define MOE__FETCH_AHEAD() \
     for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) __builtin_prefetch(prefetch, 0, 2)
 
-/* Where sums start, of all sub-blocks: minus the sums of the activations, shifted (by -1, so to */
-/* 0, with mins). Kept in memory: shifts would compete with the multiplications. For float mins */
-/* those sums as floats. */
+/* Where sums start, of all sub-blocks: minus the sums of the activations, shifted; with mins: 0 */
+/* (integer ones: tile_chunk has written that). Kept in memory: shifts would compete with the */
+/* multiplications. For float mins those sums as floats. */
 #define MOE__STARTS(t)                                                                     \
     if (n > t)                                                                             \
         for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {                               \
@@ -8577,8 +8578,8 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         i##t##0 = MOE__MM(add_epi32)(i##t##0, MOE__MM(mullo_epi32)(a##t##0, scale0));      \
         i##t##1 = MOE__MM(add_epi32)(i##t##1, MOE__MM(mullo_epi32)(a##t##1, scale1));      \
     }
-/* Per 32: f += (scale * sum of the sub-block) * the token's scale - min * sum of the activations; */
-/* f: the sums of moe__dot_32 that the sub-block belongs to */
+/* Per 32: f += scale * sum of the sub-block * the token's scale - min * sum of the activations, */
+/* where f are the sums of moe__dot_32 that the sub-block belongs to */
 #define MOE__SCALE_F32(t)                                                                  \
     if (n > t) {                                                                           \
         const int64_t at = 4 * (quads == 4 ? j / 2 : j);                                   \
@@ -8654,7 +8655,7 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         MOE__EACH(MOE__WIDEN)
     } else
 #endif
-        if (MOE__VNNI || !per_256 || !mins) {
+        if (!per_256 || !mins) {
         MOE__EACH(MOE__STARTS)
     }
     /* All sub-blocks one after another, or two at a time, which belong to the same sums */
@@ -9135,19 +9136,27 @@ MOE__K void MOE__(tile_stage)(const uint8_t *rows, size_t stride, int64_t n_rows
     }
 }
 
-/* How n_tokens are cut into groups of nearly equal size (small ones are slow), the first larger */
-MOE__V int64_t MOE__(tile_group)(const MOE__(tile_plan) *plan, int64_t n_tokens, int64_t g) {
-    const int64_t n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
-    return n_tokens / n_groups + (g < n_tokens % n_groups);
+/* How tokens are cut into groups of nearly equal size (small ones are slow): the first `longer` */
+/* groups have one more than the others. */
+typedef struct MOE__(tile_cut) {
+    int64_t n_tokens, n_groups, each, longer;
+} MOE__(tile_cut);
+MOE__V MOE__(tile_cut) MOE__(tile_cut_of)(const MOE__(tile_plan) *plan, int64_t n_tokens) {
+    MOE__(tile_cut) cut;
+    cut.n_tokens = n_tokens;
+    cut.n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
+    cut.each = n_tokens / cut.n_groups;
+    cut.longer = n_tokens % cut.n_groups;
+    return cut;
 }
 
-/* One superblock, already unpacked, times n_tokens tokens */
+/* One superblock, already unpacked, times the tokens of a cut */
 MOE__K void MOE__(tile_tokens)(const MOE__(tile_plan) *plan, MOE__(tile_job) *job, int64_t n_panels,
-                               const void *const *x, int64_t n_tokens, uint8_t *scratch,
-                               MOE__(tile_ahead) *ahead) {
+                               const void *const *x, const MOE__(tile_cut) *cut,
+                               uint8_t *scratch, MOE__(tile_ahead) *ahead) {
     float *sums = (float *)(void *)(scratch + MOE__(TILE_SUMS_AT));
-    for (int64_t g = 0, t = 0, count; t < n_tokens; t += count, g++) {
-        count = MOE__(tile_group)(plan, n_tokens, g);
+    for (int64_t g = 0; g < cut->n_groups; g++) {
+        const int64_t count = cut->each + (g < cut->longer);
         job->x = x;
         for (int64_t p = 0; p < n_panels; p++) {
             job->pack = scratch + p * MOE__(TILE_PACK);
@@ -9168,16 +9177,19 @@ MOE__K void MOE__(tile_tokens)(const MOE__(tile_plan) *plan, MOE__(tile_job) *jo
 
 /* A tile times at most TILE_CHUNK tokens; the sums end in the scratch. */
 MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
-                              int64_t n_rows, int64_t n, const void *const *x, int64_t n_tokens,
-                              uint8_t *scratch, MOE__(tile_ahead) *ahead) {
+                              int64_t n_rows, int64_t n, const void *const *x,
+                              const MOE__(tile_cut) *cut, uint8_t *scratch,
+                              MOE__(tile_ahead) *ahead) {
     const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
     const size_t pitch = 256 / (size_t)plan->block * (size_t)plan->block_bytes;
     uint8_t *stage = scratch + MOE__(TILE_STAGE_AT);
     MOE__(tile_job) job;
     memset(&job, 0, sizeof job);
     job.shift = plan->shift;
+    for (int64_t p = 0; p < n_panels; p++)
+        memset(scratch + p * MOE__(TILE_PACK) + MOE__(TILE_START), 0, MOE__TILE_TOKENS * 64);
     memset(scratch + MOE__(TILE_SUMS_AT), 0,
-           (size_t)(n_tokens * plan->chains * MOE__TILE_ROWS) * sizeof(float));
+           (size_t)(cut->n_tokens * plan->chains * MOE__TILE_ROWS) * sizeof(float));
     for (int64_t first = 0; first < n; first += 256) {
         const uint8_t *from = rows;
         size_t stride = row_size;
@@ -9202,17 +9214,17 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
             }
             if (!plan->type) plan->unpack(from, stride, job.n, panel);
         }
-        MOE__(tile_tokens)(plan, &job, n_panels, x, n_tokens, scratch, ahead);
+        MOE__(tile_tokens)(plan, &job, n_panels, x, cut, scratch, ahead);
         if (!plan->type) rows += pitch;
         job.record += (size_t)plan->record;
     }
 }
 
-/* Results from the sums of n_tokens tokens */
+/* Results from the sums of all tokens of a cut */
 MOE__K void MOE__(tile_out)(const MOE__(tile_plan) *plan, float *sums, int64_t n_rows,
-                            int64_t n_tokens, float *out, int64_t out_stride) {
-    for (int64_t g = 0, t = 0, n; t < n_tokens; t += n, g++) {
-        n = MOE__(tile_group)(plan, n_tokens, g);
+                            const MOE__(tile_cut) *cut, float *out, int64_t out_stride) {
+    for (int64_t g = 0; g < cut->n_groups; g++) {
+        const int64_t n = cut->each + (g < cut->longer);
         for (int64_t i = 0; i < n * MOE__TILE_ROWS && plan->chains == 4; i += MOE__VFLOATS) {
             MOE__VF x[4];
             MOE__UNROLL(4)
@@ -9244,8 +9256,9 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
     ahead.per_step = (ahead.left + n_steps - 1) / n_steps;
     for (int64_t c = 0; c < n_chunks; c++) {
         const int64_t count = n_tokens / n_chunks + (c < n_tokens % n_chunks);
-        MOE__(tile_chunk)(plan, rows, row_size, n_rows, n, x, count, scratch, &ahead);
-        MOE__(tile_out)(plan, sums, n_rows, count, out, out_stride);
+        const MOE__(tile_cut) cut = MOE__(tile_cut_of)(plan, count);
+        MOE__(tile_chunk)(plan, rows, row_size, n_rows, n, x, &cut, scratch, &ahead);
+        MOE__(tile_out)(plan, sums, n_rows, &cut, out, out_stride);
         x += count;
         out += count * out_stride;
     }

@@ -22,22 +22,22 @@
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
 /*   >>manual      53  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     137  every macro you may define */
-/*   >>api        228  types and prototypes with their contracts */
-/*   >>base       730  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine   1024  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1409  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1840  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2580  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3570  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5250  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10547  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10824  router, plan, the expert schedules */
-/*   >>model    11272  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12365  cache, the forward pass */
-/*   >>text     13683  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15335  choosing tokens, generating text */
-/*   >>licence  16180  MIT or public domain */
+/*   >>config     144  every macro you may define */
+/*   >>api        235  types and prototypes with their contracts */
+/*   >>base       752  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine   1046  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1431  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1887  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2627  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3617  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5297  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10614  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10889  router, plan, the expert schedules */
+/*   >>model    11337  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12430  cache, the forward pass */
+/*   >>text     14169  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15823  choosing tokens, generating text */
+/*   >>licence  16668  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -79,14 +79,21 @@
 /* slow, pieces are copied between tokens. moe_model_get_memory says in words what was done. MAP */
 /* never copies, COPY always. */
 /* */
-/* SESSIONS. A session is one context: its cache of keys and values and the buffers for a batch. */
-/* One thread at a time may call it. All memory is taken when it is opened (ask */
-/* moe_session_estimate before); evaluating allocates nothing. A failed or cancelled eval leaves */
-/* the session as it was. */
+/* SESSIONS. A session is one context: its cache of keys and values. One thread at a time may */
+/* call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a */
+/* context has not reached yet is not touched; evaluating allocates nothing. A failed or */
+/* cancelled eval leaves the session as it was, logits included. Sessions of one pool share the */
+/* buffers for a batch; moe_session_eval_many evaluates several of them in one pass, reading each */
+/* weight once. */
 /* */
 /* THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between */
-/* evals. The result has the same bits for any number of threads. Callbacks run on the calling */
-/* thread. A program that forks must not use the child's copy of a session. */
+/* evals. Callbacks run on the calling thread. A program that forks must not use the child's copy */
+/* of a session. */
+/* */
+/* BITS. A token's logits depend on the tokens before it alone: they have the same bits for any */
+/* number of threads, any schedule, any other sequences in the batch, and any cut of the input */
+/* into evals or batches. One exception: models with latent attention (deepseek2) expand keys in */
+/* inputs of 128 tokens and more, and round differently there. */
 /* */
 /* MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best */
 /* with pages = COPY: threads are pinned in blocks, and a row of a matrix lies in the memory of */
@@ -572,8 +579,9 @@ typedef struct moe_pool_options {
 
 enum { MOE_MAX_THREADS = 1024 };
 
-/* Threads that sleep between evals. A session makes its own unless it is given one; sessions */
-/* that share one take turns. */
+/* Threads that sleep between evals, and the buffers for a batch. A session makes its own unless */
+/* it is given one; sessions that share one take turns or are evaluated together, and each */
+/* further one costs its cache only. */
 MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error);
 MOE_API void moe_pool_close(moe_pool *pool); /* after the sessions that use it */
 MOE_API int32_t moe_pool_threads(const moe_pool *pool);
@@ -604,7 +612,8 @@ typedef struct moe_session_options {
     moe_pool *pool;          /* shared threads, must outlive the session; NULL: own */
     int32_t pin;             /* own threads: as in moe_pool_options; default: pinned if the */
                              /* model's weights were placed by MOE_NUMA_OWNER */
-    int (*should_stop)(void *user); /* asked at least once per layer; non-zero cancels the eval */
+    /* Asked at least once per layer, non-zero cancels the eval; cannot evaluate with the pool. */
+    int (*should_stop)(void *user);
     void *should_stop_user;
 } moe_session_options;
 
@@ -614,7 +623,7 @@ typedef struct moe_session_info {
     moe_schedule schedule; /* what MOE_SCHEDULE_DEFAULT became */
     moe_isa isa;           /* what was asked for, resolved */
     size_t kv_bytes;       /* the cache */
-    size_t work_bytes;     /* everything else */
+    size_t work_bytes;     /* everything else; sessions of a pool share most of it */
     uint64_t n_barriers;   /* barriers passed by the last eval */
     double eval_seconds;   /* how long it took */
     double wait_seconds;   /* what all its threads together spent at barriers, see */
@@ -640,7 +649,20 @@ MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_sessio
 /* n_tokens < 1), CONTEXT_FULL, CANCELLED. With keep_all_logits n_tokens is at most n_ctx. */
 MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
                                     moe_error *error);
-/* n_vocab floats: what follows the i-th token of the last eval, -1 = last. NULL if not kept. */
+/* Appends to several contexts at once: each matrix is read once for all of them, and each result */
+/* has the bits that it has alone. The sessions have one model, one pool and one isa; schedule, */
+/* n_batch and threads are those of the first, and its info and wait_seconds tell about the call. */
+/* A job that is wrong is left out, its status says why; the others are evaluated. Returns the */
+/* first status that is not MOE_OK. If any session's should_stop says so, all are CANCELLED. */
+typedef struct moe_job {
+    moe_session *session;
+    const int32_t *tokens;
+    int32_t n_tokens;
+    moe_status status; /* out: as of moe_session_eval */
+} moe_job;
+MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error);
+/* n_vocab floats: what follows the i-th token of the last eval, -1 = last. NULL if not kept. A */
+/* failed or cancelled eval leaves them, rewinding drops them. */
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
 MOE_API int32_t moe_session_length(const moe_session *session);
 /* Seconds of the last eval that a thread (0: the caller's) waited for others; 0 if it took no */
@@ -1462,7 +1484,8 @@ struct moe_pool {
     double spin;            /* most seconds that they spin at a barrier, */
     int n_yields;           /* then how often they let others run before they sleep */
     moe_allocator allocator;
-    pthread_mutex_t turn; /* held by the session whose job runs */
+    pthread_mutex_t turn; /* held by the session whose job runs, */
+    uintptr_t holder;     /* by this thread; 0: by none */
     int n_threads;        /* the caller's included */
     int n_processors;     /* that we may use */
     double spin_seconds;  /* most of any job, and of waiting for one */
@@ -1471,6 +1494,10 @@ struct moe_pool {
     moe__worker *workers; /* n_threads; the first is the caller */
     moe__pool_word *arrived; /* root, then groups: how many have arrived at the current barrier */
     int n_started;
+    void *work_memory;    /* buffers of the session whose job runs, */
+    uint8_t *work;        /* within it, at a huge page; only who holds the pool may touch them */
+    size_t work_size;
+    uint32_t work_version; /* changes with `work`; 0: there is none */
 };
 
 /* A worker decides by the command word alone whether it takes part, and as which thread of the */
@@ -1692,13 +1719,26 @@ MOE__PRIVATE void moe__pool_command(moe_pool *pool, int count) {
     moe__pool_set(&pool->command, serial << MOE__POOL_COUNT_BITS | (uint32_t)count);
 }
 
-/* Runs job(context, thread, n_threads) on the calling thread (thread 0) and n_threads - 1 */
-/* workers; returns when all are done. Callers from several threads take turns. Returns the */
-/* seconds it took, and in waited (or NULL) those that each thread spent at barriers. */
-MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *job, void *context,
-                                  double *waited) {
-    uint64_t saved[MOE__MAX_PROCESSORS / 64];
+/* Callers from several threads take turns. Whoever holds the pool already, in a callback, must */
+/* not try to: it would wait for itself. */
+MOE__INLINE int moe__pool_is_held(const moe_pool *pool) {
+    return __atomic_load_n(&pool->holder, __ATOMIC_RELAXED) == (uintptr_t)pthread_self();
+}
+MOE__INLINE void moe__pool_hold(moe_pool *pool) {
     pthread_mutex_lock(&pool->turn);
+    __atomic_store_n(&pool->holder, (uintptr_t)pthread_self(), __ATOMIC_RELAXED);
+}
+MOE__INLINE void moe__pool_release(moe_pool *pool) {
+    __atomic_store_n(&pool->holder, (uintptr_t)0, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&pool->turn);
+}
+
+/* Runs job(context, thread, n_threads) on the calling thread (thread 0), which holds the pool, */
+/* and n_threads - 1 workers; returns when all are done. Returns the seconds it took, and in */
+/* waited (or NULL) those that each thread spent at barriers. */
+MOE__PRIVATE double moe__pool_run_held(moe_pool *pool, int n_threads, moe__job_fn *job,
+                                       void *context, double *waited) {
+    uint64_t saved[MOE__MAX_PROCESSORS / 64];
     pool->job = job;
     pool->context = context;
     pool->n_active = n_threads;
@@ -1720,7 +1760,13 @@ MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *jo
         waited[i] = second <= 0 ? 0 : all < second * seconds ? all / second : seconds;
     }
     if (bound) moe__machine_bind(saved);
-    pthread_mutex_unlock(&pool->turn);
+    return seconds;
+}
+MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *job, void *context,
+                                  double *waited) {
+    moe__pool_hold(pool);
+    const double seconds = moe__pool_run_held(pool, n_threads, job, context, waited);
+    moe__pool_release(pool);
     return seconds;
 }
 
@@ -1828,6 +1874,7 @@ MOE_API void moe_pool_close(moe_pool *pool) {
     moe__pool_word_close(&pool->release);
     pthread_mutex_destroy(&pool->turn);
     moe_allocator allocator = pool->allocator;
+    moe__free(&allocator, pool->work_memory);
     moe__free(&allocator, pool->arrived);
     moe__free(&allocator, pool->workers);
     moe__free(&allocator, pool);
@@ -5338,6 +5385,8 @@ typedef struct moe__kernels {
     void (*peaks)(const float *x, int64_t n, float *out);
     /* y[i] += a * x[i] */
     void (*axpy)(float a, const float *x, int64_t n, float *y);
+    /* y[i] = a * x[i] + b * y[i] */
+    void (*axpby)(float a, const float *x, float b, int64_t n, float *y);
     void (*divide)(float *x, int64_t n, float by); /* x[i] /= by */
     void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
     /* n values, a multiple of 32, to blocks as in moe__kv_bytes */
@@ -5496,6 +5545,10 @@ MOE__PRIVATE void moe__axpy_scalar(float a, const float *x, int64_t n, float *y)
     for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
 }
 
+MOE__PRIVATE void moe__axpby_scalar(float a, const float *x, float b, int64_t n, float *y) {
+    for (int64_t i = 0; i < n; i++) y[i] = fmaf(a, x[i], moe__rounded_f32(b * y[i]));
+}
+
 MOE__PRIVATE void moe__divide_scalar(float *x, int64_t n, float by) {
     for (int64_t i = 0; i < n; i++) x[i] /= by;
 }
@@ -5597,6 +5650,7 @@ static const moe__kernels moe__kernels_scalar = {
     moe__weigh_scalar,
     moe__peaks_scalar,
     moe__axpy_scalar,
+    moe__axpby_scalar,
     moe__divide_scalar,
     moe__f32_to_f16_scalar,
     moe__f32_to_q8_0_scalar,
@@ -9948,6 +10002,18 @@ MOE__K void MOE__(axpy)(float a, const float *x, int64_t n, float *y) {
     MOE__(f_store_part)(y + i, n - i, MOE__(f_fma)(factor, b, c));
 }
 
+MOE__K void MOE__(axpby)(float a, const float *x, float b, int64_t n, float *y) {
+    const MOE__VF f = MOE__(f_set)(a), g = MOE__(f_set)(b);
+    int64_t i = 0;
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS) {
+        const MOE__VF old = MOE__(v_rounded)(MOE__(f_mul)(g, MOE__(f_load)(y + i)));
+        MOE__(f_store)(y + i, MOE__(f_fma)(f, MOE__(f_load)(x + i), old));
+    }
+    if (i == n) return;
+    const MOE__VF old = MOE__(v_rounded)(MOE__(f_mul)(g, MOE__(f_load_part)(y + i, n - i)));
+    MOE__(f_store_part)(y + i, n - i, MOE__(f_fma)(f, MOE__(f_load_part)(x + i, n - i), old));
+}
+
 MOE__K void MOE__(divide)(float *x, int64_t n, float by) {
     const MOE__VF d = MOE__(f_set)(by);
     int64_t i = 0;
@@ -10435,6 +10501,7 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(weigh),
     MOE__SHARED(peaks),
     MOE__SHARED(axpy),
+    MOE__SHARED(axpby),
     MOE__SHARED(divide),
     MOE__SHARED(f32_to_f16),
     MOE__SHARED(f32_to_q8_0),
@@ -10799,25 +10866,23 @@ MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, 
         kernels->f32_to_q8_0(x, n, row);
 }
 
-/* ---- merging attention over chunks of keys -------------------------------------------------- */
+/* ---- adding up attention over chunks of keys ------------------------------------------------ */
 
-/* max, sum, partial: one query's state for the first chunk of keys (see moe__attend_args); that */
-/* of chunk c lies c * stride (partial_stride) further. out = attention over all chunks: their */
-/* sums are brought to the common largest score and added in order. */
-MOE__PRIVATE void moe__attend_merge(const moe__kernels *kernels, const float *max,
-                                    const float *sum, const float *partial, int64_t n_chunks,
-                                    int64_t stride, int64_t partial_stride, int64_t dv,
-                                    float *out) {
-    float largest = max[0], total = 0;
-    for (int64_t c = 1; c < n_chunks; c++)
-        if (!(max[c * stride] <= largest)) largest = max[c * stride];
-    memset(out, 0, (size_t)dv * sizeof *out);
-    for (int64_t c = 0; c < n_chunks; c++) {
-        float weight = expf(max[c * stride] - largest);
-        total += weight * sum[c * stride];
-        kernels->axpy(weight, partial + c * partial_stride, dv, out);
+/* A chunk's state (see moe__attend_args) is added to that of all chunks before it; out, x: dv */
+/* floats, not yet divided by the sum. NaN is never the largest. */
+MOE__PRIVATE void moe__attend_add(const moe__kernels *kernels, float max, float sum, const float *x,
+                                  int64_t dv, float *all_max, float *all_sum, float *out) {
+    if (*all_max == -INFINITY && *all_sum == 0) { /* the first */
+        *all_max = max;
+        *all_sum = sum;
+        memcpy(out, x, (size_t)dv * sizeof *out);
+        return;
     }
-    kernels->divide(out, dv, total);
+    const float now = max > *all_max ? max : *all_max, base = now == -INFINITY ? 0.0f : now;
+    const float old = expf(*all_max - base), factor = expf(max - base);
+    *all_sum = fmaf(sum, factor, moe__rounded_f32(*all_sum * old));
+    *all_max = now;
+    kernels->axpby(factor, x, old, dv, out);
 }
 
 /* ============================================================================================== */
@@ -12364,30 +12429,50 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 /* ============================================================================================== */
 /* // >>session */
 /* */
-/* A context: the cache of keys and values, buffers for one batch, and the forward pass, which */
-/* every thread of the team walks from top to bottom (moe__forward). */
+/* Sequences and the forward pass over a batch of their tokens, which every thread of the team */
+/* walks from top to bottom (moe__forward). */
+/* */
+/*   jobs       what the caller wants to be appended to which sequences */
+/*   rows       a batch: rows[t] = {sequence, token, position}; all but attention see rows only */
+/*   spans      rows of one sequence that follow one another: what attention works on */
+/*   sequence   (moe_session) its cache, its length, its logits */
+/*   work       (moe__work) the buffers for a batch; they belong to the pool */
 /* */
 /* Two ways of sharing the same steps: */
-/*   one token     what is tiny (norms, quantizing, choosing experts) every thread does for */
-/*                 itself into memory of its own: cheaper than a barrier */
-/*   many tokens   it is split over the tokens, into shared memory, and a barrier follows */
-/* Matrices are split by rows in both. */
-/* */
-/* Attention runs over fixed chunks of MOE__ATTEND_KEYS positions, so that its bits depend on the */
-/* number of positions, never on the number of threads. */
+/*   one row      what is tiny (norms, quantizing, choosing experts) every thread does for itself */
+/*                into memory of its own: cheaper than a barrier */
+/*   many rows    it is split over the rows, into shared memory, and a barrier follows */
+/* Matrices are split by their rows in both. */
 /* ============================================================================================== */
 
 enum {
-    MOE__MLA_HEADS = 8,     /* heads per work item of absorbed attention with one token */
-    MOE__MLA_EXPAND = 128   /* from this many tokens on keys and values are expanded */
+    MOE__MLA_EXPAND = 128,  /* inputs of so many tokens expand latent vectors to keys and values */
+    MOE__ATTEND_BLOCK = 256 /* most queries of a work item of attention */
 };
+
+/* A row of a batch: one token of one sequence. */
+typedef struct moe__row {
+    moe_session *sequence;
+    int32_t token, position;
+} moe__row;
+
+/* Rows of a batch that follow one another in one sequence */
+typedef struct moe__span {
+    moe_session *sequence;
+    int32_t first, n;     /* rows of the batch */
+    int32_t past;         /* position of the first: tokens of the sequence before it */
+    int32_t at;           /* number of the first among the rows that attend in the same way */
+    int expand;           /* MLA: keys and values are expanded; else queries absorb that */
+    int32_t n_logits;     /* the last rows, whose logits are wanted, */
+    float *logits;        /* here */
+} moe__span;
 
 /* Memory of one thread. */
 typedef struct moe__local {
     moe__scratch scratch;
     moe__plan plan;
     moe__acts x, q_a, attn, routed, shared, dense; /* one token (routed: its n_used experts) */
-    moe__acts q_nope;         /* MLA: one head's unrotated query part per token */
+    moe__acts q_nope;         /* MLA: one head's unrotated query part per row */
     float *rope;              /* cos and sin of one token */
     float *router_logits;
     int32_t *experts;
@@ -12397,11 +12482,38 @@ typedef struct moe__local {
     float *q, *out;           /* MOE__ATTEND_QUERIES gathered queries and their results */
     float *max, *sum;
     int32_t *first, *n_visible;
+    float *all_max, *all_sum; /* of the queries of a work item over the chunks so far */
     float *scores;            /* MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS */
     float *w_k, *w_v;         /* MLA: a head's rows of kv_b as floats */
     float *latent, *keys, *values; /* MLA, expanded: one chunk */
     const void **latent_rows;
 } moe__local;
+
+/* Buffers for a batch of n rows. They belong to the pool: its sessions take turns. */
+typedef struct moe__work {
+    moe__row *rows;        /* [n] */
+    moe__span *spans;      /* [n] */
+    int32_t n_spans;
+    float *residual;       /* [n][n_embd] */
+    float *rope;           /* [n][n_rot] */
+    moe__acts x;           /* [n] normed residual */
+    float *q, *k, *v;      /* [n][heads * width]; MLA: k holds [n][kv_lora + n_rot] */
+    moe__acts q_a;         /* [n] low-rank queries */
+    moe__acts attn;        /* [n] results of all heads */
+    float *q_absorbed;     /* [absorbed row][n_head][kv_lora + n_rot] */
+    moe__acts latent;      /* [absorbed row * n_head] sums of latent vectors */
+    int64_t n_parts;       /* results of attention over single chunks: */
+    float *part_max, *part_sum, *part_out; /* [n_parts][n_head], [n_parts][n_head][width] */
+    float *router_logits;  /* [n][n_expert] */
+    int32_t *experts;      /* [n][n_expert_used] */
+    float *expert_weights;
+    float *shared_weights; /* [n] */
+    moe__acts routed, shared, dense; /* hidden vectors: [n * n_expert_used], [n], [n] */
+    float *expert_out;     /* [n_expert_used + 1][n_embd], of one token, see moe__forward_down */
+    int32_t *numbers;      /* 0, 1, 2, ... n - 1 */
+    float *ones;           /* n */
+    moe__local *locals;    /* one per thread */
+} moe__work;
 
 struct moe_session {
     moe_allocator allocator;
@@ -12415,38 +12527,18 @@ struct moe_session {
     void *should_stop_user;
     int keep_all_logits;
     int32_t length;        /* tokens in the cache */
-    int32_t n_last;        /* tokens of the last eval; 0: it failed, there are no logits */
-    int stop;              /* set by thread 0 before a barrier, read after it */
+    int32_t n_last;        /* tokens of the last eval that have logits; 0: there are none */
+    int in_jobs;           /* while it is being evaluated */
     uint64_t *expert_counts; /* [layer][expert] */
-    moe__nodes nodes;      /* of the threads of the running eval */
     double *wait_seconds;  /* of each thread in the last eval */
-
     uint8_t *k_cache, *v_cache; /* [layer][head][position][width] */
-    float *logits;
-
-    /* One batch of n tokens. */
-    float *residual;       /* [n][n_embd] */
-    float *rope;           /* [n][n_rot] */
-    moe__acts x;           /* [n] normed residual */
-    float *q, *k, *v;      /* [n][heads * width]; MLA: k holds [n][kv_lora + n_rot] */
-    moe__acts q_a;         /* [n] low-rank queries */
-    moe__acts attn;        /* [n] results of all heads */
-    float *q_absorbed;     /* [n][n_head][kv_lora + n_rot] */
-    moe__acts latent;      /* [n * n_head] sums of latent vectors */
-    float *part_max, *part_sum, *part_out; /* [chunk][n_head], [chunk][n_head][width] */
-    float *router_logits;  /* [n][n_expert] */
-    int32_t *experts;      /* [n][n_expert_used] */
-    float *expert_weights;
-    float *shared_weights; /* [n] */
-    moe__acts routed, shared, dense; /* hidden vectors: [n * n_expert_used], [n], [n] */
-    float *expert_out;     /* [n_expert_used + 1][n_embd], of one token, see moe__forward_down */
-    int32_t *tokens;       /* 0, 1, 2, ... */
-    float *ones;
-
-    moe__local *locals;    /* one per thread */
+    float *logits;         /* [n_vocab], or [n_ctx][n_vocab] by position */
     void *memory;
     uint8_t *buffers;      /* within memory, at a huge page: all of the above but the logits */
     size_t n_bytes;        /* of buffers */
+    moe__work work;        /* as it lies in the pool's memory */
+    size_t work_size;
+    uint32_t work_version; /* of that memory; another one: lay it out again */
 };
 
 /* ---- memory --------------------------------------------------------------------------------- */
@@ -12491,13 +12583,14 @@ MOE__PRIVATE void moe__acts_take_private(moe__acts *acts, moe__arena *arena, int
     moe__acts_take(acts, arena, n_rows, shared->n, shared->kinds);
 }
 
-MOE__PRIVATE void moe__session_layout_local(const moe_session *session, moe__local *local,
-                                            moe__arena *arena) {
+MOE__PRIVATE void moe__work_layout_local(const moe_session *session, const moe__work *work,
+                                         moe__local *local, moe__arena *arena) {
     const moe_model *model = session->model;
     const moe_model_info *info = &model->info;
     const int64_t n = session->info.n_batch, used = info->n_expert_used;
     const int64_t width = moe__max(model->head_k, model->kv_lora + model->n_rot);
     const int64_t width_v = moe__max(model->head_v, model->kv_lora);
+    const int64_t queries = moe__max(n, (int64_t)MOE__ATTEND_BLOCK);
     int64_t longest = moe__max(info->n_embd, (int64_t)info->n_ff_exp);
     longest = moe__max(longest, moe__max(info->n_ff, model->n_ff_shared));
     longest = moe__max(longest, n * MOE__TILE_ROWS);
@@ -12510,23 +12603,25 @@ MOE__PRIVATE void moe__session_layout_local(const moe_session *session, moe__loc
                                                         sizeof(moe__entry));
     local->plan.tokens = (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
     local->plan.weights = moe__take_floats(arena, n, used);
-    moe__acts_take_private(&local->x, arena, 1, &session->x);
-    moe__acts_take_private(&local->q_a, arena, 1, &session->q_a);
-    moe__acts_take_private(&local->attn, arena, 1, &session->attn);
-    moe__acts_take_private(&local->routed, arena, used, &session->routed);
-    moe__acts_take_private(&local->shared, arena, 1, &session->shared);
-    moe__acts_take_private(&local->dense, arena, 1, &session->dense);
+    moe__acts_take_private(&local->x, arena, 1, &work->x);
+    moe__acts_take_private(&local->q_a, arena, 1, &work->q_a);
+    moe__acts_take_private(&local->attn, arena, 1, &work->attn);
+    moe__acts_take_private(&local->routed, arena, used, &work->routed);
+    moe__acts_take_private(&local->shared, arena, 1, &work->shared);
+    moe__acts_take_private(&local->dense, arena, 1, &work->dense);
     local->rope = moe__take_floats(arena, 1, model->n_rot);
     local->router_logits = moe__take_floats(arena, 1, info->n_expert);
     local->experts = (int32_t *)moe__arena_take(arena, (uint64_t)used, sizeof(int32_t));
     local->expert_weights = moe__take_floats(arena, 1, used);
     local->q = moe__take_floats(arena, MOE__ATTEND_QUERIES, width);
     local->out = moe__take_floats(arena, MOE__ATTEND_QUERIES, width_v);
-    local->max = moe__take_floats(arena, 1, n + MOE__ATTEND_QUERIES);
-    local->sum = moe__take_floats(arena, 1, n + MOE__ATTEND_QUERIES);
+    local->max = moe__take_floats(arena, 1, MOE__ATTEND_QUERIES);
+    local->sum = moe__take_floats(arena, 1, MOE__ATTEND_QUERIES);
     local->first = (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
     local->n_visible =
         (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
+    local->all_max = moe__take_floats(arena, 1, queries);
+    local->all_sum = moe__take_floats(arena, 1, queries);
     if (moe__has(model, MOE__QK_NORM_WIDE)) {
         local->wide_q = moe__take_floats(arena, info->n_head, model->head_k);
         local->wide_k = moe__take_floats(arena, info->n_head_kv, model->head_k);
@@ -12561,75 +12656,162 @@ MOE__PRIVATE moe__kv_shape moe__session_kv_shape(const moe_session *session) {
     return shape;
 }
 
-/* Lays out everything but the logits; fills info.kv_bytes and info.work_bytes. */
-MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena, int n_threads) {
+/* Keys or values of one layer */
+MOE__PRIVATE moe__kv moe__session_kv(const moe_session *session, int il, int value) {
+    const moe__kv_shape shape = moe__session_kv_shape(session);
+    moe__kv kv;
+    kv.type = session->info.kv_type;
+    kv.n_ctx = session->info.n_ctx;
+    kv.width = value ? shape.v : shape.k;
+    kv.row_size = moe__kv_bytes(kv.type, kv.width);
+    kv.data = (value ? session->v_cache : session->k_cache) +
+              (size_t)(il * shape.n_head * kv.n_ctx) * kv.row_size;
+    return kv;
+}
+
+/* Lays out what belongs to the session alone, but for the logits. */
+MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena) {
+    const moe_model_info *info = &session->model->info;
+    const moe__kv_shape kv = moe__session_kv_shape(session);
+    const uint64_t rows =
+        (uint64_t)info->n_layer * (uint64_t)kv.n_head * (uint64_t)session->info.n_ctx;
+    const moe_kv_type type = session->info.kv_type;
+    const int32_t n = (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
+    session->k_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.k));
+    session->v_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.v));
+    session->info.kv_bytes = (size_t)arena->used;
+    session->expert_counts = (uint64_t *)moe__arena_take(
+        arena, (uint64_t)info->n_layer * (uint64_t)info->n_expert, sizeof(uint64_t));
+    session->wait_seconds = (double *)moe__arena_take(arena, (uint64_t)n, sizeof(double));
+}
+
+/* Lays out the buffers for a batch. */
+MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
+                                   moe__arena *arena) {
     const moe_model *model = session->model;
     const moe_model_info *info = &model->info;
     const moe__kv_shape kv = moe__session_kv_shape(session);
     const moe__session_kinds kinds = moe__session_find_kinds(model);
-    const int64_t n = session->info.n_batch, n_head = info->n_head, n_ctx = session->info.n_ctx;
-    const uint64_t rows = (uint64_t)info->n_layer * (uint64_t)kv.n_head * (uint64_t)n_ctx;
-    const int64_t chunks = (n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    const int64_t n = session->info.n_batch, n_head = info->n_head;
     const int mla = model->family->mla;
-    const moe_kv_type type = session->info.kv_type;
-    session->k_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.k));
-    session->v_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.v));
-    session->info.kv_bytes = (size_t)arena->used;
-    session->residual = moe__take_floats(arena, n, info->n_embd);
-    session->rope = moe__take_floats(arena, n, model->n_rot);
-    moe__acts_take(&session->x, arena, n, info->n_embd, kinds.x);
-    session->q = moe__take_floats(arena, n, n_head * model->head_k);
-    session->k = moe__take_floats(arena, n, kv.n_head * kv.k);
-    session->v = moe__take_floats(arena, n, kv.n_head * kv.v);
-    moe__acts_take(&session->q_a, arena, n, moe__max(model->q_lora, 1), kinds.q_a);
-    moe__acts_take(&session->attn, arena, n, n_head * model->head_v, kinds.attn);
+    const int n_threads =
+        (int)moe__max(session->info.n_threads, session->info.n_threads_batch);
+    work->rows = (moe__row *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__row));
+    work->spans = (moe__span *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__span));
+    work->residual = moe__take_floats(arena, n, info->n_embd);
+    work->rope = moe__take_floats(arena, n, model->n_rot);
+    moe__acts_take(&work->x, arena, n, info->n_embd, kinds.x);
+    work->q = moe__take_floats(arena, n, n_head * model->head_k);
+    work->k = moe__take_floats(arena, n, kv.n_head * kv.k);
+    work->v = moe__take_floats(arena, n, kv.n_head * kv.v);
+    moe__acts_take(&work->q_a, arena, n, moe__max(model->q_lora, 1), kinds.q_a);
+    moe__acts_take(&work->attn, arena, n, n_head * model->head_v, kinds.attn);
     if (mla) {
         const int64_t absorbed = moe__min(n, MOE__MLA_EXPAND);
-        session->q_absorbed = moe__take_floats(arena, absorbed, n_head * kv.k);
-        moe__acts_take(&session->latent, arena, absorbed * n_head, model->kv_lora, kinds.latent);
+        work->q_absorbed = moe__take_floats(arena, absorbed, n_head * kv.k);
+        moe__acts_take(&work->latent, arena, absorbed * n_head, model->kv_lora, kinds.latent);
     }
-    session->part_max = moe__take_floats(arena, chunks, n_head);
-    session->part_sum = moe__take_floats(arena, chunks, n_head);
-    session->part_out =
-        moe__take_floats(arena, chunks, n_head * (mla ? model->kv_lora : model->head_v));
-    session->router_logits = moe__take_floats(arena, n, info->n_expert);
-    session->experts = (int32_t *)moe__arena_take(
+    work->n_parts = (session->info.n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    work->part_max = moe__take_floats(arena, work->n_parts, n_head);
+    work->part_sum = moe__take_floats(arena, work->n_parts, n_head);
+    work->part_out =
+        moe__take_floats(arena, work->n_parts, n_head * (mla ? model->kv_lora : model->head_v));
+    work->router_logits = moe__take_floats(arena, n, info->n_expert);
+    work->experts = (int32_t *)moe__arena_take(
         arena, (uint64_t)(n * info->n_expert_used), sizeof(int32_t));
-    session->expert_weights = moe__take_floats(arena, n, info->n_expert_used);
-    session->shared_weights = moe__take_floats(arena, 1, n);
-    moe__acts_take(&session->routed, arena, n * info->n_expert_used, info->n_ff_exp,
-                   kinds.routed);
-    moe__acts_take(&session->shared, arena, n, moe__max(model->n_ff_shared, 1), kinds.shared);
-    moe__acts_take(&session->dense, arena, model->n_dense ? n : 1,
-                   model->n_dense ? info->n_ff : 1, kinds.dense);
-    session->expert_out = moe__take_floats(arena, info->n_expert_used + 1, info->n_embd);
-    session->tokens = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
-    session->ones = moe__take_floats(arena, 1, n);
-    session->wait_seconds =
-        (double *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(double));
-    session->expert_counts = (uint64_t *)moe__arena_take(
-        arena, (uint64_t)info->n_layer * (uint64_t)info->n_expert, sizeof(uint64_t));
-    session->locals =
-        (moe__local *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(moe__local));
+    work->expert_weights = moe__take_floats(arena, n, info->n_expert_used);
+    work->shared_weights = moe__take_floats(arena, 1, n);
+    moe__acts_take(&work->routed, arena, n * info->n_expert_used, info->n_ff_exp, kinds.routed);
+    moe__acts_take(&work->shared, arena, n, moe__max(model->n_ff_shared, 1), kinds.shared);
+    moe__acts_take(&work->dense, arena, model->n_dense ? n : 1, model->n_dense ? info->n_ff : 1,
+                   kinds.dense);
+    work->expert_out = moe__take_floats(arena, info->n_expert_used + 1, info->n_embd);
+    work->numbers = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
+    work->ones = moe__take_floats(arena, 1, n);
+    work->locals = (moe__local *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(moe__local));
     for (int i = 0; i < n_threads; i++) {
-        moe__local unplaced;
-        memset(&unplaced, 0, sizeof unplaced);
-        moe__session_layout_local(session, arena->base ? &session->locals[i] : &unplaced, arena);
+        moe__local local;
+        memset(&local, 0, sizeof local);
+        moe__work_layout_local(session, work, &local, arena);
+        if (arena->base) work->locals[i] = local;
     }
-    session->info.work_bytes = (size_t)(arena->used - session->info.kv_bytes);
+}
+
+/* ---- batches -------------------------------------------------------------------------------- */
+
+/* What is evaluated, and the batch of rows that is being evaluated */
+typedef struct moe__batch {
+    moe_job *jobs;
+    int32_t n_jobs;
+    moe_session *lead;  /* whose options count: its kernels, schedule, n_batch and threads */
+    moe__work *work;
+    int32_t job, done;  /* the next token: of which job, after how many of it */
+    int64_t n;          /* rows of this batch */
+    int more;           /* whether another follows */
+    int stop;           /* set by thread 0 before a barrier, read after it */
+    moe__nodes nodes;   /* of the threads */
+} moe__batch;
+
+/* The next rows, as many as fit, in the order of the jobs */
+MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
+    moe__work *work = batch->work;
+    const moe_model *model = batch->lead->model;
+    const int32_t most = batch->lead->info.n_batch;
+    int32_t absorbed = 0;
+    batch->n = 0;
+    work->n_spans = 0;
+    for (; batch->job < batch->n_jobs && batch->n < most; batch->job++, batch->done = 0) {
+        const moe_job *job = &batch->jobs[batch->job];
+        moe_session *sequence = job->session;
+        if (job->status) continue;
+        moe__span *span = &work->spans[work->n_spans];
+        span->expand = model->family->mla && job->n_tokens >= MOE__MLA_EXPAND &&
+                       most >= MOE__MLA_EXPAND;
+        const int absorbs = model->family->mla && !span->expand;
+        int32_t n = (int32_t)moe__min(job->n_tokens - batch->done, most - batch->n);
+        if (absorbs) n = (int32_t)moe__min(n, MOE__MLA_EXPAND - absorbed);
+        if (n == 0) return;
+        work->n_spans++;
+        span->sequence = sequence;
+        span->first = (int32_t)batch->n;
+        span->n = n;
+        span->past = sequence->length + batch->done;
+        span->at = absorbs ? absorbed : span->first;
+        absorbed += absorbs ? n : 0;
+        for (int32_t i = 0; i < n; i++, batch->n++) {
+            moe__row *row = &work->rows[batch->n];
+            row->sequence = sequence;
+            row->token = job->tokens[batch->done + i];
+            row->position = span->past + i;
+        }
+        batch->done += n;
+        const int ends = batch->done == job->n_tokens;
+        span->n_logits = sequence->keep_all_logits ? n : ends;
+        span->logits = sequence->logits;
+        if (sequence->keep_all_logits)
+            span->logits += (int64_t)span->past * model->info.n_vocab;
+        if (!ends) return;
+    }
+}
+
+MOE__PRIVATE void moe__batch_next(moe__batch *batch) {
+    moe__batch_fill(batch);
+    batch->more = 0;
+    for (int32_t i = batch->job; i < batch->n_jobs; i++)
+        if (!batch->jobs[i].status && (i > batch->job || batch->done < batch->jobs[i].n_tokens))
+            batch->more = 1;
 }
 
 /* ---- the state of one thread in one batch --------------------------------------------------- */
 
 typedef struct moe__eval {
-    moe_session *session;
+    moe__batch *batch;
+    moe__work *work;
     const moe_model *model;
     const moe__kernels *kernels;
     moe__local *local;
     int thread, n_threads;
-    int64_t n;       /* tokens of this batch */
-    int64_t past;    /* tokens in the cache before it */
-    const int32_t *tokens;
+    int64_t n;       /* rows of this batch */
     int64_t row_unit;
 } moe__eval;
 
@@ -12638,8 +12820,8 @@ MOE__INLINE int64_t moe__eval_row_unit(int64_t n_tokens) {
 }
 
 MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
-    if (e->thread == 0) e->session->info.n_barriers++;
-    moe__pool_barrier(e->session->pool, e->thread);
+    if (e->thread == 0) e->batch->lead->info.n_barriers++;
+    moe__pool_barrier(e->batch->lead->pool, e->thread);
 }
 
 /* This thread's part of `total`. */
@@ -12656,14 +12838,52 @@ MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix)
     moe__matrix_fetch(matrix, 0, begin, end);
 }
 
-/* out[t][all rows of matrix] = matrix x for this thread's rows; no barrier. */
-MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__matrix *matrix, const moe__acts *x,
-                                    float *out) {
-    int64_t begin, end;
-    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
-    moe__acts_gather(x, matrix, NULL, 0, e->n, e->local->scratch.x);
-    moe__matmul(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n, out + begin,
-                matrix->n_out, e->local->scratch.pack);
+/* Matrices that read the same activations, one of a list */
+typedef struct moe__projection {
+    const moe__matrix *matrix;
+    float *out; /* [row][n_out] */
+} moe__projection;
+
+/* This thread's rows of number i of a list: the blocks of rows of all matrices are laid out in a */
+/* line, those of each memory node by themselves, and cut into equal parts. */
+MOE__PRIVATE void moe__eval_cut(const moe__eval *e, const moe__projection *list, int n_list, int i,
+                                int64_t *begin, int64_t *end) {
+    const moe__nodes *nodes = &e->batch->nodes;
+    const int32_t k = moe__nodes_of(nodes, e->thread);
+    const int64_t first = nodes->first[k], last = nodes->first[k + 1], unit = e->row_unit;
+    int64_t total = 0, before = 0, from = 0, n_units = 0;
+    for (int j = 0; j < n_list; j++) {
+        const int64_t units = (list[j].matrix->n_out + unit - 1) / unit;
+        const int64_t low = units * first / e->n_threads, high = units * last / e->n_threads;
+        if (j < i) before += high - low;
+        if (j == i) from = low, n_units = high - low;
+        total += high - low;
+    }
+    const int64_t mine = e->thread - first, n = last - first;
+    const int64_t low = moe__max(total * mine / n - before, 0);
+    const int64_t high = moe__min(total * (mine + 1) / n - before, n_units);
+    *begin = moe__min((from + low) * unit, list[i].matrix->n_out);
+    *end = moe__min((from + high) * unit, list[i].matrix->n_out);
+}
+
+/* out[row][all rows of matrix] = matrix x for this thread's parts of a list; no barrier. */
+MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__projection *list, int n_list,
+                                    const moe__acts *x) {
+    int64_t begin, end, next = 0, next_end = 0;
+    moe__eval_cut(e, list, n_list, 0, &begin, &end);
+    for (int i = 0; i < n_list; i++) {
+        const moe__matrix *matrix = list[i].matrix;
+        if (i + 1 < n_list) {
+            moe__eval_cut(e, list, n_list, i + 1, &next, &next_end);
+            moe__matrix_fetch(list[i + 1].matrix, 0, next, next_end);
+        }
+        if (begin < end) {
+            moe__acts_gather(x, matrix, NULL, 0, e->n, e->local->scratch.x);
+            moe__matmul(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n,
+                        list[i].out + begin, matrix->n_out, e->local->scratch.pack);
+        }
+        begin = next, end = next_end;
+    }
 }
 
 /* residual += matrix x for this thread's rows; no barrier. */
@@ -12674,7 +12894,7 @@ MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix,
     moe__acts_gather(x, matrix, NULL, 0, e->n, e->local->scratch.x);
     if (begin < end)
         moe__matmul_add(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n, NULL, NULL,
-                        e->session->residual, e->local->scratch.up, e->local->scratch.pack);
+                        e->work->residual, e->local->scratch.up, e->local->scratch.pack);
 }
 
 /* norm(source) * weight, ready for matrices: one token for this thread alone, many shared. */
@@ -12694,7 +12914,8 @@ MOE__PRIVATE const moe__acts *moe__eval_norm(moe__eval *e, const float *source,
 }
 
 /* Floats that all threads wrote together, ready for matrices; rows of them. With one token the */
-/* result is *own: the shared floats with int8 forms of this thread's own. */
+/* result is *own: the shared floats with int8 forms of this thread's own. The barrier that many */
+/* rows need is the caller's. */
 MOE__PRIVATE const moe__acts *moe__eval_quantize(moe__eval *e, const moe__acts *common,
                                                  moe__acts *own, int64_t rows) {
     int64_t begin = 0, end = rows;
@@ -12705,45 +12926,186 @@ MOE__PRIVATE const moe__acts *moe__eval_quantize(moe__eval *e, const moe__acts *
     }
     moe__eval_share(e, rows, 1, &begin, &end);
     moe__acts_quantize(e->kernels, common, begin, end);
-    moe__eval_barrier(e);
     return common;
 }
 
-/* Cos and sin of token t. */
+/* Cos and sin of row t. */
 MOE__INLINE const float *moe__eval_rope(const moe__eval *e, int64_t t) {
-    return e->n == 1 ? e->local->rope : e->session->rope + t * e->model->n_rot;
+    return e->n == 1 ? e->local->rope : e->work->rope + t * e->model->n_rot;
 }
 
-MOE__PRIVATE moe__kv moe__eval_kv(const moe__eval *e, int il, int value) {
-    const moe_session *session = e->session;
-    const moe__kv_shape shape = moe__session_kv_shape(session);
-    moe__kv kv;
-    kv.type = session->info.kv_type;
-    kv.n_ctx = session->info.n_ctx;
-    kv.width = value ? shape.v : shape.k;
-    kv.row_size = moe__kv_bytes(kv.type, kv.width);
-    kv.data = (value ? session->v_cache : session->k_cache) +
-              (size_t)(il * shape.n_head * kv.n_ctx) * kv.row_size;
-    return kv;
+/* ---- attention over caches ------------------------------------------------------------------ */
+
+/* A query sees the keys of its sequence up to its own position, or the last `window` of them. */
+/* Its result has the same bits however the work is cut: keys are seen in chunks that begin at */
+/* multiples of MOE__ATTEND_KEYS, each from a fresh state, and the chunks' results are added up */
+/* in their order (moe__attend_add). */
+/* */
+/* A work item is a block of queries that share a key-value head, over all chunks: the chunk is */
+/* the outer loop, so that keys and values stay in the cache for all queries. If that makes fewer */
+/* items than threads, each chunk becomes an item (its results are kept apart and added up behind */
+/* a barrier), and then blocks become smaller. */
+
+/* Attention in one layer. Query head h reads key-value head h / group. */
+typedef struct moe__attention {
+    const moe__layer *layer;
+    int il;
+    int expand;            /* which spans take part: those with the same */
+    int64_t n_kv, group;   /* key-value heads, and query heads of each */
+    int64_t dk, dv;
+    const float *q;        /* [row][n_kv * group][dk]; NULL: moe__gqa_query makes them */
+    float *out;            /* [row][n_kv * group][dv]; rows are counted as moe__span.at does */
+    int store;             /* the item of the last chunk stores the new key and value first */
+    int64_t block;         /* most queries of an item */
+    int64_t n_parts;       /* most chunks of a row, if they are items; else 0 */
+} moe__attention;
+
+/* The first key that a query at this position sees. */
+MOE__INLINE int64_t moe__attention_first(const moe__layer *layer, int64_t position) {
+    return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
+}
+/* The first chunk that it sees, and how many. */
+MOE__INLINE int64_t moe__attention_chunk(const moe__layer *layer, int64_t position) {
+    return moe__attention_first(layer, position) / MOE__ATTEND_KEYS;
+}
+MOE__INLINE int64_t moe__attention_chunks(const moe__layer *layer, int64_t position) {
+    return position / MOE__ATTEND_KEYS + 1 - moe__attention_chunk(layer, position);
+}
+
+/* How work is cut: sets block and n_parts. Nothing of it changes results. */
+MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
+    int64_t most = 0, rows = 0, items = 0;
+    const int64_t least = at->expand ? MOE__MLA_EXPAND : 4;
+    const int64_t limit = at->expand ? 0 : e->work->n_parts; /* expanding is not done twice */
+    at->block = MOE__ATTEND_BLOCK;
+    if (at->expand) at->block = moe__max(at->block, e->n);
+    at->n_parts = 0;
+    for (;;) {
+        items = rows = 0;
+        for (int32_t i = 0; i < e->work->n_spans; i++) {
+            const moe__span *span = &e->work->spans[i];
+            if (span->expand != at->expand) continue;
+            items += (span->n * at->group + at->block - 1) / at->block * at->n_kv;
+            rows += span->n;
+            most = moe__max(most, moe__attention_chunks(at->layer, span->past + span->n - 1));
+        }
+        if (items * moe__max(at->n_parts, 1) >= e->n_threads || at->block <= least) break;
+        if (!at->n_parts && most > 1 && rows * most <= limit)
+            at->n_parts = most;
+        else
+            at->block /= 2;
+    }
+    /* A few items that cannot be dealt out evenly */
+    if (!at->n_parts && items % e->n_threads && items < 8 * e->n_threads && most > 1 &&
+        rows * most <= limit)
+        at->n_parts = most;
+}
+
+typedef struct moe__item {
+    const moe__span *span;
+    int64_t head;             /* key-value head */
+    int64_t begin, end;       /* queries of the span: i is head i % group of row i / group */
+    int64_t chunk, chunk_end;
+} moe__item;
+
+/* Where a thread is in the list of items, which nobody writes down */
+typedef struct moe__items {
+    int32_t span;
+    int64_t pair, part; /* (block, head), chunk */
+    int64_t number;
+} moe__items;
+
+/* The next item of this thread; 0: there is none. The last queries of a span see most keys: they */
+/* come first. */
+MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, moe__items *it,
+                                 moe__item *item) {
+    for (; it->span < e->work->n_spans; it->span++, it->pair = 0) {
+        const moe__span *span = &e->work->spans[it->span];
+        const int64_t queries = span->n * at->group;
+        const int64_t blocks = (queries + at->block - 1) / at->block;
+        if (span->expand != at->expand) continue;
+        for (; it->pair < blocks * at->n_kv; it->pair++, it->part = 0) {
+            item->span = span;
+            item->head = it->pair % at->n_kv;
+            item->begin = (blocks - 1 - it->pair / at->n_kv) * at->block;
+            item->end = moe__min(queries, item->begin + at->block);
+            const int64_t last = span->past + (item->end - 1) / at->group;
+            const int64_t chunk =
+                moe__attention_chunk(at->layer, span->past + item->begin / at->group);
+            const int64_t chunk_end = last / MOE__ATTEND_KEYS + 1;
+            while (it->part < (at->n_parts ? chunk_end - chunk : 1)) {
+                item->chunk = chunk + it->part++;
+                item->chunk_end = at->n_parts ? item->chunk + 1 : chunk_end;
+                if (it->number++ % e->n_threads == e->thread) return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* The number of one chunk's result for a row (as moe__span.at counts) and query head */
+MOE__INLINE int64_t moe__attention_part(const moe__attention *at, int64_t row, int64_t head,
+                                        int64_t part) {
+    return (row * at->n_parts + part) * at->n_kv * at->group + head;
+}
+
+/* The state before the first key. A sink is as good as a key that was seen before all others, */
+/* whose value is 0. */
+MOE__PRIVATE void moe__attention_begin(const moe__attention *at, int64_t head, float *max,
+                                       float *sum, float *out) {
+    *max = at->layer->sinks ? at->layer->sinks[head] : -INFINITY;
+    *sum = at->layer->sinks ? 1.0f : 0.0f;
+    memset(out, 0, (size_t)at->dv * sizeof *out);
+}
+
+/* The results of a row's chunks, which are kept apart, into `out`. */
+MOE__PRIVATE void moe__attention_merge(const moe__eval *e, const moe__attention *at,
+                                       const moe__span *span, int64_t i, int64_t head) {
+    const moe__work *work = e->work;
+    const int64_t n_head = at->n_kv * at->group, row = span->at + i;
+    const int64_t n = moe__attention_chunks(at->layer, span->past + i);
+    float max, sum, *out = at->out + (row * n_head + head) * at->dv;
+    moe__attention_begin(at, head, &max, &sum, out);
+    for (int64_t c = 0; c < n; c++) {
+        const int64_t part = moe__attention_part(at, row, head, c);
+        moe__attend_add(e->kernels, work->part_max[part], work->part_sum[part],
+                        work->part_out + part * at->dv, at->dv, &max, &sum, out);
+    }
+    e->kernels->divide(out, at->dv, sum);
+}
+/* All of them, shared by the threads. */
+MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attention *at) {
+    const int64_t n_head = at->n_kv * at->group;
+    int64_t total = 0, begin, end;
+    for (int32_t i = 0; i < e->work->n_spans; i++)
+        if (e->work->spans[i].expand == at->expand) total += e->work->spans[i].n * n_head;
+    moe__eval_share(e, total, 1, &begin, &end);
+    for (int32_t i = 0; i < e->work->n_spans; i++) {
+        const moe__span *span = &e->work->spans[i];
+        if (span->expand != at->expand) continue;
+        for (int64_t j = moe__max(begin, 0); j < moe__min(end, span->n * n_head); j++)
+            moe__attention_merge(e, at, span, j / n_head, j % n_head);
+        begin -= span->n * n_head, end -= span->n * n_head;
+    }
 }
 
 /* ---- grouped-query attention ---------------------------------------------------------------- */
 
-/* The projected query and key of token t; where the family norms them over all heads together, */
+/* The projected query and key of row t; where the family norms them over all heads together, */
 /* after moe__gqa_norm_wide: one token's in this thread's memory, many in place. */
 MOE__INLINE float *moe__gqa_q(const moe__eval *e, int64_t t) {
     const int64_t n = (int64_t)e->model->info.n_head * e->model->head_k;
-    return e->n == 1 && e->local->wide_q ? e->local->wide_q : e->session->q + t * n;
+    return e->n == 1 && e->local->wide_q ? e->local->wide_q : e->work->q + t * n;
 }
 MOE__INLINE float *moe__gqa_k(const moe__eval *e, int64_t t) {
     const int64_t n = (int64_t)e->model->info.n_head_kv * e->model->head_k;
-    return e->n == 1 && e->local->wide_k ? e->local->wide_k : e->session->k + t * n;
+    return e->n == 1 && e->local->wide_k ? e->local->wide_k : e->work->k + t * n;
 }
 MOE__PRIVATE void moe__gqa_norm_wide(const moe__eval *e, const moe__layer *layer, int64_t t) {
     const moe_model_info *info = &e->model->info;
     const int64_t n_q = (int64_t)info->n_head * e->model->head_k;
     const int64_t n_k = (int64_t)info->n_head_kv * e->model->head_k;
-    const float *q = e->session->q + t * n_q, *k = e->session->k + t * n_k;
+    const float *q = e->work->q + t * n_q, *k = e->work->k + t * n_k;
     if (!e->local->wide_q) return;
     e->kernels->rms_norm(q, layer->q_norm, n_q, e->model->eps, moe__gqa_q(e, t));
     e->kernels->rms_norm(k, layer->k_norm, n_k, e->model->eps, moe__gqa_k(e, t));
@@ -12754,7 +13116,7 @@ MOE__PRIVATE void moe__gqa_clamp(const moe__eval *e, float *x, int64_t n) {
     for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
 }
 
-/* Scales, norms and turns the query of one head; out: head_k floats. */
+/* Scales, norms and turns the query of one head; out: head_k floats, may be its place. */
 MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, int64_t t,
                                  int64_t head, float *out) {
     const moe_model *model = e->model;
@@ -12762,7 +13124,7 @@ MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, in
     const float *q = moe__gqa_q(e, t) + head * d;
     if (layer->q_norm && !e->local->wide_q)
         e->kernels->rms_norm(q, layer->q_norm, d, model->eps, out);
-    else
+    else if (out != q)
         memcpy(out, q, (size_t)d * sizeof *out);
     moe__gqa_clamp(e, out, d);
     moe__rope_apply(&model->rope, moe__eval_rope(e, t), out);
@@ -12773,183 +13135,37 @@ MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, in
 MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, int il, int64_t t,
                                  int64_t head) {
     const moe_model *model = e->model;
+    const moe__row *row = &e->work->rows[t];
     const int64_t d = model->head_k, n_head = model->info.n_head_kv;
-    const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
+    const moe__kv keys = moe__session_kv(row->sequence, il, 0);
+    const moe__kv values = moe__session_kv(row->sequence, il, 1);
     float *k = moe__gqa_k(e, t) + head * d;
-    float *v = e->session->v + (t * n_head + head) * model->head_v;
+    float *v = e->work->v + (t * n_head + head) * model->head_v;
     if (layer->k_norm && !e->local->wide_k)
         e->kernels->rms_norm(k, layer->k_norm, d, model->eps, k);
     moe__gqa_clamp(e, k, d);
     moe__gqa_clamp(e, v, model->head_v);
     moe__rope_apply(&model->rope, moe__eval_rope(e, t), k);
-    moe__kv_store(e->kernels, &keys, moe__kv_row(&keys, head, e->past + t), 0, k, d);
-    moe__kv_store(e->kernels, &values, moe__kv_row(&values, head, e->past + t), 0, v,
+    moe__kv_store(e->kernels, &keys, moe__kv_row(&keys, head, row->position), 0, k, d);
+    moe__kv_store(e->kernels, &values, moe__kv_row(&values, head, row->position), 0, v,
                   model->head_v);
-}
-
-/* The first key that a query at this position sees. */
-MOE__INLINE int64_t moe__gqa_first(const moe__layer *layer, int64_t position) {
-    return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
-}
-
-/* A sink is as good as a key that query i saw first, whose value is 0. */
-MOE__INLINE void moe__gqa_sink(const moe__attend_args *a, const moe__layer *layer, int32_t i,
-                               int64_t head) {
-    if (!layer->sinks) return;
-    a->max[i] = layer->sinks[head];
-    a->sum[i] = 1;
-}
-
-MOE__PRIVATE void moe__attend_begin(moe__attend_args *a, const moe__eval *e, int32_t dk,
-                                    int32_t dv) {
-    memset(a, 0, sizeof *a);
-    a->type = e->session->info.kv_type;
-    a->dk = dk;
-    a->dv = dv;
-    a->q = e->local->q;
-    a->q_stride = dk;
-    a->max = e->local->max;
-    a->sum = e->local->sum;
-    a->out = e->local->out;
-    a->out_stride = dv;
-    a->scores = e->local->scores;
-}
-
-MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
-    for (int32_t i = 0; i < a->n_queries; i++) {
-        a->max[i] = -INFINITY;
-        a->sum[i] = 0;
-        memset(a->out + i * a->out_stride, 0, (size_t)a->dv * sizeof *a->out);
-    }
-}
-
-/* Chunks of keys that one token sees. */
-MOE__INLINE int64_t moe__gqa_chunks(const moe__eval *e, const moe__layer *layer) {
-    return (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS -
-           moe__gqa_first(layer, e->past) / MOE__ATTEND_KEYS;
-}
-
-/* Results of some heads from their chunks, into session->attn. */
-MOE__PRIVATE void moe__gqa_merge(moe__eval *e, int64_t begin, int64_t end, int64_t chunks) {
-    moe_session *session = e->session;
-    const int64_t n_head = e->model->info.n_head, dv = e->model->head_v;
-    for (int64_t head = begin; head < end; head++)
-        moe__attend_merge(e->kernels, session->part_max + head, session->part_sum + head,
-                          session->part_out + head * dv, chunks, n_head, n_head * dv, dv,
-                          moe__acts_f32(&session->attn, 0) + head * dv);
-}
-
-/* One token: work items are (key-value head, chunk), each with all query heads that share it. */
-/* The item of the last chunk stores the new key and value first: nobody else reads them. */
-MOE__PRIVATE void moe__gqa_one(moe__eval *e, const moe__layer *layer, int il) {
-    const moe_model *model = e->model;
-    moe_session *session = e->session;
-    const int32_t n_kv = model->info.n_head_kv, group = model->info.n_head / n_kv;
-    const int64_t n_keys = e->past + 1, dk = model->head_k, dv = model->head_v;
-    const int64_t visible = moe__gqa_first(layer, e->past), skipped = visible / MOE__ATTEND_KEYS;
-    const int64_t chunks = moe__gqa_chunks(e, layer);
-    int64_t begin_head, end_head;
-    const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
-    moe__attend_args a;
-    moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
-    moe__gqa_norm_wide(e, layer, 0);
-    for (int64_t item = e->thread; item < n_kv * chunks; item += e->n_threads) {
-        const int64_t head = item / chunks, chunk = item % chunks;
-        const int64_t whole = (skipped + chunk) * MOE__ATTEND_KEYS;
-        const int64_t begin = moe__max(whole, visible);
-        if (chunk == chunks - 1) moe__gqa_store(e, layer, il, 0, head);
-        a.k = moe__kv_row(&keys, head, begin);
-        a.v = moe__kv_row(&values, head, begin);
-        a.k_bytes = keys.row_size;
-        a.v_bytes = values.row_size;
-        a.n_keys = (int32_t)(moe__min(n_keys, whole + MOE__ATTEND_KEYS) - begin);
-        for (int32_t i = 0; i < group; i += MOE__ATTEND_QUERIES) {
-            const int64_t first = chunk * model->info.n_head + head * group + i;
-            a.n_queries = (int32_t)moe__min(group - i, MOE__ATTEND_QUERIES);
-            for (int32_t j = 0; j < a.n_queries; j++)
-                moe__gqa_query(e, layer, 0, head * group + i + j, e->local->q + j * dk);
-            a.max = session->part_max + first;
-            a.sum = session->part_sum + first;
-            a.out = session->part_out + first * dv;
-            moe__attend_reset(&a);
-            for (int32_t j = 0; chunk == 0 && j < a.n_queries; j++)
-                moe__gqa_sink(&a, layer, j, head * group + i + j);
-            e->kernels->attend(&a);
-        }
-        if (chunks == 1) moe__gqa_merge(e, head * group, (head + 1) * group, 1);
-    }
-    moe__eval_barrier(e);
-    if (chunks == 1) return;
-    moe__eval_share(e, model->info.n_head, 1, &begin_head, &end_head);
-    moe__gqa_merge(e, begin_head, end_head, chunks);
-    moe__eval_barrier(e);
-}
-
-/* Many tokens: work items are blocks of queries that share a key-value head. */
-MOE__PRIVATE void moe__gqa_many(moe__eval *e, const moe__layer *layer, int il) {
-    const moe_model *model = e->model;
-    const int64_t n_head = model->info.n_head, n_kv = model->info.n_head_kv;
-    const int64_t group = n_head / n_kv, dk = model->head_k, dv = model->head_v;
-    const int64_t blocks = (e->n * group + MOE__ATTEND_QUERIES - 1) / MOE__ATTEND_QUERIES;
-    const moe__kv keys = moe__eval_kv(e, il, 0), values = moe__eval_kv(e, il, 1);
-    int64_t begin, end;
-    moe__attend_args a;
-    moe__eval_share(e, e->n, 1, &begin, &end);
-    for (int64_t t = begin; t < end; t++) {
-        moe__gqa_norm_wide(e, layer, t);
-        for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, t, head);
-    }
-    moe__eval_barrier(e);
-    moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
-    a.k_bytes = keys.row_size;
-    a.v_bytes = values.row_size;
-    a.n_visible = e->local->n_visible;
-    if (layer->window) a.first = e->local->first;
-    for (int64_t item = e->thread; item < n_kv * blocks; item += e->n_threads) {
-        /* Query j of a key-value head is head j % group of token j / group. */
-        const int64_t kv_head = item % n_kv, first = item / n_kv * MOE__ATTEND_QUERIES;
-        a.n_queries = (int32_t)moe__min(e->n * group - first, MOE__ATTEND_QUERIES);
-        for (int32_t i = 0; i < a.n_queries; i++)
-            moe__gqa_query(e, layer, (first + i) / group, kv_head * group + (first + i) % group,
-                           e->local->q + i * dk);
-        moe__attend_reset(&a);
-        for (int32_t i = 0; i < a.n_queries; i++)
-            moe__gqa_sink(&a, layer, i, kv_head * group + (first + i) % group);
-        const int64_t n_keys = e->past + (first + a.n_queries - 1) / group + 1;
-        const int64_t skipped =
-            moe__gqa_first(layer, e->past + first / group) / MOE__ATTEND_KEYS;
-        for (int64_t key = skipped * MOE__ATTEND_KEYS; key < n_keys; key += MOE__ATTEND_KEYS) {
-            a.k = moe__kv_row(&keys, kv_head, key);
-            a.v = moe__kv_row(&values, kv_head, key);
-            a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
-            for (int32_t i = 0; i < a.n_queries; i++) {
-                const int64_t position = e->past + (first + i) / group;
-                const int64_t hidden = moe__gqa_first(layer, position) - key;
-                int64_t visible = position + 1 - key;
-                e->local->first[i] = (int32_t)moe__max(0, moe__min(hidden, a.n_keys));
-                e->local->n_visible[i] = (int32_t)moe__max(0, moe__min(visible, a.n_keys));
-            }
-            e->kernels->attend(&a);
-        }
-        for (int32_t i = 0; i < a.n_queries; i++) {
-            const int64_t t = (first + i) / group, head = kv_head * group + (first + i) % group;
-            float *out = moe__acts_f32(&e->session->attn, t) + head * dv;
-            for (int64_t j = 0; j < dv; j++) out[j] = a.out[i * dv + j] / a.sum[i];
-        }
-    }
-    moe__eval_barrier(e);
 }
 
 /* ---- multi-head latent attention (DeepSeek-V2 report, 2.1) ---------------------------------- */
 
+/* Short inputs are absorbed: a query is multiplied with k_b and then compared with the cached */
+/* latent vectors themselves, whose weighted sum v_b makes a result of. Long ones expand each */
+/* chunk of the cache to the head's keys and values, which takes fewer multiplications per query. */
+
 /* Norms the latent vector, turns the shared key, stores both in the cache. */
 MOE__PRIVATE void moe__mla_store(const moe__eval *e, const moe__layer *layer, int il, int64_t t) {
     const moe_model *model = e->model;
-    const moe__kv cache = moe__eval_kv(e, il, 0);
-    float *row = e->session->k + t * cache.width;
+    const moe__row *at = &e->work->rows[t];
+    const moe__kv cache = moe__session_kv(at->sequence, il, 0);
+    float *row = e->work->k + t * cache.width;
     e->kernels->rms_norm(row, layer->kv_a_norm, model->kv_lora, model->eps, row);
     moe__rope_apply(&model->rope, moe__eval_rope(e, t), row + model->kv_lora);
-    moe__kv_store(e->kernels, &cache, moe__kv_row(&cache, 0, e->past + t), 0, row, cache.width);
+    moe__kv_store(e->kernels, &cache, moe__kv_row(&cache, 0, at->position), 0, row, cache.width);
 }
 
 /* Rows of kv_b that make a head's unrotated keys, as floats: w_k[i][latent]. */
@@ -12969,30 +13185,42 @@ MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
     }
 }
 
-/* Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, for tokens 0 .. n - 1. */
+/* Turns and scales the rotated part of a query; scales the other. */
+MOE__PRIVATE void moe__mla_turn(const moe__eval *e, int64_t t, const float *q, float *nope_out,
+                                float *turned) {
+    const moe_model *model = e->model;
+    const int64_t nope = model->head_k - model->n_rot;
+    if (turned != q + nope) memcpy(turned, q + nope, (size_t)model->n_rot * sizeof *turned);
+    for (int64_t i = 0; i < nope; i++) nope_out[i] = q[i] * model->kq_scale;
+    moe__rope_apply(&model->rope, moe__eval_rope(e, t), turned);
+    for (int64_t i = 0; i < model->n_rot; i++) turned[i] *= model->kq_scale;
+}
+
+/* Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, of all rows that absorb. */
 MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, int64_t head) {
     const moe_model *model = e->model;
     moe__local *local = e->local;
     const int64_t latent = model->kv_lora, width = latent + model->n_rot;
     const int64_t nope = model->head_k - model->n_rot, n_head = model->info.n_head;
-    float *out = e->session->q_absorbed + head * width;
-    for (int64_t t = 0; t < e->n; t++) {
-        const float *q = e->session->q + (t * n_head + head) * model->head_k;
-        float *x = moe__acts_f32(&local->q_nope, t), *turned = out + t * n_head * width + latent;
-        for (int64_t i = 0; i < nope; i++) x[i] = q[i] * model->kq_scale;
-        memcpy(turned, q + nope, (size_t)model->n_rot * sizeof *turned);
-        moe__rope_apply(&model->rope, moe__eval_rope(e, t), turned);
-        for (int64_t i = 0; i < model->n_rot; i++) turned[i] *= model->kq_scale;
+    float *out = e->work->q_absorbed + head * width;
+    int64_t n = 0;
+    for (int32_t s = 0; s < e->work->n_spans; s++) {
+        const moe__span *span = &e->work->spans[s];
+        for (int64_t i = 0; i < span->n && !span->expand; i++, n++)
+            moe__mla_turn(e, span->first + i,
+                          e->work->q + ((span->first + i) * n_head + head) * model->head_k,
+                          moe__acts_f32(&local->q_nope, n), out + n * n_head * width + latent);
     }
+    if (n == 0) return;
     if (layer->k_b.data) {
-        moe__acts_quantize(e->kernels, &local->q_nope, 0, e->n);
-        moe__acts_gather(&local->q_nope, &layer->k_b, NULL, 0, e->n, local->scratch.x);
-        moe__matmul(e->kernels, &layer->k_b, (int32_t)head, 0, latent, local->scratch.x, e->n,
-                    out, n_head * width, local->scratch.pack);
+        moe__acts_quantize(e->kernels, &local->q_nope, 0, n);
+        moe__acts_gather(&local->q_nope, &layer->k_b, NULL, 0, n, local->scratch.x);
+        moe__matmul(e->kernels, &layer->k_b, (int32_t)head, 0, latent, local->scratch.x, n, out,
+                    n_head * width, local->scratch.pack);
         return;
     }
     moe__mla_key_rows(e, layer, head);
-    for (int64_t t = 0; t < e->n; t++) {
+    for (int64_t t = 0; t < n; t++) {
         const float *x = moe__acts_f32(&local->q_nope, t);
         memset(out + t * n_head * width, 0, (size_t)latent * sizeof *out);
         for (int64_t i = 0; i < nope; i++)
@@ -13000,89 +13228,10 @@ MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, int64_t
     }
 }
 
-/* Attention of absorbed queries over latent vectors with one token: items are (heads, chunk). */
-MOE__PRIVATE void moe__mla_attend_one(moe__eval *e, int il) {
-    moe_session *session = e->session;
-    const int64_t n_head = e->model->info.n_head, latent = e->model->kv_lora;
-    const moe__kv cache = moe__eval_kv(e, il, 0);
-    const int64_t n_keys = e->past + 1;
-    const int64_t chunks = (n_keys + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
-    const int64_t blocks = (n_head + MOE__MLA_HEADS - 1) / MOE__MLA_HEADS;
-    moe__attend_args a;
-    moe__attend_begin(&a, e, (int32_t)cache.width, (int32_t)latent);
-    a.k_bytes = a.v_bytes = cache.row_size;
-    for (int64_t item = e->thread; item < blocks * chunks; item += e->n_threads) {
-        const int64_t head = item % blocks * MOE__MLA_HEADS, chunk = item / blocks;
-        const int64_t begin = chunk * MOE__ATTEND_KEYS, first = chunk * n_head + head;
-        a.n_queries = (int32_t)moe__min(n_head - head, MOE__MLA_HEADS);
-        a.q = session->q_absorbed + head * cache.width;
-        a.k = a.v = moe__kv_row(&cache, 0, begin);
-        a.n_keys = (int32_t)moe__min(n_keys - begin, MOE__ATTEND_KEYS);
-        a.max = session->part_max + first;
-        a.sum = session->part_sum + first;
-        a.out = session->part_out + first * latent;
-        moe__attend_reset(&a);
-        e->kernels->attend(&a);
-    }
-    moe__eval_barrier(e);
-}
-
-/* The same with some tokens: items are blocks of (token, head). */
-MOE__PRIVATE void moe__mla_attend_some(moe__eval *e, int il) {
-    moe_session *session = e->session;
-    const int64_t n_head = e->model->info.n_head, latent = e->model->kv_lora;
-    const moe__kv cache = moe__eval_kv(e, il, 0);
-    const int64_t total = e->n * n_head;
-    moe__attend_args a;
-    moe__attend_begin(&a, e, (int32_t)cache.width, (int32_t)latent);
-    a.k_bytes = a.v_bytes = cache.row_size;
-    a.n_visible = e->local->n_visible;
-    for (int64_t first = (int64_t)e->thread * MOE__ATTEND_QUERIES; first < total;
-         first += (int64_t)e->n_threads * MOE__ATTEND_QUERIES) {
-        a.n_queries = (int32_t)moe__min(total - first, MOE__ATTEND_QUERIES);
-        a.q = session->q_absorbed + first * cache.width;
-        a.out = moe__acts_f32(&session->latent, first);
-        moe__attend_reset(&a);
-        const int64_t n_keys = e->past + (first + a.n_queries - 1) / n_head + 1;
-        for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
-            a.k = a.v = moe__kv_row(&cache, 0, key);
-            a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
-            for (int32_t i = 0; i < a.n_queries; i++) {
-                int64_t visible = e->past + (first + i) / n_head + 1 - key;
-                e->local->n_visible[i] = (int32_t)moe__max(0, moe__min(visible, a.n_keys));
-            }
-            e->kernels->attend(&a);
-        }
-        for (int32_t i = 0; i < a.n_queries; i++)
-            e->kernels->divide(a.out + i * latent, latent, a.sum[i]);
-    }
-    moe__eval_barrier(e);
-}
-
-/* Heads' results from sums of latent vectors: v_b u, for this thread's heads. */
-MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__layer *layer) {
-    moe_session *session = e->session;
-    const moe_model *model = e->model;
-    const int64_t n_head = model->info.n_head, latent = model->kv_lora, dv = model->head_v;
-    const int64_t chunks = (e->past + MOE__ATTEND_KEYS) / MOE__ATTEND_KEYS;
-    const void **x = e->local->scratch.x;
-    int64_t begin, end;
-    moe__eval_share(e, n_head, 1, &begin, &end);
-    for (int64_t head = begin; head < end; head++) {
-        if (e->n == 1)
-            moe__attend_merge(e->kernels, session->part_max + head, session->part_sum + head,
-                              session->part_out + head * latent, chunks, n_head, n_head * latent,
-                              latent, moe__acts_f32(&session->latent, head));
-        for (int64_t t = 0; t < e->n; t++) {
-            moe__acts_quantize(e->kernels, &session->latent, t * n_head + head,
-                               t * n_head + head + 1);
-            x[t] = moe__acts_row(&session->latent, layer->v_b.type->act, t * n_head + head);
-        }
-        moe__matmul(e->kernels, &layer->v_b, (int32_t)head, 0, dv, x, e->n,
-                    moe__acts_f32(&session->attn, 0) + head * dv, n_head * dv,
-                    e->local->scratch.pack);
-    }
-    moe__eval_barrier(e);
+/* A head's rows of k_b and v_b as floats, for moe__mla_expand. */
+MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, int64_t head) {
+    moe__mla_key_rows(e, layer, head);
+    moe__matrix_to_f32(e->kernels, &layer->v_b, (int32_t)head, 0, e->model->head_v, e->local->w_v);
 }
 
 /* One chunk of the cache as keys and values of one head. */
@@ -13114,61 +13263,156 @@ MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__kv *cache, int6
              local->values + i, model->head_v, local->scratch.pack, NULL, 0);
 }
 
-/* Many tokens: each head expands the cache chunk by chunk and attends as if it had keys and */
-/* values of its own: fewer multiply-adds than absorbing, from about MOE__MLA_EXPAND tokens on. */
-MOE__PRIVATE void moe__mla_attend_many(moe__eval *e, const moe__layer *layer, int il) {
-    const moe_model *model = e->model;
-    moe__local *local = e->local;
-    const int64_t n_head = model->info.n_head, dk = model->head_k, dv = model->head_v;
-    const int64_t nope = dk - model->n_rot, n_keys = e->past + e->n;
-    const moe__kv cache = moe__eval_kv(e, il, 0);
-    moe__attend_args a;
-    moe__attend_begin(&a, e, (int32_t)dk, (int32_t)dv);
-    a.k = local->keys;
-    a.v = local->values;
-    a.k_bytes = (size_t)dk * sizeof(float);
-    a.v_bytes = (size_t)dv * sizeof(float);
-    a.type = MOE_KV_F32;
-    a.n_visible = local->n_visible;
-    a.out_stride = n_head * dv;
-    for (int64_t head = e->thread; head < n_head; head += e->n_threads) {
-        float *out = moe__acts_f32(&e->session->attn, 0) + head * dv;
-        moe__mla_key_rows(e, layer, head);
-        moe__matrix_to_f32(e->kernels, &layer->v_b, (int32_t)head, 0, dv, local->w_v);
-        for (int64_t key = 0; key < n_keys; key += MOE__ATTEND_KEYS) {
-            moe__mla_expand(e, &cache, key, moe__min(n_keys - key, MOE__ATTEND_KEYS));
-            for (int64_t first = 0; first < e->n; first += MOE__ATTEND_QUERIES) {
-                a.n_queries = (int32_t)moe__min(e->n - first, MOE__ATTEND_QUERIES);
-                const int64_t end = moe__min(e->past + first + a.n_queries, n_keys);
-                a.max = local->max + first;
-                a.sum = local->sum + first;
-                a.out = out + first * a.out_stride;
-                if (key == 0) moe__attend_reset(&a);
-                if (end <= key) continue;
-                a.n_keys = (int32_t)moe__min(end - key, MOE__ATTEND_KEYS);
-                for (int32_t i = 0; i < a.n_queries; i++) {
-                    const float *q =
-                        e->session->q + ((first + i) * n_head + head) * dk;
-                    float *turned = local->q + i * dk;
-                    memcpy(turned, q, (size_t)dk * sizeof *turned);
-                    moe__rope_apply(&model->rope, moe__eval_rope(e, first + i), turned + nope);
-                    for (int64_t j = 0; j < dk; j++) turned[j] *= model->kq_scale;
-                    int64_t visible = e->past + first + i + 1 - key;
-                    local->n_visible[i] = (int32_t)moe__max(0, moe__min(visible, a.n_keys));
-                }
-                e->kernels->attend(&a);
-            }
-        }
-        for (int64_t t = 0; t < e->n; t++)
-            e->kernels->divide(out + t * n_head * dv, dv, local->sum[t]);
+/* ---- work items of attention ---------------------------------------------------------------- */
+
+MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
+    for (int32_t i = 0; i < a->n_queries; i++) {
+        a->max[i] = -INFINITY;
+        a->sum[i] = 0;
+        memset(a->out + i * a->out_stride, 0, (size_t)a->dv * sizeof *a->out);
     }
-    moe__eval_barrier(e);
 }
 
-/* Queries from their low-rank form; heads absorb k_b unless keys will be expanded. */
-MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il, int expand) {
+/* At most MOE__ATTEND_QUERIES queries, from number `first` of the span on, over one chunk */
+MOE__PRIVATE void moe__attention_chunk_run(moe__eval *e, const moe__attention *at,
+                                           const moe__item *item, int64_t first, int64_t chunk,
+                                           moe__attend_args *a) {
+    moe__local *local = e->local;
+    const moe__span *span = item->span;
+    const int64_t n_head = at->n_kv * at->group, key = chunk * MOE__ATTEND_KEYS;
+    int any = 0;
+    a->n_queries = (int32_t)moe__min(item->end - first, MOE__ATTEND_QUERIES);
+    for (int32_t j = 0; j < a->n_queries; j++) {
+        const int64_t position = span->past + (first + j) / at->group;
+        const int64_t hidden = moe__attention_first(at->layer, position) - key;
+        local->first[j] = (int32_t)moe__max(0, moe__min(hidden, a->n_keys));
+        local->n_visible[j] = (int32_t)moe__max(0, moe__min(position + 1 - key, a->n_keys));
+        any |= local->first[j] < local->n_visible[j];
+    }
+    if (!any) return;
+    for (int32_t j = 0; j < a->n_queries; j++) {
+        const int64_t i = (first + j) / at->group;
+        const int64_t head = item->head * at->group + (first + j) % at->group;
+        float *q = local->q + j * at->dk;
+        if (at->q)
+            memcpy(q, at->q + ((span->at + i) * n_head + head) * at->dk,
+                   (size_t)at->dk * sizeof *q);
+        else
+            moe__gqa_query(e, at->layer, span->first + i, head, q);
+    }
+    moe__attend_reset(a);
+    e->kernels->attend(a);
+    for (int32_t j = 0; j < a->n_queries; j++) {
+        const int64_t i = (first + j) / at->group, row = span->at + i;
+        const int64_t head = item->head * at->group + (first + j) % at->group;
+        const float *x = a->out + j * a->out_stride;
+        if (local->first[j] >= local->n_visible[j]) continue;
+        if (at->n_parts) {
+            const int64_t c = chunk - moe__attention_chunk(at->layer, span->past + i);
+            const int64_t part = moe__attention_part(at, row, head, c);
+            e->work->part_max[part] = a->max[j];
+            e->work->part_sum[part] = a->sum[j];
+            memcpy(e->work->part_out + part * at->dv, x, (size_t)at->dv * sizeof *x);
+        } else {
+            moe__attend_add(e->kernels, a->max[j], a->sum[j], x, at->dv,
+                            local->all_max + (first - item->begin) + j,
+                            local->all_sum + (first - item->begin) + j,
+                            at->out + (row * n_head + head) * at->dv);
+        }
+    }
+}
+
+MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
+                                      const moe__item *item) {
+    moe__local *local = e->local;
+    const moe__span *span = item->span;
+    const int64_t n_head = at->n_kv * at->group;
+    const moe__kv keys = moe__session_kv(span->sequence, at->il, 0);
+    const moe__kv values = moe__session_kv(span->sequence, at->il, 1);
+    const int latent = e->model->family->mla; /* values are the beginning of keys */
+    const int64_t n_keys = span->past + (item->end - 1) / at->group + 1;
+    moe__attend_args a;
+    memset(&a, 0, sizeof a);
+    a.type = keys.type;
+    a.dk = (int32_t)at->dk, a.dv = (int32_t)at->dv;
+    a.q = local->q, a.q_stride = at->dk;
+    a.out = local->out, a.out_stride = at->dv;
+    a.max = local->max, a.sum = local->sum;
+    a.first = local->first, a.n_visible = local->n_visible;
+    a.scores = local->scores;
+    if (at->store && item->chunk_end * MOE__ATTEND_KEYS >= n_keys)
+        moe__gqa_store(e, at->layer, at->il, span->first, item->head);
+    if (at->expand) moe__mla_head(e, at->layer, item->head);
+    for (int64_t i = item->begin; i < item->end && !at->n_parts; i++) {
+        const int64_t head = item->head * at->group + i % at->group;
+        moe__attention_begin(at, head, &local->all_max[i - item->begin],
+                             &local->all_sum[i - item->begin],
+                             at->out + ((span->at + i / at->group) * n_head + head) * at->dv);
+    }
+    for (int64_t chunk = item->chunk; chunk < item->chunk_end; chunk++) {
+        const int64_t key = chunk * MOE__ATTEND_KEYS;
+        a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
+        if (at->expand) {
+            moe__mla_expand(e, &keys, key, a.n_keys);
+            a.type = MOE_KV_F32;
+            a.k = local->keys, a.k_bytes = (size_t)at->dk * sizeof(float);
+            a.v = local->values, a.v_bytes = (size_t)at->dv * sizeof(float);
+        } else {
+            a.k = moe__kv_row(&keys, latent ? 0 : item->head, key), a.k_bytes = keys.row_size;
+            a.v = latent ? a.k : moe__kv_row(&values, item->head, key);
+            a.v_bytes = latent ? keys.row_size : values.row_size;
+        }
+        for (int64_t i = item->begin; i < item->end; i += MOE__ATTEND_QUERIES)
+            moe__attention_chunk_run(e, at, item, i, chunk, &a);
+    }
+    for (int64_t i = item->begin; i < item->end && !at->n_parts; i++) {
+        const int64_t head = item->head * at->group + i % at->group;
+        e->kernels->divide(at->out + ((span->at + i / at->group) * n_head + head) * at->dv, at->dv,
+                           local->all_sum[i - item->begin]);
+    }
+}
+
+/* This thread's items; no barrier. */
+MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
+    moe__items items;
+    moe__item item;
+    memset(&items, 0, sizeof items);
+    while (moe__items_next(e, at, &items, &item)) moe__attention_item(e, at, &item);
+}
+
+/* ---- latent attention, before and behind its items ------------------------------------------ */
+
+/* Heads' results from sums of latent vectors: v_b u, for this thread's heads. */
+MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
+    const moe__work *work = e->work;
+    const moe__matrix *v_b = &at->layer->v_b;
+    const int64_t n_head = e->model->info.n_head, dv = e->model->head_v;
+    const void **x = e->local->scratch.x;
+    int64_t begin, end;
+    moe__eval_share(e, n_head, 1, &begin, &end);
+    for (int64_t head = begin; head < end; head++)
+        for (int32_t s = 0, n = 0; s < work->n_spans; s++) {
+            const moe__span *span = &work->spans[s];
+            if (span->expand) continue;
+            for (int64_t i = 0; i < span->n; i++, n++) {
+                const int64_t row = (span->at + i) * n_head + head;
+                if (at->n_parts) moe__attention_merge(e, at, span, i, head);
+                moe__acts_quantize(e->kernels, &work->latent, row, row + 1);
+                x[n] = moe__acts_row(&work->latent, v_b->type->act, row);
+            }
+            /* Rows of spans that follow one another go through the matrix together. */
+            if (s + 1 < work->n_spans && !work->spans[s + 1].expand) continue;
+            moe__matmul(e->kernels, v_b, (int32_t)head, 0, dv, x, n,
+                        moe__acts_f32(&work->attn, span->first + span->n - n) + head * dv,
+                        n_head * dv, e->local->scratch.pack);
+            n = 0;
+        }
+}
+
+/* Stores what the cache keeps of each row; queries from their low-rank form, ready to attend. */
+MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il) {
     const moe_model *model = e->model;
-    moe_session *session = e->session;
+    moe__work *work = e->work;
     const int64_t n_head = model->info.n_head, dk = model->head_k;
     int64_t begin, end;
     if (e->n == 1 && e->thread == e->n_threads - 1) moe__mla_store(e, layer, il, 0);
@@ -13178,53 +13422,107 @@ MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il
     }
     moe__eval_share(e, n_head, 1, &begin, &end);
     if (model->q_lora) {
-        const moe__acts *q_a = moe__eval_norm(e, moe__acts_f32(&session->q_a, 0), layer->q_a_norm,
-                                              &e->local->q_a, &session->q_a);
+        const moe__acts *q_a = moe__eval_norm(e, moe__acts_f32(&work->q_a, 0), layer->q_a_norm,
+                                              &e->local->q_a, &work->q_a);
         moe__acts_gather(q_a, &layer->q_b, NULL, 0, e->n, e->local->scratch.x);
         moe__matmul(e->kernels, &layer->q_b, 0, begin * dk, end * dk, e->local->scratch.x, e->n,
-                    session->q + begin * dk, n_head * dk, e->local->scratch.pack);
+                    work->q + begin * dk, n_head * dk, e->local->scratch.pack);
     }
-    if (!expand)
-        for (int64_t head = begin; head < end; head++) moe__mla_absorb(e, layer, head);
+    for (int64_t head = begin; head < end; head++) {
+        moe__mla_absorb(e, layer, head);
+        for (int32_t s = 0; s < work->n_spans; s++)
+            for (int64_t i = 0; i < work->spans[s].n && work->spans[s].expand; i++) {
+                const int64_t t = work->spans[s].first + i;
+                float *q = work->q + (t * n_head + head) * dk;
+                moe__mla_turn(e, t, q, q, q + dk - model->n_rot);
+            }
+    }
     moe__eval_barrier(e);
 }
 
 /* ---- the forward pass ----------------------------------------------------------------------- */
 
-/* Heads' results of one layer in session->attn. */
-MOE__PRIVATE void moe__forward_attention(moe__eval *e, const moe__layer *layer, int il,
-                                         const moe__acts *x) {
-    moe_session *session = e->session;
-    if (e->model->family->mla) {
-        const int expand = e->n >= MOE__MLA_EXPAND;
-        moe__eval_fetch(e, e->model->q_lora ? &layer->q_a : &layer->q);
-        moe__eval_project(e, &layer->kv_a, x, session->k);
-        if (e->model->q_lora)
-            moe__eval_project(e, &layer->q_a, x, moe__acts_f32(&session->q_a, 0));
-        else
-            moe__eval_project(e, &layer->q, x, session->q);
-        moe__eval_barrier(e);
-        moe__mla_queries(e, layer, il, expand);
-        if (expand) {
-            moe__mla_attend_many(e, layer, il);
-            return;
-        }
-        if (e->n == 1)
-            moe__mla_attend_one(e, il);
-        else
-            moe__mla_attend_some(e, il);
-        moe__mla_values(e, layer);
-    } else {
-        moe__eval_fetch(e, &layer->k);
-        moe__eval_project(e, &layer->q, x, session->q);
-        moe__eval_fetch(e, &layer->v);
-        moe__eval_project(e, &layer->k, x, session->k);
-        moe__eval_project(e, &layer->v, x, session->v);
-        moe__eval_fetch(e, &layer->o);
-        moe__eval_barrier(e);
-        if (e->n == 1) moe__gqa_one(e, layer, il);
-        else moe__gqa_many(e, layer, il);
+/* Results of all heads in work->attn. */
+MOE__PRIVATE void moe__forward_gqa(moe__eval *e, const moe__layer *layer, int il,
+                                   const moe__acts *x) {
+    const moe_model *model = e->model;
+    moe__work *work = e->work;
+    const moe__projection qkv[] = {
+        {&layer->q, work->q}, {&layer->k, work->k}, {&layer->v, work->v}};
+    const int64_t n_head = model->info.n_head, n_kv = model->info.n_head_kv, dk = model->head_k;
+    int64_t begin, end;
+    moe__attention at;
+    memset(&at, 0, sizeof at);
+    at.layer = layer, at.il = il;
+    at.n_kv = n_kv, at.group = n_head / n_kv;
+    at.dk = dk, at.dv = model->head_v;
+    at.q = e->n == 1 ? NULL : work->q;
+    at.out = moe__acts_f32(&work->attn, 0);
+    moe__attention_plan(e, &at);
+    at.store = e->n == 1 && at.block >= at.group;
+    moe__eval_project(e, qkv, 3, x);
+    moe__eval_fetch(e, &layer->o);
+    moe__eval_barrier(e);
+    if (e->n == 1) moe__gqa_norm_wide(e, layer, 0);
+    if (e->n == 1 && !at.store) { /* several items see the new key */
+        moe__eval_share(e, n_kv, 1, &begin, &end);
+        for (int64_t head = begin; head < end; head++) moe__gqa_store(e, layer, il, 0, head);
     }
+    if (e->n > 1) {
+        moe__eval_share(e, e->n, 1, &begin, &end);
+        for (int64_t t = begin; t < end; t++) {
+            moe__gqa_norm_wide(e, layer, t);
+            for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, t, head);
+            for (int64_t head = 0; head < n_head; head++)
+                moe__gqa_query(e, layer, t, head, work->q + (t * n_head + head) * dk);
+        }
+    }
+    if (!at.store) moe__eval_barrier(e);
+    moe__attention_run(e, &at);
+    moe__eval_barrier(e);
+    if (!at.n_parts) return;
+    moe__attention_merge_all(e, &at);
+    moe__eval_barrier(e);
+}
+MOE__PRIVATE void moe__forward_mla(moe__eval *e, const moe__layer *layer, int il,
+                                   const moe__acts *x) {
+    const moe_model *model = e->model;
+    moe__work *work = e->work;
+    const int64_t n_head = model->info.n_head, latent = model->kv_lora;
+    const moe__projection a[] = {
+        {&layer->kv_a, work->k},
+        {model->q_lora ? &layer->q_a : &layer->q,
+         model->q_lora ? moe__acts_f32(&work->q_a, 0) : work->q}};
+    int absorbs = 0, expands = 0;
+    moe__attention at, many;
+    for (int32_t s = 0; s < work->n_spans; s++)
+        if (work->spans[s].expand) expands = 1;
+        else absorbs = 1;
+    memset(&at, 0, sizeof at);
+    at.layer = layer, at.il = il;
+    many = at;
+    at.n_kv = 1, at.group = n_head; /* all heads read the same rows */
+    at.dk = latent + model->n_rot, at.dv = latent;
+    at.q = work->q_absorbed, at.out = moe__acts_f32(&work->latent, 0);
+    many.expand = 1;
+    many.n_kv = n_head, many.group = 1;
+    many.dk = model->head_k, many.dv = model->head_v;
+    many.q = work->q, many.out = moe__acts_f32(&work->attn, 0);
+    moe__eval_project(e, a, 2, x);
+    moe__eval_barrier(e);
+    moe__mla_queries(e, layer, il);
+    if (absorbs) {
+        moe__attention_plan(e, &at);
+        moe__attention_run(e, &at);
+    }
+    if (expands) {
+        moe__attention_plan(e, &many);
+        moe__attention_run(e, &many);
+    }
+    moe__eval_barrier(e);
+    if (!absorbs) return;
+    moe__mla_values(e, &at);
+    moe__eval_barrier(e);
 }
 
 /* The weight of the shared experts for token t. */
@@ -13238,50 +13536,74 @@ MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer
     return 1 / (1 + expf(-z));
 }
 
-/* Which experts see which tokens: one entry per active expert, then the shared ones. */
-MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, const moe__acts *x) {
-    moe_session *session = e->session;
+/* The experts of row t from its router's logits, which are overwritten. */
+MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, const moe__acts *x,
+                                 int64_t t) {
+    moe__work *work = e->work;
+    const moe__router *router = &e->model->router;
+    moe__router_select(e->kernels, router, work->router_logits + t * router->n_expert,
+                       layer->router_bias, work->experts + t * router->n_used,
+                       work->expert_weights + t * router->n_used);
+    work->shared_weights[t] = moe__route_shared(e, layer, x, t);
+}
+
+/* Router's logits and choices. One token: each thread computes some logits and then chooses for */
+/* itself; many: a thread does all of it for some tokens, unless they are too few for that. */
+MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer, const moe__acts *x) {
+    moe__work *work = e->work;
     moe__local *local = e->local;
     const moe__router *router = &e->model->router;
-    const size_t row_bytes = (size_t)router->n_expert * sizeof(float);
-    const int one = e->n == 1;
-    const int32_t *experts = one ? local->experts : session->experts;
-    const float *weights = one ? local->expert_weights : session->expert_weights;
-    moe__eval_project(e, &layer->router, x, session->router_logits);
-    moe__eval_barrier(e);
-    if (one) {
-        memcpy(local->router_logits, session->router_logits, row_bytes);
+    const moe__projection list = {&layer->router, work->router_logits};
+    int64_t begin, end;
+    moe__eval_share(e, e->n, 1, &begin, &end);
+    if (e->n >= 2 * (int64_t)e->n_threads && e->n > 1) {
+        if (begin < end) {
+            moe__acts_gather(x, &layer->router, NULL, begin, end - begin, local->scratch.x);
+            moe__matmul(e->kernels, &layer->router, 0, 0, router->n_expert, local->scratch.x,
+                        end - begin, work->router_logits + begin * router->n_expert,
+                        router->n_expert, local->scratch.pack);
+        }
+    } else {
+        moe__eval_project(e, &list, 1, x);
+        moe__eval_barrier(e);
+    }
+    if (e->n == 1) {
+        memcpy(local->router_logits, work->router_logits,
+               (size_t)router->n_expert * sizeof(float));
         moe__router_select(e->kernels, router, local->router_logits, layer->router_bias,
                            local->experts, local->expert_weights);
         local->shared_weight = moe__route_shared(e, layer, x, 0);
-    } else {
-        int64_t begin, end;
-        moe__eval_share(e, e->n, 1, &begin, &end);
-        for (int64_t t = begin; t < end; t++) {
-            moe__router_select(e->kernels, router, session->router_logits + t * router->n_expert,
-                               layer->router_bias, session->experts + t * router->n_used,
-                               session->expert_weights + t * router->n_used);
-            session->shared_weights[t] = moe__route_shared(e, layer, x, t);
-        }
-        moe__eval_barrier(e);
+        return;
     }
-    moe__plan_routed(&local->plan, &layer->experts, router, experts, weights, e->n,
-                     one ? &local->routed : &session->routed);
-    uint64_t *counts =
-        session->expert_counts + (layer - e->model->layers) * e->model->info.n_expert;
-    for (int32_t i = 0; e->thread == 0 && i < local->plan.n_routed; i++)
-        counts[local->plan.entries[i].expert] += (uint64_t)local->plan.entries[i].n_tokens;
+    for (int64_t t = begin; t < end; t++) moe__route_row(e, layer, x, t);
+    moe__eval_barrier(e);
+}
+
+/* Which experts see which tokens: one entry per active expert, then the shared ones. */
+MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, const moe__acts *x) {
+    moe__work *work = e->work;
+    moe__local *local = e->local;
+    const moe__router *router = &e->model->router;
+    const int one = e->n == 1;
+    const int32_t *experts = one ? local->experts : work->experts;
+    moe__forward_router(e, layer, x);
+    moe__plan_routed(&local->plan, &layer->experts, router, experts,
+                     one ? local->expert_weights : work->expert_weights, e->n,
+                     one ? &local->routed : &work->routed);
+    const int64_t first = (layer - e->model->layers) * e->model->info.n_expert;
+    for (int64_t i = 0; e->thread == 0 && i < e->n * router->n_used; i++)
+        work->rows[i / router->n_used].sequence->expert_counts[first + experts[i]]++;
     if (layer->shared.gate.data)
-        moe__plan_all(&local->plan, &layer->shared, e->n, session->tokens,
-                      one ? &local->shared_weight : session->shared_weights,
-                      one ? &local->shared : &session->shared);
+        moe__plan_all(&local->plan, &layer->shared, e->n, work->numbers,
+                      one ? &local->shared_weight : work->shared_weights,
+                      one ? &local->shared : &work->shared);
 }
 
 /* residual += weight * (down hidden) over the entries, in their order. Where the schedule lets */
 /* several threads compute a row, each for other entries, they are added up behind a barrier. */
 MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share) {
-    moe_session *session = e->session;
-    const moe__schedule_info *schedule = session->schedule;
+    moe__work *work = e->work;
+    const moe__schedule_info *schedule = e->batch->lead->schedule;
     const moe__scratch *scratch = &e->local->scratch;
     const int64_t n_embd = e->model->info.n_embd;
     const int apart = !schedule->owns_rows(share, e->n_threads);
@@ -13291,9 +13613,9 @@ MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share) {
         moe__piece_fetch(schedule, share, e->thread, e->n_threads, i + 1);
         if (apart)
             moe__experts_down_apart(e->kernels, entry, piece.begin, piece.end,
-                                    session->expert_out + piece.entry * n_embd, scratch);
+                                    work->expert_out + piece.entry * n_embd, scratch);
         else
-            moe__experts_down(e->kernels, entry, piece.begin, piece.end, session->residual,
+            moe__experts_down(e->kernels, entry, piece.begin, piece.end, work->residual,
                               scratch);
     }
     if (!apart) return;
@@ -13302,35 +13624,35 @@ MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share) {
     moe__eval_share(e, n_embd, e->row_unit, &begin, &end);
     for (int32_t i = 0; i < share->n_entries; i++)
         e->kernels->axpy(share->entries[i].weights ? share->entries[i].weights[0] : 1.0f,
-                         session->expert_out + i * n_embd + begin, end - begin,
-                         session->residual + begin);
+                         work->expert_out + i * n_embd + begin, end - begin,
+                         work->residual + begin);
 }
 
 /* residual += feed-forward network of normed residual x, by the plan's entries. next: the matrix */
 /* that is read first after it. */
 MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const moe__acts *x,
                                    const moe__matrix *next) {
-    moe_session *session = e->session;
+    moe__work *work = e->work;
     moe__local *local = e->local;
-    const moe__schedule_info *schedule = session->schedule;
+    const moe__schedule_info *schedule = e->batch->lead->schedule;
     moe__share share;
     moe__piece piece;
     local->plan.n_entries = local->plan.n_routed = 0;
     /* With one token hidden vectors are shared floats with private int8 forms. */
-    local->routed.data[MOE__ACT_F32] = session->routed.data[MOE__ACT_F32];
-    local->shared.data[MOE__ACT_F32] = session->shared.data[MOE__ACT_F32];
-    local->dense.data[MOE__ACT_F32] = session->dense.data[MOE__ACT_F32];
+    local->routed.data[MOE__ACT_F32] = work->routed.data[MOE__ACT_F32];
+    local->shared.data[MOE__ACT_F32] = work->shared.data[MOE__ACT_F32];
+    local->dense.data[MOE__ACT_F32] = work->dense.data[MOE__ACT_F32];
     if (layer->is_moe)
         moe__forward_route(e, layer, x);
     else
-        moe__plan_all(&local->plan, &layer->dense, e->n, session->tokens, session->ones,
-                      e->n == 1 ? &local->dense : &session->dense);
+        moe__plan_all(&local->plan, &layer->dense, e->n, work->numbers, work->ones,
+                      e->n == 1 ? &local->dense : &work->dense);
     share.entries = local->plan.entries;
     share.n_entries = local->plan.n_entries;
     share.n_routed = local->plan.n_routed;
     share.one_token = e->n == 1;
     share.unit = e->row_unit;
-    share.nodes = &session->nodes;
+    share.nodes = &e->batch->nodes;
     share.down = 0;
     for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
         moe__piece_fetch(schedule, &share, e->thread, e->n_threads, i + 1);
@@ -13338,17 +13660,18 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
                              &local->scratch);
     }
     if (e->thread == 0 && layer->is_moe)
-        session->info.n_expert_groups = schedule->schedule == MOE_SCHEDULE_PARALLEL
+        e->batch->lead->info.n_expert_groups = schedule->schedule == MOE_SCHEDULE_PARALLEL
                                             ? moe__schedule_groups(&share, e->n_threads) : 1;
     share.down = 1;
     moe__piece_fetch(schedule, &share, e->thread, e->n_threads, 0);
     moe__eval_barrier(e);
     if (layer->is_moe)
-        moe__eval_quantize(e, &session->routed, &local->routed,
+        moe__eval_quantize(e, &work->routed, &local->routed,
                            e->n * e->model->info.n_expert_used);
     if (layer->is_moe && layer->shared.gate.data)
-        moe__eval_quantize(e, &session->shared, &local->shared, e->n);
-    if (!layer->is_moe) moe__eval_quantize(e, &session->dense, &local->dense, e->n);
+        moe__eval_quantize(e, &work->shared, &local->shared, e->n);
+    if (!layer->is_moe) moe__eval_quantize(e, &work->dense, &local->dense, e->n);
+    if (e->n > 1) moe__eval_barrier(e);
     moe__forward_down(e, &share);
     moe__eval_fetch(e, next);
     moe__eval_barrier(e);
@@ -13357,52 +13680,96 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const 
 /* Token embeddings and positions of a batch. */
 MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
     const moe_model *model = e->model;
-    moe_session *session = e->session;
-    const moe__matrix *embd = &model->token_embd;
+    moe__work *work = e->work;
     const int64_t n_embd = model->info.n_embd;
     int64_t begin, end;
     moe__eval_share(e, e->n, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++)
-        moe__matrix_to_f32(e->kernels, embd, 0, e->tokens[t], 1, session->residual + t * n_embd);
+        moe__matrix_to_f32(e->kernels, &model->token_embd, 0, work->rows[t].token, 1,
+                           work->residual + t * n_embd);
     if (e->n == 1)
-        moe__rope_table(&model->rope, e->past, e->local->rope);
+        moe__rope_table(&model->rope, work->rows[0].position, e->local->rope);
     else
         for (int64_t t = begin; t < end; t++)
-            moe__rope_table(&model->rope, e->past + t, session->rope + t * model->n_rot);
+            moe__rope_table(&model->rope, work->rows[t].position, work->rope + t * model->n_rot);
     moe__eval_barrier(e);
 }
 
-/* Logits of `rows` tokens from token `first` of the batch on. */
-MOE__PRIVATE void moe__forward_logits(moe__eval *e, int64_t first, int64_t rows, float *out) {
+/* Logits of the rows that somebody wants them of: the output matrix is read once for all. */
+MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     const moe_model *model = e->model;
-    moe__eval last = *e;
-    last.n = rows;
-    last.row_unit = moe__eval_row_unit(rows);
-    const moe__acts *x = moe__eval_norm(&last, e->session->residual + first * model->info.n_embd,
-                                        model->output_norm, &e->local->x, &e->session->x);
-    moe__eval_project(&last, &model->output, x, out);
+    moe__work *work = e->work;
+    const moe__matrix *output = &model->output;
+    const moe__scratch *scratch = &e->local->scratch;
+    const int64_t n_embd = model->info.n_embd;
+    float **out = (float **)(void *)scratch->x_up; /* where a row's logits go */
+    int64_t n = 0, begin, end;
+    for (int32_t s = 0; s < work->n_spans; s++) n += work->spans[s].n_logits;
+    if (n == 0) return;
+    const moe__acts *x = n == 1 ? &e->local->x : &work->x; /* one: each thread for itself */
+    moe__eval_share(e, n, 1, &begin, &end);
+    n = 0;
+    for (int32_t s = 0; s < work->n_spans; s++) {
+        const moe__span *span = &work->spans[s];
+        for (int32_t i = span->n - span->n_logits; i < span->n; i++, n++) {
+            out[n] = span->logits + (span->n_logits > 1 ? (int64_t)i * output->n_out : 0);
+            if (x == &work->x && (n < begin || n >= end)) continue; /* another thread's */
+            e->kernels->rms_norm(work->residual + (span->first + i) * n_embd, model->output_norm,
+                                 n_embd, model->eps, moe__acts_f32(x, n));
+            moe__acts_quantize(e->kernels, x, n, n + 1);
+        }
+    }
+    if (n > 1) moe__eval_barrier(e);
+    moe__acts_gather(x, output, NULL, 0, n, scratch->x);
+    moe__eval_share(e, output->n_out, moe__eval_row_unit(n), &begin, &end);
+    if (n == 1) {
+        moe__matmul(e->kernels, output, 0, begin, end, scratch->x, 1, out[0] + begin, 0,
+                    scratch->pack);
+    } else {
+        for (int64_t row = begin; row < end; row += MOE__TILE_ROWS) {
+            const int64_t n_rows = moe__min(end - row, MOE__TILE_ROWS);
+            moe__matmul_tile(e->kernels, output, 0, row, n_rows, scratch->x, n, scratch->gate,
+                             MOE__TILE_ROWS, scratch->pack,
+                             moe__next_tile(output, 0, row + n_rows, end));
+            for (int64_t i = 0; i < n; i++)
+                memcpy(out[i] + row, scratch->gate + i * MOE__TILE_ROWS,
+                       (size_t)n_rows * sizeof(float));
+        }
+    }
     moe__eval_barrier(e);
+}
+
+/* Whether somebody wants to stop: asked by thread 0. */
+MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
+    for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
+        const moe_session *session = batch->jobs[i].session;
+        if (!batch->jobs[i].status && session->should_stop &&
+            session->should_stop(session->should_stop_user))
+            batch->stop = 1;
+    }
 }
 
 /* One batch, by one of the threads that all do the same. Returns 0 if asked to stop. */
 MOE__PRIVATE int moe__forward(moe__eval *e) {
     const moe_model *model = e->model;
-    moe_session *session = e->session;
+    moe__work *work = e->work;
     moe__local *local = e->local;
     const moe__acts *x;
     moe__forward_begin(e);
     for (int il = 0; il < model->info.n_layer; il++) {
         const moe__layer *layer = &model->layers[il];
-        if (e->thread == 0 && session->should_stop &&
-            session->should_stop(session->should_stop_user))
-            session->stop = 1;
-        x = moe__eval_norm(e, session->residual, layer->attn_norm, &local->x, &session->x);
-        moe__forward_attention(e, layer, il, x);
-        if (session->stop) return 0; /* barriers have passed: all threads see the same */
-        x = moe__eval_quantize(e, &session->attn, &local->attn, e->n);
+        if (e->thread == 0) moe__forward_ask(e->batch);
+        x = moe__eval_norm(e, work->residual, layer->attn_norm, &local->x, &work->x);
+        if (model->family->mla)
+            moe__forward_mla(e, layer, il, x);
+        else
+            moe__forward_gqa(e, layer, il, x);
+        if (e->batch->stop) return 0; /* barriers have passed: all threads see the same */
+        x = moe__eval_quantize(e, &work->attn, &local->attn, e->n);
+        if (e->n > 1) moe__eval_barrier(e);
         moe__eval_project_add(e, &layer->o, x);
         moe__eval_barrier(e);
-        x = moe__eval_norm(e, session->residual, layer->ffn_norm, &local->x, &session->x);
+        x = moe__eval_norm(e, work->residual, layer->ffn_norm, &local->x, &work->x);
         moe__forward_ffn(e, layer, x, il + 1 == model->info.n_layer ? &model->output
                                       : layer[1].q.data             ? &layer[1].q
                                                                     : &layer[1].kv_a);
@@ -13410,34 +13777,27 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
     return 1;
 }
 
-typedef struct moe__eval_job {
-    moe_session *session;
-    const int32_t *tokens;
-    int32_t n_tokens;
-} moe__eval_job;
-
-/* All batches of an eval. */
+/* All batches of a call */
 MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
-    const moe__eval_job *job = (const moe__eval_job *)context;
-    moe_session *session = job->session;
-    const int64_t n_vocab = session->model->info.n_vocab;
+    moe__batch *batch = (moe__batch *)context;
     moe__eval e;
-    e.session = session;
-    e.model = session->model;
-    e.kernels = session->kernels;
-    e.local = &session->locals[thread];
+    memset(&e, 0, sizeof e);
+    e.batch = batch;
+    e.work = batch->work;
+    e.model = batch->lead->model;
+    e.kernels = batch->lead->kernels;
+    e.local = &batch->work->locals[thread];
     e.thread = thread;
     e.n_threads = n_threads;
-    for (int64_t done = 0; done < job->n_tokens; done += e.n) {
-        e.n = moe__min(job->n_tokens - done, session->info.n_batch);
-        e.past = session->length + done;
-        e.tokens = job->tokens + done;
+    for (;;) { /* the first batch was made by the caller */
+        e.n = batch->n;
         e.row_unit = moe__eval_row_unit(e.n);
         if (!moe__forward(&e)) return;
-        if (session->keep_all_logits)
-            moe__forward_logits(&e, 0, e.n, session->logits + done * n_vocab);
-        else if (done + e.n == job->n_tokens)
-            moe__forward_logits(&e, e.n - 1, 1, session->logits);
+        moe__forward_logits(&e);
+        if (!batch->more) return;
+        moe__eval_barrier(&e);
+        if (thread == 0) moe__batch_next(batch);
+        moe__eval_barrier(&e);
     }
 }
 
@@ -13495,33 +13855,102 @@ MOE__INLINE uint64_t moe__session_align(uint64_t size) {
     return size < 8 * (uint64_t)MOE__PAGES_HUGE ? 64 : MOE__PAGES_HUGE;
 }
 
-/* Bytes of the buffers; logits apart. 0 on overflow. */
-MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits) {
+/* Bytes of what belongs to the session, logits apart, and of the buffers for a batch. 0 on */
+/* overflow. Fills info.kv_bytes and info.work_bytes. */
+MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits, uint64_t *work) {
+    moe__arena arena, buffers;
+    const uint64_t rows = session->keep_all_logits ? (uint64_t)session->info.n_ctx : 1;
+    memset(&arena, 0, sizeof arena);
+    memset(&buffers, 0, sizeof buffers);
+    moe__session_layout(session, &arena);
+    moe__work_layout(session, &session->work, &buffers);
+    *work = buffers.used;
+    if (arena.overflow || buffers.overflow ||
+        !moe__size_mul(rows * sizeof(float), (uint64_t)session->model->info.n_vocab, logits) ||
+        *logits > SIZE_MAX / 4 || *work > SIZE_MAX / 4)
+        return 0;
+    session->info.work_bytes =
+        (size_t)(arena.used - session->info.kv_bytes + *logits + moe__session_align(arena.used) +
+                 *work + moe__session_align(*work));
+    return arena.used;
+}
+
+/* The threads that will use memory touch it first. */
+typedef struct moe__touch {
+    uint8_t *memory;
+    size_t size;
+} moe__touch;
+MOE__PRIVATE void moe__touch_run(void *context, int thread, int n_threads) {
+    const moe__touch *touch = (const moe__touch *)context;
+    int64_t begin, end;
+    moe__pool_share((int64_t)touch->size, MOE__PAGES_HUGE, thread, n_threads, &begin, &end);
+    memset(touch->memory + begin, 0, (size_t)(end - begin));
+}
+
+/* Room for the buffers of a session, which sessions of a pool share. 0: there is no memory. */
+MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
+    const uint64_t align = moe__session_align(size);
+    moe__touch touch;
+    int ok = 1;
+    moe__pool_hold(pool);
+    if (size > pool->work_size) {
+        void *memory = moe__alloc_unset(&pool->allocator, (size_t)(size + align));
+        ok = memory != NULL;
+        if (ok) {
+            moe__free(&pool->allocator, pool->work_memory);
+            pool->work_memory = memory;
+            pool->work = (uint8_t *)(((uintptr_t)memory + align - 1) & ~(align - 1));
+            pool->work_size = (size_t)size;
+            pool->work_version++;
+            moe__pages_advise(pool->work, size, MOE__MADV_HUGEPAGE);
+            touch.memory = pool->work, touch.size = pool->work_size;
+            moe__pool_run_held(pool, pool->n_threads, moe__touch_run, &touch, NULL);
+        }
+    }
+    moe__pool_release(pool);
+    return ok;
+}
+
+/* Lays out the buffers in the pool's memory, if that is not where it was. The pool is held. */
+MOE__PRIVATE void moe__session_place(moe_session *session) {
+    moe__arena arena;
+    moe_pool *pool = session->pool;
+    if (session->work_version == pool->work_version) return;
+    memset(&arena, 0, sizeof arena);
+    arena.base = pool->work;
+    moe__work_layout(session, &session->work, &arena);
+    session->work_version = pool->work_version;
+}
+
+/* The cache is the begin of `buffers`; huge pages are asked for before anything touches it. It */
+/* is not cleared: what nobody stores in it takes no memory. Nor are rows of logits. */
+MOE__PRIVATE int moe__session_take(moe_session *session, uint64_t size, uint64_t logits) {
+    const uint64_t align = moe__session_align(size);
     moe__arena arena;
     memset(&arena, 0, sizeof arena);
-    const uint64_t rows = session->keep_all_logits ? (uint64_t)session->info.n_ctx : 1;
-    moe__session_layout(session, &arena,
-                        (int)moe__max(session->info.n_threads, session->info.n_threads_batch));
-    if (arena.overflow ||
-        !moe__size_mul(rows * sizeof(float), (uint64_t)session->model->info.n_vocab, logits) ||
-        *logits > SIZE_MAX / 4)
-        return 0;
-    session->info.work_bytes += (size_t)(*logits + moe__session_align(arena.used));
-    return arena.used;
+    session->memory = moe__alloc_unset(&session->allocator, (size_t)(size + align));
+    session->logits = (float *)moe__alloc_unset(&session->allocator, (size_t)logits);
+    if (!session->memory || !session->logits) return 0;
+    session->buffers = (uint8_t *)(((uintptr_t)session->memory + align - 1) & ~(align - 1));
+    session->n_bytes = (size_t)size;
+    moe__pages_advise(session->buffers, size, MOE__MADV_HUGEPAGE);
+    arena.base = session->buffers;
+    moe__session_layout(session, &arena);
+    memset(session->buffers + session->info.kv_bytes, 0, session->n_bytes - session->info.kv_bytes);
+    return 1;
 }
 
 MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_options *options,
                                       moe_error *error) {
     moe_session draft, *session;
-    moe__arena arena;
-    uint64_t logits = 0;
+    uint64_t logits = 0, work = 0;
     if (!model) {
         moe__fail(error, MOE_ERROR_ARGUMENT, "model", "model is NULL");
         return NULL;
     }
     memset(&draft, 0, sizeof draft);
     if (moe__session_configure(&draft, model, options, error)) return NULL;
-    const uint64_t size = moe__session_size(&draft, &logits);
+    const uint64_t size = moe__session_size(&draft, &logits, &work);
     session = size ? (moe_session *)moe__alloc(&model->allocator, sizeof *session) : NULL;
     if (!session) {
         moe__fail(error, MOE_ERROR_MEMORY, "session", "a session of %d tokens does not fit",
@@ -13530,43 +13959,36 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
     }
     *session = draft;
     session->allocator = model->allocator;
-    /* The cache is the begin of `buffers`; huge pages are asked for before anything touches it. */
-    const uint64_t align = moe__session_align(size);
-    session->memory = moe__alloc_unset(&session->allocator, (size_t)(size + align));
-    if (session->memory) {
-        session->buffers = (uint8_t *)(((uintptr_t)session->memory + align - 1) & ~(align - 1));
-        session->n_bytes = (size_t)size;
-        moe__pages_advise(session->buffers, size, MOE__MADV_HUGEPAGE);
-        memset(session->buffers, 0, (size_t)size);
-    }
-    /* Rows of logits that are never used are never touched. */
-    session->logits = (float *)moe__alloc_unset(&session->allocator, (size_t)logits);
-    if (!session->memory || !session->logits) {
+    if (!moe__session_take(session, size, logits)) {
         moe__fail(error, MOE_ERROR_MEMORY, "session", "no memory for a session of %d tokens",
                   draft.info.n_ctx);
         moe_session_close(session);
         return NULL;
     }
-    memset(&arena, 0, sizeof arena);
-    arena.base = session->buffers;
-    const int n_threads = (int)moe__max(session->info.n_threads, session->info.n_threads_batch);
-    moe__session_layout(session, &arena, n_threads);
-    session->info.work_bytes += (size_t)(logits + align);
-    for (int32_t i = 0; i < session->info.n_batch; i++) {
-        session->tokens[i] = i;
-        session->ones[i] = 1;
-    }
     if (!session->pool) {
         moe_pool_options pool_options;
         memset(&pool_options, 0, sizeof pool_options);
         pool_options.allocator = session->allocator;
-        pool_options.n_threads = n_threads;
+        pool_options.n_threads =
+            (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
         pool_options.pin = session->pin;
         session->pool = session->own_pool = moe_pool_open(&pool_options, error);
         if (!session->pool) {
             moe_session_close(session);
             return NULL;
         }
+    }
+    if (moe__pool_is_held(session->pool)) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "pool",
+                  "a callback cannot open a session on the pool that calls it");
+        moe_session_close(session);
+        return NULL;
+    }
+    if (!moe__pool_reserve(session->pool, work)) {
+        moe__fail(error, MOE_ERROR_MEMORY, "session", "no memory for batches of %d tokens",
+                  draft.info.n_batch);
+        moe_session_close(session);
+        return NULL;
     }
     return session;
 }
@@ -13583,13 +14005,13 @@ MOE_API void moe_session_close(moe_session *session) {
 MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
                                         moe_session_info *info, moe_error *error) {
     moe_session draft;
-    uint64_t logits = 0;
+    uint64_t logits = 0, work = 0;
     if (!model || !info)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "model", "model or info is NULL");
     memset(&draft, 0, sizeof draft);
     moe_status status = moe__session_configure(&draft, model, options, error);
     if (status) return status;
-    if (!moe__session_size(&draft, &logits))
+    if (!moe__session_size(&draft, &logits, &work))
         return moe__fail(error, MOE_ERROR_MEMORY, "session", "a session of %d tokens does not fit",
                          draft.info.n_ctx);
     *info = draft.info;
@@ -13604,48 +14026,110 @@ MOE_API const moe_session_info *moe_session_get_info(const moe_session *session)
 }
 MOE_API uint64_t moe_session_huge_bytes(const moe_session *session) {
     if (!session) return 0;
-    return moe__pages_huge("/proc/self/smaps", session->buffers, session->n_bytes);
+    return moe__pages_huge("/proc/self/smaps", session->buffers, session->n_bytes) +
+           moe__pages_huge("/proc/self/smaps", session->pool->work, session->pool->work_size);
 }
 MOE_API int32_t moe_session_length(const moe_session *session) {
     return session ? session->length : 0;
 }
 
-MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
-                                    moe_error *error) {
-    moe__eval_job job;
-    if (!session || !tokens || n_tokens < 1)
+/* Whether a job can be evaluated beside those before it */
+MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *lead,
+                                       moe_error *error) {
+    const moe_session *session = job->session;
+    if (!session || !job->tokens || job->n_tokens < 1)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
                          "a session and at least one token are needed");
-    for (int32_t i = 0; i < n_tokens; i++)
-        if (tokens[i] < 0 || tokens[i] >= session->model->info.n_vocab)
+    if (moe__pool_is_held(session->pool))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot evaluate with the pool that calls it");
+    if (session->in_jobs)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session", "a session has two jobs");
+    if (session->model != lead->model || session->pool != lead->pool ||
+        session->kernels != lead->kernels)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session",
+                         "sessions evaluated together have one model, one pool and one isa");
+    for (int32_t i = 0; i < job->n_tokens; i++)
+        if (job->tokens[i] < 0 || job->tokens[i] >= session->model->info.n_vocab)
             return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
-                             "token %d at position %d is not within 0..%d", (int)tokens[i], (int)i,
-                             (int)session->model->info.n_vocab - 1);
-    if (n_tokens > session->info.n_ctx - session->length)
+                             "token %d at position %d is not within 0..%d", (int)job->tokens[i],
+                             (int)i, (int)session->model->info.n_vocab - 1);
+    if (job->n_tokens > session->info.n_ctx - session->length)
         return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx",
-                         "%d tokens do not fit behind %d of %d", (int)n_tokens,
+                         "%d tokens do not fit behind %d of %d", (int)job->n_tokens,
                          (int)session->length, (int)session->info.n_ctx);
+    return MOE_OK;
+}
+
+/* Runs the jobs whose status is MOE_OK, n_tokens in all. */
+MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
+    moe_session *lead = batch->lead;
+    moe_session_info *info = &lead->info;
+    const int32_t n = n_tokens == 1 ? info->n_threads : info->n_threads_batch;
+    const int32_t most = (int32_t)moe__max(info->n_threads, info->n_threads_batch);
+    info->n_barriers = 0;
+    info->wait_seconds = 0;
+    moe__pool_hold(lead->pool);
+    moe__session_place(lead);
+    batch->work = &lead->work;
+    for (int32_t i = 0; i < info->n_batch; i++)
+        lead->work.numbers[i] = i, lead->work.ones[i] = 1;
+    moe__batch_next(batch);
+    moe__pool_nodes(lead->pool, n, &batch->nodes);
+    info->eval_seconds =
+        moe__pool_run_held(lead->pool, n, moe__eval_run, batch, lead->wait_seconds);
+    moe__pool_release(lead->pool);
+    for (int32_t i = 0; i < n; i++) info->wait_seconds += lead->wait_seconds[i];
+    for (int32_t i = n; i < most; i++) lead->wait_seconds[i] = 0;
+    return !batch->stop;
+}
+
+MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error) {
+    moe__batch batch;
+    moe_status first = MOE_OK;
+    int64_t n_tokens = 0;
+    memset(&batch, 0, sizeof batch);
+    if (!jobs || n_jobs < 1)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "jobs", "at least one job is needed");
+    for (int32_t i = 0; i < n_jobs; i++) {
+        const moe_session *lead = batch.lead ? batch.lead : jobs[i].session;
+        jobs[i].status = moe__job_check(&jobs[i], lead, first ? NULL : error);
+        if (jobs[i].status) {
+            first = first ? first : jobs[i].status;
+            continue;
+        }
+        batch.lead = batch.lead ? batch.lead : jobs[i].session;
+        jobs[i].session->in_jobs = 1;
+        n_tokens += jobs[i].n_tokens;
+    }
+    batch.jobs = jobs;
+    batch.n_jobs = n_jobs;
+    const int done = batch.lead && moe__jobs_run(&batch, n_tokens);
+    for (int32_t i = 0; i < n_jobs; i++) {
+        moe_session *session = jobs[i].session;
+        if (jobs[i].status) continue;
+        session->in_jobs = 0;
+        if (!done) {
+            jobs[i].status = MOE_ERROR_CANCELLED;
+            continue;
+        }
+        session->length += jobs[i].n_tokens;
+        session->n_last = jobs[i].n_tokens;
+    }
+    if (batch.lead && !done && !first)
+        return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
+    if (n_tokens == 1)
+        moe__paging_token(batch.lead->model, batch.lead->info.eval_seconds, batch.lead->pool);
+    return first;
+}
+
+MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    moe_error *error) {
+    moe_job job;
     job.session = session;
     job.tokens = tokens;
     job.n_tokens = n_tokens;
-    session->stop = 0;
-    session->info.n_barriers = 0;
-    session->info.wait_seconds = 0;
-    session->n_last = 0;
-    const int32_t n = n_tokens == 1 ? session->info.n_threads : session->info.n_threads_batch;
-    const int32_t most = (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
-    moe__pool_nodes(session->pool, n, &session->nodes);
-    session->info.eval_seconds =
-        moe__pool_run(session->pool, n, moe__eval_run, &job, session->wait_seconds);
-    for (int32_t i = 0; i < n; i++) session->info.wait_seconds += session->wait_seconds[i];
-    for (int32_t i = n; i < most; i++) session->wait_seconds[i] = 0;
-    if (session->stop)
-        return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
-    session->length += n_tokens;
-    session->n_last = n_tokens;
-    if (n_tokens == 1)
-        moe__paging_token(session->model, session->info.eval_seconds, session->pool);
-    return MOE_OK;
+    return moe_session_eval_many(&job, 1, error);
 }
 
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
@@ -13653,7 +14137,8 @@ MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
     if (i == -1) i = session->n_last - 1;
     if (i < 0 || i >= session->n_last) return NULL;
     if (session->keep_all_logits)
-        return session->logits + (int64_t)i * session->model->info.n_vocab;
+        return session->logits +
+               (int64_t)(session->length - session->n_last + i) * session->model->info.n_vocab;
     return i == session->n_last - 1 ? session->logits : NULL;
 }
 
@@ -13675,6 +14160,7 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
     if (!session || length < 0 || length > session->length)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",
                          (int)length, session ? (int)session->length : 0);
+    if (length < session->length) session->n_last = 0;
     session->length = length;
     return MOE_OK;
 }
@@ -14967,16 +15453,18 @@ MOE_API void moe_vocab_close(moe_vocab *vocab) {
 /* ---- what is in a vocabulary ----------------------------------------------------------------- */
 
 MOE__INLINE int moe__text_is_token(const moe_vocab *vocab, int32_t token) {
-    return token >= 0 && (uint32_t)token < vocab->n_tokens;
+    return vocab && token >= 0 && (uint32_t)token < vocab->n_tokens;
 }
 
-MOE_API int32_t moe_vocab_size(const moe_vocab *vocab) { return (int32_t)vocab->n_tokens; }
-MOE_API int32_t moe_vocab_bos(const moe_vocab *vocab) { return vocab->bos; }
-MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab) { return vocab->eos; }
+MOE_API int32_t moe_vocab_size(const moe_vocab *vocab) {
+    return vocab ? (int32_t)vocab->n_tokens : 0;
+}
+MOE_API int32_t moe_vocab_bos(const moe_vocab *vocab) { return vocab ? vocab->bos : -1; }
+MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab) { return vocab ? vocab->eos : -1; }
 
 MOE_API int32_t moe_vocab_find(const moe_vocab *vocab, const char *text, size_t text_size) {
-    return text ? (int32_t)moe__text_find(vocab, text, text_size, text + text_size)
-                : -1; /* NONE is -1 */
+    return vocab && text ? (int32_t)moe__text_find(vocab, text, text_size, text + text_size)
+                         : -1; /* NONE is -1 */
 }
 
 MOE_API moe_string moe_vocab_token(const moe_vocab *vocab, int32_t token) {
@@ -15003,7 +15491,7 @@ MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
 
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer,
                               size_t capacity) {
-    if (!moe__text_is_token(vocab, token)) return 0;
+    if (!moe__text_is_token(vocab, token) || (capacity && !buffer)) return 0;
     moe_string text = moe__text_at(&vocab->symbols, (uint32_t)token);
     int type = vocab->types[token] & MOE__TOKEN_TYPE;
     if (type != MOE__TOKEN_NORMAL && type != MOE__TOKEN_USER && type != MOE__TOKEN_BYTE) return 0;

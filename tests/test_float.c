@@ -370,6 +370,26 @@ TEST(axpy) {
     }
 }
 
+TEST(axpby) {
+    EACH_ISA(k)
+    for (int at = 0; row_length(at); at++) {
+        const int64_t n = row_length(at);
+        float *x = guarded_floats(n), *y = guarded_floats(n);
+        float *expected = (float *)malloc((size_t)n * sizeof(float));
+        const float a = random_float(-2, 2), b = random_float(-2, 2);
+        for (int64_t i = 0; i < n; i++) {
+            x[i] = random_float(-3, 3);
+            y[i] = expected[i] = random_float(-3, 3);
+        }
+        moe__axpby_scalar(a, x, b, n, expected);
+        k->axpby(a, x, b, n, y);
+        CHECKF(!memcmp(y, expected, (size_t)n * sizeof *y), "%s n %d", moe_isa_name(k->isa), (int)n);
+        guarded_floats_free(x, n);
+        guarded_floats_free(y, n);
+        free(expected);
+    }
+}
+
 /* Compares n conversions with the plain C one, bit for bit. */
 static void check_halves(const moe__kernels *k, const float *x, int64_t n) {
     uint16_t *out = (uint16_t *)malloc((size_t)n * 2);
@@ -425,7 +445,7 @@ TEST(rows_canaries) {
     uint16_t halves[SIZE];
     EACH_ISA(k)
     for (int n = 1; n <= 70; n++)
-        for (int kernel = 0; kernel < 5; kernel++) {
+        for (int kernel = 0; kernel < 6; kernel++) {
             int wrong = 0;
             for (int i = 0; i < SIZE; i++) {
                 x[i] = random_float(-1, 1);
@@ -437,6 +457,7 @@ TEST(rows_canaries) {
             if (kernel == 2) k->softmax(y + AT, n);
             if (kernel == 3) k->axpy(0.5f, x + AT, n, y + AT);
             if (kernel == 4) k->f32_to_f16(x + AT, n, halves + AT);
+            if (kernel == 5) k->axpby(0.5f, x + AT, 0.25f, n, y + AT);
             for (int i = 0; i < SIZE; i++)
                 if (i < AT || i >= AT + n) wrong += y[i] != kept[i] || halves[i] != 0xBEEF;
             CHECKF(!wrong, "%s kernel %d n %d", moe_isa_name(k->isa), kernel, n);

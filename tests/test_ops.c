@@ -209,8 +209,8 @@ TEST(rope_scaling) {
     for (int i = 1; i < 32; i++) CHECK(frequency[i] < frequency[i - 1]);
 }
 
-/* Chunks merged in order equal one softmax over all keys. */
-TEST(merging_chunks) {
+/* Chunks added up in order equal one softmax over all keys; a sink is a key whose value is 0. */
+TEST(adding_chunks) {
     enum { CHUNKS = 5, PER = 7, DV = 20 };
     const moe__kernels *kernels = moe__kernels_get(MOE_ISA_BEST);
     float score[CHUNKS][PER], value[CHUNKS][PER][DV];
@@ -235,8 +235,19 @@ TEST(merging_chunks) {
             }
         }
     }
-    moe__attend_merge(kernels, max, sum, partial[0], CHUNKS, 1, DV, DV, out);
-    for (int i = 0; i < DV; i++) CHECK(fabs(out[i] - expected[i] / total) < 1e-6);
+    for (int sink = 0; sink < 2; sink++) {
+        float all_max = sink ? 3.0f : -INFINITY, all_sum = sink ? 1.0f : 0.0f;
+        memset(out, 0, sizeof out);
+        for (int c = 0; c < CHUNKS; c++)
+            moe__attend_add(kernels, max[c], sum[c], partial[c], DV, &all_max, &all_sum, out);
+        const double all = total + (sink ? exp(3) : 0);
+        for (int i = 0; i < DV; i++) CHECK(fabs(out[i] / all_sum - expected[i] / all) < 1e-6);
+    }
+    /* nothing but -inf, then something */
+    float all_max = -INFINITY, all_sum = 0;
+    moe__attend_add(kernels, -INFINITY, 0, partial[0], DV, &all_max, &all_sum, out);
+    moe__attend_add(kernels, max[1], sum[1], partial[1], DV, &all_max, &all_sum, out);
+    CHECK(all_max == max[1] && all_sum == sum[1] && !memcmp(out, partial[1], sizeof out));
 }
 
 MAIN()

@@ -674,6 +674,10 @@ TEST(arguments) {
     CHECK(moe_vocab_tokenize(vocab, "a", 1, 4, ids, 4) == wrong);
     CHECK(moe_vocab_tokenize(vocab, "a", (size_t)INT32_MAX + 1, 0, ids, 4) == wrong);
     CHECK(moe_vocab_find(vocab, NULL, 3) == -1 && moe_vocab_find(vocab, "", 0) == -1);
+    CHECK(moe_vocab_size(NULL) == 0 && moe_vocab_bos(NULL) == -1 && moe_vocab_eos(NULL) == -1);
+    CHECK(moe_vocab_find(NULL, "a", 1) == -1 && !moe_vocab_token(NULL, 0).data);
+    CHECK(!moe_vocab_is_end(NULL, 0) && !moe_vocab_is_control(NULL, 0));
+    CHECK(moe_vocab_text(NULL, 0, NULL, 0) == 0 && moe_vocab_text(vocab, 0, NULL, 4) == 0);
     int32_t outside[] = {-1, INT32_MIN, INT32_MAX, moe_vocab_size(vocab)};
     for (int i = 0; i < 4; i++) {
         char buffer[8];

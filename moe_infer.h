@@ -24,20 +24,20 @@
 /*   >>manual      53  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config     144  every macro you may define */
 /*   >>api        235  types and prototypes with their contracts */
-/*   >>base       752  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine   1046  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1431  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1887  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2627  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3617  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5297  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10614  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10889  router, plan, the expert schedules */
-/*   >>model    11337  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12430  cache, the forward pass */
-/*   >>text     14169  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15823  choosing tokens, generating text */
-/*   >>licence  16668  MIT or public domain */
+/*   >>base       755  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine   1049  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1434  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1890  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2630  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3620  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5300  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops      10617  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10892  router, plan, the expert schedules */
+/*   >>model    11340  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12433  cache, the forward pass */
+/*   >>text     14172  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15826  choosing tokens, generating text */
+/*   >>licence  16676  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -725,15 +725,18 @@ typedef struct moe_generate_options {
 
 typedef struct moe_generate_result {
     moe_stop_reason reason;
-    int32_t n_prompt, n_generated;            /* tokens */
+    int32_t n_prompt, n_generated;            /* tokens; what was generated is reported */
+    int32_t next_token; /* chosen last and not evaluated: what goes on begins with it. It is */
+                        /* reported unless the reason is END; -1: there is none */
     double prompt_seconds, generate_seconds;
 } moe_generate_result;
 
-/* Evaluates the prompt behind what the session holds, then chooses, evaluates and reports tokens */
-/* until something stops it. The model must have a vocabulary. Memory: nothing is allocated. */
-/* An empty prompt goes on with the logits of the last eval. *result (may be NULL) is always set; */
-/* after an error its reason is CALLER, or CONTEXT for a prompt that does not fit. */
-/* Errors: those of moe_session_eval for the prompt; ARGUMENT. */
+/* Evaluates the prompt behind what the session holds, then chooses, reports and evaluates tokens */
+/* until something stops it. The last one is not evaluated, so that a full context gives one */
+/* token more than fits. The model must have a vocabulary. Memory: nothing is allocated. An empty */
+/* prompt goes on with the logits of the last eval. *result (may be NULL) is always set; after an */
+/* error its reason is CALLER, or CONTEXT for a prompt that does not fit. Errors: those of */
+/* moe_session_eval for the prompt; ARGUMENT. */
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error);
@@ -16594,7 +16597,8 @@ MOE__PRIVATE void moe__generate_report(moe__stream *stream, const moe_vocab *voc
     moe__stream_push(stream, text, size < sizeof text ? size : sizeof text);
 }
 
-/* Chooses, evaluates and reports one token. Returns 0 at the end of it all, with the reason. */
+/* Chooses a token and reports it, then evaluates it unless it is the last. Returns 0 at the end */
+/* of it all, with the reason. */
 MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
                                     moe_generate_result *result, moe_status *status,
                                     moe_error *error) {
@@ -16604,12 +16608,19 @@ MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
     const float *logits = moe_session_logits(session, -1);
     moe_error why;
     result->reason = MOE_STOP_CALLER;
-    if (!logits) return 0; /* a callback used the session itself, and that was cancelled */
+    if (!logits) return 0; /* a callback has rewound the session */
     int32_t n = (int32_t)moe__min(moe_vocab_size(vocab), moe_model_get_info(model)->n_vocab);
     int32_t token = options->sampler ? moe_sampler_sample(options->sampler, logits)
                                      : moe__sample_greedy(session->kernels, logits, n);
+    result->next_token = token;
     result->reason = MOE_STOP_END;
     if (options->ignore_end != MOE_ON && moe_vocab_is_end(vocab, token)) return 0;
+    result->n_generated++;
+    moe__generate_report(stream, vocab, token);
+    result->reason = stream->reason;
+    if (stream->stopped) return 0;
+    result->reason = MOE_STOP_LIMIT;
+    if (options->max_tokens > 0 && result->n_generated >= options->max_tokens) return 0;
     moe_status evaluated = moe_session_eval(session, &token, 1, &why);
     result->reason = evaluated == MOE_ERROR_CONTEXT_FULL ? MOE_STOP_CONTEXT : MOE_STOP_CALLER;
     if (evaluated == MOE_ERROR_CONTEXT_FULL || evaluated == MOE_ERROR_CANCELLED) return 0;
@@ -16618,13 +16629,9 @@ MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
         if (error) *error = why;
         return 0;
     }
-    result->n_generated++;
+    result->next_token = -1;
     if (options->sampler) moe_sampler_accept(options->sampler, token);
-    moe__generate_report(stream, vocab, token);
-    result->reason = stream->reason;
-    if (stream->stopped) return 0;
-    result->reason = MOE_STOP_LIMIT;
-    return options->max_tokens <= 0 || result->n_generated < options->max_tokens;
+    return 1;
 }
 
 MOE__PRIVATE moe_status moe__generate_run(moe_session *session, const int32_t *prompt,
@@ -16657,6 +16664,7 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
     memset(&defaults, 0, sizeof defaults);
     memset(&own, 0, sizeof own);
     own.reason = MOE_STOP_CALLER; /* what an error leaves, see moe_generate_result */
+    own.next_token = -1;
     moe_status status =
         moe__generate_run(session, prompt, n_prompt, options ? options : &defaults, &own, error);
     if (result) *result = own;

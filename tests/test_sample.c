@@ -1047,12 +1047,10 @@ static int by_hand(const moe_model *model, const moe_sampler_options *options, i
     size_t n_raw = 0;
     CHECK(moe_session_eval(session, prompt, N_PROMPT, NULL) == MOE_OK);
     for (int i = 0; i < N_PROMPT; i++) moe_sampler_accept(sampler, prompt[i]);
-    for (; done < n; done++) {
+    while (done < n) {
         int32_t token = moe_sampler_sample(sampler, moe_session_logits(session, -1));
         if (!ignore_end && moe_vocab_is_end(vocab, token)) break;
-        if (moe_session_eval(session, &token, 1, NULL) != MOE_OK) break;
-        moe_sampler_accept(sampler, token);
-        tokens[done] = token;
+        tokens[done++] = token;
         if (special && moe_vocab_is_control(vocab, token)) {
             moe_string name = moe_vocab_token(vocab, token);
             memcpy(raw + n_raw, name.data, name.size);
@@ -1060,6 +1058,8 @@ static int by_hand(const moe_model *model, const moe_sampler_options *options, i
         } else {
             n_raw += moe_vocab_text(vocab, token, raw + n_raw, sizeof raw - n_raw);
         }
+        if (moe_session_eval(session, &token, 1, NULL) != MOE_OK) break;
+        moe_sampler_accept(sampler, token);
     }
     *size = sanitize(raw, n_raw, text);
     moe_sampler_close(sampler);
@@ -1107,12 +1107,13 @@ TEST(generate_against_a_loop_by_hand) {
         moe_status status = moe_generate(session, prompt, N_PROMPT, &o, &result, &error);
         CHECK(status == MOE_OK);
         CHECK(result.n_prompt == N_PROMPT && result.n_generated == n);
-        CHECK(moe_session_length(session) == N_PROMPT + n);
+        const int held = result.next_token < 0 || result.reason == MOE_STOP_END ? n : n - 1;
+        CHECK(moe_session_length(session) == N_PROMPT + held);
         CHECKF(s.size == size && memcmp(s.text, text, size) == 0, "run %d: %d and %d bytes", run,
                (int)s.size, (int)size);
         CHECK(result.prompt_seconds > 0 && result.generate_seconds > 0);
         moe_stop_reason reason = n == 50 ? MOE_STOP_LIMIT
-                                 : n == n_ctx - N_PROMPT ? MOE_STOP_CONTEXT : MOE_STOP_END;
+                                 : n == n_ctx - N_PROMPT + 1 ? MOE_STOP_CONTEXT : MOE_STOP_END;
         CHECKF(result.reason == reason, "run %d: %d instead of %d", run, (int)result.reason,
                (int)reason);
         n_ends += reason == MOE_STOP_END;
@@ -1144,9 +1145,10 @@ TEST(generate_in_two_calls) {
     CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
     CHECK(parts.size < whole.size);
     o.max_tokens = 12;
-    CHECK(moe_generate(session, NULL, 0, &o, &result, NULL) == MOE_OK);
-    CHECK(result.n_prompt == 0 && result.n_generated == 12);
-    CHECK(moe_session_length(session) == N_PROMPT + 20);
+    const int32_t next = result.next_token;
+    CHECK(moe_generate(session, &next, 1, &o, &result, NULL) == MOE_OK);
+    CHECK(result.n_prompt == 1 && result.n_generated == 12);
+    CHECK(moe_session_length(session) == N_PROMPT + 19);
     CHECK(parts.size == whole.size && memcmp(parts.text, whole.text, whole.size) == 0);
     /* nothing to report to, no result wanted, no options: until the end or a full context */
     CHECK(moe_generate(session, NULL, 0, NULL, NULL, NULL) == MOE_OK);
@@ -1183,7 +1185,7 @@ TEST(generate_stops) {
             CHECK(find_stop(full.text, full.size, stops, 1, &at, &end));
             CHECK(result.reason == MOE_STOP_STRING);
             CHECK(s.size == at && memcmp(s.text, full.text, at) == 0);
-            CHECK(moe_session_length(session) == N_PROMPT + result.n_generated);
+            CHECK(moe_session_length(session) == N_PROMPT + result.n_generated - 1);
         }
     o.stop = NULL, o.n_stop = 0;
     /* the callback stops it */
@@ -1232,8 +1234,7 @@ TEST(generate_with_a_meddling_callback) {
         o.sampler = run % 2 ? open_sampler(NULL, moe_model_get_info(model)->n_vocab) : NULL;
         m.session = moe_session_open(model, &so, NULL);
         CHECK(moe_generate(m.session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
-        /* rewinding drops the logits; what was cancelled leaves them */
-        CHECK(result.reason == (m.how == 0 ? MOE_STOP_CALLER : MOE_STOP_LIMIT));
+        CHECK(result.reason == MOE_STOP_LIMIT); /* the token is evaluated behind the callback */
         moe_session_close(m.session);
         moe_sampler_close(o.sampler);
     }
@@ -1267,7 +1268,7 @@ TEST(generate_cancelled) {
         if (status == MOE_OK) {
             n_results++;
             CHECK(result.n_prompt == N_PROMPT && error.status == MOE_OK);
-            CHECK(moe_session_length(session) == N_PROMPT + result.n_generated);
+            CHECK(moe_session_length(session) == N_PROMPT + result.n_generated - 1);
         } else {
             n_errors++;
             CHECK(status == MOE_ERROR_CANCELLED && error.status == MOE_ERROR_CANCELLED);
@@ -1317,11 +1318,11 @@ TEST(generate_errors) {
     EXPECT_ERROR(session, prompt, N_PROMPT, &o, MOE_ERROR_ARGUMENT, "sampler");
     moe_sampler_close(o.sampler);
     o.sampler = NULL;
-    /* a prompt that fills the context leaves no room, which is not an error */
+    /* a prompt that fills the context leaves room for one token, which is not evaluated */
     moe_generate_result result;
     o.ignore_end = MOE_ON;
     CHECK(moe_generate(session, many, 8, &o, &result, NULL) == MOE_OK);
-    CHECK(result.reason == MOE_STOP_CONTEXT && result.n_generated == 0 && result.n_prompt == 8);
+    CHECK(result.reason == MOE_STOP_CONTEXT && result.n_generated == 1 && result.n_prompt == 8);
     moe_session_close(session);
     moe_model_close(model);
     /* a model without a vocabulary */

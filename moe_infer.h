@@ -16,28 +16,31 @@
 /* In the others only the #include. Build: cc -O2 app.c -lm -lpthread. No -march is needed: the */
 /* kernels for AVX2, AVX-VNNI and AVX-512 are compiled in and chosen when the program runs. */
 /* */
-/* The rooms of this file, each opened by its tag; a room calls only rooms above it, but for */
-/* >>model, which opens the vocabulary through the public functions of >>text: */
+/* The rooms of this file, each opened by its tag; a room calls only rooms above it: */
 /* */
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
-/*   >>manual      53  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     144  every macro you may define */
-/*   >>api        235  types and prototypes with their contracts */
-/*   >>base       755  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine   1049  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1434  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1890  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2630  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3620  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5300  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10620  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  10895  router, plan, the expert schedules */
-/*   >>model    11343  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12436  cache, the forward pass */
-/*   >>text     14174  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   15828  choosing tokens, generating text */
-/*   >>licence  16678  MIT or public domain */
+/*   >>manual      57  how to use it: models, sessions, threads, schedules, errors, limits */
+/*   >>config     148  every macro you may define */
+/*   >>api        239  types and prototypes with their contracts */
+/*   >>base       761  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine   1055  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool      1440  the team of threads: wake, barrier, shares of work */
+/*   >>pages     1896  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf      2636  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types     3626  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels   5306  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops     10626  matrix products, rotary positions */
+/*   >>experts 10881  router, plan, the expert schedules */
+/*   >>text    11327  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model   12981  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache   13794  what a sequence remembers */
+/*   >>batch   13856  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers  14189  attention: grouped queries, latent; the table of mixers */
+/*   >>load    15091  opening a model, placing its weights */
+/*   >>session 15479  the forward pass, sessions */
+/*   >>sample   16291  choosing tokens, generating text */
+/*   >>licence  17141  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -45,6 +48,7 @@
 /* To add an instruction set: a number and a target string at the top of the vector text, an */
 /*   include of this file before it, and a case in moe__kernels_detect (>>kernels). */
 /* To add an expert schedule: its functions and one row in moe__schedules (>>experts). */
+/* To add a mixer (a way of mixing tokens): see the head of >>mixers. */
 /* To add a model family: one row in moe__families (>>model), and what is new about it as a */
 /*   feature that any family may have, read by the one forward pass (>>session). */
 /* ============================================================================================== */
@@ -490,6 +494,8 @@ typedef struct moe_model_info {
     int64_t n_params;         /* weights of all tensors in use */
     int64_t n_bytes;          /* their bytes in the file */
     int64_t n_bytes_token;    /* bytes of weights that generating one token reads */
+    int64_t n_bytes_made;     /* bytes of matrices made at opening: transposed keys' halves of */
+                              /* attn_kv_b in files without attn_k_b */
 } moe_model_info;
 
 /* What became of the wishes about memory; where the system refuses one, nothing else changes. */
@@ -10619,14 +10625,30 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
 /* ============================================================================================== */
 /* // >>ops */
 /* */
-/* What a forward pass is made of: matrices times activations, rotary positions, and attention */
-/* items. All of it works on ranges, so that callers decide how threads share the work; nothing */
-/* here waits for other threads or allocates. */
+/* What a forward pass is made of: matrices times activations, and rotary positions. All of it */
+/* works on ranges, so that callers decide how threads share the work; nothing here waits for */
+/* other threads or allocates. */
 /* ============================================================================================== */
+
+/* What matrices read. Each has one of these vectors for its input; from that follow the forms in */
+/* which the vector is wanted (moe__acts), and nobody can hand a matrix another one. */
+typedef enum moe__input {
+    MOE__IN_X,      /* normed residual */
+    MOE__IN_MIXED,  /* what a mixer has made of it, before attn_output */
+    MOE__IN_ROUTED, /* hidden vectors of routed experts, */
+    MOE__IN_SHARED, /* of shared ones, */
+    MOE__IN_DENSE,  /* of layers without experts */
+    MOE__IN_Q_A,    /* latent attention: low-rank queries, */
+    MOE__IN_Q_NOPE, /* unrotated parts of queries by head, */
+    MOE__IN_LATENT, /* weighted sums of latent vectors by head */
+    MOE__INPUTS,
+    MOE__IN_NONE = MOE__INPUTS /* rows are read as floats, or parts of them are matrices */
+} moe__input;
 
 /* Matrix {n_in, n_out}, or {n_in, n_out, n_expert} with one matrix per expert. */
 typedef struct moe__matrix {
     const uint8_t *data;  /* NULL: the model has no such tensor */
+    moe__input input;
     const moe__type *type;
     int index;            /* of the type in kernel tables */
     int64_t n_in, n_out, n_expert;
@@ -10643,12 +10665,11 @@ typedef struct moe__acts {
     int64_t n;                     /* values per vector */
     unsigned kinds;                /* bit set of moe__act_kind */
     size_t size[MOE__ACT_KINDS];   /* bytes per vector */
-    uint8_t *data[MOE__ACT_KINDS]; /* [MOE__ACT_F32] always exists: the source of the others */
+    uint8_t *data[MOE__ACT_KINDS]; /* [MOE__ACT_F32] is the source of the others */
 } moe__acts;
 
-MOE__INLINE unsigned moe__acts_kind(const moe__matrix *matrix) {
-    return matrix->data ? 1u << matrix->type->act : 0;
-}
+enum { MOE__ACTS_FLOATS = 1 << MOE__ACT_F32 };
+
 MOE__INLINE float *moe__acts_f32(const moe__acts *acts, int64_t row) {
     return (float *)acts->data[MOE__ACT_F32] + row * acts->n;
 }
@@ -10656,19 +10677,26 @@ MOE__INLINE const void *moe__acts_row(const moe__acts *acts, moe__act_kind kind,
     return acts->data[kind] + (size_t)row * acts->size[kind];
 }
 
-/* Room for n_rows vectors of n values. */
+/* Room for n_rows vectors of n values, in the given forms. */
 MOE__PRIVATE void moe__acts_take(moe__acts *acts, moe__arena *arena, int64_t n_rows, int64_t n,
                                  unsigned kinds) {
     acts->n = n;
     acts->kinds = kinds;
     for (int kind = 0; kind < MOE__ACT_KINDS; kind++) {
         acts->size[kind] = moe__act_size((moe__act_kind)kind, n);
-        int wanted = kind == MOE__ACT_F32 || (kinds >> kind & 1);
         acts->data[kind] = NULL;
-        if (wanted)
+        if (kinds >> kind & 1)
             acts->data[kind] =
                 (uint8_t *)moe__arena_take(arena, (uint64_t)n_rows, acts->size[kind]);
     }
+}
+
+/* The same memory for vectors of n values, no more than it was taken for. */
+MOE__INLINE void moe__acts_fit(moe__acts *acts, int64_t n) {
+    if (acts->n == n) return;
+    acts->n = n;
+    for (int kind = 0; kind < MOE__ACT_KINDS; kind++)
+        acts->size[kind] = moe__act_size((moe__act_kind)kind, n);
 }
 
 /* Makes the int8 forms of rows begin <= row < end from their floats. */
@@ -10682,10 +10710,12 @@ MOE__PRIVATE void moe__acts_quantize(const moe__kernels *kernels, const moe__act
     }
 }
 
-/* Pointers to vectors rows[i], or first + i if rows is NULL, in the form that matrix reads. */
-MOE__PRIVATE void moe__acts_gather(const moe__acts *acts, const moe__matrix *matrix,
+/* Pointers to vectors rows[i], or first + i if rows is NULL, of the matrix' input, in the form */
+/* that it reads. in: [MOE__INPUTS] */
+MOE__PRIVATE void moe__acts_gather(const moe__acts *in, const moe__matrix *matrix,
                                    const int32_t *rows, int64_t first, int64_t n,
                                    const void **x) {
+    const moe__acts *acts = &in[matrix->input];
     for (int64_t i = 0; i < n; i++)
         x[i] = moe__acts_row(acts, matrix->type->act, rows ? rows[i] : first + i);
 }
@@ -10713,12 +10743,14 @@ MOE__INLINE moe__next moe__next_tile(const moe__matrix *matrix, int32_t expert, 
     return next;
 }
 
-/* Rows begin .. begin + n - 1 as floats, whole groups of interleaved types. */
+/* Rows begin .. begin + n - 1 as floats, times the scale: whole groups of interleaved types. */
 MOE__PRIVATE void moe__matrix_to_f32(const moe__kernels *kernels, const moe__matrix *matrix,
                                      int32_t expert, int64_t begin, int64_t n, float *out) {
     for (int64_t r = 0; r < n; r += matrix->type->rows)
         kernels->type[matrix->index].dequantize(moe__matrix_row(matrix, expert, begin + r),
                                                 matrix->n_in, out + r * matrix->n_in);
+    for (int64_t i = 0; i < n * matrix->n_in && matrix->scale; i++)
+        out[i] *= matrix->scale[expert];
 }
 
 /* Scale and bias of rows begin .. begin + n_rows - 1, which few models have. */
@@ -10795,6 +10827,7 @@ typedef enum moe__rope_kind { MOE__ROPE_NORM, MOE__ROPE_NEOX } moe__rope_kind;
 typedef struct moe__rope {
     moe__rope_kind kind;
     int32_t n_rot;    /* values turned, from the first; even */
+    int32_t at;       /* where its floats begin in a row's tables of all ropes */
     double *frequency; /* n_rot / 2 angles per position */
     double magnitude; /* factor of cos and sin (YaRN) */
 } moe__rope;
@@ -10842,53 +10875,6 @@ MOE__PRIVATE void moe__rope_init(moe__rope *rope, const moe__rope_scaling *s) {
             ramp = s->ext_factor * (1 - fmin(1, fmax(0, (i - low) / fmax(0.001, high - low))));
         rope->frequency[i] = slow * (1 - ramp) + fast * ramp;
     }
-}
-
-/* ---- the cache of keys and values ----------------------------------------------------------- */
-
-/* Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the */
-/* latent vector and the rotated key, and no values of their own. A Q8_0 row is width / 32 blocks */
-/* as in files: f16 scale, 32 int8. The widths of the parts of a row are multiples of 32. */
-typedef struct moe__kv {
-    uint8_t *data;
-    moe_kv_type type;
-    int64_t n_ctx, width;
-    size_t row_size;
-} moe__kv;
-
-MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t position) {
-    return kv->data + (size_t)(head * kv->n_ctx + position) * kv->row_size;
-}
-
-/* Stores n values behind the first `at` of a row. */
-MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, uint8_t *row,
-                                int64_t at, const float *x, int64_t n) {
-    row += moe__kv_bytes(kv->type, at);
-    if (kv->type == MOE_KV_F32)
-        memcpy(row, x, (size_t)n * sizeof(float));
-    else if (kv->type == MOE_KV_F16)
-        kernels->f32_to_f16(x, n, (uint16_t *)(void *)row);
-    else
-        kernels->f32_to_q8_0(x, n, row);
-}
-
-/* ---- adding up attention over chunks of keys ------------------------------------------------ */
-
-/* A chunk's state (see moe__attend_args) is added to that of all chunks before it; out, x: dv */
-/* floats, not yet divided by the sum. NaN is never the largest. */
-MOE__PRIVATE void moe__attend_add(const moe__kernels *kernels, float max, float sum, const float *x,
-                                  int64_t dv, float *all_max, float *all_sum, float *out) {
-    if (*all_max == -INFINITY && *all_sum == 0) { /* the first */
-        *all_max = max;
-        *all_sum = sum;
-        memcpy(out, x, (size_t)dv * sizeof *out);
-        return;
-    }
-    const float now = max > *all_max ? max : *all_max, base = now == -INFINITY ? 0.0f : now;
-    const float old = expf(*all_max - base), factor = expf(max - base);
-    *all_sum = fmaf(sum, factor, moe__rounded_f32(*all_sum * old));
-    *all_max = now;
-    kernels->axpby(factor, x, old, dv, out);
 }
 
 /* ============================================================================================== */
@@ -11010,8 +10996,7 @@ typedef struct moe__entry {
     int32_t n_tokens;
     const int32_t *tokens;  /* rows of the input and of the residual */
     const float *weights;   /* per token */
-    const moe__acts *hidden; /* where the hidden vectors are, */
-    int64_t hidden_row;     /* from this row on, one per token */
+    int64_t hidden_row;     /* the first of its hidden vectors, one per token */
     int64_t work_before;    /* moe__entry_work of all entries before */
 } moe__entry;
 
@@ -11046,8 +11031,8 @@ MOE__PRIVATE moe__entry *moe__plan_add(moe__plan *plan, const moe__ffn *ffn, int
 
 /* Entries of the routed experts. experts, weights: n_tokens x n_used from the router. */
 MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const moe__router *router,
-                                   const int32_t *experts, const float *weights, int64_t n_tokens,
-                                   const moe__acts *hidden) {
+                                   const int32_t *experts, const float *weights,
+                                   int64_t n_tokens) {
     int32_t count[MOE__MAX_EXPERTS], first[MOE__MAX_EXPERTS];
     const int64_t n_slots = n_tokens * router->n_used;
     memset(count, 0, sizeof count);
@@ -11061,7 +11046,6 @@ MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const m
         entry->expert = e;
         entry->tokens = plan->tokens + first[e];
         entry->weights = plan->weights + first[e];
-        entry->hidden = hidden;
         entry->hidden_row = first[e];
     }
     plan->n_routed = plan->n_entries;
@@ -11074,13 +11058,11 @@ MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const m
 
 /* One entry for all tokens. tokens: 0, 1, 2, ...; weights: one per token */
 MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_tokens,
-                                const int32_t *tokens, const float *weights,
-                                const moe__acts *hidden) {
+                                const int32_t *tokens, const float *weights) {
     moe__entry *entry = moe__plan_add(plan, ffn, (int32_t)n_tokens);
     entry->expert = 0;
     entry->tokens = tokens;
     entry->weights = weights;
-    entry->hidden = hidden;
     entry->hidden_row = 0;
 }
 
@@ -11286,19 +11268,21 @@ typedef struct moe__scratch {
     const void **x, **x_up; /* n_batch pointers to activations each */
 } moe__scratch;
 
-/* hidden = silu(gate x) * up x (or the like) for some rows of one entry. */
+/* hidden = silu(gate x) * up x (or the like) for some rows of one entry. in: [MOE__INPUTS]; the */
+/* hidden vectors are the input of down. */
 MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__entry *entry,
-                                       int64_t begin, int64_t end, const moe__acts *input,
+                                       int64_t begin, int64_t end, const moe__acts *in,
                                        const moe__scratch *scratch) {
     const moe__matrix *gate = &entry->ffn->gate, *up = &entry->ffn->up;
+    const moe__acts *hidden = &in[entry->ffn->down.input];
     moe__glu_fn *glu = entry->ffn->oai ? kernels->swiglu_oai : kernels->swiglu;
     const int32_t expert = entry->expert;
     const int64_t n = entry->n_tokens;
     if (begin >= end) return;
-    moe__acts_gather(input, gate, entry->tokens, 0, n, scratch->x);
-    moe__acts_gather(input, up, entry->tokens, 0, n, scratch->x_up);
+    moe__acts_gather(in, gate, entry->tokens, 0, n, scratch->x);
+    moe__acts_gather(in, up, entry->tokens, 0, n, scratch->x_up);
     if (n == 1) {
-        float *h = moe__acts_f32(entry->hidden, entry->hidden_row) + begin;
+        float *h = moe__acts_f32(hidden, entry->hidden_row) + begin;
         moe__matrix_fetch(up, expert, begin, end);
         moe__matmul(kernels, gate, expert, begin, end, scratch->x, 1, h, 0, NULL);
         moe__matmul(kernels, up, expert, begin, end, scratch->x_up, 1, scratch->up, 0, NULL);
@@ -11314,2860 +11298,29 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
                          moe__next_tile(gate, expert, row + n_rows, end));
         for (int64_t t = 0; t < n; t++)
             glu(scratch->gate + t * MOE__TILE_ROWS, scratch->up + t * MOE__TILE_ROWS, n_rows,
-                moe__acts_f32(entry->hidden, entry->hidden_row + t) + row);
+                moe__acts_f32(hidden, entry->hidden_row + t) + row);
     }
 }
 
 /* out[row] = down hidden for some rows of one entry with one token; added up later. */
 MOE__PRIVATE void moe__experts_down_apart(const moe__kernels *kernels, const moe__entry *entry,
-                                          int64_t begin, int64_t end, float *out,
-                                          const moe__scratch *scratch) {
+                                          int64_t begin, int64_t end, const moe__acts *in,
+                                          float *out, const moe__scratch *scratch) {
     const moe__matrix *down = &entry->ffn->down;
     if (begin >= end) return;
-    moe__acts_gather(entry->hidden, down, NULL, entry->hidden_row, 1, scratch->x);
+    moe__acts_gather(in, down, NULL, entry->hidden_row, 1, scratch->x);
     moe__matmul(kernels, down, entry->expert, begin, end, scratch->x, 1, out + begin, 0,
                 scratch->pack);
 }
 
-/* residual[token] += weight * (down hidden) for some rows of one entry. */
+/* sum[token] += weight * (down hidden) for some rows of one entry. */
 MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entry *entry,
-                                    int64_t begin, int64_t end, float *residual,
+                                    int64_t begin, int64_t end, const moe__acts *in, float *sum,
                                     const moe__scratch *scratch) {
     const moe__matrix *down = &entry->ffn->down;
-    moe__acts_gather(entry->hidden, down, NULL, entry->hidden_row, entry->n_tokens, scratch->x);
+    moe__acts_gather(in, down, NULL, entry->hidden_row, entry->n_tokens, scratch->x);
     moe__matmul_add(kernels, down, entry->expert, begin, end, scratch->x, entry->n_tokens,
-                    entry->tokens, entry->weights, residual, scratch->up, scratch->pack);
-}
-
-/* ============================================================================================== */
-/* // >>model */
-/* */
-/* From a GGUF file to a model that can be run: hyper-parameters, the table of families, and the */
-/* binding of tensors with a check of every shape. Optional parts (biases, norms of queries and */
-/* keys, shared experts, fused matrices) are decided by the presence of their tensors; a key */
-/* counts only where the family defines it. A model never changes after it was opened. */
-/* ============================================================================================== */
-
-enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
-
-enum { /* features of a family */
-    MOE__ROUTER_KEYS = 1,   /* gating function, groups, normalization and scale come from keys */
-    MOE__NORMALIZE = 2,     /* without router keys: weights of the chosen experts sum to 1 */
-    MOE__QK_NORM = 4,       /* norms of queries and keys, by head: their tensors must be there */
-    MOE__QK_NORM_WIDE = 8,  /* the same over all heads together */
-    MOE__CLAMP_KQV = 16,    /* attention.clamp_kqv bounds queries, keys and values */
-    MOE__SINKS = 32,        /* attn_sinks: per head a score whose exponential joins the sum */
-    MOE__BIASES = 64,       /* every matrix of a layer has a bias, which must be there */
-    MOE__OAI = 128,         /* activation moe__kernels.swiglu_oai */
-    MOE__SHARED_COUNT = 256, /* shared experts, as wide as expert_shared_count routed ones */
-    MOE__SHARED_GATED = 512, /* one of its own width, times the sigmoid of its gate */
-    MOE__WIDTH_FFN = 1024,  /* experts are as wide as feed_forward_length says */
-    MOE__FFN_SCALE = 2048   /* NAME.scale tensors of feed-forward matrices count (llama.cpp */
-                            /* ignores them in some families) */
-};
-
-typedef struct moe__family {
-    const char *name; /* general.architecture */
-    moe__rope_kind rope;
-    int mla;          /* multi-head latent attention (DeepSeek-V2 report, 2.1) */
-    moe__gating gating; /* if there is no key for it */
-    int window_period; /* of so many layers all but the last see a sliding window; 0: none */
-    const char *ffn_norm; /* name of the norm before the feed-forward part */
-    unsigned features;
-} moe__family;
-
-/* To add a model family: a row here, and what it needs beyond features that are read already in */
-/* moe__load_hparams, moe__load_layer and the forward pass, as a feature any family may have. */
-static const moe__family moe__families[] = {
-    {"deepseek2", MOE__ROPE_NORM, 1, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
-    {"gpt-oss", MOE__ROPE_NEOX, 0, MOE__GATING_CHOSEN, 2, "post_attention_norm",
-     MOE__SINKS | MOE__BIASES | MOE__OAI},
-    {"llama", MOE__ROPE_NORM, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
-    {"olmoe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__QK_NORM_WIDE | MOE__CLAMP_KQV | MOE__WIDTH_FFN},
-    {"qwen2moe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm", MOE__SHARED_GATED},
-    {"qwen3moe", MOE__ROPE_NEOX, 0, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__NORMALIZE | MOE__QK_NORM | MOE__FFN_SCALE},
-};
-
-typedef struct moe__layer {
-    const float *attn_norm, *ffn_norm;             /* n_embd */
-    moe__matrix q, k, v;                           /* grouped-query attention */
-    const float *q_norm, *k_norm;                  /* before rope; NULL: none */
-    const float *sinks;                            /* per head; NULL: none */
-    int32_t window;                                /* keys seen by a query; 0: all */
-    moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    /* MLA; kv_b, k_b, v_b: one per head */
-    const float *q_a_norm, *kv_a_norm;
-    moe__matrix o;
-    int is_moe;
-    moe__matrix router;                            /* ffn_gate_inp */
-    const float *router_bias;                      /* exp_probs_b: for choosing only */
-    moe__ffn experts, shared, dense;               /* shared.gate.data NULL: none */
-    const float *shared_gate;                      /* n_embd; NULL: weight 1 */
-} moe__layer;
-
-struct moe_model {
-    moe_allocator allocator;
-    const moe_gguf *gguf;
-    moe_gguf *own_gguf; /* NULL if the caller's */
-    moe_vocab *vocab;
-    moe_model_info info;
-    const moe__family *family;
-    int32_t head_k, head_v;      /* values of a head's query and key, and of its value */
-    int32_t n_rot;               /* of them turned by position (MLA: the last, else the first) */
-    int32_t q_lora, kv_lora;     /* MLA ranks; q_lora 0: plain q */
-    int32_t n_ff_shared;
-    int32_t n_dense;             /* leading layers without experts */
-    float eps;
-    float kq_scale;              /* factor of query . key */
-    float clamp_kqv;             /* bound of queries, keys and values; 0: none */
-    int32_t window;              /* keys that a query sees in some layers */
-    moe__rope rope;
-    moe__router router;
-    moe__matrix token_embd, output;
-    const float *output_norm;
-    moe__layer *layers;
-    void *owned;                 /* list of allocations, each begins with a pointer to the next */
-    moe_model_memory memory;     /* as it was when the model had been opened */
-    moe_model_memory later;      /* and when paging was done, */
-    int is_later;                /* atomic: if that came later */
-    moe__paging paging;          /* of the gguf's pages, if this model looks after them */
-};
-
-/* State while loading: after the first error everything else is skipped. */
-typedef struct moe__loader {
-    moe_model *model;
-    const moe_gguf *gguf;
-    moe_error *error;
-    moe_status status;
-} moe__loader;
-
-#define moe__load_fail(loader, code, where, ...) \
-    ((loader)->status = (loader)->status ? (loader)->status \
-                                         : moe__fail((loader)->error, code, where, __VA_ARGS__))
-
-/* Zeroed memory that lives as long as the model; NULL after an error. */
-MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t size) {
-    uint64_t bytes;
-    void *memory = NULL;
-    if (loader->status) return NULL;
-    if (moe__size_mul(count, size, &bytes) && bytes < SIZE_MAX / 4)
-        memory = moe__alloc(&loader->model->allocator, (size_t)bytes + 64);
-    if (!memory) {
-        moe__load_fail(loader, MOE_ERROR_MEMORY, "model", "no memory for the model's tables");
-        return NULL;
-    }
-    memcpy(memory, &loader->model->owned, sizeof(void *));
-    loader->model->owned = memory;
-    return (char *)memory + 64;
-}
-
-/* ---- keys ------------------------------------------------------------------------------------ */
-
-enum { MOE__REQUIRED = -1 }; /* in place of a default */
-
-MOE__INLINE int moe__has(const moe_model *model, unsigned feature) {
-    return (model->family->features & feature) != 0;
-}
-
-/* The value of "family.name"; *key gets the full name. */
-MOE__PRIVATE const moe_gguf_value *moe__load_value(moe__loader *loader, const char *name,
-                                                   char key[128]) {
-    snprintf(key, 128, "%s.%s", loader->model->family->name, name);
-    return loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
-}
-
-/* An integer key within low..high. Absent or 0 ("not set" in some files): the default, or an */
-/* error if that is MOE__REQUIRED. An array (one value per layer) must hold equal values. */
-MOE__PRIVATE int32_t moe__load_int(moe__loader *loader, const char *name, int64_t low, int64_t high,
-                                   int64_t fallback) {
-    char key[128];
-    int64_t x = 0, other;
-    const moe_gguf_value *value = moe__load_value(loader, name, key);
-    if (loader->status) return 0;
-    if (value) {
-        if (!moe_gguf_value_int(value, 0, &x)) {
-            moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not an integer", key);
-            return 0;
-        }
-        for (uint64_t i = 1; i < value->count; i++)
-            if (!moe_gguf_value_int(value, i, &other) || other != x) {
-                moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key,
-                               "%s differs from layer to layer", key);
-                return 0;
-            }
-    }
-    if (x == 0) {
-        if (fallback != MOE__REQUIRED) return (int32_t)fallback;
-        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
-        return 0;
-    }
-    if (x < low || x > high) {
-        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is %lld, not within %lld..%lld", key,
-                       (long long)x, (long long)low, (long long)high);
-        return 0;
-    }
-    return (int32_t)x;
-}
-
-/* A real key; absent or 0: the default. NaN, infinity and negative values are refused. */
-MOE__PRIVATE double moe__load_float(moe__loader *loader, const char *name, double fallback) {
-    char key[128];
-    double x = 0;
-    const moe_gguf_value *value = moe__load_value(loader, name, key);
-    if (loader->status || !value) return fallback;
-    if (!moe_gguf_value_float(value, 0, &x) || value->count != 1)
-        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a number", key);
-    else if (!(x >= 0 && x <= 1e30))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is %g, not a positive number", key, x);
-    return x > 0 ? x : fallback;
-}
-
-MOE__PRIVATE int moe__load_bool(moe__loader *loader, const char *name, int fallback) {
-    char key[128];
-    int x = fallback;
-    const moe_gguf_value *value = moe__load_value(loader, name, key);
-    if (value && !moe_gguf_value_bool(value, 0, &x))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is neither true nor false", key);
-    return x;
-}
-
-/* ---- tensors --------------------------------------------------------------------------------- */
-
-/* The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix"; NULL: absent, and an error if it */
-/* is required. */
-MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int layer,
-                                                     const char *base, const char *suffix,
-                                                     int required) {
-    char name[128];
-    if (loader->status) return NULL;
-    if (layer >= 0)
-        snprintf(name, sizeof name, "blk.%d.%s.%s", layer, base, suffix);
-    else
-        snprintf(name, sizeof name, "%s.%s", base, suffix);
-    const moe_gguf_tensor *tensor = moe_gguf_find_tensor(loader->gguf, name);
-    if (!tensor && required)
-        moe__load_fail(loader, MOE_ERROR_FORMAT, name, "tensor %s is missing", name);
-    return tensor;
-}
-
-MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *tensor, int64_t n0,
-                                    int64_t n1, int64_t n2) {
-    const int64_t *ne = tensor->ne;
-    if (ne[0] == n0 && ne[1] == n1 && ne[2] == n2 && ne[3] == 1) return 1;
-    moe__load_fail(loader, MOE_ERROR_FORMAT, tensor->name,
-                   "tensor %s is {%lld, %lld, %lld, %lld}, expected {%lld, %lld, %lld, 1}",
-                   tensor->name, (long long)ne[0], (long long)ne[1], (long long)ne[2],
-                   (long long)ne[3], (long long)n0, (long long)n1, (long long)n2);
-    return 0;
-}
-
-/* A small tensor {n0, n1} as floats; NULL if absent or after an error. */
-MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const char *base,
-                                           const char *suffix, int64_t n0, int64_t n1,
-                                           int required) {
-    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, suffix, required);
-    if (!tensor || !moe__load_shape_is(loader, tensor, n0, n1, 1)) return NULL;
-    if (!moe_type_supported(tensor->type)) {
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
-                       "tensor %s has type %s, which is not supported", tensor->name,
-                       moe_type_name(tensor->type));
-        return NULL;
-    }
-    float *out = (float *)moe__load_alloc(loader, (uint64_t)n0 * (uint64_t)n1, sizeof *out);
-    if (!out || moe_type_dequantize(tensor->type, tensor->data, out, n1, n0, loader->error))
-        return NULL;
-    loader->model->info.n_params += n0 * n1;
-    loader->model->info.n_bytes += (int64_t)tensor->size;
-    loader->model->info.n_bytes_token += (int64_t)tensor->size;
-    return out;
-}
-
-/* Binds matrix to base.weight {n_in, n_out, n_expert} with its scale and bias if there are any. */
-/* Absent and not required: matrix->data stays NULL. per_token: the share of its bytes that one */
-/* token reads. */
-MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int layer,
-                                  const char *base, int64_t n_in, int64_t n_out, int64_t n_expert,
-                                  double per_token, int required) {
-    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "weight", required);
-    if (!tensor) return 0;
-    /* attn_kv_b, and k_b and v_b in some files: the heads' rows follow one another in 2-D. */
-    int folded = n_expert > 1 && tensor->ne[2] == 1 && tensor->ne[1] == n_out * n_expert &&
-                 !strncmp(base, "attn_", 5);
-    if (!moe__load_shape_is(loader, tensor, n_in, folded ? n_out * n_expert : n_out,
-                            folded ? 1 : n_expert))
-        return 0;
-    const moe__type *type = moe__type_find(tensor->type);
-    if (!type || !tensor->data) {
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
-                       "tensor %s has type %s (id %d), which is not supported", tensor->name,
-                       moe_type_name(tensor->type), (int)tensor->type);
-        return 0;
-    }
-    if (n_out % type->rows || (type->rows > 1 && !strcmp(base, "token_embd"))) {
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
-                       "tensor %s: %s interleaves %d rows, and these are not read by such groups",
-                       tensor->name, type->name, (int)type->rows);
-        return 0;
-    }
-    matrix->data = (const uint8_t *)tensor->data;
-    matrix->type = type;
-    matrix->index = (int)(type - moe__types);
-    matrix->n_in = n_in;
-    matrix->n_out = n_out;
-    matrix->n_expert = n_expert;
-    matrix->row_size = moe_type_row_size(tensor->type, n_in);
-    matrix->expert_size = matrix->row_size * (size_t)n_out;
-    matrix->scale = NULL;
-    const int scaled = strncmp(base, "ffn_", 4) || moe__has(loader->model, MOE__FFN_SCALE);
-    if (scaled && moe__load_tensor(loader, layer, base, "scale", 0))
-        matrix->scale = moe__load_vector(loader, layer, base, "scale", n_expert, 1, 1);
-    matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
-    matrix->bias_stride = n_out;
-    loader->model->info.n_params += n_in * n_out * n_expert;
-    loader->model->info.n_bytes += (int64_t)tensor->size;
-    loader->model->info.n_bytes_token += (int64_t)(per_token * (double)tensor->size);
-    return !loader->status;
-}
-
-/* The same from files that hold one tensor per expert, base.E.weight. */
-MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int layer,
-                                 const char *base, int64_t n_in, int64_t n_out, int64_t n_expert,
-                                 double per_token) {
-    const uint8_t **experts =
-        (const uint8_t **)moe__load_alloc(loader, (uint64_t)n_expert, sizeof *experts);
-    for (int e = 0; e < n_expert; e++) {
-        moe__matrix one;
-        char name[64];
-        memset(&one, 0, sizeof one);
-        snprintf(name, sizeof name, "%s.%d", base, e);
-        if (!moe__load_matrix(loader, &one, layer, name, n_in, n_out, 1, per_token, 1)) return 0;
-        if (e == 0) *matrix = one;
-        if (one.type != matrix->type || one.scale || one.bias) {
-            snprintf(name, sizeof name, "blk.%d.%s.%d.weight", layer, base, e);
-            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, name,
-                           "tensor %s has another type than expert 0, a scale or a bias", name);
-            return 0;
-        }
-        experts[e] = one.data;
-    }
-    matrix->n_expert = n_expert;
-    matrix->experts = experts;
-    return 1;
-}
-
-/* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own: whole groups. */
-MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix *whole,
-                                         int64_t first, int64_t n) {
-    moe__matrix slice = *whole;
-    if (first % whole->type->rows || n % whole->type->rows)
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "model",
-                       "%s interleaves rows of tensors that are parts of one",
-                       whole->type->name);
-    slice.data += (size_t)first * whole->row_size;
-    slice.n_out = n;
-    if (slice.bias) slice.bias += first;
-    return slice;
-}
-
-/* ---- layers ---------------------------------------------------------------------------------- */
-
-MOE__PRIVATE void moe__load_gqa(moe__loader *loader, moe__layer *layer, int il) {
-    const moe_model *model = loader->model;
-    const int64_t n_embd = model->info.n_embd, n_q = (int64_t)model->info.n_head * model->head_k;
-    const int64_t n_k = (int64_t)model->info.n_head_kv * model->head_k;
-    const int64_t n_v = (int64_t)model->info.n_head_kv * model->head_v;
-    moe__matrix fused;
-    memset(&fused, 0, sizeof fused);
-    if (moe__load_matrix(loader, &fused, il, "attn_qkv", n_embd, n_q + n_k + n_v, 1, 1, 0)) {
-        layer->q = moe__load_slice(loader, &fused, 0, n_q);
-        layer->k = moe__load_slice(loader, &fused, n_q, n_k);
-        layer->v = moe__load_slice(loader, &fused, n_q + n_k, n_v);
-    } else {
-        moe__load_matrix(loader, &layer->q, il, "attn_q", n_embd, n_q, 1, 1, 1);
-        moe__load_matrix(loader, &layer->k, il, "attn_k", n_embd, n_k, 1, 1, 1);
-        moe__load_matrix(loader, &layer->v, il, "attn_v", n_embd, n_v, 1, 1, 1);
-    }
-    const int wide = moe__has(model, MOE__QK_NORM_WIDE);
-    const int normed = wide || moe__has(model, MOE__QK_NORM);
-    layer->q_norm = moe__load_vector(loader, il, "attn_q_norm", "weight",
-                                     wide ? n_q : model->head_k, 1, normed);
-    layer->k_norm = moe__load_vector(loader, il, "attn_k_norm", "weight",
-                                     wide ? n_k : model->head_k, 1, normed);
-    if (moe__has(model, MOE__SINKS))
-        layer->sinks =
-            moe__load_vector(loader, il, "attn_sinks", "weight", model->info.n_head, 1, 1);
-    const int period = model->family->window_period;
-    if (period && il % period < period - 1) layer->window = model->window;
-}
-
-/* Three generations of files: kv_b only; k_b and v_b; all three. */
-MOE__PRIVATE void moe__load_mla(moe__loader *loader, moe__layer *layer, int il) {
-    const moe_model *model = loader->model;
-    const int64_t n_embd = model->info.n_embd, n_head = model->info.n_head;
-    const int64_t nope = model->head_k - model->n_rot, n_q = n_head * model->head_k;
-    if (model->q_lora) {
-        moe__load_matrix(loader, &layer->q_a, il, "attn_q_a", n_embd, model->q_lora, 1, 1, 1);
-        moe__load_matrix(loader, &layer->q_b, il, "attn_q_b", model->q_lora, n_q, 1, 1, 1);
-        layer->q_a_norm =
-            moe__load_vector(loader, il, "attn_q_a_norm", "weight", model->q_lora, 1, 1);
-        if (layer->q_b.data) moe__load_slice(loader, &layer->q_b, 0, model->head_k); /* heads */
-    } else {
-        moe__load_matrix(loader, &layer->q, il, "attn_q", n_embd, n_q, 1, 1, 1);
-    }
-    moe__load_matrix(loader, &layer->kv_a, il, "attn_kv_a_mqa", n_embd,
-                     model->kv_lora + model->n_rot, 1, 1, 1);
-    layer->kv_a_norm =
-        moe__load_vector(loader, il, "attn_kv_a_norm", "weight", model->kv_lora, 1, 1);
-    moe__load_matrix(loader, &layer->k_b, il, "attn_k_b", nope, model->kv_lora, n_head, 1, 0);
-    moe__load_matrix(loader, &layer->v_b, il, "attn_v_b", model->kv_lora, model->head_v, n_head, 1,
-                     0);
-    int split = layer->k_b.data && layer->v_b.data;
-    if (split) return;
-    /* The values' rows of kv_b are a v_b; the keys' rows are a k_b transposed. */
-    if (moe__load_matrix(loader, &layer->kv_b, il, "attn_kv_b", model->kv_lora,
-                         nope + model->head_v, n_head, 1, 1)) {
-        layer->v_b = moe__load_slice(loader, &layer->kv_b, nope, model->head_v);
-        layer->k_b.data = NULL;
-    }
-}
-
-MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, const char *suffix,
-                                int64_t n_ff, int64_t n_expert, double per_token, int required) {
-    const int64_t n_embd = loader->model->info.n_embd;
-    char gate[32], up[32], down[32], gate_up[32];
-    moe__matrix fused;
-    snprintf(gate, sizeof gate, "ffn_gate%s", suffix);
-    snprintf(up, sizeof up, "ffn_up%s", suffix);
-    snprintf(down, sizeof down, "ffn_down%s", suffix);
-    snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
-    memset(&fused, 0, sizeof fused);
-    ffn->oai = moe__has(loader->model, MOE__OAI);
-    if (moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0) && !strcmp(suffix, "_exps")) {
-        moe__load_split(loader, &ffn->gate, il, "ffn_gate", n_embd, n_ff, n_expert, per_token);
-        moe__load_split(loader, &ffn->up, il, "ffn_up", n_embd, n_ff, n_expert, per_token);
-        moe__load_split(loader, &ffn->down, il, "ffn_down", n_ff, n_embd, n_expert, per_token);
-        return;
-    }
-    if (moe__load_matrix(loader, &fused, il, gate_up, n_embd, 2 * n_ff, n_expert, per_token, 0)) {
-        ffn->gate = moe__load_slice(loader, &fused, 0, n_ff);
-        ffn->up = moe__load_slice(loader, &fused, n_ff, n_ff);
-    } else {
-        if (!moe__load_matrix(loader, &ffn->gate, il, gate, n_embd, n_ff, n_expert, per_token,
-                              required))
-            return;
-        moe__load_matrix(loader, &ffn->up, il, up, n_embd, n_ff, n_expert, per_token, 1);
-    }
-    moe__load_matrix(loader, &ffn->down, il, down, n_ff, n_embd, n_expert, per_token, 1);
-}
-
-/* Families whose matrices have biases must not run without one. */
-MOE__PRIVATE void moe__load_check_biases(moe__loader *loader, const moe__layer *layer, int il) {
-    const moe__matrix *const matrices[] = {
-        &layer->q, &layer->k, &layer->v, &layer->o, &layer->router,
-        &layer->experts.gate, &layer->experts.up, &layer->experts.down};
-    static const char *const names[] = {"attn_q", "attn_k", "attn_v", "attn_output",
-                                        "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps",
-                                        "ffn_down_exps"};
-    for (int i = 0; i < 8; i++)
-        if (!matrices[i]->bias) moe__load_tensor(loader, il, names[i], "bias", 1);
-}
-
-MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
-    const moe_model *model = loader->model;
-    const moe_model_info *info = &model->info;
-    layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", info->n_embd, 1, 1);
-    layer->ffn_norm =
-        moe__load_vector(loader, il, model->family->ffn_norm, "weight", info->n_embd, 1, 1);
-    if (model->family->mla)
-        moe__load_mla(loader, layer, il);
-    else
-        moe__load_gqa(loader, layer, il);
-    moe__load_matrix(loader, &layer->o, il, "attn_output", (int64_t)info->n_head * model->head_v,
-                     info->n_embd, 1, 1, 1);
-    layer->is_moe = il >= model->n_dense;
-    if (!layer->is_moe) {
-        moe__load_ffn(loader, &layer->dense, il, "", info->n_ff, 1, 1, 1);
-        return;
-    }
-    const double share = (double)info->n_expert_used / info->n_expert;
-    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", info->n_embd, info->n_expert, 1, 1,
-                     1);
-    if (moe__has(model, MOE__ROUTER_KEYS))
-        layer->router_bias =
-            moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
-    moe__load_ffn(loader, &layer->experts, il, "_exps", info->n_ff_exp, info->n_expert, share, 1);
-    if (model->n_ff_shared)
-        moe__load_ffn(loader, &layer->shared, il, "_shexp", model->n_ff_shared, 1, 1, 1);
-    if (moe__has(model, MOE__SHARED_GATED))
-        layer->shared_gate =
-            moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", info->n_embd, 1, 1);
-    if (moe__has(model, MOE__BIASES)) moe__load_check_biases(loader, layer, il);
-}
-
-/* ---- hyper-parameters ------------------------------------------------------------------------ */
-
-/* Positions: base frequency, scaling, and the factor of query . key that goes with it. */
-MOE__PRIVATE void moe__load_rope(moe__loader *loader) {
-    moe_model *model = loader->model;
-    moe__rope_scaling s;
-    char key[128];
-    moe_string type;
-    const void *cursor = NULL;
-    memset(&s, 0, sizeof s);
-    type.data = "linear"; /* without a factor: no scaling */
-    type.size = 6;
-    const moe_gguf_value *value = moe__load_value(loader, "rope.scaling.type", key);
-    if (value && !moe_gguf_value_string(value, &cursor, &type))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a string", key);
-    s.base = moe__load_float(loader, "rope.freq_base", 10000);
-    s.factor = moe__load_float(loader, "rope.scaling.factor",
-                               moe__load_float(loader, "rope.scale_linear", 1));
-    s.original_ctx = moe__load_int(loader, "rope.scaling.original_context_length", 1, INT32_MAX,
-                                   model->info.n_ctx_train);
-    s.beta_fast = moe__load_float(loader, "rope.scaling.yarn_beta_fast", 32);
-    s.beta_slow = moe__load_float(loader, "rope.scaling.yarn_beta_slow", 1);
-    s.ext_factor = 1;
-    double attn_factor = moe__load_float(loader, "rope.scaling.attn_factor", 1);
-    if (type.size == 4 && !memcmp(type.data, "none", 4)) {
-        s.factor = 1;
-    } else if (type.size == 4 && !memcmp(type.data, "yarn", 4)) {
-        s.yarn = 1;
-    } else if (type.size != 6 || memcmp(type.data, "linear", 6)) {
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
-                       (int)moe__min((int64_t)type.size, 32), type.data);
-    }
-    if (!(s.base > 1) || !(s.factor > 1e-6))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.freq_base",
-                       "rope base %g or factor %g is out of range", s.base, s.factor);
-    model->rope.kind = model->family->rope;
-    model->rope.n_rot = model->n_rot;
-    model->rope.magnitude = attn_factor;
-    double kq_scale = 1 / sqrt((double)model->head_k);
-    if (model->family->mla) {
-        /* The magnitude is not in cos and sin but, squared, in the scores (DeepSeek's mscale). */
-        double log_multiplier = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
-        double magnitude = attn_factor * (1 + log_multiplier * log(s.factor));
-        kq_scale *= magnitude * magnitude;
-        model->rope.magnitude = 1;
-    } else if (s.yarn) {
-        model->rope.magnitude = attn_factor * (1 + 0.1 * log(s.factor));
-    }
-    model->kq_scale = (float)kq_scale;
-    model->rope.frequency = (double *)moe__load_alloc(loader, (uint64_t)model->n_rot / 2 + 1,
-                                                      sizeof *model->rope.frequency);
-    const float *factors =
-        moe__load_vector(loader, -1, "rope_freqs", "weight", model->n_rot / 2, 1, 0);
-    if (loader->status) return;
-    moe__rope_init(&model->rope, &s);
-    for (int i = 0; factors && i < model->n_rot / 2; i++) {
-        model->rope.frequency[i] /= factors[i];
-        if (!(fabs(model->rope.frequency[i]) <= 1e30))
-            moe__load_fail(loader, MOE_ERROR_FORMAT, "rope_freqs.weight",
-                           "tensor rope_freqs.weight holds %g", (double)factors[i]);
-    }
-}
-
-MOE__PRIVATE void moe__load_router(moe__loader *loader) {
-    moe_model *model = loader->model;
-    moe__router *router = &model->router;
-    moe_model_info *info = &model->info;
-    info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, 0);
-    if (!loader->status && !info->n_expert)
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_count",
-                       "model family \"%s\" without experts is not supported", info->family);
-    info->n_expert_used =
-        moe__load_int(loader, "expert_used_count", 1, info->n_expert, MOE__REQUIRED);
-    router->n_expert = info->n_expert;
-    router->n_used = info->n_expert_used;
-    router->gating = model->family->gating;
-    router->normalize = moe__has(model, MOE__NORMALIZE);
-    router->scale = 1;
-    if (!moe__has(model, MOE__ROUTER_KEYS) || loader->status) return;
-    /* GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out. */
-    int glm_flash = info->n_layer == 47 || info->n_layer == 48;
-    int gating = moe__load_int(loader, "expert_gating_func", 1, 4,
-                               glm_flash ? MOE__GATING_SIGMOID : router->gating);
-    if (gating > MOE__GATING_CHOSEN)
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_gating_func",
-                       "expert gating function %d is not supported", gating);
-    router->gating = (moe__gating)gating;
-    router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
-    router->scale = (float)moe__load_float(loader, "expert_weights_scale", 1);
-    router->n_group = moe__load_int(loader, "expert_group_count", 1, info->n_expert, 1);
-    if (loader->status || router->n_group == 1) return;
-    router->n_group_used =
-        moe__load_int(loader, "expert_group_used_count", 1, router->n_group, MOE__REQUIRED);
-    if (!loader->status && (info->n_expert % router->n_group ||
-                            info->n_expert / router->n_group * router->n_group_used <
-                                info->n_expert_used))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "expert_group_count",
-                       "%d experts in %d groups, %d used, do not give %d experts",
-                       info->n_expert, router->n_group, router->n_group_used,
-                       info->n_expert_used);
-}
-
-MOE__PRIVATE void moe__load_heads(moe__loader *loader) {
-    moe_model *model = loader->model;
-    moe_model_info *info = &model->info;
-    info->n_head =
-        moe__load_int(loader, "attention.head_count", 1, MOE__MAX_HEADS, MOE__REQUIRED);
-    if (loader->status) return;
-    info->n_head_kv = moe__load_int(loader, "attention.head_count_kv", 1, info->n_head,
-                                    info->n_head);
-    int64_t head = info->n_embd / info->n_head;
-    model->head_k = moe__load_int(loader, "attention.key_length", 1, MOE__MAX_HEAD, head);
-    model->head_v = moe__load_int(loader, "attention.value_length", 1, MOE__MAX_HEAD, head);
-    if (model->family->mla) {
-        model->head_k = moe__load_int(loader, "attention.key_length_mla", 1, MOE__MAX_HEAD,
-                                      model->head_k);
-        model->head_v = moe__load_int(loader, "attention.value_length_mla", 1, MOE__MAX_HEAD,
-                                      model->head_v);
-        model->kv_lora = moe__load_int(loader, "attention.kv_lora_rank", 1, 1 << 16,
-                                       MOE__REQUIRED);
-        /* Whether queries are low-rank shows in the tensors; the rank must then be known. */
-        if (!moe_gguf_find_tensor(loader->gguf, "blk.0.attn_q.weight"))
-            model->q_lora = moe__load_int(loader, "attention.q_lora_rank", 1, 1 << 16,
-                                          MOE__REQUIRED);
-    } else if (!loader->status && info->n_head % info->n_head_kv) {
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "attention.head_count_kv",
-                       "%d heads cannot share %d key-value heads", info->n_head,
-                       info->n_head_kv);
-    }
-    model->n_rot = moe__load_int(loader, "rope.dimension_count", 2, model->head_k,
-                                 model->family->mla ? MOE__REQUIRED : model->head_k);
-    if (!loader->status && (model->n_rot % 2 || model->head_k < 1 || model->head_v < 1 ||
-                            (model->family->mla && model->n_rot >= model->head_k)))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
-                       "%d rotated values do not fit heads of %d", model->n_rot, model->head_k);
-}
-
-MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
-    moe_model *model = loader->model;
-    moe_model_info *info = &model->info;
-    int32_t blocks = moe__load_int(loader, "block_count", 1, MOE__MAX_LAYERS, MOE__REQUIRED);
-    info->n_layer = blocks;
-    if (moe__has(model, MOE__ROUTER_KEYS)) /* prediction layers at the end are not run */
-        info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
-    info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
-    info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
-    char key[128];
-    if (!loader->status && !moe__load_value(loader, "attention.layer_norm_rms_epsilon", key))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
-    model->eps = (float)moe__load_float(loader, "attention.layer_norm_rms_epsilon", 0);
-    moe__load_heads(loader);
-    moe__load_rope(loader);
-    moe__load_router(loader);
-    info->n_ff = moe__load_int(loader, "feed_forward_length", 1, 1 << 24, 0);
-    info->n_ff_exp = info->n_ff;
-    if (moe__has(model, MOE__SHARED_GATED) && !loader->status) {
-        info->n_ff_exp = info->n_ff / info->n_expert_used; /* Qwen1.5-MoE without the key */
-        info->n_expert_shared = 1;
-        model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
-                                           info->n_ff ? info->n_ff : MOE__REQUIRED);
-    }
-    if (!moe__has(model, MOE__WIDTH_FFN))
-        info->n_ff_exp =
-            moe__load_int(loader, "expert_feed_forward_length", 1, 1 << 24, info->n_ff_exp);
-    if (moe__has(model, MOE__CLAMP_KQV))
-        model->clamp_kqv = (float)moe__load_float(loader, "attention.clamp_kqv", 0);
-    if (model->family->window_period)
-        model->window =
-            moe__load_int(loader, "attention.sliding_window", 1, INT32_MAX, MOE__REQUIRED);
-    if (moe__has(model, MOE__ROUTER_KEYS))
-        model->n_dense =
-            moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
-    if (moe__has(model, MOE__SHARED_COUNT)) {
-        info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
-        model->n_ff_shared = info->n_expert_shared
-                                 ? (int32_t)moe__min((int64_t)info->n_ff_exp *
-                                                         info->n_expert_shared, 1 << 28)
-                                 : 0;
-    }
-    if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
-                       "the width of the feed-forward layers is missing");
-}
-
-MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
-    moe_model *model = loader->model;
-    moe_model_info *info = &model->info;
-    const moe_gguf_tensor *embd = moe__load_tensor(loader, -1, "token_embd", "weight", 1);
-    if (!embd) return;
-    if (embd->ne[1] > INT32_MAX / 2)
-        moe__load_fail(loader, MOE_ERROR_FORMAT, embd->name, "tensor %s has %lld rows", embd->name,
-                       (long long)embd->ne[1]);
-    info->n_vocab = (int32_t)embd->ne[1];
-    int tied = !moe_gguf_find_tensor(loader->gguf, "output.weight");
-    moe__load_matrix(loader, &model->token_embd, -1, "token_embd", info->n_embd, info->n_vocab, 1,
-                     tied ? 1 : 1.0 / info->n_vocab, 1);
-    if (tied)
-        model->output = model->token_embd;
-    else
-        moe__load_matrix(loader, &model->output, -1, "output", info->n_embd, info->n_vocab, 1, 1,
-                         1);
-    model->output_norm =
-        moe__load_vector(loader, -1, "output_norm", "weight", info->n_embd, 1, 1);
-    if (!loader->status && model->vocab && moe_vocab_size(model->vocab) > info->n_vocab)
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "tokenizer.ggml.tokens",
-                       "%d tokens, but the embedding has %d rows",
-                       (int)moe_vocab_size(model->vocab), (int)info->n_vocab);
-}
-
-/* ---- opening --------------------------------------------------------------------------------- */
-
-MOE__PRIVATE void moe__load_family(moe__loader *loader) {
-    moe_model *model = loader->model;
-    moe_string name, type;
-    const void *cursor = NULL;
-    const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, "general.type");
-    if (value && moe_gguf_value_string(value, &cursor, &type) &&
-        (type.size != 5 || memcmp(type.data, "model", 5))) {
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.type",
-                       "the file holds a \"%.*s\", not a model",
-                       (int)moe__min((int64_t)type.size, 32), type.data);
-        return;
-    }
-    cursor = NULL;
-    value = moe_gguf_find_value(loader->gguf, "general.architecture");
-    if (!moe_gguf_value_string(value, &cursor, &name)) {
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "general.architecture",
-                       "general.architecture is missing or not a string");
-        return;
-    }
-    for (size_t i = 0; i < sizeof moe__families / sizeof moe__families[0]; i++)
-        if (name.size == strlen(moe__families[i].name) &&
-            !memcmp(name.data, moe__families[i].name, name.size))
-            model->family = &moe__families[i];
-    if (!model->family) {
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.architecture",
-                       "model family \"%.*s\" is not supported",
-                       (int)moe__min((int64_t)name.size, 48), name.data);
-        return;
-    }
-    moe__base_copy_text(model->info.family, sizeof model->info.family, name.data, name.size);
-    cursor = NULL;
-    if (moe_gguf_value_string(moe_gguf_find_value(loader->gguf, "general.name"), &cursor, &name))
-        moe__base_copy_text(model->info.name, sizeof model->info.name, name.data, name.size);
-}
-
-/* ---- placing the weights in memory ----------------------------------------------------------- */
-
-/* A team with threads on every memory node touches the pages of weights, each thread those that */
-/* are to lie on its node, so that new pages appear there; then pages that were elsewhere before */
-/* (of a file that is in the system's cache, or of a copy) are moved. */
-typedef struct moe__place {
-    const moe_gguf *gguf;
-    const moe__machine *machine;
-    moe_pool *pool;
-    moe_numa numa;
-    int (*progress)(void *user, float fraction);
-    void *progress_user;
-    size_t page;
-    uint64_t n_bytes;      /* of all weights */
-    uint64_t done, placed; /* atomic: bytes touched; of pages that lie where they should */
-    int stop, refused;     /* atomic */
-} moe__place;
-
-/* Pages from .. to - 1, by one thread of node k. */
-MOE__PRIVATE void moe__place_pages(moe__place *p, uintptr_t from, uintptr_t to, int32_t k) {
-    enum { BATCH = 512 };
-    const void *pages[BATCH];
-    int node[BATCH], status[BATCH];
-    while (from < to && !__atomic_load_n(&p->stop, __ATOMIC_RELAXED)) {
-        int n = 0;
-        uint64_t placed = 0;
-        for (; n < BATCH && from < to; n++, from += p->page) {
-            if (p->numa == MOE_NUMA_INTERLEAVE)
-                k = (int32_t)(from / p->page % (size_t)p->machine->n_nodes);
-            pages[n] = (const void *)from;
-            node[n] = p->machine->node[k];
-            status[n] = -1;
-            (void)*(const volatile uint8_t *)from;
-        }
-        if (!moe__machine_move(pages, node, n, status) ||
-            !moe__machine_move(pages, NULL, n, status))
-            __atomic_store_n(&p->refused, 1, __ATOMIC_RELAXED);
-        for (int i = 0; i < n; i++) placed += status[i] == node[i] ? p->page : 0;
-        __atomic_fetch_add(&p->placed, placed, __ATOMIC_RELAXED);
-        __atomic_fetch_add(&p->done, (uint64_t)n * p->page, __ATOMIC_RELAXED);
-    }
-}
-
-/* Is a tensor read by rows that belong to threads? Of token_embd single rows are read, and heads */
-/* of attn_k_b and attn_v_b go around. */
-MOE__PRIVATE int moe__place_has_owners(const moe_gguf_tensor *tensor) {
-    return tensor->n_dims > 1 && !strstr(tensor->name, "token_embd.") &&
-           !strstr(tensor->name, ".attn_k_b.") && !strstr(tensor->name, ".attn_v_b.");
-}
-
-/* This thread's pages of a tensor: of its node's rows of each expert its share. A page that two */
-/* nodes have rows on belongs to the first. */
-MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor, int thread,
-                                    int n_threads) {
-    const moe__nodes *nodes = &p->pool->nodes;
-    const int owned = p->numa == MOE_NUMA_OWNER && moe__place_has_owners(tensor);
-    const int64_t rows = owned ? tensor->ne[1] : 1;
-    const int64_t units = (rows + MOE__ROW_UNIT - 1) / MOE__ROW_UNIT;
-    const int64_t experts = owned ? tensor->ne[2] * tensor->ne[3] : 1;
-    const uintptr_t row_size = (uintptr_t)(tensor->size / (uint64_t)(rows * experts));
-    const uintptr_t last_byte = (uintptr_t)tensor->data + (uintptr_t)tensor->size;
-    const int32_t k = moe__nodes_of(nodes, thread);
-    int64_t first = 0, last = rows, member = thread, members = n_threads;
-    if (owned) {
-        first = moe__min(rows, units * nodes->first[k] / n_threads * MOE__ROW_UNIT);
-        last = moe__min(rows, units * nodes->first[k + 1] / n_threads * MOE__ROW_UNIT);
-        member -= nodes->first[k];
-        members = nodes->first[k + 1] - nodes->first[k];
-    }
-    for (int64_t e = 0; e < experts; e++) {
-        const uintptr_t base = (uintptr_t)tensor->data + (uintptr_t)(e * rows) * row_size;
-        const uintptr_t from = base + (uintptr_t)first * row_size;
-        const uintptr_t to = base + (uintptr_t)last * row_size;
-        const int64_t piece = (int64_t)((from + p->page - 1) / p->page);
-        const int64_t n_pieces = (int64_t)((to + p->page - 1) / p->page) - piece;
-        int64_t begin, end;
-        if (n_pieces <= 0) continue;
-        moe__pool_share(n_pieces, 1, (int)member, (int)members, &begin, &end);
-        const uintptr_t start = (uintptr_t)(piece + begin) * p->page;
-        const uintptr_t stop = (uintptr_t)(piece + end) * p->page;
-        if (tensor->data && begin < end) /* what is behind the tensor need not be mapped */
-            moe__place_pages(p, start, stop < last_byte ? stop : last_byte, k);
-    }
-}
-
-MOE__PRIVATE void moe__place_job(void *context, int thread, int n_threads) {
-    moe__place *p = (moe__place *)context;
-    moe__policy before, policy;
-    const int known = moe__policy_get(&before);
-    moe__policy_init(&policy, p->machine,
-                     p->numa == MOE_NUMA_OWNER ? MOE__POLICY_PREFERRED : MOE__POLICY_INTERLEAVE,
-                     moe__nodes_of(&p->pool->nodes, thread));
-    if (!known || !moe__policy_set(&policy)) __atomic_store_n(&p->refused, 1, __ATOMIC_RELAXED);
-    for (int64_t i = 0; i < moe_gguf_n_tensors(p->gguf); i++) {
-        moe__place_tensor(p, moe_gguf_tensor_at(p->gguf, i), thread, n_threads);
-        const double done = (double)__atomic_load_n(&p->done, __ATOMIC_RELAXED);
-        const float fraction = (float)(done / (double)p->n_bytes);
-        if (thread == 0 && p->progress && !p->stop &&
-            !p->progress(p->progress_user, fraction < 1 ? fraction : 1))
-            __atomic_store_n(&p->stop, 1, __ATOMIC_RELAXED);
-    }
-    if (known) moe__policy_set(&before);
-}
-
-/* Places all weights; what the system refuses shows in model->memory only. */
-MOE__PRIVATE moe_status moe__place_weights(moe_model *model, const moe__machine *machine,
-                                           const moe_model_options *options, moe_error *error) {
-    moe_pool_options pool_options;
-    moe__place p;
-    memset(&p, 0, sizeof p);
-    memset(&pool_options, 0, sizeof pool_options);
-    pool_options.allocator = model->allocator;
-    pool_options.pin = MOE_ON;
-    p.pool = moe_pool_open(&pool_options, error);
-    if (!p.pool) return MOE_ERROR_THREAD;
-    moe__machine_nodes(machine, p.pool->n_threads, &p.pool->nodes);
-    p.gguf = model->gguf;
-    p.machine = machine;
-    p.numa = options->numa;
-    p.progress = options->progress;
-    p.progress_user = options->progress_user;
-    p.page = moe__machine_page();
-    for (int64_t i = 0; i < moe_gguf_n_tensors(p.gguf); i++)
-        p.n_bytes += moe_gguf_tensor_at(p.gguf, i)->size;
-    moe__pool_run(p.pool, p.pool->n_threads, moe__place_job, &p, NULL);
-    moe_pool_close(p.pool);
-    model->memory.n_bytes_placed = p.placed < p.n_bytes ? p.placed : p.n_bytes;
-    if (!p.refused) model->memory.numa = p.numa;
-    if (!p.stop) return MOE_OK;
-    return moe__fail(error, MOE_ERROR_CANCELLED, "progress",
-                     "loading was cancelled by the progress callback");
-}
-
-/* Keeps weights in memory, or (lock = 0) no longer; returns the bytes for which the system */
-/* agreed, up to the first for which it did not. */
-MOE__PRIVATE uint64_t moe__place_lock(const moe_gguf *gguf, int lock) {
-    uint64_t bytes = 0;
-    for (int64_t i = 0; i < moe_gguf_n_tensors(gguf); i++) {
-        const moe_gguf_tensor *tensor = moe_gguf_tensor_at(gguf, i);
-        if (!tensor->data || !tensor->size) continue;
-        if (lock ? mlock(tensor->data, (size_t)tensor->size)
-                 : munlock(tensor->data, (size_t)tensor->size))
-            break;
-        bytes += tensor->size;
-    }
-    return bytes;
-}
-
-/* ---- pages of the weights -------------------------------------------------------------------- */
-
-MOE_API uint64_t moe_model_huge_bytes(const moe_model *model) {
-    uint64_t sum = 0;
-    for (int32_t i = 0; model && i < model->gguf->n_parts; i++) {
-        const moe__pages *pages = &model->gguf->pages[i];
-        if (pages->data) sum += moe__pages_huge("/proc/self/smaps", pages->data, pages->size);
-    }
-    return sum;
-}
-
-/* A copy as it was granted: appends what is not on huge pages to the text. */
-MOE__PRIVATE void moe__paging_granted(const moe_model *model, moe_model_memory *memory) {
-    const uint64_t bytes = moe_model_huge_bytes(model);
-    if (!memory->n_bytes_copied || bytes + bytes / 64 + MOE__PAGES_HUGE > memory->n_bytes_copied)
-        return;
-    moe__paging_write(memory->text, sizeof memory->text, " (");
-    moe__paging_write_size(memory->text, sizeof memory->text, bytes);
-    moe__paging_write(memory->text, sizeof memory->text, " of it granted)");
-}
-
-/* What lies where, once nothing more is done with the pages. */
-MOE__PRIVATE void moe__paging_record(const moe_model *model, moe_model_memory *memory) {
-    const moe__paging *paging = &model->paging;
-    memory->n_bytes_copied = moe__paging_copied(paging);
-    memory->pages = memory->n_bytes_copied ? MOE_PAGES_COPY : MOE_PAGES_MAP;
-    memory->map_rate = paging->rates.map;
-    memory->copy_rate = paging->rates.copy;
-    moe__paging_say(paging, memory->text, sizeof memory->text);
-    moe__paging_granted(model, memory);
-}
-
-/* The gguf's pages are what the options say, or what its own options made of them. */
-MOE__PRIVATE void moe__paging_as_asked(moe_model *model) {
-    const moe_gguf *gguf = model->gguf;
-    moe_model_memory *memory = &model->memory;
-    for (int32_t i = 0; i < gguf->n_parts; i++) memory->n_bytes_copied += gguf->pages[i].n_copied;
-    memory->pages = memory->n_bytes_copied ? MOE_PAGES_COPY : MOE_PAGES_MAP;
-    moe__paging_write_size(memory->text, sizeof memory->text, moe_gguf_file_size(gguf));
-    moe__paging_write(memory->text, sizeof memory->text, "%s",
-                      !gguf->pages[0].data             ? " in the caller's memory"
-                      : memory->pages == MOE_PAGES_MAP ? " mapped"
-                      : gguf->small_pages              ? " copied to small pages"
-                                                       : " copied to huge pages");
-    if (!gguf->small_pages) moe__paging_granted(model, memory);
-}
-
-/* Looks after the pages of a mapped gguf, or leaves them alone. */
-MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_options *options,
-                                          moe_error *error) {
-    moe_gguf *gguf = (moe_gguf *)model->gguf; /* of its pages the addresses never change */
-    moe__paging *paging = &model->paging;
-    const moe_pages pages = options ? options->pages : MOE_PAGES_AUTO;
-    int code;
-    if (gguf->options.pages != MOE_PAGES_AUTO || pages == MOE_PAGES_MAP || !gguf->pages[0].data ||
-        model->memory.numa || __atomic_exchange_n(&gguf->looked_after, 1, __ATOMIC_ACQ_REL)) {
-        moe__paging_as_asked(model);
-        return MOE_OK;
-    }
-    paging->files = gguf->pages;
-    paging->n_files = gguf->n_parts;
-    paging->size = moe_gguf_file_size(gguf);
-    paging->allocator = model->allocator;
-    paging->progress = options ? options->progress : NULL;
-    paging->progress_user = options ? options->progress_user : NULL;
-    if (pages == MOE_PAGES_COPY) {
-        code = moe__paging_all(paging, NULL, moe__paging_replace_piece);
-        moe__paging_as_asked(model);
-        if (code && code != ECANCELED)
-            return moe__fail(error, MOE_ERROR_MEMORY, "pages",
-                             "the file cannot be copied into memory (system error %d)", code);
-    } else {
-        code = moe__paging_open(paging);
-        if (options && options->mlock == MOE_ON) paging->state = MOE__PAGING_DONE;
-        moe__paging_record(model, &model->memory);
-    }
-    if (!code) return MOE_OK;
-    return moe__fail(error, MOE_ERROR_CANCELLED, "progress",
-                     "loading was cancelled by the progress callback");
-}
-
-/* A session has generated a token, in so many seconds, with threads of this pool. */
-MOE__INLINE void moe__paging_token(const moe_model *model, double seconds, moe_pool *pool) {
-    if (__atomic_load_n(&model->paging.state, __ATOMIC_RELAXED) == MOE__PAGING_DONE) return;
-    moe_model *mutable_model = (moe_model *)model; /* what it computes does not change */
-    if (!moe__paging_tend(&mutable_model->paging, seconds, pool)) return;
-    mutable_model->later = model->memory;
-    moe__paging_record(model, &mutable_model->later);
-    __atomic_store_n(&mutable_model->is_later, 1, __ATOMIC_RELEASE);
-}
-
-/* What the options ask about memory, once the tensors are known to be right. */
-MOE__PRIVATE moe_status moe__place_all(moe_model *model, const moe_model_options *options,
-                                       moe_error *error) {
-    moe__machine machine;
-    moe_model_memory *memory = &model->memory;
-    moe_status status = MOE_OK;
-    memory->n_nodes = 1;
-    if (options && options->numa) { /* two files per processor: only if needed */
-        moe__machine_this(&machine);
-        memory->n_nodes = machine.n_nodes;
-        if (machine.n_nodes > 1) status = moe__place_weights(model, &machine, options, error);
-    }
-    if (!status) status = moe__paging_begin(model, options, error);
-    if (!status && options && options->mlock == MOE_ON)
-        memory->n_bytes_locked = moe__place_lock(model->gguf, 1);
-    return status;
-}
-
-/* ---- opening --------------------------------------------------------------------------------- */
-
-/* Some files have no tokenizer: they are run with token ids alone. */
-MOE__PRIVATE int moe__load_has_vocab(const moe_gguf *gguf) {
-    static const char *const none[] = {"none", "no_vocab", "test"};
-    moe_string name;
-    const void *cursor = NULL;
-    if (!moe_gguf_value_string(moe_gguf_find_value(gguf, "tokenizer.ggml.model"), &cursor, &name))
-        return 0;
-    for (size_t i = 0; i < sizeof none / sizeof none[0]; i++)
-        if (name.size == strlen(none[i]) && !memcmp(name.data, none[i], name.size)) return 0;
-    return 1;
-}
-
-MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_options *options,
-                                       moe_error *error) {
-    moe_allocator allocator;
-    moe__loader loader;
-    if (!gguf) {
-        moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
-        return NULL;
-    }
-    if (options && ((unsigned)options->numa > MOE_NUMA_OWNER || !moe__is_switch(options->mlock) ||
-                    (unsigned)options->pages > MOE_PAGES_COPY)) {
-        moe__fail(error, MOE_ERROR_ARGUMENT, "options",
-                  "numa %d, mlock %d or pages %d is out of range", (int)options->numa,
-                  (int)options->mlock, (int)options->pages);
-        return NULL;
-    }
-    if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
-    moe_model *model = (moe_model *)moe__alloc(&allocator, sizeof *model);
-    if (!model) {
-        moe__fail(error, MOE_ERROR_MEMORY, "model", "no memory for a model");
-        return NULL;
-    }
-    model->allocator = allocator;
-    model->gguf = gguf;
-    loader.model = model;
-    loader.gguf = gguf;
-    loader.error = error;
-    loader.status = MOE_OK;
-    moe__load_family(&loader);
-    if (!loader.status) moe__load_hparams(&loader);
-    if (!loader.status && moe__load_has_vocab(gguf)) {
-        model->vocab = moe_vocab_open(gguf, error);
-        if (!model->vocab) loader.status = MOE_ERROR_FORMAT;
-    }
-    if (!loader.status) moe__load_globals(&loader);
-    model->layers = (moe__layer *)moe__load_alloc(&loader, (uint64_t)model->info.n_layer,
-                                                  sizeof *model->layers);
-    for (int il = 0; il < model->info.n_layer && !loader.status; il++)
-        moe__load_layer(&loader, &model->layers[il], il);
-    if (!loader.status) loader.status = moe__place_all(model, options, error);
-    if (!loader.status) return model;
-    moe_model_close(model);
-    return NULL;
-}
-
-MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
-                                  moe_error *error) {
-    moe_gguf_options gguf_options;
-    moe__policy before;
-    int spread = 0; /* a copy is read in turn to all nodes, so that no node runs full */
-    int32_t nodes = 1;
-    memset(&gguf_options, 0, sizeof gguf_options);
-    if (options) {
-        gguf_options.allocator = options->allocator;
-        gguf_options.pages = options->pages;
-        gguf_options.prefault = options->prefault;
-        gguf_options.progress = options->progress;
-        gguf_options.progress_user = options->progress_user;
-    }
-    if (options && options->numa) {
-        moe__machine machine;
-        moe__policy policy;
-        moe__machine_this(&machine);
-        moe__policy_init(&policy, &machine, MOE__POLICY_INTERLEAVE, 0);
-        if (machine.n_nodes == 1) gguf_options.prefault = MOE_ON;
-        else spread = moe__policy_get(&before) && moe__policy_set(&policy);
-        nodes = machine.n_nodes;
-    }
-    moe_gguf *gguf = moe__gguf_open(path, &gguf_options, nodes > 1, error);
-    if (spread) moe__policy_set(&before);
-    if (!gguf) return NULL;
-    moe_model *model = moe_model_open_gguf(gguf, options, error);
-    if (model)
-        model->own_gguf = gguf;
-    else
-        moe_gguf_close(gguf);
-    return model;
-}
-
-MOE_API void moe_model_close(moe_model *model) {
-    if (!model) return;
-    moe_allocator allocator = model->allocator;
-    while (model->owned) {
-        void *memory = model->owned;
-        memcpy(&model->owned, memory, sizeof(void *));
-        moe__free(&allocator, memory);
-    }
-    moe_vocab_close(model->vocab);
-    if (model->memory.n_bytes_locked) moe__place_lock(model->gguf, 0);
-    if (model->paging.files) /* another model of the caller's gguf may look after them */
-        __atomic_store_n(&((moe_gguf *)model->gguf)->looked_after, 0, __ATOMIC_RELEASE);
-    moe_gguf_close(model->own_gguf);
-    moe__free(&allocator, model);
-}
-
-MOE_API const moe_vocab *moe_model_vocab(const moe_model *model) {
-    return model ? model->vocab : NULL;
-}
-MOE_API const moe_gguf *moe_model_gguf(const moe_model *model) {
-    return model ? model->gguf : NULL;
-}
-MOE_API const moe_model_info *moe_model_get_info(const moe_model *model) {
-    return model ? &model->info : NULL;
-}
-MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
-    if (!model) return NULL;
-    return __atomic_load_n(&model->is_later, __ATOMIC_ACQUIRE) ? &model->later : &model->memory;
-}
-
-/* ============================================================================================== */
-/* // >>session */
-/* */
-/* Sequences and the forward pass over a batch of their tokens, which every thread of the team */
-/* walks from top to bottom (moe__forward). */
-/* */
-/*   jobs       what the caller wants to be appended to which sequences */
-/*   rows       a batch: rows[t] = {sequence, token, position}; all but attention see rows only */
-/*   spans      rows of one sequence that follow one another: what attention works on */
-/*   sequence   (moe_session) its cache, its length, its logits */
-/*   work       (moe__work) the buffers for a batch; they belong to the pool */
-/* */
-/* Two ways of sharing the same steps: */
-/*   one row      what is tiny (norms, quantizing, choosing experts) every thread does for itself */
-/*                into memory of its own: cheaper than a barrier */
-/*   many rows    it is split over the rows, into shared memory, and a barrier follows */
-/* Matrices are split by their rows in both. */
-/* ============================================================================================== */
-
-enum {
-    MOE__MLA_EXPAND = 128,  /* inputs of so many tokens expand latent vectors to keys and values */
-    MOE__ATTEND_BLOCK = 256 /* most queries of a work item of attention */
-};
-
-/* A row of a batch: one token of one sequence. */
-typedef struct moe__row {
-    moe_session *sequence;
-    int32_t token, position;
-} moe__row;
-
-/* Rows of a batch that follow one another in one sequence */
-typedef struct moe__span {
-    moe_session *sequence;
-    int32_t first, n;     /* rows of the batch */
-    int32_t past;         /* position of the first: tokens of the sequence before it */
-    int32_t at;           /* number of the first among the rows that attend in the same way */
-    int expand;           /* MLA: keys and values are expanded; else queries absorb that */
-    int32_t n_logits;     /* the last rows, whose logits are wanted, */
-    float *logits;        /* here */
-} moe__span;
-
-/* Memory of one thread. */
-typedef struct moe__local {
-    moe__scratch scratch;
-    moe__plan plan;
-    moe__acts x, q_a, attn, routed, shared, dense; /* one token (routed: its n_used experts) */
-    moe__acts q_nope;         /* MLA: one head's unrotated query part per row */
-    float *rope;              /* cos and sin of one token */
-    float *router_logits;
-    int32_t *experts;
-    float *expert_weights;
-    float shared_weight;
-    float *wide_q, *wide_k;   /* one token's normed over all heads, if the family does that */
-    float *q, *out;           /* MOE__ATTEND_QUERIES gathered queries and their results */
-    float *max, *sum;
-    int32_t *first, *n_visible;
-    float *all_max, *all_sum; /* of the queries of a work item over the chunks so far */
-    float *scores;            /* MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS */
-    float *w_k, *w_v;         /* MLA: a head's rows of kv_b as floats */
-    float *latent, *keys, *values; /* MLA, expanded: one chunk */
-    const void **latent_rows;
-} moe__local;
-
-/* Buffers for a batch of n rows. They belong to the pool: its sessions take turns. */
-typedef struct moe__work {
-    moe__row *rows;        /* [n] */
-    moe__span *spans;      /* [n] */
-    int32_t n_spans;
-    float *residual;       /* [n][n_embd] */
-    float *rope;           /* [n][n_rot] */
-    moe__acts x;           /* [n] normed residual */
-    float *q, *k, *v;      /* [n][heads * width]; MLA: k holds [n][kv_lora + n_rot] */
-    moe__acts q_a;         /* [n] low-rank queries */
-    moe__acts attn;        /* [n] results of all heads */
-    float *q_absorbed;     /* [absorbed row][n_head][kv_lora + n_rot] */
-    moe__acts latent;      /* [absorbed row * n_head] sums of latent vectors */
-    int64_t n_parts;       /* results of attention over single chunks: */
-    float *part_max, *part_sum, *part_out; /* [n_parts][n_head], [n_parts][n_head][width] */
-    float *router_logits;  /* [n][n_expert] */
-    int32_t *experts;      /* [n][n_expert_used] */
-    float *expert_weights;
-    float *shared_weights; /* [n] */
-    moe__acts routed, shared, dense; /* hidden vectors: [n * n_expert_used], [n], [n] */
-    float *expert_out;     /* [n_expert_used + 1][n_embd], of one token, see moe__forward_down */
-    int32_t *numbers;      /* 0, 1, 2, ... n - 1 */
-    float *ones;           /* n */
-    moe__local *locals;    /* one per thread */
-} moe__work;
-
-struct moe_session {
-    moe_allocator allocator;
-    const moe_model *model;
-    const moe__kernels *kernels;
-    const moe__schedule_info *schedule;
-    moe_pool *pool, *own_pool;
-    int32_t pin;           /* of own_pool */
-    moe_session_info info;
-    int (*should_stop)(void *user);
-    void *should_stop_user;
-    int keep_all_logits;
-    int32_t length;        /* tokens in the cache */
-    int32_t n_last;        /* tokens of the last eval that have logits; 0: there are none */
-    int in_jobs;           /* while it is being evaluated */
-    uint64_t *expert_counts; /* [layer][expert] */
-    double *wait_seconds;  /* of each thread in the last eval */
-    uint8_t *k_cache, *v_cache; /* [layer][head][position][width] */
-    float *logits;         /* [n_vocab], or [n_ctx][n_vocab] by position */
-    void *memory;
-    uint8_t *buffers;      /* within memory, at a huge page: all of the above but the logits */
-    size_t n_bytes;        /* of buffers */
-    moe__work work;        /* as it lies in the pool's memory */
-    size_t work_size;
-};
-
-/* ---- memory --------------------------------------------------------------------------------- */
-
-/* What the layers want their activations quantized to. */
-typedef struct moe__session_kinds {
-    unsigned x, q_a, attn, latent, q_nope, routed, shared, dense;
-} moe__session_kinds;
-
-MOE__PRIVATE moe__session_kinds moe__session_find_kinds(const moe_model *model) {
-    moe__session_kinds kinds;
-    memset(&kinds, 0, sizeof kinds);
-    kinds.x = moe__acts_kind(&model->output);
-    for (int il = 0; il < model->info.n_layer; il++) {
-        const moe__layer *layer = &model->layers[il];
-        const moe__ffn *ffns[] = {&layer->experts, &layer->shared, &layer->dense};
-        const moe__matrix *x[] = {&layer->q, &layer->k, &layer->v, &layer->q_a, &layer->kv_a,
-                                  &layer->router};
-        for (size_t i = 0; i < sizeof x / sizeof x[0]; i++) kinds.x |= moe__acts_kind(x[i]);
-        for (int i = 0; i < 3; i++)
-            kinds.x |= moe__acts_kind(&ffns[i]->gate) | moe__acts_kind(&ffns[i]->up);
-        kinds.q_a |= moe__acts_kind(&layer->q_b);
-        kinds.attn |= moe__acts_kind(&layer->o);
-        kinds.latent |= moe__acts_kind(&layer->v_b);
-        kinds.q_nope |= moe__acts_kind(&layer->k_b);
-        kinds.routed |= moe__acts_kind(&layer->experts.down);
-        kinds.shared |= moe__acts_kind(&layer->shared.down);
-        kinds.dense |= moe__acts_kind(&layer->dense.down);
-    }
-    return kinds;
-}
-
-MOE__INLINE float *moe__take_floats(moe__arena *arena, int64_t rows, int64_t n) {
-    uint64_t count;
-    if (!moe__size_mul((uint64_t)rows, (uint64_t)n, &count)) count = UINT64_MAX;
-    return (float *)moe__arena_take(arena, count, sizeof(float));
-}
-
-/* The private form of shared activations: the floats are the shared ones, the rest is private. */
-MOE__PRIVATE void moe__acts_take_private(moe__acts *acts, moe__arena *arena, int64_t n_rows,
-                                         const moe__acts *shared) {
-    moe__acts_take(acts, arena, n_rows, shared->n, shared->kinds);
-}
-
-MOE__PRIVATE void moe__work_layout_local(const moe_session *session, const moe__work *work,
-                                         moe__local *local, moe__arena *arena) {
-    const moe_model *model = session->model;
-    const moe_model_info *info = &model->info;
-    const int64_t n = session->info.n_batch, used = info->n_expert_used;
-    const int64_t width = moe__max(model->head_k, model->kv_lora + model->n_rot);
-    const int64_t width_v = moe__max(model->head_v, model->kv_lora);
-    const int64_t queries = moe__max(n, (int64_t)MOE__ATTEND_BLOCK);
-    int64_t longest = moe__max(info->n_embd, (int64_t)info->n_ff_exp);
-    longest = moe__max(longest, moe__max(info->n_ff, model->n_ff_shared));
-    longest = moe__max(longest, n * MOE__TILE_ROWS);
-    local->scratch.pack = moe__arena_take(arena, 1, MOE__PACK_SIZE);
-    local->scratch.gate = moe__take_floats(arena, 1, longest);
-    local->scratch.up = moe__take_floats(arena, 1, longest);
-    local->scratch.x = (const void **)moe__arena_take(arena, (uint64_t)n, sizeof(void *));
-    local->scratch.x_up = (const void **)moe__arena_take(arena, (uint64_t)n, sizeof(void *));
-    local->plan.entries = (moe__entry *)moe__arena_take(arena, (uint64_t)info->n_expert + 1,
-                                                        sizeof(moe__entry));
-    local->plan.tokens = (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
-    local->plan.weights = moe__take_floats(arena, n, used);
-    moe__acts_take_private(&local->x, arena, 1, &work->x);
-    moe__acts_take_private(&local->q_a, arena, 1, &work->q_a);
-    moe__acts_take_private(&local->attn, arena, 1, &work->attn);
-    moe__acts_take_private(&local->routed, arena, used, &work->routed);
-    moe__acts_take_private(&local->shared, arena, 1, &work->shared);
-    moe__acts_take_private(&local->dense, arena, 1, &work->dense);
-    local->rope = moe__take_floats(arena, 1, model->n_rot);
-    local->router_logits = moe__take_floats(arena, 1, info->n_expert);
-    local->experts = (int32_t *)moe__arena_take(arena, (uint64_t)used, sizeof(int32_t));
-    local->expert_weights = moe__take_floats(arena, 1, used);
-    local->q = moe__take_floats(arena, MOE__ATTEND_QUERIES, width);
-    local->out = moe__take_floats(arena, MOE__ATTEND_QUERIES, width_v);
-    local->max = moe__take_floats(arena, 1, MOE__ATTEND_QUERIES);
-    local->sum = moe__take_floats(arena, 1, MOE__ATTEND_QUERIES);
-    local->first = (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
-    local->n_visible =
-        (int32_t *)moe__arena_take(arena, MOE__ATTEND_QUERIES, sizeof(int32_t));
-    local->all_max = moe__take_floats(arena, 1, queries);
-    local->all_sum = moe__take_floats(arena, 1, queries);
-    if (moe__has(model, MOE__QK_NORM_WIDE)) {
-        local->wide_q = moe__take_floats(arena, info->n_head, model->head_k);
-        local->wide_k = moe__take_floats(arena, info->n_head_kv, model->head_k);
-    }
-    local->scores = moe__take_floats(arena, MOE__ATTEND_QUERIES, MOE__ATTEND_KEYS);
-    if (!model->family->mla) return;
-    const int64_t nope = model->head_k - model->n_rot, latent = model->kv_lora;
-    moe__acts_take(&local->q_nope, arena,
-                   moe__max(moe__min(n, MOE__MLA_EXPAND), MOE__GROUP_ROWS), nope,
-                   moe__session_find_kinds(model).q_nope);
-    local->w_k = moe__take_floats(arena, nope, latent);
-    if (n < MOE__MLA_EXPAND) return;
-    local->w_v = moe__take_floats(arena, model->head_v, latent);
-    local->latent = moe__take_floats(arena, MOE__ATTEND_KEYS, latent);
-    local->keys = moe__take_floats(arena, MOE__ATTEND_KEYS, model->head_k);
-    local->values = moe__take_floats(arena, MOE__ATTEND_KEYS, model->head_v);
-    local->latent_rows =
-        (const void **)moe__arena_take(arena, MOE__ATTEND_KEYS, sizeof(void *));
-}
-
-/* Widths of a cached key and value; MLA caches one row per position, without heads. */
-typedef struct moe__kv_shape {
-    int64_t n_head, k, v;
-} moe__kv_shape;
-
-MOE__PRIVATE moe__kv_shape moe__session_kv_shape(const moe_session *session) {
-    const moe_model *model = session->model;
-    moe__kv_shape shape;
-    shape.n_head = model->family->mla ? 1 : model->info.n_head_kv;
-    shape.k = model->family->mla ? model->kv_lora + model->n_rot : model->head_k;
-    shape.v = model->family->mla ? 0 : model->head_v;
-    return shape;
-}
-
-/* Keys or values of one layer */
-MOE__PRIVATE moe__kv moe__session_kv(const moe_session *session, int il, int value) {
-    const moe__kv_shape shape = moe__session_kv_shape(session);
-    moe__kv kv;
-    kv.type = session->info.kv_type;
-    kv.n_ctx = session->info.n_ctx;
-    kv.width = value ? shape.v : shape.k;
-    kv.row_size = moe__kv_bytes(kv.type, kv.width);
-    kv.data = (value ? session->v_cache : session->k_cache) +
-              (size_t)(il * shape.n_head * kv.n_ctx) * kv.row_size;
-    return kv;
-}
-
-/* Lays out what belongs to the session alone, but for the logits. */
-MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena) {
-    const moe_model_info *info = &session->model->info;
-    const moe__kv_shape kv = moe__session_kv_shape(session);
-    const uint64_t rows =
-        (uint64_t)info->n_layer * (uint64_t)kv.n_head * (uint64_t)session->info.n_ctx;
-    const moe_kv_type type = session->info.kv_type;
-    const int32_t n = (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
-    session->k_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.k));
-    session->v_cache = (uint8_t *)moe__arena_take(arena, rows, moe__kv_bytes(type, kv.v));
-    session->info.kv_bytes = (size_t)arena->used;
-    session->expert_counts = (uint64_t *)moe__arena_take(
-        arena, (uint64_t)info->n_layer * (uint64_t)info->n_expert, sizeof(uint64_t));
-    session->wait_seconds = (double *)moe__arena_take(arena, (uint64_t)n, sizeof(double));
-}
-
-/* Lays out the buffers for a batch. */
-MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
-                                   moe__arena *arena) {
-    const moe_model *model = session->model;
-    const moe_model_info *info = &model->info;
-    const moe__kv_shape kv = moe__session_kv_shape(session);
-    const moe__session_kinds kinds = moe__session_find_kinds(model);
-    const int64_t n = session->info.n_batch, n_head = info->n_head;
-    const int mla = model->family->mla;
-    const int n_threads =
-        (int)moe__max(session->info.n_threads, session->info.n_threads_batch);
-    work->rows = (moe__row *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__row));
-    work->spans = (moe__span *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__span));
-    work->residual = moe__take_floats(arena, n, info->n_embd);
-    work->rope = moe__take_floats(arena, n, model->n_rot);
-    moe__acts_take(&work->x, arena, n, info->n_embd, kinds.x);
-    work->q = moe__take_floats(arena, n, n_head * model->head_k);
-    work->k = moe__take_floats(arena, n, kv.n_head * kv.k);
-    work->v = moe__take_floats(arena, n, kv.n_head * kv.v);
-    moe__acts_take(&work->q_a, arena, n, moe__max(model->q_lora, 1), kinds.q_a);
-    moe__acts_take(&work->attn, arena, n, n_head * model->head_v, kinds.attn);
-    if (mla) {
-        const int64_t absorbed = moe__min(n, MOE__MLA_EXPAND);
-        work->q_absorbed = moe__take_floats(arena, absorbed, n_head * kv.k);
-        moe__acts_take(&work->latent, arena, absorbed * n_head, model->kv_lora, kinds.latent);
-    }
-    work->n_parts = ((int64_t)session->info.n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
-    work->part_max = moe__take_floats(arena, work->n_parts, n_head);
-    work->part_sum = moe__take_floats(arena, work->n_parts, n_head);
-    work->part_out =
-        moe__take_floats(arena, work->n_parts, n_head * (mla ? model->kv_lora : model->head_v));
-    work->router_logits = moe__take_floats(arena, n, info->n_expert);
-    work->experts = (int32_t *)moe__arena_take(
-        arena, (uint64_t)(n * info->n_expert_used), sizeof(int32_t));
-    work->expert_weights = moe__take_floats(arena, n, info->n_expert_used);
-    work->shared_weights = moe__take_floats(arena, 1, n);
-    moe__acts_take(&work->routed, arena, n * info->n_expert_used, info->n_ff_exp, kinds.routed);
-    moe__acts_take(&work->shared, arena, n, moe__max(model->n_ff_shared, 1), kinds.shared);
-    moe__acts_take(&work->dense, arena, model->n_dense ? n : 1, model->n_dense ? info->n_ff : 1,
-                   kinds.dense);
-    work->expert_out = moe__take_floats(arena, info->n_expert_used + 1, info->n_embd);
-    work->numbers = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
-    work->ones = moe__take_floats(arena, 1, n);
-    work->locals = (moe__local *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(moe__local));
-    for (int i = 0; i < n_threads; i++) {
-        moe__local local;
-        memset(&local, 0, sizeof local);
-        moe__work_layout_local(session, work, &local, arena);
-        if (arena->base) work->locals[i] = local;
-    }
-}
-
-/* ---- batches -------------------------------------------------------------------------------- */
-
-/* What is evaluated, and the batch of rows that is being evaluated */
-typedef struct moe__batch {
-    moe_job *jobs;
-    int32_t n_jobs;
-    moe_session *lead;  /* whose options count: its kernels, schedule, n_batch and threads */
-    moe__work *work;
-    int32_t job, done;  /* the next token: of which job, after how many of it */
-    int64_t n;          /* rows of this batch */
-    int more;           /* whether another follows */
-    int stop;           /* set by thread 0 before a barrier, read after it */
-    moe__nodes nodes;   /* of the threads */
-} moe__batch;
-
-/* The next rows, as many as fit, in the order of the jobs */
-MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
-    moe__work *work = batch->work;
-    const moe_model *model = batch->lead->model;
-    const int32_t most = batch->lead->info.n_batch;
-    int32_t absorbed = 0;
-    batch->n = 0;
-    work->n_spans = 0;
-    for (; batch->job < batch->n_jobs && batch->n < most; batch->job++, batch->done = 0) {
-        const moe_job *job = &batch->jobs[batch->job];
-        moe_session *sequence = job->session;
-        if (job->status) continue;
-        moe__span *span = &work->spans[work->n_spans];
-        span->expand = model->family->mla && job->n_tokens >= MOE__MLA_EXPAND &&
-                       most >= MOE__MLA_EXPAND;
-        const int absorbs = model->family->mla && !span->expand;
-        int32_t n = (int32_t)moe__min(job->n_tokens - batch->done, most - batch->n);
-        if (absorbs) n = (int32_t)moe__min(n, MOE__MLA_EXPAND - absorbed);
-        if (n == 0) return;
-        work->n_spans++;
-        span->sequence = sequence;
-        span->first = (int32_t)batch->n;
-        span->n = n;
-        span->past = sequence->length + batch->done;
-        span->at = absorbs ? absorbed : span->first;
-        absorbed += absorbs ? n : 0;
-        for (int32_t i = 0; i < n; i++, batch->n++) {
-            moe__row *row = &work->rows[batch->n];
-            row->sequence = sequence;
-            row->token = job->tokens[batch->done + i];
-            row->position = span->past + i;
-            work->numbers[batch->n] = (int32_t)batch->n;
-            work->ones[batch->n] = 1;
-        }
-        batch->done += n;
-        const int ends = batch->done == job->n_tokens;
-        span->n_logits = sequence->keep_all_logits ? n : ends;
-        span->logits = sequence->logits;
-        if (sequence->keep_all_logits)
-            span->logits += (int64_t)span->past * model->info.n_vocab;
-        if (!ends) return;
-    }
-}
-
-MOE__PRIVATE void moe__batch_next(moe__batch *batch) {
-    moe__batch_fill(batch);
-    batch->more = 0;
-    for (int32_t i = batch->job; i < batch->n_jobs; i++)
-        if (!batch->jobs[i].status && (i > batch->job || batch->done < batch->jobs[i].n_tokens))
-            batch->more = 1;
-}
-
-/* ---- the state of one thread in one batch --------------------------------------------------- */
-
-typedef struct moe__eval {
-    moe__batch *batch;
-    moe__work *work;
-    const moe_model *model;
-    const moe__kernels *kernels;
-    moe__local *local;
-    int thread, n_threads;
-    int64_t n;       /* rows of this batch */
-    int64_t row_unit;
-} moe__eval;
-
-MOE__INLINE int64_t moe__eval_row_unit(int64_t n_tokens) {
-    return n_tokens == 1 ? (int64_t)MOE__ROW_UNIT : (int64_t)MOE__TILE_ROWS;
-}
-
-MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
-    if (e->thread == 0) e->batch->lead->info.n_barriers++;
-    moe__pool_barrier(e->batch->lead->pool, e->thread);
-}
-
-/* This thread's part of `total`. */
-MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit, int64_t *begin,
-                                 int64_t *end) {
-    moe__pool_share(total, unit, e->thread, e->n_threads, begin, end);
-}
-
-/* Fetches the first of this thread's rows of a matrix that is read soon, see moe__matrix_fetch. */
-MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix) {
-    int64_t begin, end;
-    if (!matrix->data) return;
-    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
-    moe__matrix_fetch(matrix, 0, begin, end);
-}
-
-/* Matrices that read the same activations, one of a list */
-typedef struct moe__projection {
-    const moe__matrix *matrix;
-    float *out; /* [row][n_out] */
-} moe__projection;
-
-/* This thread's rows of number i of a list: the blocks of rows of all matrices are laid out in a */
-/* line, those of each memory node by themselves, and cut into equal parts. */
-MOE__PRIVATE void moe__eval_cut(const moe__eval *e, const moe__projection *list, int n_list, int i,
-                                int64_t *begin, int64_t *end) {
-    const moe__nodes *nodes = &e->batch->nodes;
-    const int32_t k = moe__nodes_of(nodes, e->thread);
-    const int64_t first = nodes->first[k], last = nodes->first[k + 1], unit = e->row_unit;
-    int64_t total = 0, before = 0, from = 0, n_units = 0;
-    for (int j = 0; j < n_list; j++) {
-        const int64_t units = (list[j].matrix->n_out + unit - 1) / unit;
-        const int64_t low = units * first / e->n_threads, high = units * last / e->n_threads;
-        if (j < i) before += high - low;
-        if (j == i) from = low, n_units = high - low;
-        total += high - low;
-    }
-    const int64_t mine = e->thread - first, n = last - first;
-    const int64_t low = moe__max(total * mine / n - before, 0);
-    const int64_t high = moe__min(total * (mine + 1) / n - before, n_units);
-    *begin = moe__min((from + low) * unit, list[i].matrix->n_out);
-    *end = moe__min((from + high) * unit, list[i].matrix->n_out);
-}
-
-/* out[row][all rows of matrix] = matrix x for this thread's parts of a list; no barrier. */
-MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__projection *list, int n_list,
-                                    const moe__acts *x) {
-    int64_t begin, end, next = 0, next_end = 0;
-    moe__eval_cut(e, list, n_list, 0, &begin, &end);
-    for (int i = 0; i < n_list; i++) {
-        const moe__matrix *matrix = list[i].matrix;
-        if (i + 1 < n_list) {
-            moe__eval_cut(e, list, n_list, i + 1, &next, &next_end);
-            moe__matrix_fetch(list[i + 1].matrix, 0, next, next_end);
-        }
-        if (begin < end) {
-            moe__acts_gather(x, matrix, NULL, 0, e->n, e->local->scratch.x);
-            moe__matmul(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n,
-                        list[i].out + begin, matrix->n_out, e->local->scratch.pack);
-        }
-        begin = next, end = next_end;
-    }
-}
-
-/* residual += matrix x for this thread's rows; no barrier. */
-MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix,
-                                        const moe__acts *x) {
-    int64_t begin, end;
-    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
-    moe__acts_gather(x, matrix, NULL, 0, e->n, e->local->scratch.x);
-    if (begin < end)
-        moe__matmul_add(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n, NULL, NULL,
-                        e->work->residual, e->local->scratch.up, e->local->scratch.pack);
-}
-
-/* norm(source) * weight, ready for matrices: one token for this thread alone, many shared. */
-/* source: [n][acts' n]. */
-MOE__PRIVATE const moe__acts *moe__eval_norm(moe__eval *e, const float *source,
-                                             const float *weight, const moe__acts *own,
-                                             const moe__acts *common) {
-    const moe__acts *out = e->n == 1 ? own : common;
-    int64_t begin = 0, end = 1;
-    if (e->n > 1) moe__eval_share(e, e->n, 1, &begin, &end);
-    for (int64_t t = begin; t < end; t++)
-        e->kernels->rms_norm(source + t * out->n, weight, out->n, e->model->eps,
-                             moe__acts_f32(out, t));
-    moe__acts_quantize(e->kernels, out, begin, end);
-    if (e->n > 1) moe__eval_barrier(e);
-    return out;
-}
-
-/* Floats that all threads wrote together, ready for matrices; rows of them. With one token the */
-/* result is *own: the shared floats with int8 forms of this thread's own. The barrier that many */
-/* rows need is the caller's. */
-MOE__PRIVATE const moe__acts *moe__eval_quantize(moe__eval *e, const moe__acts *common,
-                                                 moe__acts *own, int64_t rows) {
-    int64_t begin = 0, end = rows;
-    if (e->n == 1) {
-        own->data[MOE__ACT_F32] = common->data[MOE__ACT_F32];
-        moe__acts_quantize(e->kernels, own, begin, end);
-        return own;
-    }
-    moe__eval_share(e, rows, 1, &begin, &end);
-    moe__acts_quantize(e->kernels, common, begin, end);
-    return common;
-}
-
-/* Cos and sin of row t. */
-MOE__INLINE const float *moe__eval_rope(const moe__eval *e, int64_t t) {
-    return e->n == 1 ? e->local->rope : e->work->rope + t * e->model->n_rot;
-}
-
-/* ---- attention over caches ------------------------------------------------------------------ */
-
-/* A query sees the keys of its sequence up to its own position, or the last `window` of them. */
-/* Its result has the same bits however the work is cut: keys are seen in chunks that begin at */
-/* multiples of MOE__ATTEND_KEYS, each from a fresh state, and the chunks' results are added up */
-/* in their order (moe__attend_add). */
-/* */
-/* A work item is a block of queries that share a key-value head, over all chunks: the chunk is */
-/* the outer loop, so that keys and values stay in the cache for all queries. If that makes fewer */
-/* items than threads, each chunk becomes an item (its results are kept apart and added up behind */
-/* a barrier), and then blocks become smaller. */
-
-/* Attention in one layer. Query head h reads key-value head h / group. */
-typedef struct moe__attention {
-    const moe__layer *layer;
-    int il;
-    int expand;            /* which spans take part: those with the same */
-    int64_t n_kv, group;   /* key-value heads, and query heads of each */
-    int64_t dk, dv;
-    const float *q;        /* [row][n_kv * group][dk]; NULL: moe__gqa_query makes them */
-    float *out;            /* [row][n_kv * group][dv]; rows are counted as moe__span.at does */
-    int store;             /* the item of the last chunk stores the new key and value first */
-    int64_t block;         /* most queries of an item */
-    int64_t n_parts;       /* most chunks of a row, if they are items; else 0 */
-} moe__attention;
-
-/* The first key that a query at this position sees. */
-MOE__INLINE int64_t moe__attention_first(const moe__layer *layer, int64_t position) {
-    return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
-}
-/* The first chunk that it sees, and how many. */
-MOE__INLINE int64_t moe__attention_chunk(const moe__layer *layer, int64_t position) {
-    return moe__attention_first(layer, position) / MOE__ATTEND_KEYS;
-}
-MOE__INLINE int64_t moe__attention_chunks(const moe__layer *layer, int64_t position) {
-    return position / MOE__ATTEND_KEYS + 1 - moe__attention_chunk(layer, position);
-}
-
-/* How work is cut: sets block and n_parts. Nothing of it changes results. */
-MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
-    int64_t most = 0, rows = 0, items = 0;
-    const int64_t least = at->expand ? MOE__MLA_EXPAND : 4;
-    const int64_t limit = at->expand ? 0 : e->work->n_parts; /* expanding is not done twice */
-    at->block = MOE__ATTEND_BLOCK;
-    if (at->expand) at->block = moe__max(at->block, e->n);
-    at->n_parts = 0;
-    for (;;) {
-        items = rows = 0;
-        for (int32_t i = 0; i < e->work->n_spans; i++) {
-            const moe__span *span = &e->work->spans[i];
-            if (span->expand != at->expand) continue;
-            items += (span->n * at->group + at->block - 1) / at->block * at->n_kv;
-            rows += span->n;
-            most = moe__max(most, moe__attention_chunks(at->layer, span->past + span->n - 1));
-        }
-        if (items * moe__max(at->n_parts, 1) >= e->n_threads || at->block <= least) break;
-        if (!at->n_parts && most > 1 && rows * most <= limit)
-            at->n_parts = most;
-        else
-            at->block /= 2;
-    }
-    /* A few items that cannot be dealt out evenly */
-    if (!at->n_parts && items % e->n_threads && items < 8 * e->n_threads && most > 1 &&
-        rows * most <= limit)
-        at->n_parts = most;
-}
-
-typedef struct moe__item {
-    const moe__span *span;
-    int64_t head;             /* key-value head */
-    int64_t begin, end;       /* queries of the span: i is head i % group of row i / group */
-    int64_t chunk, chunk_end;
-} moe__item;
-
-/* Where a thread is in the list of items, which nobody writes down */
-typedef struct moe__items {
-    int32_t span;
-    int64_t pair, part; /* (block, head), chunk */
-    int64_t number;
-} moe__items;
-
-/* The next item of this thread; 0: there is none. The last queries of a span see most keys: they */
-/* come first. */
-MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, moe__items *it,
-                                 moe__item *item) {
-    for (; it->span < e->work->n_spans; it->span++, it->pair = 0) {
-        const moe__span *span = &e->work->spans[it->span];
-        const int64_t queries = span->n * at->group;
-        const int64_t blocks = (queries + at->block - 1) / at->block;
-        if (span->expand != at->expand) continue;
-        for (; it->pair < blocks * at->n_kv; it->pair++, it->part = 0) {
-            item->span = span;
-            item->head = it->pair % at->n_kv;
-            item->begin = (blocks - 1 - it->pair / at->n_kv) * at->block;
-            item->end = moe__min(queries, item->begin + at->block);
-            const int64_t last = span->past + (item->end - 1) / at->group;
-            const int64_t chunk =
-                moe__attention_chunk(at->layer, span->past + item->begin / at->group);
-            const int64_t chunk_end = last / MOE__ATTEND_KEYS + 1;
-            while (it->part < (at->n_parts ? chunk_end - chunk : 1)) {
-                item->chunk = chunk + it->part++;
-                item->chunk_end = at->n_parts ? item->chunk + 1 : chunk_end;
-                if (it->number++ % e->n_threads == e->thread) return 1;
-            }
-        }
-    }
-    return 0;
-}
-
-/* The number of one chunk's result for a row (as moe__span.at counts) and query head */
-MOE__INLINE int64_t moe__attention_part(const moe__attention *at, int64_t row, int64_t head,
-                                        int64_t part) {
-    return (row * at->n_parts + part) * at->n_kv * at->group + head;
-}
-
-/* The state before the first key. A sink is as good as a key that was seen before all others, */
-/* whose value is 0. */
-MOE__PRIVATE void moe__attention_begin(const moe__attention *at, int64_t head, float *max,
-                                       float *sum, float *out) {
-    *max = at->layer->sinks ? at->layer->sinks[head] : -INFINITY;
-    *sum = at->layer->sinks ? 1.0f : 0.0f;
-    memset(out, 0, (size_t)at->dv * sizeof *out);
-}
-
-/* The results of a row's chunks, which are kept apart, into `out`. */
-MOE__PRIVATE void moe__attention_merge(const moe__eval *e, const moe__attention *at,
-                                       const moe__span *span, int64_t i, int64_t head) {
-    const moe__work *work = e->work;
-    const int64_t n_head = at->n_kv * at->group, row = span->at + i;
-    const int64_t n = moe__attention_chunks(at->layer, span->past + i);
-    float max, sum, *out = at->out + (row * n_head + head) * at->dv;
-    moe__attention_begin(at, head, &max, &sum, out);
-    for (int64_t c = 0; c < n; c++) {
-        const int64_t part = moe__attention_part(at, row, head, c);
-        moe__attend_add(e->kernels, work->part_max[part], work->part_sum[part],
-                        work->part_out + part * at->dv, at->dv, &max, &sum, out);
-    }
-    e->kernels->divide(out, at->dv, sum);
-}
-/* All of them, shared by the threads. */
-MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attention *at) {
-    const int64_t n_head = at->n_kv * at->group;
-    int64_t total = 0, begin, end;
-    for (int32_t i = 0; i < e->work->n_spans; i++)
-        if (e->work->spans[i].expand == at->expand) total += e->work->spans[i].n * n_head;
-    moe__eval_share(e, total, 1, &begin, &end);
-    for (int32_t i = 0; i < e->work->n_spans; i++) {
-        const moe__span *span = &e->work->spans[i];
-        if (span->expand != at->expand) continue;
-        for (int64_t j = moe__max(begin, 0); j < moe__min(end, span->n * n_head); j++)
-            moe__attention_merge(e, at, span, j / n_head, j % n_head);
-        begin -= span->n * n_head, end -= span->n * n_head;
-    }
-}
-
-/* ---- grouped-query attention ---------------------------------------------------------------- */
-
-/* The projected query and key of row t; where the family norms them over all heads together, */
-/* after moe__gqa_norm_wide: one token's in this thread's memory, many in place. */
-MOE__INLINE float *moe__gqa_q(const moe__eval *e, int64_t t) {
-    const int64_t n = (int64_t)e->model->info.n_head * e->model->head_k;
-    return e->n == 1 && e->local->wide_q ? e->local->wide_q : e->work->q + t * n;
-}
-MOE__INLINE float *moe__gqa_k(const moe__eval *e, int64_t t) {
-    const int64_t n = (int64_t)e->model->info.n_head_kv * e->model->head_k;
-    return e->n == 1 && e->local->wide_k ? e->local->wide_k : e->work->k + t * n;
-}
-MOE__PRIVATE void moe__gqa_norm_wide(const moe__eval *e, const moe__layer *layer, int64_t t) {
-    const moe_model_info *info = &e->model->info;
-    const int64_t n_q = (int64_t)info->n_head * e->model->head_k;
-    const int64_t n_k = (int64_t)info->n_head_kv * e->model->head_k;
-    const float *q = e->work->q + t * n_q, *k = e->work->k + t * n_k;
-    if (!e->local->wide_q) return;
-    e->kernels->rms_norm(q, layer->q_norm, n_q, e->model->eps, moe__gqa_q(e, t));
-    e->kernels->rms_norm(k, layer->k_norm, n_k, e->model->eps, moe__gqa_k(e, t));
-}
-
-MOE__PRIVATE void moe__gqa_clamp(const moe__eval *e, float *x, int64_t n) {
-    const float most = e->model->clamp_kqv;
-    for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
-}
-
-/* Scales, norms and turns the query of one head; out: head_k floats, may be its place. */
-MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, int64_t t,
-                                 int64_t head, float *out) {
-    const moe_model *model = e->model;
-    const int64_t d = model->head_k;
-    const float *q = moe__gqa_q(e, t) + head * d;
-    if (layer->q_norm && !e->local->wide_q)
-        e->kernels->rms_norm(q, layer->q_norm, d, model->eps, out);
-    else if (out != q)
-        memcpy(out, q, (size_t)d * sizeof *out);
-    moe__gqa_clamp(e, out, d);
-    moe__rope_apply(&model->rope, moe__eval_rope(e, t), out);
-    for (int64_t i = 0; i < d; i++) out[i] *= model->kq_scale;
-}
-
-/* Norms and turns the key of one head and stores it and its value in the cache. */
-MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, int il, int64_t t,
-                                 int64_t head) {
-    const moe_model *model = e->model;
-    const moe__row *row = &e->work->rows[t];
-    const int64_t d = model->head_k, n_head = model->info.n_head_kv;
-    const moe__kv keys = moe__session_kv(row->sequence, il, 0);
-    const moe__kv values = moe__session_kv(row->sequence, il, 1);
-    float *k = moe__gqa_k(e, t) + head * d;
-    float *v = e->work->v + (t * n_head + head) * model->head_v;
-    if (layer->k_norm && !e->local->wide_k)
-        e->kernels->rms_norm(k, layer->k_norm, d, model->eps, k);
-    moe__gqa_clamp(e, k, d);
-    moe__gqa_clamp(e, v, model->head_v);
-    moe__rope_apply(&model->rope, moe__eval_rope(e, t), k);
-    moe__kv_store(e->kernels, &keys, moe__kv_row(&keys, head, row->position), 0, k, d);
-    moe__kv_store(e->kernels, &values, moe__kv_row(&values, head, row->position), 0, v,
-                  model->head_v);
-}
-
-/* ---- multi-head latent attention (DeepSeek-V2 report, 2.1) ---------------------------------- */
-
-/* Short inputs are absorbed: a query is multiplied with k_b and then compared with the cached */
-/* latent vectors themselves, whose weighted sum v_b makes a result of. Long ones expand each */
-/* chunk of the cache to the head's keys and values, which takes fewer multiplications per query. */
-
-/* Norms the latent vector, turns the shared key, stores both in the cache. */
-MOE__PRIVATE void moe__mla_store(const moe__eval *e, const moe__layer *layer, int il, int64_t t) {
-    const moe_model *model = e->model;
-    const moe__row *at = &e->work->rows[t];
-    const moe__kv cache = moe__session_kv(at->sequence, il, 0);
-    float *row = e->work->k + t * cache.width;
-    e->kernels->rms_norm(row, layer->kv_a_norm, model->kv_lora, model->eps, row);
-    moe__rope_apply(&model->rope, moe__eval_rope(e, t), row + model->kv_lora);
-    moe__kv_store(e->kernels, &cache, moe__kv_row(&cache, 0, at->position), 0, row, cache.width);
-}
-
-/* Rows of kv_b that make a head's unrotated keys, as floats: w_k[i][latent]. */
-MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer, int64_t head) {
-    const int64_t nope = e->model->head_k - e->model->n_rot, latent = e->model->kv_lora;
-    float *w_k = e->local->w_k;
-    if (layer->kv_b.data) {
-        moe__matrix_to_f32(e->kernels, &layer->kv_b, (int32_t)head, 0, nope, w_k);
-        return;
-    }
-    const int64_t group = layer->k_b.type->rows;
-    for (int64_t r = 0; r < latent; r += group) { /* k_b is stored transposed: {nope, latent} */
-        float *rows = moe__acts_f32(&e->local->q_nope, 0);
-        moe__matrix_to_f32(e->kernels, &layer->k_b, (int32_t)head, r, group, rows);
-        for (int64_t k = 0; k < group; k++)
-            for (int64_t i = 0; i < nope; i++) w_k[i * latent + r + k] = rows[k * nope + i];
-    }
-}
-
-/* Turns and scales the rotated part of a query; scales the other. */
-MOE__PRIVATE void moe__mla_turn(const moe__eval *e, int64_t t, const float *q, float *nope_out,
-                                float *turned) {
-    const moe_model *model = e->model;
-    const int64_t nope = model->head_k - model->n_rot;
-    if (turned != q + nope) memcpy(turned, q + nope, (size_t)model->n_rot * sizeof *turned);
-    for (int64_t i = 0; i < nope; i++) nope_out[i] = q[i] * model->kq_scale;
-    moe__rope_apply(&model->rope, moe__eval_rope(e, t), turned);
-    for (int64_t i = 0; i < model->n_rot; i++) turned[i] *= model->kq_scale;
-}
-
-/* Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, of all rows that absorb. */
-MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, int64_t head) {
-    const moe_model *model = e->model;
-    moe__local *local = e->local;
-    const int64_t latent = model->kv_lora, width = latent + model->n_rot;
-    const int64_t nope = model->head_k - model->n_rot, n_head = model->info.n_head;
-    float *out = e->work->q_absorbed + head * width;
-    int64_t n = 0;
-    for (int32_t s = 0; s < e->work->n_spans; s++) {
-        const moe__span *span = &e->work->spans[s];
-        for (int64_t i = 0; i < span->n && !span->expand; i++, n++)
-            moe__mla_turn(e, span->first + i,
-                          e->work->q + ((span->first + i) * n_head + head) * model->head_k,
-                          moe__acts_f32(&local->q_nope, n), out + n * n_head * width + latent);
-    }
-    if (n == 0) return;
-    if (layer->k_b.data) {
-        moe__acts_quantize(e->kernels, &local->q_nope, 0, n);
-        moe__acts_gather(&local->q_nope, &layer->k_b, NULL, 0, n, local->scratch.x);
-        moe__matmul(e->kernels, &layer->k_b, (int32_t)head, 0, latent, local->scratch.x, n, out,
-                    n_head * width, local->scratch.pack);
-        return;
-    }
-    moe__mla_key_rows(e, layer, head);
-    for (int64_t t = 0; t < n; t++) {
-        const float *x = moe__acts_f32(&local->q_nope, t);
-        memset(out + t * n_head * width, 0, (size_t)latent * sizeof *out);
-        for (int64_t i = 0; i < nope; i++)
-            e->kernels->axpy(x[i], local->w_k + i * latent, latent, out + t * n_head * width);
-    }
-}
-
-/* A head's rows of k_b and v_b as floats, for moe__mla_expand. */
-MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, int64_t head) {
-    moe__mla_key_rows(e, layer, head);
-    moe__matrix_to_f32(e->kernels, &layer->v_b, (int32_t)head, 0, e->model->head_v, e->local->w_v);
-}
-
-/* One chunk of the cache as keys and values of one head. */
-MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__kv *cache, int64_t begin,
-                                  int64_t n_keys) {
-    const moe_model *model = e->model;
-    moe__local *local = e->local;
-    const int64_t latent = model->kv_lora, dk = model->head_k, nope = dk - model->n_rot;
-    const int type = cache->type == MOE_KV_F32   ? MOE__INDEX_F32
-                     : cache->type == MOE_KV_F16 ? MOE__INDEX_F16
-                                                 : MOE__INDEX_Q8_0;
-    const size_t turned = moe__kv_bytes(cache->type, latent);
-    for (int64_t j = 0; j < n_keys; j++) {
-        const uint8_t *row = moe__kv_row(cache, 0, begin + j);
-        e->kernels->type[type].dequantize(row, latent, local->latent + j * latent);
-        e->kernels->type[type].dequantize(row + turned, model->n_rot,
-                                          local->keys + j * dk + nope);
-        local->latent_rows[j] = local->latent + j * latent;
-    }
-    moe__tile_fn *tile = e->kernels->type[MOE__INDEX_F32].tile;
-    const size_t row_size = (size_t)latent * sizeof(float);
-    for (int64_t i = 0; i < nope; i += MOE__TILE_ROWS)
-        tile((const uint8_t *)(local->w_k + i * latent), row_size,
-             moe__min(nope - i, MOE__TILE_ROWS), latent, local->latent_rows, n_keys,
-             local->keys + i, dk, local->scratch.pack, NULL, 0);
-    for (int64_t i = 0; i < model->head_v; i += MOE__TILE_ROWS)
-        tile((const uint8_t *)(local->w_v + i * latent), row_size,
-             moe__min(model->head_v - i, MOE__TILE_ROWS), latent, local->latent_rows, n_keys,
-             local->values + i, model->head_v, local->scratch.pack, NULL, 0);
-}
-
-/* ---- work items of attention ---------------------------------------------------------------- */
-
-MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
-    for (int32_t i = 0; i < a->n_queries; i++) {
-        a->max[i] = -INFINITY;
-        a->sum[i] = 0;
-        memset(a->out + i * a->out_stride, 0, (size_t)a->dv * sizeof *a->out);
-    }
-}
-
-/* At most MOE__ATTEND_QUERIES queries, from number `first` of the span on, over one chunk */
-MOE__PRIVATE void moe__attention_chunk_run(moe__eval *e, const moe__attention *at,
-                                           const moe__item *item, int64_t first, int64_t chunk,
-                                           moe__attend_args *a) {
-    moe__local *local = e->local;
-    const moe__span *span = item->span;
-    const int64_t n_head = at->n_kv * at->group, key = chunk * MOE__ATTEND_KEYS;
-    int any = 0;
-    a->n_queries = (int32_t)moe__min(item->end - first, MOE__ATTEND_QUERIES);
-    for (int32_t j = 0; j < a->n_queries; j++) {
-        const int64_t position = span->past + (first + j) / at->group;
-        const int64_t hidden = moe__attention_first(at->layer, position) - key;
-        local->first[j] = (int32_t)moe__max(0, moe__min(hidden, a->n_keys));
-        local->n_visible[j] = (int32_t)moe__max(0, moe__min(position + 1 - key, a->n_keys));
-        any |= local->first[j] < local->n_visible[j];
-    }
-    if (!any) return;
-    for (int32_t j = 0; j < a->n_queries; j++) {
-        const int64_t i = (first + j) / at->group;
-        const int64_t head = item->head * at->group + (first + j) % at->group;
-        float *q = local->q + j * at->dk;
-        if (at->q)
-            memcpy(q, at->q + ((span->at + i) * n_head + head) * at->dk,
-                   (size_t)at->dk * sizeof *q);
-        else
-            moe__gqa_query(e, at->layer, span->first + i, head, q);
-    }
-    moe__attend_reset(a);
-    e->kernels->attend(a);
-    for (int32_t j = 0; j < a->n_queries; j++) {
-        const int64_t i = (first + j) / at->group, row = span->at + i;
-        const int64_t head = item->head * at->group + (first + j) % at->group;
-        const float *x = a->out + j * a->out_stride;
-        if (local->first[j] >= local->n_visible[j]) continue;
-        if (at->n_parts) {
-            const int64_t c = chunk - moe__attention_chunk(at->layer, span->past + i);
-            const int64_t part = moe__attention_part(at, row, head, c);
-            e->work->part_max[part] = a->max[j];
-            e->work->part_sum[part] = a->sum[j];
-            memcpy(e->work->part_out + part * at->dv, x, (size_t)at->dv * sizeof *x);
-        } else {
-            moe__attend_add(e->kernels, a->max[j], a->sum[j], x, at->dv,
-                            local->all_max + (first - item->begin) + j,
-                            local->all_sum + (first - item->begin) + j,
-                            at->out + (row * n_head + head) * at->dv);
-        }
-    }
-}
-
-MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
-                                      const moe__item *item) {
-    moe__local *local = e->local;
-    const moe__span *span = item->span;
-    const int64_t n_head = at->n_kv * at->group;
-    const moe__kv keys = moe__session_kv(span->sequence, at->il, 0);
-    const moe__kv values = moe__session_kv(span->sequence, at->il, 1);
-    const int latent = e->model->family->mla; /* values are the beginning of keys */
-    const int64_t n_keys = span->past + (item->end - 1) / at->group + 1;
-    moe__attend_args a;
-    memset(&a, 0, sizeof a);
-    a.type = keys.type;
-    a.dk = (int32_t)at->dk, a.dv = (int32_t)at->dv;
-    a.q = local->q, a.q_stride = at->dk;
-    a.out = local->out, a.out_stride = at->dv;
-    a.max = local->max, a.sum = local->sum;
-    a.first = local->first, a.n_visible = local->n_visible;
-    a.scores = local->scores;
-    if (at->store && item->chunk_end * MOE__ATTEND_KEYS >= n_keys)
-        moe__gqa_store(e, at->layer, at->il, span->first, item->head);
-    if (at->expand) moe__mla_head(e, at->layer, item->head);
-    for (int64_t i = item->begin; i < item->end && !at->n_parts; i++) {
-        const int64_t head = item->head * at->group + i % at->group;
-        moe__attention_begin(at, head, &local->all_max[i - item->begin],
-                             &local->all_sum[i - item->begin],
-                             at->out + ((span->at + i / at->group) * n_head + head) * at->dv);
-    }
-    for (int64_t chunk = item->chunk; chunk < item->chunk_end; chunk++) {
-        const int64_t key = chunk * MOE__ATTEND_KEYS;
-        a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
-        if (at->expand) {
-            moe__mla_expand(e, &keys, key, a.n_keys);
-            a.type = MOE_KV_F32;
-            a.k = local->keys, a.k_bytes = (size_t)at->dk * sizeof(float);
-            a.v = local->values, a.v_bytes = (size_t)at->dv * sizeof(float);
-        } else {
-            a.k = moe__kv_row(&keys, latent ? 0 : item->head, key), a.k_bytes = keys.row_size;
-            a.v = latent ? a.k : moe__kv_row(&values, item->head, key);
-            a.v_bytes = latent ? keys.row_size : values.row_size;
-        }
-        for (int64_t i = item->begin; i < item->end; i += MOE__ATTEND_QUERIES)
-            moe__attention_chunk_run(e, at, item, i, chunk, &a);
-    }
-    for (int64_t i = item->begin; i < item->end && !at->n_parts; i++) {
-        const int64_t head = item->head * at->group + i % at->group;
-        e->kernels->divide(at->out + ((span->at + i / at->group) * n_head + head) * at->dv, at->dv,
-                           local->all_sum[i - item->begin]);
-    }
-}
-
-/* This thread's items; no barrier. */
-MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
-    moe__items items;
-    moe__item item;
-    memset(&items, 0, sizeof items);
-    while (moe__items_next(e, at, &items, &item)) moe__attention_item(e, at, &item);
-}
-
-/* ---- latent attention, before and behind its items ------------------------------------------ */
-
-/* Heads' results from sums of latent vectors: v_b u, for this thread's heads. */
-MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
-    const moe__work *work = e->work;
-    const moe__matrix *v_b = &at->layer->v_b;
-    const int64_t n_head = e->model->info.n_head, dv = e->model->head_v;
-    const void **x = e->local->scratch.x;
-    int64_t begin, end;
-    moe__eval_share(e, n_head, 1, &begin, &end);
-    for (int64_t head = begin; head < end; head++)
-        for (int32_t s = 0, n = 0; s < work->n_spans; s++) {
-            const moe__span *span = &work->spans[s];
-            if (span->expand) continue;
-            for (int64_t i = 0; i < span->n; i++, n++) {
-                const int64_t row = (span->at + i) * n_head + head;
-                if (at->n_parts) moe__attention_merge(e, at, span, i, head);
-                moe__acts_quantize(e->kernels, &work->latent, row, row + 1);
-                x[n] = moe__acts_row(&work->latent, v_b->type->act, row);
-            }
-            /* Rows of spans that follow one another go through the matrix together. */
-            if (s + 1 < work->n_spans && !work->spans[s + 1].expand) continue;
-            moe__matmul(e->kernels, v_b, (int32_t)head, 0, dv, x, n,
-                        moe__acts_f32(&work->attn, span->first + span->n - n) + head * dv,
-                        n_head * dv, e->local->scratch.pack);
-            n = 0;
-        }
-}
-
-/* Stores what the cache keeps of each row; queries from their low-rank form, ready to attend. */
-MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il) {
-    const moe_model *model = e->model;
-    moe__work *work = e->work;
-    const int64_t n_head = model->info.n_head, dk = model->head_k;
-    int64_t begin, end;
-    if (e->n == 1 && e->thread == e->n_threads - 1) moe__mla_store(e, layer, il, 0);
-    if (e->n > 1) {
-        moe__eval_share(e, e->n, 1, &begin, &end);
-        for (int64_t t = begin; t < end; t++) moe__mla_store(e, layer, il, t);
-    }
-    moe__eval_share(e, n_head, 1, &begin, &end);
-    if (model->q_lora) {
-        const moe__acts *q_a = moe__eval_norm(e, moe__acts_f32(&work->q_a, 0), layer->q_a_norm,
-                                              &e->local->q_a, &work->q_a);
-        moe__acts_gather(q_a, &layer->q_b, NULL, 0, e->n, e->local->scratch.x);
-        moe__matmul(e->kernels, &layer->q_b, 0, begin * dk, end * dk, e->local->scratch.x, e->n,
-                    work->q + begin * dk, n_head * dk, e->local->scratch.pack);
-    }
-    for (int64_t head = begin; head < end; head++) {
-        moe__mla_absorb(e, layer, head);
-        for (int32_t s = 0; s < work->n_spans; s++)
-            for (int64_t i = 0; i < work->spans[s].n && work->spans[s].expand; i++) {
-                const int64_t t = work->spans[s].first + i;
-                float *q = work->q + (t * n_head + head) * dk;
-                moe__mla_turn(e, t, q, q, q + dk - model->n_rot);
-            }
-    }
-    moe__eval_barrier(e);
-}
-
-/* ---- the forward pass ----------------------------------------------------------------------- */
-
-/* Results of all heads in work->attn. */
-MOE__PRIVATE void moe__forward_gqa(moe__eval *e, const moe__layer *layer, int il,
-                                   const moe__acts *x) {
-    const moe_model *model = e->model;
-    moe__work *work = e->work;
-    const moe__projection qkv[] = {
-        {&layer->q, work->q}, {&layer->k, work->k}, {&layer->v, work->v}};
-    const int64_t n_head = model->info.n_head, n_kv = model->info.n_head_kv, dk = model->head_k;
-    int64_t begin, end;
-    moe__attention at;
-    memset(&at, 0, sizeof at);
-    at.layer = layer, at.il = il;
-    at.n_kv = n_kv, at.group = n_head / n_kv;
-    at.dk = dk, at.dv = model->head_v;
-    at.q = e->n == 1 ? NULL : work->q;
-    at.out = moe__acts_f32(&work->attn, 0);
-    moe__attention_plan(e, &at);
-    at.store = e->n == 1 && at.block >= at.group;
-    moe__eval_project(e, qkv, 3, x);
-    moe__eval_fetch(e, &layer->o);
-    moe__eval_barrier(e);
-    if (e->n == 1) moe__gqa_norm_wide(e, layer, 0);
-    if (e->n == 1 && !at.store) { /* several items see the new key */
-        moe__eval_share(e, n_kv, 1, &begin, &end);
-        for (int64_t head = begin; head < end; head++) moe__gqa_store(e, layer, il, 0, head);
-    }
-    if (e->n > 1) {
-        moe__eval_share(e, e->n, 1, &begin, &end);
-        for (int64_t t = begin; t < end; t++) {
-            moe__gqa_norm_wide(e, layer, t);
-            for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, t, head);
-            for (int64_t head = 0; head < n_head; head++)
-                moe__gqa_query(e, layer, t, head, work->q + (t * n_head + head) * dk);
-        }
-    }
-    if (!at.store) moe__eval_barrier(e);
-    moe__attention_run(e, &at);
-    moe__eval_barrier(e);
-    if (!at.n_parts) return;
-    moe__attention_merge_all(e, &at);
-    moe__eval_barrier(e);
-}
-MOE__PRIVATE void moe__forward_mla(moe__eval *e, const moe__layer *layer, int il,
-                                   const moe__acts *x) {
-    const moe_model *model = e->model;
-    moe__work *work = e->work;
-    const int64_t n_head = model->info.n_head, latent = model->kv_lora;
-    const moe__projection a[] = {
-        {&layer->kv_a, work->k},
-        {model->q_lora ? &layer->q_a : &layer->q,
-         model->q_lora ? moe__acts_f32(&work->q_a, 0) : work->q}};
-    int absorbs = 0, expands = 0;
-    moe__attention at, many;
-    for (int32_t s = 0; s < work->n_spans; s++)
-        if (work->spans[s].expand) expands = 1;
-        else absorbs = 1;
-    memset(&at, 0, sizeof at);
-    at.layer = layer, at.il = il;
-    many = at;
-    at.n_kv = 1, at.group = n_head; /* all heads read the same rows */
-    at.dk = latent + model->n_rot, at.dv = latent;
-    at.q = work->q_absorbed, at.out = moe__acts_f32(&work->latent, 0);
-    many.expand = 1;
-    many.n_kv = n_head, many.group = 1;
-    many.dk = model->head_k, many.dv = model->head_v;
-    many.q = work->q, many.out = moe__acts_f32(&work->attn, 0);
-    moe__eval_project(e, a, 2, x);
-    moe__eval_barrier(e);
-    moe__mla_queries(e, layer, il);
-    if (absorbs) {
-        moe__attention_plan(e, &at);
-        moe__attention_run(e, &at);
-    }
-    if (expands) {
-        moe__attention_plan(e, &many);
-        moe__attention_run(e, &many);
-    }
-    moe__eval_barrier(e);
-    if (!absorbs) return;
-    moe__mla_values(e, &at);
-    moe__eval_barrier(e);
-}
-
-/* The weight of the shared experts for token t. */
-MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer,
-                                     const moe__acts *x, int64_t t) {
-    const int64_t n = e->model->info.n_embd;
-    float z;
-    if (!layer->shared_gate) return 1;
-    e->kernels->type[MOE__INDEX_F32].dot((const uint8_t *)layer->shared_gate,
-                                         (size_t)n * sizeof z, 1, n, moe__acts_f32(x, t), &z);
-    return 1 / (1 + expf(-z));
-}
-
-/* The experts of row t from its router's logits, which are overwritten. */
-MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, const moe__acts *x,
-                                 int64_t t) {
-    moe__work *work = e->work;
-    const moe__router *router = &e->model->router;
-    moe__router_select(e->kernels, router, work->router_logits + t * router->n_expert,
-                       layer->router_bias, work->experts + t * router->n_used,
-                       work->expert_weights + t * router->n_used);
-    work->shared_weights[t] = moe__route_shared(e, layer, x, t);
-}
-
-/* Router's logits and choices. One token: each thread computes some logits and then chooses for */
-/* itself; many: a thread does all of it for some tokens, unless they are too few for that. */
-MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer, const moe__acts *x) {
-    moe__work *work = e->work;
-    moe__local *local = e->local;
-    const moe__router *router = &e->model->router;
-    const moe__projection list = {&layer->router, work->router_logits};
-    int64_t begin, end;
-    moe__eval_share(e, e->n, 1, &begin, &end);
-    if (e->n >= 2 * (int64_t)e->n_threads && e->n > 1) {
-        if (begin < end) {
-            moe__acts_gather(x, &layer->router, NULL, begin, end - begin, local->scratch.x);
-            moe__matmul(e->kernels, &layer->router, 0, 0, router->n_expert, local->scratch.x,
-                        end - begin, work->router_logits + begin * router->n_expert,
-                        router->n_expert, local->scratch.pack);
-        }
-    } else {
-        moe__eval_project(e, &list, 1, x);
-        moe__eval_barrier(e);
-    }
-    if (e->n == 1) {
-        memcpy(local->router_logits, work->router_logits,
-               (size_t)router->n_expert * sizeof(float));
-        moe__router_select(e->kernels, router, local->router_logits, layer->router_bias,
-                           local->experts, local->expert_weights);
-        local->shared_weight = moe__route_shared(e, layer, x, 0);
-        return;
-    }
-    for (int64_t t = begin; t < end; t++) moe__route_row(e, layer, x, t);
-    moe__eval_barrier(e);
-}
-
-/* Which experts see which tokens: one entry per active expert, then the shared ones. */
-MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer, const moe__acts *x) {
-    moe__work *work = e->work;
-    moe__local *local = e->local;
-    const moe__router *router = &e->model->router;
-    const int one = e->n == 1;
-    const int32_t *experts = one ? local->experts : work->experts;
-    moe__forward_router(e, layer, x);
-    moe__plan_routed(&local->plan, &layer->experts, router, experts,
-                     one ? local->expert_weights : work->expert_weights, e->n,
-                     one ? &local->routed : &work->routed);
-    const int64_t first = (layer - e->model->layers) * e->model->info.n_expert;
-    for (int64_t i = 0; e->thread == 0 && i < e->n * router->n_used; i++)
-        work->rows[i / router->n_used].sequence->expert_counts[first + experts[i]]++;
-    if (layer->shared.gate.data)
-        moe__plan_all(&local->plan, &layer->shared, e->n, work->numbers,
-                      one ? &local->shared_weight : work->shared_weights,
-                      one ? &local->shared : &work->shared);
-}
-
-/* residual += weight * (down hidden) over the entries, in their order. Where the schedule lets */
-/* several threads compute a row, each for other entries, they are added up behind a barrier. */
-MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share) {
-    moe__work *work = e->work;
-    const moe__schedule_info *schedule = e->batch->lead->schedule;
-    const moe__scratch *scratch = &e->local->scratch;
-    const int64_t n_embd = e->model->info.n_embd;
-    const int apart = !schedule->owns_rows(share, e->n_threads);
-    moe__piece piece;
-    for (int32_t i = 0; schedule->pieces(share, e->thread, e->n_threads, i, &piece); i++) {
-        const moe__entry *entry = &share->entries[piece.entry];
-        moe__piece_fetch(schedule, share, e->thread, e->n_threads, i + 1);
-        if (apart)
-            moe__experts_down_apart(e->kernels, entry, piece.begin, piece.end,
-                                    work->expert_out + piece.entry * n_embd, scratch);
-        else
-            moe__experts_down(e->kernels, entry, piece.begin, piece.end, work->residual,
-                              scratch);
-    }
-    if (!apart) return;
-    moe__eval_barrier(e);
-    int64_t begin, end;
-    moe__eval_share(e, n_embd, e->row_unit, &begin, &end);
-    for (int32_t i = 0; i < share->n_entries; i++)
-        e->kernels->axpy(share->entries[i].weights ? share->entries[i].weights[0] : 1.0f,
-                         work->expert_out + i * n_embd + begin, end - begin,
-                         work->residual + begin);
-}
-
-/* residual += feed-forward network of normed residual x, by the plan's entries. next: the matrix */
-/* that is read first after it. */
-MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, const moe__acts *x,
-                                   const moe__matrix *next) {
-    moe__work *work = e->work;
-    moe__local *local = e->local;
-    const moe__schedule_info *schedule = e->batch->lead->schedule;
-    moe__share share;
-    moe__piece piece;
-    local->plan.n_entries = local->plan.n_routed = 0;
-    /* With one token hidden vectors are shared floats with private int8 forms. */
-    local->routed.data[MOE__ACT_F32] = work->routed.data[MOE__ACT_F32];
-    local->shared.data[MOE__ACT_F32] = work->shared.data[MOE__ACT_F32];
-    local->dense.data[MOE__ACT_F32] = work->dense.data[MOE__ACT_F32];
-    if (layer->is_moe)
-        moe__forward_route(e, layer, x);
-    else
-        moe__plan_all(&local->plan, &layer->dense, e->n, work->numbers, work->ones,
-                      e->n == 1 ? &local->dense : &work->dense);
-    share.entries = local->plan.entries;
-    share.n_entries = local->plan.n_entries;
-    share.n_routed = local->plan.n_routed;
-    share.one_token = e->n == 1;
-    share.unit = e->row_unit;
-    share.nodes = &e->batch->nodes;
-    share.down = 0;
-    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
-        moe__piece_fetch(schedule, &share, e->thread, e->n_threads, i + 1);
-        moe__experts_gate_up(e->kernels, &share.entries[piece.entry], piece.begin, piece.end, x,
-                             &local->scratch);
-    }
-    if (e->thread == 0 && layer->is_moe)
-        e->batch->lead->info.n_expert_groups = schedule->schedule == MOE_SCHEDULE_PARALLEL
-                                            ? moe__schedule_groups(&share, e->n_threads) : 1;
-    share.down = 1;
-    moe__piece_fetch(schedule, &share, e->thread, e->n_threads, 0);
-    moe__eval_barrier(e);
-    if (layer->is_moe)
-        moe__eval_quantize(e, &work->routed, &local->routed,
-                           e->n * e->model->info.n_expert_used);
-    if (layer->is_moe && layer->shared.gate.data)
-        moe__eval_quantize(e, &work->shared, &local->shared, e->n);
-    if (!layer->is_moe) moe__eval_quantize(e, &work->dense, &local->dense, e->n);
-    if (e->n > 1) moe__eval_barrier(e);
-    moe__forward_down(e, &share);
-    moe__eval_fetch(e, next);
-    moe__eval_barrier(e);
-}
-
-/* Token embeddings and positions of a batch. */
-MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
-    const moe_model *model = e->model;
-    moe__work *work = e->work;
-    const int64_t n_embd = model->info.n_embd;
-    int64_t begin, end;
-    moe__eval_share(e, e->n, 1, &begin, &end);
-    for (int64_t t = begin; t < end; t++)
-        moe__matrix_to_f32(e->kernels, &model->token_embd, 0, work->rows[t].token, 1,
-                           work->residual + t * n_embd);
-    if (e->n == 1)
-        moe__rope_table(&model->rope, work->rows[0].position, e->local->rope);
-    else
-        for (int64_t t = begin; t < end; t++)
-            moe__rope_table(&model->rope, work->rows[t].position, work->rope + t * model->n_rot);
-    moe__eval_barrier(e);
-}
-
-/* Logits of the rows that somebody wants them of: the output matrix is read once for all. */
-MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
-    const moe_model *model = e->model;
-    moe__work *work = e->work;
-    const moe__matrix *output = &model->output;
-    const moe__scratch *scratch = &e->local->scratch;
-    const int64_t n_embd = model->info.n_embd;
-    float **out = (float **)(void *)scratch->x_up; /* where a row's logits go */
-    int64_t n = 0, begin, end;
-    for (int32_t s = 0; s < work->n_spans; s++) n += work->spans[s].n_logits;
-    if (n == 0) return;
-    const moe__acts *x = n == 1 ? &e->local->x : &work->x; /* one: each thread for itself */
-    moe__eval_share(e, n, 1, &begin, &end);
-    n = 0;
-    for (int32_t s = 0; s < work->n_spans; s++) {
-        const moe__span *span = &work->spans[s];
-        for (int32_t i = span->n - span->n_logits; i < span->n; i++, n++) {
-            out[n] = span->logits + (span->n_logits > 1 ? (int64_t)i * output->n_out : 0);
-            if (x == &work->x && (n < begin || n >= end)) continue; /* another thread's */
-            e->kernels->rms_norm(work->residual + (span->first + i) * n_embd, model->output_norm,
-                                 n_embd, model->eps, moe__acts_f32(x, n));
-            moe__acts_quantize(e->kernels, x, n, n + 1);
-        }
-    }
-    if (n > 1) moe__eval_barrier(e);
-    moe__acts_gather(x, output, NULL, 0, n, scratch->x);
-    moe__eval_share(e, output->n_out, moe__eval_row_unit(n), &begin, &end);
-    if (n == 1) {
-        moe__matmul(e->kernels, output, 0, begin, end, scratch->x, 1, out[0] + begin, 0,
-                    scratch->pack);
-    } else {
-        for (int64_t row = begin; row < end; row += MOE__TILE_ROWS) {
-            const int64_t n_rows = moe__min(end - row, MOE__TILE_ROWS);
-            moe__matmul_tile(e->kernels, output, 0, row, n_rows, scratch->x, n, scratch->gate,
-                             MOE__TILE_ROWS, scratch->pack,
-                             moe__next_tile(output, 0, row + n_rows, end));
-            for (int64_t i = 0; i < n; i++)
-                memcpy(out[i] + row, scratch->gate + i * MOE__TILE_ROWS,
-                       (size_t)n_rows * sizeof(float));
-        }
-    }
-    moe__eval_barrier(e);
-}
-
-/* Whether somebody wants to stop: asked by thread 0. */
-MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
-    for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
-        const moe_session *session = batch->jobs[i].session;
-        if (!batch->jobs[i].status && session->should_stop &&
-            session->should_stop(session->should_stop_user))
-            batch->stop = 1;
-    }
-}
-
-/* One batch, by one of the threads that all do the same. Returns 0 if asked to stop. */
-MOE__PRIVATE int moe__forward(moe__eval *e) {
-    const moe_model *model = e->model;
-    moe__work *work = e->work;
-    moe__local *local = e->local;
-    const moe__acts *x;
-    moe__forward_begin(e);
-    for (int il = 0; il < model->info.n_layer; il++) {
-        const moe__layer *layer = &model->layers[il];
-        if (e->thread == 0) moe__forward_ask(e->batch);
-        x = moe__eval_norm(e, work->residual, layer->attn_norm, &local->x, &work->x);
-        if (model->family->mla)
-            moe__forward_mla(e, layer, il, x);
-        else
-            moe__forward_gqa(e, layer, il, x);
-        if (e->batch->stop) return 0; /* barriers have passed: all threads see the same */
-        x = moe__eval_quantize(e, &work->attn, &local->attn, e->n);
-        if (e->n > 1) moe__eval_barrier(e);
-        moe__eval_project_add(e, &layer->o, x);
-        moe__eval_barrier(e);
-        x = moe__eval_norm(e, work->residual, layer->ffn_norm, &local->x, &work->x);
-        moe__forward_ffn(e, layer, x, il + 1 == model->info.n_layer ? &model->output
-                                      : layer[1].q.data             ? &layer[1].q
-                                                                    : &layer[1].kv_a);
-    }
-    return 1;
-}
-
-/* All batches of a call */
-MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
-    moe__batch *batch = (moe__batch *)context;
-    moe__eval e;
-    memset(&e, 0, sizeof e);
-    e.batch = batch;
-    e.work = batch->work;
-    e.model = batch->lead->model;
-    e.kernels = batch->lead->kernels;
-    e.local = &batch->work->locals[thread];
-    e.thread = thread;
-    e.n_threads = n_threads;
-    for (;;) { /* the first batch was made by the caller */
-        e.n = batch->n;
-        e.row_unit = moe__eval_row_unit(e.n);
-        if (!moe__forward(&e)) return;
-        moe__forward_logits(&e);
-        if (!batch->more) return;
-        moe__eval_barrier(&e);
-        if (thread == 0) moe__batch_next(batch);
-        moe__eval_barrier(&e);
-    }
-}
-
-/* ---- public --------------------------------------------------------------------------------- */
-
-/* Fills session->info and the choices that go with it. */
-MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_model *model,
-                                               const moe_session_options *options,
-                                               moe_error *error) {
-    moe_session_options zero;
-    memset(&zero, 0, sizeof zero);
-    const moe_session_options *o = options ? options : &zero;
-    moe_session_info *info = &session->info;
-    if (o->n_ctx < 0 || o->n_batch < 0 || o->n_threads < 0 || o->n_threads_batch < 0 ||
-        o->n_threads > MOE_MAX_THREADS || o->n_threads_batch > MOE_MAX_THREADS)
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "options",
-                         "n_ctx, n_batch or a thread count is out of range");
-    if ((unsigned)o->kv_type > MOE_KV_F32)
-        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
-                         "cache type %d is not supported: F16, Q8_0 and F32 are",
-                         (int)o->kv_type);
-    const int first = model->family->mla ? model->kv_lora : model->head_k;
-    const int then = model->family->mla ? model->n_rot : model->head_v;
-    if (o->kv_type == MOE_KV_Q8_0 && (first % 32 || then % 32))
-        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
-                         "a Q8_0 cache needs widths that are multiples of 32: here %d and %d",
-                         first, then);
-    session->schedule = moe__schedule_find(o->schedule);
-    if (!session->schedule)
-        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "schedule",
-                         "expert schedule %d is unknown: 1 to 3 are known",
-                         (int)o->schedule);
-    session->model = model;
-    session->pool = o->pool;
-    session->keep_all_logits = o->keep_all_logits > 0;
-    session->pin = o->pin ? o->pin : model->memory.numa == MOE_NUMA_OWNER ? MOE_ON : MOE_OFF;
-    session->should_stop = o->should_stop;
-    session->should_stop_user = o->should_stop_user;
-    session->kernels = moe__kernels_get(o->isa);
-    info->isa = session->kernels->isa;
-    info->schedule = session->schedule->schedule;
-    info->kv_type = o->kv_type;
-    info->n_ctx = o->n_ctx ? o->n_ctx : (int32_t)moe__min(model->info.n_ctx_train, 4096);
-    info->n_batch = (int32_t)moe__min(o->n_batch ? o->n_batch : 512, info->n_ctx);
-    int most = o->pool ? o->pool->n_threads : MOE_MAX_THREADS;
-    int n = o->n_threads ? o->n_threads : o->pool ? most : moe__pool_default_threads();
-    info->n_threads = (int32_t)moe__min(n, most);
-    info->n_threads_batch =
-        (int32_t)moe__min(o->n_threads_batch ? o->n_threads_batch : info->n_threads, most);
-    return MOE_OK;
-}
-
-/* Buffers begin at a multiple of this: large ones at a huge page. */
-MOE__INLINE uint64_t moe__session_align(uint64_t size) {
-    return size < 8 * (uint64_t)MOE__PAGES_HUGE ? 64 : MOE__PAGES_HUGE;
-}
-
-/* Bytes of what belongs to the session, logits apart, and of the buffers for a batch. 0 on */
-/* overflow. Fills info.kv_bytes and info.work_bytes. */
-MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits, uint64_t *work) {
-    moe__arena arena, buffers;
-    const uint64_t rows = session->keep_all_logits ? (uint64_t)session->info.n_ctx : 1;
-    memset(&arena, 0, sizeof arena);
-    memset(&buffers, 0, sizeof buffers);
-    moe__session_layout(session, &arena);
-    moe__work_layout(session, &session->work, &buffers);
-    *work = buffers.used;
-    if (arena.overflow || buffers.overflow ||
-        !moe__size_mul(rows * sizeof(float), (uint64_t)session->model->info.n_vocab, logits) ||
-        *logits > SIZE_MAX / 4 || *work > SIZE_MAX / 4)
-        return 0;
-    session->info.work_bytes =
-        (size_t)(arena.used - session->info.kv_bytes + *logits + moe__session_align(arena.used) +
-                 *work + moe__session_align(*work));
-    return arena.used;
-}
-
-/* The threads that will use memory touch it first. */
-typedef struct moe__touch {
-    uint8_t *memory;
-    size_t size;
-} moe__touch;
-MOE__PRIVATE void moe__touch_run(void *context, int thread, int n_threads) {
-    const moe__touch *touch = (const moe__touch *)context;
-    int64_t begin, end;
-    moe__pool_share((int64_t)touch->size, MOE__PAGES_HUGE, thread, n_threads, &begin, &end);
-    memset(touch->memory + begin, 0, (size_t)(end - begin));
-}
-
-/* Room for the buffers of a session, which sessions of a pool share. 0: there is no memory. */
-MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
-    const uint64_t align = moe__session_align(size);
-    moe__touch touch;
-    int ok = 1;
-    moe__pool_hold(pool);
-    pool->work_owner = NULL; /* it may have been closed, and be opened at the same address */
-    if (size > pool->work_size) {
-        void *memory = moe__alloc_unset(&pool->allocator, (size_t)(size + align));
-        ok = memory != NULL;
-        if (ok) {
-            moe__free(&pool->allocator, pool->work_memory);
-            pool->work_memory = memory;
-            pool->work = (uint8_t *)(((uintptr_t)memory + align - 1) & ~(align - 1));
-            pool->work_size = (size_t)size;
-            moe__pages_advise(pool->work, size, MOE__MADV_HUGEPAGE);
-            touch.memory = pool->work, touch.size = pool->work_size;
-            moe__pool_run_held(pool, pool->n_threads, moe__touch_run, &touch, NULL);
-        }
-    }
-    moe__pool_release(pool);
-    return ok;
-}
-
-/* Lays out the buffers in the pool's memory, unless nobody else has since. The pool is held. */
-MOE__PRIVATE void moe__session_place(moe_session *session) {
-    moe__arena arena;
-    moe_pool *pool = session->pool;
-    if (pool->work_owner == session) return;
-    memset(&arena, 0, sizeof arena);
-    arena.base = pool->work;
-    moe__work_layout(session, &session->work, &arena);
-    pool->work_owner = session;
-}
-
-/* The cache is the begin of `buffers`; huge pages are asked for before anything touches it. It */
-/* is not cleared: what nobody stores in it takes no memory. Nor are rows of logits. */
-MOE__PRIVATE int moe__session_take(moe_session *session, uint64_t size, uint64_t logits) {
-    const uint64_t align = moe__session_align(size);
-    moe__arena arena;
-    memset(&arena, 0, sizeof arena);
-    session->memory = moe__alloc_unset(&session->allocator, (size_t)(size + align));
-    session->logits = (float *)moe__alloc_unset(&session->allocator, (size_t)logits);
-    if (!session->memory || !session->logits) return 0;
-    session->buffers = (uint8_t *)(((uintptr_t)session->memory + align - 1) & ~(align - 1));
-    session->n_bytes = (size_t)size;
-    moe__pages_advise(session->buffers, size, MOE__MADV_HUGEPAGE);
-    arena.base = session->buffers;
-    moe__session_layout(session, &arena);
-    memset(session->buffers + session->info.kv_bytes, 0, session->n_bytes - session->info.kv_bytes);
-    return 1;
-}
-
-MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_options *options,
-                                      moe_error *error) {
-    moe_session draft, *session;
-    uint64_t logits = 0, work = 0;
-    if (!model) {
-        moe__fail(error, MOE_ERROR_ARGUMENT, "model", "model is NULL");
-        return NULL;
-    }
-    memset(&draft, 0, sizeof draft);
-    if (moe__session_configure(&draft, model, options, error)) return NULL;
-    const uint64_t size = moe__session_size(&draft, &logits, &work);
-    session = size ? (moe_session *)moe__alloc(&model->allocator, sizeof *session) : NULL;
-    if (!session) {
-        moe__fail(error, MOE_ERROR_MEMORY, "session", "a session of %d tokens does not fit",
-                  draft.info.n_ctx);
-        return NULL;
-    }
-    *session = draft;
-    session->allocator = model->allocator;
-    if (!moe__session_take(session, size, logits)) {
-        moe__fail(error, MOE_ERROR_MEMORY, "session", "no memory for a session of %d tokens",
-                  draft.info.n_ctx);
-        moe_session_close(session);
-        return NULL;
-    }
-    if (!session->pool) {
-        moe_pool_options pool_options;
-        memset(&pool_options, 0, sizeof pool_options);
-        pool_options.allocator = session->allocator;
-        pool_options.n_threads =
-            (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
-        pool_options.pin = session->pin;
-        session->pool = session->own_pool = moe_pool_open(&pool_options, error);
-        if (!session->pool) {
-            moe_session_close(session);
-            return NULL;
-        }
-    }
-    if (moe__pool_is_held(session->pool)) {
-        moe__fail(error, MOE_ERROR_ARGUMENT, "pool",
-                  "a callback cannot open a session on the pool that calls it");
-        moe_session_close(session);
-        return NULL;
-    }
-    if (!moe__pool_reserve(session->pool, work)) {
-        moe__fail(error, MOE_ERROR_MEMORY, "session", "no memory for batches of %d tokens",
-                  draft.info.n_batch);
-        moe_session_close(session);
-        return NULL;
-    }
-    return session;
-}
-
-MOE_API void moe_session_close(moe_session *session) {
-    if (!session) return;
-    moe_allocator allocator = session->allocator;
-    moe_pool_close(session->own_pool);
-    moe__free(&allocator, session->logits);
-    moe__free(&allocator, session->memory);
-    moe__free(&allocator, session);
-}
-
-MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
-                                        moe_session_info *info, moe_error *error) {
-    moe_session draft;
-    uint64_t logits = 0, work = 0;
-    if (!model || !info)
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "model", "model or info is NULL");
-    memset(&draft, 0, sizeof draft);
-    moe_status status = moe__session_configure(&draft, model, options, error);
-    if (status) return status;
-    if (!moe__session_size(&draft, &logits, &work))
-        return moe__fail(error, MOE_ERROR_MEMORY, "session", "a session of %d tokens does not fit",
-                         draft.info.n_ctx);
-    *info = draft.info;
-    return MOE_OK;
-}
-
-MOE_API const moe_model *moe_session_model(const moe_session *session) {
-    return session ? session->model : NULL;
-}
-MOE_API const moe_session_info *moe_session_get_info(const moe_session *session) {
-    return session ? &session->info : NULL;
-}
-MOE_API uint64_t moe_session_huge_bytes(const moe_session *session) {
-    if (!session) return 0;
-    return moe__pages_huge("/proc/self/smaps", session->buffers, session->n_bytes) +
-           moe__pages_huge("/proc/self/smaps", session->pool->work, session->pool->work_size);
-}
-MOE_API int32_t moe_session_length(const moe_session *session) {
-    return session ? session->length : 0;
-}
-
-/* Whether a job can be evaluated beside those before it */
-MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *lead,
-                                       moe_error *error) {
-    const moe_session *session = job->session;
-    if (!session || !job->tokens || job->n_tokens < 1)
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
-                         "a session and at least one token are needed");
-    if (moe__pool_is_held(session->pool))
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
-                         "a callback cannot evaluate with the pool that calls it");
-    if (session->in_jobs)
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "session", "a session has two jobs");
-    if (session->model != lead->model || session->pool != lead->pool ||
-        session->kernels != lead->kernels)
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "session",
-                         "sessions evaluated together have one model, one pool and one isa");
-    for (int32_t i = 0; i < job->n_tokens; i++)
-        if (job->tokens[i] < 0 || job->tokens[i] >= session->model->info.n_vocab)
-            return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
-                             "token %d at position %d is not within 0..%d", (int)job->tokens[i],
-                             (int)i, (int)session->model->info.n_vocab - 1);
-    if (job->n_tokens > session->info.n_ctx - session->length)
-        return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx",
-                         "%d tokens do not fit behind %d of %d", (int)job->n_tokens,
-                         (int)session->length, (int)session->info.n_ctx);
-    return MOE_OK;
-}
-
-/* Runs the jobs whose status is MOE_OK, n_tokens in all. */
-MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
-    moe_session *lead = batch->lead;
-    moe_session_info *info = &lead->info;
-    const int32_t n = n_tokens == 1 ? info->n_threads : info->n_threads_batch;
-    const int32_t most = (int32_t)moe__max(info->n_threads, info->n_threads_batch);
-    info->n_barriers = 0;
-    info->wait_seconds = 0;
-    moe__pool_hold(lead->pool);
-    moe__session_place(lead);
-    batch->work = &lead->work;
-    moe__batch_next(batch);
-    moe__pool_nodes(lead->pool, n, &batch->nodes);
-    info->eval_seconds =
-        moe__pool_run_held(lead->pool, n, moe__eval_run, batch, lead->wait_seconds);
-    moe__pool_release(lead->pool);
-    for (int32_t i = 0; i < n; i++) info->wait_seconds += lead->wait_seconds[i];
-    for (int32_t i = n; i < most; i++) lead->wait_seconds[i] = 0;
-    return !batch->stop;
-}
-
-MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error) {
-    moe__batch batch;
-    moe_status first = MOE_OK;
-    int64_t n_tokens = 0;
-    memset(&batch, 0, sizeof batch);
-    if (!jobs || n_jobs < 1)
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "jobs", "at least one job is needed");
-    for (int32_t i = 0; i < n_jobs; i++) {
-        const moe_session *lead = batch.lead ? batch.lead : jobs[i].session;
-        jobs[i].status = moe__job_check(&jobs[i], lead, first ? NULL : error);
-        if (jobs[i].status) {
-            first = first ? first : jobs[i].status;
-            continue;
-        }
-        batch.lead = batch.lead ? batch.lead : jobs[i].session;
-        jobs[i].session->in_jobs = 1;
-        n_tokens += jobs[i].n_tokens;
-    }
-    batch.jobs = jobs;
-    batch.n_jobs = n_jobs;
-    const int done = batch.lead && moe__jobs_run(&batch, n_tokens);
-    for (int32_t i = 0; i < n_jobs; i++) {
-        moe_session *session = jobs[i].session;
-        if (jobs[i].status) continue;
-        session->in_jobs = 0;
-        if (!done) {
-            jobs[i].status = MOE_ERROR_CANCELLED;
-            continue;
-        }
-        session->length += jobs[i].n_tokens;
-        session->n_last = jobs[i].n_tokens;
-    }
-    if (batch.lead && !done && !first)
-        return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
-    if (n_tokens == 1)
-        moe__paging_token(batch.lead->model, batch.lead->info.eval_seconds, batch.lead->pool);
-    return first;
-}
-
-MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
-                                    moe_error *error) {
-    moe_job job;
-    job.session = session;
-    job.tokens = tokens;
-    job.n_tokens = n_tokens;
-    return moe_session_eval_many(&job, 1, error);
-}
-
-MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
-    if (!session || !session->n_last) return NULL;
-    if (i == -1) i = session->n_last - 1;
-    if (i < 0 || i >= session->n_last) return NULL;
-    if (session->keep_all_logits)
-        return session->logits +
-               (int64_t)(session->length - session->n_last + i) * session->model->info.n_vocab;
-    return i == session->n_last - 1 ? session->logits : NULL;
-}
-
-MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread) {
-    if (!session || thread < 0 ||
-        thread >= moe__max(session->info.n_threads, session->info.n_threads_batch))
-        return 0;
-    return session->wait_seconds[thread];
-}
-
-MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer) {
-    if (!session || layer < 0 || layer >= session->model->info.n_layer ||
-        !session->model->layers[layer].is_moe)
-        return NULL;
-    return session->expert_counts + (int64_t)layer * session->model->info.n_expert;
-}
-
-MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {
-    if (!session || length < 0 || length > session->length)
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",
-                         (int)length, session ? (int)session->length : 0);
-    if (length < session->length) session->n_last = 0;
-    session->length = length;
-    return MOE_OK;
+                    entry->tokens, entry->weights, sum, scratch->up, scratch->pack);
 }
 
 /* ============================================================================================== */
@@ -15824,6 +12977,3316 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
         moe__text_emit(&work, (uint32_t)vocab->eos);
     return status ? -(int64_t)status : (int64_t)work.count;
 }
+/* ============================================================================================== */
+/* // >>model */
+/* */
+/* From a GGUF file to a model that can be run: hyper-parameters, the table of families, and the */
+/* binding of tensors with a check of every shape. Optional parts (biases, norms of queries and */
+/* keys, shared experts, fused matrices) are decided by the presence of their tensors; a key */
+/* counts only where the family defines it. A model never changes after it was opened. */
+/* ============================================================================================== */
+
+enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
+
+enum { /* features of a family */
+    MOE__ROUTER_KEYS = 1,   /* gating function, groups, normalization and scale come from keys */
+    MOE__NORMALIZE = 2,     /* without router keys: weights of the chosen experts sum to 1 */
+    MOE__QK_NORM = 4,       /* norms of queries and keys, by head: their tensors must be there */
+    MOE__QK_NORM_WIDE = 8,  /* the same over all heads together */
+    MOE__CLAMP_KQV = 16,    /* attention.clamp_kqv bounds queries, keys and values */
+    MOE__SINKS = 32,        /* attn_sinks: per head a score whose exponential joins the sum */
+    MOE__BIASES = 64,       /* every matrix of a layer has a bias, which must be there */
+    MOE__OAI = 128,         /* activation moe__kernels.swiglu_oai */
+    MOE__SHARED_COUNT = 256, /* shared experts, as wide as expert_shared_count routed ones */
+    MOE__SHARED_GATED = 512, /* one of its own width, times the sigmoid of its gate */
+    MOE__SHARED_WIDTH = 1 << 10, /* one of its own width, if there is a key for that */
+    MOE__WIDTH_FFN = 1 << 11, /* experts are as wide as feed_forward_length says */
+    MOE__FFN_SCALE = 1 << 12, /* NAME.scale tensors of feed-forward matrices count (llama.cpp */
+                              /* ignores them in some families) */
+    MOE__ALL_KEYS = 1 << 13,  /* without attention.sliding_window every layer sees all keys */
+    MOE__PLAIN_SLIDING = 1 << 14, /* layers with a window have rope without scaling */
+    MOE__NOPE_FULL = 1 << 15,     /* layers without a window have no rope, */
+    MOE__NOPE_FOURTH = 1 << 16,   /* nor has every fourth layer */
+    MOE__SCALES = 1 << 17,    /* keys embedding_scale, residual_scale, attention.scale and */
+                              /* logit_scale, by which logits are divided */
+    MOE__EMBD_ROOT = 1 << 18, /* embeddings are multiplied by the root of their length */
+    MOE__POST_NORMS = 1 << 19, /* post_attention_norm and post_ffw_norm: what a part of a layer */
+                               /* adds to the residual is normed */
+    MOE__GATE = 1 << 20       /* attn_gate: results of heads times the sigmoid of (it x) */
+};
+
+/* How a layer mixes tokens: rows of moe__mixers (>>mixers) */
+typedef enum moe__mixer_id { MOE__GQA, MOE__MLA, MOE__N_MIXERS } moe__mixer_id;
+
+typedef struct moe__family {
+    const char *name; /* general.architecture */
+    moe__mixer_id mixer;
+    moe__rope_kind rope;
+    int gating;        /* moe__gating, if there is no key for it; 0: the key must be there */
+    int window_period; /* of so many layers all but the last see a sliding window, unless */
+                       /* attention.sliding_window_pattern says otherwise; 0: none does */
+    const char *ffn_norm; /* name of the norm before the feed-forward part */
+    unsigned features;
+} moe__family;
+
+/* To add a model family: a row here, and what it needs beyond features that are read already in */
+/* this room and the forward pass, as a feature any family may have. */
+static const moe__family moe__families[] = {
+    {"afmoe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
+     MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_COUNT | MOE__NOPE_FOURTH | MOE__EMBD_ROOT |
+         MOE__POST_NORMS | MOE__GATE},
+    {"deepseek2", MOE__MLA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+    {"dots1", MOE__GQA, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
+     MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_COUNT},
+    {"exaone-moe", MOE__GQA, MOE__ROPE_NEOX, 0, 4, "ffn_norm",
+     MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_WIDTH | MOE__NOPE_FULL},
+    {"gpt-oss", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2, "post_attention_norm",
+     MOE__SINKS | MOE__BIASES | MOE__OAI},
+    {"granitemoe", MOE__GQA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_WIDTH | MOE__SCALES},
+    {"llama", MOE__GQA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
+    {"mellum", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
+     MOE__NORMALIZE | MOE__QK_NORM | MOE__ALL_KEYS | MOE__PLAIN_SLIDING | MOE__FFN_SCALE},
+    {"olmoe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__QK_NORM_WIDE | MOE__CLAMP_KQV | MOE__WIDTH_FFN},
+    {"qwen2moe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__SHARED_GATED},
+    {"qwen3moe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     MOE__NORMALIZE | MOE__QK_NORM | MOE__FFN_SCALE},
+};
+
+/* What may differ from layer to layer: nothing of it is read from the model as a whole. */
+typedef struct moe__layer {
+    const float *attn_norm, *ffn_norm;             /* n_embd */
+    const float *attn_post_norm, *ffn_post_norm;   /* of what is added; NULL: none */
+    moe__mixer_id mixer;
+    int32_t n_head, n_head_kv;
+    int32_t head_k, head_v;      /* values of a head's query and key, and of its value */
+    const moe__rope *rope;       /* NULL: positions turn nothing */
+    int32_t window;              /* keys seen by a query; 0: all */
+    float kq_scale;              /* factor of query . key */
+    float clamp_kqv;             /* bound of queries, keys and values; 0: none */
+    moe__matrix q, k, v;                           /* grouped-query attention */
+    const float *q_norm, *k_norm;                  /* before rope; NULL: none */
+    int norm_wide;                                 /* over all heads together */
+    const float *sinks;                            /* per head; NULL: none */
+    moe__matrix gate;                              /* of the results of heads */
+    int32_t q_lora, kv_lora;     /* MLA ranks; q_lora 0: plain q */
+    int32_t n_rot;               /* values of a key that all heads share, the last; turned */
+    moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    /* MLA; kv_b, k_b, v_b: one per head */
+    const float *q_a_norm, *kv_a_norm;
+    moe__matrix o;
+    const moe__matrix *first;    /* the one that the mixer reads first */
+    int is_moe;
+    moe__matrix router;                            /* ffn_gate_inp */
+    const float *router_bias;                      /* exp_probs_b: for choosing only */
+    moe__ffn experts, shared, dense;               /* shared.gate.data NULL: none */
+    const float *shared_gate;                      /* n_embd; NULL: weight 1 */
+} moe__layer;
+
+enum { MOE__ROPE_FULL, MOE__ROPE_SLIDING, MOE__N_ROPES };
+
+struct moe_model {
+    moe_allocator allocator;
+    const moe_gguf *gguf;
+    moe_gguf *own_gguf; /* NULL if the caller's */
+    moe_vocab *vocab;
+    moe_model_info info;
+    const moe__family *family;
+    int32_t n_blocks;            /* layers of the file, those that are not run included */
+    int32_t n_ff_shared;
+    int32_t n_dense;             /* leading layers without experts */
+    float eps;
+    float embd_scale, residual_scale, logit_scale; /* factors of what they are named after */
+    moe__rope ropes[MOE__N_ROPES]; /* of layers without and with a window; n_rot 0: no such one */
+    int32_t n_rope;              /* floats of a row's tables of all of them */
+    moe__router router;
+    moe__matrix token_embd, output;
+    const float *output_norm;
+    moe__layer *layers;
+    unsigned kinds[MOE__INPUTS]; /* forms in which the matrices want their inputs, and the */
+    int64_t widest[MOE__INPUTS]; /* most values of each: found out where matrices are bound */
+    void *owned;                 /* list of allocations, each begins with a pointer to the next */
+    moe_model_memory memory;     /* as it was when the model had been opened */
+    moe_model_memory later;      /* and when paging was done, */
+    int is_later;                /* atomic: if that came later */
+    moe__paging paging;          /* of the gguf's pages, if this model looks after them */
+};
+
+/* State while loading: after the first error everything else is skipped. */
+typedef struct moe__loader {
+    moe_model *model;
+    const moe_gguf *gguf;
+    moe_error *error;
+    moe_status status;
+} moe__loader;
+
+#define moe__load_fail(loader, code, where, ...) \
+    ((loader)->status = (loader)->status ? (loader)->status \
+                                         : moe__fail((loader)->error, code, where, __VA_ARGS__))
+
+/* Zeroed memory that lives as long as the model; NULL after an error. */
+MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t size) {
+    uint64_t bytes;
+    void *memory = NULL;
+    if (loader->status) return NULL;
+    if (moe__size_mul(count, size, &bytes) && bytes < SIZE_MAX / 4)
+        memory = moe__alloc(&loader->model->allocator, (size_t)bytes + 64);
+    if (!memory) {
+        moe__load_fail(loader, MOE_ERROR_MEMORY, "model", "no memory for the model's tables");
+        return NULL;
+    }
+    memcpy(memory, &loader->model->owned, sizeof(void *));
+    loader->model->owned = memory;
+    return (char *)memory + 64;
+}
+
+/* ---- keys ------------------------------------------------------------------------------------ */
+
+enum { MOE__REQUIRED = -1 }; /* in place of a default */
+
+MOE__INLINE int moe__has(const moe_model *model, unsigned feature) {
+    return (model->family->features & feature) != 0;
+}
+
+/* The value of "family.name"; *key gets the full name. */
+MOE__PRIVATE const moe_gguf_value *moe__load_value(moe__loader *loader, const char *name,
+                                                   char key[128]) {
+    snprintf(key, 128, "%s.%s", loader->model->family->name, name);
+    return loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
+}
+
+MOE__INLINE int moe__load_is_array(const moe_gguf_value *value) {
+    return value->type == MOE_VALUE_ARRAY;
+}
+
+/* An integer key within low..high, of layer il if it is an array; il -1: of all layers alike. */
+/* Absent or 0 ("not set" in some files): the default, or an error if that is MOE__REQUIRED. */
+MOE__PRIVATE int32_t moe__load_int_at(moe__loader *loader, const char *name, int il, int64_t low,
+                                      int64_t high, int64_t fallback) {
+    char key[128];
+    int64_t x = 0, other;
+    const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (loader->status) return 0;
+    const uint64_t at = value && il > 0 && moe__load_is_array(value) ? (uint64_t)il : 0;
+    if (value && il >= 0 && moe__load_is_array(value) &&
+        value->count != (uint64_t)loader->model->n_blocks)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s has %llu values for %d layers", key,
+                       (unsigned long long)value->count, loader->model->n_blocks);
+    else if (value && !moe_gguf_value_int(value, at, &x))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not an integer", key);
+    for (uint64_t i = 1; value && il < 0 && i < value->count && !loader->status; i++)
+        if (!moe_gguf_value_int(value, i, &other) || other != x)
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "%s differs from layer to layer",
+                           key);
+    if (loader->status) return 0;
+    if (x == 0) {
+        if (fallback != MOE__REQUIRED) return (int32_t)fallback;
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
+        return 0;
+    }
+    if (x < low || x > high) {
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is %lld, not within %lld..%lld", key,
+                       (long long)x, (long long)low, (long long)high);
+        return 0;
+    }
+    return (int32_t)x;
+}
+MOE__PRIVATE int32_t moe__load_int(moe__loader *loader, const char *name, int64_t low, int64_t high,
+                                   int64_t fallback) {
+    return moe__load_int_at(loader, name, -1, low, high, fallback);
+}
+
+/* A real key; absent or 0: the default. NaN, infinity and negative values are refused. */
+MOE__PRIVATE double moe__load_float(moe__loader *loader, const char *name, double fallback) {
+    char key[128];
+    double x = 0;
+    const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (loader->status || !value) return fallback;
+    if (!moe_gguf_value_float(value, 0, &x) || value->count != 1)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a number", key);
+    else if (!(x >= 0 && x <= 1e30))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is %g, not a positive number", key, x);
+    return x > 0 ? x : fallback;
+}
+
+MOE__PRIVATE int moe__load_bool(moe__loader *loader, const char *name, int fallback) {
+    char key[128];
+    int x = fallback;
+    const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (value && !moe_gguf_value_bool(value, 0, &x))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is neither true nor false", key);
+    return x;
+}
+
+/* ---- tensors --------------------------------------------------------------------------------- */
+
+/* The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix"; NULL: absent, and an error if it */
+/* is required. */
+MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int layer,
+                                                     const char *base, const char *suffix,
+                                                     int required) {
+    char name[128];
+    if (loader->status) return NULL;
+    if (layer >= 0)
+        snprintf(name, sizeof name, "blk.%d.%s.%s", layer, base, suffix);
+    else
+        snprintf(name, sizeof name, "%s.%s", base, suffix);
+    const moe_gguf_tensor *tensor = moe_gguf_find_tensor(loader->gguf, name);
+    if (!tensor && required)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, name, "tensor %s is missing", name);
+    return tensor;
+}
+
+MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *tensor, int64_t n0,
+                                    int64_t n1, int64_t n2) {
+    const int64_t *ne = tensor->ne;
+    if (ne[0] == n0 && ne[1] == n1 && ne[2] == n2 && ne[3] == 1) return 1;
+    moe__load_fail(loader, MOE_ERROR_FORMAT, tensor->name,
+                   "tensor %s is {%lld, %lld, %lld, %lld}, expected {%lld, %lld, %lld, 1}",
+                   tensor->name, (long long)ne[0], (long long)ne[1], (long long)ne[2],
+                   (long long)ne[3], (long long)n0, (long long)n1, (long long)n2);
+    return 0;
+}
+
+/* A small tensor {n0, n1} as floats; NULL if absent or after an error. */
+MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const char *base,
+                                           const char *suffix, int64_t n0, int64_t n1,
+                                           int required) {
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, suffix, required);
+    if (!tensor || !moe__load_shape_is(loader, tensor, n0, n1, 1)) return NULL;
+    if (!moe_type_supported(tensor->type)) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s has type %s, which is not supported", tensor->name,
+                       moe_type_name(tensor->type));
+        return NULL;
+    }
+    float *out = (float *)moe__load_alloc(loader, (uint64_t)n0 * (uint64_t)n1, sizeof *out);
+    if (!out || moe_type_dequantize(tensor->type, tensor->data, out, n1, n0, loader->error))
+        return NULL;
+    loader->model->info.n_params += n0 * n1;
+    loader->model->info.n_bytes += (int64_t)tensor->size;
+    loader->model->info.n_bytes_token += (int64_t)tensor->size;
+    return out;
+}
+
+/* Declares what a matrix reads, so that this vector will be there in the form it wants. */
+MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe__input input) {
+    moe_model *model = loader->model;
+    matrix->input = input;
+    if (input == MOE__IN_NONE || !matrix->data) return;
+    model->kinds[input] |= 1u << matrix->type->act;
+    model->widest[input] = moe__max(model->widest[input], matrix->n_in);
+}
+
+/* Binds matrix to base.weight {n_in, n_out, n_expert}, which reads `input`, with its scale and */
+/* bias if there are any. Absent and not required: matrix->data stays NULL. per_token: the share */
+/* of its bytes that one token reads. */
+MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int layer,
+                                  const char *base, moe__input input, int64_t n_in, int64_t n_out,
+                                  int64_t n_expert, double per_token, int required) {
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "weight", required);
+    if (!tensor) return 0;
+    /* attn_kv_b, and k_b and v_b in some files: the heads' rows follow one another in 2-D. */
+    int folded = n_expert > 1 && tensor->ne[2] == 1 && tensor->ne[1] == n_out * n_expert &&
+                 !strncmp(base, "attn_", 5);
+    if (!moe__load_shape_is(loader, tensor, n_in, folded ? n_out * n_expert : n_out,
+                            folded ? 1 : n_expert))
+        return 0;
+    const moe__type *type = moe__type_find(tensor->type);
+    if (!type || !tensor->data) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s has type %s (id %d), which is not supported", tensor->name,
+                       moe_type_name(tensor->type), (int)tensor->type);
+        return 0;
+    }
+    if (n_out % type->rows || (type->rows > 1 && !strcmp(base, "token_embd"))) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s: %s interleaves %d rows, and these are not read by such groups",
+                       tensor->name, type->name, (int)type->rows);
+        return 0;
+    }
+    matrix->data = (const uint8_t *)tensor->data;
+    matrix->type = type;
+    matrix->index = (int)(type - moe__types);
+    matrix->n_in = n_in;
+    matrix->n_out = n_out;
+    matrix->n_expert = n_expert;
+    moe__load_input(loader, matrix, input);
+    matrix->row_size = moe_type_row_size(tensor->type, n_in);
+    matrix->expert_size = matrix->row_size * (size_t)n_out;
+    matrix->scale = NULL;
+    const int scaled = strncmp(base, "ffn_", 4) || moe__has(loader->model, MOE__FFN_SCALE);
+    if (scaled && moe__load_tensor(loader, layer, base, "scale", 0))
+        matrix->scale = moe__load_vector(loader, layer, base, "scale", n_expert, 1, 1);
+    matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
+    matrix->bias_stride = n_out;
+    loader->model->info.n_params += n_in * n_out * n_expert;
+    loader->model->info.n_bytes += (int64_t)tensor->size;
+    loader->model->info.n_bytes_token += (int64_t)(per_token * (double)tensor->size);
+    return !loader->status;
+}
+
+/* The same from files that hold one tensor per expert, base.E.weight. */
+MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int layer,
+                                 const char *base, moe__input input, int64_t n_in, int64_t n_out,
+                                 int64_t n_expert, double per_token) {
+    const uint8_t **experts =
+        (const uint8_t **)moe__load_alloc(loader, (uint64_t)n_expert, sizeof *experts);
+    for (int e = 0; e < n_expert; e++) {
+        moe__matrix one;
+        char name[64];
+        memset(&one, 0, sizeof one);
+        snprintf(name, sizeof name, "%s.%d", base, e);
+        if (!moe__load_matrix(loader, &one, layer, name, input, n_in, n_out, 1, per_token, 1))
+            return 0;
+        if (e == 0) *matrix = one;
+        if (one.type != matrix->type || one.scale || one.bias) {
+            snprintf(name, sizeof name, "blk.%d.%s.%d.weight", layer, base, e);
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, name,
+                           "tensor %s has another type than expert 0, a scale or a bias", name);
+            return 0;
+        }
+        experts[e] = one.data;
+    }
+    matrix->n_expert = n_expert;
+    matrix->experts = experts;
+    return 1;
+}
+
+/* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own: whole groups. */
+MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix *whole,
+                                         int64_t first, int64_t n) {
+    moe__matrix slice = *whole;
+    if (first % whole->type->rows || n % whole->type->rows)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "model",
+                       "%s interleaves rows of tensors that are parts of one",
+                       whole->type->name);
+    slice.data += (size_t)first * whole->row_size;
+    slice.n_out = n;
+    if (slice.bias) slice.bias += first;
+    return slice;
+}
+
+/* ---- hyper-parameters ------------------------------------------------------------------------ */
+
+/* How positions are scaled; *magnitude: the factor that goes with it. */
+MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling *s,
+                                         double *magnitude) {
+    char key[128];
+    moe_string type;
+    const void *cursor = NULL;
+    memset(s, 0, sizeof *s);
+    type.data = "linear"; /* without a factor: no scaling */
+    type.size = 6;
+    const moe_gguf_value *value = moe__load_value(loader, "rope.scaling.type", key);
+    if (value && !moe_gguf_value_string(value, &cursor, &type))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a string", key);
+    s->base = moe__load_float(loader, "rope.freq_base", 10000);
+    s->factor = moe__load_float(loader, "rope.scaling.factor",
+                                moe__load_float(loader, "rope.scale_linear", 1));
+    s->original_ctx = moe__load_int(loader, "rope.scaling.original_context_length", 1, INT32_MAX,
+                                    loader->model->info.n_ctx_train);
+    s->beta_fast = moe__load_float(loader, "rope.scaling.yarn_beta_fast", 32);
+    s->beta_slow = moe__load_float(loader, "rope.scaling.yarn_beta_slow", 1);
+    s->ext_factor = 1;
+    *magnitude = moe__load_float(loader, "rope.scaling.attn_factor", 1);
+    if (type.size == 4 && !memcmp(type.data, "none", 4)) {
+        s->factor = 1;
+    } else if (type.size == 4 && !memcmp(type.data, "yarn", 4)) {
+        s->yarn = 1;
+    } else if (type.size != 6 || memcmp(type.data, "linear", 6)) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
+                       (int)moe__min((int64_t)type.size, 32), type.data);
+    }
+    if (!(s->base > 1) || !(s->factor > 1e-6))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.freq_base",
+                       "rope base %g or factor %g is out of range", s->base, s->factor);
+}
+
+/* rope_freqs (or NULL) divide the frequencies. */
+MOE__PRIVATE void moe__load_rope(moe__loader *loader, int id, int32_t n_rot,
+                                 const moe__rope_scaling *s, double magnitude,
+                                 const float *factors) {
+    moe_model *model = loader->model;
+    moe__rope *rope = &model->ropes[id];
+    rope->kind = model->family->rope;
+    rope->n_rot = n_rot;
+    rope->magnitude = magnitude;
+    rope->at = model->n_rope;
+    rope->frequency =
+        (double *)moe__load_alloc(loader, (uint64_t)n_rot / 2 + 1, sizeof *rope->frequency);
+    if (loader->status) return;
+    model->n_rope += n_rot;
+    moe__rope_init(rope, s);
+    for (int i = 0; factors && i < n_rot / 2; i++) {
+        rope->frequency[i] /= factors[i];
+        if (!(fabs(rope->frequency[i]) <= 1e30))
+            moe__load_fail(loader, MOE_ERROR_FORMAT, "rope_freqs.weight",
+                           "tensor rope_freqs.weight holds %g", (double)factors[i]);
+    }
+}
+
+/* Positions, and the factor of query . key that goes with them. */
+MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe__layer *layers = model->layers;
+    const int mla = model->family->mixer == MOE__MLA;
+    moe__rope_scaling s;
+    double attn_factor, magnitude, kq_scale = 1, attention_scale = 0;
+    int32_t narrowest = loader->status ? 2 : layers[0].head_k;
+    moe__load_rope_scaling(loader, &s, &attn_factor);
+    magnitude = attn_factor;
+    if (mla) {
+        /* The magnitude is not in cos and sin but, squared, in the scores (DeepSeek's mscale). */
+        double log_multiplier = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
+        kq_scale = pow(attn_factor * (1 + log_multiplier * log(s.factor)), 2);
+        magnitude = 1;
+    } else if (s.yarn) {
+        magnitude = attn_factor * (1 + 0.1 * log(s.factor));
+    }
+    if (moe__has(model, MOE__SCALES))
+        attention_scale = moe__load_float(loader, "attention.scale", 0);
+    for (int il = 1; il < model->info.n_layer && !loader->status; il++)
+        narrowest = (int32_t)moe__min(narrowest, layers[il].head_k);
+    const int32_t n_rot = moe__load_int(loader, "rope.dimension_count", 2, narrowest,
+                                        mla ? MOE__REQUIRED : narrowest);
+    if (!loader->status && (n_rot % 2 || (mla && n_rot >= narrowest)))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
+                       "%d rotated values do not fit heads of %d", n_rot, narrowest);
+    const float *factors = moe__load_vector(loader, -1, "rope_freqs", "weight", n_rot / 2, 1, 0);
+    moe__load_rope(loader, MOE__ROPE_FULL, n_rot, &s, magnitude, factors);
+    if (moe__has(model, MOE__PLAIN_SLIDING)) {
+        s.yarn = 0, s.factor = 1;
+        moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, 1, NULL);
+    }
+    for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
+        const int plain = layers[il].window && moe__has(model, MOE__PLAIN_SLIDING);
+        const int none = (moe__has(model, MOE__NOPE_FULL) && !layers[il].window) ||
+                         (moe__has(model, MOE__NOPE_FOURTH) && il % 4 == 3);
+        layers[il].rope = none ? NULL : &model->ropes[plain ? MOE__ROPE_SLIDING : MOE__ROPE_FULL];
+        layers[il].n_rot = n_rot;
+        layers[il].kq_scale = (float)(attention_scale > 0
+                                          ? attention_scale
+                                          : kq_scale / sqrt((double)layers[il].head_k));
+    }
+}
+
+MOE__PRIVATE void moe__load_router(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe__router *router = &model->router;
+    moe_model_info *info = &model->info;
+    info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, 0);
+    if (!loader->status && !info->n_expert)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_count",
+                       "model family \"%s\" without experts is not supported", info->family);
+    info->n_expert_used =
+        moe__load_int(loader, "expert_used_count", 1, info->n_expert, MOE__REQUIRED);
+    router->n_expert = info->n_expert;
+    router->n_used = info->n_expert_used;
+    router->gating = (moe__gating)model->family->gating;
+    router->normalize = moe__has(model, MOE__NORMALIZE);
+    router->scale = model->residual_scale;
+    if (!moe__has(model, MOE__ROUTER_KEYS) || loader->status) return;
+    /* GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out. */
+    int glm_flash = model->family->mixer == MOE__MLA && info->n_layer >= 47 && info->n_layer <= 48;
+    int gating = moe__load_int(loader, "expert_gating_func", 1, 4,
+                               glm_flash                ? MOE__GATING_SIGMOID
+                               : model->family->gating  ? model->family->gating
+                                                        : MOE__REQUIRED);
+    if (gating > MOE__GATING_CHOSEN)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_gating_func",
+                       "expert gating function %d is not supported", gating);
+    router->gating = (moe__gating)gating;
+    router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
+    router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
+    router->n_group = moe__load_int(loader, "expert_group_count", 1, info->n_expert, 1);
+    if (loader->status || router->n_group == 1) return;
+    router->n_group_used =
+        moe__load_int(loader, "expert_group_used_count", 1, router->n_group, MOE__REQUIRED);
+    if (!loader->status && (info->n_expert % router->n_group ||
+                            info->n_expert / router->n_group * router->n_group_used <
+                                info->n_expert_used))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "expert_group_count",
+                       "%d experts in %d groups, %d used, do not give %d experts",
+                       info->n_expert, router->n_group, router->n_group_used,
+                       info->n_expert_used);
+}
+
+/* Heads of layer il and how many keys they see. */
+MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const moe__layer *first = model->layers; /* by whose heads the default width is found */
+    layer->mixer = model->family->mixer;
+    layer->n_head = moe__load_int_at(loader, "attention.head_count", il, 1, MOE__MAX_HEADS,
+                                     MOE__REQUIRED);
+    if (loader->status) return;
+    layer->n_head_kv = moe__load_int_at(loader, "attention.head_count_kv", il, 1, layer->n_head,
+                                        layer->n_head);
+    const int64_t head = model->info.n_embd / first->n_head;
+    layer->head_k = moe__load_int_at(loader, "attention.key_length", il, 1, MOE__MAX_HEAD, head);
+    layer->head_v = moe__load_int_at(loader, "attention.value_length", il, 1, MOE__MAX_HEAD, head);
+    if (layer->mixer == MOE__MLA) {
+        layer->head_k = moe__load_int(loader, "attention.key_length_mla", 1, MOE__MAX_HEAD,
+                                      layer->head_k);
+        layer->head_v = moe__load_int(loader, "attention.value_length_mla", 1, MOE__MAX_HEAD,
+                                      layer->head_v);
+        layer->kv_lora = moe__load_int(loader, "attention.kv_lora_rank", 1, 1 << 16,
+                                       MOE__REQUIRED);
+        /* Whether queries are low-rank shows in the tensors; the rank must then be known. */
+        if (!moe_gguf_find_tensor(loader->gguf, "blk.0.attn_q.weight"))
+            layer->q_lora = moe__load_int(loader, "attention.q_lora_rank", 1, 1 << 16,
+                                          MOE__REQUIRED);
+    } else if (!loader->status && layer->n_head % layer->n_head_kv) {
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "attention.head_count_kv",
+                       "%d heads cannot share %d key-value heads", layer->n_head,
+                       layer->n_head_kv);
+    }
+    if (!loader->status && (layer->head_k < 2 || layer->head_v < 1))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "attention.key_length",
+                       "heads of %d and %d values", layer->head_k, layer->head_v);
+}
+
+/* Whether layer il has a sliding window: by the key, an array or a period of which the last */
+/* layer has none (0: all have one), or by the family's period. */
+MOE__PRIVATE int moe__load_is_sliding(moe__loader *loader, int il) {
+    char key[128];
+    int64_t period = loader->model->family->window_period, x = 0;
+    const moe_gguf_value *value =
+        moe__load_value(loader, "attention.sliding_window_pattern", key);
+    if (value && moe__load_is_array(value))
+        return moe_gguf_value_int(value, (uint64_t)il, &x) && x; /* a missing tail: no windows */
+    if (value && (!moe_gguf_value_int(value, 0, &period) || period < 0))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a period", key);
+    return period <= 0 || il % period < period - 1;
+}
+
+MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    int32_t window = 0;
+    float clamp_kqv = 0;
+    model->layers = (moe__layer *)moe__load_alloc(loader, (uint64_t)info->n_layer,
+                                                  sizeof *model->layers);
+    if (moe__has(model, MOE__CLAMP_KQV))
+        clamp_kqv = (float)moe__load_float(loader, "attention.clamp_kqv", 0);
+    if (model->family->window_period)
+        window = moe__load_int(loader, "attention.sliding_window", 1, INT32_MAX,
+                               moe__has(model, MOE__ALL_KEYS) ? 0 : MOE__REQUIRED);
+    for (int il = 0; il < info->n_layer && !loader->status; il++) {
+        moe__layer *layer = &model->layers[il];
+        moe__load_heads(loader, layer, il);
+        layer->clamp_kqv = clamp_kqv;
+        if (window && moe__load_is_sliding(loader, il)) layer->window = window;
+    }
+    if (loader->status) return;
+    info->n_head = model->layers[0].n_head;
+    info->n_head_kv = model->layers[0].n_head_kv;
+}
+
+/* Factors of embeddings, of what is added to the residual, and of logits. */
+MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
+    moe_model *model = loader->model;
+    model->embd_scale = model->residual_scale = model->logit_scale = 1;
+    if (moe__has(model, MOE__EMBD_ROOT)) model->embd_scale = sqrtf((float)model->info.n_embd);
+    if (!moe__has(model, MOE__SCALES)) return;
+    model->embd_scale = (float)moe__load_float(loader, "embedding_scale", 1);
+    model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
+    model->logit_scale = (float)(1 / moe__load_float(loader, "logit_scale", 1));
+}
+
+MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    int32_t blocks = moe__load_int(loader, "block_count", 1, MOE__MAX_LAYERS, MOE__REQUIRED);
+    info->n_layer = model->n_blocks = blocks;
+    if (moe__has(model, MOE__ROUTER_KEYS)) /* prediction layers at the end are not run */
+        info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
+    info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
+    info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
+    char key[128];
+    if (!loader->status && !moe__load_value(loader, "attention.layer_norm_rms_epsilon", key))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
+    model->eps = (float)moe__load_float(loader, "attention.layer_norm_rms_epsilon", 0);
+    moe__load_layers(loader);
+    moe__load_ropes(loader);
+    moe__load_scales(loader);
+    moe__load_router(loader);
+    info->n_ff = moe__load_int_at(loader, "feed_forward_length", 0, 1, 1 << 24, 0);
+    info->n_ff_exp = info->n_ff;
+    if (moe__has(model, MOE__SHARED_GATED) && !loader->status) {
+        info->n_ff_exp = info->n_ff / info->n_expert_used; /* Qwen1.5-MoE without the key */
+        info->n_expert_shared = 1;
+        model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
+                                           info->n_ff ? info->n_ff : MOE__REQUIRED);
+    }
+    if (!moe__has(model, MOE__WIDTH_FFN))
+        info->n_ff_exp =
+            moe__load_int(loader, "expert_feed_forward_length", 1, 1 << 24, info->n_ff_exp);
+    if (moe__has(model, MOE__ROUTER_KEYS))
+        model->n_dense =
+            moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
+    if (moe__has(model, MOE__SHARED_COUNT)) {
+        info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
+        model->n_ff_shared = info->n_expert_shared
+                                 ? (int32_t)moe__min((int64_t)info->n_ff_exp *
+                                                         info->n_expert_shared, 1 << 28)
+                                 : 0;
+    }
+    if (moe__has(model, MOE__SHARED_WIDTH)) { /* exaone-moe: as wide as a routed one by default */
+        model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
+                                           moe__has(model, MOE__WIDTH_FFN) ? 0 : info->n_ff_exp);
+        info->n_expert_shared = model->n_ff_shared > 0;
+    }
+    if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
+                       "the width of the feed-forward layers is missing");
+}
+
+/* ---- feed-forward parts ---------------------------------------------------------------------- */
+
+/* down(activation(gate x) * up x) of so many experts, whose hidden vectors are `hidden`. */
+MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, const char *suffix,
+                                moe__input hidden, int64_t n_ff, int64_t n_expert,
+                                double per_token, int required) {
+    const int64_t n_embd = loader->model->info.n_embd, n = n_expert;
+    const moe__input x = MOE__IN_X;
+    const double part = per_token;
+    char gate[32], up[32], down[32], gate_up[32];
+    moe__matrix fused;
+    snprintf(gate, sizeof gate, "ffn_gate%s", suffix);
+    snprintf(up, sizeof up, "ffn_up%s", suffix);
+    snprintf(down, sizeof down, "ffn_down%s", suffix);
+    snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
+    memset(&fused, 0, sizeof fused);
+    ffn->oai = moe__has(loader->model, MOE__OAI);
+    if (moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0) && !strcmp(suffix, "_exps")) {
+        moe__load_split(loader, &ffn->gate, il, "ffn_gate", x, n_embd, n_ff, n, part);
+        moe__load_split(loader, &ffn->up, il, "ffn_up", x, n_embd, n_ff, n, part);
+        moe__load_split(loader, &ffn->down, il, "ffn_down", hidden, n_ff, n_embd, n, part);
+        return;
+    }
+    if (moe__load_matrix(loader, &fused, il, gate_up, x, n_embd, 2 * n_ff, n, part, 0)) {
+        ffn->gate = moe__load_slice(loader, &fused, 0, n_ff);
+        ffn->up = moe__load_slice(loader, &fused, n_ff, n_ff);
+    } else {
+        if (!moe__load_matrix(loader, &ffn->gate, il, gate, x, n_embd, n_ff, n, part, required))
+            return;
+        moe__load_matrix(loader, &ffn->up, il, up, x, n_embd, n_ff, n, part, 1);
+    }
+    moe__load_matrix(loader, &ffn->down, il, down, hidden, n_ff, n_embd, n, part, 1);
+}
+
+/* What a layer holds beside its mixer, whose head counts are known by then. */
+MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const moe_model_info *info = &model->info;
+    const int64_t n_embd = info->n_embd;
+    layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", n_embd, 1, 1);
+    layer->ffn_norm = moe__load_vector(loader, il, model->family->ffn_norm, "weight", n_embd, 1, 1);
+    if (moe__has(model, MOE__POST_NORMS)) {
+        layer->attn_post_norm =
+            moe__load_vector(loader, il, "post_attention_norm", "weight", n_embd, 1, 1);
+        layer->ffn_post_norm =
+            moe__load_vector(loader, il, "post_ffw_norm", "weight", n_embd, 1, 1);
+    }
+    layer->is_moe = il >= model->n_dense;
+    if (!layer->is_moe) {
+        const int32_t n_ff = moe__load_int_at(loader, "feed_forward_length", il, 1, 1 << 24,
+                                              MOE__REQUIRED);
+        moe__load_ffn(loader, &layer->dense, il, "", MOE__IN_DENSE, n_ff, 1, 1, 1);
+        return;
+    }
+    const double share = (double)info->n_expert_used / info->n_expert;
+    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_X, n_embd,
+                     info->n_expert, 1, 1, 1);
+    if (moe__has(model, MOE__ROUTER_KEYS))
+        layer->router_bias =
+            moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
+    moe__load_ffn(loader, &layer->experts, il, "_exps", MOE__IN_ROUTED, info->n_ff_exp,
+                  info->n_expert, share, 1);
+    if (model->n_ff_shared)
+        moe__load_ffn(loader, &layer->shared, il, "_shexp", MOE__IN_SHARED, model->n_ff_shared, 1,
+                      1, 1);
+    if (moe__has(model, MOE__SHARED_GATED))
+        layer->shared_gate =
+            moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", n_embd, 1, 1);
+}
+
+/* Families whose matrices have biases must not run without one. */
+MOE__PRIVATE void moe__load_check_biases(moe__loader *loader, const moe__layer *layer, int il) {
+    const moe__matrix *const matrices[] = {
+        &layer->q, &layer->k, &layer->v, &layer->o, &layer->router,
+        &layer->experts.gate, &layer->experts.up, &layer->experts.down};
+    static const char *const names[] = {"attn_q", "attn_k", "attn_v", "attn_output",
+                                        "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps",
+                                        "ffn_down_exps"};
+    for (int i = 0; i < 8; i++)
+        if (!matrices[i]->bias) moe__load_tensor(loader, il, names[i], "bias", 1);
+}
+
+/* ---- the whole ------------------------------------------------------------------------------- */
+
+MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    const moe_gguf_tensor *embd = moe__load_tensor(loader, -1, "token_embd", "weight", 1);
+    if (!embd) return;
+    if (embd->ne[1] > INT32_MAX / 2)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, embd->name, "tensor %s has %lld rows", embd->name,
+                       (long long)embd->ne[1]);
+    info->n_vocab = (int32_t)embd->ne[1];
+    int tied = !moe_gguf_find_tensor(loader->gguf, "output.weight");
+    moe__load_matrix(loader, &model->token_embd, -1, "token_embd", MOE__IN_NONE, info->n_embd,
+                     info->n_vocab, 1, tied ? 1 : 1.0 / info->n_vocab, 1);
+    if (tied)
+        model->output = model->token_embd;
+    else
+        moe__load_matrix(loader, &model->output, -1, "output", MOE__IN_NONE, info->n_embd,
+                         info->n_vocab, 1, 1, 1);
+    moe__load_input(loader, &model->output, MOE__IN_X);
+    model->output_norm =
+        moe__load_vector(loader, -1, "output_norm", "weight", info->n_embd, 1, 1);
+    if (!loader->status && model->vocab && moe_vocab_size(model->vocab) > info->n_vocab)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "tokenizer.ggml.tokens",
+                       "%d tokens, but the embedding has %d rows",
+                       (int)moe_vocab_size(model->vocab), (int)info->n_vocab);
+}
+
+MOE__PRIVATE void moe__load_family(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_string name, type;
+    const void *cursor = NULL;
+    const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, "general.type");
+    if (value && moe_gguf_value_string(value, &cursor, &type) &&
+        (type.size != 5 || memcmp(type.data, "model", 5))) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.type",
+                       "the file holds a \"%.*s\", not a model",
+                       (int)moe__min((int64_t)type.size, 32), type.data);
+        return;
+    }
+    cursor = NULL;
+    value = moe_gguf_find_value(loader->gguf, "general.architecture");
+    if (!moe_gguf_value_string(value, &cursor, &name)) {
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "general.architecture",
+                       "general.architecture is missing or not a string");
+        return;
+    }
+    for (size_t i = 0; i < sizeof moe__families / sizeof moe__families[0]; i++)
+        if (name.size == strlen(moe__families[i].name) &&
+            !memcmp(name.data, moe__families[i].name, name.size))
+            model->family = &moe__families[i];
+    if (!model->family) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.architecture",
+                       "model family \"%.*s\" is not supported",
+                       (int)moe__min((int64_t)name.size, 48), name.data);
+        return;
+    }
+    moe__base_copy_text(model->info.family, sizeof model->info.family, name.data, name.size);
+    cursor = NULL;
+    if (moe_gguf_value_string(moe_gguf_find_value(loader->gguf, "general.name"), &cursor, &name))
+        moe__base_copy_text(model->info.name, sizeof model->info.name, name.data, name.size);
+}
+
+/* ============================================================================================== */
+/* // >>cache */
+/* */
+/* What a sequence remembers, layer by layer, each in the shape its mixer asks for. Nothing is */
+/* touched before it is needed: what no token has been stored in takes no memory. */
+/* ============================================================================================== */
+
+/* Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the */
+/* latent vector and the rotated key, and no values of their own. A Q8_0 row is width / 32 blocks */
+/* as in files: f16 scale, 32 int8. The widths of the parts of a row are multiples of 32. */
+typedef struct moe__kv {
+    uint8_t *data;
+    moe_kv_type type;
+    int64_t n_ctx, width;
+    size_t row_size;
+} moe__kv;
+
+MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t position) {
+    return kv->data + (size_t)(head * kv->n_ctx + position) * kv->row_size;
+}
+
+/* Stores n values behind the first `at` of a row. */
+MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, uint8_t *row,
+                                int64_t at, const float *x, int64_t n) {
+    row += moe__kv_bytes(kv->type, at);
+    if (kv->type == MOE_KV_F32)
+        memcpy(row, x, (size_t)n * sizeof(float));
+    else if (kv->type == MOE_KV_F16)
+        kernels->f32_to_f16(x, n, (uint16_t *)(void *)row);
+    else
+        kernels->f32_to_q8_0(x, n, row);
+}
+
+/* What a mixer keeps in a layer. */
+typedef struct moe__cache_shape {
+    int64_t n_head; /* rows per position, of keys and of values: */
+    int64_t k, v;   /* so many values each; 0: there are none */
+    int64_t part;   /* of a row of keys, stored by itself; the rest is another part */
+} moe__cache_shape;
+
+typedef struct moe__cache {
+    moe__kv k, v;
+} moe__cache;
+
+MOE__PRIVATE moe__kv moe__kv_take(moe__arena *arena, moe_kv_type type, int64_t n_ctx,
+                                  int64_t n_head, int64_t width) {
+    moe__kv kv;
+    kv.type = type;
+    kv.n_ctx = n_ctx;
+    kv.width = width;
+    kv.row_size = moe__kv_bytes(type, width);
+    kv.data = (uint8_t *)moe__arena_take(arena, (uint64_t)(n_head * n_ctx), kv.row_size);
+    return kv;
+}
+MOE__PRIVATE moe__cache moe__cache_take(moe__arena *arena, const moe__cache_shape *shape,
+                                        moe_kv_type type, int64_t n_ctx) {
+    moe__cache cache;
+    cache.k = moe__kv_take(arena, type, n_ctx, shape->n_head, shape->k);
+    cache.v = moe__kv_take(arena, type, n_ctx, shape->n_head, shape->v);
+    return cache;
+}
+
+/* ============================================================================================== */
+/* // >>batch */
+/* */
+/* Rows of several sequences, the buffers that they go through, and how threads share the steps */
+/* of a forward pass (moe__forward in >>session), which every thread walks from top to bottom. */
+/* */
+/*   jobs       what the caller wants to be appended to which sequences */
+/*   rows       a batch: rows[t] = {sequence, token, position}; all but mixers see rows only */
+/*   spans      rows of one sequence that follow one another: what mixers work on */
+/*   sequence   (moe_session) its cache, its length, its logits */
+/*   work       (moe__work) the buffers for a batch; they belong to the pool */
+/* */
+/* Two ways of sharing the same steps: */
+/*   one row      what is tiny (norms, quantizing, choosing experts) every thread does for itself */
+/*                into memory of its own: cheaper than a barrier */
+/*   many rows    it is split over the rows, into shared memory, and a barrier follows */
+/* Matrices are split by their rows in both. Which memory it is shows in moe__eval.in alone. */
+/* ============================================================================================== */
+
+enum { MOE__MLA_EXPAND = 128 }; /* inputs of so many tokens expand latent vectors to keys and */
+                                /* values */
+
+/* A row of a batch: one token of one sequence. */
+typedef struct moe__row {
+    moe_session *sequence;
+    int32_t token, position;
+} moe__row;
+
+/* Rows of a batch that follow one another in one sequence */
+typedef struct moe__span {
+    moe_session *sequence;
+    int32_t first, n;     /* rows of the batch */
+    int32_t past;         /* position of the first: tokens of the sequence before it */
+    int32_t at;           /* number of the first among the rows that attend in the same way */
+    int expand;           /* MLA: keys and values are expanded; else queries absorb that */
+    int32_t n_logits;     /* the last rows, whose logits are wanted, */
+    float *logits;        /* here */
+} moe__span;
+
+/* Memory of one thread. */
+typedef struct moe__local {
+    moe__scratch scratch;
+    moe__plan plan;
+    moe__acts in[MOE__INPUTS]; /* of one row: what is not the same for all threads */
+    float *rope;               /* cos and sin of one row, of all ropes */
+    float *router_logits;
+    int32_t *experts;
+    float *expert_weights;
+    float shared_weight;
+    uint8_t *mixing;           /* private buffers of the mixer that is at work */
+} moe__local;
+
+/* Buffers for a batch of n rows. They belong to the pool: its sessions take turns. */
+typedef struct moe__work {
+    moe__row *rows;        /* [n] */
+    moe__span *spans;      /* [n] */
+    int32_t n_spans;
+    float *residual;       /* [n][n_embd] */
+    float *branch;         /* the same: what is normed before it joins the residual */
+    float *rope;           /* [n][floats of all ropes] */
+    moe__acts in[MOE__INPUTS]; /* of [n] rows, ROUTED: [n * n_expert_used]; mixers have their own */
+    float *router_logits;  /* [n][n_expert] */
+    int32_t *experts;      /* [n][n_expert_used] */
+    float *expert_weights;
+    float *shared_weights; /* [n] */
+    float *expert_out;     /* [n_expert_used + 1][n_embd], of one token, see moe__forward_down */
+    int32_t *numbers;      /* 0, 1, 2, ... n - 1 */
+    float *scales;         /* n times the residual's scale */
+    uint8_t *mixing;       /* shared buffers of the mixer that is at work */
+    moe__local *locals;    /* one per thread */
+} moe__work;
+
+struct moe_session {
+    moe_allocator allocator;
+    const moe_model *model;
+    const moe__kernels *kernels;
+    const moe__schedule_info *schedule;
+    moe_pool *pool, *own_pool;
+    int32_t pin;           /* of own_pool */
+    moe_session_info info;
+    int (*should_stop)(void *user);
+    void *should_stop_user;
+    int keep_all_logits;
+    int32_t length;        /* tokens in the cache */
+    int32_t n_last;        /* tokens of the last eval that have logits; 0: there are none */
+    int in_jobs;           /* while it is being evaluated */
+    uint64_t *expert_counts; /* [layer][expert] */
+    double *wait_seconds;  /* of each thread in the last eval */
+    moe__cache *caches;    /* per layer */
+    float *logits;         /* [n_vocab], or [n_ctx][n_vocab] by position */
+    void *memory;
+    uint8_t *buffers;      /* within memory, at a huge page: all of the above but the logits */
+    size_t n_bytes;        /* of buffers */
+    moe__work work;        /* as it lies in the pool's memory */
+    size_t work_size;
+};
+
+MOE__INLINE float *moe__take_floats(moe__arena *arena, int64_t rows, int64_t n) {
+    uint64_t count;
+    if (!moe__size_mul((uint64_t)rows, (uint64_t)n, &count)) count = UINT64_MAX;
+    return (float *)moe__arena_take(arena, count, sizeof(float));
+}
+
+/* ---- batches -------------------------------------------------------------------------------- */
+
+/* What is evaluated, and the batch of rows that is being evaluated */
+typedef struct moe__batch {
+    moe_job *jobs;
+    int32_t n_jobs;
+    moe_session *lead;  /* whose options count: its kernels, schedule, n_batch and threads */
+    moe__work *work;
+    int32_t job, done;  /* the next token: of which job, after how many of it */
+    int64_t n;          /* rows of this batch */
+    int more;           /* whether another follows */
+    int stop;           /* set by thread 0 before a barrier, read after it */
+    moe__nodes nodes;   /* of the threads */
+} moe__batch;
+
+/* The next rows, as many as fit, in the order of the jobs */
+MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
+    moe__work *work = batch->work;
+    const moe_model *model = batch->lead->model;
+    const int32_t most = batch->lead->info.n_batch;
+    const int mla = model->family->mixer == MOE__MLA;
+    int32_t absorbed = 0;
+    batch->n = 0;
+    work->n_spans = 0;
+    for (; batch->job < batch->n_jobs && batch->n < most; batch->job++, batch->done = 0) {
+        const moe_job *job = &batch->jobs[batch->job];
+        moe_session *sequence = job->session;
+        if (job->status) continue;
+        moe__span *span = &work->spans[work->n_spans];
+        span->expand = mla && job->n_tokens >= MOE__MLA_EXPAND &&
+                       most >= MOE__MLA_EXPAND;
+        const int absorbs = mla && !span->expand;
+        int32_t n = (int32_t)moe__min(job->n_tokens - batch->done, most - batch->n);
+        if (absorbs) n = (int32_t)moe__min(n, MOE__MLA_EXPAND - absorbed);
+        if (n == 0) return;
+        work->n_spans++;
+        span->sequence = sequence;
+        span->first = (int32_t)batch->n;
+        span->n = n;
+        span->past = sequence->length + batch->done;
+        span->at = absorbs ? absorbed : span->first;
+        absorbed += absorbs ? n : 0;
+        for (int32_t i = 0; i < n; i++, batch->n++) {
+            moe__row *row = &work->rows[batch->n];
+            row->sequence = sequence;
+            row->token = job->tokens[batch->done + i];
+            row->position = span->past + i;
+            work->numbers[batch->n] = (int32_t)batch->n;
+            work->scales[batch->n] = model->residual_scale;
+        }
+        batch->done += n;
+        const int ends = batch->done == job->n_tokens;
+        span->n_logits = sequence->keep_all_logits ? n : ends;
+        span->logits = sequence->logits;
+        if (sequence->keep_all_logits)
+            span->logits += (int64_t)span->past * model->info.n_vocab;
+        if (!ends) return;
+    }
+}
+
+MOE__PRIVATE void moe__batch_next(moe__batch *batch) {
+    moe__batch_fill(batch);
+    batch->more = 0;
+    for (int32_t i = batch->job; i < batch->n_jobs; i++)
+        if (!batch->jobs[i].status && (i > batch->job || batch->done < batch->jobs[i].n_tokens))
+            batch->more = 1;
+}
+
+/* ---- the state of one thread in one batch --------------------------------------------------- */
+
+typedef struct moe__eval {
+    moe__batch *batch;
+    moe__work *work;
+    const moe_model *model;
+    const moe__kernels *kernels;
+    moe__local *local;
+    moe__acts in[MOE__INPUTS]; /* what matrices read: of one row this thread's own, as far as */
+                               /* every thread makes it for itself */
+    int thread, n_threads;
+    int64_t n;       /* rows of this batch */
+    int64_t row_unit;
+} moe__eval;
+
+MOE__INLINE int64_t moe__eval_row_unit(int64_t n_tokens) {
+    return n_tokens == 1 ? (int64_t)MOE__ROW_UNIT : (int64_t)MOE__TILE_ROWS;
+}
+
+MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
+    if (e->thread == 0) e->batch->lead->info.n_barriers++;
+    moe__pool_barrier(e->batch->lead->pool, e->thread);
+}
+
+/* This thread's part of `total`. */
+MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit, int64_t *begin,
+                                 int64_t *end) {
+    moe__pool_share(total, unit, e->thread, e->n_threads, begin, end);
+}
+
+/* Fetches the first of this thread's rows of a matrix that is read soon, see moe__matrix_fetch. */
+MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix) {
+    int64_t begin, end;
+    if (!matrix->data) return;
+    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
+    moe__matrix_fetch(matrix, 0, begin, end);
+}
+
+/* Matrices whose products are made between two barriers, one of a list */
+typedef struct moe__projection {
+    const moe__matrix *matrix;
+    float *out; /* [row][n_out] */
+} moe__projection;
+
+/* This thread's rows of number i of a list: the blocks of rows of all matrices are laid out in a */
+/* line, those of each memory node by themselves, and cut into equal parts. */
+MOE__PRIVATE void moe__eval_cut(const moe__eval *e, const moe__projection *list, int n_list, int i,
+                                int64_t *begin, int64_t *end) {
+    const moe__nodes *nodes = &e->batch->nodes;
+    const int32_t k = moe__nodes_of(nodes, e->thread);
+    const int64_t first = nodes->first[k], last = nodes->first[k + 1], unit = e->row_unit;
+    int64_t total = 0, before = 0, from = 0, n_units = 0;
+    for (int j = 0; j < n_list; j++) {
+        const int64_t units = (list[j].matrix->n_out + unit - 1) / unit;
+        const int64_t low = units * first / e->n_threads, high = units * last / e->n_threads;
+        if (j < i) before += high - low;
+        if (j == i) from = low, n_units = high - low;
+        total += high - low;
+    }
+    const int64_t mine = e->thread - first, n = last - first;
+    const int64_t low = moe__max(total * mine / n - before, 0);
+    const int64_t high = moe__min(total * (mine + 1) / n - before, n_units);
+    *begin = moe__min((from + low) * unit, list[i].matrix->n_out);
+    *end = moe__min((from + high) * unit, list[i].matrix->n_out);
+}
+
+/* out[row][all rows of matrix] = matrix x for this thread's parts of a list; no barrier. */
+MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__projection *list, int n_list) {
+    int64_t begin, end, next = 0, next_end = 0;
+    moe__eval_cut(e, list, n_list, 0, &begin, &end);
+    for (int i = 0; i < n_list; i++) {
+        const moe__matrix *matrix = list[i].matrix;
+        if (i + 1 < n_list) {
+            moe__eval_cut(e, list, n_list, i + 1, &next, &next_end);
+            moe__matrix_fetch(list[i + 1].matrix, 0, next, next_end);
+        }
+        if (begin < end) {
+            moe__acts_gather(e->in, matrix, NULL, 0, e->n, e->local->scratch.x);
+            moe__matmul(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n,
+                        list[i].out + begin, matrix->n_out, e->local->scratch.pack);
+        }
+        begin = next, end = next_end;
+    }
+}
+
+/* sum += scale of the residual * matrix x for this thread's rows; no barrier. */
+MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix, float *sum) {
+    int64_t begin, end;
+    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
+    moe__acts_gather(e->in, matrix, NULL, 0, e->n, e->local->scratch.x);
+    if (begin < end)
+        moe__matmul_add(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n, NULL,
+                        e->work->scales, sum, e->local->scratch.up, e->local->scratch.pack);
+}
+
+/* norm(source) * weight, ready for matrices: one row for this thread alone, many shared. */
+/* source: [n][values of the input]. */
+MOE__PRIVATE void moe__eval_norm(moe__eval *e, const float *source, const float *weight,
+                                 moe__input input) {
+    const moe__acts *out = &e->in[input];
+    int64_t begin = 0, end = 1;
+    if (e->n > 1) moe__eval_share(e, e->n, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++)
+        e->kernels->rms_norm(source + t * out->n, weight, out->n, e->model->eps,
+                             moe__acts_f32(out, t));
+    moe__acts_quantize(e->kernels, out, begin, end);
+    if (e->n > 1) moe__eval_barrier(e);
+}
+
+/* Floats that all threads wrote together, ready for matrices; rows of them. The barrier that */
+/* many rows need is the caller's. */
+MOE__PRIVATE void moe__eval_quantize(moe__eval *e, moe__input input, int64_t rows) {
+    int64_t begin = 0, end = rows;
+    if (e->n > 1) moe__eval_share(e, rows, 1, &begin, &end);
+    moe__acts_quantize(e->kernels, &e->in[input], begin, end);
+}
+
+/* The input of this matrix, which is as wide as the layer makes it */
+MOE__INLINE void moe__eval_fit(moe__eval *e, const moe__matrix *matrix) {
+    if (matrix->data) moe__acts_fit(&e->in[matrix->input], matrix->n_in);
+}
+
+/* Turns a head of row t in a layer that turns. */
+MOE__INLINE void moe__eval_turn(const moe__eval *e, const moe__layer *layer, int64_t t, float *x) {
+    if (!layer->rope) return;
+    const float *tables = e->n == 1 ? e->local->rope : e->work->rope + t * e->model->n_rope;
+    moe__rope_apply(layer->rope, tables + layer->rope->at, x);
+}
+
+/* ---- memory of mixers ----------------------------------------------------------------------- */
+
+/* A mixer lays out its buffers anew in each layer, in memory that all layers share: twice, once */
+/* by itself to find out how much (without bases). Inputs of its matrices go to `in`. */
+typedef struct moe__memory {
+    const moe_session *session; /* for n_batch and n_ctx */
+    moe__arena common, own;     /* of the team, of this thread */
+    moe__acts *in;
+    int one_row;
+} moe__memory;
+
+MOE__INLINE moe__memory moe__eval_memory(moe__eval *e) {
+    moe__memory memory;
+    memset(&memory, 0, sizeof memory);
+    memory.session = e->batch->lead;
+    memory.common.base = e->work->mixing;
+    memory.own.base = e->local->mixing;
+    memory.in = e->in;
+    memory.one_row = e->n == 1;
+    return memory;
+}
+
+/* Vectors that moe__eval_norm makes: of one row each thread's own. Returns where all threads put */
+/* what it is to norm: many rows are normed in place. */
+MOE__PRIVATE float *moe__memory_take_normed(moe__memory *memory, moe__input input, int64_t n) {
+    const unsigned kinds = memory->session->model->kinds[input] | MOE__ACTS_FLOATS;
+    moe__acts common, own;
+    moe__acts_take(&common, &memory->common, memory->session->info.n_batch, n, kinds);
+    moe__acts_take(&own, &memory->own, 1, n, kinds);
+    memory->in[input] = memory->one_row ? own : common;
+    return (float *)(void *)common.data[MOE__ACT_F32];
+}
+
+/* ============================================================================================== */
+/* // >>mixers */
+/* */
+/* How a layer mixes tokens: from the normed residual (MOE__IN_X) to what attn_output reads */
+/* (MOE__IN_MIXED). A mixer is a row of moe__mixers at the end of this room. To add one: */
+/* */
+/*   1. a number in moe__mixer_id and what its layers hold in moe__layer (>>model); vectors that */
+/*      only its matrices read, in moe__input (>>ops) */
+/*   2. here: bind      binds its tensors. Every matrix is bound with the vector that it reads: */
+/*                      so that one exists in the right form; layer->first and layer->o are set */
+/*            cache     what it keeps per position and sequence */
+/*            layout    takes its buffers, of all threads and of one, for one layer */
+/*            forward   rows in, results in MOE__IN_MIXED, a barrier behind */
+/*            cut       to which length a sequence can be cut back */
+/*   3. its row, and the family that uses it (>>model) */
+/* ============================================================================================== */
+
+typedef struct moe__mixer {
+    const char *name;
+    void (*bind)(moe__loader *loader, moe__layer *layer, int il);
+    moe__cache_shape (*cache)(const moe__layer *layer);
+    void (*layout)(const moe__layer *layer, moe__memory *memory);
+    void (*forward)(moe__eval *e, const moe__layer *layer, int il);
+    int32_t (*cut)(const moe_session *session, int il, int32_t length); /* <= length */
+} moe__mixer;
+
+/* What is kept by position is cut anywhere. */
+MOE__PRIVATE int32_t moe__mixer_cut_positions(const moe_session *session, int il, int32_t length) {
+    return (void)session, (void)il, length;
+}
+
+/* ---- attention over caches ------------------------------------------------------------------ */
+
+/* A query sees the keys of its sequence up to its own position, or the last `window` of them. */
+/* Its result has the same bits however the work is cut: keys are seen in chunks that begin at */
+/* multiples of MOE__ATTEND_KEYS, each from a fresh state, and the chunks' results are added up */
+/* in their order (moe__attend_add). */
+/* */
+/* A work item is a block of queries that share a key-value head, over all chunks: the chunk is */
+/* the outer loop, so that keys and values stay in the cache for all queries. If that makes fewer */
+/* items than threads, each chunk becomes an item (its results are kept apart and added up behind */
+/* a barrier), and then blocks become smaller. */
+
+enum { MOE__ATTEND_BLOCK = 256 }; /* most queries of a work item */
+
+/* A chunk's state (see moe__attend_args) is added to that of all chunks before it; out, x: dv */
+/* floats, not yet divided by the sum. NaN is never the largest. */
+MOE__PRIVATE void moe__attend_add(const moe__kernels *kernels, float max, float sum, const float *x,
+                                  int64_t dv, float *all_max, float *all_sum, float *out) {
+    if (*all_max == -INFINITY && *all_sum == 0) { /* the first */
+        *all_max = max;
+        *all_sum = sum;
+        memcpy(out, x, (size_t)dv * sizeof *out);
+        return;
+    }
+    const float now = max > *all_max ? max : *all_max, base = now == -INFINITY ? 0.0f : now;
+    const float old = expf(*all_max - base), factor = expf(max - base);
+    *all_sum = fmaf(sum, factor, moe__rounded_f32(*all_sum * old));
+    *all_max = now;
+    kernels->axpby(factor, x, old, dv, out);
+}
+
+/* Buffers of a thread, and results of single chunks, which are shared */
+typedef struct moe__attending {
+    float *q, *out;           /* MOE__ATTEND_QUERIES gathered queries and their results */
+    float *max, *sum;
+    int32_t *first, *n_visible;
+    float *all_max, *all_sum; /* of the queries of a work item over the chunks so far */
+    float *scores;            /* MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS */
+    int64_t n_parts;
+    float *part_max, *part_sum, *part_out; /* [n_parts][n_head], [n_parts][n_head][dv] */
+} moe__attending;
+
+MOE__PRIVATE void moe__attending_take(moe__attending *w, moe__memory *memory, int64_t n_head,
+                                      int64_t dk, int64_t dv) {
+    const moe_session_info *info = &memory->session->info;
+    const int64_t queries = moe__max(info->n_batch, MOE__ATTEND_BLOCK);
+    moe__arena *own = &memory->own, *common = &memory->common;
+    w->q = moe__take_floats(own, MOE__ATTEND_QUERIES, dk);
+    w->out = moe__take_floats(own, MOE__ATTEND_QUERIES, dv);
+    w->max = moe__take_floats(own, 1, MOE__ATTEND_QUERIES);
+    w->sum = moe__take_floats(own, 1, MOE__ATTEND_QUERIES);
+    w->first = (int32_t *)moe__arena_take(own, MOE__ATTEND_QUERIES, sizeof(int32_t));
+    w->n_visible = (int32_t *)moe__arena_take(own, MOE__ATTEND_QUERIES, sizeof(int32_t));
+    w->all_max = moe__take_floats(own, 1, queries);
+    w->all_sum = moe__take_floats(own, 1, queries);
+    w->scores = moe__take_floats(own, MOE__ATTEND_QUERIES, MOE__ATTEND_KEYS);
+    w->n_parts = ((int64_t)info->n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    w->part_max = moe__take_floats(common, w->n_parts, n_head);
+    w->part_sum = moe__take_floats(common, w->n_parts, n_head);
+    w->part_out = moe__take_floats(common, w->n_parts, n_head * dv);
+}
+
+/* Attention in one layer. Query head h reads key-value head h / group. */
+typedef struct moe__attention {
+    const moe__layer *layer;
+    int il;
+    const moe__attending *w;
+    int expand;            /* which spans take part: those with the same */
+    int64_t n_kv, group;   /* key-value heads, and query heads of each */
+    int64_t dk, dv;
+    const float *q;        /* [row][n_kv * group][dk]; NULL: moe__gqa_query makes them, */
+    const struct moe__gqa *gqa; /* from these, and keys; else NULL */
+    const struct moe__mla *mla; /* values are the beginning of keys, or expanded from it; NULL */
+    float *out;            /* [row][n_kv * group][dv]; rows are counted as moe__span.at does */
+    int store;             /* the item of the last chunk stores the new key and value first */
+    int64_t block;         /* most queries of an item */
+    int64_t n_parts;       /* most chunks of a row, if they are items; else 0 */
+} moe__attention;
+
+/* The first key that a query at this position sees. */
+MOE__INLINE int64_t moe__attention_first(const moe__layer *layer, int64_t position) {
+    return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
+}
+/* The first chunk that it sees, and how many. */
+MOE__INLINE int64_t moe__attention_chunk(const moe__layer *layer, int64_t position) {
+    return moe__attention_first(layer, position) / MOE__ATTEND_KEYS;
+}
+MOE__INLINE int64_t moe__attention_chunks(const moe__layer *layer, int64_t position) {
+    return position / MOE__ATTEND_KEYS + 1 - moe__attention_chunk(layer, position);
+}
+
+/* How work is cut: sets block and n_parts. Nothing of it changes results. */
+MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
+    int64_t most = 0, rows = 0, items = 0;
+    const int64_t least = at->expand ? MOE__MLA_EXPAND : 4;
+    const int64_t limit = at->expand ? 0 : at->w->n_parts; /* expanding is not done twice */
+    at->block = MOE__ATTEND_BLOCK;
+    if (at->expand) at->block = moe__max(at->block, e->n);
+    at->n_parts = 0;
+    for (;;) {
+        items = rows = 0;
+        for (int32_t i = 0; i < e->work->n_spans; i++) {
+            const moe__span *span = &e->work->spans[i];
+            if (span->expand != at->expand) continue;
+            items += (span->n * at->group + at->block - 1) / at->block * at->n_kv;
+            rows += span->n;
+            most = moe__max(most, moe__attention_chunks(at->layer, span->past + span->n - 1));
+        }
+        if (items * moe__max(at->n_parts, 1) >= e->n_threads || at->block <= least) break;
+        if (!at->n_parts && most > 1 && rows * most <= limit)
+            at->n_parts = most;
+        else
+            at->block /= 2;
+    }
+    /* A few items that cannot be dealt out evenly */
+    if (!at->n_parts && items % e->n_threads && items < 8 * e->n_threads && most > 1 &&
+        rows * most <= limit)
+        at->n_parts = most;
+}
+
+typedef struct moe__item {
+    const moe__span *span;
+    int64_t head;             /* key-value head */
+    int64_t begin, end;       /* queries of the span: i is head i % group of row i / group */
+    int64_t chunk, chunk_end;
+} moe__item;
+
+/* Where a thread is in the list of items, which nobody writes down */
+typedef struct moe__items {
+    int32_t span;
+    int64_t pair, part; /* (block, head), chunk */
+    int64_t number;
+} moe__items;
+
+/* The next item of this thread; 0: there is none. The last queries of a span see most keys: they */
+/* come first. */
+MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, moe__items *it,
+                                 moe__item *item) {
+    for (; it->span < e->work->n_spans; it->span++, it->pair = 0) {
+        const moe__span *span = &e->work->spans[it->span];
+        const int64_t queries = span->n * at->group;
+        const int64_t blocks = (queries + at->block - 1) / at->block;
+        if (span->expand != at->expand) continue;
+        for (; it->pair < blocks * at->n_kv; it->pair++, it->part = 0) {
+            item->span = span;
+            item->head = it->pair % at->n_kv;
+            item->begin = (blocks - 1 - it->pair / at->n_kv) * at->block;
+            item->end = moe__min(queries, item->begin + at->block);
+            const int64_t last = span->past + (item->end - 1) / at->group;
+            const int64_t chunk =
+                moe__attention_chunk(at->layer, span->past + item->begin / at->group);
+            const int64_t chunk_end = last / MOE__ATTEND_KEYS + 1;
+            while (it->part < (at->n_parts ? chunk_end - chunk : 1)) {
+                item->chunk = chunk + it->part++;
+                item->chunk_end = at->n_parts ? item->chunk + 1 : chunk_end;
+                if (it->number++ % e->n_threads == e->thread) return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* The number of one chunk's result for a row (as moe__span.at counts) and query head */
+MOE__INLINE int64_t moe__attention_part(const moe__attention *at, int64_t row, int64_t head,
+                                        int64_t part) {
+    return (row * at->n_parts + part) * at->n_kv * at->group + head;
+}
+
+/* The state before the first key. A sink is as good as a key that was seen before all others, */
+/* whose value is 0. */
+MOE__PRIVATE void moe__attention_begin(const moe__attention *at, int64_t head, float *max,
+                                       float *sum, float *out) {
+    *max = at->layer->sinks ? at->layer->sinks[head] : -INFINITY;
+    *sum = at->layer->sinks ? 1.0f : 0.0f;
+    memset(out, 0, (size_t)at->dv * sizeof *out);
+}
+
+/* The results of a row's chunks, which are kept apart, into `out`. */
+MOE__PRIVATE void moe__attention_merge(const moe__eval *e, const moe__attention *at,
+                                       const moe__span *span, int64_t i, int64_t head) {
+    const int64_t n_head = at->n_kv * at->group, row = span->at + i;
+    const int64_t n = moe__attention_chunks(at->layer, span->past + i);
+    float max, sum, *out = at->out + (row * n_head + head) * at->dv;
+    moe__attention_begin(at, head, &max, &sum, out);
+    for (int64_t c = 0; c < n; c++) {
+        const int64_t part = moe__attention_part(at, row, head, c);
+        moe__attend_add(e->kernels, at->w->part_max[part], at->w->part_sum[part],
+                        at->w->part_out + part * at->dv, at->dv, &max, &sum, out);
+    }
+    e->kernels->divide(out, at->dv, sum);
+}
+/* All of them, shared by the threads. */
+MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attention *at) {
+    const int64_t n_head = at->n_kv * at->group;
+    int64_t total = 0, begin, end;
+    for (int32_t i = 0; i < e->work->n_spans; i++)
+        if (e->work->spans[i].expand == at->expand) total += e->work->spans[i].n * n_head;
+    moe__eval_share(e, total, 1, &begin, &end);
+    for (int32_t i = 0; i < e->work->n_spans; i++) {
+        const moe__span *span = &e->work->spans[i];
+        if (span->expand != at->expand) continue;
+        for (int64_t j = moe__max(begin, 0); j < moe__min(end, span->n * n_head); j++)
+            moe__attention_merge(e, at, span, j / n_head, j % n_head);
+        begin -= span->n * n_head, end -= span->n * n_head;
+    }
+}
+
+/* ---- grouped-query attention ---------------------------------------------------------------- */
+
+MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const int64_t n_embd = model->info.n_embd, n_q = (int64_t)layer->n_head * layer->head_k;
+    const int64_t n_k = (int64_t)layer->n_head_kv * layer->head_k;
+    const int64_t n_v = (int64_t)layer->n_head_kv * layer->head_v;
+    const int64_t n_out = (int64_t)layer->n_head * layer->head_v;
+    const moe__input x = MOE__IN_X;
+    moe__matrix fused;
+    memset(&fused, 0, sizeof fused);
+    if (moe__load_matrix(loader, &fused, il, "attn_qkv", x, n_embd, n_q + n_k + n_v, 1, 1, 0)) {
+        layer->q = moe__load_slice(loader, &fused, 0, n_q);
+        layer->k = moe__load_slice(loader, &fused, n_q, n_k);
+        layer->v = moe__load_slice(loader, &fused, n_q + n_k, n_v);
+    } else {
+        moe__load_matrix(loader, &layer->q, il, "attn_q", x, n_embd, n_q, 1, 1, 1);
+        moe__load_matrix(loader, &layer->k, il, "attn_k", x, n_embd, n_k, 1, 1, 1);
+        moe__load_matrix(loader, &layer->v, il, "attn_v", x, n_embd, n_v, 1, 1, 1);
+    }
+    moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_out, n_embd, 1, 1, 1);
+    if (moe__has(model, MOE__GATE))
+        moe__load_matrix(loader, &layer->gate, il, "attn_gate", x, n_embd, n_out, 1, 1, 1);
+    layer->norm_wide = moe__has(model, MOE__QK_NORM_WIDE);
+    const int normed = layer->norm_wide || moe__has(model, MOE__QK_NORM);
+    layer->q_norm = moe__load_vector(loader, il, "attn_q_norm", "weight",
+                                     layer->norm_wide ? n_q : layer->head_k, 1, normed);
+    layer->k_norm = moe__load_vector(loader, il, "attn_k_norm", "weight",
+                                     layer->norm_wide ? n_k : layer->head_k, 1, normed);
+    if (moe__has(model, MOE__SINKS))
+        layer->sinks = moe__load_vector(loader, il, "attn_sinks", "weight", layer->n_head, 1, 1);
+    layer->first = &layer->q;
+}
+
+MOE__PRIVATE moe__cache_shape moe__gqa_cache(const moe__layer *layer) {
+    const moe__cache_shape shape = {layer->n_head_kv, layer->head_k, layer->head_v, 0};
+    return shape;
+}
+
+typedef struct moe__gqa {
+    float *q, *k, *v;       /* [row][heads * width], as projected, then normed and turned */
+    float *gate;            /* [row][n_head * head_v]; NULL: none */
+    float *wide_q, *wide_k; /* one row's normed over all heads, if the layer does that */
+    moe__attending attending;
+} moe__gqa;
+
+MOE__PRIVATE void moe__gqa_take(const moe__layer *layer, moe__memory *memory, moe__gqa *w) {
+    const int64_t n = memory->session->info.n_batch, dk = layer->head_k, dv = layer->head_v;
+    memset(w, 0, sizeof *w);
+    w->q = moe__take_floats(&memory->common, n, layer->n_head * dk);
+    w->k = moe__take_floats(&memory->common, n, layer->n_head_kv * dk);
+    w->v = moe__take_floats(&memory->common, n, layer->n_head_kv * dv);
+    if (layer->gate.data) w->gate = moe__take_floats(&memory->common, n, layer->n_head * dv);
+    if (layer->norm_wide) {
+        w->wide_q = moe__take_floats(&memory->own, layer->n_head, dk);
+        w->wide_k = moe__take_floats(&memory->own, layer->n_head_kv, dk);
+    }
+    moe__attending_take(&w->attending, memory, layer->n_head, dk, dv);
+}
+MOE__PRIVATE void moe__gqa_layout(const moe__layer *layer, moe__memory *memory) {
+    moe__gqa w;
+    moe__gqa_take(layer, memory, &w);
+}
+
+/* The projected query and key of row t; where they are normed over all heads together, after */
+/* moe__gqa_norm_wide: one row's in this thread's memory, many in place. */
+MOE__INLINE float *moe__gqa_q(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
+                              int64_t t) {
+    return e->n == 1 && w->wide_q ? w->wide_q : w->q + t * layer->n_head * layer->head_k;
+}
+MOE__INLINE float *moe__gqa_k(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
+                              int64_t t) {
+    return e->n == 1 && w->wide_k ? w->wide_k : w->k + t * layer->n_head_kv * layer->head_k;
+}
+MOE__PRIVATE void moe__gqa_norm_wide(const moe__eval *e, const moe__layer *layer,
+                                     const moe__gqa *w, int64_t t) {
+    const int64_t n_q = (int64_t)layer->n_head * layer->head_k;
+    const int64_t n_k = (int64_t)layer->n_head_kv * layer->head_k;
+    if (!layer->norm_wide) return;
+    e->kernels->rms_norm(w->q + t * n_q, layer->q_norm, n_q, e->model->eps,
+                         moe__gqa_q(e, layer, w, t));
+    e->kernels->rms_norm(w->k + t * n_k, layer->k_norm, n_k, e->model->eps,
+                         moe__gqa_k(e, layer, w, t));
+}
+
+MOE__PRIVATE void moe__gqa_clamp(const moe__layer *layer, float *x, int64_t n) {
+    const float most = layer->clamp_kqv;
+    for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
+}
+
+/* Scales, norms and turns the query of one head; out: head_k floats, may be its place. */
+MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
+                                 int64_t t, int64_t head, float *out) {
+    const int64_t d = layer->head_k;
+    const float *q = moe__gqa_q(e, layer, w, t) + head * d;
+    if (layer->q_norm && !layer->norm_wide)
+        e->kernels->rms_norm(q, layer->q_norm, d, e->model->eps, out);
+    else if (out != q)
+        memcpy(out, q, (size_t)d * sizeof *out);
+    moe__gqa_clamp(layer, out, d);
+    moe__eval_turn(e, layer, t, out);
+    for (int64_t i = 0; i < d; i++) out[i] *= layer->kq_scale;
+}
+
+/* Norms and turns the key of one head and stores it and its value in the cache. */
+MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, int il,
+                                 const moe__gqa *w, int64_t t, int64_t head) {
+    const moe__row *row = &e->work->rows[t];
+    const int64_t d = layer->head_k, dv = layer->head_v;
+    const moe__cache *cache = &row->sequence->caches[il];
+    float *k = moe__gqa_k(e, layer, w, t) + head * d;
+    float *v = w->v + (t * layer->n_head_kv + head) * dv;
+    if (layer->k_norm && !layer->norm_wide)
+        e->kernels->rms_norm(k, layer->k_norm, d, e->model->eps, k);
+    moe__gqa_clamp(layer, k, d);
+    moe__gqa_clamp(layer, v, dv);
+    moe__eval_turn(e, layer, t, k);
+    moe__kv_store(e->kernels, &cache->k, moe__kv_row(&cache->k, head, row->position), 0, k, d);
+    moe__kv_store(e->kernels, &cache->v, moe__kv_row(&cache->v, head, row->position), 0, v, dv);
+}
+
+/* ---- multi-head latent attention (DeepSeek-V2 report, 2.1) ---------------------------------- */
+
+/* Short inputs are absorbed: a query is multiplied with k_b and then compared with the cached */
+/* latent vectors themselves, whose weighted sum v_b makes a result of. Long ones expand each */
+/* chunk of the cache to the head's keys and values, which takes fewer multiplications per query. */
+
+/* Three generations of files: kv_b only; k_b and v_b; all three. */
+
+/* The keys' rows of kv_b transposed, as attn_k_b has them: absorbing is then a product like */
+/* others. Types that hold a float each are kept, the others become Q8_0. */
+MOE__PRIVATE void moe__mla_transpose(moe__loader *loader, moe__layer *layer) {
+    const moe__kernels *kernels = moe__kernels_get(MOE_ISA_BEST);
+    const moe__matrix *kv_b = &layer->kv_b;
+    const int64_t nope = layer->head_k - layer->n_rot, latent = layer->kv_lora;
+    const moe_type like = kv_b->type->id;
+    const moe_type type = like == MOE_TYPE_F16 || like == MOE_TYPE_BF16 ? like
+                          : like == MOE_TYPE_F32 || nope % 32           ? MOE_TYPE_F32
+                                                                        : MOE_TYPE_Q8_0;
+    const size_t row_size = moe_type_row_size(type, nope);
+    moe__matrix *k_b = &layer->k_b;
+    uint8_t *rows =
+        (uint8_t *)moe__load_alloc(loader, (uint64_t)(layer->n_head * latent), row_size);
+    float *floats = (float *)moe__alloc_unset(&loader->model->allocator,
+                                              (size_t)(2 * nope * latent) * sizeof *floats);
+    if (!floats)
+        moe__load_fail(loader, MOE_ERROR_MEMORY, "attn_kv_b", "no memory to transpose a matrix");
+    for (int32_t head = 0; head < layer->n_head && !loader->status; head++) {
+        float *turned = floats + nope * latent;
+        moe__matrix_to_f32(kernels, kv_b, head, 0, nope, floats);
+        for (int64_t r = 0; r < latent; r++)
+            for (int64_t i = 0; i < nope; i++) turned[r * nope + i] = floats[i * latent + r];
+        loader->status = moe_type_quantize(type, turned, rows + (size_t)(head * latent) * row_size,
+                                           latent, nope, NULL, loader->error);
+    }
+    moe__free(&loader->model->allocator, floats);
+    if (loader->status) return;
+    memset(k_b, 0, sizeof *k_b);
+    k_b->data = rows;
+    k_b->type = moe__type_find(type);
+    k_b->index = (int)(k_b->type - moe__types);
+    k_b->n_in = nope;
+    k_b->n_out = latent;
+    k_b->n_expert = layer->n_head;
+    k_b->row_size = row_size;
+    k_b->expert_size = row_size * (size_t)latent;
+    moe__load_input(loader, k_b, MOE__IN_Q_NOPE);
+    moe_model_info *info = &loader->model->info;
+    const int64_t made = (int64_t)k_b->expert_size * layer->n_head;
+    info->n_bytes_made += made;
+    info->n_bytes_token += made - (int64_t)kv_b->row_size * nope * layer->n_head;
+}
+
+/* kv_b, k_b or v_b, a matrix per head */
+MOE__PRIVATE void moe__mla_bind_heads(moe__loader *loader, const moe__layer *layer,
+                                      moe__matrix *matrix, int il, const char *name,
+                                      moe__input input, int64_t n_in, int64_t n_out,
+                                      int required) {
+    moe__load_matrix(loader, matrix, il, name, input, n_in, n_out, layer->n_head, 1, required);
+    if (matrix->bias)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, name,
+                       "tensor blk.%d.%s.bias: latent attention knows none", il, name);
+}
+
+MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) {
+    const int64_t n_embd = loader->model->info.n_embd, n_head = layer->n_head;
+    const int64_t latent = layer->kv_lora, dv = layer->head_v, rank = layer->q_lora;
+    const int64_t nope = layer->head_k - layer->n_rot, n_q = n_head * layer->head_k;
+    if (rank) {
+        moe__load_matrix(loader, &layer->q_a, il, "attn_q_a", MOE__IN_X, n_embd, rank, 1, 1, 1);
+        moe__load_matrix(loader, &layer->q_b, il, "attn_q_b", MOE__IN_Q_A, rank, n_q, 1, 1, 1);
+        layer->q_a_norm = moe__load_vector(loader, il, "attn_q_a_norm", "weight", rank, 1, 1);
+        if (layer->q_b.data) moe__load_slice(loader, &layer->q_b, 0, layer->head_k); /* heads */
+    } else {
+        moe__load_matrix(loader, &layer->q, il, "attn_q", MOE__IN_X, n_embd, n_q, 1, 1, 1);
+    }
+    moe__load_matrix(loader, &layer->kv_a, il, "attn_kv_a_mqa", MOE__IN_X, n_embd,
+                     latent + layer->n_rot, 1, 1, 1);
+    layer->kv_a_norm = moe__load_vector(loader, il, "attn_kv_a_norm", "weight", latent, 1, 1);
+    moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_head * dv, n_embd, 1,
+                     1, 1);
+    layer->first = &layer->kv_a;
+    moe__mla_bind_heads(loader, layer, &layer->k_b, il, "attn_k_b", MOE__IN_Q_NOPE, nope, latent,
+                        0);
+    moe__mla_bind_heads(loader, layer, &layer->v_b, il, "attn_v_b", MOE__IN_LATENT, latent, dv, 0);
+    if (layer->k_b.data && layer->v_b.data) return;
+    moe__mla_bind_heads(loader, layer, &layer->kv_b, il, "attn_kv_b", MOE__IN_NONE, latent,
+                        nope + dv, 1);
+    if (loader->status) return;
+    layer->v_b = moe__load_slice(loader, &layer->kv_b, nope, dv);
+    moe__load_input(loader, &layer->v_b, MOE__IN_LATENT);
+    if (!loader->status) moe__mla_transpose(loader, layer);
+}
+
+MOE__PRIVATE moe__cache_shape moe__mla_cache(const moe__layer *layer) {
+    const moe__cache_shape shape = {1, layer->kv_lora + layer->n_rot, 0, layer->kv_lora};
+    return shape;
+}
+
+typedef struct moe__mla {
+    float *q;          /* [row][n_head * head_k] */
+    float *q_a;        /* [row][q_lora], not yet normed */
+    float *kv_a;       /* [row][kv_lora + n_rot]: what the cache keeps */
+    float *q_absorbed; /* [absorbed row][n_head][kv_lora + n_rot] */
+    float *w_k, *w_v;  /* a head's rows of kv_b as floats */
+    float *rows;       /* a group of k_b's rows */
+    float *latent, *keys, *values; /* one chunk, expanded */
+    const void **latent_rows;
+    moe__attending attending;
+} moe__mla;
+
+MOE__PRIVATE void moe__mla_take(const moe__layer *layer, moe__memory *memory, moe__mla *w) {
+    const moe_model *model = memory->session->model;
+    const int64_t n = memory->session->info.n_batch, n_head = layer->n_head;
+    const int64_t dk = layer->head_k, dv = layer->head_v, latent = layer->kv_lora;
+    const int64_t absorbed = moe__min(n, MOE__MLA_EXPAND), nope = dk - layer->n_rot;
+    const int64_t width = latent + layer->n_rot;
+    moe__arena *common = &memory->common, *own = &memory->own;
+    memset(w, 0, sizeof *w);
+    w->q = moe__take_floats(common, n, n_head * dk);
+    w->kv_a = moe__take_floats(common, n, width);
+    w->q_absorbed = moe__take_floats(common, absorbed, n_head * width);
+    moe__acts_take(&memory->in[MOE__IN_LATENT], common, absorbed * n_head, latent,
+                   model->kinds[MOE__IN_LATENT] | MOE__ACTS_FLOATS);
+    moe__acts_take(&memory->in[MOE__IN_Q_NOPE], own, absorbed, nope,
+                   model->kinds[MOE__IN_Q_NOPE] | MOE__ACTS_FLOATS);
+    if (layer->q_lora) w->q_a = moe__memory_take_normed(memory, MOE__IN_Q_A, layer->q_lora);
+    moe__attending_take(&w->attending, memory, n_head, moe__max(dk, width), moe__max(dv, latent));
+    if (n < MOE__MLA_EXPAND) return;
+    w->w_k = moe__take_floats(own, nope, latent);
+    w->w_v = moe__take_floats(own, dv, latent);
+    w->rows = moe__take_floats(own, MOE__GROUP_ROWS, nope);
+    w->latent = moe__take_floats(own, MOE__ATTEND_KEYS, latent);
+    w->keys = moe__take_floats(own, MOE__ATTEND_KEYS, dk);
+    w->values = moe__take_floats(own, MOE__ATTEND_KEYS, dv);
+    w->latent_rows = (const void **)moe__arena_take(own, MOE__ATTEND_KEYS, sizeof(void *));
+}
+MOE__PRIVATE void moe__mla_layout(const moe__layer *layer, moe__memory *memory) {
+    moe__mla w;
+    moe__mla_take(layer, memory, &w);
+}
+
+/* Norms the latent vector, turns the shared key, stores both in the cache. */
+MOE__PRIVATE void moe__mla_store(const moe__eval *e, const moe__layer *layer, int il,
+                                 const moe__mla *w, int64_t t) {
+    const moe__row *at = &e->work->rows[t];
+    const moe__kv *cache = &at->sequence->caches[il].k;
+    const int64_t latent = layer->kv_lora;
+    float *row = w->kv_a + t * cache->width;
+    uint8_t *out = moe__kv_row(cache, 0, at->position);
+    e->kernels->rms_norm(row, layer->kv_a_norm, latent, e->model->eps, row);
+    moe__eval_turn(e, layer, t, row + latent);
+    moe__kv_store(e->kernels, cache, out, 0, row, cache->width);
+}
+
+/* Rows of kv_b that make a head's unrotated keys, as floats: w_k[i][latent]. */
+MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
+                                    const moe__mla *w, int64_t head) {
+    const int64_t nope = layer->head_k - layer->n_rot, latent = layer->kv_lora;
+    if (layer->kv_b.data) {
+        moe__matrix_to_f32(e->kernels, &layer->kv_b, (int32_t)head, 0, nope, w->w_k);
+        return;
+    }
+    const int64_t group = layer->k_b.type->rows;
+    for (int64_t r = 0; r < latent; r += group) { /* k_b is stored transposed: {nope, latent} */
+        moe__matrix_to_f32(e->kernels, &layer->k_b, (int32_t)head, r, group, w->rows);
+        for (int64_t k = 0; k < group; k++)
+            for (int64_t i = 0; i < nope; i++) w->w_k[i * latent + r + k] = w->rows[k * nope + i];
+    }
+}
+
+/* Turns and scales the rotated part of a query; scales the other. */
+MOE__PRIVATE void moe__mla_turn(const moe__eval *e, const moe__layer *layer, int64_t t,
+                                const float *q, float *nope_out, float *turned) {
+    const int64_t nope = layer->head_k - layer->n_rot;
+    if (turned != q + nope) memcpy(turned, q + nope, (size_t)layer->n_rot * sizeof *turned);
+    for (int64_t i = 0; i < nope; i++) nope_out[i] = q[i] * layer->kq_scale;
+    moe__eval_turn(e, layer, t, turned);
+    for (int64_t i = 0; i < layer->n_rot; i++) turned[i] *= layer->kq_scale;
+}
+
+/* Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, of all rows that absorb. */
+MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, const moe__mla *w,
+                                  int64_t head) {
+    const moe__acts *q_nope = &e->in[MOE__IN_Q_NOPE];
+    const int64_t latent = layer->kv_lora, width = latent + layer->n_rot, n_head = layer->n_head;
+    float *out = w->q_absorbed + head * width;
+    int64_t n = 0;
+    for (int32_t s = 0; s < e->work->n_spans; s++) {
+        const moe__span *span = &e->work->spans[s];
+        for (int64_t i = 0; i < span->n && !span->expand; i++, n++)
+            moe__mla_turn(e, layer, span->first + i,
+                          w->q + ((span->first + i) * n_head + head) * layer->head_k,
+                          moe__acts_f32(q_nope, n), out + n * n_head * width + latent);
+    }
+    if (n == 0) return;
+    moe__acts_quantize(e->kernels, q_nope, 0, n);
+    moe__acts_gather(e->in, &layer->k_b, NULL, 0, n, e->local->scratch.x);
+    moe__matmul(e->kernels, &layer->k_b, (int32_t)head, 0, latent, e->local->scratch.x, n, out,
+                n_head * width, e->local->scratch.pack);
+}
+
+/* A head's rows of k_b and v_b as floats, for moe__mla_expand. */
+MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, const moe__mla *w,
+                                int64_t head) {
+    moe__mla_key_rows(e, layer, w, head);
+    moe__matrix_to_f32(e->kernels, &layer->v_b, (int32_t)head, 0, layer->head_v, w->w_v);
+}
+
+/* out[key][0 .. n - 1] = n rows of weights . latent vectors of keys */
+MOE__PRIVATE void moe__mla_expand_rows(const moe__eval *e, const moe__mla *w, int64_t latent,
+                                       const float *rows, int64_t n, int64_t n_keys, float *out,
+                                       int64_t stride) {
+    moe__tile_fn *tile = e->kernels->type[MOE__INDEX_F32].tile;
+    for (int64_t i = 0; i < n; i += MOE__TILE_ROWS)
+        tile((const uint8_t *)(rows + i * latent), (size_t)latent * sizeof(float),
+             moe__min(n - i, MOE__TILE_ROWS), latent, w->latent_rows, n_keys, out + i, stride,
+             e->local->scratch.pack, NULL, 0);
+}
+
+/* One chunk of the cache as keys and values of one head. */
+MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, const moe__mla *w,
+                                  const moe__kv *cache, int64_t begin, int64_t n_keys) {
+    const int64_t latent = layer->kv_lora, dk = layer->head_k, nope = dk - layer->n_rot;
+    const int type = cache->type == MOE_KV_F32   ? MOE__INDEX_F32
+                     : cache->type == MOE_KV_F16 ? MOE__INDEX_F16
+                                                 : MOE__INDEX_Q8_0;
+    const size_t turned = moe__kv_bytes(cache->type, latent);
+    for (int64_t j = 0; j < n_keys; j++) {
+        const uint8_t *row = moe__kv_row(cache, 0, begin + j);
+        e->kernels->type[type].dequantize(row, latent, w->latent + j * latent);
+        e->kernels->type[type].dequantize(row + turned, layer->n_rot, w->keys + j * dk + nope);
+        w->latent_rows[j] = w->latent + j * latent;
+    }
+    moe__mla_expand_rows(e, w, latent, w->w_k, nope, n_keys, w->keys, dk);
+    moe__mla_expand_rows(e, w, latent, w->w_v, layer->head_v, n_keys, w->values, layer->head_v);
+}
+
+/* ---- work items of attention ---------------------------------------------------------------- */
+
+MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
+    for (int32_t i = 0; i < a->n_queries; i++) {
+        a->max[i] = -INFINITY;
+        a->sum[i] = 0;
+        memset(a->out + i * a->out_stride, 0, (size_t)a->dv * sizeof *a->out);
+    }
+}
+
+/* The result of query j of a chunk, added to those of the item's chunks before or kept apart */
+MOE__PRIVATE void moe__attention_keep(const moe__eval *e, const moe__attention *at,
+                                      const moe__item *item, int64_t first, int64_t chunk,
+                                      const moe__attend_args *a, int32_t j) {
+    const moe__attending *w = at->w;
+    const moe__span *span = item->span;
+    const int64_t i = (first + j) / at->group, row = span->at + i, n_head = at->n_kv * at->group;
+    const int64_t head = item->head * at->group + (first + j) % at->group;
+    const float *x = a->out + j * a->out_stride;
+    if (at->n_parts) {
+        const int64_t c = chunk - moe__attention_chunk(at->layer, span->past + i);
+        const int64_t part = moe__attention_part(at, row, head, c);
+        w->part_max[part] = a->max[j];
+        w->part_sum[part] = a->sum[j];
+        memcpy(w->part_out + part * at->dv, x, (size_t)at->dv * sizeof *x);
+        return;
+    }
+    const int64_t number = first - item->begin + j;
+    moe__attend_add(e->kernels, a->max[j], a->sum[j], x, at->dv, w->all_max + number,
+                    w->all_sum + number, at->out + (row * n_head + head) * at->dv);
+}
+
+/* At most MOE__ATTEND_QUERIES queries, from number `first` of the span on, over one chunk */
+MOE__PRIVATE void moe__attention_chunk_run(moe__eval *e, const moe__attention *at,
+                                           const moe__item *item, int64_t first, int64_t chunk,
+                                           moe__attend_args *a) {
+    const moe__attending *w = at->w;
+    const moe__span *span = item->span;
+    const int64_t n_head = at->n_kv * at->group, key = chunk * MOE__ATTEND_KEYS;
+    int any = 0;
+    a->n_queries = (int32_t)moe__min(item->end - first, MOE__ATTEND_QUERIES);
+    for (int32_t j = 0; j < a->n_queries; j++) {
+        const int64_t position = span->past + (first + j) / at->group;
+        const int64_t hidden = moe__attention_first(at->layer, position) - key;
+        w->first[j] = (int32_t)moe__max(0, moe__min(hidden, a->n_keys));
+        w->n_visible[j] = (int32_t)moe__max(0, moe__min(position + 1 - key, a->n_keys));
+        any |= w->first[j] < w->n_visible[j];
+    }
+    if (!any) return;
+    for (int32_t j = 0; j < a->n_queries; j++) {
+        const int64_t i = (first + j) / at->group;
+        const int64_t head = item->head * at->group + (first + j) % at->group;
+        float *q = w->q + j * at->dk;
+        if (at->q)
+            memcpy(q, at->q + ((span->at + i) * n_head + head) * at->dk,
+                   (size_t)at->dk * sizeof *q);
+        else
+            moe__gqa_query(e, at->layer, at->gqa, span->first + i, head, q);
+    }
+    moe__attend_reset(a);
+    e->kernels->attend(a);
+    for (int32_t j = 0; j < a->n_queries; j++)
+        if (w->first[j] < w->n_visible[j])
+            moe__attention_keep(e, at, item, first, chunk, a, j);
+}
+
+/* Where the keys and values of a chunk are; latent ones are the same, or expanded. */
+MOE__PRIVATE void moe__attention_keys(const moe__eval *e, const moe__attention *at,
+                                      const moe__item *item, int64_t key, moe__attend_args *a) {
+    const moe__cache *cache = &item->span->sequence->caches[at->il];
+    if (at->expand) {
+        moe__mla_expand(e, at->layer, at->mla, &cache->k, key, a->n_keys);
+        a->type = MOE_KV_F32;
+        a->k = at->mla->keys, a->k_bytes = (size_t)at->dk * sizeof(float);
+        a->v = at->mla->values, a->v_bytes = (size_t)at->dv * sizeof(float);
+        return;
+    }
+    const moe__kv *values = at->mla ? &cache->k : &cache->v;
+    a->k = moe__kv_row(&cache->k, at->mla ? 0 : item->head, key);
+    a->k_bytes = cache->k.row_size;
+    a->v = moe__kv_row(values, at->mla ? 0 : item->head, key);
+    a->v_bytes = values->row_size;
+}
+
+MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
+                                      const moe__item *item) {
+    const moe__attending *w = at->w;
+    const moe__span *span = item->span;
+    const int64_t n_head = at->n_kv * at->group;
+    const int64_t n_keys = span->past + (item->end - 1) / at->group + 1;
+    moe__attend_args a;
+    memset(&a, 0, sizeof a);
+    a.type = span->sequence->info.kv_type;
+    a.dk = (int32_t)at->dk, a.dv = (int32_t)at->dv;
+    a.q = w->q, a.q_stride = at->dk;
+    a.out = w->out, a.out_stride = at->dv;
+    a.max = w->max, a.sum = w->sum;
+    a.first = w->first, a.n_visible = w->n_visible;
+    a.scores = w->scores;
+    if (at->store && item->chunk_end * MOE__ATTEND_KEYS >= n_keys)
+        moe__gqa_store(e, at->layer, at->il, at->gqa, span->first, item->head);
+    if (at->expand) moe__mla_head(e, at->layer, at->mla, item->head);
+    for (int64_t i = item->begin; i < item->end && !at->n_parts; i++) {
+        const int64_t head = item->head * at->group + i % at->group;
+        moe__attention_begin(at, head, &w->all_max[i - item->begin], &w->all_sum[i - item->begin],
+                             at->out + ((span->at + i / at->group) * n_head + head) * at->dv);
+    }
+    for (int64_t chunk = item->chunk; chunk < item->chunk_end; chunk++) {
+        const int64_t key = chunk * MOE__ATTEND_KEYS;
+        a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
+        moe__attention_keys(e, at, item, key, &a);
+        for (int64_t i = item->begin; i < item->end; i += MOE__ATTEND_QUERIES)
+            moe__attention_chunk_run(e, at, item, i, chunk, &a);
+    }
+    for (int64_t i = item->begin; i < item->end && !at->n_parts; i++) {
+        const int64_t head = item->head * at->group + i % at->group;
+        e->kernels->divide(at->out + ((span->at + i / at->group) * n_head + head) * at->dv, at->dv,
+                           w->all_sum[i - item->begin]);
+    }
+}
+
+/* This thread's items; no barrier. */
+MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
+    moe__items items;
+    moe__item item;
+    memset(&items, 0, sizeof items);
+    while (moe__items_next(e, at, &items, &item)) moe__attention_item(e, at, &item);
+}
+
+/* ---- grouped queries, forward ---------------------------------------------------------------- */
+
+/* Results of heads times the sigmoid of their gates, for this thread's part; no barrier. */
+MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe__gqa *w,
+                                float *out) {
+    int64_t begin, end;
+    if (!w->gate) return;
+    moe__eval_share(e, e->n * layer->n_head * layer->head_v, MOE__ROW_UNIT, &begin, &end);
+    for (int64_t i = begin; i < end; i++) out[i] /= 1 + expf(-w->gate[i]);
+}
+
+/* What comes between the projections and attention: queries and keys normed and turned, keys and */
+/* values stored. One row: each item makes its queries; the key is stored before only if several */
+/* items see it. */
+MOE__PRIVATE void moe__gqa_prepare(moe__eval *e, const moe__layer *layer, int il,
+                                   const moe__gqa *w, int store) {
+    const int64_t n_head = layer->n_head, n_kv = layer->n_head_kv, dk = layer->head_k;
+    int64_t begin, end;
+    if (e->n == 1) {
+        moe__gqa_norm_wide(e, layer, w, 0);
+        if (store) return;
+        moe__eval_share(e, n_kv, 1, &begin, &end);
+        for (int64_t head = begin; head < end; head++) moe__gqa_store(e, layer, il, w, 0, head);
+    } else {
+        moe__eval_share(e, e->n, 1, &begin, &end);
+        for (int64_t t = begin; t < end; t++) {
+            moe__gqa_norm_wide(e, layer, w, t);
+            for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, w, t, head);
+            for (int64_t head = 0; head < n_head; head++)
+                moe__gqa_query(e, layer, w, t, head, w->q + (t * n_head + head) * dk);
+        }
+    }
+    moe__eval_barrier(e);
+}
+
+MOE__PRIVATE void moe__gqa_forward(moe__eval *e, const moe__layer *layer, int il) {
+    moe__memory memory = moe__eval_memory(e);
+    moe__attention at;
+    moe__gqa w;
+    moe__gqa_take(layer, &memory, &w);
+    const moe__projection list[] = {
+        {&layer->q, w.q}, {&layer->k, w.k}, {&layer->v, w.v}, {&layer->gate, w.gate}};
+    memset(&at, 0, sizeof at);
+    at.layer = layer, at.il = il;
+    at.w = &w.attending, at.gqa = &w;
+    at.n_kv = layer->n_head_kv, at.group = layer->n_head / layer->n_head_kv;
+    at.dk = layer->head_k, at.dv = layer->head_v;
+    at.q = e->n == 1 ? NULL : w.q;
+    at.out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0);
+    moe__attention_plan(e, &at);
+    at.store = e->n == 1 && at.block >= at.group;
+    moe__eval_project(e, list, w.gate ? 4 : 3);
+    moe__eval_fetch(e, &layer->o);
+    moe__eval_barrier(e);
+    moe__gqa_prepare(e, layer, il, &w, at.store);
+    moe__attention_run(e, &at);
+    moe__eval_barrier(e);
+    if (at.n_parts) {
+        moe__attention_merge_all(e, &at);
+        moe__eval_barrier(e);
+    }
+    if (!w.gate) return;
+    moe__gqa_gate(e, layer, &w, at.out);
+    moe__eval_barrier(e);
+}
+
+/* ---- latent attention, forward --------------------------------------------------------------- */
+
+/* Heads' results from sums of latent vectors: v_b u, for this thread's heads. */
+MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
+    const moe__work *work = e->work;
+    const moe__layer *layer = at->layer;
+    const moe__acts *latent = &e->in[MOE__IN_LATENT], *out = &e->in[MOE__IN_MIXED];
+    const int64_t n_head = layer->n_head, dv = layer->head_v;
+    const void **x = e->local->scratch.x;
+    int64_t begin, end;
+    moe__eval_share(e, n_head, 1, &begin, &end);
+    for (int64_t head = begin; head < end; head++)
+        for (int32_t s = 0, n = 0; s < work->n_spans; s++) {
+            const moe__span *span = &work->spans[s];
+            if (span->expand) continue;
+            for (int64_t i = 0; i < span->n; i++, n++) {
+                const int64_t row = (span->at + i) * n_head + head;
+                if (at->n_parts) moe__attention_merge(e, at, span, i, head);
+                moe__acts_quantize(e->kernels, latent, row, row + 1);
+                moe__acts_gather(e->in, &layer->v_b, NULL, row, 1, x + n);
+            }
+            /* Rows of spans that follow one another go through the matrix together. */
+            if (s + 1 < work->n_spans && !work->spans[s + 1].expand) continue;
+            moe__matmul(e->kernels, &layer->v_b, (int32_t)head, 0, dv, x, n,
+                        moe__acts_f32(out, span->first + span->n - n) + head * dv, n_head * dv,
+                        e->local->scratch.pack);
+            n = 0;
+        }
+}
+
+/* Stores what the cache keeps of each row; queries from their low-rank form, ready to attend. */
+MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il,
+                                   const moe__mla *w) {
+    moe__work *work = e->work;
+    const int64_t n_head = layer->n_head, dk = layer->head_k;
+    int64_t begin, end;
+    if (e->n == 1 && e->thread == e->n_threads - 1) moe__mla_store(e, layer, il, w, 0);
+    if (e->n > 1) {
+        moe__eval_share(e, e->n, 1, &begin, &end);
+        for (int64_t t = begin; t < end; t++) moe__mla_store(e, layer, il, w, t);
+    }
+    moe__eval_share(e, n_head, 1, &begin, &end);
+    if (layer->q_lora) {
+        moe__eval_norm(e, w->q_a, layer->q_a_norm, MOE__IN_Q_A);
+        moe__acts_gather(e->in, &layer->q_b, NULL, 0, e->n, e->local->scratch.x);
+        moe__matmul(e->kernels, &layer->q_b, 0, begin * dk, end * dk, e->local->scratch.x, e->n,
+                    w->q + begin * dk, n_head * dk, e->local->scratch.pack);
+    }
+    for (int64_t head = begin; head < end; head++) {
+        moe__mla_absorb(e, layer, w, head);
+        for (int32_t s = 0; s < work->n_spans; s++)
+            for (int64_t i = 0; i < work->spans[s].n && work->spans[s].expand; i++) {
+                const int64_t t = work->spans[s].first + i;
+                float *q = w->q + (t * n_head + head) * dk;
+                moe__mla_turn(e, layer, t, q, q, q + dk - layer->n_rot);
+            }
+    }
+    moe__eval_barrier(e);
+}
+
+MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il) {
+    const int64_t n_head = layer->n_head, latent = layer->kv_lora;
+    moe__memory memory = moe__eval_memory(e);
+    int absorbs = 0, expands = 0;
+    moe__attention at, many;
+    moe__mla w;
+    moe__mla_take(layer, &memory, &w);
+    const moe__projection list[] = {{&layer->kv_a, w.kv_a},
+                                    {layer->q_lora ? &layer->q_a : &layer->q,
+                                     layer->q_lora ? w.q_a : w.q}};
+    for (int32_t s = 0; s < e->work->n_spans; s++)
+        if (e->work->spans[s].expand) expands = 1;
+        else absorbs = 1;
+    memset(&at, 0, sizeof at);
+    at.layer = layer, at.il = il;
+    at.w = &w.attending, at.mla = &w;
+    many = at;
+    at.n_kv = 1, at.group = n_head; /* all heads read the same rows */
+    at.dk = latent + layer->n_rot, at.dv = latent;
+    at.q = w.q_absorbed, at.out = moe__acts_f32(&e->in[MOE__IN_LATENT], 0);
+    many.expand = 1;
+    many.n_kv = n_head, many.group = 1;
+    many.dk = layer->head_k, many.dv = layer->head_v;
+    many.q = w.q, many.out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0);
+    moe__eval_project(e, list, 2);
+    moe__eval_barrier(e);
+    moe__mla_queries(e, layer, il, &w);
+    if (absorbs) {
+        moe__attention_plan(e, &at);
+        moe__attention_run(e, &at);
+    }
+    if (expands) {
+        moe__attention_plan(e, &many);
+        moe__attention_run(e, &many);
+    }
+    moe__eval_barrier(e);
+    if (!absorbs) return;
+    moe__mla_values(e, &at);
+    moe__eval_barrier(e);
+}
+
+/* ---- the table ------------------------------------------------------------------------------- */
+
+/* In the order of moe__mixer_id */
+static const moe__mixer moe__mixers[MOE__N_MIXERS] = {
+    {"gqa", moe__gqa_bind, moe__gqa_cache, moe__gqa_layout, moe__gqa_forward,
+     moe__mixer_cut_positions},
+    {"mla", moe__mla_bind, moe__mla_cache, moe__mla_layout, moe__mla_forward,
+     moe__mixer_cut_positions},
+};
+
+/* ============================================================================================== */
+/* // >>load */
+/* */
+/* Opening a model: its parts are bound, its weights lie where they are read fast, and what that */
+/* took is recorded. */
+/* ============================================================================================== */
+
+/* ---- placing the weights in memory ----------------------------------------------------------- */
+
+/* A team with threads on every memory node touches the pages of weights, each thread those that */
+/* are to lie on its node, so that new pages appear there; then pages that were elsewhere before */
+/* (of a file that is in the system's cache, or of a copy) are moved. */
+typedef struct moe__place {
+    const moe_gguf *gguf;
+    const moe__machine *machine;
+    moe_pool *pool;
+    moe_numa numa;
+    int (*progress)(void *user, float fraction);
+    void *progress_user;
+    size_t page;
+    uint64_t n_bytes;      /* of all weights */
+    uint64_t done, placed; /* atomic: bytes touched; of pages that lie where they should */
+    int stop, refused;     /* atomic */
+} moe__place;
+
+/* Pages from .. to - 1, by one thread of node k. */
+MOE__PRIVATE void moe__place_pages(moe__place *p, uintptr_t from, uintptr_t to, int32_t k) {
+    enum { BATCH = 512 };
+    const void *pages[BATCH];
+    int node[BATCH], status[BATCH];
+    while (from < to && !__atomic_load_n(&p->stop, __ATOMIC_RELAXED)) {
+        int n = 0;
+        uint64_t placed = 0;
+        for (; n < BATCH && from < to; n++, from += p->page) {
+            if (p->numa == MOE_NUMA_INTERLEAVE)
+                k = (int32_t)(from / p->page % (size_t)p->machine->n_nodes);
+            pages[n] = (const void *)from;
+            node[n] = p->machine->node[k];
+            status[n] = -1;
+            (void)*(const volatile uint8_t *)from;
+        }
+        if (!moe__machine_move(pages, node, n, status) ||
+            !moe__machine_move(pages, NULL, n, status))
+            __atomic_store_n(&p->refused, 1, __ATOMIC_RELAXED);
+        for (int i = 0; i < n; i++) placed += status[i] == node[i] ? p->page : 0;
+        __atomic_fetch_add(&p->placed, placed, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&p->done, (uint64_t)n * p->page, __ATOMIC_RELAXED);
+    }
+}
+
+/* Is a tensor read by rows that belong to threads? Of token_embd single rows are read, and heads */
+/* of attn_k_b and attn_v_b go around. */
+MOE__PRIVATE int moe__place_has_owners(const moe_gguf_tensor *tensor) {
+    return tensor->n_dims > 1 && !strstr(tensor->name, "token_embd.") &&
+           !strstr(tensor->name, ".attn_k_b.") && !strstr(tensor->name, ".attn_v_b.");
+}
+
+/* This thread's pages of a tensor: of its node's rows of each expert its share. A page that two */
+/* nodes have rows on belongs to the first. */
+MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor, int thread,
+                                    int n_threads) {
+    const moe__nodes *nodes = &p->pool->nodes;
+    const int owned = p->numa == MOE_NUMA_OWNER && moe__place_has_owners(tensor);
+    const int64_t rows = owned ? tensor->ne[1] : 1;
+    const int64_t units = (rows + MOE__ROW_UNIT - 1) / MOE__ROW_UNIT;
+    const int64_t experts = owned ? tensor->ne[2] * tensor->ne[3] : 1;
+    const uintptr_t row_size = (uintptr_t)(tensor->size / (uint64_t)(rows * experts));
+    const uintptr_t last_byte = (uintptr_t)tensor->data + (uintptr_t)tensor->size;
+    const int32_t k = moe__nodes_of(nodes, thread);
+    int64_t first = 0, last = rows, member = thread, members = n_threads;
+    if (owned) {
+        first = moe__min(rows, units * nodes->first[k] / n_threads * MOE__ROW_UNIT);
+        last = moe__min(rows, units * nodes->first[k + 1] / n_threads * MOE__ROW_UNIT);
+        member -= nodes->first[k];
+        members = nodes->first[k + 1] - nodes->first[k];
+    }
+    for (int64_t e = 0; e < experts; e++) {
+        const uintptr_t base = (uintptr_t)tensor->data + (uintptr_t)(e * rows) * row_size;
+        const uintptr_t from = base + (uintptr_t)first * row_size;
+        const uintptr_t to = base + (uintptr_t)last * row_size;
+        const int64_t piece = (int64_t)((from + p->page - 1) / p->page);
+        const int64_t n_pieces = (int64_t)((to + p->page - 1) / p->page) - piece;
+        int64_t begin, end;
+        if (n_pieces <= 0) continue;
+        moe__pool_share(n_pieces, 1, (int)member, (int)members, &begin, &end);
+        const uintptr_t start = (uintptr_t)(piece + begin) * p->page;
+        const uintptr_t stop = (uintptr_t)(piece + end) * p->page;
+        if (tensor->data && begin < end) /* what is behind the tensor need not be mapped */
+            moe__place_pages(p, start, stop < last_byte ? stop : last_byte, k);
+    }
+}
+
+MOE__PRIVATE void moe__place_job(void *context, int thread, int n_threads) {
+    moe__place *p = (moe__place *)context;
+    moe__policy before, policy;
+    const int known = moe__policy_get(&before);
+    moe__policy_init(&policy, p->machine,
+                     p->numa == MOE_NUMA_OWNER ? MOE__POLICY_PREFERRED : MOE__POLICY_INTERLEAVE,
+                     moe__nodes_of(&p->pool->nodes, thread));
+    if (!known || !moe__policy_set(&policy)) __atomic_store_n(&p->refused, 1, __ATOMIC_RELAXED);
+    for (int64_t i = 0; i < moe_gguf_n_tensors(p->gguf); i++) {
+        moe__place_tensor(p, moe_gguf_tensor_at(p->gguf, i), thread, n_threads);
+        const double done = (double)__atomic_load_n(&p->done, __ATOMIC_RELAXED);
+        const float fraction = (float)(done / (double)p->n_bytes);
+        if (thread == 0 && p->progress && !p->stop &&
+            !p->progress(p->progress_user, fraction < 1 ? fraction : 1))
+            __atomic_store_n(&p->stop, 1, __ATOMIC_RELAXED);
+    }
+    if (known) moe__policy_set(&before);
+}
+
+/* Places all weights; what the system refuses shows in model->memory only. */
+MOE__PRIVATE moe_status moe__place_weights(moe_model *model, const moe__machine *machine,
+                                           const moe_model_options *options, moe_error *error) {
+    moe_pool_options pool_options;
+    moe__place p;
+    memset(&p, 0, sizeof p);
+    memset(&pool_options, 0, sizeof pool_options);
+    pool_options.allocator = model->allocator;
+    pool_options.pin = MOE_ON;
+    p.pool = moe_pool_open(&pool_options, error);
+    if (!p.pool) return MOE_ERROR_THREAD;
+    moe__machine_nodes(machine, p.pool->n_threads, &p.pool->nodes);
+    p.gguf = model->gguf;
+    p.machine = machine;
+    p.numa = options->numa;
+    p.progress = options->progress;
+    p.progress_user = options->progress_user;
+    p.page = moe__machine_page();
+    for (int64_t i = 0; i < moe_gguf_n_tensors(p.gguf); i++)
+        p.n_bytes += moe_gguf_tensor_at(p.gguf, i)->size;
+    moe__pool_run(p.pool, p.pool->n_threads, moe__place_job, &p, NULL);
+    moe_pool_close(p.pool);
+    model->memory.n_bytes_placed = p.placed < p.n_bytes ? p.placed : p.n_bytes;
+    if (!p.refused) model->memory.numa = p.numa;
+    if (!p.stop) return MOE_OK;
+    return moe__fail(error, MOE_ERROR_CANCELLED, "progress",
+                     "loading was cancelled by the progress callback");
+}
+
+/* Keeps weights in memory, or (lock = 0) no longer; returns the bytes for which the system */
+/* agreed, up to the first for which it did not. */
+MOE__PRIVATE uint64_t moe__place_lock(const moe_gguf *gguf, int lock) {
+    uint64_t bytes = 0;
+    for (int64_t i = 0; i < moe_gguf_n_tensors(gguf); i++) {
+        const moe_gguf_tensor *tensor = moe_gguf_tensor_at(gguf, i);
+        if (!tensor->data || !tensor->size) continue;
+        if (lock ? mlock(tensor->data, (size_t)tensor->size)
+                 : munlock(tensor->data, (size_t)tensor->size))
+            break;
+        bytes += tensor->size;
+    }
+    return bytes;
+}
+
+/* ---- pages of the weights -------------------------------------------------------------------- */
+
+MOE_API uint64_t moe_model_huge_bytes(const moe_model *model) {
+    uint64_t sum = 0;
+    for (int32_t i = 0; model && i < model->gguf->n_parts; i++) {
+        const moe__pages *pages = &model->gguf->pages[i];
+        if (pages->data) sum += moe__pages_huge("/proc/self/smaps", pages->data, pages->size);
+    }
+    return sum;
+}
+
+/* A copy as it was granted: appends what is not on huge pages to the text. */
+MOE__PRIVATE void moe__paging_granted(const moe_model *model, moe_model_memory *memory) {
+    const uint64_t bytes = moe_model_huge_bytes(model);
+    if (!memory->n_bytes_copied || bytes + bytes / 64 + MOE__PAGES_HUGE > memory->n_bytes_copied)
+        return;
+    moe__paging_write(memory->text, sizeof memory->text, " (");
+    moe__paging_write_size(memory->text, sizeof memory->text, bytes);
+    moe__paging_write(memory->text, sizeof memory->text, " of it granted)");
+}
+
+/* What lies where, once nothing more is done with the pages. */
+MOE__PRIVATE void moe__paging_record(const moe_model *model, moe_model_memory *memory) {
+    const moe__paging *paging = &model->paging;
+    memory->n_bytes_copied = moe__paging_copied(paging);
+    memory->pages = memory->n_bytes_copied ? MOE_PAGES_COPY : MOE_PAGES_MAP;
+    memory->map_rate = paging->rates.map;
+    memory->copy_rate = paging->rates.copy;
+    moe__paging_say(paging, memory->text, sizeof memory->text);
+    moe__paging_granted(model, memory);
+}
+
+/* The gguf's pages are what the options say, or what its own options made of them. */
+MOE__PRIVATE void moe__paging_as_asked(moe_model *model) {
+    const moe_gguf *gguf = model->gguf;
+    moe_model_memory *memory = &model->memory;
+    for (int32_t i = 0; i < gguf->n_parts; i++) memory->n_bytes_copied += gguf->pages[i].n_copied;
+    memory->pages = memory->n_bytes_copied ? MOE_PAGES_COPY : MOE_PAGES_MAP;
+    moe__paging_write_size(memory->text, sizeof memory->text, moe_gguf_file_size(gguf));
+    moe__paging_write(memory->text, sizeof memory->text, "%s",
+                      !gguf->pages[0].data             ? " in the caller's memory"
+                      : memory->pages == MOE_PAGES_MAP ? " mapped"
+                      : gguf->small_pages              ? " copied to small pages"
+                                                       : " copied to huge pages");
+    if (!gguf->small_pages) moe__paging_granted(model, memory);
+}
+
+/* Looks after the pages of a mapped gguf, or leaves them alone. */
+MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_options *options,
+                                          moe_error *error) {
+    moe_gguf *gguf = (moe_gguf *)model->gguf; /* of its pages the addresses never change */
+    moe__paging *paging = &model->paging;
+    const moe_pages pages = options ? options->pages : MOE_PAGES_AUTO;
+    int code;
+    if (gguf->options.pages != MOE_PAGES_AUTO || pages == MOE_PAGES_MAP || !gguf->pages[0].data ||
+        model->memory.numa || __atomic_exchange_n(&gguf->looked_after, 1, __ATOMIC_ACQ_REL)) {
+        moe__paging_as_asked(model);
+        return MOE_OK;
+    }
+    paging->files = gguf->pages;
+    paging->n_files = gguf->n_parts;
+    paging->size = moe_gguf_file_size(gguf);
+    paging->allocator = model->allocator;
+    paging->progress = options ? options->progress : NULL;
+    paging->progress_user = options ? options->progress_user : NULL;
+    if (pages == MOE_PAGES_COPY) {
+        code = moe__paging_all(paging, NULL, moe__paging_replace_piece);
+        moe__paging_as_asked(model);
+        if (code && code != ECANCELED)
+            return moe__fail(error, MOE_ERROR_MEMORY, "pages",
+                             "the file cannot be copied into memory (system error %d)", code);
+    } else {
+        code = moe__paging_open(paging);
+        if (options && options->mlock == MOE_ON) paging->state = MOE__PAGING_DONE;
+        moe__paging_record(model, &model->memory);
+    }
+    if (!code) return MOE_OK;
+    return moe__fail(error, MOE_ERROR_CANCELLED, "progress",
+                     "loading was cancelled by the progress callback");
+}
+
+/* A session has generated a token, in so many seconds, with threads of this pool. */
+MOE__INLINE void moe__paging_token(const moe_model *model, double seconds, moe_pool *pool) {
+    if (__atomic_load_n(&model->paging.state, __ATOMIC_RELAXED) == MOE__PAGING_DONE) return;
+    moe_model *mutable_model = (moe_model *)model; /* what it computes does not change */
+    if (!moe__paging_tend(&mutable_model->paging, seconds, pool)) return;
+    mutable_model->later = model->memory;
+    moe__paging_record(model, &mutable_model->later);
+    __atomic_store_n(&mutable_model->is_later, 1, __ATOMIC_RELEASE);
+}
+
+/* What the options ask about memory, once the tensors are known to be right. */
+MOE__PRIVATE moe_status moe__place_all(moe_model *model, const moe_model_options *options,
+                                       moe_error *error) {
+    moe__machine machine;
+    moe_model_memory *memory = &model->memory;
+    moe_status status = MOE_OK;
+    memory->n_nodes = 1;
+    if (options && options->numa) { /* two files per processor: only if needed */
+        moe__machine_this(&machine);
+        memory->n_nodes = machine.n_nodes;
+        if (machine.n_nodes > 1) status = moe__place_weights(model, &machine, options, error);
+    }
+    if (!status) status = moe__paging_begin(model, options, error);
+    if (!status && options && options->mlock == MOE_ON)
+        memory->n_bytes_locked = moe__place_lock(model->gguf, 1);
+    return status;
+}
+
+/* ---- opening --------------------------------------------------------------------------------- */
+
+/* Some files have no tokenizer: they are run with token ids alone. */
+MOE__PRIVATE int moe__load_has_vocab(const moe_gguf *gguf) {
+    static const char *const none[] = {"none", "no_vocab", "test"};
+    moe_string name;
+    const void *cursor = NULL;
+    if (!moe_gguf_value_string(moe_gguf_find_value(gguf, "tokenizer.ggml.model"), &cursor, &name))
+        return 0;
+    for (size_t i = 0; i < sizeof none / sizeof none[0]; i++)
+        if (name.size == strlen(none[i]) && !memcmp(name.data, none[i], name.size)) return 0;
+    return 1;
+}
+
+MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_options *options,
+                                       moe_error *error) {
+    moe_allocator allocator;
+    moe__loader loader;
+    if (!gguf) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "gguf", "gguf is NULL");
+        return NULL;
+    }
+    if (options && ((unsigned)options->numa > MOE_NUMA_OWNER || !moe__is_switch(options->mlock) ||
+                    (unsigned)options->pages > MOE_PAGES_COPY)) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "options",
+                  "numa %d, mlock %d or pages %d is out of range", (int)options->numa,
+                  (int)options->mlock, (int)options->pages);
+        return NULL;
+    }
+    if (moe__allocator_init(&allocator, options ? &options->allocator : NULL, error)) return NULL;
+    moe_model *model = (moe_model *)moe__alloc(&allocator, sizeof *model);
+    if (!model) {
+        moe__fail(error, MOE_ERROR_MEMORY, "model", "no memory for a model");
+        return NULL;
+    }
+    model->allocator = allocator;
+    model->gguf = gguf;
+    loader.model = model;
+    loader.gguf = gguf;
+    loader.error = error;
+    loader.status = MOE_OK;
+    moe__load_family(&loader);
+    if (!loader.status) moe__load_hparams(&loader);
+    if (!loader.status && moe__load_has_vocab(gguf)) {
+        model->vocab = moe_vocab_open(gguf, error);
+        if (!model->vocab) loader.status = MOE_ERROR_FORMAT;
+    }
+    if (!loader.status) moe__load_globals(&loader);
+    for (int il = 0; il < model->info.n_layer && !loader.status; il++) {
+        moe__layer *layer = &model->layers[il];
+        moe__mixers[layer->mixer].bind(&loader, layer, il);
+        moe__load_layer(&loader, layer, il);
+        if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
+    }
+    if (!loader.status) loader.status = moe__place_all(model, options, error);
+    if (!loader.status) return model;
+    moe_model_close(model);
+    return NULL;
+}
+
+MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
+                                  moe_error *error) {
+    moe_gguf_options gguf_options;
+    moe__policy before;
+    int spread = 0; /* a copy is read in turn to all nodes, so that no node runs full */
+    int32_t nodes = 1;
+    memset(&gguf_options, 0, sizeof gguf_options);
+    if (options) {
+        gguf_options.allocator = options->allocator;
+        gguf_options.pages = options->pages;
+        gguf_options.prefault = options->prefault;
+        gguf_options.progress = options->progress;
+        gguf_options.progress_user = options->progress_user;
+    }
+    if (options && options->numa) {
+        moe__machine machine;
+        moe__policy policy;
+        moe__machine_this(&machine);
+        moe__policy_init(&policy, &machine, MOE__POLICY_INTERLEAVE, 0);
+        if (machine.n_nodes == 1) gguf_options.prefault = MOE_ON;
+        else spread = moe__policy_get(&before) && moe__policy_set(&policy);
+        nodes = machine.n_nodes;
+    }
+    moe_gguf *gguf = moe__gguf_open(path, &gguf_options, nodes > 1, error);
+    if (spread) moe__policy_set(&before);
+    if (!gguf) return NULL;
+    moe_model *model = moe_model_open_gguf(gguf, options, error);
+    if (model)
+        model->own_gguf = gguf;
+    else
+        moe_gguf_close(gguf);
+    return model;
+}
+
+MOE_API void moe_model_close(moe_model *model) {
+    if (!model) return;
+    moe_allocator allocator = model->allocator;
+    while (model->owned) {
+        void *memory = model->owned;
+        memcpy(&model->owned, memory, sizeof(void *));
+        moe__free(&allocator, memory);
+    }
+    moe_vocab_close(model->vocab);
+    if (model->memory.n_bytes_locked) moe__place_lock(model->gguf, 0);
+    if (model->paging.files) /* another model of the caller's gguf may look after them */
+        __atomic_store_n(&((moe_gguf *)model->gguf)->looked_after, 0, __ATOMIC_RELEASE);
+    moe_gguf_close(model->own_gguf);
+    moe__free(&allocator, model);
+}
+
+MOE_API const moe_vocab *moe_model_vocab(const moe_model *model) {
+    return model ? model->vocab : NULL;
+}
+MOE_API const moe_gguf *moe_model_gguf(const moe_model *model) {
+    return model ? model->gguf : NULL;
+}
+MOE_API const moe_model_info *moe_model_get_info(const moe_model *model) {
+    return model ? &model->info : NULL;
+}
+MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
+    if (!model) return NULL;
+    return __atomic_load_n(&model->is_later, __ATOMIC_ACQUIRE) ? &model->later : &model->memory;
+}
+
+/* ============================================================================================== */
+/* // >>session */
+/* */
+/* The forward pass over a batch (moe__forward), and sessions: opening, evaluating, going back. */
+/* ============================================================================================== */
+
+/* ---- the forward pass ----------------------------------------------------------------------- */
+
+/* The weight of the shared experts for token t. */
+MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer,
+                                     int64_t t) {
+    const int64_t n = e->model->info.n_embd;
+    const float scale = e->model->residual_scale;
+    float z;
+    if (!layer->shared_gate) return scale;
+    e->kernels->type[MOE__INDEX_F32].dot((const uint8_t *)layer->shared_gate,
+                                         (size_t)n * sizeof z, 1, n,
+                                         moe__acts_f32(&e->in[MOE__IN_X], t), &z);
+    return scale / (1 + expf(-z));
+}
+
+/* The experts of row t from its router's logits, which are overwritten. */
+MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, int64_t t) {
+    moe__work *work = e->work;
+    const moe__router *router = &e->model->router;
+    moe__router_select(e->kernels, router, work->router_logits + t * router->n_expert,
+                       layer->router_bias, work->experts + t * router->n_used,
+                       work->expert_weights + t * router->n_used);
+    work->shared_weights[t] = moe__route_shared(e, layer, t);
+}
+
+/* Router's logits and choices. One token: each thread computes some logits and then chooses for */
+/* itself; many: a thread does all of it for some tokens, unless they are too few for that. */
+MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
+    moe__work *work = e->work;
+    moe__local *local = e->local;
+    const moe__router *router = &e->model->router;
+    const moe__projection list = {&layer->router, work->router_logits};
+    int64_t begin, end;
+    moe__eval_share(e, e->n, 1, &begin, &end);
+    if (e->n >= 2 * (int64_t)e->n_threads && e->n > 1) {
+        if (begin < end) {
+            moe__acts_gather(e->in, &layer->router, NULL, begin, end - begin, local->scratch.x);
+            moe__matmul(e->kernels, &layer->router, 0, 0, router->n_expert, local->scratch.x,
+                        end - begin, work->router_logits + begin * router->n_expert,
+                        router->n_expert, local->scratch.pack);
+        }
+    } else {
+        moe__eval_project(e, &list, 1);
+        moe__eval_barrier(e);
+    }
+    if (e->n == 1) {
+        memcpy(local->router_logits, work->router_logits,
+               (size_t)router->n_expert * sizeof(float));
+        moe__router_select(e->kernels, router, local->router_logits, layer->router_bias,
+                           local->experts, local->expert_weights);
+        local->shared_weight = moe__route_shared(e, layer, 0);
+        return;
+    }
+    for (int64_t t = begin; t < end; t++) moe__route_row(e, layer, t);
+    moe__eval_barrier(e);
+}
+
+/* Which experts see which tokens: one entry per active expert, then the shared ones. */
+MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer) {
+    moe__work *work = e->work;
+    moe__local *local = e->local;
+    const moe__router *router = &e->model->router;
+    const int one = e->n == 1;
+    const int32_t *experts = one ? local->experts : work->experts;
+    moe__forward_router(e, layer);
+    moe__plan_routed(&local->plan, &layer->experts, router, experts,
+                     one ? local->expert_weights : work->expert_weights, e->n);
+    const int64_t first = (layer - e->model->layers) * e->model->info.n_expert;
+    for (int64_t i = 0; e->thread == 0 && i < e->n * router->n_used; i++)
+        work->rows[i / router->n_used].sequence->expert_counts[first + experts[i]]++;
+    if (layer->shared.gate.data)
+        moe__plan_all(&local->plan, &layer->shared, e->n, work->numbers,
+                      one ? &local->shared_weight : work->shared_weights);
+}
+
+/* sum += weight * (down hidden) over the entries, in their order. Where the schedule lets */
+/* several threads compute a row, each for other entries, they are added up behind a barrier. */
+MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share, float *sum) {
+    moe__work *work = e->work;
+    const moe__schedule_info *schedule = e->batch->lead->schedule;
+    const moe__scratch *scratch = &e->local->scratch;
+    const int64_t n_embd = e->model->info.n_embd;
+    const int apart = !schedule->owns_rows(share, e->n_threads);
+    moe__piece piece;
+    for (int32_t i = 0; schedule->pieces(share, e->thread, e->n_threads, i, &piece); i++) {
+        const moe__entry *entry = &share->entries[piece.entry];
+        moe__piece_fetch(schedule, share, e->thread, e->n_threads, i + 1);
+        if (apart)
+            moe__experts_down_apart(e->kernels, entry, piece.begin, piece.end, e->in,
+                                    work->expert_out + piece.entry * n_embd, scratch);
+        else
+            moe__experts_down(e->kernels, entry, piece.begin, piece.end, e->in, sum, scratch);
+    }
+    if (!apart) return;
+    moe__eval_barrier(e);
+    int64_t begin, end;
+    moe__eval_share(e, n_embd, e->row_unit, &begin, &end);
+    for (int32_t i = 0; i < share->n_entries; i++)
+        e->kernels->axpy(share->entries[i].weights ? share->entries[i].weights[0] : 1.0f,
+                         work->expert_out + i * n_embd + begin, end - begin, sum + begin);
+}
+
+/* sum += feed-forward network of the normed residual, by the plan's entries. next: the matrix */
+/* that is read first after it. */
+MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float *sum,
+                                   const moe__matrix *next) {
+    moe__work *work = e->work;
+    moe__local *local = e->local;
+    const moe__schedule_info *schedule = e->batch->lead->schedule;
+    moe__share share;
+    moe__piece piece;
+    local->plan.n_entries = local->plan.n_routed = 0;
+    moe__eval_fit(e, &layer->experts.down);
+    moe__eval_fit(e, &layer->shared.down);
+    moe__eval_fit(e, &layer->dense.down);
+    if (layer->is_moe)
+        moe__forward_route(e, layer);
+    else
+        moe__plan_all(&local->plan, &layer->dense, e->n, work->numbers, work->scales);
+    share.entries = local->plan.entries;
+    share.n_entries = local->plan.n_entries;
+    share.n_routed = local->plan.n_routed;
+    share.one_token = e->n == 1;
+    share.unit = e->row_unit;
+    share.nodes = &e->batch->nodes;
+    share.down = 0;
+    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
+        moe__piece_fetch(schedule, &share, e->thread, e->n_threads, i + 1);
+        moe__experts_gate_up(e->kernels, &share.entries[piece.entry], piece.begin, piece.end,
+                             e->in, &local->scratch);
+    }
+    if (e->thread == 0 && layer->is_moe)
+        e->batch->lead->info.n_expert_groups = schedule->schedule == MOE_SCHEDULE_PARALLEL
+                                            ? moe__schedule_groups(&share, e->n_threads) : 1;
+    share.down = 1;
+    moe__piece_fetch(schedule, &share, e->thread, e->n_threads, 0);
+    moe__eval_barrier(e);
+    if (layer->is_moe)
+        moe__eval_quantize(e, MOE__IN_ROUTED, e->n * e->model->info.n_expert_used);
+    if (layer->shared.gate.data) moe__eval_quantize(e, MOE__IN_SHARED, e->n);
+    if (!layer->is_moe) moe__eval_quantize(e, MOE__IN_DENSE, e->n);
+    if (e->n > 1) moe__eval_barrier(e);
+    moe__forward_down(e, &share, sum);
+    moe__eval_fetch(e, next);
+    moe__eval_barrier(e);
+}
+
+/* Where a part of a layer adds up what it computes: the residual, or, if it is normed before it */
+/* joins it, this thread's share of an empty branch. A barrier comes before anybody adds. */
+MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
+    int64_t begin, end;
+    if (!post_norm) return e->work->residual;
+    moe__eval_share(e, e->n * e->model->info.n_embd, MOE__ROW_UNIT, &begin, &end);
+    memset(e->work->branch + begin, 0, (size_t)(end - begin) * sizeof(float));
+    return e->work->branch;
+}
+
+/* residual += norm(branch) * post_norm, if there is one. */
+MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
+    const moe__work *work = e->work;
+    const int64_t n_embd = e->model->info.n_embd;
+    float *normed = e->local->scratch.up; /* as long as the longest vector */
+    int64_t begin, end;
+    if (!post_norm) return;
+    moe__eval_share(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__ROW_UNIT : 1, &begin, &end);
+    if (e->n == 1) {
+        e->kernels->rms_norm(work->branch, post_norm, n_embd, e->model->eps, normed);
+        for (int64_t i = begin; i < end; i++) work->residual[i] += normed[i];
+    } else {
+        for (int64_t t = begin; t < end; t++) {
+            e->kernels->rms_norm(work->branch + t * n_embd, post_norm, n_embd, e->model->eps,
+                                 normed);
+            for (int64_t i = 0; i < n_embd; i++) work->residual[t * n_embd + i] += normed[i];
+        }
+    }
+    moe__eval_barrier(e);
+}
+
+/* Token embeddings and positions of a batch. */
+MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
+    const moe_model *model = e->model;
+    moe__work *work = e->work;
+    const int64_t n_embd = model->info.n_embd;
+    int64_t begin, end;
+    moe__eval_share(e, e->n, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++) {
+        float *x = work->residual + t * n_embd;
+        moe__matrix_to_f32(e->kernels, &model->token_embd, 0, work->rows[t].token, 1, x);
+        for (int64_t i = 0; i < n_embd && model->embd_scale != 1; i++) x[i] *= model->embd_scale;
+    }
+    if (e->n == 1) begin = 0, end = 1; /* each thread for itself */
+    for (int64_t t = begin; t < end; t++)
+        for (int i = 0; i < MOE__N_ROPES; i++) {
+            float *tables = e->n == 1 ? e->local->rope : work->rope + t * model->n_rope;
+            moe__rope_table(&model->ropes[i], work->rows[t].position, tables + model->ropes[i].at);
+        }
+    moe__eval_barrier(e);
+}
+
+MOE__INLINE void moe__forward_scale(const moe__eval *e, float *logits, int64_t n) {
+    const float scale = e->model->logit_scale;
+    for (int64_t i = 0; i < n && scale != 1; i++) logits[i] *= scale;
+}
+
+/* Logits of the rows that somebody wants them of: the output matrix is read once for all. */
+MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
+    const moe_model *model = e->model;
+    moe__work *work = e->work;
+    const moe__matrix *output = &model->output;
+    const moe__scratch *scratch = &e->local->scratch;
+    const int64_t n_embd = model->info.n_embd;
+    float **out = (float **)(void *)scratch->x_up; /* where a row's logits go */
+    int64_t n = 0, begin, end;
+    for (int32_t s = 0; s < work->n_spans; s++) n += work->spans[s].n_logits;
+    if (n == 0) return;
+    /* One: each thread for itself */
+    const moe__acts *x = n == 1 ? &e->local->in[MOE__IN_X] : &work->in[MOE__IN_X];
+    moe__eval_share(e, n, 1, &begin, &end);
+    const int64_t wanted = n;
+    n = 0;
+    for (int32_t s = 0; s < work->n_spans; s++) {
+        const moe__span *span = &work->spans[s];
+        for (int32_t i = span->n - span->n_logits; i < span->n; i++, n++) {
+            out[n] = span->logits + (span->n_logits > 1 ? (int64_t)i * output->n_out : 0);
+            if (wanted > 1 && (n < begin || n >= end)) continue; /* another thread's */
+            e->kernels->rms_norm(work->residual + (span->first + i) * n_embd, model->output_norm,
+                                 n_embd, model->eps, moe__acts_f32(x, n));
+            moe__acts_quantize(e->kernels, x, n, n + 1);
+        }
+    }
+    if (n > 1) moe__eval_barrier(e);
+    for (int64_t i = 0; i < n; i++) scratch->x[i] = moe__acts_row(x, output->type->act, i);
+    moe__eval_share(e, output->n_out, moe__eval_row_unit(n), &begin, &end);
+    if (n == 1) {
+        moe__matmul(e->kernels, output, 0, begin, end, scratch->x, 1, out[0] + begin, 0,
+                    scratch->pack);
+        moe__forward_scale(e, out[0] + begin, end - begin);
+    } else {
+        for (int64_t row = begin; row < end; row += MOE__TILE_ROWS) {
+            const int64_t n_rows = moe__min(end - row, MOE__TILE_ROWS);
+            moe__matmul_tile(e->kernels, output, 0, row, n_rows, scratch->x, n, scratch->gate,
+                             MOE__TILE_ROWS, scratch->pack,
+                             moe__next_tile(output, 0, row + n_rows, end));
+            for (int64_t i = 0; i < n; i++) {
+                memcpy(out[i] + row, scratch->gate + i * MOE__TILE_ROWS,
+                       (size_t)n_rows * sizeof(float));
+                moe__forward_scale(e, out[i] + row, n_rows);
+            }
+        }
+    }
+    moe__eval_barrier(e);
+}
+
+/* Whether somebody wants to stop: asked by thread 0. */
+MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
+    for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
+        const moe_session *session = batch->jobs[i].session;
+        if (!batch->jobs[i].status && session->should_stop &&
+            session->should_stop(session->should_stop_user))
+            batch->stop = 1;
+    }
+}
+
+/* One batch, by one of the threads that all do the same. Returns 0 if asked to stop. */
+MOE__PRIVATE int moe__forward(moe__eval *e) {
+    const moe_model *model = e->model;
+    moe__work *work = e->work;
+    float *sum;
+    moe__forward_begin(e);
+    for (int il = 0; il < model->info.n_layer; il++) {
+        const moe__layer *layer = &model->layers[il];
+        const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].first : &model->output;
+        if (e->thread == 0) moe__forward_ask(e->batch);
+        /* residual += attn_output mixed, mixed = mixer(norm(residual)) */
+        moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_X);
+        moe__eval_fit(e, &layer->o);
+        sum = moe__forward_branch(e, layer->attn_post_norm);
+        moe__mixers[layer->mixer].forward(e, layer, il);
+        if (e->batch->stop) return 0; /* barriers have passed: all threads see the same */
+        moe__eval_quantize(e, MOE__IN_MIXED, e->n);
+        if (e->n > 1) moe__eval_barrier(e);
+        moe__eval_project_add(e, &layer->o, sum);
+        moe__eval_barrier(e);
+        moe__forward_join(e, layer->attn_post_norm);
+        /* residual += experts(norm(residual)), or the dense layer's network */
+        moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_X);
+        sum = moe__forward_branch(e, layer->ffn_post_norm);
+        moe__forward_ffn(e, layer, sum, next);
+        moe__forward_join(e, layer->ffn_post_norm);
+    }
+    return 1;
+}
+
+/* The inputs of matrices for a batch of n rows. With one row, a thread has its own vectors where */
+/* every thread makes them for itself, and otherwise its own int8 forms of shared floats. */
+MOE__PRIVATE void moe__eval_inputs(moe__eval *e) {
+    for (int i = 0; i < MOE__INPUTS; i++) {
+        const moe__acts *own = &e->local->in[i];
+        e->in[i] = e->work->in[i];
+        for (int kind = 0; kind < MOE__ACT_KINDS && e->n == 1; kind++)
+            if (own->data[kind]) e->in[i].data[kind] = own->data[kind];
+    }
+}
+
+/* All batches of a call */
+MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
+    moe__batch *batch = (moe__batch *)context;
+    moe__eval e;
+    memset(&e, 0, sizeof e);
+    e.batch = batch;
+    e.work = batch->work;
+    e.model = batch->lead->model;
+    e.kernels = batch->lead->kernels;
+    e.local = &batch->work->locals[thread];
+    e.thread = thread;
+    e.n_threads = n_threads;
+    for (;;) { /* the first batch was made by the caller */
+        e.n = batch->n;
+        e.row_unit = moe__eval_row_unit(e.n);
+        moe__eval_inputs(&e);
+        if (!moe__forward(&e)) return;
+        moe__forward_logits(&e);
+        if (!batch->more) return;
+        moe__eval_barrier(&e);
+        if (thread == 0) moe__batch_next(batch);
+        moe__eval_barrier(&e);
+    }
+}
+
+/* ---- memory --------------------------------------------------------------------------------- */
+
+/* What a thread has for itself: of one row the normed residual, and int8 forms of the rest */
+MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local *local,
+                                         uint64_t mixing, moe__arena *arena) {
+    const moe_model *model = session->model;
+    const moe_model_info *info = &model->info;
+    const int64_t n = session->info.n_batch, used = info->n_expert_used;
+    int64_t longest = moe__max(info->n_embd, n * MOE__TILE_ROWS);
+    for (int i = 0; i < MOE__INPUTS; i++) longest = moe__max(longest, model->widest[i]);
+    local->scratch.pack = moe__arena_take(arena, 1, MOE__PACK_SIZE);
+    local->scratch.gate = moe__take_floats(arena, 1, longest);
+    local->scratch.up = moe__take_floats(arena, 1, longest);
+    local->scratch.x = (const void **)moe__arena_take(arena, (uint64_t)n, sizeof(void *));
+    local->scratch.x_up = (const void **)moe__arena_take(arena, (uint64_t)n, sizeof(void *));
+    local->plan.entries = (moe__entry *)moe__arena_take(arena, (uint64_t)info->n_expert + 1,
+                                                        sizeof(moe__entry));
+    local->plan.tokens = (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
+    local->plan.weights = moe__take_floats(arena, n, used);
+    for (int i = 0; i <= MOE__IN_DENSE; i++) {
+        const unsigned kinds = model->kinds[i] & ~(unsigned)MOE__ACTS_FLOATS;
+        moe__acts_take(&local->in[i], arena, i == MOE__IN_ROUTED ? used : 1, model->widest[i],
+                       i == MOE__IN_X ? kinds | MOE__ACTS_FLOATS : kinds);
+    }
+    local->rope = moe__take_floats(arena, 1, model->n_rope);
+    local->router_logits = moe__take_floats(arena, 1, info->n_expert);
+    local->experts = (int32_t *)moe__arena_take(arena, (uint64_t)used, sizeof(int32_t));
+    local->expert_weights = moe__take_floats(arena, 1, used);
+    local->mixing = (uint8_t *)moe__arena_take(arena, 1, mixing);
+}
+
+/* Lays out what belongs to the session alone, but for the logits. */
+MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena) {
+    const moe_model *model = session->model;
+    const moe_model_info *info = &model->info;
+    const int32_t n = (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
+    for (int il = 0; il < info->n_layer; il++) {
+        const moe__layer *layer = &model->layers[il];
+        const moe__cache_shape shape = moe__mixers[layer->mixer].cache(layer);
+        const moe__cache cache =
+            moe__cache_take(arena, &shape, session->info.kv_type, session->info.n_ctx);
+        if (session->caches) session->caches[il] = cache;
+    }
+    session->info.kv_bytes = (size_t)arena->used;
+    session->expert_counts = (uint64_t *)moe__arena_take(
+        arena, (uint64_t)info->n_layer * (uint64_t)info->n_expert, sizeof(uint64_t));
+    session->wait_seconds = (double *)moe__arena_take(arena, (uint64_t)n, sizeof(double));
+}
+
+/* The most that a layer's mixer needs, of all threads and of one */
+MOE__PRIVATE void moe__work_mixing(const moe_session *session, moe__arena *common,
+                                   moe__arena *own) {
+    moe__acts in[MOE__INPUTS];
+    moe__memory memory;
+    for (int il = 0; il < session->model->info.n_layer; il++) {
+        const moe__layer *layer = &session->model->layers[il];
+        memset(&memory, 0, sizeof memory);
+        memory.session = session;
+        memory.in = in;
+        moe__mixers[layer->mixer].layout(layer, &memory);
+        common->used = common->used > memory.common.used ? common->used : memory.common.used;
+        own->used = own->used > memory.own.used ? own->used : memory.own.used;
+        common->overflow |= memory.common.overflow | memory.own.overflow;
+    }
+}
+
+/* Lays out the buffers for a batch. */
+MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
+                                   moe__arena *arena) {
+    const moe_model *model = session->model;
+    const moe_model_info *info = &model->info;
+    const int64_t n = session->info.n_batch, used = info->n_expert_used;
+    const int n_threads =
+        (int)moe__max(session->info.n_threads, session->info.n_threads_batch);
+    moe__arena common, own;
+    memset(&common, 0, sizeof common);
+    memset(&own, 0, sizeof own);
+    moe__work_mixing(session, &common, &own);
+    arena->overflow |= common.overflow;
+    work->rows = (moe__row *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__row));
+    work->spans = (moe__span *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__span));
+    work->residual = moe__take_floats(arena, n, info->n_embd);
+    work->branch = moe__has(model, MOE__POST_NORMS) ? moe__take_floats(arena, n, info->n_embd)
+                                                    : NULL;
+    work->rope = moe__take_floats(arena, n, model->n_rope);
+    for (int i = 0; i <= MOE__IN_DENSE; i++)
+        moe__acts_take(&work->in[i], arena, i == MOE__IN_ROUTED ? n * used : n, model->widest[i],
+                       model->kinds[i] | MOE__ACTS_FLOATS);
+    work->router_logits = moe__take_floats(arena, n, info->n_expert);
+    work->experts = (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
+    work->expert_weights = moe__take_floats(arena, n, used);
+    work->shared_weights = moe__take_floats(arena, 1, n);
+    work->expert_out = moe__take_floats(arena, used + 1, info->n_embd);
+    work->numbers = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
+    work->scales = moe__take_floats(arena, 1, n);
+    work->mixing = (uint8_t *)moe__arena_take(arena, 1, common.used);
+    work->locals = (moe__local *)moe__arena_take(arena, (uint64_t)n_threads, sizeof(moe__local));
+    for (int i = 0; i < n_threads; i++) {
+        moe__local local;
+        memset(&local, 0, sizeof local);
+        moe__work_layout_local(session, &local, own.used, arena);
+        if (arena->base) work->locals[i] = local;
+    }
+}
+
+/* ---- public --------------------------------------------------------------------------------- */
+
+/* Fills session->info and the choices that go with it. */
+MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_model *model,
+                                               const moe_session_options *options,
+                                               moe_error *error) {
+    moe_session_options zero;
+    memset(&zero, 0, sizeof zero);
+    const moe_session_options *o = options ? options : &zero;
+    moe_session_info *info = &session->info;
+    if (o->n_ctx < 0 || o->n_batch < 0 || o->n_threads < 0 || o->n_threads_batch < 0 ||
+        o->n_threads > MOE_MAX_THREADS || o->n_threads_batch > MOE_MAX_THREADS)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "options",
+                         "n_ctx, n_batch or a thread count is out of range");
+    if ((unsigned)o->kv_type > MOE_KV_F32)
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
+                         "cache type %d is not supported: F16, Q8_0 and F32 are",
+                         (int)o->kv_type);
+    for (int il = 0; il < model->info.n_layer && o->kv_type == MOE_KV_Q8_0; il++) {
+        const moe__layer *layer = &model->layers[il];
+        const moe__cache_shape shape = moe__mixers[layer->mixer].cache(layer);
+        if (shape.k % 32 || shape.v % 32 || shape.part % 32)
+            return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
+                             "a Q8_0 cache needs widths that are multiples of 32: here %d and %d",
+                             (int)(shape.part ? shape.part : shape.k),
+                             (int)(shape.part ? shape.k - shape.part : shape.v));
+    }
+    session->schedule = moe__schedule_find(o->schedule);
+    if (!session->schedule)
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "schedule",
+                         "expert schedule %d is unknown: 1 to 3 are known",
+                         (int)o->schedule);
+    session->model = model;
+    session->pool = o->pool;
+    session->keep_all_logits = o->keep_all_logits > 0;
+    session->pin = o->pin ? o->pin : model->memory.numa == MOE_NUMA_OWNER ? MOE_ON : MOE_OFF;
+    session->should_stop = o->should_stop;
+    session->should_stop_user = o->should_stop_user;
+    session->kernels = moe__kernels_get(o->isa);
+    info->isa = session->kernels->isa;
+    info->schedule = session->schedule->schedule;
+    info->kv_type = o->kv_type;
+    info->n_ctx = o->n_ctx ? o->n_ctx : (int32_t)moe__min(model->info.n_ctx_train, 4096);
+    info->n_batch = (int32_t)moe__min(o->n_batch ? o->n_batch : 512, info->n_ctx);
+    int most = o->pool ? o->pool->n_threads : MOE_MAX_THREADS;
+    int n = o->n_threads ? o->n_threads : o->pool ? most : moe__pool_default_threads();
+    info->n_threads = (int32_t)moe__min(n, most);
+    info->n_threads_batch =
+        (int32_t)moe__min(o->n_threads_batch ? o->n_threads_batch : info->n_threads, most);
+    return MOE_OK;
+}
+
+/* Buffers begin at a multiple of this: large ones at a huge page. */
+MOE__INLINE uint64_t moe__session_align(uint64_t size) {
+    return size < 8 * (uint64_t)MOE__PAGES_HUGE ? 64 : MOE__PAGES_HUGE;
+}
+
+/* Bytes of what belongs to the session, logits apart, and of the buffers for a batch. 0 on */
+/* overflow. Fills info.kv_bytes and info.work_bytes. */
+MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits, uint64_t *work) {
+    moe__arena arena, buffers;
+    const uint64_t rows = session->keep_all_logits ? (uint64_t)session->info.n_ctx : 1;
+    memset(&arena, 0, sizeof arena);
+    memset(&buffers, 0, sizeof buffers);
+    moe__session_layout(session, &arena);
+    moe__work_layout(session, &session->work, &buffers);
+    *work = buffers.used;
+    if (arena.overflow || buffers.overflow ||
+        !moe__size_mul(rows * sizeof(float), (uint64_t)session->model->info.n_vocab, logits) ||
+        *logits > SIZE_MAX / 4 || *work > SIZE_MAX / 4)
+        return 0;
+    session->info.work_bytes =
+        (size_t)(arena.used - session->info.kv_bytes + *logits + moe__session_align(arena.used) +
+                 *work + moe__session_align(*work));
+    return arena.used;
+}
+
+/* The threads that will use memory touch it first. */
+typedef struct moe__touch {
+    uint8_t *memory;
+    size_t size;
+} moe__touch;
+MOE__PRIVATE void moe__touch_run(void *context, int thread, int n_threads) {
+    const moe__touch *touch = (const moe__touch *)context;
+    int64_t begin, end;
+    moe__pool_share((int64_t)touch->size, MOE__PAGES_HUGE, thread, n_threads, &begin, &end);
+    memset(touch->memory + begin, 0, (size_t)(end - begin));
+}
+
+/* Room for the buffers of a session, which sessions of a pool share. 0: there is no memory. */
+MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
+    const uint64_t align = moe__session_align(size);
+    moe__touch touch;
+    int ok = 1;
+    moe__pool_hold(pool);
+    pool->work_owner = NULL; /* it may have been closed, and be opened at the same address */
+    if (size > pool->work_size) {
+        void *memory = moe__alloc_unset(&pool->allocator, (size_t)(size + align));
+        ok = memory != NULL;
+        if (ok) {
+            moe__free(&pool->allocator, pool->work_memory);
+            pool->work_memory = memory;
+            pool->work = (uint8_t *)(((uintptr_t)memory + align - 1) & ~(align - 1));
+            pool->work_size = (size_t)size;
+            moe__pages_advise(pool->work, size, MOE__MADV_HUGEPAGE);
+            touch.memory = pool->work, touch.size = pool->work_size;
+            moe__pool_run_held(pool, pool->n_threads, moe__touch_run, &touch, NULL);
+        }
+    }
+    moe__pool_release(pool);
+    return ok;
+}
+
+/* Lays out the buffers in the pool's memory, unless nobody else has since. The pool is held. */
+MOE__PRIVATE void moe__session_place(moe_session *session) {
+    moe__arena arena;
+    moe_pool *pool = session->pool;
+    if (pool->work_owner == session) return;
+    memset(&arena, 0, sizeof arena);
+    arena.base = pool->work;
+    moe__work_layout(session, &session->work, &arena);
+    pool->work_owner = session;
+}
+
+/* The cache is the begin of `buffers`; huge pages are asked for before anything touches it. It */
+/* is not cleared: what nobody stores in it takes no memory. Nor are rows of logits. */
+MOE__PRIVATE int moe__session_take(moe_session *session, uint64_t size, uint64_t logits) {
+    const uint64_t align = moe__session_align(size);
+    moe__arena arena;
+    memset(&arena, 0, sizeof arena);
+    session->caches = (moe__cache *)moe__alloc(
+        &session->allocator, (size_t)session->model->info.n_layer * sizeof *session->caches);
+    session->memory = moe__alloc_unset(&session->allocator, (size_t)(size + align));
+    session->logits = (float *)moe__alloc_unset(&session->allocator, (size_t)logits);
+    if (!session->caches || !session->memory || !session->logits) return 0;
+    session->buffers = (uint8_t *)(((uintptr_t)session->memory + align - 1) & ~(align - 1));
+    session->n_bytes = (size_t)size;
+    moe__pages_advise(session->buffers, size, MOE__MADV_HUGEPAGE);
+    arena.base = session->buffers;
+    moe__session_layout(session, &arena);
+    memset(session->buffers + session->info.kv_bytes, 0, session->n_bytes - session->info.kv_bytes);
+    return 1;
+}
+
+MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_options *options,
+                                      moe_error *error) {
+    moe_session draft, *session;
+    uint64_t logits = 0, work = 0;
+    if (!model) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "model", "model is NULL");
+        return NULL;
+    }
+    memset(&draft, 0, sizeof draft);
+    if (moe__session_configure(&draft, model, options, error)) return NULL;
+    const uint64_t size = moe__session_size(&draft, &logits, &work);
+    session = size ? (moe_session *)moe__alloc(&model->allocator, sizeof *session) : NULL;
+    if (!session) {
+        moe__fail(error, MOE_ERROR_MEMORY, "session", "a session of %d tokens does not fit",
+                  draft.info.n_ctx);
+        return NULL;
+    }
+    *session = draft;
+    session->allocator = model->allocator;
+    if (!moe__session_take(session, size, logits)) {
+        moe__fail(error, MOE_ERROR_MEMORY, "session", "no memory for a session of %d tokens",
+                  draft.info.n_ctx);
+        moe_session_close(session);
+        return NULL;
+    }
+    if (!session->pool) {
+        moe_pool_options pool_options;
+        memset(&pool_options, 0, sizeof pool_options);
+        pool_options.allocator = session->allocator;
+        pool_options.n_threads =
+            (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
+        pool_options.pin = session->pin;
+        session->pool = session->own_pool = moe_pool_open(&pool_options, error);
+        if (!session->pool) {
+            moe_session_close(session);
+            return NULL;
+        }
+    }
+    if (moe__pool_is_held(session->pool)) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "pool",
+                  "a callback cannot open a session on the pool that calls it");
+        moe_session_close(session);
+        return NULL;
+    }
+    if (!moe__pool_reserve(session->pool, work)) {
+        moe__fail(error, MOE_ERROR_MEMORY, "session", "no memory for batches of %d tokens",
+                  draft.info.n_batch);
+        moe_session_close(session);
+        return NULL;
+    }
+    return session;
+}
+
+MOE_API void moe_session_close(moe_session *session) {
+    if (!session) return;
+    moe_allocator allocator = session->allocator;
+    moe_pool_close(session->own_pool);
+    moe__free(&allocator, session->logits);
+    moe__free(&allocator, session->memory);
+    moe__free(&allocator, session->caches);
+    moe__free(&allocator, session);
+}
+
+MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
+                                        moe_session_info *info, moe_error *error) {
+    moe_session draft;
+    uint64_t logits = 0, work = 0;
+    if (!model || !info)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "model", "model or info is NULL");
+    memset(&draft, 0, sizeof draft);
+    moe_status status = moe__session_configure(&draft, model, options, error);
+    if (status) return status;
+    if (!moe__session_size(&draft, &logits, &work))
+        return moe__fail(error, MOE_ERROR_MEMORY, "session", "a session of %d tokens does not fit",
+                         draft.info.n_ctx);
+    *info = draft.info;
+    return MOE_OK;
+}
+
+MOE_API const moe_model *moe_session_model(const moe_session *session) {
+    return session ? session->model : NULL;
+}
+MOE_API const moe_session_info *moe_session_get_info(const moe_session *session) {
+    return session ? &session->info : NULL;
+}
+MOE_API uint64_t moe_session_huge_bytes(const moe_session *session) {
+    if (!session) return 0;
+    return moe__pages_huge("/proc/self/smaps", session->buffers, session->n_bytes) +
+           moe__pages_huge("/proc/self/smaps", session->pool->work, session->pool->work_size);
+}
+MOE_API int32_t moe_session_length(const moe_session *session) {
+    return session ? session->length : 0;
+}
+
+/* Whether a job can be evaluated beside those before it */
+MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *lead,
+                                       moe_error *error) {
+    const moe_session *session = job->session;
+    if (!session || !job->tokens || job->n_tokens < 1)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
+                         "a session and at least one token are needed");
+    if (moe__pool_is_held(session->pool))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot evaluate with the pool that calls it");
+    if (session->in_jobs)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session", "a session has two jobs");
+    if (session->model != lead->model || session->pool != lead->pool ||
+        session->kernels != lead->kernels)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session",
+                         "sessions evaluated together have one model, one pool and one isa");
+    for (int32_t i = 0; i < job->n_tokens; i++)
+        if (job->tokens[i] < 0 || job->tokens[i] >= session->model->info.n_vocab)
+            return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
+                             "token %d at position %d is not within 0..%d", (int)job->tokens[i],
+                             (int)i, (int)session->model->info.n_vocab - 1);
+    if (job->n_tokens > session->info.n_ctx - session->length)
+        return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx",
+                         "%d tokens do not fit behind %d of %d", (int)job->n_tokens,
+                         (int)session->length, (int)session->info.n_ctx);
+    return MOE_OK;
+}
+
+/* Runs the jobs whose status is MOE_OK, n_tokens in all. */
+MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
+    moe_session *lead = batch->lead;
+    moe_session_info *info = &lead->info;
+    const int32_t n = n_tokens == 1 ? info->n_threads : info->n_threads_batch;
+    const int32_t most = (int32_t)moe__max(info->n_threads, info->n_threads_batch);
+    info->n_barriers = 0;
+    info->wait_seconds = 0;
+    moe__pool_hold(lead->pool);
+    moe__session_place(lead);
+    batch->work = &lead->work;
+    moe__batch_next(batch);
+    moe__pool_nodes(lead->pool, n, &batch->nodes);
+    info->eval_seconds =
+        moe__pool_run_held(lead->pool, n, moe__eval_run, batch, lead->wait_seconds);
+    moe__pool_release(lead->pool);
+    for (int32_t i = 0; i < n; i++) info->wait_seconds += lead->wait_seconds[i];
+    for (int32_t i = n; i < most; i++) lead->wait_seconds[i] = 0;
+    return !batch->stop;
+}
+
+MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error) {
+    moe__batch batch;
+    moe_status first = MOE_OK;
+    int64_t n_tokens = 0;
+    memset(&batch, 0, sizeof batch);
+    if (!jobs || n_jobs < 1)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "jobs", "at least one job is needed");
+    for (int32_t i = 0; i < n_jobs; i++) {
+        const moe_session *lead = batch.lead ? batch.lead : jobs[i].session;
+        jobs[i].status = moe__job_check(&jobs[i], lead, first ? NULL : error);
+        if (jobs[i].status) {
+            first = first ? first : jobs[i].status;
+            continue;
+        }
+        batch.lead = batch.lead ? batch.lead : jobs[i].session;
+        jobs[i].session->in_jobs = 1;
+        n_tokens += jobs[i].n_tokens;
+    }
+    batch.jobs = jobs;
+    batch.n_jobs = n_jobs;
+    const int done = batch.lead && moe__jobs_run(&batch, n_tokens);
+    for (int32_t i = 0; i < n_jobs; i++) {
+        moe_session *session = jobs[i].session;
+        if (jobs[i].status) continue;
+        session->in_jobs = 0;
+        if (!done) {
+            jobs[i].status = MOE_ERROR_CANCELLED;
+            continue;
+        }
+        session->length += jobs[i].n_tokens;
+        session->n_last = jobs[i].n_tokens;
+    }
+    if (batch.lead && !done && !first)
+        return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
+    if (n_tokens == 1)
+        moe__paging_token(batch.lead->model, batch.lead->info.eval_seconds, batch.lead->pool);
+    return first;
+}
+
+MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    moe_error *error) {
+    moe_job job;
+    job.session = session;
+    job.tokens = tokens;
+    job.n_tokens = n_tokens;
+    return moe_session_eval_many(&job, 1, error);
+}
+
+MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
+    if (!session || !session->n_last) return NULL;
+    if (i == -1) i = session->n_last - 1;
+    if (i < 0 || i >= session->n_last) return NULL;
+    if (session->keep_all_logits)
+        return session->logits +
+               (int64_t)(session->length - session->n_last + i) * session->model->info.n_vocab;
+    return i == session->n_last - 1 ? session->logits : NULL;
+}
+
+MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread) {
+    if (!session || thread < 0 ||
+        thread >= moe__max(session->info.n_threads, session->info.n_threads_batch))
+        return 0;
+    return session->wait_seconds[thread];
+}
+
+MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer) {
+    if (!session || layer < 0 || layer >= session->model->info.n_layer ||
+        !session->model->layers[layer].is_moe)
+        return NULL;
+    return session->expert_counts + (int64_t)layer * session->model->info.n_expert;
+}
+
+MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {
+    if (!session || length < 0 || length > session->length)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",
+                         (int)length, session ? (int)session->length : 0);
+    for (int il = 0; il < session->model->info.n_layer; il++) {
+        const moe__mixer *mixer = &moe__mixers[session->model->layers[il].mixer];
+        length = (int32_t)moe__min(length, mixer->cut(session, il, length));
+    }
+    if (length < session->length) session->n_last = 0;
+    session->length = length;
+    return MOE_OK;
+}
+
 /* ============================================================================================== */
 /* // >>sample */
 /* */

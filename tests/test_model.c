@@ -152,8 +152,9 @@ static void subject_demand_f16(subject *s, double *truth) {
  * to be at most twice as far off the truth as the naive pass with that cache, and near that. */
 static void subject_demand_q8_0(subject *s, double *truth) {
     const moe_model *m = s->model;
-    const int mla = m->family->mla;
-    if ((mla ? m->kv_lora : m->head_k) % 32 || (mla ? m->n_rot : m->head_v) % 32) return;
+    const moe__layer *l = &m->layers[0];
+    const int mla = l->mixer == MOE__MLA;
+    if ((mla ? l->kv_lora : l->head_k) % 32 || (mla ? l->n_rot : l->head_v) % 32) return;
     double *rounded = subject_naive(s, 2, 0);
     if (!rounded) return;
     double off = doubles_nmse(rounded, truth, (size_t)s->n * (size_t)s->n_vocab);

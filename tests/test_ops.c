@@ -54,13 +54,15 @@ static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
     float bias[3 * MAX_OUT], scale[3] = {1.0f, 2.0f, -0.5f};
     for (int i = 0; i < 3 * n_out; i++) bias[i] = uniform();
     moe__arena arena;
-    moe__acts acts;
+    moe__acts acts; /* the input with number 0, which the matrix reads */
     memset(&arena, 0, sizeof arena);
-    moe__acts_take(&acts, &arena, n_tokens, N_IN, moe__acts_kind(&b.matrix));
+    moe__acts_take(&acts, &arena, n_tokens, N_IN,
+                   1u << b.matrix.type->act | MOE__ACTS_FLOATS);
     arena.base = (unsigned char *)aligned_alloc(64, (size_t)(arena.used + 63) / 64 * 64);
     memset(arena.base, 0, (size_t)arena.used);
     arena.used = 0;
-    moe__acts_take(&acts, &arena, n_tokens, N_IN, moe__acts_kind(&b.matrix));
+    moe__acts_take(&acts, &arena, n_tokens, N_IN,
+                   1u << b.matrix.type->act | MOE__ACTS_FLOATS);
     for (int64_t i = 0; i < n_tokens * N_IN; i++) moe__acts_f32(&acts, 0)[i] = uniform();
     moe__acts_quantize(kernels, &acts, 0, n_tokens);
     const void *x[MAX_TOKENS];

@@ -979,8 +979,10 @@ TEST(many_sequences) {
             o.schedule = (moe_schedule)(variant % 3 + 1);
             o.isa = variant == 2 ? MOE_ISA_AVX2 : MOE_ISA_BEST;
             o.kv_type = variant == 2 && c != 5 ? MOE_KV_Q8_0 : MOE_KV_F16;
-            const int32_t first = model->family->mla ? model->kv_lora : model->head_k;
-            const int32_t then = model->family->mla ? model->n_rot : model->head_v;
+            const moe__layer *layer = &model->layers[0];
+            const int mla = layer->mixer == MOE__MLA;
+            const int32_t first = mla ? layer->kv_lora : layer->head_k;
+            const int32_t then = mla ? layer->n_rot : layer->head_v;
             if (first % 32 || then % 32) o.kv_type = MOE_KV_F16;
             moe_pool *pool = o.pool = moe_pool_open(&p, NULL);
             const int n = variant == 0 ? MANY : 5;
@@ -1038,7 +1040,7 @@ TEST(cuts_of_long_inputs) {
             for (int i = 0, at = 0; session && at < TOKENS; at += cuts[k][i++])
                 CHECK(!moe_session_eval(session, tokens + at, cuts[k][i], NULL));
             /* latent attention absorbs a single token, which is another arithmetic */
-            if (session && !(model->family->mla && k == 4)) {
+            if (session && !(model->layers[0].mixer == MOE__MLA && k == 4)) {
                 const float *logits = moe_session_logits(session, -1);
                 if (!expected) {
                     expected = (float *)malloc(n_vocab * sizeof *expected);

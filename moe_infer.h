@@ -13001,8 +13001,7 @@ enum { /* features of a family */
     MOE__SHARED_GATED = 512, /* one of its own width, times the sigmoid of its gate */
     MOE__SHARED_WIDTH = 1 << 10, /* one of its own width, if there is a key for that */
     MOE__WIDTH_FFN = 1 << 11, /* experts are as wide as feed_forward_length says */
-    MOE__FFN_SCALE = 1 << 12, /* NAME.scale tensors of feed-forward matrices count (llama.cpp */
-                              /* ignores them in some families) */
+    MOE__FFN_SCALE = 1 << 12, /* NAME.scale tensors of feed-forward matrices count */
     MOE__ALL_KEYS = 1 << 13,  /* without attention.sliding_window every layer sees all keys */
     MOE__PLAIN_SLIDING = 1 << 14, /* layers with a window have rope without scaling */
     MOE__NOPE_FULL = 1 << 15,     /* layers without a window have no rope, */
@@ -13318,7 +13317,9 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     matrix->row_size = moe_type_row_size(tensor->type, n_in);
     matrix->expert_size = matrix->row_size * (size_t)n_out;
     matrix->scale = NULL;
-    const int scaled = strncmp(base, "ffn_", 4) || moe__has(loader->model, MOE__FFN_SCALE);
+    /* llama.cpp does not read attn_gate.scale, nor the others in some families */
+    const int scaled = strcmp(base, "attn_gate") &&
+                       (strncmp(base, "ffn_", 4) || moe__has(loader->model, MOE__FFN_SCALE));
     if (scaled && moe__load_tensor(loader, layer, base, "scale", 0))
         matrix->scale = moe__load_vector(loader, layer, base, "scale", n_expert, 1, 1);
     matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);

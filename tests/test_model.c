@@ -12,7 +12,8 @@
  * an NMSE of 1e-4 to 1e-3, and as logits have a variance of about 1, a KL divergence of half of
  * that (llama.cpp has 1.3e-4 on models of the shape qwen3moe_quant and 1.0e-3 on dsv3_quant, whose
  * experts count 2.5 times as much). */
-static const double limit_f32 = 1e-8, limit_f16 = 1e-5, limit_long = 1e-6, limit_family = 1e-6;
+static const double limit_f32 = 1e-8, limit_f16 = 1e-5, limit_long = 1e-6, limit_family = 1e-6,
+                    limit_arch = 1e-9;
 static const double limit_rounded = 1e-7, limit_q8_0 = 5e-3;
 
 typedef enum measure { NMSE, MEDIAN_KL, MEDIAN_NMSE } measure;
@@ -625,6 +626,116 @@ TEST(rare_keys) {
     edit_close(&e);
 }
 
+/* A tensor made longer in one dimension: `columns` zeros behind each row, or more rows, which */
+/* are copies of the first ones. */
+static void form_grow(edit_file *e, int layer, const char *name, int columns, int rows) {
+    edit_tensor *t = form_find(e, layer, name);
+    const size_t n_in = (size_t)t->ne[0], n_out = (size_t)t->ne[1];
+    const size_t wide = n_in + (size_t)columns, high = n_out + (size_t)rows;
+    float *out = (float *)calloc(wide * high, sizeof(float));
+    for (size_t r = 0; r < high; r++)
+        memcpy(out + r * wide, t->data + r % n_out * n_in * sizeof(float), n_in * sizeof(float));
+    t->ne[0] = wide;
+    t->ne[1] = high;
+    t->size = wide * high * sizeof(float);
+    t->data = form_memory[form_n_memory++] = (uint8_t *)out;
+}
+
+/* Head counts of each layer: one with twice as many heads, of which the new ones do not count */
+/* (attn_output multiplies them with 0) gives the same bits. An array that is too short is */
+/* refused, and so are counts that do not go together. */
+TEST(heads_by_layer) {
+    const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
+    uint8_t heads[28], heads_kv[28];
+    edit_file e;
+    CHECK(edit_open(&e, models_simple("micro", "f32")));
+    float *expected = form_logits(&e, "two layers alike", 1);
+    form_grow(&e, 1, "attn_q.weight", 0, 32);
+    form_grow(&e, 1, "attn_k.weight", 0, 16);
+    form_grow(&e, 1, "attn_v.weight", 0, 16);
+    form_grow(&e, 1, "attn_output.weight", 32, 0);
+    for (int i = 0; i < 2; i++) {
+        uint8_t *to = i ? heads_kv : heads;
+        const uint32_t type = 5, counts[2] = {i ? 1u : 2u, i ? 2u : 4u};
+        const uint64_t n = 2;
+        memcpy(to, &type, 4);
+        memcpy(to + 4, &n, 8);
+        memcpy(to + 12, counts, 8);
+    }
+    edit_set(&e, "qwen3moe.attention.head_count", 9, heads, 20);
+    edit_set(&e, "qwen3moe.attention.head_count_kv", 9, heads_kv, 20);
+    float *x = form_logits(&e, "heads by layer", 0);
+    if (x && expected) CHECK(!memcmp(x, expected, bytes));
+    free(x);
+    free(expected);
+    for (int way = 0; way < 3; way++) {
+        const uint32_t three = 3, one = 1;
+        moe_error error;
+        memset(&error, 0, sizeof error);
+        if (way == 0) memcpy(heads_kv + 16, &three, 4); /* 4 heads cannot share 3 */
+        if (way == 1) memcpy(heads + 16, &one, 4);      /* the tensors are for 4 */
+        if (way == 2) {                                 /* an array of one */
+            const uint64_t n = 1;
+            memcpy(heads_kv + 4, &n, 8);
+            edit_set(&e, "qwen3moe.attention.head_count_kv", 9, heads_kv, 16);
+        }
+        edit_image image = edit_build(&e);
+        moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, NULL);
+        CHECK(gguf && !moe_model_open_gguf(gguf, NULL, &error));
+        CHECKF(error.status == MOE_ERROR_FORMAT, "way %d: %s", way, error.text);
+        CHECKF(strstr(error.where, way == 1 ? "attn" : "head_count_kv") != NULL ||
+                   (way == 1 && strstr(error.where, "head_count")),
+               "way %d: %s: %s", way, error.where, error.text);
+        moe_gguf_close(gguf);
+        free(image.data);
+    }
+    edit_close(&e);
+    while (form_n_memory) free(form_memory[--form_n_memory]);
+}
+
+/* attn_kv_b alone: its keys' half is transposed at opening, in the type of its floats: the bits */
+/* of a file with attn_k_b and attn_v_b. Of quantized ones a Q8_0 is made; its bytes are counted. */
+TEST(transposed_keys) {
+    static const char *const types[] = {"f32", "f16", "bf16", "q8_0"};
+    for (int i = 0; i < 4; i++) {
+        float *x[2] = {NULL, NULL};
+        int64_t made = 0;
+        for (int split = 0; split < 2; split++) {
+            moe_session_options o;
+            synth_options form;
+            char name[64];
+            int32_t tokens[30];
+            memset(&o, 0, sizeof o);
+            memset(&form, 0, sizeof form);
+            form.type = types[i];
+            form.kvb = split ? SYNTH_KVB_SPLIT : SYNTH_KVB_FUSED;
+            form.mla_keys = 1;
+            synth_config c = *synth_find("micro_mla");
+            if (i == 3) c.nope = 32; /* a block of Q8_0 */
+            snprintf(name, sizeof name, "transposed-%s-%d.gguf", types[i], split);
+            const char *path = models_path(name);
+            if (synth_write_config(&c, path, &form) != 0) exit(1);
+            moe_model *model = models_open(path);
+            if (!model) continue;
+            const moe_model_info *info = moe_model_get_info(model);
+            const moe__layer *layer = &model->layers[0];
+            const int64_t n = (int64_t)layer->n_head * layer->kv_lora *
+                              (layer->head_k - layer->n_rot) * info->n_layer;
+            if (!split) made = info->n_bytes_made;
+            if (i < 3) CHECK(info->n_bytes_made == (split ? 0 : n * (i ? 2 : 4)));
+            if (i == 3) CHECK(info->n_bytes_made == (split ? 0 : n / 32 * 34));
+            models_tokens(tokens, 30, info->n_vocab, 3);
+            o.kv_type = MOE_KV_F32;
+            x[split] = models_run(model, &o, tokens, 30, 1);
+            moe_model_close(model);
+        }
+        CHECK(made > 0);
+        if (i < 3 && x[0] && x[1]) CHECK(!memcmp(x[0], x[1], 30 * 264 * sizeof(float)));
+        free(x[0]);
+        free(x[1]);
+    }
+}
+
 /* 1 to 8 experts per token, of few and of many. */
 TEST(experts_used) {
     for (int used = 1; used <= 8; used++) {
@@ -1047,6 +1158,27 @@ TEST(golden_families) {
         snprintf(model, sizeof model, GOLDEN "families/%s.gguf", families[i]);
         snprintf(expected, sizeof expected, GOLDEN "families/%s.logits.f32", families[i]);
         check_golden(model, GOLDEN "families/tokens128.txt", expected, limit_family);
+    }
+}
+
+/* What the architectures of today make of layers: windows by array, layers without rope, with */
+/* another one, scales, norms behind, gates. Whole, one by one and in pieces. */
+TEST(golden_archs) {
+    static const char *const archs[] = {"afmoe",  "deepseek2",  "dots1", "exaone-moe",
+                                        "gpt-oss", "granitemoe", "llama", "mellum",
+                                        "olmoe",  "qwen2moe",   "qwen3moe"};
+    for (size_t i = 0; i < sizeof archs / sizeof archs[0]; i++) {
+        char model[128], expected[128];
+        golden g;
+        snprintf(model, sizeof model, GOLDEN "archs/%s.gguf", archs[i]);
+        snprintf(expected, sizeof expected, GOLDEN "archs/%s.logits.f32", archs[i]);
+        const int there = golden_open(&g, model, GOLDEN "archs/tokens.txt", expected);
+        if (there && golden_open_model(&g)) {
+            subject_demand(&g.s, "llama.cpp", MOE_KV_F32, g.expected, NMSE, limit_arch);
+            check_demands(&g.s);
+        }
+        golden_close(&g);
+        if (!there) SKIP("%s", model);
     }
 }
 

@@ -20,27 +20,27 @@
 /* */
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
-/*   >>manual      57  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config     148  every macro you may define */
-/*   >>api        239  types and prototypes with their contracts */
-/*   >>base       761  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine   1055  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool      1440  the team of threads: wake, barrier, shares of work */
-/*   >>pages     1896  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf      2636  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types     3626  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels   5306  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops     10626  matrix products, rotary positions */
-/*   >>experts 10881  router, plan, the expert schedules */
-/*   >>text    11327  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model   12981  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache   13794  what a sequence remembers */
-/*   >>batch   13856  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers  14189  attention: grouped queries, latent; the table of mixers */
-/*   >>load    15091  opening a model, placing its weights */
-/*   >>session 15479  the forward pass, sessions */
-/*   >>sample   16291  choosing tokens, generating text */
-/*   >>licence  17141  MIT or public domain */
+/*   >>manual        57  how to use it: models, sessions, threads, schedules, errors, limits */
+/*   >>config       148  every macro you may define */
+/*   >>api          239  types and prototypes with their contracts */
+/*   >>base         761  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine     1055  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool        1440  the team of threads: wake, barrier, shares of work */
+/*   >>pages       1896  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf        2636  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types       3626  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels     5306  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops        10626  matrix products, rotary positions */
+/*   >>experts    10881  router, plan, the expert schedules */
+/*   >>text       11327  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      12981  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      13795  what a sequence remembers */
+/*   >>batch      13857  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14190  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15176  opening a model, placing its weights */
+/*   >>session    15564  the forward pass, sessions */
+/*   >>sample     16376  choosing tokens, generating text */
+/*   >>licence    17226  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -13976,7 +13976,7 @@ MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
     moe__work *work = batch->work;
     const moe_model *model = batch->lead->model;
     const int32_t most = batch->lead->info.n_batch;
-    const int mla = model->family->mixer == MOE__MLA;
+    const int mla = model->widest[MOE__IN_LATENT] > 0; /* some layer attends to latent vectors */
     int32_t absorbed = 0;
     batch->n = 0;
     work->n_spans = 0;
@@ -14289,8 +14289,10 @@ typedef struct moe__attention {
     int64_t dk, dv;
     const float *q;        /* [row][n_kv * group][dk]; NULL: moe__gqa_query makes them, */
     const struct moe__gqa *gqa; /* from these, and keys; else NULL */
-    const struct moe__mla *mla; /* values are the beginning of keys, or expanded from it; NULL */
+    struct moe__mla *mla;      /* values are the beginning of keys, or expanded from it; NULL */
     float *out;            /* [row][n_kv * group][dv]; rows are counted as moe__span.at does */
+    float *max, *sum;      /* of each query over the chunks so far: of an item's queries, or, if */
+    int carry;             /* an item is one of several, [row][n_kv * group] */
     int store;             /* the item of the last chunk stores the new key and value first */
     int64_t block;         /* most queries of an item */
     int64_t n_parts;       /* most chunks of a row, if they are items; else 0 */
@@ -14650,10 +14652,18 @@ typedef struct moe__mla {
     float *q_absorbed; /* [absorbed row][n_head][kv_lora + n_rot] */
     float *w_k, *w_v;  /* a head's rows of kv_b as floats */
     float *rows;       /* a group of k_b's rows */
-    float *latent, *keys, *values; /* one chunk, expanded */
+    int64_t head;      /* whose rows w_k and w_v are; -1: nobody's */
+    float *latent, *keys, *values; /* one chunk, expanded for this head, */
     const void **latent_rows;
+    float *all_keys, *all_values;  /* or by all threads, [n_head][MOE__ATTEND_KEYS][width], with */
+    float *max, *sum;              /* the queries' states, [row][n_head]; NULL: each for itself */
     moe__attending attending;
 } moe__mla;
+
+/* Whether heads cannot be dealt out evenly to the threads: then all expand a chunk together. */
+MOE__INLINE int moe__mla_is_shared(const moe__layer *layer, int32_t n_threads) {
+    return layer->n_head % n_threads && layer->n_head < 8 * n_threads;
+}
 
 MOE__PRIVATE void moe__mla_take(const moe__layer *layer, moe__memory *memory, moe__mla *w) {
     const moe_model *model = memory->session->model;
@@ -14663,6 +14673,7 @@ MOE__PRIVATE void moe__mla_take(const moe__layer *layer, moe__memory *memory, mo
     const int64_t width = latent + layer->n_rot;
     moe__arena *common = &memory->common, *own = &memory->own;
     memset(w, 0, sizeof *w);
+    w->head = -1;
     w->q = moe__take_floats(common, n, n_head * dk);
     w->kv_a = moe__take_floats(common, n, width);
     w->q_absorbed = moe__take_floats(common, absorbed, n_head * width);
@@ -14680,6 +14691,11 @@ MOE__PRIVATE void moe__mla_take(const moe__layer *layer, moe__memory *memory, mo
     w->keys = moe__take_floats(own, MOE__ATTEND_KEYS, dk);
     w->values = moe__take_floats(own, MOE__ATTEND_KEYS, dv);
     w->latent_rows = (const void **)moe__arena_take(own, MOE__ATTEND_KEYS, sizeof(void *));
+    if (!moe__mla_is_shared(layer, memory->session->info.n_threads_batch)) return;
+    w->all_keys = moe__take_floats(common, n_head * MOE__ATTEND_KEYS, dk);
+    w->all_values = moe__take_floats(common, n_head * MOE__ATTEND_KEYS, dv);
+    w->max = moe__take_floats(common, n, n_head);
+    w->sum = moe__take_floats(common, n, n_head);
 }
 MOE__PRIVATE void moe__mla_layout(const moe__layer *layer, moe__memory *memory) {
     moe__mla w;
@@ -14747,8 +14763,10 @@ MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, const m
 }
 
 /* A head's rows of k_b and v_b as floats, for moe__mla_expand. */
-MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, const moe__mla *w,
+MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, moe__mla *w,
                                 int64_t head) {
+    if (w->head == head) return;
+    w->head = head;
     moe__mla_key_rows(e, layer, w, head);
     moe__matrix_to_f32(e->kernels, &layer->v_b, (int32_t)head, 0, layer->head_v, w->w_v);
 }
@@ -14764,9 +14782,10 @@ MOE__PRIVATE void moe__mla_expand_rows(const moe__eval *e, const moe__mla *w, in
              e->local->scratch.pack, NULL, 0);
 }
 
-/* One chunk of the cache as keys and values of one head. */
+/* Keys and values of one head at positions begin .. begin + n_keys - 1, at most a chunk. */
 MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, const moe__mla *w,
-                                  const moe__kv *cache, int64_t begin, int64_t n_keys) {
+                                  const moe__kv *cache, int64_t begin, int64_t n_keys,
+                                  float *keys, float *values) {
     const int64_t latent = layer->kv_lora, dk = layer->head_k, nope = dk - layer->n_rot;
     const int type = cache->type == MOE_KV_F32   ? MOE__INDEX_F32
                      : cache->type == MOE_KV_F16 ? MOE__INDEX_F16
@@ -14775,11 +14794,27 @@ MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, c
     for (int64_t j = 0; j < n_keys; j++) {
         const uint8_t *row = moe__kv_row(cache, 0, begin + j);
         e->kernels->type[type].dequantize(row, latent, w->latent + j * latent);
-        e->kernels->type[type].dequantize(row + turned, layer->n_rot, w->keys + j * dk + nope);
+        e->kernels->type[type].dequantize(row + turned, layer->n_rot, keys + j * dk + nope);
         w->latent_rows[j] = w->latent + j * latent;
     }
-    moe__mla_expand_rows(e, w, latent, w->w_k, nope, n_keys, w->keys, dk);
-    moe__mla_expand_rows(e, w, latent, w->w_v, layer->head_v, n_keys, w->values, layer->head_v);
+    moe__mla_expand_rows(e, w, latent, w->w_k, nope, n_keys, keys, dk);
+    moe__mla_expand_rows(e, w, latent, w->w_v, layer->head_v, n_keys, values, layer->head_v);
+}
+
+/* This thread's part of a chunk, expanded for all heads */
+MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *layer, moe__mla *w,
+                                        const moe__kv *cache, int64_t key, int64_t n_keys) {
+    enum { BLOCK = 64 };
+    const int64_t dk = layer->head_k, dv = layer->head_v, blocks = (n_keys + BLOCK - 1) / BLOCK;
+    int64_t begin, end;
+    moe__eval_share(e, layer->n_head * blocks, 1, &begin, &end);
+    for (int64_t i = begin; i < end; i++) {
+        const int64_t head = i / blocks, first = i % blocks * BLOCK;
+        moe__mla_head(e, layer, w, head);
+        moe__mla_expand(e, layer, w, cache, key + first, moe__min(n_keys - first, BLOCK),
+                        w->all_keys + (head * MOE__ATTEND_KEYS + first) * dk,
+                        w->all_values + (head * MOE__ATTEND_KEYS + first) * dv);
+    }
 }
 
 /* ---- work items of attention ---------------------------------------------------------------- */
@@ -14790,6 +14825,14 @@ MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
         a->sum[i] = 0;
         memset(a->out + i * a->out_stride, 0, (size_t)a->dv * sizeof *a->out);
     }
+}
+
+/* Where the state of query i of an item is kept. */
+MOE__INLINE int64_t moe__attention_state(const moe__attention *at, const moe__item *item,
+                                         int64_t i) {
+    return !at->carry ? i - item->begin
+                      : (item->span->at + i / at->group) * at->n_kv * at->group +
+                            item->head * at->group + i % at->group;
 }
 
 /* The result of query j of a chunk, added to those of the item's chunks before or kept apart */
@@ -14809,9 +14852,9 @@ MOE__PRIVATE void moe__attention_keep(const moe__eval *e, const moe__attention *
         memcpy(w->part_out + part * at->dv, x, (size_t)at->dv * sizeof *x);
         return;
     }
-    const int64_t number = first - item->begin + j;
-    moe__attend_add(e->kernels, a->max[j], a->sum[j], x, at->dv, w->all_max + number,
-                    w->all_sum + number, at->out + (row * n_head + head) * at->dv);
+    const int64_t state = moe__attention_state(at, item, first + j);
+    moe__attend_add(e->kernels, a->max[j], a->sum[j], x, at->dv, at->max + state, at->sum + state,
+                    at->out + (row * n_head + head) * at->dv);
 }
 
 /* At most MOE__ATTEND_QUERIES queries, from number `first` of the span on, over one chunk */
@@ -14853,10 +14896,14 @@ MOE__PRIVATE void moe__attention_keys(const moe__eval *e, const moe__attention *
                                       const moe__item *item, int64_t key, moe__attend_args *a) {
     const moe__cache *cache = &item->span->sequence->caches[at->il];
     if (at->expand) {
-        moe__mla_expand(e, at->layer, at->mla, &cache->k, key, a->n_keys);
+        const moe__mla *w = at->mla;
+        if (!at->carry)
+            moe__mla_expand(e, at->layer, w, &cache->k, key, a->n_keys, w->keys, w->values);
         a->type = MOE_KV_F32;
-        a->k = at->mla->keys, a->k_bytes = (size_t)at->dk * sizeof(float);
-        a->v = at->mla->values, a->v_bytes = (size_t)at->dv * sizeof(float);
+        a->k = at->carry ? w->all_keys + item->head * MOE__ATTEND_KEYS * at->dk : w->keys;
+        a->v = at->carry ? w->all_values + item->head * MOE__ATTEND_KEYS * at->dv : w->values;
+        a->k_bytes = (size_t)at->dk * sizeof(float);
+        a->v_bytes = (size_t)at->dv * sizeof(float);
         return;
     }
     const moe__kv *values = at->mla ? &cache->k : &cache->v;
@@ -14881,12 +14928,15 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
     a.max = w->max, a.sum = w->sum;
     a.first = w->first, a.n_visible = w->n_visible;
     a.scores = w->scores;
-    if (at->store && item->chunk_end * MOE__ATTEND_KEYS >= n_keys)
-        moe__gqa_store(e, at->layer, at->il, at->gqa, span->first, item->head);
-    if (at->expand) moe__mla_head(e, at->layer, at->mla, item->head);
-    for (int64_t i = item->begin; i < item->end && !at->n_parts; i++) {
+    const int begins = item->chunk == moe__attention_chunk(at->layer, span->past +
+                                                                          item->begin / at->group);
+    const int ends = item->chunk_end * MOE__ATTEND_KEYS >= n_keys;
+    if (at->store && ends) moe__gqa_store(e, at->layer, at->il, at->gqa, span->first, item->head);
+    if (at->expand && !at->carry) moe__mla_head(e, at->layer, at->mla, item->head);
+    for (int64_t i = item->begin; i < item->end && begins && !at->n_parts; i++) {
         const int64_t head = item->head * at->group + i % at->group;
-        moe__attention_begin(at, head, &w->all_max[i - item->begin], &w->all_sum[i - item->begin],
+        const int64_t state = moe__attention_state(at, item, i);
+        moe__attention_begin(at, head, &at->max[state], &at->sum[state],
                              at->out + ((span->at + i / at->group) * n_head + head) * at->dv);
     }
     for (int64_t chunk = item->chunk; chunk < item->chunk_end; chunk++) {
@@ -14896,10 +14946,10 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
         for (int64_t i = item->begin; i < item->end; i += MOE__ATTEND_QUERIES)
             moe__attention_chunk_run(e, at, item, i, chunk, &a);
     }
-    for (int64_t i = item->begin; i < item->end && !at->n_parts; i++) {
+    for (int64_t i = item->begin; i < item->end && ends && !at->n_parts; i++) {
         const int64_t head = item->head * at->group + i % at->group;
         e->kernels->divide(at->out + ((span->at + i / at->group) * n_head + head) * at->dv, at->dv,
-                           w->all_sum[i - item->begin]);
+                           at->sum[moe__attention_state(at, item, i)]);
     }
 }
 
@@ -14956,6 +15006,7 @@ MOE__PRIVATE void moe__gqa_forward(moe__eval *e, const moe__layer *layer, int il
     memset(&at, 0, sizeof at);
     at.layer = layer, at.il = il;
     at.w = &w.attending, at.gqa = &w;
+    at.max = w.attending.all_max, at.sum = w.attending.all_sum;
     at.n_kv = layer->n_head_kv, at.group = layer->n_head / layer->n_head_kv;
     at.dk = layer->head_k, at.dv = layer->head_v;
     at.q = e->n == 1 ? NULL : w.q;
@@ -15037,6 +15088,36 @@ MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il
     moe__eval_barrier(e);
 }
 
+/* Inputs that expand, where heads are too few for the threads: chunk by chunk all threads expand */
+/* the keys and values of all heads, and then attend to them in small blocks of queries. The same */
+/* bits as items that do both. */
+MOE__PRIVATE void moe__mla_attend_together(moe__eval *e, moe__attention *at) {
+    moe__mla *w = at->mla;
+    at->carry = 1;
+    at->max = w->max, at->sum = w->sum;
+    for (int32_t s = 0; s < e->work->n_spans; s++) {
+        const moe__span *span = &e->work->spans[s];
+        const moe__kv *cache = &span->sequence->caches[at->il].k;
+        const int64_t n_keys = span->past + span->n;
+        moe__item item;
+        item.span = span;
+        for (int64_t key = 0; key < n_keys && span->expand; key += MOE__ATTEND_KEYS) {
+            int64_t number = 0;
+            moe__mla_expand_share(e, at->layer, w, cache, key,
+                                  moe__min(n_keys - key, MOE__ATTEND_KEYS));
+            moe__eval_barrier(e);
+            item.chunk = key / MOE__ATTEND_KEYS, item.chunk_end = item.chunk + 1;
+            for (item.end = span->n; item.end > 0; item.end = item.begin) {
+                item.begin = (item.end - 1) / MOE__ATTEND_QUERIES * MOE__ATTEND_QUERIES;
+                if (span->past + item.end <= key) break; /* these do not see the chunk */
+                for (item.head = 0; item.head < at->n_kv; item.head++)
+                    if (number++ % e->n_threads == e->thread) moe__attention_item(e, at, &item);
+            }
+            moe__eval_barrier(e);
+        }
+    }
+}
+
 MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il) {
     const int64_t n_head = layer->n_head, latent = layer->kv_lora;
     moe__memory memory = moe__eval_memory(e);
@@ -15053,6 +15134,7 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
     memset(&at, 0, sizeof at);
     at.layer = layer, at.il = il;
     at.w = &w.attending, at.mla = &w;
+    at.max = w.attending.all_max, at.sum = w.attending.all_sum;
     many = at;
     at.n_kv = 1, at.group = n_head; /* all heads read the same rows */
     at.dk = latent + layer->n_rot, at.dv = latent;
@@ -15068,7 +15150,9 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
         moe__attention_plan(e, &at);
         moe__attention_run(e, &at);
     }
-    if (expands) {
+    if (expands && w.all_keys) {
+        moe__mla_attend_together(e, &many);
+    } else if (expands) {
         moe__attention_plan(e, &many);
         moe__attention_run(e, &many);
     }

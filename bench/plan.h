@@ -375,8 +375,8 @@ static int plan_compare(const void *a, const void *b) {
 }
 
 /* The table of the model's tensors; -1: no memory. */
-static int plan_list_tensors(const moe_model *model) {
-    const moe_gguf *gguf = moe_model_gguf(model);
+static int plan_list_tensors(const moe_model *handle) {
+    const moe_gguf *gguf = moe_model_gguf(handle);
     plan.n_tensors = moe_gguf_n_tensors(gguf);
     free(plan.tensors);
     plan.tensors = (plan_tensor *)calloc((size_t)plan.n_tensors, sizeof *plan.tensors);
@@ -459,14 +459,14 @@ static void plan_collect(plan_result *result, int n_steps) {
 static int plan_eval(moe_session *session, int n_threads, int32_t depth, int32_t n,
                      plan_result *result) {
     static int32_t tokens[PLAN_PROMPT];
-    const moe_model *model = moe_session_model(session);
+    const moe_model *handle = moe_session_model(session);
     uint64_t random = RANDOM_SEED;
     moe_error error;
-    random_tokens(model, &random, tokens, n);
+    random_tokens(handle, &random, tokens, n);
     plan.session = session;
     plan.is_prompt = n > 1;
     plan.n_threads = n_threads;
-    plan.n_steps = moe_model_get_info(model)->n_layer * 20 + 20;
+    plan.n_steps = moe_model_get_info(handle)->n_layer * 20 + 20;
     if ((int64_t)plan.n_steps * n_threads > plan.n_cells) {
         free(plan.cells);
         plan.n_cells = (int64_t)plan.n_steps * n_threads;

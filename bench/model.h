@@ -7,9 +7,15 @@
 #include <string.h>
 #include <unistd.h>
 
+enum { BENCH_LAYERS = 512 };
+
 /* What the file's tensors say about one token. */
 typedef struct token_work {
     double bytes;       /* of weights that generating it reads; of experts only the chosen ones */
+    double once;        /* of them what any number of tokens reads once: all but the next two */
+    double row;         /* of the embedding; 0 if that is the output matrix, too */
+    double expert[BENCH_LAYERS]; /* one expert of each layer */
+    int32_t n_moe;      /* layers that have some */
     double macs;        /* multiply-adds with them, but for the output matrix */
     double output_macs; /* of the output matrix: prompts need it for their last token only */
     double kv_row;      /* values that one position of one layer holds in the cache */
@@ -71,6 +77,15 @@ static inline int has_part(const moe_gguf_tensor *tensor, const char *part) {
     return strstr(tensor->name, part) != NULL;
 }
 
+/* Experts' matrices of a layer are one tensor, or (ffn_up.3.weight) one tensor each. */
+static inline int is_expert(const moe_gguf_tensor *tensor) {
+    int layer, expert, end = 0;
+    char part[8];
+    return has_part(tensor, "_exps.") ||
+           (sscanf(tensor->name, "blk.%d.ffn_%7[a-z].%d.%n", &layer, part, &expert, &end) == 3 &&
+            end > 0);
+}
+
 static inline int64_t key_int(const moe_gguf *gguf, const char *family, const char *key,
                               int64_t otherwise) {
     char name[96];
@@ -97,23 +112,26 @@ static inline void count_cache(model *m, const moe_gguf *gguf) {
     work->n_full = info->n_layer - work->n_window;
 }
 
-/* What one token needs of the weights, by the names of the tensors: the output matrix (which may */
-/* be the embedding), all of the layers that are run, and of their experts the chosen share. Of */
-/* attn_kv_b and its halves only one is used. */
+/* What one token needs of the weights, by the names of the tensors: a row of the embedding, the */
+/* output matrix (which may be the embedding), all of the layers that are run, and of their */
+/* experts the chosen share. Of attn_kv_b and its halves only one is used. */
 static inline void count_work(model *m) {
     const moe_gguf *gguf = moe_model_gguf(m->handle);
     const moe_model_info *info = m->info;
     token_work *work = &m->work;
     const int tied = !moe_gguf_find_tensor(gguf, "output.weight");
     const double share = info->n_expert ? (double)info->n_expert_used / info->n_expert : 1;
+    double chosen = 0;
     for (int64_t i = 0; i < moe_gguf_n_tensors(gguf); i++) {
         const moe_gguf_tensor *tensor = moe_gguf_tensor_at(gguf, i);
         const double n = (double)tensor->ne[0] * (double)tensor->ne[1] * (double)tensor->ne[2] *
                          (double)tensor->ne[3];
         const int embedding = !strcmp(tensor->name, "token_embd.weight");
         const int output = !strcmp(tensor->name, "output.weight") || (embedding && tied);
-        const double used = has_part(tensor, "_exps.") ? share : 1;
+        const int expert = is_expert(tensor);
+        const double used = expert ? share : 1;
         int layer = -1, is_matrix;
+        if (embedding && !tied) work->row = (double)tensor->size / (double)tensor->ne[1];
         if (embedding && !tied) continue;
         if (sscanf(tensor->name, "blk.%d.", &layer) == 1 && layer >= info->n_layer) continue;
         if (has_part(tensor, ".attn_kv_b.")) {
@@ -122,10 +140,17 @@ static inline void count_work(model *m) {
             if (moe_gguf_find_tensor(gguf, half)) continue;
         }
         is_matrix = tensor->n_dims > 1 && has_part(tensor, ".weight");
-        work->bytes += used * (double)tensor->size;
+        if (!expert) work->once += (double)tensor->size;
+        else if (layer >= 0 && layer < BENCH_LAYERS)
+            work->expert[layer] += (double)tensor->size / info->n_expert;
         if (output) work->output_macs += n;
         else if (is_matrix) work->macs += used * n;
     }
+    for (int il = 0; il < BENCH_LAYERS; il++) {
+        chosen += work->expert[il] * info->n_expert_used;
+        work->n_moe += work->expert[il] > 0;
+    }
+    work->bytes = work->once + work->row + chosen;
     count_cache(m, gguf);
 }
 

@@ -4,13 +4,17 @@
  *     ./moe-bench -m MODEL.gguf -p 512 -n 128 -t 1,2
  *
  * pp512 is the time of 512 tokens at once, tg128 that of 128 tokens one after another, each from an
- * empty context or, "@ d8192", behind 8192 tokens. Tokens are random (seeded) and nothing is
- * sampled: what is timed is moe_session_eval alone. Random tokens spread over more experts than
- * real text does.
+ * empty context or, "@ d8192", behind 8192 tokens. "tg128 x4" is 128 tokens of each of 4 sequences
+ * that are evaluated together, t/s those of all; "tg128 by 3" one sequence by 3 tokens per call, as
+ * drafts are checked, all counted as accepted (logits of the last one only). Tokens are random
+ * (seeded) and nothing is sampled: what is timed is moe_session_eval_many alone. Random tokens
+ * spread over more experts than real text does.
  *
  * Beside the speed stands what part it is of the machine's roof, measured between the runs with as
  * many threads: of reading memory for generation, of int8 multiply-adds for prompts (see roofs.h).
- * What a token needs is counted from the file's table of tensors.
+ * What a token needs is counted from the file's table of tensors. Several tokens in one call need
+ * its weights once, of the experts those that one of them chose, and every sequence's cache once:
+ * counted call by call.
  *
  * The other modes have files of their own: rivals.h (--compare), crowded.h, start.h, sweep.h,
  * plan.h. In which pages the model's file lay in the system's cache before: page_state.h. */
@@ -21,13 +25,16 @@
 #include "machine.h"
 #include "page_state.h"
 #include "model.h"
-#include "plan.h"
 #include "roofs.h"
 #include "svg.h"
 #include "timing.h"
 #include "fields.h"
 
+#define SYNTH_NO_MAIN
+#include "synth.c"
+
 #include "crowded.h"
+#include "plan.h"
 #include "rivals.h"
 #include "start.h"
 #include "sweep.h"
@@ -46,6 +53,10 @@ static const tool_option options[] = {
      "tokens behind a prompt that is not timed; the same"},
     {"-d, --n-depth", "N,...", TOOL_INTS, &set.n_depth, 0, INT32_MAX,
      "tokens that the context holds before each run (default 0)"},
+    {"-npl, --n-parallel", "N,...", TOOL_INTS, &set.n_parallel, 1, MAX_PARALLEL,
+     "sequences that generate at the same time, -n and -d of\neach (default 1; of -n and -gp)"},
+    {"-nd, --n-draft", "N,...", TOOL_INTS, &set.n_draft, 1, INT32_MAX,
+     "tokens of a sequence that one call evaluates, as drafts\nare (default 1; of -n and -gp)"},
     {"-t, --threads", "N,...", TOOL_INTS, &set.n_threads, -1, MOE_MAX_THREADS,
      "threads (default -1: the physical cores we may use)"},
     {"-r, --repetitions", "N", TOOL_INT, &set.repetitions, 1, MAX_REPETITIONS,
@@ -104,8 +115,9 @@ static const tool_option options[] = {
      "tokens, speed of the next 50 and of 200 more, memory.\n"
      "Only the first start of a process is a fresh one"},
     {"--plan", NULL, TOOL_FLAG, &set.plan, 0, 0,
-     "print how evenly each schedule would use up to 256\n"
-     "threads and 8 memory nodes; needs no model"},
+     "print how evenly a token and a prompt would use up to\n"
+     "256 threads and 8 memory nodes (-t, -d, --schedule), for\n"
+     "known shapes or -m; --detail: step by step"},
     {"-h, --help", NULL, TOOL_FLAG, &set.help, 0, 0, "show this"},
     {"--version", NULL, TOOL_FLAG, &set.version, 0, 0, "show the version"},
     {NULL, NULL, TOOL_HEADING, NULL, 0, 0, NULL}};
@@ -113,7 +125,7 @@ static const tool_option options[] = {
 /* ---- the table ------------------------------------------------------------------------------- */
 
 /* Columns that the command line says something about stand in the table, as in llama-bench. */
-static int show_isa, show_schedule, show_batch, show_ubatch, show_kv_type;
+static int show_isa, show_schedule, show_batch, show_ubatch, show_kv_type, show_rows;
 
 static void table_header(void) {
     printf("| %-30s | %10s | %10s | %-10s |", "model", "size", "params", "backend");
@@ -125,7 +137,8 @@ static void table_header(void) {
     if (show_schedule) printf(" %-10s |", "schedule");
     if (set.roofs) printf(" %6s |", "% roof");
     if (set.detail) printf(" %6s | %8s | %6s | %9s |", "GB/s", "barriers", "% wait", "imbalance");
-    printf(" %15s | %20s |\n", "test", "t/s");
+    if (set.detail && show_rows) printf(" %8s | %8s |", "MB/call", "experts");
+    printf(" %*s | %20s |\n", show_rows ? 22 : 15, "test", "t/s");
     printf("| ------------------------------ | ---------: | ---------: | ---------- | ------: |");
     if (show_batch) printf(" ------: |");
     if (show_ubatch) printf(" -------: |");
@@ -134,7 +147,8 @@ static void table_header(void) {
     if (show_schedule) printf(" ---------- |");
     if (set.roofs) printf(" -----: |");
     if (set.detail) printf(" -----: | -------: | -----: | --------: |");
-    printf(" --------------: | -------------------: |\n");
+    if (set.detail && show_rows) printf(" -------: | -------: |");
+    printf(" %s--------------: | -------------------: |\n", show_rows ? "-------" : "");
     fflush(stdout);
 }
 
@@ -168,7 +182,12 @@ static void table_row(const test *t) {
         table_number(6, 1, 100 * t->waiting);
         table_number(9, 3, t->imbalance);
     }
-    printf(" %15s | %21s |\n", t->name, rate); /* the sign has one column and two bytes */
+    if (set.detail && show_rows) {
+        table_number(8, 1, f.bytes_eval * 1e-6);
+        table_number(8, 1, f.experts_eval);
+    }
+    /* the sign has one column and two bytes */
+    printf(" %*s | %21s |\n", show_rows ? 22 : 15, t->name, rate);
 }
 
 /* ---- JSON and CSV ---------------------------------------------------------------------------- */
@@ -188,6 +207,8 @@ static void write_fields(const void *row) {
     field_number("n_prompt", 0, t->n_prompt);
     field_number("n_gen", 0, t->n_gen);
     field_number("n_depth", 0, t->n_depth);
+    field_number("n_parallel", 0, t->n_parallel);
+    field_number("n_draft", 0, t->n_draft);
     field_text("test", t->name);
     field_number("avg_ns", 0, mean_s * 1e9);
     field_number("stddev_ns", 0, deviation_s * 1e9);
@@ -198,6 +219,8 @@ static void write_fields(const void *row) {
     field_number("n_expert_groups", 0, t->info.n_expert_groups);
     field_number("bytes_token", 0, t->m->work.bytes);
     field_number("macs_token", 0, t->m->work.macs + t->m->work.output_macs);
+    field_number("bytes_eval", 0, f.bytes_eval);
+    field_number("experts_eval", 4, f.experts_eval);
     field_number("gbps", 4, f.gbps);
     field_number("gbps_cache", 4, f.gbps_cache);
     field_number("gmacs", 4, f.gmacs);
@@ -223,12 +246,15 @@ static int show_row(const test *t) {
 
 /* ---- all tests ------------------------------------------------------------------------------- */
 
-/* "pp512", "tg128", "pp512+tg128", behind a depth " @ d8192" or, with -gp, "tg64@pp8192". */
+/* "pp512", "tg128", "pp512+tg128", " x4" sequences, " by 3" tokens per call; behind a depth */
+/* " @ d8192" or, with -gp, "tg64@pp8192". */
 static void name_test(test *t, int behind) {
     char *out = t->name, *end = t->name + sizeof t->name;
     if (t->n_prompt) out += snprintf(out, (size_t)(end - out), "pp%d", t->n_prompt);
     if (t->n_gen)
         out += snprintf(out, (size_t)(end - out), "%stg%d", t->n_prompt ? "+" : "", t->n_gen);
+    if (t->n_parallel > 1) out += snprintf(out, (size_t)(end - out), " x%d", t->n_parallel);
+    if (t->n_draft > 1) out += snprintf(out, (size_t)(end - out), " by %d", t->n_draft);
     if (t->n_depth)
         snprintf(out, (size_t)(end - out), behind ? "@pp%d" : " @ d%d", t->n_depth);
 }
@@ -239,8 +265,14 @@ typedef struct setup {
     int32_t threads, n_batch, n_ubatch, isa;
 } setup;
 
+/* What one test does. */
+typedef struct task {
+    int32_t n_prompt, n_gen, n_depth, n_parallel, n_draft;
+    int behind; /* its depth is what -gp says */
+} task;
+
 /* One test with every schedule of the list. */
-static int run_test(const setup *s, int32_t n_prompt, int32_t n_gen, int32_t n_depth, int behind) {
+static int run_test(const setup *s, const task *k) {
     static test tests[MAX_RIVALS];
     const int n = set.schedule.n < MAX_RIVALS ? set.schedule.n : MAX_RIVALS;
     for (int i = 0; i < n; i++) {
@@ -252,12 +284,14 @@ static int run_test(const setup *s, int32_t n_prompt, int32_t n_gen, int32_t n_d
         t->n_ubatch = s->n_ubatch;
         t->isa = s->isa;
         t->schedule = set.schedule.item[i];
-        t->n_prompt = n_prompt;
-        t->n_gen = n_gen;
-        t->n_depth = n_depth;
-        name_test(t, behind);
+        t->n_prompt = k->n_prompt;
+        t->n_gen = k->n_gen;
+        t->n_depth = k->n_depth;
+        t->n_parallel = k->n_parallel;
+        t->n_draft = k->n_draft < k->n_gen ? k->n_draft : k->n_gen > 0 ? k->n_gen : 1;
+        name_test(t, k->behind);
     }
-    if ((int64_t)n_prompt + n_gen + n_depth > INT32_MAX) {
+    if ((int64_t)k->n_prompt + k->n_gen + k->n_depth > INT32_MAX) {
         fprintf(stderr, "%s: %s: too many tokens\n", program, tests[0].name);
         return TOOL_ERROR;
     }
@@ -266,25 +300,40 @@ static int run_test(const setup *s, int32_t n_prompt, int32_t n_gen, int32_t n_d
     return status;
 }
 
-static int run_tests_of(const setup *s, const tool_list *sizes, int prompt) {
-    for (int32_t i = 0; i < sizes->n * set.n_depth.n; i++) {
-        const int32_t n = sizes->item[i / set.n_depth.n];
-        if (n == 0) continue;
-        const int status = run_test(s, prompt ? n : 0, prompt ? 0 : n,
-                                    set.n_depth.item[i % set.n_depth.n], 0);
-        if (status != TOOL_OK) return status;
+/* Generation with every number of sequences and of tokens per call. */
+static int run_generation(const setup *s, int32_t n_gen, int32_t n_depth, int behind) {
+    int status = TOOL_OK;
+    for (int32_t i = 0; i < set.n_parallel.n * set.n_draft.n && status == TOOL_OK; i++) {
+        task k = {0, n_gen, n_depth, 1, 1, behind};
+        k.n_parallel = set.n_parallel.item[i / set.n_draft.n];
+        k.n_draft = set.n_draft.item[i % set.n_draft.n];
+        status = run_test(s, &k);
     }
-    return TOOL_OK;
+    return status;
+}
+
+static int run_tests_of(const setup *s, const tool_list *sizes, int prompt) {
+    int status = TOOL_OK;
+    for (int32_t i = 0; i < sizes->n * set.n_depth.n && status == TOOL_OK; i++) {
+        const int32_t n = sizes->item[i / set.n_depth.n];
+        const int32_t n_depth = set.n_depth.item[i % set.n_depth.n];
+        const task k = {n, 0, n_depth, 1, 1, 0};
+        if (n == 0) continue;
+        status = prompt ? run_test(s, &k) : run_generation(s, n, n_depth, 0);
+    }
+    return status;
 }
 
 static int run_setup(const setup *s) {
     if (set.check && !check_schedules(s->m, s->threads, s->isa)) return TOOL_ERROR;
     int status = run_tests_of(s, &set.n_prompt, 1);
     if (status == TOOL_OK) status = run_tests_of(s, &set.n_gen, 0);
-    for (int i = 0; i < set.both.n && status == TOOL_OK; i += 2)
-        status = run_test(s, set.both.item[i], set.both.item[i + 1], 0, 0);
+    for (int i = 0; i < set.both.n && status == TOOL_OK; i += 2) {
+        const task k = {set.both.item[i], set.both.item[i + 1], 0, 1, 1, 0};
+        status = run_test(s, &k);
+    }
     for (int i = 0; i < set.behind.n && status == TOOL_OK; i += 2)
-        status = run_test(s, 0, set.behind.item[i + 1], set.behind.item[i], 1);
+        status = run_generation(s, set.behind.item[i + 1], set.behind.item[i], 1);
     return status;
 }
 
@@ -375,12 +424,14 @@ static int any(const tool_list *list) {
 
 /* What of the command line does not go together; NULL: nothing. */
 static const char *contradiction(void) {
-    if (!set.model) return "no model: give -m FILE; see moe-bench --help";
-    if (set.compare + set.crowded + set.start + set.sweep > 1)
-        return "--compare, --crowded, --start, --sweep: one at a time, please";
+    if (!set.model && !set.plan) return "no model: give -m FILE; see moe-bench --help";
+    if (set.compare + set.crowded + set.plan + set.start + set.sweep > 1)
+        return "--compare, --crowded, --plan, --start, --sweep: one at a time, please";
     if (set.compare && set.format != FORMAT_MD) return "--compare prints a table only";
     if ((set.sweep || set.crowded) && set.format == FORMAT_CSV) return "-o md or jsonl, please";
     if (set.svg && !set.sweep) return "--svg goes with --sweep";
+    if (show_rows && (set.compare || set.crowded || set.plan || set.start || set.sweep))
+        return "-npl and -nd go with -n and -gp, not with other modes";
     if (set.start && (set.n_prompt.n > 1 || !set.n_prompt.item[0]))
         return "--start takes one prompt: -p N, at least 1";
     if (!any(&set.n_prompt) && !any(&set.n_gen) && !set.both.n && !set.behind.n && !set.sweep)
@@ -392,14 +443,14 @@ int main(int argc, char **argv) {
     int status = tool_parse(program, options, argc, argv);
     if (status) return status;
     if (set.start && !is_given(argc, argv, "-p, --n-prompt")) set.n_prompt.item[0] = START_PROMPT;
+    show_rows = is_given(argc, argv, "-npl, --n-parallel") ||
+                is_given(argc, argv, "-nd, --n-draft");
     if (!tool_kv_type(program, set.k_type, set.v_type, &set.kv_type)) return TOOL_USAGE;
     if (set.help) {
         printf("usage: %s -m MODEL.gguf [options]\n\n"
                "Times prompts (ppN) and generation (tgN) on the CPU.\n"
                "Exit codes: 0 done, 1 something failed, 2 wrong usage.\n", program);
         tool_help(stdout, options);
-    } else if (set.plan) {
-        plan_print();
     } else if (set.version) {
         printf("%s (moe_infer %d.%d.%d), %s\n", program, MOE_VERSION_MAJOR, MOE_VERSION_MINOR,
                MOE_VERSION_PATCH, moe_isa_name(moe_isa_resolve(MOE_ISA_BEST)));
@@ -412,13 +463,14 @@ int main(int argc, char **argv) {
         show_batch = is_given(argc, argv, "-b, --batch-size");
         show_ubatch = is_given(argc, argv, "-ub, --ubatch-size");
         show_kv_type = set.k_type >= 0 || set.v_type >= 0;
-        if (set.compare && !show_schedule)
+        if ((set.compare || set.plan) && !show_schedule)
             for (set.schedule.n = 0; set.schedule.n < 3; set.schedule.n++)
                 set.schedule.item[set.schedule.n] = MOE_SCHEDULE_SEQUENTIAL + set.schedule.n;
-        char *paths = (char *)malloc(strlen(set.model) + 1);
+        if (set.plan && !is_given(argc, argv, "-d, --n-depth")) set.n_depth.item[0] = PLAN_DEPTH;
+        char *paths = (char *)malloc((set.model ? strlen(set.model) : 0) + 1);
         if (!paths) return TOOL_ERROR;
-        strcpy(paths, set.model);
-        status = run_files(paths);
+        strcpy(paths, set.model ? set.model : "");
+        status = set.plan ? plan_run(set.model ? paths : NULL) : run_files(paths);
         free(paths);
         roofs_close(&shared_roofs);
     }

@@ -6,6 +6,7 @@
  * In a test:     #define SYNTH_NO_MAIN
  *                #include "../bench/synth.c"
  *                synth_write("micro", "build/micro.gguf", NULL)
+ * moe-bench --plan takes files without weights, see synth_begin.
  *
  * Needs libc and libm only, not the library that will read its files. */
 #include <errno.h>
@@ -100,6 +101,9 @@ static const synth_config synth_configs[] = {
      .n_kv = 16, .head_dim = 128, .n_ff = 1024, .n_exp = 64, .n_used = 8, .n_ff_exp = 1024},
     {.name = "gpt-oss-20b", .arch = "gpt-oss", .n_layer = 24, .n_embd = 2880, .vocab = 201088,
      .n_head = 64, .n_kv = 8, .head_dim = 64, .n_ff = 2880, .n_exp = 32, .n_used = 4,
+     .n_ff_exp = 2880, .yarn_factor = 32, .yarn_ctx = 4096, .window = 128},
+    {.name = "gpt-oss-120b", .arch = "gpt-oss", .n_layer = 36, .n_embd = 2880, .vocab = 201088,
+     .n_head = 64, .n_kv = 8, .head_dim = 64, .n_ff = 2880, .n_exp = 128, .n_used = 4,
      .n_ff_exp = 2880, .yarn_factor = 32, .yarn_ctx = 4096, .window = 128},
 
     /* Small: rows of 64 values, for float types and types with blocks of 32. */
@@ -985,42 +989,48 @@ static int synth_write_file(const synth_file *f, const char *path) {
     return failed ? synth_fail(f->o, 1, "cannot write", path, strerror(reason)) : 0;
 }
 
+/* Everything but the weights: f->head and f->tensors, which the caller frees, whatever comes */
+/* back. *c and *o stay in use. 0: done; 1: out of memory; 2: the options are wrong. */
+static int synth_begin(synth_file *f, const synth_config *c, const synth_options *o) {
+    const char *type = o->type ? o->type : "f32";
+    memset(f, 0, sizeof *f);
+    f->c = c;
+    f->o = o;
+    f->mix = synth_find_mix(type);
+    f->base = synth_find_type(f->mix ? f->mix->base : type);
+    if (!f->base) return synth_fail(o, 2, "unknown type", type, "see --list");
+    if (strcmp(c->arch, "deepseek2") && (o->kvb || o->q_lora))
+        return synth_fail(o, 2, "shape", c->name, "only deepseek2 has attn_kv_b and q_lora");
+    if (c->n_layer < 1 || c->n_layer > 4096)
+        return synth_fail(o, 2, "shape", c->name, "1 to 4096 layers, please");
+    if (c->vocab < (o->no_tokenizer ? 1 : SYNTH_MIN_VOCAB) || c->vocab > SYNTH_MAX_VOCAB)
+        return synth_fail(o, 2, "shape", c->name, "the vocabulary has 259 to 4194304 tokens");
+    if (c->q_lora > 1 << 20) return synth_fail(o, 2, "shape", c->name, "q_lora is too large");
+    synth_make_head(f);
+    return f->out_of_memory ? synth_fail(o, 1, "cannot make", c->name, "out of memory") : 0;
+}
+
 /* Writes the model of a shape. 0: done; 1: the file cannot be written; 2: the options are wrong. */
 static int synth_write_config(const synth_config *config, const char *path,
                               const synth_options *options) {
     synth_options o;
     synth_config c = *config;
+    synth_file f;
     memset(&o, 0, sizeof o);
     if (options) o = *options;
     if (!o.seed) o.seed = 1;
-    if (!o.type) o.type = "f32";
     if (o.n_layer) c.n_layer = o.n_layer;
     if (o.vocab) c.vocab = o.vocab;
     if (o.q_lora) c.q_lora = o.q_lora < 0 ? 0 : o.q_lora;
     if (o.tied) c.tied = o.tied > 0;
-    synth_file f;
-    memset(&f, 0, sizeof f);
-    f.c = &c;
-    f.o = &o;
-    f.mix = synth_find_mix(o.type);
-    f.base = synth_find_type(f.mix ? f.mix->base : o.type);
-    if (!f.base) return synth_fail(&o, 2, "unknown type", o.type, "see --list");
-    if (strcmp(c.arch, "deepseek2") && (o.kvb || o.q_lora))
-        return synth_fail(&o, 2, "shape", c.name, "only deepseek2 has attn_kv_b and q_lora");
-    if (c.n_layer < 1 || c.n_layer > 4096)
-        return synth_fail(&o, 2, "shape", c.name, "1 to 4096 layers, please");
-    if (c.vocab < (o.no_tokenizer ? 1 : SYNTH_MIN_VOCAB) || c.vocab > SYNTH_MAX_VOCAB)
-        return synth_fail(&o, 2, "shape", c.name, "the vocabulary has 259 to 4194304 tokens");
-    if (c.q_lora > 1 << 20) return synth_fail(&o, 2, "shape", c.name, "q_lora is too large");
-    synth_make_head(&f);
-    int result = f.out_of_memory ? synth_fail(&o, 1, "cannot write", path, "out of memory")
-                                 : synth_write_file(&f, path);
+    int result = synth_begin(&f, &c, &o);
+    if (result == 0) result = synth_write_file(&f, path);
     free(f.head);
     free(f.tensors);
     return result;
 }
 
-static int synth_write(const char *config, const char *path, const synth_options *options) {
+static inline int synth_write(const char *config, const char *path, const synth_options *options) {
     const synth_config *c = synth_find(config);
     if (!c) return synth_fail(options, 2, "unknown shape", config, "see --list");
     return synth_write_config(c, path, options);

@@ -3,13 +3,14 @@
 #ifndef BENCH_TIMING_H
 #define BENCH_TIMING_H
 
-enum { MAX_REPETITIONS = 1000, MAX_RIVALS = 16 };
+enum { MAX_REPETITIONS = 1000, MAX_RIVALS = 16, MAX_PARALLEL = 256 };
 
 static const char program[] = "moe-bench";
 
 static struct settings {
     const char *model, *svg;
     tool_list n_prompt, n_gen, both, behind, n_depth, n_threads, n_batch, n_ubatch, isa, schedule;
+    tool_list n_parallel, n_draft;
     int32_t repetitions, k_type, v_type, kv_type, format, n_ctx, numa;
     int32_t page_state; /* < 0: as it is */
     int32_t pages;      /* moe_pages */
@@ -17,6 +18,7 @@ static struct settings {
     int pin, mmap, mlock, help, version;
 } set = {.n_prompt = {1, {512}}, .n_gen = {1, {128}}, .n_depth = {1, {0}}, .n_threads = {1, {-1}},
          .n_batch = {1, {2048}}, .n_ubatch = {1, {512}}, .isa = {1, {0}}, .schedule = {1, {0}},
+         .n_parallel = {1, {1}}, .n_draft = {1, {1}},
          .repetitions = 5, .k_type = -1, .v_type = -1, .n_ctx = 8192, .page_state = -1,
          .warm_up = 1, .roofs = 1, .mmap = 1};
 
@@ -29,22 +31,32 @@ static const char *const schedule_names[] = {"default", "sequential", "parallel"
 
 /* What a run took, and how its threads spent the time. */
 typedef struct usage {
-    double seconds;
-    double eval_seconds;          /* of it in evals, */
-    double wait[MOE_MAX_THREADS]; /* and what each thread waited for others in them */
+    double seconds;               /* of its calls, without what lies between them */
+    double eval_seconds;          /* as the library tells, */
+    double wait[MOE_MAX_THREADS]; /* and what each thread waited for others in it */
     uint64_t n_barriers, n_evals;
 } usage;
 
-static inline moe_status timed_eval(moe_session *session, const int32_t *tokens, int32_t n,
-                                    usage *u, moe_error *error) {
-    const moe_session_info *info = moe_session_get_info(session);
+/* One call: of each sequence (sessions of one pool) the next n tokens, which lie `stride` apart. */
+static inline moe_status timed_eval(moe_session *const *sessions, int32_t n_sessions,
+                                    const int32_t *tokens, int64_t stride, int32_t n, usage *u,
+                                    moe_error *error) {
+    static moe_job jobs[MAX_PARALLEL];
+    const moe_session_info *info = moe_session_get_info(sessions[0]);
     const int32_t most = info->n_threads > info->n_threads_batch ? info->n_threads
                                                                  : info->n_threads_batch;
-    const moe_status status = moe_session_eval(session, tokens, n, error);
+    for (int32_t i = 0; i < n_sessions; i++) {
+        jobs[i].session = sessions[i];
+        jobs[i].tokens = tokens + i * stride;
+        jobs[i].n_tokens = n;
+    }
+    const double start = tool_seconds();
+    const moe_status status = moe_session_eval_many(jobs, n_sessions, error);
+    u->seconds += tool_seconds() - start;
     u->eval_seconds += info->eval_seconds;
     u->n_barriers += info->n_barriers;
     u->n_evals++;
-    for (int32_t i = 0; i < most; i++) u->wait[i] += moe_session_wait_seconds(session, i);
+    for (int32_t i = 0; i < most; i++) u->wait[i] += moe_session_wait_seconds(sessions[0], i);
     return status;
 }
 
@@ -53,11 +65,10 @@ static inline moe_status timed_run(moe_session *session, int32_t depth, const in
                                    int32_t n_prompt, int32_t n_gen, usage *u, moe_error *error) {
     memset(u, 0, sizeof *u);
     moe_status status = moe_session_rewind(session, depth, error);
-    const double start = tool_seconds();
-    if (status == MOE_OK && n_prompt) status = timed_eval(session, tokens, n_prompt, u, error);
+    if (status == MOE_OK && n_prompt)
+        status = timed_eval(&session, 1, tokens, 0, n_prompt, u, error);
     for (int32_t i = 0; i < n_gen && status == MOE_OK; i++)
-        status = timed_eval(session, tokens + n_prompt + i, 1, u, error);
-    u->seconds = tool_seconds() - start;
+        status = timed_eval(&session, 1, tokens + n_prompt + i, 0, 1, u, error);
     return status;
 }
 
@@ -77,12 +88,13 @@ static inline double usage_imbalance(const usage *u, int n) {
 
 /* ---- sessions -------------------------------------------------------------------------------- */
 
-/* threads <= 0: the default. */
-static inline moe_session *open_session(const model *m, int32_t n_ctx, int32_t n_batch,
-                                        int32_t threads, int32_t isa, int32_t schedule,
-                                        moe_error *error) {
+/* threads <= 0: the default. pool NULL: threads of its own. */
+static inline moe_session *open_session_on(moe_pool *pool, const model *m, int32_t n_ctx,
+                                           int32_t n_batch, int32_t threads, int32_t isa,
+                                           int32_t schedule, moe_error *error) {
     moe_session_options o;
     memset(&o, 0, sizeof o);
+    o.pool = pool;
     o.n_threads = threads > 0 ? threads : 0;
     o.pin = set.pin ? MOE_ON : 0;
     o.n_ctx = n_ctx;
@@ -91,6 +103,19 @@ static inline moe_session *open_session(const model *m, int32_t n_ctx, int32_t n
     o.isa = (moe_isa)isa;
     o.schedule = (moe_schedule)schedule;
     return moe_session_open(m->handle, &o, error);
+}
+static inline moe_session *open_session(const model *m, int32_t n_ctx, int32_t n_batch,
+                                        int32_t threads, int32_t isa, int32_t schedule,
+                                        moe_error *error) {
+    return open_session_on(NULL, m, n_ctx, n_batch, threads, isa, schedule, error);
+}
+/* Threads for several sessions, such as each would have alone. */
+static inline moe_pool *open_pool(const model *m, int32_t threads, moe_error *error) {
+    moe_pool_options o;
+    memset(&o, 0, sizeof o);
+    o.n_threads = threads > 0 ? threads : 0;
+    o.pin = set.pin || moe_model_get_memory(m->handle)->numa == MOE_NUMA_OWNER ? MOE_ON : 0;
+    return moe_pool_open(&o, error);
 }
 
 /* Whether sessions agree: the logits of a prompt and of some tokens behind it must have the same
@@ -143,17 +168,25 @@ static inline int check_schedules(const model *m, int32_t threads, int32_t isa) 
 
 typedef struct test {
     const model *m;
-    char name[64];           /* "pp512", "tg128 @ d8192", "pp512+tg128", "tg64@pp8192" */
-    int32_t n_prompt, n_gen;
-    int32_t n_depth;         /* tokens in the context before */
+    char name[64]; /* "pp512", "tg128 x4 @ d8192", "tg128 by 3", "pp512+tg128", "tg64@pp8192" */
+    int32_t n_prompt, n_gen; /* of each sequence */
+    int32_t n_depth;         /* tokens in its context before */
+    int32_t n_parallel;      /* sequences that generate at the same time; else 1 */
+    int32_t n_draft;         /* tokens of each that a call generates */
     int32_t n_batch, n_ubatch, threads, isa, schedule; /* as asked for */
-    moe_session *session;
+    moe_session *session[MAX_PARALLEL];
+    moe_pool *pool;          /* of several; NULL: the only one has its own */
+    uint64_t *chosen;        /* [layer][expert]: how often all sequences together chose it */
     moe_session_info info;
     int32_t n_threads;       /* those that the test used */
     double seconds[MAX_REPETITIONS];
     double rate[MAX_REPETITIONS]; /* tokens per second */
     double waiting, imbalance, barriers; /* of the last repetition; barriers per eval */
     double wait[MOE_MAX_THREADS];        /* part of the time that each thread waited */
+    /* What generating had to read: weights of each repetition, keys and values of any. */
+    double bytes[MAX_REPETITIONS], bytes_cache;
+    double touched;          /* experts per call, over all layers and repetitions */
+    int32_t n_evals;         /* calls of a repetition */
     /* Per second and repetition, each beside the roofs before and after it; 0: not measured. */
     double roof_bytes[MAX_REPETITIONS + 1], roof_macs[MAX_REPETITIONS + 1];
     roofs *roof; /* open while a test runs with the same threads and instruction set */
@@ -205,45 +238,146 @@ static inline void measure_roofs(test *t, int32_t at) {
     t->roof_macs[at] = roofs_median(macs, n);
 }
 
+/* A session's batch is no longer than its context: all rows of a call are to fit. */
 static inline moe_status test_open(test *t, moe_error *error) {
     const int32_t n_batch = t->n_ubatch < t->n_batch ? t->n_ubatch : t->n_batch;
-    t->session = open_session(t->m, t->n_prompt + t->n_gen + t->n_depth, n_batch, t->threads,
-                              t->isa, t->schedule, error);
-    if (!t->session) return error->status;
-    t->info = *moe_session_get_info(t->session);
+    const int32_t n_tokens = t->n_prompt + t->n_gen + t->n_depth;
+    const int64_t n_rows = (int64_t)t->n_parallel * t->n_draft;
+    const int32_t n_fit = n_rows < n_batch ? (int32_t)n_rows : n_batch;
+    const int32_t n_ctx = n_fit > n_tokens ? n_fit : n_tokens;
+    const moe_model_info *info = t->m->info;
+    t->chosen = (uint64_t *)calloc((size_t)info->n_layer * (size_t)info->n_expert + 1,
+                                   sizeof *t->chosen);
+    if (!t->chosen) {
+        error->status = MOE_ERROR_MEMORY;
+        snprintf(error->text, sizeof error->text, "out of memory");
+        return error->status;
+    }
+    if (t->n_parallel > 1) {
+        t->pool = open_pool(t->m, t->threads, error);
+        if (!t->pool) return error->status;
+    }
+    for (int32_t i = 0; i < t->n_parallel; i++) {
+        t->session[i] = open_session_on(t->pool, t->m, n_ctx, n_batch, t->threads, t->isa,
+                                        t->schedule, error);
+        if (!t->session[i]) return error->status;
+    }
+    t->info = *moe_session_get_info(t->session[0]);
     t->n_threads = t->info.n_threads;
     return MOE_OK;
 }
 
 static inline void test_close(test *t) {
-    moe_session_close(t->session);
-    t->session = NULL;
+    for (int32_t i = 0; i < MAX_PARALLEL; i++) {
+        moe_session_close(t->session[i]);
+        t->session[i] = NULL;
+    }
+    moe_pool_close(t->pool);
+    t->pool = NULL;
+    free(t->chosen);
+    t->chosen = NULL;
 }
 
-/* The context before, and an untimed run. */
+/* Bytes of the experts that anyone chose since this was asked before; *touched: how many. */
+static inline double test_touched(test *t, double *touched) {
+    const moe_model_info *info = t->m->info;
+    double bytes = 0;
+    *touched = 0;
+    for (int32_t il = 0; il < info->n_layer; il++) {
+        uint64_t *before = t->chosen + (int64_t)il * info->n_expert;
+        int32_t n = 0;
+        if (!moe_session_expert_counts(t->session[0], il)) continue;
+        for (int32_t e = 0; e < info->n_expert; e++) {
+            uint64_t sum = 0;
+            for (int32_t i = 0; i < t->n_parallel; i++)
+                sum += moe_session_expert_counts(t->session[i], il)[e];
+            n += sum != before[e];
+            before[e] = sum;
+        }
+        *touched += n;
+        bytes += n * t->m->work.expert[il];
+    }
+    return bytes;
+}
+
+/* Keys and values of a sequence that n tokens behind `past` others read: each row once. */
+static inline double cache_bytes(const test *t, int32_t past, int32_t n) {
+    static const double value_bytes[] = {2, 34.0 / 32, 4};
+    const token_work *work = &t->m->work;
+    const double rows = (double)past + n, seen = (double)work->window + n - 1;
+    return work->kv_row * value_bytes[t->info.kv_type % 3] *
+           (work->n_full * rows + work->n_window * (seen < rows ? seen : rows));
+}
+
+/* Behind its depth, a prompt at once, then n_gen tokens of each sequence in calls of n_draft. */
+/* *bytes: weights that these must read, per call the experts that it touched and all others. */
+static inline moe_status test_run(test *t, const int32_t *tokens, int32_t n_gen, usage *u,
+                                  double *bytes, double *touched, moe_error *error) {
+    const int64_t stride = (int64_t)t->n_prompt + t->n_gen;
+    const token_work *work = &t->m->work;
+    moe_status status = MOE_OK;
+    double n_experts;
+    memset(u, 0, sizeof *u);
+    *bytes = *touched = t->bytes_cache = t->n_evals = 0;
+    for (int32_t i = 0; i < t->n_parallel && status == MOE_OK; i++)
+        status = moe_session_rewind(t->session[i], t->n_depth, error);
+    if (status == MOE_OK && t->n_prompt)
+        status = timed_eval(t->session, 1, tokens, 0, t->n_prompt, u, error);
+    test_touched(t, &n_experts); /* by what came before */
+    for (int32_t i = 0, n; i < n_gen && status == MOE_OK; i += n) {
+        n = n_gen - i < t->n_draft ? n_gen - i : t->n_draft;
+        status = timed_eval(t->session, t->n_parallel, tokens + t->n_prompt + i, stride, n, u,
+                            error);
+        if (n * t->n_parallel == 1) { /* no need to look */
+            *bytes += work->bytes;
+            *touched += (double)t->m->info->n_expert_used * work->n_moe;
+        } else {
+            *bytes += work->once + (double)n * t->n_parallel * work->row;
+            *bytes += test_touched(t, &n_experts);
+            *touched += n_experts;
+        }
+        t->bytes_cache += t->n_parallel * cache_bytes(t, t->n_depth + t->n_prompt + i, n);
+        t->n_evals++;
+    }
+    return status;
+}
+
+/* New tokens for all sequences. Only the first begins with BOS: all are to differ. */
+static inline void test_tokens(const test *t, uint64_t *random, int32_t *tokens, int32_t n) {
+    const uint64_t n_vocab = (uint64_t)t->m->info->n_vocab;
+    for (int32_t i = 0; i < t->n_parallel; i++) {
+        int32_t *own = tokens + (int64_t)i * n;
+        random_tokens(t->m->handle, random, own, n);
+        if (i) own[0] = (int32_t)((random_next(random) >> 33) % n_vocab);
+    }
+}
+
+/* The contexts before, and an untimed run. */
 static inline moe_status test_warm_up(test *t, int32_t *tokens, moe_error *error) {
     static usage u;
     uint64_t random = RANDOM_SEED;
     moe_status status = MOE_OK;
-    if (t->n_depth) {
+    const int32_t few = t->n_draft > 8 ? t->n_draft : 8;
+    double bytes, touched;
+    for (int32_t i = 0; i < t->n_parallel && t->n_depth && status == MOE_OK; i++) {
         random_tokens(t->m->handle, &random, tokens, t->n_depth);
-        status = moe_session_eval(t->session, tokens, t->n_depth, error);
+        status = moe_session_eval(t->session[i], tokens, t->n_depth, error);
     }
-    random_tokens(t->m->handle, &random, tokens, t->n_prompt + t->n_gen);
+    test_tokens(t, &random, tokens, t->n_prompt + t->n_gen);
     if (set.warm_up && status == MOE_OK)
-        status = timed_run(t->session, t->n_depth, tokens, t->n_prompt,
-                           t->n_gen > 8 ? 8 : t->n_gen, &u, error);
+        status = test_run(t, tokens, t->n_gen < few ? t->n_gen : few, &u, &bytes, &touched, error);
     return status;
 }
 
 static inline moe_status test_repeat(test *t, int32_t r, const int32_t *tokens,
                                      moe_error *error) {
     static usage u;
-    const int32_t n = t->n_prompt + t->n_gen;
+    const double n = (double)t->n_parallel * ((double)t->n_prompt + t->n_gen);
+    double touched;
     measure_roofs(t, r);
     show_progress(t, r);
-    const moe_status status = timed_run(t->session, t->n_depth, tokens, t->n_prompt, t->n_gen, &u,
-                                        error);
+    const moe_status status = test_run(t, tokens, t->n_gen, &u, &t->bytes[r], &touched, error);
+    t->touched += touched / set.repetitions / (t->n_evals ? t->n_evals : 1);
     t->seconds[r] = u.seconds;
     t->rate[r] = u.seconds > 0 ? n / u.seconds : 0;
     t->waiting = usage_waiting(&u, t->n_threads);
@@ -261,12 +395,13 @@ static inline moe_status test_repeat(test *t, int32_t r, const int32_t *tokens,
 /* Tests that differ in their schedule alone, in turns A B C C B A on the same pages: what changes
  * within the minutes of a measurement meets them all. */
 static inline int run_rivals(test *tests, int n) {
-    int32_t longest = CHECK_TOKENS, status = TOOL_OK;
+    int64_t longest = CHECK_TOKENS;
+    int32_t status = TOOL_OK;
     uint64_t random = RANDOM_SEED;
     moe_error error;
     memset(&error, 0, sizeof error);
     for (int i = 0; i < n; i++) {
-        const int32_t size = tests[i].n_prompt + tests[i].n_gen;
+        const int64_t size = ((int64_t)tests[i].n_prompt + tests[i].n_gen) * tests[i].n_parallel;
         if (size > longest) longest = size;
         if (tests[i].n_depth > longest) longest = tests[i].n_depth;
     }
@@ -279,7 +414,7 @@ static inline int run_rivals(test *tests, int n) {
     for (int i = 0; i < n && !error.status && set.roofs; i++) open_roofs(&tests[i]);
     for (int i = 0; i < n && !error.status; i++) test_warm_up(&tests[i], tokens, &error);
     for (int32_t r = 0; r < set.repetitions; r++) {
-        random_tokens(tests[0].m->handle, &random, tokens, tests[0].n_prompt + tests[0].n_gen);
+        test_tokens(&tests[0], &random, tokens, tests[0].n_prompt + tests[0].n_gen);
         for (int i = 0; i < n && !error.status; i++)
             test_repeat(&tests[r % 2 ? n - 1 - i : i], r, tokens, &error);
     }
@@ -294,36 +429,39 @@ static inline int run_rivals(test *tests, int n) {
 /* What a test did per second, and how much of the roof that is. NAN: does not apply. */
 typedef struct figures {
     double gbps, gbps_cache, gmacs, roof_gbps, roof_gmacs, roof_fraction;
+    double bytes_eval;   /* weights, keys and values that a call reads, */
+    double experts_eval; /* and experts, in a layer that has them; both: mean */
 } figures;
-
-/* Bytes of keys and values that generating reads per token: those of position p are p + 1 rows. */
-static inline double cache_bytes(const test *t) {
-    static const double value_bytes[] = {2, 34.0 / 32, 4};
-    const token_work *work = &t->m->work;
-    const double middle = t->n_depth + (t->n_gen + 1) / 2.0;
-    double window = work->window < middle ? work->window : middle;
-    return work->kv_row * value_bytes[t->info.kv_type % 3] *
-           (work->n_full * middle + work->n_window * window);
-}
 
 static inline figures get_figures(const test *t) {
     static double x[MAX_REPETITIONS], y[MAX_REPETITIONS], z[MAX_REPETITIONS];
     const token_work *work = &t->m->work;
     const int n = set.repetitions, generates = t->n_gen > 0;
-    const double macs = work->macs + work->output_macs / (generates ? 1 : t->n_prompt);
-    const double cache = cache_bytes(t), bytes = work->bytes + cache;
-    double mean, deviation;
-    figures f = {NAN, NAN, NAN, NAN, NAN, NAN};
+    /* the last token of a call has logits */
+    const double logits = generates ? (double)t->n_evals / t->n_gen : 1.0 / t->n_prompt;
+    const double macs = work->macs + work->output_macs * logits;
+    double mean, deviation, mean_cache, mean_bytes;
+    figures f = {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
     if (t->n_prompt && t->n_gen) return f; /* two kinds of work in one figure */
     statistics(t->rate, n, &mean, &deviation);
-    if (generates) f.gbps = mean * work->bytes * 1e-9;
-    if (generates) f.gbps_cache = mean * cache * 1e-9;
     f.gmacs = mean * macs * 1e-9;
+    if (generates) {
+        for (int r = 0; r < n; r++) x[r] = t->bytes[r] / t->seconds[r];
+        for (int r = 0; r < n; r++) y[r] = t->bytes_cache / t->seconds[r];
+        statistics(x, n, &mean, &deviation);
+        statistics(y, n, &mean_cache, &deviation);
+        statistics(t->bytes, n, &mean_bytes, &deviation);
+        f.gbps = mean * 1e-9;
+        f.gbps_cache = mean_cache * 1e-9;
+        f.bytes_eval = (mean_bytes + t->bytes_cache) / t->n_evals;
+        if (work->n_moe) f.experts_eval = t->touched / work->n_moe;
+    }
     if (!t->roof) return f;
     for (int r = 0; r < n; r++) {
+        const double bytes = (t->bytes[r] + t->bytes_cache) / t->seconds[r];
         x[r] = (t->roof_bytes[r] + t->roof_bytes[r + 1]) / 2;
         y[r] = (t->roof_macs[r] + t->roof_macs[r + 1]) / 2;
-        z[r] = generates ? t->rate[r] * bytes / x[r] : t->rate[r] * macs / y[r];
+        z[r] = generates ? bytes / x[r] : t->rate[r] * macs / y[r];
     }
     f.roof_gbps = roofs_median(x, n) * 1e-9;
     f.roof_gmacs = roofs_median(y, n) * 1e-9;

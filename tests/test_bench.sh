@@ -143,6 +143,35 @@ check "-d" runs "pp4/1 pp4@d30/1 tg2/1 tg2@d30/1"
 run -m "$model" -p 2 -n 0 -r 1 --n-depth 600 -t 1
 check "--n-depth" runs "pp2@d600/1"
 
+# ---- several sequences, several tokens per call --------------------------------------------------
+
+run -m "$model" -p 3 -n 4 -r 1 -t 1 -npl 1,3 -nd 1,2
+check "-npl and -nd" runs "pp3/1 tg4/1 tg4by2/1 tg4x3/1 tg4x3by2/1"
+run -m "$model" -p 0 -n 5 -r 1 -t 2 --n-parallel 2 --n-draft 9 -d 0,3
+check "no more per call than there are" runs "tg5x2by5/2 tg5x2by5@d3/2"
+run -m "$model" -p 0 -n 0 -r 1 -t 1 -gp 6,2 -pg 4,2 -npl 2
+check "of -gp, not of -pg" runs "pp4+tg2/1 tg2x2@pp6/1"
+run -m "$ids" -p 4 -n 3 -r 2 -t 2 -npl 2 --schedule sequential,parallel,balanced -ctk f32 --detail
+number=' *[0-9.]* |'
+check "-npl: schedules, -ctk, --detail" rows "|$number$number$number$number *tg3 x2 | " 3
+check "--detail: the header" shows '| imbalance |  MB/call |  experts |                   test |'
+widths=$(awk '/^\|/ { gsub(/±/, "+"); print length }' "$dir/out" | sort -u | wc -l)
+check "columns are aligned" test "$widths" = 1
+run -m "$model" -p 0 -n 3 -r 1 -t 1 -npl 4 -b 2
+check "-npl: more sequences than a batch holds" rows '± 0.00' 1
+with_roofs -m "$model" -p 0 -n 3 -r 2 -t 1 -npl 2
+check "-npl: % roof" rows '| *[0-9]*\.[0-9] | *tg3 x2 | ' 1
+for value in 0 -1 257 x 1,,2; do
+    run -m "$model" -npl "$value"
+    check "-npl '$value'" refuses "-npl: '"
+done
+run -m "$model" -nd 0
+check "-nd 0" refuses "-nd: '0'"
+for mode in --compare --crowded --plan --start --sweep; do
+    run -m "$model" -npl 2 $mode
+    check "-npl $mode" refuses '-npl and -nd go with'
+done
+
 # ---- JSON ----------------------------------------------------------------------------------------
 
 run -m "$model" -p 8 -n 4 -r 3 -t 2 -o jsonl
@@ -161,7 +190,8 @@ check "no gbps of prompts" rows '"gbps": null, ' 1
 for key in model_filename model_type model_size model_n_params isa schedule backends avg_ts \
     stddev_ts avg_ns stddev_ns test_time engine version n_batch n_ubatch type_k type_v n_barriers \
     bytes_token macs_token n_depth cpu_info use_mmap wait_fraction imbalance n_expert_groups \
-    page_state_found cached_fraction folio_2m_fraction pages pages_map_gbps pages_copy_gbps \
+    n_parallel n_draft page_state_found cached_fraction folio_2m_fraction pages pages_map_gbps \
+    pages_copy_gbps \
     pages_copied_bytes pages_huge_bytes; do
     check "$key" rows "\"$key\": [^,}]" 2
 done
@@ -196,7 +226,7 @@ check "quotes in CSV" shows 'odd""\\ name.gguf",'
 # What one token needs, counted by hand from the shape: width 64, 8 heads of 32, 2 of them with
 # keys, 4 layers, 8 of 32 experts of width 32, 512 tokens, all f32; bytes have the norms, too.
 macs=$((4 * (64 * 256 * 2 + 64 * 64 * 2 + 64 * 32 + 8 * 3 * 64 * 32) + 512 * 64))
-bytes=$((4 * (macs + 64 + 4 * (64 * 2 + 32 * 2))))
+bytes=$((4 * (macs + 64 + 64 + 4 * (64 * 2 + 32 * 2)))) # with a row of the embedding
 with_roofs -m "$model" -p 8 -n 4 -r 2 -t 1 -d 100 -o jsonl
 check "macs_token" rows "\"macs_token\": $macs," 2
 check "bytes_token" rows "\"bytes_token\": $bytes," 2
@@ -209,6 +239,53 @@ check "gbps and gbps_cache are those of the speed" awk -v ts="$(field avg_ts)" -
         exit !((gbps * 1e9 / (ts * bytes) - 1) ^ 2 < 1e-6 &&
                (cache * 1e9 / (ts * row * 102.5) - 1) ^ 2 < 1e-6)
     }'
+
+# call_reads TOKENS ROWS: of each of the 4 layers the experts that were touched, all else once, a
+# row of the embedding per token; so many positions of keys and values, over layers and sequences.
+call_reads() {
+    awk -v ts="$(field avg_ts)" -v gbps="$(field gbps)" -v cache="$(field gbps_cache)" \
+        -v bytes="$(field bytes_eval)" -v experts="$(field experts_eval)" -v tokens="$1" \
+        -v rows="$2" -v row=256 -v expert="$expert" -v once="$once" 'BEGIN {
+        weights = once + tokens * 4 * 64 + 4 * experts * expert
+        calls = ts / tokens
+        exit !((bytes / (weights + rows * row) - 1) ^ 2 < 1e-8 &&
+               (gbps * 1e9 / (calls * weights) - 1) ^ 2 < 1e-6 &&
+               (cache * 1e9 / (calls * rows * row) - 1) ^ 2 < 1e-6)
+    }'
+}
+between() {
+    awk -v x="$(field "$1")" -v low="$2" -v high="$3" 'BEGIN { exit !(x >= low && x <= high) }'
+}
+expert=$((4 * 3 * 64 * 32))
+once=$((bytes - 4 * 64 - 4 * 8 * expert))
+run -m "$model" -p 0 -n 4 -r 1 -t 1 -d 100 -o jsonl -npl 1
+check "one sequence: experts" test "$(field experts_eval)" = 8.0000
+check "one sequence: bytes_eval" call_reads 1 $((4 * 410 / 4))
+for schedule in sequential parallel balanced; do
+    run -m "$model" -p 0 -n 4 -r 1 -t 2 -d 100 -o jsonl -npl 3 --schedule $schedule
+    check "$schedule: n_parallel" rows '"n_depth": 100, "n_parallel": 3, "n_draft": 1,' 1
+    check "$schedule: experts" between experts_eval 8.5 24
+    check "$schedule: bytes_eval" call_reads 3 $((3 * 4 * 410 / 4))
+    echo "$(field experts_eval) $(field bytes_eval)" >>"$dir/touched"
+done
+check "the same experts with every schedule" test "$(sort -u "$dir/touched" | wc -l)" = 1
+run -m "$model" -p 0 -n 6 -r 1 -t 2 -d 100 -o jsonl -nd 3
+check "drafts: n_draft" rows '"n_parallel": 1, "n_draft": 3, "test": "tg6 by 3 @ d100",' 1
+check "drafts: experts" between experts_eval 8.5 24
+check "drafts: bytes_eval" call_reads 3 $((4 * (103 + 106) / 2))
+run -m "$model" -p 0 -n 2 -r 2 -t 1 -o jsonl -npl 64
+check "many sequences touch all experts" between experts_eval 30 32
+
+# Windows: of 3 layers the first and last see 6 positions (a call's rows together one more).
+oss=$dir/oss.gguf
+"$build/moe-synth" micro_oss "$oss" --no-tokenizer >/dev/null
+run -m "$oss" -p 0 -n 4 -r 1 -t 1 -d 10 -o jsonl -npl 2 -nd 2
+check "windows: gbps_cache" awk -v ts="$(field avg_ts)" -v cache="$(field gbps_cache)" 'BEGIN {
+        rows = 2 * ((12 + 14) / 2 + 2 * 7) # sequences; layers without and with a window
+        exit !((cache * 1e9 / (ts / 4 * rows * (16 + 16) * 2) - 1) ^ 2 < 1e-6)
+    }'
+run -m "$model" -p 0 -n 4 -r 1 -t 2 -o csv -npl 1,2
+check "-npl: CSV" shows ',n_depth,n_parallel,n_draft,test,'
 
 # ---- CSV -----------------------------------------------------------------------------------------
 
@@ -483,8 +560,32 @@ run -m "$dir/none.gguf"
 check "no such model" fails 'none.gguf'
 run -m "$0"
 check "not a GGUF" fails "$0"
-run --plan
-check "--plan needs no model" rows '|     128 |     2 |' 6
+run --plan -t 1,32 -d 0
+check "--plan needs no model" rows '^| [A-Z].* |      32 |     2 |\( *[0-9]*\.[0-9] |\)\{6\} ' 6
+check "--plan: gpt-oss" rows '^| gpt-oss-[12]*0b .* |      32 |     2 |' 2
+check "--plan: one thread" rows '^| .* |       1 |     1 |\( *100\.0 |\)\{6\}  *|  *|$' 8
+run --plan -m "$model,$ids" -t 1,8,64 -d 100 --detail
+check "--plan -m: nodes" rows '^| .*gguf |      64 |     [12] |' 4
+check "--plan -m: steps" rows '^| gate_exps up_exps ' 16
+# of 64 rows, 16 of a thread: half of 8 threads; 8 experts of 2 times 16 rows: all of them
+check "--plan: rows that few threads share" awk '
+    / 8 threads, 1 node, token, / { on = 1 }
+    on && /^\| attn_output / { n += / \|   50 \| / }
+    on && /^\| gate_exps / { n += / \|  100 \| / }
+    /^\| repeated / { on = 0 }
+    END { exit n < 2 }' "$dir/out"
+# what is useful, idle and repeated adds up to all of the time
+check "--plan: it adds up" awk '
+    / threads, .* node.*: [0-9.]* %$/ { sum = $(NF - 1); steps = 0 }
+    /^\| .* \| +[0-9]+\.[0-9] \|$/ && sum { sum += $(NF - 1); steps++ }
+    /^\| repeated / { n++; bad += (sum - 100) ^ 2 > (0.05 * steps + 0.11) ^ 2; sum = 0 }
+    END { exit !(n == 16 && !bad) }' "$dir/out"
+run --plan -m "$model" -t 8 --schedule balanced
+check "--plan --schedule" rows '^| .*gguf |       8 |     1 | *[0-9.]* | *[0-9.]* | ' 1
+run --plan -m "$dir/none.gguf"
+check "--plan: no such model" fails 'none.gguf'
+run --plan --sweep
+check "--plan --sweep" refuses 'one at a time'
 run -m "$model" -p 8 -n 4 -r 2 -t 1,2 --compare
 check "--compare" rows '| sequential |' 2
 check "--compare: parallel" rows '| parallel   |' 2

@@ -40,7 +40,7 @@ $(B)/moe-cli: examples/moe_cli.c examples/heatmap.h examples/tool.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-BENCH = bench/moe_bench.c $(wildcard bench/*.h) examples/tool.h
+BENCH = bench/moe_bench.c bench/synth.c $(wildcard bench/*.h) examples/tool.h
 $(B)/moe-bench: $(BENCH) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)

@@ -26,21 +26,21 @@
 /*   >>base         761  compiler macros, errors, memory, checked sizes, small floats */
 /*   >>machine     1055  processors, cores, quotas, free memory, memory nodes; binding to them */
 /*   >>pool        1440  the team of threads: wake, barrier, shares of work */
-/*   >>pages       1896  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf        2636  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types       3626  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels     5306  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        10626  matrix products, rotary positions */
-/*   >>experts    10881  router, plan, the expert schedules */
-/*   >>text       11327  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      12981  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      13795  what a sequence remembers */
-/*   >>batch      13857  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14190  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15176  opening a model, placing its weights */
-/*   >>session    15564  the forward pass, sessions */
-/*   >>sample     16376  choosing tokens, generating text */
-/*   >>licence    17226  MIT or public domain */
+/*   >>pages       1897  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf        2637  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types       3627  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels     5307  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops        10627  matrix products, rotary positions */
+/*   >>experts    10882  router, plan, the expert schedules */
+/*   >>text       11328  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      12982  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      13796  what a sequence remembers */
+/*   >>batch      13858  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14199  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15208  opening a model, placing its weights */
+/*   >>session    15596  the forward pass, sessions */
+/*   >>sample     16419  choosing tokens, generating text */
+/*   >>licence    17269  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -1787,8 +1787,9 @@ MOE__PRIVATE void moe__pool_nodes(const moe_pool *pool, int n, moe__nodes *nodes
     nodes->first[nodes->n] = n;
 }
 
-/* With one token, rows of a thread begin at multiples of this: one cache line of results. */
-enum { MOE__ROW_UNIT = 16 };
+/* With one token, rows of a thread begin at multiples of ROW_UNIT (more, if a type interleaves */
+/* more), columns at those of LINE: one cache line of results. */
+enum { MOE__ROW_UNIT = 2, MOE__LINE = 16 };
 
 /* The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are */
 /* multiples of `unit` (but for the last) and differ by at most one unit. */
@@ -5313,7 +5314,7 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
 enum {
     MOE__TILE_ROWS = 32,    /* most rows of one call of a tile kernel */
     MOE__PACK_SIZE = 131072, /* bytes of scratch of a tile kernel */
-    MOE__ATTEND_KEYS = 512, /* most keys of one call of an attention kernel */
+    MOE__ATTEND_KEYS = 128, /* most keys of one call of an attention kernel */
     MOE__ATTEND_QUERIES = 32, /* most queries of one call of an attention kernel */
     MOE__PEAK = 128         /* logits that one peak stands for */
 };
@@ -11075,7 +11076,7 @@ typedef struct moe__share {
     int32_t n_routed; /* the first entries are routed experts, the others see all tokens */
     int one_token;    /* of a batch of one token */
     int down;         /* rows are those of down, else those of gate and up */
-    int64_t unit;     /* row ranges begin at multiples of this; many tokens: MOE__TILE_ROWS */
+    int64_t unit;     /* row ranges begin at multiples of this */
     const moe__nodes *nodes; /* memory nodes of the threads */
 } moe__share;
 
@@ -13872,8 +13873,10 @@ MOE__PRIVATE moe__cache moe__cache_take(moe__arena *arena, const moe__cache_shap
 /* Matrices are split by their rows in both. Which memory it is shows in moe__eval.in alone. */
 /* ============================================================================================== */
 
-enum { MOE__MLA_EXPAND = 128 }; /* inputs of so many tokens expand latent vectors to keys and */
-                                /* values */
+enum {
+    MOE__MLA_EXPAND = 128, /* inputs of so many tokens expand latent vectors to keys and values, */
+    MOE__MLA_KEYS = 4 * MOE__ATTEND_KEYS /* at so many positions at a time */
+};
 
 /* A row of a batch: one token of one sequence. */
 typedef struct moe__row {
@@ -14036,11 +14039,13 @@ typedef struct moe__eval {
                                /* every thread makes it for itself */
     int thread, n_threads;
     int64_t n;       /* rows of this batch */
-    int64_t row_unit;
 } moe__eval;
 
-MOE__INLINE int64_t moe__eval_row_unit(int64_t n_tokens) {
-    return n_tokens == 1 ? (int64_t)MOE__ROW_UNIT : (int64_t)MOE__TILE_ROWS;
+/* Rows of a matrix begin at multiples of this in all threads. Half a tile costs a little more */
+/* than half of one, but large teams would wait for whole ones. */
+MOE__INLINE int64_t moe__eval_row_unit(const moe__matrix *matrix, int64_t n_tokens) {
+    const int64_t unit = n_tokens == 1 ? MOE__ROW_UNIT : MOE__TILE_ROWS / 2;
+    return matrix->data ? moe__max(unit, (int64_t)matrix->type->rows) : unit;
 }
 
 MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
@@ -14058,7 +14063,7 @@ MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit
 MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix) {
     int64_t begin, end;
     if (!matrix->data) return;
-    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
+    moe__eval_share(e, matrix->n_out, moe__eval_row_unit(matrix, e->n), &begin, &end);
     moe__matrix_fetch(matrix, 0, begin, end);
 }
 
@@ -14069,25 +14074,29 @@ typedef struct moe__projection {
 } moe__projection;
 
 /* This thread's rows of number i of a list: the blocks of rows of all matrices are laid out in a */
-/* line, those of each memory node by themselves, and cut into equal parts. */
+/* line, as long as they cost (one row: bytes, many: multiplications), those of each memory node */
+/* by themselves, and cut into equal parts; a block belongs to the part that its middle lies in. */
 MOE__PRIVATE void moe__eval_cut(const moe__eval *e, const moe__projection *list, int n_list, int i,
                                 int64_t *begin, int64_t *end) {
     const moe__nodes *nodes = &e->batch->nodes;
     const int32_t k = moe__nodes_of(nodes, e->thread);
-    const int64_t first = nodes->first[k], last = nodes->first[k + 1], unit = e->row_unit;
-    int64_t total = 0, before = 0, from = 0, n_units = 0;
+    const int64_t first = nodes->first[k], last = nodes->first[k + 1];
+    int64_t total = 0, before = 0, from = 0, n_units = 0, unit = 1, size = 1;
     for (int j = 0; j < n_list; j++) {
-        const int64_t units = (list[j].matrix->n_out + unit - 1) / unit;
+        const moe__matrix *matrix = list[j].matrix;
+        const int64_t rows = moe__eval_row_unit(matrix, e->n);
+        const int64_t cost = e->n == 1 ? (int64_t)matrix->row_size : matrix->n_in;
+        const int64_t units = (matrix->n_out + rows - 1) / rows;
         const int64_t low = units * first / e->n_threads, high = units * last / e->n_threads;
-        if (j < i) before += high - low;
-        if (j == i) from = low, n_units = high - low;
-        total += high - low;
+        if (j < i) before += (high - low) * rows * cost;
+        if (j == i) from = low, n_units = high - low, unit = rows, size = rows * cost;
+        total += (high - low) * rows * cost;
     }
-    const int64_t mine = e->thread - first, n = last - first;
-    const int64_t low = moe__max(total * mine / n - before, 0);
-    const int64_t high = moe__min(total * (mine + 1) / n - before, n_units);
-    *begin = moe__min((from + low) * unit, list[i].matrix->n_out);
-    *end = moe__min((from + high) * unit, list[i].matrix->n_out);
+    const int64_t mine = e->thread - first, n = last - first, middle = size / 2 - before;
+    const int64_t low = moe__max(total * mine / n + middle, 0) / size;
+    const int64_t high = moe__max(total * (mine + 1) / n + middle, 0) / size;
+    *begin = moe__min((from + moe__min(low, n_units)) * unit, list[i].matrix->n_out);
+    *end = moe__min((from + moe__min(high, n_units)) * unit, list[i].matrix->n_out);
 }
 
 /* out[row][all rows of matrix] = matrix x for this thread's parts of a list; no barrier. */
@@ -14112,7 +14121,7 @@ MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__projection *list, i
 /* sum += scale of the residual * matrix x for this thread's rows; no barrier. */
 MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix, float *sum) {
     int64_t begin, end;
-    moe__eval_share(e, matrix->n_out, e->row_unit, &begin, &end);
+    moe__eval_share(e, matrix->n_out, moe__eval_row_unit(matrix, e->n), &begin, &end);
     moe__acts_gather(e->in, matrix, NULL, 0, e->n, e->local->scratch.x);
     if (begin < end)
         moe__matmul_add(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n, NULL,
@@ -14310,6 +14319,16 @@ MOE__INLINE int64_t moe__attention_chunks(const moe__layer *layer, int64_t posit
     return position / MOE__ATTEND_KEYS + 1 - moe__attention_chunk(layer, position);
 }
 
+/* Whether so many items keep the threads busy. Of a prompt's, those of later queries cost more: */
+/* they come out even if each thread has some. Of other inputs, all cost the same. */
+MOE__PRIVATE int moe__attention_is_even(const moe__eval *e, const moe__attention *at,
+                                        int64_t items) {
+    const int64_t n = e->n_threads, each = (items + n - 1) / n;
+    if (at->expand) return items >= n;
+    if (e->n > 1) return items >= 4 * n;
+    return items >= n && (at->block <= 16 || 16 * items >= 14 * each * n);
+}
+
 /* How work is cut: sets block and n_parts. Nothing of it changes results. */
 MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
     int64_t most = 0, rows = 0, items = 0;
@@ -14327,7 +14346,8 @@ MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
             rows += span->n;
             most = moe__max(most, moe__attention_chunks(at->layer, span->past + span->n - 1));
         }
-        if (items * moe__max(at->n_parts, 1) >= e->n_threads || at->block <= least) break;
+        if (moe__attention_is_even(e, at, items * moe__max(at->n_parts, 1)) || at->block <= least)
+            break;
         if (!at->n_parts && most > 1 && rows * most <= limit)
             at->n_parts = most;
         else
@@ -14353,6 +14373,12 @@ typedef struct moe__items {
     int64_t number;
 } moe__items;
 
+/* Items are dealt out to the threads forth and back. */
+MOE__INLINE int moe__items_turn(const moe__eval *e, int64_t number) {
+    const int64_t turn = number / e->n_threads, i = number % e->n_threads;
+    return (turn % 2 ? e->n_threads - 1 - i : i) == e->thread;
+}
+
 /* The next item of this thread; 0: there is none. The last queries of a span see most keys: they */
 /* come first. */
 MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, moe__items *it,
@@ -14374,7 +14400,7 @@ MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, m
             while (it->part < (at->n_parts ? chunk_end - chunk : 1)) {
                 item->chunk = chunk + it->part++;
                 item->chunk_end = at->n_parts ? item->chunk + 1 : chunk_end;
-                if (it->number++ % e->n_threads == e->thread) return 1;
+                if (moe__items_turn(e, it->number++)) return 1;
             }
         }
     }
@@ -14653,14 +14679,14 @@ typedef struct moe__mla {
     float *w_k, *w_v;  /* a head's rows of kv_b as floats */
     float *rows;       /* a group of k_b's rows */
     int64_t head;      /* whose rows w_k and w_v are; -1: nobody's */
-    float *latent, *keys, *values; /* one chunk, expanded for this head, */
+    float *latent, *keys, *values; /* some positions, expanded for this head, */
     const void **latent_rows;
-    float *all_keys, *all_values;  /* or by all threads, [n_head][MOE__ATTEND_KEYS][width], with */
+    float *all_keys, *all_values;  /* or by all threads, [n_head][MOE__MLA_KEYS][width], with */
     float *max, *sum;              /* the queries' states, [row][n_head]; NULL: each for itself */
     moe__attending attending;
 } moe__mla;
 
-/* Whether heads cannot be dealt out evenly to the threads: then all expand a chunk together. */
+/* Whether heads cannot be dealt out evenly to the threads: then all expand together. */
 MOE__INLINE int moe__mla_is_shared(const moe__layer *layer, int32_t n_threads) {
     return layer->n_head % n_threads && layer->n_head < 8 * n_threads;
 }
@@ -14687,13 +14713,13 @@ MOE__PRIVATE void moe__mla_take(const moe__layer *layer, moe__memory *memory, mo
     w->w_k = moe__take_floats(own, nope, latent);
     w->w_v = moe__take_floats(own, dv, latent);
     w->rows = moe__take_floats(own, MOE__GROUP_ROWS, nope);
-    w->latent = moe__take_floats(own, MOE__ATTEND_KEYS, latent);
-    w->keys = moe__take_floats(own, MOE__ATTEND_KEYS, dk);
-    w->values = moe__take_floats(own, MOE__ATTEND_KEYS, dv);
-    w->latent_rows = (const void **)moe__arena_take(own, MOE__ATTEND_KEYS, sizeof(void *));
+    w->latent = moe__take_floats(own, MOE__MLA_KEYS, latent);
+    w->keys = moe__take_floats(own, MOE__MLA_KEYS, dk);
+    w->values = moe__take_floats(own, MOE__MLA_KEYS, dv);
+    w->latent_rows = (const void **)moe__arena_take(own, MOE__MLA_KEYS, sizeof(void *));
     if (!moe__mla_is_shared(layer, memory->session->info.n_threads_batch)) return;
-    w->all_keys = moe__take_floats(common, n_head * MOE__ATTEND_KEYS, dk);
-    w->all_values = moe__take_floats(common, n_head * MOE__ATTEND_KEYS, dv);
+    w->all_keys = moe__take_floats(common, n_head * MOE__MLA_KEYS, dk);
+    w->all_values = moe__take_floats(common, n_head * MOE__MLA_KEYS, dv);
     w->max = moe__take_floats(common, n, n_head);
     w->sum = moe__take_floats(common, n, n_head);
 }
@@ -14782,7 +14808,7 @@ MOE__PRIVATE void moe__mla_expand_rows(const moe__eval *e, const moe__mla *w, in
              e->local->scratch.pack, NULL, 0);
 }
 
-/* Keys and values of one head at positions begin .. begin + n_keys - 1, at most a chunk. */
+/* Keys and values of one head at positions begin .. begin + n_keys - 1. */
 MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, const moe__mla *w,
                                   const moe__kv *cache, int64_t begin, int64_t n_keys,
                                   float *keys, float *values) {
@@ -14801,7 +14827,7 @@ MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, c
     moe__mla_expand_rows(e, w, latent, w->w_v, layer->head_v, n_keys, values, layer->head_v);
 }
 
-/* This thread's part of a chunk, expanded for all heads */
+/* This thread's part of n_keys positions from `key` on, expanded for all heads */
 MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *layer, moe__mla *w,
                                         const moe__kv *cache, int64_t key, int64_t n_keys) {
     enum { BLOCK = 64 };
@@ -14812,8 +14838,8 @@ MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *la
         const int64_t head = i / blocks, first = i % blocks * BLOCK;
         moe__mla_head(e, layer, w, head);
         moe__mla_expand(e, layer, w, cache, key + first, moe__min(n_keys - first, BLOCK),
-                        w->all_keys + (head * MOE__ATTEND_KEYS + first) * dk,
-                        w->all_values + (head * MOE__ATTEND_KEYS + first) * dv);
+                        w->all_keys + (head * MOE__MLA_KEYS + first) * dk,
+                        w->all_values + (head * MOE__MLA_KEYS + first) * dv);
     }
 }
 
@@ -14891,17 +14917,21 @@ MOE__PRIVATE void moe__attention_chunk_run(moe__eval *e, const moe__attention *a
             moe__attention_keep(e, at, item, first, chunk, a, j);
 }
 
-/* Where the keys and values of a chunk are; latent ones are the same, or expanded. */
+/* Where the keys and values of a chunk are; latent ones are the same, or expanded, some chunks */
+/* at a time. */
 MOE__PRIVATE void moe__attention_keys(const moe__eval *e, const moe__attention *at,
                                       const moe__item *item, int64_t key, moe__attend_args *a) {
     const moe__cache *cache = &item->span->sequence->caches[at->il];
     if (at->expand) {
         const moe__mla *w = at->mla;
-        if (!at->carry)
-            moe__mla_expand(e, at->layer, w, &cache->k, key, a->n_keys, w->keys, w->values);
+        const int64_t all = item->span->past + (item->end - 1) / at->group + 1;
+        const int64_t first = key % MOE__MLA_KEYS + (at->carry ? item->head * MOE__MLA_KEYS : 0);
+        if (!at->carry && first == 0)
+            moe__mla_expand(e, at->layer, w, &cache->k, key, moe__min(all - key, MOE__MLA_KEYS),
+                            w->keys, w->values);
         a->type = MOE_KV_F32;
-        a->k = at->carry ? w->all_keys + item->head * MOE__ATTEND_KEYS * at->dk : w->keys;
-        a->v = at->carry ? w->all_values + item->head * MOE__ATTEND_KEYS * at->dv : w->values;
+        a->k = (at->carry ? w->all_keys : w->keys) + first * at->dk;
+        a->v = (at->carry ? w->all_values : w->values) + first * at->dv;
         a->k_bytes = (size_t)at->dk * sizeof(float);
         a->v_bytes = (size_t)at->dv * sizeof(float);
         return;
@@ -14968,7 +14998,7 @@ MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe
                                 float *out) {
     int64_t begin, end;
     if (!w->gate) return;
-    moe__eval_share(e, e->n * layer->n_head * layer->head_v, MOE__ROW_UNIT, &begin, &end);
+    moe__eval_share(e, e->n * layer->n_head * layer->head_v, MOE__LINE, &begin, &end);
     for (int64_t i = begin; i < end; i++) out[i] /= 1 + expf(-w->gate[i]);
 }
 
@@ -15088,9 +15118,9 @@ MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il
     moe__eval_barrier(e);
 }
 
-/* Inputs that expand, where heads are too few for the threads: chunk by chunk all threads expand */
-/* the keys and values of all heads, and then attend to them in small blocks of queries. The same */
-/* bits as items that do both. */
+/* Inputs that expand, where heads are too few for the threads: all threads expand some positions */
+/* for all heads, and then attend to them in small blocks of queries. The same bits as items that */
+/* do both. */
 MOE__PRIVATE void moe__mla_attend_together(moe__eval *e, moe__attention *at) {
     moe__mla *w = at->mla;
     at->carry = 1;
@@ -15101,17 +15131,19 @@ MOE__PRIVATE void moe__mla_attend_together(moe__eval *e, moe__attention *at) {
         const int64_t n_keys = span->past + span->n;
         moe__item item;
         item.span = span;
-        for (int64_t key = 0; key < n_keys && span->expand; key += MOE__ATTEND_KEYS) {
+        for (int64_t key = 0; key < n_keys && span->expand; key += MOE__MLA_KEYS) {
+            const int64_t end = moe__min(n_keys, key + MOE__MLA_KEYS);
             int64_t number = 0;
-            moe__mla_expand_share(e, at->layer, w, cache, key,
-                                  moe__min(n_keys - key, MOE__ATTEND_KEYS));
+            moe__mla_expand_share(e, at->layer, w, cache, key, end - key);
             moe__eval_barrier(e);
-            item.chunk = key / MOE__ATTEND_KEYS, item.chunk_end = item.chunk + 1;
             for (item.end = span->n; item.end > 0; item.end = item.begin) {
+                const int64_t seen = moe__min(end, span->past + item.end);
                 item.begin = (item.end - 1) / MOE__ATTEND_QUERIES * MOE__ATTEND_QUERIES;
-                if (span->past + item.end <= key) break; /* these do not see the chunk */
+                item.chunk = key / MOE__ATTEND_KEYS;
+                item.chunk_end = (seen + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+                if (item.chunk_end <= item.chunk) break; /* these do not see so far */
                 for (item.head = 0; item.head < at->n_kv; item.head++)
-                    if (number++ % e->n_threads == e->thread) moe__attention_item(e, at, &item);
+                    if (moe__items_turn(e, number++)) moe__attention_item(e, at, &item);
             }
             moe__eval_barrier(e);
         }
@@ -15662,10 +15694,22 @@ MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share, float
     if (!apart) return;
     moe__eval_barrier(e);
     int64_t begin, end;
-    moe__eval_share(e, n_embd, e->row_unit, &begin, &end);
+    moe__eval_share(e, n_embd, MOE__LINE, &begin, &end);
     for (int32_t i = 0; i < share->n_entries; i++)
         e->kernels->axpy(share->entries[i].weights ? share->entries[i].weights[0] : 1.0f,
                          work->expert_out + i * n_embd + begin, end - begin, sum + begin);
+}
+
+/* Where rows of a layer's feed-forward matrices begin in all threads */
+MOE__PRIVATE int64_t moe__forward_unit(const moe__eval *e, const moe__layer *layer) {
+    const moe__ffn *ffns[] = {&layer->experts, &layer->shared, &layer->dense};
+    int64_t unit = 1;
+    for (int i = 0; i < 3; i++) {
+        unit = moe__max(unit, moe__eval_row_unit(&ffns[i]->gate, e->n));
+        unit = moe__max(unit, moe__eval_row_unit(&ffns[i]->up, e->n));
+        unit = moe__max(unit, moe__eval_row_unit(&ffns[i]->down, e->n));
+    }
+    return unit;
 }
 
 /* sum += feed-forward network of the normed residual, by the plan's entries. next: the matrix */
@@ -15689,7 +15733,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
     share.n_entries = local->plan.n_entries;
     share.n_routed = local->plan.n_routed;
     share.one_token = e->n == 1;
-    share.unit = e->row_unit;
+    share.unit = moe__forward_unit(e, layer);
     share.nodes = &e->batch->nodes;
     share.down = 0;
     for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
@@ -15718,7 +15762,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
 MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
     int64_t begin, end;
     if (!post_norm) return e->work->residual;
-    moe__eval_share(e, e->n * e->model->info.n_embd, MOE__ROW_UNIT, &begin, &end);
+    moe__eval_share(e, e->n * e->model->info.n_embd, MOE__LINE, &begin, &end);
     memset(e->work->branch + begin, 0, (size_t)(end - begin) * sizeof(float));
     return e->work->branch;
 }
@@ -15730,7 +15774,7 @@ MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
     float *normed = e->local->scratch.up; /* as long as the longest vector */
     int64_t begin, end;
     if (!post_norm) return;
-    moe__eval_share(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__ROW_UNIT : 1, &begin, &end);
+    moe__eval_share(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__LINE : 1, &begin, &end);
     if (e->n == 1) {
         e->kernels->rms_norm(work->branch, post_norm, n_embd, e->model->eps, normed);
         for (int64_t i = begin; i < end; i++) work->residual[i] += normed[i];
@@ -15798,7 +15842,7 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     }
     if (n > 1) moe__eval_barrier(e);
     for (int64_t i = 0; i < n; i++) scratch->x[i] = moe__acts_row(x, output->type->act, i);
-    moe__eval_share(e, output->n_out, moe__eval_row_unit(n), &begin, &end);
+    moe__eval_share(e, output->n_out, moe__eval_row_unit(output, n), &begin, &end);
     if (n == 1) {
         moe__matmul(e->kernels, output, 0, begin, end, scratch->x, 1, out[0] + begin, 0,
                     scratch->pack);
@@ -15884,7 +15928,6 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
     e.n_threads = n_threads;
     for (;;) { /* the first batch was made by the caller */
         e.n = batch->n;
-        e.row_unit = moe__eval_row_unit(e.n);
         moe__eval_inputs(&e);
         if (!moe__forward(&e)) return;
         moe__forward_logits(&e);

@@ -667,7 +667,7 @@ static void plan_print_nodes(const plan_case *c, const moe_model_info *info) {
     share.n_entries = experts.n_entries;
     share.n_routed = used;
     share.one_token = 1;
-    share.unit = moe__eval_row_unit(1);
+    share.unit = MOE__ROW_UNIT;
     share.nodes = &map;
     printf("Its experts, %% of the nodes' bandwidth that is used and of rows read by threads of "
            "their own node:\n");

@@ -26,21 +26,21 @@
 /*   >>base         761  compiler macros, errors, memory, checked sizes, small floats */
 /*   >>machine     1055  processors, cores, quotas, free memory, memory nodes; binding to them */
 /*   >>pool        1440  the team of threads: wake, barrier, shares of work */
-/*   >>pages       1897  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf        2637  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types       3627  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels     5307  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        10627  matrix products, rotary positions */
-/*   >>experts    10882  router, plan, the expert schedules */
-/*   >>text       11328  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      12982  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      13796  what a sequence remembers */
-/*   >>batch      13858  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14199  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15208  opening a model, placing its weights */
-/*   >>session    15596  the forward pass, sessions */
-/*   >>sample     16419  choosing tokens, generating text */
-/*   >>licence    17269  MIT or public domain */
+/*   >>pages       2018  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf        2758  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types       3748  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels     5428  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops        10748  matrix products, rotary positions */
+/*   >>experts    11003  router, plan, the expert schedules */
+/*   >>text       11449  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13103  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      13917  what a sequence remembers */
+/*   >>batch      13979  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14320  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15329  opening a model, placing its weights */
+/*   >>session    15717  the forward pass, sessions */
+/*   >>sample     16540  choosing tokens, generating text */
+/*   >>licence    17390  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -1440,7 +1440,8 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 /* // >>pool */
 /* */
 /* The team: threads that are created once and sleep between evals. One wake per eval: every */
-/* thread runs the same job from its first to its last line, and they meet at barriers. */
+/* thread that takes part runs the same job from its first to its last line, and they meet at */
+/* barriers. Those that take no part sleep on. */
 /* */
 /*   caller (thread 0)      --run--> job -> barrier -> ... -> barrier -> return */
 /*   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep */
@@ -1456,18 +1457,32 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 /*                     \             /  */
 /*                       root, release               arrived[0], release */
 /* */
+/* Commands go to groups, too: to those of which a worker takes part. The caller writes their */
+/* words, and whoever spins begins at once. Of those that take part and sleep, it wakes the ones */
+/* of its own group and the first of each other group, who wakes the rest there: a system call */
+/* for each of hundreds would take the caller longer than many a job. */
+/* */
+/*   caller --write--> command[0], command[1], command[2], ... */
+/*          --wake---> 16 --wake--> 17 ... 31 */
+/*                     32 --wake--> 33 ... 47 */
+/*                     1 ... 15 */
+/* */
 /* Words that are spun on lie on cache lines of their own (128 bytes: neighbours are fetched in */
 /* pairs). */
 /* ============================================================================================== */
 
 typedef void moe__job_fn(void *context, int thread, int n_threads);
 
+/* Threads of a group, and so places at a word to sleep at: each is woken by itself. */
+enum { MOE__POOL_GROUP = 16 };
+
 typedef struct moe__pool_word {
     uint32_t value;
-    uint32_t sleepers; /* threads that sleep, or are about to, until value changes */
+    uint32_t sleepers; /* sum of 1 << place over the threads that sleep, or are about to, until */
+                       /* value changes; if threads share a place, it only tells that some do */
 #if !MOE__USE_FUTEX
     pthread_mutex_t mutex;
-    pthread_cond_t changed;
+    pthread_cond_t changed[MOE__POOL_GROUP];
 #endif
     char pad[120];
 } moe__pool_word;
@@ -1485,10 +1500,10 @@ typedef struct moe__worker {
 } moe__worker;
 
 struct moe_pool {
-    moe__pool_word command; /* serial number << 11 | threads that take part; see below */
     moe__pool_word release; /* number of barriers passed */
     moe__job_fn *job;       /* written before command, read by the threads that take part */
     void *context;
+    uint32_t serial;        /* of the last command */
     int n_active, leaf;     /* threads that take part, those of a group */
     double spin;            /* most seconds that they spin at a barrier, */
     int n_yields;           /* then how often they let others run before they sleep */
@@ -1501,6 +1516,8 @@ struct moe_pool {
     int spin_anyway;      /* also with more threads than processors: the caller wants it */
     moe__nodes nodes;     /* of all n_threads; one node if they are not bound */
     moe__worker *workers; /* n_threads; the first is the caller */
+    int group;            /* so many in a row share a command word */
+    moe__pool_word *command; /* of each group: serial << 11 | threads that take part; see below */
     moe__pool_word *arrived; /* root, then groups: how many have arrived at the current barrier */
     int n_started;
     void *work_memory;    /* buffers of the session whose job runs, */
@@ -1509,9 +1526,9 @@ struct moe_pool {
     const void *work_owner; /* the session that has laid it out; NULL: none */
 };
 
-/* A worker decides by the command word alone whether it takes part, and as which thread of the */
-/* job. One that does keeps the caller from giving the next command until it has passed the last */
-/* barrier; one that does not may miss any number of commands. */
+/* A worker decides by the command word of its group alone whether it takes part, and as which */
+/* thread of the job. One that does keeps the caller from giving the next command until it has */
+/* come to the last barrier; one that does not may miss any number of commands. */
 enum { MOE__POOL_COUNT_BITS = 11, MOE__POOL_QUIT = (1 << MOE__POOL_COUNT_BITS) - 1 };
 
 MOE__INLINE void moe__pool_pause(void) {
@@ -1537,66 +1554,87 @@ MOE__INLINE uint64_t moe__pool_ticks(void) {
 
 /* ---- sleeping -------------------------------------------------------------------------------- */
 
+/* Sleeping at a place of a word until someone wakes it, unless the word is not `old`; may end */
+/* early. places: sum of 1 << place. */
 #if MOE__USE_FUTEX
-MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old) {
-    syscall(SYS_futex, &word->value, 128 /* FUTEX_WAIT_PRIVATE */, old, NULL, NULL, 0);
+MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int place) {
+    syscall(SYS_futex, &word->value, 137 /* FUTEX_WAIT_BITSET_PRIVATE */, old, NULL, NULL,
+            (uint32_t)1 << place);
 }
-MOE__PRIVATE void moe__pool_wake(moe__pool_word *word) {
-    syscall(SYS_futex, &word->value, 129 /* FUTEX_WAKE_PRIVATE */, INT_MAX, NULL, NULL, 0);
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t places) {
+    syscall(SYS_futex, &word->value, 138 /* FUTEX_WAKE_BITSET_PRIVATE */, INT_MAX, NULL, NULL,
+            places);
 }
 MOE__INLINE void moe__pool_word_open(moe__pool_word *word) { (void)word; }
 MOE__INLINE void moe__pool_word_close(moe__pool_word *word) { (void)word; }
 #else
-MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old) {
+MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int place) {
     pthread_mutex_lock(&word->mutex);
-    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
-        pthread_cond_wait(&word->changed, &word->mutex);
+    if (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
+        pthread_cond_wait(&word->changed[place], &word->mutex);
     pthread_mutex_unlock(&word->mutex);
 }
-MOE__PRIVATE void moe__pool_wake(moe__pool_word *word) {
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t places) {
     pthread_mutex_lock(&word->mutex);
-    pthread_cond_broadcast(&word->changed);
+    for (int i = 0; i < MOE__POOL_GROUP; i++)
+        if (places >> i & 1) pthread_cond_broadcast(&word->changed[i]);
     pthread_mutex_unlock(&word->mutex);
 }
 MOE__PRIVATE void moe__pool_word_open(moe__pool_word *word) {
     pthread_mutex_init(&word->mutex, NULL);
-    pthread_cond_init(&word->changed, NULL);
+    for (int i = 0; i < MOE__POOL_GROUP; i++) pthread_cond_init(&word->changed[i], NULL);
 }
 MOE__PRIVATE void moe__pool_word_close(moe__pool_word *word) {
-    pthread_cond_destroy(&word->changed);
+    for (int i = 0; i < MOE__POOL_GROUP; i++) pthread_cond_destroy(&word->changed[i]);
     pthread_mutex_destroy(&word->mutex);
 }
 #endif
 
+MOE__INLINE int moe__pool_changed(moe__pool_word *word, uint32_t old) {
+    return __atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old;
+}
+
+/* Spins until the word is not `old`, or the clock is past `end` (0: looks once). Returns whether */
+/* the word has changed. */
+MOE__PRIVATE int moe__pool_spin(moe__pool_word *word, uint32_t old, double end) {
+    if (moe__pool_changed(word, old)) return 1;
+    if (end <= 0) return 0;
+    do {
+        for (int i = 0; i < 64; i++) { /* asking the time costs as much as some pauses */
+            moe__pool_pause();
+            if (moe__pool_changed(word, old)) return 1;
+        }
+    } while (moe__seconds() < end);
+    return 0;
+}
+
+/* Sleeps until the word is not `old`. Whoever changes the word, or has seen it changed, looks at */
+/* `sleepers` afterwards, and the kernel compares the word once more: a wake cannot be lost, */
+/* whichever comes first. */
+MOE__PRIVATE void moe__pool_doze(moe__pool_word *word, uint32_t old, int place) {
+    __atomic_fetch_add(&word->sleepers, (uint32_t)1 << place, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
+        moe__pool_sleep(word, old, place);
+    __atomic_fetch_sub(&word->sleepers, (uint32_t)1 << place, __ATOMIC_SEQ_CST);
+}
+
 /* Waits until word->value is not `old`: spins for some time, yields the processor some times, */
-/* then sleeps. Returns whether it slept. */
+/* then sleeps, all threads at the same place. Returns whether it slept. */
 MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds,
                                 int n_yields) {
-    if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
-    if (spin_seconds > 0) {
-        double end = moe__seconds() + spin_seconds;
-        do {
-            for (int i = 0; i < 64; i++) { /* asking the time costs as much as some pauses */
-                moe__pool_pause();
-                if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
-            }
-        } while (moe__seconds() < end);
-    }
+    if (moe__pool_spin(word, old, spin_seconds > 0 ? moe__seconds() + spin_seconds : 0)) return 0;
     for (int i = 0; i < n_yields; i++) {
         sched_yield();
-        if (__atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old) return 0;
+        if (moe__pool_changed(word, old)) return 0;
     }
-    /* Whoever changes the word looks at `sleepers` afterwards, and the kernel compares the word */
-    /* once more: a wake cannot be lost, whichever comes first. */
-    __atomic_fetch_add(&word->sleepers, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old) moe__pool_sleep(word, old);
-    __atomic_fetch_sub(&word->sleepers, 1, __ATOMIC_SEQ_CST);
+    moe__pool_doze(word, old, 0);
     return 1;
 }
 
+/* Changes a word that all wait for at the same place. */
 MOE__PRIVATE void moe__pool_set(moe__pool_word *word, uint32_t value) {
     __atomic_store_n(&word->value, value, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(word);
+    if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(word, 1);
 }
 
 /* How long a thread spins at its next barrier. On a crowded machine those it waits for may be */
@@ -1616,12 +1654,12 @@ MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budge
 
 /* ---- barrier and jobs ------------------------------------------------------------------------ */
 
-/* Threads of a group at a barrier: at most 16, equally many, of one node if nodes have enough. */
+/* Threads of a group: at most 16, equally many, of one node if nodes have enough. */
 MOE__PRIVATE int moe__pool_leaf(int n_threads, int n_nodes) {
-    enum { MOST = 16, LEAST = 4 };
+    enum { LEAST = 4 };
     int each = (n_threads + n_nodes - 1) / n_nodes;
     if (each < LEAST) each = n_threads;
-    const int groups = (each + MOST - 1) / MOST;
+    const int groups = (each + MOE__POOL_GROUP - 1) / MOE__POOL_GROUP;
     return (each + groups - 1) / groups;
 }
 
@@ -1667,6 +1705,11 @@ MOE__INLINE int moe__pool_worker_of(const moe_pool *pool, int thread, int n) {
 MOE__INLINE int moe__pool_rank(const moe_pool *pool, int w, int n) {
     return (int)(((int64_t)w * n + pool->n_threads - 1) / pool->n_threads);
 }
+/* The first worker from `w` on that takes part in a job of n; n_threads or more: none. All take */
+/* part in MOE__POOL_QUIT. */
+MOE__INLINE int moe__pool_next(const moe_pool *pool, int w, int n) {
+    return moe__pool_worker_of(pool, moe__pool_rank(pool, w, n), n);
+}
 
 /* Every thread of the running job calls this equally often. What one wrote before it, all see */
 /* after it. thread: as the job was told. */
@@ -1685,15 +1728,25 @@ MOE__PRIVATE void moe__pool_work(moe_pool *pool, moe__worker *worker, int thread
     moe__pool_meet(pool, worker, thread);
 }
 
-/* Signals meant for the program are handled by its own threads. Those that report a fault of the */
-/* running instruction stay, and so do the two that the C library uses itself. */
-MOE__PRIVATE void moe__pool_block_signals(void) {
+/* Signals meant for the program are handled by its own threads: workers are created while they */
+/* are blocked, and inherit that. Those that report a fault of the running instruction stay, and */
+/* so do the two that the C library uses itself. Returns what was blocked before. */
+MOE__PRIVATE uint64_t moe__pool_block_signals(void) {
+    uint64_t saved = 0;
 #if defined(__linux__)
     const unsigned keep[] = {4, 5, 6, 7, 8, 11, 32, 33}; /* ILL TRAP ABRT BUS FPE SEGV, libc's */
     uint64_t mask = ~(uint64_t)0;
     for (size_t i = 0; i < sizeof keep / sizeof keep[0]; i++)
         mask &= ~((uint64_t)1 << (keep[i] - 1));
-    syscall(SYS_rt_sigprocmask, 2 /* SIG_SETMASK */, &mask, NULL, sizeof mask);
+    syscall(SYS_rt_sigprocmask, 0 /* SIG_BLOCK */, &mask, &saved, sizeof mask);
+#endif
+    return saved;
+}
+MOE__PRIVATE void moe__pool_unblock_signals(uint64_t saved) {
+#if defined(__linux__)
+    syscall(SYS_rt_sigprocmask, 2 /* SIG_SETMASK */, &saved, NULL, sizeof saved);
+#else
+    (void)saved;
 #endif
 }
 
@@ -1706,26 +1759,73 @@ MOE__PRIVATE int moe__pool_bind(const moe__worker *worker, uint64_t *saved) {
     return moe__machine_bind(mask);
 }
 
+/* Wakes those of the workers `first` to `last` - 1, all of one group, that take part in a job of */
+/* n and sleep. Their command has been written. */
+MOE__PRIVATE void moe__pool_call(moe_pool *pool, int first, int last, int n) {
+    if (first >= last) return;
+    const int group = first / pool->group;
+    moe__pool_word *word = &pool->command[group];
+    const uint32_t sleepers = __atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST);
+    uint32_t places = 0;
+    if (!sleepers) return; /* spares the hot path the divisions */
+    for (int w = moe__pool_next(pool, first, n); w < last; w = moe__pool_next(pool, w + 1, n))
+        places |= (uint32_t)1 << (w - group * pool->group);
+    if (places & sleepers) moe__pool_wake(word, places & sleepers);
+}
+
+/* The first worker of the group behind that of `w`. */
+MOE__INLINE int moe__pool_beyond(const moe_pool *pool, int w) {
+    return (int)moe__min((w / pool->group + 1) * pool->group, pool->n_threads);
+}
+
+/* The first worker of a group that takes part calls the others: in its own, the caller. */
+MOE__PRIVATE void moe__pool_pass_on(moe_pool *pool, int w, int n) {
+    if (moe__pool_next(pool, w / pool->group * pool->group, n) == w)
+        moe__pool_call(pool, w + 1, moe__pool_beyond(pool, w), n);
+}
+
+/* Tells n - 1 workers to begin, or all to end (MOE__POOL_QUIT). */
+MOE__PRIVATE void moe__pool_command(moe_pool *pool, int n) {
+    const uint32_t command = ++pool->serial << MOE__POOL_COUNT_BITS | (uint32_t)n;
+    for (int w = moe__pool_next(pool, 1, n); w < pool->n_threads;
+         w = moe__pool_next(pool, moe__pool_beyond(pool, w), n))
+        __atomic_store_n(&pool->command[w / pool->group].value, command, __ATOMIC_SEQ_CST);
+    for (int w = moe__pool_next(pool, pool->group, n); w < pool->n_threads;
+         w = moe__pool_next(pool, moe__pool_beyond(pool, w), n))
+        moe__pool_call(pool, w, w + 1, n);
+    moe__pool_pass_on(pool, 0, n);
+}
+
+/* Waits for a command in which the worker takes part, and returns it; seen: the one before. */
+/* Those for others of its group neither wake it nor give it more time to spin. */
+MOE__PRIVATE uint32_t moe__pool_await(const moe__worker *worker, uint32_t seen) {
+    const moe_pool *pool = worker->pool;
+    const int w = worker->thread;
+    moe__pool_word *word = &pool->command[w / pool->group];
+    double end = pool->spin_seconds > 0 ? moe__seconds() + pool->spin_seconds : 0;
+    for (;;) {
+        if (!moe__pool_spin(word, seen, end)) {
+            moe__pool_doze(word, seen, w % pool->group);
+            end = 0;
+        }
+        seen = __atomic_load_n(&word->value, __ATOMIC_ACQUIRE);
+        if (moe__pool_next(pool, w, (int)(seen & MOE__POOL_QUIT)) == w) return seen;
+        if (end > 0 && moe__seconds() >= end) end = 0;
+    }
+}
+
 MOE__PRIVATE void *moe__pool_worker(void *argument) {
     moe__worker *worker = (moe__worker *)argument;
     moe_pool *pool = worker->pool;
     uint32_t command = 0;
-    moe__pool_block_signals();
     moe__pool_bind(worker, NULL);
     for (;;) {
-        moe__pool_wait(&pool->command, command, pool->spin_seconds, 0);
-        command = __atomic_load_n(&pool->command.value, __ATOMIC_ACQUIRE);
+        command = moe__pool_await(worker, command);
         const int n = (int)(command & MOE__POOL_QUIT);
+        moe__pool_pass_on(pool, worker->thread, n);
         if (n == MOE__POOL_QUIT) return NULL;
-        const int thread = moe__pool_rank(pool, worker->thread, n);
-        if (thread < moe__pool_rank(pool, worker->thread + 1, n))
-            moe__pool_work(pool, worker, thread, n);
+        moe__pool_work(pool, worker, moe__pool_rank(pool, worker->thread, n), n);
     }
-}
-
-MOE__PRIVATE void moe__pool_command(moe_pool *pool, int count) {
-    uint32_t serial = (pool->command.value >> MOE__POOL_COUNT_BITS) + 1;
-    moe__pool_set(&pool->command, serial << MOE__POOL_COUNT_BITS | (uint32_t)count);
 }
 
 /* Callers from several threads take turns. Whoever holds the pool already, in a callback, must */
@@ -1814,6 +1914,7 @@ MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, 
     pool->n_processors = moe__machine_quota("", machine->n_processors);
     moe__nodes_single(&pool->nodes, pool->n_threads);
     if (pin) moe__machine_nodes(machine, pool->n_threads, &pool->nodes);
+    pool->group = moe__pool_leaf(pool->n_threads, pool->nodes.n);
     pool->spin_seconds = 1e-6 * (spin_us < 0 ? 0 : spin_us ? spin_us : 50);
     pool->spin_anyway = spin_us > 0;
     for (int i = 0; i < pool->n_threads; i++) {
@@ -1823,6 +1924,46 @@ MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, 
         worker->spin = pool->spin_seconds;
         worker->processor = pin ? moe__machine_processor(machine, &pool->nodes, i) : -1;
     }
+}
+
+MOE__PRIVATE void moe__pool_free(moe_pool *pool) {
+    const moe_allocator allocator = pool->allocator;
+    moe__free(&allocator, pool->work_memory);
+    moe__free(&allocator, pool->arrived);
+    moe__free(&allocator, pool->command);
+    moe__free(&allocator, pool->workers);
+    moe__free(&allocator, pool);
+}
+/* Memory of a pool of n threads, all zero; NULL: there is not enough. */
+MOE__PRIVATE moe_pool *moe__pool_alloc(const moe_allocator *allocator, int n) {
+    const size_t n_words = 1 + ((size_t)n + 3) / 4; /* groups have 4 threads or more */
+    moe_pool *pool = (moe_pool *)moe__alloc(allocator, sizeof *pool);
+    if (!pool) return NULL;
+    pool->allocator = *allocator;
+    pool->n_threads = n;
+    pool->n_active = 1;
+    pool->workers = (moe__worker *)moe__alloc(allocator, (size_t)n * sizeof *pool->workers);
+    pool->command = (moe__pool_word *)moe__alloc(allocator, n_words * sizeof *pool->command);
+    pool->arrived = (moe__pool_word *)moe__alloc(allocator, n_words * sizeof *pool->arrived);
+    if (pool->workers && pool->command && pool->arrived) return pool;
+    moe__pool_free(pool);
+    return NULL;
+}
+MOE__INLINE int moe__pool_groups(const moe_pool *pool) {
+    return (pool->n_threads + pool->group - 1) / pool->group;
+}
+
+/* Creates the workers. Returns 0 or why the system refused number n_started. */
+MOE__PRIVATE int moe__pool_start(moe_pool *pool) {
+    const uint64_t signals = moe__pool_block_signals();
+    int code = 0;
+    for (pool->n_started = 1; pool->n_started < pool->n_threads; pool->n_started++) {
+        moe__worker *worker = &pool->workers[pool->n_started];
+        code = pthread_create(&worker->handle, NULL, moe__pool_worker, worker);
+        if (code) break;
+    }
+    moe__pool_unblock_signals(signals);
+    return code;
 }
 
 MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error) {
@@ -1841,37 +1982,21 @@ MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *erro
     if (n == 0 || pin) moe__machine_this(&machine); /* two files per processor: only if needed */
     else machine.n_processors = moe__machine_affinity(mask);
     if (n == 0) n = moe__machine_threads(&machine, "");
-    moe_pool *pool = (moe_pool *)moe__alloc(&allocator, sizeof *pool);
-    if (pool) {
-        pool->allocator = allocator;
-        const size_t n_words = 1 + ((size_t)n + 3) / 4; /* groups have 4 threads or more */
-        pool->workers = (moe__worker *)moe__alloc(&allocator, (size_t)n * sizeof *pool->workers);
-        pool->arrived =
-            (moe__pool_word *)moe__alloc(&allocator, n_words * sizeof *pool->arrived);
-    }
-    if (!pool || !pool->workers || !pool->arrived) {
-        if (pool) moe__free(&allocator, pool->workers);
-        if (pool) moe__free(&allocator, pool->arrived);
-        moe__free(&allocator, pool);
+    moe_pool *pool = moe__pool_alloc(&allocator, n);
+    if (!pool) {
         moe__fail(error, MOE_ERROR_MEMORY, "pool", "no memory for a pool of %d threads", n);
         return NULL;
     }
-    pool->n_threads = n;
-    pool->n_active = 1;
     moe__pool_settle(pool, &machine, pin, options ? options->spin_us : 0);
     pthread_mutex_init(&pool->turn, NULL);
-    moe__pool_word_open(&pool->command);
     moe__pool_word_open(&pool->release);
-    for (pool->n_started = 1; pool->n_started < n; pool->n_started++) {
-        moe__worker *worker = &pool->workers[pool->n_started];
-        int code = pthread_create(&worker->handle, NULL, moe__pool_worker, worker);
-        if (code) {
-            moe__fail(error, MOE_ERROR_THREAD, "pthread_create",
-                      "the system refused thread %d of %d (error %d)", pool->n_started + 1, n,
-                      code);
-            moe_pool_close(pool);
-            return NULL;
-        }
+    for (int i = 0; i < moe__pool_groups(pool); i++) moe__pool_word_open(&pool->command[i]);
+    const int code = moe__pool_start(pool);
+    if (code) {
+        moe__fail(error, MOE_ERROR_THREAD, "pthread_create",
+                  "the system refused thread %d of %d (error %d)", pool->n_started + 1, n, code);
+        moe_pool_close(pool);
+        return NULL;
     }
     return pool;
 }
@@ -1880,14 +2005,10 @@ MOE_API void moe_pool_close(moe_pool *pool) {
     if (!pool) return;
     moe__pool_command(pool, MOE__POOL_QUIT);
     for (int i = 1; i < pool->n_started; i++) pthread_join(pool->workers[i].handle, NULL);
-    moe__pool_word_close(&pool->command);
+    for (int i = 0; i < moe__pool_groups(pool); i++) moe__pool_word_close(&pool->command[i]);
     moe__pool_word_close(&pool->release);
     pthread_mutex_destroy(&pool->turn);
-    moe_allocator allocator = pool->allocator;
-    moe__free(&allocator, pool->work_memory);
-    moe__free(&allocator, pool->arrived);
-    moe__free(&allocator, pool->workers);
-    moe__free(&allocator, pool);
+    moe__pool_free(pool);
 }
 
 MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_threads : 0; }

@@ -1,10 +1,36 @@
 /* >>pool: wake, barrier, shares, many threads on few processors. */
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Counts the calls of the kernel, which are how a thread of the pool sleeps. */
-static int calls_made; /* atomic */
-#define syscall(...) (__atomic_fetch_add(&calls_made, 1, __ATOMIC_RELAXED), syscall(__VA_ARGS__))
+static int calls_made;          /* atomic */
+static __thread int calls_mine; /* by this thread */
+#define syscall(...)                                                     \
+    (calls_mine++, __atomic_fetch_add(&calls_made, 1, __ATOMIC_RELAXED), \
+     syscall(__VA_ARGS__))
+
+/* The signals that the calling thread blocks: bit s - 1. */
+static uint64_t blocked_signals(void) {
+    uint64_t mask = 0;
+    (syscall)(SYS_rt_sigprocmask, 0, NULL, &mask, sizeof mask);
+    return mask;
+}
+static int blocks(uint64_t mask, int number) { return mask >> (number - 1) & 1; }
+
+/* Looks at what a thread that is created now will block from its first instruction on. */
+static int n_created, n_open_to_signals;
+static int create_thread(pthread_t *thread, const pthread_attr_t *options, void *(*run)(void *),
+                         void *argument) {
+    n_created++;
+    n_open_to_signals += !blocks(blocked_signals(), SIGINT);
+    return pthread_create(thread, options, run, argument);
+}
+#define pthread_create create_thread
 
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
@@ -149,6 +175,35 @@ TEST(options_are_checked) {
     moe_pool_close(NULL);
 }
 
+static moe_pool *open_pool(int n_threads, int spin_us) {
+    moe_pool_options options;
+    memset(&options, 0, sizeof options);
+    options.n_threads = n_threads;
+    options.spin_us = spin_us;
+    moe_pool *pool = moe_pool_open(&options, NULL);
+    CHECK(pool != NULL);
+    return pool;
+}
+
+static void pause_us(int us) {
+    struct timespec pause;
+    pause.tv_sec = 0;
+    pause.tv_nsec = 1000L * us;
+    nanosleep(&pause, NULL);
+}
+
+/* Workers that sleep until they get a command. */
+static int count_sleepers(const moe_pool *pool) {
+    int n = 0;
+    for (int g = 0; g < moe__pool_groups(pool); g++)
+        n += __builtin_popcount(__atomic_load_n(&pool->command[g].sleepers, __ATOMIC_SEQ_CST));
+    return n;
+}
+/* However long that takes. */
+static void let_workers_sleep(const moe_pool *pool) {
+    while (count_sleepers(pool) < pool->n_threads - 1) pause_us(1000);
+}
+
 /* Idle workers use no processor time: they go to sleep and stay there. */
 TEST(idle_workers_sleep) {
     moe_pool_options options;
@@ -160,19 +215,174 @@ TEST(idle_workers_sleep) {
     c.rounds = 3;
     if (!c.pool) return;
     moe__pool_run(c.pool, 4, counting_job, &c, NULL);
-    const uint32_t *sleepers = &c.pool->command.sleepers;
-    struct timespec pause;
-    pause.tv_sec = 0;
-    pause.tv_nsec = 1000000;
-    for (int i = 0; i < 30000 && __atomic_load_n(sleepers, __ATOMIC_SEQ_CST) < 3; i++)
-        syscall(SYS_nanosleep, &pause, NULL);
+    let_workers_sleep(c.pool);
     int before = __atomic_load_n(&calls_made, __ATOMIC_RELAXED);
-    pause.tv_nsec = 200 * 1000000;
-    syscall(SYS_nanosleep, &pause, NULL);
+    pause_us(200 * 1000);
     int calls = __atomic_load_n(&calls_made, __ATOMIC_RELAXED) - before;
-    CHECK(__atomic_load_n(sleepers, __ATOMIC_SEQ_CST) == 3);
+    CHECK(count_sleepers(c.pool) == 3);
     CHECKF(calls < 20, "%d calls of the kernel while three workers were idle", calls);
     moe_pool_close(c.pool);
+}
+
+/* ---- who is woken ---------------------------------------------------------------------------- */
+
+typedef struct roll {
+    moe_pool *pool;
+    int n;                 /* threads of the job */
+    int runs[64];          /* atomic: by worker, in all jobs */
+    long slept[64];        /* by worker: how often it gave up its processor to wait, ever */
+    uint64_t blocked[64];  /* by worker: signals */
+    int wrong;             /* atomic */
+} roll;
+
+/* Notes who runs. */
+static void roll_job(void *context, int thread, int n) {
+    roll *r = (roll *)context;
+    const int w = moe__pool_worker_of(r->pool, thread, n);
+    struct rusage usage;
+    if (n != r->n || (w && !pthread_equal(pthread_self(), r->pool->workers[w].handle)))
+        __atomic_fetch_add(&r->wrong, 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&r->runs[w], 1, __ATOMIC_RELAXED);
+    (syscall)(SYS_getrusage, 1 /* RUSAGE_THREAD */, &usage);
+    r->slept[w] = usage.ru_nvcsw;
+    r->blocked[w] = blocked_signals();
+}
+
+static void call_roll(roll *r, int n) {
+    r->n = n;
+    moe__pool_run(r->pool, n, roll_job, r, NULL);
+}
+
+/* Jobs of 2 of 8 threads while the others sleep: those sleep on. Each wake would be seen as one */
+/* more sleep afterwards; a few are those before, after and in the jobs of all threads. */
+static void small_jobs(int n_threads, int n, int spin_us) {
+    roll r;
+    long before[64];
+    memset(&r, 0, sizeof r);
+    r.pool = open_pool(n_threads, spin_us);
+    if (!r.pool) return;
+    call_roll(&r, n_threads);
+    memcpy(before, r.slept, sizeof before);
+    let_workers_sleep(r.pool);
+    for (int job = 0; job < 500; job++) {
+        call_roll(&r, n);
+        pause_us(200); /* four times as long as who is woken in vain spins */
+    }
+    call_roll(&r, n_threads);
+    CHECK(r.wrong == 0);
+    for (int w = 1, active = 0; w < n_threads; w++) {
+        active = moe__pool_rank(r.pool, w, n) < moe__pool_rank(r.pool, w + 1, n);
+        CHECK(r.runs[w] == (active ? 502 : 2));
+        CHECKF(active || r.slept[w] - before[w] < 100, "worker %d of %d slept %ld times during 500 "
+               "jobs of %d threads", w, n_threads, r.slept[w] - before[w], n);
+    }
+    moe_pool_close(r.pool);
+}
+
+TEST(who_takes_no_part_is_not_woken) {
+    small_jobs(8, 2, 0);
+    small_jobs(8, 2, MOE_OFF);
+    small_jobs(40, 2, 0); /* three groups: the caller's, one with the other thread, one without */
+    small_jobs(40, 5, 0);
+}
+
+/* Commands for others do not prolong the spinning of who has nothing to do. */
+TEST(who_spins_goes_to_sleep_while_others_work) {
+    uint32_t sleepers = 0;
+    roll r;
+    memset(&r, 0, sizeof r);
+    r.pool = open_pool(3, 100 * 1000);
+    if (!r.pool) return;
+    call_roll(&r, 3);
+    for (int job = 0; job < 1000000 && !(sleepers >> 2 & 1); job++) {
+        call_roll(&r, 2);
+        sleepers = __atomic_load_n(&r.pool->command[0].sleepers, __ATOMIC_SEQ_CST);
+    }
+    CHECK(sleepers >> 2 & 1); /* worker 2, who takes no part */
+    moe_pool_close(r.pool);
+}
+
+/* All that take part come, also those that are about to sleep, and nobody else. */
+static void random_jobs(int n_threads, int n_jobs, int spin_us) {
+    static uint32_t random = 1;
+    int expected[64];
+    roll r;
+    memset(&r, 0, sizeof r);
+    memset(expected, 0, sizeof expected);
+    r.pool = open_pool(n_threads, spin_us);
+    if (!r.pool) return;
+    for (int job = 0; job < n_jobs; job++) {
+        random = random * 1664525u + 1013904223u;
+        const int n = 1 + (int)((random >> 16) % (uint32_t)n_threads);
+        if (random >> 8 & 1) pause_us((int)(random >> 24) / 2);
+        call_roll(&r, n);
+        for (int t = 0; t < n; t++) expected[moe__pool_worker_of(r.pool, t, n)]++;
+        for (int w = 0; w < n_threads; w++)
+            CHECK(__atomic_load_n(&r.runs[w], __ATOMIC_RELAXED) == expected[w]);
+    }
+    moe_pool_close(r.pool); /* nobody runs late */
+    CHECK(r.wrong == 0 && !memcmp(expected, r.runs, sizeof expected));
+}
+
+TEST(each_that_takes_part_runs_once) {
+    const int spin_us[] = {0, 200, MOE_OFF};
+    for (int i = 0; i < 3; i++) {
+        random_jobs(8, 1000, spin_us[i]);
+        random_jobs(3, 300, spin_us[i]);
+        random_jobs(40, 60, spin_us[i]);
+    }
+}
+
+TEST(a_pool_closes_while_all_sleep_or_none) {
+    const int threads[] = {1, 2, 8, 16, 17, 40, 64};
+    for (size_t i = 0; i < sizeof threads / sizeof threads[0]; i++) {
+        moe_pool *pool = open_pool(threads[i], 0);
+        if (!pool) return;
+        let_workers_sleep(pool);
+        moe_pool_close(pool);
+        moe_pool_close(open_pool(threads[i], 0)); /* some have not begun to run */
+        moe_pool_close(open_pool(threads[i], 1000));
+    }
+}
+
+/* The caller wakes those of its group by one call of the kernel, and the first of each other one. */
+TEST(waking_many_is_shared) {
+    const int threads[] = {64, 2, 33, 16, 64};
+    roll r;
+    memset(&r, 0, sizeof r);
+    r.pool = open_pool(64, MOE_OFF);
+    if (!r.pool) return;
+    for (size_t i = 0; i < sizeof threads / sizeof threads[0]; i++) {
+        let_workers_sleep(r.pool);
+        const int before = calls_mine;
+        call_roll(&r, threads[i]);
+        /* four groups, and waiting for the end, perhaps not at once */
+        CHECKF(calls_mine - before <= 4 + 8, "%d calls for %d threads", calls_mine - before,
+               threads[i]);
+    }
+    CHECK(r.wrong == 0);
+    moe_pool_close(r.pool);
+}
+
+/* A program's signals are for its own threads; the caller's are as before. */
+TEST(workers_never_take_signals) {
+    roll r;
+    const uint64_t before = blocked_signals();
+    memset(&r, 0, sizeof r);
+    n_created = n_open_to_signals = 0;
+    r.pool = open_pool(5, 0);
+    if (!r.pool) return;
+    CHECK(n_created == 4 && n_open_to_signals == 0);
+    CHECK(blocked_signals() == before);
+    call_roll(&r, 5);
+    CHECK(blocked_signals() == before && r.blocked[0] == before);
+    for (int w = 1; w < 5; w++) {
+        CHECK(blocks(r.blocked[w], SIGINT) && blocks(r.blocked[w], SIGTERM));
+        CHECK(blocks(r.blocked[w], SIGALRM) && blocks(r.blocked[w], SIGUSR1));
+        CHECK(blocks(r.blocked[w], SIGSEGV) == blocks(before, SIGSEGV));
+        CHECK(blocks(r.blocked[w], SIGFPE) == blocks(before, SIGFPE));
+    }
+    moe_pool_close(r.pool);
 }
 
 /* ---- who takes part, who stands where -------------------------------------------------------- */

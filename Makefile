@@ -84,6 +84,7 @@ $(B)/engines: bench/engines.c bench/turns.h bench/machine.h bench/page_state.h e
 	$(C) $< -o $@ $(LDLIBS)
 
 # The AVX-VNNI kernels, tried with AVX-512's encoding where the processor has only that.
+$(B)/tests/test_pool_condvar: tests/test_pool.c
 $(B)/tests/test_tile: C += $(if $(shell grep -m1 -w avx_vnni /proc/cpuinfo),,-DMOE__VNNI_EVEX=1)
 
 # Tests that limit what something costs count its steps, see tests/steps.h (gcc, clang).

@@ -96,8 +96,8 @@
 /* */
 /* BITS. A token's logits depend on the tokens before it alone: they have the same bits for any */
 /* number of threads, any schedule, any other sequences in the batch, and any cut of the input */
-/* into evals or batches. One exception: models with latent attention (deepseek2) expand keys in */
-/* inputs of 128 tokens and more, and round differently there. */
+/* into evals or batches. One exception: layers with latent attention expand keys in inputs of */
+/* 128 tokens and more, and round differently there: such inputs agree with each other. */
 /* */
 /* MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best */
 /* with pages = COPY: threads are pinned in blocks, and a row of a matrix lies in the memory of */

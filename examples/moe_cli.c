@@ -391,13 +391,17 @@ static int show_memory(const moe_model *model) {
            tool_size(size, (double)info->n_bytes_token));
     if (moe_session_estimate(model, &o, &need, &error) != MOE_OK)
         return tool_fail(program, "cannot tell the memory needed", &error);
-    double sum = (double)info->n_bytes + (double)need.kv_bytes + (double)need.work_bytes;
+    double sum = (double)info->n_bytes + (double)info->n_bytes_made + (double)need.kv_bytes +
+                 (double)need.work_bytes;
     printf("\nmemory needed with %d tokens of context, %d at once\n", need.n_ctx, need.n_batch);
     const moe_model_memory *memory = moe_model_get_memory(model);
     printf("  weights           %16lld  %s (%s)\n", (long long)info->n_bytes,
            tool_size(size, (double)info->n_bytes),
            memory->pages == MOE_PAGES_MAP ? "mapped: shared, and only while in use"
                                           : "copied: of this process alone");
+    if (info->n_bytes_made)
+        printf("  made of weights   %16lld  %s (attn_kv_b's keys, transposed)\n",
+               (long long)info->n_bytes_made, tool_size(size, (double)info->n_bytes_made));
     printf("  keys and values   %16zu  %s\n", need.kv_bytes,
            tool_size(size, (double)need.kv_bytes));
     printf("  work              %16zu  %s\n", need.work_bytes,

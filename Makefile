@@ -98,7 +98,7 @@ $(B)/tests/steps.o: tests/steps.c
 
 $(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c
 	@mkdir -p $(@D) && rm -f $@
-	$(C) $(STEPS) $< -o $@ $(LDLIBS)
+	$(C) -include assert.h -DMOE_ASSERT=assert $(STEPS) $< -o $@ $(LDLIBS)
 
 run: $(B)/moe-cli  ## a story from the model in the box (PROMPT= SEED= TEMP= N= MODEL=)
 	@printf '\n%s' "$(PROMPT)"; $(B)/moe-cli -m "$(MODEL)" -p "$(PROMPT)" -n $(N) -s $(SEED) \

@@ -488,9 +488,9 @@ typedef struct moe_model_info {
     int32_t n_ctx_train;      /* context_length */
     int32_t n_layer;          /* layers that are run */
     int32_t n_embd;
-    int32_t n_head, n_head_kv;
+    int32_t n_head, n_head_kv; /* of the first layer */
     int32_t n_expert, n_expert_used, n_expert_shared;
-    int32_t n_ff, n_ff_exp;   /* width of dense layers and of one routed expert */
+    int32_t n_ff, n_ff_exp;   /* width of the first layer if it is dense, of a routed expert */
     int64_t n_params;         /* weights of all tensors in use */
     int64_t n_bytes;          /* their bytes in the file */
     int64_t n_bytes_token;    /* bytes of weights that generating one token reads */
@@ -10838,6 +10838,7 @@ MOE__PRIVATE void moe__acts_gather(const moe__acts *in, const moe__matrix *matri
                                    const int32_t *rows, int64_t first, int64_t n,
                                    const void **x) {
     const moe__acts *acts = &in[matrix->input];
+    MOE_ASSERT(matrix->input < MOE__INPUTS && (acts->kinds >> matrix->type->act & 1));
     for (int64_t i = 0; i < n; i++)
         x[i] = moe__acts_row(acts, matrix->type->act, rows ? rows[i] : first + i);
 }

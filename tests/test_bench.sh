@@ -245,12 +245,16 @@ check "gbps and gbps_cache are those of the speed" awk -v ts="$(field avg_ts)" -
 call_reads() {
     awk -v ts="$(field avg_ts)" -v gbps="$(field gbps)" -v cache="$(field gbps_cache)" \
         -v bytes="$(field bytes_eval)" -v experts="$(field experts_eval)" -v tokens="$1" \
-        -v rows="$2" -v row=256 -v expert="$expert" -v once="$once" 'BEGIN {
+        -v rows="$2" -v row=256 -v expert="$expert" -v once="$once" '
+        function near(x, y) { # 4 digits are printed
+            y *= 1e-9
+            return (x - y) ^ 2 < (1e-3 * y + 1e-4) ^ 2
+        }
+        BEGIN {
         weights = once + tokens * 4 * 64 + 4 * experts * expert
         calls = ts / tokens
         exit !((bytes / (weights + rows * row) - 1) ^ 2 < 1e-8 &&
-               (gbps * 1e9 / (calls * weights) - 1) ^ 2 < 1e-6 &&
-               (cache * 1e9 / (calls * rows * row) - 1) ^ 2 < 1e-6)
+               near(gbps, calls * weights) && near(cache, calls * rows * row))
     }'
 }
 between() {

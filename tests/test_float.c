@@ -789,19 +789,20 @@ static void check_shape(const moe__kernels *k, const shape *s) {
 }
 
 TEST(attend_shapes) {
+    enum { MOST = MOE__ATTEND_KEYS };
     const shape shapes[] = {
-        {8, 512, 128, 128, 0, 0, 0, 0},    {8, 512, 128, 128, 0, 0, 0, 1792}, /* GQA decode */
-        {1, 512, 128, 128, 0, 0, 0, 0},    {4, 77, 64, 64, 0, 0, 0, 0},
-        {16, 512, 576, 512, 0, 1, 0, 0},   {32, 130, 576, 512, 0, 1, 1, 0}, /* MLA */
+        {8, MOST, 128, 128, 0, 0, 0, 0},    {8, MOST, 128, 128, 0, 0, 0, 1792}, /* GQA decode */
+        {1, MOST, 128, 128, 0, 0, 0, 0},    {4, 77, 64, 64, 0, 0, 0, 0},
+        {16, MOST, 576, 512, 0, 1, 0, 0},   {32, 126, 576, 512, 0, 1, 1, 0}, /* MLA */
         {16, 70, 576, 512, 1, 1, 0, 64},   {3, 33, 576, 512, 0, 1, 2, 0},
-        {32, 512, 128, 128, 0, 0, 1, 0},   {32, 512, 128, 128, 1, 0, 1, 0}, /* prefill */
-        {32, 200, 192, 128, 0, 0, 1, 0},   {32, 100, 192, 192, 0, 0, 2, 6},
+        {32, MOST, 128, 128, 0, 0, 1, 0},   {32, MOST, 128, 128, 1, 0, 1, 0}, /* prefill */
+        {32, 120, 192, 128, 0, 0, 1, 0},   {32, 100, 192, 192, 0, 0, 2, 6},
         {31, 65, 96, 96, 0, 0, 3, 0},      {32, 12, 128, 128, 0, 0, 1, 0},
-        {32, 512, 64, 64, 0, 0, 4, 0},     {32, 512, 64, 64, 1, 0, 5, 0}, /* sliding windows */
-        {32, 300, 128, 128, 0, 0, 6, 0},   {7, 512, 64, 64, 0, 0, 6, 0},
+        {32, MOST, 64, 64, 0, 0, 4, 0},     {32, MOST, 64, 64, 1, 0, 5, 0}, /* sliding windows */
+        {32, 124, 128, 128, 0, 0, 6, 0},   {7, MOST, 64, 64, 0, 0, 6, 0},
         {32, 64, 1056, 20, 0, 0, 2, 0},    {20, 9, 1030, 1000, 0, 0, 0, 2}, /* very long rows */
-        {1, 512, 128, 128, 2, 0, 0, 0},    {8, 512, 128, 128, 2, 0, 0, 952}, /* Q8_0 */
-        {16, 512, 576, 512, 2, 1, 0, 0},   {32, 130, 576, 512, 2, 1, 1, 0},
+        {1, MOST, 128, 128, 2, 0, 0, 0},    {8, MOST, 128, 128, 2, 0, 0, 952}, /* Q8_0 */
+        {16, MOST, 576, 512, 2, 1, 0, 0},   {32, 126, 576, 512, 2, 1, 1, 0},
         {5, 70, 32, 96, 2, 0, 2, 1},       {32, 100, 192, 160, 2, 0, 2, 6},
         {20, 9, 1056, 992, 2, 0, 0, 2},    {8, 33, 576, 512, 2, 1, 2, 0},
     };
@@ -813,7 +814,7 @@ TEST(attend_ragged) {
     const int widths[] = {1,  2,  3,  5,  7,  8,  9,  15, 16, 17, 20,
                           24, 31, 33, 48, 63, 64, 65, 80, 96, 112};
     const int keys[] = {1,  2,  3,  4,  5,  6,  7,  8,   9,   15,  16,
-                        17, 31, 33, 63, 64, 65, 66, 127, 128, 129, 193};
+                        17, 31, 33, 63, 64, 65, 66, 127, 128, 129, MOE__ATTEND_KEYS};
     const int n_widths = sizeof widths / sizeof *widths, n_all_keys = sizeof keys / sizeof *keys;
     EACH_ISA(k)
     for (int i = 0; i < 500; i++) {
@@ -821,6 +822,7 @@ TEST(attend_ragged) {
         memset(&s, 0, sizeof s);
         s.n_queries = i < 32 ? i + 1 : 1 + random_below(32);
         s.n_keys = keys[i < 32 ? i % n_all_keys : random_below(n_all_keys)];
+        if (s.n_keys > MOE__ATTEND_KEYS) s.n_keys = MOE__ATTEND_KEYS;
         s.dk = widths[i < n_widths ? i : random_below(n_widths)];
         s.dv = widths[i < n_widths ? n_widths - 1 - i : random_below(n_widths)];
         s.kind = random_below(3);
@@ -835,7 +837,8 @@ TEST(attend_ragged) {
 TEST(attend_in_blocks) {
     EACH_ISA(k)
     for (int i = 0; i < 24; i++) {
-        const shape s = {1 + random_below(32), 512, 64, i % 3 > 1 ? 96 : 48, i % 3, 0, i % 7, 0};
+        const int n = 1 + random_below(32), dv = i % 3 > 1 ? 96 : 48;
+        const shape s = {n, MOE__ATTEND_KEYS, 64, dv, i % 3, 0, i % 7, 0};
         attention a;
         attention_open(&a, &s);
         int32_t visible[32], hidden[32];
@@ -869,7 +872,7 @@ TEST(attend_hidden_nan) {
     EACH_ISA(k)
     for (int i = 0; i < 120; i++) {
         const int kind = i % 3, width = kind < 2 && i % 4 == 0 ? 20 : 64;
-        const int n_queries = 2 + random_below(31), n_keys = 3 + random_below(140);
+        const int n_queries = 2 + random_below(31), n_keys = 3 + random_below(MOE__ATTEND_KEYS - 2);
         const shape s = {n_queries, n_keys, width, width, kind, 0, 1 + i / 3 % 6, 0};
         attention a;
         attention_open(&a, &s);

@@ -31,16 +31,16 @@
 /*   >>types       3748  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels     5428  inner loops: plain C, then one vector text per instruction set */
 /*   >>ops        10748  matrix products, rotary positions */
-/*   >>experts    11003  router, plan, the expert schedules */
-/*   >>text       11449  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13103  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      13917  what a sequence remembers */
-/*   >>batch      13979  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14320  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15329  opening a model, placing its weights */
-/*   >>session    15717  the forward pass, sessions */
-/*   >>sample     16540  choosing tokens, generating text */
-/*   >>licence    17390  MIT or public domain */
+/*   >>experts    11004  router, plan, the expert schedules */
+/*   >>text       11450  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13104  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      13918  what a sequence remembers */
+/*   >>batch      13980  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14321  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15330  opening a model, placing its weights */
+/*   >>session    15718  the forward pass, sessions */
+/*   >>sample     16541  choosing tokens, generating text */
+/*   >>licence    17391  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -5435,7 +5435,7 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
 enum {
     MOE__TILE_ROWS = 32,    /* most rows of one call of a tile kernel */
     MOE__PACK_SIZE = 131072, /* bytes of scratch of a tile kernel */
-    MOE__ATTEND_KEYS = 128, /* most keys of one call of an attention kernel */
+    MOE__ATTEND_KEYS = 512, /* most keys of one call of an attention kernel */
     MOE__ATTEND_QUERIES = 32, /* most queries of one call of an attention kernel */
     MOE__PEAK = 128         /* logits that one peak stands for */
 };
@@ -13997,7 +13997,7 @@ MOE__PRIVATE moe__cache moe__cache_take(moe__arena *arena, const moe__cache_shap
 
 enum {
     MOE__MLA_EXPAND = 128, /* inputs of so many tokens expand latent vectors to keys and values, */
-    MOE__MLA_KEYS = 4 * MOE__ATTEND_KEYS /* at so many positions at a time */
+    MOE__MLA_KEYS = 512    /* at so many positions at a time: a multiple of MOE__ATTEND_KEYS */
 };
 
 /* A row of a batch: one token of one sequence. */

@@ -151,7 +151,7 @@ run -m "$model" -p 0 -n 5 -r 1 -t 2 --n-parallel 2 --n-draft 9 -d 0,3
 check "no more per call than there are" runs "tg5x2by5/2 tg5x2by5@d3/2"
 run -m "$model" -p 0 -n 0 -r 1 -t 1 -gp 6,2 -pg 4,2 -npl 2
 check "of -gp, not of -pg" runs "pp4+tg2/1 tg2x2@pp6/1"
-run -m "$ids" -p 4 -n 3 -r 2 -t 2 -npl 2 --schedule sequential,parallel,balanced -ctk f32 --detail
+run -m "$model" -p 4 -n 3 -r 2 -t 2 -npl 2 --schedule sequential,parallel,balanced -ctk f32 --detail
 number=' *[0-9.]* |'
 check "-npl: schedules, -ctk, --detail" rows "|$number$number$number$number *tg3 x2 | " 3
 check "--detail: the header" shows '| imbalance |  MB/call |  experts |                   test |'

@@ -36,11 +36,11 @@
 /*   >>model      13104  hyper-parameters, the table of families, how tensors are bound */
 /*   >>cache      13918  what a sequence remembers */
 /*   >>batch      13980  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14321  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15330  opening a model, placing its weights */
-/*   >>session    15718  the forward pass, sessions */
-/*   >>sample     16541  choosing tokens, generating text */
-/*   >>licence    17391  MIT or public domain */
+/*   >>mixers     14319  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15325  opening a model, placing its weights */
+/*   >>session    15713  the forward pass, sessions */
+/*   >>sample     16536  choosing tokens, generating text */
+/*   >>licence    17386  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -14072,7 +14072,6 @@ struct moe_session {
     uint8_t *buffers;      /* within memory, at a huge page: all of the above but the logits */
     size_t n_bytes;        /* of buffers */
     moe__work work;        /* as it lies in the pool's memory */
-    size_t work_size;
 };
 
 MOE__INLINE float *moe__take_floats(moe__arena *arena, int64_t rows, int64_t n) {
@@ -14110,8 +14109,7 @@ MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
         moe_session *sequence = job->session;
         if (job->status) continue;
         moe__span *span = &work->spans[work->n_spans];
-        span->expand = mla && job->n_tokens >= MOE__MLA_EXPAND &&
-                       most >= MOE__MLA_EXPAND;
+        span->expand = mla && job->n_tokens >= MOE__MLA_EXPAND && most >= MOE__MLA_EXPAND;
         const int absorbs = mla && !span->expand;
         int32_t n = (int32_t)moe__min(job->n_tokens - batch->done, most - batch->n);
         if (absorbs) n = (int32_t)moe__min(n, MOE__MLA_EXPAND - absorbed);
@@ -14701,8 +14699,6 @@ MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, in
 /* latent vectors themselves, whose weighted sum v_b makes a result of. Long ones expand each */
 /* chunk of the cache to the head's keys and values, which takes fewer multiplications per query. */
 
-/* Three generations of files: kv_b only; k_b and v_b; all three. */
-
 /* The keys' rows of kv_b transposed, as attn_k_b has them: absorbing is then a product like */
 /* others. Types that hold a float each are kept, the others become Q8_0. */
 MOE__PRIVATE void moe__mla_transpose(moe__loader *loader, moe__layer *layer) {
@@ -14758,6 +14754,7 @@ MOE__PRIVATE void moe__mla_bind_heads(moe__loader *loader, const moe__layer *lay
                        "tensor blk.%d.%s.bias: latent attention knows none", il, name);
 }
 
+/* Three generations of files: kv_b only; k_b and v_b; all three. */
 MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) {
     const int64_t n_embd = loader->model->info.n_embd, n_head = layer->n_head;
     const int64_t latent = layer->kv_lora, dv = layer->head_v, rank = layer->q_lora;
@@ -14975,12 +14972,15 @@ MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
     }
 }
 
-/* Where the state of query i of an item is kept. */
+/* The number of query i of an item among those of all rows and heads: its place in q and out */
+MOE__INLINE int64_t moe__attention_query(const moe__attention *at, const moe__item *item,
+                                         int64_t i) {
+    return ((item->span->at + i / at->group) * at->n_kv + item->head) * at->group + i % at->group;
+}
+/* Where its state is kept. */
 MOE__INLINE int64_t moe__attention_state(const moe__attention *at, const moe__item *item,
                                          int64_t i) {
-    return !at->carry ? i - item->begin
-                      : (item->span->at + i / at->group) * at->n_kv * at->group +
-                            item->head * at->group + i % at->group;
+    return at->carry ? moe__attention_query(at, item, i) : i - item->begin;
 }
 
 /* The result of query j of a chunk, added to those of the item's chunks before or kept apart */
@@ -14989,10 +14989,10 @@ MOE__PRIVATE void moe__attention_keep(const moe__eval *e, const moe__attention *
                                       const moe__attend_args *a, int32_t j) {
     const moe__attending *w = at->w;
     const moe__span *span = item->span;
-    const int64_t i = (first + j) / at->group, row = span->at + i, n_head = at->n_kv * at->group;
-    const int64_t head = item->head * at->group + (first + j) % at->group;
     const float *x = a->out + j * a->out_stride;
     if (at->n_parts) {
+        const int64_t i = (first + j) / at->group, row = span->at + i;
+        const int64_t head = item->head * at->group + (first + j) % at->group;
         const int64_t c = chunk - moe__attention_chunk(at->layer, span->past + i);
         const int64_t part = moe__attention_part(at, row, head, c);
         w->part_max[part] = a->max[j];
@@ -15002,7 +15002,7 @@ MOE__PRIVATE void moe__attention_keep(const moe__eval *e, const moe__attention *
     }
     const int64_t state = moe__attention_state(at, item, first + j);
     moe__attend_add(e->kernels, a->max[j], a->sum[j], x, at->dv, at->max + state, at->sum + state,
-                    at->out + (row * n_head + head) * at->dv);
+                    at->out + moe__attention_query(at, item, first + j) * at->dv);
 }
 
 /* At most MOE__ATTEND_QUERIES queries, from number `first` of the span on, over one chunk */
@@ -15011,7 +15011,7 @@ MOE__PRIVATE void moe__attention_chunk_run(moe__eval *e, const moe__attention *a
                                            moe__attend_args *a) {
     const moe__attending *w = at->w;
     const moe__span *span = item->span;
-    const int64_t n_head = at->n_kv * at->group, key = chunk * MOE__ATTEND_KEYS;
+    const int64_t key = chunk * MOE__ATTEND_KEYS;
     int any = 0;
     a->n_queries = (int32_t)moe__min(item->end - first, MOE__ATTEND_QUERIES);
     for (int32_t j = 0; j < a->n_queries; j++) {
@@ -15023,14 +15023,13 @@ MOE__PRIVATE void moe__attention_chunk_run(moe__eval *e, const moe__attention *a
     }
     if (!any) return;
     for (int32_t j = 0; j < a->n_queries; j++) {
-        const int64_t i = (first + j) / at->group;
-        const int64_t head = item->head * at->group + (first + j) % at->group;
+        const int64_t i = first + j, head = item->head * at->group + i % at->group;
         float *q = w->q + j * at->dk;
         if (at->q)
-            memcpy(q, at->q + ((span->at + i) * n_head + head) * at->dk,
+            memcpy(q, at->q + moe__attention_query(at, item, i) * at->dk,
                    (size_t)at->dk * sizeof *q);
         else
-            moe__gqa_query(e, at->layer, at->gqa, span->first + i, head, q);
+            moe__gqa_query(e, at->layer, at->gqa, span->first + i / at->group, head, q);
     }
     moe__attend_reset(a);
     e->kernels->attend(a);
@@ -15069,7 +15068,6 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
                                       const moe__item *item) {
     const moe__attending *w = at->w;
     const moe__span *span = item->span;
-    const int64_t n_head = at->n_kv * at->group;
     const int64_t n_keys = span->past + (item->end - 1) / at->group + 1;
     moe__attend_args a;
     memset(&a, 0, sizeof a);
@@ -15089,7 +15087,7 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
         const int64_t head = item->head * at->group + i % at->group;
         const int64_t state = moe__attention_state(at, item, i);
         moe__attention_begin(at, head, &at->max[state], &at->sum[state],
-                             at->out + ((span->at + i / at->group) * n_head + head) * at->dv);
+                             at->out + moe__attention_query(at, item, i) * at->dv);
     }
     for (int64_t chunk = item->chunk; chunk < item->chunk_end; chunk++) {
         const int64_t key = chunk * MOE__ATTEND_KEYS;
@@ -15098,11 +15096,9 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
         for (int64_t i = item->begin; i < item->end; i += MOE__ATTEND_QUERIES)
             moe__attention_chunk_run(e, at, item, i, chunk, &a);
     }
-    for (int64_t i = item->begin; i < item->end && ends && !at->n_parts; i++) {
-        const int64_t head = item->head * at->group + i % at->group;
-        e->kernels->divide(at->out + ((span->at + i / at->group) * n_head + head) * at->dv, at->dv,
+    for (int64_t i = item->begin; i < item->end && ends && !at->n_parts; i++)
+        e->kernels->divide(at->out + moe__attention_query(at, item, i) * at->dv, at->dv,
                            at->sum[moe__attention_state(at, item, i)]);
-    }
 }
 
 /* This thread's items; no barrier. */
@@ -15119,7 +15115,6 @@ MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
 MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                 float *out) {
     int64_t begin, end;
-    if (!w->gate) return;
     moe__eval_share(e, e->n * layer->n_head * layer->head_v, MOE__LINE, &begin, &end);
     for (int64_t i = begin; i < end; i++) out[i] /= 1 + expf(-w->gate[i]);
 }

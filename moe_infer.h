@@ -31,13 +31,13 @@
 /*   >>gguf      2630  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types     3620  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels   5300  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops      10938  matrix products, rotary positions, cache rows, merging attention */
-/*   >>experts  11213  router, plan, the expert schedules */
-/*   >>model    11661  hyper-parameters, the table of families, binding of tensors */
-/*   >>session  12754  cache, the forward pass */
-/*   >>text     14492  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>sample   16146  choosing tokens, generating text */
-/*   >>licence  16996  MIT or public domain */
+/*   >>ops      10939  matrix products, rotary positions, cache rows, merging attention */
+/*   >>experts  11214  router, plan, the expert schedules */
+/*   >>model    11662  hyper-parameters, the table of families, binding of tensors */
+/*   >>session  12755  cache, the forward pass */
+/*   >>text     14493  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>sample   16147  choosing tokens, generating text */
+/*   >>licence  16997  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -10715,8 +10715,9 @@ MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
                                const int32_t *visible, const float *factor, int j0, int n_keys) {
     enum { STEP = MOE__(ATTEND_STEP), V = MOE__VFLOATS };
     MOE__ALIGNED(64) float floats[STEP * 4 * V];
-    MOE__ALIGNED(64) float weights[MOE__ATTEND_QUERIES * MOE__(ATTEND_BLOCKS) * STEP];
+    MOE__ALIGNED(64) float scaled[MOE__ATTEND_QUERIES][MOE__(ATTEND_BLOCKS)][STEP];
     MOE__ALIGNED(64) uint16_t scale[2][STEP] = {{0}}; /* of a block and the next */
+    float *weights = scaled[0][0];
     const int n = a->n_queries, q8_0 = a->type == MOE_KV_Q8_0;
     const int keys = n_keys - j0 < STEP ? n_keys - j0 : STEP;
     const uint8_t *values = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;

@@ -30,17 +30,17 @@
 /*   >>gguf        2758  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types       3748  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels     5428  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        10748  matrix products, rotary positions */
-/*   >>experts    11004  router, plan, the expert schedules */
-/*   >>text       11450  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13104  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      13918  what a sequence remembers */
-/*   >>batch      13980  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14319  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15325  opening a model, placing its weights */
-/*   >>session    15713  the forward pass, sessions */
-/*   >>sample     16536  choosing tokens, generating text */
-/*   >>licence    17386  MIT or public domain */
+/*   >>ops        11067  matrix products, rotary positions */
+/*   >>experts    11323  router, plan, the expert schedules */
+/*   >>text       11769  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13423  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14237  what a sequence remembers */
+/*   >>batch      14299  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14638  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15644  opening a model, placing its weights */
+/*   >>session    16032  the forward pass, sessions */
+/*   >>sample     16855  choosing tokens, generating text */
+/*   >>licence    17705  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -10190,22 +10190,31 @@ MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
 /*     scores    lanes run over dk; one accumulator per (query, key), summed across at the end */
 /*     values    lanes run over dv; one accumulator per (query, vector), keys in order */
 /* */
+/* Of Q8_0 values only the int8 are made floats: their scales go into the weights, which takes */
+/* one multiplication for a block instead of one for each of its vectors. As every tile converts */
+/* for itself, tiles of many queries are up to MOE__ATTEND_WIDE queries by 2 vectors. */
+/* */
 /* However the queries are grouped, one query goes through the same operations in the same order: */
 /* its result does not depend on the queries that share the call. A key that a query does not see */
 /* is left out, not multiplied by zero: its value may be NaN. */
 #if MOE__ISA == 2
 #define MOE__ATTEND_ROWS 3 /* 12 accumulators, 3 queries and 1 key fill the 16 registers */
+#define MOE__ATTEND_WIDE 4 /* 8 accumulators: with 12, clang has no registers to convert in */
+#define MOE__ATTEND_FEW 2  /* most queries of a Q8_0 tile that is 4 vectors wide */
 #else
 #define MOE__ATTEND_ROWS 4 /* 16 accumulators: one load for two multiplications */
+#define MOE__ATTEND_WIDE 8
+#define MOE__ATTEND_FEW 4
 #endif
 
 enum {
     MOE__(ATTEND_DK) = 1024, /* longest key that is converted ahead of its tiles */
-    MOE__(ATTEND_STEP) = 64, /* keys whose values are summed up in registers, then added to out; */
-                             /* also the distance of prefetching */
+    MOE__(ATTEND_STEP) = 64, /* keys whose values are summed up in registers, then added to out */
+    MOE__(ATTEND_AHEAD) = 16384, /* most bytes of keys that are fetched ahead */
+    MOE__(ATTEND_BLOCKS) = 4 * MOE__VFLOATS / 32, /* Q8_0 blocks in 4 vectors */
     /* From this many tiles per row on, f16 is converted to floats once for all of them. Below, */
     /* each tile converts for itself: with 2 tiles that gave 79 % of the FMA peak on a Zen 4, */
-    /* against 66 % with floats stored and loaded again. Q8_0 is worth it from 2 tiles on. */
+    /* against 66 % with floats stored and loaded again. */
     MOE__(ATTEND_CONVERT) = 5
 };
 
@@ -10224,30 +10233,38 @@ MOE__V MOE__VF MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, moe
     if (type == MOE_KV_F32) return MOE__(f_load_part)((const float *)(const void *)p, n);
     return MOE__(f_load_half_part)(p, n);
 }
-/* n values of a row, not f32, to floats. f16: the last vector is filled up with zeros. Q8_0: */
-/* from value `first` of a block on, whole vectors. */
-MOE__V void MOE__(kv_to_floats)(const uint8_t *row, moe_kv_type type, int64_t first, int64_t n,
-                                float *out) {
+/* n values of a row, not f32, to floats. f16: the last vector is filled up with zeros. */
+MOE__V void MOE__(kv_to_floats)(const uint8_t *row, moe_kv_type type, int64_t n, float *out) {
     int64_t i = 0;
     if (type == MOE_KV_Q8_0)
         for (; i < n; i += 32, row += 34)
             MOE__UNROLL(4)
             for (int c = 0; c < 32; c += MOE__VFLOATS)
-                if (c < n - i) MOE__(f_store)(out + i + c, MOE__(q8_0_load)(row, first + c));
+                MOE__(f_store)(out + i + c, MOE__(q8_0_load)(row, c));
     for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
         MOE__(f_store)(out + i, MOE__(kv_load)(row, i, MOE_KV_F16));
     if (i < n) MOE__(f_store)(out + i, MOE__(kv_load_part)(row, i, n - i, MOE_KV_F16));
 }
-
-/* How many queries to take at a time, so that the tiles are even. */
-MOE__V int MOE__(attend_rows)(int n_queries) {
-    int tiles = (n_queries + MOE__ATTEND_ROWS - 1) / MOE__ATTEND_ROWS;
-    return (n_queries + tiles - 1) / tiles;
+/* The scales of n blocks that lie row_bytes apart. Four per store: one each would take longer */
+/* than all else that is done to a block before it is multiplied. */
+MOE__V void MOE__(q8_0_scales)(const uint8_t *block, size_t row_bytes, int n, uint16_t *out) {
+    int j = 0;
+    for (; j + 16 <= n; j += 16)
+        MOE__UNROLL(4)
+        for (int i = 0; i < 16; i += 4, block += 4 * row_bytes) {
+            const uint64_t x = (uint64_t)moe__load_u16(block) |
+                               (uint64_t)moe__load_u16(block + row_bytes) << 16 |
+                               (uint64_t)moe__load_u16(block + 2 * row_bytes) << 32 |
+                               (uint64_t)moe__load_u16(block + 3 * row_bytes) << 48;
+            memcpy(out + j + i, &x, sizeof x);
+        }
+    for (; j < n; j++, block += row_bytes) out[j] = moe__load_u16(block);
 }
-/* Whether keys or values are turned into floats once, for tiles of `rows` queries each. */
-MOE__V int MOE__(attend_convert)(moe_kv_type type, int n, int rows) {
-    if (type == MOE_KV_F32) return 0;
-    return n > (type == MOE_KV_Q8_0 ? 1 : MOE__(ATTEND_CONVERT) - 1) * rows;
+
+/* How many queries to take at a time, at most `most`, so that the tiles are even. */
+MOE__V int MOE__(attend_rows)(int n_queries, int most) {
+    int tiles = (n_queries + most - 1) / most;
+    return (n_queries + tiles - 1) / tiles;
 }
 /* The largest of n numbers of visible keys. */
 MOE__V int MOE__(attend_most)(const int32_t *visible, int n) {
@@ -10263,20 +10280,35 @@ MOE__V int MOE__(attend_least)(const int32_t *first, int n) {
     return least;
 }
 
-/* Fetches row i of what is read next: keys start .. n_keys - 1, then the first step's values. */
-MOE__V void MOE__(attend_prefetch)(const moe__attend_args *a, int start, int n_keys, int i) {
-    const char *row = (const char *)a->k + (size_t)i * a->k_bytes;
-    size_t size = moe__kv_bytes(a->type, a->dk);
-    if (i >= n_keys) {
-        i -= n_keys - start;
-        if (i >= n_keys || i >= start + MOE__(ATTEND_STEP)) return;
-        row = (const char *)a->v + (size_t)i * a->v_bytes;
-        size = moe__kv_bytes(a->type, a->dv);
+/* What is read next: `at` to `end`, then `then` to `then_end`. It is fetched in portions, as */
+/* large as what is being computed: all of it at once would only queue up. */
+typedef struct MOE__(attend_stream) {
+    const char *at, *end, *then, *then_end;
+} MOE__(attend_stream);
+
+MOE__V void MOE__(attend_fetch)(MOE__(attend_stream) *s, int64_t bytes) {
+    if (s->at >= s->end) {
+        if (s->then >= s->then_end) return;
+        s->at = s->then;
+        s->end = s->then = s->then_end;
     }
-    for (size_t at = 0; at < size; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+    const char *line = s->at + (0 - (uintptr_t)s->at) % 64; /* another began before the portion */
+    s->at += bytes;
+    for (; line < s->at; line += 64) _mm_prefetch(line, _MM_HINT_T0);
+}
+/* Keys from `start` on, then the first step's values unless they are the same rows. */
+MOE__V MOE__(attend_stream) MOE__(attend_keys)(const moe__attend_args *a, int start, int n_keys) {
+    MOE__(attend_stream) s;
+    const int64_t n = n_keys - start, step = MOE__(ATTEND_STEP), bytes = (int64_t)a->k_bytes;
+    s.at = (const char *)a->k + start * bytes;
+    s.end = s.at + n * bytes;
+    s.then = (const char *)a->v + (size_t)start * a->v_bytes;
+    s.then_end = s.then + (a->v == a->k ? 0 : (size_t)moe__min(n, step) * a->v_bytes);
+    MOE__(attend_fetch)(&s, moe__min(MOE__(ATTEND_AHEAD), moe__min(n, step + step / 2) * bytes));
+    return s;
 }
 
-/* In both tiles n, type and columns are constants once inlined. All loops run over the largest */
+/* In all tiles n, type and columns are constants once inlined. All loops run over the largest */
 /* tile with a condition on n: unrolled completely, they keep the accumulators in registers, and */
 /* clang needs exact counts for that. */
 typedef struct MOE__(score_args) {
@@ -10335,8 +10367,10 @@ MOE__V void MOE__(score_tile_of)(const int n, moe_kv_type type, const MOE__(scor
         MOE__(score_tile)(n, MOE_KV_F32, t);
     else if (type == MOE_KV_F16)
         MOE__(score_tile)(n, MOE_KV_F16, t);
+#if MOE__ISA == 2
     else
         MOE__(score_tile)(n, MOE_KV_Q8_0, t);
+#endif
 }
 MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const MOE__(score_args) *t) {
     switch (n) {
@@ -10351,33 +10385,38 @@ MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const MOE__(score_args) 
 }
 
 /* scores[i * MOE__ATTEND_KEYS + j] = query i . key j, for every visible key and some more; */
-/* start: a multiple of 4. */
+/* start: a multiple of 4. Q8_0 is worth converting from 2 tiles on. */
 MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first,
                                  const int32_t *visible, int start, int n_keys) {
     MOE__ALIGNED(64) float floats[4 * MOE__(ATTEND_DK)];
-    const int n = a->n_queries, rows = a->dk % MOE__VFLOATS ? 1 : MOE__(attend_rows)(n);
+    const int n = a->n_queries, ragged = a->dk % MOE__VFLOATS;
+    const int rows = ragged ? 1 : MOE__(attend_rows)(n, MOE__ATTEND_ROWS);
     const int64_t padded = (a->dk + MOE__VFLOATS - 1) / MOE__VFLOATS * MOE__VFLOATS;
-    const int convert = padded <= MOE__(ATTEND_DK) && MOE__(attend_convert)(a->type, n, rows);
+    const int tiles = a->type == MOE_KV_Q8_0 ? 2 : MOE__(ATTEND_CONVERT);
+    const int convert =
+        a->type != MOE_KV_F32 && padded <= MOE__(ATTEND_DK) && n > (tiles - 1) * rows;
     const int early = MOE__(attend_least)(visible, n), late = MOE__(attend_most)(first, n);
-    int next = start; /* row to prefetch */
+    MOE__(attend_stream) stream = MOE__(attend_keys)(a, start, n_keys);
+    const int spread = a->k_bytes > 512; /* too much at once: a part before each tile */
+    const int64_t due = 4 * (int64_t)a->k_bytes * (spread ? rows : n) / n;
     MOE__(score_args) t;
     t.q_stride = a->q_stride;
     t.dk = a->dk;
     for (int j = start; j < n_keys; j += 4) {
         t.key = (const uint8_t *)a->k + (size_t)j * a->k_bytes;
         t.k_bytes = a->k_bytes;
+        MOE__(attend_fetch)(&stream, due);
         t.n_keys = n_keys - j < 4 ? n_keys - j : 4;
-        while (next < j + 4 + MOE__(ATTEND_STEP))
-            MOE__(attend_prefetch)(a, start, n_keys, next++);
         if (convert) {
             for (int c = 0; c < t.n_keys; c++)
-                MOE__(kv_to_floats)(t.key + (size_t)c * a->k_bytes, a->type, 0, a->dk,
+                MOE__(kv_to_floats)(t.key + (size_t)c * a->k_bytes, a->type, a->dk,
                                     floats + c * padded);
             t.key = (const uint8_t *)(const void *)floats;
             t.k_bytes = (size_t)padded * sizeof(float);
         }
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
+            if (spread && i > 0) MOE__(attend_fetch)(&stream, due);
             if (j < late || j + 4 > early) { /* some queries do not see some of the keys */
                 if (MOE__(attend_most)(visible + i, count) <= j) continue;
                 if (MOE__(attend_least)(first + i, count) >= j + 4) continue;
@@ -10388,6 +10427,171 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first
         }
     }
 }
+
+#if MOE__ISA == 3
+/* Q8_0 keys, by blocks of 32 dimensions and MOE__(ATTEND_TURNED) keys. They are turned, so that */
+/* lanes run over keys: then a block's sums take one multiplication by a vector of scales instead */
+/* of one for each vector of a key, and nothing is summed across, which for 128 values costs half */
+/* as much as their products. Not with AVX2: its vectors are summed across faster, and it has too */
+/* few registers. */
+enum { MOE__(ATTEND_TURNED) = 64 };
+
+MOE__V __m512i MOE__(load_2_rows)(const uint8_t *row, size_t row_bytes) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(MOE__(v_load_256)(row)),
+                              MOE__(v_load_256)(row + row_bytes), 1);
+}
+/* The int8 of a block of 16 keys: int32 at + j of out[i] is 4 i .. 4 i + 3 */
+/* of key j. */
+MOE__V void MOE__(turn_block)(const uint8_t *row, size_t row_bytes,
+                              int32_t (*out)[MOE__(ATTEND_TURNED)], int at) {
+    __m512i half[2][4];
+    MOE__UNROLL(4)
+    for (int i = 0; i < 4; i++, row += row_bytes) { /* rows i, i + 4, i + 8, i + 12, in lanes */
+        const __m512i a = MOE__(load_2_rows)(row, 4 * row_bytes);
+        const __m512i b = MOE__(load_2_rows)(row + 8 * row_bytes, 4 * row_bytes);
+        half[0][i] = _mm512_shuffle_i64x2(a, b, 0x88);
+        half[1][i] = _mm512_shuffle_i64x2(a, b, 0xDD);
+    }
+    MOE__UNROLL(2)
+    for (int h = 0; h < 2; h++, out += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(half[h][0], half[h][1]);
+        const __m512i b = _mm512_unpacklo_epi32(half[h][2], half[h][3]);
+        const __m512i c = _mm512_unpackhi_epi32(half[h][0], half[h][1]);
+        const __m512i d = _mm512_unpackhi_epi32(half[h][2], half[h][3]);
+        _mm512_store_si512(out[0] + at, _mm512_unpacklo_epi64(a, b));
+        _mm512_store_si512(out[1] + at, _mm512_unpackhi_epi64(a, b));
+        _mm512_store_si512(out[2] + at, _mm512_unpacklo_epi64(c, d));
+        _mm512_store_si512(out[3] + at, _mm512_unpackhi_epi64(c, d));
+    }
+}
+/* Number i of every four int8, times 2^24: it is exact, and takes one instruction to move to the */
+/* top of its int32. */
+MOE__V __m512 MOE__(turned_load)(const int32_t *p, const int i) {
+    const __m128i byte_1 = /* of each int32 to the top */
+        _mm_set_epi8(13, -1, -1, -1, 9, -1, -1, -1, 5, -1, -1, -1, 1, -1, -1, -1);
+    const __m128i byte_2 =
+        _mm_set_epi8(14, -1, -1, -1, 10, -1, -1, -1, 6, -1, -1, -1, 2, -1, -1, -1);
+    __m512i x = MOE__(v_load)(p);
+    if (i == 0)
+        x = _mm512_slli_epi32(x, 24);
+    else if (i == 3)
+        x = MOE__(v_and)(x, _mm512_set1_epi32((int)0xFF000000u));
+    else
+        x = _mm512_shuffle_epi8(x, MOE__(v_lanes)(i == 1 ? byte_1 : byte_2));
+    return _mm512_cvtepi32_ps(x);
+}
+
+typedef struct MOE__(block_args) {
+    const float *q; /* 32 values of the tile's first query */
+    int64_t q_stride;
+    const int32_t (*turned)[MOE__(ATTEND_TURNED)]; /* of all keys, like scale and scores */
+    const uint16_t *scale;
+    float *scores;
+    int at, add; /* first key of the tile; whether to add to the scores */
+} MOE__(block_args);
+
+/* The sums of one query over a block go to its scores, or are added to them. */
+MOE__V void MOE__(block_add)(const MOE__(block_args) *t, int r, int c, __m512 sum) {
+    const __m512 scale = MOE__(f_mul)(MOE__(f_load_half)(t->scale + t->at + 16 * c),
+                                      MOE__(f_set)(1.0f / (1 << 24)));
+    float *to = t->scores + r * MOE__ATTEND_KEYS + t->at + 16 * c;
+    const __m512 old = t->add ? MOE__(f_load)(to) : MOE__(f_zero)();
+    MOE__(f_store)(to, MOE__(f_fma)(sum, scale, old));
+}
+/* Scores of n queries and so many vectors of keys, as far as one block goes. */
+MOE__V void MOE__(block_tile)(const int n, const int vectors, const MOE__(block_args) *t) {
+    __m512 acc[8][4], k[4];
+    MOE__UNROLL(8)
+    for (int r = 0; r < 8; r++)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) acc[r][c] = MOE__(f_zero)();
+    const float *q = t->q;
+    for (int i = 0; i < 8; i++, q += 4)
+        MOE__UNROLL(4)
+        for (int s = 0; s < 4; s++) {
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (c < vectors)
+                    k[c] = MOE__(f_keep)(MOE__(turned_load)(t->turned[i] + t->at + 16 * c, s));
+            MOE__UNROLL(8)
+            for (int r = 0; r < 8; r++) {
+                if (r >= n) continue;
+                const __m512 x = MOE__(f_keep)(MOE__(f_set)(q[r * t->q_stride + s]));
+                MOE__UNROLL(4)
+                for (int c = 0; c < 4; c++)
+                    if (c < vectors) acc[r][c] = MOE__(f_fma)(x, k[c], acc[r][c]);
+            }
+        }
+    MOE__UNROLL(4)
+    for (int c = 0; c < 4; c++)
+        MOE__UNROLL(8)
+        for (int r = 0; r < 8; r++)
+            if (c < vectors && r < n) MOE__(block_add)(t, r, c, acc[r][c]);
+}
+MOE__V void MOE__(block_tiles)(int n, const MOE__(block_args) *t) {
+    switch (n) {
+    case 1: MOE__(block_tile)(1, 4, t); break;
+    case 2: MOE__(block_tile)(2, 4, t); break;
+    case 3: MOE__(block_tile)(3, 4, t); break;
+    case 4: MOE__(block_tile)(4, 4, t); break;
+    case 5: MOE__(block_tile)(5, 2, t); break;
+    case 6: MOE__(block_tile)(6, 2, t); break;
+    case 7: MOE__(block_tile)(7, 2, t); break;
+    case 8: MOE__(block_tile)(8, 2, t); break;
+    default: break;
+    }
+}
+
+/* Block b of n_keys keys from key j on, turned, and its scales. Nothing behind the last key is */
+/* read: others repeat the first of its 16. */
+MOE__V void MOE__(turn_keys)(const moe__attend_args *a, int j, int b, int n_keys,
+                             int32_t (*turned)[MOE__(ATTEND_TURNED)], uint16_t *scale) {
+    MOE__ALIGNED(64) uint8_t last[16][34];
+    for (int c = 0; c < n_keys; c += 16) {
+        const uint8_t *block = (const uint8_t *)a->k + (size_t)(j + c) * a->k_bytes + 34 * b;
+        size_t row_bytes = a->k_bytes;
+        if (n_keys - c < 16) {
+            for (int r = 0; r < 16; r++)
+                memcpy(last[r], block + (r < n_keys - c ? (size_t)r * row_bytes : 0), 34);
+            block = last[0], row_bytes = 34;
+        }
+        MOE__(q8_0_scales)(block, row_bytes, 16, scale + c);
+        MOE__(turn_block)(block + 2, row_bytes, turned, c);
+    }
+}
+
+/* What attend_scores does, for Q8_0; start: a multiple of MOE__(ATTEND_TURNED). */
+MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, const int32_t *first,
+                                      const int32_t *visible, int start, int n_keys) {
+    enum { TURNED = MOE__(ATTEND_TURNED) };
+    MOE__ALIGNED(64) int32_t turned[8][TURNED];
+    MOE__ALIGNED(64) uint16_t scale[TURNED] = {0};
+    const int n = a->n_queries, rows = MOE__(attend_rows)(n, MOE__ATTEND_WIDE);
+    MOE__(attend_stream) stream = MOE__(attend_keys)(a, start, n_keys);
+    const int64_t due = (int64_t)34 * TURNED * rows / n; /* per tile and block */
+    MOE__(block_args) t;
+    t.q_stride = a->q_stride;
+    t.turned = (const int32_t (*)[TURNED])turned;
+    t.scale = scale;
+    for (int j = start; j < n_keys; j += TURNED)
+        for (int b = 0; b < a->dk / 32; b++) {
+            const int keys = n_keys - j < TURNED ? n_keys - j : TURNED;
+            MOE__(turn_keys)(a, j, b, keys, turned, scale);
+            t.add = b > 0;
+            for (int i = 0; i < n; i += rows) {
+                const int count = n - i < rows ? n - i : rows;
+                const int most = MOE__(attend_most)(visible + i, count) - j;
+                const int least = MOE__(attend_least)(first + i, count) - j;
+                const int step = count > MOE__ATTEND_FEW ? TURNED / 2 : TURNED;
+                MOE__(attend_fetch)(&stream, due);
+                t.q = a->q + i * a->q_stride + 32 * b;
+                t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
+                for (t.at = 0; t.at < keys; t.at += step)
+                    if (most > t.at && least < t.at + step) MOE__(block_tiles)(count, &t);
+            }
+        }
+}
+#endif
 
 /* Turns the scores first .. n - 1 of one query, at least one, into weights exp(score - max) and */
 /* brings its max and sum up to date. Returns the factor that takes older weights to the new max. */
@@ -10418,25 +10622,36 @@ MOE__K float MOE__(attend_weights)(float *s, int first, int n, float *max, float
 }
 
 typedef struct MOE__(value_args) {
-    const uint8_t *value; /* of key j0, at the tile's first column, or its block's first */
+    const uint8_t *value; /* of key j0, at the tile's first column (Q8_0: its int8) */
     size_t v_bytes;
-    int32_t column, width;   /* in the block; floats of the tile: 4 vectors, or at most 1 */
-    int32_t j0, j1;          /* keys */
+    int32_t width;           /* floats of the tile: whole vectors, or at most one */
+    int32_t scaled;          /* whether weights are those of Q8_0 */
+    int32_t j0, j1, whole;   /* keys; whether all queries see all of them */
     const int32_t *first, *visible; /* per query, like all below */
-    const float *weights;    /* MOE__ATTEND_KEYS apart */
+    const float *weights;    /* of key j0; MOE__ATTEND_KEYS apart. Of Q8_0: see step_weights */
     const float *factor;     /* out = out * factor + ... */
     float *out;
     int64_t out_stride;
     const uint8_t *ahead; /* to prefetch per key, ahead_bytes apart: this and what is */
-    size_t ahead_bytes, ahead_more; /* ahead_more bytes behind it */
+    size_t ahead_bytes, ahead_more; /* ahead_more bytes behind it, if that is not 0 */
 } MOE__(value_args);
 
-/* Vector c of a value: whole ones if there are 4 columns, else the only one. */
+/* Vector c of a value: whole ones if there are several columns, else the only one. */
 MOE__V MOE__VF MOE__(value_load)(const MOE__(value_args) *t, const uint8_t *value, int columns,
                                 int c, moe_kv_type type) {
-    if (columns == 4) return MOE__(kv_load)(value, c * MOE__VFLOATS, type);
-    if (type == MOE_KV_Q8_0) return MOE__(q8_0_load)(value, t->column);
+    const int at = c * MOE__VFLOATS;
+    if (type == MOE_KV_Q8_0) return MOE__(f_load_i8)(value + at + at / 32 * 2);
+    if (columns > 1) return MOE__(kv_load)(value, at, type);
     return MOE__(kv_load_part)(value, 0, t->width, type);
+}
+/* Q8_0 blocks that so many vectors are in. */
+MOE__V int MOE__(value_blocks)(int columns) { return (columns * MOE__VFLOATS + 31) / 32; }
+/* The weight of query r for vector c of key j. */
+MOE__V MOE__VF MOE__(value_weight)(const MOE__(value_args) *t, int r, int columns, int c, int j,
+                                   int scaled) {
+    const int block = r * MOE__(value_blocks)(columns) + c * MOE__VFLOATS / 32;
+    const int at = scaled ? block * MOE__(ATTEND_STEP) : r * MOE__ATTEND_KEYS;
+    return MOE__(f_set)(t->weights[at + j - t->j0]);
 }
 MOE__V void MOE__(value_add)(float *out, int width, MOE__VF factor, MOE__VF x) {
     if (width >= MOE__VFLOATS)
@@ -10444,60 +10659,81 @@ MOE__V void MOE__(value_add)(float *out, int width, MOE__VF factor, MOE__VF x) {
     else
         MOE__(f_store_part)(out, width, MOE__(f_fma)(MOE__(f_load_part)(out, width), factor, x));
 }
-
-MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type type,
-                              const MOE__(value_args) *t) {
-    MOE__VF acc[MOE__ATTEND_ROWS][4], w[MOE__ATTEND_ROWS];
-    const uint8_t *value = t->value, *ahead = t->ahead;
-    /* Keys below j are visible to no query of the tile, those from `from` to `all` to each. */
-    int j = t->j1, from = t->j0, all = t->j1;
-    MOE__UNROLL(MOE__ATTEND_ROWS)
-    for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
-        if (r < n && t->visible[r] < all) all = t->visible[r];
-        if (r < n && t->first[r] < j) j = t->first[r];
-        if (r < n && t->first[r] > from) from = t->first[r];
-        MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) acc[r][c] = MOE__(f_zero)();
+/* The first of the tile's keys that a query sees; from there to *all each query sees each key. */
+MOE__V int MOE__(value_range)(const MOE__(value_args) *t, int n, int *all) {
+    int j = t->j1, from = t->j0;
+    *all = t->j1;
+    if (t->whole) return t->j0;
+    for (int r = 0; r < n; r++) {
+        if (t->visible[r] < *all) *all = t->visible[r];
+        if (t->first[r] < j) j = t->first[r];
+        if (t->first[r] > from) from = t->first[r];
     }
     if (j < t->j0) j = t->j0;
-    if (j < from) all = j; /* windows that begin within this step: each query for itself */
-    value += (size_t)(j - t->j0) * t->v_bytes;
+    if (j < from) *all = j; /* windows that begin within this step: each query for itself */
+    return j;
+}
+
+MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type type,
+                              const int scaled, const MOE__(value_args) *t) {
+    MOE__VF acc[MOE__ATTEND_WIDE][4], w[MOE__ATTEND_ROWS], v[2];
+    int all, j = MOE__(value_range)(t, n, &all);
+    const uint8_t *value = t->value + (size_t)(j - t->j0) * t->v_bytes, *ahead = t->ahead;
+    MOE__UNROLL(MOE__ATTEND_WIDE)
+    for (int r = 0; r < MOE__ATTEND_WIDE; r++)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) acc[r][c] = MOE__(f_zero)();
     for (; j < all; j++, value += t->v_bytes, ahead += t->ahead_bytes) {
-        _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-        _mm_prefetch((const char *)ahead + t->ahead_more, _MM_HINT_T1);
-        MOE__UNROLL(MOE__ATTEND_ROWS)
-        for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-            if (r < n) w[r] = MOE__(f_set)(t->weights[r * MOE__ATTEND_KEYS + j]);
+        _mm_prefetch((const char *)ahead, _MM_HINT_T0);
+        if (t->ahead_more) _mm_prefetch((const char *)ahead + t->ahead_more, _MM_HINT_T0);
+        if (n > MOE__ATTEND_FEW && columns == 2) { /* values stay in registers, else weights */
+            MOE__UNROLL(2)
+            for (int c = 0; c < 2; c++)
+                v[c] = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
+            MOE__UNROLL(MOE__ATTEND_WIDE)
+            for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
+                if (r >= n) continue;
+                const MOE__VF x = MOE__(f_keep)(MOE__(value_weight)(t, r, columns, 0, j, scaled));
+                MOE__UNROLL(2)
+                for (int c = 0; c < 2; c++) acc[r][c] = MOE__(f_fma)(x, v[c], acc[r][c]);
+            }
+            continue;
+        }
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++) {
             if (c >= columns) continue;
-            MOE__VF v = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-                if (r < n) acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
+                if (r < n && (c == 0 || (scaled && c * MOE__VFLOATS % 32 == 0)))
+                    w[r] = MOE__(value_weight)(t, r, columns, c, j, scaled);
+            const MOE__VF x = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
+            MOE__UNROLL(MOE__ATTEND_ROWS)
+            for (int r = 0; r < MOE__ATTEND_ROWS; r++)
+                if (r < n) acc[r][c] = MOE__(f_fma)(w[r], x, acc[r][c]);
         }
     }
     for (; j < t->j1; j++, value += t->v_bytes) {
-        MOE__UNROLL(MOE__ATTEND_ROWS)
-        for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
+        MOE__UNROLL(MOE__ATTEND_WIDE)
+        for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
             if (r >= n || j >= t->visible[r] || j < t->first[r]) continue;
-            w[r] = MOE__(f_set)(t->weights[r * MOE__ATTEND_KEYS + j]);
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
                 if (c >= columns) continue;
-                MOE__VF v = MOE__(value_load)(t, value, columns, c, type);
-                acc[r][c] = MOE__(f_fma)(w[r], v, acc[r][c]);
+                const MOE__VF x = MOE__(value_weight)(t, r, columns, c, j, scaled);
+                acc[r][c] =
+                    MOE__(f_fma)(x, MOE__(value_load)(t, value, columns, c, type), acc[r][c]);
             }
         }
     }
-    MOE__UNROLL(MOE__ATTEND_ROWS)
-    for (int r = 0; r < MOE__ATTEND_ROWS; r++) {
-        if (r >= n || t->visible[r] <= t->j0 || t->first[r] >= t->j1) continue;
+    MOE__UNROLL(MOE__ATTEND_WIDE)
+    for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
+        if (r >= n) continue;
+        if (!t->whole && (t->visible[r] <= t->j0 || t->first[r] >= t->j1)) continue;
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
             if (c < columns)
                 MOE__(value_add)(t->out + r * t->out_stride + c * MOE__VFLOATS,
-                                 columns == 4 ? MOE__VFLOATS : t->width,
+                                 columns > 1 ? MOE__VFLOATS : t->width,
                                  MOE__(f_set)(t->factor[r]), acc[r][c]);
     }
 }
@@ -10505,15 +10741,23 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
 /* The same with n, the columns and type known at run time only. */
 MOE__V void MOE__(value_tile_wide)(const int n, const int columns, moe_kv_type type,
                                    const MOE__(value_args) *t) {
-    if (type == MOE_KV_F32)
-        MOE__(value_tile)(n, columns, MOE_KV_F32, t);
-    else if (type == MOE_KV_F16)
-        MOE__(value_tile)(n, columns, MOE_KV_F16, t);
+    if (type == MOE_KV_F16)
+        MOE__(value_tile)(n, columns, MOE_KV_F16, 0, t);
+#if MOE__ISA == 2
+    else if (t->scaled)
+        MOE__(value_tile)(n, columns, MOE_KV_F32, 1, t);
+#endif
     else
-        MOE__(value_tile)(n, columns, MOE_KV_Q8_0, t);
+        MOE__(value_tile)(n, columns, MOE_KV_F32, 0, t);
 }
 MOE__V void MOE__(value_tile_of)(const int n, moe_kv_type type, const MOE__(value_args) *t) {
-    if (t->width > MOE__VFLOATS)
+    if (type == MOE_KV_Q8_0 && (n > MOE__ATTEND_FEW || t->width <= 2 * MOE__VFLOATS))
+        MOE__(value_tile)(n, 2, MOE_KV_Q8_0, 1, t);
+    else if (type == MOE_KV_Q8_0)
+        MOE__(value_tile)(n, 4, MOE_KV_Q8_0, 1, t);
+    else if (n > MOE__ATTEND_ROWS)
+        return;
+    else if (t->width > MOE__VFLOATS)
         MOE__(value_tile_wide)(n, 4, type, t);
     else
         MOE__(value_tile_wide)(n, 1, type, t);
@@ -10523,59 +10767,127 @@ MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const MOE__(value_args) 
     case 1: MOE__(value_tile_of)(1, type, t); break;
     case 2: MOE__(value_tile_of)(2, type, t); break;
     case 3: MOE__(value_tile_of)(3, type, t); break;
-#if MOE__ATTEND_ROWS > 3
     case 4: MOE__(value_tile_of)(4, type, t); break;
+#if MOE__ATTEND_WIDE > 4
+    case 5: MOE__(value_tile_of)(5, type, t); break;
+    case 6: MOE__(value_tile_of)(6, type, t); break;
+    case 7: MOE__(value_tile_of)(7, type, t); break;
+    case 8: MOE__(value_tile_of)(8, type, t); break;
 #endif
     default: break;
     }
 }
 
+/* Weights of a step for Q8_0 blocks with these scales: */
+/* out[i * stride + j] = weight j of query i * scale j */
+MOE__V void MOE__(step_weights)(const moe__attend_args *a, int j0, const uint16_t *scale,
+                                float *out, int stride) {
+    for (int j = 0; j < MOE__(ATTEND_STEP); j += 4 * MOE__VFLOATS) {
+        MOE__VF x[4];
+        MOE__UNROLL(4)
+        for (int s = 0; s < 4; s++) x[s] = MOE__(f_load_half)(scale + j + s * MOE__VFLOATS);
+        for (int i = 0; i < a->n_queries; i++) {
+            const float *from = a->scores + i * MOE__ATTEND_KEYS + j0 + j;
+            float *to = out + i * stride + j;
+            MOE__UNROLL(4)
+            for (int s = 0; s < 4 * MOE__VFLOATS; s += MOE__VFLOATS)
+                MOE__(f_store)(to + s, MOE__(f_mul)(x[s / MOE__VFLOATS], MOE__(f_load)(from + s)));
+        }
+    }
+}
+/* Values of a step and a tile's columns to floats, 4 vectors apart; of Q8_0 without the scales. */
+MOE__V void MOE__(step_floats)(const MOE__(value_args) *t, moe_kv_type type, float *out) {
+    const uint8_t *value = t->value;
+    for (int j = t->j0; j < t->j1; j++, value += t->v_bytes, out += 4 * MOE__VFLOATS) {
+        if (type == MOE_KV_F16)
+            MOE__(kv_to_floats)(value, type, t->width, out);
+        else
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                MOE__(f_store)(out + c * MOE__VFLOATS,
+                               MOE__(value_load)(t, value, 4, c, MOE_KV_Q8_0));
+    }
+}
+
+/* How a step is cut into tiles: floats that are as wide as a tile, queries that are as high; */
+/* whether values are converted for all tiles of a column at once. */
+typedef struct MOE__(step_cut) {
+    int32_t wide, rows, convert;
+} MOE__(step_cut);
+
+MOE__V MOE__(step_cut) MOE__(step_cut_of)(moe_kv_type type, int n) {
+    const int q8_0 = type == MOE_KV_Q8_0;
+    MOE__(step_cut) cut;
+    cut.convert = type != MOE_KV_F32 && (MOE__ISA == 2 || !q8_0) &&
+                  n > (MOE__(ATTEND_CONVERT) - 1) * MOE__ATTEND_ROWS;
+    const int itself = q8_0 && !cut.convert; /* each tile for itself */
+    cut.rows = MOE__(attend_rows)(n, itself ? MOE__ATTEND_WIDE : MOE__ATTEND_ROWS);
+    cut.wide = (itself && cut.rows > MOE__ATTEND_FEW ? 2 : 4) * MOE__VFLOATS;
+    return cut;
+}
+/* While keys j0 .. j0 + keys - 1 are computed, the next step's values are fetched, unless they */
+/* are part of keys and so have been read. If there is nothing to fetch: what is there already. */
+MOE__V const uint8_t *MOE__(step_ahead)(const moe__attend_args *a, int j0, int n_keys,
+                                        const MOE__(step_cut) *cut, MOE__(value_args) *t) {
+    const int n_columns = a->dv / cut->wide +
+                          (a->dv % cut->wide + MOE__VFLOATS - 1) / MOE__VFLOATS;
+    const int n_tiles = n_columns * ((a->n_queries + cut->rows - 1) / cut->rows);
+    const int next = j0 + MOE__(ATTEND_STEP) < n_keys && a->v != a->k ? MOE__(ATTEND_STEP) : 0;
+    t->ahead_bytes = next ? a->v_bytes / (size_t)n_tiles : 0;
+    t->ahead_more = t->ahead_bytes > 64 ? t->ahead_bytes / 2 : 0;
+    return (const uint8_t *)a->v + (size_t)(j0 + next) * a->v_bytes;
+}
+
 /* out[i] = out[i] * factor[i] + the weighted values of keys j0 .. n_keys - 1, at most one step. */
 MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
                                const int32_t *visible, const float *factor, int j0, int n_keys) {
-    MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * MOE__VFLOATS];
-    const int n = a->n_queries, rows = MOE__(attend_rows)(n);
-    const int convert = MOE__(attend_convert)(a->type, n, rows);
-    const moe_kv_type type = convert ? MOE_KV_F32 : a->type;
+    enum { STEP = MOE__(ATTEND_STEP), V = MOE__VFLOATS };
+    MOE__ALIGNED(64) float floats[STEP * 4 * V];
+    MOE__ALIGNED(64) float scaled[MOE__ATTEND_QUERIES][MOE__(ATTEND_BLOCKS)][STEP];
+    MOE__ALIGNED(64) uint16_t scale[2][STEP] = {{0}}; /* of a block and the next */
+    float *weights = scaled[0][0];
+    const int n = a->n_queries, q8_0 = a->type == MOE_KV_Q8_0;
+    const int keys = n_keys - j0 < STEP ? n_keys - j0 : STEP;
     const uint8_t *values = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;
-    /* While this step is computed, the rows of the next are fetched from left to right, one or */
-    /* two lines of 64 bytes of each per tile: all of it at once would only queue up. */
-    enum { WIDE = 4 * MOE__VFLOATS }; /* floats of a tile */
-    const int n_columns = a->dv / WIDE + (a->dv % WIDE + MOE__VFLOATS - 1) / MOE__VFLOATS;
-    const int n_tiles = n_columns * ((n + rows - 1) / rows);
-    const int fetch = n_keys - j0 > MOE__(ATTEND_STEP) ? (int)moe__kv_bytes(a->type, a->dv) : 0;
-    const int lines = fetch > 64 * n_tiles ? 2 : 1;
-    int fetched = 0;
+    const MOE__(step_cut) cut = MOE__(step_cut_of)(a->type, n);
     MOE__(value_args) t;
-    t.ahead_more = 64 * (size_t)(lines - 1);
+    const uint8_t *ahead = MOE__(step_ahead)(a, j0, n_keys, &cut, &t);
+    t.scaled = q8_0;
     t.j0 = j0;
+    t.whole = MOE__(attend_most)(first, n) <= j0 && MOE__(attend_least)(visible, n) >= j0 + keys;
     t.out_stride = a->out_stride;
-    t.ahead_bytes = a->v_bytes;
+    if (q8_0) MOE__(q8_0_scales)(values, a->v_bytes, keys, scale[0]);
     for (int column = 0; column < a->dv; column += t.width) {
         const int left = a->dv - column;
-        t.width = left >= WIDE ? WIDE : left < MOE__VFLOATS ? left : MOE__VFLOATS;
-        t.value = values + moe__kv_bytes(a->type, column);
-        t.column = column % 32;
+        t.width = left >= cut.wide ? cut.wide : q8_0 ? 2 * V : left < V ? left : V;
+        t.value = values + moe__kv_bytes(a->type, column) + (q8_0 ? 2 + column % 32 : 0);
         t.v_bytes = a->v_bytes;
-        if (convert) {
-            for (int j = j0; j < n_keys && j < j0 + MOE__(ATTEND_STEP); j++, t.value += a->v_bytes)
-                MOE__(kv_to_floats)(t.value, a->type, t.column, t.width,
-                                    floats + (j - j0) * 4 * MOE__VFLOATS);
-            t.value = (const uint8_t *)(const void *)floats;
-            t.v_bytes = 4 * MOE__VFLOATS * sizeof(float);
+        t.j1 = j0 + keys;
+        const int stride = MOE__(value_blocks)(t.width / V) * STEP;
+        for (int c = column; q8_0 && c % 32 == 0 && c < column + t.width; c += 32) {
+            const uint8_t *next = values + (size_t)(c / 32 + 1) * 34;
+            const uint16_t *x = scale[c / 32 % 2];
+            if (c + 32 < a->dv)
+                MOE__(q8_0_scales)(next, a->v_bytes, keys, scale[(c / 32 + 1) % 2]);
+            MOE__(step_weights)(a, j0, x, weights + (c - column) / 32 * STEP, stride);
         }
-        for (int i = 0; i < n; i += rows) {
-            const int count = n - i < rows ? n - i : rows;
-            t.j1 = (int)moe__min(MOE__(attend_most)(visible + i, count), j0 + MOE__(ATTEND_STEP));
+        if (cut.convert) {
+            MOE__(step_floats)(&t, a->type, floats);
+            t.value = (const uint8_t *)(const void *)floats;
+            t.v_bytes = 4 * V * sizeof(float);
+        }
+        for (int i = 0; i < n; i += cut.rows) {
+            const int count = n - i < cut.rows ? n - i : cut.rows;
+            if (!t.whole)
+                t.j1 = (int)moe__min(MOE__(attend_most)(visible + i, count), j0 + keys);
             t.first = first + i;
             t.visible = visible + i;
-            t.weights = a->scores + i * MOE__ATTEND_KEYS;
+            t.weights = q8_0 ? weights + i * stride : a->scores + i * MOE__ATTEND_KEYS + j0;
             t.factor = factor + i;
             t.out = a->out + i * a->out_stride + column;
-            t.ahead = values; /* nothing left to fetch: what is there already */
-            if (fetched < fetch) t.ahead += MOE__(ATTEND_STEP) * a->v_bytes + (size_t)fetched;
-            fetched += 64 * lines;
-            MOE__(value_tiles)(count, type, &t);
+            t.ahead = ahead;
+            ahead += STEP * t.ahead_bytes;
+            MOE__(value_tiles)(count, cut.convert ? MOE_KV_F32 : a->type, &t);
         }
     }
 }
@@ -10594,7 +10906,12 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
     /* A fixed grid of steps: whoever shares the call, a query's sums are made in the same order. */
     const int n_keys = MOE__(attend_most)(visible, n);
     const int start = MOE__(attend_least)(first, n) / MOE__(ATTEND_STEP) * MOE__(ATTEND_STEP);
-    MOE__(attend_scores)(a, first, visible, start, n_keys);
+#if MOE__ISA == 3
+    if (a->type == MOE_KV_Q8_0)
+        MOE__(attend_scores_q8_0)(a, first, visible, start, n_keys);
+    else
+#endif
+        MOE__(attend_scores)(a, first, visible, start, n_keys);
     for (int i = 0; i < n; i++) {
         factor[i] = 1.0f;
         if (visible[i] > 0)
@@ -10609,6 +10926,8 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 }
 
 #undef MOE__ATTEND_ROWS
+#undef MOE__ATTEND_WIDE
+#undef MOE__ATTEND_FEW
 #undef MOE__D
 #undef MOE__D_OP
 #endif /* MOE__ISA != 4 */

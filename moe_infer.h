@@ -24,23 +24,23 @@
 /*   >>config       148  every macro you may define */
 /*   >>api          239  types and prototypes with their contracts */
 /*   >>base         761  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine     1055  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool        1440  the team of threads: wake, barrier, shares of work */
-/*   >>pages       2018  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf        2758  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types       3748  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels     5428  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11067  matrix products, rotary positions */
-/*   >>experts    11323  router, plan, the expert schedules */
-/*   >>text       11769  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13423  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14237  what a sequence remembers */
-/*   >>batch      14299  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14638  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15644  opening a model, placing its weights */
-/*   >>session    16032  the forward pass, sessions */
-/*   >>sample     16855  choosing tokens, generating text */
-/*   >>licence    17705  MIT or public domain */
+/*   >>machine     1056  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool        1441  the team of threads: wake, barrier, shares of work */
+/*   >>pages       2019  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf        2759  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types       3749  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels     5429  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops        11204  matrix products, rotary positions */
+/*   >>experts    11460  router, plan, the expert schedules */
+/*   >>text       11906  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13560  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14374  what a sequence remembers */
+/*   >>batch      14436  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14775  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15759  opening a model, placing its weights */
+/*   >>session    16147  the forward pass, sessions */
+/*   >>sample     16970  choosing tokens, generating text */
+/*   >>licence    17820  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -766,6 +766,7 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -5435,7 +5436,7 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
 enum {
     MOE__TILE_ROWS = 32,    /* most rows of one call of a tile kernel */
     MOE__PACK_SIZE = 131072, /* bytes of scratch of a tile kernel */
-    MOE__ATTEND_KEYS = 512, /* most keys of one call of an attention kernel */
+    MOE__ATTEND_KEYS = 128, /* keys of a chunk of attention */
     MOE__ATTEND_QUERIES = 32, /* most queries of one call of an attention kernel */
     MOE__PEAK = 128         /* logits that one peak stands for */
 };
@@ -5470,9 +5471,12 @@ MOE__INLINE size_t moe__kv_bytes(moe_kv_type type, int64_t n) {
 
 /* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
 /* largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at */
-/* first), and the weighted sum of values out[i * out_stride ..], dv floats, not yet divided by */
-/* sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1 of this */
-/* block. */
+/* first), and the weighted sum of values out[i], dv floats (0 at first), not yet divided by */
+/* sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1. */
+/* */
+/* It does so by chunks of MOE__ATTEND_KEYS keys: what is seen of a chunk gives a state of its own, */
+/* from nothing, which is then added to that of all keys before (attend_add). So the result has the */
+/* same bits whether the chunks come in one call, in several, or each in one and added up later. */
 typedef struct moe__attend_args {
     const float *q;          /* query i: dk floats at q + i * q_stride, already scaled */
     int64_t q_stride;
@@ -5481,11 +5485,11 @@ typedef struct moe__attend_args {
     moe_kv_type type;        /* of keys and values */
     int32_t dk, dv;          /* any positive size; fast for multiples of 16; Q8_0: of 32 */
     int32_t n_queries;       /* 1..MOE__ATTEND_QUERIES */
-    int32_t n_keys;          /* 1..MOE__ATTEND_KEYS */
+    int32_t n_keys;          /* 1 or more; chunks are counted from the first */
     const int32_t *n_visible; /* per query, 0..n_keys; NULL: all */
     const int32_t *first;    /* per query, >= 0, may be n_visible or more; NULL: 0 */
-    float *max, *sum, *out;
-    int64_t out_stride;
+    float *max, *sum;
+    float *const *out;
     float *scores;           /* scratch: n_queries * MOE__ATTEND_KEYS floats, aligned to 64 */
 } moe__attend_args;
 
@@ -5516,13 +5520,14 @@ typedef struct moe__kernels {
     void (*peaks)(const float *x, int64_t n, float *out);
     /* y[i] += a * x[i] */
     void (*axpy)(float a, const float *x, int64_t n, float *y);
-    /* y[i] = a * x[i] + b * y[i] */
-    void (*axpby)(float a, const float *x, float b, int64_t n, float *y);
     void (*divide)(float *x, int64_t n, float by); /* x[i] /= by */
     void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
     /* n values, a multiple of 32, to blocks as in moe__kv_bytes */
     void (*f32_to_q8_0)(const float *x, int64_t n, uint8_t *out);
     void (*attend)(const moe__attend_args *args);
+    /* The state max, sum, x of one chunk is added to that of all before it; x, all: dv floats. */
+    void (*attend_add)(float max, float sum, const float *x, int64_t dv, float *all_max,
+                       float *all_sum, float *all);
 } moe__kernels;
 
 /* ---- the plain C table ----------------------------------------------------------------------- */
@@ -5676,10 +5681,6 @@ MOE__PRIVATE void moe__axpy_scalar(float a, const float *x, int64_t n, float *y)
     for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
 }
 
-MOE__PRIVATE void moe__axpby_scalar(float a, const float *x, float b, int64_t n, float *y) {
-    for (int64_t i = 0; i < n; i++) y[i] = fmaf(a, x[i], moe__rounded_f32(b * y[i]));
-}
-
 MOE__PRIVATE void moe__divide_scalar(float *x, int64_t n, float by) {
     for (int64_t i = 0; i < n; i++) x[i] /= by;
 }
@@ -5723,48 +5724,72 @@ MOE__INLINE float moe__attend_load(const uint8_t *row, moe_kv_type type, int c) 
     return type == MOE_KV_F32 ? moe__load_f32(p) : moe__types_f16(p);
 }
 
-/* scores[j] = q . key j for keys first .. n - 1; returns the largest of them and `max`. A NaN */
-/* makes that NaN, or its own weight later: either way it reaches the sum. */
+/* The weight that a state of this max has beside one of max `now`. With nothing but -inf any finite */
+/* base will do: it gives 0 instead of NaN. */
+MOE__INLINE float moe__attend_factor(float max, float now) {
+    return expf(max - fmaxf(now, -FLT_MAX));
+}
+
+/* add * x + old * y, with the same rounding everywhere */
+MOE__INLINE float moe__attend_join(float add, float x, float old, float y) {
+    return fmaf(add, x, moe__rounded_f32(old * y));
+}
+
+MOE__PRIVATE void moe__attend_add_scalar(float max, float sum, const float *x, int64_t dv,
+                                         float *all_max, float *all_sum, float *all) {
+    const float now = max > *all_max ? max : *all_max;
+    const float old = moe__attend_factor(*all_max, now), add = moe__attend_factor(max, now);
+    *all_max = now;
+    *all_sum = moe__attend_join(add, sum, old, *all_sum);
+    for (int64_t c = 0; c < dv; c++) all[c] = moe__attend_join(add, x[c], old, all[c]);
+}
+
+/* scores[j] = q . key j for keys first .. n - 1; returns the largest of them. A NaN is never the */
+/* largest: its own weight takes it to the sum. */
 MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *q, int first, int n,
-                                     float max, float *scores) {
+                                     float *scores) {
+    float max = -INFINITY;
     for (int j = first; j < n; j++) {
         const uint8_t *key = (const uint8_t *)args->k + (size_t)j * args->k_bytes;
         double sum = 0;
         for (int c = 0; c < args->dk; c++)
             sum += (double)q[c] * moe__attend_load(key, args->type, c);
-        scores[j] = (float)sum;
-        if (!(scores[j] <= max)) max = scores[j];
+        scores[j - first] = (float)sum;
+        if (scores[j - first] > max) max = scores[j - first];
     }
     return max;
 }
 
-/* One query. What was summed up under the old maximum is brought to the new one. If there is no */
-/* score above -inf yet, there is nothing to sum. */
+/* One query and what it sees of one chunk. */
 MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int first, int n) {
-    float *scores = args->scores + (size_t)i * MOE__ATTEND_KEYS;
-    float *out = args->out + i * args->out_stride;
+    float *scores = args->scores + (size_t)i * MOE__ATTEND_KEYS, *out = args->out[i];
     const float *q = args->q + i * args->q_stride;
-    float max = moe__attend_scores(args, q, first, n, args->max[i], scores);
-    if (max == -INFINITY) return;
-    float scale = expf(args->max[i] - max); /* 0 the first time */
-    double sum = (double)args->sum[i] * scale;
-    for (int c = 0; c < args->dv; c++) out[c] *= scale;
-    for (int j = first; j < n; j++) {
-        const uint8_t *value = (const uint8_t *)args->v + (size_t)j * args->v_bytes;
-        float weight = expf(scores[j] - max);
-        sum += weight;
-        for (int c = 0; c < args->dv; c++)
-            out[c] += weight * moe__attend_load(value, args->type, c);
+    const float max = moe__attend_scores(args, q, first, n, scores);
+    const float now = max > args->max[i] ? max : args->max[i];
+    const float old = moe__attend_factor(args->max[i], now), add = moe__attend_factor(max, now);
+    double sum = 0;
+    for (int j = first; j < n; j++)
+        sum += scores[j - first] = moe__attend_factor(scores[j - first], max);
+    args->max[i] = now;
+    args->sum[i] = moe__attend_join(add, (float)sum, old, args->sum[i]);
+    for (int c = 0; c < args->dv; c++) {
+        float x = 0;
+        for (int j = first; j < n; j++) {
+            const uint8_t *value = (const uint8_t *)args->v + (size_t)j * args->v_bytes;
+            x += scores[j - first] * moe__attend_load(value, args->type, c);
+        }
+        out[c] = moe__attend_join(add, x, old, out[c]);
     }
-    args->max[i] = max;
-    args->sum[i] = (float)sum;
 }
 
 MOE__PRIVATE void moe__attend_scalar(const moe__attend_args *args) {
     for (int i = 0; i < args->n_queries; i++) {
-        int n = args->n_visible ? args->n_visible[i] : args->n_keys;
-        int first = args->first ? args->first[i] : 0;
-        if (n > first) moe__attend_query(args, i, first, n);
+        const int n = args->n_visible ? args->n_visible[i] : args->n_keys;
+        for (int j = args->first ? args->first[i] : 0; j < n;) {
+            const int end = (int)moe__min(n, (j / MOE__ATTEND_KEYS + 1) * MOE__ATTEND_KEYS);
+            moe__attend_query(args, i, j, end);
+            j = end;
+        }
     }
 }
 
@@ -5781,11 +5806,11 @@ static const moe__kernels moe__kernels_scalar = {
     moe__weigh_scalar,
     moe__peaks_scalar,
     moe__axpy_scalar,
-    moe__axpby_scalar,
     moe__divide_scalar,
     moe__f32_to_f16_scalar,
     moe__f32_to_q8_0_scalar,
-    moe__attend_scalar};
+    moe__attend_scalar,
+    moe__attend_add_scalar};
 #undef MOE__KERNELS_TYPE
 /* ---- the vector kernels, once per instruction set -------------------------------------------- */
 
@@ -10136,18 +10161,6 @@ MOE__K void MOE__(axpy)(float a, const float *x, int64_t n, float *y) {
     MOE__(f_store_part)(y + i, n - i, MOE__(f_fma)(factor, b, c));
 }
 
-MOE__K void MOE__(axpby)(float a, const float *x, float b, int64_t n, float *y) {
-    const MOE__VF f = MOE__(f_set)(a), g = MOE__(f_set)(b);
-    int64_t i = 0;
-    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS) {
-        const MOE__VF old = MOE__(v_rounded)(MOE__(f_mul)(g, MOE__(f_load)(y + i)));
-        MOE__(f_store)(y + i, MOE__(f_fma)(f, MOE__(f_load)(x + i), old));
-    }
-    if (i == n) return;
-    const MOE__VF old = MOE__(v_rounded)(MOE__(f_mul)(g, MOE__(f_load_part)(y + i, n - i)));
-    MOE__(f_store_part)(y + i, n - i, MOE__(f_fma)(f, MOE__(f_load_part)(x + i, n - i), old));
-}
-
 MOE__K void MOE__(divide)(float *x, int64_t n, float by) {
     const MOE__VF d = MOE__(f_set)(by);
     int64_t i = 0;
@@ -10184,8 +10197,9 @@ MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
-/* Three passes over the block: scores = Q K^T, exponentials, out += P V. Both products work on */
-/* register tiles of up to MOE__ATTEND_ROWS queries by 4 keys, or by 4 vectors of the values: */
+/* Three passes over each chunk: scores = Q K^T, exponentials, P V, which is added to the state as */
+/* it leaves the registers. Both products work on register tiles of up to MOE__ATTEND_ROWS queries */
+/* by 4 keys, or by 4 vectors of the values: */
 /* */
 /*     scores    lanes run over dk; one accumulator per (query, key), summed across at the end */
 /*     values    lanes run over dv; one accumulator per (query, vector), keys in order */
@@ -10193,6 +10207,9 @@ MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
 /* Of Q8_0 values only the int8 are made floats: their scales go into the weights, which takes */
 /* one multiplication for a block instead of one for each of its vectors. As every tile converts */
 /* for itself, tiles of many queries are up to MOE__ATTEND_WIDE queries by 2 vectors. */
+/* */
+/* Memory is read all the time: while scores are computed, the chunk's values are fetched, and */
+/* meanwhile the next chunk's keys. Where values are part of the keys, half of those each time. */
 /* */
 /* However the queries are grouped, one query goes through the same operations in the same order: */
 /* its result does not depend on the queries that share the call. A key that a query does not see */
@@ -10209,8 +10226,9 @@ MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
 
 enum {
     MOE__(ATTEND_DK) = 1024, /* longest key that is converted ahead of its tiles */
-    MOE__(ATTEND_STEP) = 64, /* keys whose values are summed up in registers, then added to out */
-    MOE__(ATTEND_AHEAD) = 16384, /* most bytes of keys that are fetched ahead */
+    MOE__(ATTEND_STEP) = 64, /* keys that are prepared at a time, if they are for many queries */
+    MOE__(ATTEND_TOGETHER) = MOE__ATTEND_QUERIES / 2, /* most queries that are not many */
+    MOE__(ATTEND_FIRST) = 16384, /* bytes of a call's first keys that are fetched at once */
     MOE__(ATTEND_BLOCKS) = 4 * MOE__VFLOATS / 32, /* Q8_0 blocks in 4 vectors */
     /* From this many tiles per row on, f16 is converted to floats once for all of them. Below, */
     /* each tile converts for itself: with 2 tiles that gave 79 % of the FMA peak on a Zen 4, */
@@ -10296,16 +10314,71 @@ MOE__V void MOE__(attend_fetch)(MOE__(attend_stream) *s, int64_t bytes) {
     s->at += bytes;
     for (; line < s->at; line += 64) _mm_prefetch(line, _MM_HINT_T0);
 }
-/* Keys from `start` on, then the first step's values unless they are the same rows. */
-MOE__V MOE__(attend_stream) MOE__(attend_keys)(const moe__attend_args *a, int start, int n_keys) {
-    MOE__(attend_stream) s;
-    const int64_t n = n_keys - start, step = MOE__(ATTEND_STEP), bytes = (int64_t)a->k_bytes;
-    s.at = (const char *)a->k + start * bytes;
-    s.end = s.at + n * bytes;
-    s.then = (const char *)a->v + (size_t)start * a->v_bytes;
-    s.then_end = s.then + (a->v == a->k ? 0 : (size_t)moe__min(n, step) * a->v_bytes);
-    MOE__(attend_fetch)(&s, moe__min(MOE__(ATTEND_AHEAD), moe__min(n, step + step / 2) * bytes));
-    return s;
+
+/* What a call sees of a chunk */
+typedef struct MOE__(attend_chunk) {
+    const uint8_t *k, *v;       /* its first key and value */
+    int start, n_keys;          /* a multiple of ATTEND_STEP; up to the last that is seen */
+    int32_t first[MOE__ATTEND_QUERIES], visible[MOE__ATTEND_QUERIES]; /* a query that sees */
+    int hidden;                 /* nothing: MOE__ATTEND_KEYS, 0; how many of these */
+    float max[MOE__ATTEND_QUERIES], sum[MOE__ATTEND_QUERIES]; /* its own state */
+    float add[MOE__ATTEND_QUERIES], old[MOE__ATTEND_QUERIES]; /* out = add * sums + old * out */
+    MOE__(attend_stream) stream; /* fetched while scores are computed, */
+    const uint8_t *ahead;        /* and then: so many rows, such a part of each row */
+    int64_t ahead_rows, ahead_bytes;
+} MOE__(attend_chunk);
+
+/* The chunk at this key: what is seen of it. Returns whether anything is. */
+MOE__V int MOE__(attend_chunk_at)(const moe__attend_args *a, int key, MOE__(attend_chunk) *c) {
+    c->start = MOE__ATTEND_KEYS;
+    c->n_keys = c->hidden = 0;
+    c->k = (const uint8_t *)a->k + (size_t)key * a->k_bytes;
+    c->v = (const uint8_t *)a->v + (size_t)key * a->v_bytes;
+    for (int i = 0; i < a->n_queries; i++) {
+        const int n = (a->n_visible ? a->n_visible[i] : a->n_keys) - key;
+        const int from = (a->first ? a->first[i] : 0) - key;
+        c->first[i] = from < 0 ? 0 : from;
+        c->visible[i] = n < MOE__ATTEND_KEYS ? n : MOE__ATTEND_KEYS;
+        if (c->first[i] < c->visible[i]) {
+            if (c->visible[i] > c->n_keys) c->n_keys = c->visible[i];
+            if (c->first[i] < c->start) c->start = c->first[i];
+            continue;
+        }
+        c->first[i] = MOE__ATTEND_KEYS;
+        c->visible[i] = 0;
+        c->hidden++;
+    }
+    c->start = c->start / MOE__(ATTEND_STEP) * MOE__(ATTEND_STEP);
+    return c->n_keys > 0;
+}
+
+/* What is fetched meanwhile; next: keys that are seen behind this chunk; begins: whether nobody */
+/* fetched this chunk's keys. */
+MOE__V void MOE__(attend_ahead)(const moe__attend_args *a, MOE__(attend_chunk) *c, int next,
+                                int begins) {
+    MOE__(attend_stream) *s = &c->stream;
+    const int apart = a->v != a->k, rows = next < MOE__ATTEND_KEYS ? next : MOE__ATTEND_KEYS;
+    const int half = apart ? 0 : rows / 2;
+    const uint8_t *keys = c->k + MOE__ATTEND_KEYS * a->k_bytes;
+    const uint8_t *then = apart ? c->v + (size_t)c->start * a->v_bytes : keys;
+    const int64_t n = apart ? c->n_keys - c->start : half;
+    s->then = (const char *)then;
+    s->then_end = s->then + n * (int64_t)(apart ? a->v_bytes : a->k_bytes);
+    s->at = s->end = s->then_end;
+    if (begins) {
+        s->at = (const char *)c->k + (size_t)c->start * a->k_bytes;
+        s->end = (const char *)c->k + (size_t)c->n_keys * a->k_bytes;
+        MOE__(attend_fetch)(s, moe__min(MOE__(ATTEND_FIRST), s->end - s->at));
+    }
+    c->ahead = keys + (size_t)half * a->k_bytes;
+    c->ahead_rows = rows - half;
+    c->ahead_bytes = (int64_t)a->k_bytes;
+}
+
+/* Bytes of each of so many portions. */
+MOE__V int64_t MOE__(attend_due)(const MOE__(attend_chunk) *c, int64_t portions) {
+    const MOE__(attend_stream) *s = &c->stream;
+    return ((s->end - s->at) + (s->then_end - s->then)) / portions + 1;
 }
 
 /* In all tiles n, type and columns are constants once inlined. All loops run over the largest */
@@ -10384,28 +10457,26 @@ MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const MOE__(score_args) 
     }
 }
 
-/* scores[i * MOE__ATTEND_KEYS + j] = query i . key j, for every visible key and some more; */
-/* start: a multiple of 4. Q8_0 is worth converting from 2 tiles on. */
-MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first,
-                                 const int32_t *visible, int start, int n_keys) {
+/* scores[i * MOE__ATTEND_KEYS + j] = query i . key j of a chunk, for every visible key and some */
+/* more. Q8_0 is worth converting from 2 tiles on. */
+MOE__K void MOE__(attend_scores)(const moe__attend_args *a, MOE__(attend_chunk) *chunk) {
     MOE__ALIGNED(64) float floats[4 * MOE__(ATTEND_DK)];
-    const int n = a->n_queries, ragged = a->dk % MOE__VFLOATS;
+    const int n = a->n_queries, ragged = a->dk % MOE__VFLOATS, n_keys = chunk->n_keys;
     const int rows = ragged ? 1 : MOE__(attend_rows)(n, MOE__ATTEND_ROWS);
     const int64_t padded = (a->dk + MOE__VFLOATS - 1) / MOE__VFLOATS * MOE__VFLOATS;
     const int tiles = a->type == MOE_KV_Q8_0 ? 2 : MOE__(ATTEND_CONVERT);
     const int convert =
         a->type != MOE_KV_F32 && padded <= MOE__(ATTEND_DK) && n > (tiles - 1) * rows;
+    const int32_t *visible = chunk->visible, *first = chunk->first;
     const int early = MOE__(attend_least)(visible, n), late = MOE__(attend_most)(first, n);
-    MOE__(attend_stream) stream = MOE__(attend_keys)(a, start, n_keys);
-    const int spread = a->k_bytes > 512; /* too much at once: a part before each tile */
-    const int64_t due = 4 * (int64_t)a->k_bytes * (spread ? rows : n) / n;
+    const int64_t due =
+        MOE__(attend_due)(chunk, (int64_t)((n_keys - chunk->start + 3) / 4) * ((n + rows - 1) / rows));
     MOE__(score_args) t;
     t.q_stride = a->q_stride;
     t.dk = a->dk;
-    for (int j = start; j < n_keys; j += 4) {
-        t.key = (const uint8_t *)a->k + (size_t)j * a->k_bytes;
+    for (int j = chunk->start; j < n_keys; j += 4) {
+        t.key = chunk->k + (size_t)j * a->k_bytes;
         t.k_bytes = a->k_bytes;
-        MOE__(attend_fetch)(&stream, due);
         t.n_keys = n_keys - j < 4 ? n_keys - j : 4;
         if (convert) {
             for (int c = 0; c < t.n_keys; c++)
@@ -10416,7 +10487,7 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, const int32_t *first
         }
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
-            if (spread && i > 0) MOE__(attend_fetch)(&stream, due);
+            MOE__(attend_fetch)(&chunk->stream, due);
             if (j < late || j + 4 > early) { /* some queries do not see some of the keys */
                 if (MOE__(attend_most)(visible + i, count) <= j) continue;
                 if (MOE__(attend_least)(first + i, count) >= j + 4) continue;
@@ -10542,14 +10613,14 @@ MOE__V void MOE__(block_tiles)(int n, const MOE__(block_args) *t) {
     }
 }
 
-/* Block b of n_keys keys from key j on, turned, and its scales. Nothing behind the last key is */
+/* Block b of n_keys keys, turned, and its scales. Nothing behind the last key is */
 /* read: others repeat the first of its 16. */
-MOE__V void MOE__(turn_keys)(const moe__attend_args *a, int j, int b, int n_keys,
+MOE__V void MOE__(turn_keys)(const uint8_t *key, size_t k_bytes, int b, int n_keys,
                              int32_t (*turned)[MOE__(ATTEND_TURNED)], uint16_t *scale) {
     MOE__ALIGNED(64) uint8_t last[16][34];
     for (int c = 0; c < n_keys; c += 16) {
-        const uint8_t *block = (const uint8_t *)a->k + (size_t)(j + c) * a->k_bytes + 34 * b;
-        size_t row_bytes = a->k_bytes;
+        const uint8_t *block = key + (size_t)c * k_bytes + 34 * b;
+        size_t row_bytes = k_bytes;
         if (n_keys - c < 16) {
             for (int r = 0; r < 16; r++)
                 memcpy(last[r], block + (r < n_keys - c ? (size_t)r * row_bytes : 0), 34);
@@ -10560,30 +10631,30 @@ MOE__V void MOE__(turn_keys)(const moe__attend_args *a, int j, int b, int n_keys
     }
 }
 
-/* What attend_scores does, for Q8_0; start: a multiple of MOE__(ATTEND_TURNED). */
-MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, const int32_t *first,
-                                      const int32_t *visible, int start, int n_keys) {
+/* What attend_scores does, for Q8_0 */
+MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, MOE__(attend_chunk) *chunk) {
     enum { TURNED = MOE__(ATTEND_TURNED) };
     MOE__ALIGNED(64) int32_t turned[8][TURNED];
     MOE__ALIGNED(64) uint16_t scale[TURNED] = {0};
     const int n = a->n_queries, rows = MOE__(attend_rows)(n, MOE__ATTEND_WIDE);
-    MOE__(attend_stream) stream = MOE__(attend_keys)(a, start, n_keys);
-    const int64_t due = (int64_t)34 * TURNED * rows / n; /* per tile and block */
+    const int n_turned = (chunk->n_keys - chunk->start + TURNED - 1) / TURNED;
+    const int64_t due = MOE__(attend_due)(
+        chunk, (int64_t)n_turned * (a->dk / 32) * ((n + rows - 1) / rows));
     MOE__(block_args) t;
     t.q_stride = a->q_stride;
     t.turned = (const int32_t (*)[TURNED])turned;
     t.scale = scale;
-    for (int j = start; j < n_keys; j += TURNED)
+    for (int j = chunk->start; j < chunk->n_keys; j += TURNED)
         for (int b = 0; b < a->dk / 32; b++) {
-            const int keys = n_keys - j < TURNED ? n_keys - j : TURNED;
-            MOE__(turn_keys)(a, j, b, keys, turned, scale);
+            const int keys = chunk->n_keys - j < TURNED ? chunk->n_keys - j : TURNED;
+            MOE__(turn_keys)(chunk->k + (size_t)j * a->k_bytes, a->k_bytes, b, keys, turned, scale);
             t.add = b > 0;
             for (int i = 0; i < n; i += rows) {
                 const int count = n - i < rows ? n - i : rows;
-                const int most = MOE__(attend_most)(visible + i, count) - j;
-                const int least = MOE__(attend_least)(first + i, count) - j;
+                const int most = MOE__(attend_most)(chunk->visible + i, count) - j;
+                const int least = MOE__(attend_least)(chunk->first + i, count) - j;
                 const int step = count > MOE__ATTEND_FEW ? TURNED / 2 : TURNED;
-                MOE__(attend_fetch)(&stream, due);
+                MOE__(attend_fetch)(&chunk->stream, due);
                 t.q = a->q + i * a->q_stride + 32 * b;
                 t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
                 for (t.at = 0; t.at < keys; t.at += step)
@@ -10593,10 +10664,9 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, const int32_t *
 }
 #endif
 
-/* Turns the scores first .. n - 1 of one query, at least one, into weights exp(score - max) and */
-/* brings its max and sum up to date. Returns the factor that takes older weights to the new max. */
-/* NaN is never the max. */
-MOE__K float MOE__(attend_weights)(float *s, int first, int n, float *max, float *sum) {
+/* Turns the scores first .. n - 1 of one query, at least one, into weights exp(score - max). NaN */
+/* is never the max. With nothing but -inf, the base is finite: then weights are 0 instead of NaN. */
+MOE__K void MOE__(attend_weights)(float *s, int first, int n, float *max, float *sum) {
     const int begin = first / MOE__VFLOATS * MOE__VFLOATS, whole = n / MOE__VFLOATS * MOE__VFLOATS;
     MOE__VF lowest = MOE__(f_set)(-INFINITY), m = lowest;
     if (whole < n) /* the row of scratch is longer than n: fill up the last vector */
@@ -10604,21 +10674,69 @@ MOE__K float MOE__(attend_weights)(float *s, int first, int n, float *max, float
                        MOE__(f_select_part)(n - whole, MOE__(f_load)(s + whole), lowest));
     for (int j = begin; j < first; j++) s[j] = -INFINITY;
     for (int j = begin; j < n; j += MOE__VFLOATS) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
-    const float old = *max, block = MOE__(f_largest)(m), now = block > old ? block : old;
-    /* With nothing but -inf so far, any finite base gives weights of 0 instead of NaN. */
-    const float base = now == -INFINITY ? 0.0f : now;
+    *max = MOE__(f_largest)(m);
+    const MOE__VF base = MOE__(f_set)(*max > -FLT_MAX ? *max : -FLT_MAX);
     MOE__VF total = MOE__(f_zero)();
     for (int j = begin; j < n; j += MOE__VFLOATS) {
-        MOE__VF e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j), MOE__(f_set)(base)));
+        MOE__VF e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j), base));
         MOE__(f_store)(s + j, e);
         total = MOE__(f_add)(total, e);
     }
-    const float factor = MOE__(f_first)(MOE__(f_exp)(MOE__(f_set)(old - base)));
-    const __m128 both =
-        _mm_fmadd_ss(_mm_set_ss(*sum), _mm_set_ss(factor), _mm_set_ss(MOE__(f_sum)(total)));
-    *max = now;
-    *sum = _mm_cvtss_f32(both);
-    return factor;
+    *sum = MOE__(f_sum)(total);
+}
+
+/* Max and sum of a chunk are added to those of all chunks before it: what both count for. */
+typedef struct MOE__(attend_joined) {
+    MOE__VF add, old, max, sum;
+} MOE__(attend_joined);
+
+MOE__V MOE__(attend_joined) MOE__(attend_join)(MOE__VF max, MOE__VF sum, MOE__VF all_max,
+                                               MOE__VF all_sum) {
+    MOE__(attend_joined) both;
+    both.max = MOE__(f_max)(max, all_max);
+    const MOE__VF base = MOE__(f_max)(both.max, MOE__(f_set)(-FLT_MAX));
+    both.add = MOE__(f_exp)(MOE__(f_sub)(max, base));
+    both.old = MOE__(f_exp)(MOE__(f_sub)(all_max, base));
+    both.sum =
+        MOE__(f_fma)(both.add, sum, MOE__(v_rounded)(MOE__(f_mul)(both.old, all_sum)));
+    return both;
+}
+/* The same for n values of out. */
+MOE__V void MOE__(attend_out)(float *out, int n, MOE__VF add, MOE__VF x, MOE__VF old) {
+    if (n >= MOE__VFLOATS) {
+        const MOE__VF y = MOE__(v_rounded)(MOE__(f_mul)(old, MOE__(f_load)(out)));
+        MOE__(f_store)(out, MOE__(f_fma)(add, x, y));
+    } else {
+        const MOE__VF y = MOE__(v_rounded)(MOE__(f_mul)(old, MOE__(f_load_part)(out, n)));
+        MOE__(f_store_part)(out, n, MOE__(f_fma)(add, x, y));
+    }
+}
+MOE__K void MOE__(attend_add)(float max, float sum, const float *x, int64_t dv, float *all_max,
+                              float *all_sum, float *all) {
+    const MOE__(attend_joined) both =
+        MOE__(attend_join)(MOE__(f_set)(max), MOE__(f_set)(sum), MOE__(f_set)(*all_max),
+                           MOE__(f_set)(*all_sum));
+    *all_max = MOE__(f_first)(both.max);
+    *all_sum = MOE__(f_first)(both.sum);
+    int64_t i = 0;
+    for (; i + MOE__VFLOATS <= dv; i += MOE__VFLOATS)
+        MOE__(attend_out)(all + i, MOE__VFLOATS, both.add, MOE__(f_load)(x + i), both.old);
+    if (i < dv)
+        MOE__(attend_out)(all + i, (int)(dv - i), both.add,
+                          MOE__(f_load_part)(x + i, dv - i), both.old);
+}
+/* All queries' max and sum, and what their sums of values will be added with */
+MOE__K void MOE__(attend_join_all)(const moe__attend_args *a, MOE__(attend_chunk) *c) {
+    for (int i = 0; i < a->n_queries; i += MOE__VFLOATS) {
+        const int n = (int)moe__min(a->n_queries - i, MOE__VFLOATS);
+        const MOE__(attend_joined) both = MOE__(attend_join)(
+            MOE__(f_load)(c->max + i), MOE__(f_load)(c->sum + i), MOE__(f_load_part)(a->max + i, n),
+            MOE__(f_load_part)(a->sum + i, n));
+        MOE__(f_store)(c->add + i, both.add);
+        MOE__(f_store)(c->old + i, both.old);
+        MOE__(f_store_part)(a->max + i, n, both.max);
+        MOE__(f_store_part)(a->sum + i, n, both.sum);
+    }
 }
 
 typedef struct MOE__(value_args) {
@@ -10627,13 +10745,16 @@ typedef struct MOE__(value_args) {
     int32_t width;           /* floats of the tile: whole vectors, or at most one */
     int32_t scaled;          /* whether weights are those of Q8_0 */
     int32_t j0, j1, whole;   /* keys; whether all queries see all of them */
+    int32_t step;            /* the weights of Q8_0 have so many keys */
+    int32_t begins, ends;    /* whether these are the first and the last keys of the chunk */
     const int32_t *first, *visible; /* per query, like all below */
     const float *weights;    /* of key j0; MOE__ATTEND_KEYS apart. Of Q8_0: see step_weights */
-    const float *factor;     /* out = out * factor + ... */
-    float *out;
-    int64_t out_stride;
-    const uint8_t *ahead; /* to prefetch per key, ahead_bytes apart: this and what is */
-    size_t ahead_bytes, ahead_more; /* ahead_more bytes behind it, if that is not 0 */
+    float *part;             /* 4 vectors per query: the sums of the keys before */
+    const float *add, *old;  /* out = add * sums + old * out */
+    float *const *out;
+    int32_t column;          /* of out */
+    const uint8_t *ahead;    /* to prefetch per key: so many bytes */
+    int64_t ahead_bytes;
 } MOE__(value_args);
 
 /* Vector c of a value: whole ones if there are several columns, else the only one. */
@@ -10650,14 +10771,8 @@ MOE__V int MOE__(value_blocks)(int columns) { return (columns * MOE__VFLOATS + 3
 MOE__V MOE__VF MOE__(value_weight)(const MOE__(value_args) *t, int r, int columns, int c, int j,
                                    int scaled) {
     const int block = r * MOE__(value_blocks)(columns) + c * MOE__VFLOATS / 32;
-    const int at = scaled ? block * MOE__(ATTEND_STEP) : r * MOE__ATTEND_KEYS;
+    const int at = scaled ? block * t->step : r * MOE__ATTEND_KEYS;
     return MOE__(f_set)(t->weights[at + j - t->j0]);
-}
-MOE__V void MOE__(value_add)(float *out, int width, MOE__VF factor, MOE__VF x) {
-    if (width >= MOE__VFLOATS)
-        MOE__(f_store)(out, MOE__(f_fma)(MOE__(f_load)(out), factor, x));
-    else
-        MOE__(f_store_part)(out, width, MOE__(f_fma)(MOE__(f_load_part)(out, width), factor, x));
 }
 /* The first of the tile's keys that a query sees; from there to *all each query sees each key. */
 MOE__V int MOE__(value_range)(const MOE__(value_args) *t, int n, int *all) {
@@ -10682,10 +10797,13 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
     MOE__UNROLL(MOE__ATTEND_WIDE)
     for (int r = 0; r < MOE__ATTEND_WIDE; r++)
         MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) acc[r][c] = MOE__(f_zero)();
+        for (int c = 0; c < 4; c++)
+            acc[r][c] = t->begins || r >= n || c >= columns
+                            ? MOE__(f_zero)()
+                            : MOE__(f_load)(t->part + (r * 4 + c) * MOE__VFLOATS);
     for (; j < all; j++, value += t->v_bytes, ahead += t->ahead_bytes) {
-        _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-        if (t->ahead_more) _mm_prefetch((const char *)ahead + t->ahead_more, _MM_HINT_T0);
+        for (int64_t i = 0; i < t->ahead_bytes; i += 64)
+            _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
         if (n > MOE__ATTEND_FEW && columns == 2) { /* values stay in registers, else weights */
             MOE__UNROLL(2)
             for (int c = 0; c < 2; c++)
@@ -10728,13 +10846,16 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
     MOE__UNROLL(MOE__ATTEND_WIDE)
     for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
         if (r >= n) continue;
-        if (!t->whole && (t->visible[r] <= t->j0 || t->first[r] >= t->j1)) continue;
         MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++)
-            if (c < columns)
-                MOE__(value_add)(t->out + r * t->out_stride + c * MOE__VFLOATS,
-                                 columns > 1 ? MOE__VFLOATS : t->width,
-                                 MOE__(f_set)(t->factor[r]), acc[r][c]);
+        for (int c = 0; c < 4; c++) {
+            if (c >= columns) continue;
+            if (!t->ends)
+                MOE__(f_store)(t->part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
+            else if (t->visible[r] > 0)
+                MOE__(attend_out)(t->out[r] + t->column + c * MOE__VFLOATS,
+                                  columns > 1 ? MOE__VFLOATS : t->width, MOE__(f_set)(t->add[r]),
+                                  acc[r][c], MOE__(f_set)(t->old[r]));
+        }
     }
 }
 
@@ -10780,9 +10901,9 @@ MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const MOE__(value_args) 
 
 /* Weights of a step for Q8_0 blocks with these scales: */
 /* out[i * stride + j] = weight j of query i * scale j */
-MOE__V void MOE__(step_weights)(const moe__attend_args *a, int j0, const uint16_t *scale,
-                                float *out, int stride) {
-    for (int j = 0; j < MOE__(ATTEND_STEP); j += 4 * MOE__VFLOATS) {
+MOE__V void MOE__(step_weights)(const moe__attend_args *a, int j0, int keys,
+                                const uint16_t *scale, float *out, int stride) {
+    for (int j = 0; j < keys; j += 4 * MOE__VFLOATS) {
         MOE__VF x[4];
         MOE__UNROLL(4)
         for (int s = 0; s < 4; s++) x[s] = MOE__(f_load_half)(scale + j + s * MOE__VFLOATS);
@@ -10809,119 +10930,135 @@ MOE__V void MOE__(step_floats)(const MOE__(value_args) *t, moe_kv_type type, flo
     }
 }
 
-/* How a step is cut into tiles: floats that are as wide as a tile, queries that are as high; */
-/* whether values are converted for all tiles of a column at once. */
-typedef struct MOE__(step_cut) {
-    int32_t wide, rows, convert;
-} MOE__(step_cut);
+/* How a chunk is cut into tiles: keys of a step, floats that are as wide as a tile, queries that */
+/* are as high; whether values are converted for all tiles of a column and step at once. */
+typedef struct MOE__(value_cut) {
+    int32_t step, wide, rows, convert;
+} MOE__(value_cut);
 
-MOE__V MOE__(step_cut) MOE__(step_cut_of)(moe_kv_type type, int n) {
+MOE__V MOE__(value_cut) MOE__(value_cut_of)(moe_kv_type type, int n) {
     const int q8_0 = type == MOE_KV_Q8_0;
-    MOE__(step_cut) cut;
+    MOE__(value_cut) cut;
     cut.convert = type != MOE_KV_F32 && (MOE__ISA == 2 || !q8_0) &&
                   n > (MOE__(ATTEND_CONVERT) - 1) * MOE__ATTEND_ROWS;
+    cut.step = cut.convert || n > MOE__(ATTEND_TOGETHER) ? (int)MOE__(ATTEND_STEP)
+                                                         : (int)MOE__ATTEND_KEYS;
     const int itself = q8_0 && !cut.convert; /* each tile for itself */
     cut.rows = MOE__(attend_rows)(n, itself ? MOE__ATTEND_WIDE : MOE__ATTEND_ROWS);
     cut.wide = (itself && cut.rows > MOE__ATTEND_FEW ? 2 : 4) * MOE__VFLOATS;
     return cut;
 }
-/* While keys j0 .. j0 + keys - 1 are computed, the next step's values are fetched, unless they */
-/* are part of keys and so have been read. If there is nothing to fetch: what is there already. */
-MOE__V const uint8_t *MOE__(step_ahead)(const moe__attend_args *a, int j0, int n_keys,
-                                        const MOE__(step_cut) *cut, MOE__(value_args) *t) {
+/* What is fetched is spread over all tiles and keys. */
+MOE__V void MOE__(value_ahead)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk,
+                               const MOE__(value_cut) *cut, MOE__(value_args) *t) {
     const int n_columns = a->dv / cut->wide +
                           (a->dv % cut->wide + MOE__VFLOATS - 1) / MOE__VFLOATS;
     const int n_tiles = n_columns * ((a->n_queries + cut->rows - 1) / cut->rows);
-    const int next = j0 + MOE__(ATTEND_STEP) < n_keys && a->v != a->k ? MOE__(ATTEND_STEP) : 0;
-    t->ahead_bytes = next ? a->v_bytes / (size_t)n_tiles : 0;
-    t->ahead_more = t->ahead_bytes > 64 ? t->ahead_bytes / 2 : 0;
-    return (const uint8_t *)a->v + (size_t)(j0 + next) * a->v_bytes;
+    const int64_t keys = (int64_t)(chunk->n_keys - chunk->start) * n_tiles;
+    t->ahead = chunk->ahead;
+    t->ahead_bytes = (chunk->ahead_rows * chunk->ahead_bytes + keys - 1) / keys;
 }
 
-/* out[i] = out[i] * factor[i] + the weighted values of keys j0 .. n_keys - 1, at most one step. */
-MOE__K void MOE__(attend_step)(const moe__attend_args *a, const int32_t *first,
-                               const int32_t *visible, const float *factor, int j0, int n_keys) {
-    enum { STEP = MOE__(ATTEND_STEP), V = MOE__VFLOATS };
-    MOE__ALIGNED(64) float floats[STEP * 4 * V];
-    MOE__ALIGNED(64) float scaled[MOE__ATTEND_QUERIES][MOE__(ATTEND_BLOCKS)][STEP];
-    MOE__ALIGNED(64) uint16_t scale[2][STEP] = {{0}}; /* of a block and the next */
-    float *weights = scaled[0][0];
+/* The weights of keys j0 .. j0 + keys - 1 for a tile's columns of Q8_0 values */
+MOE__V void MOE__(value_weights)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk,
+                                 int j0, int keys, int column, int width, int step, float *out) {
+    MOE__ALIGNED(64) uint16_t scale[MOE__ATTEND_KEYS] = {0};
+    const uint8_t *block = chunk->v + (size_t)j0 * a->v_bytes + column / 32 * 34;
+    const int stride = (width + 31) / 32 * step;
+    for (int c = 0; c < width; c += 32, block += 34, out += step) {
+        MOE__(q8_0_scales)(block, a->v_bytes, keys, scale);
+        MOE__(step_weights)(a, j0, keys, scale, out, stride);
+    }
+}
+
+/* The tiles of one column of values and one step of keys; of all queries */
+MOE__V void MOE__(value_column)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk,
+                                const MOE__(value_cut) *cut, const float *weights, float *part,
+                                MOE__(value_args) *t) {
+    const int n = a->n_queries, end = t->j1;
+    const int stride = MOE__(value_blocks)(t->width / MOE__VFLOATS) * cut->step;
+    for (int i = 0; i < n; i += cut->rows) {
+        const int count = n - i < cut->rows ? n - i : cut->rows;
+        t->j1 = t->whole ? end : (int)moe__min(MOE__(attend_most)(chunk->visible + i, count), end);
+        t->first = chunk->first + i;
+        t->visible = chunk->visible + i;
+        t->weights = weights ? weights + i * stride : a->scores + i * MOE__ATTEND_KEYS + t->j0;
+        t->part = part + i * 4 * MOE__VFLOATS;
+        t->add = chunk->add + i;
+        t->old = chunk->old + i;
+        t->out = a->out + i;
+        MOE__(value_tiles)(count, cut->convert ? MOE_KV_F32 : a->type, t);
+        t->ahead += (end - t->j0) * t->ahead_bytes;
+    }
+}
+
+/* out = add * the weighted values of a chunk + old * out, for all queries */
+MOE__K void MOE__(attend_values)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk) {
+    enum { V = MOE__VFLOATS, TOGETHER = MOE__(ATTEND_TOGETHER) };
+    MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * V];
+    MOE__ALIGNED(64) float part[MOE__ATTEND_QUERIES * 4 * V];
+    MOE__ALIGNED(64) float scaled[TOGETHER * MOE__(ATTEND_BLOCKS) * MOE__ATTEND_KEYS];
     const int n = a->n_queries, q8_0 = a->type == MOE_KV_Q8_0;
-    const int keys = n_keys - j0 < STEP ? n_keys - j0 : STEP;
-    const uint8_t *values = (const uint8_t *)a->v + (size_t)j0 * a->v_bytes;
-    const MOE__(step_cut) cut = MOE__(step_cut_of)(a->type, n);
+    const MOE__(value_cut) cut = MOE__(value_cut_of)(a->type, n);
+    const int all_first = MOE__(attend_most)(chunk->first, n);
+    const int all_end = MOE__(attend_least)(chunk->visible, n);
     MOE__(value_args) t;
-    const uint8_t *ahead = MOE__(step_ahead)(a, j0, n_keys, &cut, &t);
     t.scaled = q8_0;
-    t.j0 = j0;
-    t.whole = MOE__(attend_most)(first, n) <= j0 && MOE__(attend_least)(visible, n) >= j0 + keys;
-    t.out_stride = a->out_stride;
-    if (q8_0) MOE__(q8_0_scales)(values, a->v_bytes, keys, scale[0]);
-    for (int column = 0; column < a->dv; column += t.width) {
-        const int left = a->dv - column;
+    t.step = cut.step;
+    MOE__(value_ahead)(a, chunk, &cut, &t);
+    for (t.column = 0; t.column < a->dv; t.column += t.width) {
+        const int left = a->dv - t.column;
         t.width = left >= cut.wide ? cut.wide : q8_0 ? 2 * V : left < V ? left : V;
-        t.value = values + moe__kv_bytes(a->type, column) + (q8_0 ? 2 + column % 32 : 0);
-        t.v_bytes = a->v_bytes;
-        t.j1 = j0 + keys;
-        const int stride = MOE__(value_blocks)(t.width / V) * STEP;
-        for (int c = column; q8_0 && c % 32 == 0 && c < column + t.width; c += 32) {
-            const uint8_t *next = values + (size_t)(c / 32 + 1) * 34;
-            const uint16_t *x = scale[c / 32 % 2];
-            if (c + 32 < a->dv)
-                MOE__(q8_0_scales)(next, a->v_bytes, keys, scale[(c / 32 + 1) % 2]);
-            MOE__(step_weights)(a, j0, x, weights + (c - column) / 32 * STEP, stride);
-        }
-        if (cut.convert) {
-            MOE__(step_floats)(&t, a->type, floats);
-            t.value = (const uint8_t *)(const void *)floats;
-            t.v_bytes = 4 * V * sizeof(float);
-        }
-        for (int i = 0; i < n; i += cut.rows) {
-            const int count = n - i < cut.rows ? n - i : cut.rows;
-            if (!t.whole)
-                t.j1 = (int)moe__min(MOE__(attend_most)(visible + i, count), j0 + keys);
-            t.first = first + i;
-            t.visible = visible + i;
-            t.weights = q8_0 ? weights + i * stride : a->scores + i * MOE__ATTEND_KEYS + j0;
-            t.factor = factor + i;
-            t.out = a->out + i * a->out_stride + column;
-            t.ahead = ahead;
-            ahead += STEP * t.ahead_bytes;
-            MOE__(value_tiles)(count, cut.convert ? MOE_KV_F32 : a->type, &t);
+        for (t.j0 = chunk->start; t.j0 < chunk->n_keys; t.j0 += cut.step) {
+            const int end = (int)moe__min(t.j0 / cut.step * cut.step + cut.step, chunk->n_keys);
+            t.j1 = end;
+            t.begins = t.j0 == chunk->start;
+            t.ends = end == chunk->n_keys;
+            t.whole = all_first <= t.j0 && all_end >= end;
+            t.value = chunk->v + (size_t)t.j0 * a->v_bytes + moe__kv_bytes(a->type, t.column);
+            if (q8_0) t.value += 2 + t.column % 32;
+            t.v_bytes = a->v_bytes;
+            if (q8_0)
+                MOE__(value_weights)(a, chunk, t.j0, end - t.j0, t.column, t.width, cut.step, scaled);
+            if (cut.convert) {
+                MOE__(step_floats)(&t, a->type, floats);
+                t.value = (const uint8_t *)(const void *)floats;
+                t.v_bytes = 4 * V * sizeof(float);
+            }
+            MOE__(value_column)(a, chunk, &cut, q8_0 ? scaled : NULL, part, &t);
         }
     }
 }
 
 MOE__K void MOE__(attend)(const moe__attend_args *a) {
-    int32_t first[MOE__ATTEND_QUERIES], visible[MOE__ATTEND_QUERIES];
-    float factor[MOE__ATTEND_QUERIES];
-    const int n = a->n_queries;
-    for (int i = 0; i < n; i++) {
-        first[i] = a->first ? a->first[i] : 0;
-        visible[i] = a->n_visible ? a->n_visible[i] : a->n_keys;
-        if (first[i] < visible[i]) continue;
-        first[i] = MOE__ATTEND_KEYS; /* sees nothing */
-        visible[i] = 0;
+    MOE__(attend_chunk) c;
+    int begins = 1, key = a->n_keys, most = 0;
+    for (int i = 0; i < MOE__ATTEND_QUERIES; i++) c.max[i] = -INFINITY, c.sum[i] = 0;
+    for (int i = 0; i < a->n_queries; i++) {
+        const int first = a->first ? a->first[i] : 0;
+        const int end = a->n_visible ? a->n_visible[i] : a->n_keys;
+        if (first >= end) continue;
+        if (first < key) key = first;
+        if (end > most) most = end;
     }
-    /* A fixed grid of steps: whoever shares the call, a query's sums are made in the same order. */
-    const int n_keys = MOE__(attend_most)(visible, n);
-    const int start = MOE__(attend_least)(first, n) / MOE__(ATTEND_STEP) * MOE__(ATTEND_STEP);
+    for (key = key / MOE__ATTEND_KEYS * MOE__ATTEND_KEYS; key < most; key += MOE__ATTEND_KEYS) {
+        if (!MOE__(attend_chunk_at)(a, key, &c)) continue;
+        MOE__(attend_ahead)(a, &c, most - key - MOE__ATTEND_KEYS, begins);
+        begins = 0;
 #if MOE__ISA == 3
-    if (a->type == MOE_KV_Q8_0)
-        MOE__(attend_scores_q8_0)(a, first, visible, start, n_keys);
-    else
+        if (a->type == MOE_KV_Q8_0)
+            MOE__(attend_scores_q8_0)(a, &c);
+        else
 #endif
-        MOE__(attend_scores)(a, first, visible, start, n_keys);
-    for (int i = 0; i < n; i++) {
-        factor[i] = 1.0f;
-        if (visible[i] > 0)
-            factor[i] = MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, first[i],
-                                              visible[i], a->max + i, a->sum + i);
-    }
-    for (int j0 = start; j0 < n_keys; j0 += MOE__(ATTEND_STEP)) {
-        MOE__(attend_step)(a, first, visible, factor, j0, n_keys);
-        for (int i = 0; i < n; i++) /* out is up to date with the new max */
-            if (first[i] < j0 + MOE__(ATTEND_STEP)) factor[i] = 1.0f;
+            MOE__(attend_scores)(a, &c);
+        for (int i = 0; i < a->n_queries; i++) {
+            c.max[i] = -INFINITY, c.sum[i] = 0;
+            if (c.visible[i] > 0)
+                MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, c.first[i], c.visible[i],
+                                      &c.max[i], &c.sum[i]);
+        }
+        MOE__(attend_join_all)(a, &c);
+        MOE__(attend_values)(a, &c);
     }
 }
 
@@ -10954,11 +11091,11 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(weigh),
     MOE__SHARED(peaks),
     MOE__SHARED(axpy),
-    MOE__SHARED(axpby),
     MOE__SHARED(divide),
     MOE__SHARED(f32_to_f16),
     MOE__SHARED(f32_to_q8_0),
-    MOE__SHARED(attend)};
+    MOE__SHARED(attend),
+    MOE__SHARED(attend_add)};
 
 #undef MOE__TYPE_KERNELS
 #undef MOE__TILE_F32
@@ -14669,39 +14806,27 @@ MOE__PRIVATE int32_t moe__mixer_cut_positions(const moe_session *session, int il
 
 /* A query sees the keys of its sequence up to its own position, or the last `window` of them. */
 /* Its result has the same bits however the work is cut: keys are seen in chunks that begin at */
-/* multiples of MOE__ATTEND_KEYS, each from a fresh state, and the chunks' results are added up */
-/* in their order (moe__attend_add). */
+/* multiples of MOE__ATTEND_KEYS, each from a state of its own, and these are added up in their */
+/* order (moe__attend_args). */
 /* */
-/* A work item is a block of queries that share a key-value head, over all chunks: the chunk is */
-/* the outer loop, so that keys and values stay in the cache for all queries. If that makes fewer */
-/* items than threads, each chunk becomes an item (its results are kept apart and added up behind */
-/* a barrier), and then blocks become smaller. */
+/* A work item is a block of queries that share a key-value head, over all chunks. Few queries see */
+/* all of them in one call of the kernel; of many, each call's see MOE__ATTEND_SPAN keys, so that */
+/* these stay in the cache for all queries. If that makes fewer items than threads, each chunk */
+/* becomes an item (its results are kept apart and added up behind a barrier), and then blocks */
+/* become smaller. */
 
-enum { MOE__ATTEND_BLOCK = 256 }; /* most queries of a work item */
-
-/* A chunk's state (see moe__attend_args) is added to that of all chunks before it; out, x: dv */
-/* floats, not yet divided by the sum. NaN is never the largest. */
-MOE__PRIVATE void moe__attend_add(const moe__kernels *kernels, float max, float sum, const float *x,
-                                  int64_t dv, float *all_max, float *all_sum, float *out) {
-    if (*all_max == -INFINITY && *all_sum == 0) { /* the first */
-        *all_max = max;
-        *all_sum = sum;
-        memcpy(out, x, (size_t)dv * sizeof *out);
-        return;
-    }
-    const float now = max > *all_max ? max : *all_max, base = now == -INFINITY ? 0.0f : now;
-    const float old = expf(*all_max - base), factor = expf(max - base);
-    *all_sum = fmaf(sum, factor, moe__rounded_f32(*all_sum * old));
-    *all_max = now;
-    kernels->axpby(factor, x, old, dv, out);
-}
+enum {
+    MOE__ATTEND_BLOCK = 256,              /* most queries of a work item */
+    MOE__ATTEND_SPAN = MOE__MLA_KEYS
+};
 
 /* Buffers of a thread, and results of single chunks, which are shared */
 typedef struct moe__attending {
-    float *q, *out;           /* MOE__ATTEND_QUERIES gathered queries and their results */
-    float *max, *sum;
+    float *q;                 /* the queries of a call, side by side: rows of several heads would */
+                              /* be far apart, at places of the cache that exclude each other */
+    float **out;              /* where their results go, what they see, */
     int32_t *first, *n_visible;
-    float *all_max, *all_sum; /* of the queries of a work item over the chunks so far */
+    float *max, *sum;         /* and of all queries of an item the states */
     float *scores;            /* MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS */
     int64_t n_parts;
     float *part_max, *part_sum, *part_out; /* [n_parts][n_head], [n_parts][n_head][dv] */
@@ -14713,13 +14838,11 @@ MOE__PRIVATE void moe__attending_take(moe__attending *w, moe__memory *memory, in
     const int64_t queries = moe__max(info->n_batch, MOE__ATTEND_BLOCK);
     moe__arena *own = &memory->own, *common = &memory->common;
     w->q = moe__take_floats(own, MOE__ATTEND_QUERIES, dk);
-    w->out = moe__take_floats(own, MOE__ATTEND_QUERIES, dv);
-    w->max = moe__take_floats(own, 1, MOE__ATTEND_QUERIES);
-    w->sum = moe__take_floats(own, 1, MOE__ATTEND_QUERIES);
+    w->out = (float **)moe__arena_take(own, MOE__ATTEND_QUERIES, sizeof(float *));
     w->first = (int32_t *)moe__arena_take(own, MOE__ATTEND_QUERIES, sizeof(int32_t));
     w->n_visible = (int32_t *)moe__arena_take(own, MOE__ATTEND_QUERIES, sizeof(int32_t));
-    w->all_max = moe__take_floats(own, 1, queries);
-    w->all_sum = moe__take_floats(own, 1, queries);
+    w->max = moe__take_floats(own, 1, queries);
+    w->sum = moe__take_floats(own, 1, queries);
     w->scores = moe__take_floats(own, MOE__ATTEND_QUERIES, MOE__ATTEND_KEYS);
     w->n_parts = ((int64_t)info->n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
     w->part_max = moe__take_floats(common, w->n_parts, n_head);
@@ -14740,7 +14863,7 @@ typedef struct moe__attention {
     struct moe__mla *mla;      /* values are the beginning of keys, or expanded from it; NULL */
     float *out;            /* [row][n_kv * group][dv]; rows are counted as moe__span.at does */
     float *max, *sum;      /* of each query over the chunks so far: of an item's queries, or, if */
-    int carry;             /* an item is one of several, [row][n_kv * group] */
+    int carry;             /* an item is one of several, [n_kv][row] (only if group is 1) */
     int store;             /* the item of the last chunk stores the new key and value first */
     int64_t block;         /* most queries of an item */
     int64_t n_parts;       /* most chunks of a row, if they are items; else 0 */
@@ -14870,8 +14993,8 @@ MOE__PRIVATE void moe__attention_merge(const moe__eval *e, const moe__attention 
     moe__attention_begin(at, head, &max, &sum, out);
     for (int64_t c = 0; c < n; c++) {
         const int64_t part = moe__attention_part(at, row, head, c);
-        moe__attend_add(e->kernels, at->w->part_max[part], at->w->part_sum[part],
-                        at->w->part_out + part * at->dv, at->dv, &max, &sum, out);
+        e->kernels->attend_add(at->w->part_max[part], at->w->part_sum[part],
+                               at->w->part_out + part * at->dv, at->dv, &max, &sum, out);
     }
     e->kernels->divide(out, at->dv, sum);
 }
@@ -15283,97 +15406,88 @@ MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *la
 
 /* ---- work items of attention ---------------------------------------------------------------- */
 
-MOE__PRIVATE void moe__attend_reset(moe__attend_args *a) {
-    for (int32_t i = 0; i < a->n_queries; i++) {
-        a->max[i] = -INFINITY;
-        a->sum[i] = 0;
-        memset(a->out + i * a->out_stride, 0, (size_t)a->dv * sizeof *a->out);
-    }
-}
-
-/* The number of query i of an item among those of all rows and heads: its place in q and out */
+/* The number of query i of an item among those of all rows and heads: its place in out */
 MOE__INLINE int64_t moe__attention_query(const moe__attention *at, const moe__item *item,
                                          int64_t i) {
     return ((item->span->at + i / at->group) * at->n_kv + item->head) * at->group + i % at->group;
 }
 /* Where its state is kept. */
-MOE__INLINE int64_t moe__attention_state(const moe__attention *at, const moe__item *item,
-                                         int64_t i) {
-    return at->carry ? moe__attention_query(at, item, i) : i - item->begin;
+MOE__INLINE int64_t moe__attention_state(const moe__eval *e, const moe__attention *at,
+                                         const moe__item *item, int64_t i) {
+    return at->carry ? item->head * e->n + item->span->at + i : i - item->begin;
+}
+/* Which part an item of one chunk makes of query i. */
+MOE__INLINE int64_t moe__attention_part_of(const moe__attention *at, const moe__item *item,
+                                           int64_t i) {
+    const int64_t t = i / at->group, chunk = moe__attention_chunk(at->layer, item->span->past + t);
+    return moe__attention_part(at, item->span->at + t, item->head * at->group + i % at->group,
+                               item->chunk - chunk);
 }
 
-/* The result of query j of a chunk, added to those of the item's chunks before or kept apart */
-MOE__PRIVATE void moe__attention_keep(const moe__eval *e, const moe__attention *at,
-                                      const moe__item *item, int64_t first, int64_t chunk,
-                                      const moe__attend_args *a, int32_t j) {
-    const moe__attending *w = at->w;
-    const moe__span *span = item->span;
-    const float *x = a->out + j * a->out_stride;
-    if (at->n_parts) {
-        const int64_t i = (first + j) / at->group, row = span->at + i;
-        const int64_t head = item->head * at->group + (first + j) % at->group;
-        const int64_t c = chunk - moe__attention_chunk(at->layer, span->past + i);
-        const int64_t part = moe__attention_part(at, row, head, c);
-        w->part_max[part] = a->max[j];
-        w->part_sum[part] = a->sum[j];
-        memcpy(w->part_out + part * at->dv, x, (size_t)at->dv * sizeof *x);
-        return;
-    }
-    const int64_t state = moe__attention_state(at, item, first + j);
-    moe__attend_add(e->kernels, a->max[j], a->sum[j], x, at->dv, at->max + state, at->sum + state,
-                    at->out + moe__attention_query(at, item, first + j) * at->dv);
-}
-
-/* At most MOE__ATTEND_QUERIES queries, from number `first` of the span on, over one chunk */
-MOE__PRIVATE void moe__attention_chunk_run(moe__eval *e, const moe__attention *at,
-                                           const moe__item *item, int64_t first, int64_t chunk,
-                                           moe__attend_args *a) {
-    const moe__attending *w = at->w;
-    const moe__span *span = item->span;
-    const int64_t key = chunk * MOE__ATTEND_KEYS;
-    int any = 0;
-    a->n_queries = (int32_t)moe__min(item->end - first, MOE__ATTEND_QUERIES);
-    for (int32_t j = 0; j < a->n_queries; j++) {
-        const int64_t position = span->past + (first + j) / at->group;
-        const int64_t hidden = moe__attention_first(at->layer, position) - key;
-        w->first[j] = (int32_t)moe__max(0, moe__min(hidden, a->n_keys));
-        w->n_visible[j] = (int32_t)moe__max(0, moe__min(position + 1 - key, a->n_keys));
-        any |= w->first[j] < w->n_visible[j];
-    }
-    if (!any) return;
-    for (int32_t j = 0; j < a->n_queries; j++) {
-        const int64_t i = first + j, head = item->head * at->group + i % at->group;
-        float *q = w->q + j * at->dk;
+/* The queries of a call, from number `first` of the span on. */
+MOE__PRIVATE void moe__attention_gather(const moe__eval *e, const moe__attention *at,
+                                        const moe__item *item, int64_t first, int32_t n) {
+    for (int64_t i = first; i < first + n; i++) {
+        float *q = at->w->q + (i - first) * at->dk;
         if (at->q)
             memcpy(q, at->q + moe__attention_query(at, item, i) * at->dk,
                    (size_t)at->dk * sizeof *q);
         else
-            moe__gqa_query(e, at->layer, at->gqa, span->first + i / at->group, head, q);
+            moe__gqa_query(e, at->layer, at->gqa, item->span->first + i / at->group,
+                           item->head * at->group + i % at->group, q);
     }
-    moe__attend_reset(a);
-    e->kernels->attend(a);
-    for (int32_t j = 0; j < a->n_queries; j++)
-        if (w->first[j] < w->n_visible[j])
-            moe__attention_keep(e, at, item, first, chunk, a, j);
 }
 
-/* Where the keys and values of a chunk are; latent ones are the same, or expanded, some chunks */
-/* at a time. */
+/* At most MOE__ATTEND_QUERIES queries, from number `first` of the span on; a: the keys from */
+/* position `key` on. */
+MOE__PRIVATE void moe__attention_call(const moe__eval *e, const moe__attention *at,
+                                      const moe__item *item, int64_t first, int64_t key,
+                                      moe__attend_args *a) {
+    const moe__attending *w = at->w;
+    const int64_t state = moe__attention_state(e, at, item, first);
+    int any = 0;
+    a->n_queries = (int32_t)moe__min(item->end - first, MOE__ATTEND_QUERIES);
+    a->max = at->max + state, a->sum = at->sum + state;
+    for (int32_t j = 0; j < a->n_queries; j++) {
+        const int64_t position = item->span->past + (first + j) / at->group;
+        const int64_t hidden = moe__attention_first(at->layer, position) - key;
+        w->first[j] = (int32_t)moe__max(0, moe__min(hidden, a->n_keys));
+        w->n_visible[j] = (int32_t)moe__max(0, moe__min(position + 1 - key, a->n_keys));
+        w->out[j] = at->out + moe__attention_query(at, item, first + j) * at->dv;
+        any |= w->first[j] < w->n_visible[j];
+        if (!at->n_parts) continue;
+        a->max[j] = -INFINITY, a->sum[j] = 0;
+        w->out[j] = w->part_out; /* a query that sees nothing of the chunk has no part of it */
+        if (w->first[j] >= w->n_visible[j]) continue;
+        w->out[j] += moe__attention_part_of(at, item, first + j) * at->dv;
+        memset(w->out[j], 0, (size_t)at->dv * sizeof(float));
+    }
+    if (!any) return;
+    moe__attention_gather(e, at, item, first, a->n_queries);
+    e->kernels->attend(a);
+    for (int32_t j = 0; j < a->n_queries && at->n_parts; j++) {
+        if (w->first[j] >= w->n_visible[j]) continue;
+        const int64_t part = moe__attention_part_of(at, item, first + j);
+        w->part_max[part] = a->max[j];
+        w->part_sum[part] = a->sum[j];
+    }
+}
+
+/* Where the keys and values from position `key` on are; latent ones are the same, or expanded. */
 MOE__PRIVATE void moe__attention_keys(const moe__eval *e, const moe__attention *at,
                                       const moe__item *item, int64_t key, moe__attend_args *a) {
     const moe__cache *cache = &item->span->sequence->caches[at->il];
     if (at->expand) {
         const moe__mla *w = at->mla;
-        const int64_t all = item->span->past + (item->end - 1) / at->group + 1;
         const int64_t first = key % MOE__MLA_KEYS + (at->carry ? item->head * MOE__MLA_KEYS : 0);
-        if (!at->carry && first == 0)
-            moe__mla_expand(e, at->layer, w, &cache->k, key, moe__min(all - key, MOE__MLA_KEYS),
-                            w->keys, w->values);
         a->type = MOE_KV_F32;
         a->k = (at->carry ? w->all_keys : w->keys) + first * at->dk;
         a->v = (at->carry ? w->all_values : w->values) + first * at->dv;
         a->k_bytes = (size_t)at->dk * sizeof(float);
         a->v_bytes = (size_t)at->dv * sizeof(float);
+        if (!at->carry)
+            moe__mla_expand(e, at->layer, w, &cache->k, key, a->n_keys, w->keys + first * at->dk,
+                            w->values + first * at->dv);
         return;
     }
     const moe__kv *values = at->mla ? &cache->k : &cache->v;
@@ -15388,36 +15502,37 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
     const moe__attending *w = at->w;
     const moe__span *span = item->span;
     const int64_t n_keys = span->past + (item->end - 1) / at->group + 1;
+    const int64_t first_chunk =
+        moe__attention_chunk(at->layer, span->past + item->begin / at->group);
+    const int64_t key_end = moe__min(n_keys, item->chunk_end * MOE__ATTEND_KEYS);
+    const int once = !at->expand && item->end - item->begin <= MOE__ATTEND_QUERIES;
+    const int begins = item->chunk == first_chunk && !at->n_parts;
+    const int ends = key_end == n_keys;
     moe__attend_args a;
     memset(&a, 0, sizeof a);
     a.type = span->sequence->info.kv_type;
     a.dk = (int32_t)at->dk, a.dv = (int32_t)at->dv;
     a.q = w->q, a.q_stride = at->dk;
-    a.out = w->out, a.out_stride = at->dv;
-    a.max = w->max, a.sum = w->sum;
+    a.out = w->out;
     a.first = w->first, a.n_visible = w->n_visible;
     a.scores = w->scores;
-    const int begins = item->chunk == moe__attention_chunk(at->layer, span->past +
-                                                                          item->begin / at->group);
-    const int ends = item->chunk_end * MOE__ATTEND_KEYS >= n_keys;
     if (at->store && ends) moe__gqa_store(e, at->layer, at->il, at->gqa, span->first, item->head);
     if (at->expand && !at->carry) moe__mla_head(e, at->layer, at->mla, item->head);
-    for (int64_t i = item->begin; i < item->end && begins && !at->n_parts; i++) {
-        const int64_t head = item->head * at->group + i % at->group;
-        const int64_t state = moe__attention_state(at, item, i);
-        moe__attention_begin(at, head, &at->max[state], &at->sum[state],
-                             at->out + moe__attention_query(at, item, i) * at->dv);
+    for (int64_t i = item->begin; i < item->end && begins; i++) {
+        const int64_t state = moe__attention_state(e, at, item, i);
+        moe__attention_begin(at, item->head * at->group + i % at->group, &at->max[state],
+                             &at->sum[state], at->out + moe__attention_query(at, item, i) * at->dv);
     }
-    for (int64_t chunk = item->chunk; chunk < item->chunk_end; chunk++) {
-        const int64_t key = chunk * MOE__ATTEND_KEYS;
-        a.n_keys = (int32_t)moe__min(n_keys - key, MOE__ATTEND_KEYS);
+    for (int64_t key = item->chunk * MOE__ATTEND_KEYS, next; key < key_end; key = next) {
+        next = once ? key_end : key / MOE__ATTEND_SPAN * MOE__ATTEND_SPAN + MOE__ATTEND_SPAN;
+        a.n_keys = (int32_t)(moe__min(next, key_end) - key);
         moe__attention_keys(e, at, item, key, &a);
         for (int64_t i = item->begin; i < item->end; i += MOE__ATTEND_QUERIES)
-            moe__attention_chunk_run(e, at, item, i, chunk, &a);
+            moe__attention_call(e, at, item, i, key, &a);
     }
     for (int64_t i = item->begin; i < item->end && ends && !at->n_parts; i++)
         e->kernels->divide(at->out + moe__attention_query(at, item, i) * at->dv, at->dv,
-                           at->sum[moe__attention_state(at, item, i)]);
+                           at->sum[moe__attention_state(e, at, item, i)]);
 }
 
 /* This thread's items; no barrier. */
@@ -15472,7 +15587,7 @@ MOE__PRIVATE void moe__gqa_forward(moe__eval *e, const moe__layer *layer, int il
     memset(&at, 0, sizeof at);
     at.layer = layer, at.il = il;
     at.w = &w.attending, at.gqa = &w;
-    at.max = w.attending.all_max, at.sum = w.attending.all_sum;
+    at.max = w.attending.max, at.sum = w.attending.sum;
     at.n_kv = layer->n_head_kv, at.group = layer->n_head / layer->n_head_kv;
     at.dk = layer->head_k, at.dv = layer->head_v;
     at.q = e->n == 1 ? NULL : w.q;
@@ -15602,7 +15717,7 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
     memset(&at, 0, sizeof at);
     at.layer = layer, at.il = il;
     at.w = &w.attending, at.mla = &w;
-    at.max = w.attending.all_max, at.sum = w.attending.all_sum;
+    at.max = w.attending.max, at.sum = w.attending.sum;
     many = at;
     at.n_kv = 1, at.group = n_head; /* all heads read the same rows */
     at.dk = latent + layer->n_rot, at.dv = latent;

@@ -292,7 +292,8 @@ typedef struct attend_job {
 } attend_job;
 
 typedef struct attend_lane {
-    float q[MOE__ATTEND_QUERIES * 576], out[MOE__ATTEND_QUERIES * 512];
+    float q[MOE__ATTEND_QUERIES * 576], out[MOE__ATTEND_QUERIES][512];
+    float *rows[MOE__ATTEND_QUERIES];
     MOE__ALIGNED(64) float scores[MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS];
     float max[MOE__ATTEND_QUERIES], sum[MOE__ATTEND_QUERIES];
     int32_t visible[MOE__ATTEND_QUERIES];
@@ -300,44 +301,49 @@ typedef struct attend_lane {
 } attend_lane;
 static attend_lane *attend_lanes;
 
+/* Keys of one call, as sessions make them: all of a token's, some of a prompt's */
+static int32_t attend_keys(const shape *s) { return s->depth ? s->depth : MOE__ATTEND_SPAN; }
+static int32_t attend_visible(const shape *s, int query) {
+    return attend_keys(s) - (s->causal ? s->n_queries - 1 - query : 0);
+}
+
 static double attend_work(roofs *r, int thread, double seconds, void *user) {
-    enum { KEYS = MOE__ATTEND_KEYS };
     const attend_job *j = (const attend_job *)user;
     const shape *s = j->s;
     const roofs_thread *t = &r->threads[thread];
     attend_lane *l = &attend_lanes[thread];
-    const size_t heads = (size_t)s->heads, depth = s->depth ? (size_t)s->depth : KEYS;
+    const size_t heads = (size_t)s->heads, depth = (size_t)attend_keys(s);
     const size_t k_size = (size_t)s->dk / j->k->block * j->k->bytes;
     const size_t v_size = (size_t)s->dv / j->k->block * j->k->bytes;
     const size_t keys_size = depth * heads * k_size;
     const size_t layer_size = keys_size + (s->same_memory ? 0 : depth * heads * v_size);
     const size_t layers = s->depth && t->size > layer_size ? t->size / layer_size : 1;
-    const size_t blocks = depth / KEYS;
     moe__attend_args a;
     memset(&a, 0, sizeof a);
     a.q = l->q, a.q_stride = s->dk;
     a.k_bytes = k_size, a.v_bytes = s->same_memory ? k_size : v_size;
     a.type = j->k->type;
-    a.dk = s->dk, a.dv = s->dv, a.n_queries = s->n_queries, a.n_keys = KEYS;
+    a.dk = s->dk, a.dv = s->dv, a.n_queries = s->n_queries, a.n_keys = (int32_t)depth;
     a.n_visible = l->visible, a.max = l->max, a.sum = l->sum;
-    a.out = l->out, a.out_stride = s->dv, a.scores = l->scores;
+    a.out = l->rows, a.scores = l->scores;
     for (int i = 0; i < s->n_queries; i++) {
-        l->visible[i] = s->causal ? KEYS - s->n_queries + 1 + i : KEYS;
+        l->rows[i] = l->out[i];
+        l->visible[i] = attend_visible(s, i);
         l->max[i] = -INFINITY, l->sum[i] = 0;
     }
     const double start = roofs_now(r);
     double now = start, calls = 0;
     do {
-        const size_t block = l->at % blocks, head = l->at / blocks % heads;
-        const uint8_t *layer = t->memory + l->at / blocks / heads % layers * layer_size;
+        const size_t head = l->at % heads;
+        const uint8_t *layer = t->memory + l->at / heads % layers * layer_size;
         const uint8_t *v = s->same_memory ? layer : layer + keys_size;
-        a.k = layer + (head * depth + block * KEYS) * a.k_bytes; /* as sessions keep them */
-        a.v = v + (head * depth + block * KEYS) * a.v_bytes;
+        a.k = layer + head * depth * a.k_bytes; /* as sessions keep them */
+        a.v = v + head * depth * a.v_bytes;
         j->kernels->attend(&a);
         l->at++, calls++;
         now = roofs_now(r);
     } while (now - start < seconds);
-    const double bytes = (double)KEYS * (double)(s->same_memory ? k_size : k_size + v_size);
+    const double bytes = (double)depth * (double)(s->same_memory ? k_size : k_size + v_size);
     return calls * (j->macs > 0 ? j->macs : bytes) / (now - start);
 }
 
@@ -348,8 +354,7 @@ static void bench_shape(roofs *r, const shape *s, const kind *k, moe_isa isa) {
     r->isa = isa;
     snprintf(what, sizeof what, "%s, %s", s->name, k->name);
     for (int i = 0; i < s->n_queries; i++)
-        j.macs += (double)(s->causal ? MOE__ATTEND_KEYS - s->n_queries + 1 + i : MOE__ATTEND_KEYS) *
-                  (s->dk + s->dv);
+        j.macs += (double)attend_visible(s, i) * (s->dk + s->dv);
     if (set.format == 0) printf("| %-50s | %-8s |", what, moe_isa_name(isa));
     f = measure(r, attend_work, &j, roofs_float);
     print_figure("attend", what, s->depth ? "memory" : "cache", isa, 0, "gmacs", &f);

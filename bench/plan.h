@@ -216,9 +216,10 @@ static void plan_axpy(float a, const float *x, int64_t n, float *y) {
     (void)a, (void)x, (void)y;
     plan_vector(n);
 }
-static void plan_axpby(float a, const float *x, float b, int64_t n, float *y) {
-    (void)a, (void)x, (void)b, (void)y;
-    plan_vector(n);
+static void plan_attend_add(float max, float sum, const float *x, int64_t dv, float *all_max,
+                            float *all_sum, float *all) {
+    (void)max, (void)sum, (void)x, (void)all_max, (void)all_sum, (void)all;
+    plan_vector(dv);
 }
 static void plan_divide(float *x, int64_t n, float by) {
     (void)x, (void)by;
@@ -266,11 +267,11 @@ static void plan_make_kernels(void) {
     plan_kernels.swiglu = plan_kernels.swiglu_oai = plan_glu;
     plan_kernels.softmax = plan_softmax;
     plan_kernels.axpy = plan_axpy;
-    plan_kernels.axpby = plan_axpby;
     plan_kernels.divide = plan_divide;
     plan_kernels.f32_to_f16 = plan_f16;
     plan_kernels.f32_to_q8_0 = plan_q8_0;
     plan_kernels.attend = plan_attend;
+    plan_kernels.attend_add = plan_attend_add;
 }
 
 /* ---- models without weights ------------------------------------------------------------------ */

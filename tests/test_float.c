@@ -370,26 +370,6 @@ TEST(axpy) {
     }
 }
 
-TEST(axpby) {
-    EACH_ISA(k)
-    for (int at = 0; row_length(at); at++) {
-        const int64_t n = row_length(at);
-        float *x = guarded_floats(n), *y = guarded_floats(n);
-        float *expected = (float *)malloc((size_t)n * sizeof(float));
-        const float a = random_float(-2, 2), b = random_float(-2, 2);
-        for (int64_t i = 0; i < n; i++) {
-            x[i] = random_float(-3, 3);
-            y[i] = expected[i] = random_float(-3, 3);
-        }
-        moe__axpby_scalar(a, x, b, n, expected);
-        k->axpby(a, x, b, n, y);
-        CHECKF(!memcmp(y, expected, (size_t)n * sizeof *y), "%s n %d", moe_isa_name(k->isa), (int)n);
-        guarded_floats_free(x, n);
-        guarded_floats_free(y, n);
-        free(expected);
-    }
-}
-
 /* Compares n conversions with the plain C one, bit for bit. */
 static void check_halves(const moe__kernels *k, const float *x, int64_t n) {
     uint16_t *out = (uint16_t *)malloc((size_t)n * 2);
@@ -446,6 +426,7 @@ TEST(rows_canaries) {
     EACH_ISA(k)
     for (int n = 1; n <= 70; n++)
         for (int kernel = 0; kernel < 6; kernel++) {
+            float max = 0, sum = 0;
             int wrong = 0;
             for (int i = 0; i < SIZE; i++) {
                 x[i] = random_float(-1, 1);
@@ -457,7 +438,7 @@ TEST(rows_canaries) {
             if (kernel == 2) k->softmax(y + AT, n);
             if (kernel == 3) k->axpy(0.5f, x + AT, n, y + AT);
             if (kernel == 4) k->f32_to_f16(x + AT, n, halves + AT);
-            if (kernel == 5) k->axpby(0.5f, x + AT, 0.25f, n, y + AT);
+            if (kernel == 5) k->attend_add(1, 2, x + AT, n, &max, &sum, y + AT);
             for (int i = 0; i < SIZE; i++)
                 if (i < AT || i >= AT + n) wrong += y[i] != kept[i] || halves[i] != 0xBEEF;
             CHECKF(!wrong, "%s kernel %d n %d", moe_isa_name(k->isa), kernel, n);
@@ -532,11 +513,14 @@ typedef struct shape {
     int gap;        /* bytes between rows */
 } shape;
 
+enum { KEYS = 512 }; /* most keys of a call here: four chunks */
+
 typedef struct attention {
     shape s;
-    float *q, *max, *sum, *out, *scores;
+    float *q, *max, *sum, *out, *scores, *rows[MOE__ATTEND_QUERIES];
     uint8_t *k, *v;
     size_t q_size, k_size, v_size, out_size;
+    int out_stride;
     int32_t *visible, *first;
     moe__attend_args args;
 } attention;
@@ -635,7 +619,7 @@ static void attention_open(attention *a, const shape *s) {
     const int n = s->n_queries;
     moe__attend_args *args = &a->args;
     args->q_stride = s->dk + 5;
-    args->out_stride = s->dv + 3;
+    a->out_stride = s->dv + 3;
     args->k_bytes = moe__kv_bytes(kinds[s->kind], s->dk) + (size_t)s->gap;
     args->v_bytes =
         s->same ? args->k_bytes : moe__kv_bytes(kinds[s->kind], s->dv) + (size_t)s->gap * 2;
@@ -675,7 +659,8 @@ static void attention_open(attention *a, const shape *s) {
     args->first = s->visibility > 3 ? a->first : NULL;
     args->max = a->max;
     args->sum = a->sum;
-    args->out = a->out;
+    args->out = a->rows;
+    for (int i = 0; i < n; i++) a->rows[i] = a->out + i * a->out_stride;
     args->scores = a->scores;
     attention_reset(a);
 }
@@ -697,7 +682,7 @@ static void attention_close(attention *a) {
  * of the whole sum. *budget is what rounding of scores may cost. */
 static double attention_error(const attention *a, int i, double *budget) {
     const shape *s = &a->s;
-    static double p[MOE__ATTEND_KEYS], out[1024], size[1024];
+    static double p[KEYS], out[1024], size[1024];
     double max = -1e300, sum = 0, products = 0, worst = 0;
     for (int j = a->first[i]; j < a->visible[i]; j++) {
         double score = 0, absolute = 0;
@@ -722,7 +707,7 @@ static double attention_error(const attention *a, int i, double *budget) {
         }
     }
     for (int c = 0; c < s->dv; c++) {
-        const double x = (double)a->out[i * a->args.out_stride + c] / a->sum[i];
+        const double x = (double)a->out[i * a->out_stride + c] / a->sum[i];
         const double e = fabs(x - out[c] / sum) / (size[c] / sum + 1e-30);
         worst = e > worst || e != e ? e : worst;
     }
@@ -773,7 +758,7 @@ static void check_shape(const moe__kernels *k, const shape *s) {
             moe__attend_args part = a.args;
             part.n_queries = n - i < group ? n - i : group;
             part.q += i * part.q_stride;
-            part.out += i * part.out_stride;
+            part.out += i;
             part.max += i;
             part.sum += i;
             if (part.n_visible) part.n_visible += i;
@@ -789,7 +774,7 @@ static void check_shape(const moe__kernels *k, const shape *s) {
 }
 
 TEST(attend_shapes) {
-    enum { MOST = MOE__ATTEND_KEYS };
+    enum { MOST = KEYS };
     const shape shapes[] = {
         {8, MOST, 128, 128, 0, 0, 0, 0},    {8, MOST, 128, 128, 0, 0, 0, 1792}, /* GQA decode */
         {1, MOST, 128, 128, 0, 0, 0, 0},    {4, 77, 64, 64, 0, 0, 0, 0},
@@ -817,7 +802,7 @@ TEST(attend_ragged) {
     const int widths[] = {1,  2,  3,  5,  7,  8,  9,  15, 16, 17, 20,
                           24, 31, 33, 48, 63, 64, 65, 80, 96, 112};
     const int keys[] = {1,  2,  3,  4,  5,  6,  7,  8,   9,   15,  16,
-                        17, 31, 33, 63, 64, 65, 66, 127, 128, 129, MOE__ATTEND_KEYS};
+                        17, 31, 33, 63, 64, 65, 66, 127, 128, 129, 200, 255, 256, 257, 384, KEYS};
     const int n_widths = sizeof widths / sizeof *widths, n_all_keys = sizeof keys / sizeof *keys;
     EACH_ISA(k)
     for (int i = 0; i < 500; i++) {
@@ -825,7 +810,6 @@ TEST(attend_ragged) {
         memset(&s, 0, sizeof s);
         s.n_queries = i < 32 ? i + 1 : 1 + random_below(32);
         s.n_keys = keys[i < 32 ? i % n_all_keys : random_below(n_all_keys)];
-        if (s.n_keys > MOE__ATTEND_KEYS) s.n_keys = MOE__ATTEND_KEYS;
         s.dk = widths[i < n_widths ? i : random_below(n_widths)];
         s.dv = widths[i < n_widths ? n_widths - 1 - i : random_below(n_widths)];
         s.kind = random_below(3);
@@ -841,7 +825,7 @@ TEST(attend_in_blocks) {
     EACH_ISA(k)
     for (int i = 0; i < 24; i++) {
         const int n = 1 + random_below(32), dv = i % 3 > 1 ? 96 : 48;
-        const shape s = {n, MOE__ATTEND_KEYS, 64, dv, i % 3, 0, i % 7, 0};
+        const shape s = {n, KEYS, 64, dv, i % 3, 0, i % 7, 0};
         attention a;
         attention_open(&a, &s);
         int32_t visible[32], hidden[32];
@@ -870,12 +854,74 @@ TEST(attend_in_blocks) {
     }
 }
 
+/* What the queries see of keys begin .. end - 1, in this order of calls: at once; each chunk by
+ * itself with the state of those before; each from nothing, and added up. */
+enum { AT_ONCE, ONE_BY_ONE, ADDED_UP };
+static void attend_chunks(const moe__kernels *k, const attention *a, int begin, int end, int how) {
+    int32_t visible[32], first[32];
+    float max[32], sum[32], *rows[32], *out = (float *)calloc(32 * 1024, sizeof(float));
+    const shape *s = &a->s;
+    moe__attend_args part = a->args;
+    part.k = a->k + (size_t)begin * part.k_bytes;
+    part.v = a->v + (size_t)begin * part.v_bytes;
+    part.n_keys = end - begin;
+    part.n_visible = visible, part.first = first;
+    for (int r = 0; r < s->n_queries; r++) {
+        visible[r] = (int32_t)moe__max(0, moe__min(end, a->visible[r]) - begin);
+        first[r] = (int32_t)moe__max(0, moe__min(end, a->first[r]) - begin);
+        max[r] = -INFINITY, sum[r] = 0;
+        rows[r] = out + 1024 * r;
+    }
+    if (how == ADDED_UP) part.max = max, part.sum = sum, part.out = rows;
+    k->attend(&part);
+    for (int r = 0; r < s->n_queries && how == ADDED_UP; r++)
+        if (first[r] < visible[r])
+            k->attend_add(max[r], sum[r], rows[r], s->dv, a->max + r, a->sum + r, a->rows[r]);
+    free(out);
+}
+
+/* However the chunks come: the same bits. With and without a sink, from windows, NaN included. */
+TEST(attend_in_chunks) {
+    EACH_ISA(k)
+    for (int i = 0; i < 60; i++) {
+        const int n = 1 + random_below(32), n_keys = 1 + random_below(KEYS);
+        const int dv = i % 3 > 1 ? 96 : 33 + random_below(100);
+        const shape s = {n, n_keys, 64, dv, i % 3, 0, i % 7, 0};
+        attention a;
+        attention_open(&a, &s);
+        if (i % 10 == 9) memset(a.k + (size_t)(n_keys / 2) * a.args.k_bytes, 0xFF, 34);
+        float *expected = (float *)malloc(a.out_size * sizeof(float)), max[32], sum[32];
+        const float sink = i % 4 == 3 ? random_float(-2, 2) : -INFINITY;
+        for (int how = AT_ONCE; how <= ADDED_UP; how++) {
+            attention_reset(&a);
+            for (int r = 0; r < n; r++) a.max[r] = sink, a.sum[r] = sink > -INFINITY;
+            for (int begin = 0, end; begin < n_keys; begin = end) {
+                end = how == AT_ONCE ? n_keys : begin + MOE__ATTEND_KEYS;
+                if (how == ONE_BY_ONE && i % 2) end += MOE__ATTEND_KEYS;
+                if (end > n_keys) end = n_keys;
+                attend_chunks(k, &a, begin, end, how);
+            }
+            if (how == AT_ONCE) {
+                memcpy(expected, a.out, a.out_size * sizeof(float));
+                memcpy(max, a.max, sizeof(float) * (size_t)n);
+                memcpy(sum, a.sum, sizeof(float) * (size_t)n);
+            }
+            CHECKF(!bits_differ(expected, a.out, (int)a.out_size) && !bits_differ(max, a.max, n) &&
+                       !bits_differ(sum, a.sum, n),
+                   "%s %s, case %d: %s", moe_isa_name(k->isa), shape_text(&s), i,
+                   how == ADDED_UP ? "added up" : "one by one");
+        }
+        free(expected);
+        attention_close(&a);
+    }
+}
+
 /* NaN in keys or values changes no bit for those who do not see them, and reaches those who do. */
 TEST(attend_hidden_nan) {
     EACH_ISA(k)
     for (int i = 0; i < 120; i++) {
         const int kind = i % 3, width = kind < 2 && i % 4 == 0 ? 20 : 64;
-        const int n_queries = 2 + random_below(31), n_keys = 3 + random_below(MOE__ATTEND_KEYS - 2);
+        const int n_queries = 2 + random_below(31), n_keys = 3 + random_below(KEYS - 2);
         const shape s = {n_queries, n_keys, width, width, kind, 0, 1 + i / 3 % 6, 0};
         attention a;
         attention_open(&a, &s);

@@ -1105,6 +1105,7 @@ typedef struct attend_case {
     float q[AT_Q * 30], k[AT_K * AT_DK], v[AT_K * AT_DV];
     uint16_t k16[AT_K * AT_DK], v16[AT_K * AT_DV];
     float scores[AT_Q * MOE__ATTEND_KEYS], max[AT_Q], sum[AT_Q], out[AT_Q * AT_STRIDE];
+    float *rows[AT_Q];
     moe__attend_args args;
 } attend_case;
 static attend_case *attend_new(int f32) {
@@ -1115,7 +1116,7 @@ static attend_case *attend_new(int f32) {
         c->k[i] = moe__f16_to_f32(c->k16[i] = moe__f32_to_f16(random_normal()));
     for (int i = 0; i < AT_K * AT_DV; i++)
         c->v[i] = moe__f16_to_f32(c->v16[i] = moe__f32_to_f16(random_normal()));
-    for (int i = 0; i < AT_Q; i++) c->max[i] = -INFINITY;
+    for (int i = 0; i < AT_Q; i++) c->max[i] = -INFINITY, c->rows[i] = c->out + i * AT_STRIDE;
     moe__attend_args *a = &c->args;
     a->q = c->q;
     a->q_stride = 30;
@@ -1127,8 +1128,7 @@ static attend_case *attend_new(int f32) {
     a->n_queries = AT_Q;
     a->max = c->max;
     a->sum = c->sum;
-    a->out = c->out;
-    a->out_stride = AT_STRIDE;
+    a->out = c->rows;
     a->scores = c->scores;
     return c;
 }

@@ -30,17 +30,17 @@
 /*   >>gguf        2759  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types       3749  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels     5429  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11204  matrix products, rotary positions */
-/*   >>experts    11460  router, plan, the expert schedules */
-/*   >>text       11906  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13560  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14374  what a sequence remembers */
-/*   >>batch      14436  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14775  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15759  opening a model, placing its weights */
-/*   >>session    16147  the forward pass, sessions */
-/*   >>sample     16970  choosing tokens, generating text */
-/*   >>licence    17820  MIT or public domain */
+/*   >>ops        11214  matrix products, rotary positions */
+/*   >>experts    11470  router, plan, the expert schedules */
+/*   >>text       11916  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13570  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14384  what a sequence remembers */
+/*   >>batch      14446  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14785  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15769  opening a model, placing its weights */
+/*   >>session    16157  the forward pass, sessions */
+/*   >>sample     16980  choosing tokens, generating text */
+/*   >>licence    17830  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -5474,9 +5474,10 @@ MOE__INLINE size_t moe__kv_bytes(moe_kv_type type, int64_t n) {
 /* first), and the weighted sum of values out[i], dv floats (0 at first), not yet divided by */
 /* sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1. */
 /* */
-/* It does so by chunks of MOE__ATTEND_KEYS keys: what is seen of a chunk gives a state of its own, */
-/* from nothing, which is then added to that of all keys before (attend_add). So the result has the */
-/* same bits whether the chunks come in one call, in several, or each in one and added up later. */
+/* It does so by chunks of MOE__ATTEND_KEYS keys: what is seen of a chunk gives a state of its */
+/* own, from nothing, which is then added to that of all keys before (attend_add). So the result */
+/* has the same bits whether the chunks come in one call, in several, or each in one, to be added */
+/* up later. */
 typedef struct moe__attend_args {
     const float *q;          /* query i: dk floats at q + i * q_stride, already scaled */
     int64_t q_stride;
@@ -5724,8 +5725,8 @@ MOE__INLINE float moe__attend_load(const uint8_t *row, moe_kv_type type, int c) 
     return type == MOE_KV_F32 ? moe__load_f32(p) : moe__types_f16(p);
 }
 
-/* The weight that a state of this max has beside one of max `now`. With nothing but -inf any finite */
-/* base will do: it gives 0 instead of NaN. */
+/* The weight that a state of this max has beside one of max `now`. With nothing but -inf any */
+/* finite base will do: it gives 0 instead of NaN. */
 MOE__INLINE float moe__attend_factor(float max, float now) {
     return expf(max - fmaxf(now, -FLT_MAX));
 }
@@ -10197,9 +10198,9 @@ MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
 
 /* ---- attention ------------------------------------------------------------------------------- */
 
-/* Three passes over each chunk: scores = Q K^T, exponentials, P V, which is added to the state as */
-/* it leaves the registers. Both products work on register tiles of up to MOE__ATTEND_ROWS queries */
-/* by 4 keys, or by 4 vectors of the values: */
+/* Three passes over each chunk: scores = Q K^T, exponentials, P V, which is added to the state */
+/* as it leaves the registers. Both products work on register tiles of up to MOE__ATTEND_ROWS */
+/* queries by 4 keys, or by 4 vectors of the values: */
 /* */
 /*     scores    lanes run over dk; one accumulator per (query, key), summed across at the end */
 /*     values    lanes run over dv; one accumulator per (query, vector), keys in order */
@@ -10469,8 +10470,8 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, MOE__(attend_chunk) 
         a->type != MOE_KV_F32 && padded <= MOE__(ATTEND_DK) && n > (tiles - 1) * rows;
     const int32_t *visible = chunk->visible, *first = chunk->first;
     const int early = MOE__(attend_least)(visible, n), late = MOE__(attend_most)(first, n);
-    const int64_t due =
-        MOE__(attend_due)(chunk, (int64_t)((n_keys - chunk->start + 3) / 4) * ((n + rows - 1) / rows));
+    const int64_t fours = (n_keys - chunk->start + 3) / 4;
+    const int64_t due = MOE__(attend_due)(chunk, fours * ((n + rows - 1) / rows));
     MOE__(score_args) t;
     t.q_stride = a->q_stride;
     t.dk = a->dk;
@@ -10664,24 +10665,31 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, MOE__(attend_ch
 }
 #endif
 
-/* Turns the scores first .. n - 1 of one query, at least one, into weights exp(score - max). NaN */
-/* is never the max. With nothing but -inf, the base is finite: then weights are 0 instead of NaN. */
+/* Turns the scores of one query, of which it sees first .. n - 1, into weights exp(score - max). */
+/* NaN is never the max. With nothing but -inf, the base is finite: then weights are 0, not NaN. */
 MOE__K void MOE__(attend_weights)(float *s, int first, int n, float *max, float *sum) {
-    const int begin = first / MOE__VFLOATS * MOE__VFLOATS, whole = n / MOE__VFLOATS * MOE__VFLOATS;
-    MOE__VF lowest = MOE__(f_set)(-INFINITY), m = lowest;
-    if (whole < n) /* the row of scratch is longer than n: fill up the last vector */
-        MOE__(f_store)(s + whole,
-                       MOE__(f_select_part)(n - whole, MOE__(f_load)(s + whole), lowest));
-    for (int j = begin; j < first; j++) s[j] = -INFINITY;
-    for (int j = begin; j < n; j += MOE__VFLOATS) m = MOE__(f_max)(MOE__(f_load)(s + j), m);
-    *max = MOE__(f_largest)(m);
+    enum { V = MOE__VFLOATS };
+    const MOE__VF lowest = MOE__(f_set)(-INFINITY);
+    MOE__VF m[4], total = MOE__(f_zero)();
+    for (int j = n / V * V; j < MOE__ATTEND_KEYS; j += V)
+        MOE__(f_store)(s + j, j < n ? MOE__(f_select_part)(n - j, MOE__(f_load)(s + j), lowest)
+                                    : lowest);
+    for (int j = 0; j < first; j++) s[j] = -INFINITY;
+    MOE__UNROLL(4)
+    for (int c = 0; c < 4; c++) m[c] = lowest;
+    for (int j = 0; j < MOE__ATTEND_KEYS; j += 4 * V)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) m[c] = MOE__(f_max)(MOE__(f_load)(s + j + c * V), m[c]);
+    *max = MOE__(f_largest)(MOE__(f_max)(MOE__(f_max)(m[0], m[1]), MOE__(f_max)(m[2], m[3])));
     const MOE__VF base = MOE__(f_set)(*max > -FLT_MAX ? *max : -FLT_MAX);
-    MOE__VF total = MOE__(f_zero)();
-    for (int j = begin; j < n; j += MOE__VFLOATS) {
-        MOE__VF e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j), base));
-        MOE__(f_store)(s + j, e);
-        total = MOE__(f_add)(total, e);
-    }
+    for (int j = 0; j < MOE__ATTEND_KEYS; j += 4 * V)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) {
+            const MOE__VF e =
+                MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j + c * V), base));
+            MOE__(f_store)(s + j + c * V, e);
+            total = MOE__(f_add)(total, e);
+        }
     *sum = MOE__(f_sum)(total);
 }
 
@@ -10941,11 +10949,12 @@ MOE__V MOE__(value_cut) MOE__(value_cut_of)(moe_kv_type type, int n) {
     MOE__(value_cut) cut;
     cut.convert = type != MOE_KV_F32 && (MOE__ISA == 2 || !q8_0) &&
                   n > (MOE__(ATTEND_CONVERT) - 1) * MOE__ATTEND_ROWS;
-    cut.step = cut.convert || n > MOE__(ATTEND_TOGETHER) ? (int)MOE__(ATTEND_STEP)
-                                                         : (int)MOE__ATTEND_KEYS;
     const int itself = q8_0 && !cut.convert; /* each tile for itself */
     cut.rows = MOE__(attend_rows)(n, itself ? MOE__ATTEND_WIDE : MOE__ATTEND_ROWS);
     cut.wide = (itself && cut.rows > MOE__ATTEND_FEW ? 2 : 4) * MOE__VFLOATS;
+    cut.step = MOE__ATTEND_KEYS;
+    if (cut.convert || n > MOE__(ATTEND_TOGETHER) || (type == MOE_KV_F32 && n > cut.rows))
+        cut.step = MOE__(ATTEND_STEP);
     return cut;
 }
 /* What is fetched is spread over all tiles and keys. */
@@ -10959,15 +10968,15 @@ MOE__V void MOE__(value_ahead)(const moe__attend_args *a, const MOE__(attend_chu
     t->ahead_bytes = (chunk->ahead_rows * chunk->ahead_bytes + keys - 1) / keys;
 }
 
-/* The weights of keys j0 .. j0 + keys - 1 for a tile's columns of Q8_0 values */
+/* The weights of a step's keys for a tile's columns of Q8_0 values */
 MOE__V void MOE__(value_weights)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk,
-                                 int j0, int keys, int column, int width, int step, float *out) {
+                                 const MOE__(value_args) *t, float *out) {
     MOE__ALIGNED(64) uint16_t scale[MOE__ATTEND_KEYS] = {0};
-    const uint8_t *block = chunk->v + (size_t)j0 * a->v_bytes + column / 32 * 34;
-    const int stride = (width + 31) / 32 * step;
-    for (int c = 0; c < width; c += 32, block += 34, out += step) {
-        MOE__(q8_0_scales)(block, a->v_bytes, keys, scale);
-        MOE__(step_weights)(a, j0, keys, scale, out, stride);
+    const uint8_t *block = chunk->v + (size_t)t->j0 * a->v_bytes + t->column / 32 * 34;
+    const int stride = MOE__(value_blocks)(t->width / MOE__VFLOATS) * t->step;
+    for (int c = 0; c < t->width; c += 32, block += 34, out += t->step) {
+        MOE__(q8_0_scales)(block, a->v_bytes, t->j1 - t->j0, scale);
+        MOE__(step_weights)(a, t->j0, t->j1 - t->j0, scale, out, stride);
     }
 }
 
@@ -10999,6 +11008,7 @@ MOE__K void MOE__(attend_values)(const moe__attend_args *a, const MOE__(attend_c
     MOE__ALIGNED(64) float part[MOE__ATTEND_QUERIES * 4 * V];
     MOE__ALIGNED(64) float scaled[TOGETHER * MOE__(ATTEND_BLOCKS) * MOE__ATTEND_KEYS];
     const int n = a->n_queries, q8_0 = a->type == MOE_KV_Q8_0;
+    float *const weights = q8_0 ? scaled : NULL;
     const MOE__(value_cut) cut = MOE__(value_cut_of)(a->type, n);
     const int all_first = MOE__(attend_most)(chunk->first, n);
     const int all_end = MOE__(attend_least)(chunk->visible, n);
@@ -11019,13 +11029,13 @@ MOE__K void MOE__(attend_values)(const moe__attend_args *a, const MOE__(attend_c
             if (q8_0) t.value += 2 + t.column % 32;
             t.v_bytes = a->v_bytes;
             if (q8_0)
-                MOE__(value_weights)(a, chunk, t.j0, end - t.j0, t.column, t.width, cut.step, scaled);
+                MOE__(value_weights)(a, chunk, &t, weights);
             if (cut.convert) {
                 MOE__(step_floats)(&t, a->type, floats);
                 t.value = (const uint8_t *)(const void *)floats;
                 t.v_bytes = 4 * V * sizeof(float);
             }
-            MOE__(value_column)(a, chunk, &cut, q8_0 ? scaled : NULL, part, &t);
+            MOE__(value_column)(a, chunk, &cut, weights, part, &t);
         }
     }
 }
@@ -14809,11 +14819,11 @@ MOE__PRIVATE int32_t moe__mixer_cut_positions(const moe_session *session, int il
 /* multiples of MOE__ATTEND_KEYS, each from a state of its own, and these are added up in their */
 /* order (moe__attend_args). */
 /* */
-/* A work item is a block of queries that share a key-value head, over all chunks. Few queries see */
-/* all of them in one call of the kernel; of many, each call's see MOE__ATTEND_SPAN keys, so that */
-/* these stay in the cache for all queries. If that makes fewer items than threads, each chunk */
-/* becomes an item (its results are kept apart and added up behind a barrier), and then blocks */
-/* become smaller. */
+/* A work item is a block of queries that share a key-value head, over all chunks. Few queries */
+/* see all of them in one call of the kernel; of many, each call's see MOE__ATTEND_SPAN keys, so */
+/* that these stay in the cache for all queries. If that makes fewer items than threads, each */
+/* chunk becomes an item (its results are kept apart and added up behind a barrier), and then */
+/* blocks become smaller. */
 
 enum {
     MOE__ATTEND_BLOCK = 256,              /* most queries of a work item */

@@ -21,8 +21,8 @@ any ^moe__tile_run_ around the same
 any ^moe__(tile|dot|tile_unpack)_blocks_avx calls they call what unpacks a block of a type
 any ^moe__(tile|dot|tile_unpack)_blocks_avx innermost the same: outside the multiplying loops
 any ^moe__(tile|dot|tile_unpack)_blocks_avx around the same
-any ^moe__attend(_scores|_step|)_avx innermost Q8_0: converted values and scales beside the sums
-any ^moe__attend_step_avx2$ around out and weights of a tile of queries, 16 registers
+any ^moe__attend(_scores|_values|)_avx innermost Q8_0: converted values and scales beside the sums
+any ^moe__attend_values_avx2$ around out and weights of a tile of queries, 16 registers
 any ^moe__attend_avx calls one per query and block of keys, for the exponentials
 any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_vnni)$ innermost 16 registers: float sums lie on the stack
 any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_vnni)$ around the same

@@ -141,8 +141,8 @@ static void subject_demand_f16(subject *s, double *truth) {
         limit = 2 * off;
     }
     subject_demand(s, "truth", MOE_KV_F16, truth, NMSE, limit);
-    /* Either may swap experts where the other does not, and stay near the truth: then the two are */
-    /* no further apart than their distances from it allow. */
+    /* Either may swap experts where the other does not, and stay near the truth: then the two
+     * are no further apart than their distances from it allow. */
     const double apart = pow(sqrt(off) + sqrt(limit), 2);
     subject_demand(s, "naive with f16", MOE_KV_F16, rounded, NMSE,
                    off > limit_f16 / 2 ? apart : limit_rounded);

@@ -14941,7 +14941,7 @@ typedef struct moe__item {
 /* Where a thread is in the list of items, which nobody writes down */
 typedef struct moe__items {
     int32_t span;
-    int64_t pair, part; /* (block, head), chunk */
+    int64_t part, pair; /* chunk, (block, head) */
     int64_t number;
 } moe__items;
 
@@ -14952,29 +14952,29 @@ MOE__INLINE int moe__items_turn(const moe__eval *e, int64_t number) {
 }
 
 /* The next item of this thread; 0: there is none. The last queries of a span see most keys: they */
-/* come first. */
+/* come first. Of chunks the last comes last, which may be short. */
 MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, moe__items *it,
                                  moe__item *item) {
-    for (; it->span < e->work->n_spans; it->span++, it->pair = 0) {
+    for (; it->span < e->work->n_spans; it->span++, it->part = 0) {
         const moe__span *span = &e->work->spans[it->span];
         const int64_t queries = span->n * at->group;
         const int64_t blocks = (queries + at->block - 1) / at->block;
         if (span->expand != at->expand) continue;
-        for (; it->pair < blocks * at->n_kv; it->pair++, it->part = 0) {
-            item->span = span;
-            item->head = it->pair % at->n_kv;
-            item->begin = (blocks - 1 - it->pair / at->n_kv) * at->block;
-            item->end = moe__min(queries, item->begin + at->block);
-            const int64_t last = span->past + (item->end - 1) / at->group;
-            const int64_t chunk =
-                moe__attention_chunk(at->layer, span->past + item->begin / at->group);
-            const int64_t chunk_end = last / MOE__ATTEND_KEYS + 1;
-            while (it->part < (at->n_parts ? chunk_end - chunk : 1)) {
-                item->chunk = chunk + it->part++;
-                item->chunk_end = at->n_parts ? item->chunk + 1 : chunk_end;
+        for (; it->part < moe__max(at->n_parts, 1); it->part++, it->pair = 0)
+            while (it->pair < blocks * at->n_kv) {
+                const int64_t pair = it->pair++;
+                item->span = span;
+                item->head = pair % at->n_kv;
+                item->begin = (blocks - 1 - pair / at->n_kv) * at->block;
+                item->end = moe__min(queries, item->begin + at->block);
+                const int64_t last = span->past + (item->end - 1) / at->group;
+                item->chunk = it->part +
+                              moe__attention_chunk(at->layer, span->past + item->begin / at->group);
+                item->chunk_end = last / MOE__ATTEND_KEYS + 1;
+                if (item->chunk >= item->chunk_end) continue;
+                if (at->n_parts) item->chunk_end = item->chunk + 1;
                 if (moe__items_turn(e, it->number++)) return 1;
             }
-        }
     }
     return 0;
 }

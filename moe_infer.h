@@ -21,26 +21,26 @@
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
 /*   >>manual        57  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config       148  every macro you may define */
-/*   >>api          239  types and prototypes with their contracts */
-/*   >>base         761  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine     1056  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool        1441  the team of threads: wake, barrier, shares of work */
-/*   >>pages       2019  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf        2759  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types       3749  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels     5429  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11214  matrix products, rotary positions */
-/*   >>experts    11470  router, plan, the expert schedules */
-/*   >>text       11916  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13570  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14384  what a sequence remembers */
-/*   >>batch      14446  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14785  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15769  opening a model, placing its weights */
-/*   >>session    16157  the forward pass, sessions */
-/*   >>sample     16980  choosing tokens, generating text */
-/*   >>licence    17830  MIT or public domain */
+/*   >>config       152  every macro you may define */
+/*   >>api          243  types and prototypes with their contracts */
+/*   >>base         784  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine     1082  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool        1467  the team of threads: wake, barrier, shares of work */
+/*   >>pages       2056  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf        2796  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types       3786  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels     5472  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops        11257  matrix products, rotary positions */
+/*   >>experts    11513  router, plan, the expert schedules */
+/*   >>text       11959  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13628  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14442  what a sequence remembers */
+/*   >>batch      14504  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14843  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15827  opening a model, placing its weights */
+/*   >>session    16218  the forward pass, sessions */
+/*   >>sample     17041  choosing tokens, generating text */
+/*   >>licence    17904  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -60,7 +60,8 @@
 /* */
 /*     moe_error error; */
 /*     moe_model *model = moe_model_open("model.gguf", NULL, &error); */
-/*     moe_session *session = moe_session_open(model, NULL, &error); */
+/*     moe_session *session = model ? moe_session_open(model, NULL, &error) : NULL; */
+/*     if (!session) fail(error.text); */
 /*     int32_t tokens[1000]; */
 /*     int64_t n = moe_vocab_tokenize(moe_model_vocab(model), text, strlen(text), */
 /*                                    MOE_TOKENIZE_ADD_SPECIAL, tokens, 1000); */
@@ -91,13 +92,16 @@
 /* weight once. */
 /* */
 /* THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between */
-/* evals. Callbacks run on the calling thread. A program that forks must not use the child's copy */
-/* of a session. */
+/* evals. Callbacks run on the calling thread and must return: an exception or a longjmp through */
+/* the library leaves the pool locked. A program that forks must not use the child's copy of a */
+/* session. A calling thread needs 128 KiB of stack (without optimization 512). */
 /* */
 /* BITS. A token's logits depend on the tokens before it alone: they have the same bits for any */
 /* number of threads, any schedule, any other sequences in the batch, and any cut of the input */
 /* into evals or batches. One exception: layers with latent attention expand keys in inputs of */
-/* 128 tokens and more, and round differently there: such inputs agree with each other. */
+/* 128 tokens and more, and round differently there: such inputs agree with each other. The */
+/* caller's floating-point environment (rounding, small numbers flushed to zero) has no part in */
+/* it, and is as before when a call returns. */
 /* */
 /* MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best */
 /* with pages = COPY: threads are pinned in blocks, and a row of a matrix lies in the memory of */
@@ -742,7 +746,7 @@ typedef struct moe_generate_result {
 /* token more than fits. The model must have a vocabulary. Memory: nothing is allocated. An empty */
 /* prompt goes on with the logits of the last eval. *result (may be NULL) is always set; after an */
 /* error its reason is CALLER, or CONTEXT for a prompt that does not fit. Errors: those of */
-/* moe_session_eval for the prompt; ARGUMENT. */
+/* moe_session_eval for the prompt; ARGUMENT; FORMAT (no logit is a number). */
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error);
@@ -755,7 +759,26 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 
 #endif /* MOE_INFER_H */
 
+/* Where the implementation cannot work one sentence is worth more than what follows from it. */
 #if defined(MOE_INFER_IMPLEMENTATION) && !defined(MOE__IMPLEMENTED)
+#if defined(_WIN32)
+#error "moe_infer.h needs a POSIX system: compile its implementation for Linux or WSL"
+#elif !defined(__GNUC__) || defined(__TINYC__)
+#error "moe_infer.h needs GCC or clang to compile its implementation"
+#elif !defined(__cplusplus) && (!defined(__STDC_VERSION__) || __STDC_VERSION__ < 199901L)
+#error "moe_infer.h needs C99 or later to compile its implementation: -std=gnu11, for instance"
+#elif __SIZEOF_POINTER__ != 8
+#error "moe_infer.h maps models larger than 4 GiB: it needs a 64-bit system"
+#elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "moe_infer.h needs infinities and NaN: compile its implementation without -ffast-math"
+#elif defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "moe_infer.h reads little-endian files in place and needs a little-endian machine"
+#else
+#define MOE__IMPLEMENT
+#endif
+#endif
+
+#if defined(MOE__IMPLEMENT) && !defined(MOE__IMPLEMENTED)
 
 /* ============================================================================================== */
 /* // >>base */
@@ -766,6 +789,7 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 
 #include <errno.h>
 #include <fcntl.h>
+#include <fenv.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
@@ -781,13 +805,6 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
-#error "moe_infer.h needs infinities and NaN: compile its implementation without -ffast-math"
-#endif
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "moe_infer.h reads little-endian files in place and needs a little-endian machine"
-#endif
 
 #if defined(__x86_64__) && MOE__USE_AVX2
 #define MOE__X86 1
@@ -1051,6 +1068,15 @@ MOE__INLINE double moe__rounded_f64(double x) {
     return x;
 }
 #undef MOE__ROUND
+
+/* What the caller's rounding mode is, and whether it flushes small numbers to zero, must not */
+/* reach results: whatever computes floats begins with the default environment, in every thread, */
+/* and puts the caller's back. */
+MOE__INLINE void moe__floats_begin(fenv_t *callers) {
+    fegetenv(callers);
+    fesetenv(FE_DFL_ENV);
+}
+MOE__INLINE void moe__floats_end(const fenv_t *callers) { fesetenv(callers); }
 
 /* ============================================================================================== */
 /* // >>machine */
@@ -1531,6 +1557,7 @@ struct moe_pool {
 /* thread of the job. One that does keeps the caller from giving the next command until it has */
 /* come to the last barrier; one that does not may miss any number of commands. */
 enum { MOE__POOL_COUNT_BITS = 11, MOE__POOL_QUIT = (1 << MOE__POOL_COUNT_BITS) - 1 };
+enum { MOE__POOL_STACK = 2 << 20 }; /* bytes of a worker's stack */
 
 MOE__INLINE void moe__pool_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -1819,6 +1846,7 @@ MOE__PRIVATE void *moe__pool_worker(void *argument) {
     moe__worker *worker = (moe__worker *)argument;
     moe_pool *pool = worker->pool;
     uint32_t command = 0;
+    fesetenv(FE_DFL_ENV); /* not that of who opened the pool */
     moe__pool_bind(worker, NULL);
     for (;;) {
         command = moe__pool_await(worker, command);
@@ -1849,6 +1877,8 @@ MOE__INLINE void moe__pool_release(moe_pool *pool) {
 MOE__PRIVATE double moe__pool_run_held(moe_pool *pool, int n_threads, moe__job_fn *job,
                                        void *context, double *waited) {
     uint64_t saved[MOE__MAX_PROCESSORS / 64];
+    fenv_t callers;
+    moe__floats_begin(&callers);
     pool->job = job;
     pool->context = context;
     pool->n_active = n_threads;
@@ -1870,6 +1900,7 @@ MOE__PRIVATE double moe__pool_run_held(moe_pool *pool, int n_threads, moe__job_f
         waited[i] = second <= 0 ? 0 : all < second * seconds ? all / second : seconds;
     }
     if (bound) moe__machine_bind(saved);
+    moe__floats_end(&callers);
     return seconds;
 }
 MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *job, void *context,
@@ -1954,15 +1985,21 @@ MOE__INLINE int moe__pool_groups(const moe_pool *pool) {
     return (pool->n_threads + pool->group - 1) / pool->group;
 }
 
-/* Creates the workers. Returns 0 or why the system refused number n_started. */
+/* Creates the workers. Returns 0 or why the system refused number n_started. Their stacks have */
+/* the same size everywhere: some systems give 128 KiB, and kernels compiled with -O0 or a */
+/* sanitizer take 400. */
 MOE__PRIVATE int moe__pool_start(moe_pool *pool) {
+    pthread_attr_t stack;
+    int code = pthread_attr_init(&stack);
+    pool->n_started = 1;
+    if (code) return code;
     const uint64_t signals = moe__pool_block_signals();
-    int code = 0;
-    for (pool->n_started = 1; pool->n_started < pool->n_threads; pool->n_started++) {
+    code = pthread_attr_setstacksize(&stack, MOE__POOL_STACK);
+    for (; !code && pool->n_started < pool->n_threads; pool->n_started += !code) {
         moe__worker *worker = &pool->workers[pool->n_started];
-        code = pthread_create(&worker->handle, NULL, moe__pool_worker, worker);
-        if (code) break;
+        code = pthread_create(&worker->handle, &stack, moe__pool_worker, worker);
     }
+    pthread_attr_destroy(&stack);
     moe__pool_unblock_signals(signals);
     return code;
 }
@@ -5407,8 +5444,11 @@ MOE_API moe_status moe_type_dequantize(moe_type type, const void *rows, float *o
     if (n_rows % t->rows)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "n_rows", "rows of %s come in groups of %ld",
                          t->name, (long)t->rows);
+    fenv_t callers;
+    moe__floats_begin(&callers);
     for (int64_t r = 0; r < n_rows; r += t->rows)
         moe__type_to_f32(t, (const uint8_t *)rows + (size_t)r * row_size, n, out + r * n);
+    moe__floats_end(&callers);
     return MOE_OK;
 }
 
@@ -5421,8 +5461,11 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
     if (!t->quantize)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "type", "%s can be read, but not made",
                          t->name);
+    fenv_t callers;
+    moe__floats_begin(&callers);
     for (int64_t r = 0; r < n_rows; r++)
         t->quantize(in + r * n, (uint8_t *)rows + (size_t)r * row_size, n, importance);
+    moe__floats_end(&callers);
     return MOE_OK;
 }
 /* ============================================================================================== */
@@ -5839,7 +5882,7 @@ static const moe__kernels moe__kernels_scalar = {
 #pragma GCC diagnostic pop
 #endif
 #endif /* MOE__X86 */
-#endif /* MOE_INFER_IMPLEMENTATION, first half */
+#endif /* MOE__IMPLEMENT, first half */
 
 #else /* MOE__ISA: the vector kernels, read once per instruction set --------------------------- */
 
@@ -11143,7 +11186,7 @@ static const moe__kernels MOE__(kernels) = {
 #undef MOE__PASTE_
 #endif /* MOE__ISA */
 
-#if !defined(MOE__ISA) && defined(MOE_INFER_IMPLEMENTATION) && !defined(MOE__IMPLEMENTED)
+#if !defined(MOE__ISA) && defined(MOE__IMPLEMENT) && !defined(MOE__IMPLEMENTED)
 #define MOE__IMPLEMENTED
 
 /* ---- picking a table ------------------------------------------------------------------------- */
@@ -12660,7 +12703,8 @@ enum { /* tokenizer.ggml.token_type */
     MOE__TOKEN_USER = 4,
     MOE__TOKEN_BYTE = 6,
     MOE__TOKEN_TYPE = 7, /* mask */
-    MOE__TOKEN_END = 8   /* flag: ends generation */
+    MOE__TOKEN_END = 8,  /* flag: ends generation */
+    MOE__TOKEN_STRIP = 16 /* flag: takes the white space behind it */
 };
 
 #define MOE__TEXT_NONE UINT32_MAX
@@ -12679,7 +12723,6 @@ struct moe_vocab {
     uint8_t *types; /* MOE__TOKEN_... */
     int32_t bos, eos;
     int add_bos, add_eos, add_space; /* add_space: a blank before raw text, SPM */
-    int strip;                       /* drop white space after special tokens */
     uint32_t *orders;        /* SPM, else NULL: when a token is merged, least first, or NONE */
     moe__text_merge *merges; /* BPE; index = rank */
     moe__text_table ranks;   /* 1 + rank of (left, right) */
@@ -13055,6 +13098,9 @@ static const char *const moe__text_ends[] = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    /* what is between files and parts of a file where code is completed */
+    "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<fim-repo>",
+    "<|repo_name|>", "<REPO>", "<reponame>", "<|file_sep|>",
     "<\357\275\234end\342\226\201of\342\226\201sentence\357\275\234>"};
 
 MOE__PRIVATE void moe__text_set_type(moe_vocab *vocab, const char *text, int type) {
@@ -13113,7 +13159,8 @@ MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
     moe__text_correct_ends(vocab);
 }
 
-/* The special tokens of Phi-3 take the white space behind them; its files do not say so. */
+/* The special tokens of Phi-3 take the white space behind them, but for three; its files do not */
+/* say so. */
 MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     const void *cursor = NULL;
     moe_string name = {"", 0};
@@ -13122,7 +13169,17 @@ MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     char plain[128] = {0}; /* lower case, without dashes */
     for (size_t i = 0, n = 0; i < name.size && n < sizeof plain - 1; i++)
         if (name.data[i] != '-') plain[n++] = (char)(name.data[i] | 32);
-    loader->vocab->strip = strstr(plain, "phi3") != NULL;
+    if (loader->status || !strstr(plain, "phi3")) return;
+    moe_vocab *vocab = loader->vocab;
+    const int32_t end = moe_vocab_find(vocab, "</s>", 4);
+    for (uint32_t id = 0; id < vocab->n_tokens; id++)
+        if (moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL) || (int32_t)id == end)
+            vocab->types[id] |= MOE__TOKEN_STRIP;
+    for (int i = 0; i < 3; i++) {
+        static const char *const keep[] = {"<s>", "<unk>", "<|endoftext|>"};
+        const int32_t id = moe_vocab_find(vocab, keep[i], strlen(keep[i]));
+        if (id >= 0) vocab->types[id] &= (uint8_t)~MOE__TOKEN_STRIP;
+    }
 }
 
 /* Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele et al.). */
@@ -13526,7 +13583,8 @@ MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, 
         if (owner[i]) {
             moe__text_emit(work, owner[i] - 1);
             end = i + moe__text_at(&vocab->symbols, owner[i] - 1).size;
-            while (vocab->strip && end < size && !owner[end] &&
+            const int strips = vocab->types[owner[i] - 1] & MOE__TOKEN_STRIP;
+            while (strips && end < size && !owner[end] &&
                    (text[end] == ' ' || (text[end] >= '\t' && text[end] <= '\r')))
                 end++;
         } else {
@@ -16070,6 +16128,8 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
     loader.gguf = gguf;
     loader.error = error;
     loader.status = MOE_OK;
+    fenv_t callers;
+    moe__floats_begin(&callers);
     moe__load_family(&loader);
     if (!loader.status) moe__load_hparams(&loader);
     if (!loader.status && moe__load_has_vocab(gguf)) {
@@ -16084,6 +16144,7 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
     }
     if (!loader.status) loader.status = moe__place_all(model, options, error);
+    moe__floats_end(&callers);
     if (!loader.status) return model;
     moe_model_close(model);
     return NULL;
@@ -17548,8 +17609,7 @@ MOE__PRIVATE int32_t moe__sampler_all(moe_sampler *sampler, moe__logits *l, floa
     return moe__sampler_draw_all(sampler, l, max);
 }
 
-MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits) {
-    if (!sampler || !logits) return 0;
+MOE__PRIVATE int32_t moe__sampler_sample(moe_sampler *sampler, const float *logits) {
     const moe_sampler_options *o = &sampler->options;
     moe__logits l = {sampler->kernels,     logits, sampler->n_valid,  sampler->penalized,
                      sampler->n_penalized, 0,      o->repeat_penalty};
@@ -17557,6 +17617,14 @@ MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits) {
     const float max = moe__logits_peaks(&l, 0, moe__logits_blocks(l.n), sampler->peaks);
     if (!moe__logits_any(&l, max)) return 0;
     return o->top_k > 0 ? moe__sampler_top_k(sampler, &l, max) : moe__sampler_all(sampler, &l, max);
+}
+MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits) {
+    fenv_t callers;
+    if (!sampler || !logits) return 0;
+    moe__floats_begin(&callers);
+    const int32_t token = moe__sampler_sample(sampler, logits);
+    moe__floats_end(&callers);
+    return token;
 }
 
 /* What moe_sampler_sample does with a temperature of 0 and nothing else. */
@@ -17766,6 +17834,11 @@ MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
     int32_t n = (int32_t)moe__min(moe_vocab_size(vocab), moe_model_get_info(model)->n_vocab);
     int32_t token = options->sampler ? moe_sampler_sample(options->sampler, logits)
                                      : moe__sample_greedy(session->kernels, logits, n);
+    if (!(logits[token] > -INFINITY)) {
+        *status = moe__fail(error, MOE_ERROR_FORMAT, "logits",
+                            "no logit is a number: the weights of the model are damaged");
+        return 0;
+    }
     result->next_token = token;
     result->reason = MOE_STOP_END;
     if (options->ignore_end != MOE_ON && moe_vocab_is_end(vocab, token)) return 0;
@@ -17806,6 +17879,7 @@ MOE__PRIVATE moe_status moe__generate_run(moe_session *session, const int32_t *p
     moe__stream_init(&stream, options);
     while (moe__generate_step(session, &stream, result, &status, error)) continue;
     moe__stream_finish(&stream);
+    if (stream.stopped && stream.reason == MOE_STOP_STRING) result->reason = MOE_STOP_STRING;
     result->generate_seconds = moe__seconds() - start;
     return status;
 }
@@ -17824,7 +17898,7 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
     if (result) *result = own;
     return status;
 }
-#endif /* MOE_INFER_IMPLEMENTATION */
+#endif /* MOE__IMPLEMENT */
 
 /* ============================================================================================== */
 /* // >>licence                                                                                   */

@@ -138,16 +138,21 @@ schedule_macro() {
     program "$1" "$out/$2_$1" tests/compile/late_include.c $plain "-D$2"
 }
 
-# refused TEXT FLAG...: the compiler must stop with this text
+# refused TEXT FLAG...: the compiler must stop with this text, and say nothing else
 refused() {
     need gcc
     local text=$1
     shift
     gcc -I. -fsyntax-only "$@" tests/compile/impl.c >"$out/refused.$1" 2>&1 && fail "accepted: $*"
     grep -q "$text" "$out/refused.$1" || fail "refused, but not with '$text'"
+    [ "$(grep -c 'error:' "$out/refused.$1")" = 1 ] || fail "more than one error"
 }
 both_schedules() { refused "not both" -DMOE_PARALLEL_EXPERTS -DMOE_BALANCED_EXPERTS; }
 fast_math() { refused "ffast-math" -ffast-math; }
+windows() { refused "POSIX" -D_WIN32; }
+tiny_c() { refused "GCC or clang" -D__TINYC__; }
+c90() { refused "C99" -std=c90; }
+pointers_of_4_bytes() { refused "64-bit" -U__SIZEOF_POINTER__ -D__SIZEOF_POINTER__=4; }
 
 optimized() { need "$1"; program "$1" "$out/late$2_$1" tests/compile/late_include.c "$2"; }
 
@@ -238,6 +243,10 @@ for cc in gcc clang; do
 done
 check "both schedule macros are refused" both_schedules
 check "-ffast-math is refused" fast_math
+check "Windows is refused" windows
+check "tcc is refused" tiny_c
+check "C90 is refused" c90
+check "32 bits are refused" pointers_of_4_bytes
 wait
 
 passed=0 failed=0 skipped=0

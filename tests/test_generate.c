@@ -390,6 +390,65 @@ TEST(held_back) {
     moe_session_close(session);
 }
 
+/* A character that is not complete at the end becomes U+FFFD: that may complete a stop string. */
+TEST(a_stop_string_that_the_end_completes) {
+    static text whole, t;
+    moe_generate_result result;
+    int tried = 0;
+    if (!open_model()) return;
+    moe_session *session = open_session(200);
+    for (int n = 1; n < 60; n++) {
+        moe_generate_options o = options(&whole, n);
+        moe_session_rewind(session, 0, NULL);
+        CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+        if (whole.size < 3 || memcmp(whole.data + whole.size - 3, "\xEF\xBF\xBD", 3)) continue;
+        for (size_t length = 3; length <= whole.size && length < 30; length++) {
+            char stop[64];
+            const char *stops[1] = {stop};
+            const size_t at = whole.size - length;
+            memcpy(stop, whole.data + at, length);
+            stop[length] = 0;
+            if (!is_utf8(stop, length) || memchr(stop, 0, length) || find(&whole, stop) != at)
+                continue;
+            o = options(&t, n);
+            o.stop = stops;
+            o.n_stop = 1;
+            moe_session_rewind(session, 0, NULL);
+            CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+            CHECKF(result.reason == MOE_STOP_STRING, "%d tokens: reason %d", n,
+                   (int)result.reason);
+            CHECK(t.size == at && !memcmp(t.data, whole.data, at));
+            tried++;
+        }
+    }
+    CHECKF(tried > 3, "%d tried", tried);
+    moe_session_close(session);
+}
+
+/* Nothing can be chosen if no logit is a number: an error, not token 0 until the limit. */
+TEST(logits_that_are_not_numbers) {
+    static text t;
+    moe_generate_result result;
+    moe_error error;
+    if (!open_model()) return;
+    moe_session *session = open_session(200);
+    moe_sampler_options draw;
+    memset(&draw, 0, sizeof draw);
+    draw.temperature = 1;
+    moe_sampler *sampler = moe_sampler_open(&draw, n_vocab, n_vocab, NULL);
+    for (int i = 0; i < 4; i++) {
+        moe_generate_options o = options(&t, 20);
+        o.sampler = i % 2 ? sampler : NULL;
+        CHECK(moe_session_eval(session, prompt, N_PROMPT, NULL) == MOE_OK);
+        for (int v = 0; v < n_vocab; v++) session->logits[v] = i < 2 ? NAN : -INFINITY;
+        CHECK(moe_generate(session, NULL, 0, &o, &result, &error) == MOE_ERROR_FORMAT);
+        CHECKF(strstr(error.text, "no logit"), "%s", error.text);
+        CHECK(result.n_generated == 0 && result.next_token == -1 && t.size == 0);
+    }
+    moe_sampler_close(sampler);
+    moe_session_close(session);
+}
+
 /* Generates with a seeded sampler. */
 static void sample(moe_session *session, uint64_t seed, float temperature, int max_tokens, text *t,
                    int ignore_end, int special, moe_generate_result *result) {

@@ -24,8 +24,12 @@ static int blocks(uint64_t mask, int number) { return mask >> (number - 1) & 1; 
 
 /* Looks at what a thread that is created now will block from its first instruction on. */
 static int n_created, n_open_to_signals;
+static size_t smallest_stack; /* that was asked for */
 static int create_thread(pthread_t *thread, const pthread_attr_t *options, void *(*run)(void *),
                          void *argument) {
+    size_t stack = 0;
+    if (options) pthread_attr_getstacksize(options, &stack);
+    if (stack < smallest_stack) smallest_stack = stack;
     n_created++;
     n_open_to_signals += !blocks(blocked_signals(), SIGINT);
     return pthread_create(thread, options, run, argument);
@@ -383,6 +387,14 @@ TEST(workers_never_take_signals) {
         CHECK(blocks(r.blocked[w], SIGFPE) == blocks(before, SIGFPE));
     }
     moe_pool_close(r.pool);
+}
+
+/* Some systems give a thread 128 KiB unless one asks for more. */
+TEST(workers_have_stacks_for_kernels) {
+    smallest_stack = SIZE_MAX;
+    moe_pool *pool = open_pool(3, 0);
+    CHECKF(pool && smallest_stack >= 1 << 20, "%zu bytes", smallest_stack);
+    moe_pool_close(pool);
 }
 
 /* ---- who takes part, who stands where -------------------------------------------------------- */

@@ -927,6 +927,65 @@ TEST(tokens_alone_and_among_others) {
     }
 }
 
+/* The caller's rounding mode, and whether it flushes small numbers to zero */
+static void unusual_floats(void) {
+    fesetround(FE_UPWARD);
+#if defined(__x86_64__)
+    _mm_setcsr(_mm_getcsr() | 0x8040);
+#endif
+}
+static int floats_are_unusual(void) {
+#if defined(__x86_64__)
+    if ((_mm_getcsr() & 0x8040) != 0x8040) return 0;
+#endif
+    return fegetround() == FE_UPWARD;
+}
+
+/* Neither reaches results, whichever thread computes them, and the caller has it back. */
+TEST(the_callers_rounding_mode_stays_outside) {
+    enum { TOKENS = 13 };
+    const char *path = models_simple("qwen3moe_quant", "q4_K");
+    fenv_t usual;
+    fegetenv(&usual);
+    moe_model *model = models_open(path);
+    if (!model) return;
+    const int32_t n_vocab = moe_model_get_info(model)->n_vocab;
+    const size_t size = sizeof(float) * TOKENS * (size_t)n_vocab;
+    int32_t tokens[TOKENS];
+    models_tokens(tokens, TOKENS, n_vocab, 5);
+    moe_session_options o;
+    moe_sampler_options draw;
+    memset(&o, 0, sizeof o);
+    memset(&draw, 0, sizeof draw);
+    draw.temperature = 0.7f, draw.top_p = 0.9f;
+    o.n_threads = 1;
+    float *expected = models_run(model, &o, tokens, TOKENS, 3), back[32];
+    uint8_t row[34], rounded[34];
+    moe_sampler *sampler = moe_sampler_open(&draw, n_vocab, n_vocab, NULL);
+    const int32_t token = expected && sampler ? moe_sampler_sample(sampler, expected) : -1;
+    moe_sampler_close(sampler);
+    CHECK(moe_type_quantize(MOE_TYPE_Q8_0, expected, row, 1, 32, NULL, NULL) == MOE_OK);
+    unusual_floats();
+    moe_model *other = models_open(path);
+    for (int threads = 1; threads <= 4 && expected && other; threads++) {
+        o.n_threads = threads;
+        float *logits = models_run(threads % 2 ? model : other, &o, tokens, TOKENS, 3);
+        CHECKF(logits && !memcmp(logits, expected, size), "%d threads", threads);
+        free(logits);
+    }
+    sampler = moe_sampler_open(&draw, n_vocab, n_vocab, NULL);
+    CHECK(sampler && moe_sampler_sample(sampler, expected) == token);
+    moe_sampler_close(sampler);
+    CHECK(moe_type_quantize(MOE_TYPE_Q8_0, expected, rounded, 1, 32, NULL, NULL) == MOE_OK);
+    CHECK(moe_type_dequantize(MOE_TYPE_Q8_0, rounded, back, 1, 32, NULL) == MOE_OK);
+    CHECK(!memcmp(row, rounded, sizeof row));
+    CHECK(floats_are_unusual());
+    fesetenv(&usual);
+    moe_model_close(other);
+    moe_model_close(model);
+    free(expected);
+}
+
 /* ---- several sequences ----------------------------------------------------------------------- */
 
 enum { MANY = 8, MANY_CTX = 700 };

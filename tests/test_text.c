@@ -104,6 +104,14 @@ static void add_number(spec *s, const char *key, uint32_t type, int64_t value) {
     s->n_more++;
 }
 
+static void add_string(spec *s, const char *key, const char *value) {
+    bytes one = file_begin();
+    put_string(&one, key, value);
+    put(&s->more, one.p + 24, one.n - 24);
+    free(one.p);
+    s->n_more++;
+}
+
 /* 256 bytes, token id = byte, and no merges. */
 static void spec_bytes(spec *s, const char *pre) {
     memset(s, 0, sizeof *s);
@@ -1217,6 +1225,51 @@ TEST(begin_and_end) {
     vocab = open_spec(s);
     CHECK(moe_vocab_bos(vocab) == 11 && moe_vocab_eos(vocab) == 11);
     moe_vocab_close(vocab);
+}
+
+/* Phi-3's special tokens take the white space behind them, but <s>, <unk> and <|endoftext|>. */
+TEST(phi_3_strips_behind_most_special_tokens) {
+    spec *s = &shared_spec;
+    spec_small(s, "qwen2");
+    add_token(s, "<|endoftext|>", 3);
+    add_token(s, "<s>", 3);
+    add_string(s, "general.name", "Phi-3.5 MoE");
+    moe_vocab *vocab = open_spec(s);
+    if (!vocab) return;
+    CHECK(!strcmp(texts_of(vocab, "<|im_start|> \n hello", MOE_TOKENIZE_PARSE_SPECIAL),
+                  "<|im_start|>|hello"));
+    CHECK(!strcmp(texts_of(vocab, "<user> hello", 0), "<user>|hello"));
+    for (int i = 0; i < 3; i++) {
+        static const char *const keep[] = {"<s>", "<unk>", "<|endoftext|>"};
+        char text[32];
+        snprintf(text, sizeof text, "%s hello", keep[i]);
+        const char *texts = texts_of(vocab, text, MOE_TOKENIZE_PARSE_SPECIAL);
+        CHECKF(!strstr(texts, ">|hello"), "%s", texts);
+    }
+    moe_vocab_close(vocab);
+}
+
+/* What separates files where code is completed ends a text, whatever its type in the file. */
+TEST(tokens_between_files_end_a_text) {
+    static const char *const words[] = {"<|file_sep|>", "<|fim_pad|>", "<|repo_name|>", "<PAD>",
+                                        "[PAD]",        "<fim_pad>",   "<fim-pad>",     "<REPO>",
+                                        "<reponame>",   "<fim-repo>",  "<|fim_repo|>"};
+    for (int type = 1; type <= 4; type += 3) {
+        spec *s = &shared_spec;
+        spec_small(s, "qwen2");
+        for (int i = 0; i < 11; i++) add_token(s, words[i], type);
+        moe_vocab *vocab = open_spec(s);
+        for (int i = 0; i < 11 && vocab; i++) {
+            const int32_t id = one_id(vocab, words[i]);
+            int32_t tokens[32];
+            CHECKF(moe_vocab_is_end(vocab, id) && moe_vocab_is_control(vocab, id), "%s", words[i]);
+            /* what a user types is not the token */
+            const int64_t n =
+                moe_vocab_tokenize(vocab, words[i], strlen(words[i]), 0, tokens, 32);
+            CHECKF(n > 1, "%s: %d tokens", words[i], (int)n);
+        }
+        moe_vocab_close(vocab);
+    }
 }
 
 TEST(end_corrections) {

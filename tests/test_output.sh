@@ -274,6 +274,7 @@ else
     skip "there is no /dev/full"
 fi
 
+rm -rf "$place" "$dir/big.gguf"
 line="$passed passed, $failed failed"
 if [ "$skipped" -gt 0 ]; then line="$line, $skipped skipped"; fi
 echo "$line"

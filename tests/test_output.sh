@@ -68,12 +68,13 @@ has_device() {
     rm -f "$1"
     mknod "$1" c 1 "$2" 2>/dev/null && { : >"$1"; } 2>/dev/null
 }
-write_pipe() { # TOOL: the reader ends by itself if the tool opens the pipe
+write_pipe() { # TOOL
     mkfifo "$place/pipe"
     cat "$place/pipe" >"$dir/piped" &
     "write_$1" "$place/pipe"
-    [ -p "$place/pipe" ] && [ -s "$dir/piped" ] || kill $! 2>/dev/null
-    wait $!
+    # the reader ends with the writer, and never if there was none
+    if [ ! -p "$place/pipe" ] || [ "$code" -ne 0 ]; then kill $! 2>/dev/null; fi
+    wait $! 2>/dev/null
 }
 
 place=$dir/place

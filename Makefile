@@ -36,20 +36,21 @@ PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)
 
 all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
 
-$(B)/moe-cli: examples/moe_cli.c examples/heatmap.h examples/tool.h moe_infer.h
+SHARED = examples/tool.h examples/output.h
+$(B)/moe-cli: examples/moe_cli.c examples/heatmap.h $(SHARED) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-BENCH = bench/moe_bench.c bench/synth.c $(wildcard bench/*.h) examples/tool.h
+BENCH = bench/moe_bench.c bench/synth.c $(wildcard bench/*.h) $(SHARED)
 $(B)/moe-bench: $(BENCH) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-$(B)/moe-synth: bench/synth.c
+$(B)/moe-synth: bench/synth.c examples/output.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-$(B)/moe-quantize: examples/quantize.c examples/tool.h moe_infer.h
+$(B)/moe-quantize: examples/quantize.c $(SHARED) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -61,7 +62,7 @@ $(B)/embed: examples/embed.cpp moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(CXX17) $< -o $@ $(LDLIBS)
 
-$(B)/kernels: bench/kernels.c bench/roofs.h examples/tool.h moe_infer.h
+$(B)/kernels: bench/kernels.c bench/roofs.h $(SHARED) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -74,11 +75,11 @@ $(SCHEDULES:%=$(B)/compare/%): $(BENCH) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $(MACRO) $< -o $@ $(LDLIBS)
 
-$(B)/compare/compare: bench/compare.c bench/svg.h bench/turns.h examples/tool.h moe_infer.h
+$(B)/compare/compare: bench/compare.c bench/svg.h bench/turns.h $(SHARED) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-$(B)/engines: bench/engines.c bench/turns.h bench/machine.h bench/page_state.h examples/tool.h \
+$(B)/engines: bench/engines.c bench/turns.h bench/machine.h bench/page_state.h $(SHARED) \
     moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
@@ -96,7 +97,7 @@ $(B)/tests/steps.o: tests/steps.c
 	@mkdir -p $(@D) && rm -f $@
 	$(C) -c $< -o $@
 
-$(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c
+$(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c examples/output.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) -include assert.h -DMOE_ASSERT=assert $(STEPS) $< -o $@ $(LDLIBS)
 

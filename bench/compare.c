@@ -156,7 +156,7 @@ int main(int argc, char **argv) {
         printf("usage: %s -m MODEL.gguf [options] NAME=MOE_BENCH...\n\n"
                "Times several builds of moe-bench in turns.\n", program);
         tool_help(stdout, options);
-        return TOOL_OK;
+        return output_finish(program, TOOL_OK);
     }
     for (int i = n_options; i < argc && status == TOOL_OK; i++) status = add_build(argv[i]);
     if (status == TOOL_OK && (!set.model || !n_builds)) {
@@ -164,7 +164,11 @@ int main(int argc, char **argv) {
                 program);
         status = TOOL_USAGE;
     }
+    if (status == TOOL_OK && set.svg && output_is_input(set.svg, set.model)) {
+        fprintf(stderr, "%s: --svg would replace the model\n", program);
+        status = TOOL_USAGE;
+    }
     if (status == TOOL_OK) status = run_all();
     for (int b = 0; b < n_builds; b++) free(builds[b].of);
-    return status;
+    return output_finish(program, status);
 }

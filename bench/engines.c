@@ -230,9 +230,7 @@ static int run_all(void) {
     print_machine();
     print_table();
     print_samples();
-    if (fflush(stdout) == 0) return TOOL_OK;
-    fprintf(stderr, "%s: cannot write: %s\n", program, strerror(errno));
-    return TOOL_ERROR;
+    return output_finish(program, TOOL_OK);
 }
 
 static void show_help(void) {
@@ -251,7 +249,7 @@ int main(int argc, char **argv) {
     if (status) return status;
     if (set.help) {
         show_help();
-        return TOOL_OK;
+        return output_finish(program, TOOL_OK);
     }
     if (!set.model || !set.engines) {
         fprintf(stderr, "%s: -m FILE and --engines LIST are needed; see %s --help\n", program,

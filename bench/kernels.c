@@ -420,7 +420,7 @@ int main(int argc, char **argv) {
         printf("usage: %s [options]\n\nSpeed of the kernels of moe_infer.h beside the machine's "
                "roofs.\n", program);
         tool_help(stdout, options);
-        return TOOL_OK;
+        return output_finish(program, TOOL_OK);
     }
     if (open_lanes() || roofs_open(&r, set.n_threads, MOE_ISA_SCALAR, CLOCK_THREAD_CPUTIME_ID)) {
         fprintf(stderr, "%s: out of memory or threads\n", program);
@@ -437,5 +437,5 @@ int main(int argc, char **argv) {
     if (!types) fprintf(stderr, "%s: no type of that name\n", program);
     if (!shown) fprintf(stderr, "%s: no attention shape of that name\n", program);
     if (shown < 0) fprintf(stderr, "%s: out of memory\n", program);
-    return types && shown > 0 ? TOOL_OK : TOOL_ERROR;
+    return output_finish(program, types && shown > 0 ? TOOL_OK : TOOL_ERROR);
 }

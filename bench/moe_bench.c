@@ -474,5 +474,5 @@ int main(int argc, char **argv) {
         free(paths);
         roofs_close(&shared_roofs);
     }
-    return status;
+    return output_finish(program, status);
 }

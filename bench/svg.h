@@ -172,11 +172,10 @@ static inline void svg_chart(FILE *f, const char *title, const svg_panel *panels
 
 /* Returns 0, or -1 with errno set. */
 static inline int svg_write(const char *path, const char *title, const svg_panel *panels, int n) {
-    char *draft;
-    FILE *f = tool_replace_begin(path, &draft);
+    FILE *f = output_begin(path);
     if (!f) return -1;
     svg_chart(f, title, panels, n);
-    return tool_replace_end(f, draft, path, 1);
+    return output_end(1);
 }
 
 #endif

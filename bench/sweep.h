@@ -62,6 +62,10 @@ static inline int run_sweep(const model *m) {
         fprintf(stderr, "%s: -c %d holds no batch of %d tokens\n", program, n_ctx, ub);
         return TOOL_USAGE;
     }
+    if (set.svg && output_is_input(set.svg, m->path)) {
+        fprintf(stderr, "%s: --svg would replace the model\n", program);
+        return TOOL_USAGE;
+    }
     moe_session *session = open_session(m, n_ctx, ub, set.n_threads.item[0], set.isa.item[0],
                                         set.schedule.item[0], &error);
     int32_t *tokens = (int32_t *)malloc((size_t)ub * sizeof *tokens);

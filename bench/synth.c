@@ -11,13 +11,13 @@
  * Needs libc and libm only, not the library that will read its files. */
 #include <errno.h>
 #include <math.h>
-#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
+
+#include "../examples/output.h"
 
 /* ---- what can be asked for ------------------------------------------------------------------- */
 
@@ -272,9 +272,6 @@ typedef struct synth_tensor {
 } synth_tensor;
 
 enum { SYNTH_ALIGN = 32, SYNTH_MIN_VOCAB = 259, SYNTH_MAX_VOCAB = 1 << 22 };
-
-/* Set by a signal handler: the writer stops and removes what it wrote. */
-static volatile sig_atomic_t synth_interrupted;
 
 static const synth_config *synth_find(const char *name) {
     for (int i = 0; i < SYNTH_N_CONFIGS; i++)
@@ -940,10 +937,6 @@ static int synth_write_data(const synth_file *f, FILE *out, unsigned char *buffe
         uint64_t blocks = t->bytes / t->type->bytes, step = size / t->type->bytes;
         for (uint64_t b = 0; b < blocks; b += step) {
             uint64_t n = blocks - b < step ? blocks - b : step;
-            if (synth_interrupted) {
-                errno = EINTR;
-                return 1;
-            }
             synth_fill(t, b, n, buffer);
             if (fwrite(buffer, t->type->bytes, n, out) != n) return 1;
         }
@@ -954,38 +947,17 @@ static int synth_write_data(const synth_file *f, FILE *out, unsigned char *buffe
     return 0;
 }
 
-/* Writes under a temporary name and renames, so that a file of the real name is always whole. */
-/* Devices and pipes are written to directly. */
 static int synth_write_file(const synth_file *f, const char *path) {
     const size_t size = (size_t)4 << 20;
-    struct stat status;
-    int direct = stat(path, &status) == 0 && !S_ISREG(status.st_mode);
-    char *name = malloc(strlen(path) + 32);
     unsigned char *buffer = malloc(size);
-    FILE *out = NULL;
-    int failed = 1, reason = ENOMEM;
-    if (name && buffer) {
-        if (direct) strcpy(name, path);
-        else sprintf(name, "%s.tmp%ld", path, (long)getpid());
-        out = fopen(name, "wb");
-        reason = errno;
-    }
+    FILE *out = buffer ? output_begin(path) : NULL;
+    int failed = 1;
     if (out) {
         setvbuf(out, NULL, _IONBF, 0); /* the writes are large already */
-        failed = synth_write_data(f, out, buffer, size);
-        reason = errno;
-        if (fclose(out) && !failed) {
-            failed = 1;
-            reason = errno;
-        }
-        if (!failed && !direct && rename(name, path)) {
-            failed = 1;
-            reason = errno;
-        }
-        if (failed && !direct) remove(name);
+        failed = output_end(!synth_write_data(f, out, buffer, size));
     }
+    const int reason = buffer ? errno : ENOMEM;
     free(buffer);
-    free(name);
     return failed ? synth_fail(f->o, 1, "cannot write", path, strerror(reason)) : 0;
 }
 
@@ -1079,11 +1051,6 @@ static void synth_list(void) {
     puts("");
 }
 
-static void synth_on_signal(int number) {
-    (void)number;
-    synth_interrupted = 1;
-}
-
 /* A whole decimal number within bounds, or exit 2. */
 static uint64_t synth_argument(const char *flag, const char *text, uint64_t least, uint64_t most) {
     char *end = NULL;
@@ -1099,7 +1066,7 @@ static uint64_t synth_argument(const char *flag, const char *text, uint64_t leas
 
 static void synth_report(const char *path) {
     struct stat status;
-    if (stat(path, &status) == 0 && S_ISREG(status.st_mode))
+    if (!output_file.is_direct && stat(path, &status) == 0) /* else it may be standard output */
         printf("%s: %.1f MB\n", path, (double)status.st_size / 1e6);
 }
 
@@ -1113,10 +1080,10 @@ int main(int argc, char **argv) {
         int takes_value = 1;
         if (!strcmp(a, "--help") || !strcmp(a, "-h")) {
             synth_help(stdout);
-            return 0;
+            return output_finish("moe-synth", 0);
         } else if (!strcmp(a, "--list")) {
             synth_list();
-            return 0;
+            return output_finish("moe-synth", 0);
         } else if (!strcmp(a, "--type")) {
             if (!value) return synth_fail(NULL, 2, a, "needs a type", "see --list");
             o.type = value;
@@ -1144,12 +1111,9 @@ int main(int argc, char **argv) {
         synth_help(stderr);
         return 2;
     }
-    signal(SIGINT, synth_on_signal);
-    signal(SIGTERM, synth_on_signal);
-    signal(SIGXFSZ, SIG_IGN); /* a limit on file sizes is reported like a full disk */
     int result = synth_write(words[0], words[1], &o);
     if (result == 0) synth_report(words[1]);
-    return result;
+    return output_finish("moe-synth", result);
 }
 
 #endif

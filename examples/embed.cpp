@@ -130,7 +130,7 @@ int main(int argc, char **argv) {
                 std::cout << piece << std::flush;
                 return text.size() < 500 && std::cout.good(); // enough said
             });
-            std::cout << '\n';
+            if (!(std::cout << '\n' << std::flush)) throw std::runtime_error("cannot write");
             std::cerr << "[" << result.n_generated << " tokens, "
                       << result.n_generated / (result.generate_seconds + 1e-9) << " per second]\n";
         }

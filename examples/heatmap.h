@@ -67,11 +67,10 @@ static inline void heatmap_body(FILE *f, const moe_session *session) {
 
 /* Returns 0, or -1 with errno set. */
 static inline int heatmap_write(const char *path, const moe_session *session) {
-    char *draft;
-    FILE *f = tool_replace_begin(path, &draft);
+    FILE *f = output_begin(path);
     if (!f) return -1;
     heatmap_body(f, session);
-    return tool_replace_end(f, draft, path, 1);
+    return output_end(1);
 }
 
 #endif

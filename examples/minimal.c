@@ -27,5 +27,5 @@ int main(int argc, char **argv) {
     if (error.status) fprintf(stderr, "%s (%s)\n", error.text, error.where);
     moe_session_close(session);
     moe_model_close(model);
-    return error.status != MOE_OK;
+    return error.status != MOE_OK || ferror(stdout);
 }

@@ -648,12 +648,12 @@ int main(int argc, char **argv) {
         if (!set.info && !set.prompt && !set.prompt_file)
             return usage_error("no prompt: give -p TEXT, -p - or -f FILE");
         if (set.prompt && set.prompt_file) return usage_error("give -p or -f, not both");
+        if (set.expert_stats && (output_is_input(set.expert_stats, set.model) ||
+                                 (set.prompt_file &&
+                                  output_is_input(set.expert_stats, set.prompt_file))))
+            return usage_error("--expert-stats would replace what is read");
         if (set.seed == UINT64_MAX) set.seed = clock_seed();
         status = set.info ? show_info() : run();
     }
-    if (fflush(stdout) != 0 && status == TOOL_OK) {
-        fprintf(stderr, "%s: cannot write: %s\n", program, strerror(errno));
-        status = TOOL_ERROR;
-    }
-    return status;
+    return output_finish(program, status);
 }

@@ -3,9 +3,10 @@
  *     cc -O2 examples/quantize.c -o moe-quantize -lm -lpthread
  *     ./moe-quantize model-f32.gguf model.gguf Q4_K token_embd=Q8_0 attn_=Q8_0
  *
- * The first type is for all matrices but the router; PART=TYPE is for those with PART in their
- * name, the last one that fits counts. Rows that the type's blocks do not divide become Q8_0, or
- * F16. Metadata and vectors are copied. The output is replaced only when the new file is whole. */
+ * The first type is for all matrices of weights but the router; PART=TYPE is for those with PART in
+ * their name, the last one that fits counts. Rows that the type's blocks do not divide become Q8_0,
+ * or F16, which is said. Metadata, vectors and biases are copied. The output is replaced only when
+ * the new file is whole. */
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
@@ -37,9 +38,12 @@ static int find_type(const char *name, moe_type *out) {
     return 0;
 }
 
-/* Small and sensitive: norms and biases are vectors, the router stays as it is. */
+/* Small and sensitive: norms and biases (those of experts have two dimensions), and the router. */
 static int is_kept(const moe_gguf_tensor *tensor) {
-    return tensor->n_dims < 2 || strstr(tensor->name, "ffn_gate_inp.");
+    static const char weight[] = ".weight";
+    const size_t n = strlen(tensor->name), end = sizeof weight - 1;
+    return tensor->n_dims < 2 || n < end || strcmp(tensor->name + n - end, weight) ||
+           strstr(tensor->name, "ffn_gate_inp.");
 }
 
 static moe_type pick_type(const moe_gguf_tensor *tensor, const rule *rules, int n_rules) {
@@ -48,9 +52,21 @@ static moe_type pick_type(const moe_gguf_tensor *tensor, const rule *rules, int 
     for (int i = 0; i < n_rules; i++)
         for (const char *at = tensor->name; *at; at++)
             if (!strncmp(at, rules[i].part, rules[i].size)) type = rules[i].type;
-    if (!moe_type_row_size(type, tensor->ne[0])) type = MOE_TYPE_Q8_0;
-    if (!moe_type_row_size(type, tensor->ne[0])) type = MOE_TYPE_F16;
     return type;
+}
+
+/* The type itself, or one whose blocks the tensor's rows are whole numbers of. */
+static moe_type fit_type(const moe_gguf_tensor *tensor, moe_type type) {
+    const moe_type fits[] = {type, MOE_TYPE_Q8_0, MOE_TYPE_F16};
+    int i = 0;
+    while (i < 2 && !moe_type_row_size(fits[i], tensor->ne[0])) i++;
+    if (i) {
+        fprintf(stderr, "%s: ", program);
+        tool_print(stderr, tensor->name, strlen(tensor->name), 200);
+        fprintf(stderr, ": %s instead of %s, whose blocks do not divide rows of %lld\n",
+                moe_type_name(fits[i]), moe_type_name(type), (long long)tensor->ne[0]);
+    }
+    return fits[i];
 }
 
 static int64_t n_rows_of(const moe_gguf_tensor *t) { return t->ne[1] * t->ne[2] * t->ne[3]; }
@@ -147,7 +163,7 @@ static int quantize(const char *in, const char *out, const rule *rules, int n_ru
     if (!gguf) return tool_fail(program, in, &error);
     const int64_t n = moe_gguf_n_tensors(gguf);
     moe_type *types = (moe_type *)calloc((size_t)n + 1, sizeof *types);
-    char *draft;
+    int64_t n_others = 0;
     int status = types ? TOOL_OK : TOOL_ERROR;
     for (int64_t i = 0; i < n && !status; i++) {
         const moe_gguf_tensor *t = moe_gguf_tensor_at(gguf, i);
@@ -156,17 +172,23 @@ static int quantize(const char *in, const char *out, const rule *rules, int n_ru
                     t->name);
             status = TOOL_ERROR;
         } else {
-            types[i] = pick_type(t, rules, n_rules);
+            const moe_type wanted = pick_type(t, rules, n_rules);
+            types[i] = fit_type(t, wanted);
+            n_others += types[i] != wanted;
         }
     }
     if (!status) {
-        FILE *f = tool_replace_begin(out, &draft);
+        FILE *f = output_begin(out);
         status = f ? write_file(f, gguf, types, &sum) : fail_write(out);
-        if (f && tool_replace_end(f, draft, out, !status) && !status) status = fail_write(out);
+        if (f && output_end(!status) && !status) status = fail_write(out);
     }
-    if (!status)
-        printf("%s: %s of weights, %s before\n", out, tool_size(to, sum),
-               tool_size(from, (double)moe_gguf_file_size(gguf)));
+    if (!status) {
+        FILE *f = output_file.is_direct ? stderr : stdout; /* it may be standard output itself */
+        fprintf(f, "%s: %s of weights, %s before", out, tool_size(to, sum),
+                tool_size(from, (double)moe_gguf_file_size(gguf)));
+        if (n_others) fprintf(f, "; %lld tensors of another type", (long long)n_others);
+        fprintf(f, "\n");
+    }
     free(types);
     moe_gguf_close(gguf);
     return status;
@@ -186,5 +208,9 @@ int main(int argc, char **argv) {
         rules[n_rules].size = equal ? (size_t)(equal - argv[i]) : 0;
         if (!find_type(equal ? equal + 1 : argv[i], &rules[n_rules].type)) return TOOL_USAGE;
     }
-    return quantize(argv[1], argv[2], rules, n_rules);
+    if (output_is_input(argv[2], argv[1])) {
+        fprintf(stderr, "%s: %s and %s are the same file\n", program, argv[1], argv[2]);
+        return TOOL_USAGE;
+    }
+    return output_finish(program, quantize(argv[1], argv[2], rules, n_rules));
 }

@@ -11,6 +11,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "output.h"
+
 enum { TOOL_OK = 0, TOOL_ERROR = 1, TOOL_USAGE = 2, TOOL_INTERRUPTED = 130 }; /* exit codes */
 
 /* ---- text on a terminal ---------------------------------------------------------------------- */
@@ -86,34 +88,6 @@ static inline double tool_seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-/* ---- files that are replaced only when the new one is whole ---------------------------------- */
-
-/* Opens a draft beside `path`; tool_replace_end takes both. NULL, with errno set, if not. */
-static inline FILE *tool_replace_begin(const char *path, char **draft) {
-    *draft = (char *)malloc(strlen(path) + 8);
-    if (!*draft) return NULL;
-    sprintf(*draft, "%s.tmp", path);
-    FILE *f = fopen(*draft, "wb");
-    if (!f) {
-        free(*draft);
-        *draft = NULL;
-    }
-    return f;
-}
-
-/* Closes the draft and puts it in the place of `path` if it is `good`, and all was written, */
-/* else removes it. Returns 0, or -1 with errno set; a draft that is not good: -1. */
-static inline int tool_replace_end(FILE *f, char *draft, const char *path, int good) {
-    int failed = ferror(f) || !good;
-    if (fclose(f)) failed = 1;
-    if (!failed && rename(draft, path)) failed = 1;
-    const int saved = errno;
-    if (failed) remove(draft);
-    errno = saved;
-    free(draft);
-    return failed ? -1 : 0;
 }
 
 /* ---- options --------------------------------------------------------------------------------- */

@@ -49,7 +49,7 @@ done
 # A build with it must not be timed.
 mkdir -p "$dir/wrong/bench" "$dir/wrong/examples"
 cp bench/*.h bench/moe_bench.c bench/synth.c "$dir/wrong/bench"
-cp examples/tool.h "$dir/wrong/examples"
+cp examples/tool.h examples/output.h "$dir/wrong/examples"
 right='moe__acts_gather(in, down, NULL, entry->hidden_row, 1, scratch->x);'
 sed "s/$right/${right/entry->hidden_row/0}/" moe_infer.h >"$dir/wrong/moe_infer.h"
 build_wrong() {

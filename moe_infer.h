@@ -23,24 +23,24 @@
 /*   >>manual        57  how to use it: models, sessions, threads, schedules, errors, limits */
 /*   >>config       148  every macro you may define */
 /*   >>api          239  types and prototypes with their contracts */
-/*   >>base         761  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine     1056  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool        1441  the team of threads: wake, barrier, shares of work */
-/*   >>pages       2019  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf        2759  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types       3749  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels     5429  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11214  matrix products, rotary positions */
-/*   >>experts    11470  router, plan, the expert schedules */
-/*   >>text       11916  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13570  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14384  what a sequence remembers */
-/*   >>batch      14446  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14785  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15769  opening a model, placing its weights */
-/*   >>session    16157  the forward pass, sessions */
-/*   >>sample     16980  choosing tokens, generating text */
-/*   >>licence    17830  MIT or public domain */
+/*   >>base         762  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine     1136  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool        1521  the team of threads: wake, barrier, shares of work */
+/*   >>pages       2099  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf        2839  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types       3864  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels     5544  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops        11329  matrix products, rotary positions */
+/*   >>experts    11585  router, plan, the expert schedules */
+/*   >>text       12031  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13688  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14502  what a sequence remembers */
+/*   >>batch      14564  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     14903  attention: grouped queries, latent; the table of mixers */
+/*   >>load       15887  opening a model, placing its weights */
+/*   >>session    16280  the forward pass, sessions */
+/*   >>sample     17103  choosing tokens, generating text */
+/*   >>licence    17953  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -274,7 +274,8 @@ typedef enum moe_status {
     MOE_ERROR_THREAD        /* the operating system refused a thread */
 } moe_status;
 
-/* What went wrong, and where. Strings are NUL-terminated UTF-8, cut if too long. */
+/* What went wrong, and where. Strings are NUL-terminated UTF-8, cut if too long; bytes of a file */
+/* that are not UTF-8, or that a terminal might obey, are quoted as '?'. */
 typedef struct moe_error {
     moe_status status;
     uint64_t offset; /* byte offset in the file if the error lies in one, else 0 */
@@ -844,8 +845,47 @@ MOE__PRIVATE void moe__base_copy_text(char *out, size_t capacity, const char *te
     out[size] = 0;
 }
 
+/* Bytes of the character at the start of text if it may be shown; 0: it is no UTF-8, or one that */
+/* a terminal might obey (below space, DEL, U+0080 to U+009F). */
+MOE__PRIVATE size_t moe__base_shown(const char *text, size_t size) {
+    const unsigned char *c = (const unsigned char *)text;
+    if (c[0] < 0x80) return c[0] >= 0x20 && c[0] != 0x7F;
+    const size_t n = c[0] >= 0xF0 ? 4 : c[0] >= 0xE0 ? 3 : 2;
+    if (c[0] < 0xC2 || c[0] > 0xF4 || n > size) return 0;
+    for (size_t i = 1; i < n; i++)
+        if ((c[i] & 0xC0) != 0x80) return 0;
+    /* What has a shorter form, surrogates, and numbers beyond Unicode's */
+    if ((c[0] == 0xC2 && c[1] < 0xA0) || (c[0] == 0xE0 && c[1] < 0xA0) ||
+        (c[0] == 0xED && c[1] >= 0xA0) || (c[0] == 0xF0 && c[1] < 0x90) ||
+        (c[0] == 0xF4 && c[1] >= 0x90))
+        return 0;
+    return n;
+}
+
+/* The same as moe__base_copy_text, with a '?' for every byte that may not be shown: errors quote */
+/* files. */
+MOE__PRIVATE void moe__base_copy_shown(char *out, size_t capacity, const char *text, size_t size) {
+    size_t used = 0;
+    for (size_t i = 0, n; i < size; i += n) {
+        const size_t shown = moe__base_shown(text + i, size - i);
+        n = shown ? shown : 1;
+        if (used + n > capacity - 1) break;
+        if (shown) memcpy(out + used, text + i, n);
+        else out[used] = '?';
+        used += n;
+    }
+    out[used] = 0;
+}
+
+/* At most `limit` bytes of a text, whole characters: what "%.*s" is to show of it. */
+MOE__PRIVATE int moe__base_cut(size_t size, const char *text, size_t limit) {
+    if (size <= limit) return (int)size;
+    while (limit && ((unsigned char)text[limit] & 0xC0) == 0x80) limit--;
+    return (int)limit;
+}
+
 /* Fills *error (if any) and returns `status`: `return moe__fail(error, ...)`. `where` is size */
-/* bytes, NUL bytes in it end it. */
+/* bytes. */
 MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
     moe__fail_at(moe_error *error, moe_status status, uint64_t offset, const char *where,
                  size_t where_size, const char *format, ...) {
@@ -857,14 +897,54 @@ MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
         va_end(args);
         error->status = status;
         error->offset = offset;
-        moe__base_copy_text(error->where, sizeof error->where, where ? where : "",
-                            where ? where_size : 0);
-        moe__base_copy_text(error->text, sizeof error->text, text, strlen(text));
+        moe__base_copy_shown(error->where, sizeof error->where, where ? where : "",
+                             where ? where_size : 0);
+        moe__base_copy_shown(error->text, sizeof error->text, text, strlen(text));
     }
     return status;
 }
 #define moe__fail(error, status, where, ...) \
     moe__fail_at(error, status, 0, where, strlen(where), __VA_ARGS__)
+
+/* What an errno means for a file; NULL: only its number is known. strerror would depend on the */
+/* program's language and is not safe among threads. */
+MOE__PRIVATE const char *moe__errno_words(int code) {
+    switch (code) {
+    case ENOENT: return "there is no such file";
+    case EACCES: return "permission denied";
+    case EPERM: return "not permitted";
+    case ENOTDIR: return "a folder in the path is none";
+    case EISDIR: return "it is a directory";
+    case ELOOP: return "too many symbolic links in the path, or a loop of them";
+    case EMFILE:
+    case ENFILE: return "too many files are open";
+    case ENOMEM: return "not enough memory";
+    case ENAMETOOLONG: return "the name is too long";
+    case EIO: return "input/output error";
+    case EINTR: return "interrupted by a signal";
+    case EAGAIN: return "the resource is busy or a limit is reached";
+    case EBUSY: return "the file or device is busy";
+    case ETXTBSY: return "the file is a program that is running";
+    case EEXIST: return "the file is there already";
+    case EROFS: return "the file system is read-only";
+    case ENOSPC: return "no space is left on the device";
+    case EFBIG:
+    case EOVERFLOW: return "the file is too large";
+    case ENODEV:
+    case ENXIO: return "there is no such device";
+    case EINVAL: return "invalid argument";
+    case EBADF: return "the file is not open for this";
+    case EPIPE: return "nobody reads the pipe";
+#ifdef EDQUOT
+    case EDQUOT: return "the quota of the disk is used up";
+#endif
+#ifdef ESTALE
+    case ESTALE: return "the file has gone from its server";
+#endif
+    case ETIMEDOUT: return "the file system did not answer in time";
+    default: return NULL;
+    }
+}
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
@@ -2769,7 +2849,8 @@ MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capac
 /* before they are used, and each is read once, because a mapped file may change under us. Values */
 /* and weights stay where they lie in the file; only the tables of them are allocated, of a size */
 /* bounded by the file's and by a constant. Names are found by binary search in a sorted list: */
-/* n log n however they are chosen. Tensors may overlap: nobody writes to them. */
+/* n log n however they are chosen. Tensors must not overlap: what is made of them is then */
+/* bounded by the size of the file, too. */
 /* ============================================================================================== */
 
 #include <inttypes.h>
@@ -2934,11 +3015,11 @@ MOE__PRIVATE const char *moe__gguf_file_name(const char *path) {
     return strlen(path) < sizeof ((moe_error *)NULL)->where || !slash ? path : slash + 1;
 }
 
-/* An error at `offset` of the reader's file. Names from files are shown in ASCII only. */
+/* An error at `offset` of the reader's file. */
 MOE__PRIVATE MOE__PRINTF(4, 5) moe_status
     moe__gguf_fail(moe__gguf_reader *r, moe_status status, uint64_t offset, const char *format,
                    ...) {
-    char text[192], part[48], name[64];
+    char text[192], part[48];
     va_list args;
     if (r->status != MOE_OK) return r->status;
     va_start(args, format);
@@ -2948,13 +3029,8 @@ MOE__PRIVATE MOE__PRINTF(4, 5) moe_status
     if (r->gguf->n_parts > 1)
         snprintf(part, sizeof part, " (in part %d of %d)", (int)r->part + 1,
                  (int)r->gguf->n_parts);
-    size_t size = r->name.size < sizeof name ? r->name.size : sizeof name;
-    for (size_t i = 0; i < size; i++) {
-        char c = r->name.data[i];
-        name[i] = c >= 0x20 && c < 0x7F ? c : '?';
-    }
     r->status = status;
-    return moe__fail_at(r->error, status, offset, name, size, "%s%s", text, part);
+    return moe__fail_at(r->error, status, offset, r->name.data, r->name.size, "%s%s", text, part);
 }
 #define moe__gguf_bad(r, offset, ...) moe__gguf_fail(r, MOE_ERROR_FORMAT, offset, __VA_ARGS__)
 
@@ -2985,30 +3061,43 @@ MOE__PRIVATE int moe__gguf_name_less(const moe__gguf_name *a, const moe__gguf_na
     return order ? order < 0 : a->index < b->index;
 }
 
+/* Not by what it says but by where it lies. */
+MOE__PRIVATE int moe__gguf_place_less(const moe__gguf_name *a, const moe__gguf_name *b) {
+    return (uintptr_t)a->data != (uintptr_t)b->data ? (uintptr_t)a->data < (uintptr_t)b->data
+                                                    : a->index < b->index;
+}
+
+typedef int moe__gguf_less(const moe__gguf_name *a, const moe__gguf_name *b);
+
 /* Restores "no child is larger than its parent" (children of i: 2i+1, 2i+2) below `root`. */
-MOE__PRIVATE void moe__gguf_names_sift(moe__gguf_name *names, int64_t root, int64_t n) {
+MOE__PRIVATE void moe__gguf_sift(moe__gguf_name *names, int64_t root, int64_t n,
+                                 moe__gguf_less *less) {
     moe__gguf_name moved = names[root];
     for (;;) {
         int64_t child = 2 * root + 1;
         if (child >= n) break;
-        if (child + 1 < n && moe__gguf_name_less(&names[child], &names[child + 1])) child++;
-        if (!moe__gguf_name_less(&moved, &names[child])) break;
+        if (child + 1 < n && less(&names[child], &names[child + 1])) child++;
+        if (!less(&moved, &names[child])) break;
         names[root] = names[child];
         root = child;
     }
     names[root] = moved;
 }
 
-/* Heap sort: in place, and no input makes it slower than n log n. Returns the index of a name */
-/* that occurs a second time, or -1. */
-MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
-    for (int64_t i = n / 2; i-- > 0;) moe__gguf_names_sift(names, i, n);
+/* Heap sort: in place, and no input makes it slower than n log n. */
+MOE__PRIVATE void moe__gguf_sort(moe__gguf_name *names, int64_t n, moe__gguf_less *less) {
+    for (int64_t i = n / 2; i-- > 0;) moe__gguf_sift(names, i, n, less);
     for (int64_t end = n - 1; end > 0; end--) {
         moe__gguf_name largest = names[0];
         names[0] = names[end];
         names[end] = largest;
-        moe__gguf_names_sift(names, 0, end);
+        moe__gguf_sift(names, 0, end, less);
     }
+}
+
+/* Sorts by name. Returns the index of a name that occurs a second time, or -1. */
+MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
+    moe__gguf_sort(names, n, moe__gguf_name_less);
     for (int64_t i = 1; i < n; i++) {
         const moe__gguf_name *a = &names[i - 1], *b = &names[i];
         if (moe__gguf_name_compare(a->data, a->size, b->data, b->size) == 0) return b->index;
@@ -3078,6 +3167,11 @@ MOE__PRIVATE moe_status moe__gguf_take_name(moe__gguf_reader *r, const char *wha
 }
 
 /* ---- values ---------------------------------------------------------------------------------- */
+
+/* By moe_value_type, for messages */
+static const char *const moe__gguf_value_names[13] = {
+    "uint8", "int8", "uint16", "int16",  "uint32", "int32",  "float32",
+    "bool",  "string", "array", "uint64", "int64", "float64"};
 
 /* Bytes of a value by its type; 0: a string or array, which vary. */
 static const uint8_t moe__gguf_value_sizes[13] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
@@ -3315,6 +3409,39 @@ MOE__PRIVATE moe_status moe__gguf_read_tensors(moe_gguf *gguf, int32_t part_inde
     return r.status;
 }
 
+/* An error about a tensor as it is described. */
+MOE__PRIVATE moe_status moe__gguf_bad_tensor(const moe_gguf *gguf, int64_t index,
+                                             const char *text, const char *other,
+                                             moe_error *error) {
+    const moe__gguf_entry *entry = &gguf->tensors[index];
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, entry->tensor.part, 0, error);
+    r.name.data = entry->tensor.name;
+    r.name.size = strlen(entry->tensor.name);
+    return moe__gguf_bad(&r, entry->offset, "%s%s", text, other);
+}
+
+/* No byte may belong to two tensors. (Those of unknown size have no data.) */
+MOE__PRIVATE moe_status moe__gguf_check_overlap(const moe_gguf *gguf, moe_error *error) {
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
+    const int64_t n = gguf->n_tensors;
+    moe__gguf_name *places = (moe__gguf_name *)moe__gguf_alloc(&r, n, sizeof *places);
+    for (int64_t i = 0; i < n && places; i++) {
+        places[i].data = (const char *)gguf->tensors[i].tensor.data;
+        places[i].index = (uint32_t)i;
+    }
+    if (places) moe__gguf_sort(places, n, moe__gguf_place_less);
+    for (int64_t i = 1; i < n && r.status == MOE_OK; i++) {
+        const moe_gguf_tensor *before = &gguf->tensors[places[i - 1].index].tensor;
+        const moe_gguf_tensor *tensor = &gguf->tensors[places[i].index].tensor;
+        if (before->data && (uintptr_t)tensor->data - (uintptr_t)before->data < before->size)
+            r.status = moe__gguf_bad_tensor(gguf, places[i].index,
+                                            "the tensor's data overlaps that of ", before->name,
+                                            error);
+    }
+    moe__free(&gguf->allocator, places);
+    return r.status;
+}
+
 MOE__PRIVATE moe_status moe__gguf_read_all_tensors(moe_gguf *gguf, moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
     int64_t n = 0;
@@ -3335,28 +3462,16 @@ MOE__PRIVATE moe_status moe__gguf_read_all_tensors(moe_gguf *gguf, moe_error *er
         gguf->names[i].index = (uint32_t)i;
     }
     int64_t twice = moe__gguf_names_sort(gguf->names, n);
-    if (twice < 0) return MOE_OK;
-    const moe__gguf_entry *entry = &gguf->tensors[twice];
-    r = moe__gguf_reader_at(gguf, entry->tensor.part, 0, error);
-    r.name.data = entry->tensor.name;
-    r.name.size = strlen(entry->tensor.name);
-    return moe__gguf_bad(&r, entry->offset, "the tensor is there twice");
+    if (twice >= 0)
+        return moe__gguf_bad_tensor(gguf, twice, "the tensor is there twice", "", error);
+    return moe__gguf_check_overlap(gguf, error);
 }
 
 /* ---- files ----------------------------------------------------------------------------------- */
 
 MOE__PRIVATE moe_status moe__gguf_io_fail(moe_error *error, const char *path, const char *what,
                                           int code) {
-    const char *why = code == ENOENT    ? "there is no such file"
-                      : code == EACCES  ? "permission denied"
-                      : code == EPERM   ? "not permitted"
-                      : code == ENOTDIR ? "a folder in the path is none"
-                      : code == EISDIR  ? "it is a directory"
-                      : code == EMFILE || code == ENFILE ? "too many files are open"
-                      : code == ENOMEM                   ? "not enough memory"
-                      : code == ENAMETOOLONG             ? "the name is too long"
-                      : code == EIO                      ? "input/output error"
-                                                         : NULL;
+    const char *why = moe__errno_words(code);
     const char *name = moe__gguf_file_name(path);
     if (why) return moe__fail(error, MOE_ERROR_IO, name, "cannot %s the file: %s", what, why);
     return moe__fail(error, MOE_ERROR_IO, name, "cannot %s the file: system error %d", what, code);
@@ -12743,15 +12858,18 @@ enum { MOE__TEXT_INTEGER, MOE__TEXT_STRING, MOE__TEXT_FLOAT };
 /* NULL if the file has no such value, or if it is not what is wanted, which is an error. */
 MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, const char *key,
                                                    int is_array, int kind) {
-    static const char *const names[] = {"integers or bool", "text", "float32"};
+    static const char *const one[] = {"an integer or a bool", "a string", "a float32"};
+    static const char *const many[] = {"integers or bools", "strings", "float32"};
     static const int8_t kinds[] = {0, 0, 0, 0, 0, 0, 2, 0, 1, -1, 0, 0, -1}; /* of moe_value_type */
     const moe_gguf_value *value = loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
     if (!value) return NULL;
-    int fits = kinds[value->element_type] == kind;
-    if (fits && (value->type == MOE_VALUE_ARRAY) == is_array) return value;
+    const int fits = kinds[value->element_type] == kind, found = value->type == MOE_VALUE_ARRAY;
+    if (fits && found == is_array) return value;
     loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
-                                  "the value should be %s%s", is_array ? "an array of " : "",
-                                  names[kind]);
+                                  "the value should be %s%s, and is %s%s",
+                                  is_array ? "an array of " : "", (is_array ? many : one)[kind],
+                                  found ? "an array of type " : "of type ",
+                                  moe__gguf_value_names[value->element_type]);
     return NULL;
 }
 
@@ -12794,7 +12912,7 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
     loader->status = moe__fail_at(loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0,
                                   key, strlen(key), "%s \"%.*s\" is not supported", what,
-                                  (int)moe__min((int64_t)name.size, 64), name.data);
+                                  moe__base_cut(name.size, name.data, 64), name.data);
 }
 
 MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
@@ -13989,7 +14107,7 @@ MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling 
         s->yarn = 1;
     } else if (type.size != 6 || memcmp(type.data, "linear", 6)) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
-                       (int)moe__min((int64_t)type.size, 32), type.data);
+                       moe__base_cut(type.size, type.data, 32), type.data);
     }
     if (!(s->base > 1) || !(s->factor > 1e-6))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.freq_base",
@@ -14354,7 +14472,7 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
         (type.size != 5 || memcmp(type.data, "model", 5))) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.type",
                        "the file holds a \"%.*s\", not a model",
-                       (int)moe__min((int64_t)type.size, 32), type.data);
+                       moe__base_cut(type.size, type.data, 32), type.data);
         return;
     }
     cursor = NULL;
@@ -14371,7 +14489,7 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
     if (!model->family) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.architecture",
                        "model family \"%.*s\" is not supported",
-                       (int)moe__min((int64_t)name.size, 48), name.data);
+                       moe__base_cut(name.size, name.data, 48), name.data);
         return;
     }
     moe__base_copy_text(model->info.family, sizeof model->info.family, name.data, name.size);
@@ -15973,6 +16091,7 @@ MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_opti
     moe_gguf *gguf = (moe_gguf *)model->gguf; /* of its pages the addresses never change */
     moe__paging *paging = &model->paging;
     const moe_pages pages = options ? options->pages : MOE_PAGES_AUTO;
+    const char *why;
     int code;
     if (gguf->options.pages != MOE_PAGES_AUTO || pages == MOE_PAGES_MAP || !gguf->pages[0].data ||
         model->memory.numa || __atomic_exchange_n(&gguf->looked_after, 1, __ATOMIC_ACQ_REL)) {
@@ -15988,9 +16107,13 @@ MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_opti
     if (pages == MOE_PAGES_COPY) {
         code = moe__paging_all(paging, NULL, moe__paging_replace_piece);
         moe__paging_as_asked(model);
+        why = moe__errno_words(code);
+        if (code && code != ECANCELED && why)
+            return moe__fail(error, MOE_ERROR_MEMORY, "pages",
+                             "the file cannot be copied into memory: %s", why);
         if (code && code != ECANCELED)
             return moe__fail(error, MOE_ERROR_MEMORY, "pages",
-                             "the file cannot be copied into memory (system error %d)", code);
+                             "the file cannot be copied into memory: system error %d", code);
     } else {
         code = moe__paging_open(paging);
         if (options && options->mlock == MOE_ON) paging->state = MOE__PAGING_DONE;

@@ -21,26 +21,26 @@
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
 /*   >>manual        57  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config       148  every macro you may define */
-/*   >>api          239  types and prototypes with their contracts */
-/*   >>base         762  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine     1136  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool        1521  the team of threads: wake, barrier, shares of work */
-/*   >>pages       2099  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf        2839  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types       3864  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels     5544  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11329  matrix products, rotary positions */
-/*   >>experts    11585  router, plan, the expert schedules */
-/*   >>text       12031  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13688  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14502  what a sequence remembers */
-/*   >>batch      14564  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14903  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15887  opening a model, placing its weights */
-/*   >>session    16280  the forward pass, sessions */
-/*   >>sample     17103  choosing tokens, generating text */
-/*   >>licence    17953  MIT or public domain */
+/*   >>config       149  every macro you may define */
+/*   >>api          240  types and prototypes with their contracts */
+/*   >>base         763  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine     1137  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool        1522  the team of threads: wake, barrier, shares of work */
+/*   >>pages       2100  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf        2840  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types       3865  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels     5545  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops        11330  matrix products, rotary positions */
+/*   >>experts    11586  router, plan, the expert schedules */
+/*   >>text       12032  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13689  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14680  what a sequence remembers */
+/*   >>batch      14742  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     15081  attention: grouped queries, latent; the table of mixers */
+/*   >>load       16074  opening a model, placing its weights */
+/*   >>session    16475  the forward pass, sessions */
+/*   >>sample     17298  choosing tokens, generating text */
+/*   >>licence    18148  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -71,8 +71,9 @@
 /* */
 /* MODELS. A model is a GGUF file (or the first of several parts) mapped into memory: weights are */
 /* read where they lie, so that loading takes milliseconds and processes share pages. A file is */
-/* treated as hostile; what cannot be run right is refused with the reason. An open model never */
-/* changes: any number of sessions in any threads may use it. It must outlive them. */
+/* treated as hostile; what cannot be run right is refused with the reason, and so is a file with */
+/* tensors that its family has no use for. An open model never changes: any number of sessions in */
+/* any threads may use it. It must outlive them. */
 /* */
 /* PAGES. On most machines a mapped file is read as fast as any memory. On some (virtual machines */
 /* whose hypervisor keeps page tables of its own) the speed depends on the pieces in which the */
@@ -13690,7 +13691,8 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
 /* From a GGUF file to a model that can be run: hyper-parameters, the table of families, and the */
 /* binding of tensors with a check of every shape. Optional parts (biases, norms of queries and */
 /* keys, shared experts, fused matrices) are decided by the presence of their tensors; a key */
-/* counts only where the family defines it. A model never changes after it was opened. */
+/* counts only where the family defines it. A tensor that nobody binds is an error, unless it is */
+/* in moe__spares. A model never changes after it was opened. */
 /* ============================================================================================== */
 
 enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
@@ -13708,7 +13710,7 @@ enum { /* features of a family */
     MOE__SHARED_GATED = 512, /* one of its own width, times the sigmoid of its gate */
     MOE__SHARED_WIDTH = 1 << 10, /* one of its own width, if there is a key for that */
     MOE__WIDTH_FFN = 1 << 11, /* experts are as wide as feed_forward_length says */
-    MOE__FFN_SCALE = 1 << 12, /* NAME.scale tensors of feed-forward matrices count */
+    MOE__FFN_SCALE = 1 << 12, /* NAME.scale of feed-forward matrices counts for all types */
     MOE__ALL_KEYS = 1 << 13,  /* without attention.sliding_window every layer sees all keys */
     MOE__PLAIN_SLIDING = 1 << 14, /* layers with a window have rope without scaling */
     MOE__NOPE_FULL = 1 << 15,     /* layers without a window have no rope, */
@@ -13718,7 +13720,8 @@ enum { /* features of a family */
     MOE__EMBD_ROOT = 1 << 18, /* embeddings are multiplied by the root of their length */
     MOE__POST_NORMS = 1 << 19, /* post_attention_norm and post_ffw_norm: what a part of a layer */
                                /* adds to the residual is normed */
-    MOE__GATE = 1 << 20       /* attn_gate: results of heads times the sigmoid of (it x) */
+    MOE__GATE = 1 << 20,      /* attn_gate: results of heads times the sigmoid of (it x) */
+    MOE__BASE_SLIDING = 1 << 21 /* layers with a window have the rope base rope.freq_base_swa */
 };
 
 /* How a layer mixes tokens: rows of moe__mixers (>>mixers) */
@@ -13740,7 +13743,7 @@ typedef struct moe__family {
 static const moe__family moe__families[] = {
     {"afmoe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_COUNT | MOE__NOPE_FOURTH | MOE__EMBD_ROOT |
-         MOE__POST_NORMS | MOE__GATE},
+         MOE__POST_NORMS | MOE__GATE | MOE__BASE_SLIDING},
     {"deepseek2", MOE__MLA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
     {"dots1", MOE__GQA, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
@@ -13748,7 +13751,7 @@ static const moe__family moe__families[] = {
     {"exaone-moe", MOE__GQA, MOE__ROPE_NEOX, 0, 4, "ffn_norm",
      MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_WIDTH | MOE__NOPE_FULL},
     {"gpt-oss", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2, "post_attention_norm",
-     MOE__SINKS | MOE__BIASES | MOE__OAI},
+     MOE__SINKS | MOE__BIASES | MOE__OAI | MOE__BASE_SLIDING},
     {"granitemoe", MOE__GQA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_WIDTH | MOE__SCALES},
     {"llama", MOE__GQA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
@@ -13772,7 +13775,9 @@ typedef struct moe__layer {
     int32_t head_k, head_v;      /* values of a head's query and key, and of its value */
     const moe__rope *rope;       /* NULL: positions turn nothing */
     int32_t window;              /* keys seen by a query; 0: all */
-    float kq_scale;              /* factor of query . key */
+    float kq_scale;              /* factor of query . key, */
+    double temperature;          /* times 1 + temperature ln(1 + floor(position / length)); */
+    int32_t temperature_length;  /* by latent attention only */
     float clamp_kqv;             /* bound of queries, keys and values; 0: none */
     moe__matrix q, k, v;                           /* grouped-query attention */
     const float *q_norm, *k_norm;                  /* before rope; NULL: none */
@@ -13827,6 +13832,7 @@ typedef struct moe__loader {
     const moe_gguf *gguf;
     moe_error *error;
     moe_status status;
+    uint8_t *used; /* per tensor of the file: somebody has asked for it */
 } moe__loader;
 
 #define moe__load_fail(loader, code, where, ...) \
@@ -13929,21 +13935,23 @@ MOE__PRIVATE int moe__load_bool(moe__loader *loader, const char *name, int fallb
 
 /* ---- tensors --------------------------------------------------------------------------------- */
 
-/* The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix"; NULL: absent, and an error if it */
-/* is required. */
+/* The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix", without a dot if the suffix is */
+/* empty; it counts as used. NULL: absent, and an error if it is required. */
 MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int layer,
                                                      const char *base, const char *suffix,
                                                      int required) {
     char name[128];
     if (loader->status) return NULL;
+    const char *dot = *suffix ? "." : "";
     if (layer >= 0)
-        snprintf(name, sizeof name, "blk.%d.%s.%s", layer, base, suffix);
+        snprintf(name, sizeof name, "blk.%d.%s%s%s", layer, base, dot, suffix);
     else
-        snprintf(name, sizeof name, "%s.%s", base, suffix);
-    const moe_gguf_tensor *tensor = moe_gguf_find_tensor(loader->gguf, name);
-    if (!tensor && required)
+        snprintf(name, sizeof name, "%s%s%s", base, dot, suffix);
+    const int64_t i = moe__gguf_names_find(loader->gguf->names, loader->gguf->n_tensors, name);
+    if (i >= 0) loader->used[i] = 1;
+    if (i < 0 && required)
         moe__load_fail(loader, MOE_ERROR_FORMAT, name, "tensor %s is missing", name);
-    return tensor;
+    return moe_gguf_tensor_at(loader->gguf, i);
 }
 
 MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *tensor, int64_t n0,
@@ -13987,6 +13995,30 @@ MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe_
     model->widest[input] = moe__max(model->widest[input], matrix->n_in);
 }
 
+/* Whether base.scale is a factor of the matrix. That of an NVFP4 matrix always is: it belongs to */
+/* the type. Of other types llama.cpp loads these but multiplies with them in some families only. */
+MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, const char *base,
+                                     const moe__type *type) {
+    if (type->id == MOE_TYPE_NVFP4) return 1;
+    if (!strcmp(base, "attn_gate")) return 0;
+    if (!strncmp(base, "ffn_gate_inp", 12) || strncmp(base, "ffn_", 4)) return 1;
+    return moe__has(model, MOE__FFN_SCALE);
+}
+
+/* base.scale: a factor per matrix, or {1} for all heads. NULL: none. */
+MOE__PRIVATE const float *moe__load_scale(moe__loader *loader, const moe__matrix *matrix,
+                                          int layer, const char *base) {
+    const int64_t n = matrix->n_expert;
+    if (!moe__load_is_scaled(loader->model, base, matrix->type)) return NULL;
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "scale", 0);
+    if (!tensor || tensor->ne[0] != 1 || n == 1 || strncmp(base, "attn_", 5))
+        return moe__load_vector(loader, layer, base, "scale", n, 1, 0);
+    const float *one = moe__load_vector(loader, layer, base, "scale", 1, 1, 1);
+    float *all = (float *)moe__load_alloc(loader, (uint64_t)n, sizeof *all);
+    for (int64_t i = 0; i < n && one && all; i++) all[i] = *one;
+    return all;
+}
+
 /* Binds matrix to base.weight {n_in, n_out, n_expert}, which reads `input`, with its scale and */
 /* bias if there are any. Absent and not required: matrix->data stays NULL. per_token: the share */
 /* of its bytes that one token reads. */
@@ -14023,13 +14055,10 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     moe__load_input(loader, matrix, input);
     matrix->row_size = moe_type_row_size(tensor->type, n_in);
     matrix->expert_size = matrix->row_size * (size_t)n_out;
-    matrix->scale = NULL;
-    /* llama.cpp does not read attn_gate.scale, nor the others in some families */
-    const int scaled = strcmp(base, "attn_gate") &&
-                       (strncmp(base, "ffn_", 4) || moe__has(loader->model, MOE__FFN_SCALE));
-    if (scaled && moe__load_tensor(loader, layer, base, "scale", 0))
-        matrix->scale = moe__load_vector(loader, layer, base, "scale", n_expert, 1, 1);
-    matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
+    matrix->scale = moe__load_scale(loader, matrix, layer, base);
+    matrix->bias = NULL; /* a row of token_embd is read as it is */
+    if (strcmp(base, "token_embd"))
+        matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
     matrix->bias_stride = n_out;
     loader->model->info.n_params += n_in * n_out * n_expert;
     loader->model->info.n_bytes += (int64_t)tensor->size;
@@ -14080,6 +14109,13 @@ MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix 
 
 /* ---- hyper-parameters ------------------------------------------------------------------------ */
 
+MOE__PRIVATE void moe__load_check_base(moe__loader *loader, const char *key,
+                                       const moe__rope_scaling *s) {
+    if (!(s->base > 1) || !(s->factor > 1e-6))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "rope base %g or factor %g is out of range",
+                       s->base, s->factor);
+}
+
 /* How positions are scaled; *magnitude: the factor that goes with it. */
 MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling *s,
                                          double *magnitude) {
@@ -14109,9 +14145,7 @@ MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling 
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
                        moe__base_cut(type.size, type.data, 32), type.data);
     }
-    if (!(s->base > 1) || !(s->factor > 1e-6))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.freq_base",
-                       "rope base %g or factor %g is out of range", s->base, s->factor);
+    moe__load_check_base(loader, "rope.freq_base", s);
 }
 
 /* rope_freqs (or NULL) divide the frequencies. */
@@ -14146,14 +14180,14 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     double attn_factor, magnitude, kq_scale = 1, attention_scale = 0;
     int32_t narrowest = loader->status ? 2 : layers[0].head_k;
     moe__load_rope_scaling(loader, &s, &attn_factor);
-    magnitude = attn_factor;
+    magnitude = attn_factor * (s.yarn ? 1 + 0.1 * log(s.factor) : 1);
     if (mla) {
-        /* The magnitude is not in cos and sin but, squared, in the scores (DeepSeek's mscale). */
-        double log_multiplier = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
-        kq_scale = pow(attn_factor * (1 + log_multiplier * log(s.factor)), 2);
-        magnitude = 1;
-    } else if (s.yarn) {
-        magnitude = attn_factor * (1 + 0.1 * log(s.factor));
+        /* DeepSeek's mscale is, squared, in the scores and not in cos and sin; if the file does */
+        /* not say how large it is, it has YaRN's own size and is in both. */
+        double more = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
+        if (more > 0 || !s.yarn) magnitude = attn_factor;
+        else more = 0.1;
+        kq_scale = pow(attn_factor * (1 + more * log(s.factor)), 2);
     }
     if (moe__has(model, MOE__SCALES))
         attention_scale = moe__load_float(loader, "attention.scale", 0);
@@ -14164,22 +14198,53 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     if (!loader->status && (n_rot % 2 || (mla && n_rot >= narrowest)))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
                        "%d rotated values do not fit heads of %d", n_rot, narrowest);
+    const int32_t n_swa =
+        moe__load_int(loader, "rope.dimension_count_swa", 2, MOE__MAX_HEAD, n_rot);
+    for (int il = 0; il < model->info.n_layer && !loader->status && n_swa != n_rot; il++)
+        if (layers[il].window)
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "rope.dimension_count_swa",
+                           "%d rotated values in layers with a window, %d in others", n_swa,
+                           n_rot);
     const float *factors = moe__load_vector(loader, -1, "rope_freqs", "weight", n_rot / 2, 1, 0);
     moe__load_rope(loader, MOE__ROPE_FULL, n_rot, &s, magnitude, factors);
     if (moe__has(model, MOE__PLAIN_SLIDING)) {
         s.yarn = 0, s.factor = 1;
         moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, 1, NULL);
+    } else if (moe__has(model, MOE__BASE_SLIDING)) {
+        const double base = s.base;
+        s.base = moe__load_float(loader, "rope.freq_base_swa", base);
+        moe__load_check_base(loader, "rope.freq_base_swa", &s);
+        if (s.base != base)
+            moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, magnitude, factors);
     }
+    const int sliding = model->ropes[MOE__ROPE_SLIDING].n_rot > 0;
     for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
-        const int plain = layers[il].window && moe__has(model, MOE__PLAIN_SLIDING);
+        const int other = layers[il].window && sliding;
         const int none = (moe__has(model, MOE__NOPE_FULL) && !layers[il].window) ||
                          (moe__has(model, MOE__NOPE_FOURTH) && il % 4 == 3);
-        layers[il].rope = none ? NULL : &model->ropes[plain ? MOE__ROPE_SLIDING : MOE__ROPE_FULL];
+        layers[il].rope = none ? NULL : &model->ropes[other ? MOE__ROPE_SLIDING : MOE__ROPE_FULL];
         layers[il].n_rot = n_rot;
         layers[il].kq_scale = (float)(attention_scale > 0
                                           ? attention_scale
                                           : kq_scale / sqrt((double)layers[il].head_k));
     }
+}
+
+/* Groups of experts of which only the best take part: any family may have them. */
+MOE__PRIVATE void moe__load_groups(moe__loader *loader) {
+    const moe_model_info *info = &loader->model->info;
+    moe__router *router = &loader->model->router;
+    router->n_group = moe__load_int(loader, "expert_group_count", 1, info->n_expert, 1);
+    if (loader->status || router->n_group == 1) return;
+    router->n_group_used =
+        moe__load_int(loader, "expert_group_used_count", 1, router->n_group, MOE__REQUIRED);
+    if (!loader->status && (info->n_expert % router->n_group ||
+                            info->n_expert / router->n_group * router->n_group_used <
+                                info->n_expert_used))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "expert_group_count",
+                       "%d experts in %d groups, %d used, do not give %d experts",
+                       info->n_expert, router->n_group, router->n_group_used,
+                       info->n_expert_used);
 }
 
 MOE__PRIVATE void moe__load_router(moe__loader *loader) {
@@ -14197,6 +14262,7 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->gating = (moe__gating)model->family->gating;
     router->normalize = moe__has(model, MOE__NORMALIZE);
     router->scale = model->residual_scale;
+    moe__load_groups(loader);
     if (!moe__has(model, MOE__ROUTER_KEYS) || loader->status) return;
     /* GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out. */
     int glm_flash = model->family->mixer == MOE__MLA && info->n_layer >= 47 && info->n_layer <= 48;
@@ -14210,17 +14276,6 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->gating = (moe__gating)gating;
     router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
     router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
-    router->n_group = moe__load_int(loader, "expert_group_count", 1, info->n_expert, 1);
-    if (loader->status || router->n_group == 1) return;
-    router->n_group_used =
-        moe__load_int(loader, "expert_group_used_count", 1, router->n_group, MOE__REQUIRED);
-    if (!loader->status && (info->n_expert % router->n_group ||
-                            info->n_expert / router->n_group * router->n_group_used <
-                                info->n_expert_used))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "expert_group_count",
-                       "%d experts in %d groups, %d used, do not give %d experts",
-                       info->n_expert, router->n_group, router->n_group_used,
-                       info->n_expert_used);
 }
 
 /* Heads of layer il and how many keys they see. */
@@ -14271,6 +14326,22 @@ MOE__PRIVATE int moe__load_is_sliding(moe__loader *loader, int il) {
     return period <= 0 || il % period < period - 1;
 }
 
+/* Layers with a window must have heads like the others. */
+MOE__PRIVATE void moe__load_check_sliding(moe__loader *loader) {
+    const moe__layer *first = loader->model->layers;
+    static const char *const names[2][2] = {
+        {"attention.key_length_swa", "attention.value_length_swa"},
+        {"attention.key_length", "attention.value_length"}};
+    for (int i = 0; i < 2 && !loader->status; i++) {
+        const int32_t all = i ? first->head_v : first->head_k;
+        const int32_t own = moe__load_int(loader, names[0][i], 1, MOE__MAX_HEAD, all);
+        if (own != all)
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, names[0][i],
+                           "%s is %d, which is not supported if %s is %d", names[0][i], own,
+                           names[1][i], all);
+    }
+}
+
 MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
     moe_model *model = loader->model;
     moe_model_info *info = &model->info;
@@ -14289,9 +14360,24 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
         layer->clamp_kqv = clamp_kqv;
         if (window && moe__load_is_sliding(loader, il)) layer->window = window;
     }
+    if (window) moe__load_check_sliding(loader);
     if (loader->status) return;
     info->n_head = model->layers[0].n_head;
     info->n_head_kv = model->layers[0].n_head_kv;
+}
+
+/* Queries far from the start may be sharpened. Files that do not want it have 0, or no keys. */
+MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
+    const moe_model *model = loader->model;
+    if (model->family->mixer != MOE__MLA) return;
+    const double scale = moe__load_float(loader, "attention.temperature_scale", 0);
+    if (!(scale > 0)) return;
+    const int32_t length =
+        moe__load_int(loader, "attention.temperature_length", 1, INT32_MAX, MOE__REQUIRED);
+    for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
+        model->layers[il].temperature = scale;
+        model->layers[il].temperature_length = length;
+    }
 }
 
 /* Factors of embeddings, of what is added to the residual, and of logits. */
@@ -14310,16 +14396,20 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe_model_info *info = &model->info;
     int32_t blocks = moe__load_int(loader, "block_count", 1, MOE__MAX_LAYERS, MOE__REQUIRED);
     info->n_layer = model->n_blocks = blocks;
-    if (moe__has(model, MOE__ROUTER_KEYS)) /* prediction layers at the end are not run */
-        info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
+    /* Prediction layers at the end are not run. */
+    info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
     info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
     info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
     char key[128];
     if (!loader->status && !moe__load_value(loader, "attention.layer_norm_rms_epsilon", key))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
     model->eps = (float)moe__load_float(loader, "attention.layer_norm_rms_epsilon", 0);
+    if (!moe__load_bool(loader, "attention.causal", 1))
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "attention.causal",
+                       "attention to later tokens is not supported");
     moe__load_layers(loader);
     moe__load_ropes(loader);
+    moe__load_temperature(loader);
     moe__load_scales(loader);
     moe__load_router(loader);
     info->n_ff = moe__load_int_at(loader, "feed_forward_length", 0, 1, 1 << 24, 0);
@@ -14370,7 +14460,7 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
     memset(&fused, 0, sizeof fused);
     ffn->oai = moe__has(loader->model, MOE__OAI);
-    if (moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0) && !strcmp(suffix, "_exps")) {
+    if (!strcmp(suffix, "_exps") && moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0)) {
         moe__load_split(loader, &ffn->gate, il, "ffn_gate", x, n_embd, n_ff, n, part);
         moe__load_split(loader, &ffn->up, il, "ffn_up", x, n_embd, n_ff, n, part);
         moe__load_split(loader, &ffn->down, il, "ffn_down", hidden, n_ff, n_embd, n, part);
@@ -14410,9 +14500,13 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
     const double share = (double)info->n_expert_used / info->n_expert;
     moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_X, n_embd,
                      info->n_expert, 1, 1, 1);
-    if (moe__has(model, MOE__ROUTER_KEYS))
+    if (moe__has(model, MOE__ROUTER_KEYS)) { /* some files leave ".bias" out of the name */
         layer->router_bias =
             moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
+        if (!layer->router_bias)
+            layer->router_bias =
+                moe__load_vector(loader, il, "exp_probs_b", "", info->n_expert, 1, 0);
+    }
     moe__load_ffn(loader, &layer->experts, il, "_exps", MOE__IN_ROUTED, info->n_ff_exp,
                   info->n_expert, share, 1);
     if (model->n_ff_shared)
@@ -14461,6 +14555,90 @@ MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
         moe__load_fail(loader, MOE_ERROR_FORMAT, "tokenizer.ggml.tokens",
                        "%d tokens, but the embedding has %d rows",
                        (int)moe_vocab_size(model->vocab), (int)info->n_vocab);
+}
+
+/* Tensors that may stay unused: PREFIX...SUFFIX, if the tensor PREFIX...OTHER is used. Files are */
+/* written with any others because they change what the model computes. */
+typedef struct moe__spare {
+    const char *prefix, *suffix, *other;
+} moe__spare;
+
+static const moe__spare moe__spares[] = {
+    /* how large activations are, for kernels that round them to 4 bits */
+    {"", ".input_scale", ".weight"},
+    /* left out by llama.cpp, see moe__load_is_scaled: what counts is read */
+    {"blk.", ".attn_gate.scale", ".attn_gate.weight"},
+    {"blk.", ".ffn_gate.scale", ".ffn_gate.weight"},
+    {"blk.", ".ffn_up.scale", ".ffn_up.weight"},
+    {"blk.", ".ffn_down.scale", ".ffn_down.weight"},
+    {"blk.", ".ffn_gate_exps.scale", ".ffn_gate_exps.weight"},
+    {"blk.", ".ffn_up_exps.scale", ".ffn_up_exps.weight"},
+    {"blk.", ".ffn_down_exps.scale", ".ffn_down_exps.weight"},
+    {"blk.", ".ffn_gate_up_exps.scale", ".ffn_gate_up_exps.weight"},
+    {"blk.", ".ffn_gate_shexp.scale", ".ffn_gate_shexp.weight"},
+    {"blk.", ".ffn_up_shexp.scale", ".ffn_up_shexp.weight"},
+    {"blk.", ".ffn_down_shexp.scale", ".ffn_down_shexp.weight"},
+    /* the same as these two */
+    {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight"},
+    /* what looks at images in files that hold both; text needs none of it */
+    {"v.", "", NULL},
+    {"mm.", "", NULL},
+};
+
+MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name) {
+    const moe_gguf *gguf = loader->gguf;
+    const size_t size = strlen(name);
+    for (size_t i = 0; i < sizeof moe__spares / sizeof moe__spares[0]; i++) {
+        const moe__spare *s = &moe__spares[i];
+        const size_t begin = strlen(s->prefix), end = strlen(s->suffix);
+        char other[128];
+        if (size <= begin + end || memcmp(name, s->prefix, begin) ||
+            memcmp(name + size - end, s->suffix, end))
+            continue;
+        if (!s->other) return 1;
+        snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
+        const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
+        if (at >= 0 && loader->used[at]) return 1;
+    }
+    return 0;
+}
+
+/* N of "blk.N."; -1: another name */
+MOE__PRIVATE int moe__load_layer_of(const char *name) {
+    int n = 0, digits = 0;
+    if (strncmp(name, "blk.", 4)) return -1;
+    for (name += 4; *name >= '0' && *name <= '9' && digits < 6; name++, digits++)
+        n = n * 10 + (*name - '0');
+    return digits && *name == '.' ? n : -1;
+}
+
+/* Every tensor must be used: one that is left out would change what comes out. */
+MOE__PRIVATE void moe__load_check_used(moe__loader *loader) {
+    const moe_model *model = loader->model;
+    const char *first = NULL;
+    char names[160];
+    size_t size = 0;
+    int64_t n = 0;
+    names[0] = 0;
+    for (int64_t i = 0; i < moe_gguf_n_tensors(loader->gguf) && !loader->status; i++) {
+        const char *name = moe_gguf_tensor_at(loader->gguf, i)->name;
+        const int layer = moe__load_layer_of(name);
+        if (loader->used[i] || moe__load_is_spare(loader, name)) continue;
+        if (layer >= model->info.n_layer && layer < model->n_blocks) continue; /* predicts */
+        if (layer >= model->n_blocks)
+            moe__load_fail(loader, MOE_ERROR_FORMAT, name,
+                           "tensor %s is of a layer that block_count, %d, does not count", name,
+                           (int)model->n_blocks);
+        if (!first) first = name;
+        if (size + strlen(name) + 3 < sizeof names)
+            size += (size_t)snprintf(names + size, sizeof names - size, "%s%s", n ? ", " : "",
+                                     name);
+        n++;
+    }
+    if (n)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, first,
+                       "model family \"%s\" has no use for %" PRId64 " tensor%s: %s",
+                       model->info.family, n, n == 1 ? "" : "s", names);
 }
 
 MOE__PRIVATE void moe__load_family(moe__loader *loader) {
@@ -15157,6 +15335,11 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
         layer->q = moe__load_slice(loader, &fused, 0, n_q);
         layer->k = moe__load_slice(loader, &fused, n_q, n_k);
         layer->v = moe__load_slice(loader, &fused, n_q + n_k, n_v);
+        if (!fused.bias) { /* some files fuse the weights only */
+            layer->q.bias = moe__load_vector(loader, il, "attn_q", "bias", n_q, 1, 0);
+            layer->k.bias = moe__load_vector(loader, il, "attn_k", "bias", n_k, 1, 0);
+            layer->v.bias = moe__load_vector(loader, il, "attn_v", "bias", n_v, 1, 0);
+        }
     } else {
         moe__load_matrix(loader, &layer->q, il, "attn_q", x, n_embd, n_q, 1, 1, 1);
         moe__load_matrix(loader, &layer->k, il, "attn_k", x, n_embd, n_k, 1, 1, 1);
@@ -15450,10 +15633,14 @@ MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
 MOE__PRIVATE void moe__mla_turn(const moe__eval *e, const moe__layer *layer, int64_t t,
                                 const float *q, float *nope_out, float *turned) {
     const int64_t nope = layer->head_k - layer->n_rot;
+    float scale = layer->kq_scale;
+    if (layer->temperature > 0)
+        scale *= (float)(1 + layer->temperature *
+                                 log(e->work->rows[t].position / layer->temperature_length + 1.0));
     if (turned != q + nope) memcpy(turned, q + nope, (size_t)layer->n_rot * sizeof *turned);
-    for (int64_t i = 0; i < nope; i++) nope_out[i] = q[i] * layer->kq_scale;
+    for (int64_t i = 0; i < nope; i++) nope_out[i] = q[i] * scale;
     moe__eval_turn(e, layer, t, turned);
-    for (int64_t i = 0; i < layer->n_rot; i++) turned[i] *= layer->kq_scale;
+    for (int64_t i = 0; i < layer->n_rot; i++) turned[i] *= scale;
 }
 
 /* Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, of all rows that absorb. */
@@ -16189,6 +16376,12 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
     }
     model->allocator = allocator;
     model->gguf = gguf;
+    loader.used = (uint8_t *)moe__alloc(&allocator, (size_t)gguf->n_tensors + 1);
+    if (!loader.used) {
+        moe__fail(error, MOE_ERROR_MEMORY, "model", "no memory for the model's tables");
+        moe__free(&allocator, model);
+        return NULL;
+    }
     loader.model = model;
     loader.gguf = gguf;
     loader.error = error;
@@ -16206,6 +16399,8 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         moe__load_layer(&loader, layer, il);
         if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
     }
+    moe__load_check_used(&loader);
+    moe__free(&allocator, loader.used);
     if (!loader.status) loader.status = moe__place_all(model, options, error);
     if (!loader.status) return model;
     moe_model_close(model);

@@ -12859,8 +12859,8 @@ enum { MOE__TEXT_INTEGER, MOE__TEXT_STRING, MOE__TEXT_FLOAT };
 /* NULL if the file has no such value, or if it is not what is wanted, which is an error. */
 MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, const char *key,
                                                    int is_array, int kind) {
-    static const char *const one[] = {"an integer or a bool", "a string", "a float32"};
-    static const char *const many[] = {"integers or bools", "strings", "float32"};
+    static const char *const one[] = {"an integer or a bool", "text", "a float32"};
+    static const char *const many[] = {"integers or bools", "text", "float32"};
     static const int8_t kinds[] = {0, 0, 0, 0, 0, 0, 2, 0, 1, -1, 0, 0, -1}; /* of moe_value_type */
     const moe_gguf_value *value = loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
     if (!value) return NULL;

@@ -1494,7 +1494,7 @@ TEST(wrong_kinds_are_named) {
     } cases[] = {
         {"tokenizer.ggml.eos_token_id", 9, 5, "or a bool, and is an array of type int32"},
         {"tokenizer.ggml.eos_token_id", 6, 0, "an integer or a bool, and is of type float32"},
-        {"tokenizer.ggml.model", 4, 0, "a string, and is of type uint32"},
+        {"tokenizer.ggml.model", 4, 0, "text, and is of type uint32"},
     };
     bytes b;
     memset(&b, 0, sizeof b);

@@ -34,13 +34,13 @@
 /*   >>experts    11586  router, plan, the expert schedules */
 /*   >>text       12032  Unicode tables, pre-tokenizers, byte-pair encoding */
 /*   >>model      13689  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14680  what a sequence remembers */
-/*   >>batch      14742  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     15081  attention: grouped queries, latent; the table of mixers */
-/*   >>load       16074  opening a model, placing its weights */
-/*   >>session    16475  the forward pass, sessions */
-/*   >>sample     17298  choosing tokens, generating text */
-/*   >>licence    18148  MIT or public domain */
+/*   >>cache      14691  what a sequence remembers */
+/*   >>batch      14753  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     15092  attention: grouped queries, latent; the table of mixers */
+/*   >>load       16087  opening a model, placing its weights */
+/*   >>session    16488  the forward pass, sessions */
+/*   >>sample     17311  choosing tokens, generating text */
+/*   >>licence    18161  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -13928,7 +13928,7 @@ MOE__PRIVATE int moe__load_bool(moe__loader *loader, const char *name, int fallb
     char key[128];
     int x = fallback;
     const moe_gguf_value *value = moe__load_value(loader, name, key);
-    if (value && !moe_gguf_value_bool(value, 0, &x))
+    if (value && (!moe_gguf_value_bool(value, 0, &x) || value->count != 1))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is neither true nor false", key);
     return x;
 }
@@ -13965,11 +13965,13 @@ MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *
     return 0;
 }
 
-/* A small tensor {n0, n1} as floats; NULL if absent or after an error. */
+/* A small tensor {n0, n1} as floats, which take at most 8 times its bytes; NULL if absent or */
+/* after an error. */
 MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const char *base,
                                            const char *suffix, int64_t n0, int64_t n1,
                                            int required) {
     const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, suffix, required);
+    float *out;
     if (!tensor || !moe__load_shape_is(loader, tensor, n0, n1, 1)) return NULL;
     if (!moe_type_supported(tensor->type)) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
@@ -13977,7 +13979,13 @@ MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const
                        moe_type_name(tensor->type));
         return NULL;
     }
-    float *out = (float *)moe__load_alloc(loader, (uint64_t)n0 * (uint64_t)n1, sizeof *out);
+    if (tensor->size / sizeof *out < (uint64_t)n0 * (uint64_t)n1 / 8) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s has type %s, too coarse for a norm, a bias or a scale",
+                       tensor->name, moe_type_name(tensor->type));
+        return NULL;
+    }
+    out = (float *)moe__load_alloc(loader, (uint64_t)n0 * (uint64_t)n1, sizeof *out);
     if (!out || moe_type_dequantize(tensor->type, tensor->data, out, n1, n0, loader->error))
         return NULL;
     loader->model->info.n_params += n0 * n1;
@@ -14319,8 +14327,11 @@ MOE__PRIVATE int moe__load_is_sliding(moe__loader *loader, int il) {
     int64_t period = loader->model->family->window_period, x = 0;
     const moe_gguf_value *value =
         moe__load_value(loader, "attention.sliding_window_pattern", key);
-    if (value && moe__load_is_array(value))
-        return moe_gguf_value_int(value, (uint64_t)il, &x) && x; /* a missing tail: no windows */
+    if (value && moe__load_is_array(value)) { /* a missing tail: no windows */
+        if ((uint64_t)il < value->count && !moe_gguf_value_int(value, (uint64_t)il, &x))
+            moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s does not hold integers", key);
+        return x != 0;
+    }
     if (value && (!moe_gguf_value_int(value, 0, &period) || period < 0))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a period", key);
     return period <= 0 || il % period < period - 1;
@@ -15502,9 +15513,11 @@ MOE__PRIVATE void moe__mla_bind_heads(moe__loader *loader, const moe__layer *lay
                                       moe__input input, int64_t n_in, int64_t n_out,
                                       int required) {
     moe__load_matrix(loader, matrix, il, name, input, n_in, n_out, layer->n_head, 1, required);
-    if (matrix->bias)
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, name,
-                       "tensor blk.%d.%s.bias: latent attention knows none", il, name);
+    char bias[64];
+    snprintf(bias, sizeof bias, "blk.%d.%s.bias", il, name);
+    if (matrix->bias) /* expanded rows would lose it */
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, bias,
+                       "tensor %s: latent attention knows none", bias);
 }
 
 /* Three generations of files: kv_b only; k_b and v_b; all three. */

@@ -363,6 +363,43 @@ TEST(unused_tensors) {
     }
 }
 
+/* Latent attention reads some matrices in two forms, of which one could not add a bias. */
+TEST(biases_of_latent_attention) {
+    static const char *const names[] = {"blk.1.attn_k_b.bias", "blk.1.attn_v_b.bias",
+                                        "blk.1.attn_kv_b.bias"};
+    for (int b = 1; b <= 2; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        for (int i = b == 1 ? 2 : 0; i < (b == 1 ? 3 : 2); i++) {
+            edit_tensor *t = add_tensor(&e, names[i], 0);
+            t->n_dims = 2;
+            t->ne[0] = i == 1 ? 16 : 32;
+            t->ne[1] = 2;
+            check_refused(&e, names[i], MOE_ERROR_UNSUPPORTED, names[i]);
+            e.n_tensors--;
+        }
+        edit_close(&e);
+    }
+}
+
+/* What is kept as floats must not become many times larger than the file. */
+TEST(coarse_vectors) {
+    static const char *const names[] = {"blk.0.attn_norm.weight", "output_norm.weight"};
+    edit_file e;
+    CHECK(edit_open(&e, models_simple("qwen3moe_quant", "q8_0")));
+    for (int i = 0; i < 2; i++) {
+        edit_tensor *t = edit_find_tensor(&e, names[i]), old = *t;
+        t->type = MOE_TYPE_Q2_K;
+        t->size = 0;
+        check_refused(&e, names[i], MOE_ERROR_UNSUPPORTED, names[i]);
+        t->type = MOE_TYPE_IQ4_XS;
+        verdict v = try_edit(&e);
+        CHECKF(v.opened && v.ran, "%s: %s", v.error.where, v.error.text);
+        *t = old;
+    }
+    edit_close(&e);
+}
+
 /* A file with more layers than it counts. */
 TEST(uncounted_layers) {
     static const uint32_t one = 1;
@@ -396,8 +433,13 @@ TEST(refused_keys) {
                "%s: %s: %s", cases[i].key, v.error.where, v.error.text);
         edit_close(&e);
     }
-    static const float scale = 0.1f; /* without its length */
+    static const uint8_t floats[20] = {6, 0, 0, 0, 2}; /* an array of 2 */
     edit_file e;
+    CHECK(edit_open(&e, broken_path(7)));
+    edit_set(&e, "gpt-oss.attention.sliding_window_pattern", 9, floats, 20);
+    check_refused(&e, "pattern", MOE_ERROR_FORMAT, "gpt-oss.attention.sliding_window_pattern");
+    edit_close(&e);
+    static const float scale = 0.1f; /* without its length */
     CHECK(edit_open(&e, broken_path(1)));
     edit_set(&e, "deepseek2.attention.temperature_scale", 6, &scale, 4);
     check_refused(&e, "temperature", MOE_ERROR_FORMAT, "deepseek2.attention.temperature_length");

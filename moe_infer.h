@@ -21,26 +21,26 @@
 /*   MAP (rewritten by `make map`) */
 /*   tag         line  what lives here */
 /*   >>manual        57  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config       152  every macro you may define */
-/*   >>api          243  types and prototypes with their contracts */
-/*   >>base         784  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine     1082  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool        1467  the team of threads: wake, barrier, shares of work */
-/*   >>pages       2056  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf        2796  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types       3786  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels     5472  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11257  matrix products, rotary positions */
-/*   >>experts    11513  router, plan, the expert schedules */
-/*   >>text       11959  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13628  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14442  what a sequence remembers */
-/*   >>batch      14504  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     14843  attention: grouped queries, latent; the table of mixers */
-/*   >>load       15827  opening a model, placing its weights */
-/*   >>session    16218  the forward pass, sessions */
-/*   >>sample     17041  choosing tokens, generating text */
-/*   >>licence    17904  MIT or public domain */
+/*   >>config       153  every macro you may define */
+/*   >>api          244  types and prototypes with their contracts */
+/*   >>base         786  compiler macros, errors, memory, checked sizes, small floats */
+/*   >>machine     1163  processors, cores, quotas, free memory, memory nodes; binding to them */
+/*   >>pool        1548  the team of threads: wake, barrier, shares of work */
+/*   >>pages       2137  files in memory: mapped or copied, huge pages found, measured and made */
+/*   >>gguf        2877  reading GGUF files: bounded reader, metadata, tensor table, split files */
+/*   >>types       3902  tensor types: dequantize (the specification), quantize, plain C dot */
+/*   >>kernels     5588  inner loops: plain C, then one vector text per instruction set */
+/*   >>ops        11373  matrix products, rotary positions */
+/*   >>experts    11629  router, plan, the expert schedules */
+/*   >>text       12075  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13747  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14749  what a sequence remembers */
+/*   >>batch      14811  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     15150  attention: grouped queries, latent; the table of mixers */
+/*   >>load       16145  opening a model, placing its weights */
+/*   >>session    16549  the forward pass, sessions */
+/*   >>sample     17372  choosing tokens, generating text */
+/*   >>licence    18235  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -72,8 +72,9 @@
 /* */
 /* MODELS. A model is a GGUF file (or the first of several parts) mapped into memory: weights are */
 /* read where they lie, so that loading takes milliseconds and processes share pages. A file is */
-/* treated as hostile; what cannot be run right is refused with the reason. An open model never */
-/* changes: any number of sessions in any threads may use it. It must outlive them. */
+/* treated as hostile; what cannot be run right is refused with the reason, and so is a file with */
+/* tensors that its family has no use for. An open model never changes: any number of sessions in */
+/* any threads may use it. It must outlive them. */
 /* */
 /* PAGES. On most machines a mapped file is read as fast as any memory. On some (virtual machines */
 /* whose hypervisor keeps page tables of its own) the speed depends on the pieces in which the */
@@ -278,7 +279,8 @@ typedef enum moe_status {
     MOE_ERROR_THREAD        /* the operating system refused a thread */
 } moe_status;
 
-/* What went wrong, and where. Strings are NUL-terminated UTF-8, cut if too long. */
+/* What went wrong, and where. Strings are NUL-terminated UTF-8, cut if too long; bytes of a file */
+/* that are not UTF-8, or that a terminal might obey, are quoted as '?'. */
 typedef struct moe_error {
     moe_status status;
     uint64_t offset; /* byte offset in the file if the error lies in one, else 0 */
@@ -861,8 +863,47 @@ MOE__PRIVATE void moe__base_copy_text(char *out, size_t capacity, const char *te
     out[size] = 0;
 }
 
+/* Bytes of the character at the start of text if it may be shown; 0: it is no UTF-8, or one that */
+/* a terminal might obey (below space, DEL, U+0080 to U+009F). */
+MOE__PRIVATE size_t moe__base_shown(const char *text, size_t size) {
+    const unsigned char *c = (const unsigned char *)text;
+    if (c[0] < 0x80) return c[0] >= 0x20 && c[0] != 0x7F;
+    const size_t n = c[0] >= 0xF0 ? 4 : c[0] >= 0xE0 ? 3 : 2;
+    if (c[0] < 0xC2 || c[0] > 0xF4 || n > size) return 0;
+    for (size_t i = 1; i < n; i++)
+        if ((c[i] & 0xC0) != 0x80) return 0;
+    /* What has a shorter form, surrogates, and numbers beyond Unicode's */
+    if ((c[0] == 0xC2 && c[1] < 0xA0) || (c[0] == 0xE0 && c[1] < 0xA0) ||
+        (c[0] == 0xED && c[1] >= 0xA0) || (c[0] == 0xF0 && c[1] < 0x90) ||
+        (c[0] == 0xF4 && c[1] >= 0x90))
+        return 0;
+    return n;
+}
+
+/* The same as moe__base_copy_text, with a '?' for every byte that may not be shown: errors quote */
+/* files. */
+MOE__PRIVATE void moe__base_copy_shown(char *out, size_t capacity, const char *text, size_t size) {
+    size_t used = 0;
+    for (size_t i = 0, n; i < size; i += n) {
+        const size_t shown = moe__base_shown(text + i, size - i);
+        n = shown ? shown : 1;
+        if (used + n > capacity - 1) break;
+        if (shown) memcpy(out + used, text + i, n);
+        else out[used] = '?';
+        used += n;
+    }
+    out[used] = 0;
+}
+
+/* At most `limit` bytes of a text, whole characters: what "%.*s" is to show of it. */
+MOE__PRIVATE int moe__base_cut(size_t size, const char *text, size_t limit) {
+    if (size <= limit) return (int)size;
+    while (limit && ((unsigned char)text[limit] & 0xC0) == 0x80) limit--;
+    return (int)limit;
+}
+
 /* Fills *error (if any) and returns `status`: `return moe__fail(error, ...)`. `where` is size */
-/* bytes, NUL bytes in it end it. */
+/* bytes. */
 MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
     moe__fail_at(moe_error *error, moe_status status, uint64_t offset, const char *where,
                  size_t where_size, const char *format, ...) {
@@ -874,14 +915,54 @@ MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
         va_end(args);
         error->status = status;
         error->offset = offset;
-        moe__base_copy_text(error->where, sizeof error->where, where ? where : "",
-                            where ? where_size : 0);
-        moe__base_copy_text(error->text, sizeof error->text, text, strlen(text));
+        moe__base_copy_shown(error->where, sizeof error->where, where ? where : "",
+                             where ? where_size : 0);
+        moe__base_copy_shown(error->text, sizeof error->text, text, strlen(text));
     }
     return status;
 }
 #define moe__fail(error, status, where, ...) \
     moe__fail_at(error, status, 0, where, strlen(where), __VA_ARGS__)
+
+/* What an errno means for a file; NULL: only its number is known. strerror would depend on the */
+/* program's language and is not safe among threads. */
+MOE__PRIVATE const char *moe__errno_words(int code) {
+    switch (code) {
+    case ENOENT: return "there is no such file";
+    case EACCES: return "permission denied";
+    case EPERM: return "not permitted";
+    case ENOTDIR: return "a folder in the path is none";
+    case EISDIR: return "it is a directory";
+    case ELOOP: return "too many symbolic links in the path, or a loop of them";
+    case EMFILE:
+    case ENFILE: return "too many files are open";
+    case ENOMEM: return "not enough memory";
+    case ENAMETOOLONG: return "the name is too long";
+    case EIO: return "input/output error";
+    case EINTR: return "interrupted by a signal";
+    case EAGAIN: return "the resource is busy or a limit is reached";
+    case EBUSY: return "the file or device is busy";
+    case ETXTBSY: return "the file is a program that is running";
+    case EEXIST: return "the file is there already";
+    case EROFS: return "the file system is read-only";
+    case ENOSPC: return "no space is left on the device";
+    case EFBIG:
+    case EOVERFLOW: return "the file is too large";
+    case ENODEV:
+    case ENXIO: return "there is no such device";
+    case EINVAL: return "invalid argument";
+    case EBADF: return "the file is not open for this";
+    case EPIPE: return "nobody reads the pipe";
+#ifdef EDQUOT
+    case EDQUOT: return "the quota of the disk is used up";
+#endif
+#ifdef ESTALE
+    case ESTALE: return "the file has gone from its server";
+#endif
+    case ETIMEDOUT: return "the file system did not answer in time";
+    default: return NULL;
+    }
+}
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
@@ -2806,7 +2887,8 @@ MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capac
 /* before they are used, and each is read once, because a mapped file may change under us. Values */
 /* and weights stay where they lie in the file; only the tables of them are allocated, of a size */
 /* bounded by the file's and by a constant. Names are found by binary search in a sorted list: */
-/* n log n however they are chosen. Tensors may overlap: nobody writes to them. */
+/* n log n however they are chosen. Tensors must not overlap: what is made of them is then */
+/* bounded by the size of the file, too. */
 /* ============================================================================================== */
 
 #include <inttypes.h>
@@ -2971,11 +3053,11 @@ MOE__PRIVATE const char *moe__gguf_file_name(const char *path) {
     return strlen(path) < sizeof ((moe_error *)NULL)->where || !slash ? path : slash + 1;
 }
 
-/* An error at `offset` of the reader's file. Names from files are shown in ASCII only. */
+/* An error at `offset` of the reader's file. */
 MOE__PRIVATE MOE__PRINTF(4, 5) moe_status
     moe__gguf_fail(moe__gguf_reader *r, moe_status status, uint64_t offset, const char *format,
                    ...) {
-    char text[192], part[48], name[64];
+    char text[192], part[48];
     va_list args;
     if (r->status != MOE_OK) return r->status;
     va_start(args, format);
@@ -2985,13 +3067,8 @@ MOE__PRIVATE MOE__PRINTF(4, 5) moe_status
     if (r->gguf->n_parts > 1)
         snprintf(part, sizeof part, " (in part %d of %d)", (int)r->part + 1,
                  (int)r->gguf->n_parts);
-    size_t size = r->name.size < sizeof name ? r->name.size : sizeof name;
-    for (size_t i = 0; i < size; i++) {
-        char c = r->name.data[i];
-        name[i] = c >= 0x20 && c < 0x7F ? c : '?';
-    }
     r->status = status;
-    return moe__fail_at(r->error, status, offset, name, size, "%s%s", text, part);
+    return moe__fail_at(r->error, status, offset, r->name.data, r->name.size, "%s%s", text, part);
 }
 #define moe__gguf_bad(r, offset, ...) moe__gguf_fail(r, MOE_ERROR_FORMAT, offset, __VA_ARGS__)
 
@@ -3022,30 +3099,43 @@ MOE__PRIVATE int moe__gguf_name_less(const moe__gguf_name *a, const moe__gguf_na
     return order ? order < 0 : a->index < b->index;
 }
 
+/* Not by what it says but by where it lies. */
+MOE__PRIVATE int moe__gguf_place_less(const moe__gguf_name *a, const moe__gguf_name *b) {
+    return (uintptr_t)a->data != (uintptr_t)b->data ? (uintptr_t)a->data < (uintptr_t)b->data
+                                                    : a->index < b->index;
+}
+
+typedef int moe__gguf_less(const moe__gguf_name *a, const moe__gguf_name *b);
+
 /* Restores "no child is larger than its parent" (children of i: 2i+1, 2i+2) below `root`. */
-MOE__PRIVATE void moe__gguf_names_sift(moe__gguf_name *names, int64_t root, int64_t n) {
+MOE__PRIVATE void moe__gguf_sift(moe__gguf_name *names, int64_t root, int64_t n,
+                                 moe__gguf_less *less) {
     moe__gguf_name moved = names[root];
     for (;;) {
         int64_t child = 2 * root + 1;
         if (child >= n) break;
-        if (child + 1 < n && moe__gguf_name_less(&names[child], &names[child + 1])) child++;
-        if (!moe__gguf_name_less(&moved, &names[child])) break;
+        if (child + 1 < n && less(&names[child], &names[child + 1])) child++;
+        if (!less(&moved, &names[child])) break;
         names[root] = names[child];
         root = child;
     }
     names[root] = moved;
 }
 
-/* Heap sort: in place, and no input makes it slower than n log n. Returns the index of a name */
-/* that occurs a second time, or -1. */
-MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
-    for (int64_t i = n / 2; i-- > 0;) moe__gguf_names_sift(names, i, n);
+/* Heap sort: in place, and no input makes it slower than n log n. */
+MOE__PRIVATE void moe__gguf_sort(moe__gguf_name *names, int64_t n, moe__gguf_less *less) {
+    for (int64_t i = n / 2; i-- > 0;) moe__gguf_sift(names, i, n, less);
     for (int64_t end = n - 1; end > 0; end--) {
         moe__gguf_name largest = names[0];
         names[0] = names[end];
         names[end] = largest;
-        moe__gguf_names_sift(names, 0, end);
+        moe__gguf_sift(names, 0, end, less);
     }
+}
+
+/* Sorts by name. Returns the index of a name that occurs a second time, or -1. */
+MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
+    moe__gguf_sort(names, n, moe__gguf_name_less);
     for (int64_t i = 1; i < n; i++) {
         const moe__gguf_name *a = &names[i - 1], *b = &names[i];
         if (moe__gguf_name_compare(a->data, a->size, b->data, b->size) == 0) return b->index;
@@ -3115,6 +3205,11 @@ MOE__PRIVATE moe_status moe__gguf_take_name(moe__gguf_reader *r, const char *wha
 }
 
 /* ---- values ---------------------------------------------------------------------------------- */
+
+/* By moe_value_type, for messages */
+static const char *const moe__gguf_value_names[13] = {
+    "uint8", "int8", "uint16", "int16",  "uint32", "int32",  "float32",
+    "bool",  "string", "array", "uint64", "int64", "float64"};
 
 /* Bytes of a value by its type; 0: a string or array, which vary. */
 static const uint8_t moe__gguf_value_sizes[13] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
@@ -3352,6 +3447,39 @@ MOE__PRIVATE moe_status moe__gguf_read_tensors(moe_gguf *gguf, int32_t part_inde
     return r.status;
 }
 
+/* An error about a tensor as it is described. */
+MOE__PRIVATE moe_status moe__gguf_bad_tensor(const moe_gguf *gguf, int64_t index,
+                                             const char *text, const char *other,
+                                             moe_error *error) {
+    const moe__gguf_entry *entry = &gguf->tensors[index];
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, entry->tensor.part, 0, error);
+    r.name.data = entry->tensor.name;
+    r.name.size = strlen(entry->tensor.name);
+    return moe__gguf_bad(&r, entry->offset, "%s%s", text, other);
+}
+
+/* No byte may belong to two tensors. (Those of unknown size have no data.) */
+MOE__PRIVATE moe_status moe__gguf_check_overlap(const moe_gguf *gguf, moe_error *error) {
+    moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
+    const int64_t n = gguf->n_tensors;
+    moe__gguf_name *places = (moe__gguf_name *)moe__gguf_alloc(&r, n, sizeof *places);
+    for (int64_t i = 0; i < n && places; i++) {
+        places[i].data = (const char *)gguf->tensors[i].tensor.data;
+        places[i].index = (uint32_t)i;
+    }
+    if (places) moe__gguf_sort(places, n, moe__gguf_place_less);
+    for (int64_t i = 1; i < n && r.status == MOE_OK; i++) {
+        const moe_gguf_tensor *before = &gguf->tensors[places[i - 1].index].tensor;
+        const moe_gguf_tensor *tensor = &gguf->tensors[places[i].index].tensor;
+        if (before->data && (uintptr_t)tensor->data - (uintptr_t)before->data < before->size)
+            r.status = moe__gguf_bad_tensor(gguf, places[i].index,
+                                            "the tensor's data overlaps that of ", before->name,
+                                            error);
+    }
+    moe__free(&gguf->allocator, places);
+    return r.status;
+}
+
 MOE__PRIVATE moe_status moe__gguf_read_all_tensors(moe_gguf *gguf, moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
     int64_t n = 0;
@@ -3372,28 +3500,16 @@ MOE__PRIVATE moe_status moe__gguf_read_all_tensors(moe_gguf *gguf, moe_error *er
         gguf->names[i].index = (uint32_t)i;
     }
     int64_t twice = moe__gguf_names_sort(gguf->names, n);
-    if (twice < 0) return MOE_OK;
-    const moe__gguf_entry *entry = &gguf->tensors[twice];
-    r = moe__gguf_reader_at(gguf, entry->tensor.part, 0, error);
-    r.name.data = entry->tensor.name;
-    r.name.size = strlen(entry->tensor.name);
-    return moe__gguf_bad(&r, entry->offset, "the tensor is there twice");
+    if (twice >= 0)
+        return moe__gguf_bad_tensor(gguf, twice, "the tensor is there twice", "", error);
+    return moe__gguf_check_overlap(gguf, error);
 }
 
 /* ---- files ----------------------------------------------------------------------------------- */
 
 MOE__PRIVATE moe_status moe__gguf_io_fail(moe_error *error, const char *path, const char *what,
                                           int code) {
-    const char *why = code == ENOENT    ? "there is no such file"
-                      : code == EACCES  ? "permission denied"
-                      : code == EPERM   ? "not permitted"
-                      : code == ENOTDIR ? "a folder in the path is none"
-                      : code == EISDIR  ? "it is a directory"
-                      : code == EMFILE || code == ENFILE ? "too many files are open"
-                      : code == ENOMEM                   ? "not enough memory"
-                      : code == ENAMETOOLONG             ? "the name is too long"
-                      : code == EIO                      ? "input/output error"
-                                                         : NULL;
+    const char *why = moe__errno_words(code);
     const char *name = moe__gguf_file_name(path);
     if (why) return moe__fail(error, MOE_ERROR_IO, name, "cannot %s the file: %s", what, why);
     return moe__fail(error, MOE_ERROR_IO, name, "cannot %s the file: system error %d", what, code);
@@ -12786,15 +12902,18 @@ enum { MOE__TEXT_INTEGER, MOE__TEXT_STRING, MOE__TEXT_FLOAT };
 /* NULL if the file has no such value, or if it is not what is wanted, which is an error. */
 MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, const char *key,
                                                    int is_array, int kind) {
-    static const char *const names[] = {"integers or bool", "text", "float32"};
+    static const char *const one[] = {"an integer or a bool", "text", "a float32"};
+    static const char *const many[] = {"integers or bools", "text", "float32"};
     static const int8_t kinds[] = {0, 0, 0, 0, 0, 0, 2, 0, 1, -1, 0, 0, -1}; /* of moe_value_type */
     const moe_gguf_value *value = loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
     if (!value) return NULL;
-    int fits = kinds[value->element_type] == kind;
-    if (fits && (value->type == MOE_VALUE_ARRAY) == is_array) return value;
+    const int fits = kinds[value->element_type] == kind, found = value->type == MOE_VALUE_ARRAY;
+    if (fits && found == is_array) return value;
     loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
-                                  "the value should be %s%s", is_array ? "an array of " : "",
-                                  names[kind]);
+                                  "the value should be %s%s, and is %s%s",
+                                  is_array ? "an array of " : "", (is_array ? many : one)[kind],
+                                  found ? "an array of type " : "of type ",
+                                  moe__gguf_value_names[value->element_type]);
     return NULL;
 }
 
@@ -12837,7 +12956,7 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
     loader->status = moe__fail_at(loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0,
                                   key, strlen(key), "%s \"%.*s\" is not supported", what,
-                                  (int)moe__min((int64_t)name.size, 64), name.data);
+                                  moe__base_cut(name.size, name.data, 64), name.data);
 }
 
 MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
@@ -13630,7 +13749,8 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
 /* From a GGUF file to a model that can be run: hyper-parameters, the table of families, and the */
 /* binding of tensors with a check of every shape. Optional parts (biases, norms of queries and */
 /* keys, shared experts, fused matrices) are decided by the presence of their tensors; a key */
-/* counts only where the family defines it. A model never changes after it was opened. */
+/* counts only where the family defines it. A tensor that nobody binds is an error, unless it is */
+/* in moe__spares. A model never changes after it was opened. */
 /* ============================================================================================== */
 
 enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
@@ -13648,7 +13768,7 @@ enum { /* features of a family */
     MOE__SHARED_GATED = 512, /* one of its own width, times the sigmoid of its gate */
     MOE__SHARED_WIDTH = 1 << 10, /* one of its own width, if there is a key for that */
     MOE__WIDTH_FFN = 1 << 11, /* experts are as wide as feed_forward_length says */
-    MOE__FFN_SCALE = 1 << 12, /* NAME.scale tensors of feed-forward matrices count */
+    MOE__FFN_SCALE = 1 << 12, /* NAME.scale of feed-forward matrices counts for all types */
     MOE__ALL_KEYS = 1 << 13,  /* without attention.sliding_window every layer sees all keys */
     MOE__PLAIN_SLIDING = 1 << 14, /* layers with a window have rope without scaling */
     MOE__NOPE_FULL = 1 << 15,     /* layers without a window have no rope, */
@@ -13658,7 +13778,8 @@ enum { /* features of a family */
     MOE__EMBD_ROOT = 1 << 18, /* embeddings are multiplied by the root of their length */
     MOE__POST_NORMS = 1 << 19, /* post_attention_norm and post_ffw_norm: what a part of a layer */
                                /* adds to the residual is normed */
-    MOE__GATE = 1 << 20       /* attn_gate: results of heads times the sigmoid of (it x) */
+    MOE__GATE = 1 << 20,      /* attn_gate: results of heads times the sigmoid of (it x) */
+    MOE__BASE_SLIDING = 1 << 21 /* layers with a window have the rope base rope.freq_base_swa */
 };
 
 /* How a layer mixes tokens: rows of moe__mixers (>>mixers) */
@@ -13680,7 +13801,7 @@ typedef struct moe__family {
 static const moe__family moe__families[] = {
     {"afmoe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_COUNT | MOE__NOPE_FOURTH | MOE__EMBD_ROOT |
-         MOE__POST_NORMS | MOE__GATE},
+         MOE__POST_NORMS | MOE__GATE | MOE__BASE_SLIDING},
     {"deepseek2", MOE__MLA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
     {"dots1", MOE__GQA, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
@@ -13688,7 +13809,7 @@ static const moe__family moe__families[] = {
     {"exaone-moe", MOE__GQA, MOE__ROPE_NEOX, 0, 4, "ffn_norm",
      MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_WIDTH | MOE__NOPE_FULL},
     {"gpt-oss", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2, "post_attention_norm",
-     MOE__SINKS | MOE__BIASES | MOE__OAI},
+     MOE__SINKS | MOE__BIASES | MOE__OAI | MOE__BASE_SLIDING},
     {"granitemoe", MOE__GQA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_WIDTH | MOE__SCALES},
     {"llama", MOE__GQA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
@@ -13712,7 +13833,9 @@ typedef struct moe__layer {
     int32_t head_k, head_v;      /* values of a head's query and key, and of its value */
     const moe__rope *rope;       /* NULL: positions turn nothing */
     int32_t window;              /* keys seen by a query; 0: all */
-    float kq_scale;              /* factor of query . key */
+    float kq_scale;              /* factor of query . key, */
+    double temperature;          /* times 1 + temperature ln(1 + floor(position / length)); */
+    int32_t temperature_length;  /* by latent attention only */
     float clamp_kqv;             /* bound of queries, keys and values; 0: none */
     moe__matrix q, k, v;                           /* grouped-query attention */
     const float *q_norm, *k_norm;                  /* before rope; NULL: none */
@@ -13767,6 +13890,7 @@ typedef struct moe__loader {
     const moe_gguf *gguf;
     moe_error *error;
     moe_status status;
+    uint8_t *used; /* per tensor of the file: somebody has asked for it */
 } moe__loader;
 
 #define moe__load_fail(loader, code, where, ...) \
@@ -13862,28 +13986,30 @@ MOE__PRIVATE int moe__load_bool(moe__loader *loader, const char *name, int fallb
     char key[128];
     int x = fallback;
     const moe_gguf_value *value = moe__load_value(loader, name, key);
-    if (value && !moe_gguf_value_bool(value, 0, &x))
+    if (value && (!moe_gguf_value_bool(value, 0, &x) || value->count != 1))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is neither true nor false", key);
     return x;
 }
 
 /* ---- tensors --------------------------------------------------------------------------------- */
 
-/* The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix"; NULL: absent, and an error if it */
-/* is required. */
+/* The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix", without a dot if the suffix is */
+/* empty; it counts as used. NULL: absent, and an error if it is required. */
 MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int layer,
                                                      const char *base, const char *suffix,
                                                      int required) {
     char name[128];
     if (loader->status) return NULL;
+    const char *dot = *suffix ? "." : "";
     if (layer >= 0)
-        snprintf(name, sizeof name, "blk.%d.%s.%s", layer, base, suffix);
+        snprintf(name, sizeof name, "blk.%d.%s%s%s", layer, base, dot, suffix);
     else
-        snprintf(name, sizeof name, "%s.%s", base, suffix);
-    const moe_gguf_tensor *tensor = moe_gguf_find_tensor(loader->gguf, name);
-    if (!tensor && required)
+        snprintf(name, sizeof name, "%s%s%s", base, dot, suffix);
+    const int64_t i = moe__gguf_names_find(loader->gguf->names, loader->gguf->n_tensors, name);
+    if (i >= 0) loader->used[i] = 1;
+    if (i < 0 && required)
         moe__load_fail(loader, MOE_ERROR_FORMAT, name, "tensor %s is missing", name);
-    return tensor;
+    return moe_gguf_tensor_at(loader->gguf, i);
 }
 
 MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *tensor, int64_t n0,
@@ -13897,11 +14023,13 @@ MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *
     return 0;
 }
 
-/* A small tensor {n0, n1} as floats; NULL if absent or after an error. */
+/* A small tensor {n0, n1} as floats, which take at most 8 times its bytes; NULL if absent or */
+/* after an error. */
 MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const char *base,
                                            const char *suffix, int64_t n0, int64_t n1,
                                            int required) {
     const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, suffix, required);
+    float *out;
     if (!tensor || !moe__load_shape_is(loader, tensor, n0, n1, 1)) return NULL;
     if (!moe_type_supported(tensor->type)) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
@@ -13909,7 +14037,13 @@ MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const
                        moe_type_name(tensor->type));
         return NULL;
     }
-    float *out = (float *)moe__load_alloc(loader, (uint64_t)n0 * (uint64_t)n1, sizeof *out);
+    if (tensor->size / sizeof *out < (uint64_t)n0 * (uint64_t)n1 / 8) {
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
+                       "tensor %s has type %s, too coarse for a norm, a bias or a scale",
+                       tensor->name, moe_type_name(tensor->type));
+        return NULL;
+    }
+    out = (float *)moe__load_alloc(loader, (uint64_t)n0 * (uint64_t)n1, sizeof *out);
     if (!out || moe_type_dequantize(tensor->type, tensor->data, out, n1, n0, loader->error))
         return NULL;
     loader->model->info.n_params += n0 * n1;
@@ -13925,6 +14059,30 @@ MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe_
     if (input == MOE__IN_NONE || !matrix->data) return;
     model->kinds[input] |= 1u << matrix->type->act;
     model->widest[input] = moe__max(model->widest[input], matrix->n_in);
+}
+
+/* Whether base.scale is a factor of the matrix. That of an NVFP4 matrix always is: it belongs to */
+/* the type. Of other types llama.cpp loads these but multiplies with them in some families only. */
+MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, const char *base,
+                                     const moe__type *type) {
+    if (type->id == MOE_TYPE_NVFP4) return 1;
+    if (!strcmp(base, "attn_gate")) return 0;
+    if (!strncmp(base, "ffn_gate_inp", 12) || strncmp(base, "ffn_", 4)) return 1;
+    return moe__has(model, MOE__FFN_SCALE);
+}
+
+/* base.scale: a factor per matrix, or {1} for all heads. NULL: none. */
+MOE__PRIVATE const float *moe__load_scale(moe__loader *loader, const moe__matrix *matrix,
+                                          int layer, const char *base) {
+    const int64_t n = matrix->n_expert;
+    if (!moe__load_is_scaled(loader->model, base, matrix->type)) return NULL;
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "scale", 0);
+    if (!tensor || tensor->ne[0] != 1 || n == 1 || strncmp(base, "attn_", 5))
+        return moe__load_vector(loader, layer, base, "scale", n, 1, 0);
+    const float *one = moe__load_vector(loader, layer, base, "scale", 1, 1, 1);
+    float *all = (float *)moe__load_alloc(loader, (uint64_t)n, sizeof *all);
+    for (int64_t i = 0; i < n && one && all; i++) all[i] = *one;
+    return all;
 }
 
 /* Binds matrix to base.weight {n_in, n_out, n_expert}, which reads `input`, with its scale and */
@@ -13963,13 +14121,10 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     moe__load_input(loader, matrix, input);
     matrix->row_size = moe_type_row_size(tensor->type, n_in);
     matrix->expert_size = matrix->row_size * (size_t)n_out;
-    matrix->scale = NULL;
-    /* llama.cpp does not read attn_gate.scale, nor the others in some families */
-    const int scaled = strcmp(base, "attn_gate") &&
-                       (strncmp(base, "ffn_", 4) || moe__has(loader->model, MOE__FFN_SCALE));
-    if (scaled && moe__load_tensor(loader, layer, base, "scale", 0))
-        matrix->scale = moe__load_vector(loader, layer, base, "scale", n_expert, 1, 1);
-    matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
+    matrix->scale = moe__load_scale(loader, matrix, layer, base);
+    matrix->bias = NULL; /* a row of token_embd is read as it is */
+    if (strcmp(base, "token_embd"))
+        matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
     matrix->bias_stride = n_out;
     loader->model->info.n_params += n_in * n_out * n_expert;
     loader->model->info.n_bytes += (int64_t)tensor->size;
@@ -14020,6 +14175,13 @@ MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix 
 
 /* ---- hyper-parameters ------------------------------------------------------------------------ */
 
+MOE__PRIVATE void moe__load_check_base(moe__loader *loader, const char *key,
+                                       const moe__rope_scaling *s) {
+    if (!(s->base > 1) || !(s->factor > 1e-6))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "rope base %g or factor %g is out of range",
+                       s->base, s->factor);
+}
+
 /* How positions are scaled; *magnitude: the factor that goes with it. */
 MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling *s,
                                          double *magnitude) {
@@ -14047,11 +14209,9 @@ MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling 
         s->yarn = 1;
     } else if (type.size != 6 || memcmp(type.data, "linear", 6)) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
-                       (int)moe__min((int64_t)type.size, 32), type.data);
+                       moe__base_cut(type.size, type.data, 32), type.data);
     }
-    if (!(s->base > 1) || !(s->factor > 1e-6))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.freq_base",
-                       "rope base %g or factor %g is out of range", s->base, s->factor);
+    moe__load_check_base(loader, "rope.freq_base", s);
 }
 
 /* rope_freqs (or NULL) divide the frequencies. */
@@ -14086,14 +14246,14 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     double attn_factor, magnitude, kq_scale = 1, attention_scale = 0;
     int32_t narrowest = loader->status ? 2 : layers[0].head_k;
     moe__load_rope_scaling(loader, &s, &attn_factor);
-    magnitude = attn_factor;
+    magnitude = attn_factor * (s.yarn ? 1 + 0.1 * log(s.factor) : 1);
     if (mla) {
-        /* The magnitude is not in cos and sin but, squared, in the scores (DeepSeek's mscale). */
-        double log_multiplier = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
-        kq_scale = pow(attn_factor * (1 + log_multiplier * log(s.factor)), 2);
-        magnitude = 1;
-    } else if (s.yarn) {
-        magnitude = attn_factor * (1 + 0.1 * log(s.factor));
+        /* DeepSeek's mscale is, squared, in the scores and not in cos and sin; if the file does */
+        /* not say how large it is, it has YaRN's own size and is in both. */
+        double more = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
+        if (more > 0 || !s.yarn) magnitude = attn_factor;
+        else more = 0.1;
+        kq_scale = pow(attn_factor * (1 + more * log(s.factor)), 2);
     }
     if (moe__has(model, MOE__SCALES))
         attention_scale = moe__load_float(loader, "attention.scale", 0);
@@ -14104,22 +14264,53 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     if (!loader->status && (n_rot % 2 || (mla && n_rot >= narrowest)))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
                        "%d rotated values do not fit heads of %d", n_rot, narrowest);
+    const int32_t n_swa =
+        moe__load_int(loader, "rope.dimension_count_swa", 2, MOE__MAX_HEAD, n_rot);
+    for (int il = 0; il < model->info.n_layer && !loader->status && n_swa != n_rot; il++)
+        if (layers[il].window)
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "rope.dimension_count_swa",
+                           "%d rotated values in layers with a window, %d in others", n_swa,
+                           n_rot);
     const float *factors = moe__load_vector(loader, -1, "rope_freqs", "weight", n_rot / 2, 1, 0);
     moe__load_rope(loader, MOE__ROPE_FULL, n_rot, &s, magnitude, factors);
     if (moe__has(model, MOE__PLAIN_SLIDING)) {
         s.yarn = 0, s.factor = 1;
         moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, 1, NULL);
+    } else if (moe__has(model, MOE__BASE_SLIDING)) {
+        const double base = s.base;
+        s.base = moe__load_float(loader, "rope.freq_base_swa", base);
+        moe__load_check_base(loader, "rope.freq_base_swa", &s);
+        if (s.base != base)
+            moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, magnitude, factors);
     }
+    const int sliding = model->ropes[MOE__ROPE_SLIDING].n_rot > 0;
     for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
-        const int plain = layers[il].window && moe__has(model, MOE__PLAIN_SLIDING);
+        const int other = layers[il].window && sliding;
         const int none = (moe__has(model, MOE__NOPE_FULL) && !layers[il].window) ||
                          (moe__has(model, MOE__NOPE_FOURTH) && il % 4 == 3);
-        layers[il].rope = none ? NULL : &model->ropes[plain ? MOE__ROPE_SLIDING : MOE__ROPE_FULL];
+        layers[il].rope = none ? NULL : &model->ropes[other ? MOE__ROPE_SLIDING : MOE__ROPE_FULL];
         layers[il].n_rot = n_rot;
         layers[il].kq_scale = (float)(attention_scale > 0
                                           ? attention_scale
                                           : kq_scale / sqrt((double)layers[il].head_k));
     }
+}
+
+/* Groups of experts of which only the best take part: any family may have them. */
+MOE__PRIVATE void moe__load_groups(moe__loader *loader) {
+    const moe_model_info *info = &loader->model->info;
+    moe__router *router = &loader->model->router;
+    router->n_group = moe__load_int(loader, "expert_group_count", 1, info->n_expert, 1);
+    if (loader->status || router->n_group == 1) return;
+    router->n_group_used =
+        moe__load_int(loader, "expert_group_used_count", 1, router->n_group, MOE__REQUIRED);
+    if (!loader->status && (info->n_expert % router->n_group ||
+                            info->n_expert / router->n_group * router->n_group_used <
+                                info->n_expert_used))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "expert_group_count",
+                       "%d experts in %d groups, %d used, do not give %d experts",
+                       info->n_expert, router->n_group, router->n_group_used,
+                       info->n_expert_used);
 }
 
 MOE__PRIVATE void moe__load_router(moe__loader *loader) {
@@ -14137,6 +14328,7 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->gating = (moe__gating)model->family->gating;
     router->normalize = moe__has(model, MOE__NORMALIZE);
     router->scale = model->residual_scale;
+    moe__load_groups(loader);
     if (!moe__has(model, MOE__ROUTER_KEYS) || loader->status) return;
     /* GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out. */
     int glm_flash = model->family->mixer == MOE__MLA && info->n_layer >= 47 && info->n_layer <= 48;
@@ -14150,17 +14342,6 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->gating = (moe__gating)gating;
     router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
     router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
-    router->n_group = moe__load_int(loader, "expert_group_count", 1, info->n_expert, 1);
-    if (loader->status || router->n_group == 1) return;
-    router->n_group_used =
-        moe__load_int(loader, "expert_group_used_count", 1, router->n_group, MOE__REQUIRED);
-    if (!loader->status && (info->n_expert % router->n_group ||
-                            info->n_expert / router->n_group * router->n_group_used <
-                                info->n_expert_used))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "expert_group_count",
-                       "%d experts in %d groups, %d used, do not give %d experts",
-                       info->n_expert, router->n_group, router->n_group_used,
-                       info->n_expert_used);
 }
 
 /* Heads of layer il and how many keys they see. */
@@ -14204,11 +14385,30 @@ MOE__PRIVATE int moe__load_is_sliding(moe__loader *loader, int il) {
     int64_t period = loader->model->family->window_period, x = 0;
     const moe_gguf_value *value =
         moe__load_value(loader, "attention.sliding_window_pattern", key);
-    if (value && moe__load_is_array(value))
-        return moe_gguf_value_int(value, (uint64_t)il, &x) && x; /* a missing tail: no windows */
+    if (value && moe__load_is_array(value)) { /* a missing tail: no windows */
+        if ((uint64_t)il < value->count && !moe_gguf_value_int(value, (uint64_t)il, &x))
+            moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s does not hold integers", key);
+        return x != 0;
+    }
     if (value && (!moe_gguf_value_int(value, 0, &period) || period < 0))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a period", key);
     return period <= 0 || il % period < period - 1;
+}
+
+/* Layers with a window must have heads like the others. */
+MOE__PRIVATE void moe__load_check_sliding(moe__loader *loader) {
+    const moe__layer *first = loader->model->layers;
+    static const char *const names[2][2] = {
+        {"attention.key_length_swa", "attention.value_length_swa"},
+        {"attention.key_length", "attention.value_length"}};
+    for (int i = 0; i < 2 && !loader->status; i++) {
+        const int32_t all = i ? first->head_v : first->head_k;
+        const int32_t own = moe__load_int(loader, names[0][i], 1, MOE__MAX_HEAD, all);
+        if (own != all)
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, names[0][i],
+                           "%s is %d, which is not supported if %s is %d", names[0][i], own,
+                           names[1][i], all);
+    }
 }
 
 MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
@@ -14229,9 +14429,24 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
         layer->clamp_kqv = clamp_kqv;
         if (window && moe__load_is_sliding(loader, il)) layer->window = window;
     }
+    if (window) moe__load_check_sliding(loader);
     if (loader->status) return;
     info->n_head = model->layers[0].n_head;
     info->n_head_kv = model->layers[0].n_head_kv;
+}
+
+/* Queries far from the start may be sharpened. Files that do not want it have 0, or no keys. */
+MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
+    const moe_model *model = loader->model;
+    if (model->family->mixer != MOE__MLA) return;
+    const double scale = moe__load_float(loader, "attention.temperature_scale", 0);
+    if (!(scale > 0)) return;
+    const int32_t length =
+        moe__load_int(loader, "attention.temperature_length", 1, INT32_MAX, MOE__REQUIRED);
+    for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
+        model->layers[il].temperature = scale;
+        model->layers[il].temperature_length = length;
+    }
 }
 
 /* Factors of embeddings, of what is added to the residual, and of logits. */
@@ -14250,16 +14465,20 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe_model_info *info = &model->info;
     int32_t blocks = moe__load_int(loader, "block_count", 1, MOE__MAX_LAYERS, MOE__REQUIRED);
     info->n_layer = model->n_blocks = blocks;
-    if (moe__has(model, MOE__ROUTER_KEYS)) /* prediction layers at the end are not run */
-        info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
+    /* Prediction layers at the end are not run. */
+    info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
     info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
     info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
     char key[128];
     if (!loader->status && !moe__load_value(loader, "attention.layer_norm_rms_epsilon", key))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
     model->eps = (float)moe__load_float(loader, "attention.layer_norm_rms_epsilon", 0);
+    if (!moe__load_bool(loader, "attention.causal", 1))
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "attention.causal",
+                       "attention to later tokens is not supported");
     moe__load_layers(loader);
     moe__load_ropes(loader);
+    moe__load_temperature(loader);
     moe__load_scales(loader);
     moe__load_router(loader);
     info->n_ff = moe__load_int_at(loader, "feed_forward_length", 0, 1, 1 << 24, 0);
@@ -14310,7 +14529,7 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
     memset(&fused, 0, sizeof fused);
     ffn->oai = moe__has(loader->model, MOE__OAI);
-    if (moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0) && !strcmp(suffix, "_exps")) {
+    if (!strcmp(suffix, "_exps") && moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0)) {
         moe__load_split(loader, &ffn->gate, il, "ffn_gate", x, n_embd, n_ff, n, part);
         moe__load_split(loader, &ffn->up, il, "ffn_up", x, n_embd, n_ff, n, part);
         moe__load_split(loader, &ffn->down, il, "ffn_down", hidden, n_ff, n_embd, n, part);
@@ -14350,9 +14569,13 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
     const double share = (double)info->n_expert_used / info->n_expert;
     moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_X, n_embd,
                      info->n_expert, 1, 1, 1);
-    if (moe__has(model, MOE__ROUTER_KEYS))
+    if (moe__has(model, MOE__ROUTER_KEYS)) { /* some files leave ".bias" out of the name */
         layer->router_bias =
             moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
+        if (!layer->router_bias)
+            layer->router_bias =
+                moe__load_vector(loader, il, "exp_probs_b", "", info->n_expert, 1, 0);
+    }
     moe__load_ffn(loader, &layer->experts, il, "_exps", MOE__IN_ROUTED, info->n_ff_exp,
                   info->n_expert, share, 1);
     if (model->n_ff_shared)
@@ -14403,6 +14626,90 @@ MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
                        (int)moe_vocab_size(model->vocab), (int)info->n_vocab);
 }
 
+/* Tensors that may stay unused: PREFIX...SUFFIX, if the tensor PREFIX...OTHER is used. Files are */
+/* written with any others because they change what the model computes. */
+typedef struct moe__spare {
+    const char *prefix, *suffix, *other;
+} moe__spare;
+
+static const moe__spare moe__spares[] = {
+    /* how large activations are, for kernels that round them to 4 bits */
+    {"", ".input_scale", ".weight"},
+    /* left out by llama.cpp, see moe__load_is_scaled: what counts is read */
+    {"blk.", ".attn_gate.scale", ".attn_gate.weight"},
+    {"blk.", ".ffn_gate.scale", ".ffn_gate.weight"},
+    {"blk.", ".ffn_up.scale", ".ffn_up.weight"},
+    {"blk.", ".ffn_down.scale", ".ffn_down.weight"},
+    {"blk.", ".ffn_gate_exps.scale", ".ffn_gate_exps.weight"},
+    {"blk.", ".ffn_up_exps.scale", ".ffn_up_exps.weight"},
+    {"blk.", ".ffn_down_exps.scale", ".ffn_down_exps.weight"},
+    {"blk.", ".ffn_gate_up_exps.scale", ".ffn_gate_up_exps.weight"},
+    {"blk.", ".ffn_gate_shexp.scale", ".ffn_gate_shexp.weight"},
+    {"blk.", ".ffn_up_shexp.scale", ".ffn_up_shexp.weight"},
+    {"blk.", ".ffn_down_shexp.scale", ".ffn_down_shexp.weight"},
+    /* the same as these two */
+    {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight"},
+    /* what looks at images in files that hold both; text needs none of it */
+    {"v.", "", NULL},
+    {"mm.", "", NULL},
+};
+
+MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name) {
+    const moe_gguf *gguf = loader->gguf;
+    const size_t size = strlen(name);
+    for (size_t i = 0; i < sizeof moe__spares / sizeof moe__spares[0]; i++) {
+        const moe__spare *s = &moe__spares[i];
+        const size_t begin = strlen(s->prefix), end = strlen(s->suffix);
+        char other[128];
+        if (size <= begin + end || memcmp(name, s->prefix, begin) ||
+            memcmp(name + size - end, s->suffix, end))
+            continue;
+        if (!s->other) return 1;
+        snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
+        const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
+        if (at >= 0 && loader->used[at]) return 1;
+    }
+    return 0;
+}
+
+/* N of "blk.N."; -1: another name */
+MOE__PRIVATE int moe__load_layer_of(const char *name) {
+    int n = 0, digits = 0;
+    if (strncmp(name, "blk.", 4)) return -1;
+    for (name += 4; *name >= '0' && *name <= '9' && digits < 6; name++, digits++)
+        n = n * 10 + (*name - '0');
+    return digits && *name == '.' ? n : -1;
+}
+
+/* Every tensor must be used: one that is left out would change what comes out. */
+MOE__PRIVATE void moe__load_check_used(moe__loader *loader) {
+    const moe_model *model = loader->model;
+    const char *first = NULL;
+    char names[160];
+    size_t size = 0;
+    int64_t n = 0;
+    names[0] = 0;
+    for (int64_t i = 0; i < moe_gguf_n_tensors(loader->gguf) && !loader->status; i++) {
+        const char *name = moe_gguf_tensor_at(loader->gguf, i)->name;
+        const int layer = moe__load_layer_of(name);
+        if (loader->used[i] || moe__load_is_spare(loader, name)) continue;
+        if (layer >= model->info.n_layer && layer < model->n_blocks) continue; /* predicts */
+        if (layer >= model->n_blocks)
+            moe__load_fail(loader, MOE_ERROR_FORMAT, name,
+                           "tensor %s is of a layer that block_count, %d, does not count", name,
+                           (int)model->n_blocks);
+        if (!first) first = name;
+        if (size + strlen(name) + 3 < sizeof names)
+            size += (size_t)snprintf(names + size, sizeof names - size, "%s%s", n ? ", " : "",
+                                     name);
+        n++;
+    }
+    if (n)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, first,
+                       "model family \"%s\" has no use for %" PRId64 " tensor%s: %s",
+                       model->info.family, n, n == 1 ? "" : "s", names);
+}
+
 MOE__PRIVATE void moe__load_family(moe__loader *loader) {
     moe_model *model = loader->model;
     moe_string name, type;
@@ -14412,7 +14719,7 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
         (type.size != 5 || memcmp(type.data, "model", 5))) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.type",
                        "the file holds a \"%.*s\", not a model",
-                       (int)moe__min((int64_t)type.size, 32), type.data);
+                       moe__base_cut(type.size, type.data, 32), type.data);
         return;
     }
     cursor = NULL;
@@ -14429,7 +14736,7 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
     if (!model->family) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.architecture",
                        "model family \"%.*s\" is not supported",
-                       (int)moe__min((int64_t)name.size, 48), name.data);
+                       moe__base_cut(name.size, name.data, 48), name.data);
         return;
     }
     moe__base_copy_text(model->info.family, sizeof model->info.family, name.data, name.size);
@@ -15097,6 +15404,11 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
         layer->q = moe__load_slice(loader, &fused, 0, n_q);
         layer->k = moe__load_slice(loader, &fused, n_q, n_k);
         layer->v = moe__load_slice(loader, &fused, n_q + n_k, n_v);
+        if (!fused.bias) { /* some files fuse the weights only */
+            layer->q.bias = moe__load_vector(loader, il, "attn_q", "bias", n_q, 1, 0);
+            layer->k.bias = moe__load_vector(loader, il, "attn_k", "bias", n_k, 1, 0);
+            layer->v.bias = moe__load_vector(loader, il, "attn_v", "bias", n_v, 1, 0);
+        }
     } else {
         moe__load_matrix(loader, &layer->q, il, "attn_q", x, n_embd, n_q, 1, 1, 1);
         moe__load_matrix(loader, &layer->k, il, "attn_k", x, n_embd, n_k, 1, 1, 1);
@@ -15259,9 +15571,11 @@ MOE__PRIVATE void moe__mla_bind_heads(moe__loader *loader, const moe__layer *lay
                                       moe__input input, int64_t n_in, int64_t n_out,
                                       int required) {
     moe__load_matrix(loader, matrix, il, name, input, n_in, n_out, layer->n_head, 1, required);
-    if (matrix->bias)
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, name,
-                       "tensor blk.%d.%s.bias: latent attention knows none", il, name);
+    char bias[64];
+    snprintf(bias, sizeof bias, "blk.%d.%s.bias", il, name);
+    if (matrix->bias) /* expanded rows would lose it */
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, bias,
+                       "tensor %s: latent attention knows none", bias);
 }
 
 /* Three generations of files: kv_b only; k_b and v_b; all three. */
@@ -15390,10 +15704,14 @@ MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
 MOE__PRIVATE void moe__mla_turn(const moe__eval *e, const moe__layer *layer, int64_t t,
                                 const float *q, float *nope_out, float *turned) {
     const int64_t nope = layer->head_k - layer->n_rot;
+    float scale = layer->kq_scale;
+    if (layer->temperature > 0)
+        scale *= (float)(1 + layer->temperature *
+                                 log(e->work->rows[t].position / layer->temperature_length + 1.0));
     if (turned != q + nope) memcpy(turned, q + nope, (size_t)layer->n_rot * sizeof *turned);
-    for (int64_t i = 0; i < nope; i++) nope_out[i] = q[i] * layer->kq_scale;
+    for (int64_t i = 0; i < nope; i++) nope_out[i] = q[i] * scale;
     moe__eval_turn(e, layer, t, turned);
-    for (int64_t i = 0; i < layer->n_rot; i++) turned[i] *= layer->kq_scale;
+    for (int64_t i = 0; i < layer->n_rot; i++) turned[i] *= scale;
 }
 
 /* Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, of all rows that absorb. */
@@ -16031,6 +16349,7 @@ MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_opti
     moe_gguf *gguf = (moe_gguf *)model->gguf; /* of its pages the addresses never change */
     moe__paging *paging = &model->paging;
     const moe_pages pages = options ? options->pages : MOE_PAGES_AUTO;
+    const char *why;
     int code;
     if (gguf->options.pages != MOE_PAGES_AUTO || pages == MOE_PAGES_MAP || !gguf->pages[0].data ||
         model->memory.numa || __atomic_exchange_n(&gguf->looked_after, 1, __ATOMIC_ACQ_REL)) {
@@ -16046,9 +16365,13 @@ MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_opti
     if (pages == MOE_PAGES_COPY) {
         code = moe__paging_all(paging, NULL, moe__paging_replace_piece);
         moe__paging_as_asked(model);
+        why = moe__errno_words(code);
+        if (code && code != ECANCELED && why)
+            return moe__fail(error, MOE_ERROR_MEMORY, "pages",
+                             "the file cannot be copied into memory: %s", why);
         if (code && code != ECANCELED)
             return moe__fail(error, MOE_ERROR_MEMORY, "pages",
-                             "the file cannot be copied into memory (system error %d)", code);
+                             "the file cannot be copied into memory: system error %d", code);
     } else {
         code = moe__paging_open(paging);
         if (options && options->mlock == MOE_ON) paging->state = MOE__PAGING_DONE;
@@ -16124,6 +16447,12 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
     }
     model->allocator = allocator;
     model->gguf = gguf;
+    loader.used = (uint8_t *)moe__alloc(&allocator, (size_t)gguf->n_tensors + 1);
+    if (!loader.used) {
+        moe__fail(error, MOE_ERROR_MEMORY, "model", "no memory for the model's tables");
+        moe__free(&allocator, model);
+        return NULL;
+    }
     loader.model = model;
     loader.gguf = gguf;
     loader.error = error;
@@ -16143,6 +16472,8 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         moe__load_layer(&loader, layer, il);
         if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
     }
+    moe__load_check_used(&loader);
+    moe__free(&allocator, loader.used);
     if (!loader.status) loader.status = moe__place_all(model, options, error);
     moe__floats_end(&callers);
     if (!loader.status) return model;

@@ -45,7 +45,9 @@ typedef struct naive_model {
     double rope_base, rope_factor, rope_mul; /* rope_mul: factor of cos and sin */
     const float *rope_factors; /* NULL, or what the angles are divided by */
     double clamp_kqv;       /* olmoe: queries, keys and values stay within this; 0: no bound */
-    int window;             /* gpt-oss, even layers: a token sees itself and window - 1 others */
+    int window;             /* gpt-oss, some layers: a token sees itself and window - 1 others */
+    double temperature;     /* deepseek2: factor of queries far from the start */
+    int temperature_length;
     int yarn;
     double yarn_low, yarn_high; /* the ramp, in pairs of values */
     void *memory[256];      /* what is allocated, freed in reverse order */
@@ -108,16 +110,17 @@ static const moe_gguf_tensor *naive_find(const naive_model *m, int layer, const 
 }
 
 /* NAME.scale, if the file has it, multiplies the products with NAME.weight: one factor for all, */
-/* or one per expert. Here it multiplies the weights. deepseek2 knows it for attn_output only, */
-/* some others for the attention only (so say the reference results: other scales in such a file */
-/* do not count). */
+/* or one per expert. Here it multiplies the weights. Some families know it for the attention */
+/* only (so say the reference results: other scales in such a file do not count), but for NVFP4 */
+/* weights, of which it is a part. */
 static void naive_apply_scale(naive_model *m, int layer, const char *name, float *w,
                               int64_t count) {
     char other[64];
     size_t stem = strlen(name) - strlen("weight");
     if (strlen(name) < 8 || strcmp(name + stem, "weight") != 0) return;
-    int everywhere = !strcmp(m->family, "qwen3moe") || !strcmp(m->family, "llama");
-    if (m->mla && strcmp(name, "attn_output.weight") != 0) return;
+    const moe_gguf_tensor *weight = naive_find(m, layer, name);
+    int everywhere = !strcmp(m->family, "qwen3moe") || !strcmp(m->family, "llama") ||
+                     (weight && weight->type == MOE_TYPE_NVFP4);
     if (!everywhere && strncmp(name, "attn_", 5) != 0) return;
     snprintf(other, sizeof other, "%.*sscale", (int)stem, name);
     const moe_gguf_tensor *t = naive_find(m, layer, other);
@@ -318,6 +321,15 @@ static void naive_clamp(const naive_model *m, double *x, int64_t n) {
     for (int64_t i = 0; i < n && m->clamp_kqv > 0; i++)
         x[i] = fmax(-m->clamp_kqv, fmin(m->clamp_kqv, x[i]));
 }
+/* gpt-oss: by an array, or by a period, whose last layer sees all; 0: all have a window. */
+static int naive_window(const naive_model *m, int layer) {
+    const moe_gguf_value *value = naive_key(m, "attention.sliding_window_pattern");
+    int64_t sliding = 0;
+    if (value && value->type == MOE_VALUE_ARRAY)
+        return moe_gguf_value_int(value, (uint64_t)layer, &sliding) && sliding ? m->window : 0;
+    int period = naive_int(m, "attention.sliding_window_pattern", 2);
+    return period == 0 || layer % period < period - 1 ? m->window : 0;
+}
 static void naive_attention_gqa(naive_model *m, int layer, int n, const double *xn, double *out) {
     int64_t E = m->n_embd, nq = (int64_t)m->n_head * m->dk, nk = (int64_t)m->n_head_kv * m->dk;
     int64_t nv = (int64_t)m->n_head_kv * m->dv;
@@ -350,7 +362,8 @@ static void naive_attention_gqa(naive_model *m, int layer, int n, const double *
         naive_round_cached(m, k + t * nk, (int)nk);
         naive_round_cached(m, v + t * nv, (int)nv);
     }
-    naive_attend(m, n, q, k, v, m->n_head_kv, layer % 2 == 0 ? m->window : 0, sinks, out);
+    naive_attend(m, n, q, k, v, m->n_head_kv, m->oss ? naive_window(m, layer) : 0, sinks,
+                 out);
 }
 
 /* The latent's expansion as one matrix kv_b[h * (nope + dv) + row][r], whatever form the file */
@@ -394,8 +407,12 @@ static void naive_mla_queries(naive_model *m, int layer, int n, const double *xn
             naive_linear(m, q_b, (int)Q, (int)nq, c, q + t * nq);
         }
     }
-    for (int t = 0; t < n; t++)
+    for (int t = 0; t < n; t++) {
         for (int h = 0; h < m->n_head; h++) naive_rope(m, q + t * nq + h * m->dk + m->nope, t);
+        if (!(m->temperature > 0)) continue;
+        double far = 1 + m->temperature * log(floor((double)t / m->temperature_length) + 1);
+        for (int64_t i = 0; i < nq; i++) q[t * nq + i] *= far;
+    }
 }
 
 /* Multi-head latent attention, not absorbed: each token's latent is normed and expanded into one */
@@ -633,12 +650,14 @@ static void naive_read_rope(naive_model *m) {
         m->yarn_low = low > 0 ? low : 0;
         m->yarn_high = high < m->n_rot - 1 ? high : m->n_rot - 1;
     }
-    if (m->mla) { /* the stretched context's correction is in the scores, not in cos and sin */
+    if (m->yarn) m->rope_mul = 1 + 0.1 * log(m->rope_factor);
+    if (m->mla) { /* the stretched context's correction is in the scores, not in cos and sin; */
+                  /* without the key, in both */
         double log_mul = naive_real(m, "rope.scaling.yarn_log_multiplier", 0);
+        if (log_mul > 0 || !m->yarn) m->rope_mul = 1;
+        else log_mul = 0.1;
         double mscale = 1 + log_mul * log(m->rope_factor);
         m->softmax_scale *= mscale * mscale;
-    } else if (m->yarn) {
-        m->rope_mul = 1 + 0.1 * log(m->rope_factor);
     }
 }
 
@@ -683,9 +702,11 @@ static void naive_read(naive_model *m, const moe_gguf *gguf, const naive_options
         if (scale > 0) m->scale_w = scale;
         /* Without the key: softmax, but GLM-4.7-Flash (47 layers, 48 with its extra one). */
         m->sigmoid = gating ? gating == 2 : m->n_layer == 47 || m->n_layer == 48;
-        m->n_group = naive_int(m, "expert_group_count", 0);
-        m->n_group_used = naive_int(m, "expert_group_used_count", m->n_group);
+        m->temperature = naive_real(m, "attention.temperature_scale", 0);
+        m->temperature_length = naive_int(m, "attention.temperature_length", 1);
     }
+    m->n_group = naive_int(m, "expert_group_count", 0);
+    m->n_group_used = naive_int(m, "expert_group_used_count", m->n_group);
     naive_read_rope(m);
 }
 

@@ -114,6 +114,11 @@ TEST(errors_are_cut_between_characters) {
           MOE_ERROR_FORMAT);
     CHECK(error.status == MOE_ERROR_FORMAT && error.offset == 7 && strlen(error.where) == 62);
     CHECK(strcmp(error.text, "text") == 0);
+    memset(where, 'x', sizeof where);
+    where[199] = 0;
+    CHECK(moe__fail_at(&error, MOE_ERROR_FORMAT, 7, where, 3, "%s\xE4\xB8\xAD", where + 9) != 0);
+    CHECK(!strcmp(error.where, "xxx"));
+    CHECK(strlen(error.text) == 190); /* and a character that does not fit */
     CHECK(moe__fail(NULL, MOE_ERROR_IO, "file", "ignored") == MOE_ERROR_IO);
     for (int i = 0; i <= MOE_ERROR_THREAD; i++)
         CHECK(strchr(moe_status_name((moe_status)i), '?') == NULL);

@@ -829,13 +829,117 @@ TEST(bad_offsets) {
     clear(&b);
     put_header(&b, 3, 1, 0), put_tensor(&b, "name", 1, 4, 0, 0, 0, MOE_TYPE_F32, 0);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "ends behind the end of the file");
-    /* overlapping tensors are allowed: nobody writes to them */
-    clear(&b);
-    put_header(&b, 3, 2, 0);
-    put_tensor(&b, "a", 1, 16, 0, 0, 0, MOE_TYPE_F32, 0);
-    put_tensor(&b, "b", 1, 16, 0, 0, 0, MOE_TYPE_F32, 32);
-    put_pad(&b, 32), put_zeros(&b, 96);
-    EXPECT_GOOD(&b);
+    release(&b);
+}
+
+/* Of tensors that share bytes a small file could hold any number: refused, whatever their order. */
+TEST(overlapping_tensors) {
+    static const struct {
+        uint64_t at[4], n[4]; /* offsets and numbers of floats; 0: of an unknown type */
+        int blamed;           /* -1: nobody */
+        const char *with;
+    } cases[] = {
+        {{0, 64, 128, 192}, {16, 16, 16, 16}, -1, ""},
+        {{192, 64, 128, 0}, {16, 9, 1, 16}, -1, ""},
+        {{0, 0, 128, 192}, {16, 16, 16, 16}, 1, "overlaps that of a"},
+        {{64, 128, 32, 192}, {16, 16, 9, 16}, 0, "overlaps that of c"},
+        {{0, 64, 128, 192}, {17, 16, 16, 16}, 1, "overlaps that of a"},
+        {{96, 0, 128, 192}, {1, 64, 16, 16}, 0, "overlaps that of b"},
+        {{192, 192, 192, 192}, {0, 1, 0, 0}, -1, ""},
+        {{192, 192, 192, 192}, {0, 1, 0, 16}, 3, "overlaps that of b"},
+    };
+    bytes b;
+    memset(&b, 0, sizeof b);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        uint64_t described[4];
+        clear(&b);
+        put_header(&b, 3, 4, 0);
+        for (int t = 0; t < 4; t++) {
+            const char name[2] = {(char)('a' + t), 0};
+            described[t] = b.size;
+            put_tensor(&b, name, 1, cases[i].n[t] ? cases[i].n[t] : 16, 0, 0, 0,
+                       cases[i].n[t] ? MOE_TYPE_F32 : 77, cases[i].at[t]);
+        }
+        put_pad(&b, 32), put_zeros(&b, 256);
+        if (cases[i].blamed < 0) {
+            EXPECT_GOOD(&b);
+        } else {
+            const char name[2] = {(char)('a' + cases[i].blamed), 0};
+            EXPECT_BAD(&b, MOE_ERROR_FORMAT, described[cases[i].blamed], name, cases[i].with);
+        }
+    }
+    release(&b);
+}
+
+/* What files say is quoted as text: valid UTF-8, nothing that a terminal would obey, no character
+ * cut in two. */
+static int is_shown(const char *text) {
+    const unsigned char *c = (const unsigned char *)text;
+    while (*c) {
+        int n = *c < 0x80 ? 1 : *c < 0xE0 ? 2 : *c < 0xF0 ? 3 : 4;
+        if (*c < 0x20 || *c == 0x7F || (*c >= 0x80 && *c < 0xC2) || *c > 0xF4) return 0;
+        if (n == 2 && *c == 0xC2 && c[1] < 0xA0) return 0; /* U+0080 to U+009F */
+        if (n == 3 && ((*c == 0xE0 && c[1] < 0xA0) || (*c == 0xED && c[1] > 0x9F))) return 0;
+        if (n == 4 && ((*c == 0xF0 && c[1] < 0x90) || (*c == 0xF4 && c[1] > 0x8F))) return 0;
+        for (c++; n > 1; n--)
+            if ((*c++ & 0xC0) != 0x80) return 0;
+    }
+    return 1;
+}
+
+TEST(hostile_text_in_errors) {
+    static const char *const texts[] = {
+        "\33[2J\33]0;title\7", "a\r\nb\tc", "\x7f\x7f", "\xC2\x9B" "31m", "\xC2\x80",
+        "\x9B" "31m", "\xFF\xFE", "\xC0\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xE4\xB8",
+        "\xF0\x9F\x98\x80 fine", "gr\xC3\xBC\xC3\x9F" "e",
+        /* cut at any byte */
+        "x\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD"
+        "\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD"
+        "\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD"
+        "\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD"};
+    static const char *const keys[] = {"general.architecture", "general.type",
+                                       "tokenizer.ggml.model", "tokenizer.ggml.pre",
+                                       "llama.rope.scaling.type"};
+    bytes b;
+    memset(&b, 0, sizeof b);
+    for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+        moe_error error;
+        const int kept = i == 11 || i == 12;
+        clear(&b); /* as the name of a key, of a tensor */
+        put_header(&b, 3, 0, 1), put_key(&b, texts[i], 99), put_u64(&b, 0);
+        CHECK(open_copy(b.data, b.size, &error) == MOE_ERROR_FORMAT);
+        CHECKF(is_shown(error.where) && is_shown(error.text), "%d", (int)i);
+        if (kept) CHECK(!strcmp(error.where, texts[i]));
+        one_tensor(&b, texts[i], 9, 4, 0, 0, 0, MOE_TYPE_F32, 0, 64);
+        CHECK(open_copy(b.data, b.size, &error) == MOE_ERROR_FORMAT);
+        CHECKF(is_shown(error.where) && is_shown(error.text), "%d", (int)i);
+        for (size_t k = 0; k < sizeof keys / sizeof keys[0]; k++) { /* as a value */
+            clear(&b);
+            put_header(&b, 3, 0, k ? 4 : 1);
+            if (k) put_key(&b, "general.architecture", 8), put_string(&b, "llama");
+            if (k) put_key_u32(&b, "llama.context_length", 64);
+            put_key(&b, keys[k], 8), put_string(&b, texts[i]);
+            if (k == 3) put_key(&b, "tokenizer.ggml.model", 8), put_string(&b, "gpt2");
+            else if (k) put_key_u32(&b, "llama.embedding_length", 64);
+            moe_gguf *gguf = moe_gguf_open_memory(b.data, b.size, NULL, &error);
+            CHECK(gguf != NULL);
+            for (int vocab = 0; vocab < 2; vocab++) {
+                moe_model *model = NULL;
+                moe_vocab *only = NULL;
+                memset(&error, 0, sizeof error);
+                if (vocab) only = moe_vocab_open(gguf, &error);
+                else model = moe_model_open_gguf(gguf, NULL, &error);
+                CHECK(!model && !only && error.status != MOE_OK);
+                CHECKF(is_shown(error.where) && is_shown(error.text), "%d %s: %s", (int)i,
+                       keys[k], error.text);
+                if (kept && (vocab ? k == 2 || k == 3 : k < 2))
+                    CHECKF(strstr(error.text, texts[i]) != NULL, "%s: %s", keys[k], error.text);
+                moe_vocab_close(only);
+                moe_model_close(model);
+            }
+            moe_gguf_close(gguf);
+        }
+    }
     release(&b);
 }
 
@@ -912,9 +1016,9 @@ static uint64_t steps_of_names(int n) {
     }
     for (int i = n; i-- > 0;) {
         snprintf(name, sizeof name, "ttttttttttttttttttttttttttttttttttttttttttttttttttt%d", i);
-        put_tensor(&b, name, 1, 1, 0, 0, 0, MOE_TYPE_F32, 0);
+        put_tensor(&b, name, 1, 1, 0, 0, 0, MOE_TYPE_F32, 32 * (uint64_t)i);
     }
-    put_pad(&b, 32), put_zeros(&b, 4);
+    put_pad(&b, 32), put_zeros(&b, 32 * (size_t)n);
     uint64_t start = steps_now();
     moe_gguf *gguf = moe_gguf_open_memory(b.data, b.size, NULL, NULL);
     CHECK(gguf != NULL);
@@ -997,6 +1101,9 @@ TEST(file_errors) {
     EXPECT_FILE(in_folder("empty.gguf"), MOE_ERROR_FORMAT, "empty.gguf", "empty");
     EXPECT_FILE(in_folder("empty.gguf/x.gguf"), MOE_ERROR_IO, "x.gguf", "folder");
     EXPECT_FILE("/dev/null", MOE_ERROR_IO, "/dev/null", "not a regular file");
+    CHECK(symlink("loop.gguf", in_folder("loop.gguf")) == 0);
+    EXPECT_FILE(in_folder("loop.gguf"), MOE_ERROR_IO, "loop.gguf", "loop of them");
+    unlink(in_folder("loop.gguf"));
     CHECK(mkfifo(in_folder("fifo.gguf"), 0600) == 0);
     EXPECT_FILE(in_folder("fifo.gguf"), MOE_ERROR_IO, "fifo.gguf", "not a regular file");
     put(&b, "hello, world", 12);
@@ -1377,6 +1484,44 @@ TEST(type_table_against_the_sheet) {
 }
 
 /* ---- files made by others -------------------------------------------------------------------- */
+
+/* A value of the wrong kind: what it should be and what it is. */
+TEST(wrong_kinds_are_named) {
+    static const struct {
+        const char *key;
+        uint32_t type, element; /* element: of an array */
+        const char *text;
+    } cases[] = {
+        {"tokenizer.ggml.eos_token_id", 9, 5, "or a bool, and is an array of type int32"},
+        {"tokenizer.ggml.eos_token_id", 6, 0, "an integer or a bool, and is of type float32"},
+        {"tokenizer.ggml.model", 4, 0, "text, and is of type uint32"},
+    };
+    bytes b;
+    memset(&b, 0, sizeof b);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        moe_error error;
+        const int model = strcmp(cases[i].key, "tokenizer.ggml.model") == 0;
+        memset(&error, 0, sizeof error);
+        clear(&b);
+        put_header(&b, 3, 0, model ? 1 : 5);
+        if (!model) {
+            put_key(&b, "tokenizer.ggml.model", 8), put_string(&b, "gpt2");
+            put_key(&b, "tokenizer.ggml.pre", 8), put_string(&b, "gpt-2");
+            put_array(&b, "tokenizer.ggml.tokens", 8, 1), put_string(&b, "a");
+            put_array(&b, "tokenizer.ggml.merges", 8, 0);
+        }
+        if (cases[i].type == 9) put_array(&b, cases[i].key, cases[i].element, 1);
+        else put_key(&b, cases[i].key, cases[i].type);
+        put_u32(&b, 0);
+        moe_gguf *gguf = moe_gguf_open_memory(b.data, b.size, NULL, &error);
+        CHECK(gguf && !moe_vocab_open(gguf, &error));
+        CHECKF(error.status == MOE_ERROR_FORMAT && !strcmp(error.where, cases[i].key) &&
+                   strstr(error.text, cases[i].text),
+               "%s: %s", error.where, error.text);
+        moe_gguf_close(gguf);
+    }
+    release(&b);
+}
 
 TEST(vocabulary_files) {
     static const char *names[] = {"deepseek-coder", "deepseek-llm", "gpt-2", "llama-bpe",

@@ -574,6 +574,15 @@ TEST(fused_and_split_tensors) {
         }
         float *x = form_logits(&e, b ? "fused" : "split", 0);
         if (x && expected) CHECKF(!memcmp(x, expected, bytes), "%d", b);
+        if (b == 1) { /* one weight and three biases */
+            for (int layer = 0; layer < 2; layer++) {
+                form_find(&e, layer, "attn_qkv.bias")->removed = 1;
+                for (int i = 0; i < 3; i++) form_find(&e, layer, qkv_bias[i])->removed = 0;
+            }
+            free(x);
+            x = form_logits(&e, "fused weights, biases apart", 0);
+            if (x && expected) CHECK(!memcmp(x, expected, bytes));
+        }
         if (b == 0) { /* an expert of another type */
             moe_error error;
             edit_tensor *t = form_find(&e, 1, "ffn_up.2.weight");
@@ -624,6 +633,309 @@ TEST(rare_keys) {
     free(x);
     free(expected);
     edit_close(&e);
+}
+
+/* The file with a key of 4 bytes set. */
+static void form_set(edit_file *e, const char *key, uint32_t type, const void *value) {
+    edit_set(e, key, type, value, 4);
+}
+
+/* Keys of many families: groups of experts, layers that predict, a bias under its other name. */
+TEST(keys_of_any_family) {
+    const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
+    static const uint32_t one = 1, two = 2;
+    static const char *const configs[] = {"micro", "micro_mixtral", "micro_qwen2", "micro_oss"};
+    static const char *const archs[] = {"qwen3moe", "llama", "qwen2moe", "gpt-oss"};
+    edit_file e;
+    for (int i = 0; i < 4; i++) {
+        char key[64];
+        CHECK(edit_open(&e, models_simple(configs[i], "f32")));
+        float *plain = form_logits(&e, configs[i], 0);
+        snprintf(key, sizeof key, "%s.expert_group_count", archs[i]);
+        edit_set(&e, key, 4, &two, 4);
+        snprintf(key, sizeof key, "%s.expert_group_used_count", archs[i]);
+        edit_set(&e, key, 4, &one, 4);
+        float *x = form_logits(&e, "groups", i < 3); /* gpt-oss: groups by scores, not by their */
+        if (x && plain) CHECKF(memcmp(x, plain, bytes), "%s", configs[i]); /* exponentials */
+        free(x);
+        snprintf(key, sizeof key, "%s.expert_group_count", archs[i]);
+        edit_find_value(&e, key)->removed = 1;
+        snprintf(key, sizeof key, "%s.nextn_predict_layers", archs[i]);
+        edit_set(&e, key, 4, &one, 4);
+        x = form_logits(&e, "the last layer predicts", 1);
+        if (x && plain) CHECKF(memcmp(x, plain, bytes), "%s", configs[i]);
+        free(x);
+        free(plain);
+        edit_close(&e);
+    }
+    CHECK(edit_open(&e, models_simple("micro_mla", "f32")));
+    float *expected = form_logits(&e, "exp_probs_b.bias", 0);
+    edit_tensor *bias = edit_find_tensor(&e, "blk.1.exp_probs_b.bias");
+    CHECK(bias != NULL);
+    if (bias) strcpy(bias->name, "blk.1.exp_probs_b");
+    float *x = form_logits(&e, "exp_probs_b", 0);
+    if (x && expected) CHECK(!memcmp(x, expected, bytes));
+    free(x);
+    free(expected);
+    edit_close(&e);
+}
+
+/* Which layers of gpt-oss have a window: an array, a period, none of both. */
+TEST(window_patterns) {
+    static const struct {
+        uint32_t n, values[3]; /* n 0: a period */
+    } patterns[] = {{3, {0, 1, 0}}, {3, {0, 0, 1}}, {2, {0, 1, 0}}, {0, {3, 0, 0}}, {0, {1, 0, 0}},
+                    {0, {0, 0, 0}}, {3, {1, 1, 1}}};
+    const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
+    for (int i = 0; i < 7; i++) {
+        uint8_t array[24];
+        const uint32_t type = 5;
+        const uint64_t n = patterns[i].n;
+        edit_file e;
+        CHECK(edit_open(&e, models_simple("micro_oss", "f32")));
+        float *plain = form_logits(&e, "window by default", 1);
+        memcpy(array, &type, 4);
+        memcpy(array + 4, &n, 8);
+        memcpy(array + 12, patterns[i].values, 12);
+        if (n)
+            edit_set(&e, "gpt-oss.attention.sliding_window_pattern", 9, array, 12 + 4 * n);
+        else
+            form_set(&e, "gpt-oss.attention.sliding_window_pattern", 4, patterns[i].values);
+        float *x = form_logits(&e, "window by pattern", 1);
+        if (x && plain) CHECKF(memcmp(x, plain, bytes), "%d", i);
+        free(x);
+        free(plain);
+        edit_close(&e);
+    }
+}
+
+/* Layers with a window may have a rope base of their own. */
+TEST(rope_base_of_windows) {
+    static const float base = 777;
+    double turned[2][8];
+    for (int own = 0; own < 2; own++) {
+        edit_file e;
+        CHECK(edit_open(&e, models_simple("micro_oss", "f32")));
+        form_set(&e, own ? "gpt-oss.rope.freq_base_swa" : "gpt-oss.rope.freq_base", 6, &base);
+        edit_image image = edit_build(&e);
+        moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, NULL);
+        moe_model *model = gguf ? moe_model_open_gguf(gguf, NULL, NULL) : NULL;
+        CHECK(model != NULL);
+        if (model) {
+            CHECK((model->layers[0].rope != model->layers[1].rope) == own);
+            memcpy(turned[own], model->layers[0].rope->frequency, sizeof turned[0]);
+        }
+        moe_model_close(model);
+        moe_gguf_close(gguf);
+        free(image.data);
+        edit_close(&e);
+    }
+    CHECK(!memcmp(turned[0], turned[1], sizeof turned[0]));
+}
+
+enum { HALVES = 200 };
+
+/* 200 tokens of a changed file, at once and in halves, against the naive pass. Latent attention */
+/* has two forms, of which each must know all that the file says. */
+static void check_halves(const edit_file *e, const char *label, double *different) {
+    edit_image image = edit_build(e);
+    moe_error error;
+    int32_t tokens[HALVES];
+    subject s;
+    memset(&s, 0, sizeof s);
+    moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, &error);
+    moe_model *model = gguf ? moe_model_open_gguf(gguf, NULL, &error) : NULL;
+    CHECKF(model != NULL, "%s: %s: %s", label, error.where, error.text);
+    if (model) {
+        const int V = moe_model_get_info(model)->n_vocab;
+        const size_t count = (size_t)HALVES * (size_t)V;
+        models_tokens(tokens, HALVES, V, 7);
+        s.label = label, s.gguf = gguf, s.model = model;
+        s.tokens = tokens, s.n = HALVES, s.n_vocab = V;
+        double *truth = subject_naive(&s, 0, 0);
+        for (int halves = 0; halves < 2 && truth; halves++) {
+            moe_session_options o;
+            memset(&o, 0, sizeof o);
+            o.kv_type = MOE_KV_F32;
+            float *x = models_run(model, &o, tokens, HALVES, halves ? HALVES / 2 : MODELS_WHOLE);
+            const double off = x ? models_nmse(x, truth, count) : INFINITY;
+            CHECKF(off <= limit_f32, "%s, %d: %g", label, halves, off);
+            free(x);
+        }
+        if (truth && *different) CHECKF(fabs(truth[count - 1] - *different) > 1e-6, "%s", label);
+        if (truth && !*different) *different = truth[count - 1];
+        free(truth);
+    }
+    moe_model_close(model);
+    moe_gguf_close(gguf);
+    free(image.data);
+}
+
+/* NAME.scale of every matrix of latent attention, for all heads or each; {1} in real files. */
+TEST(scales_of_latent_attention) {
+    static const float scales[2] = {2, 0.75f};
+    static const char *const names[] = {"attn_kv_b.scale", "attn_k_b.scale", "attn_v_b.scale",
+                                        "attn_q_a.scale", "attn_q_b.scale", "attn_kv_a_mqa.scale",
+                                        "attn_output.scale"};
+    static const edit_tensor scale = {"", 1, {1, 1, 1, 1}, 0, (const uint8_t *)scales, 4, 0};
+    for (int split = 0; split < 2; split++) {
+        synth_options o;
+        edit_file e;
+        double plain = 0;
+        memset(&o, 0, sizeof o);
+        o.kvb = split ? SYNTH_KVB_SPLIT : SYNTH_KVB_FUSED;
+        CHECK(edit_open(&e, models_write("micro_mla", &o)));
+        check_halves(&e, "no scale", &plain);
+        for (int i = split ? 1 : 0; i < 7; i++) {
+            if (!split && (i == 1 || i == 2)) continue;
+            for (int heads = 1; heads <= (i < 3 ? 2 : 1); heads++) {
+                edit_tensor *t = form_add(&e, 1, names[i], &scale);
+                t->ne[0] = (uint64_t)heads;
+                t->size = 4 * (size_t)heads;
+                double none = 0; /* q_a is normed: its scale changes nothing */
+                check_halves(&e, names[i], i == 3 ? &none : &plain);
+                e.n_tensors--;
+            }
+        }
+        edit_close(&e);
+    }
+}
+
+/* token_embd is read by rows, and as output if there is no other; an output has its own scale. */
+TEST(scales_of_embeddings) {
+    static const float scales[1] = {1.7f};
+    const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
+    for (int tied = 0; tied < 2; tied++) {
+        synth_options o;
+        edit_file e;
+        memset(&o, 0, sizeof o);
+        o.tied = tied;
+        CHECK(edit_open(&e, models_write("micro", &o)));
+        float *plain = form_logits(&e, "plain", 1);
+        for (int i = 0; i < 2 - tied; i++) {
+            edit_tensor *t = form_add(&e, 0, "", &e.tensors[0]);
+            snprintf(t->name, sizeof t->name, i ? "output.scale" : "token_embd.scale");
+            t->n_dims = 1;
+            t->ne[0] = t->ne[1] = t->ne[2] = 1;
+            t->type = 0;
+            t->data = (const uint8_t *)scales;
+            t->size = sizeof scales;
+            float *x = form_logits(&e, t->name, 1);
+            if (x && plain) CHECKF(memcmp(x, plain, bytes), "%s", t->name);
+            free(x);
+            e.n_tensors--;
+        }
+        free(plain);
+        edit_close(&e);
+    }
+}
+
+/* deepseek2: queries far from the start times 1 + scale ln(floor(position / length) + 1). */
+TEST(temperature) {
+    static const float scale = 0.7f;
+    static const uint32_t length = 30;
+    double plain = 0;
+    edit_file e;
+    CHECK(edit_open(&e, models_simple("micro_mla", "f32")));
+    check_halves(&e, "no temperature", &plain);
+    form_set(&e, "deepseek2.attention.temperature_length", 4, &length);
+    form_set(&e, "deepseek2.attention.temperature_scale", 6, &scale);
+    check_halves(&e, "temperature", &plain);
+    edit_close(&e);
+}
+
+/* A scale belongs to NVFP4 weights, whatever the family. */
+TEST(nvfp4_scales) {
+    static const char *const configs[] = {"micro", "micro_mixtral", "micro_qwen2", "micro_olmoe",
+                                          "micro_oss", "micro_mla"};
+    static const float scales[8] = {3, 0.4f, 2, 1.5f, 3, 0.4f, 2, 1.5f};
+    for (int i = 0; i < 6; i++) {
+        synth_config c = *synth_find(configs[i]);
+        edit_file e;
+        char name[64];
+        uint8_t *data[32];
+        int n_data = 0;
+        c.n_embd = c.n_ff_exp = c.n_ff = 64;
+        if (c.n_ff_shexp) c.n_ff_shexp = 64;
+        snprintf(name, sizeof name, "nvfp4-%s", configs[i]);
+        if (synth_write_config(&c, models_path(name), NULL) != 0) exit(1);
+        CHECK(edit_open(&e, models_path(name)));
+        for (int k = 0, n = e.n_tensors; k < n; k++) {
+            edit_tensor *t = &e.tensors[k], *scale;
+            char *dot = strstr(t->name, ".weight");
+            if (!strstr(t->name, ".ffn_") || t->n_dims < 2 || !dot) continue;
+            if (strstr(t->name, "gate_inp") || n_data == 32) continue;
+            const int64_t rows = (int64_t)(t->ne[1] * t->ne[2]), n_in = (int64_t)t->ne[0];
+            const size_t size = moe_type_row_size(MOE_TYPE_NVFP4, n_in) * (size_t)rows;
+            data[n_data] = (uint8_t *)malloc(size);
+            for (size_t b = 0; b < size; b++) /* 4 scales of about 2^-5, 64 values */
+                data[n_data][b] = b % 36 < 4 ? (uint8_t)(0x10 + synth_random(9, b) % 8)
+                                             : (uint8_t)synth_random((uint64_t)k, b);
+            t->type = MOE_TYPE_NVFP4;
+            t->data = data[n_data++];
+            t->size = size;
+            scale = &e.tensors[e.n_tensors++];
+            memset(scale, 0, sizeof *scale);
+            snprintf(scale->name, sizeof scale->name, "%.*s.scale", (int)(dot - t->name), t->name);
+            scale->n_dims = 1;
+            scale->ne[0] = t->n_dims == 3 ? t->ne[2] : 1;
+            scale->ne[1] = scale->ne[2] = scale->ne[3] = 1;
+            scale->data = (const uint8_t *)scales;
+            scale->size = 4 * scale->ne[0];
+        }
+        CHECK(n_data > 5);
+        subject s;
+        int32_t tokens[FORM_TOKENS];
+        moe_error error;
+        edit_image image = edit_build(&e);
+        memset(&s, 0, sizeof s);
+        moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, &error);
+        moe_model *model = gguf ? moe_model_open_gguf(gguf, NULL, &error) : NULL;
+        CHECKF(model != NULL, "%s: %s: %s", configs[i], error.where, error.text);
+        if (model) {
+            moe_session_options o;
+            memset(&o, 0, sizeof o);
+            o.kv_type = MOE_KV_F32;
+            s.label = configs[i], s.gguf = gguf, s.model = model, s.tokens = tokens;
+            s.n = FORM_TOKENS, s.n_vocab = c.vocab;
+            models_tokens(tokens, FORM_TOKENS, c.vocab, 7);
+            double *truth = subject_naive(&s, 0, 0);
+            float *x = models_run(model, &o, tokens, FORM_TOKENS, MODELS_ODD);
+            double off = truth && x ? models_median_row(x, truth, FORM_TOKENS, c.vocab, 0) : 1;
+            printf("  %-24s median NMSE %.1e\n", configs[i], off);
+            CHECKF(off <= 1e-3, "%s: %g", configs[i], off);
+            free(truth);
+            free(x);
+        }
+        moe_model_close(model);
+        moe_gguf_close(gguf);
+        free(image.data);
+        while (n_data) free(data[--n_data]);
+        edit_close(&e);
+    }
+}
+
+/* Small files of ../shared/cases: what became of public reports. */
+TEST(cases) {
+    static const char *const run[] = {"01_plain", "01_temperature", "07_plain", "07_pattern",
+                                      "08_yarn_nolog"};
+    char path[128];
+    double last[5] = {0, 0, 0, 0, 0};
+    moe_error error;
+    for (int i = 0; i < 5; i++) {
+        edit_file e;
+        snprintf(path, sizeof path, "../shared/cases/%s.gguf", run[i]);
+        if (!edit_open(&e, path)) SKIP("%s", path);
+        check_halves(&e, run[i], &last[i]);
+        edit_close(&e);
+    }
+    CHECK(fabs(last[0] - last[1]) > 1e-6 && fabs(last[2] - last[3]) > 1e-6);
+    CHECK(fabs(last[0] - last[4]) > 1e-6);
+    moe_model *model =
+        moe_model_open("../shared/cases/06_shared_expert_ignored.gguf", NULL, &error);
+    CHECK(!model);
+    if (!model) CHECKF(strstr(error.where, "_shexp"), "%s: %s", error.where, error.text);
+    moe_model_close(model);
 }
 
 /* A tensor made longer in one dimension: `columns` zeros behind each row, or more rows, which */

@@ -285,18 +285,164 @@ TEST(unsupported_types) {
     }
 }
 
-/* Tensors that nothing needs may be of any type and shape. */
-TEST(unknown_tensors) {
-    edit_file e;
-    CHECK(edit_open(&e, broken_path(1)));
-    edit_tensor *t = &e.tensors[e.n_tensors++];
+/* A tensor of 32 numbers, or of another type. */
+static edit_tensor *add_tensor(edit_file *e, const char *name, uint32_t type) {
+    edit_tensor *t = &e->tensors[e->n_tensors++];
     memset(t, 0, sizeof *t);
-    snprintf(t->name, sizeof t->name, "blk.1.nextn.eh_proj.weight");
+    snprintf(t->name, sizeof t->name, "%s", name);
     t->n_dims = 1;
-    t->ne[0] = 512;
-    t->type = 23;
+    t->ne[0] = type ? 512 : 32;
+    t->ne[1] = t->ne[2] = t->ne[3] = 1;
+    t->type = type;
+    return t;
+}
+
+/* Tensors that nothing needs may be of any type and shape: those of layers that are not run, */
+/* what looks at images, scales of activations. */
+TEST(spare_tensors) {
+    static const char *const names[] = {"v.patch_embd.weight", "mm.0.weight",
+                                        "v.blk.0.attn_q.weight", "blk.0.attn_output.input_scale",
+                                        "blk.1.ffn_down_exps.input_scale"};
+    static const char *const predicts[] = {"blk.2.nextn.eh_proj.weight", "blk.2.attn_q.weight",
+                                           "blk.2.whatever"};
+    static const char *const archs[] = {"qwen3moe", "deepseek2"};
+    static const uint32_t three = 3, one = 1;
+    for (int b = 0; b < 2; b++) {
+        edit_file e;
+        char key[64];
+        CHECK(edit_open(&e, broken_path(b)));
+        for (int i = 0; i < 5; i++) add_tensor(&e, names[i], i % 2 ? 23 : 0);
+        verdict v = try_edit(&e);
+        CHECKF(v.opened && v.ran && v.finite, "%s: %s", v.error.where, v.error.text);
+        for (int i = 0; i < 3; i++) add_tensor(&e, predicts[i], 23);
+        snprintf(key, sizeof key, "%s.block_count", archs[b]);
+        edit_set(&e, key, 4, &three, 4);
+        snprintf(key, sizeof key, "%s.nextn_predict_layers", archs[b]);
+        edit_set(&e, key, 4, &one, 4);
+        v = try_edit(&e);
+        CHECKF(v.opened && v.ran && v.finite, "%s: %s", v.error.where, v.error.text);
+        edit_find_value(&e, key)->removed = 1;
+        CHECK(!try_edit(&e).opened); /* a third layer, and not whole */
+        edit_close(&e);
+    }
+}
+
+/* Any other tensor that is not used changes what the model should compute: refused by name. */
+TEST(unused_tensors) {
+    static const char *const names[] = {
+        "blk.0.attn_sinks.weight", "blk.1.attn_sinks.weight", "blk.0.exp_probs_b.bias",
+        "blk.1.exp_probs_b", "blk.0.post_attention_norm.weight", "blk.1.post_ffw_norm.weight",
+        "blk.0.ssm_in.weight", "position_embd.weight", "token_types.weight",
+        "blk.7.attn_norm.weight", "blk.2.attn_norm.weight", "blk.0.ffn_gate_shexp.weight",
+        "blk.1.ffn_gate_inp_shexp.weight", "blk.0.attn_gate.weight", "blk.1.nextn.eh_proj.weight",
+        "token_embd_norm.weight", "token_embd.bias", "output_norm.bias", "blk.0.attn_norm.bias",
+        "blk.00.attn_norm.weight", "blk.99999999999.attn_norm.weight", "blk.0.ffn_norm.scale",
+        "rope_factors_long.weight", "blk.0.attn_k_b.weight", "blk.0.indexer.proj.weight",
+        "blk.0.ffn_gate.weight", "blk.0.attn_rot.input_scale", "output.weight.1", "x", "blk.",
+        "blk.0", "blk.-1.x", "attn_norm.weight", "blk.0.attn_q.weights"};
+    for (int b = 0; b < N_BROKEN; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+            const int n = e.n_tensors;
+            if (edit_find_tensor(&e, names[i])) continue;
+            if (ends_with(names[i], "exp_probs_b") && b > 0 && b < 4) continue; /* a second name */
+            add_tensor(&e, names[i], 0);
+            verdict v = try_edit(&e);
+            check_verdict(&v, names[i]);
+            CHECKF(!v.opened, "%d: %s", b, names[i]);
+            if (!v.opened)
+                CHECKF(names_tensor(&v.error, names[i]), "%s: %s", names[i], v.error.text);
+            e.n_tensors = n;
+        }
+        add_tensor(&e, "first.weight", 0); /* several */
+        add_tensor(&e, "blk.0.second.weight", 0);
+        check_refused(&e, "two", MOE_ERROR_UNSUPPORTED, "first.weight");
+        CHECK(strstr(try_edit(&e).error.text, "2 tensors: first.weight, blk.0.second.weight"));
+        edit_close(&e);
+    }
+}
+
+/* Latent attention reads some matrices in two forms, of which one could not add a bias. */
+TEST(biases_of_latent_attention) {
+    static const char *const names[] = {"blk.1.attn_k_b.bias", "blk.1.attn_v_b.bias",
+                                        "blk.1.attn_kv_b.bias"};
+    for (int b = 1; b <= 2; b++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(b)));
+        for (int i = b == 1 ? 2 : 0; i < (b == 1 ? 3 : 2); i++) {
+            edit_tensor *t = add_tensor(&e, names[i], 0);
+            t->n_dims = 2;
+            t->ne[0] = i == 1 ? 16 : 32;
+            t->ne[1] = 2;
+            check_refused(&e, names[i], MOE_ERROR_UNSUPPORTED, names[i]);
+            e.n_tensors--;
+        }
+        edit_close(&e);
+    }
+}
+
+/* What is kept as floats must not become many times larger than the file. */
+TEST(coarse_vectors) {
+    static const char *const names[] = {"blk.0.attn_norm.weight", "output_norm.weight"};
+    edit_file e;
+    CHECK(edit_open(&e, models_simple("qwen3moe_quant", "q8_0")));
+    for (int i = 0; i < 2; i++) {
+        edit_tensor *t = edit_find_tensor(&e, names[i]), old = *t;
+        t->type = MOE_TYPE_Q2_K;
+        t->size = 0;
+        check_refused(&e, names[i], MOE_ERROR_UNSUPPORTED, names[i]);
+        t->type = MOE_TYPE_IQ4_XS;
+        verdict v = try_edit(&e);
+        CHECKF(v.opened && v.ran, "%s: %s", v.error.where, v.error.text);
+        *t = old;
+    }
+    edit_close(&e);
+}
+
+/* A file with more layers than it counts. */
+TEST(uncounted_layers) {
+    static const uint32_t one = 1;
+    edit_file e;
+    CHECK(edit_open(&e, broken_path(0)));
+    edit_set(&e, "qwen3moe.block_count", 4, &one, 4);
     verdict v = try_edit(&e);
-    CHECKF(v.opened && v.ran && v.finite, "%s", v.error.text);
+    CHECK(!v.opened && v.error.status == MOE_ERROR_FORMAT && !strncmp(v.error.where, "blk.1.", 6));
+    CHECKF(strstr(v.error.text, "block_count"), "%s", v.error.text);
+    edit_close(&e);
+}
+
+/* Keys that ask for what there is not. */
+TEST(refused_keys) {
+    static const struct {
+        int broken;
+        const char *key;
+        uint32_t type, value;
+    } cases[] = {{7, "gpt-oss.attention.key_length_swa", 4, 8},
+                 {7, "gpt-oss.attention.value_length_swa", 4, 12},
+                 {7, "gpt-oss.rope.dimension_count_swa", 4, 8},
+                 {0, "qwen3moe.attention.causal", 7, 0}};
+    for (int i = 0; i < 4; i++) {
+        edit_file e;
+        CHECK(edit_open(&e, broken_path(cases[i].broken)));
+        edit_set(&e, cases[i].key, cases[i].type, &cases[i].value, cases[i].type == 7 ? 1 : 4);
+        verdict v = try_edit(&e);
+        check_verdict(&v, cases[i].key);
+        CHECKF(!v.opened && v.error.status == MOE_ERROR_UNSUPPORTED &&
+                   ends_with(cases[i].key, v.error.where),
+               "%s: %s: %s", cases[i].key, v.error.where, v.error.text);
+        edit_close(&e);
+    }
+    static const uint8_t floats[20] = {6, 0, 0, 0, 2}; /* an array of 2 */
+    edit_file e;
+    CHECK(edit_open(&e, broken_path(7)));
+    edit_set(&e, "gpt-oss.attention.sliding_window_pattern", 9, floats, 20);
+    check_refused(&e, "pattern", MOE_ERROR_FORMAT, "gpt-oss.attention.sliding_window_pattern");
+    edit_close(&e);
+    static const float scale = 0.1f; /* without its length */
+    CHECK(edit_open(&e, broken_path(1)));
+    edit_set(&e, "deepseek2.attention.temperature_scale", 6, &scale, 4);
+    check_refused(&e, "temperature", MOE_ERROR_FORMAT, "deepseek2.attention.temperature_length");
     edit_close(&e);
 }
 

@@ -30,17 +30,17 @@
 /*   >>gguf        2877  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types       3902  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels     5588  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11373  matrix products, rotary positions */
-/*   >>experts    11629  router, plan, the expert schedules */
-/*   >>text       12075  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13747  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14749  what a sequence remembers */
-/*   >>batch      14811  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     15150  attention: grouped queries, latent; the table of mixers */
-/*   >>load       16145  opening a model, placing its weights */
-/*   >>session    16549  the forward pass, sessions */
-/*   >>sample     17372  choosing tokens, generating text */
-/*   >>licence    18235  MIT or public domain */
+/*   >>ops        11375  matrix products, rotary positions */
+/*   >>experts    11631  router, plan, the expert schedules */
+/*   >>text       12077  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13749  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14751  what a sequence remembers */
+/*   >>batch      14813  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     15152  attention: grouped queries, latent; the table of mixers */
+/*   >>load       16147  opening a model, placing its weights */
+/*   >>session    16551  the forward pass, sessions */
+/*   >>sample     17374  choosing tokens, generating text */
+/*   >>licence    18237  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -10390,6 +10390,8 @@ enum {
     MOE__(ATTEND_TOGETHER) = MOE__ATTEND_QUERIES / 2, /* most queries that are not many */
     MOE__(ATTEND_FIRST) = 16384, /* bytes of a call's first keys that are fetched at once */
     MOE__(ATTEND_BLOCKS) = 4 * MOE__VFLOATS / 32, /* Q8_0 blocks in 4 vectors */
+    /* Weights of a column of Q8_0 blocks */
+    MOE__(ATTEND_SCALED) = MOE__(ATTEND_TOGETHER) * MOE__(ATTEND_BLOCKS) * (int)MOE__ATTEND_KEYS,
     /* From this many tiles per row on, f16 is converted to floats once for all of them. Below, */
     /* each tile converts for itself: with 2 tiles that gave 79 % of the FMA peak on a Zen 4, */
     /* against 66 % with floats stored and loaded again. */
@@ -11162,10 +11164,10 @@ MOE__V void MOE__(value_column)(const moe__attend_args *a, const MOE__(attend_ch
 
 /* out = add * the weighted values of a chunk + old * out, for all queries */
 MOE__K void MOE__(attend_values)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk) {
-    enum { V = MOE__VFLOATS, TOGETHER = MOE__(ATTEND_TOGETHER) };
+    enum { V = MOE__VFLOATS };
     MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * V];
     MOE__ALIGNED(64) float part[MOE__ATTEND_QUERIES * 4 * V];
-    MOE__ALIGNED(64) float scaled[TOGETHER * MOE__(ATTEND_BLOCKS) * MOE__ATTEND_KEYS];
+    MOE__ALIGNED(64) float scaled[MOE__(ATTEND_SCALED)];
     const int n = a->n_queries, q8_0 = a->type == MOE_KV_Q8_0;
     float *const weights = q8_0 ? scaled : NULL;
     const MOE__(value_cut) cut = MOE__(value_cut_of)(a->type, n);

@@ -30,17 +30,17 @@
 /*   >>gguf        2877  reading GGUF files: bounded reader, metadata, tensor table, split files */
 /*   >>types       3902  tensor types: dequantize (the specification), quantize, plain C dot */
 /*   >>kernels     5588  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11375  matrix products, rotary positions */
-/*   >>experts    11631  router, plan, the expert schedules */
-/*   >>text       12077  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13749  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14751  what a sequence remembers */
-/*   >>batch      14813  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     15152  attention: grouped queries, latent; the table of mixers */
-/*   >>load       16147  opening a model, placing its weights */
-/*   >>session    16551  the forward pass, sessions */
-/*   >>sample     17374  choosing tokens, generating text */
-/*   >>licence    18237  MIT or public domain */
+/*   >>ops        11374  matrix products, rotary positions */
+/*   >>experts    11630  router, plan, the expert schedules */
+/*   >>text       12076  Unicode tables, pre-tokenizers, byte-pair encoding */
+/*   >>model      13748  hyper-parameters, the table of families, how tensors are bound */
+/*   >>cache      14750  what a sequence remembers */
+/*   >>batch      14812  rows of several sequences, their buffers, steps shared by threads */
+/*   >>mixers     15151  attention: grouped queries, latent; the table of mixers */
+/*   >>load       16146  opening a model, placing its weights */
+/*   >>session    16550  the forward pass, sessions */
+/*   >>sample     17373  choosing tokens, generating text */
+/*   >>licence    18236  MIT or public domain */
 /* */
 /* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
 /*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
@@ -10482,7 +10482,7 @@ typedef struct MOE__(attend_chunk) {
     const uint8_t *k, *v;       /* its first key and value */
     int start, n_keys;          /* a multiple of ATTEND_STEP; up to the last that is seen */
     int32_t first[MOE__ATTEND_QUERIES], visible[MOE__ATTEND_QUERIES]; /* a query that sees */
-    int hidden;                 /* nothing: MOE__ATTEND_KEYS, 0; how many of these */
+                                /* nothing: MOE__ATTEND_KEYS, 0 */
     float max[MOE__ATTEND_QUERIES], sum[MOE__ATTEND_QUERIES]; /* its own state */
     float add[MOE__ATTEND_QUERIES], old[MOE__ATTEND_QUERIES]; /* out = add * sums + old * out */
     MOE__(attend_stream) stream; /* fetched while scores are computed, */
@@ -10493,7 +10493,7 @@ typedef struct MOE__(attend_chunk) {
 /* The chunk at this key: what is seen of it. Returns whether anything is. */
 MOE__V int MOE__(attend_chunk_at)(const moe__attend_args *a, int key, MOE__(attend_chunk) *c) {
     c->start = MOE__ATTEND_KEYS;
-    c->n_keys = c->hidden = 0;
+    c->n_keys = 0;
     c->k = (const uint8_t *)a->k + (size_t)key * a->k_bytes;
     c->v = (const uint8_t *)a->v + (size_t)key * a->v_bytes;
     for (int i = 0; i < a->n_queries; i++) {
@@ -10508,7 +10508,6 @@ MOE__V int MOE__(attend_chunk_at)(const moe__attend_args *a, int key, MOE__(atte
         }
         c->first[i] = MOE__ATTEND_KEYS;
         c->visible[i] = 0;
-        c->hidden++;
     }
     c->start = c->start / MOE__(ATTEND_STEP) * MOE__(ATTEND_STEP);
     return c->n_keys > 0;

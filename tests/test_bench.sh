@@ -11,7 +11,8 @@ mkdir -p "$dir"
 for tool in moe-bench moe-synth; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
 done
-passed=0 failed=0
+. tests/check.sh
+complain() { head -n 8 "$dir/out" "$dir/err" | sed 's/^/    /'; }
 
 # run ARGUMENT...: without measuring roofs, which takes a second; with_roofs: as a user does
 run() { with_roofs "$@" --no-roofs; }
@@ -19,18 +20,6 @@ with_roofs() {
     "$bench" "$@" >"$dir/out" 2>"$dir/err" </dev/null
     code=$?
 }
-check() {
-    local name=$1
-    shift
-    if "$@"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED: $name (exit code $code)"
-        head -n 8 "$dir/out" "$dir/err" | sed 's/^/    /'
-    fi
-}
-exits() { [ "$code" -eq "$1" ]; }
 shows() { exits 0 && grep -qe "$1" "$dir/out"; }
 # rows REGEX N: so many lines of the output match
 rows() { exits 0 && [ "$(grep -ce "$1" "$dir/out")" -eq "$2" ]; }

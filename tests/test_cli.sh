@@ -12,7 +12,7 @@ mkdir -p "$dir"
 for tool in moe-cli moe-synth minimal; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
 done
-passed=0 failed=0 skipped=0
+. tests/check.sh
 
 # ---- tools of the test ---------------------------------------------------------------------------
 
@@ -25,20 +25,6 @@ run() {
 # A seed, so that no choice ends the text early; a later -s counts instead.
 gen() { run -m "$model" -p "$prompt" -s 7 "$@"; }
 
-# check NAME COMMAND...: the command must succeed
-check() {
-    local name=$1
-    shift
-    if "$@"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED: $name (exit code $code)"
-        sed 's/^/    stderr: /' "$dir/err" | head -n 5
-    fi
-}
-skip() { skipped=$((skipped + 1)); echo "skipped: $*"; }
-exits() { [ "$code" -eq "$1" ]; }
 says() { exits 0 && grep -qe "$1" "$dir/err"; }       # on standard error, after success
 shows() { exits 0 && grep -aqe "$1" "$dir/out"; }      # on standard output
 fails() { exits 1 && [ ! -s "$dir/out" ] && grep -qe "$1" "$dir/err"; }

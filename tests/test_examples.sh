@@ -12,18 +12,7 @@ command -v "${CXX:-c++}" >/dev/null && tools="$tools embed"
 for tool in $tools; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
 done
-passed=0 failed=0 skipped=0
-
-check() {
-    local name=$1
-    shift
-    if "$@"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED: $name"
-    fi
-}
+. tests/check.sh
 
 model=$dir/tiny.gguf
 "$build/moe-synth" qwen3moe_tiny "$model" >"$dir/log" 2>&1 || cat "$dir/log"

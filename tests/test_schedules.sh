@@ -6,19 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 build=${1:-build}
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-
-# check NAME COMMAND...
-check() {
-    local name=$1
-    shift
-    if "$@"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "$name: FAILED"
-    fi
-}
+. tests/check.sh
 
 # ---- macros --------------------------------------------------------------------------------------
 

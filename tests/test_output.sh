@@ -242,7 +242,7 @@ if [ -w /dev/full ]; then
     }
     for tool in moe-cli moe-bench moe-synth compare/compare engines kernels; do
         # an old build of a tool that the tests do not make says nothing
-        [ -x "$build/$tool" ] && [ "$build/$tool" -nt moe_infer.h ] || continue
+        [ -x "$build/$tool" ] && [ "$build/$tool" -nt examples/output.h ] || continue
         full "$build/$tool" --help
         full "$build/$tool" -h
     done

@@ -32,7 +32,7 @@ THREADED = $(patsubst tests/%.c,$(B)/tests/%,$(filter-out tests/test_model.c,\
 # builds in parallel unless make was told how (-j)
 PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 
-.PHONY: all run test test-programs check check-compile asan ubsan tsan numa map asm bench compare rivals fuzz help clean
+.PHONY: all run test test-programs check check-compile asan ubsan tsan numa asm bench compare rivals fuzz help clean
 
 all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
 
@@ -137,9 +137,6 @@ tsan:  ## the tests that use threads with the thread sanitizer
 
 numa:  ## placement of weights on a virtual machine with two memory nodes (qemu-system-x86)
 	@tests/numa.sh $(B)
-
-map:  ## rewrite the line numbers of the map at the top of moe_infer.h
-	@tests/map.sh moe_infer.h
 
 asm:  ## calls and spills in the loops of the kernels, gcc and clang (KERNELS=pattern)
 	@tests/asm_check.sh . '$(KERNELS)'

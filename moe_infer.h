@@ -1,173 +1,175 @@
 /* SPDX-License-Identifier: MIT OR Unlicense (texts at the end of the file) */
-#ifndef MOE__ISA
+#if !defined(__cplusplus) && defined(__STRICT_ANSI__) && \
+    (!defined(__STDC_VERSION__) || __STDC_VERSION__ < 199901L)
+#error "moe_infer.h needs C99 or later: -std=gnu11, for instance"
+#pragma GCC system_header /* no warnings about comments that C90 cannot read */
+#elif !defined(MOE__ISA)
 #ifndef MOE_INFER_H
 #define MOE_INFER_H
 
-/* ============================================================================================== */
-/*                                    MOE_INFER.H */
-/* */
-/* moe_infer.h 0.1 - runs Mixture-of-Experts language models from GGUF files on a CPU. */
-/* */
-/* One file, no dependency but libc and pthreads. In one C or C++ file of your program: */
-/* */
-/*     #define MOE_INFER_IMPLEMENTATION */
-/*     #include "moe_infer.h" */
-/* */
-/* In the others only the #include. Build: cc -O2 app.c -lm -lpthread. No -march is needed: the */
-/* kernels for AVX2, AVX-VNNI and AVX-512 are compiled in and chosen when the program runs. */
-/* */
-/* The rooms of this file, each opened by its tag; a room calls only rooms above it: */
-/* */
-/*   MAP (rewritten by `make map`) */
-/*   tag         line  what lives here */
-/*   >>manual        57  how to use it: models, sessions, threads, schedules, errors, limits */
-/*   >>config       153  every macro you may define */
-/*   >>api          244  types and prototypes with their contracts */
-/*   >>base         786  compiler macros, errors, memory, checked sizes, small floats */
-/*   >>machine     1163  processors, cores, quotas, free memory, memory nodes; binding to them */
-/*   >>pool        1548  the team of threads: wake, barrier, shares of work */
-/*   >>pages       2137  files in memory: mapped or copied, huge pages found, measured and made */
-/*   >>gguf        2877  reading GGUF files: bounded reader, metadata, tensor table, split files */
-/*   >>types       3902  tensor types: dequantize (the specification), quantize, plain C dot */
-/*   >>kernels     5588  inner loops: plain C, then one vector text per instruction set */
-/*   >>ops        11374  matrix products, rotary positions */
-/*   >>experts    11630  router, plan, the expert schedules */
-/*   >>text       12076  Unicode tables, pre-tokenizers, byte-pair encoding */
-/*   >>model      13748  hyper-parameters, the table of families, how tensors are bound */
-/*   >>cache      14750  what a sequence remembers */
-/*   >>batch      14812  rows of several sequences, their buffers, steps shared by threads */
-/*   >>mixers     15151  attention: grouped queries, latent; the table of mixers */
-/*   >>load       16146  opening a model, placing its weights */
-/*   >>session    16550  the forward pass, sessions */
-/*   >>sample     17373  choosing tokens, generating text */
-/*   >>licence    18236  MIT or public domain */
-/* */
-/* To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text of */
-/*   >>kernels its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4, */
-/*   ...) and one that makes its tile. Tests and benches walk the table. */
-/* To add an instruction set: a number and a target string at the top of the vector text, an */
-/*   include of this file before it, and a case in moe__kernels_detect (>>kernels). */
-/* To add an expert schedule: its functions and one row in moe__schedules (>>experts). */
-/* To add a mixer (a way of mixing tokens): see the head of >>mixers. */
-/* To add a model family: one row in moe__families (>>model), and what is new about it as a */
-/*   feature that any family may have, read by the one forward pass (>>session). */
-/* ============================================================================================== */
+// ==============================================================================================
+//                                    MOE_INFER.H
+//
+// moe_infer.h 0.1 - runs Mixture-of-Experts language models from GGUF files on a CPU.
+//
+// One file, no dependency but libc and pthreads. In one C or C++ file of your program:
+//
+//     #define MOE_INFER_IMPLEMENTATION
+//     #include "moe_infer.h"
+//
+// In the others only the #include. Build: cc -O2 app.c -lm -lpthread. No -march is needed: the
+// kernels for AVX2, AVX-VNNI and AVX-512 are compiled in and chosen when the program runs.
+//
+// The rooms of this file, each opened by its tag; a room calls only rooms above it:
+//
+//   >>manual   how to use it: models, sessions, threads, schedules, errors, limits
+//   >>config   every macro you may define
+//   >>api      types and prototypes with their contracts
+//   >>base     compiler macros, errors, memory, checked sizes, small floats
+//   >>machine  processors, cores, quotas, free memory, memory nodes; binding to them
+//   >>pool     the team of threads: wake, barrier, shares of work
+//   >>pages    files in memory: mapped or copied, huge pages found, measured and made
+//   >>gguf     reading GGUF files: bounded reader, metadata, tensor table, split files
+//   >>types    tensor types: dequantize (the specification), quantize, plain C dot
+//   >>kernels  inner loops: plain C, then one vector text per instruction set
+//   >>ops      matrix products, rotary positions
+//   >>experts  router, plan, the expert schedules
+//   >>text     Unicode tables, pre-tokenizers, byte-pair encoding
+//   >>model    hyper-parameters, the table of families, how tensors are bound
+//   >>cache    what a sequence remembers
+//   >>batch    rows of several sequences, their buffers, steps shared by threads
+//   >>mixers   attention: grouped queries, latent; the table of mixers
+//   >>load     opening a model, placing its weights
+//   >>session  the forward pass, sessions
+//   >>sample   choosing tokens, generating text
+//   >>licence  MIT or public domain
+//
+// To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text
+//   (>>kernels) its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4,
+//   ...) and one that makes its tile. Tests and benches walk the table.
+// To add an instruction set: a number and a target string at the top of the vector text, an
+//   include of this file before it, and a case in moe__kernels_detect (>>kernels).
+// To add an expert schedule: its functions and one row in moe__schedules (>>experts).
+// To add a mixer (a way of mixing tokens): see the head of >>mixers.
+// To add a model family: one row in moe__families (>>model), and what is new about it as a
+//   feature that any family may have, read by the one forward pass (>>session).
+// ==============================================================================================
 
-/* ============================================================================================== */
-/* // >>manual */
-/* */
-/* QUICK START */
-/* */
-/*     moe_error error; */
-/*     moe_model *model = moe_model_open("model.gguf", NULL, &error); */
-/*     moe_session *session = model ? moe_session_open(model, NULL, &error) : NULL; */
-/*     if (!session) fail(error.text); */
-/*     int32_t tokens[1000]; */
-/*     int64_t n = moe_vocab_tokenize(moe_model_vocab(model), text, strlen(text), */
-/*                                    MOE_TOKENIZE_ADD_SPECIAL, tokens, 1000); */
-/*     moe_generate(session, tokens, (int32_t)n, &options, &result, &error); */
-/* */
-/* or, one step lower: moe_session_eval appends tokens to the context, moe_session_logits gives */
-/* what follows each of them, moe_sampler_sample chooses, moe_session_rewind forgets. */
-/* */
-/* MODELS. A model is a GGUF file (or the first of several parts) mapped into memory: weights are */
-/* read where they lie, so that loading takes milliseconds and processes share pages. A file is */
-/* treated as hostile; what cannot be run right is refused with the reason, and so is a file with */
-/* tensors that its family has no use for. An open model never changes: any number of sessions in */
-/* any threads may use it. It must outlive them. */
-/* */
-/* PAGES. On most machines a mapped file is read as fast as any memory. On some (virtual machines */
-/* whose hypervisor keeps page tables of its own) the speed depends on the pieces in which the */
-/* system happens to cache the file, by up to ten times. With moe_model_options.pages = AUTO, */
-/* opening a model measures a sample for some milliseconds and, only if the mapping is slow and */
-/* at least twice as much memory is free, makes a private copy of it in huge pages. The mapping */
-/* is looked at again after two seconds of generating, then less and less often; if it has become */
-/* slow, pieces are copied between tokens. moe_model_get_memory says in words what was done. MAP */
-/* never copies, COPY always. */
-/* */
-/* SESSIONS. A session is one context: its cache of keys and values. One thread at a time may */
-/* call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a */
-/* context has not reached yet is not touched; evaluating allocates nothing. A failed or */
-/* cancelled eval leaves the session as it was, logits included. Sessions of one pool share the */
-/* buffers for a batch; moe_session_eval_many evaluates several of them in one pass, reading each */
-/* weight once. */
-/* */
-/* THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between */
-/* evals. Callbacks run on the calling thread and must return: an exception or a longjmp through */
-/* the library leaves the pool locked. A program that forks must not use the child's copy of a */
-/* session. A calling thread needs 128 KiB of stack (without optimization 512). */
-/* */
-/* BITS. A token's logits depend on the tokens before it alone: they have the same bits for any */
-/* number of threads, any schedule, any other sequences in the batch, and any cut of the input */
-/* into evals or batches. One exception: layers with latent attention expand keys in inputs of */
-/* 128 tokens and more, and round differently there: such inputs agree with each other. The */
-/* caller's floating-point environment (rounding, small numbers flushed to zero) has no part in */
-/* it, and is as before when a call returns. */
-/* */
-/* MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best */
-/* with pages = COPY: threads are pinned in blocks, and a row of a matrix lies in the memory of */
-/* the socket that reads it. MOE_NUMA_INTERLEAVE suits threads that move. moe_model_get_memory */
-/* tells what came of it. On one socket neither does anything. */
-/* */
-/* PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized */
-/* to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats. */
-/* Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). A product has the same */
-/* bits for one token and for many, that of quantized weights also from every instruction set */
-/* ("the product of quantized rows" in >>types is the arithmetic); the rest differs in the last */
-/* bits of float sums only. */
-/* */
-/* EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads */
-/* may share that work in different ways, picked by macro or moe_session_options.schedule. Rows */
-/* of the active experts' matrices, one token, 4 threads (0-3): */
-/* */
-/*   sequential (default)       expert    3         17        42        51 */
-/*   all threads on one expert  rows      00112233  00112233  00112233  00112233 */
-/*   after another. A thread's rows are the same for every expert; nobody waits between experts. */
-/* */
-/*   parallel                   expert    3         17        42        51 */
-/*   experts at the same time   rows      00000000  11111111  22222222  33333333 */
-/*   Groups of threads, as many as the greatest common divisor of active experts and threads. */
-/*   For one token; if the divisor is 1, and in prompts, it is sequential. */
-/* */
-/*   balanced                   expert    3         17        42        51 */
-/*   one list, cut evenly       rows      001123    012233    001123    012233 */
-/*   When rows do not divide by threads, who gets one more rotates from expert to expert, among */
-/*   the threads of a memory node: which node reads a row never changes. In prompts gate and up */
-/*   are one list of row blocks, cut where the work is even. */
-/* */
-/* All three give the same bits. Where two threads compute the same row of down for different */
-/* experts, results are added up behind one more barrier: always with parallel, with balanced */
-/* only if blocks of 16 rows divide badly by threads. */
-/* */
-/* ERRORS. Calls return a moe_status or NULL and fill a moe_error with the place and a sentence. */
-/* The library never exits, aborts, prints, installs handlers, reads the environment or keeps */
-/* global state (the code books of the IQ types are unpacked once and constant from then on). One */
-/* thing it cannot turn into an error: a mapped file that is cut short by somebody else while in */
-/* use raises SIGBUS; pages = MOE_PAGES_COPY avoids that. */
-/* */
-/* LIMITS. Little-endian 64-bit machines with GCC or clang. Up to 512 layers and 512 experts, */
-/* 1024 threads. Not for -ffast-math (infinities are used). */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>manual
+//
+// QUICK START
+//
+//     moe_error error;
+//     moe_model *model = moe_model_open("model.gguf", NULL, &error);
+//     moe_session *session = model ? moe_session_open(model, NULL, &error) : NULL;
+//     if (!session) fail(error.text);
+//     int32_t tokens[1000];
+//     int64_t n = moe_vocab_tokenize(moe_model_vocab(model), text, strlen(text),
+//                                    MOE_TOKENIZE_ADD_SPECIAL, tokens, 1000);
+//     moe_generate(session, tokens, (int32_t)n, &options, &result, &error);
+//
+// or, one step lower: moe_session_eval appends tokens to the context, moe_session_logits gives
+// what follows each of them, moe_sampler_sample chooses, moe_session_rewind forgets.
+//
+// MODELS. A model is a GGUF file (or the first of several parts) mapped into memory: weights are
+// read where they lie, so that loading takes milliseconds and processes share pages. A file is
+// treated as hostile; what cannot be run right is refused with the reason, and so is a file with
+// tensors that its family has no use for. An open model never changes: any number of sessions in
+// any threads may use it. It must outlive them.
+//
+// PAGES. On most machines a mapped file is read as fast as any memory. On some (virtual machines
+// whose hypervisor keeps page tables of its own) the speed depends on the pieces in which the
+// system happens to cache the file, by up to ten times. With moe_model_options.pages = AUTO,
+// opening a model measures a sample for some milliseconds and, only if the mapping is slow and
+// at least twice as much memory is free, makes a private copy of it in huge pages. The mapping
+// is looked at again after two seconds of generating, then less and less often; if it has become
+// slow, pieces are copied between tokens. moe_model_get_memory says in words what was done. MAP
+// never copies, COPY always.
+//
+// SESSIONS. A session is one context: its cache of keys and values. One thread at a time may
+// call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a
+// context has not reached yet is not touched; evaluating allocates nothing. A failed or
+// cancelled eval leaves the session as it was, logits included. Sessions of one pool share the
+// buffers for a batch; moe_session_eval_many evaluates several of them in one pass, reading each
+// weight once.
+//
+// THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between
+// evals. Callbacks run on the calling thread and must return: an exception or a longjmp through
+// the library leaves the pool locked. A program that forks must not use the child's copy of a
+// session. A calling thread needs 128 KiB of stack (without optimization 512).
+//
+// BITS. A token's logits depend on the tokens before it alone: they have the same bits for any
+// number of threads, any schedule, any other sequences in the batch, and any cut of the input
+// into evals or batches. One exception: layers with latent attention expand keys in inputs of
+// 128 tokens and more, and round differently there: such inputs agree with each other. The
+// caller's floating-point environment (rounding, small numbers flushed to zero) has no part in
+// it, and is as before when a call returns.
+//
+// MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best
+// with pages = COPY: threads are pinned in blocks, and a row of a matrix lies in the memory of
+// the socket that reads it. MOE_NUMA_INTERLEAVE suits threads that move. moe_model_get_memory
+// tells what came of it. On one socket neither does anything.
+//
+// PRECISION. Weights of 32- and 256-wide block types are multiplied with activations quantized
+// to int8 in blocks of the same width, in exact integers; F32, F16 and BF16 weights with floats.
+// Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). A product has the same
+// bits for one token and for many, that of quantized weights also from every instruction set
+// ("the product of quantized rows" in >>types is the arithmetic); the rest differs in the last
+// bits of float sums only.
+//
+// EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads
+// may share that work in different ways, picked by macro or moe_session_options.schedule. Rows
+// of the active experts' matrices, one token, 4 threads (0-3):
+//
+//   sequential (default)       expert    3         17        42        51
+//   all threads on one expert  rows      00112233  00112233  00112233  00112233
+//   after another. A thread's rows are the same for every expert; nobody waits between experts.
+//
+//   parallel                   expert    3         17        42        51
+//   experts at the same time   rows      00000000  11111111  22222222  33333333
+//   Groups of threads, as many as the greatest common divisor of active experts and threads.
+//   For one token; if the divisor is 1, and in prompts, it is sequential.
+//
+//   balanced                   expert    3         17        42        51
+//   one list, cut evenly       rows      001123    012233    001123    012233
+//   When rows do not divide by threads, who gets one more rotates from expert to expert, among
+//   the threads of a memory node: which node reads a row never changes. In prompts gate and up
+//   are one list of row blocks, cut where the work is even.
+//
+// All three give the same bits. Where two threads compute the same row of down for different
+// experts, results are added up behind one more barrier: always with parallel, with balanced
+// only if blocks of 16 rows divide badly by threads.
+//
+// ERRORS. Calls return a moe_status or NULL and fill a moe_error with the place and a sentence.
+// The library never exits, aborts, prints, installs handlers, reads the environment or keeps
+// global state (the code books of the IQ types are unpacked once and constant from then on). One
+// thing it cannot turn into an error: a mapped file that is cut short by somebody else while in
+// use raises SIGBUS; pages = MOE_PAGES_COPY avoids that.
+//
+// LIMITS. Little-endian 64-bit machines with GCC or clang. Up to 512 layers and 512 experts,
+// 1024 threads. Not for -ffast-math (infinities are used).
+// ==============================================================================================
 
-/* ============================================================================================== */
-/* // >>config */
-/* */
-/* Every macro a user may define before including this file. Nothing else configures it. Each is */
-/* normalised to 0 or 1 here and tested with #if below, so that -Wundef finds a mistyped one. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>config
+//
+// Every macro a user may define before including this file. Nothing else configures it. Each is
+// normalised to 0 or 1 here and tested with #if below, so that -Wundef finds a mistyped one.
+// ==============================================================================================
 
-/* MOE_INFER_IMPLEMENTATION  define it in exactly one file: the function bodies appear there. */
-/* MOE_INFER_STATIC          functions become static: several files may each hold a private copy. */
-/* MOE_API                   prefix of every public function; default extern (C linkage) / static */
-/* MOE_INFER_HEADER          name of this file, "moe_infer.h": define it if you rename the file. */
-/* MOE_ASSERT(x)             checks of the library's own logic; default: nothing. Input from */
-/*                           files and callers is never checked by it. */
-/* MOE_NO_AVX2               leave out the AVX2 kernels (and the AVX-512 ones). */
-/* MOE_NO_AVX512             leave out the AVX-512 kernels. */
-/* MOE_NO_AVX_VNNI           leave out the AVX-VNNI kernels (GCC before 11 has none anyway). */
-/* MOE_NO_FUTEX              pthread condition variables instead of the Linux futex. */
-/* MOE_PARALLEL_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_PARALLEL. */
-/* MOE_BALANCED_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_BALANCED. */
+// MOE_INFER_IMPLEMENTATION  define it in exactly one file: the function bodies appear there.
+// MOE_INFER_STATIC          functions become static: several files may each hold a private copy.
+// MOE_API                   prefix of every public function; default extern (C linkage) / static
+// MOE_INFER_HEADER          name of this file, "moe_infer.h": define it if you rename the file.
+// MOE_ASSERT(x)             checks of the library's own logic; default: nothing. Input from
+//                           files and callers is never checked by it.
+// MOE_NO_AVX2               leave out the AVX2 kernels (and the AVX-512 ones).
+// MOE_NO_AVX512             leave out the AVX-512 kernels.
+// MOE_NO_AVX_VNNI           leave out the AVX-VNNI kernels (GCC before 11 has none anyway).
+// MOE_NO_FUTEX              pthread condition variables instead of the Linux futex.
+// MOE_PARALLEL_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_PARALLEL.
+// MOE_BALANCED_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_BALANCED.
 
 #ifndef MOE_INFER_HEADER
 #define MOE_INFER_HEADER "moe_infer.h"
@@ -191,7 +193,7 @@
 #define MOE_ASSERT(x) ((void)0)
 #endif
 
-/* `#define MOE_NO_AVX2`, `-DMOE_NO_AVX2` (= 1) and `-DMOE_NO_AVX2=0` all mean what they say. */
+// `#define MOE_NO_AVX2`, `-DMOE_NO_AVX2` (= 1) and `-DMOE_NO_AVX2=0` all mean what they say.
 #define MOE__IS_ON(x) (MOE__IS_ON_(x))
 #define MOE__IS_ON_(x) (x + 1 != 1 || 0 - x - 1 == 1)
 
@@ -205,7 +207,7 @@
 #else
 #define MOE__USE_AVX512 1
 #endif
-/* The AVX-VNNI kernels may be tried on a machine with AVX-512 only: MOE__VNNI_EVEX = 1. */
+// The AVX-VNNI kernels may be tried on a machine with AVX-512 only: MOE__VNNI_EVEX = 1.
 #ifndef MOE__VNNI_EVEX
 #define MOE__VNNI_EVEX 0
 #endif
@@ -240,17 +242,17 @@
 #error "define MOE_PARALLEL_EXPERTS or MOE_BALANCED_EXPERTS, not both"
 #endif
 
-/* ============================================================================================== */
-/* // >>api */
-/* */
-/* Types and prototypes with their contracts. Conventions: */
-/* - Option structs are passed by pointer; NULL or a zeroed struct means defaults, because every */
-/*   default is the value 0. A switch is MOE_ON, MOE_OFF or 0 (default). */
-/* - A fallible call takes a moe_error * (may be NULL). On failure it is filled; on success it is */
-/*   left alone. Constructors return NULL on failure. Closing NULL does nothing. */
-/* - Shapes are written in GGUF's order {fastest, ..., slowest}: a matrix {n_in, n_out} maps */
-/*   n_in inputs to n_out outputs and its rows (n_in weights each) lie one after another. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>api
+//
+// Types and prototypes with their contracts. Conventions:
+// - Option structs are passed by pointer; NULL or a zeroed struct means defaults, because every
+//   default is the value 0. A switch is MOE_ON, MOE_OFF or 0 (default).
+// - A fallible call takes a moe_error * (may be NULL). On failure it is filled; on success it is
+//   left alone. Constructors return NULL on failure. Closing NULL does nothing.
+// - Shapes are written in GGUF's order {fastest, ..., slowest}: a matrix {n_in, n_out} maps
+//   n_in inputs to n_out outputs and its rows (n_in weights each) lie one after another.
+// ==============================================================================================
 
 #include <stddef.h>
 #include <stdint.h>
@@ -265,46 +267,46 @@ extern "C" {
 
 enum { MOE_OFF = -1, MOE_ON = 1 };
 
-/* ---- errors ---------------------------------------------------------------------------------- */
+// ---- errors ----------------------------------------------------------------------------------
 
 typedef enum moe_status {
     MOE_OK,
-    MOE_ERROR_ARGUMENT,     /* a call's argument is wrong: NULL, out of range, token id unknown */
-    MOE_ERROR_MEMORY,       /* the allocator returned NULL */
-    MOE_ERROR_IO,           /* the file cannot be opened, read or mapped */
-    MOE_ERROR_FORMAT,       /* the file breaks the rules of GGUF or contradicts itself */
-    MOE_ERROR_UNSUPPORTED,  /* the file is sound, but this library cannot run it right */
-    MOE_ERROR_CONTEXT_FULL, /* the tokens do not fit into n_ctx */
-    MOE_ERROR_CANCELLED,    /* a callback asked to stop */
-    MOE_ERROR_THREAD        /* the operating system refused a thread */
+    MOE_ERROR_ARGUMENT,     // a call's argument is wrong: NULL, out of range, token id unknown
+    MOE_ERROR_MEMORY,       // the allocator returned NULL
+    MOE_ERROR_IO,           // the file cannot be opened, read or mapped
+    MOE_ERROR_FORMAT,       // the file breaks the rules of GGUF or contradicts itself
+    MOE_ERROR_UNSUPPORTED,  // the file is sound, but this library cannot run it right
+    MOE_ERROR_CONTEXT_FULL, // the tokens do not fit into n_ctx
+    MOE_ERROR_CANCELLED,    // a callback asked to stop
+    MOE_ERROR_THREAD        // the operating system refused a thread
 } moe_status;
 
-/* What went wrong, and where. Strings are NUL-terminated UTF-8, cut if too long; bytes of a file */
-/* that are not UTF-8, or that a terminal might obey, are quoted as '?'. */
+// What went wrong, and where. Strings are NUL-terminated UTF-8, cut if too long; bytes of a file
+// that are not UTF-8, or that a terminal might obey, are quoted as '?'.
 typedef struct moe_error {
     moe_status status;
-    uint64_t offset; /* byte offset in the file if the error lies in one, else 0 */
-    char where[64];  /* metadata key, tensor, file or argument name; may be empty */
-    char text[192];  /* one sentence */
+    uint64_t offset; // byte offset in the file if the error lies in one, else 0
+    char where[64];  // metadata key, tensor, file or argument name; may be empty
+    char text[192];  // one sentence
 } moe_error;
 
-/* "MOE_ERROR_FORMAT" etc.; never NULL. */
+// "MOE_ERROR_FORMAT" etc.; never NULL.
 MOE_API const char *moe_status_name(moe_status status);
 
-/* ---- memory ---------------------------------------------------------------------------------- */
+// ---- memory ----------------------------------------------------------------------------------
 
-/* Where the library gets its memory. alloc returns NULL or `size` bytes aligned to 16; free gets */
-/* the same size back. Both may be called from the thread that calls into the library only, and */
-/* never while evaluating. Zeroed: malloc and free. */
+// Where the library gets its memory. alloc returns NULL or `size` bytes aligned to 16; free gets
+// the same size back. Both may be called from the thread that calls into the library only, and
+// never while evaluating. Zeroed: malloc and free.
 typedef struct moe_allocator {
     void *(*alloc)(void *user, size_t size);
     void (*free)(void *user, void *memory, size_t size);
     void *user;
 } moe_allocator;
 
-/* ---- tensor types ---------------------------------------------------------------------------- */
+// ---- tensor types ----------------------------------------------------------------------------
 
-/* Values are GGUF's type ids. Rows of a quantized type are made of blocks of 32 or 256 weights. */
+// Values are GGUF's type ids. Rows of a quantized type are made of blocks of 32 or 256 weights.
 typedef enum moe_type {
     MOE_TYPE_F32 = 0, MOE_TYPE_F16 = 1, MOE_TYPE_Q4_0 = 2, MOE_TYPE_Q4_1 = 3, MOE_TYPE_Q5_0 = 6,
     MOE_TYPE_Q5_1 = 7, MOE_TYPE_Q8_0 = 8, MOE_TYPE_Q2_K = 10, MOE_TYPE_Q3_K = 11,
@@ -320,76 +322,76 @@ typedef enum moe_type {
     MOE_TYPE_IQ4_NL_R4 = 220, MOE_TYPE_IQ4_XS_R8 = 223, MOE_TYPE_IQ2_K_R4 = 337,
     MOE_TYPE_IQ3_K_R4 = 338, MOE_TYPE_IQ4_K_R4 = 339, MOE_TYPE_IQ5_K_R4 = 340,
     MOE_TYPE_IQ4_KS_R4 = 344, MOE_TYPE_IQ5_KS_R4 = 352, MOE_TYPE_MXFP4_R8 = 353,
-    MOE_TYPE_ANY_ID = 0x7FFFFFFF /* no type: makes room for every id that a file may hold */
+    MOE_TYPE_ANY_ID = 0x7FFFFFFF // no type: makes room for every id that a file may hold
 } moe_type;
 
-/* "Q4_K", "F32", ...; for GGUF ids that this library knows but cannot compute with, their name */
-/* too; "?" for an unknown id. */
+// "Q4_K", "F32", ...; for GGUF ids that this library knows but cannot compute with, their name
+// too; "?" for an unknown id.
 MOE_API const char *moe_type_name(moe_type type);
-/* Non-zero if models with tensors of this type can be run. */
+// Non-zero if models with tensors of this type can be run.
 MOE_API int moe_type_supported(moe_type type);
-/* Weights per block (1, 32, 64, 128, 256), 0 for an unknown type. */
+// Weights per block (1, 32, 64, 128, 256), 0 for an unknown type.
 MOE_API int32_t moe_type_block(moe_type type);
-/* Bytes of a row of n weights; 0 if n is not a positive multiple of the block, if the type is */
-/* unknown or if the size does not fit. */
+// Bytes of a row of n weights; 0 if n is not a positive multiple of the block, if the type is
+// unknown or if the size does not fit.
 MOE_API size_t moe_type_row_size(moe_type type, int64_t n);
-/* rows: n_rows * moe_type_row_size(type, n) bytes, any alignment; out: n_rows * n floats. Types */
-/* with interleaved rows (_R4, _R8) come in whole groups of 4 or 8. Errors: ARGUMENT (NULL, */
-/* negative or ragged size), UNSUPPORTED. */
+// rows: n_rows * moe_type_row_size(type, n) bytes, any alignment; out: n_rows * n floats. Types
+// with interleaved rows (_R4, _R8) come in whole groups of 4 or 8. Errors: ARGUMENT (NULL,
+// negative or ragged size), UNSUPPORTED.
 MOE_API moe_status moe_type_dequantize(moe_type type, const void *rows, float *out, int64_t n_rows,
                                        int64_t n, moe_error *error);
-/* The reverse. importance: NULL or n non-negative weights of the squared error per column (an */
-/* importance matrix's mean squared activations). Deterministic. NaN and infinity in `in`: the */
-/* block's result is unspecified but well-formed. UNSUPPORTED for types that can only be read. */
+// The reverse. importance: NULL or n non-negative weights of the squared error per column (an
+// importance matrix's mean squared activations). Deterministic. NaN and infinity in `in`: the
+// block's result is unspecified but well-formed. UNSUPPORTED for types that can only be read.
 MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows, int64_t n_rows,
                                      int64_t n, const float *importance, moe_error *error);
 
-/* Instruction set of the kernels. One that the machine (or the build) lacks falls back to the */
-/* next lower one. */
+// Instruction set of the kernels. One that the machine (or the build) lacks falls back to the
+// next lower one.
 typedef enum moe_isa {
     MOE_ISA_BEST = 0,
     MOE_ISA_SCALAR = 1,
-    MOE_ISA_AVX2 = 2,    /* AVX2, FMA, F16C */
-    MOE_ISA_AVX512 = 3,  /* AVX-512 F, BW, VL, DQ, VNNI */
-    MOE_ISA_AVX_VNNI = 4 /* AVX2 and AVX-VNNI (256 bit): between AVX2 and AVX512 */
+    MOE_ISA_AVX2 = 2,    // AVX2, FMA, F16C
+    MOE_ISA_AVX512 = 3,  // AVX-512 F, BW, VL, DQ, VNNI
+    MOE_ISA_AVX_VNNI = 4 // AVX2 and AVX-VNNI (256 bit): between AVX2 and AVX512
 } moe_isa;
 
-/* What `isa` resolves to on this machine: any of them but BEST. */
+// What `isa` resolves to on this machine: any of them but BEST.
 MOE_API moe_isa moe_isa_resolve(moe_isa isa);
 MOE_API const char *moe_isa_name(moe_isa isa);
 
-/* ---- GGUF files ------------------------------------------------------------------------------ */
+// ---- GGUF files ------------------------------------------------------------------------------
 
-/* How a file's bytes lie in memory. Mapped pages are shared with other processes, and opening */
-/* takes milliseconds; how fast they are read depends on the pages in which the system caches the */
-/* file, on some virtual machines by a multiple. A copy is private, in huge pages (2 MiB) if the */
-/* system has them, and the cache behind it is dropped, so that memory is needed once. */
+// How a file's bytes lie in memory. Mapped pages are shared with other processes, and opening
+// takes milliseconds; how fast they are read depends on the pages in which the system caches the
+// file, on some virtual machines by a multiple. A copy is private, in huge pages (2 MiB) if the
+// system has them, and the cache behind it is dropped, so that memory is needed once.
 typedef enum moe_pages {
-    MOE_PAGES_AUTO = 0, /* mapped, and the file stays open; a model measures a sample of what is */
-                        /* cached and, only if that is read much slower than huge pages are, */
-                        /* makes huge pages of it */
-    MOE_PAGES_MAP = 1,  /* mapped, never copied */
-    MOE_PAGES_COPY = 2  /* copied: a file that is cut short later cannot hurt any more */
+    MOE_PAGES_AUTO = 0, // mapped, and the file stays open; a model measures a sample of what is
+                        // cached and, only if that is read much slower than huge pages are,
+                        // makes huge pages of it
+    MOE_PAGES_MAP = 1,  // mapped, never copied
+    MOE_PAGES_COPY = 2  // copied: a file that is cut short later cannot hurt any more
 } moe_pages;
 
 typedef struct moe_gguf moe_gguf;
 
 typedef struct moe_gguf_options {
-    moe_allocator allocator; /* of tables; files are mapped or copied into pages of the system */
-    moe_pages pages;   /* AUTO does what MAP does until a model is opened */
-    int32_t prefault;  /* MOE_ON: touch every page before returning */
-    /* Called now and then while reading or touching pages; fraction in 0..1. Return 0 to cancel. */
+    moe_allocator allocator; // of tables; files are mapped or copied into pages of the system
+    moe_pages pages;   // AUTO does what MAP does until a model is opened
+    int32_t prefault;  // MOE_ON: touch every page before returning
+    // Called now and then while reading or touching pages; fraction in 0..1. Return 0 to cancel.
     int (*progress)(void *user, float fraction);
     void *progress_user;
 } moe_gguf_options;
 
-/* Bytes that need not end in NUL. */
+// Bytes that need not end in NUL.
 typedef struct moe_string {
     const char *data;
     size_t size;
 } moe_string;
 
-/* GGUF metadata value types, as in the file. */
+// GGUF metadata value types, as in the file.
 typedef enum moe_value_type {
     MOE_VALUE_UINT8,
     MOE_VALUE_INT8,
@@ -408,223 +410,223 @@ typedef enum moe_value_type {
 
 typedef struct moe_gguf_value {
     moe_string key;
-    moe_value_type type;         /* MOE_VALUE_ARRAY: see the next two */
-    moe_value_type element_type; /* of an array; = type otherwise */
-    uint64_t count;              /* elements of an array; 1 otherwise */
-    uint64_t offset;             /* of the value's first byte in the file */
-    uint64_t size;               /* bytes at data; of an array: all its elements */
-    const void *data;            /* as in the file: little-endian, unaligned */
+    moe_value_type type;         // MOE_VALUE_ARRAY: see the next two
+    moe_value_type element_type; // of an array; = type otherwise
+    uint64_t count;              // elements of an array; 1 otherwise
+    uint64_t offset;             // of the value's first byte in the file
+    uint64_t size;               // bytes at data; of an array: all its elements
+    const void *data;            // as in the file: little-endian, unaligned
 } moe_gguf_value;
 
 typedef struct moe_gguf_tensor {
     char name[64];
-    moe_type type;   /* may be a type that the library does not support or know */
-    int32_t n_dims;  /* 1..4 */
-    int64_t ne[4];   /* each >= 1; ne[0] = row length */
-    uint64_t offset; /* from the start of its file */
-    uint64_t size;   /* bytes; 0 if the type is unknown */
-    int32_t part;    /* which file of a split model, from 0 */
-    const void *data; /* the weights, where they lie in the mapping; NULL if the type is unknown */
+    moe_type type;   // may be a type that the library does not support or know
+    int32_t n_dims;  // 1..4
+    int64_t ne[4];   // each >= 1; ne[0] = row length
+    uint64_t offset; // from the start of its file
+    uint64_t size;   // bytes; 0 if the type is unknown
+    int32_t part;    // which file of a split model, from 0
+    const void *data; // the weights, where they lie in the mapping; NULL if the type is unknown
 } moe_gguf_tensor;
 
-/* Opens a file, or the first file of a split model (NAME-00001-of-0000N.gguf: all parts are */
-/* opened). Every size in the file is checked before it is used. Errors: ARGUMENT, MEMORY, IO, */
-/* FORMAT (with offset and key or tensor name), UNSUPPORTED (GGUF version, byte order), */
-/* CANCELLED. */
+// Opens a file, or the first file of a split model (NAME-00001-of-0000N.gguf: all parts are
+// opened). Every size in the file is checked before it is used. Errors: ARGUMENT, MEMORY, IO,
+// FORMAT (with offset and key or tensor name), UNSUPPORTED (GGUF version, byte order),
+// CANCELLED.
 MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *options,
                                 moe_error *error);
-/* A whole unsplit GGUF file in memory, which must stay unchanged until close. options->pages */
-/* etc. do not matter. */
+// A whole unsplit GGUF file in memory, which must stay unchanged until close. options->pages
+// etc. do not matter.
 MOE_API moe_gguf *moe_gguf_open_memory(const void *data, size_t size,
                                        const moe_gguf_options *options, moe_error *error);
 MOE_API void moe_gguf_close(moe_gguf *gguf);
 
 MOE_API uint32_t moe_gguf_version(const moe_gguf *gguf);
-MOE_API uint64_t moe_gguf_file_size(const moe_gguf *gguf); /* of all parts together */
+MOE_API uint64_t moe_gguf_file_size(const moe_gguf *gguf); // of all parts together
 MOE_API int64_t moe_gguf_n_values(const moe_gguf *gguf);
 MOE_API int64_t moe_gguf_n_tensors(const moe_gguf *gguf);
-/* Entries by index in file order, NULL if out of range; valid until close. */
+// Entries by index in file order, NULL if out of range; valid until close.
 MOE_API const moe_gguf_value *moe_gguf_value_at(const moe_gguf *gguf, int64_t i);
 MOE_API const moe_gguf_tensor *moe_gguf_tensor_at(const moe_gguf *gguf, int64_t i);
-/* Entries by name, NULL if there is none. */
+// Entries by name, NULL if there is none.
 MOE_API const moe_gguf_value *moe_gguf_find_value(const moe_gguf *gguf, const char *key);
 MOE_API const moe_gguf_tensor *moe_gguf_find_tensor(const moe_gguf *gguf, const char *name);
 
-/* Element i of a value (0 for a scalar), converted. Return 1, or 0 if value is NULL, i is out of */
-/* range, or the element is not of that kind: integers of any width (and bool) for _int, f32 or */
-/* f64 (and integers) for _float, bool or the integers 0 and 1 for _bool. Integers above */
-/* INT64_MAX are not representable. */
+// Element i of a value (0 for a scalar), converted. Return 1, or 0 if value is NULL, i is out of
+// range, or the element is not of that kind: integers of any width (and bool) for _int, f32 or
+// f64 (and integers) for _float, bool or the integers 0 and 1 for _bool. Integers above
+// INT64_MAX are not representable.
 MOE_API int moe_gguf_value_int(const moe_gguf_value *value, uint64_t i, int64_t *out);
 MOE_API int moe_gguf_value_float(const moe_gguf_value *value, uint64_t i, double *out);
 MOE_API int moe_gguf_value_bool(const moe_gguf_value *value, uint64_t i, int *out);
-/* A string value, or the strings of an array one after another: *cursor starts as NULL and is */
-/* moved on. Returns 0 behind the last and for values of other types. */
+// A string value, or the strings of an array one after another: *cursor starts as NULL and is
+// moved on. Returns 0 behind the last and for values of other types.
 MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **cursor,
                                   moe_string *out);
 
-/* ---- models ---------------------------------------------------------------------------------- */
+// ---- models ----------------------------------------------------------------------------------
 
-typedef struct moe_model moe_model; /* immutable: share it between sessions and threads */
+typedef struct moe_model moe_model; // immutable: share it between sessions and threads
 typedef struct moe_vocab moe_vocab;
 
-/* On which memory nodes the pages of weights lie. Other than OFF, all are touched at opening, as */
-/* prefault does. Pages of a mapped file that other processes use stay where they are. With more */
-/* than one node a copy is made of small pages, since 2 MiB often hold rows of two nodes. */
+// On which memory nodes the pages of weights lie. Other than OFF, all are touched at opening, as
+// prefault does. Pages of a mapped file that other processes use stay where they are. With more
+// than one node a copy is made of small pages, since 2 MiB often hold rows of two nodes.
 typedef enum moe_numa {
-    MOE_NUMA_OFF = 0,        /* where the system puts them */
-    MOE_NUMA_INTERLEAVE = 1, /* in turn on all nodes: for any threads; on two nodes half is far */
-    MOE_NUMA_OWNER = 2       /* rows on the node of the pinned threads that read them */
+    MOE_NUMA_OFF = 0,        // where the system puts them
+    MOE_NUMA_INTERLEAVE = 1, // in turn on all nodes: for any threads; on two nodes half is far
+    MOE_NUMA_OWNER = 2       // rows on the node of the pinned threads that read them
 } moe_numa;
 
 typedef struct moe_model_options {
     moe_allocator allocator;
     moe_pages pages;
-    int32_t prefault;  /* as in moe_gguf_options */
-    int32_t mlock;     /* MOE_ON: keep the weights in memory, as far as the system allows */
+    int32_t prefault;  // as in moe_gguf_options
+    int32_t mlock;     // MOE_ON: keep the weights in memory, as far as the system allows
     moe_numa numa;
     int (*progress)(void *user, float fraction);
     void *progress_user;
 } moe_model_options;
 
-/* Hyper-parameters, read from the file and checked against the tensors. */
+// Hyper-parameters, read from the file and checked against the tensors.
 typedef struct moe_model_info {
-    char family[32];          /* general.architecture */
-    char name[64];            /* general.name, may be empty */
-    int32_t n_vocab;          /* rows of token_embd and output: the length of a row of logits */
-    int32_t n_ctx_train;      /* context_length */
-    int32_t n_layer;          /* layers that are run */
+    char family[32];          // general.architecture
+    char name[64];            // general.name, may be empty
+    int32_t n_vocab;          // rows of token_embd and output: the length of a row of logits
+    int32_t n_ctx_train;      // context_length
+    int32_t n_layer;          // layers that are run
     int32_t n_embd;
-    int32_t n_head, n_head_kv; /* of the first layer */
+    int32_t n_head, n_head_kv; // of the first layer
     int32_t n_expert, n_expert_used, n_expert_shared;
-    int32_t n_ff, n_ff_exp;   /* width of the first layer if it is dense, of a routed expert */
-    int64_t n_params;         /* weights of all tensors in use */
-    int64_t n_bytes;          /* their bytes in the file */
-    int64_t n_bytes_token;    /* bytes of weights that generating one token reads */
-    int64_t n_bytes_made;     /* bytes of matrices made at opening: transposed keys' halves of */
-                              /* attn_kv_b in files without attn_k_b */
+    int32_t n_ff, n_ff_exp;   // width of the first layer if it is dense, of a routed expert
+    int64_t n_params;         // weights of all tensors in use
+    int64_t n_bytes;          // their bytes in the file
+    int64_t n_bytes_token;    // bytes of weights that generating one token reads
+    int64_t n_bytes_made;     // bytes of matrices made at opening: transposed keys' halves of
+                              // attn_kv_b in files without attn_k_b
 } moe_model_info;
 
-/* What became of the wishes about memory; where the system refuses one, nothing else changes. */
+// What became of the wishes about memory; where the system refuses one, nothing else changes.
 typedef struct moe_model_memory {
-    moe_pages pages;         /* MAP, or COPY if the file was copied, if only in part */
-    uint64_t n_bytes_copied; /* of the file: memory that no other process shares */
-    double map_rate;         /* bytes per second at which a sample of the mapping was read, and */
-    double copy_rate;        /* as much anonymous memory in huge pages; 0: not measured */
-    char text[160];          /* what was done and why, in words: "4.00 GiB copied to huge pages: */
-                             /* the mapping reads at 7.1 of 41.3 GB/s" */
-    moe_numa numa;           /* OFF if there is one node only, or if the system refused */
-    int32_t n_nodes;         /* memory nodes with processors that we may use; 1 if numa was OFF */
-    uint64_t n_bytes_placed; /* of weights, in the right place: OWNER: on their node; INTERLEAVE: */
-                             /* as many times the least loaded node as there are nodes */
-    uint64_t n_bytes_locked; /* of weights, by mlock */
+    moe_pages pages;         // MAP, or COPY if the file was copied, if only in part
+    uint64_t n_bytes_copied; // of the file: memory that no other process shares
+    double map_rate;         // bytes per second at which a sample of the mapping was read, and
+    double copy_rate;        // as much anonymous memory in huge pages; 0: not measured
+    char text[160];          // what was done and why, in words: "4.00 GiB copied to huge pages:
+                             // the mapping reads at 7.1 of 41.3 GB/s"
+    moe_numa numa;           // OFF if there is one node only, or if the system refused
+    int32_t n_nodes;         // memory nodes with processors that we may use; 1 if numa was OFF
+    uint64_t n_bytes_placed; // of weights, in the right place: OWNER: on their node; INTERLEAVE:
+                             // as many times the least loaded node as there are nodes
+    uint64_t n_bytes_locked; // of weights, by mlock
 } moe_model_memory;
 
-/* Opens path (as moe_gguf_open) and prepares it for running. Refused with the reason: a family, */
-/* tensor type or tokenizer that is not supported, a missing or misshapen tensor, a */
-/* hyper-parameter out of bounds. Weights stay in the mapping; norms and the like are copied. */
+// Opens path (as moe_gguf_open) and prepares it for running. Refused with the reason: a family,
+// tensor type or tokenizer that is not supported, a missing or misshapen tensor, a
+// hyper-parameter out of bounds. Weights stay in the mapping; norms and the like are copied.
 MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
                                   moe_error *error);
-/* The same from a GGUF opened before (from memory, for instance), which must outlive the model. */
-/* What options->pages says counts only if the GGUF was opened with AUTO, and only for its first */
-/* model; prefault does not matter. */
+// The same from a GGUF opened before (from memory, for instance), which must outlive the model.
+// What options->pages says counts only if the GGUF was opened with AUTO, and only for its first
+// model; prefault does not matter.
 MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_options *options,
                                        moe_error *error);
 MOE_API void moe_model_close(moe_model *model);
-MOE_API const moe_vocab *moe_model_vocab(const moe_model *model); /* NULL: token ids only */
+MOE_API const moe_vocab *moe_model_vocab(const moe_model *model); // NULL: token ids only
 MOE_API const moe_gguf *moe_model_gguf(const moe_model *model);
 MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
-/* With AUTO the weights may still move to huge pages while tokens are generated, if they are */
-/* read slowly by then: ask again for what came of it (what an earlier call returned stays as it */
-/* was until close). */
+// With AUTO the weights may still move to huge pages while tokens are generated, if they are
+// read slowly by then: ask again for what came of it (what an earlier call returned stays as it
+// was until close).
 MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model);
-/* Bytes of the model's files that are mapped by huge pages now, as /proc/self/smaps tells: pages */
-/* of a mapping count once they were read. Takes milliseconds. */
+// Bytes of the model's files that are mapped by huge pages now, as /proc/self/smaps tells: pages
+// of a mapping count once they were read. Takes milliseconds.
 MOE_API uint64_t moe_model_huge_bytes(const moe_model *model);
 
-/* ---- vocabulary ------------------------------------------------------------------------------ */
+// ---- vocabulary ------------------------------------------------------------------------------
 
 enum { MOE_TOKENIZE_ADD_SPECIAL = 1, MOE_TOKENIZE_PARSE_SPECIAL = 2 };
 
-/* Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM); files without */
-/* tensors work too. The GGUF may be closed afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (an */
-/* unknown tokenizer or pre-tokenizer). */
+// Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM); files without
+// tensors work too. The GGUF may be closed afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (an
+// unknown tokenizer or pre-tokenizer).
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error);
 MOE_API void moe_vocab_close(moe_vocab *vocab);
 MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
-/* Writes at most `capacity` ids and returns how many there are (call again if that is more), or */
-/* -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so. */
-/* PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed. */
-/* Any bytes are accepted. Time grows as n log n with the text. Unknown flags and more than */
-/* INT32_MAX bytes (2^29 are always accepted) are errors of the argument. Up to 16 MiB of working */
-/* memory stay with the vocabulary for the next call, until moe_vocab_close. */
+// Writes at most `capacity` ids and returns how many there are (call again if that is more), or
+// -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so.
+// PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed.
+// Any bytes are accepted. Time grows as n log n with the text. Unknown flags and more than
+// INT32_MAX bytes (2^29 are always accepted) are errors of the argument. Up to 16 MiB of working
+// memory stay with the vocabulary for the next call, until moe_vocab_close.
 MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
                                    unsigned flags, int32_t *tokens, size_t capacity);
-/* The bytes of a token; a character may be spread over several tokens. Writes at most `capacity` */
-/* bytes (no NUL) and returns how many there are. Control tokens, ids out of range: 0 bytes. SPM */
-/* vocabularies put a blank in front of most texts, which the first token gives back: drop it. */
+// The bytes of a token; a character may be spread over several tokens. Writes at most `capacity`
+// bytes (no NUL) and returns how many there are. Control tokens, ids out of range: 0 bytes. SPM
+// vocabularies put a blank in front of most texts, which the first token gives back: drop it.
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer, size_t capacity);
-/* The token's entry in the vocabulary as text, also for control tokens ("<|im_end|>"); not */
-/* NUL-terminated, {NULL, 0} if out of range. */
+// The token's entry in the vocabulary as text, also for control tokens ("<|im_end|>"); not
+// NUL-terminated, {NULL, 0} if out of range.
 MOE_API moe_string moe_vocab_token(const moe_vocab *vocab, int32_t token);
-/* The token whose entry is this text, or -1. */
+// The token whose entry is this text, or -1.
 MOE_API int32_t moe_vocab_find(const moe_vocab *vocab, const char *text, size_t text_size);
-MOE_API int32_t moe_vocab_bos(const moe_vocab *vocab);        /* -1 if there is none */
-MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab);        /* -1 if there is none */
-MOE_API int moe_vocab_is_end(const moe_vocab *vocab, int32_t token); /* end of generation? */
+MOE_API int32_t moe_vocab_bos(const moe_vocab *vocab);        // -1 if there is none
+MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab);        // -1 if there is none
+MOE_API int moe_vocab_is_end(const moe_vocab *vocab, int32_t token); // end of generation?
 MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token);
 
-/* ---- thread pool ----------------------------------------------------------------------------- */
+// ---- thread pool -----------------------------------------------------------------------------
 
 typedef struct moe_pool moe_pool;
 
 typedef struct moe_pool_options {
     moe_allocator allocator;
-    int32_t n_threads; /* the caller's thread included; 0: physical cores in the affinity mask */
-                       /* and cgroup quota; at most MOE_MAX_THREADS */
-    int32_t spin_us;   /* how long a waiting thread spins before it sleeps, at most: one that */
-                       /* spins in vain does so less; MOE_OFF: not at all; 0: 50, or not at all */
-                       /* in a job of more threads than processors */
-    int32_t pin;       /* MOE_ON: each thread stays on a core of its own (then on second hardware */
-                       /* threads), in blocks over the memory nodes; the caller's thread only */
-                       /* while it evaluates. Default: the system moves threads as it likes */
+    int32_t n_threads; // the caller's thread included; 0: physical cores in the affinity mask
+                       // and cgroup quota; at most MOE_MAX_THREADS
+    int32_t spin_us;   // how long a waiting thread spins before it sleeps, at most: one that
+                       // spins in vain does so less; MOE_OFF: not at all; 0: 50, or not at all
+                       // in a job of more threads than processors
+    int32_t pin;       // MOE_ON: each thread stays on a core of its own (then on second hardware
+                       // threads), in blocks over the memory nodes; the caller's thread only
+                       // while it evaluates. Default: the system moves threads as it likes
 } moe_pool_options;
 
 enum { MOE_MAX_THREADS = 1024 };
 
-/* Threads that sleep between evals, and the buffers for a batch. A session makes its own unless */
-/* it is given one; sessions that share one take turns or are evaluated together, and each */
-/* further one costs its cache only. */
+// Threads that sleep between evals, and the buffers for a batch. A session makes its own unless
+// it is given one; sessions that share one take turns or are evaluated together, and each
+// further one costs its cache only.
 MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error);
-MOE_API void moe_pool_close(moe_pool *pool); /* after the sessions that use it */
+MOE_API void moe_pool_close(moe_pool *pool); // after the sessions that use it
 MOE_API int32_t moe_pool_threads(const moe_pool *pool);
-MOE_API int32_t moe_pool_nodes(const moe_pool *pool); /* that threads are pinned to; else 1 */
+MOE_API int32_t moe_pool_nodes(const moe_pool *pool); // that threads are pinned to; else 1
 
-/* ---- sessions -------------------------------------------------------------------------------- */
+// ---- sessions --------------------------------------------------------------------------------
 
-typedef struct moe_session moe_session; /* one context; one thread at a time */
+typedef struct moe_session moe_session; // one context; one thread at a time
 
 typedef enum moe_kv_type { MOE_KV_F16 = 0, MOE_KV_Q8_0 = 1, MOE_KV_F32 = 2 } moe_kv_type;
 
 typedef enum moe_schedule {
-    MOE_SCHEDULE_DEFAULT = 0,    /* by the macros, see >>config */
-    MOE_SCHEDULE_SEQUENTIAL = 1, /* all threads on one expert after another */
-    MOE_SCHEDULE_PARALLEL = 2,   /* experts at the same time, each by some of the threads */
-    MOE_SCHEDULE_BALANCED = 3    /* one list of (expert, row block), cut evenly */
+    MOE_SCHEDULE_DEFAULT = 0,    // by the macros, see >>config
+    MOE_SCHEDULE_SEQUENTIAL = 1, // all threads on one expert after another
+    MOE_SCHEDULE_PARALLEL = 2,   // experts at the same time, each by some of the threads
+    MOE_SCHEDULE_BALANCED = 3    // one list of (expert, row block), cut evenly
 } moe_schedule;
 
 typedef struct moe_session_options {
-    int32_t n_ctx;           /* tokens that fit; 0: min(context_length, 4096) */
-    int32_t n_batch;         /* tokens evaluated at once (longer inputs are cut); 0: 512 */
-    int32_t n_threads;       /* for generation; 0: see moe_pool_options */
-    int32_t n_threads_batch; /* for prompts (more than one token); 0: n_threads */
-    moe_kv_type kv_type;     /* Q8_0: widths of keys and values are multiples of 32 */
-    int32_t keep_all_logits; /* MOE_ON: logits of every token of an eval, not only of the last */
+    int32_t n_ctx;           // tokens that fit; 0: min(context_length, 4096)
+    int32_t n_batch;         // tokens evaluated at once (longer inputs are cut); 0: 512
+    int32_t n_threads;       // for generation; 0: see moe_pool_options
+    int32_t n_threads_batch; // for prompts (more than one token); 0: n_threads
+    moe_kv_type kv_type;     // Q8_0: widths of keys and values are multiples of 32
+    int32_t keep_all_logits; // MOE_ON: logits of every token of an eval, not only of the last
     moe_schedule schedule;
     moe_isa isa;
-    moe_pool *pool;          /* shared threads, must outlive the session; NULL: own */
-    int32_t pin;             /* own threads: as in moe_pool_options; default: pinned if the */
-                             /* model's weights were placed by MOE_NUMA_OWNER */
-    /* Asked at least once per layer, non-zero cancels the eval; cannot evaluate with the pool. */
+    moe_pool *pool;          // shared threads, must outlive the session; NULL: own
+    int32_t pin;             // own threads: as in moe_pool_options; default: pinned if the
+                             // model's weights were placed by MOE_NUMA_OWNER
+    // Asked at least once per layer, non-zero cancels the eval; cannot evaluate with the pool.
     int (*should_stop)(void *user);
     void *should_stop_user;
 } moe_session_options;
@@ -632,123 +634,123 @@ typedef struct moe_session_options {
 typedef struct moe_session_info {
     int32_t n_ctx, n_batch, n_threads, n_threads_batch;
     moe_kv_type kv_type;
-    moe_schedule schedule; /* what MOE_SCHEDULE_DEFAULT became */
-    moe_isa isa;           /* what was asked for, resolved */
-    size_t kv_bytes;       /* the cache */
-    size_t work_bytes;     /* everything else; sessions of a pool share most of it */
-    uint64_t n_barriers;   /* barriers passed by the last eval */
-    double eval_seconds;   /* how long it took */
-    double wait_seconds;   /* what all its threads together spent at barriers, see */
-                           /* moe_session_wait_seconds */
-    int32_t n_expert_groups; /* groups of threads on experts at the same time in its last layer */
-                             /* of experts: more than 1 with MOE_SCHEDULE_PARALLEL, if it can */
+    moe_schedule schedule; // what MOE_SCHEDULE_DEFAULT became
+    moe_isa isa;           // what was asked for, resolved
+    size_t kv_bytes;       // the cache
+    size_t work_bytes;     // everything else; sessions of a pool share most of it
+    uint64_t n_barriers;   // barriers passed by the last eval
+    double eval_seconds;   // how long it took
+    double wait_seconds;   // what all its threads together spent at barriers, see
+                           // moe_session_wait_seconds
+    int32_t n_expert_groups; // groups of threads on experts at the same time in its last layer
+                             // of experts: more than 1 with MOE_SCHEDULE_PARALLEL, if it can
 } moe_session_info;
 
-/* Takes all memory and threads that evaluating needs. Errors: ARGUMENT, MEMORY, THREAD, */
-/* UNSUPPORTED (kv_type, schedule). */
+// Takes all memory and threads that evaluating needs. Errors: ARGUMENT, MEMORY, THREAD,
+// UNSUPPORTED (kv_type, schedule).
 MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_options *options,
                                       moe_error *error);
-MOE_API void moe_session_close(moe_session *session); /* before its model */
+MOE_API void moe_session_close(moe_session *session); // before its model
 MOE_API const moe_model *moe_session_model(const moe_session *session);
 MOE_API const moe_session_info *moe_session_get_info(const moe_session *session);
-/* Bytes of its cache and buffers on huge pages now. Takes milliseconds. */
+// Bytes of its cache and buffers on huge pages now. Takes milliseconds.
 MOE_API uint64_t moe_session_huge_bytes(const moe_session *session);
-/* Memory a session with these options would take, without taking it: info->kv_bytes and */
-/* info->work_bytes (the threads' stacks are not counted). */
+// Memory a session with these options would take, without taking it: info->kv_bytes and
+// info->work_bytes (the threads' stacks are not counted).
 MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
                                         moe_session_info *info, moe_error *error);
-/* Appends tokens to the context. Errors leave the session as it was: ARGUMENT (id out of range, */
-/* n_tokens < 1), CONTEXT_FULL, CANCELLED. With keep_all_logits n_tokens is at most n_ctx. */
+// Appends tokens to the context. Errors leave the session as it was: ARGUMENT (id out of range,
+// n_tokens < 1), CONTEXT_FULL, CANCELLED. With keep_all_logits n_tokens is at most n_ctx.
 MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
                                     moe_error *error);
-/* Appends to several contexts at once: each matrix is read once for all of them, and each result */
-/* has the bits that it has alone. The sessions have one model, one pool and one isa; schedule, */
-/* n_batch and threads are those of the first, and its info and wait_seconds tell about the call. */
-/* A job that is wrong is left out, its status says why; the others are evaluated. Returns the */
-/* first status that is not MOE_OK. If any session's should_stop says so, all are CANCELLED. */
+// Appends to several contexts at once: each matrix is read once for all of them, and each result
+// has the bits that it has alone. The sessions have one model, one pool and one isa; schedule,
+// n_batch and threads are those of the first, and its info and wait_seconds tell about the call.
+// A job that is wrong is left out, its status says why; the others are evaluated. Returns the
+// first status that is not MOE_OK. If any session's should_stop says so, all are CANCELLED.
 typedef struct moe_job {
     moe_session *session;
     const int32_t *tokens;
     int32_t n_tokens;
-    moe_status status; /* out: as of moe_session_eval */
+    moe_status status; // out: as of moe_session_eval
 } moe_job;
 MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error);
-/* n_vocab floats: what follows the i-th token of the last eval, -1 = last. NULL if not kept. A */
-/* failed or cancelled eval leaves them, rewinding drops them. */
+// n_vocab floats: what follows the i-th token of the last eval, -1 = last. NULL if not kept. A
+// failed or cancelled eval leaves them, rewinding drops them.
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
 MOE_API int32_t moe_session_length(const moe_session *session);
-/* Seconds of the last eval that a thread (0: the caller's) waited for others; 0 if it took no */
-/* part. A thread that always waits least has more work than the others, or a slower core. */
+// Seconds of the last eval that a thread (0: the caller's) waited for others; 0 if it took no
+// part. A thread that always waits least has more work than the others, or a slower core.
 MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread);
-/* n_expert counts: for how many tokens each routed expert of a layer was chosen since the */
-/* session was opened (tokens that were forgotten later, too). NULL: the layer has no experts, or */
-/* is out of range. Valid until close. */
+// n_expert counts: for how many tokens each routed expert of a layer was chosen since the
+// session was opened (tokens that were forgotten later, too). NULL: the layer has no experts, or
+// is out of range. Valid until close.
 MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer);
-/* Forgets all tokens from position `length` on, 0 <= length <= moe_session_length. */
+// Forgets all tokens from position `length` on, 0 <= length <= moe_session_length.
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
 
-/* ---- sampling and generating ----------------------------------------------------------------- */
+// ---- sampling and generating -----------------------------------------------------------------
 
 typedef struct moe_sampler moe_sampler;
 
 typedef struct moe_sampler_options {
     moe_allocator allocator;
-    float temperature;    /* <= 0: greedy (the largest logit, the lowest id among equals) */
-    int32_t top_k;        /* keep the k most likely; <= 0: all */
-    float top_p;          /* keep the fewest whose probabilities reach p; 0 or >= 1: all */
-    float min_p;          /* drop those below min_p times the most likely; 0: none */
-    float repeat_penalty; /* divides positive and multiplies negative logits of recent tokens; */
-                          /* 0 or 1: off */
-    int32_t repeat_last_n; /* how many tokens count as recent; 0: 64; MOE_OFF: none */
-    uint64_t seed;        /* same seed, same logits: same tokens */
+    float temperature;    // <= 0: greedy (the largest logit, the lowest id among equals)
+    int32_t top_k;        // keep the k most likely; <= 0: all
+    float top_p;          // keep the fewest whose probabilities reach p; 0 or >= 1: all
+    float min_p;          // drop those below min_p times the most likely; 0: none
+    float repeat_penalty; // divides positive and multiplies negative logits of recent tokens;
+                          // 0 or 1: off
+    int32_t repeat_last_n; // how many tokens count as recent; 0: 64; MOE_OFF: none
+    uint64_t seed;        // same seed, same logits: same tokens
 } moe_sampler_options;
 
-/* Order: repetition penalty, top-k, top-p, min-p, temperature (llama.cpp's order). */
-/* n_vocab: length of the rows of logits; ids from n_valid on are never chosen (padding rows). */
-/* Errors: MEMORY, ARGUMENT (an option is NaN, infinite or, but for temperature, negative). */
+// Order: repetition penalty, top-k, top-p, min-p, temperature (llama.cpp's order).
+// n_vocab: length of the rows of logits; ids from n_valid on are never chosen (padding rows).
+// Errors: MEMORY, ARGUMENT (an option is NaN, infinite or, but for temperature, negative).
 MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_t n_vocab,
                                       int32_t n_valid, moe_error *error);
 MOE_API void moe_sampler_close(moe_sampler *sampler);
-/* Chooses a token. NaN counts as minus infinity; if nothing is finite, token 0 is returned. */
+// Chooses a token. NaN counts as minus infinity; if nothing is finite, token 0 is returned.
 MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits);
-/* Tells the sampler what was evaluated (prompt and choices), for the repetition penalty. */
+// Tells the sampler what was evaluated (prompt and choices), for the repetition penalty.
 MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token);
 
 typedef enum moe_stop_reason {
-    MOE_STOP_LIMIT,   /* max_tokens reached */
-    MOE_STOP_END,     /* the model ended */
-    MOE_STOP_STRING,  /* a stop string appeared (it is not part of the text) */
-    MOE_STOP_CALLER,  /* on_text returned 0 or the session's should_stop said so */
-    MOE_STOP_CONTEXT  /* the context is full */
+    MOE_STOP_LIMIT,   // max_tokens reached
+    MOE_STOP_END,     // the model ended
+    MOE_STOP_STRING,  // a stop string appeared (it is not part of the text)
+    MOE_STOP_CALLER,  // on_text returned 0 or the session's should_stop said so
+    MOE_STOP_CONTEXT  // the context is full
 } moe_stop_reason;
 
 typedef struct moe_generate_options {
-    int32_t max_tokens;      /* <= 0: until the context is full */
-    moe_sampler *sampler;    /* NULL: greedy */
-    const char *const *stop; /* n_stop strings of 1 to 512 bytes of UTF-8, NUL-terminated */
+    int32_t max_tokens;      // <= 0: until the context is full
+    moe_sampler *sampler;    // NULL: greedy
+    const char *const *stop; // n_stop strings of 1 to 512 bytes of UTF-8, NUL-terminated
     size_t n_stop;
-    int32_t ignore_end;      /* MOE_ON: go on after end-of-generation tokens */
-    int32_t special;         /* MOE_ON: control tokens appear as text */
-    /* Gets pieces of valid UTF-8 as soon as no stop string can begin in them (bytes that are not */
-    /* UTF-8 become U+FFFD); not NUL-terminated. Return 0 to stop. May be NULL. */
+    int32_t ignore_end;      // MOE_ON: go on after end-of-generation tokens
+    int32_t special;         // MOE_ON: control tokens appear as text
+    // Gets pieces of valid UTF-8 as soon as no stop string can begin in them (bytes that are not
+    // UTF-8 become U+FFFD); not NUL-terminated. Return 0 to stop. May be NULL.
     int (*on_text)(void *user, const char *text, size_t size);
     void *user;
 } moe_generate_options;
 
 typedef struct moe_generate_result {
     moe_stop_reason reason;
-    int32_t n_prompt, n_generated;            /* tokens; what was generated is reported */
-    int32_t next_token; /* chosen last and not evaluated: what goes on begins with it. It is */
-                        /* reported unless the reason is END; -1: there is none */
+    int32_t n_prompt, n_generated;            // tokens; what was generated is reported
+    int32_t next_token; // chosen last and not evaluated: what goes on begins with it. It is
+                        // reported unless the reason is END; -1: there is none
     double prompt_seconds, generate_seconds;
 } moe_generate_result;
 
-/* Evaluates the prompt behind what the session holds, then chooses, reports and evaluates tokens */
-/* until something stops it. The last one is not evaluated, so that a full context gives one */
-/* token more than fits. The model must have a vocabulary. Memory: nothing is allocated. An empty */
-/* prompt goes on with the logits of the last eval. *result (may be NULL) is always set; after an */
-/* error its reason is CALLER, or CONTEXT for a prompt that does not fit. Errors: those of */
-/* moe_session_eval for the prompt; ARGUMENT; FORMAT (no logit is a number). */
+// Evaluates the prompt behind what the session holds, then chooses, reports and evaluates tokens
+// until something stops it. The last one is not evaluated, so that a full context gives one
+// token more than fits. The model must have a vocabulary. Memory: nothing is allocated. An empty
+// prompt goes on with the logits of the last eval. *result (may be NULL) is always set; after an
+// error its reason is CALLER, or CONTEXT for a prompt that does not fit. Errors: those of
+// moe_session_eval for the prompt; ARGUMENT; FORMAT (no logit is a number).
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error);
@@ -757,11 +759,11 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 }
 #endif
 
-/* Stop here if you only use the library. */
+// Stop here if you only use the library.
 
-#endif /* MOE_INFER_H */
+#endif // MOE_INFER_H
 
-/* Where the implementation cannot work one sentence is worth more than what follows from it. */
+// Where the implementation cannot work one sentence is worth more than what follows from it.
 #if defined(MOE_INFER_IMPLEMENTATION) && !defined(MOE__IMPLEMENTED)
 #if defined(_WIN32)
 #error "moe_infer.h needs a POSIX system: compile its implementation for Linux or WSL"
@@ -782,12 +784,12 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 
 #if defined(MOE__IMPLEMENT) && !defined(MOE__IMPLEMENTED)
 
-/* ============================================================================================== */
-/* // >>base */
-/* */
-/* What every room below uses: compiler macros, errors, memory, checked sizes, small floats. */
-/* Nothing here knows about models. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>base
+//
+// What every room below uses: compiler macros, errors, memory, checked sizes, small floats.
+// Nothing here knows about models.
+// ==============================================================================================
 
 #include <errno.h>
 #include <fcntl.h>
@@ -823,7 +825,7 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 #define MOE__STATIC_ASSERT(name, condition) \
     typedef char moe__assert_##name[(condition) ? 1 : -1] __attribute__((unused))
 
-/* Under strict -std=c11 glibc hides syscall(); its prototype is older than the standard. */
+// Under strict -std=c11 glibc hides syscall(); its prototype is older than the standard.
 #if !defined(__cplusplus) && defined(__GLIBC__) && !defined(__USE_MISC)
 extern long syscall(long number, ...);
 #endif
@@ -836,7 +838,7 @@ extern long syscall(long number, ...);
 #define MOE__O_CLOEXEC 0
 #endif
 
-/* ---- errors ---------------------------------------------------------------------------------- */
+// ---- errors ----------------------------------------------------------------------------------
 
 MOE_API const char *moe_status_name(moe_status status) {
     switch (status) {
@@ -853,7 +855,7 @@ MOE_API const char *moe_status_name(moe_status status) {
     return "MOE_ERROR_?";
 }
 
-/* Copies at most capacity - 1 bytes and ends with NUL. A cut falls between UTF-8 characters. */
+// Copies at most capacity - 1 bytes and ends with NUL. A cut falls between UTF-8 characters.
 MOE__PRIVATE void moe__base_copy_text(char *out, size_t capacity, const char *text, size_t size) {
     if (size > capacity - 1) {
         size = capacity - 1;
@@ -863,8 +865,8 @@ MOE__PRIVATE void moe__base_copy_text(char *out, size_t capacity, const char *te
     out[size] = 0;
 }
 
-/* Bytes of the character at the start of text if it may be shown; 0: it is no UTF-8, or one that */
-/* a terminal might obey (below space, DEL, U+0080 to U+009F). */
+// Bytes of the character at the start of text if it may be shown; 0: it is no UTF-8, or one that
+// a terminal might obey (below space, DEL, U+0080 to U+009F).
 MOE__PRIVATE size_t moe__base_shown(const char *text, size_t size) {
     const unsigned char *c = (const unsigned char *)text;
     if (c[0] < 0x80) return c[0] >= 0x20 && c[0] != 0x7F;
@@ -872,7 +874,7 @@ MOE__PRIVATE size_t moe__base_shown(const char *text, size_t size) {
     if (c[0] < 0xC2 || c[0] > 0xF4 || n > size) return 0;
     for (size_t i = 1; i < n; i++)
         if ((c[i] & 0xC0) != 0x80) return 0;
-    /* What has a shorter form, surrogates, and numbers beyond Unicode's */
+    // What has a shorter form, surrogates, and numbers beyond Unicode's
     if ((c[0] == 0xC2 && c[1] < 0xA0) || (c[0] == 0xE0 && c[1] < 0xA0) ||
         (c[0] == 0xED && c[1] >= 0xA0) || (c[0] == 0xF0 && c[1] < 0x90) ||
         (c[0] == 0xF4 && c[1] >= 0x90))
@@ -880,8 +882,8 @@ MOE__PRIVATE size_t moe__base_shown(const char *text, size_t size) {
     return n;
 }
 
-/* The same as moe__base_copy_text, with a '?' for every byte that may not be shown: errors quote */
-/* files. */
+// The same as moe__base_copy_text, with a '?' for every byte that may not be shown: errors quote
+// files.
 MOE__PRIVATE void moe__base_copy_shown(char *out, size_t capacity, const char *text, size_t size) {
     size_t used = 0;
     for (size_t i = 0, n; i < size; i += n) {
@@ -895,20 +897,20 @@ MOE__PRIVATE void moe__base_copy_shown(char *out, size_t capacity, const char *t
     out[used] = 0;
 }
 
-/* At most `limit` bytes of a text, whole characters: what "%.*s" is to show of it. */
+// At most `limit` bytes of a text, whole characters: what "%.*s" is to show of it.
 MOE__PRIVATE int moe__base_cut(size_t size, const char *text, size_t limit) {
     if (size <= limit) return (int)size;
     while (limit && ((unsigned char)text[limit] & 0xC0) == 0x80) limit--;
     return (int)limit;
 }
 
-/* Fills *error (if any) and returns `status`: `return moe__fail(error, ...)`. `where` is size */
-/* bytes. */
+// Fills *error (if any) and returns `status`: `return moe__fail(error, ...)`. `where` is size
+// bytes.
 MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
     moe__fail_at(moe_error *error, moe_status status, uint64_t offset, const char *where,
                  size_t where_size, const char *format, ...) {
     if (error) {
-        char text[512]; /* longer than error->text, so that a cut can mind UTF-8 */
+        char text[512]; // longer than error->text, so that a cut can mind UTF-8
         va_list args;
         va_start(args, format);
         vsnprintf(text, sizeof text, format, args);
@@ -924,8 +926,8 @@ MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
 #define moe__fail(error, status, where, ...) \
     moe__fail_at(error, status, 0, where, strlen(where), __VA_ARGS__)
 
-/* What an errno means for a file; NULL: only its number is known. strerror would depend on the */
-/* program's language and is not safe among threads. */
+// What an errno means for a file; NULL: only its number is known. strerror would depend on the
+// program's language and is not safe among threads.
 MOE__PRIVATE const char *moe__errno_words(int code) {
     switch (code) {
     case ENOENT: return "there is no such file";
@@ -964,7 +966,7 @@ MOE__PRIVATE const char *moe__errno_words(int code) {
     }
 }
 
-/* ---- memory ---------------------------------------------------------------------------------- */
+// ---- memory ----------------------------------------------------------------------------------
 
 MOE__PRIVATE void *moe__base_malloc(void *user, size_t size) {
     (void)user;
@@ -976,7 +978,7 @@ MOE__PRIVATE void moe__base_free(void *user, void *memory, size_t size) {
     free(memory);
 }
 
-/* The caller's allocator, or malloc and free; one half alone is an error of the caller. */
+// The caller's allocator, or malloc and free; one half alone is an error of the caller.
 MOE__PRIVATE moe_status moe__allocator_init(moe_allocator *out, const moe_allocator *wanted,
                                             moe_error *error) {
     if (wanted && (wanted->alloc || wanted->free)) {
@@ -992,8 +994,8 @@ MOE__PRIVATE moe_status moe__allocator_init(moe_allocator *out, const moe_alloca
     return MOE_OK;
 }
 
-/* Memory aligned to 64 bytes whatever the allocator gives. NULL if size is 0 or too large. The */
-/* allocator's own pointer and size lie in the 16 bytes before it. */
+// Memory aligned to 64 bytes whatever the allocator gives. NULL if size is 0 or too large. The
+// allocator's own pointer and size lie in the 16 bytes before it.
 MOE__PRIVATE void *moe__alloc_unset(const moe_allocator *allocator, size_t size) {
     if (size == 0 || size > SIZE_MAX / 2) return NULL;
     size_t total = size + 64 + 16;
@@ -1004,7 +1006,7 @@ MOE__PRIVATE void *moe__alloc_unset(const moe_allocator *allocator, size_t size)
     memcpy(memory - 8, &total, sizeof total);
     return memory;
 }
-/* The same, zeroed. */
+// The same, zeroed.
 MOE__PRIVATE void *moe__alloc(const moe_allocator *allocator, size_t size) {
     void *memory = moe__alloc_unset(allocator, size);
     if (memory) memset(memory, 0, size);
@@ -1019,7 +1021,7 @@ MOE__PRIVATE void moe__free(const moe_allocator *allocator, void *memory) {
     allocator->free(allocator->user, raw, total);
 }
 
-/* ---- checked sizes: 0 on overflow, 1 if *out is good ----------------------------------------- */
+// ---- checked sizes: 0 on overflow, 1 if *out is good -----------------------------------------
 
 MOE__INLINE int moe__size_mul(uint64_t a, uint64_t b, uint64_t *out) {
     return !__builtin_mul_overflow(a, b, out);
@@ -1028,8 +1030,8 @@ MOE__INLINE int moe__size_add(uint64_t a, uint64_t b, uint64_t *out) {
     return !__builtin_add_overflow(a, b, out);
 }
 
-/* A layout of many buffers in one allocation: call moe__arena_take for each, once with base = */
-/* NULL to learn the size, then again with the memory. Offsets are multiples of 64. */
+// A layout of many buffers in one allocation: call moe__arena_take for each, once with base =
+// NULL to learn the size, then again with the memory. Offsets are multiples of 64.
 typedef struct moe__arena {
     unsigned char *base;
     uint64_t used;
@@ -1048,7 +1050,7 @@ MOE__PRIVATE void *moe__arena_take(moe__arena *arena, uint64_t count, uint64_t s
     return memory;
 }
 
-/* ---- numbers --------------------------------------------------------------------------------- */
+// ---- numbers ---------------------------------------------------------------------------------
 
 MOE__INLINE uint16_t moe__load_u16(const void *p) {
     uint16_t v;
@@ -1083,22 +1085,22 @@ MOE__INLINE float moe__f32_from_bits(uint32_t bits) {
     return x;
 }
 
-/* IEEE half to single, exact; NaN stays NaN. */
+// IEEE half to single, exact; NaN stays NaN.
 MOE__INLINE float moe__f16_to_f32(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF;
     if (rest >= 0x7C00) return moe__f32_from_bits(sign | 0x7F800000 | (rest & 0x3FF) << 13);
     if (rest >= 0x0400) return moe__f32_from_bits(sign | ((rest << 13) + 0x38000000));
-    float magnitude = (float)rest * (1.0f / 16777216.0f); /* subnormal: units of 2^-24 */
+    float magnitude = (float)rest * (1.0f / 16777216.0f); // subnormal: units of 2^-24
     return moe__f32_from_bits(sign | moe__f32_bits(magnitude));
 }
 
-/* Single to half, rounding to nearest even; overflow to infinity, NaN to a quiet NaN. */
+// Single to half, rounding to nearest even; overflow to infinity, NaN to a quiet NaN.
 MOE__INLINE uint16_t moe__f32_to_f16(float x) {
     uint32_t bits = moe__f32_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
     if (rest > 0x7F800000) return (uint16_t)(sign | 0x7E00 | (rest >> 13 & 0x3FF));
-    if (rest >= 0x477FF000) return (uint16_t)(sign | 0x7C00); /* rounds to 65536 or more */
+    if (rest >= 0x477FF000) return (uint16_t)(sign | 0x7C00); // rounds to 65536 or more
     if (rest < 0x38800000) {
-        /* Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low mantissa bits. */
+        // Below 2^-14: adding 0.5 leaves the value in units of 2^-24 in the low mantissa bits.
         float shifted = moe__f32_from_bits(rest) + 0.5f;
         return (uint16_t)(sign | (moe__f32_bits(shifted) - 0x3F000000));
     }
@@ -1108,7 +1110,7 @@ MOE__INLINE uint16_t moe__f32_to_f16(float x) {
 
 MOE__INLINE float moe__bf16_to_f32(uint16_t b) { return moe__f32_from_bits((uint32_t)b << 16); }
 
-/* Rounds to nearest even; NaN stays NaN. */
+// Rounds to nearest even; NaN stays NaN.
 MOE__INLINE uint16_t moe__f32_to_bf16(float x) {
     uint32_t bits = moe__f32_bits(x);
     if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)(bits >> 16 | 0x40);
@@ -1118,7 +1120,7 @@ MOE__INLINE uint16_t moe__f32_to_bf16(float x) {
 MOE__INLINE int64_t moe__min(int64_t a, int64_t b) { return a < b ? a : b; }
 MOE__INLINE int64_t moe__max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Seconds of a monotonic clock; clock_gettime is hidden under strict -std=c11, its call is not. */
+// Seconds of a monotonic clock; clock_gettime is hidden under strict -std=c11, its call is not.
 MOE__PRIVATE double moe__seconds(void) {
     struct timespec now;
     memset(&now, 0, sizeof now);
@@ -1130,9 +1132,9 @@ MOE__PRIVATE double moe__seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* ---- rounding -------------------------------------------------------------------------------- */
+// ---- rounding --------------------------------------------------------------------------------
 
-/* x, rounded before it is used: a product is not fused with what is added to it. */
+// x, rounded before it is used: a product is not fused with what is added to it.
 #if defined(__x86_64__)
 #define MOE__ROUND(x) __asm__("" : "+x"(x))
 #elif defined(__aarch64__)
@@ -1150,47 +1152,47 @@ MOE__INLINE double moe__rounded_f64(double x) {
 }
 #undef MOE__ROUND
 
-/* What the caller's rounding mode is, and whether it flushes small numbers to zero, must not */
-/* reach results: whatever computes floats begins with the default environment, in every thread, */
-/* and puts the caller's back. */
+// What the caller's rounding mode is, and whether it flushes small numbers to zero, must not
+// reach results: whatever computes floats begins with the default environment, in every thread,
+// and puts the caller's back.
 MOE__INLINE void moe__floats_begin(fenv_t *callers) {
     fegetenv(callers);
     fesetenv(FE_DFL_ENV);
 }
 MOE__INLINE void moe__floats_end(const fenv_t *callers) { fesetenv(callers); }
 
-/* ============================================================================================== */
-/* // >>machine */
-/* */
-/* What the system lets this process use: processors and physical cores (affinity mask, control */
-/* groups), the memory nodes they belong to, and the calls that bind threads and pages to them. */
-/* */
-/*   socket 0 = node 0    cores 0-3     threads 0 1 2 3    rows of a matrix: the first half */
-/*   socket 1 = node 1    cores 4-7     threads 4 5 6 7                      the second half */
-/* */
-/* Threads stand in blocks, those of the first node first: with fixed rows per thread, a node */
-/* reads the same rows in every token, and their pages can lie in its memory. */
-/* */
-/* Files are read below `root`, which is "" outside of tests. Where the system tells nothing or */
-/* refuses, there is one node, and nothing is bound to anything. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>machine
+//
+// What the system lets this process use: processors and physical cores (affinity mask, control
+// groups), the memory nodes they belong to, and the calls that bind threads and pages to them.
+//
+//   socket 0 = node 0    cores 0-3     threads 0 1 2 3    rows of a matrix: the first half
+//   socket 1 = node 1    cores 4-7     threads 4 5 6 7                      the second half
+//
+// Threads stand in blocks, those of the first node first: with fixed rows per thread, a node
+// reads the same rows in every token, and their pages can lie in its memory.
+//
+// Files are read below `root`, which is "" outside of tests. Where the system tells nothing or
+// refuses, there is one node, and nothing is bound to anything.
+// ==============================================================================================
 
 enum {
-    MOE__MAX_PROCESSORS = 8192, /* the most that Linux is built for */
-    MOE__MAX_NODES = 64 /* with processors that we may use; all further ones count as the last */
+    MOE__MAX_PROCESSORS = 8192, // the most that Linux is built for
+    MOE__MAX_NODES = 64 // with processors that we may use; all further ones count as the last
 };
 
 typedef struct moe__machine {
-    int32_t n_processors; /* in the affinity mask */
-    int32_t n_cores;      /* physical cores among them */
-    int32_t n_nodes;      /* memory nodes that have some of them, at least 1 */
-    int32_t node[MOE__MAX_NODES];       /* the system's number of each */
-    int32_t cores[MOE__MAX_NODES + 1];  /* cores on all nodes before */
-    int32_t first[MOE__MAX_NODES + 1];  /* processors of node k: order[first[k]] and on, each */
-    uint16_t order[MOE__MAX_PROCESSORS]; /* core's first hardware thread before all second ones */
+    int32_t n_processors; // in the affinity mask
+    int32_t n_cores;      // physical cores among them
+    int32_t n_nodes;      // memory nodes that have some of them, at least 1
+    int32_t node[MOE__MAX_NODES];       // the system's number of each
+    int32_t cores[MOE__MAX_NODES + 1];  // cores on all nodes before
+    int32_t first[MOE__MAX_NODES + 1];  // processors of node k: order[first[k]] and on, each
+    uint16_t order[MOE__MAX_PROCESSORS]; // core's first hardware thread before all second ones
 } moe__machine;
 
-/* Which thread of n stands where: threads first[k] .. first[k + 1] - 1 on node k. */
+// Which thread of n stands where: threads first[k] .. first[k + 1] - 1 on node k.
 typedef struct moe__nodes {
     int32_t n;
     int32_t first[MOE__MAX_NODES + 1];
@@ -1205,7 +1207,7 @@ MOE__PRIVATE size_t moe__machine_page(void) {
     return size > 0 ? (size_t)size : 4096;
 }
 
-/* The beginning of a small text file; 0 bytes if it cannot be read. */
+// The beginning of a small text file; 0 bytes if it cannot be read.
 MOE__PRIVATE size_t moe__machine_file(const char *root, const char *path, char *out,
                                       size_t capacity) {
     char whole[1024];
@@ -1221,7 +1223,7 @@ MOE__PRIVATE size_t moe__machine_file(const char *root, const char *path, char *
     return size;
 }
 
-/* A list such as "0-3,8" as bits of mask; 0 if the file cannot be read or says something else. */
+// A list such as "0-3,8" as bits of mask; 0 if the file cannot be read or says something else.
 MOE__PRIVATE int moe__machine_list(const char *root, const char *path, uint64_t *mask) {
     char text[4096];
     memset(mask, 0, MOE__MAX_PROCESSORS / 8);
@@ -1236,7 +1238,7 @@ MOE__PRIVATE int moe__machine_list(const char *root, const char *path, uint64_t 
     return 0;
 }
 
-/* The processors that the process may run on; returns how many. */
+// The processors that the process may run on; returns how many.
 MOE__PRIVATE int32_t moe__machine_affinity(uint64_t *mask) {
     int32_t count = 0;
     memset(mask, 0, MOE__MAX_PROCESSORS / 8);
@@ -1249,7 +1251,7 @@ MOE__PRIVATE int32_t moe__machine_affinity(uint64_t *mask) {
     return count;
 }
 
-/* Appends the node's processors: its cores first. */
+// Appends the node's processors: its cores first.
 MOE__PRIVATE void moe__machine_add_node(moe__machine *m, const char *root, int32_t node,
                                         const uint64_t *allowed, uint64_t *on_node) {
     uint64_t siblings[MOE__MAX_PROCESSORS / 64], core[MOE__MAX_PROCESSORS / 64];
@@ -1261,7 +1263,7 @@ MOE__PRIVATE void moe__machine_add_node(moe__machine *m, const char *root, int32
         if (!moe__machine_bit(on_node, cpu)) continue;
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
                  cpu);
-        int first = 0; /* a core counts by its first hardware thread that we may use */
+        int first = 0; // a core counts by its first hardware thread that we may use
         if (!moe__machine_list(root, path, siblings)) first = cpu;
         while (first < cpu &&
                !(moe__machine_bit(siblings, first) && moe__machine_bit(allowed, first)))
@@ -1282,7 +1284,7 @@ MOE__PRIVATE void moe__machine_add_node(moe__machine *m, const char *root, int32
     m->n_nodes++;
 }
 
-/* What there is of the processors in `allowed`. */
+// What there is of the processors in `allowed`.
 MOE__PRIVATE void moe__machine_read(moe__machine *m, const char *root, const uint64_t *allowed) {
     uint64_t online[MOE__MAX_PROCESSORS / 64], on_node[MOE__MAX_PROCESSORS / 64];
     uint64_t rest[MOE__MAX_PROCESSORS / 64];
@@ -1301,35 +1303,35 @@ MOE__PRIVATE void moe__machine_read(moe__machine *m, const char *root, const uin
         }
         moe__machine_add_node(m, root, id, allowed, on_node);
     }
-    moe__machine_add_node(m, root, 0, allowed, rest); /* those that no node lists */
+    moe__machine_add_node(m, root, 0, allowed, rest); // those that no node lists
     if (m->n_nodes == 0) m->n_nodes = 1;
 }
 
-/* What there is of the processors that this process may run on. */
+// What there is of the processors that this process may run on.
 MOE__PRIVATE void moe__machine_this(moe__machine *m) {
     uint64_t allowed[MOE__MAX_PROCESSORS / 64];
     moe__machine_affinity(allowed);
     moe__machine_read(m, "", allowed);
 }
 
-/* ---- how many threads ------------------------------------------------------------------------ */
+// ---- how many threads ------------------------------------------------------------------------
 
-/* Processors for a quota of microseconds per period, rounded up; at most `most`. */
+// Processors for a quota of microseconds per period, rounded up; at most `most`.
 MOE__PRIVATE int32_t moe__machine_share(double quota, double period, int32_t most) {
     if (!(quota > 0) || !(period > 0)) return most;
     double count = ceil(quota / period);
     return count < 1 ? 1 : count < most ? (int32_t)count : most;
 }
 
-/* Calls look for the folder of each of the process's control groups that has this controller, */
-/* from its own up to the root. */
+// Calls look for the folder of each of the process's control groups that has this controller,
+// from its own up to the root.
 typedef void moe__machine_look_fn(const char *root, const char *path, void *found);
 MOE__PRIVATE void moe__machine_groups(const char *root, const char *controller,
                                       moe__machine_look_fn *look, void *found) {
     char text[4096], path[640];
     const size_t length = strlen(controller);
     moe__machine_file(root, "/proc/self/cgroup", text, sizeof text);
-    for (char *line = text, *next; *line; line = next) { /* number:controllers:/path */
+    for (char *line = text, *next; *line; line = next) { // number:controllers:/path
         size_t size = strcspn(line, "\n");
         next = line + size + (line[size] != 0);
         line[size] = 0;
@@ -1351,10 +1353,10 @@ MOE__PRIVATE void moe__machine_groups(const char *root, const char *controller,
             if (!n) break;
         }
     }
-    look(root, "/sys/fs/cgroup", found); /* of a container without the others */
+    look(root, "/sys/fs/cgroup", found); // of a container without the others
 }
 
-/* A file of a control group: 0 if it cannot be read. */
+// A file of a control group: 0 if it cannot be read.
 MOE__PRIVATE size_t moe__machine_group_file(const char *root, const char *path, const char *name,
                                             char *text, size_t capacity) {
     char file[768];
@@ -1362,9 +1364,9 @@ MOE__PRIVATE size_t moe__machine_group_file(const char *root, const char *path, 
     return moe__machine_file(root, file, text, capacity);
 }
 
-/* Lowers *most (int32_t) to the processors that a control group allows: cpu.max ("200000 */
-/* 100000", "max 100000") or, in version 1, cpu.cfs_quota_us (-1: no limit) and */
-/* cpu.cfs_period_us. */
+// Lowers *most (int32_t) to the processors that a control group allows: cpu.max ("200000
+// 100000", "max 100000") or, in version 1, cpu.cfs_quota_us (-1: no limit) and
+// cpu.cfs_period_us.
 MOE__PRIVATE void moe__machine_look_cpu(const char *root, const char *path, void *most) {
     char text[128], *end;
     int32_t *count = (int32_t *)most;
@@ -1379,21 +1381,21 @@ MOE__PRIVATE void moe__machine_look_cpu(const char *root, const char *path, void
     }
 }
 
-/* Processors that the process's control groups allow, at most `most`. */
+// Processors that the process's control groups allow, at most `most`.
 MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t most) {
     moe__machine_groups(root, "cpu", moe__machine_look_cpu, &most);
     return most;
 }
 
-/* Physical cores in the process's affinity mask, at most the control groups' quota. */
+// Physical cores in the process's affinity mask, at most the control groups' quota.
 MOE__PRIVATE int32_t moe__machine_threads(const moe__machine *m, const char *root) {
     int32_t n = moe__machine_quota(root, m->n_cores);
     return n < 1 ? 1 : n > MOE_MAX_THREADS ? (int32_t)MOE_MAX_THREADS : n;
 }
 
-/* ---- how much memory ------------------------------------------------------------------------- */
+// ---- how much memory -------------------------------------------------------------------------
 
-/* The number behind `name` at the beginning of a line of text; 0 if there is none. */
+// The number behind `name` at the beginning of a line of text; 0 if there is none.
 MOE__PRIVATE uint64_t moe__machine_number(const char *text, const char *name) {
     const size_t size = strlen(name);
     while (strncmp(text, name, size) || (text[size] != ' ' && text[size] != ':')) {
@@ -1403,7 +1405,7 @@ MOE__PRIVATE uint64_t moe__machine_number(const char *text, const char *name) {
     return strtoull(text + size + 1, NULL, 10);
 }
 
-/* What is left of a limit in bytes; a text that is no number ("max") is none. */
+// What is left of a limit in bytes; a text that is no number ("max") is none.
 MOE__PRIVATE void moe__machine_left(const char *limit, uint64_t used, uint64_t *least) {
     char *end;
     const uint64_t most = strtoull(limit, &end, 10);
@@ -1411,7 +1413,7 @@ MOE__PRIVATE void moe__machine_left(const char *limit, uint64_t used, uint64_t *
     if (end != limit && left < *least) *least = left;
 }
 
-/* Lowers *least (uint64_t) to what a control group leaves. Cached files give way. */
+// Lowers *least (uint64_t) to what a control group leaves. Cached files give way.
 MOE__PRIVATE void moe__machine_look_memory(const char *root, const char *path, void *least) {
     static const char *const limits[] = {"memory.max", "memory.high", "memory.limit_in_bytes"};
     char text[8192], limit[64];
@@ -1433,8 +1435,8 @@ MOE__PRIVATE void moe__machine_look_memory(const char *root, const char *path, v
                               (uint64_t *)least);
 }
 
-/* Bytes that the process may take without anything being swapped: what the system calls */
-/* available, its control groups leave, and its limits on address space and data allow. */
+// Bytes that the process may take without anything being swapped: what the system calls
+// available, its control groups leave, and its limits on address space and data allow.
 MOE__PRIVATE uint64_t moe__machine_memory(const char *root) {
     static const int kinds[] = {RLIMIT_AS, RLIMIT_DATA};
     char text[4096], *p = text;
@@ -1445,7 +1447,7 @@ MOE__PRIVATE uint64_t moe__machine_memory(const char *root) {
     }
     moe__machine_groups(root, "memory", moe__machine_look_memory, &least);
     moe__machine_file(root, "/proc/self/statm", text, sizeof text);
-    for (int i = 0; i < 6; i++) pages[i] = strtoull(p, &p, 10); /* all, ..., data and stack */
+    for (int i = 0; i < 6; i++) pages[i] = strtoull(p, &p, 10); // all, ..., data and stack
     for (int i = 0; i < 2; i++) {
         struct rlimit limit;
         const uint64_t used = pages[i ? 5 : 0] * moe__machine_page();
@@ -1456,9 +1458,9 @@ MOE__PRIVATE uint64_t moe__machine_memory(const char *root) {
     return least;
 }
 
-/* ---- binding threads ------------------------------------------------------------------------- */
+// ---- binding threads -------------------------------------------------------------------------
 
-/* n_threads in blocks, on each node in proportion to its cores. */
+// n_threads in blocks, on each node in proportion to its cores.
 MOE__PRIVATE void moe__machine_nodes(const moe__machine *m, int32_t n_threads, moe__nodes *nodes) {
     nodes->n = m->n_nodes;
     for (int32_t k = 0; k <= m->n_nodes; k++)
@@ -1470,22 +1472,22 @@ MOE__PRIVATE void moe__nodes_single(moe__nodes *nodes, int32_t n_threads) {
     nodes->first[0] = 0;
     nodes->first[1] = n_threads;
 }
-/* The node that a thread stands on. */
+// The node that a thread stands on.
 MOE__INLINE int32_t moe__nodes_of(const moe__nodes *nodes, int32_t thread) {
     int32_t k = 0;
     while (k + 1 < nodes->n && thread >= nodes->first[k + 1]) k++;
     return k;
 }
 
-/* The processor of a thread: a core for each as long as there are some, then their second */
-/* hardware threads. */
+// The processor of a thread: a core for each as long as there are some, then their second
+// hardware threads.
 MOE__PRIVATE int32_t moe__machine_processor(const moe__machine *m, const moe__nodes *nodes,
                                             int32_t thread) {
     const int32_t k = moe__nodes_of(nodes, thread), n = m->first[k + 1] - m->first[k];
     return n > 0 ? m->order[m->first[k] + (thread - nodes->first[k]) % n] : 0;
 }
 
-/* The calling thread runs on these processors only. Returns whether the system agreed. */
+// The calling thread runs on these processors only. Returns whether the system agreed.
 MOE__PRIVATE int moe__machine_bind(const uint64_t *mask) {
 #if defined(__linux__)
     return syscall(SYS_sched_setaffinity, 0, (size_t)MOE__MAX_PROCESSORS / 8, mask) == 0;
@@ -1494,17 +1496,17 @@ MOE__PRIVATE int moe__machine_bind(const uint64_t *mask) {
 #endif
 }
 
-/* ---- binding pages --------------------------------------------------------------------------- */
+// ---- binding pages ---------------------------------------------------------------------------
 
-/* Where the pages go that the calling thread touches first: Linux's memory policies. */
+// Where the pages go that the calling thread touches first: Linux's memory policies.
 enum { MOE__POLICY_DEFAULT = 0, MOE__POLICY_PREFERRED = 1, MOE__POLICY_INTERLEAVE = 3 };
-enum { MOE__POLICY_BITS = 1024 }; /* node numbers; the most that Linux is built for */
+enum { MOE__POLICY_BITS = 1024 }; // node numbers; the most that Linux is built for
 typedef struct moe__policy {
     int mode;
     uint64_t nodes[MOE__POLICY_BITS / 64];
 } moe__policy;
 
-/* Both return whether the system agreed; containers often refuse. */
+// Both return whether the system agreed; containers often refuse.
 MOE__PRIVATE int moe__policy_get(moe__policy *policy) {
     memset(policy, 0, sizeof *policy);
 #if defined(__linux__) && defined(SYS_get_mempolicy)
@@ -1523,7 +1525,7 @@ MOE__PRIVATE int moe__policy_set(const moe__policy *policy) {
     return (void)policy, 0;
 #endif
 }
-/* In turn on all of the machine's nodes, or near one of them. */
+// In turn on all of the machine's nodes, or near one of them.
 MOE__PRIVATE void moe__policy_init(moe__policy *policy, const moe__machine *m, int mode,
                                    int32_t k) {
     memset(policy, 0, sizeof *policy);
@@ -1533,8 +1535,8 @@ MOE__PRIVATE void moe__policy_init(moe__policy *policy, const moe__machine *m, i
             policy->nodes[m->node[i] / 64] |= (uint64_t)1 << (m->node[i] % 64);
 }
 
-/* Moves n pages to the nodes `to` where nobody else uses them, or (NULL) only asks; status[i] */
-/* becomes the node of page i, negative if that failed. Returns whether the system agreed. */
+// Moves n pages to the nodes `to` where nobody else uses them, or (NULL) only asks; status[i]
+// becomes the node of page i, negative if that failed. Returns whether the system agreed.
 MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int *status) {
 #if defined(__linux__) && defined(SYS_move_pages)
     return syscall(SYS_move_pages, 0L, (unsigned long)n, pages, to, status,
@@ -1544,50 +1546,50 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 #endif
 }
 
-/* ============================================================================================== */
-/* // >>pool */
-/* */
-/* The team: threads that are created once and sleep between evals. One wake per eval: every */
-/* thread that takes part runs the same job from its first to its last line, and they meet at */
-/* barriers. Those that take no part sleep on. */
-/* */
-/*   caller (thread 0)      --run--> job -> barrier -> ... -> barrier -> return */
-/*   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep */
-/* */
-/* Waiting means spinning for a short time and then sleeping in the kernel; whoever releases the */
-/* others makes a system call only if someone sleeps. A thread that spins in vain spins less from */
-/* then on: it may be in the way of those it waits for. */
-/* */
-/* Threads arrive at a barrier in groups of 16 or less, none across memory nodes; the last of a */
-/* group arrives for it at the root. So a counter is passed around among neighbours only. */
-/* */
-/*   threads  0 1 ... 15 | 16 17 ... 31 | ...        arrived[1], arrived[2], ... */
-/*                     \             /  */
-/*                       root, release               arrived[0], release */
-/* */
-/* Commands go to groups, too: to those of which a worker takes part. The caller writes their */
-/* words, and whoever spins begins at once. Of those that take part and sleep, it wakes the ones */
-/* of its own group and the first of each other group, who wakes the rest there: a system call */
-/* for each of hundreds would take the caller longer than many a job. */
-/* */
-/*   caller --write--> command[0], command[1], command[2], ... */
-/*          --wake---> 16 --wake--> 17 ... 31 */
-/*                     32 --wake--> 33 ... 47 */
-/*                     1 ... 15 */
-/* */
-/* Words that are spun on lie on cache lines of their own (128 bytes: neighbours are fetched in */
-/* pairs). */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>pool
+//
+// The team: threads that are created once and sleep between evals. One wake per eval: every
+// thread that takes part runs the same job from its first to its last line, and they meet at
+// barriers. Those that take no part sleep on.
+//
+//   caller (thread 0)      --run--> job -> barrier -> ... -> barrier -> return
+//   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep
+//
+// Waiting means spinning for a short time and then sleeping in the kernel; whoever releases the
+// others makes a system call only if someone sleeps. A thread that spins in vain spins less from
+// then on: it may be in the way of those it waits for.
+//
+// Threads arrive at a barrier in groups of 16 or less, none across memory nodes; the last of a
+// group arrives for it at the root. So a counter is passed around among neighbours only.
+//
+//   threads  0 1 ... 15 | 16 17 ... 31 | ...        arrived[1], arrived[2], ...
+//                     \             /
+//                       root, release               arrived[0], release
+//
+// Commands go to groups, too: to those of which a worker takes part. The caller writes their
+// words, and whoever spins begins at once. Of those that take part and sleep, it wakes the ones
+// of its own group and the first of each other group, who wakes the rest there: a system call
+// for each of hundreds would take the caller longer than many a job.
+//
+//   caller --write--> command[0], command[1], command[2], ...
+//          --wake---> 16 --wake--> 17 ... 31
+//                     32 --wake--> 33 ... 47
+//                     1 ... 15
+//
+// Words that are spun on lie on cache lines of their own (128 bytes: neighbours are fetched in
+// pairs).
+// ==============================================================================================
 
 typedef void moe__job_fn(void *context, int thread, int n_threads);
 
-/* Threads of a group, and so places at a word to sleep at: each is woken by itself. */
+// Threads of a group, and so places at a word to sleep at: each is woken by itself.
 enum { MOE__POOL_GROUP = 16 };
 
 typedef struct moe__pool_word {
     uint32_t value;
-    uint32_t sleepers; /* sum of 1 << place over the threads that sleep, or are about to, until */
-                       /* value changes; if threads share a place, it only tells that some do */
+    uint32_t sleepers; // sum of 1 << place over the threads that sleep, or are about to, until
+                       // value changes; if threads share a place, it only tells that some do
 #if !MOE__USE_FUTEX
     pthread_mutex_t mutex;
     pthread_cond_t changed[MOE__POOL_GROUP];
@@ -1595,50 +1597,50 @@ typedef struct moe__pool_word {
     char pad[120];
 } moe__pool_word;
 
-/* A thread of the team; what changes is written by itself. */
+// A thread of the team; what changes is written by itself.
 typedef struct moe__worker {
     struct moe_pool *pool;
     int thread;
-    int32_t processor; /* it runs there only; -1: anywhere */
+    int32_t processor; // it runs there only; -1: anywhere
     pthread_t handle;
-    double spin;       /* seconds it spins at a barrier before it sleeps */
-    int n_naps;        /* waits since it gave up spinning */
-    uint64_t waited;   /* ticks spent at barriers of the running job */
+    double spin;       // seconds it spins at a barrier before it sleeps
+    int n_naps;        // waits since it gave up spinning
+    uint64_t waited;   // ticks spent at barriers of the running job
     char pad[128];
 } moe__worker;
 
 struct moe_pool {
-    moe__pool_word release; /* number of barriers passed */
-    moe__job_fn *job;       /* written before command, read by the threads that take part */
+    moe__pool_word release; // number of barriers passed
+    moe__job_fn *job;       // written before command, read by the threads that take part
     void *context;
-    uint32_t serial;        /* of the last command */
-    int n_active, leaf;     /* threads that take part, those of a group */
-    double spin;            /* most seconds that they spin at a barrier, */
-    int n_yields;           /* then how often they let others run before they sleep */
+    uint32_t serial;        // of the last command
+    int n_active, leaf;     // threads that take part, those of a group
+    double spin;            // most seconds that they spin at a barrier,
+    int n_yields;           // then how often they let others run before they sleep
     moe_allocator allocator;
-    pthread_mutex_t turn; /* held by the session whose job runs, */
-    uintptr_t holder;     /* by this thread; 0: by none */
-    int n_threads;        /* the caller's included */
-    int n_processors;     /* that we may use */
-    double spin_seconds;  /* most of any job, and of waiting for one */
-    int spin_anyway;      /* also with more threads than processors: the caller wants it */
-    moe__nodes nodes;     /* of all n_threads; one node if they are not bound */
-    moe__worker *workers; /* n_threads; the first is the caller */
-    int group;            /* so many in a row share a command word */
-    moe__pool_word *command; /* of each group: serial << 11 | threads that take part; see below */
-    moe__pool_word *arrived; /* root, then groups: how many have arrived at the current barrier */
+    pthread_mutex_t turn; // held by the session whose job runs,
+    uintptr_t holder;     // by this thread; 0: by none
+    int n_threads;        // the caller's included
+    int n_processors;     // that we may use
+    double spin_seconds;  // most of any job, and of waiting for one
+    int spin_anyway;      // also with more threads than processors: the caller wants it
+    moe__nodes nodes;     // of all n_threads; one node if they are not bound
+    moe__worker *workers; // n_threads; the first is the caller
+    int group;            // so many in a row share a command word
+    moe__pool_word *command; // of each group: serial << 11 | threads that take part; see below
+    moe__pool_word *arrived; // root, then groups: how many have arrived at the current barrier
     int n_started;
-    void *work_memory;    /* buffers of the session whose job runs, */
-    uint8_t *work;        /* within it, at a huge page; only who holds the pool may touch them */
+    void *work_memory;    // buffers of the session whose job runs,
+    uint8_t *work;        // within it, at a huge page; only who holds the pool may touch them
     size_t work_size;
-    const void *work_owner; /* the session that has laid it out; NULL: none */
+    const void *work_owner; // the session that has laid it out; NULL: none
 };
 
-/* A worker decides by the command word of its group alone whether it takes part, and as which */
-/* thread of the job. One that does keeps the caller from giving the next command until it has */
-/* come to the last barrier; one that does not may miss any number of commands. */
+// A worker decides by the command word of its group alone whether it takes part, and as which
+// thread of the job. One that does keeps the caller from giving the next command until it has
+// come to the last barrier; one that does not may miss any number of commands.
 enum { MOE__POOL_COUNT_BITS = 11, MOE__POOL_QUIT = (1 << MOE__POOL_COUNT_BITS) - 1 };
-enum { MOE__POOL_STACK = 2 << 20 }; /* bytes of a worker's stack */
+enum { MOE__POOL_STACK = 2 << 20 }; // bytes of a worker's stack
 
 MOE__INLINE void moe__pool_pause(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -1648,7 +1650,7 @@ MOE__INLINE void moe__pool_pause(void) {
 #endif
 }
 
-/* A clock that costs nearly nothing, for differences on one thread. */
+// A clock that costs nearly nothing, for differences on one thread.
 MOE__INLINE uint64_t moe__pool_ticks(void) {
 #if defined(__x86_64__) || defined(__i386__)
     return __builtin_ia32_rdtsc();
@@ -1661,10 +1663,10 @@ MOE__INLINE uint64_t moe__pool_ticks(void) {
 #endif
 }
 
-/* ---- sleeping -------------------------------------------------------------------------------- */
+// ---- sleeping --------------------------------------------------------------------------------
 
-/* Sleeping at a place of a word until someone wakes it, unless the word is not `old`; may end */
-/* early. places: sum of 1 << place. */
+// Sleeping at a place of a word until someone wakes it, unless the word is not `old`; may end
+// early. places: sum of 1 << place.
 #if MOE__USE_FUTEX
 MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int place) {
     syscall(SYS_futex, &word->value, 137 /* FUTEX_WAIT_BITSET_PRIVATE */, old, NULL, NULL,
@@ -1703,13 +1705,13 @@ MOE__INLINE int moe__pool_changed(moe__pool_word *word, uint32_t old) {
     return __atomic_load_n(&word->value, __ATOMIC_ACQUIRE) != old;
 }
 
-/* Spins until the word is not `old`, or the clock is past `end` (0: looks once). Returns whether */
-/* the word has changed. */
+// Spins until the word is not `old`, or the clock is past `end` (0: looks once). Returns whether
+// the word has changed.
 MOE__PRIVATE int moe__pool_spin(moe__pool_word *word, uint32_t old, double end) {
     if (moe__pool_changed(word, old)) return 1;
     if (end <= 0) return 0;
     do {
-        for (int i = 0; i < 64; i++) { /* asking the time costs as much as some pauses */
+        for (int i = 0; i < 64; i++) { // asking the time costs as much as some pauses
             moe__pool_pause();
             if (moe__pool_changed(word, old)) return 1;
         }
@@ -1717,9 +1719,9 @@ MOE__PRIVATE int moe__pool_spin(moe__pool_word *word, uint32_t old, double end) 
     return 0;
 }
 
-/* Sleeps until the word is not `old`. Whoever changes the word, or has seen it changed, looks at */
-/* `sleepers` afterwards, and the kernel compares the word once more: a wake cannot be lost, */
-/* whichever comes first. */
+// Sleeps until the word is not `old`. Whoever changes the word, or has seen it changed, looks at
+// `sleepers` afterwards, and the kernel compares the word once more: a wake cannot be lost,
+// whichever comes first.
 MOE__PRIVATE void moe__pool_doze(moe__pool_word *word, uint32_t old, int place) {
     __atomic_fetch_add(&word->sleepers, (uint32_t)1 << place, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
@@ -1727,8 +1729,8 @@ MOE__PRIVATE void moe__pool_doze(moe__pool_word *word, uint32_t old, int place) 
     __atomic_fetch_sub(&word->sleepers, (uint32_t)1 << place, __ATOMIC_SEQ_CST);
 }
 
-/* Waits until word->value is not `old`: spins for some time, yields the processor some times, */
-/* then sleeps, all threads at the same place. Returns whether it slept. */
+// Waits until word->value is not `old`: spins for some time, yields the processor some times,
+// then sleeps, all threads at the same place. Returns whether it slept.
 MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds,
                                 int n_yields) {
     if (moe__pool_spin(word, old, spin_seconds > 0 ? moe__seconds() + spin_seconds : 0)) return 0;
@@ -1740,15 +1742,15 @@ MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_
     return 1;
 }
 
-/* Changes a word that all wait for at the same place. */
+// Changes a word that all wait for at the same place.
 MOE__PRIVATE void moe__pool_set(moe__pool_word *word, uint32_t value) {
     __atomic_store_n(&word->value, value, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(word, 1);
 }
 
-/* How long a thread spins at its next barrier. On a crowded machine those it waits for may be */
-/* waiting for its processor: who spun in vain spins half as long the next time, below an 8th of */
-/* `most` not at all, and then tries again every 32nd time. */
+// How long a thread spins at its next barrier. On a crowded machine those it waits for may be
+// waiting for its processor: who spun in vain spins half as long the next time, below an 8th of
+// `most` not at all, and then tries again every 32nd time.
 MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double most) {
     if (worker->spin > 0 || most <= 0) return most <= 0 ? 0 : worker->spin;
     return ++worker->n_naps % 32 == 0 ? most : 0;
@@ -1761,9 +1763,9 @@ MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budge
     if (worker->spin > most) worker->spin = most;
 }
 
-/* ---- barrier and jobs ------------------------------------------------------------------------ */
+// ---- barrier and jobs ------------------------------------------------------------------------
 
-/* Threads of a group: at most 16, equally many, of one node if nodes have enough. */
+// Threads of a group: at most 16, equally many, of one node if nodes have enough.
 MOE__PRIVATE int moe__pool_leaf(int n_threads, int n_nodes) {
     enum { LEAST = 4 };
     int each = (n_threads + n_nodes - 1) / n_nodes;
@@ -1772,8 +1774,8 @@ MOE__PRIVATE int moe__pool_leaf(int n_threads, int n_nodes) {
     return (each + groups - 1) / groups;
 }
 
-/* Counts this thread; returns whether it is the last of all. The last of a group has set its */
-/* counter back before it counts for the group: nobody looks at it again before the release. */
+// Counts this thread; returns whether it is the last of all. The last of a group has set its
+// counter back before it counts for the group: nobody looks at it again before the release.
 MOE__PRIVATE int moe__pool_arrive(moe_pool *pool, int thread, int n) {
     const int leaf = pool->leaf, groups = (n + leaf - 1) / leaf, group = thread / leaf;
     moe__pool_word *word = &pool->arrived[groups > 1 ? 1 + group : 0];
@@ -1787,8 +1789,8 @@ MOE__PRIVATE int moe__pool_arrive(moe_pool *pool, int thread, int n) {
     return 1;
 }
 
-/* Returns whether it had to wait. What belongs to the job is read before this thread counts as */
-/* arrived: at the last barrier the next job may be prepared as soon as all have. */
+// Returns whether it had to wait. What belongs to the job is read before this thread counts as
+// arrived: at the last barrier the next job may be prepared as soon as all have.
 MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread) {
     const int n = pool->n_active, n_yields = pool->n_yields;
     const double most = pool->spin;
@@ -1805,23 +1807,23 @@ MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread)
     return 1;
 }
 
-/* The worker that is thread `thread` of a job of n: those that take part are spread evenly, so */
-/* that all nodes have their share of a small job, too. */
+// The worker that is thread `thread` of a job of n: those that take part are spread evenly, so
+// that all nodes have their share of a small job, too.
 MOE__INLINE int moe__pool_worker_of(const moe_pool *pool, int thread, int n) {
     return (int)((int64_t)thread * pool->n_threads / n);
 }
-/* How many workers before worker `w` take part in a job of n. */
+// How many workers before worker `w` take part in a job of n.
 MOE__INLINE int moe__pool_rank(const moe_pool *pool, int w, int n) {
     return (int)(((int64_t)w * n + pool->n_threads - 1) / pool->n_threads);
 }
-/* The first worker from `w` on that takes part in a job of n; n_threads or more: none. All take */
-/* part in MOE__POOL_QUIT. */
+// The first worker from `w` on that takes part in a job of n; n_threads or more: none. All take
+// part in MOE__POOL_QUIT.
 MOE__INLINE int moe__pool_next(const moe_pool *pool, int w, int n) {
     return moe__pool_worker_of(pool, moe__pool_rank(pool, w, n), n);
 }
 
-/* Every thread of the running job calls this equally often. What one wrote before it, all see */
-/* after it. thread: as the job was told. */
+// Every thread of the running job calls this equally often. What one wrote before it, all see
+// after it. thread: as the job was told.
 MOE__PRIVATE void moe__pool_barrier(moe_pool *pool, int thread) {
     moe__worker *worker = &pool->workers[moe__pool_worker_of(pool, thread, pool->n_active)];
     const uint64_t begin = moe__pool_ticks();
@@ -1830,20 +1832,20 @@ MOE__PRIVATE void moe__pool_barrier(moe_pool *pool, int thread) {
     if (end > begin) worker->waited += end - begin;
 }
 
-/* A thread's part in a job. Waiting for the end is not counted: the caller may read by then. */
+// A thread's part in a job. Waiting for the end is not counted: the caller may read by then.
 MOE__PRIVATE void moe__pool_work(moe_pool *pool, moe__worker *worker, int thread, int n) {
     worker->waited = 0;
     pool->job(pool->context, thread, n);
     moe__pool_meet(pool, worker, thread);
 }
 
-/* Signals meant for the program are handled by its own threads: workers are created while they */
-/* are blocked, and inherit that. Those that report a fault of the running instruction stay, and */
-/* so do the two that the C library uses itself. Returns what was blocked before. */
+// Signals meant for the program are handled by its own threads: workers are created while they
+// are blocked, and inherit that. Those that report a fault of the running instruction stay, and
+// so do the two that the C library uses itself. Returns what was blocked before.
 MOE__PRIVATE uint64_t moe__pool_block_signals(void) {
     uint64_t saved = 0;
 #if defined(__linux__)
-    const unsigned keep[] = {4, 5, 6, 7, 8, 11, 32, 33}; /* ILL TRAP ABRT BUS FPE SEGV, libc's */
+    const unsigned keep[] = {4, 5, 6, 7, 8, 11, 32, 33}; // ILL TRAP ABRT BUS FPE SEGV, libc's
     uint64_t mask = ~(uint64_t)0;
     for (size_t i = 0; i < sizeof keep / sizeof keep[0]; i++)
         mask &= ~((uint64_t)1 << (keep[i] - 1));
@@ -1859,7 +1861,7 @@ MOE__PRIVATE void moe__pool_unblock_signals(uint64_t saved) {
 #endif
 }
 
-/* The calling thread runs on the worker's processor; saved (or NULL) gets what it ran on before. */
+// The calling thread runs on the worker's processor; saved (or NULL) gets what it ran on before.
 MOE__PRIVATE int moe__pool_bind(const moe__worker *worker, uint64_t *saved) {
     uint64_t mask[MOE__MAX_PROCESSORS / 64];
     if (worker->processor < 0 || (saved && !moe__machine_affinity(saved))) return 0;
@@ -1868,32 +1870,32 @@ MOE__PRIVATE int moe__pool_bind(const moe__worker *worker, uint64_t *saved) {
     return moe__machine_bind(mask);
 }
 
-/* Wakes those of the workers `first` to `last` - 1, all of one group, that take part in a job of */
-/* n and sleep. Their command has been written. */
+// Wakes those of the workers `first` to `last` - 1, all of one group, that take part in a job of
+// n and sleep. Their command has been written.
 MOE__PRIVATE void moe__pool_call(moe_pool *pool, int first, int last, int n) {
     if (first >= last) return;
     const int group = first / pool->group;
     moe__pool_word *word = &pool->command[group];
     const uint32_t sleepers = __atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST);
     uint32_t places = 0;
-    if (!sleepers) return; /* spares the hot path the divisions */
+    if (!sleepers) return; // spares the hot path the divisions
     for (int w = moe__pool_next(pool, first, n); w < last; w = moe__pool_next(pool, w + 1, n))
         places |= (uint32_t)1 << (w - group * pool->group);
     if (places & sleepers) moe__pool_wake(word, places & sleepers);
 }
 
-/* The first worker of the group behind that of `w`. */
+// The first worker of the group behind that of `w`.
 MOE__INLINE int moe__pool_beyond(const moe_pool *pool, int w) {
     return (int)moe__min((w / pool->group + 1) * pool->group, pool->n_threads);
 }
 
-/* The first worker of a group that takes part calls the others: in its own, the caller. */
+// The first worker of a group that takes part calls the others: in its own, the caller.
 MOE__PRIVATE void moe__pool_pass_on(moe_pool *pool, int w, int n) {
     if (moe__pool_next(pool, w / pool->group * pool->group, n) == w)
         moe__pool_call(pool, w + 1, moe__pool_beyond(pool, w), n);
 }
 
-/* Tells n - 1 workers to begin, or all to end (MOE__POOL_QUIT). */
+// Tells n - 1 workers to begin, or all to end (MOE__POOL_QUIT).
 MOE__PRIVATE void moe__pool_command(moe_pool *pool, int n) {
     const uint32_t command = ++pool->serial << MOE__POOL_COUNT_BITS | (uint32_t)n;
     for (int w = moe__pool_next(pool, 1, n); w < pool->n_threads;
@@ -1905,8 +1907,8 @@ MOE__PRIVATE void moe__pool_command(moe_pool *pool, int n) {
     moe__pool_pass_on(pool, 0, n);
 }
 
-/* Waits for a command in which the worker takes part, and returns it; seen: the one before. */
-/* Those for others of its group neither wake it nor give it more time to spin. */
+// Waits for a command in which the worker takes part, and returns it; seen: the one before.
+// Those for others of its group neither wake it nor give it more time to spin.
 MOE__PRIVATE uint32_t moe__pool_await(const moe__worker *worker, uint32_t seen) {
     const moe_pool *pool = worker->pool;
     const int w = worker->thread;
@@ -1927,7 +1929,7 @@ MOE__PRIVATE void *moe__pool_worker(void *argument) {
     moe__worker *worker = (moe__worker *)argument;
     moe_pool *pool = worker->pool;
     uint32_t command = 0;
-    fesetenv(FE_DFL_ENV); /* not that of who opened the pool */
+    fesetenv(FE_DFL_ENV); // not that of who opened the pool
     moe__pool_bind(worker, NULL);
     for (;;) {
         command = moe__pool_await(worker, command);
@@ -1938,8 +1940,8 @@ MOE__PRIVATE void *moe__pool_worker(void *argument) {
     }
 }
 
-/* Callers from several threads take turns. Whoever holds the pool already, in a callback, must */
-/* not try to: it would wait for itself. */
+// Callers from several threads take turns. Whoever holds the pool already, in a callback, must
+// not try to: it would wait for itself.
 MOE__INLINE int moe__pool_is_held(const moe_pool *pool) {
     return __atomic_load_n(&pool->holder, __ATOMIC_RELAXED) == (uintptr_t)pthread_self();
 }
@@ -1952,9 +1954,9 @@ MOE__INLINE void moe__pool_release(moe_pool *pool) {
     pthread_mutex_unlock(&pool->turn);
 }
 
-/* Runs job(context, thread, n_threads) on the calling thread (thread 0), which holds the pool, */
-/* and n_threads - 1 workers; returns when all are done. Returns the seconds it took, and in */
-/* waited (or NULL) those that each thread spent at barriers. */
+// Runs job(context, thread, n_threads) on the calling thread (thread 0), which holds the pool,
+// and n_threads - 1 workers; returns when all are done. Returns the seconds it took, and in
+// waited (or NULL) those that each thread spent at barriers.
 MOE__PRIVATE double moe__pool_run_held(moe_pool *pool, int n_threads, moe__job_fn *job,
                                        void *context, double *waited) {
     uint64_t saved[MOE__MAX_PROCESSORS / 64];
@@ -1964,8 +1966,8 @@ MOE__PRIVATE double moe__pool_run_held(moe_pool *pool, int n_threads, moe__job_f
     pool->context = context;
     pool->n_active = n_threads;
     pool->leaf = moe__pool_leaf(n_threads, pool->nodes.n);
-    /* With more threads than processors, who spins keeps from work those that are waited for, */
-    /* and handing on the processor is cheaper than sleeping and being woken. */
+    // With more threads than processors, who spins keeps from work those that are waited for,
+    // and handing on the processor is cheaper than sleeping and being woken.
     const int crowded = n_threads > pool->n_processors;
     pool->spin = crowded && !pool->spin_anyway ? 0 : pool->spin_seconds;
     pool->n_yields = crowded ? 8 : 0;
@@ -1992,7 +1994,7 @@ MOE__PRIVATE double moe__pool_run(moe_pool *pool, int n_threads, moe__job_fn *jo
     return seconds;
 }
 
-/* The nodes of the threads of a job of n. */
+// The nodes of the threads of a job of n.
 MOE__PRIVATE void moe__pool_nodes(const moe_pool *pool, int n, moe__nodes *nodes) {
     nodes->n = pool->nodes.n;
     for (int32_t k = 0; k < nodes->n; k++)
@@ -2000,12 +2002,12 @@ MOE__PRIVATE void moe__pool_nodes(const moe_pool *pool, int n, moe__nodes *nodes
     nodes->first[nodes->n] = n;
 }
 
-/* With one token, rows of a thread begin at multiples of ROW_UNIT (more, if a type interleaves */
-/* more), columns at those of LINE: one cache line of results. */
+// With one token, rows of a thread begin at multiples of ROW_UNIT (more, if a type interleaves
+// more), columns at those of LINE: one cache line of results.
 enum { MOE__ROW_UNIT = 2, MOE__LINE = 16 };
 
-/* The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are */
-/* multiples of `unit` (but for the last) and differ by at most one unit. */
+// The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are
+// multiples of `unit` (but for the last) and differ by at most one unit.
 MOE__INLINE void moe__pool_share(int64_t total, int64_t unit, int thread, int n, int64_t *begin,
                                  int64_t *end) {
     int64_t units = (total + unit - 1) / unit;
@@ -2019,9 +2021,9 @@ MOE__PRIVATE int moe__pool_default_threads(void) {
     return moe__machine_threads(&machine, "");
 }
 
-/* ---- public ---------------------------------------------------------------------------------- */
+// ---- public ----------------------------------------------------------------------------------
 
-/* Who runs where, and how long who waits spins. */
+// Who runs where, and how long who waits spins.
 MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, int pin,
                                    int spin_us) {
     pool->n_processors = moe__machine_quota("", machine->n_processors);
@@ -2047,9 +2049,9 @@ MOE__PRIVATE void moe__pool_free(moe_pool *pool) {
     moe__free(&allocator, pool->workers);
     moe__free(&allocator, pool);
 }
-/* Memory of a pool of n threads, all zero; NULL: there is not enough. */
+// Memory of a pool of n threads, all zero; NULL: there is not enough.
 MOE__PRIVATE moe_pool *moe__pool_alloc(const moe_allocator *allocator, int n) {
-    const size_t n_words = 1 + ((size_t)n + 3) / 4; /* groups have 4 threads or more */
+    const size_t n_words = 1 + ((size_t)n + 3) / 4; // groups have 4 threads or more
     moe_pool *pool = (moe_pool *)moe__alloc(allocator, sizeof *pool);
     if (!pool) return NULL;
     pool->allocator = *allocator;
@@ -2066,9 +2068,9 @@ MOE__INLINE int moe__pool_groups(const moe_pool *pool) {
     return (pool->n_threads + pool->group - 1) / pool->group;
 }
 
-/* Creates the workers. Returns 0 or why the system refused number n_started. Their stacks have */
-/* the same size everywhere: some systems give 128 KiB, and kernels compiled with -O0 or a */
-/* sanitizer take 400. */
+// Creates the workers. Returns 0 or why the system refused number n_started. Their stacks have
+// the same size everywhere: some systems give 128 KiB, and kernels compiled with -O0 or a
+// sanitizer take 400.
 MOE__PRIVATE int moe__pool_start(moe_pool *pool) {
     pthread_attr_t stack;
     int code = pthread_attr_init(&stack);
@@ -2098,7 +2100,7 @@ MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *erro
         return NULL;
     }
     memset(&machine, 0, sizeof machine);
-    if (n == 0 || pin) moe__machine_this(&machine); /* two files per processor: only if needed */
+    if (n == 0 || pin) moe__machine_this(&machine); // two files per processor: only if needed
     else machine.n_processors = moe__machine_affinity(mask);
     if (n == 0) n = moe__machine_threads(&machine, "");
     moe_pool *pool = moe__pool_alloc(&allocator, n);
@@ -2133,50 +2135,50 @@ MOE_API void moe_pool_close(moe_pool *pool) {
 MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_threads : 0; }
 MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes.n : 0; }
 
-/* ============================================================================================== */
-/* // >>pages */
-/* */
-/* Files in memory, and the pages that they lie in. How fast weights are read depends on them: */
-/* */
-/*   2 MiB   One entry of the page tables leads to 512 times 4 KiB. Anonymous memory gets such */
-/*           pages with MADV_HUGEPAGE. A mapped file has them where the system caches it in */
-/*           pieces (folios) of 2 MiB, and if the mapping begins at a multiple of 2 MiB. */
-/*   4 KiB   An entry each. On a virtual machine whose hypervisor keeps page tables of its own, */
-/*           reading through many such entries may be several times slower. */
-/* */
-/* Whoever read a file first decided in which folios it is cached, so that the speed of a mapping */
-/* cannot be known: it is measured, against anonymous memory, on a sample of what is cached */
-/* (moe__probe_run). Where it is much slower, pages are made anew, the cheapest way first: */
-/* */
-/*   collapse   the system makes 2 MiB folios of what it has cached (few kernels can, for files) */
-/*   copy       pieces are copied to anonymous huge pages and put in the place of the mapping; */
-/*              the cache behind them is dropped, so that memory is needed once */
-/*   reread     the cache is dropped and read again, through a mapping that asks for huge folios */
-/* */
-/* The address of a byte never changes: mremap puts a finished copy where the mapping was, in one */
-/* step, so that other threads may read on meanwhile. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>pages
+//
+// Files in memory, and the pages that they lie in. How fast weights are read depends on them:
+//
+//   2 MiB   One entry of the page tables leads to 512 times 4 KiB. Anonymous memory gets such
+//           pages with MADV_HUGEPAGE. A mapped file has them where the system caches it in
+//           pieces (folios) of 2 MiB, and if the mapping begins at a multiple of 2 MiB.
+//   4 KiB   An entry each. On a virtual machine whose hypervisor keeps page tables of its own,
+//           reading through many such entries may be several times slower.
+//
+// Whoever read a file first decided in which folios it is cached, so that the speed of a mapping
+// cannot be known: it is measured, against anonymous memory, on a sample of what is cached
+// (moe__probe_run). Where it is much slower, pages are made anew, the cheapest way first:
+//
+//   collapse   the system makes 2 MiB folios of what it has cached (few kernels can, for files)
+//   copy       pieces are copied to anonymous huge pages and put in the place of the mapping;
+//              the cache behind them is dropped, so that memory is needed once
+//   reread     the cache is dropped and read again, through a mapping that asks for huge folios
+//
+// The address of a byte never changes: mremap puts a finished copy where the mapping was, in one
+// step, so that other threads may read on meanwhile.
+// ==============================================================================================
 
-/* Sizes for which tests set smaller ones. */
+// Sizes for which tests set smaller ones.
 #ifndef MOE__PAGES_PIECE
-#define MOE__PAGES_PIECE (1 << 24) /* bytes that a thread touches, copies or replaces at once; */
-#endif                             /* a multiple of MOE__PAGES_HUGE */
+#define MOE__PAGES_PIECE (1 << 24) // bytes that a thread touches, copies or replaces at once;
+#endif                             // a multiple of MOE__PAGES_HUGE
 #ifndef MOE__PROBE_WINDOW
-#define MOE__PROBE_WINDOW (1 << 19) /* bytes of a sample: as much as threads read at once from */
-#endif                              /* an expert's matrix */
+#define MOE__PROBE_WINDOW (1 << 19) // bytes of a sample: as much as threads read at once from
+#endif                              // an expert's matrix
 #ifndef MOE__PAGING_SECONDS
-#define MOE__PAGING_SECONDS 2.0 /* of generating until a mapping is looked at once more */
+#define MOE__PAGING_SECONDS 2.0 // of generating until a mapping is looked at once more
 #endif
 #ifndef MOE__PAGING_SLOW
-#define MOE__PAGING_SLOW 0.7 /* of the speed of huge pages: below it a mapping counts as slow */
+#define MOE__PAGING_SLOW 0.7 // of the speed of huge pages: below it a mapping counts as slow
 #endif
 
 enum {
-    MOE__PAGES_HUGE = 1 << 21, /* bytes of a huge page */
-    MOE__PAGES_TEAM = 16       /* most threads that work on pages */
+    MOE__PAGES_HUGE = 1 << 21, // bytes of a huge page
+    MOE__PAGES_TEAM = 16       // most threads that work on pages
 };
 
-/* Linux's numbers: strict C11 hides some, old headers lack others. */
+// Linux's numbers: strict C11 hides some, old headers lack others.
 enum {
     MOE__MADV_DONTNEED = 4,
     MOE__MADV_HUGEPAGE = 14,
@@ -2190,17 +2192,17 @@ enum {
 #define MOE__MAP_ANONYMOUS 0x20
 #endif
 
-/* A file in memory. */
+// A file in memory.
 typedef struct moe__pages {
-    uint8_t *data;     /* NULL: nothing */
+    uint8_t *data;     // NULL: nothing
     uint64_t size;
-    int file;          /* open as long as pages may be replaced, else -1 */
-    uint64_t n_copied; /* atomic: bytes that lie in anonymous memory */
+    int file;          // open as long as pages may be replaced, else -1
+    uint64_t n_copied; // atomic: bytes that lie in anonymous memory
 } moe__pages;
 
-/* ---- calls of the system --------------------------------------------------------------------- */
+// ---- calls of the system ---------------------------------------------------------------------
 
-/* Advice for the whole pages inside the range. Returns 0 or an errno, and leaves errno alone. */
+// Advice for the whole pages inside the range. Returns 0 or an errno, and leaves errno alone.
 MOE__PRIVATE int moe__pages_advise(const uint8_t *memory, uint64_t size, int advice) {
 #if defined(__linux__) && defined(SYS_madvise)
     const uintptr_t page = moe__machine_page();
@@ -2216,7 +2218,7 @@ MOE__PRIVATE int moe__pages_advise(const uint8_t *memory, uint64_t size, int adv
 #endif
 }
 
-/* Gives back what the system has cached of a range of the file, if nobody else maps it. */
+// Gives back what the system has cached of a range of the file, if nobody else maps it.
 MOE__PRIVATE void moe__pages_drop(int file, uint64_t from, uint64_t to) {
 #if defined(__linux__) && defined(SYS_fadvise64)
     const int saved = errno;
@@ -2227,7 +2229,7 @@ MOE__PRIVATE void moe__pages_drop(int file, uint64_t from, uint64_t to) {
 #endif
 }
 
-/* Reads bytes from .. to - 1 of the file. Returns 0, an errno, or -1 if the file ends before. */
+// Reads bytes from .. to - 1 of the file. Returns 0, an errno, or -1 if the file ends before.
 MOE__PRIVATE int moe__pages_read(int file, uint8_t *out, uint64_t from, uint64_t to) {
     while (from < to) {
 #if defined(__linux__) && defined(SYS_pread64)
@@ -2244,7 +2246,7 @@ MOE__PRIVATE int moe__pages_read(int file, uint8_t *out, uint64_t from, uint64_t
     return 0;
 }
 
-/* Is all of a range of whole pages in memory? Windows are MOE__PAGES_HUGE bytes at most. */
+// Is all of a range of whole pages in memory? Windows are MOE__PAGES_HUGE bytes at most.
 MOE__PRIVATE int moe__pages_resident(const uint8_t *memory, uint64_t size) {
 #if defined(__linux__) && defined(SYS_mincore)
     unsigned char there[MOE__PAGES_HUGE / 4096];
@@ -2258,9 +2260,9 @@ MOE__PRIVATE int moe__pages_resident(const uint8_t *memory, uint64_t size) {
 #endif
 }
 
-/* Bytes on huge pages within memory[0 .. size), of files and anonymous ones, from the text of */
-/* /proc/self/smaps: ranges "7f00-7f40 rw-p ..." each followed by lines such as */
-/* "AnonHugePages:  2048 kB". */
+// Bytes on huge pages within memory[0 .. size), of files and anonymous ones, from the text of
+// /proc/self/smaps: ranges "7f00-7f40 rw-p ..." each followed by lines such as
+// "AnonHugePages:  2048 kB".
 MOE__PRIVATE uint64_t moe__pages_huge(const char *path, const void *memory, uint64_t size) {
     static const char *const names[] = {"AnonHugePages:", "FilePmdMapped:"};
     const uint64_t first = (uint64_t)(uintptr_t)memory, last = first + size;
@@ -2295,15 +2297,15 @@ MOE__PRIVATE uint64_t moe__pages_huge(const char *path, const void *memory, uint
     return sum;
 }
 
-/* Makes the page tables' entries of a range, where the system can do so for many at once. */
+// Makes the page tables' entries of a range, where the system can do so for many at once.
 MOE__PRIVATE void moe__pages_touch(const uint8_t *memory, uint64_t size) {
     if (moe__pages_advise(memory, size, MOE__MADV_POPULATE_READ) != EINVAL) return;
     for (uint64_t i = 0; i < size; i += 4096) (void)*(const volatile uint8_t *)(memory + i);
 }
 
-/* ---- mappings -------------------------------------------------------------------------------- */
+// ---- mappings --------------------------------------------------------------------------------
 
-/* Anonymous memory at a multiple of 2 MiB; NULL if there is none. Given back by munmap. */
+// Anonymous memory at a multiple of 2 MiB; NULL if there is none. Given back by munmap.
 MOE__PRIVATE uint8_t *moe__pages_take(uint64_t size, int protection) {
     const uintptr_t huge = MOE__PAGES_HUGE, page = moe__machine_page();
     const uintptr_t whole = ((uintptr_t)size + page - 1) & ~(page - 1);
@@ -2315,9 +2317,9 @@ MOE__PRIVATE uint8_t *moe__pages_take(uint64_t size, int protection) {
     return (uint8_t *)first;
 }
 
-/* Maps the file; it stays open if `keep`, so that pages can be replaced. Returns 0 or an errno. */
+// Maps the file; it stays open if `keep`, so that pages can be replaced. Returns 0 or an errno.
 MOE__PRIVATE int moe__pages_map(moe__pages *p, int file, uint64_t size, int keep) {
-    uint8_t *place = moe__pages_take(size, PROT_NONE); /* NULL: any other place will do */
+    uint8_t *place = moe__pages_take(size, PROT_NONE); // NULL: any other place will do
     void *mapping = mmap(place, (size_t)size, PROT_READ, MAP_PRIVATE | (place ? MAP_FIXED : 0),
                          file, 0);
     const int code = errno;
@@ -2328,7 +2330,7 @@ MOE__PRIVATE int moe__pages_map(moe__pages *p, int file, uint64_t size, int keep
     p->data = (uint8_t *)mapping;
     p->size = size;
     p->file = keep ? file : -1;
-    moe__pages_advise(p->data, size, MOE__MADV_HUGEPAGE); /* before anything touches it */
+    moe__pages_advise(p->data, size, MOE__MADV_HUGEPAGE); // before anything touches it
     return 0;
 }
 
@@ -2338,17 +2340,17 @@ MOE__PRIVATE void moe__pages_close(moe__pages *p) {
     p->data = NULL;
 }
 
-/* ---- pieces, by a team ----------------------------------------------------------------------- */
+// ---- pieces, by a team -----------------------------------------------------------------------
 
-/* Pieces of a range that threads take in turn. */
+// Pieces of a range that threads take in turn.
 typedef struct moe__pieces {
-    int (*work)(void *context, uint64_t from, uint64_t to); /* 0, or a code that ends it all */
-    int (*report)(void *context, uint64_t done); /* may be NULL; on the caller's thread; also */
+    int (*work)(void *context, uint64_t from, uint64_t to); // 0, or a code that ends it all
+    int (*report)(void *context, uint64_t done); // may be NULL; on the caller's thread; also
     void *context;
-    uint64_t next, size; /* next: atomic */
-    uint64_t done;       /* atomic */
-    uint64_t reported;   /* what report was last told */
-    int code;            /* atomic: the first one that was not 0 */
+    uint64_t next, size; // next: atomic
+    uint64_t done;       // atomic
+    uint64_t reported;   // what report was last told
+    int code;            // atomic: the first one that was not 0
 } moe__pieces;
 
 MOE__PRIVATE int moe__pieces_report(moe__pieces *p) {
@@ -2373,7 +2375,7 @@ MOE__PRIVATE void moe__pieces_job(void *context, int thread, int n_threads) {
     }
 }
 
-/* A team for work on pages; NULL if there is no memory or no thread for it. */
+// A team for work on pages; NULL if there is no memory or no thread for it.
 MOE__PRIVATE moe_pool *moe__pages_team(const moe_allocator *allocator) {
     moe_pool_options options;
     memset(&options, 0, sizeof options);
@@ -2382,7 +2384,7 @@ MOE__PRIVATE moe_pool *moe__pages_team(const moe_allocator *allocator) {
     return moe_pool_open(&options, NULL);
 }
 
-/* Works off all pieces, with the pool's threads or (NULL) some of its own. Returns the code. */
+// Works off all pieces, with the pool's threads or (NULL) some of its own. Returns the code.
 MOE__PRIVATE int moe__pieces_run(moe__pieces *p, moe_pool *pool, const moe_allocator *allocator) {
     const uint64_t n_pieces = (p->size - p->next + MOE__PAGES_PIECE - 1) / MOE__PAGES_PIECE;
     moe_pool *own = NULL;
@@ -2396,13 +2398,13 @@ MOE__PRIVATE int moe__pieces_run(moe__pieces *p, moe_pool *pool, const moe_alloc
     return p->code;
 }
 
-/* ---- copies ---------------------------------------------------------------------------------- */
+// ---- copies ----------------------------------------------------------------------------------
 
-/* A file that is read into anonymous memory, or touched, by a team. */
+// A file that is read into anonymous memory, or touched, by a team.
 typedef struct moe__pages_load {
     moe__pages *pages;
     int file;
-    int (*report)(void *user, uint64_t done); /* may be NULL */
+    int (*report)(void *user, uint64_t done); // may be NULL
     void *user;
 } moe__pages_load;
 
@@ -2433,8 +2435,8 @@ MOE__PRIVATE int moe__pages_load_run(moe__pages_load *load, const moe_allocator 
     return moe__pieces_run(&pieces, NULL, allocator);
 }
 
-/* Reads the file into huge (or small) pages. Returns 0, an errno, -1 if the file became shorter, */
-/* or what report returned. */
+// Reads the file into huge (or small) pages. Returns 0, an errno, -1 if the file became shorter,
+// or what report returned.
 MOE__PRIVATE int moe__pages_copy(moe__pages_load *load, uint64_t size, int small,
                                  const moe_allocator *allocator) {
     moe__pages *p = load->pages;
@@ -2447,12 +2449,12 @@ MOE__PRIVATE int moe__pages_copy(moe__pages_load *load, uint64_t size, int small
     moe__pages_advise(memory, size + moe__machine_page() - 1,
                       small ? MOE__MADV_NOHUGEPAGE : MOE__MADV_HUGEPAGE);
     const int code = moe__pages_load_run(load, allocator, moe__pages_load_piece);
-    if (!code) mprotect(memory, (size_t)size, PROT_READ); /* weights are never written */
+    if (!code) mprotect(memory, (size_t)size, PROT_READ); // weights are never written
     return code;
 }
 
-/* Puts a copy on huge pages in the place of bytes from .. to - 1 of the mapping, whole pieces */
-/* but at the end of the file. Who reads them meanwhile reads the one or the other. */
+// Puts a copy on huge pages in the place of bytes from .. to - 1 of the mapping, whole pieces
+// but at the end of the file. Who reads them meanwhile reads the one or the other.
 MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 #if defined(__linux__) && defined(SYS_mremap)
     const size_t page = moe__machine_page();
@@ -2477,28 +2479,28 @@ MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 #endif
 }
 
-/* ---- measuring ------------------------------------------------------------------------------- */
+// ---- measuring -------------------------------------------------------------------------------
 
-/* A sample is larger than most caches, and the mapping and the copy are read in turns, so that */
-/* neither stays there. When a model is opened one sample is read in all rounds, the first time */
-/* untimed: what the first touch of a page costs is not what reading it costs. Later, when pages */
-/* have been in use for some time, each round reads other windows, once: systems that look which */
-/* pages are used undo the hypervisor's page tables with each look, and only the first read meets */
-/* that. */
+// A sample is larger than most caches, and the mapping and the copy are read in turns, so that
+// neither stays there. When a model is opened one sample is read in all rounds, the first time
+// untimed: what the first touch of a page costs is not what reading it costs. Later, when pages
+// have been in use for some time, each round reads other windows, once: systems that look which
+// pages are used undo the hypervisor's page tables with each look, and only the first read meets
+// that.
 enum { MOE__PROBE_WINDOWS = 64, MOE__PROBE_ROUNDS = 3 };
 
 typedef struct moe__probe {
     moe_pool *pool;
-    int in_use;          /* the pages have been read for some time */
-    const uint8_t *window[MOE__PROBE_ROUNDS][MOE__PROBE_WINDOWS]; /* [0] of all, if not in_use */
-    int32_t n_windows;   /* the least of any round */
-    uint8_t *copy;       /* as much anonymous memory in huge pages */
-    double fill_seconds; /* for the page tables' entries of the windows of the first round */
-    double seconds[2][MOE__PROBE_ROUNDS]; /* of windows, of copy */
-    uint64_t sum;        /* of all that was read, so that it is */
+    int in_use;          // the pages have been read for some time
+    const uint8_t *window[MOE__PROBE_ROUNDS][MOE__PROBE_WINDOWS]; // [0] of all, if not in_use
+    int32_t n_windows;   // the least of any round
+    uint8_t *copy;       // as much anonymous memory in huge pages
+    double fill_seconds; // for the page tables' entries of the windows of the first round
+    double seconds[2][MOE__PROBE_ROUNDS]; // of windows, of copy
+    uint64_t sum;        // of all that was read, so that it is
 } moe__probe;
 
-/* What one found: bytes per second. */
+// What one found: bytes per second.
 typedef struct moe__rates {
     double map, copy, fill;
 } moe__rates;
@@ -2510,7 +2512,7 @@ MOE__PRIVATE uint64_t moe__probe_sum(const uint8_t *p, size_t size) {
     return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
 }
 
-/* This thread's windows of a sample, or (NULL) its part of the copy. */
+// This thread's windows of a sample, or (NULL) its part of the copy.
 MOE__PRIVATE uint64_t moe__probe_read(const moe__probe *probe, const uint8_t *const *windows,
                                       int thread, int n_threads) {
     uint64_t sum = 0;
@@ -2520,13 +2522,13 @@ MOE__PRIVATE uint64_t moe__probe_read(const moe__probe *probe, const uint8_t *co
     return sum;
 }
 
-/* One of the threads: fills page tables and the copy, then reads mapping and copy in turns. */
+// One of the threads: fills page tables and the copy, then reads mapping and copy in turns.
 MOE__PRIVATE void moe__probe_job(void *context, int thread, int n_threads) {
     moe__probe *probe = (moe__probe *)context;
     uint64_t sum = 0;
     double begin;
     for (int32_t i = thread; i < probe->n_windows; i += n_threads)
-        for (size_t k = 0; k < MOE__PROBE_WINDOW; k += 4096) /* pages appear when written to */
+        for (size_t k = 0; k < MOE__PROBE_WINDOW; k += 4096) // pages appear when written to
             probe->copy[(size_t)i * MOE__PROBE_WINDOW + k] = 1;
     for (int round = 0; round < MOE__PROBE_ROUNDS; round++) {
         const uint8_t *const *windows = probe->window[probe->in_use ? round : 0];
@@ -2548,14 +2550,14 @@ MOE__PRIVATE void moe__probe_job(void *context, int thread, int n_threads) {
     __atomic_fetch_add(&probe->sum, sum, __ATOMIC_RELAXED);
 }
 
-/* The best of the rounds: what else the machine does meanwhile only makes them slower. */
+// The best of the rounds: what else the machine does meanwhile only makes them slower.
 MOE__PRIVATE double moe__probe_least(const double *x) {
     double least = x[0];
     for (int i = 1; i < MOE__PROBE_ROUNDS; i++) least = x[i] < least ? x[i] : least;
     return least;
 }
 
-/* Evenly spread windows of n files; of those only what is in memory: the disk is not measured. */
+// Evenly spread windows of n files; of those only what is in memory: the disk is not measured.
 MOE__PRIVATE void moe__probe_windows(moe__probe *probe, const moe__pages *files, int32_t n) {
     const uint64_t n_rounds = probe->in_use ? MOE__PROBE_ROUNDS : 1;
     uint64_t total = 0;
@@ -2577,8 +2579,8 @@ MOE__PRIVATE void moe__probe_windows(moe__probe *probe, const moe__pages *files,
     }
 }
 
-/* How fast the mapping of n files is read by the pool's threads. Returns whether it was */
-/* measured: not if they are small or less than half of the sample is in memory. */
+// How fast the mapping of n files is read by the pool's threads. Returns whether it was
+// measured: not if they are small or less than half of the sample is in memory.
 MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, int in_use, moe_pool *pool,
                                 moe__rates *rates) {
     moe__probe probe;
@@ -2601,58 +2603,58 @@ MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, int in_use, 
     return 1;
 }
 
-/* ---- what AUTO does -------------------------------------------------------------------------- */
+// ---- what AUTO does --------------------------------------------------------------------------
 
-/* Seconds that filling the page tables at once may take: else pages are faulted in as they are */
-/* read. */
+// Seconds that filling the page tables at once may take: else pages are faulted in as they are
+// read.
 #define MOE__PAGING_FILL 0.05
-/* Bytes per second below which reading a file again is given up. */
+// Bytes per second below which reading a file again is given up.
 #define MOE__PAGING_REREAD 5e8
 
 enum {
-    MOE__PAGING_LATER = 2,        /* how many times longer it is to the next look, after each, */
-    MOE__PAGING_LATEST = 64,      /* up to so many times MOE__PAGING_SECONDS */
-    MOE__PAGING_RESERVE = 1 << 28 /* bytes that a copy in progress leaves free */
+    MOE__PAGING_LATER = 2,        // how many times longer it is to the next look, after each,
+    MOE__PAGING_LATEST = 64,      // up to so many times MOE__PAGING_SECONDS
+    MOE__PAGING_RESERVE = 1 << 28 // bytes that a copy in progress leaves free
 };
 
 typedef enum moe__paging_state {
-    MOE__PAGING_DONE,  /* nothing more is done */
-    MOE__PAGING_WATCH, /* looks again some time later */
-    MOE__PAGING_COPY   /* replaces some pieces after each token */
+    MOE__PAGING_DONE,  // nothing more is done
+    MOE__PAGING_WATCH, // looks again some time later
+    MOE__PAGING_COPY   // replaces some pieces after each token
 } moe__paging_state;
 
 typedef enum moe__paging_outcome {
-    MOE__PAGED_SMALL, /* too small to matter */
-    MOE__PAGED_COLD,  /* not cached: there was nothing to measure */
+    MOE__PAGED_SMALL, // too small to matter
+    MOE__PAGED_COLD,  // not cached: there was nothing to measure
     MOE__PAGED_FAST,
     MOE__PAGED_COLLAPSED,
-    MOE__PAGED_COPIED, /* if only in part */
+    MOE__PAGED_COPIED, // if only in part
     MOE__PAGED_REREAD,
-    MOE__PAGED_NO_ROOM /* slow, but neither copied nor read again */
+    MOE__PAGED_NO_ROOM // slow, but neither copied nor read again
 } moe__paging_outcome;
 
-/* The mapped files of a model. */
+// The mapped files of a model.
 typedef struct moe__paging {
     moe__pages *files;
     int32_t n_files;
-    uint64_t size; /* of all */
+    uint64_t size; // of all
     moe_allocator allocator;
-    int (*progress)(void *user, float fraction); /* while opening */
+    int (*progress)(void *user, float fraction); // while opening
     void *progress_user;
     moe__paging_outcome outcome;
     moe__rates rates;
-    uint64_t room;    /* bytes that were free when it was decided */
-    int state;        /* atomic: moe__paging_state */
-    int busy;         /* atomic: one thread at a time goes on */
-    int64_t left;     /* atomic: nanoseconds of generating until the next look */
-    int64_t interval; /* between this look and the one before */
-    int32_t file;     /* of files, and of it the piece that comes next */
-    uint64_t next, before; /* before: bytes of the files worked off */
-    double begin;     /* seconds */
+    uint64_t room;    // bytes that were free when it was decided
+    int state;        // atomic: moe__paging_state
+    int busy;         // atomic: one thread at a time goes on
+    int64_t left;     // atomic: nanoseconds of generating until the next look
+    int64_t interval; // between this look and the one before
+    int32_t file;     // of files, and of it the piece that comes next
+    uint64_t next, before; // before: bytes of the files worked off
+    double begin;     // seconds
 } moe__paging;
 
-/* How fast is the mapping? Returns whether it could be measured. What looks slow is measured */
-/* twice: a copy is not made for a moment's sake. */
+// How fast is the mapping? Returns whether it could be measured. What looks slow is measured
+// twice: a copy is not made for a moment's sake.
 MOE__PRIVATE int moe__paging_measure(moe__paging *g, int in_use, moe_pool *pool, int *slow) {
     moe__rates rates;
     *slow = 0;
@@ -2681,14 +2683,14 @@ MOE__PRIVATE int moe__paging_fill_piece(void *context, uint64_t from, uint64_t t
     moe__pages_touch(g->files[g->file].data + from, to - from);
     return 0;
 }
-/* Memory may be taken by others while a copy is made. */
+// Memory may be taken by others while a copy is made.
 MOE__PRIVATE int moe__paging_replace_piece(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
     if (from / MOE__PAGES_PIECE % 8 == 0 && moe__machine_memory("") < MOE__PAGING_RESERVE)
         return ENOMEM;
     return moe__pages_replace(&g->files[g->file], from, to);
 }
-/* Not if others map the file, so that it stays cached as it is, or if the disk is slow. */
+// Not if others map the file, so that it stays cached as it is, or if the disk is slow.
 MOE__PRIVATE int moe__paging_reread_piece(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
     const moe__pages *p = &g->files[g->file];
@@ -2709,7 +2711,7 @@ MOE__PRIVATE int moe__paging_report(void *context, uint64_t done) {
     return !g->progress || g->progress(g->progress_user, (float)fraction) ? 0 : ECANCELED;
 }
 
-/* Works off all files. Returns 0 or the code that ended it. */
+// Works off all files. Returns 0 or the code that ended it.
 MOE__PRIVATE int moe__paging_all(moe__paging *g, moe_pool *pool,
                                  int (*work)(void *, uint64_t, uint64_t)) {
     int code = 0;
@@ -2728,7 +2730,7 @@ MOE__PRIVATE int moe__paging_all(moe__paging *g, moe_pool *pool,
     return code;
 }
 
-/* May a copy be made of what is not copied yet? Never of more than half of what is free. */
+// May a copy be made of what is not copied yet? Never of more than half of what is free.
 MOE__PRIVATE int moe__paging_fits(moe__paging *g) {
     g->room = moe__machine_memory("");
     for (int32_t i = 0; i < g->n_files; i++)
@@ -2736,7 +2738,7 @@ MOE__PRIVATE int moe__paging_fits(moe__paging *g) {
     return g->size - moe__paging_copied(g) <= g->room / 2;
 }
 
-/* The mapping is slow: makes huge pages of it. Returns 0, or ECANCELED. */
+// The mapping is slow: makes huge pages of it. Returns 0, or ECANCELED.
 MOE__PRIVATE int moe__paging_mend(moe__paging *g, moe_pool *pool) {
     int code;
     g->outcome = MOE__PAGED_NO_ROOM;
@@ -2758,7 +2760,7 @@ MOE__PRIVATE int moe__paging_mend(moe__paging *g, moe_pool *pool) {
     return code == ECANCELED ? code : 0;
 }
 
-/* Looks at the mapping when a model is opened. Returns 0, or ECANCELED. */
+// Looks at the mapping when a model is opened. Returns 0, or ECANCELED.
 MOE__PRIVATE int moe__paging_open(moe__paging *g) {
     int code = 0, slow;
     g->outcome = MOE__PAGED_SMALL;
@@ -2781,8 +2783,8 @@ MOE__PRIVATE int moe__paging_open(moe__paging *g) {
     return code;
 }
 
-/* Replaces the next pieces, one for each of n threads. Returns 1 when there is nothing more to */
-/* do. */
+// Replaces the next pieces, one for each of n threads. Returns 1 when there is nothing more to
+// do.
 MOE__PRIVATE int moe__paging_step(moe__paging *g, moe_pool *pool, int n) {
     moe__pieces pieces;
     memset(&pieces, 0, sizeof pieces);
@@ -2800,7 +2802,7 @@ MOE__PRIVATE int moe__paging_step(moe__paging *g, moe_pool *pool, int n) {
     return code || g->file == g->n_files;
 }
 
-/* A look some time later. Returns 1 when it is the last. */
+// A look some time later. Returns 1 when it is the last.
 MOE__PRIVATE int moe__paging_look(moe__paging *g, moe_pool *pool) {
     int next = MOE__PAGING_WATCH, slow;
     if (moe__paging_measure(g, 1, pool, &slow) && slow) {
@@ -2815,8 +2817,8 @@ MOE__PRIVATE int moe__paging_look(moe__paging *g, moe_pool *pool) {
     return next == MOE__PAGING_DONE;
 }
 
-/* Goes on after a generated token: looks again, or copies some more. Returns 1 when something */
-/* came of it. */
+// Goes on after a generated token: looks again, or copies some more. Returns 1 when something
+// came of it.
 MOE__PRIVATE int moe__paging_tend(moe__paging *g, double seconds, moe_pool *pool) {
     int finished = 0;
     const int64_t passed = (int64_t)(1e9 * seconds);
@@ -2835,7 +2837,7 @@ MOE__PRIVATE int moe__paging_tend(moe__paging *g, double seconds, moe_pool *pool
     return finished;
 }
 
-/* Appends to a text of some capacity; what does not fit is cut off. */
+// Appends to a text of some capacity; what does not fit is cut off.
 MOE__PRIVATE MOE__PRINTF(3, 4) void
     moe__paging_write(char *text, size_t capacity, const char *format, ...) {
     const size_t length = strlen(text);
@@ -2845,18 +2847,18 @@ MOE__PRIVATE MOE__PRINTF(3, 4) void
     va_end(args);
 }
 
-/* Appends "4.00 GiB" or "4.0 MiB". */
+// Appends "4.00 GiB" or "4.0 MiB".
 MOE__PRIVATE void moe__paging_write_size(char *text, size_t capacity, uint64_t bytes) {
     if (bytes >> 30) moe__paging_write(text, capacity, "%.2f GiB", (double)bytes / 1073741824.0);
     else moe__paging_write(text, capacity, "%.1f MiB", (double)bytes / 1048576.0);
 }
 
-/* What was done and why. */
+// What was done and why.
 MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capacity) {
     static const char *const deeds[] = {
         " mapped", " mapped: not cached, read from the disk as it is used", " mapped",
         " collapsed to huge pages", " copied to huge pages", " read again in huge pages",
-        " mapped"}; /* of moe__paging_outcome */
+        " mapped"}; // of moe__paging_outcome
     const uint64_t n_copied = moe__paging_copied(g);
     text[0] = 0;
     if (n_copied && n_copied < g->size) {
@@ -2873,42 +2875,42 @@ MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capac
     moe__paging_write_size(text, capacity, g->room);
 }
 
-/* ============================================================================================== */
-/* // >>gguf */
-/* */
-/* The file reader. A GGUF file is, back to back and without padding: */
-/* */
-/*     "GGUF", u32 version, u64 n_tensors, u64 n_values */
-/*     values:  str key, u32 type, value            (an array: u32 type, u64 count, elements) */
-/*     tensors: str name, u32 n_dims, u64 ne[n_dims], u32 type, u64 offset into the data */
-/*     ... up to the next multiple of `alignment`: the data */
-/* */
-/* with str = u64 size, bytes. Everything in it is hostile: sizes are held against the bytes left */
-/* before they are used, and each is read once, because a mapped file may change under us. Values */
-/* and weights stay where they lie in the file; only the tables of them are allocated, of a size */
-/* bounded by the file's and by a constant. Names are found by binary search in a sorted list: */
-/* n log n however they are chosen. Tensors must not overlap: what is made of them is then */
-/* bounded by the size of the file, too. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>gguf
+//
+// The file reader. A GGUF file is, back to back and without padding:
+//
+//     "GGUF", u32 version, u64 n_tensors, u64 n_values
+//     values:  str key, u32 type, value            (an array: u32 type, u64 count, elements)
+//     tensors: str name, u32 n_dims, u64 ne[n_dims], u32 type, u64 offset into the data
+//     ... up to the next multiple of `alignment`: the data
+//
+// with str = u64 size, bytes. Everything in it is hostile: sizes are held against the bytes left
+// before they are used, and each is read once, because a mapped file may change under us. Values
+// and weights stay where they lie in the file; only the tables of them are allocated, of a size
+// bounded by the file's and by a constant. Names are found by binary search in a sorted list:
+// n log n however they are chosen. Tensors must not overlap: what is made of them is then
+// bounded by the size of the file, too.
+// ==============================================================================================
 
 #include <inttypes.h>
 
 enum {
-    MOE__GGUF_HEADER = 24,           /* bytes */
-    MOE__GGUF_MIN_VALUE = 14,        /* bytes of the smallest value: 1 byte of key, 1 of value */
-    MOE__GGUF_MIN_TENSOR = 33,       /* bytes of the smallest tensor description */
-    MOE__GGUF_MAX_ENTRIES = 1 << 20, /* values of a file, tensors of a model */
-    MOE__GGUF_MAX_KEY = 65535,       /* bytes */
+    MOE__GGUF_HEADER = 24,           // bytes
+    MOE__GGUF_MIN_VALUE = 14,        // bytes of the smallest value: 1 byte of key, 1 of value
+    MOE__GGUF_MIN_TENSOR = 33,       // bytes of the smallest tensor description
+    MOE__GGUF_MAX_ENTRIES = 1 << 20, // values of a file, tensors of a model
+    MOE__GGUF_MAX_KEY = 65535,       // bytes
     MOE__GGUF_MAX_ALIGNMENT = 1 << 20,
-    MOE__GGUF_MAX_PARTS = 65535,     /* the writers' split.count is a u16 */
-    MOE__GGUF_SUFFIX = 20            /* strlen("-00001-of-00009.gguf") */
+    MOE__GGUF_MAX_PARTS = 65535,     // the writers' split.count is a u16
+    MOE__GGUF_SUFFIX = 20            // strlen("-00001-of-00009.gguf")
 };
 
-/* ---- sizes of tensor types ------------------------------------------------------------------- */
+// ---- sizes of tensor types -------------------------------------------------------------------
 
-/* A row of n weights takes row_meta + n / block * bytes. `interleave` rows form a group in which */
-/* their blocks alternate, so that only whole groups can be addressed. bytes = 0: the name is */
-/* known, but not the size in a file (never written, or different between programs). */
+// A row of n weights takes row_meta + n / block * bytes. `interleave` rows form a group in which
+// their blocks alternate, so that only whole groups can be addressed. bytes = 0: the name is
+// known, but not the size in a file (never written, or different between programs).
 typedef struct moe__gguf_type {
     int16_t id;
     int16_t block, bytes;
@@ -2916,7 +2918,7 @@ typedef struct moe__gguf_type {
     char name[16];
 } moe__gguf_type;
 
-/* Every id that llama.cpp or ik_llama.cpp (from 133 on) give a meaning, in order. */
+// Every id that llama.cpp or ik_llama.cpp (from 133 on) give a meaning, in order.
 static const moe__gguf_type moe__gguf_types[] = {
     {0, 1, 4, 0, 1, "F32"},          {1, 1, 2, 0, 1, "F16"},
     {2, 32, 18, 0, 1, "Q4_0"},       {3, 32, 20, 0, 1, "Q4_1"},
@@ -2969,7 +2971,7 @@ static const moe__gguf_type moe__gguf_types[] = {
     {353, 32, 17, 0, 8, "MXFP4_R8"}, {397, 256, 258, 0, 16, "Q8_K_R16"},
     {398, 32, 32, 4, 8, "Q8_KV_R8"}, {399, 256, 258, 0, 8, "Q8_K_R8"}};
 
-/* NULL for an unknown id. */
+// NULL for an unknown id.
 MOE__PRIVATE const moe__gguf_type *moe__gguf_type_info(int32_t id) {
     size_t low = 0, high = sizeof moe__gguf_types / sizeof moe__gguf_types[0];
     while (low < high) {
@@ -2981,56 +2983,56 @@ MOE__PRIVATE const moe__gguf_type *moe__gguf_type_info(int32_t id) {
     return NULL;
 }
 
-/* ---- the object ------------------------------------------------------------------------------ */
+// ---- the object ------------------------------------------------------------------------------
 
-/* One row of a list sorted by name. */
+// One row of a list sorted by name.
 typedef struct moe__gguf_name {
     const char *data;
     uint32_t size;
-    uint32_t index; /* in file order */
+    uint32_t index; // in file order
 } moe__gguf_name;
 
 typedef struct moe__gguf_entry {
     moe_gguf_tensor tensor;
-    uint64_t offset; /* where in its file the tensor is described */
+    uint64_t offset; // where in its file the tensor is described
 } moe__gguf_entry;
 
-/* One file. */
+// One file.
 typedef struct moe__gguf_part {
-    const uint8_t *data; /* the same as its moe__pages', which a memory source has not */
+    const uint8_t *data; // the same as its moe__pages', which a memory source has not
     uint64_t size;
     uint32_t version;
     int64_t n_values, n_tensors;
     moe_gguf_value *values;
-    moe__gguf_name *names; /* of the values */
+    moe__gguf_name *names; // of the values
     uint64_t alignment;
-    uint64_t infos;   /* offset of the first tensor description */
+    uint64_t infos;   // offset of the first tensor description
 } moe__gguf_part;
 
 struct moe_gguf {
     moe_gguf_options options;
     moe_allocator allocator;
-    char *path;             /* of the part being opened; NULL for a memory source */
+    char *path;             // of the part being opened; NULL for a memory source
     int32_t n_parts;
-    int32_t n_parts_hoped;  /* what the file name promises; only for progress */
+    int32_t n_parts_hoped;  // what the file name promises; only for progress
     moe__gguf_part *parts;
-    moe__pages *pages;      /* of each part; of a memory source all are empty */
-    int small_pages;        /* a copy is not made of huge pages */
-    int looked_after;       /* atomic: a model is in charge of the pages */
+    moe__pages *pages;      // of each part; of a memory source all are empty
+    int small_pages;        // a copy is not made of huge pages
+    int looked_after;       // atomic: a model is in charge of the pages
     int64_t n_tensors;
     moe__gguf_entry *tensors;
-    moe__gguf_name *names;  /* of the tensors */
+    moe__gguf_name *names;  // of the tensors
 };
 
-/* A position in a part, and what errors are to say about it. The first error stays: from then on */
-/* everything reads as 0, so that one look at `status` behind several reads is enough. */
+// A position in a part, and what errors are to say about it. The first error stays: from then on
+// everything reads as 0, so that one look at `status` behind several reads is enough.
 typedef struct moe__gguf_reader {
     const moe_gguf *gguf;
     int32_t part;
     moe_status status;
     const uint8_t *data;
     uint64_t size, at;
-    moe_string name; /* the key or tensor that is being read, if any */
+    moe_string name; // the key or tensor that is being read, if any
     moe_error *error;
 } moe__gguf_reader;
 
@@ -3047,13 +3049,13 @@ MOE__PRIVATE moe__gguf_reader moe__gguf_reader_at(const moe_gguf *gguf, int32_t 
     return r;
 }
 
-/* The part of a path that fits into moe_error.where: all of it, or else the file's name. */
+// The part of a path that fits into moe_error.where: all of it, or else the file's name.
 MOE__PRIVATE const char *moe__gguf_file_name(const char *path) {
     const char *slash = strrchr(path, '/');
     return strlen(path) < sizeof ((moe_error *)NULL)->where || !slash ? path : slash + 1;
 }
 
-/* An error at `offset` of the reader's file. */
+// An error at `offset` of the reader's file.
 MOE__PRIVATE MOE__PRINTF(4, 5) moe_status
     moe__gguf_fail(moe__gguf_reader *r, moe_status status, uint64_t offset, const char *format,
                    ...) {
@@ -3077,7 +3079,7 @@ MOE__PRIVATE moe_status moe__gguf_no_memory(moe_error *error, uint64_t size) {
                      size);
 }
 
-/* A zeroed table of n entries; NULL if n is 0 or on errors. The caller bounds n: no overflow. */
+// A zeroed table of n entries; NULL if n is 0 or on errors. The caller bounds n: no overflow.
 MOE__PRIVATE void *moe__gguf_alloc(moe__gguf_reader *r, int64_t n, size_t size) {
     if (n == 0 || r->status != MOE_OK) return NULL;
     void *memory = moe__alloc(&r->gguf->allocator, (size_t)n * size);
@@ -3085,7 +3087,7 @@ MOE__PRIVATE void *moe__gguf_alloc(moe__gguf_reader *r, int64_t n, size_t size) 
     return memory;
 }
 
-/* ---- names ----------------------------------------------------------------------------------- */
+// ---- names -----------------------------------------------------------------------------------
 
 MOE__INLINE int moe__gguf_name_compare(const char *a, size_t a_size, const char *b,
                                        size_t b_size) {
@@ -3093,13 +3095,13 @@ MOE__INLINE int moe__gguf_name_compare(const char *a, size_t a_size, const char 
     return order ? order : (a_size > b_size) - (a_size < b_size);
 }
 
-/* Equal names stay in file order, so that the second one is blamed. */
+// Equal names stay in file order, so that the second one is blamed.
 MOE__PRIVATE int moe__gguf_name_less(const moe__gguf_name *a, const moe__gguf_name *b) {
     int order = moe__gguf_name_compare(a->data, a->size, b->data, b->size);
     return order ? order < 0 : a->index < b->index;
 }
 
-/* Not by what it says but by where it lies. */
+// Not by what it says but by where it lies.
 MOE__PRIVATE int moe__gguf_place_less(const moe__gguf_name *a, const moe__gguf_name *b) {
     return (uintptr_t)a->data != (uintptr_t)b->data ? (uintptr_t)a->data < (uintptr_t)b->data
                                                     : a->index < b->index;
@@ -3107,7 +3109,7 @@ MOE__PRIVATE int moe__gguf_place_less(const moe__gguf_name *a, const moe__gguf_n
 
 typedef int moe__gguf_less(const moe__gguf_name *a, const moe__gguf_name *b);
 
-/* Restores "no child is larger than its parent" (children of i: 2i+1, 2i+2) below `root`. */
+// Restores "no child is larger than its parent" (children of i: 2i+1, 2i+2) below `root`.
 MOE__PRIVATE void moe__gguf_sift(moe__gguf_name *names, int64_t root, int64_t n,
                                  moe__gguf_less *less) {
     moe__gguf_name moved = names[root];
@@ -3122,7 +3124,7 @@ MOE__PRIVATE void moe__gguf_sift(moe__gguf_name *names, int64_t root, int64_t n,
     names[root] = moved;
 }
 
-/* Heap sort: in place, and no input makes it slower than n log n. */
+// Heap sort: in place, and no input makes it slower than n log n.
 MOE__PRIVATE void moe__gguf_sort(moe__gguf_name *names, int64_t n, moe__gguf_less *less) {
     for (int64_t i = n / 2; i-- > 0;) moe__gguf_sift(names, i, n, less);
     for (int64_t end = n - 1; end > 0; end--) {
@@ -3133,7 +3135,7 @@ MOE__PRIVATE void moe__gguf_sort(moe__gguf_name *names, int64_t n, moe__gguf_les
     }
 }
 
-/* Sorts by name. Returns the index of a name that occurs a second time, or -1. */
+// Sorts by name. Returns the index of a name that occurs a second time, or -1.
 MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
     moe__gguf_sort(names, n, moe__gguf_name_less);
     for (int64_t i = 1; i < n; i++) {
@@ -3143,7 +3145,7 @@ MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
     return -1;
 }
 
-/* Index in file order, or -1. */
+// Index in file order, or -1.
 MOE__PRIVATE int64_t moe__gguf_names_find(const moe__gguf_name *names, int64_t n,
                                           const char *wanted) {
     size_t size = strlen(wanted);
@@ -3158,9 +3160,9 @@ MOE__PRIVATE int64_t moe__gguf_names_find(const moe__gguf_name *names, int64_t n
     return -1;
 }
 
-/* ---- reading --------------------------------------------------------------------------------- */
+// ---- reading ---------------------------------------------------------------------------------
 
-/* The next `size` bytes, or NULL. */
+// The next `size` bytes, or NULL.
 MOE__PRIVATE const uint8_t *moe__gguf_take(moe__gguf_reader *r, uint64_t size, const char *what) {
     uint64_t left = r->size - r->at;
     if (size > left)
@@ -3190,7 +3192,7 @@ MOE__PRIVATE moe_string moe__gguf_take_string(moe__gguf_reader *r, const char *w
     return string;
 }
 
-/* The name of a key or tensor: not empty, below `limit` bytes, without NUL. It becomes r->name. */
+// The name of a key or tensor: not empty, below `limit` bytes, without NUL. It becomes r->name.
 MOE__PRIVATE moe_status moe__gguf_take_name(moe__gguf_reader *r, const char *what, int limit) {
     uint64_t start = r->at;
     r->name.size = 0;
@@ -3204,20 +3206,20 @@ MOE__PRIVATE moe_status moe__gguf_take_name(moe__gguf_reader *r, const char *wha
     return MOE_OK;
 }
 
-/* ---- values ---------------------------------------------------------------------------------- */
+// ---- values ----------------------------------------------------------------------------------
 
-/* By moe_value_type, for messages */
+// By moe_value_type, for messages
 static const char *const moe__gguf_value_names[13] = {
     "uint8", "int8", "uint16", "int16",  "uint32", "int32",  "float32",
     "bool",  "string", "array", "uint64", "int64", "float64"};
 
-/* Bytes of a value by its type; 0: a string or array, which vary. */
+// Bytes of a value by its type; 0: a string or array, which vary.
 static const uint8_t moe__gguf_value_sizes[13] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
-/* Steps over `count` values of one type that is not ARRAY. */
+// Steps over `count` values of one type that is not ARRAY.
 MOE__PRIVATE void moe__gguf_skip_values(moe__gguf_reader *r, uint32_t type, uint64_t count) {
     uint64_t size = moe__gguf_value_sizes[type], left = r->size - r->at;
-    uint64_t smallest = size ? size : 8; /* the empty string */
+    uint64_t smallest = size ? size : 8; // the empty string
     if (count > left / smallest) {
         moe__gguf_bad(r, r->at,
                       "the file ends too early: %" PRIu64 " values of at least %" PRIu64
@@ -3286,7 +3288,7 @@ MOE__PRIVATE const moe_gguf_value *moe__gguf_part_value(const moe__gguf_part *pa
     return i < 0 ? NULL : &part->values[i];
 }
 
-/* An integer among the values of the reader's part, or `missing`. */
+// An integer among the values of the reader's part, or `missing`.
 MOE__PRIVATE int64_t moe__gguf_read_int(moe__gguf_reader *r, const char *key, int64_t missing) {
     int64_t out = missing;
     const moe_gguf_value *value = moe__gguf_part_value(&r->gguf->parts[r->part], key);
@@ -3297,7 +3299,7 @@ MOE__PRIVATE int64_t moe__gguf_read_int(moe__gguf_reader *r, const char *key, in
     return out;
 }
 
-/* ---- header ---------------------------------------------------------------------------------- */
+// ---- header ----------------------------------------------------------------------------------
 
 MOE__PRIVATE moe_status moe__gguf_read_alignment(moe__gguf_reader *r, uint64_t *out) {
     const char *key = "general.alignment";
@@ -3318,7 +3320,7 @@ MOE__PRIVATE void moe__gguf_check_count(moe__gguf_reader *r, uint64_t offset, co
                       count > MOE__GGUF_MAX_ENTRIES ? "this reader" : "the file");
 }
 
-/* Header and values. Afterwards the counts are plausible and the alignment is known. */
+// Header and values. Afterwards the counts are plausible and the alignment is known.
 MOE__PRIVATE moe_status moe__gguf_read_head(moe_gguf *gguf, int32_t part_index, moe_error *error) {
     moe__gguf_part *part = &gguf->parts[part_index];
     moe__gguf_reader r = moe__gguf_reader_at(gguf, part_index, MOE__GGUF_HEADER, error);
@@ -3345,9 +3347,9 @@ MOE__PRIVATE moe_status moe__gguf_read_head(moe_gguf *gguf, int32_t part_index, 
     return moe__gguf_read_alignment(&r, &part->alignment);
 }
 
-/* ---- tensors --------------------------------------------------------------------------------- */
+// ---- tensors ---------------------------------------------------------------------------------
 
-/* The bytes of a tensor, and whether its shape suits its type. 0 bytes if the size is unknown. */
+// The bytes of a tensor, and whether its shape suits its type. 0 bytes if the size is unknown.
 MOE__PRIVATE moe_status moe__gguf_tensor_size(moe__gguf_reader *r, uint64_t offset,
                                               moe_gguf_tensor *tensor) {
     const moe__gguf_type *type = moe__gguf_type_info((int32_t)tensor->type);
@@ -3375,7 +3377,7 @@ MOE__PRIVATE moe_status moe__gguf_tensor_size(moe__gguf_reader *r, uint64_t offs
     return MOE_OK;
 }
 
-/* Shape: every length at least 1, their product within int64_t. */
+// Shape: every length at least 1, their product within int64_t.
 MOE__PRIVATE moe_status moe__gguf_read_shape(moe__gguf_reader *r, moe_gguf_tensor *tensor) {
     uint64_t count = 1;
     uint32_t n_dims = moe__gguf_take_u32(r, "a tensor's description");
@@ -3393,7 +3395,7 @@ MOE__PRIVATE moe_status moe__gguf_read_shape(moe__gguf_reader *r, moe_gguf_tenso
     return r->status;
 }
 
-/* One tensor's description. Its offset stays relative to the data, whose start is not known yet. */
+// One tensor's description. Its offset stays relative to the data, whose start is not known yet.
 MOE__PRIVATE moe_status moe__gguf_read_tensor(moe__gguf_reader *r, moe__gguf_entry *entry) {
     moe_gguf_tensor *tensor = &entry->tensor;
     entry->offset = r->at;
@@ -3415,7 +3417,7 @@ MOE__PRIVATE moe_status moe__gguf_read_tensor(moe__gguf_reader *r, moe__gguf_ent
     return moe__gguf_tensor_size(r, entry->offset, tensor);
 }
 
-/* Where the tensor lies, now that the start of the data is known. */
+// Where the tensor lies, now that the start of the data is known.
 MOE__PRIVATE void moe__gguf_place_tensor(moe__gguf_reader *r, uint64_t start,
                                          moe__gguf_entry *entry) {
     moe_gguf_tensor *tensor = &entry->tensor;
@@ -3432,7 +3434,7 @@ MOE__PRIVATE void moe__gguf_place_tensor(moe__gguf_reader *r, uint64_t start,
                   tensor->size);
 }
 
-/* All tensors of a part, appended to the model's table. */
+// All tensors of a part, appended to the model's table.
 MOE__PRIVATE moe_status moe__gguf_read_tensors(moe_gguf *gguf, int32_t part_index,
                                                moe_error *error) {
     const moe__gguf_part *part = &gguf->parts[part_index];
@@ -3447,7 +3449,7 @@ MOE__PRIVATE moe_status moe__gguf_read_tensors(moe_gguf *gguf, int32_t part_inde
     return r.status;
 }
 
-/* An error about a tensor as it is described. */
+// An error about a tensor as it is described.
 MOE__PRIVATE moe_status moe__gguf_bad_tensor(const moe_gguf *gguf, int64_t index,
                                              const char *text, const char *other,
                                              moe_error *error) {
@@ -3458,7 +3460,7 @@ MOE__PRIVATE moe_status moe__gguf_bad_tensor(const moe_gguf *gguf, int64_t index
     return moe__gguf_bad(&r, entry->offset, "%s%s", text, other);
 }
 
-/* No byte may belong to two tensors. (Those of unknown size have no data.) */
+// No byte may belong to two tensors. (Those of unknown size have no data.)
 MOE__PRIVATE moe_status moe__gguf_check_overlap(const moe_gguf *gguf, moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
     const int64_t n = gguf->n_tensors;
@@ -3505,7 +3507,7 @@ MOE__PRIVATE moe_status moe__gguf_read_all_tensors(moe_gguf *gguf, moe_error *er
     return moe__gguf_check_overlap(gguf, error);
 }
 
-/* ---- files ----------------------------------------------------------------------------------- */
+// ---- files -----------------------------------------------------------------------------------
 
 MOE__PRIVATE moe_status moe__gguf_io_fail(moe_error *error, const char *path, const char *what,
                                           int code) {
@@ -3515,7 +3517,7 @@ MOE__PRIVATE moe_status moe__gguf_io_fail(moe_error *error, const char *path, co
     return moe__fail(error, MOE_ERROR_IO, name, "cannot %s the file: system error %d", what, code);
 }
 
-/* Opens a regular file. O_NONBLOCK: opening a FIFO must not wait for somebody to write into it. */
+// Opens a regular file. O_NONBLOCK: opening a FIFO must not wait for somebody to write into it.
 MOE__PRIVATE moe_status moe__gguf_open_file(const char *path, int *file, uint64_t *size,
                                             moe_error *error) {
     struct stat info;
@@ -3523,7 +3525,7 @@ MOE__PRIVATE moe_status moe__gguf_open_file(const char *path, int *file, uint64_
     int flags = O_RDONLY | O_NONBLOCK;
 #if defined(O_CLOEXEC)
     flags |= O_CLOEXEC;
-#elif defined(__O_CLOEXEC) /* glibc under strict -std=c11 */
+#elif defined(__O_CLOEXEC) // glibc under strict -std=c11
     flags |= __O_CLOEXEC;
 #endif
     *file = open(path, flags);
@@ -3548,7 +3550,7 @@ MOE__PRIVATE moe_status moe__gguf_progress(const moe_gguf *gguf, int32_t part, u
                      "loading was cancelled by the progress callback");
 }
 
-/* What a team that reads or touches a part reports to. */
+// What a team that reads or touches a part reports to.
 typedef struct moe__gguf_loading {
     const moe_gguf *gguf;
     int32_t part;
@@ -3561,7 +3563,7 @@ MOE__PRIVATE int moe__gguf_report(void *user, uint64_t done) {
     return moe__gguf_progress(l->gguf, l->part, done, l->size, l->error) ? ECANCELED : 0;
 }
 
-/* Maps or reads the file, as the options say. *kept: it stays open. */
+// Maps or reads the file, as the options say. *kept: it stays open.
 MOE__PRIVATE moe_status moe__gguf_load_file(moe_gguf *gguf, int32_t part_index, int file,
                                             int *kept, moe_error *error) {
     moe__gguf_part *part = &gguf->parts[part_index];
@@ -3577,7 +3579,7 @@ MOE__PRIVATE moe_status moe__gguf_load_file(moe_gguf *gguf, int32_t part_index, 
     part->data = pages->data;
     if (!code && !copy && gguf->options.prefault == MOE_ON)
         code = moe__pages_load_run(&load, &gguf->allocator, moe__pages_touch_piece);
-    if (code == ECANCELED) return MOE_ERROR_CANCELLED; /* moe__gguf_progress said so */
+    if (code == ECANCELED) return MOE_ERROR_CANCELLED; // moe__gguf_progress said so
     if (code == -1)
         return moe__fail(error, MOE_ERROR_IO, moe__gguf_file_name(gguf->path),
                          "the file became shorter while it was read");
@@ -3585,7 +3587,7 @@ MOE__PRIVATE moe_status moe__gguf_load_file(moe_gguf *gguf, int32_t part_index, 
     return code ? moe__gguf_io_fail(error, gguf->path, copy ? "read" : "map", code) : MOE_OK;
 }
 
-/* gguf->path becomes the data of a part. */
+// gguf->path becomes the data of a part.
 MOE__PRIVATE moe_status moe__gguf_load_part(moe_gguf *gguf, int32_t part_index, moe_error *error) {
     int file = -1, kept = 0;
     moe_status status =
@@ -3595,9 +3597,9 @@ MOE__PRIVATE moe_status moe__gguf_load_part(moe_gguf *gguf, int32_t part_index, 
     return status;
 }
 
-/* ---- split models ---------------------------------------------------------------------------- */
+// ---- split models ----------------------------------------------------------------------------
 
-/* Number n of the file name NAME-00001-of-0000n.gguf, else 1. */
+// Number n of the file name NAME-00001-of-0000n.gguf, else 1.
 MOE__PRIVATE int32_t moe__gguf_promised_parts(const char *path) {
     size_t size = strlen(path);
     if (size <= MOE__GGUF_SUFFIX) return 1;
@@ -3611,7 +3613,7 @@ MOE__PRIVATE int32_t moe__gguf_promised_parts(const char *path) {
     return n > 0 ? n : 1;
 }
 
-/* split.no and split.count of a part must be what the first part makes expect. */
+// split.no and split.count of a part must be what the first part makes expect.
 MOE__PRIVATE moe_status moe__gguf_check_split(const moe_gguf *gguf, int32_t part, int64_t count,
                                               moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, part, 0, error);
@@ -3633,7 +3635,7 @@ MOE__PRIVATE moe_status moe__gguf_check_split(const moe_gguf *gguf, int32_t part
     return MOE_OK;
 }
 
-/* Room for `count` parts, of which the first is there. */
+// Room for `count` parts, of which the first is there.
 MOE__PRIVATE moe_status moe__gguf_grow_parts(moe_gguf *gguf, int32_t count, moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
     moe__gguf_part *parts = (moe__gguf_part *)moe__gguf_alloc(&r, count, sizeof *parts);
@@ -3652,7 +3654,7 @@ MOE__PRIVATE moe_status moe__gguf_grow_parts(moe_gguf *gguf, int32_t count, moe_
     return MOE_OK;
 }
 
-/* Whether the first part may be part 0 of `count` parts. */
+// Whether the first part may be part 0 of `count` parts.
 MOE__PRIVATE moe_status moe__gguf_check_first(const moe_gguf *gguf, int64_t count,
                                               moe_error *error) {
     if (count < 0 || count > MOE__GGUF_MAX_PARTS)
@@ -3670,7 +3672,7 @@ MOE__PRIVATE moe_status moe__gguf_check_first(const moe_gguf *gguf, int64_t coun
     return MOE_OK;
 }
 
-/* Opens the other files of a split model, if it is one. */
+// Opens the other files of a split model, if it is one.
 MOE__PRIVATE moe_status moe__gguf_load_other_parts(moe_gguf *gguf, moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
     int64_t count = moe__gguf_read_int(&r, "split.count", 1);
@@ -3696,11 +3698,11 @@ MOE__PRIVATE moe_status moe__gguf_load_other_parts(moe_gguf *gguf, moe_error *er
     return status;
 }
 
-/* ---- opening and closing --------------------------------------------------------------------- */
+// ---- opening and closing ---------------------------------------------------------------------
 
 MOE__PRIVATE int moe__is_switch(int32_t value) { return value >= MOE_OFF && value <= MOE_ON; }
 
-/* An empty object with one part. */
+// An empty object with one part.
 MOE__PRIVATE moe_status moe__gguf_new(const moe_gguf_options *options, moe_gguf **out,
                                       moe_error *error) {
     moe_allocator allocator;
@@ -3727,7 +3729,7 @@ MOE__PRIVATE moe_status moe__gguf_new(const moe_gguf_options *options, moe_gguf 
     return moe__gguf_no_memory(error, sizeof *gguf->parts);
 }
 
-/* Takes objects in any state of being built. */
+// Takes objects in any state of being built.
 MOE_API void moe_gguf_close(moe_gguf *gguf) {
     if (!gguf) return;
     moe_allocator allocator = gguf->allocator;
@@ -3745,7 +3747,7 @@ MOE_API void moe_gguf_close(moe_gguf *gguf) {
     moe__free(&allocator, gguf);
 }
 
-/* The second half of opening: part 0 has its data. */
+// The second half of opening: part 0 has its data.
 MOE__PRIVATE moe_status moe__gguf_read(moe_gguf *gguf, moe_error *error) {
     moe_status status = moe__gguf_read_head(gguf, 0, error);
     if (status == MOE_OK) status = moe__gguf_load_other_parts(gguf, error);
@@ -3753,7 +3755,7 @@ MOE__PRIVATE moe_status moe__gguf_read(moe_gguf *gguf, moe_error *error) {
     return status;
 }
 
-/* As moe_gguf_open; small: a copy is not made of huge pages. */
+// As moe_gguf_open; small: a copy is not made of huge pages.
 MOE__PRIVATE moe_gguf *moe__gguf_open(const char *path, const moe_gguf_options *options, int small,
                                       moe_error *error) {
     moe_gguf *gguf = NULL;
@@ -3801,7 +3803,7 @@ MOE_API moe_gguf *moe_gguf_open_memory(const void *data, size_t size,
     return NULL;
 }
 
-/* ---- what is inside -------------------------------------------------------------------------- */
+// ---- what is inside --------------------------------------------------------------------------
 
 MOE_API uint32_t moe_gguf_version(const moe_gguf *gguf) {
     return gguf ? gguf->parts[0].version : 0;
@@ -3836,7 +3838,7 @@ MOE_API const moe_gguf_tensor *moe_gguf_find_tensor(const moe_gguf *gguf, const 
     return moe_gguf_tensor_at(gguf, moe__gguf_names_find(gguf->names, gguf->n_tensors, name));
 }
 
-/* Address of element i, or NULL; strings have none. */
+// Address of element i, or NULL; strings have none.
 MOE__PRIVATE const uint8_t *moe__gguf_element(const moe_gguf_value *value, uint64_t i) {
     if (!value || !value->data || (unsigned)value->element_type > MOE_VALUE_FLOAT64) return NULL;
     uint64_t size = moe__gguf_value_sizes[value->element_type];
@@ -3887,7 +3889,7 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
                                   moe_string *out) {
     if (!value || !value->data || !cursor || !out || value->element_type != MOE_VALUE_STRING)
         return 0;
-    /* Sizes were checked when the file was opened, but a mapped file may have changed since. */
+    // Sizes were checked when the file was opened, but a mapped file may have changed since.
     const uint8_t *start = (const uint8_t *)value->data;
     uint64_t at = *cursor ? (uint64_t)((uintptr_t)*cursor - (uintptr_t)start) : 0;
     if (at > value->size || value->size - at < 8) return 0;
@@ -3898,33 +3900,33 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
     *cursor = start + at + 8 + size;
     return 1;
 }
-/* ============================================================================================== */
-/* // >>types */
-/* */
-/* Tensor types: the table, what the bits of each mean (unpack is the specification, in plain C), */
-/* how to make them (quantize), and the plain C dot product that every vector kernel is held */
-/* against. Blocks are read by byte offset with memcpy: rows may lie at any address. */
-/* */
-/*     row of a matrix      block | block | block | ...     each: scales, then small integers */
-/*     activations     record          | record      |      int8 and their scales, made from */
-/*                                                          floats before they are multiplied */
-/* */
-/* All block types are the same thing behind their bits: weight = scale * q - min, with an int8 */
-/* q, and a scale and a min per 16 or 32 weights. A product is exact integers inside these, */
-/* floats between them. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>types
+//
+// Tensor types: the table, what the bits of each mean (unpack is the specification, in plain C),
+// how to make them (quantize), and the plain C dot product that every vector kernel is held
+// against. Blocks are read by byte offset with memcpy: rows may lie at any address.
+//
+//     row of a matrix      block | block | block | ...     each: scales, then small integers
+//     activations     record          | record      |      int8 and their scales, made from
+//                                                          floats before they are multiplied
+//
+// All block types are the same thing behind their bits: weight = scale * q - min, with an int8
+// q, and a scale and a min per 16 or 32 weights. A product is exact integers inside these,
+// floats between them.
+// ==============================================================================================
 
-/* The one list of types that can be run. Each row of X: */
-/*   NAME name     as in MOE_TYPE_NAME, and in the names of functions */
-/*   block bytes   weights and bytes per block, of one row */
-/*   act           the activations it is multiplied with, see moe__act_kind */
-/*   rows meta     rows that are interleaved in a group; bytes of the scale before a row's blocks */
-/*   per           weights per scale: 16 or 32 */
-/*   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins */
-/*   q             1 if there is a quantizer */
-/* It needs moe__unpack_name here (F32, F16 and BF16 have no blocks to unpack), */
-/* moe__quantize_name if q, and in the vector text of >>kernels its head and level, which become */
-/* dot, tile and dequantize. */
+// The one list of types that can be run. Each row of X:
+//   NAME name     as in MOE_TYPE_NAME, and in the names of functions
+//   block bytes   weights and bytes per block, of one row
+//   act           the activations it is multiplied with, see moe__act_kind
+//   rows meta     rows that are interleaved in a group; bytes of the scale before a row's blocks
+//   per           weights per scale: 16 or 32
+//   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins
+//   q             1 if there is a quantizer
+// It needs moe__unpack_name here (F32, F16 and BF16 have no blocks to unpack),
+// moe__quantize_name if q, and in the vector text of >>kernels its head and level, which become
+// dot, tile and dequantize.
 #define MOE__TYPES(X)                                                     \
     X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1)                              \
     X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1)                              \
@@ -3988,67 +3990,67 @@ enum {
     MOE__TYPES(MOE__TYPE_INDEX)
 #undef MOE__TYPE_INDEX
     MOE__N_TYPES,
-    MOE__GROUP_ROWS = 8 /* most rows that a type interleaves */
+    MOE__GROUP_ROWS = 8 // most rows that a type interleaves
 };
-/* The columns of the list, for kernels: MOE__BYTES_Q4_0, ... */
+// The columns of the list, for kernels: MOE__BYTES_Q4_0, ...
 enum {
 #define MOE__TYPE_COLUMNS(NAME, name, block, bytes, act, rows, meta, per, bits, offset, ...)    \
     MOE__BYTES_##NAME = bytes, MOE__ROWS_##NAME = rows, MOE__META_##NAME = meta,                \
     MOE__PER_##NAME = per, MOE__BITS_##NAME = bits, MOE__OFFSET_##NAME = offset,
     MOE__TYPES(MOE__TYPE_COLUMNS)
 #undef MOE__TYPE_COLUMNS
-    MOE__COLUMNS_END /* the list ends with a comma, which C++ does not like at the end */
+    MOE__COLUMNS_END // the list ends with a comma, which C++ does not like at the end
 };
 
-/* ---- activations ----------------------------------------------------------------------------- */
+// ---- activations -----------------------------------------------------------------------------
 
-/* A matrix of quantized weights is multiplied with activations quantized to int8, in records of */
-/* 256 values. The last record of a row may be partly filled (rows of 1408 or 2880 values); the */
-/* rest of it is zero. */
+// A matrix of quantized weights is multiplied with activations quantized to int8, in records of
+// 256 values. The last record of a row may be partly filled (rows of 1408 or 2880 values); the
+// rest of it is zero.
 typedef enum moe__act_kind {
-    MOE__ACT_F32,  /* plain floats, for F32 F16 BF16 */
-    MOE__ACT_Q32,  /* moe__act32: one scale per 32 values, for types with blocks of 32 */
-    MOE__ACT_Q256, /* moe__act256: one scale per 256 values, for types with blocks of 256 */
+    MOE__ACT_F32,  // plain floats, for F32 F16 BF16
+    MOE__ACT_Q32,  // moe__act32: one scale per 32 values, for types with blocks of 32
+    MOE__ACT_Q256, // moe__act256: one scale per 256 values, for types with blocks of 256
     MOE__ACT_KINDS
 } moe__act_kind;
 
-/* d = max |x| / 127 (f32, never rounded to f16), q = x * (127 / max |x|) to the nearest even */
-/* integer: the same bits from every instruction set. max |x| < 2^-120 (127 / max |x| would not */
-/* be finite): d = 0, q = 0. NaN or infinity among the values: d = NaN (bits 0x7FC00000), q = 0. */
-/* Sums of q are kept negated as int32: an accumulator that starts at nsum << log2(offset) makes */
-/* the offset of unsigned weights free. */
+// d = max |x| / 127 (f32, never rounded to f16), q = x * (127 / max |x|) to the nearest even
+// integer: the same bits from every instruction set. max |x| < 2^-120 (127 / max |x| would not
+// be finite): d = 0, q = 0. NaN or infinity among the values: d = NaN (bits 0x7FC00000), q = 0.
+// Sums of q are kept negated as int32: an accumulator that starts at nsum << log2(offset) makes
+// the offset of unsigned weights free.
 typedef struct moe__act32 {
-    int8_t q[256];   /* value i is at moe__act32_at(i) */
-    int32_t nsum[8]; /* minus the sum of each 32 values */
-    float d[8];      /* scale of each 32 values */
+    int8_t q[256];   // value i is at moe__act32_at(i)
+    int32_t nsum[8]; // minus the sum of each 32 values
+    float d[8];      // scale of each 32 values
 } moe__act32;
 
-/* In moe__act32 the even blocks of 32 values lie before the odd ones, and of both the values */
-/* 0-15 of each block before the values 16-31: many types pack their weights so, and a vector */
-/* then holds parts of several blocks, which can be picked out of 128 bytes. */
+// In moe__act32 the even blocks of 32 values lie before the odd ones, and of both the values
+// 0-15 of each block before the values 16-31: many types pack their weights so, and a vector
+// then holds parts of several blocks, which can be picked out of 128 bytes.
 MOE__INLINE int moe__act32_at(int i) {
     return i / 32 % 2 * 128 + i % 32 / 16 * 64 + i / 64 * 16 + i % 16;
 }
 
-/* In moe__act256 each four sub-blocks of 32 values lie in the order 0 2 1 3: a vector of 64 */
-/* bytes of Q4_K holds weights of sub-blocks 0 and 2 in its low nibbles, of 1 and 3 in the high */
-/* ones. */
+// In moe__act256 each four sub-blocks of 32 values lie in the order 0 2 1 3: a vector of 64
+// bytes of Q4_K holds weights of sub-blocks 0 and 2 in its low nibbles, of 1 and 3 in the high
+// ones.
 MOE__INLINE int moe__act256_at(int i) {
     return i / 128 * 128 + (i / 32 % 2 * 2 + i / 64 % 2) * 32 + i % 32;
 }
 
 typedef struct moe__act256 {
-    int8_t q[256];     /* value i is at moe__act256_at(i) */
-    int32_t nsum[16];  /* minus the sum of each 16 values */
-    int16_t sum16[16]; /* the sum of each 16 values */
-    int16_t sum32[8];  /* the sum of each 32 values */
+    int8_t q[256];     // value i is at moe__act256_at(i)
+    int32_t nsum[16];  // minus the sum of each 16 values
+    int16_t sum16[16]; // the sum of each 16 values
+    int16_t sum32[8];  // the sum of each 32 values
     float d;
     float pad[3];
 } moe__act256;
 MOE__STATIC_ASSERT(act32_size, sizeof(moe__act32) == 320);
 MOE__STATIC_ASSERT(act256_size, sizeof(moe__act256) == 384);
 
-/* Bytes of n activations. */
+// Bytes of n activations.
 MOE__INLINE size_t moe__act_size(moe__act_kind kind, int64_t n) {
     size_t records = (size_t)((n + 255) / 256);
     if (kind == MOE__ACT_Q32) return records * sizeof(moe__act32);
@@ -4056,24 +4058,24 @@ MOE__INLINE size_t moe__act_size(moe__act_kind kind, int64_t n) {
     return (size_t)n * sizeof(float);
 }
 
-/* ---- code books ------------------------------------------------------------------------------ */
+// ---- code books ------------------------------------------------------------------------------
 
-/* The IQ1, IQ2 and IQ3 types store groups of 8 or 4 weights as indices into lists ("books") of */
-/* the groups that are allowed. Element i of an entry is its byte i. */
+// The IQ1, IQ2 and IQ3 types store groups of 8 or 4 weights as indices into lists ("books") of
+// the groups that are allowed. Element i of an entry is its byte i.
 typedef struct moe__books {
-    uint64_t iq2xxs[256], iq2xs[512], iq2s[1024]; /* magnitudes 8, 25, 43 */
-    uint64_t iq1s[2048];                          /* int8: -8, 0, 8 */
-    uint32_t iq3xxs[256];                         /* magnitudes 4, 12, 20, 28, 36, 44, 52, 62 */
-    uint32_t iq3s[512];                           /* magnitudes 1, 3, .. 15 */
-    uint16_t iq3xxs_16[2][256], iq3s_16[2][512];  /* low and high halves of these */
-    uint8_t signs[128]; /* 7 bits to 8: bit i set: element i is negative, always an even number */
+    uint64_t iq2xxs[256], iq2xs[512], iq2s[1024]; // magnitudes 8, 25, 43
+    uint64_t iq1s[2048];                          // int8: -8, 0, 8
+    uint32_t iq3xxs[256];                         // magnitudes 4, 12, 20, 28, 36, 44, 52, 62
+    uint32_t iq3s[512];                           // magnitudes 1, 3, .. 15
+    uint16_t iq3xxs_16[2][256], iq3s_16[2][512];  // low and high halves of these
+    uint8_t signs[128]; // 7 bits to 8: bit i set: element i is negative, always an even number
 } moe__books;
 
-/* An entry is a number with one digit per element, element 0 the lowest: 8 digits of base 3 or 4 */
-/* of base 8. The numbers ascend; what is stored is how many are left out before each, as Rice */
-/* codes: zeros for the high part, a one, then the low bits, highest first. A character holds six */
-/* bits, lowest first, as '(' + value, without the backslash. Some lines end early: two question */
-/* marks may not be neighbours. */
+// An entry is a number with one digit per element, element 0 the lowest: 8 digits of base 3 or 4
+// of base 8. The numbers ascend; what is stored is how many are left out before each, as Rice
+// codes: zeros for the high part, a one, then the low bits, highest first. A character holds six
+// bits, lowest first, as '(' + value, without the backslash. Some lines end early: two question
+// marks may not be neighbours.
 static const char moe__books_iq2xxs[] =
     "I@4.KYB4/KYB5/SYcV/SbSdF/-1C.S[@5N`[@E?Kbf=66^KJVJ^DTV[YB<=?/f1<K^A?D?[`c>T7b79TV[CANg,W86>-U5"
     "[8N3d@=f`K0_b/IGT2FQC3+gcCg(V0/S^DT>dbAT22B`[cEfg]UV1h=O@+JYR@.9Nb1cgJ^D5:VRCZ-RX7R+;R4O=GTY.V"
@@ -4120,7 +4122,7 @@ MOE__INLINE int moe__books_bit(const char *text, int at) {
     return (c - '(' - (c > '\\')) >> at % 6 & 1;
 }
 
-/* count entries from a Rice code with n_low low bits, values[digit] instead of the digits. */
+// count entries from a Rice code with n_low low bits, values[digit] instead of the digits.
 MOE__PRIVATE void moe__books_expand(const char *text, int count, int n_low, int n_digits,
                                     const uint8_t *values, void *out) {
     uint8_t *bytes = (uint8_t *)out;
@@ -4154,12 +4156,12 @@ MOE__PRIVATE void moe__books_fill(moe__books *books) {
         books->iq3s_16[1][i] = (uint16_t)(books->iq3s[i] >> 16);
     }
     for (int i = 0; i < 128; i++) {
-        int odd = 0x6996 >> ((i ^ i >> 4) & 15) & 1; /* bit k: k has an odd number of ones */
+        int odd = 0x6996 >> ((i ^ i >> 4) & 15) & 1; // bit k: k has an odd number of ones
         books->signs[i] = (uint8_t)(i | odd << 7);
     }
 }
 
-/* One copy per process, filled by the first caller: from then on a load and a branch. */
+// One copy per process, filled by the first caller: from then on a load and a branch.
 static moe__books moe__books_shared;
 static pthread_once_t moe__books_once = PTHREAD_ONCE_INIT;
 static int moe__books_ready;
@@ -4174,22 +4176,22 @@ MOE__INLINE const moe__books *moe__books_get(void) {
     return &moe__books_shared;
 }
 
-/* ---- the bits of the blocks ------------------------------------------------------------------ */
+// ---- the bits of the blocks ------------------------------------------------------------------
 
-/* Up to 256 weights as every block type can be written: weight i = d * scale[i / 16] * q[i] - */
-/* dmin * min[i / 16], all but d and dmin integers. Types that are multiplied with MOE__ACT_Q256 */
-/* have one d and dmin (the first) per block, the others one per 16 weights, and then scale and */
-/* min are 1. */
+// Up to 256 weights as every block type can be written: weight i = d * scale[i / 16] * q[i] -
+// dmin * min[i / 16], all but d and dmin integers. Types that are multiplied with MOE__ACT_Q256
+// have one d and dmin (the first) per block, the others one per 16 weights, and then scale and
+// min are 1.
 typedef struct moe__block {
     int8_t q[256];
     int16_t scale[16], min[16];
     float d[16], dmin[16];
 } moe__block;
 
-/* Levels of the types whose levels are not evenly spaced, by index. The tables of IQ2_K .. IQ6_K */
-/* are used twice, the second time shifted by a constant. */
+// Levels of the types whose levels are not evenly spaced, by index. The tables of IQ2_K .. IQ6_K
+// are used twice, the second time shifted by a constant.
 static const int8_t moe__levels_fp4[16] = {0, 1,  2,  3,  4,  6,  8,  12,
-                                           0, -1, -2, -3, -4, -6, -8, -12}; /* twice E2M1 */
+                                           0, -1, -2, -3, -4, -6, -8, -12}; // twice E2M1
 static const int8_t moe__levels_k2[4] = {-31, -13, 1, 17};
 static const int8_t moe__levels_k3[8] = {-63, -40, -23, -10, 1, 13, 28, 47};
 static const int8_t moe__levels_k4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
@@ -4204,7 +4206,7 @@ static const int8_t moe__levels_k6[64] = {
     47,   51,   55,   59,   63,   68,  72,  77,  82,  87,  92,  98,  103, 109, 115, 121};
 enum { MOE__SHIFT_K2 = 5, MOE__SHIFT_K3 = 4, MOE__SHIFT_K4 = 4, MOE__SHIFT_K5 = 2,
        MOE__SHIFT_K6 = 1 };
-/* IQ2_KL: the first and the second of a pair of neighbours, by 5-bit index */
+// IQ2_KL: the first and the second of a pair of neighbours, by 5-bit index
 static const int8_t moe__levels_kl[2][32] = {
     {-63, -63, -40, -40, -40, -40, -23, -23, -23, -23, -23, -10, -10, -10, -10, 1, 1, 1, 1,
      1, 13, 13, 13, 13, 13, 28, 28, 28, 28, 28, 47, 47},
@@ -4213,11 +4215,11 @@ static const int8_t moe__levels_kl[2][32] = {
 
 MOE__INLINE float moe__types_f16(const uint8_t *p) { return moe__f16_to_f32(moe__load_u16(p)); }
 MOE__INLINE float moe__types_bf16(const uint8_t *p) { return moe__bf16_to_f32(moe__load_u16(p)); }
-/* 2^(e - 128): the scale of MXFP4, halved because its levels are doubled. */
+// 2^(e - 128): the scale of MXFP4, halved because its levels are doubled.
 MOE__INLINE float moe__types_e8m0(unsigned e) {
     return moe__f32_from_bits(e < 2 ? 0x00200000u << e : (e - 1) << 23);
 }
-/* Half of an unsigned E4M3 number: 4 bits of exponent, 3 of mantissa. 127 counts as 0. */
+// Half of an unsigned E4M3 number: 4 bits of exponent, 3 of mantissa. 127 counts as 0.
 MOE__INLINE float moe__types_ue4m3(unsigned x) {
     unsigned e = x >> 3 & 15, m = x & 7;
     if (x == 0x7F) return 0;
@@ -4226,87 +4228,87 @@ MOE__INLINE float moe__types_ue4m3(unsigned x) {
 }
 MOE__INLINE int moe__types_nibble(int byte, int high) { return high ? byte >> 4 : byte & 15; }
 MOE__INLINE int moe__types_bit(int x, int i) { return x >> i & 1; }
-/* Weights 32 j .. 32 j + 31 */
+// Weights 32 j .. 32 j + 31
 MOE__INLINE void moe__types_scale(moe__block *out, int j, int scale, int min) {
     out->scale[2 * j] = out->scale[2 * j + 1] = (int16_t)scale;
     out->min[2 * j] = out->min[2 * j + 1] = (int16_t)min;
 }
-/* A block of 32 weights */
+// A block of 32 weights
 MOE__INLINE void moe__types_d(moe__block *out, float d, float dmin) {
     out->d[0] = out->d[1] = d;
     out->dmin[0] = out->dmin[1] = dmin;
     moe__types_scale(out, 0, 1, 1);
 }
 
-/* moe__unpack_NAME unpacks one block of a row. In interleaved types (_R4, _R8: 4 or 8 rows side */
-/* by side) b is the group's block and k the row in the group. D: the row's scale, for types that */
-/* have one. In what follows e counts weights, j = e / 32, s = e / 16. */
+// moe__unpack_NAME unpacks one block of a row. In interleaved types (_R4, _R8: 4 or 8 rows side
+// by side) b is the group's block and k the row in the group. D: the row's scale, for types that
+// have one. In what follows e counts weights, j = e / 32, s = e / 16.
 #define MOE__UNPACK(name)                                                               \
     MOE__PRIVATE void moe__unpack_##name(const uint8_t *b, int k __attribute__((unused)), \
                                          float D __attribute__((unused)), moe__block *out)
 #define MOE__EACH_WEIGHT(n) for (int e = 0; e < n; e++) out->q[e] = (int8_t)
 
-MOE__UNPACK(q4_0) { /* d f16; low nibbles are weights 0-15, high ones 16-31 */
+MOE__UNPACK(q4_0) { // d f16; low nibbles are weights 0-15, high ones 16-31
     moe__types_d(out, moe__types_f16(b), 0);
     MOE__EACH_WEIGHT(32)(moe__types_nibble(b[2 + e % 16], e / 16) - 8);
 }
 
-MOE__UNPACK(q4_1) { /* d, m f16; nibbles */
+MOE__UNPACK(q4_1) { // d, m f16; nibbles
     moe__types_d(out, moe__types_f16(b), -moe__types_f16(b + 2));
     MOE__EACH_WEIGHT(32)(moe__types_nibble(b[4 + e % 16], e / 16));
 }
 
-/* A nibble and the fifth bit from 32 bits. */
+// A nibble and the fifth bit from 32 bits.
 MOE__INLINE int moe__types_five(const uint8_t *low, uint32_t high, int e) {
     return moe__types_nibble(low[e % 16], e / 16) | (int)(high >> e & 1) << 4;
 }
 
-MOE__UNPACK(q5_0) { /* d f16, 32 fifth bits, nibbles */
+MOE__UNPACK(q5_0) { // d f16, 32 fifth bits, nibbles
     moe__types_d(out, moe__types_f16(b), 0);
     MOE__EACH_WEIGHT(32)(moe__types_five(b + 6, moe__load_u32(b + 2), e) - 16);
 }
 
-MOE__UNPACK(q5_1) { /* d, m f16, 32 fifth bits, nibbles */
+MOE__UNPACK(q5_1) { // d, m f16, 32 fifth bits, nibbles
     moe__types_d(out, moe__types_f16(b), -moe__types_f16(b + 2));
     MOE__EACH_WEIGHT(32)(moe__types_five(b + 8, moe__load_u32(b + 4), e));
 }
 
-MOE__UNPACK(q6_0) { /* d f16, 8 bytes of high bit pairs, nibbles */
+MOE__UNPACK(q6_0) { // d f16, 8 bytes of high bit pairs, nibbles
     moe__types_d(out, moe__types_f16(b), 0);
     MOE__EACH_WEIGHT(32)
     ((moe__types_nibble(b[10 + e % 16], e / 16) |
       (b[2 + e % 8] >> (4 * (e % 16 / 8) + 2 * (e / 16)) & 3) << 4) - 32);
 }
 
-MOE__UNPACK(q8_0) { /* d f16, int8 */
+MOE__UNPACK(q8_0) { // d f16, int8
     moe__types_d(out, moe__types_f16(b), 0);
     memcpy(out->q, b + 2, 32);
 }
 
-/* Two bits: each 32 bytes hold 128 weights, 32 after 32. */
+// Two bits: each 32 bytes hold 128 weights, 32 after 32.
 MOE__INLINE int moe__types_two(const uint8_t *p, int e) {
     return p[32 * (e / 128) + e % 32] >> 2 * (e / 32 % 4) & 3;
 }
-/* Four bits: each 32 bytes hold 64 weights. */
+// Four bits: each 32 bytes hold 64 weights.
 MOE__INLINE int moe__types_four(const uint8_t *p, int e) {
     return moe__types_nibble(p[32 * (e / 64) + e % 32], e / 32 % 2);
 }
-/* Four bits: each 16 bytes hold 32 weights. */
+// Four bits: each 16 bytes hold 32 weights.
 MOE__INLINE int moe__types_four16(const uint8_t *p, int e) {
     return moe__types_nibble(p[16 * (e / 32) + e % 16], e / 16 % 2);
 }
-/* One bit: 32 bytes hold 256 weights. */
+// One bit: 32 bytes hold 256 weights.
 MOE__INLINE int moe__types_one(const uint8_t *p, int e) {
     return moe__types_bit(p[e % 32], e / 32);
 }
 
-MOE__UNPACK(q2_k) { /* 16 bytes of 4-bit scale and min, 2-bit levels, d f16, dmin f16 */
+MOE__UNPACK(q2_k) { // 16 bytes of 4-bit scale and min, 2-bit levels, d f16, dmin f16
     out->d[0] = moe__types_f16(b + 80), out->dmin[0] = moe__types_f16(b + 82);
     for (int s = 0; s < 16; s++) out->scale[s] = b[s] & 15, out->min[s] = b[s] >> 4;
     MOE__EACH_WEIGHT(256) moe__types_two(b + 16, e);
 }
 
-MOE__UNPACK(q3_k) { /* 32 bytes of third bits, 2-bit levels, 12 bytes of 6-bit scales, d f16 */
+MOE__UNPACK(q3_k) { // 32 bytes of third bits, 2-bit levels, 12 bytes of 6-bit scales, d f16
     out->d[0] = moe__types_f16(b + 108);
     for (int s = 0; s < 16; s++) {
         int low = moe__types_nibble(b[96 + s % 8], s / 8), high = b[104 + s % 4] >> 2 * (s / 4) & 3;
@@ -4315,10 +4317,10 @@ MOE__UNPACK(q3_k) { /* 32 bytes of third bits, 2-bit levels, 12 bytes of 6-bit s
     MOE__EACH_WEIGHT(256)(moe__types_two(b + 32, e) + 4 * moe__types_one(b, e) - 4);
 }
 
-/* The head of Q4_K and Q5_K: d f16, dmin f16, eight 6-bit scales, eight 6-bit mins. */
-/*   bytes 4-7    scale 0-3, and in the top two bits those of scale 4-7 */
-/*   bytes 8-11   min 0-3, and in the top two bits those of min 4-7 */
-/*   bytes 12-15  low four bits of scale 4-7, low four bits of min 4-7 */
+// The head of Q4_K and Q5_K: d f16, dmin f16, eight 6-bit scales, eight 6-bit mins.
+//   bytes 4-7    scale 0-3, and in the top two bits those of scale 4-7
+//   bytes 8-11   min 0-3, and in the top two bits those of min 4-7
+//   bytes 12-15  low four bits of scale 4-7, low four bits of min 4-7
 MOE__INLINE void moe__types_head(const uint8_t *b, moe__block *out) {
     out->d[0] = moe__types_f16(b), out->dmin[0] = moe__types_f16(b + 2);
     for (int j = 0; j < 4; j++) {
@@ -4329,17 +4331,17 @@ MOE__INLINE void moe__types_head(const uint8_t *b, moe__block *out) {
     }
 }
 
-MOE__UNPACK(q4_k) { /* head, 4-bit levels */
+MOE__UNPACK(q4_k) { // head, 4-bit levels
     moe__types_head(b, out);
     MOE__EACH_WEIGHT(256) moe__types_four(b + 16, e);
 }
 
-MOE__UNPACK(q5_k) { /* head, 32 bytes of fifth bits, low four bits */
+MOE__UNPACK(q5_k) { // head, 32 bytes of fifth bits, low four bits
     moe__types_head(b, out);
     MOE__EACH_WEIGHT(256)(moe__types_four(b + 48, e) | moe__types_one(b + 16, e) << 4);
 }
 
-MOE__UNPACK(q6_k) { /* low four bits, high two bits, 16 int8 scales, d f16 */
+MOE__UNPACK(q6_k) { // low four bits, high two bits, 16 int8 scales, d f16
     out->d[0] = moe__types_f16(b + 208);
     for (int s = 0; s < 16; s++) out->scale[s] = (int8_t)b[192 + s];
     MOE__EACH_WEIGHT(256)
@@ -4347,17 +4349,17 @@ MOE__UNPACK(q6_k) { /* low four bits, high two bits, 16 int8 scales, d f16 */
       moe__types_two(b + 128, e) << 4) - 32);
 }
 
-/* ---- the bits of the code-book types */
+// ---- the bits of the code-book types
 
-/* Eight (or four) weights are an entry of a code book, with signs from a byte of bits. */
+// Eight (or four) weights are an entry of a code book, with signs from a byte of bits.
 MOE__INLINE int moe__types_signed(uint64_t entry, int i, unsigned signs) {
     int x = (int8_t)(uint8_t)(entry >> 8 * i);
     return signs >> i & 1 ? -x : x;
 }
 
-MOE__UNPACK(iq2_xxs) { /* d f16; per 32: four indices, then four 7-bit signs and a 4-bit scale */
+MOE__UNPACK(iq2_xxs) { // d f16; per 32: four indices, then four 7-bit signs and a 4-bit scale
     const moe__books *books = moe__books_get();
-    out->d[0] = moe__types_f16(b) * 0.125f; /* scale: (0.5 + s) / 4 = (2 s + 1) / 8 */
+    out->d[0] = moe__types_f16(b) * 0.125f; // scale: (0.5 + s) / 4 = (2 s + 1) / 8
     for (int j = 0; j < 8; j++) {
         uint32_t word = moe__load_u32(b + 6 + 8 * j);
         moe__types_scale(out, j, 2 * (int)(word >> 28) + 1, 0);
@@ -4369,14 +4371,14 @@ MOE__UNPACK(iq2_xxs) { /* d f16; per 32: four indices, then four 7-bit signs and
     }
 }
 
-/* IQ2_XS and IQ2_S: 16 4-bit scales, (0.5 + s) / 4. */
+// IQ2_XS and IQ2_S: 16 4-bit scales, (0.5 + s) / 4.
 MOE__INLINE void moe__types_scales_iq2(const uint8_t *b, float d, moe__block *out) {
     out->d[0] = d * 0.125f;
     for (int s = 0; s < 16; s++)
         out->scale[s] = (int16_t)(2 * moe__types_nibble(b[s / 2], s % 2) + 1);
 }
 
-MOE__UNPACK(iq2_xs) { /* d f16; 32 of 9 bits of index and 7 of signs; 16 4-bit scales */
+MOE__UNPACK(iq2_xs) { // d f16; 32 of 9 bits of index and 7 of signs; 16 4-bit scales
     const moe__books *books = moe__books_get();
     moe__types_scales_iq2(b + 66, moe__types_f16(b), out);
     for (int e = 0; e < 256; e++) {
@@ -4386,7 +4388,7 @@ MOE__UNPACK(iq2_xs) { /* d f16; 32 of 9 bits of index and 7 of signs; 16 4-bit s
     }
 }
 
-MOE__UNPACK(iq2_s) { /* d f16; 32 low bytes of indices; 32 sign bytes; high bits; 4-bit scales */
+MOE__UNPACK(iq2_s) { // d f16; 32 low bytes of indices; 32 sign bytes; high bits; 4-bit scales
     const moe__books *books = moe__books_get();
     moe__types_scales_iq2(b + 74, moe__types_f16(b), out);
     for (int e = 0; e < 256; e++) {
@@ -4395,9 +4397,9 @@ MOE__UNPACK(iq2_s) { /* d f16; 32 low bytes of indices; 32 sign bytes; high bits
     }
 }
 
-MOE__UNPACK(iq3_xxs) { /* d f16; 64 indices; per 32: four 7-bit signs and a 4-bit scale */
+MOE__UNPACK(iq3_xxs) { // d f16; 64 indices; per 32: four 7-bit signs and a 4-bit scale
     const moe__books *books = moe__books_get();
-    out->d[0] = moe__types_f16(b) * 0.25f; /* scale: (0.5 + s) / 2 */
+    out->d[0] = moe__types_f16(b) * 0.25f; // scale: (0.5 + s) / 2
     for (int j = 0; j < 8; j++) {
         uint32_t word = moe__load_u32(b + 66 + 4 * j);
         moe__types_scale(out, j, 2 * (int)(word >> 28) + 1, 0);
@@ -4409,7 +4411,7 @@ MOE__UNPACK(iq3_xxs) { /* d f16; 64 indices; per 32: four 7-bit signs and a 4-bi
     }
 }
 
-MOE__UNPACK(iq3_s) { /* d f16; 64 low bytes of indices; ninth bits; 32 sign bytes; 4-bit scales */
+MOE__UNPACK(iq3_s) { // d f16; 64 low bytes of indices; ninth bits; 32 sign bytes; 4-bit scales
     const moe__books *books = moe__books_get();
     out->d[0] = moe__types_f16(b);
     for (int j = 0; j < 8; j++)
@@ -4421,8 +4423,8 @@ MOE__UNPACK(iq3_s) { /* d f16; 64 low bytes of indices; ninth bits; 32 sign byte
     }
 }
 
-/* Entries of -1, 0, 1, all moved by 1/8 up or down: eight times that are integers. */
-MOE__UNPACK(iq1_s) { /* d f16; 32 low bytes; per 32: four times 3 high bits, scale, sign of 1/8 */
+// Entries of -1, 0, 1, all moved by 1/8 up or down: eight times that are integers.
+MOE__UNPACK(iq1_s) { // d f16; 32 low bytes; per 32: four times 3 high bits, scale, sign of 1/8
     const moe__books *books = moe__books_get();
     out->d[0] = moe__types_f16(b) * 0.125f;
     for (int j = 0; j < 8; j++) {
@@ -4436,14 +4438,14 @@ MOE__UNPACK(iq1_s) { /* d f16; 32 low bytes; per 32: four times 3 high bits, sca
     }
 }
 
-/* The 16 bits of IQ1_M's d are the top nibbles of its four words of scales. */
+// The 16 bits of IQ1_M's d are the top nibbles of its four words of scales.
 MOE__INLINE float moe__types_iq1_m_d(const uint8_t *scales) {
     unsigned d = 0;
     for (int i = 0; i < 4; i++) d |= (unsigned)(scales[2 * i + 1] >> 4) << 4 * i;
     return moe__f16_to_f32((uint16_t)d);
 }
 
-MOE__UNPACK(iq1_m) { /* 32 low bytes; nibbles of 3 high bits and sign of 1/8; 3-bit scales and d */
+MOE__UNPACK(iq1_m) { // 32 low bytes; nibbles of 3 high bits and sign of 1/8; 3-bit scales and d
     const moe__books *books = moe__books_get();
     out->d[0] = moe__types_iq1_m_d(b + 48) * 0.125f;
     for (int s = 0; s < 16; s++) {
@@ -4457,14 +4459,14 @@ MOE__UNPACK(iq1_m) { /* 32 low bytes; nibbles of 3 high bits and sign of 1/8; 3-
     }
 }
 
-/* ---- the bits of the types with tables of levels, and of ternary ones */
+// ---- the bits of the types with tables of levels, and of ternary ones
 
-MOE__UNPACK(iq4_nl) { /* d f16, nibbles */
+MOE__UNPACK(iq4_nl) { // d f16, nibbles
     moe__types_d(out, moe__types_f16(b), 0);
     MOE__EACH_WEIGHT(32) moe__levels_k4[moe__types_four16(b + 2, e)];
 }
 
-MOE__UNPACK(iq4_xs) { /* d f16; 6-bit scales: 16 bits of high parts, 4 bytes of low; nibbles */
+MOE__UNPACK(iq4_xs) { // d f16; 6-bit scales: 16 bits of high parts, 4 bytes of low; nibbles
     out->d[0] = moe__types_f16(b);
     for (int j = 0; j < 8; j++) {
         int low = moe__types_nibble(b[4 + j / 2], j % 2), high = moe__load_u16(b + 2) >> 2 * j & 3;
@@ -4473,18 +4475,18 @@ MOE__UNPACK(iq4_xs) { /* d f16; 6-bit scales: 16 bits of high parts, 4 bytes of 
     MOE__EACH_WEIGHT(256) moe__levels_k4[moe__types_four16(b + 8, e)];
 }
 
-MOE__UNPACK(mxfp4) { /* exponent, nibbles */
+MOE__UNPACK(mxfp4) { // exponent, nibbles
     moe__types_d(out, moe__types_e8m0(b[0]), 0);
     MOE__EACH_WEIGHT(32) moe__levels_fp4[moe__types_four16(b + 1, e)];
 }
 
-MOE__UNPACK(nvfp4) { /* four E4M3 scales; per 16 weights 8 bytes of nibbles */
+MOE__UNPACK(nvfp4) { // four E4M3 scales; per 16 weights 8 bytes of nibbles
     for (int s = 0; s < 4; s++) out->d[s] = moe__types_ue4m3(b[s]), out->scale[s] = 1;
     MOE__EACH_WEIGHT(64)
     moe__levels_fp4[moe__types_nibble(b[4 + 8 * (e / 16) + e % 8], e / 8 % 2)];
 }
 
-MOE__UNPACK(tq1_0) { /* bytes of five base-3 digits, the last four bytes of four; d f16 */
+MOE__UNPACK(tq1_0) { // bytes of five base-3 digits, the last four bytes of four; d f16
     static const uint8_t power[5] = {1, 3, 9, 27, 81};
     out->d[0] = moe__types_f16(b + 52);
     for (int j = 0; j < 8; j++) moe__types_scale(out, j, 1, 0);
@@ -4495,13 +4497,13 @@ MOE__UNPACK(tq1_0) { /* bytes of five base-3 digits, the last four bytes of four
     }
 }
 
-MOE__UNPACK(tq2_0) { /* 2-bit levels, d f16 */
+MOE__UNPACK(tq2_0) { // 2-bit levels, d f16
     out->d[0] = moe__types_f16(b + 64);
     for (int j = 0; j < 8; j++) moe__types_scale(out, j, 1, 0);
     MOE__EACH_WEIGHT(256)(moe__types_two(b, e) - 1);
 }
 
-MOE__UNPACK(iq2_k) { /* d f16, bits that choose the table, 16 4-bit scales, 2-bit levels */
+MOE__UNPACK(iq2_k) { // d f16, bits that choose the table, 16 4-bit scales, 2-bit levels
     int extra = moe__load_u16(b + 2);
     out->d[0] = moe__types_f16(b);
     for (int s = 0; s < 16; s++)
@@ -4510,7 +4512,7 @@ MOE__UNPACK(iq2_k) { /* d f16, bits that choose the table, 16 4-bit scales, 2-bi
     (moe__levels_k2[moe__types_two(b + 12, e)] + MOE__SHIFT_K2 * moe__types_bit(extra, e / 16));
 }
 
-MOE__UNPACK(iq3_k) { /* d f16, table bits, sign bits, 16 4-bit scales, 2-bit levels, third bits */
+MOE__UNPACK(iq3_k) { // d f16, table bits, sign bits, 16 4-bit scales, 2-bit levels, third bits
     int extra = moe__load_u16(b + 2), signs = moe__load_u16(b + 4);
     out->d[0] = moe__types_f16(b);
     for (int s = 0; s < 16; s++) {
@@ -4522,7 +4524,7 @@ MOE__UNPACK(iq3_k) { /* d f16, table bits, sign bits, 16 4-bit scales, 2-bit lev
      MOE__SHIFT_K3 * moe__types_bit(extra, e / 16));
 }
 
-/* 16 6-bit scales less 32: 4 bytes of high pairs of bits, 8 bytes of low nibbles. */
+// 16 6-bit scales less 32: 4 bytes of high pairs of bits, 8 bytes of low nibbles.
 MOE__INLINE void moe__types_scales6(const uint8_t *b, float d, moe__block *out) {
     out->d[0] = d;
     for (int s = 0; s < 16; s++) {
@@ -4531,7 +4533,7 @@ MOE__INLINE void moe__types_scales6(const uint8_t *b, float d, moe__block *out) 
     }
 }
 
-MOE__UNPACK(iq4_k) { /* d f16, table bits, 6-bit scales, nibbles */
+MOE__UNPACK(iq4_k) { // d f16, table bits, 6-bit scales, nibbles
     int extra = moe__load_u16(b + 2);
     moe__types_scales6(b + 4, moe__types_f16(b), out);
     MOE__EACH_WEIGHT(256)
@@ -4539,7 +4541,7 @@ MOE__UNPACK(iq4_k) { /* d f16, table bits, 6-bit scales, nibbles */
      MOE__SHIFT_K4 * moe__types_bit(extra, e / 16));
 }
 
-MOE__UNPACK(iq5_k) { /* d f16, table bits, 6-bit scales, low four bits, fifth bits */
+MOE__UNPACK(iq5_k) { // d f16, table bits, 6-bit scales, low four bits, fifth bits
     int extra = moe__load_u16(b + 2);
     moe__types_scales6(b + 4, moe__types_f16(b), out);
     MOE__EACH_WEIGHT(256)
@@ -4547,7 +4549,7 @@ MOE__UNPACK(iq5_k) { /* d f16, table bits, 6-bit scales, low four bits, fifth bi
      MOE__SHIFT_K5 * moe__types_bit(extra, e / 16));
 }
 
-MOE__UNPACK(iq6_k) { /* d f16, table bits, 16 int8 scales, low four bits, high two bits */
+MOE__UNPACK(iq6_k) { // d f16, table bits, 16 int8 scales, low four bits, high two bits
     int extra = moe__load_u16(b + 2);
     out->d[0] = moe__types_f16(b);
     for (int s = 0; s < 16; s++) out->scale[s] = (int8_t)b[4 + s];
@@ -4556,7 +4558,7 @@ MOE__UNPACK(iq6_k) { /* d f16, table bits, 16 int8 scales, low four bits, high t
      MOE__SHIFT_K6 * moe__types_bit(extra, e / 16));
 }
 
-MOE__UNPACK(iq2_ks) { /* bits: table, fifth of scale; 4 bytes of scales; 2-bit levels */
+MOE__UNPACK(iq2_ks) { // bits: table, fifth of scale; 4 bytes of scales; 2-bit levels
     int extra = moe__load_u16(b);
     out->d[0] = D;
     for (int j = 0; j < 8; j++) {
@@ -4567,7 +4569,7 @@ MOE__UNPACK(iq2_ks) { /* bits: table, fifth of scale; 4 bytes of scales; 2-bit l
     (moe__levels_k2[moe__types_two(b + 6, e)] + MOE__SHIFT_K2 * moe__types_bit(extra, e / 32));
 }
 
-MOE__UNPACK(iq3_ks) { /* bits: fifth of scale, table; 4 bytes of scales; 2-bit levels, third bits */
+MOE__UNPACK(iq3_ks) { // bits: fifth of scale, table; 4 bytes of scales; 2-bit levels, third bits
     int extra = moe__load_u16(b);
     out->d[0] = D;
     for (int j = 0; j < 8; j++) {
@@ -4579,26 +4581,26 @@ MOE__UNPACK(iq3_ks) { /* bits: fifth of scale, table; 4 bytes of scales; 2-bit l
      MOE__SHIFT_K3 * moe__types_bit(extra, 8 + e / 32));
 }
 
-/* Eight scales, `step` bytes apart, whose lowest bit is not part of them. */
+// Eight scales, `step` bytes apart, whose lowest bit is not part of them.
 MOE__INLINE void moe__types_scales_ks(const uint8_t *b, int step, float D, moe__block *out) {
     out->d[0] = D;
     for (int j = 0; j < 8; j++) moe__types_scale(out, j, (b[step * j] & 254) - 127, 0);
 }
 
-MOE__UNPACK(iq4_ks) { /* 8 scales whose lowest bit chooses the table; nibbles */
+MOE__UNPACK(iq4_ks) { // 8 scales whose lowest bit chooses the table; nibbles
     moe__types_scales_ks(b, 1, D, out);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k4[moe__types_four16(b + 8, e)] + MOE__SHIFT_K4 * (b[e / 32] & 1));
 }
 
-MOE__UNPACK(iq5_ks) { /* 8 scales whose lowest bit chooses the table; low four bits, fifth bits */
+MOE__UNPACK(iq5_ks) { // 8 scales whose lowest bit chooses the table; low four bits, fifth bits
     moe__types_scales_ks(b, 1, D, out);
     MOE__EACH_WEIGHT(256)
     (moe__levels_k5[moe__types_four(b + 8, e) | moe__types_one(b + 136, e) << 4] +
      MOE__SHIFT_K5 * (b[e / 32] & 1));
 }
 
-MOE__UNPACK(iq2_kl) { /* 6-bit scales in 2 + 4 bytes; per pair of weights a nibble, a fifth bit */
+MOE__UNPACK(iq2_kl) { // 6-bit scales in 2 + 4 bytes; per pair of weights a nibble, a fifth bit
     out->d[0] = D;
     for (int j = 0; j < 8; j++) {
         int low = moe__types_nibble(b[2 + j % 4], j / 4), high = moe__load_u16(b) >> 2 * j & 3;
@@ -4612,14 +4614,14 @@ MOE__UNPACK(iq2_kl) { /* 6-bit scales in 2 + 4 bytes; per pair of weights a nibb
     }
 }
 
-/* ---- the bits of interleaved types */
+// ---- the bits of interleaved types
 
-/* Four neighbouring weights of a row lie together, then the same of the next row. t = 0..3 */
-/* counts these fours in a half of 32 weights, h the halves. In 16-byte pieces, one of which */
-/* holds a four of each of 4 rows: */
-/*   nibble  piece h + 2 (t % 2), the high half of the byte for t = 2 and 3 */
-/*   two     piece h, bits 2 t and 2 t + 1 */
-/*   one     one piece; bit a h + b (t % 2) + c (t / 2), and a, b, c are different per type */
+// Four neighbouring weights of a row lie together, then the same of the next row. t = 0..3
+// counts these fours in a half of 32 weights, h the halves. In 16-byte pieces, one of which
+// holds a four of each of 4 rows:
+//   nibble  piece h + 2 (t % 2), the high half of the byte for t = 2 and 3
+//   two     piece h, bits 2 t and 2 t + 1
+//   one     one piece; bit a h + b (t % 2) + c (t / 2), and a, b, c are different per type
 MOE__INLINE int moe__types_nibble_r4(const uint8_t *p, int k, int e) {
     int h = e / 16 % 2, t = e / 4 % 4;
     return moe__types_nibble(p[64 * (e / 32) + 16 * (h + 2 * (t % 2)) + 4 * k + e % 4], t / 2);
@@ -4631,22 +4633,22 @@ MOE__INLINE int moe__types_one_r4(const uint8_t *p, int k, int e, int a, int b, 
     int h = e / 16 % 2, t = e / 4 % 4;
     return moe__types_bit(p[16 * (e / 32) + 4 * k + e % 4], a * h + b * (t % 2) + c * (t / 2));
 }
-/* Scale s of 64 with 6 bits: 32 bytes of low nibbles, 16 bytes of pairs of high bits. */
+// Scale s of 64 with 6 bits: 32 bytes of low nibbles, 16 bytes of pairs of high bits.
 MOE__INLINE int moe__types_six_r4(const uint8_t *low, const uint8_t *high, int s) {
     return moe__types_nibble(low[s % 32], s / 32) | (high[s % 16] >> 2 * (s / 16) & 3) << 4;
 }
-/* Row k's 16 of them less 32, times its f16 at the beginning of the block. */
+// Row k's 16 of them less 32, times its f16 at the beginning of the block.
 MOE__INLINE void moe__types_scales6_r4(const uint8_t *b, const uint8_t *low, const uint8_t *high,
                                        int k, moe__block *out) {
     out->d[0] = moe__types_f16(b + 2 * k);
     for (int s = 0; s < 16; s++)
         out->scale[s] = (int16_t)(moe__types_six_r4(low, high, 4 * s + k) - 32);
 }
-/* Bit of row k that chooses the table of its weights 16 s .. */
+// Bit of row k that chooses the table of its weights 16 s ..
 MOE__INLINE int moe__types_table_r4(const uint8_t *extra, int k, int e) {
     return moe__types_bit(extra[k + 4 * (e / 16 % 2)], e / 32);
 }
-/* Weight of rows of 8: fours of 8 rows lie together. */
+// Weight of rows of 8: fours of 8 rows lie together.
 MOE__INLINE int moe__types_four_r8(const uint8_t *p, int k, int e) {
     return moe__types_nibble(p[32 * (e % 16 / 4) + 4 * k + e % 4], e / 16);
 }
@@ -4677,7 +4679,7 @@ MOE__UNPACK(q5_0_r4) {
     ((moe__types_nibble_r4(b + 24, k, e) | moe__types_one_r4(b + 8, k, e, 1, 2, 4) << 4) - 16);
 }
 
-MOE__UNPACK(q2_k_r4) { /* four d, four dmin, 64 bytes of scale and min, levels */
+MOE__UNPACK(q2_k_r4) { // four d, four dmin, 64 bytes of scale and min, levels
     out->d[0] = moe__types_f16(b + 2 * k), out->dmin[0] = moe__types_f16(b + 8 + 2 * k);
     for (int s = 0; s < 16; s++) {
         int byte = b[16 + 4 * s + k];
@@ -4692,7 +4694,7 @@ MOE__UNPACK(q3_k_r4) {
     ((moe__types_two_r4(b + 184, k, e) | moe__types_one_r4(b + 56, k, e, 4, 1, 2) << 2) - 4);
 }
 
-/* The head of Q4_K_R4 and Q5_K_R4: four d, four dmin, 16 bytes of high bits, 32 bytes of low. */
+// The head of Q4_K_R4 and Q5_K_R4: four d, four dmin, 16 bytes of high bits, 32 bytes of low.
 MOE__INLINE void moe__types_head_r4(const uint8_t *b, int k, moe__block *out) {
     out->d[0] = moe__types_f16(b + 2 * k), out->dmin[0] = moe__types_f16(b + 8 + 2 * k);
     for (int j = 0; j < 8; j++) {
@@ -4785,23 +4787,23 @@ MOE__UNPACK(iq4_xs_r8) {
 #undef MOE__UNPACK
 #undef MOE__EACH_WEIGHT
 
-/* ---- dequantize, dot ------------------------------------------------------------------------- */
+// ---- dequantize, dot -------------------------------------------------------------------------
 
 typedef struct moe__type {
     moe_type id;
     const char *name;
-    int32_t block, bytes; /* weights and bytes per block, of one row */
-    moe__act_kind act;    /* what it is multiplied with */
-    int32_t rows, meta;   /* rows interleaved in a group; bytes of a row's scale before blocks */
-    int32_t per, bits, offset; /* see MOE__TYPES */
-    void (*unpack)(const uint8_t *b, int k, float D, moe__block *out); /* NULL: plain floats */
+    int32_t block, bytes; // weights and bytes per block, of one row
+    moe__act_kind act;    // what it is multiplied with
+    int32_t rows, meta;   // rows interleaved in a group; bytes of a row's scale before blocks
+    int32_t per, bits, offset; // see MOE__TYPES
+    void (*unpack)(const uint8_t *b, int k, float D, moe__block *out); // NULL: plain floats
     void (*quantize)(const float *x, uint8_t *row, int64_t n, const float *importance);
 } moe__type;
 
-/* A group of rows that are read block by block. */
+// A group of rows that are read block by block.
 typedef struct moe__group {
     const moe__type *type;
-    const uint8_t *at; /* the next block of the group */
+    const uint8_t *at; // the next block of the group
     float scale[MOE__GROUP_ROWS];
 } moe__group;
 
@@ -4817,14 +4819,14 @@ MOE__PRIVATE moe__group moe__group_begin(const moe__type *type, const uint8_t *r
     return group;
 }
 
-/* Row k of the next block; the mins of types without are 0. */
+// Row k of the next block; the mins of types without are 0.
 MOE__INLINE void moe__group_unpack(const moe__group *group, int k, moe__block *out) {
     memset(out->min, 0, sizeof out->min);
     memset(out->dmin, 0, sizeof out->dmin);
     group->type->unpack(group->at, k, group->scale[k], out);
 }
 
-/* Weights 16 s .. 16 s + 15 of an unpacked block are scale * q - min. */
+// Weights 16 s .. 16 s + 15 of an unpacked block are scale * q - min.
 MOE__INLINE float moe__block_scale(const moe__type *type, const moe__block *block, int s) {
     return block->d[type->act == MOE__ACT_Q32 ? s : 0] * (float)block->scale[s];
 }
@@ -4832,8 +4834,8 @@ MOE__INLINE float moe__block_min(const moe__type *type, const moe__block *block,
     return block->dmin[type->act == MOE__ACT_Q32 ? s : 0] * (float)block->min[s];
 }
 
-/* What the levels of IQ6_K stand for before they are rounded to integers: products use the */
-/* rounded ones, as the program that makes such files does. */
+// What the levels of IQ6_K stand for before they are rounded to integers: products use the
+// rounded ones, as the program that makes such files does.
 MOE__PRIVATE void moe__types_exact_iq6_k(const uint8_t *b, const moe__block *block, float *out) {
     int extra = moe__load_u16(b + 2);
     for (int e = 0; e < 256; e++) {
@@ -4844,9 +4846,9 @@ MOE__PRIVATE void moe__types_exact_iq6_k(const uint8_t *b, const moe__block *blo
     }
 }
 
-/* One group of rows of n weights to floats, row after row. A product of an f16 scale (11 bits), */
-/* a block scale and a level (at most 8 each) is rounded once; so every instruction set and every */
-/* compiler, fused operations or not, gives the same bits. */
+// One group of rows of n weights to floats, row after row. A product of an f16 scale (11 bits),
+// a block scale and a level (at most 8 each) is rounded once; so every instruction set and every
+// compiler, fused operations or not, gives the same bits.
 MOE__PRIVATE void moe__types_dequantize(const moe__type *type, const uint8_t *rows, int64_t n,
                                         float *out) {
     moe__group group = moe__group_begin(type, rows);
@@ -4861,20 +4863,20 @@ MOE__PRIVATE void moe__types_dequantize(const moe__type *type, const uint8_t *ro
         }
 }
 
-/* ---- the product of quantized rows with activations */
+// ---- the product of quantized rows with activations
 
-/* There is one arithmetic, and every kernel on every instruction set computes it bit by bit, for */
-/* one vector or many: integers are summed exactly, floats in one order. Per 256 weights */
-/* */
-/*   ACT_Q256   sum += d_act * (d * int(sum of scale q a) - dmin * int(sum of min a)) */
-/*   ACT_Q32    for each scale i: s[i % 4] += (d * int(sum of q a)) * d_act, */
-/*                                s[i % 4] -= dmin * (d_act * int(sum of a)) */
-/*              sum = (s[0] + s[2]) + (s[1] + s[3]), s of all weights */
-/* */
-/* where int(...) is an int32, rounded to float, and each operation of floats is rounded as */
-/* moe__dot_256 and moe__dot_32 write it. No int32 can overflow: 256 * 128 * 127 * 128 < 2^30. */
+// There is one arithmetic, and every kernel on every instruction set computes it bit by bit, for
+// one vector or many: integers are summed exactly, floats in one order. Per 256 weights
+//
+//   ACT_Q256   sum += d_act * (d * int(sum of scale q a) - dmin * int(sum of min a))
+//   ACT_Q32    for each scale i: s[i % 4] += (d * int(sum of q a)) * d_act,
+//                                s[i % 4] -= dmin * (d_act * int(sum of a))
+//              sum = (s[0] + s[2]) + (s[1] + s[3]), s of all weights
+//
+// where int(...) is an int32, rounded to float, and each operation of floats is rounded as
+// moe__dot_256 and moe__dot_32 write it. No int32 can overflow: 256 * 128 * 127 * 128 < 2^30.
 
-/* sum + a block of 256 weights times a record of activations */
+// sum + a block of 256 weights times a record of activations
 MOE__INLINE float moe__dot_256(const moe__block *block, const moe__act256 *a, float sum) {
     int32_t product = 0, min = 0;
     for (int s = 0; s < 16; s++) {
@@ -4889,7 +4891,7 @@ MOE__INLINE float moe__dot_256(const moe__block *block, const moe__act256 *a, fl
     return fmaf(x, a->d, sum);
 }
 
-/* sum[4] += n weights times activations, of which `at` is the first in a record */
+// sum[4] += n weights times activations, of which `at` is the first in a record
 MOE__INLINE void moe__dot_32(const moe__type *type, const moe__block *block, int n,
                              const moe__act32 *a, int at, float sum[4]) {
     const int per = type->per;
@@ -4909,11 +4911,11 @@ MOE__INLINE void moe__dot_32(const moe__type *type, const moe__block *block, int
     }
 }
 
-/* ---- activations to int8 --------------------------------------------------------------------- */
+// ---- activations to int8 ---------------------------------------------------------------------
 
-/* x to the nearest even integer, |x| < 2^31: adding 1.5 * 2^52 leaves it in the low mantissa */
-/* bits. The sum is a double so that no compiler fuses it with the f32 product that x comes from, */
-/* which would round once instead of twice. Any other x gives some integer. */
+// x to the nearest even integer, |x| < 2^31: adding 1.5 * 2^52 leaves it in the low mantissa
+// bits. The sum is a double so that no compiler fuses it with the f32 product that x comes from,
+// which would round once instead of twice. Any other x gives some integer.
 MOE__INLINE int32_t moe__types_round(float x) {
     double shifted = (double)x + 6755399441055744.0;
     uint64_t bits;
@@ -4921,11 +4923,11 @@ MOE__INLINE int32_t moe__types_round(float x) {
     return (int32_t)(uint32_t)bits;
 }
 
-/* Quantizes n values with one scale, which is returned. Values whose magnitudes are all below */
-/* 2^-120 count as 0: from there on 127 / peak would not be finite. NaN or infinity: NaN and q = */
-/* 0. */
+// Quantizes n values with one scale, which is returned. Values whose magnitudes are all below
+// 2^-120 count as 0: from there on 127 / peak would not be finite. NaN or infinity: NaN and q =
+// 0.
 MOE__INLINE float moe__types_quantize_act(const float *x, int n, int8_t *q) {
-    uint32_t peak_bits = 0; /* magnitudes are ordered like their bits, NaN above all */
+    uint32_t peak_bits = 0; // magnitudes are ordered like their bits, NaN above all
     for (int i = 0; i < n; i++) {
         uint32_t bits = moe__f32_bits(x[i]) & 0x7FFFFFFF;
         if (bits > peak_bits) peak_bits = bits;
@@ -4975,7 +4977,7 @@ MOE__PRIVATE void moe__quantize_act_q256(const float *x, int64_t n, void *act) {
     }
 }
 
-/* ---- plain floats ---------------------------------------------------------------------------- */
+// ---- plain floats ----------------------------------------------------------------------------
 
 MOE__PRIVATE void moe__dequantize_f32(const uint8_t *row, int64_t n, float *out) {
     memcpy(out, row, (size_t)n * sizeof(float));
@@ -4989,7 +4991,7 @@ MOE__PRIVATE void moe__dequantize_bf16(const uint8_t *row, int64_t n, float *out
     for (int64_t i = 0; i < n; i++) out[i] = moe__types_bf16(row + 2 * i);
 }
 
-/* Row times activations: four sums, for weights i, i + 1, i + 2 and i + 3 of every four. */
+// Row times activations: four sums, for weights i, i + 1, i + 2 and i + 3 of every four.
 #define MOE__TYPES_ROW_FLOAT(name, size, load)                                                 \
     MOE__INLINE double moe__types_row_##name(const uint8_t *row, int64_t n, const void *act) { \
         const float *x = (const float *)act;                                                   \
@@ -5006,45 +5008,45 @@ MOE__TYPES_ROW_FLOAT(f16, 2, moe__types_f16)
 MOE__TYPES_ROW_FLOAT(bf16, 2, moe__types_bf16)
 #undef MOE__TYPES_ROW_FLOAT
 
-/* ---- quantize -------------------------------------------------------------------------------- */
+// ---- quantize --------------------------------------------------------------------------------
 
-/* Quantizers of blocks minimise the weighted squared error sum(w (x - y)^2), w = importance or */
-/* 1. As a function of the scale it has many local minima. So: the levels that each of several */
-/* scales gives, the best scale for these levels by least squares, the levels again; the best of */
-/* all is kept. Scales that are stored as integers are chosen last, among neighbours, by the */
-/* error they cause. Sums are doubles and values at most 2^30: nothing overflows. What follows is */
-/* written for columns of a block: x the values, w their weights, both from moe__types_load. */
+// Quantizers of blocks minimise the weighted squared error sum(w (x - y)^2), w = importance or
+// 1. As a function of the scale it has many local minima. So: the levels that each of several
+// scales gives, the best scale for these levels by least squares, the levels again; the best of
+// all is kept. Scales that are stored as integers are chosen last, among neighbours, by the
+// error they cause. Sums are doubles and values at most 2^30: nothing overflows. What follows is
+// written for columns of a block: x the values, w their weights, both from moe__types_load.
 
 enum {
-    MOE__TYPES_SCALES = 10, /* scales tried for y = scale * level */
-    MOE__TYPES_LINES = 7,   /* scales tried for y = scale * level - min */
-    MOE__TYPES_ROUNDS = 2   /* times that a block's f16 scales are fitted again */
+    MOE__TYPES_SCALES = 10, // scales tried for y = scale * level
+    MOE__TYPES_LINES = 7,   // scales tried for y = scale * level - min
+    MOE__TYPES_ROUNDS = 2   // times that a block's f16 scales are fitted again
 };
-/* Ranges below 2^-26 are 0 to all types: the smallest f16 is 2^-24, half of it rounds to 0. */
+// Ranges below 2^-26 are 0 to all types: the smallest f16 is 2^-24, half of it rounds to 0.
 #define MOE__TYPES_TINY (1 / 67108864.0f)
 
 MOE__INLINE int moe__types_is_finite(float x) {
     return (moe__f32_bits(x) & 0x7F800000) != 0x7F800000;
 }
 
-/* x to the nearest level; the first or last if it lies beyond; the first for NaN. */
+// x to the nearest level; the first or last if it lies beyond; the first for NaN.
 MOE__INLINE int32_t moe__types_level(float x, int32_t first, int32_t last) {
     float low = x > (float)first ? x : (float)first;
     return moe__types_round(low < (float)last ? low : (float)last);
 }
 
-/* A scale as it will be stored: the nearest finite f16. Below 2^-14, where f16 has few bits */
-/* left, the next larger one: a smaller one would clip the largest values by much. */
+// A scale as it will be stored: the nearest finite f16. Below 2^-14, where f16 has few bits
+// left, the next larger one: a smaller one would clip the largest values by much.
 MOE__INLINE float moe__types_round_f16(float x) {
     uint16_t bits = moe__f32_to_f16(fabsf(x));
     if (bits < 0x0400 && moe__f16_to_f32(bits) < fabsf(x)) bits++;
-    if (bits > 0x7BFF) bits = 0x7BFF; /* 65504 */
+    if (bits > 0x7BFF) bits = 0x7BFF; // 65504
     return x < 0 ? -moe__f16_to_f32(bits) : moe__f16_to_f32(bits);
 }
 
-/* A block's values and weights. NaN and infinity count as 0; beyond 2^30 is more than any type */
-/* can hold. Only the ratio of weights matters: they are brought to 0..1. The floor under them */
-/* lets columns of importance 0 break ties, and decide if there are no others. */
+// A block's values and weights. NaN and infinity count as 0; beyond 2^30 is more than any type
+// can hold. Only the ratio of weights matters: they are brought to 0..1. The floor under them
+// lets columns of importance 0 break ties, and decide if there are no others.
 MOE__PRIVATE void moe__types_load(const float *in, const float *importance, int n, float *x,
                                   float *w) {
     const float limit = 1073741824.0f;
@@ -5079,8 +5081,8 @@ MOE__PRIVATE void moe__quantize_bf16(const float *x, uint8_t *row, int64_t n,
     for (int64_t i = 0; i < n; i++) moe__store_u16(row + 2 * i, moe__f32_to_bf16(x[i]));
 }
 
-/* 255 levels leave nothing to search for: the largest value makes the scale, whatever its */
-/* weight. */
+// 255 levels leave nothing to search for: the largest value makes the scale, whatever its
+// weight.
 MOE__PRIVATE void moe__quantize_q8_0(const float *in, uint8_t *row, int64_t n,
                                      const float *importance) {
     float x[32], w[32];
@@ -5097,25 +5099,25 @@ MOE__PRIVATE void moe__quantize_q8_0(const float *in, uint8_t *row, int64_t n,
     }
 }
 
-/* ---- quantize: y = scale * level - min ------------------------------------------------------- */
+// ---- quantize: y = scale * level - min -------------------------------------------------------
 
 typedef enum moe__types_mins {
-    MOE__TYPES_NO_MIN, /* min = 0; the scale may be negative */
-    MOE__TYPES_MIN,    /* min >= 0, scale >= 0 */
-    MOE__TYPES_ANY_MIN /* scale >= 0; what is stored is -min, as f16 */
+    MOE__TYPES_NO_MIN, // min = 0; the scale may be negative
+    MOE__TYPES_MIN,    // min >= 0, scale >= 0
+    MOE__TYPES_ANY_MIN // scale >= 0; what is stored is -min, as f16
 } moe__types_mins;
 
 struct moe__types_k;
 
-/* What a type can hold: codes 0, 1, .. stand for the levels first .. last, or for those of an */
-/* ascending table of 16 from first to last. Each `width` weights have a scale (and a min) of */
-/* their own: an f16 if width = block, else an integer times the block's f16. */
+// What a type can hold: codes 0, 1, .. stand for the levels first .. last, or for those of an
+// ascending table of 16 from first to last. Each `width` weights have a scale (and a min) of
+// their own: an f16 if width = block, else an integer times the block's f16.
 typedef struct moe__types_form {
-    const int8_t *table; /* or NULL */
+    const int8_t *table; // or NULL
     int32_t first, last, width;
     moe__types_mins mins;
-    int32_t scale_first, scale_last; /* integer scales; integer mins are 0 .. scale_last */
-    int32_t block, bytes;            /* as in the type table */
+    int32_t scale_first, scale_last; // integer scales; integer mins are 0 .. scale_last
+    int32_t block, bytes;            // as in the type table
     void (*pack)(const struct moe__types_k *k, uint8_t *row);
 } moe__types_form;
 
@@ -5123,10 +5125,10 @@ typedef struct moe__types_line {
     float scale, min;
 } moe__types_line;
 
-/* A block in the making. */
+// A block in the making.
 typedef struct moe__types_k {
     const moe__types_form *form;
-    float d, dmin; /* as stored */
+    float d, dmin; // as stored
     int8_t scale[16], min[16];
     uint8_t code[256];
     double error;
@@ -5136,7 +5138,7 @@ MOE__INLINE int32_t moe__types_value(const moe__types_form *f, int32_t code) {
     return f->table ? f->table[code] : f->first + code;
 }
 
-/* The code whose level is nearest to x. */
+// The code whose level is nearest to x.
 MOE__INLINE int32_t moe__types_code(const moe__types_form *f, float x) {
     int32_t code = 0;
     if (!f->table) return moe__types_level(x, f->first, f->last) - f->first;
@@ -5164,8 +5166,8 @@ MOE__PRIVATE double moe__types_error(const moe__types_form *f, const float *x, c
     return error;
 }
 
-/* The best line for the levels that `line` gives: two normal equations, or one if there is no */
-/* min or it would be negative. */
+// The best line for the levels that `line` gives: two normal equations, or one if there is no
+// min or it would be negative.
 MOE__PRIVATE moe__types_line moe__types_refit(const moe__types_form *f, const float *x,
                                               const float *w, moe__types_line line) {
     float inverse = 1 / line.scale;
@@ -5181,7 +5183,7 @@ MOE__PRIVATE moe__types_line moe__types_refit(const moe__types_form *f, const fl
     }
     if (f->mins) {
         double determinant = sw * sqq - sq * sq;
-        if (!(determinant > 1e-9 * sw * sqq)) return line; /* all levels are the same */
+        if (!(determinant > 1e-9 * sw * sqq)) return line; // all levels are the same
         scale = (sw * sxq - sx * sq) / determinant;
         min = (sq * sxq - sqq * sx) / determinant;
     }
@@ -5196,9 +5198,9 @@ MOE__PRIVATE moe__types_line moe__types_refit(const moe__types_form *f, const fl
     return line;
 }
 
-/* A good line: constant, or from lines that put the largest magnitude up to one step before or */
-/* behind the first or the last level; with mins, from lines that begin at the smallest value and */
-/* reach the largest one up to one level before or two behind the last. */
+// A good line: constant, or from lines that put the largest magnitude up to one step before or
+// behind the first or the last level; with mins, from lines that begin at the smallest value and
+// reach the largest one up to one level before or two behind the last.
 MOE__PRIVATE moe__types_line moe__types_fit(const moe__types_form *f, const float *x,
                                             const float *w) {
     moe__types_line best = {0, 0}, line;
@@ -5232,7 +5234,7 @@ MOE__PRIVATE moe__types_line moe__types_fit(const moe__types_form *f, const floa
     return best;
 }
 
-/* The best of the integer scales (and mins) around what the j-th `width` weights want. */
+// The best of the integer scales (and mins) around what the j-th `width` weights want.
 MOE__PRIVATE void moe__types_choose(const moe__types_form *f, const float *x, const float *w,
                                     moe__types_line wanted, moe__types_k *k, int j) {
     int32_t s0 = f->scale_first, s1 = f->scale_last, reach = f->mins ? 1 : 0;
@@ -5257,7 +5259,7 @@ MOE__PRIVATE void moe__types_choose(const moe__types_form *f, const float *x, co
     moe__types_codes(f, x, best, k->code + j * f->width);
 }
 
-/* The best d and dmin for the block's scales, mins and levels: y = d * a - dmin * b. */
+// The best d and dmin for the block's scales, mins and levels: y = d * a - dmin * b.
 MOE__PRIVATE void moe__types_refit_block(const moe__types_form *f, const float *x, const float *w,
                                          moe__types_k *k) {
     double xa = 0, xb = 0, aa = 0, ab = 0, bb = 0;
@@ -5275,14 +5277,14 @@ MOE__PRIVATE void moe__types_refit_block(const moe__types_form *f, const float *
         d = (bb * xa - ab * xb) / determinant;
         dmin = (ab * xa - aa * xb) / determinant;
     } else if (aa > 0) {
-        d = xa / aa; /* no mins */
+        d = xa / aa; // no mins
     }
     if (f->mins ? !(d > 0 && dmin >= 0) : d == 0) return;
     k->d = moe__types_round_f16((float)d);
     k->dmin = moe__types_round_f16((float)dmin);
 }
 
-/* At first the largest scale and min become the largest integers. */
+// At first the largest scale and min become the largest integers.
 MOE__PRIVATE void moe__types_fit_block(const moe__types_form *f, const float *x, const float *w,
                                        moe__types_k *best) {
     moe__types_k k;
@@ -5325,13 +5327,13 @@ MOE__PRIVATE void moe__types_quantize(const moe__types_form *f, const float *in,
     }
 }
 
-/* ---- quantize: bits -------------------------------------------------------------------------- */
+// ---- quantize: bits --------------------------------------------------------------------------
 
 MOE__INLINE void moe__types_store_f16(uint8_t *p, float x) {
     moe__store_u16(p, moe__f32_to_f16(x));
 }
 
-/* The low four bits of n codes: `half` bytes for each 2 * half codes, first half low. */
+// The low four bits of n codes: `half` bytes for each 2 * half codes, first half low.
 MOE__INLINE void moe__types_store_low(const uint8_t *code, int n, int half, uint8_t *out) {
     for (int i = 0; i < n / 2; i++, out++) {
         const uint8_t *q = code + i / half * half + i;
@@ -5339,7 +5341,7 @@ MOE__INLINE void moe__types_store_low(const uint8_t *code, int n, int half, uint
     }
 }
 
-/* 32 weights: d, maybe -min, maybe the fifth bits, the low bits. */
+// 32 weights: d, maybe -min, maybe the fifth bits, the low bits.
 MOE__PRIVATE void moe__types_pack_32(const moe__types_k *k, uint8_t *row) {
     const moe__types_form *f = k->form;
     uint32_t high = 0;
@@ -5374,7 +5376,7 @@ MOE__PRIVATE void moe__types_pack_q3_k(const moe__types_k *k, uint8_t *row) {
     moe__types_store_f16(row + 108, k->d);
 }
 
-/* Q4_K and Q5_K. */
+// Q4_K and Q5_K.
 MOE__PRIVATE void moe__types_pack_q4_k(const moe__types_k *k, uint8_t *row) {
     uint8_t *packed = row + 4;
     moe__types_store_f16(row, k->d);
@@ -5384,7 +5386,7 @@ MOE__PRIVATE void moe__types_pack_q4_k(const moe__types_k *k, uint8_t *row) {
         packed[4 + j] = (uint8_t)(k->min[j] | k->min[4 + j] >> 4 << 6);
         packed[8 + j] = (uint8_t)((k->scale[4 + j] & 15) | (k->min[4 + j] & 15) << 4);
     }
-    memset(row + 16, 0, 32); /* the fifth bits of Q5_K */
+    memset(row + 16, 0, 32); // the fifth bits of Q5_K
     for (int i = 0; i < 256; i++) row[16 + i % 32] |= (uint8_t)(k->code[i] >> 4 << i / 32);
     moe__types_store_low(k->code, 256, 32, row + k->form->bytes - 128);
 }
@@ -5412,7 +5414,7 @@ MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_k *k, uint8_t *row) {
     moe__types_store_low(k->code, 256, 16, row + 8);
 }
 
-/* name, how it is packed, block, bytes, table, first, last, width, mins, integer scales */
+// name, how it is packed, block, bytes, table, first, last, width, mins, integer scales
 #define MOE__TYPES_QUANTIZE(name, pack, block, bytes, table, first, last, width, mins, s0, s1)     \
     MOE__PRIVATE void moe__quantize_##name(const float *in, uint8_t *row, int64_t n,               \
                                            const float *importance) {                              \
@@ -5433,8 +5435,8 @@ MOE__TYPES_QUANTIZE(q6_k, q6_k, 256, 210, NULL, -32, 31, 16, NO_MIN, -128, 127)
 MOE__TYPES_QUANTIZE(iq4_xs, iq4_xs, 256, 136, moe__levels_k4, -127, 113, 32, NO_MIN, -32, 31)
 #undef MOE__TYPES_QUANTIZE
 
-/* One exponent per 32 weights: the largest magnitude lies between levels 8 and 16, or up to a */
-/* factor of 2 off that. */
+// One exponent per 32 weights: the largest magnitude lies between levels 8 and 16, or up to a
+// factor of 2 off that.
 MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
                                       const float *importance) {
     static const int8_t levels[16] = {-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12};
@@ -5460,14 +5462,14 @@ MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
         }
         line.scale = moe__f32_from_bits((best - 1) << 23);
         moe__types_codes(&form, x, line, code);
-        for (int i = 0; i < 32; i++) /* 8 .. 15 are the negative levels, -0 is not used */
+        for (int i = 0; i < 32; i++) // 8 .. 15 are the negative levels, -0 is not used
             code[i] = (uint8_t)(code[i] > 7 ? code[i] - 8 : code[i] < 7 ? 15 - code[i] : 0);
         row[0] = (uint8_t)best;
         moe__types_store_low(code, 32, 16, row + 1);
     }
 }
 
-/* ---- the table ------------------------------------------------------------------------------- */
+// ---- the table -------------------------------------------------------------------------------
 
 #define MOE__UNPACKER_F32(name) NULL
 #define MOE__UNPACKER_Q32(name) moe__unpack_##name
@@ -5485,15 +5487,15 @@ static const moe__type moe__types[MOE__N_TYPES] = {MOE__TYPES(MOE__TYPES_ENTRY)}
 #undef MOE__UNPACKER_Q32
 #undef MOE__UNPACKER_Q256
 
-/* NULL if models with this type cannot be run. The entry's place in the table is its index in */
-/* kernel tables. */
+// NULL if models with this type cannot be run. The entry's place in the table is its index in
+// kernel tables.
 MOE__PRIVATE const moe__type *moe__type_find(moe_type id) {
     for (int i = 0; i < MOE__N_TYPES; i++)
         if (moe__types[i].id == id) return &moe__types[i];
     return NULL;
 }
 
-/* A group of rows (one row of most types) to floats, plain C, any type. */
+// A group of rows (one row of most types) to floats, plain C, any type.
 MOE__PRIVATE void moe__type_to_f32(const moe__type *type, const uint8_t *rows, int64_t n,
                                    float *out) {
     if (type->unpack) moe__types_dequantize(type, rows, n, out);
@@ -5502,7 +5504,7 @@ MOE__PRIVATE void moe__type_to_f32(const moe__type *type, const uint8_t *rows, i
     else moe__dequantize_bf16(rows, n, out);
 }
 
-/* ---- public ---------------------------------------------------------------------------------- */
+// ---- public ----------------------------------------------------------------------------------
 
 MOE_API const char *moe_type_name(moe_type type) {
     const moe__gguf_type *info = moe__gguf_type_info((int32_t)type);
@@ -5526,7 +5528,7 @@ MOE_API size_t moe_type_row_size(moe_type type, int64_t n) {
     return (size_t)size;
 }
 
-/* What moe_type_dequantize and _quantize share: `from` and `to` are the names of in and out. */
+// What moe_type_dequantize and _quantize share: `from` and `to` are the names of in and out.
 MOE__PRIVATE moe_status moe__types_check(moe_type type, const void *in, const char *from,
                                          const void *out, const char *to, int64_t n_rows,
                                          int64_t n, moe_error *error) {
@@ -5584,73 +5586,73 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
     moe__floats_end(&callers);
     return MOE_OK;
 }
-/* ============================================================================================== */
-/* // >>kernels */
-/* */
-/* The inner loops, as one table of functions per instruction set. The plain C table comes first: */
-/* it is the specification, and it runs where nothing better is there. Behind it lies one text of */
-/* vector kernels that this file includes from itself, once per instruction set. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>kernels
+//
+// The inner loops, as one table of functions per instruction set. The plain C table comes first:
+// it is the specification, and it runs where nothing better is there. Behind it lies one text of
+// vector kernels that this file includes from itself, once per instruction set.
+// ==============================================================================================
 
 enum {
-    MOE__TILE_ROWS = 32,    /* most rows of one call of a tile kernel */
-    MOE__PACK_SIZE = 131072, /* bytes of scratch of a tile kernel */
-    MOE__ATTEND_KEYS = 128, /* keys of a chunk of attention */
-    MOE__ATTEND_QUERIES = 32, /* most queries of one call of an attention kernel */
-    MOE__PEAK = 128         /* logits that one peak stands for */
+    MOE__TILE_ROWS = 32,    // most rows of one call of a tile kernel
+    MOE__PACK_SIZE = 131072, // bytes of scratch of a tile kernel
+    MOE__ATTEND_KEYS = 128, // keys of a chunk of attention
+    MOE__ATTEND_QUERIES = 32, // most queries of one call of an attention kernel
+    MOE__PEAK = 128         // logits that one peak stands for
 };
 
-/* Activations from n floats, n a multiple of 32 (Q32) or 256 (Q256). A NaN or infinity among the */
-/* values of a scale makes that scale NaN. */
+// Activations from n floats, n a multiple of 32 (Q32) or 256 (Q256). A NaN or infinity among the
+// values of a scale makes that scale NaN.
 typedef void moe__quantize_fn(const float *x, int64_t n, void *act);
 
-/* out[r] = row r . x, for n_rows rows of n weights that lie row_size bytes apart. x: activations */
-/* in the kind that the type wants. Of interleaved types, here and below: whole groups of rows. */
+// out[r] = row r . x, for n_rows rows of n weights that lie row_size bytes apart. x: activations
+// in the kind that the type wants. Of interleaved types, here and below: whole groups of rows.
 typedef void moe__dot_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                          const void *x, float *out);
 
-/* out[t * out_stride + r] = row r . x[t], for 1..MOE__TILE_ROWS rows and n_tokens >= 1 tokens. */
-/* pack: MOE__PACK_SIZE bytes of scratch, aligned to 64. prefetch: what the caller reads next */
-/* (prefetch_size bytes, may be 0), fetched into the cache while computing. */
+// out[t * out_stride + r] = row r . x[t], for 1..MOE__TILE_ROWS rows and n_tokens >= 1 tokens.
+// pack: MOE__PACK_SIZE bytes of scratch, aligned to 64. prefetch: what the caller reads next
+// (prefetch_size bytes, may be 0), fetched into the cache while computing.
 typedef void moe__tile_fn(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                           const void *const *x, int64_t n_tokens, float *out, int64_t out_stride,
                           void *pack, const uint8_t *prefetch, size_t prefetch_size);
 
-/* One group of rows (one row of most types) of n weights, row after row. */
+// One group of rows (one row of most types) of n weights, row after row.
 typedef void moe__dequantize_fn(const uint8_t *rows, int64_t n, float *out);
 
 typedef void moe__glu_fn(const float *gate, const float *up, int64_t n, float *out);
 
-/* Where value n of a row of cached keys or values lies. Q8_0: its block does, 34 bytes (an f16 */
-/* scale, 32 int8) as in files. For a whole row n is its size. */
+// Where value n of a row of cached keys or values lies. Q8_0: its block does, 34 bytes (an f16
+// scale, 32 int8) as in files. For a whole row n is its size.
 MOE__INLINE size_t moe__kv_bytes(moe_kv_type type, int64_t n) {
     if (type == MOE_KV_Q8_0) return (size_t)n / 32 * 34;
     return (size_t)n * (type == MOE_KV_F32 ? sizeof(float) : sizeof(uint16_t));
 }
 
-/* Attention of some queries over some keys, by online softmax. Per query i there is a state: the */
-/* largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at */
-/* first), and the weighted sum of values out[i], dv floats (0 at first), not yet divided by */
-/* sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1. */
-/* */
-/* It does so by chunks of MOE__ATTEND_KEYS keys: what is seen of a chunk gives a state of its */
-/* own, from nothing, which is then added to that of all keys before (attend_add). So the result */
-/* has the same bits whether the chunks come in one call, in several, or each in one, to be added */
-/* up later. */
+// Attention of some queries over some keys, by online softmax. Per query i there is a state: the
+// largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at
+// first), and the weighted sum of values out[i], dv floats (0 at first), not yet divided by
+// sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1.
+//
+// It does so by chunks of MOE__ATTEND_KEYS keys: what is seen of a chunk gives a state of its
+// own, from nothing, which is then added to that of all keys before (attend_add). So the result
+// has the same bits whether the chunks come in one call, in several, or each in one, to be added
+// up later.
 typedef struct moe__attend_args {
-    const float *q;          /* query i: dk floats at q + i * q_stride, already scaled */
+    const float *q;          // query i: dk floats at q + i * q_stride, already scaled
     int64_t q_stride;
-    const void *k, *v;       /* key j: dk values at byte j * k_bytes; value j: dv at j * v_bytes */
+    const void *k, *v;       // key j: dk values at byte j * k_bytes; value j: dv at j * v_bytes
     size_t k_bytes, v_bytes;
-    moe_kv_type type;        /* of keys and values */
-    int32_t dk, dv;          /* any positive size; fast for multiples of 16; Q8_0: of 32 */
-    int32_t n_queries;       /* 1..MOE__ATTEND_QUERIES */
-    int32_t n_keys;          /* 1 or more; chunks are counted from the first */
-    const int32_t *n_visible; /* per query, 0..n_keys; NULL: all */
-    const int32_t *first;    /* per query, >= 0, may be n_visible or more; NULL: 0 */
+    moe_kv_type type;        // of keys and values
+    int32_t dk, dv;          // any positive size; fast for multiples of 16; Q8_0: of 32
+    int32_t n_queries;       // 1..MOE__ATTEND_QUERIES
+    int32_t n_keys;          // 1 or more; chunks are counted from the first
+    const int32_t *n_visible; // per query, 0..n_keys; NULL: all
+    const int32_t *first;    // per query, >= 0, may be n_visible or more; NULL: 0
     float *max, *sum;
     float *const *out;
-    float *scores;           /* scratch: n_queries * MOE__ATTEND_KEYS floats, aligned to 64 */
+    float *scores;           // scratch: n_queries * MOE__ATTEND_KEYS floats, aligned to 64
 } moe__attend_args;
 
 typedef struct moe__type_kernels {
@@ -5661,41 +5663,41 @@ typedef struct moe__type_kernels {
 
 typedef struct moe__kernels {
     moe_isa isa;
-    moe__type_kernels type[MOE__N_TYPES]; /* in the order of the type table */
-    moe__quantize_fn *quantize[MOE__ACT_KINDS]; /* [MOE__ACT_F32] copies */
-    /* out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; weight NULL: 1. out may be x. */
+    moe__type_kernels type[MOE__N_TYPES]; // in the order of the type table
+    moe__quantize_fn *quantize[MOE__ACT_KINDS]; // [MOE__ACT_F32] copies
+    // out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]; weight NULL: 1. out may be x.
     void (*rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out);
-    /* out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)). out may be gate. */
+    // out[i] = silu(gate[i]) * up[i], silu(x) = x / (1 + exp(-x)). out may be gate.
     moe__glu_fn *swiglu;
-    /* out[i] = g / (1 + exp(-1.702 g)) * (u + 1), g = min(gate[i], 7), u = up[i] within -7..7 */
+    // out[i] = g / (1 + exp(-1.702 g)) * (u + 1), g = min(gate[i], 7), u = up[i] within -7..7
     moe__glu_fn *swiglu_oai;
-    /* x[i] = exp(x[i] - max(x)) / sum; all -inf or a NaN inside: NaN */
+    // x[i] = exp(x[i] - max(x)) / sum; all -inf or a NaN inside: NaN
     void (*softmax)(float *x, int64_t n);
-    /* Weights of logits: e[i] = exp((x[i] - max) * scale) for x[i] >= least, 0 for the others, */
-    /* for NaN and below 1e-300. No x[i] is above max, scale > 0. Returns their sum. The same */
-    /* bits from every instruction set. e: n doubles, rounded up to a multiple of 16 (0 behind */
-    /* n), or NULL. */
+    // Weights of logits: e[i] = exp((x[i] - max) * scale) for x[i] >= least, 0 for the others,
+    // for NaN and below 1e-300. No x[i] is above max, scale > 0. Returns their sum. The same
+    // bits from every instruction set. e: n doubles, rounded up to a multiple of 16 (0 behind
+    // n), or NULL.
     double (*weigh)(const float *x, int64_t n, float least, double max, double scale, double *e);
-    /* out[i]: the largest of x[MOE__PEAK * i ..], NaN does not count; -inf if there is none */
+    // out[i]: the largest of x[MOE__PEAK * i ..], NaN does not count; -inf if there is none
     void (*peaks)(const float *x, int64_t n, float *out);
-    /* y[i] += a * x[i] */
+    // y[i] += a * x[i]
     void (*axpy)(float a, const float *x, int64_t n, float *y);
-    void (*divide)(float *x, int64_t n, float by); /* x[i] /= by */
-    void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); /* to the nearest even */
-    /* n values, a multiple of 32, to blocks as in moe__kv_bytes */
+    void (*divide)(float *x, int64_t n, float by); // x[i] /= by
+    void (*f32_to_f16)(const float *x, int64_t n, uint16_t *out); // to the nearest even
+    // n values, a multiple of 32, to blocks as in moe__kv_bytes
     void (*f32_to_q8_0)(const float *x, int64_t n, uint8_t *out);
     void (*attend)(const moe__attend_args *args);
-    /* The state max, sum, x of one chunk is added to that of all before it; x, all: dv floats. */
+    // The state max, sum, x of one chunk is added to that of all before it; x, all: dv floats.
     void (*attend_add)(float max, float sum, const float *x, int64_t dv, float *all_max,
                        float *all_sum, float *all);
 } moe__kernels;
 
-/* ---- the plain C table ----------------------------------------------------------------------- */
+// ---- the plain C table -----------------------------------------------------------------------
 
-/* Short loops in the order of the formulas; sums in double. The vector kernels may differ from */
-/* them by rounding only. */
+// Short loops in the order of the formulas; sums in double. The vector kernels may differ from
+// them by rounding only.
 
-/* Any block type: the rows of a group side by side. */
+// Any block type: the rows of a group side by side.
 MOE__PRIVATE void moe__kernels_dot(const moe__type *type, const uint8_t *rows, size_t row_size,
                                    int64_t n_rows, int64_t n, const void *x, float *out) {
     moe__block block;
@@ -5738,7 +5740,7 @@ MOE__KERNELS_FLOAT(f16)
 MOE__KERNELS_FLOAT(bf16)
 #undef MOE__KERNELS_FLOAT
 
-/* Tokens outside, rows inside: a tile of rows stays in the cache. */
+// Tokens outside, rows inside: a tile of rows stays in the cache.
 #define MOE__KERNELS_TILE(NAME, name, ...)                                                     \
     MOE__PRIVATE void moe__tile_##name##_scalar(                                               \
         const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x, \
@@ -5763,7 +5765,7 @@ MOE__PRIVATE void moe__swiglu_scalar(const float *gate, const float *up, int64_t
     for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
-/* The comparisons let NaN through. */
+// The comparisons let NaN through.
 MOE__INLINE float moe__clamp(float x, float low, float high) {
     return x < low ? low : x > high ? high : x;
 }
@@ -5782,16 +5784,16 @@ MOE__PRIVATE void moe__softmax_scalar(float *x, int64_t n) {
     for (int64_t i = 0; i < n; i++)
         if (x[i] > max) max = x[i];
     for (int64_t i = 0; i < n; i++) {
-        x[i] = expf(x[i] - max); /* NaN if x[i] is, or if all are -inf: then so is the sum */
+        x[i] = expf(x[i] - max); // NaN if x[i] is, or if all are -inf: then so is the sum
         sum += x[i];
     }
     float inverse = (float)(1 / sum);
     for (int64_t i = 0; i < n; i++) x[i] *= inverse;
 }
 
-/* 2^t for t > -1000: t = n + r with |r| <= 1/2, and 2^r = 1 + r p(r), a polynomial of degree 8 */
-/* (Remez; relative error 1.1e-12). Adding 1.5 * 2^52 leaves n in the low bits of the mantissa. */
-/* 2^0 is 1. Each operation is rounded by itself and in the order of the vector kernels. */
+// 2^t for t > -1000: t = n + r with |r| <= 1/2, and 2^r = 1 + r p(r), a polynomial of degree 8
+// (Remez; relative error 1.1e-12). Adding 1.5 * 2^52 leaves n in the low bits of the mantissa.
+// 2^0 is 1. Each operation is rounded by itself and in the order of the vector kernels.
 MOE__INLINE double moe__weigh_power(double t) {
     static const double c[8] = {1.3344144332419254e-06, 1.5314206034731837e-05,
                                 0.00015403098456626539, 0.0013333434171244902,
@@ -5805,7 +5807,7 @@ MOE__INLINE double moe__weigh_power(double t) {
     return p;
 }
 
-/* The end of weigh: sums of every 16th weight, made one in a fixed order. */
+// The end of weigh: sums of every 16th weight, made one in a fixed order.
 MOE__INLINE double moe__weigh_sum(double *sum) {
     for (int half = 8; half > 0; half /= 2)
         for (int i = 0; i < half; i++) sum[i] += sum[i + half];
@@ -5815,10 +5817,10 @@ MOE__INLINE double moe__weigh_sum(double *sum) {
 MOE__PRIVATE double moe__weigh_scalar(const float *x, int64_t n, float least, double max,
                                       double scale, double *e) {
     double sum[16] = {0};
-    const double factor = scale * 1.4426950408889634; /* 1 / ln 2 */
+    const double factor = scale * 1.4426950408889634; // 1 / ln 2
     for (int64_t i = 0; i < (n + 15) / 16 * 16; i++) {
         double weight = 0;
-        if (i < n && x[i] >= least) { /* else and for -inf: t = -inf */
+        if (i < n && x[i] >= least) { // else and for -inf: t = -inf
             double t = moe__rounded_f64((x[i] - max) * factor);
             weight = t > -1000 ? moe__weigh_power(t) : 0;
         }
@@ -5849,8 +5851,8 @@ MOE__PRIVATE void moe__f32_to_f16_scalar(const float *x, int64_t n, uint16_t *ou
     for (int64_t i = 0; i < n; i++) out[i] = moe__f32_to_f16(x[i]);
 }
 
-/* Stores the scale of a block whose largest magnitude is `peak` and returns its inverse. As half */
-/* precision has it, so that the levels make up for its rounding. Not finite: NaN, levels are 0. */
+// Stores the scale of a block whose largest magnitude is `peak` and returns its inverse. As half
+// precision has it, so that the levels make up for its rounding. Not finite: NaN, levels are 0.
 MOE__INLINE float moe__q8_0_scale(float peak, uint8_t *block) {
     uint16_t half = moe__f32_to_f16(peak / 127);
     if ((half & 0x7FFF) >= 0x7C00) half = 0x7E00;
@@ -5861,7 +5863,7 @@ MOE__INLINE float moe__q8_0_scale(float peak, uint8_t *block) {
 
 MOE__PRIVATE void moe__f32_to_q8_0_scalar(const float *x, int64_t n, uint8_t *out) {
     for (; n > 0; n -= 32, x += 32, out += 34) {
-        float peak = 0, finite = 0; /* or NaN */
+        float peak = 0, finite = 0; // or NaN
         for (int i = 0; i < 32; i++) {
             if (fabsf(x[i]) > peak) peak = fabsf(x[i]);
             finite += 0 * x[i];
@@ -5875,22 +5877,22 @@ MOE__PRIVATE void moe__f32_to_q8_0_scalar(const float *x, int64_t n, uint8_t *ou
     }
 }
 
-/* ---- attention */
+// ---- attention
 
-/* Value c of a key or value row. */
+// Value c of a key or value row.
 MOE__INLINE float moe__attend_load(const uint8_t *row, moe_kv_type type, int c) {
     const uint8_t *p = row + moe__kv_bytes(type, c);
     if (type == MOE_KV_Q8_0) return moe__types_f16(p) * (float)(int8_t)p[2 + c % 32];
     return type == MOE_KV_F32 ? moe__load_f32(p) : moe__types_f16(p);
 }
 
-/* The weight that a state of this max has beside one of max `now`. With nothing but -inf any */
-/* finite base will do: it gives 0 instead of NaN. */
+// The weight that a state of this max has beside one of max `now`. With nothing but -inf any
+// finite base will do: it gives 0 instead of NaN.
 MOE__INLINE float moe__attend_factor(float max, float now) {
     return expf(max - fmaxf(now, -FLT_MAX));
 }
 
-/* add * x + old * y, with the same rounding everywhere */
+// add * x + old * y, with the same rounding everywhere
 MOE__INLINE float moe__attend_join(float add, float x, float old, float y) {
     return fmaf(add, x, moe__rounded_f32(old * y));
 }
@@ -5904,8 +5906,8 @@ MOE__PRIVATE void moe__attend_add_scalar(float max, float sum, const float *x, i
     for (int64_t c = 0; c < dv; c++) all[c] = moe__attend_join(add, x[c], old, all[c]);
 }
 
-/* scores[j] = q . key j for keys first .. n - 1; returns the largest of them. A NaN is never the */
-/* largest: its own weight takes it to the sum. */
+// scores[j] = q . key j for keys first .. n - 1; returns the largest of them. A NaN is never the
+// largest: its own weight takes it to the sum.
 MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *q, int first, int n,
                                      float *scores) {
     float max = -INFINITY;
@@ -5920,7 +5922,7 @@ MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *
     return max;
 }
 
-/* One query and what it sees of one chunk. */
+// One query and what it sees of one chunk.
 MOE__PRIVATE void moe__attend_query(const moe__attend_args *args, int i, int first, int n) {
     float *scores = args->scores + (size_t)i * MOE__ATTEND_KEYS, *out = args->out[i];
     const float *q = args->q + i * args->q_stride;
@@ -5972,11 +5974,11 @@ static const moe__kernels moe__kernels_scalar = {
     moe__attend_scalar,
     moe__attend_add_scalar};
 #undef MOE__KERNELS_TYPE
-/* ---- the vector kernels, once per instruction set -------------------------------------------- */
+// ---- the vector kernels, once per instruction set --------------------------------------------
 
 #if MOE__X86
 #if defined(__GNUC__) && !defined(__clang__)
-/* GCC 12 warns inside its own AVX-512 headers (bug 105593). */
+// GCC 12 warns inside its own AVX-512 headers (bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -5997,55 +5999,293 @@ static const moe__kernels moe__kernels_scalar = {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
-#endif /* MOE__X86 */
-#endif /* MOE__IMPLEMENT, first half */
+#endif // MOE__X86
+#endif // MOE__IMPLEMENT, first half
 
-#else /* MOE__ISA: the vector kernels, read once per instruction set --------------------------- */
+#else // MOE__ISA: the vector kernels, read once per instruction set ---------------------------
 
-/* MOE__(name) is name with the instruction set appended. MOE__K starts a kernel, MOE__V a helper */
-/* that is always inlined into kernels. Helpers get the same target string as their callers, or */
-/* GCC refuses to inline them. Vector types never leave this text. */
+// MOE__(name) is name with the instruction set appended. MOE__K starts a kernel, MOE__V a helper
+// that is always inlined into kernels. Helpers get the same target string as their callers, or
+// GCC refuses to inline them. Vector types never leave this text.
 #define MOE__PASTE_(a, b) a##b
 #define MOE__PASTE(a, b) MOE__PASTE_(a, b)
 #if MOE__ISA == 2
-#define MOE__(name) MOE__PASTE(moe__##name, _avx2)
+#define MOE__SUFFIX _avx2
 #define MOE__TARGET __attribute__((target("avx2,fma,f16c")))
 #elif MOE__ISA == 4
-#define MOE__(name) MOE__PASTE(moe__##name, _avx_vnni)
+#define MOE__SUFFIX _avx_vnni
 #if MOE__VNNI_EVEX
 #define MOE__TARGET __attribute__((target("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")))
 #else
 #define MOE__TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 #endif
 #else
-#define MOE__(name) MOE__PASTE(moe__##name, _avx512)
+#define MOE__SUFFIX _avx512
 #define MOE__TARGET \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #endif
-/* Kernels that instruction sets take from AVX2: unpacking, and for AVX-VNNI all but tiles. */
+// Kernels that instruction sets take from AVX2: unpacking, and for AVX-VNNI all but tiles.
+#define MOE__(name) MOE__PASTE(moe__##name, MOE__SUFFIX)
 #define MOE__AVX2(name) MOE__PASTE(moe__##name, _avx2)
 #if MOE__ISA == 4
-#define MOE__SHARED(name) MOE__AVX2(name)
+#define MOE__SHARED(name) MOE__PASTE(moe__##name, _avx2)
 #else
-#define MOE__SHARED(name) MOE__(name)
+#define MOE__SHARED(name) MOE__PASTE(moe__##name, MOE__SUFFIX)
 #endif
-#define MOE__VNNI (MOE__ISA != 2) /* whether int8 products are added up by one instruction */
-/* Two sanitizers would make this text take minutes to compile. Tests hold its results against */
-/* the plain C kernels, which are instrumented; threads only share what whole kernels made. */
+#define MOE__VNNI (MOE__ISA != 2) // whether int8 products are added up by one instruction
+// Two sanitizers would make this text take minutes to compile. Tests hold its results against
+// the plain C kernels, which are instrumented; threads only share what whole kernels made.
 #define MOE__QUIET \
     __attribute__((no_sanitize("undefined"), no_sanitize("thread"), unused))
 #define MOE__K static MOE__TARGET MOE__QUIET
 #define MOE__V static inline MOE__TARGET MOE__QUIET __attribute__((always_inline))
-/* GCC keeps arrays of accumulators in memory unless every loop over them is unrolled. */
+// GCC keeps arrays of accumulators in memory unless every loop over them is unrolled.
 #define MOE__UNROLL(n) MOE__UNROLL_(GCC unroll n)
 #define MOE__UNROLL_(text) _Pragma(#text)
 
-/* ---- vectors --------------------------------------------------------------------------------- */
+// ---- names -----------------------------------------------------------------------------------
 
-/* MOE__VI and MOE__VF are whole vectors of integers and floats, MOE__MM(op) is the intrinsic of */
-/* that width where both instruction sets have it under the same name. A vector has MOE__LANES */
-/* lanes of 128 bits. Products that are to be fused are written as fmadd, so that C and C++ give */
-/* the same bits. */
+// A name below is that of a function, type or constant of the instruction set being compiled. It
+// stands here if the text uses it often; the others are written MOE__(name) where they are used.
+// v_: on whole vectors of integers; u_: on 256 bits in every instruction set; f_, d_: on whole
+// vectors of floats, of doubles; tile_, attend_, ...: of the section of that name.
+#define v_load_128 MOE__(v_load_128)
+#define v_load MOE__(v_load)
+#define v_load_256 MOE__(v_load_256)
+#define v_zero MOE__(v_zero)
+#define v_and MOE__(v_and)
+#define v_or MOE__(v_or)
+#define v_xor MOE__(v_xor)
+#define v_or_and MOE__(v_or_and)
+#define v_lanes MOE__(v_lanes)
+#define v_dot_u8 MOE__(v_dot_u8)
+#define v_dot_i16 MOE__(v_dot_i16)
+#define v_rounded MOE__(v_rounded)
+#define v_load16 MOE__(v_load16)
+#define v_peak MOE__(v_peak)
+#define v_act_scale MOE__(v_act_scale)
+#define v_act_round MOE__(v_act_round)
+#define v_act_pack MOE__(v_act_pack)
+#define u_f16 MOE__(u_f16)
+#define v_fetch MOE__(v_fetch)
+#define u_sum MOE__(u_sum)
+#define u_load_weights MOE__(u_load_weights)
+#define u_load_weight MOE__(u_load_weight)
+#define d_weigh MOE__(d_weigh)
+#define u_dot_end MOE__(u_dot_end)
+#define u_dot_float MOE__(u_dot_float)
+#define v_load_weights MOE__(v_load_weights)
+#define u_store_levels MOE__(u_store_levels)
+#define u_store MOE__(u_store)
+#define u_dequantize_float MOE__(u_dequantize_float)
+#define u_or_and MOE__(u_or_and)
+#define u_copy_i16 MOE__(u_copy_i16)
+#define tile_store MOE__(tile_store)
+#define u_nibbles MOE__(u_nibbles)
+#define u_mask MOE__(u_mask)
+#define u_act32 MOE__(u_act32)
+#define u_rounded MOE__(u_rounded)
+#define q32_size MOE__(q32_size)
+#define q32_shift MOE__(q32_shift)
+#define v_add_where MOE__(v_add_where)
+#define v_e8m0 MOE__(v_e8m0)
+#define v_turn_lanes MOE__(v_turn_lanes)
+#define TILE_PACK MOE__(TILE_PACK)
+#define TILE_SUMS_AT MOE__(TILE_SUMS_AT)
+#define TILE_SCALE MOE__(TILE_SCALE)
+#define TILE_D MOE__(TILE_D)
+#define TILE_DMIN MOE__(TILE_DMIN)
+#define TILE_MIN MOE__(TILE_MIN)
+#define TILE_START MOE__(TILE_START)
+#define tile_store_f32 MOE__(tile_store_f32)
+#define tile_put MOE__(tile_put)
+#define tile_put_scale MOE__(tile_put_scale)
+#define tile_put_int MOE__(tile_put_int)
+#define v_group MOE__(v_group)
+#define v_acts MOE__(v_acts)
+#define v_numbers MOE__(v_numbers)
+#define v_spread MOE__(v_spread)
+#define v_twos MOE__(v_twos)
+#define v_quads MOE__(v_quads)
+#define v_multiply MOE__(v_multiply)
+#define u_times_sums MOE__(u_times_sums)
+#define v_extend MOE__(v_extend)
+#define v_shift MOE__(v_shift)
+#define v_field MOE__(v_field)
+#define v_mask MOE__(v_mask)
+#define v_join MOE__(v_join)
+#define v_three MOE__(v_three)
+#define v_five MOE__(v_five)
+#define v_nibbles MOE__(v_nibbles)
+#define v_table MOE__(v_table)
+#define v_lookup MOE__(v_lookup)
+#define u_words MOE__(u_words)
+#define u_halves MOE__(u_halves)
+#define u_nibbles16 MOE__(u_nibbles16)
+#define u_bits16 MOE__(u_bits16)
+#define u_pairs16 MOE__(u_pairs16)
+#define u_add16 MOE__(u_add16)
+#define u_odd16 MOE__(u_odd16)
+#define u_scales6 MOE__(u_scales6)
+#define u_tq1_0_bytes MOE__(u_tq1_0_bytes)
+#define u_tq1_0_powers MOE__(u_tq1_0_powers)
+#define u_head_ks MOE__(u_head_ks)
+#define v_book8 MOE__(v_book8)
+#define u_signs_book8 MOE__(u_signs_book8)
+#define v_signed MOE__(v_signed)
+#define u_even_signs MOE__(u_even_signs)
+#define u_signs_scales MOE__(u_signs_scales)
+#define u_store_indices MOE__(u_store_indices)
+#define u_indices MOE__(u_indices)
+#define u_fours16 MOE__(u_fours16)
+#define u_scales_iq2 MOE__(u_scales_iq2)
+#define v_lookup_16 MOE__(v_lookup_16)
+#define u_signs_book4 MOE__(u_signs_book4)
+#define v_book4 MOE__(v_book4)
+#define v_book4_16 MOE__(v_book4_16)
+#define u_rows_8 MOE__(u_rows_8)
+#define u_rows_4 MOE__(u_rows_4)
+#define u_add_block MOE__(u_add_block)
+#define u_row_scale MOE__(u_row_scale)
+#define u_per_16 MOE__(u_per_16)
+#define rows_head MOE__(rows_head)
+#define r4_t MOE__(r4_t)
+#define r4_half MOE__(r4_half)
+#define v_dwords MOE__(v_dwords)
+#define v_acts_r4 MOE__(v_acts_r4)
+#define v_nibbles_r4 MOE__(v_nibbles_r4)
+#define v_bits_r4 MOE__(v_bits_r4)
+#define v_load_twice MOE__(v_load_twice)
+#define v_two_r4 MOE__(v_two_r4)
+#define v_one_r4 MOE__(v_one_r4)
+#define u_four_halves MOE__(u_four_halves)
+#define u_mask8 MOE__(u_mask8)
+#define u_add8 MOE__(u_add8)
+#define u_six_r4 MOE__(u_six_r4)
+#define u_six MOE__(u_six)
+#define u_bits_r4 MOE__(u_bits_r4)
+#define u_shift_r4 MOE__(u_shift_r4)
+#define u_odd_signed MOE__(u_odd_signed)
+#define u_head_ks_r4 MOE__(u_head_ks_r4)
+#define v_scales_r4 MOE__(v_scales_r4)
+#define v_pairs_r4 MOE__(v_pairs_r4)
+#define v_times_sums_r4 MOE__(v_times_sums_r4)
+#define v_multiply_r4 MOE__(v_multiply_r4)
+#define rows_out MOE__(rows_out)
+#define rows_put MOE__(rows_put)
+#define v_shift_r4 MOE__(v_shift_r4)
+#define v_acts_r8 MOE__(v_acts_r8)
+#define level_iq4_xs_r8 MOE__(level_iq4_xs_r8)
+#define v_nibbles_r8 MOE__(v_nibbles_r8)
+#define u_scales_rows MOE__(u_scales_rows)
+#define u_dot_i16 MOE__(u_dot_i16)
+#define q32_block MOE__(q32_block)
+#define v_hadd MOE__(v_hadd)
+#define q32_load MOE__(q32_load)
+#define q32_fifths MOE__(q32_fifths)
+#define q32_levels MOE__(q32_levels)
+#define u_ue4m3 MOE__(u_ue4m3)
+#define unpack_fn MOE__(unpack_fn)
+#define u_put MOE__(u_put)
+#define u_five MOE__(u_five)
+#define tile_job MOE__(tile_job)
+#define tile_kernel_fn MOE__(tile_kernel_fn)
+#define tile_load_f32 MOE__(tile_load_f32)
+#define tile_dot MOE__(tile_dot)
+#define tile_end MOE__(tile_end)
+#define tile_even MOE__(tile_even)
+#define tile_odd MOE__(tile_odd)
+#define tile_dot_i16 MOE__(tile_dot_i16)
+#define f_scale MOE__(f_scale)
+#define f_min MOE__(f_min)
+#define tile_columns MOE__(tile_columns)
+#define tile_pair MOE__(tile_pair)
+#define tile_turn MOE__(tile_turn)
+#define tile_low MOE__(tile_low)
+#define tile_high_nibbles MOE__(tile_high_nibbles)
+#define tile_plan MOE__(tile_plan)
+#define tile_turn_blocks MOE__(tile_turn_blocks)
+#define tile_ahead MOE__(tile_ahead)
+#define tile_cut MOE__(tile_cut)
+#define f_mask MOE__(f_mask)
+#define f_load_part MOE__(f_load_part)
+#define f_load MOE__(f_load)
+#define f_store_part MOE__(f_store_part)
+#define f_store MOE__(f_store)
+#define f_select_part MOE__(f_select_part)
+#define f_load_half MOE__(f_load_half)
+#define f_load_half_part MOE__(f_load_half_part)
+#define f_to_half MOE__(f_to_half)
+#define f_store_half MOE__(f_store_half)
+#define f_store_half_part MOE__(f_store_half_part)
+#define f_load_i8 MOE__(f_load_i8)
+#define f_store_i8 MOE__(f_store_i8)
+#define f_set_half MOE__(f_set_half)
+#define f_set MOE__(f_set)
+#define f_round MOE__(f_round)
+#define f_low MOE__(f_low)
+#define f_high MOE__(f_high)
+#define f_first MOE__(f_first)
+#define f_at_least MOE__(f_at_least)
+#define d_above MOE__(d_above)
+#define d_scale MOE__(d_scale)
+#define f_fold MOE__(f_fold)
+#define f_fold_max MOE__(f_fold_max)
+#define d_fold MOE__(d_fold)
+#define f_upper MOE__(f_upper)
+#define f_keep MOE__(f_keep)
+#define f_zero MOE__(f_zero)
+#define f_add MOE__(f_add)
+#define f_sub MOE__(f_sub)
+#define f_mul MOE__(f_mul)
+#define f_div MOE__(f_div)
+#define f_fma MOE__(f_fma)
+#define f_fnma MOE__(f_fnma)
+#define f_max MOE__(f_max)
+#define d_zero MOE__(d_zero)
+#define d_add MOE__(d_add)
+#define d_square_add MOE__(d_square_add)
+#define f_sum MOE__(f_sum)
+#define f_largest MOE__(f_largest)
+#define d_sum MOE__(d_sum)
+#define f_sum4 MOE__(f_sum4)
+#define f_exp MOE__(f_exp)
+#define f_glu MOE__(f_glu)
+#define d_set MOE__(d_set)
+#define d_sub MOE__(d_sub)
+#define d_product MOE__(d_product)
+#define d_step MOE__(d_step)
+#define ATTEND_STEP MOE__(ATTEND_STEP)
+#define kv_load MOE__(kv_load)
+#define kv_load_part MOE__(kv_load_part)
+#define attend_rows MOE__(attend_rows)
+#define attend_most MOE__(attend_most)
+#define attend_least MOE__(attend_least)
+#define attend_stream MOE__(attend_stream)
+#define attend_fetch MOE__(attend_fetch)
+#define attend_chunk MOE__(attend_chunk)
+#define score_args MOE__(score_args)
+#define score_tile MOE__(score_tile)
+#define score_tile_of MOE__(score_tile_of)
+#define ATTEND_TURNED MOE__(ATTEND_TURNED)
+#define block_args MOE__(block_args)
+#define block_tile MOE__(block_tile)
+#define attend_joined MOE__(attend_joined)
+#define attend_out MOE__(attend_out)
+#define value_args MOE__(value_args)
+#define value_load MOE__(value_load)
+#define value_blocks MOE__(value_blocks)
+#define value_weight MOE__(value_weight)
+#define value_tile MOE__(value_tile)
+#define value_tile_of MOE__(value_tile_of)
+#define value_cut MOE__(value_cut)
+
+// ---- vectors ---------------------------------------------------------------------------------
+
+// MOE__VI and MOE__VF are whole vectors of integers and floats, MOE__MM(op) is the intrinsic of
+// that width where both instruction sets have it under the same name. A vector has MOE__LANES
+// lanes of 128 bits. Products that are to be fused are written as fmadd, so that C and C++ give
+// the same bits.
 #if MOE__ISA == 3
 #define MOE__VI __m512i
 #define MOE__VF __m512
@@ -6059,46 +6299,46 @@ static const moe__kernels moe__kernels_scalar = {
 #define MOE__VBYTES 32
 #define MOE__LANES 2
 #endif
-#define MOE__VFLOATS (MOE__VBYTES / 4) /* floats in a vector */
+#define MOE__VFLOATS (MOE__VBYTES / 4) // floats in a vector
 
-MOE__V __m128i MOE__(v_load_128)(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
-MOE__V __m256i MOE__(v_load_256)(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+MOE__V __m128i v_load_128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+MOE__V __m256i v_load_256(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 
 #if MOE__ISA == 3
-MOE__V __m512i MOE__(v_load)(const void *p) { return _mm512_loadu_si512(p); }
-MOE__V __m512i MOE__(v_zero)(void) { return _mm512_setzero_si512(); }
-MOE__V __m512i MOE__(v_and)(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
-MOE__V __m512i MOE__(v_or)(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
-MOE__V __m512i MOE__(v_xor)(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
-/* a | (b & mask) */
-MOE__V __m512i MOE__(v_or_and)(__m512i a, __m512i b, __m512i mask) {
+MOE__V __m512i v_load(const void *p) { return _mm512_loadu_si512(p); }
+MOE__V __m512i v_zero(void) { return _mm512_setzero_si512(); }
+MOE__V __m512i v_and(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
+MOE__V __m512i v_or(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
+MOE__V __m512i v_xor(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
+// a | (b & mask)
+MOE__V __m512i v_or_and(__m512i a, __m512i b, __m512i mask) {
     return _mm512_ternarylogic_epi32(a, b, mask, 0xF8);
 }
-/* x in every lane */
-MOE__V __m512i MOE__(v_lanes)(__m128i x) { return _mm512_broadcast_i32x4(x); }
-/* acc + the sums of four neighbouring products of unsigned and signed bytes */
-MOE__V __m512i MOE__(v_dot_u8)(__m512i acc, __m512i a, __m512i b) {
+// x in every lane
+MOE__V __m512i v_lanes(__m128i x) { return _mm512_broadcast_i32x4(x); }
+// acc + the sums of four neighbouring products of unsigned and signed bytes
+MOE__V __m512i v_dot_u8(__m512i acc, __m512i a, __m512i b) {
     return _mm512_dpbusd_epi32(acc, a, b);
 }
-/* acc + the sums of two neighbouring int16 products */
-MOE__V __m512i MOE__(v_dot_i16)(__m512i acc, __m512i a, __m512i b) {
+// acc + the sums of two neighbouring int16 products
+MOE__V __m512i v_dot_i16(__m512i acc, __m512i a, __m512i b) {
     return _mm512_dpwssd_epi32(acc, a, b);
 }
 #else
-MOE__V __m256i MOE__(v_load)(const void *p) { return MOE__(v_load_256)(p); }
-MOE__V __m256i MOE__(v_zero)(void) { return _mm256_setzero_si256(); }
-MOE__V __m256i MOE__(v_and)(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
-MOE__V __m256i MOE__(v_or)(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
-MOE__V __m256i MOE__(v_xor)(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
-MOE__V __m256i MOE__(v_or_and)(__m256i a, __m256i b, __m256i mask) {
+MOE__V __m256i v_load(const void *p) { return v_load_256(p); }
+MOE__V __m256i v_zero(void) { return _mm256_setzero_si256(); }
+MOE__V __m256i v_and(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
+MOE__V __m256i v_or(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
+MOE__V __m256i v_xor(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
+MOE__V __m256i v_or_and(__m256i a, __m256i b, __m256i mask) {
     return _mm256_or_si256(a, _mm256_and_si256(b, mask));
 }
-MOE__V __m256i MOE__(v_lanes)(__m128i x) { return _mm256_broadcastsi128_si256(x); }
-MOE__V __m256i MOE__(v_dot_i16)(__m256i acc, __m256i a, __m256i b) {
+MOE__V __m256i v_lanes(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+MOE__V __m256i v_dot_i16(__m256i acc, __m256i a, __m256i b) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
 #if MOE__ISA == 4
-MOE__V __m256i MOE__(v_dot_u8)(__m256i acc, __m256i a, __m256i b) {
+MOE__V __m256i v_dot_u8(__m256i acc, __m256i a, __m256i b) {
 #if MOE__VNNI_EVEX
     return _mm256_dpbusd_epi32(acc, a, b);
 #else
@@ -6107,33 +6347,31 @@ MOE__V __m256i MOE__(v_dot_u8)(__m256i acc, __m256i a, __m256i b) {
 }
 #endif
 #endif
-/* x, rounded before it is used: a product is not fused with what is added to it. */
-MOE__V MOE__VF MOE__(v_rounded)(MOE__VF x) {
+// x, rounded before it is used: a product is not fused with what is added to it.
+MOE__V MOE__VF v_rounded(MOE__VF x) {
     __asm__("" : "+v"(x));
     return x;
 }
 
-/* 16 bytes in every lane */
-MOE__V MOE__VI MOE__(v_load16)(const void *p) {
-    return MOE__(v_lanes)(MOE__(v_load_128)(p));
-}
+// 16 bytes in every lane
+MOE__V MOE__VI v_load16(const void *p) { return v_lanes(v_load_128(p)); }
 
-#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
+#if MOE__ISA != 4 // AVX-VNNI has these from AVX2
 
-/* ---- activations to int8 --------------------------------------------------------------------- */
+// ---- activations to int8 ---------------------------------------------------------------------
 
-/* The same bits as moe__quantize_act_*: the largest magnitude is found on bit patterns, where */
-/* NaN is above infinity and that above all numbers; cvtps rounds to nearest even; nothing is */
-/* fused. */
+// The same bits as moe__quantize_act_*: the largest magnitude is found on bit patterns, where
+// NaN is above infinity and that above all numbers; cvtps rounds to nearest even; nothing is
+// fused.
 
-MOE__V MOE__VI MOE__(v_peak)(MOE__VI peak, const float *x) {
-    MOE__VI bits = MOE__(v_and)(MOE__(v_load)(x), MOE__MM(set1_epi32)(0x7FFFFFFF));
+MOE__V MOE__VI v_peak(MOE__VI peak, const float *x) {
+    MOE__VI bits = v_and(v_load(x), MOE__MM(set1_epi32)(0x7FFFFFFF));
     return MOE__MM(max_epi32)(peak, bits);
 }
 
-/* From bits of magnitudes to *scale. The result is 127 / peak, or 0 if all q are to be zero: */
-/* peaks below 2^-120 (127 / peak would not be finite), infinity and NaN. */
-MOE__V float MOE__(v_act_scale)(MOE__VI peak, float *scale) {
+// From bits of magnitudes to *scale. The result is 127 / peak, or 0 if all q are to be zero:
+// peaks below 2^-120 (127 / peak would not be finite), infinity and NaN.
+MOE__V float v_act_scale(MOE__VI peak, float *scale) {
 #if MOE__ISA == 3
     __m256i half = _mm256_max_epi32(_mm512_castsi512_si256(peak),
                                     _mm512_extracti64x4_epi64(peak, 1));
@@ -6151,14 +6389,14 @@ MOE__V float MOE__(v_act_scale)(MOE__VI peak, float *scale) {
 }
 
 #if MOE__ISA == 2
-MOE__V __m256i MOE__(v_act_round)(const float *x, __m256 scale, __m256 on) {
+MOE__V __m256i v_act_round(const float *x, __m256 scale, __m256 on) {
     return _mm256_cvtps_epi32(_mm256_and_ps(on, _mm256_mul_ps(_mm256_loadu_ps(x), scale)));
 }
 #endif
 
-/* 32 values to int8, 16 to `low`, 16 to `high`; inverse = 0 gives zeros whatever x is. Result: */
-/* the sums of four neighbours. */
-MOE__V __m256i MOE__(v_act_pack)(const float *x, float inverse, int8_t *low, int8_t *high) {
+// 32 values to int8, 16 to `low`, 16 to `high`; inverse = 0 gives zeros whatever x is. Result:
+// the sums of four neighbours.
+MOE__V __m256i v_act_pack(const float *x, float inverse, int8_t *low, int8_t *high) {
     MOE__VF scale = MOE__MM(set1_ps)(inverse);
 #if MOE__ISA == 3
     __mmask16 on = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ);
@@ -6168,11 +6406,9 @@ MOE__V __m256i MOE__(v_act_pack)(const float *x, float inverse, int8_t *low, int
     bytes = _mm256_inserti128_si256(bytes, _mm512_cvtepi32_epi8(b), 1);
 #else
     __m256 on = _mm256_cmp_ps(scale, _mm256_setzero_ps(), _CMP_NEQ_OQ);
-    __m256i ab = _mm256_packs_epi32(MOE__(v_act_round)(x, scale, on),
-                                    MOE__(v_act_round)(x + 8, scale, on));
-    __m256i cd = _mm256_packs_epi32(MOE__(v_act_round)(x + 16, scale, on),
-                                    MOE__(v_act_round)(x + 24, scale, on));
-    /* Packing works in lanes: the dwords are a0 b0 c0 d0 | a1 b1 c1 d1. */
+    __m256i ab = _mm256_packs_epi32(v_act_round(x, scale, on), v_act_round(x + 8, scale, on));
+    __m256i cd = _mm256_packs_epi32(v_act_round(x + 16, scale, on), v_act_round(x + 24, scale, on));
+    // Packing works in lanes: the dwords are a0 b0 c0 d0 | a1 b1 c1 d1.
     __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd),
                                                 _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 #endif
@@ -6191,11 +6427,11 @@ MOE__K void MOE__(quantize_q32)(const float *x, int64_t n, void *act) {
     for (; n > 0; n -= 256, x += 256, record++) {
         if (n < 256) memset(record, 0, sizeof *record);
         for (int j = 0; j < 8 && 32 * j < n; j++) {
-            MOE__VI peak = MOE__(v_zero)();
-            for (int i = 0; i < 32; i += MOE__VFLOATS) peak = MOE__(v_peak)(peak, x + 32 * j + i);
-            float inverse = MOE__(v_act_scale)(peak, &record->d[j]);
+            MOE__VI peak = v_zero();
+            for (int i = 0; i < 32; i += MOE__VFLOATS) peak = v_peak(peak, x + 32 * j + i);
+            float inverse = v_act_scale(peak, &record->d[j]);
             int8_t *q = record->q + moe__act32_at(32 * j);
-            __m256i sums = MOE__(v_act_pack)(x + 32 * j, inverse, q, q + 64);
+            __m256i sums = v_act_pack(x + 32 * j, inverse, q, q + 64);
             __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums),
                                       _mm256_extracti128_si256(sums, 1));
             s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
@@ -6208,17 +6444,17 @@ MOE__K void MOE__(quantize_q32)(const float *x, int64_t n, void *act) {
 MOE__K void MOE__(quantize_q256)(const float *x, int64_t n, void *act) {
     moe__act256 *record = (moe__act256 *)act;
     for (; n >= 256; n -= 256, x += 256, record++) {
-        MOE__VI peak = MOE__(v_zero)();
-        for (int i = 0; i < 256; i += MOE__VFLOATS) peak = MOE__(v_peak)(peak, x + i);
-        float inverse = MOE__(v_act_scale)(peak, &record->d);
+        MOE__VI peak = v_zero();
+        for (int i = 0; i < 256; i += MOE__VFLOATS) peak = v_peak(peak, x + i);
+        float inverse = v_act_scale(peak, &record->d);
         for (int i = 0; i < 2; i++) {
             const float *from = x + 128 * i;
-            int8_t *q = record->q + 128 * i; /* see moe__act256_at */
-            __m256i ab = _mm256_hadd_epi32(MOE__(v_act_pack)(from, inverse, q, q + 16),
-                                           MOE__(v_act_pack)(from + 32, inverse, q + 64, q + 80));
-            __m256i cd = _mm256_hadd_epi32(MOE__(v_act_pack)(from + 64, inverse, q + 32, q + 48),
-                                           MOE__(v_act_pack)(from + 96, inverse, q + 96, q + 112));
-            /* Sums of 16 values, numbers 0 2 4 6 | 1 3 5 7 of these 128. */
+            int8_t *q = record->q + 128 * i; // see moe__act256_at
+            __m256i ab = _mm256_hadd_epi32(v_act_pack(from, inverse, q, q + 16),
+                                           v_act_pack(from + 32, inverse, q + 64, q + 80));
+            __m256i cd = _mm256_hadd_epi32(v_act_pack(from + 64, inverse, q + 32, q + 48),
+                                           v_act_pack(from + 96, inverse, q + 96, q + 112));
+            // Sums of 16 values, numbers 0 2 4 6 | 1 3 5 7 of these 128.
             __m256i sums = _mm256_hadd_epi32(ab, cd);
             sums = _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
             __m256i negative = _mm256_sub_epi32(_mm256_setzero_si256(), sums);
@@ -6233,68 +6469,68 @@ MOE__K void MOE__(quantize_q256)(const float *x, int64_t n, void *act) {
     }
 }
 
-MOE__V float MOE__(u_f16)(const uint8_t *p) {
+MOE__V float u_f16(const uint8_t *p) {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(moe__load_u16(p))));
 }
 
-/* ---- dot products: reading rows -------------------------------------------------------------- */
+// ---- dot products: reading rows --------------------------------------------------------------
 
-/* Rows are read from the first byte to the last, one after the other: hardware prefetchers */
-/* follow a single stream at the speed of memory, but not rows side by side (measured on Zen 4: */
-/* 0.91 of plain reading against 0.65). A fetch one page ahead bridges where they stop, at the */
-/* end of a page. Each row is summed by itself, so it has the same bits wherever it lies. */
+// Rows are read from the first byte to the last, one after the other: hardware prefetchers
+// follow a single stream at the speed of memory, but not rows side by side (measured on Zen 4:
+// 0.91 of plain reading against 0.65). A fetch one page ahead bridges where they stop, at the
+// end of a page. Each row is summed by itself, so it has the same bits wherever it lies.
 enum { MOE__(AHEAD) = 4096 };
 
-/* Fetches `size` bytes that lie AHEAD of p, but nothing from `end` on. */
-MOE__V void MOE__(v_fetch)(const uint8_t *p, const uint8_t *end, const int size) {
+// Fetches `size` bytes that lie AHEAD of p, but nothing from `end` on.
+MOE__V void v_fetch(const uint8_t *p, const uint8_t *end, const int size) {
     const uintptr_t at = (uintptr_t)p + MOE__(AHEAD);
     if (at >= (uintptr_t)end) return;
     MOE__UNROLL(8)
     for (int i = 0; i < size; i += 64) _mm_prefetch((const char *)at + i, _MM_HINT_T0);
 }
 
-MOE__V float MOE__(u_sum)(__m256 x) {
+MOE__V float u_sum(__m256 x) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     q = _mm_add_ps(q, _mm_movehdup_ps(q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehl_ps(q, q)));
 }
 
-/* ---- dot products: plain floats -------------------------------------------------------------- */
+// ---- dot products: plain floats --------------------------------------------------------------
 
-/* 8 weights as floats; type: an index of the type table */
-MOE__V __m256 MOE__(u_load_weights)(const uint8_t *p, const int type) {
-    if (type == MOE__INDEX_F16) return _mm256_cvtph_ps(MOE__(v_load_128)(p));
+// 8 weights as floats; type: an index of the type table
+MOE__V __m256 u_load_weights(const uint8_t *p, const int type) {
+    if (type == MOE__INDEX_F16) return _mm256_cvtph_ps(v_load_128(p));
     if (type == MOE__INDEX_F32) return _mm256_loadu_ps((const float *)(const void *)p);
-    const __m256i bits = _mm256_cvtepu16_epi32(MOE__(v_load_128)(p));
+    const __m256i bits = _mm256_cvtepu16_epi32(v_load_128(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
 
-MOE__V float MOE__(u_load_weight)(const uint8_t *p, const int type) {
-    if (type == MOE__INDEX_F16) return MOE__(u_f16)(p);
+MOE__V float u_load_weight(const uint8_t *p, const int type) {
+    if (type == MOE__INDEX_F16) return u_f16(p);
     if (type == MOE__INDEX_BF16) return moe__bf16_to_f32(moe__load_u16(p));
     return moe__load_f32(p);
 }
 
-/* The end of a product: the sums of weights k mod 32 = 0-7, 8-15, 16-23, 24-31 of all whole 32, */
-/* and `left` weights behind them */
-MOE__V float MOE__(u_dot_end)(__m256 sum0, __m256 sum1, __m256 sum2, __m256 sum3, const uint8_t *w,
-                              const float *a, int64_t left, const int type) {
+// The end of a product: the sums of weights k mod 32 = 0-7, 8-15, 16-23, 24-31 of all whole 32,
+// and `left` weights behind them
+MOE__V float u_dot_end(__m256 sum0, __m256 sum1, __m256 sum2, __m256 sum3, const uint8_t *w,
+                       const float *a, int64_t left, const int type) {
     const int size = type == MOE__INDEX_F32 ? 4 : 2;
     for (; left >= 8; left -= 8, w += 8 * size, a += 8)
-        sum0 = _mm256_fmadd_ps(MOE__(u_load_weights)(w, type), _mm256_loadu_ps(a), sum0);
+        sum0 = _mm256_fmadd_ps(u_load_weights(w, type), _mm256_loadu_ps(a), sum0);
     sum0 = _mm256_add_ps(_mm256_add_ps(sum0, sum1), _mm256_add_ps(sum2, sum3));
-    float total = MOE__(u_sum)(sum0);
-    for (; left > 0; left--, w += size, a++) /* fused as written: the same bits from C++ */
-        total = _mm_cvtss_f32(_mm_fmadd_ss(_mm_set_ss(MOE__(u_load_weight)(w, type)),
-                                           _mm_set_ss(*a), _mm_set_ss(total)));
+    float total = u_sum(sum0);
+    for (; left > 0; left--, w += size, a++) // fused as written: the same bits from C++
+        total = _mm_cvtss_f32(
+            _mm_fmadd_ss(_mm_set_ss(u_load_weight(w, type)), _mm_set_ss(*a), _mm_set_ss(total)));
     return total;
 }
 
-/* Four sums, so that chains of multiply-adds hide each other's latency. Nothing is fetched */
-/* ahead: with so little to compute hardware prefetchers do better alone (Zen 4: 0.9 of plain */
-/* reading, against 0.7 with 256 bits and 0.4 with 512 when fetching). */
-MOE__V void MOE__(u_dot_float)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
-                               const void *x, float *out, const int type) {
+// Four sums, so that chains of multiply-adds hide each other's latency. Nothing is fetched
+// ahead: with so little to compute hardware prefetchers do better alone (Zen 4: 0.9 of plain
+// reading, against 0.7 with 256 bits and 0.4 with 512 when fetching).
+MOE__V void u_dot_float(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
+                        const void *x, float *out, const int type) {
     const int size = type == MOE__INDEX_F32 ? 4 : 2;
     for (int64_t r = 0; r < n_rows; r++) {
         const uint8_t *w = rows + (size_t)r * row_size;
@@ -6302,7 +6538,7 @@ MOE__V void MOE__(u_dot_float)(const uint8_t *rows, size_t row_size, int64_t n_r
         __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
         int64_t left = n;
 #define MOE__STEP(sum, k)                                                   \
-    sum = _mm256_fmadd_ps(MOE__(u_load_weights)(w + 8 * size * (k), type),  \
+    sum = _mm256_fmadd_ps(u_load_weights(w + 8 * size * (k), type),  \
                           _mm256_loadu_ps(a + 8 * (k)), sum)
         for (; left >= 32; left -= 32, w += 32 * size, a += 32) {
             MOE__STEP(sum0, 0);
@@ -6311,27 +6547,27 @@ MOE__V void MOE__(u_dot_float)(const uint8_t *rows, size_t row_size, int64_t n_r
             MOE__STEP(sum3, 3);
         }
 #undef MOE__STEP
-        out[r] = MOE__(u_dot_end)(sum0, sum1, sum2, sum3, w, a, left, type);
+        out[r] = u_dot_end(sum0, sum1, sum2, sum3, w, a, left, type);
     }
 }
 
-/* Many tokens. Two rows times six tokens fill the registers with sums, a vector of the 32 that */
-/* one product has; those of all rows lie in the scratch, [row][token][32], while weights and */
-/* activations are read in pieces that stay in the first-level cache. Each product is added up */
-/* in the order of u_dot_float and has its bits. */
+// Many tokens. Two rows times six tokens fill the registers with sums, a vector of the 32 that
+// one product has; those of all rows lie in the scratch, [row][token][32], while weights and
+// activations are read in pieces that stay in the first-level cache. Each product is added up
+// in the order of u_dot_float and has its bits.
 enum { MOE__(FLOAT_TOKENS) = 6, MOE__(FLOAT_PIECE) = 1024 };
 
-MOE__V MOE__VF MOE__(v_load_weights)(const uint8_t *p, const int type) {
+MOE__V MOE__VF v_load_weights(const uint8_t *p, const int type) {
 #if MOE__ISA == 3
     if (type == MOE__INDEX_F32) return _mm512_loadu_ps(p);
-    if (type == MOE__INDEX_F16) return _mm512_cvtph_ps(MOE__(v_load_256)(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(MOE__(v_load_256)(p)), 16));
+    if (type == MOE__INDEX_F16) return _mm512_cvtph_ps(v_load_256(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v_load_256(p)), 16));
 #else
-    return MOE__(u_load_weights)(p, type);
+    return u_load_weights(p, type);
 #endif
 }
 
-/* n weights, a multiple of 32, of two rows times six tokens, all from number k on */
+// n weights, a multiple of 32, of two rows times six tokens, all from number k on
 MOE__V void MOE__(tile_float_piece)(const uint8_t *row0, const uint8_t *row1,
                                     const float *const *x, int64_t k, int64_t n, float *sums,
                                     const int type) {
@@ -6357,8 +6593,8 @@ MOE__V void MOE__(tile_float_piece)(const uint8_t *row0, const uint8_t *row1,
     for (int64_t chain = 0; chain < 32; chain += MOE__VFLOATS) {
         MOE__EACH(MOE__LOAD)
         for (int64_t i = chain; i < n; i += 32) {
-            const MOE__VF w0 = MOE__(v_load_weights)(row0 + size * i, type);
-            const MOE__VF w1 = MOE__(v_load_weights)(row1 + size * i, type);
+            const MOE__VF w0 = v_load_weights(row0 + size * i, type);
+            const MOE__VF w1 = v_load_weights(row1 + size * i, type);
             MOE__EACH(MOE__STEP)
         }
         MOE__EACH(MOE__STORE)
@@ -6370,7 +6606,7 @@ MOE__V void MOE__(tile_float_piece)(const uint8_t *row0, const uint8_t *row1,
 #undef MOE__STEP
 }
 
-/* moe__tile_fn of plain floats */
+// moe__tile_fn of plain floats
 MOE__V void MOE__(tile_float)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                               const void *const *x, int64_t n_tokens, float *out,
                               int64_t out_stride, void *pack, const uint8_t *prefetch,
@@ -6384,7 +6620,7 @@ MOE__V void MOE__(tile_float)(const uint8_t *rows, size_t row_size, int64_t n_ro
     size_t fetched = 0;
     float *sums = (float *)pack;
     const float *token[TOKENS];
-    /* One or two tokens are left to the dot product, more are filled up to six. */
+    // One or two tokens are left to the dot product, more are filled up to six.
     for (; n_tokens > 2; n_tokens -= TOKENS, x += TOKENS, out += TOKENS * out_stride) {
         const int count = (int)moe__min(n_tokens, TOKENS);
         for (int t = 0; t < TOKENS; t++) token[t] = (const float *)x[t < count ? t : 0];
@@ -6400,10 +6636,10 @@ MOE__V void MOE__(tile_float)(const uint8_t *rows, size_t row_size, int64_t n_ro
         for (int64_t r = 0; r < n_rows; r++)
             for (int t = 0; t < count; t++) {
                 const float *s = sums + (r * TOKENS + t) * 32;
-                out[t * out_stride + r] = MOE__(u_dot_end)(
-                    _mm256_loadu_ps(s), _mm256_loadu_ps(s + 8), _mm256_loadu_ps(s + 16),
-                    _mm256_loadu_ps(s + 24), rows + (size_t)r * row_size + size * whole,
-                    token[t] + whole, n - whole, type);
+                out[t * out_stride + r] =
+                    u_dot_end(_mm256_loadu_ps(s), _mm256_loadu_ps(s + 8), _mm256_loadu_ps(s + 16),
+                              _mm256_loadu_ps(s + 24), rows + (size_t)r * row_size + size * whole,
+                              token[t] + whole, n - whole, type);
             }
     }
     for (int64_t t = 0; t < n_tokens; t++)
@@ -6413,7 +6649,7 @@ MOE__V void MOE__(tile_float)(const uint8_t *rows, size_t row_size, int64_t n_ro
 #define MOE__FLOAT_TYPE(NAME, name)                                                               \
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,           \
                                   int64_t n, const void *x, float *out) {                         \
-        MOE__(u_dot_float)(rows, row_size, n_rows, n, x, out, MOE__INDEX_##NAME);                 \
+        u_dot_float(rows, row_size, n_rows, n, x, out, MOE__INDEX_##NAME);                 \
     }                                                                                             \
     MOE__K void MOE__(tile_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,          \
                                    int64_t n, const void *const *x, int64_t n_tokens, float *out, \
@@ -6427,13 +6663,13 @@ MOE__FLOAT_TYPE(F16, f16)
 MOE__FLOAT_TYPE(BF16, bf16)
 #undef MOE__FLOAT_TYPE
 
-/* ---- dequantize ------------------------------------------------------------------------------ */
+// ---- dequantize ------------------------------------------------------------------------------
 
-/* The same bits as the plain C. (A signalling NaN among f16 weights comes out quiet.) All */
-/* instruction sets use these. */
+// The same bits as the plain C. (A signalling NaN among f16 weights comes out quiet.) All
+// instruction sets use these.
 #if MOE__ISA == 2
-/* out[i] = q[i] * scale - min, for 16 signed bytes */
-MOE__V void MOE__(u_store_levels)(float *out, __m128i q, float scale, float min) {
+// out[i] = q[i] * scale - min, for 16 signed bytes
+MOE__V void u_store_levels(float *out, __m128i q, float scale, float min) {
     const __m256 s = _mm256_set1_ps(scale), m = _mm256_set1_ps(min);
     const __m256i low = _mm256_cvtepi8_epi32(q);
     const __m256i high = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q));
@@ -6445,78 +6681,75 @@ MOE__K void MOE__(dequantize_f32)(const uint8_t *row, int64_t n, float *out) {
     memcpy(out, row, (size_t)n * sizeof(float));
 }
 
-MOE__V void MOE__(u_dequantize_float)(const uint8_t *row, int64_t n, float *out, const int type) {
+MOE__V void u_dequantize_float(const uint8_t *row, int64_t n, float *out, const int type) {
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(out + i, MOE__(u_load_weights)(row + 2 * i, type));
-    for (; i < n; i++) out[i] = MOE__(u_load_weight)(row + 2 * i, type);
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, u_load_weights(row + 2 * i, type));
+    for (; i < n; i++) out[i] = u_load_weight(row + 2 * i, type);
 }
 
 MOE__K void MOE__(dequantize_f16)(const uint8_t *row, int64_t n, float *out) {
-    MOE__(u_dequantize_float)(row, n, out, MOE__INDEX_F16);
+    u_dequantize_float(row, n, out, MOE__INDEX_F16);
 }
 
 MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
-    MOE__(u_dequantize_float)(row, n, out, MOE__INDEX_BF16);
+    u_dequantize_float(row, n, out, MOE__INDEX_BF16);
 }
 #endif
 
-#endif /* MOE__ISA != 4 */
+#endif // MOE__ISA != 4
 
-/* ---- pieces of vectors ----------------------------------------------------------------------- */
+// ---- pieces of vectors -----------------------------------------------------------------------
 
-/* u_: on 256 bits in every instruction set. */
-/* a | (b & mask) */
-MOE__V __m256i MOE__(u_or_and)(__m256i a, __m256i b, __m256i mask) {
+// a | (b & mask)
+MOE__V __m256i u_or_and(__m256i a, __m256i b, __m256i mask) {
     return _mm256_or_si256(a, _mm256_and_si256(b, mask));
 }
-/* pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the */
-/* high lane in the high one */
-MOE__V __m256i MOE__(u_copy_i16)(const int a, const int b) {
+// pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the
+// high lane in the high one
+MOE__V __m256i u_copy_i16(const int a, const int b) {
     const short copy_a = (short)(0x0100 + 0x0202 * a), copy_b = (short)(0x0100 + 0x0202 * b);
     return _mm256_inserti128_si256(_mm256_set1_epi16(copy_a), _mm_set1_epi16(copy_b), 1);
 }
 
-MOE__V void MOE__(tile_store)(void *p, MOE__VI v) {
+MOE__V void tile_store(void *p, MOE__VI v) {
 #if MOE__ISA == 3
     _mm512_storeu_si512(p, v);
 #else
     _mm256_storeu_si256((__m256i *)p, v);
 #endif
 }
-MOE__V void MOE__(u_store)(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
-/* 16 bytes: 32 weights, the low nibbles before the high ones */
-MOE__V __m256i MOE__(u_nibbles)(const uint8_t *p) {
-    __m256i x = _mm256_broadcastsi128_si256(MOE__(v_load_128)(p));
+MOE__V void u_store(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
+// 16 bytes: 32 weights, the low nibbles before the high ones
+MOE__V __m256i u_nibbles(const uint8_t *p) {
+    __m256i x = _mm256_broadcastsi128_si256(v_load_128(p));
     x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 0, 4, 4));
     return _mm256_and_si256(x, _mm256_set1_epi8(15));
 }
-/* Bytes that are all ones where the bit is set */
-MOE__V __m256i MOE__(u_mask)(uint32_t bits) {
+// Bytes that are all ones where the bit is set
+MOE__V __m256i u_mask(uint32_t bits) {
     const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
                                             0x0303030303030303);
     const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
     __m256i x = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), byte);
     return _mm256_cmpeq_epi8(_mm256_and_si256(x, bit), bit);
 }
-/* Values 32 j .. 32 j + 31 of moe__act32.q */
-MOE__V __m256i MOE__(u_act32)(const int8_t *q, int j) {
+// Values 32 j .. 32 j + 31 of moe__act32.q
+MOE__V __m256i u_act32(const int8_t *q, int j) {
     q += moe__act32_at(32 * j);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(MOE__(v_load_128)(q)),
-                                   MOE__(v_load_128)(q + 64), 1);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(v_load_128(q)), v_load_128(q + 64), 1);
 }
 
-/* x, rounded before it is used: a product is not fused with what is added to it. */
-MOE__V __m256 MOE__(u_rounded)(__m256 x) {
+// x, rounded before it is used: a product is not fused with what is added to it.
+MOE__V __m256 u_rounded(__m256 x) {
     __asm__("" : "+v"(x));
     return x;
 }
 
-/* ---- types of 32-wide blocks ----------------------------------------------------------------- */
+// ---- types of 32-wide blocks -----------------------------------------------------------------
 
-/* Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes */
-/* levels unsigned, whether there are mins. `type` is always a constant index of the type table. */
-MOE__V int MOE__(q32_size)(const int type) {
+// Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes
+// levels unsigned, whether there are mins. `type` is always a constant index of the type table.
+MOE__V int q32_size(const int type) {
     switch (type) {
     case MOE__INDEX_Q4_1: return MOE__BYTES_Q4_1;
     case MOE__INDEX_Q5_0: return MOE__BYTES_Q5_0;
@@ -6524,26 +6757,26 @@ MOE__V int MOE__(q32_size)(const int type) {
     case MOE__INDEX_Q6_0: return MOE__BYTES_Q6_0;
     case MOE__INDEX_Q8_0: return MOE__BYTES_Q8_0;
     case MOE__INDEX_MXFP4: return MOE__BYTES_MXFP4;
-    default: return MOE__BYTES_Q4_0; /* and IQ4_NL */
+    default: return MOE__BYTES_Q4_0; // and IQ4_NL
     }
 }
 MOE__V int MOE__(q32_low)(const int type) {
-    return type == MOE__INDEX_Q8_0 ? 2 : MOE__(q32_size)(type) - 16;
+    return type == MOE__INDEX_Q8_0 ? 2 : q32_size(type) - 16;
 }
-MOE__V int MOE__(q32_shift)(const int type) {
+MOE__V int q32_shift(const int type) {
     if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) return 7;
     return type == MOE__INDEX_Q4_0 ? 3 : type == MOE__INDEX_Q6_0 ? 5 : 4;
 }
 MOE__V int MOE__(q32_min)(const int type) {
     return type == MOE__INDEX_Q4_1 || type == MOE__INDEX_Q5_1;
 }
-/* The 16 levels of MXFP4 and NVFP4, or of IQ4_NL, plus an offset, in every lane */
+// The 16 levels of MXFP4 and NVFP4, or of IQ4_NL, plus an offset, in every lane
 MOE__V MOE__VI MOE__(q32_table)(const int type, const int offset) {
     const int8_t *table = type == MOE__INDEX_IQ4_NL ? moe__levels_k4 : moe__levels_fp4;
-    return MOE__MM(add_epi8)(MOE__(v_load16)(table), MOE__MM(set1_epi8)((char)offset));
+    return MOE__MM(add_epi8)(v_load16(table), MOE__MM(set1_epi8)((char)offset));
 }
-/* v + add in bytes whose bit is set in x */
-MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int add) {
+// v + add in bytes whose bit is set in x
+MOE__V MOE__VI v_add_where(MOE__VI v, MOE__VI x, MOE__VI bit, const int add) {
     const MOE__VI y = MOE__MM(set1_epi8)((char)add);
 #if MOE__ISA == 3
     return _mm512_mask_add_epi8(v, _mm512_test_epi8_mask(x, bit), v, y);
@@ -6552,9 +6785,9 @@ MOE__V MOE__VI MOE__(v_add_where)(MOE__VI v, MOE__VI x, MOE__VI bit, const int a
     return _mm256_add_epi8(v, _mm256_and_si256(x, y));
 #endif
 }
-/* Exponents of MXFP4, int32, as floats, see moe__types_e8m0: of e - 1 if that is above 0; shifts */
-/* of more than 31 give 0 */
-MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
+// Exponents of MXFP4, int32, as floats, see moe__types_e8m0: of e - 1 if that is above 0; shifts
+// of more than 31 give 0
+MOE__V MOE__VF v_e8m0(MOE__VI e) {
     const MOE__VI one = MOE__MM(set1_epi32)(1), tiny = MOE__MM(set1_epi32)(0x00400000);
     const MOE__VI usual = MOE__MM(slli_epi32)(MOE__MM(sub_epi32)(e, one), 23);
     const MOE__VI small = MOE__MM(srlv_epi32)(tiny, MOE__MM(sub_epi32)(one, e));
@@ -6566,90 +6799,89 @@ MOE__V MOE__VF MOE__(v_e8m0)(MOE__VI e) {
 }
 
 #if MOE__ISA == 3
-/* Lanes of four vectors turned: lane i of vector k to lane k of vector i */
-MOE__V void MOE__(v_turn_lanes)(const __m512i *x, __m512i *out) {
-    const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44); /* lanes 0 1 */
+// Lanes of four vectors turned: lane i of vector k to lane k of vector i
+MOE__V void v_turn_lanes(const __m512i *x, __m512i *out) {
+    const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44); // lanes 0 1
     const __m512i b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
-    const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xEE); /* lanes 2 3 */
+    const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xEE); // lanes 2 3
     const __m512i d = _mm512_shuffle_i32x4(x[2], x[3], 0xEE);
     out[0] = _mm512_shuffle_i32x4(a, b, 0x88), out[1] = _mm512_shuffle_i32x4(a, b, 0xDD);
     out[2] = _mm512_shuffle_i32x4(c, d, 0x88), out[3] = _mm512_shuffle_i32x4(c, d, 0xDD);
 }
 #endif
 
-/* ---- the scratch of tiles -------------------------------------------------------------------- */
+// ---- the scratch of tiles --------------------------------------------------------------------
 
-/* See "tiles" below. */
+// See "tiles" below.
 #if MOE__ISA == 3
 #define MOE__TILE_TOKENS 6
 #else
 #define MOE__TILE_TOKENS 4
 #endif
-#define MOE__PANEL (2 * MOE__VFLOATS) /* rows of a micro-kernel */
+#define MOE__PANEL (2 * MOE__VFLOATS) // rows of a micro-kernel
 
 enum {
-    /* The scratch: packs of the tile's panels, copies of rows, sums[token][32 rows]. */
-    MOE__(TILE_PACK) = 256 * MOE__VBYTES, /* bytes of one panel's pack */
+    // The scratch: packs of the tile's panels, copies of rows, sums[token][32 rows].
+    TILE_PACK = 256 * MOE__VBYTES, // bytes of one panel's pack
     MOE__(TILE_STAGE_AT) = 16384,
-    MOE__(TILE_SUMS_AT) = 32768,
-    MOE__(TILE_CHUNK) = (MOE__PACK_SIZE - 32768) / (MOE__TILE_ROWS * 4), /* most tokens at once */
-    /* A pack of quantized weights starts with their quads, [64][2 vectors]. Behind them, for 16 */
-    /* or 8 sub-blocks (ACT_Q256, ACT_Q32): */
-    MOE__(TILE_SCALE) = 128 * MOE__VBYTES, /* int32 or f32 [sub-blocks][2 vectors] */
-    MOE__(TILE_D) = 160 * MOE__VBYTES,     /* f32 [2 vectors]: the scale of the integer scales */
-    MOE__(TILE_DMIN) = 162 * MOE__VBYTES,  /* f32 [2 vectors]: minus that of the integer mins */
-    MOE__(TILE_MIN) = 164 * MOE__VBYTES,   /* int16 pairs [sub-blocks / 2][2], or as scales */
-    MOE__(TILE_ACT) = 196 * MOE__VBYTES,   /* f32 [tokens][16]: sums of activations, negated */
-    MOE__(TILE_START) = 208 * MOE__VBYTES  /* int32 [tokens][16]: where sums start */
+    TILE_SUMS_AT = 32768,
+    MOE__(TILE_CHUNK) = (MOE__PACK_SIZE - 32768) / (MOE__TILE_ROWS * 4), // most tokens at once
+    // A pack of quantized weights starts with their quads, [64][2 vectors]. Behind them, for 16
+    // or 8 sub-blocks (ACT_Q256, ACT_Q32):
+    TILE_SCALE = 128 * MOE__VBYTES, // int32 or f32 [sub-blocks][2 vectors]
+    TILE_D = 160 * MOE__VBYTES, // f32 [2 vectors]: the scale of the integer scales
+    TILE_DMIN = 162 * MOE__VBYTES, // f32 [2 vectors]: minus that of the integer mins
+    TILE_MIN = 164 * MOE__VBYTES, // int16 pairs [sub-blocks / 2][2], or as scales
+    MOE__(TILE_ACT) = 196 * MOE__VBYTES, // f32 [tokens][16]: sums of activations, negated
+    TILE_START = 208 * MOE__VBYTES // int32 [tokens][16]: where sums start
 };
 
-MOE__V void MOE__(tile_store_f32)(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
-/* Stores a quad of half h of a panel's rows, and the rest of its pack. */
-MOE__V void MOE__(tile_put)(uint8_t *pack, int64_t quad, int64_t h, MOE__VI v) {
-    MOE__(tile_store)(pack + (2 * quad + h) * MOE__VBYTES, v);
+MOE__V void tile_store_f32(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
+// Stores a quad of half h of a panel's rows, and the rest of its pack.
+MOE__V void tile_put(uint8_t *pack, int64_t quad, int64_t h, MOE__VI v) {
+    tile_store(pack + (2 * quad + h) * MOE__VBYTES, v);
 }
-MOE__V void MOE__(tile_put_scale)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VF v) {
-    MOE__(tile_store_f32)(pack + MOE__(TILE_SCALE) + (2 * sub_block + h) * MOE__VBYTES, v);
+MOE__V void tile_put_scale(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VF v) {
+    tile_store_f32(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
 }
-MOE__V void MOE__(tile_put_int)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI v) {
-    MOE__(tile_store)(pack + MOE__(TILE_SCALE) + (2 * sub_block + h) * MOE__VBYTES, v);
+MOE__V void tile_put_int(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI v) {
+    tile_store(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
 }
 MOE__V void MOE__(tile_put_d)(uint8_t *pack, int64_t h, MOE__VF d) {
-    MOE__(tile_store_f32)(pack + MOE__(TILE_D) + h * MOE__VBYTES, d);
+    tile_store_f32(pack + TILE_D + h * MOE__VBYTES, d);
 }
 MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
-    MOE__(tile_store_f32)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES,
-                          MOE__MM(sub_ps)(MOE__MM(setzero_ps)(), dmin));
+    tile_store_f32(pack + TILE_DMIN + h * MOE__VBYTES,
+                   MOE__MM(sub_ps)(MOE__MM(setzero_ps)(), dmin));
 }
 
-/* ---- quantized rows: levels ------------------------------------------------------------------ */
+// ---- quantized rows: levels ------------------------------------------------------------------
 
-/* A block of 256 weights is read as a head (scales and the like) and vectors of levels: level v */
-/* is the v-th vector of bytes q + bias, bias being the type's offset. (AVX2 multiplies unsigned */
-/* bytes of at most 7 bits; 8-bit levels keep their signs there, bias 0.) All else is made from */
-/* these two: products, tiles, floats. */
-/* */
-/* Which weights a vector holds is the type's order. With 256 bits it is always the natural one. */
-/* With 512 it is one in which neither levels nor activations have to be moved much: two */
-/* sub-blocks of 32 weights (a, b), or four halves of such */
-/* */
-/*   FOURS    (0, 2) (1, 3) (4, 6) (5, 7), as moe__act256 has its activations */
-/*   TWOS     (0, 4) (1, 5) (2, 6) (3, 7) */
-/*   NATURAL  (0, 1) (2, 3) (4, 5) (6, 7) */
-/*   HALVES   first halves of 0-3, second ones, the same of 4-7 */
+// A block of 256 weights is read as a head (scales and the like) and vectors of levels: level v
+// is the v-th vector of bytes q + bias, bias being the type's offset. (AVX2 multiplies unsigned
+// bytes of at most 7 bits; 8-bit levels keep their signs there, bias 0.) All else is made from
+// these two: products, tiles, floats.
+//
+// Which weights a vector holds is the type's order. With 256 bits it is always the natural one.
+// With 512 it is one in which neither levels nor activations have to be moved much: two
+// sub-blocks of 32 weights (a, b), or four halves of such
+//
+//   FOURS    (0, 2) (1, 3) (4, 6) (5, 7), as moe__act256 has its activations
+//   TWOS     (0, 4) (1, 5) (2, 6) (3, 7)
+//   NATURAL  (0, 1) (2, 3) (4, 5) (6, 7)
+//   HALVES   first halves of 0-3, second ones, the same of 4-7
 
 #define MOE__NATURAL 0
 #define MOE__FOURS 1
 #define MOE__TWOS 2
 #define MOE__HALVES 3
-#define MOE__LEVELS (256 / MOE__VBYTES) /* vectors of levels */
-/* AVX-VNNI has them from AVX2. */
-#define MOE__LEVELS_OF(name) MOE__SHARED(name)
+#define MOE__LEVELS (256 / MOE__VBYTES) // vectors of levels
+// AVX-VNNI has them from AVX2.
 
 #if MOE__ISA != 4
 
-/* Where lane `lane` of vector v is from: the number of 16 weights */
-MOE__V int MOE__(v_group)(const int order, const int v, const int lane) {
+// Where lane `lane` of vector v is from: the number of 16 weights
+MOE__V int v_group(const int order, const int v, const int lane) {
 #if MOE__ISA == 3
     const int half = lane / 2;
     if (order == MOE__HALVES) return 8 * (v / 2) + v % 2 + 2 * lane;
@@ -6662,60 +6894,59 @@ MOE__V int MOE__(v_group)(const int order, const int v, const int lane) {
 }
 
 typedef struct MOE__(head) {
-    __m256i scale, min; /* int16, 16 of them or (of a type with 32 weights per scale) 8 */
-    __m256i shift;      /* likewise: to be added to the levels */
-    __m128 d;           /* d, and dmin behind it */
-    uint16_t index[64]; /* of code books' entries */
-    uint8_t sign[32];   /* a bit per weight: negative */
+    __m256i scale, min; // int16, 16 of them or (of a type with 32 weights per scale) 8
+    __m256i shift;      // likewise: to be added to the levels
+    __m128 d;           // d, and dmin behind it
+    uint16_t index[64]; // of code books' entries
+    uint8_t sign[32];   // a bit per weight: negative
     const moe__books *books;
 } MOE__(head);
 
-/* Activations in the order of vector v: FOURS is that of moe__act256 */
-MOE__V MOE__VI MOE__(v_acts)(const int8_t *q, const int order, const int v) {
+// Activations in the order of vector v: FOURS is that of moe__act256
+MOE__V MOE__VI v_acts(const int8_t *q, const int order, const int v) {
 #if MOE__ISA == 3
-    if (order == MOE__FOURS) return MOE__(v_load)(q + 64 * v);
+    if (order == MOE__FOURS) return v_load(q + 64 * v);
     if (order == MOE__HALVES) {
         const __m512i at = v % 2 ? _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15)
                                  : _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
-        return _mm512_permutex2var_epi64(MOE__(v_load)(q + 128 * (v / 2)), at,
-                                         MOE__(v_load)(q + 128 * (v / 2) + 64));
+        return _mm512_permutex2var_epi64(v_load(q + 128 * (v / 2)), at,
+                                         v_load(q + 128 * (v / 2) + 64));
     }
-    const int a = moe__act256_at(16 * MOE__(v_group)(order, v, 0));
-    const int b = moe__act256_at(16 * MOE__(v_group)(order, v, 2));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(MOE__(v_load_256)(q + a)),
-                              MOE__(v_load_256)(q + b), 1);
+    const int a = moe__act256_at(16 * v_group(order, v, 0));
+    const int b = moe__act256_at(16 * v_group(order, v, 2));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(v_load_256(q + a)), v_load_256(q + b), 1);
 #else
-    return (void)order, MOE__(v_load)(q + moe__act256_at(32 * v));
+    return (void)order, v_load(q + moe__act256_at(32 * v));
 #endif
 }
 
 #if MOE__ISA == 3
-/* Which number per 16 (or per 32) weights each lane's is, times `ones`: in all its elements */
-MOE__V __m512i MOE__(v_numbers)(const int64_t ones, const int per, const int order, const int v) {
-#define MOE__AT(lane) ones * (MOE__(v_group)(order, v, lane) / (per / 16))
+// Which number per 16 (or per 32) weights each lane's is, times `ones`: in all its elements
+MOE__V __m512i v_numbers(const int64_t ones, const int per, const int order, const int v) {
+#define MOE__AT(lane) ones * (v_group(order, v, lane) / (per / 16))
     return _mm512_setr_epi64(MOE__AT(0), MOE__AT(0), MOE__AT(1), MOE__AT(1), MOE__AT(2), MOE__AT(2),
                              MOE__AT(3), MOE__AT(3));
 #undef MOE__AT
 }
 #endif
-/* Number per 16 (or per 32) weights of x, int16, in the lanes they belong to */
-MOE__V MOE__VI MOE__(v_spread)(__m256i x, const int per, const int order, const int v) {
+// Number per 16 (or per 32) weights of x, int16, in the lanes they belong to
+MOE__V MOE__VI v_spread(__m256i x, const int per, const int order, const int v) {
 #if MOE__ISA == 3
-    return _mm512_permutexvar_epi16(MOE__(v_numbers)(0x0001000100010001, per, order, v),
+    return _mm512_permutexvar_epi16(v_numbers(0x0001000100010001, per, order, v),
                                     _mm512_castsi256_si512(x));
 #else
     const int by = per / 16;
     const int a = 2 * v / by, b = (2 * v + 1) / by;
     x = a < 8 ? _mm256_permute4x64_epi64(x, 0x44) : _mm256_permute4x64_epi64(x, 0xEE);
-    return (void)order, _mm256_shuffle_epi8(x, MOE__(u_copy_i16)(a % 8, b % 8));
+    return (void)order, _mm256_shuffle_epi8(x, u_copy_i16(a % 8, b % 8));
 #endif
 }
 
-/* Sums of two neighbouring products of levels and activations as int16, which holds them: at */
-/* most 2 * 127 * 127 of levels of 7 bits. Those of 8 bits have their signs and are multiplied as */
-/* |level| * (activation with the level's sign): at most 2 * 128 * 127. (512 bits have no such */
-/* instruction, and do not come here with 8.) */
-MOE__V MOE__VI MOE__(v_twos)(MOE__VI levels, MOE__VI acts, const int bits) {
+// Sums of two neighbouring products of levels and activations as int16, which holds them: at
+// most 2 * 127 * 127 of levels of 7 bits. Those of 8 bits have their signs and are multiplied as
+// |level| * (activation with the level's sign): at most 2 * 128 * 127. (512 bits have no such
+// instruction, and do not come here with 8.)
+MOE__V MOE__VI v_twos(MOE__VI levels, MOE__VI acts, const int bits) {
 #if MOE__ISA == 2
     if (bits == 8) {
         acts = _mm256_sign_epi8(acts, levels);
@@ -6725,38 +6956,35 @@ MOE__V MOE__VI MOE__(v_twos)(MOE__VI levels, MOE__VI acts, const int bits) {
     (void)bits;
     return MOE__MM(maddubs_epi16)(levels, acts);
 }
-/* acc + the sums of four neighbouring products */
-MOE__V MOE__VI MOE__(v_quads)(MOE__VI acc, MOE__VI levels, MOE__VI acts, const int bits) {
+// acc + the sums of four neighbouring products
+MOE__V MOE__VI v_quads(MOE__VI acc, MOE__VI levels, MOE__VI acts, const int bits) {
 #if MOE__ISA == 3
     return (void)bits, _mm512_dpbusd_epi32(acc, levels, acts);
 #else
-    return MOE__(v_dot_i16)(acc, MOE__(v_twos)(levels, acts, bits), _mm256_set1_epi16(1));
+    return v_dot_i16(acc, v_twos(levels, acts, bits), _mm256_set1_epi16(1));
 #endif
 }
 
-/* acc + the sums of products of levels and activations times their scales */
-MOE__V MOE__VI MOE__(v_multiply)(MOE__VI acc, MOE__VI levels, MOE__VI acts, __m256i scale,
-                                 const int bits, const int per, const int order, const int v) {
+// acc + the sums of products of levels and activations times their scales
+MOE__V MOE__VI v_multiply(MOE__VI acc, MOE__VI levels, MOE__VI acts, __m256i scale, const int bits,
+                          const int per, const int order, const int v) {
 #if MOE__ISA == 3
     if (bits == 8) {
-        const __m512i sums = MOE__(v_quads)(_mm512_setzero_si512(), levels, acts, 8);
-        const __m512i factor =
-            _mm512_permutexvar_epi32(MOE__(v_numbers)(0x0000000100000001, per, order, v),
-                                     _mm512_cvtepi16_epi32(scale));
+        const __m512i sums = v_quads(_mm512_setzero_si512(), levels, acts, 8);
+        const __m512i factor = _mm512_permutexvar_epi32(
+            v_numbers(0x0000000100000001, per, order, v), _mm512_cvtepi16_epi32(scale));
         return _mm512_add_epi32(acc, _mm512_mullo_epi32(sums, factor));
     }
 #endif
-    return MOE__(v_dot_i16)(acc, MOE__(v_twos)(levels, acts, bits),
-                            MOE__(v_spread)(scale, per, order, v));
+    return v_dot_i16(acc, v_twos(levels, acts, bits), v_spread(scale, per, order, v));
 }
 
-/* The sum of x * (sum of activations) over all scales, spread over a vector */
-MOE__V __m256i MOE__(u_times_sums)(__m256i x, const moe__act256 *a, const int per) {
-    if (per == 16) return _mm256_madd_epi16(x, MOE__(v_load_256)(a->sum16));
-    return _mm256_zextsi128_si256(
-        _mm_madd_epi16(_mm256_castsi256_si128(x), MOE__(v_load_128)(a->sum32)));
+// The sum of x * (sum of activations) over all scales, spread over a vector
+MOE__V __m256i u_times_sums(__m256i x, const moe__act256 *a, const int per) {
+    if (per == 16) return _mm256_madd_epi16(x, v_load_256(a->sum16));
+    return _mm256_zextsi128_si256(_mm_madd_epi16(_mm256_castsi256_si128(x), v_load_128(a->sum32)));
 }
-MOE__V MOE__VI MOE__(v_extend)(__m256i x) {
+MOE__V MOE__VI v_extend(__m256i x) {
 #if MOE__ISA == 3
     return _mm512_zextsi256_si512(x);
 #else
@@ -6764,55 +6992,54 @@ MOE__V MOE__VI MOE__(v_extend)(__m256i x) {
 #endif
 }
 
-/* ---- pieces of levels */
+// ---- pieces of levels
 
-/* int16 shifted right by n, left by -n */
-MOE__V MOE__VI MOE__(v_shift)(MOE__VI x, const int n) {
+// int16 shifted right by n, left by -n
+MOE__V MOE__VI v_shift(MOE__VI x, const int n) {
     return n >= 0 ? MOE__MM(srli_epi16)(x, n) : MOE__MM(slli_epi16)(x, -n);
 }
-/* Fields of `bits` bits, moved to bit `to` of each byte: each 32 bytes hold as many sub-blocks */
-/* of 32 weights as fit, the first in the low bits. The other bits are not cleared. */
-MOE__V MOE__VI MOE__(v_field)(const uint8_t *p, const int bits, const int to, const int order,
-                              const int v) {
+// Fields of `bits` bits, moved to bit `to` of each byte: each 32 bytes hold as many sub-blocks
+// of 32 weights as fit, the first in the low bits. The other bits are not cleared.
+MOE__V MOE__VI v_field(const uint8_t *p, const int bits, const int to, const int order,
+                       const int v) {
     const int fit = 8 / bits;
 #if MOE__ISA == 3
-    const int a = MOE__(v_group)(order, v, 0) / 2, b = MOE__(v_group)(order, v, 2) / 2;
-    if (a / fit != b / fit)
-        return MOE__(v_shift)(MOE__(v_load)(p + 32 * (a / fit)), bits * (a % fit) - to);
+    const int a = v_group(order, v, 0) / 2, b = v_group(order, v, 2) / 2;
+    if (a / fit != b / fit) return v_shift(v_load(p + 32 * (a / fit)), bits * (a % fit) - to);
     const __m512i by = _mm512_inserti64x4(_mm512_set1_epi64(bits * (a % fit) - to + 64),
                                           _mm256_set1_epi64x(bits * (b % fit) - to + 64), 1);
-    return _mm512_rorv_epi64(_mm512_broadcast_i64x4(MOE__(v_load_256)(p + 32 * (a / fit))), by);
+    return _mm512_rorv_epi64(_mm512_broadcast_i64x4(v_load_256(p + 32 * (a / fit))), by);
 #else
     (void)order;
-    return MOE__(v_shift)(MOE__(v_load)(p + 32 * (v / fit)), bits * (v % fit) - to);
+    return v_shift(v_load(p + 32 * (v / fit)), bits * (v % fit) - to);
 #endif
 }
-MOE__V MOE__VI MOE__(v_mask)(MOE__VI x, const int mask) {
-    return MOE__(v_and)(x, MOE__MM(set1_epi8)((char)mask));
+MOE__V MOE__VI v_mask(MOE__VI x, const int mask) {
+    return v_and(x, MOE__MM(set1_epi8)((char)mask));
 }
-/* low | `bits` bits of high from bit `at` on */
-MOE__V MOE__VI MOE__(v_join)(MOE__VI low, MOE__VI high, const int bits, const int at) {
-    return MOE__(v_or_and)(low, high, MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << at)));
+// low | `bits` bits of high from bit `at` on
+MOE__V MOE__VI v_join(MOE__VI low, MOE__VI high, const int bits, const int at) {
+    return v_or_and(low, high, MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << at)));
 }
-/* TWOS: 2-bit fields and a third bit; FOURS: 4-bit fields and a fifth bit */
-MOE__V MOE__VI MOE__(v_three)(const uint8_t *two, const uint8_t *one, const int v) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(two, 2, 0, MOE__TWOS, v), 3);
-    return MOE__(v_join)(x, MOE__(v_field)(one, 1, 2, MOE__TWOS, v), 1, 2);
+// TWOS: 2-bit fields and a third bit; FOURS: 4-bit fields and a fifth bit
+MOE__V MOE__VI v_three(const uint8_t *two, const uint8_t *one, const int v) {
+    const MOE__VI x = v_mask(v_field(two, 2, 0, MOE__TWOS, v), 3);
+    return v_join(x, v_field(one, 1, 2, MOE__TWOS, v), 1, 2);
 }
-MOE__V MOE__VI MOE__(v_five)(const uint8_t *four, const uint8_t *one, const int v) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(four, 4, 0, MOE__FOURS, v), 15);
-    return MOE__(v_join)(x, MOE__(v_field)(one, 1, 4, MOE__FOURS, v), 1, 4);
+MOE__V MOE__VI v_five(const uint8_t *four, const uint8_t *one, const int v) {
+    const MOE__VI x = v_mask(v_field(four, 4, 0, MOE__FOURS, v), 15);
+    return v_join(x, v_field(one, 1, 4, MOE__FOURS, v), 1, 4);
 }
-/* HALVES: 16 bytes hold 32 weights, the first half in the low nibbles */
-MOE__V MOE__VI MOE__(v_nibbles)(const uint8_t *p, const int v) {
+// HALVES: 16 bytes hold 32 weights, the first half in the low nibbles
+MOE__V MOE__VI v_nibbles(const uint8_t *p, const int v) {
 #if MOE__ISA == 3
-    return MOE__(v_mask)(_mm512_srli_epi16(MOE__(v_load)(p + 64 * (v / 2)), 4 * (v % 2)), 15);
+    return v_mask(_mm512_srli_epi16(v_load(p + 64 * (v / 2)), 4 * (v % 2)), 15);
 #else
-    return MOE__(u_nibbles)(p + 16 * v);
+    return u_nibbles(p + 16 * v);
 #endif
 }
-/* table[x] + bias, of 4, 8, 16, 32 or 64 entries */
-MOE__V MOE__VI MOE__(v_table)(const int8_t *table, const int n, const int bias) {
+// table[x] + bias, of 4, 8, 16, 32 or 64 entries
+MOE__V MOE__VI v_table(const int8_t *table, const int n, const int bias) {
     const MOE__VI add = MOE__MM(set1_epi8)((char)bias);
     if (n == 4) return MOE__MM(add_epi8)(MOE__MM(set1_epi32)((int)moe__load_u32(table)), add);
 #if MOE__ISA == 3
@@ -6820,17 +7047,17 @@ MOE__V MOE__VI MOE__(v_table)(const int8_t *table, const int n, const int bias) 
 #else
     if (n == 8) return _mm256_add_epi8(_mm256_set1_epi64x((int64_t)moe__load_u64(table)), add);
 #endif
-    return MOE__MM(add_epi8)(MOE__(v_load16)(table), add);
+    return MOE__MM(add_epi8)(v_load16(table), add);
 }
-MOE__V MOE__VI MOE__(v_lookup)(const int8_t *table, MOE__VI x, const int n, const int bias) {
-    MOE__VI y = MOE__MM(shuffle_epi8)(MOE__(v_table)(table, n, bias), x);
+MOE__V MOE__VI v_lookup(const int8_t *table, MOE__VI x, const int n, const int bias) {
+    MOE__VI y = MOE__MM(shuffle_epi8)(v_table(table, n, bias), x);
 #if MOE__ISA == 3
     if (n > 16) {
         const __mmask64 odd = _mm512_test_epi8_mask(x, _mm512_set1_epi8(16));
-        y = _mm512_mask_shuffle_epi8(y, odd, MOE__(v_table)(table + 16, 16, bias), x);
+        y = _mm512_mask_shuffle_epi8(y, odd, v_table(table + 16, 16, bias), x);
         if (n > 32) {
-            __m512i z = _mm512_shuffle_epi8(MOE__(v_table)(table + 32, 16, bias), x);
-            z = _mm512_mask_shuffle_epi8(z, odd, MOE__(v_table)(table + 48, 16, bias), x);
+            __m512i z = _mm512_shuffle_epi8(v_table(table + 32, 16, bias), x);
+            z = _mm512_mask_shuffle_epi8(z, odd, v_table(table + 48, 16, bias), x);
             y = _mm512_mask_blend_epi8(_mm512_test_epi8_mask(x, _mm512_set1_epi8(32)), y, z);
         }
     }
@@ -6838,64 +7065,64 @@ MOE__V MOE__VI MOE__(v_lookup)(const int8_t *table, MOE__VI x, const int n, cons
     MOE__UNROLL(4)
     for (int i = 1; i < n / 16; i++) {
         const __m256i here = _mm256_cmpgt_epi8(x, _mm256_set1_epi8((char)(16 * i - 1)));
-        const __m256i z = _mm256_shuffle_epi8(MOE__(v_table)(table + 16 * i, 16, bias), x);
+        const __m256i z = _mm256_shuffle_epi8(v_table(table + 16 * i, 16, bias), x);
         y = _mm256_blendv_epi8(y, z, here);
     }
 #endif
     return y;
 }
-/* Tables of 8-bit levels: see `bias` above */
+// Tables of 8-bit levels: see `bias` above
 #define MOE__BIAS8 (MOE__ISA == 3 ? 128 : 0)
 
-/* ---- pieces of heads */
+// ---- pieces of heads
 
-MOE__V __m256i MOE__(u_words)(__m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
-/* One or two f16 (of n bytes) */
-MOE__V __m128 MOE__(u_halves)(const uint8_t *p, const int n) {
+MOE__V __m256i u_words(__m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
+// One or two f16 (of n bytes)
+MOE__V __m128 u_halves(const uint8_t *p, const int n) {
     return _mm_cvtph_ps(_mm_cvtsi32_si128(n == 4 ? (int)moe__load_u32(p) : moe__load_u16(p)));
 }
-/* 8 bytes of nibbles as 16 int16: the low one of a byte before its high one (pairs), or all low */
-/* ones first; 4 bytes as 8 int16 */
-MOE__V __m256i MOE__(u_nibbles16)(const uint8_t *p, const int n, const int pairs) {
+// 8 bytes of nibbles as 16 int16: the low one of a byte before its high one (pairs), or all low
+// ones first; 4 bytes as 8 int16
+MOE__V __m256i u_nibbles16(const uint8_t *p, const int n, const int pairs) {
     __m128i x = n == 16 ? _mm_loadl_epi64((const __m128i *)(const void *)p)
                         : _mm_cvtsi32_si128((int)moe__load_u32(p));
     __m128i high = _mm_and_si128(_mm_srli_epi16(x, 4), _mm_set1_epi8(15));
     x = _mm_and_si128(x, _mm_set1_epi8(15));
-    if (pairs) return MOE__(u_words)(_mm_unpacklo_epi8(x, high));
-    return MOE__(u_words)(n == 16 ? _mm_unpacklo_epi64(x, high) : _mm_unpacklo_epi32(x, high));
+    if (pairs) return u_words(_mm_unpacklo_epi8(x, high));
+    return u_words(n == 16 ? _mm_unpacklo_epi64(x, high) : _mm_unpacklo_epi32(x, high));
 }
-/* Bit i of x as int16 number i: `on` where it is set, else 0 */
-MOE__V __m256i MOE__(u_bits16)(int x, const int on) {
+// Bit i of x as int16 number i: `on` where it is set, else 0
+MOE__V __m256i u_bits16(int x, const int on) {
     const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
                                           8192, 16384, (short)-32768);
     const __m256i set = _mm256_cmpeq_epi16(
         _mm256_and_si256(_mm256_set1_epi16((short)x), bit), bit);
     return _mm256_and_si256(set, _mm256_set1_epi16((short)on));
 }
-/* 2-bit fields of 16 bits as bits 4 and 5 of 8 int16 */
-MOE__V __m256i MOE__(u_pairs16)(int x) {
-    /* field i to the two top bits, then to bits 4 and 5 */
+// 2-bit fields of 16 bits as bits 4 and 5 of 8 int16
+MOE__V __m256i u_pairs16(int x) {
+    // field i to the two top bits, then to bits 4 and 5
     const __m128i factor = _mm_setr_epi16(16384, 4096, 1024, 256, 64, 16, 4, 1);
     __m128i y = _mm_mullo_epi16(_mm_set1_epi16((short)x), factor);
     y = _mm_and_si128(_mm_srli_epi16(y, 10), _mm_set1_epi16(48));
     return _mm256_castsi128_si256(y);
 }
-MOE__V __m256i MOE__(u_add16)(__m256i x, const int y) {
+MOE__V __m256i u_add16(__m256i x, const int y) {
     return _mm256_add_epi16(x, _mm256_set1_epi16((short)y));
 }
-/* 2 x + 1 */
-MOE__V __m256i MOE__(u_odd16)(__m256i x) { return MOE__(u_add16)(_mm256_add_epi16(x, x), 1); }
-/* As moe__types_scales6. Bits 2 k of 32 bits are moved to bits 6 and 7 of a byte by a product. */
-MOE__V __m256i MOE__(u_scales6)(const uint8_t *b) {
+// 2 x + 1
+MOE__V __m256i u_odd16(__m256i x) { return u_add16(_mm256_add_epi16(x, x), 1); }
+// As moe__types_scales6. Bits 2 k of 32 bits are moved to bits 6 and 7 of a byte by a product.
+MOE__V __m256i u_scales6(const uint8_t *b) {
     const __m128i byte = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
     __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(b)), byte);
-    __m256i high = _mm256_mullo_epi16(MOE__(u_words)(bytes), factor);
+    __m256i high = _mm256_mullo_epi16(u_words(bytes), factor);
     high = _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
-    return MOE__(u_add16)(_mm256_or_si256(high, MOE__(u_nibbles16)(b + 4, 16, 1)), -32);
+    return u_add16(_mm256_or_si256(high, u_nibbles16(b + 4, 16, 1)), -32);
 }
 
-/* ---- K-quants */
+// ---- K-quants
 
 #define MOE__HEAD(name)                                                                      \
     MOE__V void MOE__(head_##name)(const uint8_t *b, float D __attribute__((unused)),        \
@@ -6905,69 +7132,67 @@ MOE__V __m256i MOE__(u_scales6)(const uint8_t *b) {
                                        const MOE__(head) *h __attribute__((unused)))
 
 MOE__HEAD(q2_k) {
-    const __m128i bytes = MOE__(v_load_128)(b), low = _mm_set1_epi8(15);
-    h->scale = MOE__(u_words)(_mm_and_si128(bytes, low));
-    h->min = MOE__(u_words)(_mm_and_si128(_mm_srli_epi16(bytes, 4), low));
-    h->d = MOE__(u_halves)(b + 80, 4);
+    const __m128i bytes = v_load_128(b), low = _mm_set1_epi8(15);
+    h->scale = u_words(_mm_and_si128(bytes, low));
+    h->min = u_words(_mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+    h->d = u_halves(b + 80, 4);
 }
-MOE__LEVEL(q2_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 2, 0, MOE__TWOS, v), 3); }
+MOE__LEVEL(q2_k) { return v_mask(v_field(b + 16, 2, 0, MOE__TWOS, v), 3); }
 
 MOE__HEAD(q3_k) {
     __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + 104)),
                                   _mm_setr_epi32(0, 2, 4, 6));
     high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
-    const __m256i low = MOE__(u_nibbles16)(b + 96, 16, 0);
-    h->scale = MOE__(u_add16)(_mm256_or_si256(low, MOE__(u_words)(high)), -32);
-    h->d = MOE__(u_halves)(b + 108, 2);
+    const __m256i low = u_nibbles16(b + 96, 16, 0);
+    h->scale = u_add16(_mm256_or_si256(low, u_words(high)), -32);
+    h->d = u_halves(b + 108, 2);
 }
-MOE__LEVEL(q3_k) { return MOE__(v_three)(b + 32, b, v); }
+MOE__LEVEL(q3_k) { return v_three(b + 32, b, v); }
 
-/* Scales and mins, see moe__types_head; outside the vector units, which are busy */
+// Scales and mins, see moe__types_head; outside the vector units, which are busy
 MOE__HEAD(q4_k) {
     const uint32_t x = moe__load_u32(b + 4), y = moe__load_u32(b + 8), z = moe__load_u32(b + 12);
     const uint32_t low = 0x0F0F0F0F, top = 0x30303030, six = 0x3F3F3F3F;
     const uint64_t scale = (x & six) | (uint64_t)((z & low) | (x >> 2 & top)) << 32;
     const uint64_t min = (y & six) | (uint64_t)((z >> 4 & low) | (y >> 2 & top)) << 32;
-    h->scale = MOE__(u_words)(_mm_cvtsi64_si128((int64_t)scale));
-    h->min = MOE__(u_words)(_mm_cvtsi64_si128((int64_t)min));
-    h->d = MOE__(u_halves)(b, 4);
+    h->scale = u_words(_mm_cvtsi64_si128((int64_t)scale));
+    h->min = u_words(_mm_cvtsi64_si128((int64_t)min));
+    h->d = u_halves(b, 4);
 }
-MOE__LEVEL(q4_k) { return MOE__(v_mask)(MOE__(v_field)(b + 16, 4, 0, MOE__FOURS, v), 15); }
+MOE__LEVEL(q4_k) { return v_mask(v_field(b + 16, 4, 0, MOE__FOURS, v), 15); }
 
 MOE__HEAD(q5_k) { MOE__(head_q4_k)(b, D, h); }
-MOE__LEVEL(q5_k) { return MOE__(v_five)(b + 48, b + 16, v); }
+MOE__LEVEL(q5_k) { return v_five(b + 48, b + 16, v); }
 
 MOE__HEAD(q6_k) {
-    h->scale = _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 192));
-    h->d = MOE__(u_halves)(b + 208, 2);
+    h->scale = _mm256_cvtepi8_epi16(v_load_128(b + 192));
+    h->d = u_halves(b + 208, 2);
 }
-MOE__LEVEL(q6_k) { /* low nibbles of 64 bytes: 64 weights, high ones: the next */
+MOE__LEVEL(q6_k) { // low nibbles of 64 bytes: 64 weights, high ones: the next
 #if MOE__ISA == 3
     const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-    const __m512i low = _mm512_srlv_epi16(
-        _mm512_broadcast_i64x4(MOE__(v_load_256)(b + 64 * (v / 2) + 32 * (v % 2))), by);
+    const __m512i low =
+        _mm512_srlv_epi16(_mm512_broadcast_i64x4(v_load_256(b + 64 * (v / 2) + 32 * (v % 2))), by);
 #else
-    const __m256i low =
-        _mm256_srli_epi16(MOE__(v_load)(b + 64 * (v / 4) + 32 * (v % 2)), v / 2 % 2 * 4);
+    const __m256i low = _mm256_srli_epi16(v_load(b + 64 * (v / 4) + 32 * (v % 2)), v / 2 % 2 * 4);
 #endif
-    return MOE__(v_join)(MOE__(v_mask)(low, 15), MOE__(v_field)(b + 128, 2, 4, MOE__FOURS, v), 2,
-                         4);
+    return v_join(v_mask(low, 15), v_field(b + 128, 2, 4, MOE__FOURS, v), 2, 4);
 }
 
-/* ---- ternary */
+// ---- ternary
 
-MOE__HEAD(tq2_0) { h->scale = _mm256_set1_epi16(1), h->d = MOE__(u_halves)(b + 64, 2); }
-MOE__LEVEL(tq2_0) { return MOE__(v_mask)(MOE__(v_field)(b, 2, 0, MOE__TWOS, v), 3); }
+MOE__HEAD(tq2_0) { h->scale = _mm256_set1_epi16(1), h->d = u_halves(b + 64, 2); }
+MOE__LEVEL(tq2_0) { return v_mask(v_field(b, 2, 0, MOE__TWOS, v), 3); }
 
-MOE__HEAD(tq1_0) { h->scale = _mm256_set1_epi16(1), h->d = MOE__(u_halves)(b + 52, 2); }
-/* Sub-block j: bytes, and the powers of 3 they are multiplied with */
-MOE__V __m256i MOE__(u_tq1_0_bytes)(const uint8_t *b, const int j) {
-    if (j < 5) return MOE__(v_load_256)(b);
-    const __m256i x = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 32));
+MOE__HEAD(tq1_0) { h->scale = _mm256_set1_epi16(1), h->d = u_halves(b + 52, 2); }
+// Sub-block j: bytes, and the powers of 3 they are multiplied with
+MOE__V __m256i u_tq1_0_bytes(const uint8_t *b, const int j) {
+    if (j < 5) return v_load_256(b);
+    const __m256i x = _mm256_broadcastsi128_si256(v_load_128(b + 32));
     if (j < 7) return x;
     return _mm256_inserti128_si256(x, _mm_set1_epi32((int)moe__load_u32(b + 48)), 1);
 }
-MOE__V __m256i MOE__(u_tq1_0_powers)(const int j) {
+MOE__V __m256i u_tq1_0_powers(const int j) {
     const int power[5] = {1, 3, 9, 27, 81};
     if (j < 5) return _mm256_set1_epi16((short)power[j]);
     const __m128i a = _mm_set1_epi16((short)power[2 * (j - 5) % 5]);
@@ -6975,20 +7200,20 @@ MOE__V __m256i MOE__(u_tq1_0_powers)(const int j) {
                              : _mm_set1_epi16((short)power[2 * (j - 5) + 1]);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(a), c, 1);
 }
-MOE__LEVEL(tq1_0) { /* x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons */
+MOE__LEVEL(tq1_0) { // x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons
 #if MOE__ISA == 3
 #define MOE__BOTH(x, y) _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)
-    const int i = MOE__(v_group)(MOE__FOURS, v, 0) / 2, j = MOE__(v_group)(MOE__FOURS, v, 2) / 2;
-    const __m512i bytes = MOE__BOTH(MOE__(u_tq1_0_bytes)(b, i), MOE__(u_tq1_0_bytes)(b, j));
-    const __m512i power = MOE__BOTH(MOE__(u_tq1_0_powers)(i), MOE__(u_tq1_0_powers)(j));
+    const int i = v_group(MOE__FOURS, v, 0) / 2, j = v_group(MOE__FOURS, v, 2) / 2;
+    const __m512i bytes = MOE__BOTH(u_tq1_0_bytes(b, i), u_tq1_0_bytes(b, j));
+    const __m512i power = MOE__BOTH(u_tq1_0_powers(i), u_tq1_0_powers(j));
 #undef MOE__BOTH
 #else
-    const __m256i bytes = MOE__(u_tq1_0_bytes)(b, v), power = MOE__(u_tq1_0_powers)(v);
+    const __m256i bytes = u_tq1_0_bytes(b, v), power = u_tq1_0_powers(v);
 #endif
     const MOE__VI high = MOE__MM(set1_epi16)((short)0xFF00);
-    const MOE__VI odd = MOE__MM(mullo_epi16)(MOE__(v_and)(bytes, high), power);
-    const MOE__VI x = MOE__(v_or_and)(odd, MOE__MM(mullo_epi16)(bytes, power),
-                                      MOE__MM(set1_epi16)(0x00FF));
+    const MOE__VI odd = MOE__MM(mullo_epi16)(v_and(bytes, high), power);
+    const MOE__VI x =
+        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), MOE__MM(set1_epi16)(0x00FF));
     const MOE__VI one = MOE__MM(set1_epi8)(86), two = MOE__MM(set1_epi8)((char)171);
 #if MOE__ISA == 3
     const __m512i y = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(x, one), 1);
@@ -7000,149 +7225,134 @@ MOE__LEVEL(tq1_0) { /* x = byte * 3^i modulo 256; the digit is 3 x / 256: two co
 #endif
 }
 
-/* ---- tables of levels */
+// ---- tables of levels
 
 MOE__HEAD(iq4_xs) {
-    const __m256i high = MOE__(u_pairs16)(moe__load_u16(b + 2));
-    h->scale = MOE__(u_add16)(_mm256_or_si256(MOE__(u_nibbles16)(b + 4, 8, 1), high), -32);
-    h->d = MOE__(u_halves)(b, 2);
+    const __m256i high = u_pairs16(moe__load_u16(b + 2));
+    h->scale = u_add16(_mm256_or_si256(u_nibbles16(b + 4, 8, 1), high), -32);
+    h->d = u_halves(b, 2);
 }
-MOE__LEVEL(iq4_xs) {
-    return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles)(b + 8, v), 16, MOE__BIAS8);
-}
+MOE__LEVEL(iq4_xs) { return v_lookup(moe__levels_k4, v_nibbles(b + 8, v), 16, MOE__BIAS8); }
 
 MOE__HEAD(iq2_k) {
-    h->scale = MOE__(u_add16)(MOE__(u_nibbles16)(b + 4, 16, 1), -8);
-    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K2);
-    h->d = MOE__(u_halves)(b, 2);
+    h->scale = u_add16(u_nibbles16(b + 4, 16, 1), -8);
+    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K2);
+    h->d = u_halves(b, 2);
 }
 MOE__LEVEL(iq2_k) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 12, 2, 0, MOE__TWOS, v), 3);
-    return MOE__(v_lookup)(moe__levels_k2, x, 4, 32);
+    const MOE__VI x = v_mask(v_field(b + 12, 2, 0, MOE__TWOS, v), 3);
+    return v_lookup(moe__levels_k2, x, 4, 32);
 }
 
 MOE__HEAD(iq3_k) {
-    const __m256i scale = MOE__(u_odd16)(MOE__(u_nibbles16)(b + 6, 16, 1));
-    const __m256i sign = MOE__(u_bits16)(moe__load_u16(b + 4), -1);
+    const __m256i scale = u_odd16(u_nibbles16(b + 6, 16, 1));
+    const __m256i sign = u_bits16(moe__load_u16(b + 4), -1);
     h->scale = _mm256_sub_epi16(_mm256_xor_si256(scale, sign), sign);
-    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K3);
-    h->d = MOE__(u_halves)(b, 2);
+    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K3);
+    h->d = u_halves(b, 2);
 }
-MOE__LEVEL(iq3_k) {
-    return MOE__(v_lookup)(moe__levels_k3, MOE__(v_three)(b + 14, b + 78, v), 8, 64);
-}
+MOE__LEVEL(iq3_k) { return v_lookup(moe__levels_k3, v_three(b + 14, b + 78, v), 8, 64); }
 
 MOE__HEAD(iq4_k) {
-    h->scale = MOE__(u_scales6)(b + 4);
-    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K4);
-    h->d = MOE__(u_halves)(b, 2);
+    h->scale = u_scales6(b + 4);
+    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K4);
+    h->d = u_halves(b, 2);
 }
-MOE__LEVEL(iq4_k) {
-    return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles)(b + 16, v), 16, MOE__BIAS8);
-}
+MOE__LEVEL(iq4_k) { return v_lookup(moe__levels_k4, v_nibbles(b + 16, v), 16, MOE__BIAS8); }
 
 MOE__HEAD(iq5_k) {
-    h->scale = MOE__(u_scales6)(b + 4);
-    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K5);
-    h->d = MOE__(u_halves)(b, 2);
+    h->scale = u_scales6(b + 4);
+    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K5);
+    h->d = u_halves(b, 2);
 }
-MOE__LEVEL(iq5_k) {
-    return MOE__(v_lookup)(moe__levels_k5, MOE__(v_five)(b + 16, b + 144, v), 32, MOE__BIAS8);
-}
+MOE__LEVEL(iq5_k) { return v_lookup(moe__levels_k5, v_five(b + 16, b + 144, v), 32, MOE__BIAS8); }
 
 MOE__HEAD(iq6_k) {
-    h->scale = _mm256_cvtepi8_epi16(MOE__(v_load_128)(b + 4));
-    h->shift = MOE__(u_bits16)(moe__load_u16(b + 2), MOE__SHIFT_K6);
-    h->d = MOE__(u_halves)(b, 2);
+    h->scale = _mm256_cvtepi8_epi16(v_load_128(b + 4));
+    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K6);
+    h->d = u_halves(b, 2);
 }
 MOE__LEVEL(iq6_k) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 20, 4, 0, MOE__FOURS, v), 15);
-    return MOE__(v_lookup)(moe__levels_k6,
-                           MOE__(v_join)(x, MOE__(v_field)(b + 148, 2, 4, MOE__FOURS, v), 2, 4), 64,
-                           MOE__BIAS8);
+    const MOE__VI x = v_mask(v_field(b + 20, 4, 0, MOE__FOURS, v), 15);
+    return v_lookup(moe__levels_k6, v_join(x, v_field(b + 148, 2, 4, MOE__FOURS, v), 2, 4), 64,
+                    MOE__BIAS8);
 }
 
 MOE__HEAD(iq2_ks) {
     const int extra = moe__load_u16(b);
-    const __m256i low = MOE__(u_nibbles16)(b + 2, 8, 1), high = MOE__(u_bits16)(extra >> 8, 16);
-    h->scale = MOE__(u_add16)(_mm256_or_si256(low, high), -16);
-    h->shift = MOE__(u_bits16)(extra, MOE__SHIFT_K2);
+    const __m256i low = u_nibbles16(b + 2, 8, 1), high = u_bits16(extra >> 8, 16);
+    h->scale = u_add16(_mm256_or_si256(low, high), -16);
+    h->shift = u_bits16(extra, MOE__SHIFT_K2);
     h->d = _mm_set_ss(D);
 }
 MOE__LEVEL(iq2_ks) {
-    const MOE__VI x = MOE__(v_mask)(MOE__(v_field)(b + 6, 2, 0, MOE__TWOS, v), 3);
-    return MOE__(v_lookup)(moe__levels_k2, x, 4, 32);
+    const MOE__VI x = v_mask(v_field(b + 6, 2, 0, MOE__TWOS, v), 3);
+    return v_lookup(moe__levels_k2, x, 4, 32);
 }
 
 MOE__HEAD(iq3_ks) {
     const int extra = moe__load_u16(b);
-    const __m256i low = MOE__(u_nibbles16)(b + 2, 8, 0), high = MOE__(u_bits16)(extra, 16);
-    h->scale = MOE__(u_add16)(_mm256_or_si256(low, high), -16);
-    h->shift = MOE__(u_bits16)(extra >> 8, MOE__SHIFT_K3);
+    const __m256i low = u_nibbles16(b + 2, 8, 0), high = u_bits16(extra, 16);
+    h->scale = u_add16(_mm256_or_si256(low, high), -16);
+    h->shift = u_bits16(extra >> 8, MOE__SHIFT_K3);
     h->d = _mm_set_ss(D);
 }
-MOE__LEVEL(iq3_ks) {
-    return MOE__(v_lookup)(moe__levels_k3, MOE__(v_three)(b + 6, b + 70, v), 8, 64);
-}
+MOE__LEVEL(iq3_ks) { return v_lookup(moe__levels_k3, v_three(b + 6, b + 70, v), 8, 64); }
 
-/* Eight scales whose lowest bit is not part of them but chooses the table */
-MOE__V void MOE__(u_head_ks)(const uint8_t *b, float D, const int shift, MOE__(head) *h) {
-    const __m256i x = MOE__(u_words)(_mm_loadl_epi64((const __m128i *)(const void *)b));
+// Eight scales whose lowest bit is not part of them but chooses the table
+MOE__V void u_head_ks(const uint8_t *b, float D, const int shift, MOE__(head) *h) {
+    const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)b));
     const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
-    h->scale = MOE__(u_add16)(_mm256_sub_epi16(x, bit), -127);
+    h->scale = u_add16(_mm256_sub_epi16(x, bit), -127);
     h->shift = _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
                                 _mm256_set1_epi16((short)shift));
     h->d = _mm_set_ss(D);
 }
 
-MOE__HEAD(iq4_ks) { MOE__(u_head_ks)(b, D, MOE__SHIFT_K4, h); }
-MOE__LEVEL(iq4_ks) {
-    return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles)(b + 8, v), 16, MOE__BIAS8);
-}
+MOE__HEAD(iq4_ks) { u_head_ks(b, D, MOE__SHIFT_K4, h); }
+MOE__LEVEL(iq4_ks) { return v_lookup(moe__levels_k4, v_nibbles(b + 8, v), 16, MOE__BIAS8); }
 
-MOE__HEAD(iq5_ks) { MOE__(u_head_ks)(b, D, MOE__SHIFT_K5, h); }
-MOE__LEVEL(iq5_ks) {
-    return MOE__(v_lookup)(moe__levels_k5, MOE__(v_five)(b + 8, b + 136, v), 32, MOE__BIAS8);
-}
+MOE__HEAD(iq5_ks) { u_head_ks(b, D, MOE__SHIFT_K5, h); }
+MOE__LEVEL(iq5_ks) { return v_lookup(moe__levels_k5, v_five(b + 8, b + 136, v), 32, MOE__BIAS8); }
 
 MOE__HEAD(iq2_kl) {
-    const __m256i high = MOE__(u_pairs16)(moe__load_u16(b));
-    h->scale = MOE__(u_add16)(_mm256_or_si256(MOE__(u_nibbles16)(b + 2, 8, 0), high), -32);
+    const __m256i high = u_pairs16(moe__load_u16(b));
+    h->scale = u_add16(_mm256_or_si256(u_nibbles16(b + 2, 8, 0), high), -32);
     h->d = _mm_set_ss(D);
 }
-/* An index stands for two weights: 16 bytes of low nibbles are two sub-blocks, bit j of 16 more */
-/* bytes the fifth bit of sub-block j. */
+// An index stands for two weights: 16 bytes of low nibbles are two sub-blocks, bit j of 16 more
+// bytes the fifth bit of sub-block j.
 MOE__LEVEL(iq2_kl) {
 #if MOE__ISA == 3
-    const __m512i first = _mm512_cvtepi8_epi16(MOE__(v_load_256)(moe__levels_kl[0]));
-    const __m512i second = _mm512_cvtepi8_epi16(MOE__(v_load_256)(moe__levels_kl[1]));
-    const __m512i pairs = _mm512_or_si512( /* levels + 64: bytes of each word */
+    const __m512i first = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[0]));
+    const __m512i second = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[1]));
+    const __m512i pairs = _mm512_or_si512( // levels + 64: bytes of each word
         _mm512_add_epi16(first, _mm512_set1_epi16(64)),
         _mm512_slli_epi16(_mm512_add_epi16(second, _mm512_set1_epi16(64)), 8));
-    const __m256i x = MOE__(u_nibbles)(b + 6 + 16 * v);
-    __m256i high = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 70));
+    const __m256i x = u_nibbles(b + 6 + 16 * v);
+    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + 70));
     high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
     high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
     return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)), pairs);
 #else
     const __m128i low = _mm_set1_epi8(15), one = _mm_set1_epi8(1);
-    __m128i x = _mm_srli_epi16(MOE__(v_load_128)(b + 6 + 16 * (v / 2)), 4 * (v % 2));
-    __m128i high = _mm_srli_epi16(MOE__(v_load_128)(b + 70), v);
+    __m128i x = _mm_srli_epi16(v_load_128(b + 6 + 16 * (v / 2)), 4 * (v % 2));
+    __m128i high = _mm_srli_epi16(v_load_128(b + 70), v);
     high = _mm_slli_epi16(_mm_and_si128(high, one), 4);
     __m256i index = _mm256_castsi128_si256(_mm_or_si128(_mm_and_si128(x, low), high));
-    __m128i y = _mm256_castsi256_si128(MOE__(v_lookup)(moe__levels_kl[0], index, 32, 64));
-    __m128i z = _mm256_castsi256_si128(MOE__(v_lookup)(moe__levels_kl[1], index, 32, 64));
+    __m128i y = _mm256_castsi256_si128(v_lookup(moe__levels_kl[0], index, 32, 64));
+    __m128i z = _mm256_castsi256_si128(v_lookup(moe__levels_kl[1], index, 32, 64));
     __m256i both = _mm256_castsi128_si256(_mm_unpacklo_epi8(y, z));
     return _mm256_inserti128_si256(both, _mm_unpackhi_epi8(y, z), 1);
 #endif
 }
 
-/* ---- code books */
+// ---- code books
 
-/* Code books' vectors are in the order FOURS. Entries of vector v, of a book of 8 bytes each: */
-MOE__V MOE__VI MOE__(v_book8)(const uint64_t *book, const uint16_t *index, const int v) {
+// Code books' vectors are in the order FOURS. Entries of vector v, of a book of 8 bytes each:
+MOE__V MOE__VI v_book8(const uint64_t *book, const uint16_t *index, const int v) {
 #define MOE__ENTRY(lane, i) \
-    (int64_t)book[index[2 * MOE__(v_group)(MOE__FOURS, v, lane) + (i)]]
+    (int64_t)book[index[2 * v_group(MOE__FOURS, v, lane) + (i)]]
 #if MOE__ISA == 3
     return _mm512_setr_epi64(MOE__ENTRY(0, 0), MOE__ENTRY(0, 1), MOE__ENTRY(1, 0),
                              MOE__ENTRY(1, 1), MOE__ENTRY(2, 0), MOE__ENTRY(2, 1),
@@ -7153,58 +7363,58 @@ MOE__V MOE__VI MOE__(v_book8)(const uint64_t *book, const uint16_t *index, const
 #endif
 #undef MOE__ENTRY
 }
-/* The signs of the vectors, from those of the weights */
-MOE__V void MOE__(u_signs_book8)(__m256i sign, MOE__(head) *h) {
+// The signs of the vectors, from those of the weights
+MOE__V void u_signs_book8(__m256i sign, MOE__(head) *h) {
 #if MOE__ISA == 3
     sign = _mm256_permutevar8x32_epi32(sign, _mm256_setr_epi32(0, 2, 1, 3, 4, 6, 5, 7));
 #endif
-    MOE__(u_store)(h->sign, sign);
+    u_store(h->sign, sign);
 }
-/* bias + x, or bias - x where its sign is set */
-MOE__V MOE__VI MOE__(v_signed)(MOE__VI x, const uint8_t *sign, const int v, const int bias) {
+// bias + x, or bias - x where its sign is set
+MOE__V MOE__VI v_signed(MOE__VI x, const uint8_t *sign, const int v, const int bias) {
     const MOE__VI zero = MOE__MM(set1_epi8)((char)bias);
 #if MOE__ISA == 3
     return _mm512_mask_sub_epi8(_mm512_add_epi8(zero, x),
                                 (__mmask64)moe__load_u64(sign + 8 * v), zero, x);
 #else
-    const __m256i on = MOE__(u_mask)(moe__load_u32(sign + 4 * v));
+    const __m256i on = u_mask(moe__load_u32(sign + 4 * v));
     return _mm256_add_epi8(_mm256_sub_epi8(_mm256_xor_si256(x, on), on), zero);
 #endif
 }
-/* The eighth sign makes their number even: 32 bytes of 7 bits to 8. */
-MOE__V __m256i MOE__(u_even_signs)(__m256i x) {
+// The eighth sign makes their number even: 32 bytes of 7 bits to 8.
+MOE__V __m256i u_even_signs(__m256i x) {
     const __m256i odd = _mm256_broadcastsi128_si256(_mm_setr_epi8(
         0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0));
     const __m256i low = _mm256_set1_epi8(15);
     const __m256i fold = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi16(x, 4)), low);
     return _mm256_or_si256(x, _mm256_shuffle_epi8(odd, fold));
 }
-/* Eight words of four 7-bit signs and a 4-bit scale; returns the signs */
-MOE__V __m256i MOE__(u_signs_scales)(__m256i words, MOE__(head) *h) {
+// Eight words of four 7-bit signs and a 4-bit scale; returns the signs
+MOE__V __m256i u_signs_scales(__m256i words, MOE__(head) *h) {
     __m256i x = _mm256_and_si256(words, _mm256_set1_epi32(0x7F));
-    x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 1), _mm256_set1_epi32(0x7F00));
-    x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 2), _mm256_set1_epi32(0x7F0000));
-    x = MOE__(u_or_and)(x, _mm256_slli_epi32(words, 3), _mm256_set1_epi32(0x7F000000));
+    x = u_or_and(x, _mm256_slli_epi32(words, 1), _mm256_set1_epi32(0x7F00));
+    x = u_or_and(x, _mm256_slli_epi32(words, 2), _mm256_set1_epi32(0x7F0000));
+    x = u_or_and(x, _mm256_slli_epi32(words, 3), _mm256_set1_epi32(0x7F000000));
     const __m256i scale = _mm256_srli_epi32(words, 28);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(scale),
                                             _mm256_extracti128_si256(scale, 1));
-    h->scale = MOE__(u_odd16)(_mm256_castsi128_si256(packed));
-    return MOE__(u_even_signs)(x);
+    h->scale = u_odd16(_mm256_castsi128_si256(packed));
+    return u_even_signs(x);
 }
-/* Indices are read back one by one: GCC would take them out of the registers instead. */
-MOE__V void MOE__(u_store_indices)(__m256i low, __m256i high, MOE__(head) *h) {
-    MOE__(u_store)(h->index, low);
-    MOE__(u_store)(h->index + 16, high);
+// Indices are read back one by one: GCC would take them out of the registers instead.
+MOE__V void u_store_indices(__m256i low, __m256i high, MOE__(head) *h) {
+    u_store(h->index, low);
+    u_store(h->index + 16, high);
     __asm__("" : "+m"(h->index));
 }
-/* 32 bytes as indices, with a high part */
-MOE__V void MOE__(u_indices)(const uint8_t *p, __m256i high0, __m256i high1, MOE__(head) *h) {
-    const __m256i a = MOE__(u_words)(MOE__(v_load_128)(p));
-    const __m256i b = MOE__(u_words)(MOE__(v_load_128)(p + 16));
-    MOE__(u_store_indices)(_mm256_or_si256(a, high0), _mm256_or_si256(b, high1), h);
+// 32 bytes as indices, with a high part
+MOE__V void u_indices(const uint8_t *p, __m256i high0, __m256i high1, MOE__(head) *h) {
+    const __m256i a = u_words(v_load_128(p));
+    const __m256i b = u_words(v_load_128(p + 16));
+    u_store_indices(_mm256_or_si256(a, high0), _mm256_or_si256(b, high1), h);
 }
-/* Int16 numbers n .. n + 3 of x, each four times */
-MOE__V __m256i MOE__(u_fours16)(__m128i x, const int n) {
+// Int16 numbers n .. n + 3 of x, each four times
+MOE__V __m256i u_fours16(__m128i x, const int n) {
     const __m256i at = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3,
                                         4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7);
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(x),
@@ -7214,64 +7424,61 @@ MOE__V __m256i MOE__(u_fours16)(__m128i x, const int n) {
 MOE__HEAD(iq2_xxs) {
     const __m256 x = _mm256_loadu_ps((const float *)(const void *)(b + 2));
     const __m256 y = _mm256_loadu_ps((const float *)(const void *)(b + 34));
-    __m256i words = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xDD)); /* 0 1 4 5 2 3 6 7 */
+    __m256i words = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0xDD)); // 0 1 4 5 2 3 6 7
     __m256i bytes = _mm256_castps_si256(_mm256_shuffle_ps(x, y, 0x88));
-    MOE__(u_signs_book8)(MOE__(u_signs_scales)(_mm256_permute4x64_epi64(words, 0xD8), h), h);
+    u_signs_book8(u_signs_scales(_mm256_permute4x64_epi64(words, 0xD8), h), h);
     bytes = _mm256_permute4x64_epi64(bytes, 0xD8);
-    MOE__(u_store_indices)(MOE__(u_words)(_mm256_castsi256_si128(bytes)),
-                           MOE__(u_words)(_mm256_extracti128_si256(bytes, 1)), h);
-    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
+    u_store_indices(u_words(_mm256_castsi256_si128(bytes)),
+                    u_words(_mm256_extracti128_si256(bytes, 1)), h);
+    h->d = _mm_set_ss(u_f16(b) * 0.125f);
 }
 MOE__LEVEL(iq2_xxs) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq2xxs, h->index, v);
-    return MOE__(v_signed)(x, h->sign, v, 64);
+    const MOE__VI x = v_book8(h->books->iq2xxs, h->index, v);
+    return v_signed(x, h->sign, v, 64);
 }
 
-MOE__V __m256i MOE__(u_scales_iq2)(const uint8_t *b) {
-    return MOE__(u_odd16)(MOE__(u_nibbles16)(b, 16, 1));
-}
+MOE__V __m256i u_scales_iq2(const uint8_t *b) { return u_odd16(u_nibbles16(b, 16, 1)); }
 
 MOE__HEAD(iq2_xs) {
-    const __m256i x = MOE__(v_load_256)(b + 2), y = MOE__(v_load_256)(b + 34);
+    const __m256i x = v_load_256(b + 2), y = v_load_256(b + 34);
     const __m256i mask = _mm256_set1_epi16(511);
     __m256i sign = _mm256_packus_epi16(_mm256_srli_epi16(x, 9), _mm256_srli_epi16(y, 9));
-    MOE__(u_signs_book8)(MOE__(u_even_signs)(_mm256_permute4x64_epi64(sign, 0xD8)), h);
-    MOE__(u_store_indices)(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask), h);
-    h->scale = MOE__(u_scales_iq2)(b + 66);
-    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
+    u_signs_book8(u_even_signs(_mm256_permute4x64_epi64(sign, 0xD8)), h);
+    u_store_indices(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask), h);
+    h->scale = u_scales_iq2(b + 66);
+    h->d = _mm_set_ss(u_f16(b) * 0.125f);
 }
 MOE__LEVEL(iq2_xs) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq2xs, h->index, v);
-    return MOE__(v_signed)(x, h->sign, v, 64);
+    const MOE__VI x = v_book8(h->books->iq2xs, h->index, v);
+    return v_signed(x, h->sign, v, 64);
 }
 
 MOE__HEAD(iq2_s) {
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(b + 66));
-    const __m128i high = _mm_cvtepu8_epi16(bytes); /* four pairs of bits */
+    const __m128i high = _mm_cvtepu8_epi16(bytes); // four pairs of bits
     const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = _mm256_set1_epi16(0x300);
-    const __m256i low_half = _mm256_mullo_epi16(MOE__(u_fours16)(high, 0), up);
-    const __m256i high_half = _mm256_mullo_epi16(MOE__(u_fours16)(high, 4), up);
-    MOE__(u_indices)(b + 2, _mm256_and_si256(low_half, mask), _mm256_and_si256(high_half, mask), h);
-    MOE__(u_signs_book8)(MOE__(v_load_256)(b + 34), h);
-    h->scale = MOE__(u_scales_iq2)(b + 74);
-    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
+    const __m256i low_half = _mm256_mullo_epi16(u_fours16(high, 0), up);
+    const __m256i high_half = _mm256_mullo_epi16(u_fours16(high, 4), up);
+    u_indices(b + 2, _mm256_and_si256(low_half, mask), _mm256_and_si256(high_half, mask), h);
+    u_signs_book8(v_load_256(b + 34), h);
+    h->scale = u_scales_iq2(b + 74);
+    h->d = _mm_set_ss(u_f16(b) * 0.125f);
 }
 MOE__LEVEL(iq2_s) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq2s, h->index, v);
-    return MOE__(v_signed)(x, h->sign, v, 64);
+    const MOE__VI x = v_book8(h->books->iq2s, h->index, v);
+    return v_signed(x, h->sign, v, 64);
 }
 
-/* Books of 256 or 512 entries of 4 bytes. With 512 bits halves of entries are looked up in */
-/* vectors (moe__books.iq3xxs_16 and iq3s_16); their order is HALVES then. Otherwise they are */
-/* loaded one by one. */
+// Books of 256 or 512 entries of 4 bytes. With 512 bits halves of entries are looked up in
+// vectors (moe__books.iq3xxs_16 and iq3s_16); their order is HALVES then. Otherwise they are
+// loaded one by one.
 #if MOE__ISA == 3
-/* table[x] of `count` words, for 32 words x */
-MOE__V __m512i MOE__(v_lookup_16)(const uint16_t *table, __m512i x, const int count) {
+// table[x] of `count` words, for 32 words x
+MOE__V __m512i v_lookup_16(const uint16_t *table, __m512i x, const int count) {
     __m512i y[8];
     MOE__UNROLL(8)
     for (int i = 0; i < count / 64; i++)
-        y[i] = _mm512_permutex2var_epi16(MOE__(v_load)(table + 64 * i), x,
-                                         MOE__(v_load)(table + 64 * i + 32));
+        y[i] = _mm512_permutex2var_epi16(v_load(table + 64 * i), x, v_load(table + 64 * i + 32));
     MOE__UNROLL(4)
     for (int n = 64; n < count; n *= 2) {
         const __mmask32 odd = _mm512_test_epi16_mask(x, _mm512_set1_epi16((short)n));
@@ -7281,114 +7488,112 @@ MOE__V __m512i MOE__(v_lookup_16)(const uint16_t *table, __m512i x, const int co
     }
     return y[0];
 }
-/* The signs of the vectors, from those of the weights: words 0 2 4 6 1 3 5 7 of each eight */
-MOE__V void MOE__(u_signs_book4)(__m256i sign, MOE__(head) *h) {
+// The signs of the vectors, from those of the weights: words 0 2 4 6 1 3 5 7 of each eight
+MOE__V void u_signs_book4(__m256i sign, MOE__(head) *h) {
     const __m256i words = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-    MOE__(u_store)(h->sign, _mm256_shuffle_epi8(sign, words));
+    u_store(h->sign, _mm256_shuffle_epi8(sign, words));
 }
-MOE__V __m512i MOE__(v_book4)(const uint16_t *book, __m512i index, const int count, const int v) {
-    const __m512i low = MOE__(v_lookup_16)(book, index, count);
-    const __m512i high = MOE__(v_lookup_16)(book + count, index, count);
+MOE__V __m512i v_book4(const uint16_t *book, __m512i index, const int count, const int v) {
+    const __m512i low = v_lookup_16(book, index, count);
+    const __m512i high = v_lookup_16(book + count, index, count);
     return v % 2 ? _mm512_unpackhi_epi16(low, high) : _mm512_unpacklo_epi16(low, high);
 }
 #define MOE__BOOK4_ORDER MOE__HALVES
 #else
-MOE__V void MOE__(u_signs_book4)(__m256i sign, MOE__(head) *h) { MOE__(u_store)(h->sign, sign); }
+MOE__V void u_signs_book4(__m256i sign, MOE__(head) *h) { u_store(h->sign, sign); }
 #define MOE__ENTRY(i) (int)book[index[i]]
 #define MOE__ENTRIES                                                                         \
     _mm256_setr_epi32(MOE__ENTRY(0), MOE__ENTRY(1), MOE__ENTRY(2), MOE__ENTRY(3),            \
                       MOE__ENTRY(4), MOE__ENTRY(5), MOE__ENTRY(6), MOE__ENTRY(7))
-MOE__V __m256i MOE__(v_book4)(const uint32_t *book, const uint8_t *index) { return MOE__ENTRIES; }
-MOE__V __m256i MOE__(v_book4_16)(const uint32_t *book, const uint16_t *index) {
-    return MOE__ENTRIES;
-}
+MOE__V __m256i v_book4(const uint32_t *book, const uint8_t *index) { return MOE__ENTRIES; }
+MOE__V __m256i v_book4_16(const uint32_t *book, const uint16_t *index) { return MOE__ENTRIES; }
 #undef MOE__ENTRIES
 #undef MOE__ENTRY
 #define MOE__BOOK4_ORDER MOE__NATURAL
 #endif
 
 MOE__HEAD(iq3_xxs) {
-    MOE__(u_signs_book4)(MOE__(u_signs_scales)(MOE__(v_load_256)(b + 66), h), h);
-    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.25f);
+    u_signs_book4(u_signs_scales(v_load_256(b + 66), h), h);
+    h->d = _mm_set_ss(u_f16(b) * 0.25f);
 }
 MOE__LEVEL(iq3_xxs) {
 #if MOE__ISA == 3
-    const __m512i index = _mm512_cvtepu8_epi16(MOE__(v_load_256)(b + 2 + 32 * (v / 2)));
-    const __m512i x = MOE__(v_book4)(h->books->iq3xxs_16[0], index, 256, v);
+    const __m512i index = _mm512_cvtepu8_epi16(v_load_256(b + 2 + 32 * (v / 2)));
+    const __m512i x = v_book4(h->books->iq3xxs_16[0], index, 256, v);
 #else
-    const __m256i x = MOE__(v_book4)(h->books->iq3xxs, b + 2 + 8 * v);
+    const __m256i x = v_book4(h->books->iq3xxs, b + 2 + 8 * v);
 #endif
-    return MOE__(v_signed)(x, h->sign, v, 64);
+    return v_signed(x, h->sign, v, 64);
 }
 
 MOE__HEAD(iq3_s) {
-    h->scale = MOE__(u_odd16)(MOE__(u_nibbles16)(b + 106, 8, 1));
-    MOE__(u_signs_book4)(MOE__(v_load_256)(b + 74), h);
+    h->scale = u_odd16(u_nibbles16(b + 106, 8, 1));
+    u_signs_book4(v_load_256(b + 74), h);
 #if MOE__ISA == 2
     MOE__UNROLL(4)
-    for (int i = 0; i < 4; i++) { /* 16 indices and their ninth bits */
-        const __m256i low = MOE__(u_words)(MOE__(v_load_128)(b + 2 + 16 * i));
-        const __m256i high = MOE__(u_bits16)(moe__load_u16(b + 66 + 2 * i), 256);
-        MOE__(u_store)(h->index + 16 * i, _mm256_or_si256(low, high));
+    for (int i = 0; i < 4; i++) { // 16 indices and their ninth bits
+        const __m256i low = u_words(v_load_128(b + 2 + 16 * i));
+        const __m256i high = u_bits16(moe__load_u16(b + 66 + 2 * i), 256);
+        u_store(h->index + 16 * i, _mm256_or_si256(low, high));
     }
     __asm__("" : "+m"(h->index));
 #endif
-    h->d = MOE__(u_halves)(b, 2);
+    h->d = u_halves(b, 2);
 }
 MOE__LEVEL(iq3_s) {
 #if MOE__ISA == 3
-    __m512i index = _mm512_cvtepu8_epi16(MOE__(v_load_256)(b + 2 + 32 * (v / 2)));
+    __m512i index = _mm512_cvtepu8_epi16(v_load_256(b + 2 + 32 * (v / 2)));
     index = _mm512_mask_add_epi16(index, moe__load_u32(b + 66 + 4 * (v / 2)), index,
                                   _mm512_set1_epi16(256));
-    const __m512i x = MOE__(v_book4)(h->books->iq3s_16[0], index, 512, v);
+    const __m512i x = v_book4(h->books->iq3s_16[0], index, 512, v);
 #else
-    const __m256i x = MOE__(v_book4_16)(h->books->iq3s, h->index + 8 * v);
+    const __m256i x = v_book4_16(h->books->iq3s, h->index + 8 * v);
 #endif
-    return MOE__(v_signed)(x, h->sign, v, 16);
+    return v_signed(x, h->sign, v, 16);
 }
 
-/* Levels -8, 0 or 8, and one more or less */
+// Levels -8, 0 or 8, and one more or less
 MOE__HEAD(iq1_s) {
-    const __m128i words = MOE__(v_load_128)(b + 34); /* four times 3 bits, a scale, a sign */
+    const __m128i words = v_load_128(b + 34); // four times 3 bits, a scale, a sign
     const __m256i up = _mm256_set1_epi64x(0x0001000800400200);
     const __m256i mask = _mm256_set1_epi16(0x700);
-    const __m256i low = _mm256_mullo_epi16(MOE__(u_fours16)(words, 0), up);
-    const __m256i high = _mm256_mullo_epi16(MOE__(u_fours16)(words, 4), up);
-    /* 3 bits from 0, 3, 6 or 9 on are at 9 now, bit 15 is lost */
-    MOE__(u_indices)(b + 2, _mm256_and_si256(_mm256_srli_epi16(low, 1), mask),
-                     _mm256_and_si256(_mm256_srli_epi16(high, 1), mask), h);
+    const __m256i low = _mm256_mullo_epi16(u_fours16(words, 0), up);
+    const __m256i high = _mm256_mullo_epi16(u_fours16(words, 4), up);
+    // 3 bits from 0, 3, 6 or 9 on are at 9 now, bit 15 is lost
+    u_indices(b + 2, _mm256_and_si256(_mm256_srli_epi16(low, 1), mask),
+              _mm256_and_si256(_mm256_srli_epi16(high, 1), mask), h);
     const __m128i scale = _mm_and_si128(_mm_srli_epi16(words, 12), _mm_set1_epi16(7));
-    h->scale = MOE__(u_odd16)(_mm256_castsi128_si256(scale));
+    h->scale = u_odd16(_mm256_castsi128_si256(scale));
     h->shift = _mm256_castsi128_si256(_mm_or_si128(_mm_srai_epi16(words, 15), _mm_set1_epi16(1)));
-    h->d = _mm_set_ss(MOE__(u_f16)(b) * 0.125f);
+    h->d = _mm_set_ss(u_f16(b) * 0.125f);
 }
 MOE__LEVEL(iq1_s) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index, v);
+    const MOE__VI x = v_book8(h->books->iq1s, h->index, v);
     return MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)(16));
 }
 
 MOE__HEAD(iq1_m) {
-    const __m128i words = MOE__(v_load_128)(b + 32); /* four nibbles each: 3 bits, a sign */
+    const __m128i words = v_load_128(b + 32); // four nibbles each: 3 bits, a sign
     const __m256i up = _mm256_set1_epi64x(0x0001001001001000), mask = _mm256_set1_epi16(7);
-    const __m256i low = _mm256_srli_epi16(_mm256_mullo_epi16(MOE__(u_fours16)(words, 0), up), 12);
-    const __m256i high = _mm256_srli_epi16(_mm256_mullo_epi16(MOE__(u_fours16)(words, 4), up), 12);
-    MOE__(u_indices)(b, _mm256_slli_epi16(_mm256_and_si256(low, mask), 8),
-                     _mm256_slli_epi16(_mm256_and_si256(high, mask), 8), h);
+    const __m256i low = _mm256_srli_epi16(_mm256_mullo_epi16(u_fours16(words, 0), up), 12);
+    const __m256i high = _mm256_srli_epi16(_mm256_mullo_epi16(u_fours16(words, 4), up), 12);
+    u_indices(b, _mm256_slli_epi16(_mm256_and_si256(low, mask), 8),
+              _mm256_slli_epi16(_mm256_and_si256(high, mask), 8), h);
     const __m256i nibbles = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
     uint32_t signs =
         (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(nibbles, _mm256_set1_epi8(7)));
 #if MOE__ISA == 3
     signs = (signs & 0xF00FF00F) | (signs & 0x00F000F0) << 4 | (signs >> 4 & 0x00F000F0);
 #endif
-    memcpy(h->sign, &signs, 4); /* a bit per entry, in the order of the vectors */
-    __m256i scale = MOE__(u_fours16)(_mm_loadl_epi64((const __m128i *)(const void *)(b + 48)), 0);
+    memcpy(h->sign, &signs, 4); // a bit per entry, in the order of the vectors
+    __m256i scale = u_fours16(_mm_loadl_epi64((const __m128i *)(const void *)(b + 48)), 0);
     scale = _mm256_mullo_epi16(scale, _mm256_set1_epi64x(0x0001000800400200));
-    h->scale = MOE__(u_odd16)(_mm256_and_si256(_mm256_srli_epi16(scale, 9), mask));
+    h->scale = u_odd16(_mm256_and_si256(_mm256_srli_epi16(scale, 9), mask));
     h->d = _mm_set_ss(moe__types_iq1_m_d(b + 48) * 0.125f);
 }
 MOE__LEVEL(iq1_m) {
-    const MOE__VI x = MOE__(v_book8)(h->books->iq1s, h->index, v);
+    const MOE__VI x = v_book8(h->books->iq1s, h->index, v);
     const MOE__VI more = MOE__MM(set1_epi8)(17), less = MOE__MM(set1_epi8)(15);
 #if MOE__ISA == 3
     return _mm512_add_epi8(x, _mm512_mask_mov_epi64(more, h->sign[v], less));
@@ -7400,31 +7605,31 @@ MOE__LEVEL(iq1_m) {
 #endif
 }
 
-/* ---- dot products: blocks of 256 ------------------------------------------------------------- */
+// ---- dot products: blocks of 256 -------------------------------------------------------------
 
-/* Lanes added up: every second of four, all of them */
-MOE__V __m256i MOE__(u_rows_8)(MOE__VI x) {
+// Lanes added up: every second of four, all of them
+MOE__V __m256i u_rows_8(MOE__VI x) {
 #if MOE__ISA == 3
     return _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
 #else
     return x;
 #endif
 }
-MOE__V __m128i MOE__(u_rows_4)(MOE__VI x) {
-    const __m256i y = MOE__(u_rows_8)(x);
+MOE__V __m128i u_rows_4(MOE__VI x) {
+    const __m256i y = u_rows_8(x);
     return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
 }
 
-/* total + a block whose products and mins are the sums over two vectors, as moe__dot_256 does. */
-/* d: d, dmin; per: weights per min, 32: only the low half of mins is not 0 */
-MOE__V __m128 MOE__(u_add_block)(__m128 total, MOE__VI products, __m256i mins, __m128 d, float act,
-                                 const int has_mins, const int per) {
-    __m128i x = MOE__(u_rows_4)(products), y = _mm256_castsi256_si128(mins);
+// total + a block whose products and mins are the sums over two vectors, as moe__dot_256 does.
+// d: d, dmin; per: weights per min, 32: only the low half of mins is not 0
+MOE__V __m128 u_add_block(__m128 total, MOE__VI products, __m256i mins, __m128 d, float act,
+                          const int has_mins, const int per) {
+    __m128i x = u_rows_4(products), y = _mm256_castsi256_si128(mins);
     __m128 part;
     if (has_mins) {
         if (per == 16) y = _mm_add_epi32(y, _mm256_extracti128_si256(mins, 1));
         x = _mm_hadd_epi32(x, y);
-        x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xB1)); /* dword 0: products, 2: mins */
+        x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xB1)); // dword 0: products, 2: mins
         const __m128 both = _mm_cvtepi32_ps(x);
         part = _mm_fnmadd_ss(_mm_movehl_ps(both, both), _mm_movehdup_ps(d), _mm_mul_ss(both, d));
     } else {
@@ -7435,21 +7640,21 @@ MOE__V __m128 MOE__(u_add_block)(__m128 total, MOE__VI products, __m256i mins, _
     return _mm_fmadd_ss(part, _mm_set_ss(act), total);
 }
 
-MOE__V float MOE__(u_row_scale)(const uint8_t *row, const int meta) {
-    return meta == 4 ? moe__load_f32(row) : meta == 2 ? MOE__(u_f16)(row) : 1;
+MOE__V float u_row_scale(const uint8_t *row, const int meta) {
+    return meta == 4 ? moe__load_f32(row) : meta == 2 ? u_f16(row) : 1;
 }
-/* Numbers per 32 weights as numbers per 16 */
-MOE__V __m256i MOE__(u_per_16)(__m256i x, const int per) {
+// Numbers per 32 weights as numbers per 16
+MOE__V __m256i u_per_16(__m256i x, const int per) {
     if (per == 16) return x;
     const __m128i y = _mm256_castsi256_si128(x);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi16(y, y)),
                                    _mm_unpackhi_epi16(y, y), 1);
 }
 
-/* A type of 256-wide blocks: MOE__HEAD and MOE__LEVEL as dot and unpack. With code books heads */
-/* are read some blocks ahead: their indices go through memory, which takes its time. unpack */
-/* writes the levels with their bias and shifts, in the order of the vectors. What a type has: */
-/* shifts of levels, code books */
+// A type of 256-wide blocks: MOE__HEAD and MOE__LEVEL as dot and unpack. With code books heads
+// are read some blocks ahead: their indices go through memory, which takes its time. unpack
+// writes the levels with their bias and shifts, in the order of the vectors. What a type has:
+// shifts of levels, code books
 #define MOE__SHIFTS 1
 #define MOE__BOOKS 2
 #define MOE__TYPE_256(NAME, name, order, has)                                                     \
@@ -7466,33 +7671,33 @@ MOE__V __m256i MOE__(u_per_16)(__m256i x, const int per) {
         const moe__books *books = (has) & MOE__BOOKS ? moe__books_get() : NULL;                   \
         for (int64_t r = 0; r < n_rows; r++) {                                                    \
             const uint8_t *b = rows + (size_t)r * row_size;                                       \
-            const float D = MOE__(u_row_scale)(b, meta);                                          \
+            const float D = u_row_scale(b, meta);                                          \
             __m128 total = _mm_setzero_ps();                                                      \
             b += meta;                                                                            \
             for (const moe__act256 *a = first; a < end;) {                                        \
                 MOE__(head) h[RUN];                                                               \
                 const int count = RUN == 1 ? 1 : (int)moe__min(RUN, end - a);                     \
                 for (int i = 0; i < count; i++) {                                                 \
-                    MOE__(v_fetch)(b + size * i, rows_end, size);                                 \
+                    v_fetch(b + size * i, rows_end, size);                                 \
                     MOE__(head_##name)(b + size * i, D, h + i);                                   \
                 }                                                                                 \
                 for (int i = 0; i < count; i++, a++, b += size) {                                 \
                     const __m256i scale = h[i].scale;                                             \
-                    MOE__VI s[2] = {MOE__(v_zero)(), MOE__(v_zero)()};                            \
+                    MOE__VI s[2] = {v_zero(), v_zero()};                            \
                     __m256i min = _mm256_setzero_si256();                                         \
                     h[i].books = books;                                                           \
                     if (shifts || bias) {                                                         \
                         const __m256i by = shifts ? _mm256_add_epi16(h[i].shift, less) : less;    \
-                        s[0] = MOE__(v_extend)(                                                   \
-                            MOE__(u_times_sums)(_mm256_mullo_epi16(scale, by), a, per));          \
+                        s[0] = v_extend(                                                   \
+                            u_times_sums(_mm256_mullo_epi16(scale, by), a, per));          \
                     }                                                                             \
                     MOE__UNROLL(8)                                                                \
                     for (int v = 0; v < MOE__LEVELS; v++)                                         \
-                        s[v % 2] = MOE__(v_multiply)(s[v % 2], MOE__(level_##name)(b, v, h + i),  \
-                                                     MOE__(v_acts)(a->q, order, v), scale, bits,  \
+                        s[v % 2] = v_multiply(s[v % 2], MOE__(level_##name)(b, v, h + i),  \
+                                                     v_acts(a->q, order, v), scale, bits,  \
                                                      per, order, v);                              \
-                    if (mins) min = MOE__(u_times_sums)(h[i].min, a, per);                        \
-                    total = MOE__(u_add_block)(total, MOE__MM(add_epi32)(s[0], s[1]), min,        \
+                    if (mins) min = u_times_sums(h[i].min, a, per);                        \
+                    total = u_add_block(total, MOE__MM(add_epi32)(s[0], s[1]), min,        \
                                                h[i].d, a->d, mins, per);                          \
                 }                                                                                 \
             }                                                                                     \
@@ -7513,12 +7718,12 @@ MOE__V __m256i MOE__(u_per_16)(__m256i x, const int per) {
                 const __m256i both = _mm256_or_si256(_mm256_slli_epi16(h.shift, 8),               \
                                                      _mm256_and_si256(h.shift,                    \
                                                                       _mm256_set1_epi16(255)));   \
-                levels = MOE__MM(add_epi8)(levels, MOE__(v_spread)(both, per, order, v));         \
+                levels = MOE__MM(add_epi8)(levels, v_spread(both, per, order, v));         \
             }                                                                                     \
-            MOE__(tile_store)(out->q + MOE__VBYTES * v, levels);                                  \
+            tile_store(out->q + MOE__VBYTES * v, levels);                                  \
         }                                                                                         \
-        MOE__(u_store)(out->scale, MOE__(u_per_16)(h.scale, per));                                \
-        if (mins) MOE__(u_store)(out->min, MOE__(u_per_16)(h.min, per));                          \
+        u_store(out->scale, u_per_16(h.scale, per));                                \
+        if (mins) u_store(out->min, u_per_16(h.min, per));                          \
         out->d[0] = _mm_cvtss_f32(h.d);                                                           \
         out->dmin[0] = mins ? _mm_cvtss_f32(_mm_movehdup_ps(h.d)) : 0;                            \
     }
@@ -7554,32 +7759,32 @@ MOE__TYPE_256(IQ2_KL, iq2_kl, MOE__NATURAL, 0)
 #undef MOE__BOOKS
 #undef MOE__HEAD
 #undef MOE__LEVEL
-#endif /* MOE__ISA != 4 */
+#endif // MOE__ISA != 4
 
-/* ---- interleaved rows ------------------------------------------------------------------------ */
+// ---- interleaved rows ------------------------------------------------------------------------
 
-/* Four (eight) rows lie side by side in dwords of four weights: a load gives the same weights of */
-/* all of them, and their activations are copied to each. So a vector of sums has a row per */
-/* dword, in every lane (in every two lanes), and needs no summing across until the end of a */
-/* block. See >>types for where the fours of a sub-block of 32 weights lie; `level` of these */
-/* types is vector v (0..3, with 512 bits 0..1) of sub-block j. */
+// Four (eight) rows lie side by side in dwords of four weights: a load gives the same weights of
+// all of them, and their activations are copied to each. So a vector of sums has a row per
+// dword, in every lane (in every two lanes), and needs no summing across until the end of a
+// block. See >>types for where the fours of a sub-block of 32 weights lie; `level` of these
+// types is vector v (0..3, with 512 bits 0..1) of sub-block j.
 
-#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
+#if MOE__ISA != 4 // AVX-VNNI has these from AVX2
 
-#define MOE__SUB_LEVELS (128 / MOE__VBYTES) /* vectors of a sub-block of four rows */
+#define MOE__SUB_LEVELS (128 / MOE__VBYTES) // vectors of a sub-block of four rows
 
-typedef struct MOE__(rows_head) {
-    int8_t scale[64], min[64]; /* [16 or 8 of a block][4 rows] */
-    int8_t shift[64];          /* likewise: to be added to the levels */
+typedef struct rows_head {
+    int8_t scale[64], min[64]; // [16 or 8 of a block][4 rows]
+    int8_t shift[64];          // likewise: to be added to the levels
     __m128 d, dmin;
-} MOE__(rows_head);
+} rows_head;
 
-/* Lane l of vector v holds four t = r4_t of half r4_half. */
-MOE__V int MOE__(r4_half)(const int lane) { return lane % 2; }
-MOE__V int MOE__(r4_t)(const int v, const int lane) { return MOE__LANES / 2 * v + lane / 2; }
+// Lane l of vector v holds four t = r4_t of half r4_half.
+MOE__V int r4_half(const int lane) { return lane % 2; }
+MOE__V int r4_t(const int v, const int lane) { return MOE__LANES / 2 * v + lane / 2; }
 
-/* Dwords a, b, c, d (with 256 bits a and b) of 32 bytes in all dwords of their lanes */
-MOE__V MOE__VI MOE__(v_dwords)(__m256i x, const int a, const int b, const int c, const int d) {
+// Dwords a, b, c, d (with 256 bits a and b) of 32 bytes in all dwords of their lanes
+MOE__V MOE__VI v_dwords(__m256i x, const int a, const int b, const int c, const int d) {
 #if MOE__ISA == 3
     const __m512i at = _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d);
     return _mm512_permutexvar_epi32(at, _mm512_castsi256_si512(x));
@@ -7588,28 +7793,28 @@ MOE__V MOE__VI MOE__(v_dwords)(__m256i x, const int a, const int b, const int c,
     return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(a, a, a, a, b, b, b, b));
 #endif
 }
-/* The fours of vector v of 32 activations */
-MOE__V MOE__VI MOE__(v_acts_r4)(__m256i acts, const int v) {
-#define MOE__DWORD(lane) 4 * MOE__(r4_half)(lane) + MOE__(r4_t)(v, lane)
-    return MOE__(v_dwords)(acts, MOE__DWORD(0), MOE__DWORD(1), MOE__DWORD(2), MOE__DWORD(3));
+// The fours of vector v of 32 activations
+MOE__V MOE__VI v_acts_r4(__m256i acts, const int v) {
+#define MOE__DWORD(lane) 4 * r4_half(lane) + r4_t(v, lane)
+    return v_dwords(acts, MOE__DWORD(0), MOE__DWORD(1), MOE__DWORD(2), MOE__DWORD(3));
 #undef MOE__DWORD
 }
 
-/* ---- levels of four rows */
+// ---- levels of four rows
 
-MOE__V MOE__VI MOE__(v_nibbles_r4)(const uint8_t *p, const int v) {
+MOE__V MOE__VI v_nibbles_r4(const uint8_t *p, const int v) {
 #if MOE__ISA == 3
-    return MOE__(v_mask)(_mm512_srli_epi16(MOE__(v_load)(p), 4 * v), 15);
+    return v_mask(_mm512_srli_epi16(v_load(p), 4 * v), 15);
 #else
-    return MOE__(v_mask)(_mm256_srli_epi16(MOE__(v_load)(p + 32 * (v % 2)), 4 * (v / 2)), 15);
+    return v_mask(_mm256_srli_epi16(v_load(p + 32 * (v % 2)), 4 * (v / 2)), 15);
 #endif
 }
-/* Bits from a h + b (t % 2) + c (t / 2) on, moved to bit `to`; others are not cleared. 32 bytes: */
-/* half h is lane h; 16 bytes: both halves are in each */
-MOE__V MOE__VI MOE__(v_bits_r4)(MOE__VI x, const int v, const int a, const int b, const int c,
-                                const int to) {
+// Bits from a h + b (t % 2) + c (t / 2) on, moved to bit `to`; others are not cleared. 32 bytes:
+// half h is lane h; 16 bytes: both halves are in each
+MOE__V MOE__VI v_bits_r4(MOE__VI x, const int v, const int a, const int b, const int c,
+                         const int to) {
 #define MOE__SHIFT(lane)                                                                     \
-    (a * MOE__(r4_half)(lane) + b * (MOE__(r4_t)(v, lane) % 2) + c * (MOE__(r4_t)(v, lane) / 2))
+    (a * r4_half(lane) + b * (r4_t(v, lane) % 2) + c * (r4_t(v, lane) / 2))
 #if MOE__ISA == 3
     const __m512i at =
         _mm512_setr_epi64(MOE__SHIFT(0), MOE__SHIFT(0), MOE__SHIFT(1), MOE__SHIFT(1),
@@ -7622,199 +7827,189 @@ MOE__V MOE__VI MOE__(v_bits_r4)(MOE__VI x, const int v, const int a, const int b
 #endif
 #undef MOE__SHIFT
 }
-MOE__V MOE__VI MOE__(v_load_twice)(const uint8_t *p) {
+MOE__V MOE__VI v_load_twice(const uint8_t *p) {
 #if MOE__ISA == 3
-    return _mm512_broadcast_i64x4(MOE__(v_load_256)(p));
+    return _mm512_broadcast_i64x4(v_load_256(p));
 #else
-    return MOE__(v_load)(p);
+    return v_load(p);
 #endif
 }
-MOE__V MOE__VI MOE__(v_two_r4)(const uint8_t *p, const int v) {
-    return MOE__(v_mask)(MOE__(v_bits_r4)(MOE__(v_load_twice)(p), v, 0, 2, 4, 0), 3);
+MOE__V MOE__VI v_two_r4(const uint8_t *p, const int v) {
+    return v_mask(v_bits_r4(v_load_twice(p), v, 0, 2, 4, 0), 3);
 }
-MOE__V MOE__VI MOE__(v_one_r4)(const uint8_t *p, const int v, const int a, const int b,
-                               const int c, const int to) {
-    return MOE__(v_bits_r4)(MOE__(v_load16)(p), v, a, b, c, to);
+MOE__V MOE__VI v_one_r4(const uint8_t *p, const int v, const int a, const int b, const int c,
+                        const int to) {
+    return v_bits_r4(v_load16(p), v, a, b, c, to);
 }
 
-/* ---- heads of four rows */
+// ---- heads of four rows
 
-MOE__V __m128 MOE__(u_four_halves)(const uint8_t *p) {
+MOE__V __m128 u_four_halves(const uint8_t *p) {
     return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(const void *)p));
 }
-MOE__V __m256i MOE__(u_mask8)(__m256i x, const int mask) {
+MOE__V __m256i u_mask8(__m256i x, const int mask) {
     return _mm256_and_si256(x, _mm256_set1_epi8((char)mask));
 }
-MOE__V __m256i MOE__(u_add8)(__m256i x, const int y) {
+MOE__V __m256i u_add8(__m256i x, const int y) {
     return _mm256_add_epi8(x, _mm256_set1_epi8((char)y));
 }
-/* 64 6-bit scales less 32, see moe__types_six_r4 */
-MOE__V void MOE__(u_six_r4)(const uint8_t *low, const uint8_t *high, MOE__(rows_head) *h) {
-    const __m256i x = MOE__(v_load_256)(low);
-    const __m256i bits = _mm256_broadcastsi128_si256(MOE__(v_load_128)(high));
+// 64 6-bit scales less 32, see moe__types_six_r4
+MOE__V void u_six_r4(const uint8_t *low, const uint8_t *high, rows_head *h) {
+    const __m256i x = v_load_256(low);
+    const __m256i bits = _mm256_broadcastsi128_si256(v_load_128(high));
     __m256i a = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)), b;
-    b = MOE__(u_mask8)(_mm256_srli_epi16(a, 4), 3);
-    a = _mm256_slli_epi16(MOE__(u_mask8)(a, 3), 4);
+    b = u_mask8(_mm256_srli_epi16(a, 4), 3);
+    a = _mm256_slli_epi16(u_mask8(a, 3), 4);
     b = _mm256_slli_epi16(b, 4);
-    a = _mm256_or_si256(a, MOE__(u_mask8)(x, 15));
-    b = _mm256_or_si256(b, MOE__(u_mask8)(_mm256_srli_epi16(x, 4), 15));
-    MOE__(u_store)(h->scale, MOE__(u_add8)(a, -32));
-    MOE__(u_store)(h->scale + 32, MOE__(u_add8)(b, -32));
+    a = _mm256_or_si256(a, u_mask8(x, 15));
+    b = _mm256_or_si256(b, u_mask8(_mm256_srli_epi16(x, 4), 15));
+    u_store(h->scale, u_add8(a, -32));
+    u_store(h->scale + 32, u_add8(b, -32));
 }
-/* Bit i / 8 of byte i % 8 of x, for i = 0..31 (high: 32..63): -1 or 0 */
-MOE__V __m256i MOE__(u_bits_r4)(uint64_t x, const int high) {
+// Bit i / 8 of byte i % 8 of x, for i = 0..31 (high: 32..63): -1 or 0
+MOE__V __m256i u_bits_r4(uint64_t x, const int high) {
     const __m256i bit = _mm256_setr_epi64x(0x0101010101010101, 0x0202020202020202,
                                            0x0404040404040404, 0x0808080808080808);
     const __m256i bits = _mm256_set1_epi64x((int64_t)x);
     const __m256i at = high ? _mm256_slli_epi16(bit, 4) : bit;
     return _mm256_cmpeq_epi8(_mm256_and_si256(bits, at), at);
 }
-MOE__V void MOE__(u_shift_r4)(const uint8_t *extra, const int shift, MOE__(rows_head) *h) {
+MOE__V void u_shift_r4(const uint8_t *extra, const int shift, rows_head *h) {
     const uint64_t bits = moe__load_u64(extra);
-    MOE__(u_store)(h->shift, MOE__(u_mask8)(MOE__(u_bits_r4)(bits, 0), shift));
-    MOE__(u_store)(h->shift + 32, MOE__(u_mask8)(MOE__(u_bits_r4)(bits, 1), shift));
+    u_store(h->shift, u_mask8(u_bits_r4(bits, 0), shift));
+    u_store(h->shift + 32, u_mask8(u_bits_r4(bits, 1), shift));
 }
 
 #define MOE__HEAD(name)                                                                      \
     MOE__V void MOE__(head_##name)(const uint8_t *b, const float *D __attribute__((unused)), \
-                                   MOE__(rows_head) *h)
+                                   rows_head *h)
 #define MOE__LEVEL(name) MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, int j, const int v)
 
 MOE__HEAD(q2_k_r4) {
-    const __m256i low = MOE__(v_load_256)(b + 16), high = MOE__(v_load_256)(b + 48);
-    MOE__(u_store)(h->scale, MOE__(u_mask8)(low, 15));
-    MOE__(u_store)(h->scale + 32, MOE__(u_mask8)(high, 15));
-    MOE__(u_store)(h->min, MOE__(u_mask8)(_mm256_srli_epi16(low, 4), 15));
-    MOE__(u_store)(h->min + 32, MOE__(u_mask8)(_mm256_srli_epi16(high, 4), 15));
-    h->d = MOE__(u_four_halves)(b), h->dmin = MOE__(u_four_halves)(b + 8);
+    const __m256i low = v_load_256(b + 16), high = v_load_256(b + 48);
+    u_store(h->scale, u_mask8(low, 15));
+    u_store(h->scale + 32, u_mask8(high, 15));
+    u_store(h->min, u_mask8(_mm256_srli_epi16(low, 4), 15));
+    u_store(h->min + 32, u_mask8(_mm256_srli_epi16(high, 4), 15));
+    h->d = u_four_halves(b), h->dmin = u_four_halves(b + 8);
 }
-MOE__LEVEL(q2_k_r4) { return MOE__(v_two_r4)(b + 80 + 32 * j, v); }
+MOE__LEVEL(q2_k_r4) { return v_two_r4(b + 80 + 32 * j, v); }
 
 MOE__HEAD(q3_k_r4) {
-    MOE__(u_six_r4)(b + 24, b + 8, h);
-    h->d = MOE__(u_four_halves)(b);
+    u_six_r4(b + 24, b + 8, h);
+    h->d = u_four_halves(b);
 }
 MOE__LEVEL(q3_k_r4) {
-    return MOE__(v_join)(MOE__(v_two_r4)(b + 184 + 32 * j, v),
-                         MOE__(v_one_r4)(b + 56 + 16 * j, v, 4, 1, 2, 2), 1, 2);
+    return v_join(v_two_r4(b + 184 + 32 * j, v), v_one_r4(b + 56 + 16 * j, v, 4, 1, 2, 2), 1, 2);
 }
 
-/* Low nibbles are scales, high ones mins; two more bits of each */
+// Low nibbles are scales, high ones mins; two more bits of each
 MOE__HEAD(q4_k_r4) {
-    const __m256i bytes = MOE__(v_load_256)(b + 32), three = _mm256_set1_epi8(48);
-    __m256i high = _mm256_broadcastsi128_si256(MOE__(v_load_128)(b + 16));
+    const __m256i bytes = v_load_256(b + 32), three = _mm256_set1_epi8(48);
+    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + 16));
     high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
-    const __m256i scale = MOE__(u_mask8)(bytes, 15);
-    const __m256i min = MOE__(u_mask8)(_mm256_srli_epi16(bytes, 4), 15);
-    MOE__(u_store)(h->scale, MOE__(u_or_and)(scale, _mm256_slli_epi16(high, 4), three));
-    MOE__(u_store)(h->min, MOE__(u_or_and)(min, _mm256_slli_epi16(high, 2), three));
-    h->d = MOE__(u_four_halves)(b), h->dmin = MOE__(u_four_halves)(b + 8);
+    const __m256i scale = u_mask8(bytes, 15);
+    const __m256i min = u_mask8(_mm256_srli_epi16(bytes, 4), 15);
+    u_store(h->scale, u_or_and(scale, _mm256_slli_epi16(high, 4), three));
+    u_store(h->min, u_or_and(min, _mm256_slli_epi16(high, 2), three));
+    h->d = u_four_halves(b), h->dmin = u_four_halves(b + 8);
 }
-MOE__LEVEL(q4_k_r4) { return MOE__(v_nibbles_r4)(b + 64 + 64 * j, v); }
+MOE__LEVEL(q4_k_r4) { return v_nibbles_r4(b + 64 + 64 * j, v); }
 
 MOE__HEAD(q5_k_r4) { MOE__(head_q4_k_r4)(b, D, h); }
 MOE__LEVEL(q5_k_r4) {
-    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 192 + 64 * j, v),
-                         MOE__(v_one_r4)(b + 64 + 16 * j, v, 4, 2, 1, 4), 1, 4);
+    return v_join(v_nibbles_r4(b + 192 + 64 * j, v), v_one_r4(b + 64 + 16 * j, v, 4, 2, 1, 4), 1,
+                  4);
 }
 
 MOE__HEAD(q6_k_r4) {
     memcpy(h->scale, b + 8, 64);
-    h->d = MOE__(u_four_halves)(b);
+    h->d = u_four_halves(b);
 }
 MOE__LEVEL(q6_k_r4) {
-    const MOE__VI high = MOE__(v_load_twice)(b + 72 + 32 * j);
-    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 328 + 64 * j, v),
-                         MOE__(v_bits_r4)(high, v, 0, 4, 2, 4), 2, 4);
+    const MOE__VI high = v_load_twice(b + 72 + 32 * j);
+    return v_join(v_nibbles_r4(b + 328 + 64 * j, v), v_bits_r4(high, v, 0, 4, 2, 4), 2, 4);
 }
 
 MOE__HEAD(iq2_k_r4) {
-    const __m256i x = MOE__(v_load_256)(b + 16);
-    MOE__(u_store)(h->scale, MOE__(u_add8)(MOE__(u_mask8)(x, 15), -8));
-    MOE__(u_store)(h->scale + 32,
-                   MOE__(u_add8)(MOE__(u_mask8)(_mm256_srli_epi16(x, 4), 15), -8));
-    MOE__(u_shift_r4)(b + 8, MOE__SHIFT_K2, h);
-    h->d = MOE__(u_four_halves)(b);
+    const __m256i x = v_load_256(b + 16);
+    u_store(h->scale, u_add8(u_mask8(x, 15), -8));
+    u_store(h->scale + 32, u_add8(u_mask8(_mm256_srli_epi16(x, 4), 15), -8));
+    u_shift_r4(b + 8, MOE__SHIFT_K2, h);
+    h->d = u_four_halves(b);
 }
-MOE__LEVEL(iq2_k_r4) {
-    return MOE__(v_lookup)(moe__levels_k2, MOE__(v_two_r4)(b + 48 + 32 * j, v), 4, 32);
-}
+MOE__LEVEL(iq2_k_r4) { return v_lookup(moe__levels_k2, v_two_r4(b + 48 + 32 * j, v), 4, 32); }
 
-/* 2 x + 1, negative where the sign is set */
-MOE__V __m256i MOE__(u_odd_signed)(__m256i x, __m256i sign) {
-    x = MOE__(u_add8)(_mm256_add_epi8(x, x), 1);
+// 2 x + 1, negative where the sign is set
+MOE__V __m256i u_odd_signed(__m256i x, __m256i sign) {
+    x = u_add8(_mm256_add_epi8(x, x), 1);
     return _mm256_sub_epi8(_mm256_xor_si256(x, sign), sign);
 }
 MOE__HEAD(iq3_k_r4) {
-    const __m256i x = MOE__(v_load_256)(b + 24);
+    const __m256i x = v_load_256(b + 24);
     const uint64_t signs = moe__load_u64(b + 16);
-    MOE__(u_store)(h->scale, MOE__(u_odd_signed)(MOE__(u_mask8)(x, 15),
-                                                 MOE__(u_bits_r4)(signs, 0)));
-    MOE__(u_store)(h->scale + 32,
-                   MOE__(u_odd_signed)(MOE__(u_mask8)(_mm256_srli_epi16(x, 4), 15),
-                                       MOE__(u_bits_r4)(signs, 1)));
-    MOE__(u_shift_r4)(b + 8, MOE__SHIFT_K3, h);
-    h->d = MOE__(u_four_halves)(b);
+    u_store(h->scale, u_odd_signed(u_mask8(x, 15), u_bits_r4(signs, 0)));
+    u_store(h->scale + 32, u_odd_signed(u_mask8(_mm256_srli_epi16(x, 4), 15), u_bits_r4(signs, 1)));
+    u_shift_r4(b + 8, MOE__SHIFT_K3, h);
+    h->d = u_four_halves(b);
 }
 MOE__LEVEL(iq3_k_r4) {
-    const MOE__VI x = MOE__(v_join)(MOE__(v_two_r4)(b + 56 + 32 * j, v),
-                                    MOE__(v_one_r4)(b + 312 + 16 * j, v, 4, 1, 2, 2), 1, 2);
-    return MOE__(v_lookup)(moe__levels_k3, x, 8, 64);
+    const MOE__VI x =
+        v_join(v_two_r4(b + 56 + 32 * j, v), v_one_r4(b + 312 + 16 * j, v, 4, 1, 2, 2), 1, 2);
+    return v_lookup(moe__levels_k3, x, 8, 64);
 }
 
 MOE__HEAD(iq4_k_r4) {
-    MOE__(u_six_r4)(b + 32, b + 16, h);
-    MOE__(u_shift_r4)(b + 8, MOE__SHIFT_K4, h);
-    h->d = MOE__(u_four_halves)(b);
+    u_six_r4(b + 32, b + 16, h);
+    u_shift_r4(b + 8, MOE__SHIFT_K4, h);
+    h->d = u_four_halves(b);
 }
 MOE__LEVEL(iq4_k_r4) {
-    const MOE__VI x = MOE__(v_nibbles_r4)(b + 64 + 64 * j, v);
-    return MOE__(v_lookup)(moe__levels_k4, x, 16, MOE__BIAS8);
+    const MOE__VI x = v_nibbles_r4(b + 64 + 64 * j, v);
+    return v_lookup(moe__levels_k4, x, 16, MOE__BIAS8);
 }
 
 MOE__HEAD(iq5_k_r4) {
-    MOE__(u_six_r4)(b + 32, b + 16, h);
-    MOE__(u_shift_r4)(b + 8, MOE__SHIFT_K5, h);
-    h->d = MOE__(u_four_halves)(b);
+    u_six_r4(b + 32, b + 16, h);
+    u_shift_r4(b + 8, MOE__SHIFT_K5, h);
+    h->d = u_four_halves(b);
 }
 MOE__LEVEL(iq5_k_r4) {
-    const MOE__VI x = MOE__(v_join)(MOE__(v_nibbles_r4)(b + 64 + 64 * j, v),
-                                    MOE__(v_one_r4)(b + 576 + 16 * j, v, 2, 4, 1, 4), 1, 4);
-    return MOE__(v_lookup)(moe__levels_k5, x, 32, MOE__BIAS8);
+    const MOE__VI x =
+        v_join(v_nibbles_r4(b + 64 + 64 * j, v), v_one_r4(b + 576 + 16 * j, v, 2, 4, 1, 4), 1, 4);
+    return v_lookup(moe__levels_k5, x, 32, MOE__BIAS8);
 }
 
-/* Scales whose lowest bit is not part of them but chooses the table */
-MOE__V void MOE__(u_head_ks_r4)(const uint8_t *b, const float *D, const int shift,
-                                MOE__(rows_head) *h) {
-    const __m256i x = MOE__(v_load_256)(b), bit = MOE__(u_mask8)(x, 1);
-    MOE__(u_store)(h->scale, MOE__(u_add8)(_mm256_sub_epi8(x, bit), -127));
-    MOE__(u_store)(h->shift,
-                   MOE__(u_mask8)(_mm256_sub_epi8(_mm256_setzero_si256(), bit), shift));
+// Scales whose lowest bit is not part of them but chooses the table
+MOE__V void u_head_ks_r4(const uint8_t *b, const float *D, const int shift, rows_head *h) {
+    const __m256i x = v_load_256(b), bit = u_mask8(x, 1);
+    u_store(h->scale, u_add8(_mm256_sub_epi8(x, bit), -127));
+    u_store(h->shift, u_mask8(_mm256_sub_epi8(_mm256_setzero_si256(), bit), shift));
     h->d = _mm_loadu_ps(D);
 }
 
-MOE__HEAD(iq4_ks_r4) { MOE__(u_head_ks_r4)(b, D, MOE__SHIFT_K4, h); }
+MOE__HEAD(iq4_ks_r4) { u_head_ks_r4(b, D, MOE__SHIFT_K4, h); }
 MOE__LEVEL(iq4_ks_r4) {
-    const MOE__VI x = MOE__(v_nibbles_r4)(b + 32 + 64 * j, v);
-    return MOE__(v_lookup)(moe__levels_k4, x, 16, MOE__BIAS8);
+    const MOE__VI x = v_nibbles_r4(b + 32 + 64 * j, v);
+    return v_lookup(moe__levels_k4, x, 16, MOE__BIAS8);
 }
 
-MOE__HEAD(iq5_ks_r4) { MOE__(u_head_ks_r4)(b, D, MOE__SHIFT_K5, h); }
+MOE__HEAD(iq5_ks_r4) { u_head_ks_r4(b, D, MOE__SHIFT_K5, h); }
 MOE__LEVEL(iq5_ks_r4) {
-    const MOE__VI x = MOE__(v_join)(MOE__(v_nibbles_r4)(b + 32 + 64 * j, v),
-                                    MOE__(v_one_r4)(b + 544 + 16 * j, v, 2, 4, 1, 4), 1, 4);
-    return MOE__(v_lookup)(moe__levels_k5, x, 32, MOE__BIAS8);
+    const MOE__VI x =
+        v_join(v_nibbles_r4(b + 32 + 64 * j, v), v_one_r4(b + 544 + 16 * j, v, 2, 4, 1, 4), 1, 4);
+    return v_lookup(moe__levels_k5, x, 32, MOE__BIAS8);
 }
 
-/* ---- products with four rows */
+// ---- products with four rows
 
-/* The scales of sub-block j, per row and half: int16 twice in a dword, or int32 */
-MOE__V MOE__VI MOE__(v_scales_r4)(const int8_t *scale, int j, const int per, const int words) {
-    const int h = per == 16 ? 0x04040404 : 0; /* second half */
+// The scales of sub-block j, per row and half: int16 twice in a dword, or int32
+MOE__V MOE__VI v_scales_r4(const int8_t *scale, int j, const int per, const int words) {
+    const int h = per == 16 ? 0x04040404 : 0; // second half
     const int a = 0x00800080, b = 0x01800180, c = 0x02800280, d = 0x03800380;
     const __m128i even = words ? _mm_setr_epi32(a, b, c, d)
                                : _mm_setr_epi32(0x00808080, 0x01808080, 0x02808080, 0x03808080);
-    const __m128i odd = _mm_add_epi8(even, _mm_set1_epi32(h)); /* 0x84 is a zero like 0x80 */
+    const __m128i odd = _mm_add_epi8(even, _mm_set1_epi32(h)); // 0x84 is a zero like 0x80
 #if MOE__ISA == 3
     const __m512i at =
         _mm512_broadcast_i64x4(_mm256_inserti128_si256(_mm256_castsi128_si256(even), odd, 1));
@@ -7830,84 +8025,80 @@ MOE__V MOE__VI MOE__(v_scales_r4)(const int8_t *scale, int j, const int per, con
 #endif
 }
 
-/* Bytes [16 or 8][4 rows] as pairs of int16 of each row: pairs number MOE__LANES * i .. */
-MOE__V MOE__VI MOE__(v_pairs_r4)(const int8_t *bytes, const int i) {
+// Bytes [16 or 8][4 rows] as pairs of int16 of each row: pairs number MOE__LANES * i ..
+MOE__V MOE__VI v_pairs_r4(const int8_t *bytes, const int i) {
     const __m128i at = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
 #if MOE__ISA == 3
-    const __m256i x = MOE__(v_load_256)(bytes + 32 * i);
+    const __m256i x = v_load_256(bytes + 32 * i);
     return _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(at)));
 #else
-    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(MOE__(v_load_128)(bytes + 16 * i), at));
+    return _mm256_cvtepi8_epi16(_mm_shuffle_epi8(v_load_128(bytes + 16 * i), at));
 #endif
 }
-/* acc + per row the sum of x * (shift + add) * (sum of activations); shift NULL: 0 */
-MOE__V MOE__VI MOE__(v_times_sums_r4)(MOE__VI acc, const int8_t *x, const int8_t *shift,
-                                      const int add, const moe__act256 *a, const int per) {
-    const __m256i sums = per == 16 ? MOE__(v_load_256)(a->sum16)
-                                   : _mm256_castsi128_si256(MOE__(v_load_128)(a->sum32));
+// acc + per row the sum of x * (shift + add) * (sum of activations); shift NULL: 0
+MOE__V MOE__VI v_times_sums_r4(MOE__VI acc, const int8_t *x, const int8_t *shift, const int add,
+                               const moe__act256 *a, const int per) {
+    const __m256i sums =
+        per == 16 ? v_load_256(a->sum16) : _mm256_castsi128_si256(v_load_128(a->sum32));
     const MOE__VI more = MOE__MM(set1_epi16)((short)add);
     MOE__UNROLL(4)
     for (int i = 0; i < 128 / per / MOE__LANES; i++) {
         const int at = MOE__LANES * i;
-        MOE__VI y = MOE__(v_pairs_r4)(x, i);
+        MOE__VI y = v_pairs_r4(x, i);
         if (shift)
-            y = MOE__MM(mullo_epi16)(
-                y, MOE__MM(add_epi16)(MOE__(v_pairs_r4)(shift, i), more));
+            y = MOE__MM(mullo_epi16)(y, MOE__MM(add_epi16)(v_pairs_r4(shift, i), more));
         else if (add != 1)
             y = MOE__MM(mullo_epi16)(y, more);
-        acc = MOE__(v_dot_i16)(acc, y, MOE__(v_dwords)(sums, at, at + 1, at + 2, at + 3));
+        acc = v_dot_i16(acc, y, v_dwords(sums, at, at + 1, at + 2, at + 3));
     }
     return acc;
 }
 
-/* acc + the products of sub-block j, whose levels are w, times its scales */
-MOE__V MOE__VI MOE__(v_multiply_r4)(MOE__VI acc, const MOE__VI *w, const int8_t *q,
-                                    const int8_t *scale, int j, const int bits, const int per) {
-    const __m256i acts = MOE__(v_load_256)(q + moe__act256_at(32 * j));
+// acc + the products of sub-block j, whose levels are w, times its scales
+MOE__V MOE__VI v_multiply_r4(MOE__VI acc, const MOE__VI *w, const int8_t *q, const int8_t *scale,
+                             int j, const int bits, const int per) {
+    const __m256i acts = v_load_256(q + moe__act256_at(32 * j));
 #if MOE__ISA == 3
     if (bits == 8) {
         __m512i sum = _mm512_setzero_si512();
         MOE__UNROLL(4)
-        for (int v = 0; v < MOE__SUB_LEVELS; v++)
-            sum = MOE__(v_quads)(sum, w[v], MOE__(v_acts_r4)(acts, v), 8);
-        return _mm512_add_epi32(
-            acc, _mm512_mullo_epi32(sum, MOE__(v_scales_r4)(scale, j, per, 0)));
+        for (int v = 0; v < MOE__SUB_LEVELS; v++) sum = v_quads(sum, w[v], v_acts_r4(acts, v), 8);
+        return _mm512_add_epi32(acc, _mm512_mullo_epi32(sum, v_scales_r4(scale, j, per, 0)));
     }
 #endif
-    const MOE__VI scales = MOE__(v_scales_r4)(scale, j, per, 1);
+    const MOE__VI scales = v_scales_r4(scale, j, per, 1);
     MOE__UNROLL(4)
     for (int v = 0; v < MOE__SUB_LEVELS; v++)
-        acc = MOE__(v_dot_i16)(acc, MOE__(v_twos)(w[v], MOE__(v_acts_r4)(acts, v), bits), scales);
+        acc = v_dot_i16(acc, v_twos(w[v], v_acts_r4(acts, v), bits), scales);
     return acc;
 }
 
-/* What tiles want of half a panel: its rows' levels and scales, see "the scratch of tiles". */
-typedef struct MOE__(rows_out) {
+// What tiles want of half a panel: its rows' levels and scales, see "the scratch of tiles".
+typedef struct rows_out {
     uint8_t *pack;
     int64_t half;
-    int per; /* weights per scale, 16 or 32: as many as the type has, or less */
-    int add; /* to the levels */
-} MOE__(rows_out);
-MOE__V void MOE__(rows_put)(const MOE__(rows_out) *out, int quad, MOE__VI x) {
-    MOE__(tile_put)(out->pack, quad, out->half,
-                    MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)((char)out->add)));
+    int per; // weights per scale, 16 or 32: as many as the type has, or less
+    int add; // to the levels
+} rows_out;
+MOE__V void rows_put(const rows_out *out, int quad, MOE__VI x) {
+    tile_put(out->pack, quad, out->half, MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)((char)out->add)));
 }
-/* Vectors v of sub-block j of as many groups of four rows as fill a vector with rows */
-MOE__V void MOE__(rows_put_r4)(const MOE__(rows_out) *out, int j, const int v, const MOE__VI *x) {
-#define MOE__AT(lane) 8 * j + 4 * MOE__(r4_half)(lane) + MOE__(r4_t)(v, lane)
+// Vectors v of sub-block j of as many groups of four rows as fill a vector with rows
+MOE__V void MOE__(rows_put_r4)(const rows_out *out, int j, const int v, const MOE__VI *x) {
+#define MOE__AT(lane) 8 * j + 4 * r4_half(lane) + r4_t(v, lane)
 #if MOE__ISA == 3
     __m512i y[4];
-    MOE__(v_turn_lanes)(x, y);
-    MOE__(rows_put)(out, MOE__AT(0), y[0]), MOE__(rows_put)(out, MOE__AT(1), y[1]);
-    MOE__(rows_put)(out, MOE__AT(2), y[2]), MOE__(rows_put)(out, MOE__AT(3), y[3]);
+    v_turn_lanes(x, y);
+    rows_put(out, MOE__AT(0), y[0]), rows_put(out, MOE__AT(1), y[1]);
+    rows_put(out, MOE__AT(2), y[2]), rows_put(out, MOE__AT(3), y[3]);
 #else
-    MOE__(rows_put)(out, MOE__AT(0), _mm256_permute2x128_si256(x[0], x[1], 0x20));
-    MOE__(rows_put)(out, MOE__AT(1), _mm256_permute2x128_si256(x[0], x[1], 0x31));
+    rows_put(out, MOE__AT(0), _mm256_permute2x128_si256(x[0], x[1], 0x20));
+    rows_put(out, MOE__AT(1), _mm256_permute2x128_si256(x[0], x[1], 0x31));
 #endif
 #undef MOE__AT
 }
-/* Shifts of sub-block j, per row and half, in every byte */
-MOE__V MOE__VI MOE__(v_shift_r4)(const int8_t *shift, int j, const int per) {
+// Shifts of sub-block j, per row and half, in every byte
+MOE__V MOE__VI v_shift_r4(const int8_t *shift, int j, const int per) {
     const __m128i even = _mm_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303);
     const __m128i odd = _mm_add_epi8(even, _mm_set1_epi8(per == 16 ? 4 : 0));
     const __m256i at = _mm256_inserti128_si256(_mm256_castsi128_si256(even), odd, 1);
@@ -7921,10 +8112,10 @@ MOE__V MOE__VI MOE__(v_shift_r4)(const int8_t *shift, int j, const int per) {
 #endif
 }
 typedef void MOE__(rows_fn)(const uint8_t *const *group, int n, const float (*D)[4],
-                            const MOE__(rows_out) *out);
-/* The scales, mins and their scales of those groups; `per` of the type */
-MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_head) *h,
-                                  const int per, const int mins) {
+                            const rows_out *out);
+// The scales, mins and their scales of those groups; `per` of the type
+MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const int per,
+                                  const int mins) {
     enum { GROUPS = MOE__VFLOATS / 4 };
     uint8_t *half = out->pack + out->half * MOE__VBYTES;
     for (int s = 0; s < 256 / out->per; s++) {
@@ -7932,27 +8123,26 @@ MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_h
         for (int g = 0; g < GROUPS; g++)
             memcpy(bytes + g, h[g].scale + 4 * (s * out->per / per), 4);
 #if MOE__ISA == 3
-        const __m512i x = _mm512_cvtepi8_epi32(MOE__(v_load_128)(bytes));
+        const __m512i x = _mm512_cvtepi8_epi32(v_load_128(bytes));
 #else
         const __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(void *)bytes));
 #endif
-        MOE__(tile_put_int)(out->pack, s, out->half, x);
+        tile_put_int(out->pack, s, out->half, x);
     }
     for (int i = 0; mins && i < 128 / per; i++) {
         int8_t bytes[8 * GROUPS];
         for (int g = 0; g < GROUPS; g++) memcpy(bytes + 8 * g, h[g].min + 8 * i, 8);
-        MOE__(tile_store)(half + MOE__(TILE_MIN) + 2 * i * MOE__VBYTES,
-                          MOE__(v_pairs_r4)(bytes, 0));
+        tile_store(half + TILE_MIN + 2 * i * MOE__VBYTES, v_pairs_r4(bytes, 0));
     }
     for (int g = 0; g < GROUPS; g++) {
-        _mm_storeu_ps((float *)(void *)(half + MOE__(TILE_D)) + 4 * g, h[g].d);
+        _mm_storeu_ps((float *)(void *)(half + TILE_D) + 4 * g, h[g].d);
         if (mins)
-            _mm_storeu_ps((float *)(void *)(half + MOE__(TILE_DMIN)) + 4 * g,
+            _mm_storeu_ps((float *)(void *)(half + TILE_DMIN) + 4 * g,
                           _mm_sub_ps(_mm_setzero_ps(), h[g].dmin));
     }
 }
 
-/* A type of four rows: its dot products, and its rows for tiles: of groups group[0], ... */
+// A type of four rows: its dot products, and its rows for tiles: of groups group[0], ...
 #define MOE__TYPE_R4(NAME, name, shifts)                                                          \
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
@@ -7968,24 +8158,24 @@ MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_h
             if (meta) memcpy(D, b, sizeof D);                                                     \
             b += meta;                                                                            \
             for (const moe__act256 *a = first; a < end; a++, b += size) {                         \
-                MOE__(rows_head) h;                                                               \
-                MOE__VI sum = MOE__(v_zero)();                                                    \
-                MOE__(v_fetch)(b, rows_end, size);                                                \
+                rows_head h;                                                               \
+                MOE__VI sum = v_zero();                                                    \
+                v_fetch(b, rows_end, size);                                                \
                 MOE__(head_##name)(b, D, &h);                                                     \
                 if (shifts || bias)                                                               \
-                    sum = MOE__(v_times_sums_r4)(sum, h.scale, shifts ? h.shift : NULL, -bias, a, \
+                    sum = v_times_sums_r4(sum, h.scale, shifts ? h.shift : NULL, -bias, a, \
                                                  per);                                            \
                 for (int j = 0; j < 8; j++) {                                                     \
                     MOE__VI w[MOE__SUB_LEVELS];                                                   \
                     MOE__UNROLL(4)                                                                \
                     for (int v = 0; v < MOE__SUB_LEVELS; v++)                                     \
                         w[v] = MOE__(level_##name)(b, j, v);                                      \
-                    sum = MOE__(v_multiply_r4)(sum, w, a->q, h.scale, j, bits, per);              \
+                    sum = v_multiply_r4(sum, w, a->q, h.scale, j, bits, per);              \
                 }                                                                                 \
-                __m128 part = _mm_mul_ps(_mm_cvtepi32_ps(MOE__(u_rows_4)(sum)), h.d);             \
+                __m128 part = _mm_mul_ps(_mm_cvtepi32_ps(u_rows_4(sum)), h.d);             \
                 if (mins) {                                                                       \
-                    sum = MOE__(v_times_sums_r4)(MOE__(v_zero)(), h.min, NULL, 1, a, per);        \
-                    part = _mm_fnmadd_ps(_mm_cvtepi32_ps(MOE__(u_rows_4)(sum)), h.dmin, part);    \
+                    sum = v_times_sums_r4(v_zero(), h.min, NULL, 1, a, per);        \
+                    part = _mm_fnmadd_ps(_mm_cvtepi32_ps(u_rows_4(sum)), h.dmin, part);    \
                 }                                                                                 \
                 total = _mm_fmadd_ps(part, _mm_set1_ps(a->d), total);                             \
             }                                                                                     \
@@ -7993,10 +8183,10 @@ MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_h
         }                                                                                         \
     }                                                                                             \
     MOE__K void MOE__(rows_##name)(const uint8_t *const *group, int n, const float (*D)[4],       \
-                                   const MOE__(rows_out) *out) {                                  \
+                                   const rows_out *out) {                                  \
         enum { GROUPS = MOE__VFLOATS / 4 };                                                       \
         const int per = MOE__PER_##NAME, mins = MOE__OFFSET_##NAME == 0;                          \
-        MOE__(rows_head) h[GROUPS];                                                               \
+        rows_head h[GROUPS];                                                               \
         (void)n;                                                                                  \
         for (int g = 0; g < GROUPS; g++) MOE__(head_##name)(group[g], D[g], h + g);               \
         for (int j = 0; j < 8; j++) {                                                             \
@@ -8007,7 +8197,7 @@ MOE__V void MOE__(rows_put_heads)(const MOE__(rows_out) *out, const MOE__(rows_h
                 for (int g = 0; g < GROUPS; g++) {                                                \
                     w[g] = MOE__(level_##name)(group[g], j, v);                                   \
                     if (shifts)                                                                   \
-                        w[g] = MOE__MM(add_epi8)(w[g], MOE__(v_shift_r4)(h[g].shift, j, per));    \
+                        w[g] = MOE__MM(add_epi8)(w[g], v_shift_r4(h[g].shift, j, per));    \
                 }                                                                                 \
                 MOE__(rows_put_r4)(out, j, v, w);                                                 \
             }                                                                                     \
@@ -8030,39 +8220,38 @@ MOE__TYPE_R4(IQ5_KS_R4, iq5_ks_r4, 1)
 #undef MOE__HEAD
 #undef MOE__LEVEL
 
-/* ---- eight rows */
+// ---- eight rows
 
-/* Pieces of 32 bytes hold fours of eight rows; a vector has one or two of them, from number */
-/* MOE__PIECES * v. */
+// Pieces of 32 bytes hold fours of eight rows; a vector has one or two of them, from number
+// MOE__PIECES * v.
 #define MOE__PIECES (MOE__VBYTES / 32)
 
-/* Fours a (and b) of 32 activations */
-MOE__V MOE__VI MOE__(v_acts_r8)(__m256i acts, const int a, const int b) {
+// Fours a (and b) of 32 activations
+MOE__V MOE__VI v_acts_r8(__m256i acts, const int a, const int b) {
 #if MOE__ISA == 3
-    return MOE__(v_dwords)(acts, a, a, b, b);
+    return v_dwords(acts, a, a, b, b);
 #else
-    return (void)b, MOE__(v_dwords)(acts, a, a, a, a);
+    return (void)b, v_dwords(acts, a, a, a, a);
 #endif
 }
-/* Puts the pieces of as many groups of eight rows as fill a vector with rows: fours a (and b). */
-MOE__V void MOE__(rows_put_r8)(const MOE__(rows_out) *out, int j, const MOE__VI *x, const int a,
+// Puts the pieces of as many groups of eight rows as fill a vector with rows: fours a (and b).
+MOE__V void MOE__(rows_put_r8)(const rows_out *out, int j, const MOE__VI *x, const int a,
                                const int b) {
 #if MOE__ISA == 3
-    MOE__(rows_put)(out, 8 * j + a, _mm512_shuffle_i64x2(x[0], x[1], 0x44));
-    MOE__(rows_put)(out, 8 * j + b, _mm512_shuffle_i64x2(x[0], x[1], 0xEE));
+    rows_put(out, 8 * j + a, _mm512_shuffle_i64x2(x[0], x[1], 0x44));
+    rows_put(out, 8 * j + b, _mm512_shuffle_i64x2(x[0], x[1], 0xEE));
 #else
     (void)b;
-    MOE__(rows_put)(out, 8 * j + a, x[0]);
+    rows_put(out, 8 * j + a, x[0]);
 #endif
 }
 
-/* IQ4_XS_R8: in a piece the low nibbles are the even fours, the high ones the odd ones. Scales */
-/* of sub-block j are bytes 8 j .. of moe__types_six_r4's. */
-MOE__V MOE__VI MOE__(level_iq4_xs_r8)(const uint8_t *b, int j, const int v, const int high) {
-    const MOE__VI x = MOE__(v_load)(b + 64 + 128 * j + MOE__VBYTES * v);
-    return MOE__(v_lookup)(moe__levels_k4,
-                           MOE__(v_mask)(MOE__MM(srli_epi16)(x, high ? 4 : 0), 15), 16,
-                           MOE__BIAS8);
+// IQ4_XS_R8: in a piece the low nibbles are the even fours, the high ones the odd ones. Scales
+// of sub-block j are bytes 8 j .. of moe__types_six_r4's.
+MOE__V MOE__VI level_iq4_xs_r8(const uint8_t *b, int j, const int v, const int high) {
+    const MOE__VI x = v_load(b + 64 + 128 * j + MOE__VBYTES * v);
+    return v_lookup(moe__levels_k4, v_mask(MOE__MM(srli_epi16)(x, high ? 4 : 0), 15), 16,
+                    MOE__BIAS8);
 }
 MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                                  const void *x, float *out) {
@@ -8073,50 +8262,49 @@ MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n
         const uint8_t *b = rows + (size_t)r * row_size;
         __m256 total = _mm256_setzero_ps();
         for (const moe__act256 *a = first; a < end; a++, b += size) {
-            MOE__(rows_head) h;
+            rows_head h;
             __m256i sum = _mm256_setzero_si256();
-            MOE__(v_fetch)(b, rows_end, size);
-            MOE__(u_six_r4)(b + 32, b + 16, &h);
+            v_fetch(b, rows_end, size);
+            u_six_r4(b + 32, b + 16, &h);
             for (int j = 0; j < 8; j++) {
-                const __m256i acts = MOE__(v_load_256)(a->q + moe__act256_at(32 * j));
-                MOE__VI s = MOE__(v_zero)();
+                const __m256i acts = v_load_256(a->q + moe__act256_at(32 * j));
+                MOE__VI s = v_zero();
                 MOE__UNROLL(4)
                 for (int v = 0; v < 4 / P; v++) {
-                    s = MOE__(v_quads)(s, MOE__(level_iq4_xs_r8)(b, j, v, 0),
-                                       MOE__(v_acts_r8)(acts, 2 * P * v, 2 * P * v + 2), 8);
-                    s = MOE__(v_quads)(s, MOE__(level_iq4_xs_r8)(b, j, v, 1),
-                                       MOE__(v_acts_r8)(acts, 2 * P * v + 1, 2 * P * v + 3), 8);
+                    s = v_quads(s, level_iq4_xs_r8(b, j, v, 0),
+                                v_acts_r8(acts, 2 * P * v, 2 * P * v + 2), 8);
+                    s = v_quads(s, level_iq4_xs_r8(b, j, v, 1),
+                                v_acts_r8(acts, 2 * P * v + 1, 2 * P * v + 3), 8);
                 }
                 const __m256i less = _mm256_set1_epi32(MOE__BIAS8 * a->sum32[j]);
                 const __m256i scale = _mm256_cvtepi8_epi32(
                     _mm_loadl_epi64((const __m128i *)(const void *)(h.scale + 8 * j)));
                 sum = _mm256_add_epi32(
-                    sum, _mm256_mullo_epi32(_mm256_sub_epi32(MOE__(u_rows_8)(s), less), scale));
+                    sum, _mm256_mullo_epi32(_mm256_sub_epi32(u_rows_8(s), less), scale));
             }
-            const __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sum),
-                                              _mm256_cvtph_ps(MOE__(v_load_128)(b)));
+            const __m256 part =
+                _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_cvtph_ps(v_load_128(b)));
             total = _mm256_fmadd_ps(part, _mm256_set1_ps(a->d), total);
         }
         _mm256_storeu_ps(out + r, total);
     }
 }
 MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const float (*D)[4],
-                                  const MOE__(rows_out) *out) {
+                                  const rows_out *out) {
     enum { GROUPS = MOE__VFLOATS / 8, P = MOE__PIECES };
-    MOE__(rows_head) h[GROUPS];
+    rows_head h[GROUPS];
     uint8_t *half = out->pack + out->half * MOE__VBYTES;
     (void)n, (void)D;
     for (int g = 0; g < GROUPS; g++) {
-        MOE__(u_six_r4)(group[g] + 32, group[g] + 16, h + g);
-        _mm256_storeu_ps((float *)(void *)(half + MOE__(TILE_D)) + 8 * g,
-                         _mm256_cvtph_ps(MOE__(v_load_128)(group[g])));
+        u_six_r4(group[g] + 32, group[g] + 16, h + g);
+        _mm256_storeu_ps((float *)(void *)(half + TILE_D) + 8 * g,
+                         _mm256_cvtph_ps(v_load_128(group[g])));
     }
     for (int j = 0; j < 8; j++) {
         MOE__UNROLL(8)
-        for (int i = 0; i < 8 / P; i++) { /* vector i / 2, low or high nibbles */
+        for (int i = 0; i < 8 / P; i++) { // vector i / 2, low or high nibbles
             MOE__VI w[GROUPS];
-            for (int g = 0; g < GROUPS; g++)
-                w[g] = MOE__(level_iq4_xs_r8)(group[g], j, i / 2, i % 2);
+            for (int g = 0; g < GROUPS; g++) w[g] = level_iq4_xs_r8(group[g], j, i / 2, i % 2);
             MOE__(rows_put_r8)(out, j, w, 2 * P * (i / 2) + i % 2, 2 * P * (i / 2) + i % 2 + 2);
         }
     }
@@ -8124,44 +8312,39 @@ MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const floa
         for (int g = 0; g < GROUPS; g++) {
             const __m256i x = _mm256_cvtepi8_epi32(_mm_loadl_epi64(
                 (const __m128i *)(const void *)(h[g].scale + 8 * (s * out->per / 32))));
-            MOE__(u_store)(half + MOE__(TILE_SCALE) + 2 * s * MOE__VBYTES + 32 * g, x);
+            u_store(half + TILE_SCALE + 2 * s * MOE__VBYTES + 32 * g, x);
         }
 }
 
-/* ---- interleaved rows of 32-wide blocks */
+// ---- interleaved rows of 32-wide blocks
 
-/* Fours of one block of 32 weights: with four rows vectors as above, with eight rows pieces of */
-/* fours 0..3 in the low nibbles, 4..7 in the high ones (Q8_0_R8: 0..7). `level` is vector v. */
+// Fours of one block of 32 weights: with four rows vectors as above, with eight rows pieces of
+// fours 0..3 in the low nibbles, 4..7 in the high ones (Q8_0_R8: 0..7). `level` is vector v.
 #define MOE__LEVEL(name) MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, const int v)
-MOE__V MOE__VI MOE__(v_nibbles_r8)(const uint8_t *p, const int v) {
+MOE__V MOE__VI v_nibbles_r8(const uint8_t *p, const int v) {
     const int n = 4 / MOE__PIECES;
-    const MOE__VI x = MOE__(v_load)(p + MOE__VBYTES * (v % n));
-    return MOE__(v_mask)(MOE__MM(srli_epi16)(x, v / n * 4), 15);
+    const MOE__VI x = v_load(p + MOE__VBYTES * (v % n));
+    return v_mask(MOE__MM(srli_epi16)(x, v / n * 4), 15);
 }
-MOE__LEVEL(q4_0_r8) { return MOE__(v_nibbles_r8)(b + 16, v); }
-MOE__LEVEL(mxfp4_r8) {
-    return MOE__(v_lookup)(moe__levels_fp4, MOE__(v_nibbles_r8)(b + 8, v), 16, 16);
-}
+MOE__LEVEL(q4_0_r8) { return v_nibbles_r8(b + 16, v); }
+MOE__LEVEL(mxfp4_r8) { return v_lookup(moe__levels_fp4, v_nibbles_r8(b + 8, v), 16, 16); }
 MOE__LEVEL(q8_0_r8) {
-    return MOE__MM(add_epi8)(MOE__(v_load)(b + 16 + MOE__VBYTES * v),
+    return MOE__MM(add_epi8)(v_load(b + 16 + MOE__VBYTES * v),
                              MOE__MM(set1_epi8)((char)MOE__BIAS8));
 }
-MOE__LEVEL(iq4_nl_r4) {
-    return MOE__(v_lookup)(moe__levels_k4, MOE__(v_nibbles_r4)(b + 8, v), 16, MOE__BIAS8);
-}
+MOE__LEVEL(iq4_nl_r4) { return v_lookup(moe__levels_k4, v_nibbles_r4(b + 8, v), 16, MOE__BIAS8); }
 MOE__LEVEL(q5_0_r4) {
-    return MOE__(v_join)(MOE__(v_nibbles_r4)(b + 24, v), MOE__(v_one_r4)(b + 8, v, 1, 2, 4, 4), 1,
-                         4);
+    return v_join(v_nibbles_r4(b + 24, v), v_one_r4(b + 8, v, 1, 2, 4, 4), 1, 4);
 }
 #undef MOE__LEVEL
 
-/* The scales of the rows of a block */
-MOE__V __m256 MOE__(u_scales_rows)(const uint8_t *b, const int rows, const int type) {
+// The scales of the rows of a block
+MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
     if (type == MOE__INDEX_MXFP4_R8)
         return MOE__AVX2(v_e8m0)(
             _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)b)));
-    if (rows == 4) return _mm256_zextps128_ps256(MOE__(u_four_halves)(b));
-    return _mm256_cvtph_ps(MOE__(v_load_128)(b));
+    if (rows == 4) return _mm256_zextps128_ps256(u_four_halves(b));
+    return _mm256_cvtph_ps(v_load_128(b));
 }
 
 #define MOE__TYPE_ROWS_32(NAME, name)                                                             \
@@ -8177,22 +8360,22 @@ MOE__V __m256 MOE__(u_scales_rows)(const uint8_t *b, const int rows, const int t
             for (int c = 0; c < 4; c++) total[c] = _mm256_setzero_ps();                           \
             for (int64_t at = 0; at < n; at += 256, a++, b += 8 * size) {                         \
                 const int n_blocks = (int)moe__min(8, (n - at) / 32);                             \
-                MOE__(v_fetch)(b, rows_end, 8 * size);                                            \
+                v_fetch(b, rows_end, 8 * size);                                            \
                 for (int c = 0; c < 4; c++) {                                                     \
                     for (int j = c; j < n_blocks; j += 4) {                                       \
                         const uint8_t *block = b + size * j;                                      \
-                        const __m256i acts = MOE__(u_act32)(a->q, j);                             \
-                        MOE__VI s = MOE__(v_zero)();                                              \
+                        const __m256i acts = u_act32(a->q, j);                             \
+                        MOE__VI s = v_zero();                                              \
                         MOE__UNROLL(8)                                                            \
                         for (int v = 0; v < 32 * R / MOE__VBYTES; v++)                            \
-                            s = MOE__(v_quads)(s, MOE__(level_##name)(block, v),                  \
-                                               R == 4 ? MOE__(v_acts_r4)(acts, v)                 \
-                                                      : MOE__(v_acts_r8)(acts, P * v, P * v + 1), \
+                            s = v_quads(s, MOE__(level_##name)(block, v),                  \
+                                               R == 4 ? v_acts_r4(acts, v)                 \
+                                                      : v_acts_r8(acts, P * v, P * v + 1), \
                                                bits);                                             \
-                        const __m256i sum = R == 4 ? _mm256_zextsi128_si256(MOE__(u_rows_4)(s))   \
-                                                   : MOE__(u_rows_8)(s);                          \
+                        const __m256i sum = R == 4 ? _mm256_zextsi128_si256(u_rows_4(s))   \
+                                                   : u_rows_8(s);                          \
                         const __m256i more = _mm256_set1_epi32(bias * a->nsum[j]);                \
-                        const __m256 d = MOE__(u_scales_rows)(block, R, MOE__INDEX_##NAME);       \
+                        const __m256 d = u_scales_rows(block, R, MOE__INDEX_##NAME);       \
                         total[c] = _mm256_fmadd_ps(                                               \
                             _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, more)), d),    \
                             _mm256_set1_ps(a->d[j]), total[c]);                                   \
@@ -8206,7 +8389,7 @@ MOE__V __m256 MOE__(u_scales_rows)(const uint8_t *b, const int rows, const int t
         }                                                                                         \
     }                                                                                             \
     MOE__K void MOE__(rows_##name)(const uint8_t *const *group, int n, const float (*D)[4],       \
-                                   const MOE__(rows_out) *out) {                                  \
+                                   const rows_out *out) {                                  \
         enum { R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, GROUPS = MOE__VFLOATS / R,     \
                P = MOE__PIECES };                                                                 \
         (void)D;                                                                                  \
@@ -8222,8 +8405,8 @@ MOE__V __m256 MOE__(u_scales_rows)(const uint8_t *b, const int rows, const int t
             }                                                                                     \
             for (int g = 0; g < GROUPS; g++)                                                      \
                 _mm256_storeu_ps(d + R * g,                                                       \
-                                 MOE__(u_scales_rows)(group[g] + size * j, R, MOE__INDEX_##NAME)); \
-            MOE__(tile_put_int)(out->pack, j, out->half, MOE__(v_load)(d));                       \
+                                 u_scales_rows(group[g] + size * j, R, MOE__INDEX_##NAME)); \
+            tile_put_int(out->pack, j, out->half, v_load(d));                       \
         }                                                                                         \
     }
 MOE__TYPE_ROWS_32(Q4_0_R8, q4_0_r8)
@@ -8232,33 +8415,33 @@ MOE__TYPE_ROWS_32(Q8_0_R8, q8_0_r8)
 MOE__TYPE_ROWS_32(IQ4_NL_R4, iq4_nl_r4)
 MOE__TYPE_ROWS_32(MXFP4_R8, mxfp4_r8)
 #undef MOE__TYPE_ROWS_32
-#endif /* MOE__ISA != 4 */
+#endif // MOE__ISA != 4
 
-/* ---- dot products: blocks of 32 -------------------------------------------------------------- */
+// ---- dot products: blocks of 32 --------------------------------------------------------------
 
-/* A vector holds some bytes of MOE__LANES blocks of a row, one block per lane, and so do the */
-/* activations (see moe__act32): weights 0-15 of each block, then 16-31. Products of levels and */
-/* activations are summed in int32 to four numbers per lane, then across: one per block. They are */
-/* floats from there on, multiplied with the scales of weights and activations, and added to four */
-/* sums, see moe__dot_32. */
+// A vector holds some bytes of MOE__LANES blocks of a row, one block per lane, and so do the
+// activations (see moe__act32): weights 0-15 of each block, then 16-31. Products of levels and
+// activations are summed in int32 to four numbers per lane, then across: one per block. They are
+// floats from there on, multiplied with the scales of weights and activations, and added to four
+// sums, see moe__dot_32.
 
-#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
+#if MOE__ISA != 4 // AVX-VNNI has these from AVX2
 
-/* v_dot_i16 on 256 bits */
-MOE__V __m256i MOE__(u_dot_i16)(__m256i acc, __m256i a, __m256i b) {
+// v_dot_i16 on 256 bits
+MOE__V __m256i u_dot_i16(__m256i acc, __m256i a, __m256i b) {
 #if MOE__ISA == 3
     return _mm256_dpwssd_epi32(acc, a, b);
 #else
-    return MOE__(v_dot_i16)(acc, a, b);
+    return v_dot_i16(acc, a, b);
 #endif
 }
-/* The block of a lane of vector i of moe__act32: the even ones come first */
-MOE__V int MOE__(q32_block)(const int i, const int lane) {
+// The block of a lane of vector i of moe__act32: the even ones come first
+MOE__V int q32_block(const int i, const int lane) {
     const int number = MOE__LANES * i + lane;
     return number % 4 * 2 + number / 4;
 }
-/* Per lane: the sums of x's neighbouring dwords, then of y's */
-MOE__V MOE__VI MOE__(v_hadd)(MOE__VI x, MOE__VI y) {
+// Per lane: the sums of x's neighbouring dwords, then of y's
+MOE__V MOE__VI v_hadd(MOE__VI x, MOE__VI y) {
 #if MOE__ISA == 3
     const __m512 a = _mm512_castsi512_ps(x), b = _mm512_castsi512_ps(y);
     return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
@@ -8267,9 +8450,9 @@ MOE__V MOE__VI MOE__(v_hadd)(MOE__VI x, MOE__VI y) {
     return _mm256_hadd_epi32(x, y);
 #endif
 }
-/* 16 bytes at `p` of the blocks of vector i */
-MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int i) {
-#define MOE__BLOCK(lane) MOE__(v_load_128)(p + size * MOE__(q32_block)(i, lane))
+// 16 bytes at `p` of the blocks of vector i
+MOE__V MOE__VI q32_load(const uint8_t *p, const int size, const int i) {
+#define MOE__BLOCK(lane) v_load_128(p + size * q32_block(i, lane))
     __m256i low = _mm256_castsi128_si256(MOE__BLOCK(0));
     low = _mm256_inserti128_si256(low, MOE__BLOCK(1), 1);
 #if MOE__ISA == 3
@@ -8281,9 +8464,9 @@ MOE__V MOE__VI MOE__(q32_load)(const uint8_t *p, const int size, const int i) {
 #endif
 #undef MOE__BLOCK
 }
-/* The same of 8 bytes, twice */
+// The same of 8 bytes, twice
 MOE__V MOE__VI MOE__(q32_load_8)(const uint8_t *p, const int size, const int i) {
-#define MOE__BLOCK(lane) (int64_t)moe__load_u64(p + size * MOE__(q32_block)(i, lane))
+#define MOE__BLOCK(lane) (int64_t)moe__load_u64(p + size * q32_block(i, lane))
 #if MOE__ISA == 3
     return _mm512_setr_epi64(MOE__BLOCK(0), MOE__BLOCK(0), MOE__BLOCK(1), MOE__BLOCK(1),
                              MOE__BLOCK(2), MOE__BLOCK(2), MOE__BLOCK(3), MOE__BLOCK(3));
@@ -8294,7 +8477,7 @@ MOE__V MOE__VI MOE__(q32_load_8)(const uint8_t *p, const int size, const int i) 
 }
 
 #if MOE__ISA == 3
-/* 16-bit words at byte (size i + at) / 2 * 2 of 128 bytes, for i = first..first + n - 1 */
+// 16-bit words at byte (size i + at) / 2 * 2 of 128 bytes, for i = first..first + n - 1
 MOE__V __m512i MOE__(q32_words)(const uint8_t *b, const int size, const int at, const int first,
                                 const int n) {
 #define MOE__WORD(i) (i) < n ? (size * (first + (i)) + at) / 2 : 0
@@ -8302,12 +8485,11 @@ MOE__V __m512i MOE__(q32_words)(const uint8_t *b, const int size, const int at, 
                                             MOE__WORD(4), MOE__WORD(5), MOE__WORD(6), MOE__WORD(7),
                                             0, 0, 0, 0, 0, 0, 0, 0);
 #undef MOE__WORD
-    return _mm512_permutex2var_epi16(MOE__(v_load)(b), _mm512_castsi256_si512(words),
-                                     MOE__(v_load)(b + 64));
+    return _mm512_permutex2var_epi16(v_load(b), _mm512_castsi256_si512(words), v_load(b + 64));
 }
-/* 16 bytes at b + at of the blocks of vector i, of eight blocks of at most 18 bytes: */
-/* picked out of 128 bytes. With an odd size the window begins so that these bytes are whole */
-/* words. */
+// 16 bytes at b + at of the blocks of vector i, of eight blocks of at most 18 bytes:
+// picked out of 128 bytes. With an odd size the window begins so that these bytes are whole
+// words.
 MOE__V __m512i MOE__(q32_pick)(const uint8_t *b, const int size, const int at, const int i) {
     const int from = i ? 8 * size - 128 : at % 2, first = size * i + at - from;
     const uint64_t each = 0x0001000100010001, step = 0x0003000200010000;
@@ -8317,22 +8499,22 @@ MOE__V __m512i MOE__(q32_pick)(const uint8_t *b, const int size, const int at, c
                                             MOE__WORDS(1, 4), MOE__WORDS(2, 0), MOE__WORDS(2, 4),
                                             MOE__WORDS(3, 0), MOE__WORDS(3, 4));
 #undef MOE__WORDS
-    return _mm512_permutex2var_epi16(MOE__(v_load)(b + from), words, MOE__(v_load)(b + from + 64));
+    return _mm512_permutex2var_epi16(v_load(b + from), words, v_load(b + from + 64));
 }
 #endif
 
-/* The numbers at b + at of eight blocks as floats: f16, or the exponents of MXFP4 */
+// The numbers at b + at of eight blocks as floats: f16, or the exponents of MXFP4
 MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, const int at, const int type) {
-    const int size = MOE__(q32_size)(type);
-#if MOE__ISA == 3 /* picked out of 128 bytes, or of 128 bytes for each half */
-    if (type == MOE__INDEX_MXFP4) { /* an odd block's is the high byte of a word, for 17 i is odd */
+    const int size = q32_size(type);
+#if MOE__ISA == 3 // picked out of 128 bytes, or of 128 bytes for each half
+    if (type == MOE__INDEX_MXFP4) { // an odd block's is the high byte of a word, for 17 i is odd
 #define MOE__WORD(i) 17 * (i) / 2, 0
         const __m256i words = _mm256_setr_epi16(MOE__WORD(0), MOE__WORD(1), MOE__WORD(2),
                                                 MOE__WORD(3), MOE__WORD(4), MOE__WORD(5),
                                                 MOE__WORD(6), MOE__WORD(7));
 #undef MOE__WORD
-        const __m256i e = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
-            MOE__(v_load)(b), _mm512_castsi256_si512(words), MOE__(v_load)(b + 64)));
+        const __m256i e = _mm512_castsi512_si256(
+            _mm512_permutex2var_epi16(v_load(b), _mm512_castsi256_si512(words), v_load(b + 64)));
         return MOE__AVX2(v_e8m0)(_mm256_maddubs_epi16(e, _mm256_set1_epi64x(0x0000010000000001)));
     }
     const int behind = (int)moe__min(4 * size, 8 * size - 128), fit = (126 - at) / size + 1;
@@ -8344,12 +8526,12 @@ MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, const int at, const int type) 
     }
     return _mm256_cvtph_ps(x);
 #else
-    uint64_t low = 0, high = 0; /* put together outside the vector units, which are busy */
+    uint64_t low = 0, high = 0; // put together outside the vector units, which are busy
     b += at;
     if (type == MOE__INDEX_MXFP4) {
         MOE__UNROLL(8)
         for (int i = 0; i < 8; i++) low |= (uint64_t)b[size * i] << 8 * i;
-        return MOE__(v_e8m0)(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)low)));
+        return v_e8m0(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)low)));
     }
     MOE__UNROLL(4)
     for (int i = 0; i < 4; i++) {
@@ -8361,13 +8543,13 @@ MOE__V __m256 MOE__(q32_scales)(const uint8_t *b, const int at, const int type) 
 }
 
 #if MOE__ISA == 3
-/* The fifth bits of eight blocks of Q5_0 or Q5_1, `at` bytes into each: a bit per weight, of */
-/* weights 0-15 of blocks 0 2 4 6, 16-31 of these, and the same of blocks 1 3 5 7 */
-typedef struct MOE__(q32_fifths) {
+// The fifth bits of eight blocks of Q5_0 or Q5_1, `at` bytes into each: a bit per weight, of
+// weights 0-15 of blocks 0 2 4 6, 16-31 of these, and the same of blocks 1 3 5 7
+typedef struct q32_fifths {
     uint64_t mask[4];
-} MOE__(q32_fifths);
-MOE__V MOE__(q32_fifths) MOE__(q32_all_fifths)(const uint8_t *b, const int size, const int at) {
-    const int behind = 8 * size - 128; /* blocks 0-3 are in the first 128 bytes, 4-7 in the last */
+} q32_fifths;
+MOE__V q32_fifths MOE__(q32_all_fifths)(const uint8_t *b, const int size, const int at) {
+    const int behind = 8 * size - 128; // blocks 0-3 are in the first 128 bytes, 4-7 in the last
 #define MOE__WORD(i, half) (size * (i) + at - ((i) < 4 ? 0 : behind)) / 2 + half
 #define MOE__WORDS(i)                                                                           \
     _mm512_castsi256_si512(_mm256_setr_epi16(                                                   \
@@ -8375,37 +8557,36 @@ MOE__V MOE__(q32_fifths) MOE__(q32_all_fifths)(const uint8_t *b, const int size,
         MOE__WORD(i, 1), MOE__WORD(i + 2, 1), MOE__WORD(i, 1), MOE__WORD(i + 2, 1),             \
         MOE__WORD(i + 1, 0), MOE__WORD(i + 3, 0), MOE__WORD(i + 1, 0), MOE__WORD(i + 3, 0),     \
         MOE__WORD(i + 1, 1), MOE__WORD(i + 3, 1), MOE__WORD(i + 1, 1), MOE__WORD(i + 3, 1)))
-    const __m256i low = _mm512_castsi512_si256(
-        _mm512_permutex2var_epi16(MOE__(v_load)(b), MOE__WORDS(0), MOE__(v_load)(b + 64)));
-    const __m256i high = _mm512_castsi512_si256(_mm512_permutex2var_epi16(
-        MOE__(v_load)(b + behind), MOE__WORDS(4), MOE__(v_load)(b + behind + 64)));
+    const __m256i low =
+        _mm512_castsi512_si256(_mm512_permutex2var_epi16(v_load(b), MOE__WORDS(0), v_load(b + 64)));
+    const __m256i high = _mm512_castsi512_si256(
+        _mm512_permutex2var_epi16(v_load(b + behind), MOE__WORDS(4), v_load(b + behind + 64)));
 #undef MOE__WORDS
 #undef MOE__WORD
-    MOE__(q32_fifths) f;
-    MOE__(u_store)(f.mask, _mm256_blend_epi32(low, high, 0xAA));
-    __asm__("" : "+m"(f)); /* loads of masks are cheaper than moves from vectors */
+    q32_fifths f;
+    u_store(f.mask, _mm256_blend_epi32(low, high, 0xAA));
+    __asm__("" : "+m"(f)); // loads of masks are cheaper than moves from vectors
     return f;
 }
 #endif
 
-/* Levels of weights 0-15 (low) and 16-31 (high) of the blocks of vector i, plus the type's */
-/* offset; in AVX2 Q8_0 and IQ4_NL keep their signs. */
-typedef struct MOE__(q32_levels) {
+// Levels of weights 0-15 (low) and 16-31 (high) of the blocks of vector i, plus the type's
+// offset; in AVX2 Q8_0 and IQ4_NL keep their signs.
+typedef struct q32_levels {
     MOE__VI low, high;
-} MOE__(q32_levels);
-MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int i, MOE__VI table,
-                                           const int type) {
-    const int size = MOE__(q32_size)(type), low_at = MOE__(q32_low)(type);
-    MOE__(q32_levels) w;
+} q32_levels;
+MOE__V q32_levels MOE__(q32_unpack)(const uint8_t *b, const int i, MOE__VI table, const int type) {
+    const int size = q32_size(type), low_at = MOE__(q32_low)(type);
+    q32_levels w;
 #if MOE__ISA == 3
     if (size <= 18)
         w.low = MOE__(q32_pick)(b, size, low_at, i);
     else
 #endif
-        w.low = MOE__(q32_load)(b + low_at, size, i);
+        w.low = q32_load(b + low_at, size, i);
     if (type == MOE__INDEX_Q8_0) {
-#if MOE__ISA == 3 /* two whole blocks in a vector; their halves are exchanged */
-#define MOE__BLOCK(lane) MOE__(v_load_256)(b + low_at + size * MOE__(q32_block)(i, lane))
+#if MOE__ISA == 3 // two whole blocks in a vector; their halves are exchanged
+#define MOE__BLOCK(lane) v_load_256(b + low_at + size * q32_block(i, lane))
 #define MOE__BLOCKS(lane)                                                            \
     _mm512_xor_si512(_mm512_inserti64x4(_mm512_castsi256_si512(MOE__BLOCK(lane)),    \
                                         MOE__BLOCK((lane) + 1), 1), _mm512_set1_epi8(-128))
@@ -8414,43 +8595,43 @@ MOE__V MOE__(q32_levels) MOE__(q32_unpack)(const uint8_t *b, const int i, MOE__V
 #undef MOE__BLOCK
         w.low = _mm512_shuffle_i64x2(x, y, 0x88), w.high = _mm512_shuffle_i64x2(x, y, 0xDD);
 #else
-        w.high = MOE__(q32_load)(b + low_at + 16, size, i);
+        w.high = q32_load(b + low_at + 16, size, i);
 #endif
         return w;
     }
-    w.high = MOE__(v_mask)(MOE__MM(srli_epi16)(w.low, 4), 15);
-    w.low = MOE__(v_mask)(w.low, 15);
+    w.high = v_mask(MOE__MM(srli_epi16)(w.low, 4), 15);
+    w.low = v_mask(w.low, 15);
     if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL) {
         w.low = MOE__MM(shuffle_epi8)(table, w.low);
         w.high = MOE__MM(shuffle_epi8)(table, w.high);
     }
     if (type == MOE__INDEX_Q5_0 || type == MOE__INDEX_Q5_1) {
 #if MOE__ISA == 3
-        const MOE__(q32_fifths) f = MOE__(q32_all_fifths)(b, size, low_at - 4);
+        const q32_fifths f = MOE__(q32_all_fifths)(b, size, low_at - 4);
         const __m512i more = _mm512_set1_epi8(16);
         w.low = _mm512_mask_add_epi8(w.low, f.mask[2 * i], w.low, more);
         w.high = _mm512_mask_add_epi8(w.high, f.mask[2 * i + 1], w.high, more);
 #else
-        /* bits of weights 0-15 in bytes 0 and 1, of the others behind */
-        const __m256i byte = MOE__(v_lanes)(_mm_set_epi64x(0x0101010101010101, 0));
-        const __m256i bit = MOE__(v_lanes)(_mm_set1_epi64x((int64_t)0x8040201008040201));
-        const __m256i fifth = MOE__(q32_load)(b + low_at - 4, size, i);
+        // bits of weights 0-15 in bytes 0 and 1, of the others behind
+        const __m256i byte = v_lanes(_mm_set_epi64x(0x0101010101010101, 0));
+        const __m256i bit = v_lanes(_mm_set1_epi64x((int64_t)0x8040201008040201));
+        const __m256i fifth = q32_load(b + low_at - 4, size, i);
         const __m256i rest = _mm256_srli_epi32(fifth, 16);
-        w.low = MOE__(v_add_where)(w.low, _mm256_shuffle_epi8(fifth, byte), bit, 16);
-        w.high = MOE__(v_add_where)(w.high, _mm256_shuffle_epi8(rest, byte), bit, 16);
+        w.low = v_add_where(w.low, _mm256_shuffle_epi8(fifth, byte), bit, 16);
+        w.high = v_add_where(w.high, _mm256_shuffle_epi8(rest, byte), bit, 16);
 #endif
     }
-    if (type == MOE__INDEX_Q6_0) { /* 8 bytes: pairs of bits of weights 0-7, 16-23, 8-15, 24-31 */
-        const MOE__VI bits = MOE__MM(srlv_epi64)(
-            MOE__(q32_load_8)(b + 2, size, i), MOE__(v_lanes)(_mm_set_epi64x(4, 0)));
-        w.low = MOE__(v_join)(w.low, MOE__MM(slli_epi16)(bits, 4), 2, 4);
-        w.high = MOE__(v_join)(w.high, MOE__MM(slli_epi16)(bits, 2), 2, 4);
+    if (type == MOE__INDEX_Q6_0) { // 8 bytes: pairs of bits of weights 0-7, 16-23, 8-15, 24-31
+        const MOE__VI bits =
+            MOE__MM(srlv_epi64)(MOE__(q32_load_8)(b + 2, size, i), v_lanes(_mm_set_epi64x(4, 0)));
+        w.low = v_join(w.low, MOE__MM(slli_epi16)(bits, 4), 2, 4);
+        w.high = v_join(w.high, MOE__MM(slli_epi16)(bits, 2), 2, 4);
     }
     return w;
 }
 
-/* The int32 sums of eight blocks times a record of activations, from the sums of their fours: */
-/* four per lane, a lane per block */
+// The int32 sums of eight blocks times a record of activations, from the sums of their fours:
+// four per lane, a lane per block
 MOE__V __m256i MOE__(q32_sum)(const MOE__VI *s) {
 #if MOE__ISA == 3
     __m512i x = _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]),
@@ -8459,53 +8640,53 @@ MOE__V __m256i MOE__(q32_sum)(const MOE__VI *s) {
     const __m512i at = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 0, 0, 0, 0, 0, 0, 0, 0);
     return _mm512_castsi512_si256(_mm512_permutexvar_epi32(at, x));
 #else
-    /* blocks 0 4 1 5 | 2 6 3 7 */
+    // blocks 0 4 1 5 | 2 6 3 7
     const __m256i x = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]),
                                         _mm256_hadd_epi32(s[2], s[3]));
     return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 #endif
 }
 
-/* Of eight blocks and a record of activations: scale * int(sum of q a) */
+// Of eight blocks and a record of activations: scale * int(sum of q a)
 MOE__V __m256 MOE__(q32_products)(const uint8_t *b, const moe__act32 *a, MOE__VI table,
                                   const int type) {
     enum { GROUPS = 8 / MOE__LANES };
     const int is_signed = MOE__ISA == 2 && (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL);
-    const __m256i nsum = MOE__(v_load_256)(a->nsum);
+    const __m256i nsum = v_load_256(a->nsum);
     MOE__VI s[GROUPS];
     MOE__UNROLL(4)
     for (int i = 0; i < GROUPS; i++) {
-        const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
-        const MOE__VI a_low = MOE__(v_load)(q), a_high = MOE__(v_load)(q + 64);
-        const MOE__(q32_levels) w = MOE__(q32_unpack)(b, i, table, type);
+        const int8_t *q = a->q + moe__act32_at(32 * q32_block(i, 0));
+        const MOE__VI a_low = v_load(q), a_high = v_load(q + 64);
+        const q32_levels w = MOE__(q32_unpack)(b, i, table, type);
 #if MOE__ISA == 2
-        if (!is_signed) { /* two sums of two fit in int16: 4 * 63 * 127 = 32004 */
+        if (!is_signed) { // two sums of two fit in int16: 4 * 63 * 127 = 32004
             s[i] = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a_low),
                                     _mm256_maddubs_epi16(w.high, a_high));
             s[i] = _mm256_madd_epi16(s[i], _mm256_set1_epi16(1));
             continue;
         }
 #endif
-        s[i] = MOE__(v_quads)(MOE__(v_zero)(), w.low, a_low, 8);
-        s[i] = MOE__(v_quads)(s[i], w.high, a_high, 8);
+        s[i] = v_quads(v_zero(), w.low, a_low, 8);
+        s[i] = v_quads(s[i], w.high, a_high, 8);
     }
     __m256i sum = MOE__(q32_sum)(s);
     const int has_min = MOE__(q32_min)(type);
-    if (!is_signed && !has_min) /* |nsum| <= 32 * 127: the low halves are all of it */
-        sum = MOE__(u_dot_i16)(sum, nsum, _mm256_set1_epi32(1 << MOE__(q32_shift)(type)));
+    if (!is_signed && !has_min) // |nsum| <= 32 * 127: the low halves are all of it
+        sum = u_dot_i16(sum, nsum, _mm256_set1_epi32(1 << q32_shift(type)));
     return _mm256_mul_ps(_mm256_cvtepi32_ps(sum), MOE__(q32_scales)(b, 0, type));
 }
 
-/* Eight E4M3 scales as moe__types_ue4m3: as bits of an f16 they are numbers 2^8 too small */
-MOE__V __m256 MOE__(u_ue4m3)(__m128i x) {
+// Eight E4M3 scales as moe__types_ue4m3: as bits of an f16 they are numbers 2^8 too small
+MOE__V __m256 u_ue4m3(__m128i x) {
     const __m128i none = _mm_cmpeq_epi16(x, _mm_set1_epi16(0x7F));
     const __m128i bits = _mm_slli_epi16(_mm_and_si128(x, _mm_set1_epi16(0x7F)), 7);
     return _mm256_mul_ps(_mm256_cvtph_ps(_mm_andnot_si128(none, bits)), _mm256_set1_ps(128.0f));
 }
 
-/* The same of NVFP4, which has 16 scales: 8 floats, and 8 behind. 16 bytes are two groups of 16 */
-/* weights, 8 bytes and 8 bytes: weights 0-7 of both in the low nibbles, 8-15 in the high ones, */
-/* so that their sums are in the halves of a lane. */
+// The same of NVFP4, which has 16 scales: 8 floats, and 8 behind. 16 bytes are two groups of 16
+// weights, 8 bytes and 8 bytes: weights 0-7 of both in the low nibbles, 8-15 in the high ones,
+// so that their sums are in the halves of a lane.
 typedef struct MOE__(two) {
     __m256 first, second;
 } MOE__(two);
@@ -8516,49 +8697,50 @@ MOE__V MOE__(two) MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, M
     MOE__(two) out;
     MOE__UNROLL(4)
     for (int i = 0; i < GROUPS; i++) {
-        const int8_t *q = a->q + moe__act32_at(32 * MOE__(q32_block)(i, 0));
-        const MOE__VI acts = MOE__(v_load)(q), more = MOE__(v_load)(q + 64);
+        const int8_t *q = a->q + moe__act32_at(32 * q32_block(i, 0));
+        const MOE__VI acts = v_load(q), more = v_load(q + 64);
         const MOE__VI a_low = MOE__MM(unpacklo_epi64)(acts, more);
         const MOE__VI a_high = MOE__MM(unpackhi_epi64)(acts, more);
-        const int odd = MOE__(q32_block)(i, 0) % 2; /* 16 bytes behind the even ones, not 18 */
-        const MOE__VI w = MOE__(q32_load)(b + 4 - 2 * odd, BYTES / 2, i);
-        const MOE__VI w_low = MOE__MM(shuffle_epi8)(table, MOE__(v_mask)(w, 15));
-        const MOE__VI w_high =
-            MOE__MM(shuffle_epi8)(table, MOE__(v_mask)(MOE__MM(srli_epi16)(w, 4), 15));
+        const int odd = q32_block(i, 0) % 2; // 16 bytes behind the even ones, not 18
+        const MOE__VI w = q32_load(b + 4 - 2 * odd, BYTES / 2, i);
+        const MOE__VI w_low = MOE__MM(shuffle_epi8)(table, v_mask(w, 15));
+        const MOE__VI w_high = MOE__MM(shuffle_epi8)(table, v_mask(MOE__MM(srli_epi16)(w, 4), 15));
         const MOE__VI offset = MOE__MM(set1_epi8)(16);
-        MOE__VI extra = MOE__(v_quads)(MOE__(v_zero)(), offset, a_low, 5);
-        extra = MOE__(v_quads)(extra, offset, a_high, 5);
-        s[i] = MOE__(v_quads)(MOE__(v_zero)(), w_low, a_low, 5);
-        s[i] = MOE__MM(sub_epi32)(MOE__(v_quads)(s[i], w_high, a_high, 5), extra);
+        MOE__VI extra = v_quads(v_zero(), offset, a_low, 5);
+        extra = v_quads(extra, offset, a_high, 5);
+        s[i] = v_quads(v_zero(), w_low, a_low, 5);
+        s[i] = MOE__MM(sub_epi32)(v_quads(s[i], w_high, a_high, 5), extra);
     }
     MOE__UNROLL(2)
-    for (int i = 0; i < GROUPS / 2; i++) /* of an even and an odd block: four in their order */
-        MOE__(tile_store)(sums + MOE__VFLOATS * i, MOE__(v_hadd)(s[i], s[i + GROUPS / 2]));
+    for (int i = 0; i < GROUPS / 2; i++) // of an even and an odd block: four in their order
+        tile_store(sums + MOE__VFLOATS * i, v_hadd(s[i], s[i + GROUPS / 2]));
     MOE__UNROLL(2)
     for (int h = 0; h < 2; h++, b += 2 * BYTES) {
         const __m128i scales = _mm_cvtepu8_epi16(_mm_set_epi64x(
             0, (int64_t)(moe__load_u32(b) | (uint64_t)moe__load_u32(b + BYTES) << 32)));
-        const __m256 x = _mm256_cvtepi32_ps(MOE__(v_load_256)(sums + 8 * h));
-        if (h) out.second = _mm256_mul_ps(x, MOE__(u_ue4m3)(scales));
-        else out.first = _mm256_mul_ps(x, MOE__(u_ue4m3)(scales));
+        const __m256 x = _mm256_cvtepi32_ps(v_load_256(sums + 8 * h));
+        if (h)
+            out.second = _mm256_mul_ps(x, u_ue4m3(scales));
+        else
+            out.first = _mm256_mul_ps(x, u_ue4m3(scales));
     }
     return out;
 }
 
-/* A record that is not whole is read as if it were, where that stays within the rows. */
+// A record that is not whole is read as if it were, where that stays within the rows.
 MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                            const void *x, float *out, const int type) {
     const int two = type == MOE__INDEX_NVFP4, has_min = MOE__(q32_min)(type);
-    const int size = two ? MOE__BYTES_NVFP4 / 2 : MOE__(q32_size)(type); /* of 32 weights */
+    const int size = two ? MOE__BYTES_NVFP4 / 2 : q32_size(type); // of 32 weights
     const int n_rest = (int)(n % 256 / 32), n_steps = two || has_min ? 4 : 2;
     const int is_signed = MOE__ISA == 2 && type == MOE__INDEX_IQ4_NL;
-    const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << MOE__(q32_shift)(type));
+    const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << q32_shift(type));
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
     uint8_t rest[8 * MOE__BYTES_Q8_0];
-    uint32_t there[16]; /* of such a record: ones for each sum of each step */
+    uint32_t there[16]; // of such a record: ones for each sum of each step
     memset(rest, 0, sizeof rest);
     for (int i = 0; i < 16; i++) {
-        const int number = has_min ? i / 8 * 4 + i % 4 : i; /* of a scale */
+        const int number = has_min ? i / 8 * 4 + i % 4 : i; // of a scale
         there[i] = number < (two ? 2 * n_rest : n_rest) ? 0xFFFFFFFF : 0;
     }
     for (int64_t r = 0; r < n_rows; r++) {
@@ -8566,8 +8748,8 @@ MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows,
         const moe__act32 *a = (const moe__act32 *)x;
         __m128 sum = _mm_setzero_ps();
         for (int64_t left = n; left > 0; left -= 256, a++, b += 8 * size) {
-            __m128 xs[4], ys[4]; /* what is multiplied and added to the sums, in this order */
-            MOE__(v_fetch)(b, rows_end, 8 * size);
+            __m128 xs[4], ys[4]; // what is multiplied and added to the sums, in this order
+            v_fetch(b, rows_end, 8 * size);
             if (left < 256 && rows_end - b < 8 * size) {
                 memcpy(rest, b, (size_t)(n_rest * size));
                 b = rest;
@@ -8586,9 +8768,9 @@ MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows,
                 xs[has_min ? 2 : 1] = _mm256_extractf128_ps(p, 1);
                 ys[has_min ? 2 : 1] = _mm_loadu_ps(a->d + 4);
             }
-            if (has_min) { /* d * q + m; minus the sum of the activations, and minus m */
-                const __m256 nsum = _mm256_cvtepi32_ps(MOE__(v_load_256)(a->nsum));
-                const __m256 y = MOE__(u_rounded)(_mm256_mul_ps(nsum, _mm256_loadu_ps(a->d)));
+            if (has_min) { // d * q + m; minus the sum of the activations, and minus m
+                const __m256 nsum = _mm256_cvtepi32_ps(v_load_256(a->nsum));
+                const __m256 y = u_rounded(_mm256_mul_ps(nsum, _mm256_loadu_ps(a->d)));
                 const __m256 m =
                     _mm256_xor_ps(MOE__(q32_scales)(b, 2, type), _mm256_set1_ps(-0.0f));
                 xs[1] = _mm256_castps256_ps128(m), xs[3] = _mm256_extractf128_ps(m, 1);
@@ -8597,7 +8779,7 @@ MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows,
             MOE__UNROLL(4)
             for (int k = 0; k < n_steps; k++) {
                 const __m128 more = _mm_fmadd_ps(xs[k], ys[k], sum);
-                const __m128 mask = _mm_castsi128_ps(MOE__(v_load_128)(there + 4 * k));
+                const __m128 mask = _mm_castsi128_ps(v_load_128(there + 4 * k));
                 sum = left < 256 ? _mm_blendv_ps(sum, more, mask) : more;
             }
         }
@@ -8621,15 +8803,15 @@ MOE__DOT_Q32(MXFP4, mxfp4)
 MOE__DOT_Q32(NVFP4, nvfp4)
 #undef MOE__DOT_Q32
 
-#endif /* MOE__ISA != 4 */
+#endif // MOE__ISA != 4
 
-/* What tiles and dequantize read: up to 256 weights (n) of a row; D: the scale of the row. */
-typedef void MOE__(unpack_fn)(const uint8_t *b, int n, float D, moe__block *out);
+// What tiles and dequantize read: up to 256 weights (n) of a row; D: the scale of the row.
+typedef void unpack_fn(const uint8_t *b, int n, float D, moe__block *out);
 
-/* ---- unpacking blocks of 32 weights ---------------------------------------------------------- */
+// ---- unpacking blocks of 32 weights ----------------------------------------------------------
 
-/* moe__unpack_NAME_avx2 is moe__unpack_NAME for up to 256 weights (n) of a row, the offset added */
-/* to levels but for 8 bits. Nothing behind the blocks is read. All instruction sets use these. */
+// moe__unpack_NAME_avx2 is moe__unpack_NAME for up to 256 weights (n) of a row, the offset added
+// to levels but for 8 bits. Nothing behind the blocks is read. All instruction sets use these.
 #if MOE__ISA == 2
 #define MOE__ROW_BLOCKS(name, size, d_, dmin_, ...)                                               \
     MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
@@ -8637,32 +8819,31 @@ typedef void MOE__(unpack_fn)(const uint8_t *b, int n, float D, moe__block *out)
         for (int j = 0; j < n / 32; j++, b += size) {                                             \
             out->d[2 * j] = out->d[2 * j + 1] = d_;                                               \
             out->dmin[2 * j] = out->dmin[2 * j + 1] = dmin_;                                      \
-            MOE__(u_put)(out, j, __VA_ARGS__);                                                    \
+            u_put(out, j, __VA_ARGS__);                                                    \
         }                                                                                         \
     }
-MOE__V void MOE__(u_put)(moe__block *out, int j, __m256i v) {
+MOE__V void u_put(moe__block *out, int j, __m256i v) {
     _mm256_storeu_si256((__m256i *)(void *)(out->q + 32 * j), v);
 }
-MOE__V __m256i MOE__(u_five)(const uint8_t *low, const uint8_t *high) {
-    __m256i fifth = MOE__(u_mask)(moe__load_u32(high));
-    return _mm256_or_si256(MOE__(u_nibbles)(low), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+MOE__V __m256i u_five(const uint8_t *low, const uint8_t *high) {
+    __m256i fifth = u_mask(moe__load_u32(high));
+    return _mm256_or_si256(u_nibbles(low), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
 }
-MOE__V __m256i MOE__(u_six)(const uint8_t *low, const uint8_t *high) {
+MOE__V __m256i u_six(const uint8_t *low, const uint8_t *high) {
     __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(high));
     x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
                          _mm256_set1_epi8(3));
-    return _mm256_or_si256(MOE__(u_nibbles)(low), _mm256_slli_epi16(x, 4));
+    return _mm256_or_si256(u_nibbles(low), _mm256_slli_epi16(x, 4));
 }
-MOE__ROW_BLOCKS(q4_0, 18, MOE__(u_f16)(b), 0, MOE__(u_nibbles)(b + 2))
-MOE__ROW_BLOCKS(q4_1, 20, MOE__(u_f16)(b), -MOE__(u_f16)(b + 2), MOE__(u_nibbles)(b + 4))
-MOE__ROW_BLOCKS(q5_0, 22, MOE__(u_f16)(b), 0, MOE__(u_five)(b + 6, b + 2))
-MOE__ROW_BLOCKS(q5_1, 24, MOE__(u_f16)(b), -MOE__(u_f16)(b + 2), MOE__(u_five)(b + 8, b + 4))
-MOE__ROW_BLOCKS(q6_0, 26, MOE__(u_f16)(b), 0, MOE__(u_six)(b + 10, b + 2))
-MOE__ROW_BLOCKS(q8_0, 34, MOE__(u_f16)(b), 0, MOE__(v_load_256)(b + 2))
-MOE__ROW_BLOCKS(iq4_nl, 18, MOE__(u_f16)(b), 0,
-                MOE__(v_lookup)(moe__levels_k4, MOE__(u_nibbles)(b + 2), 16, 0))
+MOE__ROW_BLOCKS(q4_0, 18, u_f16(b), 0, u_nibbles(b + 2))
+MOE__ROW_BLOCKS(q4_1, 20, u_f16(b), -u_f16(b + 2), u_nibbles(b + 4))
+MOE__ROW_BLOCKS(q5_0, 22, u_f16(b), 0, u_five(b + 6, b + 2))
+MOE__ROW_BLOCKS(q5_1, 24, u_f16(b), -u_f16(b + 2), u_five(b + 8, b + 4))
+MOE__ROW_BLOCKS(q6_0, 26, u_f16(b), 0, u_six(b + 10, b + 2))
+MOE__ROW_BLOCKS(q8_0, 34, u_f16(b), 0, v_load_256(b + 2))
+MOE__ROW_BLOCKS(iq4_nl, 18, u_f16(b), 0, v_lookup(moe__levels_k4, u_nibbles(b + 2), 16, 0))
 MOE__ROW_BLOCKS(mxfp4, 17, moe__types_e8m0(b[0]), 0,
-                MOE__(v_lookup)(moe__levels_fp4, MOE__(u_nibbles)(b + 1), 16, 16))
+                v_lookup(moe__levels_fp4, u_nibbles(b + 1), 16, 16))
 #undef MOE__ROW_BLOCKS
 
 MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *out) {
@@ -8671,22 +8852,22 @@ MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *ou
         out->d[s] = moe__types_ue4m3(b[36 * (s / 4) + s % 4]);
         out->dmin[s] = 0;
     }
-    for (int j = 0; j < n / 32; j++) { /* 8 bytes: 16 weights, low nibbles before high ones */
-        __m128i bytes = MOE__(v_load_128)(b + 36 * (j / 2) + 4 + 16 * (j % 2));
+    for (int j = 0; j < n / 32; j++) { // 8 bytes: 16 weights, low nibbles before high ones
+        __m128i bytes = v_load_128(b + 36 * (j / 2) + 4 + 16 * (j % 2));
         __m256i x = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);
         x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 0, 4));
         x = _mm256_and_si256(x, _mm256_set1_epi8(15));
-        MOE__(u_put)(out, j, MOE__(v_lookup)(moe__levels_fp4, x, 16, 16));
+        u_put(out, j, v_lookup(moe__levels_fp4, x, 16, 16));
     }
 }
 #endif
 
 #if MOE__ISA == 2
-/* moe__dequantize_fn for row types; the same bits as moe__types_dequantize: products are rounded */
-/* once, fused or not. What is unpacked has the type's offset added, but for 8 bits. */
-MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack,
-                                     const uint8_t *row, int64_t n, float *out) {
-    const float D = MOE__(u_row_scale)(row, type->meta);
+// moe__dequantize_fn for row types; the same bits as moe__types_dequantize: products are rounded
+// once, fused or not. What is unpacked has the type's offset added, but for 8 bits.
+MOE__K void MOE__(dequantize_blocks)(const moe__type *type, unpack_fn *unpack, const uint8_t *row,
+                                     int64_t n, float *out) {
+    const float D = u_row_scale(row, type->meta);
     const __m128i bias = _mm_set1_epi8((char)(type->bits == 8 ? 0 : type->offset));
     moe__block block;
     if (type->id == MOE_TYPE_IQ6_K) {
@@ -8701,96 +8882,93 @@ MOE__K void MOE__(dequantize_blocks)(const moe__type *type, MOE__(unpack_fn) *un
             const float d = by_32 ? block.d[s] : block.d[0] * (float)block.scale[s];
             float min = by_32 ? block.dmin[s] : 0;
             if (!by_32 && !type->offset) min = block.dmin[0] * (float)block.min[s];
-            MOE__(u_store_levels)(out + at + 16 * s,
-                                  _mm_sub_epi8(MOE__(v_load_128)(block.q + 16 * s), bias), d, min);
+            u_store_levels(out + at + 16 * s, _mm_sub_epi8(v_load_128(block.q + 16 * s), bias), d,
+                           min);
         }
     }
 }
 #endif
 
-/* ---- tiles: up to 32 rows times many tokens -------------------------------------------------- */
+// ---- tiles: up to 32 rows times many tokens --------------------------------------------------
 
-/* For each superblock of 256 weights per row a tile's rows are unpacked once, into a pack that */
-/* stays in the first-level cache, and every token reads it from there: */
-/* */
-/*     for each superblock          unpack 32 rows x 256 weights */
-/*         for each token group     for each panel of rows: one micro-kernel */
-/* */
-/* Element i (32 bits) of a vector belongs to row i; a panel is two vectors of rows. An element */
-/* of the pack is a quad: 4 neighbouring weights of its row as unsigned bytes, the quantized */
-/* value plus an offset that makes it >= 0. The same quad of a token's int8 activations is */
-/* broadcast to all elements; one step multiplies both and adds the 4 products to the element's */
-/* int32 sum. So a block's sums need no horizontal step, and its scales are plain vectors over */
-/* rows. Offsets are powers of two: a sum starts at (minus the sum of the activations) << */
-/* log2(offset), which undoes the offset exactly. */
-/* */
-/* A micro-kernel keeps the sums of a panel and n tokens in registers: n <= 6 with 32 zmm (12 */
-/* int32 and 12 float sums, 2 weights, 1 activation), n <= 4 with 16 ymm (8 int32 sums; the float */
-/* ones lie on the stack). Its text is the same for both; only "products of quads" differs, and */
-/* an instruction set with 256-bit dot products would replace just that. */
+// For each superblock of 256 weights per row a tile's rows are unpacked once, into a pack that
+// stays in the first-level cache, and every token reads it from there:
+//
+//     for each superblock          unpack 32 rows x 256 weights
+//         for each token group     for each panel of rows: one micro-kernel
+//
+// Element i (32 bits) of a vector belongs to row i; a panel is two vectors of rows. An element
+// of the pack is a quad: 4 neighbouring weights of its row as unsigned bytes, the quantized
+// value plus an offset that makes it >= 0. The same quad of a token's int8 activations is
+// broadcast to all elements; one step multiplies both and adds the 4 products to the element's
+// int32 sum. So a block's sums need no horizontal step, and its scales are plain vectors over
+// rows. Offsets are powers of two: a sum starts at (minus the sum of the activations) <<
+// log2(offset), which undoes the offset exactly.
+//
+// A micro-kernel keeps the sums of a panel and n tokens in registers: n <= 6 with 32 zmm (12
+// int32 and 12 float sums, 2 weights, 1 activation), n <= 4 with 16 ymm (8 int32 sums; the float
+// ones lie on the stack). Its text is the same for both; only "products of quads" differs, and
+// an instruction set with 256-bit dot products would replace just that.
 
-/* What a micro-kernel does: sums[t * 32 + r] += product of the superblock of row r with token t; */
-/* with a scale per 32 activations to the four sums of moe__dot_32, sums[(c * n + t) * 32 + r]. */
-typedef struct MOE__(tile_job) {
-    uint8_t *pack;           /* of the panel */
-    const void *const *x;    /* the group's activations */
-    size_t record;           /* the superblock's byte offset in each of them */
-    int64_t n;               /* weights per row in this superblock */
-    int shift;               /* log2 of the weights' offset; -1: they have mins */
-    float *sums;             /* of the panel's first row and the group's first token */
-    const uint8_t *prefetch; /* fetch cache lines from here, n_prefetch of them per step (a */
-    int64_t n_prefetch;      /* sub-block), evenly: bursts would stop the kernel */
-} MOE__(tile_job);
-typedef void MOE__(tile_kernel_fn)(const MOE__(tile_job) *job);
+// What a micro-kernel does: sums[t * 32 + r] += product of the superblock of row r with token t;
+// with a scale per 32 activations to the four sums of moe__dot_32, sums[(c * n + t) * 32 + r].
+typedef struct tile_job {
+    uint8_t *pack;           // of the panel
+    const void *const *x;    // the group's activations
+    size_t record;           // the superblock's byte offset in each of them
+    int64_t n;               // weights per row in this superblock
+    int shift;               // log2 of the weights' offset; -1: they have mins
+    float *sums;             // of the panel's first row and the group's first token
+    const uint8_t *prefetch; // fetch cache lines from here, n_prefetch of them per step (a
+    int64_t n_prefetch;      // sub-block), evenly: bursts would stop the kernel
+} tile_job;
+typedef void tile_kernel_fn(const tile_job *job);
 
-/* Unpacks n weights of a panel's rows, which lie `stride` bytes apart. For types with kernels of */
-/* their own. */
+// Unpacks n weights of a panel's rows, which lie `stride` bytes apart. For types with kernels of
+// their own.
 typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
 
-MOE__V MOE__VF MOE__(tile_load_f32)(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
+MOE__V MOE__VF tile_load_f32(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
 
+// ---- products of quads --------
 
-/* ---- products of quads -------- */
-
-/* The kernels multiply `bits`-bit weights (4, 6 or 8, unsigned) with any int8, and the int32 sum */
-/* of a sub-block is exact. begin makes an accumulator, dot adds a quad to it (dot2: two quads), */
-/* end turns it into the int32 sum; `start` is where that sum starts. */
-/* - VNNI multiplies and adds a quad by one instruction, whatever the bits. */
-/* - AVX2 adds products in pairs to int16, saturating. 4 bits: the 8 pairs of a sub-block that */
-/*   meet in one int16, 2 * 15 * 128 each, fit; end widens their sum. 6 bits: 2 pairs fit, */
-/*   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; weights keep their sign and */
-/*   are widened to int16 before, the even and the odd ones of a quad, and so are activations. */
+// The kernels multiply `bits`-bit weights (4, 6 or 8, unsigned) with any int8, and the int32 sum
+// of a sub-block is exact. begin makes an accumulator, dot adds a quad to it (dot2: two quads),
+// end turns it into the int32 sum; `start` is where that sum starts.
+// - VNNI multiplies and adds a quad by one instruction, whatever the bits.
+// - AVX2 adds products in pairs to int16, saturating. 4 bits: the 8 pairs of a sub-block that
+//   meet in one int16, 2 * 15 * 128 each, fit; end widens their sum. 6 bits: 2 pairs fit,
+//   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; weights keep their sign and
+//   are widened to int16 before, the even and the odd ones of a quad, and so are activations.
 #if MOE__VNNI
 MOE__V MOE__VI MOE__(tile_begin)(MOE__VI start, const int bits) { return (void)bits, start; }
-MOE__V MOE__VI MOE__(tile_dot)(MOE__VI sum, MOE__VI w, MOE__VI x) {
-    return MOE__(v_dot_u8)(sum, w, x);
-}
-MOE__V MOE__VI MOE__(tile_end)(MOE__VI sum, MOE__VI start, const int bits) {
+MOE__V MOE__VI tile_dot(MOE__VI sum, MOE__VI w, MOE__VI x) { return v_dot_u8(sum, w, x); }
+MOE__V MOE__VI tile_end(MOE__VI sum, MOE__VI start, const int bits) {
     return (void)bits, (void)start, sum;
 }
 #else
 MOE__V __m256i MOE__(tile_begin)(__m256i start, const int bits) {
     return bits == 6 ? start : _mm256_setzero_si256();
 }
-/* The even or the odd one of each two int8, as int16 */
-MOE__V __m256i MOE__(tile_even)(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
-MOE__V __m256i MOE__(tile_odd)(__m256i x) { return _mm256_srai_epi16(x, 8); }
-/* 256 int8 so: what belongs to byte 4 i of `q` is at bytes 4 i (even) and 256 + 4 i (odd). */
+// The even or the odd one of each two int8, as int16
+MOE__V __m256i tile_even(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+MOE__V __m256i tile_odd(__m256i x) { return _mm256_srai_epi16(x, 8); }
+// 256 int8 so: what belongs to byte 4 i of `q` is at bytes 4 i (even) and 256 + 4 i (odd).
 MOE__V void MOE__(tile_widen)(const uint8_t *q, uint8_t *out) {
     for (int i = 0; i < 256; i += 32) {
-        const __m256i x = MOE__(v_load_256)(q + i);
-        _mm256_storeu_si256((__m256i *)(void *)(out + i), MOE__(tile_even)(x));
-        _mm256_storeu_si256((__m256i *)(void *)(out + 256 + i), MOE__(tile_odd)(x));
+        const __m256i x = v_load_256(q + i);
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), tile_even(x));
+        _mm256_storeu_si256((__m256i *)(void *)(out + 256 + i), tile_odd(x));
     }
 }
-MOE__V __m256i MOE__(tile_dot_i16)(__m256i sum, __m256i w, __m256i x) {
+MOE__V __m256i tile_dot_i16(__m256i sum, __m256i w, __m256i x) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
     __asm__("" : "+x"(sum));
     return sum;
 }
-MOE__V __m256i MOE__(tile_dot)(__m256i sum, __m256i w, __m256i x) {
+MOE__V __m256i tile_dot(__m256i sum, __m256i w, __m256i x) {
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
-    __asm__("" : "+x"(sum)); /* GCC would add in another order, with all products alive at once */
+    __asm__("" : "+x"(sum)); // GCC would add in another order, with all products alive at once
     return sum;
 }
 MOE__V __m256i MOE__(tile_dot2)(__m256i sum, __m256i w0, __m256i w1, __m256i x0, __m256i x1) {
@@ -8799,25 +8977,25 @@ MOE__V __m256i MOE__(tile_dot2)(__m256i sum, __m256i w0, __m256i w1, __m256i x0,
     __asm__("" : "+x"(sum));
     return sum;
 }
-MOE__V __m256i MOE__(tile_end)(__m256i sum, __m256i start, const int bits) {
+MOE__V __m256i tile_end(__m256i sum, __m256i start, const int bits) {
     if (bits != 4) return sum;
     return _mm256_add_epi32(start, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
 }
 #endif
 
-/* ---- micro-kernels ------------ */
+// ---- micro-kernels ------------
 
-/* Sums are named a00, a01 (token 0: two vectors of rows), a10, ... a51 and are not arrays, which */
-/* compilers may keep in memory. MOE__EACH(X) is X for every token; n is a constant, so that what */
-/* `n > t` excludes does not exist. */
+// Sums are named a00, a01 (token 0: two vectors of rows), a10, ... a51 and are not arrays, which
+// compilers may keep in memory. MOE__EACH(X) is X for every token; n is a constant, so that what
+// `n > t` excludes does not exist.
 #if MOE__TILE_TOKENS == 6
 #define MOE__EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
 #else
 #define MOE__EACH(X) X(0) X(1) X(2) X(3)
 #endif
-/* Minus the sums of 8 sub-blocks' activations, from number i */
+// Minus the sums of 8 sub-blocks' activations, from number i
 MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const int per_256) {
-    if (!per_256 && quads == 4) { /* blocks of 32 with a scale per 16: not in the record */
+    if (!per_256 && quads == 4) { // blocks of 32 with a scale per 16: not in the record
         __m256i four[4];
         MOE__UNROLL(4)
         for (int k = 0; k < 4; k++) {
@@ -8829,9 +9007,9 @@ MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const 
                                          _mm256_hadd_epi32(four[2], four[3]));
         return _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     }
-    if (!per_256) return MOE__(v_load_256)(x + offsetof(moe__act32, nsum));
-    if (quads == 4) return MOE__(v_load_256)(x + offsetof(moe__act256, nsum) + 4 * i);
-    __m256i sums = _mm256_cvtepi16_epi32(MOE__(v_load_128)(x + offsetof(moe__act256, sum32)));
+    if (!per_256) return v_load_256(x + offsetof(moe__act32, nsum));
+    if (quads == 4) return v_load_256(x + offsetof(moe__act256, nsum) + 4 * i);
+    __m256i sums = _mm256_cvtepi16_epi32(v_load_128(x + offsetof(moe__act256, sum32)));
     return _mm256_sub_epi32(_mm256_setzero_si256(), sums);
 }
 MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
@@ -8845,9 +9023,9 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
 #define MOE__FETCH_AHEAD() \
     for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) __builtin_prefetch(prefetch, 0, 2)
 
-/* Where sums start, of all sub-blocks: minus the sums of the activations, shifted; with mins: 0 */
-/* (integer ones: tile_chunk has written that). Kept in memory: shifts would compete with the */
-/* multiplications. For float mins those sums as floats. */
+// Where sums start, of all sub-blocks: minus the sums of the activations, shifted; with mins: 0
+// (integer ones: tile_chunk has written that). Kept in memory: shifts would compete with the
+// multiplications. For float mins those sums as floats.
 #define MOE__STARTS(t)                                                                     \
     if (n > t)                                                                             \
         for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {                               \
@@ -8857,7 +9035,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
                 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), f);                            \
                 _mm256_storeu_ps((float *)(void *)(acts + 64 * t + 4 * i), f);             \
             }                                                                              \
-            MOE__(u_store)(starts + 64 * t + 4 * i, _mm256_sll_epi32(sums, shift));        \
+            u_store(starts + 64 * t + 4 * i, _mm256_sll_epi32(sums, shift));        \
         }
 #define MOE__START(t)                                                      \
     (!MOE__VNNI && (mins || bits == 8) ? zero                              \
@@ -8867,19 +9045,19 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
 #define MOE__END(t)                                              \
     if (n > t) {                                                 \
         const MOE__VI start = MOE__START(t);                     \
-        a##t##0 = MOE__(tile_end)(a##t##0, start, bits);         \
-        a##t##1 = MOE__(tile_end)(a##t##1, start, bits);         \
+        a##t##0 = tile_end(a##t##0, start, bits);         \
+        a##t##1 = tile_end(a##t##1, start, bits);         \
     }
 
-/* Where quads of sub-block j are in the activations: base + MOE__QUAD_AT(q), see moe__act256_at */
+// Where quads of sub-block j are in the activations: base + MOE__QUAD_AT(q), see moe__act256_at
 #define MOE__QUAD_AT(q) (per_256 ? 4 * (q) : (q) / 4 * 64 + (q) % 4 * 4)
-/* Quad q of sub-block j and all tokens */
-#define MOE__WEIGHTS(q, h) MOE__(v_load)(weights + (2 * (q) + (h)) * MOE__VBYTES)
+// Quad q of sub-block j and all tokens
+#define MOE__WEIGHTS(q, h) v_load(weights + (2 * (q) + (h)) * MOE__VBYTES)
 #define MOE__DOT(t)                                        \
     if (n > t) {                                           \
         const MOE__VI b = MOE__BROADCAST(x##t + k);        \
-        a##t##0 = MOE__(tile_dot)(a##t##0, w0, b);         \
-        a##t##1 = MOE__(tile_dot)(a##t##1, w1, b);         \
+        a##t##0 = tile_dot(a##t##0, w0, b);         \
+        a##t##1 = tile_dot(a##t##1, w1, b);         \
     }
 #define MOE__QUAD(q)                                        \
     {                                                       \
@@ -8894,7 +9072,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         MOE__QUAD(4) MOE__QUAD(5) MOE__QUAD(6) MOE__QUAD(7)     \
     }
 #if !MOE__VNNI
-/* The same for two quads at once */
+// The same for two quads at once
 #define MOE__DOT2(t)                                                \
     if (n > t) {                                                    \
         const MOE__VI b0 = MOE__BROADCAST(x##t + k);                \
@@ -8914,24 +9092,24 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     if (quads == 8) {                   \
         MOE__QUADS(4) MOE__QUADS(6)     \
     }
-/* Signed weights, and activations in `wide`, see tile_widen */
+// Signed weights, and activations in `wide`, see tile_widen
 #define MOE__WIDEN(t) \
     if (n > t) MOE__(tile_widen)(x##t, wide + 512 * t);
 #define MOE__DOT8(t)                                                \
     if (n > t) {                                                    \
         const MOE__VI even = MOE__BROADCAST(wide + 512 * t + k);    \
         const MOE__VI odd = MOE__BROADCAST(wide + 512 * t + 256 + k); \
-        a##t##0 = MOE__(tile_dot_i16)(a##t##0, even0, even);        \
-        a##t##1 = MOE__(tile_dot_i16)(a##t##1, even1, even);        \
-        a##t##0 = MOE__(tile_dot_i16)(a##t##0, odd0, odd);          \
-        a##t##1 = MOE__(tile_dot_i16)(a##t##1, odd1, odd);          \
+        a##t##0 = tile_dot_i16(a##t##0, even0, even);        \
+        a##t##1 = tile_dot_i16(a##t##1, even1, even);        \
+        a##t##0 = tile_dot_i16(a##t##0, odd0, odd);          \
+        a##t##1 = tile_dot_i16(a##t##1, odd1, odd);          \
     }
 #define MOE__QUAD8(q)                                               \
     {                                                               \
         const int64_t k = base + MOE__QUAD_AT(q);                   \
         const MOE__VI w0 = MOE__WEIGHTS(q, 0), w1 = MOE__WEIGHTS(q, 1); \
-        const MOE__VI even0 = MOE__(tile_even)(w0), odd0 = MOE__(tile_odd)(w0); \
-        const MOE__VI even1 = MOE__(tile_even)(w1), odd1 = MOE__(tile_odd)(w1); \
+        const MOE__VI even0 = tile_even(w0), odd0 = tile_odd(w0); \
+        const MOE__VI even1 = tile_even(w1), odd1 = tile_odd(w1); \
         MOE__EACH(MOE__DOT8)                                        \
     }
 #define MOE__SUB_BLOCK_SIGNED()                                         \
@@ -8941,15 +9119,15 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
     }
 #endif
 
-/* See "the product of quantized rows with activations" in >>types. Scales per 256 activations: */
-/* i += scale * sum of the sub-block. */
+// See "the product of quantized rows with activations" in >>types. Scales per 256 activations:
+// i += scale * sum of the sub-block.
 #define MOE__SCALE_INT(t)                                                                  \
     if (n > t) {                                                                           \
         i##t##0 = MOE__MM(add_epi32)(i##t##0, MOE__MM(mullo_epi32)(a##t##0, scale0));      \
         i##t##1 = MOE__MM(add_epi32)(i##t##1, MOE__MM(mullo_epi32)(a##t##1, scale1));      \
     }
-/* Per 32: f += scale * sum of the sub-block * the token's scale - min * sum of the activations, */
-/* where f are the sums of moe__dot_32 that the sub-block belongs to */
+// Per 32: f += scale * sum of the sub-block * the token's scale - min * sum of the activations,
+// where f are the sums of moe__dot_32 that the sub-block belongs to
 #define MOE__SCALE_F32(t)                                                                  \
     if (n > t) {                                                                           \
         const int64_t at = 4 * (quads == 4 ? j / 2 : j);                                   \
@@ -8965,11 +9143,11 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         }                                                                                  \
     }
 
-/* sum over the sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each */
+// sum over the sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each
 #define MOE__MIN(t, p)                                                                     \
     b = MOE__BROADCAST(x##t + sums_at + 4 * (p));                                          \
-    a##t##0 = MOE__(v_dot_i16)(a##t##0, MOE__(v_load)(min + 2 * (p) * MOE__VBYTES), b);    \
-    a##t##1 = MOE__(v_dot_i16)(a##t##1, MOE__(v_load)(min + (2 * (p) + 1) * MOE__VBYTES), b);
+    a##t##0 = v_dot_i16(a##t##0, v_load(min + 2 * (p) * MOE__VBYTES), b);    \
+    a##t##1 = v_dot_i16(a##t##1, v_load(min + (2 * (p) + 1) * MOE__VBYTES), b);
 #define MOE__MINS(t)                                                                       \
     if (n > t && mins) {                                                                   \
         MOE__VI b;                                                                         \
@@ -8979,7 +9157,7 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
             MOE__MIN(t, 4) MOE__MIN(t, 5) MOE__MIN(t, 6) MOE__MIN(t, 7)                    \
         }                                                                                  \
     }
-/* sums += (d * i - dmin * a) * the token's scale */
+// sums += (d * i - dmin * a) * the token's scale
 #define MOE__ADD_INT(t)                                                                    \
     if (n > t) {                                                                           \
         float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;               \
@@ -9005,13 +9183,13 @@ MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
         MOE__MM(storeu_ps)(MOE__SUMS(t) + MOE__VFLOATS, f##t##1);       \
     }
 
-/* n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether */
-/* the activations are moe__act256 or moe__act32; mins: whether weights have mins, and no offset. */
-MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const int quads,
-                                  const int bits, const int per_256, const int mins) {
-    const MOE__VI zero = MOE__(v_zero)();
-    const uint8_t *min = job->pack + MOE__(TILE_MIN), *prefetch = job->prefetch;
-    uint8_t *starts = job->pack + MOE__(TILE_START), *acts = job->pack + MOE__(TILE_ACT);
+// n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether
+// the activations are moe__act256 or moe__act32; mins: whether weights have mins, and no offset.
+MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int quads, const int bits,
+                                  const int per_256, const int mins) {
+    const MOE__VI zero = v_zero();
+    const uint8_t *min = job->pack + TILE_MIN, *prefetch = job->prefetch;
+    uint8_t *starts = job->pack + TILE_START, *acts = job->pack + MOE__(TILE_ACT);
     const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
     const size_t sums_at =
         quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
@@ -9020,7 +9198,7 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
     MOE__EACH(MOE__INTS)
     MOE__EACH(MOE__FLOATS)
 #if !MOE__VNNI
-    uint8_t *wide = job->pack + MOE__(TILE_MIN); /* signed weights have no mins and no start */
+    uint8_t *wide = job->pack + TILE_MIN; // signed weights have no mins and no start
     if (bits == 8) {
         MOE__EACH(MOE__WIDEN)
     } else
@@ -9028,20 +9206,20 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         if (!per_256 || !mins) {
         MOE__EACH(MOE__STARTS)
     }
-    /* All sub-blocks one after another, or two at a time, which belong to the same sums */
+    // All sub-blocks one after another, or two at a time, which belong to the same sums
     const int64_t step = per_256 ? 1 : 4, n_passes = per_256 ? 1 : (n_blocks + 7) / 8 * 4;
     for (int64_t pass = 0; pass < n_passes; pass++) {
         const int64_t chain = pass % 4, first = pass / 4 * 8 + chain;
         const int64_t end = per_256 ? n_blocks : moe__min(first - chain + 8, n_blocks);
         const uint8_t *weights = job->pack + first * 2 * MOE__VBYTES * quads;
-        const uint8_t *scales = job->pack + MOE__(TILE_SCALE) + first * 2 * MOE__VBYTES;
+        const uint8_t *scales = job->pack + TILE_SCALE + first * 2 * MOE__VBYTES;
         if (!per_256) {
             MOE__EACH(MOE__LOAD_FLOATS)
         }
         for (int64_t j = first; j < end; j += step) {
             int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
                                    : moe__act32_at(4 * quads * (int)j);
-            __asm__("" : "+r"(base)); /* clang would make an address of its own for each quad */
+            __asm__("" : "+r"(base)); // clang would make an address of its own for each quad
             MOE__FETCH_AHEAD();
             MOE__EACH(MOE__BEGIN)
 #if !MOE__VNNI
@@ -9057,15 +9235,15 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
                 MOE__EACH(MOE__END)
             }
             if (per_256) {
-                const MOE__VI scale0 = MOE__(v_load)(scales);
-                const MOE__VI scale1 = MOE__(v_load)(scales + MOE__VBYTES);
+                const MOE__VI scale0 = v_load(scales);
+                const MOE__VI scale1 = v_load(scales + MOE__VBYTES);
                 MOE__EACH(MOE__SCALE_INT)
             } else {
                 const uint8_t *min_at = min + j * 2 * MOE__VBYTES;
-                const MOE__VF scale0 = MOE__(tile_load_f32)(scales);
-                const MOE__VF scale1 = MOE__(tile_load_f32)(scales + MOE__VBYTES);
-                const MOE__VF min0 = MOE__(tile_load_f32)(min_at);
-                const MOE__VF min1 = MOE__(tile_load_f32)(min_at + MOE__VBYTES);
+                const MOE__VF scale0 = tile_load_f32(scales);
+                const MOE__VF scale1 = tile_load_f32(scales + MOE__VBYTES);
+                const MOE__VF min0 = tile_load_f32(min_at);
+                const MOE__VF min1 = tile_load_f32(min_at + MOE__VBYTES);
                 (void)min0, (void)min1;
                 MOE__EACH(MOE__SCALE_F32)
             }
@@ -9077,30 +9255,30 @@ MOE__V void MOE__(tile_quantized)(const MOE__(tile_job) *job, const int n, const
         }
     }
     if (per_256) {
-        const uint8_t *of_scales = job->pack + MOE__(TILE_D);
-        const uint8_t *of_mins = job->pack + MOE__(TILE_DMIN);
-        const MOE__VF scale0 = MOE__(tile_load_f32)(of_scales);
-        const MOE__VF scale1 = MOE__(tile_load_f32)(of_scales + MOE__VBYTES);
-        const MOE__VF min0 = MOE__(tile_load_f32)(of_mins);
-        const MOE__VF min1 = MOE__(tile_load_f32)(of_mins + MOE__VBYTES);
+        const uint8_t *of_scales = job->pack + TILE_D;
+        const uint8_t *of_mins = job->pack + TILE_DMIN;
+        const MOE__VF scale0 = tile_load_f32(of_scales);
+        const MOE__VF scale1 = tile_load_f32(of_scales + MOE__VBYTES);
+        const MOE__VF min0 = tile_load_f32(of_mins);
+        const MOE__VF min1 = tile_load_f32(of_mins + MOE__VBYTES);
         (void)min0, (void)min1;
         MOE__EACH(MOE__MINS)
         MOE__EACH(MOE__ADD_INT)
     }
 }
 
-/* ---- unpacking ---------------- */
+// ---- unpacking ----------------
 
-typedef struct MOE__(tile_columns) {
+typedef struct tile_columns {
     MOE__VI v[4];
-} MOE__(tile_columns);
-typedef struct MOE__(tile_pair) {
+} tile_columns;
+typedef struct tile_pair {
     MOE__VF low, high;
-} MOE__(tile_pair);
+} tile_pair;
 
-/* 16 bytes of each row of half a panel, turned: element r of v[i] is dword i of row r. */
-MOE__V MOE__(tile_columns) MOE__(tile_turn)(const uint8_t *rows, size_t stride) {
-    MOE__(tile_columns) c;
+// 16 bytes of each row of half a panel, turned: element r of v[i] is dword i of row r.
+MOE__V tile_columns tile_turn(const uint8_t *rows, size_t stride) {
+    tile_columns c;
 #define MOE__ROW(r) _mm_loadu_si128((const __m128i *)(const void *)(rows + (size_t)(r) * stride))
 #define MOE__ROWS_2(r) \
     _mm256_inserti128_si256(_mm256_castsi128_si256(MOE__ROW(r)), MOE__ROW(r + 4), 1)
@@ -9114,7 +9292,7 @@ MOE__V MOE__(tile_columns) MOE__(tile_turn)(const uint8_t *rows, size_t stride) 
 #undef MOE__ROWS
 #undef MOE__ROWS_2
 #undef MOE__ROW
-    /* Dwords of rows 0-3, named by column: 01 holds columns 0 and 1 of two rows. */
+    // Dwords of rows 0-3, named by column: 01 holds columns 0 and 1 of two rows.
     const MOE__VI a01 = MOE__MM(unpacklo_epi32)(x0, x1), b01 = MOE__MM(unpacklo_epi32)(x2, x3);
     const MOE__VI a23 = MOE__MM(unpackhi_epi32)(x0, x1), b23 = MOE__MM(unpackhi_epi32)(x2, x3);
     c.v[0] = MOE__MM(unpacklo_epi64)(a01, b01), c.v[1] = MOE__MM(unpackhi_epi64)(a01, b01);
@@ -9122,26 +9300,26 @@ MOE__V MOE__(tile_columns) MOE__(tile_turn)(const uint8_t *rows, size_t stride) 
     return c;
 }
 
-/* The two f16 of each dword as f32 */
-MOE__V MOE__(tile_pair) MOE__(tile_halves)(MOE__VI v) {
-    MOE__(tile_pair) f;
+// The two f16 of each dword as f32
+MOE__V tile_pair MOE__(tile_halves)(MOE__VI v) {
+    tile_pair f;
 #if MOE__ISA == 3
     static const uint16_t order[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-    v = _mm512_permutexvar_epi16(MOE__(v_load)(order), v);
+    v = _mm512_permutexvar_epi16(v_load(order), v);
     f.low = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
     f.high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
 #else
     static const uint8_t order[32] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
                                       0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
-    v = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, MOE__(v_load)(order)), 0xD8);
+    v = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, v_load(order)), 0xD8);
     f.low = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
     f.high = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
 #endif
     return f;
 }
 
-/* The f16 at `rows` of each row of half a panel, as f32 */
+// The f16 at `rows` of each row of half a panel, as f32
 MOE__V MOE__VF MOE__(tile_row_halves)(const uint8_t *rows, size_t stride) {
 #define MOE__HALF(v, r, i) \
     v = _mm_insert_epi16(v, moe__load_u16(rows + (size_t)(r + i) * stride), i)
@@ -9160,43 +9338,39 @@ MOE__V MOE__VF MOE__(tile_row_halves)(const uint8_t *rows, size_t stride) {
 #undef MOE__HALF
 }
 
-MOE__V MOE__VI MOE__(tile_low)(MOE__VI v, const int mask) {
-    return MOE__(v_and)(v, MOE__MM(set1_epi32)(mask));
-}
-MOE__V MOE__VI MOE__(tile_high_nibbles)(MOE__VI v) {
-    return MOE__(tile_low)(MOE__MM(srli_epi32)(v, 4), 0x0F0F0F0F);
+MOE__V MOE__VI tile_low(MOE__VI v, const int mask) { return v_and(v, MOE__MM(set1_epi32)(mask)); }
+MOE__V MOE__VI tile_high_nibbles(MOE__VI v) {
+    return tile_low(MOE__MM(srli_epi32)(v, 4), 0x0F0F0F0F);
 }
 
-/* Blocks of nibbles: Q4_0, Q5_0, IQ4_NL, MXFP4 */
+// Blocks of nibbles: Q4_0, Q5_0, IQ4_NL, MXFP4
 MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64_t n,
                                        uint8_t *pack, const int type) {
     const int is_signed = !MOE__VNNI && type == MOE__INDEX_IQ4_NL;
-    const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << MOE__(q32_shift)(type));
-    const MOE__VI byte = MOE__(v_lanes)(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
+    const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << q32_shift(type));
+    const MOE__VI byte = v_lanes(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
-            const uint8_t *block = rows + MOE__(q32_size)(type) * (size_t)b;
-            const MOE__(tile_columns) c =
-                MOE__(tile_turn)(block + MOE__(q32_low)(type), stride);
-            MOE__VI fifth = MOE__(v_zero)();
-            if (type == MOE__INDEX_Q5_0) fifth = MOE__(tile_turn)(block + 2, stride).v[0];
+            const uint8_t *block = rows + q32_size(type) * (size_t)b;
+            const tile_columns c = tile_turn(block + MOE__(q32_low)(type), stride);
+            MOE__VI fifth = v_zero();
+            if (type == MOE__INDEX_Q5_0) fifth = tile_turn(block + 2, stride).v[0];
             if (type == MOE__INDEX_MXFP4) {
-                MOE__VI e = MOE__(tile_low)(MOE__(tile_turn)(block, stride).v[0], 0xFF);
-                MOE__(tile_put_scale)(pack, b, h, MOE__(v_e8m0)(e));
+                MOE__VI e = tile_low(tile_turn(block, stride).v[0], 0xFF);
+                tile_put_scale(pack, b, h, v_e8m0(e));
             } else {
-                MOE__(tile_put_scale)(pack, b, h, MOE__(tile_row_halves)(block, stride));
+                tile_put_scale(pack, b, h, MOE__(tile_row_halves)(block, stride));
             }
-            MOE__UNROLL(8) for (int i = 0; i < 8; i++) { /* a quad: nibbles of 4 bytes */
-                MOE__VI v = i < 4 ? MOE__(tile_low)(c.v[i], 0x0F0F0F0F)
-                                  : MOE__(tile_high_nibbles)(c.v[i - 4]);
+            MOE__UNROLL(8) for (int i = 0; i < 8; i++) { // a quad: nibbles of 4 bytes
+                MOE__VI v = i < 4 ? tile_low(c.v[i], 0x0F0F0F0F) : tile_high_nibbles(c.v[i - 4]);
                 if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL)
                     v = MOE__MM(shuffle_epi8)(table, v);
-                if (type == MOE__INDEX_Q5_0) { /* bits 4 i .. 4 i + 3 */
+                if (type == MOE__INDEX_Q5_0) { // bits 4 i .. 4 i + 3
                     MOE__VI at = MOE__MM(add_epi8)(byte, MOE__MM(set1_epi8)((char)(i / 2)));
                     MOE__VI bit = MOE__MM(set1_epi32)(i % 2 ? (int)0x80402010 : 0x08040201);
-                    v = MOE__(v_add_where)(v, MOE__MM(shuffle_epi8)(fifth, at), bit, 16);
+                    v = v_add_where(v, MOE__MM(shuffle_epi8)(fifth, at), bit, 16);
                 }
-                MOE__(tile_put)(pack, 8 * b + i, h, v);
+                tile_put(pack, 8 * b + i, h, v);
             }
         }
 }
@@ -9212,52 +9386,51 @@ MOE__TILE_NIBBLES(MXFP4, mxfp4)
 #undef MOE__TILE_NIBBLES
 
 MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
-    const MOE__VI offset = MOE__MM(set1_epi8)(MOE__VNNI ? -128 : 0); /* int8 + 128, modulo 256 */
+    const MOE__VI offset = MOE__MM(set1_epi8)(MOE__VNNI ? -128 : 0); // int8 + 128, modulo 256
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
             const uint8_t *block = rows + 34 * b;
-            const MOE__(tile_columns) c = MOE__(tile_turn)(block + 2, stride);
-            const MOE__(tile_columns) d = MOE__(tile_turn)(block + 18, stride);
-            MOE__(tile_put_scale)(pack, b, h, MOE__(tile_row_halves)(block, stride));
+            const tile_columns c = tile_turn(block + 2, stride);
+            const tile_columns d = tile_turn(block + 18, stride);
+            tile_put_scale(pack, b, h, MOE__(tile_row_halves)(block, stride));
             MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-                MOE__(tile_put)(pack, 8 * b + i, h, MOE__MM(add_epi8)(c.v[i], offset));
-                MOE__(tile_put)(pack, 8 * b + 4 + i, h, MOE__MM(add_epi8)(d.v[i], offset));
+                tile_put(pack, 8 * b + i, h, MOE__MM(add_epi8)(c.v[i], offset));
+                tile_put(pack, 8 * b + 4 + i, h, MOE__MM(add_epi8)(d.v[i], offset));
             }
         }
 }
 
-/* Four unsigned bytes of each dword */
+// Four unsigned bytes of each dword
 MOE__V void MOE__(tile_put_scales)(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI s) {
     MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-        MOE__(tile_put_int)(pack, sub_block + i, h, MOE__(tile_low)(s, 0xFF));
+        tile_put_int(pack, sub_block + i, h, tile_low(s, 0xFF));
         s = MOE__MM(srli_epi32)(s, 8);
     }
 }
 
-/* Four unsigned bytes of each dword: two vectors of int16 pairs */
+// Four unsigned bytes of each dword: two vectors of int16 pairs
 MOE__V void MOE__(tile_put_mins)(uint8_t *pack, int64_t pair, int64_t h, MOE__VI m) {
     MOE__UNROLL(2) for (int i = 0; i < 2; i++) {
-        MOE__VI first = MOE__(tile_low)(m, 0xFF);
-        MOE__VI second = MOE__(tile_low)(MOE__MM(slli_epi32)(m, 8), 0xFF0000);
-        MOE__(tile_store)(pack + MOE__(TILE_MIN) + (2 * (pair + i) + h) * MOE__VBYTES,
-                          MOE__(v_or)(first, second));
+        MOE__VI first = tile_low(m, 0xFF);
+        MOE__VI second = tile_low(MOE__MM(slli_epi32)(m, 8), 0xFF0000);
+        tile_store(pack + TILE_MIN + (2 * (pair + i) + h) * MOE__VBYTES, v_or(first, second));
         m = MOE__MM(srli_epi32)(m, 16);
     }
 }
 
-/* The head of Q4_K and Q5_K blocks: d, dmin, eight 6-bit scales s and eight 6-bit mins m. */
-/*   dword 1: s0-s3 and the top bits of s4-s7   dword 2: m0-m3 and the top bits of m4-m7 */
-/*   dword 3: the low 4 bits of s4-s7 and of m4-m7 */
+// The head of Q4_K and Q5_K blocks: d, dmin, eight 6-bit scales s and eight 6-bit mins m.
+//   dword 1: s0-s3 and the top bits of s4-s7   dword 2: m0-m3 and the top bits of m4-m7
+//   dword 3: the low 4 bits of s4-s7 and of m4-m7
 MOE__V void MOE__(tile_unpack_head)(const uint8_t *rows, size_t stride, int64_t h, uint8_t *pack) {
     const MOE__VI top = MOE__MM(set1_epi32)(0x30303030);
-    const MOE__(tile_columns) c = MOE__(tile_turn)(rows, stride);
-    const MOE__(tile_pair) d = MOE__(tile_halves)(c.v[0]); /* d, dmin */
-    MOE__VI s = MOE__(tile_low)(c.v[3], 0x0F0F0F0F), m = MOE__(tile_high_nibbles)(c.v[3]);
-    s = MOE__(v_or_and)(s, MOE__MM(srli_epi32)(c.v[1], 2), top);
-    m = MOE__(v_or_and)(m, MOE__MM(srli_epi32)(c.v[2], 2), top);
-    MOE__(tile_put_scales)(pack, 0, h, MOE__(tile_low)(c.v[1], 0x3F3F3F3F));
+    const tile_columns c = tile_turn(rows, stride);
+    const tile_pair d = MOE__(tile_halves)(c.v[0]); // d, dmin
+    MOE__VI s = tile_low(c.v[3], 0x0F0F0F0F), m = tile_high_nibbles(c.v[3]);
+    s = v_or_and(s, MOE__MM(srli_epi32)(c.v[1], 2), top);
+    m = v_or_and(m, MOE__MM(srli_epi32)(c.v[2], 2), top);
+    MOE__(tile_put_scales)(pack, 0, h, tile_low(c.v[1], 0x3F3F3F3F));
     MOE__(tile_put_scales)(pack, 4, h, s);
-    MOE__(tile_put_mins)(pack, 0, h, MOE__(tile_low)(c.v[2], 0x3F3F3F3F));
+    MOE__(tile_put_mins)(pack, 0, h, tile_low(c.v[2], 0x3F3F3F3F));
     MOE__(tile_put_mins)(pack, 2, h, m);
     MOE__(tile_put_d)(pack, h, d.low);
     MOE__(tile_put_dmin)(pack, h, d.high);
@@ -9267,12 +9440,12 @@ MOE__K void MOE__(tile_unpack_q4_k)(const uint8_t *rows, size_t stride, int64_t 
     (void)n;
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride) {
         MOE__(tile_unpack_head)(rows, stride, h, pack);
-        for (int64_t c = 0; c < 8; c++) { /* 16 bytes: halves of two sub-blocks */
-            const MOE__(tile_columns) q = MOE__(tile_turn)(rows + 16 + 16 * c, stride);
+        for (int64_t c = 0; c < 8; c++) { // 16 bytes: halves of two sub-blocks
+            const tile_columns q = tile_turn(rows + 16 + 16 * c, stride);
             const int64_t quad = 16 * (c / 2) + 4 * (c % 2);
             MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-                MOE__(tile_put)(pack, quad + i, h, MOE__(tile_low)(q.v[i], 0x0F0F0F0F));
-                MOE__(tile_put)(pack, quad + 8 + i, h, MOE__(tile_high_nibbles)(q.v[i]));
+                tile_put(pack, quad + i, h, tile_low(q.v[i], 0x0F0F0F0F));
+                tile_put(pack, quad + 8 + i, h, tile_high_nibbles(q.v[i]));
             }
         }
     }
@@ -9283,18 +9456,18 @@ MOE__K void MOE__(tile_unpack_q5_k)(const uint8_t *rows, size_t stride, int64_t 
     (void)n;
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride) {
         MOE__(tile_unpack_head)(rows, stride, h, pack);
-        for (int64_t m = 0; m < 2; m++) { /* halves of sub-blocks */
-            MOE__(tile_columns) bits = MOE__(tile_turn)(rows + 16 + 16 * m, stride);
-            for (int64_t c = 0; c < 4; c++) { /* two sub-blocks; their fifth bits: bits 0 and 1 */
-                const MOE__(tile_columns) q = MOE__(tile_turn)(rows + 48 + 32 * c + 16 * m, stride);
+        for (int64_t m = 0; m < 2; m++) { // halves of sub-blocks
+            tile_columns bits = tile_turn(rows + 16 + 16 * m, stride);
+            for (int64_t c = 0; c < 4; c++) { // two sub-blocks; their fifth bits: bits 0 and 1
+                const tile_columns q = tile_turn(rows + 48 + 32 * c + 16 * m, stride);
                 const int64_t quad = 16 * c + 4 * m;
                 MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-                    MOE__VI a = MOE__(tile_low)(q.v[i], 0x0F0F0F0F);
-                    MOE__VI b = MOE__(tile_high_nibbles)(q.v[i]);
-                    a = MOE__(v_or_and)(a, MOE__MM(slli_epi32)(bits.v[i], 4), fifth);
-                    b = MOE__(v_or_and)(b, MOE__MM(slli_epi32)(bits.v[i], 3), fifth);
-                    MOE__(tile_put)(pack, quad + i, h, a);
-                    MOE__(tile_put)(pack, quad + 8 + i, h, b);
+                    MOE__VI a = tile_low(q.v[i], 0x0F0F0F0F);
+                    MOE__VI b = tile_high_nibbles(q.v[i]);
+                    a = v_or_and(a, MOE__MM(slli_epi32)(bits.v[i], 4), fifth);
+                    b = v_or_and(b, MOE__MM(slli_epi32)(bits.v[i], 3), fifth);
+                    tile_put(pack, quad + i, h, a);
+                    tile_put(pack, quad + 8 + i, h, b);
                     bits.v[i] = MOE__MM(srli_epi32)(bits.v[i], 2);
                 }
             }
@@ -9302,15 +9475,15 @@ MOE__K void MOE__(tile_unpack_q5_k)(const uint8_t *rows, size_t stride, int64_t 
     }
 }
 
-/* 16 int8 scales at byte 192 and the f16 d behind them; no load leaves the block of 210 bytes. */
+// 16 int8 scales at byte 192 and the f16 d behind them; no load leaves the block of 210 bytes.
 MOE__V void MOE__(tile_unpack_tail)(const uint8_t *rows, size_t stride, int64_t h, uint8_t *pack) {
-    const MOE__(tile_columns) s = MOE__(tile_turn)(rows + 192, stride);
-    const MOE__(tile_columns) e = MOE__(tile_turn)(rows + 194, stride);
+    const tile_columns s = tile_turn(rows + 192, stride);
+    const tile_columns e = tile_turn(rows + 194, stride);
     MOE__(tile_put_d)(pack, h, MOE__(tile_halves)(e.v[3]).high);
     MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-        MOE__VI bytes = s.v[i]; /* the top one is the last of four scales */
+        MOE__VI bytes = s.v[i]; // the top one is the last of four scales
         MOE__UNROLL(4) for (int b = 3; b >= 0; b--) {
-            MOE__(tile_put_int)(pack, 4 * i + b, h, MOE__MM(srai_epi32)(bytes, 24));
+            tile_put_int(pack, 4 * i + b, h, MOE__MM(srai_epi32)(bytes, 24));
             bytes = MOE__MM(slli_epi32)(bytes, 8);
         }
     }
@@ -9321,62 +9494,62 @@ MOE__K void MOE__(tile_unpack_q6_k)(const uint8_t *rows, size_t stride, int64_t 
     (void)n;
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride) {
         MOE__(tile_unpack_tail)(rows, stride, h, pack);
-        for (int64_t c = 0; c < 4; c++) { /* halves of four times 32 weights */
+        for (int64_t c = 0; c < 4; c++) { // halves of four times 32 weights
             const uint8_t *low = rows + 64 * (c / 2) + 16 * (c % 2);
-            const MOE__(tile_columns) a = MOE__(tile_turn)(low, stride);
-            const MOE__(tile_columns) b = MOE__(tile_turn)(low + 32, stride);
-            const MOE__(tile_columns) t = MOE__(tile_turn)(rows + 128 + 16 * c, stride);
+            const tile_columns a = tile_turn(low, stride);
+            const tile_columns b = tile_turn(low + 32, stride);
+            const tile_columns t = tile_turn(rows + 128 + 16 * c, stride);
             const int64_t quad = 32 * (c / 2) + 4 * (c % 2);
             MOE__UNROLL(4) for (int i = 0; i < 4; i++) {
-                MOE__VI q0 = MOE__(tile_low)(a.v[i], 0x0F0F0F0F);
-                MOE__VI q1 = MOE__(tile_low)(b.v[i], 0x0F0F0F0F);
-                MOE__VI q2 = MOE__(tile_high_nibbles)(a.v[i]);
-                MOE__VI q3 = MOE__(tile_high_nibbles)(b.v[i]);
-                q0 = MOE__(v_or_and)(q0, MOE__MM(slli_epi32)(t.v[i], 4), top);
-                q1 = MOE__(v_or_and)(q1, MOE__MM(slli_epi32)(t.v[i], 2), top);
-                q2 = MOE__(v_or_and)(q2, t.v[i], top);
-                q3 = MOE__(v_or_and)(q3, MOE__MM(srli_epi32)(t.v[i], 2), top);
-                MOE__(tile_put)(pack, quad + i, h, q0);
-                MOE__(tile_put)(pack, quad + 8 + i, h, q1);
-                MOE__(tile_put)(pack, quad + 16 + i, h, q2);
-                MOE__(tile_put)(pack, quad + 24 + i, h, q3);
+                MOE__VI q0 = tile_low(a.v[i], 0x0F0F0F0F);
+                MOE__VI q1 = tile_low(b.v[i], 0x0F0F0F0F);
+                MOE__VI q2 = tile_high_nibbles(a.v[i]);
+                MOE__VI q3 = tile_high_nibbles(b.v[i]);
+                q0 = v_or_and(q0, MOE__MM(slli_epi32)(t.v[i], 4), top);
+                q1 = v_or_and(q1, MOE__MM(slli_epi32)(t.v[i], 2), top);
+                q2 = v_or_and(q2, t.v[i], top);
+                q3 = v_or_and(q3, MOE__MM(srli_epi32)(t.v[i], 2), top);
+                tile_put(pack, quad + i, h, q0);
+                tile_put(pack, quad + 8 + i, h, q1);
+                tile_put(pack, quad + 16 + i, h, q2);
+                tile_put(pack, quad + 24 + i, h, q3);
             }
         }
     }
 }
 
-/* How the tiles of a type are made */
-typedef struct MOE__(tile_plan) {
-    MOE__(tile_kernel_fn) *const *kernels; /* [n - 1]: for n tokens */
+// How the tiles of a type are made
+typedef struct tile_plan {
+    tile_kernel_fn *const *kernels; // [n - 1]: for n tokens
     int max_tokens;
     MOE__(tile_unpack_fn) *unpack;
-    int chains;             /* sums per product, 1 or 4 */
-    int step;               /* weights per scale, and per prefetch step */
-    int block, block_bytes; /* weights and bytes of a block */
-    int record;             /* bytes of a superblock's activations */
-    int shift;              /* log2 of the offset that `unpack` adds to weights, or -1 */
-    const moe__type *type;  /* not NULL: one of these is used instead of `unpack` */
-    MOE__(unpack_fn) *unpack_row;
-    MOE__LEVELS_OF(rows_fn) *unpack_group;
-    int order, add; /* of unpack_row; what is to be added to levels */
-} MOE__(tile_plan);
+    int chains;             // sums per product, 1 or 4
+    int step;               // weights per scale, and per prefetch step
+    int block, block_bytes; // weights and bytes of a block
+    int record;             // bytes of a superblock's activations
+    int shift;              // log2 of the offset that `unpack` adds to weights, or -1
+    const moe__type *type;  // not NULL: one of these is used instead of `unpack`
+    unpack_fn *unpack_row;
+    MOE__SHARED(rows_fn) * unpack_group;
+    int order, add; // of unpack_row; what is to be added to levels
+} tile_plan;
 
-/* What else is there: rows are unpacked one by one to blocks, then turned. */
-MOE__V MOE__(tile_columns) MOE__(tile_turn_blocks)(const void *from) {
-    return MOE__(tile_turn)((const uint8_t *)from, sizeof(moe__block));
+// What else is there: rows are unpacked one by one to blocks, then turned.
+MOE__V tile_columns tile_turn_blocks(const void *from) {
+    return tile_turn((const uint8_t *)from, sizeof(moe__block));
 }
-/* Levels of half a panel, n per row, in vectors of an order, plus `more` */
+// Levels of half a panel, n per row, in vectors of an order, plus `more`
 #if MOE__ISA == 3
-/* Vector v of 16 rows: dwords are turned in lanes, then lanes of four times four rows. */
+// Vector v of 16 rows: dwords are turned in lanes, then lanes of four times four rows.
 MOE__V void MOE__(tile_turn_levels)(const moe__block *block, int order, const int v, __m512i more,
                                     int64_t h, uint8_t *pack) {
-    __m512i x[4][4]; /* [dword of each lane][4 rows] */
+    __m512i x[4][4]; // [dword of each lane][4 rows]
     MOE__UNROLL(4)
     for (int g = 0; g < 4; g++) {
-        const __m512i r0 = MOE__(v_load)(block[4 * g].q + 64 * v);
-        const __m512i r1 = MOE__(v_load)(block[4 * g + 1].q + 64 * v);
-        const __m512i r2 = MOE__(v_load)(block[4 * g + 2].q + 64 * v);
-        const __m512i r3 = MOE__(v_load)(block[4 * g + 3].q + 64 * v);
+        const __m512i r0 = v_load(block[4 * g].q + 64 * v);
+        const __m512i r1 = v_load(block[4 * g + 1].q + 64 * v);
+        const __m512i r2 = v_load(block[4 * g + 2].q + 64 * v);
+        const __m512i r3 = v_load(block[4 * g + 3].q + 64 * v);
         const __m512i a = _mm512_unpacklo_epi32(r0, r1), b = _mm512_unpacklo_epi32(r2, r3);
         const __m512i c = _mm512_unpackhi_epi32(r0, r1), d = _mm512_unpackhi_epi32(r2, r3);
         x[0][g] = _mm512_unpacklo_epi64(a, b), x[1][g] = _mm512_unpackhi_epi64(a, b);
@@ -9385,11 +9558,10 @@ MOE__V void MOE__(tile_turn_levels)(const moe__block *block, int order, const in
     MOE__UNROLL(4)
     for (int k = 0; k < 4; k++) {
         __m512i y[4];
-        MOE__(v_turn_lanes)(x[k], y);
+        v_turn_lanes(x[k], y);
         MOE__UNROLL(4)
         for (int lane = 0; lane < 4; lane++)
-            MOE__(tile_put)(pack, 4 * MOE__(v_group)(order, v, lane) + k, h,
-                            _mm512_add_epi8(y[lane], more));
+            tile_put(pack, 4 * v_group(order, v, lane) + k, h, _mm512_add_epi8(y[lane], more));
     }
 }
 #else
@@ -9398,57 +9570,56 @@ MOE__V void MOE__(tile_turn_levels)(const moe__block *block, int order, const in
     (void)order;
     MOE__UNROLL(2)
     for (int i = 2 * v; i < 2 * v + 2; i++) {
-        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(block->q + 16 * i);
+        const tile_columns c = tile_turn_blocks(block->q + 16 * i);
         MOE__UNROLL(4)
-        for (int k = 0; k < 4; k++)
-            MOE__(tile_put)(pack, 4 * i + k, h, _mm256_add_epi8(c.v[k], more));
+        for (int k = 0; k < 4; k++) tile_put(pack, 4 * i + k, h, _mm256_add_epi8(c.v[k], more));
     }
 }
 #endif
 
-/* Integer scales, mins and their scales of half a panel; per: weights per scale in the pack */
+// Integer scales, mins and their scales of half a panel; per: weights per scale in the pack
 MOE__V void MOE__(tile_turn_scales)(const moe__block *block, int per, int mins, int64_t h,
                                     uint8_t *pack) {
-    for (int i = 0; i < 2; i++) { /* pairs of int16: numbers 2 k, 2 k + 1 in each dword */
-        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(block->scale + 8 * i);
+    for (int i = 0; i < 2; i++) { // pairs of int16: numbers 2 k, 2 k + 1 in each dword
+        const tile_columns c = tile_turn_blocks(block->scale + 8 * i);
         MOE__UNROLL(4)
         for (int k = 0; k < 4; k++) {
             const MOE__VI high = MOE__MM(srai_epi32)(c.v[k], 16);
             const MOE__VI low = MOE__MM(srai_epi32)(MOE__MM(slli_epi32)(c.v[k], 16), 16);
             const int pair = 4 * i + k;
-            MOE__(tile_put_int)(pack, per == 16 ? 2 * pair : pair, h, low);
-            if (per == 16) MOE__(tile_put_int)(pack, 2 * pair + 1, h, high);
+            tile_put_int(pack, per == 16 ? 2 * pair : pair, h, low);
+            if (per == 16) tile_put_int(pack, 2 * pair + 1, h, high);
         }
     }
-    uint8_t *min = pack + MOE__(TILE_MIN) + h * MOE__VBYTES;
+    uint8_t *min = pack + TILE_MIN + h * MOE__VBYTES;
     for (int i = 0; mins && i < 2; i++) {
-        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(block->min + 8 * i);
+        const tile_columns c = tile_turn_blocks(block->min + 8 * i);
         MOE__UNROLL(4)
         for (int k = 0; k < 4; k += per / 16) {
             const MOE__VI high = MOE__MM(slli_epi32)(c.v[(k + 1) % 4], 16);
-            const MOE__VI both = MOE__(v_or)(MOE__(tile_low)(c.v[k], 0xFFFF), high);
-            MOE__(tile_store)(min, per == 16 ? c.v[k] : both);
+            const MOE__VI both = v_or(tile_low(c.v[k], 0xFFFF), high);
+            tile_store(min, per == 16 ? c.v[k] : both);
             min += 2 * MOE__VBYTES;
         }
     }
-    const MOE__VI d = MOE__(tile_turn_blocks)(block->d).v[0];
-    MOE__VI dmin = MOE__(tile_turn_blocks)(block->dmin).v[0];
-    MOE__(tile_store)(pack + MOE__(TILE_D) + h * MOE__VBYTES, d);
-    dmin = MOE__(v_xor)(dmin, MOE__MM(set1_epi32)((int)0x80000000));
-    MOE__(tile_store)(pack + MOE__(TILE_DMIN) + h * MOE__VBYTES, dmin);
+    const MOE__VI d = tile_turn_blocks(block->d).v[0];
+    MOE__VI dmin = tile_turn_blocks(block->dmin).v[0];
+    tile_store(pack + TILE_D + h * MOE__VBYTES, d);
+    dmin = v_xor(dmin, MOE__MM(set1_epi32)((int)0x80000000));
+    tile_store(pack + TILE_DMIN + h * MOE__VBYTES, dmin);
 }
-/* Scales (or mins) as floats, one per `per` weights */
+// Scales (or mins) as floats, one per `per` weights
 MOE__V void MOE__(tile_turn_f32)(const float *from, int per, int at, int64_t h, uint8_t *pack) {
     for (int i = 0; i < 16; i += 4) {
-        const MOE__(tile_columns) c = MOE__(tile_turn_blocks)(from + i);
+        const tile_columns c = tile_turn_blocks(from + i);
         for (int k = 0; k < 4; k += per / 16)
-            MOE__(tile_store)(pack + at + (2 * ((i + k) / (per / 16)) + h) * MOE__VBYTES, c.v[k]);
+            tile_store(pack + at + (2 * ((i + k) / (per / 16)) + h) * MOE__VBYTES, c.v[k]);
     }
 }
 
-/* n weights of half h of a panel, from weight `at` of its rows, of which `left` are there (the */
-/* last stands for those behind it). stage: room for half a panel of blocks. */
-MOE__K void MOE__(tile_rows)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
+// n weights of half h of a panel, from weight `at` of its rows, of which `left` are there (the
+// last stands for those behind it). stage: room for half a panel of blocks.
+MOE__K void MOE__(tile_rows)(const tile_plan *plan, const uint8_t *rows, size_t row_size,
                              int64_t left, int64_t at, int64_t n, int64_t h, uint8_t *stage,
                              uint8_t *pack) {
     const moe__type *type = plan->type;
@@ -9457,7 +9628,7 @@ MOE__K void MOE__(tile_rows)(const MOE__(tile_plan) *plan, const uint8_t *rows, 
     moe__block *block = (moe__block *)(void *)stage;
     for (int r = 0; r < MOE__VFLOATS; r++) {
         const uint8_t *row = rows + (size_t)moe__min(h * MOE__VFLOATS + r, left - 1) * row_size;
-        const float D = MOE__LEVELS_OF(u_row_scale)(row, type->meta);
+        const float D = MOE__SHARED(u_row_scale)(row, type->meta);
         plan->unpack_row(row + skip, (int)n, D, block + r);
     }
     for (int v = 0; v < (int)(n + MOE__VBYTES - 1) / MOE__VBYTES; v++)
@@ -9466,17 +9637,17 @@ MOE__K void MOE__(tile_rows)(const MOE__(tile_plan) *plan, const uint8_t *rows, 
         MOE__(tile_turn_scales)(block, plan->step, !type->offset, h, pack);
         return;
     }
-    MOE__(tile_turn_f32)(block->d, plan->step, MOE__(TILE_SCALE), h, pack);
-    if (!type->offset) MOE__(tile_turn_f32)(block->dmin, plan->step, MOE__(TILE_MIN), h, pack);
+    MOE__(tile_turn_f32)(block->d, plan->step, TILE_SCALE, h, pack);
+    if (!type->offset) MOE__(tile_turn_f32)(block->dmin, plan->step, TILE_MIN, h, pack);
 }
 
-/* The same of an interleaved type */
-MOE__K void MOE__(tile_groups)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
+// The same of an interleaved type
+MOE__K void MOE__(tile_groups)(const tile_plan *plan, const uint8_t *rows, size_t row_size,
                                int64_t left, int64_t at, int64_t n, int64_t h, uint8_t *pack) {
     const moe__type *type = plan->type;
     const uint8_t *group[MOE__VFLOATS / 4];
     float D[MOE__VFLOATS / 4][4];
-    MOE__LEVELS_OF(rows_out) out;
+    MOE__SHARED(rows_out) out;
     out.pack = pack, out.half = h, out.per = plan->step, out.add = plan->add;
     for (int g = 0; g < MOE__VFLOATS / type->rows; g++) {
         const int64_t row = moe__min(h * MOE__VFLOATS + g * type->rows, left - type->rows);
@@ -9487,16 +9658,16 @@ MOE__K void MOE__(tile_groups)(const MOE__(tile_plan) *plan, const uint8_t *rows
     plan->unpack_group(group, (int)n, (const float(*)[4])D, &out);
 }
 
-/* ---- the loops over superblocks and tokens -------- */
+// ---- the loops over superblocks and tokens --------
 
-/* What is left to prefetch, in cache lines, and how many of them per step */
-typedef struct MOE__(tile_ahead) {
+// What is left to prefetch, in cache lines, and how many of them per step
+typedef struct tile_ahead {
     const uint8_t *at;
     int64_t left, per_step;
-} MOE__(tile_ahead);
+} tile_ahead;
 
-/* Copies n_bytes of each row, `pitch` bytes apart; the rest of a pitch and missing rows are */
-/* zero. */
+// Copies n_bytes of each row, `pitch` bytes apart; the rest of a pitch and missing rows are
+// zero.
 MOE__K void MOE__(tile_stage)(const uint8_t *rows, size_t stride, int64_t n_rows, size_t n_bytes,
                               size_t pitch, int64_t n_rows_out, uint8_t *stage) {
     for (int64_t r = 0; r < n_rows_out; r++, stage += pitch) {
@@ -9506,13 +9677,13 @@ MOE__K void MOE__(tile_stage)(const uint8_t *rows, size_t stride, int64_t n_rows
     }
 }
 
-/* How tokens are cut into groups of nearly equal size (small ones are slow): the first `longer` */
-/* groups have one more than the others. */
-typedef struct MOE__(tile_cut) {
+// How tokens are cut into groups of nearly equal size (small ones are slow): the first `longer`
+// groups have one more than the others.
+typedef struct tile_cut {
     int64_t n_tokens, n_groups, each, longer;
-} MOE__(tile_cut);
-MOE__V MOE__(tile_cut) MOE__(tile_cut_of)(const MOE__(tile_plan) *plan, int64_t n_tokens) {
-    MOE__(tile_cut) cut;
+} tile_cut;
+MOE__V tile_cut MOE__(tile_cut_of)(const tile_plan *plan, int64_t n_tokens) {
+    tile_cut cut;
     cut.n_tokens = n_tokens;
     cut.n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
     cut.each = n_tokens / cut.n_groups;
@@ -9520,16 +9691,16 @@ MOE__V MOE__(tile_cut) MOE__(tile_cut_of)(const MOE__(tile_plan) *plan, int64_t 
     return cut;
 }
 
-/* One superblock, already unpacked, times the tokens of a cut */
-MOE__K void MOE__(tile_tokens)(const MOE__(tile_plan) *plan, MOE__(tile_job) *job, int64_t n_panels,
-                               const void *const *x, const MOE__(tile_cut) *cut,
-                               uint8_t *scratch, MOE__(tile_ahead) *ahead) {
-    float *sums = (float *)(void *)(scratch + MOE__(TILE_SUMS_AT));
+// One superblock, already unpacked, times the tokens of a cut
+MOE__K void MOE__(tile_tokens)(const tile_plan *plan, tile_job *job, int64_t n_panels,
+                               const void *const *x, const tile_cut *cut, uint8_t *scratch,
+                               tile_ahead *ahead) {
+    float *sums = (float *)(void *)(scratch + TILE_SUMS_AT);
     for (int64_t g = 0; g < cut->n_groups; g++) {
         const int64_t count = cut->each + (g < cut->longer);
         job->x = x;
         for (int64_t p = 0; p < n_panels; p++) {
-            job->pack = scratch + p * MOE__(TILE_PACK);
+            job->pack = scratch + p * TILE_PACK;
             job->sums = sums + p * MOE__PANEL;
             job->prefetch = ahead->at;
             job->n_prefetch = ahead->left > 0 ? ahead->per_step : 0;
@@ -9545,35 +9716,34 @@ MOE__K void MOE__(tile_tokens)(const MOE__(tile_plan) *plan, MOE__(tile_job) *jo
     }
 }
 
-/* A tile times at most TILE_CHUNK tokens; the sums end in the scratch. */
-MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
-                              int64_t n_rows, int64_t n, const void *const *x,
-                              const MOE__(tile_cut) *cut, uint8_t *scratch,
-                              MOE__(tile_ahead) *ahead) {
+// A tile times at most TILE_CHUNK tokens; the sums end in the scratch.
+MOE__K void MOE__(tile_chunk)(const tile_plan *plan, const uint8_t *rows, size_t row_size,
+                              int64_t n_rows, int64_t n, const void *const *x, const tile_cut *cut,
+                              uint8_t *scratch, tile_ahead *ahead) {
     const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
     const size_t pitch = 256 / (size_t)plan->block * (size_t)plan->block_bytes;
     uint8_t *stage = scratch + MOE__(TILE_STAGE_AT);
-    MOE__(tile_job) job;
+    tile_job job;
     memset(&job, 0, sizeof job);
     job.shift = plan->shift;
     for (int64_t p = 0; p < n_panels; p++)
-        memset(scratch + p * MOE__(TILE_PACK) + MOE__(TILE_START), 0, MOE__TILE_TOKENS * 64);
-    memset(scratch + MOE__(TILE_SUMS_AT), 0,
+        memset(scratch + p * TILE_PACK + TILE_START, 0, MOE__TILE_TOKENS * 64);
+    memset(scratch + TILE_SUMS_AT, 0,
            (size_t)(cut->n_tokens * plan->chains * MOE__TILE_ROWS) * sizeof(float));
     for (int64_t first = 0; first < n; first += 256) {
         const uint8_t *from = rows;
         size_t stride = row_size;
         job.n = moe__min(n - first, 256);
-        /* A copy of the rows is unpacked where a panel is not full (nothing is read behind a */
-        /* row), and where rows lie so that they compete for the same few lines of the cache */
-        /* while they are turned (4 times slower). */
+        // A copy of the rows is unpacked where a panel is not full (nothing is read behind a
+        // row), and where rows lie so that they compete for the same few lines of the cache
+        // while they are turned (4 times slower).
         if (!plan->type && (n_rows % MOE__PANEL || row_size % 2048 == 0)) {
             const size_t bytes = (size_t)(job.n / plan->block * plan->block_bytes);
             MOE__(tile_stage)(rows, row_size, n_rows, bytes, pitch, n_panels * MOE__PANEL, stage);
             from = stage, stride = pitch;
         }
         for (int64_t p = 0; p < n_panels; p++) {
-            uint8_t *panel = scratch + p * MOE__(TILE_PACK);
+            uint8_t *panel = scratch + p * TILE_PACK;
             from += (size_t)(p ? MOE__PANEL : 0) * stride;
             const int64_t left = n_rows - p * MOE__PANEL;
             for (int h = 0; plan->type && h < 2; h++) {
@@ -9590,9 +9760,9 @@ MOE__K void MOE__(tile_chunk)(const MOE__(tile_plan) *plan, const uint8_t *rows,
     }
 }
 
-/* Results from the sums of all tokens of a cut */
-MOE__K void MOE__(tile_out)(const MOE__(tile_plan) *plan, float *sums, int64_t n_rows,
-                            const MOE__(tile_cut) *cut, float *out, int64_t out_stride) {
+// Results from the sums of all tokens of a cut
+MOE__K void MOE__(tile_out)(const tile_plan *plan, float *sums, int64_t n_rows, const tile_cut *cut,
+                            float *out, int64_t out_stride) {
     for (int64_t g = 0; g < cut->n_groups; g++) {
         const int64_t n = cut->each + (g < cut->longer);
         for (int64_t i = 0; i < n * MOE__TILE_ROWS && plan->chains == 4; i += MOE__VFLOATS) {
@@ -9608,25 +9778,25 @@ MOE__K void MOE__(tile_out)(const MOE__(tile_plan) *plan, float *sums, int64_t n
     }
 }
 
-/* moe__tile_fn for any type */
-MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, size_t row_size,
+// moe__tile_fn for any type
+MOE__K void MOE__(tile_run)(const tile_plan *plan, const uint8_t *rows, size_t row_size,
                             int64_t n_rows, int64_t n, const void *const *x, int64_t n_tokens,
                             float *out, int64_t out_stride, void *pack, const uint8_t *prefetch,
                             size_t prefetch_size) {
     uint8_t *scratch = (uint8_t *)pack;
-    float *sums = (float *)(void *)(scratch + MOE__(TILE_SUMS_AT));
-    const int64_t most = moe__min(256, MOE__(TILE_CHUNK) / plan->chains); /* tokens */
+    float *sums = (float *)(void *)(scratch + TILE_SUMS_AT);
+    const int64_t most = moe__min(256, MOE__(TILE_CHUNK) / plan->chains); // tokens
     const int64_t n_chunks = (n_tokens + most - 1) / most;
     const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
     const int64_t n_groups = (n_tokens + plan->max_tokens - 1) / plan->max_tokens;
     const int64_t n_steps = moe__max(1, n_groups * n_panels * (n / plan->step));
-    MOE__(tile_ahead) ahead;
+    tile_ahead ahead;
     ahead.at = prefetch;
     ahead.left = (int64_t)((prefetch_size + 63) / 64);
     ahead.per_step = (ahead.left + n_steps - 1) / n_steps;
     for (int64_t c = 0; c < n_chunks; c++) {
         const int64_t count = n_tokens / n_chunks + (c < n_tokens % n_chunks);
-        const MOE__(tile_cut) cut = MOE__(tile_cut_of)(plan, count);
+        const tile_cut cut = MOE__(tile_cut_of)(plan, count);
         MOE__(tile_chunk)(plan, rows, row_size, n_rows, n, x, &cut, scratch, &ahead);
         MOE__(tile_out)(plan, sums, n_rows, &cut, out, out_stride);
         x += count;
@@ -9634,14 +9804,14 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
     }
 }
 
-/* ---- one kernel per type ------ */
+// ---- one kernel per type ------
 
 #define MOE__TILE_NAME(name, n) MOE__(tile_##name##_##n)
 #define MOE__TILE_KERNEL(name, n, ...)                              \
-    MOE__K void MOE__TILE_NAME(name, n)(const MOE__(tile_job) *job) { \
+    MOE__K void MOE__TILE_NAME(name, n)(const tile_job *job) { \
         MOE__(tile_quantized)(job, n, __VA_ARGS__);                 \
     }
-#define MOE__TILE_TABLE(name) static MOE__(tile_kernel_fn) *const MOE__(tile_kernels_##name)[]
+#define MOE__TILE_TABLE(name) static tile_kernel_fn *const MOE__(tile_kernels_##name)[]
 #define MOE__TILE_NAMES_4(name)                          \
     MOE__TILE_NAME(name, 1), MOE__TILE_NAME(name, 2),    \
         MOE__TILE_NAME(name, 3), MOE__TILE_NAME(name, 4)
@@ -9653,8 +9823,8 @@ MOE__K void MOE__(tile_run)(const MOE__(tile_plan) *plan, const uint8_t *rows, s
     MOE__TILE_KERNEL(name, 3, __VA_ARGS__) \
     MOE__TILE_KERNEL(name, 4, __VA_ARGS__)
 
-/* Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then */
-/* the weights per scale; m: integer mins, f: float mins; the bits of a weight, if they matter. */
+// Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then
+// the weights per scale; m: integer mins, f: float mins; the bits of a weight, if they matter.
 #if MOE__ISA == 3
 #define MOE__TILE_KERNELS(name, ...)       \
     MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
@@ -9686,11 +9856,11 @@ MOE__TILE_KERNELS(k16_8, 4, 8, 1, 0)
 MOE__TILE_KERNELS(k16m_4, 4, 4, 1, 1)
 #endif
 
-/* The kernels for what tile_rows and tile_groups make of a type, with a scale per 16 or 32 */
-/* weights. Where there are no kernels for 32 (a compile takes long enough), scales are given */
-/* twice. */
-MOE__V MOE__(tile_kernel_fn) *const *MOE__(tile_kernels_of)(const moe__type *type, int *per) {
-    const int wide = type->bits > 6; /* matters where it is in the names */
+// The kernels for what tile_rows and tile_groups make of a type, with a scale per 16 or 32
+// weights. Where there are no kernels for 32 (a compile takes long enough), scales are given
+// twice.
+MOE__V tile_kernel_fn *const *MOE__(tile_kernels_of)(const moe__type *type, int *per) {
+    const int wide = type->bits > 6; // matters where it is in the names
     (void)wide;
     *per = type->per;
     if (type->act == MOE__ACT_Q32) {
@@ -9710,20 +9880,20 @@ MOE__V MOE__(tile_kernel_fn) *const *MOE__(tile_kernels_of)(const moe__type *typ
 #endif
 }
 
-/* moe__tile_fn for any block type */
-MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_row, int order,
-                               MOE__LEVELS_OF(rows_fn) *unpack_group, const uint8_t *rows,
+// moe__tile_fn for any block type
+MOE__K void MOE__(tile_blocks)(const moe__type *type, unpack_fn *unpack_row, int order,
+                               MOE__SHARED(rows_fn) * unpack_group, const uint8_t *rows,
                                size_t row_size, int64_t n_rows, int64_t n, const void *const *x,
                                int64_t n_tokens, float *out, int64_t out_stride, void *pack,
                                const uint8_t *prefetch, size_t prefetch_size) {
-    /* What unpacking has added to the levels (see "levels"), and what the micro-kernels want: */
-    /* AVX2 multiplies levels of more than 6 bits with their signs */
+    // What unpacking has added to the levels (see "levels"), and what the micro-kernels want:
+    // AVX2 multiplies levels of more than 6 bits with their signs
     const int have = type->bits < 8 || (MOE__ISA == 3 && type->act == MOE__ACT_Q256) ||
                              (MOE__ISA == 3 && type->rows > 1)
                          ? type->offset
                          : 0;
     const int want = MOE__VNNI || type->bits <= 6 ? type->offset : 0;
-    MOE__(tile_plan) plan;
+    tile_plan plan;
     memset(&plan, 0, sizeof plan);
     plan.kernels = MOE__(tile_kernels_of)(type, &plan.step);
     plan.max_tokens = MOE__TILE_TOKENS;
@@ -9741,13 +9911,13 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, MOE__(unpack_fn) *unpack_r
                     prefetch_size);
 }
 
-/* name, kernels, then the rest of a plan in its order */
+// name, kernels, then the rest of a plan in its order
 #define MOE__TILE_TYPE(name, kernels, ...)                                                        \
     MOE__K void MOE__(tile_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,          \
                                    int64_t n, const void *const *x, int64_t n_tokens, float *out, \
                                    int64_t out_stride, void *pack, const uint8_t *prefetch,       \
                                    size_t prefetch_size) {                                        \
-        static const MOE__(tile_plan) plan = {kernels, MOE__(tile_unpack_##name), __VA_ARGS__,    \
+        static const tile_plan plan = {kernels, MOE__(tile_unpack_##name), __VA_ARGS__,    \
                                               NULL, NULL, NULL, 0, 0};                            \
         MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack,     \
                         prefetch, prefetch_size);                                                 \
@@ -9762,7 +9932,7 @@ MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32, 4), 1, 32, 256, 144, sizeof(moe__act256), 
 MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32, 6), 1, 32, 256, 176, sizeof(moe__act256), -1)
 MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 1, 16, 256, 210, sizeof(moe__act256), 5)
 
-/* Block types without unpacking of their own for tiles, by what they are read with */
+// Block types without unpacking of their own for tiles, by what they are read with
 #define MOE__TILE_BLOCKS(NAME, name, row, order, group)                                           \
     MOE__K void MOE__(tile_##name)(                                                               \
         const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, const void *const *x,    \
@@ -9775,9 +9945,9 @@ MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 1, 16, 256, 210, sizeof(moe__act256), 
 #define MOE__TILE_ROW_32(NAME, name) \
     MOE__TILE_BLOCKS(NAME, name, MOE__AVX2(unpack_##name), MOE__NATURAL, NULL)
 #define MOE__TILE_ROW_256(NAME, name, order) \
-    MOE__TILE_BLOCKS(NAME, name, MOE__LEVELS_OF(unpack_##name), order, NULL)
+    MOE__TILE_BLOCKS(NAME, name, MOE__SHARED(unpack_##name), order, NULL)
 #define MOE__TILE_GROUP(NAME, name) \
-    MOE__TILE_BLOCKS(NAME, name, NULL, 0, MOE__LEVELS_OF(rows_##name))
+    MOE__TILE_BLOCKS(NAME, name, NULL, 0, MOE__SHARED(rows_##name))
 MOE__TILE_ROW_32(Q4_1, q4_1)
 MOE__TILE_ROW_32(Q5_1, q5_1)
 MOE__TILE_ROW_32(Q6_0, q6_0)
@@ -9886,44 +10056,40 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 #undef MOE__TILE_OF
 #undef MOE__TILE_TYPE
 
-#if MOE__ISA != 4 /* AVX-VNNI has these from AVX2 */
+#if MOE__ISA != 4 // AVX-VNNI has these from AVX2
 
-/* ---- floats: norms, activations, softmax, attention ------------------------------------------ */
+// ---- floats: norms, activations, softmax, attention ------------------------------------------
 
-/* MOE__D is a vector of half as many doubles as MOE__VF has floats. A "part" is a ragged end of */
-/* n = 1..MOE__VFLOATS elements: nothing beyond it is touched, the other lanes read 0. */
+// MOE__D is a vector of half as many doubles as MOE__VF has floats. A "part" is a ragged end of
+// n = 1..MOE__VFLOATS elements: nothing beyond it is touched, the other lanes read 0.
 #if MOE__ISA == 2
 #define MOE__D __m256d
 #define MOE__D_OP(name) _mm256_##name##_pd
 
 static const int32_t MOE__(part_mask)[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 
-MOE__V __m256i MOE__(f_mask)(int64_t n) {
+MOE__V __m256i f_mask(int64_t n) {
     return _mm256_loadu_si256((const __m256i *)(const void *)(MOE__(part_mask) + 8 - n));
 }
-MOE__V __m256 MOE__(f_load_part)(const float *p, int64_t n) {
-    return _mm256_maskload_ps(p, MOE__(f_mask)(n));
+MOE__V __m256 f_load_part(const float *p, int64_t n) { return _mm256_maskload_ps(p, f_mask(n)); }
+MOE__V void f_store_part(float *p, int64_t n, __m256 x) { _mm256_maskstore_ps(p, f_mask(n), x); }
+// x in the first n lanes, y in the others.
+MOE__V __m256 f_select_part(int64_t n, __m256 x, __m256 y) {
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(f_mask(n)));
 }
-MOE__V void MOE__(f_store_part)(float *p, int64_t n, __m256 x) {
-    _mm256_maskstore_ps(p, MOE__(f_mask)(n), x);
-}
-/* x in the first n lanes, y in the others. */
-MOE__V __m256 MOE__(f_select_part)(int64_t n, __m256 x, __m256 y) {
-    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(MOE__(f_mask)(n)));
-}
-MOE__V __m256 MOE__(f_load_half)(const void *p) {
+MOE__V __m256 f_load_half(const void *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
-/* At most 3 halves from p, in the low bits. */
+// At most 3 halves from p, in the low bits.
 MOE__V uint64_t MOE__(load_3_halves)(const uint8_t *p, int64_t n) {
     uint64_t bits = 0;
     if (n & 2) bits = moe__load_u32(p);
     if (n & 1) bits |= (uint64_t)moe__load_u16(p + 2 * (n & 2)) << 16 * (n & 2);
     return bits;
 }
-MOE__V __m256 MOE__(f_load_half_part)(const void *memory, int64_t n) {
+MOE__V __m256 f_load_half_part(const void *memory, int64_t n) {
     const uint8_t *p = (const uint8_t *)memory;
-    if (n == 8) return MOE__(f_load_half)(p);
+    if (n == 8) return f_load_half(p);
     uint64_t low, high = 0;
     if (n < 4) {
         low = MOE__(load_3_halves)(p, n);
@@ -9933,254 +10099,243 @@ MOE__V __m256 MOE__(f_load_half_part)(const void *memory, int64_t n) {
     }
     return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)high, (int64_t)low));
 }
-MOE__V __m128i MOE__(f_to_half)(__m256 x) {
+MOE__V __m128i f_to_half(__m256 x) {
     return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-MOE__V void MOE__(f_store_half)(uint16_t *p, __m256 x) {
-    _mm_storeu_si128((__m128i *)(void *)p, MOE__(f_to_half)(x));
+MOE__V void f_store_half(uint16_t *p, __m256 x) {
+    _mm_storeu_si128((__m128i *)(void *)p, f_to_half(x));
 }
-MOE__V void MOE__(f_store_half_part)(uint16_t *p, int64_t n, __m256 x) {
+MOE__V void f_store_half_part(uint16_t *p, int64_t n, __m256 x) {
     uint16_t halves[8];
-    MOE__(f_store_half)(halves, x);
+    f_store_half(halves, x);
     for (int64_t i = 0; i < n; i++) p[i] = halves[i];
 }
-MOE__V __m256 MOE__(f_load_i8)(const void *p) {
+MOE__V __m256 f_load_i8(const void *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
-/* Rounded to the nearest even. */
-MOE__V void MOE__(f_store_i8)(uint8_t *p, __m256 x) {
+// Rounded to the nearest even.
+MOE__V void f_store_i8(uint8_t *p, __m256 x) {
     const __m256i whole = _mm256_cvtps_epi32(x);
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole),
                                     _mm256_extracti128_si256(whole, 1));
     _mm_storel_epi64((__m128i *)(void *)p, _mm_packs_epi16(words, words));
 }
-/* One half from p in every lane. */
-MOE__V __m256 MOE__(f_set_half)(const uint8_t *p) {
+// One half from p in every lane.
+MOE__V __m256 f_set_half(const uint8_t *p) {
     return _mm256_cvtph_ps(_mm_set1_epi16((short)moe__load_u16(p)));
 }
-MOE__V __m256 MOE__(f_round)(__m256 x) {
+MOE__V __m256 f_round(__m256 x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-/* x * 2^n for whole n in -252..254, in two steps so that neither factor leaves the normal range. */
-MOE__V __m256 MOE__(f_scale)(__m256 x, __m256 n) {
+// x * 2^n for whole n in -252..254, in two steps so that neither factor leaves the normal range.
+MOE__V __m256 f_scale(__m256 x, __m256 n) {
     __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
     __m256i rest = _mm256_sub_epi32(whole, half), bias = _mm256_set1_epi32(127);
     __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
     __m256i b = _mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23);
     return _mm256_mul_ps(_mm256_mul_ps(x, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b));
 }
-MOE__V __m256d MOE__(f_low)(__m256 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
-MOE__V __m256d MOE__(f_high)(__m256 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
-MOE__V float MOE__(f_first)(__m256 x) { return _mm_cvtss_f32(_mm256_castps256_ps128(x)); }
-/* x where it is least or more, -inf elsewhere. */
-MOE__V __m256 MOE__(f_at_least)(__m256 x, __m256 least) {
+MOE__V __m256d f_low(__m256 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+MOE__V __m256d f_high(__m256 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+MOE__V float f_first(__m256 x) { return _mm_cvtss_f32(_mm256_castps256_ps128(x)); }
+// x where it is least or more, -inf elsewhere.
+MOE__V __m256 f_at_least(__m256 x, __m256 least) {
     return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, _mm256_cmp_ps(x, least, _CMP_GE_OQ));
 }
-/* y where x is above low, 0 elsewhere. */
-MOE__V __m256d MOE__(d_above)(__m256d x, __m256d low, __m256d y) {
+// y where x is above low, 0 elsewhere.
+MOE__V __m256d d_above(__m256d x, __m256d low, __m256d y) {
     return _mm256_and_pd(_mm256_cmp_pd(x, low, _CMP_GT_OQ), y);
 }
-/* y * 2^n, n being the low bits of x's mantissa. */
-MOE__V __m256d MOE__(d_scale)(__m256d y, __m256d x) {
+// y * 2^n, n being the low bits of x's mantissa.
+MOE__V __m256d d_scale(__m256d y, __m256d x) {
     const __m256i n = _mm256_slli_epi64(_mm256_castpd_si256(x), 52);
     return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(y), n));
 }
-MOE__V __m256 MOE__(f_fold)(__m256 x) { return x; }
-MOE__V __m256 MOE__(f_fold_max)(__m256 x) { return x; }
-MOE__V __m256d MOE__(d_fold)(__m256d x) { return x; }
+MOE__V __m256 f_fold(__m256 x) { return x; }
+MOE__V __m256 f_fold_max(__m256 x) { return x; }
+MOE__V __m256d d_fold(__m256d x) { return x; }
 
 #else
 #define MOE__D __m512d
 #define MOE__D_OP(name) _mm512_##name##_pd
 
-MOE__V __mmask16 MOE__(f_mask)(int64_t n) { return (__mmask16)((1u << n) - 1); }
-MOE__V __m512 MOE__(f_load_part)(const float *p, int64_t n) {
-    return _mm512_maskz_loadu_ps(MOE__(f_mask)(n), p);
+MOE__V __mmask16 f_mask(int64_t n) { return (__mmask16)((1u << n) - 1); }
+MOE__V __m512 f_load_part(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(f_mask(n), p); }
+MOE__V void f_store_part(float *p, int64_t n, __m512 x) { _mm512_mask_storeu_ps(p, f_mask(n), x); }
+// x in the first n lanes, y in the others.
+MOE__V __m512 f_select_part(int64_t n, __m512 x, __m512 y) {
+    return _mm512_mask_blend_ps(f_mask(n), y, x);
 }
-MOE__V void MOE__(f_store_part)(float *p, int64_t n, __m512 x) {
-    _mm512_mask_storeu_ps(p, MOE__(f_mask)(n), x);
-}
-/* x in the first n lanes, y in the others. */
-MOE__V __m512 MOE__(f_select_part)(int64_t n, __m512 x, __m512 y) {
-    return _mm512_mask_blend_ps(MOE__(f_mask)(n), y, x);
-}
-MOE__V __m512 MOE__(f_load_half)(const void *p) {
+MOE__V __m512 f_load_half(const void *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
-MOE__V __m512 MOE__(f_load_half_part)(const void *p, int64_t n) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(MOE__(f_mask)(n), p));
+MOE__V __m512 f_load_half_part(const void *p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(f_mask(n), p));
 }
-MOE__V __m256i MOE__(f_to_half)(__m512 x) {
+MOE__V __m256i f_to_half(__m512 x) {
     return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-MOE__V void MOE__(f_store_half)(uint16_t *p, __m512 x) {
-    _mm256_storeu_si256((__m256i *)(void *)p, MOE__(f_to_half)(x));
+MOE__V void f_store_half(uint16_t *p, __m512 x) {
+    _mm256_storeu_si256((__m256i *)(void *)p, f_to_half(x));
 }
-MOE__V void MOE__(f_store_half_part)(uint16_t *p, int64_t n, __m512 x) {
-    _mm256_mask_storeu_epi16(p, MOE__(f_mask)(n), MOE__(f_to_half)(x));
+MOE__V void f_store_half_part(uint16_t *p, int64_t n, __m512 x) {
+    _mm256_mask_storeu_epi16(p, f_mask(n), f_to_half(x));
 }
-MOE__V __m512 MOE__(f_load_i8)(const void *p) {
+MOE__V __m512 f_load_i8(const void *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
-MOE__V void MOE__(f_store_i8)(uint8_t *p, __m512 x) {
+MOE__V void f_store_i8(uint8_t *p, __m512 x) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
-MOE__V __m512 MOE__(f_set_half)(const uint8_t *p) {
+MOE__V __m512 f_set_half(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_set1_epi16((short)moe__load_u16(p)));
 }
-MOE__V __m512 MOE__(f_round)(__m512 x) {
+MOE__V __m512 f_round(__m512 x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-MOE__V __m512 MOE__(f_scale)(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
-MOE__V __m256 MOE__(f_upper)(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
-MOE__V __m512d MOE__(f_low)(__m512 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
-MOE__V __m512d MOE__(f_high)(__m512 x) { return _mm512_cvtps_pd(MOE__(f_upper)(x)); }
-MOE__V float MOE__(f_first)(__m512 x) { return _mm_cvtss_f32(_mm512_castps512_ps128(x)); }
-/* x where it is least or more, -inf elsewhere. */
-MOE__V __m512 MOE__(f_at_least)(__m512 x, __m512 least) {
+MOE__V __m512 f_scale(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
+MOE__V __m256 f_upper(__m512 x) { return _mm512_extractf32x8_ps(x, 1); }
+MOE__V __m512d f_low(__m512 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+MOE__V __m512d f_high(__m512 x) { return _mm512_cvtps_pd(f_upper(x)); }
+MOE__V float f_first(__m512 x) { return _mm_cvtss_f32(_mm512_castps512_ps128(x)); }
+// x where it is least or more, -inf elsewhere.
+MOE__V __m512 f_at_least(__m512 x, __m512 least) {
     const __mmask16 mask = _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ);
     return _mm512_mask_blend_ps(mask, _mm512_set1_ps(-INFINITY), x);
 }
-/* y where x is above low, 0 elsewhere. */
-MOE__V __m512d MOE__(d_above)(__m512d x, __m512d low, __m512d y) {
+// y where x is above low, 0 elsewhere.
+MOE__V __m512d d_above(__m512d x, __m512d low, __m512d y) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, low, _CMP_GT_OQ), y);
 }
-/* y * 2^n, n being the low bits of x's mantissa. */
-MOE__V __m512d MOE__(d_scale)(__m512d y, __m512d x) {
+// y * 2^n, n being the low bits of x's mantissa.
+MOE__V __m512d d_scale(__m512d y, __m512d x) {
     const __m512i n = _mm512_slli_epi64(_mm512_castpd_si512(x), 52);
     return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(y), n));
 }
-/* 512 bits to 256: the first step of a reduction. */
-MOE__V __m256 MOE__(f_fold)(__m512 x) {
-    return _mm256_add_ps(_mm512_castps512_ps256(x), MOE__(f_upper)(x));
-}
-MOE__V __m256 MOE__(f_fold_max)(__m512 x) {
-    return _mm256_max_ps(_mm512_castps512_ps256(x), MOE__(f_upper)(x));
-}
-MOE__V __m256d MOE__(d_fold)(__m512d x) {
+// 512 bits to 256: the first step of a reduction.
+MOE__V __m256 f_fold(__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), f_upper(x)); }
+MOE__V __m256 f_fold_max(__m512 x) { return _mm256_max_ps(_mm512_castps512_ps256(x), f_upper(x)); }
+MOE__V __m256d d_fold(__m512d x) {
     return _mm256_add_pd(_mm512_castpd512_pd256(x), _mm512_extractf64x4_pd(x, 1));
 }
 #endif
 
-/* x, in a register: GCC would read memory again for each of 2 or 3 uses. */
-MOE__V MOE__VF MOE__(f_keep)(MOE__VF x) {
+// x, in a register: GCC would read memory again for each of 2 or 3 uses.
+MOE__V MOE__VF f_keep(MOE__VF x) {
     __asm__("" : "+v"(x));
     return x;
 }
-MOE__V MOE__VF MOE__(f_zero)(void) { return MOE__MM(setzero_ps)(); }
-MOE__V MOE__VF MOE__(f_set)(float x) { return MOE__MM(set1_ps)(x); }
-MOE__V MOE__VF MOE__(f_load)(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
-MOE__V void MOE__(f_store)(float *p, MOE__VF x) { MOE__MM(storeu_ps)(p, x); }
-MOE__V MOE__VF MOE__(f_add)(MOE__VF a, MOE__VF b) { return MOE__MM(add_ps)(a, b); }
-MOE__V MOE__VF MOE__(f_sub)(MOE__VF a, MOE__VF b) { return MOE__MM(sub_ps)(a, b); }
-MOE__V MOE__VF MOE__(f_mul)(MOE__VF a, MOE__VF b) { return MOE__MM(mul_ps)(a, b); }
-MOE__V MOE__VF MOE__(f_div)(MOE__VF a, MOE__VF b) { return MOE__MM(div_ps)(a, b); }
-/* a * b + c and c - a * b, rounded once. */
-MOE__V MOE__VF MOE__(f_fma)(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fmadd_ps)(a, b, c); }
-MOE__V MOE__VF MOE__(f_fnma)(MOE__VF a, MOE__VF b, MOE__VF c) {
-    return MOE__MM(fnmadd_ps)(a, b, c);
-}
-/* If either is NaN, these give b. */
-MOE__V MOE__VF MOE__(f_max)(MOE__VF a, MOE__VF b) { return MOE__MM(max_ps)(a, b); }
-MOE__V MOE__VF MOE__(f_min)(MOE__VF a, MOE__VF b) { return MOE__MM(min_ps)(a, b); }
-MOE__V MOE__D MOE__(d_zero)(void) { return MOE__D_OP(setzero)(); }
-MOE__V MOE__D MOE__(d_add)(MOE__D a, MOE__D b) { return MOE__D_OP(add)(a, b); }
-MOE__V MOE__D MOE__(d_square_add)(MOE__D a, MOE__D c) { return MOE__D_OP(fmadd)(a, a, c); }
+MOE__V MOE__VF f_zero(void) { return MOE__MM(setzero_ps)(); }
+MOE__V MOE__VF f_set(float x) { return MOE__MM(set1_ps)(x); }
+MOE__V MOE__VF f_load(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
+MOE__V void f_store(float *p, MOE__VF x) { MOE__MM(storeu_ps)(p, x); }
+MOE__V MOE__VF f_add(MOE__VF a, MOE__VF b) { return MOE__MM(add_ps)(a, b); }
+MOE__V MOE__VF f_sub(MOE__VF a, MOE__VF b) { return MOE__MM(sub_ps)(a, b); }
+MOE__V MOE__VF f_mul(MOE__VF a, MOE__VF b) { return MOE__MM(mul_ps)(a, b); }
+MOE__V MOE__VF f_div(MOE__VF a, MOE__VF b) { return MOE__MM(div_ps)(a, b); }
+// a * b + c and c - a * b, rounded once.
+MOE__V MOE__VF f_fma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fmadd_ps)(a, b, c); }
+MOE__V MOE__VF f_fnma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fnmadd_ps)(a, b, c); }
+// If either is NaN, these give b.
+MOE__V MOE__VF f_max(MOE__VF a, MOE__VF b) { return MOE__MM(max_ps)(a, b); }
+MOE__V MOE__VF f_min(MOE__VF a, MOE__VF b) { return MOE__MM(min_ps)(a, b); }
+MOE__V MOE__D d_zero(void) { return MOE__D_OP(setzero)(); }
+MOE__V MOE__D d_add(MOE__D a, MOE__D b) { return MOE__D_OP(add)(a, b); }
+MOE__V MOE__D d_square_add(MOE__D a, MOE__D c) { return MOE__D_OP(fmadd)(a, a, c); }
 
-MOE__V float MOE__(f_sum)(MOE__VF x) {
-    __m256 half = MOE__(f_fold)(x);
+MOE__V float f_sum(MOE__VF x) {
+    __m256 half = f_fold(x);
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-MOE__V float MOE__(f_largest)(MOE__VF x) {
-    __m256 half = MOE__(f_fold_max)(x);
+MOE__V float f_largest(MOE__VF x) {
+    __m256 half = f_fold_max(x);
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
-MOE__V double MOE__(d_sum)(MOE__D x) {
-    __m256d half = MOE__(d_fold)(x);
+MOE__V double d_sum(MOE__D x) {
+    __m256d half = d_fold(x);
     __m128d q = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
 }
-/* The sums of four vectors, side by side: within lanes first, so that one vector holds the sums */
-/* of all four from then on. */
-MOE__V __m128 MOE__(f_sum4)(MOE__VF a, MOE__VF b, MOE__VF c, MOE__VF d) {
-    const MOE__VF ab = MOE__(f_add)(MOE__MM(unpacklo_ps)(a, b), MOE__MM(unpackhi_ps)(a, b));
-    const MOE__VF cd = MOE__(f_add)(MOE__MM(unpacklo_ps)(c, d), MOE__MM(unpackhi_ps)(c, d));
-    const __m256 all = MOE__(f_fold)(
-        MOE__(f_add)(MOE__MM(shuffle_ps)(ab, cd, 0x44), MOE__MM(shuffle_ps)(ab, cd, 0xEE)));
+// The sums of four vectors, side by side: within lanes first, so that one vector holds the sums
+// of all four from then on.
+MOE__V __m128 f_sum4(MOE__VF a, MOE__VF b, MOE__VF c, MOE__VF d) {
+    const MOE__VF ab = f_add(MOE__MM(unpacklo_ps)(a, b), MOE__MM(unpackhi_ps)(a, b));
+    const MOE__VF cd = f_add(MOE__MM(unpacklo_ps)(c, d), MOE__MM(unpackhi_ps)(c, d));
+    const __m256 all =
+        f_fold(f_add(MOE__MM(shuffle_ps)(ab, cd, 0x44), MOE__MM(shuffle_ps)(ab, cd, 0xEE)));
     return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-/* e^x within 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r, e^r = 1 + r + r^2 p(r), */
-/* where p is the minimax polynomial of degree 4 (Remez; 4e-9 of e^r). Beyond the bounds the */
-/* result is 0 or infinity anyhow; NaN stays NaN, e^0 is 1. */
-MOE__V MOE__VF MOE__(f_exp)(MOE__VF x) {
-    x = MOE__(f_max)(MOE__(f_set)(-104.0f), x);
-    x = MOE__(f_min)(MOE__(f_set)(89.0f), x);
-    MOE__VF n = MOE__(f_round)(MOE__(f_mul)(x, MOE__(f_set)(1.44269504f)));
-    MOE__VF r = MOE__(f_fnma)(n, MOE__(f_set)(0.693147182f), x); /* ln 2 as float, exact by fma */
-    r = MOE__(f_fnma)(n, MOE__(f_set)(-1.90465421e-9f), r);     /* ln 2 minus that */
-    MOE__VF p = MOE__(f_set)(1.38145988e-3f);
-    p = MOE__(f_fma)(p, r, MOE__(f_set)(8.36871658e-3f));
-    p = MOE__(f_fma)(p, r, MOE__(f_set)(4.16683889e-2f));
-    p = MOE__(f_fma)(p, r, MOE__(f_set)(1.66665211e-1f));
-    p = MOE__(f_fma)(p, r, MOE__(f_set)(4.99999940e-1f));
-    MOE__VF e = MOE__(f_fma)(MOE__(f_mul)(r, r), p, r);
-    return MOE__(f_scale)(MOE__(f_add)(e, MOE__(f_set)(1.0f)), n);
+// e^x within 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, e^x = 2^n e^r, e^r = 1 + r + r^2 p(r),
+// where p is the minimax polynomial of degree 4 (Remez; 4e-9 of e^r). Beyond the bounds the
+// result is 0 or infinity anyhow; NaN stays NaN, e^0 is 1.
+MOE__V MOE__VF f_exp(MOE__VF x) {
+    x = f_max(f_set(-104.0f), x);
+    x = f_min(f_set(89.0f), x);
+    MOE__VF n = f_round(f_mul(x, f_set(1.44269504f)));
+    MOE__VF r = f_fnma(n, f_set(0.693147182f), x); // ln 2 as float, exact by fma
+    r = f_fnma(n, f_set(-1.90465421e-9f), r);     // ln 2 minus that
+    MOE__VF p = f_set(1.38145988e-3f);
+    p = f_fma(p, r, f_set(8.36871658e-3f));
+    p = f_fma(p, r, f_set(4.16683889e-2f));
+    p = f_fma(p, r, f_set(1.66665211e-1f));
+    p = f_fma(p, r, f_set(4.99999940e-1f));
+    MOE__VF e = f_fma(f_mul(r, r), p, r);
+    return f_scale(f_add(e, f_set(1.0f)), n);
 }
 
-/* Squares are summed in double: rows have up to 7168 values, and a square may leave the range. */
+// Squares are summed in double: rows have up to 7168 values, and a square may leave the range.
 MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out) {
-    MOE__D s0 = MOE__(d_zero)(), s1 = s0, s2 = s0, s3 = s0;
+    MOE__D s0 = d_zero(), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
     for (; i + 2 * MOE__VFLOATS <= n; i += 2 * MOE__VFLOATS) {
-        MOE__VF a = MOE__(f_load)(x + i), b = MOE__(f_load)(x + i + MOE__VFLOATS);
-        s0 = MOE__(d_square_add)(MOE__(f_low)(a), s0);
-        s1 = MOE__(d_square_add)(MOE__(f_high)(a), s1);
-        s2 = MOE__(d_square_add)(MOE__(f_low)(b), s2);
-        s3 = MOE__(d_square_add)(MOE__(f_high)(b), s3);
+        MOE__VF a = f_load(x + i), b = f_load(x + i + MOE__VFLOATS);
+        s0 = d_square_add(f_low(a), s0);
+        s1 = d_square_add(f_high(a), s1);
+        s2 = d_square_add(f_low(b), s2);
+        s3 = d_square_add(f_high(b), s3);
     }
     for (; i < n; i += MOE__VFLOATS) {
-        MOE__VF a = MOE__(f_load_part)(x + i, moe__min(n - i, MOE__VFLOATS));
-        s0 = MOE__(d_square_add)(MOE__(f_low)(a), s0);
-        s1 = MOE__(d_square_add)(MOE__(f_high)(a), s1);
+        MOE__VF a = f_load_part(x + i, moe__min(n - i, MOE__VFLOATS));
+        s0 = d_square_add(f_low(a), s0);
+        s1 = d_square_add(f_high(a), s1);
     }
-    double sum = MOE__(d_sum)(MOE__(d_add)(MOE__(d_add)(s0, s1), MOE__(d_add)(s2, s3)));
+    double sum = d_sum(d_add(d_add(s0, s1), d_add(s2, s3)));
     __m128d root = _mm_sqrt_pd(_mm_set1_pd(sum / (double)n + (double)eps));
-    MOE__VF scale = MOE__(f_set)((float)(1.0 / _mm_cvtsd_f64(root)));
+    MOE__VF scale = f_set((float)(1.0 / _mm_cvtsd_f64(root)));
     for (i = 0; i + MOE__VFLOATS <= n; i += MOE__VFLOATS) {
-        MOE__VF a = MOE__(f_mul)(MOE__(f_load)(x + i), scale);
-        if (weight) a = MOE__(f_mul)(a, MOE__(f_load)(weight + i));
-        MOE__(f_store)(out + i, a);
+        MOE__VF a = f_mul(f_load(x + i), scale);
+        if (weight) a = f_mul(a, f_load(weight + i));
+        f_store(out + i, a);
     }
     if (i == n) return;
-    MOE__VF a = MOE__(f_mul)(MOE__(f_load_part)(x + i, n - i), scale);
-    if (weight) a = MOE__(f_mul)(a, MOE__(f_load_part)(weight + i, n - i));
-    MOE__(f_store_part)(out + i, n - i, a);
+    MOE__VF a = f_mul(f_load_part(x + i, n - i), scale);
+    if (weight) a = f_mul(a, f_load_part(weight + i, n - i));
+    f_store_part(out + i, n - i, a);
 }
 
-/* gate / (1 + exp(-gate)) * up, or as gpt-oss has it; oai is a constant once inlined. */
-MOE__V MOE__VF MOE__(f_glu)(MOE__VF gate, MOE__VF up, const int oai) {
-    const MOE__VF one = MOE__(f_set)(1.0f), most = MOE__(f_set)(7.0f);
+// gate / (1 + exp(-gate)) * up, or as gpt-oss has it; oai is a constant once inlined.
+MOE__V MOE__VF f_glu(MOE__VF gate, MOE__VF up, const int oai) {
+    const MOE__VF one = f_set(1.0f), most = f_set(7.0f);
     if (oai) {
-        gate = MOE__(f_min)(most, gate);
-        up = MOE__(f_max)(MOE__(f_set)(-7.0f), MOE__(f_min)(most, up));
-        up = MOE__(f_add)(up, one);
+        gate = f_min(most, gate);
+        up = f_max(f_set(-7.0f), f_min(most, up));
+        up = f_add(up, one);
     }
-    MOE__VF e = MOE__(f_exp)(MOE__(f_mul)(MOE__(f_set)(oai ? -1.702f : -1.0f), gate));
-    return MOE__(f_mul)(MOE__(f_div)(gate, MOE__(f_add)(one, e)), up);
+    MOE__VF e = f_exp(f_mul(f_set(oai ? -1.702f : -1.0f), gate));
+    return f_mul(f_div(gate, f_add(one, e)), up);
 }
 MOE__V void MOE__(glu)(const float *gate, const float *up, int64_t n, float *out, const int oai) {
     int64_t i = 0;
     for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
-        MOE__(f_store)(out + i,
-                       MOE__(f_glu)(MOE__(f_load)(gate + i), MOE__(f_load)(up + i), oai));
+        f_store(out + i, f_glu(f_load(gate + i), f_load(up + i), oai));
     if (i == n) return;
-    MOE__VF g = MOE__(f_load_part)(gate + i, n - i), u = MOE__(f_load_part)(up + i, n - i);
-    MOE__(f_store_part)(out + i, n - i, MOE__(f_glu)(g, u, oai));
+    MOE__VF g = f_load_part(gate + i, n - i), u = f_load_part(up + i, n - i);
+    f_store_part(out + i, n - i, f_glu(g, u, oai));
 }
 MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *out) {
     MOE__(glu)(gate, up, n, out, 0);
@@ -10189,72 +10344,69 @@ MOE__K void MOE__(swiglu_oai)(const float *gate, const float *up, int64_t n, flo
     MOE__(glu)(gate, up, n, out, 1);
 }
 
-/* NaN never becomes the maximum: it turns the sum, and with it every output, into NaN. */
+// NaN never becomes the maximum: it turns the sum, and with it every output, into NaN.
 MOE__K void MOE__(softmax)(float *x, int64_t n) {
     const int64_t full = n / MOE__VFLOATS * MOE__VFLOATS, rest = n - full;
-    MOE__VF lowest = MOE__(f_set)(-INFINITY), m = lowest;
-    for (int64_t i = 0; i < full; i += MOE__VFLOATS) m = MOE__(f_max)(MOE__(f_load)(x + i), m);
-    MOE__VF end = lowest; /* lanes beyond n: e^-inf = 0 adds nothing */
-    if (rest) end = MOE__(f_select_part)(rest, MOE__(f_load_part)(x + full, rest), lowest);
-    m = MOE__(f_set)(MOE__(f_largest)(MOE__(f_max)(end, m)));
-    MOE__D s0 = MOE__(d_zero)(), s1 = s0; /* double: n may be a vocabulary */
+    MOE__VF lowest = f_set(-INFINITY), m = lowest;
+    for (int64_t i = 0; i < full; i += MOE__VFLOATS) m = f_max(f_load(x + i), m);
+    MOE__VF end = lowest; // lanes beyond n: e^-inf = 0 adds nothing
+    if (rest) end = f_select_part(rest, f_load_part(x + full, rest), lowest);
+    m = f_set(f_largest(f_max(end, m)));
+    MOE__D s0 = d_zero(), s1 = s0; // double: n may be a vocabulary
     for (int64_t i = 0; i < full; i += MOE__VFLOATS) {
-        MOE__VF e = MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(x + i), m));
-        MOE__(f_store)(x + i, e);
-        s0 = MOE__(d_add)(MOE__(f_low)(e), s0);
-        s1 = MOE__(d_add)(MOE__(f_high)(e), s1);
+        MOE__VF e = f_exp(f_sub(f_load(x + i), m));
+        f_store(x + i, e);
+        s0 = d_add(f_low(e), s0);
+        s1 = d_add(f_high(e), s1);
     }
     if (rest) {
-        end = MOE__(f_exp)(MOE__(f_sub)(end, m));
-        s0 = MOE__(d_add)(MOE__(f_low)(end), s0);
-        s1 = MOE__(d_add)(MOE__(f_high)(end), s1);
+        end = f_exp(f_sub(end, m));
+        s0 = d_add(f_low(end), s0);
+        s1 = d_add(f_high(end), s1);
     }
-    MOE__VF sum = MOE__(f_set)((float)MOE__(d_sum)(MOE__(d_add)(s0, s1)));
-    for (int64_t i = 0; i < full; i += MOE__VFLOATS)
-        MOE__(f_store)(x + i, MOE__(f_div)(MOE__(f_load)(x + i), sum));
-    if (rest) MOE__(f_store_part)(x + full, rest, MOE__(f_div)(end, sum));
+    MOE__VF sum = f_set((float)d_sum(d_add(s0, s1)));
+    for (int64_t i = 0; i < full; i += MOE__VFLOATS) f_store(x + i, f_div(f_load(x + i), sum));
+    if (rest) f_store_part(x + full, rest, f_div(end, sum));
 }
 
-/* Weights, as moe__weigh_scalar and moe__weigh_power have them. GCC would fuse products and sums */
-/* of intrinsics, too. */
+// Weights, as moe__weigh_scalar and moe__weigh_power have them. GCC would fuse products and sums
+// of intrinsics, too.
 typedef struct MOE__(weights) {
     MOE__VF least;
     MOE__D max, factor;
 } MOE__(weights);
 
-MOE__V MOE__D MOE__(d_set)(double x) { return MOE__D_OP(set1)(x); }
-MOE__V MOE__D MOE__(d_sub)(MOE__D a, MOE__D b) { return MOE__D_OP(sub)(a, b); }
-MOE__V MOE__D MOE__(d_product)(MOE__D a, MOE__D b) {
+MOE__V MOE__D d_set(double x) { return MOE__D_OP(set1)(x); }
+MOE__V MOE__D d_sub(MOE__D a, MOE__D b) { return MOE__D_OP(sub)(a, b); }
+MOE__V MOE__D d_product(MOE__D a, MOE__D b) {
     MOE__D x = MOE__D_OP(mul)(a, b);
     __asm__("" : "+v"(x));
     return x;
 }
-/* p * r + c, rounded twice. */
-MOE__V MOE__D MOE__(d_step)(MOE__D p, MOE__D r, double c) {
-    return MOE__(d_add)(MOE__(d_product)(p, r), MOE__(d_set)(c));
+// p * r + c, rounded twice.
+MOE__V MOE__D d_step(MOE__D p, MOE__D r, double c) { return d_add(d_product(p, r), d_set(c)); }
+MOE__V MOE__D d_weigh(MOE__D x, const MOE__(weights) *w) {
+    const MOE__D shift = d_set(6755399441055744.0);
+    const MOE__D t = d_product(d_sub(x, w->max), w->factor);
+    const MOE__D shifted = d_add(t, shift);
+    const MOE__D r = d_sub(t, d_sub(shifted, shift));
+    MOE__D p = d_step(d_set(1.3344144332419254e-06), r, 1.5314206034731837e-05);
+    p = d_step(p, r, 0.00015403098456626539);
+    p = d_step(p, r, 0.0013333434171244902);
+    p = d_step(p, r, 0.0096181295586266428);
+    p = d_step(p, r, 0.055504109592126163);
+    p = d_step(p, r, 0.24022650694743239);
+    p = d_step(p, r, 0.69314718054123725);
+    p = d_step(p, r, 1.0);
+    return d_above(t, d_set(-1000.0), d_scale(p, shifted));
 }
-MOE__V MOE__D MOE__(d_weigh)(MOE__D x, const MOE__(weights) *w) {
-    const MOE__D shift = MOE__(d_set)(6755399441055744.0);
-    const MOE__D t = MOE__(d_product)(MOE__(d_sub)(x, w->max), w->factor);
-    const MOE__D shifted = MOE__(d_add)(t, shift);
-    const MOE__D r = MOE__(d_sub)(t, MOE__(d_sub)(shifted, shift));
-    MOE__D p = MOE__(d_step)(MOE__(d_set)(1.3344144332419254e-06), r, 1.5314206034731837e-05);
-    p = MOE__(d_step)(p, r, 0.00015403098456626539);
-    p = MOE__(d_step)(p, r, 0.0013333434171244902);
-    p = MOE__(d_step)(p, r, 0.0096181295586266428);
-    p = MOE__(d_step)(p, r, 0.055504109592126163);
-    p = MOE__(d_step)(p, r, 0.24022650694743239);
-    p = MOE__(d_step)(p, r, 0.69314718054123725);
-    p = MOE__(d_step)(p, r, 1.0);
-    return MOE__(d_above)(t, MOE__(d_set)(-1000.0), MOE__(d_scale)(p, shifted));
-}
-/* One vector of floats: two of weights, added to their sums. */
+// One vector of floats: two of weights, added to their sums.
 MOE__V void MOE__(weigh_step)(MOE__VF x, const MOE__(weights) *w, MOE__D *sum, double *e) {
-    x = MOE__(f_at_least)(x, w->least);
-    const MOE__D low = MOE__(d_weigh)(MOE__(f_low)(x), w);
-    const MOE__D high = MOE__(d_weigh)(MOE__(f_high)(x), w);
-    sum[0] = MOE__(d_add)(sum[0], low);
-    sum[1] = MOE__(d_add)(sum[1], high);
+    x = f_at_least(x, w->least);
+    const MOE__D low = d_weigh(f_low(x), w);
+    const MOE__D high = d_weigh(f_high(x), w);
+    sum[0] = d_add(sum[0], low);
+    sum[1] = d_add(sum[1], high);
     if (!e) return;
     MOE__D_OP(storeu)(e, low);
     MOE__D_OP(storeu)(e + MOE__VFLOATS / 2, high);
@@ -10262,26 +10414,26 @@ MOE__V void MOE__(weigh_step)(MOE__VF x, const MOE__(weights) *w, MOE__D *sum, d
 MOE__K double MOE__(weigh)(const float *x, int64_t n, float least, double max, double scale,
                            double *e) {
     enum { SUMS = 32 / MOE__VFLOATS };
-    const MOE__(weights) w = {MOE__(f_set)(least), MOE__(d_set)(max),
-                              MOE__(d_set)(scale * 1.4426950408889634)};
+    const MOE__(weights) w = {f_set(least), d_set(max), d_set(scale * 1.4426950408889634)};
     MOE__D sum[SUMS];
     double lanes[16];
     MOE__UNROLL(4)
-    for (int s = 0; s < SUMS; s++) sum[s] = MOE__(d_zero)();
+    for (int s = 0; s < SUMS; s++) sum[s] = d_zero();
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
         MOE__UNROLL(2)
         for (int s = 0; s < SUMS; s += 2)
-            MOE__(weigh_step)(MOE__(f_load)(x + i + s * (MOE__VFLOATS / 2)), &w, sum + s,
-                              e ? e + i + s * (MOE__VFLOATS / 2) : NULL);
+            MOE__(weigh_step)
+            (f_load(x + i + s * (MOE__VFLOATS / 2)), &w, sum + s,
+             e ? e + i + s * (MOE__VFLOATS / 2) : NULL);
     }
     if (i < n) {
-        const MOE__VF nothing = MOE__(f_set)(-INFINITY);
+        const MOE__VF nothing = f_set(-INFINITY);
         MOE__UNROLL(2)
         for (int s = 0; s < SUMS; s += 2, i += MOE__VFLOATS) {
             const int64_t rest = moe__max(0, moe__min(n - i, MOE__VFLOATS));
             MOE__VF end = nothing;
-            if (rest) end = MOE__(f_select_part)(rest, MOE__(f_load_part)(x + i, rest), nothing);
+            if (rest) end = f_select_part(rest, f_load_part(x + i, rest), nothing);
             MOE__(weigh_step)(end, &w, sum + s, e ? e + i : NULL);
         }
     }
@@ -10292,141 +10444,137 @@ MOE__K double MOE__(weigh)(const float *x, int64_t n, float least, double max, d
 }
 
 MOE__K void MOE__(peaks)(const float *x, int64_t n, float *out) {
-    const MOE__VF lowest = MOE__(f_set)(-INFINITY);
+    const MOE__VF lowest = f_set(-INFINITY);
     for (; n >= MOE__PEAK; n -= MOE__PEAK, x += MOE__PEAK) {
         MOE__VF a = lowest, b = lowest;
         MOE__UNROLL(8)
         for (int i = 0; i < MOE__PEAK; i += 2 * MOE__VFLOATS) {
-            a = MOE__(f_max)(MOE__(f_load)(x + i), a);
-            b = MOE__(f_max)(MOE__(f_load)(x + i + MOE__VFLOATS), b);
+            a = f_max(f_load(x + i), a);
+            b = f_max(f_load(x + i + MOE__VFLOATS), b);
         }
-        *out++ = MOE__(f_largest)(MOE__(f_max)(a, b));
+        *out++ = f_largest(f_max(a, b));
     }
     if (n == 0) return;
     MOE__VF a = lowest;
     for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
         const int64_t rest = moe__min(n - i, MOE__VFLOATS);
-        a = MOE__(f_max)(MOE__(f_select_part)(rest, MOE__(f_load_part)(x + i, rest), lowest), a);
+        a = f_max(f_select_part(rest, f_load_part(x + i, rest), lowest), a);
     }
-    *out = MOE__(f_largest)(a);
+    *out = f_largest(a);
 }
 
 MOE__K void MOE__(axpy)(float a, const float *x, int64_t n, float *y) {
-    MOE__VF factor = MOE__(f_set)(a);
+    MOE__VF factor = f_set(a);
     int64_t i = 0;
     for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
-        MOE__(f_store)(y + i, MOE__(f_fma)(factor, MOE__(f_load)(x + i), MOE__(f_load)(y + i)));
+        f_store(y + i, f_fma(factor, f_load(x + i), f_load(y + i)));
     if (i == n) return;
-    MOE__VF b = MOE__(f_load_part)(x + i, n - i), c = MOE__(f_load_part)(y + i, n - i);
-    MOE__(f_store_part)(y + i, n - i, MOE__(f_fma)(factor, b, c));
+    MOE__VF b = f_load_part(x + i, n - i), c = f_load_part(y + i, n - i);
+    f_store_part(y + i, n - i, f_fma(factor, b, c));
 }
 
 MOE__K void MOE__(divide)(float *x, int64_t n, float by) {
-    const MOE__VF d = MOE__(f_set)(by);
+    const MOE__VF d = f_set(by);
     int64_t i = 0;
     for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
-        MOE__(f_store)(x + i, MOE__MM(div_ps)(MOE__(f_load)(x + i), d));
+        f_store(x + i, MOE__MM(div_ps)(f_load(x + i), d));
     for (; i < n; i++) x[i] /= by;
 }
 
 MOE__K void MOE__(f32_to_f16)(const float *x, int64_t n, uint16_t *out) {
     int64_t i = 0;
-    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
-        MOE__(f_store_half)(out + i, MOE__(f_load)(x + i));
-    if (i < n) MOE__(f_store_half_part)(out + i, n - i, MOE__(f_load_part)(x + i, n - i));
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS) f_store_half(out + i, f_load(x + i));
+    if (i < n) f_store_half_part(out + i, n - i, f_load_part(x + i, n - i));
 }
 
 MOE__K void MOE__(f32_to_q8_0)(const float *x, int64_t n, uint8_t *out) {
-    const MOE__VF limit = MOE__(f_set)(127.0f), low = MOE__(f_set)(-127.0f);
+    const MOE__VF limit = f_set(127.0f), low = f_set(-127.0f);
     for (; n > 0; n -= 32, x += 32, out += 34) {
-        MOE__VF high = MOE__(f_zero)(), finite = high; /* or NaN */
+        MOE__VF high = f_zero(), finite = high; // or NaN
         for (int i = 0; i < 32; i += MOE__VFLOATS) {
-            const MOE__VF v = MOE__(f_load)(x + i);
-            high = MOE__(f_max)(MOE__(f_max)(v, MOE__(f_sub)(MOE__(f_zero)(), v)), high);
-            finite = MOE__(f_fma)(MOE__(f_zero)(), v, finite);
+            const MOE__VF v = f_load(x + i);
+            high = f_max(f_max(v, f_sub(f_zero(), v)), high);
+            finite = f_fma(f_zero(), v, finite);
         }
-        const float inverse =
-            moe__q8_0_scale(MOE__(f_largest)(high) + MOE__(f_sum)(finite), out);
+        const float inverse = moe__q8_0_scale(f_largest(high) + f_sum(finite), out);
         for (int i = 0; i < 32; i += MOE__VFLOATS) {
-            MOE__VF v = inverse > 0 ? MOE__(f_mul)(MOE__(f_load)(x + i), MOE__(f_set)(inverse))
-                                   : MOE__(f_zero)();
-            MOE__(f_store_i8)(out + 2 + i, MOE__(f_max)(low, MOE__(f_min)(limit, v)));
+            MOE__VF v = inverse > 0 ? f_mul(f_load(x + i), f_set(inverse)) : f_zero();
+            f_store_i8(out + 2 + i, f_max(low, f_min(limit, v)));
         }
     }
 }
 
-/* ---- attention ------------------------------------------------------------------------------- */
+// ---- attention -------------------------------------------------------------------------------
 
-/* Three passes over each chunk: scores = Q K^T, exponentials, P V, which is added to the state */
-/* as it leaves the registers. Both products work on register tiles of up to MOE__ATTEND_ROWS */
-/* queries by 4 keys, or by 4 vectors of the values: */
-/* */
-/*     scores    lanes run over dk; one accumulator per (query, key), summed across at the end */
-/*     values    lanes run over dv; one accumulator per (query, vector), keys in order */
-/* */
-/* Of Q8_0 values only the int8 are made floats: their scales go into the weights, which takes */
-/* one multiplication for a block instead of one for each of its vectors. As every tile converts */
-/* for itself, tiles of many queries are up to MOE__ATTEND_WIDE queries by 2 vectors. */
-/* */
-/* Memory is read all the time: while scores are computed, the chunk's values are fetched, and */
-/* meanwhile the next chunk's keys. Where values are part of the keys, half of those each time. */
-/* */
-/* However the queries are grouped, one query goes through the same operations in the same order: */
-/* its result does not depend on the queries that share the call. A key that a query does not see */
-/* is left out, not multiplied by zero: its value may be NaN. */
+// Three passes over each chunk: scores = Q K^T, exponentials, P V, which is added to the state
+// as it leaves the registers. Both products work on register tiles of up to MOE__ATTEND_ROWS
+// queries by 4 keys, or by 4 vectors of the values:
+//
+//     scores    lanes run over dk; one accumulator per (query, key), summed across at the end
+//     values    lanes run over dv; one accumulator per (query, vector), keys in order
+//
+// Of Q8_0 values only the int8 are made floats: their scales go into the weights, which takes
+// one multiplication for a block instead of one for each of its vectors. As every tile converts
+// for itself, tiles of many queries are up to MOE__ATTEND_WIDE queries by 2 vectors.
+//
+// Memory is read all the time: while scores are computed, the chunk's values are fetched, and
+// meanwhile the next chunk's keys. Where values are part of the keys, half of those each time.
+//
+// However the queries are grouped, one query goes through the same operations in the same order:
+// its result does not depend on the queries that share the call. A key that a query does not see
+// is left out, not multiplied by zero: its value may be NaN.
 #if MOE__ISA == 2
-#define MOE__ATTEND_ROWS 3 /* 12 accumulators, 3 queries and 1 key fill the 16 registers */
-#define MOE__ATTEND_WIDE 4 /* 8 accumulators: with 12, clang has no registers to convert in */
-#define MOE__ATTEND_FEW 2  /* most queries of a Q8_0 tile that is 4 vectors wide */
+#define MOE__ATTEND_ROWS 3 // 12 accumulators, 3 queries and 1 key fill the 16 registers
+#define MOE__ATTEND_WIDE 4 // 8 accumulators: with 12, clang has no registers to convert in
+#define MOE__ATTEND_FEW 2  // most queries of a Q8_0 tile that is 4 vectors wide
 #else
-#define MOE__ATTEND_ROWS 4 /* 16 accumulators: one load for two multiplications */
+#define MOE__ATTEND_ROWS 4 // 16 accumulators: one load for two multiplications
 #define MOE__ATTEND_WIDE 8
 #define MOE__ATTEND_FEW 4
 #endif
 
 enum {
-    MOE__(ATTEND_DK) = 1024, /* longest key that is converted ahead of its tiles */
-    MOE__(ATTEND_STEP) = 64, /* keys that are prepared at a time, if they are for many queries */
-    MOE__(ATTEND_TOGETHER) = MOE__ATTEND_QUERIES / 2, /* most queries that are not many */
-    MOE__(ATTEND_FIRST) = 16384, /* bytes of a call's first keys that are fetched at once */
-    MOE__(ATTEND_BLOCKS) = 4 * MOE__VFLOATS / 32, /* Q8_0 blocks in 4 vectors */
-    /* Weights of a column of Q8_0 blocks */
-    MOE__(ATTEND_SCALED) = MOE__(ATTEND_TOGETHER) * MOE__(ATTEND_BLOCKS) * (int)MOE__ATTEND_KEYS,
-    /* From this many tiles per row on, f16 is converted to floats once for all of them. Below, */
-    /* each tile converts for itself: with 2 tiles that gave 79 % of the FMA peak on a Zen 4, */
-    /* against 66 % with floats stored and loaded again. */
+    MOE__(ATTEND_DK) = 1024, // longest key that is converted ahead of its tiles
+    ATTEND_STEP = 64, // keys that are prepared at a time, if they are for many queries
+    MOE__(ATTEND_TOGETHER) = MOE__ATTEND_QUERIES / 2, // most queries that are not many
+    MOE__(ATTEND_FIRST) = 16384, // bytes of a call's first keys that are fetched at once
+    MOE__(ATTEND_BLOCKS) = 4 * MOE__VFLOATS / 32, // Q8_0 blocks in 4 vectors
+    // Weights of a column of Q8_0 blocks
+    MOE__(ATTEND_SCALED) = MOE__(ATTEND_TOGETHER) *MOE__(ATTEND_BLOCKS) * (int)MOE__ATTEND_KEYS,
+    // From this many tiles per row on, f16 is converted to floats once for all of them. Below,
+    // each tile converts for itself: with 2 tiles that gave 79 % of the FMA peak on a Zen 4,
+    // against 66 % with floats stored and loaded again.
     MOE__(ATTEND_CONVERT) = 5
 };
 
-/* A vector of a Q8_0 block from its value i on. */
+// A vector of a Q8_0 block from its value i on.
 MOE__V MOE__VF MOE__(q8_0_load)(const uint8_t *block, int64_t i) {
-    return MOE__(f_mul)(MOE__(f_load_i8)(block + 2 + i), MOE__(f_set_half)(block));
+    return f_mul(f_load_i8(block + 2 + i), f_set_half(block));
 }
-MOE__V MOE__VF MOE__(kv_load)(const uint8_t *row, int64_t i, moe_kv_type type) {
+MOE__V MOE__VF kv_load(const uint8_t *row, int64_t i, moe_kv_type type) {
     const uint8_t *p = row + moe__kv_bytes(type, i);
     if (type == MOE_KV_Q8_0) return MOE__(q8_0_load)(p, i % 32);
-    return type == MOE_KV_F32 ? MOE__(f_load)(p) : MOE__(f_load_half)(p);
+    return type == MOE_KV_F32 ? f_load(p) : f_load_half(p);
 }
-/* Not for Q8_0, whose rows are whole vectors. */
-MOE__V MOE__VF MOE__(kv_load_part)(const uint8_t *row, int64_t i, int64_t n, moe_kv_type type) {
+// Not for Q8_0, whose rows are whole vectors.
+MOE__V MOE__VF kv_load_part(const uint8_t *row, int64_t i, int64_t n, moe_kv_type type) {
     const uint8_t *p = row + moe__kv_bytes(type, i);
-    if (type == MOE_KV_F32) return MOE__(f_load_part)((const float *)(const void *)p, n);
-    return MOE__(f_load_half_part)(p, n);
+    if (type == MOE_KV_F32) return f_load_part((const float *)(const void *)p, n);
+    return f_load_half_part(p, n);
 }
-/* n values of a row, not f32, to floats. f16: the last vector is filled up with zeros. */
+// n values of a row, not f32, to floats. f16: the last vector is filled up with zeros.
 MOE__V void MOE__(kv_to_floats)(const uint8_t *row, moe_kv_type type, int64_t n, float *out) {
     int64_t i = 0;
     if (type == MOE_KV_Q8_0)
         for (; i < n; i += 32, row += 34)
             MOE__UNROLL(4)
             for (int c = 0; c < 32; c += MOE__VFLOATS)
-                MOE__(f_store)(out + i + c, MOE__(q8_0_load)(row, c));
-    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS)
-        MOE__(f_store)(out + i, MOE__(kv_load)(row, i, MOE_KV_F16));
-    if (i < n) MOE__(f_store)(out + i, MOE__(kv_load_part)(row, i, n - i, MOE_KV_F16));
+                f_store(out + i + c, MOE__(q8_0_load)(row, c));
+    for (; i + MOE__VFLOATS <= n; i += MOE__VFLOATS) f_store(out + i, kv_load(row, i, MOE_KV_F16));
+    if (i < n) f_store(out + i, kv_load_part(row, i, n - i, MOE_KV_F16));
 }
-/* The scales of n blocks that lie row_bytes apart. Four per store: one each would take longer */
-/* than all else that is done to a block before it is multiplied. */
+// The scales of n blocks that lie row_bytes apart. Four per store: one each would take longer
+// than all else that is done to a block before it is multiplied.
 MOE__V void MOE__(q8_0_scales)(const uint8_t *block, size_t row_bytes, int n, uint16_t *out) {
     int j = 0;
     for (; j + 16 <= n; j += 16)
@@ -10441,57 +10589,57 @@ MOE__V void MOE__(q8_0_scales)(const uint8_t *block, size_t row_bytes, int n, ui
     for (; j < n; j++, block += row_bytes) out[j] = moe__load_u16(block);
 }
 
-/* How many queries to take at a time, at most `most`, so that the tiles are even. */
-MOE__V int MOE__(attend_rows)(int n_queries, int most) {
+// How many queries to take at a time, at most `most`, so that the tiles are even.
+MOE__V int attend_rows(int n_queries, int most) {
     int tiles = (n_queries + most - 1) / most;
     return (n_queries + tiles - 1) / tiles;
 }
-/* The largest of n numbers of visible keys. */
-MOE__V int MOE__(attend_most)(const int32_t *visible, int n) {
+// The largest of n numbers of visible keys.
+MOE__V int attend_most(const int32_t *visible, int n) {
     int most = 0;
     for (int i = 0; i < n; i++) most = visible[i] > most ? visible[i] : most;
     return most;
 }
 
-/* The smallest of n first keys. */
-MOE__V int MOE__(attend_least)(const int32_t *first, int n) {
+// The smallest of n first keys.
+MOE__V int attend_least(const int32_t *first, int n) {
     int least = first[0];
     for (int i = 1; i < n; i++) least = first[i] < least ? first[i] : least;
     return least;
 }
 
-/* What is read next: `at` to `end`, then `then` to `then_end`. It is fetched in portions, as */
-/* large as what is being computed: all of it at once would only queue up. */
-typedef struct MOE__(attend_stream) {
+// What is read next: `at` to `end`, then `then` to `then_end`. It is fetched in portions, as
+// large as what is being computed: all of it at once would only queue up.
+typedef struct attend_stream {
     const char *at, *end, *then, *then_end;
-} MOE__(attend_stream);
+} attend_stream;
 
-MOE__V void MOE__(attend_fetch)(MOE__(attend_stream) *s, int64_t bytes) {
+MOE__V void attend_fetch(attend_stream *s, int64_t bytes) {
     if (s->at >= s->end) {
         if (s->then >= s->then_end) return;
         s->at = s->then;
         s->end = s->then = s->then_end;
     }
-    const char *line = s->at + (0 - (uintptr_t)s->at) % 64; /* another began before the portion */
+    const char *line = s->at + (0 - (uintptr_t)s->at) % 64; // another began before the portion
     s->at += bytes;
     for (; line < s->at; line += 64) _mm_prefetch(line, _MM_HINT_T0);
 }
 
-/* What a call sees of a chunk */
-typedef struct MOE__(attend_chunk) {
-    const uint8_t *k, *v;       /* its first key and value */
-    int start, n_keys;          /* a multiple of ATTEND_STEP; up to the last that is seen */
-    int32_t first[MOE__ATTEND_QUERIES], visible[MOE__ATTEND_QUERIES]; /* a query that sees */
-                                /* nothing: MOE__ATTEND_KEYS, 0 */
-    float max[MOE__ATTEND_QUERIES], sum[MOE__ATTEND_QUERIES]; /* its own state */
-    float add[MOE__ATTEND_QUERIES], old[MOE__ATTEND_QUERIES]; /* out = add * sums + old * out */
-    MOE__(attend_stream) stream; /* fetched while scores are computed, */
-    const uint8_t *ahead;        /* and then: so many rows, such a part of each row */
+// What a call sees of a chunk
+typedef struct attend_chunk {
+    const uint8_t *k, *v;       // its first key and value
+    int start, n_keys;          // a multiple of ATTEND_STEP; up to the last that is seen
+    int32_t first[MOE__ATTEND_QUERIES], visible[MOE__ATTEND_QUERIES]; // a query that sees
+                                // nothing: MOE__ATTEND_KEYS, 0
+    float max[MOE__ATTEND_QUERIES], sum[MOE__ATTEND_QUERIES]; // its own state
+    float add[MOE__ATTEND_QUERIES], old[MOE__ATTEND_QUERIES]; // out = add * sums + old * out
+    attend_stream stream; // fetched while scores are computed,
+    const uint8_t *ahead;        // and then: so many rows, such a part of each row
     int64_t ahead_rows, ahead_bytes;
-} MOE__(attend_chunk);
+} attend_chunk;
 
-/* The chunk at this key: what is seen of it. Returns whether anything is. */
-MOE__V int MOE__(attend_chunk_at)(const moe__attend_args *a, int key, MOE__(attend_chunk) *c) {
+// The chunk at this key: what is seen of it. Returns whether anything is.
+MOE__V int MOE__(attend_chunk_at)(const moe__attend_args *a, int key, attend_chunk *c) {
     c->start = MOE__ATTEND_KEYS;
     c->n_keys = 0;
     c->k = (const uint8_t *)a->k + (size_t)key * a->k_bytes;
@@ -10509,15 +10657,14 @@ MOE__V int MOE__(attend_chunk_at)(const moe__attend_args *a, int key, MOE__(atte
         c->first[i] = MOE__ATTEND_KEYS;
         c->visible[i] = 0;
     }
-    c->start = c->start / MOE__(ATTEND_STEP) * MOE__(ATTEND_STEP);
+    c->start = c->start / ATTEND_STEP * ATTEND_STEP;
     return c->n_keys > 0;
 }
 
-/* What is fetched meanwhile; next: keys that are seen behind this chunk; begins: whether nobody */
-/* fetched this chunk's keys. */
-MOE__V void MOE__(attend_ahead)(const moe__attend_args *a, MOE__(attend_chunk) *c, int next,
-                                int begins) {
-    MOE__(attend_stream) *s = &c->stream;
+// What is fetched meanwhile; next: keys that are seen behind this chunk; begins: whether nobody
+// fetched this chunk's keys.
+MOE__V void MOE__(attend_ahead)(const moe__attend_args *a, attend_chunk *c, int next, int begins) {
+    attend_stream *s = &c->stream;
     const int apart = a->v != a->k, rows = next < MOE__ATTEND_KEYS ? next : MOE__ATTEND_KEYS;
     const int half = apart ? 0 : rows / 2;
     const uint8_t *keys = c->k + MOE__ATTEND_KEYS * a->k_bytes;
@@ -10529,40 +10676,39 @@ MOE__V void MOE__(attend_ahead)(const moe__attend_args *a, MOE__(attend_chunk) *
     if (begins) {
         s->at = (const char *)c->k + (size_t)c->start * a->k_bytes;
         s->end = (const char *)c->k + (size_t)c->n_keys * a->k_bytes;
-        MOE__(attend_fetch)(s, moe__min(MOE__(ATTEND_FIRST), s->end - s->at));
+        attend_fetch(s, moe__min(MOE__(ATTEND_FIRST), s->end - s->at));
     }
     c->ahead = keys + (size_t)half * a->k_bytes;
     c->ahead_rows = rows - half;
     c->ahead_bytes = (int64_t)a->k_bytes;
 }
 
-/* Bytes of each of so many portions. */
-MOE__V int64_t MOE__(attend_due)(const MOE__(attend_chunk) *c, int64_t portions) {
-    const MOE__(attend_stream) *s = &c->stream;
+// Bytes of each of so many portions.
+MOE__V int64_t MOE__(attend_due)(const attend_chunk *c, int64_t portions) {
+    const attend_stream *s = &c->stream;
     return ((s->end - s->at) + (s->then_end - s->then)) / portions + 1;
 }
 
-/* In all tiles n, type and columns are constants once inlined. All loops run over the largest */
-/* tile with a condition on n: unrolled completely, they keep the accumulators in registers, and */
-/* clang needs exact counts for that. */
-typedef struct MOE__(score_args) {
-    const float *q; /* of the tile's first query */
+// In all tiles n, type and columns are constants once inlined. All loops run over the largest
+// tile with a condition on n: unrolled completely, they keep the accumulators in registers, and
+// clang needs exact counts for that.
+typedef struct score_args {
+    const float *q; // of the tile's first query
     int64_t q_stride;
-    const uint8_t *key; /* the first of n_keys, 1..4 */
+    const uint8_t *key; // the first of n_keys, 1..4
     size_t k_bytes;
     int32_t n_keys, dk;
-    float *scores; /* 4 floats per query are written, MOE__ATTEND_KEYS apart */
-} MOE__(score_args);
+    float *scores; // 4 floats per query are written, MOE__ATTEND_KEYS apart
+} score_args;
 
-MOE__V void MOE__(score_tile)(const int n, const moe_kv_type type,
-                              const MOE__(score_args) *t) {
+MOE__V void score_tile(const int n, const moe_kv_type type, const score_args *t) {
     MOE__VF acc[MOE__ATTEND_ROWS][4], x[MOE__ATTEND_ROWS];
     const uint8_t *key[4];
     MOE__UNROLL(4)
     for (int c = 0; c < 4; c++) {
         key[c] = t->key + t->k_bytes * (size_t)(c < t->n_keys ? c : 0);
         MOE__UNROLL(MOE__ATTEND_ROWS)
-        for (int r = 0; r < MOE__ATTEND_ROWS; r++) acc[r][c] = MOE__(f_zero)();
+        for (int r = 0; r < MOE__ATTEND_ROWS; r++) acc[r][c] = f_zero();
     }
     const int64_t dk = t->dk;
     int64_t i = 0;
@@ -10573,66 +10719,66 @@ MOE__V void MOE__(score_tile)(const int n, const moe_kv_type type,
         for (int s = 0; s < step; s += MOE__VFLOATS) {
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-                if (r < n) x[r] = MOE__(f_load)(t->q + r * t->q_stride + i + s);
+                if (r < n) x[r] = f_load(t->q + r * t->q_stride + i + s);
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
-                MOE__VF k = MOE__(f_keep)(MOE__(kv_load)(key[c] + at, s, type));
+                MOE__VF k = f_keep(kv_load(key[c] + at, s, type));
                 MOE__UNROLL(MOE__ATTEND_ROWS)
                 for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-                    if (r < n) acc[r][c] = MOE__(f_fma)(x[r], k, acc[r][c]);
+                    if (r < n) acc[r][c] = f_fma(x[r], k, acc[r][c]);
             }
         }
-    if (n == 1 && i < dk) { /* ragged rows come one query at a time */
-        MOE__VF y = MOE__(f_load_part)(t->q + i, dk - i);
+    if (n == 1 && i < dk) { // ragged rows come one query at a time
+        MOE__VF y = f_load_part(t->q + i, dk - i);
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
-            acc[0][c] = MOE__(f_fma)(y, MOE__(kv_load_part)(key[c], i, dk - i, type), acc[0][c]);
+            acc[0][c] = f_fma(y, kv_load_part(key[c], i, dk - i, type), acc[0][c]);
     }
     MOE__UNROLL(MOE__ATTEND_ROWS)
     for (int r = 0; r < MOE__ATTEND_ROWS; r++)
         if (r < n)
             _mm_storeu_ps(t->scores + r * MOE__ATTEND_KEYS,
-                          MOE__(f_sum4)(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
+                          f_sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
 }
 
-/* The same with n and type known at run time only. */
-MOE__V void MOE__(score_tile_of)(const int n, moe_kv_type type, const MOE__(score_args) *t) {
+// The same with n and type known at run time only.
+MOE__V void score_tile_of(const int n, moe_kv_type type, const score_args *t) {
     if (type == MOE_KV_F32)
-        MOE__(score_tile)(n, MOE_KV_F32, t);
+        score_tile(n, MOE_KV_F32, t);
     else if (type == MOE_KV_F16)
-        MOE__(score_tile)(n, MOE_KV_F16, t);
+        score_tile(n, MOE_KV_F16, t);
 #if MOE__ISA == 2
     else
-        MOE__(score_tile)(n, MOE_KV_Q8_0, t);
+        score_tile(n, MOE_KV_Q8_0, t);
 #endif
 }
-MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const MOE__(score_args) *t) {
+MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const score_args *t) {
     switch (n) {
-    case 1: MOE__(score_tile_of)(1, type, t); break;
-    case 2: MOE__(score_tile_of)(2, type, t); break;
-    case 3: MOE__(score_tile_of)(3, type, t); break;
+    case 1: score_tile_of(1, type, t); break;
+    case 2: score_tile_of(2, type, t); break;
+    case 3: score_tile_of(3, type, t); break;
 #if MOE__ATTEND_ROWS > 3
-    case 4: MOE__(score_tile_of)(4, type, t); break;
+    case 4: score_tile_of(4, type, t); break;
 #endif
     default: break;
     }
 }
 
-/* scores[i * MOE__ATTEND_KEYS + j] = query i . key j of a chunk, for every visible key and some */
-/* more. Q8_0 is worth converting from 2 tiles on. */
-MOE__K void MOE__(attend_scores)(const moe__attend_args *a, MOE__(attend_chunk) *chunk) {
+// scores[i * MOE__ATTEND_KEYS + j] = query i . key j of a chunk, for every visible key and some
+// more. Q8_0 is worth converting from 2 tiles on.
+MOE__K void MOE__(attend_scores)(const moe__attend_args *a, attend_chunk *chunk) {
     MOE__ALIGNED(64) float floats[4 * MOE__(ATTEND_DK)];
     const int n = a->n_queries, ragged = a->dk % MOE__VFLOATS, n_keys = chunk->n_keys;
-    const int rows = ragged ? 1 : MOE__(attend_rows)(n, MOE__ATTEND_ROWS);
+    const int rows = ragged ? 1 : attend_rows(n, MOE__ATTEND_ROWS);
     const int64_t padded = (a->dk + MOE__VFLOATS - 1) / MOE__VFLOATS * MOE__VFLOATS;
     const int tiles = a->type == MOE_KV_Q8_0 ? 2 : MOE__(ATTEND_CONVERT);
     const int convert =
         a->type != MOE_KV_F32 && padded <= MOE__(ATTEND_DK) && n > (tiles - 1) * rows;
     const int32_t *visible = chunk->visible, *first = chunk->first;
-    const int early = MOE__(attend_least)(visible, n), late = MOE__(attend_most)(first, n);
+    const int early = attend_least(visible, n), late = attend_most(first, n);
     const int64_t fours = (n_keys - chunk->start + 3) / 4;
     const int64_t due = MOE__(attend_due)(chunk, fours * ((n + rows - 1) / rows));
-    MOE__(score_args) t;
+    score_args t;
     t.q_stride = a->q_stride;
     t.dk = a->dk;
     for (int j = chunk->start; j < n_keys; j += 4) {
@@ -10648,10 +10794,10 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, MOE__(attend_chunk) 
         }
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
-            MOE__(attend_fetch)(&chunk->stream, due);
-            if (j < late || j + 4 > early) { /* some queries do not see some of the keys */
-                if (MOE__(attend_most)(visible + i, count) <= j) continue;
-                if (MOE__(attend_least)(first + i, count) >= j + 4) continue;
+            attend_fetch(&chunk->stream, due);
+            if (j < late || j + 4 > early) { // some queries do not see some of the keys
+                if (attend_most(visible + i, count) <= j) continue;
+                if (attend_least(first + i, count) >= j + 4) continue;
             }
             t.q = a->q + i * a->q_stride;
             t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
@@ -10661,24 +10807,24 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, MOE__(attend_chunk) 
 }
 
 #if MOE__ISA == 3
-/* Q8_0 keys, by blocks of 32 dimensions and MOE__(ATTEND_TURNED) keys. They are turned, so that */
-/* lanes run over keys: then a block's sums take one multiplication by a vector of scales instead */
-/* of one for each vector of a key, and nothing is summed across, which for 128 values costs half */
-/* as much as their products. Not with AVX2: its vectors are summed across faster, and it has too */
-/* few registers. */
-enum { MOE__(ATTEND_TURNED) = 64 };
+// Q8_0 keys, by blocks of 32 dimensions and ATTEND_TURNED keys. They are turned, so that
+// lanes run over keys: then a block's sums take one multiplication by a vector of scales instead
+// of one for each vector of a key, and nothing is summed across, which for 128 values costs half
+// as much as their products. Not with AVX2: its vectors are summed across faster, and it has too
+// few registers.
+enum { ATTEND_TURNED = 64 };
 
 MOE__V __m512i MOE__(load_2_rows)(const uint8_t *row, size_t row_bytes) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(MOE__(v_load_256)(row)),
-                              MOE__(v_load_256)(row + row_bytes), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(v_load_256(row)), v_load_256(row + row_bytes),
+                              1);
 }
-/* The int8 of a block of 16 keys: int32 at + j of out[i] is 4 i .. 4 i + 3 */
-/* of key j. */
-MOE__V void MOE__(turn_block)(const uint8_t *row, size_t row_bytes,
-                              int32_t (*out)[MOE__(ATTEND_TURNED)], int at) {
+// The int8 of a block of 16 keys: int32 at + j of out[i] is 4 i .. 4 i + 3
+// of key j.
+MOE__V void MOE__(turn_block)(const uint8_t *row, size_t row_bytes, int32_t (*out)[ATTEND_TURNED],
+                              int at) {
     __m512i half[2][4];
     MOE__UNROLL(4)
-    for (int i = 0; i < 4; i++, row += row_bytes) { /* rows i, i + 4, i + 8, i + 12, in lanes */
+    for (int i = 0; i < 4; i++, row += row_bytes) { // rows i, i + 4, i + 8, i + 12, in lanes
         const __m512i a = MOE__(load_2_rows)(row, 4 * row_bytes);
         const __m512i b = MOE__(load_2_rows)(row + 8 * row_bytes, 4 * row_bytes);
         half[0][i] = _mm512_shuffle_i64x2(a, b, 0x88);
@@ -10696,47 +10842,46 @@ MOE__V void MOE__(turn_block)(const uint8_t *row, size_t row_bytes,
         _mm512_store_si512(out[3] + at, _mm512_unpackhi_epi64(c, d));
     }
 }
-/* Number i of every four int8, times 2^24: it is exact, and takes one instruction to move to the */
-/* top of its int32. */
+// Number i of every four int8, times 2^24: it is exact, and takes one instruction to move to the
+// top of its int32.
 MOE__V __m512 MOE__(turned_load)(const int32_t *p, const int i) {
-    const __m128i byte_1 = /* of each int32 to the top */
+    const __m128i byte_1 = // of each int32 to the top
         _mm_set_epi8(13, -1, -1, -1, 9, -1, -1, -1, 5, -1, -1, -1, 1, -1, -1, -1);
     const __m128i byte_2 =
         _mm_set_epi8(14, -1, -1, -1, 10, -1, -1, -1, 6, -1, -1, -1, 2, -1, -1, -1);
-    __m512i x = MOE__(v_load)(p);
+    __m512i x = v_load(p);
     if (i == 0)
         x = _mm512_slli_epi32(x, 24);
     else if (i == 3)
-        x = MOE__(v_and)(x, _mm512_set1_epi32((int)0xFF000000u));
+        x = v_and(x, _mm512_set1_epi32((int)0xFF000000u));
     else
-        x = _mm512_shuffle_epi8(x, MOE__(v_lanes)(i == 1 ? byte_1 : byte_2));
+        x = _mm512_shuffle_epi8(x, v_lanes(i == 1 ? byte_1 : byte_2));
     return _mm512_cvtepi32_ps(x);
 }
 
-typedef struct MOE__(block_args) {
-    const float *q; /* 32 values of the tile's first query */
+typedef struct block_args {
+    const float *q; // 32 values of the tile's first query
     int64_t q_stride;
-    const int32_t (*turned)[MOE__(ATTEND_TURNED)]; /* of all keys, like scale and scores */
+    const int32_t (*turned)[ATTEND_TURNED]; // of all keys, like scale and scores
     const uint16_t *scale;
     float *scores;
-    int at, add; /* first key of the tile; whether to add to the scores */
-} MOE__(block_args);
+    int at, add; // first key of the tile; whether to add to the scores
+} block_args;
 
-/* The sums of one query over a block go to its scores, or are added to them. */
-MOE__V void MOE__(block_add)(const MOE__(block_args) *t, int r, int c, __m512 sum) {
-    const __m512 scale = MOE__(f_mul)(MOE__(f_load_half)(t->scale + t->at + 16 * c),
-                                      MOE__(f_set)(1.0f / (1 << 24)));
+// The sums of one query over a block go to its scores, or are added to them.
+MOE__V void MOE__(block_add)(const block_args *t, int r, int c, __m512 sum) {
+    const __m512 scale = f_mul(f_load_half(t->scale + t->at + 16 * c), f_set(1.0f / (1 << 24)));
     float *to = t->scores + r * MOE__ATTEND_KEYS + t->at + 16 * c;
-    const __m512 old = t->add ? MOE__(f_load)(to) : MOE__(f_zero)();
-    MOE__(f_store)(to, MOE__(f_fma)(sum, scale, old));
+    const __m512 old = t->add ? f_load(to) : f_zero();
+    f_store(to, f_fma(sum, scale, old));
 }
-/* Scores of n queries and so many vectors of keys, as far as one block goes. */
-MOE__V void MOE__(block_tile)(const int n, const int vectors, const MOE__(block_args) *t) {
+// Scores of n queries and so many vectors of keys, as far as one block goes.
+MOE__V void block_tile(const int n, const int vectors, const block_args *t) {
     __m512 acc[8][4], k[4];
     MOE__UNROLL(8)
     for (int r = 0; r < 8; r++)
         MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) acc[r][c] = MOE__(f_zero)();
+        for (int c = 0; c < 4; c++) acc[r][c] = f_zero();
     const float *q = t->q;
     for (int i = 0; i < 8; i++, q += 4)
         MOE__UNROLL(4)
@@ -10744,14 +10889,14 @@ MOE__V void MOE__(block_tile)(const int n, const int vectors, const MOE__(block_
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++)
                 if (c < vectors)
-                    k[c] = MOE__(f_keep)(MOE__(turned_load)(t->turned[i] + t->at + 16 * c, s));
+                    k[c] = f_keep(MOE__(turned_load)(t->turned[i] + t->at + 16 * c, s));
             MOE__UNROLL(8)
             for (int r = 0; r < 8; r++) {
                 if (r >= n) continue;
-                const __m512 x = MOE__(f_keep)(MOE__(f_set)(q[r * t->q_stride + s]));
+                const __m512 x = f_keep(f_set(q[r * t->q_stride + s]));
                 MOE__UNROLL(4)
                 for (int c = 0; c < 4; c++)
-                    if (c < vectors) acc[r][c] = MOE__(f_fma)(x, k[c], acc[r][c]);
+                    if (c < vectors) acc[r][c] = f_fma(x, k[c], acc[r][c]);
             }
         }
     MOE__UNROLL(4)
@@ -10760,24 +10905,24 @@ MOE__V void MOE__(block_tile)(const int n, const int vectors, const MOE__(block_
         for (int r = 0; r < 8; r++)
             if (c < vectors && r < n) MOE__(block_add)(t, r, c, acc[r][c]);
 }
-MOE__V void MOE__(block_tiles)(int n, const MOE__(block_args) *t) {
+MOE__V void MOE__(block_tiles)(int n, const block_args *t) {
     switch (n) {
-    case 1: MOE__(block_tile)(1, 4, t); break;
-    case 2: MOE__(block_tile)(2, 4, t); break;
-    case 3: MOE__(block_tile)(3, 4, t); break;
-    case 4: MOE__(block_tile)(4, 4, t); break;
-    case 5: MOE__(block_tile)(5, 2, t); break;
-    case 6: MOE__(block_tile)(6, 2, t); break;
-    case 7: MOE__(block_tile)(7, 2, t); break;
-    case 8: MOE__(block_tile)(8, 2, t); break;
+    case 1: block_tile(1, 4, t); break;
+    case 2: block_tile(2, 4, t); break;
+    case 3: block_tile(3, 4, t); break;
+    case 4: block_tile(4, 4, t); break;
+    case 5: block_tile(5, 2, t); break;
+    case 6: block_tile(6, 2, t); break;
+    case 7: block_tile(7, 2, t); break;
+    case 8: block_tile(8, 2, t); break;
     default: break;
     }
 }
 
-/* Block b of n_keys keys, turned, and its scales. Nothing behind the last key is */
-/* read: others repeat the first of its 16. */
+// Block b of n_keys keys, turned, and its scales. Nothing behind the last key is
+// read: others repeat the first of its 16.
 MOE__V void MOE__(turn_keys)(const uint8_t *key, size_t k_bytes, int b, int n_keys,
-                             int32_t (*turned)[MOE__(ATTEND_TURNED)], uint16_t *scale) {
+                             int32_t (*turned)[ATTEND_TURNED], uint16_t *scale) {
     MOE__ALIGNED(64) uint8_t last[16][34];
     for (int c = 0; c < n_keys; c += 16) {
         const uint8_t *block = key + (size_t)c * k_bytes + 34 * b;
@@ -10792,16 +10937,16 @@ MOE__V void MOE__(turn_keys)(const uint8_t *key, size_t k_bytes, int b, int n_ke
     }
 }
 
-/* What attend_scores does, for Q8_0 */
-MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, MOE__(attend_chunk) *chunk) {
-    enum { TURNED = MOE__(ATTEND_TURNED) };
+// What attend_scores does, for Q8_0
+MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, attend_chunk *chunk) {
+    enum { TURNED = ATTEND_TURNED };
     MOE__ALIGNED(64) int32_t turned[8][TURNED];
     MOE__ALIGNED(64) uint16_t scale[TURNED] = {0};
-    const int n = a->n_queries, rows = MOE__(attend_rows)(n, MOE__ATTEND_WIDE);
+    const int n = a->n_queries, rows = attend_rows(n, MOE__ATTEND_WIDE);
     const int n_turned = (chunk->n_keys - chunk->start + TURNED - 1) / TURNED;
     const int64_t due = MOE__(attend_due)(
         chunk, (int64_t)n_turned * (a->dk / 32) * ((n + rows - 1) / rows));
-    MOE__(block_args) t;
+    block_args t;
     t.q_stride = a->q_stride;
     t.turned = (const int32_t (*)[TURNED])turned;
     t.scale = scale;
@@ -10812,10 +10957,10 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, MOE__(attend_ch
             t.add = b > 0;
             for (int i = 0; i < n; i += rows) {
                 const int count = n - i < rows ? n - i : rows;
-                const int most = MOE__(attend_most)(chunk->visible + i, count) - j;
-                const int least = MOE__(attend_least)(chunk->first + i, count) - j;
+                const int most = attend_most(chunk->visible + i, count) - j;
+                const int least = attend_least(chunk->first + i, count) - j;
                 const int step = count > MOE__ATTEND_FEW ? TURNED / 2 : TURNED;
-                MOE__(attend_fetch)(&chunk->stream, due);
+                attend_fetch(&chunk->stream, due);
                 t.q = a->q + i * a->q_stride + 32 * b;
                 t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
                 for (t.at = 0; t.at < keys; t.at += step)
@@ -10825,125 +10970,118 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, MOE__(attend_ch
 }
 #endif
 
-/* Turns the scores of one query, of which it sees first .. n - 1, into weights exp(score - max). */
-/* NaN is never the max. With nothing but -inf, the base is finite: then weights are 0, not NaN. */
+// Turns the scores of one query, of which it sees first .. n - 1, into weights exp(score - max).
+// NaN is never the max. With nothing but -inf, the base is finite: then weights are 0, not NaN.
 MOE__K void MOE__(attend_weights)(float *s, int first, int n, float *max, float *sum) {
     enum { V = MOE__VFLOATS };
-    const MOE__VF lowest = MOE__(f_set)(-INFINITY);
-    MOE__VF m[4], total = MOE__(f_zero)();
+    const MOE__VF lowest = f_set(-INFINITY);
+    MOE__VF m[4], total = f_zero();
     for (int j = n / V * V; j < MOE__ATTEND_KEYS; j += V)
-        MOE__(f_store)(s + j, j < n ? MOE__(f_select_part)(n - j, MOE__(f_load)(s + j), lowest)
-                                    : lowest);
+        f_store(s + j, j < n ? f_select_part(n - j, f_load(s + j), lowest) : lowest);
     for (int j = 0; j < first; j++) s[j] = -INFINITY;
     MOE__UNROLL(4)
     for (int c = 0; c < 4; c++) m[c] = lowest;
     for (int j = 0; j < MOE__ATTEND_KEYS; j += 4 * V)
         MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) m[c] = MOE__(f_max)(MOE__(f_load)(s + j + c * V), m[c]);
-    *max = MOE__(f_largest)(MOE__(f_max)(MOE__(f_max)(m[0], m[1]), MOE__(f_max)(m[2], m[3])));
-    const MOE__VF base = MOE__(f_set)(*max > -FLT_MAX ? *max : -FLT_MAX);
+        for (int c = 0; c < 4; c++) m[c] = f_max(f_load(s + j + c * V), m[c]);
+    *max = f_largest(f_max(f_max(m[0], m[1]), f_max(m[2], m[3])));
+    const MOE__VF base = f_set(*max > -FLT_MAX ? *max : -FLT_MAX);
     for (int j = 0; j < MOE__ATTEND_KEYS; j += 4 * V)
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++) {
-            const MOE__VF e =
-                MOE__(f_exp)(MOE__(f_sub)(MOE__(f_load)(s + j + c * V), base));
-            MOE__(f_store)(s + j + c * V, e);
-            total = MOE__(f_add)(total, e);
+            const MOE__VF e = f_exp(f_sub(f_load(s + j + c * V), base));
+            f_store(s + j + c * V, e);
+            total = f_add(total, e);
         }
-    *sum = MOE__(f_sum)(total);
+    *sum = f_sum(total);
 }
 
-/* Max and sum of a chunk are added to those of all chunks before it: what both count for. */
-typedef struct MOE__(attend_joined) {
+// Max and sum of a chunk are added to those of all chunks before it: what both count for.
+typedef struct attend_joined {
     MOE__VF add, old, max, sum;
-} MOE__(attend_joined);
+} attend_joined;
 
-MOE__V MOE__(attend_joined) MOE__(attend_join)(MOE__VF max, MOE__VF sum, MOE__VF all_max,
-                                               MOE__VF all_sum) {
-    MOE__(attend_joined) both;
-    both.max = MOE__(f_max)(max, all_max);
-    const MOE__VF base = MOE__(f_max)(both.max, MOE__(f_set)(-FLT_MAX));
-    both.add = MOE__(f_exp)(MOE__(f_sub)(max, base));
-    both.old = MOE__(f_exp)(MOE__(f_sub)(all_max, base));
-    both.sum =
-        MOE__(f_fma)(both.add, sum, MOE__(v_rounded)(MOE__(f_mul)(both.old, all_sum)));
+MOE__V attend_joined MOE__(attend_join)(MOE__VF max, MOE__VF sum, MOE__VF all_max,
+                                        MOE__VF all_sum) {
+    attend_joined both;
+    both.max = f_max(max, all_max);
+    const MOE__VF base = f_max(both.max, f_set(-FLT_MAX));
+    both.add = f_exp(f_sub(max, base));
+    both.old = f_exp(f_sub(all_max, base));
+    both.sum = f_fma(both.add, sum, v_rounded(f_mul(both.old, all_sum)));
     return both;
 }
-/* The same for n values of out. */
-MOE__V void MOE__(attend_out)(float *out, int n, MOE__VF add, MOE__VF x, MOE__VF old) {
+// The same for n values of out.
+MOE__V void attend_out(float *out, int n, MOE__VF add, MOE__VF x, MOE__VF old) {
     if (n >= MOE__VFLOATS) {
-        const MOE__VF y = MOE__(v_rounded)(MOE__(f_mul)(old, MOE__(f_load)(out)));
-        MOE__(f_store)(out, MOE__(f_fma)(add, x, y));
+        const MOE__VF y = v_rounded(f_mul(old, f_load(out)));
+        f_store(out, f_fma(add, x, y));
     } else {
-        const MOE__VF y = MOE__(v_rounded)(MOE__(f_mul)(old, MOE__(f_load_part)(out, n)));
-        MOE__(f_store_part)(out, n, MOE__(f_fma)(add, x, y));
+        const MOE__VF y = v_rounded(f_mul(old, f_load_part(out, n)));
+        f_store_part(out, n, f_fma(add, x, y));
     }
 }
 MOE__K void MOE__(attend_add)(float max, float sum, const float *x, int64_t dv, float *all_max,
                               float *all_sum, float *all) {
-    const MOE__(attend_joined) both =
-        MOE__(attend_join)(MOE__(f_set)(max), MOE__(f_set)(sum), MOE__(f_set)(*all_max),
-                           MOE__(f_set)(*all_sum));
-    *all_max = MOE__(f_first)(both.max);
-    *all_sum = MOE__(f_first)(both.sum);
+    const attend_joined both =
+        MOE__(attend_join)(f_set(max), f_set(sum), f_set(*all_max), f_set(*all_sum));
+    *all_max = f_first(both.max);
+    *all_sum = f_first(both.sum);
     int64_t i = 0;
     for (; i + MOE__VFLOATS <= dv; i += MOE__VFLOATS)
-        MOE__(attend_out)(all + i, MOE__VFLOATS, both.add, MOE__(f_load)(x + i), both.old);
-    if (i < dv)
-        MOE__(attend_out)(all + i, (int)(dv - i), both.add,
-                          MOE__(f_load_part)(x + i, dv - i), both.old);
+        attend_out(all + i, MOE__VFLOATS, both.add, f_load(x + i), both.old);
+    if (i < dv) attend_out(all + i, (int)(dv - i), both.add, f_load_part(x + i, dv - i), both.old);
 }
-/* All queries' max and sum, and what their sums of values will be added with */
-MOE__K void MOE__(attend_join_all)(const moe__attend_args *a, MOE__(attend_chunk) *c) {
+// All queries' max and sum, and what their sums of values will be added with
+MOE__K void MOE__(attend_join_all)(const moe__attend_args *a, attend_chunk *c) {
     for (int i = 0; i < a->n_queries; i += MOE__VFLOATS) {
         const int n = (int)moe__min(a->n_queries - i, MOE__VFLOATS);
-        const MOE__(attend_joined) both = MOE__(attend_join)(
-            MOE__(f_load)(c->max + i), MOE__(f_load)(c->sum + i), MOE__(f_load_part)(a->max + i, n),
-            MOE__(f_load_part)(a->sum + i, n));
-        MOE__(f_store)(c->add + i, both.add);
-        MOE__(f_store)(c->old + i, both.old);
-        MOE__(f_store_part)(a->max + i, n, both.max);
-        MOE__(f_store_part)(a->sum + i, n, both.sum);
+        const attend_joined both =
+            MOE__(attend_join)(f_load(c->max + i), f_load(c->sum + i), f_load_part(a->max + i, n),
+                               f_load_part(a->sum + i, n));
+        f_store(c->add + i, both.add);
+        f_store(c->old + i, both.old);
+        f_store_part(a->max + i, n, both.max);
+        f_store_part(a->sum + i, n, both.sum);
     }
 }
 
-typedef struct MOE__(value_args) {
-    const uint8_t *value; /* of key j0, at the tile's first column (Q8_0: its int8) */
+typedef struct value_args {
+    const uint8_t *value; // of key j0, at the tile's first column (Q8_0: its int8)
     size_t v_bytes;
-    int32_t width;           /* floats of the tile: whole vectors, or at most one */
-    int32_t scaled;          /* whether weights are those of Q8_0 */
-    int32_t j0, j1, whole;   /* keys; whether all queries see all of them */
-    int32_t step;            /* the weights of Q8_0 have so many keys */
-    int32_t begins, ends;    /* whether these are the first and the last keys of the chunk */
-    const int32_t *first, *visible; /* per query, like all below */
-    const float *weights;    /* of key j0; MOE__ATTEND_KEYS apart. Of Q8_0: see step_weights */
-    float *part;             /* 4 vectors per query: the sums of the keys before */
-    const float *add, *old;  /* out = add * sums + old * out */
+    int32_t width;           // floats of the tile: whole vectors, or at most one
+    int32_t scaled;          // whether weights are those of Q8_0
+    int32_t j0, j1, whole;   // keys; whether all queries see all of them
+    int32_t step;            // the weights of Q8_0 have so many keys
+    int32_t begins, ends;    // whether these are the first and the last keys of the chunk
+    const int32_t *first, *visible; // per query, like all below
+    const float *weights;    // of key j0; MOE__ATTEND_KEYS apart. Of Q8_0: see step_weights
+    float *part;             // 4 vectors per query: the sums of the keys before
+    const float *add, *old;  // out = add * sums + old * out
     float *const *out;
-    int32_t column;          /* of out */
-    const uint8_t *ahead;    /* to prefetch per key: so many bytes */
+    int32_t column;          // of out
+    const uint8_t *ahead;    // to prefetch per key: so many bytes
     int64_t ahead_bytes;
-} MOE__(value_args);
+} value_args;
 
-/* Vector c of a value: whole ones if there are several columns, else the only one. */
-MOE__V MOE__VF MOE__(value_load)(const MOE__(value_args) *t, const uint8_t *value, int columns,
-                                int c, moe_kv_type type) {
+// Vector c of a value: whole ones if there are several columns, else the only one.
+MOE__V MOE__VF value_load(const value_args *t, const uint8_t *value, int columns, int c,
+                          moe_kv_type type) {
     const int at = c * MOE__VFLOATS;
-    if (type == MOE_KV_Q8_0) return MOE__(f_load_i8)(value + at + at / 32 * 2);
-    if (columns > 1) return MOE__(kv_load)(value, at, type);
-    return MOE__(kv_load_part)(value, 0, t->width, type);
+    if (type == MOE_KV_Q8_0) return f_load_i8(value + at + at / 32 * 2);
+    if (columns > 1) return kv_load(value, at, type);
+    return kv_load_part(value, 0, t->width, type);
 }
-/* Q8_0 blocks that so many vectors are in. */
-MOE__V int MOE__(value_blocks)(int columns) { return (columns * MOE__VFLOATS + 31) / 32; }
-/* The weight of query r for vector c of key j. */
-MOE__V MOE__VF MOE__(value_weight)(const MOE__(value_args) *t, int r, int columns, int c, int j,
-                                   int scaled) {
-    const int block = r * MOE__(value_blocks)(columns) + c * MOE__VFLOATS / 32;
+// Q8_0 blocks that so many vectors are in.
+MOE__V int value_blocks(int columns) { return (columns * MOE__VFLOATS + 31) / 32; }
+// The weight of query r for vector c of key j.
+MOE__V MOE__VF value_weight(const value_args *t, int r, int columns, int c, int j, int scaled) {
+    const int block = r * value_blocks(columns) + c * MOE__VFLOATS / 32;
     const int at = scaled ? block * t->step : r * MOE__ATTEND_KEYS;
-    return MOE__(f_set)(t->weights[at + j - t->j0]);
+    return f_set(t->weights[at + j - t->j0]);
 }
-/* The first of the tile's keys that a query sees; from there to *all each query sees each key. */
-MOE__V int MOE__(value_range)(const MOE__(value_args) *t, int n, int *all) {
+// The first of the tile's keys that a query sees; from there to *all each query sees each key.
+MOE__V int MOE__(value_range)(const value_args *t, int n, int *all) {
     int j = t->j1, from = t->j0;
     *all = t->j1;
     if (t->whole) return t->j0;
@@ -10953,12 +11091,12 @@ MOE__V int MOE__(value_range)(const MOE__(value_args) *t, int n, int *all) {
         if (t->first[r] > from) from = t->first[r];
     }
     if (j < t->j0) j = t->j0;
-    if (j < from) *all = j; /* windows that begin within this step: each query for itself */
+    if (j < from) *all = j; // windows that begin within this step: each query for itself
     return j;
 }
 
-MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type type,
-                              const int scaled, const MOE__(value_args) *t) {
+MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, const int scaled,
+                       const value_args *t) {
     MOE__VF acc[MOE__ATTEND_WIDE][4], w[MOE__ATTEND_ROWS], v[2];
     int all, j = MOE__(value_range)(t, n, &all);
     const uint8_t *value = t->value + (size_t)(j - t->j0) * t->v_bytes, *ahead = t->ahead;
@@ -10967,21 +11105,20 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
             acc[r][c] = t->begins || r >= n || c >= columns
-                            ? MOE__(f_zero)()
-                            : MOE__(f_load)(t->part + (r * 4 + c) * MOE__VFLOATS);
+                            ? f_zero()
+                            : f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
     for (; j < all; j++, value += t->v_bytes, ahead += t->ahead_bytes) {
         for (int64_t i = 0; i < t->ahead_bytes; i += 64)
             _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
-        if (n > MOE__ATTEND_FEW && columns == 2) { /* values stay in registers, else weights */
+        if (n > MOE__ATTEND_FEW && columns == 2) { // values stay in registers, else weights
             MOE__UNROLL(2)
-            for (int c = 0; c < 2; c++)
-                v[c] = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
+            for (int c = 0; c < 2; c++) v[c] = f_keep(value_load(t, value, columns, c, type));
             MOE__UNROLL(MOE__ATTEND_WIDE)
             for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
                 if (r >= n) continue;
-                const MOE__VF x = MOE__(f_keep)(MOE__(value_weight)(t, r, columns, 0, j, scaled));
+                const MOE__VF x = f_keep(value_weight(t, r, columns, 0, j, scaled));
                 MOE__UNROLL(2)
-                for (int c = 0; c < 2; c++) acc[r][c] = MOE__(f_fma)(x, v[c], acc[r][c]);
+                for (int c = 0; c < 2; c++) acc[r][c] = f_fma(x, v[c], acc[r][c]);
             }
             continue;
         }
@@ -10991,11 +11128,11 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
                 if (r < n && (c == 0 || (scaled && c * MOE__VFLOATS % 32 == 0)))
-                    w[r] = MOE__(value_weight)(t, r, columns, c, j, scaled);
-            const MOE__VF x = MOE__(f_keep)(MOE__(value_load)(t, value, columns, c, type));
+                    w[r] = value_weight(t, r, columns, c, j, scaled);
+            const MOE__VF x = f_keep(value_load(t, value, columns, c, type));
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-                if (r < n) acc[r][c] = MOE__(f_fma)(w[r], x, acc[r][c]);
+                if (r < n) acc[r][c] = f_fma(w[r], x, acc[r][c]);
         }
     }
     for (; j < t->j1; j++, value += t->v_bytes) {
@@ -11005,9 +11142,8 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
                 if (c >= columns) continue;
-                const MOE__VF x = MOE__(value_weight)(t, r, columns, c, j, scaled);
-                acc[r][c] =
-                    MOE__(f_fma)(x, MOE__(value_load)(t, value, columns, c, type), acc[r][c]);
+                const MOE__VF x = value_weight(t, r, columns, c, j, scaled);
+                acc[r][c] = f_fma(x, value_load(t, value, columns, c, type), acc[r][c]);
             }
         }
     }
@@ -11018,32 +11154,31 @@ MOE__V void MOE__(value_tile)(const int n, const int columns, const moe_kv_type 
         for (int c = 0; c < 4; c++) {
             if (c >= columns) continue;
             if (!t->ends)
-                MOE__(f_store)(t->part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
+                f_store(t->part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
             else if (t->visible[r] > 0)
-                MOE__(attend_out)(t->out[r] + t->column + c * MOE__VFLOATS,
-                                  columns > 1 ? MOE__VFLOATS : t->width, MOE__(f_set)(t->add[r]),
-                                  acc[r][c], MOE__(f_set)(t->old[r]));
+                attend_out(t->out[r] + t->column + c * MOE__VFLOATS,
+                           columns > 1 ? MOE__VFLOATS : t->width, f_set(t->add[r]), acc[r][c],
+                           f_set(t->old[r]));
         }
     }
 }
 
-/* The same with n, the columns and type known at run time only. */
+// The same with n, the columns and type known at run time only.
 MOE__V void MOE__(value_tile_wide)(const int n, const int columns, moe_kv_type type,
-                                   const MOE__(value_args) *t) {
-    if (type == MOE_KV_F16)
-        MOE__(value_tile)(n, columns, MOE_KV_F16, 0, t);
+                                   const value_args *t) {
+    if (type == MOE_KV_F16) value_tile(n, columns, MOE_KV_F16, 0, t);
 #if MOE__ISA == 2
     else if (t->scaled)
-        MOE__(value_tile)(n, columns, MOE_KV_F32, 1, t);
+        value_tile(n, columns, MOE_KV_F32, 1, t);
 #endif
     else
-        MOE__(value_tile)(n, columns, MOE_KV_F32, 0, t);
+        value_tile(n, columns, MOE_KV_F32, 0, t);
 }
-MOE__V void MOE__(value_tile_of)(const int n, moe_kv_type type, const MOE__(value_args) *t) {
+MOE__V void value_tile_of(const int n, moe_kv_type type, const value_args *t) {
     if (type == MOE_KV_Q8_0 && (n > MOE__ATTEND_FEW || t->width <= 2 * MOE__VFLOATS))
-        MOE__(value_tile)(n, 2, MOE_KV_Q8_0, 1, t);
+        value_tile(n, 2, MOE_KV_Q8_0, 1, t);
     else if (type == MOE_KV_Q8_0)
-        MOE__(value_tile)(n, 4, MOE_KV_Q8_0, 1, t);
+        value_tile(n, 4, MOE_KV_Q8_0, 1, t);
     else if (n > MOE__ATTEND_ROWS)
         return;
     else if (t->width > MOE__VFLOATS)
@@ -11051,41 +11186,41 @@ MOE__V void MOE__(value_tile_of)(const int n, moe_kv_type type, const MOE__(valu
     else
         MOE__(value_tile_wide)(n, 1, type, t);
 }
-MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const MOE__(value_args) *t) {
+MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const value_args *t) {
     switch (n) {
-    case 1: MOE__(value_tile_of)(1, type, t); break;
-    case 2: MOE__(value_tile_of)(2, type, t); break;
-    case 3: MOE__(value_tile_of)(3, type, t); break;
-    case 4: MOE__(value_tile_of)(4, type, t); break;
+    case 1: value_tile_of(1, type, t); break;
+    case 2: value_tile_of(2, type, t); break;
+    case 3: value_tile_of(3, type, t); break;
+    case 4: value_tile_of(4, type, t); break;
 #if MOE__ATTEND_WIDE > 4
-    case 5: MOE__(value_tile_of)(5, type, t); break;
-    case 6: MOE__(value_tile_of)(6, type, t); break;
-    case 7: MOE__(value_tile_of)(7, type, t); break;
-    case 8: MOE__(value_tile_of)(8, type, t); break;
+    case 5: value_tile_of(5, type, t); break;
+    case 6: value_tile_of(6, type, t); break;
+    case 7: value_tile_of(7, type, t); break;
+    case 8: value_tile_of(8, type, t); break;
 #endif
     default: break;
     }
 }
 
-/* Weights of a step for Q8_0 blocks with these scales: */
-/* out[i * stride + j] = weight j of query i * scale j */
+// Weights of a step for Q8_0 blocks with these scales:
+// out[i * stride + j] = weight j of query i * scale j
 MOE__V void MOE__(step_weights)(const moe__attend_args *a, int j0, int keys,
                                 const uint16_t *scale, float *out, int stride) {
     for (int j = 0; j < keys; j += 4 * MOE__VFLOATS) {
         MOE__VF x[4];
         MOE__UNROLL(4)
-        for (int s = 0; s < 4; s++) x[s] = MOE__(f_load_half)(scale + j + s * MOE__VFLOATS);
+        for (int s = 0; s < 4; s++) x[s] = f_load_half(scale + j + s * MOE__VFLOATS);
         for (int i = 0; i < a->n_queries; i++) {
             const float *from = a->scores + i * MOE__ATTEND_KEYS + j0 + j;
             float *to = out + i * stride + j;
             MOE__UNROLL(4)
             for (int s = 0; s < 4 * MOE__VFLOATS; s += MOE__VFLOATS)
-                MOE__(f_store)(to + s, MOE__(f_mul)(x[s / MOE__VFLOATS], MOE__(f_load)(from + s)));
+                f_store(to + s, f_mul(x[s / MOE__VFLOATS], f_load(from + s)));
         }
     }
 }
-/* Values of a step and a tile's columns to floats, 4 vectors apart; of Q8_0 without the scales. */
-MOE__V void MOE__(step_floats)(const MOE__(value_args) *t, moe_kv_type type, float *out) {
+// Values of a step and a tile's columns to floats, 4 vectors apart; of Q8_0 without the scales.
+MOE__V void MOE__(step_floats)(const value_args *t, moe_kv_type type, float *out) {
     const uint8_t *value = t->value;
     for (int j = t->j0; j < t->j1; j++, value += t->v_bytes, out += 4 * MOE__VFLOATS) {
         if (type == MOE_KV_F16)
@@ -11093,33 +11228,32 @@ MOE__V void MOE__(step_floats)(const MOE__(value_args) *t, moe_kv_type type, flo
         else
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++)
-                MOE__(f_store)(out + c * MOE__VFLOATS,
-                               MOE__(value_load)(t, value, 4, c, MOE_KV_Q8_0));
+                f_store(out + c * MOE__VFLOATS, value_load(t, value, 4, c, MOE_KV_Q8_0));
     }
 }
 
-/* How a chunk is cut into tiles: keys of a step, floats that are as wide as a tile, queries that */
-/* are as high; whether values are converted for all tiles of a column and step at once. */
-typedef struct MOE__(value_cut) {
+// How a chunk is cut into tiles: keys of a step, floats that are as wide as a tile, queries that
+// are as high; whether values are converted for all tiles of a column and step at once.
+typedef struct value_cut {
     int32_t step, wide, rows, convert;
-} MOE__(value_cut);
+} value_cut;
 
-MOE__V MOE__(value_cut) MOE__(value_cut_of)(moe_kv_type type, int n) {
+MOE__V value_cut MOE__(value_cut_of)(moe_kv_type type, int n) {
     const int q8_0 = type == MOE_KV_Q8_0;
-    MOE__(value_cut) cut;
+    value_cut cut;
     cut.convert = type != MOE_KV_F32 && (MOE__ISA == 2 || !q8_0) &&
                   n > (MOE__(ATTEND_CONVERT) - 1) * MOE__ATTEND_ROWS;
-    const int itself = q8_0 && !cut.convert; /* each tile for itself */
-    cut.rows = MOE__(attend_rows)(n, itself ? MOE__ATTEND_WIDE : MOE__ATTEND_ROWS);
+    const int itself = q8_0 && !cut.convert; // each tile for itself
+    cut.rows = attend_rows(n, itself ? MOE__ATTEND_WIDE : MOE__ATTEND_ROWS);
     cut.wide = (itself && cut.rows > MOE__ATTEND_FEW ? 2 : 4) * MOE__VFLOATS;
     cut.step = MOE__ATTEND_KEYS;
     if (cut.convert || n > MOE__(ATTEND_TOGETHER) || (type == MOE_KV_F32 && n > cut.rows))
-        cut.step = MOE__(ATTEND_STEP);
+        cut.step = ATTEND_STEP;
     return cut;
 }
-/* What is fetched is spread over all tiles and keys. */
-MOE__V void MOE__(value_ahead)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk,
-                               const MOE__(value_cut) *cut, MOE__(value_args) *t) {
+// What is fetched is spread over all tiles and keys.
+MOE__V void MOE__(value_ahead)(const moe__attend_args *a, const attend_chunk *chunk,
+                               const value_cut *cut, value_args *t) {
     const int n_columns = a->dv / cut->wide +
                           (a->dv % cut->wide + MOE__VFLOATS - 1) / MOE__VFLOATS;
     const int n_tiles = n_columns * ((a->n_queries + cut->rows - 1) / cut->rows);
@@ -11128,27 +11262,27 @@ MOE__V void MOE__(value_ahead)(const moe__attend_args *a, const MOE__(attend_chu
     t->ahead_bytes = (chunk->ahead_rows * chunk->ahead_bytes + keys - 1) / keys;
 }
 
-/* The weights of a step's keys for a tile's columns of Q8_0 values */
-MOE__V void MOE__(value_weights)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk,
-                                 const MOE__(value_args) *t, float *out) {
+// The weights of a step's keys for a tile's columns of Q8_0 values
+MOE__V void MOE__(value_weights)(const moe__attend_args *a, const attend_chunk *chunk,
+                                 const value_args *t, float *out) {
     MOE__ALIGNED(64) uint16_t scale[MOE__ATTEND_KEYS] = {0};
     const uint8_t *block = chunk->v + (size_t)t->j0 * a->v_bytes + t->column / 32 * 34;
-    const int stride = MOE__(value_blocks)(t->width / MOE__VFLOATS) * t->step;
+    const int stride = value_blocks(t->width / MOE__VFLOATS) * t->step;
     for (int c = 0; c < t->width; c += 32, block += 34, out += t->step) {
         MOE__(q8_0_scales)(block, a->v_bytes, t->j1 - t->j0, scale);
         MOE__(step_weights)(a, t->j0, t->j1 - t->j0, scale, out, stride);
     }
 }
 
-/* The tiles of one column of values and one step of keys; of all queries */
-MOE__V void MOE__(value_column)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk,
-                                const MOE__(value_cut) *cut, const float *weights, float *part,
-                                MOE__(value_args) *t) {
+// The tiles of one column of values and one step of keys; of all queries
+MOE__V void MOE__(value_column)(const moe__attend_args *a, const attend_chunk *chunk,
+                                const value_cut *cut, const float *weights, float *part,
+                                value_args *t) {
     const int n = a->n_queries, end = t->j1;
-    const int stride = MOE__(value_blocks)(t->width / MOE__VFLOATS) * cut->step;
+    const int stride = value_blocks(t->width / MOE__VFLOATS) * cut->step;
     for (int i = 0; i < n; i += cut->rows) {
         const int count = n - i < cut->rows ? n - i : cut->rows;
-        t->j1 = t->whole ? end : (int)moe__min(MOE__(attend_most)(chunk->visible + i, count), end);
+        t->j1 = t->whole ? end : (int)moe__min(attend_most(chunk->visible + i, count), end);
         t->first = chunk->first + i;
         t->visible = chunk->visible + i;
         t->weights = weights ? weights + i * stride : a->scores + i * MOE__ATTEND_KEYS + t->j0;
@@ -11161,18 +11295,18 @@ MOE__V void MOE__(value_column)(const moe__attend_args *a, const MOE__(attend_ch
     }
 }
 
-/* out = add * the weighted values of a chunk + old * out, for all queries */
-MOE__K void MOE__(attend_values)(const moe__attend_args *a, const MOE__(attend_chunk) *chunk) {
+// out = add * the weighted values of a chunk + old * out, for all queries
+MOE__K void MOE__(attend_values)(const moe__attend_args *a, const attend_chunk *chunk) {
     enum { V = MOE__VFLOATS };
-    MOE__ALIGNED(64) float floats[MOE__(ATTEND_STEP) * 4 * V];
+    MOE__ALIGNED(64) float floats[ATTEND_STEP * 4 * V];
     MOE__ALIGNED(64) float part[MOE__ATTEND_QUERIES * 4 * V];
     MOE__ALIGNED(64) float scaled[MOE__(ATTEND_SCALED)];
     const int n = a->n_queries, q8_0 = a->type == MOE_KV_Q8_0;
     float *const weights = q8_0 ? scaled : NULL;
-    const MOE__(value_cut) cut = MOE__(value_cut_of)(a->type, n);
-    const int all_first = MOE__(attend_most)(chunk->first, n);
-    const int all_end = MOE__(attend_least)(chunk->visible, n);
-    MOE__(value_args) t;
+    const value_cut cut = MOE__(value_cut_of)(a->type, n);
+    const int all_first = attend_most(chunk->first, n);
+    const int all_end = attend_least(chunk->visible, n);
+    value_args t;
     t.scaled = q8_0;
     t.step = cut.step;
     MOE__(value_ahead)(a, chunk, &cut, &t);
@@ -11201,7 +11335,7 @@ MOE__K void MOE__(attend_values)(const moe__attend_args *a, const MOE__(attend_c
 }
 
 MOE__K void MOE__(attend)(const moe__attend_args *a) {
-    MOE__(attend_chunk) c;
+    attend_chunk c;
     int begins = 1, key = a->n_keys, most = 0;
     for (int i = 0; i < MOE__ATTEND_QUERIES; i++) c.max[i] = -INFINITY, c.sum[i] = 0;
     for (int i = 0; i < a->n_queries; i++) {
@@ -11237,11 +11371,11 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 #undef MOE__ATTEND_FEW
 #undef MOE__D
 #undef MOE__D_OP
-#endif /* MOE__ISA != 4 */
+#endif // MOE__ISA != 4
 
-/* ---- the table of this instruction set ------------------------------------------------------- */
+// ---- the table of this instruction set -------------------------------------------------------
 
-/* Floats have no int8 products. Interleaved rows are made floats by plain C. */
+// Floats have no int8 products. Interleaved rows are made floats by plain C.
 #define MOE__TILE_F32(name) MOE__SHARED(tile_##name)
 #define MOE__TILE_Q32(name) MOE__(tile_##name)
 #define MOE__TILE_Q256(name) MOE__(tile_##name)
@@ -11274,7 +11408,236 @@ static const moe__kernels MOE__(kernels) = {
 #undef MOE__FLOATS_1
 #undef MOE__FLOATS_4
 #undef MOE__FLOATS_8
-#undef MOE__LEVELS_OF
+#undef v_load_128
+#undef v_load
+#undef v_load_256
+#undef v_zero
+#undef v_and
+#undef v_or
+#undef v_xor
+#undef v_or_and
+#undef v_lanes
+#undef v_dot_u8
+#undef v_dot_i16
+#undef v_rounded
+#undef v_load16
+#undef v_peak
+#undef v_act_scale
+#undef v_act_round
+#undef v_act_pack
+#undef u_f16
+#undef v_fetch
+#undef u_sum
+#undef u_load_weights
+#undef u_load_weight
+#undef d_weigh
+#undef u_dot_end
+#undef u_dot_float
+#undef v_load_weights
+#undef u_store_levels
+#undef u_store
+#undef u_dequantize_float
+#undef u_or_and
+#undef u_copy_i16
+#undef tile_store
+#undef u_nibbles
+#undef u_mask
+#undef u_act32
+#undef u_rounded
+#undef q32_size
+#undef q32_shift
+#undef v_add_where
+#undef v_e8m0
+#undef v_turn_lanes
+#undef TILE_PACK
+#undef TILE_SUMS_AT
+#undef TILE_SCALE
+#undef TILE_D
+#undef TILE_DMIN
+#undef TILE_MIN
+#undef TILE_START
+#undef tile_store_f32
+#undef tile_put
+#undef tile_put_scale
+#undef tile_put_int
+#undef v_group
+#undef v_acts
+#undef v_numbers
+#undef v_spread
+#undef v_twos
+#undef v_quads
+#undef v_multiply
+#undef u_times_sums
+#undef v_extend
+#undef v_shift
+#undef v_field
+#undef v_mask
+#undef v_join
+#undef v_three
+#undef v_five
+#undef v_nibbles
+#undef v_table
+#undef v_lookup
+#undef u_words
+#undef u_halves
+#undef u_nibbles16
+#undef u_bits16
+#undef u_pairs16
+#undef u_add16
+#undef u_odd16
+#undef u_scales6
+#undef u_tq1_0_bytes
+#undef u_tq1_0_powers
+#undef u_head_ks
+#undef v_book8
+#undef u_signs_book8
+#undef v_signed
+#undef u_even_signs
+#undef u_signs_scales
+#undef u_store_indices
+#undef u_indices
+#undef u_fours16
+#undef u_scales_iq2
+#undef v_lookup_16
+#undef u_signs_book4
+#undef v_book4
+#undef v_book4_16
+#undef u_rows_8
+#undef u_rows_4
+#undef u_add_block
+#undef u_row_scale
+#undef u_per_16
+#undef rows_head
+#undef r4_t
+#undef r4_half
+#undef v_dwords
+#undef v_acts_r4
+#undef v_nibbles_r4
+#undef v_bits_r4
+#undef v_load_twice
+#undef v_two_r4
+#undef v_one_r4
+#undef u_four_halves
+#undef u_mask8
+#undef u_add8
+#undef u_six_r4
+#undef u_six
+#undef u_bits_r4
+#undef u_shift_r4
+#undef u_odd_signed
+#undef u_head_ks_r4
+#undef v_scales_r4
+#undef v_pairs_r4
+#undef v_times_sums_r4
+#undef v_multiply_r4
+#undef rows_out
+#undef rows_put
+#undef v_shift_r4
+#undef v_acts_r8
+#undef level_iq4_xs_r8
+#undef v_nibbles_r8
+#undef u_scales_rows
+#undef u_dot_i16
+#undef q32_block
+#undef v_hadd
+#undef q32_load
+#undef q32_fifths
+#undef q32_levels
+#undef u_ue4m3
+#undef unpack_fn
+#undef u_put
+#undef u_five
+#undef tile_job
+#undef tile_kernel_fn
+#undef tile_load_f32
+#undef tile_dot
+#undef tile_end
+#undef tile_even
+#undef tile_odd
+#undef tile_dot_i16
+#undef f_scale
+#undef f_min
+#undef tile_columns
+#undef tile_pair
+#undef tile_turn
+#undef tile_low
+#undef tile_high_nibbles
+#undef tile_plan
+#undef tile_turn_blocks
+#undef tile_ahead
+#undef tile_cut
+#undef f_mask
+#undef f_load_part
+#undef f_load
+#undef f_store_part
+#undef f_store
+#undef f_select_part
+#undef f_load_half
+#undef f_load_half_part
+#undef f_to_half
+#undef f_store_half
+#undef f_store_half_part
+#undef f_load_i8
+#undef f_store_i8
+#undef f_set_half
+#undef f_set
+#undef f_round
+#undef f_low
+#undef f_high
+#undef f_first
+#undef f_at_least
+#undef d_above
+#undef d_scale
+#undef f_fold
+#undef f_fold_max
+#undef d_fold
+#undef f_upper
+#undef f_keep
+#undef f_zero
+#undef f_add
+#undef f_sub
+#undef f_mul
+#undef f_div
+#undef f_fma
+#undef f_fnma
+#undef f_max
+#undef d_zero
+#undef d_add
+#undef d_square_add
+#undef f_sum
+#undef f_largest
+#undef d_sum
+#undef f_sum4
+#undef f_exp
+#undef f_glu
+#undef d_set
+#undef d_sub
+#undef d_product
+#undef d_step
+#undef ATTEND_STEP
+#undef kv_load
+#undef kv_load_part
+#undef attend_rows
+#undef attend_most
+#undef attend_least
+#undef attend_stream
+#undef attend_fetch
+#undef attend_chunk
+#undef score_args
+#undef score_tile
+#undef score_tile_of
+#undef ATTEND_TURNED
+#undef block_args
+#undef block_tile
+#undef attend_joined
+#undef attend_out
+#undef value_args
+#undef value_load
+#undef value_blocks
+#undef value_weight
+#undef value_tile
+#undef value_tile_of
+#undef value_cut
 #undef MOE__NATURAL
 #undef MOE__FOURS
 #undef MOE__TWOS
@@ -11300,28 +11663,29 @@ static const moe__kernels MOE__(kernels) = {
 #undef MOE__TARGET
 #undef MOE__
 #undef MOE__PASTE
+#undef MOE__SUFFIX
 #undef MOE__PASTE_
-#endif /* MOE__ISA */
+#endif // MOE__ISA
 
 #if !defined(MOE__ISA) && defined(MOE__IMPLEMENT) && !defined(MOE__IMPLEMENTED)
 #define MOE__IMPLEMENTED
 
-/* ---- picking a table ------------------------------------------------------------------------- */
+// ---- picking a table -------------------------------------------------------------------------
 
 #if MOE__X86
-/* What the processor, the operating system and this build can do: a bit per moe_isa. */
+// What the processor, the operating system and this build can do: a bit per moe_isa.
 static unsigned moe__kernels_detect(void) {
     unsigned a, b, c, d, low, high, found = 1u << MOE_ISA_SCALAR;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
     const unsigned osxsave = 1u << 27, fma = 1u << 12, f16c = 1u << 29, avx = 1u << 28;
     if ((c & (osxsave | fma | f16c | avx)) != (osxsave | fma | f16c | avx)) return found;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if ((low & 0x6) != 0x6) return found; /* the system does not save ymm registers */
+    if ((low & 0x6) != 0x6) return found; // the system does not save ymm registers
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & 1u << 5)) return found;
     found |= 1u << MOE_ISA_AVX2;
     const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11;
     const int avx512 = (low & 0xE0) == 0xE0 && (b & f_dq_bw_vl) == f_dq_bw_vl && (c & vnni);
-    const unsigned more = a ? 1 : 0; /* number of the last subleaf */
+    const unsigned more = a ? 1 : 0; // number of the last subleaf
     if (avx512 && MOE__USE_AVX512) found |= 1u << MOE_ISA_AVX512;
     const int avx_vnni = more && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
     if (MOE__USE_AVX_VNNI && (MOE__VNNI_EVEX ? avx512 : avx_vnni)) found |= 1u << MOE_ISA_AVX_VNNI;
@@ -11370,50 +11734,50 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
     return &moe__kernels_scalar;
 }
 
-/* ============================================================================================== */
-/* // >>ops */
-/* */
-/* What a forward pass is made of: matrices times activations, and rotary positions. All of it */
-/* works on ranges, so that callers decide how threads share the work; nothing here waits for */
-/* other threads or allocates. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>ops
+//
+// What a forward pass is made of: matrices times activations, and rotary positions. All of it
+// works on ranges, so that callers decide how threads share the work; nothing here waits for
+// other threads or allocates.
+// ==============================================================================================
 
-/* What matrices read. Each has one of these vectors for its input; from that follow the forms in */
-/* which the vector is wanted (moe__acts), and nobody can hand a matrix another one. */
+// What matrices read. Each has one of these vectors for its input; from that follow the forms in
+// which the vector is wanted (moe__acts), and nobody can hand a matrix another one.
 typedef enum moe__input {
-    MOE__IN_X,      /* normed residual */
-    MOE__IN_MIXED,  /* what a mixer has made of it, before attn_output */
-    MOE__IN_ROUTED, /* hidden vectors of routed experts, */
-    MOE__IN_SHARED, /* of shared ones, */
-    MOE__IN_DENSE,  /* of layers without experts */
-    MOE__IN_Q_A,    /* latent attention: low-rank queries, */
-    MOE__IN_Q_NOPE, /* unrotated parts of queries by head, */
-    MOE__IN_LATENT, /* weighted sums of latent vectors by head */
+    MOE__IN_X,      // normed residual
+    MOE__IN_MIXED,  // what a mixer has made of it, before attn_output
+    MOE__IN_ROUTED, // hidden vectors of routed experts,
+    MOE__IN_SHARED, // of shared ones,
+    MOE__IN_DENSE,  // of layers without experts
+    MOE__IN_Q_A,    // latent attention: low-rank queries,
+    MOE__IN_Q_NOPE, // unrotated parts of queries by head,
+    MOE__IN_LATENT, // weighted sums of latent vectors by head
     MOE__INPUTS,
-    MOE__IN_NONE = MOE__INPUTS /* rows are read as floats, or parts of them are matrices */
+    MOE__IN_NONE = MOE__INPUTS // rows are read as floats, or parts of them are matrices
 } moe__input;
 
-/* Matrix {n_in, n_out}, or {n_in, n_out, n_expert} with one matrix per expert. */
+// Matrix {n_in, n_out}, or {n_in, n_out, n_expert} with one matrix per expert.
 typedef struct moe__matrix {
-    const uint8_t *data;  /* NULL: the model has no such tensor */
+    const uint8_t *data;  // NULL: the model has no such tensor
     moe__input input;
     const moe__type *type;
-    int index;            /* of the type in kernel tables */
+    int index;            // of the type in kernel tables
     int64_t n_in, n_out, n_expert;
-    size_t row_size;      /* bytes of a row */
-    size_t expert_size;   /* bytes from one expert's matrix to the next */
-    const uint8_t *const *experts; /* NULL, or where each of them lies */
-    const float *scale;   /* factor of the product, one per expert; NULL: 1 */
-    const float *bias;    /* added to the product, n_out values per expert; NULL: 0 */
-    int64_t bias_stride;  /* from one expert's bias to the next */
+    size_t row_size;      // bytes of a row
+    size_t expert_size;   // bytes from one expert's matrix to the next
+    const uint8_t *const *experts; // NULL, or where each of them lies
+    const float *scale;   // factor of the product, one per expert; NULL: 1
+    const float *bias;    // added to the product, n_out values per expert; NULL: 0
+    int64_t bias_stride;  // from one expert's bias to the next
 } moe__matrix;
 
-/* Activation vectors in every form that the matrices reading them want. */
+// Activation vectors in every form that the matrices reading them want.
 typedef struct moe__acts {
-    int64_t n;                     /* values per vector */
-    unsigned kinds;                /* bit set of moe__act_kind */
-    size_t size[MOE__ACT_KINDS];   /* bytes per vector */
-    uint8_t *data[MOE__ACT_KINDS]; /* [MOE__ACT_F32] is the source of the others */
+    int64_t n;                     // values per vector
+    unsigned kinds;                // bit set of moe__act_kind
+    size_t size[MOE__ACT_KINDS];   // bytes per vector
+    uint8_t *data[MOE__ACT_KINDS]; // [MOE__ACT_F32] is the source of the others
 } moe__acts;
 
 enum { MOE__ACTS_FLOATS = 1 << MOE__ACT_F32 };
@@ -11425,7 +11789,7 @@ MOE__INLINE const void *moe__acts_row(const moe__acts *acts, moe__act_kind kind,
     return acts->data[kind] + (size_t)row * acts->size[kind];
 }
 
-/* Room for n_rows vectors of n values, in the given forms. */
+// Room for n_rows vectors of n values, in the given forms.
 MOE__PRIVATE void moe__acts_take(moe__acts *acts, moe__arena *arena, int64_t n_rows, int64_t n,
                                  unsigned kinds) {
     acts->n = n;
@@ -11439,7 +11803,7 @@ MOE__PRIVATE void moe__acts_take(moe__acts *acts, moe__arena *arena, int64_t n_r
     }
 }
 
-/* The same memory for vectors of n values, no more than it was taken for. */
+// The same memory for vectors of n values, no more than it was taken for.
 MOE__INLINE void moe__acts_fit(moe__acts *acts, int64_t n) {
     if (acts->n == n) return;
     acts->n = n;
@@ -11447,7 +11811,7 @@ MOE__INLINE void moe__acts_fit(moe__acts *acts, int64_t n) {
         acts->size[kind] = moe__act_size((moe__act_kind)kind, n);
 }
 
-/* Makes the int8 forms of rows begin <= row < end from their floats. */
+// Makes the int8 forms of rows begin <= row < end from their floats.
 MOE__PRIVATE void moe__acts_quantize(const moe__kernels *kernels, const moe__acts *acts,
                                      int64_t begin, int64_t end) {
     for (int kind = MOE__ACT_F32 + 1; kind < MOE__ACT_KINDS; kind++) {
@@ -11458,8 +11822,8 @@ MOE__PRIVATE void moe__acts_quantize(const moe__kernels *kernels, const moe__act
     }
 }
 
-/* Pointers to vectors rows[i], or first + i if rows is NULL, of the matrix' input, in the form */
-/* that it reads. in: [MOE__INPUTS] */
+// Pointers to vectors rows[i], or first + i if rows is NULL, of the matrix' input, in the form
+// that it reads. in: [MOE__INPUTS]
 MOE__PRIVATE void moe__acts_gather(const moe__acts *in, const moe__matrix *matrix,
                                    const int32_t *rows, int64_t first, int64_t n,
                                    const void **x) {
@@ -11469,9 +11833,9 @@ MOE__PRIVATE void moe__acts_gather(const moe__acts *in, const moe__matrix *matri
         x[i] = moe__acts_row(acts, matrix->type->act, rows ? rows[i] : first + i);
 }
 
-/* ---- matrix times activations --------------------------------------------------------------- */
+// ---- matrix times activations ---------------------------------------------------------------
 
-/* Rows that are read next, to be prefetched. */
+// Rows that are read next, to be prefetched.
 typedef struct moe__next {
     const uint8_t *data;
     size_t size;
@@ -11492,7 +11856,7 @@ MOE__INLINE moe__next moe__next_tile(const moe__matrix *matrix, int32_t expert, 
     return next;
 }
 
-/* Rows begin .. begin + n - 1 as floats, times the scale: whole groups of interleaved types. */
+// Rows begin .. begin + n - 1 as floats, times the scale: whole groups of interleaved types.
 MOE__PRIVATE void moe__matrix_to_f32(const moe__kernels *kernels, const moe__matrix *matrix,
                                      int32_t expert, int64_t begin, int64_t n, float *out) {
     for (int64_t r = 0; r < n; r += matrix->type->rows)
@@ -11502,7 +11866,7 @@ MOE__PRIVATE void moe__matrix_to_f32(const moe__kernels *kernels, const moe__mat
         out[i] *= matrix->scale[expert];
 }
 
-/* Scale and bias of rows begin .. begin + n_rows - 1, which few models have. */
+// Scale and bias of rows begin .. begin + n_rows - 1, which few models have.
 MOE__PRIVATE void moe__matmul_finish(const moe__matrix *matrix, int32_t expert, int64_t begin,
                                      int64_t n_rows, float *out) {
     if (matrix->scale)
@@ -11512,8 +11876,8 @@ MOE__PRIVATE void moe__matmul_finish(const moe__matrix *matrix, int32_t expert, 
             out[r] += matrix->bias[expert * matrix->bias_stride + begin + r];
 }
 
-/* out[t * out_stride + r] = row (begin + r) of one expert's matrix . x[t], for at most */
-/* MOE__TILE_ROWS rows. A token has the same bits alone and among others. */
+// out[t * out_stride + r] = row (begin + r) of one expert's matrix . x[t], for at most
+// MOE__TILE_ROWS rows. A token has the same bits alone and among others.
 MOE__PRIVATE void moe__matmul_tile(const moe__kernels *kernels, const moe__matrix *matrix,
                                    int32_t expert, int64_t begin, int64_t n_rows,
                                    const void *const *x, int64_t n_tokens, float *out,
@@ -11530,12 +11894,12 @@ MOE__PRIVATE void moe__matmul_tile(const moe__kernels *kernels, const moe__matri
             moe__matmul_finish(matrix, expert, begin, n_rows, out + t * out_stride);
 }
 
-/* The same for all rows with begin + r < end. A row's result has the same bits in whatever range */
-/* it is computed. */
+// The same for all rows with begin + r < end. A row's result has the same bits in whatever range
+// it is computed.
 MOE__PRIVATE void moe__matmul(const moe__kernels *kernels, const moe__matrix *matrix,
                               int32_t expert, int64_t begin, int64_t end, const void *const *x,
                               int64_t n_tokens, float *out, int64_t out_stride, void *pack) {
-    if (n_tokens == 1) { /* nothing to share between tokens: one long run */
+    if (n_tokens == 1) { // nothing to share between tokens: one long run
         if (begin >= end) return;
         kernels->type[matrix->index].dot(moe__matrix_row(matrix, expert, begin),
                                          matrix->row_size, end - begin, matrix->n_in, x[0], out);
@@ -11548,8 +11912,8 @@ MOE__PRIVATE void moe__matmul(const moe__kernels *kernels, const moe__matrix *ma
                          moe__next_tile(matrix, expert, row + MOE__TILE_ROWS, end));
 }
 
-/* y[rows[t]] += weights[t] * (W x[t]) for rows begin .. end - 1 of W; y has W's n_out columns. */
-/* rows NULL: t. weights NULL: 1. tile: n_tokens * MOE__TILE_ROWS, at least end - begin, floats. */
+// y[rows[t]] += weights[t] * (W x[t]) for rows begin .. end - 1 of W; y has W's n_out columns.
+// rows NULL: t. weights NULL: 1. tile: n_tokens * MOE__TILE_ROWS, at least end - begin, floats.
 MOE__PRIVATE void moe__matmul_add(const moe__kernels *kernels, const moe__matrix *matrix,
                                   int32_t expert, int64_t begin, int64_t end,
                                   const void *const *x, int64_t n_tokens, const int32_t *rows,
@@ -11569,19 +11933,19 @@ MOE__PRIVATE void moe__matmul_add(const moe__kernels *kernels, const moe__matrix
     }
 }
 
-/* ---- rotary positions ----------------------------------------------------------------------- */
+// ---- rotary positions -----------------------------------------------------------------------
 
 typedef enum moe__rope_kind { MOE__ROPE_NORM, MOE__ROPE_NEOX } moe__rope_kind;
 
 typedef struct moe__rope {
     moe__rope_kind kind;
-    int32_t n_rot;    /* values turned, from the first; even */
-    int32_t at;       /* where its floats begin in a row's tables of all ropes */
-    double *frequency; /* n_rot / 2 angles per position */
-    double magnitude; /* factor of cos and sin (YaRN) */
+    int32_t n_rot;    // values turned, from the first; even
+    int32_t at;       // where its floats begin in a row's tables of all ropes
+    double *frequency; // n_rot / 2 angles per position
+    double magnitude; // factor of cos and sin (YaRN)
 } moe__rope;
 
-/* cos and sin of position p: table[2 i], table[2 i + 1] for pair i. */
+// cos and sin of position p: table[2 i], table[2 i + 1] for pair i.
 MOE__PRIVATE void moe__rope_table(const moe__rope *rope, int64_t position, float *table) {
     for (int i = 0; i < rope->n_rot / 2; i++) {
         double angle = (double)position * rope->frequency[i];
@@ -11590,7 +11954,7 @@ MOE__PRIVATE void moe__rope_table(const moe__rope *rope, int64_t position, float
     }
 }
 
-/* Turns pairs (2i, 2i+1) (NORM) or (i, i + n_rot/2) (NEOX) of x in place. */
+// Turns pairs (2i, 2i+1) (NORM) or (i, i + n_rot/2) (NEOX) of x in place.
 MOE__PRIVATE void moe__rope_apply(const moe__rope *rope, const float *table, float *x) {
     int half = rope->n_rot / 2;
     int step = rope->kind == MOE__ROPE_NORM ? 2 : 1, distance = step == 2 ? 1 : half;
@@ -11601,8 +11965,8 @@ MOE__PRIVATE void moe__rope_apply(const moe__rope *rope, const float *table, flo
     }
 }
 
-/* Frequencies base^(-2i/n_rot), slowed down by `factor` (linear), or as YaRN does it (Peng et */
-/* al., 2023): fast dimensions keep their speed, slow ones are slowed, with a ramp between. */
+// Frequencies base^(-2i/n_rot), slowed down by `factor` (linear), or as YaRN does it (Peng et
+// al., 2023): fast dimensions keep their speed, slow ones are slowed, with a ramp between.
 typedef struct moe__rope_scaling {
     int yarn;
     double base, factor, original_ctx, beta_fast, beta_slow, ext_factor;
@@ -11626,41 +11990,41 @@ MOE__PRIVATE void moe__rope_init(moe__rope *rope, const moe__rope_scaling *s) {
     }
 }
 
-/* ============================================================================================== */
-/* // >>experts */
-/* */
-/* The heart of the library: which experts see which tokens, and how threads share their work. */
-/* */
-/*   router      token -> its n_used experts and their weights */
-/*   plan        one entry per active expert: its tokens; shared experts (and the feed-forward */
-/*               net of a dense layer) are entries that see all tokens, with weight 1 or their */
-/*               gate's */
-/*   schedule    (entries, rows, threads) -> the row ranges of each thread */
-/*   gate_up     hidden = silu(gate x) * up x, or another activation, for this thread's ranges */
-/*   down        residual += weight * (down hidden) for the ranges of this thread */
-/* */
-/* Sums over experts are taken in the order of the entries: experts ascending, shared ones last. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>experts
+//
+// The heart of the library: which experts see which tokens, and how threads share their work.
+//
+//   router      token -> its n_used experts and their weights
+//   plan        one entry per active expert: its tokens; shared experts (and the feed-forward
+//               net of a dense layer) are entries that see all tokens, with weight 1 or their
+//               gate's
+//   schedule    (entries, rows, threads) -> the row ranges of each thread
+//   gate_up     hidden = silu(gate x) * up x, or another activation, for this thread's ranges
+//   down        residual += weight * (down hidden) for the ranges of this thread
+//
+// Sums over experts are taken in the order of the entries: experts ascending, shared ones last.
+// ==============================================================================================
 
-/* ---- router ---------------------------------------------------------------------------------- */
+// ---- router ----------------------------------------------------------------------------------
 
 enum { MOE__MAX_EXPERTS = 512 };
 
 typedef enum moe__gating {
     MOE__GATING_SOFTMAX = 1,
     MOE__GATING_SIGMOID = 2,
-    MOE__GATING_CHOSEN = 3 /* softmax over the chosen experts only */
+    MOE__GATING_CHOSEN = 3 // softmax over the chosen experts only
 } moe__gating;
 
 typedef struct moe__router {
     moe__gating gating;
     int32_t n_expert, n_used;
-    int32_t n_group, n_group_used; /* n_group <= 1: no groups */
-    int normalize;                 /* weights of the chosen experts sum to 1 */
-    float scale;                   /* factor of all weights */
+    int32_t n_group, n_group_used; // n_group <= 1: no groups
+    int normalize;                 // weights of the chosen experts sum to 1
+    float scale;                   // factor of all weights
 } moe__router;
 
-/* The unused entry with the largest score, the first among equals; NaN loses unless all are NaN. */
+// The unused entry with the largest score, the first among equals; NaN loses unless all are NaN.
 MOE__PRIVATE int32_t moe__router_best(const float *score, const uint8_t *used, int32_t n) {
     int32_t best = -1;
     for (int32_t e = 0; e < n; e++)
@@ -11669,8 +12033,8 @@ MOE__PRIVATE int32_t moe__router_best(const float *score, const uint8_t *used, i
     return best;
 }
 
-/* Marks the experts of all but the n_group_used best groups as used; a group is as good as the */
-/* sum of its two largest scores (DeepSeek-V3 report, 2.1.2). */
+// Marks the experts of all but the n_group_used best groups as used; a group is as good as the
+// sum of its two largest scores (DeepSeek-V3 report, 2.1.2).
 MOE__PRIVATE void moe__router_groups(const moe__router *router, const float *score,
                                      uint8_t *used) {
     int32_t size = router->n_expert / router->n_group;
@@ -11696,8 +12060,8 @@ MOE__PRIVATE void moe__router_groups(const moe__router *router, const float *sco
         if (!kept[e / size]) used[e] = 1;
 }
 
-/* From the router's logits (overwritten) the n_used experts, ascending, and their weights. bias */
-/* (or NULL) is added for choosing only. NaN logits still give distinct experts in range. */
+// From the router's logits (overwritten) the n_used experts, ascending, and their weights. bias
+// (or NULL) is added for choosing only. NaN logits still give distinct experts in range.
 MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__router *router,
                                      float *logits, const float *bias, int32_t *experts,
                                      float *weights) {
@@ -11718,7 +12082,7 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
         int32_t e = moe__router_best(score, used, n);
         used[e] = 1;
         sum += logits[e];
-        int32_t at = i; /* keep the list ascending */
+        int32_t at = i; // keep the list ascending
         for (; at > 0 && experts[at - 1] > e; at--) experts[at] = experts[at - 1];
         experts[at] = e;
     }
@@ -11727,40 +12091,40 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
     if (router->gating == MOE__GATING_CHOSEN)
         kernels->softmax(weights, router->n_used);
     else if (router->normalize)
-        factor /= fmaxf(sum, 6.103515625e-5f); /* llama.cpp's guard, 2^-14 */
+        factor /= fmaxf(sum, 6.103515625e-5f); // llama.cpp's guard, 2^-14
     for (int32_t i = 0; i < router->n_used; i++) weights[i] *= factor;
 }
 
-/* ---- plan ------------------------------------------------------------------------------------ */
+// ---- plan ------------------------------------------------------------------------------------
 
-/* down(silu(gate x) * up x): one per expert, or one for all tokens. */
+// down(silu(gate x) * up x): one per expert, or one for all tokens.
 typedef struct moe__ffn {
     moe__matrix gate, up, down;
-    int oai; /* gpt-oss' activation in place of silu, see moe__kernels */
+    int oai; // gpt-oss' activation in place of silu, see moe__kernels
 } moe__ffn;
 
 typedef struct moe__entry {
     const moe__ffn *ffn;
-    int32_t expert;         /* which matrix of ffn; 0 if it has one */
+    int32_t expert;         // which matrix of ffn; 0 if it has one
     int32_t n_tokens;
-    const int32_t *tokens;  /* rows of the input and of the residual */
-    const float *weights;   /* per token */
-    int64_t hidden_row;     /* the first of its hidden vectors, one per token */
-    int64_t work_before;    /* moe__entry_work of all entries before */
+    const int32_t *tokens;  // rows of the input and of the residual
+    const float *weights;   // per token
+    int64_t hidden_row;     // the first of its hidden vectors, one per token
+    int64_t work_before;    // moe__entry_work of all entries before
 } moe__entry;
 
 typedef struct moe__plan {
-    moe__entry *entries; /* room for n_expert + 1 */
+    moe__entry *entries; // room for n_expert + 1
     int32_t n_entries;
-    int32_t n_routed;    /* the first of them; the others see all tokens */
-    int32_t *tokens;     /* of the routed experts, entry after entry */
+    int32_t n_routed;    // the first of them; the others see all tokens
+    int32_t *tokens;     // of the routed experts, entry after entry
     float *weights;
 } moe__plan;
 
-/* What a block of rows costs: a multiplication per token, and unpacking, which takes as long as */
-/* some tokens do. */
+// What a block of rows costs: a multiplication per token, and unpacking, which takes as long as
+// some tokens do.
 MOE__INLINE int64_t moe__entry_cost(const moe__entry *entry) { return entry->n_tokens + 6; }
-/* What gate and up of an entry cost: blocks of MOE__TILE_ROWS rows */
+// What gate and up of an entry cost: blocks of MOE__TILE_ROWS rows
 MOE__INLINE int64_t moe__entry_blocks(const moe__entry *entry) {
     return (entry->ffn->gate.n_out + MOE__TILE_ROWS - 1) / MOE__TILE_ROWS;
 }
@@ -11768,7 +12132,7 @@ MOE__INLINE int64_t moe__entry_work(const moe__entry *entry) {
     return moe__entry_blocks(entry) * moe__entry_cost(entry);
 }
 
-/* The next entry, of n_tokens tokens. */
+// The next entry, of n_tokens tokens.
 MOE__PRIVATE moe__entry *moe__plan_add(moe__plan *plan, const moe__ffn *ffn, int32_t n_tokens) {
     moe__entry *entry = &plan->entries[plan->n_entries];
     entry->ffn = ffn;
@@ -11778,7 +12142,7 @@ MOE__PRIVATE moe__entry *moe__plan_add(moe__plan *plan, const moe__ffn *ffn, int
     return entry;
 }
 
-/* Entries of the routed experts. experts, weights: n_tokens x n_used from the router. */
+// Entries of the routed experts. experts, weights: n_tokens x n_used from the router.
 MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const moe__router *router,
                                    const int32_t *experts, const float *weights,
                                    int64_t n_tokens) {
@@ -11805,7 +12169,7 @@ MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const m
     }
 }
 
-/* One entry for all tokens. tokens: 0, 1, 2, ...; weights: one per token */
+// One entry for all tokens. tokens: 0, 1, 2, ...; weights: one per token
 MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_tokens,
                                 const int32_t *tokens, const float *weights) {
     moe__entry *entry = moe__plan_add(plan, ffn, (int32_t)n_tokens);
@@ -11815,28 +12179,28 @@ MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_
     entry->hidden_row = 0;
 }
 
-/* ---- schedules ------------------------------------------------------------------------------- */
+// ---- schedules -------------------------------------------------------------------------------
 
-/* What a schedule decides from; nothing else may matter. */
+// What a schedule decides from; nothing else may matter.
 typedef struct moe__share {
     const moe__entry *entries;
     int32_t n_entries;
-    int32_t n_routed; /* the first entries are routed experts, the others see all tokens */
-    int one_token;    /* of a batch of one token */
-    int down;         /* rows are those of down, else those of gate and up */
-    int64_t unit;     /* row ranges begin at multiples of this */
-    const moe__nodes *nodes; /* memory nodes of the threads */
+    int32_t n_routed; // the first entries are routed experts, the others see all tokens
+    int one_token;    // of a batch of one token
+    int down;         // rows are those of down, else those of gate and up
+    int64_t unit;     // row ranges begin at multiples of this
+    const moe__nodes *nodes; // memory nodes of the threads
 } moe__share;
 
 typedef struct moe__piece {
     int32_t entry;
-    int64_t begin, end; /* rows; may be empty */
+    int64_t begin, end; // rows; may be empty
 } moe__piece;
 
-/* The i-th piece (0, 1, ...) of a thread's work; 0 when there is none. All threads' pieces */
-/* together cover every row of every entry once. With many tokens a row of down has the same */
-/* thread in every entry, so that each may add to the residual directly; with one token it need */
-/* not, see moe__schedule_info.owns_rows. */
+// The i-th piece (0, 1, ...) of a thread's work; 0 when there is none. All threads' pieces
+// together cover every row of every entry once. With many tokens a row of down has the same
+// thread in every entry, so that each may add to the residual directly; with one token it need
+// not, see moe__schedule_info.owns_rows.
 typedef int moe__schedule_fn(const moe__share *share, int thread, int n_threads, int32_t i,
                              moe__piece *piece);
 
@@ -11845,7 +12209,7 @@ MOE__INLINE int64_t moe__share_rows(const moe__share *share, int32_t entry) {
     return share->down ? ffn->down.n_out : ffn->gate.n_out;
 }
 
-/* Rows of one entry for member `thread` of n: the same part of every entry. */
+// Rows of one entry for member `thread` of n: the same part of every entry.
 MOE__INLINE int moe__share_stripe(const moe__share *share, int32_t entry, int thread, int n,
                                   moe__piece *piece) {
     piece->entry = entry;
@@ -11854,8 +12218,8 @@ MOE__INLINE int moe__share_stripe(const moe__share *share, int32_t entry, int th
     return 1;
 }
 
-/* All threads on one expert after another, each on its own rows. The rows of a thread are the */
-/* same for every expert. */
+// All threads on one expert after another, each on its own rows. The rows of a thread are the
+// same for every expert.
 MOE__PRIVATE int moe__schedule_sequential(const moe__share *share, int thread, int n_threads,
                                           int32_t i, moe__piece *piece) {
     return i < share->n_entries && moe__share_stripe(share, i, thread, n_threads, piece);
@@ -11864,7 +12228,7 @@ MOE__PRIVATE int moe__schedule_sequential_owns(const moe__share *share, int n_th
     return (void)share, (void)n_threads, 1;
 }
 
-/* How many experts are worked on at the same time: the greatest common divisor. */
+// How many experts are worked on at the same time: the greatest common divisor.
 MOE__PRIVATE int moe__schedule_groups(const moe__share *share, int n_threads) {
     int a = share->one_token && share->n_routed ? share->n_routed : 1, b = n_threads;
     while (b) {
@@ -11874,12 +12238,12 @@ MOE__PRIVATE int moe__schedule_groups(const moe__share *share, int n_threads) {
     return a;
 }
 
-/* Thread t belongs to group t % groups, which takes every groups-th routed expert and shares its */
-/* rows; the entries that see all tokens are shared by all threads. */
+// Thread t belongs to group t % groups, which takes every groups-th routed expert and shares its
+// rows; the entries that see all tokens are shared by all threads.
 MOE__PRIVATE int moe__schedule_parallel(const moe__share *share, int thread, int n_threads,
                                         int32_t i, moe__piece *piece) {
     const int groups = moe__schedule_groups(share, n_threads);
-    const int32_t rounds = share->n_routed / groups; /* with one group: all of them */
+    const int32_t rounds = share->n_routed / groups; // with one group: all of them
     if (groups == 1) return moe__schedule_sequential(share, thread, n_threads, i, piece);
     if (i < rounds)
         return moe__share_stripe(share, i * groups + thread % groups, thread / groups,
@@ -11891,28 +12255,28 @@ MOE__PRIVATE int moe__schedule_parallel_owns(const moe__share *share, int n_thre
     return moe__schedule_groups(share, n_threads) == 1;
 }
 
-/* The first unit of an entry's rows that belongs to node k: the same part of every entry. */
+// The first unit of an entry's rows that belongs to node k: the same part of every entry.
 MOE__INLINE int64_t moe__schedule_node(const moe__share *share, int32_t entry, int32_t k) {
     const moe__nodes *nodes = share->nodes;
     const int64_t units = (moe__share_rows(share, entry) + share->unit - 1) / share->unit;
     return units * nodes->first[k] / nodes->first[nodes->n];
 }
 
-/* One token: the rows of a node are shared by its n threads, each gets units / n of each entry, */
-/* and the threads that get one of the remaining units are the next ones in turn. */
+// One token: the rows of a node are shared by its n threads, each gets units / n of each entry,
+// and the threads that get one of the remaining units are the next ones in turn.
 MOE__PRIVATE void moe__schedule_rotate(const moe__share *share, int thread, int32_t entry,
                                        moe__piece *piece) {
     const int32_t k = moe__nodes_of(share->nodes, thread);
     const int64_t n = share->nodes->first[k + 1] - share->nodes->first[k];
-    const int64_t i = thread - share->nodes->first[k]; /* which of them */
-    int64_t next = 0;                                  /* in turn */
+    const int64_t i = thread - share->nodes->first[k]; // which of them
+    int64_t next = 0;                                  // in turn
     for (int32_t e = 0; e < entry; e++)
         next += (moe__schedule_node(share, e, k + 1) - moe__schedule_node(share, e, k)) % n;
     next %= n;
     const int64_t begin = moe__schedule_node(share, entry, k);
     const int64_t units = moe__schedule_node(share, entry, k + 1) - begin;
     const int64_t each = units / n, last = next + units % n;
-    /* threads next .. last - 1, modulo n, get one more: how many are before this one? */
+    // threads next .. last - 1, modulo n, get one more: how many are before this one?
     const int64_t wrapped = moe__max(last - n, 0);
     int64_t before = moe__min(i, wrapped);
     if (i > next) before += moe__min(i, moe__min(last, n)) - next;
@@ -11923,19 +12287,19 @@ MOE__PRIVATE void moe__schedule_rotate(const moe__share *share, int thread, int3
     piece->end = moe__min(rows, (begin + each * (i + 1) + before + more) * share->unit);
 }
 
-/* Many tokens: the first block of rows of an entry whose middle lies in the work of `thread` or */
-/* behind, when all work is laid out in one line and cut into equal parts. */
+// Many tokens: the first block of rows of an entry whose middle lies in the work of `thread` or
+// behind, when all work is laid out in one line and cut into equal parts.
 MOE__PRIVATE int64_t moe__schedule_cut(const moe__share *share, int32_t entry, int thread,
                                        int n_threads) {
     const moe__entry *e = &share->entries[entry], *last = &share->entries[share->n_entries - 1];
     const int64_t total = last->work_before + moe__entry_work(last), cost = moe__entry_cost(e);
-    /* the smallest j with (2 (work_before + j cost) + cost) n_threads >= 2 total thread */
+    // the smallest j with (2 (work_before + j cost) + cost) n_threads >= 2 total thread
     const int64_t need = 2 * total * thread - (2 * e->work_before + cost) * n_threads;
     const int64_t step = 2 * cost * n_threads;
     return need <= 0 ? 0 : moe__min((need + step - 1) / step, moe__entry_blocks(e));
 }
 
-/* Rotating down costs a barrier: not unless equal parts would leave over a 16th idle. */
+// Rotating down costs a barrier: not unless equal parts would leave over a 16th idle.
 MOE__PRIVATE int moe__schedule_balanced_owns(const moe__share *share, int n_threads) {
     const int64_t rows = share->entries[0].ffn->down.n_out;
     const int64_t units = (rows + share->unit - 1) / share->unit;
@@ -11961,8 +12325,8 @@ MOE__PRIVATE int moe__schedule_balanced(const moe__share *share, int thread, int
     return 1;
 }
 
-/* To add a schedule: its functions and a row here. owns_rows: whether, in down, no two threads */
-/* ever get the same row, whatever the expert. */
+// To add a schedule: its functions and a row here. owns_rows: whether, in down, no two threads
+// ever get the same row, whatever the expert.
 typedef struct moe__schedule_info {
     moe_schedule schedule;
     const char *name;
@@ -11977,7 +12341,7 @@ static const moe__schedule_info moe__schedules[] = {
     {MOE_SCHEDULE_BALANCED, "balanced", moe__schedule_balanced, moe__schedule_balanced_owns},
 };
 
-/* NULL: this build has no such schedule. */
+// NULL: this build has no such schedule.
 MOE__PRIVATE const moe__schedule_info *moe__schedule_find(moe_schedule schedule) {
     if (schedule == MOE_SCHEDULE_DEFAULT)
         schedule = MOE__PARALLEL_EXPERTS   ? MOE_SCHEDULE_PARALLEL
@@ -11988,10 +12352,10 @@ MOE__PRIVATE const moe__schedule_info *moe__schedule_find(moe_schedule schedule)
     return NULL;
 }
 
-/* ---- doing the pieces ------------------------------------------------------------------------ */
+// ---- doing the pieces ------------------------------------------------------------------------
 
-/* Rows of another matrix begin with a wait for memory, unless they were fetched before: 4 KiB, */
-/* which is what dot kernels fetch ahead of themselves. */
+// Rows of another matrix begin with a wait for memory, unless they were fetched before: 4 KiB,
+// which is what dot kernels fetch ahead of themselves.
 enum { MOE__FETCH = 4096 };
 MOE__PRIVATE void moe__matrix_fetch(const moe__matrix *matrix, int32_t expert, int64_t begin,
                                     int64_t end) {
@@ -12000,7 +12364,7 @@ MOE__PRIVATE void moe__matrix_fetch(const moe__matrix *matrix, int32_t expert, i
     const size_t size = (size_t)(end - begin) * matrix->row_size;
     for (size_t i = 0; i < size && i < MOE__FETCH; i += 64) __builtin_prefetch(rows + i, 0, 3);
 }
-/* The beginning of this thread's piece i, if there is one. */
+// The beginning of this thread's piece i, if there is one.
 MOE__PRIVATE void moe__piece_fetch(const moe__schedule_info *schedule, const moe__share *share,
                                    int thread, int n_threads, int32_t i) {
     moe__piece piece;
@@ -12010,15 +12374,15 @@ MOE__PRIVATE void moe__piece_fetch(const moe__schedule_info *schedule, const moe
                       piece.begin, piece.end);
 }
 
-/* Private to a thread. */
+// Private to a thread.
 typedef struct moe__scratch {
-    void *pack;            /* MOE__PACK_SIZE bytes */
-    float *gate, *up;      /* n_batch * MOE__TILE_ROWS, at least the longest vector, floats each */
-    const void **x, **x_up; /* n_batch pointers to activations each */
+    void *pack;            // MOE__PACK_SIZE bytes
+    float *gate, *up;      // n_batch * MOE__TILE_ROWS, at least the longest vector, floats each
+    const void **x, **x_up; // n_batch pointers to activations each
 } moe__scratch;
 
-/* hidden = silu(gate x) * up x (or the like) for some rows of one entry. in: [MOE__INPUTS]; the */
-/* hidden vectors are the input of down. */
+// hidden = silu(gate x) * up x (or the like) for some rows of one entry. in: [MOE__INPUTS]; the
+// hidden vectors are the input of down.
 MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__entry *entry,
                                        int64_t begin, int64_t end, const moe__acts *in,
                                        const moe__scratch *scratch) {
@@ -12051,7 +12415,7 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
     }
 }
 
-/* out[row] = down hidden for some rows of one entry with one token; added up later. */
+// out[row] = down hidden for some rows of one entry with one token; added up later.
 MOE__PRIVATE void moe__experts_down_apart(const moe__kernels *kernels, const moe__entry *entry,
                                           int64_t begin, int64_t end, const moe__acts *in,
                                           float *out, const moe__scratch *scratch) {
@@ -12062,7 +12426,7 @@ MOE__PRIVATE void moe__experts_down_apart(const moe__kernels *kernels, const moe
                 scratch->pack);
 }
 
-/* sum[token] += weight * (down hidden) for some rows of one entry. */
+// sum[token] += weight * (down hidden) for some rows of one entry.
 MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entry *entry,
                                     int64_t begin, int64_t end, const moe__acts *in, float *sum,
                                     const moe__scratch *scratch) {
@@ -12072,30 +12436,30 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
                     entry->tokens, entry->weights, sum, scratch->up, scratch->pack);
 }
 
-/* ============================================================================================== */
-/* // >>text */
-/* */
-/* Text to tokens and back: byte-level BPE ("gpt2"), SPM ("llama"). What moe_vocab_tokenize does: */
-/* */
-/*     text      "hi <|im_end|> it's 42" */
-/*     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first */
-/*     pieces    "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes */
-/*     symbols   a byte each, written as a printable character (GPT-2's names for bytes) */
-/*     merge     neighbours, lowest rank first, then leftmost, from a heap */
-/* */
-/* With SPM a part between special tokens is one piece, with a blank in front and U+2581 for */
-/* blanks; symbols are characters, and two merge if that makes a token, highest score first. */
-/* */
-/* Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies */
-/* are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A */
-/* vocabulary copies what it needs, so that the GGUF may go, and never changes after opening, but */
-/* for the working memory that one call leaves to the next. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>text
+//
+// Text to tokens and back: byte-level BPE ("gpt2"), SPM ("llama"). What moe_vocab_tokenize does:
+//
+//     text      "hi <|im_end|> it's 42"
+//     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first
+//     pieces    "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes
+//     symbols   a byte each, written as a printable character (GPT-2's names for bytes)
+//     merge     neighbours, lowest rank first, then leftmost, from a heap
+//
+// With SPM a part between special tokens is one piece, with a blank in front and U+2581 for
+// blanks; symbols are characters, and two merge if that makes a token, highest score first.
+//
+// Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies
+// are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A
+// vocabulary copies what it needs, so that the GGUF may go, and never changes after opening, but
+// for the working memory that one call leaves to the next.
+// ==============================================================================================
 
-/* ---- UTF-8 and GPT-2's names for bytes ------------------------------------------------------- */
+// ---- UTF-8 and GPT-2's names for bytes -------------------------------------------------------
 
-/* Reads one character of 1..left bytes. A byte that begins no valid character (too long a form, */
-/* surrogate, cut off) is a character of its own that reads as U+FFFD. */
+// Reads one character of 1..left bytes. A byte that begins no valid character (too long a form,
+// surrogate, cut off) is a character of its own that reads as U+FFFD.
 MOE__PRIVATE size_t moe__text_decode(const char *text, size_t left, uint32_t *out) {
     const unsigned char *p = (const unsigned char *)text;
     size_t size = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : p[0] >= 0x80 ? 2 : 1;
@@ -12114,8 +12478,8 @@ MOE__PRIVATE size_t moe__text_decode(const char *text, size_t left, uint32_t *ou
     return size;
 }
 
-/* Printable Latin-1 stands for itself, the other 68 bytes in ascending order are U+0100 to */
-/* U+0143. Writes the name in UTF-8, 1 or 2 bytes, and returns its size. */
+// Printable Latin-1 stands for itself, the other 68 bytes in ascending order are U+0100 to
+// U+0143. Writes the name in UTF-8, 1 or 2 bytes, and returns its size.
 MOE__PRIVATE size_t moe__text_byte_name(unsigned char byte, char *out) {
     uint32_t code = byte;
     if (byte < 0x21) code = 0x100u + byte;
@@ -12126,7 +12490,7 @@ MOE__PRIVATE size_t moe__text_byte_name(unsigned char byte, char *out) {
     return code < 0x80 ? 1 : 2;
 }
 
-/* The byte that a character names, or -1. */
+// The byte that a character names, or -1.
 MOE__PRIVATE int moe__text_named_byte(uint32_t code) {
     if (code >= 0x100 && code <= 0x120) return (int)code - 0x100;
     if (code >= 0x121 && code <= 0x142) return (int)code - 0x121 + 0x7F;
@@ -12135,13 +12499,13 @@ MOE__PRIVATE int moe__text_named_byte(uint32_t code) {
     return (int)code;
 }
 
-/* ---- classes of characters ------------------------------------------------------------------- */
+// ---- classes of characters -------------------------------------------------------------------
 
-/* A character's classes are a set of bits: its general category (none: control, unassigned, ...) */
-/* and the sets that pre-tokenizers name. A set with MOE__C_NOT holds the characters that have */
-/* none of its bits. */
+// A character's classes are a set of bits: its general category (none: control, unassigned, ...)
+// and the sets that pre-tokenizers name. A set with MOE__C_NOT holds the characters that have
+// none of its bits.
 enum {
-    MOE__C_LU = 1 << 0, /* \p{Lu} and so on */
+    MOE__C_LU = 1 << 0, // \p{Lu} and so on
     MOE__C_LL = 1 << 1,
     MOE__C_LT = 1 << 2,
     MOE__C_LM = 1 << 3,
@@ -12151,24 +12515,24 @@ enum {
     MOE__C_N = 1 << 6,
     MOE__C_P = 1 << 7,
     MOE__C_S = 1 << 8,
-    MOE__C_WHITE = 1 << 9,    /* White_Space, \s */
-    MOE__C_NEWLINE = 1 << 10, /* [\r\n] */
-    MOE__C_BLANK = 1 << 11,   /* U+0020 */
-    MOE__C_SLASH = 1 << 12,   /* [/] */
-    MOE__C_DIGIT = 1 << 13,   /* [0-9] */
-    MOE__C_ALPHA = 1 << 14,   /* [A-Za-z] */
-    MOE__C_MARK = 1 << 15,    /* printable ASCII but letters, digits and the blank */
-    MOE__C_MATH = 1 << 16,    /* [$+<=>^~|] */
-    MOE__C_HAN = 1 << 17,     /* \p{Han} */
-    MOE__C_HEAD = 1 << 18,    /* [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] without Han */
-    MOE__C_TAIL = 1 << 19,    /* [\p{Ll}\p{Lm}\p{Lo}\p{M}] without Han */
-    MOE__C_CJK = 1 << 20,     /* deepseek-v3's ideographs and kana */
-    MOE__C_CASED = 1 << 21,   /* deepseek-llm's letters: most of \p{Lu}\p{Ll}\p{Lt} */
-    MOE__C_STOP = 1 << 22,    /* deepseek-llm's punctuation, ASCII letters included */
-    MOE__C_WIDE = 1 << 23,    /* deepseek-llm's ideographs, Hangul, and most scripts of Asia */
-    MOE__C_ASIAN = 1 << 24,   /* afmoe's scripts without blanks between words */
-    MOE__C_TURNS = 1 << 29,   /* in the table: upper and lower case in turns, upper case first */
-    MOE__C_CUT = 1 << 30      /* in a text: a piece begins here */
+    MOE__C_WHITE = 1 << 9,    // White_Space, \s
+    MOE__C_NEWLINE = 1 << 10, // [\r\n]
+    MOE__C_BLANK = 1 << 11,   // U+0020
+    MOE__C_SLASH = 1 << 12,   // [/]
+    MOE__C_DIGIT = 1 << 13,   // [0-9]
+    MOE__C_ALPHA = 1 << 14,   // [A-Za-z]
+    MOE__C_MARK = 1 << 15,    // printable ASCII but letters, digits and the blank
+    MOE__C_MATH = 1 << 16,    // [$+<=>^~|]
+    MOE__C_HAN = 1 << 17,     // \p{Han}
+    MOE__C_HEAD = 1 << 18,    // [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] without Han
+    MOE__C_TAIL = 1 << 19,    // [\p{Ll}\p{Lm}\p{Lo}\p{M}] without Han
+    MOE__C_CJK = 1 << 20,     // deepseek-v3's ideographs and kana
+    MOE__C_CASED = 1 << 21,   // deepseek-llm's letters: most of \p{Lu}\p{Ll}\p{Lt}
+    MOE__C_STOP = 1 << 22,    // deepseek-llm's punctuation, ASCII letters included
+    MOE__C_WIDE = 1 << 23,    // deepseek-llm's ideographs, Hangul, and most scripts of Asia
+    MOE__C_ASIAN = 1 << 24,   // afmoe's scripts without blanks between words
+    MOE__C_TURNS = 1 << 29,   // in the table: upper and lower case in turns, upper case first
+    MOE__C_CUT = 1 << 30      // in a text: a piece begins here
 };
 #define MOE__C_NOT 0x80000000u
 
@@ -12176,7 +12540,7 @@ MOE__INLINE int moe__text_in(uint32_t classes, uint32_t set) {
     return ((classes & set) != 0) != (set >> 31);
 }
 
-/* Unicode 14.0.0, 2519 runs; printed by tests/unicode_tables.py. */
+// Unicode 14.0.0, 2519 runs; printed by tests/unicode_tables.py.
 enum { MOE__TEXT_RUNS = 2519 };
 static const char *const moe__text_classes[] = {
     "y$,z'([`_`]yVZbZ|/[`Y`|5Y`Y`'(|#(YdYaGY`!cT`4Z`SGYUY{2`y.{9`y5yzf5zh5yxi/4h6/4.4/40514/40",
@@ -12224,7 +12588,7 @@ static const char *const moe__text_classes[] = {
     "|R",
 };
 
-/* The sets that are no general category: set, first and last of each range, 0. */
+// The sets that are no general category: set, first and last of each range, 0.
 static const uint32_t moe__text_sets[] = {
     MOE__C_NEWLINE, 0x0A, 0x0A, 0x0D, 0x0D, 0, MOE__C_BLANK, 0x20, 0x20, 0,
     MOE__C_SLASH, 0x2F, 0x2F, 0, MOE__C_DIGIT, 0x30, 0x39, 0,
@@ -12242,12 +12606,12 @@ static const uint32_t moe__text_sets[] = {
     0x16FE2, 0x16FE3, 0x16FF0, 0x16FF1, 0x20000, 0x2A6DF, 0x2A700, 0x2B738, 0x2B740, 0x2B81D,
     0x2B820, 0x2CEA1, 0x2CEB0, 0x2EBE0, 0x2F800, 0x2FA1D, 0x30000, 0x3134A, 0, 0};
 
-/* The first table, decoded: a run covers the characters from start to the next run's start. */
+// The first table, decoded: a run covers the characters from start to the next run's start.
 typedef struct moe__text_run {
     uint32_t start, classes;
 } moe__text_run;
 
-/* Decodes moe__text_classes into MOE__TEXT_RUNS + 1 runs. */
+// Decodes moe__text_classes into MOE__TEXT_RUNS + 1 runs.
 MOE__PRIVATE void moe__text_unpack_classes(moe__text_run *runs) {
     static const uint32_t meaning[14] = {
         0, MOE__C_WHITE, MOE__C_LU | MOE__C_CASED, MOE__C_LL | MOE__C_CASED,
@@ -12256,9 +12620,9 @@ MOE__PRIVATE void moe__text_unpack_classes(moe__text_run *runs) {
     uint32_t n = 0, code = 0, high = 0;
     for (size_t row = 0; row < sizeof moe__text_classes / sizeof moe__text_classes[0]; row++) {
         for (const char *p = moe__text_classes[row]; *p; p++) {
-            /* Place in the alphabet: printable ASCII without '"', '?' and '\'. */
+            // Place in the alphabet: printable ASCII without '"', '?' and '\'.
             uint32_t v = (uint32_t)(*p - '!') - (*p > '"') - (*p > '?') - (*p > '\\');
-            if (v >= 84) { /* a digit of the length */
+            if (v >= 84) { // a digit of the length
                 high = high * 7 + v - 84;
                 continue;
             }
@@ -12269,12 +12633,12 @@ MOE__PRIVATE void moe__text_unpack_classes(moe__text_run *runs) {
             high = 0;
         }
     }
-    runs[n].start = code; /* unassigned from here on */
+    runs[n].start = code; // unassigned from here on
     runs[n].classes = 0;
 }
 
 MOE__PRIVATE uint32_t moe__text_classify(const moe__text_run *runs, uint32_t code) {
-    size_t low = 0, high = MOE__TEXT_RUNS + 1; /* runs[low].start <= code < runs[high].start */
+    size_t low = 0, high = MOE__TEXT_RUNS + 1; // runs[low].start <= code < runs[high].start
     while (high - low > 1) {
         size_t middle = (low + high) / 2;
         if (runs[middle].start <= code) low = middle;
@@ -12294,32 +12658,32 @@ MOE__PRIVATE uint32_t moe__text_classify(const moe__text_run *runs, uint32_t cod
     return classes & MOE__C_LL ? classes | MOE__C_TAIL : classes;
 }
 
-/* ---- pre-tokenizers: the tables -------------------------------------------------------------- */
+// ---- pre-tokenizers: the tables --------------------------------------------------------------
 
-/* A pre-tokenizer cuts text into pieces that are then merged one by one. It is a list of passes, */
-/* a pass is a list of rules. A pass walks through each piece of the pass before: at every place */
-/* the first rule that matches makes a piece; what no rule matches stays together as a piece. The */
-/* rules are the alternatives of the regular expression in the models' tokenizer.json, $ and */
-/* (?!...) look no further than the piece. */
+// A pre-tokenizer cuts text into pieces that are then merged one by one. It is a list of passes,
+// a pass is a list of rules. A pass walks through each piece of the pass before: at every place
+// the first rule that matches makes a piece; what no rule matches stays together as a piece. The
+// rules are the alternatives of the regular expression in the models' tokenizer.json, $ and
+// (?!...) look no further than the piece.
 enum {
-    MOE__RULE_END,         /* of the list */
-    MOE__RULE_RUN,         /* prefix? first* body{min,max} tail{0,tail_max} */
-    MOE__RULE_PREFIXED,    /* prefix  first* body{min,max} tail{0,tail_max} */
-    MOE__RULE_CASED,       /* the same as RUN and an optional contraction in any case */
-    MOE__RULE_WORDS,       /* prefix? \p{L}\p{M}*( ?\p{L}\p{M}*)*, prefix without letters */
-    MOE__RULE_CONTRACTION, /* 's|'t|'re|'ve|'m|'ll|'d */
-    MOE__RULE_ANY_CASE,    /* (?i:'s|'t|'re|'ve|'m|'ll|'d) */
-    MOE__RULE_TO_NEWLINE,  /* \s*[\r\n]+ = \s*[\r\n]: up to the last newline among white space */
-    MOE__RULE_BUT_LAST,    /* \s+(?!\S): white space but its last character before a word */
-    MOE__RULE_AT_END,      /* \s+$ */
-    MOE__RULE_THREES       /* \p{N}{1,3} so that a multiple of three numbers follows; what lies */
-                           /* between the last match and this one becomes part of the piece */
+    MOE__RULE_END,         // of the list
+    MOE__RULE_RUN,         // prefix? first* body{min,max} tail{0,tail_max}
+    MOE__RULE_PREFIXED,    // prefix  first* body{min,max} tail{0,tail_max}
+    MOE__RULE_CASED,       // the same as RUN and an optional contraction in any case
+    MOE__RULE_WORDS,       // prefix? \p{L}\p{M}*( ?\p{L}\p{M}*)*, prefix without letters
+    MOE__RULE_CONTRACTION, // 's|'t|'re|'ve|'m|'ll|'d
+    MOE__RULE_ANY_CASE,    // (?i:'s|'t|'re|'ve|'m|'ll|'d)
+    MOE__RULE_TO_NEWLINE,  // \s*[\r\n]+ = \s*[\r\n]: up to the last newline among white space
+    MOE__RULE_BUT_LAST,    // \s+(?!\S): white space but its last character before a word
+    MOE__RULE_AT_END,      // \s+$
+    MOE__RULE_THREES       // \p{N}{1,3} so that a multiple of three numbers follows; what lies
+                           // between the last match and this one becomes part of the piece
 };
 
 typedef struct moe__text_rule {
     uint8_t kind;
-    uint8_t min, max, tail_max;         /* max, tail_max: 0 = any number */
-    uint32_t prefix, first, body, tail; /* sets; 0 is empty: never matched */
+    uint8_t min, max, tail_max;         // max, tail_max: 0 = any number
+    uint32_t prefix, first, body, tail; // sets; 0 is empty: never matched
 } moe__text_rule;
 
 #define MOE__RULE(kind)              {MOE__RULE_##kind, 0, 0, 0, 0, 0, 0, 0}
@@ -12328,15 +12692,15 @@ typedef struct moe__text_rule {
 #define MOE__PASS(name, ...) \
     static const moe__text_rule moe__text_##name[] = {__VA_ARGS__, MOE__RULE(END)}
 
-#define MOE__LEAD (MOE__C_NOT | MOE__C_NEWLINE | MOE__C_L | MOE__C_N) /* [^\r\n\p{L}\p{N}] */
-#define MOE__SIGN (MOE__C_NOT | MOE__C_WHITE | MOE__C_L | MOE__C_N)   /* [^\s\p{L}\p{N}] */
+#define MOE__LEAD (MOE__C_NOT | MOE__C_NEWLINE | MOE__C_L | MOE__C_N) // [^\r\n\p{L}\p{N}]
+#define MOE__SIGN (MOE__C_NOT | MOE__C_WHITE | MOE__C_L | MOE__C_N)   // [^\s\p{L}\p{N}]
 #define MOE__HEAD (MOE__C_LU | MOE__C_LT | MOE__C_LM | MOE__C_LO | MOE__C_M)
 #define MOE__TAIL (MOE__C_LL | MOE__C_LM | MOE__C_LO | MOE__C_M)
-/*   \s*[\r\n]+|\s+(?!\S)|\s+ */
+//   \s*[\r\n]+|\s+(?!\S)|\s+
 #define MOE__SPACES MOE__RULE(TO_NEWLINE), MOE__RULE(BUT_LAST), MOE__RUN(0, MOE__C_WHITE, 0)
 
-/* (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|spaces; then numbers */
-/* one by one, with marks as parts of words, without newlines after signs. */
+// (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|spaces; then numbers
+// one by one, with marks as parts of words, without newlines after signs.
 #define MOE__WORDS(letters, max, signs, tail) \
     MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, letters, 0), MOE__UPTO(max, MOE__C_N), \
         MOE__RUN(MOE__C_BLANK, signs, tail), MOE__SPACES
@@ -12347,8 +12711,8 @@ MOE__PASS(seed_coder, MOE__WORDS(MOE__C_L, 1, MOE__SIGN, 0));
 MOE__PASS(exaone_moe, MOE__RULE(ANY_CASE), {MOE__RULE_WORDS, 0, 0, 0, MOE__LEAD, 0, 0, 0},
           MOE__UPTO(1, MOE__C_N),
           {MOE__RULE_RUN, 1, 0, 1, MOE__C_BLANK, 0, MOE__SIGN, MOE__C_NEWLINE}, MOE__SPACES);
-/* Words end where a capital letter follows a small one, and contractions belong to their word: */
-/* lead?head*tail+(?i:'s|...)?|lead?head+tail*(?i:'s|...)?|\p{N}{1,3}| ?sign+[\r\n/]*|spaces */
+// Words end where a capital letter follows a small one, and contractions belong to their word:
+// lead?head*tail+(?i:'s|...)?|lead?head+tail*(?i:'s|...)?|\p{N}{1,3}| ?sign+[\r\n/]*|spaces
 MOE__PASS(gpt4o, {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, MOE__HEAD, MOE__TAIL, 0},
           {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, 0, MOE__HEAD, MOE__TAIL}, MOE__UPTO(3, MOE__C_N),
           MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE | MOE__C_SLASH), MOE__SPACES);
@@ -12359,11 +12723,11 @@ MOE__PASS(kimi_k2, MOE__RUN(0, MOE__C_HAN, 0),
           {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, MOE__C_HEAD, MOE__C_TAIL, 0},
           {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, 0, MOE__C_HEAD, MOE__C_TAIL},
           MOE__UPTO(3, MOE__C_N), MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
-/* 's|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S) */
+// 's|...| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 MOE__PASS(gpt2, MOE__RULE(CONTRACTION), MOE__RUN(MOE__C_BLANK, MOE__C_L, 0),
           MOE__RUN(MOE__C_BLANK, MOE__C_N, 0), MOE__RUN(MOE__C_BLANK, MOE__SIGN, 0),
           MOE__RULE(BUT_LAST));
-/* [marks][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|spaces */
+// [marks][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|spaces
 MOE__PASS(deepseek_v3, {MOE__RULE_PREFIXED, 1, 0, 0, MOE__C_MARK, 0, MOE__C_ALPHA, 0},
           MOE__RUN(MOE__C_NOT | MOE__C_NEWLINE | MOE__C_L | MOE__C_P | MOE__C_S,
                    MOE__C_L | MOE__C_M, 0),
@@ -12386,14 +12750,14 @@ MOE__PASS(punctuation, MOE__RUN(MOE__C_WHITE, MOE__C_P, 0));
 MOE__PASS(at_end, MOE__RULE(AT_END));
 
 enum {
-    MOE__PRE_WHOLE = 1, /* a piece that is a token as it stands is not merged ("ignore_merges") */
-    MOE__PRE_BOS = 2,   /* tokenizer.ggml.add_bos_token is true unless the file says otherwise */
-    MOE__PRE_NO_BOS = 4, /* there is no BOS unless the file names one */
-    MOE__PRE_SPM = 8,    /* no pre-tokenizer: see moe__text_spm */
+    MOE__PRE_WHOLE = 1, // a piece that is a token as it stands is not merged ("ignore_merges")
+    MOE__PRE_BOS = 2,   // tokenizer.ggml.add_bos_token is true unless the file says otherwise
+    MOE__PRE_NO_BOS = 4, // there is no BOS unless the file names one
+    MOE__PRE_SPM = 8,    // no pre-tokenizer: see moe__text_spm
     MOE__PRE_PASSES = 6
 };
 
-/* A row per pattern; names as in tokenizer.ggml.pre, a blank between them. */
+// A row per pattern; names as in tokenizer.ggml.pre, a blank between them.
 typedef struct moe__text_pre {
     const char *names;
     unsigned flags;
@@ -12439,19 +12803,19 @@ MOE__PRIVATE const moe__text_pre *moe__text_find_pre(const char *name, size_t si
     return NULL;
 }
 
-/* ---- pre-tokenizers: matching ---------------------------------------------------------------- */
+// ---- pre-tokenizers: matching ----------------------------------------------------------------
 
-/* The characters of a text and where a pass stands in it. */
+// The characters of a text and where a pass stands in it.
 typedef struct moe__text_scan {
     const char *text;
-    uint32_t *classes; /* of character i */
-    uint32_t *at;      /* its first byte in text; at[n] is the text's size */
+    uint32_t *classes; // of character i
+    uint32_t *at;      // its first byte in text; at[n] is the text's size
     size_t n;
-    size_t end;        /* of the piece that the pass is in */
-    size_t run_end;    /* of the run found last: spares rules that fail to look for it again */
+    size_t end;        // of the piece that the pass is in
+    size_t run_end;    // of the run found last: spares rules that fail to look for it again
 } moe__text_scan;
 
-/* Matchers take the character they start at and return the one behind the match, or the start. */
+// Matchers take the character they start at and return the one behind the match, or the start.
 MOE__PRIVATE size_t moe__text_run_of(const moe__text_scan *scan, size_t i, uint32_t set,
                                      size_t max) {
     size_t end = max && max < scan->end - i ? i + max : scan->end;
@@ -12459,7 +12823,7 @@ MOE__PRIVATE size_t moe__text_run_of(const moe__text_scan *scan, size_t i, uint3
     return i;
 }
 
-/* A letter of a contraction, 0 if it is none; U+017F is an s to those who ignore case. */
+// A letter of a contraction, 0 if it is none; U+017F is an s to those who ignore case.
 MOE__PRIVATE char moe__text_letter(const moe__text_scan *scan, size_t i, int any_case) {
     if (i >= scan->end) return 0;
     const char *p = scan->text + scan->at[i];
@@ -12476,8 +12840,8 @@ MOE__PRIVATE size_t moe__text_contraction(const moe__text_scan *scan, size_t i, 
     return (b == 'e' && (a == 'r' || a == 'v')) || (a == 'l' && b == 'l') ? i + 3 : i;
 }
 
-/* MOE__RULE_RUN and its kin, as a backtracking matcher finds them: with the prefix if that leads */
-/* to a match, and with the longest first* that leaves a body. */
+// MOE__RULE_RUN and its kin, as a backtracking matcher finds them: with the prefix if that leads
+// to a match, and with the longest first* that leaves a body.
 MOE__PRIVATE size_t moe__text_match_run(const moe__text_scan *scan, size_t i,
                                         const moe__text_rule *rule) {
     int prefix = moe__text_in(scan->classes[i], rule->prefix);
@@ -12500,7 +12864,7 @@ MOE__PRIVATE size_t moe__text_match_words(const moe__text_scan *scan, size_t i,
     const uint32_t *classes = scan->classes;
     size_t p = i + (size_t)moe__text_in(classes[i], rule->prefix);
     if (p == scan->end || !(classes[p] & MOE__C_L)) return i;
-    for (;; p++) { /* over the blank between two words */
+    for (;; p++) { // over the blank between two words
         p = moe__text_run_of(scan, p, MOE__C_L | MOE__C_M, 0);
         if (p + 1 >= scan->end || !(classes[p] & MOE__C_BLANK) || !(classes[p + 1] & MOE__C_L))
             return p;
@@ -12525,12 +12889,12 @@ MOE__PRIVATE size_t moe__text_match(moe__text_scan *scan, size_t i, const moe__t
     if (rule->kind == MOE__RULE_THREES) return i + (end - i - 1) % 3 + 1;
     if (rule->kind == MOE__RULE_AT_END) return end == scan->end ? end : i;
     if (rule->kind == MOE__RULE_BUT_LAST) return end == scan->end ? end : end - 1;
-    while (end > i && !(classes[end - 1] & MOE__C_NEWLINE)) end--; /* TO_NEWLINE */
+    while (end > i && !(classes[end - 1] & MOE__C_NEWLINE)) end--; // TO_NEWLINE
     return end;
 }
 
-/* Cuts every piece further. Linear: a rule that fails after looking at a long run is followed by */
-/* one that takes the run, or remembers where it ends. */
+// Cuts every piece further. Linear: a rule that fails after looking at a long run is followed by
+// one that takes the run, or remembers where it ends.
 MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rules) {
     uint32_t *classes = scan->classes;
     scan->end = 0;
@@ -12549,26 +12913,26 @@ MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rul
     }
 }
 
-/* ---- hashing --------------------------------------------------------------------------------- */
+// ---- hashing ---------------------------------------------------------------------------------
 
-/* Hashes are keyed with numbers that the author of a file cannot know, so that nobody can choose */
-/* texts that collide and make lookups linear. All keys are odd. */
+// Hashes are keyed with numbers that the author of a file cannot know, so that nobody can choose
+// texts that collide and make lookups linear. All keys are odd.
 enum {
-    MOE__KEY_POINT = 0, /* of polynomials modulo 2^31 - 1 */
-    MOE__KEY_BLOCK = 1, /* four for the words of a block */
-    MOE__KEY_FRONT = 5, /* what lies in front of the last block */
-    MOE__KEY_PAIR = 6,  /* two for pairs of numbers */
+    MOE__KEY_POINT = 0, // of polynomials modulo 2^31 - 1
+    MOE__KEY_BLOCK = 1, // four for the words of a block
+    MOE__KEY_FRONT = 5, // what lies in front of the last block
+    MOE__KEY_PAIR = 6,  // two for pairs of numbers
     MOE__KEY_SPREAD = 8,
     MOE__KEYS = 9
 };
 
-MOE__INLINE uint64_t moe__text_mod(uint64_t x) { /* up to 2^31 + 1 for x < 2^63 */
+MOE__INLINE uint64_t moe__text_mod(uint64_t x) { // up to 2^31 + 1 for x < 2^63
     x = (x & 0x7FFFFFFF) + (x >> 31);
     return (x & 0x7FFFFFFF) + (x >> 31);
 }
 
-/* A text as a polynomial of its bytes; h: that of the text in front of it. That of any part of a */
-/* text follows from those of its beginnings, for which moe__text_claim takes it. */
+// A text as a polynomial of its bytes; h: that of the text in front of it. That of any part of a
+// text follows from those of its beginnings, for which moe__text_claim takes it.
 MOE__PRIVATE uint64_t moe__text_polynomial(const uint64_t *keys, uint64_t h, const char *text,
                                            size_t size) {
     const uint64_t point = keys[MOE__KEY_POINT] & 0x7FFFFFFF;
@@ -12576,7 +12940,7 @@ MOE__PRIVATE uint64_t moe__text_polynomial(const uint64_t *keys, uint64_t h, con
     return h % 0x7FFFFFFF;
 }
 
-/* Up to 16 bytes as numbers, zeros behind them. */
+// Up to 16 bytes as numbers, zeros behind them.
 typedef struct moe__text_block {
     uint64_t low, high;
 } moe__text_block;
@@ -12586,7 +12950,7 @@ MOE__PRIVATE moe__text_block moe__text_load_bytes(const char *text, size_t size)
     memcpy(&block, text, size);
     return block;
 }
-/* Bytes in front of `limit` may be read, also those behind the text. */
+// Bytes in front of `limit` may be read, also those behind the text.
 MOE__INLINE moe__text_block moe__text_load(const char *text, size_t size, const char *limit) {
     static const uint8_t masks[32] = {255, 255, 255, 255, 255, 255, 255, 255,
                                       255, 255, 255, 255, 255, 255, 255, 255};
@@ -12597,23 +12961,23 @@ MOE__INLINE moe__text_block moe__text_load(const char *text, size_t size, const 
     return block;
 }
 
-/* A sum of key * word. Where two blocks differ in a word, by d = 2^t * odd, t < 32, the products */
-/* of d with the 2^63 odd keys are 2^(63 - t) numbers that lie 2^(t + 1) apart, each as often. So */
-/* the sums are equal for one key in 2^32, and their upper 31 bits for one in 2^30. */
+// A sum of key * word. Where two blocks differ in a word, by d = 2^t * odd, t < 32, the products
+// of d with the 2^63 odd keys are 2^(63 - t) numbers that lie 2^(t + 1) apart, each as often. So
+// the sums are equal for one key in 2^32, and their upper 31 bits for one in 2^30.
 MOE__INLINE uint64_t moe__text_block_hash(const uint64_t *keys, moe__text_block block) {
     const uint64_t *key = keys + MOE__KEY_BLOCK;
     return key[0] * (uint32_t)block.low + key[1] * (block.low >> 32) +
            key[2] * (uint32_t)block.high + key[3] * (block.high >> 32);
 }
 
-/* The hash of a sum. The same upper b bits of two that differ: for one key in 2^(b - 1). Sums of */
-/* texts that are alike lie in rows, which would make clusters in a table: folded they do not. */
+// The hash of a sum. The same upper b bits of two that differ: for one key in 2^(b - 1). Sums of
+// texts that are alike lie in rows, which would make clusters in a table: folded they do not.
 MOE__INLINE uint32_t moe__text_spread(const uint64_t *keys, uint64_t sum) {
     return (uint32_t)((sum ^ sum >> 32) * keys[MOE__KEY_SPREAD] >> 32);
 }
 
-/* Blocks of 16 bytes as coefficients of a polynomial modulo 2^31 - 1 behind the size of the */
-/* text, `size` bytes in front of its last 1 to 16. */
+// Blocks of 16 bytes as coefficients of a polynomial modulo 2^31 - 1 behind the size of the
+// text, `size` bytes in front of its last 1 to 16.
 MOE__PRIVATE uint64_t moe__text_front(const uint64_t *keys, const char *text, size_t size,
                                       size_t front) {
     const uint64_t point = keys[MOE__KEY_POINT] & 0x7FFFFFFF;
@@ -12624,17 +12988,17 @@ MOE__PRIVATE uint64_t moe__text_front(const uint64_t *keys, const char *text, si
     return h;
 }
 
-/* A text to look for. */
+// A text to look for.
 typedef struct moe__text_key {
     const char *text;
     size_t size;
-    moe__text_block last; /* its last 1 to 16 bytes, so that short texts are in here */
+    moe__text_block last; // its last 1 to 16 bytes, so that short texts are in here
     uint32_t hash;
 } moe__text_key;
 
-/* What is in front of the last block, or the size alone, is one more word of that. The sums of */
-/* two texts are equal for one key in 2^32, or size / 16 + 4 in 2^31 if they are longer than a */
-/* block. Bytes in front of `limit` may be read. */
+// What is in front of the last block, or the size alone, is one more word of that. The sums of
+// two texts are equal for one key in 2^32, or size / 16 + 4 in 2^31 if they are longer than a
+// block. Bytes in front of `limit` may be read.
 MOE__INLINE void moe__text_set_key(moe__text_key *key, const uint64_t *keys, const char *text,
                                    size_t size, const char *limit) {
     uint64_t front = size;
@@ -12650,27 +13014,27 @@ MOE__INLINE void moe__text_set_key(moe__text_key *key, const uint64_t *keys, con
                                            keys[MOE__KEY_FRONT] * front);
 }
 
-/* As good as that of a block. */
+// As good as that of a block.
 MOE__INLINE uint32_t moe__text_pair_hash(const uint64_t *keys, uint32_t a, uint32_t b) {
     return moe__text_spread(keys, keys[MOE__KEY_PAIR] * a + keys[MOE__KEY_PAIR + 1] * b);
 }
 
-/* Memory for count elements, not cleared; NULL also if that does not fit a size_t. */
+// Memory for count elements, not cleared; NULL also if that does not fit a size_t.
 MOE__PRIVATE void *moe__text_alloc(const moe_allocator *allocator, uint64_t count, size_t each) {
     return count > SIZE_MAX / each ? NULL : moe__alloc_unset(allocator, (size_t)count * each);
 }
 
-/* A hash table of numbers from 1; what they stand for is looked up elsewhere. There are 2^bits */
-/* slots, 0 = free. The upper bits of a hash say where the search for it begins, from where it */
-/* goes up. A used slot has the other bits of its hash above the number, so that few searches */
-/* look at what another number stands for. */
+// A hash table of numbers from 1; what they stand for is looked up elsewhere. There are 2^bits
+// slots, 0 = free. The upper bits of a hash say where the search for it begins, from where it
+// goes up. A used slot has the other bits of its hash above the number, so that few searches
+// look at what another number stands for.
 typedef struct moe__text_table {
     uint32_t *slots;
-    uint32_t mask; /* 2^bits - 1 */
+    uint32_t mask; // 2^bits - 1
     int bits;
 } moe__text_table;
 
-/* Room for n <= 2^30 numbers: a third of the slots stays free. */
+// Room for n <= 2^30 numbers: a third of the slots stays free.
 MOE__PRIVATE moe_status moe__text_table_init(moe__text_table *table,
                                              const moe_allocator *allocator, uint64_t n) {
     table->bits = 4;
@@ -12690,26 +13054,26 @@ MOE__INLINE uint32_t *moe__text_after(const moe__text_table *table, const uint32
 MOE__INLINE uint32_t moe__text_entry(const moe__text_table *table, uint32_t hash, uint32_t number) {
     return hash << table->bits | number;
 }
-/* May the slot be of this hash? */
+// May the slot be of this hash?
 MOE__INLINE int moe__text_fits(const moe__text_table *table, uint32_t slot, uint32_t hash) {
     return (slot ^ hash << table->bits) <= table->mask;
 }
 
-/* Numbered texts and the way back. Text i lies at bytes[end[i]] .. bytes[end[i + 1] - 1]. */
+// Numbered texts and the way back. Text i lies at bytes[end[i]] .. bytes[end[i + 1] - 1].
 typedef struct moe__text_map {
     const moe_allocator *allocator;
-    const uint64_t *keys; /* of hashes */
-    char *bytes;          /* 16 more than max_bytes */
-    uint32_t *end;        /* n + 1 entries, the first is 0 */
+    const uint64_t *keys; // of hashes
+    char *bytes;          // 16 more than max_bytes
+    uint32_t *end;        // n + 1 entries, the first is 0
     uint32_t n, max_n, max_bytes;
-    int twice;             /* a text is there more than once */
-    moe__text_table table; /* of 1 + number */
+    int twice;             // a text is there more than once
+    moe__text_table table; // of 1 + number
 } moe__text_map;
 
-/* At most so many texts and bytes: with them all sizes below fit 32 bits. */
+// At most so many texts and bytes: with them all sizes below fit 32 bits.
 enum { MOE__TEXT_MAX = 1 << 29, MOE__TEXT_BATCH = 16 };
 
-/* How many of the next `left` are done together. */
+// How many of the next `left` are done together.
 MOE__INLINE uint32_t moe__text_batch(uint32_t left) {
     return left < MOE__TEXT_BATCH ? left : (uint32_t)MOE__TEXT_BATCH;
 }
@@ -12729,7 +13093,7 @@ MOE__INLINE int moe__text_is(const moe__text_map *map, uint32_t i, const moe__te
     return ((block.low ^ key->last.low) | (block.high ^ key->last.high)) == 0;
 }
 
-/* The slot that holds the text, or the free one where it belongs. */
+// The slot that holds the text, or the free one where it belongs.
 MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, const moe__text_key *key) {
     const moe__text_table *table = &map->table;
     uint32_t *slot = moe__text_home(table, key->hash);
@@ -12740,7 +13104,7 @@ MOE__PRIVATE uint32_t *moe__text_slot(const moe__text_map *map, const moe__text_
     return slot;
 }
 
-/* Enters the texts from .. map->n - 1. Batches, so that their slots come from memory together. */
+// Enters the texts from .. map->n - 1. Batches, so that their slots come from memory together.
 MOE__PRIVATE void moe__text_enter(moe__text_map *map, uint32_t from) {
     const char *limit = map->bytes + map->max_bytes + 16;
     for (uint32_t n; from < map->n; from += n) {
@@ -12755,7 +13119,7 @@ MOE__PRIVATE void moe__text_enter(moe__text_map *map, uint32_t from) {
             if (!batch[i].size) continue;
             uint32_t *slot = moe__text_slot(map, &batch[i]);
             map->twice |= *slot != 0;
-            *slot = moe__text_entry(&map->table, batch[i].hash, from + i + 1); /* the last counts */
+            *slot = moe__text_entry(&map->table, batch[i].hash, from + i + 1); // the last counts
         }
     }
 }
@@ -12770,7 +13134,7 @@ MOE__PRIVATE moe_status moe__text_resize(moe__text_map *map, uint64_t n, uint64_
     if (n > MOE__TEXT_MAX || bytes > MOE__TEXT_MAX) return MOE_ERROR_FORMAT;
     moe__text_map old = *map;
     moe_status status = moe__text_table_init(&map->table, map->allocator, n + 2);
-    map->max_n = map->table.mask / 3 * 2; /* what the table has room for */
+    map->max_n = map->table.mask / 3 * 2; // what the table has room for
     map->max_bytes = (uint32_t)(bytes + bytes / 2 + 64);
     map->bytes = (char *)moe__text_alloc(map->allocator, (uint64_t)map->max_bytes + 16, 1);
     map->end = (uint32_t *)moe__text_alloc(map->allocator, (uint64_t)map->max_n + 1, 4);
@@ -12785,12 +13149,12 @@ MOE__PRIVATE moe_status moe__text_resize(moe__text_map *map, uint64_t n, uint64_
     return status;
 }
 
-/* Makes room for n texts of so many bytes altogether. FORMAT: that is too much. */
+// Makes room for n texts of so many bytes altogether. FORMAT: that is too much.
 MOE__INLINE moe_status moe__text_reserve(moe__text_map *map, uint64_t n, uint64_t bytes) {
     return n <= map->max_n && bytes <= map->max_bytes ? MOE_OK : moe__text_resize(map, n, bytes);
 }
 
-/* ---- a heap: the smallest key first ---------------------------------------------------------- */
+// ---- a heap: the smallest key first ----------------------------------------------------------
 
 MOE__PRIVATE void moe__text_push(uint64_t *heap, size_t *n, uint64_t key) {
     size_t i = (*n)++;
@@ -12811,48 +13175,48 @@ MOE__PRIVATE uint64_t moe__text_pop(uint64_t *heap, size_t *n) {
     return least;
 }
 
-/* ---- the vocabulary -------------------------------------------------------------------------- */
+// ---- the vocabulary --------------------------------------------------------------------------
 
-enum { /* tokenizer.ggml.token_type */
+enum { // tokenizer.ggml.token_type
     MOE__TOKEN_NORMAL = 1,
     MOE__TOKEN_UNKNOWN = 2,
     MOE__TOKEN_CONTROL = 3,
     MOE__TOKEN_USER = 4,
     MOE__TOKEN_BYTE = 6,
-    MOE__TOKEN_TYPE = 7, /* mask */
-    MOE__TOKEN_END = 8,  /* flag: ends generation */
-    MOE__TOKEN_STRIP = 16 /* flag: takes the white space behind it */
+    MOE__TOKEN_TYPE = 7, // mask
+    MOE__TOKEN_END = 8,  // flag: ends generation
+    MOE__TOKEN_STRIP = 16 // flag: takes the white space behind it
 };
 
 #define MOE__TEXT_NONE UINT32_MAX
 
 typedef struct moe__text_merge {
-    uint32_t left, right, result; /* symbols */
+    uint32_t left, right, result; // symbols
 } moe__text_merge;
 
 struct moe_vocab {
     moe_allocator allocator;
-    struct moe__text_space *kept; /* atomic; the memory of a call that is over, or NULL */
-    uint64_t keys[MOE__KEYS]; /* of hashes */
+    struct moe__text_space *kept; // atomic; the memory of a call that is over, or NULL
+    uint64_t keys[MOE__KEYS]; // of hashes
     const moe__text_pre *pre;
-    moe__text_map symbols; /* what merging works on: the tokens, then texts that are only merged */
-    uint32_t n_tokens, longest; /* longest: bytes of a token */
-    uint8_t *types; /* MOE__TOKEN_... */
+    moe__text_map symbols; // what merging works on: the tokens, then texts that are only merged
+    uint32_t n_tokens, longest; // longest: bytes of a token
+    uint8_t *types; // MOE__TOKEN_...
     int32_t bos, eos;
-    int add_bos, add_eos, add_space; /* add_space: a blank before raw text, SPM */
-    uint32_t *orders;        /* SPM, else NULL: when a token is merged, least first, or NONE */
-    moe__text_merge *merges; /* BPE; index = rank */
-    moe__text_table ranks;   /* 1 + rank of (left, right) */
-    uint32_t byte_symbol[256]; /* of the byte's name */
-    uint32_t raw_token[256]; /* whose text is this byte itself, or NONE; SPM: for it, or unknown */
-    uint64_t *specials; /* longest first, see moe__text_make_specials */
+    int add_bos, add_eos, add_space; // add_space: a blank before raw text, SPM
+    uint32_t *orders;        // SPM, else NULL: when a token is merged, least first, or NONE
+    moe__text_merge *merges; // BPE; index = rank
+    moe__text_table ranks;   // 1 + rank of (left, right)
+    uint32_t byte_symbol[256]; // of the byte's name
+    uint32_t raw_token[256]; // whose text is this byte itself, or NONE; SPM: for it, or unknown
+    uint64_t *specials; // longest first, see moe__text_make_specials
     size_t n_specials;
-    uint8_t starts[256]; /* a special token begins with this byte */
+    uint8_t starts[256]; // a special token begins with this byte
     moe__text_run runs[MOE__TEXT_RUNS + 1];
-    uint32_t ascii[128]; /* classes */
+    uint32_t ascii[128]; // classes
 };
 
-/* The slot of the merge (left, right), whose hash is given, or the free one where it belongs. */
+// The slot of the merge (left, right), whose hash is given, or the free one where it belongs.
 MOE__INLINE uint32_t *moe__text_rank_slot(const moe_vocab *vocab, uint32_t left, uint32_t right,
                                           uint32_t hash) {
     const moe__text_table *table = &vocab->ranks;
@@ -12865,32 +13229,32 @@ MOE__INLINE uint32_t *moe__text_rank_slot(const moe_vocab *vocab, uint32_t left,
     return slot;
 }
 
-/* The rank of the merge, or NONE. */
+// The rank of the merge, or NONE.
 MOE__PRIVATE uint32_t moe__text_rank(const moe_vocab *vocab, uint32_t left, uint32_t right) {
     uint32_t hash = moe__text_pair_hash(vocab->keys, left, right);
     return (*moe__text_rank_slot(vocab, left, right, hash) & vocab->ranks.mask) - 1;
 }
 
-/* The token with this text, or NONE. Bytes in front of `limit` may be read. */
+// The token with this text, or NONE. Bytes in front of `limit` may be read.
 MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size,
                                      const char *limit) {
     if (size == 0 || size > vocab->longest) return MOE__TEXT_NONE;
     moe__text_key key;
     moe__text_set_key(&key, vocab->keys, text, size, limit);
     uint32_t symbol = (*moe__text_slot(&vocab->symbols, &key) & vocab->symbols.table.mask) - 1;
-    return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE; /* 0 - 1 = NONE */
+    return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE; // 0 - 1 = NONE
 }
 
-/* Is the token looked for in texts? Without PARSE_SPECIAL only user-defined ones are. */
+// Is the token looked for in texts? Without PARSE_SPECIAL only user-defined ones are.
 MOE__INLINE int moe__text_is_special(const moe_vocab *vocab, uint32_t id, unsigned flags) {
     int type = vocab->types[id] & MOE__TOKEN_TYPE;
     return type == MOE__TOKEN_USER || (flags & MOE_TOKENIZE_PARSE_SPECIAL &&
                                        (type == MOE__TOKEN_UNKNOWN || type == MOE__TOKEN_CONTROL));
 }
 
-/* ---- opening a vocabulary -------------------------------------------------------------------- */
+// ---- opening a vocabulary --------------------------------------------------------------------
 
-/* status: the first failure; nothing happens after it. */
+// status: the first failure; nothing happens after it.
 typedef struct moe__text_loader {
     moe_vocab *vocab;
     const moe_gguf *gguf;
@@ -12900,12 +13264,12 @@ typedef struct moe__text_loader {
 
 enum { MOE__TEXT_INTEGER, MOE__TEXT_STRING, MOE__TEXT_FLOAT };
 
-/* NULL if the file has no such value, or if it is not what is wanted, which is an error. */
+// NULL if the file has no such value, or if it is not what is wanted, which is an error.
 MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, const char *key,
                                                    int is_array, int kind) {
     static const char *const one[] = {"an integer or a bool", "text", "a float32"};
     static const char *const many[] = {"integers or bools", "text", "float32"};
-    static const int8_t kinds[] = {0, 0, 0, 0, 0, 0, 2, 0, 1, -1, 0, 0, -1}; /* of moe_value_type */
+    static const int8_t kinds[] = {0, 0, 0, 0, 0, 0, 2, 0, 1, -1, 0, 0, -1}; // of moe_value_type
     const moe_gguf_value *value = loader->status ? NULL : moe_gguf_find_value(loader->gguf, key);
     if (!value) return NULL;
     const int fits = kinds[value->element_type] == kind, found = value->type == MOE_VALUE_ARRAY;
@@ -12918,7 +13282,7 @@ MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, con
     return NULL;
 }
 
-/* Fails the load with what `status` means for the value of this key. */
+// Fails the load with what `status` means for the value of this key.
 MOE__PRIVATE void moe__text_fail(moe__text_loader *loader, const char *key, moe_status status) {
     if (status && !loader->status)
         loader->status = moe__fail(loader->error, status, key,
@@ -12932,7 +13296,7 @@ MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key
     return moe_gguf_value_string(moe__text_value(loader, key, 0, MOE__TEXT_STRING), &cursor, out);
 }
 
-/* Memory for the vocabulary, not cleared; if there is none the load fails. */
+// Memory for the vocabulary, not cleared; if there is none the load fails.
 MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t each) {
     void *memory = NULL;
     if (!loader->status) memory = moe__text_alloc(&loader->vocab->allocator, count, each);
@@ -12940,7 +13304,7 @@ MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size
     return memory;
 }
 
-/* The tokenizer's name and its pre-tokenizer, "default" in files older than this key. */
+// The tokenizer's name and its pre-tokenizer, "default" in files older than this key.
 MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     moe_string name = {"", 0}, fallback = {"default", 7};
     const char *key = "tokenizer.ggml.model", *what = "tokenizer";
@@ -12968,7 +13332,7 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     const void *cursor = NULL;
     moe_string text;
     uint64_t n = value ? value->count : 0;
-    /* each has 8 bytes of size in the file */
+    // each has 8 bytes of size in the file
     moe_status status = n ? moe__text_reserve(map, n, value->size - 8 * n) : MOE_ERROR_FORMAT;
     while (!status && map->n < n) {
         uint32_t at = map->end[map->n];
@@ -12984,7 +13348,7 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
     moe__text_fail(loader, key, status);
 }
 
-/* An array with a value for each token, or NULL if the file has none. */
+// An array with a value for each token, or NULL if the file has none.
 MOE__PRIVATE const moe_gguf_value *moe__text_each(moe__text_loader *loader, const char *key,
                                                   int kind) {
     const moe_gguf_value *value = moe__text_value(loader, key, 1, kind);
@@ -13008,7 +13372,7 @@ MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
     }
 }
 
-/* Makes a text that is not there the next symbol. */
+// Makes a text that is not there the next symbol.
 MOE__PRIVATE moe_status moe__text_add(moe_vocab *vocab, const moe__text_key *key, uint32_t *out) {
     moe__text_map *map = &vocab->symbols;
     uint32_t at = map->end[map->n];
@@ -13021,21 +13385,21 @@ MOE__PRIVATE moe_status moe__text_add(moe_vocab *vocab, const moe__text_key *key
     return MOE_OK;
 }
 
-/* The symbol of a text; a new one if there is none. */
+// The symbol of a text; a new one if there is none.
 MOE__INLINE moe_status moe__text_intern(moe_vocab *vocab, const moe__text_key *key, uint32_t *out) {
     *out = (*moe__text_slot(&vocab->symbols, key) & vocab->symbols.table.mask) - 1;
     return *out == MOE__TEXT_NONE ? moe__text_add(vocab, key, out) : MOE_OK;
 }
 
-/* A merge while it is read. */
+// A merge while it is read.
 typedef struct moe__text_parts {
-    moe__text_key left, right; /* left.size 0: it has not two parts and is never found */
-    moe__text_key both;        /* without its hash at first */
-    char joined[32];                 /* the text of both, if that is not longer than a block */
-    uint32_t hash;                   /* of the pair */
+    moe__text_key left, right; // left.size 0: it has not two parts and is never found
+    moe__text_key both;        // without its hash at first
+    char joined[32];                 // the text of both, if that is not longer than a block
+    uint32_t hash;                   // of the pair
 } moe__text_parts;
 
-/* Takes "left right" apart. Bytes in front of `limit` may be read. */
+// Takes "left right" apart. Bytes in front of `limit` may be read.
 MOE__PRIVATE void moe__text_take_apart(const moe_vocab *vocab, moe_string text, const char *limit,
                                        moe__text_parts *out) {
     const char *a = text.data, *b;
@@ -13049,12 +13413,12 @@ MOE__PRIVATE void moe__text_take_apart(const moe_vocab *vocab, moe_string text, 
     __builtin_prefetch(moe__text_home(&vocab->symbols.table, out->right.hash));
     out->both.size = a_size + b_size;
     if (out->both.size > 16) return;
-    memcpy(out->joined, &out->left.last, 16); /* zeros behind the text */
+    memcpy(out->joined, &out->left.last, 16); // zeros behind the text
     memcpy(out->joined + a_size, &out->right.last, 16);
     memcpy(&out->both.last, out->joined, 16);
 }
 
-/* Joins long parts behind the texts of the map: they count when map->n does. */
+// Joins long parts behind the texts of the map: they count when map->n does.
 MOE__PRIVATE moe_status moe__text_join(moe_vocab *vocab, moe__text_parts *parts) {
     moe__text_map *map = &vocab->symbols;
     uint64_t at = map->end[map->n], end = at + parts->both.size;
@@ -13067,8 +13431,8 @@ MOE__PRIVATE moe_status moe__text_join(moe_vocab *vocab, moe__text_parts *parts)
     return MOE_OK;
 }
 
-/* The symbol of both parts. Tokens are numbered as they were made by merges, so mostly it is */
-/* that of the merge before (`guess`) or the next, which spares a search. */
+// The symbol of both parts. Tokens are numbered as they were made by merges, so mostly it is
+// that of the merge before (`guess`) or the next, which spares a search.
 MOE__PRIVATE moe_status moe__text_intern_both(moe_vocab *vocab, moe__text_parts *parts,
                                               uint32_t guess, uint32_t *out) {
     const moe__text_map *map = &vocab->symbols;
@@ -13083,7 +13447,7 @@ MOE__PRIVATE moe_status moe__text_intern_both(moe_vocab *vocab, moe__text_parts 
     return status ? status : moe__text_intern(vocab, &parts->both, out);
 }
 
-/* Numbers the texts of a merge. */
+// Numbers the texts of a merge.
 MOE__PRIVATE moe_status moe__text_name_parts(moe_vocab *vocab, moe__text_parts *parts,
                                              uint32_t guess, moe__text_merge *merge) {
     merge->left = merge->right = merge->result = MOE__TEXT_NONE;
@@ -13096,8 +13460,8 @@ MOE__PRIVATE moe_status moe__text_name_parts(moe_vocab *vocab, moe__text_parts *
     return status;
 }
 
-/* Enters n <= MOE__TEXT_BATCH merges, the next ones of the file: each step for all of them, so */
-/* that the memory of one is on its way while others are looked at. */
+// Enters n <= MOE__TEXT_BATCH merges, the next ones of the file: each step for all of them, so
+// that the memory of one is on its way while others are looked at.
 MOE__PRIVATE moe_status moe__text_add_merges(moe_vocab *vocab, const moe_gguf_value *value,
                                              const void **cursor, uint32_t rank, uint32_t n) {
     const char *limit = (const char *)value->data + value->size;
@@ -13116,7 +13480,7 @@ MOE__PRIVATE moe_status moe__text_add_merges(moe_vocab *vocab, const moe_gguf_va
         if (!batch[i].left.size) continue;
         uint32_t *slot = moe__text_rank_slot(vocab, merges[i].left, merges[i].right,
                                              batch[i].hash);
-        if (*slot == 0) /* of equal ones the first */
+        if (*slot == 0) // of equal ones the first
             *slot = moe__text_entry(&vocab->ranks, batch[i].hash, rank + i + 1);
     }
     return status;
@@ -13150,7 +13514,7 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
     moe__text_fail(loader, key, status);
 }
 
-/* Reads a token id into *id, which stays as it is if the key is missing or names no token. */
+// Reads a token id into *id, which stays as it is if the key is missing or names no token.
 MOE__PRIVATE void moe__text_load_id(moe__text_loader *loader, const char *key, int32_t *id) {
     int64_t number;
     const moe_gguf_value *value = moe__text_value(loader, key, 0, MOE__TEXT_INTEGER);
@@ -13162,7 +13526,7 @@ MOE__PRIVATE void moe__text_load_bool(moe__text_loader *loader, const char *key,
     moe_gguf_value_bool(moe__text_value(loader, key, 0, MOE__TEXT_INTEGER), 0, out);
 }
 
-/* Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small. */
+// Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small.
 MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
     size_t n = 0, most = 1;
@@ -13186,7 +13550,7 @@ MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
     }
 }
 
-/* SPM: the orders of merging, from scores, and the tokens of bytes. */
+// SPM: the orders of merging, from scores, and the tokens of bytes.
 MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
     const moe_gguf_value *value = moe__text_each(loader, "tokenizer.ggml.scores", MOE__TEXT_FLOAT);
@@ -13196,10 +13560,10 @@ MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     vocab->orders = (uint32_t *)moe__text_take(loader, vocab->n_tokens, 4);
     for (uint32_t id = 0; vocab->orders && id < vocab->n_tokens; id++) {
         int type = vocab->types[id] & MOE__TOKEN_TYPE;
-        int word = type == MOE__TOKEN_NORMAL || type == MOE__TOKEN_USER; /* may be spelled */
+        int word = type == MOE__TOKEN_NORMAL || type == MOE__TOKEN_USER; // may be spelled
         double score = 0;
         if (value) moe_gguf_value_float(value, id, &score);
-        float f = score == score ? (float)score + 0.0f : -INFINITY; /* no NaN, no -0 */
+        float f = score == score ? (float)score + 0.0f : -INFINITY; // no NaN, no -0
         uint32_t bits;
         memcpy(&bits, &f, 4);
         vocab->orders[id] = !word ? MOE__TEXT_NONE : bits >> 31 ? bits : bits ^ 0x7FFFFFFF;
@@ -13213,12 +13577,12 @@ MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     }
 }
 
-/* Texts that end generation wherever they are in a vocabulary. */
+// Texts that end generation wherever they are in a vocabulary.
 static const char *const moe__text_ends[] = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
-    /* what is between files and parts of a file where code is completed */
+    // what is between files and parts of a file where code is completed
     "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<fim-repo>",
     "<|repo_name|>", "<REPO>", "<reponame>", "<|file_sep|>",
     "<\357\275\234end\342\226\201of\342\226\201sentence\357\275\234>"};
@@ -13235,8 +13599,8 @@ MOE__PRIVATE int moe__text_has_end(const moe_vocab *vocab, const char *text) {
 MOE__PRIVATE void moe__text_correct_ends(moe_vocab *vocab) {
     static const char *const words[] = {"<|end|>", "<|channel|>", "<|message|>", "<|start|>",
                                         "<|constrain|>"};
-    /* The harmony format (gpt-oss): <|end|> ends one of several messages of a reply, and the */
-    /* words of the format are output, so all of these are text. */
+    // The harmony format (gpt-oss): <|end|> ends one of several messages of a reply, and the
+    // words of the format are output, so all of these are text.
     int call = moe__text_has_end(vocab, "<|call|>");
     if (moe__text_has_end(vocab, "<|end|>") &&
         ((call && moe__text_has_end(vocab, "<|return|>")) ||
@@ -13255,8 +13619,8 @@ MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
         "tokenizer.ggml.fim_rep_token_id", "tokenizer.ggml.fim_sep_token_id"};
     moe_vocab *vocab = loader->vocab;
     if (loader->status) return;
-    /* Token 11 was the end of texts in the first vocabulary of this kind (Falcon's). Where it is */
-    /* an ordinary word it must not end anything. */
+    // Token 11 was the end of texts in the first vocabulary of this kind (Falcon's). Where it is
+    // an ordinary word it must not end anything.
     vocab->eos = vocab->n_tokens > 11 && vocab->types[11] == MOE__TOKEN_CONTROL ? 11 : -1;
     vocab->bos = vocab->pre->flags & MOE__PRE_NO_BOS ? -1 : vocab->eos;
     vocab->add_bos = (vocab->pre->flags & MOE__PRE_BOS) != 0;
@@ -13279,14 +13643,14 @@ MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
     moe__text_correct_ends(vocab);
 }
 
-/* The special tokens of Phi-3 take the white space behind them, but for three; its files do not */
-/* say so. */
+// The special tokens of Phi-3 take the white space behind them, but for three; its files do not
+// say so.
 MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     const void *cursor = NULL;
     moe_string name = {"", 0};
     const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, "general.name");
     if (value && value->type == MOE_VALUE_STRING) moe_gguf_value_string(value, &cursor, &name);
-    char plain[128] = {0}; /* lower case, without dashes */
+    char plain[128] = {0}; // lower case, without dashes
     for (size_t i = 0, n = 0; i < name.size && n < sizeof plain - 1; i++)
         if (name.data[i] != '-') plain[n++] = (char)(name.data[i] | 32);
     if (loader->status || !strstr(plain, "phi3")) return;
@@ -13302,7 +13666,7 @@ MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     }
 }
 
-/* Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele et al.). */
+// Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele et al.).
 MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
     double now = moe__seconds();
     uint64_t seed;
@@ -13342,15 +13706,15 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     return NULL;
 }
 
-/* What moe_vocab_tokenize works in. Nothing in it is cleared, all is written before it is read. */
+// What moe_vocab_tokenize works in. Nothing in it is cleared, all is written before it is read.
 typedef struct moe__text_space {
-    size_t max_size, max_owner, max_spelled; /* bytes of a text, bytes of a piece's spelling */
-    uint32_t *at;    /* max_size + 1, then max_size of classes */
-    uint32_t *owner; /* max_owner */
-    uint64_t *heap;  /* 2 max_spelled, then what moe__text_spell puts there */
+    size_t max_size, max_owner, max_spelled; // bytes of a text, bytes of a piece's spelling
+    uint32_t *at;    // max_size + 1, then max_size of classes
+    uint32_t *owner; // max_owner
+    uint64_t *heap;  // 2 max_spelled, then what moe__text_spell puts there
 } moe__text_space;
 
-/* Larger ones are freed after the call. */
+// Larger ones are freed after the call.
 enum { MOE__TEXT_KEPT = 16 << 20, MOE__TEXT_SPELLED = 16 + 12 + 1 /* bytes per max_spelled */ };
 
 MOE__PRIVATE void moe__text_space_free(const moe_allocator *allocator, moe__text_space *space) {
@@ -13374,7 +13738,7 @@ MOE_API void moe_vocab_close(moe_vocab *vocab) {
     moe__free(&allocator, vocab);
 }
 
-/* ---- what is in a vocabulary ----------------------------------------------------------------- */
+// ---- what is in a vocabulary -----------------------------------------------------------------
 
 MOE__INLINE int moe__text_is_token(const moe_vocab *vocab, int32_t token) {
     return vocab && token >= 0 && (uint32_t)token < vocab->n_tokens;
@@ -13388,7 +13752,7 @@ MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab) { return vocab ? vocab->eo
 
 MOE_API int32_t moe_vocab_find(const moe_vocab *vocab, const char *text, size_t text_size) {
     return vocab && text ? (int32_t)moe__text_find(vocab, text, text_size, text + text_size)
-                         : -1; /* NONE is -1 */
+                         : -1; // NONE is -1
 }
 
 MOE_API moe_string moe_vocab_token(const moe_vocab *vocab, int32_t token) {
@@ -13405,7 +13769,7 @@ MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token) {
            (vocab->types[token] & MOE__TOKEN_TYPE) == MOE__TOKEN_CONTROL;
 }
 
-/* The byte of "<0xE2>", or -1. */
+// The byte of "<0xE2>", or -1.
 MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
     char hex[3] = {0};
     if (text.size != 6 || memcmp(text.data, "<0x", 3) != 0 || text.data[5] != '>') return -1;
@@ -13427,42 +13791,42 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
         if (type == MOE__TOKEN_NORMAL && vocab->orders) byte = code == 0x2581 ? ' ' : -1;
         else if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
         else if (type == MOE__TOKEN_BYTE && (byte = moe__text_hex_byte(text)) >= 0) size = 6;
-        for (size_t k = 0; k < (byte < 0 ? size : 1); k++, n++) /* names no byte: is itself */
+        for (size_t k = 0; k < (byte < 0 ? size : 1); k++, n++) // names no byte: is itself
             if (n < capacity) buffer[n] = byte < 0 ? text.data[i + k] : (char)byte;
     }
     return n;
 }
 
-/* ---- text to tokens: merging ----------------------------------------------------------------- */
+// ---- text to tokens: merging -----------------------------------------------------------------
 
-/* One call of moe_vocab_tokenize. Indices fit 32 bits: texts are below 2 GiB. */
+// One call of moe_vocab_tokenize. Indices fit 32 bits: texts are below 2 GiB.
 typedef struct moe__text_work {
     const moe_vocab *vocab;
     int32_t *tokens;
     size_t capacity;
-    uint64_t count; /* of tokens so far, also beyond capacity */
+    uint64_t count; // of tokens so far, also beyond capacity
     moe__text_scan scan;
-    /* The piece being merged: n bytes, spelled as in the vocabulary. A symbol is named after its */
-    /* first byte. Merging leaves the left symbol; the right one falls out of the chain next / */
-    /* prev, whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | left */
-    /* (order: rank, or from the score), at most 2 n: each of n - 1 merges takes one, adds two. */
+    // The piece being merged: n bytes, spelled as in the vocabulary. A symbol is named after its
+    // first byte. Merging leaves the left symbol; the right one falls out of the chain next /
+    // prev, whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | left
+    // (order: rank, or from the score), at most 2 n: each of n - 1 merges takes one, adds two.
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
     char *spelled;
-    const char *limit; /* behind the memory of spelled */
+    const char *limit; // behind the memory of spelled
     size_t n_heap;
     uint32_t n;
     moe__text_space *space;
 } moe__text_work;
 
-/* The memory that another call left, or new one. */
+// The memory that another call left, or new one.
 MOE__PRIVATE moe__text_space *moe__text_space_take(const moe_vocab *vocab) {
     moe__text_space **kept = (moe__text_space **)&vocab->kept;
     moe__text_space *space = __atomic_exchange_n(kept, (moe__text_space *)NULL, __ATOMIC_ACQUIRE);
     return space ? space : (moe__text_space *)moe__alloc(&vocab->allocator, sizeof *space);
 }
 
-/* Leaves it for the next call, if it is not too large, and frees what lies in its place. */
+// Leaves it for the next call, if it is not too large, and frees what lies in its place.
 MOE__PRIVATE void moe__text_space_leave(const moe_vocab *vocab, moe__text_space *space) {
     moe__text_space **kept = (moe__text_space **)&vocab->kept;
     uint64_t bytes = (uint64_t)space->max_size * 8 + (uint64_t)space->max_owner * 4 +
@@ -13471,8 +13835,8 @@ MOE__PRIVATE void moe__text_space_leave(const moe_vocab *vocab, moe__text_space 
     moe__text_space_free(&vocab->allocator, space);
 }
 
-/* Memory for `count` elements and one more, which is `memory` if that has room for them (*max). */
-/* A quarter more, for the next text. What was in it is lost. NULL: there is none, *max is 0. */
+// Memory for `count` elements and one more, which is `memory` if that has room for them (*max).
+// A quarter more, for the next text. What was in it is lost. NULL: there is none, *max is 0.
 MOE__PRIVATE void *moe__text_grow(const moe_vocab *vocab, void *memory, size_t *max, size_t count,
                                   size_t each) {
     if (count <= *max) return memory;
@@ -13488,14 +13852,14 @@ MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
     work->count++;
 }
 
-/* SPM: the token that is spelled so, or NONE. */
+// SPM: the token that is spelled so, or NONE.
 MOE__PRIVATE uint32_t moe__text_spelled(const moe__text_work *work, uint32_t i, uint32_t end) {
     const moe_vocab *vocab = work->vocab;
     uint32_t id = moe__text_find(vocab, work->spelled + i, end - i, work->limit);
     return id != MOE__TEXT_NONE && vocab->orders[id] != MOE__TEXT_NONE ? id : MOE__TEXT_NONE;
 }
 
-/* What the symbol at left makes with the next one, or NONE, and the key of that in the heap. */
+// What the symbol at left makes with the next one, or NONE, and the key of that in the heap.
 MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left, uint64_t *key) {
     const moe_vocab *vocab = work->vocab;
     uint32_t right = left < work->n ? work->next[left] : work->n, order, result;
@@ -13517,7 +13881,7 @@ MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
         moe__text_push(work->heap, &work->n_heap, key);
 }
 
-/* Merges until no pair makes anything. A pair is stale if its place has another one by now. */
+// Merges until no pair makes anything. A pair is stale if its place has another one by now.
 MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
     for (uint32_t i = 0; i < work->n; i = work->next[i]) moe__text_consider(work, i);
     while (work->n_heap) {
@@ -13526,7 +13890,7 @@ MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
         if (result == MOE__TEXT_NONE || now != key) continue;
         uint32_t right = work->next[left], after = work->next[right];
         work->symbol[left] = result;
-        work->next[right] = work->n; /* merges with nothing any more */
+        work->next[right] = work->n; // merges with nothing any more
         work->next[left] = after;
         if (after < work->n) work->prev[after] = left;
         moe__text_consider(work, work->prev[left]);
@@ -13534,7 +13898,7 @@ MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
     }
 }
 
-/* Spells a piece: bytes by their names, or (SPM) a blank in front and U+2581 for blanks. */
+// Spells a piece: bytes by their names, or (SPM) a blank in front and U+2581 for blanks.
 MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     size_t n = size + 3;
@@ -13561,8 +13925,8 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-/* A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. SPM hashes */
-/* the text of pairs: slow only where very many beginnings of a long token are tokens. */
+// A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. SPM hashes
+// the text of pairs: slow only where very many beginnings of a long token are tokens.
 MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe_status status = moe__text_spell(work, text, size);
@@ -13571,7 +13935,7 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
     if (vocab->pre->flags & MOE__PRE_WHOLE)
         whole = moe__text_find(vocab, work->spelled, work->n, work->limit);
     if (whole != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)whole)) {
-        moe__text_emit(work, whole); /* control tokens are not spelled */
+        moe__text_emit(work, whole); // control tokens are not spelled
         return MOE_OK;
     }
     for (uint32_t i = 0, before = UINT32_MAX, end; i < work->n; before = i, i = end) {
@@ -13589,7 +13953,7 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
             moe__text_emit(work, work->symbol[i]);
             continue;
         }
-        /* No token: the bytes of its spelling one by one, those of them that are tokens. */
+        // No token: the bytes of its spelling one by one, those of them that are tokens.
         for (uint32_t k = i; k < work->next[i]; k++) {
             uint32_t id = vocab->raw_token[(unsigned char)work->spelled[k]];
             if (id != MOE__TEXT_NONE) moe__text_emit(work, id);
@@ -13598,7 +13962,7 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-/* A part of the text without special tokens: pre-tokenizer, then merging. */
+// A part of the text without special tokens: pre-tokenizer, then merging.
 MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe__text_scan *scan = &work->scan;
@@ -13623,12 +13987,12 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
     return status;
 }
 
-/* ---- text to tokens: special tokens ---------------------------------------------------------- */
+// ---- text to tokens: special tokens ----------------------------------------------------------
 
-/* Finds the special tokens of one size, specials[from] to specials[to - 1], from left to right. */
-/* sums[i]: the polynomial of the text's first i bytes, so that of any part takes O(1). owner[i] */
-/* becomes 1 + the token that byte i is in. Tokens found before are no shorter, so they overlap a */
-/* place only if they own its first or last byte. */
+// Finds the special tokens of one size, specials[from] to specials[to - 1], from left to right.
+// sums[i]: the polynomial of the text's first i bytes, so that of any part takes O(1). owner[i]
+// becomes 1 + the token that byte i is in. Tokens found before are no shorter, so they overlap a
+// place only if they own its first or last byte.
 MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size_t size,
                                   unsigned flags, size_t from, size_t to, const uint32_t *sums,
                                   uint32_t *owner) {
@@ -13641,7 +14005,7 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
         if (!vocab->starts[(unsigned char)text[i]] || owner[i] || owner[i + length - 1]) continue;
         uint64_t sum = (sums[i + length] + (prime - sums[i]) * power) % prime;
         uint64_t wanted = (uint64_t)length << 32 | sum << 1 | 1;
-        size_t low = from, high = to; /* the first that is no greater is in low .. high */
+        size_t low = from, high = to; // the first that is no greater is in low .. high
         while (low < high) {
             size_t middle = (low + high) / 2;
             if (vocab->specials[middle] > wanted) low = middle + 1;
@@ -13656,8 +14020,8 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
     }
 }
 
-/* Gives special tokens their bytes: n D log n for D different sizes of special tokens, about 20 */
-/* in real vocabularies, at most sqrt(2 * bytes of all of them). */
+// Gives special tokens their bytes: n D log n for D different sizes of special tokens, about 20
+// in real vocabularies, at most sqrt(2 * bytes of all of them).
 MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
                                    unsigned flags, uint32_t *sums, uint32_t *owner) {
     memset(owner, 0, size * sizeof *owner);
@@ -13671,8 +14035,8 @@ MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, siz
     }
 }
 
-/* Memory for a text: the scan's, and `owner` only where a special token may begin. The scan's */
-/* serves the search for special tokens first. */
+// Memory for a text: the scan's, and `owner` only where a special token may begin. The scan's
+// serves the search for special tokens first.
 MOE__PRIVATE moe_status moe__text_prepare(moe__text_work *work, const char *text, size_t size,
                                           unsigned flags, uint32_t **owner) {
     const moe_vocab *vocab = work->vocab;
@@ -13692,7 +14056,7 @@ MOE__PRIVATE moe_status moe__text_prepare(moe__text_work *work, const char *text
     return MOE_OK;
 }
 
-/* Special tokens, then what is between them, from left to right. */
+// Special tokens, then what is between them, from left to right.
 MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, size_t size,
                                         unsigned flags) {
     const moe_vocab *vocab = work->vocab;
@@ -13715,7 +14079,7 @@ MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, 
     return status;
 }
 
-/* Memory for a call, and the call. Memory of one that failed is not kept: it may be needed. */
+// Memory for a call, and the call. Memory of one that failed is not kept: it may be needed.
 MOE__PRIVATE moe_status moe__text_run_call(moe__text_work *work, const char *text, size_t size,
                                            unsigned flags) {
     work->space = moe__text_space_take(work->vocab);
@@ -13744,61 +14108,61 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
         moe__text_emit(&work, (uint32_t)vocab->eos);
     return status ? -(int64_t)status : (int64_t)work.count;
 }
-/* ============================================================================================== */
-/* // >>model */
-/* */
-/* From a GGUF file to a model that can be run: hyper-parameters, the table of families, and the */
-/* binding of tensors with a check of every shape. Optional parts (biases, norms of queries and */
-/* keys, shared experts, fused matrices) are decided by the presence of their tensors; a key */
-/* counts only where the family defines it. A tensor that nobody binds is an error, unless it is */
-/* in moe__spares. A model never changes after it was opened. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>model
+//
+// From a GGUF file to a model that can be run: hyper-parameters, the table of families, and the
+// binding of tensors with a check of every shape. Optional parts (biases, norms of queries and
+// keys, shared experts, fused matrices) are decided by the presence of their tensors; a key
+// counts only where the family defines it. A tensor that nobody binds is an error, unless it is
+// in moe__spares. A model never changes after it was opened.
+// ==============================================================================================
 
 enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
 
-enum { /* features of a family */
-    MOE__ROUTER_KEYS = 1,   /* gating function, groups, normalization and scale come from keys */
-    MOE__NORMALIZE = 2,     /* without router keys: weights of the chosen experts sum to 1 */
-    MOE__QK_NORM = 4,       /* norms of queries and keys, by head: their tensors must be there */
-    MOE__QK_NORM_WIDE = 8,  /* the same over all heads together */
-    MOE__CLAMP_KQV = 16,    /* attention.clamp_kqv bounds queries, keys and values */
-    MOE__SINKS = 32,        /* attn_sinks: per head a score whose exponential joins the sum */
-    MOE__BIASES = 64,       /* every matrix of a layer has a bias, which must be there */
-    MOE__OAI = 128,         /* activation moe__kernels.swiglu_oai */
-    MOE__SHARED_COUNT = 256, /* shared experts, as wide as expert_shared_count routed ones */
-    MOE__SHARED_GATED = 512, /* one of its own width, times the sigmoid of its gate */
-    MOE__SHARED_WIDTH = 1 << 10, /* one of its own width, if there is a key for that */
-    MOE__WIDTH_FFN = 1 << 11, /* experts are as wide as feed_forward_length says */
-    MOE__FFN_SCALE = 1 << 12, /* NAME.scale of feed-forward matrices counts for all types */
-    MOE__ALL_KEYS = 1 << 13,  /* without attention.sliding_window every layer sees all keys */
-    MOE__PLAIN_SLIDING = 1 << 14, /* layers with a window have rope without scaling */
-    MOE__NOPE_FULL = 1 << 15,     /* layers without a window have no rope, */
-    MOE__NOPE_FOURTH = 1 << 16,   /* nor has every fourth layer */
-    MOE__SCALES = 1 << 17,    /* keys embedding_scale, residual_scale, attention.scale and */
-                              /* logit_scale, by which logits are divided */
-    MOE__EMBD_ROOT = 1 << 18, /* embeddings are multiplied by the root of their length */
-    MOE__POST_NORMS = 1 << 19, /* post_attention_norm and post_ffw_norm: what a part of a layer */
-                               /* adds to the residual is normed */
-    MOE__GATE = 1 << 20,      /* attn_gate: results of heads times the sigmoid of (it x) */
-    MOE__BASE_SLIDING = 1 << 21 /* layers with a window have the rope base rope.freq_base_swa */
+enum { // features of a family
+    MOE__ROUTER_KEYS = 1,   // gating function, groups, normalization and scale come from keys
+    MOE__NORMALIZE = 2,     // without router keys: weights of the chosen experts sum to 1
+    MOE__QK_NORM = 4,       // norms of queries and keys, by head: their tensors must be there
+    MOE__QK_NORM_WIDE = 8,  // the same over all heads together
+    MOE__CLAMP_KQV = 16,    // attention.clamp_kqv bounds queries, keys and values
+    MOE__SINKS = 32,        // attn_sinks: per head a score whose exponential joins the sum
+    MOE__BIASES = 64,       // every matrix of a layer has a bias, which must be there
+    MOE__OAI = 128,         // activation moe__kernels.swiglu_oai
+    MOE__SHARED_COUNT = 256, // shared experts, as wide as expert_shared_count routed ones
+    MOE__SHARED_GATED = 512, // one of its own width, times the sigmoid of its gate
+    MOE__SHARED_WIDTH = 1 << 10, // one of its own width, if there is a key for that
+    MOE__WIDTH_FFN = 1 << 11, // experts are as wide as feed_forward_length says
+    MOE__FFN_SCALE = 1 << 12, // NAME.scale of feed-forward matrices counts for all types
+    MOE__ALL_KEYS = 1 << 13,  // without attention.sliding_window every layer sees all keys
+    MOE__PLAIN_SLIDING = 1 << 14, // layers with a window have rope without scaling
+    MOE__NOPE_FULL = 1 << 15,     // layers without a window have no rope,
+    MOE__NOPE_FOURTH = 1 << 16,   // nor has every fourth layer
+    MOE__SCALES = 1 << 17,    // keys embedding_scale, residual_scale, attention.scale and
+                              // logit_scale, by which logits are divided
+    MOE__EMBD_ROOT = 1 << 18, // embeddings are multiplied by the root of their length
+    MOE__POST_NORMS = 1 << 19, // post_attention_norm and post_ffw_norm: what a part of a layer
+                               // adds to the residual is normed
+    MOE__GATE = 1 << 20,      // attn_gate: results of heads times the sigmoid of (it x)
+    MOE__BASE_SLIDING = 1 << 21 // layers with a window have the rope base rope.freq_base_swa
 };
 
-/* How a layer mixes tokens: rows of moe__mixers (>>mixers) */
+// How a layer mixes tokens: rows of moe__mixers (>>mixers)
 typedef enum moe__mixer_id { MOE__GQA, MOE__MLA, MOE__N_MIXERS } moe__mixer_id;
 
 typedef struct moe__family {
-    const char *name; /* general.architecture */
+    const char *name; // general.architecture
     moe__mixer_id mixer;
     moe__rope_kind rope;
-    int gating;        /* moe__gating, if there is no key for it; 0: the key must be there */
-    int window_period; /* of so many layers all but the last see a sliding window, unless */
-                       /* attention.sliding_window_pattern says otherwise; 0: none does */
-    const char *ffn_norm; /* name of the norm before the feed-forward part */
+    int gating;        // moe__gating, if there is no key for it; 0: the key must be there
+    int window_period; // of so many layers all but the last see a sliding window, unless
+                       // attention.sliding_window_pattern says otherwise; 0: none does
+    const char *ffn_norm; // name of the norm before the feed-forward part
     unsigned features;
 } moe__family;
 
-/* To add a model family: a row here, and what it needs beyond features that are read already in */
-/* this room and the forward pass, as a feature any family may have. */
+// To add a model family: a row here, and what it needs beyond features that are read already in
+// this room and the forward pass, as a feature any family may have.
 static const moe__family moe__families[] = {
     {"afmoe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_COUNT | MOE__NOPE_FOURTH | MOE__EMBD_ROOT |
@@ -13825,35 +14189,35 @@ static const moe__family moe__families[] = {
      MOE__NORMALIZE | MOE__QK_NORM | MOE__FFN_SCALE},
 };
 
-/* What may differ from layer to layer: nothing of it is read from the model as a whole. */
+// What may differ from layer to layer: nothing of it is read from the model as a whole.
 typedef struct moe__layer {
-    const float *attn_norm, *ffn_norm;             /* n_embd */
-    const float *attn_post_norm, *ffn_post_norm;   /* of what is added; NULL: none */
+    const float *attn_norm, *ffn_norm;             // n_embd
+    const float *attn_post_norm, *ffn_post_norm;   // of what is added; NULL: none
     moe__mixer_id mixer;
     int32_t n_head, n_head_kv;
-    int32_t head_k, head_v;      /* values of a head's query and key, and of its value */
-    const moe__rope *rope;       /* NULL: positions turn nothing */
-    int32_t window;              /* keys seen by a query; 0: all */
-    float kq_scale;              /* factor of query . key, */
-    double temperature;          /* times 1 + temperature ln(1 + floor(position / length)); */
-    int32_t temperature_length;  /* by latent attention only */
-    float clamp_kqv;             /* bound of queries, keys and values; 0: none */
-    moe__matrix q, k, v;                           /* grouped-query attention */
-    const float *q_norm, *k_norm;                  /* before rope; NULL: none */
-    int norm_wide;                                 /* over all heads together */
-    const float *sinks;                            /* per head; NULL: none */
-    moe__matrix gate;                              /* of the results of heads */
-    int32_t q_lora, kv_lora;     /* MLA ranks; q_lora 0: plain q */
-    int32_t n_rot;               /* values of a key that all heads share, the last; turned */
-    moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    /* MLA; kv_b, k_b, v_b: one per head */
+    int32_t head_k, head_v;      // values of a head's query and key, and of its value
+    const moe__rope *rope;       // NULL: positions turn nothing
+    int32_t window;              // keys seen by a query; 0: all
+    float kq_scale;              // factor of query . key,
+    double temperature;          // times 1 + temperature ln(1 + floor(position / length));
+    int32_t temperature_length;  // by latent attention only
+    float clamp_kqv;             // bound of queries, keys and values; 0: none
+    moe__matrix q, k, v;                           // grouped-query attention
+    const float *q_norm, *k_norm;                  // before rope; NULL: none
+    int norm_wide;                                 // over all heads together
+    const float *sinks;                            // per head; NULL: none
+    moe__matrix gate;                              // of the results of heads
+    int32_t q_lora, kv_lora;     // MLA ranks; q_lora 0: plain q
+    int32_t n_rot;               // values of a key that all heads share, the last; turned
+    moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    // MLA; kv_b, k_b, v_b: one per head
     const float *q_a_norm, *kv_a_norm;
     moe__matrix o;
-    const moe__matrix *first;    /* the one that the mixer reads first */
+    const moe__matrix *first;    // the one that the mixer reads first
     int is_moe;
-    moe__matrix router;                            /* ffn_gate_inp */
-    const float *router_bias;                      /* exp_probs_b: for choosing only */
-    moe__ffn experts, shared, dense;               /* shared.gate.data NULL: none */
-    const float *shared_gate;                      /* n_embd; NULL: weight 1 */
+    moe__matrix router;                            // ffn_gate_inp
+    const float *router_bias;                      // exp_probs_b: for choosing only
+    moe__ffn experts, shared, dense;               // shared.gate.data NULL: none
+    const float *shared_gate;                      // n_embd; NULL: weight 1
 } moe__layer;
 
 enum { MOE__ROPE_FULL, MOE__ROPE_SLIDING, MOE__N_ROPES };
@@ -13861,44 +14225,44 @@ enum { MOE__ROPE_FULL, MOE__ROPE_SLIDING, MOE__N_ROPES };
 struct moe_model {
     moe_allocator allocator;
     const moe_gguf *gguf;
-    moe_gguf *own_gguf; /* NULL if the caller's */
+    moe_gguf *own_gguf; // NULL if the caller's
     moe_vocab *vocab;
     moe_model_info info;
     const moe__family *family;
-    int32_t n_blocks;            /* layers of the file, those that are not run included */
+    int32_t n_blocks;            // layers of the file, those that are not run included
     int32_t n_ff_shared;
-    int32_t n_dense;             /* leading layers without experts */
+    int32_t n_dense;             // leading layers without experts
     float eps;
-    float embd_scale, residual_scale, logit_scale; /* factors of what they are named after */
-    moe__rope ropes[MOE__N_ROPES]; /* of layers without and with a window; n_rot 0: no such one */
-    int32_t n_rope;              /* floats of a row's tables of all of them */
+    float embd_scale, residual_scale, logit_scale; // factors of what they are named after
+    moe__rope ropes[MOE__N_ROPES]; // of layers without and with a window; n_rot 0: no such one
+    int32_t n_rope;              // floats of a row's tables of all of them
     moe__router router;
     moe__matrix token_embd, output;
     const float *output_norm;
     moe__layer *layers;
-    unsigned kinds[MOE__INPUTS]; /* forms in which the matrices want their inputs, and the */
-    int64_t widest[MOE__INPUTS]; /* most values of each: found out where matrices are bound */
-    void *owned;                 /* list of allocations, each begins with a pointer to the next */
-    moe_model_memory memory;     /* as it was when the model had been opened */
-    moe_model_memory later;      /* and when paging was done, */
-    int is_later;                /* atomic: if that came later */
-    moe__paging paging;          /* of the gguf's pages, if this model looks after them */
+    unsigned kinds[MOE__INPUTS]; // forms in which the matrices want their inputs, and the
+    int64_t widest[MOE__INPUTS]; // most values of each: found out where matrices are bound
+    void *owned;                 // list of allocations, each begins with a pointer to the next
+    moe_model_memory memory;     // as it was when the model had been opened
+    moe_model_memory later;      // and when paging was done,
+    int is_later;                // atomic: if that came later
+    moe__paging paging;          // of the gguf's pages, if this model looks after them
 };
 
-/* State while loading: after the first error everything else is skipped. */
+// State while loading: after the first error everything else is skipped.
 typedef struct moe__loader {
     moe_model *model;
     const moe_gguf *gguf;
     moe_error *error;
     moe_status status;
-    uint8_t *used; /* per tensor of the file: somebody has asked for it */
+    uint8_t *used; // per tensor of the file: somebody has asked for it
 } moe__loader;
 
 #define moe__load_fail(loader, code, where, ...) \
     ((loader)->status = (loader)->status ? (loader)->status \
                                          : moe__fail((loader)->error, code, where, __VA_ARGS__))
 
-/* Zeroed memory that lives as long as the model; NULL after an error. */
+// Zeroed memory that lives as long as the model; NULL after an error.
 MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t size) {
     uint64_t bytes;
     void *memory = NULL;
@@ -13914,15 +14278,15 @@ MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t
     return (char *)memory + 64;
 }
 
-/* ---- keys ------------------------------------------------------------------------------------ */
+// ---- keys ------------------------------------------------------------------------------------
 
-enum { MOE__REQUIRED = -1 }; /* in place of a default */
+enum { MOE__REQUIRED = -1 }; // in place of a default
 
 MOE__INLINE int moe__has(const moe_model *model, unsigned feature) {
     return (model->family->features & feature) != 0;
 }
 
-/* The value of "family.name"; *key gets the full name. */
+// The value of "family.name"; *key gets the full name.
 MOE__PRIVATE const moe_gguf_value *moe__load_value(moe__loader *loader, const char *name,
                                                    char key[128]) {
     snprintf(key, 128, "%s.%s", loader->model->family->name, name);
@@ -13933,8 +14297,8 @@ MOE__INLINE int moe__load_is_array(const moe_gguf_value *value) {
     return value->type == MOE_VALUE_ARRAY;
 }
 
-/* An integer key within low..high, of layer il if it is an array; il -1: of all layers alike. */
-/* Absent or 0 ("not set" in some files): the default, or an error if that is MOE__REQUIRED. */
+// An integer key within low..high, of layer il if it is an array; il -1: of all layers alike.
+// Absent or 0 ("not set" in some files): the default, or an error if that is MOE__REQUIRED.
 MOE__PRIVATE int32_t moe__load_int_at(moe__loader *loader, const char *name, int il, int64_t low,
                                       int64_t high, int64_t fallback) {
     char key[128];
@@ -13970,7 +14334,7 @@ MOE__PRIVATE int32_t moe__load_int(moe__loader *loader, const char *name, int64_
     return moe__load_int_at(loader, name, -1, low, high, fallback);
 }
 
-/* A real key; absent or 0: the default. NaN, infinity and negative values are refused. */
+// A real key; absent or 0: the default. NaN, infinity and negative values are refused.
 MOE__PRIVATE double moe__load_float(moe__loader *loader, const char *name, double fallback) {
     char key[128];
     double x = 0;
@@ -13992,10 +14356,10 @@ MOE__PRIVATE int moe__load_bool(moe__loader *loader, const char *name, int fallb
     return x;
 }
 
-/* ---- tensors --------------------------------------------------------------------------------- */
+// ---- tensors ---------------------------------------------------------------------------------
 
-/* The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix", without a dot if the suffix is */
-/* empty; it counts as used. NULL: absent, and an error if it is required. */
+// The tensor "blk.N.base.suffix" (layer >= 0) or "base.suffix", without a dot if the suffix is
+// empty; it counts as used. NULL: absent, and an error if it is required.
 MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int layer,
                                                      const char *base, const char *suffix,
                                                      int required) {
@@ -14024,8 +14388,8 @@ MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *
     return 0;
 }
 
-/* A small tensor {n0, n1} as floats, which take at most 8 times its bytes; NULL if absent or */
-/* after an error. */
+// A small tensor {n0, n1} as floats, which take at most 8 times its bytes; NULL if absent or
+// after an error.
 MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const char *base,
                                            const char *suffix, int64_t n0, int64_t n1,
                                            int required) {
@@ -14053,7 +14417,7 @@ MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const
     return out;
 }
 
-/* Declares what a matrix reads, so that this vector will be there in the form it wants. */
+// Declares what a matrix reads, so that this vector will be there in the form it wants.
 MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe__input input) {
     moe_model *model = loader->model;
     matrix->input = input;
@@ -14062,8 +14426,8 @@ MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe_
     model->widest[input] = moe__max(model->widest[input], matrix->n_in);
 }
 
-/* Whether base.scale is a factor of the matrix. That of an NVFP4 matrix always is: it belongs to */
-/* the type. Of other types llama.cpp loads these but multiplies with them in some families only. */
+// Whether base.scale is a factor of the matrix. That of an NVFP4 matrix always is: it belongs to
+// the type. Of other types llama.cpp loads these but multiplies with them in some families only.
 MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, const char *base,
                                      const moe__type *type) {
     if (type->id == MOE_TYPE_NVFP4) return 1;
@@ -14072,7 +14436,7 @@ MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, const char *base,
     return moe__has(model, MOE__FFN_SCALE);
 }
 
-/* base.scale: a factor per matrix, or {1} for all heads. NULL: none. */
+// base.scale: a factor per matrix, or {1} for all heads. NULL: none.
 MOE__PRIVATE const float *moe__load_scale(moe__loader *loader, const moe__matrix *matrix,
                                           int layer, const char *base) {
     const int64_t n = matrix->n_expert;
@@ -14086,15 +14450,15 @@ MOE__PRIVATE const float *moe__load_scale(moe__loader *loader, const moe__matrix
     return all;
 }
 
-/* Binds matrix to base.weight {n_in, n_out, n_expert}, which reads `input`, with its scale and */
-/* bias if there are any. Absent and not required: matrix->data stays NULL. per_token: the share */
-/* of its bytes that one token reads. */
+// Binds matrix to base.weight {n_in, n_out, n_expert}, which reads `input`, with its scale and
+// bias if there are any. Absent and not required: matrix->data stays NULL. per_token: the share
+// of its bytes that one token reads.
 MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int layer,
                                   const char *base, moe__input input, int64_t n_in, int64_t n_out,
                                   int64_t n_expert, double per_token, int required) {
     const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "weight", required);
     if (!tensor) return 0;
-    /* attn_kv_b, and k_b and v_b in some files: the heads' rows follow one another in 2-D. */
+    // attn_kv_b, and k_b and v_b in some files: the heads' rows follow one another in 2-D.
     int folded = n_expert > 1 && tensor->ne[2] == 1 && tensor->ne[1] == n_out * n_expert &&
                  !strncmp(base, "attn_", 5);
     if (!moe__load_shape_is(loader, tensor, n_in, folded ? n_out * n_expert : n_out,
@@ -14123,7 +14487,7 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     matrix->row_size = moe_type_row_size(tensor->type, n_in);
     matrix->expert_size = matrix->row_size * (size_t)n_out;
     matrix->scale = moe__load_scale(loader, matrix, layer, base);
-    matrix->bias = NULL; /* a row of token_embd is read as it is */
+    matrix->bias = NULL; // a row of token_embd is read as it is
     if (strcmp(base, "token_embd"))
         matrix->bias = moe__load_vector(loader, layer, base, "bias", n_out, n_expert, 0);
     matrix->bias_stride = n_out;
@@ -14133,7 +14497,7 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     return !loader->status;
 }
 
-/* The same from files that hold one tensor per expert, base.E.weight. */
+// The same from files that hold one tensor per expert, base.E.weight.
 MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int layer,
                                  const char *base, moe__input input, int64_t n_in, int64_t n_out,
                                  int64_t n_expert, double per_token) {
@@ -14160,7 +14524,7 @@ MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int l
     return 1;
 }
 
-/* Rows first .. first + n - 1 of every expert's matrix as a matrix of its own: whole groups. */
+// Rows first .. first + n - 1 of every expert's matrix as a matrix of its own: whole groups.
 MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix *whole,
                                          int64_t first, int64_t n) {
     moe__matrix slice = *whole;
@@ -14174,7 +14538,7 @@ MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix 
     return slice;
 }
 
-/* ---- hyper-parameters ------------------------------------------------------------------------ */
+// ---- hyper-parameters ------------------------------------------------------------------------
 
 MOE__PRIVATE void moe__load_check_base(moe__loader *loader, const char *key,
                                        const moe__rope_scaling *s) {
@@ -14183,14 +14547,14 @@ MOE__PRIVATE void moe__load_check_base(moe__loader *loader, const char *key,
                        s->base, s->factor);
 }
 
-/* How positions are scaled; *magnitude: the factor that goes with it. */
+// How positions are scaled; *magnitude: the factor that goes with it.
 MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling *s,
                                          double *magnitude) {
     char key[128];
     moe_string type;
     const void *cursor = NULL;
     memset(s, 0, sizeof *s);
-    type.data = "linear"; /* without a factor: no scaling */
+    type.data = "linear"; // without a factor: no scaling
     type.size = 6;
     const moe_gguf_value *value = moe__load_value(loader, "rope.scaling.type", key);
     if (value && !moe_gguf_value_string(value, &cursor, &type))
@@ -14215,7 +14579,7 @@ MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling 
     moe__load_check_base(loader, "rope.freq_base", s);
 }
 
-/* rope_freqs (or NULL) divide the frequencies. */
+// rope_freqs (or NULL) divide the frequencies.
 MOE__PRIVATE void moe__load_rope(moe__loader *loader, int id, int32_t n_rot,
                                  const moe__rope_scaling *s, double magnitude,
                                  const float *factors) {
@@ -14238,7 +14602,7 @@ MOE__PRIVATE void moe__load_rope(moe__loader *loader, int id, int32_t n_rot,
     }
 }
 
-/* Positions, and the factor of query . key that goes with them. */
+// Positions, and the factor of query . key that goes with them.
 MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     moe_model *model = loader->model;
     moe__layer *layers = model->layers;
@@ -14249,8 +14613,8 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     moe__load_rope_scaling(loader, &s, &attn_factor);
     magnitude = attn_factor * (s.yarn ? 1 + 0.1 * log(s.factor) : 1);
     if (mla) {
-        /* DeepSeek's mscale is, squared, in the scores and not in cos and sin; if the file does */
-        /* not say how large it is, it has YaRN's own size and is in both. */
+        // DeepSeek's mscale is, squared, in the scores and not in cos and sin; if the file does
+        // not say how large it is, it has YaRN's own size and is in both.
         double more = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
         if (more > 0 || !s.yarn) magnitude = attn_factor;
         else more = 0.1;
@@ -14297,7 +14661,7 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     }
 }
 
-/* Groups of experts of which only the best take part: any family may have them. */
+// Groups of experts of which only the best take part: any family may have them.
 MOE__PRIVATE void moe__load_groups(moe__loader *loader) {
     const moe_model_info *info = &loader->model->info;
     moe__router *router = &loader->model->router;
@@ -14331,7 +14695,7 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->scale = model->residual_scale;
     moe__load_groups(loader);
     if (!moe__has(model, MOE__ROUTER_KEYS) || loader->status) return;
-    /* GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out. */
+    // GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out.
     int glm_flash = model->family->mixer == MOE__MLA && info->n_layer >= 47 && info->n_layer <= 48;
     int gating = moe__load_int(loader, "expert_gating_func", 1, 4,
                                glm_flash                ? MOE__GATING_SIGMOID
@@ -14345,10 +14709,10 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
 }
 
-/* Heads of layer il and how many keys they see. */
+// Heads of layer il and how many keys they see.
 MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
-    const moe__layer *first = model->layers; /* by whose heads the default width is found */
+    const moe__layer *first = model->layers; // by whose heads the default width is found
     layer->mixer = model->family->mixer;
     layer->n_head = moe__load_int_at(loader, "attention.head_count", il, 1, MOE__MAX_HEADS,
                                      MOE__REQUIRED);
@@ -14365,7 +14729,7 @@ MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il
                                       layer->head_v);
         layer->kv_lora = moe__load_int(loader, "attention.kv_lora_rank", 1, 1 << 16,
                                        MOE__REQUIRED);
-        /* Whether queries are low-rank shows in the tensors; the rank must then be known. */
+        // Whether queries are low-rank shows in the tensors; the rank must then be known.
         if (!moe_gguf_find_tensor(loader->gguf, "blk.0.attn_q.weight"))
             layer->q_lora = moe__load_int(loader, "attention.q_lora_rank", 1, 1 << 16,
                                           MOE__REQUIRED);
@@ -14379,14 +14743,14 @@ MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il
                        "heads of %d and %d values", layer->head_k, layer->head_v);
 }
 
-/* Whether layer il has a sliding window: by the key, an array or a period of which the last */
-/* layer has none (0: all have one), or by the family's period. */
+// Whether layer il has a sliding window: by the key, an array or a period of which the last
+// layer has none (0: all have one), or by the family's period.
 MOE__PRIVATE int moe__load_is_sliding(moe__loader *loader, int il) {
     char key[128];
     int64_t period = loader->model->family->window_period, x = 0;
     const moe_gguf_value *value =
         moe__load_value(loader, "attention.sliding_window_pattern", key);
-    if (value && moe__load_is_array(value)) { /* a missing tail: no windows */
+    if (value && moe__load_is_array(value)) { // a missing tail: no windows
         if ((uint64_t)il < value->count && !moe_gguf_value_int(value, (uint64_t)il, &x))
             moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s does not hold integers", key);
         return x != 0;
@@ -14396,7 +14760,7 @@ MOE__PRIVATE int moe__load_is_sliding(moe__loader *loader, int il) {
     return period <= 0 || il % period < period - 1;
 }
 
-/* Layers with a window must have heads like the others. */
+// Layers with a window must have heads like the others.
 MOE__PRIVATE void moe__load_check_sliding(moe__loader *loader) {
     const moe__layer *first = loader->model->layers;
     static const char *const names[2][2] = {
@@ -14436,7 +14800,7 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
     info->n_head_kv = model->layers[0].n_head_kv;
 }
 
-/* Queries far from the start may be sharpened. Files that do not want it have 0, or no keys. */
+// Queries far from the start may be sharpened. Files that do not want it have 0, or no keys.
 MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
     const moe_model *model = loader->model;
     if (model->family->mixer != MOE__MLA) return;
@@ -14450,7 +14814,7 @@ MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
     }
 }
 
-/* Factors of embeddings, of what is added to the residual, and of logits. */
+// Factors of embeddings, of what is added to the residual, and of logits.
 MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
     moe_model *model = loader->model;
     model->embd_scale = model->residual_scale = model->logit_scale = 1;
@@ -14466,7 +14830,7 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe_model_info *info = &model->info;
     int32_t blocks = moe__load_int(loader, "block_count", 1, MOE__MAX_LAYERS, MOE__REQUIRED);
     info->n_layer = model->n_blocks = blocks;
-    /* Prediction layers at the end are not run. */
+    // Prediction layers at the end are not run.
     info->n_layer -= moe__load_int(loader, "nextn_predict_layers", 1, blocks - 1, 0);
     info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
     info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
@@ -14485,7 +14849,7 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     info->n_ff = moe__load_int_at(loader, "feed_forward_length", 0, 1, 1 << 24, 0);
     info->n_ff_exp = info->n_ff;
     if (moe__has(model, MOE__SHARED_GATED) && !loader->status) {
-        info->n_ff_exp = info->n_ff / info->n_expert_used; /* Qwen1.5-MoE without the key */
+        info->n_ff_exp = info->n_ff / info->n_expert_used; // Qwen1.5-MoE without the key
         info->n_expert_shared = 1;
         model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
                                            info->n_ff ? info->n_ff : MOE__REQUIRED);
@@ -14503,7 +14867,7 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
                                                          info->n_expert_shared, 1 << 28)
                                  : 0;
     }
-    if (moe__has(model, MOE__SHARED_WIDTH)) { /* exaone-moe: as wide as a routed one by default */
+    if (moe__has(model, MOE__SHARED_WIDTH)) { // exaone-moe: as wide as a routed one by default
         model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
                                            moe__has(model, MOE__WIDTH_FFN) ? 0 : info->n_ff_exp);
         info->n_expert_shared = model->n_ff_shared > 0;
@@ -14513,9 +14877,9 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
                        "the width of the feed-forward layers is missing");
 }
 
-/* ---- feed-forward parts ---------------------------------------------------------------------- */
+// ---- feed-forward parts ----------------------------------------------------------------------
 
-/* down(activation(gate x) * up x) of so many experts, whose hidden vectors are `hidden`. */
+// down(activation(gate x) * up x) of so many experts, whose hidden vectors are `hidden`.
 MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, const char *suffix,
                                 moe__input hidden, int64_t n_ff, int64_t n_expert,
                                 double per_token, int required) {
@@ -14547,7 +14911,7 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     moe__load_matrix(loader, &ffn->down, il, down, hidden, n_ff, n_embd, n, part, 1);
 }
 
-/* What a layer holds beside its mixer, whose head counts are known by then. */
+// What a layer holds beside its mixer, whose head counts are known by then.
 MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
     const moe_model_info *info = &model->info;
@@ -14570,7 +14934,7 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
     const double share = (double)info->n_expert_used / info->n_expert;
     moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_X, n_embd,
                      info->n_expert, 1, 1, 1);
-    if (moe__has(model, MOE__ROUTER_KEYS)) { /* some files leave ".bias" out of the name */
+    if (moe__has(model, MOE__ROUTER_KEYS)) { // some files leave ".bias" out of the name
         layer->router_bias =
             moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
         if (!layer->router_bias)
@@ -14587,7 +14951,7 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
             moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", n_embd, 1, 1);
 }
 
-/* Families whose matrices have biases must not run without one. */
+// Families whose matrices have biases must not run without one.
 MOE__PRIVATE void moe__load_check_biases(moe__loader *loader, const moe__layer *layer, int il) {
     const moe__matrix *const matrices[] = {
         &layer->q, &layer->k, &layer->v, &layer->o, &layer->router,
@@ -14599,7 +14963,7 @@ MOE__PRIVATE void moe__load_check_biases(moe__loader *loader, const moe__layer *
         if (!matrices[i]->bias) moe__load_tensor(loader, il, names[i], "bias", 1);
 }
 
-/* ---- the whole ------------------------------------------------------------------------------- */
+// ---- the whole -------------------------------------------------------------------------------
 
 MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
     moe_model *model = loader->model;
@@ -14627,16 +14991,16 @@ MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
                        (int)moe_vocab_size(model->vocab), (int)info->n_vocab);
 }
 
-/* Tensors that may stay unused: PREFIX...SUFFIX, if the tensor PREFIX...OTHER is used. Files are */
-/* written with any others because they change what the model computes. */
+// Tensors that may stay unused: PREFIX...SUFFIX, if the tensor PREFIX...OTHER is used. Files are
+// written with any others because they change what the model computes.
 typedef struct moe__spare {
     const char *prefix, *suffix, *other;
 } moe__spare;
 
 static const moe__spare moe__spares[] = {
-    /* how large activations are, for kernels that round them to 4 bits */
+    // how large activations are, for kernels that round them to 4 bits
     {"", ".input_scale", ".weight"},
-    /* left out by llama.cpp, see moe__load_is_scaled: what counts is read */
+    // left out by llama.cpp, see moe__load_is_scaled: what counts is read
     {"blk.", ".attn_gate.scale", ".attn_gate.weight"},
     {"blk.", ".ffn_gate.scale", ".ffn_gate.weight"},
     {"blk.", ".ffn_up.scale", ".ffn_up.weight"},
@@ -14648,9 +15012,9 @@ static const moe__spare moe__spares[] = {
     {"blk.", ".ffn_gate_shexp.scale", ".ffn_gate_shexp.weight"},
     {"blk.", ".ffn_up_shexp.scale", ".ffn_up_shexp.weight"},
     {"blk.", ".ffn_down_shexp.scale", ".ffn_down_shexp.weight"},
-    /* the same as these two */
+    // the same as these two
     {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight"},
-    /* what looks at images in files that hold both; text needs none of it */
+    // what looks at images in files that hold both; text needs none of it
     {"v.", "", NULL},
     {"mm.", "", NULL},
 };
@@ -14673,7 +15037,7 @@ MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name)
     return 0;
 }
 
-/* N of "blk.N."; -1: another name */
+// N of "blk.N."; -1: another name
 MOE__PRIVATE int moe__load_layer_of(const char *name) {
     int n = 0, digits = 0;
     if (strncmp(name, "blk.", 4)) return -1;
@@ -14682,7 +15046,7 @@ MOE__PRIVATE int moe__load_layer_of(const char *name) {
     return digits && *name == '.' ? n : -1;
 }
 
-/* Every tensor must be used: one that is left out would change what comes out. */
+// Every tensor must be used: one that is left out would change what comes out.
 MOE__PRIVATE void moe__load_check_used(moe__loader *loader) {
     const moe_model *model = loader->model;
     const char *first = NULL;
@@ -14694,7 +15058,7 @@ MOE__PRIVATE void moe__load_check_used(moe__loader *loader) {
         const char *name = moe_gguf_tensor_at(loader->gguf, i)->name;
         const int layer = moe__load_layer_of(name);
         if (loader->used[i] || moe__load_is_spare(loader, name)) continue;
-        if (layer >= model->info.n_layer && layer < model->n_blocks) continue; /* predicts */
+        if (layer >= model->info.n_layer && layer < model->n_blocks) continue; // predicts
         if (layer >= model->n_blocks)
             moe__load_fail(loader, MOE_ERROR_FORMAT, name,
                            "tensor %s is of a layer that block_count, %d, does not count", name,
@@ -14746,16 +15110,16 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
         moe__base_copy_text(model->info.name, sizeof model->info.name, name.data, name.size);
 }
 
-/* ============================================================================================== */
-/* // >>cache */
-/* */
-/* What a sequence remembers, layer by layer, each in the shape its mixer asks for. Nothing is */
-/* touched before it is needed: what no token has been stored in takes no memory. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>cache
+//
+// What a sequence remembers, layer by layer, each in the shape its mixer asks for. Nothing is
+// touched before it is needed: what no token has been stored in takes no memory.
+// ==============================================================================================
 
-/* Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the */
-/* latent vector and the rotated key, and no values of their own. A Q8_0 row is width / 32 blocks */
-/* as in files: f16 scale, 32 int8. The widths of the parts of a row are multiples of 32. */
+// Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the
+// latent vector and the rotated key, and no values of their own. A Q8_0 row is width / 32 blocks
+// as in files: f16 scale, 32 int8. The widths of the parts of a row are multiples of 32.
 typedef struct moe__kv {
     uint8_t *data;
     moe_kv_type type;
@@ -14767,7 +15131,7 @@ MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t positi
     return kv->data + (size_t)(head * kv->n_ctx + position) * kv->row_size;
 }
 
-/* Stores n values behind the first `at` of a row. */
+// Stores n values behind the first `at` of a row.
 MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, uint8_t *row,
                                 int64_t at, const float *x, int64_t n) {
     row += moe__kv_bytes(kv->type, at);
@@ -14779,11 +15143,11 @@ MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, 
         kernels->f32_to_q8_0(x, n, row);
 }
 
-/* What a mixer keeps in a layer. */
+// What a mixer keeps in a layer.
 typedef struct moe__cache_shape {
-    int64_t n_head; /* rows per position, of keys and of values: */
-    int64_t k, v;   /* so many values each; 0: there are none */
-    int64_t part;   /* of a row of keys, stored by itself; the rest is another part */
+    int64_t n_head; // rows per position, of keys and of values:
+    int64_t k, v;   // so many values each; 0: there are none
+    int64_t part;   // of a row of keys, stored by itself; the rest is another part
 } moe__cache_shape;
 
 typedef struct moe__cache {
@@ -14808,78 +15172,78 @@ MOE__PRIVATE moe__cache moe__cache_take(moe__arena *arena, const moe__cache_shap
     return cache;
 }
 
-/* ============================================================================================== */
-/* // >>batch */
-/* */
-/* Rows of several sequences, the buffers that they go through, and how threads share the steps */
-/* of a forward pass (moe__forward in >>session), which every thread walks from top to bottom. */
-/* */
-/*   jobs       what the caller wants to be appended to which sequences */
-/*   rows       a batch: rows[t] = {sequence, token, position}; all but mixers see rows only */
-/*   spans      rows of one sequence that follow one another: what mixers work on */
-/*   sequence   (moe_session) its cache, its length, its logits */
-/*   work       (moe__work) the buffers for a batch; they belong to the pool */
-/* */
-/* Two ways of sharing the same steps: */
-/*   one row      what is tiny (norms, quantizing, choosing experts) every thread does for itself */
-/*                into memory of its own: cheaper than a barrier */
-/*   many rows    it is split over the rows, into shared memory, and a barrier follows */
-/* Matrices are split by their rows in both. Which memory it is shows in moe__eval.in alone. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>batch
+//
+// Rows of several sequences, the buffers that they go through, and how threads share the steps
+// of a forward pass (moe__forward in >>session), which every thread walks from top to bottom.
+//
+//   jobs       what the caller wants to be appended to which sequences
+//   rows       a batch: rows[t] = {sequence, token, position}; all but mixers see rows only
+//   spans      rows of one sequence that follow one another: what mixers work on
+//   sequence   (moe_session) its cache, its length, its logits
+//   work       (moe__work) the buffers for a batch; they belong to the pool
+//
+// Two ways of sharing the same steps:
+//   one row      what is tiny (norms, quantizing, choosing experts) every thread does for itself
+//                into memory of its own: cheaper than a barrier
+//   many rows    it is split over the rows, into shared memory, and a barrier follows
+// Matrices are split by their rows in both. Which memory it is shows in moe__eval.in alone.
+// ==============================================================================================
 
 enum {
-    MOE__MLA_EXPAND = 128, /* inputs of so many tokens expand latent vectors to keys and values, */
-    MOE__MLA_KEYS = 512    /* at so many positions at a time: a multiple of MOE__ATTEND_KEYS */
+    MOE__MLA_EXPAND = 128, // inputs of so many tokens expand latent vectors to keys and values,
+    MOE__MLA_KEYS = 512    // at so many positions at a time: a multiple of MOE__ATTEND_KEYS
 };
 
-/* A row of a batch: one token of one sequence. */
+// A row of a batch: one token of one sequence.
 typedef struct moe__row {
     moe_session *sequence;
     int32_t token, position;
 } moe__row;
 
-/* Rows of a batch that follow one another in one sequence */
+// Rows of a batch that follow one another in one sequence
 typedef struct moe__span {
     moe_session *sequence;
-    int32_t first, n;     /* rows of the batch */
-    int32_t past;         /* position of the first: tokens of the sequence before it */
-    int32_t at;           /* number of the first among the rows that attend in the same way */
-    int expand;           /* MLA: keys and values are expanded; else queries absorb that */
-    int32_t n_logits;     /* the last rows, whose logits are wanted, */
-    float *logits;        /* here */
+    int32_t first, n;     // rows of the batch
+    int32_t past;         // position of the first: tokens of the sequence before it
+    int32_t at;           // number of the first among the rows that attend in the same way
+    int expand;           // MLA: keys and values are expanded; else queries absorb that
+    int32_t n_logits;     // the last rows, whose logits are wanted,
+    float *logits;        // here
 } moe__span;
 
-/* Memory of one thread. */
+// Memory of one thread.
 typedef struct moe__local {
     moe__scratch scratch;
     moe__plan plan;
-    moe__acts in[MOE__INPUTS]; /* of one row: what is not the same for all threads */
-    float *rope;               /* cos and sin of one row, of all ropes */
+    moe__acts in[MOE__INPUTS]; // of one row: what is not the same for all threads
+    float *rope;               // cos and sin of one row, of all ropes
     float *router_logits;
     int32_t *experts;
     float *expert_weights;
     float shared_weight;
-    uint8_t *mixing;           /* private buffers of the mixer that is at work */
+    uint8_t *mixing;           // private buffers of the mixer that is at work
 } moe__local;
 
-/* Buffers for a batch of n rows. They belong to the pool: its sessions take turns. */
+// Buffers for a batch of n rows. They belong to the pool: its sessions take turns.
 typedef struct moe__work {
-    moe__row *rows;        /* [n] */
-    moe__span *spans;      /* [n] */
+    moe__row *rows;        // [n]
+    moe__span *spans;      // [n]
     int32_t n_spans;
-    float *residual;       /* [n][n_embd] */
-    float *branch;         /* the same: what is normed before it joins the residual */
-    float *rope;           /* [n][floats of all ropes] */
-    moe__acts in[MOE__INPUTS]; /* of [n] rows, ROUTED: [n * n_expert_used]; mixers have their own */
-    float *router_logits;  /* [n][n_expert] */
-    int32_t *experts;      /* [n][n_expert_used] */
+    float *residual;       // [n][n_embd]
+    float *branch;         // the same: what is normed before it joins the residual
+    float *rope;           // [n][floats of all ropes]
+    moe__acts in[MOE__INPUTS]; // of [n] rows, ROUTED: [n * n_expert_used]; mixers have their own
+    float *router_logits;  // [n][n_expert]
+    int32_t *experts;      // [n][n_expert_used]
     float *expert_weights;
-    float *shared_weights; /* [n] */
-    float *expert_out;     /* [n_expert_used + 1][n_embd], of one token, see moe__forward_down */
-    int32_t *numbers;      /* 0, 1, 2, ... n - 1 */
-    float *scales;         /* n times the residual's scale */
-    uint8_t *mixing;       /* shared buffers of the mixer that is at work */
-    moe__local *locals;    /* one per thread */
+    float *shared_weights; // [n]
+    float *expert_out;     // [n_expert_used + 1][n_embd], of one token, see moe__forward_down
+    int32_t *numbers;      // 0, 1, 2, ... n - 1
+    float *scales;         // n times the residual's scale
+    uint8_t *mixing;       // shared buffers of the mixer that is at work
+    moe__local *locals;    // one per thread
 } moe__work;
 
 struct moe_session {
@@ -14888,22 +15252,22 @@ struct moe_session {
     const moe__kernels *kernels;
     const moe__schedule_info *schedule;
     moe_pool *pool, *own_pool;
-    int32_t pin;           /* of own_pool */
+    int32_t pin;           // of own_pool
     moe_session_info info;
     int (*should_stop)(void *user);
     void *should_stop_user;
     int keep_all_logits;
-    int32_t length;        /* tokens in the cache */
-    int32_t n_last;        /* tokens of the last eval that have logits; 0: there are none */
-    int in_jobs;           /* while it is being evaluated */
-    uint64_t *expert_counts; /* [layer][expert] */
-    double *wait_seconds;  /* of each thread in the last eval */
-    moe__cache *caches;    /* per layer */
-    float *logits;         /* [n_vocab], or [n_ctx][n_vocab] by position */
+    int32_t length;        // tokens in the cache
+    int32_t n_last;        // tokens of the last eval that have logits; 0: there are none
+    int in_jobs;           // while it is being evaluated
+    uint64_t *expert_counts; // [layer][expert]
+    double *wait_seconds;  // of each thread in the last eval
+    moe__cache *caches;    // per layer
+    float *logits;         // [n_vocab], or [n_ctx][n_vocab] by position
     void *memory;
-    uint8_t *buffers;      /* within memory, at a huge page: all of the above but the logits */
-    size_t n_bytes;        /* of buffers */
-    moe__work work;        /* as it lies in the pool's memory */
+    uint8_t *buffers;      // within memory, at a huge page: all of the above but the logits
+    size_t n_bytes;        // of buffers
+    moe__work work;        // as it lies in the pool's memory
 };
 
 MOE__INLINE float *moe__take_floats(moe__arena *arena, int64_t rows, int64_t n) {
@@ -14912,27 +15276,27 @@ MOE__INLINE float *moe__take_floats(moe__arena *arena, int64_t rows, int64_t n) 
     return (float *)moe__arena_take(arena, count, sizeof(float));
 }
 
-/* ---- batches -------------------------------------------------------------------------------- */
+// ---- batches --------------------------------------------------------------------------------
 
-/* What is evaluated, and the batch of rows that is being evaluated */
+// What is evaluated, and the batch of rows that is being evaluated
 typedef struct moe__batch {
     moe_job *jobs;
     int32_t n_jobs;
-    moe_session *lead;  /* whose options count: its kernels, schedule, n_batch and threads */
+    moe_session *lead;  // whose options count: its kernels, schedule, n_batch and threads
     moe__work *work;
-    int32_t job, done;  /* the next token: of which job, after how many of it */
-    int64_t n;          /* rows of this batch */
-    int more;           /* whether another follows */
-    int stop;           /* set by thread 0 before a barrier, read after it */
-    moe__nodes nodes;   /* of the threads */
+    int32_t job, done;  // the next token: of which job, after how many of it
+    int64_t n;          // rows of this batch
+    int more;           // whether another follows
+    int stop;           // set by thread 0 before a barrier, read after it
+    moe__nodes nodes;   // of the threads
 } moe__batch;
 
-/* The next rows, as many as fit, in the order of the jobs */
+// The next rows, as many as fit, in the order of the jobs
 MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
     moe__work *work = batch->work;
     const moe_model *model = batch->lead->model;
     const int32_t most = batch->lead->info.n_batch;
-    const int mla = model->widest[MOE__IN_LATENT] > 0; /* some layer attends to latent vectors */
+    const int mla = model->widest[MOE__IN_LATENT] > 0; // some layer attends to latent vectors
     int32_t absorbed = 0;
     batch->n = 0;
     work->n_spans = 0;
@@ -14979,7 +15343,7 @@ MOE__PRIVATE void moe__batch_next(moe__batch *batch) {
             batch->more = 1;
 }
 
-/* ---- the state of one thread in one batch --------------------------------------------------- */
+// ---- the state of one thread in one batch ---------------------------------------------------
 
 typedef struct moe__eval {
     moe__batch *batch;
@@ -14987,14 +15351,14 @@ typedef struct moe__eval {
     const moe_model *model;
     const moe__kernels *kernels;
     moe__local *local;
-    moe__acts in[MOE__INPUTS]; /* what matrices read: of one row this thread's own, as far as */
-                               /* every thread makes it for itself */
+    moe__acts in[MOE__INPUTS]; // what matrices read: of one row this thread's own, as far as
+                               // every thread makes it for itself
     int thread, n_threads;
-    int64_t n;       /* rows of this batch */
+    int64_t n;       // rows of this batch
 } moe__eval;
 
-/* Rows of a matrix begin at multiples of this in all threads. Half a tile costs a little more */
-/* than half of one, but large teams would wait for whole ones. */
+// Rows of a matrix begin at multiples of this in all threads. Half a tile costs a little more
+// than half of one, but large teams would wait for whole ones.
 MOE__INLINE int64_t moe__eval_row_unit(const moe__matrix *matrix, int64_t n_tokens) {
     const int64_t unit = n_tokens == 1 ? MOE__ROW_UNIT : MOE__TILE_ROWS / 2;
     return matrix->data ? moe__max(unit, (int64_t)matrix->type->rows) : unit;
@@ -15005,13 +15369,13 @@ MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
     moe__pool_barrier(e->batch->lead->pool, e->thread);
 }
 
-/* This thread's part of `total`. */
+// This thread's part of `total`.
 MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit, int64_t *begin,
                                  int64_t *end) {
     moe__pool_share(total, unit, e->thread, e->n_threads, begin, end);
 }
 
-/* Fetches the first of this thread's rows of a matrix that is read soon, see moe__matrix_fetch. */
+// Fetches the first of this thread's rows of a matrix that is read soon, see moe__matrix_fetch.
 MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix) {
     int64_t begin, end;
     if (!matrix->data) return;
@@ -15019,15 +15383,15 @@ MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix)
     moe__matrix_fetch(matrix, 0, begin, end);
 }
 
-/* Matrices whose products are made between two barriers, one of a list */
+// Matrices whose products are made between two barriers, one of a list
 typedef struct moe__projection {
     const moe__matrix *matrix;
-    float *out; /* [row][n_out] */
+    float *out; // [row][n_out]
 } moe__projection;
 
-/* This thread's rows of number i of a list: the blocks of rows of all matrices are laid out in a */
-/* line, as long as they cost (one row: bytes, many: multiplications), those of each memory node */
-/* by themselves, and cut into equal parts; a block belongs to the part that its middle lies in. */
+// This thread's rows of number i of a list: the blocks of rows of all matrices are laid out in a
+// line, as long as they cost (one row: bytes, many: multiplications), those of each memory node
+// by themselves, and cut into equal parts; a block belongs to the part that its middle lies in.
 MOE__PRIVATE void moe__eval_cut(const moe__eval *e, const moe__projection *list, int n_list, int i,
                                 int64_t *begin, int64_t *end) {
     const moe__nodes *nodes = &e->batch->nodes;
@@ -15051,7 +15415,7 @@ MOE__PRIVATE void moe__eval_cut(const moe__eval *e, const moe__projection *list,
     *end = moe__min((from + moe__min(high, n_units)) * unit, list[i].matrix->n_out);
 }
 
-/* out[row][all rows of matrix] = matrix x for this thread's parts of a list; no barrier. */
+// out[row][all rows of matrix] = matrix x for this thread's parts of a list; no barrier.
 MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__projection *list, int n_list) {
     int64_t begin, end, next = 0, next_end = 0;
     moe__eval_cut(e, list, n_list, 0, &begin, &end);
@@ -15070,7 +15434,7 @@ MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__projection *list, i
     }
 }
 
-/* sum += scale of the residual * matrix x for this thread's rows; no barrier. */
+// sum += scale of the residual * matrix x for this thread's rows; no barrier.
 MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix, float *sum) {
     int64_t begin, end;
     moe__eval_share(e, matrix->n_out, moe__eval_row_unit(matrix, e->n), &begin, &end);
@@ -15080,8 +15444,8 @@ MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix,
                         e->work->scales, sum, e->local->scratch.up, e->local->scratch.pack);
 }
 
-/* norm(source) * weight, ready for matrices: one row for this thread alone, many shared. */
-/* source: [n][values of the input]. */
+// norm(source) * weight, ready for matrices: one row for this thread alone, many shared.
+// source: [n][values of the input].
 MOE__PRIVATE void moe__eval_norm(moe__eval *e, const float *source, const float *weight,
                                  moe__input input) {
     const moe__acts *out = &e->in[input];
@@ -15094,33 +15458,33 @@ MOE__PRIVATE void moe__eval_norm(moe__eval *e, const float *source, const float 
     if (e->n > 1) moe__eval_barrier(e);
 }
 
-/* Floats that all threads wrote together, ready for matrices; rows of them. The barrier that */
-/* many rows need is the caller's. */
+// Floats that all threads wrote together, ready for matrices; rows of them. The barrier that
+// many rows need is the caller's.
 MOE__PRIVATE void moe__eval_quantize(moe__eval *e, moe__input input, int64_t rows) {
     int64_t begin = 0, end = rows;
     if (e->n > 1) moe__eval_share(e, rows, 1, &begin, &end);
     moe__acts_quantize(e->kernels, &e->in[input], begin, end);
 }
 
-/* The input of this matrix, which is as wide as the layer makes it */
+// The input of this matrix, which is as wide as the layer makes it
 MOE__INLINE void moe__eval_fit(moe__eval *e, const moe__matrix *matrix) {
     if (matrix->data) moe__acts_fit(&e->in[matrix->input], matrix->n_in);
 }
 
-/* Turns a head of row t in a layer that turns. */
+// Turns a head of row t in a layer that turns.
 MOE__INLINE void moe__eval_turn(const moe__eval *e, const moe__layer *layer, int64_t t, float *x) {
     if (!layer->rope) return;
     const float *tables = e->n == 1 ? e->local->rope : e->work->rope + t * e->model->n_rope;
     moe__rope_apply(layer->rope, tables + layer->rope->at, x);
 }
 
-/* ---- memory of mixers ----------------------------------------------------------------------- */
+// ---- memory of mixers -----------------------------------------------------------------------
 
-/* A mixer lays out its buffers anew in each layer, in memory that all layers share: twice, once */
-/* by itself to find out how much (without bases). Inputs of its matrices go to `in`. */
+// A mixer lays out its buffers anew in each layer, in memory that all layers share: twice, once
+// by itself to find out how much (without bases). Inputs of its matrices go to `in`.
 typedef struct moe__memory {
-    const moe_session *session; /* for n_batch and n_ctx */
-    moe__arena common, own;     /* of the team, of this thread */
+    const moe_session *session; // for n_batch and n_ctx
+    moe__arena common, own;     // of the team, of this thread
     moe__acts *in;
     int one_row;
 } moe__memory;
@@ -15136,8 +15500,8 @@ MOE__INLINE moe__memory moe__eval_memory(moe__eval *e) {
     return memory;
 }
 
-/* Vectors that moe__eval_norm makes: of one row each thread's own. Returns where all threads put */
-/* what it is to norm: many rows are normed in place. */
+// Vectors that moe__eval_norm makes: of one row each thread's own. Returns where all threads put
+// what it is to norm: many rows are normed in place.
 MOE__PRIVATE float *moe__memory_take_normed(moe__memory *memory, moe__input input, int64_t n) {
     const unsigned kinds = memory->session->model->kinds[input] | MOE__ACTS_FLOATS;
     moe__acts common, own;
@@ -15147,22 +15511,22 @@ MOE__PRIVATE float *moe__memory_take_normed(moe__memory *memory, moe__input inpu
     return (float *)(void *)common.data[MOE__ACT_F32];
 }
 
-/* ============================================================================================== */
-/* // >>mixers */
-/* */
-/* How a layer mixes tokens: from the normed residual (MOE__IN_X) to what attn_output reads */
-/* (MOE__IN_MIXED). A mixer is a row of moe__mixers at the end of this room. To add one: */
-/* */
-/*   1. a number in moe__mixer_id and what its layers hold in moe__layer (>>model); vectors that */
-/*      only its matrices read, in moe__input (>>ops) */
-/*   2. here: bind      binds its tensors. Every matrix is bound with the vector that it reads: */
-/*                      so that one exists in the right form; layer->first and layer->o are set */
-/*            cache     what it keeps per position and sequence */
-/*            layout    takes its buffers, of all threads and of one, for one layer */
-/*            forward   rows in, results in MOE__IN_MIXED, a barrier behind */
-/*            cut       to which length a sequence can be cut back */
-/*   3. its row, and the family that uses it (>>model) */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>mixers
+//
+// How a layer mixes tokens: from the normed residual (MOE__IN_X) to what attn_output reads
+// (MOE__IN_MIXED). A mixer is a row of moe__mixers at the end of this room. To add one:
+//
+//   1. a number in moe__mixer_id and what its layers hold in moe__layer (>>model); vectors that
+//      only its matrices read, in moe__input (>>ops)
+//   2. here: bind      binds its tensors. Every matrix is bound with the vector that it reads:
+//                      so that one exists in the right form; layer->first and layer->o are set
+//            cache     what it keeps per position and sequence
+//            layout    takes its buffers, of all threads and of one, for one layer
+//            forward   rows in, results in MOE__IN_MIXED, a barrier behind
+//            cut       to which length a sequence can be cut back
+//   3. its row, and the family that uses it (>>model)
+// ==============================================================================================
 
 typedef struct moe__mixer {
     const char *name;
@@ -15170,42 +15534,42 @@ typedef struct moe__mixer {
     moe__cache_shape (*cache)(const moe__layer *layer);
     void (*layout)(const moe__layer *layer, moe__memory *memory);
     void (*forward)(moe__eval *e, const moe__layer *layer, int il);
-    int32_t (*cut)(const moe_session *session, int il, int32_t length); /* <= length */
+    int32_t (*cut)(const moe_session *session, int il, int32_t length); // <= length
 } moe__mixer;
 
-/* What is kept by position is cut anywhere. */
+// What is kept by position is cut anywhere.
 MOE__PRIVATE int32_t moe__mixer_cut_positions(const moe_session *session, int il, int32_t length) {
     return (void)session, (void)il, length;
 }
 
-/* ---- attention over caches ------------------------------------------------------------------ */
+// ---- attention over caches ------------------------------------------------------------------
 
-/* A query sees the keys of its sequence up to its own position, or the last `window` of them. */
-/* Its result has the same bits however the work is cut: keys are seen in chunks that begin at */
-/* multiples of MOE__ATTEND_KEYS, each from a state of its own, and these are added up in their */
-/* order (moe__attend_args). */
-/* */
-/* A work item is a block of queries that share a key-value head, over all chunks. Few queries */
-/* see all of them in one call of the kernel; of many, each call's see MOE__ATTEND_SPAN keys, so */
-/* that these stay in the cache for all queries. If that makes fewer items than threads, each */
-/* chunk becomes an item (its results are kept apart and added up behind a barrier), and then */
-/* blocks become smaller. */
+// A query sees the keys of its sequence up to its own position, or the last `window` of them.
+// Its result has the same bits however the work is cut: keys are seen in chunks that begin at
+// multiples of MOE__ATTEND_KEYS, each from a state of its own, and these are added up in their
+// order (moe__attend_args).
+//
+// A work item is a block of queries that share a key-value head, over all chunks. Few queries
+// see all of them in one call of the kernel; of many, each call's see MOE__ATTEND_SPAN keys, so
+// that these stay in the cache for all queries. If that makes fewer items than threads, each
+// chunk becomes an item (its results are kept apart and added up behind a barrier), and then
+// blocks become smaller.
 
 enum {
-    MOE__ATTEND_BLOCK = 256,              /* most queries of a work item */
+    MOE__ATTEND_BLOCK = 256,              // most queries of a work item
     MOE__ATTEND_SPAN = MOE__MLA_KEYS
 };
 
-/* Buffers of a thread, and results of single chunks, which are shared */
+// Buffers of a thread, and results of single chunks, which are shared
 typedef struct moe__attending {
-    float *q;                 /* the queries of a call, side by side: rows of several heads would */
-                              /* be far apart, at places of the cache that exclude each other */
-    float **out;              /* where their results go, what they see, */
+    float *q;                 // the queries of a call, side by side: rows of several heads would
+                              // be far apart, at places of the cache that exclude each other
+    float **out;              // where their results go, what they see,
     int32_t *first, *n_visible;
-    float *max, *sum;         /* and of all queries of an item the states */
-    float *scores;            /* MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS */
+    float *max, *sum;         // and of all queries of an item the states
+    float *scores;            // MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS
     int64_t n_parts;
-    float *part_max, *part_sum, *part_out; /* [n_parts][n_head], [n_parts][n_head][dv] */
+    float *part_max, *part_sum, *part_out; // [n_parts][n_head], [n_parts][n_head][dv]
 } moe__attending;
 
 MOE__PRIVATE void moe__attending_take(moe__attending *w, moe__memory *memory, int64_t n_head,
@@ -15226,30 +15590,30 @@ MOE__PRIVATE void moe__attending_take(moe__attending *w, moe__memory *memory, in
     w->part_out = moe__take_floats(common, w->n_parts, n_head * dv);
 }
 
-/* Attention in one layer. Query head h reads key-value head h / group. */
+// Attention in one layer. Query head h reads key-value head h / group.
 typedef struct moe__attention {
     const moe__layer *layer;
     int il;
     const moe__attending *w;
-    int expand;            /* which spans take part: those with the same */
-    int64_t n_kv, group;   /* key-value heads, and query heads of each */
+    int expand;            // which spans take part: those with the same
+    int64_t n_kv, group;   // key-value heads, and query heads of each
     int64_t dk, dv;
-    const float *q;        /* [row][n_kv * group][dk]; NULL: moe__gqa_query makes them, */
-    const struct moe__gqa *gqa; /* from these, and keys; else NULL */
-    struct moe__mla *mla;      /* values are the beginning of keys, or expanded from it; NULL */
-    float *out;            /* [row][n_kv * group][dv]; rows are counted as moe__span.at does */
-    float *max, *sum;      /* of each query over the chunks so far: of an item's queries, or, if */
-    int carry;             /* an item is one of several, [n_kv][row] (only if group is 1) */
-    int store;             /* the item of the last chunk stores the new key and value first */
-    int64_t block;         /* most queries of an item */
-    int64_t n_parts;       /* most chunks of a row, if they are items; else 0 */
+    const float *q;        // [row][n_kv * group][dk]; NULL: moe__gqa_query makes them,
+    const struct moe__gqa *gqa; // from these, and keys; else NULL
+    struct moe__mla *mla;      // values are the beginning of keys, or expanded from it; NULL
+    float *out;            // [row][n_kv * group][dv]; rows are counted as moe__span.at does
+    float *max, *sum;      // of each query over the chunks so far: of an item's queries, or, if
+    int carry;             // an item is one of several, [n_kv][row] (only if group is 1)
+    int store;             // the item of the last chunk stores the new key and value first
+    int64_t block;         // most queries of an item
+    int64_t n_parts;       // most chunks of a row, if they are items; else 0
 } moe__attention;
 
-/* The first key that a query at this position sees. */
+// The first key that a query at this position sees.
 MOE__INLINE int64_t moe__attention_first(const moe__layer *layer, int64_t position) {
     return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
 }
-/* The first chunk that it sees, and how many. */
+// The first chunk that it sees, and how many.
 MOE__INLINE int64_t moe__attention_chunk(const moe__layer *layer, int64_t position) {
     return moe__attention_first(layer, position) / MOE__ATTEND_KEYS;
 }
@@ -15257,8 +15621,8 @@ MOE__INLINE int64_t moe__attention_chunks(const moe__layer *layer, int64_t posit
     return position / MOE__ATTEND_KEYS + 1 - moe__attention_chunk(layer, position);
 }
 
-/* Whether so many items keep the threads busy. Of a prompt's, those of later queries cost more: */
-/* they come out even if each thread has some. Of other inputs, all cost the same. */
+// Whether so many items keep the threads busy. Of a prompt's, those of later queries cost more:
+// they come out even if each thread has some. Of other inputs, all cost the same.
 MOE__PRIVATE int moe__attention_is_even(const moe__eval *e, const moe__attention *at,
                                         int64_t items) {
     const int64_t n = e->n_threads, each = (items + n - 1) / n;
@@ -15267,11 +15631,11 @@ MOE__PRIVATE int moe__attention_is_even(const moe__eval *e, const moe__attention
     return items >= n && (at->block <= 16 || 16 * items >= 14 * each * n);
 }
 
-/* How work is cut: sets block and n_parts. Nothing of it changes results. */
+// How work is cut: sets block and n_parts. Nothing of it changes results.
 MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
     int64_t most = 0, rows = 0, items = 0;
     const int64_t least = at->expand ? MOE__MLA_EXPAND : 4;
-    const int64_t limit = at->expand ? 0 : at->w->n_parts; /* expanding is not done twice */
+    const int64_t limit = at->expand ? 0 : at->w->n_parts; // expanding is not done twice
     at->block = MOE__ATTEND_BLOCK;
     if (at->expand) at->block = moe__max(at->block, e->n);
     at->n_parts = 0;
@@ -15291,7 +15655,7 @@ MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
         else
             at->block /= 2;
     }
-    /* A few items that cannot be dealt out evenly */
+    // A few items that cannot be dealt out evenly
     if (!at->n_parts && items % e->n_threads && items < 8 * e->n_threads && most > 1 &&
         rows * most <= limit)
         at->n_parts = most;
@@ -15299,26 +15663,26 @@ MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
 
 typedef struct moe__item {
     const moe__span *span;
-    int64_t head;             /* key-value head */
-    int64_t begin, end;       /* queries of the span: i is head i % group of row i / group */
+    int64_t head;             // key-value head
+    int64_t begin, end;       // queries of the span: i is head i % group of row i / group
     int64_t chunk, chunk_end;
 } moe__item;
 
-/* Where a thread is in the list of items, which nobody writes down */
+// Where a thread is in the list of items, which nobody writes down
 typedef struct moe__items {
     int32_t span;
-    int64_t part, pair; /* chunk, (block, head) */
+    int64_t part, pair; // chunk, (block, head)
     int64_t number;
 } moe__items;
 
-/* Items are dealt out to the threads forth and back. */
+// Items are dealt out to the threads forth and back.
 MOE__INLINE int moe__items_turn(const moe__eval *e, int64_t number) {
     const int64_t turn = number / e->n_threads, i = number % e->n_threads;
     return (turn % 2 ? e->n_threads - 1 - i : i) == e->thread;
 }
 
-/* The next item of this thread; 0: there is none. The last queries of a span see most keys: they */
-/* come first. Of chunks the last comes last, which may be short. */
+// The next item of this thread; 0: there is none. The last queries of a span see most keys: they
+// come first. Of chunks the last comes last, which may be short.
 MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, moe__items *it,
                                  moe__item *item) {
     for (; it->span < e->work->n_spans; it->span++, it->part = 0) {
@@ -15345,14 +15709,14 @@ MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, m
     return 0;
 }
 
-/* The number of one chunk's result for a row (as moe__span.at counts) and query head */
+// The number of one chunk's result for a row (as moe__span.at counts) and query head
 MOE__INLINE int64_t moe__attention_part(const moe__attention *at, int64_t row, int64_t head,
                                         int64_t part) {
     return (row * at->n_parts + part) * at->n_kv * at->group + head;
 }
 
-/* The state before the first key. A sink is as good as a key that was seen before all others, */
-/* whose value is 0. */
+// The state before the first key. A sink is as good as a key that was seen before all others,
+// whose value is 0.
 MOE__PRIVATE void moe__attention_begin(const moe__attention *at, int64_t head, float *max,
                                        float *sum, float *out) {
     *max = at->layer->sinks ? at->layer->sinks[head] : -INFINITY;
@@ -15360,7 +15724,7 @@ MOE__PRIVATE void moe__attention_begin(const moe__attention *at, int64_t head, f
     memset(out, 0, (size_t)at->dv * sizeof *out);
 }
 
-/* The results of a row's chunks, which are kept apart, into `out`. */
+// The results of a row's chunks, which are kept apart, into `out`.
 MOE__PRIVATE void moe__attention_merge(const moe__eval *e, const moe__attention *at,
                                        const moe__span *span, int64_t i, int64_t head) {
     const int64_t n_head = at->n_kv * at->group, row = span->at + i;
@@ -15374,7 +15738,7 @@ MOE__PRIVATE void moe__attention_merge(const moe__eval *e, const moe__attention 
     }
     e->kernels->divide(out, at->dv, sum);
 }
-/* All of them, shared by the threads. */
+// All of them, shared by the threads.
 MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attention *at) {
     const int64_t n_head = at->n_kv * at->group;
     int64_t total = 0, begin, end;
@@ -15390,7 +15754,7 @@ MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attent
     }
 }
 
-/* ---- grouped-query attention ---------------------------------------------------------------- */
+// ---- grouped-query attention ----------------------------------------------------------------
 
 MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
@@ -15405,7 +15769,7 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
         layer->q = moe__load_slice(loader, &fused, 0, n_q);
         layer->k = moe__load_slice(loader, &fused, n_q, n_k);
         layer->v = moe__load_slice(loader, &fused, n_q + n_k, n_v);
-        if (!fused.bias) { /* some files fuse the weights only */
+        if (!fused.bias) { // some files fuse the weights only
             layer->q.bias = moe__load_vector(loader, il, "attn_q", "bias", n_q, 1, 0);
             layer->k.bias = moe__load_vector(loader, il, "attn_k", "bias", n_k, 1, 0);
             layer->v.bias = moe__load_vector(loader, il, "attn_v", "bias", n_v, 1, 0);
@@ -15435,9 +15799,9 @@ MOE__PRIVATE moe__cache_shape moe__gqa_cache(const moe__layer *layer) {
 }
 
 typedef struct moe__gqa {
-    float *q, *k, *v;       /* [row][heads * width], as projected, then normed and turned */
-    float *gate;            /* [row][n_head * head_v]; NULL: none */
-    float *wide_q, *wide_k; /* one row's normed over all heads, if the layer does that */
+    float *q, *k, *v;       // [row][heads * width], as projected, then normed and turned
+    float *gate;            // [row][n_head * head_v]; NULL: none
+    float *wide_q, *wide_k; // one row's normed over all heads, if the layer does that
     moe__attending attending;
 } moe__gqa;
 
@@ -15459,8 +15823,8 @@ MOE__PRIVATE void moe__gqa_layout(const moe__layer *layer, moe__memory *memory) 
     moe__gqa_take(layer, memory, &w);
 }
 
-/* The projected query and key of row t; where they are normed over all heads together, after */
-/* moe__gqa_norm_wide: one row's in this thread's memory, many in place. */
+// The projected query and key of row t; where they are normed over all heads together, after
+// moe__gqa_norm_wide: one row's in this thread's memory, many in place.
 MOE__INLINE float *moe__gqa_q(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                               int64_t t) {
     return e->n == 1 && w->wide_q ? w->wide_q : w->q + t * layer->n_head * layer->head_k;
@@ -15485,7 +15849,7 @@ MOE__PRIVATE void moe__gqa_clamp(const moe__layer *layer, float *x, int64_t n) {
     for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
 }
 
-/* Scales, norms and turns the query of one head; out: head_k floats, may be its place. */
+// Scales, norms and turns the query of one head; out: head_k floats, may be its place.
 MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                  int64_t t, int64_t head, float *out) {
     const int64_t d = layer->head_k;
@@ -15499,7 +15863,7 @@ MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, co
     for (int64_t i = 0; i < d; i++) out[i] *= layer->kq_scale;
 }
 
-/* Norms and turns the key of one head and stores it and its value in the cache. */
+// Norms and turns the key of one head and stores it and its value in the cache.
 MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, int il,
                                  const moe__gqa *w, int64_t t, int64_t head) {
     const moe__row *row = &e->work->rows[t];
@@ -15516,14 +15880,14 @@ MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, in
     moe__kv_store(e->kernels, &cache->v, moe__kv_row(&cache->v, head, row->position), 0, v, dv);
 }
 
-/* ---- multi-head latent attention (DeepSeek-V2 report, 2.1) ---------------------------------- */
+// ---- multi-head latent attention (DeepSeek-V2 report, 2.1) ----------------------------------
 
-/* Short inputs are absorbed: a query is multiplied with k_b and then compared with the cached */
-/* latent vectors themselves, whose weighted sum v_b makes a result of. Long ones expand each */
-/* chunk of the cache to the head's keys and values, which takes fewer multiplications per query. */
+// Short inputs are absorbed: a query is multiplied with k_b and then compared with the cached
+// latent vectors themselves, whose weighted sum v_b makes a result of. Long ones expand each
+// chunk of the cache to the head's keys and values, which takes fewer multiplications per query.
 
-/* The keys' rows of kv_b transposed, as attn_k_b has them: absorbing is then a product like */
-/* others. Types that hold a float each are kept, the others become Q8_0. */
+// The keys' rows of kv_b transposed, as attn_k_b has them: absorbing is then a product like
+// others. Types that hold a float each are kept, the others become Q8_0.
 MOE__PRIVATE void moe__mla_transpose(moe__loader *loader, moe__layer *layer) {
     const moe__kernels *kernels = moe__kernels_get(MOE_ISA_BEST);
     const moe__matrix *kv_b = &layer->kv_b;
@@ -15566,7 +15930,7 @@ MOE__PRIVATE void moe__mla_transpose(moe__loader *loader, moe__layer *layer) {
     info->n_bytes_token += made - (int64_t)kv_b->row_size * nope * layer->n_head;
 }
 
-/* kv_b, k_b or v_b, a matrix per head */
+// kv_b, k_b or v_b, a matrix per head
 MOE__PRIVATE void moe__mla_bind_heads(moe__loader *loader, const moe__layer *layer,
                                       moe__matrix *matrix, int il, const char *name,
                                       moe__input input, int64_t n_in, int64_t n_out,
@@ -15574,12 +15938,12 @@ MOE__PRIVATE void moe__mla_bind_heads(moe__loader *loader, const moe__layer *lay
     moe__load_matrix(loader, matrix, il, name, input, n_in, n_out, layer->n_head, 1, required);
     char bias[64];
     snprintf(bias, sizeof bias, "blk.%d.%s.bias", il, name);
-    if (matrix->bias) /* expanded rows would lose it */
+    if (matrix->bias) // expanded rows would lose it
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, bias,
                        "tensor %s: latent attention knows none", bias);
 }
 
-/* Three generations of files: kv_b only; k_b and v_b; all three. */
+// Three generations of files: kv_b only; k_b and v_b; all three.
 MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) {
     const int64_t n_embd = loader->model->info.n_embd, n_head = layer->n_head;
     const int64_t latent = layer->kv_lora, dv = layer->head_v, rank = layer->q_lora;
@@ -15588,7 +15952,7 @@ MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) 
         moe__load_matrix(loader, &layer->q_a, il, "attn_q_a", MOE__IN_X, n_embd, rank, 1, 1, 1);
         moe__load_matrix(loader, &layer->q_b, il, "attn_q_b", MOE__IN_Q_A, rank, n_q, 1, 1, 1);
         layer->q_a_norm = moe__load_vector(loader, il, "attn_q_a_norm", "weight", rank, 1, 1);
-        if (layer->q_b.data) moe__load_slice(loader, &layer->q_b, 0, layer->head_k); /* heads */
+        if (layer->q_b.data) moe__load_slice(loader, &layer->q_b, 0, layer->head_k); // heads
     } else {
         moe__load_matrix(loader, &layer->q, il, "attn_q", MOE__IN_X, n_embd, n_q, 1, 1, 1);
     }
@@ -15616,21 +15980,21 @@ MOE__PRIVATE moe__cache_shape moe__mla_cache(const moe__layer *layer) {
 }
 
 typedef struct moe__mla {
-    float *q;          /* [row][n_head * head_k] */
-    float *q_a;        /* [row][q_lora], not yet normed */
-    float *kv_a;       /* [row][kv_lora + n_rot]: what the cache keeps */
-    float *q_absorbed; /* [absorbed row][n_head][kv_lora + n_rot] */
-    float *w_k, *w_v;  /* a head's rows of kv_b as floats */
-    float *rows;       /* a group of k_b's rows */
-    int64_t head;      /* whose rows w_k and w_v are; -1: nobody's */
-    float *latent, *keys, *values; /* some positions, expanded for this head, */
+    float *q;          // [row][n_head * head_k]
+    float *q_a;        // [row][q_lora], not yet normed
+    float *kv_a;       // [row][kv_lora + n_rot]: what the cache keeps
+    float *q_absorbed; // [absorbed row][n_head][kv_lora + n_rot]
+    float *w_k, *w_v;  // a head's rows of kv_b as floats
+    float *rows;       // a group of k_b's rows
+    int64_t head;      // whose rows w_k and w_v are; -1: nobody's
+    float *latent, *keys, *values; // some positions, expanded for this head,
     const void **latent_rows;
-    float *all_keys, *all_values;  /* or by all threads, [n_head][MOE__MLA_KEYS][width], with */
-    float *max, *sum;              /* the queries' states, [row][n_head]; NULL: each for itself */
+    float *all_keys, *all_values;  // or by all threads, [n_head][MOE__MLA_KEYS][width], with
+    float *max, *sum;              // the queries' states, [row][n_head]; NULL: each for itself
     moe__attending attending;
 } moe__mla;
 
-/* Whether heads cannot be dealt out evenly to the threads: then all expand together. */
+// Whether heads cannot be dealt out evenly to the threads: then all expand together.
 MOE__INLINE int moe__mla_is_shared(const moe__layer *layer, int32_t n_threads) {
     return layer->n_head % n_threads && layer->n_head < 8 * n_threads;
 }
@@ -15672,7 +16036,7 @@ MOE__PRIVATE void moe__mla_layout(const moe__layer *layer, moe__memory *memory) 
     moe__mla_take(layer, memory, &w);
 }
 
-/* Norms the latent vector, turns the shared key, stores both in the cache. */
+// Norms the latent vector, turns the shared key, stores both in the cache.
 MOE__PRIVATE void moe__mla_store(const moe__eval *e, const moe__layer *layer, int il,
                                  const moe__mla *w, int64_t t) {
     const moe__row *at = &e->work->rows[t];
@@ -15685,7 +16049,7 @@ MOE__PRIVATE void moe__mla_store(const moe__eval *e, const moe__layer *layer, in
     moe__kv_store(e->kernels, cache, out, 0, row, cache->width);
 }
 
-/* Rows of kv_b that make a head's unrotated keys, as floats: w_k[i][latent]. */
+// Rows of kv_b that make a head's unrotated keys, as floats: w_k[i][latent].
 MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
                                     const moe__mla *w, int64_t head) {
     const int64_t nope = layer->head_k - layer->n_rot, latent = layer->kv_lora;
@@ -15694,14 +16058,14 @@ MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
         return;
     }
     const int64_t group = layer->k_b.type->rows;
-    for (int64_t r = 0; r < latent; r += group) { /* k_b is stored transposed: {nope, latent} */
+    for (int64_t r = 0; r < latent; r += group) { // k_b is stored transposed: {nope, latent}
         moe__matrix_to_f32(e->kernels, &layer->k_b, (int32_t)head, r, group, w->rows);
         for (int64_t k = 0; k < group; k++)
             for (int64_t i = 0; i < nope; i++) w->w_k[i * latent + r + k] = w->rows[k * nope + i];
     }
 }
 
-/* Turns and scales the rotated part of a query; scales the other. */
+// Turns and scales the rotated part of a query; scales the other.
 MOE__PRIVATE void moe__mla_turn(const moe__eval *e, const moe__layer *layer, int64_t t,
                                 const float *q, float *nope_out, float *turned) {
     const int64_t nope = layer->head_k - layer->n_rot;
@@ -15715,7 +16079,7 @@ MOE__PRIVATE void moe__mla_turn(const moe__eval *e, const moe__layer *layer, int
     for (int64_t i = 0; i < layer->n_rot; i++) turned[i] *= scale;
 }
 
-/* Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, of all rows that absorb. */
+// Absorbed queries of one head: [k_b q_nope | rope(q_rot)], scaled, of all rows that absorb.
 MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, const moe__mla *w,
                                   int64_t head) {
     const moe__acts *q_nope = &e->in[MOE__IN_Q_NOPE];
@@ -15736,7 +16100,7 @@ MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, const m
                 n_head * width, e->local->scratch.pack);
 }
 
-/* A head's rows of k_b and v_b as floats, for moe__mla_expand. */
+// A head's rows of k_b and v_b as floats, for moe__mla_expand.
 MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, moe__mla *w,
                                 int64_t head) {
     if (w->head == head) return;
@@ -15745,7 +16109,7 @@ MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, moe
     moe__matrix_to_f32(e->kernels, &layer->v_b, (int32_t)head, 0, layer->head_v, w->w_v);
 }
 
-/* out[key][0 .. n - 1] = n rows of weights . latent vectors of keys */
+// out[key][0 .. n - 1] = n rows of weights . latent vectors of keys
 MOE__PRIVATE void moe__mla_expand_rows(const moe__eval *e, const moe__mla *w, int64_t latent,
                                        const float *rows, int64_t n, int64_t n_keys, float *out,
                                        int64_t stride) {
@@ -15756,7 +16120,7 @@ MOE__PRIVATE void moe__mla_expand_rows(const moe__eval *e, const moe__mla *w, in
              e->local->scratch.pack, NULL, 0);
 }
 
-/* Keys and values of one head at positions begin .. begin + n_keys - 1. */
+// Keys and values of one head at positions begin .. begin + n_keys - 1.
 MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, const moe__mla *w,
                                   const moe__kv *cache, int64_t begin, int64_t n_keys,
                                   float *keys, float *values) {
@@ -15775,7 +16139,7 @@ MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, c
     moe__mla_expand_rows(e, w, latent, w->w_v, layer->head_v, n_keys, values, layer->head_v);
 }
 
-/* This thread's part of n_keys positions from `key` on, expanded for all heads */
+// This thread's part of n_keys positions from `key` on, expanded for all heads
 MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *layer, moe__mla *w,
                                         const moe__kv *cache, int64_t key, int64_t n_keys) {
     enum { BLOCK = 64 };
@@ -15791,19 +16155,19 @@ MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *la
     }
 }
 
-/* ---- work items of attention ---------------------------------------------------------------- */
+// ---- work items of attention ----------------------------------------------------------------
 
-/* The number of query i of an item among those of all rows and heads: its place in out */
+// The number of query i of an item among those of all rows and heads: its place in out
 MOE__INLINE int64_t moe__attention_query(const moe__attention *at, const moe__item *item,
                                          int64_t i) {
     return ((item->span->at + i / at->group) * at->n_kv + item->head) * at->group + i % at->group;
 }
-/* Where its state is kept. */
+// Where its state is kept.
 MOE__INLINE int64_t moe__attention_state(const moe__eval *e, const moe__attention *at,
                                          const moe__item *item, int64_t i) {
     return at->carry ? item->head * e->n + item->span->at + i : i - item->begin;
 }
-/* Which part an item of one chunk makes of query i. */
+// Which part an item of one chunk makes of query i.
 MOE__INLINE int64_t moe__attention_part_of(const moe__attention *at, const moe__item *item,
                                            int64_t i) {
     const int64_t t = i / at->group, chunk = moe__attention_chunk(at->layer, item->span->past + t);
@@ -15811,7 +16175,7 @@ MOE__INLINE int64_t moe__attention_part_of(const moe__attention *at, const moe__
                                item->chunk - chunk);
 }
 
-/* The queries of a call, from number `first` of the span on. */
+// The queries of a call, from number `first` of the span on.
 MOE__PRIVATE void moe__attention_gather(const moe__eval *e, const moe__attention *at,
                                         const moe__item *item, int64_t first, int32_t n) {
     for (int64_t i = first; i < first + n; i++) {
@@ -15825,8 +16189,8 @@ MOE__PRIVATE void moe__attention_gather(const moe__eval *e, const moe__attention
     }
 }
 
-/* At most MOE__ATTEND_QUERIES queries, from number `first` of the span on; a: the keys from */
-/* position `key` on. */
+// At most MOE__ATTEND_QUERIES queries, from number `first` of the span on; a: the keys from
+// position `key` on.
 MOE__PRIVATE void moe__attention_call(const moe__eval *e, const moe__attention *at,
                                       const moe__item *item, int64_t first, int64_t key,
                                       moe__attend_args *a) {
@@ -15844,7 +16208,7 @@ MOE__PRIVATE void moe__attention_call(const moe__eval *e, const moe__attention *
         any |= w->first[j] < w->n_visible[j];
         if (!at->n_parts) continue;
         a->max[j] = -INFINITY, a->sum[j] = 0;
-        w->out[j] = w->part_out; /* a query that sees nothing of the chunk has no part of it */
+        w->out[j] = w->part_out; // a query that sees nothing of the chunk has no part of it
         if (w->first[j] >= w->n_visible[j]) continue;
         w->out[j] += moe__attention_part_of(at, item, first + j) * at->dv;
         memset(w->out[j], 0, (size_t)at->dv * sizeof(float));
@@ -15860,7 +16224,7 @@ MOE__PRIVATE void moe__attention_call(const moe__eval *e, const moe__attention *
     }
 }
 
-/* Where the keys and values from position `key` on are; latent ones are the same, or expanded. */
+// Where the keys and values from position `key` on are; latent ones are the same, or expanded.
 MOE__PRIVATE void moe__attention_keys(const moe__eval *e, const moe__attention *at,
                                       const moe__item *item, int64_t key, moe__attend_args *a) {
     const moe__cache *cache = &item->span->sequence->caches[at->il];
@@ -15922,7 +16286,7 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
                            at->sum[moe__attention_state(e, at, item, i)]);
 }
 
-/* This thread's items; no barrier. */
+// This thread's items; no barrier.
 MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
     moe__items items;
     moe__item item;
@@ -15930,9 +16294,9 @@ MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
     while (moe__items_next(e, at, &items, &item)) moe__attention_item(e, at, &item);
 }
 
-/* ---- grouped queries, forward ---------------------------------------------------------------- */
+// ---- grouped queries, forward ----------------------------------------------------------------
 
-/* Results of heads times the sigmoid of their gates, for this thread's part; no barrier. */
+// Results of heads times the sigmoid of their gates, for this thread's part; no barrier.
 MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                 float *out) {
     int64_t begin, end;
@@ -15940,9 +16304,9 @@ MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe
     for (int64_t i = begin; i < end; i++) out[i] /= 1 + expf(-w->gate[i]);
 }
 
-/* What comes between the projections and attention: queries and keys normed and turned, keys and */
-/* values stored. One row: each item makes its queries; the key is stored before only if several */
-/* items see it. */
+// What comes between the projections and attention: queries and keys normed and turned, keys and
+// values stored. One row: each item makes its queries; the key is stored before only if several
+// items see it.
 MOE__PRIVATE void moe__gqa_prepare(moe__eval *e, const moe__layer *layer, int il,
                                    const moe__gqa *w, int store) {
     const int64_t n_head = layer->n_head, n_kv = layer->n_head_kv, dk = layer->head_k;
@@ -15996,9 +16360,9 @@ MOE__PRIVATE void moe__gqa_forward(moe__eval *e, const moe__layer *layer, int il
     moe__eval_barrier(e);
 }
 
-/* ---- latent attention, forward --------------------------------------------------------------- */
+// ---- latent attention, forward ---------------------------------------------------------------
 
-/* Heads' results from sums of latent vectors: v_b u, for this thread's heads. */
+// Heads' results from sums of latent vectors: v_b u, for this thread's heads.
 MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
     const moe__work *work = e->work;
     const moe__layer *layer = at->layer;
@@ -16017,7 +16381,7 @@ MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
                 moe__acts_quantize(e->kernels, latent, row, row + 1);
                 moe__acts_gather(e->in, &layer->v_b, NULL, row, 1, x + n);
             }
-            /* Rows of spans that follow one another go through the matrix together. */
+            // Rows of spans that follow one another go through the matrix together.
             if (s + 1 < work->n_spans && !work->spans[s + 1].expand) continue;
             moe__matmul(e->kernels, &layer->v_b, (int32_t)head, 0, dv, x, n,
                         moe__acts_f32(out, span->first + span->n - n) + head * dv, n_head * dv,
@@ -16026,7 +16390,7 @@ MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
         }
 }
 
-/* Stores what the cache keeps of each row; queries from their low-rank form, ready to attend. */
+// Stores what the cache keeps of each row; queries from their low-rank form, ready to attend.
 MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il,
                                    const moe__mla *w) {
     moe__work *work = e->work;
@@ -16056,9 +16420,9 @@ MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il
     moe__eval_barrier(e);
 }
 
-/* Inputs that expand, where heads are too few for the threads: all threads expand some positions */
-/* for all heads, and then attend to them in small blocks of queries. The same bits as items that */
-/* do both. */
+// Inputs that expand, where heads are too few for the threads: all threads expand some positions
+// for all heads, and then attend to them in small blocks of queries. The same bits as items that
+// do both.
 MOE__PRIVATE void moe__mla_attend_together(moe__eval *e, moe__attention *at) {
     moe__mla *w = at->mla;
     at->carry = 1;
@@ -16079,7 +16443,7 @@ MOE__PRIVATE void moe__mla_attend_together(moe__eval *e, moe__attention *at) {
                 item.begin = (item.end - 1) / MOE__ATTEND_QUERIES * MOE__ATTEND_QUERIES;
                 item.chunk = key / MOE__ATTEND_KEYS;
                 item.chunk_end = (seen + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
-                if (item.chunk_end <= item.chunk) break; /* these do not see so far */
+                if (item.chunk_end <= item.chunk) break; // these do not see so far
                 for (item.head = 0; item.head < at->n_kv; item.head++)
                     if (moe__items_turn(e, number++)) moe__attention_item(e, at, &item);
             }
@@ -16106,7 +16470,7 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
     at.w = &w.attending, at.mla = &w;
     at.max = w.attending.max, at.sum = w.attending.sum;
     many = at;
-    at.n_kv = 1, at.group = n_head; /* all heads read the same rows */
+    at.n_kv = 1, at.group = n_head; // all heads read the same rows
     at.dk = latent + layer->n_rot, at.dv = latent;
     at.q = w.q_absorbed, at.out = moe__acts_f32(&e->in[MOE__IN_LATENT], 0);
     many.expand = 1;
@@ -16132,9 +16496,9 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
     moe__eval_barrier(e);
 }
 
-/* ---- the table ------------------------------------------------------------------------------- */
+// ---- the table -------------------------------------------------------------------------------
 
-/* In the order of moe__mixer_id */
+// In the order of moe__mixer_id
 static const moe__mixer moe__mixers[MOE__N_MIXERS] = {
     {"gqa", moe__gqa_bind, moe__gqa_cache, moe__gqa_layout, moe__gqa_forward,
      moe__mixer_cut_positions},
@@ -16142,18 +16506,18 @@ static const moe__mixer moe__mixers[MOE__N_MIXERS] = {
      moe__mixer_cut_positions},
 };
 
-/* ============================================================================================== */
-/* // >>load */
-/* */
-/* Opening a model: its parts are bound, its weights lie where they are read fast, and what that */
-/* took is recorded. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>load
+//
+// Opening a model: its parts are bound, its weights lie where they are read fast, and what that
+// took is recorded.
+// ==============================================================================================
 
-/* ---- placing the weights in memory ----------------------------------------------------------- */
+// ---- placing the weights in memory -----------------------------------------------------------
 
-/* A team with threads on every memory node touches the pages of weights, each thread those that */
-/* are to lie on its node, so that new pages appear there; then pages that were elsewhere before */
-/* (of a file that is in the system's cache, or of a copy) are moved. */
+// A team with threads on every memory node touches the pages of weights, each thread those that
+// are to lie on its node, so that new pages appear there; then pages that were elsewhere before
+// (of a file that is in the system's cache, or of a copy) are moved.
 typedef struct moe__place {
     const moe_gguf *gguf;
     const moe__machine *machine;
@@ -16162,12 +16526,12 @@ typedef struct moe__place {
     int (*progress)(void *user, float fraction);
     void *progress_user;
     size_t page;
-    uint64_t n_bytes;      /* of all weights */
-    uint64_t done, placed; /* atomic: bytes touched; of pages that lie where they should */
-    int stop, refused;     /* atomic */
+    uint64_t n_bytes;      // of all weights
+    uint64_t done, placed; // atomic: bytes touched; of pages that lie where they should
+    int stop, refused;     // atomic
 } moe__place;
 
-/* Pages from .. to - 1, by one thread of node k. */
+// Pages from .. to - 1, by one thread of node k.
 MOE__PRIVATE void moe__place_pages(moe__place *p, uintptr_t from, uintptr_t to, int32_t k) {
     enum { BATCH = 512 };
     const void *pages[BATCH];
@@ -16192,15 +16556,15 @@ MOE__PRIVATE void moe__place_pages(moe__place *p, uintptr_t from, uintptr_t to, 
     }
 }
 
-/* Is a tensor read by rows that belong to threads? Of token_embd single rows are read, and heads */
-/* of attn_k_b and attn_v_b go around. */
+// Is a tensor read by rows that belong to threads? Of token_embd single rows are read, and heads
+// of attn_k_b and attn_v_b go around.
 MOE__PRIVATE int moe__place_has_owners(const moe_gguf_tensor *tensor) {
     return tensor->n_dims > 1 && !strstr(tensor->name, "token_embd.") &&
            !strstr(tensor->name, ".attn_k_b.") && !strstr(tensor->name, ".attn_v_b.");
 }
 
-/* This thread's pages of a tensor: of its node's rows of each expert its share. A page that two */
-/* nodes have rows on belongs to the first. */
+// This thread's pages of a tensor: of its node's rows of each expert its share. A page that two
+// nodes have rows on belongs to the first.
 MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor, int thread,
                                     int n_threads) {
     const moe__nodes *nodes = &p->pool->nodes;
@@ -16229,7 +16593,7 @@ MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor
         moe__pool_share(n_pieces, 1, (int)member, (int)members, &begin, &end);
         const uintptr_t start = (uintptr_t)(piece + begin) * p->page;
         const uintptr_t stop = (uintptr_t)(piece + end) * p->page;
-        if (tensor->data && begin < end) /* what is behind the tensor need not be mapped */
+        if (tensor->data && begin < end) // what is behind the tensor need not be mapped
             moe__place_pages(p, start, stop < last_byte ? stop : last_byte, k);
     }
 }
@@ -16253,7 +16617,7 @@ MOE__PRIVATE void moe__place_job(void *context, int thread, int n_threads) {
     if (known) moe__policy_set(&before);
 }
 
-/* Places all weights; what the system refuses shows in model->memory only. */
+// Places all weights; what the system refuses shows in model->memory only.
 MOE__PRIVATE moe_status moe__place_weights(moe_model *model, const moe__machine *machine,
                                            const moe_model_options *options, moe_error *error) {
     moe_pool_options pool_options;
@@ -16282,8 +16646,8 @@ MOE__PRIVATE moe_status moe__place_weights(moe_model *model, const moe__machine 
                      "loading was cancelled by the progress callback");
 }
 
-/* Keeps weights in memory, or (lock = 0) no longer; returns the bytes for which the system */
-/* agreed, up to the first for which it did not. */
+// Keeps weights in memory, or (lock = 0) no longer; returns the bytes for which the system
+// agreed, up to the first for which it did not.
 MOE__PRIVATE uint64_t moe__place_lock(const moe_gguf *gguf, int lock) {
     uint64_t bytes = 0;
     for (int64_t i = 0; i < moe_gguf_n_tensors(gguf); i++) {
@@ -16297,7 +16661,7 @@ MOE__PRIVATE uint64_t moe__place_lock(const moe_gguf *gguf, int lock) {
     return bytes;
 }
 
-/* ---- pages of the weights -------------------------------------------------------------------- */
+// ---- pages of the weights --------------------------------------------------------------------
 
 MOE_API uint64_t moe_model_huge_bytes(const moe_model *model) {
     uint64_t sum = 0;
@@ -16308,7 +16672,7 @@ MOE_API uint64_t moe_model_huge_bytes(const moe_model *model) {
     return sum;
 }
 
-/* A copy as it was granted: appends what is not on huge pages to the text. */
+// A copy as it was granted: appends what is not on huge pages to the text.
 MOE__PRIVATE void moe__paging_granted(const moe_model *model, moe_model_memory *memory) {
     const uint64_t bytes = moe_model_huge_bytes(model);
     if (!memory->n_bytes_copied || bytes + bytes / 64 + MOE__PAGES_HUGE > memory->n_bytes_copied)
@@ -16318,7 +16682,7 @@ MOE__PRIVATE void moe__paging_granted(const moe_model *model, moe_model_memory *
     moe__paging_write(memory->text, sizeof memory->text, " of it granted)");
 }
 
-/* What lies where, once nothing more is done with the pages. */
+// What lies where, once nothing more is done with the pages.
 MOE__PRIVATE void moe__paging_record(const moe_model *model, moe_model_memory *memory) {
     const moe__paging *paging = &model->paging;
     memory->n_bytes_copied = moe__paging_copied(paging);
@@ -16329,7 +16693,7 @@ MOE__PRIVATE void moe__paging_record(const moe_model *model, moe_model_memory *m
     moe__paging_granted(model, memory);
 }
 
-/* The gguf's pages are what the options say, or what its own options made of them. */
+// The gguf's pages are what the options say, or what its own options made of them.
 MOE__PRIVATE void moe__paging_as_asked(moe_model *model) {
     const moe_gguf *gguf = model->gguf;
     moe_model_memory *memory = &model->memory;
@@ -16344,10 +16708,10 @@ MOE__PRIVATE void moe__paging_as_asked(moe_model *model) {
     if (!gguf->small_pages) moe__paging_granted(model, memory);
 }
 
-/* Looks after the pages of a mapped gguf, or leaves them alone. */
+// Looks after the pages of a mapped gguf, or leaves them alone.
 MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_options *options,
                                           moe_error *error) {
-    moe_gguf *gguf = (moe_gguf *)model->gguf; /* of its pages the addresses never change */
+    moe_gguf *gguf = (moe_gguf *)model->gguf; // of its pages the addresses never change
     moe__paging *paging = &model->paging;
     const moe_pages pages = options ? options->pages : MOE_PAGES_AUTO;
     const char *why;
@@ -16383,24 +16747,24 @@ MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_opti
                      "loading was cancelled by the progress callback");
 }
 
-/* A session has generated a token, in so many seconds, with threads of this pool. */
+// A session has generated a token, in so many seconds, with threads of this pool.
 MOE__INLINE void moe__paging_token(const moe_model *model, double seconds, moe_pool *pool) {
     if (__atomic_load_n(&model->paging.state, __ATOMIC_RELAXED) == MOE__PAGING_DONE) return;
-    moe_model *mutable_model = (moe_model *)model; /* what it computes does not change */
+    moe_model *mutable_model = (moe_model *)model; // what it computes does not change
     if (!moe__paging_tend(&mutable_model->paging, seconds, pool)) return;
     mutable_model->later = model->memory;
     moe__paging_record(model, &mutable_model->later);
     __atomic_store_n(&mutable_model->is_later, 1, __ATOMIC_RELEASE);
 }
 
-/* What the options ask about memory, once the tensors are known to be right. */
+// What the options ask about memory, once the tensors are known to be right.
 MOE__PRIVATE moe_status moe__place_all(moe_model *model, const moe_model_options *options,
                                        moe_error *error) {
     moe__machine machine;
     moe_model_memory *memory = &model->memory;
     moe_status status = MOE_OK;
     memory->n_nodes = 1;
-    if (options && options->numa) { /* two files per processor: only if needed */
+    if (options && options->numa) { // two files per processor: only if needed
         moe__machine_this(&machine);
         memory->n_nodes = machine.n_nodes;
         if (machine.n_nodes > 1) status = moe__place_weights(model, &machine, options, error);
@@ -16411,9 +16775,9 @@ MOE__PRIVATE moe_status moe__place_all(moe_model *model, const moe_model_options
     return status;
 }
 
-/* ---- opening --------------------------------------------------------------------------------- */
+// ---- opening ---------------------------------------------------------------------------------
 
-/* Some files have no tokenizer: they are run with token ids alone. */
+// Some files have no tokenizer: they are run with token ids alone.
 MOE__PRIVATE int moe__load_has_vocab(const moe_gguf *gguf) {
     static const char *const none[] = {"none", "no_vocab", "test"};
     moe_string name;
@@ -16486,7 +16850,7 @@ MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *opt
                                   moe_error *error) {
     moe_gguf_options gguf_options;
     moe__policy before;
-    int spread = 0; /* a copy is read in turn to all nodes, so that no node runs full */
+    int spread = 0; // a copy is read in turn to all nodes, so that no node runs full
     int32_t nodes = 1;
     memset(&gguf_options, 0, sizeof gguf_options);
     if (options) {
@@ -16526,7 +16890,7 @@ MOE_API void moe_model_close(moe_model *model) {
     }
     moe_vocab_close(model->vocab);
     if (model->memory.n_bytes_locked) moe__place_lock(model->gguf, 0);
-    if (model->paging.files) /* another model of the caller's gguf may look after them */
+    if (model->paging.files) // another model of the caller's gguf may look after them
         __atomic_store_n(&((moe_gguf *)model->gguf)->looked_after, 0, __ATOMIC_RELEASE);
     moe_gguf_close(model->own_gguf);
     moe__free(&allocator, model);
@@ -16546,15 +16910,15 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
     return __atomic_load_n(&model->is_later, __ATOMIC_ACQUIRE) ? &model->later : &model->memory;
 }
 
-/* ============================================================================================== */
-/* // >>session */
-/* */
-/* The forward pass over a batch (moe__forward), and sessions: opening, evaluating, going back. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>session
+//
+// The forward pass over a batch (moe__forward), and sessions: opening, evaluating, going back.
+// ==============================================================================================
 
-/* ---- the forward pass ----------------------------------------------------------------------- */
+// ---- the forward pass -----------------------------------------------------------------------
 
-/* The weight of the shared experts for token t. */
+// The weight of the shared experts for token t.
 MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer,
                                      int64_t t) {
     const int64_t n = e->model->info.n_embd;
@@ -16567,7 +16931,7 @@ MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer
     return scale / (1 + expf(-z));
 }
 
-/* The experts of row t from its router's logits, which are overwritten. */
+// The experts of row t from its router's logits, which are overwritten.
 MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, int64_t t) {
     moe__work *work = e->work;
     const moe__router *router = &e->model->router;
@@ -16577,8 +16941,8 @@ MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, int64_t 
     work->shared_weights[t] = moe__route_shared(e, layer, t);
 }
 
-/* Router's logits and choices. One token: each thread computes some logits and then chooses for */
-/* itself; many: a thread does all of it for some tokens, unless they are too few for that. */
+// Router's logits and choices. One token: each thread computes some logits and then chooses for
+// itself; many: a thread does all of it for some tokens, unless they are too few for that.
 MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
     moe__work *work = e->work;
     moe__local *local = e->local;
@@ -16609,7 +16973,7 @@ MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
     moe__eval_barrier(e);
 }
 
-/* Which experts see which tokens: one entry per active expert, then the shared ones. */
+// Which experts see which tokens: one entry per active expert, then the shared ones.
 MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer) {
     moe__work *work = e->work;
     moe__local *local = e->local;
@@ -16627,8 +16991,8 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer) {
                       one ? &local->shared_weight : work->shared_weights);
 }
 
-/* sum += weight * (down hidden) over the entries, in their order. Where the schedule lets */
-/* several threads compute a row, each for other entries, they are added up behind a barrier. */
+// sum += weight * (down hidden) over the entries, in their order. Where the schedule lets
+// several threads compute a row, each for other entries, they are added up behind a barrier.
 MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share, float *sum) {
     moe__work *work = e->work;
     const moe__schedule_info *schedule = e->batch->lead->schedule;
@@ -16654,7 +17018,7 @@ MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share, float
                          work->expert_out + i * n_embd + begin, end - begin, sum + begin);
 }
 
-/* Where rows of a layer's feed-forward matrices begin in all threads */
+// Where rows of a layer's feed-forward matrices begin in all threads
 MOE__PRIVATE int64_t moe__forward_unit(const moe__eval *e, const moe__layer *layer) {
     const moe__ffn *ffns[] = {&layer->experts, &layer->shared, &layer->dense};
     int64_t unit = 1;
@@ -16666,8 +17030,8 @@ MOE__PRIVATE int64_t moe__forward_unit(const moe__eval *e, const moe__layer *lay
     return unit;
 }
 
-/* sum += feed-forward network of the normed residual, by the plan's entries. next: the matrix */
-/* that is read first after it. */
+// sum += feed-forward network of the normed residual, by the plan's entries. next: the matrix
+// that is read first after it.
 MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float *sum,
                                    const moe__matrix *next) {
     moe__work *work = e->work;
@@ -16711,8 +17075,8 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
     moe__eval_barrier(e);
 }
 
-/* Where a part of a layer adds up what it computes: the residual, or, if it is normed before it */
-/* joins it, this thread's share of an empty branch. A barrier comes before anybody adds. */
+// Where a part of a layer adds up what it computes: the residual, or, if it is normed before it
+// joins it, this thread's share of an empty branch. A barrier comes before anybody adds.
 MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
     int64_t begin, end;
     if (!post_norm) return e->work->residual;
@@ -16721,11 +17085,11 @@ MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
     return e->work->branch;
 }
 
-/* residual += norm(branch) * post_norm, if there is one. */
+// residual += norm(branch) * post_norm, if there is one.
 MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
     const moe__work *work = e->work;
     const int64_t n_embd = e->model->info.n_embd;
-    float *normed = e->local->scratch.up; /* as long as the longest vector */
+    float *normed = e->local->scratch.up; // as long as the longest vector
     int64_t begin, end;
     if (!post_norm) return;
     moe__eval_share(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__LINE : 1, &begin, &end);
@@ -16742,7 +17106,7 @@ MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
     moe__eval_barrier(e);
 }
 
-/* Token embeddings and positions of a batch. */
+// Token embeddings and positions of a batch.
 MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
     const moe_model *model = e->model;
     moe__work *work = e->work;
@@ -16754,7 +17118,7 @@ MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
         moe__matrix_to_f32(e->kernels, &model->token_embd, 0, work->rows[t].token, 1, x);
         for (int64_t i = 0; i < n_embd && model->embd_scale != 1; i++) x[i] *= model->embd_scale;
     }
-    if (e->n == 1) begin = 0, end = 1; /* each thread for itself */
+    if (e->n == 1) begin = 0, end = 1; // each thread for itself
     for (int64_t t = begin; t < end; t++)
         for (int i = 0; i < MOE__N_ROPES; i++) {
             float *tables = e->n == 1 ? e->local->rope : work->rope + t * model->n_rope;
@@ -16768,18 +17132,18 @@ MOE__INLINE void moe__forward_scale(const moe__eval *e, float *logits, int64_t n
     for (int64_t i = 0; i < n && scale != 1; i++) logits[i] *= scale;
 }
 
-/* Logits of the rows that somebody wants them of: the output matrix is read once for all. */
+// Logits of the rows that somebody wants them of: the output matrix is read once for all.
 MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     const moe_model *model = e->model;
     moe__work *work = e->work;
     const moe__matrix *output = &model->output;
     const moe__scratch *scratch = &e->local->scratch;
     const int64_t n_embd = model->info.n_embd;
-    float **out = (float **)(void *)scratch->x_up; /* where a row's logits go */
+    float **out = (float **)(void *)scratch->x_up; // where a row's logits go
     int64_t n = 0, begin, end;
     for (int32_t s = 0; s < work->n_spans; s++) n += work->spans[s].n_logits;
     if (n == 0) return;
-    /* One: each thread for itself */
+    // One: each thread for itself
     const moe__acts *x = n == 1 ? &e->local->in[MOE__IN_X] : &work->in[MOE__IN_X];
     moe__eval_share(e, n, 1, &begin, &end);
     const int64_t wanted = n;
@@ -16788,7 +17152,7 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
         const moe__span *span = &work->spans[s];
         for (int32_t i = span->n - span->n_logits; i < span->n; i++, n++) {
             out[n] = span->logits + (span->n_logits > 1 ? (int64_t)i * output->n_out : 0);
-            if (wanted > 1 && (n < begin || n >= end)) continue; /* another thread's */
+            if (wanted > 1 && (n < begin || n >= end)) continue; // another thread's
             e->kernels->rms_norm(work->residual + (span->first + i) * n_embd, model->output_norm,
                                  n_embd, model->eps, moe__acts_f32(x, n));
             moe__acts_quantize(e->kernels, x, n, n + 1);
@@ -16817,7 +17181,7 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     moe__eval_barrier(e);
 }
 
-/* Whether somebody wants to stop: asked by thread 0. */
+// Whether somebody wants to stop: asked by thread 0.
 MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
         const moe_session *session = batch->jobs[i].session;
@@ -16827,7 +17191,7 @@ MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     }
 }
 
-/* One batch, by one of the threads that all do the same. Returns 0 if asked to stop. */
+// One batch, by one of the threads that all do the same. Returns 0 if asked to stop.
 MOE__PRIVATE int moe__forward(moe__eval *e) {
     const moe_model *model = e->model;
     moe__work *work = e->work;
@@ -16837,18 +17201,18 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
         const moe__layer *layer = &model->layers[il];
         const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].first : &model->output;
         if (e->thread == 0) moe__forward_ask(e->batch);
-        /* residual += attn_output mixed, mixed = mixer(norm(residual)) */
+        // residual += attn_output mixed, mixed = mixer(norm(residual))
         moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_X);
         moe__eval_fit(e, &layer->o);
         sum = moe__forward_branch(e, layer->attn_post_norm);
         moe__mixers[layer->mixer].forward(e, layer, il);
-        if (e->batch->stop) return 0; /* barriers have passed: all threads see the same */
+        if (e->batch->stop) return 0; // barriers have passed: all threads see the same
         moe__eval_quantize(e, MOE__IN_MIXED, e->n);
         if (e->n > 1) moe__eval_barrier(e);
         moe__eval_project_add(e, &layer->o, sum);
         moe__eval_barrier(e);
         moe__forward_join(e, layer->attn_post_norm);
-        /* residual += experts(norm(residual)), or the dense layer's network */
+        // residual += experts(norm(residual)), or the dense layer's network
         moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_X);
         sum = moe__forward_branch(e, layer->ffn_post_norm);
         moe__forward_ffn(e, layer, sum, next);
@@ -16857,8 +17221,8 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
     return 1;
 }
 
-/* The inputs of matrices for a batch of n rows. With one row, a thread has its own vectors where */
-/* every thread makes them for itself, and otherwise its own int8 forms of shared floats. */
+// The inputs of matrices for a batch of n rows. With one row, a thread has its own vectors where
+// every thread makes them for itself, and otherwise its own int8 forms of shared floats.
 MOE__PRIVATE void moe__eval_inputs(moe__eval *e) {
     for (int i = 0; i < MOE__INPUTS; i++) {
         const moe__acts *own = &e->local->in[i];
@@ -16868,7 +17232,7 @@ MOE__PRIVATE void moe__eval_inputs(moe__eval *e) {
     }
 }
 
-/* All batches of a call */
+// All batches of a call
 MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
     moe__batch *batch = (moe__batch *)context;
     moe__eval e;
@@ -16880,7 +17244,7 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
     e.local = &batch->work->locals[thread];
     e.thread = thread;
     e.n_threads = n_threads;
-    for (;;) { /* the first batch was made by the caller */
+    for (;;) { // the first batch was made by the caller
         e.n = batch->n;
         moe__eval_inputs(&e);
         if (!moe__forward(&e)) return;
@@ -16892,9 +17256,9 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
     }
 }
 
-/* ---- memory --------------------------------------------------------------------------------- */
+// ---- memory ---------------------------------------------------------------------------------
 
-/* What a thread has for itself: of one row the normed residual, and int8 forms of the rest */
+// What a thread has for itself: of one row the normed residual, and int8 forms of the rest
 MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local *local,
                                          uint64_t mixing, moe__arena *arena) {
     const moe_model *model = session->model;
@@ -16923,7 +17287,7 @@ MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local 
     local->mixing = (uint8_t *)moe__arena_take(arena, 1, mixing);
 }
 
-/* Lays out what belongs to the session alone, but for the logits. */
+// Lays out what belongs to the session alone, but for the logits.
 MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena) {
     const moe_model *model = session->model;
     const moe_model_info *info = &model->info;
@@ -16941,7 +17305,7 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena) {
     session->wait_seconds = (double *)moe__arena_take(arena, (uint64_t)n, sizeof(double));
 }
 
-/* The most that a layer's mixer needs, of all threads and of one */
+// The most that a layer's mixer needs, of all threads and of one
 MOE__PRIVATE void moe__work_mixing(const moe_session *session, moe__arena *common,
                                    moe__arena *own) {
     moe__acts in[MOE__INPUTS];
@@ -16958,7 +17322,7 @@ MOE__PRIVATE void moe__work_mixing(const moe_session *session, moe__arena *commo
     }
 }
 
-/* Lays out the buffers for a batch. */
+// Lays out the buffers for a batch.
 MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
                                    moe__arena *arena) {
     const moe_model *model = session->model;
@@ -16997,9 +17361,9 @@ MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
     }
 }
 
-/* ---- public --------------------------------------------------------------------------------- */
+// ---- public ---------------------------------------------------------------------------------
 
-/* Fills session->info and the choices that go with it. */
+// Fills session->info and the choices that go with it.
 MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_model *model,
                                                const moe_session_options *options,
                                                moe_error *error) {
@@ -17049,13 +17413,13 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
     return MOE_OK;
 }
 
-/* Buffers begin at a multiple of this: large ones at a huge page. */
+// Buffers begin at a multiple of this: large ones at a huge page.
 MOE__INLINE uint64_t moe__session_align(uint64_t size) {
     return size < 8 * (uint64_t)MOE__PAGES_HUGE ? 64 : MOE__PAGES_HUGE;
 }
 
-/* Bytes of what belongs to the session, logits apart, and of the buffers for a batch. 0 on */
-/* overflow. Fills info.kv_bytes and info.work_bytes. */
+// Bytes of what belongs to the session, logits apart, and of the buffers for a batch. 0 on
+// overflow. Fills info.kv_bytes and info.work_bytes.
 MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits, uint64_t *work) {
     moe__arena arena, buffers;
     const uint64_t rows = session->keep_all_logits ? (uint64_t)session->info.n_ctx : 1;
@@ -17074,7 +17438,7 @@ MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits, 
     return arena.used;
 }
 
-/* The threads that will use memory touch it first. */
+// The threads that will use memory touch it first.
 typedef struct moe__touch {
     uint8_t *memory;
     size_t size;
@@ -17086,13 +17450,13 @@ MOE__PRIVATE void moe__touch_run(void *context, int thread, int n_threads) {
     memset(touch->memory + begin, 0, (size_t)(end - begin));
 }
 
-/* Room for the buffers of a session, which sessions of a pool share. 0: there is no memory. */
+// Room for the buffers of a session, which sessions of a pool share. 0: there is no memory.
 MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
     const uint64_t align = moe__session_align(size);
     moe__touch touch;
     int ok = 1;
     moe__pool_hold(pool);
-    pool->work_owner = NULL; /* it may have been closed, and be opened at the same address */
+    pool->work_owner = NULL; // it may have been closed, and be opened at the same address
     if (size > pool->work_size) {
         void *memory = moe__alloc_unset(&pool->allocator, (size_t)(size + align));
         ok = memory != NULL;
@@ -17110,7 +17474,7 @@ MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
     return ok;
 }
 
-/* Lays out the buffers in the pool's memory, unless nobody else has since. The pool is held. */
+// Lays out the buffers in the pool's memory, unless nobody else has since. The pool is held.
 MOE__PRIVATE void moe__session_place(moe_session *session) {
     moe__arena arena;
     moe_pool *pool = session->pool;
@@ -17121,8 +17485,8 @@ MOE__PRIVATE void moe__session_place(moe_session *session) {
     pool->work_owner = session;
 }
 
-/* The cache is the begin of `buffers`; huge pages are asked for before anything touches it. It */
-/* is not cleared: what nobody stores in it takes no memory. Nor are rows of logits. */
+// The cache is the begin of `buffers`; huge pages are asked for before anything touches it. It
+// is not cleared: what nobody stores in it takes no memory. Nor are rows of logits.
 MOE__PRIVATE int moe__session_take(moe_session *session, uint64_t size, uint64_t logits) {
     const uint64_t align = moe__session_align(size);
     moe__arena arena;
@@ -17235,7 +17599,7 @@ MOE_API int32_t moe_session_length(const moe_session *session) {
     return session ? session->length : 0;
 }
 
-/* Whether a job can be evaluated beside those before it */
+// Whether a job can be evaluated beside those before it
 MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *lead,
                                        moe_error *error) {
     const moe_session *session = job->session;
@@ -17263,7 +17627,7 @@ MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *le
     return MOE_OK;
 }
 
-/* Runs the jobs whose status is MOE_OK, n_tokens in all. */
+// Runs the jobs whose status is MOE_OK, n_tokens in all.
 MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
     moe_session *lead = batch->lead;
     moe_session_info *info = &lead->info;
@@ -17369,48 +17733,48 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
     return MOE_OK;
 }
 
-/* ============================================================================================== */
-/* // >>sample */
-/* */
-/* From logits to text: the sampler, the text stream and the loop that drives a session. */
-/* */
-/*     logits -> sampler -> token -> bytes -> whole characters -> held back -> on_text */
-/* */
-/* The sampler takes one look at all logits, for the largest of each block of them. Then greedy */
-/* reads one block, top-k the k blocks with the largest of these peaks: none of the k likeliest */
-/* lies elsewhere. They become a list, and the filters cut off its end. Without top-k the filters */
-/* are a limit below which blocks and logits have no weight, and nothing is stored but the sum of */
-/* each block's weights. The stream keeps a character until its last byte is there, and text for */
-/* as long as it may be the beginning of a stop string. Neither allocates anything after it was */
-/* opened. */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>sample
+//
+// From logits to text: the sampler, the text stream and the loop that drives a session.
+//
+//     logits -> sampler -> token -> bytes -> whole characters -> held back -> on_text
+//
+// The sampler takes one look at all logits, for the largest of each block of them. Then greedy
+// reads one block, top-k the k blocks with the largest of these peaks: none of the k likeliest
+// lies elsewhere. They become a list, and the filters cut off its end. Without top-k the filters
+// are a limit below which blocks and logits have no weight, and nothing is stored but the sum of
+// each block's weights. The stream keeps a character until its last byte is there, and text for
+// as long as it may be the beginning of a stop string. Neither allocates anything after it was
+// opened.
+// ==============================================================================================
 
 #include <float.h>
 
 enum {
-    MOE__MAX_RECENT = 1 << 24, /* tokens that the repetition penalty can look back */
-    MOE__FIRST_SELECTION = 64, /* candidates sorted at first when top_p asks for some of a list */
-    MOE__TOP_P_SLOTS = 4096,   /* of logits, MOE__TOP_P_WIDTH wide, by which it finds its limit */
-    MOE__MAX_STOP = 512,       /* bytes of a stop string */
-    MOE__STREAM_SIZE = 2048,   /* bytes of text that wait; more than MOE__MAX_STOP */
-    MOE__TOKEN_TEXT = 8192     /* bytes of one token's text; what lies behind is left out */
+    MOE__MAX_RECENT = 1 << 24, // tokens that the repetition penalty can look back
+    MOE__FIRST_SELECTION = 64, // candidates sorted at first when top_p asks for some of a list
+    MOE__TOP_P_SLOTS = 4096,   // of logits, MOE__TOP_P_WIDTH wide, by which it finds its limit
+    MOE__MAX_STOP = 512,       // bytes of a stop string
+    MOE__STREAM_SIZE = 2048,   // bytes of text that wait; more than MOE__MAX_STOP
+    MOE__TOKEN_TEXT = 8192     // bytes of one token's text; what lies behind is left out
 };
 #define MOE__TOP_P_WIDTH (1.0f / 128)
 
-/* ---- candidates ------------------------------------------------------------------------------ */
+// ---- candidates ------------------------------------------------------------------------------
 
 typedef struct moe__candidate {
     float logit;
     int32_t id;
 } moe__candidate;
 
-/* Likelier first, the lower id among equals: a total order, so that results do not depend on how */
-/* candidates are sorted. */
+// Likelier first, the lower id among equals: a total order, so that results do not depend on how
+// candidates are sorted.
 MOE__INLINE int moe__candidate_before(moe__candidate a, moe__candidate b) {
     return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
-/* Restores the heap of n candidates, the last in order at the root, below `root`. */
+// Restores the heap of n candidates, the last in order at the root, below `root`.
 MOE__PRIVATE void moe__candidates_sift(moe__candidate *heap, int32_t root, int32_t n) {
     moe__candidate moved = heap[root];
     for (;;) {
@@ -17428,7 +17792,7 @@ MOE__PRIVATE void moe__candidates_heap(moe__candidate *c, int32_t n) {
     for (int32_t i = n / 2; i-- > 0;) moe__candidates_sift(c, i, n);
 }
 
-/* Sorts a heap. */
+// Sorts a heap.
 MOE__PRIVATE void moe__candidates_sort(moe__candidate *c, int32_t n) {
     for (int32_t end = n - 1; end > 0; end--) {
         moe__candidate last = c[0];
@@ -17438,7 +17802,7 @@ MOE__PRIVATE void moe__candidates_sort(moe__candidate *c, int32_t n) {
     }
 }
 
-/* Reorders n candidates so that the first k, 1 <= k <= n, are the likeliest, in order. */
+// Reorders n candidates so that the first k, 1 <= k <= n, are the likeliest, in order.
 MOE__PRIVATE void moe__candidates_select(moe__candidate *c, int32_t n, int32_t k) {
     moe__candidates_heap(c, k);
     for (int32_t i = k; i < n; i++) {
@@ -17451,11 +17815,11 @@ MOE__PRIVATE void moe__candidates_select(moe__candidate *c, int32_t n, int32_t k
     moe__candidates_sort(c, k);
 }
 
-/* The first k in order of those that were added: as they came until there are more of them, then */
-/* a heap. */
+// The first k in order of those that were added: as they came until there are more of them, then
+// a heap.
 typedef struct moe__top {
     moe__candidate *at;
-    int32_t k, n; /* n: how many were added */
+    int32_t k, n; // n: how many were added
 } moe__top;
 
 MOE__INLINE void moe__top_add(moe__top *top, float logit, int32_t id) {
@@ -17470,20 +17834,20 @@ MOE__INLINE void moe__top_add(moe__top *top, float logit, int32_t id) {
     moe__candidates_sift(top->at, 0, top->k);
 }
 
-/* Sum of exp(logit - max) over n candidates. */
+// Sum of exp(logit - max) over n candidates.
 MOE__PRIVATE double moe__candidates_mass(const moe__candidate *c, int32_t n, double max) {
     double sum = 0;
     for (int32_t i = 0; i < n; i++) sum += exp((double)c[i].logit - max);
     return sum;
 }
 
-/* Top-p: how many of n candidates, sorted up to `sorted`, are needed for the sum of exp(logit - */
-/* max) to be `needed`; sorts more of them when these do not suffice. */
+// Top-p: how many of n candidates, sorted up to `sorted`, are needed for the sum of exp(logit -
+// max) to be `needed`; sorts more of them when these do not suffice.
 MOE__PRIVATE int32_t moe__candidates_top_p(moe__candidate *c, int32_t n, int32_t sorted,
                                            double max, double needed) {
     double sum = 0;
     for (int32_t i = 0; i < n; i++) {
-        if (i == sorted) { /* the first i stay where they are */
+        if (i == sorted) { // the first i stay where they are
             sorted = (int32_t)moe__min(n, moe__max(MOE__FIRST_SELECTION, (int64_t)sorted * 8));
             moe__candidates_select(c + i, n - i, sorted - i);
         }
@@ -17493,8 +17857,8 @@ MOE__PRIVATE int32_t moe__candidates_top_p(moe__candidate *c, int32_t n, int32_t
     return n;
 }
 
-/* Min-p: the lowest logit that is at least p times as likely as the largest; if p is 1 or more, */
-/* the largest itself. */
+// Min-p: the lowest logit that is at least p times as likely as the largest; if p is 1 or more,
+// the largest itself.
 MOE__PRIVATE float moe__candidates_limit(float max, float p) {
     if (p >= 1) return max;
     const double limit = (double)max + log((double)p);
@@ -17509,19 +17873,19 @@ MOE__PRIVATE int32_t moe__candidates_min_p(moe__candidate *c, int32_t n, float l
     return kept;
 }
 
-/* ---- logits ---------------------------------------------------------------------------------- */
+// ---- logits ----------------------------------------------------------------------------------
 
 typedef struct moe__recent {
-    int32_t id, count; /* a token, how many times it is among the recent ones */
+    int32_t id, count; // a token, how many times it is among the recent ones
 } moe__recent;
 
-/* One row, read in blocks of MOE__PEAK logits. */
+// One row, read in blocks of MOE__PEAK logits.
 typedef struct moe__logits {
     const moe__kernels *kernels;
     const float *row;
     int32_t n;
-    const moe__recent *recent; /* by id, all below n: tokens to penalize */
-    int32_t n_recent, at;      /* at: where the last block began among them */
+    const moe__recent *recent; // by id, all below n: tokens to penalize
+    int32_t n_recent, at;      // at: where the last block began among them
     float penalty;
 } moe__logits;
 
@@ -17529,15 +17893,15 @@ MOE__INLINE int32_t moe__logits_blocks(int32_t n) {
     return (int32_t)(((int64_t)n + MOE__PEAK - 1) / MOE__PEAK);
 }
 
-/* Of a token that was there lately; once, however often it was. Finite values stay finite. */
+// Of a token that was there lately; once, however often it was. Finite values stay finite.
 MOE__PRIVATE float moe__logits_penalize(float logit, float penalty) {
     float result = logit > 0 ? logit / penalty : logit * penalty;
     if (result > FLT_MAX) return FLT_MAX;
     return logit > -INFINITY && result < -FLT_MAX ? -FLT_MAX : result;
 }
 
-/* A block as it counts: with penalties, the largest float for infinity, and -inf behind the end. */
-/* What is NaN or -inf cannot be chosen. peak: of the block, with or without penalties. */
+// A block as it counts: with penalties, the largest float for infinity, and -inf behind the end.
+// What is NaN or -inf cannot be chosen. peak: of the block, with or without penalties.
 MOE__PRIVATE void moe__logits_load(moe__logits *l, int32_t block, float peak, float *out) {
     const int32_t start = block * MOE__PEAK, n = (int32_t)moe__min(l->n - start, MOE__PEAK);
     memcpy(out, l->row + start, (size_t)n * sizeof *out);
@@ -17552,8 +17916,8 @@ MOE__PRIVATE void moe__logits_load(moe__logits *l, int32_t block, float peak, fl
     }
 }
 
-/* The largest logits of n blocks from `first` on, -inf where there is none; returns the largest */
-/* of these. */
+// The largest logits of n blocks from `first` on, -inf where there is none; returns the largest
+// of these.
 MOE__PRIVATE float moe__logits_peaks(moe__logits *l, int32_t first, int32_t n, float *peaks) {
     const int32_t start = first * MOE__PEAK;
     const int32_t end = (int32_t)moe__min(l->n, start + (int64_t)n * MOE__PEAK);
@@ -17562,7 +17926,7 @@ MOE__PRIVATE float moe__logits_peaks(moe__logits *l, int32_t first, int32_t n, f
     while (l->at > 0 && l->recent[l->at - 1].id >= start) l->at--;
     for (int32_t i = l->at, last = -1; i < l->n_recent && l->recent[i].id < end; i++) {
         const int32_t b = l->recent[i].id / MOE__PEAK - first;
-        if (b <= last) continue; /* once per block, and none before the first */
+        if (b <= last) continue; // once per block, and none before the first
         moe__logits_load(l, first + b, peaks[b], block);
         l->kernels->peaks(block, MOE__PEAK, peaks + b);
         last = b;
@@ -17574,7 +17938,7 @@ MOE__PRIVATE float moe__logits_peaks(moe__logits *l, int32_t first, int32_t n, f
     return max;
 }
 
-/* Whether there is a finite logit; max is the largest one. */
+// Whether there is a finite logit; max is the largest one.
 MOE__PRIVATE int moe__logits_any(const moe__logits *l, float max) {
     if (max < FLT_MAX) return max > -INFINITY;
     for (int32_t i = 0; i < l->n; i++)
@@ -17582,7 +17946,7 @@ MOE__PRIVATE int moe__logits_any(const moe__logits *l, float max) {
     return 0;
 }
 
-/* The token with the largest logit, the first of equals; 0 if no logit is finite. */
+// The token with the largest logit, the first of equals; 0 if no logit is finite.
 MOE__PRIVATE int32_t moe__logits_greedy(moe__logits *l) {
     enum { STEP = 64 };
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -17603,7 +17967,7 @@ MOE__PRIVATE int32_t moe__logits_greedy(moe__logits *l) {
     return best * MOE__PEAK + at;
 }
 
-/* ---- sampler --------------------------------------------------------------------------------- */
+// ---- sampler ---------------------------------------------------------------------------------
 
 struct moe_sampler {
     moe_sampler_options options;
@@ -17611,19 +17975,19 @@ struct moe_sampler {
     int32_t n_vocab, n_valid;
     uint64_t random;
     const moe__kernels *kernels;
-    int32_t *recent; /* ring of the last max_recent tokens, n_recent of them filled */
+    int32_t *recent; // ring of the last max_recent tokens, n_recent of them filled
     int32_t max_recent, n_recent, next_recent;
-    moe__recent *penalized; /* the same by id, those that there are logits of */
+    moe__recent *penalized; // the same by id, those that there are logits of
     int32_t n_penalized;
-    float *peaks;               /* per block; not if greedy */
-    moe__candidate *candidates; /* top_k at most; n_valid if top_p stands alone */
-    double *sums, *slots;       /* weights per block, if there is no top_k; top-p's */
-    moe__candidate last;        /* the least likely that the filters keep, of one choice */
-    float above;                /* the float above last.logit */
+    float *peaks;               // per block; not if greedy
+    moe__candidate *candidates; // top_k at most; n_valid if top_p stands alone
+    double *sums, *slots;       // weights per block, if there is no top_k; top-p's
+    moe__candidate last;        // the least likely that the filters keep, of one choice
+    float above;                // the float above last.logit
 };
 
-/* splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators), made a double */
-/* in [0, 1). */
+// splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators), made a double
+// in [0, 1).
 MOE__PRIVATE double moe__sampler_random(moe_sampler *sampler) {
     uint64_t z = sampler->random += 0x9E3779B97F4A7C15u;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
@@ -17634,7 +17998,7 @@ MOE__PRIVATE double moe__sampler_random(moe_sampler *sampler) {
 
 MOE__PRIVATE moe_status moe__sampler_check(const moe_sampler_options *o, int32_t n_vocab,
                                            int32_t n_valid, moe_error *error) {
-    const char *name = NULL; /* comparisons with NaN are false */
+    const char *name = NULL; // comparisons with NaN are false
     if (!(o->repeat_penalty >= 0 && o->repeat_penalty <= FLT_MAX)) name = "repeat_penalty";
     if (!(o->min_p >= 0 && o->min_p <= FLT_MAX)) name = "min_p";
     if (!(o->top_p >= 0 && o->top_p <= FLT_MAX)) name = "top_p";
@@ -17655,7 +18019,7 @@ MOE__INLINE int moe__sampler_has_top_p(const moe_sampler_options *o) {
     return o->top_p > 0 && o->top_p < 1;
 }
 
-/* n elements, or NULL; *ok becomes 0 if there is no memory. */
+// n elements, or NULL; *ok becomes 0 if there is no memory.
 MOE__PRIVATE void *moe__sampler_array(const moe_sampler *sampler, int64_t n, size_t size, int *ok) {
     if (n == 0) return NULL;
     void *memory = moe__alloc(&sampler->allocator, (size_t)n * size);
@@ -17663,8 +18027,8 @@ MOE__PRIVATE void *moe__sampler_array(const moe_sampler *sampler, int64_t n, siz
     return memory;
 }
 
-/* What the options need; only top-p without top-k, or a large top-k, takes a list as long as the */
-/* vocabulary. */
+// What the options need; only top-p without top-k, or a large top-k, takes a list as long as the
+// vocabulary.
 MOE__PRIVATE int moe__sampler_alloc(moe_sampler *sampler) {
     const moe_sampler_options *o = &sampler->options;
     const int32_t n = sampler->n_valid;
@@ -17724,7 +18088,7 @@ MOE_API void moe_sampler_close(moe_sampler *sampler) {
     moe__free(&allocator, sampler);
 }
 
-/* Counts a token among the penalized ones, or takes it away again. */
+// Counts a token among the penalized ones, or takes it away again.
 MOE__PRIVATE void moe__sampler_count(moe_sampler *sampler, int32_t id, int32_t change) {
     moe__recent *p = sampler->penalized;
     int32_t at = 0, end = sampler->n_penalized;
@@ -17757,11 +18121,11 @@ MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token) {
     sampler->next_recent = (sampler->next_recent + 1) % sampler->max_recent;
 }
 
-/* ---- choosing from a list */
+// ---- choosing from a list
 
-/* The k likeliest become the list, in order. If there are no more than k, all of them by id, and */
-/* *sorted stays 0. Returns how many there are. A block is left out if k blocks have a likelier */
-/* candidate each. */
+// The k likeliest become the list, in order. If there are no more than k, all of them by id, and
+// *sorted stays 0. Returns how many there are. A block is left out if k blocks have a likelier
+// candidate each.
 MOE__PRIVATE int32_t moe__sampler_top(moe_sampler *sampler, moe__logits *l, int32_t k,
                                       int32_t *sorted) {
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -17786,7 +18150,7 @@ MOE__PRIVATE int32_t moe__sampler_top(moe_sampler *sampler, moe__logits *l, int3
     return *sorted = k;
 }
 
-/* Draws one of n candidates by exp(logit / temperature). */
+// Draws one of n candidates by exp(logit / temperature).
 MOE__PRIVATE int32_t moe__sampler_draw(moe_sampler *sampler, int32_t n, double max) {
     const moe__candidate *c = sampler->candidates;
     double temperature = sampler->options.temperature, total = 0, sum = 0;
@@ -17795,14 +18159,14 @@ MOE__PRIVATE int32_t moe__sampler_draw(moe_sampler *sampler, int32_t n, double m
     int32_t chosen = c[0].id;
     for (int32_t i = 0; i < n; i++) {
         double weight = exp(((double)c[i].logit - max) / temperature);
-        if (weight > 0) chosen = c[i].id; /* the last one, if rounding leaves the sum too small */
+        if (weight > 0) chosen = c[i].id; // the last one, if rounding leaves the sum too small
         sum += weight;
         if (sum > point) break;
     }
     return chosen;
 }
 
-/* What top-p left of the list: min-p and the draw. */
+// What top-p left of the list: min-p and the draw.
 MOE__PRIVATE int32_t moe__sampler_finish(moe_sampler *sampler, int32_t n, float max) {
     const float p = sampler->options.min_p;
     moe__candidate *c = sampler->candidates;
@@ -17822,30 +18186,30 @@ MOE__PRIVATE int32_t moe__sampler_top_k(moe_sampler *sampler, moe__logits *l, fl
     return moe__sampler_finish(sampler, n, max);
 }
 
-/* ---- choosing from all */
+// ---- choosing from all
 
-/* Nothing behind `last` is kept. */
+// Nothing behind `last` is kept.
 MOE__PRIVATE void moe__sampler_cut(moe_sampler *sampler, float logit, int32_t id) {
     sampler->last.logit = logit;
     sampler->last.id = id;
     sampler->above = nextafterf(logit, INFINITY);
 }
 
-/* The weights of a block, exp((logit - max) * scale), of those candidates that are kept; returns */
-/* their sum. logit, weight: MOE__PEAK places each; weight may be NULL. */
+// The weights of a block, exp((logit - max) * scale), of those candidates that are kept; returns
+// their sum. logit, weight: MOE__PEAK places each; weight may be NULL.
 MOE__PRIVATE double moe__sampler_weigh(const moe_sampler *sampler, moe__logits *l, int32_t block,
                                        float max, double scale, float *logit, double *weight) {
     const moe__candidate last = sampler->last;
     const int32_t start = block * MOE__PEAK, last_block = last.id / MOE__PEAK;
     moe__logits_load(l, block, sampler->peaks[block], logit);
     const float least = block > last_block ? sampler->above : last.logit;
-    if (block == last_block) /* of equals the lower ids stay */
+    if (block == last_block) // of equals the lower ids stay
         for (int32_t i = last.id - start + 1; i < MOE__PEAK; i++)
             if (logit[i] == last.logit) logit[i] = -INFINITY;
     return l->kernels->weigh(logit, MOE__PEAK, least, max, scale, weight);
 }
 
-/* Draws by exp(logit / temperature), in the order of the ids: finds the block, then the token. */
+// Draws by exp(logit / temperature), in the order of the ids: finds the block, then the token.
 MOE__PRIVATE int32_t moe__sampler_draw_all(moe_sampler *sampler, moe__logits *l, float max) {
     const double scale = 1 / (double)sampler->options.temperature;
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -17861,7 +18225,7 @@ MOE__PRIVATE int32_t moe__sampler_draw_all(moe_sampler *sampler, moe__logits *l,
     const double point = moe__sampler_random(sampler) * total;
     for (int32_t b = 0; b < n_blocks && sum <= point; b++) {
         if (sampler->sums[b] == 0) continue;
-        block = b; /* the last one, if rounding leaves the sum too small; so below */
+        block = b; // the last one, if rounding leaves the sum too small; so below
         before = sum;
         sum += sampler->sums[b];
     }
@@ -17874,17 +18238,17 @@ MOE__PRIVATE int32_t moe__sampler_draw_all(moe_sampler *sampler, moe__logits *l,
     return chosen;
 }
 
-/* The slots of n logits: slots of equal width for what lies below the largest one, and one more */
-/* for all the rest. */
+// The slots of n logits: slots of equal width for what lies below the largest one, and one more
+// for all the rest.
 MOE__INLINE void moe__top_p_slots(const float *logit, int32_t n, float max, int32_t *slot) {
     const float end = (float)MOE__TOP_P_SLOTS;
     for (int32_t i = 0; i < n; i++) {
-        const float at = (max - logit[i]) * (1 / MOE__TOP_P_WIDTH); /* may be NaN or infinite */
+        const float at = (max - logit[i]) * (1 / MOE__TOP_P_WIDTH); // may be NaN or infinite
         slot[i] = (int32_t)(at < end ? at : end);
     }
 }
 
-/* Adds up the weights of all candidates, and those of each slot. */
+// Adds up the weights of all candidates, and those of each slot.
 MOE__PRIVATE double moe__sampler_slots(moe_sampler *sampler, moe__logits *l, float max) {
     const int32_t n_blocks = moe__logits_blocks(l->n);
     double total = 0, weight[MOE__PEAK];
@@ -17899,7 +18263,7 @@ MOE__PRIVATE double moe__sampler_slots(moe_sampler *sampler, moe__logits *l, flo
     return total;
 }
 
-/* The candidates of one slot become the list; returns how many there are. */
+// The candidates of one slot become the list; returns how many there are.
 MOE__PRIVATE int32_t moe__sampler_slot(moe_sampler *sampler, moe__logits *l, float max,
                                        int32_t wanted) {
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -17918,8 +18282,8 @@ MOE__PRIVATE int32_t moe__sampler_slot(moe_sampler *sampler, moe__logits *l, flo
     return list.n;
 }
 
-/* Top-p without sorting all: the slots' weights say in which of them the sum is reached, and */
-/* only that one is sorted. */
+// Top-p without sorting all: the slots' weights say in which of them the sum is reached, and
+// only that one is sorted.
 MOE__PRIVATE void moe__sampler_top_p(moe_sampler *sampler, moe__logits *l, float max) {
     double needed = (double)sampler->options.top_p * moe__sampler_slots(sampler, l, max);
     moe__candidate *c = sampler->candidates;
@@ -17927,7 +18291,7 @@ MOE__PRIVATE void moe__sampler_top_p(moe_sampler *sampler, moe__logits *l, float
     for (; slot < MOE__TOP_P_SLOTS && sampler->slots[slot] < needed; slot++)
         needed -= sampler->slots[slot];
     const int32_t n = moe__sampler_slot(sampler, l, max, slot);
-    if (n == 0) return; /* rounding: all of them are needed */
+    if (n == 0) return; // rounding: all of them are needed
     const int32_t kept = moe__candidates_top_p(c, n, 0, max, needed);
     moe__sampler_cut(sampler, c[kept - 1].logit, c[kept - 1].id);
 }
@@ -17959,16 +18323,16 @@ MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits) {
     return token;
 }
 
-/* What moe_sampler_sample does with a temperature of 0 and nothing else. */
+// What moe_sampler_sample does with a temperature of 0 and nothing else.
 MOE__PRIVATE int32_t moe__sample_greedy(const moe__kernels *kernels, const float *logits,
                                         int32_t n) {
     moe__logits l = {kernels, logits, n, NULL, 0, 0, 1};
     return moe__logits_greedy(&l);
 }
 
-/* ---- text stream ----------------------------------------------------------------------------- */
+// ---- text stream -----------------------------------------------------------------------------
 
-/* The first bytes of a character that is not complete. */
+// The first bytes of a character that is not complete.
 typedef struct moe__utf8 {
     unsigned char bytes[4];
     int32_t size;
@@ -17976,10 +18340,10 @@ typedef struct moe__utf8 {
 
 enum { MOE__UTF8_BAD = -1, MOE__UTF8_CUT = -2 };
 
-/* Takes one more byte. Returns the size of the character in `bytes` that is complete now, or 0. */
-/* MOE__UTF8_BAD: the byte cannot begin a character. MOE__UTF8_CUT: it cannot go on with the one */
-/* begun before; that one is dropped and the byte must be given again. The ranges are those of */
-/* table 3-7 of the Unicode standard: no overlong forms, no surrogates, no code above U+10FFFF. */
+// Takes one more byte. Returns the size of the character in `bytes` that is complete now, or 0.
+// MOE__UTF8_BAD: the byte cannot begin a character. MOE__UTF8_CUT: it cannot go on with the one
+// begun before; that one is dropped and the byte must be given again. The ranges are those of
+// table 3-7 of the Unicode standard: no overlong forms, no surrogates, no code above U+10FFFF.
 MOE__PRIVATE int32_t moe__utf8_push(moe__utf8 *u, unsigned char byte) {
     unsigned char lead = u->bytes[0], low = 0x80, high = 0xBF;
     if (u->size == 0) {
@@ -18006,13 +18370,13 @@ MOE__PRIVATE int32_t moe__utf8_push(moe__utf8 *u, unsigned char byte) {
     return size;
 }
 
-/* text[0 .. n_ready) can go out; text[n_ready .. n_text) is the beginning of a stop string so */
-/* far, shorter than MOE__MAX_STOP. */
+// text[0 .. n_ready) can go out; text[n_ready .. n_text) is the beginning of a stop string so
+// far, shorter than MOE__MAX_STOP.
 typedef struct moe__stream {
     const moe_generate_options *options;
     moe__utf8 partial;
     int32_t n_ready, n_text;
-    int32_t stopped; /* nothing more is taken; see reason */
+    int32_t stopped; // nothing more is taken; see reason
     moe_stop_reason reason;
     char text[MOE__STREAM_SIZE];
 } moe__stream;
@@ -18039,8 +18403,8 @@ MOE__PRIVATE void moe__stream_deliver(moe__stream *stream) {
     memmove(stream->text, stream->text + size, (size_t)stream->n_text);
 }
 
-/* The text has grown by a character: does a stop string end here, does one begin in the rest? Of */
-/* several that end here the one that began first counts. */
+// The text has grown by a character: does a stop string end here, does one begin in the rest? Of
+// several that end here the one that began first counts.
 MOE__PRIVATE void moe__stream_look_for_stop(moe__stream *stream) {
     const moe_generate_options *options = stream->options;
     const char *text = stream->text;
@@ -18064,7 +18428,7 @@ MOE__PRIVATE void moe__stream_look_for_stop(moe__stream *stream) {
     }
 }
 
-/* Adds one character. */
+// Adds one character.
 MOE__PRIVATE void moe__stream_put(moe__stream *stream, const void *bytes, int32_t size) {
     if (stream->stopped) return;
     if (stream->n_text + size > MOE__STREAM_SIZE) moe__stream_deliver(stream);
@@ -18073,9 +18437,9 @@ MOE__PRIVATE void moe__stream_put(moe__stream *stream, const void *bytes, int32_
     moe__stream_look_for_stop(stream);
 }
 
-/* Adds bytes, which may end anywhere in a character, and hands out what can be. */
+// Adds bytes, which may end anywhere in a character, and hands out what can be.
 MOE__PRIVATE void moe__stream_push(moe__stream *stream, const char *bytes, size_t size) {
-    static const char replacement[] = "\xEF\xBF\xBD"; /* U+FFFD */
+    static const char replacement[] = "\xEF\xBF\xBD"; // U+FFFD
     for (size_t i = 0; i < size && !stream->stopped; i++) {
         unsigned char byte = (unsigned char)bytes[i];
         int32_t n = moe__utf8_push(&stream->partial, byte);
@@ -18089,7 +18453,7 @@ MOE__PRIVATE void moe__stream_push(moe__stream *stream, const char *bytes, size_
     moe__stream_deliver(stream);
 }
 
-/* The end: what is incomplete will not be completed, what was held back is text after all. */
+// The end: what is incomplete will not be completed, what was held back is text after all.
 MOE__PRIVATE void moe__stream_finish(moe__stream *stream) {
     if (stream->stopped) return;
     if (stream->partial.size) moe__stream_put(stream, "\xEF\xBF\xBD", 3);
@@ -18097,7 +18461,7 @@ MOE__PRIVATE void moe__stream_finish(moe__stream *stream) {
     moe__stream_deliver(stream);
 }
 
-/* ---- generating ------------------------------------------------------------------------------ */
+// ---- generating ------------------------------------------------------------------------------
 
 MOE__PRIVATE moe_status moe__generate_check_stops(const moe_generate_options *options,
                                                   moe_error *error) {
@@ -18151,8 +18515,8 @@ MOE__PRIVATE void moe__generate_report(moe__stream *stream, const moe_vocab *voc
     moe__stream_push(stream, text, size < sizeof text ? size : sizeof text);
 }
 
-/* Chooses a token and reports it, then evaluates it unless it is the last. Returns 0 at the end */
-/* of it all, with the reason. */
+// Chooses a token and reports it, then evaluates it unless it is the last. Returns 0 at the end
+// of it all, with the reason.
 MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
                                     moe_generate_result *result, moe_status *status,
                                     moe_error *error) {
@@ -18162,7 +18526,7 @@ MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
     const float *logits = moe_session_logits(session, -1);
     moe_error why;
     result->reason = MOE_STOP_CALLER;
-    if (!logits) return 0; /* a callback has rewound the session */
+    if (!logits) return 0; // a callback has rewound the session
     int32_t n = (int32_t)moe__min(moe_vocab_size(vocab), moe_model_get_info(model)->n_vocab);
     int32_t token = options->sampler ? moe_sampler_sample(options->sampler, logits)
                                      : moe__sample_greedy(session->kernels, logits, n);
@@ -18223,48 +18587,48 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
     moe_generate_result own;
     memset(&defaults, 0, sizeof defaults);
     memset(&own, 0, sizeof own);
-    own.reason = MOE_STOP_CALLER; /* what an error leaves, see moe_generate_result */
+    own.reason = MOE_STOP_CALLER; // what an error leaves, see moe_generate_result
     own.next_token = -1;
     moe_status status =
         moe__generate_run(session, prompt, n_prompt, options ? options : &defaults, &own, error);
     if (result) *result = own;
     return status;
 }
-#endif /* MOE__IMPLEMENT */
+#endif // MOE__IMPLEMENT
 
-/* ============================================================================================== */
-/* // >>licence                                                                                   */
-/*                                                                                                */
-/* This software is available under two licences: choose whichever you prefer.                    */
-/*                                                                                                */
-/* ALTERNATIVE A - MIT License                                                                    */
-/* Copyright (c) 2026 the authors of moe_infer.h                                                  */
-/* Permission is hereby granted, free of charge, to any person obtaining a copy of this software  */
-/* and associated documentation files (the "Software"), to deal in the Software without           */
-/* restriction, including without limitation the rights to use, copy, modify, merge, publish,     */
-/* distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the  */
-/* Software is furnished to do so, subject to the following conditions:                           */
-/* The above copyright notice and this permission notice shall be included in all copies or       */
-/* substantial portions of the Software.                                                          */
-/* THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING  */
-/* BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND     */
-/* NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,   */
-/* DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, */
-/* OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.        */
-/*                                                                                                */
-/* ALTERNATIVE B - Public Domain (www.unlicense.org)                                              */
-/* This is free and unencumbered software released into the public domain.                        */
-/* Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software,      */
-/* either in source code form or as a compiled binary, for any purpose, commercial or             */
-/* non-commercial, and by any means.                                                              */
-/* In jurisdictions that recognize copyright laws, the author or authors of this software         */
-/* dedicate any and all copyright interest in the software to the public domain. We make this     */
-/* dedication for the benefit of the public at large and to the detriment of our heirs and        */
-/* successors. We intend this dedication to be an overt act of relinquishment in perpetuity of    */
-/* all present and future rights to this software under copyright law.                            */
-/* THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING  */
-/* BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND     */
-/* NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER       */
-/* LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN     */
-/* CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.                     */
-/* ============================================================================================== */
+// ==============================================================================================
+// >>licence
+//
+// This software is available under two licences: choose whichever you prefer.
+//
+// ALTERNATIVE A - MIT License
+// Copyright (c) 2026 the authors of moe_infer.h
+// Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+// and associated documentation files (the "Software"), to deal in the Software without
+// restriction, including without limitation the rights to use, copy, modify, merge, publish,
+// distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+// Software is furnished to do so, subject to the following conditions:
+// The above copyright notice and this permission notice shall be included in all copies or
+// substantial portions of the Software.
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING
+// BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+// NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+// DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+// OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+//
+// ALTERNATIVE B - Public Domain (www.unlicense.org)
+// This is free and unencumbered software released into the public domain.
+// Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software,
+// either in source code form or as a compiled binary, for any purpose, commercial or
+// non-commercial, and by any means.
+// In jurisdictions that recognize copyright laws, the author or authors of this software
+// dedicate any and all copyright interest in the software to the public domain. We make this
+// dedication for the benefit of the public at large and to the detriment of our heirs and
+// successors. We intend this dedication to be an overt act of relinquishment in perpetuity of
+// all present and future rights to this software under copyright law.
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING
+// BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+// NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+// LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+// CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+// ==============================================================================================

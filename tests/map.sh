@@ -1,56 +1,27 @@
 #!/bin/bash
-# Keeps the map at the top of moe_infer.h true. The map is made of comment lines such as
+# Holds the map at the top of moe_infer.h against the file. A room opens with a line "// >>TAG";
+# the map has a line "//   >>TAG  what lives there" for each of them, in the order of the file.
 #
-#     /*  >>pool      3105  a team of threads: park, wake, barrier */
-#
-# A room opens with a line that holds "// >>TAG". This writes the room's line behind each tag of the
-# map, as wide as the number (or the question mark) that stood there if it fits.
-#
-#     tests/map.sh FILE           rewrites the map
-#     tests/map.sh --check FILE   says what is wrong and fails if the map is stale
+#     tests/map.sh [FILE]   says what is wrong and fails if the map is
 set -eu
 export LC_ALL=C
-check=
-if [ "${1-}" = --check ]; then check=1; shift; fi
-file=${1-moe_infer.h}
-new=$(mktemp)
-trap 'rm -f "$new"' EXIT
-
 awk '
-    # First reading: where the rooms are. Lines of the map have no "// " before the tag.
-    NR == FNR {
-        if (match($0, /\/\/ >>[a-z0-9_]+/)) {
-            tag = substr($0, RSTART + 5, RLENGTH - 5)
-            if (tag in line) { print "map: two rooms are called >>" tag > "/dev/stderr"; bad = 1 }
-            line[tag] = FNR
-            n_rooms++
-        }
-        next
+    /^\/\/ >>[a-z0-9_]+$/ {
+        tag = substr($2, 3)
+        if (tag in room) { print "map: two rooms are called >>" tag; bad = 1 }
+        room[tag] = ++n_rooms
     }
-    # Second reading: the lines of the map.
-    match($0, /^[\/ ]\*? *>>[a-z0-9_]+ +([0-9]+|\?)/) && !/\/\/ >>/ {
-        head = substr($0, 1, RLENGTH); tail = substr($0, RLENGTH + 1)
-        match(head, />>[a-z0-9_]+/); tag = substr(head, RSTART + 2, RLENGTH - 2)
-        match(head, / +([0-9]+|\?)$/); width = RLENGTH
-        if (tag in line) {
-            $0 = substr(head, 1, RSTART - 1) sprintf(" %" (width - 1) "d", line[tag]) tail
-            mapped[tag] = 1
-            n_mapped++
-        } else { print "map: there is no room >>" tag > "/dev/stderr"; bad = 1 }
-    }
-    { print }
+    /^\/\/   >>[a-z0-9_]+ +[^ ]/ { mapped[++n_mapped] = substr($2, 3) }
     END {
-        for (tag in line)
-            if (!(tag in mapped)) { print "map: >>" tag " is missing" > "/dev/stderr"; bad = 1 }
-        if (!n_rooms) { print "map: no room found" > "/dev/stderr"; bad = 1 }
+        for (i = 1; i <= n_mapped; i++) {
+            tag = mapped[i]
+            if (!(tag in room)) { print "map: there is no room >>" tag; bad = 1 }
+            else if (room[tag] != i) { print "map: >>" tag " is not in its place"; bad = 1 }
+            in_map[tag] = 1
+        }
+        for (tag in room)
+            if (!(tag in in_map)) { print "map: >>" tag " is missing"; bad = 1 }
+        if (!n_rooms) { print "map: no room found"; bad = 1 }
         exit bad
     }
-' "$file" "$file" >"$new"
-
-if cmp -s "$new" "$file"; then exit 0; fi
-if [ "$check" ]; then
-    echo "map: the lines of the map in $file are stale; run make map" >&2
-    diff "$file" "$new" | head -20 >&2
-    exit 1
-fi
-cat "$new" >"$file"
+' "${1-moe_infer.h}" >&2

@@ -139,7 +139,7 @@
 //
 // All three give the same bits. Where two threads compute the same row of down for different
 // experts, results are added up behind one more barrier: always with parallel, with balanced
-// only if blocks of 16 rows divide badly by threads.
+// only if pairs of rows divide badly by threads, as few rows do by very many.
 //
 // ERRORS. Calls return a moe_status or NULL and fill a moe_error with the place and a sentence.
 // The library never exits, aborts, prints, installs handlers, reads the environment or keeps
@@ -539,9 +539,6 @@ MOE_API const moe_model_info *moe_model_get_info(const moe_model *model);
 // read slowly by then: ask again for what came of it (what an earlier call returned stays as it
 // was until close).
 MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model);
-// Bytes of the model's files that are mapped by huge pages now, as /proc/self/smaps tells: pages
-// of a mapping count once they were read. Takes milliseconds.
-MOE_API uint64_t moe_model_huge_bytes(const moe_model *model);
 
 // ---- vocabulary ------------------------------------------------------------------------------
 
@@ -599,7 +596,6 @@ enum { MOE_MAX_THREADS = 1024 };
 MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error);
 MOE_API void moe_pool_close(moe_pool *pool); // after the sessions that use it
 MOE_API int32_t moe_pool_threads(const moe_pool *pool);
-MOE_API int32_t moe_pool_nodes(const moe_pool *pool); // that threads are pinned to; else 1
 
 // ---- sessions --------------------------------------------------------------------------------
 
@@ -631,6 +627,7 @@ typedef struct moe_session_options {
     void *should_stop_user;
 } moe_session_options;
 
+// What was asked for, resolved, and the memory that it takes: the same from open to close.
 typedef struct moe_session_info {
     int32_t n_ctx, n_batch, n_threads, n_threads_batch;
     moe_kv_type kv_type;
@@ -638,12 +635,6 @@ typedef struct moe_session_info {
     moe_isa isa;           // what was asked for, resolved
     size_t kv_bytes;       // the cache
     size_t work_bytes;     // everything else; sessions of a pool share most of it
-    uint64_t n_barriers;   // barriers passed by the last eval
-    double eval_seconds;   // how long it took
-    double wait_seconds;   // what all its threads together spent at barriers, see
-                           // moe_session_wait_seconds
-    int32_t n_expert_groups; // groups of threads on experts at the same time in its last layer
-                             // of experts: more than 1 with MOE_SCHEDULE_PARALLEL, if it can
 } moe_session_info;
 
 // Takes all memory and threads that evaluating needs. Errors: ARGUMENT, MEMORY, THREAD,
@@ -653,8 +644,6 @@ MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_
 MOE_API void moe_session_close(moe_session *session); // before its model
 MOE_API const moe_model *moe_session_model(const moe_session *session);
 MOE_API const moe_session_info *moe_session_get_info(const moe_session *session);
-// Bytes of its cache and buffers on huge pages now. Takes milliseconds.
-MOE_API uint64_t moe_session_huge_bytes(const moe_session *session);
 // Memory a session with these options would take, without taking it: info->kv_bytes and
 // info->work_bytes (the threads' stacks are not counted).
 MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
@@ -665,7 +654,7 @@ MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens,
                                     moe_error *error);
 // Appends to several contexts at once: each matrix is read once for all of them, and each result
 // has the bits that it has alone. The sessions have one model, one pool and one isa; schedule,
-// n_batch and threads are those of the first, and its info and wait_seconds tell about the call.
+// n_batch and threads are those of the first, and its statistics tell about the call.
 // A job that is wrong is left out, its status says why; the others are evaluated. Returns the
 // first status that is not MOE_OK. If any session's should_stop says so, all are CANCELLED.
 typedef struct moe_job {
@@ -679,13 +668,6 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
 // failed or cancelled eval leaves them, rewinding drops them.
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
 MOE_API int32_t moe_session_length(const moe_session *session);
-// Seconds of the last eval that a thread (0: the caller's) waited for others; 0 if it took no
-// part. A thread that always waits least has more work than the others, or a slower core.
-MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread);
-// n_expert counts: for how many tokens each routed expert of a layer was chosen since the
-// session was opened (tokens that were forgotten later, too). NULL: the layer has no experts, or
-// is out of range. Valid until close.
-MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer);
 // Forgets all tokens from position `length` on, 0 <= length <= moe_session_length.
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
 
@@ -754,6 +736,34 @@ typedef struct moe_generate_result {
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error);
+
+// ---- statistics ------------------------------------------------------------------------------
+
+// For benchmarks and for finding out why something is slow: nothing here is needed to run a model.
+
+// Of the last eval of a session (of the first session of moe_session_eval_many).
+typedef struct moe_session_stats {
+    double eval_seconds;      // how long it took
+    double wait_seconds;      // what its threads together waited for each other
+    const double *thread_wait_seconds; // [n_threads], 0: the caller's. A thread that always waits
+                              // least has more work than the others, or a slower core
+    int32_t n_threads;        // that took part, pinned to
+    int32_t n_nodes;          // so many memory nodes; 1: not pinned
+    int32_t n_expert_groups;  // of threads on experts at the same time in the last layer of
+                              // experts: more than 1 with MOE_SCHEDULE_PARALLEL, if it can
+    uint64_t n_barriers;      // that its threads passed
+} moe_session_stats;
+
+// NULL if session is. All 0 before the first eval; the next eval writes over it.
+MOE_API const moe_session_stats *moe_session_get_stats(const moe_session *session);
+// n_expert counts: for how many tokens each routed expert of a layer was chosen since the
+// session was opened (tokens that were forgotten later, too). NULL: the layer has no experts, or
+// is out of range. Valid until close.
+MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer);
+// Bytes of the session's cache and buffers, and of the model's files, that are on huge pages now,
+// as /proc/self/smaps tells: pages of a mapping count once they were read. Takes milliseconds.
+MOE_API uint64_t moe_session_huge_bytes(const moe_session *session);
+MOE_API uint64_t moe_model_huge_bytes(const moe_model *model);
 
 #ifdef __cplusplus
 }
@@ -2133,7 +2143,6 @@ MOE_API void moe_pool_close(moe_pool *pool) {
 }
 
 MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_threads : 0; }
-MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes.n : 0; }
 
 // ==============================================================================================
 // >>pages
@@ -11740,6 +11749,11 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
 // What a forward pass is made of: matrices times activations, and rotary positions. All of it
 // works on ranges, so that callers decide how threads share the work; nothing here waits for
 // other threads or allocates.
+//
+// A matrix {n_in, n_out} is n_out rows of n_in weights, as GGUF lists its dimensions: y = W x has
+// one dot product per row. Weights stay quantized in the file's mapping. It is the activations x
+// that are quantized, too, to int8 and once per vector, so that a dot product is one of integers
+// (moe__act_kind in >>types): a vector is therefore kept in every form that some matrix wants.
 // ==============================================================================================
 
 // What matrices read. Each has one of these vectors for its input; from that follow the forms in
@@ -11940,7 +11954,7 @@ typedef enum moe__rope_kind { MOE__ROPE_NORM, MOE__ROPE_NEOX } moe__rope_kind;
 typedef struct moe__rope {
     moe__rope_kind kind;
     int32_t n_rot;    // values turned, from the first; even
-    int32_t at;       // where its floats begin in a row's tables of all ropes
+    int32_t table_at; // where its floats begin in a row's tables of all ropes
     double *frequency; // n_rot / 2 angles per position
     double magnitude; // factor of cos and sin (YaRN)
 } moe__rope;
@@ -11996,20 +12010,29 @@ MOE__PRIVATE void moe__rope_init(moe__rope *rope, const moe__rope_scaling *s) {
 // The heart of the library: which experts see which tokens, and how threads share their work.
 //
 //   router      token -> its n_used experts and their weights
-//   plan        one entry per active expert: its tokens; shared experts (and the feed-forward
-//               net of a dense layer) are entries that see all tokens, with weight 1 or their
-//               gate's
+//   dispatch    experts -> their tokens: one entry per active expert; shared experts (and the
+//               feed-forward net of a dense layer) are entries that see all tokens, with weight
+//               1 or their gate's
 //   schedule    (entries, rows, threads) -> the row ranges of each thread
 //   gate_up     hidden = silu(gate x) * up x, or another activation, for this thread's ranges
 //   down        residual += weight * (down hidden) for the ranges of this thread
 //
-// Sums over experts are taken in the order of the entries: experts ascending, shared ones last.
+// Why the dispatch turns the router's list around: a batch of 512 tokens that choose 8 of 128
+// experts asks for 4,096 products of a token with an expert, but each expert's matrices need to
+// be read and unpacked only once, for the 32 tokens or so that chose it. For one token the entries
+// are its n_used experts with a token each, and reading their matrices is all the work there is.
+//
+// Sums over experts are taken in the order of the entries, experts ascending, shared ones last,
+// whoever computes them: floats added up in another order would have other bits. That is what
+// makes schedules interchangeable.
 // ==============================================================================================
 
 // ---- router ----------------------------------------------------------------------------------
 
 enum { MOE__MAX_EXPERTS = 512 };
 
+// From logits to the scores that experts are chosen by and weighed with; ids of the key
+// expert_gating_func.
 typedef enum moe__gating {
     MOE__GATING_SOFTMAX = 1,
     MOE__GATING_SIGMOID = 2,
@@ -12060,8 +12083,14 @@ MOE__PRIVATE void moe__router_groups(const moe__router *router, const float *sco
         if (!kept[e / size]) used[e] = 1;
 }
 
-// From the router's logits (overwritten) the n_used experts, ascending, and their weights. bias
-// (or NULL) is added for choosing only. NaN logits still give distinct experts in range.
+// From the router's logits (overwritten) the n_used experts, ascending, and their weights. With
+// p = softmax or sigmoid of the logits, experts are the n_used largest of p + bias within the best
+// groups, weights are p of these, divided by their sum if `normalize` says so, times `scale`.
+//
+// bias [n_expert] (or NULL) is added for choosing only: DeepSeek-V3 steers the load of its experts
+// by it in training without touching what they contribute (its report, 2.1.2). Experts are kept
+// ascending, not by score, since sums over them are taken in this order. NaN logits still give
+// distinct experts in range.
 MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__router *router,
                                      float *logits, const float *bias, int32_t *experts,
                                      float *weights) {
@@ -12095,7 +12124,7 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
     for (int32_t i = 0; i < router->n_used; i++) weights[i] *= factor;
 }
 
-// ---- plan ------------------------------------------------------------------------------------
+// ---- dispatch --------------------------------------------------------------------------------
 
 // down(silu(gate x) * up x): one per expert, or one for all tokens.
 typedef struct moe__ffn {
@@ -12103,6 +12132,8 @@ typedef struct moe__ffn {
     int oai; // gpt-oss' activation in place of silu, see moe__kernels
 } moe__ffn;
 
+// One expert and the tokens that chose it: rows of the batch, ascending. Its hidden vectors (n_ff
+// values each) follow one another behind those of the experts before it.
 typedef struct moe__entry {
     const moe__ffn *ffn;
     int32_t expert;         // which matrix of ffn; 0 if it has one
@@ -12110,42 +12141,45 @@ typedef struct moe__entry {
     const int32_t *tokens;  // rows of the input and of the residual
     const float *weights;   // per token
     int64_t hidden_row;     // the first of its hidden vectors, one per token
-    int64_t work_before;    // moe__entry_work of all entries before
+    int64_t cost_before;    // moe__entry_cost of all entries before
 } moe__entry;
 
-typedef struct moe__plan {
+// The entries of one layer. Every thread makes its own, so that none waits for it.
+typedef struct moe__dispatch {
     moe__entry *entries; // room for n_expert + 1
     int32_t n_entries;
     int32_t n_routed;    // the first of them; the others see all tokens
     int32_t *tokens;     // of the routed experts, entry after entry
     float *weights;
-} moe__plan;
+} moe__dispatch;
 
 // What a block of rows costs: a multiplication per token, and unpacking, which takes as long as
 // some tokens do.
-MOE__INLINE int64_t moe__entry_cost(const moe__entry *entry) { return entry->n_tokens + 6; }
+MOE__INLINE int64_t moe__entry_block_cost(const moe__entry *entry) { return entry->n_tokens + 6; }
 // What gate and up of an entry cost: blocks of MOE__TILE_ROWS rows
 MOE__INLINE int64_t moe__entry_blocks(const moe__entry *entry) {
     return (entry->ffn->gate.n_out + MOE__TILE_ROWS - 1) / MOE__TILE_ROWS;
 }
-MOE__INLINE int64_t moe__entry_work(const moe__entry *entry) {
-    return moe__entry_blocks(entry) * moe__entry_cost(entry);
+MOE__INLINE int64_t moe__entry_cost(const moe__entry *entry) {
+    return moe__entry_blocks(entry) * moe__entry_block_cost(entry);
 }
 
 // The next entry, of n_tokens tokens.
-MOE__PRIVATE moe__entry *moe__plan_add(moe__plan *plan, const moe__ffn *ffn, int32_t n_tokens) {
-    moe__entry *entry = &plan->entries[plan->n_entries];
+MOE__PRIVATE moe__entry *moe__dispatch_add(moe__dispatch *dispatch, const moe__ffn *ffn,
+                                           int32_t n_tokens) {
+    moe__entry *entry = &dispatch->entries[dispatch->n_entries];
     entry->ffn = ffn;
     entry->n_tokens = n_tokens;
-    entry->work_before =
-        plan->n_entries++ ? entry[-1].work_before + moe__entry_work(entry - 1) : 0;
+    entry->cost_before =
+        dispatch->n_entries++ ? entry[-1].cost_before + moe__entry_cost(entry - 1) : 0;
     return entry;
 }
 
-// Entries of the routed experts. experts, weights: n_tokens x n_used from the router.
-MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const moe__router *router,
-                                   const int32_t *experts, const float *weights,
-                                   int64_t n_tokens) {
+// Entries of the routed experts. experts, weights: n_tokens x n_used from the router. A counting
+// sort: tokens of each expert counted, experts laid out one behind the other, tokens put there.
+MOE__PRIVATE void moe__dispatch_routed(moe__dispatch *dispatch, const moe__ffn *ffn,
+                                       const moe__router *router, const int32_t *experts,
+                                       const float *weights, int64_t n_tokens) {
     int32_t count[MOE__MAX_EXPERTS], first[MOE__MAX_EXPERTS];
     const int64_t n_slots = n_tokens * router->n_used;
     memset(count, 0, sizeof count);
@@ -12155,24 +12189,24 @@ MOE__PRIVATE void moe__plan_routed(moe__plan *plan, const moe__ffn *ffn, const m
         first[e] = next;
         next += count[e];
         if (!count[e]) continue;
-        moe__entry *entry = moe__plan_add(plan, ffn, count[e]);
+        moe__entry *entry = moe__dispatch_add(dispatch, ffn, count[e]);
         entry->expert = e;
-        entry->tokens = plan->tokens + first[e];
-        entry->weights = plan->weights + first[e];
+        entry->tokens = dispatch->tokens + first[e];
+        entry->weights = dispatch->weights + first[e];
         entry->hidden_row = first[e];
     }
-    plan->n_routed = plan->n_entries;
+    dispatch->n_routed = dispatch->n_entries;
     for (int64_t i = 0; i < n_slots; i++) {
         int32_t at = first[experts[i]]++;
-        plan->tokens[at] = (int32_t)(i / router->n_used);
-        plan->weights[at] = weights[i];
+        dispatch->tokens[at] = (int32_t)(i / router->n_used);
+        dispatch->weights[at] = weights[i];
     }
 }
 
 // One entry for all tokens. tokens: 0, 1, 2, ...; weights: one per token
-MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_tokens,
-                                const int32_t *tokens, const float *weights) {
-    moe__entry *entry = moe__plan_add(plan, ffn, (int32_t)n_tokens);
+MOE__PRIVATE void moe__dispatch_all(moe__dispatch *dispatch, const moe__ffn *ffn, int64_t n_tokens,
+                                    const int32_t *tokens, const float *weights) {
+    moe__entry *entry = moe__dispatch_add(dispatch, ffn, (int32_t)n_tokens);
     entry->expert = 0;
     entry->tokens = tokens;
     entry->weights = weights;
@@ -12181,8 +12215,17 @@ MOE__PRIVATE void moe__plan_all(moe__plan *plan, const moe__ffn *ffn, int64_t n_
 
 // ---- schedules -------------------------------------------------------------------------------
 
+// A schedule says which rows of which entries a thread computes, first of gate and up, then of
+// down. It is a pure function of what is to be done, the thread's number and how many there are:
+// each thread asks it for its own ranges and nobody hands out work while it is done. A queue would
+// balance better for a moment, but rows would move between threads from token to token, and with
+// them between the caches and memory nodes of cores.
+//
+// Rows are dealt in units: MOE__ROW_UNIT rows for one token, half a tile for many, or as many as
+// the type interleaves.
+
 // What a schedule decides from; nothing else may matter.
-typedef struct moe__share {
+typedef struct moe__task {
     const moe__entry *entries;
     int32_t n_entries;
     int32_t n_routed; // the first entries are routed experts, the others see all tokens
@@ -12190,47 +12233,47 @@ typedef struct moe__share {
     int down;         // rows are those of down, else those of gate and up
     int64_t unit;     // row ranges begin at multiples of this
     const moe__nodes *nodes; // memory nodes of the threads
-} moe__share;
+} moe__task;
 
-typedef struct moe__piece {
+typedef struct moe__range {
     int32_t entry;
     int64_t begin, end; // rows; may be empty
-} moe__piece;
+} moe__range;
 
-// The i-th piece (0, 1, ...) of a thread's work; 0 when there is none. All threads' pieces
+// The i-th range (0, 1, ...) of a thread's work; 0 when there is none. All threads' ranges
 // together cover every row of every entry once. With many tokens a row of down has the same
 // thread in every entry, so that each may add to the residual directly; with one token it need
 // not, see moe__schedule_info.owns_rows.
-typedef int moe__schedule_fn(const moe__share *share, int thread, int n_threads, int32_t i,
-                             moe__piece *piece);
+typedef int moe__schedule_fn(const moe__task *task, int thread, int n_threads, int32_t i,
+                             moe__range *range);
 
-MOE__INLINE int64_t moe__share_rows(const moe__share *share, int32_t entry) {
-    const moe__ffn *ffn = share->entries[entry].ffn;
-    return share->down ? ffn->down.n_out : ffn->gate.n_out;
+MOE__INLINE int64_t moe__task_rows(const moe__task *task, int32_t entry) {
+    const moe__ffn *ffn = task->entries[entry].ffn;
+    return task->down ? ffn->down.n_out : ffn->gate.n_out;
 }
 
 // Rows of one entry for member `thread` of n: the same part of every entry.
-MOE__INLINE int moe__share_stripe(const moe__share *share, int32_t entry, int thread, int n,
-                                  moe__piece *piece) {
-    piece->entry = entry;
-    moe__pool_share(moe__share_rows(share, entry), share->unit, thread, n, &piece->begin,
-                    &piece->end);
+MOE__INLINE int moe__task_stripe(const moe__task *task, int32_t entry, int thread, int n,
+                                 moe__range *range) {
+    range->entry = entry;
+    moe__pool_share(moe__task_rows(task, entry), task->unit, thread, n, &range->begin, &range->end);
     return 1;
 }
 
 // All threads on one expert after another, each on its own rows. The rows of a thread are the
 // same for every expert.
-MOE__PRIVATE int moe__schedule_sequential(const moe__share *share, int thread, int n_threads,
-                                          int32_t i, moe__piece *piece) {
-    return i < share->n_entries && moe__share_stripe(share, i, thread, n_threads, piece);
+MOE__PRIVATE int moe__schedule_sequential(const moe__task *task, int thread, int n_threads,
+                                          int32_t i, moe__range *range) {
+    return i < task->n_entries && moe__task_stripe(task, i, thread, n_threads, range);
 }
-MOE__PRIVATE int moe__schedule_sequential_owns(const moe__share *share, int n_threads) {
-    return (void)share, (void)n_threads, 1;
+MOE__PRIVATE int moe__schedule_sequential_owns(const moe__task *task, int n_threads) {
+    return (void)task, (void)n_threads, 1;
 }
 
-// How many experts are worked on at the same time: the greatest common divisor.
-MOE__PRIVATE int moe__schedule_groups(const moe__share *share, int n_threads) {
-    int a = share->one_token && share->n_routed ? share->n_routed : 1, b = n_threads;
+// How many experts are worked on at the same time: the greatest common divisor of active experts
+// and threads. Then all groups have as many threads and do as many experts, and end together.
+MOE__PRIVATE int moe__schedule_groups(const moe__task *task, int n_threads) {
+    int a = task->one_token && task->n_routed ? task->n_routed : 1, b = n_threads;
     while (b) {
         const int rest = a % b;
         a = b, b = rest;
@@ -12240,88 +12283,91 @@ MOE__PRIVATE int moe__schedule_groups(const moe__share *share, int n_threads) {
 
 // Thread t belongs to group t % groups, which takes every groups-th routed expert and shares its
 // rows; the entries that see all tokens are shared by all threads.
-MOE__PRIVATE int moe__schedule_parallel(const moe__share *share, int thread, int n_threads,
-                                        int32_t i, moe__piece *piece) {
-    const int groups = moe__schedule_groups(share, n_threads);
-    const int32_t rounds = share->n_routed / groups; // with one group: all of them
-    if (groups == 1) return moe__schedule_sequential(share, thread, n_threads, i, piece);
+MOE__PRIVATE int moe__schedule_parallel(const moe__task *task, int thread, int n_threads, int32_t i,
+                                        moe__range *range) {
+    const int groups = moe__schedule_groups(task, n_threads);
+    const int32_t rounds = task->n_routed / groups; // with one group: all of them
+    if (groups == 1) return moe__schedule_sequential(task, thread, n_threads, i, range);
     if (i < rounds)
-        return moe__share_stripe(share, i * groups + thread % groups, thread / groups,
-                                 n_threads / groups, piece);
-    i += share->n_routed - rounds;
-    return i < share->n_entries && moe__share_stripe(share, i, thread, n_threads, piece);
+        return moe__task_stripe(task, i * groups + thread % groups, thread / groups,
+                                n_threads / groups, range);
+    i += task->n_routed - rounds;
+    return i < task->n_entries && moe__task_stripe(task, i, thread, n_threads, range);
 }
-MOE__PRIVATE int moe__schedule_parallel_owns(const moe__share *share, int n_threads) {
-    return moe__schedule_groups(share, n_threads) == 1;
+MOE__PRIVATE int moe__schedule_parallel_owns(const moe__task *task, int n_threads) {
+    return moe__schedule_groups(task, n_threads) == 1;
 }
 
 // The first unit of an entry's rows that belongs to node k: the same part of every entry.
-MOE__INLINE int64_t moe__schedule_node(const moe__share *share, int32_t entry, int32_t k) {
-    const moe__nodes *nodes = share->nodes;
-    const int64_t units = (moe__share_rows(share, entry) + share->unit - 1) / share->unit;
+MOE__INLINE int64_t moe__schedule_node(const moe__task *task, int32_t entry, int32_t k) {
+    const moe__nodes *nodes = task->nodes;
+    const int64_t units = (moe__task_rows(task, entry) + task->unit - 1) / task->unit;
     return units * nodes->first[k] / nodes->first[nodes->n];
 }
 
 // One token: the rows of a node are shared by its n threads, each gets units / n of each entry,
-// and the threads that get one of the remaining units are the next ones in turn.
-MOE__PRIVATE void moe__schedule_rotate(const moe__share *share, int thread, int32_t entry,
-                                       moe__piece *piece) {
-    const int32_t k = moe__nodes_of(share->nodes, thread);
-    const int64_t n = share->nodes->first[k + 1] - share->nodes->first[k];
-    const int64_t i = thread - share->nodes->first[k]; // which of them
+// and the threads that get one of the remaining units are the next ones in turn. Example: 7 units
+// on 4 threads leave 3 over. In the first entry threads 0, 1, 2 get one more, in the second 3, 0,
+// 1, then 2, 3, 0 and 1, 2, 3: after four entries all have computed 7 units.
+MOE__PRIVATE void moe__schedule_rotate(const moe__task *task, int thread, int32_t entry,
+                                       moe__range *range) {
+    const int32_t k = moe__nodes_of(task->nodes, thread);
+    const int64_t n = task->nodes->first[k + 1] - task->nodes->first[k];
+    const int64_t i = thread - task->nodes->first[k]; // which of them
     int64_t next = 0;                                  // in turn
     for (int32_t e = 0; e < entry; e++)
-        next += (moe__schedule_node(share, e, k + 1) - moe__schedule_node(share, e, k)) % n;
+        next += (moe__schedule_node(task, e, k + 1) - moe__schedule_node(task, e, k)) % n;
     next %= n;
-    const int64_t begin = moe__schedule_node(share, entry, k);
-    const int64_t units = moe__schedule_node(share, entry, k + 1) - begin;
+    const int64_t begin = moe__schedule_node(task, entry, k);
+    const int64_t units = moe__schedule_node(task, entry, k + 1) - begin;
     const int64_t each = units / n, last = next + units % n;
     // threads next .. last - 1, modulo n, get one more: how many are before this one?
     const int64_t wrapped = moe__max(last - n, 0);
     int64_t before = moe__min(i, wrapped);
     if (i > next) before += moe__min(i, moe__min(last, n)) - next;
     const int more = i < wrapped || (i >= next && i < last);
-    const int64_t rows = moe__share_rows(share, entry);
-    piece->entry = entry;
-    piece->begin = moe__min(rows, (begin + each * i + before) * share->unit);
-    piece->end = moe__min(rows, (begin + each * (i + 1) + before + more) * share->unit);
+    const int64_t rows = moe__task_rows(task, entry);
+    range->entry = entry;
+    range->begin = moe__min(rows, (begin + each * i + before) * task->unit);
+    range->end = moe__min(rows, (begin + each * (i + 1) + before + more) * task->unit);
 }
 
 // Many tokens: the first block of rows of an entry whose middle lies in the work of `thread` or
 // behind, when all work is laid out in one line and cut into equal parts.
-MOE__PRIVATE int64_t moe__schedule_cut(const moe__share *share, int32_t entry, int thread,
+MOE__PRIVATE int64_t moe__schedule_cut(const moe__task *task, int32_t entry, int thread,
                                        int n_threads) {
-    const moe__entry *e = &share->entries[entry], *last = &share->entries[share->n_entries - 1];
-    const int64_t total = last->work_before + moe__entry_work(last), cost = moe__entry_cost(e);
-    // the smallest j with (2 (work_before + j cost) + cost) n_threads >= 2 total thread
-    const int64_t need = 2 * total * thread - (2 * e->work_before + cost) * n_threads;
+    const moe__entry *e = &task->entries[entry], *last = &task->entries[task->n_entries - 1];
+    const int64_t total = last->cost_before + moe__entry_cost(last),
+                  cost = moe__entry_block_cost(e);
+    // the smallest j with (2 (cost_before + j cost) + cost) n_threads >= 2 total thread
+    const int64_t need = 2 * total * thread - (2 * e->cost_before + cost) * n_threads;
     const int64_t step = 2 * cost * n_threads;
     return need <= 0 ? 0 : moe__min((need + step - 1) / step, moe__entry_blocks(e));
 }
 
 // Rotating down costs a barrier: not unless equal parts would leave over a 16th idle.
-MOE__PRIVATE int moe__schedule_balanced_owns(const moe__share *share, int n_threads) {
-    const int64_t rows = share->entries[0].ffn->down.n_out;
-    const int64_t units = (rows + share->unit - 1) / share->unit;
+MOE__PRIVATE int moe__schedule_balanced_owns(const moe__task *task, int n_threads) {
+    const int64_t rows = task->entries[0].ffn->down.n_out;
+    const int64_t units = (rows + task->unit - 1) / task->unit;
     const int64_t most = (units + n_threads - 1) / n_threads;
-    return !share->one_token || share->n_entries < 2 || 16 * units >= 15 * most * n_threads;
+    return !task->one_token || task->n_entries < 2 || 16 * units >= 15 * most * n_threads;
 }
 
-MOE__PRIVATE int moe__schedule_balanced(const moe__share *share, int thread, int n_threads,
-                                        int32_t i, moe__piece *piece) {
-    if (i >= share->n_entries) return 0;
-    if (share->down && moe__schedule_balanced_owns(share, n_threads))
-        return moe__share_stripe(share, i, thread, n_threads, piece);
-    if (share->one_token) {
-        moe__schedule_rotate(share, thread, i, piece);
+MOE__PRIVATE int moe__schedule_balanced(const moe__task *task, int thread, int n_threads, int32_t i,
+                                        moe__range *range) {
+    if (i >= task->n_entries) return 0;
+    if (task->down && moe__schedule_balanced_owns(task, n_threads))
+        return moe__task_stripe(task, i, thread, n_threads, range);
+    if (task->one_token) {
+        moe__schedule_rotate(task, thread, i, range);
         return 1;
     }
-    const int64_t rows = moe__share_rows(share, i);
-    const int64_t first = moe__schedule_cut(share, i, thread, n_threads);
-    const int64_t next = moe__schedule_cut(share, i, thread + 1, n_threads);
-    piece->entry = i;
-    piece->begin = moe__min(first * MOE__TILE_ROWS, rows);
-    piece->end = moe__min(next * MOE__TILE_ROWS, rows);
+    const int64_t rows = moe__task_rows(task, i);
+    const int64_t first = moe__schedule_cut(task, i, thread, n_threads);
+    const int64_t next = moe__schedule_cut(task, i, thread + 1, n_threads);
+    range->entry = i;
+    range->begin = moe__min(first * MOE__TILE_ROWS, rows);
+    range->end = moe__min(next * MOE__TILE_ROWS, rows);
     return 1;
 }
 
@@ -12330,8 +12376,8 @@ MOE__PRIVATE int moe__schedule_balanced(const moe__share *share, int thread, int
 typedef struct moe__schedule_info {
     moe_schedule schedule;
     const char *name;
-    moe__schedule_fn *pieces;
-    int (*owns_rows)(const moe__share *share, int n_threads);
+    moe__schedule_fn *range;
+    int (*owns_rows)(const moe__task *task, int n_threads);
 } moe__schedule_info;
 
 static const moe__schedule_info moe__schedules[] = {
@@ -12352,7 +12398,7 @@ MOE__PRIVATE const moe__schedule_info *moe__schedule_find(moe_schedule schedule)
     return NULL;
 }
 
-// ---- doing the pieces ------------------------------------------------------------------------
+// ---- computing the ranges --------------------------------------------------------------------
 
 // Rows of another matrix begin with a wait for memory, unless they were fetched before: 4 KiB,
 // which is what dot kernels fetch ahead of themselves.
@@ -12364,17 +12410,18 @@ MOE__PRIVATE void moe__matrix_fetch(const moe__matrix *matrix, int32_t expert, i
     const size_t size = (size_t)(end - begin) * matrix->row_size;
     for (size_t i = 0; i < size && i < MOE__FETCH; i += 64) __builtin_prefetch(rows + i, 0, 3);
 }
-// The beginning of this thread's piece i, if there is one.
-MOE__PRIVATE void moe__piece_fetch(const moe__schedule_info *schedule, const moe__share *share,
+// The beginning of this thread's range i, if there is one.
+MOE__PRIVATE void moe__range_fetch(const moe__schedule_info *schedule, const moe__task *task,
                                    int thread, int n_threads, int32_t i) {
-    moe__piece piece;
-    if (!schedule->pieces(share, thread, n_threads, i, &piece)) return;
-    const moe__entry *entry = &share->entries[piece.entry];
-    moe__matrix_fetch(share->down ? &entry->ffn->down : &entry->ffn->gate, entry->expert,
-                      piece.begin, piece.end);
+    moe__range range;
+    if (!schedule->range(task, thread, n_threads, i, &range)) return;
+    const moe__entry *entry = &task->entries[range.entry];
+    moe__matrix_fetch(task->down ? &entry->ffn->down : &entry->ffn->gate, entry->expert,
+                      range.begin, range.end);
 }
 
-// Private to a thread.
+// Private to a thread, taken with the session's buffers (moe__work_layout_local) and freed with
+// its pool.
 typedef struct moe__scratch {
     void *pack;            // MOE__PACK_SIZE bytes
     float *gate, *up;      // n_batch * MOE__TILE_ROWS, at least the longest vector, floats each
@@ -12382,7 +12429,9 @@ typedef struct moe__scratch {
 } moe__scratch;
 
 // hidden = silu(gate x) * up x (or the like) for some rows of one entry. in: [MOE__INPUTS]; the
-// hidden vectors are the input of down.
+// hidden vectors are the input of down. One token: two long runs through memory, rows of gate
+// and then of up. Many: tile by tile (MOE__TILE_ROWS rows), gate and up in turns, so that what they
+// make is combined while it is in the cache, and the tile that comes next is fetched meanwhile.
 MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__entry *entry,
                                        int64_t begin, int64_t end, const moe__acts *in,
                                        const moe__scratch *scratch) {
@@ -12415,7 +12464,8 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
     }
 }
 
-// out[row] = down hidden for some rows of one entry with one token; added up later.
+// out[row] = down hidden for some rows of one entry with one token: where several threads compute
+// the same row for different experts. They are added up behind a barrier, in the entries' order.
 MOE__PRIVATE void moe__experts_down_apart(const moe__kernels *kernels, const moe__entry *entry,
                                           int64_t begin, int64_t end, const moe__acts *in,
                                           float *out, const moe__scratch *scratch) {
@@ -14116,11 +14166,42 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
 // keys, shared experts, fused matrices) are decided by the presence of their tensors; a key
 // counts only where the family defines it. A tensor that nobody binds is an error, unless it is
 // in moe__spares. A model never changes after it was opened.
+//
+// A file says what kind of model it holds (general.architecture, the family), how large
+// (FAMILY.KEY) and gives its weights names. Three sources of truth that may contradict each other,
+// written by somebody unknown: each number is bounded when it is read, each tensor's shape is what
+// the numbers say, and both together say how much memory is taken. Where llama.cpp would read a
+// file differently, it is refused with the reason: a model that runs wrong looks like a bad one.
+//
+// The tensors of a layer, "blk.N." before and ".weight" behind each name, with their dimensions
+// {n_in, n_out} (vectors {n}); d = n_embd, H = n_head, K = n_head_kv, k and v = the widths of a
+// head's key and value, E = n_expert, f = n_ff_exp, s = the width of the shared expert:
+//
+//   attn_norm, ffn_norm             {d}            before the mixer, before the experts
+//   post_attention_norm, post_ffw_norm {d}         behind them (MOE__POST_NORMS)
+//   attn_q, attn_k, attn_v          {d, H k} {d, K k} {d, K v}; or attn_qkv {d, H k + K k + K v}
+//   attn_q_norm, attn_k_norm        {k}, {k}       or of all heads together: {H k}, {K k}
+//   attn_gate, attn_sinks           {d, H v}, {H}
+//   attn_output                     {H v, d}
+//   of latent attention, r = n_rot, c = kv_lora, q = q_lora:
+//   attn_kv_a_mqa, attn_kv_a_norm   {d, c + r}, {c}
+//   attn_q, or attn_q_a, _norm, _b  {d, H k}, or {d, q}, {q}, {q, H k}
+//   attn_k_b, attn_v_b              {k - r, c, H}, {c, v, H}; or attn_kv_b {c, H (k - r + v)}
+//   of experts; the matrix of a dense layer has no _exps and one matrix:
+//   ffn_gate_inp, exp_probs_b.bias  {d, E}, {E}
+//   ffn_gate_exps, ffn_up_exps      {d, f, E}      or ffn_gate_up_exps {d, 2 f, E}, gate first;
+//   ffn_down_exps                   {f, d, E}      or ffn_gate.0 ... ffn_down.E-1, one by one
+//   ffn_gate_shexp, _up_, _down_    {d, s} {d, s} {s, d}; ffn_gate_inp_shexp {d}
+//
+// Beside them: token_embd {d, n_vocab}, output (or token_embd again) {d, n_vocab}, output_norm {d}.
+// NAME.bias is added to a product, NAME.scale multiplies it.
 // ==============================================================================================
 
 enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
 
-enum { // features of a family
+// What families differ in, beyond what tensors and keys say by being there. A feature is named
+// after what it does and not after a family: any family may have it, and it is read in one place.
+enum {
     MOE__ROUTER_KEYS = 1,   // gating function, groups, normalization and scale come from keys
     MOE__NORMALIZE = 2,     // without router keys: weights of the chosen experts sum to 1
     MOE__QK_NORM = 4,       // norms of queries and keys, by head: their tensors must be there
@@ -14161,8 +14242,8 @@ typedef struct moe__family {
     unsigned features;
 } moe__family;
 
-// To add a model family: a row here, and what it needs beyond features that are read already in
-// this room and the forward pass, as a feature any family may have.
+// In alphabetical order. Which tensors and keys a family has is what llama.cpp's loader reads for
+// it; where its graph does what no feature says, the feature comes first.
 static const moe__family moe__families[] = {
     {"afmoe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_COUNT | MOE__NOPE_FOURTH | MOE__EMBD_ROOT |
@@ -14212,7 +14293,7 @@ typedef struct moe__layer {
     moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    // MLA; kv_b, k_b, v_b: one per head
     const float *q_a_norm, *kv_a_norm;
     moe__matrix o;
-    const moe__matrix *first;    // the one that the mixer reads first
+    const moe__matrix *prefetch; // the one that the mixer reads first
     int is_moe;
     moe__matrix router;                            // ffn_gate_inp
     const float *router_bias;                      // exp_probs_b: for choosing only
@@ -14249,7 +14330,9 @@ struct moe_model {
     moe__paging paging;          // of the gguf's pages, if this model looks after them
 };
 
-// State while loading: after the first error everything else is skipped.
+// State while loading. After the first error everything else is skipped: every function below
+// returns at once if the status is not OK, so that callers read as a list of what is bound, and
+// check the status only where they use what was read.
 typedef struct moe__loader {
     moe_model *model;
     const moe_gguf *gguf;
@@ -14262,7 +14345,8 @@ typedef struct moe__loader {
     ((loader)->status = (loader)->status ? (loader)->status \
                                          : moe__fail((loader)->error, code, where, __VA_ARGS__))
 
-// Zeroed memory that lives as long as the model; NULL after an error.
+// Zeroed memory that lives as long as the model; NULL after an error. Allocations are a list
+// whose links lie in the first of 64 bytes before each; moe_model_close frees it.
 MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t size) {
     uint64_t bytes;
     void *memory = NULL;
@@ -14298,7 +14382,8 @@ MOE__INLINE int moe__load_is_array(const moe_gguf_value *value) {
 }
 
 // An integer key within low..high, of layer il if it is an array; il -1: of all layers alike.
-// Absent or 0 ("not set" in some files): the default, or an error if that is MOE__REQUIRED.
+// Absent or 0 ("not set" in some files): the default, or an error if that is MOE__REQUIRED. The
+// bounds are what keeps hostile sizes out: every product of two such numbers fits into int64_t.
 MOE__PRIVATE int32_t moe__load_int_at(moe__loader *loader, const char *name, int il, int64_t low,
                                       int64_t high, int64_t fallback) {
     char key[128];
@@ -14427,7 +14512,8 @@ MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe_
 }
 
 // Whether base.scale is a factor of the matrix. That of an NVFP4 matrix always is: it belongs to
-// the type. Of other types llama.cpp loads these but multiplies with them in some families only.
+// the type, whose blocks have 8-bit scales of their own that need a common one. Of other types
+// llama.cpp loads these but multiplies with them in some families only.
 MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, const char *base,
                                      const moe__type *type) {
     if (type->id == MOE_TYPE_NVFP4) return 1;
@@ -14452,7 +14538,8 @@ MOE__PRIVATE const float *moe__load_scale(moe__loader *loader, const moe__matrix
 
 // Binds matrix to base.weight {n_in, n_out, n_expert}, which reads `input`, with its scale and
 // bias if there are any. Absent and not required: matrix->data stays NULL. per_token: the share
-// of its bytes that one token reads.
+// of its bytes that one token reads, n_expert_used / n_expert of routed experts; it is counted in
+// info.n_bytes_token, which times the tokens per second is the bandwidth that generating takes.
 MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int layer,
                                   const char *base, moe__input input, int64_t n_in, int64_t n_out,
                                   int64_t n_expert, double per_token, int required) {
@@ -14524,7 +14611,8 @@ MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int l
     return 1;
 }
 
-// Rows first .. first + n - 1 of every expert's matrix as a matrix of its own: whole groups.
+// Rows first .. first + n - 1 of every expert's matrix as a matrix of its own. Rows of interleaved
+// types (_R4, _R8) come in groups that lie mixed with each other: only whole groups can be cut out.
 MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix *whole,
                                          int64_t first, int64_t n) {
     moe__matrix slice = *whole;
@@ -14540,6 +14628,28 @@ MOE__PRIVATE moe__matrix moe__load_slice(moe__loader *loader, const moe__matrix 
 
 // ---- hyper-parameters ------------------------------------------------------------------------
 
+// The keys that are read, with FAMILY. in front (spec: GGUF's list of keys, llama.cpp's loader).
+// "each": a number, or an array with one per layer. Without a default the key must be there.
+//
+//   block_count, nextn_predict_layers (0)     layers, and how many at the end are not run: they
+//                                             predict tokens further ahead
+//   context_length, embedding_length          n_ctx_train, n_embd
+//   attention.head_count, .head_count_kv      each; (head_count)
+//   attention.key_length, .value_length       each; (embedding_length / head_count)
+//   attention.key_length_mla, .value_length_mla, .kv_lora_rank, .q_lora_rank: latent attention,
+//                                             where key_length is that of a cached row
+//   attention.layer_norm_rms_epsilon          of all norms
+//   attention.sliding_window, .sliding_window_pattern: how many keys, in which layers
+//   attention.clamp_kqv, .scale, .temperature_scale, .temperature_length: of some families
+//   rope.dimension_count (key_length)         how many values of a head are turned
+//   rope.freq_base (10000), rope.freq_base_swa (freq_base)
+//   rope.scaling.type (linear), .factor (1), .original_context_length, .attn_factor, .yarn_...
+//   feed_forward_length                       each; of dense layers, or of experts
+//   expert_feed_forward_length, expert_shared_feed_forward_length, leading_dense_block_count (0)
+//   expert_count, expert_used_count, expert_shared_count, expert_group_count (1),
+//   expert_group_used_count, expert_gating_func, expert_weights_norm (0), expert_weights_scale (1)
+//   embedding_scale, residual_scale, logit_scale: of Granite
+
 MOE__PRIVATE void moe__load_check_base(moe__loader *loader, const char *key,
                                        const moe__rope_scaling *s) {
     if (!(s->base > 1) || !(s->factor > 1e-6))
@@ -14547,7 +14657,9 @@ MOE__PRIVATE void moe__load_check_base(moe__loader *loader, const char *key,
                        s->base, s->factor);
 }
 
-// How positions are scaled; *magnitude: the factor that goes with it.
+// How positions are scaled for contexts longer than those of the training: not at all, "linear"
+// (all of them divided by a factor) or "yarn" (moe__rope_init). *magnitude: the factor of cos and
+// sin that goes with it.
 MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling *s,
                                          double *magnitude) {
     char key[128];
@@ -14588,7 +14700,7 @@ MOE__PRIVATE void moe__load_rope(moe__loader *loader, int id, int32_t n_rot,
     rope->kind = model->family->rope;
     rope->n_rot = n_rot;
     rope->magnitude = magnitude;
-    rope->at = model->n_rope;
+    rope->table_at = model->n_rope;
     rope->frequency =
         (double *)moe__load_alloc(loader, (uint64_t)n_rot / 2 + 1, sizeof *rope->frequency);
     if (loader->status) return;
@@ -14602,7 +14714,10 @@ MOE__PRIVATE void moe__load_rope(moe__loader *loader, int id, int32_t n_rot,
     }
 }
 
-// Positions, and the factor of query . key that goes with them.
+// Positions, and the factor of query . key that goes with them. YaRN multiplies cos and sin by a
+// magnitude m, so that scores grow by m^2: softmax over more keys than the model was trained with
+// stays as sharp. Layers with a window may have a rope of their own, without scaling (they never
+// see far) or with another base; some layers of some families have none.
 MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     moe_model *model = loader->model;
     moe__layer *layers = model->layers;
@@ -14661,7 +14776,9 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     }
 }
 
-// Groups of experts of which only the best take part: any family may have them.
+// Groups of experts of which only the best take part: any family may have them. DeepSeek-V3 keeps
+// the experts of a group on one machine and asks few machines per token; when all are in one
+// memory, groups are just a part of the definition of which experts are chosen.
 MOE__PRIVATE void moe__load_groups(moe__loader *loader) {
     const moe_model_info *info = &loader->model->info;
     moe__router *router = &loader->model->router;
@@ -14678,6 +14795,9 @@ MOE__PRIVATE void moe__load_groups(moe__loader *loader) {
                        info->n_expert_used);
 }
 
+// How experts are chosen: by keys if the family has them (MOE__ROUTER_KEYS), else by its row in the
+// table. What is added to the residual is scaled by the model's residual_scale, which the weights
+// take up here: no extra pass.
 MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     moe_model *model = loader->model;
     moe__router *router = &model->router;
@@ -14776,6 +14896,8 @@ MOE__PRIVATE void moe__load_check_sliding(moe__loader *loader) {
     }
 }
 
+// Head counts, widths and windows of all layers, before anything is bound: binding is checked
+// against them.
 MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
     moe_model *model = loader->model;
     moe_model_info *info = &model->info;
@@ -14825,6 +14947,10 @@ MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
     model->logit_scale = (float)(1 / moe__load_float(loader, "logit_scale", 1));
 }
 
+// All keys, in the order in which they depend on each other: sizes, layers, positions, router,
+// widths of the feed-forward parts. The width of experts has three sources: a key of its own, the
+// key of dense layers (MOE__WIDTH_FFN), or, in files of Qwen1.5-MoE, that divided by the experts
+// in use. Wrong guesses do not get far: the tensors' shapes are checked against it.
 MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe_model *model = loader->model;
     moe_model_info *info = &model->info;
@@ -14879,7 +15005,9 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
 
 // ---- feed-forward parts ----------------------------------------------------------------------
 
-// down(activation(gate x) * up x) of so many experts, whose hidden vectors are `hidden`.
+// down(activation(gate x) * up x) of so many experts, whose hidden vectors are `hidden`. Gate and
+// up are separate tensors or one, gate first; experts are one 3-D tensor or, in early files, as
+// many 2-D ones.
 MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, const char *suffix,
                                 moe__input hidden, int64_t n_ff, int64_t n_expert,
                                 double per_token, int required) {
@@ -14965,6 +15093,8 @@ MOE__PRIVATE void moe__load_check_biases(moe__loader *loader, const moe__layer *
 
 // ---- the whole -------------------------------------------------------------------------------
 
+// What no layer has: embeddings, the last norm, the output matrix. Many models use the embeddings
+// for both ("tied"): then there is no output.weight. More rows than tokens are padding.
 MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
     moe_model *model = loader->model;
     moe_model_info *info = &model->info;
@@ -15046,7 +15176,8 @@ MOE__PRIVATE int moe__load_layer_of(const char *name) {
     return digits && *name == '.' ? n : -1;
 }
 
-// Every tensor must be used: one that is left out would change what comes out.
+// Every tensor must be used: one that is left out would change what comes out. So that this finds
+// all, whoever looks for a tensor marks it as used by asking (moe__load_tensor).
 MOE__PRIVATE void moe__load_check_used(moe__loader *loader) {
     const moe_model *model = loader->model;
     const char *first = NULL;
@@ -15075,6 +15206,8 @@ MOE__PRIVATE void moe__load_check_used(moe__loader *loader) {
                        model->info.family, n, n == 1 ? "" : "s", names);
 }
 
+// The row of moe__families that the file names. Files of other kinds (adapters, importance
+// matrices) say so in general.type.
 MOE__PRIVATE void moe__load_family(moe__loader *loader) {
     moe_model *model = loader->model;
     moe_string name, type;
@@ -15115,6 +15248,11 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
 //
 // What a sequence remembers, layer by layer, each in the shape its mixer asks for. Nothing is
 // touched before it is needed: what no token has been stored in takes no memory.
+//
+// The position comes last but one, [head][position][width]: attention reads the keys of one head
+// at one position after the other, and each head is a stream of its own through memory. A token
+// of Qwen3-30B-A3B (48 layers, 4 heads of 128 + 128) takes 96 KiB in f16; one of DeepSeek-V3 (61
+// layers, 512 + 64 values for all of its 128 heads), 69 KiB.
 // ==============================================================================================
 
 // Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the
@@ -15184,6 +15322,10 @@ MOE__PRIVATE moe__cache moe__cache_take(moe__arena *arena, const moe__cache_shap
 //   sequence   (moe_session) its cache, its length, its logits
 //   work       (moe__work) the buffers for a batch; they belong to the pool
 //
+// Continuous batching and prompts are the same thing here: a batch is rows, of one sequence or of
+// many, each at a position of its own. A matrix is read once for all of them, and a row's result
+// has the bits it has alone, since each row's product is computed by itself, in the same order.
+//
 // Two ways of sharing the same steps:
 //   one row      what is tiny (norms, quantizing, choosing experts) every thread does for itself
 //                into memory of its own: cheaper than a barrier
@@ -15205,9 +15347,9 @@ typedef struct moe__row {
 // Rows of a batch that follow one another in one sequence
 typedef struct moe__span {
     moe_session *sequence;
-    int32_t first, n;     // rows of the batch
+    int32_t first_row, n; // rows of the batch
     int32_t past;         // position of the first: tokens of the sequence before it
-    int32_t at;           // number of the first among the rows that attend in the same way
+    int32_t attend_row;   // number of the first among the rows that attend in the same way
     int expand;           // MLA: keys and values are expanded; else queries absorb that
     int32_t n_logits;     // the last rows, whose logits are wanted,
     float *logits;        // here
@@ -15216,7 +15358,7 @@ typedef struct moe__span {
 // Memory of one thread.
 typedef struct moe__local {
     moe__scratch scratch;
-    moe__plan plan;
+    moe__dispatch dispatch;
     moe__acts in[MOE__INPUTS]; // of one row: what is not the same for all threads
     float *rope;               // cos and sin of one row, of all ropes
     float *router_logits;
@@ -15262,6 +15404,7 @@ struct moe_session {
     int in_jobs;           // while it is being evaluated
     uint64_t *expert_counts; // [layer][expert]
     double *wait_seconds;  // of each thread in the last eval
+    moe_session_stats stats; // of it
     moe__cache *caches;    // per layer
     float *logits;         // [n_vocab], or [n_ctx][n_vocab] by position
     void *memory;
@@ -15312,10 +15455,10 @@ MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
         if (n == 0) return;
         work->n_spans++;
         span->sequence = sequence;
-        span->first = (int32_t)batch->n;
+        span->first_row = (int32_t)batch->n;
         span->n = n;
         span->past = sequence->length + batch->done;
-        span->at = absorbs ? absorbed : span->first;
+        span->attend_row = absorbs ? absorbed : span->first_row;
         absorbed += absorbs ? n : 0;
         for (int32_t i = 0; i < n; i++, batch->n++) {
             moe__row *row = &work->rows[batch->n];
@@ -15365,7 +15508,7 @@ MOE__INLINE int64_t moe__eval_row_unit(const moe__matrix *matrix, int64_t n_toke
 }
 
 MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
-    if (e->thread == 0) e->batch->lead->info.n_barriers++;
+    if (e->thread == 0) e->batch->lead->stats.n_barriers++;
     moe__pool_barrier(e->batch->lead->pool, e->thread);
 }
 
@@ -15475,7 +15618,7 @@ MOE__INLINE void moe__eval_fit(moe__eval *e, const moe__matrix *matrix) {
 MOE__INLINE void moe__eval_turn(const moe__eval *e, const moe__layer *layer, int64_t t, float *x) {
     if (!layer->rope) return;
     const float *tables = e->n == 1 ? e->local->rope : e->work->rope + t * e->model->n_rope;
-    moe__rope_apply(layer->rope, tables + layer->rope->at, x);
+    moe__rope_apply(layer->rope, tables + layer->rope->table_at, x);
 }
 
 // ---- memory of mixers -----------------------------------------------------------------------
@@ -15515,38 +15658,46 @@ MOE__PRIVATE float *moe__memory_take_normed(moe__memory *memory, moe__input inpu
 // >>mixers
 //
 // How a layer mixes tokens: from the normed residual (MOE__IN_X) to what attn_output reads
-// (MOE__IN_MIXED). A mixer is a row of moe__mixers at the end of this room. To add one:
-//
-//   1. a number in moe__mixer_id and what its layers hold in moe__layer (>>model); vectors that
-//      only its matrices read, in moe__input (>>ops)
-//   2. here: bind      binds its tensors. Every matrix is bound with the vector that it reads:
-//                      so that one exists in the right form; layer->first and layer->o are set
-//            cache     what it keeps per position and sequence
-//            layout    takes its buffers, of all threads and of one, for one layer
-//            forward   rows in, results in MOE__IN_MIXED, a barrier behind
-//            cut       to which length a sequence can be cut back
-//   3. its row, and the family that uses it (>>model)
+// (MOE__IN_MIXED). The formulas are on the first page of >>session. A mixer is a row of moe__mixers
+// at the end of this room; it is chosen layer by layer, and nothing outside of this room knows what
+// it does. It sees spans, the rows of a batch that belong to one sequence, and that sequence's
+// cache; all other parts of the forward pass see rows only.
 // ==============================================================================================
 
 typedef struct moe__mixer {
     const char *name;
+    // Binds its tensors. Every matrix is bound with the vector that it reads, so that this exists
+    // in the right form. Sets layer->o, and layer->prefetch: the matrix that forward reads first.
     void (*bind)(moe__loader *loader, moe__layer *layer, int il);
+    // What it keeps per position and sequence.
     moe__cache_shape (*cache)(const moe__layer *layer);
+    // Takes its buffers, of all threads and of one, for one layer.
     void (*layout)(const moe__layer *layer, moe__memory *memory);
+    // Rows in, results in MOE__IN_MIXED, a barrier behind. Called by all threads.
     void (*forward)(moe__eval *e, const moe__layer *layer, int il);
-    int32_t (*cut)(const moe_session *session, int il, int32_t length); // <= length
+    // The greatest length, not above `length`, to which a sequence can go back.
+    int32_t (*rewind)(const moe_session *session, int il, int32_t length);
 } moe__mixer;
 
-// What is kept by position is cut anywhere.
-MOE__PRIVATE int32_t moe__mixer_cut_positions(const moe_session *session, int il, int32_t length) {
+// What is kept by position can be forgotten from anywhere on.
+MOE__PRIVATE int32_t moe__mixer_rewind_positions(const moe_session *session, int il,
+                                                 int32_t length) {
     return (void)session, (void)il, length;
 }
 
 // ---- attention over caches ------------------------------------------------------------------
 
-// A query sees the keys of its sequence up to its own position, or the last `window` of them.
+// A query sees the keys of its sequence up to its own position, or the last `window` of them: a
+// chunk that lies before the window is never read (moe__attention_chunk), in a chunk that the
+// window begins in the first keys are left out (moe__attend_args.first).
+//
+// Softmax without all scores at once (Milakov and Gimelshein, 2018; Dao et al., 2022): of the keys
+// seen so far one keeps the largest score M, the sum S of exp(score - M) and the weighted values O.
+// Two such states join: with M = max(M1, M2), S = S1 exp(M1 - M) + S2 exp(M2 - M), and O likewise.
+// O / S is the result. That is what lets threads share the keys of one query.
+//
 // Its result has the same bits however the work is cut: keys are seen in chunks that begin at
-// multiples of MOE__ATTEND_KEYS, each from a state of its own, and these are added up in their
+// multiples of MOE__ATTEND_KEYS, each from a state of its own, and these are joined in their
 // order (moe__attend_args).
 //
 // A work item is a block of queries that share a key-value head, over all chunks. Few queries
@@ -15560,7 +15711,8 @@ enum {
     MOE__ATTEND_SPAN = MOE__MLA_KEYS
 };
 
-// Buffers of a thread, and results of single chunks, which are shared
+// Buffers of a thread, and results of single chunks, which are shared. The latter are what makes
+// a long context cost memory beside its cache: per chunk of 128 positions and head one result.
 typedef struct moe__attending {
     float *q;                 // the queries of a call, side by side: rows of several heads would
                               // be far apart, at places of the cache that exclude each other
@@ -15590,7 +15742,8 @@ MOE__PRIVATE void moe__attending_take(moe__attending *w, moe__memory *memory, in
     w->part_out = moe__take_floats(common, w->n_parts, n_head * dv);
 }
 
-// Attention in one layer. Query head h reads key-value head h / group.
+// Attention in one layer: what its items have in common, whichever mixer asks for it. Query head h
+// reads key-value head h / group: grouped queries share keys, of latent attention all heads do.
 typedef struct moe__attention {
     const moe__layer *layer;
     int il;
@@ -15601,7 +15754,7 @@ typedef struct moe__attention {
     const float *q;        // [row][n_kv * group][dk]; NULL: moe__gqa_query makes them,
     const struct moe__gqa *gqa; // from these, and keys; else NULL
     struct moe__mla *mla;      // values are the beginning of keys, or expanded from it; NULL
-    float *out;            // [row][n_kv * group][dv]; rows are counted as moe__span.at does
+    float *out;            // [row][n_kv * group][dv]; rows are counted as moe__span.attend_row does
     float *max, *sum;      // of each query over the chunks so far: of an item's queries, or, if
     int carry;             // an item is one of several, [n_kv][row] (only if group is 1)
     int store;             // the item of the last chunk stores the new key and value first
@@ -15609,7 +15762,8 @@ typedef struct moe__attention {
     int64_t n_parts;       // most chunks of a row, if they are items; else 0
 } moe__attention;
 
-// The first key that a query at this position sees.
+// The first key that a query at this position sees. It sees itself, so that a window of 1 leaves
+// one key.
 MOE__INLINE int64_t moe__attention_first(const moe__layer *layer, int64_t position) {
     return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
 }
@@ -15622,7 +15776,9 @@ MOE__INLINE int64_t moe__attention_chunks(const moe__layer *layer, int64_t posit
 }
 
 // Whether so many items keep the threads busy. Of a prompt's, those of later queries cost more:
-// they come out even if each thread has some. Of other inputs, all cost the same.
+// they come out even if each thread has some. Of other inputs, all cost the same: with n threads
+// and n + 1 items half of the time nearly all threads would wait, so that rounds of items must be
+// filled to 14/16 at least.
 MOE__PRIVATE int moe__attention_is_even(const moe__eval *e, const moe__attention *at,
                                         int64_t items) {
     const int64_t n = e->n_threads, each = (items + n - 1) / n;
@@ -15631,7 +15787,9 @@ MOE__PRIVATE int moe__attention_is_even(const moe__eval *e, const moe__attention
     return items >= n && (at->block <= 16 || 16 * items >= 14 * each * n);
 }
 
-// How work is cut: sets block and n_parts. Nothing of it changes results.
+// How work is cut: sets block and n_parts. Nothing of it changes results. Large blocks are
+// cheapest, each chunk of keys being read once for all their queries; the search begins there and
+// makes more items until the threads are busy, first by chunks, then by smaller blocks.
 MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
     int64_t most = 0, rows = 0, items = 0;
     const int64_t least = at->expand ? MOE__MLA_EXPAND : 4;
@@ -15675,14 +15833,16 @@ typedef struct moe__items {
     int64_t number;
 } moe__items;
 
-// Items are dealt out to the threads forth and back.
+// Items are dealt out to the threads forth and back (0 1 2 3, 3 2 1 0, ...): where they grow from
+// one to the next, as those of a prompt's queries do, all threads get as much.
 MOE__INLINE int moe__items_turn(const moe__eval *e, int64_t number) {
     const int64_t turn = number / e->n_threads, i = number % e->n_threads;
     return (turn % 2 ? e->n_threads - 1 - i : i) == e->thread;
 }
 
 // The next item of this thread; 0: there is none. The last queries of a span see most keys: they
-// come first. Of chunks the last comes last, which may be short.
+// come first, so that what is left at the end is small. Of chunks the last comes last, which may be
+// short, down to one key.
 MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, moe__items *it,
                                  moe__item *item) {
     for (; it->span < e->work->n_spans; it->span++, it->part = 0) {
@@ -15709,7 +15869,7 @@ MOE__PRIVATE int moe__items_next(const moe__eval *e, const moe__attention *at, m
     return 0;
 }
 
-// The number of one chunk's result for a row (as moe__span.at counts) and query head
+// The number of one chunk's result for a row (as moe__span.attend_row counts) and query head
 MOE__INLINE int64_t moe__attention_part(const moe__attention *at, int64_t row, int64_t head,
                                         int64_t part) {
     return (row * at->n_parts + part) * at->n_kv * at->group + head;
@@ -15724,10 +15884,11 @@ MOE__PRIVATE void moe__attention_begin(const moe__attention *at, int64_t head, f
     memset(out, 0, (size_t)at->dv * sizeof *out);
 }
 
-// The results of a row's chunks, which are kept apart, into `out`.
+// The results of a row's chunks, which are kept apart, into `out`: joined in their order, from the
+// state before the first key on, by the arithmetic with which the kernel joins them in one call.
 MOE__PRIVATE void moe__attention_merge(const moe__eval *e, const moe__attention *at,
                                        const moe__span *span, int64_t i, int64_t head) {
-    const int64_t n_head = at->n_kv * at->group, row = span->at + i;
+    const int64_t n_head = at->n_kv * at->group, row = span->attend_row + i;
     const int64_t n = moe__attention_chunks(at->layer, span->past + i);
     float max, sum, *out = at->out + (row * n_head + head) * at->dv;
     moe__attention_begin(at, head, &max, &sum, out);
@@ -15755,6 +15916,11 @@ MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attent
 }
 
 // ---- grouped-query attention ----------------------------------------------------------------
+
+// Ainslie et al., 2023: n_head queries, n_head_kv keys and values, which take n_head / n_head_kv
+// times less cache. With as many of each it is multi-head attention, with one multi-query
+// attention. Queries and keys are normed by head (Qwen3), over all heads (OLMoE) or not, then
+// turned; the factor of the scores is put into the queries.
 
 MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
@@ -15790,7 +15956,7 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
                                      layer->norm_wide ? n_k : layer->head_k, 1, normed);
     if (moe__has(model, MOE__SINKS))
         layer->sinks = moe__load_vector(loader, il, "attn_sinks", "weight", layer->n_head, 1, 1);
-    layer->first = &layer->q;
+    layer->prefetch = &layer->q;
 }
 
 MOE__PRIVATE moe__cache_shape moe__gqa_cache(const moe__layer *layer) {
@@ -15805,6 +15971,8 @@ typedef struct moe__gqa {
     moe__attending attending;
 } moe__gqa;
 
+// Its buffers for a batch. Called twice with the same arguments, see moe__memory; what threads
+// share is taken from `common`, what each has for itself from `own`.
 MOE__PRIVATE void moe__gqa_take(const moe__layer *layer, moe__memory *memory, moe__gqa *w) {
     const int64_t n = memory->session->info.n_batch, dk = layer->head_k, dv = layer->head_v;
     memset(w, 0, sizeof *w);
@@ -15882,16 +16050,27 @@ MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, in
 
 // ---- multi-head latent attention (DeepSeek-V2 report, 2.1) ----------------------------------
 
-// Short inputs are absorbed: a query is multiplied with k_b and then compared with the cached
-// latent vectors themselves, whose weighted sum v_b makes a result of. Long ones expand each
-// chunk of the cache to the head's keys and values, which takes fewer multiplications per query.
+// The cache holds one vector per position for all heads: the latent one, from which each head's
+// key and value are made by matrices of its own, K_i and V_i, and a rotated key that all share. For
+// key K_i l and query q the score q . (K_i l) is (K_i^T q) . l: either side can do the work.
+//
+// Short inputs are absorbed: a query is multiplied with k_b (K_i^T) and then compared with the
+// cached latent vectors themselves, whose weighted sum v_b makes a result of. All heads read the
+// same rows: 2 x 512 multiplications per key, head and query, but hardly any memory. Long ones
+// expand each chunk of the cache to the head's keys and values: 512 x (128 + 128) multiplications
+// per key and head once, and then 128 + 64 + 128 per query, which is less from 200 queries on.
+//
+// The two round differently. Which one it is depends on the number of tokens in an input alone
+// (MOE__MLA_EXPAND), never on threads or on how a batch is cut.
 
 // The keys' rows of kv_b transposed, as attn_k_b has them: absorbing is then a product like
-// others. Types that hold a float each are kept, the others become Q8_0.
+// others. Blocks run along rows, so that a transposed matrix has to be quantized anew. Types that
+// hold a float each are kept; the others become Q8_0, which loses less than llama.cpp's own
+// conversion to attn_k_b does.
 MOE__PRIVATE void moe__mla_transpose(moe__loader *loader, moe__layer *layer) {
     const moe__kernels *kernels = moe__kernels_get(MOE_ISA_BEST);
     const moe__matrix *kv_b = &layer->kv_b;
-    const int64_t nope = layer->head_k - layer->n_rot, latent = layer->kv_lora;
+    const int64_t nope = layer->head_k - layer->n_rot, kv_lora = layer->kv_lora;
     const moe_type like = kv_b->type->id;
     const moe_type type = like == MOE_TYPE_F16 || like == MOE_TYPE_BF16 ? like
                           : like == MOE_TYPE_F32 || nope % 32           ? MOE_TYPE_F32
@@ -15899,18 +16078,18 @@ MOE__PRIVATE void moe__mla_transpose(moe__loader *loader, moe__layer *layer) {
     const size_t row_size = moe_type_row_size(type, nope);
     moe__matrix *k_b = &layer->k_b;
     uint8_t *rows =
-        (uint8_t *)moe__load_alloc(loader, (uint64_t)(layer->n_head * latent), row_size);
+        (uint8_t *)moe__load_alloc(loader, (uint64_t)(layer->n_head * kv_lora), row_size);
     float *floats = (float *)moe__alloc_unset(&loader->model->allocator,
-                                              (size_t)(2 * nope * latent) * sizeof *floats);
+                                              (size_t)(2 * nope * kv_lora) * sizeof *floats);
     if (!floats)
         moe__load_fail(loader, MOE_ERROR_MEMORY, "attn_kv_b", "no memory to transpose a matrix");
     for (int32_t head = 0; head < layer->n_head && !loader->status; head++) {
-        float *turned = floats + nope * latent;
+        float *turned = floats + nope * kv_lora;
         moe__matrix_to_f32(kernels, kv_b, head, 0, nope, floats);
-        for (int64_t r = 0; r < latent; r++)
-            for (int64_t i = 0; i < nope; i++) turned[r * nope + i] = floats[i * latent + r];
-        loader->status = moe_type_quantize(type, turned, rows + (size_t)(head * latent) * row_size,
-                                           latent, nope, NULL, loader->error);
+        for (int64_t r = 0; r < kv_lora; r++)
+            for (int64_t i = 0; i < nope; i++) turned[r * nope + i] = floats[i * kv_lora + r];
+        loader->status = moe_type_quantize(type, turned, rows + (size_t)(head * kv_lora) * row_size,
+                                           kv_lora, nope, NULL, loader->error);
     }
     moe__free(&loader->model->allocator, floats);
     if (loader->status) return;
@@ -15919,10 +16098,10 @@ MOE__PRIVATE void moe__mla_transpose(moe__loader *loader, moe__layer *layer) {
     k_b->type = moe__type_find(type);
     k_b->index = (int)(k_b->type - moe__types);
     k_b->n_in = nope;
-    k_b->n_out = latent;
+    k_b->n_out = kv_lora;
     k_b->n_expert = layer->n_head;
     k_b->row_size = row_size;
-    k_b->expert_size = row_size * (size_t)latent;
+    k_b->expert_size = row_size * (size_t)kv_lora;
     moe__load_input(loader, k_b, MOE__IN_Q_NOPE);
     moe_model_info *info = &loader->model->info;
     const int64_t made = (int64_t)k_b->expert_size * layer->n_head;
@@ -15943,10 +16122,11 @@ MOE__PRIVATE void moe__mla_bind_heads(moe__loader *loader, const moe__layer *lay
                        "tensor %s: latent attention knows none", bias);
 }
 
-// Three generations of files: kv_b only; k_b and v_b; all three.
+// Three generations of files: kv_b only; k_b and v_b; all three. kv_b holds, head after head, the
+// rows that make the head's unrotated key and those that make its value.
 MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) {
     const int64_t n_embd = loader->model->info.n_embd, n_head = layer->n_head;
-    const int64_t latent = layer->kv_lora, dv = layer->head_v, rank = layer->q_lora;
+    const int64_t kv_lora = layer->kv_lora, dv = layer->head_v, rank = layer->q_lora;
     const int64_t nope = layer->head_k - layer->n_rot, n_q = n_head * layer->head_k;
     if (rank) {
         moe__load_matrix(loader, &layer->q_a, il, "attn_q_a", MOE__IN_X, n_embd, rank, 1, 1, 1);
@@ -15957,16 +16137,16 @@ MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) 
         moe__load_matrix(loader, &layer->q, il, "attn_q", MOE__IN_X, n_embd, n_q, 1, 1, 1);
     }
     moe__load_matrix(loader, &layer->kv_a, il, "attn_kv_a_mqa", MOE__IN_X, n_embd,
-                     latent + layer->n_rot, 1, 1, 1);
-    layer->kv_a_norm = moe__load_vector(loader, il, "attn_kv_a_norm", "weight", latent, 1, 1);
+                     kv_lora + layer->n_rot, 1, 1, 1);
+    layer->kv_a_norm = moe__load_vector(loader, il, "attn_kv_a_norm", "weight", kv_lora, 1, 1);
     moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_head * dv, n_embd, 1,
                      1, 1);
-    layer->first = &layer->kv_a;
-    moe__mla_bind_heads(loader, layer, &layer->k_b, il, "attn_k_b", MOE__IN_Q_NOPE, nope, latent,
+    layer->prefetch = &layer->kv_a;
+    moe__mla_bind_heads(loader, layer, &layer->k_b, il, "attn_k_b", MOE__IN_Q_NOPE, nope, kv_lora,
                         0);
-    moe__mla_bind_heads(loader, layer, &layer->v_b, il, "attn_v_b", MOE__IN_LATENT, latent, dv, 0);
+    moe__mla_bind_heads(loader, layer, &layer->v_b, il, "attn_v_b", MOE__IN_LATENT, kv_lora, dv, 0);
     if (layer->k_b.data && layer->v_b.data) return;
-    moe__mla_bind_heads(loader, layer, &layer->kv_b, il, "attn_kv_b", MOE__IN_NONE, latent,
+    moe__mla_bind_heads(loader, layer, &layer->kv_b, il, "attn_kv_b", MOE__IN_NONE, kv_lora,
                         nope + dv, 1);
     if (loader->status) return;
     layer->v_b = moe__load_slice(loader, &layer->kv_b, nope, dv);
@@ -15974,6 +16154,8 @@ MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) 
     if (!loader->status) moe__mla_transpose(loader, layer);
 }
 
+// One row per position for all heads. Its two parts are stored one behind the other, and a type of
+// blocks needs both to be whole blocks.
 MOE__PRIVATE moe__cache_shape moe__mla_cache(const moe__layer *layer) {
     const moe__cache_shape shape = {1, layer->kv_lora + layer->n_rot, 0, layer->kv_lora};
     return shape;
@@ -15994,7 +16176,8 @@ typedef struct moe__mla {
     moe__attending attending;
 } moe__mla;
 
-// Whether heads cannot be dealt out evenly to the threads: then all expand together.
+// Whether heads cannot be dealt out evenly to the threads: then all expand together. Otherwise a
+// thread expands the chunks of its own heads into its own memory and needs nobody for that.
 MOE__INLINE int moe__mla_is_shared(const moe__layer *layer, int32_t n_threads) {
     return layer->n_head % n_threads && layer->n_head < 8 * n_threads;
 }
@@ -16002,26 +16185,26 @@ MOE__INLINE int moe__mla_is_shared(const moe__layer *layer, int32_t n_threads) {
 MOE__PRIVATE void moe__mla_take(const moe__layer *layer, moe__memory *memory, moe__mla *w) {
     const moe_model *model = memory->session->model;
     const int64_t n = memory->session->info.n_batch, n_head = layer->n_head;
-    const int64_t dk = layer->head_k, dv = layer->head_v, latent = layer->kv_lora;
+    const int64_t dk = layer->head_k, dv = layer->head_v, kv_lora = layer->kv_lora;
     const int64_t absorbed = moe__min(n, MOE__MLA_EXPAND), nope = dk - layer->n_rot;
-    const int64_t width = latent + layer->n_rot;
+    const int64_t width = kv_lora + layer->n_rot;
     moe__arena *common = &memory->common, *own = &memory->own;
     memset(w, 0, sizeof *w);
     w->head = -1;
     w->q = moe__take_floats(common, n, n_head * dk);
     w->kv_a = moe__take_floats(common, n, width);
     w->q_absorbed = moe__take_floats(common, absorbed, n_head * width);
-    moe__acts_take(&memory->in[MOE__IN_LATENT], common, absorbed * n_head, latent,
+    moe__acts_take(&memory->in[MOE__IN_LATENT], common, absorbed * n_head, kv_lora,
                    model->kinds[MOE__IN_LATENT] | MOE__ACTS_FLOATS);
     moe__acts_take(&memory->in[MOE__IN_Q_NOPE], own, absorbed, nope,
                    model->kinds[MOE__IN_Q_NOPE] | MOE__ACTS_FLOATS);
     if (layer->q_lora) w->q_a = moe__memory_take_normed(memory, MOE__IN_Q_A, layer->q_lora);
-    moe__attending_take(&w->attending, memory, n_head, moe__max(dk, width), moe__max(dv, latent));
+    moe__attending_take(&w->attending, memory, n_head, moe__max(dk, width), moe__max(dv, kv_lora));
     if (n < MOE__MLA_EXPAND) return;
-    w->w_k = moe__take_floats(own, nope, latent);
-    w->w_v = moe__take_floats(own, dv, latent);
+    w->w_k = moe__take_floats(own, nope, kv_lora);
+    w->w_v = moe__take_floats(own, dv, kv_lora);
     w->rows = moe__take_floats(own, MOE__GROUP_ROWS, nope);
-    w->latent = moe__take_floats(own, MOE__MLA_KEYS, latent);
+    w->latent = moe__take_floats(own, MOE__MLA_KEYS, kv_lora);
     w->keys = moe__take_floats(own, MOE__MLA_KEYS, dk);
     w->values = moe__take_floats(own, MOE__MLA_KEYS, dv);
     w->latent_rows = (const void **)moe__arena_take(own, MOE__MLA_KEYS, sizeof(void *));
@@ -16036,36 +16219,39 @@ MOE__PRIVATE void moe__mla_layout(const moe__layer *layer, moe__memory *memory) 
     moe__mla_take(layer, memory, &w);
 }
 
-// Norms the latent vector, turns the shared key, stores both in the cache.
+// Norms the latent vector, turns the shared key, stores both in the cache. What is cached is
+// normed and turned, so that nothing is left to do when it is read.
 MOE__PRIVATE void moe__mla_store(const moe__eval *e, const moe__layer *layer, int il,
                                  const moe__mla *w, int64_t t) {
     const moe__row *at = &e->work->rows[t];
     const moe__kv *cache = &at->sequence->caches[il].k;
-    const int64_t latent = layer->kv_lora;
+    const int64_t kv_lora = layer->kv_lora;
     float *row = w->kv_a + t * cache->width;
     uint8_t *out = moe__kv_row(cache, 0, at->position);
-    e->kernels->rms_norm(row, layer->kv_a_norm, latent, e->model->eps, row);
-    moe__eval_turn(e, layer, t, row + latent);
+    e->kernels->rms_norm(row, layer->kv_a_norm, kv_lora, e->model->eps, row);
+    moe__eval_turn(e, layer, t, row + kv_lora);
     moe__kv_store(e->kernels, cache, out, 0, row, cache->width);
 }
 
-// Rows of kv_b that make a head's unrotated keys, as floats: w_k[i][latent].
+// Rows of kv_b that make a head's unrotated keys, as floats, w_k[i][kv_lora]: from kv_b, or turned
+// back from k_b.
 MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
                                     const moe__mla *w, int64_t head) {
-    const int64_t nope = layer->head_k - layer->n_rot, latent = layer->kv_lora;
+    const int64_t nope = layer->head_k - layer->n_rot, kv_lora = layer->kv_lora;
     if (layer->kv_b.data) {
         moe__matrix_to_f32(e->kernels, &layer->kv_b, (int32_t)head, 0, nope, w->w_k);
         return;
     }
     const int64_t group = layer->k_b.type->rows;
-    for (int64_t r = 0; r < latent; r += group) { // k_b is stored transposed: {nope, latent}
+    for (int64_t r = 0; r < kv_lora; r += group) { // k_b is stored transposed: {nope, latent}
         moe__matrix_to_f32(e->kernels, &layer->k_b, (int32_t)head, r, group, w->rows);
         for (int64_t k = 0; k < group; k++)
-            for (int64_t i = 0; i < nope; i++) w->w_k[i * latent + r + k] = w->rows[k * nope + i];
+            for (int64_t i = 0; i < nope; i++) w->w_k[i * kv_lora + r + k] = w->rows[k * nope + i];
     }
 }
 
-// Turns and scales the rotated part of a query; scales the other.
+// Turns and scales the rotated part of a query; scales the other. The factor of the scores goes
+// into the query, once, and not into each score.
 MOE__PRIVATE void moe__mla_turn(const moe__eval *e, const moe__layer *layer, int64_t t,
                                 const float *q, float *nope_out, float *turned) {
     const int64_t nope = layer->head_k - layer->n_rot;
@@ -16083,24 +16269,25 @@ MOE__PRIVATE void moe__mla_turn(const moe__eval *e, const moe__layer *layer, int
 MOE__PRIVATE void moe__mla_absorb(moe__eval *e, const moe__layer *layer, const moe__mla *w,
                                   int64_t head) {
     const moe__acts *q_nope = &e->in[MOE__IN_Q_NOPE];
-    const int64_t latent = layer->kv_lora, width = latent + layer->n_rot, n_head = layer->n_head;
+    const int64_t kv_lora = layer->kv_lora, width = kv_lora + layer->n_rot, n_head = layer->n_head;
     float *out = w->q_absorbed + head * width;
     int64_t n = 0;
     for (int32_t s = 0; s < e->work->n_spans; s++) {
         const moe__span *span = &e->work->spans[s];
         for (int64_t i = 0; i < span->n && !span->expand; i++, n++)
-            moe__mla_turn(e, layer, span->first + i,
-                          w->q + ((span->first + i) * n_head + head) * layer->head_k,
-                          moe__acts_f32(q_nope, n), out + n * n_head * width + latent);
+            moe__mla_turn(e, layer, span->first_row + i,
+                          w->q + ((span->first_row + i) * n_head + head) * layer->head_k,
+                          moe__acts_f32(q_nope, n), out + n * n_head * width + kv_lora);
     }
     if (n == 0) return;
     moe__acts_quantize(e->kernels, q_nope, 0, n);
     moe__acts_gather(e->in, &layer->k_b, NULL, 0, n, e->local->scratch.x);
-    moe__matmul(e->kernels, &layer->k_b, (int32_t)head, 0, latent, e->local->scratch.x, n, out,
+    moe__matmul(e->kernels, &layer->k_b, (int32_t)head, 0, kv_lora, e->local->scratch.x, n, out,
                 n_head * width, e->local->scratch.pack);
 }
 
-// A head's rows of k_b and v_b as floats, for moe__mla_expand.
+// A head's rows of k_b and v_b as floats, for moe__mla_expand: kept while the head stays the same,
+// since its chunks follow one another.
 MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, moe__mla *w,
                                 int64_t head) {
     if (w->head == head) return;
@@ -16110,33 +16297,35 @@ MOE__PRIVATE void moe__mla_head(const moe__eval *e, const moe__layer *layer, moe
 }
 
 // out[key][0 .. n - 1] = n rows of weights . latent vectors of keys
-MOE__PRIVATE void moe__mla_expand_rows(const moe__eval *e, const moe__mla *w, int64_t latent,
+MOE__PRIVATE void moe__mla_expand_rows(const moe__eval *e, const moe__mla *w, int64_t kv_lora,
                                        const float *rows, int64_t n, int64_t n_keys, float *out,
                                        int64_t stride) {
     moe__tile_fn *tile = e->kernels->type[MOE__INDEX_F32].tile;
     for (int64_t i = 0; i < n; i += MOE__TILE_ROWS)
-        tile((const uint8_t *)(rows + i * latent), (size_t)latent * sizeof(float),
-             moe__min(n - i, MOE__TILE_ROWS), latent, w->latent_rows, n_keys, out + i, stride,
+        tile((const uint8_t *)(rows + i * kv_lora), (size_t)kv_lora * sizeof(float),
+             moe__min(n - i, MOE__TILE_ROWS), kv_lora, w->latent_rows, n_keys, out + i, stride,
              e->local->scratch.pack, NULL, 0);
 }
 
-// Keys and values of one head at positions begin .. begin + n_keys - 1.
+// Keys and values of one head at positions begin .. begin + n_keys - 1, as floats: its rows of kv_b
+// times the latent vectors, a matrix product of the F32 kind, and behind each key the part that
+// all heads share.
 MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, const moe__mla *w,
                                   const moe__kv *cache, int64_t begin, int64_t n_keys,
                                   float *keys, float *values) {
-    const int64_t latent = layer->kv_lora, dk = layer->head_k, nope = dk - layer->n_rot;
+    const int64_t kv_lora = layer->kv_lora, dk = layer->head_k, nope = dk - layer->n_rot;
     const int type = cache->type == MOE_KV_F32   ? MOE__INDEX_F32
                      : cache->type == MOE_KV_F16 ? MOE__INDEX_F16
                                                  : MOE__INDEX_Q8_0;
-    const size_t turned = moe__kv_bytes(cache->type, latent);
+    const size_t turned = moe__kv_bytes(cache->type, kv_lora);
     for (int64_t j = 0; j < n_keys; j++) {
         const uint8_t *row = moe__kv_row(cache, 0, begin + j);
-        e->kernels->type[type].dequantize(row, latent, w->latent + j * latent);
+        e->kernels->type[type].dequantize(row, kv_lora, w->latent + j * kv_lora);
         e->kernels->type[type].dequantize(row + turned, layer->n_rot, keys + j * dk + nope);
-        w->latent_rows[j] = w->latent + j * latent;
+        w->latent_rows[j] = w->latent + j * kv_lora;
     }
-    moe__mla_expand_rows(e, w, latent, w->w_k, nope, n_keys, keys, dk);
-    moe__mla_expand_rows(e, w, latent, w->w_v, layer->head_v, n_keys, values, layer->head_v);
+    moe__mla_expand_rows(e, w, kv_lora, w->w_k, nope, n_keys, keys, dk);
+    moe__mla_expand_rows(e, w, kv_lora, w->w_v, layer->head_v, n_keys, values, layer->head_v);
 }
 
 // This thread's part of n_keys positions from `key` on, expanded for all heads
@@ -16160,22 +16349,24 @@ MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *la
 // The number of query i of an item among those of all rows and heads: its place in out
 MOE__INLINE int64_t moe__attention_query(const moe__attention *at, const moe__item *item,
                                          int64_t i) {
-    return ((item->span->at + i / at->group) * at->n_kv + item->head) * at->group + i % at->group;
+    return ((item->span->attend_row + i / at->group) * at->n_kv + item->head) * at->group +
+           i % at->group;
 }
 // Where its state is kept.
 MOE__INLINE int64_t moe__attention_state(const moe__eval *e, const moe__attention *at,
                                          const moe__item *item, int64_t i) {
-    return at->carry ? item->head * e->n + item->span->at + i : i - item->begin;
+    return at->carry ? item->head * e->n + item->span->attend_row + i : i - item->begin;
 }
 // Which part an item of one chunk makes of query i.
 MOE__INLINE int64_t moe__attention_part_of(const moe__attention *at, const moe__item *item,
                                            int64_t i) {
     const int64_t t = i / at->group, chunk = moe__attention_chunk(at->layer, item->span->past + t);
-    return moe__attention_part(at, item->span->at + t, item->head * at->group + i % at->group,
-                               item->chunk - chunk);
+    return moe__attention_part(at, item->span->attend_row + t,
+                               item->head * at->group + i % at->group, item->chunk - chunk);
 }
 
-// The queries of a call, from number `first` of the span on.
+// The queries of a call, from number `first` of the span on, side by side for the kernel: copied,
+// or made here of what was projected (one row: each item makes its own).
 MOE__PRIVATE void moe__attention_gather(const moe__eval *e, const moe__attention *at,
                                         const moe__item *item, int64_t first, int32_t n) {
     for (int64_t i = first; i < first + n; i++) {
@@ -16184,13 +16375,15 @@ MOE__PRIVATE void moe__attention_gather(const moe__eval *e, const moe__attention
             memcpy(q, at->q + moe__attention_query(at, item, i) * at->dk,
                    (size_t)at->dk * sizeof *q);
         else
-            moe__gqa_query(e, at->layer, at->gqa, item->span->first + i / at->group,
+            moe__gqa_query(e, at->layer, at->gqa, item->span->first_row + i / at->group,
                            item->head * at->group + i % at->group, q);
     }
 }
 
 // At most MOE__ATTEND_QUERIES queries, from number `first` of the span on; a: the keys from
-// position `key` on.
+// position `key` on. Says for each query which of these keys it sees, where its state is and where
+// its result goes: to its place among all results, where states of later calls join it, or, if
+// items are single chunks, to the chunk's own place with a state that begins anew.
 MOE__PRIVATE void moe__attention_call(const moe__eval *e, const moe__attention *at,
                                       const moe__item *item, int64_t first, int64_t key,
                                       moe__attend_args *a) {
@@ -16248,6 +16441,10 @@ MOE__PRIVATE void moe__attention_keys(const moe__eval *e, const moe__attention *
     a->v_bytes = values->row_size;
 }
 
+// One item: its queries over its keys. Outside are the keys, span by span of them, inside the
+// queries, block by block, so that keys come from memory once and from the cache for all further
+// blocks. An item that holds all chunks begins the states before the first and divides by the sums
+// behind the last; one that holds a single chunk leaves both to moe__attention_merge.
 MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
                                       const moe__item *item) {
     const moe__attending *w = at->w;
@@ -16267,7 +16464,8 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
     a.out = w->out;
     a.first = w->first, a.n_visible = w->n_visible;
     a.scores = w->scores;
-    if (at->store && ends) moe__gqa_store(e, at->layer, at->il, at->gqa, span->first, item->head);
+    if (at->store && ends)
+        moe__gqa_store(e, at->layer, at->il, at->gqa, span->first_row, item->head);
     if (at->expand && !at->carry) moe__mla_head(e, at->layer, at->mla, item->head);
     for (int64_t i = item->begin; i < item->end && begins; i++) {
         const int64_t state = moe__attention_state(e, at, item, i);
@@ -16286,7 +16484,8 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
                            at->sum[moe__attention_state(e, at, item, i)]);
 }
 
-// This thread's items; no barrier.
+// This thread's items; no barrier. The list of items is the same for all threads, and each counts
+// through it for itself and takes those that fall to it.
 MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
     moe__items items;
     moe__item item;
@@ -16305,8 +16504,9 @@ MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe
 }
 
 // What comes between the projections and attention: queries and keys normed and turned, keys and
-// values stored. One row: each item makes its queries; the key is stored before only if several
-// items see it.
+// values stored. Many rows are shared by the threads, with a barrier, since a query sees keys of
+// rows that others stored. One row: each item makes its queries; if one item sees all of a head's
+// keys it stores the new one, too, and the barrier is saved.
 MOE__PRIVATE void moe__gqa_prepare(moe__eval *e, const moe__layer *layer, int il,
                                    const moe__gqa *w, int store) {
     const int64_t n_head = layer->n_head, n_kv = layer->n_head_kv, dk = layer->head_k;
@@ -16328,6 +16528,7 @@ MOE__PRIVATE void moe__gqa_prepare(moe__eval *e, const moe__layer *layer, int il
     moe__eval_barrier(e);
 }
 
+// The lines of "mixer gqa" on the first page of >>session.
 MOE__PRIVATE void moe__gqa_forward(moe__eval *e, const moe__layer *layer, int il) {
     moe__memory memory = moe__eval_memory(e);
     moe__attention at;
@@ -16362,11 +16563,12 @@ MOE__PRIVATE void moe__gqa_forward(moe__eval *e, const moe__layer *layer, int il
 
 // ---- latent attention, forward ---------------------------------------------------------------
 
-// Heads' results from sums of latent vectors: v_b u, for this thread's heads.
+// Heads' results from sums of latent vectors: v_b u, for this thread's heads. If items were single
+// chunks, their results are joined here by the thread that needs them, without another barrier.
 MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
     const moe__work *work = e->work;
     const moe__layer *layer = at->layer;
-    const moe__acts *latent = &e->in[MOE__IN_LATENT], *out = &e->in[MOE__IN_MIXED];
+    const moe__acts *sums = &e->in[MOE__IN_LATENT], *out = &e->in[MOE__IN_MIXED];
     const int64_t n_head = layer->n_head, dv = layer->head_v;
     const void **x = e->local->scratch.x;
     int64_t begin, end;
@@ -16376,21 +16578,24 @@ MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
             const moe__span *span = &work->spans[s];
             if (span->expand) continue;
             for (int64_t i = 0; i < span->n; i++, n++) {
-                const int64_t row = (span->at + i) * n_head + head;
+                const int64_t row = (span->attend_row + i) * n_head + head;
                 if (at->n_parts) moe__attention_merge(e, at, span, i, head);
-                moe__acts_quantize(e->kernels, latent, row, row + 1);
+                moe__acts_quantize(e->kernels, sums, row, row + 1);
                 moe__acts_gather(e->in, &layer->v_b, NULL, row, 1, x + n);
             }
             // Rows of spans that follow one another go through the matrix together.
             if (s + 1 < work->n_spans && !work->spans[s + 1].expand) continue;
             moe__matmul(e->kernels, &layer->v_b, (int32_t)head, 0, dv, x, n,
-                        moe__acts_f32(out, span->first + span->n - n) + head * dv, n_head * dv,
+                        moe__acts_f32(out, span->first_row + span->n - n) + head * dv, n_head * dv,
                         e->local->scratch.pack);
             n = 0;
         }
 }
 
-// Stores what the cache keeps of each row; queries from their low-rank form, ready to attend.
+// Stores what the cache keeps of each row; queries from their low-rank form, ready to attend. Heads
+// are shared by the threads: what a head's rows of attn_q_b make is what the same thread absorbs,
+// so that no barrier comes between. With one row the last thread stores it, which has the fewest
+// heads.
 MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il,
                                    const moe__mla *w) {
     moe__work *work = e->work;
@@ -16412,7 +16617,7 @@ MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il
         moe__mla_absorb(e, layer, w, head);
         for (int32_t s = 0; s < work->n_spans; s++)
             for (int64_t i = 0; i < work->spans[s].n && work->spans[s].expand; i++) {
-                const int64_t t = work->spans[s].first + i;
+                const int64_t t = work->spans[s].first_row + i;
                 float *q = w->q + (t * n_head + head) * dk;
                 moe__mla_turn(e, layer, t, q, q, q + dk - layer->n_rot);
             }
@@ -16452,8 +16657,10 @@ MOE__PRIVATE void moe__mla_attend_together(moe__eval *e, moe__attention *at) {
     }
 }
 
+// The lines of "mixer mla" on the first page of >>session. A batch may hold spans of both kinds,
+// those of short inputs and those of long ones: each kind attends for itself.
 MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il) {
-    const int64_t n_head = layer->n_head, latent = layer->kv_lora;
+    const int64_t n_head = layer->n_head, kv_lora = layer->kv_lora;
     moe__memory memory = moe__eval_memory(e);
     int absorbs = 0, expands = 0;
     moe__attention at, many;
@@ -16471,7 +16678,7 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
     at.max = w.attending.max, at.sum = w.attending.sum;
     many = at;
     at.n_kv = 1, at.group = n_head; // all heads read the same rows
-    at.dk = latent + layer->n_rot, at.dv = latent;
+    at.dk = kv_lora + layer->n_rot, at.dv = kv_lora;
     at.q = w.q_absorbed, at.out = moe__acts_f32(&e->in[MOE__IN_LATENT], 0);
     many.expand = 1;
     many.n_kv = n_head, many.group = 1;
@@ -16501,9 +16708,9 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
 // In the order of moe__mixer_id
 static const moe__mixer moe__mixers[MOE__N_MIXERS] = {
     {"gqa", moe__gqa_bind, moe__gqa_cache, moe__gqa_layout, moe__gqa_forward,
-     moe__mixer_cut_positions},
+     moe__mixer_rewind_positions},
     {"mla", moe__mla_bind, moe__mla_cache, moe__mla_layout, moe__mla_forward,
-     moe__mixer_cut_positions},
+     moe__mixer_rewind_positions},
 };
 
 // ==============================================================================================
@@ -16914,11 +17121,61 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 // >>session
 //
 // The forward pass over a batch (moe__forward), and sessions: opening, evaluating, going back.
+//
+// ONE LAYER IN FORMULAS. x is the residual of a row (n_embd values), p its position, N(v) = v * w /
+// sqrt(mean(v^2) + eps) the norm with weights w (moe__kernels.rms_norm), R_p the rotation by p
+// (moe__rope_apply). Products with capital letters are matrices of the file. All threads go through
+// these lines from top to bottom; products are shared by rows of the matrix. A "|" is a barrier,
+// behind which every thread sees what all have made; a ":" is one if the batch has many rows, which
+// are shared; of one row each thread makes such small things for itself.
+//
+//     h = N(x)                            attn_norm                            :
+//     m = mixer(h)                        see below
+//     x += O m                            attn_output; m quantized before it : |
+//     h = N(x)                            ffn_norm                             :
+//     s = G h                             ffn_gate_inp: a logit per expert     | (of one row)
+//     E, w = the best experts, weights    moe__router_select                   :
+//     a_e = act(Gate_e h) * (Up_e h)      ffn_gate_exps, ffn_up_exps, e in E   |
+//     quantize a_e                                                             :
+//     x += sum over e of w_e Down_e a_e   ffn_down_exps                        |
+//
+// A dense layer has one expert, which all rows have chosen with weight 1, and neither s nor E.
+//
+// Mixer gqa, grouped-query attention. Head i of n_head reads keys and values of head g = i / group:
+//
+//     q, k, v = Q h, K h, V h             attn_q, attn_k, attn_v               |
+//     q_i = R_p(N(q_i)) * kq_scale        norms where the family has them
+//     cache k[p], v[p] = R_p(N(k_g)), v_g                                      :
+//     m_i = sum over j <= p of softmax_j(q_i . k[j]) v[j]                      |
+//     m_i *= sigmoid(gate_i)              attn_gate, of few families           |
+//
+// Mixer mla, multi-head latent attention (DeepSeek-V2 report, 2.1). What is cached is one vector
+// for all heads, c[p] = (latent, rotated key):
+//
+//     (l, r), q = A h, Q h                attn_kv_a_mqa; attn_q, or attn_q_b of
+//                                         N(attn_q_a h)                        | (:)
+//     cache c[p] = (N(l), R_p(r))
+//     q_i = (K_i q_i, R_p(rest of q_i))   attn_k_b: the query is absorbed      |
+//     u_i = sum over j <= p of softmax_j(q_i . c[j]) latent[j]                 |
+//     m_i = V_i u_i                       attn_v_b                             |
+//   or, in inputs of 128 tokens and more, keys and values are expanded from the cache:
+//     k_ij, v_ij = (K_i^T latent[j], rotated[j]), V_i latent[j]
+//     m_i = sum over j <= p of softmax_j(q_i . k_ij) v_ij                      |
+//
+// So one token takes 6 barriers per layer with gqa, 8 with mla, one before the first layer and one
+// behind the logits. One more comes where threads are too many for (head, chunk of keys) items to
+// be even (results of chunks are joined), where the schedule lets threads compute the same row of
+// Down for different experts, and where what is added to x is normed first (post norms).
+//
+// Why barriers and not a graph of tasks: between two of them all threads do the same thing to
+// different rows, so that which thread computes what is arithmetic, and a matrix' rows stay with
+// the thread whose caches and memory node they are near.
 // ==============================================================================================
 
 // ---- the forward pass -----------------------------------------------------------------------
 
-// The weight of the shared experts for token t.
+// The weight of the shared experts for token t: 1, or (Qwen2-MoE) the sigmoid of a product with a
+// vector of its own; times the residual's scale.
 MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer,
                                      int64_t t) {
     const int64_t n = e->model->info.n_embd;
@@ -16942,7 +17199,8 @@ MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, int64_t 
 }
 
 // Router's logits and choices. One token: each thread computes some logits and then chooses for
-// itself; many: a thread does all of it for some tokens, unless they are too few for that.
+// itself; many: a thread does all of it for some tokens, unless they are too few for that. The
+// router's matrix is small: n_expert rows.
 MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
     moe__work *work = e->work;
     moe__local *local = e->local;
@@ -16973,7 +17231,8 @@ MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
     moe__eval_barrier(e);
 }
 
-// Which experts see which tokens: one entry per active expert, then the shared ones.
+// Which experts see which tokens: one entry per active expert, then the shared ones. Thread 0
+// counts what was chosen (moe_session_expert_counts).
 MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer) {
     moe__work *work = e->work;
     moe__local *local = e->local;
@@ -16981,44 +17240,48 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer) {
     const int one = e->n == 1;
     const int32_t *experts = one ? local->experts : work->experts;
     moe__forward_router(e, layer);
-    moe__plan_routed(&local->plan, &layer->experts, router, experts,
-                     one ? local->expert_weights : work->expert_weights, e->n);
+    moe__dispatch_routed(&local->dispatch, &layer->experts, router, experts,
+                         one ? local->expert_weights : work->expert_weights, e->n);
     const int64_t first = (layer - e->model->layers) * e->model->info.n_expert;
     for (int64_t i = 0; e->thread == 0 && i < e->n * router->n_used; i++)
         work->rows[i / router->n_used].sequence->expert_counts[first + experts[i]]++;
     if (layer->shared.gate.data)
-        moe__plan_all(&local->plan, &layer->shared, e->n, work->numbers,
-                      one ? &local->shared_weight : work->shared_weights);
+        moe__dispatch_all(&local->dispatch, &layer->shared, e->n, work->numbers,
+                          one ? &local->shared_weight : work->shared_weights);
 }
 
-// sum += weight * (down hidden) over the entries, in their order. Where the schedule lets
-// several threads compute a row, each for other entries, they are added up behind a barrier.
-MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__share *share, float *sum) {
+// sum += weight * (down hidden) over the entries, in their order. A thread that owns rows of all
+// entries adds to them as it goes. Where the schedule lets several threads compute a row, each
+// for other entries, products are kept apart and added up behind a barrier: in the same order, so
+// with the same bits.
+MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__task *task, float *sum) {
     moe__work *work = e->work;
     const moe__schedule_info *schedule = e->batch->lead->schedule;
     const moe__scratch *scratch = &e->local->scratch;
     const int64_t n_embd = e->model->info.n_embd;
-    const int apart = !schedule->owns_rows(share, e->n_threads);
-    moe__piece piece;
-    for (int32_t i = 0; schedule->pieces(share, e->thread, e->n_threads, i, &piece); i++) {
-        const moe__entry *entry = &share->entries[piece.entry];
-        moe__piece_fetch(schedule, share, e->thread, e->n_threads, i + 1);
+    const int apart = !schedule->owns_rows(task, e->n_threads);
+    moe__range range;
+    for (int32_t i = 0; schedule->range(task, e->thread, e->n_threads, i, &range); i++) {
+        const moe__entry *entry = &task->entries[range.entry];
+        moe__range_fetch(schedule, task, e->thread, e->n_threads, i + 1);
         if (apart)
-            moe__experts_down_apart(e->kernels, entry, piece.begin, piece.end, e->in,
-                                    work->expert_out + piece.entry * n_embd, scratch);
+            moe__experts_down_apart(e->kernels, entry, range.begin, range.end, e->in,
+                                    work->expert_out + range.entry * n_embd, scratch);
         else
-            moe__experts_down(e->kernels, entry, piece.begin, piece.end, e->in, sum, scratch);
+            moe__experts_down(e->kernels, entry, range.begin, range.end, e->in, sum, scratch);
     }
     if (!apart) return;
     moe__eval_barrier(e);
     int64_t begin, end;
     moe__eval_share(e, n_embd, MOE__LINE, &begin, &end);
-    for (int32_t i = 0; i < share->n_entries; i++)
-        e->kernels->axpy(share->entries[i].weights ? share->entries[i].weights[0] : 1.0f,
+    for (int32_t i = 0; i < task->n_entries; i++)
+        e->kernels->axpy(task->entries[i].weights ? task->entries[i].weights[0] : 1.0f,
                          work->expert_out + i * n_embd + begin, end - begin, sum + begin);
 }
 
-// Where rows of a layer's feed-forward matrices begin in all threads
+// Where rows of a layer's feed-forward matrices begin in all threads: at multiples of what the most
+// demanding of its matrices wants (interleaved types, tiles), one number for all of them, since a
+// schedule gives out rows of all entries alike.
 MOE__PRIVATE int64_t moe__forward_unit(const moe__eval *e, const moe__layer *layer) {
     const moe__ffn *ffns[] = {&layer->experts, &layer->shared, &layer->dense};
     int64_t unit = 1;
@@ -17030,53 +17293,56 @@ MOE__PRIVATE int64_t moe__forward_unit(const moe__eval *e, const moe__layer *lay
     return unit;
 }
 
-// sum += feed-forward network of the normed residual, by the plan's entries. next: the matrix
-// that is read first after it.
+// sum += feed-forward network of the normed residual, by the dispatch's entries. next: the matrix
+// that is read first after it. Three phases: who sees what (each thread finds out for itself);
+// gate and up of all entries, whose hidden vectors are shared; down.
 MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float *sum,
                                    const moe__matrix *next) {
     moe__work *work = e->work;
     moe__local *local = e->local;
     const moe__schedule_info *schedule = e->batch->lead->schedule;
-    moe__share share;
-    moe__piece piece;
-    local->plan.n_entries = local->plan.n_routed = 0;
+    moe__task task;
+    moe__range range;
+    local->dispatch.n_entries = local->dispatch.n_routed = 0;
     moe__eval_fit(e, &layer->experts.down);
     moe__eval_fit(e, &layer->shared.down);
     moe__eval_fit(e, &layer->dense.down);
     if (layer->is_moe)
         moe__forward_route(e, layer);
     else
-        moe__plan_all(&local->plan, &layer->dense, e->n, work->numbers, work->scales);
-    share.entries = local->plan.entries;
-    share.n_entries = local->plan.n_entries;
-    share.n_routed = local->plan.n_routed;
-    share.one_token = e->n == 1;
-    share.unit = moe__forward_unit(e, layer);
-    share.nodes = &e->batch->nodes;
-    share.down = 0;
-    for (int32_t i = 0; schedule->pieces(&share, e->thread, e->n_threads, i, &piece); i++) {
-        moe__piece_fetch(schedule, &share, e->thread, e->n_threads, i + 1);
-        moe__experts_gate_up(e->kernels, &share.entries[piece.entry], piece.begin, piece.end,
-                             e->in, &local->scratch);
+        moe__dispatch_all(&local->dispatch, &layer->dense, e->n, work->numbers, work->scales);
+    task.entries = local->dispatch.entries;
+    task.n_entries = local->dispatch.n_entries;
+    task.n_routed = local->dispatch.n_routed;
+    task.one_token = e->n == 1;
+    task.unit = moe__forward_unit(e, layer);
+    task.nodes = &e->batch->nodes;
+    task.down = 0;
+    for (int32_t i = 0; schedule->range(&task, e->thread, e->n_threads, i, &range); i++) {
+        moe__range_fetch(schedule, &task, e->thread, e->n_threads, i + 1);
+        moe__experts_gate_up(e->kernels, &task.entries[range.entry], range.begin, range.end, e->in,
+                             &local->scratch);
     }
     if (e->thread == 0 && layer->is_moe)
-        e->batch->lead->info.n_expert_groups = schedule->schedule == MOE_SCHEDULE_PARALLEL
-                                            ? moe__schedule_groups(&share, e->n_threads) : 1;
-    share.down = 1;
-    moe__piece_fetch(schedule, &share, e->thread, e->n_threads, 0);
+        e->batch->lead->stats.n_expert_groups = schedule->schedule == MOE_SCHEDULE_PARALLEL
+                                                    ? moe__schedule_groups(&task, e->n_threads)
+                                                    : 1;
+    task.down = 1;
+    moe__range_fetch(schedule, &task, e->thread, e->n_threads, 0);
     moe__eval_barrier(e);
     if (layer->is_moe)
         moe__eval_quantize(e, MOE__IN_ROUTED, e->n * e->model->info.n_expert_used);
     if (layer->shared.gate.data) moe__eval_quantize(e, MOE__IN_SHARED, e->n);
     if (!layer->is_moe) moe__eval_quantize(e, MOE__IN_DENSE, e->n);
     if (e->n > 1) moe__eval_barrier(e);
-    moe__forward_down(e, &share, sum);
+    moe__forward_down(e, &task, sum);
     moe__eval_fetch(e, next);
     moe__eval_barrier(e);
 }
 
 // Where a part of a layer adds up what it computes: the residual, or, if it is normed before it
-// joins it, this thread's share of an empty branch. A barrier comes before anybody adds.
+// joins it (post norms: x += N(part)), an empty branch, of which this thread clears its share. A
+// barrier comes before anybody adds.
 MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
     int64_t begin, end;
     if (!post_norm) return e->work->residual;
@@ -17085,7 +17351,8 @@ MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
     return e->work->branch;
 }
 
-// residual += norm(branch) * post_norm, if there is one.
+// residual += norm(branch) * post_norm, if there is one. Each thread norms the whole of a single
+// row, from which it needs a part only: the sum of squares is of all of it.
 MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
     const moe__work *work = e->work;
     const int64_t n_embd = e->model->info.n_embd;
@@ -17106,7 +17373,8 @@ MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
     moe__eval_barrier(e);
 }
 
-// Token embeddings and positions of a batch.
+// Token embeddings and positions of a batch. cos and sin depend on the position alone: they are
+// computed once per row for all layers and heads, for each rope that some layer has.
 MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
     const moe_model *model = e->model;
     moe__work *work = e->work;
@@ -17122,7 +17390,8 @@ MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
     for (int64_t t = begin; t < end; t++)
         for (int i = 0; i < MOE__N_ROPES; i++) {
             float *tables = e->n == 1 ? e->local->rope : work->rope + t * model->n_rope;
-            moe__rope_table(&model->ropes[i], work->rows[t].position, tables + model->ropes[i].at);
+            moe__rope_table(&model->ropes[i], work->rows[t].position,
+                            tables + model->ropes[i].table_at);
         }
     moe__eval_barrier(e);
 }
@@ -17132,7 +17401,9 @@ MOE__INLINE void moe__forward_scale(const moe__eval *e, float *logits, int64_t n
     for (int64_t i = 0; i < n && scale != 1; i++) logits[i] *= scale;
 }
 
-// Logits of the rows that somebody wants them of: the output matrix is read once for all.
+// Logits of the rows that somebody wants them of: of each sequence's last row, or of all its rows
+// (keep_all_logits). The output matrix, n_vocab rows, is read once for all of them, and not at all
+// for a part of a prompt.
 MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     const moe_model *model = e->model;
     moe__work *work = e->work;
@@ -17153,8 +17424,8 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
         for (int32_t i = span->n - span->n_logits; i < span->n; i++, n++) {
             out[n] = span->logits + (span->n_logits > 1 ? (int64_t)i * output->n_out : 0);
             if (wanted > 1 && (n < begin || n >= end)) continue; // another thread's
-            e->kernels->rms_norm(work->residual + (span->first + i) * n_embd, model->output_norm,
-                                 n_embd, model->eps, moe__acts_f32(x, n));
+            e->kernels->rms_norm(work->residual + (span->first_row + i) * n_embd,
+                                 model->output_norm, n_embd, model->eps, moe__acts_f32(x, n));
             moe__acts_quantize(e->kernels, x, n, n + 1);
         }
     }
@@ -17181,7 +17452,8 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     moe__eval_barrier(e);
 }
 
-// Whether somebody wants to stop: asked by thread 0.
+// Whether somebody wants to stop: asked by thread 0 in each layer, while the others go on. They
+// look at the answer behind the next barrier, all at the same place, so that all stop or none.
 MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
         const moe_session *session = batch->jobs[i].session;
@@ -17199,7 +17471,7 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
     moe__forward_begin(e);
     for (int il = 0; il < model->info.n_layer; il++) {
         const moe__layer *layer = &model->layers[il];
-        const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].first : &model->output;
+        const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].prefetch : &model->output;
         if (e->thread == 0) moe__forward_ask(e->batch);
         // residual += attn_output mixed, mixed = mixer(norm(residual))
         moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_X);
@@ -17222,7 +17494,8 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
 }
 
 // The inputs of matrices for a batch of n rows. With one row, a thread has its own vectors where
-// every thread makes them for itself, and otherwise its own int8 forms of shared floats.
+// every thread makes them for itself, and otherwise its own int8 forms of shared floats: to
+// quantize a few thousand values again in each thread is cheaper than to wait for somebody.
 MOE__PRIVATE void moe__eval_inputs(moe__eval *e) {
     for (int i = 0; i < MOE__INPUTS; i++) {
         const moe__acts *own = &e->local->in[i];
@@ -17232,7 +17505,8 @@ MOE__PRIVATE void moe__eval_inputs(moe__eval *e) {
     }
 }
 
-// All batches of a call
+// All batches of a call: the job that moe__pool_run gives to every thread of the team. Thread 0
+// fills the next batch between two barriers; the last barrier of a call is the pool's own.
 MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
     moe__batch *batch = (moe__batch *)context;
     moe__eval e;
@@ -17258,6 +17532,13 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
 
 // ---- memory ---------------------------------------------------------------------------------
 
+// Who owns what. A session has its caches, counts and logits, taken in moe_session_open and freed
+// in moe_session_close. The buffers for a batch (moe__work), each thread's scratch among them,
+// belong to the pool, which makes them as large as its most demanding session needs and frees them
+// in moe_pool_close: its sessions take turns. Layouts are made twice by the same functions, first
+// without memory to find out its size (moe__arena), so that the two cannot differ; sizes are
+// checked for overflow there. Evaluating allocates nothing.
+
 // What a thread has for itself: of one row the normed residual, and int8 forms of the rest
 MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local *local,
                                          uint64_t mixing, moe__arena *arena) {
@@ -17271,10 +17552,11 @@ MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local 
     local->scratch.up = moe__take_floats(arena, 1, longest);
     local->scratch.x = (const void **)moe__arena_take(arena, (uint64_t)n, sizeof(void *));
     local->scratch.x_up = (const void **)moe__arena_take(arena, (uint64_t)n, sizeof(void *));
-    local->plan.entries = (moe__entry *)moe__arena_take(arena, (uint64_t)info->n_expert + 1,
-                                                        sizeof(moe__entry));
-    local->plan.tokens = (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
-    local->plan.weights = moe__take_floats(arena, n, used);
+    local->dispatch.entries =
+        (moe__entry *)moe__arena_take(arena, (uint64_t)info->n_expert + 1, sizeof(moe__entry));
+    local->dispatch.tokens =
+        (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
+    local->dispatch.weights = moe__take_floats(arena, n, used);
     for (int i = 0; i <= MOE__IN_DENSE; i++) {
         const unsigned kinds = model->kinds[i] & ~(unsigned)MOE__ACTS_FLOATS;
         moe__acts_take(&local->in[i], arena, i == MOE__IN_ROUTED ? used : 1, model->widest[i],
@@ -17363,7 +17645,8 @@ MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
 
 // ---- public ---------------------------------------------------------------------------------
 
-// Fills session->info and the choices that go with it.
+// Fills session->info and the choices that go with it. n_batch is bounded by n_ctx, threads by the
+// pool's: buffers are taken for these.
 MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_model *model,
                                                const moe_session_options *options,
                                                moe_error *error) {
@@ -17419,7 +17702,8 @@ MOE__INLINE uint64_t moe__session_align(uint64_t size) {
 }
 
 // Bytes of what belongs to the session, logits apart, and of the buffers for a batch. 0 on
-// overflow. Fills info.kv_bytes and info.work_bytes.
+// overflow. Fills info.kv_bytes and info.work_bytes. The first is the cache, which alone grows with
+// n_ctx (and the logits, if all are kept); the second grows with n_batch and threads.
 MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits, uint64_t *work) {
     moe__arena arena, buffers;
     const uint64_t rows = session->keep_all_logits ? (uint64_t)session->info.n_ctx : 1;
@@ -17450,7 +17734,9 @@ MOE__PRIVATE void moe__touch_run(void *context, int thread, int n_threads) {
     memset(touch->memory + begin, 0, (size_t)(end - begin));
 }
 
-// Room for the buffers of a session, which sessions of a pool share. 0: there is no memory.
+// Room for the buffers of a session, which sessions of a pool share. Every thread of the pool
+// touches a part of it first, so that on machines with several memory nodes it is spread over
+// them. 0: there is no memory.
 MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
     const uint64_t align = moe__session_align(size);
     moe__touch touch;
@@ -17474,7 +17760,8 @@ MOE__PRIVATE int moe__pool_reserve(moe_pool *pool, uint64_t size) {
     return ok;
 }
 
-// Lays out the buffers in the pool's memory, unless nobody else has since. The pool is held.
+// Lays out the buffers in the pool's memory, unless nobody else has since: sessions of a pool may
+// be of different models, whose buffers have other shapes. The pool is held.
 MOE__PRIVATE void moe__session_place(moe_session *session) {
     moe__arena arena;
     moe_pool *pool = session->pool;
@@ -17599,7 +17886,8 @@ MOE_API int32_t moe_session_length(const moe_session *session) {
     return session ? session->length : 0;
 }
 
-// Whether a job can be evaluated beside those before it
+// Whether a job can be evaluated beside those before it. All is checked before anything is
+// computed: an error leaves every session as it was.
 MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *lead,
                                        moe_error *error) {
     const moe_session *session = job->session;
@@ -17627,24 +17915,25 @@ MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *le
     return MOE_OK;
 }
 
-// Runs the jobs whose status is MOE_OK, n_tokens in all.
+// Runs the jobs whose status is MOE_OK, n_tokens in all. The pool is held meanwhile: other threads
+// of the program that evaluate sessions of the same pool wait for their turn.
 MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
     moe_session *lead = batch->lead;
-    moe_session_info *info = &lead->info;
-    const int32_t n = n_tokens == 1 ? info->n_threads : info->n_threads_batch;
-    const int32_t most = (int32_t)moe__max(info->n_threads, info->n_threads_batch);
-    info->n_barriers = 0;
-    info->wait_seconds = 0;
+    moe_session_stats *stats = &lead->stats;
+    const int32_t n = n_tokens == 1 ? lead->info.n_threads : lead->info.n_threads_batch;
+    memset(stats, 0, sizeof *stats);
+    stats->thread_wait_seconds = lead->wait_seconds;
+    stats->n_threads = n;
     moe__pool_hold(lead->pool);
     moe__session_place(lead);
     batch->work = &lead->work;
     moe__batch_next(batch);
     moe__pool_nodes(lead->pool, n, &batch->nodes);
-    info->eval_seconds =
+    stats->n_nodes = batch->nodes.n;
+    stats->eval_seconds =
         moe__pool_run_held(lead->pool, n, moe__eval_run, batch, lead->wait_seconds);
     moe__pool_release(lead->pool);
-    for (int32_t i = 0; i < n; i++) info->wait_seconds += lead->wait_seconds[i];
-    for (int32_t i = n; i < most; i++) lead->wait_seconds[i] = 0;
+    for (int32_t i = 0; i < n; i++) stats->wait_seconds += lead->wait_seconds[i];
     return !batch->stop;
 }
 
@@ -17683,7 +17972,7 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
     if (batch.lead && !done && !first)
         return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
     if (n_tokens == 1)
-        moe__paging_token(batch.lead->model, batch.lead->info.eval_seconds, batch.lead->pool);
+        moe__paging_token(batch.lead->model, batch.lead->stats.eval_seconds, batch.lead->pool);
     return first;
 }
 
@@ -17706,11 +17995,8 @@ MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
     return i == session->n_last - 1 ? session->logits : NULL;
 }
 
-MOE_API double moe_session_wait_seconds(const moe_session *session, int32_t thread) {
-    if (!session || thread < 0 ||
-        thread >= moe__max(session->info.n_threads, session->info.n_threads_batch))
-        return 0;
-    return session->wait_seconds[thread];
+MOE_API const moe_session_stats *moe_session_get_stats(const moe_session *session) {
+    return session ? &session->stats : NULL;
 }
 
 MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, int32_t layer) {
@@ -17726,7 +18012,7 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
                          (int)length, session ? (int)session->length : 0);
     for (int il = 0; il < session->model->info.n_layer; il++) {
         const moe__mixer *mixer = &moe__mixers[session->model->layers[il].mixer];
-        length = (int32_t)moe__min(length, mixer->cut(session, il, length));
+        length = (int32_t)moe__min(length, mixer->rewind(session, il, length));
     }
     if (length < session->length) session->n_last = 0;
     session->length = length;

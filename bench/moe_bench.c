@@ -216,7 +216,7 @@ static void write_fields(const void *row) {
     field_number("stddev_ts", 6, deviation);
     field_text("isa", moe_isa_name(t->info.isa));
     field_text("schedule", schedule_names[t->info.schedule & 3]);
-    field_number("n_expert_groups", 0, t->info.n_expert_groups);
+    field_number("n_expert_groups", 0, t->n_groups);
     field_number("bytes_token", 0, t->m->work.bytes);
     field_number("macs_token", 0, t->m->work.macs + t->m->work.output_macs);
     field_number("bytes_eval", 0, f.bytes_eval);

@@ -14,7 +14,7 @@
  * What things cost. Generating is limited by memory: a byte of weights or cache costs 1, a value of
  * a vector, which comes from a cache, 1, too (4 bytes, four times as fast), attention at least an
  * eighth per multiply-add. In prompts a multiply-add costs 1 (of floats: PLAN_FLOAT), unpacking a
- * weight what moe__entry_cost says, a value of a vector PLAN_VALUE. What has no kernel costs
+ * weight what moe__entry_block_cost says, a value of a vector PLAN_VALUE. What has no kernel costs
  * nothing: turning by rotary positions, choosing experts, copies. Keys that several threads read
  * cost each of them, though one may find in a shared cache what another has fetched.
  *
@@ -96,7 +96,7 @@ static void plan_take_over(moe_session *session, int32_t length) {
 /* The number of the step that the calling thread is in: barriers passed. None is passed before */
 /* this thread has come there. A thread alone passes none: it counts them itself. */
 static int plan_step(void) {
-    if (plan.n_threads == 1) return (int)plan.session->info.n_barriers;
+    if (plan.n_threads == 1) return (int)plan.session->stats.n_barriers;
     return (int)(__atomic_load_n(&plan.session->pool->release.value, __ATOMIC_ACQUIRE) -
                  plan.first);
 }
@@ -146,7 +146,7 @@ static void plan_rows(const plan_tensor *t, int64_t n_rows, int64_t n, int64_t n
         plan_vector(n_rows * n);
     else if (plan.is_prompt)
         plan_add(t->name, t->layer,
-                 values * (double)moe__entry_cost(&entry) * (t->is_float ? PLAN_FLOAT : 1));
+                 values * (double)moe__entry_block_cost(&entry) * (t->is_float ? PLAN_FLOAT : 1));
     else
         plan_add(t->name, t->layer, rows * (double)t->row_size);
 }
@@ -489,7 +489,7 @@ static int plan_eval(moe_session *session, int n_threads, int32_t depth, int32_t
     plan.first = (uint32_t)(n_threads > 1 ? plan_step() : 0);
     if (moe_session_eval(session, tokens, n, &error))
         return tool_fail(program, "--plan", &error);
-    const int n_steps = (int)moe_session_get_info(session)->n_barriers + 1;
+    const int n_steps = (int)moe_session_get_stats(session)->n_barriers + 1;
     plan_collect(result, n_steps < plan.n_steps ? n_steps : plan.n_steps);
     return TOOL_OK;
 }
@@ -615,20 +615,20 @@ typedef struct plan_experts {
     double node, local; /* 0..1 */
 } plan_experts;
 
-static plan_experts plan_measure_nodes(const moe__schedule_info *schedule, const moe__share *share,
+static plan_experts plan_measure_nodes(const moe__schedule_info *schedule, const moe__task *task,
                                        int threads) {
-    const moe__nodes *nodes = share->nodes;
+    const moe__nodes *nodes = task->nodes;
     int64_t *rows = (int64_t *)calloc((size_t)nodes->n, sizeof *rows), total = 0, busiest = 0;
     int64_t local = 0;
     plan_experts result = {0, 0};
     for (int t = 0; t < threads && rows; t++) {
-        moe__piece piece;
-        for (int32_t i = 0; schedule->pieces(share, t, threads, i, &piece); i++)
+        moe__range range;
+        for (int32_t i = 0; schedule->range(task, t, threads, i, &range); i++)
             for (int32_t k = 0; k < nodes->n; k++) {
-                int64_t begin = moe__schedule_node(share, piece.entry, k) * share->unit;
-                int64_t end = moe__schedule_node(share, piece.entry, k + 1) * share->unit;
-                begin = begin > piece.begin ? begin : piece.begin;
-                end = end < piece.end ? end : piece.end;
+                int64_t begin = moe__schedule_node(task, range.entry, k) * task->unit;
+                int64_t end = moe__schedule_node(task, range.entry, k + 1) * task->unit;
+                begin = begin > range.begin ? begin : range.begin;
+                end = end < range.end ? end : range.end;
                 if (begin >= end) continue;
                 rows[k] += end - begin;
                 total += end - begin;
@@ -646,8 +646,8 @@ static void plan_print_nodes(const plan_case *c, const moe_model_info *info) {
     enum { MOST = 64 };
     static moe__entry entries[MOST + 1];
     moe__ffn routed, shared;
-    moe__plan experts;
-    moe__share share;
+    moe__dispatch experts;
+    moe__task task;
     moe__nodes map;
     const int32_t used = info->n_expert_used < MOST ? info->n_expert_used : MOST;
     moe__nodes_single(&map, c->n_threads);
@@ -657,25 +657,25 @@ static void plan_print_nodes(const plan_case *c, const moe_model_info *info) {
     memset(&routed, 0, sizeof routed);
     memset(&shared, 0, sizeof shared);
     memset(&experts, 0, sizeof experts);
-    memset(&share, 0, sizeof share);
+    memset(&task, 0, sizeof task);
     experts.entries = entries;
     routed.gate.n_out = info->n_ff_exp;
     shared.gate.n_out = (int64_t)info->n_ff_exp * info->n_expert_shared;
     routed.down.n_out = shared.down.n_out = info->n_embd;
-    for (int32_t i = 0; i < used; i++) moe__plan_add(&experts, &routed, 1);
-    if (info->n_expert_shared) moe__plan_add(&experts, &shared, 1);
-    share.entries = entries;
-    share.n_entries = experts.n_entries;
-    share.n_routed = used;
-    share.one_token = 1;
-    share.unit = MOE__ROW_UNIT;
-    share.nodes = &map;
+    for (int32_t i = 0; i < used; i++) moe__dispatch_add(&experts, &routed, 1);
+    if (info->n_expert_shared) moe__dispatch_add(&experts, &shared, 1);
+    task.entries = entries;
+    task.n_entries = experts.n_entries;
+    task.n_routed = used;
+    task.one_token = 1;
+    task.unit = MOE__ROW_UNIT;
+    task.nodes = &map;
     printf("Its experts, %% of the nodes' bandwidth that is used and of rows read by threads of "
            "their own node:\n");
     for (size_t s = 0; s < sizeof moe__schedules / sizeof moe__schedules[0]; s++) {
         plan_experts part[2];
-        for (share.down = 0; share.down < 2; share.down++)
-            part[share.down] = plan_measure_nodes(&moe__schedules[s], &share, c->n_threads);
+        for (task.down = 0; task.down < 2; task.down++)
+            part[task.down] = plan_measure_nodes(&moe__schedules[s], &task, c->n_threads);
         printf("%s%s: gate and up %.0f, %.0f, down %.0f, %.0f", s ? "; " : "",
                moe__schedules[s].name, 100 * part[0].node, 100 * part[0].local,
                100 * part[1].node, 100 * part[1].local);

@@ -46,8 +46,9 @@ static inline void compare_rows(const comparison *c) {
     for (int i = 0; i < c->n_rivals; i++) {
         const rival *r = &c->rivals[i];
         const moe_session_info *info = moe_session_get_info(r->session);
+        const moe_session_stats *stats = moe_session_get_stats(r->session);
         printf("| %7d | %-10s | %6d | %8d | %6.1f | %9.3f |", info->n_threads,
-               schedule_names[info->schedule & 3], info->n_expert_groups, (int)info->n_barriers,
+               schedule_names[info->schedule & 3], stats->n_expert_groups, (int)stats->n_barriers,
                100 * r->waiting, r->imbalance);
         compare_print(r->prompt, c->rivals[0].prompt, c->n_samples);
         compare_print(r->generation, c->rivals[0].generation, c->n_samples);

@@ -42,9 +42,7 @@ static inline moe_status timed_eval(moe_session *const *sessions, int32_t n_sess
                                     const int32_t *tokens, int64_t stride, int32_t n, usage *u,
                                     moe_error *error) {
     static moe_job jobs[MAX_PARALLEL];
-    const moe_session_info *info = moe_session_get_info(sessions[0]);
-    const int32_t most = info->n_threads > info->n_threads_batch ? info->n_threads
-                                                                 : info->n_threads_batch;
+    const moe_session_stats *stats = moe_session_get_stats(sessions[0]);
     for (int32_t i = 0; i < n_sessions; i++) {
         jobs[i].session = sessions[i];
         jobs[i].tokens = tokens + i * stride;
@@ -53,10 +51,10 @@ static inline moe_status timed_eval(moe_session *const *sessions, int32_t n_sess
     const double start = tool_seconds();
     const moe_status status = moe_session_eval_many(jobs, n_sessions, error);
     u->seconds += tool_seconds() - start;
-    u->eval_seconds += info->eval_seconds;
-    u->n_barriers += info->n_barriers;
+    u->eval_seconds += stats->eval_seconds;
+    u->n_barriers += stats->n_barriers;
     u->n_evals++;
-    for (int32_t i = 0; i < most; i++) u->wait[i] += moe_session_wait_seconds(sessions[0], i);
+    for (int32_t i = 0; i < stats->n_threads; i++) u->wait[i] += stats->thread_wait_seconds[i];
     return status;
 }
 
@@ -178,7 +176,8 @@ typedef struct test {
     moe_pool *pool;          /* of several; NULL: the only one has its own */
     uint64_t *chosen;        /* [layer][expert]: how often all sequences together chose it */
     moe_session_info info;
-    int32_t n_threads;       /* those that the test used */
+    int32_t n_threads;       /* those that the test used, */
+    int32_t n_groups;        /* in so many groups with experts of their own */
     double seconds[MAX_REPETITIONS];
     double rate[MAX_REPETITIONS]; /* tokens per second */
     double waiting, imbalance, barriers; /* of the last repetition; barriers per eval */
@@ -383,6 +382,7 @@ static inline moe_status test_repeat(test *t, int32_t r, const int32_t *tokens,
     t->waiting = usage_waiting(&u, t->n_threads);
     t->imbalance = usage_imbalance(&u, t->n_threads);
     t->barriers = (double)u.n_barriers / (double)u.n_evals;
+    t->n_groups = moe_session_get_stats(t->session[0])->n_expert_groups;
     for (int i = 0; i < t->n_threads; i++)
         t->wait[i] = u.eval_seconds > 0 ? u.wait[i] / u.eval_seconds : 0;
     if (r + 1 == set.repetitions) {

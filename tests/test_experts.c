@@ -117,7 +117,7 @@ TEST(plan_lists_every_slot_once) {
     int32_t experts[TOKENS * USED], tokens[TOKENS * USED];
     float weights[TOKENS * USED], planned[TOKENS * USED];
     moe__entry entries[EXPERTS + 1];
-    moe__plan plan;
+    moe__dispatch dispatch;
     moe__ffn ffn;
     moe__router router = router_of(MOE__GATING_SOFTMAX, EXPERTS, USED, 1, 1, 0, 1);
     memset(&ffn, 0, sizeof ffn);
@@ -126,14 +126,14 @@ TEST(plan_lists_every_slot_once) {
             experts[t * USED + i] = (t * 2 + i * 2) % 8; /* never expert 1, 3, 5, 7, 8 */
             weights[t * USED + i] = (float)(t * 10 + i);
         }
-    plan.entries = entries;
-    plan.tokens = tokens;
-    plan.weights = planned;
-    plan.n_entries = 0;
-    moe__plan_routed(&plan, &ffn, &router, experts, weights, TOKENS);
+    dispatch.entries = entries;
+    dispatch.tokens = tokens;
+    dispatch.weights = planned;
+    dispatch.n_entries = 0;
+    moe__dispatch_routed(&dispatch, &ffn, &router, experts, weights, TOKENS);
     int seen = 0;
-    CHECK(plan.n_entries == 4);
-    for (int i = 0; i < plan.n_entries; i++) {
+    CHECK(dispatch.n_entries == 4);
+    for (int i = 0; i < dispatch.n_entries; i++) {
         const moe__entry *entry = &entries[i];
         CHECK(entry->hidden_row == seen && entry->expert == 2 * i);
         for (int j = 0; j < entry->n_tokens; j++) {
@@ -156,8 +156,8 @@ enum { MAX_ROWS = 300, MAX_ENTRIES = 17 };
 typedef struct {
     moe__entry entries[MAX_ENTRIES];
     moe__ffn ffns[2]; /* of the routed experts, of the shared one */
-    moe__plan plan;
-    moe__share share;
+    moe__dispatch dispatch;
+    moe__task task;
     moe__nodes nodes;
 } problem;
 
@@ -165,54 +165,54 @@ typedef struct {
 static void problem_threads(problem *p, int threads, int nodes) {
     p->nodes.n = nodes;
     for (int k = 0; k <= nodes; k++) p->nodes.first[k] = threads * k / nodes;
-    p->share.nodes = &p->nodes;
+    p->task.nodes = &p->nodes;
 }
 
 /* n_routed experts with tokens_of(i) tokens each, then perhaps a shared one. */
 static void problem_init(problem *p, int n_routed, int shared, int64_t rows, int64_t down_rows,
                          int64_t shared_rows, int one_token, int64_t unit) {
     memset(p, 0, sizeof *p);
-    p->plan.entries = p->entries;
+    p->dispatch.entries = p->entries;
     p->ffns[0].gate.n_out = rows;
     p->ffns[1].gate.n_out = shared_rows;
     p->ffns[0].down.n_out = p->ffns[1].down.n_out = down_rows;
     for (int i = 0; i < n_routed; i++)
-        moe__plan_add(&p->plan, &p->ffns[0], one_token ? 1 : 1 + i * i % 50);
-    if (shared) moe__plan_add(&p->plan, &p->ffns[1], one_token ? 1 : 64);
-    p->share.entries = p->entries;
-    p->share.n_entries = p->plan.n_entries;
-    p->share.n_routed = n_routed;
-    p->share.one_token = one_token;
-    p->share.unit = unit;
+        moe__dispatch_add(&p->dispatch, &p->ffns[0], one_token ? 1 : 1 + i * i % 50);
+    if (shared) moe__dispatch_add(&p->dispatch, &p->ffns[1], one_token ? 1 : 64);
+    p->task.entries = p->entries;
+    p->task.n_entries = p->dispatch.n_entries;
+    p->task.n_routed = n_routed;
+    p->task.one_token = one_token;
+    p->task.unit = unit;
 }
 
 /* owner[entry][row] = thread + 1 of each row; returns how many rows are given out twice or are not
  * there. */
-static int give_out(const moe__schedule_info *schedule, const moe__share *share, int threads,
+static int give_out(const moe__schedule_info *schedule, const moe__task *task, int threads,
                     int16_t owner[MAX_ENTRIES][MAX_ROWS]) {
     int bad = 0;
     memset(owner, 0, sizeof(int16_t) * MAX_ENTRIES * MAX_ROWS);
     for (int thread = 0; thread < threads; thread++) {
-        moe__piece piece;
-        for (int32_t i = 0; schedule->pieces(share, thread, threads, i, &piece); i++) {
-            if (piece.begin >= piece.end) continue;
-            if (piece.entry < 0 || piece.entry >= share->n_entries || piece.begin < 0 ||
-                piece.end > moe__share_rows(share, piece.entry) || piece.begin % share->unit)
+        moe__range range;
+        for (int32_t i = 0; schedule->range(task, thread, threads, i, &range); i++) {
+            if (range.begin >= range.end) continue;
+            if (range.entry < 0 || range.entry >= task->n_entries || range.begin < 0 ||
+                range.end > moe__task_rows(task, range.entry) || range.begin % task->unit)
                 return 1;
-            for (int64_t r = piece.begin; r < piece.end; r++) {
-                bad += owner[piece.entry][r] != 0;
-                owner[piece.entry][r] = (int16_t)(thread + 1);
+            for (int64_t r = range.begin; r < range.end; r++) {
+                bad += owner[range.entry][r] != 0;
+                owner[range.entry][r] = (int16_t)(thread + 1);
             }
         }
     }
-    for (int i = 0; i < share->n_entries; i++)
-        for (int64_t r = 0; r < moe__share_rows(share, i); r++) bad += owner[i][r] == 0;
+    for (int i = 0; i < task->n_entries; i++)
+        for (int64_t r = 0; r < moe__task_rows(task, i); r++) bad += owner[i][r] == 0;
     return bad;
 }
 
-static int same_owners(const moe__share *share, int16_t owner[MAX_ENTRIES][MAX_ROWS]) {
-    for (int i = 1; i < share->n_entries; i++)
-        for (int64_t r = 0; r < moe__share_rows(share, i); r++)
+static int same_owners(const moe__task *task, int16_t owner[MAX_ENTRIES][MAX_ROWS]) {
+    for (int i = 1; i < task->n_entries; i++)
+        for (int64_t r = 0; r < moe__task_rows(task, i); r++)
             if (owner[i][r] != owner[0][r]) return 0;
     return 1;
 }
@@ -220,11 +220,11 @@ static int same_owners(const moe__share *share, int16_t owner[MAX_ENTRIES][MAX_R
 /* Who gets how many tokens, in batches of many. */
 enum { TOKENS_MIXED, TOKENS_ONE_HAS_ALL, TOKENS_SOME_HAVE_NONE, N_TOKENS };
 static void problem_tokens(problem *p, int how) {
-    p->plan.n_entries = 0;
-    for (int i = 0; i < p->share.n_entries; i++) {
+    p->dispatch.n_entries = 0;
+    for (int i = 0; i < p->task.n_entries; i++) {
         const moe__ffn *ffn = p->entries[i].ffn;
-        const int many = p->share.one_token || i >= p->share.n_routed;
-        moe__plan_add(&p->plan, ffn, many                          ? p->entries[i].n_tokens
+        const int many = p->task.one_token || i >= p->task.n_routed;
+        moe__dispatch_add(&p->dispatch, ffn, many                          ? p->entries[i].n_tokens
                                      : how == TOKENS_ONE_HAS_ALL    ? (i == 1 ? 512 : 0)
                                      : how == TOKENS_SOME_HAVE_NONE ? i % 3 * 7
                                                                     : 1 + i * i % 50);
@@ -248,17 +248,17 @@ TEST(schedules_cover_without_overlap) {
             problem_threads(&p, threads, 1 + (threads + variant) % 4);
             for (int how = 0; how < (one_token ? 1 : N_TOKENS); how++) {
                 problem_tokens(&p, how);
-                for (p.share.down = 0; p.share.down < 2; p.share.down++) {
-                    const int bad = give_out(&moe__schedules[s], &p.share, threads, owner);
+                for (p.task.down = 0; p.task.down < 2; p.task.down++) {
+                    const int bad = give_out(&moe__schedules[s], &p.task, threads, owner);
                     CHECKF(!bad, "%s, %d threads, %d experts, tokens %d",
                            moe__schedules[s].name, threads, n_routed, how);
                 }
             }
-            p.share.down = 1;
-            const int owns = moe__schedules[s].owns_rows(&p.share, threads);
-            give_out(&moe__schedules[s], &p.share, threads, owner);
+            p.task.down = 1;
+            const int owns = moe__schedules[s].owns_rows(&p.task, threads);
+            give_out(&moe__schedules[s], &p.task, threads, owner);
             if (owns)
-                CHECKF(same_owners(&p.share, owner), "%s, %d threads, %d experts",
+                CHECKF(same_owners(&p.task, owner), "%s, %d threads, %d experts",
                        moe__schedules[s].name, threads, n_routed);
             apart += !owns;
             if (!one_token) CHECK(owns);
@@ -271,13 +271,13 @@ TEST(schedules_cover_without_overlap) {
 }
 
 /* Work of a thread: rows with one token, blocks times their cost with many. */
-static int64_t work_of(const moe__schedule_info *schedule, const moe__share *share, int thread,
+static int64_t work_of(const moe__schedule_info *schedule, const moe__task *task, int thread,
                        int threads) {
     int64_t work = 0;
-    moe__piece piece;
-    for (int32_t i = 0; schedule->pieces(share, thread, threads, i, &piece); i++) {
-        const int64_t units = (piece.end - piece.begin + share->unit - 1) / share->unit;
-        const int64_t cost = share->one_token ? 1 : moe__entry_cost(&share->entries[piece.entry]);
+    moe__range range;
+    for (int32_t i = 0; schedule->range(task, thread, threads, i, &range); i++) {
+        const int64_t units = (range.end - range.begin + task->unit - 1) / task->unit;
+        const int64_t cost = task->one_token ? 1 : moe__entry_block_cost(&task->entries[range.entry]);
         work += units * cost;
     }
     return work;
@@ -296,16 +296,16 @@ TEST(balanced_is_even) {
                              one_token, unit);
                 problem_threads(&p, threads, 1);
                 problem_tokens(&p, (threads + n_routed) % N_TOKENS);
-                for (p.share.down = 0; p.share.down <= one_token; p.share.down++) {
+                for (p.task.down = 0; p.task.down <= one_token; p.task.down++) {
                     int64_t total = 0, most = 0, block = 1;
                     for (int t = 0; t < threads; t++) {
-                        const int64_t work = work_of(balanced, &p.share, t, threads);
+                        const int64_t work = work_of(balanced, &p.task, t, threads);
                         total += work;
                         most = moe__max(most, work);
                     }
-                    for (int i = 0; i < p.share.n_entries && !one_token; i++)
-                        block = moe__max(block, moe__entry_cost(&p.entries[i]));
-                    if (p.share.down && balanced->owns_rows(&p.share, threads))
+                    for (int i = 0; i < p.task.n_entries && !one_token; i++)
+                        block = moe__max(block, moe__entry_block_cost(&p.entries[i]));
+                    if (p.task.down && balanced->owns_rows(&p.task, threads))
                         CHECKF(16 * total >= 15 * most * threads, "%d threads, %d experts: %d",
                                threads, n_routed, (int)most);
                     else
@@ -326,20 +326,20 @@ TEST(parallel_groups) {
         for (int g = 1; g <= 6; g++)
             if (6 % g == 0 && threads % g == 0) groups = g;
         problem_threads(&p, threads, 1);
-        CHECKF(moe__schedule_groups(&p.share, threads) == groups, "%d threads", threads);
-        CHECK(give_out(parallel, &p.share, threads, owner) == 0);
+        CHECKF(moe__schedule_groups(&p.task, threads) == groups, "%d threads", threads);
+        CHECK(give_out(parallel, &p.task, threads, owner) == 0);
         for (int e = 0; e < 6; e++)
             for (int r = 0; r < 256; r++)
                 CHECKF((owner[e][r] - 1) % groups == e % groups, "%d threads", threads);
         if (groups > 1) continue;
-        give_out(&moe__schedules[0], &p.share, threads, expected);
+        give_out(&moe__schedules[0], &p.task, threads, expected);
         CHECK(memcmp(owner, expected, sizeof owner) == 0);
     }
     problem_init(&p, 6, 1, 256, 256, 64, 0, MOE__TILE_ROWS);
     problem_threads(&p, 6, 2);
-    CHECK(moe__schedule_groups(&p.share, 6) == 1);
-    give_out(parallel, &p.share, 6, owner);
-    give_out(&moe__schedules[0], &p.share, 6, expected);
+    CHECK(moe__schedule_groups(&p.task, 6) == 1);
+    give_out(parallel, &p.task, 6, owner);
+    give_out(&moe__schedules[0], &p.task, 6, expected);
     CHECK(memcmp(owner, expected, sizeof owner) == 0);
 }
 
@@ -356,21 +356,21 @@ TEST(rows_stay_on_their_node) {
                     problem_init(&p, 7, 1, 250, MAX_ROWS, 96, 1, 16);
                     problem_threads(&p, threads, nodes);
                     if (uneven && nodes > 1) p.nodes.first[1] = 1;
-                    for (p.share.down = 0; p.share.down < 2; p.share.down++) {
-                        CHECK(give_out(&moe__schedules[s], &p.share, threads, owner) == 0);
-                        for (int e = 0; e < p.share.n_entries; e++)
-                            for (int64_t r = 0; r < moe__share_rows(&p.share, e); r++) {
+                    for (p.task.down = 0; p.task.down < 2; p.task.down++) {
+                        CHECK(give_out(&moe__schedules[s], &p.task, threads, owner) == 0);
+                        for (int e = 0; e < p.task.n_entries; e++)
+                            for (int64_t r = 0; r < moe__task_rows(&p.task, e); r++) {
                                 const int64_t k = moe__nodes_of(&p.nodes, owner[e][r] - 1);
-                                CHECK(r / 16 >= moe__schedule_node(&p.share, e, (int32_t)k) &&
-                                      r / 16 < moe__schedule_node(&p.share, e, (int32_t)k + 1));
+                                CHECK(r / 16 >= moe__schedule_node(&p.task, e, (int32_t)k) &&
+                                      r / 16 < moe__schedule_node(&p.task, e, (int32_t)k + 1));
                             }
                         if (moe__schedules[s].schedule != MOE_SCHEDULE_BALANCED ||
-                            (p.share.down && moe__schedules[s].owns_rows(&p.share, threads)))
+                            (p.task.down && moe__schedules[s].owns_rows(&p.task, threads)))
                             continue;
                         for (int k = 0; k < nodes; k++) {
                             int64_t least = INT64_MAX, most = 0;
                             for (int t = p.nodes.first[k]; t < p.nodes.first[k + 1]; t++) {
-                                const int64_t w = work_of(&moe__schedules[s], &p.share, t, threads);
+                                const int64_t w = work_of(&moe__schedules[s], &p.task, t, threads);
                                 least = moe__min(least, w);
                                 most = moe__max(most, w);
                             }

@@ -484,7 +484,7 @@ typedef struct moe_model_options {
     int32_t prefault;  // as in moe_gguf_options
     int32_t mlock;     // MOE_ON: keep the weights in memory, as far as the system allows
     moe_numa numa;
-    int (*progress)(void *user, float fraction);
+    int (*progress)(void *user, float fraction); // as in moe_gguf_options
     void *progress_user;
 } moe_model_options;
 
@@ -521,9 +521,11 @@ typedef struct moe_model_memory {
     uint64_t n_bytes_locked; // of weights, by mlock
 } moe_model_memory;
 
-// Opens path (as moe_gguf_open) and prepares it for running. Refused with the reason: a family,
-// tensor type or tokenizer that is not supported, a missing or misshapen tensor, a
-// hyper-parameter out of bounds. Weights stay in the mapping; norms and the like are copied.
+// Opens path (as moe_gguf_open) and prepares it for running. options may be NULL. Refused with the
+// reason: a family, tensor type or tokenizer that is not supported (UNSUPPORTED), a missing or
+// misshapen tensor, a hyper-parameter out of bounds (FORMAT). Other errors: ARGUMENT, IO, MEMORY,
+// THREAD, CANCELLED (by progress). Weights stay in the mapping; norms and the like are copied. NULL
+// after an error; close the model when its sessions are closed.
 MOE_API moe_model *moe_model_open(const char *path, const moe_model_options *options,
                                   moe_error *error);
 // The same from a GGUF opened before (from memory, for instance), which must outlive the model.
@@ -637,8 +639,8 @@ typedef struct moe_session_info {
     size_t work_bytes;     // everything else; sessions of a pool share most of it
 } moe_session_info;
 
-// Takes all memory and threads that evaluating needs. Errors: ARGUMENT, MEMORY, THREAD,
-// UNSUPPORTED (kv_type, schedule).
+// Takes all memory and threads that evaluating needs; options may be NULL. NULL after an error:
+// ARGUMENT, MEMORY, THREAD, UNSUPPORTED (kv_type, schedule).
 MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_options *options,
                                       moe_error *error);
 MOE_API void moe_session_close(moe_session *session); // before its model
@@ -648,8 +650,9 @@ MOE_API const moe_session_info *moe_session_get_info(const moe_session *session)
 // info->work_bytes (the threads' stacks are not counted).
 MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
                                         moe_session_info *info, moe_error *error);
-// Appends tokens to the context. Errors leave the session as it was: ARGUMENT (id out of range,
-// n_tokens < 1), CONTEXT_FULL, CANCELLED. With keep_all_logits n_tokens is at most n_ctx.
+// Appends n_tokens ids, 0 <= id < n_vocab, to the context and computes what follows them, n_batch
+// at a time. Returns when that is done; no memory is allocated. Errors leave the session as it was:
+// ARGUMENT (id out of range, n_tokens < 1), CONTEXT_FULL, CANCELLED.
 MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
                                     moe_error *error);
 // Appends to several contexts at once: each matrix is read once for all of them, and each result
@@ -664,11 +667,16 @@ typedef struct moe_job {
     moe_status status; // out: as of moe_session_eval
 } moe_job;
 MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error);
-// n_vocab floats: what follows the i-th token of the last eval, -1 = last. NULL if not kept. A
-// failed or cancelled eval leaves them, rewinding drops them.
+// n_vocab floats, not normalized: how likely each token is to follow the i-th token of the last
+// eval (-1: the last one). NULL if not kept: of other than the last token, without
+// keep_all_logits; before the first eval. Valid until the session is evaluated again, rewound or
+// closed; a failed or cancelled eval leaves them.
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
+// Tokens in the context: the position of the next one.
 MOE_API int32_t moe_session_length(const moe_session *session);
-// Forgets all tokens from position `length` on, 0 <= length <= moe_session_length.
+// Forgets all tokens from position `length` on, 0 <= length <= moe_session_length, and the logits
+// if any token is forgotten. Costs nothing; what comes next has the bits it would have had. Errors:
+// ARGUMENT.
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
 
 // ---- sampling and generating -----------------------------------------------------------------

@@ -44,15 +44,21 @@
 //   >>sample   choosing tokens, generating text
 //   >>licence  MIT or public domain
 //
-// To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text
-//   (>>kernels) its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4,
-//   ...) and one that makes its tile. Tests and benches walk the table.
-// To add an instruction set: a number and a target string at the top of the vector text, an
-//   include of this file before it, and a case in moe__kernels_detect (>>kernels).
-// To add an expert schedule: its functions and one row in moe__schedules (>>experts).
-// To add a mixer (a way of mixing tokens): see the head of >>mixers.
-// To add a model family: one row in moe__families (>>model), and what is new about it as a
-//   feature that any family may have, read by the one forward pass (>>session).
+// To add one more of a kind, touch what mentions one that is there, and nothing else (tests/map.sh
+// holds these lists against the file; * stands for any ending):
+//
+//   a tensor type, as iq4_xs: moe_type, MOE__TYPES*
+//   an instruction set, as avx_vnni: >>config, moe_isa*, MOE__SUFFIX, MOE__ISA,
+//     moe__kernels_detect, moe__kernels_get; also MOE__TARGET
+//   an expert schedule, as balanced: >>config if a macro is to choose it, moe_schedule,
+//     moe__schedule_balanced*, moe__schedules, moe__schedule_find
+//   a mixer of tokens, as gqa: moe__mixer_id, moe__families that use it, moe__gqa*, moe__mixers; if
+//     it attends, moe__attention*; also moe__layer for what its layers hold, moe__input for vectors
+//     that only its matrices read
+//   a model family, as "olmoe": moe__families; what is new about it becomes a feature that any
+//     family may have, read by the one forward pass; also moe__has
+//   a pre-tokenizer, as tekken: MOE__PASS, moe__text_pres
+//   a type of cache, as kv_q8_0: moe_kv_type, moe__kv_bytes, moe__session_configure
 // ==============================================================================================
 
 // ==============================================================================================
@@ -16602,8 +16608,7 @@ MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
 
 // Stores what the cache keeps of each row; queries from their low-rank form, ready to attend. Heads
 // are shared by the threads: what a head's rows of attn_q_b make is what the same thread absorbs,
-// so that no barrier comes between. With one row the last thread stores it, which has the fewest
-// heads.
+// so that no barrier comes between.
 MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il,
                                    const moe__mla *w) {
     moe__work *work = e->work;

@@ -838,6 +838,46 @@ extern long syscall(long number, ...);
 #define MOE__O_CLOEXEC 0
 #endif
 
+// ---- UTF-8 -----------------------------------------------------------------------------------
+
+enum { MOE__UTF8_BAD = 0, MOE__UTF8_CUT = -1 };
+
+// Reads the character at the start of 1 or more bytes. Returns its size, 1 to 4. MOE__UTF8_BAD:
+// no character begins so (overlong forms, surrogates and codes above U+10FFFF are none).
+// MOE__UTF8_CUT: all bytes are the beginning of one that goes on behind them.
+MOE__PRIVATE int moe__utf8_decode(const char *text, size_t size, uint32_t *code) {
+    const unsigned char *p = (const unsigned char *)text;
+    const unsigned lead = *code = p[0];
+    if (lead < 0x80) return 1;
+    const int n = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    // What may follow depends on the lead: table 3-7 of the Unicode standard
+    unsigned low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+    unsigned high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+    if (lead < 0xC2 || lead > 0xF4) return MOE__UTF8_BAD;
+    *code = lead & (0x7Fu >> n);
+    for (int i = 1; i < n; i++, low = 0x80, high = 0xBF) {
+        if ((size_t)i == size) return MOE__UTF8_CUT;
+        if (p[i] < low || p[i] > high) return MOE__UTF8_BAD;
+        *code = *code << 6 | (p[i] & 0x3F);
+    }
+    return n;
+}
+
+// The same for any bytes: one that begins no character counts as one of its own, U+FFFD.
+MOE__INLINE size_t moe__utf8_next(const char *text, size_t size, uint32_t *code) {
+    const int n = moe__utf8_decode(text, size, code);
+    if (n > 0) return (size_t)n;
+    *code = 0xFFFD;
+    return 1;
+}
+
+// At most `limit` bytes of a text, whole characters.
+MOE__PRIVATE size_t moe__utf8_limit(const char *text, size_t size, size_t limit) {
+    if (size <= limit) return size;
+    while (limit && ((unsigned char)text[limit] & 0xC0) == 0x80) limit--;
+    return limit;
+}
+
 // ---- errors ----------------------------------------------------------------------------------
 
 MOE_API const char *moe_status_name(moe_status status) {
@@ -855,53 +895,34 @@ MOE_API const char *moe_status_name(moe_status status) {
     return "MOE_ERROR_?";
 }
 
-// Copies at most capacity - 1 bytes and ends with NUL. A cut falls between UTF-8 characters.
+// Copies at most capacity - 1 bytes, whole characters, and ends with NUL.
 MOE__PRIVATE void moe__base_copy_text(char *out, size_t capacity, const char *text, size_t size) {
-    if (size > capacity - 1) {
-        size = capacity - 1;
-        while (size && ((unsigned char)text[size] & 0xC0) == 0x80) size--;
-    }
+    size = moe__utf8_limit(text, size, capacity - 1);
     if (size) memcpy(out, text, size);
     out[size] = 0;
 }
 
-// Bytes of the character at the start of text if it may be shown; 0: it is no UTF-8, or one that
-// a terminal might obey (below space, DEL, U+0080 to U+009F).
-MOE__PRIVATE size_t moe__base_shown(const char *text, size_t size) {
-    const unsigned char *c = (const unsigned char *)text;
-    if (c[0] < 0x80) return c[0] >= 0x20 && c[0] != 0x7F;
-    const size_t n = c[0] >= 0xF0 ? 4 : c[0] >= 0xE0 ? 3 : 2;
-    if (c[0] < 0xC2 || c[0] > 0xF4 || n > size) return 0;
-    for (size_t i = 1; i < n; i++)
-        if ((c[i] & 0xC0) != 0x80) return 0;
-    // What has a shorter form, surrogates, and numbers beyond Unicode's
-    if ((c[0] == 0xC2 && c[1] < 0xA0) || (c[0] == 0xE0 && c[1] < 0xA0) ||
-        (c[0] == 0xED && c[1] >= 0xA0) || (c[0] == 0xF0 && c[1] < 0x90) ||
-        (c[0] == 0xF4 && c[1] >= 0x90))
-        return 0;
-    return n;
-}
-
-// The same as moe__base_copy_text, with a '?' for every byte that may not be shown: errors quote
-// files.
+// The same, with a '?' for every byte that is not UTF-8, or that a terminal might obey (below
+// space, DEL, U+0080 to U+009F): errors quote files.
 MOE__PRIVATE void moe__base_copy_shown(char *out, size_t capacity, const char *text, size_t size) {
     size_t used = 0;
-    for (size_t i = 0, n; i < size; i += n) {
-        const size_t shown = moe__base_shown(text + i, size - i);
-        n = shown ? shown : 1;
-        if (used + n > capacity - 1) break;
-        if (shown) memcpy(out + used, text + i, n);
+    for (size_t i = 0; i < size;) {
+        uint32_t code;
+        const int n = moe__utf8_decode(text + i, size - i, &code);
+        const int shown = n > 0 && code >= 0x20 && (code < 0x7F || code > 0x9F);
+        const size_t step = shown ? (size_t)n : 1;
+        if (used + step > capacity - 1) break;
+        if (shown) memcpy(out + used, text + i, step);
         else out[used] = '?';
-        used += n;
+        used += step;
+        i += step;
     }
     out[used] = 0;
 }
 
-// At most `limit` bytes of a text, whole characters: what "%.*s" is to show of it.
+// Of a text: what "%.*s" is to show of it.
 MOE__PRIVATE int moe__base_cut(size_t size, const char *text, size_t limit) {
-    if (size <= limit) return (int)size;
-    while (limit && ((unsigned char)text[limit] & 0xC0) == 0x80) limit--;
-    return (int)limit;
+    return (int)moe__utf8_limit(text, size, limit);
 }
 
 // Fills *error (if any) and returns `status`: `return moe__fail(error, ...)`. `where` is size
@@ -1021,6 +1042,11 @@ MOE__PRIVATE void moe__free(const moe_allocator *allocator, void *memory) {
     allocator->free(allocator->user, raw, total);
 }
 
+// count elements, not cleared; NULL also if their size does not fit.
+MOE__PRIVATE void *moe__alloc_array(const moe_allocator *allocator, uint64_t count, size_t size) {
+    return count > SIZE_MAX / size ? NULL : moe__alloc_unset(allocator, (size_t)count * size);
+}
+
 // ---- checked sizes: 0 on overflow, 1 if *out is good -----------------------------------------
 
 MOE__INLINE int moe__size_mul(uint64_t a, uint64_t b, uint64_t *out) {
@@ -1120,6 +1146,15 @@ MOE__INLINE uint16_t moe__f32_to_bf16(float x) {
 MOE__INLINE int64_t moe__min(int64_t a, int64_t b) { return a < b ? a : b; }
 MOE__INLINE int64_t moe__max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators): the next
+// number behind a seed, which may be any.
+MOE__INLINE uint64_t moe__splitmix64(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
 // Seconds of a monotonic clock; clock_gettime is hidden under strict -std=c11, its call is not.
 MOE__PRIVATE double moe__seconds(void) {
     struct timespec now;
@@ -1131,6 +1166,45 @@ MOE__PRIVATE double moe__seconds(void) {
 #endif
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
+
+// ---- binary heaps ----------------------------------------------------------------------------
+
+// The functions of a heap: n elements of a type in an array, of which i is not below any of
+// 2 i + 1 and 2 i + 2. So 0, the root, is not below any other: above(a, b) is the order. Adding
+// one, taking the root out and putting another in its place take log n steps, whatever comes.
+#define MOE__HEAP(name, type, above) \
+    /* Restores the order where only heap[root] may lie too high. */ \
+    MOE__PRIVATE void name##_sift(type *heap, size_t root, size_t n) { \
+        const type moved = heap[root]; \
+        for (size_t child; (child = 2 * root + 1) < n; root = child) { \
+            if (child + 1 < n && above(heap[child + 1], heap[child])) child++; \
+            if (!above(heap[child], moved)) break; \
+            heap[root] = heap[child]; \
+        } \
+        heap[root] = moved; \
+    } \
+    MOE__PRIVATE void name##_build(type *heap, size_t n) { \
+        for (size_t i = n / 2; i-- > 0;) name##_sift(heap, i, n); \
+    } \
+    MOE__PRIVATE void name##_push(type *heap, size_t *n, type added) { \
+        size_t i = (*n)++; \
+        for (; i && above(added, heap[(i - 1) / 2]); i = (i - 1) / 2) \
+            heap[i] = heap[(i - 1) / 2]; \
+        heap[i] = added; \
+    } \
+    MOE__PRIVATE type name##_pop(type *heap, size_t *n) { \
+        const type root = heap[0]; \
+        heap[0] = heap[--*n]; \
+        name##_sift(heap, 0, *n); \
+        return root; \
+    } \
+    /* Sorts what is a heap: the root becomes the last. */ \
+    MOE__PRIVATE void name##_sort(type *heap, size_t n) { \
+        while (n > 1) { \
+            const type root = name##_pop(heap, &n); \
+            heap[n] = root; \
+        } \
+    }
 
 // ---- rounding --------------------------------------------------------------------------------
 
@@ -3096,48 +3170,24 @@ MOE__INLINE int moe__gguf_name_compare(const char *a, size_t a_size, const char 
 }
 
 // Equal names stay in file order, so that the second one is blamed.
-MOE__PRIVATE int moe__gguf_name_less(const moe__gguf_name *a, const moe__gguf_name *b) {
-    int order = moe__gguf_name_compare(a->data, a->size, b->data, b->size);
-    return order ? order < 0 : a->index < b->index;
+MOE__PRIVATE int moe__gguf_name_above(moe__gguf_name a, moe__gguf_name b) {
+    int order = moe__gguf_name_compare(a.data, a.size, b.data, b.size);
+    return order ? order > 0 : a.index > b.index;
 }
 
 // Not by what it says but by where it lies.
-MOE__PRIVATE int moe__gguf_place_less(const moe__gguf_name *a, const moe__gguf_name *b) {
-    return (uintptr_t)a->data != (uintptr_t)b->data ? (uintptr_t)a->data < (uintptr_t)b->data
-                                                    : a->index < b->index;
+MOE__PRIVATE int moe__gguf_address_above(moe__gguf_name a, moe__gguf_name b) {
+    return (uintptr_t)a.data != (uintptr_t)b.data ? (uintptr_t)a.data > (uintptr_t)b.data
+                                                  : a.index > b.index;
 }
 
-typedef int moe__gguf_less(const moe__gguf_name *a, const moe__gguf_name *b);
-
-// Restores "no child is larger than its parent" (children of i: 2i+1, 2i+2) below `root`.
-MOE__PRIVATE void moe__gguf_sift(moe__gguf_name *names, int64_t root, int64_t n,
-                                 moe__gguf_less *less) {
-    moe__gguf_name moved = names[root];
-    for (;;) {
-        int64_t child = 2 * root + 1;
-        if (child >= n) break;
-        if (child + 1 < n && less(&names[child], &names[child + 1])) child++;
-        if (!less(&moved, &names[child])) break;
-        names[root] = names[child];
-        root = child;
-    }
-    names[root] = moved;
-}
-
-// Heap sort: in place, and no input makes it slower than n log n.
-MOE__PRIVATE void moe__gguf_sort(moe__gguf_name *names, int64_t n, moe__gguf_less *less) {
-    for (int64_t i = n / 2; i-- > 0;) moe__gguf_sift(names, i, n, less);
-    for (int64_t end = n - 1; end > 0; end--) {
-        moe__gguf_name largest = names[0];
-        names[0] = names[end];
-        names[end] = largest;
-        moe__gguf_sift(names, 0, end, less);
-    }
-}
+MOE__HEAP(moe__gguf_by_name, moe__gguf_name, moe__gguf_name_above)
+MOE__HEAP(moe__gguf_by_address, moe__gguf_name, moe__gguf_address_above)
 
 // Sorts by name. Returns the index of a name that occurs a second time, or -1.
 MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
-    moe__gguf_sort(names, n, moe__gguf_name_less);
+    moe__gguf_by_name_build(names, (size_t)n); // heap sort: in place, n log n whatever they are
+    moe__gguf_by_name_sort(names, (size_t)n);
     for (int64_t i = 1; i < n; i++) {
         const moe__gguf_name *a = &names[i - 1], *b = &names[i];
         if (moe__gguf_name_compare(a->data, a->size, b->data, b->size) == 0) return b->index;
@@ -3418,7 +3468,7 @@ MOE__PRIVATE moe_status moe__gguf_read_tensor(moe__gguf_reader *r, moe__gguf_ent
 }
 
 // Where the tensor lies, now that the start of the data is known.
-MOE__PRIVATE void moe__gguf_place_tensor(moe__gguf_reader *r, uint64_t start,
+MOE__PRIVATE void moe__gguf_locate_tensor(moe__gguf_reader *r, uint64_t start,
                                          moe__gguf_entry *entry) {
     moe_gguf_tensor *tensor = &entry->tensor;
     uint64_t end;
@@ -3444,7 +3494,7 @@ MOE__PRIVATE moe_status moe__gguf_read_tensors(moe_gguf *gguf, int32_t part_inde
         moe__gguf_read_tensor(&r, &gguf->tensors[i]);
     uint64_t start = (r.at + part->alignment - 1) & ~(part->alignment - 1);
     for (int64_t i = first; i < end && r.status == MOE_OK; i++)
-        moe__gguf_place_tensor(&r, start, &gguf->tensors[i]);
+        moe__gguf_locate_tensor(&r, start, &gguf->tensors[i]);
     gguf->n_tensors = end;
     return r.status;
 }
@@ -3464,21 +3514,22 @@ MOE__PRIVATE moe_status moe__gguf_bad_tensor(const moe_gguf *gguf, int64_t index
 MOE__PRIVATE moe_status moe__gguf_check_overlap(const moe_gguf *gguf, moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
     const int64_t n = gguf->n_tensors;
-    moe__gguf_name *places = (moe__gguf_name *)moe__gguf_alloc(&r, n, sizeof *places);
-    for (int64_t i = 0; i < n && places; i++) {
-        places[i].data = (const char *)gguf->tensors[i].tensor.data;
-        places[i].index = (uint32_t)i;
+    moe__gguf_name *order = (moe__gguf_name *)moe__gguf_alloc(&r, n, sizeof *order);
+    for (int64_t i = 0; i < n && order; i++) {
+        order[i].data = (const char *)gguf->tensors[i].tensor.data;
+        order[i].index = (uint32_t)i;
     }
-    if (places) moe__gguf_sort(places, n, moe__gguf_place_less);
+    if (order) moe__gguf_by_address_build(order, (size_t)n);
+    if (order) moe__gguf_by_address_sort(order, (size_t)n);
     for (int64_t i = 1; i < n && r.status == MOE_OK; i++) {
-        const moe_gguf_tensor *before = &gguf->tensors[places[i - 1].index].tensor;
-        const moe_gguf_tensor *tensor = &gguf->tensors[places[i].index].tensor;
+        const moe_gguf_tensor *before = &gguf->tensors[order[i - 1].index].tensor;
+        const moe_gguf_tensor *tensor = &gguf->tensors[order[i].index].tensor;
         if (before->data && (uintptr_t)tensor->data - (uintptr_t)before->data < before->size)
-            r.status = moe__gguf_bad_tensor(gguf, places[i].index,
+            r.status = moe__gguf_bad_tensor(gguf, order[i].index,
                                             "the tensor's data overlaps that of ", before->name,
                                             error);
     }
-    moe__free(&gguf->allocator, places);
+    moe__free(&gguf->allocator, order);
     return r.status;
 }
 
@@ -12456,27 +12507,7 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
 // for the working memory that one call leaves to the next.
 // ==============================================================================================
 
-// ---- UTF-8 and GPT-2's names for bytes -------------------------------------------------------
-
-// Reads one character of 1..left bytes. A byte that begins no valid character (too long a form,
-// surrogate, cut off) is a character of its own that reads as U+FFFD.
-MOE__PRIVATE size_t moe__text_decode(const char *text, size_t left, uint32_t *out) {
-    const unsigned char *p = (const unsigned char *)text;
-    size_t size = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : p[0] >= 0x80 ? 2 : 1;
-    *out = p[0];
-    if (size == 1) return 1;
-    *out = 0xFFFD;
-    if (p[0] < 0xC2 || p[0] > 0xF4 || left < size) return 1;
-    uint32_t code = p[0] & (0xFFu >> (size + 1));
-    for (size_t i = 1; i < size; i++) {
-        if ((p[i] & 0xC0) != 0x80) return 1;
-        code = code << 6 | (p[i] & 0x3F);
-    }
-    if (size == 3 && (code < 0x800 || (code >= 0xD800 && code <= 0xDFFF))) return 1;
-    if (size == 4 && (code < 0x10000 || code > 0x10FFFF)) return 1;
-    *out = code;
-    return size;
-}
+// ---- GPT-2's names for bytes -----------------------------------------------------------------
 
 // Printable Latin-1 stands for itself, the other 68 bytes in ascending order are U+0100 to
 // U+0143. Writes the name in UTF-8, 1 or 2 bytes, and returns its size.
@@ -13019,11 +13050,6 @@ MOE__INLINE uint32_t moe__text_pair_hash(const uint64_t *keys, uint32_t a, uint3
     return moe__text_spread(keys, keys[MOE__KEY_PAIR] * a + keys[MOE__KEY_PAIR + 1] * b);
 }
 
-// Memory for count elements, not cleared; NULL also if that does not fit a size_t.
-MOE__PRIVATE void *moe__text_alloc(const moe_allocator *allocator, uint64_t count, size_t each) {
-    return count > SIZE_MAX / each ? NULL : moe__alloc_unset(allocator, (size_t)count * each);
-}
-
 // A hash table of numbers from 1; what they stand for is looked up elsewhere. There are 2^bits
 // slots, 0 = free. The upper bits of a hash say where the search for it begins, from where it
 // goes up. A used slot has the other bits of its hash above the number, so that few searches
@@ -13040,7 +13066,7 @@ MOE__PRIVATE moe_status moe__text_table_init(moe__text_table *table,
     table->bits = 4;
     while ((uint64_t)2 << table->bits < 3 * n) table->bits++;
     table->mask = ((uint32_t)1 << table->bits) - 1;
-    table->slots = (uint32_t *)moe__text_alloc(allocator, (uint64_t)table->mask + 1, 4);
+    table->slots = (uint32_t *)moe__alloc_array(allocator, (uint64_t)table->mask + 1, 4);
     if (table->slots) memset(table->slots, 0, ((size_t)table->mask + 1) * 4);
     return table->slots ? MOE_OK : MOE_ERROR_MEMORY;
 }
@@ -13136,8 +13162,8 @@ MOE__PRIVATE moe_status moe__text_resize(moe__text_map *map, uint64_t n, uint64_
     moe_status status = moe__text_table_init(&map->table, map->allocator, n + 2);
     map->max_n = map->table.mask / 3 * 2; // what the table has room for
     map->max_bytes = (uint32_t)(bytes + bytes / 2 + 64);
-    map->bytes = (char *)moe__text_alloc(map->allocator, (uint64_t)map->max_bytes + 16, 1);
-    map->end = (uint32_t *)moe__text_alloc(map->allocator, (uint64_t)map->max_n + 1, 4);
+    map->bytes = (char *)moe__alloc_array(map->allocator, (uint64_t)map->max_bytes + 16, 1);
+    map->end = (uint32_t *)moe__alloc_array(map->allocator, (uint64_t)map->max_n + 1, 4);
     if (!map->bytes || !map->end) status = MOE_ERROR_MEMORY;
     if (!status) map->end[0] = 0;
     if (!status && old.bytes) {
@@ -13154,26 +13180,9 @@ MOE__INLINE moe_status moe__text_reserve(moe__text_map *map, uint64_t n, uint64_
     return n <= map->max_n && bytes <= map->max_bytes ? MOE_OK : moe__text_resize(map, n, bytes);
 }
 
-// ---- a heap: the smallest key first ----------------------------------------------------------
-
-MOE__PRIVATE void moe__text_push(uint64_t *heap, size_t *n, uint64_t key) {
-    size_t i = (*n)++;
-    for (; i && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
-    heap[i] = key;
-}
-
-MOE__PRIVATE uint64_t moe__text_pop(uint64_t *heap, size_t *n) {
-    uint64_t least = heap[0], last = heap[--*n];
-    size_t i = 0, child;
-    while ((child = 2 * i + 1) < *n) {
-        if (child + 1 < *n && heap[child + 1] < heap[child]) child++;
-        if (heap[child] >= last) break;
-        heap[i] = heap[child];
-        i = child;
-    }
-    heap[i] = last;
-    return least;
-}
+// A heap with the smallest number on top.
+#define MOE__TEXT_ABOVE(a, b) ((a) < (b))
+MOE__HEAP(moe__text_heap, uint64_t, MOE__TEXT_ABOVE)
 
 // ---- the vocabulary --------------------------------------------------------------------------
 
@@ -13299,7 +13308,7 @@ MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key
 // Memory for the vocabulary, not cleared; if there is none the load fails.
 MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t each) {
     void *memory = NULL;
-    if (!loader->status) memory = moe__text_alloc(&loader->vocab->allocator, count, each);
+    if (!loader->status) memory = moe__alloc_array(&loader->vocab->allocator, count, each);
     if (!memory) moe__text_fail(loader, "", MOE_ERROR_MEMORY);
     return memory;
 }
@@ -13529,12 +13538,12 @@ MOE__PRIVATE void moe__text_load_bool(moe__text_loader *loader, const char *key,
 // Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small.
 MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
-    size_t n = 0, most = 1;
+    size_t n = 0, max = 1;
     for (uint32_t id = 0; !loader->status && id < vocab->n_tokens; id++)
-        most += (size_t)moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL);
-    uint64_t *heap = (uint64_t *)moe__text_take(loader, most, sizeof *heap);
-    vocab->specials = heap;
-    for (uint32_t id = 0; heap && id < vocab->n_tokens; id++) {
+        max += (size_t)moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL);
+    uint64_t *specials = (uint64_t *)moe__text_take(loader, max, sizeof *specials);
+    vocab->specials = specials;
+    for (uint32_t id = 0; specials && id < vocab->n_tokens; id++) {
         moe_string text = moe__text_at(&vocab->symbols, id);
         if (!text.size || !moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL) ||
             moe__text_find(vocab, text.data, text.size, text.data + text.size) != id)
@@ -13542,12 +13551,11 @@ MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
         vocab->starts[(unsigned char)text.data[0]] = 1;
         uint64_t sum = moe__text_polynomial(vocab->keys, 0, text.data, text.size);
         uint64_t user = (uint64_t)moe__text_is_special(vocab, id, 0);
-        moe__text_push(heap, &n, (uint64_t)text.size << 32 | sum << 1 | user);
+        specials[n++] = (uint64_t)text.size << 32 | sum << 1 | user;
     }
-    for (vocab->n_specials = n; n;) {
-        uint64_t least = moe__text_pop(heap, &n);
-        heap[n] = least;
-    }
+    moe__text_heap_build(specials, n);
+    moe__text_heap_sort(specials, n);
+    vocab->n_specials = n;
 }
 
 // SPM: the orders of merging, from scores, and the tokens of bytes.
@@ -13666,18 +13674,13 @@ MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     }
 }
 
-// Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele et al.).
+// Hash keys from where memory lies and what time it is.
 MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
     double now = moe__seconds();
     uint64_t seed;
     memcpy(&seed, &now, sizeof seed);
     seed ^= (uint64_t)(uintptr_t)vocab << 16 ^ (uint64_t)(uintptr_t)&now;
-    for (int i = 0; i < MOE__KEYS; i++) {
-        uint64_t z = seed += 0x9E3779B97F4A7C15u;
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-        vocab->keys[i] = (z ^ z >> 31) | 1;
-    }
+    for (int i = 0; i < MOE__KEYS; i++) vocab->keys[i] = moe__splitmix64(&seed) | 1;
 }
 
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
@@ -13787,7 +13790,7 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
     for (size_t i = 0, size; i < text.size; i += size) {
         int byte = -1;
         uint32_t code;
-        size = moe__text_decode(text.data + i, text.size - i, &code);
+        size = moe__utf8_next(text.data + i, text.size - i, &code);
         if (type == MOE__TOKEN_NORMAL && vocab->orders) byte = code == 0x2581 ? ' ' : -1;
         else if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
         else if (type == MOE__TOKEN_BYTE && (byte = moe__text_hex_byte(text)) >= 0) size = 6;
@@ -13842,7 +13845,7 @@ MOE__PRIVATE void *moe__text_grow(const moe_vocab *vocab, void *memory, size_t *
     if (count <= *max) return memory;
     moe__free(&vocab->allocator, memory);
     *max = count + count / 4 + 256;
-    memory = moe__text_alloc(&vocab->allocator, (uint64_t)*max + 1, each);
+    memory = moe__alloc_array(&vocab->allocator, (uint64_t)*max + 1, each);
     if (!memory) *max = 0;
     return memory;
 }
@@ -13878,14 +13881,14 @@ MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left
 MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
     uint64_t key;
     if (moe__text_joined(work, left, &key) != MOE__TEXT_NONE)
-        moe__text_push(work->heap, &work->n_heap, key);
+        moe__text_heap_push(work->heap, &work->n_heap, key);
 }
 
 // Merges until no pair makes anything. A pair is stale if its place has another one by now.
 MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
     for (uint32_t i = 0; i < work->n; i = work->next[i]) moe__text_consider(work, i);
     while (work->n_heap) {
-        uint64_t key = moe__text_pop(work->heap, &work->n_heap), now;
+        uint64_t key = moe__text_heap_pop(work->heap, &work->n_heap), now;
         uint32_t left = (uint32_t)key, result = moe__text_joined(work, left, &now);
         if (result == MOE__TEXT_NONE || now != key) continue;
         uint32_t right = work->next[left], after = work->next[right];
@@ -13973,7 +13976,7 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
     for (size_t i = 0; i < size; scan->n++) {
         uint32_t code;
         scan->at[scan->n] = (uint32_t)i;
-        i += moe__text_decode(text + i, size - i, &code);
+        i += moe__utf8_next(text + i, size - i, &code);
         scan->classes[scan->n] =
             code < 128 ? vocab->ascii[code] : moe__text_classify(vocab->runs, code);
     }
@@ -17749,8 +17752,6 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 // opened.
 // ==============================================================================================
 
-#include <float.h>
-
 enum {
     MOE__MAX_RECENT = 1 << 24, // tokens that the repetition penalty can look back
     MOE__FIRST_SELECTION = 64, // candidates sorted at first when top_p asks for some of a list
@@ -17774,45 +17775,21 @@ MOE__INLINE int moe__candidate_before(moe__candidate a, moe__candidate b) {
     return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
-// Restores the heap of n candidates, the last in order at the root, below `root`.
-MOE__PRIVATE void moe__candidates_sift(moe__candidate *heap, int32_t root, int32_t n) {
-    moe__candidate moved = heap[root];
-    for (;;) {
-        int32_t child = 2 * root + 1;
-        if (child >= n) break;
-        if (child + 1 < n && moe__candidate_before(heap[child], heap[child + 1])) child++;
-        if (!moe__candidate_before(moved, heap[child])) break;
-        heap[root] = heap[child];
-        root = child;
-    }
-    heap[root] = moved;
-}
-
-MOE__PRIVATE void moe__candidates_heap(moe__candidate *c, int32_t n) {
-    for (int32_t i = n / 2; i-- > 0;) moe__candidates_sift(c, i, n);
-}
-
-// Sorts a heap.
-MOE__PRIVATE void moe__candidates_sort(moe__candidate *c, int32_t n) {
-    for (int32_t end = n - 1; end > 0; end--) {
-        moe__candidate last = c[0];
-        c[0] = c[end];
-        c[end] = last;
-        moe__candidates_sift(c, 0, end);
-    }
-}
+// The last in order on top.
+#define MOE__CANDIDATE_ABOVE(a, b) moe__candidate_before(b, a)
+MOE__HEAP(moe__candidates, moe__candidate, MOE__CANDIDATE_ABOVE)
 
 // Reorders n candidates so that the first k, 1 <= k <= n, are the likeliest, in order.
 MOE__PRIVATE void moe__candidates_select(moe__candidate *c, int32_t n, int32_t k) {
-    moe__candidates_heap(c, k);
+    moe__candidates_build(c, (size_t)k);
     for (int32_t i = k; i < n; i++) {
         if (!moe__candidate_before(c[i], c[0])) continue;
         moe__candidate out = c[0];
         c[0] = c[i];
         c[i] = out;
-        moe__candidates_sift(c, 0, k);
+        moe__candidates_sift(c, 0, (size_t)k);
     }
-    moe__candidates_sort(c, k);
+    moe__candidates_sort(c, (size_t)k);
 }
 
 // The first k in order of those that were added: as they came until there are more of them, then
@@ -17828,10 +17805,10 @@ MOE__INLINE void moe__top_add(moe__top *top, float logit, int32_t id) {
         top->at[top->n++] = c;
         return;
     }
-    if (top->n++ == top->k) moe__candidates_heap(top->at, top->k);
+    if (top->n++ == top->k) moe__candidates_build(top->at, (size_t)top->k);
     if (!moe__candidate_before(c, top->at[0])) return;
     top->at[0] = c;
-    moe__candidates_sift(top->at, 0, top->k);
+    moe__candidates_sift(top->at, 0, (size_t)top->k);
 }
 
 // Sum of exp(logit - max) over n candidates.
@@ -17986,14 +17963,9 @@ struct moe_sampler {
     float above;                // the float above last.logit
 };
 
-// splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators), made a double
-// in [0, 1).
+// In [0, 1), with all 53 bits of a double.
 MOE__PRIVATE double moe__sampler_random(moe_sampler *sampler) {
-    uint64_t z = sampler->random += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    z ^= z >> 31;
-    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
+    return (double)(moe__splitmix64(&sampler->random) >> 11) * (1.0 / 9007199254740992.0);
 }
 
 MOE__PRIVATE moe_status moe__sampler_check(const moe_sampler_options *o, int32_t n_vocab,
@@ -18145,8 +18117,8 @@ MOE__PRIVATE int32_t moe__sampler_top(moe_sampler *sampler, moe__logits *l, int3
             if (logit[i] >= least.logit) moe__top_add(&top, logit[i], b * MOE__PEAK + i);
     }
     if (top.n <= k && !left_out) return top.n;
-    if (top.n <= k) moe__candidates_heap(top.at, k);
-    moe__candidates_sort(top.at, k);
+    if (top.n <= k) moe__candidates_build(top.at, (size_t)k);
+    moe__candidates_sort(top.at, (size_t)k);
     return *sorted = k;
 }
 
@@ -18332,49 +18304,12 @@ MOE__PRIVATE int32_t moe__sample_greedy(const moe__kernels *kernels, const float
 
 // ---- text stream -----------------------------------------------------------------------------
 
-// The first bytes of a character that is not complete.
-typedef struct moe__utf8 {
-    unsigned char bytes[4];
-    int32_t size;
-} moe__utf8;
-
-enum { MOE__UTF8_BAD = -1, MOE__UTF8_CUT = -2 };
-
-// Takes one more byte. Returns the size of the character in `bytes` that is complete now, or 0.
-// MOE__UTF8_BAD: the byte cannot begin a character. MOE__UTF8_CUT: it cannot go on with the one
-// begun before; that one is dropped and the byte must be given again. The ranges are those of
-// table 3-7 of the Unicode standard: no overlong forms, no surrogates, no code above U+10FFFF.
-MOE__PRIVATE int32_t moe__utf8_push(moe__utf8 *u, unsigned char byte) {
-    unsigned char lead = u->bytes[0], low = 0x80, high = 0xBF;
-    if (u->size == 0) {
-        u->bytes[0] = byte;
-        if (byte < 0x80) return 1;
-        if (byte < 0xC2 || byte > 0xF4) return MOE__UTF8_BAD;
-        u->size = 1;
-        return 0;
-    }
-    if (u->size == 1) {
-        if (lead == 0xE0) low = 0xA0;
-        if (lead == 0xED) high = 0x9F;
-        if (lead == 0xF0) low = 0x90;
-        if (lead == 0xF4) high = 0x8F;
-    }
-    if (byte < low || byte > high) {
-        u->size = 0;
-        return MOE__UTF8_CUT;
-    }
-    u->bytes[u->size++] = byte;
-    if (u->size < (lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4)) return 0;
-    int32_t size = u->size;
-    u->size = 0;
-    return size;
-}
-
 // text[0 .. n_ready) can go out; text[n_ready .. n_text) is the beginning of a stop string so
 // far, shorter than MOE__MAX_STOP.
 typedef struct moe__stream {
     const moe_generate_options *options;
-    moe__utf8 partial;
+    char partial[4]; // the first n_partial bytes of a character
+    int32_t n_partial;
     int32_t n_ready, n_text;
     int32_t stopped; // nothing more is taken; see reason
     moe_stop_reason reason;
@@ -18428,6 +18363,8 @@ MOE__PRIVATE void moe__stream_look_for_stop(moe__stream *stream) {
     }
 }
 
+#define MOE__REPLACEMENT "\xEF\xBF\xBD" // U+FFFD, stands for bytes that are not UTF-8
+
 // Adds one character.
 MOE__PRIVATE void moe__stream_put(moe__stream *stream, const void *bytes, int32_t size) {
     if (stream->stopped) return;
@@ -18437,18 +18374,18 @@ MOE__PRIVATE void moe__stream_put(moe__stream *stream, const void *bytes, int32_
     moe__stream_look_for_stop(stream);
 }
 
-// Adds bytes, which may end anywhere in a character, and hands out what can be.
+// Adds bytes, which may end anywhere in a character, and hands out what can be. What goes on
+// with no character is U+FFFD; the byte that showed it may begin one itself.
 MOE__PRIVATE void moe__stream_push(moe__stream *stream, const char *bytes, size_t size) {
-    static const char replacement[] = "\xEF\xBF\xBD"; // U+FFFD
     for (size_t i = 0; i < size && !stream->stopped; i++) {
-        unsigned char byte = (unsigned char)bytes[i];
-        int32_t n = moe__utf8_push(&stream->partial, byte);
-        if (n == MOE__UTF8_CUT) {
-            moe__stream_put(stream, replacement, 3);
-            n = moe__utf8_push(&stream->partial, byte);
-        }
-        if (n == MOE__UTF8_BAD) moe__stream_put(stream, replacement, 3);
-        if (n > 0) moe__stream_put(stream, stream->partial.bytes, n);
+        uint32_t code;
+        stream->partial[stream->n_partial++] = bytes[i];
+        const int n = moe__utf8_decode(stream->partial, (size_t)stream->n_partial, &code);
+        if (n == MOE__UTF8_CUT) continue;
+        if (n == MOE__UTF8_BAD && stream->n_partial > 1) i--;
+        stream->n_partial = 0;
+        if (n > 0) moe__stream_put(stream, stream->partial, n);
+        else moe__stream_put(stream, MOE__REPLACEMENT, 3);
     }
     moe__stream_deliver(stream);
 }
@@ -18456,7 +18393,7 @@ MOE__PRIVATE void moe__stream_push(moe__stream *stream, const char *bytes, size_
 // The end: what is incomplete will not be completed, what was held back is text after all.
 MOE__PRIVATE void moe__stream_finish(moe__stream *stream) {
     if (stream->stopped) return;
-    if (stream->partial.size) moe__stream_put(stream, "\xEF\xBF\xBD", 3);
+    if (stream->n_partial) moe__stream_put(stream, MOE__REPLACEMENT, 3);
     stream->n_ready = stream->n_text;
     moe__stream_deliver(stream);
 }
@@ -18469,14 +18406,18 @@ MOE__PRIVATE moe_status moe__generate_check_stops(const moe_generate_options *op
         return moe__fail(error, MOE_ERROR_ARGUMENT, "stop", "stop is NULL but n_stop is not 0");
     for (size_t i = 0; i < options->n_stop; i++) {
         const char *stop = options->stop[i];
-        size_t size = 0;
-        moe__utf8 u;
-        memset(&u, 0, sizeof u);
-        for (; stop && stop[size] && size <= MOE__MAX_STOP; size++)
-            if (moe__utf8_push(&u, (unsigned char)stop[size]) < 0)
+        const size_t length = stop ? strlen(stop) : 0;
+        const size_t size = length > MOE__MAX_STOP ? MOE__MAX_STOP + 1 : length;
+        size_t at = 0;
+        for (int n; at < size; at += (size_t)n) {
+            uint32_t code;
+            n = moe__utf8_decode(stop + at, size - at, &code);
+            if (n == MOE__UTF8_CUT) break;
+            if (n == MOE__UTF8_BAD)
                 return moe__fail(error, MOE_ERROR_ARGUMENT, "stop",
                                  "a stop string is not valid UTF-8");
-        if (size == 0 || size > MOE__MAX_STOP || u.size)
+        }
+        if (size == 0 || size > MOE__MAX_STOP || at < size)
             return moe__fail(error, MOE_ERROR_ARGUMENT, "stop",
                              "a stop string must be 1 to %d bytes of valid UTF-8",
                              (int)MOE__MAX_STOP);

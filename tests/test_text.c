@@ -328,8 +328,8 @@ TEST(utf8) {
         uint32_t back = 0;
         if (code >= 0xD800 && code <= 0xDFFF) continue;
         size_t n = put_utf8(text, code);
-        if (moe__text_decode(text, n, &back) != n || back != code) CHECKF(0, "U+%04X", code);
-        if (n > 1 && (moe__text_decode(text, n - 1, &back) != 1 || back != 0xFFFD))
+        if (moe__utf8_next(text, n, &back) != n || back != code) CHECKF(0, "U+%04X", code);
+        if (n > 1 && (moe__utf8_next(text, n - 1, &back) != 1 || back != 0xFFFD))
             CHECKF(0, "U+%04X cut", code);
     }
     static const char *const bad[] = {"\x80", "\xC0\x80", "\xC1\xBF", "\xE0\x9F\xBF",
@@ -337,7 +337,7 @@ TEST(utf8) {
                                       "\xF5\x80\x80\x80", "\xFF", "\xC3(", "\xE4\xB8(", "\xE4("};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         uint32_t code = 0;
-        CHECK(moe__text_decode(bad[i], strlen(bad[i]), &code) == 1 && code == 0xFFFD);
+        CHECK(moe__utf8_next(bad[i], strlen(bad[i]), &code) == 1 && code == 0xFFFD);
     }
 }
 
@@ -348,7 +348,7 @@ TEST(byte_names) {
         char name[2];
         uint32_t code;
         size_t n = moe__text_byte_name((unsigned char)b, name);
-        CHECK(moe__text_decode(name, n, &code) == n);
+        CHECK(moe__utf8_next(name, n, &code) == n);
         int printable = (b >= 0x21 && b <= 0x7E) || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE;
         CHECKF(code == (printable ? (uint32_t)b : next), "byte %d is U+%04X", b, code);
         next += !printable;
@@ -420,7 +420,7 @@ static moe__text_scan cut_text(const moe__text_pre *pre, const char *text, size_
     for (size_t i = 0; i < size; scan.n++) {
         uint32_t code;
         scan.at[scan.n] = (uint32_t)i;
-        i += moe__text_decode(text + i, size - i, &code);
+        i += moe__utf8_next(text + i, size - i, &code);
         scan.classes[scan.n] = moe__text_classify(test_runs, code);
     }
     scan.at[scan.n] = (uint32_t)size;

@@ -947,6 +947,16 @@ MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
 #define moe__fail(error, status, where, ...) \
     moe__fail_at(error, status, 0, where, strlen(where), __VA_ARGS__)
 
+// For what loads something and has the fields status and error: the first error stays, and one
+// look at the status behind several steps is enough.
+#define moe__load_fail_at(loader, code, offset, where, ...) \
+    ((loader)->status = (loader)->status \
+                            ? (loader)->status \
+                            : moe__fail_at((loader)->error, code, offset, where, strlen(where), \
+                                           __VA_ARGS__))
+#define moe__load_fail(loader, code, where, ...) \
+    moe__load_fail_at(loader, code, 0, where, __VA_ARGS__)
+
 // What an errno means for a file; NULL: only its number is known. strerror would depend on the
 // program's language and is not safe among threads.
 MOE__PRIVATE const char *moe__errno_words(int code) {
@@ -12492,14 +12502,14 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
 //
 // Text to tokens and back: byte-level BPE ("gpt2"), SPM ("llama"). What moe_vocab_tokenize does:
 //
-//     text      "hi <|im_end|> it's 42"
-//     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first
-//     pieces    "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes
-//     symbols   a byte each, written as a printable character (GPT-2's names for bytes)
-//     merge     neighbours, lowest rank first, then leftmost, from a heap
+//     text        "hi <|im_end|> it's 42"
+//     fragments   "hi " [<|im_end|>] " it's 42"     special tokens are found, longest first
+//     words       "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes
+//     symbols     a byte each, written as a printable character (GPT-2's names for bytes)
+//     tokens      neighbours merge, lowest rank first, then leftmost
 //
-// With SPM a part between special tokens is one piece, with a blank in front and U+2581 for
-// blanks; symbols are characters, and two merge if that makes a token, highest score first.
+// With SPM a fragment is one word, with a blank in front and U+2581 for blanks; symbols are
+// characters, and two merge if that makes a token, highest score first.
 //
 // Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies
 // are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A
@@ -12563,7 +12573,7 @@ enum {
     MOE__C_WIDE = 1 << 23,    // deepseek-llm's ideographs, Hangul, and most scripts of Asia
     MOE__C_ASIAN = 1 << 24,   // afmoe's scripts without blanks between words
     MOE__C_TURNS = 1 << 29,   // in the table: upper and lower case in turns, upper case first
-    MOE__C_CUT = 1 << 30      // in a text: a piece begins here
+    MOE__C_CUT = 1 << 30      // in a text: a word begins here
 };
 #define MOE__C_NOT 0x80000000u
 
@@ -12691,11 +12701,11 @@ MOE__PRIVATE uint32_t moe__text_classify(const moe__text_run *runs, uint32_t cod
 
 // ---- pre-tokenizers: the tables --------------------------------------------------------------
 
-// A pre-tokenizer cuts text into pieces that are then merged one by one. It is a list of passes,
-// a pass is a list of rules. A pass walks through each piece of the pass before: at every place
-// the first rule that matches makes a piece; what no rule matches stays together as a piece. The
+// A pre-tokenizer cuts a fragment into words, each of which is merged for itself. It is a list of
+// passes, a pass is a list of rules. A pass walks through each word of the pass before: at every
+// place the first rule that matches makes a word; what no rule matches stays together as one. The
 // rules are the alternatives of the regular expression in the models' tokenizer.json, $ and
-// (?!...) look no further than the piece.
+// (?!...) look no further than the word.
 enum {
     MOE__RULE_END,         // of the list
     MOE__RULE_RUN,         // prefix? first* body{min,max} tail{0,tail_max}
@@ -12708,7 +12718,7 @@ enum {
     MOE__RULE_BUT_LAST,    // \s+(?!\S): white space but its last character before a word
     MOE__RULE_AT_END,      // \s+$
     MOE__RULE_THREES       // \p{N}{1,3} so that a multiple of three numbers follows; what lies
-                           // between the last match and this one becomes part of the piece
+                           // between the last match and this one becomes part of the word
 };
 
 typedef struct moe__text_rule {
@@ -12781,8 +12791,8 @@ MOE__PASS(punctuation, MOE__RUN(MOE__C_WHITE, MOE__C_P, 0));
 MOE__PASS(at_end, MOE__RULE(AT_END));
 
 enum {
-    MOE__PRE_WHOLE = 1, // a piece that is a token as it stands is not merged ("ignore_merges")
-    MOE__PRE_BOS = 2,   // tokenizer.ggml.add_bos_token is true unless the file says otherwise
+    MOE__PRE_IGNORE_MERGES = 1, // a word that is a token becomes that, whatever merging makes
+    MOE__PRE_BOS = 2,    // tokenizer.ggml.add_bos_token is true unless the file says otherwise
     MOE__PRE_NO_BOS = 4, // there is no BOS unless the file names one
     MOE__PRE_SPM = 8,    // no pre-tokenizer: see moe__text_spm
     MOE__PRE_PASSES = 6
@@ -12797,7 +12807,7 @@ typedef struct moe__text_pre {
 
 static const moe__text_pre moe__text_pres[] = {
     {"llama3 llama-v3 llama-bpe laguna falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
-     MOE__PRE_WHOLE | MOE__PRE_BOS, {moe__text_llama3}},
+     MOE__PRE_IGNORE_MERGES | MOE__PRE_BOS, {moe__text_llama3}},
     {"dbrx smaug-bpe", 0, {moe__text_llama3}},
     {"glm4 chatglm-bpe", MOE__PRE_NO_BOS, {moe__text_llama3}},
     {"qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan solar-open grok-2 kormo openpangu f2llmv2 "
@@ -12806,7 +12816,7 @@ static const moe__text_pre moe__text_pres[] = {
     {"seed-coder", 0, {moe__text_seed_coder}},
     {"exaone-moe", 0, {moe__text_exaone_moe}},
     {"gpt-4o llama4 kanana2 minimax-m2", 0, {moe__text_gpt4o}},
-    {"tekken", MOE__PRE_WHOLE | MOE__PRE_BOS, {moe__text_tekken}},
+    {"tekken", MOE__PRE_IGNORE_MERGES | MOE__PRE_BOS, {moe__text_tekken}},
     {"kimi-k2", 0, {moe__text_kimi_k2}},
     {"deepseek-v3 hunyuan-dense joyai-llm", 0,
      {moe__text_3_numbers, moe__text_cjk, moe__text_deepseek_v3}},
@@ -12842,7 +12852,7 @@ typedef struct moe__text_scan {
     uint32_t *classes; // of character i
     uint32_t *at;      // its first byte in text; at[n] is the text's size
     size_t n;
-    size_t end;        // of the piece that the pass is in
+    size_t end;        // of the word that the pass is in
     size_t run_end;    // of the run found last: spares rules that fail to look for it again
 } moe__text_scan;
 
@@ -12924,7 +12934,7 @@ MOE__PRIVATE size_t moe__text_match(moe__text_scan *scan, size_t i, const moe__t
     return end;
 }
 
-// Cuts every piece further. Linear: a rule that fails after looking at a long run is followed by
+// Cuts every word further. Linear: a rule that fails after looking at a long run is followed by
 // one that takes the run, or remembers where it ends.
 MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rules) {
     uint32_t *classes = scan->classes;
@@ -12963,7 +12973,7 @@ MOE__INLINE uint64_t moe__text_mod(uint64_t x) { // up to 2^31 + 1 for x < 2^63
 }
 
 // A text as a polynomial of its bytes; h: that of the text in front of it. That of any part of a
-// text follows from those of its beginnings, for which moe__text_claim takes it.
+// text follows from those of its beginnings, for which special tokens take it.
 MOE__PRIVATE uint64_t moe__text_polynomial(const uint64_t *keys, uint64_t h, const char *text,
                                            size_t size) {
     const uint64_t point = keys[MOE__KEY_POINT] & 0x7FFFFFFF;
@@ -13104,7 +13114,7 @@ MOE__INLINE uint32_t moe__text_batch(uint32_t left) {
     return left < MOE__TEXT_BATCH ? left : (uint32_t)MOE__TEXT_BATCH;
 }
 
-MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
+MOE__INLINE moe_string moe__text_get(const moe__text_map *map, uint32_t i) {
     moe_string text;
     text.data = map->bytes + map->end[i];
     text.size = map->end[i + 1] - map->end[i];
@@ -13112,7 +13122,7 @@ MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
 }
 
 MOE__INLINE int moe__text_is(const moe__text_map *map, uint32_t i, const moe__text_key *key) {
-    moe_string text = moe__text_at(map, i);
+    moe_string text = moe__text_get(map, i);
     if (text.size != key->size) return 0;
     if (text.size > 16) return memcmp(text.data, key->text, text.size) == 0;
     moe__text_block block = moe__text_load(text.data, text.size, text.data + 16);
@@ -13137,7 +13147,7 @@ MOE__PRIVATE void moe__text_enter(moe__text_map *map, uint32_t from) {
         moe__text_key batch[MOE__TEXT_BATCH];
         n = moe__text_batch(map->n - from);
         for (uint32_t i = 0; i < n; i++) {
-            moe_string text = moe__text_at(map, from + i);
+            moe_string text = moe__text_get(map, from + i);
             moe__text_set_key(&batch[i], map->keys, text.data, text.size, limit);
             __builtin_prefetch(moe__text_home(&map->table, batch[i].hash));
         }
@@ -13283,20 +13293,19 @@ MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, con
     if (!value) return NULL;
     const int fits = kinds[value->element_type] == kind, found = value->type == MOE_VALUE_ARRAY;
     if (fits && found == is_array) return value;
-    loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
-                                  "the value should be %s%s, and is %s%s",
-                                  is_array ? "an array of " : "", (is_array ? many : one)[kind],
-                                  found ? "an array of type " : "of type ",
-                                  moe__gguf_value_names[value->element_type]);
+    moe__load_fail_at(loader, MOE_ERROR_FORMAT, value->offset, key,
+                      "the value should be %s%s, and is %s%s", is_array ? "an array of " : "",
+                      (is_array ? many : one)[kind], found ? "an array of type " : "of type ",
+                      moe__gguf_value_names[value->element_type]);
     return NULL;
 }
 
 // Fails the load with what `status` means for the value of this key.
 MOE__PRIVATE void moe__text_fail(moe__text_loader *loader, const char *key, moe_status status) {
-    if (status && !loader->status)
-        loader->status = moe__fail(loader->error, status, key,
-                                   status == MOE_ERROR_MEMORY ? "out of memory for the vocabulary"
-                                                              : "missing, empty or too large");
+    if (status)
+        moe__load_fail(loader, status, key,
+                       status == MOE_ERROR_MEMORY ? "out of memory for the vocabulary"
+                                                  : "missing, empty or too large");
 }
 
 MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key,
@@ -13306,9 +13315,9 @@ MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key
 }
 
 // Memory for the vocabulary, not cleared; if there is none the load fails.
-MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t each) {
+MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t size) {
     void *memory = NULL;
-    if (!loader->status) memory = moe__alloc_array(&loader->vocab->allocator, count, each);
+    if (!loader->status) memory = moe__alloc_array(&loader->vocab->allocator, count, size);
     if (!memory) moe__text_fail(loader, "", MOE_ERROR_MEMORY);
     return memory;
 }
@@ -13328,9 +13337,9 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     }
     if (loader->status || *pre) return;
     const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
-    loader->status = moe__fail_at(loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0,
-                                  key, strlen(key), "%s \"%.*s\" is not supported", what,
-                                  moe__base_cut(name.size, name.data, 64), name.data);
+    moe__load_fail_at(loader, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0, key,
+                      "%s \"%.*s\" is not supported", what,
+                      moe__base_cut(name.size, name.data, 64), name.data);
 }
 
 MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
@@ -13358,21 +13367,20 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
 }
 
 // An array with a value for each token, or NULL if the file has none.
-MOE__PRIVATE const moe_gguf_value *moe__text_each(moe__text_loader *loader, const char *key,
+MOE__PRIVATE const moe_gguf_value *moe__text_per_token(moe__text_loader *loader, const char *key,
                                                   int kind) {
     const moe_gguf_value *value = moe__text_value(loader, key, 1, kind);
     uint32_t n = loader->vocab->n_tokens;
     if (!value || value->count == n) return value;
-    loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
-                                  "%llu values for %u tokens", (unsigned long long)value->count,
-                                  (unsigned)n);
+    moe__load_fail_at(loader, MOE_ERROR_FORMAT, value->offset, key, "%llu values for %u tokens",
+                      (unsigned long long)value->count, (unsigned)n);
     return NULL;
 }
 
 MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
     const moe_gguf_value *value =
-        moe__text_each(loader, "tokenizer.ggml.token_type", MOE__TEXT_INTEGER);
+        moe__text_per_token(loader, "tokenizer.ggml.token_type", MOE__TEXT_INTEGER);
     vocab->types = (uint8_t *)moe__text_take(loader, vocab->n_tokens, 1);
     for (uint32_t id = 0; vocab->types && id < vocab->n_tokens; id++) {
         int64_t type = MOE__TOKEN_NORMAL;
@@ -13544,7 +13552,7 @@ MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
     uint64_t *specials = (uint64_t *)moe__text_take(loader, max, sizeof *specials);
     vocab->specials = specials;
     for (uint32_t id = 0; specials && id < vocab->n_tokens; id++) {
-        moe_string text = moe__text_at(&vocab->symbols, id);
+        moe_string text = moe__text_get(&vocab->symbols, id);
         if (!text.size || !moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL) ||
             moe__text_find(vocab, text.data, text.size, text.data + text.size) != id)
             continue;
@@ -13561,7 +13569,8 @@ MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
 // SPM: the orders of merging, from scores, and the tokens of bytes.
 MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
-    const moe_gguf_value *value = moe__text_each(loader, "tokenizer.ggml.scores", MOE__TEXT_FLOAT);
+    const moe_gguf_value *value =
+        moe__text_per_token(loader, "tokenizer.ggml.scores", MOE__TEXT_FLOAT);
     int32_t unknown = 0;
     moe__text_load_id(loader, "tokenizer.ggml.unknown_token_id", &unknown);
     moe__text_load_bool(loader, "tokenizer.ggml.add_space_prefix", &vocab->add_space);
@@ -13711,14 +13720,14 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
 
 // What moe_vocab_tokenize works in. Nothing in it is cleared, all is written before it is read.
 typedef struct moe__text_space {
-    size_t max_size, max_owner, max_spelled; // bytes of a text, bytes of a piece's spelling
+    size_t max_size, max_owner, max_spelled; // bytes of a text, bytes of a word's spelling
     uint32_t *at;    // max_size + 1, then max_size of classes
     uint32_t *owner; // max_owner
     uint64_t *heap;  // 2 max_spelled, then what moe__text_spell puts there
 } moe__text_space;
 
 // Larger ones are freed after the call.
-enum { MOE__TEXT_KEPT = 16 << 20, MOE__TEXT_SPELLED = 16 + 12 + 1 /* bytes per max_spelled */ };
+enum { MOE__TEXT_KEPT = 16 << 20, MOE__TEXT_WORD_BYTES = 16 + 12 + 1 /* per max_spelled */ };
 
 MOE__PRIVATE void moe__text_space_free(const moe_allocator *allocator, moe__text_space *space) {
     if (!space) return;
@@ -13760,7 +13769,8 @@ MOE_API int32_t moe_vocab_find(const moe_vocab *vocab, const char *text, size_t 
 
 MOE_API moe_string moe_vocab_token(const moe_vocab *vocab, int32_t token) {
     moe_string none = {NULL, 0};
-    return moe__text_is_token(vocab, token) ? moe__text_at(&vocab->symbols, (uint32_t)token) : none;
+    if (!moe__text_is_token(vocab, token)) return none;
+    return moe__text_get(&vocab->symbols, (uint32_t)token);
 }
 
 MOE_API int moe_vocab_is_end(const moe_vocab *vocab, int32_t token) {
@@ -13783,7 +13793,7 @@ MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer,
                               size_t capacity) {
     if (!moe__text_is_token(vocab, token) || (capacity && !buffer)) return 0;
-    moe_string text = moe__text_at(&vocab->symbols, (uint32_t)token);
+    moe_string text = moe__text_get(&vocab->symbols, (uint32_t)token);
     int type = vocab->types[token] & MOE__TOKEN_TYPE;
     if (type != MOE__TOKEN_NORMAL && type != MOE__TOKEN_USER && type != MOE__TOKEN_BYTE) return 0;
     size_t n = 0;
@@ -13802,6 +13812,17 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
 
 // ---- text to tokens: merging -----------------------------------------------------------------
 
+// The rule of byte-pair encoding: of all neighbours that may merge, those of the lowest rank do,
+// of equals the leftmost, until none may. Looking through the word each time would be quadratic.
+// Instead, a heap has the key (rank, place) of every two neighbours that may merge. A merge
+// changes only the pairs on both sides of the symbol that it makes, and both get keys. Keys of
+// pairs that are gone stay, and are known by that when they come out: what is in their place
+// has another key. Of n symbols n - 1 pairs are there at first, and each of n - 1 merges
+// takes a key and adds two: the heap holds 2 n at most, and merging takes n log n.
+//
+// A symbol is named after its first byte. A merge leaves the left one, with the new symbol; the
+// right one falls out of the chain next / prev, whose ends are n and UINT32_MAX.
+
 // One call of moe_vocab_tokenize. Indices fit 32 bits: texts are below 2 GiB.
 typedef struct moe__text_work {
     const moe_vocab *vocab;
@@ -13809,10 +13830,8 @@ typedef struct moe__text_work {
     size_t capacity;
     uint64_t count; // of tokens so far, also beyond capacity
     moe__text_scan scan;
-    // The piece being merged: n bytes, spelled as in the vocabulary. A symbol is named after its
-    // first byte. Merging leaves the left symbol; the right one falls out of the chain next /
-    // prev, whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | left
-    // (order: rank, or from the score), at most 2 n: each of n - 1 merges takes one, adds two.
+    // The word being merged: n bytes, spelled as in the vocabulary. Keys are order << 32 | left;
+    // order: the rank, or from the score.
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
     char *spelled;
@@ -13833,7 +13852,7 @@ MOE__PRIVATE moe__text_space *moe__text_space_take(const moe_vocab *vocab) {
 MOE__PRIVATE void moe__text_space_leave(const moe_vocab *vocab, moe__text_space *space) {
     moe__text_space **kept = (moe__text_space **)&vocab->kept;
     uint64_t bytes = (uint64_t)space->max_size * 8 + (uint64_t)space->max_owner * 4 +
-                     (uint64_t)space->max_spelled * MOE__TEXT_SPELLED;
+                     (uint64_t)space->max_spelled * MOE__TEXT_WORD_BYTES;
     if (bytes < MOE__TEXT_KEPT) space = __atomic_exchange_n(kept, space, __ATOMIC_ACQ_REL);
     moe__text_space_free(&vocab->allocator, space);
 }
@@ -13841,11 +13860,11 @@ MOE__PRIVATE void moe__text_space_leave(const moe_vocab *vocab, moe__text_space 
 // Memory for `count` elements and one more, which is `memory` if that has room for them (*max).
 // A quarter more, for the next text. What was in it is lost. NULL: there is none, *max is 0.
 MOE__PRIVATE void *moe__text_grow(const moe_vocab *vocab, void *memory, size_t *max, size_t count,
-                                  size_t each) {
+                                  size_t size) {
     if (count <= *max) return memory;
     moe__free(&vocab->allocator, memory);
     *max = count + count / 4 + 256;
-    memory = moe__alloc_array(&vocab->allocator, (uint64_t)*max + 1, each);
+    memory = moe__alloc_array(&vocab->allocator, (uint64_t)*max + 1, size);
     if (!memory) *max = 0;
     return memory;
 }
@@ -13856,7 +13875,7 @@ MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
 }
 
 // SPM: the token that is spelled so, or NONE.
-MOE__PRIVATE uint32_t moe__text_spelled(const moe__text_work *work, uint32_t i, uint32_t end) {
+MOE__PRIVATE uint32_t moe__text_spm_token(const moe__text_work *work, uint32_t i, uint32_t end) {
     const moe_vocab *vocab = work->vocab;
     uint32_t id = moe__text_find(vocab, work->spelled + i, end - i, work->limit);
     return id != MOE__TEXT_NONE && vocab->orders[id] != MOE__TEXT_NONE ? id : MOE__TEXT_NONE;
@@ -13868,7 +13887,7 @@ MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left
     uint32_t right = left < work->n ? work->next[left] : work->n, order, result;
     if (right >= work->n) return MOE__TEXT_NONE;
     if (vocab->orders) {
-        result = moe__text_spelled(work, left, work->next[right]);
+        result = moe__text_spm_token(work, left, work->next[right]);
         order = result == MOE__TEXT_NONE ? result : vocab->orders[result];
     } else {
         order = moe__text_rank(vocab, work->symbol[left], work->symbol[right]);
@@ -13884,13 +13903,13 @@ MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
         moe__text_heap_push(work->heap, &work->n_heap, key);
 }
 
-// Merges until no pair makes anything. A pair is stale if its place has another one by now.
-MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
+// Merges until no pair makes anything.
+MOE__PRIVATE void moe__text_merge_word(moe__text_work *work) {
     for (uint32_t i = 0; i < work->n; i = work->next[i]) moe__text_consider(work, i);
     while (work->n_heap) {
         uint64_t key = moe__text_heap_pop(work->heap, &work->n_heap), now;
         uint32_t left = (uint32_t)key, result = moe__text_joined(work, left, &now);
-        if (result == MOE__TEXT_NONE || now != key) continue;
+        if (result == MOE__TEXT_NONE || now != key) continue; // the pair is gone
         uint32_t right = work->next[left], after = work->next[right];
         work->symbol[left] = result;
         work->next[right] = work->n; // merges with nothing any more
@@ -13901,7 +13920,7 @@ MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
     }
 }
 
-// Spells a piece: bytes by their names, or (SPM) a blank in front and U+2581 for blanks.
+// Spells a word: bytes by their names, or (SPM) a blank in front and U+2581 for blanks.
 MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     size_t n = size + 3;
@@ -13909,7 +13928,7 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
     moe__text_space *space = work->space;
     space->heap = (uint64_t *)moe__text_grow(vocab, space->heap, &space->max_spelled, n,
-                                             MOE__TEXT_SPELLED);
+                                             MOE__TEXT_WORD_BYTES);
     if (!space->heap) return MOE_ERROR_MEMORY;
     work->heap = space->heap;
     work->symbol = (uint32_t *)(work->heap + 2 * space->max_spelled);
@@ -13928,14 +13947,14 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-// A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. SPM hashes
-// the text of pairs: slow only where very many beginnings of a long token are tokens.
-MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
+// A word to tokens. SPM hashes the text of pairs: slow only where very many beginnings of a long
+// token are tokens.
+MOE__PRIVATE moe_status moe__text_word(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe_status status = moe__text_spell(work, text, size);
     if (status) return status;
     uint32_t whole = MOE__TEXT_NONE;
-    if (vocab->pre->flags & MOE__PRE_WHOLE)
+    if (vocab->pre->flags & MOE__PRE_IGNORE_MERGES)
         whole = moe__text_find(vocab, work->spelled, work->n, work->limit);
     if (whole != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)whole)) {
         moe__text_emit(work, whole); // control tokens are not spelled
@@ -13945,12 +13964,12 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
         unsigned char byte = (unsigned char)work->spelled[i];
         end = i + (byte >= 0xF0 ? 4u : byte >= 0xE0 ? 3u : byte >= 0xC0 ? 2u : 1u);
         if (end > work->n) end = work->n;
-        work->symbol[i] = vocab->orders ? moe__text_spelled(work, i, end)
+        work->symbol[i] = vocab->orders ? moe__text_spm_token(work, i, end)
                                         : vocab->byte_symbol[(unsigned char)*text++];
         work->next[i] = end;
         work->prev[i] = before;
     }
-    moe__text_merge_piece(work);
+    moe__text_merge_word(work);
     for (uint32_t i = 0; i < work->n; i = work->next[i]) {
         if (work->symbol[i] < vocab->n_tokens) {
             moe__text_emit(work, work->symbol[i]);
@@ -13965,12 +13984,12 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-// A part of the text without special tokens: pre-tokenizer, then merging.
-MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, size_t size) {
+// A fragment without special tokens: pre-tokenizer, then merging.
+MOE__PRIVATE moe_status moe__text_fragment(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe__text_scan *scan = &work->scan;
     moe_status status = MOE_OK;
-    if (vocab->orders) return moe__text_piece(work, text, size);
+    if (vocab->orders) return moe__text_word(work, text, size);
     scan->text = text;
     scan->n = 0;
     for (size_t i = 0; i < size; scan->n++) {
@@ -13985,18 +14004,22 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
         moe__text_pass(scan, vocab->pre->passes[pass]);
     for (size_t i = 0, end; i < scan->n && !status; i = end) {
         for (end = i + 1; end < scan->n && !(scan->classes[end] & MOE__C_CUT);) end++;
-        status = moe__text_piece(work, text + scan->at[i], scan->at[end] - scan->at[i]);
+        status = moe__text_word(work, text + scan->at[i], scan->at[end] - scan->at[i]);
     }
     return status;
 }
 
 // ---- text to tokens: special tokens ----------------------------------------------------------
 
-// Finds the special tokens of one size, specials[from] to specials[to - 1], from left to right.
-// sums[i]: the polynomial of the text's first i bytes, so that of any part takes O(1). owner[i]
-// becomes 1 + the token that byte i is in. Tokens found before are no shorter, so they overlap a
-// place only if they own its first or last byte.
-MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size_t size,
+// Special tokens take their bytes longest first, of one size from left to right, and none takes
+// bytes of another. So the text is gone through once per size. To compare byte by byte would be
+// quadratic where long tokens nearly match everywhere ("aaa...b" in "aaaa..."); with sums[i], the
+// polynomial of the text's first i bytes, the hash of any part takes O(1).
+
+// Those of one size, specials[from] to specials[to - 1]. owner[i] becomes 1 + the token that
+// byte i is in. Tokens found before are no shorter, so they overlap a place only if they own its
+// first or last byte.
+MOE__PRIVATE void moe__text_find_specials_of(const moe_vocab *vocab, const char *text, size_t size,
                                   unsigned flags, size_t from, size_t to, const uint32_t *sums,
                                   uint32_t *owner) {
     const uint64_t prime = 0x7FFFFFFF, point = vocab->keys[MOE__KEY_POINT] & prime;
@@ -14023,9 +14046,9 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
     }
 }
 
-// Gives special tokens their bytes: n D log n for D different sizes of special tokens, about 20
-// in real vocabularies, at most sqrt(2 * bytes of all of them).
-MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
+// All of them: n D log n for D different sizes of special tokens, about 20 in real vocabularies,
+// at most sqrt(2 * bytes of all of them).
+MOE__PRIVATE void moe__text_find_specials(const moe_vocab *vocab, const char *text, size_t size,
                                    unsigned flags, uint32_t *sums, uint32_t *owner) {
     memset(owner, 0, size * sizeof *owner);
     sums[0] = 0;
@@ -14034,7 +14057,8 @@ MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, siz
     for (size_t from = 0, to; from < vocab->n_specials; from = to) {
         uint64_t length = vocab->specials[from] >> 32;
         for (to = from + 1; to < vocab->n_specials && vocab->specials[to] >> 32 == length;) to++;
-        if (length <= size) moe__text_claim(vocab, text, size, flags, from, to, sums, owner);
+        if (length <= size)
+            moe__text_find_specials_of(vocab, text, size, flags, from, to, sums, owner);
     }
 }
 
@@ -14053,7 +14077,7 @@ MOE__PRIVATE moe_status moe__text_prepare(moe__text_work *work, const char *text
         space->owner = (uint32_t *)moe__text_grow(vocab, space->owner, &space->max_owner, size, 4);
         *owner = space->owner;
         if (!*owner) return MOE_ERROR_MEMORY;
-        moe__text_settle(vocab, text, size, flags, work->scan.at, *owner);
+        moe__text_find_specials(vocab, text, size, flags, work->scan.at, *owner);
         break;
     }
     return MOE_OK;
@@ -14065,18 +14089,18 @@ MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, 
     const moe_vocab *vocab = work->vocab;
     uint32_t *owner = NULL;
     moe_status status = moe__text_prepare(work, text, size, flags, &owner);
-    if (!status && !owner) return moe__text_raw(work, text, size);
+    if (!status && !owner) return moe__text_fragment(work, text, size);
     for (size_t i = 0, end; i < size && !status; i = end) {
         if (owner[i]) {
             moe__text_emit(work, owner[i] - 1);
-            end = i + moe__text_at(&vocab->symbols, owner[i] - 1).size;
+            end = i + moe__text_get(&vocab->symbols, owner[i] - 1).size;
             const int strips = vocab->types[owner[i] - 1] & MOE__TOKEN_STRIP;
             while (strips && end < size && !owner[end] &&
                    (text[end] == ' ' || (text[end] >= '\t' && text[end] <= '\r')))
                 end++;
         } else {
             for (end = i; end < size && !owner[end];) end++;
-            status = moe__text_raw(work, text + i, end - i);
+            status = moe__text_fragment(work, text + i, end - i);
         }
     }
     return status;
@@ -14260,10 +14284,6 @@ typedef struct moe__loader {
     moe_status status;
     uint8_t *used; // per tensor of the file: somebody has asked for it
 } moe__loader;
-
-#define moe__load_fail(loader, code, where, ...) \
-    ((loader)->status = (loader)->status ? (loader)->status \
-                                         : moe__fail((loader)->error, code, where, __VA_ARGS__))
 
 // Zeroed memory that lives as long as the model; NULL after an error.
 MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t size) {

@@ -429,7 +429,7 @@ static moe__text_scan cut_text(const moe__text_pre *pre, const char *text, size_
     return scan;
 }
 
-TEST(pieces) {
+TEST(words) {
     /* Names ("*" = all of them) and the text, cut. Made by Python's re with its classes written */
     /* out as ranges, from the regular expressions of the models. */
     static const char *const names = "llama-bpe qwen2 bailingmoe qwen35 gpt-4o tekken kimi-k2 "
@@ -638,7 +638,7 @@ TEST(small_vocabulary) {
     CHECK(one_id(vocab, "hello") == 259 && one_id(vocab, "nothing") == -1);
     CHECK(strcmp(texts_of(vocab, "hello world", 0), "hello|\304\240wor|ld") == 0);
     CHECK(strcmp(texts_of(vocab, "aaaaaaaaaaaaaaa", 0), "aaaaaaaa|aaaa|aa|a") == 0);
-    CHECK(strcmp(texts_of(vocab, "1234", 0), "1|2|3|4") == 0); /* pieces are never joined */
+    CHECK(strcmp(texts_of(vocab, "1234", 0), "1|2|3|4") == 0); /* words are never joined */
     CHECK(strcmp(texts_of(vocab, "th\303\251 ing", 0), "th|\303\203\302\251|\304\240|ing") == 0);
     CHECK(strcmp(texts_of(vocab, "the", 0), "t|he") == 0); /* "h e" ranks before "t h" */
     CHECK(strcmp(texts_of(vocab, "\n\n\n", 0), "\304\212\304\212|\304\212") == 0);
@@ -848,7 +848,7 @@ static int naive_rank(const spec *s, word a, word b) {
     return INT32_MAX;
 }
 
-/* The definition, on texts. The piece is at most 20 bytes. */
+/* The definition, on texts. The word is at most 20 bytes. */
 static int64_t naive_merge(const spec *s, const char *text, size_t size, int whole, int32_t *ids) {
     word symbols[24], all = make_word("", 0);
     size_t n = size;
@@ -944,7 +944,7 @@ TEST(merging_follows_the_definition) {
     }
 }
 
-/* Long pieces: merging takes n log n. Longer and longer ones, so that a fault shows early. */
+/* Long words: merging takes n log n. Longer and longer ones, so that a fault shows early. */
 TEST(long_runs) {
     static const char *const units[] = {"a", " ", "1", "\n", "th", "\303\251", "a\314\201", "<",
                                         "\377", "hello", " \n", "<|im_start|>", "<|im_start|"};

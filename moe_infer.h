@@ -79,13 +79,13 @@
 // any threads may use it. It must outlive them.
 //
 // PAGES. On most machines a mapped file is read as fast as any memory. On some (virtual machines
-// whose hypervisor keeps page tables of its own) the speed depends on the pieces in which the
+// whose hypervisor keeps page tables of its own) the speed depends on the units in which the
 // system happens to cache the file, by up to ten times. With moe_model_options.pages = AUTO,
 // opening a model measures a sample for some milliseconds and, only if the mapping is slow and
 // at least twice as much memory is free, makes a private copy of it in huge pages. The mapping
 // is looked at again after two seconds of generating, then less and less often; if it has become
-// slow, pieces are copied between tokens. moe_model_get_memory says in words what was done. MAP
-// never copies, COPY always.
+// slow, it is copied bit by bit between tokens. moe_model_get_memory says in words what was done.
+// MAP never copies, COPY always.
 //
 // SESSIONS. A session is one context: its cache of keys and values. One thread at a time may
 // call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a
@@ -583,8 +583,8 @@ typedef struct moe_pool_options {
     moe_allocator allocator;
     int32_t n_threads; // the caller's thread included; 0: physical cores in the affinity mask
                        // and cgroup quota; at most MOE_MAX_THREADS
-    int32_t spin_us;   // how long a waiting thread spins before it sleeps, at most: one that
-                       // spins in vain does so less; MOE_OFF: not at all; 0: 50, or not at all
+    int32_t spin_us;   // microseconds that a waiting thread spins before it sleeps, at most;
+                       // fewer while it keeps ending up asleep. MOE_OFF: none; 0: 50, or none
                        // in a job of more threads than processors
     int32_t pin;       // MOE_ON: each thread stays on a core of its own (then on second hardware
                        // threads), in blocks over the memory nodes; the caller's thread only
@@ -1400,11 +1400,11 @@ MOE__PRIVATE void moe__machine_this(moe__machine *m) {
 
 // ---- how many threads ------------------------------------------------------------------------
 
-// Processors for a quota of microseconds per period, rounded up; at most `most`.
-MOE__PRIVATE int32_t moe__machine_share(double quota, double period, int32_t most) {
-    if (!(quota > 0) || !(period > 0)) return most;
+// Processors for a quota of microseconds per period, rounded up; at most max.
+MOE__PRIVATE int32_t moe__machine_cpus(double quota, double period, int32_t max) {
+    if (!(quota > 0) || !(period > 0)) return max;
     double count = ceil(quota / period);
-    return count < 1 ? 1 : count < most ? (int32_t)count : most;
+    return count < 1 ? 1 : count < max ? (int32_t)count : max;
 }
 
 // Calls look for the folder of each of the process's control groups that has this controller,
@@ -1448,27 +1448,27 @@ MOE__PRIVATE size_t moe__machine_group_file(const char *root, const char *path, 
     return moe__machine_file(root, file, text, capacity);
 }
 
-// Lowers *most (int32_t) to the processors that a control group allows: cpu.max ("200000
+// Lowers *max (int32_t) to the processors that a control group allows: cpu.max ("200000
 // 100000", "max 100000") or, in version 1, cpu.cfs_quota_us (-1: no limit) and
 // cpu.cfs_period_us.
-MOE__PRIVATE void moe__machine_look_cpu(const char *root, const char *path, void *most) {
+MOE__PRIVATE void moe__machine_look_cpu(const char *root, const char *path, void *max) {
     char text[128], *end;
-    int32_t *count = (int32_t *)most;
+    int32_t *count = (int32_t *)max;
     if (moe__machine_group_file(root, path, "cpu.max", text, sizeof text)) {
         double quota = strtod(text, &end);
-        if (end != text) *count = moe__machine_share(quota, strtod(end, NULL), *count);
+        if (end != text) *count = moe__machine_cpus(quota, strtod(end, NULL), *count);
     }
     if (moe__machine_group_file(root, path, "cpu.cfs_quota_us", text, sizeof text)) {
         double quota = strtod(text, NULL);
         if (moe__machine_group_file(root, path, "cpu.cfs_period_us", text, sizeof text))
-            *count = moe__machine_share(quota, strtod(text, NULL), *count);
+            *count = moe__machine_cpus(quota, strtod(text, NULL), *count);
     }
 }
 
-// Processors that the process's control groups allow, at most `most`.
-MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t most) {
-    moe__machine_groups(root, "cpu", moe__machine_look_cpu, &most);
-    return most;
+// Processors that the process's control groups allow, at most max.
+MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t max) {
+    moe__machine_groups(root, "cpu", moe__machine_look_cpu, &max);
+    return max;
 }
 
 // Physical cores in the process's affinity mask, at most the control groups' quota.
@@ -1492,8 +1492,8 @@ MOE__PRIVATE uint64_t moe__machine_number(const char *text, const char *name) {
 // What is left of a limit in bytes; a text that is no number ("max") is none.
 MOE__PRIVATE void moe__machine_left(const char *limit, uint64_t used, uint64_t *least) {
     char *end;
-    const uint64_t most = strtoull(limit, &end, 10);
-    const uint64_t left = most > used ? most - used : 0;
+    const uint64_t max = strtoull(limit, &end, 10);
+    const uint64_t left = max > used ? max - used : 0;
     if (end != limit && left < *least) *least = left;
 }
 
@@ -1641,8 +1641,8 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 //   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep
 //
 // Waiting means spinning for a short time and then sleeping in the kernel; whoever releases the
-// others makes a system call only if someone sleeps. A thread that spins in vain spins less from
-// then on: it may be in the way of those it waits for.
+// others makes a system call only if someone sleeps. A thread spins for less and less time while
+// it keeps ending up asleep: it may be taking the processor from those that it waits for.
 //
 // Threads arrive at a barrier in groups of 16 or less, none across memory nodes; the last of a
 // group arrives for it at the root. So a counter is passed around among neighbours only.
@@ -1667,13 +1667,13 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 
 typedef void moe__job_fn(void *context, int thread, int n_threads);
 
-// Threads of a group, and so places at a word to sleep at: each is woken by itself.
+// Threads of a group. Each of them has a bit of its own to sleep by, and is woken by itself.
 enum { MOE__POOL_GROUP = 16 };
 
 typedef struct moe__pool_word {
     uint32_t value;
-    uint32_t sleepers; // sum of 1 << place over the threads that sleep, or are about to, until
-                       // value changes; if threads share a place, it only tells that some do
+    uint32_t sleepers; // sum of 1 << bit over the threads that sleep, or are about to, until
+                       // value changes; if threads use one bit, it only tells that some do
 #if !MOE__USE_FUTEX
     pthread_mutex_t mutex;
     pthread_cond_t changed[MOE__POOL_GROUP];
@@ -1749,30 +1749,42 @@ MOE__INLINE uint64_t moe__pool_ticks(void) {
 
 // ---- sleeping --------------------------------------------------------------------------------
 
-// Sleeping at a place of a word until someone wakes it, unless the word is not `old`; may end
-// early. places: sum of 1 << place.
+// A word, who sleeps until it changes, and who changes it:
+//
+//   sleeper                                  waker
+//   1. sleepers += 1 << bit                  1. value = another (or has seen that it is)
+//   2. is value still the old one?           2. is anybody in sleepers?
+//   3. if so: kernel, let me sleep           3. if so: kernel, wake them
+//
+// Both write before they look, in one order that all threads agree on (SEQ_CST). So of two that
+// meet at least one sees what the other wrote: the sleeper does not sleep, or the waker makes its
+// call. A call that comes before the sleeper sleeps is not lost either: the kernel compares value
+// with the old one itself, under a lock that the waker's call takes too. (Without futexes a mutex
+// is that lock.) Nobody sleeps through a change, and nobody calls the kernel if nobody sleeps.
+
+// Sleeps until the bit is woken, if the word is `old`; may end early. bits: sum of 1 << bit.
 #if MOE__USE_FUTEX
-MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int place) {
+MOE__PRIVATE void moe__pool_block(moe__pool_word *word, uint32_t old, int bit) {
     syscall(SYS_futex, &word->value, 137 /* FUTEX_WAIT_BITSET_PRIVATE */, old, NULL, NULL,
-            (uint32_t)1 << place);
+            (uint32_t)1 << bit);
 }
-MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t places) {
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t bits) {
     syscall(SYS_futex, &word->value, 138 /* FUTEX_WAKE_BITSET_PRIVATE */, INT_MAX, NULL, NULL,
-            places);
+            bits);
 }
 MOE__INLINE void moe__pool_word_open(moe__pool_word *word) { (void)word; }
 MOE__INLINE void moe__pool_word_close(moe__pool_word *word) { (void)word; }
 #else
-MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int place) {
+MOE__PRIVATE void moe__pool_block(moe__pool_word *word, uint32_t old, int bit) {
     pthread_mutex_lock(&word->mutex);
     if (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
-        pthread_cond_wait(&word->changed[place], &word->mutex);
+        pthread_cond_wait(&word->changed[bit], &word->mutex);
     pthread_mutex_unlock(&word->mutex);
 }
-MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t places) {
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t bits) {
     pthread_mutex_lock(&word->mutex);
     for (int i = 0; i < MOE__POOL_GROUP; i++)
-        if (places >> i & 1) pthread_cond_broadcast(&word->changed[i]);
+        if (bits >> i & 1) pthread_cond_broadcast(&word->changed[i]);
     pthread_mutex_unlock(&word->mutex);
 }
 MOE__PRIVATE void moe__pool_word_open(moe__pool_word *word) {
@@ -1803,18 +1815,16 @@ MOE__PRIVATE int moe__pool_spin(moe__pool_word *word, uint32_t old, double end) 
     return 0;
 }
 
-// Sleeps until the word is not `old`. Whoever changes the word, or has seen it changed, looks at
-// `sleepers` afterwards, and the kernel compares the word once more: a wake cannot be lost,
-// whichever comes first.
-MOE__PRIVATE void moe__pool_doze(moe__pool_word *word, uint32_t old, int place) {
-    __atomic_fetch_add(&word->sleepers, (uint32_t)1 << place, __ATOMIC_SEQ_CST);
+// Sleeps until the word is not `old`.
+MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int bit) {
+    __atomic_fetch_add(&word->sleepers, (uint32_t)1 << bit, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
-        moe__pool_sleep(word, old, place);
-    __atomic_fetch_sub(&word->sleepers, (uint32_t)1 << place, __ATOMIC_SEQ_CST);
+        moe__pool_block(word, old, bit);
+    __atomic_fetch_sub(&word->sleepers, (uint32_t)1 << bit, __ATOMIC_SEQ_CST);
 }
 
 // Waits until word->value is not `old`: spins for some time, yields the processor some times,
-// then sleeps, all threads at the same place. Returns whether it slept.
+// then sleeps, all threads by the same bit. Returns whether it slept.
 MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds,
                                 int n_yields) {
     if (moe__pool_spin(word, old, spin_seconds > 0 ? moe__seconds() + spin_seconds : 0)) return 0;
@@ -1822,29 +1832,29 @@ MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_
         sched_yield();
         if (moe__pool_changed(word, old)) return 0;
     }
-    moe__pool_doze(word, old, 0);
+    moe__pool_sleep(word, old, 0);
     return 1;
 }
 
-// Changes a word that all wait for at the same place.
+// Changes a word that all wait for by the same bit.
 MOE__PRIVATE void moe__pool_set(moe__pool_word *word, uint32_t value) {
     __atomic_store_n(&word->value, value, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(word, 1);
 }
 
-// How long a thread spins at its next barrier. On a crowded machine those it waits for may be
-// waiting for its processor: who spun in vain spins half as long the next time, below an 8th of
-// `most` not at all, and then tries again every 32nd time.
-MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double most) {
-    if (worker->spin > 0 || most <= 0) return most <= 0 ? 0 : worker->spin;
-    return ++worker->n_naps % 32 == 0 ? most : 0;
+// How long a thread spins at its next barrier, at most max. On a crowded machine those it waits
+// for may be waiting for its processor. So a thread that slept in spite of spinning spins half
+// as long the next time; below an 8th of max not at all, and then tries again every 32nd time.
+MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double max) {
+    if (worker->spin > 0 || max <= 0) return max <= 0 ? 0 : worker->spin;
+    return ++worker->n_naps % 32 == 0 ? max : 0;
 }
-MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budget, int slept) {
+MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double max, double budget, int slept) {
     if (budget <= 0) return;
-    worker->spin = !slept                      ? 2 * worker->spin + most / 8
-                   : worker->spin >= most / 8 ? worker->spin / 2
-                                              : 0;
-    if (worker->spin > most) worker->spin = most;
+    worker->spin = !slept                     ? 2 * worker->spin + max / 8
+                   : worker->spin >= max / 8 ? worker->spin / 2
+                                             : 0;
+    if (worker->spin > max) worker->spin = max;
 }
 
 // ---- barrier and jobs ------------------------------------------------------------------------
@@ -1852,10 +1862,10 @@ MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budge
 // Threads of a group: at most 16, equally many, of one node if nodes have enough.
 MOE__PRIVATE int moe__pool_leaf(int n_threads, int n_nodes) {
     enum { LEAST = 4 };
-    int each = (n_threads + n_nodes - 1) / n_nodes;
-    if (each < LEAST) each = n_threads;
-    const int groups = (each + MOE__POOL_GROUP - 1) / MOE__POOL_GROUP;
-    return (each + groups - 1) / groups;
+    int on_node = (n_threads + n_nodes - 1) / n_nodes;
+    if (on_node < LEAST) on_node = n_threads;
+    const int groups = (on_node + MOE__POOL_GROUP - 1) / MOE__POOL_GROUP;
+    return (on_node + groups - 1) / groups;
 }
 
 // Counts this thread; returns whether it is the last of all. The last of a group has set its
@@ -1877,7 +1887,7 @@ MOE__PRIVATE int moe__pool_arrive(moe_pool *pool, int thread, int n) {
 // arrived: at the last barrier the next job may be prepared as soon as all have.
 MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread) {
     const int n = pool->n_active, n_yields = pool->n_yields;
-    const double most = pool->spin;
+    const double max = pool->spin;
     if (n == 1) return 0;
     const uint32_t passed = __atomic_load_n(&pool->release.value, __ATOMIC_RELAXED);
     if (moe__pool_arrive(pool, thread, n)) {
@@ -1885,9 +1895,9 @@ MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread)
         return 0;
     }
     if (__atomic_load_n(&pool->release.value, __ATOMIC_ACQUIRE) != passed) return 0;
-    const double budget = moe__pool_budget(worker, most);
+    const double budget = moe__pool_budget(worker, max);
     const int slept = moe__pool_wait(&pool->release, passed, budget, n_yields);
-    moe__pool_learn(worker, most, budget, slept);
+    moe__pool_learn(worker, max, budget, slept);
     return 1;
 }
 
@@ -1961,11 +1971,11 @@ MOE__PRIVATE void moe__pool_call(moe_pool *pool, int first, int last, int n) {
     const int group = first / pool->group;
     moe__pool_word *word = &pool->command[group];
     const uint32_t sleepers = __atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST);
-    uint32_t places = 0;
+    uint32_t bits = 0;
     if (!sleepers) return; // spares the hot path the divisions
     for (int w = moe__pool_next(pool, first, n); w < last; w = moe__pool_next(pool, w + 1, n))
-        places |= (uint32_t)1 << (w - group * pool->group);
-    if (places & sleepers) moe__pool_wake(word, places & sleepers);
+        bits |= (uint32_t)1 << (w - group * pool->group);
+    if (bits & sleepers) moe__pool_wake(word, bits & sleepers);
 }
 
 // The first worker of the group behind that of `w`.
@@ -2000,7 +2010,7 @@ MOE__PRIVATE uint32_t moe__pool_await(const moe__worker *worker, uint32_t seen) 
     double end = pool->spin_seconds > 0 ? moe__seconds() + pool->spin_seconds : 0;
     for (;;) {
         if (!moe__pool_spin(word, seen, end)) {
-            moe__pool_doze(word, seen, w % pool->group);
+            moe__pool_sleep(word, seen, w % pool->group);
             end = 0;
         }
         seen = __atomic_load_n(&word->value, __ATOMIC_ACQUIRE);
@@ -2092,7 +2102,7 @@ enum { MOE__ROW_UNIT = 2, MOE__LINE = 16 };
 
 // The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are
 // multiples of `unit` (but for the last) and differ by at most one unit.
-MOE__INLINE void moe__pool_share(int64_t total, int64_t unit, int thread, int n, int64_t *begin,
+MOE__INLINE void moe__pool_range(int64_t total, int64_t unit, int thread, int n, int64_t *begin,
                                  int64_t *end) {
     int64_t units = (total + unit - 1) / unit;
     *begin = moe__min(total, units * thread / n * unit);
@@ -2107,7 +2117,7 @@ MOE__PRIVATE int moe__pool_default_threads(void) {
 
 // ---- public ----------------------------------------------------------------------------------
 
-// Who runs where, and how long who waits spins.
+// Where each thread runs, and how long those that wait may spin.
 MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, int pin,
                                    int spin_us) {
     pool->n_processors = moe__machine_quota("", machine->n_processors);
@@ -2226,7 +2236,7 @@ MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes
 //
 //   2 MiB   One entry of the page tables leads to 512 times 4 KiB. Anonymous memory gets such
 //           pages with MADV_HUGEPAGE. A mapped file has them where the system caches it in
-//           pieces (folios) of 2 MiB, and if the mapping begins at a multiple of 2 MiB.
+//           units (folios) of 2 MiB, and if the mapping begins at a multiple of 2 MiB.
 //   4 KiB   An entry each. On a virtual machine whose hypervisor keeps page tables of its own,
 //           reading through many such entries may be several times slower.
 //
@@ -2235,7 +2245,7 @@ MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes
 // (moe__probe_run). Where it is much slower, pages are made anew, the cheapest way first:
 //
 //   collapse   the system makes 2 MiB folios of what it has cached (few kernels can, for files)
-//   copy       pieces are copied to anonymous huge pages and put in the place of the mapping;
+//   copy       chunks are copied to anonymous huge pages and put in the place of the mapping;
 //              the cache behind them is dropped, so that memory is needed once
 //   reread     the cache is dropped and read again, through a mapping that asks for huge folios
 //
@@ -2244,8 +2254,8 @@ MOE_API int32_t moe_pool_nodes(const moe_pool *pool) { return pool ? pool->nodes
 // ==============================================================================================
 
 // Sizes for which tests set smaller ones.
-#ifndef MOE__PAGES_PIECE
-#define MOE__PAGES_PIECE (1 << 24) // bytes that a thread touches, copies or replaces at once;
+#ifndef MOE__PAGES_CHUNK
+#define MOE__PAGES_CHUNK (1 << 24) // bytes that a thread touches, copies or replaces at once;
 #endif                             // a multiple of MOE__PAGES_HUGE
 #ifndef MOE__PROBE_WINDOW
 #define MOE__PROBE_WINDOW (1 << 19) // bytes of a sample: as much as threads read at once from
@@ -2403,12 +2413,12 @@ MOE__PRIVATE uint8_t *moe__pages_take(uint64_t size, int protection) {
 
 // Maps the file; it stays open if `keep`, so that pages can be replaced. Returns 0 or an errno.
 MOE__PRIVATE int moe__pages_map(moe__pages *p, int file, uint64_t size, int keep) {
-    uint8_t *place = moe__pages_take(size, PROT_NONE); // NULL: any other place will do
-    void *mapping = mmap(place, (size_t)size, PROT_READ, MAP_PRIVATE | (place ? MAP_FIXED : 0),
-                         file, 0);
+    uint8_t *address = moe__pages_take(size, PROT_NONE); // NULL: any other will do
+    void *mapping = mmap(address, (size_t)size, PROT_READ,
+                         MAP_PRIVATE | (address ? MAP_FIXED : 0), file, 0);
     const int code = errno;
     if (mapping == MAP_FAILED) {
-        if (place) munmap(place, (size_t)size);
+        if (address) munmap(address, (size_t)size);
         return code;
     }
     p->data = (uint8_t *)mapping;
@@ -2424,35 +2434,36 @@ MOE__PRIVATE void moe__pages_close(moe__pages *p) {
     p->data = NULL;
 }
 
-// ---- pieces, by a team -----------------------------------------------------------------------
+// ---- chunks, by a team -----------------------------------------------------------------------
 
 // Pieces of a range that threads take in turn.
-typedef struct moe__pieces {
+typedef struct moe__chunks {
     int (*work)(void *context, uint64_t from, uint64_t to); // 0, or a code that ends it all
-    int (*report)(void *context, uint64_t done); // may be NULL; on the caller's thread; also
     void *context;
+    int (*report)(void *user, uint64_t done); // may be NULL; on the caller's thread; 0 or a code
+    void *user;
     uint64_t next, size; // next: atomic
     uint64_t done;       // atomic
     uint64_t reported;   // what report was last told
     int code;            // atomic: the first one that was not 0
-} moe__pieces;
+} moe__chunks;
 
-MOE__PRIVATE int moe__pieces_report(moe__pieces *p) {
+MOE__PRIVATE int moe__chunks_report(moe__chunks *p) {
     p->reported = __atomic_load_n(&p->done, __ATOMIC_RELAXED);
-    return p->report(p->context, p->reported);
+    return p->report(p->user, p->reported);
 }
 
-MOE__PRIVATE void moe__pieces_job(void *context, int thread, int n_threads) {
-    moe__pieces *p = (moe__pieces *)context;
+MOE__PRIVATE void moe__chunks_job(void *context, int thread, int n_threads) {
+    moe__chunks *p = (moe__chunks *)context;
     (void)n_threads;
     while (!__atomic_load_n(&p->code, __ATOMIC_RELAXED)) {
-        const uint64_t from = __atomic_fetch_add(&p->next, MOE__PAGES_PIECE, __ATOMIC_RELAXED);
+        const uint64_t from = __atomic_fetch_add(&p->next, MOE__PAGES_CHUNK, __ATOMIC_RELAXED);
         if (from >= p->size) return;
         const uint64_t left = p->size - from;
-        const uint64_t size = left < MOE__PAGES_PIECE ? left : MOE__PAGES_PIECE;
+        const uint64_t size = left < MOE__PAGES_CHUNK ? left : MOE__PAGES_CHUNK;
         int expected = 0, code = p->work(p->context, from, from + size);
         if (!code) __atomic_fetch_add(&p->done, size, __ATOMIC_RELAXED);
-        if (!code && thread == 0 && p->report) code = moe__pieces_report(p);
+        if (!code && thread == 0 && p->report) code = moe__chunks_report(p);
         if (code)
             __atomic_compare_exchange_n(&p->code, &expected, code, 0, __ATOMIC_RELAXED,
                                         __ATOMIC_RELAXED);
@@ -2468,17 +2479,17 @@ MOE__PRIVATE moe_pool *moe__pages_team(const moe_allocator *allocator) {
     return moe_pool_open(&options, NULL);
 }
 
-// Works off all pieces, with the pool's threads or (NULL) some of its own. Returns the code.
-MOE__PRIVATE int moe__pieces_run(moe__pieces *p, moe_pool *pool, const moe_allocator *allocator) {
-    const uint64_t n_pieces = (p->size - p->next + MOE__PAGES_PIECE - 1) / MOE__PAGES_PIECE;
-    moe_pool *own = NULL;
-    if (!pool && n_pieces > 1) pool = own = moe__pages_team(allocator);
+// Works off all chunks, with the pool's threads or (NULL) a team of its own. Returns the code.
+MOE__PRIVATE int moe__chunks_run(moe__chunks *p, moe_pool *pool, const moe_allocator *allocator) {
+    const uint64_t n_chunks = (p->size - p->next + MOE__PAGES_CHUNK - 1) / MOE__PAGES_CHUNK;
+    moe_pool *team = pool || n_chunks < 2 ? NULL : moe__pages_team(allocator);
+    if (!pool) pool = team;
     int64_t n = pool ? moe__min(pool->n_threads, MOE__PAGES_TEAM) : 1;
-    if ((uint64_t)n > n_pieces) n = (int64_t)n_pieces;
-    if (n > 1) moe__pool_run(pool, (int)n, moe__pieces_job, p, NULL);
-    else moe__pieces_job(p, 0, 1);
-    moe_pool_close(own);
-    if (!p->code && p->report && p->reported < p->done) p->code = moe__pieces_report(p);
+    if ((uint64_t)n > n_chunks) n = (int64_t)n_chunks;
+    if (n > 1) moe__pool_run(pool, (int)n, moe__chunks_job, p, NULL);
+    else moe__chunks_job(p, 0, 1);
+    moe_pool_close(team);
+    if (!p->code && p->report && p->reported < p->done) p->code = moe__chunks_report(p);
     return p->code;
 }
 
@@ -2492,31 +2503,28 @@ typedef struct moe__pages_load {
     void *user;
 } moe__pages_load;
 
-MOE__PRIVATE int moe__pages_load_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__pages_load_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__pages_load *load = (const moe__pages_load *)context;
     const int code = moe__pages_read(load->file, load->pages->data + from, from, to);
     if (!code) moe__pages_drop(load->file, from, to);
     return code;
 }
-MOE__PRIVATE int moe__pages_touch_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__pages_touch_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__pages_load *load = (const moe__pages_load *)context;
     moe__pages_touch(load->pages->data + from, to - from);
     return 0;
 }
-MOE__PRIVATE int moe__pages_load_report(void *context, uint64_t done) {
-    const moe__pages_load *load = (const moe__pages_load *)context;
-    return load->report(load->user, done);
-}
 
 MOE__PRIVATE int moe__pages_load_run(moe__pages_load *load, const moe_allocator *allocator,
                                      int (*work)(void *, uint64_t, uint64_t)) {
-    moe__pieces pieces;
-    memset(&pieces, 0, sizeof pieces);
-    pieces.work = work;
-    pieces.report = load->report ? moe__pages_load_report : NULL;
-    pieces.context = load;
-    pieces.size = load->pages->size;
-    return moe__pieces_run(&pieces, NULL, allocator);
+    moe__chunks chunks;
+    memset(&chunks, 0, sizeof chunks);
+    chunks.work = work;
+    chunks.context = load;
+    chunks.report = load->report;
+    chunks.user = load->user;
+    chunks.size = load->pages->size;
+    return moe__chunks_run(&chunks, NULL, allocator);
 }
 
 // Reads the file into huge (or small) pages. Returns 0, an errno, -1 if the file became shorter,
@@ -2532,12 +2540,12 @@ MOE__PRIVATE int moe__pages_copy(moe__pages_load *load, uint64_t size, int small
     p->n_copied = size;
     moe__pages_advise(memory, size + moe__machine_page() - 1,
                       small ? MOE__MADV_NOHUGEPAGE : MOE__MADV_HUGEPAGE);
-    const int code = moe__pages_load_run(load, allocator, moe__pages_load_piece);
+    const int code = moe__pages_load_run(load, allocator, moe__pages_load_chunk);
     if (!code) mprotect(memory, (size_t)size, PROT_READ); // weights are never written
     return code;
 }
 
-// Puts a copy on huge pages in the place of bytes from .. to - 1 of the mapping, whole pieces
+// Puts a copy on huge pages in the place of bytes from .. to - 1 of the mapping, whole chunks
 // but at the end of the file. Who reads them meanwhile reads the one or the other.
 MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 #if defined(__linux__) && defined(SYS_mremap)
@@ -2565,12 +2573,16 @@ MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 
 // ---- measuring -------------------------------------------------------------------------------
 
-// A sample is larger than most caches, and the mapping and the copy are read in turns, so that
-// neither stays there. When a model is opened one sample is read in all rounds, the first time
-// untimed: what the first touch of a page costs is not what reading it costs. Later, when pages
-// have been in use for some time, each round reads other windows, once: systems that look which
-// pages are used undo the hypervisor's page tables with each look, and only the first read meets
-// that.
+// Measured is the time to read as many bytes from the mapping and from anonymous huge pages; they
+// differ in nothing but their pages. For that
+// - all threads read, windows of the size in which experts' matrices are read;
+// - the sample is larger than most caches, and both are read in turns, so that neither stays there;
+// - only windows that the system has cached count: the disk is not measured;
+// - the best of some rounds counts: what else the machine does only makes a round slower;
+// - when a model is opened all rounds read the same windows, the first time untimed: what the first
+//   touch of a page costs is not what reading it costs. Later, when pages have been in use, each
+//   round reads windows of its own, once: systems that look which pages are used undo the
+//   hypervisor's page tables with each look, and only the first read behind that is slow.
 enum { MOE__PROBE_WINDOWS = 64, MOE__PROBE_ROUNDS = 3 };
 
 typedef struct moe__probe {
@@ -2634,14 +2646,13 @@ MOE__PRIVATE void moe__probe_job(void *context, int thread, int n_threads) {
     __atomic_fetch_add(&probe->sum, sum, __ATOMIC_RELAXED);
 }
 
-// The best of the rounds: what else the machine does meanwhile only makes them slower.
 MOE__PRIVATE double moe__probe_least(const double *x) {
     double least = x[0];
     for (int i = 1; i < MOE__PROBE_ROUNDS; i++) least = x[i] < least ? x[i] : least;
     return least;
 }
 
-// Evenly spread windows of n files; of those only what is in memory: the disk is not measured.
+// Evenly spread windows of n files, those of them that are in memory.
 MOE__PRIVATE void moe__probe_windows(moe__probe *probe, const moe__pages *files, int32_t n) {
     const uint64_t n_rounds = probe->in_use ? MOE__PROBE_ROUNDS : 1;
     uint64_t total = 0;
@@ -2704,7 +2715,7 @@ enum {
 typedef enum moe__paging_state {
     MOE__PAGING_DONE,  // nothing more is done
     MOE__PAGING_WATCH, // looks again some time later
-    MOE__PAGING_COPY   // replaces some pieces after each token
+    MOE__PAGING_COPY   // replaces some chunks after each token
 } moe__paging_state;
 
 typedef enum moe__paging_outcome {
@@ -2732,7 +2743,7 @@ typedef struct moe__paging {
     int busy;         // atomic: one thread at a time goes on
     int64_t left;     // atomic: nanoseconds of generating until the next look
     int64_t interval; // between this look and the one before
-    int32_t file;     // of files, and of it the piece that comes next
+    int32_t file;     // of files, and of it the chunk that comes next
     uint64_t next, before; // before: bytes of the files worked off
     double begin;     // seconds
 } moe__paging;
@@ -2758,28 +2769,28 @@ MOE__PRIVATE uint64_t moe__paging_copied(const moe__paging *g) {
     return sum;
 }
 
-MOE__PRIVATE int moe__paging_collapse_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__paging_collapse_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
     return moe__pages_advise(g->files[g->file].data + from, to - from, MOE__MADV_COLLAPSE);
 }
-MOE__PRIVATE int moe__paging_fill_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__paging_fill_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
     moe__pages_touch(g->files[g->file].data + from, to - from);
     return 0;
 }
 // Memory may be taken by others while a copy is made.
-MOE__PRIVATE int moe__paging_replace_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__paging_replace_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
-    if (from / MOE__PAGES_PIECE % 8 == 0 && moe__machine_memory("") < MOE__PAGING_RESERVE)
+    if (from / MOE__PAGES_CHUNK % 8 == 0 && moe__machine_memory("") < MOE__PAGING_RESERVE)
         return ENOMEM;
     return moe__pages_replace(&g->files[g->file], from, to);
 }
 // Not if others map the file, so that it stays cached as it is, or if the disk is slow.
-MOE__PRIVATE int moe__paging_reread_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__paging_reread_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
     const moe__pages *p = &g->files[g->file];
     const double least = (double)(g->before + from) / MOE__PAGING_REREAD;
-    if (from > 8 * (uint64_t)MOE__PAGES_PIECE && moe__seconds() - g->begin > least)
+    if (from > 8 * (uint64_t)MOE__PAGES_CHUNK && moe__seconds() - g->begin > least)
         return ETIMEDOUT;
     moe__pages_advise(p->data + from, to - from, MOE__MADV_DONTNEED);
     moe__pages_drop(p->file, from, to);
@@ -2802,14 +2813,14 @@ MOE__PRIVATE int moe__paging_all(moe__paging *g, moe_pool *pool,
     g->before = 0;
     g->begin = moe__seconds();
     for (g->file = 0; g->file < g->n_files && !code; g->file++) {
-        moe__pieces pieces;
-        memset(&pieces, 0, sizeof pieces);
-        pieces.work = work;
-        pieces.report = moe__paging_report;
-        pieces.context = g;
-        pieces.size = g->files[g->file].size;
-        code = moe__pieces_run(&pieces, pool, &g->allocator);
-        g->before += pieces.size;
+        moe__chunks chunks;
+        memset(&chunks, 0, sizeof chunks);
+        chunks.work = work;
+        chunks.report = moe__paging_report;
+        chunks.context = chunks.user = g;
+        chunks.size = g->files[g->file].size;
+        code = moe__chunks_run(&chunks, pool, &g->allocator);
+        g->before += chunks.size;
     }
     return code;
 }
@@ -2823,20 +2834,20 @@ MOE__PRIVATE int moe__paging_fits(moe__paging *g) {
 }
 
 // The mapping is slow: makes huge pages of it. Returns 0, or ECANCELED.
-MOE__PRIVATE int moe__paging_mend(moe__paging *g, moe_pool *pool) {
+MOE__PRIVATE int moe__paging_repair(moe__paging *g, moe_pool *pool) {
     int code;
     g->outcome = MOE__PAGED_NO_ROOM;
     if (!moe__pages_advise(g->files[0].data, MOE__PAGES_HUGE, MOE__MADV_COLLAPSE)) {
-        code = moe__paging_all(g, pool, moe__paging_collapse_piece);
+        code = moe__paging_all(g, pool, moe__paging_collapse_chunk);
         if (code == ECANCELED) return code;
         g->outcome = MOE__PAGED_COLLAPSED;
         if (!code) return 0;
     }
     if (moe__paging_fits(g)) {
-        code = moe__paging_all(g, pool, moe__paging_replace_piece);
+        code = moe__paging_all(g, pool, moe__paging_replace_chunk);
         if (moe__paging_copied(g)) g->outcome = MOE__PAGED_COPIED;
     } else if (g->files[0].file >= 0 && g->size <= g->room) {
-        code = moe__paging_all(g, pool, moe__paging_reread_piece);
+        code = moe__paging_all(g, pool, moe__paging_reread_chunk);
         if (!code) g->outcome = MOE__PAGED_REREAD;
     } else {
         code = 0;
@@ -2857,28 +2868,28 @@ MOE__PRIVATE int moe__paging_open(moe__paging *g) {
     if (moe__paging_measure(g, 0, pool, &slow)) {
         g->outcome = MOE__PAGED_FAST;
         if (slow) {
-            code = moe__paging_mend(g, pool);
+            code = moe__paging_repair(g, pool);
             g->state = MOE__PAGING_DONE;
         } else if ((double)g->size < MOE__PAGING_FILL * g->rates.fill) {
-            code = moe__paging_all(g, pool, moe__paging_fill_piece);
+            code = moe__paging_all(g, pool, moe__paging_fill_chunk);
         }
     }
     moe_pool_close(pool);
     return code;
 }
 
-// Replaces the next pieces, one for each of n threads. Returns 1 when there is nothing more to
+// Replaces the next chunks, one for each of n threads. Returns 1 when there is nothing more to
 // do.
 MOE__PRIVATE int moe__paging_step(moe__paging *g, moe_pool *pool, int n) {
-    moe__pieces pieces;
-    memset(&pieces, 0, sizeof pieces);
-    pieces.work = moe__paging_replace_piece;
-    pieces.context = g;
-    pieces.next = g->next;
-    pieces.size = g->next + (uint64_t)n * MOE__PAGES_PIECE;
-    if (pieces.size > g->files[g->file].size) pieces.size = g->files[g->file].size;
-    const int code = moe__pieces_run(&pieces, pool, &g->allocator);
-    g->next = pieces.size;
+    moe__chunks chunks;
+    memset(&chunks, 0, sizeof chunks);
+    chunks.work = moe__paging_replace_chunk;
+    chunks.context = g;
+    chunks.next = g->next;
+    chunks.size = g->next + (uint64_t)n * MOE__PAGES_CHUNK;
+    if (chunks.size > g->files[g->file].size) chunks.size = g->files[g->file].size;
+    const int code = moe__chunks_run(&chunks, pool, &g->allocator);
+    g->next = chunks.size;
     if (g->next == g->files[g->file].size) {
         g->next = 0;
         g->file++;
@@ -3639,7 +3650,7 @@ MOE__PRIVATE moe_status moe__gguf_load_file(moe_gguf *gguf, int32_t part_index, 
     *kept = !code && keep;
     part->data = pages->data;
     if (!code && !copy && gguf->options.prefault == MOE_ON)
-        code = moe__pages_load_run(&load, &gguf->allocator, moe__pages_touch_piece);
+        code = moe__pages_load_run(&load, &gguf->allocator, moe__pages_touch_chunk);
     if (code == ECANCELED) return MOE_ERROR_CANCELLED; // moe__gguf_progress said so
     if (code == -1)
         return moe__fail(error, MOE_ERROR_IO, moe__gguf_file_name(gguf->path),
@@ -12274,7 +12285,7 @@ MOE__INLINE int64_t moe__share_rows(const moe__share *share, int32_t entry) {
 MOE__INLINE int moe__share_stripe(const moe__share *share, int32_t entry, int thread, int n,
                                   moe__piece *piece) {
     piece->entry = entry;
-    moe__pool_share(moe__share_rows(share, entry), share->unit, thread, n, &piece->begin,
+    moe__pool_range(moe__share_rows(share, entry), share->unit, thread, n, &piece->begin,
                     &piece->end);
     return 1;
 }
@@ -13814,11 +13825,11 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
 
 // The rule of byte-pair encoding: of all neighbours that may merge, those of the lowest rank do,
 // of equals the leftmost, until none may. Looking through the word each time would be quadratic.
-// Instead, a heap has the key (rank, place) of every two neighbours that may merge. A merge
+// Instead, a heap has the key (rank, position) of every two neighbours that may merge. A merge
 // changes only the pairs on both sides of the symbol that it makes, and both get keys. Keys of
-// pairs that are gone stay, and are known by that when they come out: what is in their place
-// has another key. Of n symbols n - 1 pairs are there at first, and each of n - 1 merges
-// takes a key and adds two: the heap holds 2 n at most, and merging takes n log n.
+// pairs that are gone stay, and show it when they come out: what is at their position has another
+// key. There are n - 1 pairs of n symbols at first, and each of n - 1 merges takes a key and adds
+// two: the heap holds 2 n at most, and merging takes n log n.
 //
 // A symbol is named after its first byte. A merge leaves the left one, with the new symbol; the
 // right one falls out of the chain next / prev, whose ends are n and UINT32_MAX.
@@ -15395,7 +15406,7 @@ MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
 // This thread's part of `total`.
 MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit, int64_t *begin,
                                  int64_t *end) {
-    moe__pool_share(total, unit, e->thread, e->n_threads, begin, end);
+    moe__pool_range(total, unit, e->thread, e->n_threads, begin, end);
 }
 
 // Fetches the first of this thread's rows of a matrix that is read soon, see moe__matrix_fetch.
@@ -16613,7 +16624,7 @@ MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor
         const int64_t n_pieces = (int64_t)((to + p->page - 1) / p->page) - piece;
         int64_t begin, end;
         if (n_pieces <= 0) continue;
-        moe__pool_share(n_pieces, 1, (int)member, (int)members, &begin, &end);
+        moe__pool_range(n_pieces, 1, (int)member, (int)members, &begin, &end);
         const uintptr_t start = (uintptr_t)(piece + begin) * p->page;
         const uintptr_t stop = (uintptr_t)(piece + end) * p->page;
         if (tensor->data && begin < end) // what is behind the tensor need not be mapped
@@ -16751,7 +16762,7 @@ MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_opti
     paging->progress = options ? options->progress : NULL;
     paging->progress_user = options ? options->progress_user : NULL;
     if (pages == MOE_PAGES_COPY) {
-        code = moe__paging_all(paging, NULL, moe__paging_replace_piece);
+        code = moe__paging_all(paging, NULL, moe__paging_replace_chunk);
         moe__paging_as_asked(model);
         why = moe__errno_words(code);
         if (code && code != ECANCELED && why)
@@ -17469,7 +17480,7 @@ typedef struct moe__touch {
 MOE__PRIVATE void moe__touch_run(void *context, int thread, int n_threads) {
     const moe__touch *touch = (const moe__touch *)context;
     int64_t begin, end;
-    moe__pool_share((int64_t)touch->size, MOE__PAGES_HUGE, thread, n_threads, &begin, &end);
+    moe__pool_range((int64_t)touch->size, MOE__PAGES_HUGE, thread, n_threads, &begin, &end);
     memset(touch->memory + begin, 0, (size_t)(end - begin));
 }
 

@@ -85,13 +85,13 @@
 // any threads may use it. It must outlive them.
 //
 // PAGES. On most machines a mapped file is read as fast as any memory. On some (virtual machines
-// whose hypervisor keeps page tables of its own) the speed depends on the pieces in which the
+// whose hypervisor keeps page tables of its own) the speed depends on the units in which the
 // system happens to cache the file, by up to ten times. With moe_model_options.pages = AUTO,
 // opening a model measures a sample for some milliseconds and, only if the mapping is slow and
 // at least twice as much memory is free, makes a private copy of it in huge pages. The mapping
 // is looked at again after two seconds of generating, then less and less often; if it has become
-// slow, pieces are copied between tokens. moe_model_get_memory says in words what was done. MAP
-// never copies, COPY always.
+// slow, it is copied bit by bit between tokens. moe_model_get_memory says in words what was done.
+// MAP never copies, COPY always.
 //
 // SESSIONS. A session is one context: its cache of keys and values. One thread at a time may
 // call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a
@@ -588,8 +588,8 @@ typedef struct moe_pool_options {
     moe_allocator allocator;
     int32_t n_threads; // the caller's thread included; 0: physical cores in the affinity mask
                        // and cgroup quota; at most MOE_MAX_THREADS
-    int32_t spin_us;   // how long a waiting thread spins before it sleeps, at most: one that
-                       // spins in vain does so less; MOE_OFF: not at all; 0: 50, or not at all
+    int32_t spin_us;   // microseconds that a waiting thread spins before it sleeps, at most;
+                       // fewer while it keeps ending up asleep. MOE_OFF: none; 0: 50, or none
                        // in a job of more threads than processors
     int32_t pin;       // MOE_ON: each thread stays on a core of its own (then on second hardware
                        // threads), in blocks over the memory nodes; the caller's thread only
@@ -862,6 +862,46 @@ extern long syscall(long number, ...);
 #define MOE__O_CLOEXEC 0
 #endif
 
+// ---- UTF-8 -----------------------------------------------------------------------------------
+
+enum { MOE__UTF8_BAD = 0, MOE__UTF8_CUT = -1 };
+
+// Reads the character at the start of 1 or more bytes. Returns its size, 1 to 4. MOE__UTF8_BAD:
+// no character begins so (overlong forms, surrogates and codes above U+10FFFF are none).
+// MOE__UTF8_CUT: all bytes are the beginning of one that goes on behind them.
+MOE__PRIVATE int moe__utf8_decode(const char *text, size_t size, uint32_t *code) {
+    const unsigned char *p = (const unsigned char *)text;
+    const unsigned lead = *code = p[0];
+    if (lead < 0x80) return 1;
+    const int n = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    // What may follow depends on the lead: table 3-7 of the Unicode standard
+    unsigned low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+    unsigned high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+    if (lead < 0xC2 || lead > 0xF4) return MOE__UTF8_BAD;
+    *code = lead & (0x7Fu >> n);
+    for (int i = 1; i < n; i++, low = 0x80, high = 0xBF) {
+        if ((size_t)i == size) return MOE__UTF8_CUT;
+        if (p[i] < low || p[i] > high) return MOE__UTF8_BAD;
+        *code = *code << 6 | (p[i] & 0x3F);
+    }
+    return n;
+}
+
+// The same for any bytes: one that begins no character counts as one of its own, U+FFFD.
+MOE__INLINE size_t moe__utf8_next(const char *text, size_t size, uint32_t *code) {
+    const int n = moe__utf8_decode(text, size, code);
+    if (n > 0) return (size_t)n;
+    *code = 0xFFFD;
+    return 1;
+}
+
+// At most `limit` bytes of a text, whole characters.
+MOE__PRIVATE size_t moe__utf8_limit(const char *text, size_t size, size_t limit) {
+    if (size <= limit) return size;
+    while (limit && ((unsigned char)text[limit] & 0xC0) == 0x80) limit--;
+    return limit;
+}
+
 // ---- errors ----------------------------------------------------------------------------------
 
 MOE_API const char *moe_status_name(moe_status status) {
@@ -879,53 +919,34 @@ MOE_API const char *moe_status_name(moe_status status) {
     return "MOE_ERROR_?";
 }
 
-// Copies at most capacity - 1 bytes and ends with NUL. A cut falls between UTF-8 characters.
+// Copies at most capacity - 1 bytes, whole characters, and ends with NUL.
 MOE__PRIVATE void moe__base_copy_text(char *out, size_t capacity, const char *text, size_t size) {
-    if (size > capacity - 1) {
-        size = capacity - 1;
-        while (size && ((unsigned char)text[size] & 0xC0) == 0x80) size--;
-    }
+    size = moe__utf8_limit(text, size, capacity - 1);
     if (size) memcpy(out, text, size);
     out[size] = 0;
 }
 
-// Bytes of the character at the start of text if it may be shown; 0: it is no UTF-8, or one that
-// a terminal might obey (below space, DEL, U+0080 to U+009F).
-MOE__PRIVATE size_t moe__base_shown(const char *text, size_t size) {
-    const unsigned char *c = (const unsigned char *)text;
-    if (c[0] < 0x80) return c[0] >= 0x20 && c[0] != 0x7F;
-    const size_t n = c[0] >= 0xF0 ? 4 : c[0] >= 0xE0 ? 3 : 2;
-    if (c[0] < 0xC2 || c[0] > 0xF4 || n > size) return 0;
-    for (size_t i = 1; i < n; i++)
-        if ((c[i] & 0xC0) != 0x80) return 0;
-    // What has a shorter form, surrogates, and numbers beyond Unicode's
-    if ((c[0] == 0xC2 && c[1] < 0xA0) || (c[0] == 0xE0 && c[1] < 0xA0) ||
-        (c[0] == 0xED && c[1] >= 0xA0) || (c[0] == 0xF0 && c[1] < 0x90) ||
-        (c[0] == 0xF4 && c[1] >= 0x90))
-        return 0;
-    return n;
-}
-
-// The same as moe__base_copy_text, with a '?' for every byte that may not be shown: errors quote
-// files.
+// The same, with a '?' for every byte that is not UTF-8, or that a terminal might obey (below
+// space, DEL, U+0080 to U+009F): errors quote files.
 MOE__PRIVATE void moe__base_copy_shown(char *out, size_t capacity, const char *text, size_t size) {
     size_t used = 0;
-    for (size_t i = 0, n; i < size; i += n) {
-        const size_t shown = moe__base_shown(text + i, size - i);
-        n = shown ? shown : 1;
-        if (used + n > capacity - 1) break;
-        if (shown) memcpy(out + used, text + i, n);
+    for (size_t i = 0; i < size;) {
+        uint32_t code;
+        const int n = moe__utf8_decode(text + i, size - i, &code);
+        const int shown = n > 0 && code >= 0x20 && (code < 0x7F || code > 0x9F);
+        const size_t step = shown ? (size_t)n : 1;
+        if (used + step > capacity - 1) break;
+        if (shown) memcpy(out + used, text + i, step);
         else out[used] = '?';
-        used += n;
+        used += step;
+        i += step;
     }
     out[used] = 0;
 }
 
-// At most `limit` bytes of a text, whole characters: what "%.*s" is to show of it.
+// Of a text: what "%.*s" is to show of it.
 MOE__PRIVATE int moe__base_cut(size_t size, const char *text, size_t limit) {
-    if (size <= limit) return (int)size;
-    while (limit && ((unsigned char)text[limit] & 0xC0) == 0x80) limit--;
-    return (int)limit;
+    return (int)moe__utf8_limit(text, size, limit);
 }
 
 // Fills *error (if any) and returns `status`: `return moe__fail(error, ...)`. `where` is size
@@ -949,6 +970,16 @@ MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
 }
 #define moe__fail(error, status, where, ...) \
     moe__fail_at(error, status, 0, where, strlen(where), __VA_ARGS__)
+
+// For what loads something and has the fields status and error: the first error stays, and one
+// look at the status behind several steps is enough.
+#define moe__load_fail_at(loader, code, offset, where, ...) \
+    ((loader)->status = (loader)->status \
+                            ? (loader)->status \
+                            : moe__fail_at((loader)->error, code, offset, where, strlen(where), \
+                                           __VA_ARGS__))
+#define moe__load_fail(loader, code, where, ...) \
+    moe__load_fail_at(loader, code, 0, where, __VA_ARGS__)
 
 // What an errno means for a file; NULL: only its number is known. strerror would depend on the
 // program's language and is not safe among threads.
@@ -1043,6 +1074,11 @@ MOE__PRIVATE void moe__free(const moe_allocator *allocator, void *memory) {
     memcpy(&raw, (unsigned char *)memory - 16, sizeof raw);
     memcpy(&total, (unsigned char *)memory - 8, sizeof total);
     allocator->free(allocator->user, raw, total);
+}
+
+// count elements, not cleared; NULL also if their size does not fit.
+MOE__PRIVATE void *moe__alloc_array(const moe_allocator *allocator, uint64_t count, size_t size) {
+    return count > SIZE_MAX / size ? NULL : moe__alloc_unset(allocator, (size_t)count * size);
 }
 
 // ---- checked sizes: 0 on overflow, 1 if *out is good -----------------------------------------
@@ -1144,6 +1180,15 @@ MOE__INLINE uint16_t moe__f32_to_bf16(float x) {
 MOE__INLINE int64_t moe__min(int64_t a, int64_t b) { return a < b ? a : b; }
 MOE__INLINE int64_t moe__max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators): the next
+// number behind a seed, which may be any.
+MOE__INLINE uint64_t moe__splitmix64(uint64_t *state) {
+    uint64_t z = *state += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
 // Seconds of a monotonic clock; clock_gettime is hidden under strict -std=c11, its call is not.
 MOE__PRIVATE double moe__seconds(void) {
     struct timespec now;
@@ -1155,6 +1200,45 @@ MOE__PRIVATE double moe__seconds(void) {
 #endif
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
+
+// ---- binary heaps ----------------------------------------------------------------------------
+
+// The functions of a heap: n elements of a type in an array, of which i is not below any of
+// 2 i + 1 and 2 i + 2. So 0, the root, is not below any other: above(a, b) is the order. Adding
+// one, taking the root out and putting another in its place take log n steps, whatever comes.
+#define MOE__HEAP(name, type, above) \
+    /* Restores the order where only heap[root] may lie too high. */ \
+    MOE__PRIVATE void name##_sift(type *heap, size_t root, size_t n) { \
+        const type moved = heap[root]; \
+        for (size_t child; (child = 2 * root + 1) < n; root = child) { \
+            if (child + 1 < n && above(heap[child + 1], heap[child])) child++; \
+            if (!above(heap[child], moved)) break; \
+            heap[root] = heap[child]; \
+        } \
+        heap[root] = moved; \
+    } \
+    MOE__PRIVATE void name##_build(type *heap, size_t n) { \
+        for (size_t i = n / 2; i-- > 0;) name##_sift(heap, i, n); \
+    } \
+    MOE__PRIVATE void name##_push(type *heap, size_t *n, type added) { \
+        size_t i = (*n)++; \
+        for (; i && above(added, heap[(i - 1) / 2]); i = (i - 1) / 2) \
+            heap[i] = heap[(i - 1) / 2]; \
+        heap[i] = added; \
+    } \
+    MOE__PRIVATE type name##_pop(type *heap, size_t *n) { \
+        const type root = heap[0]; \
+        heap[0] = heap[--*n]; \
+        name##_sift(heap, 0, *n); \
+        return root; \
+    } \
+    /* Sorts what is a heap: the root becomes the last. */ \
+    MOE__PRIVATE void name##_sort(type *heap, size_t n) { \
+        while (n > 1) { \
+            const type root = name##_pop(heap, &n); \
+            heap[n] = root; \
+        } \
+    }
 
 // ---- rounding --------------------------------------------------------------------------------
 
@@ -1340,11 +1424,11 @@ MOE__PRIVATE void moe__machine_this(moe__machine *m) {
 
 // ---- how many threads ------------------------------------------------------------------------
 
-// Processors for a quota of microseconds per period, rounded up; at most `most`.
-MOE__PRIVATE int32_t moe__machine_share(double quota, double period, int32_t most) {
-    if (!(quota > 0) || !(period > 0)) return most;
+// Processors for a quota of microseconds per period, rounded up; at most max.
+MOE__PRIVATE int32_t moe__machine_cpus(double quota, double period, int32_t max) {
+    if (!(quota > 0) || !(period > 0)) return max;
     double count = ceil(quota / period);
-    return count < 1 ? 1 : count < most ? (int32_t)count : most;
+    return count < 1 ? 1 : count < max ? (int32_t)count : max;
 }
 
 // Calls look for the folder of each of the process's control groups that has this controller,
@@ -1388,27 +1472,27 @@ MOE__PRIVATE size_t moe__machine_group_file(const char *root, const char *path, 
     return moe__machine_file(root, file, text, capacity);
 }
 
-// Lowers *most (int32_t) to the processors that a control group allows: cpu.max ("200000
+// Lowers *max (int32_t) to the processors that a control group allows: cpu.max ("200000
 // 100000", "max 100000") or, in version 1, cpu.cfs_quota_us (-1: no limit) and
 // cpu.cfs_period_us.
-MOE__PRIVATE void moe__machine_look_cpu(const char *root, const char *path, void *most) {
+MOE__PRIVATE void moe__machine_look_cpu(const char *root, const char *path, void *max) {
     char text[128], *end;
-    int32_t *count = (int32_t *)most;
+    int32_t *count = (int32_t *)max;
     if (moe__machine_group_file(root, path, "cpu.max", text, sizeof text)) {
         double quota = strtod(text, &end);
-        if (end != text) *count = moe__machine_share(quota, strtod(end, NULL), *count);
+        if (end != text) *count = moe__machine_cpus(quota, strtod(end, NULL), *count);
     }
     if (moe__machine_group_file(root, path, "cpu.cfs_quota_us", text, sizeof text)) {
         double quota = strtod(text, NULL);
         if (moe__machine_group_file(root, path, "cpu.cfs_period_us", text, sizeof text))
-            *count = moe__machine_share(quota, strtod(text, NULL), *count);
+            *count = moe__machine_cpus(quota, strtod(text, NULL), *count);
     }
 }
 
-// Processors that the process's control groups allow, at most `most`.
-MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t most) {
-    moe__machine_groups(root, "cpu", moe__machine_look_cpu, &most);
-    return most;
+// Processors that the process's control groups allow, at most max.
+MOE__PRIVATE int32_t moe__machine_quota(const char *root, int32_t max) {
+    moe__machine_groups(root, "cpu", moe__machine_look_cpu, &max);
+    return max;
 }
 
 // Physical cores in the process's affinity mask, at most the control groups' quota.
@@ -1432,8 +1516,8 @@ MOE__PRIVATE uint64_t moe__machine_number(const char *text, const char *name) {
 // What is left of a limit in bytes; a text that is no number ("max") is none.
 MOE__PRIVATE void moe__machine_left(const char *limit, uint64_t used, uint64_t *least) {
     char *end;
-    const uint64_t most = strtoull(limit, &end, 10);
-    const uint64_t left = most > used ? most - used : 0;
+    const uint64_t max = strtoull(limit, &end, 10);
+    const uint64_t left = max > used ? max - used : 0;
     if (end != limit && left < *least) *least = left;
 }
 
@@ -1581,8 +1665,8 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 //   worker 1..n-1  sleep --wake--> job -> barrier -> ... -> barrier -> spin, then sleep
 //
 // Waiting means spinning for a short time and then sleeping in the kernel; whoever releases the
-// others makes a system call only if someone sleeps. A thread that spins in vain spins less from
-// then on: it may be in the way of those it waits for.
+// others makes a system call only if someone sleeps. A thread spins for less and less time while
+// it keeps ending up asleep: it may be taking the processor from those that it waits for.
 //
 // Threads arrive at a barrier in groups of 16 or less, none across memory nodes; the last of a
 // group arrives for it at the root. So a counter is passed around among neighbours only.
@@ -1607,13 +1691,13 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 
 typedef void moe__job_fn(void *context, int thread, int n_threads);
 
-// Threads of a group, and so places at a word to sleep at: each is woken by itself.
+// Threads of a group. Each of them has a bit of its own to sleep by, and is woken by itself.
 enum { MOE__POOL_GROUP = 16 };
 
 typedef struct moe__pool_word {
     uint32_t value;
-    uint32_t sleepers; // sum of 1 << place over the threads that sleep, or are about to, until
-                       // value changes; if threads share a place, it only tells that some do
+    uint32_t sleepers; // sum of 1 << bit over the threads that sleep, or are about to, until
+                       // value changes; if threads use one bit, it only tells that some do
 #if !MOE__USE_FUTEX
     pthread_mutex_t mutex;
     pthread_cond_t changed[MOE__POOL_GROUP];
@@ -1689,30 +1773,42 @@ MOE__INLINE uint64_t moe__pool_ticks(void) {
 
 // ---- sleeping --------------------------------------------------------------------------------
 
-// Sleeping at a place of a word until someone wakes it, unless the word is not `old`; may end
-// early. places: sum of 1 << place.
+// A word, who sleeps until it changes, and who changes it:
+//
+//   sleeper                                  waker
+//   1. sleepers += 1 << bit                  1. value = another (or has seen that it is)
+//   2. is value still the old one?           2. is anybody in sleepers?
+//   3. if so: kernel, let me sleep           3. if so: kernel, wake them
+//
+// Both write before they look, in one order that all threads agree on (SEQ_CST). So of two that
+// meet at least one sees what the other wrote: the sleeper does not sleep, or the waker makes its
+// call. A call that comes before the sleeper sleeps is not lost either: the kernel compares value
+// with the old one itself, under a lock that the waker's call takes too. (Without futexes a mutex
+// is that lock.) Nobody sleeps through a change, and nobody calls the kernel if nobody sleeps.
+
+// Sleeps until the bit is woken, if the word is `old`; may end early. bits: sum of 1 << bit.
 #if MOE__USE_FUTEX
-MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int place) {
+MOE__PRIVATE void moe__pool_block(moe__pool_word *word, uint32_t old, int bit) {
     syscall(SYS_futex, &word->value, 137 /* FUTEX_WAIT_BITSET_PRIVATE */, old, NULL, NULL,
-            (uint32_t)1 << place);
+            (uint32_t)1 << bit);
 }
-MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t places) {
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t bits) {
     syscall(SYS_futex, &word->value, 138 /* FUTEX_WAKE_BITSET_PRIVATE */, INT_MAX, NULL, NULL,
-            places);
+            bits);
 }
 MOE__INLINE void moe__pool_word_open(moe__pool_word *word) { (void)word; }
 MOE__INLINE void moe__pool_word_close(moe__pool_word *word) { (void)word; }
 #else
-MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int place) {
+MOE__PRIVATE void moe__pool_block(moe__pool_word *word, uint32_t old, int bit) {
     pthread_mutex_lock(&word->mutex);
     if (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
-        pthread_cond_wait(&word->changed[place], &word->mutex);
+        pthread_cond_wait(&word->changed[bit], &word->mutex);
     pthread_mutex_unlock(&word->mutex);
 }
-MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t places) {
+MOE__PRIVATE void moe__pool_wake(moe__pool_word *word, uint32_t bits) {
     pthread_mutex_lock(&word->mutex);
     for (int i = 0; i < MOE__POOL_GROUP; i++)
-        if (places >> i & 1) pthread_cond_broadcast(&word->changed[i]);
+        if (bits >> i & 1) pthread_cond_broadcast(&word->changed[i]);
     pthread_mutex_unlock(&word->mutex);
 }
 MOE__PRIVATE void moe__pool_word_open(moe__pool_word *word) {
@@ -1743,18 +1839,16 @@ MOE__PRIVATE int moe__pool_spin(moe__pool_word *word, uint32_t old, double end) 
     return 0;
 }
 
-// Sleeps until the word is not `old`. Whoever changes the word, or has seen it changed, looks at
-// `sleepers` afterwards, and the kernel compares the word once more: a wake cannot be lost,
-// whichever comes first.
-MOE__PRIVATE void moe__pool_doze(moe__pool_word *word, uint32_t old, int place) {
-    __atomic_fetch_add(&word->sleepers, (uint32_t)1 << place, __ATOMIC_SEQ_CST);
+// Sleeps until the word is not `old`.
+MOE__PRIVATE void moe__pool_sleep(moe__pool_word *word, uint32_t old, int bit) {
+    __atomic_fetch_add(&word->sleepers, (uint32_t)1 << bit, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&word->value, __ATOMIC_SEQ_CST) == old)
-        moe__pool_sleep(word, old, place);
-    __atomic_fetch_sub(&word->sleepers, (uint32_t)1 << place, __ATOMIC_SEQ_CST);
+        moe__pool_block(word, old, bit);
+    __atomic_fetch_sub(&word->sleepers, (uint32_t)1 << bit, __ATOMIC_SEQ_CST);
 }
 
 // Waits until word->value is not `old`: spins for some time, yields the processor some times,
-// then sleeps, all threads at the same place. Returns whether it slept.
+// then sleeps, all threads by the same bit. Returns whether it slept.
 MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_seconds,
                                 int n_yields) {
     if (moe__pool_spin(word, old, spin_seconds > 0 ? moe__seconds() + spin_seconds : 0)) return 0;
@@ -1762,29 +1856,29 @@ MOE__PRIVATE int moe__pool_wait(moe__pool_word *word, uint32_t old, double spin_
         sched_yield();
         if (moe__pool_changed(word, old)) return 0;
     }
-    moe__pool_doze(word, old, 0);
+    moe__pool_sleep(word, old, 0);
     return 1;
 }
 
-// Changes a word that all wait for at the same place.
+// Changes a word that all wait for by the same bit.
 MOE__PRIVATE void moe__pool_set(moe__pool_word *word, uint32_t value) {
     __atomic_store_n(&word->value, value, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST)) moe__pool_wake(word, 1);
 }
 
-// How long a thread spins at its next barrier. On a crowded machine those it waits for may be
-// waiting for its processor: who spun in vain spins half as long the next time, below an 8th of
-// `most` not at all, and then tries again every 32nd time.
-MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double most) {
-    if (worker->spin > 0 || most <= 0) return most <= 0 ? 0 : worker->spin;
-    return ++worker->n_naps % 32 == 0 ? most : 0;
+// How long a thread spins at its next barrier, at most max. On a crowded machine those it waits
+// for may be waiting for its processor. So a thread that slept in spite of spinning spins half
+// as long the next time; below an 8th of max not at all, and then tries again every 32nd time.
+MOE__PRIVATE double moe__pool_budget(moe__worker *worker, double max) {
+    if (worker->spin > 0 || max <= 0) return max <= 0 ? 0 : worker->spin;
+    return ++worker->n_naps % 32 == 0 ? max : 0;
 }
-MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budget, int slept) {
+MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double max, double budget, int slept) {
     if (budget <= 0) return;
-    worker->spin = !slept                      ? 2 * worker->spin + most / 8
-                   : worker->spin >= most / 8 ? worker->spin / 2
-                                              : 0;
-    if (worker->spin > most) worker->spin = most;
+    worker->spin = !slept                     ? 2 * worker->spin + max / 8
+                   : worker->spin >= max / 8 ? worker->spin / 2
+                                             : 0;
+    if (worker->spin > max) worker->spin = max;
 }
 
 // ---- barrier and jobs ------------------------------------------------------------------------
@@ -1792,10 +1886,10 @@ MOE__PRIVATE void moe__pool_learn(moe__worker *worker, double most, double budge
 // Threads of a group: at most 16, equally many, of one node if nodes have enough.
 MOE__PRIVATE int moe__pool_leaf(int n_threads, int n_nodes) {
     enum { LEAST = 4 };
-    int each = (n_threads + n_nodes - 1) / n_nodes;
-    if (each < LEAST) each = n_threads;
-    const int groups = (each + MOE__POOL_GROUP - 1) / MOE__POOL_GROUP;
-    return (each + groups - 1) / groups;
+    int on_node = (n_threads + n_nodes - 1) / n_nodes;
+    if (on_node < LEAST) on_node = n_threads;
+    const int groups = (on_node + MOE__POOL_GROUP - 1) / MOE__POOL_GROUP;
+    return (on_node + groups - 1) / groups;
 }
 
 // Counts this thread; returns whether it is the last of all. The last of a group has set its
@@ -1817,7 +1911,7 @@ MOE__PRIVATE int moe__pool_arrive(moe_pool *pool, int thread, int n) {
 // arrived: at the last barrier the next job may be prepared as soon as all have.
 MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread) {
     const int n = pool->n_active, n_yields = pool->n_yields;
-    const double most = pool->spin;
+    const double max = pool->spin;
     if (n == 1) return 0;
     const uint32_t passed = __atomic_load_n(&pool->release.value, __ATOMIC_RELAXED);
     if (moe__pool_arrive(pool, thread, n)) {
@@ -1825,9 +1919,9 @@ MOE__PRIVATE int moe__pool_meet(moe_pool *pool, moe__worker *worker, int thread)
         return 0;
     }
     if (__atomic_load_n(&pool->release.value, __ATOMIC_ACQUIRE) != passed) return 0;
-    const double budget = moe__pool_budget(worker, most);
+    const double budget = moe__pool_budget(worker, max);
     const int slept = moe__pool_wait(&pool->release, passed, budget, n_yields);
-    moe__pool_learn(worker, most, budget, slept);
+    moe__pool_learn(worker, max, budget, slept);
     return 1;
 }
 
@@ -1901,11 +1995,11 @@ MOE__PRIVATE void moe__pool_call(moe_pool *pool, int first, int last, int n) {
     const int group = first / pool->group;
     moe__pool_word *word = &pool->command[group];
     const uint32_t sleepers = __atomic_load_n(&word->sleepers, __ATOMIC_SEQ_CST);
-    uint32_t places = 0;
+    uint32_t bits = 0;
     if (!sleepers) return; // spares the hot path the divisions
     for (int w = moe__pool_next(pool, first, n); w < last; w = moe__pool_next(pool, w + 1, n))
-        places |= (uint32_t)1 << (w - group * pool->group);
-    if (places & sleepers) moe__pool_wake(word, places & sleepers);
+        bits |= (uint32_t)1 << (w - group * pool->group);
+    if (bits & sleepers) moe__pool_wake(word, bits & sleepers);
 }
 
 // The first worker of the group behind that of `w`.
@@ -1940,7 +2034,7 @@ MOE__PRIVATE uint32_t moe__pool_await(const moe__worker *worker, uint32_t seen) 
     double end = pool->spin_seconds > 0 ? moe__seconds() + pool->spin_seconds : 0;
     for (;;) {
         if (!moe__pool_spin(word, seen, end)) {
-            moe__pool_doze(word, seen, w % pool->group);
+            moe__pool_sleep(word, seen, w % pool->group);
             end = 0;
         }
         seen = __atomic_load_n(&word->value, __ATOMIC_ACQUIRE);
@@ -2032,7 +2126,7 @@ enum { MOE__ROW_UNIT = 2, MOE__LINE = 16 };
 
 // The part of `total` things that belongs to `thread` of n: *begin <= i < *end. Parts are
 // multiples of `unit` (but for the last) and differ by at most one unit.
-MOE__INLINE void moe__pool_share(int64_t total, int64_t unit, int thread, int n, int64_t *begin,
+MOE__INLINE void moe__pool_range(int64_t total, int64_t unit, int thread, int n, int64_t *begin,
                                  int64_t *end) {
     int64_t units = (total + unit - 1) / unit;
     *begin = moe__min(total, units * thread / n * unit);
@@ -2047,7 +2141,7 @@ MOE__PRIVATE int moe__pool_default_threads(void) {
 
 // ---- public ----------------------------------------------------------------------------------
 
-// Who runs where, and how long who waits spins.
+// Where each thread runs, and how long those that wait may spin.
 MOE__PRIVATE void moe__pool_settle(moe_pool *pool, const moe__machine *machine, int pin,
                                    int spin_us) {
     pool->n_processors = moe__machine_quota("", machine->n_processors);
@@ -2165,7 +2259,7 @@ MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_t
 //
 //   2 MiB   One entry of the page tables leads to 512 times 4 KiB. Anonymous memory gets such
 //           pages with MADV_HUGEPAGE. A mapped file has them where the system caches it in
-//           pieces (folios) of 2 MiB, and if the mapping begins at a multiple of 2 MiB.
+//           units (folios) of 2 MiB, and if the mapping begins at a multiple of 2 MiB.
 //   4 KiB   An entry each. On a virtual machine whose hypervisor keeps page tables of its own,
 //           reading through many such entries may be several times slower.
 //
@@ -2174,7 +2268,7 @@ MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_t
 // (moe__probe_run). Where it is much slower, pages are made anew, the cheapest way first:
 //
 //   collapse   the system makes 2 MiB folios of what it has cached (few kernels can, for files)
-//   copy       pieces are copied to anonymous huge pages and put in the place of the mapping;
+//   copy       chunks are copied to anonymous huge pages and put in the place of the mapping;
 //              the cache behind them is dropped, so that memory is needed once
 //   reread     the cache is dropped and read again, through a mapping that asks for huge folios
 //
@@ -2183,8 +2277,8 @@ MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_t
 // ==============================================================================================
 
 // Sizes for which tests set smaller ones.
-#ifndef MOE__PAGES_PIECE
-#define MOE__PAGES_PIECE (1 << 24) // bytes that a thread touches, copies or replaces at once;
+#ifndef MOE__PAGES_CHUNK
+#define MOE__PAGES_CHUNK (1 << 24) // bytes that a thread touches, copies or replaces at once;
 #endif                             // a multiple of MOE__PAGES_HUGE
 #ifndef MOE__PROBE_WINDOW
 #define MOE__PROBE_WINDOW (1 << 19) // bytes of a sample: as much as threads read at once from
@@ -2342,12 +2436,12 @@ MOE__PRIVATE uint8_t *moe__pages_take(uint64_t size, int protection) {
 
 // Maps the file; it stays open if `keep`, so that pages can be replaced. Returns 0 or an errno.
 MOE__PRIVATE int moe__pages_map(moe__pages *p, int file, uint64_t size, int keep) {
-    uint8_t *place = moe__pages_take(size, PROT_NONE); // NULL: any other place will do
-    void *mapping = mmap(place, (size_t)size, PROT_READ, MAP_PRIVATE | (place ? MAP_FIXED : 0),
-                         file, 0);
+    uint8_t *address = moe__pages_take(size, PROT_NONE); // NULL: any other will do
+    void *mapping = mmap(address, (size_t)size, PROT_READ,
+                         MAP_PRIVATE | (address ? MAP_FIXED : 0), file, 0);
     const int code = errno;
     if (mapping == MAP_FAILED) {
-        if (place) munmap(place, (size_t)size);
+        if (address) munmap(address, (size_t)size);
         return code;
     }
     p->data = (uint8_t *)mapping;
@@ -2363,35 +2457,36 @@ MOE__PRIVATE void moe__pages_close(moe__pages *p) {
     p->data = NULL;
 }
 
-// ---- pieces, by a team -----------------------------------------------------------------------
+// ---- chunks, by a team -----------------------------------------------------------------------
 
 // Pieces of a range that threads take in turn.
-typedef struct moe__pieces {
+typedef struct moe__chunks {
     int (*work)(void *context, uint64_t from, uint64_t to); // 0, or a code that ends it all
-    int (*report)(void *context, uint64_t done); // may be NULL; on the caller's thread; also
     void *context;
+    int (*report)(void *user, uint64_t done); // may be NULL; on the caller's thread; 0 or a code
+    void *user;
     uint64_t next, size; // next: atomic
     uint64_t done;       // atomic
     uint64_t reported;   // what report was last told
     int code;            // atomic: the first one that was not 0
-} moe__pieces;
+} moe__chunks;
 
-MOE__PRIVATE int moe__pieces_report(moe__pieces *p) {
+MOE__PRIVATE int moe__chunks_report(moe__chunks *p) {
     p->reported = __atomic_load_n(&p->done, __ATOMIC_RELAXED);
-    return p->report(p->context, p->reported);
+    return p->report(p->user, p->reported);
 }
 
-MOE__PRIVATE void moe__pieces_job(void *context, int thread, int n_threads) {
-    moe__pieces *p = (moe__pieces *)context;
+MOE__PRIVATE void moe__chunks_job(void *context, int thread, int n_threads) {
+    moe__chunks *p = (moe__chunks *)context;
     (void)n_threads;
     while (!__atomic_load_n(&p->code, __ATOMIC_RELAXED)) {
-        const uint64_t from = __atomic_fetch_add(&p->next, MOE__PAGES_PIECE, __ATOMIC_RELAXED);
+        const uint64_t from = __atomic_fetch_add(&p->next, MOE__PAGES_CHUNK, __ATOMIC_RELAXED);
         if (from >= p->size) return;
         const uint64_t left = p->size - from;
-        const uint64_t size = left < MOE__PAGES_PIECE ? left : MOE__PAGES_PIECE;
+        const uint64_t size = left < MOE__PAGES_CHUNK ? left : MOE__PAGES_CHUNK;
         int expected = 0, code = p->work(p->context, from, from + size);
         if (!code) __atomic_fetch_add(&p->done, size, __ATOMIC_RELAXED);
-        if (!code && thread == 0 && p->report) code = moe__pieces_report(p);
+        if (!code && thread == 0 && p->report) code = moe__chunks_report(p);
         if (code)
             __atomic_compare_exchange_n(&p->code, &expected, code, 0, __ATOMIC_RELAXED,
                                         __ATOMIC_RELAXED);
@@ -2407,17 +2502,17 @@ MOE__PRIVATE moe_pool *moe__pages_team(const moe_allocator *allocator) {
     return moe_pool_open(&options, NULL);
 }
 
-// Works off all pieces, with the pool's threads or (NULL) some of its own. Returns the code.
-MOE__PRIVATE int moe__pieces_run(moe__pieces *p, moe_pool *pool, const moe_allocator *allocator) {
-    const uint64_t n_pieces = (p->size - p->next + MOE__PAGES_PIECE - 1) / MOE__PAGES_PIECE;
-    moe_pool *own = NULL;
-    if (!pool && n_pieces > 1) pool = own = moe__pages_team(allocator);
+// Works off all chunks, with the pool's threads or (NULL) a team of its own. Returns the code.
+MOE__PRIVATE int moe__chunks_run(moe__chunks *p, moe_pool *pool, const moe_allocator *allocator) {
+    const uint64_t n_chunks = (p->size - p->next + MOE__PAGES_CHUNK - 1) / MOE__PAGES_CHUNK;
+    moe_pool *team = pool || n_chunks < 2 ? NULL : moe__pages_team(allocator);
+    if (!pool) pool = team;
     int64_t n = pool ? moe__min(pool->n_threads, MOE__PAGES_TEAM) : 1;
-    if ((uint64_t)n > n_pieces) n = (int64_t)n_pieces;
-    if (n > 1) moe__pool_run(pool, (int)n, moe__pieces_job, p, NULL);
-    else moe__pieces_job(p, 0, 1);
-    moe_pool_close(own);
-    if (!p->code && p->report && p->reported < p->done) p->code = moe__pieces_report(p);
+    if ((uint64_t)n > n_chunks) n = (int64_t)n_chunks;
+    if (n > 1) moe__pool_run(pool, (int)n, moe__chunks_job, p, NULL);
+    else moe__chunks_job(p, 0, 1);
+    moe_pool_close(team);
+    if (!p->code && p->report && p->reported < p->done) p->code = moe__chunks_report(p);
     return p->code;
 }
 
@@ -2431,31 +2526,28 @@ typedef struct moe__pages_load {
     void *user;
 } moe__pages_load;
 
-MOE__PRIVATE int moe__pages_load_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__pages_load_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__pages_load *load = (const moe__pages_load *)context;
     const int code = moe__pages_read(load->file, load->pages->data + from, from, to);
     if (!code) moe__pages_drop(load->file, from, to);
     return code;
 }
-MOE__PRIVATE int moe__pages_touch_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__pages_touch_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__pages_load *load = (const moe__pages_load *)context;
     moe__pages_touch(load->pages->data + from, to - from);
     return 0;
 }
-MOE__PRIVATE int moe__pages_load_report(void *context, uint64_t done) {
-    const moe__pages_load *load = (const moe__pages_load *)context;
-    return load->report(load->user, done);
-}
 
 MOE__PRIVATE int moe__pages_load_run(moe__pages_load *load, const moe_allocator *allocator,
                                      int (*work)(void *, uint64_t, uint64_t)) {
-    moe__pieces pieces;
-    memset(&pieces, 0, sizeof pieces);
-    pieces.work = work;
-    pieces.report = load->report ? moe__pages_load_report : NULL;
-    pieces.context = load;
-    pieces.size = load->pages->size;
-    return moe__pieces_run(&pieces, NULL, allocator);
+    moe__chunks chunks;
+    memset(&chunks, 0, sizeof chunks);
+    chunks.work = work;
+    chunks.context = load;
+    chunks.report = load->report;
+    chunks.user = load->user;
+    chunks.size = load->pages->size;
+    return moe__chunks_run(&chunks, NULL, allocator);
 }
 
 // Reads the file into huge (or small) pages. Returns 0, an errno, -1 if the file became shorter,
@@ -2471,12 +2563,12 @@ MOE__PRIVATE int moe__pages_copy(moe__pages_load *load, uint64_t size, int small
     p->n_copied = size;
     moe__pages_advise(memory, size + moe__machine_page() - 1,
                       small ? MOE__MADV_NOHUGEPAGE : MOE__MADV_HUGEPAGE);
-    const int code = moe__pages_load_run(load, allocator, moe__pages_load_piece);
+    const int code = moe__pages_load_run(load, allocator, moe__pages_load_chunk);
     if (!code) mprotect(memory, (size_t)size, PROT_READ); // weights are never written
     return code;
 }
 
-// Puts a copy on huge pages in the place of bytes from .. to - 1 of the mapping, whole pieces
+// Puts a copy on huge pages in the place of bytes from .. to - 1 of the mapping, whole chunks
 // but at the end of the file. Who reads them meanwhile reads the one or the other.
 MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 #if defined(__linux__) && defined(SYS_mremap)
@@ -2504,12 +2596,16 @@ MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 
 // ---- measuring -------------------------------------------------------------------------------
 
-// A sample is larger than most caches, and the mapping and the copy are read in turns, so that
-// neither stays there. When a model is opened one sample is read in all rounds, the first time
-// untimed: what the first touch of a page costs is not what reading it costs. Later, when pages
-// have been in use for some time, each round reads other windows, once: systems that look which
-// pages are used undo the hypervisor's page tables with each look, and only the first read meets
-// that.
+// Measured is the time to read as many bytes from the mapping and from anonymous huge pages; they
+// differ in nothing but their pages. For that
+// - all threads read, windows of the size in which experts' matrices are read;
+// - the sample is larger than most caches, and both are read in turns, so that neither stays there;
+// - only windows that the system has cached count: the disk is not measured;
+// - the best of some rounds counts: what else the machine does only makes a round slower;
+// - when a model is opened all rounds read the same windows, the first time untimed: what the first
+//   touch of a page costs is not what reading it costs. Later, when pages have been in use, each
+//   round reads windows of its own, once: systems that look which pages are used undo the
+//   hypervisor's page tables with each look, and only the first read behind that is slow.
 enum { MOE__PROBE_WINDOWS = 64, MOE__PROBE_ROUNDS = 3 };
 
 typedef struct moe__probe {
@@ -2573,14 +2669,13 @@ MOE__PRIVATE void moe__probe_job(void *context, int thread, int n_threads) {
     __atomic_fetch_add(&probe->sum, sum, __ATOMIC_RELAXED);
 }
 
-// The best of the rounds: what else the machine does meanwhile only makes them slower.
 MOE__PRIVATE double moe__probe_least(const double *x) {
     double least = x[0];
     for (int i = 1; i < MOE__PROBE_ROUNDS; i++) least = x[i] < least ? x[i] : least;
     return least;
 }
 
-// Evenly spread windows of n files; of those only what is in memory: the disk is not measured.
+// Evenly spread windows of n files, those of them that are in memory.
 MOE__PRIVATE void moe__probe_windows(moe__probe *probe, const moe__pages *files, int32_t n) {
     const uint64_t n_rounds = probe->in_use ? MOE__PROBE_ROUNDS : 1;
     uint64_t total = 0;
@@ -2643,7 +2738,7 @@ enum {
 typedef enum moe__paging_state {
     MOE__PAGING_DONE,  // nothing more is done
     MOE__PAGING_WATCH, // looks again some time later
-    MOE__PAGING_COPY   // replaces some pieces after each token
+    MOE__PAGING_COPY   // replaces some chunks after each token
 } moe__paging_state;
 
 typedef enum moe__paging_outcome {
@@ -2671,7 +2766,7 @@ typedef struct moe__paging {
     int busy;         // atomic: one thread at a time goes on
     int64_t left;     // atomic: nanoseconds of generating until the next look
     int64_t interval; // between this look and the one before
-    int32_t file;     // of files, and of it the piece that comes next
+    int32_t file;     // of files, and of it the chunk that comes next
     uint64_t next, before; // before: bytes of the files worked off
     double begin;     // seconds
 } moe__paging;
@@ -2697,28 +2792,28 @@ MOE__PRIVATE uint64_t moe__paging_copied(const moe__paging *g) {
     return sum;
 }
 
-MOE__PRIVATE int moe__paging_collapse_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__paging_collapse_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
     return moe__pages_advise(g->files[g->file].data + from, to - from, MOE__MADV_COLLAPSE);
 }
-MOE__PRIVATE int moe__paging_fill_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__paging_fill_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
     moe__pages_touch(g->files[g->file].data + from, to - from);
     return 0;
 }
 // Memory may be taken by others while a copy is made.
-MOE__PRIVATE int moe__paging_replace_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__paging_replace_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
-    if (from / MOE__PAGES_PIECE % 8 == 0 && moe__machine_memory("") < MOE__PAGING_RESERVE)
+    if (from / MOE__PAGES_CHUNK % 8 == 0 && moe__machine_memory("") < MOE__PAGING_RESERVE)
         return ENOMEM;
     return moe__pages_replace(&g->files[g->file], from, to);
 }
 // Not if others map the file, so that it stays cached as it is, or if the disk is slow.
-MOE__PRIVATE int moe__paging_reread_piece(void *context, uint64_t from, uint64_t to) {
+MOE__PRIVATE int moe__paging_reread_chunk(void *context, uint64_t from, uint64_t to) {
     const moe__paging *g = (const moe__paging *)context;
     const moe__pages *p = &g->files[g->file];
     const double least = (double)(g->before + from) / MOE__PAGING_REREAD;
-    if (from > 8 * (uint64_t)MOE__PAGES_PIECE && moe__seconds() - g->begin > least)
+    if (from > 8 * (uint64_t)MOE__PAGES_CHUNK && moe__seconds() - g->begin > least)
         return ETIMEDOUT;
     moe__pages_advise(p->data + from, to - from, MOE__MADV_DONTNEED);
     moe__pages_drop(p->file, from, to);
@@ -2741,14 +2836,14 @@ MOE__PRIVATE int moe__paging_all(moe__paging *g, moe_pool *pool,
     g->before = 0;
     g->begin = moe__seconds();
     for (g->file = 0; g->file < g->n_files && !code; g->file++) {
-        moe__pieces pieces;
-        memset(&pieces, 0, sizeof pieces);
-        pieces.work = work;
-        pieces.report = moe__paging_report;
-        pieces.context = g;
-        pieces.size = g->files[g->file].size;
-        code = moe__pieces_run(&pieces, pool, &g->allocator);
-        g->before += pieces.size;
+        moe__chunks chunks;
+        memset(&chunks, 0, sizeof chunks);
+        chunks.work = work;
+        chunks.report = moe__paging_report;
+        chunks.context = chunks.user = g;
+        chunks.size = g->files[g->file].size;
+        code = moe__chunks_run(&chunks, pool, &g->allocator);
+        g->before += chunks.size;
     }
     return code;
 }
@@ -2762,20 +2857,20 @@ MOE__PRIVATE int moe__paging_fits(moe__paging *g) {
 }
 
 // The mapping is slow: makes huge pages of it. Returns 0, or ECANCELED.
-MOE__PRIVATE int moe__paging_mend(moe__paging *g, moe_pool *pool) {
+MOE__PRIVATE int moe__paging_repair(moe__paging *g, moe_pool *pool) {
     int code;
     g->outcome = MOE__PAGED_NO_ROOM;
     if (!moe__pages_advise(g->files[0].data, MOE__PAGES_HUGE, MOE__MADV_COLLAPSE)) {
-        code = moe__paging_all(g, pool, moe__paging_collapse_piece);
+        code = moe__paging_all(g, pool, moe__paging_collapse_chunk);
         if (code == ECANCELED) return code;
         g->outcome = MOE__PAGED_COLLAPSED;
         if (!code) return 0;
     }
     if (moe__paging_fits(g)) {
-        code = moe__paging_all(g, pool, moe__paging_replace_piece);
+        code = moe__paging_all(g, pool, moe__paging_replace_chunk);
         if (moe__paging_copied(g)) g->outcome = MOE__PAGED_COPIED;
     } else if (g->files[0].file >= 0 && g->size <= g->room) {
-        code = moe__paging_all(g, pool, moe__paging_reread_piece);
+        code = moe__paging_all(g, pool, moe__paging_reread_chunk);
         if (!code) g->outcome = MOE__PAGED_REREAD;
     } else {
         code = 0;
@@ -2796,28 +2891,28 @@ MOE__PRIVATE int moe__paging_open(moe__paging *g) {
     if (moe__paging_measure(g, 0, pool, &slow)) {
         g->outcome = MOE__PAGED_FAST;
         if (slow) {
-            code = moe__paging_mend(g, pool);
+            code = moe__paging_repair(g, pool);
             g->state = MOE__PAGING_DONE;
         } else if ((double)g->size < MOE__PAGING_FILL * g->rates.fill) {
-            code = moe__paging_all(g, pool, moe__paging_fill_piece);
+            code = moe__paging_all(g, pool, moe__paging_fill_chunk);
         }
     }
     moe_pool_close(pool);
     return code;
 }
 
-// Replaces the next pieces, one for each of n threads. Returns 1 when there is nothing more to
+// Replaces the next chunks, one for each of n threads. Returns 1 when there is nothing more to
 // do.
 MOE__PRIVATE int moe__paging_step(moe__paging *g, moe_pool *pool, int n) {
-    moe__pieces pieces;
-    memset(&pieces, 0, sizeof pieces);
-    pieces.work = moe__paging_replace_piece;
-    pieces.context = g;
-    pieces.next = g->next;
-    pieces.size = g->next + (uint64_t)n * MOE__PAGES_PIECE;
-    if (pieces.size > g->files[g->file].size) pieces.size = g->files[g->file].size;
-    const int code = moe__pieces_run(&pieces, pool, &g->allocator);
-    g->next = pieces.size;
+    moe__chunks chunks;
+    memset(&chunks, 0, sizeof chunks);
+    chunks.work = moe__paging_replace_chunk;
+    chunks.context = g;
+    chunks.next = g->next;
+    chunks.size = g->next + (uint64_t)n * MOE__PAGES_CHUNK;
+    if (chunks.size > g->files[g->file].size) chunks.size = g->files[g->file].size;
+    const int code = moe__chunks_run(&chunks, pool, &g->allocator);
+    g->next = chunks.size;
     if (g->next == g->files[g->file].size) {
         g->next = 0;
         g->file++;
@@ -3119,48 +3214,24 @@ MOE__INLINE int moe__gguf_name_compare(const char *a, size_t a_size, const char 
 }
 
 // Equal names stay in file order, so that the second one is blamed.
-MOE__PRIVATE int moe__gguf_name_less(const moe__gguf_name *a, const moe__gguf_name *b) {
-    int order = moe__gguf_name_compare(a->data, a->size, b->data, b->size);
-    return order ? order < 0 : a->index < b->index;
+MOE__PRIVATE int moe__gguf_name_above(moe__gguf_name a, moe__gguf_name b) {
+    int order = moe__gguf_name_compare(a.data, a.size, b.data, b.size);
+    return order ? order > 0 : a.index > b.index;
 }
 
 // Not by what it says but by where it lies.
-MOE__PRIVATE int moe__gguf_place_less(const moe__gguf_name *a, const moe__gguf_name *b) {
-    return (uintptr_t)a->data != (uintptr_t)b->data ? (uintptr_t)a->data < (uintptr_t)b->data
-                                                    : a->index < b->index;
+MOE__PRIVATE int moe__gguf_address_above(moe__gguf_name a, moe__gguf_name b) {
+    return (uintptr_t)a.data != (uintptr_t)b.data ? (uintptr_t)a.data > (uintptr_t)b.data
+                                                  : a.index > b.index;
 }
 
-typedef int moe__gguf_less(const moe__gguf_name *a, const moe__gguf_name *b);
-
-// Restores "no child is larger than its parent" (children of i: 2i+1, 2i+2) below `root`.
-MOE__PRIVATE void moe__gguf_sift(moe__gguf_name *names, int64_t root, int64_t n,
-                                 moe__gguf_less *less) {
-    moe__gguf_name moved = names[root];
-    for (;;) {
-        int64_t child = 2 * root + 1;
-        if (child >= n) break;
-        if (child + 1 < n && less(&names[child], &names[child + 1])) child++;
-        if (!less(&moved, &names[child])) break;
-        names[root] = names[child];
-        root = child;
-    }
-    names[root] = moved;
-}
-
-// Heap sort: in place, and no input makes it slower than n log n.
-MOE__PRIVATE void moe__gguf_sort(moe__gguf_name *names, int64_t n, moe__gguf_less *less) {
-    for (int64_t i = n / 2; i-- > 0;) moe__gguf_sift(names, i, n, less);
-    for (int64_t end = n - 1; end > 0; end--) {
-        moe__gguf_name largest = names[0];
-        names[0] = names[end];
-        names[end] = largest;
-        moe__gguf_sift(names, 0, end, less);
-    }
-}
+MOE__HEAP(moe__gguf_by_name, moe__gguf_name, moe__gguf_name_above)
+MOE__HEAP(moe__gguf_by_address, moe__gguf_name, moe__gguf_address_above)
 
 // Sorts by name. Returns the index of a name that occurs a second time, or -1.
 MOE__PRIVATE int64_t moe__gguf_names_sort(moe__gguf_name *names, int64_t n) {
-    moe__gguf_sort(names, n, moe__gguf_name_less);
+    moe__gguf_by_name_build(names, (size_t)n); // heap sort: in place, n log n whatever they are
+    moe__gguf_by_name_sort(names, (size_t)n);
     for (int64_t i = 1; i < n; i++) {
         const moe__gguf_name *a = &names[i - 1], *b = &names[i];
         if (moe__gguf_name_compare(a->data, a->size, b->data, b->size) == 0) return b->index;
@@ -3441,7 +3512,7 @@ MOE__PRIVATE moe_status moe__gguf_read_tensor(moe__gguf_reader *r, moe__gguf_ent
 }
 
 // Where the tensor lies, now that the start of the data is known.
-MOE__PRIVATE void moe__gguf_place_tensor(moe__gguf_reader *r, uint64_t start,
+MOE__PRIVATE void moe__gguf_locate_tensor(moe__gguf_reader *r, uint64_t start,
                                          moe__gguf_entry *entry) {
     moe_gguf_tensor *tensor = &entry->tensor;
     uint64_t end;
@@ -3467,7 +3538,7 @@ MOE__PRIVATE moe_status moe__gguf_read_tensors(moe_gguf *gguf, int32_t part_inde
         moe__gguf_read_tensor(&r, &gguf->tensors[i]);
     uint64_t start = (r.at + part->alignment - 1) & ~(part->alignment - 1);
     for (int64_t i = first; i < end && r.status == MOE_OK; i++)
-        moe__gguf_place_tensor(&r, start, &gguf->tensors[i]);
+        moe__gguf_locate_tensor(&r, start, &gguf->tensors[i]);
     gguf->n_tensors = end;
     return r.status;
 }
@@ -3487,21 +3558,22 @@ MOE__PRIVATE moe_status moe__gguf_bad_tensor(const moe_gguf *gguf, int64_t index
 MOE__PRIVATE moe_status moe__gguf_check_overlap(const moe_gguf *gguf, moe_error *error) {
     moe__gguf_reader r = moe__gguf_reader_at(gguf, 0, 0, error);
     const int64_t n = gguf->n_tensors;
-    moe__gguf_name *places = (moe__gguf_name *)moe__gguf_alloc(&r, n, sizeof *places);
-    for (int64_t i = 0; i < n && places; i++) {
-        places[i].data = (const char *)gguf->tensors[i].tensor.data;
-        places[i].index = (uint32_t)i;
+    moe__gguf_name *order = (moe__gguf_name *)moe__gguf_alloc(&r, n, sizeof *order);
+    for (int64_t i = 0; i < n && order; i++) {
+        order[i].data = (const char *)gguf->tensors[i].tensor.data;
+        order[i].index = (uint32_t)i;
     }
-    if (places) moe__gguf_sort(places, n, moe__gguf_place_less);
+    if (order) moe__gguf_by_address_build(order, (size_t)n);
+    if (order) moe__gguf_by_address_sort(order, (size_t)n);
     for (int64_t i = 1; i < n && r.status == MOE_OK; i++) {
-        const moe_gguf_tensor *before = &gguf->tensors[places[i - 1].index].tensor;
-        const moe_gguf_tensor *tensor = &gguf->tensors[places[i].index].tensor;
+        const moe_gguf_tensor *before = &gguf->tensors[order[i - 1].index].tensor;
+        const moe_gguf_tensor *tensor = &gguf->tensors[order[i].index].tensor;
         if (before->data && (uintptr_t)tensor->data - (uintptr_t)before->data < before->size)
-            r.status = moe__gguf_bad_tensor(gguf, places[i].index,
+            r.status = moe__gguf_bad_tensor(gguf, order[i].index,
                                             "the tensor's data overlaps that of ", before->name,
                                             error);
     }
-    moe__free(&gguf->allocator, places);
+    moe__free(&gguf->allocator, order);
     return r.status;
 }
 
@@ -3601,7 +3673,7 @@ MOE__PRIVATE moe_status moe__gguf_load_file(moe_gguf *gguf, int32_t part_index, 
     *kept = !code && keep;
     part->data = pages->data;
     if (!code && !copy && gguf->options.prefault == MOE_ON)
-        code = moe__pages_load_run(&load, &gguf->allocator, moe__pages_touch_piece);
+        code = moe__pages_load_run(&load, &gguf->allocator, moe__pages_touch_chunk);
     if (code == ECANCELED) return MOE_ERROR_CANCELLED; // moe__gguf_progress said so
     if (code == -1)
         return moe__fail(error, MOE_ERROR_IO, moe__gguf_file_name(gguf->path),
@@ -12270,7 +12342,7 @@ MOE__INLINE int64_t moe__task_rows(const moe__task *task, int32_t entry) {
 MOE__INLINE int moe__task_stripe(const moe__task *task, int32_t entry, int thread, int n,
                                  moe__range *range) {
     range->entry = entry;
-    moe__pool_share(moe__task_rows(task, entry), task->unit, thread, n, &range->begin, &range->end);
+    moe__pool_range(moe__task_rows(task, entry), task->unit, thread, n, &range->begin, &range->end);
     return 1;
 }
 
@@ -12505,14 +12577,14 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
 //
 // Text to tokens and back: byte-level BPE ("gpt2"), SPM ("llama"). What moe_vocab_tokenize does:
 //
-//     text      "hi <|im_end|> it's 42"
-//     split     "hi " [<|im_end|>] " it's 42"     special tokens: longest first
-//     pieces    "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes
-//     symbols   a byte each, written as a printable character (GPT-2's names for bytes)
-//     merge     neighbours, lowest rank first, then leftmost, from a heap
+//     text        "hi <|im_end|> it's 42"
+//     fragments   "hi " [<|im_end|>] " it's 42"     special tokens are found, longest first
+//     words       "hi" " " | " it" "'s" " " "42"    rules of the pre-tokenizer on Unicode classes
+//     symbols     a byte each, written as a printable character (GPT-2's names for bytes)
+//     tokens      neighbours merge, lowest rank first, then leftmost
 //
-// With SPM a part between special tokens is one piece, with a blank in front and U+2581 for
-// blanks; symbols are characters, and two merge if that makes a token, highest score first.
+// With SPM a fragment is one word, with a blank in front and U+2581 for blanks; symbols are
+// characters, and two merge if that makes a token, highest score first.
 //
 // Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies
 // are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A
@@ -12520,27 +12592,7 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
 // for the working memory that one call leaves to the next.
 // ==============================================================================================
 
-// ---- UTF-8 and GPT-2's names for bytes -------------------------------------------------------
-
-// Reads one character of 1..left bytes. A byte that begins no valid character (too long a form,
-// surrogate, cut off) is a character of its own that reads as U+FFFD.
-MOE__PRIVATE size_t moe__text_decode(const char *text, size_t left, uint32_t *out) {
-    const unsigned char *p = (const unsigned char *)text;
-    size_t size = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : p[0] >= 0x80 ? 2 : 1;
-    *out = p[0];
-    if (size == 1) return 1;
-    *out = 0xFFFD;
-    if (p[0] < 0xC2 || p[0] > 0xF4 || left < size) return 1;
-    uint32_t code = p[0] & (0xFFu >> (size + 1));
-    for (size_t i = 1; i < size; i++) {
-        if ((p[i] & 0xC0) != 0x80) return 1;
-        code = code << 6 | (p[i] & 0x3F);
-    }
-    if (size == 3 && (code < 0x800 || (code >= 0xD800 && code <= 0xDFFF))) return 1;
-    if (size == 4 && (code < 0x10000 || code > 0x10FFFF)) return 1;
-    *out = code;
-    return size;
-}
+// ---- GPT-2's names for bytes -----------------------------------------------------------------
 
 // Printable Latin-1 stands for itself, the other 68 bytes in ascending order are U+0100 to
 // U+0143. Writes the name in UTF-8, 1 or 2 bytes, and returns its size.
@@ -12596,7 +12648,7 @@ enum {
     MOE__C_WIDE = 1 << 23,    // deepseek-llm's ideographs, Hangul, and most scripts of Asia
     MOE__C_ASIAN = 1 << 24,   // afmoe's scripts without blanks between words
     MOE__C_TURNS = 1 << 29,   // in the table: upper and lower case in turns, upper case first
-    MOE__C_CUT = 1 << 30      // in a text: a piece begins here
+    MOE__C_CUT = 1 << 30      // in a text: a word begins here
 };
 #define MOE__C_NOT 0x80000000u
 
@@ -12724,11 +12776,11 @@ MOE__PRIVATE uint32_t moe__text_classify(const moe__text_run *runs, uint32_t cod
 
 // ---- pre-tokenizers: the tables --------------------------------------------------------------
 
-// A pre-tokenizer cuts text into pieces that are then merged one by one. It is a list of passes,
-// a pass is a list of rules. A pass walks through each piece of the pass before: at every place
-// the first rule that matches makes a piece; what no rule matches stays together as a piece. The
+// A pre-tokenizer cuts a fragment into words, each of which is merged for itself. It is a list of
+// passes, a pass is a list of rules. A pass walks through each word of the pass before: at every
+// place the first rule that matches makes a word; what no rule matches stays together as one. The
 // rules are the alternatives of the regular expression in the models' tokenizer.json, $ and
-// (?!...) look no further than the piece.
+// (?!...) look no further than the word.
 enum {
     MOE__RULE_END,         // of the list
     MOE__RULE_RUN,         // prefix? first* body{min,max} tail{0,tail_max}
@@ -12741,7 +12793,7 @@ enum {
     MOE__RULE_BUT_LAST,    // \s+(?!\S): white space but its last character before a word
     MOE__RULE_AT_END,      // \s+$
     MOE__RULE_THREES       // \p{N}{1,3} so that a multiple of three numbers follows; what lies
-                           // between the last match and this one becomes part of the piece
+                           // between the last match and this one becomes part of the word
 };
 
 typedef struct moe__text_rule {
@@ -12814,8 +12866,8 @@ MOE__PASS(punctuation, MOE__RUN(MOE__C_WHITE, MOE__C_P, 0));
 MOE__PASS(at_end, MOE__RULE(AT_END));
 
 enum {
-    MOE__PRE_WHOLE = 1, // a piece that is a token as it stands is not merged ("ignore_merges")
-    MOE__PRE_BOS = 2,   // tokenizer.ggml.add_bos_token is true unless the file says otherwise
+    MOE__PRE_IGNORE_MERGES = 1, // a word that is a token becomes that, whatever merging makes
+    MOE__PRE_BOS = 2,    // tokenizer.ggml.add_bos_token is true unless the file says otherwise
     MOE__PRE_NO_BOS = 4, // there is no BOS unless the file names one
     MOE__PRE_SPM = 8,    // no pre-tokenizer: see moe__text_spm
     MOE__PRE_PASSES = 6
@@ -12830,7 +12882,7 @@ typedef struct moe__text_pre {
 
 static const moe__text_pre moe__text_pres[] = {
     {"llama3 llama-v3 llama-bpe laguna falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
-     MOE__PRE_WHOLE | MOE__PRE_BOS, {moe__text_llama3}},
+     MOE__PRE_IGNORE_MERGES | MOE__PRE_BOS, {moe__text_llama3}},
     {"dbrx smaug-bpe", 0, {moe__text_llama3}},
     {"glm4 chatglm-bpe", MOE__PRE_NO_BOS, {moe__text_llama3}},
     {"qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan solar-open grok-2 kormo openpangu f2llmv2 "
@@ -12839,7 +12891,7 @@ static const moe__text_pre moe__text_pres[] = {
     {"seed-coder", 0, {moe__text_seed_coder}},
     {"exaone-moe", 0, {moe__text_exaone_moe}},
     {"gpt-4o llama4 kanana2 minimax-m2", 0, {moe__text_gpt4o}},
-    {"tekken", MOE__PRE_WHOLE | MOE__PRE_BOS, {moe__text_tekken}},
+    {"tekken", MOE__PRE_IGNORE_MERGES | MOE__PRE_BOS, {moe__text_tekken}},
     {"kimi-k2", 0, {moe__text_kimi_k2}},
     {"deepseek-v3 hunyuan-dense joyai-llm", 0,
      {moe__text_3_numbers, moe__text_cjk, moe__text_deepseek_v3}},
@@ -12875,7 +12927,7 @@ typedef struct moe__text_scan {
     uint32_t *classes; // of character i
     uint32_t *at;      // its first byte in text; at[n] is the text's size
     size_t n;
-    size_t end;        // of the piece that the pass is in
+    size_t end;        // of the word that the pass is in
     size_t run_end;    // of the run found last: spares rules that fail to look for it again
 } moe__text_scan;
 
@@ -12957,7 +13009,7 @@ MOE__PRIVATE size_t moe__text_match(moe__text_scan *scan, size_t i, const moe__t
     return end;
 }
 
-// Cuts every piece further. Linear: a rule that fails after looking at a long run is followed by
+// Cuts every word further. Linear: a rule that fails after looking at a long run is followed by
 // one that takes the run, or remembers where it ends.
 MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rules) {
     uint32_t *classes = scan->classes;
@@ -12996,7 +13048,7 @@ MOE__INLINE uint64_t moe__text_mod(uint64_t x) { // up to 2^31 + 1 for x < 2^63
 }
 
 // A text as a polynomial of its bytes; h: that of the text in front of it. That of any part of a
-// text follows from those of its beginnings, for which moe__text_claim takes it.
+// text follows from those of its beginnings, for which special tokens take it.
 MOE__PRIVATE uint64_t moe__text_polynomial(const uint64_t *keys, uint64_t h, const char *text,
                                            size_t size) {
     const uint64_t point = keys[MOE__KEY_POINT] & 0x7FFFFFFF;
@@ -13083,11 +13135,6 @@ MOE__INLINE uint32_t moe__text_pair_hash(const uint64_t *keys, uint32_t a, uint3
     return moe__text_spread(keys, keys[MOE__KEY_PAIR] * a + keys[MOE__KEY_PAIR + 1] * b);
 }
 
-// Memory for count elements, not cleared; NULL also if that does not fit a size_t.
-MOE__PRIVATE void *moe__text_alloc(const moe_allocator *allocator, uint64_t count, size_t each) {
-    return count > SIZE_MAX / each ? NULL : moe__alloc_unset(allocator, (size_t)count * each);
-}
-
 // A hash table of numbers from 1; what they stand for is looked up elsewhere. There are 2^bits
 // slots, 0 = free. The upper bits of a hash say where the search for it begins, from where it
 // goes up. A used slot has the other bits of its hash above the number, so that few searches
@@ -13104,7 +13151,7 @@ MOE__PRIVATE moe_status moe__text_table_init(moe__text_table *table,
     table->bits = 4;
     while ((uint64_t)2 << table->bits < 3 * n) table->bits++;
     table->mask = ((uint32_t)1 << table->bits) - 1;
-    table->slots = (uint32_t *)moe__text_alloc(allocator, (uint64_t)table->mask + 1, 4);
+    table->slots = (uint32_t *)moe__alloc_array(allocator, (uint64_t)table->mask + 1, 4);
     if (table->slots) memset(table->slots, 0, ((size_t)table->mask + 1) * 4);
     return table->slots ? MOE_OK : MOE_ERROR_MEMORY;
 }
@@ -13142,7 +13189,7 @@ MOE__INLINE uint32_t moe__text_batch(uint32_t left) {
     return left < MOE__TEXT_BATCH ? left : (uint32_t)MOE__TEXT_BATCH;
 }
 
-MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
+MOE__INLINE moe_string moe__text_get(const moe__text_map *map, uint32_t i) {
     moe_string text;
     text.data = map->bytes + map->end[i];
     text.size = map->end[i + 1] - map->end[i];
@@ -13150,7 +13197,7 @@ MOE__INLINE moe_string moe__text_at(const moe__text_map *map, uint32_t i) {
 }
 
 MOE__INLINE int moe__text_is(const moe__text_map *map, uint32_t i, const moe__text_key *key) {
-    moe_string text = moe__text_at(map, i);
+    moe_string text = moe__text_get(map, i);
     if (text.size != key->size) return 0;
     if (text.size > 16) return memcmp(text.data, key->text, text.size) == 0;
     moe__text_block block = moe__text_load(text.data, text.size, text.data + 16);
@@ -13175,7 +13222,7 @@ MOE__PRIVATE void moe__text_enter(moe__text_map *map, uint32_t from) {
         moe__text_key batch[MOE__TEXT_BATCH];
         n = moe__text_batch(map->n - from);
         for (uint32_t i = 0; i < n; i++) {
-            moe_string text = moe__text_at(map, from + i);
+            moe_string text = moe__text_get(map, from + i);
             moe__text_set_key(&batch[i], map->keys, text.data, text.size, limit);
             __builtin_prefetch(moe__text_home(&map->table, batch[i].hash));
         }
@@ -13200,8 +13247,8 @@ MOE__PRIVATE moe_status moe__text_resize(moe__text_map *map, uint64_t n, uint64_
     moe_status status = moe__text_table_init(&map->table, map->allocator, n + 2);
     map->max_n = map->table.mask / 3 * 2; // what the table has room for
     map->max_bytes = (uint32_t)(bytes + bytes / 2 + 64);
-    map->bytes = (char *)moe__text_alloc(map->allocator, (uint64_t)map->max_bytes + 16, 1);
-    map->end = (uint32_t *)moe__text_alloc(map->allocator, (uint64_t)map->max_n + 1, 4);
+    map->bytes = (char *)moe__alloc_array(map->allocator, (uint64_t)map->max_bytes + 16, 1);
+    map->end = (uint32_t *)moe__alloc_array(map->allocator, (uint64_t)map->max_n + 1, 4);
     if (!map->bytes || !map->end) status = MOE_ERROR_MEMORY;
     if (!status) map->end[0] = 0;
     if (!status && old.bytes) {
@@ -13218,26 +13265,9 @@ MOE__INLINE moe_status moe__text_reserve(moe__text_map *map, uint64_t n, uint64_
     return n <= map->max_n && bytes <= map->max_bytes ? MOE_OK : moe__text_resize(map, n, bytes);
 }
 
-// ---- a heap: the smallest key first ----------------------------------------------------------
-
-MOE__PRIVATE void moe__text_push(uint64_t *heap, size_t *n, uint64_t key) {
-    size_t i = (*n)++;
-    for (; i && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
-    heap[i] = key;
-}
-
-MOE__PRIVATE uint64_t moe__text_pop(uint64_t *heap, size_t *n) {
-    uint64_t least = heap[0], last = heap[--*n];
-    size_t i = 0, child;
-    while ((child = 2 * i + 1) < *n) {
-        if (child + 1 < *n && heap[child + 1] < heap[child]) child++;
-        if (heap[child] >= last) break;
-        heap[i] = heap[child];
-        i = child;
-    }
-    heap[i] = last;
-    return least;
-}
+// A heap with the smallest number on top.
+#define MOE__TEXT_ABOVE(a, b) ((a) < (b))
+MOE__HEAP(moe__text_heap, uint64_t, MOE__TEXT_ABOVE)
 
 // ---- the vocabulary --------------------------------------------------------------------------
 
@@ -13338,20 +13368,19 @@ MOE__PRIVATE const moe_gguf_value *moe__text_value(moe__text_loader *loader, con
     if (!value) return NULL;
     const int fits = kinds[value->element_type] == kind, found = value->type == MOE_VALUE_ARRAY;
     if (fits && found == is_array) return value;
-    loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
-                                  "the value should be %s%s, and is %s%s",
-                                  is_array ? "an array of " : "", (is_array ? many : one)[kind],
-                                  found ? "an array of type " : "of type ",
-                                  moe__gguf_value_names[value->element_type]);
+    moe__load_fail_at(loader, MOE_ERROR_FORMAT, value->offset, key,
+                      "the value should be %s%s, and is %s%s", is_array ? "an array of " : "",
+                      (is_array ? many : one)[kind], found ? "an array of type " : "of type ",
+                      moe__gguf_value_names[value->element_type]);
     return NULL;
 }
 
 // Fails the load with what `status` means for the value of this key.
 MOE__PRIVATE void moe__text_fail(moe__text_loader *loader, const char *key, moe_status status) {
-    if (status && !loader->status)
-        loader->status = moe__fail(loader->error, status, key,
-                                   status == MOE_ERROR_MEMORY ? "out of memory for the vocabulary"
-                                                              : "missing, empty or too large");
+    if (status)
+        moe__load_fail(loader, status, key,
+                       status == MOE_ERROR_MEMORY ? "out of memory for the vocabulary"
+                                                  : "missing, empty or too large");
 }
 
 MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key,
@@ -13361,9 +13390,9 @@ MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key
 }
 
 // Memory for the vocabulary, not cleared; if there is none the load fails.
-MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t each) {
+MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t size) {
     void *memory = NULL;
-    if (!loader->status) memory = moe__text_alloc(&loader->vocab->allocator, count, each);
+    if (!loader->status) memory = moe__alloc_array(&loader->vocab->allocator, count, size);
     if (!memory) moe__text_fail(loader, "", MOE_ERROR_MEMORY);
     return memory;
 }
@@ -13383,9 +13412,9 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     }
     if (loader->status || *pre) return;
     const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
-    loader->status = moe__fail_at(loader->error, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0,
-                                  key, strlen(key), "%s \"%.*s\" is not supported", what,
-                                  moe__base_cut(name.size, name.data, 64), name.data);
+    moe__load_fail_at(loader, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0, key,
+                      "%s \"%.*s\" is not supported", what,
+                      moe__base_cut(name.size, name.data, 64), name.data);
 }
 
 MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
@@ -13413,21 +13442,20 @@ MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
 }
 
 // An array with a value for each token, or NULL if the file has none.
-MOE__PRIVATE const moe_gguf_value *moe__text_each(moe__text_loader *loader, const char *key,
+MOE__PRIVATE const moe_gguf_value *moe__text_per_token(moe__text_loader *loader, const char *key,
                                                   int kind) {
     const moe_gguf_value *value = moe__text_value(loader, key, 1, kind);
     uint32_t n = loader->vocab->n_tokens;
     if (!value || value->count == n) return value;
-    loader->status = moe__fail_at(loader->error, MOE_ERROR_FORMAT, value->offset, key, strlen(key),
-                                  "%llu values for %u tokens", (unsigned long long)value->count,
-                                  (unsigned)n);
+    moe__load_fail_at(loader, MOE_ERROR_FORMAT, value->offset, key, "%llu values for %u tokens",
+                      (unsigned long long)value->count, (unsigned)n);
     return NULL;
 }
 
 MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
     const moe_gguf_value *value =
-        moe__text_each(loader, "tokenizer.ggml.token_type", MOE__TEXT_INTEGER);
+        moe__text_per_token(loader, "tokenizer.ggml.token_type", MOE__TEXT_INTEGER);
     vocab->types = (uint8_t *)moe__text_take(loader, vocab->n_tokens, 1);
     for (uint32_t id = 0; vocab->types && id < vocab->n_tokens; id++) {
         int64_t type = MOE__TOKEN_NORMAL;
@@ -13593,31 +13621,31 @@ MOE__PRIVATE void moe__text_load_bool(moe__text_loader *loader, const char *key,
 // Special tokens as size << 32 | polynomial << 1 | is user-defined, from large to small.
 MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
-    size_t n = 0, most = 1;
+    size_t n = 0, max = 1;
     for (uint32_t id = 0; !loader->status && id < vocab->n_tokens; id++)
-        most += (size_t)moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL);
-    uint64_t *heap = (uint64_t *)moe__text_take(loader, most, sizeof *heap);
-    vocab->specials = heap;
-    for (uint32_t id = 0; heap && id < vocab->n_tokens; id++) {
-        moe_string text = moe__text_at(&vocab->symbols, id);
+        max += (size_t)moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL);
+    uint64_t *specials = (uint64_t *)moe__text_take(loader, max, sizeof *specials);
+    vocab->specials = specials;
+    for (uint32_t id = 0; specials && id < vocab->n_tokens; id++) {
+        moe_string text = moe__text_get(&vocab->symbols, id);
         if (!text.size || !moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL) ||
             moe__text_find(vocab, text.data, text.size, text.data + text.size) != id)
             continue;
         vocab->starts[(unsigned char)text.data[0]] = 1;
         uint64_t sum = moe__text_polynomial(vocab->keys, 0, text.data, text.size);
         uint64_t user = (uint64_t)moe__text_is_special(vocab, id, 0);
-        moe__text_push(heap, &n, (uint64_t)text.size << 32 | sum << 1 | user);
+        specials[n++] = (uint64_t)text.size << 32 | sum << 1 | user;
     }
-    for (vocab->n_specials = n; n;) {
-        uint64_t least = moe__text_pop(heap, &n);
-        heap[n] = least;
-    }
+    moe__text_heap_build(specials, n);
+    moe__text_heap_sort(specials, n);
+    vocab->n_specials = n;
 }
 
 // SPM: the orders of merging, from scores, and the tokens of bytes.
 MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
-    const moe_gguf_value *value = moe__text_each(loader, "tokenizer.ggml.scores", MOE__TEXT_FLOAT);
+    const moe_gguf_value *value =
+        moe__text_per_token(loader, "tokenizer.ggml.scores", MOE__TEXT_FLOAT);
     int32_t unknown = 0;
     moe__text_load_id(loader, "tokenizer.ggml.unknown_token_id", &unknown);
     moe__text_load_bool(loader, "tokenizer.ggml.add_space_prefix", &vocab->add_space);
@@ -13730,18 +13758,13 @@ MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     }
 }
 
-// Hash keys from where memory lies and what time it is, spread by SplitMix64 (Steele et al.).
+// Hash keys from where memory lies and what time it is.
 MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
     double now = moe__seconds();
     uint64_t seed;
     memcpy(&seed, &now, sizeof seed);
     seed ^= (uint64_t)(uintptr_t)vocab << 16 ^ (uint64_t)(uintptr_t)&now;
-    for (int i = 0; i < MOE__KEYS; i++) {
-        uint64_t z = seed += 0x9E3779B97F4A7C15u;
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-        vocab->keys[i] = (z ^ z >> 31) | 1;
-    }
+    for (int i = 0; i < MOE__KEYS; i++) vocab->keys[i] = moe__splitmix64(&seed) | 1;
 }
 
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
@@ -13772,14 +13795,14 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
 
 // What moe_vocab_tokenize works in. Nothing in it is cleared, all is written before it is read.
 typedef struct moe__text_space {
-    size_t max_size, max_owner, max_spelled; // bytes of a text, bytes of a piece's spelling
+    size_t max_size, max_owner, max_spelled; // bytes of a text, bytes of a word's spelling
     uint32_t *at;    // max_size + 1, then max_size of classes
     uint32_t *owner; // max_owner
     uint64_t *heap;  // 2 max_spelled, then what moe__text_spell puts there
 } moe__text_space;
 
 // Larger ones are freed after the call.
-enum { MOE__TEXT_KEPT = 16 << 20, MOE__TEXT_SPELLED = 16 + 12 + 1 /* bytes per max_spelled */ };
+enum { MOE__TEXT_KEPT = 16 << 20, MOE__TEXT_WORD_BYTES = 16 + 12 + 1 /* per max_spelled */ };
 
 MOE__PRIVATE void moe__text_space_free(const moe_allocator *allocator, moe__text_space *space) {
     if (!space) return;
@@ -13821,7 +13844,8 @@ MOE_API int32_t moe_vocab_find(const moe_vocab *vocab, const char *text, size_t 
 
 MOE_API moe_string moe_vocab_token(const moe_vocab *vocab, int32_t token) {
     moe_string none = {NULL, 0};
-    return moe__text_is_token(vocab, token) ? moe__text_at(&vocab->symbols, (uint32_t)token) : none;
+    if (!moe__text_is_token(vocab, token)) return none;
+    return moe__text_get(&vocab->symbols, (uint32_t)token);
 }
 
 MOE_API int moe_vocab_is_end(const moe_vocab *vocab, int32_t token) {
@@ -13844,14 +13868,14 @@ MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer,
                               size_t capacity) {
     if (!moe__text_is_token(vocab, token) || (capacity && !buffer)) return 0;
-    moe_string text = moe__text_at(&vocab->symbols, (uint32_t)token);
+    moe_string text = moe__text_get(&vocab->symbols, (uint32_t)token);
     int type = vocab->types[token] & MOE__TOKEN_TYPE;
     if (type != MOE__TOKEN_NORMAL && type != MOE__TOKEN_USER && type != MOE__TOKEN_BYTE) return 0;
     size_t n = 0;
     for (size_t i = 0, size; i < text.size; i += size) {
         int byte = -1;
         uint32_t code;
-        size = moe__text_decode(text.data + i, text.size - i, &code);
+        size = moe__utf8_next(text.data + i, text.size - i, &code);
         if (type == MOE__TOKEN_NORMAL && vocab->orders) byte = code == 0x2581 ? ' ' : -1;
         else if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
         else if (type == MOE__TOKEN_BYTE && (byte = moe__text_hex_byte(text)) >= 0) size = 6;
@@ -13863,6 +13887,17 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
 
 // ---- text to tokens: merging -----------------------------------------------------------------
 
+// The rule of byte-pair encoding: of all neighbours that may merge, those of the lowest rank do,
+// of equals the leftmost, until none may. Looking through the word each time would be quadratic.
+// Instead, a heap has the key (rank, position) of every two neighbours that may merge. A merge
+// changes only the pairs on both sides of the symbol that it makes, and both get keys. Keys of
+// pairs that are gone stay, and show it when they come out: what is at their position has another
+// key. There are n - 1 pairs of n symbols at first, and each of n - 1 merges takes a key and adds
+// two: the heap holds 2 n at most, and merging takes n log n.
+//
+// A symbol is named after its first byte. A merge leaves the left one, with the new symbol; the
+// right one falls out of the chain next / prev, whose ends are n and UINT32_MAX.
+
 // One call of moe_vocab_tokenize. Indices fit 32 bits: texts are below 2 GiB.
 typedef struct moe__text_work {
     const moe_vocab *vocab;
@@ -13870,10 +13905,8 @@ typedef struct moe__text_work {
     size_t capacity;
     uint64_t count; // of tokens so far, also beyond capacity
     moe__text_scan scan;
-    // The piece being merged: n bytes, spelled as in the vocabulary. A symbol is named after its
-    // first byte. Merging leaves the left symbol; the right one falls out of the chain next /
-    // prev, whose ends are n and UINT32_MAX. The heap holds pairs to merge as order << 32 | left
-    // (order: rank, or from the score), at most 2 n: each of n - 1 merges takes one, adds two.
+    // The word being merged: n bytes, spelled as in the vocabulary. Keys are order << 32 | left;
+    // order: the rank, or from the score.
     uint64_t *heap;
     uint32_t *symbol, *next, *prev;
     char *spelled;
@@ -13894,7 +13927,7 @@ MOE__PRIVATE moe__text_space *moe__text_space_take(const moe_vocab *vocab) {
 MOE__PRIVATE void moe__text_space_leave(const moe_vocab *vocab, moe__text_space *space) {
     moe__text_space **kept = (moe__text_space **)&vocab->kept;
     uint64_t bytes = (uint64_t)space->max_size * 8 + (uint64_t)space->max_owner * 4 +
-                     (uint64_t)space->max_spelled * MOE__TEXT_SPELLED;
+                     (uint64_t)space->max_spelled * MOE__TEXT_WORD_BYTES;
     if (bytes < MOE__TEXT_KEPT) space = __atomic_exchange_n(kept, space, __ATOMIC_ACQ_REL);
     moe__text_space_free(&vocab->allocator, space);
 }
@@ -13902,11 +13935,11 @@ MOE__PRIVATE void moe__text_space_leave(const moe_vocab *vocab, moe__text_space 
 // Memory for `count` elements and one more, which is `memory` if that has room for them (*max).
 // A quarter more, for the next text. What was in it is lost. NULL: there is none, *max is 0.
 MOE__PRIVATE void *moe__text_grow(const moe_vocab *vocab, void *memory, size_t *max, size_t count,
-                                  size_t each) {
+                                  size_t size) {
     if (count <= *max) return memory;
     moe__free(&vocab->allocator, memory);
     *max = count + count / 4 + 256;
-    memory = moe__text_alloc(&vocab->allocator, (uint64_t)*max + 1, each);
+    memory = moe__alloc_array(&vocab->allocator, (uint64_t)*max + 1, size);
     if (!memory) *max = 0;
     return memory;
 }
@@ -13917,7 +13950,7 @@ MOE__INLINE void moe__text_emit(moe__text_work *work, uint32_t id) {
 }
 
 // SPM: the token that is spelled so, or NONE.
-MOE__PRIVATE uint32_t moe__text_spelled(const moe__text_work *work, uint32_t i, uint32_t end) {
+MOE__PRIVATE uint32_t moe__text_spm_token(const moe__text_work *work, uint32_t i, uint32_t end) {
     const moe_vocab *vocab = work->vocab;
     uint32_t id = moe__text_find(vocab, work->spelled + i, end - i, work->limit);
     return id != MOE__TEXT_NONE && vocab->orders[id] != MOE__TEXT_NONE ? id : MOE__TEXT_NONE;
@@ -13929,7 +13962,7 @@ MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left
     uint32_t right = left < work->n ? work->next[left] : work->n, order, result;
     if (right >= work->n) return MOE__TEXT_NONE;
     if (vocab->orders) {
-        result = moe__text_spelled(work, left, work->next[right]);
+        result = moe__text_spm_token(work, left, work->next[right]);
         order = result == MOE__TEXT_NONE ? result : vocab->orders[result];
     } else {
         order = moe__text_rank(vocab, work->symbol[left], work->symbol[right]);
@@ -13942,16 +13975,16 @@ MOE__PRIVATE uint32_t moe__text_joined(const moe__text_work *work, uint32_t left
 MOE__PRIVATE void moe__text_consider(moe__text_work *work, uint32_t left) {
     uint64_t key;
     if (moe__text_joined(work, left, &key) != MOE__TEXT_NONE)
-        moe__text_push(work->heap, &work->n_heap, key);
+        moe__text_heap_push(work->heap, &work->n_heap, key);
 }
 
-// Merges until no pair makes anything. A pair is stale if its place has another one by now.
-MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
+// Merges until no pair makes anything.
+MOE__PRIVATE void moe__text_merge_word(moe__text_work *work) {
     for (uint32_t i = 0; i < work->n; i = work->next[i]) moe__text_consider(work, i);
     while (work->n_heap) {
-        uint64_t key = moe__text_pop(work->heap, &work->n_heap), now;
+        uint64_t key = moe__text_heap_pop(work->heap, &work->n_heap), now;
         uint32_t left = (uint32_t)key, result = moe__text_joined(work, left, &now);
-        if (result == MOE__TEXT_NONE || now != key) continue;
+        if (result == MOE__TEXT_NONE || now != key) continue; // the pair is gone
         uint32_t right = work->next[left], after = work->next[right];
         work->symbol[left] = result;
         work->next[right] = work->n; // merges with nothing any more
@@ -13962,7 +13995,7 @@ MOE__PRIVATE void moe__text_merge_piece(moe__text_work *work) {
     }
 }
 
-// Spells a piece: bytes by their names, or (SPM) a blank in front and U+2581 for blanks.
+// Spells a word: bytes by their names, or (SPM) a blank in front and U+2581 for blanks.
 MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     size_t n = size + 3;
@@ -13970,7 +14003,7 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
     moe__text_space *space = work->space;
     space->heap = (uint64_t *)moe__text_grow(vocab, space->heap, &space->max_spelled, n,
-                                             MOE__TEXT_SPELLED);
+                                             MOE__TEXT_WORD_BYTES);
     if (!space->heap) return MOE_ERROR_MEMORY;
     work->heap = space->heap;
     work->symbol = (uint32_t *)(work->heap + 2 * space->max_spelled);
@@ -13989,14 +14022,14 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-// A piece of the pre-tokenizer, or (SPM) a part without special tokens, to tokens. SPM hashes
-// the text of pairs: slow only where very many beginnings of a long token are tokens.
-MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, size_t size) {
+// A word to tokens. SPM hashes the text of pairs: slow only where very many beginnings of a long
+// token are tokens.
+MOE__PRIVATE moe_status moe__text_word(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe_status status = moe__text_spell(work, text, size);
     if (status) return status;
     uint32_t whole = MOE__TEXT_NONE;
-    if (vocab->pre->flags & MOE__PRE_WHOLE)
+    if (vocab->pre->flags & MOE__PRE_IGNORE_MERGES)
         whole = moe__text_find(vocab, work->spelled, work->n, work->limit);
     if (whole != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)whole)) {
         moe__text_emit(work, whole); // control tokens are not spelled
@@ -14006,12 +14039,12 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
         unsigned char byte = (unsigned char)work->spelled[i];
         end = i + (byte >= 0xF0 ? 4u : byte >= 0xE0 ? 3u : byte >= 0xC0 ? 2u : 1u);
         if (end > work->n) end = work->n;
-        work->symbol[i] = vocab->orders ? moe__text_spelled(work, i, end)
+        work->symbol[i] = vocab->orders ? moe__text_spm_token(work, i, end)
                                         : vocab->byte_symbol[(unsigned char)*text++];
         work->next[i] = end;
         work->prev[i] = before;
     }
-    moe__text_merge_piece(work);
+    moe__text_merge_word(work);
     for (uint32_t i = 0; i < work->n; i = work->next[i]) {
         if (work->symbol[i] < vocab->n_tokens) {
             moe__text_emit(work, work->symbol[i]);
@@ -14026,18 +14059,18 @@ MOE__PRIVATE moe_status moe__text_piece(moe__text_work *work, const char *text, 
     return MOE_OK;
 }
 
-// A part of the text without special tokens: pre-tokenizer, then merging.
-MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, size_t size) {
+// A fragment without special tokens: pre-tokenizer, then merging.
+MOE__PRIVATE moe_status moe__text_fragment(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     moe__text_scan *scan = &work->scan;
     moe_status status = MOE_OK;
-    if (vocab->orders) return moe__text_piece(work, text, size);
+    if (vocab->orders) return moe__text_word(work, text, size);
     scan->text = text;
     scan->n = 0;
     for (size_t i = 0; i < size; scan->n++) {
         uint32_t code;
         scan->at[scan->n] = (uint32_t)i;
-        i += moe__text_decode(text + i, size - i, &code);
+        i += moe__utf8_next(text + i, size - i, &code);
         scan->classes[scan->n] =
             code < 128 ? vocab->ascii[code] : moe__text_classify(vocab->runs, code);
     }
@@ -14046,18 +14079,22 @@ MOE__PRIVATE moe_status moe__text_raw(moe__text_work *work, const char *text, si
         moe__text_pass(scan, vocab->pre->passes[pass]);
     for (size_t i = 0, end; i < scan->n && !status; i = end) {
         for (end = i + 1; end < scan->n && !(scan->classes[end] & MOE__C_CUT);) end++;
-        status = moe__text_piece(work, text + scan->at[i], scan->at[end] - scan->at[i]);
+        status = moe__text_word(work, text + scan->at[i], scan->at[end] - scan->at[i]);
     }
     return status;
 }
 
 // ---- text to tokens: special tokens ----------------------------------------------------------
 
-// Finds the special tokens of one size, specials[from] to specials[to - 1], from left to right.
-// sums[i]: the polynomial of the text's first i bytes, so that of any part takes O(1). owner[i]
-// becomes 1 + the token that byte i is in. Tokens found before are no shorter, so they overlap a
-// place only if they own its first or last byte.
-MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size_t size,
+// Special tokens take their bytes longest first, of one size from left to right, and none takes
+// bytes of another. So the text is gone through once per size. To compare byte by byte would be
+// quadratic where long tokens nearly match everywhere ("aaa...b" in "aaaa..."); with sums[i], the
+// polynomial of the text's first i bytes, the hash of any part takes O(1).
+
+// Those of one size, specials[from] to specials[to - 1]. owner[i] becomes 1 + the token that
+// byte i is in. Tokens found before are no shorter, so they overlap a place only if they own its
+// first or last byte.
+MOE__PRIVATE void moe__text_find_specials_of(const moe_vocab *vocab, const char *text, size_t size,
                                   unsigned flags, size_t from, size_t to, const uint32_t *sums,
                                   uint32_t *owner) {
     const uint64_t prime = 0x7FFFFFFF, point = vocab->keys[MOE__KEY_POINT] & prime;
@@ -14084,9 +14121,9 @@ MOE__PRIVATE void moe__text_claim(const moe_vocab *vocab, const char *text, size
     }
 }
 
-// Gives special tokens their bytes: n D log n for D different sizes of special tokens, about 20
-// in real vocabularies, at most sqrt(2 * bytes of all of them).
-MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, size_t size,
+// All of them: n D log n for D different sizes of special tokens, about 20 in real vocabularies,
+// at most sqrt(2 * bytes of all of them).
+MOE__PRIVATE void moe__text_find_specials(const moe_vocab *vocab, const char *text, size_t size,
                                    unsigned flags, uint32_t *sums, uint32_t *owner) {
     memset(owner, 0, size * sizeof *owner);
     sums[0] = 0;
@@ -14095,7 +14132,8 @@ MOE__PRIVATE void moe__text_settle(const moe_vocab *vocab, const char *text, siz
     for (size_t from = 0, to; from < vocab->n_specials; from = to) {
         uint64_t length = vocab->specials[from] >> 32;
         for (to = from + 1; to < vocab->n_specials && vocab->specials[to] >> 32 == length;) to++;
-        if (length <= size) moe__text_claim(vocab, text, size, flags, from, to, sums, owner);
+        if (length <= size)
+            moe__text_find_specials_of(vocab, text, size, flags, from, to, sums, owner);
     }
 }
 
@@ -14114,7 +14152,7 @@ MOE__PRIVATE moe_status moe__text_prepare(moe__text_work *work, const char *text
         space->owner = (uint32_t *)moe__text_grow(vocab, space->owner, &space->max_owner, size, 4);
         *owner = space->owner;
         if (!*owner) return MOE_ERROR_MEMORY;
-        moe__text_settle(vocab, text, size, flags, work->scan.at, *owner);
+        moe__text_find_specials(vocab, text, size, flags, work->scan.at, *owner);
         break;
     }
     return MOE_OK;
@@ -14126,18 +14164,18 @@ MOE__PRIVATE moe_status moe__text_split(moe__text_work *work, const char *text, 
     const moe_vocab *vocab = work->vocab;
     uint32_t *owner = NULL;
     moe_status status = moe__text_prepare(work, text, size, flags, &owner);
-    if (!status && !owner) return moe__text_raw(work, text, size);
+    if (!status && !owner) return moe__text_fragment(work, text, size);
     for (size_t i = 0, end; i < size && !status; i = end) {
         if (owner[i]) {
             moe__text_emit(work, owner[i] - 1);
-            end = i + moe__text_at(&vocab->symbols, owner[i] - 1).size;
+            end = i + moe__text_get(&vocab->symbols, owner[i] - 1).size;
             const int strips = vocab->types[owner[i] - 1] & MOE__TOKEN_STRIP;
             while (strips && end < size && !owner[end] &&
                    (text[end] == ' ' || (text[end] >= '\t' && text[end] <= '\r')))
                 end++;
         } else {
             for (end = i; end < size && !owner[end];) end++;
-            status = moe__text_raw(work, text + i, end - i);
+            status = moe__text_fragment(work, text + i, end - i);
         }
     }
     return status;
@@ -14354,10 +14392,6 @@ typedef struct moe__loader {
     moe_status status;
     uint8_t *used; // per tensor of the file: somebody has asked for it
 } moe__loader;
-
-#define moe__load_fail(loader, code, where, ...) \
-    ((loader)->status = (loader)->status ? (loader)->status \
-                                         : moe__fail((loader)->error, code, where, __VA_ARGS__))
 
 // Zeroed memory that lives as long as the model; NULL after an error. Allocations are a list
 // whose links lie in the first of 64 bytes before each; moe_model_close frees it.
@@ -15529,7 +15563,7 @@ MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
 // This thread's part of `total`.
 MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit, int64_t *begin,
                                  int64_t *end) {
-    moe__pool_share(total, unit, e->thread, e->n_threads, begin, end);
+    moe__pool_range(total, unit, e->thread, e->n_threads, begin, end);
 }
 
 // Fetches the first of this thread's rows of a matrix that is read soon, see moe__matrix_fetch.
@@ -16810,7 +16844,7 @@ MOE__PRIVATE void moe__place_tensor(moe__place *p, const moe_gguf_tensor *tensor
         const int64_t n_pieces = (int64_t)((to + p->page - 1) / p->page) - piece;
         int64_t begin, end;
         if (n_pieces <= 0) continue;
-        moe__pool_share(n_pieces, 1, (int)member, (int)members, &begin, &end);
+        moe__pool_range(n_pieces, 1, (int)member, (int)members, &begin, &end);
         const uintptr_t start = (uintptr_t)(piece + begin) * p->page;
         const uintptr_t stop = (uintptr_t)(piece + end) * p->page;
         if (tensor->data && begin < end) // what is behind the tensor need not be mapped
@@ -16948,7 +16982,7 @@ MOE__PRIVATE moe_status moe__paging_begin(moe_model *model, const moe_model_opti
     paging->progress = options ? options->progress : NULL;
     paging->progress_user = options ? options->progress_user : NULL;
     if (pages == MOE_PAGES_COPY) {
-        code = moe__paging_all(paging, NULL, moe__paging_replace_piece);
+        code = moe__paging_all(paging, NULL, moe__paging_replace_chunk);
         moe__paging_as_asked(model);
         why = moe__errno_words(code);
         if (code && code != ECANCELED && why)
@@ -17743,7 +17777,7 @@ typedef struct moe__touch {
 MOE__PRIVATE void moe__touch_run(void *context, int thread, int n_threads) {
     const moe__touch *touch = (const moe__touch *)context;
     int64_t begin, end;
-    moe__pool_share((int64_t)touch->size, MOE__PAGES_HUGE, thread, n_threads, &begin, &end);
+    moe__pool_range((int64_t)touch->size, MOE__PAGES_HUGE, thread, n_threads, &begin, &end);
     memset(touch->memory + begin, 0, (size_t)(end - begin));
 }
 
@@ -18048,8 +18082,6 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 // opened.
 // ==============================================================================================
 
-#include <float.h>
-
 enum {
     MOE__MAX_RECENT = 1 << 24, // tokens that the repetition penalty can look back
     MOE__FIRST_SELECTION = 64, // candidates sorted at first when top_p asks for some of a list
@@ -18073,45 +18105,21 @@ MOE__INLINE int moe__candidate_before(moe__candidate a, moe__candidate b) {
     return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
-// Restores the heap of n candidates, the last in order at the root, below `root`.
-MOE__PRIVATE void moe__candidates_sift(moe__candidate *heap, int32_t root, int32_t n) {
-    moe__candidate moved = heap[root];
-    for (;;) {
-        int32_t child = 2 * root + 1;
-        if (child >= n) break;
-        if (child + 1 < n && moe__candidate_before(heap[child], heap[child + 1])) child++;
-        if (!moe__candidate_before(moved, heap[child])) break;
-        heap[root] = heap[child];
-        root = child;
-    }
-    heap[root] = moved;
-}
-
-MOE__PRIVATE void moe__candidates_heap(moe__candidate *c, int32_t n) {
-    for (int32_t i = n / 2; i-- > 0;) moe__candidates_sift(c, i, n);
-}
-
-// Sorts a heap.
-MOE__PRIVATE void moe__candidates_sort(moe__candidate *c, int32_t n) {
-    for (int32_t end = n - 1; end > 0; end--) {
-        moe__candidate last = c[0];
-        c[0] = c[end];
-        c[end] = last;
-        moe__candidates_sift(c, 0, end);
-    }
-}
+// The last in order on top.
+#define MOE__CANDIDATE_ABOVE(a, b) moe__candidate_before(b, a)
+MOE__HEAP(moe__candidates, moe__candidate, MOE__CANDIDATE_ABOVE)
 
 // Reorders n candidates so that the first k, 1 <= k <= n, are the likeliest, in order.
 MOE__PRIVATE void moe__candidates_select(moe__candidate *c, int32_t n, int32_t k) {
-    moe__candidates_heap(c, k);
+    moe__candidates_build(c, (size_t)k);
     for (int32_t i = k; i < n; i++) {
         if (!moe__candidate_before(c[i], c[0])) continue;
         moe__candidate out = c[0];
         c[0] = c[i];
         c[i] = out;
-        moe__candidates_sift(c, 0, k);
+        moe__candidates_sift(c, 0, (size_t)k);
     }
-    moe__candidates_sort(c, k);
+    moe__candidates_sort(c, (size_t)k);
 }
 
 // The first k in order of those that were added: as they came until there are more of them, then
@@ -18127,10 +18135,10 @@ MOE__INLINE void moe__top_add(moe__top *top, float logit, int32_t id) {
         top->at[top->n++] = c;
         return;
     }
-    if (top->n++ == top->k) moe__candidates_heap(top->at, top->k);
+    if (top->n++ == top->k) moe__candidates_build(top->at, (size_t)top->k);
     if (!moe__candidate_before(c, top->at[0])) return;
     top->at[0] = c;
-    moe__candidates_sift(top->at, 0, top->k);
+    moe__candidates_sift(top->at, 0, (size_t)top->k);
 }
 
 // Sum of exp(logit - max) over n candidates.
@@ -18285,14 +18293,9 @@ struct moe_sampler {
     float above;                // the float above last.logit
 };
 
-// splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators), made a double
-// in [0, 1).
+// In [0, 1), with all 53 bits of a double.
 MOE__PRIVATE double moe__sampler_random(moe_sampler *sampler) {
-    uint64_t z = sampler->random += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    z ^= z >> 31;
-    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
+    return (double)(moe__splitmix64(&sampler->random) >> 11) * (1.0 / 9007199254740992.0);
 }
 
 MOE__PRIVATE moe_status moe__sampler_check(const moe_sampler_options *o, int32_t n_vocab,
@@ -18444,8 +18447,8 @@ MOE__PRIVATE int32_t moe__sampler_top(moe_sampler *sampler, moe__logits *l, int3
             if (logit[i] >= least.logit) moe__top_add(&top, logit[i], b * MOE__PEAK + i);
     }
     if (top.n <= k && !left_out) return top.n;
-    if (top.n <= k) moe__candidates_heap(top.at, k);
-    moe__candidates_sort(top.at, k);
+    if (top.n <= k) moe__candidates_build(top.at, (size_t)k);
+    moe__candidates_sort(top.at, (size_t)k);
     return *sorted = k;
 }
 
@@ -18631,49 +18634,12 @@ MOE__PRIVATE int32_t moe__sample_greedy(const moe__kernels *kernels, const float
 
 // ---- text stream -----------------------------------------------------------------------------
 
-// The first bytes of a character that is not complete.
-typedef struct moe__utf8 {
-    unsigned char bytes[4];
-    int32_t size;
-} moe__utf8;
-
-enum { MOE__UTF8_BAD = -1, MOE__UTF8_CUT = -2 };
-
-// Takes one more byte. Returns the size of the character in `bytes` that is complete now, or 0.
-// MOE__UTF8_BAD: the byte cannot begin a character. MOE__UTF8_CUT: it cannot go on with the one
-// begun before; that one is dropped and the byte must be given again. The ranges are those of
-// table 3-7 of the Unicode standard: no overlong forms, no surrogates, no code above U+10FFFF.
-MOE__PRIVATE int32_t moe__utf8_push(moe__utf8 *u, unsigned char byte) {
-    unsigned char lead = u->bytes[0], low = 0x80, high = 0xBF;
-    if (u->size == 0) {
-        u->bytes[0] = byte;
-        if (byte < 0x80) return 1;
-        if (byte < 0xC2 || byte > 0xF4) return MOE__UTF8_BAD;
-        u->size = 1;
-        return 0;
-    }
-    if (u->size == 1) {
-        if (lead == 0xE0) low = 0xA0;
-        if (lead == 0xED) high = 0x9F;
-        if (lead == 0xF0) low = 0x90;
-        if (lead == 0xF4) high = 0x8F;
-    }
-    if (byte < low || byte > high) {
-        u->size = 0;
-        return MOE__UTF8_CUT;
-    }
-    u->bytes[u->size++] = byte;
-    if (u->size < (lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4)) return 0;
-    int32_t size = u->size;
-    u->size = 0;
-    return size;
-}
-
 // text[0 .. n_ready) can go out; text[n_ready .. n_text) is the beginning of a stop string so
 // far, shorter than MOE__MAX_STOP.
 typedef struct moe__stream {
     const moe_generate_options *options;
-    moe__utf8 partial;
+    char partial[4]; // the first n_partial bytes of a character
+    int32_t n_partial;
     int32_t n_ready, n_text;
     int32_t stopped; // nothing more is taken; see reason
     moe_stop_reason reason;
@@ -18727,6 +18693,8 @@ MOE__PRIVATE void moe__stream_look_for_stop(moe__stream *stream) {
     }
 }
 
+#define MOE__REPLACEMENT "\xEF\xBF\xBD" // U+FFFD, stands for bytes that are not UTF-8
+
 // Adds one character.
 MOE__PRIVATE void moe__stream_put(moe__stream *stream, const void *bytes, int32_t size) {
     if (stream->stopped) return;
@@ -18736,18 +18704,18 @@ MOE__PRIVATE void moe__stream_put(moe__stream *stream, const void *bytes, int32_
     moe__stream_look_for_stop(stream);
 }
 
-// Adds bytes, which may end anywhere in a character, and hands out what can be.
+// Adds bytes, which may end anywhere in a character, and hands out what can be. What goes on
+// with no character is U+FFFD; the byte that showed it may begin one itself.
 MOE__PRIVATE void moe__stream_push(moe__stream *stream, const char *bytes, size_t size) {
-    static const char replacement[] = "\xEF\xBF\xBD"; // U+FFFD
     for (size_t i = 0; i < size && !stream->stopped; i++) {
-        unsigned char byte = (unsigned char)bytes[i];
-        int32_t n = moe__utf8_push(&stream->partial, byte);
-        if (n == MOE__UTF8_CUT) {
-            moe__stream_put(stream, replacement, 3);
-            n = moe__utf8_push(&stream->partial, byte);
-        }
-        if (n == MOE__UTF8_BAD) moe__stream_put(stream, replacement, 3);
-        if (n > 0) moe__stream_put(stream, stream->partial.bytes, n);
+        uint32_t code;
+        stream->partial[stream->n_partial++] = bytes[i];
+        const int n = moe__utf8_decode(stream->partial, (size_t)stream->n_partial, &code);
+        if (n == MOE__UTF8_CUT) continue;
+        if (n == MOE__UTF8_BAD && stream->n_partial > 1) i--;
+        stream->n_partial = 0;
+        if (n > 0) moe__stream_put(stream, stream->partial, n);
+        else moe__stream_put(stream, MOE__REPLACEMENT, 3);
     }
     moe__stream_deliver(stream);
 }
@@ -18755,7 +18723,7 @@ MOE__PRIVATE void moe__stream_push(moe__stream *stream, const char *bytes, size_
 // The end: what is incomplete will not be completed, what was held back is text after all.
 MOE__PRIVATE void moe__stream_finish(moe__stream *stream) {
     if (stream->stopped) return;
-    if (stream->partial.size) moe__stream_put(stream, "\xEF\xBF\xBD", 3);
+    if (stream->n_partial) moe__stream_put(stream, MOE__REPLACEMENT, 3);
     stream->n_ready = stream->n_text;
     moe__stream_deliver(stream);
 }
@@ -18768,14 +18736,18 @@ MOE__PRIVATE moe_status moe__generate_check_stops(const moe_generate_options *op
         return moe__fail(error, MOE_ERROR_ARGUMENT, "stop", "stop is NULL but n_stop is not 0");
     for (size_t i = 0; i < options->n_stop; i++) {
         const char *stop = options->stop[i];
-        size_t size = 0;
-        moe__utf8 u;
-        memset(&u, 0, sizeof u);
-        for (; stop && stop[size] && size <= MOE__MAX_STOP; size++)
-            if (moe__utf8_push(&u, (unsigned char)stop[size]) < 0)
+        const size_t length = stop ? strlen(stop) : 0;
+        const size_t size = length > MOE__MAX_STOP ? MOE__MAX_STOP + 1 : length;
+        size_t at = 0;
+        for (int n; at < size; at += (size_t)n) {
+            uint32_t code;
+            n = moe__utf8_decode(stop + at, size - at, &code);
+            if (n == MOE__UTF8_CUT) break;
+            if (n == MOE__UTF8_BAD)
                 return moe__fail(error, MOE_ERROR_ARGUMENT, "stop",
                                  "a stop string is not valid UTF-8");
-        if (size == 0 || size > MOE__MAX_STOP || u.size)
+        }
+        if (size == 0 || size > MOE__MAX_STOP || at < size)
             return moe__fail(error, MOE_ERROR_ARGUMENT, "stop",
                              "a stop string must be 1 to %d bytes of valid UTF-8",
                              (int)MOE__MAX_STOP);

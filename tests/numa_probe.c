@@ -30,7 +30,7 @@ static void count_pages(const moe_model *model, const moe__machine *machine, moe
                 int64_t begin, end;
                 int t = 0;
                 do {
-                    moe__pool_share(rows, MOE__ROW_UNIT, t, n_threads, &begin, &end);
+                    moe__pool_range(rows, MOE__ROW_UNIT, t, n_threads, &begin, &end);
                 } while (r % rows >= end && ++t < n_threads);
                 good |= status[0] == machine->node[moe__nodes_of(&nodes, t)];
             }

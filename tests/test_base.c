@@ -124,4 +124,81 @@ TEST(errors_are_cut_between_characters) {
         CHECK(strchr(moe_status_name((moe_status)i), '?') == NULL);
 }
 
+/* A code in the 1 to 4 bytes of UTF-8. */
+static size_t utf8_of(uint32_t code, char *out) {
+    const size_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t i = n; i-- > 1; code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
+    out[0] = (char)(n == 1 ? code : (0xF00u >> n & 0xFF) | code);
+    return n;
+}
+
+TEST(utf8_characters_cut_and_bad_ones) {
+    char text[8];
+    uint32_t code;
+    for (uint32_t wanted = 0; wanted < 0x110100; wanted++) {
+        const size_t n = utf8_of(wanted, text);
+        const int surrogate = wanted >= 0xD800 && wanted <= 0xDFFF;
+        text[n] = (char)0x80; /* what lies behind does not matter */
+        if (surrogate || wanted > 0x10FFFF) {
+            CHECK(moe__utf8_decode(text, n, &code) == MOE__UTF8_BAD);
+            CHECK(moe__utf8_next(text, n, &code) == 1 && code == 0xFFFD);
+            continue;
+        }
+        if (moe__utf8_decode(text, n + 1, &code) != (int)n || code != wanted)
+            CHECKF(0, "U+%04X", wanted);
+        for (size_t k = 1; k < n; k++)
+            if (moe__utf8_decode(text, k, &code) != MOE__UTF8_CUT) CHECKF(0, "U+%04X", wanted);
+        for (size_t k = 1; k < n; k++) {
+            const char kept = text[k];
+            text[k] = 'x';
+            if (moe__utf8_decode(text, n, &code) != MOE__UTF8_BAD) CHECKF(0, "U+%04X", wanted);
+            text[k] = kept;
+        }
+    }
+    static const char *const bad[] = {"\x80", "\xC1\xBF", "\xE0\x9F", "\xED\xA0", "\xF0\x8F",
+                                      "\xF4\x90", "\xF5\x80", "\xFF"};
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
+        CHECK(moe__utf8_decode(bad[i], strlen(bad[i]), &code) == MOE__UTF8_BAD);
+    CHECK(moe__utf8_limit("a\xE4\xB8\xAD", 4, 4) == 4 && moe__utf8_limit("a\xE4\xB8\xAD", 4, 3) == 1);
+}
+
+#define HIGHER(a, b) ((a) > (b))
+MOE__HEAP(test_heap, uint64_t, HIGHER)
+
+TEST(heaps_against_counting) {
+    enum { MAX = 200, VALUES = 50 };
+    uint64_t seed = 1, heap[MAX];
+    for (int round = 0; round < 300; round++) {
+        int count[VALUES] = {0}, seen = 0;
+        size_t n = 0;
+        for (int i = 0; i < MAX; i++) { /* pushes, and a pop now and then: always the highest */
+            const uint64_t value = moe__splitmix64(&seed) % VALUES;
+            count[value]++;
+            test_heap_push(heap, &n, value);
+            if (i % 3) continue;
+            const uint64_t root = test_heap_pop(heap, &n);
+            for (uint64_t v = root + 1; v < VALUES; v++) CHECK(count[v] == 0);
+            CHECK(--count[root] >= 0);
+            seen++;
+        }
+        CHECK(n + (size_t)seen == MAX);
+        test_heap_sort(heap, n);
+        for (size_t i = 0; i < n; i++) {
+            CHECK(i == 0 || heap[i - 1] <= heap[i]);
+            count[heap[i]]--;
+        }
+        for (int v = 0; v < VALUES; v++) CHECK(count[v] == 0);
+        for (size_t i = 0; i < n; i++) heap[i] = moe__splitmix64(&seed) % VALUES;
+        test_heap_build(heap, n);
+        for (size_t i = 1; i < n; i++) CHECK(heap[i] <= heap[(i - 1) / 2]);
+    }
+}
+
+TEST(splitmix64_of_the_paper) {
+    uint64_t seed = 1234567; /* the reference implementation's numbers for this seed */
+    CHECK(moe__splitmix64(&seed) == 6457827717110365317u);
+    CHECK(moe__splitmix64(&seed) == 3203168211198807973u);
+    CHECK(moe__splitmix64(&seed) == 9817491932198370423u);
+}
+
 MAIN()

@@ -1,19 +1,19 @@
 /* >>pages: how files are mapped, copied and replaced in place, what is measured and what AUTO makes
  * of it, with every outcome brought about on purpose: speeds cannot be, so that the limit below
- * which a mapping counts as slow is a variable here, and samples and pieces are small. */
+ * which a mapping counts as slow is a variable here, and samples and chunks are small. */
 #include <stddef.h>
 static double slow_limit;           /* 0: nothing is slow; 1e9: everything is */
 static double look_again = 1;       /* after so many seconds */
 #define MOE__PAGING_SLOW slow_limit
 #define MOE__PAGING_SECONDS look_again
 #define MOE__PROBE_WINDOW (1 << 13) /* samples of 0.5 MiB */
-#define MOE__PAGES_PIECE (1 << 21)
+#define MOE__PAGES_CHUNK (1 << 21)
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "models.h"
 #include <sys/wait.h>
 
-static const char *const story = "examples/storyteller/storyteller.gguf"; /* 6.3 MiB: 4 pieces */
+static const char *const story = "examples/storyteller/storyteller.gguf"; /* 6.3 MiB: 4 chunks */
 
 /* ---- files ----------------------------------------------------------------------------------- */
 
@@ -70,7 +70,7 @@ TEST(mappings_begin_at_2_mib) {
     moe__pages_close(&p);
 }
 
-/* Many threads read while pieces are replaced: never a wrong byte. */
+/* Many threads read while chunks are replaced: never a wrong byte. */
 typedef struct reader {
     const moe__pages *p;
     int stop;
@@ -86,7 +86,7 @@ static void *read_on(void *context) {
     return NULL;
 }
 
-TEST(pieces_are_replaced_under_readers) {
+TEST(chunks_are_replaced_under_readers) {
     moe__pages p = map(make_file(SIZE), SIZE);
     pthread_t handles[4];
     reader readers[4];
@@ -97,9 +97,9 @@ TEST(pieces_are_replaced_under_readers) {
     }
     const uint8_t *data = p.data;
     for (int again = 0; again < 3; again++)
-        for (uint64_t from = 0; from < SIZE; from += MOE__PAGES_PIECE)
-            CHECK(moe__pages_replace(&p, from, from + MOE__PAGES_PIECE < SIZE
-                                                   ? from + MOE__PAGES_PIECE : SIZE) == 0);
+        for (uint64_t from = 0; from < SIZE; from += MOE__PAGES_CHUNK)
+            CHECK(moe__pages_replace(&p, from, from + MOE__PAGES_CHUNK < SIZE
+                                                   ? from + MOE__PAGES_CHUNK : SIZE) == 0);
     for (int i = 0; i < 4; i++) {
         __atomic_store_n(&readers[i].stop, 1, __ATOMIC_RELAXED);
         pthread_join(handles[i], NULL);
@@ -118,7 +118,7 @@ TEST(a_piece_that_fails_is_left_alone) {
     const int file = p.file;
     CHECK(moe__pages_replace(&p, 0, SIZE + 5000) == -1); /* the file ends before */
     p.file = -1;
-    CHECK(moe__pages_replace(&p, 0, MOE__PAGES_PIECE) == EBADF);
+    CHECK(moe__pages_replace(&p, 0, MOE__PAGES_CHUNK) == EBADF);
     p.file = file;
     CHECK(p.n_copied == 0 && n_wrong(p.data, SIZE) == 0);
     moe__pages_close(&p);
@@ -143,7 +143,7 @@ TEST(huge_pages_are_counted) {
     CHECK(moe__pages_huge("/nonexistent", (void *)(uintptr_t)0x10000000, 0xc00000) == 0);
 }
 
-/* ---- pieces ---------------------------------------------------------------------------------- */
+/* ---- chunks ---------------------------------------------------------------------------------- */
 
 typedef struct tally {
     int seen[64], fail_at, cancel_at, n_reports;
@@ -151,9 +151,9 @@ typedef struct tally {
 } tally;
 static int tally_work(void *context, uint64_t from, uint64_t to) {
     tally *t = (tally *)context;
-    CHECK(from % MOE__PAGES_PIECE == 0 && to > from && to - from <= MOE__PAGES_PIECE);
-    __atomic_fetch_add(&t->seen[from / MOE__PAGES_PIECE], 1, __ATOMIC_RELAXED);
-    return t->fail_at == (int)(from / MOE__PAGES_PIECE) ? 77 : 0;
+    CHECK(from % MOE__PAGES_CHUNK == 0 && to > from && to - from <= MOE__PAGES_CHUNK);
+    __atomic_fetch_add(&t->seen[from / MOE__PAGES_CHUNK], 1, __ATOMIC_RELAXED);
+    return t->fail_at == (int)(from / MOE__PAGES_CHUNK) ? 77 : 0;
 }
 static int tally_report(void *context, uint64_t done) {
     tally *t = (tally *)context;
@@ -161,7 +161,7 @@ static int tally_report(void *context, uint64_t done) {
     return ++t->n_reports == t->cancel_at ? ECANCELED : 0;
 }
 
-TEST(pieces_are_each_done_once) {
+TEST(chunks_are_each_done_once) {
     const moe_allocator allocator = plain_allocator();
     moe_pool_options options;
     memset(&options, 0, sizeof options);
@@ -169,28 +169,28 @@ TEST(pieces_are_each_done_once) {
         moe_pool *pool = options.n_threads ? moe_pool_open(&options, NULL) : NULL;
         for (uint64_t size = 0; size < (uint64_t)20 << 21; size += 1234567) {
             tally t;
-            moe__pieces p;
+            moe__chunks p;
             memset(&t, 0, sizeof t);
             memset(&p, 0, sizeof p);
             t.fail_at = -1;
             p.work = tally_work;
             p.report = tally_report;
-            p.context = &t;
+            p.context = p.user = &t;
             p.size = size;
-            CHECK(moe__pieces_run(&p, pool, &allocator) == 0 && p.done == size);
+            CHECK(moe__chunks_run(&p, pool, &allocator) == 0 && p.done == size);
             CHECK(size == 0 || t.last == size);
             for (uint64_t i = 0; i < 64; i++)
-                CHECK(t.seen[i] == (i * MOE__PAGES_PIECE < size));
-            if (size < 5 * (uint64_t)MOE__PAGES_PIECE) continue;
+                CHECK(t.seen[i] == (i * MOE__PAGES_CHUNK < size));
+            if (size < 5 * (uint64_t)MOE__PAGES_CHUNK) continue;
             t.fail_at = 3;
             p.next = p.done = p.reported = 0;
-            CHECK(moe__pieces_run(&p, pool, &allocator) == 77 && p.done < size);
+            CHECK(moe__chunks_run(&p, pool, &allocator) == 77 && p.done < size);
             t.fail_at = -1;
             t.n_reports = 0;
             t.cancel_at = 1;
             p.next = p.done = p.reported = 0;
             p.code = 0;
-            CHECK(moe__pieces_run(&p, pool, &allocator) == ECANCELED);
+            CHECK(moe__chunks_run(&p, pool, &allocator) == ECANCELED);
         }
         moe_pool_close(pool);
     }
@@ -300,7 +300,7 @@ TEST(what_does_not_fit_is_not_copied) {
     g.size = g.room - (g.room >> 2); /* more than half, however much others take meanwhile */
     CHECK(!moe__paging_fits(&g));
     g.size = UINT64_MAX / 2; /* more than there is: neither copied nor read again */
-    CHECK(moe__paging_mend(&g, NULL) == 0);
+    CHECK(moe__paging_repair(&g, NULL) == 0);
     if (g.outcome != MOE__PAGED_COLLAPSED) {
         CHECK(g.outcome == MOE__PAGED_NO_ROOM && p.n_copied == 0);
         moe__paging_say(&g, text, sizeof text);
@@ -308,7 +308,7 @@ TEST(what_does_not_fit_is_not_copied) {
     }
     g.size = SIZE;
     fsync(p.file);
-    const int code = moe__paging_all(&g, NULL, moe__paging_reread_piece);
+    const int code = moe__paging_all(&g, NULL, moe__paging_reread_chunk);
     printf("  reading again: %d\n", code);
     CHECK(code == 0 || code == EBUSY || code == ETIMEDOUT);
     CHECK(p.n_copied == 0 && n_wrong(p.data, SIZE) == 0);
@@ -384,7 +384,7 @@ TEST(models_are_copied_at_opening) {
     free(expected);
 }
 
-/* Fast at first, slow later: pieces are copied between tokens, while several sessions in threads */
+/* Fast at first, slow later: chunks are copied between tokens, while several sessions in threads */
 /* of their own go on. */
 typedef struct user {
     const moe_model *model;

@@ -153,7 +153,7 @@ TEST(shares_cover_everything_evenly) {
                 int64_t next = 0, least = INT64_MAX, most = 0;
                 for (int i = 0; i < n; i++) {
                     int64_t begin, end;
-                    moe__pool_share(total, unit, i, n, &begin, &end);
+                    moe__pool_range(total, unit, i, n, &begin, &end);
                     CHECK(begin == next && end >= begin && begin % unit == 0 * unit);
                     int64_t units = (end - begin + unit - 1) / unit;
                     least = moe__min(least, units);

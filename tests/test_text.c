@@ -328,8 +328,8 @@ TEST(utf8) {
         uint32_t back = 0;
         if (code >= 0xD800 && code <= 0xDFFF) continue;
         size_t n = put_utf8(text, code);
-        if (moe__text_decode(text, n, &back) != n || back != code) CHECKF(0, "U+%04X", code);
-        if (n > 1 && (moe__text_decode(text, n - 1, &back) != 1 || back != 0xFFFD))
+        if (moe__utf8_next(text, n, &back) != n || back != code) CHECKF(0, "U+%04X", code);
+        if (n > 1 && (moe__utf8_next(text, n - 1, &back) != 1 || back != 0xFFFD))
             CHECKF(0, "U+%04X cut", code);
     }
     static const char *const bad[] = {"\x80", "\xC0\x80", "\xC1\xBF", "\xE0\x9F\xBF",
@@ -337,7 +337,7 @@ TEST(utf8) {
                                       "\xF5\x80\x80\x80", "\xFF", "\xC3(", "\xE4\xB8(", "\xE4("};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         uint32_t code = 0;
-        CHECK(moe__text_decode(bad[i], strlen(bad[i]), &code) == 1 && code == 0xFFFD);
+        CHECK(moe__utf8_next(bad[i], strlen(bad[i]), &code) == 1 && code == 0xFFFD);
     }
 }
 
@@ -348,7 +348,7 @@ TEST(byte_names) {
         char name[2];
         uint32_t code;
         size_t n = moe__text_byte_name((unsigned char)b, name);
-        CHECK(moe__text_decode(name, n, &code) == n);
+        CHECK(moe__utf8_next(name, n, &code) == n);
         int printable = (b >= 0x21 && b <= 0x7E) || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE;
         CHECKF(code == (printable ? (uint32_t)b : next), "byte %d is U+%04X", b, code);
         next += !printable;
@@ -420,7 +420,7 @@ static moe__text_scan cut_text(const moe__text_pre *pre, const char *text, size_
     for (size_t i = 0; i < size; scan.n++) {
         uint32_t code;
         scan.at[scan.n] = (uint32_t)i;
-        i += moe__text_decode(text + i, size - i, &code);
+        i += moe__utf8_next(text + i, size - i, &code);
         scan.classes[scan.n] = moe__text_classify(test_runs, code);
     }
     scan.at[scan.n] = (uint32_t)size;
@@ -429,7 +429,7 @@ static moe__text_scan cut_text(const moe__text_pre *pre, const char *text, size_
     return scan;
 }
 
-TEST(pieces) {
+TEST(words) {
     /* Names ("*" = all of them) and the text, cut. Made by Python's re with its classes written */
     /* out as ranges, from the regular expressions of the models. */
     static const char *const names = "llama-bpe qwen2 bailingmoe qwen35 gpt-4o tekken kimi-k2 "
@@ -638,7 +638,7 @@ TEST(small_vocabulary) {
     CHECK(one_id(vocab, "hello") == 259 && one_id(vocab, "nothing") == -1);
     CHECK(strcmp(texts_of(vocab, "hello world", 0), "hello|\304\240wor|ld") == 0);
     CHECK(strcmp(texts_of(vocab, "aaaaaaaaaaaaaaa", 0), "aaaaaaaa|aaaa|aa|a") == 0);
-    CHECK(strcmp(texts_of(vocab, "1234", 0), "1|2|3|4") == 0); /* pieces are never joined */
+    CHECK(strcmp(texts_of(vocab, "1234", 0), "1|2|3|4") == 0); /* words are never joined */
     CHECK(strcmp(texts_of(vocab, "th\303\251 ing", 0), "th|\303\203\302\251|\304\240|ing") == 0);
     CHECK(strcmp(texts_of(vocab, "the", 0), "t|he") == 0); /* "h e" ranks before "t h" */
     CHECK(strcmp(texts_of(vocab, "\n\n\n", 0), "\304\212\304\212|\304\212") == 0);
@@ -848,7 +848,7 @@ static int naive_rank(const spec *s, word a, word b) {
     return INT32_MAX;
 }
 
-/* The definition, on texts. The piece is at most 20 bytes. */
+/* The definition, on texts. The word is at most 20 bytes. */
 static int64_t naive_merge(const spec *s, const char *text, size_t size, int whole, int32_t *ids) {
     word symbols[24], all = make_word("", 0);
     size_t n = size;
@@ -944,7 +944,7 @@ TEST(merging_follows_the_definition) {
     }
 }
 
-/* Long pieces: merging takes n log n. Longer and longer ones, so that a fault shows early. */
+/* Long words: merging takes n log n. Longer and longer ones, so that a fault shows early. */
 TEST(long_runs) {
     static const char *const units[] = {"a", " ", "1", "\n", "th", "\303\251", "a\314\201", "<",
                                         "\377", "hello", " \n", "<|im_start|>", "<|im_start|"};

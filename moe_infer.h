@@ -2906,70 +2906,127 @@ enum {
     MOE__GGUF_SUFFIX = 20            // strlen("-00001-of-00009.gguf")
 };
 
-// ---- sizes of tensor types -------------------------------------------------------------------
+// ---- the table of tensor types ---------------------------------------------------------------
 
-// A row of n weights takes row_meta + n / block * bytes. `interleave` rows form a group in which
-// their blocks alternate, so that only whole groups can be addressed. bytes = 0: the name is
-// known, but not the size in a file (never written, or different between programs).
+// Every type that llama.cpp or ik_llama.cpp (from 133 on) give an id, in the order of ids. What
+// the library knows of a type as numbers stands here, and only here. A row is
+//   F(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q)   floats
+//   B(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q)   blocks
+//   K(NAME, id, block, bytes, rows, meta)   known to files, but not run
+// with
+//   NAME name     as in MOE_TYPE_NAME, and in the names of functions
+//   block bytes   weights and bytes per block, of one row. bytes 0: the size in a file is not
+//                 known (never written, or different between programs)
+//   rows          rows that form a group, in which their blocks alternate: only whole groups can
+//                 be addressed
+//   meta          bytes of a row before its blocks: a row of n takes meta + n / block * bytes
+//   act           the activations it is multiplied with, see moe__act_kind
+//   per           weights per scale: 16 or 32
+//   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins
+//   q             1 if there is a quantizer
+#define MOE__ALL_TYPES(F, B, K)                                                                  \
+    F(F32, f32, 0, 1, 4, F32, 1, 0, 0, 0, 0, 1)                                                  \
+    F(F16, f16, 1, 1, 2, F32, 1, 0, 0, 0, 0, 1)                                                  \
+    B(Q4_0, q4_0, 2, 32, 18, Q32, 1, 0, 32, 4, 8, 1)                                             \
+    B(Q4_1, q4_1, 3, 32, 20, Q32, 1, 0, 32, 4, 0, 1)                                             \
+    K(Q4_2, 4, 0, 0, 1, 0) K(Q4_3, 5, 0, 0, 1, 0)                                                \
+    B(Q5_0, q5_0, 6, 32, 22, Q32, 1, 0, 32, 5, 16, 1)                                            \
+    B(Q5_1, q5_1, 7, 32, 24, Q32, 1, 0, 32, 5, 0, 1)                                             \
+    B(Q8_0, q8_0, 8, 32, 34, Q32, 1, 0, 32, 8, 128, 1)                                           \
+    K(Q8_1, 9, 32, 36, 1, 0)                                                                     \
+    B(Q2_K, q2_k, 10, 256, 84, Q256, 1, 0, 16, 2, 0, 1)                                          \
+    B(Q3_K, q3_k, 11, 256, 110, Q256, 1, 0, 16, 3, 4, 1)                                         \
+    B(Q4_K, q4_k, 12, 256, 144, Q256, 1, 0, 32, 4, 0, 1)                                         \
+    B(Q5_K, q5_k, 13, 256, 176, Q256, 1, 0, 32, 5, 0, 1)                                         \
+    B(Q6_K, q6_k, 14, 256, 210, Q256, 1, 0, 16, 6, 32, 1)                                        \
+    K(Q8_K, 15, 256, 0, 1, 0)                                                                    \
+    B(IQ2_XXS, iq2_xxs, 16, 256, 66, Q256, 1, 0, 32, 7, 64, 0)                                   \
+    B(IQ2_XS, iq2_xs, 17, 256, 74, Q256, 1, 0, 16, 7, 64, 0)                                     \
+    B(IQ3_XXS, iq3_xxs, 18, 256, 98, Q256, 1, 0, 32, 7, 64, 0)                                   \
+    B(IQ1_S, iq1_s, 19, 256, 50, Q256, 1, 0, 32, 5, 16, 0)                                       \
+    B(IQ4_NL, iq4_nl, 20, 32, 18, Q32, 1, 0, 32, 8, 128, 1)                                      \
+    B(IQ3_S, iq3_s, 21, 256, 110, Q256, 1, 0, 32, 5, 16, 0)                                      \
+    B(IQ2_S, iq2_s, 22, 256, 82, Q256, 1, 0, 16, 7, 64, 0)                                       \
+    B(IQ4_XS, iq4_xs, 23, 256, 136, Q256, 1, 0, 32, 8, 128, 1)                                   \
+    K(I8, 24, 1, 1, 1, 0) K(I16, 25, 1, 2, 1, 0) K(I32, 26, 1, 4, 1, 0) K(I64, 27, 1, 8, 1, 0)   \
+    K(F64, 28, 1, 8, 1, 0)                                                                       \
+    B(IQ1_M, iq1_m, 29, 256, 56, Q256, 1, 0, 16, 5, 16, 0)                                       \
+    F(BF16, bf16, 30, 1, 2, F32, 1, 0, 0, 0, 0, 1)                                               \
+    K(Q4_0_4_4, 31, 32, 18, 4, 0) K(Q4_0_4_8, 32, 32, 18, 4, 0) K(Q4_0_8_8, 33, 32, 18, 8, 0)    \
+    B(TQ1_0, tq1_0, 34, 256, 54, Q256, 1, 0, 32, 2, 1, 0)                                        \
+    B(TQ2_0, tq2_0, 35, 256, 66, Q256, 1, 0, 32, 2, 1, 0)                                        \
+    K(I2_S, 36, 0, 0, 1, 0) K(IQ4_NL_4_8, 37, 32, 0, 1, 0) K(IQ4_NL_8_8, 38, 32, 0, 1, 0)        \
+    B(MXFP4, mxfp4, 39, 32, 17, Q32, 1, 0, 32, 5, 16, 1)                                         \
+    B(NVFP4, nvfp4, 40, 64, 36, Q32, 1, 0, 16, 5, 16, 0)                                         \
+    K(Q1_0, 41, 128, 18, 1, 0) K(Q2_0, 42, 64, 18, 1, 0) K(Q8_0_X4, 97, 32, 0, 1, 0)             \
+    K(Q8_1_X4, 98, 32, 0, 1, 0) K(Q8_2_X4, 99, 32, 0, 1, 0)                                      \
+    B(Q6_0, q6_0, 133, 32, 26, Q32, 1, 0, 32, 6, 32, 0)                                          \
+    K(IQ1_BN, 134, 64, 13, 1, 2) K(IQ2_BN, 135, 64, 16, 1, 4) K(Q8_K64, 136, 0, 0, 1, 0)         \
+    B(IQ2_K, iq2_k, 137, 256, 76, Q256, 1, 0, 16, 6, 32, 0)                                      \
+    B(IQ3_K, iq3_k, 138, 256, 110, Q256, 1, 0, 16, 7, 64, 0)                                     \
+    B(IQ4_K, iq4_k, 139, 256, 144, Q256, 1, 0, 16, 8, 128, 0)                                    \
+    B(IQ5_K, iq5_k, 140, 256, 176, Q256, 1, 0, 16, 8, 128, 0)                                    \
+    B(IQ6_K, iq6_k, 141, 256, 212, Q256, 1, 0, 16, 8, 128, 0)                                    \
+    B(IQ4_KS, iq4_ks, 144, 256, 136, Q256, 1, 4, 32, 8, 128, 0)                                  \
+    B(IQ2_KS, iq2_ks, 145, 256, 70, Q256, 1, 2, 32, 6, 32, 0)                                    \
+    K(IQ4_KSS, 146, 256, 128, 1, 4) K(Q8_K16, 147, 0, 0, 1, 0) K(Q8_K32, 148, 0, 0, 1, 0)        \
+    K(Q8_KR8, 149, 0, 0, 1, 0) K(Q8_K128, 150, 0, 0, 1, 0) K(Q8_KV, 151, 32, 32, 1, 8)           \
+    B(IQ5_KS, iq5_ks, 152, 256, 168, Q256, 1, 4, 32, 8, 128, 0)                                  \
+    K(IQ2_KT, 153, 256, 68, 1, 4) K(IQ3_KT, 154, 256, 100, 1, 4) K(IQ4_KT, 155, 256, 128, 1, 4)  \
+    B(IQ3_KS, iq3_ks, 156, 256, 102, Q256, 1, 2, 32, 7, 64, 0)                                   \
+    B(IQ2_KL, iq2_kl, 157, 256, 86, Q256, 1, 2, 32, 7, 64, 0)                                    \
+    K(IQ1_KT, 158, 256, 56, 1, 4)                                                                \
+    B(Q4_0_R8, q4_0_r8, 202, 32, 18, Q32, 8, 0, 32, 4, 8, 0)                                     \
+    B(Q5_0_R4, q5_0_r4, 206, 32, 22, Q32, 4, 0, 32, 5, 16, 0)                                    \
+    B(Q8_0_R8, q8_0_r8, 208, 32, 34, Q32, 8, 0, 32, 8, 128, 0)                                   \
+    B(Q2_K_R4, q2_k_r4, 210, 256, 84, Q256, 4, 0, 16, 2, 0, 0)                                   \
+    B(Q3_K_R4, q3_k_r4, 211, 256, 110, Q256, 4, 0, 16, 3, 4, 0)                                  \
+    B(Q4_K_R4, q4_k_r4, 212, 256, 144, Q256, 4, 0, 32, 4, 0, 0)                                  \
+    B(Q5_K_R4, q5_k_r4, 213, 256, 176, Q256, 4, 0, 32, 5, 0, 0)                                  \
+    B(Q6_K_R4, q6_k_r4, 214, 256, 210, Q256, 4, 0, 16, 6, 32, 0)                                 \
+    K(IQ2_XXS_R4, 216, 256, 66, 4, 0) K(IQ2_XS_R4, 217, 256, 74, 4, 0)                           \
+    K(IQ3_XXS_R4, 218, 256, 98, 4, 0) K(IQ1_S_R4, 219, 32, 6, 4, 2)                              \
+    B(IQ4_NL_R4, iq4_nl_r4, 220, 32, 18, Q32, 4, 0, 32, 8, 128, 0)                               \
+    K(IQ3_S_R4, 221, 256, 110, 4, 0) K(IQ2_S_R4, 222, 256, 82, 4, 0)                             \
+    B(IQ4_XS_R8, iq4_xs_r8, 223, 256, 136, Q256, 8, 0, 32, 8, 128, 0)                            \
+    K(IQ1_M_R4, 229, 32, 7, 4, 2) K(BF16_R16, 230, 1, 2, 16, 0) K(Q6_0_R4, 233, 32, 26, 4, 0)    \
+    K(IQ2_BN_R4, 335, 64, 16, 4, 4)                                                              \
+    B(IQ2_K_R4, iq2_k_r4, 337, 256, 76, Q256, 4, 0, 16, 6, 32, 0)                                \
+    B(IQ3_K_R4, iq3_k_r4, 338, 256, 110, Q256, 4, 0, 16, 7, 64, 0)                               \
+    B(IQ4_K_R4, iq4_k_r4, 339, 256, 144, Q256, 4, 0, 16, 8, 128, 0)                              \
+    B(IQ5_K_R4, iq5_k_r4, 340, 256, 176, Q256, 4, 0, 16, 8, 128, 0)                              \
+    B(IQ4_KS_R4, iq4_ks_r4, 344, 256, 136, Q256, 4, 4, 32, 8, 128, 0)                            \
+    B(IQ5_KS_R4, iq5_ks_r4, 352, 256, 168, Q256, 4, 4, 32, 8, 128, 0)                            \
+    B(MXFP4_R8, mxfp4_r8, 353, 32, 17, Q32, 8, 0, 32, 5, 16, 0)                                  \
+    K(Q8_K_R16, 397, 256, 258, 16, 0) K(Q8_KV_R8, 398, 32, 32, 8, 4)                             \
+    K(Q8_K_R8, 399, 256, 258, 8, 0)
+
+#define MOE__NO_TYPE(...)
+#define MOE__TYPES(X) MOE__ALL_TYPES(X, X, MOE__NO_TYPE) // all that run
+#define MOE__BLOCK_TYPES(X) MOE__ALL_TYPES(MOE__NO_TYPE, X, MOE__NO_TYPE)
+
+// The ids that users know are those of the table.
+#define MOE__TYPE_ID(NAME, name, id, ...) \
+    MOE__STATIC_ASSERT(type_id_##name, (int)MOE_TYPE_##NAME == id);
+MOE__TYPES(MOE__TYPE_ID)
+#undef MOE__TYPE_ID
+
+// What files need of a type, for all of the table.
 typedef struct moe__gguf_type {
     int16_t id;
     int16_t block, bytes;
-    int8_t row_meta, interleave;
+    int8_t rows, meta;
     char name[16];
 } moe__gguf_type;
 
-// Every id that llama.cpp or ik_llama.cpp (from 133 on) give a meaning, in order.
 static const moe__gguf_type moe__gguf_types[] = {
-    {0, 1, 4, 0, 1, "F32"},          {1, 1, 2, 0, 1, "F16"},
-    {2, 32, 18, 0, 1, "Q4_0"},       {3, 32, 20, 0, 1, "Q4_1"},
-    {4, 0, 0, 0, 1, "Q4_2"},         {5, 0, 0, 0, 1, "Q4_3"},
-    {6, 32, 22, 0, 1, "Q5_0"},       {7, 32, 24, 0, 1, "Q5_1"},
-    {8, 32, 34, 0, 1, "Q8_0"},       {9, 32, 36, 0, 1, "Q8_1"},
-    {10, 256, 84, 0, 1, "Q2_K"},     {11, 256, 110, 0, 1, "Q3_K"},
-    {12, 256, 144, 0, 1, "Q4_K"},    {13, 256, 176, 0, 1, "Q5_K"},
-    {14, 256, 210, 0, 1, "Q6_K"},    {15, 256, 0, 0, 1, "Q8_K"},
-    {16, 256, 66, 0, 1, "IQ2_XXS"},  {17, 256, 74, 0, 1, "IQ2_XS"},
-    {18, 256, 98, 0, 1, "IQ3_XXS"},  {19, 256, 50, 0, 1, "IQ1_S"},
-    {20, 32, 18, 0, 1, "IQ4_NL"},    {21, 256, 110, 0, 1, "IQ3_S"},
-    {22, 256, 82, 0, 1, "IQ2_S"},    {23, 256, 136, 0, 1, "IQ4_XS"},
-    {24, 1, 1, 0, 1, "I8"},          {25, 1, 2, 0, 1, "I16"},
-    {26, 1, 4, 0, 1, "I32"},         {27, 1, 8, 0, 1, "I64"},
-    {28, 1, 8, 0, 1, "F64"},         {29, 256, 56, 0, 1, "IQ1_M"},
-    {30, 1, 2, 0, 1, "BF16"},        {31, 32, 18, 0, 4, "Q4_0_4_4"},
-    {32, 32, 18, 0, 4, "Q4_0_4_8"},  {33, 32, 18, 0, 8, "Q4_0_8_8"},
-    {34, 256, 54, 0, 1, "TQ1_0"},    {35, 256, 66, 0, 1, "TQ2_0"},
-    {36, 0, 0, 0, 1, "I2_S"},        {37, 32, 0, 0, 1, "IQ4_NL_4_8"},
-    {38, 32, 0, 0, 1, "IQ4_NL_8_8"}, {39, 32, 17, 0, 1, "MXFP4"},
-    {40, 64, 36, 0, 1, "NVFP4"},     {41, 128, 18, 0, 1, "Q1_0"},
-    {42, 64, 18, 0, 1, "Q2_0"},      {97, 32, 0, 0, 1, "Q8_0_X4"},
-    {98, 32, 0, 0, 1, "Q8_1_X4"},    {99, 32, 0, 0, 1, "Q8_2_X4"},
-    {133, 32, 26, 0, 1, "Q6_0"},     {134, 64, 13, 2, 1, "IQ1_BN"},
-    {135, 64, 16, 4, 1, "IQ2_BN"},   {136, 0, 0, 0, 1, "Q8_K64"},
-    {137, 256, 76, 0, 1, "IQ2_K"},   {138, 256, 110, 0, 1, "IQ3_K"},
-    {139, 256, 144, 0, 1, "IQ4_K"},  {140, 256, 176, 0, 1, "IQ5_K"},
-    {141, 256, 212, 0, 1, "IQ6_K"},  {144, 256, 136, 4, 1, "IQ4_KS"},
-    {145, 256, 70, 2, 1, "IQ2_KS"},  {146, 256, 128, 4, 1, "IQ4_KSS"},
-    {147, 0, 0, 0, 1, "Q8_K16"},     {148, 0, 0, 0, 1, "Q8_K32"},
-    {149, 0, 0, 0, 1, "Q8_KR8"},     {150, 0, 0, 0, 1, "Q8_K128"},
-    {151, 32, 32, 8, 1, "Q8_KV"},    {152, 256, 168, 4, 1, "IQ5_KS"},
-    {153, 256, 68, 4, 1, "IQ2_KT"},  {154, 256, 100, 4, 1, "IQ3_KT"},
-    {155, 256, 128, 4, 1, "IQ4_KT"}, {156, 256, 102, 2, 1, "IQ3_KS"},
-    {157, 256, 86, 2, 1, "IQ2_KL"},  {158, 256, 56, 4, 1, "IQ1_KT"},
-    {202, 32, 18, 0, 8, "Q4_0_R8"},  {206, 32, 22, 0, 4, "Q5_0_R4"},
-    {208, 32, 34, 0, 8, "Q8_0_R8"},  {210, 256, 84, 0, 4, "Q2_K_R4"},
-    {211, 256, 110, 0, 4, "Q3_K_R4"}, {212, 256, 144, 0, 4, "Q4_K_R4"},
-    {213, 256, 176, 0, 4, "Q5_K_R4"}, {214, 256, 210, 0, 4, "Q6_K_R4"},
-    {216, 256, 66, 0, 4, "IQ2_XXS_R4"}, {217, 256, 74, 0, 4, "IQ2_XS_R4"},
-    {218, 256, 98, 0, 4, "IQ3_XXS_R4"}, {219, 32, 6, 2, 4, "IQ1_S_R4"},
-    {220, 32, 18, 0, 4, "IQ4_NL_R4"}, {221, 256, 110, 0, 4, "IQ3_S_R4"},
-    {222, 256, 82, 0, 4, "IQ2_S_R4"}, {223, 256, 136, 0, 8, "IQ4_XS_R8"},
-    {229, 32, 7, 2, 4, "IQ1_M_R4"},  {230, 1, 2, 0, 16, "BF16_R16"},
-    {233, 32, 26, 0, 4, "Q6_0_R4"},  {335, 64, 16, 4, 4, "IQ2_BN_R4"},
-    {337, 256, 76, 0, 4, "IQ2_K_R4"}, {338, 256, 110, 0, 4, "IQ3_K_R4"},
-    {339, 256, 144, 0, 4, "IQ4_K_R4"}, {340, 256, 176, 0, 4, "IQ5_K_R4"},
-    {344, 256, 136, 4, 4, "IQ4_KS_R4"}, {352, 256, 168, 4, 4, "IQ5_KS_R4"},
-    {353, 32, 17, 0, 8, "MXFP4_R8"}, {397, 256, 258, 0, 16, "Q8_K_R16"},
-    {398, 32, 32, 4, 8, "Q8_KV_R8"}, {399, 256, 258, 0, 8, "Q8_K_R8"}};
+#define MOE__GGUF_RUN(NAME, name, id, block, bytes, act, rows, meta, ...) \
+    {id, block, bytes, rows, meta, #NAME},
+#define MOE__GGUF_KNOWN(NAME, id, block, bytes, rows, meta) {id, block, bytes, rows, meta, #NAME},
+    MOE__ALL_TYPES(MOE__GGUF_RUN, MOE__GGUF_RUN, MOE__GGUF_KNOWN)
+#undef MOE__GGUF_RUN
+#undef MOE__GGUF_KNOWN
+};
 
 // NULL for an unknown id.
 MOE__PRIVATE const moe__gguf_type *moe__gguf_type_info(int32_t id) {
@@ -3360,15 +3417,15 @@ MOE__PRIVATE moe_status moe__gguf_tensor_size(moe__gguf_reader *r, uint64_t offs
         return moe__gguf_bad(r, offset,
                              "rows of %" PRId64 " weights cannot be cut into %s blocks of %d",
                              ne[0], type->name, type->block);
-    if (ne[1] % type->interleave)
+    if (ne[1] % type->rows)
         return moe__gguf_bad(r, offset, "%" PRId64 " rows cannot be cut into %s groups of %d",
-                             ne[1], type->name, type->interleave);
-    if (type->interleave > 1 && strcmp(tensor->name, "token_embd.weight") == 0)
+                             ne[1], type->name, type->rows);
+    if (type->rows > 1 && strcmp(tensor->name, "token_embd.weight") == 0)
         return moe__gguf_bad(r, offset,
                              "type %s interleaves rows, but this tensor is read row by row",
                              type->name);
     if (!moe__size_mul((uint64_t)(ne[0] / type->block), (uint64_t)type->bytes, &size) ||
-        !moe__size_add(size, (uint64_t)type->row_meta, &size) ||
+        !moe__size_add(size, (uint64_t)type->meta, &size) ||
         !moe__size_mul(size, (uint64_t)ne[1], &size) ||
         !moe__size_mul(size, (uint64_t)ne[2], &size) ||
         !moe__size_mul(size, (uint64_t)ne[3], &size) || size > INT64_MAX)
@@ -3916,75 +3973,6 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 // floats between them.
 // ==============================================================================================
 
-// The one list of types that can be run. Each row of X:
-//   NAME name     as in MOE_TYPE_NAME, and in the names of functions
-//   block bytes   weights and bytes per block, of one row
-//   act           the activations it is multiplied with, see moe__act_kind
-//   rows meta     rows that are interleaved in a group; bytes of the scale before a row's blocks
-//   per           weights per scale: 16 or 32
-//   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins
-//   q             1 if there is a quantizer
-// It needs moe__unpack_name here (F32, F16 and BF16 have no blocks to unpack),
-// moe__quantize_name if q, and in the vector text of >>kernels its head and level, which become
-// dot, tile and dequantize.
-#define MOE__TYPES(X)                                                     \
-    X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1)                              \
-    X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1)                              \
-    X(BF16, bf16, 1, 2, F32, 1, 0, 0, 0, 0, 1)                            \
-    MOE__BLOCK_TYPES(X)
-#define MOE__BLOCK_TYPES(X)                                               \
-    X(Q4_0, q4_0, 32, 18, Q32, 1, 0, 32, 4, 8, 1)                         \
-    X(Q4_1, q4_1, 32, 20, Q32, 1, 0, 32, 4, 0, 1)                         \
-    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1)                        \
-    X(Q5_1, q5_1, 32, 24, Q32, 1, 0, 32, 5, 0, 1)                         \
-    X(Q6_0, q6_0, 32, 26, Q32, 1, 0, 32, 6, 32, 0)                        \
-    X(Q8_0, q8_0, 32, 34, Q32, 1, 0, 32, 8, 128, 1)                       \
-    X(Q2_K, q2_k, 256, 84, Q256, 1, 0, 16, 2, 0, 1)                       \
-    X(Q3_K, q3_k, 256, 110, Q256, 1, 0, 16, 3, 4, 1)                      \
-    X(Q4_K, q4_k, 256, 144, Q256, 1, 0, 32, 4, 0, 1)                      \
-    X(Q5_K, q5_k, 256, 176, Q256, 1, 0, 32, 5, 0, 1)                      \
-    X(Q6_K, q6_k, 256, 210, Q256, 1, 0, 16, 6, 32, 1)                     \
-    X(IQ1_S, iq1_s, 256, 50, Q256, 1, 0, 32, 5, 16, 0)                    \
-    X(IQ1_M, iq1_m, 256, 56, Q256, 1, 0, 16, 5, 16, 0)                    \
-    X(IQ2_XXS, iq2_xxs, 256, 66, Q256, 1, 0, 32, 7, 64, 0)                \
-    X(IQ2_XS, iq2_xs, 256, 74, Q256, 1, 0, 16, 7, 64, 0)                  \
-    X(IQ2_S, iq2_s, 256, 82, Q256, 1, 0, 16, 7, 64, 0)                    \
-    X(IQ3_XXS, iq3_xxs, 256, 98, Q256, 1, 0, 32, 7, 64, 0)                \
-    X(IQ3_S, iq3_s, 256, 110, Q256, 1, 0, 32, 5, 16, 0)                   \
-    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1)                   \
-    X(IQ4_XS, iq4_xs, 256, 136, Q256, 1, 0, 32, 8, 128, 1)                \
-    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1)                      \
-    X(NVFP4, nvfp4, 64, 36, Q32, 1, 0, 16, 5, 16, 0)                      \
-    X(TQ1_0, tq1_0, 256, 54, Q256, 1, 0, 32, 2, 1, 0)                     \
-    X(TQ2_0, tq2_0, 256, 66, Q256, 1, 0, 32, 2, 1, 0)                     \
-    X(IQ2_K, iq2_k, 256, 76, Q256, 1, 0, 16, 6, 32, 0)                    \
-    X(IQ3_K, iq3_k, 256, 110, Q256, 1, 0, 16, 7, 64, 0)                   \
-    X(IQ4_K, iq4_k, 256, 144, Q256, 1, 0, 16, 8, 128, 0)                  \
-    X(IQ5_K, iq5_k, 256, 176, Q256, 1, 0, 16, 8, 128, 0)                  \
-    X(IQ6_K, iq6_k, 256, 212, Q256, 1, 0, 16, 8, 128, 0)                  \
-    X(IQ2_KS, iq2_ks, 256, 70, Q256, 1, 2, 32, 6, 32, 0)                  \
-    X(IQ3_KS, iq3_ks, 256, 102, Q256, 1, 2, 32, 7, 64, 0)                 \
-    X(IQ4_KS, iq4_ks, 256, 136, Q256, 1, 4, 32, 8, 128, 0)                \
-    X(IQ5_KS, iq5_ks, 256, 168, Q256, 1, 4, 32, 8, 128, 0)                \
-    X(IQ2_KL, iq2_kl, 256, 86, Q256, 1, 2, 32, 7, 64, 0)                  \
-    X(Q4_0_R8, q4_0_r8, 32, 18, Q32, 8, 0, 32, 4, 8, 0)                   \
-    X(Q5_0_R4, q5_0_r4, 32, 22, Q32, 4, 0, 32, 5, 16, 0)                  \
-    X(Q8_0_R8, q8_0_r8, 32, 34, Q32, 8, 0, 32, 8, 128, 0)                 \
-    X(Q2_K_R4, q2_k_r4, 256, 84, Q256, 4, 0, 16, 2, 0, 0)                 \
-    X(Q3_K_R4, q3_k_r4, 256, 110, Q256, 4, 0, 16, 3, 4, 0)                \
-    X(Q4_K_R4, q4_k_r4, 256, 144, Q256, 4, 0, 32, 4, 0, 0)                \
-    X(Q5_K_R4, q5_k_r4, 256, 176, Q256, 4, 0, 32, 5, 0, 0)                \
-    X(Q6_K_R4, q6_k_r4, 256, 210, Q256, 4, 0, 16, 6, 32, 0)               \
-    X(IQ4_NL_R4, iq4_nl_r4, 32, 18, Q32, 4, 0, 32, 8, 128, 0)             \
-    X(IQ4_XS_R8, iq4_xs_r8, 256, 136, Q256, 8, 0, 32, 8, 128, 0)          \
-    X(IQ2_K_R4, iq2_k_r4, 256, 76, Q256, 4, 0, 16, 6, 32, 0)              \
-    X(IQ3_K_R4, iq3_k_r4, 256, 110, Q256, 4, 0, 16, 7, 64, 0)             \
-    X(IQ4_K_R4, iq4_k_r4, 256, 144, Q256, 4, 0, 16, 8, 128, 0)            \
-    X(IQ5_K_R4, iq5_k_r4, 256, 176, Q256, 4, 0, 16, 8, 128, 0)            \
-    X(IQ4_KS_R4, iq4_ks_r4, 256, 136, Q256, 4, 4, 32, 8, 128, 0)          \
-    X(IQ5_KS_R4, iq5_ks_r4, 256, 168, Q256, 4, 4, 32, 8, 128, 0)          \
-    X(MXFP4_R8, mxfp4_r8, 32, 17, Q32, 8, 0, 32, 5, 16, 0)
-
 enum {
 #define MOE__TYPE_INDEX(NAME, ...) MOE__INDEX_##NAME,
     MOE__TYPES(MOE__TYPE_INDEX)
@@ -3992,11 +3980,12 @@ enum {
     MOE__N_TYPES,
     MOE__GROUP_ROWS = 8 // most rows that a type interleaves
 };
-// The columns of the list, for kernels: MOE__BYTES_Q4_0, ...
+// The columns of the table as constants: MOE__BYTES_Q4_0, ...
 enum {
-#define MOE__TYPE_COLUMNS(NAME, name, block, bytes, act, rows, meta, per, bits, offset, ...)    \
-    MOE__BYTES_##NAME = bytes, MOE__ROWS_##NAME = rows, MOE__META_##NAME = meta,                \
-    MOE__PER_##NAME = per, MOE__BITS_##NAME = bits, MOE__OFFSET_##NAME = offset,
+#define MOE__TYPE_COLUMNS(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, ...)  \
+    MOE__BLOCK_##NAME = block, MOE__BYTES_##NAME = bytes, MOE__ROWS_##NAME = rows,                \
+    MOE__META_##NAME = meta, MOE__PER_##NAME = per, MOE__BITS_##NAME = bits,                      \
+    MOE__OFFSET_##NAME = offset,
     MOE__TYPES(MOE__TYPE_COLUMNS)
 #undef MOE__TYPE_COLUMNS
     MOE__COLUMNS_END // the list ends with a comma, which C++ does not like at the end
@@ -5085,16 +5074,17 @@ MOE__PRIVATE void moe__quantize_bf16(const float *x, uint8_t *row, int64_t n,
 // weight.
 MOE__PRIVATE void moe__quantize_q8_0(const float *in, uint8_t *row, int64_t n,
                                      const float *importance) {
-    float x[32], w[32];
+    enum { BLOCK = MOE__BLOCK_Q8_0 };
+    float x[BLOCK], w[BLOCK];
     (void)importance;
-    for (; n > 0; n -= 32, in += 32, row += 34) {
+    for (; n > 0; n -= BLOCK, in += BLOCK, row += MOE__BYTES_Q8_0) {
         float peak = 0;
-        moe__types_load(in, NULL, 32, x, w);
-        for (int i = 0; i < 32; i++)
+        moe__types_load(in, NULL, BLOCK, x, w);
+        for (int i = 0; i < BLOCK; i++)
             if (fabsf(x[i]) > peak) peak = fabsf(x[i]);
         float d = moe__types_round_f16(peak / 127), inverse = d > 0 ? 1 / d : 0;
         moe__store_u16(row, moe__f32_to_f16(d));
-        for (int i = 0; i < 32; i++)
+        for (int i = 0; i < BLOCK; i++)
             row[2 + i] = (uint8_t)moe__types_level(x[i] * inverse, -127, 127);
     }
 }
@@ -5414,25 +5404,31 @@ MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_k *k, uint8_t *row) {
     moe__types_store_low(k->code, 256, 16, row + 8);
 }
 
-// name, how it is packed, block, bytes, table, first, last, width, mins, integer scales
-#define MOE__TYPES_QUANTIZE(name, pack, block, bytes, table, first, last, width, mins, s0, s1)     \
-    MOE__PRIVATE void moe__quantize_##name(const float *in, uint8_t *row, int64_t n,               \
-                                           const float *importance) {                              \
-        static const moe__types_form form = {table, first, last, width, MOE__TYPES_##mins, s0, s1, \
-                                             block, bytes, moe__types_pack_##pack};                \
-        moe__types_quantize(&form, in, row, n, importance);                                        \
+// How a type is packed, its levels, mins, integer scales. Levels are those of a table, or all
+// integers that the type has.
+#define MOE__TYPES_QUANTIZE(NAME, name, pack, table, first, last, mins, s0, s1)                   \
+    MOE__PRIVATE void moe__quantize_##name(const float *in, uint8_t *row, int64_t n,              \
+                                           const float *importance) {                             \
+        static const moe__types_form form = {table, first, last, MOE__PER_##NAME,                 \
+                                             MOE__TYPES_##mins, s0, s1, MOE__BLOCK_##NAME,        \
+                                             MOE__BYTES_##NAME, moe__types_pack_##pack};          \
+        moe__types_quantize(&form, in, row, n, importance);                                       \
     }
-MOE__TYPES_QUANTIZE(q4_0, 32, 32, 18, NULL, -8, 7, 32, NO_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(q4_1, 32, 32, 20, NULL, 0, 15, 32, ANY_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(q5_0, 32, 32, 22, NULL, -16, 15, 32, NO_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(q5_1, 32, 32, 24, NULL, 0, 31, 32, ANY_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(iq4_nl, 32, 32, 18, moe__levels_k4, -127, 113, 32, NO_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(q2_k, q2_k, 256, 84, NULL, 0, 3, 16, MIN, 0, 15)
-MOE__TYPES_QUANTIZE(q3_k, q3_k, 256, 110, NULL, -4, 3, 16, NO_MIN, -32, 31)
-MOE__TYPES_QUANTIZE(q4_k, q4_k, 256, 144, NULL, 0, 15, 32, MIN, 0, 63)
-MOE__TYPES_QUANTIZE(q5_k, q4_k, 256, 176, NULL, 0, 31, 32, MIN, 0, 63)
-MOE__TYPES_QUANTIZE(q6_k, q6_k, 256, 210, NULL, -32, 31, 16, NO_MIN, -128, 127)
-MOE__TYPES_QUANTIZE(iq4_xs, iq4_xs, 256, 136, moe__levels_k4, -127, 113, 32, NO_MIN, -32, 31)
+#define MOE__TYPES_QUANTIZE_EVEN(NAME, name, pack, mins, s0, s1)                                  \
+    MOE__TYPES_QUANTIZE(NAME, name, pack, NULL, -MOE__OFFSET_##NAME,                              \
+                        (1 << MOE__BITS_##NAME) - 1 - MOE__OFFSET_##NAME, mins, s0, s1)
+MOE__TYPES_QUANTIZE_EVEN(Q4_0, q4_0, 32, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE_EVEN(Q4_1, q4_1, 32, ANY_MIN, 0, 0)
+MOE__TYPES_QUANTIZE_EVEN(Q5_0, q5_0, 32, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE_EVEN(Q5_1, q5_1, 32, ANY_MIN, 0, 0)
+MOE__TYPES_QUANTIZE(IQ4_NL, iq4_nl, 32, moe__levels_k4, -127, 113, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE_EVEN(Q2_K, q2_k, q2_k, MIN, 0, 15)
+MOE__TYPES_QUANTIZE_EVEN(Q3_K, q3_k, q3_k, NO_MIN, -32, 31)
+MOE__TYPES_QUANTIZE_EVEN(Q4_K, q4_k, q4_k, MIN, 0, 63)
+MOE__TYPES_QUANTIZE_EVEN(Q5_K, q5_k, q4_k, MIN, 0, 63)
+MOE__TYPES_QUANTIZE_EVEN(Q6_K, q6_k, q6_k, NO_MIN, -128, 127)
+MOE__TYPES_QUANTIZE(IQ4_XS, iq4_xs, iq4_xs, moe__levels_k4, -127, 113, NO_MIN, -32, 31)
+#undef MOE__TYPES_QUANTIZE_EVEN
 #undef MOE__TYPES_QUANTIZE
 
 // One exponent per 32 weights: the largest magnitude lies between levels 8 and 16, or up to a
@@ -5440,16 +5436,17 @@ MOE__TYPES_QUANTIZE(iq4_xs, iq4_xs, 256, 136, moe__levels_k4, -127, 113, 32, NO_
 MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
                                       const float *importance) {
     static const int8_t levels[16] = {-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12};
-    static const moe__types_form form = {levels, -12, 12, 32, MOE__TYPES_NO_MIN, 0, 0, 32, 17,
-                                         NULL};
-    float x[32], w[32];
-    uint8_t code[32];
-    for (int64_t begin = 0; begin < n; begin += 32, row += 17) {
+    enum { BLOCK = MOE__BLOCK_MXFP4, BYTES = MOE__BYTES_MXFP4 };
+    static const moe__types_form form = {levels, -12, 12, BLOCK, MOE__TYPES_NO_MIN, 0, 0,
+                                         BLOCK, BYTES, NULL};
+    float x[BLOCK], w[BLOCK];
+    uint8_t code[BLOCK];
+    for (int64_t begin = 0; begin < n; begin += BLOCK, row += BYTES) {
         uint32_t peak = 0, best = 2;
         double least = INFINITY;
         moe__types_line line = {0, 0};
-        moe__types_load(in + begin, importance ? importance + begin : NULL, 32, x, w);
-        for (int i = 0; i < 32; i++)
+        moe__types_load(in + begin, importance ? importance + begin : NULL, BLOCK, x, w);
+        for (int i = 0; i < BLOCK; i++)
             if (moe__f32_bits(fabsf(x[i])) > peak) peak = moe__f32_bits(fabsf(x[i]));
         uint32_t e0 = peak >> 23 > 5 ? (peak >> 23) - 3 : 2;
         for (uint32_t e = e0; e <= e0 + 2; e++) {
@@ -5462,10 +5459,10 @@ MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
         }
         line.scale = moe__f32_from_bits((best - 1) << 23);
         moe__types_codes(&form, x, line, code);
-        for (int i = 0; i < 32; i++) // 8 .. 15 are the negative levels, -0 is not used
+        for (int i = 0; i < BLOCK; i++) // 8 .. 15 are the negative levels, -0 is not used
             code[i] = (uint8_t)(code[i] > 7 ? code[i] - 8 : code[i] < 7 ? 15 - code[i] : 0);
         row[0] = (uint8_t)best;
-        moe__types_store_low(code, 32, 16, row + 1);
+        moe__types_store_low(code, BLOCK, BLOCK / 2, row + 1);
     }
 }
 
@@ -5476,7 +5473,7 @@ MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
 #define MOE__UNPACKER_Q256(name) moe__unpack_##name
 #define MOE__QUANTIZER_0(name) NULL
 #define MOE__QUANTIZER_1(name) moe__quantize_##name
-#define MOE__TYPES_ENTRY(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q) \
+#define MOE__TYPES_ENTRY(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q) \
     {MOE_TYPE_##NAME, #NAME, block, bytes, MOE__ACT_##act, rows, meta, per, bits, offset,      \
      MOE__UNPACKER_##act(name), MOE__QUANTIZER_##q(name)},
 static const moe__type moe__types[MOE__N_TYPES] = {MOE__TYPES(MOE__TYPES_ENTRY)};
@@ -5523,7 +5520,7 @@ MOE_API size_t moe_type_row_size(moe_type type, int64_t n) {
     uint64_t size;
     if (!info || info->bytes == 0 || n <= 0 || n % info->block != 0) return 0;
     if (!moe__size_mul((uint64_t)(n / info->block), (uint64_t)info->bytes, &size) ||
-        !moe__size_add(size, (uint64_t)info->row_meta, &size) || size > SIZE_MAX / 2)
+        !moe__size_add(size, (uint64_t)info->meta, &size) || size > SIZE_MAX / 2)
         return 0;
     return (size_t)size;
 }
@@ -6749,27 +6746,14 @@ MOE__V __m256 u_rounded(__m256 x) {
 
 // Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes
 // levels unsigned, whether there are mins. `type` is always a constant index of the type table.
-MOE__V int q32_size(const int type) {
-    switch (type) {
-    case MOE__INDEX_Q4_1: return MOE__BYTES_Q4_1;
-    case MOE__INDEX_Q5_0: return MOE__BYTES_Q5_0;
-    case MOE__INDEX_Q5_1: return MOE__BYTES_Q5_1;
-    case MOE__INDEX_Q6_0: return MOE__BYTES_Q6_0;
-    case MOE__INDEX_Q8_0: return MOE__BYTES_Q8_0;
-    case MOE__INDEX_MXFP4: return MOE__BYTES_MXFP4;
-    default: return MOE__BYTES_Q4_0; // and IQ4_NL
-    }
-}
+MOE__V int q32_size(const int type) { return moe__types[type].bytes; }
 MOE__V int MOE__(q32_low)(const int type) {
     return type == MOE__INDEX_Q8_0 ? 2 : q32_size(type) - 16;
 }
 MOE__V int q32_shift(const int type) {
-    if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) return 7;
-    return type == MOE__INDEX_Q4_0 ? 3 : type == MOE__INDEX_Q6_0 ? 5 : 4;
+    return __builtin_ctz((unsigned)moe__types[type].offset | 256); // 8: has mins
 }
-MOE__V int MOE__(q32_min)(const int type) {
-    return type == MOE__INDEX_Q4_1 || type == MOE__INDEX_Q5_1;
-}
+MOE__V int MOE__(q32_min)(const int type) { return moe__types[type].offset == 0; }
 // The 16 levels of MXFP4 and NVFP4, or of IQ4_NL, plus an offset, in every lane
 MOE__V MOE__VI MOE__(q32_table)(const int type, const int offset) {
     const int8_t *table = type == MOE__INDEX_IQ4_NL ? moe__levels_k4 : moe__levels_fp4;
@@ -10004,7 +9988,8 @@ MOE__TILE_GROUP(MXFP4_R8, mxfp4_r8)
     }
 #define MOE__DEQUANTIZE_4(NAME, name)
 #define MOE__DEQUANTIZE_8(NAME, name)
-#define MOE__DEQUANTIZE(NAME, name, block, bytes, act, rows, ...) MOE__DEQUANTIZE_##rows(NAME, name)
+#define MOE__DEQUANTIZE(NAME, name, id, block, bytes, act, rows, ...) \
+    MOE__DEQUANTIZE_##rows(NAME, name)
 MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 #undef MOE__DEQUANTIZE
 #undef MOE__DEQUANTIZE_1
@@ -11382,7 +11367,7 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 #define MOE__FLOATS_1(name) MOE__AVX2(dequantize_##name)
 #define MOE__FLOATS_4(name) moe__dequantize_##name
 #define MOE__FLOATS_8(name) moe__dequantize_##name
-#define MOE__TYPE_KERNELS(NAME, name, block, bytes, act, rows, ...) \
+#define MOE__TYPE_KERNELS(NAME, name, id, block, bytes, act, rows, ...) \
     {MOE__SHARED(dot_##name), MOE__TILE_##act(name), MOE__FLOATS_##rows(name)},
 static const moe__kernels MOE__(kernels) = {
     (moe_isa)MOE__ISA,

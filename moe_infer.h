@@ -3024,70 +3024,127 @@ enum {
     MOE__GGUF_SUFFIX = 20            // strlen("-00001-of-00009.gguf")
 };
 
-// ---- sizes of tensor types -------------------------------------------------------------------
+// ---- the table of tensor types ---------------------------------------------------------------
 
-// A row of n weights takes row_meta + n / block * bytes. `interleave` rows form a group in which
-// their blocks alternate, so that only whole groups can be addressed. bytes = 0: the name is
-// known, but not the size in a file (never written, or different between programs).
+// Every type that llama.cpp or ik_llama.cpp (from 133 on) give an id, in the order of ids. What
+// the library knows of a type as numbers stands here, and only here. A row is
+//   F(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q)   floats
+//   B(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q)   blocks
+//   K(NAME, id, block, bytes, rows, meta)   known to files, but not run
+// with
+//   NAME name     as in MOE_TYPE_NAME, and in the names of functions
+//   block bytes   weights and bytes per block, of one row. bytes 0: the size in a file is not
+//                 known (never written, or different between programs)
+//   rows          rows that form a group, in which their blocks alternate: only whole groups can
+//                 be addressed
+//   meta          bytes of a row before its blocks: a row of n takes meta + n / block * bytes
+//   act           the activations it is multiplied with, see moe__act_kind
+//   per           weights per scale: 16 or 32
+//   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins
+//   q             1 if there is a quantizer
+#define MOE__ALL_TYPES(F, B, K)                                                                  \
+    F(F32, f32, 0, 1, 4, F32, 1, 0, 0, 0, 0, 1)                                                  \
+    F(F16, f16, 1, 1, 2, F32, 1, 0, 0, 0, 0, 1)                                                  \
+    B(Q4_0, q4_0, 2, 32, 18, Q32, 1, 0, 32, 4, 8, 1)                                             \
+    B(Q4_1, q4_1, 3, 32, 20, Q32, 1, 0, 32, 4, 0, 1)                                             \
+    K(Q4_2, 4, 0, 0, 1, 0) K(Q4_3, 5, 0, 0, 1, 0)                                                \
+    B(Q5_0, q5_0, 6, 32, 22, Q32, 1, 0, 32, 5, 16, 1)                                            \
+    B(Q5_1, q5_1, 7, 32, 24, Q32, 1, 0, 32, 5, 0, 1)                                             \
+    B(Q8_0, q8_0, 8, 32, 34, Q32, 1, 0, 32, 8, 128, 1)                                           \
+    K(Q8_1, 9, 32, 36, 1, 0)                                                                     \
+    B(Q2_K, q2_k, 10, 256, 84, Q256, 1, 0, 16, 2, 0, 1)                                          \
+    B(Q3_K, q3_k, 11, 256, 110, Q256, 1, 0, 16, 3, 4, 1)                                         \
+    B(Q4_K, q4_k, 12, 256, 144, Q256, 1, 0, 32, 4, 0, 1)                                         \
+    B(Q5_K, q5_k, 13, 256, 176, Q256, 1, 0, 32, 5, 0, 1)                                         \
+    B(Q6_K, q6_k, 14, 256, 210, Q256, 1, 0, 16, 6, 32, 1)                                        \
+    K(Q8_K, 15, 256, 0, 1, 0)                                                                    \
+    B(IQ2_XXS, iq2_xxs, 16, 256, 66, Q256, 1, 0, 32, 7, 64, 0)                                   \
+    B(IQ2_XS, iq2_xs, 17, 256, 74, Q256, 1, 0, 16, 7, 64, 0)                                     \
+    B(IQ3_XXS, iq3_xxs, 18, 256, 98, Q256, 1, 0, 32, 7, 64, 0)                                   \
+    B(IQ1_S, iq1_s, 19, 256, 50, Q256, 1, 0, 32, 5, 16, 0)                                       \
+    B(IQ4_NL, iq4_nl, 20, 32, 18, Q32, 1, 0, 32, 8, 128, 1)                                      \
+    B(IQ3_S, iq3_s, 21, 256, 110, Q256, 1, 0, 32, 5, 16, 0)                                      \
+    B(IQ2_S, iq2_s, 22, 256, 82, Q256, 1, 0, 16, 7, 64, 0)                                       \
+    B(IQ4_XS, iq4_xs, 23, 256, 136, Q256, 1, 0, 32, 8, 128, 1)                                   \
+    K(I8, 24, 1, 1, 1, 0) K(I16, 25, 1, 2, 1, 0) K(I32, 26, 1, 4, 1, 0) K(I64, 27, 1, 8, 1, 0)   \
+    K(F64, 28, 1, 8, 1, 0)                                                                       \
+    B(IQ1_M, iq1_m, 29, 256, 56, Q256, 1, 0, 16, 5, 16, 0)                                       \
+    F(BF16, bf16, 30, 1, 2, F32, 1, 0, 0, 0, 0, 1)                                               \
+    K(Q4_0_4_4, 31, 32, 18, 4, 0) K(Q4_0_4_8, 32, 32, 18, 4, 0) K(Q4_0_8_8, 33, 32, 18, 8, 0)    \
+    B(TQ1_0, tq1_0, 34, 256, 54, Q256, 1, 0, 32, 2, 1, 0)                                        \
+    B(TQ2_0, tq2_0, 35, 256, 66, Q256, 1, 0, 32, 2, 1, 0)                                        \
+    K(I2_S, 36, 0, 0, 1, 0) K(IQ4_NL_4_8, 37, 32, 0, 1, 0) K(IQ4_NL_8_8, 38, 32, 0, 1, 0)        \
+    B(MXFP4, mxfp4, 39, 32, 17, Q32, 1, 0, 32, 5, 16, 1)                                         \
+    B(NVFP4, nvfp4, 40, 64, 36, Q32, 1, 0, 16, 5, 16, 0)                                         \
+    K(Q1_0, 41, 128, 18, 1, 0) K(Q2_0, 42, 64, 18, 1, 0) K(Q8_0_X4, 97, 32, 0, 1, 0)             \
+    K(Q8_1_X4, 98, 32, 0, 1, 0) K(Q8_2_X4, 99, 32, 0, 1, 0)                                      \
+    B(Q6_0, q6_0, 133, 32, 26, Q32, 1, 0, 32, 6, 32, 0)                                          \
+    K(IQ1_BN, 134, 64, 13, 1, 2) K(IQ2_BN, 135, 64, 16, 1, 4) K(Q8_K64, 136, 0, 0, 1, 0)         \
+    B(IQ2_K, iq2_k, 137, 256, 76, Q256, 1, 0, 16, 6, 32, 0)                                      \
+    B(IQ3_K, iq3_k, 138, 256, 110, Q256, 1, 0, 16, 7, 64, 0)                                     \
+    B(IQ4_K, iq4_k, 139, 256, 144, Q256, 1, 0, 16, 8, 128, 0)                                    \
+    B(IQ5_K, iq5_k, 140, 256, 176, Q256, 1, 0, 16, 8, 128, 0)                                    \
+    B(IQ6_K, iq6_k, 141, 256, 212, Q256, 1, 0, 16, 8, 128, 0)                                    \
+    B(IQ4_KS, iq4_ks, 144, 256, 136, Q256, 1, 4, 32, 8, 128, 0)                                  \
+    B(IQ2_KS, iq2_ks, 145, 256, 70, Q256, 1, 2, 32, 6, 32, 0)                                    \
+    K(IQ4_KSS, 146, 256, 128, 1, 4) K(Q8_K16, 147, 0, 0, 1, 0) K(Q8_K32, 148, 0, 0, 1, 0)        \
+    K(Q8_KR8, 149, 0, 0, 1, 0) K(Q8_K128, 150, 0, 0, 1, 0) K(Q8_KV, 151, 32, 32, 1, 8)           \
+    B(IQ5_KS, iq5_ks, 152, 256, 168, Q256, 1, 4, 32, 8, 128, 0)                                  \
+    K(IQ2_KT, 153, 256, 68, 1, 4) K(IQ3_KT, 154, 256, 100, 1, 4) K(IQ4_KT, 155, 256, 128, 1, 4)  \
+    B(IQ3_KS, iq3_ks, 156, 256, 102, Q256, 1, 2, 32, 7, 64, 0)                                   \
+    B(IQ2_KL, iq2_kl, 157, 256, 86, Q256, 1, 2, 32, 7, 64, 0)                                    \
+    K(IQ1_KT, 158, 256, 56, 1, 4)                                                                \
+    B(Q4_0_R8, q4_0_r8, 202, 32, 18, Q32, 8, 0, 32, 4, 8, 0)                                     \
+    B(Q5_0_R4, q5_0_r4, 206, 32, 22, Q32, 4, 0, 32, 5, 16, 0)                                    \
+    B(Q8_0_R8, q8_0_r8, 208, 32, 34, Q32, 8, 0, 32, 8, 128, 0)                                   \
+    B(Q2_K_R4, q2_k_r4, 210, 256, 84, Q256, 4, 0, 16, 2, 0, 0)                                   \
+    B(Q3_K_R4, q3_k_r4, 211, 256, 110, Q256, 4, 0, 16, 3, 4, 0)                                  \
+    B(Q4_K_R4, q4_k_r4, 212, 256, 144, Q256, 4, 0, 32, 4, 0, 0)                                  \
+    B(Q5_K_R4, q5_k_r4, 213, 256, 176, Q256, 4, 0, 32, 5, 0, 0)                                  \
+    B(Q6_K_R4, q6_k_r4, 214, 256, 210, Q256, 4, 0, 16, 6, 32, 0)                                 \
+    K(IQ2_XXS_R4, 216, 256, 66, 4, 0) K(IQ2_XS_R4, 217, 256, 74, 4, 0)                           \
+    K(IQ3_XXS_R4, 218, 256, 98, 4, 0) K(IQ1_S_R4, 219, 32, 6, 4, 2)                              \
+    B(IQ4_NL_R4, iq4_nl_r4, 220, 32, 18, Q32, 4, 0, 32, 8, 128, 0)                               \
+    K(IQ3_S_R4, 221, 256, 110, 4, 0) K(IQ2_S_R4, 222, 256, 82, 4, 0)                             \
+    B(IQ4_XS_R8, iq4_xs_r8, 223, 256, 136, Q256, 8, 0, 32, 8, 128, 0)                            \
+    K(IQ1_M_R4, 229, 32, 7, 4, 2) K(BF16_R16, 230, 1, 2, 16, 0) K(Q6_0_R4, 233, 32, 26, 4, 0)    \
+    K(IQ2_BN_R4, 335, 64, 16, 4, 4)                                                              \
+    B(IQ2_K_R4, iq2_k_r4, 337, 256, 76, Q256, 4, 0, 16, 6, 32, 0)                                \
+    B(IQ3_K_R4, iq3_k_r4, 338, 256, 110, Q256, 4, 0, 16, 7, 64, 0)                               \
+    B(IQ4_K_R4, iq4_k_r4, 339, 256, 144, Q256, 4, 0, 16, 8, 128, 0)                              \
+    B(IQ5_K_R4, iq5_k_r4, 340, 256, 176, Q256, 4, 0, 16, 8, 128, 0)                              \
+    B(IQ4_KS_R4, iq4_ks_r4, 344, 256, 136, Q256, 4, 4, 32, 8, 128, 0)                            \
+    B(IQ5_KS_R4, iq5_ks_r4, 352, 256, 168, Q256, 4, 4, 32, 8, 128, 0)                            \
+    B(MXFP4_R8, mxfp4_r8, 353, 32, 17, Q32, 8, 0, 32, 5, 16, 0)                                  \
+    K(Q8_K_R16, 397, 256, 258, 16, 0) K(Q8_KV_R8, 398, 32, 32, 8, 4)                             \
+    K(Q8_K_R8, 399, 256, 258, 8, 0)
+
+#define MOE__NO_TYPE(...)
+#define MOE__TYPES(X) MOE__ALL_TYPES(X, X, MOE__NO_TYPE) // all that run
+#define MOE__BLOCK_TYPES(X) MOE__ALL_TYPES(MOE__NO_TYPE, X, MOE__NO_TYPE)
+
+// The ids that users know are those of the table.
+#define MOE__TYPE_ID(NAME, name, id, ...) \
+    MOE__STATIC_ASSERT(type_id_##name, (int)MOE_TYPE_##NAME == id);
+MOE__TYPES(MOE__TYPE_ID)
+#undef MOE__TYPE_ID
+
+// What files need of a type, for all of the table.
 typedef struct moe__gguf_type {
     int16_t id;
     int16_t block, bytes;
-    int8_t row_meta, interleave;
+    int8_t rows, meta;
     char name[16];
 } moe__gguf_type;
 
-// Every id that llama.cpp or ik_llama.cpp (from 133 on) give a meaning, in order.
 static const moe__gguf_type moe__gguf_types[] = {
-    {0, 1, 4, 0, 1, "F32"},          {1, 1, 2, 0, 1, "F16"},
-    {2, 32, 18, 0, 1, "Q4_0"},       {3, 32, 20, 0, 1, "Q4_1"},
-    {4, 0, 0, 0, 1, "Q4_2"},         {5, 0, 0, 0, 1, "Q4_3"},
-    {6, 32, 22, 0, 1, "Q5_0"},       {7, 32, 24, 0, 1, "Q5_1"},
-    {8, 32, 34, 0, 1, "Q8_0"},       {9, 32, 36, 0, 1, "Q8_1"},
-    {10, 256, 84, 0, 1, "Q2_K"},     {11, 256, 110, 0, 1, "Q3_K"},
-    {12, 256, 144, 0, 1, "Q4_K"},    {13, 256, 176, 0, 1, "Q5_K"},
-    {14, 256, 210, 0, 1, "Q6_K"},    {15, 256, 0, 0, 1, "Q8_K"},
-    {16, 256, 66, 0, 1, "IQ2_XXS"},  {17, 256, 74, 0, 1, "IQ2_XS"},
-    {18, 256, 98, 0, 1, "IQ3_XXS"},  {19, 256, 50, 0, 1, "IQ1_S"},
-    {20, 32, 18, 0, 1, "IQ4_NL"},    {21, 256, 110, 0, 1, "IQ3_S"},
-    {22, 256, 82, 0, 1, "IQ2_S"},    {23, 256, 136, 0, 1, "IQ4_XS"},
-    {24, 1, 1, 0, 1, "I8"},          {25, 1, 2, 0, 1, "I16"},
-    {26, 1, 4, 0, 1, "I32"},         {27, 1, 8, 0, 1, "I64"},
-    {28, 1, 8, 0, 1, "F64"},         {29, 256, 56, 0, 1, "IQ1_M"},
-    {30, 1, 2, 0, 1, "BF16"},        {31, 32, 18, 0, 4, "Q4_0_4_4"},
-    {32, 32, 18, 0, 4, "Q4_0_4_8"},  {33, 32, 18, 0, 8, "Q4_0_8_8"},
-    {34, 256, 54, 0, 1, "TQ1_0"},    {35, 256, 66, 0, 1, "TQ2_0"},
-    {36, 0, 0, 0, 1, "I2_S"},        {37, 32, 0, 0, 1, "IQ4_NL_4_8"},
-    {38, 32, 0, 0, 1, "IQ4_NL_8_8"}, {39, 32, 17, 0, 1, "MXFP4"},
-    {40, 64, 36, 0, 1, "NVFP4"},     {41, 128, 18, 0, 1, "Q1_0"},
-    {42, 64, 18, 0, 1, "Q2_0"},      {97, 32, 0, 0, 1, "Q8_0_X4"},
-    {98, 32, 0, 0, 1, "Q8_1_X4"},    {99, 32, 0, 0, 1, "Q8_2_X4"},
-    {133, 32, 26, 0, 1, "Q6_0"},     {134, 64, 13, 2, 1, "IQ1_BN"},
-    {135, 64, 16, 4, 1, "IQ2_BN"},   {136, 0, 0, 0, 1, "Q8_K64"},
-    {137, 256, 76, 0, 1, "IQ2_K"},   {138, 256, 110, 0, 1, "IQ3_K"},
-    {139, 256, 144, 0, 1, "IQ4_K"},  {140, 256, 176, 0, 1, "IQ5_K"},
-    {141, 256, 212, 0, 1, "IQ6_K"},  {144, 256, 136, 4, 1, "IQ4_KS"},
-    {145, 256, 70, 2, 1, "IQ2_KS"},  {146, 256, 128, 4, 1, "IQ4_KSS"},
-    {147, 0, 0, 0, 1, "Q8_K16"},     {148, 0, 0, 0, 1, "Q8_K32"},
-    {149, 0, 0, 0, 1, "Q8_KR8"},     {150, 0, 0, 0, 1, "Q8_K128"},
-    {151, 32, 32, 8, 1, "Q8_KV"},    {152, 256, 168, 4, 1, "IQ5_KS"},
-    {153, 256, 68, 4, 1, "IQ2_KT"},  {154, 256, 100, 4, 1, "IQ3_KT"},
-    {155, 256, 128, 4, 1, "IQ4_KT"}, {156, 256, 102, 2, 1, "IQ3_KS"},
-    {157, 256, 86, 2, 1, "IQ2_KL"},  {158, 256, 56, 4, 1, "IQ1_KT"},
-    {202, 32, 18, 0, 8, "Q4_0_R8"},  {206, 32, 22, 0, 4, "Q5_0_R4"},
-    {208, 32, 34, 0, 8, "Q8_0_R8"},  {210, 256, 84, 0, 4, "Q2_K_R4"},
-    {211, 256, 110, 0, 4, "Q3_K_R4"}, {212, 256, 144, 0, 4, "Q4_K_R4"},
-    {213, 256, 176, 0, 4, "Q5_K_R4"}, {214, 256, 210, 0, 4, "Q6_K_R4"},
-    {216, 256, 66, 0, 4, "IQ2_XXS_R4"}, {217, 256, 74, 0, 4, "IQ2_XS_R4"},
-    {218, 256, 98, 0, 4, "IQ3_XXS_R4"}, {219, 32, 6, 2, 4, "IQ1_S_R4"},
-    {220, 32, 18, 0, 4, "IQ4_NL_R4"}, {221, 256, 110, 0, 4, "IQ3_S_R4"},
-    {222, 256, 82, 0, 4, "IQ2_S_R4"}, {223, 256, 136, 0, 8, "IQ4_XS_R8"},
-    {229, 32, 7, 2, 4, "IQ1_M_R4"},  {230, 1, 2, 0, 16, "BF16_R16"},
-    {233, 32, 26, 0, 4, "Q6_0_R4"},  {335, 64, 16, 4, 4, "IQ2_BN_R4"},
-    {337, 256, 76, 0, 4, "IQ2_K_R4"}, {338, 256, 110, 0, 4, "IQ3_K_R4"},
-    {339, 256, 144, 0, 4, "IQ4_K_R4"}, {340, 256, 176, 0, 4, "IQ5_K_R4"},
-    {344, 256, 136, 4, 4, "IQ4_KS_R4"}, {352, 256, 168, 4, 4, "IQ5_KS_R4"},
-    {353, 32, 17, 0, 8, "MXFP4_R8"}, {397, 256, 258, 0, 16, "Q8_K_R16"},
-    {398, 32, 32, 4, 8, "Q8_KV_R8"}, {399, 256, 258, 0, 8, "Q8_K_R8"}};
+#define MOE__GGUF_RUN(NAME, name, id, block, bytes, act, rows, meta, ...) \
+    {id, block, bytes, rows, meta, #NAME},
+#define MOE__GGUF_KNOWN(NAME, id, block, bytes, rows, meta) {id, block, bytes, rows, meta, #NAME},
+    MOE__ALL_TYPES(MOE__GGUF_RUN, MOE__GGUF_RUN, MOE__GGUF_KNOWN)
+#undef MOE__GGUF_RUN
+#undef MOE__GGUF_KNOWN
+};
 
 // NULL for an unknown id.
 MOE__PRIVATE const moe__gguf_type *moe__gguf_type_info(int32_t id) {
@@ -3454,15 +3511,15 @@ MOE__PRIVATE moe_status moe__gguf_tensor_size(moe__gguf_reader *r, uint64_t offs
         return moe__gguf_bad(r, offset,
                              "rows of %" PRId64 " weights cannot be cut into %s blocks of %d",
                              ne[0], type->name, type->block);
-    if (ne[1] % type->interleave)
+    if (ne[1] % type->rows)
         return moe__gguf_bad(r, offset, "%" PRId64 " rows cannot be cut into %s groups of %d",
-                             ne[1], type->name, type->interleave);
-    if (type->interleave > 1 && strcmp(tensor->name, "token_embd.weight") == 0)
+                             ne[1], type->name, type->rows);
+    if (type->rows > 1 && strcmp(tensor->name, "token_embd.weight") == 0)
         return moe__gguf_bad(r, offset,
                              "type %s interleaves rows, but this tensor is read row by row",
                              type->name);
     if (!moe__size_mul((uint64_t)(ne[0] / type->block), (uint64_t)type->bytes, &size) ||
-        !moe__size_add(size, (uint64_t)type->row_meta, &size) ||
+        !moe__size_add(size, (uint64_t)type->meta, &size) ||
         !moe__size_mul(size, (uint64_t)ne[1], &size) ||
         !moe__size_mul(size, (uint64_t)ne[2], &size) ||
         !moe__size_mul(size, (uint64_t)ne[3], &size) || size > INT64_MAX)
@@ -4011,75 +4068,6 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 // floats between them.
 // ==============================================================================================
 
-// The one list of types that can be run. Each row of X:
-//   NAME name     as in MOE_TYPE_NAME, and in the names of functions
-//   block bytes   weights and bytes per block, of one row
-//   act           the activations it is multiplied with, see moe__act_kind
-//   rows meta     rows that are interleaved in a group; bytes of the scale before a row's blocks
-//   per           weights per scale: 16 or 32
-//   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins
-//   q             1 if there is a quantizer
-// It needs moe__unpack_name here (F32, F16 and BF16 have no blocks to unpack),
-// moe__quantize_name if q, and in the vector text of >>kernels its head and level, which become
-// dot, tile and dequantize.
-#define MOE__TYPES(X)                                                     \
-    X(F32, f32, 1, 4, F32, 1, 0, 0, 0, 0, 1)                              \
-    X(F16, f16, 1, 2, F32, 1, 0, 0, 0, 0, 1)                              \
-    X(BF16, bf16, 1, 2, F32, 1, 0, 0, 0, 0, 1)                            \
-    MOE__BLOCK_TYPES(X)
-#define MOE__BLOCK_TYPES(X)                                               \
-    X(Q4_0, q4_0, 32, 18, Q32, 1, 0, 32, 4, 8, 1)                         \
-    X(Q4_1, q4_1, 32, 20, Q32, 1, 0, 32, 4, 0, 1)                         \
-    X(Q5_0, q5_0, 32, 22, Q32, 1, 0, 32, 5, 16, 1)                        \
-    X(Q5_1, q5_1, 32, 24, Q32, 1, 0, 32, 5, 0, 1)                         \
-    X(Q6_0, q6_0, 32, 26, Q32, 1, 0, 32, 6, 32, 0)                        \
-    X(Q8_0, q8_0, 32, 34, Q32, 1, 0, 32, 8, 128, 1)                       \
-    X(Q2_K, q2_k, 256, 84, Q256, 1, 0, 16, 2, 0, 1)                       \
-    X(Q3_K, q3_k, 256, 110, Q256, 1, 0, 16, 3, 4, 1)                      \
-    X(Q4_K, q4_k, 256, 144, Q256, 1, 0, 32, 4, 0, 1)                      \
-    X(Q5_K, q5_k, 256, 176, Q256, 1, 0, 32, 5, 0, 1)                      \
-    X(Q6_K, q6_k, 256, 210, Q256, 1, 0, 16, 6, 32, 1)                     \
-    X(IQ1_S, iq1_s, 256, 50, Q256, 1, 0, 32, 5, 16, 0)                    \
-    X(IQ1_M, iq1_m, 256, 56, Q256, 1, 0, 16, 5, 16, 0)                    \
-    X(IQ2_XXS, iq2_xxs, 256, 66, Q256, 1, 0, 32, 7, 64, 0)                \
-    X(IQ2_XS, iq2_xs, 256, 74, Q256, 1, 0, 16, 7, 64, 0)                  \
-    X(IQ2_S, iq2_s, 256, 82, Q256, 1, 0, 16, 7, 64, 0)                    \
-    X(IQ3_XXS, iq3_xxs, 256, 98, Q256, 1, 0, 32, 7, 64, 0)                \
-    X(IQ3_S, iq3_s, 256, 110, Q256, 1, 0, 32, 5, 16, 0)                   \
-    X(IQ4_NL, iq4_nl, 32, 18, Q32, 1, 0, 32, 8, 128, 1)                   \
-    X(IQ4_XS, iq4_xs, 256, 136, Q256, 1, 0, 32, 8, 128, 1)                \
-    X(MXFP4, mxfp4, 32, 17, Q32, 1, 0, 32, 5, 16, 1)                      \
-    X(NVFP4, nvfp4, 64, 36, Q32, 1, 0, 16, 5, 16, 0)                      \
-    X(TQ1_0, tq1_0, 256, 54, Q256, 1, 0, 32, 2, 1, 0)                     \
-    X(TQ2_0, tq2_0, 256, 66, Q256, 1, 0, 32, 2, 1, 0)                     \
-    X(IQ2_K, iq2_k, 256, 76, Q256, 1, 0, 16, 6, 32, 0)                    \
-    X(IQ3_K, iq3_k, 256, 110, Q256, 1, 0, 16, 7, 64, 0)                   \
-    X(IQ4_K, iq4_k, 256, 144, Q256, 1, 0, 16, 8, 128, 0)                  \
-    X(IQ5_K, iq5_k, 256, 176, Q256, 1, 0, 16, 8, 128, 0)                  \
-    X(IQ6_K, iq6_k, 256, 212, Q256, 1, 0, 16, 8, 128, 0)                  \
-    X(IQ2_KS, iq2_ks, 256, 70, Q256, 1, 2, 32, 6, 32, 0)                  \
-    X(IQ3_KS, iq3_ks, 256, 102, Q256, 1, 2, 32, 7, 64, 0)                 \
-    X(IQ4_KS, iq4_ks, 256, 136, Q256, 1, 4, 32, 8, 128, 0)                \
-    X(IQ5_KS, iq5_ks, 256, 168, Q256, 1, 4, 32, 8, 128, 0)                \
-    X(IQ2_KL, iq2_kl, 256, 86, Q256, 1, 2, 32, 7, 64, 0)                  \
-    X(Q4_0_R8, q4_0_r8, 32, 18, Q32, 8, 0, 32, 4, 8, 0)                   \
-    X(Q5_0_R4, q5_0_r4, 32, 22, Q32, 4, 0, 32, 5, 16, 0)                  \
-    X(Q8_0_R8, q8_0_r8, 32, 34, Q32, 8, 0, 32, 8, 128, 0)                 \
-    X(Q2_K_R4, q2_k_r4, 256, 84, Q256, 4, 0, 16, 2, 0, 0)                 \
-    X(Q3_K_R4, q3_k_r4, 256, 110, Q256, 4, 0, 16, 3, 4, 0)                \
-    X(Q4_K_R4, q4_k_r4, 256, 144, Q256, 4, 0, 32, 4, 0, 0)                \
-    X(Q5_K_R4, q5_k_r4, 256, 176, Q256, 4, 0, 32, 5, 0, 0)                \
-    X(Q6_K_R4, q6_k_r4, 256, 210, Q256, 4, 0, 16, 6, 32, 0)               \
-    X(IQ4_NL_R4, iq4_nl_r4, 32, 18, Q32, 4, 0, 32, 8, 128, 0)             \
-    X(IQ4_XS_R8, iq4_xs_r8, 256, 136, Q256, 8, 0, 32, 8, 128, 0)          \
-    X(IQ2_K_R4, iq2_k_r4, 256, 76, Q256, 4, 0, 16, 6, 32, 0)              \
-    X(IQ3_K_R4, iq3_k_r4, 256, 110, Q256, 4, 0, 16, 7, 64, 0)             \
-    X(IQ4_K_R4, iq4_k_r4, 256, 144, Q256, 4, 0, 16, 8, 128, 0)            \
-    X(IQ5_K_R4, iq5_k_r4, 256, 176, Q256, 4, 0, 16, 8, 128, 0)            \
-    X(IQ4_KS_R4, iq4_ks_r4, 256, 136, Q256, 4, 4, 32, 8, 128, 0)          \
-    X(IQ5_KS_R4, iq5_ks_r4, 256, 168, Q256, 4, 4, 32, 8, 128, 0)          \
-    X(MXFP4_R8, mxfp4_r8, 32, 17, Q32, 8, 0, 32, 5, 16, 0)
-
 enum {
 #define MOE__TYPE_INDEX(NAME, ...) MOE__INDEX_##NAME,
     MOE__TYPES(MOE__TYPE_INDEX)
@@ -4087,11 +4075,12 @@ enum {
     MOE__N_TYPES,
     MOE__GROUP_ROWS = 8 // most rows that a type interleaves
 };
-// The columns of the list, for kernels: MOE__BYTES_Q4_0, ...
+// The columns of the table as constants: MOE__BYTES_Q4_0, ...
 enum {
-#define MOE__TYPE_COLUMNS(NAME, name, block, bytes, act, rows, meta, per, bits, offset, ...)    \
-    MOE__BYTES_##NAME = bytes, MOE__ROWS_##NAME = rows, MOE__META_##NAME = meta,                \
-    MOE__PER_##NAME = per, MOE__BITS_##NAME = bits, MOE__OFFSET_##NAME = offset,
+#define MOE__TYPE_COLUMNS(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, ...)  \
+    MOE__BLOCK_##NAME = block, MOE__BYTES_##NAME = bytes, MOE__ROWS_##NAME = rows,                \
+    MOE__META_##NAME = meta, MOE__PER_##NAME = per, MOE__BITS_##NAME = bits,                      \
+    MOE__OFFSET_##NAME = offset,
     MOE__TYPES(MOE__TYPE_COLUMNS)
 #undef MOE__TYPE_COLUMNS
     MOE__COLUMNS_END // the list ends with a comma, which C++ does not like at the end
@@ -4321,128 +4310,511 @@ MOE__INLINE float moe__types_ue4m3(unsigned x) {
     if (e == 0) return (float)m / 1024.0f;
     return (float)(8 + m) * moe__f32_from_bits((e + 127 - 11) << 23);
 }
+// ---- layouts: words --------------------------------------------------------------------------
+
+// What the bits of a type mean is said once, by a macro MOE__LAYOUT_NAME: a list of words, and
+// behind each the bytes of the block that it reads. It is read twice, here, where a word is a
+// function that returns one weight or one scale (the definition, and what runs without vector
+// kernels), and in the vector text of >>kernels, where the word of the same name returns a vector
+// of weights or all scales of a block. The words here are (b: the block, p: where in it)
+//
+//   moe__d_   set d, and dmin if there is one
+//   moe__s_   integer scale s, min s or shift s of n
+//   moe__w_   weight 16 h + i, i < 16: its level plus the type's offset, or index of a table
+//   moe__rd_ moe__rs_ moe__rw_   the same of row k of interleaved rows
+#define MOE__AT_SCALE int n __attribute__((unused)), int s __attribute__((unused))
+#define MOE__AT_WEIGHT int h __attribute__((unused)), int i __attribute__((unused))
+
 MOE__INLINE int moe__types_nibble(int byte, int high) { return high ? byte >> 4 : byte & 15; }
 MOE__INLINE int moe__types_bit(int x, int i) { return x >> i & 1; }
-// Weights 32 j .. 32 j + 31
-MOE__INLINE void moe__types_scale(moe__block *out, int j, int scale, int min) {
-    out->scale[2 * j] = out->scale[2 * j + 1] = (int16_t)scale;
-    out->min[2 * j] = out->min[2 * j + 1] = (int16_t)min;
+
+// Fields of `bits` bits: each 32 bytes hold as many runs of 32 weights as fit, the first in the
+// low bits.
+MOE__INLINE int moe__w_field(const uint8_t *p, int bits, int h, int i) {
+    const int fit = 8 / bits, mask = (1 << bits) - 1;
+    return p[32 * (h / 2 / fit) + 16 * (h % 2) + i] >> bits * (h / 2 % fit) & mask;
 }
-// A block of 32 weights
-MOE__INLINE void moe__types_d(moe__block *out, float d, float dmin) {
-    out->d[0] = out->d[1] = d;
-    out->dmin[0] = out->dmin[1] = dmin;
-    moe__types_scale(out, 0, 1, 1);
+MOE__INLINE int moe__w_two(const uint8_t *b, int p, MOE__AT_WEIGHT) {
+    return moe__w_field(b + p, 2, h, i);
+}
+MOE__INLINE int moe__w_four(const uint8_t *b, int p, MOE__AT_WEIGHT) {
+    return moe__w_field(b + p, 4, h, i);
+}
+MOE__INLINE int moe__w_three(const uint8_t *b, int two, int one, MOE__AT_WEIGHT) {
+    return moe__w_two(b, two, h, i) | moe__w_field(b + one, 1, h, i) << 2;
+}
+MOE__INLINE int moe__w_five(const uint8_t *b, int four, int one, MOE__AT_WEIGHT) {
+    return moe__w_four(b, four, h, i) | moe__w_field(b + one, 1, h, i) << 4;
+}
+MOE__INLINE int moe__w_six(const uint8_t *b, int four, int two, MOE__AT_WEIGHT) {
+    return moe__w_four(b, four, h, i) | moe__w_two(b, two, h, i) << 4;
+}
+// As six, but 64 bytes hold 128 low parts, the first half in the low nibbles
+MOE__INLINE int moe__w_six_64(const uint8_t *b, int four, int two, MOE__AT_WEIGHT) {
+    const int low = moe__types_nibble(b[four + 64 * (h / 8) + 16 * (h % 4) + i], h / 4 % 2);
+    return low | moe__w_two(b, two, h, i) << 4;
+}
+// 16 bytes hold 32 weights, the first half in the low nibbles.
+MOE__INLINE int moe__w_nibbles(const uint8_t *b, int p, MOE__AT_WEIGHT) {
+    return moe__types_nibble(b[p + 16 * (h / 2) + i], h % 2);
+}
+// Of 32 weights: nibbles, and bit 16 h + i of 32
+MOE__INLINE int moe__w_nibbles_one(const uint8_t *b, int p, int one, MOE__AT_WEIGHT) {
+    return moe__w_nibbles(b, p, h, i) | (int)(moe__load_u32(b + one) >> (16 * h + i) & 1) << 4;
+}
+// Of 32 weights: nibbles, and 8 bytes that each hold pairs of bits of weights x, 16 + x, 8 + x and
+// 24 + x, the first in the low bits
+MOE__INLINE int moe__w_nibbles_two(const uint8_t *b, int p, int two, MOE__AT_WEIGHT) {
+    return moe__w_nibbles(b, p, h, i) | (b[two + i % 8] >> (4 * (i / 8) + 2 * h) & 3) << 4;
+}
+MOE__INLINE int moe__w_int8(const uint8_t *b, int p, MOE__AT_WEIGHT) {
+    return (int8_t)b[p + 16 * h + i] + 128;
+}
+// Digits of base 3, the first of a byte (which is a fraction of 256) the highest: 32 bytes of five
+// weights, 32 apart; 16 of five, 16 apart; 4 of four, 4 apart
+MOE__INLINE int moe__w_base3(const uint8_t *b, int p, MOE__AT_WEIGHT) {
+    static const uint8_t power[5] = {1, 3, 9, 27, 81};
+    const int x = h < 10   ? b[p + 16 * (h % 2) + i] * power[h / 2]
+                  : h < 15 ? b[p + 32 + i] * power[h - 10]
+                           : b[p + 48 + i % 4] * power[i / 4];
+    return 3 * (x & 255) >> 8;
+}
+// Two neighbours are an entry of a table of pairs (levels less the offset, which is 64): 16 bytes
+// hold the low nibbles of two runs of 32 weights; bit j of 16 more bytes is the fifth in run j.
+MOE__INLINE int moe__w_pairs(const uint8_t *b, int p, int one, MOE__AT_WEIGHT) {
+    const int j = h / 2, pair = 8 * (h % 2) + i / 2;
+    const int low = moe__types_nibble(b[p + 16 * (j / 2) + pair], j % 2);
+    return moe__levels_kl[i % 2][low | moe__types_bit(b[one + pair], j) << 4] + 64;
 }
 
-// moe__unpack_NAME unpacks one block of a row. In interleaved types (_R4, _R8: 4 or 8 rows side
-// by side) b is the group's block and k the row in the group. D: the row's scale, for types that
-// have one. In what follows e counts weights, j = e / 32, s = e / 16.
-#define MOE__UNPACK(name)                                                               \
-    MOE__PRIVATE void moe__unpack_##name(const uint8_t *b, int k __attribute__((unused)), \
-                                         float D __attribute__((unused)), moe__block *out)
+MOE__INLINE int moe__s_one(const uint8_t *b __attribute__((unused)), int p __attribute__((unused)),
+                           MOE__AT_SCALE) {
+    return 1;
+}
+MOE__INLINE int moe__s_int8(const uint8_t *b, int p, MOE__AT_SCALE) { return (int8_t)b[p + s]; }
+// The low or high four bits of each byte
+MOE__INLINE int moe__s_low(const uint8_t *b, int p, MOE__AT_SCALE) { return b[p + s] & 15; }
+MOE__INLINE int moe__s_high(const uint8_t *b, int p, MOE__AT_SCALE) { return b[p + s] >> 4; }
+// Nibbles, those of scales 2 x and 2 x + 1 in byte x; or with the first half of the scales low
+MOE__INLINE int moe__s_nibble(const uint8_t *p, int s) {
+    return moe__types_nibble(p[s / 2], s % 2);
+}
+MOE__INLINE int moe__s_half(const uint8_t *p, int n, int s) {
+    return moe__types_nibble(p[s % (n / 2)], s / (n / 2));
+}
+// Nibbles less 8
+MOE__INLINE int moe__s_four(const uint8_t *b, int p, MOE__AT_SCALE) {
+    return moe__s_nibble(b + p, s) - 8;
+}
+// Nibbles, doubled, plus 1; the signs from 16 bits
+MOE__INLINE int moe__s_odd(const uint8_t *b, int p, MOE__AT_SCALE) {
+    return 2 * moe__s_nibble(b + p, s) + 1;
+}
+MOE__INLINE int moe__s_odd_signed(const uint8_t *b, int p, int signs, MOE__AT_SCALE) {
+    const int x = moe__s_odd(b, p, n, s);
+    return moe__types_bit(moe__load_u16(b + signs), s) ? -x : x;
+}
+// Five bits less 16: nibbles (halves: the first half low), and fifth bits in a byte
+MOE__INLINE int moe__s_five(const uint8_t *b, int p, int one, MOE__AT_SCALE) {
+    return (moe__s_nibble(b + p, s) | moe__types_bit(b[one], s) << 4) - 16;
+}
+MOE__INLINE int moe__s_five_halves(const uint8_t *b, int p, int one, MOE__AT_SCALE) {
+    return (moe__s_half(b + p, n, s) | moe__types_bit(b[one], s) << 4) - 16;
+}
+// Six bits less 32: nibbles (halves: the first half low), and pairs of bits, one after another;
+// or (split) each byte those of scales x, 4 + x, 8 + x and 12 + x
+MOE__INLINE int moe__s_six(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+    return (moe__s_nibble(b + p, s) | (b[two + s / 4] >> 2 * (s % 4) & 3) << 4) - 32;
+}
+MOE__INLINE int moe__s_six_halves(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+    return (moe__s_half(b + p, n, s) | (b[two + s / 4] >> 2 * (s % 4) & 3) << 4) - 32;
+}
+MOE__INLINE int moe__s_six_split(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+    return (moe__s_half(b + p, n, s) | (b[two + s % 4] >> 2 * (s / 4) & 3) << 4) - 32;
+}
+// Eight 6-bit scales (mins = 0) and eight 6-bit mins (1) in 12 bytes:
+//   bytes 0-3    scale 0-3, and in the top two bits those of scale 4-7
+//   bytes 4-7    min 0-3, and in the top two bits those of min 4-7
+//   bytes 8-11   low four bits of scale 4-7, low four bits of min 4-7
+MOE__INLINE int moe__s_six_k(const uint8_t *b, int p, int mins, MOE__AT_SCALE) {
+    if (s < 4) return b[p + 4 * mins + s] & 63;
+    return moe__types_nibble(b[p + 4 + s], mins) | b[p + 4 * mins + s - 4] >> 6 << 4;
+}
+// Bytes less 127 whose lowest bit is not part of them; `by` if it is set
+MOE__INLINE int moe__s_even(const uint8_t *b, int p, MOE__AT_SCALE) {
+    return (b[p + s] & 254) - 127;
+}
+MOE__INLINE int moe__s_lowest(const uint8_t *b, int p, int by, MOE__AT_SCALE) {
+    return b[p + s] & 1 ? by : 0;
+}
+// `by` if bit s (of n) is set
+MOE__INLINE int moe__s_bits(const uint8_t *b, int p, int by, MOE__AT_SCALE) {
+    return moe__types_bit(b[p + s / 8], s % 8) ? by : 0;
+}
+
+#define MOE__AT_BLOCK \
+    int k __attribute__((unused)), float D __attribute__((unused)), moe__block *out
+MOE__INLINE void moe__d_half(const uint8_t *b, int p, MOE__AT_BLOCK) {
+    out->d[0] = moe__types_f16(b + p);
+}
+// d and dmin; d and minus the min of a block of 32
+MOE__INLINE void moe__d_halves(const uint8_t *b, int p, MOE__AT_BLOCK) {
+    out->d[0] = moe__types_f16(b + p), out->dmin[0] = moe__types_f16(b + p + 2);
+}
+MOE__INLINE void moe__d_half_min(const uint8_t *b, int p, MOE__AT_BLOCK) {
+    out->d[0] = moe__types_f16(b + p), out->dmin[0] = -moe__types_f16(b + p + 2);
+}
+MOE__INLINE void moe__d_e8m0(const uint8_t *b, int p, MOE__AT_BLOCK) {
+    out->d[0] = moe__types_e8m0(b[p]);
+}
+// It stands before the blocks of the row.
+MOE__INLINE void moe__d_row(const uint8_t *b __attribute__((unused)),
+                            int p __attribute__((unused)), MOE__AT_BLOCK) {
+    out->d[0] = D;
+}
+
+// Interleaved rows: four neighbouring weights of a row lie together, then the same of the next
+// row. t = 0..3 counts these fours in 16 weights. In units of 16 bytes, one of which holds a four
+// of each of 4 rows, and for every 32 weights, whose halves are h % 2 = 0 and 1:
+//   nibbles  4 units; the four is in unit h % 2 + 2 (t % 2), the high half for t = 2 and 3
+//   two      2 units, one for each half; bits y (t % 2) + z (t / 2) and the next
+//   one      1 unit; bit x (h % 2) + y (t % 2) + z (t / 2), where x, y, z are different per type
+#define MOE__AT_ROW int k, int h, int i
+MOE__INLINE int moe__rw_nibbles(const uint8_t *b, int p, MOE__AT_ROW) {
+    p += 64 * (h / 2) + 16 * (h % 2 + 2 * (i / 4 % 2));
+    return moe__types_nibble(b[p + 4 * k + i % 4], i / 8);
+}
+MOE__INLINE int moe__rw_pair(const uint8_t *p, int y, int z, MOE__AT_ROW) {
+    return p[16 * h + 4 * k + i % 4] >> (y * (i / 4 % 2) + z * (i / 8)) & 3;
+}
+MOE__INLINE int moe__rw_bit(const uint8_t *p, int x, int y, int z, MOE__AT_ROW) {
+    const int shift = x * (h % 2) + y * (i / 4 % 2) + z * (i / 8);
+    return p[16 * (h / 2) + 4 * k + i % 4] >> shift & 1;
+}
+MOE__INLINE int moe__rw_two(const uint8_t *b, int p, MOE__AT_ROW) {
+    return moe__rw_pair(b + p, 2, 4, k, h, i);
+}
+MOE__INLINE int moe__rw_three(const uint8_t *b, int two, int one, int x, int y, int z,
+                              MOE__AT_ROW) {
+    return moe__rw_two(b, two, k, h, i) | moe__rw_bit(b + one, x, y, z, k, h, i) << 2;
+}
+MOE__INLINE int moe__rw_five(const uint8_t *b, int four, int one, int x, int y, int z,
+                             MOE__AT_ROW) {
+    return moe__rw_nibbles(b, four, k, h, i) | moe__rw_bit(b + one, x, y, z, k, h, i) << 4;
+}
+MOE__INLINE int moe__rw_six(const uint8_t *b, int four, int two, int y, int z, MOE__AT_ROW) {
+    return moe__rw_nibbles(b, four, k, h, i) | moe__rw_pair(b + two, y, z, k, h, i) << 4;
+}
+// Eight rows: a four of each is 32 bytes. Nibbles: the first 16 weights are low, the others high.
+MOE__INLINE int moe__rw_nibbles_8(const uint8_t *b, int p, MOE__AT_ROW) {
+    return moe__types_nibble(b[p + 32 * (i / 4) + 4 * k + i % 4], h);
+}
+MOE__INLINE int moe__rw_int8_8(const uint8_t *b, int p, MOE__AT_ROW) {
+    return (int8_t)b[p + 32 * (4 * h + i / 4) + 4 * k + i % 4] + 128;
+}
+
+// Scale s of row k is number r = 4 s + k.
+#define MOE__AT_ROW_SCALE int k, MOE__AT_SCALE
+MOE__INLINE int moe__rs_int8(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
+    return (int8_t)b[p + 4 * s + k];
+}
+MOE__INLINE int moe__rs_low(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
+    return b[p + 4 * s + k] & 15;
+}
+MOE__INLINE int moe__rs_high(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
+    return b[p + 4 * s + k] >> 4;
+}
+// 64 nibbles in 32 bytes, the first half low; bits r / 8 of byte r % 8; pairs of bits in 16 bytes
+MOE__INLINE int moe__rs_nibble(const uint8_t *p, int r) {
+    return moe__types_nibble(p[r % 32], r / 32);
+}
+MOE__INLINE int moe__rs_bit(const uint8_t *p, int r) { return moe__types_bit(p[r % 8], r / 8); }
+MOE__INLINE int moe__rs_pair(const uint8_t *p, int r) { return p[r % 16] >> 2 * (r / 16) & 3; }
+MOE__INLINE int moe__rs_four(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
+    return moe__rs_nibble(b + p, 4 * s + k) - 8;
+}
+MOE__INLINE int moe__rs_odd_signed(const uint8_t *b, int p, int signs, MOE__AT_ROW_SCALE) {
+    const int x = 2 * moe__rs_nibble(b + p, 4 * s + k) + 1;
+    return moe__rs_bit(b + signs, 4 * s + k) ? -x : x;
+}
+MOE__INLINE int moe__rs_six(const uint8_t *b, int p, int two, MOE__AT_ROW_SCALE) {
+    return (moe__rs_nibble(b + p, 4 * s + k) | moe__rs_pair(b + two, 4 * s + k) << 4) - 32;
+}
+// 32 6-bit scales (mins = 0), 32 6-bit mins (1): low parts as low and high, then 16 bytes whose
+// bits 4 (r / 16) + 2 mins and the next are the high parts
+MOE__INLINE int moe__rs_six_k(const uint8_t *b, int p, int two, int mins, MOE__AT_ROW_SCALE) {
+    const int r = 4 * s + k, shift = 4 * (r / 16) + 2 * mins;
+    return moe__types_nibble(b[p + r], mins) | (b[two + r % 16] >> shift & 3) << 4;
+}
+MOE__INLINE int moe__rs_even(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
+    return (b[p + 4 * s + k] & 254) - 127;
+}
+MOE__INLINE int moe__rs_lowest(const uint8_t *b, int p, int by, MOE__AT_ROW_SCALE) {
+    return b[p + 4 * s + k] & 1 ? by : 0;
+}
+MOE__INLINE int moe__rs_bits(const uint8_t *b, int p, int by, MOE__AT_ROW_SCALE) {
+    return moe__rs_bit(b + p, 4 * s + k) ? by : 0;
+}
+
+MOE__INLINE void moe__rd_half(const uint8_t *b, int p, MOE__AT_BLOCK) {
+    out->d[0] = moe__types_f16(b + p + 2 * k);
+}
+MOE__INLINE void moe__rd_halves(const uint8_t *b, int p, MOE__AT_BLOCK) { // of four rows
+    out->d[0] = moe__types_f16(b + p + 2 * k), out->dmin[0] = moe__types_f16(b + p + 8 + 2 * k);
+}
+MOE__INLINE void moe__rd_e8m0(const uint8_t *b, int p, MOE__AT_BLOCK) {
+    out->d[0] = moe__types_e8m0(b[p + k]);
+}
+MOE__INLINE void moe__rd_row(const uint8_t *b, int p, MOE__AT_BLOCK) {
+    moe__d_row(b, p, k, D, out);
+}
+#undef MOE__AT_SCALE
+#undef MOE__AT_WEIGHT
+#undef MOE__AT_BLOCK
+#undef MOE__AT_ROW
+#undef MOE__AT_ROW_SCALE
+
+// ---- layouts ---------------------------------------------------------------------------------
+
+// A layout is one of these. Behind each word the bytes it reads, counted from the block's first.
+//   MOE__OF_32(NAME, name, d, (), table, level, ())                      32 weights, one scale
+//   MOE__OF_256(NAME, name, order, d, (), scale, (), more, which, (), table, level, ())
+//   MOE__OF_BOOKS(NAME, name, order, more)                               with code books
+//   MOE__OF_R4(NAME, name, d, (), scale, (), more, which, (), table, level, ())     4 rows of 256
+//   MOE__OF_ROWS_32(NAME, name, d, (), table, level, ())                 4 or 8 rows of 32
+//   MOE__OF_OTHER(NAME, name)                                            written out in both texts
+// table: the levels that indices stand for, or `even`: level less offset. more: what there is
+// besides scales, MINS (integers, of which dmin is the scale), SHIFTS (added to levels) or NOTHING,
+// and which. order: what a vector of 512 bits holds, see "levels" in >>kernels.
+
+#define MOE__LAYOUT_Q4_0 MOE__OF_32(Q4_0, q4_0, half, (0), even, nibbles, (2))
+#define MOE__LAYOUT_Q4_1 MOE__OF_32(Q4_1, q4_1, half_min, (0), even, nibbles, (4))
+#define MOE__LAYOUT_Q5_0 MOE__OF_32(Q5_0, q5_0, half, (0), even, nibbles_one, (6, 2))
+#define MOE__LAYOUT_Q5_1 MOE__OF_32(Q5_1, q5_1, half_min, (0), even, nibbles_one, (8, 4))
+#define MOE__LAYOUT_Q6_0 MOE__OF_32(Q6_0, q6_0, half, (0), even, nibbles_two, (10, 2))
+#define MOE__LAYOUT_Q8_0 MOE__OF_32(Q8_0, q8_0, half, (0), even, int8, (2))
+#define MOE__LAYOUT_IQ4_NL MOE__OF_32(IQ4_NL, iq4_nl, half, (0), k4, nibbles, (2))
+#define MOE__LAYOUT_MXFP4 MOE__OF_32(MXFP4, mxfp4, e8m0, (0), fp4, nibbles, (1))
+#define MOE__LAYOUT_NVFP4 MOE__OF_OTHER(NVFP4, nvfp4)
+
+#define MOE__LAYOUT_Q2_K                                                                          \
+    MOE__OF_256(Q2_K, q2_k, TWOS, halves, (80), low, (0), MINS, high, (0), even, two, (16))
+#define MOE__LAYOUT_Q3_K                                                                          \
+    MOE__OF_256(Q3_K, q3_k, TWOS, half, (108), six_split, (96, 104), NOTHING, one, (0), even,     \
+                three, (32, 0))
+#define MOE__LAYOUT_Q4_K                                                                          \
+    MOE__OF_256(Q4_K, q4_k, FOURS, halves, (0), six_k, (4, 0), MINS, six_k, (4, 1), even,         \
+                four, (16))
+#define MOE__LAYOUT_Q5_K                                                                          \
+    MOE__OF_256(Q5_K, q5_k, FOURS, halves, (0), six_k, (4, 0), MINS, six_k, (4, 1), even,         \
+                five, (48, 16))
+#define MOE__LAYOUT_Q6_K                                                                          \
+    MOE__OF_256(Q6_K, q6_k, FOURS, half, (208), int8, (192), NOTHING, one, (0), even,             \
+                six_64, (0, 128))
+
+#define MOE__LAYOUT_TQ1_0                                                                         \
+    MOE__OF_256(TQ1_0, tq1_0, FOURS, half, (52), one, (0), NOTHING, one, (0), even, base3, (0))
+#define MOE__LAYOUT_TQ2_0                                                                         \
+    MOE__OF_256(TQ2_0, tq2_0, TWOS, half, (64), one, (0), NOTHING, one, (0), even, two, (0))
+
+#define MOE__LAYOUT_IQ4_XS                                                                        \
+    MOE__OF_256(IQ4_XS, iq4_xs, HALVES, half, (0), six, (4, 2), NOTHING, one, (0), k4,            \
+                nibbles, (8))
+#define MOE__LAYOUT_IQ2_K                                                                         \
+    MOE__OF_256(IQ2_K, iq2_k, TWOS, half, (0), four, (4), SHIFTS, bits, (2, MOE__SHIFT_K2), k2,   \
+                two, (12))
+#define MOE__LAYOUT_IQ3_K                                                                         \
+    MOE__OF_256(IQ3_K, iq3_k, TWOS, half, (0), odd_signed, (6, 4), SHIFTS,                        \
+                bits, (2, MOE__SHIFT_K3), k3, three, (14, 78))
+#define MOE__LAYOUT_IQ4_K                                                                         \
+    MOE__OF_256(IQ4_K, iq4_k, HALVES, half, (0), six, (8, 4), SHIFTS, bits, (2, MOE__SHIFT_K4),   \
+                k4, nibbles, (16))
+#define MOE__LAYOUT_IQ5_K                                                                         \
+    MOE__OF_256(IQ5_K, iq5_k, FOURS, half, (0), six, (8, 4), SHIFTS, bits, (2, MOE__SHIFT_K5),    \
+                k5, five, (16, 144))
+#define MOE__LAYOUT_IQ6_K                                                                         \
+    MOE__OF_256(IQ6_K, iq6_k, FOURS, half, (0), int8, (4), SHIFTS, bits, (2, MOE__SHIFT_K6), k6,  \
+                six, (20, 148))
+#define MOE__LAYOUT_IQ2_KS                                                                        \
+    MOE__OF_256(IQ2_KS, iq2_ks, TWOS, row, (0), five, (2, 1), SHIFTS, bits, (0, MOE__SHIFT_K2),   \
+                k2, two, (6))
+#define MOE__LAYOUT_IQ3_KS                                                                        \
+    MOE__OF_256(IQ3_KS, iq3_ks, TWOS, row, (0), five_halves, (2, 0), SHIFTS,                      \
+                bits, (1, MOE__SHIFT_K3), k3, three, (6, 70))
+#define MOE__LAYOUT_IQ4_KS                                                                        \
+    MOE__OF_256(IQ4_KS, iq4_ks, HALVES, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K4),  \
+                k4, nibbles, (8))
+#define MOE__LAYOUT_IQ5_KS                                                                        \
+    MOE__OF_256(IQ5_KS, iq5_ks, FOURS, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K5),   \
+                k5, five, (8, 136))
+#define MOE__LAYOUT_IQ2_KL                                                                        \
+    MOE__OF_256(IQ2_KL, iq2_kl, NATURAL, row, (0), six_halves, (2, 0), NOTHING, one, (0), even,   \
+                pairs, (6, 70))
+
+// Of the types with code books only what both texts need; the bits are told below.
+#define MOE__LAYOUT_IQ1_S MOE__OF_BOOKS(IQ1_S, iq1_s, FOURS, SHIFTS)
+#define MOE__LAYOUT_IQ1_M MOE__OF_BOOKS(IQ1_M, iq1_m, FOURS, NOTHING)
+#define MOE__LAYOUT_IQ2_XXS MOE__OF_BOOKS(IQ2_XXS, iq2_xxs, FOURS, NOTHING)
+#define MOE__LAYOUT_IQ2_XS MOE__OF_BOOKS(IQ2_XS, iq2_xs, FOURS, NOTHING)
+#define MOE__LAYOUT_IQ2_S MOE__OF_BOOKS(IQ2_S, iq2_s, FOURS, NOTHING)
+#define MOE__LAYOUT_IQ3_XXS MOE__OF_BOOKS(IQ3_XXS, iq3_xxs, HALVES, NOTHING)
+#define MOE__LAYOUT_IQ3_S MOE__OF_BOOKS(IQ3_S, iq3_s, HALVES, NOTHING)
+
+// Groups of rows: bytes are those of the group's block.
+#define MOE__LAYOUT_Q4_0_R8 MOE__OF_ROWS_32(Q4_0_R8, q4_0_r8, half, (0), even, nibbles_8, (16))
+#define MOE__LAYOUT_Q8_0_R8 MOE__OF_ROWS_32(Q8_0_R8, q8_0_r8, half, (0), even, int8_8, (16))
+#define MOE__LAYOUT_MXFP4_R8 MOE__OF_ROWS_32(MXFP4_R8, mxfp4_r8, e8m0, (0), fp4, nibbles_8, (8))
+#define MOE__LAYOUT_IQ4_NL_R4 MOE__OF_ROWS_32(IQ4_NL_R4, iq4_nl_r4, half, (0), k4, nibbles, (8))
+#define MOE__LAYOUT_Q5_0_R4 \
+    MOE__OF_ROWS_32(Q5_0_R4, q5_0_r4, half, (0), even, five, (24, 8, 1, 2, 4))
+#define MOE__LAYOUT_Q2_K_R4                                                                       \
+    MOE__OF_R4(Q2_K_R4, q2_k_r4, halves, (0), low, (16), MINS, high, (16), even, two, (80))
+#define MOE__LAYOUT_Q3_K_R4                                                                       \
+    MOE__OF_R4(Q3_K_R4, q3_k_r4, half, (0), six, (24, 8), NOTHING, low, (0), even,                \
+               three, (184, 56, 4, 1, 2))
+#define MOE__LAYOUT_Q4_K_R4                                                                       \
+    MOE__OF_R4(Q4_K_R4, q4_k_r4, halves, (0), six_k, (32, 16, 0), MINS, six_k, (32, 16, 1), even, \
+               nibbles, (64))
+#define MOE__LAYOUT_Q5_K_R4                                                                       \
+    MOE__OF_R4(Q5_K_R4, q5_k_r4, halves, (0), six_k, (32, 16, 0), MINS, six_k, (32, 16, 1), even, \
+               five, (192, 64, 4, 2, 1))
+#define MOE__LAYOUT_Q6_K_R4                                                                       \
+    MOE__OF_R4(Q6_K_R4, q6_k_r4, half, (0), int8, (8), NOTHING, low, (0), even,                   \
+               six, (328, 72, 4, 2))
+#define MOE__LAYOUT_IQ2_K_R4                                                                      \
+    MOE__OF_R4(IQ2_K_R4, iq2_k_r4, half, (0), four, (16), SHIFTS, bits, (8, MOE__SHIFT_K2), k2,   \
+               two, (48))
+#define MOE__LAYOUT_IQ3_K_R4                                                                      \
+    MOE__OF_R4(IQ3_K_R4, iq3_k_r4, half, (0), odd_signed, (24, 16), SHIFTS,                       \
+               bits, (8, MOE__SHIFT_K3), k3, three, (56, 312, 4, 1, 2))
+#define MOE__LAYOUT_IQ4_K_R4                                                                      \
+    MOE__OF_R4(IQ4_K_R4, iq4_k_r4, half, (0), six, (32, 16), SHIFTS, bits, (8, MOE__SHIFT_K4),    \
+               k4, nibbles, (64))
+#define MOE__LAYOUT_IQ5_K_R4                                                                      \
+    MOE__OF_R4(IQ5_K_R4, iq5_k_r4, half, (0), six, (32, 16), SHIFTS, bits, (8, MOE__SHIFT_K5),    \
+               k5, five, (64, 576, 2, 4, 1))
+#define MOE__LAYOUT_IQ4_KS_R4                                                                     \
+    MOE__OF_R4(IQ4_KS_R4, iq4_ks_r4, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K4),     \
+               k4, nibbles, (32))
+#define MOE__LAYOUT_IQ5_KS_R4                                                                     \
+    MOE__OF_R4(IQ5_KS_R4, iq5_ks_r4, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K5),     \
+               k5, five, (32, 544, 2, 4, 1))
+#define MOE__LAYOUT_IQ4_XS_R8 MOE__OF_OTHER(IQ4_XS_R8, iq4_xs_r8)
+
+// ---- layouts in plain C ----------------------------------------------------------------------
+
+// moe__unpack_NAME unpacks one block of a row. Of interleaved rows b is the group's block and k
+// the row in the group. D: the row's scale, for types that have one.
+#define MOE__UNPACK(name)                                                                    \
+    MOE__PRIVATE void moe__unpack_##name(const uint8_t *__restrict__ b,                      \
+                                         int k __attribute__((unused)),                      \
+                                         float D __attribute__((unused)),                    \
+                                         moe__block *__restrict__ out)
+#define MOE__ARGS(...) __VA_ARGS__
+#define moe__levels_even NULL
+MOE__INLINE int moe__types_level_of(const int8_t *table, int x, int offset) {
+    return table ? table[x] : x - offset;
+}
+
+// n numbers for the 16 sixteens of weights
+#define MOE__EACH_SCALE(to, value)                           \
+    for (int s = 0, each = 16 / n; s < n; s++)               \
+        to[each * s] = to[each * (s + 1) - 1] = (int16_t)(value)
+#define MOE__PUT_NOTHING(value)
+#define MOE__PUT_MINS(value) MOE__EACH_SCALE(out->min, value);
+#define MOE__PUT_SHIFTS(value) MOE__EACH_SCALE(shift, value);
+#define MOE__ADD_NOTHING 0
+#define MOE__ADD_MINS 0
+#define MOE__ADD_SHIFTS shift[h]
+
+// 32 weights; d of both halves is the same.
+#define MOE__UNPACK_32(NAME, name, set_d, table, level)                                        \
+    MOE__UNPACK(name) {                                                                        \
+        set_d;                                                                                 \
+        out->d[1] = out->d[0], out->dmin[1] = out->dmin[0];                                    \
+        out->scale[0] = out->scale[1] = out->min[0] = out->min[1] = 1;                         \
+        for (int h = 0; h < 2; h++)                                                            \
+            for (int i = 0; i < 16; i++)                                                       \
+                out->q[16 * h + i] = (int8_t)moe__types_level_of(moe__levels_##table, level,   \
+                                                                 MOE__OFFSET_##NAME);          \
+    }
+#define MOE__UNPACK_256(NAME, name, set_d, scale_, more, which, table, level)                  \
+    MOE__UNPACK(name) {                                                                        \
+        const int n = 256 / MOE__PER_##NAME;                                                   \
+        int16_t shift[16] __attribute__((unused));                                             \
+        set_d;                                                                                 \
+        MOE__EACH_SCALE(out->scale, scale_);                                                   \
+        MOE__PUT_##more(which)                                                                 \
+        for (int h = 0; h < 16; h++) {                                                         \
+            const int add = MOE__ADD_##more;                                                   \
+            for (int i = 0; i < 16; i++)                                                       \
+                out->q[16 * h + i] = (int8_t)(add + moe__types_level_of(                       \
+                    moe__levels_##table, level, MOE__OFFSET_##NAME));                          \
+        }                                                                                      \
+    }
+#define MOE__OF_32(NAME, name, d, d_at, table, level, at)                                      \
+    MOE__UNPACK_32(NAME, name, moe__d_##d(b, MOE__ARGS d_at, k, D, out), table,                \
+                   moe__w_##level(b, MOE__ARGS at, h, i))
+#define MOE__OF_256(NAME, name, order, d, d_at, scale, scale_at, more, which, which_at, table, \
+                    level, at)                                                                 \
+    MOE__UNPACK_256(NAME, name, moe__d_##d(b, MOE__ARGS d_at, k, D, out),                      \
+                    moe__s_##scale(b, MOE__ARGS scale_at, n, s), more,                         \
+                    moe__s_##which(b, MOE__ARGS which_at, n, s), table,                        \
+                    moe__w_##level(b, MOE__ARGS at, h, i))
+#define MOE__OF_BOOKS(NAME, name, order, more)
+#define MOE__OF_ROWS_32(NAME, name, d, d_at, table, level, at)                                 \
+    MOE__UNPACK_32(NAME, name, moe__rd_##d(b, MOE__ARGS d_at, k, D, out), table,               \
+                   moe__rw_##level(b, MOE__ARGS at, k, h, i))
+#define MOE__OF_R4(NAME, name, d, d_at, scale, scale_at, more, which, which_at, table, level,  \
+                   at)                                                                         \
+    MOE__UNPACK_256(NAME, name, moe__rd_##d(b, MOE__ARGS d_at, k, D, out),                     \
+                    moe__rs_##scale(b, MOE__ARGS scale_at, k, n, s), more,                     \
+                    moe__rs_##which(b, MOE__ARGS which_at, k, n, s), table,                    \
+                    moe__rw_##level(b, MOE__ARGS at, k, h, i))
+#define MOE__OF_OTHER(NAME, name)
+#define MOE__READ_LAYOUT(NAME, ...) MOE__LAYOUT_##NAME
+MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
+#undef MOE__UNPACK_32
+#undef MOE__UNPACK_256
+#undef MOE__OF_32
+#undef MOE__OF_256
+#undef MOE__OF_BOOKS
+#undef MOE__OF_ROWS_32
+#undef MOE__OF_R4
+#undef MOE__OF_OTHER
+#undef MOE__EACH_SCALE
+#undef MOE__PUT_NOTHING
+#undef MOE__PUT_MINS
+#undef MOE__PUT_SHIFTS
+#undef MOE__ADD_NOTHING
+#undef MOE__ADD_MINS
+#undef MOE__ADD_SHIFTS
+
+// ---- layouts that are written out
+
+// In what follows e counts weights, j = e / 32, s = e / 16.
 #define MOE__EACH_WEIGHT(n) for (int e = 0; e < n; e++) out->q[e] = (int8_t)
-
-MOE__UNPACK(q4_0) { // d f16; low nibbles are weights 0-15, high ones 16-31
-    moe__types_d(out, moe__types_f16(b), 0);
-    MOE__EACH_WEIGHT(32)(moe__types_nibble(b[2 + e % 16], e / 16) - 8);
+// The scale of weights 32 j .. 32 j + 31
+MOE__INLINE void moe__types_scale(moe__block *out, int j, int scale) {
+    out->scale[2 * j] = out->scale[2 * j + 1] = (int16_t)scale;
 }
 
-MOE__UNPACK(q4_1) { // d, m f16; nibbles
-    moe__types_d(out, moe__types_f16(b), -moe__types_f16(b + 2));
-    MOE__EACH_WEIGHT(32)(moe__types_nibble(b[4 + e % 16], e / 16));
+MOE__UNPACK(nvfp4) { // four E4M3 scales; per 16 weights 8 bytes of nibbles, the first 8 low
+    for (int s = 0; s < 4; s++) out->d[s] = moe__types_ue4m3(b[s]), out->scale[s] = 1;
+    MOE__EACH_WEIGHT(64)
+    moe__levels_fp4[moe__types_nibble(b[4 + 8 * (e / 16) + e % 8], e / 8 % 2)];
 }
 
-// A nibble and the fifth bit from 32 bits.
-MOE__INLINE int moe__types_five(const uint8_t *low, uint32_t high, int e) {
-    return moe__types_nibble(low[e % 16], e / 16) | (int)(high >> e & 1) << 4;
-}
-
-MOE__UNPACK(q5_0) { // d f16, 32 fifth bits, nibbles
-    moe__types_d(out, moe__types_f16(b), 0);
-    MOE__EACH_WEIGHT(32)(moe__types_five(b + 6, moe__load_u32(b + 2), e) - 16);
-}
-
-MOE__UNPACK(q5_1) { // d, m f16, 32 fifth bits, nibbles
-    moe__types_d(out, moe__types_f16(b), -moe__types_f16(b + 2));
-    MOE__EACH_WEIGHT(32)(moe__types_five(b + 8, moe__load_u32(b + 4), e));
-}
-
-MOE__UNPACK(q6_0) { // d f16, 8 bytes of high bit pairs, nibbles
-    moe__types_d(out, moe__types_f16(b), 0);
-    MOE__EACH_WEIGHT(32)
-    ((moe__types_nibble(b[10 + e % 16], e / 16) |
-      (b[2 + e % 8] >> (4 * (e % 16 / 8) + 2 * (e / 16)) & 3) << 4) - 32);
-}
-
-MOE__UNPACK(q8_0) { // d f16, int8
-    moe__types_d(out, moe__types_f16(b), 0);
-    memcpy(out->q, b + 2, 32);
-}
-
-// Two bits: each 32 bytes hold 128 weights, 32 after 32.
-MOE__INLINE int moe__types_two(const uint8_t *p, int e) {
-    return p[32 * (e / 128) + e % 32] >> 2 * (e / 32 % 4) & 3;
-}
-// Four bits: each 32 bytes hold 64 weights.
-MOE__INLINE int moe__types_four(const uint8_t *p, int e) {
-    return moe__types_nibble(p[32 * (e / 64) + e % 32], e / 32 % 2);
-}
-// Four bits: each 16 bytes hold 32 weights.
-MOE__INLINE int moe__types_four16(const uint8_t *p, int e) {
-    return moe__types_nibble(p[16 * (e / 32) + e % 16], e / 16 % 2);
-}
-// One bit: 32 bytes hold 256 weights.
-MOE__INLINE int moe__types_one(const uint8_t *p, int e) {
-    return moe__types_bit(p[e % 32], e / 32);
-}
-
-MOE__UNPACK(q2_k) { // 16 bytes of 4-bit scale and min, 2-bit levels, d f16, dmin f16
-    out->d[0] = moe__types_f16(b + 80), out->dmin[0] = moe__types_f16(b + 82);
-    for (int s = 0; s < 16; s++) out->scale[s] = b[s] & 15, out->min[s] = b[s] >> 4;
-    MOE__EACH_WEIGHT(256) moe__types_two(b + 16, e);
-}
-
-MOE__UNPACK(q3_k) { // 32 bytes of third bits, 2-bit levels, 12 bytes of 6-bit scales, d f16
-    out->d[0] = moe__types_f16(b + 108);
-    for (int s = 0; s < 16; s++) {
-        int low = moe__types_nibble(b[96 + s % 8], s / 8), high = b[104 + s % 4] >> 2 * (s / 4) & 3;
-        out->scale[s] = (int16_t)((low | high << 4) - 32);
+MOE__UNPACK(iq4_xs_r8) { // scales as six of the other interleaved types; per 8 weights 32 bytes
+    out->d[0] = moe__types_f16(b + 2 * k);
+    for (int j = 0; j < 8; j++) {
+        const int r = 8 * j + k;
+        moe__types_scale(out, j, (moe__rs_nibble(b + 32, r) | moe__rs_pair(b + 16, r) << 4) - 32);
     }
-    MOE__EACH_WEIGHT(256)(moe__types_two(b + 32, e) + 4 * moe__types_one(b, e) - 4);
-}
-
-// The head of Q4_K and Q5_K: d f16, dmin f16, eight 6-bit scales, eight 6-bit mins.
-//   bytes 4-7    scale 0-3, and in the top two bits those of scale 4-7
-//   bytes 8-11   min 0-3, and in the top two bits those of min 4-7
-//   bytes 12-15  low four bits of scale 4-7, low four bits of min 4-7
-MOE__INLINE void moe__types_head(const uint8_t *b, moe__block *out) {
-    out->d[0] = moe__types_f16(b), out->dmin[0] = moe__types_f16(b + 2);
-    for (int j = 0; j < 4; j++) {
-        int scale = (b[12 + j] & 15) | b[4 + j] >> 6 << 4;
-        int min = b[12 + j] >> 4 | b[8 + j] >> 6 << 4;
-        moe__types_scale(out, j, b[4 + j] & 63, b[8 + j] & 63);
-        moe__types_scale(out, 4 + j, scale, min);
-    }
-}
-
-MOE__UNPACK(q4_k) { // head, 4-bit levels
-    moe__types_head(b, out);
-    MOE__EACH_WEIGHT(256) moe__types_four(b + 16, e);
-}
-
-MOE__UNPACK(q5_k) { // head, 32 bytes of fifth bits, low four bits
-    moe__types_head(b, out);
-    MOE__EACH_WEIGHT(256)(moe__types_four(b + 48, e) | moe__types_one(b + 16, e) << 4);
-}
-
-MOE__UNPACK(q6_k) { // low four bits, high two bits, 16 int8 scales, d f16
-    out->d[0] = moe__types_f16(b + 208);
-    for (int s = 0; s < 16; s++) out->scale[s] = (int8_t)b[192 + s];
     MOE__EACH_WEIGHT(256)
-    ((moe__types_nibble(b[64 * (e / 128) + e % 64], e / 64 % 2) |
-      moe__types_two(b + 128, e) << 4) - 32);
+    moe__levels_k4[moe__types_nibble(b[64 + 32 * (e / 8) + 4 * k + e % 4], e / 4 % 2)];
 }
+#undef MOE__EACH_WEIGHT
 
 // ---- the bits of the code-book types
 
@@ -4457,7 +4829,7 @@ MOE__UNPACK(iq2_xxs) { // d f16; per 32: four indices, then four 7-bit signs and
     out->d[0] = moe__types_f16(b) * 0.125f; // scale: (0.5 + s) / 4 = (2 s + 1) / 8
     for (int j = 0; j < 8; j++) {
         uint32_t word = moe__load_u32(b + 6 + 8 * j);
-        moe__types_scale(out, j, 2 * (int)(word >> 28) + 1, 0);
+        moe__types_scale(out, j, 2 * (int)(word >> 28) + 1);
         for (int i = 0; i < 32; i++) {
             unsigned signs = books->signs[word >> 7 * (i / 8) & 127];
             out->q[32 * j + i] =
@@ -4497,7 +4869,7 @@ MOE__UNPACK(iq3_xxs) { // d f16; 64 indices; per 32: four 7-bit signs and a 4-bi
     out->d[0] = moe__types_f16(b) * 0.25f; // scale: (0.5 + s) / 2
     for (int j = 0; j < 8; j++) {
         uint32_t word = moe__load_u32(b + 66 + 4 * j);
-        moe__types_scale(out, j, 2 * (int)(word >> 28) + 1, 0);
+        moe__types_scale(out, j, 2 * (int)(word >> 28) + 1);
         for (int i = 0; i < 32; i++) {
             unsigned signs = books->signs[word >> 7 * (i / 8) & 127];
             out->q[32 * j + i] = (int8_t)moe__types_signed(
@@ -4510,7 +4882,7 @@ MOE__UNPACK(iq3_s) { // d f16; 64 low bytes of indices; ninth bits; 32 sign byte
     const moe__books *books = moe__books_get();
     out->d[0] = moe__types_f16(b);
     for (int j = 0; j < 8; j++)
-        moe__types_scale(out, j, 1 + 2 * moe__types_nibble(b[106 + j / 2], j % 2), 0);
+        moe__types_scale(out, j, 1 + 2 * moe__types_nibble(b[106 + j / 2], j % 2));
     for (int e = 0; e < 256; e++) {
         int g = e / 4, index = b[2 + g] | moe__types_bit(b[66 + g / 8], g % 8) << 8;
         unsigned signs = (unsigned)b[74 + g / 2] >> 4 * (g % 2);
@@ -4524,7 +4896,7 @@ MOE__UNPACK(iq1_s) { // d f16; 32 low bytes; per 32: four times 3 high bits, sca
     out->d[0] = moe__types_f16(b) * 0.125f;
     for (int j = 0; j < 8; j++) {
         int word = moe__load_u16(b + 34 + 2 * j), shift = word & 0x8000 ? -1 : 1;
-        moe__types_scale(out, j, 2 * (word >> 12 & 7) + 1, 0);
+        moe__types_scale(out, j, 2 * (word >> 12 & 7) + 1);
         for (int i = 0; i < 32; i++) {
             int index = b[2 + 4 * j + i / 8] | (word >> 3 * (i / 8) & 7) << 8;
             out->q[32 * j + i] =
@@ -4554,333 +4926,7 @@ MOE__UNPACK(iq1_m) { // 32 low bytes; nibbles of 3 high bits and sign of 1/8; 3-
     }
 }
 
-// ---- the bits of the types with tables of levels, and of ternary ones
-
-MOE__UNPACK(iq4_nl) { // d f16, nibbles
-    moe__types_d(out, moe__types_f16(b), 0);
-    MOE__EACH_WEIGHT(32) moe__levels_k4[moe__types_four16(b + 2, e)];
-}
-
-MOE__UNPACK(iq4_xs) { // d f16; 6-bit scales: 16 bits of high parts, 4 bytes of low; nibbles
-    out->d[0] = moe__types_f16(b);
-    for (int j = 0; j < 8; j++) {
-        int low = moe__types_nibble(b[4 + j / 2], j % 2), high = moe__load_u16(b + 2) >> 2 * j & 3;
-        moe__types_scale(out, j, (low | high << 4) - 32, 0);
-    }
-    MOE__EACH_WEIGHT(256) moe__levels_k4[moe__types_four16(b + 8, e)];
-}
-
-MOE__UNPACK(mxfp4) { // exponent, nibbles
-    moe__types_d(out, moe__types_e8m0(b[0]), 0);
-    MOE__EACH_WEIGHT(32) moe__levels_fp4[moe__types_four16(b + 1, e)];
-}
-
-MOE__UNPACK(nvfp4) { // four E4M3 scales; per 16 weights 8 bytes of nibbles
-    for (int s = 0; s < 4; s++) out->d[s] = moe__types_ue4m3(b[s]), out->scale[s] = 1;
-    MOE__EACH_WEIGHT(64)
-    moe__levels_fp4[moe__types_nibble(b[4 + 8 * (e / 16) + e % 8], e / 8 % 2)];
-}
-
-MOE__UNPACK(tq1_0) { // bytes of five base-3 digits, the last four bytes of four; d f16
-    static const uint8_t power[5] = {1, 3, 9, 27, 81};
-    out->d[0] = moe__types_f16(b + 52);
-    for (int j = 0; j < 8; j++) moe__types_scale(out, j, 1, 0);
-    for (int e = 0; e < 256; e++) {
-        int byte = e < 160 ? b[e % 32] : e < 240 ? b[32 + e % 16] : b[48 + e % 4];
-        int digit = e < 160 ? e / 32 : e < 240 ? (e - 160) / 16 : (e - 240) / 4;
-        out->q[e] = (int8_t)((3 * (byte * power[digit] & 255) >> 8) - 1);
-    }
-}
-
-MOE__UNPACK(tq2_0) { // 2-bit levels, d f16
-    out->d[0] = moe__types_f16(b + 64);
-    for (int j = 0; j < 8; j++) moe__types_scale(out, j, 1, 0);
-    MOE__EACH_WEIGHT(256)(moe__types_two(b, e) - 1);
-}
-
-MOE__UNPACK(iq2_k) { // d f16, bits that choose the table, 16 4-bit scales, 2-bit levels
-    int extra = moe__load_u16(b + 2);
-    out->d[0] = moe__types_f16(b);
-    for (int s = 0; s < 16; s++)
-        out->scale[s] = (int16_t)(moe__types_nibble(b[4 + s / 2], s % 2) - 8);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k2[moe__types_two(b + 12, e)] + MOE__SHIFT_K2 * moe__types_bit(extra, e / 16));
-}
-
-MOE__UNPACK(iq3_k) { // d f16, table bits, sign bits, 16 4-bit scales, 2-bit levels, third bits
-    int extra = moe__load_u16(b + 2), signs = moe__load_u16(b + 4);
-    out->d[0] = moe__types_f16(b);
-    for (int s = 0; s < 16; s++) {
-        int scale = 2 * moe__types_nibble(b[6 + s / 2], s % 2) + 1;
-        out->scale[s] = (int16_t)(moe__types_bit(signs, s) ? -scale : scale);
-    }
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k3[moe__types_two(b + 14, e) | moe__types_one(b + 78, e) << 2] +
-     MOE__SHIFT_K3 * moe__types_bit(extra, e / 16));
-}
-
-// 16 6-bit scales less 32: 4 bytes of high pairs of bits, 8 bytes of low nibbles.
-MOE__INLINE void moe__types_scales6(const uint8_t *b, float d, moe__block *out) {
-    out->d[0] = d;
-    for (int s = 0; s < 16; s++) {
-        int low = moe__types_nibble(b[4 + s / 2], s % 2), high = b[s / 4] >> 2 * (s % 4) & 3;
-        out->scale[s] = (int16_t)((low | high << 4) - 32);
-    }
-}
-
-MOE__UNPACK(iq4_k) { // d f16, table bits, 6-bit scales, nibbles
-    int extra = moe__load_u16(b + 2);
-    moe__types_scales6(b + 4, moe__types_f16(b), out);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k4[moe__types_four16(b + 16, e)] +
-     MOE__SHIFT_K4 * moe__types_bit(extra, e / 16));
-}
-
-MOE__UNPACK(iq5_k) { // d f16, table bits, 6-bit scales, low four bits, fifth bits
-    int extra = moe__load_u16(b + 2);
-    moe__types_scales6(b + 4, moe__types_f16(b), out);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k5[moe__types_four(b + 16, e) | moe__types_one(b + 144, e) << 4] +
-     MOE__SHIFT_K5 * moe__types_bit(extra, e / 16));
-}
-
-MOE__UNPACK(iq6_k) { // d f16, table bits, 16 int8 scales, low four bits, high two bits
-    int extra = moe__load_u16(b + 2);
-    out->d[0] = moe__types_f16(b);
-    for (int s = 0; s < 16; s++) out->scale[s] = (int8_t)b[4 + s];
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k6[moe__types_four(b + 20, e) | moe__types_two(b + 148, e) << 4] +
-     MOE__SHIFT_K6 * moe__types_bit(extra, e / 16));
-}
-
-MOE__UNPACK(iq2_ks) { // bits: table, fifth of scale; 4 bytes of scales; 2-bit levels
-    int extra = moe__load_u16(b);
-    out->d[0] = D;
-    for (int j = 0; j < 8; j++) {
-        int low = moe__types_nibble(b[2 + j / 2], j % 2), high = moe__types_bit(extra, 8 + j);
-        moe__types_scale(out, j, (low | high << 4) - 16, 0);
-    }
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k2[moe__types_two(b + 6, e)] + MOE__SHIFT_K2 * moe__types_bit(extra, e / 32));
-}
-
-MOE__UNPACK(iq3_ks) { // bits: fifth of scale, table; 4 bytes of scales; 2-bit levels, third bits
-    int extra = moe__load_u16(b);
-    out->d[0] = D;
-    for (int j = 0; j < 8; j++) {
-        int low = moe__types_nibble(b[2 + j % 4], j / 4), high = moe__types_bit(extra, j);
-        moe__types_scale(out, j, (low | high << 4) - 16, 0);
-    }
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k3[moe__types_two(b + 6, e) | moe__types_one(b + 70, e) << 2] +
-     MOE__SHIFT_K3 * moe__types_bit(extra, 8 + e / 32));
-}
-
-// Eight scales, `step` bytes apart, whose lowest bit is not part of them.
-MOE__INLINE void moe__types_scales_ks(const uint8_t *b, int step, float D, moe__block *out) {
-    out->d[0] = D;
-    for (int j = 0; j < 8; j++) moe__types_scale(out, j, (b[step * j] & 254) - 127, 0);
-}
-
-MOE__UNPACK(iq4_ks) { // 8 scales whose lowest bit chooses the table; nibbles
-    moe__types_scales_ks(b, 1, D, out);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k4[moe__types_four16(b + 8, e)] + MOE__SHIFT_K4 * (b[e / 32] & 1));
-}
-
-MOE__UNPACK(iq5_ks) { // 8 scales whose lowest bit chooses the table; low four bits, fifth bits
-    moe__types_scales_ks(b, 1, D, out);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k5[moe__types_four(b + 8, e) | moe__types_one(b + 136, e) << 4] +
-     MOE__SHIFT_K5 * (b[e / 32] & 1));
-}
-
-MOE__UNPACK(iq2_kl) { // 6-bit scales in 2 + 4 bytes; per pair of weights a nibble, a fifth bit
-    out->d[0] = D;
-    for (int j = 0; j < 8; j++) {
-        int low = moe__types_nibble(b[2 + j % 4], j / 4), high = moe__load_u16(b) >> 2 * j & 3;
-        moe__types_scale(out, j, (low | high << 4) - 32, 0);
-    }
-    for (int e = 0; e < 256; e++) {
-        int j = e / 32, pair = e % 32 / 2;
-        int index = moe__types_nibble(b[6 + 16 * (j / 2) + pair], j % 2) |
-                    moe__types_bit(b[70 + pair], j) << 4;
-        out->q[e] = moe__levels_kl[e % 2][index];
-    }
-}
-
-// ---- the bits of interleaved types
-
-// Four neighbouring weights of a row lie together, then the same of the next row. t = 0..3
-// counts these fours in a half of 32 weights, h the halves. In 16-byte pieces, one of which
-// holds a four of each of 4 rows:
-//   nibble  piece h + 2 (t % 2), the high half of the byte for t = 2 and 3
-//   two     piece h, bits 2 t and 2 t + 1
-//   one     one piece; bit a h + b (t % 2) + c (t / 2), and a, b, c are different per type
-MOE__INLINE int moe__types_nibble_r4(const uint8_t *p, int k, int e) {
-    int h = e / 16 % 2, t = e / 4 % 4;
-    return moe__types_nibble(p[64 * (e / 32) + 16 * (h + 2 * (t % 2)) + 4 * k + e % 4], t / 2);
-}
-MOE__INLINE int moe__types_two_r4(const uint8_t *p, int k, int e) {
-    return p[16 * (e / 16) + 4 * k + e % 4] >> 2 * (e / 4 % 4) & 3;
-}
-MOE__INLINE int moe__types_one_r4(const uint8_t *p, int k, int e, int a, int b, int c) {
-    int h = e / 16 % 2, t = e / 4 % 4;
-    return moe__types_bit(p[16 * (e / 32) + 4 * k + e % 4], a * h + b * (t % 2) + c * (t / 2));
-}
-// Scale s of 64 with 6 bits: 32 bytes of low nibbles, 16 bytes of pairs of high bits.
-MOE__INLINE int moe__types_six_r4(const uint8_t *low, const uint8_t *high, int s) {
-    return moe__types_nibble(low[s % 32], s / 32) | (high[s % 16] >> 2 * (s / 16) & 3) << 4;
-}
-// Row k's 16 of them less 32, times its f16 at the beginning of the block.
-MOE__INLINE void moe__types_scales6_r4(const uint8_t *b, const uint8_t *low, const uint8_t *high,
-                                       int k, moe__block *out) {
-    out->d[0] = moe__types_f16(b + 2 * k);
-    for (int s = 0; s < 16; s++)
-        out->scale[s] = (int16_t)(moe__types_six_r4(low, high, 4 * s + k) - 32);
-}
-// Bit of row k that chooses the table of its weights 16 s ..
-MOE__INLINE int moe__types_table_r4(const uint8_t *extra, int k, int e) {
-    return moe__types_bit(extra[k + 4 * (e / 16 % 2)], e / 32);
-}
-// Weight of rows of 8: fours of 8 rows lie together.
-MOE__INLINE int moe__types_four_r8(const uint8_t *p, int k, int e) {
-    return moe__types_nibble(p[32 * (e % 16 / 4) + 4 * k + e % 4], e / 16);
-}
-
-MOE__UNPACK(q4_0_r8) {
-    moe__types_d(out, moe__types_f16(b + 2 * k), 0);
-    MOE__EACH_WEIGHT(32)(moe__types_four_r8(b + 16, k, e) - 8);
-}
-
-MOE__UNPACK(mxfp4_r8) {
-    moe__types_d(out, moe__types_e8m0(b[k]), 0);
-    MOE__EACH_WEIGHT(32) moe__levels_fp4[moe__types_four_r8(b + 8, k, e)];
-}
-
-MOE__UNPACK(q8_0_r8) {
-    moe__types_d(out, moe__types_f16(b + 2 * k), 0);
-    MOE__EACH_WEIGHT(32) b[16 + 32 * (e / 4) + 4 * k + e % 4];
-}
-
-MOE__UNPACK(iq4_nl_r4) {
-    moe__types_d(out, moe__types_f16(b + 2 * k), 0);
-    MOE__EACH_WEIGHT(32) moe__levels_k4[moe__types_nibble_r4(b + 8, k, e)];
-}
-
-MOE__UNPACK(q5_0_r4) {
-    moe__types_d(out, moe__types_f16(b + 2 * k), 0);
-    MOE__EACH_WEIGHT(32)
-    ((moe__types_nibble_r4(b + 24, k, e) | moe__types_one_r4(b + 8, k, e, 1, 2, 4) << 4) - 16);
-}
-
-MOE__UNPACK(q2_k_r4) { // four d, four dmin, 64 bytes of scale and min, levels
-    out->d[0] = moe__types_f16(b + 2 * k), out->dmin[0] = moe__types_f16(b + 8 + 2 * k);
-    for (int s = 0; s < 16; s++) {
-        int byte = b[16 + 4 * s + k];
-        out->scale[s] = (int16_t)(byte & 15), out->min[s] = (int16_t)(byte >> 4);
-    }
-    MOE__EACH_WEIGHT(256) moe__types_two_r4(b + 80, k, e);
-}
-
-MOE__UNPACK(q3_k_r4) {
-    moe__types_scales6_r4(b, b + 24, b + 8, k, out);
-    MOE__EACH_WEIGHT(256)
-    ((moe__types_two_r4(b + 184, k, e) | moe__types_one_r4(b + 56, k, e, 4, 1, 2) << 2) - 4);
-}
-
-// The head of Q4_K_R4 and Q5_K_R4: four d, four dmin, 16 bytes of high bits, 32 bytes of low.
-MOE__INLINE void moe__types_head_r4(const uint8_t *b, int k, moe__block *out) {
-    out->d[0] = moe__types_f16(b + 2 * k), out->dmin[0] = moe__types_f16(b + 8 + 2 * k);
-    for (int j = 0; j < 8; j++) {
-        int s = 4 * j + k, low = b[32 + s], high = b[16 + s % 16] >> 4 * (s / 16);
-        moe__types_scale(out, j, (low & 15) | (high & 3) << 4, low >> 4 | (high & 12) << 2);
-    }
-}
-
-MOE__UNPACK(q4_k_r4) {
-    moe__types_head_r4(b, k, out);
-    MOE__EACH_WEIGHT(256) moe__types_nibble_r4(b + 64, k, e);
-}
-
-MOE__UNPACK(q5_k_r4) {
-    moe__types_head_r4(b, k, out);
-    MOE__EACH_WEIGHT(256)
-    (moe__types_nibble_r4(b + 192, k, e) | moe__types_one_r4(b + 64, k, e, 4, 2, 1) << 4);
-}
-
-MOE__UNPACK(q6_k_r4) {
-    out->d[0] = moe__types_f16(b + 2 * k);
-    for (int s = 0; s < 16; s++) out->scale[s] = (int8_t)b[8 + 4 * s + k];
-    for (int e = 0; e < 256; e++) {
-        int shift = 4 * (e / 4 % 2) + 2 * (e / 8 % 2);
-        int high = b[72 + 16 * (e / 16) + 4 * k + e % 4] >> shift & 3;
-        out->q[e] = (int8_t)((moe__types_nibble_r4(b + 328, k, e) | high << 4) - 32);
-    }
-}
-
-MOE__UNPACK(iq2_k_r4) {
-    out->d[0] = moe__types_f16(b + 2 * k);
-    for (int s = 0; s < 16; s++) {
-        int i = 4 * s + k;
-        out->scale[s] = (int16_t)(moe__types_nibble(b[16 + i % 32], i / 32) - 8);
-    }
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k2[moe__types_two_r4(b + 48, k, e)] +
-     MOE__SHIFT_K2 * moe__types_table_r4(b + 8, k, e));
-}
-
-MOE__UNPACK(iq3_k_r4) {
-    out->d[0] = moe__types_f16(b + 2 * k);
-    for (int s = 0; s < 16; s++) {
-        int i = 4 * s + k, scale = 2 * moe__types_nibble(b[24 + i % 32], i / 32) + 1;
-        out->scale[s] = (int16_t)(moe__types_bit(b[16 + i % 8], i / 8) ? -scale : scale);
-    }
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k3[moe__types_two_r4(b + 56, k, e) |
-                    moe__types_one_r4(b + 312, k, e, 4, 1, 2) << 2] +
-     MOE__SHIFT_K3 * moe__types_table_r4(b + 8, k, e));
-}
-
-MOE__UNPACK(iq4_k_r4) {
-    moe__types_scales6_r4(b, b + 32, b + 16, k, out);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k4[moe__types_nibble_r4(b + 64, k, e)] +
-     MOE__SHIFT_K4 * moe__types_table_r4(b + 8, k, e));
-}
-
-MOE__UNPACK(iq5_k_r4) {
-    moe__types_scales6_r4(b, b + 32, b + 16, k, out);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k5[moe__types_nibble_r4(b + 64, k, e) |
-                    moe__types_one_r4(b + 576, k, e, 2, 4, 1) << 4] +
-     MOE__SHIFT_K5 * moe__types_table_r4(b + 8, k, e));
-}
-
-MOE__UNPACK(iq4_ks_r4) {
-    moe__types_scales_ks(b + k, 4, D, out);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k4[moe__types_nibble_r4(b + 32, k, e)] +
-     MOE__SHIFT_K4 * (b[4 * (e / 32) + k] & 1));
-}
-
-MOE__UNPACK(iq5_ks_r4) {
-    moe__types_scales_ks(b + k, 4, D, out);
-    MOE__EACH_WEIGHT(256)
-    (moe__levels_k5[moe__types_nibble_r4(b + 32, k, e) |
-                    moe__types_one_r4(b + 544, k, e, 2, 4, 1) << 4] +
-     MOE__SHIFT_K5 * (b[4 * (e / 32) + k] & 1));
-}
-
-MOE__UNPACK(iq4_xs_r8) {
-    out->d[0] = moe__types_f16(b + 2 * k);
-    for (int j = 0; j < 8; j++)
-        moe__types_scale(out, j, moe__types_six_r4(b + 32, b + 16, 8 * j + k) - 32, 0);
-    MOE__EACH_WEIGHT(256)
-    moe__levels_k4[moe__types_nibble(b[64 + 32 * (e / 8) + 4 * k + e % 4], e / 4 % 2)];
-}
 #undef MOE__UNPACK
-#undef MOE__EACH_WEIGHT
 
 // ---- dequantize, dot -------------------------------------------------------------------------
 
@@ -4932,12 +4978,14 @@ MOE__INLINE float moe__block_min(const moe__type *type, const moe__block *block,
 // What the levels of IQ6_K stand for before they are rounded to integers: products use the
 // rounded ones, as the program that makes such files does.
 MOE__PRIVATE void moe__types_exact_iq6_k(const uint8_t *b, const moe__block *block, float *out) {
-    int extra = moe__load_u16(b + 2);
-    for (int e = 0; e < 256; e++) {
-        float q = (float)(moe__types_four(b + 20, e) | moe__types_two(b + 148, e) << 4);
-        float v = fmaf(q, fmaf(q, fmaf(q, 0.0011972f, -0.11218f), 6.2568f), -127.0f);
-        out[e] = block->d[0] * (float)block->scale[e / 16] *
-                 (v + (float)moe__types_bit(extra, e / 16));
+    for (int h = 0; h < 16; h++) {
+        const float d = block->d[0] * (float)block->scale[h];
+        const float shift = (float)moe__s_bits(b, 2, MOE__SHIFT_K6, 16, h);
+        for (int i = 0; i < 16; i++) {
+            const float q = (float)moe__w_six(b, 20, 148, h, i);
+            const float v = fmaf(q, fmaf(q, fmaf(q, 0.0011972f, -0.11218f), 6.2568f), -127.0f);
+            out[16 * h + i] = d * (v + shift);
+        }
     }
 }
 
@@ -5180,16 +5228,17 @@ MOE__PRIVATE void moe__quantize_bf16(const float *x, uint8_t *row, int64_t n,
 // weight.
 MOE__PRIVATE void moe__quantize_q8_0(const float *in, uint8_t *row, int64_t n,
                                      const float *importance) {
-    float x[32], w[32];
+    enum { BLOCK = MOE__BLOCK_Q8_0 };
+    float x[BLOCK], w[BLOCK];
     (void)importance;
-    for (; n > 0; n -= 32, in += 32, row += 34) {
+    for (; n > 0; n -= BLOCK, in += BLOCK, row += MOE__BYTES_Q8_0) {
         float peak = 0;
-        moe__types_load(in, NULL, 32, x, w);
-        for (int i = 0; i < 32; i++)
+        moe__types_load(in, NULL, BLOCK, x, w);
+        for (int i = 0; i < BLOCK; i++)
             if (fabsf(x[i]) > peak) peak = fabsf(x[i]);
         float d = moe__types_round_f16(peak / 127), inverse = d > 0 ? 1 / d : 0;
         moe__store_u16(row, moe__f32_to_f16(d));
-        for (int i = 0; i < 32; i++)
+        for (int i = 0; i < BLOCK; i++)
             row[2 + i] = (uint8_t)moe__types_level(x[i] * inverse, -127, 127);
     }
 }
@@ -5509,25 +5558,31 @@ MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_k *k, uint8_t *row) {
     moe__types_store_low(k->code, 256, 16, row + 8);
 }
 
-// name, how it is packed, block, bytes, table, first, last, width, mins, integer scales
-#define MOE__TYPES_QUANTIZE(name, pack, block, bytes, table, first, last, width, mins, s0, s1)     \
-    MOE__PRIVATE void moe__quantize_##name(const float *in, uint8_t *row, int64_t n,               \
-                                           const float *importance) {                              \
-        static const moe__types_form form = {table, first, last, width, MOE__TYPES_##mins, s0, s1, \
-                                             block, bytes, moe__types_pack_##pack};                \
-        moe__types_quantize(&form, in, row, n, importance);                                        \
+// How a type is packed, its levels, mins, integer scales. Levels are those of a table, or all
+// integers that the type has.
+#define MOE__TYPES_QUANTIZE(NAME, name, pack, table, first, last, mins, s0, s1)                   \
+    MOE__PRIVATE void moe__quantize_##name(const float *in, uint8_t *row, int64_t n,              \
+                                           const float *importance) {                             \
+        static const moe__types_form form = {table, first, last, MOE__PER_##NAME,                 \
+                                             MOE__TYPES_##mins, s0, s1, MOE__BLOCK_##NAME,        \
+                                             MOE__BYTES_##NAME, moe__types_pack_##pack};          \
+        moe__types_quantize(&form, in, row, n, importance);                                       \
     }
-MOE__TYPES_QUANTIZE(q4_0, 32, 32, 18, NULL, -8, 7, 32, NO_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(q4_1, 32, 32, 20, NULL, 0, 15, 32, ANY_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(q5_0, 32, 32, 22, NULL, -16, 15, 32, NO_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(q5_1, 32, 32, 24, NULL, 0, 31, 32, ANY_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(iq4_nl, 32, 32, 18, moe__levels_k4, -127, 113, 32, NO_MIN, 0, 0)
-MOE__TYPES_QUANTIZE(q2_k, q2_k, 256, 84, NULL, 0, 3, 16, MIN, 0, 15)
-MOE__TYPES_QUANTIZE(q3_k, q3_k, 256, 110, NULL, -4, 3, 16, NO_MIN, -32, 31)
-MOE__TYPES_QUANTIZE(q4_k, q4_k, 256, 144, NULL, 0, 15, 32, MIN, 0, 63)
-MOE__TYPES_QUANTIZE(q5_k, q4_k, 256, 176, NULL, 0, 31, 32, MIN, 0, 63)
-MOE__TYPES_QUANTIZE(q6_k, q6_k, 256, 210, NULL, -32, 31, 16, NO_MIN, -128, 127)
-MOE__TYPES_QUANTIZE(iq4_xs, iq4_xs, 256, 136, moe__levels_k4, -127, 113, 32, NO_MIN, -32, 31)
+#define MOE__TYPES_QUANTIZE_EVEN(NAME, name, pack, mins, s0, s1)                                  \
+    MOE__TYPES_QUANTIZE(NAME, name, pack, NULL, -MOE__OFFSET_##NAME,                              \
+                        (1 << MOE__BITS_##NAME) - 1 - MOE__OFFSET_##NAME, mins, s0, s1)
+MOE__TYPES_QUANTIZE_EVEN(Q4_0, q4_0, 32, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE_EVEN(Q4_1, q4_1, 32, ANY_MIN, 0, 0)
+MOE__TYPES_QUANTIZE_EVEN(Q5_0, q5_0, 32, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE_EVEN(Q5_1, q5_1, 32, ANY_MIN, 0, 0)
+MOE__TYPES_QUANTIZE(IQ4_NL, iq4_nl, 32, moe__levels_k4, -127, 113, NO_MIN, 0, 0)
+MOE__TYPES_QUANTIZE_EVEN(Q2_K, q2_k, q2_k, MIN, 0, 15)
+MOE__TYPES_QUANTIZE_EVEN(Q3_K, q3_k, q3_k, NO_MIN, -32, 31)
+MOE__TYPES_QUANTIZE_EVEN(Q4_K, q4_k, q4_k, MIN, 0, 63)
+MOE__TYPES_QUANTIZE_EVEN(Q5_K, q5_k, q4_k, MIN, 0, 63)
+MOE__TYPES_QUANTIZE_EVEN(Q6_K, q6_k, q6_k, NO_MIN, -128, 127)
+MOE__TYPES_QUANTIZE(IQ4_XS, iq4_xs, iq4_xs, moe__levels_k4, -127, 113, NO_MIN, -32, 31)
+#undef MOE__TYPES_QUANTIZE_EVEN
 #undef MOE__TYPES_QUANTIZE
 
 // One exponent per 32 weights: the largest magnitude lies between levels 8 and 16, or up to a
@@ -5535,16 +5590,17 @@ MOE__TYPES_QUANTIZE(iq4_xs, iq4_xs, 256, 136, moe__levels_k4, -127, 113, 32, NO_
 MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
                                       const float *importance) {
     static const int8_t levels[16] = {-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12};
-    static const moe__types_form form = {levels, -12, 12, 32, MOE__TYPES_NO_MIN, 0, 0, 32, 17,
-                                         NULL};
-    float x[32], w[32];
-    uint8_t code[32];
-    for (int64_t begin = 0; begin < n; begin += 32, row += 17) {
+    enum { BLOCK = MOE__BLOCK_MXFP4, BYTES = MOE__BYTES_MXFP4 };
+    static const moe__types_form form = {levels, -12, 12, BLOCK, MOE__TYPES_NO_MIN, 0, 0,
+                                         BLOCK, BYTES, NULL};
+    float x[BLOCK], w[BLOCK];
+    uint8_t code[BLOCK];
+    for (int64_t begin = 0; begin < n; begin += BLOCK, row += BYTES) {
         uint32_t peak = 0, best = 2;
         double least = INFINITY;
         moe__types_line line = {0, 0};
-        moe__types_load(in + begin, importance ? importance + begin : NULL, 32, x, w);
-        for (int i = 0; i < 32; i++)
+        moe__types_load(in + begin, importance ? importance + begin : NULL, BLOCK, x, w);
+        for (int i = 0; i < BLOCK; i++)
             if (moe__f32_bits(fabsf(x[i])) > peak) peak = moe__f32_bits(fabsf(x[i]));
         uint32_t e0 = peak >> 23 > 5 ? (peak >> 23) - 3 : 2;
         for (uint32_t e = e0; e <= e0 + 2; e++) {
@@ -5557,10 +5613,10 @@ MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
         }
         line.scale = moe__f32_from_bits((best - 1) << 23);
         moe__types_codes(&form, x, line, code);
-        for (int i = 0; i < 32; i++) // 8 .. 15 are the negative levels, -0 is not used
+        for (int i = 0; i < BLOCK; i++) // 8 .. 15 are the negative levels, -0 is not used
             code[i] = (uint8_t)(code[i] > 7 ? code[i] - 8 : code[i] < 7 ? 15 - code[i] : 0);
         row[0] = (uint8_t)best;
-        moe__types_store_low(code, 32, 16, row + 1);
+        moe__types_store_low(code, BLOCK, BLOCK / 2, row + 1);
     }
 }
 
@@ -5571,7 +5627,7 @@ MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
 #define MOE__UNPACKER_Q256(name) moe__unpack_##name
 #define MOE__QUANTIZER_0(name) NULL
 #define MOE__QUANTIZER_1(name) moe__quantize_##name
-#define MOE__TYPES_ENTRY(NAME, name, block, bytes, act, rows, meta, per, bits, offset, q) \
+#define MOE__TYPES_ENTRY(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q) \
     {MOE_TYPE_##NAME, #NAME, block, bytes, MOE__ACT_##act, rows, meta, per, bits, offset,      \
      MOE__UNPACKER_##act(name), MOE__QUANTIZER_##q(name)},
 static const moe__type moe__types[MOE__N_TYPES] = {MOE__TYPES(MOE__TYPES_ENTRY)};
@@ -5618,7 +5674,7 @@ MOE_API size_t moe_type_row_size(moe_type type, int64_t n) {
     uint64_t size;
     if (!info || info->bytes == 0 || n <= 0 || n % info->block != 0) return 0;
     if (!moe__size_mul((uint64_t)(n / info->block), (uint64_t)info->bytes, &size) ||
-        !moe__size_add(size, (uint64_t)info->row_meta, &size) || size > SIZE_MAX / 2)
+        !moe__size_add(size, (uint64_t)info->meta, &size) || size > SIZE_MAX / 2)
         return 0;
     return (size_t)size;
 }
@@ -6844,27 +6900,14 @@ MOE__V __m256 u_rounded(__m256 x) {
 
 // Of the types here: bytes per block, where the nibbles are, log2 of the offset that makes
 // levels unsigned, whether there are mins. `type` is always a constant index of the type table.
-MOE__V int q32_size(const int type) {
-    switch (type) {
-    case MOE__INDEX_Q4_1: return MOE__BYTES_Q4_1;
-    case MOE__INDEX_Q5_0: return MOE__BYTES_Q5_0;
-    case MOE__INDEX_Q5_1: return MOE__BYTES_Q5_1;
-    case MOE__INDEX_Q6_0: return MOE__BYTES_Q6_0;
-    case MOE__INDEX_Q8_0: return MOE__BYTES_Q8_0;
-    case MOE__INDEX_MXFP4: return MOE__BYTES_MXFP4;
-    default: return MOE__BYTES_Q4_0; // and IQ4_NL
-    }
-}
+MOE__V int q32_size(const int type) { return moe__types[type].bytes; }
 MOE__V int MOE__(q32_low)(const int type) {
     return type == MOE__INDEX_Q8_0 ? 2 : q32_size(type) - 16;
 }
 MOE__V int q32_shift(const int type) {
-    if (type == MOE__INDEX_Q8_0 || type == MOE__INDEX_IQ4_NL) return 7;
-    return type == MOE__INDEX_Q4_0 ? 3 : type == MOE__INDEX_Q6_0 ? 5 : 4;
+    return __builtin_ctz((unsigned)moe__types[type].offset | 256); // 8: has mins
 }
-MOE__V int MOE__(q32_min)(const int type) {
-    return type == MOE__INDEX_Q4_1 || type == MOE__INDEX_Q5_1;
-}
+MOE__V int MOE__(q32_min)(const int type) { return moe__types[type].offset == 0; }
 // The 16 levels of MXFP4 and NVFP4, or of IQ4_NL, plus an offset, in every lane
 MOE__V MOE__VI MOE__(q32_table)(const int type, const int offset) {
     const int8_t *table = type == MOE__INDEX_IQ4_NL ? moe__levels_k4 : moe__levels_fp4;
@@ -10099,7 +10142,8 @@ MOE__TILE_GROUP(MXFP4_R8, mxfp4_r8)
     }
 #define MOE__DEQUANTIZE_4(NAME, name)
 #define MOE__DEQUANTIZE_8(NAME, name)
-#define MOE__DEQUANTIZE(NAME, name, block, bytes, act, rows, ...) MOE__DEQUANTIZE_##rows(NAME, name)
+#define MOE__DEQUANTIZE(NAME, name, id, block, bytes, act, rows, ...) \
+    MOE__DEQUANTIZE_##rows(NAME, name)
 MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 #undef MOE__DEQUANTIZE
 #undef MOE__DEQUANTIZE_1
@@ -11477,7 +11521,7 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 #define MOE__FLOATS_1(name) MOE__AVX2(dequantize_##name)
 #define MOE__FLOATS_4(name) moe__dequantize_##name
 #define MOE__FLOATS_8(name) moe__dequantize_##name
-#define MOE__TYPE_KERNELS(NAME, name, block, bytes, act, rows, ...) \
+#define MOE__TYPE_KERNELS(NAME, name, id, block, bytes, act, rows, ...) \
     {MOE__SHARED(dot_##name), MOE__TILE_##act(name), MOE__FLOATS_##rows(name)},
 static const moe__kernels MOE__(kernels) = {
     (moe_isa)MOE__ISA,

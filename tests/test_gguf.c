@@ -1422,7 +1422,7 @@ TEST(type_table) {
         const moe__gguf_type *type = &moe__gguf_types[i];
         CHECK(i == 0 || type[-1].id < type->id);
         CHECK(moe__gguf_type_info(type->id) == type);
-        CHECK(memchr(type->name, 0, sizeof type->name) && type->interleave >= 1);
+        CHECK(memchr(type->name, 0, sizeof type->name) && type->rows >= 1);
         CHECK(type->bytes == 0 || type->block >= 1);
         for (int k = 0; k < i; k++) CHECK(strcmp(type->name, moe__gguf_types[k].name) != 0);
     }
@@ -1438,7 +1438,7 @@ TEST(tensor_sizes) {
     for (int i = 0; i < n; i++) {
         const moe__gguf_type *type = &moe__gguf_types[i];
         if (type->bytes == 0) continue;
-        size_t size = (size_t)(type->row_meta + 2 * type->bytes) * 48;
+        size_t size = (size_t)(type->meta + 2 * type->bytes) * 48;
         one_tensor(&b, "name", 3, (uint64_t)type->block * 2, 16, 3, 0, (uint32_t)type->id, 0, size);
         moe_gguf *gguf = moe_gguf_open_memory(b.data, b.size, NULL, NULL);
         CHECKF(gguf && moe_gguf_tensor_at(gguf, 0)->size == size, "%s", type->name);
@@ -1473,8 +1473,8 @@ TEST(type_table_against_the_sheet) {
             CHECKF(type != NULL, "%d %s", id, name);
             if (!type || id == 15 || id == 31) continue; /* two sizes; three types in one row */
             CHECKF(strcmp(type->name, name) == 0 && type->block == block &&
-                       type->bytes == bytes_ && type->row_meta == meta &&
-                       type->interleave == group,
+                       type->bytes == bytes_ && type->meta == meta &&
+                       type->rows == group,
                    "%d %s", id, name);
             n++;
         }

@@ -84,7 +84,7 @@ TEST(table) {
         const moe__gguf_type *info = moe__gguf_type_info((int32_t)t->id);
         CHECK(moe__type_find(t->id) == t);
         CHECK(info && info->block == t->block && info->bytes == t->bytes &&
-              info->row_meta == t->meta);
+              info->meta == t->meta);
         CHECK(strcmp(moe_type_name(t->id), t->name) == 0);
         CHECK(moe_type_supported(t->id) && moe_type_block(t->id) == t->block);
         CHECK(moe_type_row_size(t->id, t->block) == (size_t)(t->bytes + t->meta));

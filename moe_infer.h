@@ -8985,16 +8985,21 @@ MOE__V __m256i tile_end(__m256i sum, __m256i start, const int bits) {
 
 // ---- micro-kernels ------------
 
-// Sums are named a00, a01 (token 0: two vectors of rows), a10, ... a51 and are not arrays, which
-// compilers may keep in memory. MOE__EACH(X) is X for every token; n is a constant, so that what
-// `n > t` excludes does not exist.
-#if MOE__TILE_TOKENS == 6
-#define MOE__EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#else
-#define MOE__EACH(X) X(0) X(1) X(2) X(3)
-#endif
+// All loops over tokens run to MOE__TILE_TOKENS with a condition on n, which is a constant once
+// inlined: unrolled completely, they leave no array in memory. Sums are [token][2 vectors of
+// rows]: int32 of a sub-block, then of a superblock (ints) or, with a scale per 32 activations,
+// floats.
+#define MOE__EACH_TOKEN(t)                                \
+    MOE__UNROLL(MOE__TILE_TOKENS)                         \
+    for (int t = 0; t < MOE__TILE_TOKENS; t++)            \
+        if (t < n)
+
+MOE__V MOE__VI MOE__(tile_copies)(const uint8_t *p) {
+    return MOE__MM(set1_epi32)((int)moe__load_u32(p));
+}
+
 // Minus the sums of 8 sub-blocks' activations, from number i
-MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const int per_256) {
+MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, int quads, int per_256) {
     if (!per_256 && quads == 4) { // blocks of 32 with a scale per 16: not in the record
         __m256i four[4];
         MOE__UNROLL(4)
@@ -9012,200 +9017,187 @@ MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const 
     __m256i sums = _mm256_cvtepi16_epi32(v_load_128(x + offsetof(moe__act256, sum32)));
     return _mm256_sub_epi32(_mm256_setzero_si256(), sums);
 }
-MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
-    return _mm256_loadu_ps((const float *)(const void *)p);
-}
-#define MOE__TOKEN(t) const uint8_t *x##t = (const uint8_t *)job->x[n > t ? t : 0] + job->record;
-#define MOE__INTS(t) MOE__VI a##t##0 = zero, a##t##1 = zero, i##t##0 = zero, i##t##1 = zero;
-#define MOE__FLOATS(t) MOE__VF f##t##0 = MOE__MM(setzero_ps)(), f##t##1 = f##t##0;
-#define MOE__BROADCAST(p) MOE__MM(set1_epi32)((int)moe__load_u32(p))
-#define MOE__BROADCAST_F32(p) MOE__MM(set1_ps)(moe__load_f32(p))
-#define MOE__FETCH_AHEAD() \
-    for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) __builtin_prefetch(prefetch, 0, 2)
-
-// Where sums start, of all sub-blocks: minus the sums of the activations, shifted; with mins: 0
-// (integer ones: tile_chunk has written that). Kept in memory: shifts would compete with the
-// multiplications. For float mins those sums as floats.
-#define MOE__STARTS(t)                                                                     \
-    if (n > t)                                                                             \
-        for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {                               \
-            __m256i sums = MOE__(tile_sums)(x##t, i, quads, per_256);                      \
-            if (mins && !per_256) {                                                        \
-                __m256 f = MOE__(tile_load8)(x##t + offsetof(moe__act32, d));              \
-                f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), f);                            \
-                _mm256_storeu_ps((float *)(void *)(acts + 64 * t + 4 * i), f);             \
-            }                                                                              \
-            u_store(starts + 64 * t + 4 * i, _mm256_sll_epi32(sums, shift));        \
+// Where the sums of n tokens start, of all sub-blocks: minus the sums of the activations,
+// shifted; with mins: 0 (integer ones: tile_chunk has written that). Kept in memory: shifts would
+// compete with the multiplications. For float mins those sums as floats, too.
+MOE__K void MOE__(tile_starts)(const tile_job *job, int n, int quads, int per_256, int mins) {
+    const __m128i shift = _mm_cvtsi32_si128(job->shift);
+    for (int t = 0; t < n; t++) {
+        const uint8_t *x = (const uint8_t *)job->x[t] + job->record;
+        uint8_t *starts = job->pack + TILE_START + 64 * t;
+        for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {
+            const __m256i sums = MOE__(tile_sums)(x, i, quads, per_256);
+            if (mins && !per_256) {
+                const void *d = x + offsetof(moe__act32, d);
+                const __m256 scale = _mm256_loadu_ps((const float *)d);
+                const __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale);
+                u_store(job->pack + MOE__(TILE_ACT) + 64 * t + 4 * i, _mm256_castps_si256(f));
+            }
+            u_store(starts + 4 * i, _mm256_sll_epi32(sums, shift));
         }
-#define MOE__START(t)                                                      \
-    (!MOE__VNNI && (mins || bits == 8) ? zero                              \
-                                       : MOE__BROADCAST(starts + 64 * t + 4 * j))
-#define MOE__BEGIN(t) \
-    if (n > t) a##t##0 = a##t##1 = MOE__(tile_begin)(MOE__START(t), bits);
-#define MOE__END(t)                                              \
-    if (n > t) {                                                 \
-        const MOE__VI start = MOE__START(t);                     \
-        a##t##0 = tile_end(a##t##0, start, bits);         \
-        a##t##1 = tile_end(a##t##1, start, bits);         \
     }
+}
 
-// Where quads of sub-block j are in the activations: base + MOE__QUAD_AT(q), see moe__act256_at
-#define MOE__QUAD_AT(q) (per_256 ? 4 * (q) : (q) / 4 * 64 + (q) % 4 * 4)
-// Quad q of sub-block j and all tokens
-#define MOE__WEIGHTS(q, h) v_load(weights + (2 * (q) + (h)) * MOE__VBYTES)
-#define MOE__DOT(t)                                        \
-    if (n > t) {                                           \
-        const MOE__VI b = MOE__BROADCAST(x##t + k);        \
-        a##t##0 = tile_dot(a##t##0, w0, b);         \
-        a##t##1 = tile_dot(a##t##1, w1, b);         \
-    }
-#define MOE__QUAD(q)                                        \
-    {                                                       \
-        const int64_t k = base + MOE__QUAD_AT(q);           \
-        const MOE__VI w0 = MOE__WEIGHTS(q, 0);              \
-        const MOE__VI w1 = MOE__WEIGHTS(q, 1);              \
-        MOE__EACH(MOE__DOT)                                 \
-    }
-#define MOE__SUB_BLOCK()                                        \
-    MOE__QUAD(0) MOE__QUAD(1) MOE__QUAD(2) MOE__QUAD(3)         \
-    if (quads == 8) {                                           \
-        MOE__QUAD(4) MOE__QUAD(5) MOE__QUAD(6) MOE__QUAD(7)     \
-    }
+// Quads `at` .. of a sub-block (one, or as many as the instruction set takes at once) times all
+// tokens; w: their weights; x: where the quad is in each token's activations
 #if !MOE__VNNI
-// The same for two quads at once
-#define MOE__DOT2(t)                                                \
-    if (n > t) {                                                    \
-        const MOE__VI b0 = MOE__BROADCAST(x##t + k);                \
-        const MOE__VI b1 = MOE__BROADCAST(x##t + k + 4);            \
-        a##t##0 = MOE__(tile_dot2)(a##t##0, w00, w10, b0, b1);      \
-        a##t##1 = MOE__(tile_dot2)(a##t##1, w01, w11, b0, b1);      \
+MOE__V void MOE__(tile_quad_signed)(__m256i (*a)[2], const uint8_t *w, const uint8_t *x,
+                                    const int n) {
+    const __m256i w0 = v_load(w), w1 = v_load(w + MOE__VBYTES);
+    const __m256i even0 = tile_even(w0), odd0 = tile_odd(w0);
+    const __m256i even1 = tile_even(w1), odd1 = tile_odd(w1);
+    MOE__EACH_TOKEN(t) {
+        const __m256i even = MOE__(tile_copies)(x + 512 * t);
+        const __m256i odd = MOE__(tile_copies)(x + 512 * t + 256);
+        a[t][0] = tile_dot_i16(a[t][0], even0, even);
+        a[t][1] = tile_dot_i16(a[t][1], even1, even);
+        a[t][0] = tile_dot_i16(a[t][0], odd0, odd);
+        a[t][1] = tile_dot_i16(a[t][1], odd1, odd);
     }
-#define MOE__QUADS(q)                                                             \
-    {                                                                             \
-        const int64_t k = base + MOE__QUAD_AT(q);                                 \
-        const MOE__VI w00 = MOE__WEIGHTS(q, 0), w01 = MOE__WEIGHTS(q, 1);         \
-        const MOE__VI w10 = MOE__WEIGHTS(q + 1, 0), w11 = MOE__WEIGHTS(q + 1, 1); \
-        MOE__EACH(MOE__DOT2)                                                      \
+}
+MOE__V void MOE__(tile_two_quads)(__m256i (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                                  int64_t at, const int n) {
+    const __m256i w00 = v_load(w), w01 = v_load(w + MOE__VBYTES);
+    const __m256i w10 = v_load(w + 2 * MOE__VBYTES), w11 = v_load(w + 3 * MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const __m256i b0 = MOE__(tile_copies)(x[t] + at), b1 = MOE__(tile_copies)(x[t] + at + 4);
+        a[t][0] = MOE__(tile_dot2)(a[t][0], w00, w10, b0, b1);
+        a[t][1] = MOE__(tile_dot2)(a[t][1], w01, w11, b0, b1);
     }
-#define MOE__SUB_BLOCK_IN_TWOS()        \
-    MOE__QUADS(0) MOE__QUADS(2)         \
-    if (quads == 8) {                   \
-        MOE__QUADS(4) MOE__QUADS(6)     \
-    }
-// Signed weights, and activations in `wide`, see tile_widen
-#define MOE__WIDEN(t) \
-    if (n > t) MOE__(tile_widen)(x##t, wide + 512 * t);
-#define MOE__DOT8(t)                                                \
-    if (n > t) {                                                    \
-        const MOE__VI even = MOE__BROADCAST(wide + 512 * t + k);    \
-        const MOE__VI odd = MOE__BROADCAST(wide + 512 * t + 256 + k); \
-        a##t##0 = tile_dot_i16(a##t##0, even0, even);        \
-        a##t##1 = tile_dot_i16(a##t##1, even1, even);        \
-        a##t##0 = tile_dot_i16(a##t##0, odd0, odd);          \
-        a##t##1 = tile_dot_i16(a##t##1, odd1, odd);          \
-    }
-#define MOE__QUAD8(q)                                               \
-    {                                                               \
-        const int64_t k = base + MOE__QUAD_AT(q);                   \
-        const MOE__VI w0 = MOE__WEIGHTS(q, 0), w1 = MOE__WEIGHTS(q, 1); \
-        const MOE__VI even0 = tile_even(w0), odd0 = tile_odd(w0); \
-        const MOE__VI even1 = tile_even(w1), odd1 = tile_odd(w1); \
-        MOE__EACH(MOE__DOT8)                                        \
-    }
-#define MOE__SUB_BLOCK_SIGNED()                                         \
-    MOE__QUAD8(0) MOE__QUAD8(1) MOE__QUAD8(2) MOE__QUAD8(3)             \
-    if (quads == 8) {                                                   \
-        MOE__QUAD8(4) MOE__QUAD8(5) MOE__QUAD8(6) MOE__QUAD8(7)         \
-    }
+}
 #endif
+MOE__V void MOE__(tile_quad)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                             int64_t at, const int n) {
+    const MOE__VI w0 = v_load(w), w1 = v_load(w + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI b = MOE__(tile_copies)(x[t] + at);
+        a[t][0] = tile_dot(a[t][0], w0, b);
+        a[t][1] = tile_dot(a[t][1], w1, b);
+    }
+}
+// Sums of a sub-block whose activations begin at byte `base` of the records (see moe__act256_at);
+// starts: where they start, for each token 64 bytes apart
+MOE__V void MOE__(tile_sub_block)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                                  int64_t base, const uint8_t *starts, const uint8_t *wide,
+                                  const int n, const int quads, const int bits, const int per_256,
+                                  const int from_zero) {
+    (void)wide;
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
+        a[t][0] = a[t][1] = MOE__(tile_begin)(start, bits);
+    }
+    MOE__UNROLL(8)
+    for (int q = 0; q < 8; q++, w += 2 * MOE__VBYTES) {
+        const int64_t at = base + (per_256 ? 4 * q : q / 4 * 64 + q % 4 * 4);
+        if (q >= quads) continue;
+#if !MOE__VNNI
+        if (bits == 8) {
+            MOE__(tile_quad_signed)(a, w, wide + at, n);
+            continue;
+        }
+        if (bits == 6) {
+            if (q % 2 == 0) MOE__(tile_two_quads)(a, w, x, at, n);
+            continue;
+        }
+#endif
+        MOE__(tile_quad)(a, w, x, at, n);
+    }
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
+        a[t][0] = tile_end(a[t][0], start, bits);
+        a[t][1] = tile_end(a[t][1], start, bits);
+    }
+}
 
 // See "the product of quantized rows with activations" in >>types. Scales per 256 activations:
-// i += scale * sum of the sub-block.
-#define MOE__SCALE_INT(t)                                                                  \
-    if (n > t) {                                                                           \
-        i##t##0 = MOE__MM(add_epi32)(i##t##0, MOE__MM(mullo_epi32)(a##t##0, scale0));      \
-        i##t##1 = MOE__MM(add_epi32)(i##t##1, MOE__MM(mullo_epi32)(a##t##1, scale1));      \
+// ints += scale * sum of the sub-block.
+MOE__V void MOE__(tile_scale_ints)(MOE__VI (*ints)[2], MOE__VI (*a)[2], const uint8_t *scales,
+                                   const int n) {
+    const MOE__VI scale0 = v_load(scales), scale1 = v_load(scales + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        ints[t][0] = MOE__MM(add_epi32)(ints[t][0], MOE__MM(mullo_epi32)(a[t][0], scale0));
+        ints[t][1] = MOE__MM(add_epi32)(ints[t][1], MOE__MM(mullo_epi32)(a[t][1], scale1));
     }
+}
 // Per 32: f += scale * sum of the sub-block * the token's scale - min * sum of the activations,
-// where f are the sums of moe__dot_32 that the sub-block belongs to
-#define MOE__SCALE_F32(t)                                                                  \
-    if (n > t) {                                                                           \
-        const int64_t at = 4 * (quads == 4 ? j / 2 : j);                                   \
-        const MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act32, d) + at);         \
-        const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##0), scale0);         \
-        const MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##1), scale1);         \
-        f##t##0 = MOE__MM(fmadd_ps)(p0, d, f##t##0);                                       \
-        f##t##1 = MOE__MM(fmadd_ps)(p1, d, f##t##1);                                       \
-        if (mins) {                                                                        \
-            const MOE__VF b = MOE__BROADCAST_F32(acts + 64 * t + 4 * j);                   \
-            f##t##0 = MOE__MM(fmadd_ps)(min0, b, f##t##0);                                 \
-            f##t##1 = MOE__MM(fmadd_ps)(min1, b, f##t##1);                                 \
-        }                                                                                  \
+// where f are the sums of moe__dot_32 that the sub-block belongs to; d: where the scale is in each
+// record; acts: those sums, for each token 64 bytes apart
+MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uint8_t *scales,
+                                     const uint8_t *min, const uint8_t *const *x, int64_t d,
+                                     const uint8_t *acts, const int n, const int mins) {
+    const MOE__VF scale0 = tile_load_f32(scales), scale1 = tile_load_f32(scales + MOE__VBYTES);
+    const MOE__VF min0 = tile_load_f32(min), min1 = tile_load_f32(min + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + d));
+        const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), scale0);
+        const MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][1]), scale1);
+        f[t][0] = MOE__MM(fmadd_ps)(p0, scale, f[t][0]);
+        f[t][1] = MOE__MM(fmadd_ps)(p1, scale, f[t][1]);
+        if (mins) {
+            const MOE__VF b = MOE__MM(set1_ps)(moe__load_f32(acts + 64 * t));
+            f[t][0] = MOE__MM(fmadd_ps)(min0, b, f[t][0]);
+            f[t][1] = MOE__MM(fmadd_ps)(min1, b, f[t][1]);
+        }
     }
-
-// sum over the sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each
-#define MOE__MIN(t, p)                                                                     \
-    b = MOE__BROADCAST(x##t + sums_at + 4 * (p));                                          \
-    a##t##0 = v_dot_i16(a##t##0, v_load(min + 2 * (p) * MOE__VBYTES), b);    \
-    a##t##1 = v_dot_i16(a##t##1, v_load(min + (2 * (p) + 1) * MOE__VBYTES), b);
-#define MOE__MINS(t)                                                                       \
-    if (n > t && mins) {                                                                   \
-        MOE__VI b;                                                                         \
-        a##t##0 = a##t##1 = zero;                                                          \
-        MOE__MIN(t, 0) MOE__MIN(t, 1) MOE__MIN(t, 2) MOE__MIN(t, 3)                        \
-        if (quads == 4) {                                                                  \
-            MOE__MIN(t, 4) MOE__MIN(t, 5) MOE__MIN(t, 6) MOE__MIN(t, 7)                    \
-        }                                                                                  \
+}
+// The end of a superblock: sums += (d * ints - dmin * a) * the token's scale, a being the sum over
+// its sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each
+MOE__V void MOE__(tile_add_ints)(const tile_job *job, MOE__VI (*ints)[2], const uint8_t *const *x,
+                                 const int n, const int quads, const int mins) {
+    const uint8_t *d = job->pack + TILE_D, *dmin = job->pack + TILE_DMIN;
+    const MOE__VF scale0 = tile_load_f32(d), scale1 = tile_load_f32(d + MOE__VBYTES);
+    const MOE__VF min0 = tile_load_f32(dmin), min1 = tile_load_f32(dmin + MOE__VBYTES);
+    MOE__VI a[MOE__TILE_TOKENS][2];
+    if (mins) {
+        const uint8_t *min = job->pack + TILE_MIN;
+        int64_t at = quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
+        MOE__EACH_TOKEN(t) a[t][0] = a[t][1] = v_zero();
+        for (int p = 0; p < 32 / quads; p++, at += 4, min += 2 * MOE__VBYTES) {
+            const MOE__VI m0 = v_load(min), m1 = v_load(min + MOE__VBYTES);
+            MOE__EACH_TOKEN(t) {
+                const MOE__VI b = MOE__(tile_copies)(x[t] + at);
+                a[t][0] = v_dot_i16(a[t][0], m0, b);
+                a[t][1] = v_dot_i16(a[t][1], m1, b);
+            }
+        }
     }
-// sums += (d * i - dmin * a) * the token's scale
-#define MOE__ADD_INT(t)                                                                    \
-    if (n > t) {                                                                           \
-        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;               \
-        const MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act256, d));             \
-        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(i##t##0), scale0);               \
-        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(i##t##1), scale1);               \
-        if (mins) {                                                                        \
-            p0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##0), min0, p0);               \
-            p1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##1), min1, p1);               \
-        }                                                                                  \
-        MOE__MM(storeu_ps)(s0, MOE__MM(fmadd_ps)(p0, d, MOE__MM(loadu_ps)(s0)));           \
-        MOE__MM(storeu_ps)(s1, MOE__MM(fmadd_ps)(p1, d, MOE__MM(loadu_ps)(s1)));           \
+    MOE__EACH_TOKEN(t) {
+        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;
+        const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + offsetof(moe__act256, d)));
+        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(ints[t][0]), scale0);
+        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(ints[t][1]), scale1);
+        if (mins) {
+            p0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), min0, p0);
+            p1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a[t][1]), min1, p1);
+        }
+        MOE__MM(storeu_ps)(s0, MOE__MM(fmadd_ps)(p0, scale, MOE__MM(loadu_ps)(s0)));
+        MOE__MM(storeu_ps)(s1, MOE__MM(fmadd_ps)(p1, scale, MOE__MM(loadu_ps)(s1)));
     }
-#define MOE__SUMS(t) (job->sums + (n * chain + t) * MOE__TILE_ROWS)
-#define MOE__LOAD_FLOATS(t)                                             \
-    if (n > t) {                                                        \
-        f##t##0 = MOE__MM(loadu_ps)(MOE__SUMS(t));                      \
-        f##t##1 = MOE__MM(loadu_ps)(MOE__SUMS(t) + MOE__VFLOATS);       \
-    }
-#define MOE__STORE_FLOATS(t)                                            \
-    if (n > t) {                                                        \
-        MOE__MM(storeu_ps)(MOE__SUMS(t), f##t##0);                      \
-        MOE__MM(storeu_ps)(MOE__SUMS(t) + MOE__VFLOATS, f##t##1);       \
-    }
+}
 
 // n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether
 // the activations are moe__act256 or moe__act32; mins: whether weights have mins, and no offset.
 MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int quads, const int bits,
                                   const int per_256, const int mins) {
-    const MOE__VI zero = v_zero();
-    const uint8_t *min = job->pack + TILE_MIN, *prefetch = job->prefetch;
-    uint8_t *starts = job->pack + TILE_START, *acts = job->pack + MOE__(TILE_ACT);
+    const uint8_t *x[MOE__TILE_TOKENS], *prefetch = job->prefetch;
+    const uint8_t *starts = job->pack + TILE_START, *acts = job->pack + MOE__(TILE_ACT);
+    uint8_t *wide = job->pack + TILE_MIN; // AVX2: signed weights have no mins and no start
+    const int from_zero = !MOE__VNNI && (mins || bits == 8);
     const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
-    const size_t sums_at =
-        quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
-    const __m128i shift = _mm_cvtsi32_si128(job->shift);
-    MOE__EACH(MOE__TOKEN)
-    MOE__EACH(MOE__INTS)
-    MOE__EACH(MOE__FLOATS)
+    MOE__VI a[MOE__TILE_TOKENS][2], ints[MOE__TILE_TOKENS][2];
+    MOE__VF f[MOE__TILE_TOKENS][2];
+    MOE__EACH_TOKEN(t) {
+        x[t] = (const uint8_t *)job->x[t] + job->record;
+        ints[t][0] = ints[t][1] = v_zero();
+    }
 #if !MOE__VNNI
-    uint8_t *wide = job->pack + TILE_MIN; // signed weights have no mins and no start
     if (bits == 8) {
-        MOE__EACH(MOE__WIDEN)
+        for (int t = 0; t < n; t++)
+            MOE__(tile_widen)((const uint8_t *)job->x[t] + job->record, wide + 512 * t);
     } else
 #endif
-        if (!per_256 || !mins) {
-        MOE__EACH(MOE__STARTS)
-    }
+        if (!per_256 || !mins)
+        MOE__(tile_starts)(job, n, quads, per_256, mins);
     // All sub-blocks one after another, or two at a time, which belong to the same sums
     const int64_t step = per_256 ? 1 : 4, n_passes = per_256 ? 1 : (n_blocks + 7) / 8 * 4;
     for (int64_t pass = 0; pass < n_passes; pass++) {
@@ -9213,58 +9205,37 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int qu
         const int64_t end = per_256 ? n_blocks : moe__min(first - chain + 8, n_blocks);
         const uint8_t *weights = job->pack + first * 2 * MOE__VBYTES * quads;
         const uint8_t *scales = job->pack + TILE_SCALE + first * 2 * MOE__VBYTES;
-        if (!per_256) {
-            MOE__EACH(MOE__LOAD_FLOATS)
+        float *sums = job->sums + n * chain * MOE__TILE_ROWS;
+        MOE__EACH_TOKEN(t) {
+            if (per_256) continue;
+            f[t][0] = tile_load_f32(sums + t * MOE__TILE_ROWS);
+            f[t][1] = tile_load_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS);
         }
         for (int64_t j = first; j < end; j += step) {
             int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
                                    : moe__act32_at(4 * quads * (int)j);
             __asm__("" : "+r"(base)); // clang would make an address of its own for each quad
-            MOE__FETCH_AHEAD();
-            MOE__EACH(MOE__BEGIN)
-#if !MOE__VNNI
-            if (bits == 8) {
-                MOE__SUB_BLOCK_SIGNED()
-            } else if (bits == 6) {
-                MOE__SUB_BLOCK_IN_TWOS()
-                MOE__EACH(MOE__END)
-            } else
-#endif
-            {
-                MOE__SUB_BLOCK()
-                MOE__EACH(MOE__END)
-            }
-            if (per_256) {
-                const MOE__VI scale0 = v_load(scales);
-                const MOE__VI scale1 = v_load(scales + MOE__VBYTES);
-                MOE__EACH(MOE__SCALE_INT)
-            } else {
-                const uint8_t *min_at = min + j * 2 * MOE__VBYTES;
-                const MOE__VF scale0 = tile_load_f32(scales);
-                const MOE__VF scale1 = tile_load_f32(scales + MOE__VBYTES);
-                const MOE__VF min0 = tile_load_f32(min_at);
-                const MOE__VF min1 = tile_load_f32(min_at + MOE__VBYTES);
-                (void)min0, (void)min1;
-                MOE__EACH(MOE__SCALE_F32)
-            }
+            for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64)
+                __builtin_prefetch(prefetch, 0, 2);
+            MOE__(tile_sub_block)(a, weights, x, base, starts + 4 * j, wide, n, quads, bits,
+                                  per_256, from_zero);
+            if (per_256)
+                MOE__(tile_scale_ints)(ints, a, scales, n);
+            else
+                MOE__(tile_scale_floats)(f, a, scales, job->pack + TILE_MIN + j * 2 * MOE__VBYTES, x,
+                                         (int64_t)offsetof(moe__act32, d) +
+                                             4 * (quads == 4 ? j / 2 : j),
+                                         acts + 4 * j, n, mins);
             weights += step * 2 * MOE__VBYTES * quads;
             scales += step * 2 * MOE__VBYTES;
         }
-        if (!per_256) {
-            MOE__EACH(MOE__STORE_FLOATS)
+        MOE__EACH_TOKEN(t) {
+            if (per_256) continue;
+            tile_store_f32(sums + t * MOE__TILE_ROWS, f[t][0]);
+            tile_store_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
         }
     }
-    if (per_256) {
-        const uint8_t *of_scales = job->pack + TILE_D;
-        const uint8_t *of_mins = job->pack + TILE_DMIN;
-        const MOE__VF scale0 = tile_load_f32(of_scales);
-        const MOE__VF scale1 = tile_load_f32(of_scales + MOE__VBYTES);
-        const MOE__VF min0 = tile_load_f32(of_mins);
-        const MOE__VF min1 = tile_load_f32(of_mins + MOE__VBYTES);
-        (void)min0, (void)min1;
-        MOE__EACH(MOE__MINS)
-        MOE__EACH(MOE__ADD_INT)
-    }
+    if (per_256) MOE__(tile_add_ints)(job, ints, x, n, quads, mins);
 }
 
 // ---- unpacking ----------------
@@ -9520,7 +9491,7 @@ MOE__K void MOE__(tile_unpack_q6_k)(const uint8_t *rows, size_t stride, int64_t 
 
 // How the tiles of a type are made
 typedef struct tile_plan {
-    tile_kernel_fn *const *kernels; // [n - 1]: for n tokens
+    tile_kernel_fn *const *kernels; // [n - 2]: for n tokens
     int max_tokens;
     MOE__(tile_unpack_fn) *unpack;
     int chains;             // sums per product, 1 or 4
@@ -9704,7 +9675,7 @@ MOE__K void MOE__(tile_tokens)(const tile_plan *plan, tile_job *job, int64_t n_p
             job->sums = sums + p * MOE__PANEL;
             job->prefetch = ahead->at;
             job->n_prefetch = ahead->left > 0 ? ahead->per_step : 0;
-            plan->kernels[count - 1](job);
+            plan->kernels[count - 2](job);
             if (job->n_prefetch) {
                 const int64_t lines = job->n_prefetch * (job->n / plan->step);
                 ahead->at += 64 * lines;
@@ -9785,6 +9756,14 @@ MOE__K void MOE__(tile_run)(const tile_plan *plan, const uint8_t *rows, size_t r
                             size_t prefetch_size) {
     uint8_t *scratch = (uint8_t *)pack;
     float *sums = (float *)(void *)(scratch + TILE_SUMS_AT);
+    if (n_tokens == 1) { // nobody's case: dot products are for that
+        const void *const twice[2] = {x[0], x[0]};
+        float both[2 * MOE__TILE_ROWS];
+        MOE__(tile_run)(plan, rows, row_size, n_rows, n, twice, 2, both, MOE__TILE_ROWS, pack,
+                        prefetch, prefetch_size);
+        memcpy(out, both, (size_t)n_rows * sizeof *out);
+        return;
+    }
     const int64_t most = moe__min(256, MOE__(TILE_CHUNK) / plan->chains); // tokens
     const int64_t n_chunks = (n_tokens + most - 1) / most;
     const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
@@ -9806,35 +9785,29 @@ MOE__K void MOE__(tile_run)(const tile_plan *plan, const uint8_t *rows, size_t r
 
 // ---- one kernel per type ------
 
-#define MOE__TILE_NAME(name, n) MOE__(tile_##name##_##n)
-#define MOE__TILE_KERNEL(name, n, ...)                              \
-    MOE__K void MOE__TILE_NAME(name, n)(const tile_job *job) { \
-        MOE__(tile_quantized)(job, n, __VA_ARGS__);                 \
+#define MOE__TILE_KERNEL(name, n, ...)                             \
+    MOE__K void MOE__(tile_##name##_##n)(const tile_job *job) {    \
+        MOE__(tile_quantized)(job, n, __VA_ARGS__);                \
     }
-#define MOE__TILE_TABLE(name) static tile_kernel_fn *const MOE__(tile_kernels_##name)[]
-#define MOE__TILE_NAMES_4(name)                          \
-    MOE__TILE_NAME(name, 1), MOE__TILE_NAME(name, 2),    \
-        MOE__TILE_NAME(name, 3), MOE__TILE_NAME(name, 4)
-#define MOE__TILE_NAMES_6(name) \
-    MOE__TILE_NAMES_4(name), MOE__TILE_NAME(name, 5), MOE__TILE_NAME(name, 6)
-#define MOE__TILE_KERNELS_4(name, ...)     \
-    MOE__TILE_KERNEL(name, 1, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 2, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 3, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 4, __VA_ARGS__)
-
 // Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then
 // the weights per scale; m: integer mins, f: float mins; the bits of a weight, if they matter.
 #if MOE__ISA == 3
-#define MOE__TILE_KERNELS(name, ...)       \
-    MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 5, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 6, __VA_ARGS__) \
-    MOE__TILE_TABLE(name) = {MOE__TILE_NAMES_6(name)};
+#define MOE__TILE_KERNELS(name, ...)                                                          \
+    MOE__TILE_KERNEL(name, 2, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 3, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 4, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 5, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 6, __VA_ARGS__)                                                    \
+    static tile_kernel_fn *const MOE__(tile_kernels_##name)[] = {                             \
+        MOE__(tile_##name##_2), MOE__(tile_##name##_3), MOE__(tile_##name##_4),               \
+        MOE__(tile_##name##_5), MOE__(tile_##name##_6)};
 #else
-#define MOE__TILE_KERNELS(name, ...)       \
-    MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
-    MOE__TILE_TABLE(name) = {MOE__TILE_NAMES_4(name)};
+#define MOE__TILE_KERNELS(name, ...)                                                          \
+    MOE__TILE_KERNEL(name, 2, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 3, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 4, __VA_ARGS__)                                                    \
+    static tile_kernel_fn *const MOE__(tile_kernels_##name)[] = {                             \
+        MOE__(tile_##name##_2), MOE__(tile_##name##_3), MOE__(tile_##name##_4)};
 #endif
 #if MOE__VNNI
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name)
@@ -10015,43 +9988,8 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 
 #undef MOE__TILE_TOKENS
 #undef MOE__PANEL
-#undef MOE__EACH
-#undef MOE__TOKEN
-#undef MOE__INTS
-#undef MOE__FLOATS
-#undef MOE__BROADCAST
-#undef MOE__BROADCAST_F32
-#undef MOE__FETCH_AHEAD
-#undef MOE__STARTS
-#undef MOE__START
-#undef MOE__BEGIN
-#undef MOE__END
-#undef MOE__WEIGHTS
-#undef MOE__QUAD_AT
-#undef MOE__DOT
-#undef MOE__QUAD
-#undef MOE__SUB_BLOCK
-#undef MOE__DOT2
-#undef MOE__QUADS
-#undef MOE__SUB_BLOCK_IN_TWOS
-#undef MOE__WIDEN
-#undef MOE__DOT8
-#undef MOE__QUAD8
-#undef MOE__SUB_BLOCK_SIGNED
-#undef MOE__MIN
-#undef MOE__MINS
-#undef MOE__SUMS
-#undef MOE__LOAD_FLOATS
-#undef MOE__STORE_FLOATS
-#undef MOE__SCALE_INT
-#undef MOE__SCALE_F32
-#undef MOE__ADD_INT
-#undef MOE__TILE_NAME
+#undef MOE__EACH_TOKEN
 #undef MOE__TILE_KERNEL
-#undef MOE__TILE_TABLE
-#undef MOE__TILE_NAMES_4
-#undef MOE__TILE_NAMES_6
-#undef MOE__TILE_KERNELS_4
 #undef MOE__TILE_KERNELS
 #undef MOE__TILE_OF
 #undef MOE__TILE_TYPE

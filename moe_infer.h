@@ -6266,7 +6266,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define attend_chunk MOE__(attend_chunk)
 #define score_args MOE__(score_args)
 #define score_tile MOE__(score_tile)
-#define score_tile_of MOE__(score_tile_of)
 #define ATTEND_TURNED MOE__(ATTEND_TURNED)
 #define block_args MOE__(block_args)
 #define block_tile MOE__(block_tile)
@@ -6274,10 +6273,8 @@ static const moe__kernels moe__kernels_scalar = {
 #define attend_out MOE__(attend_out)
 #define value_args MOE__(value_args)
 #define value_load MOE__(value_load)
-#define value_blocks MOE__(value_blocks)
 #define value_weight MOE__(value_weight)
 #define value_tile MOE__(value_tile)
-#define value_tile_of MOE__(value_tile_of)
 #define value_cut MOE__(value_cut)
 
 // ---- vectors ---------------------------------------------------------------------------------
@@ -10679,28 +10676,40 @@ MOE__V void score_tile(const int n, const moe_kv_type type, const score_args *t)
                           f_sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
 }
 
-// The same with n and type known at run time only.
-MOE__V void score_tile_of(const int n, moe_kv_type type, const score_args *t) {
-    if (type == MOE_KV_F32)
-        score_tile(n, MOE_KV_F32, t);
-    else if (type == MOE_KV_F16)
-        score_tile(n, MOE_KV_F16, t);
-#if MOE__ISA == 2
-    else
-        score_tile(n, MOE_KV_Q8_0, t);
+// One function for each n, [n - 1], and type; Q8_0 has blocks of keys instead with 512 bits.
+#define MOE__SCORE_TILE(n, name, type)                                            \
+    MOE__K void MOE__(score_##name##_##n)(const score_args *t) { score_tile(n, type, t); }
+#define MOE__SCORE_TILES(n)                   \
+    MOE__SCORE_TILE(n, f32, MOE_KV_F32)       \
+    MOE__SCORE_TILE(n, f16, MOE_KV_F16)
+MOE__SCORE_TILES(1)
+MOE__SCORE_TILES(2)
+MOE__SCORE_TILES(3)
+typedef void MOE__(score_fn)(const score_args *t);
+#if MOE__ISA == 3
+MOE__SCORE_TILES(4)
+static MOE__(score_fn) *const MOE__(score_f32)[] = {MOE__(score_f32_1), MOE__(score_f32_2),
+                                                    MOE__(score_f32_3), MOE__(score_f32_4)};
+static MOE__(score_fn) *const MOE__(score_f16)[] = {MOE__(score_f16_1), MOE__(score_f16_2),
+                                                    MOE__(score_f16_3), MOE__(score_f16_4)};
+#define MOE__SCORE_Q8_0 NULL
+#else
+MOE__SCORE_TILE(1, q8_0, MOE_KV_Q8_0)
+MOE__SCORE_TILE(2, q8_0, MOE_KV_Q8_0)
+MOE__SCORE_TILE(3, q8_0, MOE_KV_Q8_0)
+static MOE__(score_fn) *const MOE__(score_f32)[] = {MOE__(score_f32_1), MOE__(score_f32_2),
+                                                    MOE__(score_f32_3)};
+static MOE__(score_fn) *const MOE__(score_f16)[] = {MOE__(score_f16_1), MOE__(score_f16_2),
+                                                    MOE__(score_f16_3)};
+static MOE__(score_fn) *const MOE__(score_q8_0)[] = {MOE__(score_q8_0_1), MOE__(score_q8_0_2),
+                                                     MOE__(score_q8_0_3)};
+#define MOE__SCORE_Q8_0 MOE__(score_q8_0)
 #endif
-}
-MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const score_args *t) {
-    switch (n) {
-    case 1: score_tile_of(1, type, t); break;
-    case 2: score_tile_of(2, type, t); break;
-    case 3: score_tile_of(3, type, t); break;
-#if MOE__ATTEND_ROWS > 3
-    case 4: score_tile_of(4, type, t); break;
-#endif
-    default: break;
-    }
-}
+#undef MOE__SCORE_TILES
+#undef MOE__SCORE_TILE
+static MOE__(score_fn) *const *const MOE__(score_tiles)[] = { // by moe_kv_type
+    MOE__(score_f16), MOE__SCORE_Q8_0, MOE__(score_f32)};
+#undef MOE__SCORE_Q8_0
 
 // scores[i * MOE__ATTEND_KEYS + j] = query i . key j of a chunk, for every visible key and some
 // more. Q8_0 is worth converting from 2 tiles on.
@@ -10739,7 +10748,7 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, attend_chunk *chunk)
             }
             t.q = a->q + i * a->q_stride;
             t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
-            MOE__(score_tiles)(count, convert ? MOE_KV_F32 : a->type, &t);
+            MOE__(score_tiles)[convert ? MOE_KV_F32 : a->type][count - 1](&t);
         }
     }
 }
@@ -10843,19 +10852,21 @@ MOE__V void block_tile(const int n, const int vectors, const block_args *t) {
         for (int r = 0; r < 8; r++)
             if (c < vectors && r < n) MOE__(block_add)(t, r, c, acc[r][c]);
 }
-MOE__V void MOE__(block_tiles)(int n, const block_args *t) {
-    switch (n) {
-    case 1: block_tile(1, 4, t); break;
-    case 2: block_tile(2, 4, t); break;
-    case 3: block_tile(3, 4, t); break;
-    case 4: block_tile(4, 4, t); break;
-    case 5: block_tile(5, 2, t); break;
-    case 6: block_tile(6, 2, t); break;
-    case 7: block_tile(7, 2, t); break;
-    case 8: block_tile(8, 2, t); break;
-    default: break;
-    }
-}
+#define MOE__BLOCK_TILE(n, vectors) \
+    MOE__K void MOE__(block_##n)(const block_args *t) { block_tile(n, vectors, t); }
+MOE__BLOCK_TILE(1, 4)
+MOE__BLOCK_TILE(2, 4)
+MOE__BLOCK_TILE(3, 4)
+MOE__BLOCK_TILE(4, 4)
+MOE__BLOCK_TILE(5, 2)
+MOE__BLOCK_TILE(6, 2)
+MOE__BLOCK_TILE(7, 2)
+MOE__BLOCK_TILE(8, 2)
+#undef MOE__BLOCK_TILE
+typedef void MOE__(block_fn)(const block_args *t);
+static MOE__(block_fn) *const MOE__(block_tiles)[] = { // [n - 1]
+    MOE__(block_1), MOE__(block_2), MOE__(block_3), MOE__(block_4),
+    MOE__(block_5), MOE__(block_6), MOE__(block_7), MOE__(block_8)};
 
 // Block b of n_keys keys, turned, and its scales. Nothing behind the last key is
 // read: others repeat the first of its 16.
@@ -10902,7 +10913,7 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, attend_chunk *c
                 t.q = a->q + i * a->q_stride + 32 * b;
                 t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
                 for (t.at = 0; t.at < keys; t.at += step)
-                    if (most > t.at && least < t.at + step) MOE__(block_tiles)(count, &t);
+                    if (most > t.at && least < t.at + step) MOE__(block_tiles)[count - 1](&t);
             }
         }
 }
@@ -10985,18 +10996,17 @@ MOE__K void MOE__(attend_join_all)(const moe__attend_args *a, attend_chunk *c) {
 }
 
 typedef struct value_args {
-    const uint8_t *value; // of key j0, at the tile's first column (Q8_0: its int8)
+    const uint8_t *value;    // of key j0, at the tile's first column (Q8_0: its int8)
     size_t v_bytes;
     int32_t width;           // floats of the tile: whole vectors, or at most one
-    int32_t scaled;          // whether weights are those of Q8_0
-    int32_t j0, j1, whole;   // keys; whether all queries see all of them
-    int32_t step;            // the weights of Q8_0 have so many keys
-    int32_t begins, ends;    // whether these are the first and the last keys of the chunk
-    const int32_t *first, *visible; // per query, like all below
-    const float *weights;    // of key j0; MOE__ATTEND_KEYS apart. Of Q8_0: see step_weights
-    float *part;             // 4 vectors per query: the sums of the keys before
-    const float *add, *old;  // out = add * sums + old * out
-    float *const *out;
+    int32_t j0, j, end;      // all of the tile's queries see keys j .. end - 1
+    int32_t begins, ends;    // whether no keys were before; whether none will follow: else sums
+                             // are read from part, and left there
+    const float *weights;    // of key j0
+    int32_t stride, step;    // floats from query to query; of Q8_0: from block to block
+    float *part;             // 4 vectors per query
+    const float *add, *old;  // per query: out = add * sums + old * out
+    float *const *out;       // per query
     int32_t column;          // of out
     const uint8_t *ahead;    // to prefetch per key: so many bytes
     int64_t ahead_bytes;
@@ -11010,34 +11020,17 @@ MOE__V MOE__VF value_load(const value_args *t, const uint8_t *value, int columns
     if (columns > 1) return kv_load(value, at, type);
     return kv_load_part(value, 0, t->width, type);
 }
-// Q8_0 blocks that so many vectors are in.
-MOE__V int value_blocks(int columns) { return (columns * MOE__VFLOATS + 31) / 32; }
-// The weight of query r for vector c of key j.
-MOE__V MOE__VF value_weight(const value_args *t, int r, int columns, int c, int j, int scaled) {
-    const int block = r * value_blocks(columns) + c * MOE__VFLOATS / 32;
-    const int at = scaled ? block * t->step : r * MOE__ATTEND_KEYS;
-    return f_set(t->weights[at + j - t->j0]);
+// The weight of query r for vector c of a key, whose weights begin at w. AVX2 has floats of Q8_0
+// with that type's weights.
+MOE__V MOE__VF value_weight(const value_args *t, const float *w, int r, int c, moe_kv_type type) {
+    if (type == MOE_KV_Q8_0) return f_set(w[r * t->stride + c * MOE__VFLOATS / 32 * t->step]);
+    return f_set(w[r * (MOE__ISA == 2 && type == MOE_KV_F32 ? t->stride : MOE__ATTEND_KEYS)]);
 }
-// The first of the tile's keys that a query sees; from there to *all each query sees each key.
-MOE__V int MOE__(value_range)(const value_args *t, int n, int *all) {
-    int j = t->j1, from = t->j0;
-    *all = t->j1;
-    if (t->whole) return t->j0;
-    for (int r = 0; r < n; r++) {
-        if (t->visible[r] < *all) *all = t->visible[r];
-        if (t->first[r] < j) j = t->first[r];
-        if (t->first[r] > from) from = t->first[r];
-    }
-    if (j < t->j0) j = t->j0;
-    if (j < from) *all = j; // windows that begin within this step: each query for itself
-    return j;
-}
-
-MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, const int scaled,
+MOE__V void value_tile(const int n, const int columns, const moe_kv_type type,
                        const value_args *t) {
     MOE__VF acc[MOE__ATTEND_WIDE][4], w[MOE__ATTEND_ROWS], v[2];
-    int all, j = MOE__(value_range)(t, n, &all);
-    const uint8_t *value = t->value + (size_t)(j - t->j0) * t->v_bytes, *ahead = t->ahead;
+    const uint8_t *value = t->value + (size_t)(t->j - t->j0) * t->v_bytes, *ahead = t->ahead;
+    const float *weights = t->weights + (t->j - t->j0), *end = t->weights + (t->end - t->j0);
     MOE__UNROLL(MOE__ATTEND_WIDE)
     for (int r = 0; r < MOE__ATTEND_WIDE; r++)
         MOE__UNROLL(4)
@@ -11045,7 +11038,7 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
             acc[r][c] = t->begins || r >= n || c >= columns
                             ? f_zero()
                             : f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
-    for (; j < all; j++, value += t->v_bytes, ahead += t->ahead_bytes) {
+    for (; weights < end; weights++, value += t->v_bytes, ahead += t->ahead_bytes) {
         for (int64_t i = 0; i < t->ahead_bytes; i += 64)
             _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
         if (n > MOE__ATTEND_FEW && columns == 2) { // values stay in registers, else weights
@@ -11054,7 +11047,7 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
             MOE__UNROLL(MOE__ATTEND_WIDE)
             for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
                 if (r >= n) continue;
-                const MOE__VF x = f_keep(value_weight(t, r, columns, 0, j, scaled));
+                const MOE__VF x = f_keep(value_weight(t, weights, r, 0, type));
                 MOE__UNROLL(2)
                 for (int c = 0; c < 2; c++) acc[r][c] = f_fma(x, v[c], acc[r][c]);
             }
@@ -11065,24 +11058,12 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
             if (c >= columns) continue;
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-                if (r < n && (c == 0 || (scaled && c * MOE__VFLOATS % 32 == 0)))
-                    w[r] = value_weight(t, r, columns, c, j, scaled);
+                if (r < n && (c == 0 || (type == MOE_KV_Q8_0 && c * MOE__VFLOATS % 32 == 0)))
+                    w[r] = value_weight(t, weights, r, c, type);
             const MOE__VF x = f_keep(value_load(t, value, columns, c, type));
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
                 if (r < n) acc[r][c] = f_fma(w[r], x, acc[r][c]);
-        }
-    }
-    for (; j < t->j1; j++, value += t->v_bytes) {
-        MOE__UNROLL(MOE__ATTEND_WIDE)
-        for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
-            if (r >= n || j >= t->visible[r] || j < t->first[r]) continue;
-            MOE__UNROLL(4)
-            for (int c = 0; c < 4; c++) {
-                if (c >= columns) continue;
-                const MOE__VF x = value_weight(t, r, columns, c, j, scaled);
-                acc[r][c] = f_fma(x, value_load(t, value, columns, c, type), acc[r][c]);
-            }
         }
     }
     MOE__UNROLL(MOE__ATTEND_WIDE)
@@ -11093,7 +11074,7 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
             if (c >= columns) continue;
             if (!t->ends)
                 f_store(t->part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
-            else if (t->visible[r] > 0)
+            else
                 attend_out(t->out[r] + t->column + c * MOE__VFLOATS,
                            columns > 1 ? MOE__VFLOATS : t->width, f_set(t->add[r]), acc[r][c],
                            f_set(t->old[r]));
@@ -11101,43 +11082,102 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
     }
 }
 
-// The same with n, the columns and type known at run time only.
-MOE__V void MOE__(value_tile_wide)(const int n, const int columns, moe_kv_type type,
-                                   const value_args *t) {
-    if (type == MOE_KV_F16) value_tile(n, columns, MOE_KV_F16, 0, t);
-#if MOE__ISA == 2
-    else if (t->scaled)
-        value_tile(n, columns, MOE_KV_F32, 1, t);
-#endif
-    else
-        value_tile(n, columns, MOE_KV_F32, 0, t);
-}
-MOE__V void value_tile_of(const int n, moe_kv_type type, const value_args *t) {
-    if (type == MOE_KV_Q8_0 && (n > MOE__ATTEND_FEW || t->width <= 2 * MOE__VFLOATS))
-        value_tile(n, 2, MOE_KV_Q8_0, 1, t);
-    else if (type == MOE_KV_Q8_0)
-        value_tile(n, 4, MOE_KV_Q8_0, 1, t);
-    else if (n > MOE__ATTEND_ROWS)
-        return;
-    else if (t->width > MOE__VFLOATS)
-        MOE__(value_tile_wide)(n, 4, type, t);
-    else
-        MOE__(value_tile_wide)(n, 1, type, t);
-}
-MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const value_args *t) {
-    switch (n) {
-    case 1: value_tile_of(1, type, t); break;
-    case 2: value_tile_of(2, type, t); break;
-    case 3: value_tile_of(3, type, t); break;
-    case 4: value_tile_of(4, type, t); break;
-#if MOE__ATTEND_WIDE > 4
-    case 5: value_tile_of(5, type, t); break;
-    case 6: value_tile_of(6, type, t); break;
-    case 7: value_tile_of(7, type, t); break;
-    case 8: value_tile_of(8, type, t); break;
-#endif
-    default: break;
+// One function for each n, [n - 1], width and type. What is rare has one for a single query only.
+#define MOE__VALUE_TILE(n, columns, name, type)                             \
+    MOE__K void MOE__(value_##name##_##columns##_##n)(const value_args *t) { \
+        value_tile(n, columns, type, t);                                    \
     }
+typedef void MOE__(value_fn)(const value_args *t);
+MOE__VALUE_TILE(1, 1, f32, MOE_KV_F32)
+MOE__VALUE_TILE(1, 1, f16, MOE_KV_F16)
+MOE__VALUE_TILE(1, 4, f32, MOE_KV_F32)
+MOE__VALUE_TILE(2, 4, f32, MOE_KV_F32)
+MOE__VALUE_TILE(3, 4, f32, MOE_KV_F32)
+MOE__VALUE_TILE(1, 4, f16, MOE_KV_F16)
+MOE__VALUE_TILE(2, 4, f16, MOE_KV_F16)
+MOE__VALUE_TILE(3, 4, f16, MOE_KV_F16)
+MOE__VALUE_TILE(1, 4, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(2, 4, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(1, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(4, 2, q8_0, MOE_KV_Q8_0)
+#if MOE__ISA == 3
+MOE__VALUE_TILE(4, 4, f32, MOE_KV_F32)
+MOE__VALUE_TILE(4, 4, f16, MOE_KV_F16)
+MOE__VALUE_TILE(3, 4, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(4, 4, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(5, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(6, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(7, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(8, 2, q8_0, MOE_KV_Q8_0)
+static MOE__(value_fn) *const MOE__(value_f32)[] = {MOE__(value_f32_4_1), MOE__(value_f32_4_2),
+                                                    MOE__(value_f32_4_3), MOE__(value_f32_4_4)};
+static MOE__(value_fn) *const MOE__(value_f16)[] = {MOE__(value_f16_4_1), MOE__(value_f16_4_2),
+                                                    MOE__(value_f16_4_3), MOE__(value_f16_4_4)};
+static MOE__(value_fn) *const MOE__(value_q8_0)[] = {MOE__(value_q8_0_4_1), MOE__(value_q8_0_4_2),
+                                                     MOE__(value_q8_0_4_3), MOE__(value_q8_0_4_4)};
+static MOE__(value_fn) *const MOE__(value_q8_0_half)[] = {
+    MOE__(value_q8_0_2_1), NULL,                  NULL,                  MOE__(value_q8_0_2_4),
+    MOE__(value_q8_0_2_5), MOE__(value_q8_0_2_6), MOE__(value_q8_0_2_7), MOE__(value_q8_0_2_8)};
+#else
+MOE__VALUE_TILE(2, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(3, 2, q8_0, MOE_KV_Q8_0)
+static MOE__(value_fn) *const MOE__(value_f32)[] = {MOE__(value_f32_4_1), MOE__(value_f32_4_2),
+                                                    MOE__(value_f32_4_3)};
+static MOE__(value_fn) *const MOE__(value_f16)[] = {MOE__(value_f16_4_1), MOE__(value_f16_4_2),
+                                                    MOE__(value_f16_4_3)};
+static MOE__(value_fn) *const MOE__(value_q8_0)[] = {MOE__(value_q8_0_4_1),
+                                                     MOE__(value_q8_0_4_2)};
+static MOE__(value_fn) *const MOE__(value_q8_0_half)[] = {
+    MOE__(value_q8_0_2_1), MOE__(value_q8_0_2_2), MOE__(value_q8_0_2_3), MOE__(value_q8_0_2_4)};
+#endif
+#undef MOE__VALUE_TILE
+// NULL: there is none for more than one query.
+MOE__K MOE__(value_fn) *MOE__(value_tile_of)(int n, moe_kv_type type, int width) {
+    if (type == MOE_KV_Q8_0)
+        return n > MOE__ATTEND_FEW || width <= 2 * MOE__VFLOATS ? MOE__(value_q8_0_half)[n - 1]
+                                                                : MOE__(value_q8_0)[n - 1];
+    if (width > MOE__VFLOATS)
+        return type == MOE_KV_F16 ? MOE__(value_f16)[n - 1] : MOE__(value_f32)[n - 1];
+    if (n > 1) return NULL;
+    return type == MOE_KV_F16 ? MOE__(value_f16_1_1) : MOE__(value_f32_1_1);
+}
+
+// Keys j0 .. j1 - 1 of n queries, of which query r sees first[r] .. visible[r] - 1: those that
+// all of them see as one tile, then what is left for each query by itself.
+MOE__K void MOE__(value_queries)(int n, moe_kv_type type, int whole, const int32_t *first,
+                                 const int32_t *visible, int j1, value_args *t) {
+    MOE__(value_fn) *const tile = MOE__(value_tile_of)(n, type, t->width);
+    const int begins = t->begins, ends = t->ends;
+    int j = t->j0, least = j1, end = j1; // least: of the first keys
+    for (int r = 0; r < n && !whole; r++) {
+        if (visible[r] < end) end = visible[r];
+        if (first[r] < least) least = first[r];
+        if (first[r] > j) j = first[r];
+    }
+    // Windows that begin within this step: each query for itself
+    const int together = tile && (whole || (j < end && j == moe__max(least, t->j0)));
+    if (together) {
+        t->j = j, t->end = end;
+        t->ends = ends && end == j1;
+        tile(t);
+        if (end == j1) {
+            t->ends = ends;
+            return;
+        }
+    }
+    value_args one = *t;
+    one.ends = ends;
+    one.begins = begins && !together;
+    one.ahead_bytes = 0;
+    for (int r = 0; r < n; r++) {
+        one.j = (int)moe__min(moe__max(first[r], together ? end : t->j0), j1);
+        one.end = (int)moe__max(moe__min(visible[r], j1), one.j);
+        if (visible[r] > 0) MOE__(value_tile_of)(1, type, t->width)(&one);
+        one.weights += t->stride;
+        one.part += 4 * MOE__VFLOATS;
+        one.add++, one.old++, one.out++;
+    }
+    t->ends = ends;
 }
 
 // Weights of a step for Q8_0 blocks with these scales:
@@ -11158,9 +11198,9 @@ MOE__V void MOE__(step_weights)(const moe__attend_args *a, int j0, int keys,
     }
 }
 // Values of a step and a tile's columns to floats, 4 vectors apart; of Q8_0 without the scales.
-MOE__V void MOE__(step_floats)(const value_args *t, moe_kv_type type, float *out) {
+MOE__V void MOE__(step_floats)(const value_args *t, int end, moe_kv_type type, float *out) {
     const uint8_t *value = t->value;
-    for (int j = t->j0; j < t->j1; j++, value += t->v_bytes, out += 4 * MOE__VFLOATS) {
+    for (int j = t->j0; j < end; j++, value += t->v_bytes, out += 4 * MOE__VFLOATS) {
         if (type == MOE_KV_F16)
             MOE__(kv_to_floats)(value, type, t->width, out);
         else
@@ -11202,33 +11242,30 @@ MOE__V void MOE__(value_ahead)(const moe__attend_args *a, const attend_chunk *ch
 
 // The weights of a step's keys for a tile's columns of Q8_0 values
 MOE__V void MOE__(value_weights)(const moe__attend_args *a, const attend_chunk *chunk,
-                                 const value_args *t, float *out) {
+                                 const value_args *t, int end, float *out) {
     MOE__ALIGNED(64) uint16_t scale[MOE__ATTEND_KEYS] = {0};
     const uint8_t *block = chunk->v + (size_t)t->j0 * a->v_bytes + t->column / 32 * 34;
-    const int stride = value_blocks(t->width / MOE__VFLOATS) * t->step;
     for (int c = 0; c < t->width; c += 32, block += 34, out += t->step) {
-        MOE__(q8_0_scales)(block, a->v_bytes, t->j1 - t->j0, scale);
-        MOE__(step_weights)(a, t->j0, t->j1 - t->j0, scale, out, stride);
+        MOE__(q8_0_scales)(block, a->v_bytes, end - t->j0, scale);
+        MOE__(step_weights)(a, t->j0, end - t->j0, scale, out, t->stride);
     }
 }
 
-// The tiles of one column of values and one step of keys; of all queries
+// The tiles of one column of values and one step of keys (up to `end`); of all queries
 MOE__V void MOE__(value_column)(const moe__attend_args *a, const attend_chunk *chunk,
-                                const value_cut *cut, const float *weights, float *part,
-                                value_args *t) {
-    const int n = a->n_queries, end = t->j1;
-    const int stride = value_blocks(t->width / MOE__VFLOATS) * cut->step;
+                                const value_cut *cut, int end, int whole, const float *weights,
+                                float *part, value_args *t) {
+    const int n = a->n_queries;
+    if (!weights) weights = a->scores + t->j0;
     for (int i = 0; i < n; i += cut->rows) {
-        const int count = n - i < cut->rows ? n - i : cut->rows;
-        t->j1 = t->whole ? end : (int)moe__min(attend_most(chunk->visible + i, count), end);
-        t->first = chunk->first + i;
-        t->visible = chunk->visible + i;
-        t->weights = weights ? weights + i * stride : a->scores + i * MOE__ATTEND_KEYS + t->j0;
+        t->weights = weights + i * t->stride;
         t->part = part + i * 4 * MOE__VFLOATS;
         t->add = chunk->add + i;
         t->old = chunk->old + i;
         t->out = a->out + i;
-        MOE__(value_tiles)(count, cut->convert ? MOE_KV_F32 : a->type, t);
+        MOE__(value_queries)((int)moe__min(n - i, cut->rows),
+                             cut->convert ? MOE_KV_F32 : a->type, whole, chunk->first + i,
+                             chunk->visible + i, end, t);
         t->ahead += (end - t->j0) * t->ahead_bytes;
     }
 }
@@ -11245,29 +11282,28 @@ MOE__K void MOE__(attend_values)(const moe__attend_args *a, const attend_chunk *
     const int all_first = attend_most(chunk->first, n);
     const int all_end = attend_least(chunk->visible, n);
     value_args t;
-    t.scaled = q8_0;
     t.step = cut.step;
     MOE__(value_ahead)(a, chunk, &cut, &t);
     for (t.column = 0; t.column < a->dv; t.column += t.width) {
         const int left = a->dv - t.column;
         t.width = left >= cut.wide ? cut.wide : q8_0 ? 2 * V : left < V ? left : V;
+        t.stride = q8_0 ? (t.width + 31) / 32 * cut.step : (int)MOE__ATTEND_KEYS;
         for (t.j0 = chunk->start; t.j0 < chunk->n_keys; t.j0 += cut.step) {
             const int end = (int)moe__min(t.j0 / cut.step * cut.step + cut.step, chunk->n_keys);
-            t.j1 = end;
+            const int whole = all_first <= t.j0 && all_end >= end;
             t.begins = t.j0 == chunk->start;
             t.ends = end == chunk->n_keys;
-            t.whole = all_first <= t.j0 && all_end >= end;
             t.value = chunk->v + (size_t)t.j0 * a->v_bytes + moe__kv_bytes(a->type, t.column);
             if (q8_0) t.value += 2 + t.column % 32;
             t.v_bytes = a->v_bytes;
             if (q8_0)
-                MOE__(value_weights)(a, chunk, &t, weights);
+                MOE__(value_weights)(a, chunk, &t, end, weights);
             if (cut.convert) {
-                MOE__(step_floats)(&t, a->type, floats);
+                MOE__(step_floats)(&t, end, a->type, floats);
                 t.value = (const uint8_t *)(const void *)floats;
                 t.v_bytes = 4 * V * sizeof(float);
             }
-            MOE__(value_column)(a, chunk, &cut, weights, part, &t);
+            MOE__(value_column)(a, chunk, &cut, end, whole, weights, part, &t);
         }
     }
 }
@@ -11563,7 +11599,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef attend_chunk
 #undef score_args
 #undef score_tile
-#undef score_tile_of
 #undef ATTEND_TURNED
 #undef block_args
 #undef block_tile
@@ -11571,10 +11606,8 @@ static const moe__kernels MOE__(kernels) = {
 #undef attend_out
 #undef value_args
 #undef value_load
-#undef value_blocks
 #undef value_weight
 #undef value_tile
-#undef value_tile_of
 #undef value_cut
 #undef MOE__NATURAL
 #undef MOE__FOURS

@@ -6417,7 +6417,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define attend_chunk MOE__(attend_chunk)
 #define score_args MOE__(score_args)
 #define score_tile MOE__(score_tile)
-#define score_tile_of MOE__(score_tile_of)
 #define ATTEND_TURNED MOE__(ATTEND_TURNED)
 #define block_args MOE__(block_args)
 #define block_tile MOE__(block_tile)
@@ -6425,10 +6424,8 @@ static const moe__kernels moe__kernels_scalar = {
 #define attend_out MOE__(attend_out)
 #define value_args MOE__(value_args)
 #define value_load MOE__(value_load)
-#define value_blocks MOE__(value_blocks)
 #define value_weight MOE__(value_weight)
 #define value_tile MOE__(value_tile)
-#define value_tile_of MOE__(value_tile_of)
 #define value_cut MOE__(value_cut)
 
 // ---- vectors ---------------------------------------------------------------------------------
@@ -9123,16 +9120,21 @@ MOE__V __m256i tile_end(__m256i sum, __m256i start, const int bits) {
 
 // ---- micro-kernels ------------
 
-// Sums are named a00, a01 (token 0: two vectors of rows), a10, ... a51 and are not arrays, which
-// compilers may keep in memory. MOE__EACH(X) is X for every token; n is a constant, so that what
-// `n > t` excludes does not exist.
-#if MOE__TILE_TOKENS == 6
-#define MOE__EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#else
-#define MOE__EACH(X) X(0) X(1) X(2) X(3)
-#endif
+// All loops over tokens run to MOE__TILE_TOKENS with a condition on n, which is a constant once
+// inlined: unrolled completely, they leave no array in memory. Sums are [token][2 vectors of
+// rows]: int32 of a sub-block, then of a superblock (ints) or, with a scale per 32 activations,
+// floats.
+#define MOE__EACH_TOKEN(t)                                \
+    MOE__UNROLL(MOE__TILE_TOKENS)                         \
+    for (int t = 0; t < MOE__TILE_TOKENS; t++)            \
+        if (t < n)
+
+MOE__V MOE__VI MOE__(tile_copies)(const uint8_t *p) {
+    return MOE__MM(set1_epi32)((int)moe__load_u32(p));
+}
+
 // Minus the sums of 8 sub-blocks' activations, from number i
-MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const int per_256) {
+MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, int quads, int per_256) {
     if (!per_256 && quads == 4) { // blocks of 32 with a scale per 16: not in the record
         __m256i four[4];
         MOE__UNROLL(4)
@@ -9150,200 +9152,187 @@ MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, const int quads, const 
     __m256i sums = _mm256_cvtepi16_epi32(v_load_128(x + offsetof(moe__act256, sum32)));
     return _mm256_sub_epi32(_mm256_setzero_si256(), sums);
 }
-MOE__V __m256 MOE__(tile_load8)(const uint8_t *p) {
-    return _mm256_loadu_ps((const float *)(const void *)p);
-}
-#define MOE__TOKEN(t) const uint8_t *x##t = (const uint8_t *)job->x[n > t ? t : 0] + job->record;
-#define MOE__INTS(t) MOE__VI a##t##0 = zero, a##t##1 = zero, i##t##0 = zero, i##t##1 = zero;
-#define MOE__FLOATS(t) MOE__VF f##t##0 = MOE__MM(setzero_ps)(), f##t##1 = f##t##0;
-#define MOE__BROADCAST(p) MOE__MM(set1_epi32)((int)moe__load_u32(p))
-#define MOE__BROADCAST_F32(p) MOE__MM(set1_ps)(moe__load_f32(p))
-#define MOE__FETCH_AHEAD() \
-    for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) __builtin_prefetch(prefetch, 0, 2)
-
-// Where sums start, of all sub-blocks: minus the sums of the activations, shifted; with mins: 0
-// (integer ones: tile_chunk has written that). Kept in memory: shifts would compete with the
-// multiplications. For float mins those sums as floats.
-#define MOE__STARTS(t)                                                                     \
-    if (n > t)                                                                             \
-        for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {                               \
-            __m256i sums = MOE__(tile_sums)(x##t, i, quads, per_256);                      \
-            if (mins && !per_256) {                                                        \
-                __m256 f = MOE__(tile_load8)(x##t + offsetof(moe__act32, d));              \
-                f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), f);                            \
-                _mm256_storeu_ps((float *)(void *)(acts + 64 * t + 4 * i), f);             \
-            }                                                                              \
-            u_store(starts + 64 * t + 4 * i, _mm256_sll_epi32(sums, shift));        \
+// Where the sums of n tokens start, of all sub-blocks: minus the sums of the activations,
+// shifted; with mins: 0 (integer ones: tile_chunk has written that). Kept in memory: shifts would
+// compete with the multiplications. For float mins those sums as floats, too.
+MOE__K void MOE__(tile_starts)(const tile_job *job, int n, int quads, int per_256, int mins) {
+    const __m128i shift = _mm_cvtsi32_si128(job->shift);
+    for (int t = 0; t < n; t++) {
+        const uint8_t *x = (const uint8_t *)job->x[t] + job->record;
+        uint8_t *starts = job->pack + TILE_START + 64 * t;
+        for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {
+            const __m256i sums = MOE__(tile_sums)(x, i, quads, per_256);
+            if (mins && !per_256) {
+                const void *d = x + offsetof(moe__act32, d);
+                const __m256 scale = _mm256_loadu_ps((const float *)d);
+                const __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale);
+                u_store(job->pack + MOE__(TILE_ACT) + 64 * t + 4 * i, _mm256_castps_si256(f));
+            }
+            u_store(starts + 4 * i, _mm256_sll_epi32(sums, shift));
         }
-#define MOE__START(t)                                                      \
-    (!MOE__VNNI && (mins || bits == 8) ? zero                              \
-                                       : MOE__BROADCAST(starts + 64 * t + 4 * j))
-#define MOE__BEGIN(t) \
-    if (n > t) a##t##0 = a##t##1 = MOE__(tile_begin)(MOE__START(t), bits);
-#define MOE__END(t)                                              \
-    if (n > t) {                                                 \
-        const MOE__VI start = MOE__START(t);                     \
-        a##t##0 = tile_end(a##t##0, start, bits);         \
-        a##t##1 = tile_end(a##t##1, start, bits);         \
     }
+}
 
-// Where quads of sub-block j are in the activations: base + MOE__QUAD_AT(q), see moe__act256_at
-#define MOE__QUAD_AT(q) (per_256 ? 4 * (q) : (q) / 4 * 64 + (q) % 4 * 4)
-// Quad q of sub-block j and all tokens
-#define MOE__WEIGHTS(q, h) v_load(weights + (2 * (q) + (h)) * MOE__VBYTES)
-#define MOE__DOT(t)                                        \
-    if (n > t) {                                           \
-        const MOE__VI b = MOE__BROADCAST(x##t + k);        \
-        a##t##0 = tile_dot(a##t##0, w0, b);         \
-        a##t##1 = tile_dot(a##t##1, w1, b);         \
-    }
-#define MOE__QUAD(q)                                        \
-    {                                                       \
-        const int64_t k = base + MOE__QUAD_AT(q);           \
-        const MOE__VI w0 = MOE__WEIGHTS(q, 0);              \
-        const MOE__VI w1 = MOE__WEIGHTS(q, 1);              \
-        MOE__EACH(MOE__DOT)                                 \
-    }
-#define MOE__SUB_BLOCK()                                        \
-    MOE__QUAD(0) MOE__QUAD(1) MOE__QUAD(2) MOE__QUAD(3)         \
-    if (quads == 8) {                                           \
-        MOE__QUAD(4) MOE__QUAD(5) MOE__QUAD(6) MOE__QUAD(7)     \
-    }
+// Quads `at` .. of a sub-block (one, or as many as the instruction set takes at once) times all
+// tokens; w: their weights; x: where the quad is in each token's activations
 #if !MOE__VNNI
-// The same for two quads at once
-#define MOE__DOT2(t)                                                \
-    if (n > t) {                                                    \
-        const MOE__VI b0 = MOE__BROADCAST(x##t + k);                \
-        const MOE__VI b1 = MOE__BROADCAST(x##t + k + 4);            \
-        a##t##0 = MOE__(tile_dot2)(a##t##0, w00, w10, b0, b1);      \
-        a##t##1 = MOE__(tile_dot2)(a##t##1, w01, w11, b0, b1);      \
+MOE__V void MOE__(tile_quad_signed)(__m256i (*a)[2], const uint8_t *w, const uint8_t *x,
+                                    const int n) {
+    const __m256i w0 = v_load(w), w1 = v_load(w + MOE__VBYTES);
+    const __m256i even0 = tile_even(w0), odd0 = tile_odd(w0);
+    const __m256i even1 = tile_even(w1), odd1 = tile_odd(w1);
+    MOE__EACH_TOKEN(t) {
+        const __m256i even = MOE__(tile_copies)(x + 512 * t);
+        const __m256i odd = MOE__(tile_copies)(x + 512 * t + 256);
+        a[t][0] = tile_dot_i16(a[t][0], even0, even);
+        a[t][1] = tile_dot_i16(a[t][1], even1, even);
+        a[t][0] = tile_dot_i16(a[t][0], odd0, odd);
+        a[t][1] = tile_dot_i16(a[t][1], odd1, odd);
     }
-#define MOE__QUADS(q)                                                             \
-    {                                                                             \
-        const int64_t k = base + MOE__QUAD_AT(q);                                 \
-        const MOE__VI w00 = MOE__WEIGHTS(q, 0), w01 = MOE__WEIGHTS(q, 1);         \
-        const MOE__VI w10 = MOE__WEIGHTS(q + 1, 0), w11 = MOE__WEIGHTS(q + 1, 1); \
-        MOE__EACH(MOE__DOT2)                                                      \
+}
+MOE__V void MOE__(tile_two_quads)(__m256i (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                                  int64_t at, const int n) {
+    const __m256i w00 = v_load(w), w01 = v_load(w + MOE__VBYTES);
+    const __m256i w10 = v_load(w + 2 * MOE__VBYTES), w11 = v_load(w + 3 * MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const __m256i b0 = MOE__(tile_copies)(x[t] + at), b1 = MOE__(tile_copies)(x[t] + at + 4);
+        a[t][0] = MOE__(tile_dot2)(a[t][0], w00, w10, b0, b1);
+        a[t][1] = MOE__(tile_dot2)(a[t][1], w01, w11, b0, b1);
     }
-#define MOE__SUB_BLOCK_IN_TWOS()        \
-    MOE__QUADS(0) MOE__QUADS(2)         \
-    if (quads == 8) {                   \
-        MOE__QUADS(4) MOE__QUADS(6)     \
-    }
-// Signed weights, and activations in `wide`, see tile_widen
-#define MOE__WIDEN(t) \
-    if (n > t) MOE__(tile_widen)(x##t, wide + 512 * t);
-#define MOE__DOT8(t)                                                \
-    if (n > t) {                                                    \
-        const MOE__VI even = MOE__BROADCAST(wide + 512 * t + k);    \
-        const MOE__VI odd = MOE__BROADCAST(wide + 512 * t + 256 + k); \
-        a##t##0 = tile_dot_i16(a##t##0, even0, even);        \
-        a##t##1 = tile_dot_i16(a##t##1, even1, even);        \
-        a##t##0 = tile_dot_i16(a##t##0, odd0, odd);          \
-        a##t##1 = tile_dot_i16(a##t##1, odd1, odd);          \
-    }
-#define MOE__QUAD8(q)                                               \
-    {                                                               \
-        const int64_t k = base + MOE__QUAD_AT(q);                   \
-        const MOE__VI w0 = MOE__WEIGHTS(q, 0), w1 = MOE__WEIGHTS(q, 1); \
-        const MOE__VI even0 = tile_even(w0), odd0 = tile_odd(w0); \
-        const MOE__VI even1 = tile_even(w1), odd1 = tile_odd(w1); \
-        MOE__EACH(MOE__DOT8)                                        \
-    }
-#define MOE__SUB_BLOCK_SIGNED()                                         \
-    MOE__QUAD8(0) MOE__QUAD8(1) MOE__QUAD8(2) MOE__QUAD8(3)             \
-    if (quads == 8) {                                                   \
-        MOE__QUAD8(4) MOE__QUAD8(5) MOE__QUAD8(6) MOE__QUAD8(7)         \
-    }
+}
 #endif
+MOE__V void MOE__(tile_quad)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                             int64_t at, const int n) {
+    const MOE__VI w0 = v_load(w), w1 = v_load(w + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI b = MOE__(tile_copies)(x[t] + at);
+        a[t][0] = tile_dot(a[t][0], w0, b);
+        a[t][1] = tile_dot(a[t][1], w1, b);
+    }
+}
+// Sums of a sub-block whose activations begin at byte `base` of the records (see moe__act256_at);
+// starts: where they start, for each token 64 bytes apart
+MOE__V void MOE__(tile_sub_block)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                                  int64_t base, const uint8_t *starts, const uint8_t *wide,
+                                  const int n, const int quads, const int bits, const int per_256,
+                                  const int from_zero) {
+    (void)wide;
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
+        a[t][0] = a[t][1] = MOE__(tile_begin)(start, bits);
+    }
+    MOE__UNROLL(8)
+    for (int q = 0; q < 8; q++, w += 2 * MOE__VBYTES) {
+        const int64_t at = base + (per_256 ? 4 * q : q / 4 * 64 + q % 4 * 4);
+        if (q >= quads) continue;
+#if !MOE__VNNI
+        if (bits == 8) {
+            MOE__(tile_quad_signed)(a, w, wide + at, n);
+            continue;
+        }
+        if (bits == 6) {
+            if (q % 2 == 0) MOE__(tile_two_quads)(a, w, x, at, n);
+            continue;
+        }
+#endif
+        MOE__(tile_quad)(a, w, x, at, n);
+    }
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
+        a[t][0] = tile_end(a[t][0], start, bits);
+        a[t][1] = tile_end(a[t][1], start, bits);
+    }
+}
 
 // See "the product of quantized rows with activations" in >>types. Scales per 256 activations:
-// i += scale * sum of the sub-block.
-#define MOE__SCALE_INT(t)                                                                  \
-    if (n > t) {                                                                           \
-        i##t##0 = MOE__MM(add_epi32)(i##t##0, MOE__MM(mullo_epi32)(a##t##0, scale0));      \
-        i##t##1 = MOE__MM(add_epi32)(i##t##1, MOE__MM(mullo_epi32)(a##t##1, scale1));      \
+// ints += scale * sum of the sub-block.
+MOE__V void MOE__(tile_scale_ints)(MOE__VI (*ints)[2], MOE__VI (*a)[2], const uint8_t *scales,
+                                   const int n) {
+    const MOE__VI scale0 = v_load(scales), scale1 = v_load(scales + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        ints[t][0] = MOE__MM(add_epi32)(ints[t][0], MOE__MM(mullo_epi32)(a[t][0], scale0));
+        ints[t][1] = MOE__MM(add_epi32)(ints[t][1], MOE__MM(mullo_epi32)(a[t][1], scale1));
     }
+}
 // Per 32: f += scale * sum of the sub-block * the token's scale - min * sum of the activations,
-// where f are the sums of moe__dot_32 that the sub-block belongs to
-#define MOE__SCALE_F32(t)                                                                  \
-    if (n > t) {                                                                           \
-        const int64_t at = 4 * (quads == 4 ? j / 2 : j);                                   \
-        const MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act32, d) + at);         \
-        const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##0), scale0);         \
-        const MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a##t##1), scale1);         \
-        f##t##0 = MOE__MM(fmadd_ps)(p0, d, f##t##0);                                       \
-        f##t##1 = MOE__MM(fmadd_ps)(p1, d, f##t##1);                                       \
-        if (mins) {                                                                        \
-            const MOE__VF b = MOE__BROADCAST_F32(acts + 64 * t + 4 * j);                   \
-            f##t##0 = MOE__MM(fmadd_ps)(min0, b, f##t##0);                                 \
-            f##t##1 = MOE__MM(fmadd_ps)(min1, b, f##t##1);                                 \
-        }                                                                                  \
+// where f are the sums of moe__dot_32 that the sub-block belongs to; d: where the scale is in each
+// record; acts: those sums, for each token 64 bytes apart
+MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uint8_t *scales,
+                                     const uint8_t *min, const uint8_t *const *x, int64_t d,
+                                     const uint8_t *acts, const int n, const int mins) {
+    const MOE__VF scale0 = tile_load_f32(scales), scale1 = tile_load_f32(scales + MOE__VBYTES);
+    const MOE__VF min0 = tile_load_f32(min), min1 = tile_load_f32(min + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + d));
+        const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), scale0);
+        const MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][1]), scale1);
+        f[t][0] = MOE__MM(fmadd_ps)(p0, scale, f[t][0]);
+        f[t][1] = MOE__MM(fmadd_ps)(p1, scale, f[t][1]);
+        if (mins) {
+            const MOE__VF b = MOE__MM(set1_ps)(moe__load_f32(acts + 64 * t));
+            f[t][0] = MOE__MM(fmadd_ps)(min0, b, f[t][0]);
+            f[t][1] = MOE__MM(fmadd_ps)(min1, b, f[t][1]);
+        }
     }
-
-// sum over the sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each
-#define MOE__MIN(t, p)                                                                     \
-    b = MOE__BROADCAST(x##t + sums_at + 4 * (p));                                          \
-    a##t##0 = v_dot_i16(a##t##0, v_load(min + 2 * (p) * MOE__VBYTES), b);    \
-    a##t##1 = v_dot_i16(a##t##1, v_load(min + (2 * (p) + 1) * MOE__VBYTES), b);
-#define MOE__MINS(t)                                                                       \
-    if (n > t && mins) {                                                                   \
-        MOE__VI b;                                                                         \
-        a##t##0 = a##t##1 = zero;                                                          \
-        MOE__MIN(t, 0) MOE__MIN(t, 1) MOE__MIN(t, 2) MOE__MIN(t, 3)                        \
-        if (quads == 4) {                                                                  \
-            MOE__MIN(t, 4) MOE__MIN(t, 5) MOE__MIN(t, 6) MOE__MIN(t, 7)                    \
-        }                                                                                  \
+}
+// The end of a superblock: sums += (d * ints - dmin * a) * the token's scale, a being the sum over
+// its sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each
+MOE__V void MOE__(tile_add_ints)(const tile_job *job, MOE__VI (*ints)[2], const uint8_t *const *x,
+                                 const int n, const int quads, const int mins) {
+    const uint8_t *d = job->pack + TILE_D, *dmin = job->pack + TILE_DMIN;
+    const MOE__VF scale0 = tile_load_f32(d), scale1 = tile_load_f32(d + MOE__VBYTES);
+    const MOE__VF min0 = tile_load_f32(dmin), min1 = tile_load_f32(dmin + MOE__VBYTES);
+    MOE__VI a[MOE__TILE_TOKENS][2];
+    if (mins) {
+        const uint8_t *min = job->pack + TILE_MIN;
+        int64_t at = quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
+        MOE__EACH_TOKEN(t) a[t][0] = a[t][1] = v_zero();
+        for (int p = 0; p < 32 / quads; p++, at += 4, min += 2 * MOE__VBYTES) {
+            const MOE__VI m0 = v_load(min), m1 = v_load(min + MOE__VBYTES);
+            MOE__EACH_TOKEN(t) {
+                const MOE__VI b = MOE__(tile_copies)(x[t] + at);
+                a[t][0] = v_dot_i16(a[t][0], m0, b);
+                a[t][1] = v_dot_i16(a[t][1], m1, b);
+            }
+        }
     }
-// sums += (d * i - dmin * a) * the token's scale
-#define MOE__ADD_INT(t)                                                                    \
-    if (n > t) {                                                                           \
-        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;               \
-        const MOE__VF d = MOE__BROADCAST_F32(x##t + offsetof(moe__act256, d));             \
-        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(i##t##0), scale0);               \
-        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(i##t##1), scale1);               \
-        if (mins) {                                                                        \
-            p0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##0), min0, p0);               \
-            p1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a##t##1), min1, p1);               \
-        }                                                                                  \
-        MOE__MM(storeu_ps)(s0, MOE__MM(fmadd_ps)(p0, d, MOE__MM(loadu_ps)(s0)));           \
-        MOE__MM(storeu_ps)(s1, MOE__MM(fmadd_ps)(p1, d, MOE__MM(loadu_ps)(s1)));           \
+    MOE__EACH_TOKEN(t) {
+        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;
+        const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + offsetof(moe__act256, d)));
+        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(ints[t][0]), scale0);
+        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(ints[t][1]), scale1);
+        if (mins) {
+            p0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), min0, p0);
+            p1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a[t][1]), min1, p1);
+        }
+        MOE__MM(storeu_ps)(s0, MOE__MM(fmadd_ps)(p0, scale, MOE__MM(loadu_ps)(s0)));
+        MOE__MM(storeu_ps)(s1, MOE__MM(fmadd_ps)(p1, scale, MOE__MM(loadu_ps)(s1)));
     }
-#define MOE__SUMS(t) (job->sums + (n * chain + t) * MOE__TILE_ROWS)
-#define MOE__LOAD_FLOATS(t)                                             \
-    if (n > t) {                                                        \
-        f##t##0 = MOE__MM(loadu_ps)(MOE__SUMS(t));                      \
-        f##t##1 = MOE__MM(loadu_ps)(MOE__SUMS(t) + MOE__VFLOATS);       \
-    }
-#define MOE__STORE_FLOATS(t)                                            \
-    if (n > t) {                                                        \
-        MOE__MM(storeu_ps)(MOE__SUMS(t), f##t##0);                      \
-        MOE__MM(storeu_ps)(MOE__SUMS(t) + MOE__VFLOATS, f##t##1);       \
-    }
+}
 
 // n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether
 // the activations are moe__act256 or moe__act32; mins: whether weights have mins, and no offset.
 MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int quads, const int bits,
                                   const int per_256, const int mins) {
-    const MOE__VI zero = v_zero();
-    const uint8_t *min = job->pack + TILE_MIN, *prefetch = job->prefetch;
-    uint8_t *starts = job->pack + TILE_START, *acts = job->pack + MOE__(TILE_ACT);
+    const uint8_t *x[MOE__TILE_TOKENS], *prefetch = job->prefetch;
+    const uint8_t *starts = job->pack + TILE_START, *acts = job->pack + MOE__(TILE_ACT);
+    uint8_t *wide = job->pack + TILE_MIN; // AVX2: signed weights have no mins and no start
+    const int from_zero = !MOE__VNNI && (mins || bits == 8);
     const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
-    const size_t sums_at =
-        quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
-    const __m128i shift = _mm_cvtsi32_si128(job->shift);
-    MOE__EACH(MOE__TOKEN)
-    MOE__EACH(MOE__INTS)
-    MOE__EACH(MOE__FLOATS)
+    MOE__VI a[MOE__TILE_TOKENS][2], ints[MOE__TILE_TOKENS][2];
+    MOE__VF f[MOE__TILE_TOKENS][2];
+    MOE__EACH_TOKEN(t) {
+        x[t] = (const uint8_t *)job->x[t] + job->record;
+        ints[t][0] = ints[t][1] = v_zero();
+    }
 #if !MOE__VNNI
-    uint8_t *wide = job->pack + TILE_MIN; // signed weights have no mins and no start
     if (bits == 8) {
-        MOE__EACH(MOE__WIDEN)
+        for (int t = 0; t < n; t++)
+            MOE__(tile_widen)((const uint8_t *)job->x[t] + job->record, wide + 512 * t);
     } else
 #endif
-        if (!per_256 || !mins) {
-        MOE__EACH(MOE__STARTS)
-    }
+        if (!per_256 || !mins)
+        MOE__(tile_starts)(job, n, quads, per_256, mins);
     // All sub-blocks one after another, or two at a time, which belong to the same sums
     const int64_t step = per_256 ? 1 : 4, n_passes = per_256 ? 1 : (n_blocks + 7) / 8 * 4;
     for (int64_t pass = 0; pass < n_passes; pass++) {
@@ -9351,58 +9340,37 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int qu
         const int64_t end = per_256 ? n_blocks : moe__min(first - chain + 8, n_blocks);
         const uint8_t *weights = job->pack + first * 2 * MOE__VBYTES * quads;
         const uint8_t *scales = job->pack + TILE_SCALE + first * 2 * MOE__VBYTES;
-        if (!per_256) {
-            MOE__EACH(MOE__LOAD_FLOATS)
+        float *sums = job->sums + n * chain * MOE__TILE_ROWS;
+        MOE__EACH_TOKEN(t) {
+            if (per_256) continue;
+            f[t][0] = tile_load_f32(sums + t * MOE__TILE_ROWS);
+            f[t][1] = tile_load_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS);
         }
         for (int64_t j = first; j < end; j += step) {
             int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
                                    : moe__act32_at(4 * quads * (int)j);
             __asm__("" : "+r"(base)); // clang would make an address of its own for each quad
-            MOE__FETCH_AHEAD();
-            MOE__EACH(MOE__BEGIN)
-#if !MOE__VNNI
-            if (bits == 8) {
-                MOE__SUB_BLOCK_SIGNED()
-            } else if (bits == 6) {
-                MOE__SUB_BLOCK_IN_TWOS()
-                MOE__EACH(MOE__END)
-            } else
-#endif
-            {
-                MOE__SUB_BLOCK()
-                MOE__EACH(MOE__END)
-            }
-            if (per_256) {
-                const MOE__VI scale0 = v_load(scales);
-                const MOE__VI scale1 = v_load(scales + MOE__VBYTES);
-                MOE__EACH(MOE__SCALE_INT)
-            } else {
-                const uint8_t *min_at = min + j * 2 * MOE__VBYTES;
-                const MOE__VF scale0 = tile_load_f32(scales);
-                const MOE__VF scale1 = tile_load_f32(scales + MOE__VBYTES);
-                const MOE__VF min0 = tile_load_f32(min_at);
-                const MOE__VF min1 = tile_load_f32(min_at + MOE__VBYTES);
-                (void)min0, (void)min1;
-                MOE__EACH(MOE__SCALE_F32)
-            }
+            for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64)
+                __builtin_prefetch(prefetch, 0, 2);
+            MOE__(tile_sub_block)(a, weights, x, base, starts + 4 * j, wide, n, quads, bits,
+                                  per_256, from_zero);
+            if (per_256)
+                MOE__(tile_scale_ints)(ints, a, scales, n);
+            else
+                MOE__(tile_scale_floats)(f, a, scales, job->pack + TILE_MIN + j * 2 * MOE__VBYTES, x,
+                                         (int64_t)offsetof(moe__act32, d) +
+                                             4 * (quads == 4 ? j / 2 : j),
+                                         acts + 4 * j, n, mins);
             weights += step * 2 * MOE__VBYTES * quads;
             scales += step * 2 * MOE__VBYTES;
         }
-        if (!per_256) {
-            MOE__EACH(MOE__STORE_FLOATS)
+        MOE__EACH_TOKEN(t) {
+            if (per_256) continue;
+            tile_store_f32(sums + t * MOE__TILE_ROWS, f[t][0]);
+            tile_store_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
         }
     }
-    if (per_256) {
-        const uint8_t *of_scales = job->pack + TILE_D;
-        const uint8_t *of_mins = job->pack + TILE_DMIN;
-        const MOE__VF scale0 = tile_load_f32(of_scales);
-        const MOE__VF scale1 = tile_load_f32(of_scales + MOE__VBYTES);
-        const MOE__VF min0 = tile_load_f32(of_mins);
-        const MOE__VF min1 = tile_load_f32(of_mins + MOE__VBYTES);
-        (void)min0, (void)min1;
-        MOE__EACH(MOE__MINS)
-        MOE__EACH(MOE__ADD_INT)
-    }
+    if (per_256) MOE__(tile_add_ints)(job, ints, x, n, quads, mins);
 }
 
 // ---- unpacking ----------------
@@ -9658,7 +9626,7 @@ MOE__K void MOE__(tile_unpack_q6_k)(const uint8_t *rows, size_t stride, int64_t 
 
 // How the tiles of a type are made
 typedef struct tile_plan {
-    tile_kernel_fn *const *kernels; // [n - 1]: for n tokens
+    tile_kernel_fn *const *kernels; // [n - 2]: for n tokens
     int max_tokens;
     MOE__(tile_unpack_fn) *unpack;
     int chains;             // sums per product, 1 or 4
@@ -9842,7 +9810,7 @@ MOE__K void MOE__(tile_tokens)(const tile_plan *plan, tile_job *job, int64_t n_p
             job->sums = sums + p * MOE__PANEL;
             job->prefetch = ahead->at;
             job->n_prefetch = ahead->left > 0 ? ahead->per_step : 0;
-            plan->kernels[count - 1](job);
+            plan->kernels[count - 2](job);
             if (job->n_prefetch) {
                 const int64_t lines = job->n_prefetch * (job->n / plan->step);
                 ahead->at += 64 * lines;
@@ -9923,6 +9891,14 @@ MOE__K void MOE__(tile_run)(const tile_plan *plan, const uint8_t *rows, size_t r
                             size_t prefetch_size) {
     uint8_t *scratch = (uint8_t *)pack;
     float *sums = (float *)(void *)(scratch + TILE_SUMS_AT);
+    if (n_tokens == 1) { // nobody's case: dot products are for that
+        const void *const twice[2] = {x[0], x[0]};
+        float both[2 * MOE__TILE_ROWS];
+        MOE__(tile_run)(plan, rows, row_size, n_rows, n, twice, 2, both, MOE__TILE_ROWS, pack,
+                        prefetch, prefetch_size);
+        memcpy(out, both, (size_t)n_rows * sizeof *out);
+        return;
+    }
     const int64_t most = moe__min(256, MOE__(TILE_CHUNK) / plan->chains); // tokens
     const int64_t n_chunks = (n_tokens + most - 1) / most;
     const int64_t n_panels = (n_rows + MOE__PANEL - 1) / MOE__PANEL;
@@ -9944,35 +9920,29 @@ MOE__K void MOE__(tile_run)(const tile_plan *plan, const uint8_t *rows, size_t r
 
 // ---- one kernel per type ------
 
-#define MOE__TILE_NAME(name, n) MOE__(tile_##name##_##n)
-#define MOE__TILE_KERNEL(name, n, ...)                              \
-    MOE__K void MOE__TILE_NAME(name, n)(const tile_job *job) { \
-        MOE__(tile_quantized)(job, n, __VA_ARGS__);                 \
+#define MOE__TILE_KERNEL(name, n, ...)                             \
+    MOE__K void MOE__(tile_##name##_##n)(const tile_job *job) {    \
+        MOE__(tile_quantized)(job, n, __VA_ARGS__);                \
     }
-#define MOE__TILE_TABLE(name) static tile_kernel_fn *const MOE__(tile_kernels_##name)[]
-#define MOE__TILE_NAMES_4(name)                          \
-    MOE__TILE_NAME(name, 1), MOE__TILE_NAME(name, 2),    \
-        MOE__TILE_NAME(name, 3), MOE__TILE_NAME(name, 4)
-#define MOE__TILE_NAMES_6(name) \
-    MOE__TILE_NAMES_4(name), MOE__TILE_NAME(name, 5), MOE__TILE_NAME(name, 6)
-#define MOE__TILE_KERNELS_4(name, ...)     \
-    MOE__TILE_KERNEL(name, 1, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 2, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 3, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 4, __VA_ARGS__)
-
 // Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then
 // the weights per scale; m: integer mins, f: float mins; the bits of a weight, if they matter.
 #if MOE__ISA == 3
-#define MOE__TILE_KERNELS(name, ...)       \
-    MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 5, __VA_ARGS__) \
-    MOE__TILE_KERNEL(name, 6, __VA_ARGS__) \
-    MOE__TILE_TABLE(name) = {MOE__TILE_NAMES_6(name)};
+#define MOE__TILE_KERNELS(name, ...)                                                          \
+    MOE__TILE_KERNEL(name, 2, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 3, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 4, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 5, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 6, __VA_ARGS__)                                                    \
+    static tile_kernel_fn *const MOE__(tile_kernels_##name)[] = {                             \
+        MOE__(tile_##name##_2), MOE__(tile_##name##_3), MOE__(tile_##name##_4),               \
+        MOE__(tile_##name##_5), MOE__(tile_##name##_6)};
 #else
-#define MOE__TILE_KERNELS(name, ...)       \
-    MOE__TILE_KERNELS_4(name, __VA_ARGS__) \
-    MOE__TILE_TABLE(name) = {MOE__TILE_NAMES_4(name)};
+#define MOE__TILE_KERNELS(name, ...)                                                          \
+    MOE__TILE_KERNEL(name, 2, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 3, __VA_ARGS__)                                                    \
+    MOE__TILE_KERNEL(name, 4, __VA_ARGS__)                                                    \
+    static tile_kernel_fn *const MOE__(tile_kernels_##name)[] = {                             \
+        MOE__(tile_##name##_2), MOE__(tile_##name##_3), MOE__(tile_##name##_4)};
 #endif
 #if MOE__VNNI
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name)
@@ -10154,43 +10124,8 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 
 #undef MOE__TILE_TOKENS
 #undef MOE__PANEL
-#undef MOE__EACH
-#undef MOE__TOKEN
-#undef MOE__INTS
-#undef MOE__FLOATS
-#undef MOE__BROADCAST
-#undef MOE__BROADCAST_F32
-#undef MOE__FETCH_AHEAD
-#undef MOE__STARTS
-#undef MOE__START
-#undef MOE__BEGIN
-#undef MOE__END
-#undef MOE__WEIGHTS
-#undef MOE__QUAD_AT
-#undef MOE__DOT
-#undef MOE__QUAD
-#undef MOE__SUB_BLOCK
-#undef MOE__DOT2
-#undef MOE__QUADS
-#undef MOE__SUB_BLOCK_IN_TWOS
-#undef MOE__WIDEN
-#undef MOE__DOT8
-#undef MOE__QUAD8
-#undef MOE__SUB_BLOCK_SIGNED
-#undef MOE__MIN
-#undef MOE__MINS
-#undef MOE__SUMS
-#undef MOE__LOAD_FLOATS
-#undef MOE__STORE_FLOATS
-#undef MOE__SCALE_INT
-#undef MOE__SCALE_F32
-#undef MOE__ADD_INT
-#undef MOE__TILE_NAME
+#undef MOE__EACH_TOKEN
 #undef MOE__TILE_KERNEL
-#undef MOE__TILE_TABLE
-#undef MOE__TILE_NAMES_4
-#undef MOE__TILE_NAMES_6
-#undef MOE__TILE_KERNELS_4
 #undef MOE__TILE_KERNELS
 #undef MOE__TILE_OF
 #undef MOE__TILE_TYPE
@@ -10880,28 +10815,40 @@ MOE__V void score_tile(const int n, const moe_kv_type type, const score_args *t)
                           f_sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
 }
 
-// The same with n and type known at run time only.
-MOE__V void score_tile_of(const int n, moe_kv_type type, const score_args *t) {
-    if (type == MOE_KV_F32)
-        score_tile(n, MOE_KV_F32, t);
-    else if (type == MOE_KV_F16)
-        score_tile(n, MOE_KV_F16, t);
-#if MOE__ISA == 2
-    else
-        score_tile(n, MOE_KV_Q8_0, t);
+// One function for each n, [n - 1], and type; Q8_0 has blocks of keys instead with 512 bits.
+#define MOE__SCORE_TILE(n, name, type)                                            \
+    MOE__K void MOE__(score_##name##_##n)(const score_args *t) { score_tile(n, type, t); }
+#define MOE__SCORE_TILES(n)                   \
+    MOE__SCORE_TILE(n, f32, MOE_KV_F32)       \
+    MOE__SCORE_TILE(n, f16, MOE_KV_F16)
+MOE__SCORE_TILES(1)
+MOE__SCORE_TILES(2)
+MOE__SCORE_TILES(3)
+typedef void MOE__(score_fn)(const score_args *t);
+#if MOE__ISA == 3
+MOE__SCORE_TILES(4)
+static MOE__(score_fn) *const MOE__(score_f32)[] = {MOE__(score_f32_1), MOE__(score_f32_2),
+                                                    MOE__(score_f32_3), MOE__(score_f32_4)};
+static MOE__(score_fn) *const MOE__(score_f16)[] = {MOE__(score_f16_1), MOE__(score_f16_2),
+                                                    MOE__(score_f16_3), MOE__(score_f16_4)};
+#define MOE__SCORE_Q8_0 NULL
+#else
+MOE__SCORE_TILE(1, q8_0, MOE_KV_Q8_0)
+MOE__SCORE_TILE(2, q8_0, MOE_KV_Q8_0)
+MOE__SCORE_TILE(3, q8_0, MOE_KV_Q8_0)
+static MOE__(score_fn) *const MOE__(score_f32)[] = {MOE__(score_f32_1), MOE__(score_f32_2),
+                                                    MOE__(score_f32_3)};
+static MOE__(score_fn) *const MOE__(score_f16)[] = {MOE__(score_f16_1), MOE__(score_f16_2),
+                                                    MOE__(score_f16_3)};
+static MOE__(score_fn) *const MOE__(score_q8_0)[] = {MOE__(score_q8_0_1), MOE__(score_q8_0_2),
+                                                     MOE__(score_q8_0_3)};
+#define MOE__SCORE_Q8_0 MOE__(score_q8_0)
 #endif
-}
-MOE__V void MOE__(score_tiles)(int n, moe_kv_type type, const score_args *t) {
-    switch (n) {
-    case 1: score_tile_of(1, type, t); break;
-    case 2: score_tile_of(2, type, t); break;
-    case 3: score_tile_of(3, type, t); break;
-#if MOE__ATTEND_ROWS > 3
-    case 4: score_tile_of(4, type, t); break;
-#endif
-    default: break;
-    }
-}
+#undef MOE__SCORE_TILES
+#undef MOE__SCORE_TILE
+static MOE__(score_fn) *const *const MOE__(score_tiles)[] = { // by moe_kv_type
+    MOE__(score_f16), MOE__SCORE_Q8_0, MOE__(score_f32)};
+#undef MOE__SCORE_Q8_0
 
 // scores[i * MOE__ATTEND_KEYS + j] = query i . key j of a chunk, for every visible key and some
 // more. Q8_0 is worth converting from 2 tiles on.
@@ -10940,7 +10887,7 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, attend_chunk *chunk)
             }
             t.q = a->q + i * a->q_stride;
             t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
-            MOE__(score_tiles)(count, convert ? MOE_KV_F32 : a->type, &t);
+            MOE__(score_tiles)[convert ? MOE_KV_F32 : a->type][count - 1](&t);
         }
     }
 }
@@ -11044,19 +10991,21 @@ MOE__V void block_tile(const int n, const int vectors, const block_args *t) {
         for (int r = 0; r < 8; r++)
             if (c < vectors && r < n) MOE__(block_add)(t, r, c, acc[r][c]);
 }
-MOE__V void MOE__(block_tiles)(int n, const block_args *t) {
-    switch (n) {
-    case 1: block_tile(1, 4, t); break;
-    case 2: block_tile(2, 4, t); break;
-    case 3: block_tile(3, 4, t); break;
-    case 4: block_tile(4, 4, t); break;
-    case 5: block_tile(5, 2, t); break;
-    case 6: block_tile(6, 2, t); break;
-    case 7: block_tile(7, 2, t); break;
-    case 8: block_tile(8, 2, t); break;
-    default: break;
-    }
-}
+#define MOE__BLOCK_TILE(n, vectors) \
+    MOE__K void MOE__(block_##n)(const block_args *t) { block_tile(n, vectors, t); }
+MOE__BLOCK_TILE(1, 4)
+MOE__BLOCK_TILE(2, 4)
+MOE__BLOCK_TILE(3, 4)
+MOE__BLOCK_TILE(4, 4)
+MOE__BLOCK_TILE(5, 2)
+MOE__BLOCK_TILE(6, 2)
+MOE__BLOCK_TILE(7, 2)
+MOE__BLOCK_TILE(8, 2)
+#undef MOE__BLOCK_TILE
+typedef void MOE__(block_fn)(const block_args *t);
+static MOE__(block_fn) *const MOE__(block_tiles)[] = { // [n - 1]
+    MOE__(block_1), MOE__(block_2), MOE__(block_3), MOE__(block_4),
+    MOE__(block_5), MOE__(block_6), MOE__(block_7), MOE__(block_8)};
 
 // Block b of n_keys keys, turned, and its scales. Nothing behind the last key is
 // read: others repeat the first of its 16.
@@ -11103,7 +11052,7 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, attend_chunk *c
                 t.q = a->q + i * a->q_stride + 32 * b;
                 t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
                 for (t.at = 0; t.at < keys; t.at += step)
-                    if (most > t.at && least < t.at + step) MOE__(block_tiles)(count, &t);
+                    if (most > t.at && least < t.at + step) MOE__(block_tiles)[count - 1](&t);
             }
         }
 }
@@ -11186,18 +11135,17 @@ MOE__K void MOE__(attend_join_all)(const moe__attend_args *a, attend_chunk *c) {
 }
 
 typedef struct value_args {
-    const uint8_t *value; // of key j0, at the tile's first column (Q8_0: its int8)
+    const uint8_t *value;    // of key j0, at the tile's first column (Q8_0: its int8)
     size_t v_bytes;
     int32_t width;           // floats of the tile: whole vectors, or at most one
-    int32_t scaled;          // whether weights are those of Q8_0
-    int32_t j0, j1, whole;   // keys; whether all queries see all of them
-    int32_t step;            // the weights of Q8_0 have so many keys
-    int32_t begins, ends;    // whether these are the first and the last keys of the chunk
-    const int32_t *first, *visible; // per query, like all below
-    const float *weights;    // of key j0; MOE__ATTEND_KEYS apart. Of Q8_0: see step_weights
-    float *part;             // 4 vectors per query: the sums of the keys before
-    const float *add, *old;  // out = add * sums + old * out
-    float *const *out;
+    int32_t j0, j, end;      // all of the tile's queries see keys j .. end - 1
+    int32_t begins, ends;    // whether no keys were before; whether none will follow: else sums
+                             // are read from part, and left there
+    const float *weights;    // of key j0
+    int32_t stride, step;    // floats from query to query; of Q8_0: from block to block
+    float *part;             // 4 vectors per query
+    const float *add, *old;  // per query: out = add * sums + old * out
+    float *const *out;       // per query
     int32_t column;          // of out
     const uint8_t *ahead;    // to prefetch per key: so many bytes
     int64_t ahead_bytes;
@@ -11211,34 +11159,17 @@ MOE__V MOE__VF value_load(const value_args *t, const uint8_t *value, int columns
     if (columns > 1) return kv_load(value, at, type);
     return kv_load_part(value, 0, t->width, type);
 }
-// Q8_0 blocks that so many vectors are in.
-MOE__V int value_blocks(int columns) { return (columns * MOE__VFLOATS + 31) / 32; }
-// The weight of query r for vector c of key j.
-MOE__V MOE__VF value_weight(const value_args *t, int r, int columns, int c, int j, int scaled) {
-    const int block = r * value_blocks(columns) + c * MOE__VFLOATS / 32;
-    const int at = scaled ? block * t->step : r * MOE__ATTEND_KEYS;
-    return f_set(t->weights[at + j - t->j0]);
+// The weight of query r for vector c of a key, whose weights begin at w. AVX2 has floats of Q8_0
+// with that type's weights.
+MOE__V MOE__VF value_weight(const value_args *t, const float *w, int r, int c, moe_kv_type type) {
+    if (type == MOE_KV_Q8_0) return f_set(w[r * t->stride + c * MOE__VFLOATS / 32 * t->step]);
+    return f_set(w[r * (MOE__ISA == 2 && type == MOE_KV_F32 ? t->stride : MOE__ATTEND_KEYS)]);
 }
-// The first of the tile's keys that a query sees; from there to *all each query sees each key.
-MOE__V int MOE__(value_range)(const value_args *t, int n, int *all) {
-    int j = t->j1, from = t->j0;
-    *all = t->j1;
-    if (t->whole) return t->j0;
-    for (int r = 0; r < n; r++) {
-        if (t->visible[r] < *all) *all = t->visible[r];
-        if (t->first[r] < j) j = t->first[r];
-        if (t->first[r] > from) from = t->first[r];
-    }
-    if (j < t->j0) j = t->j0;
-    if (j < from) *all = j; // windows that begin within this step: each query for itself
-    return j;
-}
-
-MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, const int scaled,
+MOE__V void value_tile(const int n, const int columns, const moe_kv_type type,
                        const value_args *t) {
     MOE__VF acc[MOE__ATTEND_WIDE][4], w[MOE__ATTEND_ROWS], v[2];
-    int all, j = MOE__(value_range)(t, n, &all);
-    const uint8_t *value = t->value + (size_t)(j - t->j0) * t->v_bytes, *ahead = t->ahead;
+    const uint8_t *value = t->value + (size_t)(t->j - t->j0) * t->v_bytes, *ahead = t->ahead;
+    const float *weights = t->weights + (t->j - t->j0), *end = t->weights + (t->end - t->j0);
     MOE__UNROLL(MOE__ATTEND_WIDE)
     for (int r = 0; r < MOE__ATTEND_WIDE; r++)
         MOE__UNROLL(4)
@@ -11246,7 +11177,7 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
             acc[r][c] = t->begins || r >= n || c >= columns
                             ? f_zero()
                             : f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
-    for (; j < all; j++, value += t->v_bytes, ahead += t->ahead_bytes) {
+    for (; weights < end; weights++, value += t->v_bytes, ahead += t->ahead_bytes) {
         for (int64_t i = 0; i < t->ahead_bytes; i += 64)
             _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
         if (n > MOE__ATTEND_FEW && columns == 2) { // values stay in registers, else weights
@@ -11255,7 +11186,7 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
             MOE__UNROLL(MOE__ATTEND_WIDE)
             for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
                 if (r >= n) continue;
-                const MOE__VF x = f_keep(value_weight(t, r, columns, 0, j, scaled));
+                const MOE__VF x = f_keep(value_weight(t, weights, r, 0, type));
                 MOE__UNROLL(2)
                 for (int c = 0; c < 2; c++) acc[r][c] = f_fma(x, v[c], acc[r][c]);
             }
@@ -11266,24 +11197,12 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
             if (c >= columns) continue;
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
-                if (r < n && (c == 0 || (scaled && c * MOE__VFLOATS % 32 == 0)))
-                    w[r] = value_weight(t, r, columns, c, j, scaled);
+                if (r < n && (c == 0 || (type == MOE_KV_Q8_0 && c * MOE__VFLOATS % 32 == 0)))
+                    w[r] = value_weight(t, weights, r, c, type);
             const MOE__VF x = f_keep(value_load(t, value, columns, c, type));
             MOE__UNROLL(MOE__ATTEND_ROWS)
             for (int r = 0; r < MOE__ATTEND_ROWS; r++)
                 if (r < n) acc[r][c] = f_fma(w[r], x, acc[r][c]);
-        }
-    }
-    for (; j < t->j1; j++, value += t->v_bytes) {
-        MOE__UNROLL(MOE__ATTEND_WIDE)
-        for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
-            if (r >= n || j >= t->visible[r] || j < t->first[r]) continue;
-            MOE__UNROLL(4)
-            for (int c = 0; c < 4; c++) {
-                if (c >= columns) continue;
-                const MOE__VF x = value_weight(t, r, columns, c, j, scaled);
-                acc[r][c] = f_fma(x, value_load(t, value, columns, c, type), acc[r][c]);
-            }
         }
     }
     MOE__UNROLL(MOE__ATTEND_WIDE)
@@ -11294,7 +11213,7 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
             if (c >= columns) continue;
             if (!t->ends)
                 f_store(t->part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
-            else if (t->visible[r] > 0)
+            else
                 attend_out(t->out[r] + t->column + c * MOE__VFLOATS,
                            columns > 1 ? MOE__VFLOATS : t->width, f_set(t->add[r]), acc[r][c],
                            f_set(t->old[r]));
@@ -11302,43 +11221,102 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type, c
     }
 }
 
-// The same with n, the columns and type known at run time only.
-MOE__V void MOE__(value_tile_wide)(const int n, const int columns, moe_kv_type type,
-                                   const value_args *t) {
-    if (type == MOE_KV_F16) value_tile(n, columns, MOE_KV_F16, 0, t);
-#if MOE__ISA == 2
-    else if (t->scaled)
-        value_tile(n, columns, MOE_KV_F32, 1, t);
-#endif
-    else
-        value_tile(n, columns, MOE_KV_F32, 0, t);
-}
-MOE__V void value_tile_of(const int n, moe_kv_type type, const value_args *t) {
-    if (type == MOE_KV_Q8_0 && (n > MOE__ATTEND_FEW || t->width <= 2 * MOE__VFLOATS))
-        value_tile(n, 2, MOE_KV_Q8_0, 1, t);
-    else if (type == MOE_KV_Q8_0)
-        value_tile(n, 4, MOE_KV_Q8_0, 1, t);
-    else if (n > MOE__ATTEND_ROWS)
-        return;
-    else if (t->width > MOE__VFLOATS)
-        MOE__(value_tile_wide)(n, 4, type, t);
-    else
-        MOE__(value_tile_wide)(n, 1, type, t);
-}
-MOE__V void MOE__(value_tiles)(int n, moe_kv_type type, const value_args *t) {
-    switch (n) {
-    case 1: value_tile_of(1, type, t); break;
-    case 2: value_tile_of(2, type, t); break;
-    case 3: value_tile_of(3, type, t); break;
-    case 4: value_tile_of(4, type, t); break;
-#if MOE__ATTEND_WIDE > 4
-    case 5: value_tile_of(5, type, t); break;
-    case 6: value_tile_of(6, type, t); break;
-    case 7: value_tile_of(7, type, t); break;
-    case 8: value_tile_of(8, type, t); break;
-#endif
-    default: break;
+// One function for each n, [n - 1], width and type. What is rare has one for a single query only.
+#define MOE__VALUE_TILE(n, columns, name, type)                             \
+    MOE__K void MOE__(value_##name##_##columns##_##n)(const value_args *t) { \
+        value_tile(n, columns, type, t);                                    \
     }
+typedef void MOE__(value_fn)(const value_args *t);
+MOE__VALUE_TILE(1, 1, f32, MOE_KV_F32)
+MOE__VALUE_TILE(1, 1, f16, MOE_KV_F16)
+MOE__VALUE_TILE(1, 4, f32, MOE_KV_F32)
+MOE__VALUE_TILE(2, 4, f32, MOE_KV_F32)
+MOE__VALUE_TILE(3, 4, f32, MOE_KV_F32)
+MOE__VALUE_TILE(1, 4, f16, MOE_KV_F16)
+MOE__VALUE_TILE(2, 4, f16, MOE_KV_F16)
+MOE__VALUE_TILE(3, 4, f16, MOE_KV_F16)
+MOE__VALUE_TILE(1, 4, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(2, 4, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(1, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(4, 2, q8_0, MOE_KV_Q8_0)
+#if MOE__ISA == 3
+MOE__VALUE_TILE(4, 4, f32, MOE_KV_F32)
+MOE__VALUE_TILE(4, 4, f16, MOE_KV_F16)
+MOE__VALUE_TILE(3, 4, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(4, 4, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(5, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(6, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(7, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(8, 2, q8_0, MOE_KV_Q8_0)
+static MOE__(value_fn) *const MOE__(value_f32)[] = {MOE__(value_f32_4_1), MOE__(value_f32_4_2),
+                                                    MOE__(value_f32_4_3), MOE__(value_f32_4_4)};
+static MOE__(value_fn) *const MOE__(value_f16)[] = {MOE__(value_f16_4_1), MOE__(value_f16_4_2),
+                                                    MOE__(value_f16_4_3), MOE__(value_f16_4_4)};
+static MOE__(value_fn) *const MOE__(value_q8_0)[] = {MOE__(value_q8_0_4_1), MOE__(value_q8_0_4_2),
+                                                     MOE__(value_q8_0_4_3), MOE__(value_q8_0_4_4)};
+static MOE__(value_fn) *const MOE__(value_q8_0_half)[] = {
+    MOE__(value_q8_0_2_1), NULL,                  NULL,                  MOE__(value_q8_0_2_4),
+    MOE__(value_q8_0_2_5), MOE__(value_q8_0_2_6), MOE__(value_q8_0_2_7), MOE__(value_q8_0_2_8)};
+#else
+MOE__VALUE_TILE(2, 2, q8_0, MOE_KV_Q8_0)
+MOE__VALUE_TILE(3, 2, q8_0, MOE_KV_Q8_0)
+static MOE__(value_fn) *const MOE__(value_f32)[] = {MOE__(value_f32_4_1), MOE__(value_f32_4_2),
+                                                    MOE__(value_f32_4_3)};
+static MOE__(value_fn) *const MOE__(value_f16)[] = {MOE__(value_f16_4_1), MOE__(value_f16_4_2),
+                                                    MOE__(value_f16_4_3)};
+static MOE__(value_fn) *const MOE__(value_q8_0)[] = {MOE__(value_q8_0_4_1),
+                                                     MOE__(value_q8_0_4_2)};
+static MOE__(value_fn) *const MOE__(value_q8_0_half)[] = {
+    MOE__(value_q8_0_2_1), MOE__(value_q8_0_2_2), MOE__(value_q8_0_2_3), MOE__(value_q8_0_2_4)};
+#endif
+#undef MOE__VALUE_TILE
+// NULL: there is none for more than one query.
+MOE__K MOE__(value_fn) *MOE__(value_tile_of)(int n, moe_kv_type type, int width) {
+    if (type == MOE_KV_Q8_0)
+        return n > MOE__ATTEND_FEW || width <= 2 * MOE__VFLOATS ? MOE__(value_q8_0_half)[n - 1]
+                                                                : MOE__(value_q8_0)[n - 1];
+    if (width > MOE__VFLOATS)
+        return type == MOE_KV_F16 ? MOE__(value_f16)[n - 1] : MOE__(value_f32)[n - 1];
+    if (n > 1) return NULL;
+    return type == MOE_KV_F16 ? MOE__(value_f16_1_1) : MOE__(value_f32_1_1);
+}
+
+// Keys j0 .. j1 - 1 of n queries, of which query r sees first[r] .. visible[r] - 1: those that
+// all of them see as one tile, then what is left for each query by itself.
+MOE__K void MOE__(value_queries)(int n, moe_kv_type type, int whole, const int32_t *first,
+                                 const int32_t *visible, int j1, value_args *t) {
+    MOE__(value_fn) *const tile = MOE__(value_tile_of)(n, type, t->width);
+    const int begins = t->begins, ends = t->ends;
+    int j = t->j0, least = j1, end = j1; // least: of the first keys
+    for (int r = 0; r < n && !whole; r++) {
+        if (visible[r] < end) end = visible[r];
+        if (first[r] < least) least = first[r];
+        if (first[r] > j) j = first[r];
+    }
+    // Windows that begin within this step: each query for itself
+    const int together = tile && (whole || (j < end && j == moe__max(least, t->j0)));
+    if (together) {
+        t->j = j, t->end = end;
+        t->ends = ends && end == j1;
+        tile(t);
+        if (end == j1) {
+            t->ends = ends;
+            return;
+        }
+    }
+    value_args one = *t;
+    one.ends = ends;
+    one.begins = begins && !together;
+    one.ahead_bytes = 0;
+    for (int r = 0; r < n; r++) {
+        one.j = (int)moe__min(moe__max(first[r], together ? end : t->j0), j1);
+        one.end = (int)moe__max(moe__min(visible[r], j1), one.j);
+        if (visible[r] > 0) MOE__(value_tile_of)(1, type, t->width)(&one);
+        one.weights += t->stride;
+        one.part += 4 * MOE__VFLOATS;
+        one.add++, one.old++, one.out++;
+    }
+    t->ends = ends;
 }
 
 // Weights of a step for Q8_0 blocks with these scales:
@@ -11359,9 +11337,9 @@ MOE__V void MOE__(step_weights)(const moe__attend_args *a, int j0, int keys,
     }
 }
 // Values of a step and a tile's columns to floats, 4 vectors apart; of Q8_0 without the scales.
-MOE__V void MOE__(step_floats)(const value_args *t, moe_kv_type type, float *out) {
+MOE__V void MOE__(step_floats)(const value_args *t, int end, moe_kv_type type, float *out) {
     const uint8_t *value = t->value;
-    for (int j = t->j0; j < t->j1; j++, value += t->v_bytes, out += 4 * MOE__VFLOATS) {
+    for (int j = t->j0; j < end; j++, value += t->v_bytes, out += 4 * MOE__VFLOATS) {
         if (type == MOE_KV_F16)
             MOE__(kv_to_floats)(value, type, t->width, out);
         else
@@ -11403,33 +11381,30 @@ MOE__V void MOE__(value_ahead)(const moe__attend_args *a, const attend_chunk *ch
 
 // The weights of a step's keys for a tile's columns of Q8_0 values
 MOE__V void MOE__(value_weights)(const moe__attend_args *a, const attend_chunk *chunk,
-                                 const value_args *t, float *out) {
+                                 const value_args *t, int end, float *out) {
     MOE__ALIGNED(64) uint16_t scale[MOE__ATTEND_KEYS] = {0};
     const uint8_t *block = chunk->v + (size_t)t->j0 * a->v_bytes + t->column / 32 * 34;
-    const int stride = value_blocks(t->width / MOE__VFLOATS) * t->step;
     for (int c = 0; c < t->width; c += 32, block += 34, out += t->step) {
-        MOE__(q8_0_scales)(block, a->v_bytes, t->j1 - t->j0, scale);
-        MOE__(step_weights)(a, t->j0, t->j1 - t->j0, scale, out, stride);
+        MOE__(q8_0_scales)(block, a->v_bytes, end - t->j0, scale);
+        MOE__(step_weights)(a, t->j0, end - t->j0, scale, out, t->stride);
     }
 }
 
-// The tiles of one column of values and one step of keys; of all queries
+// The tiles of one column of values and one step of keys (up to `end`); of all queries
 MOE__V void MOE__(value_column)(const moe__attend_args *a, const attend_chunk *chunk,
-                                const value_cut *cut, const float *weights, float *part,
-                                value_args *t) {
-    const int n = a->n_queries, end = t->j1;
-    const int stride = value_blocks(t->width / MOE__VFLOATS) * cut->step;
+                                const value_cut *cut, int end, int whole, const float *weights,
+                                float *part, value_args *t) {
+    const int n = a->n_queries;
+    if (!weights) weights = a->scores + t->j0;
     for (int i = 0; i < n; i += cut->rows) {
-        const int count = n - i < cut->rows ? n - i : cut->rows;
-        t->j1 = t->whole ? end : (int)moe__min(attend_most(chunk->visible + i, count), end);
-        t->first = chunk->first + i;
-        t->visible = chunk->visible + i;
-        t->weights = weights ? weights + i * stride : a->scores + i * MOE__ATTEND_KEYS + t->j0;
+        t->weights = weights + i * t->stride;
         t->part = part + i * 4 * MOE__VFLOATS;
         t->add = chunk->add + i;
         t->old = chunk->old + i;
         t->out = a->out + i;
-        MOE__(value_tiles)(count, cut->convert ? MOE_KV_F32 : a->type, t);
+        MOE__(value_queries)((int)moe__min(n - i, cut->rows),
+                             cut->convert ? MOE_KV_F32 : a->type, whole, chunk->first + i,
+                             chunk->visible + i, end, t);
         t->ahead += (end - t->j0) * t->ahead_bytes;
     }
 }
@@ -11446,29 +11421,28 @@ MOE__K void MOE__(attend_values)(const moe__attend_args *a, const attend_chunk *
     const int all_first = attend_most(chunk->first, n);
     const int all_end = attend_least(chunk->visible, n);
     value_args t;
-    t.scaled = q8_0;
     t.step = cut.step;
     MOE__(value_ahead)(a, chunk, &cut, &t);
     for (t.column = 0; t.column < a->dv; t.column += t.width) {
         const int left = a->dv - t.column;
         t.width = left >= cut.wide ? cut.wide : q8_0 ? 2 * V : left < V ? left : V;
+        t.stride = q8_0 ? (t.width + 31) / 32 * cut.step : (int)MOE__ATTEND_KEYS;
         for (t.j0 = chunk->start; t.j0 < chunk->n_keys; t.j0 += cut.step) {
             const int end = (int)moe__min(t.j0 / cut.step * cut.step + cut.step, chunk->n_keys);
-            t.j1 = end;
+            const int whole = all_first <= t.j0 && all_end >= end;
             t.begins = t.j0 == chunk->start;
             t.ends = end == chunk->n_keys;
-            t.whole = all_first <= t.j0 && all_end >= end;
             t.value = chunk->v + (size_t)t.j0 * a->v_bytes + moe__kv_bytes(a->type, t.column);
             if (q8_0) t.value += 2 + t.column % 32;
             t.v_bytes = a->v_bytes;
             if (q8_0)
-                MOE__(value_weights)(a, chunk, &t, weights);
+                MOE__(value_weights)(a, chunk, &t, end, weights);
             if (cut.convert) {
-                MOE__(step_floats)(&t, a->type, floats);
+                MOE__(step_floats)(&t, end, a->type, floats);
                 t.value = (const uint8_t *)(const void *)floats;
                 t.v_bytes = 4 * V * sizeof(float);
             }
-            MOE__(value_column)(a, chunk, &cut, weights, part, &t);
+            MOE__(value_column)(a, chunk, &cut, end, whole, weights, part, &t);
         }
     }
 }
@@ -11764,7 +11738,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef attend_chunk
 #undef score_args
 #undef score_tile
-#undef score_tile_of
 #undef ATTEND_TURNED
 #undef block_args
 #undef block_tile
@@ -11772,10 +11745,8 @@ static const moe__kernels MOE__(kernels) = {
 #undef attend_out
 #undef value_args
 #undef value_load
-#undef value_blocks
 #undef value_weight
 #undef value_tile
-#undef value_tile_of
 #undef value_cut
 #undef MOE__NATURAL
 #undef MOE__FOURS

@@ -842,6 +842,19 @@ MOE_API uint64_t moe_model_huge_bytes(const moe_model *model);
 #define MOE__X86 0
 #endif
 
+// Down to the end of the implementation no product is fused with what is added to it (fmaf is
+// written where it shall be), so that a processor with fused multiply-adds, as every aarch64 is,
+// computes the same bits as one without. clang's -ffp-contract=fast overrules such pragmas.
+#if defined(__clang__)
+#if defined(__x86_64__)
+#pragma float_control(push)
+#endif
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #define MOE__PRIVATE static __attribute__((unused))
 #define MOE__INLINE static inline __attribute__((unused, always_inline))
 #define MOE__ALIGNED(n) __attribute__((aligned(n)))
@@ -18880,6 +18893,15 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
     if (result) *result = own;
     return status;
 }
+
+// Products of what follows this file are fused or not as its compiler was told.
+#if !defined(__clang__)
+#pragma GCC pop_options
+#elif defined(__x86_64__)
+#pragma float_control(pop)
+#else
+#pragma STDC FP_CONTRACT DEFAULT // clang 14 has no float_control here
+#endif
 #endif // MOE__IMPLEMENT
 
 // ==============================================================================================

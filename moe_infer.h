@@ -14660,7 +14660,8 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
     return !loader->status;
 }
 
-// The same from files that hold one tensor per expert, base.E.weight.
+// The same from files that hold one tensor per expert, base.E.weight: Mixtral's first ones. They
+// need not follow one another in the file: the matrix gets a list of where each expert lies.
 MOE__PRIVATE int moe__load_split(moe__loader *loader, moe__matrix *matrix, int layer,
                                  const char *base, moe__input input, int64_t n_in, int64_t n_out,
                                  int64_t n_expert, double per_token) {
@@ -14905,7 +14906,9 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
 }
 
-// Heads of layer il and how many keys they see.
+// Heads of layer il. Without widths a head is n_embd / n_head values wide, with n_head of the first
+// layer, as llama.cpp has it. Latent attention has two widths: that of the keys it computes with
+// (_mla) and that of the rows it caches.
 MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
     const moe__layer *first = model->layers; // by whose heads the default width is found
@@ -14998,7 +15001,8 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
     info->n_head_kv = model->layers[0].n_head_kv;
 }
 
-// Queries far from the start may be sharpened. Files that do not want it have 0, or no keys.
+// Queries far from the start may be sharpened: scores times 1 + scale ln(1 + floor(p / length)) for
+// the query at position p. Files that do not want it have 0, or no keys.
 MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
     const moe_model *model = loader->model;
     if (model->family->mixer != MOE__MLA) return;
@@ -15012,7 +15016,8 @@ MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
     }
 }
 
-// Factors of embeddings, of what is added to the residual, and of logits.
+// Factors of embeddings, of what is added to the residual, and of logits. Most families have none,
+// and then nothing is multiplied: x * 1 has the bits of x, but takes a pass.
 MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
     moe_model *model = loader->model;
     model->embd_scale = model->residual_scale = model->logit_scale = 1;
@@ -15115,7 +15120,8 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     moe__load_matrix(loader, &ffn->down, il, down, hidden, n_ff, n_embd, n, part, 1);
 }
 
-// What a layer holds beside its mixer, whose head counts are known by then.
+// What a layer holds beside its mixer, whose head counts are known by then: norms, and either the
+// router with routed and shared experts, or one dense network.
 MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
     const moe_model_info *info = &model->info;
@@ -15975,7 +15981,7 @@ MOE__PRIVATE void moe__attention_merge(const moe__eval *e, const moe__attention 
     }
     e->kernels->divide(out, at->dv, sum);
 }
-// All of them, shared by the threads.
+// All of them, shared by the threads: (row, head) pairs of all spans laid out in a line and cut.
 MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attention *at) {
     const int64_t n_head = at->n_kv * at->group;
     int64_t total = 0, begin, end;
@@ -16040,6 +16046,8 @@ MOE__PRIVATE moe__cache_shape moe__gqa_cache(const moe__layer *layer) {
     return shape;
 }
 
+// What one batch is projected to. Rows of q and k are normed and turned where they are, or, of one
+// row, by each item into its own memory.
 typedef struct moe__gqa {
     float *q, *k, *v;       // [row][heads * width], as projected, then normed and turned
     float *gate;            // [row][n_head * head_v]; NULL: none
@@ -16093,7 +16101,8 @@ MOE__PRIVATE void moe__gqa_clamp(const moe__layer *layer, float *x, int64_t n) {
     for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
 }
 
-// Scales, norms and turns the query of one head; out: head_k floats, may be its place.
+// Norms, turns and scales the query of one head; out: head_k floats, may be its place. In this
+// order: norm by head, clamp, rotation, the factor of the scores.
 MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                  int64_t t, int64_t head, float *out) {
     const int64_t d = layer->head_k;
@@ -16237,6 +16246,8 @@ MOE__PRIVATE moe__cache_shape moe__mla_cache(const moe__layer *layer) {
     return shape;
 }
 
+// What a batch is projected to, and what it takes to expand the cache: a head's matrices as floats
+// and MOE__MLA_KEYS positions of keys and values, of one head in each thread or of all heads.
 typedef struct moe__mla {
     float *q;          // [row][n_head * head_k]
     float *q_a;        // [row][q_lora], not yet normed
@@ -16404,7 +16415,8 @@ MOE__PRIVATE void moe__mla_expand(const moe__eval *e, const moe__layer *layer, c
     moe__mla_expand_rows(e, w, kv_lora, w->w_v, layer->head_v, n_keys, values, layer->head_v);
 }
 
-// This thread's part of n_keys positions from `key` on, expanded for all heads
+// This thread's part of n_keys positions from `key` on, expanded for all heads: heads times blocks
+// of positions, in a line, so that a thread has few heads whose matrices it must unpack
 MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *layer, moe__mla *w,
                                         const moe__kv *cache, int64_t key, int64_t n_keys) {
     enum { BLOCK = 64 };
@@ -16700,9 +16712,10 @@ MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il
     moe__eval_barrier(e);
 }
 
-// Inputs that expand, where heads are too few for the threads: all threads expand some positions
-// for all heads, and then attend to them in small blocks of queries. The same bits as items that
-// do both.
+// Inputs that expand, where heads are too few for the threads (V2-Lite has 16): all threads expand
+// some positions for all heads, and then attend to them in small blocks of queries, with a barrier
+// behind each. States of the queries are carried from one step to the next in shared memory. The
+// same bits as items that do both.
 MOE__PRIVATE void moe__mla_attend_together(moe__eval *e, moe__attention *at) {
     moe__mla *w = at->mla;
     at->carry = 1;
@@ -17538,7 +17551,9 @@ MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     }
 }
 
-// One batch, by one of the threads that all do the same. Returns 0 if asked to stop.
+// One batch, by one of the threads that all do the same. Returns 0 if asked to stop. A layer is two
+// halves of one shape: norm, a part that looks at other tokens or at experts, and a sum into the
+// residual (or, with post norms, into a branch that is normed and then joins it).
 MOE__PRIVATE int moe__forward(moe__eval *e) {
     const moe_model *model = e->model;
     moe__work *work = e->work;
@@ -17614,7 +17629,9 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
 // without memory to find out its size (moe__arena), so that the two cannot differ; sizes are
 // checked for overflow there. Evaluating allocates nothing.
 
-// What a thread has for itself: of one row the normed residual, and int8 forms of the rest
+// What a thread has for itself: of one row the normed residual, and int8 forms of the rest. gate
+// and up hold what a tile makes of all rows of a batch, n_batch * MOE__TILE_ROWS floats, and
+// serve as room for any vector in between.
 MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local *local,
                                          uint64_t mixing, moe__arena *arena) {
     const moe_model *model = session->model;
@@ -17662,7 +17679,8 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena) {
     session->wait_seconds = (double *)moe__arena_take(arena, (uint64_t)n, sizeof(double));
 }
 
-// The most that a layer's mixer needs, of all threads and of one
+// The most that a layer's mixer needs, of all threads and of one. Layers use the same memory one
+// after the other: nothing that a mixer computes outlives its layer but what it caches.
 MOE__PRIVATE void moe__work_mixing(const moe_session *session, moe__arena *common,
                                    moe__arena *own) {
     moe__acts in[MOE__INPUTS];
@@ -17679,7 +17697,9 @@ MOE__PRIVATE void moe__work_mixing(const moe_session *session, moe__arena *commo
     }
 }
 
-// Lays out the buffers for a batch.
+// Lays out the buffers for a batch: n_batch rows of everything that is shared by threads. With 512
+// rows, 2048 values and 8 experts of 768, hidden vectors of routed experts are the largest, 12 MiB
+// as floats.
 MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
                                    moe__arena *arena) {
     const moe_model *model = session->model;
@@ -17867,6 +17887,8 @@ MOE__PRIVATE int moe__session_take(moe_session *session, uint64_t size, uint64_t
     return 1;
 }
 
+// In the order: what is asked for, how much memory that is, the memory, the threads. Whatever
+// fails, moe_session_close frees what there is by then.
 MOE_API moe_session *moe_session_open(const moe_model *model, const moe_session_options *options,
                                       moe_error *error) {
     moe_session draft, *session;
@@ -18012,6 +18034,9 @@ MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
     return !batch->stop;
 }
 
+// First all jobs are checked, then those that are right are evaluated together, then lengths grow.
+// Until then nothing of a session has changed that anybody can see: rows of the cache behind its
+// length do not count. in_jobs finds a session that is in the list twice.
 MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error) {
     moe__batch batch;
     moe_status first = MOE_OK;
@@ -18060,6 +18085,8 @@ MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens,
     return moe_session_eval_many(&job, 1, error);
 }
 
+// Kept logits stand at their positions ([n_ctx][n_vocab]), so that those of the last eval end where
+// the context does; otherwise there is one row.
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
     if (!session || !session->n_last) return NULL;
     if (i == -1) i = session->n_last - 1;
@@ -18081,6 +18108,8 @@ MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, in
     return session->expert_counts + (int64_t)layer * session->model->info.n_expert;
 }
 
+// Every layer has a say: a mixer that remembers a state and not positions can only go back to
+// where it kept one.
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {
     if (!session || length < 0 || length > session->length)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",

@@ -27,7 +27,7 @@
 //   >>api      types and prototypes with their contracts
 //   >>base     compiler macros, UTF-8, errors, memory, checked sizes, small floats, heaps
 //   >>machine  processors, cores, quotas, free memory, memory nodes; binding to them
-//   >>pool     the team of threads: wake, barrier, shares of work
+//   >>pool     the team of threads: wake, barrier, ranges of work
 //   >>pages    files in memory: mapped or copied, huge pages found, measured and made
 //   >>gguf     reading GGUF files: bounded reader, metadata, tensor table, split files
 //   >>types    tensor types: dequantize (the specification), quantize, plain C dot
@@ -1729,14 +1729,14 @@ struct moe_pool {
     void *context;
     uint32_t serial;        // of the last command
     int n_active, leaf;     // threads that take part, those of a group
-    double spin;            // most seconds that they spin at a barrier,
+    double spin;            // seconds that they spin at a barrier, at most,
     int n_yields;           // then how often they let others run before they sleep
     moe_allocator allocator;
     pthread_mutex_t turn; // held by the session whose job runs,
     uintptr_t holder;     // by this thread; 0: by none
     int n_threads;        // the caller's included
     int n_processors;     // that we may use
-    double spin_seconds;  // most of any job, and of waiting for one
+    double spin_seconds;  // spin of any job at most, and of waiting for one
     int spin_anyway;      // also with more threads than processors: the caller wants it
     moe__nodes nodes;     // of all n_threads; one node if they are not bound
     moe__worker *workers; // n_threads; the first is the caller
@@ -2725,6 +2725,13 @@ MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, int in_use, 
 
 // ---- what AUTO does --------------------------------------------------------------------------
 
+//   when a model is opened                 while it generates, after 2, 4, 8 ... 128 seconds
+//   measure: fast, or not cached --------> WATCH, measure: fast -> WATCH
+//            slow -> huge pages, DONE                      slow -> COPY, some chunks after each
+//                                                                  token -> DONE
+// What is done while it generates is done between two tokens, by the threads of one pool; other
+// sessions may read the same bytes meanwhile.
+
 // Seconds that filling the page tables at once may take: else pages are faulted in as they are
 // read.
 #define MOE__PAGING_FILL 0.05
@@ -3198,6 +3205,9 @@ MOE__PRIVATE void *moe__gguf_alloc(moe__gguf_reader *r, int64_t n, size_t size) 
 }
 
 // ---- names -----------------------------------------------------------------------------------
+
+// Values and tensors are found by name in tables that are sorted once. A hash table would be
+// faster, but for names that an attacker has chosen it needs a secret key; this needs nothing.
 
 MOE__INLINE int moe__gguf_name_compare(const char *a, size_t a_size, const char *b,
                                        size_t b_size) {
@@ -3677,6 +3687,10 @@ MOE__PRIVATE moe_status moe__gguf_load_part(moe_gguf *gguf, int32_t part_index, 
 }
 
 // ---- split models ----------------------------------------------------------------------------
+
+// Large models come as several files, NAME-00001-of-0000n.gguf and so on. Each is a GGUF file with
+// keys of its own: split.no (from 0), split.count and split.tensors.count (of all parts). The
+// model's other values are in the first part, its tensors in any.
 
 // Number n of the file name NAME-00001-of-0000n.gguf, else 1.
 MOE__PRIVATE int32_t moe__gguf_named_parts(const char *path) {
@@ -17777,13 +17791,10 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 //
 //     logits -> sampler -> token -> bytes -> whole characters -> held back -> on_text
 //
-// The sampler takes one look at all logits, for the largest of each block of them. Then greedy
-// reads one block, top-k the k blocks with the largest of these peaks: none of the k likeliest
-// lies elsewhere. They become a list, and the filters cut off its end. Without top-k the filters
-// are a limit below which blocks and logits have no weight, and nothing is stored but the sum of
-// each block's weights. The stream keeps a character until its last byte is there, and text for
-// as long as it may be the beginning of a stop string. Neither allocates anything after it was
-// opened.
+// The sampler looks once at all logits, for the largest of each block of them, its peak. Then it
+// reads only blocks that can matter: greedy one, top-k at most k, top-p and min-p those whose peak
+// is not below their limit. The stream gives out whole characters that no stop string can begin
+// in. Neither allocates anything after it was opened.
 // ==============================================================================================
 
 enum {
@@ -18129,9 +18140,12 @@ MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token) {
 
 // ---- choosing from a list --------------------------------------------------------------------
 
+// Top-k. Take the k largest peaks of blocks: they are k candidates, so the k-th likeliest is not
+// behind the least of these peaks. A block whose own peak is behind that holds none of the k: it
+// is left out unread.
+
 // The k likeliest become the list, in order. If there are no more than k, all of them by id, and
-// *sorted stays 0. Returns how many there are. A block is left out if k blocks have a likelier
-// candidate each.
+// *sorted stays 0. Returns how many there are.
 MOE__PRIVATE int32_t moe__sampler_top(moe_sampler *sampler, moe__logits *l, int32_t k,
                                       int32_t *sorted) {
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -18194,6 +18208,15 @@ MOE__PRIVATE int32_t moe__sampler_top_k(moe_sampler *sampler, moe__logits *l, fl
 
 // ---- choosing from all -----------------------------------------------------------------------
 
+// Without top-k nearly the whole vocabulary may be kept, and no list is made of it. In the order of
+// candidates (likelier first, then the lower id) filters keep a beginning, so that the last one
+// kept says all. The draw goes by the ids: it adds up the weights of each block, finds the block
+// in which a random part of the sum is reached, then the token in it.
+//
+// Top-p finds the last one kept without sorting. Each weight is added to the slot of its logit,
+// 1/128 wide; slots are gone through from the likeliest until p of the sum is reached, and only the
+// candidates of the slot where that happens are sorted.
+
 // Nothing behind `last` is kept.
 MOE__PRIVATE void moe__sampler_cut(moe_sampler *sampler, float logit, int32_t id) {
     sampler->last.logit = logit;
@@ -18215,7 +18238,7 @@ MOE__PRIVATE double moe__sampler_weigh(const moe_sampler *sampler, moe__logits *
     return l->kernels->weigh(logit, MOE__PEAK, least, max, scale, weight);
 }
 
-// Draws by exp(logit / temperature), in the order of the ids: finds the block, then the token.
+// Draws by exp(logit / temperature).
 MOE__PRIVATE int32_t moe__sampler_draw_all(moe_sampler *sampler, moe__logits *l, float max) {
     const double scale = 1 / (double)sampler->options.temperature;
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -18288,8 +18311,6 @@ MOE__PRIVATE int32_t moe__sampler_slot(moe_sampler *sampler, moe__logits *l, flo
     return list.n;
 }
 
-// Top-p without sorting all: the slots' weights say in which of them the sum is reached, and
-// only that one is sorted.
 MOE__PRIVATE void moe__sampler_top_p(moe_sampler *sampler, moe__logits *l, float max) {
     double needed = (double)sampler->options.top_p * moe__sampler_slots(sampler, l, max);
     moe__candidate *c = sampler->candidates;
@@ -18337,6 +18358,13 @@ MOE__PRIVATE int32_t moe__sample_greedy(const moe__kernels *kernels, const float
 }
 
 // ---- text stream -----------------------------------------------------------------------------
+
+// Tokens are bytes, callers get characters, and never one that a stop string may begin with:
+//
+//   token bytes -> partial: up to 3 bytes of a character -> text: ready | may begin a stop string
+//
+// Each character that comes makes stop strings certain (the text ends), possible (it is held
+// back) or impossible (what is in front of the next possible beginning becomes ready).
 
 // text[0 .. n_ready) can go out; text[n_ready .. n_text) is the beginning of a stop string so
 // far, shorter than MOE__MAX_STOP.

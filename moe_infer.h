@@ -25,9 +25,9 @@
 //   >>manual   how to use it: models, sessions, threads, schedules, errors, limits
 //   >>config   every macro you may define
 //   >>api      types and prototypes with their contracts
-//   >>base     compiler macros, errors, memory, checked sizes, small floats
+//   >>base     compiler macros, UTF-8, errors, memory, checked sizes, small floats, heaps
 //   >>machine  processors, cores, quotas, free memory, memory nodes; binding to them
-//   >>pool     the team of threads: wake, barrier, shares of work
+//   >>pool     the team of threads: wake, barrier, ranges of work
 //   >>pages    files in memory: mapped or copied, huge pages found, measured and made
 //   >>gguf     reading GGUF files: bounded reader, metadata, tensor table, split files
 //   >>types    tensor types: dequantize (the specification), quantize, plain C dot
@@ -70,13 +70,13 @@
 //     moe_model *model = moe_model_open("model.gguf", NULL, &error);
 //     moe_session *session = model ? moe_session_open(model, NULL, &error) : NULL;
 //     if (!session) fail(error.text);
-//     int32_t tokens[1000];
-//     int64_t n = moe_vocab_tokenize(moe_model_vocab(model), text, strlen(text),
-//                                    MOE_TOKENIZE_ADD_SPECIAL, tokens, 1000);
-//     moe_generate(session, tokens, (int32_t)n, &options, &result, &error);
+//     moe_generate_options options = {.max_tokens = 100, .on_text = print};
+//     moe_generate_text(session, "Once upon a time", &options, NULL, &error);
 //
-// or, one step lower: moe_session_eval appends tokens to the context, moe_session_logits gives
-// what follows each of them, moe_sampler_sample chooses, moe_session_rewind forgets.
+// One step lower, moe_vocab_tokenize makes tokens of a text and moe_generate goes on from them.
+// Lower still, moe_session_eval appends tokens to the context, moe_session_logits gives what
+// follows each of them, moe_sampler_sample chooses, moe_vocab_text gives a token's bytes, and
+// moe_session_rewind forgets.
 //
 // MODELS. A model is a GGUF file (or the first of several parts) mapped into memory: weights are
 // read where they lie, so that loading takes milliseconds and processes share pages. A file is
@@ -256,6 +256,11 @@
 //   default is the value 0. A switch is MOE_ON, MOE_OFF or 0 (default).
 // - A fallible call takes a moe_error * (may be NULL). On failure it is filled; on success it is
 //   left alone. Constructors return NULL on failure. Closing NULL does nothing.
+// - Options are copied. What they point to (user data of callbacks, stop strings) must stay for as
+//   long as the call or the object made by it; whatever else a call is given, until it returns.
+// - A session or a sampler may be used by one thread at a time; an open moe_gguf, moe_model,
+//   moe_vocab and moe_pool by any number. What a call returns by pointer belongs to the object and
+//   is valid until that is closed, unless the comment says less.
 // - Shapes are written in GGUF's order {fastest, ..., slowest}: a matrix {n_in, n_out} maps
 //   n_in inputs to n_out outputs and its rows (n_in weights each) lie one after another.
 // ==============================================================================================
@@ -386,7 +391,8 @@ typedef struct moe_gguf_options {
     moe_allocator allocator; // of tables; files are mapped or copied into pages of the system
     moe_pages pages;   // AUTO does what MAP does until a model is opened
     int32_t prefault;  // MOE_ON: touch every page before returning
-    // Called now and then while reading or touching pages; fraction in 0..1. Return 0 to cancel.
+    // Called now and then while reading or touching pages, by the thread that opens; fraction in
+    // 0..1. Return 0 to cancel.
     int (*progress)(void *user, float fraction);
     void *progress_user;
 } moe_gguf_options;
@@ -448,10 +454,10 @@ MOE_API moe_gguf *moe_gguf_open_memory(const void *data, size_t size,
 MOE_API void moe_gguf_close(moe_gguf *gguf);
 
 MOE_API uint32_t moe_gguf_version(const moe_gguf *gguf);
-MOE_API uint64_t moe_gguf_file_size(const moe_gguf *gguf); // of all parts together
-MOE_API int64_t moe_gguf_n_values(const moe_gguf *gguf);
-MOE_API int64_t moe_gguf_n_tensors(const moe_gguf *gguf);
-// Entries by index in file order, NULL if out of range; valid until close.
+MOE_API uint64_t moe_gguf_file_size(const moe_gguf *gguf); // bytes of all parts together
+MOE_API int64_t moe_gguf_n_values(const moe_gguf *gguf);   // metadata, of the first part
+MOE_API int64_t moe_gguf_n_tensors(const moe_gguf *gguf);  // of all parts
+// Entries by index in file order, NULL if out of range.
 MOE_API const moe_gguf_value *moe_gguf_value_at(const moe_gguf *gguf, int64_t i);
 MOE_API const moe_gguf_tensor *moe_gguf_tensor_at(const moe_gguf *gguf, int64_t i);
 // Entries by name, NULL if there is none.
@@ -461,12 +467,14 @@ MOE_API const moe_gguf_tensor *moe_gguf_find_tensor(const moe_gguf *gguf, const 
 // Element i of a value (0 for a scalar), converted. Return 1, or 0 if value is NULL, i is out of
 // range, or the element is not of that kind: integers of any width (and bool) for _int, f32 or
 // f64 (and integers) for _float, bool or the integers 0 and 1 for _bool. Integers above
-// INT64_MAX are not representable.
+// INT64_MAX are not representable. So a value is read, or x keeps its default:
+//     int64_t x = 32;
+//     moe_gguf_value_int(moe_gguf_find_value(gguf, "general.alignment"), 0, &x);
 MOE_API int moe_gguf_value_int(const moe_gguf_value *value, uint64_t i, int64_t *out);
 MOE_API int moe_gguf_value_float(const moe_gguf_value *value, uint64_t i, double *out);
 MOE_API int moe_gguf_value_bool(const moe_gguf_value *value, uint64_t i, int *out);
 // A string value, or the strings of an array one after another: *cursor starts as NULL and is
-// moved on. Returns 0 behind the last and for values of other types.
+// moved on. Returns 0 behind the last and for values of other types, NULL among them.
 MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **cursor,
                                   moe_string *out);
 
@@ -550,25 +558,29 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model);
 
 // ---- vocabulary ------------------------------------------------------------------------------
 
-enum { MOE_TOKENIZE_ADD_SPECIAL = 1, MOE_TOKENIZE_PARSE_SPECIAL = 2 };
+enum {
+    MOE_TOKENIZE_ADD_SPECIAL = 1,  // put BOS / EOS around the text if the file says so
+    MOE_TOKENIZE_PARSE_SPECIAL = 2 // recognise the text of control tokens ("<|im_end|>"); leave
+};                                 // it out for text that users typed
 
 // Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM); files without
-// tensors work too. The GGUF may be closed afterwards. Errors: FORMAT, MEMORY, UNSUPPORTED (an
+// tensors work too. The GGUF may be closed afterwards. A model has one already: moe_model_vocab;
+// only what was opened here is closed here. Errors: FORMAT, MEMORY, UNSUPPORTED (an
 // unknown tokenizer or pre-tokenizer).
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error);
 MOE_API void moe_vocab_close(moe_vocab *vocab);
 MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
-// Writes at most `capacity` ids and returns how many there are (call again if that is more), or
-// -(int64_t)moe_status. ADD_SPECIAL: put BOS / EOS around the text if the file says so.
-// PARSE_SPECIAL: recognise the text of control tokens; leave it out for text that users typed.
-// Any bytes are accepted. Time grows as n log n with the text. Unknown flags and more than
-// INT32_MAX bytes (2^29 are always accepted) are errors of the argument. Up to 16 MiB of working
-// memory stay with the vocabulary for the next call, until moe_vocab_close.
+// Text to tokens. Writes at most `capacity` ids and returns how many there are, which may be more:
+// then call again with that capacity (NULL and 0 only count). flags: MOE_TOKENIZE_... Any bytes
+// are accepted. Returns -(int64_t)moe_status on errors: ARGUMENT (NULL, unknown flags, more than
+// INT32_MAX bytes; 2^29 are always accepted), MEMORY. Time grows as n log n with the text. Up to
+// 16 MiB of working memory stay with the vocabulary for the next call, until moe_vocab_close.
 MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
                                    unsigned flags, int32_t *tokens, size_t capacity);
-// The bytes of a token; a character may be spread over several tokens. Writes at most `capacity`
-// bytes (no NUL) and returns how many there are. Control tokens, ids out of range: 0 bytes. SPM
-// vocabularies put a blank in front of most texts, which the first token gives back: drop it.
+// Tokens to text, one by one: the bytes of a token. A character may be spread over several tokens.
+// Writes at most `capacity` bytes (no NUL) and returns how many there are, which may be more.
+// Control tokens, ids out of range: 0 bytes. SPM vocabularies put a blank in front of most texts,
+// which the first token gives back: drop it.
 MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffer, size_t capacity);
 // The token's entry in the vocabulary as text, also for control tokens ("<|im_end|>"); not
 // NUL-terminated, {NULL, 0} if out of range.
@@ -600,7 +612,7 @@ enum { MOE_MAX_THREADS = 1024 };
 
 // Threads that sleep between evals, and the buffers for a batch. A session makes its own unless
 // it is given one; sessions that share one take turns or are evaluated together, and each
-// further one costs its cache only.
+// further one costs its cache only. Errors: ARGUMENT, MEMORY, THREAD.
 MOE_API moe_pool *moe_pool_open(const moe_pool_options *options, moe_error *error);
 MOE_API void moe_pool_close(moe_pool *pool); // after the sessions that use it
 MOE_API int32_t moe_pool_threads(const moe_pool *pool);
@@ -702,14 +714,17 @@ typedef struct moe_sampler_options {
 } moe_sampler_options;
 
 // Order: repetition penalty, top-k, top-p, min-p, temperature (llama.cpp's order).
-// n_vocab: length of the rows of logits; ids from n_valid on are never chosen (padding rows).
+// n_vocab: length of the rows of logits, moe_model_info.n_vocab; ids from n_valid on are never
+// chosen: moe_vocab_size, where a model's rows are padded, else n_vocab.
 // Errors: MEMORY, ARGUMENT (an option is NaN, infinite or, but for temperature, negative).
 MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_t n_vocab,
                                       int32_t n_valid, moe_error *error);
 MOE_API void moe_sampler_close(moe_sampler *sampler);
-// Chooses a token. NaN counts as minus infinity; if nothing is finite, token 0 is returned.
+// Chooses a token by n_vocab logits. NaN counts as minus infinity; if nothing is finite, token 0 is
+// returned.
 MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits);
-// Tells the sampler what was evaluated (prompt and choices), for the repetition penalty.
+// Tells the sampler what was evaluated (prompt and choices), for the repetition penalty;
+// moe_generate does so itself.
 MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token);
 
 typedef enum moe_stop_reason {
@@ -720,6 +735,9 @@ typedef enum moe_stop_reason {
     MOE_STOP_CONTEXT  // the context is full
 } moe_stop_reason;
 
+// "the model ended" etc.; never NULL.
+MOE_API const char *moe_stop_reason_text(moe_stop_reason reason);
+
 typedef struct moe_generate_options {
     int32_t max_tokens;      // <= 0: until the context is full
     moe_sampler *sampler;    // NULL: greedy
@@ -727,17 +745,19 @@ typedef struct moe_generate_options {
     size_t n_stop;
     int32_t ignore_end;      // MOE_ON: go on after end-of-generation tokens
     int32_t special;         // MOE_ON: control tokens appear as text
-    // Gets pieces of valid UTF-8 as soon as no stop string can begin in them (bytes that are not
-    // UTF-8 become U+FFFD); not NUL-terminated. Return 0 to stop. May be NULL.
+    // Gets the text bit by bit: whole characters of valid UTF-8, as soon as no stop string can
+    // begin in them (bytes that are not UTF-8 become U+FFFD); not NUL-terminated, valid until it
+    // returns. Called by the thread that called moe_generate. Return 0 to stop. May be NULL.
     int (*on_text)(void *user, const char *text, size_t size);
     void *user;
 } moe_generate_options;
 
 typedef struct moe_generate_result {
     moe_stop_reason reason;
-    int32_t n_prompt, n_generated;            // tokens; what was generated is reported
-    int32_t next_token; // chosen last and not evaluated: what goes on begins with it. It is
-                        // reported unless the reason is END; -1: there is none
+    int32_t n_prompt;    // tokens of the prompt, evaluated
+    int32_t n_generated; // tokens chosen and reported through on_text
+    int32_t next_token;  // chosen last and not evaluated: to go on, begin the next prompt with
+                         // it. It is reported unless the reason is END. -1: there is none
     double prompt_seconds, generate_seconds;
 } moe_generate_result;
 
@@ -750,6 +770,13 @@ typedef struct moe_generate_result {
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error);
+// The same with a text, NUL-terminated: it begins with BOS if the session is empty and the file
+// says so. Control tokens in it are mere text; to have them recognised, as chat templates need
+// it, see moe_vocab_tokenize. Allocates the tokens, which do not outlive the call. Errors: also
+// MEMORY.
+MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
+                                     const moe_generate_options *options,
+                                     moe_generate_result *result, moe_error *error);
 
 // ---- statistics ------------------------------------------------------------------------------
 
@@ -811,14 +838,15 @@ MOE_API uint64_t moe_model_huge_bytes(const moe_model *model);
 // ==============================================================================================
 // >>base
 //
-// What every room below uses: compiler macros, errors, memory, checked sizes, small floats.
-// Nothing here knows about models.
+// What every room below uses, one of each: the UTF-8 decoder, errors, memory, checked sizes, small
+// floats, random numbers, binary heaps. Nothing here knows about models.
 // ==============================================================================================
 
 #include <errno.h>
 #include <fcntl.h>
 #include <fenv.h>
 #include <float.h>
+#include <inttypes.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -993,6 +1021,8 @@ MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
                                            __VA_ARGS__))
 #define moe__load_fail(loader, code, where, ...) \
     moe__load_fail_at(loader, code, 0, where, __VA_ARGS__)
+
+MOE__INLINE int moe__is_switch(int32_t value) { return value >= MOE_OFF && value <= MOE_ON; }
 
 // What an errno means for a file; NULL: only its number is known. strerror would depend on the
 // program's language and is not safe among threads.
@@ -1384,12 +1414,12 @@ MOE__PRIVATE void moe__machine_add_node(moe__machine *m, const char *root, int32
         if (!moe__machine_bit(on_node, cpu)) continue;
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
                  cpu);
-        int first = 0; // a core counts by its first hardware thread that we may use
-        if (!moe__machine_list(root, path, siblings)) first = cpu;
-        while (first < cpu &&
-               !(moe__machine_bit(siblings, first) && moe__machine_bit(allowed, first)))
-            first++;
-        if (first == cpu) core[cpu / 64] |= (uint64_t)1 << (cpu % 64);
+        int lowest = 0; // a core counts by the first of its hardware threads that we may use
+        if (!moe__machine_list(root, path, siblings)) lowest = cpu;
+        while (lowest < cpu &&
+               !(moe__machine_bit(siblings, lowest) && moe__machine_bit(allowed, lowest)))
+            lowest++;
+        if (lowest == cpu) core[cpu / 64] |= (uint64_t)1 << (cpu % 64);
     }
     for (int second = 0; second < 2; second++)
         for (int cpu = 0; cpu < MOE__MAX_PROCESSORS; cpu++)
@@ -1682,16 +1712,16 @@ MOE__PRIVATE int moe__machine_move(const void **pages, const int *to, int n, int
 // it keeps ending up asleep: it may be taking the processor from those that it waits for.
 //
 // Threads arrive at a barrier in groups of 16 or less, none across memory nodes; the last of a
-// group arrives for it at the root. So a counter is passed around among neighbours only.
+// group arrives for it at the root. So the cache line of a counter moves among neighbours only.
 //
 //   threads  0 1 ... 15 | 16 17 ... 31 | ...        arrived[1], arrived[2], ...
 //                     \             /
 //                       root, release               arrived[0], release
 //
-// Commands go to groups, too: to those of which a worker takes part. The caller writes their
-// words, and whoever spins begins at once. Of those that take part and sleep, it wakes the ones
-// of its own group and the first of each other group, who wakes the rest there: a system call
-// for each of hundreds would take the caller longer than many a job.
+// Commands are written for groups, too, for each that has a worker in the job. Workers that spin
+// see that and begin. Of those that sleep, the caller wakes the ones of its own group and the
+// first one in each other group, which wakes the rest there: a system call of the caller's for
+// each of hundreds of threads would take longer than many a job.
 //
 //   caller --write--> command[0], command[1], command[2], ...
 //          --wake---> 16 --wake--> 17 ... 31
@@ -1736,14 +1766,14 @@ struct moe_pool {
     void *context;
     uint32_t serial;        // of the last command
     int n_active, leaf;     // threads that take part, those of a group
-    double spin;            // most seconds that they spin at a barrier,
+    double spin;            // seconds that they spin at a barrier, at most,
     int n_yields;           // then how often they let others run before they sleep
     moe_allocator allocator;
     pthread_mutex_t turn; // held by the session whose job runs,
     uintptr_t holder;     // by this thread; 0: by none
     int n_threads;        // the caller's included
     int n_processors;     // that we may use
-    double spin_seconds;  // most of any job, and of waiting for one
+    double spin_seconds;  // spin of any job at most, and of waiting for one
     int spin_anyway;      // also with more threads than processors: the caller wants it
     moe__nodes nodes;     // of all n_threads; one node if they are not bound
     moe__worker *workers; // n_threads; the first is the caller
@@ -1752,7 +1782,7 @@ struct moe_pool {
     moe__pool_word *arrived; // root, then groups: how many have arrived at the current barrier
     int n_started;
     void *work_memory;    // buffers of the session whose job runs,
-    uint8_t *work;        // within it, at a huge page; only who holds the pool may touch them
+    uint8_t *work;        // within it, at a huge page; for the thread that holds the pool
     size_t work_size;
     const void *work_owner; // the session that has laid it out; NULL: none
 };
@@ -1786,7 +1816,7 @@ MOE__INLINE uint64_t moe__pool_ticks(void) {
 
 // ---- sleeping --------------------------------------------------------------------------------
 
-// A word, who sleeps until it changes, and who changes it:
+// A thread that sleeps until a word changes, and one that changes it:
 //
 //   sleeper                                  waker
 //   1. sleepers += 1 << bit                  1. value = another (or has seen that it is)
@@ -2060,7 +2090,7 @@ MOE__PRIVATE void *moe__pool_worker(void *argument) {
     moe__worker *worker = (moe__worker *)argument;
     moe_pool *pool = worker->pool;
     uint32_t command = 0;
-    fesetenv(FE_DFL_ENV); // not that of who opened the pool
+    fesetenv(FE_DFL_ENV); // not that of the thread that opened the pool
     moe__pool_bind(worker, NULL);
     for (;;) {
         command = moe__pool_await(worker, command);
@@ -2071,8 +2101,8 @@ MOE__PRIVATE void *moe__pool_worker(void *argument) {
     }
 }
 
-// Callers from several threads take turns. Whoever holds the pool already, in a callback, must
-// not try to: it would wait for itself.
+// Callers from several threads take turns. A callback runs while its thread holds the pool, and
+// must not ask for it again: it would wait for itself.
 MOE__INLINE int moe__pool_is_held(const moe_pool *pool) {
     return __atomic_load_n(&pool->holder, __ATOMIC_RELAXED) == (uintptr_t)pthread_self();
 }
@@ -2097,8 +2127,8 @@ MOE__PRIVATE double moe__pool_run_held(moe_pool *pool, int n_threads, moe__job_f
     pool->context = context;
     pool->n_active = n_threads;
     pool->leaf = moe__pool_leaf(n_threads, pool->nodes.n);
-    // With more threads than processors, who spins keeps from work those that are waited for,
-    // and handing on the processor is cheaper than sleeping and being woken.
+    // With more threads than processors, spinning keeps the threads that are waited for from
+    // working, and handing on the processor is cheaper than sleeping and being woken.
     const int crowded = n_threads > pool->n_processors;
     pool->spin = crowded && !pool->spin_anyway ? 0 : pool->spin_seconds;
     pool->n_yields = crowded ? 8 : 0;
@@ -2276,8 +2306,8 @@ MOE_API int32_t moe_pool_threads(const moe_pool *pool) { return pool ? pool->n_t
 //   4 KiB   An entry each. On a virtual machine whose hypervisor keeps page tables of its own,
 //           reading through many such entries may be several times slower.
 //
-// Whoever read a file first decided in which folios it is cached, so that the speed of a mapping
-// cannot be known: it is measured, against anonymous memory, on a sample of what is cached
+// The program that read a file first decided in which folios it is cached, so that the speed of a
+// mapping cannot be known: it is measured, against anonymous memory, on a sample of what is cached
 // (moe__probe_run). Where it is much slower, pages are made anew, the cheapest way first:
 //
 //   collapse   the system makes 2 MiB folios of what it has cached (few kernels can, for files)
@@ -2553,13 +2583,7 @@ MOE__PRIVATE int moe__pages_touch_chunk(void *context, uint64_t from, uint64_t t
 
 MOE__PRIVATE int moe__pages_load_run(moe__pages_load *load, const moe_allocator *allocator,
                                      int (*work)(void *, uint64_t, uint64_t)) {
-    moe__chunks chunks;
-    memset(&chunks, 0, sizeof chunks);
-    chunks.work = work;
-    chunks.context = load;
-    chunks.report = load->report;
-    chunks.user = load->user;
-    chunks.size = load->pages->size;
+    moe__chunks chunks = {work, load, load->report, load->user, 0, load->pages->size, 0, 0, 0};
     return moe__chunks_run(&chunks, NULL, allocator);
 }
 
@@ -2582,7 +2606,8 @@ MOE__PRIVATE int moe__pages_copy(moe__pages_load *load, uint64_t size, int small
 }
 
 // Puts a copy on huge pages in the place of bytes from .. to - 1 of the mapping, whole chunks
-// but at the end of the file. Who reads them meanwhile reads the one or the other.
+// but at the end of the file. Threads that read meanwhile read the one or the other, which are
+// equal.
 MOE__PRIVATE int moe__pages_replace(moe__pages *p, uint64_t from, uint64_t to) {
 #if defined(__linux__) && defined(SYS_mremap)
     const size_t page = moe__machine_page();
@@ -2736,6 +2761,13 @@ MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, int in_use, 
 
 // ---- what AUTO does --------------------------------------------------------------------------
 
+//   when a model is opened                 while it generates, after 2, 4, 8 ... 128 seconds
+//   measure: fast, or not cached --------> WATCH, measure: fast -> WATCH
+//            slow -> huge pages, DONE                      slow -> COPY, some chunks after each
+//                                                                  token -> DONE
+// What is done while it generates is done between two tokens, by the threads of one pool; other
+// sessions may read the same bytes meanwhile.
+
 // Seconds that filling the page tables at once may take: else pages are faulted in as they are
 // read.
 #define MOE__PAGING_FILL 0.05
@@ -2743,8 +2775,8 @@ MOE__PRIVATE int moe__probe_run(const moe__pages *files, int32_t n, int in_use, 
 #define MOE__PAGING_REREAD 5e8
 
 enum {
-    MOE__PAGING_LATER = 2,        // how many times longer it is to the next look, after each,
-    MOE__PAGING_LATEST = 64,      // up to so many times MOE__PAGING_SECONDS
+    MOE__PAGING_BACKOFF = 2,      // how many times longer it is to the next look, after each,
+    MOE__PAGING_MAX_WAIT = 64,    // up to so many times MOE__PAGING_SECONDS
     MOE__PAGING_RESERVE = 1 << 28 // bytes that a copy in progress leaves free
 };
 
@@ -2779,9 +2811,10 @@ typedef struct moe__paging {
     int busy;         // atomic: one thread at a time goes on
     int64_t left;     // atomic: nanoseconds of generating until the next look
     int64_t interval; // between this look and the one before
-    int32_t file;     // of files, and of it the chunk that comes next
-    uint64_t next, before; // before: bytes of the files worked off
-    double begin;     // seconds
+    int32_t file;     // the file being worked off,
+    uint64_t next;    // where its next chunk begins,
+    uint64_t before;  // the bytes of the files before it,
+    double begin;     // and when the first was begun, in seconds
 } moe__paging;
 
 // How fast is the mapping? Returns whether it could be measured. What looks slow is measured
@@ -2849,12 +2882,7 @@ MOE__PRIVATE int moe__paging_all(moe__paging *g, moe_pool *pool,
     g->before = 0;
     g->begin = moe__seconds();
     for (g->file = 0; g->file < g->n_files && !code; g->file++) {
-        moe__chunks chunks;
-        memset(&chunks, 0, sizeof chunks);
-        chunks.work = work;
-        chunks.report = moe__paging_report;
-        chunks.context = chunks.user = g;
-        chunks.size = g->files[g->file].size;
+        moe__chunks chunks = {work, g, moe__paging_report, g, 0, g->files[g->file].size, 0, 0, 0};
         code = moe__chunks_run(&chunks, pool, &g->allocator);
         g->before += chunks.size;
     }
@@ -2917,11 +2945,7 @@ MOE__PRIVATE int moe__paging_open(moe__paging *g) {
 // Replaces the next chunks, one for each of n threads. Returns 1 when there is nothing more to
 // do.
 MOE__PRIVATE int moe__paging_step(moe__paging *g, moe_pool *pool, int n) {
-    moe__chunks chunks;
-    memset(&chunks, 0, sizeof chunks);
-    chunks.work = moe__paging_replace_chunk;
-    chunks.context = g;
-    chunks.next = g->next;
+    moe__chunks chunks = {moe__paging_replace_chunk, g, NULL, NULL, g->next, 0, 0, 0, 0};
     chunks.size = g->next + (uint64_t)n * MOE__PAGES_CHUNK;
     if (chunks.size > g->files[g->file].size) chunks.size = g->files[g->file].size;
     const int code = moe__chunks_run(&chunks, pool, &g->allocator);
@@ -2941,8 +2965,8 @@ MOE__PRIVATE int moe__paging_look(moe__paging *g, moe_pool *pool) {
         g->outcome = MOE__PAGED_NO_ROOM;
         g->file = 0;
     }
-    if (g->interval / MOE__PAGING_LATEST < (int64_t)(1e9 * MOE__PAGING_SECONDS))
-        g->interval *= MOE__PAGING_LATER;
+    if (g->interval / MOE__PAGING_MAX_WAIT < (int64_t)(1e9 * MOE__PAGING_SECONDS))
+        g->interval *= MOE__PAGING_BACKOFF;
     __atomic_store_n(&g->left, g->interval, __ATOMIC_RELAXED);
     __atomic_store_n(&g->state, next, __ATOMIC_RELEASE);
     return next == MOE__PAGING_DONE;
@@ -2986,7 +3010,7 @@ MOE__PRIVATE void moe__paging_write_size(char *text, size_t capacity, uint64_t b
 
 // What was done and why.
 MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capacity) {
-    static const char *const deeds[] = {
+    static const char *const outcomes[] = {
         " mapped", " mapped: not cached, read from the disk as it is used", " mapped",
         " collapsed to huge pages", " copied to huge pages", " read again in huge pages",
         " mapped"}; // of moe__paging_outcome
@@ -2997,7 +3021,7 @@ MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capac
         moe__paging_write(text, capacity, " of ");
     }
     moe__paging_write_size(text, capacity, g->size);
-    moe__paging_write(text, capacity, "%s", deeds[g->outcome]);
+    moe__paging_write(text, capacity, "%s", outcomes[g->outcome]);
     if (g->outcome < MOE__PAGED_FAST) return;
     moe__paging_write(text, capacity, ": the mapping reads at %.1f of %.1f GB/s",
                       g->rates.map * 1e-9, g->rates.copy * 1e-9);
@@ -3023,8 +3047,6 @@ MOE__PRIVATE void moe__paging_say(const moe__paging *g, char *text, size_t capac
 // n log n however they are chosen. Tensors must not overlap: what is made of them is then
 // bounded by the size of the file, too.
 // ==============================================================================================
-
-#include <inttypes.h>
 
 enum {
     MOE__GGUF_HEADER = 24,           // bytes
@@ -3202,7 +3224,7 @@ struct moe_gguf {
     moe_allocator allocator;
     char *path;             // of the part being opened; NULL for a memory source
     int32_t n_parts;
-    int32_t n_parts_hoped;  // what the file name promises; only for progress
+    int32_t n_parts_named;  // by the file name; only for progress
     moe__gguf_part *parts;
     moe__pages *pages;      // of each part; of a memory source all are empty
     int small_pages;        // a copy is not made of huge pages
@@ -3276,6 +3298,9 @@ MOE__PRIVATE void *moe__gguf_alloc(moe__gguf_reader *r, int64_t n, size_t size) 
 }
 
 // ---- names -----------------------------------------------------------------------------------
+
+// Values and tensors are found by name in tables that are sorted once. A hash table would be
+// faster, but for names that an attacker has chosen it needs a secret key; this needs nothing.
 
 MOE__INLINE int moe__gguf_name_compare(const char *a, size_t a_size, const char *b,
                                        size_t b_size) {
@@ -3656,11 +3681,9 @@ MOE__PRIVATE moe_status moe__gguf_read_all_tensors(moe_gguf *gguf, moe_error *er
                          "%" PRId64 " tensors are too many for this reader", n);
     gguf->tensors = (moe__gguf_entry *)moe__gguf_alloc(&r, n, sizeof *gguf->tensors);
     gguf->names = (moe__gguf_name *)moe__gguf_alloc(&r, n, sizeof *gguf->names);
+    for (int32_t p = 0; p < gguf->n_parts && r.status == MOE_OK; p++)
+        r.status = moe__gguf_read_tensors(gguf, p, error);
     if (r.status != MOE_OK) return r.status;
-    for (int32_t p = 0; p < gguf->n_parts; p++) {
-        moe_status status = moe__gguf_read_tensors(gguf, p, error);
-        if (status != MOE_OK) return status;
-    }
     for (int64_t i = 0; i < n; i++) {
         gguf->names[i].data = gguf->tensors[i].tensor.name;
         gguf->names[i].size = (uint32_t)strlen(gguf->names[i].data);
@@ -3687,13 +3710,7 @@ MOE__PRIVATE moe_status moe__gguf_open_file(const char *path, int *file, uint64_
                                             moe_error *error) {
     struct stat info;
     const char *name = moe__gguf_file_name(path);
-    int flags = O_RDONLY | O_NONBLOCK;
-#if defined(O_CLOEXEC)
-    flags |= O_CLOEXEC;
-#elif defined(__O_CLOEXEC) // glibc under strict -std=c11
-    flags |= __O_CLOEXEC;
-#endif
-    *file = open(path, flags);
+    *file = open(path, O_RDONLY | O_NONBLOCK | MOE__O_CLOEXEC);
     if (*file < 0) return moe__gguf_io_fail(error, path, "open", errno);
     if (fstat(*file, &info) != 0) return moe__gguf_io_fail(error, path, "examine", errno);
     if (S_ISDIR(info.st_mode)) return moe__gguf_io_fail(error, path, "read", EISDIR);
@@ -3709,7 +3726,7 @@ MOE__PRIVATE moe_status moe__gguf_open_file(const char *path, int *file, uint64_
 MOE__PRIVATE moe_status moe__gguf_progress(const moe_gguf *gguf, int32_t part, uint64_t done,
                                            uint64_t size, moe_error *error) {
     if (!gguf->options.progress) return MOE_OK;
-    double fraction = ((double)part + (double)done / (double)size) / gguf->n_parts_hoped;
+    double fraction = ((double)part + (double)done / (double)size) / gguf->n_parts_named;
     if (gguf->options.progress(gguf->options.progress_user, (float)fraction)) return MOE_OK;
     return moe__fail(error, MOE_ERROR_CANCELLED, moe__gguf_file_name(gguf->path),
                      "loading was cancelled by the progress callback");
@@ -3764,8 +3781,12 @@ MOE__PRIVATE moe_status moe__gguf_load_part(moe_gguf *gguf, int32_t part_index, 
 
 // ---- split models ----------------------------------------------------------------------------
 
+// Large models come as several files, NAME-00001-of-0000n.gguf and so on. Each is a GGUF file with
+// keys of its own: split.no (from 0), split.count and split.tensors.count (of all parts). The
+// model's other values are in the first part, its tensors in any.
+
 // Number n of the file name NAME-00001-of-0000n.gguf, else 1.
-MOE__PRIVATE int32_t moe__gguf_promised_parts(const char *path) {
+MOE__PRIVATE int32_t moe__gguf_named_parts(const char *path) {
     size_t size = strlen(path);
     if (size <= MOE__GGUF_SUFFIX) return 1;
     const char *suffix = path + size - MOE__GGUF_SUFFIX;
@@ -3830,7 +3851,7 @@ MOE__PRIVATE moe_status moe__gguf_check_first(const moe_gguf *gguf, int64_t coun
                          "one part of a split model cannot be opened from memory");
     moe_status status = moe__gguf_check_split(gguf, 0, count, error);
     if (status != MOE_OK) return status;
-    if (moe__gguf_promised_parts(gguf->path) != count)
+    if (moe__gguf_named_parts(gguf->path) != count)
         return moe__fail(error, MOE_ERROR_FORMAT, moe__gguf_file_name(gguf->path),
                          "the first of %d parts must be named like NAME-00001-of-%05d.gguf",
                          (int)count, (int)count);
@@ -3865,8 +3886,6 @@ MOE__PRIVATE moe_status moe__gguf_load_other_parts(moe_gguf *gguf, moe_error *er
 
 // ---- opening and closing ---------------------------------------------------------------------
 
-MOE__PRIVATE int moe__is_switch(int32_t value) { return value >= MOE_OFF && value <= MOE_ON; }
-
 // An empty object with one part.
 MOE__PRIVATE moe_status moe__gguf_new(const moe_gguf_options *options, moe_gguf **out,
                                       moe_error *error) {
@@ -3886,7 +3905,7 @@ MOE__PRIVATE moe_status moe__gguf_new(const moe_gguf_options *options, moe_gguf 
     if (!gguf) return moe__gguf_no_memory(error, sizeof *gguf);
     gguf->options = all;
     gguf->allocator = allocator;
-    gguf->n_parts = gguf->n_parts_hoped = 1;
+    gguf->n_parts = gguf->n_parts_named = 1;
     *out = gguf;
     gguf->parts = (moe__gguf_part *)moe__alloc(&allocator, sizeof *gguf->parts);
     gguf->pages = (moe__pages *)moe__alloc(&allocator, sizeof *gguf->pages);
@@ -3912,12 +3931,14 @@ MOE_API void moe_gguf_close(moe_gguf *gguf) {
     moe__free(&allocator, gguf);
 }
 
-// The second half of opening: part 0 has its data.
-MOE__PRIVATE moe_status moe__gguf_read(moe_gguf *gguf, moe_error *error) {
-    moe_status status = moe__gguf_read_head(gguf, 0, error);
+// The second half of opening: part 0 has its data, if that went well. NULL after an error.
+MOE__PRIVATE moe_gguf *moe__gguf_finish(moe_gguf *gguf, moe_status status, moe_error *error) {
+    if (status == MOE_OK) status = moe__gguf_read_head(gguf, 0, error);
     if (status == MOE_OK) status = moe__gguf_load_other_parts(gguf, error);
     if (status == MOE_OK) status = moe__gguf_read_all_tensors(gguf, error);
-    return status;
+    if (status == MOE_OK) return gguf;
+    moe_gguf_close(gguf);
+    return NULL;
 }
 
 // As moe_gguf_open; small: a copy is not made of huge pages.
@@ -3936,13 +3957,10 @@ MOE__PRIVATE moe_gguf *moe__gguf_open(const char *path, const moe_gguf_options *
     if (status == MOE_OK) {
         memcpy(gguf->path, path, strlen(path));
         gguf->small_pages = small;
-        gguf->n_parts_hoped = moe__gguf_promised_parts(path);
+        gguf->n_parts_named = moe__gguf_named_parts(path);
         status = moe__gguf_load_part(gguf, 0, error);
     }
-    if (status == MOE_OK) status = moe__gguf_read(gguf, error);
-    if (status == MOE_OK) return gguf;
-    moe_gguf_close(gguf);
-    return NULL;
+    return moe__gguf_finish(gguf, status, error);
 }
 
 MOE_API moe_gguf *moe_gguf_open(const char *path, const moe_gguf_options *options,
@@ -3961,11 +3979,8 @@ MOE_API moe_gguf *moe_gguf_open_memory(const void *data, size_t size,
     if (status == MOE_OK) {
         gguf->parts[0].data = (const uint8_t *)data;
         gguf->parts[0].size = size;
-        status = moe__gguf_read(gguf, error);
     }
-    if (status == MOE_OK) return gguf;
-    moe_gguf_close(gguf);
-    return NULL;
+    return moe__gguf_finish(gguf, status, error);
 }
 
 // ---- what is inside --------------------------------------------------------------------------
@@ -4065,6 +4080,7 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
     *cursor = start + at + 8 + size;
     return 1;
 }
+
 // ==============================================================================================
 // >>types
 //
@@ -12811,8 +12827,8 @@ MOE__PRIVATE uint32_t moe__text_classify(const moe__text_run *runs, uint32_t cod
 // (?!...) look no further than the word.
 enum {
     MOE__RULE_END,         // of the list
-    MOE__RULE_RUN,         // prefix? first* body{min,max} tail{0,tail_max}
-    MOE__RULE_PREFIXED,    // prefix  first* body{min,max} tail{0,tail_max}
+    MOE__RULE_RUN,         // prefix? head* body{min,max} tail{0,tail_max}
+    MOE__RULE_PREFIXED,    // prefix  head* body{min,max} tail{0,tail_max}
     MOE__RULE_CASED,       // the same as RUN and an optional contraction in any case
     MOE__RULE_WORDS,       // prefix? \p{L}\p{M}*( ?\p{L}\p{M}*)*, prefix without letters
     MOE__RULE_CONTRACTION, // 's|'t|'re|'ve|'m|'ll|'d
@@ -12827,7 +12843,7 @@ enum {
 typedef struct moe__text_rule {
     uint8_t kind;
     uint8_t min, max, tail_max;         // max, tail_max: 0 = any number
-    uint32_t prefix, first, body, tail; // sets; 0 is empty: never matched
+    uint32_t prefix, head, body, tail; // sets; 0 is empty: never matched
 } moe__text_rule;
 
 #define MOE__RULE(kind)              {MOE__RULE_##kind, 0, 0, 0, 0, 0, 0, 0}
@@ -12985,13 +13001,13 @@ MOE__PRIVATE size_t moe__text_contraction(const moe__text_scan *scan, size_t i, 
 }
 
 // MOE__RULE_RUN and its kin, as a backtracking matcher finds them: with the prefix if that leads
-// to a match, and with the longest first* that leaves a body.
+// to a match, and with the longest head* that leaves a body.
 MOE__PRIVATE size_t moe__text_match_run(const moe__text_scan *scan, size_t i,
                                         const moe__text_rule *rule) {
     int prefix = moe__text_in(scan->classes[i], rule->prefix);
     for (; prefix >= (rule->kind == MOE__RULE_PREFIXED); prefix--) {
         size_t start = i + (size_t)prefix, body = start;
-        if (rule->first) body = moe__text_run_of(scan, start, rule->first, 0);
+        if (rule->head) body = moe__text_run_of(scan, start, rule->head, 0);
         while (body > start &&
                (body == scan->end || !moe__text_in(scan->classes[body], rule->body)))
             body--;
@@ -13418,7 +13434,7 @@ MOE__PRIVATE int moe__text_load_string(moe__text_loader *loader, const char *key
 }
 
 // Memory for the vocabulary, not cleared; if there is none the load fails.
-MOE__PRIVATE void *moe__text_take(moe__text_loader *loader, uint64_t count, size_t size) {
+MOE__PRIVATE void *moe__text_load_array(moe__text_loader *loader, uint64_t count, size_t size) {
     void *memory = NULL;
     if (!loader->status) memory = moe__alloc_array(&loader->vocab->allocator, count, size);
     if (!memory) moe__text_fail(loader, "", MOE_ERROR_MEMORY);
@@ -13484,7 +13500,7 @@ MOE__PRIVATE void moe__text_load_types(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
     const moe_gguf_value *value =
         moe__text_per_token(loader, "tokenizer.ggml.token_type", MOE__TEXT_INTEGER);
-    vocab->types = (uint8_t *)moe__text_take(loader, vocab->n_tokens, 1);
+    vocab->types = (uint8_t *)moe__text_load_array(loader, vocab->n_tokens, 1);
     for (uint32_t id = 0; vocab->types && id < vocab->n_tokens; id++) {
         int64_t type = MOE__TOKEN_NORMAL;
         if (value) moe_gguf_value_int(value, id, &type);
@@ -13623,7 +13639,7 @@ MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
     if (!value || value->count > MOE__TEXT_MAX) status = MOE_ERROR_FORMAT;
     if (!status) status = moe__text_table_init(&vocab->ranks, &vocab->allocator, value->count);
     if (!status)
-        vocab->merges = (moe__text_merge *)moe__text_take(loader, value->count + 1,
+        vocab->merges = (moe__text_merge *)moe__text_load_array(loader, value->count + 1,
                                                           sizeof *vocab->merges);
     const void *cursor = NULL;
     uint32_t count = !status && vocab->merges ? (uint32_t)value->count : 0, n;
@@ -13652,7 +13668,7 @@ MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
     size_t n = 0, max = 1;
     for (uint32_t id = 0; !loader->status && id < vocab->n_tokens; id++)
         max += (size_t)moe__text_is_special(vocab, id, MOE_TOKENIZE_PARSE_SPECIAL);
-    uint64_t *specials = (uint64_t *)moe__text_take(loader, max, sizeof *specials);
+    uint64_t *specials = (uint64_t *)moe__text_load_array(loader, max, sizeof *specials);
     vocab->specials = specials;
     for (uint32_t id = 0; specials && id < vocab->n_tokens; id++) {
         moe_string text = moe__text_get(&vocab->symbols, id);
@@ -13677,7 +13693,7 @@ MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     int32_t unknown = 0;
     moe__text_load_id(loader, "tokenizer.ggml.unknown_token_id", &unknown);
     moe__text_load_bool(loader, "tokenizer.ggml.add_space_prefix", &vocab->add_space);
-    vocab->orders = (uint32_t *)moe__text_take(loader, vocab->n_tokens, 4);
+    vocab->orders = (uint32_t *)moe__text_load_array(loader, vocab->n_tokens, 4);
     for (uint32_t id = 0; vocab->orders && id < vocab->n_tokens; id++) {
         int type = vocab->types[id] & MOE__TOKEN_TYPE;
         int word = type == MOE__TOKEN_NORMAL || type == MOE__TOKEN_USER; // may be spelled
@@ -14238,6 +14254,7 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
         moe__text_emit(&work, (uint32_t)vocab->eos);
     return status ? -(int64_t)status : (int64_t)work.count;
 }
+
 // ==============================================================================================
 // >>model
 //
@@ -18130,13 +18147,10 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
 //
 //     logits -> sampler -> token -> bytes -> whole characters -> held back -> on_text
 //
-// The sampler takes one look at all logits, for the largest of each block of them. Then greedy
-// reads one block, top-k the k blocks with the largest of these peaks: none of the k likeliest
-// lies elsewhere. They become a list, and the filters cut off its end. Without top-k the filters
-// are a limit below which blocks and logits have no weight, and nothing is stored but the sum of
-// each block's weights. The stream keeps a character until its last byte is there, and text for
-// as long as it may be the beginning of a stop string. Neither allocates anything after it was
-// opened.
+// The sampler looks once at all logits, for the largest of each block of them, its peak. Then it
+// reads only blocks that can matter: greedy one, top-k at most k, top-p and min-p those whose peak
+// is not below their limit. The stream gives out whole characters that no stop string can begin
+// in. Neither allocates anything after it was opened.
 // ==============================================================================================
 
 enum {
@@ -18480,11 +18494,14 @@ MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token) {
     sampler->next_recent = (sampler->next_recent + 1) % sampler->max_recent;
 }
 
-// ---- choosing from a list
+// ---- choosing from a list --------------------------------------------------------------------
+
+// Top-k. Take the k largest peaks of blocks: they are k candidates, so the k-th likeliest is not
+// behind the least of these peaks. A block whose own peak is behind that holds none of the k: it
+// is left out unread.
 
 // The k likeliest become the list, in order. If there are no more than k, all of them by id, and
-// *sorted stays 0. Returns how many there are. A block is left out if k blocks have a likelier
-// candidate each.
+// *sorted stays 0. Returns how many there are.
 MOE__PRIVATE int32_t moe__sampler_top(moe_sampler *sampler, moe__logits *l, int32_t k,
                                       int32_t *sorted) {
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -18545,7 +18562,16 @@ MOE__PRIVATE int32_t moe__sampler_top_k(moe_sampler *sampler, moe__logits *l, fl
     return moe__sampler_finish(sampler, n, max);
 }
 
-// ---- choosing from all
+// ---- choosing from all -----------------------------------------------------------------------
+
+// Without top-k nearly the whole vocabulary may be kept, and no list is made of it. In the order of
+// candidates (likelier first, then the lower id) filters keep a beginning, so that the last one
+// kept says all. The draw goes by the ids: it adds up the weights of each block, finds the block
+// in which a random part of the sum is reached, then the token in it.
+//
+// Top-p finds the last one kept without sorting. Each weight is added to the slot of its logit,
+// 1/128 wide; slots are gone through from the likeliest until p of the sum is reached, and only the
+// candidates of the slot where that happens are sorted.
 
 // Nothing behind `last` is kept.
 MOE__PRIVATE void moe__sampler_cut(moe_sampler *sampler, float logit, int32_t id) {
@@ -18568,7 +18594,7 @@ MOE__PRIVATE double moe__sampler_weigh(const moe_sampler *sampler, moe__logits *
     return l->kernels->weigh(logit, MOE__PEAK, least, max, scale, weight);
 }
 
-// Draws by exp(logit / temperature), in the order of the ids: finds the block, then the token.
+// Draws by exp(logit / temperature).
 MOE__PRIVATE int32_t moe__sampler_draw_all(moe_sampler *sampler, moe__logits *l, float max) {
     const double scale = 1 / (double)sampler->options.temperature;
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -18641,8 +18667,6 @@ MOE__PRIVATE int32_t moe__sampler_slot(moe_sampler *sampler, moe__logits *l, flo
     return list.n;
 }
 
-// Top-p without sorting all: the slots' weights say in which of them the sum is reached, and
-// only that one is sorted.
 MOE__PRIVATE void moe__sampler_top_p(moe_sampler *sampler, moe__logits *l, float max) {
     double needed = (double)sampler->options.top_p * moe__sampler_slots(sampler, l, max);
     moe__candidate *c = sampler->candidates;
@@ -18690,6 +18714,13 @@ MOE__PRIVATE int32_t moe__sample_greedy(const moe__kernels *kernels, const float
 }
 
 // ---- text stream -----------------------------------------------------------------------------
+
+// Tokens are bytes, callers get characters, and never one that a stop string may begin with:
+//
+//   token bytes -> partial: up to 3 bytes of a character -> text: ready | may begin a stop string
+//
+// Each character that comes makes stop strings certain (the text ends), possible (it is held
+// back) or impossible (what is in front of the next possible beginning becomes ready).
 
 // text[0 .. n_ready) can go out; text[n_ready .. n_text) is the beginning of a stop string so
 // far, shorter than MOE__MAX_STOP.
@@ -18786,6 +18817,17 @@ MOE__PRIVATE void moe__stream_finish(moe__stream *stream) {
 }
 
 // ---- generating ------------------------------------------------------------------------------
+
+MOE_API const char *moe_stop_reason_text(moe_stop_reason reason) {
+    switch (reason) {
+    case MOE_STOP_LIMIT: return "as many tokens as asked for";
+    case MOE_STOP_END: return "the model ended";
+    case MOE_STOP_STRING: return "a stop string appeared";
+    case MOE_STOP_CALLER: return "the caller stopped it";
+    case MOE_STOP_CONTEXT: return "the context is full";
+    }
+    return "?";
+}
 
 MOE__PRIVATE moe_status moe__generate_check_stops(const moe_generate_options *options,
                                                   moe_error *error) {
@@ -18908,18 +18950,57 @@ MOE__PRIVATE moe_status moe__generate_run(moe_session *session, const int32_t *p
     return status;
 }
 
+// What an error leaves.
+MOE__PRIVATE void moe__generate_none(moe_generate_result *result) {
+    memset(result, 0, sizeof *result);
+    result->reason = MOE_STOP_CALLER;
+    result->next_token = -1;
+}
+
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error) {
     moe_generate_options defaults;
-    moe_generate_result own;
+    moe_generate_result local;
     memset(&defaults, 0, sizeof defaults);
-    memset(&own, 0, sizeof own);
-    own.reason = MOE_STOP_CALLER; // what an error leaves, see moe_generate_result
-    own.next_token = -1;
+    moe__generate_none(&local);
     moe_status status =
-        moe__generate_run(session, prompt, n_prompt, options ? options : &defaults, &own, error);
-    if (result) *result = own;
+        moe__generate_run(session, prompt, n_prompt, options ? options : &defaults, &local, error);
+    if (result) *result = local;
+    return status;
+}
+
+// Tokens of a text to be appended, *n of them, in memory that the caller frees.
+MOE__PRIVATE moe_status moe__generate_tokenize(const moe_session *session, const char *text,
+                                               int32_t **tokens, int64_t *n, moe_error *error) {
+    const moe_vocab *vocab = moe_model_vocab(session->model);
+    const int32_t length = session->length, room = session->info.n_ctx - length;
+    const unsigned flags = length ? 0 : MOE_TOKENIZE_ADD_SPECIAL;
+    *n = -(int64_t)MOE_ERROR_MEMORY;
+    *tokens = (int32_t *)moe__alloc_array(&session->allocator, (uint64_t)room + 1, sizeof **tokens);
+    if (*tokens) *n = moe_vocab_tokenize(vocab, text, strlen(text), flags, *tokens, (size_t)room);
+    if (*n < 0)
+        return moe__fail(error, (moe_status)-*n, "text", "cannot turn the text into tokens: %s",
+                         *n == -(int64_t)MOE_ERROR_MEMORY ? "out of memory" : "it is too long");
+    if (*n > room)
+        return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx",
+                         "%lld tokens do not fit behind %d of %d", (long long)*n, (int)length,
+                         (int)session->info.n_ctx);
+    return MOE_OK;
+}
+
+MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
+                                     const moe_generate_options *options,
+                                     moe_generate_result *result, moe_error *error) {
+    int32_t *tokens = NULL;
+    int64_t n = -1; // what moe_generate refuses, saying what is missing
+    moe_status status = MOE_OK;
+    if (session && text && moe_model_vocab(session->model))
+        status = moe__generate_tokenize(session, text, &tokens, &n, error);
+    if (!status) status = moe_generate(session, tokens, (int32_t)n, options, result, error);
+    else if (result) moe__generate_none(result);
+    if (result && status == MOE_ERROR_CONTEXT_FULL) result->reason = MOE_STOP_CONTEXT;
+    if (tokens) moe__free(&session->allocator, tokens);
     return status;
 }
 

@@ -481,17 +481,6 @@ static int32_t *tokenize(const moe_vocab *vocab, const text *prompt, int32_t *n)
     return NULL;
 }
 
-static const char *reason_name(moe_stop_reason reason) {
-    switch (reason) {
-    case MOE_STOP_LIMIT: return "as many tokens as asked for";
-    case MOE_STOP_END: return "the model ended";
-    case MOE_STOP_STRING: return "a stop string appeared";
-    case MOE_STOP_CALLER: return "interrupted";
-    case MOE_STOP_CONTEXT: return "the context is full";
-    }
-    return "?";
-}
-
 static void show_timing(const moe_model *model, const moe_generate_result *r, double load) {
     double prompt = r->prompt_seconds > 0 ? r->n_prompt / r->prompt_seconds : 0;
     double generation = r->generate_seconds > 0 ? r->n_generated / r->generate_seconds : 0;
@@ -501,7 +490,7 @@ static void show_timing(const moe_model *model, const moe_generate_result *r, do
     fprintf(stderr, "generation %9.3f s, %6d tokens, %9.2f t/s, %.2f GB/s of weights read; %s\n",
             r->generate_seconds, r->n_generated, generation,
             generation * (double)moe_model_get_info(model)->n_bytes_token * 1e-9,
-            reason_name(r->reason));
+            r->reason == MOE_STOP_CALLER ? "interrupted" : moe_stop_reason_text(r->reason));
 }
 
 /* -n 0: the prompt is evaluated, nothing is generated. */

@@ -560,17 +560,82 @@ TEST(wrong_calls) {
     moe_session_close(session);
 }
 
+/* From a text: what moe_generate makes of its tokens, and BOS in front of the first one only. */
+TEST(from_a_text) {
+    static text expected, t;
+    static const char *const turns[2] = {"Hello there", ", and again"};
+    moe_generate_result result = {MOE_STOP_LIMIT, 0, 0, 0, 0, 0}, from_text;
+    int32_t tokens[64];
+    if (!open_model()) return;
+    moe_session *a = open_session(100), *b = open_session(100);
+    for (int turn = 0; turn < 2; turn++) {
+        const int64_t n = moe_vocab_tokenize(the_vocab, turns[turn], strlen(turns[turn]),
+                                             turn ? 0 : MOE_TOKENIZE_ADD_SPECIAL, tokens, 64);
+        moe_generate_options o = options(&expected, 20);
+        CHECK(n > 0 && moe_generate(a, tokens, (int32_t)n, &o, &result, NULL) == MOE_OK);
+        o = options(&t, 20);
+        memset(&from_text, 0xAA, sizeof from_text);
+        CHECK(moe_generate_text(b, turns[turn], &o, &from_text, NULL) == MOE_OK);
+        CHECK(t.size == expected.size && !memcmp(t.data, expected.data, t.size) && t.size > 0);
+        CHECK(from_text.n_prompt == n && from_text.n_generated == 20);
+        CHECK(from_text.reason == result.reason && from_text.next_token == result.next_token);
+        CHECK(moe_session_length(a) == moe_session_length(b));
+    }
+    moe_session_close(a);
+    moe_session_close(b);
+}
+
+TEST(from_a_text_wrong_calls) {
+    static text t;
+    static char longer[1000];
+    moe_generate_result result;
+    moe_error error;
+    if (!open_model()) return;
+    moe_session *session = open_session(50);
+    moe_generate_options o = options(&t, 5);
+    memset(&error, 0, sizeof error);
+    CHECK(moe_generate_text(NULL, "a", &o, &result, &error) == MOE_ERROR_ARGUMENT && *error.text);
+    CHECK(result.reason == MOE_STOP_CALLER && result.next_token == -1);
+    memset(&error, 0, sizeof error);
+    CHECK(moe_generate_text(session, NULL, &o, NULL, &error) == MOE_ERROR_ARGUMENT && *error.text);
+    memset(longer, '~', sizeof longer - 1);
+    const int64_t n = moe_vocab_tokenize(the_vocab, longer, sizeof longer - 1,
+                                         MOE_TOKENIZE_ADD_SPECIAL, NULL, 0);
+    char needed[32];
+    snprintf(needed, sizeof needed, "%lld tokens", (long long)n);
+    memset(&result, 0xAA, sizeof result);
+    CHECK(n > 50);
+    CHECK(moe_generate_text(session, longer, &o, &result, &error) == MOE_ERROR_CONTEXT_FULL);
+    CHECK(strstr(error.text, needed) != NULL && result.reason == MOE_STOP_CONTEXT);
+    CHECK(result.n_prompt == 0 && result.n_generated == 0 && moe_session_length(session) == 0);
+    CHECK(t.pieces == 0);
+    CHECK(moe_generate_text(session, "a", NULL, NULL, &error) == MOE_OK);
+    moe_session_close(session);
+}
+
+TEST(reasons_in_words) {
+    for (int i = 0; i <= MOE_STOP_CONTEXT; i++)
+        for (int k = 0; k <= i; k++)
+            CHECK((k == i) == !strcmp(moe_stop_reason_text((moe_stop_reason)i),
+                                      moe_stop_reason_text((moe_stop_reason)k)));
+    CHECK(!strcmp(moe_stop_reason_text((moe_stop_reason)(MOE_STOP_CONTEXT + 1)), "?"));
+}
+
 /* ---- memory ---------------------------------------------------------------------------------- */
 
 typedef struct meter {
-    long calls;
+    long calls, live;
+    int refuses;
 } meter;
 static void *meter_alloc(void *user, size_t size) {
-    ((meter *)user)->calls++;
+    meter *m = (meter *)user;
+    if (m->refuses) return NULL;
+    m->calls++;
+    m->live++;
     return malloc(size);
 }
 static void meter_free(void *user, void *memory, size_t size) {
-    (void)user;
+    ((meter *)user)->live--;
     (void)size;
     free(memory);
 }
@@ -597,8 +662,22 @@ TEST(takes_no_memory) {
     o.n_stop = 1;
     CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
     CHECKF(m.calls == calls, "%ld allocations", m.calls - calls);
+    /* From a text it takes the tokens and gives them back, but for the vocabulary's own memory. */
+    moe_error error;
+    o.max_tokens = 1;
+    moe_session_rewind(session, 0, NULL);
+    CHECK(moe_generate_text(session, "Hello", &o, NULL, NULL) == MOE_OK);
+    const long live = m.live;
+    moe_session_rewind(session, 0, NULL);
+    CHECK(moe_generate_text(session, "Hello", &o, NULL, NULL) == MOE_OK && m.live == live);
+    m.refuses = 1;
+    moe_session_rewind(session, 0, NULL);
+    CHECK(moe_generate_text(session, "Hello", &o, &result, &error) == MOE_ERROR_MEMORY);
+    CHECK(*error.text && result.reason == MOE_STOP_CALLER && m.live == live);
+    m.refuses = 0;
     moe_session_close(session);
     moe_model_close(model);
+    CHECK(m.live == 0);
 }
 
 /* The last test gives back what the others shared. */

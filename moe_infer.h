@@ -4491,6 +4491,7 @@ MOE__INLINE void moe__rd_row(const uint8_t *b, int p, MOE__AT_BLOCK) {
 // table: the levels that indices stand for, or `even`: level less offset. more: what there is
 // besides scales, MINS (integers, of which dmin is the scale), SHIFTS (added to levels) or NOTHING,
 // and which. order: what a vector of 512 bits holds, see "levels" in >>kernels.
+enum { MOE__NATURAL, MOE__FOURS, MOE__TWOS, MOE__HALVES };
 
 #define MOE__LAYOUT_Q4_0 MOE__OF_32(Q4_0, q4_0, half, (0), even, nibbles, (2))
 #define MOE__LAYOUT_Q4_1 MOE__OF_32(Q4_1, q4_1, half_min, (0), even, nibbles, (4))
@@ -6170,11 +6171,9 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_field MOE__(v_field)
 #define v_mask MOE__(v_mask)
 #define v_join MOE__(v_join)
-#define v_three MOE__(v_three)
-#define v_five MOE__(v_five)
-#define v_nibbles MOE__(v_nibbles)
 #define v_table MOE__(v_table)
 #define v_lookup MOE__(v_lookup)
+#define v_level_of MOE__(v_level_of)
 #define u_words MOE__(u_words)
 #define u_halves MOE__(u_halves)
 #define u_nibbles16 MOE__(u_nibbles16)
@@ -6182,10 +6181,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_pairs16 MOE__(u_pairs16)
 #define u_add16 MOE__(u_add16)
 #define u_odd16 MOE__(u_odd16)
-#define u_scales6 MOE__(u_scales6)
-#define u_tq1_0_bytes MOE__(u_tq1_0_bytes)
-#define u_tq1_0_powers MOE__(u_tq1_0_powers)
-#define u_head_ks MOE__(u_head_ks)
 #define v_book8 MOE__(v_book8)
 #define u_signs_book8 MOE__(u_signs_book8)
 #define v_signed MOE__(v_signed)
@@ -6194,7 +6189,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_store_indices MOE__(u_store_indices)
 #define u_indices MOE__(u_indices)
 #define u_fours16 MOE__(u_fours16)
-#define u_scales_iq2 MOE__(u_scales_iq2)
 #define v_lookup_16 MOE__(v_lookup_16)
 #define u_signs_book4 MOE__(u_signs_book4)
 #define v_book4 MOE__(v_book4)
@@ -6209,20 +6203,13 @@ static const moe__kernels moe__kernels_scalar = {
 #define r4_half MOE__(r4_half)
 #define v_dwords MOE__(v_dwords)
 #define v_acts_r4 MOE__(v_acts_r4)
-#define v_nibbles_r4 MOE__(v_nibbles_r4)
 #define v_bits_r4 MOE__(v_bits_r4)
 #define v_load_twice MOE__(v_load_twice)
-#define v_two_r4 MOE__(v_two_r4)
-#define v_one_r4 MOE__(v_one_r4)
 #define u_four_halves MOE__(u_four_halves)
 #define u_mask8 MOE__(u_mask8)
 #define u_add8 MOE__(u_add8)
-#define u_six_r4 MOE__(u_six_r4)
-#define u_six MOE__(u_six)
 #define u_bits_r4 MOE__(u_bits_r4)
-#define u_shift_r4 MOE__(u_shift_r4)
 #define u_odd_signed MOE__(u_odd_signed)
-#define u_head_ks_r4 MOE__(u_head_ks_r4)
 #define v_scales_r4 MOE__(v_scales_r4)
 #define v_pairs_r4 MOE__(v_pairs_r4)
 #define v_times_sums_r4 MOE__(v_times_sums_r4)
@@ -6232,7 +6219,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_shift_r4 MOE__(v_shift_r4)
 #define v_acts_r8 MOE__(v_acts_r8)
 #define level_iq4_xs_r8 MOE__(level_iq4_xs_r8)
-#define v_nibbles_r8 MOE__(v_nibbles_r8)
 #define u_scales_rows MOE__(u_scales_rows)
 #define u_dot_i16 MOE__(u_dot_i16)
 #define q32_block MOE__(q32_block)
@@ -6243,7 +6229,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_ue4m3 MOE__(u_ue4m3)
 #define unpack_fn MOE__(unpack_fn)
 #define u_put MOE__(u_put)
-#define u_five MOE__(u_five)
 #define tile_job MOE__(tile_job)
 #define tile_kernel_fn MOE__(tile_kernel_fn)
 #define tile_load_f32 MOE__(tile_load_f32)
@@ -6914,10 +6899,6 @@ MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
 //   NATURAL  (0, 1) (2, 3) (4, 5) (6, 7)
 //   HALVES   first halves of 0-3, second ones, the same of 4-7
 
-#define MOE__NATURAL 0
-#define MOE__FOURS 1
-#define MOE__TWOS 2
-#define MOE__HALVES 3
 #define MOE__LEVELS (256 / MOE__VBYTES) // vectors of levels
 // AVX-VNNI has them from AVX2.
 
@@ -7035,7 +7016,7 @@ MOE__V MOE__VI v_extend(__m256i x) {
 #endif
 }
 
-// ---- pieces of levels
+// ---- parts of levels
 
 // int16 shifted right by n, left by -n
 MOE__V MOE__VI v_shift(MOE__VI x, const int n) {
@@ -7063,23 +7044,6 @@ MOE__V MOE__VI v_mask(MOE__VI x, const int mask) {
 // low | `bits` bits of high from bit `at` on
 MOE__V MOE__VI v_join(MOE__VI low, MOE__VI high, const int bits, const int at) {
     return v_or_and(low, high, MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << at)));
-}
-// TWOS: 2-bit fields and a third bit; FOURS: 4-bit fields and a fifth bit
-MOE__V MOE__VI v_three(const uint8_t *two, const uint8_t *one, const int v) {
-    const MOE__VI x = v_mask(v_field(two, 2, 0, MOE__TWOS, v), 3);
-    return v_join(x, v_field(one, 1, 2, MOE__TWOS, v), 1, 2);
-}
-MOE__V MOE__VI v_five(const uint8_t *four, const uint8_t *one, const int v) {
-    const MOE__VI x = v_mask(v_field(four, 4, 0, MOE__FOURS, v), 15);
-    return v_join(x, v_field(one, 1, 4, MOE__FOURS, v), 1, 4);
-}
-// HALVES: 16 bytes hold 32 weights, the first half in the low nibbles
-MOE__V MOE__VI v_nibbles(const uint8_t *p, const int v) {
-#if MOE__ISA == 3
-    return v_mask(_mm512_srli_epi16(v_load(p + 64 * (v / 2)), 4 * (v % 2)), 15);
-#else
-    return u_nibbles(p + 16 * v);
-#endif
 }
 // table[x] + bias, of 4, 8, 16, 32 or 64 entries
 MOE__V MOE__VI v_table(const int8_t *table, const int n, const int bias) {
@@ -7116,8 +7080,130 @@ MOE__V MOE__VI v_lookup(const int8_t *table, MOE__VI x, const int n, const int b
 }
 // Tables of 8-bit levels: see `bias` above
 #define MOE__BIAS8 (MOE__ISA == 3 ? 128 : 0)
+#define MOE__BIAS(NAME) (MOE__ISA == 2 && MOE__BITS_##NAME == 8 ? 0 : MOE__OFFSET_##NAME)
 
-// ---- pieces of heads
+// ---- words: levels
+
+// The words of the layouts in >>types, of whole vectors: w_ a vector of levels, s_ all scales of
+// a block as int16, 16 or 8 of them (n), d_ d and dmin behind it.
+#define MOE__AT_VECTOR const int order __attribute__((unused)), const int v
+MOE__V MOE__VI MOE__(w_two)(const uint8_t *b, const int p, MOE__AT_VECTOR) {
+    return v_mask(v_field(b + p, 2, 0, order, v), 3);
+}
+MOE__V MOE__VI MOE__(w_four)(const uint8_t *b, const int p, MOE__AT_VECTOR) {
+    return v_mask(v_field(b + p, 4, 0, order, v), 15);
+}
+MOE__V MOE__VI MOE__(w_three)(const uint8_t *b, const int two, const int one, MOE__AT_VECTOR) {
+    const MOE__VI x = MOE__(w_two)(b, two, order, v);
+    return v_join(x, v_field(b + one, 1, 2, order, v), 1, 2);
+}
+MOE__V MOE__VI MOE__(w_five)(const uint8_t *b, const int four, const int one, MOE__AT_VECTOR) {
+    const MOE__VI x = MOE__(w_four)(b, four, order, v);
+    return v_join(x, v_field(b + one, 1, 4, order, v), 1, 4);
+}
+MOE__V MOE__VI MOE__(w_six)(const uint8_t *b, const int four, const int two, MOE__AT_VECTOR) {
+    const MOE__VI x = MOE__(w_four)(b, four, order, v);
+    return v_join(x, v_field(b + two, 2, 4, order, v), 2, 4);
+}
+MOE__V MOE__VI MOE__(w_six_64)(const uint8_t *b, const int p, const int two, MOE__AT_VECTOR) {
+    const uint8_t *at = b + p + 32 * (v % 2); // FOURS
+#if MOE__ISA == 3
+    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i both = _mm512_broadcast_i64x4(v_load_256(at + 64 * (v / 2)));
+    const __m512i low = _mm512_srlv_epi16(both, by);
+#else
+    const __m256i low = _mm256_srli_epi16(v_load(at + 64 * (v / 4)), v / 2 % 2 * 4);
+#endif
+    return v_join(v_mask(low, 15), v_field(b + two, 2, 4, order, v), 2, 4);
+}
+MOE__V MOE__VI MOE__(w_nibbles)(const uint8_t *b, const int p, MOE__AT_VECTOR) { // HALVES
+#if MOE__ISA == 3
+    return v_mask(_mm512_srli_epi16(v_load(b + p + 64 * (v / 2)), 4 * (v % 2)), 15);
+#else
+    return u_nibbles(b + p + 16 * v);
+#endif
+}
+#if MOE__ISA == 2
+MOE__V __m256i MOE__(w_nibbles_one)(const uint8_t *b, const int p, const int one, MOE__AT_VECTOR) {
+    return v_join(MOE__(w_nibbles)(b, p, order, v), u_mask(moe__load_u32(b + one)), 1, 4);
+}
+MOE__V __m256i MOE__(w_nibbles_two)(const uint8_t *b, const int p, const int two, MOE__AT_VECTOR) {
+    __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(b + two));
+    x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
+                         _mm256_set1_epi8(3));
+    return _mm256_or_si256(MOE__(w_nibbles)(b, p, order, v), _mm256_slli_epi16(x, 4));
+}
+MOE__V __m256i MOE__(w_int8)(const uint8_t *b, const int p, MOE__AT_VECTOR) { // bias 0
+    return v_load_256(b + p + 32 * v);
+}
+#endif
+// Sub-block j: bytes, and the powers of 3 they are multiplied with
+MOE__V __m256i MOE__(base3_bytes)(const uint8_t *b, const int j) {
+    if (j < 5) return v_load_256(b);
+    const __m256i x = _mm256_broadcastsi128_si256(v_load_128(b + 32));
+    if (j < 7) return x;
+    return _mm256_inserti128_si256(x, _mm_set1_epi32((int)moe__load_u32(b + 48)), 1);
+}
+MOE__V __m256i MOE__(base3_powers)(const int j) {
+    const int power[5] = {1, 3, 9, 27, 81};
+    if (j < 5) return _mm256_set1_epi16((short)power[j]);
+    const __m128i a = _mm_set1_epi16((short)power[2 * (j - 5) % 5]);
+    const __m128i c = j == 7 ? _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27)
+                             : _mm_set1_epi16((short)power[2 * (j - 5) + 1]);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(a), c, 1);
+}
+// x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons
+MOE__V MOE__VI MOE__(w_base3)(const uint8_t *b, const int p, MOE__AT_VECTOR) {
+#if MOE__ISA == 3
+#define MOE__BOTH(x, y) _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)
+    const int i = v_group(order, v, 0) / 2, j = v_group(order, v, 2) / 2;
+    const __m512i bytes = MOE__BOTH(MOE__(base3_bytes)(b + p, i), MOE__(base3_bytes)(b + p, j));
+    const __m512i power = MOE__BOTH(MOE__(base3_powers)(i), MOE__(base3_powers)(j));
+#undef MOE__BOTH
+#else
+    const __m256i bytes = MOE__(base3_bytes)(b + p, v), power = MOE__(base3_powers)(v);
+#endif
+    const MOE__VI high = MOE__MM(set1_epi16)((short)0xFF00);
+    const MOE__VI odd = MOE__MM(mullo_epi16)(v_and(bytes, high), power);
+    const MOE__VI x =
+        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), MOE__MM(set1_epi16)(0x00FF));
+    const MOE__VI one = MOE__MM(set1_epi8)(86), two = MOE__MM(set1_epi8)((char)171);
+#if MOE__ISA == 3
+    const __m512i y = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(x, one), 1);
+    return _mm512_mask_add_epi8(y, _mm512_cmpge_epu8_mask(x, two), y, _mm512_set1_epi8(1));
+#else
+    const __m256i y = _mm256_add_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(x, one), x),
+                                      _mm256_cmpeq_epi8(_mm256_max_epu8(x, two), x));
+    return _mm256_sub_epi8(_mm256_setzero_si256(), y);
+#endif
+}
+// An index stands for two weights.
+MOE__V MOE__VI MOE__(w_pairs)(const uint8_t *b, const int p, const int one, MOE__AT_VECTOR) {
+#if MOE__ISA == 3
+    const __m512i first = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[0]));
+    const __m512i second = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[1]));
+    const __m512i pairs = _mm512_or_si512( // levels + 64: bytes of each word
+        _mm512_add_epi16(first, _mm512_set1_epi16(64)),
+        _mm512_slli_epi16(_mm512_add_epi16(second, _mm512_set1_epi16(64)), 8));
+    const __m256i x = u_nibbles(b + p + 16 * v);
+    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + one));
+    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
+    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)), pairs);
+#else
+    const __m128i low = _mm_set1_epi8(15), bit = _mm_set1_epi8(1);
+    __m128i x = _mm_srli_epi16(v_load_128(b + p + 16 * (v / 2)), 4 * (v % 2));
+    __m128i high = _mm_srli_epi16(v_load_128(b + one), v);
+    high = _mm_slli_epi16(_mm_and_si128(high, bit), 4);
+    __m256i index = _mm256_castsi128_si256(_mm_or_si128(_mm_and_si128(x, low), high));
+    __m128i y = _mm256_castsi256_si128(v_lookup(moe__levels_kl[0], index, 32, 64));
+    __m128i z = _mm256_castsi256_si128(v_lookup(moe__levels_kl[1], index, 32, 64));
+    __m256i both = _mm256_castsi128_si256(_mm_unpacklo_epi8(y, z));
+    return _mm256_inserti128_si256(both, _mm_unpackhi_epi8(y, z), 1);
+#endif
+}
+
+// ---- words: scales
 
 MOE__V __m256i u_words(__m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
 // One or two f16 (of n bytes)
@@ -7142,30 +7228,106 @@ MOE__V __m256i u_bits16(int x, const int on) {
         _mm256_and_si256(_mm256_set1_epi16((short)x), bit), bit);
     return _mm256_and_si256(set, _mm256_set1_epi16((short)on));
 }
-// 2-bit fields of 16 bits as bits 4 and 5 of 8 int16
-MOE__V __m256i u_pairs16(int x) {
-    // field i to the two top bits, then to bits 4 and 5
-    const __m128i factor = _mm_setr_epi16(16384, 4096, 1024, 256, 64, 16, 4, 1);
-    __m128i y = _mm_mullo_epi16(_mm_set1_epi16((short)x), factor);
-    y = _mm_and_si128(_mm_srli_epi16(y, 10), _mm_set1_epi16(48));
-    return _mm256_castsi128_si256(y);
+// Pairs of bits as bits 4 and 5 of n int16
+MOE__V __m256i u_pairs16(const uint8_t *p, const int n) {
+    if (n == 8) { // pair i to the two top bits, then to bits 4 and 5
+        const __m128i factor = _mm_setr_epi16(16384, 4096, 1024, 256, 64, 16, 4, 1);
+        __m128i y = _mm_mullo_epi16(_mm_set1_epi16((short)moe__load_u16(p)), factor);
+        y = _mm_and_si128(_mm_srli_epi16(y, 10), _mm_set1_epi16(48));
+        return _mm256_castsi128_si256(y);
+    }
+    // a product moves bits 2 k of each byte to bits 6 and 7
+    const __m128i byte = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
+    const __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(p)), byte);
+    const __m256i high = _mm256_mullo_epi16(u_words(bytes), factor);
+    return _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
 }
 MOE__V __m256i u_add16(__m256i x, const int y) {
     return _mm256_add_epi16(x, _mm256_set1_epi16((short)y));
 }
 // 2 x + 1
 MOE__V __m256i u_odd16(__m256i x) { return u_add16(_mm256_add_epi16(x, x), 1); }
-// As moe__types_scales6. Bits 2 k of 32 bits are moved to bits 6 and 7 of a byte by a product.
-MOE__V __m256i u_scales6(const uint8_t *b) {
-    const __m128i byte = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
-    __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(b)), byte);
-    __m256i high = _mm256_mullo_epi16(u_words(bytes), factor);
-    high = _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
-    return u_add16(_mm256_or_si256(high, u_nibbles16(b + 4, 16, 1)), -32);
+
+#define MOE__AT_SCALES const int n __attribute__((unused))
+MOE__V __m256i MOE__(s_one)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+    return (void)b, (void)p, _mm256_set1_epi16(1);
+}
+MOE__V __m256i MOE__(s_int8)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+    return _mm256_cvtepi8_epi16(v_load_128(b + p));
+}
+MOE__V __m256i MOE__(s_low)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+    return u_words(_mm_and_si128(v_load_128(b + p), _mm_set1_epi8(15)));
+}
+MOE__V __m256i MOE__(s_high)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+    return u_words(_mm_and_si128(_mm_srli_epi16(v_load_128(b + p), 4), _mm_set1_epi8(15)));
+}
+MOE__V __m256i MOE__(s_four)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+    return u_add16(u_nibbles16(b + p, n, 1), -8);
+}
+MOE__V __m256i MOE__(s_odd)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+    return u_odd16(u_nibbles16(b + p, n, 1));
+}
+MOE__V __m256i MOE__(s_odd_signed)(const uint8_t *b, const int p, const int signs,
+                                   MOE__AT_SCALES) {
+    const __m256i sign = u_bits16(moe__load_u16(b + signs), -1);
+    return _mm256_sub_epi16(_mm256_xor_si256(MOE__(s_odd)(b, p, n), sign), sign);
+}
+MOE__V __m256i MOE__(s_five)(const uint8_t *b, const int p, const int one, MOE__AT_SCALES) {
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 1), u_bits16(b[one], 16)), -16);
+}
+MOE__V __m256i MOE__(s_five_halves)(const uint8_t *b, const int p, const int one,
+                                    MOE__AT_SCALES) {
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_bits16(b[one], 16)), -16);
+}
+MOE__V __m256i MOE__(s_six)(const uint8_t *b, const int p, const int two, MOE__AT_SCALES) {
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 1), u_pairs16(b + two, n)), -32);
+}
+MOE__V __m256i MOE__(s_six_halves)(const uint8_t *b, const int p, const int two, MOE__AT_SCALES) {
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_pairs16(b + two, n)), -32);
+}
+MOE__V __m256i MOE__(s_six_split)(const uint8_t *b, const int p, const int two, MOE__AT_SCALES) {
+    __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + two)),
+                                  _mm_setr_epi32(0, 2, 4, 6));
+    high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_words(high)), -32);
+}
+// Outside the vector units, which are busy
+MOE__V __m256i MOE__(s_six_k)(const uint8_t *b, const int p, const int mins, MOE__AT_SCALES) {
+    const uint32_t x = moe__load_u32(b + p + 4 * mins), z = moe__load_u32(b + p + 8);
+    const uint32_t low = 0x0F0F0F0F, top = 0x30303030, six = 0x3F3F3F3F;
+    const uint32_t second = ((mins ? z >> 4 : z) & low) | (x >> 2 & top);
+    return u_words(_mm_cvtsi64_si128((int64_t)((x & six) | (uint64_t)second << 32)));
+}
+MOE__V __m256i MOE__(s_even)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+    const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)(b + p)));
+    return u_add16(_mm256_sub_epi16(x, _mm256_and_si256(x, _mm256_set1_epi16(1))), -127);
+}
+MOE__V __m256i MOE__(s_lowest)(const uint8_t *b, const int p, const int by, MOE__AT_SCALES) {
+    const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)(b + p)));
+    const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
+    return _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
+                            _mm256_set1_epi16((short)by));
+}
+MOE__V __m256i MOE__(s_bits)(const uint8_t *b, const int p, const int by, MOE__AT_SCALES) {
+    return u_bits16(n == 16 ? moe__load_u16(b + p) : b[p], by);
 }
 
-// ---- K-quants
+MOE__V __m128 MOE__(d_half)(const uint8_t *b, const int p, float D) {
+    return (void)D, u_halves(b + p, 2);
+}
+MOE__V __m128 MOE__(d_halves)(const uint8_t *b, const int p, float D) {
+    return (void)D, u_halves(b + p, 4);
+}
+MOE__V __m128 MOE__(d_half_min)(const uint8_t *b, const int p, float D) {
+    return MOE__(d_halves)(b, p, D);
+}
+MOE__V __m128 MOE__(d_e8m0)(const uint8_t *b, const int p, float D) {
+    return (void)D, _mm_set_ss(moe__types_e8m0(b[p]));
+}
+MOE__V __m128 MOE__(d_row)(const uint8_t *b, const int p, float D) {
+    return (void)b, (void)p, _mm_set_ss(D);
+}
 
 #define MOE__HEAD(name)                                                                      \
     MOE__V void MOE__(head_##name)(const uint8_t *b, float D __attribute__((unused)),        \
@@ -7173,222 +7335,6 @@ MOE__V __m256i u_scales6(const uint8_t *b) {
 #define MOE__LEVEL(name)                                                                     \
     MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b __attribute__((unused)), const int v, \
                                        const MOE__(head) *h __attribute__((unused)))
-
-MOE__HEAD(q2_k) {
-    const __m128i bytes = v_load_128(b), low = _mm_set1_epi8(15);
-    h->scale = u_words(_mm_and_si128(bytes, low));
-    h->min = u_words(_mm_and_si128(_mm_srli_epi16(bytes, 4), low));
-    h->d = u_halves(b + 80, 4);
-}
-MOE__LEVEL(q2_k) { return v_mask(v_field(b + 16, 2, 0, MOE__TWOS, v), 3); }
-
-MOE__HEAD(q3_k) {
-    __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + 104)),
-                                  _mm_setr_epi32(0, 2, 4, 6));
-    high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
-    const __m256i low = u_nibbles16(b + 96, 16, 0);
-    h->scale = u_add16(_mm256_or_si256(low, u_words(high)), -32);
-    h->d = u_halves(b + 108, 2);
-}
-MOE__LEVEL(q3_k) { return v_three(b + 32, b, v); }
-
-// Scales and mins, see moe__types_head; outside the vector units, which are busy
-MOE__HEAD(q4_k) {
-    const uint32_t x = moe__load_u32(b + 4), y = moe__load_u32(b + 8), z = moe__load_u32(b + 12);
-    const uint32_t low = 0x0F0F0F0F, top = 0x30303030, six = 0x3F3F3F3F;
-    const uint64_t scale = (x & six) | (uint64_t)((z & low) | (x >> 2 & top)) << 32;
-    const uint64_t min = (y & six) | (uint64_t)((z >> 4 & low) | (y >> 2 & top)) << 32;
-    h->scale = u_words(_mm_cvtsi64_si128((int64_t)scale));
-    h->min = u_words(_mm_cvtsi64_si128((int64_t)min));
-    h->d = u_halves(b, 4);
-}
-MOE__LEVEL(q4_k) { return v_mask(v_field(b + 16, 4, 0, MOE__FOURS, v), 15); }
-
-MOE__HEAD(q5_k) { MOE__(head_q4_k)(b, D, h); }
-MOE__LEVEL(q5_k) { return v_five(b + 48, b + 16, v); }
-
-MOE__HEAD(q6_k) {
-    h->scale = _mm256_cvtepi8_epi16(v_load_128(b + 192));
-    h->d = u_halves(b + 208, 2);
-}
-MOE__LEVEL(q6_k) { // low nibbles of 64 bytes: 64 weights, high ones: the next
-#if MOE__ISA == 3
-    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-    const __m512i low =
-        _mm512_srlv_epi16(_mm512_broadcast_i64x4(v_load_256(b + 64 * (v / 2) + 32 * (v % 2))), by);
-#else
-    const __m256i low = _mm256_srli_epi16(v_load(b + 64 * (v / 4) + 32 * (v % 2)), v / 2 % 2 * 4);
-#endif
-    return v_join(v_mask(low, 15), v_field(b + 128, 2, 4, MOE__FOURS, v), 2, 4);
-}
-
-// ---- ternary
-
-MOE__HEAD(tq2_0) { h->scale = _mm256_set1_epi16(1), h->d = u_halves(b + 64, 2); }
-MOE__LEVEL(tq2_0) { return v_mask(v_field(b, 2, 0, MOE__TWOS, v), 3); }
-
-MOE__HEAD(tq1_0) { h->scale = _mm256_set1_epi16(1), h->d = u_halves(b + 52, 2); }
-// Sub-block j: bytes, and the powers of 3 they are multiplied with
-MOE__V __m256i u_tq1_0_bytes(const uint8_t *b, const int j) {
-    if (j < 5) return v_load_256(b);
-    const __m256i x = _mm256_broadcastsi128_si256(v_load_128(b + 32));
-    if (j < 7) return x;
-    return _mm256_inserti128_si256(x, _mm_set1_epi32((int)moe__load_u32(b + 48)), 1);
-}
-MOE__V __m256i u_tq1_0_powers(const int j) {
-    const int power[5] = {1, 3, 9, 27, 81};
-    if (j < 5) return _mm256_set1_epi16((short)power[j]);
-    const __m128i a = _mm_set1_epi16((short)power[2 * (j - 5) % 5]);
-    const __m128i c = j == 7 ? _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27)
-                             : _mm_set1_epi16((short)power[2 * (j - 5) + 1]);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(a), c, 1);
-}
-MOE__LEVEL(tq1_0) { // x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons
-#if MOE__ISA == 3
-#define MOE__BOTH(x, y) _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)
-    const int i = v_group(MOE__FOURS, v, 0) / 2, j = v_group(MOE__FOURS, v, 2) / 2;
-    const __m512i bytes = MOE__BOTH(u_tq1_0_bytes(b, i), u_tq1_0_bytes(b, j));
-    const __m512i power = MOE__BOTH(u_tq1_0_powers(i), u_tq1_0_powers(j));
-#undef MOE__BOTH
-#else
-    const __m256i bytes = u_tq1_0_bytes(b, v), power = u_tq1_0_powers(v);
-#endif
-    const MOE__VI high = MOE__MM(set1_epi16)((short)0xFF00);
-    const MOE__VI odd = MOE__MM(mullo_epi16)(v_and(bytes, high), power);
-    const MOE__VI x =
-        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), MOE__MM(set1_epi16)(0x00FF));
-    const MOE__VI one = MOE__MM(set1_epi8)(86), two = MOE__MM(set1_epi8)((char)171);
-#if MOE__ISA == 3
-    const __m512i y = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(x, one), 1);
-    return _mm512_mask_add_epi8(y, _mm512_cmpge_epu8_mask(x, two), y, _mm512_set1_epi8(1));
-#else
-    const __m256i y = _mm256_add_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(x, one), x),
-                                      _mm256_cmpeq_epi8(_mm256_max_epu8(x, two), x));
-    return _mm256_sub_epi8(_mm256_setzero_si256(), y);
-#endif
-}
-
-// ---- tables of levels
-
-MOE__HEAD(iq4_xs) {
-    const __m256i high = u_pairs16(moe__load_u16(b + 2));
-    h->scale = u_add16(_mm256_or_si256(u_nibbles16(b + 4, 8, 1), high), -32);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq4_xs) { return v_lookup(moe__levels_k4, v_nibbles(b + 8, v), 16, MOE__BIAS8); }
-
-MOE__HEAD(iq2_k) {
-    h->scale = u_add16(u_nibbles16(b + 4, 16, 1), -8);
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K2);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq2_k) {
-    const MOE__VI x = v_mask(v_field(b + 12, 2, 0, MOE__TWOS, v), 3);
-    return v_lookup(moe__levels_k2, x, 4, 32);
-}
-
-MOE__HEAD(iq3_k) {
-    const __m256i scale = u_odd16(u_nibbles16(b + 6, 16, 1));
-    const __m256i sign = u_bits16(moe__load_u16(b + 4), -1);
-    h->scale = _mm256_sub_epi16(_mm256_xor_si256(scale, sign), sign);
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K3);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq3_k) { return v_lookup(moe__levels_k3, v_three(b + 14, b + 78, v), 8, 64); }
-
-MOE__HEAD(iq4_k) {
-    h->scale = u_scales6(b + 4);
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K4);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq4_k) { return v_lookup(moe__levels_k4, v_nibbles(b + 16, v), 16, MOE__BIAS8); }
-
-MOE__HEAD(iq5_k) {
-    h->scale = u_scales6(b + 4);
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K5);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq5_k) { return v_lookup(moe__levels_k5, v_five(b + 16, b + 144, v), 32, MOE__BIAS8); }
-
-MOE__HEAD(iq6_k) {
-    h->scale = _mm256_cvtepi8_epi16(v_load_128(b + 4));
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K6);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq6_k) {
-    const MOE__VI x = v_mask(v_field(b + 20, 4, 0, MOE__FOURS, v), 15);
-    return v_lookup(moe__levels_k6, v_join(x, v_field(b + 148, 2, 4, MOE__FOURS, v), 2, 4), 64,
-                    MOE__BIAS8);
-}
-
-MOE__HEAD(iq2_ks) {
-    const int extra = moe__load_u16(b);
-    const __m256i low = u_nibbles16(b + 2, 8, 1), high = u_bits16(extra >> 8, 16);
-    h->scale = u_add16(_mm256_or_si256(low, high), -16);
-    h->shift = u_bits16(extra, MOE__SHIFT_K2);
-    h->d = _mm_set_ss(D);
-}
-MOE__LEVEL(iq2_ks) {
-    const MOE__VI x = v_mask(v_field(b + 6, 2, 0, MOE__TWOS, v), 3);
-    return v_lookup(moe__levels_k2, x, 4, 32);
-}
-
-MOE__HEAD(iq3_ks) {
-    const int extra = moe__load_u16(b);
-    const __m256i low = u_nibbles16(b + 2, 8, 0), high = u_bits16(extra, 16);
-    h->scale = u_add16(_mm256_or_si256(low, high), -16);
-    h->shift = u_bits16(extra >> 8, MOE__SHIFT_K3);
-    h->d = _mm_set_ss(D);
-}
-MOE__LEVEL(iq3_ks) { return v_lookup(moe__levels_k3, v_three(b + 6, b + 70, v), 8, 64); }
-
-// Eight scales whose lowest bit is not part of them but chooses the table
-MOE__V void u_head_ks(const uint8_t *b, float D, const int shift, MOE__(head) *h) {
-    const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)b));
-    const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
-    h->scale = u_add16(_mm256_sub_epi16(x, bit), -127);
-    h->shift = _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
-                                _mm256_set1_epi16((short)shift));
-    h->d = _mm_set_ss(D);
-}
-
-MOE__HEAD(iq4_ks) { u_head_ks(b, D, MOE__SHIFT_K4, h); }
-MOE__LEVEL(iq4_ks) { return v_lookup(moe__levels_k4, v_nibbles(b + 8, v), 16, MOE__BIAS8); }
-
-MOE__HEAD(iq5_ks) { u_head_ks(b, D, MOE__SHIFT_K5, h); }
-MOE__LEVEL(iq5_ks) { return v_lookup(moe__levels_k5, v_five(b + 8, b + 136, v), 32, MOE__BIAS8); }
-
-MOE__HEAD(iq2_kl) {
-    const __m256i high = u_pairs16(moe__load_u16(b));
-    h->scale = u_add16(_mm256_or_si256(u_nibbles16(b + 2, 8, 0), high), -32);
-    h->d = _mm_set_ss(D);
-}
-// An index stands for two weights: 16 bytes of low nibbles are two sub-blocks, bit j of 16 more
-// bytes the fifth bit of sub-block j.
-MOE__LEVEL(iq2_kl) {
-#if MOE__ISA == 3
-    const __m512i first = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[0]));
-    const __m512i second = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[1]));
-    const __m512i pairs = _mm512_or_si512( // levels + 64: bytes of each word
-        _mm512_add_epi16(first, _mm512_set1_epi16(64)),
-        _mm512_slli_epi16(_mm512_add_epi16(second, _mm512_set1_epi16(64)), 8));
-    const __m256i x = u_nibbles(b + 6 + 16 * v);
-    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + 70));
-    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
-    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
-    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)), pairs);
-#else
-    const __m128i low = _mm_set1_epi8(15), one = _mm_set1_epi8(1);
-    __m128i x = _mm_srli_epi16(v_load_128(b + 6 + 16 * (v / 2)), 4 * (v % 2));
-    __m128i high = _mm_srli_epi16(v_load_128(b + 70), v);
-    high = _mm_slli_epi16(_mm_and_si128(high, one), 4);
-    __m256i index = _mm256_castsi128_si256(_mm_or_si128(_mm_and_si128(x, low), high));
-    __m128i y = _mm256_castsi256_si128(v_lookup(moe__levels_kl[0], index, 32, 64));
-    __m128i z = _mm256_castsi256_si128(v_lookup(moe__levels_kl[1], index, 32, 64));
-    __m256i both = _mm256_castsi128_si256(_mm_unpacklo_epi8(y, z));
-    return _mm256_inserti128_si256(both, _mm_unpackhi_epi8(y, z), 1);
-#endif
-}
 
 // ---- code books
 
@@ -7480,15 +7426,13 @@ MOE__LEVEL(iq2_xxs) {
     return v_signed(x, h->sign, v, 64);
 }
 
-MOE__V __m256i u_scales_iq2(const uint8_t *b) { return u_odd16(u_nibbles16(b, 16, 1)); }
-
 MOE__HEAD(iq2_xs) {
     const __m256i x = v_load_256(b + 2), y = v_load_256(b + 34);
     const __m256i mask = _mm256_set1_epi16(511);
     __m256i sign = _mm256_packus_epi16(_mm256_srli_epi16(x, 9), _mm256_srli_epi16(y, 9));
     u_signs_book8(u_even_signs(_mm256_permute4x64_epi64(sign, 0xD8)), h);
     u_store_indices(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask), h);
-    h->scale = u_scales_iq2(b + 66);
+    h->scale = MOE__(s_odd)(b, 66, 16);
     h->d = _mm_set_ss(u_f16(b) * 0.125f);
 }
 MOE__LEVEL(iq2_xs) {
@@ -7504,7 +7448,7 @@ MOE__HEAD(iq2_s) {
     const __m256i high_half = _mm256_mullo_epi16(u_fours16(high, 4), up);
     u_indices(b + 2, _mm256_and_si256(low_half, mask), _mm256_and_si256(high_half, mask), h);
     u_signs_book8(v_load_256(b + 34), h);
-    h->scale = u_scales_iq2(b + 74);
+    h->scale = MOE__(s_odd)(b, 74, 16);
     h->d = _mm_set_ss(u_f16(b) * 0.125f);
 }
 MOE__LEVEL(iq2_s) {
@@ -7542,7 +7486,6 @@ MOE__V __m512i v_book4(const uint16_t *book, __m512i index, const int count, con
     const __m512i high = v_lookup_16(book + count, index, count);
     return v % 2 ? _mm512_unpackhi_epi16(low, high) : _mm512_unpacklo_epi16(low, high);
 }
-#define MOE__BOOK4_ORDER MOE__HALVES
 #else
 MOE__V void u_signs_book4(__m256i sign, MOE__(head) *h) { u_store(h->sign, sign); }
 #define MOE__ENTRY(i) (int)book[index[i]]
@@ -7553,7 +7496,6 @@ MOE__V __m256i v_book4(const uint32_t *book, const uint8_t *index) { return MOE_
 MOE__V __m256i v_book4_16(const uint32_t *book, const uint16_t *index) { return MOE__ENTRIES; }
 #undef MOE__ENTRIES
 #undef MOE__ENTRY
-#define MOE__BOOK4_ORDER MOE__NATURAL
 #endif
 
 MOE__HEAD(iq3_xxs) {
@@ -7571,7 +7513,7 @@ MOE__LEVEL(iq3_xxs) {
 }
 
 MOE__HEAD(iq3_s) {
-    h->scale = u_odd16(u_nibbles16(b + 106, 8, 1));
+    h->scale = MOE__(s_odd)(b, 106, 8);
     u_signs_book4(v_load_256(b + 74), h);
 #if MOE__ISA == 2
     MOE__UNROLL(4)
@@ -7700,13 +7642,14 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
 // shifts of levels, code books
 #define MOE__SHIFTS 1
 #define MOE__BOOKS 2
+#define MOE__MINS 4
 #define MOE__TYPE_256(NAME, name, order, has)                                                     \
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
         enum { RUN = (has) & MOE__BOOKS ? 8 : 1 };                                                \
         const int size = MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME;       \
         const int mins = MOE__OFFSET_##NAME == 0, meta = MOE__META_##NAME;                        \
-        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME;                     \
+        const int bias = MOE__BIAS(NAME);                                                         \
         const int shifts = (has) & MOE__SHIFTS;                                                   \
         const __m256i less = _mm256_set1_epi16((short)-bias);                                     \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
@@ -7770,38 +7713,6 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
         out->d[0] = _mm_cvtss_f32(h.d);                                                           \
         out->dmin[0] = mins ? _mm_cvtss_f32(_mm_movehdup_ps(h.d)) : 0;                            \
     }
-
-MOE__TYPE_256(Q2_K, q2_k, MOE__TWOS, 0)
-MOE__TYPE_256(Q3_K, q3_k, MOE__TWOS, 0)
-MOE__TYPE_256(Q4_K, q4_k, MOE__FOURS, 0)
-MOE__TYPE_256(Q5_K, q5_k, MOE__FOURS, 0)
-MOE__TYPE_256(Q6_K, q6_k, MOE__FOURS, 0)
-MOE__TYPE_256(TQ1_0, tq1_0, MOE__FOURS, 0)
-MOE__TYPE_256(TQ2_0, tq2_0, MOE__TWOS, 0)
-MOE__TYPE_256(IQ1_S, iq1_s, MOE__FOURS, MOE__SHIFTS | MOE__BOOKS)
-MOE__TYPE_256(IQ1_M, iq1_m, MOE__FOURS, MOE__BOOKS)
-MOE__TYPE_256(IQ2_XXS, iq2_xxs, MOE__FOURS, MOE__BOOKS)
-MOE__TYPE_256(IQ2_XS, iq2_xs, MOE__FOURS, MOE__BOOKS)
-MOE__TYPE_256(IQ2_S, iq2_s, MOE__FOURS, MOE__BOOKS)
-MOE__TYPE_256(IQ3_XXS, iq3_xxs, MOE__BOOK4_ORDER, MOE__BOOKS)
-MOE__TYPE_256(IQ3_S, iq3_s, MOE__BOOK4_ORDER, MOE__BOOKS)
-#undef MOE__BOOK4_ORDER
-MOE__TYPE_256(IQ4_XS, iq4_xs, MOE__HALVES, 0)
-MOE__TYPE_256(IQ2_K, iq2_k, MOE__TWOS, MOE__SHIFTS)
-MOE__TYPE_256(IQ3_K, iq3_k, MOE__TWOS, MOE__SHIFTS)
-MOE__TYPE_256(IQ4_K, iq4_k, MOE__HALVES, MOE__SHIFTS)
-MOE__TYPE_256(IQ5_K, iq5_k, MOE__FOURS, MOE__SHIFTS)
-MOE__TYPE_256(IQ6_K, iq6_k, MOE__FOURS, MOE__SHIFTS)
-MOE__TYPE_256(IQ2_KS, iq2_ks, MOE__TWOS, MOE__SHIFTS)
-MOE__TYPE_256(IQ3_KS, iq3_ks, MOE__TWOS, MOE__SHIFTS)
-MOE__TYPE_256(IQ4_KS, iq4_ks, MOE__HALVES, MOE__SHIFTS)
-MOE__TYPE_256(IQ5_KS, iq5_ks, MOE__FOURS, MOE__SHIFTS)
-MOE__TYPE_256(IQ2_KL, iq2_kl, MOE__NATURAL, 0)
-#undef MOE__TYPE_256
-#undef MOE__SHIFTS
-#undef MOE__BOOKS
-#undef MOE__HEAD
-#undef MOE__LEVEL
 #endif // MOE__ISA != 4
 
 // ---- interleaved rows ------------------------------------------------------------------------
@@ -7843,13 +7754,16 @@ MOE__V MOE__VI v_acts_r4(__m256i acts, const int v) {
 #undef MOE__DWORD
 }
 
-// ---- levels of four rows
+// ---- words: levels of four and eight rows
 
-MOE__V MOE__VI v_nibbles_r4(const uint8_t *p, const int v) {
+// Vector v of sub-block j
+#define MOE__AT_ROWS const int j, const int v
+MOE__V MOE__VI MOE__(rw_nibbles)(const uint8_t *b, const int p, MOE__AT_ROWS) {
+    const uint8_t *at = b + p + 64 * j;
 #if MOE__ISA == 3
-    return v_mask(_mm512_srli_epi16(v_load(p), 4 * v), 15);
+    return v_mask(_mm512_srli_epi16(v_load(at), 4 * v), 15);
 #else
-    return v_mask(_mm256_srli_epi16(v_load(p + 32 * (v % 2)), 4 * (v / 2)), 15);
+    return v_mask(_mm256_srli_epi16(v_load(at + 32 * (v % 2)), 4 * (v / 2)), 15);
 #endif
 }
 // Bits from a h + b (t % 2) + c (t / 2) on, moved to bit `to`; others are not cleared. 32 bytes:
@@ -7877,16 +7791,28 @@ MOE__V MOE__VI v_load_twice(const uint8_t *p) {
     return v_load(p);
 #endif
 }
-MOE__V MOE__VI v_two_r4(const uint8_t *p, const int v) {
-    return v_mask(v_bits_r4(v_load_twice(p), v, 0, 2, 4, 0), 3);
+MOE__V MOE__VI MOE__(rw_two)(const uint8_t *b, const int p, MOE__AT_ROWS) {
+    return v_mask(v_bits_r4(v_load_twice(b + p + 32 * j), v, 0, 2, 4, 0), 3);
 }
-MOE__V MOE__VI v_one_r4(const uint8_t *p, const int v, const int a, const int b, const int c,
-                        const int to) {
-    return v_bits_r4(v_load16(p), v, a, b, c, to);
+MOE__V MOE__VI MOE__(rw_three)(const uint8_t *b, const int two, const int one, const int x,
+                               const int y, const int z, MOE__AT_ROWS) {
+    const MOE__VI high = v_bits_r4(v_load16(b + one + 16 * j), v, x, y, z, 2);
+    return v_join(MOE__(rw_two)(b, two, j, v), high, 1, 2);
+}
+MOE__V MOE__VI MOE__(rw_five)(const uint8_t *b, const int four, const int one, const int x,
+                              const int y, const int z, MOE__AT_ROWS) {
+    const MOE__VI high = v_bits_r4(v_load16(b + one + 16 * j), v, x, y, z, 4);
+    return v_join(MOE__(rw_nibbles)(b, four, j, v), high, 1, 4);
+}
+MOE__V MOE__VI MOE__(rw_six)(const uint8_t *b, const int four, const int two, const int y,
+                             const int z, MOE__AT_ROWS) {
+    const MOE__VI high = v_bits_r4(v_load_twice(b + two + 32 * j), v, 0, y, z, 4);
+    return v_join(MOE__(rw_nibbles)(b, four, j, v), high, 2, 4);
 }
 
-// ---- heads of four rows
+// ---- words: scales of four rows
 
+// They are written to the 64 (32) bytes `to`.
 MOE__V __m128 u_four_halves(const uint8_t *p) {
     return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(const void *)p));
 }
@@ -7896,18 +7822,39 @@ MOE__V __m256i u_mask8(__m256i x, const int mask) {
 MOE__V __m256i u_add8(__m256i x, const int y) {
     return _mm256_add_epi8(x, _mm256_set1_epi8((char)y));
 }
-// 64 6-bit scales less 32, see moe__types_six_r4
-MOE__V void u_six_r4(const uint8_t *low, const uint8_t *high, rows_head *h) {
-    const __m256i x = v_load_256(low);
-    const __m256i bits = _mm256_broadcastsi128_si256(v_load_128(high));
-    __m256i a = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)), b;
-    b = u_mask8(_mm256_srli_epi16(a, 4), 3);
-    a = _mm256_slli_epi16(u_mask8(a, 3), 4);
-    b = _mm256_slli_epi16(b, 4);
-    a = _mm256_or_si256(a, u_mask8(x, 15));
-    b = _mm256_or_si256(b, u_mask8(_mm256_srli_epi16(x, 4), 15));
-    u_store(h->scale, u_add8(a, -32));
-    u_store(h->scale + 32, u_add8(b, -32));
+MOE__V void MOE__(rs_int8)(const uint8_t *b, const int p, int8_t *to) { memcpy(to, b + p, 64); }
+MOE__V void MOE__(rs_low)(const uint8_t *b, const int p, int8_t *to) {
+    u_store(to, u_mask8(v_load_256(b + p), 15));
+    u_store(to + 32, u_mask8(v_load_256(b + p + 32), 15));
+}
+MOE__V void MOE__(rs_high)(const uint8_t *b, const int p, int8_t *to) {
+    u_store(to, u_mask8(_mm256_srli_epi16(v_load_256(b + p), 4), 15));
+    u_store(to + 32, u_mask8(_mm256_srli_epi16(v_load_256(b + p + 32), 4), 15));
+}
+MOE__V void MOE__(rs_four)(const uint8_t *b, const int p, int8_t *to) {
+    const __m256i x = v_load_256(b + p);
+    u_store(to, u_add8(u_mask8(x, 15), -8));
+    u_store(to + 32, u_add8(u_mask8(_mm256_srli_epi16(x, 4), 15), -8));
+}
+MOE__V void MOE__(rs_six)(const uint8_t *b, const int p, const int two, int8_t *to) {
+    const __m256i x = v_load_256(b + p);
+    const __m256i bits = _mm256_broadcastsi128_si256(v_load_128(b + two));
+    __m256i low = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)), high;
+    high = u_mask8(_mm256_srli_epi16(low, 4), 3);
+    low = _mm256_slli_epi16(u_mask8(low, 3), 4);
+    high = _mm256_slli_epi16(high, 4);
+    low = _mm256_or_si256(low, u_mask8(x, 15));
+    high = _mm256_or_si256(high, u_mask8(_mm256_srli_epi16(x, 4), 15));
+    u_store(to, u_add8(low, -32));
+    u_store(to + 32, u_add8(high, -32));
+}
+MOE__V void MOE__(rs_six_k)(const uint8_t *b, const int p, const int two, const int mins,
+                            int8_t *to) {
+    const __m256i bytes = v_load_256(b + p), six = _mm256_set1_epi8(48);
+    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + two));
+    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
+    high = mins ? _mm256_slli_epi16(high, 2) : _mm256_slli_epi16(high, 4);
+    u_store(to, u_or_and(u_mask8(mins ? _mm256_srli_epi16(bytes, 4) : bytes, 15), high, six));
 }
 // Bit i / 8 of byte i % 8 of x, for i = 0..31 (high: 32..63): -1 or 0
 MOE__V __m256i u_bits_r4(uint64_t x, const int high) {
@@ -7917,131 +7864,41 @@ MOE__V __m256i u_bits_r4(uint64_t x, const int high) {
     const __m256i at = high ? _mm256_slli_epi16(bit, 4) : bit;
     return _mm256_cmpeq_epi8(_mm256_and_si256(bits, at), at);
 }
-MOE__V void u_shift_r4(const uint8_t *extra, const int shift, rows_head *h) {
-    const uint64_t bits = moe__load_u64(extra);
-    u_store(h->shift, u_mask8(u_bits_r4(bits, 0), shift));
-    u_store(h->shift + 32, u_mask8(u_bits_r4(bits, 1), shift));
+MOE__V void MOE__(rs_bits)(const uint8_t *b, const int p, const int by, int8_t *to) {
+    const uint64_t bits = moe__load_u64(b + p);
+    u_store(to, u_mask8(u_bits_r4(bits, 0), by));
+    u_store(to + 32, u_mask8(u_bits_r4(bits, 1), by));
 }
-
-#define MOE__HEAD(name)                                                                      \
-    MOE__V void MOE__(head_##name)(const uint8_t *b, const float *D __attribute__((unused)), \
-                                   rows_head *h)
-#define MOE__LEVEL(name) MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, int j, const int v)
-
-MOE__HEAD(q2_k_r4) {
-    const __m256i low = v_load_256(b + 16), high = v_load_256(b + 48);
-    u_store(h->scale, u_mask8(low, 15));
-    u_store(h->scale + 32, u_mask8(high, 15));
-    u_store(h->min, u_mask8(_mm256_srli_epi16(low, 4), 15));
-    u_store(h->min + 32, u_mask8(_mm256_srli_epi16(high, 4), 15));
-    h->d = u_four_halves(b), h->dmin = u_four_halves(b + 8);
-}
-MOE__LEVEL(q2_k_r4) { return v_two_r4(b + 80 + 32 * j, v); }
-
-MOE__HEAD(q3_k_r4) {
-    u_six_r4(b + 24, b + 8, h);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(q3_k_r4) {
-    return v_join(v_two_r4(b + 184 + 32 * j, v), v_one_r4(b + 56 + 16 * j, v, 4, 1, 2, 2), 1, 2);
-}
-
-// Low nibbles are scales, high ones mins; two more bits of each
-MOE__HEAD(q4_k_r4) {
-    const __m256i bytes = v_load_256(b + 32), three = _mm256_set1_epi8(48);
-    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + 16));
-    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
-    const __m256i scale = u_mask8(bytes, 15);
-    const __m256i min = u_mask8(_mm256_srli_epi16(bytes, 4), 15);
-    u_store(h->scale, u_or_and(scale, _mm256_slli_epi16(high, 4), three));
-    u_store(h->min, u_or_and(min, _mm256_slli_epi16(high, 2), three));
-    h->d = u_four_halves(b), h->dmin = u_four_halves(b + 8);
-}
-MOE__LEVEL(q4_k_r4) { return v_nibbles_r4(b + 64 + 64 * j, v); }
-
-MOE__HEAD(q5_k_r4) { MOE__(head_q4_k_r4)(b, D, h); }
-MOE__LEVEL(q5_k_r4) {
-    return v_join(v_nibbles_r4(b + 192 + 64 * j, v), v_one_r4(b + 64 + 16 * j, v, 4, 2, 1, 4), 1,
-                  4);
-}
-
-MOE__HEAD(q6_k_r4) {
-    memcpy(h->scale, b + 8, 64);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(q6_k_r4) {
-    const MOE__VI high = v_load_twice(b + 72 + 32 * j);
-    return v_join(v_nibbles_r4(b + 328 + 64 * j, v), v_bits_r4(high, v, 0, 4, 2, 4), 2, 4);
-}
-
-MOE__HEAD(iq2_k_r4) {
-    const __m256i x = v_load_256(b + 16);
-    u_store(h->scale, u_add8(u_mask8(x, 15), -8));
-    u_store(h->scale + 32, u_add8(u_mask8(_mm256_srli_epi16(x, 4), 15), -8));
-    u_shift_r4(b + 8, MOE__SHIFT_K2, h);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(iq2_k_r4) { return v_lookup(moe__levels_k2, v_two_r4(b + 48 + 32 * j, v), 4, 32); }
-
 // 2 x + 1, negative where the sign is set
 MOE__V __m256i u_odd_signed(__m256i x, __m256i sign) {
     x = u_add8(_mm256_add_epi8(x, x), 1);
     return _mm256_sub_epi8(_mm256_xor_si256(x, sign), sign);
 }
-MOE__HEAD(iq3_k_r4) {
-    const __m256i x = v_load_256(b + 24);
-    const uint64_t signs = moe__load_u64(b + 16);
-    u_store(h->scale, u_odd_signed(u_mask8(x, 15), u_bits_r4(signs, 0)));
-    u_store(h->scale + 32, u_odd_signed(u_mask8(_mm256_srli_epi16(x, 4), 15), u_bits_r4(signs, 1)));
-    u_shift_r4(b + 8, MOE__SHIFT_K3, h);
-    h->d = u_four_halves(b);
+MOE__V void MOE__(rs_odd_signed)(const uint8_t *b, const int p, const int signs, int8_t *to) {
+    const __m256i x = v_load_256(b + p);
+    const uint64_t bits = moe__load_u64(b + signs);
+    u_store(to, u_odd_signed(u_mask8(x, 15), u_bits_r4(bits, 0)));
+    u_store(to + 32, u_odd_signed(u_mask8(_mm256_srli_epi16(x, 4), 15), u_bits_r4(bits, 1)));
 }
-MOE__LEVEL(iq3_k_r4) {
-    const MOE__VI x =
-        v_join(v_two_r4(b + 56 + 32 * j, v), v_one_r4(b + 312 + 16 * j, v, 4, 1, 2, 2), 1, 2);
-    return v_lookup(moe__levels_k3, x, 8, 64);
+MOE__V void MOE__(rs_even)(const uint8_t *b, const int p, int8_t *to) {
+    const __m256i x = v_load_256(b + p);
+    u_store(to, u_add8(_mm256_sub_epi8(x, u_mask8(x, 1)), -127));
 }
-
-MOE__HEAD(iq4_k_r4) {
-    u_six_r4(b + 32, b + 16, h);
-    u_shift_r4(b + 8, MOE__SHIFT_K4, h);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(iq4_k_r4) {
-    const MOE__VI x = v_nibbles_r4(b + 64 + 64 * j, v);
-    return v_lookup(moe__levels_k4, x, 16, MOE__BIAS8);
+MOE__V void MOE__(rs_lowest)(const uint8_t *b, const int p, const int by, int8_t *to) {
+    const __m256i bit = u_mask8(v_load_256(b + p), 1);
+    u_store(to, u_mask8(_mm256_sub_epi8(_mm256_setzero_si256(), bit), by));
 }
 
-MOE__HEAD(iq5_k_r4) {
-    u_six_r4(b + 32, b + 16, h);
-    u_shift_r4(b + 8, MOE__SHIFT_K5, h);
-    h->d = u_four_halves(b);
+#define MOE__AT_HEAD const float *D __attribute__((unused)), rows_head *h
+MOE__V void MOE__(rd_half)(const uint8_t *b, const int p, MOE__AT_HEAD) {
+    h->d = u_four_halves(b + p);
 }
-MOE__LEVEL(iq5_k_r4) {
-    const MOE__VI x =
-        v_join(v_nibbles_r4(b + 64 + 64 * j, v), v_one_r4(b + 576 + 16 * j, v, 2, 4, 1, 4), 1, 4);
-    return v_lookup(moe__levels_k5, x, 32, MOE__BIAS8);
+MOE__V void MOE__(rd_halves)(const uint8_t *b, const int p, MOE__AT_HEAD) {
+    h->d = u_four_halves(b + p), h->dmin = u_four_halves(b + p + 8);
 }
-
-// Scales whose lowest bit is not part of them but chooses the table
-MOE__V void u_head_ks_r4(const uint8_t *b, const float *D, const int shift, rows_head *h) {
-    const __m256i x = v_load_256(b), bit = u_mask8(x, 1);
-    u_store(h->scale, u_add8(_mm256_sub_epi8(x, bit), -127));
-    u_store(h->shift, u_mask8(_mm256_sub_epi8(_mm256_setzero_si256(), bit), shift));
+MOE__V void MOE__(rd_row)(const uint8_t *b, const int p, MOE__AT_HEAD) {
+    (void)b, (void)p;
     h->d = _mm_loadu_ps(D);
-}
-
-MOE__HEAD(iq4_ks_r4) { u_head_ks_r4(b, D, MOE__SHIFT_K4, h); }
-MOE__LEVEL(iq4_ks_r4) {
-    const MOE__VI x = v_nibbles_r4(b + 32 + 64 * j, v);
-    return v_lookup(moe__levels_k4, x, 16, MOE__BIAS8);
-}
-
-MOE__HEAD(iq5_ks_r4) { u_head_ks_r4(b, D, MOE__SHIFT_K5, h); }
-MOE__LEVEL(iq5_ks_r4) {
-    const MOE__VI x =
-        v_join(v_nibbles_r4(b + 32 + 64 * j, v), v_one_r4(b + 544 + 16 * j, v, 2, 4, 1, 4), 1, 4);
-    return v_lookup(moe__levels_k5, x, 32, MOE__BIAS8);
 }
 
 // ---- products with four rows
@@ -8191,7 +8048,7 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
                                   const void *x, float *out) {                                    \
         const int size = 4 * MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME;   \
         const int mins = MOE__OFFSET_##NAME == 0, meta = 4 * MOE__META_##NAME;                    \
-        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME;                     \
+        const int bias = MOE__BIAS(NAME);                                                         \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;                \
         for (int64_t r = 0; r < n_rows; r += 4) {                                                 \
@@ -8248,21 +8105,6 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
         MOE__(rows_put_heads)(out, h, per, mins);                                                 \
     }
 
-MOE__TYPE_R4(Q2_K_R4, q2_k_r4, 0)
-MOE__TYPE_R4(Q3_K_R4, q3_k_r4, 0)
-MOE__TYPE_R4(Q4_K_R4, q4_k_r4, 0)
-MOE__TYPE_R4(Q5_K_R4, q5_k_r4, 0)
-MOE__TYPE_R4(Q6_K_R4, q6_k_r4, 0)
-MOE__TYPE_R4(IQ2_K_R4, iq2_k_r4, 1)
-MOE__TYPE_R4(IQ3_K_R4, iq3_k_r4, 1)
-MOE__TYPE_R4(IQ4_K_R4, iq4_k_r4, 1)
-MOE__TYPE_R4(IQ5_K_R4, iq5_k_r4, 1)
-MOE__TYPE_R4(IQ4_KS_R4, iq4_ks_r4, 1)
-MOE__TYPE_R4(IQ5_KS_R4, iq5_ks_r4, 1)
-#undef MOE__TYPE_R4
-#undef MOE__HEAD
-#undef MOE__LEVEL
-
 // ---- eight rows
 
 // Pieces of 32 bytes hold fours of eight rows; a vector has one or two of them, from number
@@ -8308,7 +8150,7 @@ MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n
             rows_head h;
             __m256i sum = _mm256_setzero_si256();
             v_fetch(b, rows_end, size);
-            u_six_r4(b + 32, b + 16, &h);
+            MOE__(rs_six)(b, 32, 16, h.scale);
             for (int j = 0; j < 8; j++) {
                 const __m256i acts = v_load_256(a->q + moe__act256_at(32 * j));
                 MOE__VI s = v_zero();
@@ -8339,7 +8181,7 @@ MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const floa
     uint8_t *half = out->pack + out->half * MOE__VBYTES;
     (void)n, (void)D;
     for (int g = 0; g < GROUPS; g++) {
-        u_six_r4(group[g] + 32, group[g] + 16, h + g);
+        MOE__(rs_six)(group[g], 32, 16, h[g].scale);
         _mm256_storeu_ps((float *)(void *)(half + TILE_D) + 8 * g,
                          _mm256_cvtph_ps(v_load_128(group[g])));
     }
@@ -8363,23 +8205,15 @@ MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const floa
 
 // Fours of one block of 32 weights: with four rows vectors as above, with eight rows pieces of
 // fours 0..3 in the low nibbles, 4..7 in the high ones (Q8_0_R8: 0..7). `level` is vector v.
-#define MOE__LEVEL(name) MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, const int v)
-MOE__V MOE__VI v_nibbles_r8(const uint8_t *p, const int v) {
+MOE__V MOE__VI MOE__(rw_nibbles_8)(const uint8_t *b, const int p, MOE__AT_ROWS) {
     const int n = 4 / MOE__PIECES;
-    const MOE__VI x = v_load(p + MOE__VBYTES * (v % n));
-    return v_mask(MOE__MM(srli_epi16)(x, v / n * 4), 15);
+    const MOE__VI x = v_load(b + p + MOE__VBYTES * (v % n));
+    return (void)j, v_mask(MOE__MM(srli_epi16)(x, v / n * 4), 15);
 }
-MOE__LEVEL(q4_0_r8) { return v_nibbles_r8(b + 16, v); }
-MOE__LEVEL(mxfp4_r8) { return v_lookup(moe__levels_fp4, v_nibbles_r8(b + 8, v), 16, 16); }
-MOE__LEVEL(q8_0_r8) {
-    return MOE__MM(add_epi8)(v_load(b + 16 + MOE__VBYTES * v),
-                             MOE__MM(set1_epi8)((char)MOE__BIAS8));
+MOE__V MOE__VI MOE__(rw_int8_8)(const uint8_t *b, const int p, MOE__AT_ROWS) {
+    const MOE__VI bias = MOE__MM(set1_epi8)((char)MOE__BIAS8);
+    return (void)j, MOE__MM(add_epi8)(v_load(b + p + MOE__VBYTES * v), bias);
 }
-MOE__LEVEL(iq4_nl_r4) { return v_lookup(moe__levels_k4, v_nibbles_r4(b + 8, v), 16, MOE__BIAS8); }
-MOE__LEVEL(q5_0_r4) {
-    return v_join(v_nibbles_r4(b + 24, v), v_one_r4(b + 8, v, 1, 2, 4, 4), 1, 4);
-}
-#undef MOE__LEVEL
 
 // The scales of the rows of a block
 MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
@@ -8394,7 +8228,7 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
         const int R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, bits = MOE__BITS_##NAME;    \
-        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME, P = MOE__PIECES;    \
+        const int bias = MOE__BIAS(NAME), P = MOE__PIECES;                                        \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         for (int64_t r = 0; r < n_rows; r += R) {                                                 \
             const uint8_t *b = rows + (size_t)r * row_size;                                       \
@@ -8452,12 +8286,6 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
             tile_put_int(out->pack, j, out->half, v_load(d));                       \
         }                                                                                         \
     }
-MOE__TYPE_ROWS_32(Q4_0_R8, q4_0_r8)
-MOE__TYPE_ROWS_32(Q5_0_R4, q5_0_r4)
-MOE__TYPE_ROWS_32(Q8_0_R8, q8_0_r8)
-MOE__TYPE_ROWS_32(IQ4_NL_R4, iq4_nl_r4)
-MOE__TYPE_ROWS_32(MXFP4_R8, mxfp4_r8)
-#undef MOE__TYPE_ROWS_32
 #endif // MOE__ISA != 4
 
 // ---- dot products: blocks of 32 --------------------------------------------------------------
@@ -8856,38 +8684,20 @@ typedef void unpack_fn(const uint8_t *b, int n, float D, moe__block *out);
 // moe__unpack_NAME_avx2 is moe__unpack_NAME for up to 256 weights (n) of a row, the offset added
 // to levels but for 8 bits. Nothing behind the blocks is read. All instruction sets use these.
 #if MOE__ISA == 2
-#define MOE__ROW_BLOCKS(name, size, d_, dmin_, ...)                                               \
-    MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
-        (void)D;                                                                                  \
-        for (int j = 0; j < n / 32; j++, b += size) {                                             \
-            out->d[2 * j] = out->d[2 * j + 1] = d_;                                               \
-            out->dmin[2 * j] = out->dmin[2 * j + 1] = dmin_;                                      \
-            u_put(out, j, __VA_ARGS__);                                                    \
-        }                                                                                         \
-    }
 MOE__V void u_put(moe__block *out, int j, __m256i v) {
     _mm256_storeu_si256((__m256i *)(void *)(out->q + 32 * j), v);
 }
-MOE__V __m256i u_five(const uint8_t *low, const uint8_t *high) {
-    __m256i fifth = u_mask(moe__load_u32(high));
-    return _mm256_or_si256(u_nibbles(low), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
-}
-MOE__V __m256i u_six(const uint8_t *low, const uint8_t *high) {
-    __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(high));
-    x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
-                         _mm256_set1_epi8(3));
-    return _mm256_or_si256(u_nibbles(low), _mm256_slli_epi16(x, 4));
-}
-MOE__ROW_BLOCKS(q4_0, 18, u_f16(b), 0, u_nibbles(b + 2))
-MOE__ROW_BLOCKS(q4_1, 20, u_f16(b), -u_f16(b + 2), u_nibbles(b + 4))
-MOE__ROW_BLOCKS(q5_0, 22, u_f16(b), 0, u_five(b + 6, b + 2))
-MOE__ROW_BLOCKS(q5_1, 24, u_f16(b), -u_f16(b + 2), u_five(b + 8, b + 4))
-MOE__ROW_BLOCKS(q6_0, 26, u_f16(b), 0, u_six(b + 10, b + 2))
-MOE__ROW_BLOCKS(q8_0, 34, u_f16(b), 0, v_load_256(b + 2))
-MOE__ROW_BLOCKS(iq4_nl, 18, u_f16(b), 0, v_lookup(moe__levels_k4, u_nibbles(b + 2), 16, 0))
-MOE__ROW_BLOCKS(mxfp4, 17, moe__types_e8m0(b[0]), 0,
-                v_lookup(moe__levels_fp4, u_nibbles(b + 1), 16, 16))
-#undef MOE__ROW_BLOCKS
+#define MOE__ROW_BLOCKS(NAME, name, d_, levels)                                                   \
+    MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
+        (void)D;                                                                                  \
+        for (int j = 0; j < n / 32; j++, b += MOE__BYTES_##NAME) {                                \
+            const __m128 d = d_; /* and, where there are mins, minus the min */                   \
+            out->d[2 * j] = out->d[2 * j + 1] = _mm_cvtss_f32(d);                                 \
+            out->dmin[2 * j] = out->dmin[2 * j + 1] =                                             \
+                MOE__OFFSET_##NAME > 0 ? 0 : -_mm_cvtss_f32(_mm_movehdup_ps(d));                  \
+            u_put(out, j, levels);                                                                \
+        }                                                                                         \
+    }
 
 MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *out) {
     (void)D;
@@ -8904,6 +8714,92 @@ MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *ou
     }
 }
 #endif
+
+// ---- layouts read ----------------------------------------------------------------------------
+
+// All block types from their layouts: heads and levels, then kernels.
+#if MOE__ISA != 4
+MOE__V MOE__VI v_level_of(const int8_t *table, const int n, MOE__VI x, const int bias) {
+    return table ? v_lookup(table, x, n, bias) : x;
+}
+#define MOE__LEVEL_OF(NAME, table, x)                                          \
+    v_level_of(moe__levels_##table, (int)sizeof moe__levels_##table, x, MOE__BIAS(NAME))
+#define MOE__MORE_NOTHING 0
+#define MOE__MORE_MINS MOE__MINS
+#define MOE__MORE_SHIFTS MOE__SHIFTS
+#define MOE__TO_NOTHING shift // not written
+#define MOE__TO_MINS min
+#define MOE__TO_SHIFTS shift
+
+#if MOE__ISA == 2 // all instruction sets use these
+#define MOE__OF_32(NAME, name, set, set_at, table, level, at)                                     \
+    MOE__ROW_BLOCKS(NAME, name, MOE__(d_##set)(b, MOE__ARGS set_at, 0),                           \
+                    MOE__LEVEL_OF(NAME, table, MOE__(w_##level)(b, MOE__ARGS at, 0, 0)))
+#else
+#define MOE__OF_32(NAME, name, set, set_at, table, level, at)
+#endif
+#define MOE__OF_256(NAME, name, order, set, set_at, scales, scales_at, more, which, which_at,     \
+                    table, level, at)                                                             \
+    MOE__HEAD(name) {                                                                             \
+        const int n = 256 / MOE__PER_##NAME;                                                      \
+        h->scale = MOE__(s_##scales)(b, MOE__ARGS scales_at, n);                                  \
+        if (MOE__MORE_##more)                                                                     \
+            h->MOE__TO_##more = MOE__(s_##which)(b, MOE__ARGS which_at, n);                       \
+        h->d = MOE__(d_##set)(b, MOE__ARGS set_at, D);                                            \
+    }                                                                                             \
+    MOE__LEVEL(name) {                                                                            \
+        return MOE__LEVEL_OF(NAME, table,                                                         \
+                             MOE__(w_##level)(b, MOE__ARGS at, MOE__##order, v));                 \
+    }                                                                                             \
+    MOE__TYPE_256(NAME, name, MOE__##order, MOE__MORE_##more)
+#define MOE__OF_BOOKS(NAME, name, order, more)                                                    \
+    MOE__TYPE_256(NAME, name, MOE__##order, MOE__MORE_##more | MOE__BOOKS)
+#define MOE__OF_R4(NAME, name, set, set_at, scales, scales_at, more, which, which_at, table,      \
+                   level, at)                                                                     \
+    MOE__V void MOE__(head_##name)(const uint8_t *b, const float *D, rows_head *h) {              \
+        MOE__(rs_##scales)(b, MOE__ARGS scales_at, h->scale);                                     \
+        if (MOE__MORE_##more)                                                                     \
+            MOE__(rs_##which)(b, MOE__ARGS which_at, h->MOE__TO_##more);                          \
+        MOE__(rd_##set)(b, MOE__ARGS set_at, D, h);                                               \
+    }                                                                                             \
+    MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, int j, const int v) {                    \
+        return MOE__LEVEL_OF(NAME, table, MOE__(rw_##level)(b, MOE__ARGS at, j, v));              \
+    }                                                                                             \
+    MOE__TYPE_R4(NAME, name, (MOE__MORE_##more & MOE__SHIFTS) != 0)
+#define MOE__OF_ROWS_32(NAME, name, set, set_at, table, level, at)                                \
+    MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, const int v) {                           \
+        return MOE__LEVEL_OF(NAME, table, MOE__(rw_##level)(b, MOE__ARGS at, 0, v));              \
+    }                                                                                             \
+    MOE__TYPE_ROWS_32(NAME, name)
+#define MOE__OF_OTHER(NAME, name)
+MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
+#undef MOE__LEVEL_OF
+#undef MOE__MORE_NOTHING
+#undef MOE__MORE_MINS
+#undef MOE__MORE_SHIFTS
+#undef MOE__TO_NOTHING
+#undef MOE__TO_MINS
+#undef MOE__TO_SHIFTS
+#undef MOE__OF_32
+#undef MOE__OF_256
+#undef MOE__OF_BOOKS
+#undef MOE__OF_R4
+#undef MOE__OF_ROWS_32
+#undef MOE__OF_OTHER
+#undef MOE__ROW_BLOCKS
+#undef MOE__TYPE_256
+#undef MOE__TYPE_R4
+#undef MOE__TYPE_ROWS_32
+#undef MOE__SHIFTS
+#undef MOE__BOOKS
+#undef MOE__MINS
+#undef MOE__HEAD
+#undef MOE__LEVEL
+#undef MOE__AT_VECTOR
+#undef MOE__AT_SCALES
+#undef MOE__AT_ROWS
+#undef MOE__AT_HEAD
+#endif // MOE__ISA != 4
 
 #if MOE__ISA == 2
 // moe__dequantize_fn for row types; the same bits as moe__types_dequantize: products are rounded
@@ -11517,11 +11413,9 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_field
 #undef v_mask
 #undef v_join
-#undef v_three
-#undef v_five
-#undef v_nibbles
 #undef v_table
 #undef v_lookup
+#undef v_level_of
 #undef u_words
 #undef u_halves
 #undef u_nibbles16
@@ -11529,10 +11423,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_pairs16
 #undef u_add16
 #undef u_odd16
-#undef u_scales6
-#undef u_tq1_0_bytes
-#undef u_tq1_0_powers
-#undef u_head_ks
 #undef v_book8
 #undef u_signs_book8
 #undef v_signed
@@ -11541,7 +11431,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_store_indices
 #undef u_indices
 #undef u_fours16
-#undef u_scales_iq2
 #undef v_lookup_16
 #undef u_signs_book4
 #undef v_book4
@@ -11556,20 +11445,13 @@ static const moe__kernels MOE__(kernels) = {
 #undef r4_half
 #undef v_dwords
 #undef v_acts_r4
-#undef v_nibbles_r4
 #undef v_bits_r4
 #undef v_load_twice
-#undef v_two_r4
-#undef v_one_r4
 #undef u_four_halves
 #undef u_mask8
 #undef u_add8
-#undef u_six_r4
-#undef u_six
 #undef u_bits_r4
-#undef u_shift_r4
 #undef u_odd_signed
-#undef u_head_ks_r4
 #undef v_scales_r4
 #undef v_pairs_r4
 #undef v_times_sums_r4
@@ -11579,7 +11461,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_shift_r4
 #undef v_acts_r8
 #undef level_iq4_xs_r8
-#undef v_nibbles_r8
 #undef u_scales_rows
 #undef u_dot_i16
 #undef q32_block
@@ -11590,7 +11471,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_ue4m3
 #undef unpack_fn
 #undef u_put
-#undef u_five
 #undef tile_job
 #undef tile_kernel_fn
 #undef tile_load_f32
@@ -11682,10 +11562,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef value_tile
 #undef value_tile_of
 #undef value_cut
-#undef MOE__NATURAL
-#undef MOE__FOURS
-#undef MOE__TWOS
-#undef MOE__HALVES
 #undef MOE__LEVELS
 #undef MOE__BIAS8
 #undef MOE__SUB_LEVELS

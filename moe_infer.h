@@ -4227,8 +4227,18 @@ MOE__INLINE float moe__types_ue4m3(unsigned x) {
 //   moe__s_   integer scale s, min s or shift s of n
 //   moe__w_   weight 16 h + i, i < 16: its level plus the type's offset, or index of a table
 //   moe__rd_ moe__rs_ moe__rw_   the same of row k of interleaved rows
-#define MOE__AT_SCALE int n __attribute__((unused)), int s __attribute__((unused))
-#define MOE__AT_WEIGHT int h __attribute__((unused)), int i __attribute__((unused))
+#define MOE__UNUSED __attribute__((unused))
+#define MOE__READER(type, name, ...) \
+    MOE__INLINE type moe__##name(const uint8_t *b MOE__UNUSED, __VA_ARGS__)
+#define MOE__W(name, ...) \
+    MOE__READER(int, w_##name, __VA_ARGS__, int h MOE__UNUSED, int i MOE__UNUSED)
+#define MOE__S(name, ...) \
+    MOE__READER(int, s_##name, __VA_ARGS__, int n MOE__UNUSED, int s MOE__UNUSED)
+#define MOE__AT_BLOCK int k MOE__UNUSED, float D MOE__UNUSED, moe__block *out
+#define MOE__SET(name, ...) MOE__READER(void, d_##name, __VA_ARGS__, MOE__AT_BLOCK)
+#define MOE__RW(name, ...) MOE__READER(int, rw_##name, __VA_ARGS__, int k, int h, int i)
+#define MOE__RS(name, ...) MOE__READER(int, rs_##name, __VA_ARGS__, int k, int n MOE__UNUSED, int s)
+#define MOE__RSET(name, ...) MOE__READER(void, rd_##name, __VA_ARGS__, MOE__AT_BLOCK)
 
 MOE__INLINE int moe__types_nibble(int byte, int high) { return high ? byte >> 4 : byte & 15; }
 MOE__INLINE int moe__types_bit(int x, int i) { return x >> i & 1; }
@@ -4239,45 +4249,37 @@ MOE__INLINE int moe__w_field(const uint8_t *p, int bits, int h, int i) {
     const int fit = 8 / bits, mask = (1 << bits) - 1;
     return p[32 * (h / 2 / fit) + 16 * (h % 2) + i] >> bits * (h / 2 % fit) & mask;
 }
-MOE__INLINE int moe__w_two(const uint8_t *b, int p, MOE__AT_WEIGHT) {
-    return moe__w_field(b + p, 2, h, i);
-}
-MOE__INLINE int moe__w_four(const uint8_t *b, int p, MOE__AT_WEIGHT) {
-    return moe__w_field(b + p, 4, h, i);
-}
-MOE__INLINE int moe__w_three(const uint8_t *b, int two, int one, MOE__AT_WEIGHT) {
+MOE__W(two, int p) { return moe__w_field(b + p, 2, h, i); }
+MOE__W(four, int p) { return moe__w_field(b + p, 4, h, i); }
+MOE__W(three, int two, int one) {
     return moe__w_two(b, two, h, i) | moe__w_field(b + one, 1, h, i) << 2;
 }
-MOE__INLINE int moe__w_five(const uint8_t *b, int four, int one, MOE__AT_WEIGHT) {
+MOE__W(five, int four, int one) {
     return moe__w_four(b, four, h, i) | moe__w_field(b + one, 1, h, i) << 4;
 }
-MOE__INLINE int moe__w_six(const uint8_t *b, int four, int two, MOE__AT_WEIGHT) {
+MOE__W(six, int four, int two) {
     return moe__w_four(b, four, h, i) | moe__w_two(b, two, h, i) << 4;
 }
 // As six, but 64 bytes hold 128 low parts, the first half in the low nibbles
-MOE__INLINE int moe__w_six_64(const uint8_t *b, int four, int two, MOE__AT_WEIGHT) {
+MOE__W(six_64, int four, int two) {
     const int low = moe__types_nibble(b[four + 64 * (h / 8) + 16 * (h % 4) + i], h / 4 % 2);
     return low | moe__w_two(b, two, h, i) << 4;
 }
 // 16 bytes hold 32 weights, the first half in the low nibbles.
-MOE__INLINE int moe__w_nibbles(const uint8_t *b, int p, MOE__AT_WEIGHT) {
-    return moe__types_nibble(b[p + 16 * (h / 2) + i], h % 2);
-}
+MOE__W(nibbles, int p) { return moe__types_nibble(b[p + 16 * (h / 2) + i], h % 2); }
 // Of 32 weights: nibbles, and bit 16 h + i of 32
-MOE__INLINE int moe__w_nibbles_one(const uint8_t *b, int p, int one, MOE__AT_WEIGHT) {
+MOE__W(nibbles_one, int p, int one) {
     return moe__w_nibbles(b, p, h, i) | (int)(moe__load_u32(b + one) >> (16 * h + i) & 1) << 4;
 }
 // Of 32 weights: nibbles, and 8 bytes that each hold pairs of bits of weights x, 16 + x, 8 + x and
 // 24 + x, the first in the low bits
-MOE__INLINE int moe__w_nibbles_two(const uint8_t *b, int p, int two, MOE__AT_WEIGHT) {
+MOE__W(nibbles_two, int p, int two) {
     return moe__w_nibbles(b, p, h, i) | (b[two + i % 8] >> (4 * (i / 8) + 2 * h) & 3) << 4;
 }
-MOE__INLINE int moe__w_int8(const uint8_t *b, int p, MOE__AT_WEIGHT) {
-    return (int8_t)b[p + 16 * h + i] + 128;
-}
+MOE__W(int8, int p) { return (int8_t)b[p + 16 * h + i] + 128; }
 // Digits of base 3, the first of a byte (which is a fraction of 256) the highest: 32 bytes of five
 // weights, 32 apart; 16 of five, 16 apart; 4 of four, 4 apart
-MOE__INLINE int moe__w_base3(const uint8_t *b, int p, MOE__AT_WEIGHT) {
+MOE__W(base3, int p) {
     static const uint8_t power[5] = {1, 3, 9, 27, 81};
     const int x = h < 10   ? b[p + 16 * (h % 2) + i] * power[h / 2]
                   : h < 15 ? b[p + 32 + i] * power[h - 10]
@@ -4286,20 +4288,17 @@ MOE__INLINE int moe__w_base3(const uint8_t *b, int p, MOE__AT_WEIGHT) {
 }
 // Two neighbours are an entry of a table of pairs (levels less the offset, which is 64): 16 bytes
 // hold the low nibbles of two runs of 32 weights; bit j of 16 more bytes is the fifth in run j.
-MOE__INLINE int moe__w_pairs(const uint8_t *b, int p, int one, MOE__AT_WEIGHT) {
+MOE__W(pairs, int p, int one) {
     const int j = h / 2, pair = 8 * (h % 2) + i / 2;
     const int low = moe__types_nibble(b[p + 16 * (j / 2) + pair], j % 2);
     return moe__levels_kl[i % 2][low | moe__types_bit(b[one + pair], j) << 4] + 64;
 }
 
-MOE__INLINE int moe__s_one(const uint8_t *b __attribute__((unused)), int p __attribute__((unused)),
-                           MOE__AT_SCALE) {
-    return 1;
-}
-MOE__INLINE int moe__s_int8(const uint8_t *b, int p, MOE__AT_SCALE) { return (int8_t)b[p + s]; }
+MOE__S(one, int p) { return (void)p, 1; }
+MOE__S(int8, int p) { return (int8_t)b[p + s]; }
 // The low or high four bits of each byte
-MOE__INLINE int moe__s_low(const uint8_t *b, int p, MOE__AT_SCALE) { return b[p + s] & 15; }
-MOE__INLINE int moe__s_high(const uint8_t *b, int p, MOE__AT_SCALE) { return b[p + s] >> 4; }
+MOE__S(low, int p) { return b[p + s] & 15; }
+MOE__S(high, int p) { return b[p + s] >> 4; }
 // Nibbles, those of scales 2 x and 2 x + 1 in byte x; or with the first half of the scales low
 MOE__INLINE int moe__s_nibble(const uint8_t *p, int s) {
     return moe__types_nibble(p[s / 2], s % 2);
@@ -4308,75 +4307,56 @@ MOE__INLINE int moe__s_half(const uint8_t *p, int n, int s) {
     return moe__types_nibble(p[s % (n / 2)], s / (n / 2));
 }
 // Nibbles less 8
-MOE__INLINE int moe__s_four(const uint8_t *b, int p, MOE__AT_SCALE) {
-    return moe__s_nibble(b + p, s) - 8;
-}
+MOE__S(four, int p) { return moe__s_nibble(b + p, s) - 8; }
 // Nibbles, doubled, plus 1; the signs from 16 bits
-MOE__INLINE int moe__s_odd(const uint8_t *b, int p, MOE__AT_SCALE) {
-    return 2 * moe__s_nibble(b + p, s) + 1;
-}
-MOE__INLINE int moe__s_odd_signed(const uint8_t *b, int p, int signs, MOE__AT_SCALE) {
+MOE__S(odd, int p) { return 2 * moe__s_nibble(b + p, s) + 1; }
+MOE__S(odd_signed, int p, int signs) {
     const int x = moe__s_odd(b, p, n, s);
     return moe__types_bit(moe__load_u16(b + signs), s) ? -x : x;
 }
 // Five bits less 16: nibbles (halves: the first half low), and fifth bits in a byte
-MOE__INLINE int moe__s_five(const uint8_t *b, int p, int one, MOE__AT_SCALE) {
+MOE__S(five, int p, int one) {
     return (moe__s_nibble(b + p, s) | moe__types_bit(b[one], s) << 4) - 16;
 }
-MOE__INLINE int moe__s_five_halves(const uint8_t *b, int p, int one, MOE__AT_SCALE) {
+MOE__S(five_halves, int p, int one) {
     return (moe__s_half(b + p, n, s) | moe__types_bit(b[one], s) << 4) - 16;
 }
 // Six bits less 32: nibbles (halves: the first half low), and pairs of bits, one after another;
 // or (split) each byte those of scales x, 4 + x, 8 + x and 12 + x
-MOE__INLINE int moe__s_six(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+MOE__S(six, int p, int two) {
     return (moe__s_nibble(b + p, s) | (b[two + s / 4] >> 2 * (s % 4) & 3) << 4) - 32;
 }
-MOE__INLINE int moe__s_six_halves(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+MOE__S(six_halves, int p, int two) {
     return (moe__s_half(b + p, n, s) | (b[two + s / 4] >> 2 * (s % 4) & 3) << 4) - 32;
 }
-MOE__INLINE int moe__s_six_split(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+MOE__S(six_split, int p, int two) {
     return (moe__s_half(b + p, n, s) | (b[two + s % 4] >> 2 * (s / 4) & 3) << 4) - 32;
 }
 // Eight 6-bit scales (mins = 0) and eight 6-bit mins (1) in 12 bytes:
 //   bytes 0-3    scale 0-3, and in the top two bits those of scale 4-7
 //   bytes 4-7    min 0-3, and in the top two bits those of min 4-7
 //   bytes 8-11   low four bits of scale 4-7, low four bits of min 4-7
-MOE__INLINE int moe__s_six_k(const uint8_t *b, int p, int mins, MOE__AT_SCALE) {
+MOE__S(six_k, int p, int mins) {
     if (s < 4) return b[p + 4 * mins + s] & 63;
     return moe__types_nibble(b[p + 4 + s], mins) | b[p + 4 * mins + s - 4] >> 6 << 4;
 }
 // Bytes less 127 whose lowest bit is not part of them; `by` if it is set
-MOE__INLINE int moe__s_even(const uint8_t *b, int p, MOE__AT_SCALE) {
-    return (b[p + s] & 254) - 127;
-}
-MOE__INLINE int moe__s_lowest(const uint8_t *b, int p, int by, MOE__AT_SCALE) {
-    return b[p + s] & 1 ? by : 0;
-}
+MOE__S(even, int p) { return (b[p + s] & 254) - 127; }
+MOE__S(lowest, int p, int by) { return b[p + s] & 1 ? by : 0; }
 // `by` if bit s (of n) is set
-MOE__INLINE int moe__s_bits(const uint8_t *b, int p, int by, MOE__AT_SCALE) {
-    return moe__types_bit(b[p + s / 8], s % 8) ? by : 0;
-}
+MOE__S(bits, int p, int by) { return moe__types_bit(b[p + s / 8], s % 8) ? by : 0; }
 
-#define MOE__AT_BLOCK \
-    int k __attribute__((unused)), float D __attribute__((unused)), moe__block *out
-MOE__INLINE void moe__d_half(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    out->d[0] = moe__types_f16(b + p);
-}
+MOE__SET(half, int p) { out->d[0] = moe__types_f16(b + p); }
 // d and dmin; d and minus the min of a block of 32
-MOE__INLINE void moe__d_halves(const uint8_t *b, int p, MOE__AT_BLOCK) {
+MOE__SET(halves, int p) {
     out->d[0] = moe__types_f16(b + p), out->dmin[0] = moe__types_f16(b + p + 2);
 }
-MOE__INLINE void moe__d_half_min(const uint8_t *b, int p, MOE__AT_BLOCK) {
+MOE__SET(half_min, int p) {
     out->d[0] = moe__types_f16(b + p), out->dmin[0] = -moe__types_f16(b + p + 2);
 }
-MOE__INLINE void moe__d_e8m0(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    out->d[0] = moe__types_e8m0(b[p]);
-}
+MOE__SET(e8m0, int p) { out->d[0] = moe__types_e8m0(b[p]); }
 // It stands before the blocks of the row.
-MOE__INLINE void moe__d_row(const uint8_t *b __attribute__((unused)),
-                            int p __attribute__((unused)), MOE__AT_BLOCK) {
-    out->d[0] = D;
-}
+MOE__SET(row, int p) { (void)p, out->d[0] = D; }
 
 // Interleaved rows: four neighbouring weights of a row lie together, then the same of the next
 // row. t = 0..3 counts these fours in 16 weights. In units of 16 bytes, one of which holds a four
@@ -4384,100 +4364,73 @@ MOE__INLINE void moe__d_row(const uint8_t *b __attribute__((unused)),
 //   nibbles  4 units; the four is in unit h % 2 + 2 (t % 2), the high half for t = 2 and 3
 //   two      2 units, one for each half; bits y (t % 2) + z (t / 2) and the next
 //   one      1 unit; bit x (h % 2) + y (t % 2) + z (t / 2), where x, y, z are different per type
-#define MOE__AT_ROW int k, int h, int i
-MOE__INLINE int moe__rw_nibbles(const uint8_t *b, int p, MOE__AT_ROW) {
+MOE__RW(nibbles, int p) {
     p += 64 * (h / 2) + 16 * (h % 2 + 2 * (i / 4 % 2));
     return moe__types_nibble(b[p + 4 * k + i % 4], i / 8);
 }
-MOE__INLINE int moe__rw_pair(const uint8_t *p, int y, int z, MOE__AT_ROW) {
+MOE__INLINE int moe__rw_pair(const uint8_t *p, int y, int z, int k, int h, int i) {
     return p[16 * h + 4 * k + i % 4] >> (y * (i / 4 % 2) + z * (i / 8)) & 3;
 }
-MOE__INLINE int moe__rw_bit(const uint8_t *p, int x, int y, int z, MOE__AT_ROW) {
+MOE__INLINE int moe__rw_bit(const uint8_t *p, int x, int y, int z, int k, int h, int i) {
     const int shift = x * (h % 2) + y * (i / 4 % 2) + z * (i / 8);
     return p[16 * (h / 2) + 4 * k + i % 4] >> shift & 1;
 }
-MOE__INLINE int moe__rw_two(const uint8_t *b, int p, MOE__AT_ROW) {
-    return moe__rw_pair(b + p, 2, 4, k, h, i);
-}
-MOE__INLINE int moe__rw_three(const uint8_t *b, int two, int one, int x, int y, int z,
-                              MOE__AT_ROW) {
+MOE__RW(two, int p) { return moe__rw_pair(b + p, 2, 4, k, h, i); }
+MOE__RW(three, int two, int one, int x, int y, int z) {
     return moe__rw_two(b, two, k, h, i) | moe__rw_bit(b + one, x, y, z, k, h, i) << 2;
 }
-MOE__INLINE int moe__rw_five(const uint8_t *b, int four, int one, int x, int y, int z,
-                             MOE__AT_ROW) {
+MOE__RW(five, int four, int one, int x, int y, int z) {
     return moe__rw_nibbles(b, four, k, h, i) | moe__rw_bit(b + one, x, y, z, k, h, i) << 4;
 }
-MOE__INLINE int moe__rw_six(const uint8_t *b, int four, int two, int y, int z, MOE__AT_ROW) {
+MOE__RW(six, int four, int two, int y, int z) {
     return moe__rw_nibbles(b, four, k, h, i) | moe__rw_pair(b + two, y, z, k, h, i) << 4;
 }
 // Eight rows: a four of each is 32 bytes. Nibbles: the first 16 weights are low, the others high.
-MOE__INLINE int moe__rw_nibbles_8(const uint8_t *b, int p, MOE__AT_ROW) {
-    return moe__types_nibble(b[p + 32 * (i / 4) + 4 * k + i % 4], h);
-}
-MOE__INLINE int moe__rw_int8_8(const uint8_t *b, int p, MOE__AT_ROW) {
-    return (int8_t)b[p + 32 * (4 * h + i / 4) + 4 * k + i % 4] + 128;
-}
+MOE__RW(nibbles_8, int p) { return moe__types_nibble(b[p + 32 * (i / 4) + 4 * k + i % 4], h); }
+MOE__RW(int8_8, int p) { return (int8_t)b[p + 32 * (4 * h + i / 4) + 4 * k + i % 4] + 128; }
 
 // Scale s of row k is number r = 4 s + k.
-#define MOE__AT_ROW_SCALE int k, MOE__AT_SCALE
-MOE__INLINE int moe__rs_int8(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return (int8_t)b[p + 4 * s + k];
-}
-MOE__INLINE int moe__rs_low(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return b[p + 4 * s + k] & 15;
-}
-MOE__INLINE int moe__rs_high(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return b[p + 4 * s + k] >> 4;
-}
+MOE__RS(int8, int p) { return (int8_t)b[p + 4 * s + k]; }
+MOE__RS(low, int p) { return b[p + 4 * s + k] & 15; }
+MOE__RS(high, int p) { return b[p + 4 * s + k] >> 4; }
 // 64 nibbles in 32 bytes, the first half low; bits r / 8 of byte r % 8; pairs of bits in 16 bytes
 MOE__INLINE int moe__rs_nibble(const uint8_t *p, int r) {
     return moe__types_nibble(p[r % 32], r / 32);
 }
 MOE__INLINE int moe__rs_bit(const uint8_t *p, int r) { return moe__types_bit(p[r % 8], r / 8); }
 MOE__INLINE int moe__rs_pair(const uint8_t *p, int r) { return p[r % 16] >> 2 * (r / 16) & 3; }
-MOE__INLINE int moe__rs_four(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return moe__rs_nibble(b + p, 4 * s + k) - 8;
-}
-MOE__INLINE int moe__rs_odd_signed(const uint8_t *b, int p, int signs, MOE__AT_ROW_SCALE) {
+MOE__RS(four, int p) { return moe__rs_nibble(b + p, 4 * s + k) - 8; }
+MOE__RS(odd_signed, int p, int signs) {
     const int x = 2 * moe__rs_nibble(b + p, 4 * s + k) + 1;
     return moe__rs_bit(b + signs, 4 * s + k) ? -x : x;
 }
-MOE__INLINE int moe__rs_six(const uint8_t *b, int p, int two, MOE__AT_ROW_SCALE) {
+MOE__RS(six, int p, int two) {
     return (moe__rs_nibble(b + p, 4 * s + k) | moe__rs_pair(b + two, 4 * s + k) << 4) - 32;
 }
 // 32 6-bit scales (mins = 0), 32 6-bit mins (1): low parts as low and high, then 16 bytes whose
 // bits 4 (r / 16) + 2 mins and the next are the high parts
-MOE__INLINE int moe__rs_six_k(const uint8_t *b, int p, int two, int mins, MOE__AT_ROW_SCALE) {
+MOE__RS(six_k, int p, int two, int mins) {
     const int r = 4 * s + k, shift = 4 * (r / 16) + 2 * mins;
     return moe__types_nibble(b[p + r], mins) | (b[two + r % 16] >> shift & 3) << 4;
 }
-MOE__INLINE int moe__rs_even(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return (b[p + 4 * s + k] & 254) - 127;
-}
-MOE__INLINE int moe__rs_lowest(const uint8_t *b, int p, int by, MOE__AT_ROW_SCALE) {
-    return b[p + 4 * s + k] & 1 ? by : 0;
-}
-MOE__INLINE int moe__rs_bits(const uint8_t *b, int p, int by, MOE__AT_ROW_SCALE) {
-    return moe__rs_bit(b + p, 4 * s + k) ? by : 0;
-}
+MOE__RS(even, int p) { return (b[p + 4 * s + k] & 254) - 127; }
+MOE__RS(lowest, int p, int by) { return b[p + 4 * s + k] & 1 ? by : 0; }
+MOE__RS(bits, int p, int by) { return moe__rs_bit(b + p, 4 * s + k) ? by : 0; }
 
-MOE__INLINE void moe__rd_half(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    out->d[0] = moe__types_f16(b + p + 2 * k);
-}
-MOE__INLINE void moe__rd_halves(const uint8_t *b, int p, MOE__AT_BLOCK) { // of four rows
+MOE__RSET(half, int p) { out->d[0] = moe__types_f16(b + p + 2 * k); }
+MOE__RSET(halves, int p) { // of four rows
     out->d[0] = moe__types_f16(b + p + 2 * k), out->dmin[0] = moe__types_f16(b + p + 8 + 2 * k);
 }
-MOE__INLINE void moe__rd_e8m0(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    out->d[0] = moe__types_e8m0(b[p + k]);
-}
-MOE__INLINE void moe__rd_row(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    moe__d_row(b, p, k, D, out);
-}
-#undef MOE__AT_SCALE
-#undef MOE__AT_WEIGHT
+MOE__RSET(e8m0, int p) { out->d[0] = moe__types_e8m0(b[p + k]); }
+MOE__RSET(row, int p) { moe__d_row(b, p, k, D, out); }
+#undef MOE__READER
+#undef MOE__W
+#undef MOE__S
 #undef MOE__AT_BLOCK
-#undef MOE__AT_ROW
-#undef MOE__AT_ROW_SCALE
+#undef MOE__SET
+#undef MOE__RW
+#undef MOE__RS
+#undef MOE__RSET
 
 // ---- layouts ---------------------------------------------------------------------------------
 
@@ -7086,26 +7039,27 @@ MOE__V MOE__VI v_lookup(const int8_t *table, MOE__VI x, const int n, const int b
 
 // The words of the layouts in >>types, of whole vectors: w_ a vector of levels, s_ all scales of
 // a block as int16, 16 or 8 of them (n), d_ d and dmin behind it.
-#define MOE__AT_VECTOR const int order __attribute__((unused)), const int v
-MOE__V MOE__VI MOE__(w_two)(const uint8_t *b, const int p, MOE__AT_VECTOR) {
-    return v_mask(v_field(b + p, 2, 0, order, v), 3);
-}
-MOE__V MOE__VI MOE__(w_four)(const uint8_t *b, const int p, MOE__AT_VECTOR) {
-    return v_mask(v_field(b + p, 4, 0, order, v), 15);
-}
-MOE__V MOE__VI MOE__(w_three)(const uint8_t *b, const int two, const int one, MOE__AT_VECTOR) {
+#define MOE__READER(type, name, ...) \
+    MOE__V type MOE__(name)(const uint8_t *b MOE__UNUSED, __VA_ARGS__)
+#define MOE__W(name, ...) \
+    MOE__READER(MOE__VI, w_##name, __VA_ARGS__, const int order MOE__UNUSED, const int v)
+#define MOE__S(name, ...) MOE__READER(__m256i, s_##name, __VA_ARGS__, const int n MOE__UNUSED)
+#define MOE__SET(name, ...) MOE__READER(__m128, d_##name, __VA_ARGS__, float D MOE__UNUSED)
+MOE__W(two, int p) { return v_mask(v_field(b + p, 2, 0, order, v), 3); }
+MOE__W(four, int p) { return v_mask(v_field(b + p, 4, 0, order, v), 15); }
+MOE__W(three, int two, int one) {
     const MOE__VI x = MOE__(w_two)(b, two, order, v);
     return v_join(x, v_field(b + one, 1, 2, order, v), 1, 2);
 }
-MOE__V MOE__VI MOE__(w_five)(const uint8_t *b, const int four, const int one, MOE__AT_VECTOR) {
+MOE__W(five, int four, int one) {
     const MOE__VI x = MOE__(w_four)(b, four, order, v);
     return v_join(x, v_field(b + one, 1, 4, order, v), 1, 4);
 }
-MOE__V MOE__VI MOE__(w_six)(const uint8_t *b, const int four, const int two, MOE__AT_VECTOR) {
+MOE__W(six, int four, int two) {
     const MOE__VI x = MOE__(w_four)(b, four, order, v);
     return v_join(x, v_field(b + two, 2, 4, order, v), 2, 4);
 }
-MOE__V MOE__VI MOE__(w_six_64)(const uint8_t *b, const int p, const int two, MOE__AT_VECTOR) {
+MOE__W(six_64, int p, int two) {
     const uint8_t *at = b + p + 32 * (v % 2); // FOURS
 #if MOE__ISA == 3
     const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
@@ -7116,7 +7070,7 @@ MOE__V MOE__VI MOE__(w_six_64)(const uint8_t *b, const int p, const int two, MOE
 #endif
     return v_join(v_mask(low, 15), v_field(b + two, 2, 4, order, v), 2, 4);
 }
-MOE__V MOE__VI MOE__(w_nibbles)(const uint8_t *b, const int p, MOE__AT_VECTOR) { // HALVES
+MOE__W(nibbles, int p) { // HALVES
 #if MOE__ISA == 3
     return v_mask(_mm512_srli_epi16(v_load(b + p + 64 * (v / 2)), 4 * (v % 2)), 15);
 #else
@@ -7124,18 +7078,16 @@ MOE__V MOE__VI MOE__(w_nibbles)(const uint8_t *b, const int p, MOE__AT_VECTOR) {
 #endif
 }
 #if MOE__ISA == 2
-MOE__V __m256i MOE__(w_nibbles_one)(const uint8_t *b, const int p, const int one, MOE__AT_VECTOR) {
+MOE__W(nibbles_one, int p, int one) {
     return v_join(MOE__(w_nibbles)(b, p, order, v), u_mask(moe__load_u32(b + one)), 1, 4);
 }
-MOE__V __m256i MOE__(w_nibbles_two)(const uint8_t *b, const int p, const int two, MOE__AT_VECTOR) {
+MOE__W(nibbles_two, int p, int two) {
     __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(b + two));
     x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
                          _mm256_set1_epi8(3));
     return _mm256_or_si256(MOE__(w_nibbles)(b, p, order, v), _mm256_slli_epi16(x, 4));
 }
-MOE__V __m256i MOE__(w_int8)(const uint8_t *b, const int p, MOE__AT_VECTOR) { // bias 0
-    return v_load_256(b + p + 32 * v);
-}
+MOE__W(int8, int p) { return v_load_256(b + p + 32 * v); } // bias 0
 #endif
 // Sub-block j: bytes, and the powers of 3 they are multiplied with
 MOE__V __m256i MOE__(base3_bytes)(const uint8_t *b, const int j) {
@@ -7153,7 +7105,7 @@ MOE__V __m256i MOE__(base3_powers)(const int j) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(a), c, 1);
 }
 // x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons
-MOE__V MOE__VI MOE__(w_base3)(const uint8_t *b, const int p, MOE__AT_VECTOR) {
+MOE__W(base3, int p) {
 #if MOE__ISA == 3
 #define MOE__BOTH(x, y) _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)
     const int i = v_group(order, v, 0) / 2, j = v_group(order, v, 2) / 2;
@@ -7178,7 +7130,7 @@ MOE__V MOE__VI MOE__(w_base3)(const uint8_t *b, const int p, MOE__AT_VECTOR) {
 #endif
 }
 // An index stands for two weights.
-MOE__V MOE__VI MOE__(w_pairs)(const uint8_t *b, const int p, const int one, MOE__AT_VECTOR) {
+MOE__W(pairs, int p, int one) {
 #if MOE__ISA == 3
     const __m512i first = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[0]));
     const __m512i second = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[1]));
@@ -7249,85 +7201,60 @@ MOE__V __m256i u_add16(__m256i x, const int y) {
 // 2 x + 1
 MOE__V __m256i u_odd16(__m256i x) { return u_add16(_mm256_add_epi16(x, x), 1); }
 
-#define MOE__AT_SCALES const int n __attribute__((unused))
-MOE__V __m256i MOE__(s_one)(const uint8_t *b, const int p, MOE__AT_SCALES) {
-    return (void)b, (void)p, _mm256_set1_epi16(1);
-}
-MOE__V __m256i MOE__(s_int8)(const uint8_t *b, const int p, MOE__AT_SCALES) {
-    return _mm256_cvtepi8_epi16(v_load_128(b + p));
-}
-MOE__V __m256i MOE__(s_low)(const uint8_t *b, const int p, MOE__AT_SCALES) {
-    return u_words(_mm_and_si128(v_load_128(b + p), _mm_set1_epi8(15)));
-}
-MOE__V __m256i MOE__(s_high)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+MOE__S(one, int p) { return (void)p, _mm256_set1_epi16(1); }
+MOE__S(int8, int p) { return _mm256_cvtepi8_epi16(v_load_128(b + p)); }
+MOE__S(low, int p) { return u_words(_mm_and_si128(v_load_128(b + p), _mm_set1_epi8(15))); }
+MOE__S(high, int p) {
     return u_words(_mm_and_si128(_mm_srli_epi16(v_load_128(b + p), 4), _mm_set1_epi8(15)));
 }
-MOE__V __m256i MOE__(s_four)(const uint8_t *b, const int p, MOE__AT_SCALES) {
-    return u_add16(u_nibbles16(b + p, n, 1), -8);
-}
-MOE__V __m256i MOE__(s_odd)(const uint8_t *b, const int p, MOE__AT_SCALES) {
-    return u_odd16(u_nibbles16(b + p, n, 1));
-}
-MOE__V __m256i MOE__(s_odd_signed)(const uint8_t *b, const int p, const int signs,
-                                   MOE__AT_SCALES) {
+MOE__S(four, int p) { return u_add16(u_nibbles16(b + p, n, 1), -8); }
+MOE__S(odd, int p) { return u_odd16(u_nibbles16(b + p, n, 1)); }
+MOE__S(odd_signed, int p, int signs) {
     const __m256i sign = u_bits16(moe__load_u16(b + signs), -1);
     return _mm256_sub_epi16(_mm256_xor_si256(MOE__(s_odd)(b, p, n), sign), sign);
 }
-MOE__V __m256i MOE__(s_five)(const uint8_t *b, const int p, const int one, MOE__AT_SCALES) {
+MOE__S(five, int p, int one) {
     return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 1), u_bits16(b[one], 16)), -16);
 }
-MOE__V __m256i MOE__(s_five_halves)(const uint8_t *b, const int p, const int one,
-                                    MOE__AT_SCALES) {
+MOE__S(five_halves, int p, int one) {
     return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_bits16(b[one], 16)), -16);
 }
-MOE__V __m256i MOE__(s_six)(const uint8_t *b, const int p, const int two, MOE__AT_SCALES) {
+MOE__S(six, int p, int two) {
     return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 1), u_pairs16(b + two, n)), -32);
 }
-MOE__V __m256i MOE__(s_six_halves)(const uint8_t *b, const int p, const int two, MOE__AT_SCALES) {
+MOE__S(six_halves, int p, int two) {
     return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_pairs16(b + two, n)), -32);
 }
-MOE__V __m256i MOE__(s_six_split)(const uint8_t *b, const int p, const int two, MOE__AT_SCALES) {
+MOE__S(six_split, int p, int two) {
     __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + two)),
                                   _mm_setr_epi32(0, 2, 4, 6));
     high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
     return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_words(high)), -32);
 }
 // Outside the vector units, which are busy
-MOE__V __m256i MOE__(s_six_k)(const uint8_t *b, const int p, const int mins, MOE__AT_SCALES) {
+MOE__S(six_k, int p, int mins) {
     const uint32_t x = moe__load_u32(b + p + 4 * mins), z = moe__load_u32(b + p + 8);
     const uint32_t low = 0x0F0F0F0F, top = 0x30303030, six = 0x3F3F3F3F;
     const uint32_t second = ((mins ? z >> 4 : z) & low) | (x >> 2 & top);
     return u_words(_mm_cvtsi64_si128((int64_t)((x & six) | (uint64_t)second << 32)));
 }
-MOE__V __m256i MOE__(s_even)(const uint8_t *b, const int p, MOE__AT_SCALES) {
+MOE__S(even, int p) {
     const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)(b + p)));
     return u_add16(_mm256_sub_epi16(x, _mm256_and_si256(x, _mm256_set1_epi16(1))), -127);
 }
-MOE__V __m256i MOE__(s_lowest)(const uint8_t *b, const int p, const int by, MOE__AT_SCALES) {
+MOE__S(lowest, int p, int by) {
     const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)(b + p)));
     const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
     return _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
                             _mm256_set1_epi16((short)by));
 }
-MOE__V __m256i MOE__(s_bits)(const uint8_t *b, const int p, const int by, MOE__AT_SCALES) {
-    return u_bits16(n == 16 ? moe__load_u16(b + p) : b[p], by);
-}
+MOE__S(bits, int p, int by) { return u_bits16(n == 16 ? moe__load_u16(b + p) : b[p], by); }
 
-MOE__V __m128 MOE__(d_half)(const uint8_t *b, const int p, float D) {
-    return (void)D, u_halves(b + p, 2);
-}
-MOE__V __m128 MOE__(d_halves)(const uint8_t *b, const int p, float D) {
-    return (void)D, u_halves(b + p, 4);
-}
-MOE__V __m128 MOE__(d_half_min)(const uint8_t *b, const int p, float D) {
-    return MOE__(d_halves)(b, p, D);
-}
-MOE__V __m128 MOE__(d_e8m0)(const uint8_t *b, const int p, float D) {
-    return (void)D, _mm_set_ss(moe__types_e8m0(b[p]));
-}
-MOE__V __m128 MOE__(d_row)(const uint8_t *b, const int p, float D) {
-    return (void)b, (void)p, _mm_set_ss(D);
-}
+MOE__SET(half, int p) { return u_halves(b + p, 2); }
+MOE__SET(halves, int p) { return u_halves(b + p, 4); }
+MOE__SET(half_min, int p) { return MOE__(d_halves)(b, p, D); }
+MOE__SET(e8m0, int p) { return _mm_set_ss(moe__types_e8m0(b[p])); }
+MOE__SET(row, int p) { return (void)p, _mm_set_ss(D); }
 
 #define MOE__HEAD(name)                                                                      \
     MOE__V void MOE__(head_##name)(const uint8_t *b, float D __attribute__((unused)),        \
@@ -7757,8 +7684,8 @@ MOE__V MOE__VI v_acts_r4(__m256i acts, const int v) {
 // ---- words: levels of four and eight rows
 
 // Vector v of sub-block j
-#define MOE__AT_ROWS const int j, const int v
-MOE__V MOE__VI MOE__(rw_nibbles)(const uint8_t *b, const int p, MOE__AT_ROWS) {
+#define MOE__RW(name, ...) MOE__READER(MOE__VI, rw_##name, __VA_ARGS__, const int j, const int v)
+MOE__RW(nibbles, int p) {
     const uint8_t *at = b + p + 64 * j;
 #if MOE__ISA == 3
     return v_mask(_mm512_srli_epi16(v_load(at), 4 * v), 15);
@@ -7791,28 +7718,26 @@ MOE__V MOE__VI v_load_twice(const uint8_t *p) {
     return v_load(p);
 #endif
 }
-MOE__V MOE__VI MOE__(rw_two)(const uint8_t *b, const int p, MOE__AT_ROWS) {
-    return v_mask(v_bits_r4(v_load_twice(b + p + 32 * j), v, 0, 2, 4, 0), 3);
-}
-MOE__V MOE__VI MOE__(rw_three)(const uint8_t *b, const int two, const int one, const int x,
-                               const int y, const int z, MOE__AT_ROWS) {
+MOE__RW(two, int p) { return v_mask(v_bits_r4(v_load_twice(b + p + 32 * j), v, 0, 2, 4, 0), 3); }
+MOE__RW(three, int two, int one, int x, int y, int z) {
     const MOE__VI high = v_bits_r4(v_load16(b + one + 16 * j), v, x, y, z, 2);
     return v_join(MOE__(rw_two)(b, two, j, v), high, 1, 2);
 }
-MOE__V MOE__VI MOE__(rw_five)(const uint8_t *b, const int four, const int one, const int x,
-                              const int y, const int z, MOE__AT_ROWS) {
+MOE__RW(five, int four, int one, int x, int y, int z) {
     const MOE__VI high = v_bits_r4(v_load16(b + one + 16 * j), v, x, y, z, 4);
     return v_join(MOE__(rw_nibbles)(b, four, j, v), high, 1, 4);
 }
-MOE__V MOE__VI MOE__(rw_six)(const uint8_t *b, const int four, const int two, const int y,
-                             const int z, MOE__AT_ROWS) {
+MOE__RW(six, int four, int two, int y, int z) {
     const MOE__VI high = v_bits_r4(v_load_twice(b + two + 32 * j), v, 0, y, z, 4);
     return v_join(MOE__(rw_nibbles)(b, four, j, v), high, 2, 4);
 }
 
 // ---- words: scales of four rows
 
-// They are written to the 64 (32) bytes `to`.
+// They are written to the 64 (32) bytes `to`; d and dmin to h.
+#define MOE__RS(name, ...) MOE__READER(void, rs_##name, __VA_ARGS__, int8_t *to)
+#define MOE__RSET(name, ...) \
+    MOE__READER(void, rd_##name, __VA_ARGS__, const float *D MOE__UNUSED, rows_head *h)
 MOE__V __m128 u_four_halves(const uint8_t *p) {
     return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(const void *)p));
 }
@@ -7822,21 +7747,21 @@ MOE__V __m256i u_mask8(__m256i x, const int mask) {
 MOE__V __m256i u_add8(__m256i x, const int y) {
     return _mm256_add_epi8(x, _mm256_set1_epi8((char)y));
 }
-MOE__V void MOE__(rs_int8)(const uint8_t *b, const int p, int8_t *to) { memcpy(to, b + p, 64); }
-MOE__V void MOE__(rs_low)(const uint8_t *b, const int p, int8_t *to) {
+MOE__RS(int8, int p) { memcpy(to, b + p, 64); }
+MOE__RS(low, int p) {
     u_store(to, u_mask8(v_load_256(b + p), 15));
     u_store(to + 32, u_mask8(v_load_256(b + p + 32), 15));
 }
-MOE__V void MOE__(rs_high)(const uint8_t *b, const int p, int8_t *to) {
+MOE__RS(high, int p) {
     u_store(to, u_mask8(_mm256_srli_epi16(v_load_256(b + p), 4), 15));
     u_store(to + 32, u_mask8(_mm256_srli_epi16(v_load_256(b + p + 32), 4), 15));
 }
-MOE__V void MOE__(rs_four)(const uint8_t *b, const int p, int8_t *to) {
+MOE__RS(four, int p) {
     const __m256i x = v_load_256(b + p);
     u_store(to, u_add8(u_mask8(x, 15), -8));
     u_store(to + 32, u_add8(u_mask8(_mm256_srli_epi16(x, 4), 15), -8));
 }
-MOE__V void MOE__(rs_six)(const uint8_t *b, const int p, const int two, int8_t *to) {
+MOE__RS(six, int p, int two) {
     const __m256i x = v_load_256(b + p);
     const __m256i bits = _mm256_broadcastsi128_si256(v_load_128(b + two));
     __m256i low = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)), high;
@@ -7848,8 +7773,7 @@ MOE__V void MOE__(rs_six)(const uint8_t *b, const int p, const int two, int8_t *
     u_store(to, u_add8(low, -32));
     u_store(to + 32, u_add8(high, -32));
 }
-MOE__V void MOE__(rs_six_k)(const uint8_t *b, const int p, const int two, const int mins,
-                            int8_t *to) {
+MOE__RS(six_k, int p, int two, int mins) {
     const __m256i bytes = v_load_256(b + p), six = _mm256_set1_epi8(48);
     __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + two));
     high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
@@ -7864,7 +7788,7 @@ MOE__V __m256i u_bits_r4(uint64_t x, const int high) {
     const __m256i at = high ? _mm256_slli_epi16(bit, 4) : bit;
     return _mm256_cmpeq_epi8(_mm256_and_si256(bits, at), at);
 }
-MOE__V void MOE__(rs_bits)(const uint8_t *b, const int p, const int by, int8_t *to) {
+MOE__RS(bits, int p, int by) {
     const uint64_t bits = moe__load_u64(b + p);
     u_store(to, u_mask8(u_bits_r4(bits, 0), by));
     u_store(to + 32, u_mask8(u_bits_r4(bits, 1), by));
@@ -7874,32 +7798,24 @@ MOE__V __m256i u_odd_signed(__m256i x, __m256i sign) {
     x = u_add8(_mm256_add_epi8(x, x), 1);
     return _mm256_sub_epi8(_mm256_xor_si256(x, sign), sign);
 }
-MOE__V void MOE__(rs_odd_signed)(const uint8_t *b, const int p, const int signs, int8_t *to) {
+MOE__RS(odd_signed, int p, int signs) {
     const __m256i x = v_load_256(b + p);
     const uint64_t bits = moe__load_u64(b + signs);
     u_store(to, u_odd_signed(u_mask8(x, 15), u_bits_r4(bits, 0)));
     u_store(to + 32, u_odd_signed(u_mask8(_mm256_srli_epi16(x, 4), 15), u_bits_r4(bits, 1)));
 }
-MOE__V void MOE__(rs_even)(const uint8_t *b, const int p, int8_t *to) {
+MOE__RS(even, int p) {
     const __m256i x = v_load_256(b + p);
     u_store(to, u_add8(_mm256_sub_epi8(x, u_mask8(x, 1)), -127));
 }
-MOE__V void MOE__(rs_lowest)(const uint8_t *b, const int p, const int by, int8_t *to) {
+MOE__RS(lowest, int p, int by) {
     const __m256i bit = u_mask8(v_load_256(b + p), 1);
     u_store(to, u_mask8(_mm256_sub_epi8(_mm256_setzero_si256(), bit), by));
 }
 
-#define MOE__AT_HEAD const float *D __attribute__((unused)), rows_head *h
-MOE__V void MOE__(rd_half)(const uint8_t *b, const int p, MOE__AT_HEAD) {
-    h->d = u_four_halves(b + p);
-}
-MOE__V void MOE__(rd_halves)(const uint8_t *b, const int p, MOE__AT_HEAD) {
-    h->d = u_four_halves(b + p), h->dmin = u_four_halves(b + p + 8);
-}
-MOE__V void MOE__(rd_row)(const uint8_t *b, const int p, MOE__AT_HEAD) {
-    (void)b, (void)p;
-    h->d = _mm_loadu_ps(D);
-}
+MOE__RSET(half, int p) { h->d = u_four_halves(b + p); }
+MOE__RSET(halves, int p) { h->d = u_four_halves(b + p), h->dmin = u_four_halves(b + p + 8); }
+MOE__RSET(row, int p) { (void)p, h->d = _mm_loadu_ps(D); }
 
 // ---- products with four rows
 
@@ -8205,12 +8121,12 @@ MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const floa
 
 // Fours of one block of 32 weights: with four rows vectors as above, with eight rows pieces of
 // fours 0..3 in the low nibbles, 4..7 in the high ones (Q8_0_R8: 0..7). `level` is vector v.
-MOE__V MOE__VI MOE__(rw_nibbles_8)(const uint8_t *b, const int p, MOE__AT_ROWS) {
+MOE__RW(nibbles_8, int p) {
     const int n = 4 / MOE__PIECES;
     const MOE__VI x = v_load(b + p + MOE__VBYTES * (v % n));
     return (void)j, v_mask(MOE__MM(srli_epi16)(x, v / n * 4), 15);
 }
-MOE__V MOE__VI MOE__(rw_int8_8)(const uint8_t *b, const int p, MOE__AT_ROWS) {
+MOE__RW(int8_8, int p) {
     const MOE__VI bias = MOE__MM(set1_epi8)((char)MOE__BIAS8);
     return (void)j, MOE__MM(add_epi8)(v_load(b + p + MOE__VBYTES * v), bias);
 }
@@ -8795,10 +8711,13 @@ MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
 #undef MOE__MINS
 #undef MOE__HEAD
 #undef MOE__LEVEL
-#undef MOE__AT_VECTOR
-#undef MOE__AT_SCALES
-#undef MOE__AT_ROWS
-#undef MOE__AT_HEAD
+#undef MOE__READER
+#undef MOE__W
+#undef MOE__S
+#undef MOE__SET
+#undef MOE__RW
+#undef MOE__RS
+#undef MOE__RSET
 #endif // MOE__ISA != 4
 
 #if MOE__ISA == 2

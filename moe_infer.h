@@ -2910,8 +2910,8 @@ enum {
 
 // Every type that llama.cpp or ik_llama.cpp (from 133 on) give an id, in the order of ids. What
 // the library knows of a type as numbers stands here, and only here. A row is
-//   F(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q)   floats
-//   B(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q)   blocks
+//   F(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q, own)   floats
+//   B(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q, own)   blocks
 //   K(NAME, id, block, bytes, rows, meta)   known to files, but not run
 // with
 //   NAME name     as in MOE_TYPE_NAME, and in the names of functions
@@ -2924,80 +2924,81 @@ enum {
 //   per           weights per scale: 16 or 32
 //   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins
 //   q             1 if there is a quantizer
+//   own           1 if the vector kernels make tiles of it in a way of its own
 #define MOE__ALL_TYPES(F, B, K)                                                                  \
-    F(F32, f32, 0, 1, 4, F32, 1, 0, 0, 0, 0, 1)                                                  \
-    F(F16, f16, 1, 1, 2, F32, 1, 0, 0, 0, 0, 1)                                                  \
-    B(Q4_0, q4_0, 2, 32, 18, Q32, 1, 0, 32, 4, 8, 1)                                             \
-    B(Q4_1, q4_1, 3, 32, 20, Q32, 1, 0, 32, 4, 0, 1)                                             \
+    F(F32, f32, 0, 1, 4, F32, 1, 0, 0, 0, 0, 1, 0)                                               \
+    F(F16, f16, 1, 1, 2, F32, 1, 0, 0, 0, 0, 1, 0)                                               \
+    B(Q4_0, q4_0, 2, 32, 18, Q32, 1, 0, 32, 4, 8, 1, 1)                                          \
+    B(Q4_1, q4_1, 3, 32, 20, Q32, 1, 0, 32, 4, 0, 1, 0)                                          \
     K(Q4_2, 4, 0, 0, 1, 0) K(Q4_3, 5, 0, 0, 1, 0)                                                \
-    B(Q5_0, q5_0, 6, 32, 22, Q32, 1, 0, 32, 5, 16, 1)                                            \
-    B(Q5_1, q5_1, 7, 32, 24, Q32, 1, 0, 32, 5, 0, 1)                                             \
-    B(Q8_0, q8_0, 8, 32, 34, Q32, 1, 0, 32, 8, 128, 1)                                           \
+    B(Q5_0, q5_0, 6, 32, 22, Q32, 1, 0, 32, 5, 16, 1, 1)                                         \
+    B(Q5_1, q5_1, 7, 32, 24, Q32, 1, 0, 32, 5, 0, 1, 0)                                          \
+    B(Q8_0, q8_0, 8, 32, 34, Q32, 1, 0, 32, 8, 128, 1, 1)                                        \
     K(Q8_1, 9, 32, 36, 1, 0)                                                                     \
-    B(Q2_K, q2_k, 10, 256, 84, Q256, 1, 0, 16, 2, 0, 1)                                          \
-    B(Q3_K, q3_k, 11, 256, 110, Q256, 1, 0, 16, 3, 4, 1)                                         \
-    B(Q4_K, q4_k, 12, 256, 144, Q256, 1, 0, 32, 4, 0, 1)                                         \
-    B(Q5_K, q5_k, 13, 256, 176, Q256, 1, 0, 32, 5, 0, 1)                                         \
-    B(Q6_K, q6_k, 14, 256, 210, Q256, 1, 0, 16, 6, 32, 1)                                        \
+    B(Q2_K, q2_k, 10, 256, 84, Q256, 1, 0, 16, 2, 0, 1, 0)                                       \
+    B(Q3_K, q3_k, 11, 256, 110, Q256, 1, 0, 16, 3, 4, 1, 0)                                      \
+    B(Q4_K, q4_k, 12, 256, 144, Q256, 1, 0, 32, 4, 0, 1, 1)                                      \
+    B(Q5_K, q5_k, 13, 256, 176, Q256, 1, 0, 32, 5, 0, 1, 1)                                      \
+    B(Q6_K, q6_k, 14, 256, 210, Q256, 1, 0, 16, 6, 32, 1, 1)                                     \
     K(Q8_K, 15, 256, 0, 1, 0)                                                                    \
-    B(IQ2_XXS, iq2_xxs, 16, 256, 66, Q256, 1, 0, 32, 7, 64, 0)                                   \
-    B(IQ2_XS, iq2_xs, 17, 256, 74, Q256, 1, 0, 16, 7, 64, 0)                                     \
-    B(IQ3_XXS, iq3_xxs, 18, 256, 98, Q256, 1, 0, 32, 7, 64, 0)                                   \
-    B(IQ1_S, iq1_s, 19, 256, 50, Q256, 1, 0, 32, 5, 16, 0)                                       \
-    B(IQ4_NL, iq4_nl, 20, 32, 18, Q32, 1, 0, 32, 8, 128, 1)                                      \
-    B(IQ3_S, iq3_s, 21, 256, 110, Q256, 1, 0, 32, 5, 16, 0)                                      \
-    B(IQ2_S, iq2_s, 22, 256, 82, Q256, 1, 0, 16, 7, 64, 0)                                       \
-    B(IQ4_XS, iq4_xs, 23, 256, 136, Q256, 1, 0, 32, 8, 128, 1)                                   \
+    B(IQ2_XXS, iq2_xxs, 16, 256, 66, Q256, 1, 0, 32, 7, 64, 0, 0)                                \
+    B(IQ2_XS, iq2_xs, 17, 256, 74, Q256, 1, 0, 16, 7, 64, 0, 0)                                  \
+    B(IQ3_XXS, iq3_xxs, 18, 256, 98, Q256, 1, 0, 32, 7, 64, 0, 0)                                \
+    B(IQ1_S, iq1_s, 19, 256, 50, Q256, 1, 0, 32, 5, 16, 0, 0)                                    \
+    B(IQ4_NL, iq4_nl, 20, 32, 18, Q32, 1, 0, 32, 8, 128, 1, 1)                                   \
+    B(IQ3_S, iq3_s, 21, 256, 110, Q256, 1, 0, 32, 5, 16, 0, 0)                                   \
+    B(IQ2_S, iq2_s, 22, 256, 82, Q256, 1, 0, 16, 7, 64, 0, 0)                                    \
+    B(IQ4_XS, iq4_xs, 23, 256, 136, Q256, 1, 0, 32, 8, 128, 1, 0)                                \
     K(I8, 24, 1, 1, 1, 0) K(I16, 25, 1, 2, 1, 0) K(I32, 26, 1, 4, 1, 0) K(I64, 27, 1, 8, 1, 0)   \
     K(F64, 28, 1, 8, 1, 0)                                                                       \
-    B(IQ1_M, iq1_m, 29, 256, 56, Q256, 1, 0, 16, 5, 16, 0)                                       \
-    F(BF16, bf16, 30, 1, 2, F32, 1, 0, 0, 0, 0, 1)                                               \
+    B(IQ1_M, iq1_m, 29, 256, 56, Q256, 1, 0, 16, 5, 16, 0, 0)                                    \
+    F(BF16, bf16, 30, 1, 2, F32, 1, 0, 0, 0, 0, 1, 0)                                            \
     K(Q4_0_4_4, 31, 32, 18, 4, 0) K(Q4_0_4_8, 32, 32, 18, 4, 0) K(Q4_0_8_8, 33, 32, 18, 8, 0)    \
-    B(TQ1_0, tq1_0, 34, 256, 54, Q256, 1, 0, 32, 2, 1, 0)                                        \
-    B(TQ2_0, tq2_0, 35, 256, 66, Q256, 1, 0, 32, 2, 1, 0)                                        \
+    B(TQ1_0, tq1_0, 34, 256, 54, Q256, 1, 0, 32, 2, 1, 0, 0)                                     \
+    B(TQ2_0, tq2_0, 35, 256, 66, Q256, 1, 0, 32, 2, 1, 0, 0)                                     \
     K(I2_S, 36, 0, 0, 1, 0) K(IQ4_NL_4_8, 37, 32, 0, 1, 0) K(IQ4_NL_8_8, 38, 32, 0, 1, 0)        \
-    B(MXFP4, mxfp4, 39, 32, 17, Q32, 1, 0, 32, 5, 16, 1)                                         \
-    B(NVFP4, nvfp4, 40, 64, 36, Q32, 1, 0, 16, 5, 16, 0)                                         \
+    B(MXFP4, mxfp4, 39, 32, 17, Q32, 1, 0, 32, 5, 16, 1, 1)                                      \
+    B(NVFP4, nvfp4, 40, 64, 36, Q32, 1, 0, 16, 5, 16, 0, 0)                                      \
     K(Q1_0, 41, 128, 18, 1, 0) K(Q2_0, 42, 64, 18, 1, 0) K(Q8_0_X4, 97, 32, 0, 1, 0)             \
     K(Q8_1_X4, 98, 32, 0, 1, 0) K(Q8_2_X4, 99, 32, 0, 1, 0)                                      \
-    B(Q6_0, q6_0, 133, 32, 26, Q32, 1, 0, 32, 6, 32, 0)                                          \
+    B(Q6_0, q6_0, 133, 32, 26, Q32, 1, 0, 32, 6, 32, 0, 0)                                       \
     K(IQ1_BN, 134, 64, 13, 1, 2) K(IQ2_BN, 135, 64, 16, 1, 4) K(Q8_K64, 136, 0, 0, 1, 0)         \
-    B(IQ2_K, iq2_k, 137, 256, 76, Q256, 1, 0, 16, 6, 32, 0)                                      \
-    B(IQ3_K, iq3_k, 138, 256, 110, Q256, 1, 0, 16, 7, 64, 0)                                     \
-    B(IQ4_K, iq4_k, 139, 256, 144, Q256, 1, 0, 16, 8, 128, 0)                                    \
-    B(IQ5_K, iq5_k, 140, 256, 176, Q256, 1, 0, 16, 8, 128, 0)                                    \
-    B(IQ6_K, iq6_k, 141, 256, 212, Q256, 1, 0, 16, 8, 128, 0)                                    \
-    B(IQ4_KS, iq4_ks, 144, 256, 136, Q256, 1, 4, 32, 8, 128, 0)                                  \
-    B(IQ2_KS, iq2_ks, 145, 256, 70, Q256, 1, 2, 32, 6, 32, 0)                                    \
+    B(IQ2_K, iq2_k, 137, 256, 76, Q256, 1, 0, 16, 6, 32, 0, 0)                                   \
+    B(IQ3_K, iq3_k, 138, 256, 110, Q256, 1, 0, 16, 7, 64, 0, 0)                                  \
+    B(IQ4_K, iq4_k, 139, 256, 144, Q256, 1, 0, 16, 8, 128, 0, 0)                                 \
+    B(IQ5_K, iq5_k, 140, 256, 176, Q256, 1, 0, 16, 8, 128, 0, 0)                                 \
+    B(IQ6_K, iq6_k, 141, 256, 212, Q256, 1, 0, 16, 8, 128, 0, 0)                                 \
+    B(IQ4_KS, iq4_ks, 144, 256, 136, Q256, 1, 4, 32, 8, 128, 0, 0)                               \
+    B(IQ2_KS, iq2_ks, 145, 256, 70, Q256, 1, 2, 32, 6, 32, 0, 0)                                 \
     K(IQ4_KSS, 146, 256, 128, 1, 4) K(Q8_K16, 147, 0, 0, 1, 0) K(Q8_K32, 148, 0, 0, 1, 0)        \
     K(Q8_KR8, 149, 0, 0, 1, 0) K(Q8_K128, 150, 0, 0, 1, 0) K(Q8_KV, 151, 32, 32, 1, 8)           \
-    B(IQ5_KS, iq5_ks, 152, 256, 168, Q256, 1, 4, 32, 8, 128, 0)                                  \
+    B(IQ5_KS, iq5_ks, 152, 256, 168, Q256, 1, 4, 32, 8, 128, 0, 0)                               \
     K(IQ2_KT, 153, 256, 68, 1, 4) K(IQ3_KT, 154, 256, 100, 1, 4) K(IQ4_KT, 155, 256, 128, 1, 4)  \
-    B(IQ3_KS, iq3_ks, 156, 256, 102, Q256, 1, 2, 32, 7, 64, 0)                                   \
-    B(IQ2_KL, iq2_kl, 157, 256, 86, Q256, 1, 2, 32, 7, 64, 0)                                    \
+    B(IQ3_KS, iq3_ks, 156, 256, 102, Q256, 1, 2, 32, 7, 64, 0, 0)                                \
+    B(IQ2_KL, iq2_kl, 157, 256, 86, Q256, 1, 2, 32, 7, 64, 0, 0)                                 \
     K(IQ1_KT, 158, 256, 56, 1, 4)                                                                \
-    B(Q4_0_R8, q4_0_r8, 202, 32, 18, Q32, 8, 0, 32, 4, 8, 0)                                     \
-    B(Q5_0_R4, q5_0_r4, 206, 32, 22, Q32, 4, 0, 32, 5, 16, 0)                                    \
-    B(Q8_0_R8, q8_0_r8, 208, 32, 34, Q32, 8, 0, 32, 8, 128, 0)                                   \
-    B(Q2_K_R4, q2_k_r4, 210, 256, 84, Q256, 4, 0, 16, 2, 0, 0)                                   \
-    B(Q3_K_R4, q3_k_r4, 211, 256, 110, Q256, 4, 0, 16, 3, 4, 0)                                  \
-    B(Q4_K_R4, q4_k_r4, 212, 256, 144, Q256, 4, 0, 32, 4, 0, 0)                                  \
-    B(Q5_K_R4, q5_k_r4, 213, 256, 176, Q256, 4, 0, 32, 5, 0, 0)                                  \
-    B(Q6_K_R4, q6_k_r4, 214, 256, 210, Q256, 4, 0, 16, 6, 32, 0)                                 \
+    B(Q4_0_R8, q4_0_r8, 202, 32, 18, Q32, 8, 0, 32, 4, 8, 0, 0)                                  \
+    B(Q5_0_R4, q5_0_r4, 206, 32, 22, Q32, 4, 0, 32, 5, 16, 0, 0)                                 \
+    B(Q8_0_R8, q8_0_r8, 208, 32, 34, Q32, 8, 0, 32, 8, 128, 0, 0)                                \
+    B(Q2_K_R4, q2_k_r4, 210, 256, 84, Q256, 4, 0, 16, 2, 0, 0, 0)                                \
+    B(Q3_K_R4, q3_k_r4, 211, 256, 110, Q256, 4, 0, 16, 3, 4, 0, 0)                               \
+    B(Q4_K_R4, q4_k_r4, 212, 256, 144, Q256, 4, 0, 32, 4, 0, 0, 0)                               \
+    B(Q5_K_R4, q5_k_r4, 213, 256, 176, Q256, 4, 0, 32, 5, 0, 0, 0)                               \
+    B(Q6_K_R4, q6_k_r4, 214, 256, 210, Q256, 4, 0, 16, 6, 32, 0, 0)                              \
     K(IQ2_XXS_R4, 216, 256, 66, 4, 0) K(IQ2_XS_R4, 217, 256, 74, 4, 0)                           \
     K(IQ3_XXS_R4, 218, 256, 98, 4, 0) K(IQ1_S_R4, 219, 32, 6, 4, 2)                              \
-    B(IQ4_NL_R4, iq4_nl_r4, 220, 32, 18, Q32, 4, 0, 32, 8, 128, 0)                               \
+    B(IQ4_NL_R4, iq4_nl_r4, 220, 32, 18, Q32, 4, 0, 32, 8, 128, 0, 0)                            \
     K(IQ3_S_R4, 221, 256, 110, 4, 0) K(IQ2_S_R4, 222, 256, 82, 4, 0)                             \
-    B(IQ4_XS_R8, iq4_xs_r8, 223, 256, 136, Q256, 8, 0, 32, 8, 128, 0)                            \
+    B(IQ4_XS_R8, iq4_xs_r8, 223, 256, 136, Q256, 8, 0, 32, 8, 128, 0, 0)                         \
     K(IQ1_M_R4, 229, 32, 7, 4, 2) K(BF16_R16, 230, 1, 2, 16, 0) K(Q6_0_R4, 233, 32, 26, 4, 0)    \
     K(IQ2_BN_R4, 335, 64, 16, 4, 4)                                                              \
-    B(IQ2_K_R4, iq2_k_r4, 337, 256, 76, Q256, 4, 0, 16, 6, 32, 0)                                \
-    B(IQ3_K_R4, iq3_k_r4, 338, 256, 110, Q256, 4, 0, 16, 7, 64, 0)                               \
-    B(IQ4_K_R4, iq4_k_r4, 339, 256, 144, Q256, 4, 0, 16, 8, 128, 0)                              \
-    B(IQ5_K_R4, iq5_k_r4, 340, 256, 176, Q256, 4, 0, 16, 8, 128, 0)                              \
-    B(IQ4_KS_R4, iq4_ks_r4, 344, 256, 136, Q256, 4, 4, 32, 8, 128, 0)                            \
-    B(IQ5_KS_R4, iq5_ks_r4, 352, 256, 168, Q256, 4, 4, 32, 8, 128, 0)                            \
-    B(MXFP4_R8, mxfp4_r8, 353, 32, 17, Q32, 8, 0, 32, 5, 16, 0)                                  \
+    B(IQ2_K_R4, iq2_k_r4, 337, 256, 76, Q256, 4, 0, 16, 6, 32, 0, 0)                             \
+    B(IQ3_K_R4, iq3_k_r4, 338, 256, 110, Q256, 4, 0, 16, 7, 64, 0, 0)                            \
+    B(IQ4_K_R4, iq4_k_r4, 339, 256, 144, Q256, 4, 0, 16, 8, 128, 0, 0)                           \
+    B(IQ5_K_R4, iq5_k_r4, 340, 256, 176, Q256, 4, 0, 16, 8, 128, 0, 0)                           \
+    B(IQ4_KS_R4, iq4_ks_r4, 344, 256, 136, Q256, 4, 4, 32, 8, 128, 0, 0)                         \
+    B(IQ5_KS_R4, iq5_ks_r4, 352, 256, 168, Q256, 4, 4, 32, 8, 128, 0, 0)                         \
+    B(MXFP4_R8, mxfp4_r8, 353, 32, 17, Q32, 8, 0, 32, 5, 16, 0, 0)                               \
     K(Q8_K_R16, 397, 256, 258, 16, 0) K(Q8_KV_R8, 398, 32, 32, 8, 4)                             \
     K(Q8_K_R8, 399, 256, 258, 8, 0)
 
@@ -4440,7 +4441,7 @@ MOE__RSET(row, int p) { moe__d_row(b, p, k, D, out); }
 //   MOE__OF_BOOKS(NAME, name, order, more)                               with code books
 //   MOE__OF_R4(NAME, name, d, (), scale, (), more, which, (), table, level, ())     4 rows of 256
 //   MOE__OF_ROWS_32(NAME, name, d, (), table, level, ())                 4 or 8 rows of 32
-//   MOE__OF_OTHER(NAME, name)                                            written out in both texts
+//   MOE__OF_OTHER_32(NAME, name), MOE__OF_OTHER_ROWS(NAME, name)         written out in both texts
 // table: the levels that indices stand for, or `even`: level less offset. more: what there is
 // besides scales, MINS (integers, of which dmin is the scale), SHIFTS (added to levels) or NOTHING,
 // and which. order: what a vector of 512 bits holds, see "levels" in >>kernels.
@@ -4454,7 +4455,7 @@ enum { MOE__NATURAL, MOE__FOURS, MOE__TWOS, MOE__HALVES };
 #define MOE__LAYOUT_Q8_0 MOE__OF_32(Q8_0, q8_0, half, (0), even, int8, (2))
 #define MOE__LAYOUT_IQ4_NL MOE__OF_32(IQ4_NL, iq4_nl, half, (0), k4, nibbles, (2))
 #define MOE__LAYOUT_MXFP4 MOE__OF_32(MXFP4, mxfp4, e8m0, (0), fp4, nibbles, (1))
-#define MOE__LAYOUT_NVFP4 MOE__OF_OTHER(NVFP4, nvfp4)
+#define MOE__LAYOUT_NVFP4 MOE__OF_OTHER_32(NVFP4, nvfp4)
 
 #define MOE__LAYOUT_Q2_K                                                                          \
     MOE__OF_256(Q2_K, q2_k, TWOS, halves, (80), low, (0), MINS, high, (0), even, two, (16))
@@ -4558,7 +4559,7 @@ enum { MOE__NATURAL, MOE__FOURS, MOE__TWOS, MOE__HALVES };
 #define MOE__LAYOUT_IQ5_KS_R4                                                                     \
     MOE__OF_R4(IQ5_KS_R4, iq5_ks_r4, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K5),     \
                k5, five, (32, 544, 2, 4, 1))
-#define MOE__LAYOUT_IQ4_XS_R8 MOE__OF_OTHER(IQ4_XS_R8, iq4_xs_r8)
+#define MOE__LAYOUT_IQ4_XS_R8 MOE__OF_OTHER_ROWS(IQ4_XS_R8, iq4_xs_r8)
 
 // ---- layouts in plain C ----------------------------------------------------------------------
 
@@ -4630,7 +4631,8 @@ MOE__INLINE int moe__types_level_of(const int8_t *table, int x, int offset) {
                     moe__rs_##scale(b, MOE__ARGS scale_at, k, n, s), more,                     \
                     moe__rs_##which(b, MOE__ARGS which_at, k, n, s), table,                    \
                     moe__rw_##level(b, MOE__ARGS at, k, h, i))
-#define MOE__OF_OTHER(NAME, name)
+#define MOE__OF_OTHER_32(NAME, name)
+#define MOE__OF_OTHER_ROWS(NAME, name)
 #define MOE__READ_LAYOUT(NAME, ...) MOE__LAYOUT_##NAME
 MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
 #undef MOE__UNPACK_32
@@ -4640,7 +4642,8 @@ MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
 #undef MOE__OF_BOOKS
 #undef MOE__OF_ROWS_32
 #undef MOE__OF_R4
-#undef MOE__OF_OTHER
+#undef MOE__OF_OTHER_32
+#undef MOE__OF_OTHER_ROWS
 #undef MOE__EACH_SCALE
 #undef MOE__PUT_NOTHING
 #undef MOE__PUT_MINS
@@ -5486,7 +5489,7 @@ MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
 #define MOE__UNPACKER_Q256(name) moe__unpack_##name
 #define MOE__QUANTIZER_0(name) NULL
 #define MOE__QUANTIZER_1(name) moe__quantize_##name
-#define MOE__TYPES_ENTRY(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q) \
+#define MOE__TYPES_ENTRY(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q, ...) \
     {MOE_TYPE_##NAME, #NAME, block, bytes, MOE__ACT_##act, rows, meta, per, bits, offset,      \
      MOE__UNPACKER_##act(name), MOE__QUANTIZER_##q(name)},
 static const moe__type moe__types[MOE__N_TYPES] = {MOE__TYPES(MOE__TYPES_ENTRY)};
@@ -8687,7 +8690,8 @@ MOE__V MOE__VI v_level_of(const int8_t *table, const int n, MOE__VI x, const int
         return MOE__LEVEL_OF(NAME, table, MOE__(rw_##level)(b, MOE__ARGS at, 0, v));              \
     }                                                                                             \
     MOE__TYPE_ROWS_32(NAME, name)
-#define MOE__OF_OTHER(NAME, name)
+#define MOE__OF_OTHER_32(NAME, name)
+#define MOE__OF_OTHER_ROWS(NAME, name)
 MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
 #undef MOE__LEVEL_OF
 #undef MOE__MORE_NOTHING
@@ -8701,7 +8705,8 @@ MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
 #undef MOE__OF_BOOKS
 #undef MOE__OF_R4
 #undef MOE__OF_ROWS_32
-#undef MOE__OF_OTHER
+#undef MOE__OF_OTHER_32
+#undef MOE__OF_OTHER_ROWS
 #undef MOE__ROW_BLOCKS
 #undef MOE__TYPE_256
 #undef MOE__TYPE_R4
@@ -9769,26 +9774,27 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, unpack_fn *unpack_row, int
                     prefetch_size);
 }
 
-// name, kernels, then the rest of a plan in its order
-#define MOE__TILE_TYPE(name, kernels, ...)                                                        \
+// kernels, chains, log2 of the offset (-1: mins)
+#define MOE__TILE_TYPE(NAME, name, kernels, chains, act, shift)                                   \
     MOE__K void MOE__(tile_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,          \
                                    int64_t n, const void *const *x, int64_t n_tokens, float *out, \
                                    int64_t out_stride, void *pack, const uint8_t *prefetch,       \
                                    size_t prefetch_size) {                                        \
-        static const tile_plan plan = {kernels, MOE__(tile_unpack_##name), __VA_ARGS__,    \
-                                              NULL, NULL, NULL, 0, 0};                            \
+        static const tile_plan plan = {kernels, MOE__(tile_unpack_##name), chains,                \
+                                       MOE__PER_##NAME, MOE__BLOCK_##NAME, MOE__BYTES_##NAME,     \
+                                       sizeof(act), shift, NULL, NULL, NULL, 0, 0};               \
         MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack,     \
                         prefetch, prefetch_size);                                                 \
     }
 #define MOE__TILE_Q(name, bits) MOE__TILE_OF(name, bits), MOE__TILE_TOKENS
-MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 4, 32, 32, 18, sizeof(moe__act32), 3)
-MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 4, 32, 32, 22, sizeof(moe__act32), 4)
-MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 4, 32, 32, 18, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 4, 32, 32, 17, sizeof(moe__act32), 4)
-MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 4, 32, 32, 34, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32, 4), 1, 32, 256, 144, sizeof(moe__act256), -1)
-MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32, 6), 1, 32, 256, 176, sizeof(moe__act256), -1)
-MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 1, 16, 256, 210, sizeof(moe__act256), 5)
+MOE__TILE_TYPE(Q4_0, q4_0, MOE__TILE_Q(q32, 4), 4, moe__act32, 3)
+MOE__TILE_TYPE(Q5_0, q5_0, MOE__TILE_Q(q32, 6), 4, moe__act32, 4)
+MOE__TILE_TYPE(IQ4_NL, iq4_nl, MOE__TILE_Q(q32, 8), 4, moe__act32, 7)
+MOE__TILE_TYPE(MXFP4, mxfp4, MOE__TILE_Q(q32, 6), 4, moe__act32, 4)
+MOE__TILE_TYPE(Q8_0, q8_0, MOE__TILE_Q(q32, 8), 4, moe__act32, 7)
+MOE__TILE_TYPE(Q4_K, q4_k, MOE__TILE_Q(k32, 4), 1, moe__act256, -1)
+MOE__TILE_TYPE(Q5_K, q5_k, MOE__TILE_Q(k32, 6), 1, moe__act256, -1)
+MOE__TILE_TYPE(Q6_K, q6_k, MOE__TILE_Q(k16, 6), 1, moe__act256, 5)
 
 // Block types without unpacking of their own for tiles, by what they are read with
 #define MOE__TILE_BLOCKS(NAME, name, row, order, group)                                           \
@@ -9800,59 +9806,32 @@ MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 1, 16, 256, 210, sizeof(moe__act256), 
                            n_rows, n, x, n_tokens, out, out_stride, pack, prefetch,               \
                            prefetch_size);                                                        \
     }
-#define MOE__TILE_ROW_32(NAME, name) \
+#define MOE__OF_32(NAME, name, ...) MOE__OF_OTHER_32(NAME, name)
+#define MOE__OF_OTHER_32(NAME, name) \
     MOE__TILE_BLOCKS(NAME, name, MOE__AVX2(unpack_##name), MOE__NATURAL, NULL)
-#define MOE__TILE_ROW_256(NAME, name, order) \
-    MOE__TILE_BLOCKS(NAME, name, MOE__SHARED(unpack_##name), order, NULL)
-#define MOE__TILE_GROUP(NAME, name) \
+#define MOE__OF_256(NAME, name, order, ...) \
+    MOE__TILE_BLOCKS(NAME, name, MOE__SHARED(unpack_##name), MOE__##order, NULL)
+#define MOE__OF_BOOKS(NAME, name, order, more) MOE__OF_256(NAME, name, order, more)
+#define MOE__OF_R4(NAME, name, ...) MOE__OF_OTHER_ROWS(NAME, name)
+#define MOE__OF_ROWS_32(NAME, name, ...) MOE__OF_OTHER_ROWS(NAME, name)
+#define MOE__OF_OTHER_ROWS(NAME, name) \
     MOE__TILE_BLOCKS(NAME, name, NULL, 0, MOE__SHARED(rows_##name))
-MOE__TILE_ROW_32(Q4_1, q4_1)
-MOE__TILE_ROW_32(Q5_1, q5_1)
-MOE__TILE_ROW_32(Q6_0, q6_0)
-MOE__TILE_ROW_32(NVFP4, nvfp4)
-MOE__TILE_ROW_256(Q2_K, q2_k, MOE__TWOS)
-MOE__TILE_ROW_256(Q3_K, q3_k, MOE__TWOS)
-MOE__TILE_ROW_256(TQ1_0, tq1_0, MOE__FOURS)
-MOE__TILE_ROW_256(TQ2_0, tq2_0, MOE__TWOS)
-MOE__TILE_ROW_256(IQ1_S, iq1_s, MOE__FOURS)
-MOE__TILE_ROW_256(IQ1_M, iq1_m, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_XXS, iq2_xxs, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_XS, iq2_xs, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_S, iq2_s, MOE__FOURS)
-MOE__TILE_ROW_256(IQ3_XXS, iq3_xxs, MOE__HALVES)
-MOE__TILE_ROW_256(IQ3_S, iq3_s, MOE__HALVES)
-MOE__TILE_ROW_256(IQ4_XS, iq4_xs, MOE__HALVES)
-MOE__TILE_ROW_256(IQ2_K, iq2_k, MOE__TWOS)
-MOE__TILE_ROW_256(IQ3_K, iq3_k, MOE__TWOS)
-MOE__TILE_ROW_256(IQ4_K, iq4_k, MOE__HALVES)
-MOE__TILE_ROW_256(IQ5_K, iq5_k, MOE__FOURS)
-MOE__TILE_ROW_256(IQ6_K, iq6_k, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_KS, iq2_ks, MOE__TWOS)
-MOE__TILE_ROW_256(IQ3_KS, iq3_ks, MOE__TWOS)
-MOE__TILE_ROW_256(IQ4_KS, iq4_ks, MOE__HALVES)
-MOE__TILE_ROW_256(IQ5_KS, iq5_ks, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_KL, iq2_kl, MOE__NATURAL)
-MOE__TILE_GROUP(Q4_0_R8, q4_0_r8)
-MOE__TILE_GROUP(Q5_0_R4, q5_0_r4)
-MOE__TILE_GROUP(Q8_0_R8, q8_0_r8)
-MOE__TILE_GROUP(Q2_K_R4, q2_k_r4)
-MOE__TILE_GROUP(Q3_K_R4, q3_k_r4)
-MOE__TILE_GROUP(Q4_K_R4, q4_k_r4)
-MOE__TILE_GROUP(Q5_K_R4, q5_k_r4)
-MOE__TILE_GROUP(Q6_K_R4, q6_k_r4)
-MOE__TILE_GROUP(IQ4_NL_R4, iq4_nl_r4)
-MOE__TILE_GROUP(IQ4_XS_R8, iq4_xs_r8)
-MOE__TILE_GROUP(IQ2_K_R4, iq2_k_r4)
-MOE__TILE_GROUP(IQ3_K_R4, iq3_k_r4)
-MOE__TILE_GROUP(IQ4_K_R4, iq4_k_r4)
-MOE__TILE_GROUP(IQ5_K_R4, iq5_k_r4)
-MOE__TILE_GROUP(IQ4_KS_R4, iq4_ks_r4)
-MOE__TILE_GROUP(IQ5_KS_R4, iq5_ks_r4)
-MOE__TILE_GROUP(MXFP4_R8, mxfp4_r8)
+#define MOE__TILE_0(NAME) MOE__LAYOUT_##NAME
+#define MOE__TILE_1(NAME)
+#define MOE__TILE(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q, own) \
+    MOE__TILE_##own(NAME)
+MOE__BLOCK_TYPES(MOE__TILE)
+#undef MOE__TILE
+#undef MOE__TILE_0
+#undef MOE__TILE_1
 #undef MOE__TILE_BLOCKS
-#undef MOE__TILE_ROW_32
-#undef MOE__TILE_ROW_256
-#undef MOE__TILE_GROUP
+#undef MOE__OF_32
+#undef MOE__OF_256
+#undef MOE__OF_BOOKS
+#undef MOE__OF_R4
+#undef MOE__OF_ROWS_32
+#undef MOE__OF_OTHER_32
+#undef MOE__OF_OTHER_ROWS
 
 #if MOE__ISA == 2
 #define MOE__DEQUANTIZE_1(NAME, name)                                                   \

@@ -44,9 +44,7 @@
 //   >>sample   choosing tokens, generating text
 //   >>licence  MIT or public domain
 //
-// To add a tensor type: a row in MOE__TYPES and its unpack (>>types), then in the vector text
-//   (>>kernels) its head and level, a line that makes dot and unpack of them (MOE__TYPE_256, _R4,
-//   ...) and one that makes its tile. Tests and benches walk the table.
+// To add a tensor type: see the head of >>types, three places for most.
 // To add an instruction set: a number and a target string at the top of the vector text, an
 //   include of this file before it, and a case in moe__kernels_detect (>>kernels).
 // To add an expert schedule: its functions and one row in moe__schedules (>>experts).
@@ -3961,17 +3959,50 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 // ==============================================================================================
 // >>types
 //
-// Tensor types: the table, what the bits of each mean (unpack is the specification, in plain C),
-// how to make them (quantize), and the plain C dot product that every vector kernel is held
-// against. Blocks are read by byte offset with memcpy: rows may lie at any address.
+// Tensor types: what the bits of each mean, how to make them (quantize), and the plain C product
+// that every vector kernel is held against. Blocks are read by byte offset with memcpy: rows may
+// lie at any address.
 //
-//     row of a matrix      block | block | block | ...     each: scales, then small integers
-//     activations     record          | record      |      int8 and their scales, made from
-//                                                          floats before they are multiplied
+//     row of a matrix   block | block | block | ...   each: scales, then small integers
+//     activations       record          | record      int8 and their scales, made from floats
+//                                                     before they are multiplied
 //
-// All block types are the same thing behind their bits: weight = scale * q - min, with an int8
-// q, and a scale and a min per 16 or 32 weights. A product is exact integers inside these,
-// floats between them.
+// ONE ARITHMETIC. Behind their bits all block types are the same:
+//
+//     weight = d * scale * level - dmin * min
+//
+// d and dmin are floats of the block (of the row in types with `meta`). scale and min are small
+// integers for each 16 or 32 weights, 1 in blocks of 32. level is an int8 for each weight. Types
+// differ in how these are stored:
+//
+//     even levels      a number of 2 to 8 bits less an offset                      Q4_0, Q6_K
+//     with mins        no offset, but a min to subtract                            Q4_K, Q5_1
+//     table            the number is an index into 4 to 64 levels                  IQ4_NL, MXFP4
+//     two tables       the second is the first plus a constant, the shift; a bit
+//                      of each 16 or 32 weights chooses                            IQ4_K, IQ2_KS
+//     ternary          levels -1, 0, 1, five in a byte or four                     TQ1_0, TQ2_0
+//     code book        one index for 4 or 8 levels at once, and their signs        IQ2_XS, IQ3_S
+//     interleaved      blocks of 4 or 8 rows in one, so that a vector of weights
+//                      belongs to several rows (_R4, _R8)                          Q4_K_R4
+//
+// Activations are quantized to int8 with one scale per 32 values or per 256, as the type wants.
+// The product of a row and a vector is then exact integers inside a scale, floats between them,
+// in one order for all kernels: see "the product of quantized rows".
+//
+// TO ADD A TYPE, all places (tests/test_types.c holds the list against two types):
+//
+//   1. moe_type                              its id in files (>>api)
+//   2. MOE__ALL_TYPES                        its row: sizes, scales, bits (>>gguf)
+//   3. MOE__LAYOUT_NAME                      its bits, in words; here, and a word that is missing
+//                                            also in the vector text (>>kernels)
+// and if it has 32 weights per block: its product, which reads all blocks of a record at once
+//   4. MOE__DOT_Q32 q32_scales q32_unpack    and q32_table if it has levels of its own (>>kernels)
+// and if it has a quantizer (column q): one or the other
+//   5. MOE__TYPES_QUANTIZE moe__types_pack_NAME moe__quantize_NAME
+// and if it has a way of its own to become tiles (column own)
+//   6. MOE__TILE_TYPE MOE__TILE_NIBBLES tile_unpack_nibbles                         (>>kernels)
+//
+// Tests, benches and the rest of the library walk the table.
 // ==============================================================================================
 
 enum {
@@ -4244,8 +4275,8 @@ MOE__INLINE float moe__types_ue4m3(unsigned x) {
 MOE__INLINE int moe__types_nibble(int byte, int high) { return high ? byte >> 4 : byte & 15; }
 MOE__INLINE int moe__types_bit(int x, int i) { return x >> i & 1; }
 
-// Fields of `bits` bits: each 32 bytes hold as many runs of 32 weights as fit, the first in the
-// low bits.
+// Fields of `bits` bits: each 32 bytes hold as many sub-blocks of 32 weights as fit, the first in
+// the low bits.
 MOE__INLINE int moe__w_field(const uint8_t *p, int bits, int h, int i) {
     const int fit = 8 / bits, mask = (1 << bits) - 1;
     return p[32 * (h / 2 / fit) + 16 * (h % 2) + i] >> bits * (h / 2 % fit) & mask;
@@ -4287,8 +4318,9 @@ MOE__W(base3, int p) {
                            : b[p + 48 + i % 4] * power[i / 4];
     return 3 * (x & 255) >> 8;
 }
-// Two neighbours are an entry of a table of pairs (levels less the offset, which is 64): 16 bytes
-// hold the low nibbles of two runs of 32 weights; bit j of 16 more bytes is the fifth in run j.
+// Two neighbours are an entry of a table of pairs, of levels, to which the offset 64 is added: 16
+// bytes hold the low nibbles of two sub-blocks of 32 weights; bit j of 16 more bytes is the fifth
+// bit in sub-block j.
 MOE__W(pairs, int p, int one) {
     const int j = h / 2, pair = 8 * (h % 2) + i / 2;
     const int low = moe__types_nibble(b[p + 16 * (j / 2) + pair], j % 2);
@@ -4435,83 +4467,115 @@ MOE__RSET(row, int p) { moe__d_row(b, p, k, D, out); }
 
 // ---- layouts ---------------------------------------------------------------------------------
 
-// A layout is one of these. Behind each word the bytes it reads, counted from the block's first.
-//   MOE__OF_32(NAME, name, d, (), table, level, ())                      32 weights, one scale
+// A layout is one of these. Behind each word stand the bytes it reads, counted from the first of
+// the block; above it is a picture of all bytes. "Nibbles", "two bits" and so on are in the orders
+// of the words of these names.
+//   MOE__OF_32(NAME, name, d, (), table, level, ())                                  32 weights
 //   MOE__OF_256(NAME, name, order, d, (), scale, (), more, which, (), table, level, ())
-//   MOE__OF_BOOKS(NAME, name, order, more)                               with code books
-//   MOE__OF_R4(NAME, name, d, (), scale, (), more, which, (), table, level, ())     4 rows of 256
+//   MOE__OF_BOOKS(NAME, name, order, more)                               256 with a code book
+//   MOE__OF_R4(NAME, name, d, (), scale, (), more, which, (), table, level, ())      4 rows of 256
 //   MOE__OF_ROWS_32(NAME, name, d, (), table, level, ())                 4 or 8 rows of 32
 //   MOE__OF_OTHER_32(NAME, name), MOE__OF_OTHER_ROWS(NAME, name)         written out in both texts
-// table: the levels that indices stand for, or `even`: level less offset. more: what there is
-// besides scales, MINS (integers, of which dmin is the scale), SHIFTS (added to levels) or NOTHING,
-// and which. order: what a vector of 512 bits holds, see "levels" in >>kernels.
+// table: the levels (moe__levels_...) that the indices stand for; `even`: level less offset.
+// more: what there is besides scales: MINS (integers, dmin is their scale), SHIFTS (integers added
+// to levels, where a bit says so) or NOTHING; `which` is the word for it (of NOTHING any
+// word, it is not read).
+// order: which weights a vector of 512 bits holds, see "levels" in >>kernels.
 enum { MOE__NATURAL, MOE__FOURS, MOE__TWOS, MOE__HALVES };
 
+// Q4_0    0 d f16 | 2 nibbles
 #define MOE__LAYOUT_Q4_0 MOE__OF_32(Q4_0, q4_0, half, (0), even, nibbles, (2))
+// Q4_1    0 d f16 | 2 -min f16 | 4 nibbles
 #define MOE__LAYOUT_Q4_1 MOE__OF_32(Q4_1, q4_1, half_min, (0), even, nibbles, (4))
+// Q5_0    0 d f16 | 2 a fifth bit of each weight | 6 nibbles
 #define MOE__LAYOUT_Q5_0 MOE__OF_32(Q5_0, q5_0, half, (0), even, nibbles_one, (6, 2))
+// Q5_1    0 d f16 | 2 -min f16 | 4 a fifth bit of each weight | 8 nibbles
 #define MOE__LAYOUT_Q5_1 MOE__OF_32(Q5_1, q5_1, half_min, (0), even, nibbles_one, (8, 4))
+// Q6_0    0 d f16 | 2 two high bits of each weight | 10 nibbles
 #define MOE__LAYOUT_Q6_0 MOE__OF_32(Q6_0, q6_0, half, (0), even, nibbles_two, (10, 2))
+// Q8_0    0 d f16 | 2 int8
 #define MOE__LAYOUT_Q8_0 MOE__OF_32(Q8_0, q8_0, half, (0), even, int8, (2))
+// IQ4_NL  0 d f16 | 2 nibbles
 #define MOE__LAYOUT_IQ4_NL MOE__OF_32(IQ4_NL, iq4_nl, half, (0), k4, nibbles, (2))
+// MXFP4   0 d, an exponent | 1 nibbles
 #define MOE__LAYOUT_MXFP4 MOE__OF_32(MXFP4, mxfp4, e8m0, (0), fp4, nibbles, (1))
+// NVFP4   0 four scales E4M3, one per 16 weights | 4 for each: 8 bytes of nibbles
 #define MOE__LAYOUT_NVFP4 MOE__OF_OTHER_32(NVFP4, nvfp4)
 
+// Q2_K    0 scale and min of each 16 weights, four bits each | 16 two bits | 80 d f16 | 82 dmin f16
 #define MOE__LAYOUT_Q2_K                                                                          \
     MOE__OF_256(Q2_K, q2_k, TWOS, halves, (80), low, (0), MINS, high, (0), even, two, (16))
+// Q3_K    0 third bits | 32 two bits | 96 scales: low four bits | 104 high two bits | 108 d f16
 #define MOE__LAYOUT_Q3_K                                                                          \
     MOE__OF_256(Q3_K, q3_k, TWOS, half, (108), six_split, (96, 104), NOTHING, one, (0), even,     \
                 three, (32, 0))
+// Q4_K    0 d f16 | 2 dmin f16 | 4 scales and mins of each 32 weights | 16 four bits
 #define MOE__LAYOUT_Q4_K                                                                          \
     MOE__OF_256(Q4_K, q4_k, FOURS, halves, (0), six_k, (4, 0), MINS, six_k, (4, 1), even,         \
                 four, (16))
+// Q5_K    as Q4_K up to 16 fifth bits | 48 four bits
 #define MOE__LAYOUT_Q5_K                                                                          \
     MOE__OF_256(Q5_K, q5_k, FOURS, halves, (0), six_k, (4, 0), MINS, six_k, (4, 1), even,         \
                 five, (48, 16))
+// Q6_K    0 low four bits | 128 high two bits | 192 scales int8 | 208 d f16
 #define MOE__LAYOUT_Q6_K                                                                          \
     MOE__OF_256(Q6_K, q6_k, FOURS, half, (208), int8, (192), NOTHING, one, (0), even,             \
                 six_64, (0, 128))
 
+// TQ1_0   0 digits of base 3 | 52 d f16
 #define MOE__LAYOUT_TQ1_0                                                                         \
     MOE__OF_256(TQ1_0, tq1_0, FOURS, half, (52), one, (0), NOTHING, one, (0), even, base3, (0))
+// TQ2_0   0 two bits | 64 d f16
 #define MOE__LAYOUT_TQ2_0                                                                         \
     MOE__OF_256(TQ2_0, tq2_0, TWOS, half, (64), one, (0), NOTHING, one, (0), even, two, (0))
 
+// IQ4_XS  0 d f16 | 2 scales: high two bits | 4 low four bits | 8 nibbles
 #define MOE__LAYOUT_IQ4_XS                                                                        \
     MOE__OF_256(IQ4_XS, iq4_xs, HALVES, half, (0), six, (4, 2), NOTHING, one, (0), k4,            \
                 nibbles, (8))
+// IQ2_K   0 d f16 | 2 a bit of each 16 weights: levels shifted | 4 scales, four bits | 12 two bits
 #define MOE__LAYOUT_IQ2_K                                                                         \
     MOE__OF_256(IQ2_K, iq2_k, TWOS, half, (0), four, (4), SHIFTS, bits, (2, MOE__SHIFT_K2), k2,   \
                 two, (12))
+// IQ3_K   0 d f16 | 2 bits: shifted | 4 signs of scales | 6 scales | 14 two bits | 78 third bits
 #define MOE__LAYOUT_IQ3_K                                                                         \
     MOE__OF_256(IQ3_K, iq3_k, TWOS, half, (0), odd_signed, (6, 4), SHIFTS,                        \
                 bits, (2, MOE__SHIFT_K3), k3, three, (14, 78))
+// IQ4_K   0 d f16 | 2 bits: shifted | 4 scales: high two bits | 8 low four bits | 16 nibbles
 #define MOE__LAYOUT_IQ4_K                                                                         \
     MOE__OF_256(IQ4_K, iq4_k, HALVES, half, (0), six, (8, 4), SHIFTS, bits, (2, MOE__SHIFT_K4),   \
                 k4, nibbles, (16))
+// IQ5_K   as IQ4_K up to 16 four bits | 144 fifth bits
 #define MOE__LAYOUT_IQ5_K                                                                         \
     MOE__OF_256(IQ5_K, iq5_k, FOURS, half, (0), six, (8, 4), SHIFTS, bits, (2, MOE__SHIFT_K5),    \
                 k5, five, (16, 144))
+// IQ6_K   0 d f16 | 2 bits: shifted | 4 scales int8 | 20 four bits | 148 high two bits
 #define MOE__LAYOUT_IQ6_K                                                                         \
     MOE__OF_256(IQ6_K, iq6_k, FOURS, half, (0), int8, (4), SHIFTS, bits, (2, MOE__SHIFT_K6), k6,  \
                 six, (20, 148))
+// IQ2_KS  0 a bit of each 32 weights: shifted | 1 scales: fifth bits | 2 low four bits | 6 two bits
 #define MOE__LAYOUT_IQ2_KS                                                                        \
     MOE__OF_256(IQ2_KS, iq2_ks, TWOS, row, (0), five, (2, 1), SHIFTS, bits, (0, MOE__SHIFT_K2),   \
                 k2, two, (6))
+// IQ3_KS  0 scales: fifth bits | 1 bits: shifted | 2 low four bits | 6 two bits | 70 third bits
 #define MOE__LAYOUT_IQ3_KS                                                                        \
     MOE__OF_256(IQ3_KS, iq3_ks, TWOS, row, (0), five_halves, (2, 0), SHIFTS,                      \
                 bits, (1, MOE__SHIFT_K3), k3, three, (6, 70))
+// IQ4_KS  0 scales, the lowest bit: shifted | 8 nibbles
 #define MOE__LAYOUT_IQ4_KS                                                                        \
     MOE__OF_256(IQ4_KS, iq4_ks, HALVES, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K4),  \
                 k4, nibbles, (8))
+// IQ5_KS  0 scales, the lowest bit: shifted | 8 four bits | 136 fifth bits
 #define MOE__LAYOUT_IQ5_KS                                                                        \
     MOE__OF_256(IQ5_KS, iq5_ks, FOURS, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K5),   \
                 k5, five, (8, 136))
+// IQ2_KL  0 scales: high two bits | 2 low four bits | 6 pairs: low nibbles | 70 fifth bits
 #define MOE__LAYOUT_IQ2_KL                                                                        \
     MOE__OF_256(IQ2_KL, iq2_kl, NATURAL, row, (0), six_halves, (2, 0), NOTHING, one, (0), even,   \
                 pairs, (6, 70))
 
-// Of the types with code books only what both texts need; the bits are told below.
+// Types with code books are written out in both texts: plain C asks which entry a weight is in,
+// vectors make all indices and signs of a block first. A description of both would be longer.
 #define MOE__LAYOUT_IQ1_S MOE__OF_BOOKS(IQ1_S, iq1_s, FOURS, SHIFTS)
 #define MOE__LAYOUT_IQ1_M MOE__OF_BOOKS(IQ1_M, iq1_m, FOURS, NOTHING)
 #define MOE__LAYOUT_IQ2_XXS MOE__OF_BOOKS(IQ2_XXS, iq2_xxs, FOURS, NOTHING)
@@ -4520,45 +4584,63 @@ enum { MOE__NATURAL, MOE__FOURS, MOE__TWOS, MOE__HALVES };
 #define MOE__LAYOUT_IQ3_XXS MOE__OF_BOOKS(IQ3_XXS, iq3_xxs, HALVES, NOTHING)
 #define MOE__LAYOUT_IQ3_S MOE__OF_BOOKS(IQ3_S, iq3_s, HALVES, NOTHING)
 
-// Groups of rows: bytes are those of the group's block.
+// Groups of rows: bytes are those of the block of the group, fields hold those of all its rows.
+// The _KS types have the d of each row before all blocks, as f32.
+// Q4_0_R8 0 d f16 | 16 nibbles
 #define MOE__LAYOUT_Q4_0_R8 MOE__OF_ROWS_32(Q4_0_R8, q4_0_r8, half, (0), even, nibbles_8, (16))
+// Q8_0_R8 0 d f16 | 16 int8
 #define MOE__LAYOUT_Q8_0_R8 MOE__OF_ROWS_32(Q8_0_R8, q8_0_r8, half, (0), even, int8_8, (16))
+// MXFP4_R8 0 d, exponents | 8 nibbles
 #define MOE__LAYOUT_MXFP4_R8 MOE__OF_ROWS_32(MXFP4_R8, mxfp4_r8, e8m0, (0), fp4, nibbles_8, (8))
+// IQ4_NL_R4 0 d f16 | 8 nibbles
 #define MOE__LAYOUT_IQ4_NL_R4 MOE__OF_ROWS_32(IQ4_NL_R4, iq4_nl_r4, half, (0), k4, nibbles, (8))
+// Q5_0_R4 0 d f16 | 8 fifth bits | 24 nibbles
 #define MOE__LAYOUT_Q5_0_R4 \
     MOE__OF_ROWS_32(Q5_0_R4, q5_0_r4, half, (0), even, five, (24, 8, 1, 2, 4))
+// Q2_K_R4 0 d f16 | 8 dmin f16 | 16 scales and mins, four bits each | 80 two bits
 #define MOE__LAYOUT_Q2_K_R4                                                                       \
     MOE__OF_R4(Q2_K_R4, q2_k_r4, halves, (0), low, (16), MINS, high, (16), even, two, (80))
+// Q3_K_R4 0 d f16 | 8 scales: high two bits | 24 low four bits | 56 third bits | 184 two bits
 #define MOE__LAYOUT_Q3_K_R4                                                                       \
     MOE__OF_R4(Q3_K_R4, q3_k_r4, half, (0), six, (24, 8), NOTHING, low, (0), even,                \
                three, (184, 56, 4, 1, 2))
+// Q4_K_R4 0 d f16 | 8 dmin f16 | 16 scales and mins: high bits | 32 low four bits | 64 nibbles
 #define MOE__LAYOUT_Q4_K_R4                                                                       \
     MOE__OF_R4(Q4_K_R4, q4_k_r4, halves, (0), six_k, (32, 16, 0), MINS, six_k, (32, 16, 1), even, \
                nibbles, (64))
+// Q5_K_R4 as Q4_K_R4 up to 64 fifth bits | 192 nibbles
 #define MOE__LAYOUT_Q5_K_R4                                                                       \
     MOE__OF_R4(Q5_K_R4, q5_k_r4, halves, (0), six_k, (32, 16, 0), MINS, six_k, (32, 16, 1), even, \
                five, (192, 64, 4, 2, 1))
+// Q6_K_R4 0 d f16 | 8 scales int8 | 72 high two bits | 328 nibbles
 #define MOE__LAYOUT_Q6_K_R4                                                                       \
     MOE__OF_R4(Q6_K_R4, q6_k_r4, half, (0), int8, (8), NOTHING, low, (0), even,                   \
                six, (328, 72, 4, 2))
+// IQ2_K_R4 0 d f16 | 8 bits: shifted | 16 scales, four bits | 48 two bits
 #define MOE__LAYOUT_IQ2_K_R4                                                                      \
     MOE__OF_R4(IQ2_K_R4, iq2_k_r4, half, (0), four, (16), SHIFTS, bits, (8, MOE__SHIFT_K2), k2,   \
                two, (48))
+// IQ3_K_R4 as IQ2_K_R4 up to 16 signs of scales | 24 scales | 56 two bits | 312 third bits
 #define MOE__LAYOUT_IQ3_K_R4                                                                      \
     MOE__OF_R4(IQ3_K_R4, iq3_k_r4, half, (0), odd_signed, (24, 16), SHIFTS,                       \
                bits, (8, MOE__SHIFT_K3), k3, three, (56, 312, 4, 1, 2))
+// IQ4_K_R4 0 d f16 | 8 bits: shifted | 16 scales: high two bits | 32 low four bits | 64 nibbles
 #define MOE__LAYOUT_IQ4_K_R4                                                                      \
     MOE__OF_R4(IQ4_K_R4, iq4_k_r4, half, (0), six, (32, 16), SHIFTS, bits, (8, MOE__SHIFT_K4),    \
                k4, nibbles, (64))
+// IQ5_K_R4 as IQ4_K_R4 | 576 fifth bits
 #define MOE__LAYOUT_IQ5_K_R4                                                                      \
     MOE__OF_R4(IQ5_K_R4, iq5_k_r4, half, (0), six, (32, 16), SHIFTS, bits, (8, MOE__SHIFT_K5),    \
                k5, five, (64, 576, 2, 4, 1))
+// IQ4_KS_R4 0 scales, the lowest bit: shifted | 32 nibbles
 #define MOE__LAYOUT_IQ4_KS_R4                                                                     \
     MOE__OF_R4(IQ4_KS_R4, iq4_ks_r4, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K4),     \
                k4, nibbles, (32))
+// IQ5_KS_R4 as IQ4_KS_R4 | 544 fifth bits
 #define MOE__LAYOUT_IQ5_KS_R4                                                                     \
     MOE__OF_R4(IQ5_KS_R4, iq5_ks_r4, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K5),     \
                k5, five, (32, 544, 2, 4, 1))
+// IQ4_XS_R8 0 d f16 | 16 scales: high two bits | 32 low four bits | 64 nibbles
 #define MOE__LAYOUT_IQ4_XS_R8 MOE__OF_OTHER_ROWS(IQ4_XS_R8, iq4_xs_r8)
 
 // ---- layouts in plain C ----------------------------------------------------------------------
@@ -8026,9 +8108,9 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
 
 // ---- eight rows
 
-// Pieces of 32 bytes hold fours of eight rows; a vector has one or two of them, from number
-// MOE__PIECES * v.
-#define MOE__PIECES (MOE__VBYTES / 32)
+// Units of 32 bytes hold a four of each of eight rows; a vector has one or two of them, from
+// number MOE__UNITS * v.
+#define MOE__UNITS (MOE__VBYTES / 32)
 
 // Fours a (and b) of 32 activations
 MOE__V MOE__VI v_acts_r8(__m256i acts, const int a, const int b) {
@@ -8038,7 +8120,7 @@ MOE__V MOE__VI v_acts_r8(__m256i acts, const int a, const int b) {
     return (void)b, v_dwords(acts, a, a, a, a);
 #endif
 }
-// Puts the pieces of as many groups of eight rows as fill a vector with rows: fours a (and b).
+// Puts the units of as many groups of eight rows as fill a vector with rows: fours a (and b).
 MOE__V void MOE__(rows_put_r8)(const rows_out *out, int j, const MOE__VI *x, const int a,
                                const int b) {
 #if MOE__ISA == 3
@@ -8050,8 +8132,8 @@ MOE__V void MOE__(rows_put_r8)(const rows_out *out, int j, const MOE__VI *x, con
 #endif
 }
 
-// IQ4_XS_R8: in a piece the low nibbles are the even fours, the high ones the odd ones. Scales
-// of sub-block j are bytes 8 j .. of moe__types_six_r4's.
+// IQ4_XS_R8: in a unit the low nibbles are the even fours, the high ones the odd ones. Scales
+// of sub-block j are bytes 8 j .. of rs_six's.
 MOE__V MOE__VI level_iq4_xs_r8(const uint8_t *b, int j, const int v, const int high) {
     const MOE__VI x = v_load(b + 64 + 128 * j + MOE__VBYTES * v);
     return v_lookup(moe__levels_k4, v_mask(MOE__MM(srli_epi16)(x, high ? 4 : 0), 15), 16,
@@ -8059,7 +8141,7 @@ MOE__V MOE__VI level_iq4_xs_r8(const uint8_t *b, int j, const int v, const int h
 }
 MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                                  const void *x, float *out) {
-    enum { size = 8 * MOE__BYTES_IQ4_XS_R8, P = MOE__PIECES };
+    enum { size = 8 * MOE__BYTES_IQ4_XS_R8, P = MOE__UNITS };
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
     const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;
     for (int64_t r = 0; r < n_rows; r += 8) {
@@ -8095,7 +8177,7 @@ MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n
 }
 MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const float (*D)[4],
                                   const rows_out *out) {
-    enum { GROUPS = MOE__VFLOATS / 8, P = MOE__PIECES };
+    enum { GROUPS = MOE__VFLOATS / 8, P = MOE__UNITS };
     rows_head h[GROUPS];
     uint8_t *half = out->pack + out->half * MOE__VBYTES;
     (void)n, (void)D;
@@ -8122,10 +8204,10 @@ MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const floa
 
 // ---- interleaved rows of 32-wide blocks
 
-// Fours of one block of 32 weights: with four rows vectors as above, with eight rows pieces of
+// Fours of one block of 32 weights: with four rows vectors as above, with eight rows units of
 // fours 0..3 in the low nibbles, 4..7 in the high ones (Q8_0_R8: 0..7). `level` is vector v.
 MOE__RW(nibbles_8, int p) {
-    const int n = 4 / MOE__PIECES;
+    const int n = 4 / MOE__UNITS;
     const MOE__VI x = v_load(b + p + MOE__VBYTES * (v % n));
     return (void)j, v_mask(MOE__MM(srli_epi16)(x, v / n * 4), 15);
 }
@@ -8147,7 +8229,7 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
         const int R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, bits = MOE__BITS_##NAME;    \
-        const int bias = MOE__BIAS(NAME), P = MOE__PIECES;                                        \
+        const int bias = MOE__BIAS(NAME), P = MOE__UNITS;                                        \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         for (int64_t r = 0; r < n_rows; r += R) {                                                 \
             const uint8_t *b = rows + (size_t)r * row_size;                                       \
@@ -8187,7 +8269,7 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
     MOE__K void MOE__(rows_##name)(const uint8_t *const *group, int n, const float (*D)[4],       \
                                    const rows_out *out) {                                  \
         enum { R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, GROUPS = MOE__VFLOATS / R,     \
-               P = MOE__PIECES };                                                                 \
+               P = MOE__UNITS };                                                                 \
         (void)D;                                                                                  \
         for (int j = 0; j < n / 32; j++) {                                                        \
             float d[MOE__VFLOATS + 8];                                                            \
@@ -11463,7 +11545,7 @@ static const moe__kernels MOE__(kernels) = {
 #undef MOE__LEVELS
 #undef MOE__BIAS8
 #undef MOE__SUB_LEVELS
-#undef MOE__PIECES
+#undef MOE__UNITS
 #undef MOE__SHARED
 #undef MOE__AVX2
 #undef MOE__VNNI

@@ -4038,8 +4038,9 @@ typedef enum moe__act_kind {
 // d = max |x| / 127 (f32, never rounded to f16), q = x * (127 / max |x|) to the nearest even
 // integer: the same bits from every instruction set. max |x| < 2^-120 (127 / max |x| would not
 // be finite): d = 0, q = 0. NaN or infinity among the values: d = NaN (bits 0x7FC00000), q = 0.
-// Sums of q are kept negated as int32: an accumulator that starts at nsum << log2(offset) makes
-// the offset of unsigned weights free.
+// Vectors multiply unsigned bytes, level + offset, with q. The offset is taken off again by
+// sum(level * q) = sum((level + offset) * q) - offset * sum(q): sums of q are stored negated and
+// as int32, so that an accumulator may start at nsum * offset instead of 0.
 typedef struct moe__act32 {
     int8_t q[256];   // value i is at moe__act32_at(i)
     int32_t nsum[8]; // minus the sum of each 32 values
@@ -4760,7 +4761,7 @@ MOE__UNPACK(iq4_xs_r8) { // scales as six of the other interleaved types; per 8 
 }
 #undef MOE__EACH_WEIGHT
 
-// ---- the bits of the code-book types
+// ---- types with code books
 
 // Eight (or four) weights are an entry of a code book, with signs from a byte of bits.
 MOE__INLINE int moe__types_signed(uint64_t entry, int i, unsigned signs) {
@@ -5195,7 +5196,7 @@ typedef enum moe__types_mins {
     MOE__TYPES_ANY_MIN // scale >= 0; what is stored is -min, as f16
 } moe__types_mins;
 
-struct moe__types_k;
+struct moe__types_draft;
 
 // What a type can hold: codes 0, 1, .. stand for the levels first .. last, or for those of an
 // ascending table of 16 from first to last. Each `width` weights have a scale (and a min) of
@@ -5206,7 +5207,7 @@ typedef struct moe__types_form {
     moe__types_mins mins;
     int32_t scale_first, scale_last; // integer scales; integer mins are 0 .. scale_last
     int32_t block, bytes;            // as in the type table
-    void (*pack)(const struct moe__types_k *k, uint8_t *row);
+    void (*pack)(const struct moe__types_draft *draft, uint8_t *row);
 } moe__types_form;
 
 typedef struct moe__types_line {
@@ -5214,13 +5215,13 @@ typedef struct moe__types_line {
 } moe__types_line;
 
 // A block in the making.
-typedef struct moe__types_k {
+typedef struct moe__types_draft {
     const moe__types_form *form;
     float d, dmin; // as stored
     int8_t scale[16], min[16];
     uint8_t code[256];
     double error;
-} moe__types_k;
+} moe__types_draft;
 
 MOE__INLINE int32_t moe__types_value(const moe__types_form *f, int32_t code) {
     return f->table ? f->table[code] : f->first + code;
@@ -5324,36 +5325,36 @@ MOE__PRIVATE moe__types_line moe__types_fit(const moe__types_form *f, const floa
 
 // The best of the integer scales (and mins) around what the j-th `width` weights want.
 MOE__PRIVATE void moe__types_choose(const moe__types_form *f, const float *x, const float *w,
-                                    moe__types_line wanted, moe__types_k *k, int j) {
+                                    moe__types_line wanted, moe__types_draft *draft, int j) {
     int32_t s0 = f->scale_first, s1 = f->scale_last, reach = f->mins ? 1 : 0;
-    int32_t scale = k->d != 0 ? moe__types_level(wanted.scale / k->d, s0, s1) : 0;
-    int32_t min = k->dmin > 0 ? moe__types_level(wanted.min / k->dmin, 0, s1) : 0;
+    int32_t scale = draft->d != 0 ? moe__types_level(wanted.scale / draft->d, s0, s1) : 0;
+    int32_t min = draft->dmin > 0 ? moe__types_level(wanted.min / draft->dmin, 0, s1) : 0;
     double least = INFINITY;
     moe__types_line line, best = {0, 0};
     for (int32_t s = scale - 1; s <= scale + 1; s++) {
         for (int32_t m = min - reach; m <= min + reach; m++) {
             if (s < s0 || s > s1 || m < 0 || m > s1) continue;
-            line.scale = k->d * (float)s;
-            line.min = k->dmin * (float)m;
+            line.scale = draft->d * (float)s;
+            line.min = draft->dmin * (float)m;
             double error = moe__types_error(f, x, w, line);
             if (!(error < least)) continue;
             least = error;
             best = line;
-            k->scale[j] = (int8_t)s;
-            k->min[j] = (int8_t)m;
+            draft->scale[j] = (int8_t)s;
+            draft->min[j] = (int8_t)m;
         }
     }
-    k->error += least;
-    moe__types_codes(f, x, best, k->code + j * f->width);
+    draft->error += least;
+    moe__types_codes(f, x, best, draft->code + j * f->width);
 }
 
 // The best d and dmin for the block's scales, mins and levels: y = d * a - dmin * b.
 MOE__PRIVATE void moe__types_refit_block(const moe__types_form *f, const float *x, const float *w,
-                                         moe__types_k *k) {
+                                         moe__types_draft *draft) {
     double xa = 0, xb = 0, aa = 0, ab = 0, bb = 0;
     for (int i = 0; i < 256; i++) {
-        double a = k->scale[i / f->width] * moe__types_value(f, k->code[i]);
-        double b = k->min[i / f->width], wa = w[i] * a, wb = w[i] * b;
+        double a = draft->scale[i / f->width] * moe__types_value(f, draft->code[i]);
+        double b = draft->min[i / f->width], wa = w[i] * a, wb = w[i] * b;
         xa += x[i] * wa;
         xb += x[i] * wb;
         aa += wa * a;
@@ -5368,50 +5369,50 @@ MOE__PRIVATE void moe__types_refit_block(const moe__types_form *f, const float *
         d = xa / aa; // no mins
     }
     if (f->mins ? !(d > 0 && dmin >= 0) : d == 0) return;
-    k->d = moe__types_round_f16((float)d);
-    k->dmin = moe__types_round_f16((float)dmin);
+    draft->d = moe__types_round_f16((float)d);
+    draft->dmin = moe__types_round_f16((float)dmin);
 }
 
 // At first the largest scale and min become the largest integers.
 MOE__PRIVATE void moe__types_fit_block(const moe__types_form *f, const float *x, const float *w,
-                                       moe__types_k *best) {
-    moe__types_k k;
+                                       moe__types_draft *best) {
+    moe__types_draft draft;
     moe__types_line wanted[16];
     float scale = 0, min = 0;
-    memset(&k, 0, sizeof k);
-    k.form = f;
+    memset(&draft, 0, sizeof draft);
+    draft.form = f;
     for (int j = 0; j < 256 / f->width; j++) {
         wanted[j] = moe__types_fit(f, x + j * f->width, w + j * f->width);
         if (fabsf(wanted[j].scale) > fabsf(scale)) scale = wanted[j].scale;
         if (wanted[j].min > min) min = wanted[j].min;
     }
-    k.d = moe__types_round_f16(scale / (float)(f->mins ? f->scale_last : f->scale_first));
-    k.dmin = moe__types_round_f16(min / (float)f->scale_last);
+    draft.d = moe__types_round_f16(scale / (float)(f->mins ? f->scale_last : f->scale_first));
+    draft.dmin = moe__types_round_f16(min / (float)f->scale_last);
     for (int round = 0; round <= MOE__TYPES_ROUNDS; round++) {
-        if (round) moe__types_refit_block(f, x, w, &k);
-        k.error = 0;
+        if (round) moe__types_refit_block(f, x, w, &draft);
+        draft.error = 0;
         for (int j = 0; j < 256 / f->width; j++)
-            moe__types_choose(f, x + j * f->width, w + j * f->width, wanted[j], &k, j);
-        if (round == 0 || k.error < best->error) *best = k;
+            moe__types_choose(f, x + j * f->width, w + j * f->width, wanted[j], &draft, j);
+        if (round == 0 || draft.error < best->error) *best = draft;
     }
 }
 
 MOE__PRIVATE void moe__types_quantize(const moe__types_form *f, const float *in, uint8_t *row,
                                       int64_t n, const float *importance) {
     float x[256], w[256];
-    moe__types_k k;
+    moe__types_draft draft;
     for (int64_t begin = 0; begin < n; begin += f->block, row += f->bytes) {
         moe__types_load(in + begin, importance ? importance + begin : NULL, f->block, x, w);
         if (f->width < f->block) {
-            moe__types_fit_block(f, x, w, &k);
+            moe__types_fit_block(f, x, w, &draft);
         } else {
             moe__types_line line = moe__types_fit(f, x, w);
-            k.form = f;
-            line.scale = k.d = moe__types_round_f16(line.scale);
-            line.min = k.dmin = moe__types_round_f16(line.min);
-            moe__types_codes(f, x, line, k.code);
+            draft.form = f;
+            line.scale = draft.d = moe__types_round_f16(line.scale);
+            line.min = draft.dmin = moe__types_round_f16(line.min);
+            moe__types_codes(f, x, line, draft.code);
         }
-        f->pack(&k, row);
+        f->pack(&draft, row);
     }
 }
 
@@ -5430,76 +5431,76 @@ MOE__INLINE void moe__types_store_low(const uint8_t *code, int n, int half, uint
 }
 
 // 32 weights: d, maybe -min, maybe the fifth bits, the low bits.
-MOE__PRIVATE void moe__types_pack_32(const moe__types_k *k, uint8_t *row) {
-    const moe__types_form *f = k->form;
+MOE__PRIVATE void moe__types_pack_32(const moe__types_draft *draft, uint8_t *row) {
+    const moe__types_form *f = draft->form;
     uint32_t high = 0;
-    for (int i = 0; i < 32; i++) high |= (uint32_t)(k->code[i] >> 4) << i;
-    moe__types_store_f16(row, k->d);
-    if (f->mins) moe__types_store_f16(row + 2, -k->dmin);
+    for (int i = 0; i < 32; i++) high |= (uint32_t)(draft->code[i] >> 4) << i;
+    moe__types_store_f16(row, draft->d);
+    if (f->mins) moe__types_store_f16(row + 2, -draft->dmin);
     if (f->bytes > 20) memcpy(row + f->bytes - 20, &high, 4);
-    moe__types_store_low(k->code, 32, 16, row + f->bytes - 16);
+    moe__types_store_low(draft->code, 32, 16, row + f->bytes - 16);
 }
 
-MOE__PRIVATE void moe__types_pack_q2_k(const moe__types_k *k, uint8_t *row) {
-    for (int j = 0; j < 16; j++) row[j] = (uint8_t)(k->scale[j] | k->min[j] << 4);
+MOE__PRIVATE void moe__types_pack_q2_k(const moe__types_draft *draft, uint8_t *row) {
+    for (int j = 0; j < 16; j++) row[j] = (uint8_t)(draft->scale[j] | draft->min[j] << 4);
     for (int i = 0; i < 64; i++) {
-        const uint8_t *q = k->code + i / 32 * 128 + i % 32;
+        const uint8_t *q = draft->code + i / 32 * 128 + i % 32;
         row[16 + i] = (uint8_t)(q[0] | q[32] << 2 | q[64] << 4 | q[96] << 6);
     }
-    moe__types_store_f16(row + 80, k->d);
-    moe__types_store_f16(row + 82, k->dmin);
+    moe__types_store_f16(row + 80, draft->d);
+    moe__types_store_f16(row + 82, draft->dmin);
 }
 
-MOE__PRIVATE void moe__types_pack_q3_k(const moe__types_k *k, uint8_t *row) {
+MOE__PRIVATE void moe__types_pack_q3_k(const moe__types_draft *draft, uint8_t *row) {
     memset(row, 0, 108);
     for (int i = 0; i < 256; i++) {
-        row[i % 32] |= (uint8_t)(k->code[i] >> 2 << i / 32);
-        row[32 + i / 128 * 32 + i % 32] |= (uint8_t)((k->code[i] & 3) << i % 128 / 32 * 2);
+        row[i % 32] |= (uint8_t)(draft->code[i] >> 2 << i / 32);
+        row[32 + i / 128 * 32 + i % 32] |= (uint8_t)((draft->code[i] & 3) << i % 128 / 32 * 2);
     }
     for (int j = 0; j < 16; j++) {
-        int scale = k->scale[j] + 32;
+        int scale = draft->scale[j] + 32;
         row[96 + j % 8] |= (uint8_t)((scale & 15) << j / 8 * 4);
         row[104 + j % 4] |= (uint8_t)(scale >> 4 << j / 4 * 2);
     }
-    moe__types_store_f16(row + 108, k->d);
+    moe__types_store_f16(row + 108, draft->d);
 }
 
 // Q4_K and Q5_K.
-MOE__PRIVATE void moe__types_pack_q4_k(const moe__types_k *k, uint8_t *row) {
+MOE__PRIVATE void moe__types_pack_q4_k(const moe__types_draft *draft, uint8_t *row) {
     uint8_t *packed = row + 4;
-    moe__types_store_f16(row, k->d);
-    moe__types_store_f16(row + 2, k->dmin);
+    moe__types_store_f16(row, draft->d);
+    moe__types_store_f16(row + 2, draft->dmin);
     for (int j = 0; j < 4; j++) {
-        packed[j] = (uint8_t)(k->scale[j] | k->scale[4 + j] >> 4 << 6);
-        packed[4 + j] = (uint8_t)(k->min[j] | k->min[4 + j] >> 4 << 6);
-        packed[8 + j] = (uint8_t)((k->scale[4 + j] & 15) | (k->min[4 + j] & 15) << 4);
+        packed[j] = (uint8_t)(draft->scale[j] | draft->scale[4 + j] >> 4 << 6);
+        packed[4 + j] = (uint8_t)(draft->min[j] | draft->min[4 + j] >> 4 << 6);
+        packed[8 + j] = (uint8_t)((draft->scale[4 + j] & 15) | (draft->min[4 + j] & 15) << 4);
     }
     memset(row + 16, 0, 32); // the fifth bits of Q5_K
-    for (int i = 0; i < 256; i++) row[16 + i % 32] |= (uint8_t)(k->code[i] >> 4 << i / 32);
-    moe__types_store_low(k->code, 256, 32, row + k->form->bytes - 128);
+    for (int i = 0; i < 256; i++) row[16 + i % 32] |= (uint8_t)(draft->code[i] >> 4 << i / 32);
+    moe__types_store_low(draft->code, 256, 32, row + draft->form->bytes - 128);
 }
 
-MOE__PRIVATE void moe__types_pack_q6_k(const moe__types_k *k, uint8_t *row) {
+MOE__PRIVATE void moe__types_pack_q6_k(const moe__types_draft *draft, uint8_t *row) {
     for (int half = 0; half < 2; half++) {
-        const uint8_t *q = k->code + 128 * half;
+        const uint8_t *q = draft->code + 128 * half;
         moe__types_store_low(q, 128, 64, row + 64 * half);
         for (int i = 0; i < 32; i++)
             row[128 + 32 * half + i] = (uint8_t)(q[i] >> 4 | q[32 + i] >> 4 << 2 |
                                                  q[64 + i] >> 4 << 4 | q[96 + i] >> 4 << 6);
     }
-    memcpy(row + 192, k->scale, 16);
-    moe__types_store_f16(row + 208, k->d);
+    memcpy(row + 192, draft->scale, 16);
+    moe__types_store_f16(row + 208, draft->d);
 }
 
-MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_k *k, uint8_t *row) {
-    moe__types_store_f16(row, k->d);
+MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_draft *draft, uint8_t *row) {
+    moe__types_store_f16(row, draft->d);
     memset(row + 2, 0, 6);
     for (int j = 0; j < 8; j++) {
-        int scale = k->scale[j] + 32;
+        int scale = draft->scale[j] + 32;
         row[2 + j / 4] |= (uint8_t)(scale >> 4 << j % 4 * 2);
         row[4 + j / 2] |= (uint8_t)((scale & 15) << j % 2 * 4);
     }
-    moe__types_store_low(k->code, 256, 16, row + 8);
+    moe__types_store_low(draft->code, 256, 16, row + 8);
 }
 
 // How a type is packed, its levels, mins, integer scales. Levels are those of a table, or all
@@ -6143,7 +6144,8 @@ static const moe__kernels moe__kernels_scalar = {
 // A name below is that of a function, type or constant of the instruction set being compiled. It
 // stands here if the text uses it often; the others are written MOE__(name) where they are used.
 // v_: on whole vectors of integers; u_: on 256 bits in every instruction set; f_, d_: on whole
-// vectors of floats, of doubles; tile_, attend_, ...: of the section of that name.
+// vectors of floats, of doubles; tile_, attend_, ...: of the section of that name. w_, s_, d_ and
+// rw_, rs_, rd_: the words of the layouts in >>types.
 #define v_load_128 MOE__(v_load_128)
 #define v_load MOE__(v_load)
 #define v_load_256 MOE__(v_load_256)
@@ -6923,10 +6925,11 @@ MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
 
 // ---- quantized rows: levels ------------------------------------------------------------------
 
-// A block of 256 weights is read as a head (scales and the like) and vectors of levels: level v
-// is the v-th vector of bytes q + bias, bias being the type's offset. (AVX2 multiplies unsigned
+// A block of 256 weights is read as a head (d, scales, mins, shifts) and vectors of levels: vector
+// v is the v-th of bytes level + bias, bias being the type's offset. (AVX2 multiplies unsigned
 // bytes of at most 7 bits; 8-bit levels keep their signs there, bias 0.) All else is made from
-// these two: products, tiles, floats.
+// these two: products, tiles, floats. Where the bits are is said by the layouts in >>types, whose
+// words are vectors here; "layouts read" below puts them together.
 //
 // Which weights a vector holds is the type's order. With 256 bits it is always the natural one.
 // With 512 it is one in which neither levels nor activations have to be moved much: two

@@ -3063,8 +3063,8 @@ enum {
 
 // Every type that llama.cpp or ik_llama.cpp (from 133 on) give an id, in the order of ids. What
 // the library knows of a type as numbers stands here, and only here. A row is
-//   F(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q)   floats
-//   B(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q)   blocks
+//   F(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q, own)   floats
+//   B(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q, own)   blocks
 //   K(NAME, id, block, bytes, rows, meta)   known to files, but not run
 // with
 //   NAME name     as in MOE_TYPE_NAME, and in the names of functions
@@ -3077,80 +3077,81 @@ enum {
 //   per           weights per scale: 16 or 32
 //   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins
 //   q             1 if there is a quantizer
+//   own           1 if the vector kernels make tiles of it in a way of its own
 #define MOE__ALL_TYPES(F, B, K)                                                                  \
-    F(F32, f32, 0, 1, 4, F32, 1, 0, 0, 0, 0, 1)                                                  \
-    F(F16, f16, 1, 1, 2, F32, 1, 0, 0, 0, 0, 1)                                                  \
-    B(Q4_0, q4_0, 2, 32, 18, Q32, 1, 0, 32, 4, 8, 1)                                             \
-    B(Q4_1, q4_1, 3, 32, 20, Q32, 1, 0, 32, 4, 0, 1)                                             \
+    F(F32, f32, 0, 1, 4, F32, 1, 0, 0, 0, 0, 1, 0)                                               \
+    F(F16, f16, 1, 1, 2, F32, 1, 0, 0, 0, 0, 1, 0)                                               \
+    B(Q4_0, q4_0, 2, 32, 18, Q32, 1, 0, 32, 4, 8, 1, 1)                                          \
+    B(Q4_1, q4_1, 3, 32, 20, Q32, 1, 0, 32, 4, 0, 1, 0)                                          \
     K(Q4_2, 4, 0, 0, 1, 0) K(Q4_3, 5, 0, 0, 1, 0)                                                \
-    B(Q5_0, q5_0, 6, 32, 22, Q32, 1, 0, 32, 5, 16, 1)                                            \
-    B(Q5_1, q5_1, 7, 32, 24, Q32, 1, 0, 32, 5, 0, 1)                                             \
-    B(Q8_0, q8_0, 8, 32, 34, Q32, 1, 0, 32, 8, 128, 1)                                           \
+    B(Q5_0, q5_0, 6, 32, 22, Q32, 1, 0, 32, 5, 16, 1, 1)                                         \
+    B(Q5_1, q5_1, 7, 32, 24, Q32, 1, 0, 32, 5, 0, 1, 0)                                          \
+    B(Q8_0, q8_0, 8, 32, 34, Q32, 1, 0, 32, 8, 128, 1, 1)                                        \
     K(Q8_1, 9, 32, 36, 1, 0)                                                                     \
-    B(Q2_K, q2_k, 10, 256, 84, Q256, 1, 0, 16, 2, 0, 1)                                          \
-    B(Q3_K, q3_k, 11, 256, 110, Q256, 1, 0, 16, 3, 4, 1)                                         \
-    B(Q4_K, q4_k, 12, 256, 144, Q256, 1, 0, 32, 4, 0, 1)                                         \
-    B(Q5_K, q5_k, 13, 256, 176, Q256, 1, 0, 32, 5, 0, 1)                                         \
-    B(Q6_K, q6_k, 14, 256, 210, Q256, 1, 0, 16, 6, 32, 1)                                        \
+    B(Q2_K, q2_k, 10, 256, 84, Q256, 1, 0, 16, 2, 0, 1, 0)                                       \
+    B(Q3_K, q3_k, 11, 256, 110, Q256, 1, 0, 16, 3, 4, 1, 0)                                      \
+    B(Q4_K, q4_k, 12, 256, 144, Q256, 1, 0, 32, 4, 0, 1, 1)                                      \
+    B(Q5_K, q5_k, 13, 256, 176, Q256, 1, 0, 32, 5, 0, 1, 1)                                      \
+    B(Q6_K, q6_k, 14, 256, 210, Q256, 1, 0, 16, 6, 32, 1, 1)                                     \
     K(Q8_K, 15, 256, 0, 1, 0)                                                                    \
-    B(IQ2_XXS, iq2_xxs, 16, 256, 66, Q256, 1, 0, 32, 7, 64, 0)                                   \
-    B(IQ2_XS, iq2_xs, 17, 256, 74, Q256, 1, 0, 16, 7, 64, 0)                                     \
-    B(IQ3_XXS, iq3_xxs, 18, 256, 98, Q256, 1, 0, 32, 7, 64, 0)                                   \
-    B(IQ1_S, iq1_s, 19, 256, 50, Q256, 1, 0, 32, 5, 16, 0)                                       \
-    B(IQ4_NL, iq4_nl, 20, 32, 18, Q32, 1, 0, 32, 8, 128, 1)                                      \
-    B(IQ3_S, iq3_s, 21, 256, 110, Q256, 1, 0, 32, 5, 16, 0)                                      \
-    B(IQ2_S, iq2_s, 22, 256, 82, Q256, 1, 0, 16, 7, 64, 0)                                       \
-    B(IQ4_XS, iq4_xs, 23, 256, 136, Q256, 1, 0, 32, 8, 128, 1)                                   \
+    B(IQ2_XXS, iq2_xxs, 16, 256, 66, Q256, 1, 0, 32, 7, 64, 0, 0)                                \
+    B(IQ2_XS, iq2_xs, 17, 256, 74, Q256, 1, 0, 16, 7, 64, 0, 0)                                  \
+    B(IQ3_XXS, iq3_xxs, 18, 256, 98, Q256, 1, 0, 32, 7, 64, 0, 0)                                \
+    B(IQ1_S, iq1_s, 19, 256, 50, Q256, 1, 0, 32, 5, 16, 0, 0)                                    \
+    B(IQ4_NL, iq4_nl, 20, 32, 18, Q32, 1, 0, 32, 8, 128, 1, 1)                                   \
+    B(IQ3_S, iq3_s, 21, 256, 110, Q256, 1, 0, 32, 5, 16, 0, 0)                                   \
+    B(IQ2_S, iq2_s, 22, 256, 82, Q256, 1, 0, 16, 7, 64, 0, 0)                                    \
+    B(IQ4_XS, iq4_xs, 23, 256, 136, Q256, 1, 0, 32, 8, 128, 1, 0)                                \
     K(I8, 24, 1, 1, 1, 0) K(I16, 25, 1, 2, 1, 0) K(I32, 26, 1, 4, 1, 0) K(I64, 27, 1, 8, 1, 0)   \
     K(F64, 28, 1, 8, 1, 0)                                                                       \
-    B(IQ1_M, iq1_m, 29, 256, 56, Q256, 1, 0, 16, 5, 16, 0)                                       \
-    F(BF16, bf16, 30, 1, 2, F32, 1, 0, 0, 0, 0, 1)                                               \
+    B(IQ1_M, iq1_m, 29, 256, 56, Q256, 1, 0, 16, 5, 16, 0, 0)                                    \
+    F(BF16, bf16, 30, 1, 2, F32, 1, 0, 0, 0, 0, 1, 0)                                            \
     K(Q4_0_4_4, 31, 32, 18, 4, 0) K(Q4_0_4_8, 32, 32, 18, 4, 0) K(Q4_0_8_8, 33, 32, 18, 8, 0)    \
-    B(TQ1_0, tq1_0, 34, 256, 54, Q256, 1, 0, 32, 2, 1, 0)                                        \
-    B(TQ2_0, tq2_0, 35, 256, 66, Q256, 1, 0, 32, 2, 1, 0)                                        \
+    B(TQ1_0, tq1_0, 34, 256, 54, Q256, 1, 0, 32, 2, 1, 0, 0)                                     \
+    B(TQ2_0, tq2_0, 35, 256, 66, Q256, 1, 0, 32, 2, 1, 0, 0)                                     \
     K(I2_S, 36, 0, 0, 1, 0) K(IQ4_NL_4_8, 37, 32, 0, 1, 0) K(IQ4_NL_8_8, 38, 32, 0, 1, 0)        \
-    B(MXFP4, mxfp4, 39, 32, 17, Q32, 1, 0, 32, 5, 16, 1)                                         \
-    B(NVFP4, nvfp4, 40, 64, 36, Q32, 1, 0, 16, 5, 16, 0)                                         \
+    B(MXFP4, mxfp4, 39, 32, 17, Q32, 1, 0, 32, 5, 16, 1, 1)                                      \
+    B(NVFP4, nvfp4, 40, 64, 36, Q32, 1, 0, 16, 5, 16, 0, 0)                                      \
     K(Q1_0, 41, 128, 18, 1, 0) K(Q2_0, 42, 64, 18, 1, 0) K(Q8_0_X4, 97, 32, 0, 1, 0)             \
     K(Q8_1_X4, 98, 32, 0, 1, 0) K(Q8_2_X4, 99, 32, 0, 1, 0)                                      \
-    B(Q6_0, q6_0, 133, 32, 26, Q32, 1, 0, 32, 6, 32, 0)                                          \
+    B(Q6_0, q6_0, 133, 32, 26, Q32, 1, 0, 32, 6, 32, 0, 0)                                       \
     K(IQ1_BN, 134, 64, 13, 1, 2) K(IQ2_BN, 135, 64, 16, 1, 4) K(Q8_K64, 136, 0, 0, 1, 0)         \
-    B(IQ2_K, iq2_k, 137, 256, 76, Q256, 1, 0, 16, 6, 32, 0)                                      \
-    B(IQ3_K, iq3_k, 138, 256, 110, Q256, 1, 0, 16, 7, 64, 0)                                     \
-    B(IQ4_K, iq4_k, 139, 256, 144, Q256, 1, 0, 16, 8, 128, 0)                                    \
-    B(IQ5_K, iq5_k, 140, 256, 176, Q256, 1, 0, 16, 8, 128, 0)                                    \
-    B(IQ6_K, iq6_k, 141, 256, 212, Q256, 1, 0, 16, 8, 128, 0)                                    \
-    B(IQ4_KS, iq4_ks, 144, 256, 136, Q256, 1, 4, 32, 8, 128, 0)                                  \
-    B(IQ2_KS, iq2_ks, 145, 256, 70, Q256, 1, 2, 32, 6, 32, 0)                                    \
+    B(IQ2_K, iq2_k, 137, 256, 76, Q256, 1, 0, 16, 6, 32, 0, 0)                                   \
+    B(IQ3_K, iq3_k, 138, 256, 110, Q256, 1, 0, 16, 7, 64, 0, 0)                                  \
+    B(IQ4_K, iq4_k, 139, 256, 144, Q256, 1, 0, 16, 8, 128, 0, 0)                                 \
+    B(IQ5_K, iq5_k, 140, 256, 176, Q256, 1, 0, 16, 8, 128, 0, 0)                                 \
+    B(IQ6_K, iq6_k, 141, 256, 212, Q256, 1, 0, 16, 8, 128, 0, 0)                                 \
+    B(IQ4_KS, iq4_ks, 144, 256, 136, Q256, 1, 4, 32, 8, 128, 0, 0)                               \
+    B(IQ2_KS, iq2_ks, 145, 256, 70, Q256, 1, 2, 32, 6, 32, 0, 0)                                 \
     K(IQ4_KSS, 146, 256, 128, 1, 4) K(Q8_K16, 147, 0, 0, 1, 0) K(Q8_K32, 148, 0, 0, 1, 0)        \
     K(Q8_KR8, 149, 0, 0, 1, 0) K(Q8_K128, 150, 0, 0, 1, 0) K(Q8_KV, 151, 32, 32, 1, 8)           \
-    B(IQ5_KS, iq5_ks, 152, 256, 168, Q256, 1, 4, 32, 8, 128, 0)                                  \
+    B(IQ5_KS, iq5_ks, 152, 256, 168, Q256, 1, 4, 32, 8, 128, 0, 0)                               \
     K(IQ2_KT, 153, 256, 68, 1, 4) K(IQ3_KT, 154, 256, 100, 1, 4) K(IQ4_KT, 155, 256, 128, 1, 4)  \
-    B(IQ3_KS, iq3_ks, 156, 256, 102, Q256, 1, 2, 32, 7, 64, 0)                                   \
-    B(IQ2_KL, iq2_kl, 157, 256, 86, Q256, 1, 2, 32, 7, 64, 0)                                    \
+    B(IQ3_KS, iq3_ks, 156, 256, 102, Q256, 1, 2, 32, 7, 64, 0, 0)                                \
+    B(IQ2_KL, iq2_kl, 157, 256, 86, Q256, 1, 2, 32, 7, 64, 0, 0)                                 \
     K(IQ1_KT, 158, 256, 56, 1, 4)                                                                \
-    B(Q4_0_R8, q4_0_r8, 202, 32, 18, Q32, 8, 0, 32, 4, 8, 0)                                     \
-    B(Q5_0_R4, q5_0_r4, 206, 32, 22, Q32, 4, 0, 32, 5, 16, 0)                                    \
-    B(Q8_0_R8, q8_0_r8, 208, 32, 34, Q32, 8, 0, 32, 8, 128, 0)                                   \
-    B(Q2_K_R4, q2_k_r4, 210, 256, 84, Q256, 4, 0, 16, 2, 0, 0)                                   \
-    B(Q3_K_R4, q3_k_r4, 211, 256, 110, Q256, 4, 0, 16, 3, 4, 0)                                  \
-    B(Q4_K_R4, q4_k_r4, 212, 256, 144, Q256, 4, 0, 32, 4, 0, 0)                                  \
-    B(Q5_K_R4, q5_k_r4, 213, 256, 176, Q256, 4, 0, 32, 5, 0, 0)                                  \
-    B(Q6_K_R4, q6_k_r4, 214, 256, 210, Q256, 4, 0, 16, 6, 32, 0)                                 \
+    B(Q4_0_R8, q4_0_r8, 202, 32, 18, Q32, 8, 0, 32, 4, 8, 0, 0)                                  \
+    B(Q5_0_R4, q5_0_r4, 206, 32, 22, Q32, 4, 0, 32, 5, 16, 0, 0)                                 \
+    B(Q8_0_R8, q8_0_r8, 208, 32, 34, Q32, 8, 0, 32, 8, 128, 0, 0)                                \
+    B(Q2_K_R4, q2_k_r4, 210, 256, 84, Q256, 4, 0, 16, 2, 0, 0, 0)                                \
+    B(Q3_K_R4, q3_k_r4, 211, 256, 110, Q256, 4, 0, 16, 3, 4, 0, 0)                               \
+    B(Q4_K_R4, q4_k_r4, 212, 256, 144, Q256, 4, 0, 32, 4, 0, 0, 0)                               \
+    B(Q5_K_R4, q5_k_r4, 213, 256, 176, Q256, 4, 0, 32, 5, 0, 0, 0)                               \
+    B(Q6_K_R4, q6_k_r4, 214, 256, 210, Q256, 4, 0, 16, 6, 32, 0, 0)                              \
     K(IQ2_XXS_R4, 216, 256, 66, 4, 0) K(IQ2_XS_R4, 217, 256, 74, 4, 0)                           \
     K(IQ3_XXS_R4, 218, 256, 98, 4, 0) K(IQ1_S_R4, 219, 32, 6, 4, 2)                              \
-    B(IQ4_NL_R4, iq4_nl_r4, 220, 32, 18, Q32, 4, 0, 32, 8, 128, 0)                               \
+    B(IQ4_NL_R4, iq4_nl_r4, 220, 32, 18, Q32, 4, 0, 32, 8, 128, 0, 0)                            \
     K(IQ3_S_R4, 221, 256, 110, 4, 0) K(IQ2_S_R4, 222, 256, 82, 4, 0)                             \
-    B(IQ4_XS_R8, iq4_xs_r8, 223, 256, 136, Q256, 8, 0, 32, 8, 128, 0)                            \
+    B(IQ4_XS_R8, iq4_xs_r8, 223, 256, 136, Q256, 8, 0, 32, 8, 128, 0, 0)                         \
     K(IQ1_M_R4, 229, 32, 7, 4, 2) K(BF16_R16, 230, 1, 2, 16, 0) K(Q6_0_R4, 233, 32, 26, 4, 0)    \
     K(IQ2_BN_R4, 335, 64, 16, 4, 4)                                                              \
-    B(IQ2_K_R4, iq2_k_r4, 337, 256, 76, Q256, 4, 0, 16, 6, 32, 0)                                \
-    B(IQ3_K_R4, iq3_k_r4, 338, 256, 110, Q256, 4, 0, 16, 7, 64, 0)                               \
-    B(IQ4_K_R4, iq4_k_r4, 339, 256, 144, Q256, 4, 0, 16, 8, 128, 0)                              \
-    B(IQ5_K_R4, iq5_k_r4, 340, 256, 176, Q256, 4, 0, 16, 8, 128, 0)                              \
-    B(IQ4_KS_R4, iq4_ks_r4, 344, 256, 136, Q256, 4, 4, 32, 8, 128, 0)                            \
-    B(IQ5_KS_R4, iq5_ks_r4, 352, 256, 168, Q256, 4, 4, 32, 8, 128, 0)                            \
-    B(MXFP4_R8, mxfp4_r8, 353, 32, 17, Q32, 8, 0, 32, 5, 16, 0)                                  \
+    B(IQ2_K_R4, iq2_k_r4, 337, 256, 76, Q256, 4, 0, 16, 6, 32, 0, 0)                             \
+    B(IQ3_K_R4, iq3_k_r4, 338, 256, 110, Q256, 4, 0, 16, 7, 64, 0, 0)                            \
+    B(IQ4_K_R4, iq4_k_r4, 339, 256, 144, Q256, 4, 0, 16, 8, 128, 0, 0)                           \
+    B(IQ5_K_R4, iq5_k_r4, 340, 256, 176, Q256, 4, 0, 16, 8, 128, 0, 0)                           \
+    B(IQ4_KS_R4, iq4_ks_r4, 344, 256, 136, Q256, 4, 4, 32, 8, 128, 0, 0)                         \
+    B(IQ5_KS_R4, iq5_ks_r4, 352, 256, 168, Q256, 4, 4, 32, 8, 128, 0, 0)                         \
+    B(MXFP4_R8, mxfp4_r8, 353, 32, 17, Q32, 8, 0, 32, 5, 16, 0, 0)                               \
     K(Q8_K_R16, 397, 256, 258, 16, 0) K(Q8_KV_R8, 398, 32, 32, 8, 4)                             \
     K(Q8_K_R8, 399, 256, 258, 8, 0)
 
@@ -4084,17 +4085,50 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 // ==============================================================================================
 // >>types
 //
-// Tensor types: the table, what the bits of each mean (unpack is the specification, in plain C),
-// how to make them (quantize), and the plain C dot product that every vector kernel is held
-// against. Blocks are read by byte offset with memcpy: rows may lie at any address.
+// Tensor types: what the bits of each mean, how to make them (quantize), and the plain C product
+// that every vector kernel is held against. Blocks are read by byte offset with memcpy: rows may
+// lie at any address.
 //
-//     row of a matrix      block | block | block | ...     each: scales, then small integers
-//     activations     record          | record      |      int8 and their scales, made from
-//                                                          floats before they are multiplied
+//     row of a matrix   block | block | block | ...   each: scales, then small integers
+//     activations       record          | record      int8 and their scales, made from floats
+//                                                     before they are multiplied
 //
-// All block types are the same thing behind their bits: weight = scale * q - min, with an int8
-// q, and a scale and a min per 16 or 32 weights. A product is exact integers inside these,
-// floats between them.
+// ONE ARITHMETIC. Behind their bits all block types are the same:
+//
+//     weight = d * scale * level - dmin * min
+//
+// d and dmin are floats of the block (of the row in types with `meta`). scale and min are small
+// integers for each 16 or 32 weights, 1 in blocks of 32. level is an int8 for each weight. Types
+// differ in how these are stored:
+//
+//     even levels      a number of 2 to 8 bits less an offset                      Q4_0, Q6_K
+//     with mins        no offset, but a min to subtract                            Q4_K, Q5_1
+//     table            the number is an index into 4 to 64 levels                  IQ4_NL, MXFP4
+//     two tables       the second is the first plus a constant, the shift; a bit
+//                      of each 16 or 32 weights chooses                            IQ4_K, IQ2_KS
+//     ternary          levels -1, 0, 1, five in a byte or four                     TQ1_0, TQ2_0
+//     code book        one index for 4 or 8 levels at once, and their signs        IQ2_XS, IQ3_S
+//     interleaved      blocks of 4 or 8 rows in one, so that a vector of weights
+//                      belongs to several rows (_R4, _R8)                          Q4_K_R4
+//
+// Activations are quantized to int8 with one scale per 32 values or per 256, as the type wants.
+// The product of a row and a vector is then exact integers inside a scale, floats between them,
+// in one order for all kernels: see "the product of quantized rows".
+//
+// TO ADD A TYPE, all places (tests/test_types.c holds the list against two types):
+//
+//   1. moe_type                              its id in files (>>api)
+//   2. MOE__ALL_TYPES                        its row: sizes, scales, bits (>>gguf)
+//   3. MOE__LAYOUT_NAME                      its bits, in words; here, and a word that is missing
+//                                            also in the vector text (>>kernels)
+// and if it has 32 weights per block: its product, which reads all blocks of a record at once
+//   4. MOE__DOT_Q32 q32_scales q32_unpack    and q32_table if it has levels of its own (>>kernels)
+// and if it has a quantizer (column q): one or the other
+//   5. MOE__TYPES_QUANTIZE moe__types_pack_NAME moe__quantize_NAME
+// and if it has a way of its own to become tiles (column own)
+//   6. MOE__TILE_TYPE MOE__TILE_NIBBLES tile_unpack_nibbles                         (>>kernels)
+//
+// Tests, benches and the rest of the library walk the table.
 // ==============================================================================================
 
 enum {
@@ -4130,8 +4164,9 @@ typedef enum moe__act_kind {
 // d = max |x| / 127 (f32, never rounded to f16), q = x * (127 / max |x|) to the nearest even
 // integer: the same bits from every instruction set. max |x| < 2^-120 (127 / max |x| would not
 // be finite): d = 0, q = 0. NaN or infinity among the values: d = NaN (bits 0x7FC00000), q = 0.
-// Sums of q are kept negated as int32: an accumulator that starts at nsum << log2(offset) makes
-// the offset of unsigned weights free.
+// Vectors multiply unsigned bytes, level + offset, with q. The offset is taken off again by
+// sum(level * q) = sum((level + offset) * q) - offset * sum(q): sums of q are stored negated and
+// as int32, so that an accumulator may start at nsum * offset instead of 0.
 typedef struct moe__act32 {
     int8_t q[256];   // value i is at moe__act32_at(i)
     int32_t nsum[8]; // minus the sum of each 32 values
@@ -4351,79 +4386,79 @@ MOE__INLINE float moe__types_ue4m3(unsigned x) {
 //   moe__s_   integer scale s, min s or shift s of n
 //   moe__w_   weight 16 h + i, i < 16: its level plus the type's offset, or index of a table
 //   moe__rd_ moe__rs_ moe__rw_   the same of row k of interleaved rows
-#define MOE__AT_SCALE int n __attribute__((unused)), int s __attribute__((unused))
-#define MOE__AT_WEIGHT int h __attribute__((unused)), int i __attribute__((unused))
+#define MOE__UNUSED __attribute__((unused))
+#define MOE__READER(type, name, ...) \
+    MOE__INLINE type moe__##name(const uint8_t *b MOE__UNUSED, __VA_ARGS__)
+#define MOE__W(name, ...) \
+    MOE__READER(int, w_##name, __VA_ARGS__, int h MOE__UNUSED, int i MOE__UNUSED)
+#define MOE__S(name, ...) \
+    MOE__READER(int, s_##name, __VA_ARGS__, int n MOE__UNUSED, int s MOE__UNUSED)
+#define MOE__AT_BLOCK int k MOE__UNUSED, float D MOE__UNUSED, moe__block *out
+#define MOE__SET(name, ...) MOE__READER(void, d_##name, __VA_ARGS__, MOE__AT_BLOCK)
+#define MOE__RW(name, ...) MOE__READER(int, rw_##name, __VA_ARGS__, int k, int h, int i)
+#define MOE__RS(name, ...) MOE__READER(int, rs_##name, __VA_ARGS__, int k, int n MOE__UNUSED, int s)
+#define MOE__RSET(name, ...) MOE__READER(void, rd_##name, __VA_ARGS__, MOE__AT_BLOCK)
 
 MOE__INLINE int moe__types_nibble(int byte, int high) { return high ? byte >> 4 : byte & 15; }
 MOE__INLINE int moe__types_bit(int x, int i) { return x >> i & 1; }
 
-// Fields of `bits` bits: each 32 bytes hold as many runs of 32 weights as fit, the first in the
-// low bits.
+// Fields of `bits` bits: each 32 bytes hold as many sub-blocks of 32 weights as fit, the first in
+// the low bits.
 MOE__INLINE int moe__w_field(const uint8_t *p, int bits, int h, int i) {
     const int fit = 8 / bits, mask = (1 << bits) - 1;
     return p[32 * (h / 2 / fit) + 16 * (h % 2) + i] >> bits * (h / 2 % fit) & mask;
 }
-MOE__INLINE int moe__w_two(const uint8_t *b, int p, MOE__AT_WEIGHT) {
-    return moe__w_field(b + p, 2, h, i);
-}
-MOE__INLINE int moe__w_four(const uint8_t *b, int p, MOE__AT_WEIGHT) {
-    return moe__w_field(b + p, 4, h, i);
-}
-MOE__INLINE int moe__w_three(const uint8_t *b, int two, int one, MOE__AT_WEIGHT) {
+MOE__W(two, int p) { return moe__w_field(b + p, 2, h, i); }
+MOE__W(four, int p) { return moe__w_field(b + p, 4, h, i); }
+MOE__W(three, int two, int one) {
     return moe__w_two(b, two, h, i) | moe__w_field(b + one, 1, h, i) << 2;
 }
-MOE__INLINE int moe__w_five(const uint8_t *b, int four, int one, MOE__AT_WEIGHT) {
+MOE__W(five, int four, int one) {
     return moe__w_four(b, four, h, i) | moe__w_field(b + one, 1, h, i) << 4;
 }
-MOE__INLINE int moe__w_six(const uint8_t *b, int four, int two, MOE__AT_WEIGHT) {
+MOE__W(six, int four, int two) {
     return moe__w_four(b, four, h, i) | moe__w_two(b, two, h, i) << 4;
 }
 // As six, but 64 bytes hold 128 low parts, the first half in the low nibbles
-MOE__INLINE int moe__w_six_64(const uint8_t *b, int four, int two, MOE__AT_WEIGHT) {
+MOE__W(six_64, int four, int two) {
     const int low = moe__types_nibble(b[four + 64 * (h / 8) + 16 * (h % 4) + i], h / 4 % 2);
     return low | moe__w_two(b, two, h, i) << 4;
 }
 // 16 bytes hold 32 weights, the first half in the low nibbles.
-MOE__INLINE int moe__w_nibbles(const uint8_t *b, int p, MOE__AT_WEIGHT) {
-    return moe__types_nibble(b[p + 16 * (h / 2) + i], h % 2);
-}
+MOE__W(nibbles, int p) { return moe__types_nibble(b[p + 16 * (h / 2) + i], h % 2); }
 // Of 32 weights: nibbles, and bit 16 h + i of 32
-MOE__INLINE int moe__w_nibbles_one(const uint8_t *b, int p, int one, MOE__AT_WEIGHT) {
+MOE__W(nibbles_one, int p, int one) {
     return moe__w_nibbles(b, p, h, i) | (int)(moe__load_u32(b + one) >> (16 * h + i) & 1) << 4;
 }
 // Of 32 weights: nibbles, and 8 bytes that each hold pairs of bits of weights x, 16 + x, 8 + x and
 // 24 + x, the first in the low bits
-MOE__INLINE int moe__w_nibbles_two(const uint8_t *b, int p, int two, MOE__AT_WEIGHT) {
+MOE__W(nibbles_two, int p, int two) {
     return moe__w_nibbles(b, p, h, i) | (b[two + i % 8] >> (4 * (i / 8) + 2 * h) & 3) << 4;
 }
-MOE__INLINE int moe__w_int8(const uint8_t *b, int p, MOE__AT_WEIGHT) {
-    return (int8_t)b[p + 16 * h + i] + 128;
-}
+MOE__W(int8, int p) { return (int8_t)b[p + 16 * h + i] + 128; }
 // Digits of base 3, the first of a byte (which is a fraction of 256) the highest: 32 bytes of five
 // weights, 32 apart; 16 of five, 16 apart; 4 of four, 4 apart
-MOE__INLINE int moe__w_base3(const uint8_t *b, int p, MOE__AT_WEIGHT) {
+MOE__W(base3, int p) {
     static const uint8_t power[5] = {1, 3, 9, 27, 81};
     const int x = h < 10   ? b[p + 16 * (h % 2) + i] * power[h / 2]
                   : h < 15 ? b[p + 32 + i] * power[h - 10]
                            : b[p + 48 + i % 4] * power[i / 4];
     return 3 * (x & 255) >> 8;
 }
-// Two neighbours are an entry of a table of pairs (levels less the offset, which is 64): 16 bytes
-// hold the low nibbles of two runs of 32 weights; bit j of 16 more bytes is the fifth in run j.
-MOE__INLINE int moe__w_pairs(const uint8_t *b, int p, int one, MOE__AT_WEIGHT) {
+// Two neighbours are an entry of a table of pairs, of levels, to which the offset 64 is added: 16
+// bytes hold the low nibbles of two sub-blocks of 32 weights; bit j of 16 more bytes is the fifth
+// bit in sub-block j.
+MOE__W(pairs, int p, int one) {
     const int j = h / 2, pair = 8 * (h % 2) + i / 2;
     const int low = moe__types_nibble(b[p + 16 * (j / 2) + pair], j % 2);
     return moe__levels_kl[i % 2][low | moe__types_bit(b[one + pair], j) << 4] + 64;
 }
 
-MOE__INLINE int moe__s_one(const uint8_t *b __attribute__((unused)), int p __attribute__((unused)),
-                           MOE__AT_SCALE) {
-    return 1;
-}
-MOE__INLINE int moe__s_int8(const uint8_t *b, int p, MOE__AT_SCALE) { return (int8_t)b[p + s]; }
+MOE__S(one, int p) { return (void)p, 1; }
+MOE__S(int8, int p) { return (int8_t)b[p + s]; }
 // The low or high four bits of each byte
-MOE__INLINE int moe__s_low(const uint8_t *b, int p, MOE__AT_SCALE) { return b[p + s] & 15; }
-MOE__INLINE int moe__s_high(const uint8_t *b, int p, MOE__AT_SCALE) { return b[p + s] >> 4; }
+MOE__S(low, int p) { return b[p + s] & 15; }
+MOE__S(high, int p) { return b[p + s] >> 4; }
 // Nibbles, those of scales 2 x and 2 x + 1 in byte x; or with the first half of the scales low
 MOE__INLINE int moe__s_nibble(const uint8_t *p, int s) {
     return moe__types_nibble(p[s / 2], s % 2);
@@ -4432,75 +4467,56 @@ MOE__INLINE int moe__s_half(const uint8_t *p, int n, int s) {
     return moe__types_nibble(p[s % (n / 2)], s / (n / 2));
 }
 // Nibbles less 8
-MOE__INLINE int moe__s_four(const uint8_t *b, int p, MOE__AT_SCALE) {
-    return moe__s_nibble(b + p, s) - 8;
-}
+MOE__S(four, int p) { return moe__s_nibble(b + p, s) - 8; }
 // Nibbles, doubled, plus 1; the signs from 16 bits
-MOE__INLINE int moe__s_odd(const uint8_t *b, int p, MOE__AT_SCALE) {
-    return 2 * moe__s_nibble(b + p, s) + 1;
-}
-MOE__INLINE int moe__s_odd_signed(const uint8_t *b, int p, int signs, MOE__AT_SCALE) {
+MOE__S(odd, int p) { return 2 * moe__s_nibble(b + p, s) + 1; }
+MOE__S(odd_signed, int p, int signs) {
     const int x = moe__s_odd(b, p, n, s);
     return moe__types_bit(moe__load_u16(b + signs), s) ? -x : x;
 }
 // Five bits less 16: nibbles (halves: the first half low), and fifth bits in a byte
-MOE__INLINE int moe__s_five(const uint8_t *b, int p, int one, MOE__AT_SCALE) {
+MOE__S(five, int p, int one) {
     return (moe__s_nibble(b + p, s) | moe__types_bit(b[one], s) << 4) - 16;
 }
-MOE__INLINE int moe__s_five_halves(const uint8_t *b, int p, int one, MOE__AT_SCALE) {
+MOE__S(five_halves, int p, int one) {
     return (moe__s_half(b + p, n, s) | moe__types_bit(b[one], s) << 4) - 16;
 }
 // Six bits less 32: nibbles (halves: the first half low), and pairs of bits, one after another;
 // or (split) each byte those of scales x, 4 + x, 8 + x and 12 + x
-MOE__INLINE int moe__s_six(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+MOE__S(six, int p, int two) {
     return (moe__s_nibble(b + p, s) | (b[two + s / 4] >> 2 * (s % 4) & 3) << 4) - 32;
 }
-MOE__INLINE int moe__s_six_halves(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+MOE__S(six_halves, int p, int two) {
     return (moe__s_half(b + p, n, s) | (b[two + s / 4] >> 2 * (s % 4) & 3) << 4) - 32;
 }
-MOE__INLINE int moe__s_six_split(const uint8_t *b, int p, int two, MOE__AT_SCALE) {
+MOE__S(six_split, int p, int two) {
     return (moe__s_half(b + p, n, s) | (b[two + s % 4] >> 2 * (s / 4) & 3) << 4) - 32;
 }
 // Eight 6-bit scales (mins = 0) and eight 6-bit mins (1) in 12 bytes:
 //   bytes 0-3    scale 0-3, and in the top two bits those of scale 4-7
 //   bytes 4-7    min 0-3, and in the top two bits those of min 4-7
 //   bytes 8-11   low four bits of scale 4-7, low four bits of min 4-7
-MOE__INLINE int moe__s_six_k(const uint8_t *b, int p, int mins, MOE__AT_SCALE) {
+MOE__S(six_k, int p, int mins) {
     if (s < 4) return b[p + 4 * mins + s] & 63;
     return moe__types_nibble(b[p + 4 + s], mins) | b[p + 4 * mins + s - 4] >> 6 << 4;
 }
 // Bytes less 127 whose lowest bit is not part of them; `by` if it is set
-MOE__INLINE int moe__s_even(const uint8_t *b, int p, MOE__AT_SCALE) {
-    return (b[p + s] & 254) - 127;
-}
-MOE__INLINE int moe__s_lowest(const uint8_t *b, int p, int by, MOE__AT_SCALE) {
-    return b[p + s] & 1 ? by : 0;
-}
+MOE__S(even, int p) { return (b[p + s] & 254) - 127; }
+MOE__S(lowest, int p, int by) { return b[p + s] & 1 ? by : 0; }
 // `by` if bit s (of n) is set
-MOE__INLINE int moe__s_bits(const uint8_t *b, int p, int by, MOE__AT_SCALE) {
-    return moe__types_bit(b[p + s / 8], s % 8) ? by : 0;
-}
+MOE__S(bits, int p, int by) { return moe__types_bit(b[p + s / 8], s % 8) ? by : 0; }
 
-#define MOE__AT_BLOCK \
-    int k __attribute__((unused)), float D __attribute__((unused)), moe__block *out
-MOE__INLINE void moe__d_half(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    out->d[0] = moe__types_f16(b + p);
-}
+MOE__SET(half, int p) { out->d[0] = moe__types_f16(b + p); }
 // d and dmin; d and minus the min of a block of 32
-MOE__INLINE void moe__d_halves(const uint8_t *b, int p, MOE__AT_BLOCK) {
+MOE__SET(halves, int p) {
     out->d[0] = moe__types_f16(b + p), out->dmin[0] = moe__types_f16(b + p + 2);
 }
-MOE__INLINE void moe__d_half_min(const uint8_t *b, int p, MOE__AT_BLOCK) {
+MOE__SET(half_min, int p) {
     out->d[0] = moe__types_f16(b + p), out->dmin[0] = -moe__types_f16(b + p + 2);
 }
-MOE__INLINE void moe__d_e8m0(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    out->d[0] = moe__types_e8m0(b[p]);
-}
+MOE__SET(e8m0, int p) { out->d[0] = moe__types_e8m0(b[p]); }
 // It stands before the blocks of the row.
-MOE__INLINE void moe__d_row(const uint8_t *b __attribute__((unused)),
-                            int p __attribute__((unused)), MOE__AT_BLOCK) {
-    out->d[0] = D;
-}
+MOE__SET(row, int p) { (void)p, out->d[0] = D; }
 
 // Interleaved rows: four neighbouring weights of a row lie together, then the same of the next
 // row. t = 0..3 counts these fours in 16 weights. In units of 16 bytes, one of which holds a four
@@ -4508,179 +4524,185 @@ MOE__INLINE void moe__d_row(const uint8_t *b __attribute__((unused)),
 //   nibbles  4 units; the four is in unit h % 2 + 2 (t % 2), the high half for t = 2 and 3
 //   two      2 units, one for each half; bits y (t % 2) + z (t / 2) and the next
 //   one      1 unit; bit x (h % 2) + y (t % 2) + z (t / 2), where x, y, z are different per type
-#define MOE__AT_ROW int k, int h, int i
-MOE__INLINE int moe__rw_nibbles(const uint8_t *b, int p, MOE__AT_ROW) {
+MOE__RW(nibbles, int p) {
     p += 64 * (h / 2) + 16 * (h % 2 + 2 * (i / 4 % 2));
     return moe__types_nibble(b[p + 4 * k + i % 4], i / 8);
 }
-MOE__INLINE int moe__rw_pair(const uint8_t *p, int y, int z, MOE__AT_ROW) {
+MOE__INLINE int moe__rw_pair(const uint8_t *p, int y, int z, int k, int h, int i) {
     return p[16 * h + 4 * k + i % 4] >> (y * (i / 4 % 2) + z * (i / 8)) & 3;
 }
-MOE__INLINE int moe__rw_bit(const uint8_t *p, int x, int y, int z, MOE__AT_ROW) {
+MOE__INLINE int moe__rw_bit(const uint8_t *p, int x, int y, int z, int k, int h, int i) {
     const int shift = x * (h % 2) + y * (i / 4 % 2) + z * (i / 8);
     return p[16 * (h / 2) + 4 * k + i % 4] >> shift & 1;
 }
-MOE__INLINE int moe__rw_two(const uint8_t *b, int p, MOE__AT_ROW) {
-    return moe__rw_pair(b + p, 2, 4, k, h, i);
-}
-MOE__INLINE int moe__rw_three(const uint8_t *b, int two, int one, int x, int y, int z,
-                              MOE__AT_ROW) {
+MOE__RW(two, int p) { return moe__rw_pair(b + p, 2, 4, k, h, i); }
+MOE__RW(three, int two, int one, int x, int y, int z) {
     return moe__rw_two(b, two, k, h, i) | moe__rw_bit(b + one, x, y, z, k, h, i) << 2;
 }
-MOE__INLINE int moe__rw_five(const uint8_t *b, int four, int one, int x, int y, int z,
-                             MOE__AT_ROW) {
+MOE__RW(five, int four, int one, int x, int y, int z) {
     return moe__rw_nibbles(b, four, k, h, i) | moe__rw_bit(b + one, x, y, z, k, h, i) << 4;
 }
-MOE__INLINE int moe__rw_six(const uint8_t *b, int four, int two, int y, int z, MOE__AT_ROW) {
+MOE__RW(six, int four, int two, int y, int z) {
     return moe__rw_nibbles(b, four, k, h, i) | moe__rw_pair(b + two, y, z, k, h, i) << 4;
 }
 // Eight rows: a four of each is 32 bytes. Nibbles: the first 16 weights are low, the others high.
-MOE__INLINE int moe__rw_nibbles_8(const uint8_t *b, int p, MOE__AT_ROW) {
-    return moe__types_nibble(b[p + 32 * (i / 4) + 4 * k + i % 4], h);
-}
-MOE__INLINE int moe__rw_int8_8(const uint8_t *b, int p, MOE__AT_ROW) {
-    return (int8_t)b[p + 32 * (4 * h + i / 4) + 4 * k + i % 4] + 128;
-}
+MOE__RW(nibbles_8, int p) { return moe__types_nibble(b[p + 32 * (i / 4) + 4 * k + i % 4], h); }
+MOE__RW(int8_8, int p) { return (int8_t)b[p + 32 * (4 * h + i / 4) + 4 * k + i % 4] + 128; }
 
 // Scale s of row k is number r = 4 s + k.
-#define MOE__AT_ROW_SCALE int k, MOE__AT_SCALE
-MOE__INLINE int moe__rs_int8(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return (int8_t)b[p + 4 * s + k];
-}
-MOE__INLINE int moe__rs_low(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return b[p + 4 * s + k] & 15;
-}
-MOE__INLINE int moe__rs_high(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return b[p + 4 * s + k] >> 4;
-}
+MOE__RS(int8, int p) { return (int8_t)b[p + 4 * s + k]; }
+MOE__RS(low, int p) { return b[p + 4 * s + k] & 15; }
+MOE__RS(high, int p) { return b[p + 4 * s + k] >> 4; }
 // 64 nibbles in 32 bytes, the first half low; bits r / 8 of byte r % 8; pairs of bits in 16 bytes
 MOE__INLINE int moe__rs_nibble(const uint8_t *p, int r) {
     return moe__types_nibble(p[r % 32], r / 32);
 }
 MOE__INLINE int moe__rs_bit(const uint8_t *p, int r) { return moe__types_bit(p[r % 8], r / 8); }
 MOE__INLINE int moe__rs_pair(const uint8_t *p, int r) { return p[r % 16] >> 2 * (r / 16) & 3; }
-MOE__INLINE int moe__rs_four(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return moe__rs_nibble(b + p, 4 * s + k) - 8;
-}
-MOE__INLINE int moe__rs_odd_signed(const uint8_t *b, int p, int signs, MOE__AT_ROW_SCALE) {
+MOE__RS(four, int p) { return moe__rs_nibble(b + p, 4 * s + k) - 8; }
+MOE__RS(odd_signed, int p, int signs) {
     const int x = 2 * moe__rs_nibble(b + p, 4 * s + k) + 1;
     return moe__rs_bit(b + signs, 4 * s + k) ? -x : x;
 }
-MOE__INLINE int moe__rs_six(const uint8_t *b, int p, int two, MOE__AT_ROW_SCALE) {
+MOE__RS(six, int p, int two) {
     return (moe__rs_nibble(b + p, 4 * s + k) | moe__rs_pair(b + two, 4 * s + k) << 4) - 32;
 }
 // 32 6-bit scales (mins = 0), 32 6-bit mins (1): low parts as low and high, then 16 bytes whose
 // bits 4 (r / 16) + 2 mins and the next are the high parts
-MOE__INLINE int moe__rs_six_k(const uint8_t *b, int p, int two, int mins, MOE__AT_ROW_SCALE) {
+MOE__RS(six_k, int p, int two, int mins) {
     const int r = 4 * s + k, shift = 4 * (r / 16) + 2 * mins;
     return moe__types_nibble(b[p + r], mins) | (b[two + r % 16] >> shift & 3) << 4;
 }
-MOE__INLINE int moe__rs_even(const uint8_t *b, int p, MOE__AT_ROW_SCALE) {
-    return (b[p + 4 * s + k] & 254) - 127;
-}
-MOE__INLINE int moe__rs_lowest(const uint8_t *b, int p, int by, MOE__AT_ROW_SCALE) {
-    return b[p + 4 * s + k] & 1 ? by : 0;
-}
-MOE__INLINE int moe__rs_bits(const uint8_t *b, int p, int by, MOE__AT_ROW_SCALE) {
-    return moe__rs_bit(b + p, 4 * s + k) ? by : 0;
-}
+MOE__RS(even, int p) { return (b[p + 4 * s + k] & 254) - 127; }
+MOE__RS(lowest, int p, int by) { return b[p + 4 * s + k] & 1 ? by : 0; }
+MOE__RS(bits, int p, int by) { return moe__rs_bit(b + p, 4 * s + k) ? by : 0; }
 
-MOE__INLINE void moe__rd_half(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    out->d[0] = moe__types_f16(b + p + 2 * k);
-}
-MOE__INLINE void moe__rd_halves(const uint8_t *b, int p, MOE__AT_BLOCK) { // of four rows
+MOE__RSET(half, int p) { out->d[0] = moe__types_f16(b + p + 2 * k); }
+MOE__RSET(halves, int p) { // of four rows
     out->d[0] = moe__types_f16(b + p + 2 * k), out->dmin[0] = moe__types_f16(b + p + 8 + 2 * k);
 }
-MOE__INLINE void moe__rd_e8m0(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    out->d[0] = moe__types_e8m0(b[p + k]);
-}
-MOE__INLINE void moe__rd_row(const uint8_t *b, int p, MOE__AT_BLOCK) {
-    moe__d_row(b, p, k, D, out);
-}
-#undef MOE__AT_SCALE
-#undef MOE__AT_WEIGHT
+MOE__RSET(e8m0, int p) { out->d[0] = moe__types_e8m0(b[p + k]); }
+MOE__RSET(row, int p) { moe__d_row(b, p, k, D, out); }
+#undef MOE__READER
+#undef MOE__W
+#undef MOE__S
 #undef MOE__AT_BLOCK
-#undef MOE__AT_ROW
-#undef MOE__AT_ROW_SCALE
+#undef MOE__SET
+#undef MOE__RW
+#undef MOE__RS
+#undef MOE__RSET
 
 // ---- layouts ---------------------------------------------------------------------------------
 
-// A layout is one of these. Behind each word the bytes it reads, counted from the block's first.
-//   MOE__OF_32(NAME, name, d, (), table, level, ())                      32 weights, one scale
+// A layout is one of these. Behind each word stand the bytes it reads, counted from the first of
+// the block; above it is a picture of all bytes. "Nibbles", "two bits" and so on are in the orders
+// of the words of these names.
+//   MOE__OF_32(NAME, name, d, (), table, level, ())                                  32 weights
 //   MOE__OF_256(NAME, name, order, d, (), scale, (), more, which, (), table, level, ())
-//   MOE__OF_BOOKS(NAME, name, order, more)                               with code books
-//   MOE__OF_R4(NAME, name, d, (), scale, (), more, which, (), table, level, ())     4 rows of 256
+//   MOE__OF_BOOKS(NAME, name, order, more)                               256 with a code book
+//   MOE__OF_R4(NAME, name, d, (), scale, (), more, which, (), table, level, ())      4 rows of 256
 //   MOE__OF_ROWS_32(NAME, name, d, (), table, level, ())                 4 or 8 rows of 32
-//   MOE__OF_OTHER(NAME, name)                                            written out in both texts
-// table: the levels that indices stand for, or `even`: level less offset. more: what there is
-// besides scales, MINS (integers, of which dmin is the scale), SHIFTS (added to levels) or NOTHING,
-// and which. order: what a vector of 512 bits holds, see "levels" in >>kernels.
+//   MOE__OF_OTHER_32(NAME, name), MOE__OF_OTHER_ROWS(NAME, name)         written out in both texts
+// table: the levels (moe__levels_...) that the indices stand for; `even`: level less offset.
+// more: what there is besides scales: MINS (integers, dmin is their scale), SHIFTS (integers added
+// to levels, where a bit says so) or NOTHING; `which` is the word for it (of NOTHING any
+// word, it is not read).
+// order: which weights a vector of 512 bits holds, see "levels" in >>kernels.
+enum { MOE__NATURAL, MOE__FOURS, MOE__TWOS, MOE__HALVES };
 
+// Q4_0    0 d f16 | 2 nibbles
 #define MOE__LAYOUT_Q4_0 MOE__OF_32(Q4_0, q4_0, half, (0), even, nibbles, (2))
+// Q4_1    0 d f16 | 2 -min f16 | 4 nibbles
 #define MOE__LAYOUT_Q4_1 MOE__OF_32(Q4_1, q4_1, half_min, (0), even, nibbles, (4))
+// Q5_0    0 d f16 | 2 a fifth bit of each weight | 6 nibbles
 #define MOE__LAYOUT_Q5_0 MOE__OF_32(Q5_0, q5_0, half, (0), even, nibbles_one, (6, 2))
+// Q5_1    0 d f16 | 2 -min f16 | 4 a fifth bit of each weight | 8 nibbles
 #define MOE__LAYOUT_Q5_1 MOE__OF_32(Q5_1, q5_1, half_min, (0), even, nibbles_one, (8, 4))
+// Q6_0    0 d f16 | 2 two high bits of each weight | 10 nibbles
 #define MOE__LAYOUT_Q6_0 MOE__OF_32(Q6_0, q6_0, half, (0), even, nibbles_two, (10, 2))
+// Q8_0    0 d f16 | 2 int8
 #define MOE__LAYOUT_Q8_0 MOE__OF_32(Q8_0, q8_0, half, (0), even, int8, (2))
+// IQ4_NL  0 d f16 | 2 nibbles
 #define MOE__LAYOUT_IQ4_NL MOE__OF_32(IQ4_NL, iq4_nl, half, (0), k4, nibbles, (2))
+// MXFP4   0 d, an exponent | 1 nibbles
 #define MOE__LAYOUT_MXFP4 MOE__OF_32(MXFP4, mxfp4, e8m0, (0), fp4, nibbles, (1))
-#define MOE__LAYOUT_NVFP4 MOE__OF_OTHER(NVFP4, nvfp4)
+// NVFP4   0 four scales E4M3, one per 16 weights | 4 for each: 8 bytes of nibbles
+#define MOE__LAYOUT_NVFP4 MOE__OF_OTHER_32(NVFP4, nvfp4)
 
+// Q2_K    0 scale and min of each 16 weights, four bits each | 16 two bits | 80 d f16 | 82 dmin f16
 #define MOE__LAYOUT_Q2_K                                                                          \
     MOE__OF_256(Q2_K, q2_k, TWOS, halves, (80), low, (0), MINS, high, (0), even, two, (16))
+// Q3_K    0 third bits | 32 two bits | 96 scales: low four bits | 104 high two bits | 108 d f16
 #define MOE__LAYOUT_Q3_K                                                                          \
     MOE__OF_256(Q3_K, q3_k, TWOS, half, (108), six_split, (96, 104), NOTHING, one, (0), even,     \
                 three, (32, 0))
+// Q4_K    0 d f16 | 2 dmin f16 | 4 scales and mins of each 32 weights | 16 four bits
 #define MOE__LAYOUT_Q4_K                                                                          \
     MOE__OF_256(Q4_K, q4_k, FOURS, halves, (0), six_k, (4, 0), MINS, six_k, (4, 1), even,         \
                 four, (16))
+// Q5_K    as Q4_K up to 16 fifth bits | 48 four bits
 #define MOE__LAYOUT_Q5_K                                                                          \
     MOE__OF_256(Q5_K, q5_k, FOURS, halves, (0), six_k, (4, 0), MINS, six_k, (4, 1), even,         \
                 five, (48, 16))
+// Q6_K    0 low four bits | 128 high two bits | 192 scales int8 | 208 d f16
 #define MOE__LAYOUT_Q6_K                                                                          \
     MOE__OF_256(Q6_K, q6_k, FOURS, half, (208), int8, (192), NOTHING, one, (0), even,             \
                 six_64, (0, 128))
 
+// TQ1_0   0 digits of base 3 | 52 d f16
 #define MOE__LAYOUT_TQ1_0                                                                         \
     MOE__OF_256(TQ1_0, tq1_0, FOURS, half, (52), one, (0), NOTHING, one, (0), even, base3, (0))
+// TQ2_0   0 two bits | 64 d f16
 #define MOE__LAYOUT_TQ2_0                                                                         \
     MOE__OF_256(TQ2_0, tq2_0, TWOS, half, (64), one, (0), NOTHING, one, (0), even, two, (0))
 
+// IQ4_XS  0 d f16 | 2 scales: high two bits | 4 low four bits | 8 nibbles
 #define MOE__LAYOUT_IQ4_XS                                                                        \
     MOE__OF_256(IQ4_XS, iq4_xs, HALVES, half, (0), six, (4, 2), NOTHING, one, (0), k4,            \
                 nibbles, (8))
+// IQ2_K   0 d f16 | 2 a bit of each 16 weights: levels shifted | 4 scales, four bits | 12 two bits
 #define MOE__LAYOUT_IQ2_K                                                                         \
     MOE__OF_256(IQ2_K, iq2_k, TWOS, half, (0), four, (4), SHIFTS, bits, (2, MOE__SHIFT_K2), k2,   \
                 two, (12))
+// IQ3_K   0 d f16 | 2 bits: shifted | 4 signs of scales | 6 scales | 14 two bits | 78 third bits
 #define MOE__LAYOUT_IQ3_K                                                                         \
     MOE__OF_256(IQ3_K, iq3_k, TWOS, half, (0), odd_signed, (6, 4), SHIFTS,                        \
                 bits, (2, MOE__SHIFT_K3), k3, three, (14, 78))
+// IQ4_K   0 d f16 | 2 bits: shifted | 4 scales: high two bits | 8 low four bits | 16 nibbles
 #define MOE__LAYOUT_IQ4_K                                                                         \
     MOE__OF_256(IQ4_K, iq4_k, HALVES, half, (0), six, (8, 4), SHIFTS, bits, (2, MOE__SHIFT_K4),   \
                 k4, nibbles, (16))
+// IQ5_K   as IQ4_K up to 16 four bits | 144 fifth bits
 #define MOE__LAYOUT_IQ5_K                                                                         \
     MOE__OF_256(IQ5_K, iq5_k, FOURS, half, (0), six, (8, 4), SHIFTS, bits, (2, MOE__SHIFT_K5),    \
                 k5, five, (16, 144))
+// IQ6_K   0 d f16 | 2 bits: shifted | 4 scales int8 | 20 four bits | 148 high two bits
 #define MOE__LAYOUT_IQ6_K                                                                         \
     MOE__OF_256(IQ6_K, iq6_k, FOURS, half, (0), int8, (4), SHIFTS, bits, (2, MOE__SHIFT_K6), k6,  \
                 six, (20, 148))
+// IQ2_KS  0 a bit of each 32 weights: shifted | 1 scales: fifth bits | 2 low four bits | 6 two bits
 #define MOE__LAYOUT_IQ2_KS                                                                        \
     MOE__OF_256(IQ2_KS, iq2_ks, TWOS, row, (0), five, (2, 1), SHIFTS, bits, (0, MOE__SHIFT_K2),   \
                 k2, two, (6))
+// IQ3_KS  0 scales: fifth bits | 1 bits: shifted | 2 low four bits | 6 two bits | 70 third bits
 #define MOE__LAYOUT_IQ3_KS                                                                        \
     MOE__OF_256(IQ3_KS, iq3_ks, TWOS, row, (0), five_halves, (2, 0), SHIFTS,                      \
                 bits, (1, MOE__SHIFT_K3), k3, three, (6, 70))
+// IQ4_KS  0 scales, the lowest bit: shifted | 8 nibbles
 #define MOE__LAYOUT_IQ4_KS                                                                        \
     MOE__OF_256(IQ4_KS, iq4_ks, HALVES, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K4),  \
                 k4, nibbles, (8))
+// IQ5_KS  0 scales, the lowest bit: shifted | 8 four bits | 136 fifth bits
 #define MOE__LAYOUT_IQ5_KS                                                                        \
     MOE__OF_256(IQ5_KS, iq5_ks, FOURS, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K5),   \
                 k5, five, (8, 136))
+// IQ2_KL  0 scales: high two bits | 2 low four bits | 6 pairs: low nibbles | 70 fifth bits
 #define MOE__LAYOUT_IQ2_KL                                                                        \
     MOE__OF_256(IQ2_KL, iq2_kl, NATURAL, row, (0), six_halves, (2, 0), NOTHING, one, (0), even,   \
                 pairs, (6, 70))
 
-// Of the types with code books only what both texts need; the bits are told below.
+// Types with code books are written out in both texts: plain C asks which entry a weight is in,
+// vectors make all indices and signs of a block first. A description of both would be longer.
 #define MOE__LAYOUT_IQ1_S MOE__OF_BOOKS(IQ1_S, iq1_s, FOURS, SHIFTS)
 #define MOE__LAYOUT_IQ1_M MOE__OF_BOOKS(IQ1_M, iq1_m, FOURS, NOTHING)
 #define MOE__LAYOUT_IQ2_XXS MOE__OF_BOOKS(IQ2_XXS, iq2_xxs, FOURS, NOTHING)
@@ -4689,46 +4711,64 @@ MOE__INLINE void moe__rd_row(const uint8_t *b, int p, MOE__AT_BLOCK) {
 #define MOE__LAYOUT_IQ3_XXS MOE__OF_BOOKS(IQ3_XXS, iq3_xxs, HALVES, NOTHING)
 #define MOE__LAYOUT_IQ3_S MOE__OF_BOOKS(IQ3_S, iq3_s, HALVES, NOTHING)
 
-// Groups of rows: bytes are those of the group's block.
+// Groups of rows: bytes are those of the block of the group, fields hold those of all its rows.
+// The _KS types have the d of each row before all blocks, as f32.
+// Q4_0_R8 0 d f16 | 16 nibbles
 #define MOE__LAYOUT_Q4_0_R8 MOE__OF_ROWS_32(Q4_0_R8, q4_0_r8, half, (0), even, nibbles_8, (16))
+// Q8_0_R8 0 d f16 | 16 int8
 #define MOE__LAYOUT_Q8_0_R8 MOE__OF_ROWS_32(Q8_0_R8, q8_0_r8, half, (0), even, int8_8, (16))
+// MXFP4_R8 0 d, exponents | 8 nibbles
 #define MOE__LAYOUT_MXFP4_R8 MOE__OF_ROWS_32(MXFP4_R8, mxfp4_r8, e8m0, (0), fp4, nibbles_8, (8))
+// IQ4_NL_R4 0 d f16 | 8 nibbles
 #define MOE__LAYOUT_IQ4_NL_R4 MOE__OF_ROWS_32(IQ4_NL_R4, iq4_nl_r4, half, (0), k4, nibbles, (8))
+// Q5_0_R4 0 d f16 | 8 fifth bits | 24 nibbles
 #define MOE__LAYOUT_Q5_0_R4 \
     MOE__OF_ROWS_32(Q5_0_R4, q5_0_r4, half, (0), even, five, (24, 8, 1, 2, 4))
+// Q2_K_R4 0 d f16 | 8 dmin f16 | 16 scales and mins, four bits each | 80 two bits
 #define MOE__LAYOUT_Q2_K_R4                                                                       \
     MOE__OF_R4(Q2_K_R4, q2_k_r4, halves, (0), low, (16), MINS, high, (16), even, two, (80))
+// Q3_K_R4 0 d f16 | 8 scales: high two bits | 24 low four bits | 56 third bits | 184 two bits
 #define MOE__LAYOUT_Q3_K_R4                                                                       \
     MOE__OF_R4(Q3_K_R4, q3_k_r4, half, (0), six, (24, 8), NOTHING, low, (0), even,                \
                three, (184, 56, 4, 1, 2))
+// Q4_K_R4 0 d f16 | 8 dmin f16 | 16 scales and mins: high bits | 32 low four bits | 64 nibbles
 #define MOE__LAYOUT_Q4_K_R4                                                                       \
     MOE__OF_R4(Q4_K_R4, q4_k_r4, halves, (0), six_k, (32, 16, 0), MINS, six_k, (32, 16, 1), even, \
                nibbles, (64))
+// Q5_K_R4 as Q4_K_R4 up to 64 fifth bits | 192 nibbles
 #define MOE__LAYOUT_Q5_K_R4                                                                       \
     MOE__OF_R4(Q5_K_R4, q5_k_r4, halves, (0), six_k, (32, 16, 0), MINS, six_k, (32, 16, 1), even, \
                five, (192, 64, 4, 2, 1))
+// Q6_K_R4 0 d f16 | 8 scales int8 | 72 high two bits | 328 nibbles
 #define MOE__LAYOUT_Q6_K_R4                                                                       \
     MOE__OF_R4(Q6_K_R4, q6_k_r4, half, (0), int8, (8), NOTHING, low, (0), even,                   \
                six, (328, 72, 4, 2))
+// IQ2_K_R4 0 d f16 | 8 bits: shifted | 16 scales, four bits | 48 two bits
 #define MOE__LAYOUT_IQ2_K_R4                                                                      \
     MOE__OF_R4(IQ2_K_R4, iq2_k_r4, half, (0), four, (16), SHIFTS, bits, (8, MOE__SHIFT_K2), k2,   \
                two, (48))
+// IQ3_K_R4 as IQ2_K_R4 up to 16 signs of scales | 24 scales | 56 two bits | 312 third bits
 #define MOE__LAYOUT_IQ3_K_R4                                                                      \
     MOE__OF_R4(IQ3_K_R4, iq3_k_r4, half, (0), odd_signed, (24, 16), SHIFTS,                       \
                bits, (8, MOE__SHIFT_K3), k3, three, (56, 312, 4, 1, 2))
+// IQ4_K_R4 0 d f16 | 8 bits: shifted | 16 scales: high two bits | 32 low four bits | 64 nibbles
 #define MOE__LAYOUT_IQ4_K_R4                                                                      \
     MOE__OF_R4(IQ4_K_R4, iq4_k_r4, half, (0), six, (32, 16), SHIFTS, bits, (8, MOE__SHIFT_K4),    \
                k4, nibbles, (64))
+// IQ5_K_R4 as IQ4_K_R4 | 576 fifth bits
 #define MOE__LAYOUT_IQ5_K_R4                                                                      \
     MOE__OF_R4(IQ5_K_R4, iq5_k_r4, half, (0), six, (32, 16), SHIFTS, bits, (8, MOE__SHIFT_K5),    \
                k5, five, (64, 576, 2, 4, 1))
+// IQ4_KS_R4 0 scales, the lowest bit: shifted | 32 nibbles
 #define MOE__LAYOUT_IQ4_KS_R4                                                                     \
     MOE__OF_R4(IQ4_KS_R4, iq4_ks_r4, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K4),     \
                k4, nibbles, (32))
+// IQ5_KS_R4 as IQ4_KS_R4 | 544 fifth bits
 #define MOE__LAYOUT_IQ5_KS_R4                                                                     \
     MOE__OF_R4(IQ5_KS_R4, iq5_ks_r4, row, (0), even, (0), SHIFTS, lowest, (0, MOE__SHIFT_K5),     \
                k5, five, (32, 544, 2, 4, 1))
-#define MOE__LAYOUT_IQ4_XS_R8 MOE__OF_OTHER(IQ4_XS_R8, iq4_xs_r8)
+// IQ4_XS_R8 0 d f16 | 16 scales: high two bits | 32 low four bits | 64 nibbles
+#define MOE__LAYOUT_IQ4_XS_R8 MOE__OF_OTHER_ROWS(IQ4_XS_R8, iq4_xs_r8)
 
 // ---- layouts in plain C ----------------------------------------------------------------------
 
@@ -4800,7 +4840,8 @@ MOE__INLINE int moe__types_level_of(const int8_t *table, int x, int offset) {
                     moe__rs_##scale(b, MOE__ARGS scale_at, k, n, s), more,                     \
                     moe__rs_##which(b, MOE__ARGS which_at, k, n, s), table,                    \
                     moe__rw_##level(b, MOE__ARGS at, k, h, i))
-#define MOE__OF_OTHER(NAME, name)
+#define MOE__OF_OTHER_32(NAME, name)
+#define MOE__OF_OTHER_ROWS(NAME, name)
 #define MOE__READ_LAYOUT(NAME, ...) MOE__LAYOUT_##NAME
 MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
 #undef MOE__UNPACK_32
@@ -4810,7 +4851,8 @@ MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
 #undef MOE__OF_BOOKS
 #undef MOE__OF_ROWS_32
 #undef MOE__OF_R4
-#undef MOE__OF_OTHER
+#undef MOE__OF_OTHER_32
+#undef MOE__OF_OTHER_ROWS
 #undef MOE__EACH_SCALE
 #undef MOE__PUT_NOTHING
 #undef MOE__PUT_MINS
@@ -4845,7 +4887,7 @@ MOE__UNPACK(iq4_xs_r8) { // scales as six of the other interleaved types; per 8 
 }
 #undef MOE__EACH_WEIGHT
 
-// ---- the bits of the code-book types
+// ---- types with code books
 
 // Eight (or four) weights are an entry of a code book, with signs from a byte of bits.
 MOE__INLINE int moe__types_signed(uint64_t entry, int i, unsigned signs) {
@@ -5280,7 +5322,7 @@ typedef enum moe__types_mins {
     MOE__TYPES_ANY_MIN // scale >= 0; what is stored is -min, as f16
 } moe__types_mins;
 
-struct moe__types_k;
+struct moe__types_draft;
 
 // What a type can hold: codes 0, 1, .. stand for the levels first .. last, or for those of an
 // ascending table of 16 from first to last. Each `width` weights have a scale (and a min) of
@@ -5291,7 +5333,7 @@ typedef struct moe__types_form {
     moe__types_mins mins;
     int32_t scale_first, scale_last; // integer scales; integer mins are 0 .. scale_last
     int32_t block, bytes;            // as in the type table
-    void (*pack)(const struct moe__types_k *k, uint8_t *row);
+    void (*pack)(const struct moe__types_draft *draft, uint8_t *row);
 } moe__types_form;
 
 typedef struct moe__types_line {
@@ -5299,13 +5341,13 @@ typedef struct moe__types_line {
 } moe__types_line;
 
 // A block in the making.
-typedef struct moe__types_k {
+typedef struct moe__types_draft {
     const moe__types_form *form;
     float d, dmin; // as stored
     int8_t scale[16], min[16];
     uint8_t code[256];
     double error;
-} moe__types_k;
+} moe__types_draft;
 
 MOE__INLINE int32_t moe__types_value(const moe__types_form *f, int32_t code) {
     return f->table ? f->table[code] : f->first + code;
@@ -5409,36 +5451,36 @@ MOE__PRIVATE moe__types_line moe__types_fit(const moe__types_form *f, const floa
 
 // The best of the integer scales (and mins) around what the j-th `width` weights want.
 MOE__PRIVATE void moe__types_choose(const moe__types_form *f, const float *x, const float *w,
-                                    moe__types_line wanted, moe__types_k *k, int j) {
+                                    moe__types_line wanted, moe__types_draft *draft, int j) {
     int32_t s0 = f->scale_first, s1 = f->scale_last, reach = f->mins ? 1 : 0;
-    int32_t scale = k->d != 0 ? moe__types_level(wanted.scale / k->d, s0, s1) : 0;
-    int32_t min = k->dmin > 0 ? moe__types_level(wanted.min / k->dmin, 0, s1) : 0;
+    int32_t scale = draft->d != 0 ? moe__types_level(wanted.scale / draft->d, s0, s1) : 0;
+    int32_t min = draft->dmin > 0 ? moe__types_level(wanted.min / draft->dmin, 0, s1) : 0;
     double least = INFINITY;
     moe__types_line line, best = {0, 0};
     for (int32_t s = scale - 1; s <= scale + 1; s++) {
         for (int32_t m = min - reach; m <= min + reach; m++) {
             if (s < s0 || s > s1 || m < 0 || m > s1) continue;
-            line.scale = k->d * (float)s;
-            line.min = k->dmin * (float)m;
+            line.scale = draft->d * (float)s;
+            line.min = draft->dmin * (float)m;
             double error = moe__types_error(f, x, w, line);
             if (!(error < least)) continue;
             least = error;
             best = line;
-            k->scale[j] = (int8_t)s;
-            k->min[j] = (int8_t)m;
+            draft->scale[j] = (int8_t)s;
+            draft->min[j] = (int8_t)m;
         }
     }
-    k->error += least;
-    moe__types_codes(f, x, best, k->code + j * f->width);
+    draft->error += least;
+    moe__types_codes(f, x, best, draft->code + j * f->width);
 }
 
 // The best d and dmin for the block's scales, mins and levels: y = d * a - dmin * b.
 MOE__PRIVATE void moe__types_refit_block(const moe__types_form *f, const float *x, const float *w,
-                                         moe__types_k *k) {
+                                         moe__types_draft *draft) {
     double xa = 0, xb = 0, aa = 0, ab = 0, bb = 0;
     for (int i = 0; i < 256; i++) {
-        double a = k->scale[i / f->width] * moe__types_value(f, k->code[i]);
-        double b = k->min[i / f->width], wa = w[i] * a, wb = w[i] * b;
+        double a = draft->scale[i / f->width] * moe__types_value(f, draft->code[i]);
+        double b = draft->min[i / f->width], wa = w[i] * a, wb = w[i] * b;
         xa += x[i] * wa;
         xb += x[i] * wb;
         aa += wa * a;
@@ -5453,50 +5495,50 @@ MOE__PRIVATE void moe__types_refit_block(const moe__types_form *f, const float *
         d = xa / aa; // no mins
     }
     if (f->mins ? !(d > 0 && dmin >= 0) : d == 0) return;
-    k->d = moe__types_round_f16((float)d);
-    k->dmin = moe__types_round_f16((float)dmin);
+    draft->d = moe__types_round_f16((float)d);
+    draft->dmin = moe__types_round_f16((float)dmin);
 }
 
 // At first the largest scale and min become the largest integers.
 MOE__PRIVATE void moe__types_fit_block(const moe__types_form *f, const float *x, const float *w,
-                                       moe__types_k *best) {
-    moe__types_k k;
+                                       moe__types_draft *best) {
+    moe__types_draft draft;
     moe__types_line wanted[16];
     float scale = 0, min = 0;
-    memset(&k, 0, sizeof k);
-    k.form = f;
+    memset(&draft, 0, sizeof draft);
+    draft.form = f;
     for (int j = 0; j < 256 / f->width; j++) {
         wanted[j] = moe__types_fit(f, x + j * f->width, w + j * f->width);
         if (fabsf(wanted[j].scale) > fabsf(scale)) scale = wanted[j].scale;
         if (wanted[j].min > min) min = wanted[j].min;
     }
-    k.d = moe__types_round_f16(scale / (float)(f->mins ? f->scale_last : f->scale_first));
-    k.dmin = moe__types_round_f16(min / (float)f->scale_last);
+    draft.d = moe__types_round_f16(scale / (float)(f->mins ? f->scale_last : f->scale_first));
+    draft.dmin = moe__types_round_f16(min / (float)f->scale_last);
     for (int round = 0; round <= MOE__TYPES_ROUNDS; round++) {
-        if (round) moe__types_refit_block(f, x, w, &k);
-        k.error = 0;
+        if (round) moe__types_refit_block(f, x, w, &draft);
+        draft.error = 0;
         for (int j = 0; j < 256 / f->width; j++)
-            moe__types_choose(f, x + j * f->width, w + j * f->width, wanted[j], &k, j);
-        if (round == 0 || k.error < best->error) *best = k;
+            moe__types_choose(f, x + j * f->width, w + j * f->width, wanted[j], &draft, j);
+        if (round == 0 || draft.error < best->error) *best = draft;
     }
 }
 
 MOE__PRIVATE void moe__types_quantize(const moe__types_form *f, const float *in, uint8_t *row,
                                       int64_t n, const float *importance) {
     float x[256], w[256];
-    moe__types_k k;
+    moe__types_draft draft;
     for (int64_t begin = 0; begin < n; begin += f->block, row += f->bytes) {
         moe__types_load(in + begin, importance ? importance + begin : NULL, f->block, x, w);
         if (f->width < f->block) {
-            moe__types_fit_block(f, x, w, &k);
+            moe__types_fit_block(f, x, w, &draft);
         } else {
             moe__types_line line = moe__types_fit(f, x, w);
-            k.form = f;
-            line.scale = k.d = moe__types_round_f16(line.scale);
-            line.min = k.dmin = moe__types_round_f16(line.min);
-            moe__types_codes(f, x, line, k.code);
+            draft.form = f;
+            line.scale = draft.d = moe__types_round_f16(line.scale);
+            line.min = draft.dmin = moe__types_round_f16(line.min);
+            moe__types_codes(f, x, line, draft.code);
         }
-        f->pack(&k, row);
+        f->pack(&draft, row);
     }
 }
 
@@ -5515,76 +5557,76 @@ MOE__INLINE void moe__types_store_low(const uint8_t *code, int n, int half, uint
 }
 
 // 32 weights: d, maybe -min, maybe the fifth bits, the low bits.
-MOE__PRIVATE void moe__types_pack_32(const moe__types_k *k, uint8_t *row) {
-    const moe__types_form *f = k->form;
+MOE__PRIVATE void moe__types_pack_32(const moe__types_draft *draft, uint8_t *row) {
+    const moe__types_form *f = draft->form;
     uint32_t high = 0;
-    for (int i = 0; i < 32; i++) high |= (uint32_t)(k->code[i] >> 4) << i;
-    moe__types_store_f16(row, k->d);
-    if (f->mins) moe__types_store_f16(row + 2, -k->dmin);
+    for (int i = 0; i < 32; i++) high |= (uint32_t)(draft->code[i] >> 4) << i;
+    moe__types_store_f16(row, draft->d);
+    if (f->mins) moe__types_store_f16(row + 2, -draft->dmin);
     if (f->bytes > 20) memcpy(row + f->bytes - 20, &high, 4);
-    moe__types_store_low(k->code, 32, 16, row + f->bytes - 16);
+    moe__types_store_low(draft->code, 32, 16, row + f->bytes - 16);
 }
 
-MOE__PRIVATE void moe__types_pack_q2_k(const moe__types_k *k, uint8_t *row) {
-    for (int j = 0; j < 16; j++) row[j] = (uint8_t)(k->scale[j] | k->min[j] << 4);
+MOE__PRIVATE void moe__types_pack_q2_k(const moe__types_draft *draft, uint8_t *row) {
+    for (int j = 0; j < 16; j++) row[j] = (uint8_t)(draft->scale[j] | draft->min[j] << 4);
     for (int i = 0; i < 64; i++) {
-        const uint8_t *q = k->code + i / 32 * 128 + i % 32;
+        const uint8_t *q = draft->code + i / 32 * 128 + i % 32;
         row[16 + i] = (uint8_t)(q[0] | q[32] << 2 | q[64] << 4 | q[96] << 6);
     }
-    moe__types_store_f16(row + 80, k->d);
-    moe__types_store_f16(row + 82, k->dmin);
+    moe__types_store_f16(row + 80, draft->d);
+    moe__types_store_f16(row + 82, draft->dmin);
 }
 
-MOE__PRIVATE void moe__types_pack_q3_k(const moe__types_k *k, uint8_t *row) {
+MOE__PRIVATE void moe__types_pack_q3_k(const moe__types_draft *draft, uint8_t *row) {
     memset(row, 0, 108);
     for (int i = 0; i < 256; i++) {
-        row[i % 32] |= (uint8_t)(k->code[i] >> 2 << i / 32);
-        row[32 + i / 128 * 32 + i % 32] |= (uint8_t)((k->code[i] & 3) << i % 128 / 32 * 2);
+        row[i % 32] |= (uint8_t)(draft->code[i] >> 2 << i / 32);
+        row[32 + i / 128 * 32 + i % 32] |= (uint8_t)((draft->code[i] & 3) << i % 128 / 32 * 2);
     }
     for (int j = 0; j < 16; j++) {
-        int scale = k->scale[j] + 32;
+        int scale = draft->scale[j] + 32;
         row[96 + j % 8] |= (uint8_t)((scale & 15) << j / 8 * 4);
         row[104 + j % 4] |= (uint8_t)(scale >> 4 << j / 4 * 2);
     }
-    moe__types_store_f16(row + 108, k->d);
+    moe__types_store_f16(row + 108, draft->d);
 }
 
 // Q4_K and Q5_K.
-MOE__PRIVATE void moe__types_pack_q4_k(const moe__types_k *k, uint8_t *row) {
+MOE__PRIVATE void moe__types_pack_q4_k(const moe__types_draft *draft, uint8_t *row) {
     uint8_t *packed = row + 4;
-    moe__types_store_f16(row, k->d);
-    moe__types_store_f16(row + 2, k->dmin);
+    moe__types_store_f16(row, draft->d);
+    moe__types_store_f16(row + 2, draft->dmin);
     for (int j = 0; j < 4; j++) {
-        packed[j] = (uint8_t)(k->scale[j] | k->scale[4 + j] >> 4 << 6);
-        packed[4 + j] = (uint8_t)(k->min[j] | k->min[4 + j] >> 4 << 6);
-        packed[8 + j] = (uint8_t)((k->scale[4 + j] & 15) | (k->min[4 + j] & 15) << 4);
+        packed[j] = (uint8_t)(draft->scale[j] | draft->scale[4 + j] >> 4 << 6);
+        packed[4 + j] = (uint8_t)(draft->min[j] | draft->min[4 + j] >> 4 << 6);
+        packed[8 + j] = (uint8_t)((draft->scale[4 + j] & 15) | (draft->min[4 + j] & 15) << 4);
     }
     memset(row + 16, 0, 32); // the fifth bits of Q5_K
-    for (int i = 0; i < 256; i++) row[16 + i % 32] |= (uint8_t)(k->code[i] >> 4 << i / 32);
-    moe__types_store_low(k->code, 256, 32, row + k->form->bytes - 128);
+    for (int i = 0; i < 256; i++) row[16 + i % 32] |= (uint8_t)(draft->code[i] >> 4 << i / 32);
+    moe__types_store_low(draft->code, 256, 32, row + draft->form->bytes - 128);
 }
 
-MOE__PRIVATE void moe__types_pack_q6_k(const moe__types_k *k, uint8_t *row) {
+MOE__PRIVATE void moe__types_pack_q6_k(const moe__types_draft *draft, uint8_t *row) {
     for (int half = 0; half < 2; half++) {
-        const uint8_t *q = k->code + 128 * half;
+        const uint8_t *q = draft->code + 128 * half;
         moe__types_store_low(q, 128, 64, row + 64 * half);
         for (int i = 0; i < 32; i++)
             row[128 + 32 * half + i] = (uint8_t)(q[i] >> 4 | q[32 + i] >> 4 << 2 |
                                                  q[64 + i] >> 4 << 4 | q[96 + i] >> 4 << 6);
     }
-    memcpy(row + 192, k->scale, 16);
-    moe__types_store_f16(row + 208, k->d);
+    memcpy(row + 192, draft->scale, 16);
+    moe__types_store_f16(row + 208, draft->d);
 }
 
-MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_k *k, uint8_t *row) {
-    moe__types_store_f16(row, k->d);
+MOE__PRIVATE void moe__types_pack_iq4_xs(const moe__types_draft *draft, uint8_t *row) {
+    moe__types_store_f16(row, draft->d);
     memset(row + 2, 0, 6);
     for (int j = 0; j < 8; j++) {
-        int scale = k->scale[j] + 32;
+        int scale = draft->scale[j] + 32;
         row[2 + j / 4] |= (uint8_t)(scale >> 4 << j % 4 * 2);
         row[4 + j / 2] |= (uint8_t)((scale & 15) << j % 2 * 4);
     }
-    moe__types_store_low(k->code, 256, 16, row + 8);
+    moe__types_store_low(draft->code, 256, 16, row + 8);
 }
 
 // How a type is packed, its levels, mins, integer scales. Levels are those of a table, or all
@@ -5656,7 +5698,7 @@ MOE__PRIVATE void moe__quantize_mxfp4(const float *in, uint8_t *row, int64_t n,
 #define MOE__UNPACKER_Q256(name) moe__unpack_##name
 #define MOE__QUANTIZER_0(name) NULL
 #define MOE__QUANTIZER_1(name) moe__quantize_##name
-#define MOE__TYPES_ENTRY(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q) \
+#define MOE__TYPES_ENTRY(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q, ...) \
     {MOE_TYPE_##NAME, #NAME, block, bytes, MOE__ACT_##act, rows, meta, per, bits, offset,      \
      MOE__UNPACKER_##act(name), MOE__QUANTIZER_##q(name)},
 static const moe__type moe__types[MOE__N_TYPES] = {MOE__TYPES(MOE__TYPES_ENTRY)};
@@ -6228,7 +6270,8 @@ static const moe__kernels moe__kernels_scalar = {
 // A name below is that of a function, type or constant of the instruction set being compiled. It
 // stands here if the text uses it often; the others are written MOE__(name) where they are used.
 // v_: on whole vectors of integers; u_: on 256 bits in every instruction set; f_, d_: on whole
-// vectors of floats, of doubles; tile_, attend_, ...: of the section of that name.
+// vectors of floats, of doubles; tile_, attend_, ...: of the section of that name. w_, s_, d_ and
+// rw_, rs_, rd_: the words of the layouts in >>types.
 #define v_load_128 MOE__(v_load_128)
 #define v_load MOE__(v_load)
 #define v_load_256 MOE__(v_load_256)
@@ -6294,11 +6337,9 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_field MOE__(v_field)
 #define v_mask MOE__(v_mask)
 #define v_join MOE__(v_join)
-#define v_three MOE__(v_three)
-#define v_five MOE__(v_five)
-#define v_nibbles MOE__(v_nibbles)
 #define v_table MOE__(v_table)
 #define v_lookup MOE__(v_lookup)
+#define v_level_of MOE__(v_level_of)
 #define u_words MOE__(u_words)
 #define u_halves MOE__(u_halves)
 #define u_nibbles16 MOE__(u_nibbles16)
@@ -6306,10 +6347,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_pairs16 MOE__(u_pairs16)
 #define u_add16 MOE__(u_add16)
 #define u_odd16 MOE__(u_odd16)
-#define u_scales6 MOE__(u_scales6)
-#define u_tq1_0_bytes MOE__(u_tq1_0_bytes)
-#define u_tq1_0_powers MOE__(u_tq1_0_powers)
-#define u_head_ks MOE__(u_head_ks)
 #define v_book8 MOE__(v_book8)
 #define u_signs_book8 MOE__(u_signs_book8)
 #define v_signed MOE__(v_signed)
@@ -6318,7 +6355,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_store_indices MOE__(u_store_indices)
 #define u_indices MOE__(u_indices)
 #define u_fours16 MOE__(u_fours16)
-#define u_scales_iq2 MOE__(u_scales_iq2)
 #define v_lookup_16 MOE__(v_lookup_16)
 #define u_signs_book4 MOE__(u_signs_book4)
 #define v_book4 MOE__(v_book4)
@@ -6333,20 +6369,13 @@ static const moe__kernels moe__kernels_scalar = {
 #define r4_half MOE__(r4_half)
 #define v_dwords MOE__(v_dwords)
 #define v_acts_r4 MOE__(v_acts_r4)
-#define v_nibbles_r4 MOE__(v_nibbles_r4)
 #define v_bits_r4 MOE__(v_bits_r4)
 #define v_load_twice MOE__(v_load_twice)
-#define v_two_r4 MOE__(v_two_r4)
-#define v_one_r4 MOE__(v_one_r4)
 #define u_four_halves MOE__(u_four_halves)
 #define u_mask8 MOE__(u_mask8)
 #define u_add8 MOE__(u_add8)
-#define u_six_r4 MOE__(u_six_r4)
-#define u_six MOE__(u_six)
 #define u_bits_r4 MOE__(u_bits_r4)
-#define u_shift_r4 MOE__(u_shift_r4)
 #define u_odd_signed MOE__(u_odd_signed)
-#define u_head_ks_r4 MOE__(u_head_ks_r4)
 #define v_scales_r4 MOE__(v_scales_r4)
 #define v_pairs_r4 MOE__(v_pairs_r4)
 #define v_times_sums_r4 MOE__(v_times_sums_r4)
@@ -6356,7 +6385,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_shift_r4 MOE__(v_shift_r4)
 #define v_acts_r8 MOE__(v_acts_r8)
 #define level_iq4_xs_r8 MOE__(level_iq4_xs_r8)
-#define v_nibbles_r8 MOE__(v_nibbles_r8)
 #define u_scales_rows MOE__(u_scales_rows)
 #define u_dot_i16 MOE__(u_dot_i16)
 #define q32_block MOE__(q32_block)
@@ -6367,7 +6395,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_ue4m3 MOE__(u_ue4m3)
 #define unpack_fn MOE__(unpack_fn)
 #define u_put MOE__(u_put)
-#define u_five MOE__(u_five)
 #define tile_job MOE__(tile_job)
 #define tile_kernel_fn MOE__(tile_kernel_fn)
 #define tile_load_f32 MOE__(tile_load_f32)
@@ -7021,10 +7048,11 @@ MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
 
 // ---- quantized rows: levels ------------------------------------------------------------------
 
-// A block of 256 weights is read as a head (scales and the like) and vectors of levels: level v
-// is the v-th vector of bytes q + bias, bias being the type's offset. (AVX2 multiplies unsigned
+// A block of 256 weights is read as a head (d, scales, mins, shifts) and vectors of levels: vector
+// v is the v-th of bytes level + bias, bias being the type's offset. (AVX2 multiplies unsigned
 // bytes of at most 7 bits; 8-bit levels keep their signs there, bias 0.) All else is made from
-// these two: products, tiles, floats.
+// these two: products, tiles, floats. Where the bits are is said by the layouts in >>types, whose
+// words are vectors here; "layouts read" below puts them together.
 //
 // Which weights a vector holds is the type's order. With 256 bits it is always the natural one.
 // With 512 it is one in which neither levels nor activations have to be moved much: two
@@ -7035,10 +7063,6 @@ MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
 //   NATURAL  (0, 1) (2, 3) (4, 5) (6, 7)
 //   HALVES   first halves of 0-3, second ones, the same of 4-7
 
-#define MOE__NATURAL 0
-#define MOE__FOURS 1
-#define MOE__TWOS 2
-#define MOE__HALVES 3
 #define MOE__LEVELS (256 / MOE__VBYTES) // vectors of levels
 // AVX-VNNI has them from AVX2.
 
@@ -7156,7 +7180,7 @@ MOE__V MOE__VI v_extend(__m256i x) {
 #endif
 }
 
-// ---- pieces of levels
+// ---- parts of levels
 
 // int16 shifted right by n, left by -n
 MOE__V MOE__VI v_shift(MOE__VI x, const int n) {
@@ -7184,23 +7208,6 @@ MOE__V MOE__VI v_mask(MOE__VI x, const int mask) {
 // low | `bits` bits of high from bit `at` on
 MOE__V MOE__VI v_join(MOE__VI low, MOE__VI high, const int bits, const int at) {
     return v_or_and(low, high, MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << at)));
-}
-// TWOS: 2-bit fields and a third bit; FOURS: 4-bit fields and a fifth bit
-MOE__V MOE__VI v_three(const uint8_t *two, const uint8_t *one, const int v) {
-    const MOE__VI x = v_mask(v_field(two, 2, 0, MOE__TWOS, v), 3);
-    return v_join(x, v_field(one, 1, 2, MOE__TWOS, v), 1, 2);
-}
-MOE__V MOE__VI v_five(const uint8_t *four, const uint8_t *one, const int v) {
-    const MOE__VI x = v_mask(v_field(four, 4, 0, MOE__FOURS, v), 15);
-    return v_join(x, v_field(one, 1, 4, MOE__FOURS, v), 1, 4);
-}
-// HALVES: 16 bytes hold 32 weights, the first half in the low nibbles
-MOE__V MOE__VI v_nibbles(const uint8_t *p, const int v) {
-#if MOE__ISA == 3
-    return v_mask(_mm512_srli_epi16(v_load(p + 64 * (v / 2)), 4 * (v % 2)), 15);
-#else
-    return u_nibbles(p + 16 * v);
-#endif
 }
 // table[x] + bias, of 4, 8, 16, 32 or 64 entries
 MOE__V MOE__VI v_table(const int8_t *table, const int n, const int bias) {
@@ -7237,8 +7244,129 @@ MOE__V MOE__VI v_lookup(const int8_t *table, MOE__VI x, const int n, const int b
 }
 // Tables of 8-bit levels: see `bias` above
 #define MOE__BIAS8 (MOE__ISA == 3 ? 128 : 0)
+#define MOE__BIAS(NAME) (MOE__ISA == 2 && MOE__BITS_##NAME == 8 ? 0 : MOE__OFFSET_##NAME)
 
-// ---- pieces of heads
+// ---- words: levels
+
+// The words of the layouts in >>types, of whole vectors: w_ a vector of levels, s_ all scales of
+// a block as int16, 16 or 8 of them (n), d_ d and dmin behind it.
+#define MOE__READER(type, name, ...) \
+    MOE__V type MOE__(name)(const uint8_t *b MOE__UNUSED, __VA_ARGS__)
+#define MOE__W(name, ...) \
+    MOE__READER(MOE__VI, w_##name, __VA_ARGS__, const int order MOE__UNUSED, const int v)
+#define MOE__S(name, ...) MOE__READER(__m256i, s_##name, __VA_ARGS__, const int n MOE__UNUSED)
+#define MOE__SET(name, ...) MOE__READER(__m128, d_##name, __VA_ARGS__, float D MOE__UNUSED)
+MOE__W(two, int p) { return v_mask(v_field(b + p, 2, 0, order, v), 3); }
+MOE__W(four, int p) { return v_mask(v_field(b + p, 4, 0, order, v), 15); }
+MOE__W(three, int two, int one) {
+    const MOE__VI x = MOE__(w_two)(b, two, order, v);
+    return v_join(x, v_field(b + one, 1, 2, order, v), 1, 2);
+}
+MOE__W(five, int four, int one) {
+    const MOE__VI x = MOE__(w_four)(b, four, order, v);
+    return v_join(x, v_field(b + one, 1, 4, order, v), 1, 4);
+}
+MOE__W(six, int four, int two) {
+    const MOE__VI x = MOE__(w_four)(b, four, order, v);
+    return v_join(x, v_field(b + two, 2, 4, order, v), 2, 4);
+}
+MOE__W(six_64, int p, int two) {
+    const uint8_t *at = b + p + 32 * (v % 2); // FOURS
+#if MOE__ISA == 3
+    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i both = _mm512_broadcast_i64x4(v_load_256(at + 64 * (v / 2)));
+    const __m512i low = _mm512_srlv_epi16(both, by);
+#else
+    const __m256i low = _mm256_srli_epi16(v_load(at + 64 * (v / 4)), v / 2 % 2 * 4);
+#endif
+    return v_join(v_mask(low, 15), v_field(b + two, 2, 4, order, v), 2, 4);
+}
+MOE__W(nibbles, int p) { // HALVES
+#if MOE__ISA == 3
+    return v_mask(_mm512_srli_epi16(v_load(b + p + 64 * (v / 2)), 4 * (v % 2)), 15);
+#else
+    return u_nibbles(b + p + 16 * v);
+#endif
+}
+#if MOE__ISA == 2
+MOE__W(nibbles_one, int p, int one) {
+    return v_join(MOE__(w_nibbles)(b, p, order, v), u_mask(moe__load_u32(b + one)), 1, 4);
+}
+MOE__W(nibbles_two, int p, int two) {
+    __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(b + two));
+    x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
+                         _mm256_set1_epi8(3));
+    return _mm256_or_si256(MOE__(w_nibbles)(b, p, order, v), _mm256_slli_epi16(x, 4));
+}
+MOE__W(int8, int p) { return v_load_256(b + p + 32 * v); } // bias 0
+#endif
+// Sub-block j: bytes, and the powers of 3 they are multiplied with
+MOE__V __m256i MOE__(base3_bytes)(const uint8_t *b, const int j) {
+    if (j < 5) return v_load_256(b);
+    const __m256i x = _mm256_broadcastsi128_si256(v_load_128(b + 32));
+    if (j < 7) return x;
+    return _mm256_inserti128_si256(x, _mm_set1_epi32((int)moe__load_u32(b + 48)), 1);
+}
+MOE__V __m256i MOE__(base3_powers)(const int j) {
+    const int power[5] = {1, 3, 9, 27, 81};
+    if (j < 5) return _mm256_set1_epi16((short)power[j]);
+    const __m128i a = _mm_set1_epi16((short)power[2 * (j - 5) % 5]);
+    const __m128i c = j == 7 ? _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27)
+                             : _mm_set1_epi16((short)power[2 * (j - 5) + 1]);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(a), c, 1);
+}
+// x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons
+MOE__W(base3, int p) {
+#if MOE__ISA == 3
+#define MOE__BOTH(x, y) _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)
+    const int i = v_group(order, v, 0) / 2, j = v_group(order, v, 2) / 2;
+    const __m512i bytes = MOE__BOTH(MOE__(base3_bytes)(b + p, i), MOE__(base3_bytes)(b + p, j));
+    const __m512i power = MOE__BOTH(MOE__(base3_powers)(i), MOE__(base3_powers)(j));
+#undef MOE__BOTH
+#else
+    const __m256i bytes = MOE__(base3_bytes)(b + p, v), power = MOE__(base3_powers)(v);
+#endif
+    const MOE__VI high = MOE__MM(set1_epi16)((short)0xFF00);
+    const MOE__VI odd = MOE__MM(mullo_epi16)(v_and(bytes, high), power);
+    const MOE__VI x =
+        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), MOE__MM(set1_epi16)(0x00FF));
+    const MOE__VI one = MOE__MM(set1_epi8)(86), two = MOE__MM(set1_epi8)((char)171);
+#if MOE__ISA == 3
+    const __m512i y = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(x, one), 1);
+    return _mm512_mask_add_epi8(y, _mm512_cmpge_epu8_mask(x, two), y, _mm512_set1_epi8(1));
+#else
+    const __m256i y = _mm256_add_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(x, one), x),
+                                      _mm256_cmpeq_epi8(_mm256_max_epu8(x, two), x));
+    return _mm256_sub_epi8(_mm256_setzero_si256(), y);
+#endif
+}
+// An index stands for two weights.
+MOE__W(pairs, int p, int one) {
+#if MOE__ISA == 3
+    const __m512i first = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[0]));
+    const __m512i second = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[1]));
+    const __m512i pairs = _mm512_or_si512( // levels + 64: bytes of each word
+        _mm512_add_epi16(first, _mm512_set1_epi16(64)),
+        _mm512_slli_epi16(_mm512_add_epi16(second, _mm512_set1_epi16(64)), 8));
+    const __m256i x = u_nibbles(b + p + 16 * v);
+    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + one));
+    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
+    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
+    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)), pairs);
+#else
+    const __m128i low = _mm_set1_epi8(15), bit = _mm_set1_epi8(1);
+    __m128i x = _mm_srli_epi16(v_load_128(b + p + 16 * (v / 2)), 4 * (v % 2));
+    __m128i high = _mm_srli_epi16(v_load_128(b + one), v);
+    high = _mm_slli_epi16(_mm_and_si128(high, bit), 4);
+    __m256i index = _mm256_castsi128_si256(_mm_or_si128(_mm_and_si128(x, low), high));
+    __m128i y = _mm256_castsi256_si128(v_lookup(moe__levels_kl[0], index, 32, 64));
+    __m128i z = _mm256_castsi256_si128(v_lookup(moe__levels_kl[1], index, 32, 64));
+    __m256i both = _mm256_castsi128_si256(_mm_unpacklo_epi8(y, z));
+    return _mm256_inserti128_si256(both, _mm_unpackhi_epi8(y, z), 1);
+#endif
+}
+
+// ---- words: scales
 
 MOE__V __m256i u_words(__m128i bytes) { return _mm256_cvtepu8_epi16(bytes); }
 // One or two f16 (of n bytes)
@@ -7263,30 +7391,81 @@ MOE__V __m256i u_bits16(int x, const int on) {
         _mm256_and_si256(_mm256_set1_epi16((short)x), bit), bit);
     return _mm256_and_si256(set, _mm256_set1_epi16((short)on));
 }
-// 2-bit fields of 16 bits as bits 4 and 5 of 8 int16
-MOE__V __m256i u_pairs16(int x) {
-    // field i to the two top bits, then to bits 4 and 5
-    const __m128i factor = _mm_setr_epi16(16384, 4096, 1024, 256, 64, 16, 4, 1);
-    __m128i y = _mm_mullo_epi16(_mm_set1_epi16((short)x), factor);
-    y = _mm_and_si128(_mm_srli_epi16(y, 10), _mm_set1_epi16(48));
-    return _mm256_castsi128_si256(y);
+// Pairs of bits as bits 4 and 5 of n int16
+MOE__V __m256i u_pairs16(const uint8_t *p, const int n) {
+    if (n == 8) { // pair i to the two top bits, then to bits 4 and 5
+        const __m128i factor = _mm_setr_epi16(16384, 4096, 1024, 256, 64, 16, 4, 1);
+        __m128i y = _mm_mullo_epi16(_mm_set1_epi16((short)moe__load_u16(p)), factor);
+        y = _mm_and_si128(_mm_srli_epi16(y, 10), _mm_set1_epi16(48));
+        return _mm256_castsi128_si256(y);
+    }
+    // a product moves bits 2 k of each byte to bits 6 and 7
+    const __m128i byte = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
+    const __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(p)), byte);
+    const __m256i high = _mm256_mullo_epi16(u_words(bytes), factor);
+    return _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
 }
 MOE__V __m256i u_add16(__m256i x, const int y) {
     return _mm256_add_epi16(x, _mm256_set1_epi16((short)y));
 }
 // 2 x + 1
 MOE__V __m256i u_odd16(__m256i x) { return u_add16(_mm256_add_epi16(x, x), 1); }
-// As moe__types_scales6. Bits 2 k of 32 bits are moved to bits 6 and 7 of a byte by a product.
-MOE__V __m256i u_scales6(const uint8_t *b) {
-    const __m128i byte = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
-    __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(b)), byte);
-    __m256i high = _mm256_mullo_epi16(u_words(bytes), factor);
-    high = _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
-    return u_add16(_mm256_or_si256(high, u_nibbles16(b + 4, 16, 1)), -32);
-}
 
-// ---- K-quants
+MOE__S(one, int p) { return (void)p, _mm256_set1_epi16(1); }
+MOE__S(int8, int p) { return _mm256_cvtepi8_epi16(v_load_128(b + p)); }
+MOE__S(low, int p) { return u_words(_mm_and_si128(v_load_128(b + p), _mm_set1_epi8(15))); }
+MOE__S(high, int p) {
+    return u_words(_mm_and_si128(_mm_srli_epi16(v_load_128(b + p), 4), _mm_set1_epi8(15)));
+}
+MOE__S(four, int p) { return u_add16(u_nibbles16(b + p, n, 1), -8); }
+MOE__S(odd, int p) { return u_odd16(u_nibbles16(b + p, n, 1)); }
+MOE__S(odd_signed, int p, int signs) {
+    const __m256i sign = u_bits16(moe__load_u16(b + signs), -1);
+    return _mm256_sub_epi16(_mm256_xor_si256(MOE__(s_odd)(b, p, n), sign), sign);
+}
+MOE__S(five, int p, int one) {
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 1), u_bits16(b[one], 16)), -16);
+}
+MOE__S(five_halves, int p, int one) {
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_bits16(b[one], 16)), -16);
+}
+MOE__S(six, int p, int two) {
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 1), u_pairs16(b + two, n)), -32);
+}
+MOE__S(six_halves, int p, int two) {
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_pairs16(b + two, n)), -32);
+}
+MOE__S(six_split, int p, int two) {
+    __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + two)),
+                                  _mm_setr_epi32(0, 2, 4, 6));
+    high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
+    return u_add16(_mm256_or_si256(u_nibbles16(b + p, n, 0), u_words(high)), -32);
+}
+// Outside the vector units, which are busy
+MOE__S(six_k, int p, int mins) {
+    const uint32_t x = moe__load_u32(b + p + 4 * mins), z = moe__load_u32(b + p + 8);
+    const uint32_t low = 0x0F0F0F0F, top = 0x30303030, six = 0x3F3F3F3F;
+    const uint32_t second = ((mins ? z >> 4 : z) & low) | (x >> 2 & top);
+    return u_words(_mm_cvtsi64_si128((int64_t)((x & six) | (uint64_t)second << 32)));
+}
+MOE__S(even, int p) {
+    const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)(b + p)));
+    return u_add16(_mm256_sub_epi16(x, _mm256_and_si256(x, _mm256_set1_epi16(1))), -127);
+}
+MOE__S(lowest, int p, int by) {
+    const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)(b + p)));
+    const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
+    return _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
+                            _mm256_set1_epi16((short)by));
+}
+MOE__S(bits, int p, int by) { return u_bits16(n == 16 ? moe__load_u16(b + p) : b[p], by); }
+
+MOE__SET(half, int p) { return u_halves(b + p, 2); }
+MOE__SET(halves, int p) { return u_halves(b + p, 4); }
+MOE__SET(half_min, int p) { return MOE__(d_halves)(b, p, D); }
+MOE__SET(e8m0, int p) { return _mm_set_ss(moe__types_e8m0(b[p])); }
+MOE__SET(row, int p) { return (void)p, _mm_set_ss(D); }
 
 #define MOE__HEAD(name)                                                                      \
     MOE__V void MOE__(head_##name)(const uint8_t *b, float D __attribute__((unused)),        \
@@ -7294,222 +7473,6 @@ MOE__V __m256i u_scales6(const uint8_t *b) {
 #define MOE__LEVEL(name)                                                                     \
     MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b __attribute__((unused)), const int v, \
                                        const MOE__(head) *h __attribute__((unused)))
-
-MOE__HEAD(q2_k) {
-    const __m128i bytes = v_load_128(b), low = _mm_set1_epi8(15);
-    h->scale = u_words(_mm_and_si128(bytes, low));
-    h->min = u_words(_mm_and_si128(_mm_srli_epi16(bytes, 4), low));
-    h->d = u_halves(b + 80, 4);
-}
-MOE__LEVEL(q2_k) { return v_mask(v_field(b + 16, 2, 0, MOE__TWOS, v), 3); }
-
-MOE__HEAD(q3_k) {
-    __m128i high = _mm_srlv_epi32(_mm_set1_epi32((int)moe__load_u32(b + 104)),
-                                  _mm_setr_epi32(0, 2, 4, 6));
-    high = _mm_slli_epi16(_mm_and_si128(high, _mm_set1_epi8(3)), 4);
-    const __m256i low = u_nibbles16(b + 96, 16, 0);
-    h->scale = u_add16(_mm256_or_si256(low, u_words(high)), -32);
-    h->d = u_halves(b + 108, 2);
-}
-MOE__LEVEL(q3_k) { return v_three(b + 32, b, v); }
-
-// Scales and mins, see moe__types_head; outside the vector units, which are busy
-MOE__HEAD(q4_k) {
-    const uint32_t x = moe__load_u32(b + 4), y = moe__load_u32(b + 8), z = moe__load_u32(b + 12);
-    const uint32_t low = 0x0F0F0F0F, top = 0x30303030, six = 0x3F3F3F3F;
-    const uint64_t scale = (x & six) | (uint64_t)((z & low) | (x >> 2 & top)) << 32;
-    const uint64_t min = (y & six) | (uint64_t)((z >> 4 & low) | (y >> 2 & top)) << 32;
-    h->scale = u_words(_mm_cvtsi64_si128((int64_t)scale));
-    h->min = u_words(_mm_cvtsi64_si128((int64_t)min));
-    h->d = u_halves(b, 4);
-}
-MOE__LEVEL(q4_k) { return v_mask(v_field(b + 16, 4, 0, MOE__FOURS, v), 15); }
-
-MOE__HEAD(q5_k) { MOE__(head_q4_k)(b, D, h); }
-MOE__LEVEL(q5_k) { return v_five(b + 48, b + 16, v); }
-
-MOE__HEAD(q6_k) {
-    h->scale = _mm256_cvtepi8_epi16(v_load_128(b + 192));
-    h->d = u_halves(b + 208, 2);
-}
-MOE__LEVEL(q6_k) { // low nibbles of 64 bytes: 64 weights, high ones: the next
-#if MOE__ISA == 3
-    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-    const __m512i low =
-        _mm512_srlv_epi16(_mm512_broadcast_i64x4(v_load_256(b + 64 * (v / 2) + 32 * (v % 2))), by);
-#else
-    const __m256i low = _mm256_srli_epi16(v_load(b + 64 * (v / 4) + 32 * (v % 2)), v / 2 % 2 * 4);
-#endif
-    return v_join(v_mask(low, 15), v_field(b + 128, 2, 4, MOE__FOURS, v), 2, 4);
-}
-
-// ---- ternary
-
-MOE__HEAD(tq2_0) { h->scale = _mm256_set1_epi16(1), h->d = u_halves(b + 64, 2); }
-MOE__LEVEL(tq2_0) { return v_mask(v_field(b, 2, 0, MOE__TWOS, v), 3); }
-
-MOE__HEAD(tq1_0) { h->scale = _mm256_set1_epi16(1), h->d = u_halves(b + 52, 2); }
-// Sub-block j: bytes, and the powers of 3 they are multiplied with
-MOE__V __m256i u_tq1_0_bytes(const uint8_t *b, const int j) {
-    if (j < 5) return v_load_256(b);
-    const __m256i x = _mm256_broadcastsi128_si256(v_load_128(b + 32));
-    if (j < 7) return x;
-    return _mm256_inserti128_si256(x, _mm_set1_epi32((int)moe__load_u32(b + 48)), 1);
-}
-MOE__V __m256i u_tq1_0_powers(const int j) {
-    const int power[5] = {1, 3, 9, 27, 81};
-    if (j < 5) return _mm256_set1_epi16((short)power[j]);
-    const __m128i a = _mm_set1_epi16((short)power[2 * (j - 5) % 5]);
-    const __m128i c = j == 7 ? _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27)
-                             : _mm_set1_epi16((short)power[2 * (j - 5) + 1]);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(a), c, 1);
-}
-MOE__LEVEL(tq1_0) { // x = byte * 3^i modulo 256; the digit is 3 x / 256: two comparisons
-#if MOE__ISA == 3
-#define MOE__BOTH(x, y) _mm512_inserti64x4(_mm512_castsi256_si512(x), y, 1)
-    const int i = v_group(MOE__FOURS, v, 0) / 2, j = v_group(MOE__FOURS, v, 2) / 2;
-    const __m512i bytes = MOE__BOTH(u_tq1_0_bytes(b, i), u_tq1_0_bytes(b, j));
-    const __m512i power = MOE__BOTH(u_tq1_0_powers(i), u_tq1_0_powers(j));
-#undef MOE__BOTH
-#else
-    const __m256i bytes = u_tq1_0_bytes(b, v), power = u_tq1_0_powers(v);
-#endif
-    const MOE__VI high = MOE__MM(set1_epi16)((short)0xFF00);
-    const MOE__VI odd = MOE__MM(mullo_epi16)(v_and(bytes, high), power);
-    const MOE__VI x =
-        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), MOE__MM(set1_epi16)(0x00FF));
-    const MOE__VI one = MOE__MM(set1_epi8)(86), two = MOE__MM(set1_epi8)((char)171);
-#if MOE__ISA == 3
-    const __m512i y = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(x, one), 1);
-    return _mm512_mask_add_epi8(y, _mm512_cmpge_epu8_mask(x, two), y, _mm512_set1_epi8(1));
-#else
-    const __m256i y = _mm256_add_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(x, one), x),
-                                      _mm256_cmpeq_epi8(_mm256_max_epu8(x, two), x));
-    return _mm256_sub_epi8(_mm256_setzero_si256(), y);
-#endif
-}
-
-// ---- tables of levels
-
-MOE__HEAD(iq4_xs) {
-    const __m256i high = u_pairs16(moe__load_u16(b + 2));
-    h->scale = u_add16(_mm256_or_si256(u_nibbles16(b + 4, 8, 1), high), -32);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq4_xs) { return v_lookup(moe__levels_k4, v_nibbles(b + 8, v), 16, MOE__BIAS8); }
-
-MOE__HEAD(iq2_k) {
-    h->scale = u_add16(u_nibbles16(b + 4, 16, 1), -8);
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K2);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq2_k) {
-    const MOE__VI x = v_mask(v_field(b + 12, 2, 0, MOE__TWOS, v), 3);
-    return v_lookup(moe__levels_k2, x, 4, 32);
-}
-
-MOE__HEAD(iq3_k) {
-    const __m256i scale = u_odd16(u_nibbles16(b + 6, 16, 1));
-    const __m256i sign = u_bits16(moe__load_u16(b + 4), -1);
-    h->scale = _mm256_sub_epi16(_mm256_xor_si256(scale, sign), sign);
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K3);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq3_k) { return v_lookup(moe__levels_k3, v_three(b + 14, b + 78, v), 8, 64); }
-
-MOE__HEAD(iq4_k) {
-    h->scale = u_scales6(b + 4);
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K4);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq4_k) { return v_lookup(moe__levels_k4, v_nibbles(b + 16, v), 16, MOE__BIAS8); }
-
-MOE__HEAD(iq5_k) {
-    h->scale = u_scales6(b + 4);
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K5);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq5_k) { return v_lookup(moe__levels_k5, v_five(b + 16, b + 144, v), 32, MOE__BIAS8); }
-
-MOE__HEAD(iq6_k) {
-    h->scale = _mm256_cvtepi8_epi16(v_load_128(b + 4));
-    h->shift = u_bits16(moe__load_u16(b + 2), MOE__SHIFT_K6);
-    h->d = u_halves(b, 2);
-}
-MOE__LEVEL(iq6_k) {
-    const MOE__VI x = v_mask(v_field(b + 20, 4, 0, MOE__FOURS, v), 15);
-    return v_lookup(moe__levels_k6, v_join(x, v_field(b + 148, 2, 4, MOE__FOURS, v), 2, 4), 64,
-                    MOE__BIAS8);
-}
-
-MOE__HEAD(iq2_ks) {
-    const int extra = moe__load_u16(b);
-    const __m256i low = u_nibbles16(b + 2, 8, 1), high = u_bits16(extra >> 8, 16);
-    h->scale = u_add16(_mm256_or_si256(low, high), -16);
-    h->shift = u_bits16(extra, MOE__SHIFT_K2);
-    h->d = _mm_set_ss(D);
-}
-MOE__LEVEL(iq2_ks) {
-    const MOE__VI x = v_mask(v_field(b + 6, 2, 0, MOE__TWOS, v), 3);
-    return v_lookup(moe__levels_k2, x, 4, 32);
-}
-
-MOE__HEAD(iq3_ks) {
-    const int extra = moe__load_u16(b);
-    const __m256i low = u_nibbles16(b + 2, 8, 0), high = u_bits16(extra, 16);
-    h->scale = u_add16(_mm256_or_si256(low, high), -16);
-    h->shift = u_bits16(extra >> 8, MOE__SHIFT_K3);
-    h->d = _mm_set_ss(D);
-}
-MOE__LEVEL(iq3_ks) { return v_lookup(moe__levels_k3, v_three(b + 6, b + 70, v), 8, 64); }
-
-// Eight scales whose lowest bit is not part of them but chooses the table
-MOE__V void u_head_ks(const uint8_t *b, float D, const int shift, MOE__(head) *h) {
-    const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)b));
-    const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
-    h->scale = u_add16(_mm256_sub_epi16(x, bit), -127);
-    h->shift = _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
-                                _mm256_set1_epi16((short)shift));
-    h->d = _mm_set_ss(D);
-}
-
-MOE__HEAD(iq4_ks) { u_head_ks(b, D, MOE__SHIFT_K4, h); }
-MOE__LEVEL(iq4_ks) { return v_lookup(moe__levels_k4, v_nibbles(b + 8, v), 16, MOE__BIAS8); }
-
-MOE__HEAD(iq5_ks) { u_head_ks(b, D, MOE__SHIFT_K5, h); }
-MOE__LEVEL(iq5_ks) { return v_lookup(moe__levels_k5, v_five(b + 8, b + 136, v), 32, MOE__BIAS8); }
-
-MOE__HEAD(iq2_kl) {
-    const __m256i high = u_pairs16(moe__load_u16(b));
-    h->scale = u_add16(_mm256_or_si256(u_nibbles16(b + 2, 8, 0), high), -32);
-    h->d = _mm_set_ss(D);
-}
-// An index stands for two weights: 16 bytes of low nibbles are two sub-blocks, bit j of 16 more
-// bytes the fifth bit of sub-block j.
-MOE__LEVEL(iq2_kl) {
-#if MOE__ISA == 3
-    const __m512i first = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[0]));
-    const __m512i second = _mm512_cvtepi8_epi16(v_load_256(moe__levels_kl[1]));
-    const __m512i pairs = _mm512_or_si512( // levels + 64: bytes of each word
-        _mm512_add_epi16(first, _mm512_set1_epi16(64)),
-        _mm512_slli_epi16(_mm512_add_epi16(second, _mm512_set1_epi16(64)), 8));
-    const __m256i x = u_nibbles(b + 6 + 16 * v);
-    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + 70));
-    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
-    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
-    return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)), pairs);
-#else
-    const __m128i low = _mm_set1_epi8(15), one = _mm_set1_epi8(1);
-    __m128i x = _mm_srli_epi16(v_load_128(b + 6 + 16 * (v / 2)), 4 * (v % 2));
-    __m128i high = _mm_srli_epi16(v_load_128(b + 70), v);
-    high = _mm_slli_epi16(_mm_and_si128(high, one), 4);
-    __m256i index = _mm256_castsi128_si256(_mm_or_si128(_mm_and_si128(x, low), high));
-    __m128i y = _mm256_castsi256_si128(v_lookup(moe__levels_kl[0], index, 32, 64));
-    __m128i z = _mm256_castsi256_si128(v_lookup(moe__levels_kl[1], index, 32, 64));
-    __m256i both = _mm256_castsi128_si256(_mm_unpacklo_epi8(y, z));
-    return _mm256_inserti128_si256(both, _mm_unpackhi_epi8(y, z), 1);
-#endif
-}
 
 // ---- code books
 
@@ -7601,15 +7564,13 @@ MOE__LEVEL(iq2_xxs) {
     return v_signed(x, h->sign, v, 64);
 }
 
-MOE__V __m256i u_scales_iq2(const uint8_t *b) { return u_odd16(u_nibbles16(b, 16, 1)); }
-
 MOE__HEAD(iq2_xs) {
     const __m256i x = v_load_256(b + 2), y = v_load_256(b + 34);
     const __m256i mask = _mm256_set1_epi16(511);
     __m256i sign = _mm256_packus_epi16(_mm256_srli_epi16(x, 9), _mm256_srli_epi16(y, 9));
     u_signs_book8(u_even_signs(_mm256_permute4x64_epi64(sign, 0xD8)), h);
     u_store_indices(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask), h);
-    h->scale = u_scales_iq2(b + 66);
+    h->scale = MOE__(s_odd)(b, 66, 16);
     h->d = _mm_set_ss(u_f16(b) * 0.125f);
 }
 MOE__LEVEL(iq2_xs) {
@@ -7625,7 +7586,7 @@ MOE__HEAD(iq2_s) {
     const __m256i high_half = _mm256_mullo_epi16(u_fours16(high, 4), up);
     u_indices(b + 2, _mm256_and_si256(low_half, mask), _mm256_and_si256(high_half, mask), h);
     u_signs_book8(v_load_256(b + 34), h);
-    h->scale = u_scales_iq2(b + 74);
+    h->scale = MOE__(s_odd)(b, 74, 16);
     h->d = _mm_set_ss(u_f16(b) * 0.125f);
 }
 MOE__LEVEL(iq2_s) {
@@ -7663,7 +7624,6 @@ MOE__V __m512i v_book4(const uint16_t *book, __m512i index, const int count, con
     const __m512i high = v_lookup_16(book + count, index, count);
     return v % 2 ? _mm512_unpackhi_epi16(low, high) : _mm512_unpacklo_epi16(low, high);
 }
-#define MOE__BOOK4_ORDER MOE__HALVES
 #else
 MOE__V void u_signs_book4(__m256i sign, MOE__(head) *h) { u_store(h->sign, sign); }
 #define MOE__ENTRY(i) (int)book[index[i]]
@@ -7674,7 +7634,6 @@ MOE__V __m256i v_book4(const uint32_t *book, const uint8_t *index) { return MOE_
 MOE__V __m256i v_book4_16(const uint32_t *book, const uint16_t *index) { return MOE__ENTRIES; }
 #undef MOE__ENTRIES
 #undef MOE__ENTRY
-#define MOE__BOOK4_ORDER MOE__NATURAL
 #endif
 
 MOE__HEAD(iq3_xxs) {
@@ -7692,7 +7651,7 @@ MOE__LEVEL(iq3_xxs) {
 }
 
 MOE__HEAD(iq3_s) {
-    h->scale = u_odd16(u_nibbles16(b + 106, 8, 1));
+    h->scale = MOE__(s_odd)(b, 106, 8);
     u_signs_book4(v_load_256(b + 74), h);
 #if MOE__ISA == 2
     MOE__UNROLL(4)
@@ -7821,13 +7780,14 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
 // shifts of levels, code books
 #define MOE__SHIFTS 1
 #define MOE__BOOKS 2
+#define MOE__MINS 4
 #define MOE__TYPE_256(NAME, name, order, has)                                                     \
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
         enum { RUN = (has) & MOE__BOOKS ? 8 : 1 };                                                \
         const int size = MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME;       \
         const int mins = MOE__OFFSET_##NAME == 0, meta = MOE__META_##NAME;                        \
-        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME;                     \
+        const int bias = MOE__BIAS(NAME);                                                         \
         const int shifts = (has) & MOE__SHIFTS;                                                   \
         const __m256i less = _mm256_set1_epi16((short)-bias);                                     \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
@@ -7891,38 +7851,6 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
         out->d[0] = _mm_cvtss_f32(h.d);                                                           \
         out->dmin[0] = mins ? _mm_cvtss_f32(_mm_movehdup_ps(h.d)) : 0;                            \
     }
-
-MOE__TYPE_256(Q2_K, q2_k, MOE__TWOS, 0)
-MOE__TYPE_256(Q3_K, q3_k, MOE__TWOS, 0)
-MOE__TYPE_256(Q4_K, q4_k, MOE__FOURS, 0)
-MOE__TYPE_256(Q5_K, q5_k, MOE__FOURS, 0)
-MOE__TYPE_256(Q6_K, q6_k, MOE__FOURS, 0)
-MOE__TYPE_256(TQ1_0, tq1_0, MOE__FOURS, 0)
-MOE__TYPE_256(TQ2_0, tq2_0, MOE__TWOS, 0)
-MOE__TYPE_256(IQ1_S, iq1_s, MOE__FOURS, MOE__SHIFTS | MOE__BOOKS)
-MOE__TYPE_256(IQ1_M, iq1_m, MOE__FOURS, MOE__BOOKS)
-MOE__TYPE_256(IQ2_XXS, iq2_xxs, MOE__FOURS, MOE__BOOKS)
-MOE__TYPE_256(IQ2_XS, iq2_xs, MOE__FOURS, MOE__BOOKS)
-MOE__TYPE_256(IQ2_S, iq2_s, MOE__FOURS, MOE__BOOKS)
-MOE__TYPE_256(IQ3_XXS, iq3_xxs, MOE__BOOK4_ORDER, MOE__BOOKS)
-MOE__TYPE_256(IQ3_S, iq3_s, MOE__BOOK4_ORDER, MOE__BOOKS)
-#undef MOE__BOOK4_ORDER
-MOE__TYPE_256(IQ4_XS, iq4_xs, MOE__HALVES, 0)
-MOE__TYPE_256(IQ2_K, iq2_k, MOE__TWOS, MOE__SHIFTS)
-MOE__TYPE_256(IQ3_K, iq3_k, MOE__TWOS, MOE__SHIFTS)
-MOE__TYPE_256(IQ4_K, iq4_k, MOE__HALVES, MOE__SHIFTS)
-MOE__TYPE_256(IQ5_K, iq5_k, MOE__FOURS, MOE__SHIFTS)
-MOE__TYPE_256(IQ6_K, iq6_k, MOE__FOURS, MOE__SHIFTS)
-MOE__TYPE_256(IQ2_KS, iq2_ks, MOE__TWOS, MOE__SHIFTS)
-MOE__TYPE_256(IQ3_KS, iq3_ks, MOE__TWOS, MOE__SHIFTS)
-MOE__TYPE_256(IQ4_KS, iq4_ks, MOE__HALVES, MOE__SHIFTS)
-MOE__TYPE_256(IQ5_KS, iq5_ks, MOE__FOURS, MOE__SHIFTS)
-MOE__TYPE_256(IQ2_KL, iq2_kl, MOE__NATURAL, 0)
-#undef MOE__TYPE_256
-#undef MOE__SHIFTS
-#undef MOE__BOOKS
-#undef MOE__HEAD
-#undef MOE__LEVEL
 #endif // MOE__ISA != 4
 
 // ---- interleaved rows ------------------------------------------------------------------------
@@ -7964,13 +7892,16 @@ MOE__V MOE__VI v_acts_r4(__m256i acts, const int v) {
 #undef MOE__DWORD
 }
 
-// ---- levels of four rows
+// ---- words: levels of four and eight rows
 
-MOE__V MOE__VI v_nibbles_r4(const uint8_t *p, const int v) {
+// Vector v of sub-block j
+#define MOE__RW(name, ...) MOE__READER(MOE__VI, rw_##name, __VA_ARGS__, const int j, const int v)
+MOE__RW(nibbles, int p) {
+    const uint8_t *at = b + p + 64 * j;
 #if MOE__ISA == 3
-    return v_mask(_mm512_srli_epi16(v_load(p), 4 * v), 15);
+    return v_mask(_mm512_srli_epi16(v_load(at), 4 * v), 15);
 #else
-    return v_mask(_mm256_srli_epi16(v_load(p + 32 * (v % 2)), 4 * (v / 2)), 15);
+    return v_mask(_mm256_srli_epi16(v_load(at + 32 * (v % 2)), 4 * (v / 2)), 15);
 #endif
 }
 // Bits from a h + b (t % 2) + c (t / 2) on, moved to bit `to`; others are not cleared. 32 bytes:
@@ -7998,16 +7929,26 @@ MOE__V MOE__VI v_load_twice(const uint8_t *p) {
     return v_load(p);
 #endif
 }
-MOE__V MOE__VI v_two_r4(const uint8_t *p, const int v) {
-    return v_mask(v_bits_r4(v_load_twice(p), v, 0, 2, 4, 0), 3);
+MOE__RW(two, int p) { return v_mask(v_bits_r4(v_load_twice(b + p + 32 * j), v, 0, 2, 4, 0), 3); }
+MOE__RW(three, int two, int one, int x, int y, int z) {
+    const MOE__VI high = v_bits_r4(v_load16(b + one + 16 * j), v, x, y, z, 2);
+    return v_join(MOE__(rw_two)(b, two, j, v), high, 1, 2);
 }
-MOE__V MOE__VI v_one_r4(const uint8_t *p, const int v, const int a, const int b, const int c,
-                        const int to) {
-    return v_bits_r4(v_load16(p), v, a, b, c, to);
+MOE__RW(five, int four, int one, int x, int y, int z) {
+    const MOE__VI high = v_bits_r4(v_load16(b + one + 16 * j), v, x, y, z, 4);
+    return v_join(MOE__(rw_nibbles)(b, four, j, v), high, 1, 4);
+}
+MOE__RW(six, int four, int two, int y, int z) {
+    const MOE__VI high = v_bits_r4(v_load_twice(b + two + 32 * j), v, 0, y, z, 4);
+    return v_join(MOE__(rw_nibbles)(b, four, j, v), high, 2, 4);
 }
 
-// ---- heads of four rows
+// ---- words: scales of four rows
 
+// They are written to the 64 (32) bytes `to`; d and dmin to h.
+#define MOE__RS(name, ...) MOE__READER(void, rs_##name, __VA_ARGS__, int8_t *to)
+#define MOE__RSET(name, ...) \
+    MOE__READER(void, rd_##name, __VA_ARGS__, const float *D MOE__UNUSED, rows_head *h)
 MOE__V __m128 u_four_halves(const uint8_t *p) {
     return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(const void *)p));
 }
@@ -8017,18 +7958,38 @@ MOE__V __m256i u_mask8(__m256i x, const int mask) {
 MOE__V __m256i u_add8(__m256i x, const int y) {
     return _mm256_add_epi8(x, _mm256_set1_epi8((char)y));
 }
-// 64 6-bit scales less 32, see moe__types_six_r4
-MOE__V void u_six_r4(const uint8_t *low, const uint8_t *high, rows_head *h) {
-    const __m256i x = v_load_256(low);
-    const __m256i bits = _mm256_broadcastsi128_si256(v_load_128(high));
-    __m256i a = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)), b;
-    b = u_mask8(_mm256_srli_epi16(a, 4), 3);
-    a = _mm256_slli_epi16(u_mask8(a, 3), 4);
-    b = _mm256_slli_epi16(b, 4);
-    a = _mm256_or_si256(a, u_mask8(x, 15));
-    b = _mm256_or_si256(b, u_mask8(_mm256_srli_epi16(x, 4), 15));
-    u_store(h->scale, u_add8(a, -32));
-    u_store(h->scale + 32, u_add8(b, -32));
+MOE__RS(int8, int p) { memcpy(to, b + p, 64); }
+MOE__RS(low, int p) {
+    u_store(to, u_mask8(v_load_256(b + p), 15));
+    u_store(to + 32, u_mask8(v_load_256(b + p + 32), 15));
+}
+MOE__RS(high, int p) {
+    u_store(to, u_mask8(_mm256_srli_epi16(v_load_256(b + p), 4), 15));
+    u_store(to + 32, u_mask8(_mm256_srli_epi16(v_load_256(b + p + 32), 4), 15));
+}
+MOE__RS(four, int p) {
+    const __m256i x = v_load_256(b + p);
+    u_store(to, u_add8(u_mask8(x, 15), -8));
+    u_store(to + 32, u_add8(u_mask8(_mm256_srli_epi16(x, 4), 15), -8));
+}
+MOE__RS(six, int p, int two) {
+    const __m256i x = v_load_256(b + p);
+    const __m256i bits = _mm256_broadcastsi128_si256(v_load_128(b + two));
+    __m256i low = _mm256_srlv_epi64(bits, _mm256_setr_epi64x(0, 0, 2, 2)), high;
+    high = u_mask8(_mm256_srli_epi16(low, 4), 3);
+    low = _mm256_slli_epi16(u_mask8(low, 3), 4);
+    high = _mm256_slli_epi16(high, 4);
+    low = _mm256_or_si256(low, u_mask8(x, 15));
+    high = _mm256_or_si256(high, u_mask8(_mm256_srli_epi16(x, 4), 15));
+    u_store(to, u_add8(low, -32));
+    u_store(to + 32, u_add8(high, -32));
+}
+MOE__RS(six_k, int p, int two, int mins) {
+    const __m256i bytes = v_load_256(b + p), six = _mm256_set1_epi8(48);
+    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + two));
+    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
+    high = mins ? _mm256_slli_epi16(high, 2) : _mm256_slli_epi16(high, 4);
+    u_store(to, u_or_and(u_mask8(mins ? _mm256_srli_epi16(bytes, 4) : bytes, 15), high, six));
 }
 // Bit i / 8 of byte i % 8 of x, for i = 0..31 (high: 32..63): -1 or 0
 MOE__V __m256i u_bits_r4(uint64_t x, const int high) {
@@ -8038,132 +7999,34 @@ MOE__V __m256i u_bits_r4(uint64_t x, const int high) {
     const __m256i at = high ? _mm256_slli_epi16(bit, 4) : bit;
     return _mm256_cmpeq_epi8(_mm256_and_si256(bits, at), at);
 }
-MOE__V void u_shift_r4(const uint8_t *extra, const int shift, rows_head *h) {
-    const uint64_t bits = moe__load_u64(extra);
-    u_store(h->shift, u_mask8(u_bits_r4(bits, 0), shift));
-    u_store(h->shift + 32, u_mask8(u_bits_r4(bits, 1), shift));
+MOE__RS(bits, int p, int by) {
+    const uint64_t bits = moe__load_u64(b + p);
+    u_store(to, u_mask8(u_bits_r4(bits, 0), by));
+    u_store(to + 32, u_mask8(u_bits_r4(bits, 1), by));
 }
-
-#define MOE__HEAD(name)                                                                      \
-    MOE__V void MOE__(head_##name)(const uint8_t *b, const float *D __attribute__((unused)), \
-                                   rows_head *h)
-#define MOE__LEVEL(name) MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, int j, const int v)
-
-MOE__HEAD(q2_k_r4) {
-    const __m256i low = v_load_256(b + 16), high = v_load_256(b + 48);
-    u_store(h->scale, u_mask8(low, 15));
-    u_store(h->scale + 32, u_mask8(high, 15));
-    u_store(h->min, u_mask8(_mm256_srli_epi16(low, 4), 15));
-    u_store(h->min + 32, u_mask8(_mm256_srli_epi16(high, 4), 15));
-    h->d = u_four_halves(b), h->dmin = u_four_halves(b + 8);
-}
-MOE__LEVEL(q2_k_r4) { return v_two_r4(b + 80 + 32 * j, v); }
-
-MOE__HEAD(q3_k_r4) {
-    u_six_r4(b + 24, b + 8, h);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(q3_k_r4) {
-    return v_join(v_two_r4(b + 184 + 32 * j, v), v_one_r4(b + 56 + 16 * j, v, 4, 1, 2, 2), 1, 2);
-}
-
-// Low nibbles are scales, high ones mins; two more bits of each
-MOE__HEAD(q4_k_r4) {
-    const __m256i bytes = v_load_256(b + 32), three = _mm256_set1_epi8(48);
-    __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + 16));
-    high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
-    const __m256i scale = u_mask8(bytes, 15);
-    const __m256i min = u_mask8(_mm256_srli_epi16(bytes, 4), 15);
-    u_store(h->scale, u_or_and(scale, _mm256_slli_epi16(high, 4), three));
-    u_store(h->min, u_or_and(min, _mm256_slli_epi16(high, 2), three));
-    h->d = u_four_halves(b), h->dmin = u_four_halves(b + 8);
-}
-MOE__LEVEL(q4_k_r4) { return v_nibbles_r4(b + 64 + 64 * j, v); }
-
-MOE__HEAD(q5_k_r4) { MOE__(head_q4_k_r4)(b, D, h); }
-MOE__LEVEL(q5_k_r4) {
-    return v_join(v_nibbles_r4(b + 192 + 64 * j, v), v_one_r4(b + 64 + 16 * j, v, 4, 2, 1, 4), 1,
-                  4);
-}
-
-MOE__HEAD(q6_k_r4) {
-    memcpy(h->scale, b + 8, 64);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(q6_k_r4) {
-    const MOE__VI high = v_load_twice(b + 72 + 32 * j);
-    return v_join(v_nibbles_r4(b + 328 + 64 * j, v), v_bits_r4(high, v, 0, 4, 2, 4), 2, 4);
-}
-
-MOE__HEAD(iq2_k_r4) {
-    const __m256i x = v_load_256(b + 16);
-    u_store(h->scale, u_add8(u_mask8(x, 15), -8));
-    u_store(h->scale + 32, u_add8(u_mask8(_mm256_srli_epi16(x, 4), 15), -8));
-    u_shift_r4(b + 8, MOE__SHIFT_K2, h);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(iq2_k_r4) { return v_lookup(moe__levels_k2, v_two_r4(b + 48 + 32 * j, v), 4, 32); }
-
 // 2 x + 1, negative where the sign is set
 MOE__V __m256i u_odd_signed(__m256i x, __m256i sign) {
     x = u_add8(_mm256_add_epi8(x, x), 1);
     return _mm256_sub_epi8(_mm256_xor_si256(x, sign), sign);
 }
-MOE__HEAD(iq3_k_r4) {
-    const __m256i x = v_load_256(b + 24);
-    const uint64_t signs = moe__load_u64(b + 16);
-    u_store(h->scale, u_odd_signed(u_mask8(x, 15), u_bits_r4(signs, 0)));
-    u_store(h->scale + 32, u_odd_signed(u_mask8(_mm256_srli_epi16(x, 4), 15), u_bits_r4(signs, 1)));
-    u_shift_r4(b + 8, MOE__SHIFT_K3, h);
-    h->d = u_four_halves(b);
+MOE__RS(odd_signed, int p, int signs) {
+    const __m256i x = v_load_256(b + p);
+    const uint64_t bits = moe__load_u64(b + signs);
+    u_store(to, u_odd_signed(u_mask8(x, 15), u_bits_r4(bits, 0)));
+    u_store(to + 32, u_odd_signed(u_mask8(_mm256_srli_epi16(x, 4), 15), u_bits_r4(bits, 1)));
 }
-MOE__LEVEL(iq3_k_r4) {
-    const MOE__VI x =
-        v_join(v_two_r4(b + 56 + 32 * j, v), v_one_r4(b + 312 + 16 * j, v, 4, 1, 2, 2), 1, 2);
-    return v_lookup(moe__levels_k3, x, 8, 64);
+MOE__RS(even, int p) {
+    const __m256i x = v_load_256(b + p);
+    u_store(to, u_add8(_mm256_sub_epi8(x, u_mask8(x, 1)), -127));
 }
-
-MOE__HEAD(iq4_k_r4) {
-    u_six_r4(b + 32, b + 16, h);
-    u_shift_r4(b + 8, MOE__SHIFT_K4, h);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(iq4_k_r4) {
-    const MOE__VI x = v_nibbles_r4(b + 64 + 64 * j, v);
-    return v_lookup(moe__levels_k4, x, 16, MOE__BIAS8);
+MOE__RS(lowest, int p, int by) {
+    const __m256i bit = u_mask8(v_load_256(b + p), 1);
+    u_store(to, u_mask8(_mm256_sub_epi8(_mm256_setzero_si256(), bit), by));
 }
 
-MOE__HEAD(iq5_k_r4) {
-    u_six_r4(b + 32, b + 16, h);
-    u_shift_r4(b + 8, MOE__SHIFT_K5, h);
-    h->d = u_four_halves(b);
-}
-MOE__LEVEL(iq5_k_r4) {
-    const MOE__VI x =
-        v_join(v_nibbles_r4(b + 64 + 64 * j, v), v_one_r4(b + 576 + 16 * j, v, 2, 4, 1, 4), 1, 4);
-    return v_lookup(moe__levels_k5, x, 32, MOE__BIAS8);
-}
-
-// Scales whose lowest bit is not part of them but chooses the table
-MOE__V void u_head_ks_r4(const uint8_t *b, const float *D, const int shift, rows_head *h) {
-    const __m256i x = v_load_256(b), bit = u_mask8(x, 1);
-    u_store(h->scale, u_add8(_mm256_sub_epi8(x, bit), -127));
-    u_store(h->shift, u_mask8(_mm256_sub_epi8(_mm256_setzero_si256(), bit), shift));
-    h->d = _mm_loadu_ps(D);
-}
-
-MOE__HEAD(iq4_ks_r4) { u_head_ks_r4(b, D, MOE__SHIFT_K4, h); }
-MOE__LEVEL(iq4_ks_r4) {
-    const MOE__VI x = v_nibbles_r4(b + 32 + 64 * j, v);
-    return v_lookup(moe__levels_k4, x, 16, MOE__BIAS8);
-}
-
-MOE__HEAD(iq5_ks_r4) { u_head_ks_r4(b, D, MOE__SHIFT_K5, h); }
-MOE__LEVEL(iq5_ks_r4) {
-    const MOE__VI x =
-        v_join(v_nibbles_r4(b + 32 + 64 * j, v), v_one_r4(b + 544 + 16 * j, v, 2, 4, 1, 4), 1, 4);
-    return v_lookup(moe__levels_k5, x, 32, MOE__BIAS8);
-}
+MOE__RSET(half, int p) { h->d = u_four_halves(b + p); }
+MOE__RSET(halves, int p) { h->d = u_four_halves(b + p), h->dmin = u_four_halves(b + p + 8); }
+MOE__RSET(row, int p) { (void)p, h->d = _mm_loadu_ps(D); }
 
 // ---- products with four rows
 
@@ -8312,7 +8175,7 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
                                   const void *x, float *out) {                                    \
         const int size = 4 * MOE__BYTES_##NAME, per = MOE__PER_##NAME, bits = MOE__BITS_##NAME;   \
         const int mins = MOE__OFFSET_##NAME == 0, meta = 4 * MOE__META_##NAME;                    \
-        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME;                     \
+        const int bias = MOE__BIAS(NAME);                                                         \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;                \
         for (int64_t r = 0; r < n_rows; r += 4) {                                                 \
@@ -8369,26 +8232,11 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
         MOE__(rows_put_heads)(out, h, per, mins);                                                 \
     }
 
-MOE__TYPE_R4(Q2_K_R4, q2_k_r4, 0)
-MOE__TYPE_R4(Q3_K_R4, q3_k_r4, 0)
-MOE__TYPE_R4(Q4_K_R4, q4_k_r4, 0)
-MOE__TYPE_R4(Q5_K_R4, q5_k_r4, 0)
-MOE__TYPE_R4(Q6_K_R4, q6_k_r4, 0)
-MOE__TYPE_R4(IQ2_K_R4, iq2_k_r4, 1)
-MOE__TYPE_R4(IQ3_K_R4, iq3_k_r4, 1)
-MOE__TYPE_R4(IQ4_K_R4, iq4_k_r4, 1)
-MOE__TYPE_R4(IQ5_K_R4, iq5_k_r4, 1)
-MOE__TYPE_R4(IQ4_KS_R4, iq4_ks_r4, 1)
-MOE__TYPE_R4(IQ5_KS_R4, iq5_ks_r4, 1)
-#undef MOE__TYPE_R4
-#undef MOE__HEAD
-#undef MOE__LEVEL
-
 // ---- eight rows
 
-// Pieces of 32 bytes hold fours of eight rows; a vector has one or two of them, from number
-// MOE__PIECES * v.
-#define MOE__PIECES (MOE__VBYTES / 32)
+// Units of 32 bytes hold a four of each of eight rows; a vector has one or two of them, from
+// number MOE__UNITS * v.
+#define MOE__UNITS (MOE__VBYTES / 32)
 
 // Fours a (and b) of 32 activations
 MOE__V MOE__VI v_acts_r8(__m256i acts, const int a, const int b) {
@@ -8398,7 +8246,7 @@ MOE__V MOE__VI v_acts_r8(__m256i acts, const int a, const int b) {
     return (void)b, v_dwords(acts, a, a, a, a);
 #endif
 }
-// Puts the pieces of as many groups of eight rows as fill a vector with rows: fours a (and b).
+// Puts the units of as many groups of eight rows as fill a vector with rows: fours a (and b).
 MOE__V void MOE__(rows_put_r8)(const rows_out *out, int j, const MOE__VI *x, const int a,
                                const int b) {
 #if MOE__ISA == 3
@@ -8410,8 +8258,8 @@ MOE__V void MOE__(rows_put_r8)(const rows_out *out, int j, const MOE__VI *x, con
 #endif
 }
 
-// IQ4_XS_R8: in a piece the low nibbles are the even fours, the high ones the odd ones. Scales
-// of sub-block j are bytes 8 j .. of moe__types_six_r4's.
+// IQ4_XS_R8: in a unit the low nibbles are the even fours, the high ones the odd ones. Scales
+// of sub-block j are bytes 8 j .. of rs_six's.
 MOE__V MOE__VI level_iq4_xs_r8(const uint8_t *b, int j, const int v, const int high) {
     const MOE__VI x = v_load(b + 64 + 128 * j + MOE__VBYTES * v);
     return v_lookup(moe__levels_k4, v_mask(MOE__MM(srli_epi16)(x, high ? 4 : 0), 15), 16,
@@ -8419,7 +8267,7 @@ MOE__V MOE__VI level_iq4_xs_r8(const uint8_t *b, int j, const int v, const int h
 }
 MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n,
                                  const void *x, float *out) {
-    enum { size = 8 * MOE__BYTES_IQ4_XS_R8, P = MOE__PIECES };
+    enum { size = 8 * MOE__BYTES_IQ4_XS_R8, P = MOE__UNITS };
     const uint8_t *rows_end = rows + (size_t)n_rows * row_size;
     const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;
     for (int64_t r = 0; r < n_rows; r += 8) {
@@ -8429,7 +8277,7 @@ MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n
             rows_head h;
             __m256i sum = _mm256_setzero_si256();
             v_fetch(b, rows_end, size);
-            u_six_r4(b + 32, b + 16, &h);
+            MOE__(rs_six)(b, 32, 16, h.scale);
             for (int j = 0; j < 8; j++) {
                 const __m256i acts = v_load_256(a->q + moe__act256_at(32 * j));
                 MOE__VI s = v_zero();
@@ -8455,12 +8303,12 @@ MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n
 }
 MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const float (*D)[4],
                                   const rows_out *out) {
-    enum { GROUPS = MOE__VFLOATS / 8, P = MOE__PIECES };
+    enum { GROUPS = MOE__VFLOATS / 8, P = MOE__UNITS };
     rows_head h[GROUPS];
     uint8_t *half = out->pack + out->half * MOE__VBYTES;
     (void)n, (void)D;
     for (int g = 0; g < GROUPS; g++) {
-        u_six_r4(group[g] + 32, group[g] + 16, h + g);
+        MOE__(rs_six)(group[g], 32, 16, h[g].scale);
         _mm256_storeu_ps((float *)(void *)(half + TILE_D) + 8 * g,
                          _mm256_cvtph_ps(v_load_128(group[g])));
     }
@@ -8482,25 +8330,17 @@ MOE__K void MOE__(rows_iq4_xs_r8)(const uint8_t *const *group, int n, const floa
 
 // ---- interleaved rows of 32-wide blocks
 
-// Fours of one block of 32 weights: with four rows vectors as above, with eight rows pieces of
+// Fours of one block of 32 weights: with four rows vectors as above, with eight rows units of
 // fours 0..3 in the low nibbles, 4..7 in the high ones (Q8_0_R8: 0..7). `level` is vector v.
-#define MOE__LEVEL(name) MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, const int v)
-MOE__V MOE__VI v_nibbles_r8(const uint8_t *p, const int v) {
-    const int n = 4 / MOE__PIECES;
-    const MOE__VI x = v_load(p + MOE__VBYTES * (v % n));
-    return v_mask(MOE__MM(srli_epi16)(x, v / n * 4), 15);
+MOE__RW(nibbles_8, int p) {
+    const int n = 4 / MOE__UNITS;
+    const MOE__VI x = v_load(b + p + MOE__VBYTES * (v % n));
+    return (void)j, v_mask(MOE__MM(srli_epi16)(x, v / n * 4), 15);
 }
-MOE__LEVEL(q4_0_r8) { return v_nibbles_r8(b + 16, v); }
-MOE__LEVEL(mxfp4_r8) { return v_lookup(moe__levels_fp4, v_nibbles_r8(b + 8, v), 16, 16); }
-MOE__LEVEL(q8_0_r8) {
-    return MOE__MM(add_epi8)(v_load(b + 16 + MOE__VBYTES * v),
-                             MOE__MM(set1_epi8)((char)MOE__BIAS8));
+MOE__RW(int8_8, int p) {
+    const MOE__VI bias = MOE__MM(set1_epi8)((char)MOE__BIAS8);
+    return (void)j, MOE__MM(add_epi8)(v_load(b + p + MOE__VBYTES * v), bias);
 }
-MOE__LEVEL(iq4_nl_r4) { return v_lookup(moe__levels_k4, v_nibbles_r4(b + 8, v), 16, MOE__BIAS8); }
-MOE__LEVEL(q5_0_r4) {
-    return v_join(v_nibbles_r4(b + 24, v), v_one_r4(b + 8, v, 1, 2, 4, 4), 1, 4);
-}
-#undef MOE__LEVEL
 
 // The scales of the rows of a block
 MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
@@ -8515,7 +8355,7 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
     MOE__K void MOE__(dot_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows, int64_t n, \
                                   const void *x, float *out) {                                    \
         const int R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, bits = MOE__BITS_##NAME;    \
-        const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME, P = MOE__PIECES;    \
+        const int bias = MOE__BIAS(NAME), P = MOE__UNITS;                                        \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         for (int64_t r = 0; r < n_rows; r += R) {                                                 \
             const uint8_t *b = rows + (size_t)r * row_size;                                       \
@@ -8555,7 +8395,7 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
     MOE__K void MOE__(rows_##name)(const uint8_t *const *group, int n, const float (*D)[4],       \
                                    const rows_out *out) {                                  \
         enum { R = MOE__ROWS_##NAME, size = R * MOE__BYTES_##NAME, GROUPS = MOE__VFLOATS / R,     \
-               P = MOE__PIECES };                                                                 \
+               P = MOE__UNITS };                                                                 \
         (void)D;                                                                                  \
         for (int j = 0; j < n / 32; j++) {                                                        \
             float d[MOE__VFLOATS + 8];                                                            \
@@ -8573,12 +8413,6 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
             tile_put_int(out->pack, j, out->half, v_load(d));                       \
         }                                                                                         \
     }
-MOE__TYPE_ROWS_32(Q4_0_R8, q4_0_r8)
-MOE__TYPE_ROWS_32(Q5_0_R4, q5_0_r4)
-MOE__TYPE_ROWS_32(Q8_0_R8, q8_0_r8)
-MOE__TYPE_ROWS_32(IQ4_NL_R4, iq4_nl_r4)
-MOE__TYPE_ROWS_32(MXFP4_R8, mxfp4_r8)
-#undef MOE__TYPE_ROWS_32
 #endif // MOE__ISA != 4
 
 // ---- dot products: blocks of 32 --------------------------------------------------------------
@@ -8977,38 +8811,20 @@ typedef void unpack_fn(const uint8_t *b, int n, float D, moe__block *out);
 // moe__unpack_NAME_avx2 is moe__unpack_NAME for up to 256 weights (n) of a row, the offset added
 // to levels but for 8 bits. Nothing behind the blocks is read. All instruction sets use these.
 #if MOE__ISA == 2
-#define MOE__ROW_BLOCKS(name, size, d_, dmin_, ...)                                               \
-    MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
-        (void)D;                                                                                  \
-        for (int j = 0; j < n / 32; j++, b += size) {                                             \
-            out->d[2 * j] = out->d[2 * j + 1] = d_;                                               \
-            out->dmin[2 * j] = out->dmin[2 * j + 1] = dmin_;                                      \
-            u_put(out, j, __VA_ARGS__);                                                    \
-        }                                                                                         \
-    }
 MOE__V void u_put(moe__block *out, int j, __m256i v) {
     _mm256_storeu_si256((__m256i *)(void *)(out->q + 32 * j), v);
 }
-MOE__V __m256i u_five(const uint8_t *low, const uint8_t *high) {
-    __m256i fifth = u_mask(moe__load_u32(high));
-    return _mm256_or_si256(u_nibbles(low), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
-}
-MOE__V __m256i u_six(const uint8_t *low, const uint8_t *high) {
-    __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(high));
-    x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
-                         _mm256_set1_epi8(3));
-    return _mm256_or_si256(u_nibbles(low), _mm256_slli_epi16(x, 4));
-}
-MOE__ROW_BLOCKS(q4_0, 18, u_f16(b), 0, u_nibbles(b + 2))
-MOE__ROW_BLOCKS(q4_1, 20, u_f16(b), -u_f16(b + 2), u_nibbles(b + 4))
-MOE__ROW_BLOCKS(q5_0, 22, u_f16(b), 0, u_five(b + 6, b + 2))
-MOE__ROW_BLOCKS(q5_1, 24, u_f16(b), -u_f16(b + 2), u_five(b + 8, b + 4))
-MOE__ROW_BLOCKS(q6_0, 26, u_f16(b), 0, u_six(b + 10, b + 2))
-MOE__ROW_BLOCKS(q8_0, 34, u_f16(b), 0, v_load_256(b + 2))
-MOE__ROW_BLOCKS(iq4_nl, 18, u_f16(b), 0, v_lookup(moe__levels_k4, u_nibbles(b + 2), 16, 0))
-MOE__ROW_BLOCKS(mxfp4, 17, moe__types_e8m0(b[0]), 0,
-                v_lookup(moe__levels_fp4, u_nibbles(b + 1), 16, 16))
-#undef MOE__ROW_BLOCKS
+#define MOE__ROW_BLOCKS(NAME, name, d_, levels)                                                   \
+    MOE__K void MOE__(unpack_##name)(const uint8_t *b, int n, float D, moe__block *out) {         \
+        (void)D;                                                                                  \
+        for (int j = 0; j < n / 32; j++, b += MOE__BYTES_##NAME) {                                \
+            const __m128 d = d_; /* and, where there are mins, minus the min */                   \
+            out->d[2 * j] = out->d[2 * j + 1] = _mm_cvtss_f32(d);                                 \
+            out->dmin[2 * j] = out->dmin[2 * j + 1] =                                             \
+                MOE__OFFSET_##NAME > 0 ? 0 : -_mm_cvtss_f32(_mm_movehdup_ps(d));                  \
+            u_put(out, j, levels);                                                                \
+        }                                                                                         \
+    }
 
 MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *out) {
     (void)D;
@@ -9025,6 +8841,97 @@ MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *ou
     }
 }
 #endif
+
+// ---- layouts read ----------------------------------------------------------------------------
+
+// All block types from their layouts: heads and levels, then kernels.
+#if MOE__ISA != 4
+MOE__V MOE__VI v_level_of(const int8_t *table, const int n, MOE__VI x, const int bias) {
+    return table ? v_lookup(table, x, n, bias) : x;
+}
+#define MOE__LEVEL_OF(NAME, table, x)                                          \
+    v_level_of(moe__levels_##table, (int)sizeof moe__levels_##table, x, MOE__BIAS(NAME))
+#define MOE__MORE_NOTHING 0
+#define MOE__MORE_MINS MOE__MINS
+#define MOE__MORE_SHIFTS MOE__SHIFTS
+#define MOE__TO_NOTHING shift // not written
+#define MOE__TO_MINS min
+#define MOE__TO_SHIFTS shift
+
+#if MOE__ISA == 2 // all instruction sets use these
+#define MOE__OF_32(NAME, name, set, set_at, table, level, at)                                     \
+    MOE__ROW_BLOCKS(NAME, name, MOE__(d_##set)(b, MOE__ARGS set_at, 0),                           \
+                    MOE__LEVEL_OF(NAME, table, MOE__(w_##level)(b, MOE__ARGS at, 0, 0)))
+#else
+#define MOE__OF_32(NAME, name, set, set_at, table, level, at)
+#endif
+#define MOE__OF_256(NAME, name, order, set, set_at, scales, scales_at, more, which, which_at,     \
+                    table, level, at)                                                             \
+    MOE__HEAD(name) {                                                                             \
+        const int n = 256 / MOE__PER_##NAME;                                                      \
+        h->scale = MOE__(s_##scales)(b, MOE__ARGS scales_at, n);                                  \
+        if (MOE__MORE_##more)                                                                     \
+            h->MOE__TO_##more = MOE__(s_##which)(b, MOE__ARGS which_at, n);                       \
+        h->d = MOE__(d_##set)(b, MOE__ARGS set_at, D);                                            \
+    }                                                                                             \
+    MOE__LEVEL(name) {                                                                            \
+        return MOE__LEVEL_OF(NAME, table,                                                         \
+                             MOE__(w_##level)(b, MOE__ARGS at, MOE__##order, v));                 \
+    }                                                                                             \
+    MOE__TYPE_256(NAME, name, MOE__##order, MOE__MORE_##more)
+#define MOE__OF_BOOKS(NAME, name, order, more)                                                    \
+    MOE__TYPE_256(NAME, name, MOE__##order, MOE__MORE_##more | MOE__BOOKS)
+#define MOE__OF_R4(NAME, name, set, set_at, scales, scales_at, more, which, which_at, table,      \
+                   level, at)                                                                     \
+    MOE__V void MOE__(head_##name)(const uint8_t *b, const float *D, rows_head *h) {              \
+        MOE__(rs_##scales)(b, MOE__ARGS scales_at, h->scale);                                     \
+        if (MOE__MORE_##more)                                                                     \
+            MOE__(rs_##which)(b, MOE__ARGS which_at, h->MOE__TO_##more);                          \
+        MOE__(rd_##set)(b, MOE__ARGS set_at, D, h);                                               \
+    }                                                                                             \
+    MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, int j, const int v) {                    \
+        return MOE__LEVEL_OF(NAME, table, MOE__(rw_##level)(b, MOE__ARGS at, j, v));              \
+    }                                                                                             \
+    MOE__TYPE_R4(NAME, name, (MOE__MORE_##more & MOE__SHIFTS) != 0)
+#define MOE__OF_ROWS_32(NAME, name, set, set_at, table, level, at)                                \
+    MOE__V MOE__VI MOE__(level_##name)(const uint8_t *b, const int v) {                           \
+        return MOE__LEVEL_OF(NAME, table, MOE__(rw_##level)(b, MOE__ARGS at, 0, v));              \
+    }                                                                                             \
+    MOE__TYPE_ROWS_32(NAME, name)
+#define MOE__OF_OTHER_32(NAME, name)
+#define MOE__OF_OTHER_ROWS(NAME, name)
+MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
+#undef MOE__LEVEL_OF
+#undef MOE__MORE_NOTHING
+#undef MOE__MORE_MINS
+#undef MOE__MORE_SHIFTS
+#undef MOE__TO_NOTHING
+#undef MOE__TO_MINS
+#undef MOE__TO_SHIFTS
+#undef MOE__OF_32
+#undef MOE__OF_256
+#undef MOE__OF_BOOKS
+#undef MOE__OF_R4
+#undef MOE__OF_ROWS_32
+#undef MOE__OF_OTHER_32
+#undef MOE__OF_OTHER_ROWS
+#undef MOE__ROW_BLOCKS
+#undef MOE__TYPE_256
+#undef MOE__TYPE_R4
+#undef MOE__TYPE_ROWS_32
+#undef MOE__SHIFTS
+#undef MOE__BOOKS
+#undef MOE__MINS
+#undef MOE__HEAD
+#undef MOE__LEVEL
+#undef MOE__READER
+#undef MOE__W
+#undef MOE__S
+#undef MOE__SET
+#undef MOE__RW
+#undef MOE__RS
+#undef MOE__RSET
+#endif // MOE__ISA != 4
 
 #if MOE__ISA == 2
 // moe__dequantize_fn for row types; the same bits as moe__types_dequantize: products are rounded
@@ -10048,26 +9955,27 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, unpack_fn *unpack_row, int
                     prefetch_size);
 }
 
-// name, kernels, then the rest of a plan in its order
-#define MOE__TILE_TYPE(name, kernels, ...)                                                        \
+// kernels, chains, log2 of the offset (-1: mins)
+#define MOE__TILE_TYPE(NAME, name, kernels, chains, act, shift)                                   \
     MOE__K void MOE__(tile_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,          \
                                    int64_t n, const void *const *x, int64_t n_tokens, float *out, \
                                    int64_t out_stride, void *pack, const uint8_t *prefetch,       \
                                    size_t prefetch_size) {                                        \
-        static const tile_plan plan = {kernels, MOE__(tile_unpack_##name), __VA_ARGS__,    \
-                                              NULL, NULL, NULL, 0, 0};                            \
+        static const tile_plan plan = {kernels, MOE__(tile_unpack_##name), chains,                \
+                                       MOE__PER_##NAME, MOE__BLOCK_##NAME, MOE__BYTES_##NAME,     \
+                                       sizeof(act), shift, NULL, NULL, NULL, 0, 0};               \
         MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack,     \
                         prefetch, prefetch_size);                                                 \
     }
 #define MOE__TILE_Q(name, bits) MOE__TILE_OF(name, bits), MOE__TILE_TOKENS
-MOE__TILE_TYPE(q4_0, MOE__TILE_Q(q32, 4), 4, 32, 32, 18, sizeof(moe__act32), 3)
-MOE__TILE_TYPE(q5_0, MOE__TILE_Q(q32, 6), 4, 32, 32, 22, sizeof(moe__act32), 4)
-MOE__TILE_TYPE(iq4_nl, MOE__TILE_Q(q32, 8), 4, 32, 32, 18, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(mxfp4, MOE__TILE_Q(q32, 6), 4, 32, 32, 17, sizeof(moe__act32), 4)
-MOE__TILE_TYPE(q8_0, MOE__TILE_Q(q32, 8), 4, 32, 32, 34, sizeof(moe__act32), 7)
-MOE__TILE_TYPE(q4_k, MOE__TILE_Q(k32, 4), 1, 32, 256, 144, sizeof(moe__act256), -1)
-MOE__TILE_TYPE(q5_k, MOE__TILE_Q(k32, 6), 1, 32, 256, 176, sizeof(moe__act256), -1)
-MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 1, 16, 256, 210, sizeof(moe__act256), 5)
+MOE__TILE_TYPE(Q4_0, q4_0, MOE__TILE_Q(q32, 4), 4, moe__act32, 3)
+MOE__TILE_TYPE(Q5_0, q5_0, MOE__TILE_Q(q32, 6), 4, moe__act32, 4)
+MOE__TILE_TYPE(IQ4_NL, iq4_nl, MOE__TILE_Q(q32, 8), 4, moe__act32, 7)
+MOE__TILE_TYPE(MXFP4, mxfp4, MOE__TILE_Q(q32, 6), 4, moe__act32, 4)
+MOE__TILE_TYPE(Q8_0, q8_0, MOE__TILE_Q(q32, 8), 4, moe__act32, 7)
+MOE__TILE_TYPE(Q4_K, q4_k, MOE__TILE_Q(k32, 4), 1, moe__act256, -1)
+MOE__TILE_TYPE(Q5_K, q5_k, MOE__TILE_Q(k32, 6), 1, moe__act256, -1)
+MOE__TILE_TYPE(Q6_K, q6_k, MOE__TILE_Q(k16, 6), 1, moe__act256, 5)
 
 // Block types without unpacking of their own for tiles, by what they are read with
 #define MOE__TILE_BLOCKS(NAME, name, row, order, group)                                           \
@@ -10079,59 +9987,32 @@ MOE__TILE_TYPE(q6_k, MOE__TILE_Q(k16, 6), 1, 16, 256, 210, sizeof(moe__act256), 
                            n_rows, n, x, n_tokens, out, out_stride, pack, prefetch,               \
                            prefetch_size);                                                        \
     }
-#define MOE__TILE_ROW_32(NAME, name) \
+#define MOE__OF_32(NAME, name, ...) MOE__OF_OTHER_32(NAME, name)
+#define MOE__OF_OTHER_32(NAME, name) \
     MOE__TILE_BLOCKS(NAME, name, MOE__AVX2(unpack_##name), MOE__NATURAL, NULL)
-#define MOE__TILE_ROW_256(NAME, name, order) \
-    MOE__TILE_BLOCKS(NAME, name, MOE__SHARED(unpack_##name), order, NULL)
-#define MOE__TILE_GROUP(NAME, name) \
+#define MOE__OF_256(NAME, name, order, ...) \
+    MOE__TILE_BLOCKS(NAME, name, MOE__SHARED(unpack_##name), MOE__##order, NULL)
+#define MOE__OF_BOOKS(NAME, name, order, more) MOE__OF_256(NAME, name, order, more)
+#define MOE__OF_R4(NAME, name, ...) MOE__OF_OTHER_ROWS(NAME, name)
+#define MOE__OF_ROWS_32(NAME, name, ...) MOE__OF_OTHER_ROWS(NAME, name)
+#define MOE__OF_OTHER_ROWS(NAME, name) \
     MOE__TILE_BLOCKS(NAME, name, NULL, 0, MOE__SHARED(rows_##name))
-MOE__TILE_ROW_32(Q4_1, q4_1)
-MOE__TILE_ROW_32(Q5_1, q5_1)
-MOE__TILE_ROW_32(Q6_0, q6_0)
-MOE__TILE_ROW_32(NVFP4, nvfp4)
-MOE__TILE_ROW_256(Q2_K, q2_k, MOE__TWOS)
-MOE__TILE_ROW_256(Q3_K, q3_k, MOE__TWOS)
-MOE__TILE_ROW_256(TQ1_0, tq1_0, MOE__FOURS)
-MOE__TILE_ROW_256(TQ2_0, tq2_0, MOE__TWOS)
-MOE__TILE_ROW_256(IQ1_S, iq1_s, MOE__FOURS)
-MOE__TILE_ROW_256(IQ1_M, iq1_m, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_XXS, iq2_xxs, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_XS, iq2_xs, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_S, iq2_s, MOE__FOURS)
-MOE__TILE_ROW_256(IQ3_XXS, iq3_xxs, MOE__HALVES)
-MOE__TILE_ROW_256(IQ3_S, iq3_s, MOE__HALVES)
-MOE__TILE_ROW_256(IQ4_XS, iq4_xs, MOE__HALVES)
-MOE__TILE_ROW_256(IQ2_K, iq2_k, MOE__TWOS)
-MOE__TILE_ROW_256(IQ3_K, iq3_k, MOE__TWOS)
-MOE__TILE_ROW_256(IQ4_K, iq4_k, MOE__HALVES)
-MOE__TILE_ROW_256(IQ5_K, iq5_k, MOE__FOURS)
-MOE__TILE_ROW_256(IQ6_K, iq6_k, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_KS, iq2_ks, MOE__TWOS)
-MOE__TILE_ROW_256(IQ3_KS, iq3_ks, MOE__TWOS)
-MOE__TILE_ROW_256(IQ4_KS, iq4_ks, MOE__HALVES)
-MOE__TILE_ROW_256(IQ5_KS, iq5_ks, MOE__FOURS)
-MOE__TILE_ROW_256(IQ2_KL, iq2_kl, MOE__NATURAL)
-MOE__TILE_GROUP(Q4_0_R8, q4_0_r8)
-MOE__TILE_GROUP(Q5_0_R4, q5_0_r4)
-MOE__TILE_GROUP(Q8_0_R8, q8_0_r8)
-MOE__TILE_GROUP(Q2_K_R4, q2_k_r4)
-MOE__TILE_GROUP(Q3_K_R4, q3_k_r4)
-MOE__TILE_GROUP(Q4_K_R4, q4_k_r4)
-MOE__TILE_GROUP(Q5_K_R4, q5_k_r4)
-MOE__TILE_GROUP(Q6_K_R4, q6_k_r4)
-MOE__TILE_GROUP(IQ4_NL_R4, iq4_nl_r4)
-MOE__TILE_GROUP(IQ4_XS_R8, iq4_xs_r8)
-MOE__TILE_GROUP(IQ2_K_R4, iq2_k_r4)
-MOE__TILE_GROUP(IQ3_K_R4, iq3_k_r4)
-MOE__TILE_GROUP(IQ4_K_R4, iq4_k_r4)
-MOE__TILE_GROUP(IQ5_K_R4, iq5_k_r4)
-MOE__TILE_GROUP(IQ4_KS_R4, iq4_ks_r4)
-MOE__TILE_GROUP(IQ5_KS_R4, iq5_ks_r4)
-MOE__TILE_GROUP(MXFP4_R8, mxfp4_r8)
+#define MOE__TILE_0(NAME) MOE__LAYOUT_##NAME
+#define MOE__TILE_1(NAME)
+#define MOE__TILE(NAME, name, id, block, bytes, act, rows, meta, per, bits, offset, q, own) \
+    MOE__TILE_##own(NAME)
+MOE__BLOCK_TYPES(MOE__TILE)
+#undef MOE__TILE
+#undef MOE__TILE_0
+#undef MOE__TILE_1
 #undef MOE__TILE_BLOCKS
-#undef MOE__TILE_ROW_32
-#undef MOE__TILE_ROW_256
-#undef MOE__TILE_GROUP
+#undef MOE__OF_32
+#undef MOE__OF_256
+#undef MOE__OF_BOOKS
+#undef MOE__OF_R4
+#undef MOE__OF_ROWS_32
+#undef MOE__OF_OTHER_32
+#undef MOE__OF_OTHER_ROWS
 
 #if MOE__ISA == 2
 #define MOE__DEQUANTIZE_1(NAME, name)                                                   \
@@ -11615,11 +11496,9 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_field
 #undef v_mask
 #undef v_join
-#undef v_three
-#undef v_five
-#undef v_nibbles
 #undef v_table
 #undef v_lookup
+#undef v_level_of
 #undef u_words
 #undef u_halves
 #undef u_nibbles16
@@ -11627,10 +11506,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_pairs16
 #undef u_add16
 #undef u_odd16
-#undef u_scales6
-#undef u_tq1_0_bytes
-#undef u_tq1_0_powers
-#undef u_head_ks
 #undef v_book8
 #undef u_signs_book8
 #undef v_signed
@@ -11639,7 +11514,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_store_indices
 #undef u_indices
 #undef u_fours16
-#undef u_scales_iq2
 #undef v_lookup_16
 #undef u_signs_book4
 #undef v_book4
@@ -11654,20 +11528,13 @@ static const moe__kernels MOE__(kernels) = {
 #undef r4_half
 #undef v_dwords
 #undef v_acts_r4
-#undef v_nibbles_r4
 #undef v_bits_r4
 #undef v_load_twice
-#undef v_two_r4
-#undef v_one_r4
 #undef u_four_halves
 #undef u_mask8
 #undef u_add8
-#undef u_six_r4
-#undef u_six
 #undef u_bits_r4
-#undef u_shift_r4
 #undef u_odd_signed
-#undef u_head_ks_r4
 #undef v_scales_r4
 #undef v_pairs_r4
 #undef v_times_sums_r4
@@ -11677,7 +11544,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_shift_r4
 #undef v_acts_r8
 #undef level_iq4_xs_r8
-#undef v_nibbles_r8
 #undef u_scales_rows
 #undef u_dot_i16
 #undef q32_block
@@ -11688,7 +11554,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_ue4m3
 #undef unpack_fn
 #undef u_put
-#undef u_five
 #undef tile_job
 #undef tile_kernel_fn
 #undef tile_load_f32
@@ -11777,14 +11642,10 @@ static const moe__kernels MOE__(kernels) = {
 #undef value_weight
 #undef value_tile
 #undef value_cut
-#undef MOE__NATURAL
-#undef MOE__FOURS
-#undef MOE__TWOS
-#undef MOE__HALVES
 #undef MOE__LEVELS
 #undef MOE__BIAS8
 #undef MOE__SUB_LEVELS
-#undef MOE__PIECES
+#undef MOE__UNITS
 #undef MOE__SHARED
 #undef MOE__AVX2
 #undef MOE__VNNI

@@ -3,6 +3,8 @@
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
+#include <ctype.h>
+#include <strings.h>
 
 #include "sheet.h"
 
@@ -101,6 +103,157 @@ TEST(table) {
     CHECK(!moe_type_supported((moe_type)9) && strcmp(moe_type_name((moe_type)9), "Q8_1") == 0);
     CHECK(strcmp(moe_type_name((moe_type)5000), "?") == 0);
     CHECK(moe_type_block((moe_type)5000) == 0 && moe_type_row_size((moe_type)5000, 256) == 0);
+}
+
+/* ---- the recipe ------------------------------------------------------------------------------ */
+
+/* The head of >>types lists the places that know a type by its name. Here the places are found by
+ * reading the header: the macro, function, enumeration or macro call (at the beginning of a line)
+ * in which a type's name stands, comments aside. */
+typedef struct recipe {
+    char name[64][64];
+    int n;
+} recipe;
+
+static int is_word(int c) { return isalnum(c) || c == '_'; }
+/* The first place in `line` with the type's name, not followed by _R4 and the like; or NULL. */
+static const char *find_type(const char *line, const char *type) {
+    const size_t n = strlen(type);
+    for (const char *p = line; *p; p++)
+        if (strncasecmp(p, type, n) == 0 && (p == line || !isalnum((unsigned char)p[-1])) &&
+            !isalnum((unsigned char)p[n]) && !(p[n] == '_' && strchr("rR", p[n + 1]) && p[n + 1]))
+            return p;
+    return NULL;
+}
+static int has_name(const recipe *r, const char *name) {
+    for (int i = 0; i < r->n; i++)
+        if (strcmp(r->name[i], name) == 0) return 1;
+    return 0;
+}
+static void add_name(recipe *r, const char *name, size_t size) {
+    char text[64];
+    snprintf(text, sizeof text, "%.*s", (int)size, name);
+    if (size > 0 && !has_name(r, text) && r->n < 64) memcpy(r->name[r->n++], text, sizeof text);
+}
+/* The name of what begins in the first column of `line`. */
+static void place_of(const char *line, char out[64]) {
+    const char *end = strchr(line, '('), *begin;
+    if (strncmp(line, "#define ", 8) == 0) end = line + 8 + strcspn(line + 8, "( ");
+    else if (!end) end = line + strcspn(line, "{=[");
+    else if (end - line >= 5 && strncmp(end - 5, "MOE__(", 6) == 0) end = strchr(end, ')');
+    while (end > line && !is_word((unsigned char)end[-1])) end--;
+    for (begin = end; begin > line && is_word((unsigned char)begin[-1]);) begin--;
+    snprintf(out, 64, "%.*s", (int)(end - begin), begin);
+}
+/* Calls f for each line of text, without its comment. */
+static void each_line(const char *text, void (*f)(void *to, const char *code, const char *comment),
+                      void *to) {
+    char line[256];
+    while (*text) {
+        size_t size = strcspn(text, "\n");
+        snprintf(line, sizeof line, "%.*s", (int)size, text);
+        char *comment = strstr(line, "//");
+        char *comment_text = comment ? comment + 2 : line + strlen(line);
+        if (comment) *comment = 0;
+        f(to, line, comment_text);
+        text += size + (text[size] == '\n');
+    }
+}
+typedef struct reading {
+    const char *type;
+    char outer[64], macro[64]; /* a macro may stand within a function */
+    int in_macro;              /* the line before is of a macro and ends with a backslash */
+    recipe places;
+} reading;
+static void read_places(void *to, const char *code, const char *comment) {
+    reading *r = (reading *)to;
+    (void)comment;
+    const int begins = !r->in_macro && strncmp(code, "#define ", 8) == 0;
+    if (begins) place_of(code, r->macro);
+    else if (!r->in_macro && isalpha((unsigned char)*code)) place_of(code, r->outer);
+    const char *place = begins || r->in_macro ? r->macro : r->outer;
+    r->in_macro = (begins || r->in_macro) && code[strlen(code) - 1] == '\\';
+    if (!find_type(code, r->type)) return;
+    char name[128];
+    const char *at = find_type(place, r->type);
+    if (at)
+        snprintf(name, sizeof name, "%.*sNAME%s", (int)(at - place), place, at + strlen(r->type));
+    else snprintf(name, sizeof name, "%s", place);
+    add_name(&r->places, name, strlen(name));
+}
+static recipe places_of(const char *header, const char *type) {
+    reading r;
+    memset(&r, 0, sizeof r);
+    r.type = type;
+    each_line(header, read_places, &r);
+    return r.places;
+}
+static void read_recipe(void *to, const char *code, const char *comment) {
+    recipe *r = (recipe *)to;
+    int digits = 0;
+    if (*code || sscanf(comment, "   %*d.%n", &digits) != 0 || !digits) return;
+    for (const char *p = comment + digits; *p == ' ' && p[1] != ' ' && p[1];) {
+        size_t size = strcspn(++p, " ");
+        add_name(r, p, size);
+        p += size;
+    }
+}
+/* The recipe, and how many places are missing in it or do not exist. */
+static int wrong_places(const char *header, recipe *out) {
+    static const char *const types[] = {"iq4_xs", "mxfp4"};
+    const char *head = strstr(header, "// TO ADD A TYPE");
+    const char *end = head ? strstr(head, "// ====") : NULL;
+    recipe found;
+    int wrong = 0;
+    memset(out, 0, sizeof *out);
+    memset(&found, 0, sizeof found);
+    if (!end) return 1;
+    char *text = (char *)take((size_t)(end - head) + 1);
+    memcpy(text, head, (size_t)(end - head));
+    text[end - head] = 0;
+    each_line(text, read_recipe, out);
+    free(text);
+    for (int i = 0; i < 2; i++) {
+        recipe places = places_of(header, types[i]);
+        for (int k = 0; k < places.n; k++)
+            add_name(&found, places.name[k], strlen(places.name[k]));
+    }
+    for (int k = 0; k < found.n; k++) wrong += !has_name(out, found.name[k]);
+    for (int k = 0; k < out->n; k++) wrong += !has_name(&found, out->name[k]);
+    return wrong;
+}
+TEST(recipe_for_a_type) {
+    FILE *file = fopen("moe_infer.h", "rb");
+    CHECK(file != NULL);
+    if (!file) return;
+    fseek(file, 0, SEEK_END);
+    size_t size = (size_t)ftell(file);
+    rewind(file);
+    char *header = (char *)take(size + 256);
+    CHECK(fread(header, 1, size, file) == size);
+    fclose(file);
+    header[size] = 0;
+    recipe r, ks;
+    int wrong = wrong_places(header, &r);
+    CHECKF(wrong == 0, "%d places of the recipe in >>types are wrong", wrong);
+    for (int i = 0; wrong && i < 2; i++) {
+        recipe places = places_of(header, i ? "mxfp4" : "iq4_xs");
+        for (int k = 0; k < places.n; k++) printf("  %s\n", places.name[k]);
+    }
+    CHECK(r.n >= 3 && has_name(&r, "moe_type") && has_name(&r, "MOE__LAYOUT_NAME"));
+    /* a type without a quantizer and kernels of its own: three places */
+    ks = places_of(header, "iq2_ks");
+    CHECK(ks.n == 3 && has_name(&ks, "moe_type") && has_name(&ks, "MOE__ALL_TYPES") &&
+          has_name(&ks, "MOE__LAYOUT_NAME"));
+    /* a place more than the recipe knows; and a name in it that is nowhere */
+    strcpy(header + size, "\nstatic int is_it(int x) {\n    return x == MOE__INDEX_MXFP4;\n}\n");
+    CHECK(wrong_places(header, &r) == 1);
+    header[size] = 0;
+    char *name = strstr(strstr(header, "// TO ADD A TYPE"), "MOE__ALL_TYPES");
+    CHECK(name != NULL);
+    if (name) memcpy(name, "MOE__ALL_TYPEZ", 14);
+    CHECK(wrong_places(header, &r) == 2);
+    free(header);
 }
 
 TEST(row_sizes) {

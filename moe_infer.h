@@ -11035,9 +11035,15 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type,
     for (int r = 0; r < MOE__ATTEND_WIDE; r++)
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
-            acc[r][c] = t->begins || r >= n || c >= columns
-                            ? f_zero()
-                            : f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
+            acc[r][c] = f_zero();
+    if (!t->begins) {
+        MOE__UNROLL(MOE__ATTEND_WIDE)
+        for (int r = 0; r < MOE__ATTEND_WIDE; r++)
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (r < n && c < columns)
+                    acc[r][c] = f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
+    }
     for (; weights < end; weights++, value += t->v_bytes, ahead += t->ahead_bytes) {
         for (int64_t i = 0; i < t->ahead_bytes; i += 64)
             _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
@@ -11066,19 +11072,24 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type,
                 if (r < n) acc[r][c] = f_fma(w[r], x, acc[r][c]);
         }
     }
+    if (!t->ends) {
+        float *part = t->part;
+        MOE__UNROLL(MOE__ATTEND_WIDE)
+        for (int r = 0; r < MOE__ATTEND_WIDE; r++)
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (r < n && c < columns) f_store(part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
+        return;
+    }
     MOE__UNROLL(MOE__ATTEND_WIDE)
     for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
         if (r >= n) continue;
+        float *out = t->out[r] + t->column;
+        const MOE__VF add = f_set(t->add[r]), old = f_set(t->old[r]);
+        const int width = columns > 1 ? MOE__VFLOATS : t->width;
         MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) {
-            if (c >= columns) continue;
-            if (!t->ends)
-                f_store(t->part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
-            else
-                attend_out(t->out[r] + t->column + c * MOE__VFLOATS,
-                           columns > 1 ? MOE__VFLOATS : t->width, f_set(t->add[r]), acc[r][c],
-                           f_set(t->old[r]));
-        }
+        for (int c = 0; c < 4; c++)
+            if (c < columns) attend_out(out + c * MOE__VFLOATS, width, add, acc[r][c], old);
     }
 }
 

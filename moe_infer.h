@@ -6053,6 +6053,10 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_load MOE__SHARED(v_load)
 #define v_load_256 MOE__SHARED(v_load_256)
 #define v_zero MOE__SHARED(v_zero)
+#define u_set8 MOE__SHARED(u_set8)
+#define u_set16 MOE__SHARED(u_set16)
+#define v_set8 MOE__SHARED(v_set8)
+#define v_set16 MOE__SHARED(v_set16)
 #define v_and MOE__SHARED(v_and)
 #define v_or MOE__SHARED(v_or)
 #define v_xor MOE__SHARED(v_xor)
@@ -6302,10 +6306,22 @@ static const moe__kernels moe__kernels_scalar = {
 
 MOE__V __m128i v_load_128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 MOE__V __m256i v_load_256(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+// x in every byte or int16. GCC's own make 32 or 16 parameters of it, which without optimization
+// took a quarter of the time of compiling this text.
+MOE__V __m256i u_set8(char x) {
+    const __v32qi zero = (__v32qi)_mm256_setzero_si256();
+    return (__m256i)(zero + x);
+}
+MOE__V __m256i u_set16(short x) {
+    const __v16hi zero = (__v16hi)_mm256_setzero_si256();
+    return (__m256i)(zero + x);
+}
 
 #if MOE__ISA == 3
 MOE__V __m512i v_load(const void *p) { return _mm512_loadu_si512(p); }
 MOE__V __m512i v_zero(void) { return _mm512_setzero_si512(); }
+MOE__V __m512i v_set8(char x) { return _mm512_set1_epi8(x); }
+MOE__V __m512i v_set16(short x) { return _mm512_set1_epi16(x); }
 MOE__V __m512i v_and(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
 MOE__V __m512i v_or(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
 MOE__V __m512i v_xor(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
@@ -6326,6 +6342,8 @@ MOE__V __m512i v_dot_i16(__m512i acc, __m512i a, __m512i b) {
 #else
 MOE__V __m256i v_load(const void *p) { return v_load_256(p); }
 MOE__V __m256i v_zero(void) { return _mm256_setzero_si256(); }
+MOE__V __m256i v_set8(char x) { return u_set8(x); }
+MOE__V __m256i v_set16(short x) { return u_set16(x); }
 MOE__V __m256i v_and(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
 MOE__V __m256i v_or(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
 MOE__V __m256i v_xor(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
@@ -6402,8 +6420,8 @@ MOE__V __m256i v_act_pack(const float *x, float inverse, int8_t *low, int8_t *hi
 #endif
     _mm_storeu_si128((__m128i *)(void *)low, _mm256_castsi256_si128(bytes));
     _mm_storeu_si128((__m128i *)(void *)high, _mm256_extracti128_si256(bytes, 1));
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m256i pairs = _mm256_maddubs_epi16(u_set8(1), bytes);
+    return _mm256_madd_epi16(pairs, u_set16(1));
 }
 
 MOE__K void MOE__(quantize_f32)(const float *x, int64_t n, void *act) {
@@ -6694,7 +6712,7 @@ MOE__V __m256i u_or_and(__m256i a, __m256i b, __m256i mask) {
 // high lane in the high one
 MOE__V __m256i u_copy_i16(const int a, const int b) {
     const short copy_a = (short)(0x0100 + 0x0202 * a), copy_b = (short)(0x0100 + 0x0202 * b);
-    return _mm256_inserti128_si256(_mm256_set1_epi16(copy_a), _mm_set1_epi16(copy_b), 1);
+    return _mm256_inserti128_si256(u_set16(copy_a), _mm_set1_epi16(copy_b), 1);
 }
 
 MOE__V void tile_store(void *p, MOE__VI v) {
@@ -6709,7 +6727,7 @@ MOE__V void u_store(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); 
 MOE__V __m256i u_nibbles(const uint8_t *p) {
     __m256i x = _mm256_broadcastsi128_si256(v_load_128(p));
     x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 0, 4, 4));
-    return _mm256_and_si256(x, _mm256_set1_epi8(15));
+    return _mm256_and_si256(x, u_set8(15));
 }
 // Bytes that are all ones where the bit is set
 MOE__V __m256i u_mask(uint32_t bits) {
@@ -6759,11 +6777,11 @@ MOE__V int MOE__(q32_min)(const int type) {
 // The 16 levels of MXFP4 and NVFP4, or of IQ4_NL, plus an offset, in every lane
 MOE__V MOE__VI MOE__(q32_table)(const int type, const int offset) {
     const int8_t *table = type == MOE__INDEX_IQ4_NL ? moe__levels_k4 : moe__levels_fp4;
-    return MOE__MM(add_epi8)(v_load16(table), MOE__MM(set1_epi8)((char)offset));
+    return MOE__MM(add_epi8)(v_load16(table), v_set8((char)offset));
 }
 // v + add in bytes whose bit is set in x
 MOE__V MOE__VI v_add_where(MOE__VI v, MOE__VI x, MOE__VI bit, const int add) {
-    const MOE__VI y = MOE__MM(set1_epi8)((char)add);
+    const MOE__VI y = v_set8((char)add);
 #if MOE__ISA == 3
     return _mm512_mask_add_epi8(v, _mm512_test_epi8_mask(x, bit), v, y);
 #else
@@ -6951,7 +6969,7 @@ MOE__V MOE__VI v_quads(MOE__VI acc, MOE__VI levels, MOE__VI acts, const int bits
 #if MOE__ISA == 3
     return (void)bits, _mm512_dpbusd_epi32(acc, levels, acts);
 #else
-    return v_dot_i16(acc, v_twos(levels, acts, bits), _mm256_set1_epi16(1));
+    return v_dot_i16(acc, v_twos(levels, acts, bits), u_set16(1));
 #endif
 }
 
@@ -7005,11 +7023,11 @@ MOE__V MOE__VI v_field(const uint8_t *p, const int bits, const int to, const int
 #endif
 }
 MOE__V MOE__VI v_mask(MOE__VI x, const int mask) {
-    return v_and(x, MOE__MM(set1_epi8)((char)mask));
+    return v_and(x, v_set8((char)mask));
 }
 // low | `bits` bits of high from bit `at` on
 MOE__V MOE__VI v_join(MOE__VI low, MOE__VI high, const int bits, const int at) {
-    return v_or_and(low, high, MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << at)));
+    return v_or_and(low, high, v_set8((char)(((1 << bits) - 1) << at)));
 }
 // TWOS: 2-bit fields and a third bit; FOURS: 4-bit fields and a fifth bit
 MOE__V MOE__VI v_three(const uint8_t *two, const uint8_t *one, const int v) {
@@ -7030,7 +7048,7 @@ MOE__V MOE__VI v_nibbles(const uint8_t *p, const int v) {
 }
 // table[x] + bias, of 4, 8, 16, 32 or 64 entries
 MOE__V MOE__VI v_table(const int8_t *table, const int n, const int bias) {
-    const MOE__VI add = MOE__MM(set1_epi8)((char)bias);
+    const MOE__VI add = v_set8((char)bias);
     if (n == 4) return MOE__MM(add_epi8)(MOE__MM(set1_epi32)((int)moe__load_u32(table)), add);
 #if MOE__ISA == 3
     if (n == 8) return _mm512_add_epi8(_mm512_set1_epi64((int64_t)moe__load_u64(table)), add);
@@ -7054,7 +7072,7 @@ MOE__V MOE__VI v_lookup(const int8_t *table, MOE__VI x, const int n, const int b
 #else
     MOE__UNROLL(4)
     for (int i = 1; i < n / 16; i++) {
-        const __m256i here = _mm256_cmpgt_epi8(x, _mm256_set1_epi8((char)(16 * i - 1)));
+        const __m256i here = _mm256_cmpgt_epi8(x, u_set8((char)(16 * i - 1)));
         const __m256i z = _mm256_shuffle_epi8(v_table(table + 16 * i, 16, bias), x);
         y = _mm256_blendv_epi8(y, z, here);
     }
@@ -7086,8 +7104,8 @@ MOE__V __m256i u_bits16(int x, const int on) {
     const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
                                           8192, 16384, (short)-32768);
     const __m256i set = _mm256_cmpeq_epi16(
-        _mm256_and_si256(_mm256_set1_epi16((short)x), bit), bit);
-    return _mm256_and_si256(set, _mm256_set1_epi16((short)on));
+        _mm256_and_si256(u_set16((short)x), bit), bit);
+    return _mm256_and_si256(set, u_set16((short)on));
 }
 // 2-bit fields of 16 bits as bits 4 and 5 of 8 int16
 MOE__V __m256i u_pairs16(int x) {
@@ -7098,7 +7116,7 @@ MOE__V __m256i u_pairs16(int x) {
     return _mm256_castsi128_si256(y);
 }
 MOE__V __m256i u_add16(__m256i x, const int y) {
-    return _mm256_add_epi16(x, _mm256_set1_epi16((short)y));
+    return _mm256_add_epi16(x, u_set16((short)y));
 }
 // 2 x + 1
 MOE__V __m256i u_odd16(__m256i x) { return u_add16(_mm256_add_epi16(x, x), 1); }
@@ -7108,7 +7126,7 @@ MOE__V __m256i u_scales6(const uint8_t *b) {
     const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
     __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(b)), byte);
     __m256i high = _mm256_mullo_epi16(u_words(bytes), factor);
-    high = _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
+    high = _mm256_and_si256(_mm256_srli_epi16(high, 2), u_set16(48));
     return u_add16(_mm256_or_si256(high, u_nibbles16(b + 4, 16, 1)), -32);
 }
 
@@ -7160,7 +7178,7 @@ MOE__HEAD(q6_k) {
 }
 MOE__LEVEL(q6_k) { // low nibbles of 64 bytes: 64 weights, high ones: the next
 #if MOE__ISA == 3
-    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), u_set16(4), 1);
     const __m512i low =
         _mm512_srlv_epi16(_mm512_broadcast_i64x4(v_load_256(b + 64 * (v / 2) + 32 * (v % 2))), by);
 #else
@@ -7171,10 +7189,10 @@ MOE__LEVEL(q6_k) { // low nibbles of 64 bytes: 64 weights, high ones: the next
 
 // ---- ternary
 
-MOE__HEAD(tq2_0) { h->scale = _mm256_set1_epi16(1), h->d = u_halves(b + 64, 2); }
+MOE__HEAD(tq2_0) { h->scale = u_set16(1), h->d = u_halves(b + 64, 2); }
 MOE__LEVEL(tq2_0) { return v_mask(v_field(b, 2, 0, MOE__TWOS, v), 3); }
 
-MOE__HEAD(tq1_0) { h->scale = _mm256_set1_epi16(1), h->d = u_halves(b + 52, 2); }
+MOE__HEAD(tq1_0) { h->scale = u_set16(1), h->d = u_halves(b + 52, 2); }
 // Sub-block j: bytes, and the powers of 3 they are multiplied with
 MOE__V __m256i u_tq1_0_bytes(const uint8_t *b, const int j) {
     if (j < 5) return v_load_256(b);
@@ -7184,7 +7202,7 @@ MOE__V __m256i u_tq1_0_bytes(const uint8_t *b, const int j) {
 }
 MOE__V __m256i u_tq1_0_powers(const int j) {
     const int power[5] = {1, 3, 9, 27, 81};
-    if (j < 5) return _mm256_set1_epi16((short)power[j]);
+    if (j < 5) return u_set16((short)power[j]);
     const __m128i a = _mm_set1_epi16((short)power[2 * (j - 5) % 5]);
     const __m128i c = j == 7 ? _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27)
                              : _mm_set1_epi16((short)power[2 * (j - 5) + 1]);
@@ -7200,11 +7218,11 @@ MOE__LEVEL(tq1_0) { // x = byte * 3^i modulo 256; the digit is 3 x / 256: two co
 #else
     const __m256i bytes = u_tq1_0_bytes(b, v), power = u_tq1_0_powers(v);
 #endif
-    const MOE__VI high = MOE__MM(set1_epi16)((short)0xFF00);
+    const MOE__VI high = v_set16((short)0xFF00);
     const MOE__VI odd = MOE__MM(mullo_epi16)(v_and(bytes, high), power);
     const MOE__VI x =
-        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), MOE__MM(set1_epi16)(0x00FF));
-    const MOE__VI one = MOE__MM(set1_epi8)(86), two = MOE__MM(set1_epi8)((char)171);
+        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), v_set16(0x00FF));
+    const MOE__VI one = v_set8(86), two = v_set8((char)171);
 #if MOE__ISA == 3
     const __m512i y = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(x, one), 1);
     return _mm512_mask_add_epi8(y, _mm512_cmpge_epu8_mask(x, two), y, _mm512_set1_epi8(1));
@@ -7292,10 +7310,10 @@ MOE__LEVEL(iq3_ks) { return v_lookup(moe__levels_k3, v_three(b + 6, b + 70, v), 
 // Eight scales whose lowest bit is not part of them but chooses the table
 MOE__V void u_head_ks(const uint8_t *b, float D, const int shift, MOE__(head) *h) {
     const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)b));
-    const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
+    const __m256i bit = _mm256_and_si256(x, u_set16(1));
     h->scale = u_add16(_mm256_sub_epi16(x, bit), -127);
     h->shift = _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
-                                _mm256_set1_epi16((short)shift));
+                                u_set16((short)shift));
     h->d = _mm_set_ss(D);
 }
 
@@ -7322,7 +7340,7 @@ MOE__LEVEL(iq2_kl) {
     const __m256i x = u_nibbles(b + 6 + 16 * v);
     __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + 70));
     high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
-    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
+    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), u_set8(16));
     return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)), pairs);
 #else
     const __m128i low = _mm_set1_epi8(15), one = _mm_set1_epi8(1);
@@ -7362,7 +7380,7 @@ MOE__V void u_signs_book8(__m256i sign, MOE__(head) *h) {
 }
 // bias + x, or bias - x where its sign is set
 MOE__V MOE__VI v_signed(MOE__VI x, const uint8_t *sign, const int v, const int bias) {
-    const MOE__VI zero = MOE__MM(set1_epi8)((char)bias);
+    const MOE__VI zero = v_set8((char)bias);
 #if MOE__ISA == 3
     return _mm512_mask_sub_epi8(_mm512_add_epi8(zero, x),
                                 (__mmask64)moe__load_u64(sign + 8 * v), zero, x);
@@ -7375,7 +7393,7 @@ MOE__V MOE__VI v_signed(MOE__VI x, const uint8_t *sign, const int v, const int b
 MOE__V __m256i u_even_signs(__m256i x) {
     const __m256i odd = _mm256_broadcastsi128_si256(_mm_setr_epi8(
         0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0));
-    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i low = u_set8(15);
     const __m256i fold = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi16(x, 4)), low);
     return _mm256_or_si256(x, _mm256_shuffle_epi8(odd, fold));
 }
@@ -7408,7 +7426,7 @@ MOE__V __m256i u_fours16(__m128i x, const int n) {
     const __m256i at = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3,
                                         4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7);
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(x),
-                               _mm256_add_epi8(at, _mm256_set1_epi8((char)(2 * n))));
+                               _mm256_add_epi8(at, u_set8((char)(2 * n))));
 }
 
 MOE__HEAD(iq2_xxs) {
@@ -7431,7 +7449,7 @@ MOE__V __m256i u_scales_iq2(const uint8_t *b) { return u_odd16(u_nibbles16(b, 16
 
 MOE__HEAD(iq2_xs) {
     const __m256i x = v_load_256(b + 2), y = v_load_256(b + 34);
-    const __m256i mask = _mm256_set1_epi16(511);
+    const __m256i mask = u_set16(511);
     __m256i sign = _mm256_packus_epi16(_mm256_srli_epi16(x, 9), _mm256_srli_epi16(y, 9));
     u_signs_book8(u_even_signs(_mm256_permute4x64_epi64(sign, 0xD8)), h);
     u_store_indices(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask), h);
@@ -7446,7 +7464,7 @@ MOE__LEVEL(iq2_xs) {
 MOE__HEAD(iq2_s) {
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(b + 66));
     const __m128i high = _mm_cvtepu8_epi16(bytes); // four pairs of bits
-    const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = _mm256_set1_epi16(0x300);
+    const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = u_set16(0x300);
     const __m256i low_half = _mm256_mullo_epi16(u_fours16(high, 0), up);
     const __m256i high_half = _mm256_mullo_epi16(u_fours16(high, 4), up);
     u_indices(b + 2, _mm256_and_si256(low_half, mask), _mm256_and_si256(high_half, mask), h);
@@ -7547,7 +7565,7 @@ MOE__LEVEL(iq3_s) {
 MOE__HEAD(iq1_s) {
     const __m128i words = v_load_128(b + 34); // four times 3 bits, a scale, a sign
     const __m256i up = _mm256_set1_epi64x(0x0001000800400200);
-    const __m256i mask = _mm256_set1_epi16(0x700);
+    const __m256i mask = u_set16(0x700);
     const __m256i low = _mm256_mullo_epi16(u_fours16(words, 0), up);
     const __m256i high = _mm256_mullo_epi16(u_fours16(words, 4), up);
     // 3 bits from 0, 3, 6 or 9 on are at 9 now, bit 15 is lost
@@ -7560,19 +7578,19 @@ MOE__HEAD(iq1_s) {
 }
 MOE__LEVEL(iq1_s) {
     const MOE__VI x = v_book8(h->books->iq1s, h->index, v);
-    return MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)(16));
+    return MOE__MM(add_epi8)(x, v_set8(16));
 }
 
 MOE__HEAD(iq1_m) {
     const __m128i words = v_load_128(b + 32); // four nibbles each: 3 bits, a sign
-    const __m256i up = _mm256_set1_epi64x(0x0001001001001000), mask = _mm256_set1_epi16(7);
+    const __m256i up = _mm256_set1_epi64x(0x0001001001001000), mask = u_set16(7);
     const __m256i low = _mm256_srli_epi16(_mm256_mullo_epi16(u_fours16(words, 0), up), 12);
     const __m256i high = _mm256_srli_epi16(_mm256_mullo_epi16(u_fours16(words, 4), up), 12);
     u_indices(b, _mm256_slli_epi16(_mm256_and_si256(low, mask), 8),
               _mm256_slli_epi16(_mm256_and_si256(high, mask), 8), h);
     const __m256i nibbles = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
     uint32_t signs =
-        (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(nibbles, _mm256_set1_epi8(7)));
+        (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(nibbles, u_set8(7)));
 #if MOE__ISA == 3
     signs = (signs & 0xF00FF00F) | (signs & 0x00F000F0) << 4 | (signs >> 4 & 0x00F000F0);
 #endif
@@ -7584,7 +7602,7 @@ MOE__HEAD(iq1_m) {
 }
 MOE__LEVEL(iq1_m) {
     const MOE__VI x = v_book8(h->books->iq1s, h->index, v);
-    const MOE__VI more = MOE__MM(set1_epi8)(17), less = MOE__MM(set1_epi8)(15);
+    const MOE__VI more = v_set8(17), less = v_set8(15);
 #if MOE__ISA == 3
     return _mm512_add_epi8(x, _mm512_mask_mov_epi64(more, h->sign[v], less));
 #else
@@ -7655,7 +7673,7 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
         const int mins = MOE__OFFSET_##NAME == 0, meta = MOE__META_##NAME;                        \
         const int bias = MOE__ISA == 2 && bits == 8 ? 0 : MOE__OFFSET_##NAME;                     \
         const int shifts = (has) & MOE__SHIFTS;                                                   \
-        const __m256i less = _mm256_set1_epi16((short)-bias);                                     \
+        const __m256i less = u_set16((short)-bias);                                     \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;                \
         const moe__books *books = (has) & MOE__BOOKS ? moe__books_get() : NULL;                   \
@@ -7707,7 +7725,7 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
             if (shifts) {                                                                         \
                 const __m256i both = _mm256_or_si256(_mm256_slli_epi16(h.shift, 8),               \
                                                      _mm256_and_si256(h.shift,                    \
-                                                                      _mm256_set1_epi16(255)));   \
+                                                                      u_set16(255)));   \
                 levels = MOE__MM(add_epi8)(levels, v_spread(both, per, order, v));         \
             }                                                                                     \
             tile_store(out->q + MOE__VBYTES * v, levels);                                  \
@@ -7838,10 +7856,10 @@ MOE__V __m128 u_four_halves(const uint8_t *p) {
     return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(const void *)p));
 }
 MOE__V __m256i u_mask8(__m256i x, const int mask) {
-    return _mm256_and_si256(x, _mm256_set1_epi8((char)mask));
+    return _mm256_and_si256(x, u_set8((char)mask));
 }
 MOE__V __m256i u_add8(__m256i x, const int y) {
-    return _mm256_add_epi8(x, _mm256_set1_epi8((char)y));
+    return _mm256_add_epi8(x, u_set8((char)y));
 }
 // 64 6-bit scales less 32, see moe__types_six_r4
 MOE__V void u_six_r4(const uint8_t *low, const uint8_t *high, rows_head *h) {
@@ -7895,7 +7913,7 @@ MOE__LEVEL(q3_k_r4) {
 
 // Low nibbles are scales, high ones mins; two more bits of each
 MOE__HEAD(q4_k_r4) {
-    const __m256i bytes = v_load_256(b + 32), three = _mm256_set1_epi8(48);
+    const __m256i bytes = v_load_256(b + 32), three = u_set8(48);
     __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + 16));
     high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
     const __m256i scale = u_mask8(bytes, 15);
@@ -8030,7 +8048,7 @@ MOE__V MOE__VI v_times_sums_r4(MOE__VI acc, const int8_t *x, const int8_t *shift
                                const moe__act256 *a, const int per) {
     const __m256i sums =
         per == 16 ? v_load_256(a->sum16) : _mm256_castsi128_si256(v_load_128(a->sum32));
-    const MOE__VI more = MOE__MM(set1_epi16)((short)add);
+    const MOE__VI more = v_set16((short)add);
     MOE__UNROLL(4)
     for (int i = 0; i < 128 / per / MOE__LANES; i++) {
         const int at = MOE__LANES * i;
@@ -8071,7 +8089,7 @@ typedef struct rows_out {
     int add; // to the levels
 } rows_out;
 MOE__V void rows_put(const rows_out *out, int quad, MOE__VI x) {
-    tile_put(out->pack, quad, out->half, MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)((char)out->add)));
+    tile_put(out->pack, quad, out->half, MOE__MM(add_epi8)(x, v_set8((char)out->add)));
 }
 // Vectors v of sub-block j of as many groups of four rows as fill a vector with rows
 MOE__V void MOE__(rows_put_r4)(const rows_out *out, int j, const int v, const MOE__VI *x) {
@@ -8320,7 +8338,7 @@ MOE__LEVEL(q4_0_r8) { return v_nibbles_r8(b + 16, v); }
 MOE__LEVEL(mxfp4_r8) { return v_lookup(moe__levels_fp4, v_nibbles_r8(b + 8, v), 16, 16); }
 MOE__LEVEL(q8_0_r8) {
     return MOE__MM(add_epi8)(v_load(b + 16 + MOE__VBYTES * v),
-                             MOE__MM(set1_epi8)((char)MOE__BIAS8));
+                             v_set8((char)MOE__BIAS8));
 }
 MOE__LEVEL(iq4_nl_r4) { return v_lookup(moe__levels_k4, v_nibbles_r4(b + 8, v), 16, MOE__BIAS8); }
 MOE__LEVEL(q5_0_r4) {
@@ -8653,7 +8671,7 @@ MOE__V __m256 MOE__(q32_products)(const uint8_t *b, const moe__act32 *a, MOE__VI
         if (!is_signed) { // two sums of two fit in int16: 4 * 63 * 127 = 32004
             s[i] = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a_low),
                                     _mm256_maddubs_epi16(w.high, a_high));
-            s[i] = _mm256_madd_epi16(s[i], _mm256_set1_epi16(1));
+            s[i] = _mm256_madd_epi16(s[i], u_set16(1));
             continue;
         }
 #endif
@@ -8695,7 +8713,7 @@ MOE__V MOE__(two) MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, M
         const MOE__VI w = q32_load(b + 4 - 2 * odd, BYTES / 2, i);
         const MOE__VI w_low = MOE__MM(shuffle_epi8)(table, v_mask(w, 15));
         const MOE__VI w_high = MOE__MM(shuffle_epi8)(table, v_mask(MOE__MM(srli_epi16)(w, 4), 15));
-        const MOE__VI offset = MOE__MM(set1_epi8)(16);
+        const MOE__VI offset = v_set8(16);
         MOE__VI extra = v_quads(v_zero(), offset, a_low, 5);
         extra = v_quads(extra, offset, a_high, 5);
         s[i] = v_quads(v_zero(), w_low, a_low, 5);
@@ -8815,12 +8833,12 @@ MOE__V void u_put(moe__block *out, int j, __m256i v) {
 }
 MOE__V __m256i u_five(const uint8_t *low, const uint8_t *high) {
     __m256i fifth = u_mask(moe__load_u32(high));
-    return _mm256_or_si256(u_nibbles(low), _mm256_and_si256(fifth, _mm256_set1_epi8(16)));
+    return _mm256_or_si256(u_nibbles(low), _mm256_and_si256(fifth, u_set8(16)));
 }
 MOE__V __m256i u_six(const uint8_t *low, const uint8_t *high) {
     __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(high));
     x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
-                         _mm256_set1_epi8(3));
+                         u_set8(3));
     return _mm256_or_si256(u_nibbles(low), _mm256_slli_epi16(x, 4));
 }
 MOE__ROW_BLOCKS(q4_0, 18, u_f16(b), 0, u_nibbles(b + 2))
@@ -8844,7 +8862,7 @@ MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *ou
         __m128i bytes = v_load_128(b + 36 * (j / 2) + 4 + 16 * (j % 2));
         __m256i x = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);
         x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 0, 4));
-        x = _mm256_and_si256(x, _mm256_set1_epi8(15));
+        x = _mm256_and_si256(x, u_set8(15));
         u_put(out, j, v_lookup(moe__levels_fp4, x, 16, 16));
     }
 }
@@ -9016,7 +9034,7 @@ MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64
                 if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL)
                     v = MOE__MM(shuffle_epi8)(table, v);
                 if (type == MOE__INDEX_Q5_0) { // bits 4 i .. 4 i + 3
-                    MOE__VI at = MOE__MM(add_epi8)(byte, MOE__MM(set1_epi8)((char)(i / 2)));
+                    MOE__VI at = MOE__MM(add_epi8)(byte, v_set8((char)(i / 2)));
                     MOE__VI bit = MOE__MM(set1_epi32)(i % 2 ? (int)0x80402010 : 0x08040201);
                     v = v_add_where(v, MOE__MM(shuffle_epi8)(fifth, at), bit, 16);
                 }
@@ -9036,7 +9054,7 @@ MOE__TILE_NIBBLES(MXFP4, mxfp4)
 
 MOE__V void MOE__(tile_unpack_bytes)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack,
                                      const int is_signed) {
-    const MOE__VI offset = MOE__MM(set1_epi8)(is_signed ? 0 : -128); // int8 + 128, modulo 256
+    const MOE__VI offset = v_set8(is_signed ? 0 : -128); // int8 + 128, modulo 256
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
             const uint8_t *block = rows + 34 * b;
@@ -9274,7 +9292,7 @@ MOE__K void MOE__(tile_rows)(const tile_plan *plan, const uint8_t *rows, size_t 
                              uint8_t *pack) {
     const moe__type *type = plan->type;
     const size_t skip = (size_t)(at / type->block * type->bytes + type->meta);
-    const MOE__VI more = MOE__MM(set1_epi8)((char)plan->add);
+    const MOE__VI more = v_set8((char)plan->add);
     moe__block *block = (moe__block *)(void *)stage;
     for (int r = 0; r < MOE__VFLOATS; r++) {
         const uint8_t *row = rows + (size_t)moe__min(h * MOE__VFLOATS + r, left - 1) * row_size;
@@ -9516,13 +9534,13 @@ MOE__V __m256i tile_dot(__m256i sum, __m256i w, __m256i x) {
 }
 MOE__V __m256i MOE__(tile_dot2)(__m256i sum, __m256i w0, __m256i w1, __m256i x0, __m256i x1) {
     __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, u_set16(1)));
     __asm__("" : "+x"(sum));
     return sum;
 }
 MOE__V __m256i tile_end(__m256i sum, __m256i start, const int bits) {
     if (bits != 4) return sum;
-    return _mm256_add_epi32(start, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(start, _mm256_madd_epi16(sum, u_set16(1)));
 }
 #endif
 
@@ -9549,8 +9567,8 @@ MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, int quads, int per_256)
         MOE__UNROLL(4)
         for (int k = 0; k < 4; k++) {
             __m256i q = MOE__AVX2(u_act32)((const int8_t *)x, i / 2 + k);
-            q = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
-            four[k] = _mm256_madd_epi16(q, _mm256_set1_epi16(-1));
+            q = _mm256_maddubs_epi16(u_set8(1), q);
+            four[k] = _mm256_madd_epi16(q, u_set16(-1));
         }
         __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]),
                                          _mm256_hadd_epi32(four[2], four[3]));
@@ -10139,7 +10157,7 @@ MOE__V void f_store_i8(uint8_t *p, __m512 x) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 MOE__V __m512 f_set_half(const uint8_t *p) {
-    return _mm512_cvtph_ps(_mm256_set1_epi16((short)moe__load_u16(p)));
+    return _mm512_cvtph_ps(u_set16((short)moe__load_u16(p)));
 }
 MOE__V __m512 f_round(__m512 x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -11413,6 +11431,10 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_load
 #undef v_load_256
 #undef v_zero
+#undef u_set8
+#undef u_set16
+#undef v_set8
+#undef v_set16
 #undef v_and
 #undef v_or
 #undef v_xor

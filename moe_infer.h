@@ -6272,217 +6272,221 @@ static const moe__kernels moe__kernels_scalar = {
 // v_: on whole vectors of integers; u_: on 256 bits in every instruction set; f_, d_: on whole
 // vectors of floats, of doubles; tile_, attend_, ...: of the section of that name. w_, s_, d_ and
 // rw_, rs_, rd_: the words of the layouts in >>types.
-#define v_load_128 MOE__(v_load_128)
-#define v_load MOE__(v_load)
-#define v_load_256 MOE__(v_load_256)
-#define v_zero MOE__(v_zero)
-#define v_and MOE__(v_and)
-#define v_or MOE__(v_or)
-#define v_xor MOE__(v_xor)
-#define v_or_and MOE__(v_or_and)
-#define v_lanes MOE__(v_lanes)
+#define v_load_128 MOE__SHARED(v_load_128)
+#define v_load MOE__SHARED(v_load)
+#define v_load_256 MOE__SHARED(v_load_256)
+#define v_zero MOE__SHARED(v_zero)
+#define u_set8 MOE__SHARED(u_set8)
+#define u_set16 MOE__SHARED(u_set16)
+#define v_set8 MOE__SHARED(v_set8)
+#define v_set16 MOE__SHARED(v_set16)
+#define v_and MOE__SHARED(v_and)
+#define v_or MOE__SHARED(v_or)
+#define v_xor MOE__SHARED(v_xor)
+#define v_or_and MOE__SHARED(v_or_and)
+#define v_lanes MOE__SHARED(v_lanes)
 #define v_dot_u8 MOE__(v_dot_u8)
-#define v_dot_i16 MOE__(v_dot_i16)
-#define v_rounded MOE__(v_rounded)
-#define v_load16 MOE__(v_load16)
-#define v_peak MOE__(v_peak)
-#define v_act_scale MOE__(v_act_scale)
-#define v_act_round MOE__(v_act_round)
-#define v_act_pack MOE__(v_act_pack)
-#define u_f16 MOE__(u_f16)
-#define v_fetch MOE__(v_fetch)
-#define u_sum MOE__(u_sum)
-#define u_load_weights MOE__(u_load_weights)
-#define u_load_weight MOE__(u_load_weight)
-#define d_weigh MOE__(d_weigh)
-#define u_dot_end MOE__(u_dot_end)
-#define u_dot_float MOE__(u_dot_float)
-#define v_load_weights MOE__(v_load_weights)
-#define u_store_levels MOE__(u_store_levels)
-#define u_store MOE__(u_store)
-#define u_dequantize_float MOE__(u_dequantize_float)
-#define u_or_and MOE__(u_or_and)
-#define u_copy_i16 MOE__(u_copy_i16)
-#define tile_store MOE__(tile_store)
-#define u_nibbles MOE__(u_nibbles)
-#define u_mask MOE__(u_mask)
-#define u_act32 MOE__(u_act32)
-#define u_rounded MOE__(u_rounded)
-#define q32_size MOE__(q32_size)
-#define q32_shift MOE__(q32_shift)
-#define v_add_where MOE__(v_add_where)
-#define v_e8m0 MOE__(v_e8m0)
-#define v_turn_lanes MOE__(v_turn_lanes)
-#define TILE_PACK MOE__(TILE_PACK)
-#define TILE_SUMS_AT MOE__(TILE_SUMS_AT)
-#define TILE_SCALE MOE__(TILE_SCALE)
-#define TILE_D MOE__(TILE_D)
-#define TILE_DMIN MOE__(TILE_DMIN)
-#define TILE_MIN MOE__(TILE_MIN)
-#define TILE_START MOE__(TILE_START)
-#define tile_store_f32 MOE__(tile_store_f32)
-#define tile_put MOE__(tile_put)
-#define tile_put_scale MOE__(tile_put_scale)
-#define tile_put_int MOE__(tile_put_int)
-#define v_group MOE__(v_group)
-#define v_acts MOE__(v_acts)
-#define v_numbers MOE__(v_numbers)
-#define v_spread MOE__(v_spread)
-#define v_twos MOE__(v_twos)
-#define v_quads MOE__(v_quads)
-#define v_multiply MOE__(v_multiply)
-#define u_times_sums MOE__(u_times_sums)
-#define v_extend MOE__(v_extend)
-#define v_shift MOE__(v_shift)
-#define v_field MOE__(v_field)
-#define v_mask MOE__(v_mask)
-#define v_join MOE__(v_join)
-#define v_table MOE__(v_table)
-#define v_lookup MOE__(v_lookup)
-#define v_level_of MOE__(v_level_of)
-#define u_words MOE__(u_words)
-#define u_halves MOE__(u_halves)
-#define u_nibbles16 MOE__(u_nibbles16)
-#define u_bits16 MOE__(u_bits16)
-#define u_pairs16 MOE__(u_pairs16)
-#define u_add16 MOE__(u_add16)
-#define u_odd16 MOE__(u_odd16)
-#define v_book8 MOE__(v_book8)
-#define u_signs_book8 MOE__(u_signs_book8)
-#define v_signed MOE__(v_signed)
-#define u_even_signs MOE__(u_even_signs)
-#define u_signs_scales MOE__(u_signs_scales)
-#define u_store_indices MOE__(u_store_indices)
-#define u_indices MOE__(u_indices)
-#define u_fours16 MOE__(u_fours16)
-#define v_lookup_16 MOE__(v_lookup_16)
-#define u_signs_book4 MOE__(u_signs_book4)
-#define v_book4 MOE__(v_book4)
-#define v_book4_16 MOE__(v_book4_16)
-#define u_rows_8 MOE__(u_rows_8)
-#define u_rows_4 MOE__(u_rows_4)
-#define u_add_block MOE__(u_add_block)
-#define u_row_scale MOE__(u_row_scale)
-#define u_per_16 MOE__(u_per_16)
-#define rows_head MOE__(rows_head)
-#define r4_t MOE__(r4_t)
-#define r4_half MOE__(r4_half)
-#define v_dwords MOE__(v_dwords)
-#define v_acts_r4 MOE__(v_acts_r4)
-#define v_bits_r4 MOE__(v_bits_r4)
-#define v_load_twice MOE__(v_load_twice)
-#define u_four_halves MOE__(u_four_halves)
-#define u_mask8 MOE__(u_mask8)
-#define u_add8 MOE__(u_add8)
-#define u_bits_r4 MOE__(u_bits_r4)
-#define u_odd_signed MOE__(u_odd_signed)
-#define v_scales_r4 MOE__(v_scales_r4)
-#define v_pairs_r4 MOE__(v_pairs_r4)
-#define v_times_sums_r4 MOE__(v_times_sums_r4)
-#define v_multiply_r4 MOE__(v_multiply_r4)
-#define rows_out MOE__(rows_out)
-#define rows_put MOE__(rows_put)
-#define v_shift_r4 MOE__(v_shift_r4)
-#define v_acts_r8 MOE__(v_acts_r8)
-#define level_iq4_xs_r8 MOE__(level_iq4_xs_r8)
-#define u_scales_rows MOE__(u_scales_rows)
-#define u_dot_i16 MOE__(u_dot_i16)
-#define q32_block MOE__(q32_block)
-#define v_hadd MOE__(v_hadd)
-#define q32_load MOE__(q32_load)
-#define q32_fifths MOE__(q32_fifths)
-#define q32_levels MOE__(q32_levels)
-#define u_ue4m3 MOE__(u_ue4m3)
-#define unpack_fn MOE__(unpack_fn)
-#define u_put MOE__(u_put)
-#define tile_job MOE__(tile_job)
-#define tile_kernel_fn MOE__(tile_kernel_fn)
-#define tile_load_f32 MOE__(tile_load_f32)
+#define v_dot_i16 MOE__SHARED(v_dot_i16)
+#define v_rounded MOE__SHARED(v_rounded)
+#define v_load16 MOE__SHARED(v_load16)
+#define v_peak MOE__SHARED(v_peak)
+#define v_act_scale MOE__SHARED(v_act_scale)
+#define v_act_round MOE__SHARED(v_act_round)
+#define v_act_pack MOE__SHARED(v_act_pack)
+#define u_f16 MOE__SHARED(u_f16)
+#define v_fetch MOE__SHARED(v_fetch)
+#define u_sum MOE__SHARED(u_sum)
+#define u_load_weights MOE__SHARED(u_load_weights)
+#define u_load_weight MOE__SHARED(u_load_weight)
+#define d_weigh MOE__SHARED(d_weigh)
+#define u_dot_end MOE__SHARED(u_dot_end)
+#define u_dot_float MOE__SHARED(u_dot_float)
+#define v_load_weights MOE__SHARED(v_load_weights)
+#define u_store_levels MOE__SHARED(u_store_levels)
+#define u_store MOE__SHARED(u_store)
+#define u_dequantize_float MOE__SHARED(u_dequantize_float)
+#define u_or_and MOE__SHARED(u_or_and)
+#define u_copy_i16 MOE__SHARED(u_copy_i16)
+#define tile_store MOE__SHARED(tile_store)
+#define u_nibbles MOE__SHARED(u_nibbles)
+#define u_mask MOE__SHARED(u_mask)
+#define u_act32 MOE__SHARED(u_act32)
+#define u_rounded MOE__SHARED(u_rounded)
+#define q32_size MOE__SHARED(q32_size)
+#define q32_shift MOE__SHARED(q32_shift)
+#define v_add_where MOE__SHARED(v_add_where)
+#define v_e8m0 MOE__SHARED(v_e8m0)
+#define v_turn_lanes MOE__SHARED(v_turn_lanes)
+#define TILE_PACK MOE__SHARED(TILE_PACK)
+#define TILE_SUMS_AT MOE__SHARED(TILE_SUMS_AT)
+#define TILE_SCALE MOE__SHARED(TILE_SCALE)
+#define TILE_D MOE__SHARED(TILE_D)
+#define TILE_DMIN MOE__SHARED(TILE_DMIN)
+#define TILE_MIN MOE__SHARED(TILE_MIN)
+#define TILE_START MOE__SHARED(TILE_START)
+#define tile_store_f32 MOE__SHARED(tile_store_f32)
+#define tile_put MOE__SHARED(tile_put)
+#define tile_put_scale MOE__SHARED(tile_put_scale)
+#define tile_put_int MOE__SHARED(tile_put_int)
+#define v_group MOE__SHARED(v_group)
+#define v_acts MOE__SHARED(v_acts)
+#define v_numbers MOE__SHARED(v_numbers)
+#define v_spread MOE__SHARED(v_spread)
+#define v_twos MOE__SHARED(v_twos)
+#define v_quads MOE__SHARED(v_quads)
+#define v_multiply MOE__SHARED(v_multiply)
+#define u_times_sums MOE__SHARED(u_times_sums)
+#define v_extend MOE__SHARED(v_extend)
+#define v_shift MOE__SHARED(v_shift)
+#define v_field MOE__SHARED(v_field)
+#define v_mask MOE__SHARED(v_mask)
+#define v_join MOE__SHARED(v_join)
+#define v_table MOE__SHARED(v_table)
+#define v_lookup MOE__SHARED(v_lookup)
+#define u_words MOE__SHARED(u_words)
+#define u_halves MOE__SHARED(u_halves)
+#define u_nibbles16 MOE__SHARED(u_nibbles16)
+#define u_bits16 MOE__SHARED(u_bits16)
+#define u_pairs16 MOE__SHARED(u_pairs16)
+#define u_add16 MOE__SHARED(u_add16)
+#define u_odd16 MOE__SHARED(u_odd16)
+#define v_book8 MOE__SHARED(v_book8)
+#define u_signs_book8 MOE__SHARED(u_signs_book8)
+#define v_signed MOE__SHARED(v_signed)
+#define u_even_signs MOE__SHARED(u_even_signs)
+#define u_signs_scales MOE__SHARED(u_signs_scales)
+#define u_store_indices MOE__SHARED(u_store_indices)
+#define u_indices MOE__SHARED(u_indices)
+#define u_fours16 MOE__SHARED(u_fours16)
+#define v_lookup_16 MOE__SHARED(v_lookup_16)
+#define u_signs_book4 MOE__SHARED(u_signs_book4)
+#define v_book4 MOE__SHARED(v_book4)
+#define v_book4_16 MOE__SHARED(v_book4_16)
+#define u_rows_8 MOE__SHARED(u_rows_8)
+#define u_rows_4 MOE__SHARED(u_rows_4)
+#define u_add_block MOE__SHARED(u_add_block)
+#define u_row_scale MOE__SHARED(u_row_scale)
+#define u_per_16 MOE__SHARED(u_per_16)
+#define rows_head MOE__SHARED(rows_head)
+#define r4_t MOE__SHARED(r4_t)
+#define r4_half MOE__SHARED(r4_half)
+#define v_dwords MOE__SHARED(v_dwords)
+#define v_acts_r4 MOE__SHARED(v_acts_r4)
+#define v_bits_r4 MOE__SHARED(v_bits_r4)
+#define v_load_twice MOE__SHARED(v_load_twice)
+#define u_four_halves MOE__SHARED(u_four_halves)
+#define u_mask8 MOE__SHARED(u_mask8)
+#define u_add8 MOE__SHARED(u_add8)
+#define u_bits_r4 MOE__SHARED(u_bits_r4)
+#define u_odd_signed MOE__SHARED(u_odd_signed)
+#define v_scales_r4 MOE__SHARED(v_scales_r4)
+#define v_pairs_r4 MOE__SHARED(v_pairs_r4)
+#define v_times_sums_r4 MOE__SHARED(v_times_sums_r4)
+#define v_multiply_r4 MOE__SHARED(v_multiply_r4)
+#define rows_out MOE__SHARED(rows_out)
+#define rows_put MOE__SHARED(rows_put)
+#define v_shift_r4 MOE__SHARED(v_shift_r4)
+#define v_acts_r8 MOE__SHARED(v_acts_r8)
+#define level_iq4_xs_r8 MOE__SHARED(level_iq4_xs_r8)
+#define u_scales_rows MOE__SHARED(u_scales_rows)
+#define u_dot_i16 MOE__SHARED(u_dot_i16)
+#define q32_block MOE__SHARED(q32_block)
+#define v_hadd MOE__SHARED(v_hadd)
+#define q32_load MOE__SHARED(q32_load)
+#define q32_fifths MOE__SHARED(q32_fifths)
+#define q32_levels MOE__SHARED(q32_levels)
+#define u_ue4m3 MOE__SHARED(u_ue4m3)
+#define unpack_fn MOE__SHARED(unpack_fn)
+#define u_put MOE__SHARED(u_put)
+#define tile_job MOE__SHARED(tile_job)
+#define tile_kernel_fn MOE__SHARED(tile_kernel_fn)
+#define tile_load_f32 MOE__SHARED(tile_load_f32)
 #define tile_dot MOE__(tile_dot)
 #define tile_end MOE__(tile_end)
 #define tile_even MOE__(tile_even)
 #define tile_odd MOE__(tile_odd)
 #define tile_dot_i16 MOE__(tile_dot_i16)
-#define f_scale MOE__(f_scale)
-#define f_min MOE__(f_min)
-#define tile_columns MOE__(tile_columns)
-#define tile_pair MOE__(tile_pair)
-#define tile_turn MOE__(tile_turn)
-#define tile_low MOE__(tile_low)
-#define tile_high_nibbles MOE__(tile_high_nibbles)
-#define tile_plan MOE__(tile_plan)
-#define tile_turn_blocks MOE__(tile_turn_blocks)
-#define tile_ahead MOE__(tile_ahead)
-#define tile_cut MOE__(tile_cut)
-#define f_mask MOE__(f_mask)
-#define f_load_part MOE__(f_load_part)
-#define f_load MOE__(f_load)
-#define f_store_part MOE__(f_store_part)
-#define f_store MOE__(f_store)
-#define f_select_part MOE__(f_select_part)
-#define f_load_half MOE__(f_load_half)
-#define f_load_half_part MOE__(f_load_half_part)
-#define f_to_half MOE__(f_to_half)
-#define f_store_half MOE__(f_store_half)
-#define f_store_half_part MOE__(f_store_half_part)
-#define f_load_i8 MOE__(f_load_i8)
-#define f_store_i8 MOE__(f_store_i8)
-#define f_set_half MOE__(f_set_half)
-#define f_set MOE__(f_set)
-#define f_round MOE__(f_round)
-#define f_low MOE__(f_low)
-#define f_high MOE__(f_high)
-#define f_first MOE__(f_first)
-#define f_at_least MOE__(f_at_least)
-#define d_above MOE__(d_above)
-#define d_scale MOE__(d_scale)
-#define f_fold MOE__(f_fold)
-#define f_fold_max MOE__(f_fold_max)
-#define d_fold MOE__(d_fold)
-#define f_upper MOE__(f_upper)
-#define f_keep MOE__(f_keep)
-#define f_zero MOE__(f_zero)
-#define f_add MOE__(f_add)
-#define f_sub MOE__(f_sub)
-#define f_mul MOE__(f_mul)
-#define f_div MOE__(f_div)
-#define f_fma MOE__(f_fma)
-#define f_fnma MOE__(f_fnma)
-#define f_max MOE__(f_max)
-#define d_zero MOE__(d_zero)
-#define d_add MOE__(d_add)
-#define d_square_add MOE__(d_square_add)
-#define f_sum MOE__(f_sum)
-#define f_largest MOE__(f_largest)
-#define d_sum MOE__(d_sum)
-#define f_sum4 MOE__(f_sum4)
-#define f_exp MOE__(f_exp)
-#define f_glu MOE__(f_glu)
-#define d_set MOE__(d_set)
-#define d_sub MOE__(d_sub)
-#define d_product MOE__(d_product)
-#define d_step MOE__(d_step)
-#define ATTEND_STEP MOE__(ATTEND_STEP)
-#define kv_load MOE__(kv_load)
-#define kv_load_part MOE__(kv_load_part)
-#define attend_rows MOE__(attend_rows)
-#define attend_most MOE__(attend_most)
-#define attend_least MOE__(attend_least)
-#define attend_stream MOE__(attend_stream)
-#define attend_fetch MOE__(attend_fetch)
-#define attend_chunk MOE__(attend_chunk)
-#define score_args MOE__(score_args)
-#define score_tile MOE__(score_tile)
-#define ATTEND_TURNED MOE__(ATTEND_TURNED)
-#define block_args MOE__(block_args)
-#define block_tile MOE__(block_tile)
-#define attend_joined MOE__(attend_joined)
-#define attend_out MOE__(attend_out)
-#define value_args MOE__(value_args)
-#define value_load MOE__(value_load)
-#define value_weight MOE__(value_weight)
-#define value_tile MOE__(value_tile)
-#define value_cut MOE__(value_cut)
+#define f_scale MOE__SHARED(f_scale)
+#define f_min MOE__SHARED(f_min)
+#define tile_columns MOE__SHARED(tile_columns)
+#define tile_pair MOE__SHARED(tile_pair)
+#define tile_turn MOE__SHARED(tile_turn)
+#define tile_low MOE__SHARED(tile_low)
+#define tile_high_nibbles MOE__SHARED(tile_high_nibbles)
+#define tile_plan MOE__SHARED(tile_plan)
+#define tile_turn_blocks MOE__SHARED(tile_turn_blocks)
+#define tile_ahead MOE__SHARED(tile_ahead)
+#define tile_cut MOE__SHARED(tile_cut)
+#define f_mask MOE__SHARED(f_mask)
+#define f_load_part MOE__SHARED(f_load_part)
+#define f_load MOE__SHARED(f_load)
+#define f_store_part MOE__SHARED(f_store_part)
+#define f_store MOE__SHARED(f_store)
+#define f_select_part MOE__SHARED(f_select_part)
+#define f_load_half MOE__SHARED(f_load_half)
+#define f_load_half_part MOE__SHARED(f_load_half_part)
+#define f_to_half MOE__SHARED(f_to_half)
+#define f_store_half MOE__SHARED(f_store_half)
+#define f_store_half_part MOE__SHARED(f_store_half_part)
+#define f_load_i8 MOE__SHARED(f_load_i8)
+#define f_store_i8 MOE__SHARED(f_store_i8)
+#define f_set_half MOE__SHARED(f_set_half)
+#define f_set MOE__SHARED(f_set)
+#define f_round MOE__SHARED(f_round)
+#define f_low MOE__SHARED(f_low)
+#define f_high MOE__SHARED(f_high)
+#define f_first MOE__SHARED(f_first)
+#define f_at_least MOE__SHARED(f_at_least)
+#define d_above MOE__SHARED(d_above)
+#define d_scale MOE__SHARED(d_scale)
+#define f_fold MOE__SHARED(f_fold)
+#define f_fold_max MOE__SHARED(f_fold_max)
+#define d_fold MOE__SHARED(d_fold)
+#define f_upper MOE__SHARED(f_upper)
+#define f_keep MOE__SHARED(f_keep)
+#define f_zero MOE__SHARED(f_zero)
+#define f_add MOE__SHARED(f_add)
+#define f_sub MOE__SHARED(f_sub)
+#define f_mul MOE__SHARED(f_mul)
+#define f_div MOE__SHARED(f_div)
+#define f_fma MOE__SHARED(f_fma)
+#define f_fnma MOE__SHARED(f_fnma)
+#define f_max MOE__SHARED(f_max)
+#define d_zero MOE__SHARED(d_zero)
+#define d_add MOE__SHARED(d_add)
+#define d_square_add MOE__SHARED(d_square_add)
+#define f_sum MOE__SHARED(f_sum)
+#define f_largest MOE__SHARED(f_largest)
+#define d_sum MOE__SHARED(d_sum)
+#define f_sum4 MOE__SHARED(f_sum4)
+#define f_exp MOE__SHARED(f_exp)
+#define f_glu MOE__SHARED(f_glu)
+#define d_set MOE__SHARED(d_set)
+#define d_sub MOE__SHARED(d_sub)
+#define d_product MOE__SHARED(d_product)
+#define d_step MOE__SHARED(d_step)
+#define ATTEND_STEP MOE__SHARED(ATTEND_STEP)
+#define kv_load MOE__SHARED(kv_load)
+#define kv_load_part MOE__SHARED(kv_load_part)
+#define attend_rows MOE__SHARED(attend_rows)
+#define attend_most MOE__SHARED(attend_most)
+#define attend_least MOE__SHARED(attend_least)
+#define attend_stream MOE__SHARED(attend_stream)
+#define attend_fetch MOE__SHARED(attend_fetch)
+#define attend_chunk MOE__SHARED(attend_chunk)
+#define score_args MOE__SHARED(score_args)
+#define score_tile MOE__SHARED(score_tile)
+#define ATTEND_TURNED MOE__SHARED(ATTEND_TURNED)
+#define block_args MOE__SHARED(block_args)
+#define block_tile MOE__SHARED(block_tile)
+#define attend_joined MOE__SHARED(attend_joined)
+#define attend_out MOE__SHARED(attend_out)
+#define value_args MOE__SHARED(value_args)
+#define value_load MOE__SHARED(value_load)
+#define value_weight MOE__SHARED(value_weight)
+#define value_tile MOE__SHARED(value_tile)
+#define value_cut MOE__SHARED(value_cut)
+#define v_level_of MOE__SHARED(v_level_of)
 
 // ---- vectors ---------------------------------------------------------------------------------
 
@@ -6505,12 +6509,26 @@ static const moe__kernels moe__kernels_scalar = {
 #endif
 #define MOE__VFLOATS (MOE__VBYTES / 4) // floats in a vector
 
+#if MOE__ISA != 4 // AVX-VNNI has these from AVX2
+
 MOE__V __m128i v_load_128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 MOE__V __m256i v_load_256(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+// x in every byte or int16. GCC's own make 32 or 16 parameters of it, which without optimization
+// took a quarter of the time of compiling this text.
+MOE__V __m256i u_set8(char x) {
+    const __v32qi zero = (__v32qi)_mm256_setzero_si256();
+    return (__m256i)(zero + x);
+}
+MOE__V __m256i u_set16(short x) {
+    const __v16hi zero = (__v16hi)_mm256_setzero_si256();
+    return (__m256i)(zero + x);
+}
 
 #if MOE__ISA == 3
 MOE__V __m512i v_load(const void *p) { return _mm512_loadu_si512(p); }
 MOE__V __m512i v_zero(void) { return _mm512_setzero_si512(); }
+MOE__V __m512i v_set8(char x) { return _mm512_set1_epi8(x); }
+MOE__V __m512i v_set16(short x) { return _mm512_set1_epi16(x); }
 MOE__V __m512i v_and(__m512i a, __m512i b) { return _mm512_and_si512(a, b); }
 MOE__V __m512i v_or(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
 MOE__V __m512i v_xor(__m512i a, __m512i b) { return _mm512_xor_si512(a, b); }
@@ -6531,6 +6549,8 @@ MOE__V __m512i v_dot_i16(__m512i acc, __m512i a, __m512i b) {
 #else
 MOE__V __m256i v_load(const void *p) { return v_load_256(p); }
 MOE__V __m256i v_zero(void) { return _mm256_setzero_si256(); }
+MOE__V __m256i v_set8(char x) { return u_set8(x); }
+MOE__V __m256i v_set16(short x) { return u_set16(x); }
 MOE__V __m256i v_and(__m256i a, __m256i b) { return _mm256_and_si256(a, b); }
 MOE__V __m256i v_or(__m256i a, __m256i b) { return _mm256_or_si256(a, b); }
 MOE__V __m256i v_xor(__m256i a, __m256i b) { return _mm256_xor_si256(a, b); }
@@ -6541,15 +6561,6 @@ MOE__V __m256i v_lanes(__m128i x) { return _mm256_broadcastsi128_si256(x); }
 MOE__V __m256i v_dot_i16(__m256i acc, __m256i a, __m256i b) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
-#if MOE__ISA == 4
-MOE__V __m256i v_dot_u8(__m256i acc, __m256i a, __m256i b) {
-#if MOE__VNNI_EVEX
-    return _mm256_dpbusd_epi32(acc, a, b);
-#else
-    return _mm256_dpbusd_avx_epi32(acc, a, b);
-#endif
-}
-#endif
 #endif
 // x, rounded before it is used: a product is not fused with what is added to it.
 MOE__V MOE__VF v_rounded(MOE__VF x) {
@@ -6559,8 +6570,6 @@ MOE__V MOE__VF v_rounded(MOE__VF x) {
 
 // 16 bytes in every lane
 MOE__V MOE__VI v_load16(const void *p) { return v_lanes(v_load_128(p)); }
-
-#if MOE__ISA != 4 // AVX-VNNI has these from AVX2
 
 // ---- activations to int8 ---------------------------------------------------------------------
 
@@ -6618,8 +6627,8 @@ MOE__V __m256i v_act_pack(const float *x, float inverse, int8_t *low, int8_t *hi
 #endif
     _mm_storeu_si128((__m128i *)(void *)low, _mm256_castsi256_si128(bytes));
     _mm_storeu_si128((__m128i *)(void *)high, _mm256_extracti128_si256(bytes, 1));
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
-    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m256i pairs = _mm256_maddubs_epi16(u_set8(1), bytes);
+    return _mm256_madd_epi16(pairs, u_set16(1));
 }
 
 MOE__K void MOE__(quantize_f32)(const float *x, int64_t n, void *act) {
@@ -6900,8 +6909,6 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
 }
 #endif
 
-#endif // MOE__ISA != 4
-
 // ---- pieces of vectors -----------------------------------------------------------------------
 
 // a | (b & mask)
@@ -6912,7 +6919,7 @@ MOE__V __m256i u_or_and(__m256i a, __m256i b, __m256i mask) {
 // high lane in the high one
 MOE__V __m256i u_copy_i16(const int a, const int b) {
     const short copy_a = (short)(0x0100 + 0x0202 * a), copy_b = (short)(0x0100 + 0x0202 * b);
-    return _mm256_inserti128_si256(_mm256_set1_epi16(copy_a), _mm_set1_epi16(copy_b), 1);
+    return _mm256_inserti128_si256(u_set16(copy_a), _mm_set1_epi16(copy_b), 1);
 }
 
 MOE__V void tile_store(void *p, MOE__VI v) {
@@ -6927,7 +6934,7 @@ MOE__V void u_store(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); 
 MOE__V __m256i u_nibbles(const uint8_t *p) {
     __m256i x = _mm256_broadcastsi128_si256(v_load_128(p));
     x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 0, 4, 4));
-    return _mm256_and_si256(x, _mm256_set1_epi8(15));
+    return _mm256_and_si256(x, u_set8(15));
 }
 // Bytes that are all ones where the bit is set
 MOE__V __m256i u_mask(uint32_t bits) {
@@ -6964,11 +6971,11 @@ MOE__V int MOE__(q32_min)(const int type) { return moe__types[type].offset == 0;
 // The 16 levels of MXFP4 and NVFP4, or of IQ4_NL, plus an offset, in every lane
 MOE__V MOE__VI MOE__(q32_table)(const int type, const int offset) {
     const int8_t *table = type == MOE__INDEX_IQ4_NL ? moe__levels_k4 : moe__levels_fp4;
-    return MOE__MM(add_epi8)(v_load16(table), MOE__MM(set1_epi8)((char)offset));
+    return MOE__MM(add_epi8)(v_load16(table), v_set8((char)offset));
 }
 // v + add in bytes whose bit is set in x
 MOE__V MOE__VI v_add_where(MOE__VI v, MOE__VI x, MOE__VI bit, const int add) {
-    const MOE__VI y = MOE__MM(set1_epi8)((char)add);
+    const MOE__VI y = v_set8((char)add);
 #if MOE__ISA == 3
     return _mm512_mask_add_epi8(v, _mm512_test_epi8_mask(x, bit), v, y);
 #else
@@ -7001,6 +7008,8 @@ MOE__V void v_turn_lanes(const __m512i *x, __m512i *out) {
 }
 #endif
 
+#endif // MOE__ISA != 4
+
 // ---- the scratch of tiles --------------------------------------------------------------------
 
 // See "tiles" below.
@@ -7011,6 +7020,7 @@ MOE__V void v_turn_lanes(const __m512i *x, __m512i *out) {
 #endif
 #define MOE__PANEL (2 * MOE__VFLOATS) // rows of a micro-kernel
 
+#if MOE__ISA != 4
 enum {
     // The scratch: packs of the tile's panels, copies of rows, sums[token][32 rows].
     TILE_PACK = 256 * MOE__VBYTES, // bytes of one panel's pack
@@ -7045,6 +7055,7 @@ MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
     tile_store_f32(pack + TILE_DMIN + h * MOE__VBYTES,
                    MOE__MM(sub_ps)(MOE__MM(setzero_ps)(), dmin));
 }
+#endif // MOE__ISA != 4
 
 // ---- quantized rows: levels ------------------------------------------------------------------
 
@@ -7149,7 +7160,7 @@ MOE__V MOE__VI v_quads(MOE__VI acc, MOE__VI levels, MOE__VI acts, const int bits
 #if MOE__ISA == 3
     return (void)bits, _mm512_dpbusd_epi32(acc, levels, acts);
 #else
-    return v_dot_i16(acc, v_twos(levels, acts, bits), _mm256_set1_epi16(1));
+    return v_dot_i16(acc, v_twos(levels, acts, bits), u_set16(1));
 #endif
 }
 
@@ -7203,15 +7214,15 @@ MOE__V MOE__VI v_field(const uint8_t *p, const int bits, const int to, const int
 #endif
 }
 MOE__V MOE__VI v_mask(MOE__VI x, const int mask) {
-    return v_and(x, MOE__MM(set1_epi8)((char)mask));
+    return v_and(x, v_set8((char)mask));
 }
 // low | `bits` bits of high from bit `at` on
 MOE__V MOE__VI v_join(MOE__VI low, MOE__VI high, const int bits, const int at) {
-    return v_or_and(low, high, MOE__MM(set1_epi8)((char)(((1 << bits) - 1) << at)));
+    return v_or_and(low, high, v_set8((char)(((1 << bits) - 1) << at)));
 }
 // table[x] + bias, of 4, 8, 16, 32 or 64 entries
 MOE__V MOE__VI v_table(const int8_t *table, const int n, const int bias) {
-    const MOE__VI add = MOE__MM(set1_epi8)((char)bias);
+    const MOE__VI add = v_set8((char)bias);
     if (n == 4) return MOE__MM(add_epi8)(MOE__MM(set1_epi32)((int)moe__load_u32(table)), add);
 #if MOE__ISA == 3
     if (n == 8) return _mm512_add_epi8(_mm512_set1_epi64((int64_t)moe__load_u64(table)), add);
@@ -7235,7 +7246,7 @@ MOE__V MOE__VI v_lookup(const int8_t *table, MOE__VI x, const int n, const int b
 #else
     MOE__UNROLL(4)
     for (int i = 1; i < n / 16; i++) {
-        const __m256i here = _mm256_cmpgt_epi8(x, _mm256_set1_epi8((char)(16 * i - 1)));
+        const __m256i here = _mm256_cmpgt_epi8(x, u_set8((char)(16 * i - 1)));
         const __m256i z = _mm256_shuffle_epi8(v_table(table + 16 * i, 16, bias), x);
         y = _mm256_blendv_epi8(y, z, here);
     }
@@ -7273,7 +7284,7 @@ MOE__W(six, int four, int two) {
 MOE__W(six_64, int p, int two) {
     const uint8_t *at = b + p + 32 * (v % 2); // FOURS
 #if MOE__ISA == 3
-    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i by = _mm512_inserti64x4(_mm512_setzero_si512(), u_set16(4), 1);
     const __m512i both = _mm512_broadcast_i64x4(v_load_256(at + 64 * (v / 2)));
     const __m512i low = _mm512_srlv_epi16(both, by);
 #else
@@ -7295,7 +7306,7 @@ MOE__W(nibbles_one, int p, int one) {
 MOE__W(nibbles_two, int p, int two) {
     __m256i x = _mm256_set1_epi64x((int64_t)moe__load_u64(b + two));
     x = _mm256_and_si256(_mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 2, 6)),
-                         _mm256_set1_epi8(3));
+                         u_set8(3));
     return _mm256_or_si256(MOE__(w_nibbles)(b, p, order, v), _mm256_slli_epi16(x, 4));
 }
 MOE__W(int8, int p) { return v_load_256(b + p + 32 * v); } // bias 0
@@ -7309,7 +7320,7 @@ MOE__V __m256i MOE__(base3_bytes)(const uint8_t *b, const int j) {
 }
 MOE__V __m256i MOE__(base3_powers)(const int j) {
     const int power[5] = {1, 3, 9, 27, 81};
-    if (j < 5) return _mm256_set1_epi16((short)power[j]);
+    if (j < 5) return u_set16((short)power[j]);
     const __m128i a = _mm_set1_epi16((short)power[2 * (j - 5) % 5]);
     const __m128i c = j == 7 ? _mm_setr_epi16(1, 1, 3, 3, 9, 9, 27, 27)
                              : _mm_set1_epi16((short)power[2 * (j - 5) + 1]);
@@ -7326,11 +7337,11 @@ MOE__W(base3, int p) {
 #else
     const __m256i bytes = MOE__(base3_bytes)(b + p, v), power = MOE__(base3_powers)(v);
 #endif
-    const MOE__VI high = MOE__MM(set1_epi16)((short)0xFF00);
+    const MOE__VI high = v_set16((short)0xFF00);
     const MOE__VI odd = MOE__MM(mullo_epi16)(v_and(bytes, high), power);
     const MOE__VI x =
-        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), MOE__MM(set1_epi16)(0x00FF));
-    const MOE__VI one = MOE__MM(set1_epi8)(86), two = MOE__MM(set1_epi8)((char)171);
+        v_or_and(odd, MOE__MM(mullo_epi16)(bytes, power), v_set16(0x00FF));
+    const MOE__VI one = v_set8(86), two = v_set8((char)171);
 #if MOE__ISA == 3
     const __m512i y = _mm512_maskz_set1_epi8(_mm512_cmpge_epu8_mask(x, one), 1);
     return _mm512_mask_add_epi8(y, _mm512_cmpge_epu8_mask(x, two), y, _mm512_set1_epi8(1));
@@ -7351,7 +7362,7 @@ MOE__W(pairs, int p, int one) {
     const __m256i x = u_nibbles(b + p + 16 * v);
     __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + one));
     high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(2 * v, 2 * v, 2 * v + 1, 2 * v + 1));
-    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), _mm256_set1_epi8(16));
+    high = _mm256_and_si256(_mm256_slli_epi16(high, 4), u_set8(16));
     return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(_mm256_or_si256(x, high)), pairs);
 #else
     const __m128i low = _mm_set1_epi8(15), bit = _mm_set1_epi8(1);
@@ -7388,8 +7399,8 @@ MOE__V __m256i u_bits16(int x, const int on) {
     const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
                                           8192, 16384, (short)-32768);
     const __m256i set = _mm256_cmpeq_epi16(
-        _mm256_and_si256(_mm256_set1_epi16((short)x), bit), bit);
-    return _mm256_and_si256(set, _mm256_set1_epi16((short)on));
+        _mm256_and_si256(u_set16((short)x), bit), bit);
+    return _mm256_and_si256(set, u_set16((short)on));
 }
 // Pairs of bits as bits 4 and 5 of n int16
 MOE__V __m256i u_pairs16(const uint8_t *p, const int n) {
@@ -7404,15 +7415,15 @@ MOE__V __m256i u_pairs16(const uint8_t *p, const int n) {
     const __m256i factor = _mm256_set1_epi64x(0x0001000400100040);
     const __m128i bytes = _mm_shuffle_epi8(_mm_cvtsi32_si128((int)moe__load_u32(p)), byte);
     const __m256i high = _mm256_mullo_epi16(u_words(bytes), factor);
-    return _mm256_and_si256(_mm256_srli_epi16(high, 2), _mm256_set1_epi16(48));
+    return _mm256_and_si256(_mm256_srli_epi16(high, 2), u_set16(48));
 }
 MOE__V __m256i u_add16(__m256i x, const int y) {
-    return _mm256_add_epi16(x, _mm256_set1_epi16((short)y));
+    return _mm256_add_epi16(x, u_set16((short)y));
 }
 // 2 x + 1
 MOE__V __m256i u_odd16(__m256i x) { return u_add16(_mm256_add_epi16(x, x), 1); }
 
-MOE__S(one, int p) { return (void)p, _mm256_set1_epi16(1); }
+MOE__S(one, int p) { return (void)p, u_set16(1); }
 MOE__S(int8, int p) { return _mm256_cvtepi8_epi16(v_load_128(b + p)); }
 MOE__S(low, int p) { return u_words(_mm_and_si128(v_load_128(b + p), _mm_set1_epi8(15))); }
 MOE__S(high, int p) {
@@ -7451,13 +7462,13 @@ MOE__S(six_k, int p, int mins) {
 }
 MOE__S(even, int p) {
     const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)(b + p)));
-    return u_add16(_mm256_sub_epi16(x, _mm256_and_si256(x, _mm256_set1_epi16(1))), -127);
+    return u_add16(_mm256_sub_epi16(x, _mm256_and_si256(x, u_set16(1))), -127);
 }
 MOE__S(lowest, int p, int by) {
     const __m256i x = u_words(_mm_loadl_epi64((const __m128i *)(const void *)(b + p)));
-    const __m256i bit = _mm256_and_si256(x, _mm256_set1_epi16(1));
+    const __m256i bit = _mm256_and_si256(x, u_set16(1));
     return _mm256_and_si256(_mm256_sub_epi16(_mm256_setzero_si256(), bit),
-                            _mm256_set1_epi16((short)by));
+                            u_set16((short)by));
 }
 MOE__S(bits, int p, int by) { return u_bits16(n == 16 ? moe__load_u16(b + p) : b[p], by); }
 
@@ -7499,7 +7510,7 @@ MOE__V void u_signs_book8(__m256i sign, MOE__(head) *h) {
 }
 // bias + x, or bias - x where its sign is set
 MOE__V MOE__VI v_signed(MOE__VI x, const uint8_t *sign, const int v, const int bias) {
-    const MOE__VI zero = MOE__MM(set1_epi8)((char)bias);
+    const MOE__VI zero = v_set8((char)bias);
 #if MOE__ISA == 3
     return _mm512_mask_sub_epi8(_mm512_add_epi8(zero, x),
                                 (__mmask64)moe__load_u64(sign + 8 * v), zero, x);
@@ -7512,7 +7523,7 @@ MOE__V MOE__VI v_signed(MOE__VI x, const uint8_t *sign, const int v, const int b
 MOE__V __m256i u_even_signs(__m256i x) {
     const __m256i odd = _mm256_broadcastsi128_si256(_mm_setr_epi8(
         0, -128, -128, 0, -128, 0, 0, -128, -128, 0, 0, -128, 0, -128, -128, 0));
-    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i low = u_set8(15);
     const __m256i fold = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi16(x, 4)), low);
     return _mm256_or_si256(x, _mm256_shuffle_epi8(odd, fold));
 }
@@ -7545,7 +7556,7 @@ MOE__V __m256i u_fours16(__m128i x, const int n) {
     const __m256i at = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3,
                                         4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7, 6, 7);
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(x),
-                               _mm256_add_epi8(at, _mm256_set1_epi8((char)(2 * n))));
+                               _mm256_add_epi8(at, u_set8((char)(2 * n))));
 }
 
 MOE__HEAD(iq2_xxs) {
@@ -7566,7 +7577,7 @@ MOE__LEVEL(iq2_xxs) {
 
 MOE__HEAD(iq2_xs) {
     const __m256i x = v_load_256(b + 2), y = v_load_256(b + 34);
-    const __m256i mask = _mm256_set1_epi16(511);
+    const __m256i mask = u_set16(511);
     __m256i sign = _mm256_packus_epi16(_mm256_srli_epi16(x, 9), _mm256_srli_epi16(y, 9));
     u_signs_book8(u_even_signs(_mm256_permute4x64_epi64(sign, 0xD8)), h);
     u_store_indices(_mm256_and_si256(x, mask), _mm256_and_si256(y, mask), h);
@@ -7581,7 +7592,7 @@ MOE__LEVEL(iq2_xs) {
 MOE__HEAD(iq2_s) {
     const __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)(b + 66));
     const __m128i high = _mm_cvtepu8_epi16(bytes); // four pairs of bits
-    const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = _mm256_set1_epi16(0x300);
+    const __m256i up = _mm256_set1_epi64x(0x0004001000400100), mask = u_set16(0x300);
     const __m256i low_half = _mm256_mullo_epi16(u_fours16(high, 0), up);
     const __m256i high_half = _mm256_mullo_epi16(u_fours16(high, 4), up);
     u_indices(b + 2, _mm256_and_si256(low_half, mask), _mm256_and_si256(high_half, mask), h);
@@ -7680,7 +7691,7 @@ MOE__LEVEL(iq3_s) {
 MOE__HEAD(iq1_s) {
     const __m128i words = v_load_128(b + 34); // four times 3 bits, a scale, a sign
     const __m256i up = _mm256_set1_epi64x(0x0001000800400200);
-    const __m256i mask = _mm256_set1_epi16(0x700);
+    const __m256i mask = u_set16(0x700);
     const __m256i low = _mm256_mullo_epi16(u_fours16(words, 0), up);
     const __m256i high = _mm256_mullo_epi16(u_fours16(words, 4), up);
     // 3 bits from 0, 3, 6 or 9 on are at 9 now, bit 15 is lost
@@ -7693,19 +7704,19 @@ MOE__HEAD(iq1_s) {
 }
 MOE__LEVEL(iq1_s) {
     const MOE__VI x = v_book8(h->books->iq1s, h->index, v);
-    return MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)(16));
+    return MOE__MM(add_epi8)(x, v_set8(16));
 }
 
 MOE__HEAD(iq1_m) {
     const __m128i words = v_load_128(b + 32); // four nibbles each: 3 bits, a sign
-    const __m256i up = _mm256_set1_epi64x(0x0001001001001000), mask = _mm256_set1_epi16(7);
+    const __m256i up = _mm256_set1_epi64x(0x0001001001001000), mask = u_set16(7);
     const __m256i low = _mm256_srli_epi16(_mm256_mullo_epi16(u_fours16(words, 0), up), 12);
     const __m256i high = _mm256_srli_epi16(_mm256_mullo_epi16(u_fours16(words, 4), up), 12);
     u_indices(b, _mm256_slli_epi16(_mm256_and_si256(low, mask), 8),
               _mm256_slli_epi16(_mm256_and_si256(high, mask), 8), h);
     const __m256i nibbles = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xD8);
     uint32_t signs =
-        (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(nibbles, _mm256_set1_epi8(7)));
+        (uint32_t)_mm256_movemask_epi8(_mm256_cmpgt_epi8(nibbles, u_set8(7)));
 #if MOE__ISA == 3
     signs = (signs & 0xF00FF00F) | (signs & 0x00F000F0) << 4 | (signs >> 4 & 0x00F000F0);
 #endif
@@ -7717,7 +7728,7 @@ MOE__HEAD(iq1_m) {
 }
 MOE__LEVEL(iq1_m) {
     const MOE__VI x = v_book8(h->books->iq1s, h->index, v);
-    const MOE__VI more = MOE__MM(set1_epi8)(17), less = MOE__MM(set1_epi8)(15);
+    const MOE__VI more = v_set8(17), less = v_set8(15);
 #if MOE__ISA == 3
     return _mm512_add_epi8(x, _mm512_mask_mov_epi64(more, h->sign[v], less));
 #else
@@ -7789,7 +7800,7 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
         const int mins = MOE__OFFSET_##NAME == 0, meta = MOE__META_##NAME;                        \
         const int bias = MOE__BIAS(NAME);                                                         \
         const int shifts = (has) & MOE__SHIFTS;                                                   \
-        const __m256i less = _mm256_set1_epi16((short)-bias);                                     \
+        const __m256i less = u_set16((short)-bias);                                     \
         const uint8_t *rows_end = rows + (size_t)n_rows * row_size;                               \
         const moe__act256 *first = (const moe__act256 *)x, *end = first + n / 256;                \
         const moe__books *books = (has) & MOE__BOOKS ? moe__books_get() : NULL;                   \
@@ -7841,7 +7852,7 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
             if (shifts) {                                                                         \
                 const __m256i both = _mm256_or_si256(_mm256_slli_epi16(h.shift, 8),               \
                                                      _mm256_and_si256(h.shift,                    \
-                                                                      _mm256_set1_epi16(255)));   \
+                                                                      u_set16(255)));   \
                 levels = MOE__MM(add_epi8)(levels, v_spread(both, per, order, v));         \
             }                                                                                     \
             tile_store(out->q + MOE__VBYTES * v, levels);                                  \
@@ -7953,10 +7964,10 @@ MOE__V __m128 u_four_halves(const uint8_t *p) {
     return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(const void *)p));
 }
 MOE__V __m256i u_mask8(__m256i x, const int mask) {
-    return _mm256_and_si256(x, _mm256_set1_epi8((char)mask));
+    return _mm256_and_si256(x, u_set8((char)mask));
 }
 MOE__V __m256i u_add8(__m256i x, const int y) {
-    return _mm256_add_epi8(x, _mm256_set1_epi8((char)y));
+    return _mm256_add_epi8(x, u_set8((char)y));
 }
 MOE__RS(int8, int p) { memcpy(to, b + p, 64); }
 MOE__RS(low, int p) {
@@ -7985,7 +7996,7 @@ MOE__RS(six, int p, int two) {
     u_store(to + 32, u_add8(high, -32));
 }
 MOE__RS(six_k, int p, int two, int mins) {
-    const __m256i bytes = v_load_256(b + p), six = _mm256_set1_epi8(48);
+    const __m256i bytes = v_load_256(b + p), six = u_set8(48);
     __m256i high = _mm256_broadcastsi128_si256(v_load_128(b + two));
     high = _mm256_srlv_epi64(high, _mm256_setr_epi64x(0, 0, 4, 4));
     high = mins ? _mm256_slli_epi16(high, 2) : _mm256_slli_epi16(high, 4);
@@ -8067,7 +8078,7 @@ MOE__V MOE__VI v_times_sums_r4(MOE__VI acc, const int8_t *x, const int8_t *shift
                                const moe__act256 *a, const int per) {
     const __m256i sums =
         per == 16 ? v_load_256(a->sum16) : _mm256_castsi128_si256(v_load_128(a->sum32));
-    const MOE__VI more = MOE__MM(set1_epi16)((short)add);
+    const MOE__VI more = v_set16((short)add);
     MOE__UNROLL(4)
     for (int i = 0; i < 128 / per / MOE__LANES; i++) {
         const int at = MOE__LANES * i;
@@ -8108,7 +8119,7 @@ typedef struct rows_out {
     int add; // to the levels
 } rows_out;
 MOE__V void rows_put(const rows_out *out, int quad, MOE__VI x) {
-    tile_put(out->pack, quad, out->half, MOE__MM(add_epi8)(x, MOE__MM(set1_epi8)((char)out->add)));
+    tile_put(out->pack, quad, out->half, MOE__MM(add_epi8)(x, v_set8((char)out->add)));
 }
 // Vectors v of sub-block j of as many groups of four rows as fill a vector with rows
 MOE__V void MOE__(rows_put_r4)(const rows_out *out, int j, const int v, const MOE__VI *x) {
@@ -8338,7 +8349,7 @@ MOE__RW(nibbles_8, int p) {
     return (void)j, v_mask(MOE__MM(srli_epi16)(x, v / n * 4), 15);
 }
 MOE__RW(int8_8, int p) {
-    const MOE__VI bias = MOE__MM(set1_epi8)((char)MOE__BIAS8);
+    const MOE__VI bias = v_set8((char)MOE__BIAS8);
     return (void)j, MOE__MM(add_epi8)(v_load(b + p + MOE__VBYTES * v), bias);
 }
 
@@ -8661,7 +8672,7 @@ MOE__V __m256 MOE__(q32_products)(const uint8_t *b, const moe__act32 *a, MOE__VI
         if (!is_signed) { // two sums of two fit in int16: 4 * 63 * 127 = 32004
             s[i] = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a_low),
                                     _mm256_maddubs_epi16(w.high, a_high));
-            s[i] = _mm256_madd_epi16(s[i], _mm256_set1_epi16(1));
+            s[i] = _mm256_madd_epi16(s[i], u_set16(1));
             continue;
         }
 #endif
@@ -8703,7 +8714,7 @@ MOE__V MOE__(two) MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, M
         const MOE__VI w = q32_load(b + 4 - 2 * odd, BYTES / 2, i);
         const MOE__VI w_low = MOE__MM(shuffle_epi8)(table, v_mask(w, 15));
         const MOE__VI w_high = MOE__MM(shuffle_epi8)(table, v_mask(MOE__MM(srli_epi16)(w, 4), 15));
-        const MOE__VI offset = MOE__MM(set1_epi8)(16);
+        const MOE__VI offset = v_set8(16);
         MOE__VI extra = v_quads(v_zero(), offset, a_low, 5);
         extra = v_quads(extra, offset, a_high, 5);
         s[i] = v_quads(v_zero(), w_low, a_low, 5);
@@ -8801,8 +8812,6 @@ MOE__DOT_Q32(MXFP4, mxfp4)
 MOE__DOT_Q32(NVFP4, nvfp4)
 #undef MOE__DOT_Q32
 
-#endif // MOE__ISA != 4
-
 // What tiles and dequantize read: up to 256 weights (n) of a row; D: the scale of the row.
 typedef void unpack_fn(const uint8_t *b, int n, float D, moe__block *out);
 
@@ -8836,7 +8845,7 @@ MOE__K void MOE__(unpack_nvfp4)(const uint8_t *b, int n, float D, moe__block *ou
         __m128i bytes = v_load_128(b + 36 * (j / 2) + 4 + 16 * (j % 2));
         __m256i x = _mm256_permute4x64_epi64(_mm256_castsi128_si256(bytes), 0x50);
         x = _mm256_srlv_epi64(x, _mm256_setr_epi64x(0, 4, 0, 4));
-        x = _mm256_and_si256(x, _mm256_set1_epi8(15));
+        x = _mm256_and_si256(x, u_set8(15));
         u_put(out, j, v_lookup(moe__levels_fp4, x, 16, 16));
     }
 }
@@ -8988,6 +8997,7 @@ typedef struct tile_job {
     const void *const *x;    // the group's activations
     size_t record;           // the superblock's byte offset in each of them
     int64_t n;               // weights per row in this superblock
+    int quads;               // of a sub-block: 8, or 4 with a scale per 16 weights
     int shift;               // log2 of the weights' offset; -1: they have mins
     float *sums;             // of the panel's first row and the group's first token
     const uint8_t *prefetch; // fetch cache lines from here, n_prefetch of them per step (a
@@ -9000,314 +9010,6 @@ typedef void tile_kernel_fn(const tile_job *job);
 typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
 
 MOE__V MOE__VF tile_load_f32(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
-
-// ---- products of quads --------
-
-// The kernels multiply `bits`-bit weights (4, 6 or 8, unsigned) with any int8, and the int32 sum
-// of a sub-block is exact. begin makes an accumulator, dot adds a quad to it (dot2: two quads),
-// end turns it into the int32 sum; `start` is where that sum starts.
-// - VNNI multiplies and adds a quad by one instruction, whatever the bits.
-// - AVX2 adds products in pairs to int16, saturating. 4 bits: the 8 pairs of a sub-block that
-//   meet in one int16, 2 * 15 * 128 each, fit; end widens their sum. 6 bits: 2 pairs fit,
-//   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; weights keep their sign and
-//   are widened to int16 before, the even and the odd ones of a quad, and so are activations.
-#if MOE__VNNI
-MOE__V MOE__VI MOE__(tile_begin)(MOE__VI start, const int bits) { return (void)bits, start; }
-MOE__V MOE__VI tile_dot(MOE__VI sum, MOE__VI w, MOE__VI x) { return v_dot_u8(sum, w, x); }
-MOE__V MOE__VI tile_end(MOE__VI sum, MOE__VI start, const int bits) {
-    return (void)bits, (void)start, sum;
-}
-#else
-MOE__V __m256i MOE__(tile_begin)(__m256i start, const int bits) {
-    return bits == 6 ? start : _mm256_setzero_si256();
-}
-// The even or the odd one of each two int8, as int16
-MOE__V __m256i tile_even(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
-MOE__V __m256i tile_odd(__m256i x) { return _mm256_srai_epi16(x, 8); }
-// 256 int8 so: what belongs to byte 4 i of `q` is at bytes 4 i (even) and 256 + 4 i (odd).
-MOE__V void MOE__(tile_widen)(const uint8_t *q, uint8_t *out) {
-    for (int i = 0; i < 256; i += 32) {
-        const __m256i x = v_load_256(q + i);
-        _mm256_storeu_si256((__m256i *)(void *)(out + i), tile_even(x));
-        _mm256_storeu_si256((__m256i *)(void *)(out + 256 + i), tile_odd(x));
-    }
-}
-MOE__V __m256i tile_dot_i16(__m256i sum, __m256i w, __m256i x) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
-    __asm__("" : "+x"(sum));
-    return sum;
-}
-MOE__V __m256i tile_dot(__m256i sum, __m256i w, __m256i x) {
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
-    __asm__("" : "+x"(sum)); // GCC would add in another order, with all products alive at once
-    return sum;
-}
-MOE__V __m256i MOE__(tile_dot2)(__m256i sum, __m256i w0, __m256i w1, __m256i x0, __m256i x1) {
-    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    __asm__("" : "+x"(sum));
-    return sum;
-}
-MOE__V __m256i tile_end(__m256i sum, __m256i start, const int bits) {
-    if (bits != 4) return sum;
-    return _mm256_add_epi32(start, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
-}
-#endif
-
-// ---- micro-kernels ------------
-
-// All loops over tokens run to MOE__TILE_TOKENS with a condition on n, which is a constant once
-// inlined: unrolled completely, they leave no array in memory. Sums are [token][2 vectors of
-// rows]: int32 of a sub-block, then of a superblock (ints) or, with a scale per 32 activations,
-// floats.
-#define MOE__EACH_TOKEN(t)                                \
-    MOE__UNROLL(MOE__TILE_TOKENS)                         \
-    for (int t = 0; t < MOE__TILE_TOKENS; t++)            \
-        if (t < n)
-
-MOE__V MOE__VI MOE__(tile_copies)(const uint8_t *p) {
-    return MOE__MM(set1_epi32)((int)moe__load_u32(p));
-}
-
-// Minus the sums of 8 sub-blocks' activations, from number i
-MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, int quads, int per_256) {
-    if (!per_256 && quads == 4) { // blocks of 32 with a scale per 16: not in the record
-        __m256i four[4];
-        MOE__UNROLL(4)
-        for (int k = 0; k < 4; k++) {
-            __m256i q = MOE__AVX2(u_act32)((const int8_t *)x, i / 2 + k);
-            q = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
-            four[k] = _mm256_madd_epi16(q, _mm256_set1_epi16(-1));
-        }
-        __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]),
-                                         _mm256_hadd_epi32(four[2], four[3]));
-        return _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    }
-    if (!per_256) return v_load_256(x + offsetof(moe__act32, nsum));
-    if (quads == 4) return v_load_256(x + offsetof(moe__act256, nsum) + 4 * i);
-    __m256i sums = _mm256_cvtepi16_epi32(v_load_128(x + offsetof(moe__act256, sum32)));
-    return _mm256_sub_epi32(_mm256_setzero_si256(), sums);
-}
-// Where the sums of n tokens start, of all sub-blocks: minus the sums of the activations,
-// shifted; with mins: 0 (integer ones: tile_chunk has written that). Kept in memory: shifts would
-// compete with the multiplications. For float mins those sums as floats, too.
-MOE__K void MOE__(tile_starts)(const tile_job *job, int n, int quads, int per_256, int mins) {
-    const __m128i shift = _mm_cvtsi32_si128(job->shift);
-    for (int t = 0; t < n; t++) {
-        const uint8_t *x = (const uint8_t *)job->x[t] + job->record;
-        uint8_t *starts = job->pack + TILE_START + 64 * t;
-        for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {
-            const __m256i sums = MOE__(tile_sums)(x, i, quads, per_256);
-            if (mins && !per_256) {
-                const void *d = x + offsetof(moe__act32, d);
-                const __m256 scale = _mm256_loadu_ps((const float *)d);
-                const __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale);
-                u_store(job->pack + MOE__(TILE_ACT) + 64 * t + 4 * i, _mm256_castps_si256(f));
-            }
-            u_store(starts + 4 * i, _mm256_sll_epi32(sums, shift));
-        }
-    }
-}
-
-// Quads `at` .. of a sub-block (one, or as many as the instruction set takes at once) times all
-// tokens; w: their weights; x: where the quad is in each token's activations
-#if !MOE__VNNI
-MOE__V void MOE__(tile_quad_signed)(__m256i (*a)[2], const uint8_t *w, const uint8_t *x,
-                                    const int n) {
-    const __m256i w0 = v_load(w), w1 = v_load(w + MOE__VBYTES);
-    const __m256i even0 = tile_even(w0), odd0 = tile_odd(w0);
-    const __m256i even1 = tile_even(w1), odd1 = tile_odd(w1);
-    MOE__EACH_TOKEN(t) {
-        const __m256i even = MOE__(tile_copies)(x + 512 * t);
-        const __m256i odd = MOE__(tile_copies)(x + 512 * t + 256);
-        a[t][0] = tile_dot_i16(a[t][0], even0, even);
-        a[t][1] = tile_dot_i16(a[t][1], even1, even);
-        a[t][0] = tile_dot_i16(a[t][0], odd0, odd);
-        a[t][1] = tile_dot_i16(a[t][1], odd1, odd);
-    }
-}
-MOE__V void MOE__(tile_two_quads)(__m256i (*a)[2], const uint8_t *w, const uint8_t *const *x,
-                                  int64_t at, const int n) {
-    const __m256i w00 = v_load(w), w01 = v_load(w + MOE__VBYTES);
-    const __m256i w10 = v_load(w + 2 * MOE__VBYTES), w11 = v_load(w + 3 * MOE__VBYTES);
-    MOE__EACH_TOKEN(t) {
-        const __m256i b0 = MOE__(tile_copies)(x[t] + at), b1 = MOE__(tile_copies)(x[t] + at + 4);
-        a[t][0] = MOE__(tile_dot2)(a[t][0], w00, w10, b0, b1);
-        a[t][1] = MOE__(tile_dot2)(a[t][1], w01, w11, b0, b1);
-    }
-}
-#endif
-MOE__V void MOE__(tile_quad)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
-                             int64_t at, const int n) {
-    const MOE__VI w0 = v_load(w), w1 = v_load(w + MOE__VBYTES);
-    MOE__EACH_TOKEN(t) {
-        const MOE__VI b = MOE__(tile_copies)(x[t] + at);
-        a[t][0] = tile_dot(a[t][0], w0, b);
-        a[t][1] = tile_dot(a[t][1], w1, b);
-    }
-}
-// Sums of a sub-block whose activations begin at byte `base` of the records (see moe__act256_at);
-// starts: where they start, for each token 64 bytes apart
-MOE__V void MOE__(tile_sub_block)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
-                                  int64_t base, const uint8_t *starts, const uint8_t *wide,
-                                  const int n, const int quads, const int bits, const int per_256,
-                                  const int from_zero) {
-    (void)wide;
-    MOE__EACH_TOKEN(t) {
-        const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
-        a[t][0] = a[t][1] = MOE__(tile_begin)(start, bits);
-    }
-    MOE__UNROLL(8)
-    for (int q = 0; q < 8; q++, w += 2 * MOE__VBYTES) {
-        const int64_t at = base + (per_256 ? 4 * q : q / 4 * 64 + q % 4 * 4);
-        if (q >= quads) continue;
-#if !MOE__VNNI
-        if (bits == 8) {
-            MOE__(tile_quad_signed)(a, w, wide + at, n);
-            continue;
-        }
-        if (bits == 6) {
-            if (q % 2 == 0) MOE__(tile_two_quads)(a, w, x, at, n);
-            continue;
-        }
-#endif
-        MOE__(tile_quad)(a, w, x, at, n);
-    }
-    MOE__EACH_TOKEN(t) {
-        const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
-        a[t][0] = tile_end(a[t][0], start, bits);
-        a[t][1] = tile_end(a[t][1], start, bits);
-    }
-}
-
-// See "the product of quantized rows with activations" in >>types. Scales per 256 activations:
-// ints += scale * sum of the sub-block.
-MOE__V void MOE__(tile_scale_ints)(MOE__VI (*ints)[2], MOE__VI (*a)[2], const uint8_t *scales,
-                                   const int n) {
-    const MOE__VI scale0 = v_load(scales), scale1 = v_load(scales + MOE__VBYTES);
-    MOE__EACH_TOKEN(t) {
-        ints[t][0] = MOE__MM(add_epi32)(ints[t][0], MOE__MM(mullo_epi32)(a[t][0], scale0));
-        ints[t][1] = MOE__MM(add_epi32)(ints[t][1], MOE__MM(mullo_epi32)(a[t][1], scale1));
-    }
-}
-// Per 32: f += scale * sum of the sub-block * the token's scale - min * sum of the activations,
-// where f are the sums of moe__dot_32 that the sub-block belongs to; d: where the scale is in each
-// record; acts: those sums, for each token 64 bytes apart
-MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uint8_t *scales,
-                                     const uint8_t *min, const uint8_t *const *x, int64_t d,
-                                     const uint8_t *acts, const int n, const int mins) {
-    const MOE__VF scale0 = tile_load_f32(scales), scale1 = tile_load_f32(scales + MOE__VBYTES);
-    const MOE__VF min0 = tile_load_f32(min), min1 = tile_load_f32(min + MOE__VBYTES);
-    MOE__EACH_TOKEN(t) {
-        const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + d));
-        const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), scale0);
-        const MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][1]), scale1);
-        f[t][0] = MOE__MM(fmadd_ps)(p0, scale, f[t][0]);
-        f[t][1] = MOE__MM(fmadd_ps)(p1, scale, f[t][1]);
-        if (mins) {
-            const MOE__VF b = MOE__MM(set1_ps)(moe__load_f32(acts + 64 * t));
-            f[t][0] = MOE__MM(fmadd_ps)(min0, b, f[t][0]);
-            f[t][1] = MOE__MM(fmadd_ps)(min1, b, f[t][1]);
-        }
-    }
-}
-// The end of a superblock: sums += (d * ints - dmin * a) * the token's scale, a being the sum over
-// its sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each
-MOE__V void MOE__(tile_add_ints)(const tile_job *job, MOE__VI (*ints)[2], const uint8_t *const *x,
-                                 const int n, const int quads, const int mins) {
-    const uint8_t *d = job->pack + TILE_D, *dmin = job->pack + TILE_DMIN;
-    const MOE__VF scale0 = tile_load_f32(d), scale1 = tile_load_f32(d + MOE__VBYTES);
-    const MOE__VF min0 = tile_load_f32(dmin), min1 = tile_load_f32(dmin + MOE__VBYTES);
-    MOE__VI a[MOE__TILE_TOKENS][2];
-    if (mins) {
-        const uint8_t *min = job->pack + TILE_MIN;
-        int64_t at = quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
-        MOE__EACH_TOKEN(t) a[t][0] = a[t][1] = v_zero();
-        for (int p = 0; p < 32 / quads; p++, at += 4, min += 2 * MOE__VBYTES) {
-            const MOE__VI m0 = v_load(min), m1 = v_load(min + MOE__VBYTES);
-            MOE__EACH_TOKEN(t) {
-                const MOE__VI b = MOE__(tile_copies)(x[t] + at);
-                a[t][0] = v_dot_i16(a[t][0], m0, b);
-                a[t][1] = v_dot_i16(a[t][1], m1, b);
-            }
-        }
-    }
-    MOE__EACH_TOKEN(t) {
-        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;
-        const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + offsetof(moe__act256, d)));
-        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(ints[t][0]), scale0);
-        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(ints[t][1]), scale1);
-        if (mins) {
-            p0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), min0, p0);
-            p1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a[t][1]), min1, p1);
-        }
-        MOE__MM(storeu_ps)(s0, MOE__MM(fmadd_ps)(p0, scale, MOE__MM(loadu_ps)(s0)));
-        MOE__MM(storeu_ps)(s1, MOE__MM(fmadd_ps)(p1, scale, MOE__MM(loadu_ps)(s1)));
-    }
-}
-
-// n tokens; quads: quads per sub-block, 8 or 4; bits: see "products of quads"; per_256: whether
-// the activations are moe__act256 or moe__act32; mins: whether weights have mins, and no offset.
-MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int quads, const int bits,
-                                  const int per_256, const int mins) {
-    const uint8_t *x[MOE__TILE_TOKENS], *prefetch = job->prefetch;
-    const uint8_t *starts = job->pack + TILE_START, *acts = job->pack + MOE__(TILE_ACT);
-    uint8_t *wide = job->pack + TILE_MIN; // AVX2: signed weights have no mins and no start
-    const int from_zero = !MOE__VNNI && (mins || bits == 8);
-    const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
-    MOE__VI a[MOE__TILE_TOKENS][2], ints[MOE__TILE_TOKENS][2];
-    MOE__VF f[MOE__TILE_TOKENS][2];
-    MOE__EACH_TOKEN(t) {
-        x[t] = (const uint8_t *)job->x[t] + job->record;
-        ints[t][0] = ints[t][1] = v_zero();
-    }
-#if !MOE__VNNI
-    if (bits == 8) {
-        for (int t = 0; t < n; t++)
-            MOE__(tile_widen)((const uint8_t *)job->x[t] + job->record, wide + 512 * t);
-    } else
-#endif
-        if (!per_256 || !mins)
-        MOE__(tile_starts)(job, n, quads, per_256, mins);
-    // All sub-blocks one after another, or two at a time, which belong to the same sums
-    const int64_t step = per_256 ? 1 : 4, n_passes = per_256 ? 1 : (n_blocks + 7) / 8 * 4;
-    for (int64_t pass = 0; pass < n_passes; pass++) {
-        const int64_t chain = pass % 4, first = pass / 4 * 8 + chain;
-        const int64_t end = per_256 ? n_blocks : moe__min(first - chain + 8, n_blocks);
-        const uint8_t *weights = job->pack + first * 2 * MOE__VBYTES * quads;
-        const uint8_t *scales = job->pack + TILE_SCALE + first * 2 * MOE__VBYTES;
-        float *sums = job->sums + n * chain * MOE__TILE_ROWS;
-        MOE__EACH_TOKEN(t) {
-            if (per_256) continue;
-            f[t][0] = tile_load_f32(sums + t * MOE__TILE_ROWS);
-            f[t][1] = tile_load_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS);
-        }
-        for (int64_t j = first; j < end; j += step) {
-            int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
-                                   : moe__act32_at(4 * quads * (int)j);
-            __asm__("" : "+r"(base)); // clang would make an address of its own for each quad
-            for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64)
-                __builtin_prefetch(prefetch, 0, 2);
-            MOE__(tile_sub_block)(a, weights, x, base, starts + 4 * j, wide, n, quads, bits,
-                                  per_256, from_zero);
-            if (per_256)
-                MOE__(tile_scale_ints)(ints, a, scales, n);
-            else
-                MOE__(tile_scale_floats)(f, a, scales, job->pack + TILE_MIN + j * 2 * MOE__VBYTES, x,
-                                         (int64_t)offsetof(moe__act32, d) +
-                                             4 * (quads == 4 ? j / 2 : j),
-                                         acts + 4 * j, n, mins);
-            weights += step * 2 * MOE__VBYTES * quads;
-            scales += step * 2 * MOE__VBYTES;
-        }
-        MOE__EACH_TOKEN(t) {
-            if (per_256) continue;
-            tile_store_f32(sums + t * MOE__TILE_ROWS, f[t][0]);
-            tile_store_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
-        }
-    }
-    if (per_256) MOE__(tile_add_ints)(job, ints, x, n, quads, mins);
-}
 
 // ---- unpacking ----------------
 
@@ -9385,10 +9087,9 @@ MOE__V MOE__VI tile_high_nibbles(MOE__VI v) {
     return tile_low(MOE__MM(srli_epi32)(v, 4), 0x0F0F0F0F);
 }
 
-// Blocks of nibbles: Q4_0, Q5_0, IQ4_NL, MXFP4
+// Blocks of nibbles: Q4_0, Q5_0, IQ4_NL, MXFP4; is_signed: without the type's offset
 MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64_t n,
-                                       uint8_t *pack, const int type) {
-    const int is_signed = !MOE__VNNI && type == MOE__INDEX_IQ4_NL;
+                                       uint8_t *pack, const int type, const int is_signed) {
     const MOE__VI table = MOE__(q32_table)(type, is_signed ? 0 : 1 << q32_shift(type));
     const MOE__VI byte = v_lanes(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
@@ -9408,7 +9109,7 @@ MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64
                 if (type == MOE__INDEX_MXFP4 || type == MOE__INDEX_IQ4_NL)
                     v = MOE__MM(shuffle_epi8)(table, v);
                 if (type == MOE__INDEX_Q5_0) { // bits 4 i .. 4 i + 3
-                    MOE__VI at = MOE__MM(add_epi8)(byte, MOE__MM(set1_epi8)((char)(i / 2)));
+                    MOE__VI at = MOE__MM(add_epi8)(byte, v_set8((char)(i / 2)));
                     MOE__VI bit = MOE__MM(set1_epi32)(i % 2 ? (int)0x80402010 : 0x08040201);
                     v = v_add_where(v, MOE__MM(shuffle_epi8)(fifth, at), bit, 16);
                 }
@@ -9419,16 +9120,16 @@ MOE__V void MOE__(tile_unpack_nibbles)(const uint8_t *rows, size_t stride, int64
 #define MOE__TILE_NIBBLES(NAME, name)                                                      \
     MOE__K void MOE__(tile_unpack_##name)(const uint8_t *rows, size_t stride, int64_t n,   \
                                           uint8_t *pack) {                                 \
-        MOE__(tile_unpack_nibbles)(rows, stride, n, pack, MOE__INDEX_##NAME);              \
+        MOE__(tile_unpack_nibbles)(rows, stride, n, pack, MOE__INDEX_##NAME, 0);           \
     }
 MOE__TILE_NIBBLES(Q4_0, q4_0)
 MOE__TILE_NIBBLES(Q5_0, q5_0)
-MOE__TILE_NIBBLES(IQ4_NL, iq4_nl)
 MOE__TILE_NIBBLES(MXFP4, mxfp4)
 #undef MOE__TILE_NIBBLES
 
-MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
-    const MOE__VI offset = MOE__MM(set1_epi8)(MOE__VNNI ? -128 : 0); // int8 + 128, modulo 256
+MOE__V void MOE__(tile_unpack_bytes)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack,
+                                     const int is_signed) {
+    const MOE__VI offset = v_set8(is_signed ? 0 : -128); // int8 + 128, modulo 256
     for (int64_t h = 0; h < 2; h++, rows += MOE__VFLOATS * stride)
         for (int64_t b = 0; b < n / 32; b++) {
             const uint8_t *block = rows + 34 * b;
@@ -9666,7 +9367,7 @@ MOE__K void MOE__(tile_rows)(const tile_plan *plan, const uint8_t *rows, size_t 
                              uint8_t *pack) {
     const moe__type *type = plan->type;
     const size_t skip = (size_t)(at / type->block * type->bytes + type->meta);
-    const MOE__VI more = MOE__MM(set1_epi8)((char)plan->add);
+    const MOE__VI more = v_set8((char)plan->add);
     moe__block *block = (moe__block *)(void *)stage;
     for (int r = 0; r < MOE__VFLOATS; r++) {
         const uint8_t *row = rows + (size_t)moe__min(h * MOE__VFLOATS + r, left - 1) * row_size;
@@ -9768,6 +9469,7 @@ MOE__K void MOE__(tile_chunk)(const tile_plan *plan, const uint8_t *rows, size_t
     tile_job job;
     memset(&job, 0, sizeof job);
     job.shift = plan->shift;
+    job.quads = plan->step / 4;
     for (int64_t p = 0; p < n_panels; p++)
         memset(scratch + p * TILE_PACK + TILE_START, 0, MOE__TILE_TOKENS * 64);
     memset(scratch + TILE_SUMS_AT, 0,
@@ -9854,14 +9556,344 @@ MOE__K void MOE__(tile_run)(const tile_plan *plan, const uint8_t *rows, size_t r
     }
 }
 
+#endif // MOE__ISA != 4
+
+// ---- products of quads --------
+
+// The kernels multiply `bits`-bit weights (4, 6 or 8, unsigned) with any int8, and the int32 sum
+// of a sub-block is exact. begin makes an accumulator, dot adds a quad to it (dot2: two quads),
+// end turns it into the int32 sum; `start` is where that sum starts.
+// - VNNI multiplies and adds a quad by one instruction, whatever the bits.
+// - AVX2 adds products in pairs to int16, saturating. 4 bits: the 8 pairs of a sub-block that
+//   meet in one int16, 2 * 15 * 128 each, fit; end widens their sum. 6 bits: 2 pairs fit,
+//   2 * 63 * 128 each; dot2 widens at once. 8 bits: not one fits; weights keep their sign and
+//   are widened to int16 before, the even and the odd ones of a quad, and so are activations.
+#if MOE__ISA == 4
+MOE__V __m256i v_dot_u8(__m256i acc, __m256i a, __m256i b) {
+#if MOE__VNNI_EVEX
+    return _mm256_dpbusd_epi32(acc, a, b);
+#else
+    return _mm256_dpbusd_avx_epi32(acc, a, b);
+#endif
+}
+#endif
+#if MOE__VNNI
+MOE__V MOE__VI MOE__(tile_begin)(MOE__VI start, const int bits) { return (void)bits, start; }
+MOE__V MOE__VI tile_dot(MOE__VI sum, MOE__VI w, MOE__VI x) { return v_dot_u8(sum, w, x); }
+MOE__V MOE__VI tile_end(MOE__VI sum, MOE__VI start, const int bits) {
+    return (void)bits, (void)start, sum;
+}
+#else
+MOE__V __m256i MOE__(tile_begin)(__m256i start, const int bits) {
+    return bits == 6 ? start : _mm256_setzero_si256();
+}
+// The even or the odd one of each two int8, as int16
+MOE__V __m256i tile_even(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+MOE__V __m256i tile_odd(__m256i x) { return _mm256_srai_epi16(x, 8); }
+// 256 int8 so: what belongs to byte 4 i of `q` is at bytes 4 i (even) and 256 + 4 i (odd).
+MOE__V void MOE__(tile_widen)(const uint8_t *q, uint8_t *out) {
+    for (int i = 0; i < 256; i += 32) {
+        const __m256i x = v_load_256(q + i);
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), tile_even(x));
+        _mm256_storeu_si256((__m256i *)(void *)(out + 256 + i), tile_odd(x));
+    }
+}
+MOE__V __m256i tile_dot_i16(__m256i sum, __m256i w, __m256i x) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+MOE__V __m256i tile_dot(__m256i sum, __m256i w, __m256i x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+    __asm__("" : "+x"(sum)); // GCC would add in another order, with all products alive at once
+    return sum;
+}
+MOE__V __m256i MOE__(tile_dot2)(__m256i sum, __m256i w0, __m256i w1, __m256i x0, __m256i x1) {
+    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(w0, x0), _mm256_maddubs_epi16(w1, x1));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, u_set16(1)));
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+MOE__V __m256i tile_end(__m256i sum, __m256i start, const int bits) {
+    if (bits != 4) return sum;
+    return _mm256_add_epi32(start, _mm256_madd_epi16(sum, u_set16(1)));
+}
+#endif
+
+// ---- micro-kernels ------------
+
+// All loops over tokens run to MOE__TILE_TOKENS with a condition on n, which is a constant once
+// inlined: unrolled completely, they leave no array in memory. Sums are [token][2 vectors of
+// rows]: int32 of a sub-block, then of a superblock (ints) or, with a scale per 32 activations,
+// floats.
+#define MOE__EACH_TOKEN(t)                                \
+    MOE__UNROLL(MOE__TILE_TOKENS)                         \
+    for (int t = 0; t < MOE__TILE_TOKENS; t++)            \
+        if (t < n)
+
+MOE__V MOE__VI MOE__(tile_copies)(const uint8_t *p) {
+    return MOE__MM(set1_epi32)((int)moe__load_u32(p));
+}
+
+#if MOE__ISA != 4
+// Minus the sums of 8 sub-blocks' activations, from number i
+MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, int quads, int per_256) {
+    if (!per_256 && quads == 4) { // blocks of 32 with a scale per 16: not in the record
+        __m256i four[4];
+        MOE__UNROLL(4)
+        for (int k = 0; k < 4; k++) {
+            __m256i q = MOE__AVX2(u_act32)((const int8_t *)x, i / 2 + k);
+            q = _mm256_maddubs_epi16(u_set8(1), q);
+            four[k] = _mm256_madd_epi16(q, u_set16(-1));
+        }
+        __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]),
+                                         _mm256_hadd_epi32(four[2], four[3]));
+        return _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    }
+    if (!per_256) return v_load_256(x + offsetof(moe__act32, nsum));
+    if (quads == 4) return v_load_256(x + offsetof(moe__act256, nsum) + 4 * i);
+    __m256i sums = _mm256_cvtepi16_epi32(v_load_128(x + offsetof(moe__act256, sum32)));
+    return _mm256_sub_epi32(_mm256_setzero_si256(), sums);
+}
+// Where the sums of n tokens start, of all sub-blocks: minus the sums of the activations,
+// shifted; with mins: 0 (integer ones: tile_chunk has written that). Kept in memory: shifts would
+// compete with the multiplications. For float mins those sums as floats, too.
+MOE__K void MOE__(tile_starts)(const tile_job *job, int n, int quads, int per_256, int mins) {
+    const __m128i shift = _mm_cvtsi32_si128(job->shift);
+    for (int t = 0; t < n; t++) {
+        const uint8_t *x = (const uint8_t *)job->x[t] + job->record;
+        uint8_t *starts = job->pack + TILE_START + 64 * t;
+        for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {
+            const __m256i sums = MOE__(tile_sums)(x, i, quads, per_256);
+            if (mins && !per_256) {
+                const void *d = x + offsetof(moe__act32, d);
+                const __m256 scale = _mm256_loadu_ps((const float *)d);
+                const __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale);
+                u_store(job->pack + MOE__(TILE_ACT) + 64 * t + 4 * i, _mm256_castps_si256(f));
+            }
+            u_store(starts + 4 * i, _mm256_sll_epi32(sums, shift));
+        }
+    }
+}
+#endif
+
+// Quads `at` .. of a sub-block (one, or as many as the instruction set takes at once) times all
+// tokens; w: their weights; x: where the quad is in each token's activations
+#if !MOE__VNNI
+MOE__V void MOE__(tile_quad_signed)(__m256i (*a)[2], const uint8_t *w, const uint8_t *x,
+                                    const int n) {
+    const __m256i w0 = v_load(w), w1 = v_load(w + MOE__VBYTES);
+    const __m256i even0 = tile_even(w0), odd0 = tile_odd(w0);
+    const __m256i even1 = tile_even(w1), odd1 = tile_odd(w1);
+    MOE__EACH_TOKEN(t) {
+        const __m256i even = MOE__(tile_copies)(x + 512 * t);
+        const __m256i odd = MOE__(tile_copies)(x + 512 * t + 256);
+        a[t][0] = tile_dot_i16(a[t][0], even0, even);
+        a[t][1] = tile_dot_i16(a[t][1], even1, even);
+        a[t][0] = tile_dot_i16(a[t][0], odd0, odd);
+        a[t][1] = tile_dot_i16(a[t][1], odd1, odd);
+    }
+}
+MOE__V void MOE__(tile_two_quads)(__m256i (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                                  int64_t at, const int n) {
+    const __m256i w00 = v_load(w), w01 = v_load(w + MOE__VBYTES);
+    const __m256i w10 = v_load(w + 2 * MOE__VBYTES), w11 = v_load(w + 3 * MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const __m256i b0 = MOE__(tile_copies)(x[t] + at), b1 = MOE__(tile_copies)(x[t] + at + 4);
+        a[t][0] = MOE__(tile_dot2)(a[t][0], w00, w10, b0, b1);
+        a[t][1] = MOE__(tile_dot2)(a[t][1], w01, w11, b0, b1);
+    }
+}
+#endif
+MOE__V void MOE__(tile_quad)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                             int64_t at, const int n) {
+    const MOE__VI w0 = v_load(w), w1 = v_load(w + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI b = MOE__(tile_copies)(x[t] + at);
+        a[t][0] = tile_dot(a[t][0], w0, b);
+        a[t][1] = tile_dot(a[t][1], w1, b);
+    }
+}
+// Four quads of a sub-block, whose activations are at byte `at` of the records
+MOE__V void MOE__(tile_four_quads)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                                   int64_t at, const uint8_t *wide, const int n, const int bits) {
+    (void)wide, (void)bits;
+    MOE__UNROLL(4)
+    for (int q = 0; q < 4; q++, w += 2 * MOE__VBYTES, at += 4) {
+#if !MOE__VNNI
+        if (bits == 8) {
+            MOE__(tile_quad_signed)(a, w, wide + at, n);
+            continue;
+        }
+        if (bits == 6) {
+            if (q % 2 == 0) MOE__(tile_two_quads)(a, w, x, at, n);
+            continue;
+        }
+#endif
+        MOE__(tile_quad)(a, w, x, at, n);
+    }
+}
+// Sums of a sub-block of 4 or 8 quads, whose activations begin at byte `base` of the records (see
+// moe__act256_at); starts: where they start, for each token 64 bytes apart
+MOE__V void MOE__(tile_sub_block)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
+                                  int64_t base, const uint8_t *starts, const uint8_t *wide,
+                                  int quads, const int n, const int bits, const int per_256,
+                                  const int from_zero) {
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
+        a[t][0] = a[t][1] = MOE__(tile_begin)(start, bits);
+    }
+    MOE__(tile_four_quads)(a, w, x, base, wide, n, bits);
+    if (quads == 8) {
+        const int64_t at = base + (per_256 ? 16 : 64);
+        MOE__(tile_four_quads)(a, w + 8 * MOE__VBYTES, x, at, wide, n, bits);
+    }
+    MOE__EACH_TOKEN(t) {
+        const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
+        a[t][0] = tile_end(a[t][0], start, bits);
+        a[t][1] = tile_end(a[t][1], start, bits);
+    }
+}
+
+// See "the product of quantized rows with activations" in >>types. Scales per 256 activations:
+// ints += scale * sum of the sub-block.
+MOE__V void MOE__(tile_scale_ints)(MOE__VI (*ints)[2], MOE__VI (*a)[2], const uint8_t *scales,
+                                   const int n) {
+    const MOE__VI scale0 = v_load(scales), scale1 = v_load(scales + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        ints[t][0] = MOE__MM(add_epi32)(ints[t][0], MOE__MM(mullo_epi32)(a[t][0], scale0));
+        ints[t][1] = MOE__MM(add_epi32)(ints[t][1], MOE__MM(mullo_epi32)(a[t][1], scale1));
+    }
+}
+// Per 32: f += scale * sum of the sub-block * the token's scale - min * sum of the activations,
+// where f are the sums of moe__dot_32 that the sub-block belongs to; d: where the scale is in each
+// record; acts: those sums, for each token 64 bytes apart
+MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uint8_t *scales,
+                                     const uint8_t *min, const uint8_t *const *x, int64_t d,
+                                     const uint8_t *acts, const int n, const int mins) {
+    const MOE__VF scale0 = tile_load_f32(scales), scale1 = tile_load_f32(scales + MOE__VBYTES);
+    const MOE__VF min0 = tile_load_f32(min), min1 = tile_load_f32(min + MOE__VBYTES);
+    MOE__EACH_TOKEN(t) {
+        const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + d));
+        const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), scale0);
+        const MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][1]), scale1);
+        f[t][0] = MOE__MM(fmadd_ps)(p0, scale, f[t][0]);
+        f[t][1] = MOE__MM(fmadd_ps)(p1, scale, f[t][1]);
+        if (mins) {
+            const MOE__VF b = MOE__MM(set1_ps)(moe__load_f32(acts + 64 * t));
+            f[t][0] = MOE__MM(fmadd_ps)(min0, b, f[t][0]);
+            f[t][1] = MOE__MM(fmadd_ps)(min1, b, f[t][1]);
+        }
+    }
+}
+// The end of a superblock: sums += (d * ints - dmin * a) * the token's scale, a being the sum over
+// its sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each
+MOE__V void MOE__(tile_add_ints)(const tile_job *job, MOE__VI (*ints)[2], const uint8_t *const *x,
+                                 const int n, const int mins) {
+    const uint8_t *d = job->pack + TILE_D, *dmin = job->pack + TILE_DMIN;
+    const MOE__VF scale0 = tile_load_f32(d), scale1 = tile_load_f32(d + MOE__VBYTES);
+    const MOE__VF min0 = tile_load_f32(dmin), min1 = tile_load_f32(dmin + MOE__VBYTES);
+    MOE__VI a[MOE__TILE_TOKENS][2];
+    if (mins) {
+        const uint8_t *min = job->pack + TILE_MIN;
+        const int quads = job->quads;
+        int64_t at = quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
+        MOE__EACH_TOKEN(t) a[t][0] = a[t][1] = v_zero();
+        for (int p = 0; p < 32 / quads; p++, at += 4, min += 2 * MOE__VBYTES) {
+            const MOE__VI m0 = v_load(min), m1 = v_load(min + MOE__VBYTES);
+            MOE__EACH_TOKEN(t) {
+                const MOE__VI b = MOE__(tile_copies)(x[t] + at);
+                a[t][0] = v_dot_i16(a[t][0], m0, b);
+                a[t][1] = v_dot_i16(a[t][1], m1, b);
+            }
+        }
+    }
+    MOE__EACH_TOKEN(t) {
+        float *s0 = job->sums + t * MOE__TILE_ROWS, *s1 = s0 + MOE__VFLOATS;
+        const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + offsetof(moe__act256, d)));
+        MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(ints[t][0]), scale0);
+        MOE__VF p1 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(ints[t][1]), scale1);
+        if (mins) {
+            p0 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), min0, p0);
+            p1 = MOE__MM(fmadd_ps)(MOE__MM(cvtepi32_ps)(a[t][1]), min1, p1);
+        }
+        MOE__MM(storeu_ps)(s0, MOE__MM(fmadd_ps)(p0, scale, MOE__MM(loadu_ps)(s0)));
+        MOE__MM(storeu_ps)(s1, MOE__MM(fmadd_ps)(p1, scale, MOE__MM(loadu_ps)(s1)));
+    }
+}
+
+// n tokens; bits: see "products of quads"; per_256: whether the activations are moe__act256 or
+// moe__act32; mins: whether weights have mins, and no offset.
+MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bits,
+                                  const int per_256, const int mins) {
+    const int quads = job->quads;
+    const uint8_t *x[MOE__TILE_TOKENS], *prefetch = job->prefetch;
+    const uint8_t *starts = job->pack + TILE_START, *acts = job->pack + MOE__SHARED(TILE_ACT);
+    uint8_t *wide = job->pack + TILE_MIN; // AVX2: signed weights have no mins and no start
+    const int from_zero = !MOE__VNNI && (mins || bits == 8);
+    const int64_t scale_at = offsetof(moe__act32, d);
+    const int64_t n_blocks = job->n / (4 * quads), n_prefetch = job->n_prefetch;
+    MOE__VI a[MOE__TILE_TOKENS][2], ints[MOE__TILE_TOKENS][2];
+    MOE__VF f[MOE__TILE_TOKENS][2];
+    MOE__EACH_TOKEN(t) {
+        x[t] = (const uint8_t *)job->x[t] + job->record;
+        ints[t][0] = ints[t][1] = v_zero();
+    }
+#if !MOE__VNNI
+    if (bits == 8) {
+        for (int t = 0; t < n; t++)
+            MOE__(tile_widen)((const uint8_t *)job->x[t] + job->record, wide + 512 * t);
+    } else
+#endif
+        if (!per_256 || !mins)
+        MOE__SHARED(tile_starts)(job, n, quads, per_256, mins);
+    // All sub-blocks one after another, or two at a time, which belong to the same sums
+    const int64_t step = per_256 ? 1 : 4, n_passes = per_256 ? 1 : (n_blocks + 7) / 8 * 4;
+    for (int64_t pass = 0; pass < n_passes; pass++) {
+        const int64_t chain = pass % 4, first = pass / 4 * 8 + chain;
+        const int64_t end = per_256 ? n_blocks : moe__min(first - chain + 8, n_blocks);
+        const uint8_t *weights = job->pack + first * 2 * MOE__VBYTES * quads;
+        const uint8_t *scales = job->pack + TILE_SCALE + first * 2 * MOE__VBYTES;
+        float *sums = job->sums + n * chain * MOE__TILE_ROWS;
+        MOE__EACH_TOKEN(t) {
+            if (per_256) continue;
+            f[t][0] = tile_load_f32(sums + t * MOE__TILE_ROWS);
+            f[t][1] = tile_load_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS);
+        }
+        for (int64_t j = first; j < end; j += step) {
+            int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
+                                   : moe__act32_at(4 * quads * (int)j);
+            __asm__("" : "+r"(base)); // clang would make an address of its own for each quad
+            for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64)
+                __builtin_prefetch(prefetch, 0, 2);
+            MOE__(tile_sub_block)(a, weights, x, base, starts + 4 * j, wide, quads, n, bits,
+                                  per_256, from_zero);
+            if (per_256)
+                MOE__(tile_scale_ints)(ints, a, scales, n);
+            else
+                MOE__(tile_scale_floats)(f, a, scales, job->pack + TILE_MIN + j * 2 * MOE__VBYTES,
+                                         x, scale_at + 4 * (quads == 4 ? j / 2 : j), acts + 4 * j,
+                                         n, mins);
+            weights += step * 2 * MOE__VBYTES * quads;
+            scales += step * 2 * MOE__VBYTES;
+        }
+        MOE__EACH_TOKEN(t) {
+            if (per_256) continue;
+            tile_store_f32(sums + t * MOE__TILE_ROWS, f[t][0]);
+            tile_store_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
+        }
+    }
+    if (per_256) MOE__(tile_add_ints)(job, ints, x, n, mins);
+}
+
 // ---- one kernel per type ------
 
 #define MOE__TILE_KERNEL(name, n, ...)                             \
     MOE__K void MOE__(tile_##name##_##n)(const tile_job *job) {    \
         MOE__(tile_quantized)(job, n, __VA_ARGS__);                \
     }
-// Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then
-// the weights per scale; m: integer mins, f: float mins; the bits of a weight, if they matter.
+// Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; m: with
+// mins where there are kernels without; the bits of a weight, if they matter.
 #if MOE__ISA == 3
 #define MOE__TILE_KERNELS(name, ...)                                                          \
     MOE__TILE_KERNEL(name, 2, __VA_ARGS__)                                                    \
@@ -9882,46 +9914,42 @@ MOE__K void MOE__(tile_run)(const tile_plan *plan, const uint8_t *rows, size_t r
 #endif
 #if MOE__VNNI
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name)
-MOE__TILE_KERNELS(q32, 8, 8, 0, job->shift < 0)
-MOE__TILE_KERNELS(q16, 4, 8, 0, 0)
-MOE__TILE_KERNELS(k32, 8, 8, 1, job->shift < 0)
-MOE__TILE_KERNELS(k16, 4, 8, 1, job->shift < 0)
+MOE__TILE_KERNELS(q, 8, 0, job->shift < 0)
+MOE__TILE_KERNELS(k, 8, 1, job->shift < 0)
 #else
-#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##_##bits)
-MOE__TILE_KERNELS(q32_4, 8, 4, 0, 0)
-MOE__TILE_KERNELS(q32_6, 8, 6, 0, 0)
-MOE__TILE_KERNELS(q32_8, 8, 8, 0, 0)
-MOE__TILE_KERNELS(q32m_6, 8, 6, 0, 1)
-MOE__TILE_KERNELS(q16_6, 4, 6, 0, 0)
-MOE__TILE_KERNELS(k32_4, 8, 4, 1, 1)
-MOE__TILE_KERNELS(k32_6, 8, 6, 1, 1)
-MOE__TILE_KERNELS(k16_6, 4, 6, 1, 0)
-MOE__TILE_KERNELS(k16_8, 4, 8, 1, 0)
-MOE__TILE_KERNELS(k16m_4, 4, 4, 1, 1)
+#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##bits)
+MOE__TILE_KERNELS(q_4, 4, 0, 0)
+MOE__TILE_KERNELS(q_6, 6, 0, 0)
+MOE__TILE_KERNELS(q_8, 8, 0, 0)
+MOE__TILE_KERNELS(qm_6, 6, 0, 1)
+MOE__TILE_KERNELS(k_6, 6, 1, 0)
+MOE__TILE_KERNELS(k_8, 8, 1, 0)
+MOE__TILE_KERNELS(km_4, 4, 1, 1)
+MOE__TILE_KERNELS(km_6, 6, 1, 1)
 #endif
 
-// The kernels for what tile_rows and tile_groups make of a type, with a scale per 16 or 32
-// weights. Where there are no kernels for 32 (a compile takes long enough), scales are given
-// twice.
-MOE__V tile_kernel_fn *const *MOE__(tile_kernels_of)(const moe__type *type, int *per) {
-    const int wide = type->bits > 6; // matters where it is in the names
-    (void)wide;
-    *per = type->per;
-    if (type->act == MOE__ACT_Q32) {
-        if (type->per == 16) return MOE__TILE_OF(q16, 6);
-#if !MOE__VNNI
-        if (type->offset == 0) return MOE__TILE_OF(q32m, 6);
-#endif
-        return wide ? MOE__TILE_OF(q32, 8) : MOE__TILE_OF(q32, 6);
-    }
+// The kernels for what tile_rows and tile_groups make of a type
+MOE__V tile_kernel_fn *const *MOE__(tile_kernels_of)(const moe__type *type) {
 #if MOE__VNNI
-    return type->per == 16 ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k32, 8);
+    return type->act == MOE__ACT_Q32 ? MOE__TILE_OF(q, _8) : MOE__TILE_OF(k, _8);
 #else
-    if (type->offset == 0)
-        return type->per == 16 ? MOE__TILE_OF(k16m, 4) : MOE__TILE_OF(k32, 6);
-    *per = 16;
-    return wide ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k16, 6);
+    const int wide = type->bits > 6;
+    if (type->act == MOE__ACT_Q32) {
+        if (type->offset == 0) return MOE__TILE_OF(q, m_6);
+        return wide ? MOE__TILE_OF(q, _8) : MOE__TILE_OF(q, _6);
+    }
+    if (type->offset == 0) return type->per == 16 ? MOE__TILE_OF(k, m_4) : MOE__TILE_OF(k, m_6);
+    return wide ? MOE__TILE_OF(k, _8) : MOE__TILE_OF(k, _6);
 #endif
+}
+
+// What the micro-kernels want of levels of 8 bits: VNNI the offset, AVX2 their signs
+MOE__K void MOE__(tile_unpack_iq4_nl)(const uint8_t *rows, size_t stride, int64_t n,
+                                      uint8_t *pack) {
+    MOE__SHARED(tile_unpack_nibbles)(rows, stride, n, pack, MOE__INDEX_IQ4_NL, !MOE__VNNI);
+}
+MOE__K void MOE__(tile_unpack_q8_0)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack) {
+    MOE__SHARED(tile_unpack_bytes)(rows, stride, n, pack, !MOE__VNNI);
 }
 
 // moe__tile_fn for any block type
@@ -9939,7 +9967,8 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, unpack_fn *unpack_row, int
     const int want = MOE__VNNI || type->bits <= 6 ? type->offset : 0;
     tile_plan plan;
     memset(&plan, 0, sizeof plan);
-    plan.kernels = MOE__(tile_kernels_of)(type, &plan.step);
+    plan.kernels = MOE__(tile_kernels_of)(type);
+    plan.step = type->per;
     plan.max_tokens = MOE__TILE_TOKENS;
     plan.chains = type->act == MOE__ACT_Q32 ? 4 : 1;
     plan.block = type->block;
@@ -9951,31 +9980,30 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, unpack_fn *unpack_row, int
     plan.unpack_group = unpack_group;
     plan.order = order;
     plan.add = want - have;
-    MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack, prefetch,
-                    prefetch_size);
+    MOE__SHARED(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack,
+                          prefetch, prefetch_size);
 }
 
-// kernels, chains, log2 of the offset (-1: mins)
-#define MOE__TILE_TYPE(NAME, name, kernels, chains, act, shift)                                   \
+// What its rows are unpacked by, micro-kernels, chains, log2 of the offset (-1: mins)
+#define MOE__TILE_TYPE(NAME, name, unpack, kernels, chains, act, shift)                           \
     MOE__K void MOE__(tile_##name)(const uint8_t *rows, size_t row_size, int64_t n_rows,          \
                                    int64_t n, const void *const *x, int64_t n_tokens, float *out, \
                                    int64_t out_stride, void *pack, const uint8_t *prefetch,       \
                                    size_t prefetch_size) {                                        \
-        static const tile_plan plan = {kernels, MOE__(tile_unpack_##name), chains,                \
-                                       MOE__PER_##NAME, MOE__BLOCK_##NAME, MOE__BYTES_##NAME,     \
-                                       sizeof(act), shift, NULL, NULL, NULL, 0, 0};               \
-        MOE__(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride, pack,     \
-                        prefetch, prefetch_size);                                                 \
+        static const tile_plan plan = {                                                           \
+            MOE__TILE_OF kernels, MOE__TILE_TOKENS, unpack, chains, MOE__PER_##NAME,              \
+            MOE__BLOCK_##NAME, MOE__BYTES_##NAME, sizeof(act), shift, NULL, NULL, NULL, 0, 0};    \
+        MOE__SHARED(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride,     \
+                              pack, prefetch, prefetch_size);                                     \
     }
-#define MOE__TILE_Q(name, bits) MOE__TILE_OF(name, bits), MOE__TILE_TOKENS
-MOE__TILE_TYPE(Q4_0, q4_0, MOE__TILE_Q(q32, 4), 4, moe__act32, 3)
-MOE__TILE_TYPE(Q5_0, q5_0, MOE__TILE_Q(q32, 6), 4, moe__act32, 4)
-MOE__TILE_TYPE(IQ4_NL, iq4_nl, MOE__TILE_Q(q32, 8), 4, moe__act32, 7)
-MOE__TILE_TYPE(MXFP4, mxfp4, MOE__TILE_Q(q32, 6), 4, moe__act32, 4)
-MOE__TILE_TYPE(Q8_0, q8_0, MOE__TILE_Q(q32, 8), 4, moe__act32, 7)
-MOE__TILE_TYPE(Q4_K, q4_k, MOE__TILE_Q(k32, 4), 1, moe__act256, -1)
-MOE__TILE_TYPE(Q5_K, q5_k, MOE__TILE_Q(k32, 6), 1, moe__act256, -1)
-MOE__TILE_TYPE(Q6_K, q6_k, MOE__TILE_Q(k16, 6), 1, moe__act256, 5)
+MOE__TILE_TYPE(Q4_0, q4_0, MOE__SHARED(tile_unpack_q4_0), (q, _4), 4, moe__act32, 3)
+MOE__TILE_TYPE(Q5_0, q5_0, MOE__SHARED(tile_unpack_q5_0), (q, _6), 4, moe__act32, 4)
+MOE__TILE_TYPE(IQ4_NL, iq4_nl, MOE__(tile_unpack_iq4_nl), (q, _8), 4, moe__act32, 7)
+MOE__TILE_TYPE(MXFP4, mxfp4, MOE__SHARED(tile_unpack_mxfp4), (q, _6), 4, moe__act32, 4)
+MOE__TILE_TYPE(Q8_0, q8_0, MOE__(tile_unpack_q8_0), (q, _8), 4, moe__act32, 7)
+MOE__TILE_TYPE(Q4_K, q4_k, MOE__SHARED(tile_unpack_q4_k), (k, m_4), 1, moe__act256, -1)
+MOE__TILE_TYPE(Q5_K, q5_k, MOE__SHARED(tile_unpack_q5_k), (k, m_6), 1, moe__act256, -1)
+MOE__TILE_TYPE(Q6_K, q6_k, MOE__SHARED(tile_unpack_q6_k), (k, _6), 1, moe__act256, 5)
 
 // Block types without unpacking of their own for tiles, by what they are read with
 #define MOE__TILE_BLOCKS(NAME, name, row, order, group)                                           \
@@ -10030,8 +10058,6 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 #undef MOE__DEQUANTIZE_4
 #undef MOE__DEQUANTIZE_8
 #endif
-#undef MOE__TILE_Q
-
 #undef MOE__TILE_TOKENS
 #undef MOE__PANEL
 #undef MOE__EACH_TOKEN
@@ -10172,7 +10198,7 @@ MOE__V void f_store_i8(uint8_t *p, __m512 x) {
     _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 MOE__V __m512 f_set_half(const uint8_t *p) {
-    return _mm512_cvtph_ps(_mm256_set1_epi16((short)moe__load_u16(p)));
+    return _mm512_cvtph_ps(u_set16((short)moe__load_u16(p)));
 }
 MOE__V __m512 f_round(__m512 x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -11084,9 +11110,15 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type,
     for (int r = 0; r < MOE__ATTEND_WIDE; r++)
         MOE__UNROLL(4)
         for (int c = 0; c < 4; c++)
-            acc[r][c] = t->begins || r >= n || c >= columns
-                            ? f_zero()
-                            : f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
+            acc[r][c] = f_zero();
+    if (!t->begins) {
+        MOE__UNROLL(MOE__ATTEND_WIDE)
+        for (int r = 0; r < MOE__ATTEND_WIDE; r++)
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (r < n && c < columns)
+                    acc[r][c] = f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
+    }
     for (; weights < end; weights++, value += t->v_bytes, ahead += t->ahead_bytes) {
         for (int64_t i = 0; i < t->ahead_bytes; i += 64)
             _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
@@ -11115,19 +11147,24 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type,
                 if (r < n) acc[r][c] = f_fma(w[r], x, acc[r][c]);
         }
     }
+    if (!t->ends) {
+        float *part = t->part;
+        MOE__UNROLL(MOE__ATTEND_WIDE)
+        for (int r = 0; r < MOE__ATTEND_WIDE; r++)
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (r < n && c < columns) f_store(part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
+        return;
+    }
     MOE__UNROLL(MOE__ATTEND_WIDE)
     for (int r = 0; r < MOE__ATTEND_WIDE; r++) {
         if (r >= n) continue;
+        float *out = t->out[r] + t->column;
+        const MOE__VF add = f_set(t->add[r]), old = f_set(t->old[r]);
+        const int width = columns > 1 ? MOE__VFLOATS : t->width;
         MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) {
-            if (c >= columns) continue;
-            if (!t->ends)
-                f_store(t->part + (r * 4 + c) * MOE__VFLOATS, acc[r][c]);
-            else
-                attend_out(t->out[r] + t->column + c * MOE__VFLOATS,
-                           columns > 1 ? MOE__VFLOATS : t->width, f_set(t->add[r]), acc[r][c],
-                           f_set(t->old[r]));
-        }
+        for (int c = 0; c < 4; c++)
+            if (c < columns) attend_out(out + c * MOE__VFLOATS, width, add, acc[r][c], old);
     }
 }
 
@@ -11435,6 +11472,10 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_load
 #undef v_load_256
 #undef v_zero
+#undef u_set8
+#undef u_set16
+#undef v_set8
+#undef v_set16
 #undef v_and
 #undef v_or
 #undef v_xor
@@ -11498,7 +11539,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_join
 #undef v_table
 #undef v_lookup
-#undef v_level_of
 #undef u_words
 #undef u_halves
 #undef u_nibbles16
@@ -11642,6 +11682,7 @@ static const moe__kernels MOE__(kernels) = {
 #undef value_weight
 #undef value_tile
 #undef value_cut
+#undef v_level_of
 #undef MOE__LEVELS
 #undef MOE__BIAS8
 #undef MOE__SUB_LEVELS

@@ -122,7 +122,8 @@
 // Everything else is f32. The cache holds f16, f32 or Q8_0 (half of f16). A product has the same
 // bits for one token and for many, that of quantized weights also from every instruction set
 // ("the product of quantized rows" in >>types is the arithmetic); the rest differs in the last
-// bits of float sums only.
+// bits of float sums only. Plain C gives the same bits on every processor and from every
+// compiler, but for clang with -ffp-contract=fast and what the C library's expf makes of it.
 //
 // EXPERT SCHEDULES. In a MoE layer each token needs a few experts; three matrices each. Threads
 // may share that work in different ways, picked by macro or moe_session_options.schedule. Rows

@@ -149,6 +149,39 @@ schedule_macro() {
     program "$1" "$out/$2_$1" tests/compile/late_include.c $plain "-D$2"
 }
 
+# Plain C gives the same bits whether the processor has fused multiply-adds and whatever
+# -ffp-contract says, but for clang's fast, which overrules what the header says.
+# bits FOLDER OUT COMPILER FLAG...: what tests/compile/bits.c prints, OUT.txt; a PREFIX runs it
+bits() {
+    compile "$3" "$2.o" tests/compile/bits.c -DMOE_NO_AVX2 "${@:4}"
+    # shellcheck disable=SC2086
+    "$3" "${@:4}" "$2.o" -o "$2" $libs || exit 1
+    mkdir -p "$1"
+    ${PREFIX:-} "$2" "$1" >"$2.txt" || fail "$2: exit code $?"
+    [ "$(wc -l <"$2.txt")" -ge 100 ] || fail "too few lines"
+}
+contraction() {
+    local o=$out/bits_$1 how=fast
+    need "$1"
+    case $1 in clang*) how=on ;; esac
+    grep -qw fma /proc/cpuinfo || skip "no fused multiply-adds here"
+    bits "$o.models" "$o.apart" "$1" -ffp-contract=off
+    bits "$o.models" "$o.fused" "$1" -ffp-contract=$how -mfma
+    objdump -d --disassemble=of_the_user "$o.fused.o" | grep -q fmadd ||
+        fail "the header changes how code behind it is compiled"
+    diff "$o.apart.txt" "$o.fused.txt"
+}
+# The same on aarch64, which always has them.
+aarch64() {
+    local o=$out/bits
+    need aarch64-linux-gnu-gcc
+    need qemu-aarch64
+    need gcc
+    bits "$o.models" "$o.here" gcc -ffp-contract=off
+    PREFIX=qemu-aarch64 bits "$o.models" "$o.aarch64" aarch64-linux-gnu-gcc -static
+    diff "$o.here.txt" "$o.aarch64.txt"
+}
+
 # refused TEXT FLAG...: the compiler must stop with this text, and say nothing else
 refused() {
     need gcc
@@ -274,7 +307,9 @@ for cc in gcc clang; do
     check "MOE_PARALLEL_EXPERTS, $cc" schedule_macro "$cc" MOE_PARALLEL_EXPERTS
     check "MOE_BALANCED_EXPERTS, $cc" schedule_macro "$cc" MOE_BALANCED_EXPERTS
     check "-march=native, $cc" march_native "$cc"
+    check "fused multiply-adds, $cc" contraction "$cc"
 done
+check "the same bits on aarch64" aarch64
 check "both schedule macros are refused" both_schedules
 check "-ffast-math is refused" fast_math
 check "Windows is refused" windows

@@ -456,9 +456,11 @@ static void sheet_put(const moe__type *t, uint8_t *group, int k, int64_t block, 
 __attribute__((unused)) static void sheet_put_all(const moe__type *t, uint8_t *rows,
                                                   size_t row_size, int n_rows, int64_t n, float d) {
     for (int r = 0; r < n_rows; r++)
-        for (int64_t b = 0; b < n / t->block; b++)
+        for (int64_t b = 0; b < n / t->block; b++) {
+            const float m = d != 0 ? d : random_f32() * 0.1f;
             sheet_put(t, rows + (size_t)(r - r % t->rows) * row_size, r % t->rows, b,
-                      d != 0 ? d : random_f32() * 0.1f, d != 0 ? d : random_f32() * 0.1f);
+                      d != 0 ? d : random_f32() * 0.1f, m);
+        }
 }
 /* Fills rows with random bits and scales as above. Floats: -1 .. 1, or if d is not 0, integers. */
 __attribute__((unused)) static void sheet_random(const moe__type *t, uint8_t *rows, size_t row_size,

@@ -10,13 +10,15 @@
 typedef struct meter {
     size_t live, peak, largest; /* bytes */
     long calls, fail_at;        /* fail_at: the call that fails, from 1; 0: none */
-    size_t limit;               /* larger requests fail; 0: none */
+    size_t limit, most;         /* larger requests fail, and those beyond so many; 0: none */
 } meter;
 
 static void *meter_alloc(void *user, size_t size) {
     meter *m = (meter *)user;
     if (size > m->largest) m->largest = size;
-    if (++m->calls == m->fail_at || (m->limit && size > m->limit)) return NULL;
+    if (++m->calls == m->fail_at || (m->limit && size > m->limit) ||
+        (m->most && m->live + size > m->most))
+        return NULL;
     void *memory = malloc(size);
     if (!memory) return NULL;
     m->live += size;
@@ -398,6 +400,85 @@ TEST(coarse_vectors) {
         *t = old;
     }
     edit_close(&e);
+}
+
+// A sparse file of micro_qwen2 with other widths: every layer has the shapes of the first, weights
+// are zeros. shared: all tensors lie at the same bytes, so that the file is as large as its largest
+// one, whatever the number of layers. Result: the file's size.
+static size_t write_sparse(const char *path, uint32_t n_embd, uint32_t n_layer, int shared) {
+    edit_file e;
+    edit_image head = {NULL, 0, 0};
+    uint64_t n_tensors = 0, offset = 0, end = 0;
+    CHECK(edit_open(&e, broken_path(5)));
+    edit_set(&e, "qwen2moe.block_count", 4, &n_layer, 4);
+    edit_set(&e, "qwen2moe.embedding_length", 4, &n_embd, 4);
+    edit_put_bytes(&head, "GGUF", 4);
+    edit_put(&head, 3, 4);
+    for (int i = 0; i < e.n_tensors; i++)
+        if (strncmp(e.tensors[i].name, "blk.1.", 6))
+            n_tensors += strncmp(e.tensors[i].name, "blk.0.", 6) ? 1 : n_layer;
+    edit_put(&head, n_tensors, 8);
+    edit_put(&head, (uint64_t)e.n_values, 8);
+    for (int i = 0; i < e.n_values; i++) {
+        edit_put_string(&head, e.values[i].key);
+        edit_put(&head, e.values[i].type, 4);
+        edit_put_bytes(&head, e.values[i].data, e.values[i].size);
+    }
+    for (int i = 0; i < e.n_tensors; i++) {
+        edit_tensor t = e.tensors[i];
+        const int in_layer = !strncmp(t.name, "blk.0.", 6);
+        const int to_embd = strstr(t.name, "ffn_down") || strstr(t.name, "attn_output");
+        if (!strncmp(t.name, "blk.1.", 6)) continue;
+        if (!ends_with(t.name, ".bias")) t.ne[to_embd] = n_embd;
+        t.type = t.n_dims == 1 ? MOE_TYPE_F16 : MOE_TYPE_Q4_0;
+        for (uint32_t layer = 0; layer < (in_layer ? n_layer : 1); layer++) {
+            char name[96];
+            snprintf(name, sizeof name, "blk.%u.%s", layer, t.name + 6);
+            edit_put_string(&head, in_layer ? name : t.name);
+            edit_put(&head, t.n_dims, 4);
+            for (uint32_t d = 0; d < t.n_dims; d++) edit_put(&head, t.ne[d], 8);
+            edit_put(&head, t.type, 4);
+            edit_put(&head, offset, 8);
+            const size_t size = (edit_tensor_size(&t) + 31) / 32 * 32;
+            if (offset + size > end) end = offset + size;
+            if (!shared) offset += size;
+        }
+    }
+    edit_pad(&head);
+    FILE *file = fopen(path, "wb");
+    CHECK(file && fwrite(head.data, 1, head.size, file) == head.size && fflush(file) == 0 &&
+          ftruncate(fileno(file), (off_t)(head.size + end)) == 0);
+    if (file) fclose(file);
+    free(head.data);
+    edit_close(&e);
+    return head.size + end;
+}
+
+// Opening takes no more than a few times the file's size, however many tensors name its bytes.
+TEST(a_small_file_cannot_ask_for_gigabytes) {
+    const char *path = models_path("sparse.gguf");
+    for (int shared = 0; shared <= 1; shared++) {
+        const size_t size = shared ? write_sparse(path, 1 << 18, 512, 1) // vectors of 1.6 GB
+                                   : write_sparse(path, 1 << 10, 40, 0);
+        meter m;
+        moe_model_options o;
+        moe_error error;
+        memset(&m, 0, sizeof m);
+        memset(&o, 0, sizeof o);
+        m.most = 8 * size;
+        o.allocator = meter_allocator(&m);
+        clear_error(&error);
+        moe_model *model = moe_model_open(path, &o, &error);
+        printf("  %.1f MB: %.1f MB asked for, %s\n", (double)size / 1e6, (double)m.peak / 1e6,
+               model ? "opened" : error.text);
+        CHECKF((model == NULL) == shared, "%s: %s", error.where, error.text);
+        CHECK(m.peak < 2 * size);
+        if (shared)
+            CHECKF(error.status == MOE_ERROR_FORMAT && strstr(error.text, "overlaps"), "%s",
+                   error.text);
+        moe_model_close(model);
+        CHECK(m.live == 0);
+    }
 }
 
 /* A file with more layers than it counts. */

@@ -47,7 +47,8 @@
 // To add one more of a kind, touch what mentions one that is there, and nothing else (tests/map.sh
 // holds these lists against the file; * stands for any ending):
 //
-//   a tensor type, as iq4_xs: moe_type, MOE__TYPES*
+//   a tensor type, as iq4_xs: moe_type, MOE__ALL_TYPES, MOE__LAYOUT_IQ4_XS, moe__types_pack_iq4_xs
+//     if it can be made; what some types need beyond stands where tensor types begin
 //   an instruction set, as avx_vnni: >>config, moe_isa*, MOE__SUFFIX, MOE__ISA,
 //     moe__kernels_detect, moe__kernels_get; also MOE__TARGET
 //   an expert schedule, as balanced: >>config if a macro is to choose it, moe_schedule,
@@ -58,7 +59,9 @@
 //   a model family, as "olmoe": moe__families; what is new about it becomes a feature that any
 //     family may have, read by the one forward pass; also moe__has
 //   a pre-tokenizer, as tekken: MOE__PASS, moe__text_pres
-//   a type of cache, as kv_q8_0: moe_kv_type, moe__kv_bytes, moe__session_configure
+//   a type of cache, as kv_q8_0: moe_kv_type, moe__kv_bytes, moe__session_configure and, for
+//     attention, moe__attend_load, kv_*, score_tile*, MOE__SCORE_TILE, value_*, MOE__VALUE_TILE,
+//     step_floats, attend*; also moe__kv_store, moe__mla_expand
 // ==============================================================================================
 
 // ==============================================================================================

@@ -86,11 +86,11 @@ awk '
             also = ""
             if (match(rest, /also /)) { also = substr(rest, RSTART); rest = substr(rest, 1, RSTART - 1) }
             n_places[r] = 0
-            while (match(rest, /(>>[a-z]+|(moe_|MOE_)[A-Za-z0-9_]+\*?)/)) {
+            while (match(rest, /(>>[a-z]+|[A-Za-z]+(_[A-Za-z0-9_]*\*?|\*))/)) {
                 places[r, ++n_places[r]] = substr(rest, RSTART, RLENGTH)
                 rest = substr(rest, RSTART + RLENGTH)
             }
-            while (match(also, /(moe_|MOE_)[A-Za-z0-9_]+/)) {
+            while (match(also, /[A-Za-z]+_[A-Za-z0-9_]*/)) {
                 other[r, ++n_other[r]] = substr(also, RSTART, RLENGTH)
                 also = substr(also, RSTART + RLENGTH)
             }

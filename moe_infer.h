@@ -47,8 +47,8 @@
 // To add one more of a kind, touch what mentions one that is there, and nothing else (tests/map.sh
 // holds these lists against the file; * stands for any ending):
 //
-//   a tensor type, as iq4_xs: moe_type, MOE__ALL_TYPES, MOE__LAYOUT_IQ4_XS, moe__types_pack_iq4_xs
-//     if it can be made; what some types need beyond stands where tensor types begin
+//   a tensor type, as iq4_xs: moe_type, MOE__ALL_TYPES, MOE__LAYOUT_IQ4_XS; if it can be made,
+//     MOE__TYPES_QUANTIZE, moe__types_pack_iq4_xs; see also the page that tensor types begin with
 //   an instruction set, as avx_vnni: >>config, moe_isa*, MOE__SUFFIX, MOE__ISA,
 //     moe__kernels_detect, moe__kernels_get; also MOE__TARGET
 //   an expert schedule, as balanced: >>config if a macro is to choose it, moe_schedule,

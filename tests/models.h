@@ -82,6 +82,19 @@ MODELS_FN const char *models_simple(const char *config, const char *type) {
     return models_write(config, &options);
 }
 
+/* Small models of token ids: all families, all forms of attention tensors. */
+MODELS_FN const char *models_form(int i) {
+    synth_options o;
+    memset(&o, 0, sizeof o);
+    o.no_tokenizer = 1;
+    o.kvb = i == 2 ? SYNTH_KVB_SPLIT : i == 3 ? SYNTH_KVB_BOTH : SYNTH_KVB_FUSED;
+    static const char *const configs[] = {"micro",         "micro_mla",   "micro_mla",  "micro_mla",
+                                          "micro_mixtral", "micro_qwen2", "micro_olmoe",
+                                          "micro_oss"};
+    return models_write(configs[i], &o);
+}
+enum { MODELS_FORMS = 8 };
+
 /* A whole file of numbers; NULL if it is not there. */
 MODELS_FN float *models_read_floats(const char *path, size_t *count) {
     FILE *file = fopen(path, "rb");
@@ -179,6 +192,12 @@ MODELS_FN float *models_run(const moe_model *model, const moe_session_options *o
     }
     moe_session_close(session);
     return logits;
+}
+
+/* The first logits are what later ones are compared with; those are freed. */
+MODELS_FN void models_keep_first(float **first, float *logits) {
+    if (*first) free(logits);
+    else *first = logits;
 }
 
 /* ---- measures -------------------------------------------------------------------------------- */

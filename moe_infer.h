@@ -6064,14 +6064,16 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_lanes MOE__SHARED(v_lanes)
 #define v_dot_u8 MOE__(v_dot_u8)
 #define v_dot_i16 MOE__SHARED(v_dot_i16)
-#define v_rounded MOE__SHARED(v_rounded)
+#define f_rounded MOE__SHARED(f_rounded)
 #define v_load16 MOE__SHARED(v_load16)
 #define v_peak MOE__SHARED(v_peak)
 #define v_act_scale MOE__SHARED(v_act_scale)
 #define v_act_round MOE__SHARED(v_act_round)
 #define v_act_pack MOE__SHARED(v_act_pack)
 #define u_f16 MOE__SHARED(u_f16)
-#define v_fetch MOE__SHARED(v_fetch)
+#define fetch_ahead MOE__SHARED(fetch_ahead)
+#define fetch_line MOE__SHARED(fetch_line)
+#define fetch_line_far MOE__SHARED(fetch_line_far)
 #define u_sum MOE__SHARED(u_sum)
 #define u_load_weights MOE__SHARED(u_load_weights)
 #define u_load_weight MOE__SHARED(u_load_weight)
@@ -6082,13 +6084,13 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_store_levels MOE__SHARED(u_store_levels)
 #define u_store MOE__SHARED(u_store)
 #define u_dequantize_float MOE__SHARED(u_dequantize_float)
-#define u_or_and MOE__SHARED(u_or_and)
+#define u_or_and MOE__AVX2(v_or_and)
 #define u_copy_i16 MOE__SHARED(u_copy_i16)
-#define tile_store MOE__SHARED(tile_store)
+#define v_store MOE__SHARED(v_store)
 #define u_nibbles MOE__SHARED(u_nibbles)
 #define u_mask MOE__SHARED(u_mask)
 #define u_act32 MOE__SHARED(u_act32)
-#define u_rounded MOE__SHARED(u_rounded)
+#define u_rounded MOE__AVX2(f_rounded)
 #define q32_size MOE__SHARED(q32_size)
 #define q32_shift MOE__SHARED(q32_shift)
 #define v_add_where MOE__SHARED(v_add_where)
@@ -6101,7 +6103,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define TILE_DMIN MOE__SHARED(TILE_DMIN)
 #define TILE_MIN MOE__SHARED(TILE_MIN)
 #define TILE_START MOE__SHARED(TILE_START)
-#define tile_store_f32 MOE__SHARED(tile_store_f32)
 #define tile_put MOE__SHARED(tile_put)
 #define tile_put_scale MOE__SHARED(tile_put_scale)
 #define tile_put_int MOE__SHARED(tile_put_int)
@@ -6194,7 +6195,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_five MOE__SHARED(u_five)
 #define tile_job MOE__SHARED(tile_job)
 #define tile_kernel_fn MOE__SHARED(tile_kernel_fn)
-#define tile_load_f32 MOE__SHARED(tile_load_f32)
 #define tile_dot MOE__(tile_dot)
 #define tile_end MOE__(tile_end)
 #define tile_even MOE__(tile_even)
@@ -6266,7 +6266,7 @@ static const moe__kernels moe__kernels_scalar = {
 #define attend_most MOE__SHARED(attend_most)
 #define attend_least MOE__SHARED(attend_least)
 #define attend_stream MOE__SHARED(attend_stream)
-#define attend_fetch MOE__SHARED(attend_fetch)
+#define fetch_stream MOE__SHARED(fetch_stream)
 #define attend_chunk MOE__SHARED(attend_chunk)
 #define score_args MOE__SHARED(score_args)
 #define score_tile MOE__SHARED(score_tile)
@@ -6306,6 +6306,7 @@ static const moe__kernels moe__kernels_scalar = {
 
 MOE__V __m128i v_load_128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 MOE__V __m256i v_load_256(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+MOE__V void u_store(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
 // x in every byte or int16. GCC's own make 32 or 16 parameters of it, which without optimization
 // took a quarter of the time of compiling this text.
 MOE__V __m256i u_set8(char x) {
@@ -6319,6 +6320,7 @@ MOE__V __m256i u_set16(short x) {
 
 #if MOE__ISA == 3
 MOE__V __m512i v_load(const void *p) { return _mm512_loadu_si512(p); }
+MOE__V void v_store(void *p, __m512i x) { _mm512_storeu_si512(p, x); }
 MOE__V __m512i v_zero(void) { return _mm512_setzero_si512(); }
 MOE__V __m512i v_set8(char x) { return _mm512_set1_epi8(x); }
 MOE__V __m512i v_set16(short x) { return _mm512_set1_epi16(x); }
@@ -6341,6 +6343,7 @@ MOE__V __m512i v_dot_i16(__m512i acc, __m512i a, __m512i b) {
 }
 #else
 MOE__V __m256i v_load(const void *p) { return v_load_256(p); }
+MOE__V void v_store(void *p, __m256i x) { u_store(p, x); }
 MOE__V __m256i v_zero(void) { return _mm256_setzero_si256(); }
 MOE__V __m256i v_set8(char x) { return u_set8(x); }
 MOE__V __m256i v_set16(short x) { return u_set16(x); }
@@ -6355,11 +6358,35 @@ MOE__V __m256i v_dot_i16(__m256i acc, __m256i a, __m256i b) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
 #endif
-// x, rounded before it is used: a product is not fused with what is added to it.
-MOE__V MOE__VF v_rounded(MOE__VF x) {
+MOE__V MOE__VF f_zero(void) { return MOE__MM(setzero_ps)(); }
+MOE__V MOE__VF f_set(float x) { return MOE__MM(set1_ps)(x); }
+MOE__V MOE__VF f_load(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
+MOE__V void f_store(void *p, MOE__VF x) { MOE__MM(storeu_ps)((float *)p, x); }
+MOE__V MOE__VF f_add(MOE__VF a, MOE__VF b) { return MOE__MM(add_ps)(a, b); }
+MOE__V MOE__VF f_sub(MOE__VF a, MOE__VF b) { return MOE__MM(sub_ps)(a, b); }
+MOE__V MOE__VF f_mul(MOE__VF a, MOE__VF b) { return MOE__MM(mul_ps)(a, b); }
+MOE__V MOE__VF f_div(MOE__VF a, MOE__VF b) { return MOE__MM(div_ps)(a, b); }
+// a * b + c and c - a * b, rounded once.
+MOE__V MOE__VF f_fma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fmadd_ps)(a, b, c); }
+MOE__V MOE__VF f_fnma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fnmadd_ps)(a, b, c); }
+// If either is NaN, these give b.
+MOE__V MOE__VF f_max(MOE__VF a, MOE__VF b) { return MOE__MM(max_ps)(a, b); }
+MOE__V MOE__VF f_min(MOE__VF a, MOE__VF b) { return MOE__MM(min_ps)(a, b); }
+// x, in a register: GCC would read memory again for each of 2 or 3 uses.
+MOE__V MOE__VF f_keep(MOE__VF x) {
     __asm__("" : "+v"(x));
     return x;
 }
+// x, rounded before it is used: a product is not fused with what is added to it.
+MOE__V MOE__VF f_rounded(MOE__VF x) {
+    __asm__("" : "+v"(x));
+    return x;
+}
+
+// The cache line of p: what is read soon, to the first level; what the next tile reads, to the
+// second
+MOE__V void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+MOE__V void fetch_line_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 // 16 bytes in every lane
 MOE__V MOE__VI v_load16(const void *p) { return v_lanes(v_load_128(p)); }
@@ -6488,11 +6515,11 @@ MOE__V float u_f16(const uint8_t *p) {
 enum { MOE__(AHEAD) = 4096 };
 
 // Fetches `size` bytes that lie AHEAD of p, but nothing from `end` on.
-MOE__V void v_fetch(const uint8_t *p, const uint8_t *end, const int size) {
+MOE__V void fetch_ahead(const uint8_t *p, const uint8_t *end, const int size) {
     const uintptr_t at = (uintptr_t)p + MOE__(AHEAD);
     if (at >= (uintptr_t)end) return;
     MOE__UNROLL(8)
-    for (int i = 0; i < size; i += 64) _mm_prefetch((const char *)at + i, _MM_HINT_T0);
+    for (int i = 0; i < size; i += 64) fetch_line((const uint8_t *)at + i);
 }
 
 MOE__V float u_sum(__m256 x) {
@@ -6573,43 +6600,37 @@ MOE__V MOE__VF v_load_weights(const uint8_t *p, const int type) {
 #endif
 }
 
-// n weights, a multiple of 32, of two rows times six tokens, all from number k on
+// n weights, a multiple of 32, of two rows times six tokens, all from number k on. The loops over
+// tokens are unrolled so that no sums stay in memory.
 MOE__V void MOE__(tile_float_piece)(const uint8_t *row0, const uint8_t *row1,
                                     const float *const *x, int64_t k, int64_t n, float *sums,
                                     const int type) {
+    enum { TOKENS = MOE__(FLOAT_TOKENS) };
     const int size = type == MOE__INDEX_F32 ? 4 : 2;
-    const float *x0 = x[0] + k, *x1 = x[1] + k, *x2 = x[2] + k, *x3 = x[3] + k, *x4 = x[4] + k,
-                *x5 = x[5] + k;
+    const float *token[TOKENS];
+    MOE__VF acc0[TOKENS], acc1[TOKENS];
     row0 += size * k, row1 += size * k;
-#define MOE__EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#define MOE__AT(row, t) sums + 32 * (MOE__(FLOAT_TOKENS) * (row) + (t)) + chain
-#define MOE__LOAD(t)                                        \
-    MOE__VF a##t##0 = MOE__MM(loadu_ps)(MOE__AT(0, t));     \
-    MOE__VF a##t##1 = MOE__MM(loadu_ps)(MOE__AT(1, t));
-#define MOE__STORE(t)                           \
-    MOE__MM(storeu_ps)(MOE__AT(0, t), a##t##0); \
-    MOE__MM(storeu_ps)(MOE__AT(1, t), a##t##1);
-#define MOE__STEP(t)                                        \
-    {                                                       \
-        MOE__VF b = MOE__MM(loadu_ps)(x##t + i);            \
-        __asm__("" : "+v"(b)); /* or GCC loads it twice */  \
-        a##t##0 = MOE__MM(fmadd_ps)(w0, b, a##t##0);        \
-        a##t##1 = MOE__MM(fmadd_ps)(w1, b, a##t##1);        \
-    }
+    MOE__UNROLL(6)
+    for (int t = 0; t < TOKENS; t++) token[t] = x[t] + k;
     for (int64_t chain = 0; chain < 32; chain += MOE__VFLOATS) {
-        MOE__EACH(MOE__LOAD)
+        float *sums0 = sums + chain, *sums1 = sums0 + 32 * TOKENS;
+        MOE__UNROLL(6)
+        for (int t = 0; t < TOKENS; t++)
+            acc0[t] = f_load(sums0 + 32 * t), acc1[t] = f_load(sums1 + 32 * t);
         for (int64_t i = chain; i < n; i += 32) {
             const MOE__VF w0 = v_load_weights(row0 + size * i, type);
             const MOE__VF w1 = v_load_weights(row1 + size * i, type);
-            MOE__EACH(MOE__STEP)
+            MOE__UNROLL(6)
+            for (int t = 0; t < TOKENS; t++) {
+                const MOE__VF b = f_keep(f_load(token[t] + i));
+                acc0[t] = f_fma(w0, b, acc0[t]);
+                acc1[t] = f_fma(w1, b, acc1[t]);
+            }
         }
-        MOE__EACH(MOE__STORE)
+        MOE__UNROLL(6)
+        for (int t = 0; t < TOKENS; t++)
+            f_store(sums0 + 32 * t, acc0[t]), f_store(sums1 + 32 * t, acc1[t]);
     }
-#undef MOE__EACH
-#undef MOE__AT
-#undef MOE__LOAD
-#undef MOE__STORE
-#undef MOE__STEP
 }
 
 // moe__tile_fn of plain floats
@@ -6635,7 +6656,7 @@ MOE__V void MOE__(tile_float)(const uint8_t *rows, size_t row_size, int64_t n_ro
             for (int64_t r = 0; r < n_rows; r += 2) {
                 const uint8_t *row = rows + (size_t)r * row_size;
                 for (size_t i = 0; i < per_step && fetched < prefetch_size; i += 64, fetched += 64)
-                    __builtin_prefetch(prefetch + fetched, 0, 2);
+                    fetch_line_far(prefetch + fetched);
                 MOE__(tile_float_piece)(row, row + (r + 1 < n_rows ? row_size : 0), token, k,
                                         moe__min(whole - k, PIECE), sums + r * TOKENS * 32, type);
             }
@@ -6704,10 +6725,6 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
 
 // ---- pieces of vectors -----------------------------------------------------------------------
 
-// a | (b & mask)
-MOE__V __m256i u_or_and(__m256i a, __m256i b, __m256i mask) {
-    return _mm256_or_si256(a, _mm256_and_si256(b, mask));
-}
 // pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the
 // high lane in the high one
 MOE__V __m256i u_copy_i16(const int a, const int b) {
@@ -6715,14 +6732,6 @@ MOE__V __m256i u_copy_i16(const int a, const int b) {
     return _mm256_inserti128_si256(u_set16(copy_a), _mm_set1_epi16(copy_b), 1);
 }
 
-MOE__V void tile_store(void *p, MOE__VI v) {
-#if MOE__ISA == 3
-    _mm512_storeu_si512(p, v);
-#else
-    _mm256_storeu_si256((__m256i *)p, v);
-#endif
-}
-MOE__V void u_store(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
 // 16 bytes: 32 weights, the low nibbles before the high ones
 MOE__V __m256i u_nibbles(const uint8_t *p) {
     __m256i x = _mm256_broadcastsi128_si256(v_load_128(p));
@@ -6741,12 +6750,6 @@ MOE__V __m256i u_mask(uint32_t bits) {
 MOE__V __m256i u_act32(const int8_t *q, int j) {
     q += moe__act32_at(32 * j);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(v_load_128(q)), v_load_128(q + 64), 1);
-}
-
-// x, rounded before it is used: a product is not fused with what is added to it.
-MOE__V __m256 u_rounded(__m256 x) {
-    __asm__("" : "+v"(x));
-    return x;
 }
 
 // ---- types of 32-wide blocks -----------------------------------------------------------------
@@ -6843,22 +6846,21 @@ enum {
     TILE_START = 208 * MOE__VBYTES // int32 [tokens][16]: where sums start
 };
 
-MOE__V void tile_store_f32(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
 // Stores a quad of half h of a panel's rows, and the rest of its pack.
 MOE__V void tile_put(uint8_t *pack, int64_t quad, int64_t h, MOE__VI v) {
-    tile_store(pack + (2 * quad + h) * MOE__VBYTES, v);
+    v_store(pack + (2 * quad + h) * MOE__VBYTES, v);
 }
 MOE__V void tile_put_scale(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VF v) {
-    tile_store_f32(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
+    f_store(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
 }
 MOE__V void tile_put_int(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI v) {
-    tile_store(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
+    v_store(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
 }
 MOE__V void MOE__(tile_put_d)(uint8_t *pack, int64_t h, MOE__VF d) {
-    tile_store_f32(pack + TILE_D + h * MOE__VBYTES, d);
+    f_store(pack + TILE_D + h * MOE__VBYTES, d);
 }
 MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
-    tile_store_f32(pack + TILE_DMIN + h * MOE__VBYTES,
+    f_store(pack + TILE_DMIN + h * MOE__VBYTES,
                    MOE__MM(sub_ps)(MOE__MM(setzero_ps)(), dmin));
 }
 #endif // MOE__ISA != 4
@@ -7686,7 +7688,7 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
                 MOE__(head) h[RUN];                                                               \
                 const int count = RUN == 1 ? 1 : (int)moe__min(RUN, end - a);                     \
                 for (int i = 0; i < count; i++) {                                                 \
-                    v_fetch(b + size * i, rows_end, size);                                 \
+                    fetch_ahead(b + size * i, rows_end, size);                                 \
                     MOE__(head_##name)(b + size * i, D, h + i);                                   \
                 }                                                                                 \
                 for (int i = 0; i < count; i++, a++, b += size) {                                 \
@@ -7728,7 +7730,7 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
                                                                       u_set16(255)));   \
                 levels = MOE__MM(add_epi8)(levels, v_spread(both, per, order, v));         \
             }                                                                                     \
-            tile_store(out->q + MOE__VBYTES * v, levels);                                  \
+            v_store(out->q + MOE__VBYTES * v, levels);                                  \
         }                                                                                         \
         u_store(out->scale, u_per_16(h.scale, per));                                \
         if (mins) u_store(out->min, u_per_16(h.min, per));                          \
@@ -8140,7 +8142,7 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
     for (int i = 0; mins && i < 128 / per; i++) {
         int8_t bytes[8 * GROUPS];
         for (int g = 0; g < GROUPS; g++) memcpy(bytes + 8 * g, h[g].min + 8 * i, 8);
-        tile_store(half + TILE_MIN + 2 * i * MOE__VBYTES, v_pairs_r4(bytes, 0));
+        v_store(half + TILE_MIN + 2 * i * MOE__VBYTES, v_pairs_r4(bytes, 0));
     }
     for (int g = 0; g < GROUPS; g++) {
         _mm_storeu_ps((float *)(void *)(half + TILE_D) + 4 * g, h[g].d);
@@ -8168,7 +8170,7 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
             for (const moe__act256 *a = first; a < end; a++, b += size) {                         \
                 rows_head h;                                                               \
                 MOE__VI sum = v_zero();                                                    \
-                v_fetch(b, rows_end, size);                                                \
+                fetch_ahead(b, rows_end, size);                                                \
                 MOE__(head_##name)(b, D, &h);                                                     \
                 if (shifts || bias)                                                               \
                     sum = v_times_sums_r4(sum, h.scale, shifts ? h.shift : NULL, -bias, a, \
@@ -8272,7 +8274,7 @@ MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n
         for (const moe__act256 *a = first; a < end; a++, b += size) {
             rows_head h;
             __m256i sum = _mm256_setzero_si256();
-            v_fetch(b, rows_end, size);
+            fetch_ahead(b, rows_end, size);
             u_six_r4(b + 32, b + 16, &h);
             for (int j = 0; j < 8; j++) {
                 const __m256i acts = v_load_256(a->q + moe__act256_at(32 * j));
@@ -8368,7 +8370,7 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
             for (int c = 0; c < 4; c++) total[c] = _mm256_setzero_ps();                           \
             for (int64_t at = 0; at < n; at += 256, a++, b += 8 * size) {                         \
                 const int n_blocks = (int)moe__min(8, (n - at) / 32);                             \
-                v_fetch(b, rows_end, 8 * size);                                            \
+                fetch_ahead(b, rows_end, 8 * size);                                            \
                 for (int c = 0; c < 4; c++) {                                                     \
                     for (int j = c; j < n_blocks; j += 4) {                                       \
                         const uint8_t *block = b + size * j;                                      \
@@ -8721,7 +8723,7 @@ MOE__V MOE__(two) MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, M
     }
     MOE__UNROLL(2)
     for (int i = 0; i < GROUPS / 2; i++) // of an even and an odd block: four in their order
-        tile_store(sums + MOE__VFLOATS * i, v_hadd(s[i], s[i + GROUPS / 2]));
+        v_store(sums + MOE__VFLOATS * i, v_hadd(s[i], s[i + GROUPS / 2]));
     MOE__UNROLL(2)
     for (int h = 0; h < 2; h++, b += 2 * BYTES) {
         const __m128i scales = _mm_cvtepu8_epi16(_mm_set_epi64x(
@@ -8757,7 +8759,7 @@ MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows,
         __m128 sum = _mm_setzero_ps();
         for (int64_t left = n; left > 0; left -= 256, a++, b += 8 * size) {
             __m128 xs[4], ys[4]; // what is multiplied and added to the sums, in this order
-            v_fetch(b, rows_end, 8 * size);
+            fetch_ahead(b, rows_end, 8 * size);
             if (left < 256 && rows_end - b < 8 * size) {
                 memcpy(rest, b, (size_t)(n_rest * size));
                 b = rest;
@@ -8935,8 +8937,6 @@ typedef void tile_kernel_fn(const tile_job *job);
 // their own.
 typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
 
-MOE__V MOE__VF tile_load_f32(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
-
 // ---- unpacking ----------------
 
 typedef struct tile_columns {
@@ -9082,7 +9082,7 @@ MOE__V void MOE__(tile_put_mins)(uint8_t *pack, int64_t pair, int64_t h, MOE__VI
     MOE__UNROLL(2) for (int i = 0; i < 2; i++) {
         MOE__VI first = tile_low(m, 0xFF);
         MOE__VI second = tile_low(MOE__MM(slli_epi32)(m, 8), 0xFF0000);
-        tile_store(pack + TILE_MIN + (2 * (pair + i) + h) * MOE__VBYTES, v_or(first, second));
+        v_store(pack + TILE_MIN + (2 * (pair + i) + h) * MOE__VBYTES, v_or(first, second));
         m = MOE__MM(srli_epi32)(m, 16);
     }
 }
@@ -9267,22 +9267,22 @@ MOE__V void MOE__(tile_turn_scales)(const moe__block *block, int per, int mins, 
         for (int k = 0; k < 4; k += per / 16) {
             const MOE__VI high = MOE__MM(slli_epi32)(c.v[(k + 1) % 4], 16);
             const MOE__VI both = v_or(tile_low(c.v[k], 0xFFFF), high);
-            tile_store(min, per == 16 ? c.v[k] : both);
+            v_store(min, per == 16 ? c.v[k] : both);
             min += 2 * MOE__VBYTES;
         }
     }
     const MOE__VI d = tile_turn_blocks(block->d).v[0];
     MOE__VI dmin = tile_turn_blocks(block->dmin).v[0];
-    tile_store(pack + TILE_D + h * MOE__VBYTES, d);
+    v_store(pack + TILE_D + h * MOE__VBYTES, d);
     dmin = v_xor(dmin, MOE__MM(set1_epi32)((int)0x80000000));
-    tile_store(pack + TILE_DMIN + h * MOE__VBYTES, dmin);
+    v_store(pack + TILE_DMIN + h * MOE__VBYTES, dmin);
 }
 // Scales (or mins) as floats, one per `per` weights
 MOE__V void MOE__(tile_turn_f32)(const float *from, int per, int at, int64_t h, uint8_t *pack) {
     for (int i = 0; i < 16; i += 4) {
         const tile_columns c = tile_turn_blocks(from + i);
         for (int k = 0; k < 4; k += per / 16)
-            tile_store(pack + at + (2 * ((i + k) / (per / 16)) + h) * MOE__VBYTES, c.v[k]);
+            v_store(pack + at + (2 * ((i + k) / (per / 16)) + h) * MOE__VBYTES, c.v[k]);
     }
 }
 
@@ -9697,8 +9697,8 @@ MOE__V void MOE__(tile_scale_ints)(MOE__VI (*ints)[2], MOE__VI (*a)[2], const ui
 MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uint8_t *scales,
                                      const uint8_t *min, const uint8_t *const *x, int64_t d,
                                      const uint8_t *acts, const int n, const int mins) {
-    const MOE__VF scale0 = tile_load_f32(scales), scale1 = tile_load_f32(scales + MOE__VBYTES);
-    const MOE__VF min0 = tile_load_f32(min), min1 = tile_load_f32(min + MOE__VBYTES);
+    const MOE__VF scale0 = f_load(scales), scale1 = f_load(scales + MOE__VBYTES);
+    const MOE__VF min0 = f_load(min), min1 = f_load(min + MOE__VBYTES);
     MOE__EACH_TOKEN(t) {
         const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + d));
         const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), scale0);
@@ -9717,8 +9717,8 @@ MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uin
 MOE__V void MOE__(tile_add_ints)(const tile_job *job, MOE__VI (*ints)[2], const uint8_t *const *x,
                                  const int n, const int mins) {
     const uint8_t *d = job->pack + TILE_D, *dmin = job->pack + TILE_DMIN;
-    const MOE__VF scale0 = tile_load_f32(d), scale1 = tile_load_f32(d + MOE__VBYTES);
-    const MOE__VF min0 = tile_load_f32(dmin), min1 = tile_load_f32(dmin + MOE__VBYTES);
+    const MOE__VF scale0 = f_load(d), scale1 = f_load(d + MOE__VBYTES);
+    const MOE__VF min0 = f_load(dmin), min1 = f_load(dmin + MOE__VBYTES);
     MOE__VI a[MOE__TILE_TOKENS][2];
     if (mins) {
         const uint8_t *min = job->pack + TILE_MIN;
@@ -9783,15 +9783,14 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bi
         float *sums = job->sums + n * chain * MOE__TILE_ROWS;
         MOE__EACH_TOKEN(t) {
             if (per_256) continue;
-            f[t][0] = tile_load_f32(sums + t * MOE__TILE_ROWS);
-            f[t][1] = tile_load_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS);
+            f[t][0] = f_load(sums + t * MOE__TILE_ROWS);
+            f[t][1] = f_load(sums + t * MOE__TILE_ROWS + MOE__VFLOATS);
         }
         for (int64_t j = first; j < end; j += step) {
             int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
                                    : moe__act32_at(4 * quads * (int)j);
             __asm__("" : "+r"(base)); // clang would make an address of its own for each quad
-            for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64)
-                __builtin_prefetch(prefetch, 0, 2);
+            for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) fetch_line_far(prefetch);
             MOE__(tile_sub_block)(a, weights, x, base, starts + 4 * j, wide, quads, n, bits,
                                   per_256, from_zero);
             if (per_256)
@@ -9805,8 +9804,8 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bi
         }
         MOE__EACH_TOKEN(t) {
             if (per_256) continue;
-            tile_store_f32(sums + t * MOE__TILE_ROWS, f[t][0]);
-            tile_store_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
+            f_store(sums + t * MOE__TILE_ROWS, f[t][0]);
+            f_store(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
         }
     }
     if (per_256) MOE__(tile_add_ints)(job, ints, x, n, mins);
@@ -10028,11 +10027,11 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 
 // ---- floats: norms, activations, softmax, attention ------------------------------------------
 
-// MOE__D is a vector of half as many doubles as MOE__VF has floats. A "part" is a ragged end of
+// MOE__VD is a vector of half as many doubles as MOE__VF has floats. A "part" is a ragged end of
 // n = 1..MOE__VFLOATS elements: nothing beyond it is touched, the other lanes read 0.
 #if MOE__ISA == 2
-#define MOE__D __m256d
-#define MOE__D_OP(name) _mm256_##name##_pd
+#define MOE__VD __m256d
+#define MOE__VD_OP(name) _mm256_##name##_pd
 
 static const int32_t MOE__(part_mask)[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 
@@ -10124,8 +10123,8 @@ MOE__V __m256 f_fold_max(__m256 x) { return x; }
 MOE__V __m256d d_fold(__m256d x) { return x; }
 
 #else
-#define MOE__D __m512d
-#define MOE__D_OP(name) _mm512_##name##_pd
+#define MOE__VD __m512d
+#define MOE__VD_OP(name) _mm512_##name##_pd
 
 MOE__V __mmask16 f_mask(int64_t n) { return (__mmask16)((1u << n) - 1); }
 MOE__V __m512 f_load_part(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(f_mask(n), p); }
@@ -10188,28 +10187,9 @@ MOE__V __m256d d_fold(__m512d x) {
 }
 #endif
 
-// x, in a register: GCC would read memory again for each of 2 or 3 uses.
-MOE__V MOE__VF f_keep(MOE__VF x) {
-    __asm__("" : "+v"(x));
-    return x;
-}
-MOE__V MOE__VF f_zero(void) { return MOE__MM(setzero_ps)(); }
-MOE__V MOE__VF f_set(float x) { return MOE__MM(set1_ps)(x); }
-MOE__V MOE__VF f_load(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
-MOE__V void f_store(float *p, MOE__VF x) { MOE__MM(storeu_ps)(p, x); }
-MOE__V MOE__VF f_add(MOE__VF a, MOE__VF b) { return MOE__MM(add_ps)(a, b); }
-MOE__V MOE__VF f_sub(MOE__VF a, MOE__VF b) { return MOE__MM(sub_ps)(a, b); }
-MOE__V MOE__VF f_mul(MOE__VF a, MOE__VF b) { return MOE__MM(mul_ps)(a, b); }
-MOE__V MOE__VF f_div(MOE__VF a, MOE__VF b) { return MOE__MM(div_ps)(a, b); }
-// a * b + c and c - a * b, rounded once.
-MOE__V MOE__VF f_fma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fmadd_ps)(a, b, c); }
-MOE__V MOE__VF f_fnma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fnmadd_ps)(a, b, c); }
-// If either is NaN, these give b.
-MOE__V MOE__VF f_max(MOE__VF a, MOE__VF b) { return MOE__MM(max_ps)(a, b); }
-MOE__V MOE__VF f_min(MOE__VF a, MOE__VF b) { return MOE__MM(min_ps)(a, b); }
-MOE__V MOE__D d_zero(void) { return MOE__D_OP(setzero)(); }
-MOE__V MOE__D d_add(MOE__D a, MOE__D b) { return MOE__D_OP(add)(a, b); }
-MOE__V MOE__D d_square_add(MOE__D a, MOE__D c) { return MOE__D_OP(fmadd)(a, a, c); }
+MOE__V MOE__VD d_zero(void) { return MOE__VD_OP(setzero)(); }
+MOE__V MOE__VD d_add(MOE__VD a, MOE__VD b) { return MOE__VD_OP(add)(a, b); }
+MOE__V MOE__VD d_square_add(MOE__VD a, MOE__VD c) { return MOE__VD_OP(fmadd)(a, a, c); }
 
 MOE__V float f_sum(MOE__VF x) {
     __m256 half = f_fold(x);
@@ -10223,7 +10203,7 @@ MOE__V float f_largest(MOE__VF x) {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
-MOE__V double d_sum(MOE__D x) {
+MOE__V double d_sum(MOE__VD x) {
     __m256d half = d_fold(x);
     __m128d q = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
@@ -10258,7 +10238,7 @@ MOE__V MOE__VF f_exp(MOE__VF x) {
 
 // Squares are summed in double: rows have up to 7168 values, and a square may leave the range.
 MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out) {
-    MOE__D s0 = d_zero(), s1 = s0, s2 = s0, s3 = s0;
+    MOE__VD s0 = d_zero(), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
     for (; i + 2 * MOE__VFLOATS <= n; i += 2 * MOE__VFLOATS) {
         MOE__VF a = f_load(x + i), b = f_load(x + i + MOE__VFLOATS);
@@ -10320,7 +10300,7 @@ MOE__K void MOE__(softmax)(float *x, int64_t n) {
     MOE__VF end = lowest; // lanes beyond n: e^-inf = 0 adds nothing
     if (rest) end = f_select_part(rest, f_load_part(x + full, rest), lowest);
     m = f_set(f_largest(f_max(end, m)));
-    MOE__D s0 = d_zero(), s1 = s0; // double: n may be a vocabulary
+    MOE__VD s0 = d_zero(), s1 = s0; // double: n may be a vocabulary
     for (int64_t i = 0; i < full; i += MOE__VFLOATS) {
         MOE__VF e = f_exp(f_sub(f_load(x + i), m));
         f_store(x + i, e);
@@ -10341,24 +10321,24 @@ MOE__K void MOE__(softmax)(float *x, int64_t n) {
 // of intrinsics, too.
 typedef struct MOE__(weights) {
     MOE__VF least;
-    MOE__D max, factor;
+    MOE__VD max, factor;
 } MOE__(weights);
 
-MOE__V MOE__D d_set(double x) { return MOE__D_OP(set1)(x); }
-MOE__V MOE__D d_sub(MOE__D a, MOE__D b) { return MOE__D_OP(sub)(a, b); }
-MOE__V MOE__D d_product(MOE__D a, MOE__D b) {
-    MOE__D x = MOE__D_OP(mul)(a, b);
+MOE__V MOE__VD d_set(double x) { return MOE__VD_OP(set1)(x); }
+MOE__V MOE__VD d_sub(MOE__VD a, MOE__VD b) { return MOE__VD_OP(sub)(a, b); }
+MOE__V MOE__VD d_product(MOE__VD a, MOE__VD b) {
+    MOE__VD x = MOE__VD_OP(mul)(a, b);
     __asm__("" : "+v"(x));
     return x;
 }
 // p * r + c, rounded twice.
-MOE__V MOE__D d_step(MOE__D p, MOE__D r, double c) { return d_add(d_product(p, r), d_set(c)); }
-MOE__V MOE__D d_weigh(MOE__D x, const MOE__(weights) *w) {
-    const MOE__D shift = d_set(6755399441055744.0);
-    const MOE__D t = d_product(d_sub(x, w->max), w->factor);
-    const MOE__D shifted = d_add(t, shift);
-    const MOE__D r = d_sub(t, d_sub(shifted, shift));
-    MOE__D p = d_step(d_set(1.3344144332419254e-06), r, 1.5314206034731837e-05);
+MOE__V MOE__VD d_step(MOE__VD p, MOE__VD r, double c) { return d_add(d_product(p, r), d_set(c)); }
+MOE__V MOE__VD d_weigh(MOE__VD x, const MOE__(weights) *w) {
+    const MOE__VD shift = d_set(6755399441055744.0);
+    const MOE__VD t = d_product(d_sub(x, w->max), w->factor);
+    const MOE__VD shifted = d_add(t, shift);
+    const MOE__VD r = d_sub(t, d_sub(shifted, shift));
+    MOE__VD p = d_step(d_set(1.3344144332419254e-06), r, 1.5314206034731837e-05);
     p = d_step(p, r, 0.00015403098456626539);
     p = d_step(p, r, 0.0013333434171244902);
     p = d_step(p, r, 0.0096181295586266428);
@@ -10369,21 +10349,21 @@ MOE__V MOE__D d_weigh(MOE__D x, const MOE__(weights) *w) {
     return d_above(t, d_set(-1000.0), d_scale(p, shifted));
 }
 // One vector of floats: two of weights, added to their sums.
-MOE__V void MOE__(weigh_step)(MOE__VF x, const MOE__(weights) *w, MOE__D *sum, double *e) {
+MOE__V void MOE__(weigh_step)(MOE__VF x, const MOE__(weights) *w, MOE__VD *sum, double *e) {
     x = f_at_least(x, w->least);
-    const MOE__D low = d_weigh(f_low(x), w);
-    const MOE__D high = d_weigh(f_high(x), w);
+    const MOE__VD low = d_weigh(f_low(x), w);
+    const MOE__VD high = d_weigh(f_high(x), w);
     sum[0] = d_add(sum[0], low);
     sum[1] = d_add(sum[1], high);
     if (!e) return;
-    MOE__D_OP(storeu)(e, low);
-    MOE__D_OP(storeu)(e + MOE__VFLOATS / 2, high);
+    MOE__VD_OP(storeu)(e, low);
+    MOE__VD_OP(storeu)(e + MOE__VFLOATS / 2, high);
 }
 MOE__K double MOE__(weigh)(const float *x, int64_t n, float least, double max, double scale,
                            double *e) {
     enum { SUMS = 32 / MOE__VFLOATS };
     const MOE__(weights) w = {f_set(least), d_set(max), d_set(scale * 1.4426950408889634)};
-    MOE__D sum[SUMS];
+    MOE__VD sum[SUMS];
     double lanes[16];
     MOE__UNROLL(4)
     for (int s = 0; s < SUMS; s++) sum[s] = d_zero();
@@ -10407,7 +10387,7 @@ MOE__K double MOE__(weigh)(const float *x, int64_t n, float least, double max, d
     }
     MOE__UNROLL(4)
     for (int s = 0; s < SUMS; s++)
-        MOE__D_OP(storeu)(lanes + s * (MOE__VFLOATS / 2), sum[s]);
+        MOE__VD_OP(storeu)(lanes + s * (MOE__VFLOATS / 2), sum[s]);
     return moe__weigh_sum(lanes);
 }
 
@@ -10582,7 +10562,7 @@ typedef struct attend_stream {
     const char *at, *end, *then, *then_end;
 } attend_stream;
 
-MOE__V void attend_fetch(attend_stream *s, int64_t bytes) {
+MOE__V void fetch_stream(attend_stream *s, int64_t bytes) {
     if (s->at >= s->end) {
         if (s->then >= s->then_end) return;
         s->at = s->then;
@@ -10590,7 +10570,7 @@ MOE__V void attend_fetch(attend_stream *s, int64_t bytes) {
     }
     const char *line = s->at + (0 - (uintptr_t)s->at) % 64; // another began before the portion
     s->at += bytes;
-    for (; line < s->at; line += 64) _mm_prefetch(line, _MM_HINT_T0);
+    for (; line < s->at; line += 64) fetch_line(line);
 }
 
 // What a call sees of a chunk
@@ -10644,7 +10624,7 @@ MOE__V void MOE__(attend_ahead)(const moe__attend_args *a, attend_chunk *c, int 
     if (begins) {
         s->at = (const char *)c->k + (size_t)c->start * a->k_bytes;
         s->end = (const char *)c->k + (size_t)c->n_keys * a->k_bytes;
-        attend_fetch(s, moe__min(MOE__(ATTEND_FIRST), s->end - s->at));
+        fetch_stream(s, moe__min(MOE__(ATTEND_FIRST), s->end - s->at));
     }
     c->ahead = keys + (size_t)half * a->k_bytes;
     c->ahead_rows = rows - half;
@@ -10774,7 +10754,7 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, attend_chunk *chunk)
         }
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
-            attend_fetch(&chunk->stream, due);
+            fetch_stream(&chunk->stream, due);
             if (j < late || j + 4 > early) { // some queries do not see some of the keys
                 if (attend_most(visible + i, count) <= j) continue;
                 if (attend_least(first + i, count) >= j + 4) continue;
@@ -10942,7 +10922,7 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, attend_chunk *c
                 const int most = attend_most(chunk->visible + i, count) - j;
                 const int least = attend_least(chunk->first + i, count) - j;
                 const int step = count > MOE__ATTEND_FEW ? TURNED / 2 : TURNED;
-                attend_fetch(&chunk->stream, due);
+                fetch_stream(&chunk->stream, due);
                 t.q = a->q + i * a->q_stride + 32 * b;
                 t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
                 for (t.at = 0; t.at < keys; t.at += step)
@@ -10990,16 +10970,16 @@ MOE__V attend_joined MOE__(attend_join)(MOE__VF max, MOE__VF sum, MOE__VF all_ma
     const MOE__VF base = f_max(both.max, f_set(-FLT_MAX));
     both.add = f_exp(f_sub(max, base));
     both.old = f_exp(f_sub(all_max, base));
-    both.sum = f_fma(both.add, sum, v_rounded(f_mul(both.old, all_sum)));
+    both.sum = f_fma(both.add, sum, f_rounded(f_mul(both.old, all_sum)));
     return both;
 }
 // The same for n values of out.
 MOE__V void attend_out(float *out, int n, MOE__VF add, MOE__VF x, MOE__VF old) {
     if (n >= MOE__VFLOATS) {
-        const MOE__VF y = v_rounded(f_mul(old, f_load(out)));
+        const MOE__VF y = f_rounded(f_mul(old, f_load(out)));
         f_store(out, f_fma(add, x, y));
     } else {
-        const MOE__VF y = v_rounded(f_mul(old, f_load_part(out, n)));
+        const MOE__VF y = f_rounded(f_mul(old, f_load_part(out, n)));
         f_store_part(out, n, f_fma(add, x, y));
     }
 }
@@ -11078,8 +11058,7 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type,
                     acc[r][c] = f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
     }
     for (; weights < end; weights++, value += t->v_bytes, ahead += t->ahead_bytes) {
-        for (int64_t i = 0; i < t->ahead_bytes; i += 64)
-            _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
+        for (int64_t i = 0; i < t->ahead_bytes; i += 64) fetch_line(ahead + i);
         if (n > MOE__ATTEND_FEW && columns == 2) { // values stay in registers, else weights
             MOE__UNROLL(2)
             for (int c = 0; c < 2; c++) v[c] = f_keep(value_load(t, value, columns, c, type));
@@ -11387,8 +11366,8 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 #undef MOE__ATTEND_ROWS
 #undef MOE__ATTEND_WIDE
 #undef MOE__ATTEND_FEW
-#undef MOE__D
-#undef MOE__D_OP
+#undef MOE__VD
+#undef MOE__VD_OP
 #endif // MOE__ISA != 4
 
 // ---- the table of this instruction set -------------------------------------------------------
@@ -11441,14 +11420,16 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_lanes
 #undef v_dot_u8
 #undef v_dot_i16
-#undef v_rounded
+#undef f_rounded
 #undef v_load16
 #undef v_peak
 #undef v_act_scale
 #undef v_act_round
 #undef v_act_pack
 #undef u_f16
-#undef v_fetch
+#undef fetch_ahead
+#undef fetch_line
+#undef fetch_line_far
 #undef u_sum
 #undef u_load_weights
 #undef u_load_weight
@@ -11461,7 +11442,7 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_dequantize_float
 #undef u_or_and
 #undef u_copy_i16
-#undef tile_store
+#undef v_store
 #undef u_nibbles
 #undef u_mask
 #undef u_act32
@@ -11478,7 +11459,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef TILE_DMIN
 #undef TILE_MIN
 #undef TILE_START
-#undef tile_store_f32
 #undef tile_put
 #undef tile_put_scale
 #undef tile_put_int
@@ -11571,7 +11551,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_five
 #undef tile_job
 #undef tile_kernel_fn
-#undef tile_load_f32
 #undef tile_dot
 #undef tile_end
 #undef tile_even
@@ -11643,7 +11622,7 @@ static const moe__kernels MOE__(kernels) = {
 #undef attend_most
 #undef attend_least
 #undef attend_stream
-#undef attend_fetch
+#undef fetch_stream
 #undef attend_chunk
 #undef score_args
 #undef score_tile

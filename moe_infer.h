@@ -6005,8 +6005,8 @@ static const moe__kernels moe__kernels_scalar = {
 #else // MOE__ISA: the vector kernels, read once per instruction set ---------------------------
 
 // MOE__(name) is name with the instruction set appended. MOE__K starts a kernel, MOE__V a helper
-// that is always inlined into kernels. Helpers get the same target string as their callers, or
-// GCC refuses to inline them. Vector types never leave this text.
+// that is always inlined into kernels. A helper's target may be a part of its caller's: AVX-VNNI
+// and AVX-512 take some from AVX2. Vector types never leave this text.
 #define MOE__PASTE_(a, b) a##b
 #define MOE__PASTE(a, b) MOE__PASTE_(a, b)
 #if MOE__ISA == 2
@@ -6049,12 +6049,12 @@ static const moe__kernels moe__kernels_scalar = {
 // stands here if the text uses it often; the others are written MOE__(name) where they are used.
 // v_: on whole vectors of integers; u_: on 256 bits in every instruction set; f_, d_: on whole
 // vectors of floats, of doubles; tile_, attend_, ...: of the section of that name.
+
+// vectors of integers
 #define v_load_128 MOE__SHARED(v_load_128)
 #define v_load MOE__SHARED(v_load)
 #define v_load_256 MOE__SHARED(v_load_256)
 #define v_zero MOE__SHARED(v_zero)
-#define u_set8 MOE__SHARED(u_set8)
-#define u_set16 MOE__SHARED(u_set16)
 #define v_set8 MOE__SHARED(v_set8)
 #define v_set16 MOE__SHARED(v_set16)
 #define v_and MOE__SHARED(v_and)
@@ -6064,48 +6064,16 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_lanes MOE__SHARED(v_lanes)
 #define v_dot_u8 MOE__(v_dot_u8)
 #define v_dot_i16 MOE__SHARED(v_dot_i16)
-#define f_rounded MOE__SHARED(f_rounded)
 #define v_load16 MOE__SHARED(v_load16)
 #define v_peak MOE__SHARED(v_peak)
 #define v_act_scale MOE__SHARED(v_act_scale)
 #define v_act_round MOE__SHARED(v_act_round)
 #define v_act_pack MOE__SHARED(v_act_pack)
-#define u_f16 MOE__SHARED(u_f16)
-#define fetch_ahead MOE__SHARED(fetch_ahead)
-#define fetch_line MOE__SHARED(fetch_line)
-#define fetch_line_far MOE__SHARED(fetch_line_far)
-#define u_sum MOE__SHARED(u_sum)
-#define u_load_weights MOE__SHARED(u_load_weights)
-#define u_load_weight MOE__SHARED(u_load_weight)
-#define d_weigh MOE__SHARED(d_weigh)
-#define u_dot_end MOE__SHARED(u_dot_end)
-#define u_dot_float MOE__SHARED(u_dot_float)
 #define v_load_weights MOE__SHARED(v_load_weights)
-#define u_store_levels MOE__SHARED(u_store_levels)
-#define u_store MOE__SHARED(u_store)
-#define u_dequantize_float MOE__SHARED(u_dequantize_float)
-#define u_or_and MOE__AVX2(v_or_and)
-#define u_copy_i16 MOE__SHARED(u_copy_i16)
 #define v_store MOE__SHARED(v_store)
-#define u_nibbles MOE__SHARED(u_nibbles)
-#define u_mask MOE__SHARED(u_mask)
-#define u_act32 MOE__SHARED(u_act32)
-#define u_rounded MOE__AVX2(f_rounded)
-#define q32_size MOE__SHARED(q32_size)
-#define q32_shift MOE__SHARED(q32_shift)
 #define v_add_where MOE__SHARED(v_add_where)
 #define v_e8m0 MOE__SHARED(v_e8m0)
 #define v_turn_lanes MOE__SHARED(v_turn_lanes)
-#define TILE_PACK MOE__SHARED(TILE_PACK)
-#define TILE_SUMS_AT MOE__SHARED(TILE_SUMS_AT)
-#define TILE_SCALE MOE__SHARED(TILE_SCALE)
-#define TILE_D MOE__SHARED(TILE_D)
-#define TILE_DMIN MOE__SHARED(TILE_DMIN)
-#define TILE_MIN MOE__SHARED(TILE_MIN)
-#define TILE_START MOE__SHARED(TILE_START)
-#define tile_put MOE__SHARED(tile_put)
-#define tile_put_scale MOE__SHARED(tile_put_scale)
-#define tile_put_int MOE__SHARED(tile_put_int)
 #define v_group MOE__SHARED(v_group)
 #define v_acts MOE__SHARED(v_acts)
 #define v_numbers MOE__SHARED(v_numbers)
@@ -6113,7 +6081,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_twos MOE__SHARED(v_twos)
 #define v_quads MOE__SHARED(v_quads)
 #define v_multiply MOE__SHARED(v_multiply)
-#define u_times_sums MOE__SHARED(u_times_sums)
 #define v_extend MOE__SHARED(v_extend)
 #define v_shift MOE__SHARED(v_shift)
 #define v_field MOE__SHARED(v_field)
@@ -6124,6 +6091,45 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_nibbles MOE__SHARED(v_nibbles)
 #define v_table MOE__SHARED(v_table)
 #define v_lookup MOE__SHARED(v_lookup)
+#define v_book8 MOE__SHARED(v_book8)
+#define v_signed MOE__SHARED(v_signed)
+#define v_lookup_16 MOE__SHARED(v_lookup_16)
+#define v_book4 MOE__SHARED(v_book4)
+#define v_book4_16 MOE__SHARED(v_book4_16)
+#define v_dwords MOE__SHARED(v_dwords)
+#define v_acts_r4 MOE__SHARED(v_acts_r4)
+#define v_nibbles_r4 MOE__SHARED(v_nibbles_r4)
+#define v_bits_r4 MOE__SHARED(v_bits_r4)
+#define v_load_twice MOE__SHARED(v_load_twice)
+#define v_two_r4 MOE__SHARED(v_two_r4)
+#define v_one_r4 MOE__SHARED(v_one_r4)
+#define v_scales_r4 MOE__SHARED(v_scales_r4)
+#define v_pairs_r4 MOE__SHARED(v_pairs_r4)
+#define v_times_sums_r4 MOE__SHARED(v_times_sums_r4)
+#define v_multiply_r4 MOE__SHARED(v_multiply_r4)
+#define v_shift_r4 MOE__SHARED(v_shift_r4)
+#define v_acts_r8 MOE__SHARED(v_acts_r8)
+#define v_nibbles_r8 MOE__SHARED(v_nibbles_r8)
+#define v_hadd MOE__SHARED(v_hadd)
+// 256 bits in every instruction set
+#define u_set8 MOE__SHARED(u_set8)
+#define u_set16 MOE__SHARED(u_set16)
+#define u_f16 MOE__SHARED(u_f16)
+#define u_sum MOE__SHARED(u_sum)
+#define u_load_weights MOE__SHARED(u_load_weights)
+#define u_load_weight MOE__SHARED(u_load_weight)
+#define u_dot_end MOE__SHARED(u_dot_end)
+#define u_dot_float MOE__SHARED(u_dot_float)
+#define u_store_levels MOE__SHARED(u_store_levels)
+#define u_store MOE__SHARED(u_store)
+#define u_dequantize_float MOE__SHARED(u_dequantize_float)
+#define u_or_and MOE__AVX2(v_or_and)
+#define u_copy_i16 MOE__SHARED(u_copy_i16)
+#define u_nibbles MOE__SHARED(u_nibbles)
+#define u_mask MOE__SHARED(u_mask)
+#define u_act32 MOE__SHARED(u_act32)
+#define u_rounded MOE__AVX2(f_rounded)
+#define u_times_sums MOE__SHARED(u_times_sums)
 #define u_words MOE__SHARED(u_words)
 #define u_halves MOE__SHARED(u_halves)
 #define u_nibbles16 MOE__SHARED(u_nibbles16)
@@ -6135,34 +6141,19 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_tq1_0_bytes MOE__SHARED(u_tq1_0_bytes)
 #define u_tq1_0_powers MOE__SHARED(u_tq1_0_powers)
 #define u_head_ks MOE__SHARED(u_head_ks)
-#define v_book8 MOE__SHARED(v_book8)
 #define u_signs_book8 MOE__SHARED(u_signs_book8)
-#define v_signed MOE__SHARED(v_signed)
 #define u_even_signs MOE__SHARED(u_even_signs)
 #define u_signs_scales MOE__SHARED(u_signs_scales)
 #define u_store_indices MOE__SHARED(u_store_indices)
 #define u_indices MOE__SHARED(u_indices)
 #define u_fours16 MOE__SHARED(u_fours16)
 #define u_scales_iq2 MOE__SHARED(u_scales_iq2)
-#define v_lookup_16 MOE__SHARED(v_lookup_16)
 #define u_signs_book4 MOE__SHARED(u_signs_book4)
-#define v_book4 MOE__SHARED(v_book4)
-#define v_book4_16 MOE__SHARED(v_book4_16)
 #define u_rows_8 MOE__SHARED(u_rows_8)
 #define u_rows_4 MOE__SHARED(u_rows_4)
 #define u_add_block MOE__SHARED(u_add_block)
 #define u_row_scale MOE__SHARED(u_row_scale)
 #define u_per_16 MOE__SHARED(u_per_16)
-#define rows_head MOE__SHARED(rows_head)
-#define r4_t MOE__SHARED(r4_t)
-#define r4_half MOE__SHARED(r4_half)
-#define v_dwords MOE__SHARED(v_dwords)
-#define v_acts_r4 MOE__SHARED(v_acts_r4)
-#define v_nibbles_r4 MOE__SHARED(v_nibbles_r4)
-#define v_bits_r4 MOE__SHARED(v_bits_r4)
-#define v_load_twice MOE__SHARED(v_load_twice)
-#define v_two_r4 MOE__SHARED(v_two_r4)
-#define v_one_r4 MOE__SHARED(v_one_r4)
 #define u_four_halves MOE__SHARED(u_four_halves)
 #define u_mask8 MOE__SHARED(u_mask8)
 #define u_add8 MOE__SHARED(u_add8)
@@ -6172,45 +6163,15 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_shift_r4 MOE__SHARED(u_shift_r4)
 #define u_odd_signed MOE__SHARED(u_odd_signed)
 #define u_head_ks_r4 MOE__SHARED(u_head_ks_r4)
-#define v_scales_r4 MOE__SHARED(v_scales_r4)
-#define v_pairs_r4 MOE__SHARED(v_pairs_r4)
-#define v_times_sums_r4 MOE__SHARED(v_times_sums_r4)
-#define v_multiply_r4 MOE__SHARED(v_multiply_r4)
-#define rows_out MOE__SHARED(rows_out)
-#define rows_put MOE__SHARED(rows_put)
-#define v_shift_r4 MOE__SHARED(v_shift_r4)
-#define v_acts_r8 MOE__SHARED(v_acts_r8)
-#define level_iq4_xs_r8 MOE__SHARED(level_iq4_xs_r8)
-#define v_nibbles_r8 MOE__SHARED(v_nibbles_r8)
 #define u_scales_rows MOE__SHARED(u_scales_rows)
 #define u_dot_i16 MOE__SHARED(u_dot_i16)
-#define q32_block MOE__SHARED(q32_block)
-#define v_hadd MOE__SHARED(v_hadd)
-#define q32_load MOE__SHARED(q32_load)
-#define q32_fifths MOE__SHARED(q32_fifths)
-#define q32_levels MOE__SHARED(q32_levels)
 #define u_ue4m3 MOE__SHARED(u_ue4m3)
-#define unpack_fn MOE__SHARED(unpack_fn)
 #define u_put MOE__SHARED(u_put)
 #define u_five MOE__SHARED(u_five)
-#define tile_job MOE__SHARED(tile_job)
-#define tile_kernel_fn MOE__SHARED(tile_kernel_fn)
-#define tile_dot MOE__(tile_dot)
-#define tile_end MOE__(tile_end)
-#define tile_even MOE__(tile_even)
-#define tile_odd MOE__(tile_odd)
-#define tile_dot_i16 MOE__(tile_dot_i16)
+// vectors of floats
+#define f_rounded MOE__SHARED(f_rounded)
 #define f_scale MOE__SHARED(f_scale)
 #define f_min MOE__SHARED(f_min)
-#define tile_columns MOE__SHARED(tile_columns)
-#define tile_pair MOE__SHARED(tile_pair)
-#define tile_turn MOE__SHARED(tile_turn)
-#define tile_low MOE__SHARED(tile_low)
-#define tile_high_nibbles MOE__SHARED(tile_high_nibbles)
-#define tile_plan MOE__SHARED(tile_plan)
-#define tile_turn_blocks MOE__SHARED(tile_turn_blocks)
-#define tile_ahead MOE__SHARED(tile_ahead)
-#define tile_cut MOE__SHARED(tile_cut)
 #define f_mask MOE__SHARED(f_mask)
 #define f_load_part MOE__SHARED(f_load_part)
 #define f_load MOE__SHARED(f_load)
@@ -6229,14 +6190,11 @@ static const moe__kernels moe__kernels_scalar = {
 #define f_round MOE__SHARED(f_round)
 #define f_low MOE__SHARED(f_low)
 #define f_high MOE__SHARED(f_high)
+#define f_upper MOE__SHARED(f_upper)
 #define f_first MOE__SHARED(f_first)
 #define f_at_least MOE__SHARED(f_at_least)
-#define d_above MOE__SHARED(d_above)
-#define d_scale MOE__SHARED(d_scale)
 #define f_fold MOE__SHARED(f_fold)
 #define f_fold_max MOE__SHARED(f_fold_max)
-#define d_fold MOE__SHARED(d_fold)
-#define f_upper MOE__SHARED(f_upper)
 #define f_keep MOE__SHARED(f_keep)
 #define f_zero MOE__SHARED(f_zero)
 #define f_add MOE__SHARED(f_add)
@@ -6246,31 +6204,83 @@ static const moe__kernels moe__kernels_scalar = {
 #define f_fma MOE__SHARED(f_fma)
 #define f_fnma MOE__SHARED(f_fnma)
 #define f_max MOE__SHARED(f_max)
-#define d_zero MOE__SHARED(d_zero)
-#define d_add MOE__SHARED(d_add)
-#define d_square_add MOE__SHARED(d_square_add)
 #define f_sum MOE__SHARED(f_sum)
 #define f_largest MOE__SHARED(f_largest)
-#define d_sum MOE__SHARED(d_sum)
 #define f_sum4 MOE__SHARED(f_sum4)
 #define f_exp MOE__SHARED(f_exp)
 #define f_glu MOE__SHARED(f_glu)
+// vectors of doubles
+#define d_weigh MOE__SHARED(d_weigh)
+#define d_above MOE__SHARED(d_above)
+#define d_scale MOE__SHARED(d_scale)
+#define d_fold MOE__SHARED(d_fold)
+#define d_zero MOE__SHARED(d_zero)
+#define d_add MOE__SHARED(d_add)
+#define d_square_add MOE__SHARED(d_square_add)
+#define d_sum MOE__SHARED(d_sum)
 #define d_set MOE__SHARED(d_set)
 #define d_sub MOE__SHARED(d_sub)
 #define d_product MOE__SHARED(d_product)
 #define d_step MOE__SHARED(d_step)
+// prefetching
+#define fetch_ahead MOE__SHARED(fetch_ahead)
+#define fetch_line MOE__SHARED(fetch_line)
+#define fetch_line_far MOE__SHARED(fetch_line_far)
+#define fetch_stream MOE__SHARED(fetch_stream)
+// blocks of 32 weights, and what unpacks any row
+#define q32_size MOE__SHARED(q32_size)
+#define q32_shift MOE__SHARED(q32_shift)
+#define q32_block MOE__SHARED(q32_block)
+#define q32_load MOE__SHARED(q32_load)
+#define q32_fifths MOE__SHARED(q32_fifths)
+#define q32_levels MOE__SHARED(q32_levels)
+#define unpack_fn MOE__SHARED(unpack_fn)
+// interleaved rows
+#define rows_head MOE__SHARED(rows_head)
+#define r4_t MOE__SHARED(r4_t)
+#define r4_half MOE__SHARED(r4_half)
+#define rows_out MOE__SHARED(rows_out)
+#define rows_put MOE__SHARED(rows_put)
+#define level_iq4_xs_r8 MOE__SHARED(level_iq4_xs_r8)
+// tiles
+#define TILE_PACK MOE__SHARED(TILE_PACK)
+#define TILE_SUMS_AT MOE__SHARED(TILE_SUMS_AT)
+#define TILE_SCALE MOE__SHARED(TILE_SCALE)
+#define TILE_D MOE__SHARED(TILE_D)
+#define TILE_DMIN MOE__SHARED(TILE_DMIN)
+#define TILE_MIN MOE__SHARED(TILE_MIN)
+#define TILE_START MOE__SHARED(TILE_START)
+#define tile_put MOE__SHARED(tile_put)
+#define tile_put_scale MOE__SHARED(tile_put_scale)
+#define tile_put_int MOE__SHARED(tile_put_int)
+#define tile_job MOE__SHARED(tile_job)
+#define tile_kernel_fn MOE__SHARED(tile_kernel_fn)
+#define tile_dot MOE__(tile_dot)
+#define tile_end MOE__(tile_end)
+#define tile_even MOE__(tile_even)
+#define tile_odd MOE__(tile_odd)
+#define tile_dot_i16 MOE__(tile_dot_i16)
+#define tile_columns MOE__SHARED(tile_columns)
+#define tile_pair MOE__SHARED(tile_pair)
+#define tile_turn MOE__SHARED(tile_turn)
+#define tile_low MOE__SHARED(tile_low)
+#define tile_high_nibbles MOE__SHARED(tile_high_nibbles)
+#define tile_plan MOE__SHARED(tile_plan)
+#define tile_turn_blocks MOE__SHARED(tile_turn_blocks)
+#define tile_ahead MOE__SHARED(tile_ahead)
+#define tile_cut MOE__SHARED(tile_cut)
+// attention
 #define ATTEND_STEP MOE__SHARED(ATTEND_STEP)
+#define ATTEND_TURNED MOE__SHARED(ATTEND_TURNED)
 #define kv_load MOE__SHARED(kv_load)
 #define kv_load_part MOE__SHARED(kv_load_part)
 #define attend_rows MOE__SHARED(attend_rows)
 #define attend_most MOE__SHARED(attend_most)
 #define attend_least MOE__SHARED(attend_least)
 #define attend_stream MOE__SHARED(attend_stream)
-#define fetch_stream MOE__SHARED(fetch_stream)
 #define attend_chunk MOE__SHARED(attend_chunk)
 #define score_args MOE__SHARED(score_args)
 #define score_tile MOE__SHARED(score_tile)
-#define ATTEND_TURNED MOE__SHARED(ATTEND_TURNED)
 #define block_args MOE__SHARED(block_args)
 #define block_tile MOE__SHARED(block_tile)
 #define attend_joined MOE__SHARED(attend_joined)
@@ -11409,8 +11419,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_load
 #undef v_load_256
 #undef v_zero
-#undef u_set8
-#undef u_set16
 #undef v_set8
 #undef v_set16
 #undef v_and
@@ -11420,48 +11428,16 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_lanes
 #undef v_dot_u8
 #undef v_dot_i16
-#undef f_rounded
 #undef v_load16
 #undef v_peak
 #undef v_act_scale
 #undef v_act_round
 #undef v_act_pack
-#undef u_f16
-#undef fetch_ahead
-#undef fetch_line
-#undef fetch_line_far
-#undef u_sum
-#undef u_load_weights
-#undef u_load_weight
-#undef d_weigh
-#undef u_dot_end
-#undef u_dot_float
 #undef v_load_weights
-#undef u_store_levels
-#undef u_store
-#undef u_dequantize_float
-#undef u_or_and
-#undef u_copy_i16
 #undef v_store
-#undef u_nibbles
-#undef u_mask
-#undef u_act32
-#undef u_rounded
-#undef q32_size
-#undef q32_shift
 #undef v_add_where
 #undef v_e8m0
 #undef v_turn_lanes
-#undef TILE_PACK
-#undef TILE_SUMS_AT
-#undef TILE_SCALE
-#undef TILE_D
-#undef TILE_DMIN
-#undef TILE_MIN
-#undef TILE_START
-#undef tile_put
-#undef tile_put_scale
-#undef tile_put_int
 #undef v_group
 #undef v_acts
 #undef v_numbers
@@ -11469,7 +11445,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_twos
 #undef v_quads
 #undef v_multiply
-#undef u_times_sums
 #undef v_extend
 #undef v_shift
 #undef v_field
@@ -11480,6 +11455,44 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_nibbles
 #undef v_table
 #undef v_lookup
+#undef v_book8
+#undef v_signed
+#undef v_lookup_16
+#undef v_book4
+#undef v_book4_16
+#undef v_dwords
+#undef v_acts_r4
+#undef v_nibbles_r4
+#undef v_bits_r4
+#undef v_load_twice
+#undef v_two_r4
+#undef v_one_r4
+#undef v_scales_r4
+#undef v_pairs_r4
+#undef v_times_sums_r4
+#undef v_multiply_r4
+#undef v_shift_r4
+#undef v_acts_r8
+#undef v_nibbles_r8
+#undef v_hadd
+#undef u_set8
+#undef u_set16
+#undef u_f16
+#undef u_sum
+#undef u_load_weights
+#undef u_load_weight
+#undef u_dot_end
+#undef u_dot_float
+#undef u_store_levels
+#undef u_store
+#undef u_dequantize_float
+#undef u_or_and
+#undef u_copy_i16
+#undef u_nibbles
+#undef u_mask
+#undef u_act32
+#undef u_rounded
+#undef u_times_sums
 #undef u_words
 #undef u_halves
 #undef u_nibbles16
@@ -11491,34 +11504,19 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_tq1_0_bytes
 #undef u_tq1_0_powers
 #undef u_head_ks
-#undef v_book8
 #undef u_signs_book8
-#undef v_signed
 #undef u_even_signs
 #undef u_signs_scales
 #undef u_store_indices
 #undef u_indices
 #undef u_fours16
 #undef u_scales_iq2
-#undef v_lookup_16
 #undef u_signs_book4
-#undef v_book4
-#undef v_book4_16
 #undef u_rows_8
 #undef u_rows_4
 #undef u_add_block
 #undef u_row_scale
 #undef u_per_16
-#undef rows_head
-#undef r4_t
-#undef r4_half
-#undef v_dwords
-#undef v_acts_r4
-#undef v_nibbles_r4
-#undef v_bits_r4
-#undef v_load_twice
-#undef v_two_r4
-#undef v_one_r4
 #undef u_four_halves
 #undef u_mask8
 #undef u_add8
@@ -11528,45 +11526,14 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_shift_r4
 #undef u_odd_signed
 #undef u_head_ks_r4
-#undef v_scales_r4
-#undef v_pairs_r4
-#undef v_times_sums_r4
-#undef v_multiply_r4
-#undef rows_out
-#undef rows_put
-#undef v_shift_r4
-#undef v_acts_r8
-#undef level_iq4_xs_r8
-#undef v_nibbles_r8
 #undef u_scales_rows
 #undef u_dot_i16
-#undef q32_block
-#undef v_hadd
-#undef q32_load
-#undef q32_fifths
-#undef q32_levels
 #undef u_ue4m3
-#undef unpack_fn
 #undef u_put
 #undef u_five
-#undef tile_job
-#undef tile_kernel_fn
-#undef tile_dot
-#undef tile_end
-#undef tile_even
-#undef tile_odd
-#undef tile_dot_i16
+#undef f_rounded
 #undef f_scale
 #undef f_min
-#undef tile_columns
-#undef tile_pair
-#undef tile_turn
-#undef tile_low
-#undef tile_high_nibbles
-#undef tile_plan
-#undef tile_turn_blocks
-#undef tile_ahead
-#undef tile_cut
 #undef f_mask
 #undef f_load_part
 #undef f_load
@@ -11585,14 +11552,11 @@ static const moe__kernels MOE__(kernels) = {
 #undef f_round
 #undef f_low
 #undef f_high
+#undef f_upper
 #undef f_first
 #undef f_at_least
-#undef d_above
-#undef d_scale
 #undef f_fold
 #undef f_fold_max
-#undef d_fold
-#undef f_upper
 #undef f_keep
 #undef f_zero
 #undef f_add
@@ -11602,31 +11566,77 @@ static const moe__kernels MOE__(kernels) = {
 #undef f_fma
 #undef f_fnma
 #undef f_max
-#undef d_zero
-#undef d_add
-#undef d_square_add
 #undef f_sum
 #undef f_largest
-#undef d_sum
 #undef f_sum4
 #undef f_exp
 #undef f_glu
+#undef d_weigh
+#undef d_above
+#undef d_scale
+#undef d_fold
+#undef d_zero
+#undef d_add
+#undef d_square_add
+#undef d_sum
 #undef d_set
 #undef d_sub
 #undef d_product
 #undef d_step
+#undef fetch_ahead
+#undef fetch_line
+#undef fetch_line_far
+#undef fetch_stream
+#undef q32_size
+#undef q32_shift
+#undef q32_block
+#undef q32_load
+#undef q32_fifths
+#undef q32_levels
+#undef unpack_fn
+#undef rows_head
+#undef r4_t
+#undef r4_half
+#undef rows_out
+#undef rows_put
+#undef level_iq4_xs_r8
+#undef TILE_PACK
+#undef TILE_SUMS_AT
+#undef TILE_SCALE
+#undef TILE_D
+#undef TILE_DMIN
+#undef TILE_MIN
+#undef TILE_START
+#undef tile_put
+#undef tile_put_scale
+#undef tile_put_int
+#undef tile_job
+#undef tile_kernel_fn
+#undef tile_dot
+#undef tile_end
+#undef tile_even
+#undef tile_odd
+#undef tile_dot_i16
+#undef tile_columns
+#undef tile_pair
+#undef tile_turn
+#undef tile_low
+#undef tile_high_nibbles
+#undef tile_plan
+#undef tile_turn_blocks
+#undef tile_ahead
+#undef tile_cut
 #undef ATTEND_STEP
+#undef ATTEND_TURNED
 #undef kv_load
 #undef kv_load_part
 #undef attend_rows
 #undef attend_most
 #undef attend_least
 #undef attend_stream
-#undef fetch_stream
 #undef attend_chunk
 #undef score_args
 #undef score_tile
-#undef ATTEND_TURNED
 #undef block_args
 #undef block_tile
 #undef attend_joined

@@ -6231,8 +6231,8 @@ static const moe__kernels moe__kernels_scalar = {
 #else // MOE__ISA: the vector kernels, read once per instruction set ---------------------------
 
 // MOE__(name) is name with the instruction set appended. MOE__K starts a kernel, MOE__V a helper
-// that is always inlined into kernels. Helpers get the same target string as their callers, or
-// GCC refuses to inline them. Vector types never leave this text.
+// that is always inlined into kernels. A helper's target may be a part of its caller's: AVX-VNNI
+// and AVX-512 take some from AVX2. Vector types never leave this text.
 #define MOE__PASTE_(a, b) a##b
 #define MOE__PASTE(a, b) MOE__PASTE_(a, b)
 #if MOE__ISA == 2
@@ -6276,12 +6276,12 @@ static const moe__kernels moe__kernels_scalar = {
 // v_: on whole vectors of integers; u_: on 256 bits in every instruction set; f_, d_: on whole
 // vectors of floats, of doubles; tile_, attend_, ...: of the section of that name. w_, s_, d_ and
 // rw_, rs_, rd_: the words of the layouts in >>types.
+
+// vectors of integers
 #define v_load_128 MOE__SHARED(v_load_128)
 #define v_load MOE__SHARED(v_load)
 #define v_load_256 MOE__SHARED(v_load_256)
 #define v_zero MOE__SHARED(v_zero)
-#define u_set8 MOE__SHARED(u_set8)
-#define u_set16 MOE__SHARED(u_set16)
 #define v_set8 MOE__SHARED(v_set8)
 #define v_set16 MOE__SHARED(v_set16)
 #define v_and MOE__SHARED(v_and)
@@ -6291,47 +6291,16 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_lanes MOE__SHARED(v_lanes)
 #define v_dot_u8 MOE__(v_dot_u8)
 #define v_dot_i16 MOE__SHARED(v_dot_i16)
-#define v_rounded MOE__SHARED(v_rounded)
 #define v_load16 MOE__SHARED(v_load16)
 #define v_peak MOE__SHARED(v_peak)
 #define v_act_scale MOE__SHARED(v_act_scale)
 #define v_act_round MOE__SHARED(v_act_round)
 #define v_act_pack MOE__SHARED(v_act_pack)
-#define u_f16 MOE__SHARED(u_f16)
-#define v_fetch MOE__SHARED(v_fetch)
-#define u_sum MOE__SHARED(u_sum)
-#define u_load_weights MOE__SHARED(u_load_weights)
-#define u_load_weight MOE__SHARED(u_load_weight)
-#define d_weigh MOE__SHARED(d_weigh)
-#define u_dot_end MOE__SHARED(u_dot_end)
-#define u_dot_float MOE__SHARED(u_dot_float)
 #define v_load_weights MOE__SHARED(v_load_weights)
-#define u_store_levels MOE__SHARED(u_store_levels)
-#define u_store MOE__SHARED(u_store)
-#define u_dequantize_float MOE__SHARED(u_dequantize_float)
-#define u_or_and MOE__SHARED(u_or_and)
-#define u_copy_i16 MOE__SHARED(u_copy_i16)
-#define tile_store MOE__SHARED(tile_store)
-#define u_nibbles MOE__SHARED(u_nibbles)
-#define u_mask MOE__SHARED(u_mask)
-#define u_act32 MOE__SHARED(u_act32)
-#define u_rounded MOE__SHARED(u_rounded)
-#define q32_size MOE__SHARED(q32_size)
-#define q32_shift MOE__SHARED(q32_shift)
+#define v_store MOE__SHARED(v_store)
 #define v_add_where MOE__SHARED(v_add_where)
 #define v_e8m0 MOE__SHARED(v_e8m0)
 #define v_turn_lanes MOE__SHARED(v_turn_lanes)
-#define TILE_PACK MOE__SHARED(TILE_PACK)
-#define TILE_SUMS_AT MOE__SHARED(TILE_SUMS_AT)
-#define TILE_SCALE MOE__SHARED(TILE_SCALE)
-#define TILE_D MOE__SHARED(TILE_D)
-#define TILE_DMIN MOE__SHARED(TILE_DMIN)
-#define TILE_MIN MOE__SHARED(TILE_MIN)
-#define TILE_START MOE__SHARED(TILE_START)
-#define tile_store_f32 MOE__SHARED(tile_store_f32)
-#define tile_put MOE__SHARED(tile_put)
-#define tile_put_scale MOE__SHARED(tile_put_scale)
-#define tile_put_int MOE__SHARED(tile_put_int)
 #define v_group MOE__SHARED(v_group)
 #define v_acts MOE__SHARED(v_acts)
 #define v_numbers MOE__SHARED(v_numbers)
@@ -6339,7 +6308,6 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_twos MOE__SHARED(v_twos)
 #define v_quads MOE__SHARED(v_quads)
 #define v_multiply MOE__SHARED(v_multiply)
-#define u_times_sums MOE__SHARED(u_times_sums)
 #define v_extend MOE__SHARED(v_extend)
 #define v_shift MOE__SHARED(v_shift)
 #define v_field MOE__SHARED(v_field)
@@ -6347,6 +6315,41 @@ static const moe__kernels moe__kernels_scalar = {
 #define v_join MOE__SHARED(v_join)
 #define v_table MOE__SHARED(v_table)
 #define v_lookup MOE__SHARED(v_lookup)
+#define v_book8 MOE__SHARED(v_book8)
+#define v_signed MOE__SHARED(v_signed)
+#define v_lookup_16 MOE__SHARED(v_lookup_16)
+#define v_book4 MOE__SHARED(v_book4)
+#define v_book4_16 MOE__SHARED(v_book4_16)
+#define v_dwords MOE__SHARED(v_dwords)
+#define v_acts_r4 MOE__SHARED(v_acts_r4)
+#define v_bits_r4 MOE__SHARED(v_bits_r4)
+#define v_load_twice MOE__SHARED(v_load_twice)
+#define v_scales_r4 MOE__SHARED(v_scales_r4)
+#define v_pairs_r4 MOE__SHARED(v_pairs_r4)
+#define v_times_sums_r4 MOE__SHARED(v_times_sums_r4)
+#define v_multiply_r4 MOE__SHARED(v_multiply_r4)
+#define v_shift_r4 MOE__SHARED(v_shift_r4)
+#define v_acts_r8 MOE__SHARED(v_acts_r8)
+#define v_hadd MOE__SHARED(v_hadd)
+// 256 bits in every instruction set
+#define u_set8 MOE__SHARED(u_set8)
+#define u_set16 MOE__SHARED(u_set16)
+#define u_f16 MOE__SHARED(u_f16)
+#define u_sum MOE__SHARED(u_sum)
+#define u_load_weights MOE__SHARED(u_load_weights)
+#define u_load_weight MOE__SHARED(u_load_weight)
+#define u_dot_end MOE__SHARED(u_dot_end)
+#define u_dot_float MOE__SHARED(u_dot_float)
+#define u_store_levels MOE__SHARED(u_store_levels)
+#define u_store MOE__SHARED(u_store)
+#define u_dequantize_float MOE__SHARED(u_dequantize_float)
+#define u_or_and MOE__AVX2(v_or_and)
+#define u_copy_i16 MOE__SHARED(u_copy_i16)
+#define u_nibbles MOE__SHARED(u_nibbles)
+#define u_mask MOE__SHARED(u_mask)
+#define u_act32 MOE__SHARED(u_act32)
+#define u_rounded MOE__AVX2(f_rounded)
+#define u_times_sums MOE__SHARED(u_times_sums)
 #define u_words MOE__SHARED(u_words)
 #define u_halves MOE__SHARED(u_halves)
 #define u_nibbles16 MOE__SHARED(u_nibbles16)
@@ -6354,73 +6357,31 @@ static const moe__kernels moe__kernels_scalar = {
 #define u_pairs16 MOE__SHARED(u_pairs16)
 #define u_add16 MOE__SHARED(u_add16)
 #define u_odd16 MOE__SHARED(u_odd16)
-#define v_book8 MOE__SHARED(v_book8)
 #define u_signs_book8 MOE__SHARED(u_signs_book8)
-#define v_signed MOE__SHARED(v_signed)
 #define u_even_signs MOE__SHARED(u_even_signs)
 #define u_signs_scales MOE__SHARED(u_signs_scales)
 #define u_store_indices MOE__SHARED(u_store_indices)
 #define u_indices MOE__SHARED(u_indices)
 #define u_fours16 MOE__SHARED(u_fours16)
-#define v_lookup_16 MOE__SHARED(v_lookup_16)
 #define u_signs_book4 MOE__SHARED(u_signs_book4)
-#define v_book4 MOE__SHARED(v_book4)
-#define v_book4_16 MOE__SHARED(v_book4_16)
 #define u_rows_8 MOE__SHARED(u_rows_8)
 #define u_rows_4 MOE__SHARED(u_rows_4)
 #define u_add_block MOE__SHARED(u_add_block)
 #define u_row_scale MOE__SHARED(u_row_scale)
 #define u_per_16 MOE__SHARED(u_per_16)
-#define rows_head MOE__SHARED(rows_head)
-#define r4_t MOE__SHARED(r4_t)
-#define r4_half MOE__SHARED(r4_half)
-#define v_dwords MOE__SHARED(v_dwords)
-#define v_acts_r4 MOE__SHARED(v_acts_r4)
-#define v_bits_r4 MOE__SHARED(v_bits_r4)
-#define v_load_twice MOE__SHARED(v_load_twice)
 #define u_four_halves MOE__SHARED(u_four_halves)
 #define u_mask8 MOE__SHARED(u_mask8)
 #define u_add8 MOE__SHARED(u_add8)
 #define u_bits_r4 MOE__SHARED(u_bits_r4)
 #define u_odd_signed MOE__SHARED(u_odd_signed)
-#define v_scales_r4 MOE__SHARED(v_scales_r4)
-#define v_pairs_r4 MOE__SHARED(v_pairs_r4)
-#define v_times_sums_r4 MOE__SHARED(v_times_sums_r4)
-#define v_multiply_r4 MOE__SHARED(v_multiply_r4)
-#define rows_out MOE__SHARED(rows_out)
-#define rows_put MOE__SHARED(rows_put)
-#define v_shift_r4 MOE__SHARED(v_shift_r4)
-#define v_acts_r8 MOE__SHARED(v_acts_r8)
-#define level_iq4_xs_r8 MOE__SHARED(level_iq4_xs_r8)
 #define u_scales_rows MOE__SHARED(u_scales_rows)
 #define u_dot_i16 MOE__SHARED(u_dot_i16)
-#define q32_block MOE__SHARED(q32_block)
-#define v_hadd MOE__SHARED(v_hadd)
-#define q32_load MOE__SHARED(q32_load)
-#define q32_fifths MOE__SHARED(q32_fifths)
-#define q32_levels MOE__SHARED(q32_levels)
 #define u_ue4m3 MOE__SHARED(u_ue4m3)
-#define unpack_fn MOE__SHARED(unpack_fn)
 #define u_put MOE__SHARED(u_put)
-#define tile_job MOE__SHARED(tile_job)
-#define tile_kernel_fn MOE__SHARED(tile_kernel_fn)
-#define tile_load_f32 MOE__SHARED(tile_load_f32)
-#define tile_dot MOE__(tile_dot)
-#define tile_end MOE__(tile_end)
-#define tile_even MOE__(tile_even)
-#define tile_odd MOE__(tile_odd)
-#define tile_dot_i16 MOE__(tile_dot_i16)
+// vectors of floats
+#define f_rounded MOE__SHARED(f_rounded)
 #define f_scale MOE__SHARED(f_scale)
 #define f_min MOE__SHARED(f_min)
-#define tile_columns MOE__SHARED(tile_columns)
-#define tile_pair MOE__SHARED(tile_pair)
-#define tile_turn MOE__SHARED(tile_turn)
-#define tile_low MOE__SHARED(tile_low)
-#define tile_high_nibbles MOE__SHARED(tile_high_nibbles)
-#define tile_plan MOE__SHARED(tile_plan)
-#define tile_turn_blocks MOE__SHARED(tile_turn_blocks)
-#define tile_ahead MOE__SHARED(tile_ahead)
-#define tile_cut MOE__SHARED(tile_cut)
 #define f_mask MOE__SHARED(f_mask)
 #define f_load_part MOE__SHARED(f_load_part)
 #define f_load MOE__SHARED(f_load)
@@ -6439,14 +6400,11 @@ static const moe__kernels moe__kernels_scalar = {
 #define f_round MOE__SHARED(f_round)
 #define f_low MOE__SHARED(f_low)
 #define f_high MOE__SHARED(f_high)
+#define f_upper MOE__SHARED(f_upper)
 #define f_first MOE__SHARED(f_first)
 #define f_at_least MOE__SHARED(f_at_least)
-#define d_above MOE__SHARED(d_above)
-#define d_scale MOE__SHARED(d_scale)
 #define f_fold MOE__SHARED(f_fold)
 #define f_fold_max MOE__SHARED(f_fold_max)
-#define d_fold MOE__SHARED(d_fold)
-#define f_upper MOE__SHARED(f_upper)
 #define f_keep MOE__SHARED(f_keep)
 #define f_zero MOE__SHARED(f_zero)
 #define f_add MOE__SHARED(f_add)
@@ -6456,31 +6414,83 @@ static const moe__kernels moe__kernels_scalar = {
 #define f_fma MOE__SHARED(f_fma)
 #define f_fnma MOE__SHARED(f_fnma)
 #define f_max MOE__SHARED(f_max)
-#define d_zero MOE__SHARED(d_zero)
-#define d_add MOE__SHARED(d_add)
-#define d_square_add MOE__SHARED(d_square_add)
 #define f_sum MOE__SHARED(f_sum)
 #define f_largest MOE__SHARED(f_largest)
-#define d_sum MOE__SHARED(d_sum)
 #define f_sum4 MOE__SHARED(f_sum4)
 #define f_exp MOE__SHARED(f_exp)
 #define f_glu MOE__SHARED(f_glu)
+// vectors of doubles
+#define d_weigh MOE__SHARED(d_weigh)
+#define d_above MOE__SHARED(d_above)
+#define d_scale MOE__SHARED(d_scale)
+#define d_fold MOE__SHARED(d_fold)
+#define d_zero MOE__SHARED(d_zero)
+#define d_add MOE__SHARED(d_add)
+#define d_square_add MOE__SHARED(d_square_add)
+#define d_sum MOE__SHARED(d_sum)
 #define d_set MOE__SHARED(d_set)
 #define d_sub MOE__SHARED(d_sub)
 #define d_product MOE__SHARED(d_product)
 #define d_step MOE__SHARED(d_step)
+// prefetching
+#define fetch_ahead MOE__SHARED(fetch_ahead)
+#define fetch_line MOE__SHARED(fetch_line)
+#define fetch_line_far MOE__SHARED(fetch_line_far)
+#define fetch_stream MOE__SHARED(fetch_stream)
+// blocks of 32 weights, and what unpacks any row
+#define q32_size MOE__SHARED(q32_size)
+#define q32_shift MOE__SHARED(q32_shift)
+#define q32_block MOE__SHARED(q32_block)
+#define q32_load MOE__SHARED(q32_load)
+#define q32_fifths MOE__SHARED(q32_fifths)
+#define q32_levels MOE__SHARED(q32_levels)
+#define unpack_fn MOE__SHARED(unpack_fn)
+// interleaved rows
+#define rows_head MOE__SHARED(rows_head)
+#define r4_t MOE__SHARED(r4_t)
+#define r4_half MOE__SHARED(r4_half)
+#define rows_out MOE__SHARED(rows_out)
+#define rows_put MOE__SHARED(rows_put)
+#define level_iq4_xs_r8 MOE__SHARED(level_iq4_xs_r8)
+// tiles
+#define TILE_PACK MOE__SHARED(TILE_PACK)
+#define TILE_SUMS_AT MOE__SHARED(TILE_SUMS_AT)
+#define TILE_SCALE MOE__SHARED(TILE_SCALE)
+#define TILE_D MOE__SHARED(TILE_D)
+#define TILE_DMIN MOE__SHARED(TILE_DMIN)
+#define TILE_MIN MOE__SHARED(TILE_MIN)
+#define TILE_START MOE__SHARED(TILE_START)
+#define tile_put MOE__SHARED(tile_put)
+#define tile_put_scale MOE__SHARED(tile_put_scale)
+#define tile_put_int MOE__SHARED(tile_put_int)
+#define tile_job MOE__SHARED(tile_job)
+#define tile_kernel_fn MOE__SHARED(tile_kernel_fn)
+#define tile_dot MOE__(tile_dot)
+#define tile_end MOE__(tile_end)
+#define tile_even MOE__(tile_even)
+#define tile_odd MOE__(tile_odd)
+#define tile_dot_i16 MOE__(tile_dot_i16)
+#define tile_columns MOE__SHARED(tile_columns)
+#define tile_pair MOE__SHARED(tile_pair)
+#define tile_turn MOE__SHARED(tile_turn)
+#define tile_low MOE__SHARED(tile_low)
+#define tile_high_nibbles MOE__SHARED(tile_high_nibbles)
+#define tile_plan MOE__SHARED(tile_plan)
+#define tile_turn_blocks MOE__SHARED(tile_turn_blocks)
+#define tile_ahead MOE__SHARED(tile_ahead)
+#define tile_cut MOE__SHARED(tile_cut)
+// attention
 #define ATTEND_STEP MOE__SHARED(ATTEND_STEP)
+#define ATTEND_TURNED MOE__SHARED(ATTEND_TURNED)
 #define kv_load MOE__SHARED(kv_load)
 #define kv_load_part MOE__SHARED(kv_load_part)
 #define attend_rows MOE__SHARED(attend_rows)
 #define attend_most MOE__SHARED(attend_most)
 #define attend_least MOE__SHARED(attend_least)
 #define attend_stream MOE__SHARED(attend_stream)
-#define attend_fetch MOE__SHARED(attend_fetch)
 #define attend_chunk MOE__SHARED(attend_chunk)
 #define score_args MOE__SHARED(score_args)
 #define score_tile MOE__SHARED(score_tile)
-#define ATTEND_TURNED MOE__SHARED(ATTEND_TURNED)
 #define block_args MOE__SHARED(block_args)
 #define block_tile MOE__SHARED(block_tile)
 #define attend_joined MOE__SHARED(attend_joined)
@@ -6490,6 +6500,7 @@ static const moe__kernels moe__kernels_scalar = {
 #define value_weight MOE__SHARED(value_weight)
 #define value_tile MOE__SHARED(value_tile)
 #define value_cut MOE__SHARED(value_cut)
+// words of layouts
 #define v_level_of MOE__SHARED(v_level_of)
 
 // ---- vectors ---------------------------------------------------------------------------------
@@ -6517,6 +6528,7 @@ static const moe__kernels moe__kernels_scalar = {
 
 MOE__V __m128i v_load_128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 MOE__V __m256i v_load_256(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+MOE__V void u_store(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
 // x in every byte or int16. GCC's own make 32 or 16 parameters of it, which without optimization
 // took a quarter of the time of compiling this text.
 MOE__V __m256i u_set8(char x) {
@@ -6530,6 +6542,7 @@ MOE__V __m256i u_set16(short x) {
 
 #if MOE__ISA == 3
 MOE__V __m512i v_load(const void *p) { return _mm512_loadu_si512(p); }
+MOE__V void v_store(void *p, __m512i x) { _mm512_storeu_si512(p, x); }
 MOE__V __m512i v_zero(void) { return _mm512_setzero_si512(); }
 MOE__V __m512i v_set8(char x) { return _mm512_set1_epi8(x); }
 MOE__V __m512i v_set16(short x) { return _mm512_set1_epi16(x); }
@@ -6552,6 +6565,7 @@ MOE__V __m512i v_dot_i16(__m512i acc, __m512i a, __m512i b) {
 }
 #else
 MOE__V __m256i v_load(const void *p) { return v_load_256(p); }
+MOE__V void v_store(void *p, __m256i x) { u_store(p, x); }
 MOE__V __m256i v_zero(void) { return _mm256_setzero_si256(); }
 MOE__V __m256i v_set8(char x) { return u_set8(x); }
 MOE__V __m256i v_set16(short x) { return u_set16(x); }
@@ -6566,11 +6580,35 @@ MOE__V __m256i v_dot_i16(__m256i acc, __m256i a, __m256i b) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
 }
 #endif
-// x, rounded before it is used: a product is not fused with what is added to it.
-MOE__V MOE__VF v_rounded(MOE__VF x) {
+MOE__V MOE__VF f_zero(void) { return MOE__MM(setzero_ps)(); }
+MOE__V MOE__VF f_set(float x) { return MOE__MM(set1_ps)(x); }
+MOE__V MOE__VF f_load(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
+MOE__V void f_store(void *p, MOE__VF x) { MOE__MM(storeu_ps)((float *)p, x); }
+MOE__V MOE__VF f_add(MOE__VF a, MOE__VF b) { return MOE__MM(add_ps)(a, b); }
+MOE__V MOE__VF f_sub(MOE__VF a, MOE__VF b) { return MOE__MM(sub_ps)(a, b); }
+MOE__V MOE__VF f_mul(MOE__VF a, MOE__VF b) { return MOE__MM(mul_ps)(a, b); }
+MOE__V MOE__VF f_div(MOE__VF a, MOE__VF b) { return MOE__MM(div_ps)(a, b); }
+// a * b + c and c - a * b, rounded once.
+MOE__V MOE__VF f_fma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fmadd_ps)(a, b, c); }
+MOE__V MOE__VF f_fnma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fnmadd_ps)(a, b, c); }
+// If either is NaN, these give b.
+MOE__V MOE__VF f_max(MOE__VF a, MOE__VF b) { return MOE__MM(max_ps)(a, b); }
+MOE__V MOE__VF f_min(MOE__VF a, MOE__VF b) { return MOE__MM(min_ps)(a, b); }
+// x, in a register: GCC would read memory again for each of 2 or 3 uses.
+MOE__V MOE__VF f_keep(MOE__VF x) {
     __asm__("" : "+v"(x));
     return x;
 }
+// x, rounded before it is used: a product is not fused with what is added to it.
+MOE__V MOE__VF f_rounded(MOE__VF x) {
+    __asm__("" : "+v"(x));
+    return x;
+}
+
+// The cache line of p: what is read soon, to the first level; what the next tile reads, to the
+// second
+MOE__V void fetch_line(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+MOE__V void fetch_line_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 // 16 bytes in every lane
 MOE__V MOE__VI v_load16(const void *p) { return v_lanes(v_load_128(p)); }
@@ -6699,11 +6737,11 @@ MOE__V float u_f16(const uint8_t *p) {
 enum { MOE__(AHEAD) = 4096 };
 
 // Fetches `size` bytes that lie AHEAD of p, but nothing from `end` on.
-MOE__V void v_fetch(const uint8_t *p, const uint8_t *end, const int size) {
+MOE__V void fetch_ahead(const uint8_t *p, const uint8_t *end, const int size) {
     const uintptr_t at = (uintptr_t)p + MOE__(AHEAD);
     if (at >= (uintptr_t)end) return;
     MOE__UNROLL(8)
-    for (int i = 0; i < size; i += 64) _mm_prefetch((const char *)at + i, _MM_HINT_T0);
+    for (int i = 0; i < size; i += 64) fetch_line((const uint8_t *)at + i);
 }
 
 MOE__V float u_sum(__m256 x) {
@@ -6784,43 +6822,37 @@ MOE__V MOE__VF v_load_weights(const uint8_t *p, const int type) {
 #endif
 }
 
-// n weights, a multiple of 32, of two rows times six tokens, all from number k on
+// n weights, a multiple of 32, of two rows times six tokens, all from number k on. The loops over
+// tokens are unrolled so that no sums stay in memory.
 MOE__V void MOE__(tile_float_piece)(const uint8_t *row0, const uint8_t *row1,
                                     const float *const *x, int64_t k, int64_t n, float *sums,
                                     const int type) {
+    enum { TOKENS = MOE__(FLOAT_TOKENS) };
     const int size = type == MOE__INDEX_F32 ? 4 : 2;
-    const float *x0 = x[0] + k, *x1 = x[1] + k, *x2 = x[2] + k, *x3 = x[3] + k, *x4 = x[4] + k,
-                *x5 = x[5] + k;
+    const float *token[TOKENS];
+    MOE__VF acc0[TOKENS], acc1[TOKENS];
     row0 += size * k, row1 += size * k;
-#define MOE__EACH(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#define MOE__AT(row, t) sums + 32 * (MOE__(FLOAT_TOKENS) * (row) + (t)) + chain
-#define MOE__LOAD(t)                                        \
-    MOE__VF a##t##0 = MOE__MM(loadu_ps)(MOE__AT(0, t));     \
-    MOE__VF a##t##1 = MOE__MM(loadu_ps)(MOE__AT(1, t));
-#define MOE__STORE(t)                           \
-    MOE__MM(storeu_ps)(MOE__AT(0, t), a##t##0); \
-    MOE__MM(storeu_ps)(MOE__AT(1, t), a##t##1);
-#define MOE__STEP(t)                                        \
-    {                                                       \
-        MOE__VF b = MOE__MM(loadu_ps)(x##t + i);            \
-        __asm__("" : "+v"(b)); /* or GCC loads it twice */  \
-        a##t##0 = MOE__MM(fmadd_ps)(w0, b, a##t##0);        \
-        a##t##1 = MOE__MM(fmadd_ps)(w1, b, a##t##1);        \
-    }
+    MOE__UNROLL(6)
+    for (int t = 0; t < TOKENS; t++) token[t] = x[t] + k;
     for (int64_t chain = 0; chain < 32; chain += MOE__VFLOATS) {
-        MOE__EACH(MOE__LOAD)
+        float *sums0 = sums + chain, *sums1 = sums0 + 32 * TOKENS;
+        MOE__UNROLL(6)
+        for (int t = 0; t < TOKENS; t++)
+            acc0[t] = f_load(sums0 + 32 * t), acc1[t] = f_load(sums1 + 32 * t);
         for (int64_t i = chain; i < n; i += 32) {
             const MOE__VF w0 = v_load_weights(row0 + size * i, type);
             const MOE__VF w1 = v_load_weights(row1 + size * i, type);
-            MOE__EACH(MOE__STEP)
+            MOE__UNROLL(6)
+            for (int t = 0; t < TOKENS; t++) {
+                const MOE__VF b = f_keep(f_load(token[t] + i));
+                acc0[t] = f_fma(w0, b, acc0[t]);
+                acc1[t] = f_fma(w1, b, acc1[t]);
+            }
         }
-        MOE__EACH(MOE__STORE)
+        MOE__UNROLL(6)
+        for (int t = 0; t < TOKENS; t++)
+            f_store(sums0 + 32 * t, acc0[t]), f_store(sums1 + 32 * t, acc1[t]);
     }
-#undef MOE__EACH
-#undef MOE__AT
-#undef MOE__LOAD
-#undef MOE__STORE
-#undef MOE__STEP
 }
 
 // moe__tile_fn of plain floats
@@ -6846,7 +6878,7 @@ MOE__V void MOE__(tile_float)(const uint8_t *rows, size_t row_size, int64_t n_ro
             for (int64_t r = 0; r < n_rows; r += 2) {
                 const uint8_t *row = rows + (size_t)r * row_size;
                 for (size_t i = 0; i < per_step && fetched < prefetch_size; i += 64, fetched += 64)
-                    __builtin_prefetch(prefetch + fetched, 0, 2);
+                    fetch_line_far(prefetch + fetched);
                 MOE__(tile_float_piece)(row, row + (r + 1 < n_rows ? row_size : 0), token, k,
                                         moe__min(whole - k, PIECE), sums + r * TOKENS * 32, type);
             }
@@ -6915,10 +6947,6 @@ MOE__K void MOE__(dequantize_bf16)(const uint8_t *row, int64_t n, float *out) {
 
 // ---- pieces of vectors -----------------------------------------------------------------------
 
-// a | (b & mask)
-MOE__V __m256i u_or_and(__m256i a, __m256i b, __m256i mask) {
-    return _mm256_or_si256(a, _mm256_and_si256(b, mask));
-}
 // pshufb index: copies of int16 number a of the low lane in the low lane, of number b of the
 // high lane in the high one
 MOE__V __m256i u_copy_i16(const int a, const int b) {
@@ -6926,14 +6954,6 @@ MOE__V __m256i u_copy_i16(const int a, const int b) {
     return _mm256_inserti128_si256(u_set16(copy_a), _mm_set1_epi16(copy_b), 1);
 }
 
-MOE__V void tile_store(void *p, MOE__VI v) {
-#if MOE__ISA == 3
-    _mm512_storeu_si512(p, v);
-#else
-    _mm256_storeu_si256((__m256i *)p, v);
-#endif
-}
-MOE__V void u_store(void *p, __m256i x) { _mm256_storeu_si256((__m256i *)p, x); }
 // 16 bytes: 32 weights, the low nibbles before the high ones
 MOE__V __m256i u_nibbles(const uint8_t *p) {
     __m256i x = _mm256_broadcastsi128_si256(v_load_128(p));
@@ -6952,12 +6972,6 @@ MOE__V __m256i u_mask(uint32_t bits) {
 MOE__V __m256i u_act32(const int8_t *q, int j) {
     q += moe__act32_at(32 * j);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(v_load_128(q)), v_load_128(q + 64), 1);
-}
-
-// x, rounded before it is used: a product is not fused with what is added to it.
-MOE__V __m256 u_rounded(__m256 x) {
-    __asm__("" : "+v"(x));
-    return x;
 }
 
 // ---- types of 32-wide blocks -----------------------------------------------------------------
@@ -7041,22 +7055,21 @@ enum {
     TILE_START = 208 * MOE__VBYTES // int32 [tokens][16]: where sums start
 };
 
-MOE__V void tile_store_f32(void *p, MOE__VF v) { MOE__MM(storeu_ps)((float *)p, v); }
 // Stores a quad of half h of a panel's rows, and the rest of its pack.
 MOE__V void tile_put(uint8_t *pack, int64_t quad, int64_t h, MOE__VI v) {
-    tile_store(pack + (2 * quad + h) * MOE__VBYTES, v);
+    v_store(pack + (2 * quad + h) * MOE__VBYTES, v);
 }
 MOE__V void tile_put_scale(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VF v) {
-    tile_store_f32(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
+    f_store(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
 }
 MOE__V void tile_put_int(uint8_t *pack, int64_t sub_block, int64_t h, MOE__VI v) {
-    tile_store(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
+    v_store(pack + TILE_SCALE + (2 * sub_block + h) * MOE__VBYTES, v);
 }
 MOE__V void MOE__(tile_put_d)(uint8_t *pack, int64_t h, MOE__VF d) {
-    tile_store_f32(pack + TILE_D + h * MOE__VBYTES, d);
+    f_store(pack + TILE_D + h * MOE__VBYTES, d);
 }
 MOE__V void MOE__(tile_put_dmin)(uint8_t *pack, int64_t h, MOE__VF dmin) {
-    tile_store_f32(pack + TILE_DMIN + h * MOE__VBYTES,
+    f_store(pack + TILE_DMIN + h * MOE__VBYTES,
                    MOE__MM(sub_ps)(MOE__MM(setzero_ps)(), dmin));
 }
 #endif // MOE__ISA != 4
@@ -7817,7 +7830,7 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
                 MOE__(head) h[RUN];                                                               \
                 const int count = RUN == 1 ? 1 : (int)moe__min(RUN, end - a);                     \
                 for (int i = 0; i < count; i++) {                                                 \
-                    v_fetch(b + size * i, rows_end, size);                                 \
+                    fetch_ahead(b + size * i, rows_end, size);                                 \
                     MOE__(head_##name)(b + size * i, D, h + i);                                   \
                 }                                                                                 \
                 for (int i = 0; i < count; i++, a++, b += size) {                                 \
@@ -7859,7 +7872,7 @@ MOE__V __m256i u_per_16(__m256i x, const int per) {
                                                                       u_set16(255)));   \
                 levels = MOE__MM(add_epi8)(levels, v_spread(both, per, order, v));         \
             }                                                                                     \
-            tile_store(out->q + MOE__VBYTES * v, levels);                                  \
+            v_store(out->q + MOE__VBYTES * v, levels);                                  \
         }                                                                                         \
         u_store(out->scale, u_per_16(h.scale, per));                                \
         if (mins) u_store(out->min, u_per_16(h.min, per));                          \
@@ -8174,7 +8187,7 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
     for (int i = 0; mins && i < 128 / per; i++) {
         int8_t bytes[8 * GROUPS];
         for (int g = 0; g < GROUPS; g++) memcpy(bytes + 8 * g, h[g].min + 8 * i, 8);
-        tile_store(half + TILE_MIN + 2 * i * MOE__VBYTES, v_pairs_r4(bytes, 0));
+        v_store(half + TILE_MIN + 2 * i * MOE__VBYTES, v_pairs_r4(bytes, 0));
     }
     for (int g = 0; g < GROUPS; g++) {
         _mm_storeu_ps((float *)(void *)(half + TILE_D) + 4 * g, h[g].d);
@@ -8202,7 +8215,7 @@ MOE__V void MOE__(rows_put_heads)(const rows_out *out, const rows_head *h, const
             for (const moe__act256 *a = first; a < end; a++, b += size) {                         \
                 rows_head h;                                                               \
                 MOE__VI sum = v_zero();                                                    \
-                v_fetch(b, rows_end, size);                                                \
+                fetch_ahead(b, rows_end, size);                                                \
                 MOE__(head_##name)(b, D, &h);                                                     \
                 if (shifts || bias)                                                               \
                     sum = v_times_sums_r4(sum, h.scale, shifts ? h.shift : NULL, -bias, a, \
@@ -8291,7 +8304,7 @@ MOE__K void MOE__(dot_iq4_xs_r8)(const uint8_t *rows, size_t row_size, int64_t n
         for (const moe__act256 *a = first; a < end; a++, b += size) {
             rows_head h;
             __m256i sum = _mm256_setzero_si256();
-            v_fetch(b, rows_end, size);
+            fetch_ahead(b, rows_end, size);
             MOE__(rs_six)(b, 32, 16, h.scale);
             for (int j = 0; j < 8; j++) {
                 const __m256i acts = v_load_256(a->q + moe__act256_at(32 * j));
@@ -8379,7 +8392,7 @@ MOE__V __m256 u_scales_rows(const uint8_t *b, const int rows, const int type) {
             for (int c = 0; c < 4; c++) total[c] = _mm256_setzero_ps();                           \
             for (int64_t at = 0; at < n; at += 256, a++, b += 8 * size) {                         \
                 const int n_blocks = (int)moe__min(8, (n - at) / 32);                             \
-                v_fetch(b, rows_end, 8 * size);                                            \
+                fetch_ahead(b, rows_end, 8 * size);                                            \
                 for (int c = 0; c < 4; c++) {                                                     \
                     for (int j = c; j < n_blocks; j += 4) {                                       \
                         const uint8_t *block = b + size * j;                                      \
@@ -8726,7 +8739,7 @@ MOE__V MOE__(two) MOE__(nvfp4_products)(const uint8_t *b, const moe__act32 *a, M
     }
     MOE__UNROLL(2)
     for (int i = 0; i < GROUPS / 2; i++) // of an even and an odd block: four in their order
-        tile_store(sums + MOE__VFLOATS * i, v_hadd(s[i], s[i + GROUPS / 2]));
+        v_store(sums + MOE__VFLOATS * i, v_hadd(s[i], s[i + GROUPS / 2]));
     MOE__UNROLL(2)
     for (int h = 0; h < 2; h++, b += 2 * BYTES) {
         const __m128i scales = _mm_cvtepu8_epi16(_mm_set_epi64x(
@@ -8762,7 +8775,7 @@ MOE__V void MOE__(dot_q32)(const uint8_t *rows, size_t row_size, int64_t n_rows,
         __m128 sum = _mm_setzero_ps();
         for (int64_t left = n; left > 0; left -= 256, a++, b += 8 * size) {
             __m128 xs[4], ys[4]; // what is multiplied and added to the sums, in this order
-            v_fetch(b, rows_end, 8 * size);
+            fetch_ahead(b, rows_end, 8 * size);
             if (left < 256 && rows_end - b < 8 * size) {
                 memcpy(rest, b, (size_t)(n_rest * size));
                 b = rest;
@@ -9013,8 +9026,6 @@ typedef void tile_kernel_fn(const tile_job *job);
 // their own.
 typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
 
-MOE__V MOE__VF tile_load_f32(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
-
 // ---- unpacking ----------------
 
 typedef struct tile_columns {
@@ -9160,7 +9171,7 @@ MOE__V void MOE__(tile_put_mins)(uint8_t *pack, int64_t pair, int64_t h, MOE__VI
     MOE__UNROLL(2) for (int i = 0; i < 2; i++) {
         MOE__VI first = tile_low(m, 0xFF);
         MOE__VI second = tile_low(MOE__MM(slli_epi32)(m, 8), 0xFF0000);
-        tile_store(pack + TILE_MIN + (2 * (pair + i) + h) * MOE__VBYTES, v_or(first, second));
+        v_store(pack + TILE_MIN + (2 * (pair + i) + h) * MOE__VBYTES, v_or(first, second));
         m = MOE__MM(srli_epi32)(m, 16);
     }
 }
@@ -9345,22 +9356,22 @@ MOE__V void MOE__(tile_turn_scales)(const moe__block *block, int per, int mins, 
         for (int k = 0; k < 4; k += per / 16) {
             const MOE__VI high = MOE__MM(slli_epi32)(c.v[(k + 1) % 4], 16);
             const MOE__VI both = v_or(tile_low(c.v[k], 0xFFFF), high);
-            tile_store(min, per == 16 ? c.v[k] : both);
+            v_store(min, per == 16 ? c.v[k] : both);
             min += 2 * MOE__VBYTES;
         }
     }
     const MOE__VI d = tile_turn_blocks(block->d).v[0];
     MOE__VI dmin = tile_turn_blocks(block->dmin).v[0];
-    tile_store(pack + TILE_D + h * MOE__VBYTES, d);
+    v_store(pack + TILE_D + h * MOE__VBYTES, d);
     dmin = v_xor(dmin, MOE__MM(set1_epi32)((int)0x80000000));
-    tile_store(pack + TILE_DMIN + h * MOE__VBYTES, dmin);
+    v_store(pack + TILE_DMIN + h * MOE__VBYTES, dmin);
 }
 // Scales (or mins) as floats, one per `per` weights
 MOE__V void MOE__(tile_turn_f32)(const float *from, int per, int at, int64_t h, uint8_t *pack) {
     for (int i = 0; i < 16; i += 4) {
         const tile_columns c = tile_turn_blocks(from + i);
         for (int k = 0; k < 4; k += per / 16)
-            tile_store(pack + at + (2 * ((i + k) / (per / 16)) + h) * MOE__VBYTES, c.v[k]);
+            v_store(pack + at + (2 * ((i + k) / (per / 16)) + h) * MOE__VBYTES, c.v[k]);
     }
 }
 
@@ -9775,8 +9786,8 @@ MOE__V void MOE__(tile_scale_ints)(MOE__VI (*ints)[2], MOE__VI (*a)[2], const ui
 MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uint8_t *scales,
                                      const uint8_t *min, const uint8_t *const *x, int64_t d,
                                      const uint8_t *acts, const int n, const int mins) {
-    const MOE__VF scale0 = tile_load_f32(scales), scale1 = tile_load_f32(scales + MOE__VBYTES);
-    const MOE__VF min0 = tile_load_f32(min), min1 = tile_load_f32(min + MOE__VBYTES);
+    const MOE__VF scale0 = f_load(scales), scale1 = f_load(scales + MOE__VBYTES);
+    const MOE__VF min0 = f_load(min), min1 = f_load(min + MOE__VBYTES);
     MOE__EACH_TOKEN(t) {
         const MOE__VF scale = MOE__MM(set1_ps)(moe__load_f32(x[t] + d));
         const MOE__VF p0 = MOE__MM(mul_ps)(MOE__MM(cvtepi32_ps)(a[t][0]), scale0);
@@ -9795,8 +9806,8 @@ MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uin
 MOE__V void MOE__(tile_add_ints)(const tile_job *job, MOE__VI (*ints)[2], const uint8_t *const *x,
                                  const int n, const int mins) {
     const uint8_t *d = job->pack + TILE_D, *dmin = job->pack + TILE_DMIN;
-    const MOE__VF scale0 = tile_load_f32(d), scale1 = tile_load_f32(d + MOE__VBYTES);
-    const MOE__VF min0 = tile_load_f32(dmin), min1 = tile_load_f32(dmin + MOE__VBYTES);
+    const MOE__VF scale0 = f_load(d), scale1 = f_load(d + MOE__VBYTES);
+    const MOE__VF min0 = f_load(dmin), min1 = f_load(dmin + MOE__VBYTES);
     MOE__VI a[MOE__TILE_TOKENS][2];
     if (mins) {
         const uint8_t *min = job->pack + TILE_MIN;
@@ -9861,15 +9872,14 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bi
         float *sums = job->sums + n * chain * MOE__TILE_ROWS;
         MOE__EACH_TOKEN(t) {
             if (per_256) continue;
-            f[t][0] = tile_load_f32(sums + t * MOE__TILE_ROWS);
-            f[t][1] = tile_load_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS);
+            f[t][0] = f_load(sums + t * MOE__TILE_ROWS);
+            f[t][1] = f_load(sums + t * MOE__TILE_ROWS + MOE__VFLOATS);
         }
         for (int64_t j = first; j < end; j += step) {
             int64_t base = per_256 ? moe__act256_at(4 * quads * (int)j)
                                    : moe__act32_at(4 * quads * (int)j);
             __asm__("" : "+r"(base)); // clang would make an address of its own for each quad
-            for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64)
-                __builtin_prefetch(prefetch, 0, 2);
+            for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) fetch_line_far(prefetch);
             MOE__(tile_sub_block)(a, weights, x, base, starts + 4 * j, wide, quads, n, bits,
                                   per_256, from_zero);
             if (per_256)
@@ -9883,8 +9893,8 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bi
         }
         MOE__EACH_TOKEN(t) {
             if (per_256) continue;
-            tile_store_f32(sums + t * MOE__TILE_ROWS, f[t][0]);
-            tile_store_f32(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
+            f_store(sums + t * MOE__TILE_ROWS, f[t][0]);
+            f_store(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
         }
     }
     if (per_256) MOE__(tile_add_ints)(job, ints, x, n, mins);
@@ -10074,11 +10084,11 @@ MOE__BLOCK_TYPES(MOE__DEQUANTIZE)
 
 // ---- floats: norms, activations, softmax, attention ------------------------------------------
 
-// MOE__D is a vector of half as many doubles as MOE__VF has floats. A "part" is a ragged end of
+// MOE__VD is a vector of half as many doubles as MOE__VF has floats. A "part" is a ragged end of
 // n = 1..MOE__VFLOATS elements: nothing beyond it is touched, the other lanes read 0.
 #if MOE__ISA == 2
-#define MOE__D __m256d
-#define MOE__D_OP(name) _mm256_##name##_pd
+#define MOE__VD __m256d
+#define MOE__VD_OP(name) _mm256_##name##_pd
 
 static const int32_t MOE__(part_mask)[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
 
@@ -10170,8 +10180,8 @@ MOE__V __m256 f_fold_max(__m256 x) { return x; }
 MOE__V __m256d d_fold(__m256d x) { return x; }
 
 #else
-#define MOE__D __m512d
-#define MOE__D_OP(name) _mm512_##name##_pd
+#define MOE__VD __m512d
+#define MOE__VD_OP(name) _mm512_##name##_pd
 
 MOE__V __mmask16 f_mask(int64_t n) { return (__mmask16)((1u << n) - 1); }
 MOE__V __m512 f_load_part(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(f_mask(n), p); }
@@ -10234,28 +10244,9 @@ MOE__V __m256d d_fold(__m512d x) {
 }
 #endif
 
-// x, in a register: GCC would read memory again for each of 2 or 3 uses.
-MOE__V MOE__VF f_keep(MOE__VF x) {
-    __asm__("" : "+v"(x));
-    return x;
-}
-MOE__V MOE__VF f_zero(void) { return MOE__MM(setzero_ps)(); }
-MOE__V MOE__VF f_set(float x) { return MOE__MM(set1_ps)(x); }
-MOE__V MOE__VF f_load(const void *p) { return MOE__MM(loadu_ps)((const float *)p); }
-MOE__V void f_store(float *p, MOE__VF x) { MOE__MM(storeu_ps)(p, x); }
-MOE__V MOE__VF f_add(MOE__VF a, MOE__VF b) { return MOE__MM(add_ps)(a, b); }
-MOE__V MOE__VF f_sub(MOE__VF a, MOE__VF b) { return MOE__MM(sub_ps)(a, b); }
-MOE__V MOE__VF f_mul(MOE__VF a, MOE__VF b) { return MOE__MM(mul_ps)(a, b); }
-MOE__V MOE__VF f_div(MOE__VF a, MOE__VF b) { return MOE__MM(div_ps)(a, b); }
-// a * b + c and c - a * b, rounded once.
-MOE__V MOE__VF f_fma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fmadd_ps)(a, b, c); }
-MOE__V MOE__VF f_fnma(MOE__VF a, MOE__VF b, MOE__VF c) { return MOE__MM(fnmadd_ps)(a, b, c); }
-// If either is NaN, these give b.
-MOE__V MOE__VF f_max(MOE__VF a, MOE__VF b) { return MOE__MM(max_ps)(a, b); }
-MOE__V MOE__VF f_min(MOE__VF a, MOE__VF b) { return MOE__MM(min_ps)(a, b); }
-MOE__V MOE__D d_zero(void) { return MOE__D_OP(setzero)(); }
-MOE__V MOE__D d_add(MOE__D a, MOE__D b) { return MOE__D_OP(add)(a, b); }
-MOE__V MOE__D d_square_add(MOE__D a, MOE__D c) { return MOE__D_OP(fmadd)(a, a, c); }
+MOE__V MOE__VD d_zero(void) { return MOE__VD_OP(setzero)(); }
+MOE__V MOE__VD d_add(MOE__VD a, MOE__VD b) { return MOE__VD_OP(add)(a, b); }
+MOE__V MOE__VD d_square_add(MOE__VD a, MOE__VD c) { return MOE__VD_OP(fmadd)(a, a, c); }
 
 MOE__V float f_sum(MOE__VF x) {
     __m256 half = f_fold(x);
@@ -10269,7 +10260,7 @@ MOE__V float f_largest(MOE__VF x) {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
-MOE__V double d_sum(MOE__D x) {
+MOE__V double d_sum(MOE__VD x) {
     __m256d half = d_fold(x);
     __m128d q = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
     return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
@@ -10304,7 +10295,7 @@ MOE__V MOE__VF f_exp(MOE__VF x) {
 
 // Squares are summed in double: rows have up to 7168 values, and a square may leave the range.
 MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, float eps, float *out) {
-    MOE__D s0 = d_zero(), s1 = s0, s2 = s0, s3 = s0;
+    MOE__VD s0 = d_zero(), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
     for (; i + 2 * MOE__VFLOATS <= n; i += 2 * MOE__VFLOATS) {
         MOE__VF a = f_load(x + i), b = f_load(x + i + MOE__VFLOATS);
@@ -10366,7 +10357,7 @@ MOE__K void MOE__(softmax)(float *x, int64_t n) {
     MOE__VF end = lowest; // lanes beyond n: e^-inf = 0 adds nothing
     if (rest) end = f_select_part(rest, f_load_part(x + full, rest), lowest);
     m = f_set(f_largest(f_max(end, m)));
-    MOE__D s0 = d_zero(), s1 = s0; // double: n may be a vocabulary
+    MOE__VD s0 = d_zero(), s1 = s0; // double: n may be a vocabulary
     for (int64_t i = 0; i < full; i += MOE__VFLOATS) {
         MOE__VF e = f_exp(f_sub(f_load(x + i), m));
         f_store(x + i, e);
@@ -10387,24 +10378,24 @@ MOE__K void MOE__(softmax)(float *x, int64_t n) {
 // of intrinsics, too.
 typedef struct MOE__(weights) {
     MOE__VF least;
-    MOE__D max, factor;
+    MOE__VD max, factor;
 } MOE__(weights);
 
-MOE__V MOE__D d_set(double x) { return MOE__D_OP(set1)(x); }
-MOE__V MOE__D d_sub(MOE__D a, MOE__D b) { return MOE__D_OP(sub)(a, b); }
-MOE__V MOE__D d_product(MOE__D a, MOE__D b) {
-    MOE__D x = MOE__D_OP(mul)(a, b);
+MOE__V MOE__VD d_set(double x) { return MOE__VD_OP(set1)(x); }
+MOE__V MOE__VD d_sub(MOE__VD a, MOE__VD b) { return MOE__VD_OP(sub)(a, b); }
+MOE__V MOE__VD d_product(MOE__VD a, MOE__VD b) {
+    MOE__VD x = MOE__VD_OP(mul)(a, b);
     __asm__("" : "+v"(x));
     return x;
 }
 // p * r + c, rounded twice.
-MOE__V MOE__D d_step(MOE__D p, MOE__D r, double c) { return d_add(d_product(p, r), d_set(c)); }
-MOE__V MOE__D d_weigh(MOE__D x, const MOE__(weights) *w) {
-    const MOE__D shift = d_set(6755399441055744.0);
-    const MOE__D t = d_product(d_sub(x, w->max), w->factor);
-    const MOE__D shifted = d_add(t, shift);
-    const MOE__D r = d_sub(t, d_sub(shifted, shift));
-    MOE__D p = d_step(d_set(1.3344144332419254e-06), r, 1.5314206034731837e-05);
+MOE__V MOE__VD d_step(MOE__VD p, MOE__VD r, double c) { return d_add(d_product(p, r), d_set(c)); }
+MOE__V MOE__VD d_weigh(MOE__VD x, const MOE__(weights) *w) {
+    const MOE__VD shift = d_set(6755399441055744.0);
+    const MOE__VD t = d_product(d_sub(x, w->max), w->factor);
+    const MOE__VD shifted = d_add(t, shift);
+    const MOE__VD r = d_sub(t, d_sub(shifted, shift));
+    MOE__VD p = d_step(d_set(1.3344144332419254e-06), r, 1.5314206034731837e-05);
     p = d_step(p, r, 0.00015403098456626539);
     p = d_step(p, r, 0.0013333434171244902);
     p = d_step(p, r, 0.0096181295586266428);
@@ -10415,21 +10406,21 @@ MOE__V MOE__D d_weigh(MOE__D x, const MOE__(weights) *w) {
     return d_above(t, d_set(-1000.0), d_scale(p, shifted));
 }
 // One vector of floats: two of weights, added to their sums.
-MOE__V void MOE__(weigh_step)(MOE__VF x, const MOE__(weights) *w, MOE__D *sum, double *e) {
+MOE__V void MOE__(weigh_step)(MOE__VF x, const MOE__(weights) *w, MOE__VD *sum, double *e) {
     x = f_at_least(x, w->least);
-    const MOE__D low = d_weigh(f_low(x), w);
-    const MOE__D high = d_weigh(f_high(x), w);
+    const MOE__VD low = d_weigh(f_low(x), w);
+    const MOE__VD high = d_weigh(f_high(x), w);
     sum[0] = d_add(sum[0], low);
     sum[1] = d_add(sum[1], high);
     if (!e) return;
-    MOE__D_OP(storeu)(e, low);
-    MOE__D_OP(storeu)(e + MOE__VFLOATS / 2, high);
+    MOE__VD_OP(storeu)(e, low);
+    MOE__VD_OP(storeu)(e + MOE__VFLOATS / 2, high);
 }
 MOE__K double MOE__(weigh)(const float *x, int64_t n, float least, double max, double scale,
                            double *e) {
     enum { SUMS = 32 / MOE__VFLOATS };
     const MOE__(weights) w = {f_set(least), d_set(max), d_set(scale * 1.4426950408889634)};
-    MOE__D sum[SUMS];
+    MOE__VD sum[SUMS];
     double lanes[16];
     MOE__UNROLL(4)
     for (int s = 0; s < SUMS; s++) sum[s] = d_zero();
@@ -10453,7 +10444,7 @@ MOE__K double MOE__(weigh)(const float *x, int64_t n, float least, double max, d
     }
     MOE__UNROLL(4)
     for (int s = 0; s < SUMS; s++)
-        MOE__D_OP(storeu)(lanes + s * (MOE__VFLOATS / 2), sum[s]);
+        MOE__VD_OP(storeu)(lanes + s * (MOE__VFLOATS / 2), sum[s]);
     return moe__weigh_sum(lanes);
 }
 
@@ -10628,7 +10619,7 @@ typedef struct attend_stream {
     const char *at, *end, *then, *then_end;
 } attend_stream;
 
-MOE__V void attend_fetch(attend_stream *s, int64_t bytes) {
+MOE__V void fetch_stream(attend_stream *s, int64_t bytes) {
     if (s->at >= s->end) {
         if (s->then >= s->then_end) return;
         s->at = s->then;
@@ -10636,7 +10627,7 @@ MOE__V void attend_fetch(attend_stream *s, int64_t bytes) {
     }
     const char *line = s->at + (0 - (uintptr_t)s->at) % 64; // another began before the portion
     s->at += bytes;
-    for (; line < s->at; line += 64) _mm_prefetch(line, _MM_HINT_T0);
+    for (; line < s->at; line += 64) fetch_line(line);
 }
 
 // What a call sees of a chunk
@@ -10690,7 +10681,7 @@ MOE__V void MOE__(attend_ahead)(const moe__attend_args *a, attend_chunk *c, int 
     if (begins) {
         s->at = (const char *)c->k + (size_t)c->start * a->k_bytes;
         s->end = (const char *)c->k + (size_t)c->n_keys * a->k_bytes;
-        attend_fetch(s, moe__min(MOE__(ATTEND_FIRST), s->end - s->at));
+        fetch_stream(s, moe__min(MOE__(ATTEND_FIRST), s->end - s->at));
     }
     c->ahead = keys + (size_t)half * a->k_bytes;
     c->ahead_rows = rows - half;
@@ -10820,7 +10811,7 @@ MOE__K void MOE__(attend_scores)(const moe__attend_args *a, attend_chunk *chunk)
         }
         for (int i = 0; i < n; i += rows) {
             const int count = n - i < rows ? n - i : rows;
-            attend_fetch(&chunk->stream, due);
+            fetch_stream(&chunk->stream, due);
             if (j < late || j + 4 > early) { // some queries do not see some of the keys
                 if (attend_most(visible + i, count) <= j) continue;
                 if (attend_least(first + i, count) >= j + 4) continue;
@@ -10988,7 +10979,7 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, attend_chunk *c
                 const int most = attend_most(chunk->visible + i, count) - j;
                 const int least = attend_least(chunk->first + i, count) - j;
                 const int step = count > MOE__ATTEND_FEW ? TURNED / 2 : TURNED;
-                attend_fetch(&chunk->stream, due);
+                fetch_stream(&chunk->stream, due);
                 t.q = a->q + i * a->q_stride + 32 * b;
                 t.scores = a->scores + i * MOE__ATTEND_KEYS + j;
                 for (t.at = 0; t.at < keys; t.at += step)
@@ -11036,16 +11027,16 @@ MOE__V attend_joined MOE__(attend_join)(MOE__VF max, MOE__VF sum, MOE__VF all_ma
     const MOE__VF base = f_max(both.max, f_set(-FLT_MAX));
     both.add = f_exp(f_sub(max, base));
     both.old = f_exp(f_sub(all_max, base));
-    both.sum = f_fma(both.add, sum, v_rounded(f_mul(both.old, all_sum)));
+    both.sum = f_fma(both.add, sum, f_rounded(f_mul(both.old, all_sum)));
     return both;
 }
 // The same for n values of out.
 MOE__V void attend_out(float *out, int n, MOE__VF add, MOE__VF x, MOE__VF old) {
     if (n >= MOE__VFLOATS) {
-        const MOE__VF y = v_rounded(f_mul(old, f_load(out)));
+        const MOE__VF y = f_rounded(f_mul(old, f_load(out)));
         f_store(out, f_fma(add, x, y));
     } else {
-        const MOE__VF y = v_rounded(f_mul(old, f_load_part(out, n)));
+        const MOE__VF y = f_rounded(f_mul(old, f_load_part(out, n)));
         f_store_part(out, n, f_fma(add, x, y));
     }
 }
@@ -11124,8 +11115,7 @@ MOE__V void value_tile(const int n, const int columns, const moe_kv_type type,
                     acc[r][c] = f_load(t->part + (r * 4 + c) * MOE__VFLOATS);
     }
     for (; weights < end; weights++, value += t->v_bytes, ahead += t->ahead_bytes) {
-        for (int64_t i = 0; i < t->ahead_bytes; i += 64)
-            _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
+        for (int64_t i = 0; i < t->ahead_bytes; i += 64) fetch_line(ahead + i);
         if (n > MOE__ATTEND_FEW && columns == 2) { // values stay in registers, else weights
             MOE__UNROLL(2)
             for (int c = 0; c < 2; c++) v[c] = f_keep(value_load(t, value, columns, c, type));
@@ -11433,8 +11423,8 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 #undef MOE__ATTEND_ROWS
 #undef MOE__ATTEND_WIDE
 #undef MOE__ATTEND_FEW
-#undef MOE__D
-#undef MOE__D_OP
+#undef MOE__VD
+#undef MOE__VD_OP
 #endif // MOE__ISA != 4
 
 // ---- the table of this instruction set -------------------------------------------------------
@@ -11476,8 +11466,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_load
 #undef v_load_256
 #undef v_zero
-#undef u_set8
-#undef u_set16
 #undef v_set8
 #undef v_set16
 #undef v_and
@@ -11487,47 +11475,16 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_lanes
 #undef v_dot_u8
 #undef v_dot_i16
-#undef v_rounded
 #undef v_load16
 #undef v_peak
 #undef v_act_scale
 #undef v_act_round
 #undef v_act_pack
-#undef u_f16
-#undef v_fetch
-#undef u_sum
-#undef u_load_weights
-#undef u_load_weight
-#undef d_weigh
-#undef u_dot_end
-#undef u_dot_float
 #undef v_load_weights
-#undef u_store_levels
-#undef u_store
-#undef u_dequantize_float
-#undef u_or_and
-#undef u_copy_i16
-#undef tile_store
-#undef u_nibbles
-#undef u_mask
-#undef u_act32
-#undef u_rounded
-#undef q32_size
-#undef q32_shift
+#undef v_store
 #undef v_add_where
 #undef v_e8m0
 #undef v_turn_lanes
-#undef TILE_PACK
-#undef TILE_SUMS_AT
-#undef TILE_SCALE
-#undef TILE_D
-#undef TILE_DMIN
-#undef TILE_MIN
-#undef TILE_START
-#undef tile_store_f32
-#undef tile_put
-#undef tile_put_scale
-#undef tile_put_int
 #undef v_group
 #undef v_acts
 #undef v_numbers
@@ -11535,7 +11492,6 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_twos
 #undef v_quads
 #undef v_multiply
-#undef u_times_sums
 #undef v_extend
 #undef v_shift
 #undef v_field
@@ -11543,6 +11499,40 @@ static const moe__kernels MOE__(kernels) = {
 #undef v_join
 #undef v_table
 #undef v_lookup
+#undef v_book8
+#undef v_signed
+#undef v_lookup_16
+#undef v_book4
+#undef v_book4_16
+#undef v_dwords
+#undef v_acts_r4
+#undef v_bits_r4
+#undef v_load_twice
+#undef v_scales_r4
+#undef v_pairs_r4
+#undef v_times_sums_r4
+#undef v_multiply_r4
+#undef v_shift_r4
+#undef v_acts_r8
+#undef v_hadd
+#undef u_set8
+#undef u_set16
+#undef u_f16
+#undef u_sum
+#undef u_load_weights
+#undef u_load_weight
+#undef u_dot_end
+#undef u_dot_float
+#undef u_store_levels
+#undef u_store
+#undef u_dequantize_float
+#undef u_or_and
+#undef u_copy_i16
+#undef u_nibbles
+#undef u_mask
+#undef u_act32
+#undef u_rounded
+#undef u_times_sums
 #undef u_words
 #undef u_halves
 #undef u_nibbles16
@@ -11550,73 +11540,30 @@ static const moe__kernels MOE__(kernels) = {
 #undef u_pairs16
 #undef u_add16
 #undef u_odd16
-#undef v_book8
 #undef u_signs_book8
-#undef v_signed
 #undef u_even_signs
 #undef u_signs_scales
 #undef u_store_indices
 #undef u_indices
 #undef u_fours16
-#undef v_lookup_16
 #undef u_signs_book4
-#undef v_book4
-#undef v_book4_16
 #undef u_rows_8
 #undef u_rows_4
 #undef u_add_block
 #undef u_row_scale
 #undef u_per_16
-#undef rows_head
-#undef r4_t
-#undef r4_half
-#undef v_dwords
-#undef v_acts_r4
-#undef v_bits_r4
-#undef v_load_twice
 #undef u_four_halves
 #undef u_mask8
 #undef u_add8
 #undef u_bits_r4
 #undef u_odd_signed
-#undef v_scales_r4
-#undef v_pairs_r4
-#undef v_times_sums_r4
-#undef v_multiply_r4
-#undef rows_out
-#undef rows_put
-#undef v_shift_r4
-#undef v_acts_r8
-#undef level_iq4_xs_r8
 #undef u_scales_rows
 #undef u_dot_i16
-#undef q32_block
-#undef v_hadd
-#undef q32_load
-#undef q32_fifths
-#undef q32_levels
 #undef u_ue4m3
-#undef unpack_fn
 #undef u_put
-#undef tile_job
-#undef tile_kernel_fn
-#undef tile_load_f32
-#undef tile_dot
-#undef tile_end
-#undef tile_even
-#undef tile_odd
-#undef tile_dot_i16
+#undef f_rounded
 #undef f_scale
 #undef f_min
-#undef tile_columns
-#undef tile_pair
-#undef tile_turn
-#undef tile_low
-#undef tile_high_nibbles
-#undef tile_plan
-#undef tile_turn_blocks
-#undef tile_ahead
-#undef tile_cut
 #undef f_mask
 #undef f_load_part
 #undef f_load
@@ -11635,14 +11582,11 @@ static const moe__kernels MOE__(kernels) = {
 #undef f_round
 #undef f_low
 #undef f_high
+#undef f_upper
 #undef f_first
 #undef f_at_least
-#undef d_above
-#undef d_scale
 #undef f_fold
 #undef f_fold_max
-#undef d_fold
-#undef f_upper
 #undef f_keep
 #undef f_zero
 #undef f_add
@@ -11652,31 +11596,77 @@ static const moe__kernels MOE__(kernels) = {
 #undef f_fma
 #undef f_fnma
 #undef f_max
-#undef d_zero
-#undef d_add
-#undef d_square_add
 #undef f_sum
 #undef f_largest
-#undef d_sum
 #undef f_sum4
 #undef f_exp
 #undef f_glu
+#undef d_weigh
+#undef d_above
+#undef d_scale
+#undef d_fold
+#undef d_zero
+#undef d_add
+#undef d_square_add
+#undef d_sum
 #undef d_set
 #undef d_sub
 #undef d_product
 #undef d_step
+#undef fetch_ahead
+#undef fetch_line
+#undef fetch_line_far
+#undef fetch_stream
+#undef q32_size
+#undef q32_shift
+#undef q32_block
+#undef q32_load
+#undef q32_fifths
+#undef q32_levels
+#undef unpack_fn
+#undef rows_head
+#undef r4_t
+#undef r4_half
+#undef rows_out
+#undef rows_put
+#undef level_iq4_xs_r8
+#undef TILE_PACK
+#undef TILE_SUMS_AT
+#undef TILE_SCALE
+#undef TILE_D
+#undef TILE_DMIN
+#undef TILE_MIN
+#undef TILE_START
+#undef tile_put
+#undef tile_put_scale
+#undef tile_put_int
+#undef tile_job
+#undef tile_kernel_fn
+#undef tile_dot
+#undef tile_end
+#undef tile_even
+#undef tile_odd
+#undef tile_dot_i16
+#undef tile_columns
+#undef tile_pair
+#undef tile_turn
+#undef tile_low
+#undef tile_high_nibbles
+#undef tile_plan
+#undef tile_turn_blocks
+#undef tile_ahead
+#undef tile_cut
 #undef ATTEND_STEP
+#undef ATTEND_TURNED
 #undef kv_load
 #undef kv_load_part
 #undef attend_rows
 #undef attend_most
 #undef attend_least
 #undef attend_stream
-#undef attend_fetch
 #undef attend_chunk
 #undef score_args
 #undef score_tile
-#undef ATTEND_TURNED
 #undef block_args
 #undef block_tile
 #undef attend_joined

@@ -4868,7 +4868,6 @@ MOE__BLOCK_TYPES(MOE__READ_LAYOUT)
 // ---- layouts that are written out
 
 // In what follows e counts weights, j = e / 32, s = e / 16.
-#define MOE__EACH_WEIGHT(n) for (int e = 0; e < n; e++) out->q[e] = (int8_t)
 // The scale of weights 32 j .. 32 j + 31
 MOE__INLINE void moe__types_scale(moe__block *out, int j, int scale) {
     out->scale[2 * j] = out->scale[2 * j + 1] = (int16_t)scale;
@@ -4876,8 +4875,10 @@ MOE__INLINE void moe__types_scale(moe__block *out, int j, int scale) {
 
 MOE__UNPACK(nvfp4) { // four E4M3 scales; per 16 weights 8 bytes of nibbles, the first 8 low
     for (int s = 0; s < 4; s++) out->d[s] = moe__types_ue4m3(b[s]), out->scale[s] = 1;
-    MOE__EACH_WEIGHT(64)
-    moe__levels_fp4[moe__types_nibble(b[4 + 8 * (e / 16) + e % 8], e / 8 % 2)];
+    for (int e = 0; e < 64; e++) {
+        const int byte = b[4 + 8 * (e / 16) + e % 8];
+        out->q[e] = moe__levels_fp4[moe__types_nibble(byte, e / 8 % 2)];
+    }
 }
 
 MOE__UNPACK(iq4_xs_r8) { // scales as six of the other interleaved types; per 8 weights 32 bytes
@@ -4886,10 +4887,13 @@ MOE__UNPACK(iq4_xs_r8) { // scales as six of the other interleaved types; per 8 
         const int r = 8 * j + k;
         moe__types_scale(out, j, (moe__rs_nibble(b + 32, r) | moe__rs_pair(b + 16, r) << 4) - 32);
     }
-    MOE__EACH_WEIGHT(256)
-    moe__levels_k4[moe__types_nibble(b[64 + 32 * (e / 8) + 4 * k + e % 4], e / 4 % 2)];
+    for (int u = 0; u < 32; u++)
+        for (int i = 0; i < 4; i++) { // weights 8 u + i in the low nibbles, 8 u + 4 + i in the high
+            const int byte = b[64 + 32 * u + 4 * k + i];
+            out->q[8 * u + i] = moe__levels_k4[byte & 15];
+            out->q[8 * u + 4 + i] = moe__levels_k4[byte >> 4];
+        }
 }
-#undef MOE__EACH_WEIGHT
 
 // ---- types with code books
 

@@ -2,6 +2,7 @@
  * just what is needed here. What it must be is computed apart, from logits and token texts. */
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
+#include "meter.h"
 #include "models.h"
 
 /* ---- what the text must be ------------------------------------------------------------------- */
@@ -562,30 +563,16 @@ TEST(wrong_calls) {
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
-typedef struct meter {
-    long calls;
-} meter;
-static void *meter_alloc(void *user, size_t size) {
-    ((meter *)user)->calls++;
-    return malloc(size);
-}
-static void meter_free(void *user, void *memory, size_t size) {
-    (void)user;
-    (void)size;
-    free(memory);
-}
-
 TEST(takes_no_memory) {
     static text t;
-    meter m = {0};
+    meter m;
     moe_model_options mo;
     moe_session_options so;
     moe_generate_result result;
+    memset(&m, 0, sizeof m);
     memset(&mo, 0, sizeof mo);
     memset(&so, 0, sizeof so);
-    mo.allocator.alloc = meter_alloc;
-    mo.allocator.free = meter_free;
-    mo.allocator.user = &m;
+    mo.allocator = meter_allocator(&m);
     so.n_ctx = 300;
     moe_model *model = moe_model_open(models_simple("micro", "f32"), &mo, NULL);
     moe_session *session = moe_session_open(model, &so, NULL);

@@ -10,6 +10,7 @@ static double look_again = 1;       /* after so many seconds */
 #define MOE__PAGES_PIECE (1 << 21)
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
+#include "meter.h"
 #include "models.h"
 #include <sys/wait.h>
 
@@ -490,34 +491,20 @@ TEST(a_copy_can_be_cancelled) {
 }
 
 /* Every allocation of opening fails once; without a team the caller's thread does the work. */
-typedef struct meter {
-    long calls, fail_at, live;
-} meter;
-static void *meter_alloc(void *context, size_t size) {
-    meter *m = (meter *)context;
-    if (++m->calls == m->fail_at) return NULL;
-    m->live++;
-    return malloc(size);
-}
-static void meter_free(void *context, void *memory, size_t size) {
-    (void)size;
-    ((meter *)context)->live--;
-    free(memory);
-}
 TEST(without_memory_for_a_team) {
     for (int way = 0; way < 4; way++) {
         long n_opened = 0;
         for (long fail_at = 1;; fail_at++) {
-            meter m = {0, fail_at, 0};
+            meter m;
             moe_model_options o;
             moe_error error;
+            memset(&m, 0, sizeof m);
             memset(&o, 0, sizeof o);
             memset(&error, 0, sizeof error);
+            m.fail_at = fail_at;
             o.pages = (moe_pages)(way % 3);
             slow_limit = way == 3 ? 1e9 : 0;
-            o.allocator.alloc = meter_alloc;
-            o.allocator.free = meter_free;
-            o.allocator.user = &m;
+            o.allocator = meter_allocator(&m);
             moe_model *model = moe_model_open(story, &o, &error);
             if (!model) CHECK(error.status == MOE_ERROR_MEMORY);
             n_opened += model != NULL;

@@ -3,6 +3,7 @@
 #include "steps.h"
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
+#include "meter.h"
 #include "models.h"
 
 static uint64_t random_state = 1;
@@ -27,23 +28,6 @@ static moe_sampler *open_sampler(const moe_sampler_options *options, int n) {
     moe_sampler *sampler = moe_sampler_open(options, n, n, &error);
     if (!sampler) printf("  %s: %s\n", error.where, error.text), exit(1);
     return sampler;
-}
-
-typedef struct counter {
-    int n_allocs, fail_at, live;
-    size_t size; /* of all that was asked for */
-} counter;
-static void *counter_alloc(void *user, size_t size) {
-    counter *c = (counter *)user;
-    if (++c->n_allocs == c->fail_at) return NULL;
-    c->live++;
-    c->size += size;
-    return malloc(size);
-}
-static void counter_free(void *user, void *memory, size_t size) {
-    (void)size;
-    ((counter *)user)->live--;
-    free(memory);
 }
 
 TEST(sampler_arguments) {
@@ -93,31 +77,29 @@ TEST(sampler_arguments) {
 }
 
 TEST(sampler_memory) {
-    counter c;
+    meter m;
     float logits[100];
-    memset(&c, 0, sizeof c);
+    memset(&m, 0, sizeof m);
     for (int i = 0; i < 100; i++) logits[i] = (float)(i % 17);
     moe_sampler_options options = defaults();
-    options.allocator.alloc = counter_alloc;
-    options.allocator.free = counter_free;
-    options.allocator.user = &c;
+    options.allocator = meter_allocator(&m);
     options.temperature = 1, options.top_p = 0.9f, options.min_p = 0.01f, options.top_k = 50;
     options.repeat_penalty = 1.1f;
     moe_sampler *sampler = open_sampler(&options, 100);
-    int n = c.n_allocs;
+    long n = m.calls;
     CHECK(n >= 1);
     for (int i = 0; i < 1000; i++)
         moe_sampler_accept(sampler, moe_sampler_sample(sampler, logits));
-    CHECK(c.n_allocs == n); /* nothing while sampling */
+    CHECK(m.calls == n); /* nothing while sampling */
     moe_sampler_close(sampler);
-    CHECK(c.live == 0);
-    for (int k = 1; k <= n; k++) {
+    CHECK(m.live == 0);
+    for (long k = 1; k <= n; k++) {
         moe_error error;
         memset(&error, 0, sizeof error);
-        memset(&c, 0, sizeof c);
-        c.fail_at = k;
+        memset(&m, 0, sizeof m);
+        m.fail_at = k;
         CHECK(!moe_sampler_open(&options, 100, 100, &error));
-        CHECK(error.status == MOE_ERROR_MEMORY && c.live == 0);
+        CHECK(error.status == MOE_ERROR_MEMORY && m.live == 0);
     }
     options.allocator.free = NULL;
     CHECK(!moe_sampler_open(&options, 100, 100, NULL));
@@ -138,17 +120,15 @@ TEST(sampler_memory_sizes) {
                  {1, 0.9f, 0, 0, 0, 8 * N + 40000 + 12 * BLOCKS}};
     for (int i = 0; i < 6; i++) {
         moe_sampler_options o = defaults();
-        counter c;
-        memset(&c, 0, sizeof c);
-        o.allocator.alloc = counter_alloc;
-        o.allocator.free = counter_free;
-        o.allocator.user = &c;
+        meter m;
+        memset(&m, 0, sizeof m);
+        o.allocator = meter_allocator(&m);
         o.temperature = cases[i].temperature, o.top_p = cases[i].top_p, o.min_p = cases[i].min_p;
         o.repeat_penalty = cases[i].penalty, o.top_k = cases[i].top_k;
         moe_sampler *sampler = open_sampler(&o, N);
-        CHECKF(c.size <= cases[i].most, "case %d: %zu bytes", i, c.size);
+        CHECKF(m.peak <= cases[i].most, "case %d: %zu bytes", i, m.peak);
         moe_sampler_close(sampler);
-        CHECK(c.live == 0);
+        CHECK(m.live == 0);
     }
 }
 

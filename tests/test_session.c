@@ -118,7 +118,7 @@ TEST(context_full) {
     }
 }
 
-TEST(rewind_ranges) {
+TEST(rewinding_forgets_logits_and_knows_its_range) {
     moe_model *model;
     moe_session *session = open_micro(&model, NULL);
     int32_t tokens[4] = {1, 2, 3, 4};
@@ -133,6 +133,9 @@ TEST(rewind_ranges) {
         CHECK(moe_session_length(session) == 4);
     }
     CHECK(moe_session_rewind(session, 4, NULL) == MOE_OK && moe_session_length(session) == 4);
+    CHECK(moe_session_logits(session, -1) != NULL);
+    CHECK(moe_session_rewind(session, 3, NULL) == MOE_OK && moe_session_length(session) == 3);
+    CHECK(moe_session_logits(session, -1) == NULL);
     CHECK(moe_session_rewind(session, 0, NULL) == MOE_OK && moe_session_length(session) == 0);
     moe_session_close(session);
     moe_model_close(model);

@@ -1,4 +1,4 @@
-/* cc -O2 examples/minimal.c -o minimal -lm -lpthread && ./minimal MODEL.gguf "Once upon a time" */
+// cc -O2 examples/minimal.c -o minimal -lm -lpthread && ./minimal MODEL.gguf "Once upon a time"
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include <stdio.h>
@@ -6,13 +6,13 @@
 
 static int print(void *user, const char *text, size_t size) {
     (void)user;
-    return fwrite(text, 1, size, stdout) == size && fflush(stdout) == 0; /* 0 would stop */
+    return fwrite(text, 1, size, stdout) == size && fflush(stdout) == 0; // 0 would stop
 }
 
 int main(int argc, char **argv) {
     const char *path = argc > 1 ? argv[1] : "model.gguf";
     const char *prompt = argc > 2 ? argv[2] : "Once upon a time";
-    static int32_t tokens[4097]; /* one more than the context holds: too long a prompt is refused */
+    static int32_t tokens[4097]; // one more than the context holds: too long a prompt is refused
     moe_generate_result result;
 
     moe_error error = {0};

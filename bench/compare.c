@@ -1,13 +1,13 @@
-/* compare: several builds of moe-bench on the same model, in turns A B C C B A for each number of
- * threads; medians and ratios to the first as a Markdown table, speed against threads as a picture.
- * `make compare MODEL=...` runs it with a build for each expert schedule, made as a user would make
- * it: with -DMOE_PARALLEL_EXPERTS, with -DMOE_BALANCED_EXPERTS and without.
- *
- *     compare -m MODEL.gguf -t 1,2,4 [options] NAME=PROGRAM...
- *
- * Every sample is a process of its own that runs PROGRAM -o json; the file's pages stay in the
- * system's cache between them. Prompts are the control: what the builds differ in is the generation
- * of tokens. */
+// compare: several builds of moe-bench on the same model, in turns A B C C B A for each number of
+// threads; medians and ratios to the first as a Markdown table, speed against threads as a picture.
+// `make compare MODEL=...` runs it with a build for each expert schedule, made as a user would make
+// it: with -DMOE_PARALLEL_EXPERTS, with -DMOE_BALANCED_EXPERTS and without.
+//
+//     compare -m MODEL.gguf -t 1,2,4 [options] NAME=PROGRAM...
+//
+// Every sample is a process of its own that runs PROGRAM -o json; the file's pages stay in the
+// system's cache between them. Prompts are the control: what the builds differ in is the generation
+// of tokens.
 #define _GNU_SOURCE
 #include "../moe_infer.h"
 
@@ -39,19 +39,19 @@ enum { MAX_BUILDS = SVG_LINES };
 static const char *const kind_names[KINDS] = {"Generation", "Prompts (control)"};
 
 typedef struct samples {
-    double rate[KINDS][MAX_SAMPLES]; /* tokens per second */
+    double rate[KINDS][MAX_SAMPLES]; // tokens per second
 } samples;
 
 typedef struct build {
     char name[64];
     const char *path;
-    samples *of; /* one per number of threads */
+    samples *of; // one per number of threads
 } build;
 static build builds[MAX_BUILDS];
 static int n_builds;
-static speeds last; /* of the last run */
+static speeds last; // of the last run
 
-/* ---- running a build ------------------------------------------------------------------------- */
+// ---- running a build -------------------------------------------------------------------------
 
 static int run_build(const build *b, int32_t threads) {
     const command c = {b->path, {"--no-roofs"}};
@@ -63,7 +63,7 @@ static int run_build(const build *b, int32_t threads) {
     return 0;
 }
 
-/* ---- results --------------------------------------------------------------------------------- */
+// ---- results ---------------------------------------------------------------------------------
 
 static void print_table(int n_samples) {
     printf("%s, prompts of %d tokens, %d generated; tokens per second: medians of %d samples in\n"
@@ -131,7 +131,7 @@ static int run_all(void) {
     return set.svg ? draw(n_samples) : TOOL_OK;
 }
 
-/* NAME=PROGRAM */
+// NAME=PROGRAM
 static int add_build(char *text) {
     char *path = strchr(text, '=');
     if (!path || path == text || !path[1] || (size_t)(path - text) >= sizeof builds[0].name ||

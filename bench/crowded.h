@@ -1,12 +1,12 @@
-/* moe-bench --crowded: what becomes of generation when threads do not get the processors they count
- * on. Two situations, each beside its quiet twin in turns (quiet, crowded, crowded, quiet), so that
- * the ratio belongs to one stretch of time:
- *
- *     neighbour    as many threads as processors, and a process that only computes
- *     more threads four threads for each processor
- *
- * The neighbour lives for one sample; it ends with this program, or after NEIGHBOUR_SECONDS.
- * Include timing.h first. */
+// moe-bench --crowded: what becomes of generation when threads do not get the processors they count
+// on. Two situations, each beside its quiet twin in turns (quiet, crowded, crowded, quiet), so that
+// the ratio belongs to one stretch of time:
+//
+//     neighbour    as many threads as processors, and a process that only computes
+//     more threads four threads for each processor
+//
+// The neighbour lives for one sample; it ends with this program, or after NEIGHBOUR_SECONDS.
+// Include timing.h first.
 #ifndef BENCH_CROWDED_H
 #define BENCH_CROWDED_H
 #include <signal.h>
@@ -24,7 +24,7 @@ static inline pid_t neighbour_start(void) {
     if (getppid() != parent) _exit(0);
     for (volatile unsigned long x = 0;;) x++;
 }
-/* Returns whether it was there to the end. */
+// Returns whether it was there to the end.
 static inline int neighbour_stop(pid_t child) {
     int state;
     const int there = waitpid(child, &state, WNOHANG) == 0;
@@ -42,7 +42,7 @@ typedef struct crowd {
     int neighbour;
 } crowd;
 
-/* One sample: n tokens, tokens per second. */
+// One sample: n tokens, tokens per second.
 static inline int crowd_sample(moe_session *session, const int32_t *tokens, int32_t n,
                                int neighbour, double *rate, moe_error *error) {
     static usage u;

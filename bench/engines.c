@@ -1,13 +1,13 @@
-/* engines: programs with llama-bench's options and JSON, and moe-bench, on the same model in turns
- * A B B A A B ...; medians and ratios as a Markdown table, every sample behind it. `make rivals
- * MODEL=... LLAMA_BENCH=...` runs it with this library's benchmark as the first.
- *
- *     engines -m MODEL.gguf -t 2 --page-state huge --engines "moe_infer=build/moe-bench --no-roofs;
- *         llama.cpp=/opt/llama.cpp/llama-bench; ik -rtr=/opt/ik/llama-bench -rtr 1 -fa 1 -fmoe 1"
- *
- * Every sample is a process of its own. How fast engines are depends on the pages in which the file
- * lies in the system's cache: --page-state puts it into the same state before each of them, and the
- * state found is part of every sample. */
+// engines: programs with llama-bench's options and JSON, and moe-bench, on the same model in turns
+// A B B A A B ...; medians and ratios as a Markdown table, every sample behind it. `make rivals
+// MODEL=... LLAMA_BENCH=...` runs it with this library's benchmark as the first.
+//
+//     engines -m MODEL.gguf -t 2 --page-state huge --engines "moe_infer=build/moe-bench --no-roofs;
+//         llama.cpp=/opt/llama.cpp/llama-bench; ik -rtr=/opt/ik/llama-bench -rtr 1 -fa 1 -fmoe 1"
+//
+// Every sample is a process of its own. How fast engines are depends on the pages in which the file
+// lies in the system's cache: --page-state puts it into the same state before each of them, and the
+// state found is part of every sample.
 #define _GNU_SOURCE
 #include "../moe_infer.h"
 
@@ -53,16 +53,16 @@ enum { MAX_ENGINES = 12 };
 typedef struct engine {
     const char *name;
     command run;
-    speeds last; /* of its last sample */
+    speeds last; // of its last sample
     double rate[KINDS][MAX_SAMPLES];
-    page_state found[MAX_SAMPLES]; /* before the sample */
+    page_state found[MAX_SAMPLES]; // before the sample
 } engine;
 static engine engines[MAX_ENGINES];
 static int n_engines;
 
-/* ---- the machine ----------------------------------------------------------------------------- */
+// ---- the machine -----------------------------------------------------------------------------
 
-/* The first processor of the core that a processor belongs to. */
+// The first processor of the core that a processor belongs to.
 static int first_sibling(int processor) {
     char path[96];
     int first = processor;
@@ -74,7 +74,7 @@ static int first_sibling(int processor) {
     return first;
 }
 
-/* Cores that this process may use, counted once however many of their processors it has. */
+// Cores that this process may use, counted once however many of their processors it has.
 static int count_cores(void) {
     static char seen[CPU_SETSIZE];
     cpu_set_t mine;
@@ -91,14 +91,14 @@ static int count_cores(void) {
     return n;
 }
 
-/* ---- the list of engines --------------------------------------------------------------------- */
+// ---- the list of engines ---------------------------------------------------------------------
 
 static int list_fails(const char *text, const char *what) {
     fprintf(stderr, "%s: --engines: %s: '%.60s'\n", program, what, text);
     return TOOL_USAGE;
 }
 
-/* Cuts off what stands before the first of `ends` that has no \ before it; *text moves on. */
+// Cuts off what stands before the first of `ends` that has no \ before it; *text moves on.
 static char *cut(char **text, const char *ends) {
     char *begin = *text + strspn(*text, " \t\n"), *at = begin;
     while (*at && !strchr(ends, *at)) at += *at == '\\' && at[1] ? 2 : 1;
@@ -107,7 +107,7 @@ static char *cut(char **text, const char *ends) {
     return begin;
 }
 
-/* Takes each \ away that stands before another character. */
+// Takes each \ away that stands before another character.
 static const char *unescape(char *word) {
     char *out = word;
     for (const char *at = word; *at; *out++ = *at++)
@@ -116,7 +116,7 @@ static const char *unescape(char *word) {
     return word;
 }
 
-/* NAME=PROGRAM ARGUMENT... */
+// NAME=PROGRAM ARGUMENT...
 static int add_engine(char *entry) {
     char *value = strchr(entry, '=');
     int n = 0;
@@ -143,7 +143,7 @@ static int add_engines(char *list) {
     return status;
 }
 
-/* ---- the turns ------------------------------------------------------------------------------- */
+// ---- the turns -------------------------------------------------------------------------------
 
 static int sample(engine *e, int index) {
     const workload w = {set.model, set.n_threads, set.n_prompt, set.n_gen};
@@ -163,13 +163,13 @@ static int sample(engine *e, int index) {
     return TOOL_OK;
 }
 
-/* The engine that runs as the n-th of a turn: every other turn goes backwards, so that what changes
- * within the minutes of a measurement meets them all. */
+// The engine that runs as the n-th of a turn: every other turn goes backwards, so that what changes
+// within the minutes of a measurement meets them all.
 static engine *engine_of(int turn, int n) {
     return &engines[turn % 2 ? n_engines - 1 - n : n];
 }
 
-/* ---- the table ------------------------------------------------------------------------------- */
+// ---- the table -------------------------------------------------------------------------------
 
 static void print_machine(void) {
     struct utsname system;

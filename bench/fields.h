@@ -1,7 +1,7 @@
-/* Rows of results in JSON and CSV, for the modes of moe-bench that write both. One row is written
- * three ways: a JSON object, the names of the CSV columns, a line of CSV (all values in quotes, as
- * llama-bench does). Names that llama-bench has mean what they mean there.
- * Include moe_infer.h, tool.h, machine.h, model.h and timing.h first. */
+// Rows of results in JSON and CSV, for the modes of moe-bench that write both. One row is written
+// three ways: a JSON object, the names of the CSV columns, a line of CSV (all values in quotes, as
+// llama-bench does). Names that llama-bench has mean what they mean there.
+// Include moe_infer.h, tool.h, machine.h, model.h and timing.h first.
 #ifndef BENCH_FIELDS_H
 #define BENCH_FIELDS_H
 #include <time.h>
@@ -9,7 +9,7 @@
 static enum { WRITE_JSON, WRITE_NAMES, WRITE_CSV } writing;
 static int n_fields;
 
-/* What stands before a field's value; 0 if only names are wanted. */
+// What stands before a field's value; 0 if only names are wanted.
 static inline int begin_field(const char *key) {
     if (n_fields++) fputs(writing == WRITE_JSON ? ", " : ",", stdout);
     if (writing == WRITE_JSON) printf("\"%s\": ", key);
@@ -17,7 +17,7 @@ static inline int begin_field(const char *key) {
     return writing != WRITE_NAMES;
 }
 
-/* Bytes that are not UTF-8 become U+FFFD. */
+// Bytes that are not UTF-8 become U+FFFD.
 static inline void field_text(const char *key, const char *text) {
     if (!begin_field(key)) return;
     putchar('"');
@@ -48,7 +48,7 @@ static inline void field_list(const char *key, int digits, const double *x, int 
     putchar(']');
 }
 
-/* What every row says about the library, the machine, the model and its pages. */
+// What every row says about the library, the machine, the model and its pages.
 static inline void field_model(const model *m) {
     char version[32], when[32] = "", cpu[128], found[PAGE_SENTENCE];
     const moe_model_memory *memory = moe_model_get_memory(m->handle);
@@ -78,7 +78,7 @@ static inline void field_model(const model *m) {
     field_text("test_time", when);
 }
 
-/* A row counts when it is out. */
+// A row counts when it is out.
 static inline int flush_rows(void) {
     if (fflush(stdout) == 0) return TOOL_OK;
     fprintf(stderr, "%s: cannot write: %s\n", program, strerror(errno));
@@ -87,7 +87,7 @@ static inline int flush_rows(void) {
 
 static int rows_written;
 
-/* One row in the chosen format; `fields` writes what it consists of. */
+// One row in the chosen format; `fields` writes what it consists of.
 static inline int write_row(void (*fields)(const void *row), const void *row) {
     const int csv = set.format == FORMAT_CSV, array = set.format == FORMAT_JSON;
     writing = !csv ? WRITE_JSON : rows_written ? WRITE_CSV : WRITE_NAMES;

@@ -1,21 +1,21 @@
-/* Speed of single kernels beside the roof of the same machine, in the same process and with as many
- * threads: for every tensor type and instruction set
- *
- *     dot    one token: GB/s of weights, from the cache and from memory, and its part of what only
- *            reading memory gives
- *     tile   many tokens at once: 10^9 multiply-adds per second, the weights coming from memory,
- *            and their part of the peak of the multiply instruction (int8, or FMA for float types)
- *
- * and for attention multiply-adds per second beside the FMA peak and, where the cache of keys and
- * values comes from memory, GB/s of it beside reading.
- *
- *     cc -O2 bench/kernels.c -o kernels -lm -lpthread
- *     ./kernels                                all types, instruction sets and attention shapes
- *     ./kernels -T Q4_K,Q6_K -i avx2 -t 2      some of them, 2 threads, each with rows of its own
- *
- * Samples of a few milliseconds alternate with samples of their roof; every figure is a median.
- * Time is processor time: other programs cost cache and bandwidth, but are not counted. The rows
- * hold random bytes and lie in huge pages, those of a mapped file in small ones. */
+// Speed of single kernels beside the roof of the same machine, in the same process and with as many
+// threads: for every tensor type and instruction set
+//
+//     dot    one token: GB/s of weights, from the cache and from memory, and its part of what only
+//            reading memory gives
+//     tile   many tokens at once: 10^9 multiply-adds per second, the weights coming from memory,
+//            and their part of the peak of the multiply instruction (int8, or FMA for float types)
+//
+// and for attention multiply-adds per second beside the FMA peak and, where the cache of keys and
+// values comes from memory, GB/s of it beside reading.
+//
+//     cc -O2 bench/kernels.c -o kernels -lm -lpthread
+//     ./kernels                                all types, instruction sets and attention shapes
+//     ./kernels -T Q4_K,Q6_K -i avx2 -t 2      some of them, 2 threads, each with rows of its own
+//
+// Samples of a few milliseconds alternate with samples of their roof; every figure is a median.
+// Time is processor time: other programs cost cache and bandwidth, but are not counted. The rows
+// hold random bytes and lie in huge pages, those of a mapped file in small ones.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -57,15 +57,15 @@ static const tool_option options[] = {
     {"-h, --help", NULL, TOOL_FLAG, &set.help, 0, 0, "show this"},
     {NULL, NULL, TOOL_HEADING, NULL, 0, 0, NULL}};
 
-/* ---- a figure -------------------------------------------------------------------------------- */
+// ---- a figure --------------------------------------------------------------------------------
 
 typedef double roof_fn(roofs *r, double seconds);
 
 typedef struct figure {
-    double rate, roof, fraction; /* medians, per second; of the samples' fractions, too */
+    double rate, roof, fraction; // medians, per second; of the samples' fractions, too
 } figure;
 
-/* Samples of the work and of its roof in turns, until the time is over. */
+// Samples of the work and of its roof in turns, until the time is over.
 static figure measure(roofs *r, roofs_work *work, void *user, roof_fn *roof) {
     static double rate[MAX_SAMPLES], roof_rate[MAX_SAMPLES], fraction[MAX_SAMPLES];
     const double sample = 0.003;
@@ -87,7 +87,7 @@ static figure measure(roofs *r, roofs_work *work, void *user, roof_fn *roof) {
     return f;
 }
 
-/* One line of JSON or CSV. `unit`: gbps or gmacs. */
+// One line of JSON or CSV. `unit`: gbps or gmacs.
 static void print_figure(const char *kernel, const char *what, const char *place, moe_isa isa,
                          int tokens, const char *unit, const figure *f) {
     static int n_lines;
@@ -105,24 +105,24 @@ static void print_figure(const char *kernel, const char *what, const char *place
     fflush(stdout);
 }
 
-/* ---- matrices -------------------------------------------------------------------------------- */
+// ---- matrices --------------------------------------------------------------------------------
 
-/* What each thread has: activations, results and scratch. Its weights are its part of the roof's
- * memory, which is far larger than the caches. */
+// What each thread has: activations, results and scratch. Its weights are its part of the roof's
+// memory, which is far larger than the caches.
 typedef struct lane {
     uint8_t *acts;
     const void *x[MAX_TOKENS];
     float *out;
     void *pack;
-    size_t at; /* where it goes on in the weights */
+    size_t at; // where it goes on in the weights
 } lane;
 static lane lanes[MAX_THREADS];
 
 typedef struct job {
     const moe__type_kernels *kernels;
-    int64_t n, n_rows; /* of one call */
+    int64_t n, n_rows; // of one call
     int tokens;
-    size_t row_size, span; /* bytes of weights that are walked through */
+    size_t row_size, span; // bytes of weights that are walked through
 } job;
 
 static const uint8_t *next_rows(lane *l, const roofs_thread *t, const job *j) {
@@ -139,7 +139,7 @@ static double dot_work(roofs *r, int thread, double seconds, void *user) {
     const double start = roofs_now(r);
     double now = start, bytes = 0;
     do {
-        /* asking for the time takes as long as reading 10 KiB */
+        // asking for the time takes as long as reading 10 KiB
         for (double until = bytes + (1 << 18); bytes < until;
              bytes += (double)j->row_size * (double)j->n_rows)
             j->kernels->dot(next_rows(l, &r->threads[thread], j), j->row_size, j->n_rows, j->n,
@@ -166,7 +166,7 @@ static double tile_work(roofs *r, int thread, double seconds, void *user) {
     return macs / (now - start);
 }
 
-/* Activations of a kind: small whole floats, which are good for every field of the records. */
+// Activations of a kind: small whole floats, which are good for every field of the records.
 static void set_acts(moe__act_kind kind, int64_t n) {
     const size_t size = moe__act_size(kind, n);
     for (int i = 0; i < set.n_threads; i++) {
@@ -191,7 +191,7 @@ static void bench_type(roofs *r, int type, moe_isa isa) {
     r->isa = isa;
     set_acts(info->act, set.n);
     if (set.format == 0) printf("| %-8s | %-8s |", info->name, moe_isa_name(isa));
-    for (int memory = 0; memory < 2; memory++) { /* rows in multiples of TILE suit every layout */
+    for (int memory = 0; memory < 2; memory++) { // rows in multiples of TILE suit every layout
         const size_t bytes = memory ? large : cached / 2;
         j.n_rows = bytes / row_size < TILE ? TILE : (int64_t)(bytes / row_size / TILE * TILE);
         j.span = memory ? 0 : cached;
@@ -208,7 +208,7 @@ static void bench_type(roofs *r, int type, moe_isa isa) {
     if (set.format == 0) puts("");
 }
 
-/* Is `name` one of "a,b,c"? Nothing given: yes. */
+// Is `name` one of "a,b,c"? Nothing given: yes.
 static int is_wanted(const char *names, const char *name) {
     const size_t size = strlen(name);
     if (!names) return 1;
@@ -217,7 +217,7 @@ static int is_wanted(const char *names, const char *name) {
     return 0;
 }
 
-/* Lists given are taken as they are; an instruction set that is missing is left out. */
+// Lists given are taken as they are; an instruction set that is missing is left out.
 static int is_wanted_isa(moe_isa isa) {
     if (moe_isa_resolve(isa) != isa) return 0;
     for (int32_t i = 0; i < set.isa.n; i++)
@@ -247,16 +247,16 @@ static int bench_types(roofs *r) {
     return found;
 }
 
-/* ---- attention ------------------------------------------------------------------------------- */
+// ---- attention -------------------------------------------------------------------------------
 
-/* One call takes the queries that share a head of keys. The cache lies as in a session: rows of all
- * heads one after another, a layer of `depth` rows of keys, then of values, then the next layer. */
+// One call takes the queries that share a head of keys. The cache lies as in a session: rows of all
+// heads one after another, a layer of `depth` rows of keys, then of values, then the next layer.
 typedef struct shape {
     const char *name;
     int n_queries, dk, dv, causal;
-    int heads;       /* of keys and values */
-    int same_memory; /* values are the front of the keys (latent rows) */
-    int depth;       /* positions; 0: MOE__ATTEND_KEYS of them, always the same */
+    int heads;       // of keys and values
+    int same_memory; // values are the front of the keys (latent rows)
+    int depth;       // positions; 0: MOE__ATTEND_KEYS of them, always the same
 } shape;
 
 static const shape shapes[] = {
@@ -274,10 +274,10 @@ static const shape shapes[] = {
     {"token, MLA 16 queries, 576/512, depth 8192", 16, 576, 512, 0, 1, 1, 8192},
 };
 
-/* What the keys and values are kept as: a new kind of moe__attend_args is a row here. */
+// What the keys and values are kept as: a new kind of moe__attend_args is a row here.
 typedef struct kind {
     const char *name;
-    size_t block, bytes; /* values and bytes per block */
+    size_t block, bytes; // values and bytes per block
     moe_kv_type type;
 } kind;
 static const kind kinds[] = {
@@ -288,7 +288,7 @@ typedef struct attend_job {
     const moe__kernels *kernels;
     const shape *s;
     const kind *k;
-    double macs; /* 0: the rate is bytes of the cache, else this many multiply-adds per call */
+    double macs; // 0: the rate is bytes of the cache, else this many multiply-adds per call
 } attend_job;
 
 typedef struct attend_lane {
@@ -297,11 +297,11 @@ typedef struct attend_lane {
     MOE__ALIGNED(64) float scores[MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS];
     float max[MOE__ATTEND_QUERIES], sum[MOE__ATTEND_QUERIES];
     int32_t visible[MOE__ATTEND_QUERIES];
-    size_t at; /* calls so far */
+    size_t at; // calls so far
 } attend_lane;
 static attend_lane *attend_lanes;
 
-/* Keys of one call, as sessions make them: all of a token's, some of a prompt's */
+// Keys of one call, as sessions make them: all of a token's, some of a prompt's
 static int32_t attend_keys(const shape *s) { return s->depth ? s->depth : MOE__ATTEND_SPAN; }
 static int32_t attend_visible(const shape *s, int query) {
     return attend_keys(s) - (s->causal ? s->n_queries - 1 - query : 0);
@@ -337,7 +337,7 @@ static double attend_work(roofs *r, int thread, double seconds, void *user) {
         const size_t head = l->at % heads;
         const uint8_t *layer = t->memory + l->at / heads % layers * layer_size;
         const uint8_t *v = s->same_memory ? layer : layer + keys_size;
-        a.k = layer + head * depth * a.k_bytes; /* as sessions keep them */
+        a.k = layer + head * depth * a.k_bytes; // as sessions keep them
         a.v = v + head * depth * a.v_bytes;
         j->kernels->attend(&a);
         l->at++, calls++;
@@ -397,10 +397,10 @@ static int bench_attention(roofs *r) {
     return found;
 }
 
-/* ---- the program ----------------------------------------------------------------------------- */
+// ---- the program -----------------------------------------------------------------------------
 
 static int open_lanes(void) {
-    const size_t acts = (size_t)set.n * 8 + 4096; /* per token: more than any record takes */
+    const size_t acts = (size_t)set.n * 8 + 4096; // per token: more than any record takes
     const size_t rows = ((size_t)set.cache_kib << 10) + (1 << 20);
     for (int i = 0; i < set.n_threads; i++) {
         lane *l = &lanes[i];

@@ -1,10 +1,10 @@
-/* What a table of speeds says about the machine. */
+// What a table of speeds says about the machine.
 #ifndef BENCH_MACHINE_H
 #define BENCH_MACHINE_H
 #include <stdio.h>
 #include <string.h>
 
-/* "model name" of the processor, "" where the system does not tell. */
+// "model name" of the processor, "" where the system does not tell.
 static inline void cpu_name(char *out, size_t size) {
     char line[256];
     FILE *f = fopen("/proc/cpuinfo", "r");

@@ -1,5 +1,5 @@
-/* A model that is timed, and what one of its tokens needs, counted from the file's tensors.
- * Include moe_infer.h, tool.h and page_state.h first. */
+// A model that is timed, and what one of its tokens needs, counted from the file's tensors.
+// Include moe_infer.h, tool.h and page_state.h first.
 #ifndef BENCH_MODEL_H
 #define BENCH_MODEL_H
 #include <stdint.h>
@@ -9,30 +9,30 @@
 
 enum { BENCH_LAYERS = 512 };
 
-/* What the file's tensors say about one token. */
+// What the file's tensors say about one token.
 typedef struct token_work {
-    double bytes;       /* of weights that generating it reads; of experts only the chosen ones */
-    double once;        /* of them what any number of tokens reads once: all but the next two */
-    double row;         /* of the embedding; 0 if that is the output matrix, too */
-    double expert[BENCH_LAYERS]; /* one expert of each layer */
-    int32_t n_moe;      /* layers that have some */
-    double macs;        /* multiply-adds with them, but for the output matrix */
-    double output_macs; /* of the output matrix: prompts need it for their last token only */
-    double kv_row;      /* values that one position of one layer holds in the cache */
-    int32_t n_full, n_window, window; /* layers that read all positions, or the last `window` */
+    double bytes;       // of weights that generating it reads; of experts only the chosen ones
+    double once;        // of them what any number of tokens reads once: all but the next two
+    double row;         // of the embedding; 0 if that is the output matrix, too
+    double expert[BENCH_LAYERS]; // one expert of each layer
+    int32_t n_moe;      // layers that have some
+    double macs;        // multiply-adds with them, but for the output matrix
+    double output_macs; // of the output matrix: prompts need it for their last token only
+    double kv_row;      // values that one position of one layer holds in the cache
+    int32_t n_full, n_window, window; // layers that read all positions, or the last `window`
 } token_work;
 
 typedef struct model {
     const char *path;
-    char type[80]; /* "qwen3moe 30B Q4_K" */
+    char type[80]; // "qwen3moe 30B Q4_K"
     moe_model *handle;
     const moe_model_info *info;
     token_work work;
-    page_state pages;    /* where the file lay before it was opened */
+    page_state pages;    // where the file lay before it was opened
     double began, open_seconds;
 } model;
 
-/* xorshift64*: any fixed sequence would do, but it must be the same for every build. */
+// xorshift64*: any fixed sequence would do, but it must be the same for every build.
 static inline uint64_t random_next(uint64_t *state) {
     uint64_t x = *state;
     x ^= x >> 12;
@@ -41,7 +41,7 @@ static inline uint64_t random_next(uint64_t *state) {
     *state = x;
     return x * 2685821657736338717u;
 }
-#define RANDOM_SEED 88172645463325252u /* every test meets the same tokens */
+#define RANDOM_SEED 88172645463325252u // every test meets the same tokens
 
 static inline void random_tokens(const moe_model *m, uint64_t *state, int32_t *tokens, int32_t n) {
     const moe_vocab *vocab = moe_model_vocab(m);
@@ -51,7 +51,7 @@ static inline void random_tokens(const moe_model *m, uint64_t *state, int32_t *t
     if (bos >= 0 && n > 0) tokens[0] = bos;
 }
 
-/* "qwen3moe 30B Q4_K": family, parameters, the type that most bytes have. */
+// "qwen3moe 30B Q4_K": family, parameters, the type that most bytes have.
 static inline void model_describe(model *m) {
     const moe_gguf *gguf = moe_model_gguf(m->handle);
     enum { TYPES = 512 };
@@ -72,12 +72,12 @@ static inline void model_describe(model *m) {
              moe_type_name((moe_type)best));
 }
 
-/* Is `part` a part of a tensor's name? */
+// Is `part` a part of a tensor's name?
 static inline int has_part(const moe_gguf_tensor *tensor, const char *part) {
     return strstr(tensor->name, part) != NULL;
 }
 
-/* Experts' matrices of a layer are one tensor, or (ffn_up.3.weight) one tensor each. */
+// Experts' matrices of a layer are one tensor, or (ffn_up.3.weight) one tensor each.
 static inline int is_expert(const moe_gguf_tensor *tensor) {
     int layer, expert, end = 0;
     char part[8];
@@ -94,7 +94,7 @@ static inline int64_t key_int(const moe_gguf *gguf, const char *family, const ch
     return moe_gguf_value_int(moe_gguf_find_value(gguf, name), 0, &value) ? value : otherwise;
 }
 
-/* Keys and values per position and layer: latent rows (MLA), or those of all heads. */
+// Keys and values per position and layer: latent rows (MLA), or those of all heads.
 static inline void count_cache(model *m, const moe_gguf *gguf) {
     const moe_model_info *info = m->info;
     token_work *work = &m->work;
@@ -107,14 +107,14 @@ static inline void count_cache(model *m, const moe_gguf *gguf) {
     window = key_int(gguf, family, "attention.sliding_window", 0);
     if (window > 0 && window <= INT32_MAX && !strcmp(family, "gpt-oss")) {
         work->window = (int32_t)window;
-        work->n_window = (info->n_layer + 1) / 2; /* every other layer, from the first */
+        work->n_window = (info->n_layer + 1) / 2; // every other layer, from the first
     }
     work->n_full = info->n_layer - work->n_window;
 }
 
-/* What one token needs of the weights, by the names of the tensors: a row of the embedding, the */
-/* output matrix (which may be the embedding), all of the layers that are run, and of their */
-/* experts the chosen share. Of attn_kv_b and its halves only one is used. */
+// What one token needs of the weights, by the names of the tensors: a row of the embedding, the
+// output matrix (which may be the embedding), all of the layers that are run, and of their
+// experts the chosen share. Of attn_kv_b and its halves only one is used.
 static inline void count_work(model *m) {
     const moe_gguf *gguf = moe_model_gguf(m->handle);
     const moe_model_info *info = m->info;

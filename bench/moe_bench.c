@@ -1,23 +1,23 @@
-/* moe-bench: times prompts and generation, with llama-bench's options and table.
- *
- *     cc -O2 bench/moe_bench.c -o moe-bench -lm -lpthread
- *     ./moe-bench -m MODEL.gguf -p 512 -n 128 -t 1,2
- *
- * pp512 is the time of 512 tokens at once, tg128 that of 128 tokens one after another, each from an
- * empty context or, "@ d8192", behind 8192 tokens. "tg128 x4" is 128 tokens of each of 4 sequences
- * that are evaluated together, t/s those of all; "tg128 by 3" one sequence by 3 tokens per call, as
- * drafts are checked, all counted as accepted (logits of the last one only). Tokens are random
- * (seeded) and nothing is sampled: what is timed is moe_session_eval_many alone. Random tokens
- * spread over more experts than real text does.
- *
- * Beside the speed stands what part it is of the machine's roof, measured between the runs with as
- * many threads: of reading memory for generation, of int8 multiply-adds for prompts (see roofs.h).
- * What a token needs is counted from the file's table of tensors. Several tokens in one call need
- * its weights once, of the experts those that one of them chose, and every sequence's cache once:
- * counted call by call.
- *
- * The other modes have files of their own: rivals.h (--compare), crowded.h, start.h, sweep.h,
- * plan.h. In which pages the model's file lay in the system's cache before: page_state.h. */
+// moe-bench: times prompts and generation, with llama-bench's options and table.
+//
+//     cc -O2 bench/moe_bench.c -o moe-bench -lm -lpthread
+//     ./moe-bench -m MODEL.gguf -p 512 -n 128 -t 1,2
+//
+// pp512 is the time of 512 tokens at once, tg128 that of 128 tokens one after another, each from an
+// empty context or, "@ d8192", behind 8192 tokens. "tg128 x4" is 128 tokens of each of 4 sequences
+// that are evaluated together, t/s those of all; "tg128 by 3" one sequence by 3 tokens per call, as
+// drafts are checked, all counted as accepted (logits of the last one only). Tokens are random
+// (seeded) and nothing is sampled: what is timed is moe_session_eval_many alone. Random tokens
+// spread over more experts than real text does.
+//
+// Beside the speed stands what part it is of the machine's roof, measured between the runs with as
+// many threads: of reading memory for generation, of int8 multiply-adds for prompts (see roofs.h).
+// What a token needs is counted from the file's table of tensors. Several tokens in one call need
+// its weights once, of the experts those that one of them chose, and every sequence's cache once:
+// counted call by call.
+//
+// The other modes have files of their own: rivals.h (--compare), crowded.h, start.h, sweep.h,
+// plan.h. In which pages the model's file lay in the system's cache before: page_state.h.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
@@ -122,9 +122,9 @@ static const tool_option options[] = {
     {"--version", NULL, TOOL_FLAG, &set.version, 0, 0, "show the version"},
     {NULL, NULL, TOOL_HEADING, NULL, 0, 0, NULL}};
 
-/* ---- the table ------------------------------------------------------------------------------- */
+// ---- the table -------------------------------------------------------------------------------
 
-/* Columns that the command line says something about stand in the table, as in llama-bench. */
+// Columns that the command line says something about stand in the table, as in llama-bench.
 static int show_isa, show_schedule, show_batch, show_ubatch, show_kv_type, show_rows;
 
 static void table_header(void) {
@@ -152,7 +152,7 @@ static void table_header(void) {
     fflush(stdout);
 }
 
-/* A number, or nothing for NAN. */
+// A number, or nothing for NAN.
 static void table_number(int width, int digits, double x) {
     if (x == x) printf(" %*.*f |", width, digits, x);
     else printf(" %*s |", width, "");
@@ -186,11 +186,11 @@ static void table_row(const test *t) {
         table_number(8, 1, f.bytes_eval * 1e-6);
         table_number(8, 1, f.experts_eval);
     }
-    /* the sign has one column and two bytes */
+    // the sign has one column and two bytes
     printf(" %*s | %21s |\n", show_rows ? 22 : 15, t->name, rate);
 }
 
-/* ---- JSON and CSV ---------------------------------------------------------------------------- */
+// ---- JSON and CSV ----------------------------------------------------------------------------
 
 static void write_fields(const void *row) {
     const test *t = (const test *)row;
@@ -244,10 +244,10 @@ static int show_row(const test *t) {
     return flush_rows();
 }
 
-/* ---- all tests ------------------------------------------------------------------------------- */
+// ---- all tests -------------------------------------------------------------------------------
 
-/* "pp512", "tg128", "pp512+tg128", " x4" sequences, " by 3" tokens per call; behind a depth */
-/* " @ d8192" or, with -gp, "tg64@pp8192". */
+// "pp512", "tg128", "pp512+tg128", " x4" sequences, " by 3" tokens per call; behind a depth
+// " @ d8192" or, with -gp, "tg64@pp8192".
 static void name_test(test *t, int behind) {
     char *out = t->name, *end = t->name + sizeof t->name;
     if (t->n_prompt) out += snprintf(out, (size_t)(end - out), "pp%d", t->n_prompt);
@@ -259,19 +259,19 @@ static void name_test(test *t, int behind) {
         snprintf(out, (size_t)(end - out), behind ? "@pp%d" : " @ d%d", t->n_depth);
 }
 
-/* What all tests of a model with the same threads, batches and instruction set have in common. */
+// What all tests of a model with the same threads, batches and instruction set have in common.
 typedef struct setup {
     const model *m;
     int32_t threads, n_batch, n_ubatch, isa;
 } setup;
 
-/* What one test does. */
+// What one test does.
 typedef struct task {
     int32_t n_prompt, n_gen, n_depth, n_parallel, n_draft;
-    int behind; /* its depth is what -gp says */
+    int behind; // its depth is what -gp says
 } task;
 
-/* One test with every schedule of the list. */
+// One test with every schedule of the list.
 static int run_test(const setup *s, const task *k) {
     static test tests[MAX_RIVALS];
     const int n = set.schedule.n < MAX_RIVALS ? set.schedule.n : MAX_RIVALS;
@@ -300,7 +300,7 @@ static int run_test(const setup *s, const task *k) {
     return status;
 }
 
-/* Generation with every number of sequences and of tokens per call. */
+// Generation with every number of sequences and of tokens per call.
 static int run_generation(const setup *s, int32_t n_gen, int32_t n_depth, int behind) {
     int status = TOOL_OK;
     for (int32_t i = 0; i < set.n_parallel.n * set.n_draft.n && status == TOOL_OK; i++) {
@@ -352,7 +352,7 @@ static int run_model(const model *m) {
     return status;
 }
 
-/* Puts the file into the wanted state, if there is one, and looks at the state it is in. */
+// Puts the file into the wanted state, if there is one, and looks at the state it is in.
 static int prepare_pages(const char *path, page_state *found) {
     char text[PAGE_SENTENCE], why[PAGE_REASON];
     if (set.page_state >= 0 && page_state_set(path, set.page_state, why)) {
@@ -373,7 +373,7 @@ static int run_file(const char *path) {
     o.pages = set.mmap ? (moe_pages)set.pages : MOE_PAGES_COPY;
     o.mlock = set.mlock ? MOE_ON : 0;
     o.numa = (moe_numa)set.numa;
-    /* Pages are touched: the first timed run must not wait for the disk. */
+    // Pages are touched: the first timed run must not wait for the disk.
     o.prefault = set.start ? 0 : MOE_ON;
     int status = prepare_pages(path, &pages);
     if (status == TOOL_OK) status = model_open(&m, program, path, &o);
@@ -392,7 +392,7 @@ static int run_file(const char *path) {
 }
 
 static int run_files(char *paths) {
-    const int rows = !set.compare && !set.crowded && !set.sweep; /* those that write_row writes */
+    const int rows = !set.compare && !set.crowded && !set.sweep; // those that write_row writes
     int status = TOOL_OK;
     if (set.format == FORMAT_MD && set.start) start_header();
     else if (set.format == FORMAT_MD && rows) table_header();
@@ -415,14 +415,14 @@ static int is_given(int argc, char **argv, const char *names) {
     return 0;
 }
 
-/* Is there a number other than 0? */
+// Is there a number other than 0?
 static int any(const tool_list *list) {
     for (int32_t i = 0; i < list->n; i++)
         if (list->item[i]) return 1;
     return 0;
 }
 
-/* What of the command line does not go together; NULL: nothing. */
+// What of the command line does not go together; NULL: nothing.
 static const char *contradiction(void) {
     if (!set.model && !set.plan) return "no model: give -m FILE; see moe-bench --help";
     if (set.compare + set.crowded + set.plan + set.start + set.sweep > 1)

@@ -1,13 +1,13 @@
-/* In which state a file lies in the system's page cache, and putting it into a known one: how fast
- * a mapped model generates depends on it. The cache keeps a file in folios, pieces of one page
- * (4 KiB) or of many (up to 2 MiB and more), as large as the read-ahead was that fetched them.
- *
- * To find the state disturbs nothing: pages are spread evenly over the file, and of those that are
- * cached the system says how large their folios are. As many of them lie in large folios as of the
- * bytes, so three hundred tell the shares to some hundredths, for files of any size. Sizes are
- * shown to root only. All parts of a split model count as one file.
- *
- * Include moe_infer.h and tool.h first. Linux only. */
+// In which state a file lies in the system's page cache, and putting it into a known one: how fast
+// a mapped model generates depends on it. The cache keeps a file in folios, pieces of one page
+// (4 KiB) or of many (up to 2 MiB and more), as large as the read-ahead was that fetched them.
+//
+// To find the state disturbs nothing: pages are spread evenly over the file, and of those that are
+// cached the system says how large their folios are. As many of them lie in large folios as of the
+// bytes, so three hundred tell the shares to some hundredths, for files of any size. Sizes are
+// shown to root only. All parts of a split model count as one file.
+//
+// Include moe_infer.h and tool.h first. Linux only.
 #ifndef BENCH_PAGE_STATE_H
 #define BENCH_PAGE_STATE_H
 #include <errno.h>
@@ -26,32 +26,32 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE_STATES "huge|large|small|cold" /* for an option; the order of the enumeration */
+#define PAGE_STATES "huge|large|small|cold" // for an option; the order of the enumeration
 enum { PAGES_HUGE, PAGES_LARGE, PAGES_SMALL, PAGES_COLD };
 
-/* Sizes of folios that are told apart. */
+// Sizes of folios that are told apart.
 enum { FOLIO_4K, FOLIO_64K, FOLIO_1M, FOLIO_2M, FOLIO_SIZES };
 enum { FOLIO_PAGES = 512, PAGE_BYTES = 4096, PAGE_SAMPLES = 300 };
 
 typedef struct page_state {
-    double bytes, cached;      /* of the file, of that in the cache */
-    double folio[FOLIO_SIZES]; /* cached bytes by the size of their folio */
+    double bytes, cached;      // of the file, of that in the cache
+    double folio[FOLIO_SIZES]; // cached bytes by the size of their folio
     int cached_known, folios_known;
 } page_state;
 
-/* Of the file's bytes; NAN: unknown. */
+// Of the file's bytes; NAN: unknown.
 static inline double page_state_cached(const page_state *s) {
     return s->cached_known && s->bytes > 0 ? s->cached / s->bytes : (double)NAN;
 }
-/* Of the cached bytes; NAN: unknown, or none is cached. */
+// Of the cached bytes; NAN: unknown, or none is cached.
 static inline double page_state_folio(const page_state *s, int size) {
     return s->folios_known && s->cached > 0 ? s->folio[size] / s->cached : (double)NAN;
 }
 
-/* ---- the parts of a model -------------------------------------------------------------------- */
+// ---- the parts of a model --------------------------------------------------------------------
 
-/* Where the "-00001-of-00003.gguf" of a split model's first part begins, and how many parts there
- * are; NULL: the model is one file. */
+// Where the "-00001-of-00003.gguf" of a split model's first part begins, and how many parts there
+// are; NULL: the model is one file.
 static inline const char *split_name(const char *path, int *n_parts) {
     static const char pattern[] = "-00001-of-ddddd.gguf";
     const size_t size = strlen(path), n = sizeof pattern - 1;
@@ -63,7 +63,7 @@ static inline const char *split_name(const char *path, int *n_parts) {
     return tail;
 }
 
-/* Calls `each` with every part's path until it returns something other than 0. */
+// Calls `each` with every part's path until it returns something other than 0.
 static inline int for_parts(const char *path, int (*each)(const char *part, void *user),
                             void *user) {
     int n_parts = 0, result = 0;
@@ -79,10 +79,10 @@ static inline int for_parts(const char *path, int (*each)(const char *part, void
     return result;
 }
 
-/* ---- finding the state ----------------------------------------------------------------------- */
+// ---- finding the state -----------------------------------------------------------------------
 
-/* Bytes of the file in the cache by cachestat (Linux 6.5); 0: it finds none or does not exist. (On
- * overlayfs it looks where no pages are: 0 never means "cold".) */
+// Bytes of the file in the cache by cachestat (Linux 6.5); 0: it finds none or does not exist. (On
+// overlayfs it looks where no pages are: 0 never means "cold".)
 static inline double cachestat_bytes(int fd) {
 #ifdef __NR_cachestat
     const long number = __NR_cachestat;
@@ -96,13 +96,13 @@ static inline double cachestat_bytes(int fd) {
     return (double)pages.cached * PAGE_BYTES;
 }
 
-/* What tells folios apart: tables that root may read. */
+// What tells folios apart: tables that root may read.
 typedef struct folio_tables {
     int pagemap, flags;
 } folio_tables;
 
-/* The size of the folio that a mapped page lies in; -1: the system does not say. Folios of less
- * than 2 MiB lie within one block of 512 frames, at a multiple of their size. */
+// The size of the folio that a mapped page lies in; -1: the system does not say. Folios of less
+// than 2 MiB lie within one block of 512 frames, at a multiple of their size.
 static inline int folio_size(const folio_tables *tables, const volatile char *page) {
     static uint64_t flags[FOLIO_PAGES];
     const uint64_t head = (uint64_t)1 << 15, tail = (uint64_t)1 << 16;
@@ -124,9 +124,9 @@ static inline int folio_size(const folio_tables *tables, const volatile char *pa
                                                                                 : FOLIO_4K;
 }
 
-/* Whether the page at `offset` is cached, and the size of its folio (-1: unknown). Only a cached
- * page is touched, and MADV_RANDOM keeps the touch from starting a read-ahead and from counting as
- * use of the page. Returns -1 if the system does not say. */
+// Whether the page at `offset` is cached, and the size of its folio (-1: unknown). Only a cached
+// page is touched, and MADV_RANDOM keeps the touch from starting a read-ahead and from counting as
+// use of the page. Returns -1 if the system does not say.
 static inline int look_at_page(int fd, off_t offset, const folio_tables *tables, int *size) {
     unsigned char cached = 0;
     *size = -1;
@@ -142,13 +142,13 @@ static inline int look_at_page(int fd, off_t offset, const folio_tables *tables,
     return failed ? -1 : cached & 1;
 }
 
-/* What the looks at one file found. */
+// What the looks at one file found.
 typedef struct page_looks {
     int n, cached, sized, of_size[FOLIO_SIZES], failed;
 } page_looks;
 
-/* Looks at up to PAGE_SAMPLES pages, one in each of as many equal stretches, at a place that
- * changes (a fixed one could always meet the same end of a folio). */
+// Looks at up to PAGE_SAMPLES pages, one in each of as many equal stretches, at a place that
+// changes (a fixed one could always meet the same end of a folio).
 static inline void look_at_file(int fd, double bytes, const folio_tables *tables,
                                 page_looks *looks) {
     const int64_t pages = ((int64_t)bytes + PAGE_BYTES - 1) / PAGE_BYTES;
@@ -168,8 +168,8 @@ static inline void look_at_file(int fd, double bytes, const folio_tables *tables
     }
 }
 
-/* The kernel tells only who may write the file what of it is cached; to others mincore says that
- * everything is. */
+// The kernel tells only who may write the file what of it is cached; to others mincore says that
+// everything is.
 static inline int may_know(int fd, const struct stat *file) {
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
@@ -197,7 +197,7 @@ static inline int find_part(const char *path, void *user) {
     double cached = cachestat_bytes(fd);
     look_at_file(fd, bytes, &search->tables, &looks);
     if (cached <= 0 && looks.n) cached = bytes * looks.cached / looks.n;
-    if (cached > bytes) cached = bytes; /* the last page is a whole one */
+    if (cached > bytes) cached = bytes; // the last page is a whole one
     s->bytes += bytes;
     s->cached += cached;
     s->cached_known &= !looks.failed;
@@ -222,7 +222,7 @@ static inline void page_state_find(const char *path, page_state *out) {
 }
 
 enum { PAGE_SENTENCE = 192, PAGE_REASON = 1024 /* what page_state_set's sentence takes */ };
-/* "3.90 GiB of 4.00 GiB cached: 96 % in 2 MiB folios, 4 % in 4 KiB pages". */
+// "3.90 GiB of 4.00 GiB cached: 96 % in 2 MiB folios, 4 % in 4 KiB pages".
 static inline const char *page_state_sentence(const page_state *s, char out[PAGE_SENTENCE]) {
     static const char *const names[] = {"4 KiB pages", "8 to 64 KiB folios",
                                         "128 KiB to 1 MiB folios", "2 MiB folios"};
@@ -245,16 +245,16 @@ static inline const char *page_state_sentence(const page_state *s, char out[PAGE
     return out;
 }
 
-/* ---- setting the state ----------------------------------------------------------------------- */
+// ---- setting the state -----------------------------------------------------------------------
 
-/* The disk's read-ahead while it is another one than the system's; fd < 0: it is not. */
+// The disk's read-ahead while it is another one than the system's; fd < 0: it is not.
 static struct read_ahead {
     volatile sig_atomic_t fd;
     char before[32];
     size_t n;
 } read_ahead = {-1, "", 0};
 
-/* Also called from a signal handler, at any line of itself: restoring twice does no harm. */
+// Also called from a signal handler, at any line of itself: restoring twice does no harm.
 static inline void read_ahead_restore(void) {
     const int fd = (int)read_ahead.fd;
     if (fd < 0) return;
@@ -270,9 +270,9 @@ static void read_ahead_interrupted(int number) {
     raise(number);
 }
 
-#define COLD_SHARE 0.01 /* of the bytes may be cached in a file that counts as cold */
+#define COLD_SHARE 0.01 // of the bytes may be cached in a file that counts as cold
 
-/* A step of setting the state: what is wanted, and a sentence if it fails. */
+// A step of setting the state: what is wanted, and a sentence if it fails.
 typedef struct page_order {
     int wanted;
     char *why;
@@ -289,8 +289,8 @@ static inline int order_fails(page_order *order, const char *format, ...) {
     return -1;
 }
 
-/* Opens the read_ahead_kb of the disk (or the partition's disk) that a file lies on, and keeps
- * others that do the same waiting: the last of them would restore what the first has set. */
+// Opens the read_ahead_kb of the disk (or the partition's disk) that a file lies on, and keeps
+// others that do the same waiting: the last of them would restore what the first has set.
 static inline int read_ahead_open(const struct stat *file) {
     static const char *const places[] = {"queue", "../queue"};
     char path[96];
@@ -324,11 +324,11 @@ static inline int read_ahead_set(page_order *order, const char *path, const char
     return order_fails(order, "cannot set the read-ahead of the disk under %s", path);
 }
 
-/* advice: POSIX_FADV_NORMAL, or RANDOM: as much as a read asks for and no more, in single pages. */
+// advice: POSIX_FADV_NORMAL, or RANDOM: as much as a read asks for and no more, in single pages.
 static inline int read_whole(page_order *order, const char *path, int advice) {
-    static char buffer[1 << 17]; /* as cat does: a read asks for no more than the read-ahead */
+    static char buffer[1 << 17]; // as cat does: a read asks for no more than the read-ahead
     ssize_t n = -1;
-    const int fd = open(path, O_RDONLY | O_CLOEXEC); /* takes over the disk's read-ahead */
+    const int fd = open(path, O_RDONLY | O_CLOEXEC); // takes over the disk's read-ahead
     if (fd >= 0) posix_fadvise(fd, 0, 0, advice);
     if (fd >= 0)
         while ((n = read(fd, buffer, sizeof buffer)) > 0) continue;
@@ -337,7 +337,7 @@ static inline int read_whole(page_order *order, const char *path, int advice) {
     return failed ? order_fails(order, "cannot read %s: %s", path, strerror(failed)) : 0;
 }
 
-/* Reads the file with another read-ahead, which is put back in any case but SIGKILL. */
+// Reads the file with another read-ahead, which is put back in any case but SIGKILL.
 static inline int read_with(page_order *order, const char *path, const char *kb) {
     static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
     struct sigaction before[4], now;
@@ -355,29 +355,29 @@ static inline int read_with(page_order *order, const char *path, const char *kb)
     return status;
 }
 
-/* Single pages come without touching the disk's read-ahead, and faster than with one of 0. */
+// Single pages come without touching the disk's read-ahead, and faster than with one of 0.
 static inline int load_part(const char *path, void *user) {
     page_order *order = (page_order *)user;
     if (order->wanted == PAGES_SMALL) return read_whole(order, path, POSIX_FADV_RANDOM);
     return read_with(order, path, order->wanted == PAGES_HUGE ? "8192" : "128");
 }
 
-/* Drops a file's pages, and nobody else's. (Dropping all of the system's would free no more of
- * them: what another process has mapped stays in both.) */
+// Drops a file's pages, and nobody else's. (Dropping all of the system's would free no more of
+// them: what another process has mapped stays in both.)
 static inline int drop_part(const char *path, void *user) {
     page_order *order = (page_order *)user;
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return order_fails(order, "cannot open %s: %s", path, strerror(errno));
-    fsync(fd); /* pages that are not on the disk yet cannot be dropped */
+    fsync(fd); // pages that are not on the disk yet cannot be dropped
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
     close(fd);
     return 0;
 }
 
-/* Puts a model's files into a state; at least nine tenths of the bytes are in folios of the wanted
- * size, or at most a hundredth is cached ("cold"). Else, and if the system does not allow it, -1
- * and a sentence: a figure must not claim a state that it was not measured in. why: PAGE_REASON
- * bytes. */
+// Puts a model's files into a state; at least nine tenths of the bytes are in folios of the wanted
+// size, or at most a hundredth is cached ("cold"). Else, and if the system does not allow it, -1
+// and a sentence: a figure must not claim a state that it was not measured in. why: PAGE_REASON
+// bytes.
 static inline int page_state_set(const char *path, int wanted, char *why) {
     static const char *const words[] = {"huge", "large", "small", "cold"};
     static const int sizes[] = {FOLIO_2M, FOLIO_1M, FOLIO_4K};
@@ -387,7 +387,7 @@ static inline int page_state_set(const char *path, int wanted, char *why) {
     if (wanted != PAGES_COLD && geteuid() != 0)
         return order_fails(&order, "page state %s: needs root, to set the disk's read-ahead "
                            "and to see the folios", words[wanted]);
-    for (int tries = 0; tries < 5; tries++) { /* pages that are just being read stay */
+    for (int tries = 0; tries < 5; tries++) { // pages that are just being read stay
         const struct timespec pause = {0, 20000000};
         if (tries) nanosleep(&pause, NULL);
         if (for_parts(path, drop_part, &order)) return -1;

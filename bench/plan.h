@@ -1,37 +1,37 @@
-/* moe-bench --plan: how evenly the forward pass is shared, step by step, by more threads and memory
- * nodes than the machine has. Nothing of the library's rules is said again here: the library itself
- * evaluates a token and a prompt with a team of so many threads, but its kernels are replaced by
- * such as note what they would have cost. Models are those of a table of shapes, or -m FILE; their
- * weights are never read. A step lies between two barriers; barriers cost nothing.
- *
- *     useful      what one thread alone has to do
- *     efficiency  useful / (threads x the sum, over all steps, of the busiest thread's work)
- *     idle        of the threads' time, what they wait in a step for its busiest thread
- *     repeated    of the threads' time, what several of them do though once would do (norms)
- *
- * Layers of a kind are alike: of each kind one is evaluated and counted as often as there are some.
- *
- * What things cost. Generating is limited by memory: a byte of weights or cache costs 1, a value of
- * a vector, which comes from a cache, 1, too (4 bytes, four times as fast), attention at least an
- * eighth per multiply-add. In prompts a multiply-add costs 1 (of floats: PLAN_FLOAT), unpacking a
- * weight what moe__entry_block_cost says, a value of a vector PLAN_VALUE. What has no kernel costs
- * nothing: turning by rotary positions, choosing experts, copies. Keys that several threads read
- * cost each of them, though one may find in a shared cache what another has fetched.
- *
- * What this uses of the library's insides: plan_take_over, plan_step, plan_nodes and the kernels'
- * types; below, by name, moe__schedules and what they are given.
- *
- * Include moe_infer.h with its implementation, synth.c, timing.h first. */
+// moe-bench --plan: how evenly the forward pass is shared, step by step, by more threads and memory
+// nodes than the machine has. Nothing of the library's rules is said again here: the library itself
+// evaluates a token and a prompt with a team of so many threads, but its kernels are replaced by
+// such as note what they would have cost. Models are those of a table of shapes, or -m FILE; their
+// weights are never read. A step lies between two barriers; barriers cost nothing.
+//
+//     useful      what one thread alone has to do
+//     efficiency  useful / (threads x the sum, over all steps, of the busiest thread's work)
+//     idle        of the threads' time, what they wait in a step for its busiest thread
+//     repeated    of the threads' time, what several of them do though once would do (norms)
+//
+// Layers of a kind are alike: of each kind one is evaluated and counted as often as there are some.
+//
+// What things cost. Generating is limited by memory: a byte of weights or cache costs 1, a value of
+// a vector, which comes from a cache, 1, too (4 bytes, four times as fast), attention at least an
+// eighth per multiply-add. In prompts a multiply-add costs 1 (of floats: PLAN_FLOAT), unpacking a
+// weight what moe__entry_block_cost says, a value of a vector PLAN_VALUE. What has no kernel costs
+// nothing: turning by rotary positions, choosing experts, copies. Keys that several threads read
+// cost each of them, though one may find in a shared cache what another has fetched.
+//
+// What this uses of the library's insides: plan_take_over, plan_step, plan_nodes and the kernels'
+// types; below, by name, moe__schedules and what they are given.
+//
+// Include moe_infer.h with its implementation, synth.c, timing.h first.
 #ifndef PLAN_H
 #define PLAN_H
 #include <sys/mman.h>
 
 enum {
     PLAN_PROMPT = 512,
-    PLAN_DEPTH = 4096, /* of the token, without -d */
-    PLAN_MACS = 8,     /* multiply-adds of attention in the time that a byte takes */
-    PLAN_FLOAT = 4,    /* int8 multiply-adds in the time that one of floats takes, */
-    PLAN_VALUE = 16    /* or a value of a vector */
+    PLAN_DEPTH = 4096, // of the token, without -d
+    PLAN_MACS = 8,     // multiply-adds of attention in the time that a byte takes
+    PLAN_FLOAT = 4,    // int8 multiply-adds in the time that one of floats takes,
+    PLAN_VALUE = 16    // or a value of a vector
 };
 
 typedef struct plan_shape {
@@ -48,59 +48,59 @@ static const plan_shape plan_shapes[] = {
     {"Mixtral 8x7B", "mixtral", "q4_K_M"},
     {"OLMoE", "olmoe", "q4_K_M"}};
 
-/* ---- what kernels note ----------------------------------------------------------------------- */
+// ---- what kernels note -----------------------------------------------------------------------
 
-enum { PLAN_VECTORS, PLAN_ATTEND, PLAN_TENSORS, PLAN_NAMES = 64 }; /* names of costs: bits */
+enum { PLAN_VECTORS, PLAN_ATTEND, PLAN_TENSORS, PLAN_NAMES = 64 }; // names of costs: bits
 enum { PLAN_NO_LAYER = -2 };
 
 typedef struct plan_tensor {
     const uint8_t *data, *end;
     moe_type type;
     size_t row_size;
-    int32_t name, layer; /* < 0: of none */
+    int32_t name, layer; // < 0: of none
     int is_router, is_float;
 } plan_tensor;
 
-/* What a thread did in a step. */
+// What a thread did in a step.
 typedef struct plan_cell {
     double cost;
     uint64_t names;
-    int32_t layer; /* of its weights */
+    int32_t layer; // of its weights
 } plan_cell;
 
 static struct plan {
     char names[PLAN_NAMES][32];
     int n_names;
-    plan_tensor *tensors; /* by address */
+    plan_tensor *tensors; // by address
     int64_t n_tensors;
-    double times[BENCH_LAYERS]; /* layers that each evaluated one stands for */
-    plan_cell *cells;           /* [thread][step], threads in the order in which they come */
+    double times[BENCH_LAYERS]; // layers that each evaluated one stands for
+    plan_cell *cells;           // [thread][step], threads in the order in which they come
     int64_t n_cells;
     int n_steps, n_threads;
-    int n_seen;     /* atomic: threads that have come in this turn */
-    unsigned turn;  /* evals so far */
+    int n_seen;     // atomic: threads that have come in this turn
+    unsigned turn;  // evals so far
     int is_prompt;
     moe_session *session;
-    uint32_t first; /* barriers of the pool before this turn */
+    uint32_t first; // barriers of the pool before this turn
 } plan;
 
 static __thread plan_cell *plan_mine;
 static __thread unsigned plan_turn;
 
-/* Kernels that note costs; a context of `length` tokens of which nothing was evaluated. */
+// Kernels that note costs; a context of `length` tokens of which nothing was evaluated.
 static moe__kernels plan_kernels;
 static void plan_take_over(moe_session *session, int32_t length) {
     session->kernels = &plan_kernels;
     session->length = length;
 }
-/* The number of the step that the calling thread is in: barriers passed. None is passed before */
-/* this thread has come there. A thread alone passes none: it counts them itself. */
+// The number of the step that the calling thread is in: barriers passed. None is passed before
+// this thread has come there. A thread alone passes none: it counts them itself.
 static int plan_step(void) {
     if (plan.n_threads == 1) return (int)plan.session->stats.n_barriers;
     return (int)(__atomic_load_n(&plan.session->pool->release.value, __ATOMIC_ACQUIRE) -
                  plan.first);
 }
-/* The pool's threads as if they were pinned to so many memory nodes, each to a core of its own. */
+// The pool's threads as if they were pinned to so many memory nodes, each to a core of its own.
 static void plan_nodes(moe_pool *pool, int32_t n) {
     pool->nodes.n = n;
     for (int32_t k = 0; k <= n; k++)
@@ -124,7 +124,7 @@ static void plan_vector(int64_t n) {
     plan_add(PLAN_VECTORS, PLAN_NO_LAYER, (double)n * (plan.is_prompt ? PLAN_VALUE : 1));
 }
 
-/* The tensor that holds these weights; NULL: they are no tensor's. */
+// The tensor that holds these weights; NULL: they are no tensor's.
 static const plan_tensor *plan_find(const uint8_t *rows) {
     int64_t low = 0, high = plan.n_tensors;
     while (low < high) {
@@ -135,7 +135,7 @@ static const plan_tensor *plan_find(const uint8_t *rows) {
     return low < plan.n_tensors && plan.tensors[low].data <= rows ? &plan.tensors[low] : NULL;
 }
 
-/* Some rows of weights, or of something else, times some tokens. */
+// Some rows of weights, or of something else, times some tokens.
 static void plan_rows(const plan_tensor *t, int64_t n_rows, int64_t n, int64_t n_tokens) {
     moe__entry entry;
     const double rows = (double)n_rows, values = rows * (double)n;
@@ -151,11 +151,11 @@ static void plan_rows(const plan_tensor *t, int64_t n_rows, int64_t n, int64_t n
         plan_add(t->name, t->layer, rows * (double)t->row_size);
 }
 
-/* ---- the kernels ----------------------------------------------------------------------------- */
+// ---- the kernels -----------------------------------------------------------------------------
 
-/* The first value of every vector is kept: it is the token, from which routers choose experts. */
+// The first value of every vector is kept: it is the token, from which routers choose experts.
 
-/* 0 .. 1 from an expert's row and a token. */
+// 0 .. 1 from an expert's row and a token.
 static float plan_score(const plan_tensor *t, int64_t row, const void *x) {
     float token;
     uint64_t state;
@@ -187,7 +187,7 @@ static void plan_tile(const uint8_t *rows, size_t row_size, int64_t n_rows, int6
                 plan_score(t, (rows - t->data) / (int64_t)row_size + r, x[i]);
 }
 
-/* A row of the embedding is a token; others are unpacked in place of being multiplied. */
+// A row of the embedding is a token; others are unpacked in place of being multiplied.
 static void plan_dequantize(const uint8_t *rows, int64_t n, float *out) {
     const plan_tensor *t = plan_find(rows);
     if (t && t->layer < 0) *out = (float)((rows - t->data) / (int64_t)t->row_size);
@@ -234,7 +234,7 @@ static void plan_q8_0(const float *x, int64_t n, uint8_t *out) {
     plan_vector(n);
 }
 
-/* Keys and values that one of the queries sees are read once. */
+// Keys and values that one of the queries sees are read once.
 static void plan_attend(const moe__attend_args *a) {
     int32_t low = a->n_keys, high = 0;
     double pairs = 0, macs, bytes;
@@ -274,13 +274,13 @@ static void plan_make_kernels(void) {
     plan_kernels.attend_add = plan_attend_add;
 }
 
-/* ---- models without weights ------------------------------------------------------------------ */
+// ---- models without weights ------------------------------------------------------------------
 
 typedef struct plan_model {
     const char *name;
     moe_model *handle;
-    moe_gguf *gguf; /* of a shape: where its weights would be is memory that nobody touches, */
-    void *memory;   /* this */
+    moe_gguf *gguf; // of a shape: where its weights would be is memory that nobody touches,
+    void *memory;   // this
     size_t size;
 } plan_model;
 
@@ -291,7 +291,7 @@ static void plan_model_close(plan_model *m) {
     memset(m, 0, sizeof *m);
 }
 
-/* One layer of each kind: without experts, with a window, the others. */
+// One layer of each kind: without experts, with a window, the others.
 static synth_config plan_kinds(const plan_shape *shape) {
     synth_config c = *synth_find(shape->synth);
     const int n = c.n_layer, windows = c.window ? (n + 1) / 2 : 0;
@@ -322,7 +322,7 @@ static int plan_open_shape(plan_model *m, const plan_shape *shape) {
     m->size = f.head_size;
     for (size_t i = 0; i < f.n_tensors; i++)
         m->size += f.tensors[i].bytes + synth_padding(f.tensors[i].bytes);
-    /* read-only memory does not count as used where that is limited */
+    // read-only memory does not count as used where that is limited
     void *memory = made ? mmap(NULL, m->size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
                         : MAP_FAILED;
     const size_t head = f.head_size < m->size ? (f.head_size + page - 1) & ~(page - 1) : m->size;
@@ -355,7 +355,7 @@ static int plan_open_file(plan_model *m, const char *path) {
     return m->handle ? TOOL_OK : tool_fail(program, path, &error);
 }
 
-/* "attn_q" of "blk.7.attn_q.weight" as "q": its number. */
+// "attn_q" of "blk.7.attn_q.weight" as "q": its number.
 static int plan_name(const char *tensor) {
     char name[sizeof plan.names[0]];
     const char *dot = strncmp(tensor, "blk.", 4) ? NULL : strchr(tensor + 4, '.');
@@ -375,7 +375,7 @@ static int plan_compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The table of the model's tensors; -1: no memory. */
+// The table of the model's tensors; -1: no memory.
 static int plan_list_tensors(const moe_model *handle) {
     const moe_gguf *gguf = moe_model_gguf(handle);
     plan.n_tensors = moe_gguf_n_tensors(gguf);
@@ -403,14 +403,14 @@ static int plan_list_tensors(const moe_model *handle) {
     return 0;
 }
 
-/* ---- one eval -------------------------------------------------------------------------------- */
+// ---- one eval --------------------------------------------------------------------------------
 
-/* Steps that work with the same tensors, of all layers. */
+// Steps that work with the same tensors, of all layers.
 typedef struct plan_kind {
     uint64_t names;
-    double time;  /* of the busiest threads */
-    double work;  /* of all threads */
-    double count; /* how many there are */
+    double time;  // of the busiest threads
+    double work;  // of all threads
+    double count; // how many there are
 } plan_kind;
 
 typedef struct plan_result {
@@ -429,7 +429,7 @@ static plan_kind *plan_find_kind(plan_result *result, uint64_t names) {
     return kind;
 }
 
-/* A step without tensors belongs to the layer of the next one that has some. */
+// A step without tensors belongs to the layer of the next one that has some.
 static void plan_collect(plan_result *result, int n_steps) {
     int32_t next = -1;
     memset(result, 0, sizeof *result);
@@ -456,7 +456,7 @@ static void plan_collect(plan_result *result, int n_steps) {
     }
 }
 
-/* Evaluates n tokens behind `depth` others. */
+// Evaluates n tokens behind `depth` others.
 static int plan_eval(moe_session *session, int n_threads, int32_t depth, int32_t n,
                      plan_result *result) {
     static int32_t tokens[PLAN_PROMPT];
@@ -494,9 +494,9 @@ static int plan_eval(moe_session *session, int n_threads, int32_t depth, int32_t
     return TOOL_OK;
 }
 
-/* ---- tables ---------------------------------------------------------------------------------- */
+// ---- tables ----------------------------------------------------------------------------------
 
-/* A token and a prompt, with every schedule. */
+// A token and a prompt, with every schedule.
 typedef struct plan_case {
     const plan_model *m;
     int32_t n_threads, n_nodes, depth;
@@ -507,7 +507,7 @@ typedef struct plan_case {
 
 static const char *const plan_whats[2] = {"token", "prompt"};
 
-/* Of the threads' time, what they wait in steps of this kind. */
+// Of the threads' time, what they wait in steps of this kind.
 static double plan_idle(const plan_case *c, const plan_result *r, const plan_kind *k) {
     return (c->n_threads * k->time - k->work) / (c->n_threads * r->time);
 }
@@ -529,7 +529,7 @@ static const char *plan_names(uint64_t names, char *text, size_t size) {
     return *text ? text : "nothing";
 }
 
-/* What costs most: "q k v 3.1". */
+// What costs most: "q k v 3.1".
 static const char *plan_blame(const plan_case *c, const plan_result *r, int what, char *text,
                               size_t size) {
     const double repeated = plan_repeated(c, r, what);
@@ -604,15 +604,15 @@ static void plan_print_case(const plan_case *c, FILE *out) {
     for (int what = 0; what < 2 && set.detail; what++) plan_print_steps(c, what, best[what]);
 }
 
-/* ---- experts of one token, by memory nodes --------------------------------------------------- */
+// ---- experts of one token, by memory nodes ---------------------------------------------------
 
-/* Each row lies where MOE_NUMA_OWNER puts it. Printed are, for every schedule,
- *
- *     node     of what all nodes together could read while the busiest one is read from, the part
- *              that is read
- *     local    the part of the rows that lie on the node of the thread that reads them */
+// Each row lies where MOE_NUMA_OWNER puts it. Printed are, for every schedule,
+//
+//     node     of what all nodes together could read while the busiest one is read from, the part
+//              that is read
+//     local    the part of the rows that lie on the node of the thread that reads them
 typedef struct plan_experts {
-    double node, local; /* 0..1 */
+    double node, local; // 0..1
 } plan_experts;
 
 static plan_experts plan_measure_nodes(const moe__schedule_info *schedule, const moe__task *task,
@@ -683,9 +683,9 @@ static void plan_print_nodes(const plan_case *c, const moe_model_info *info) {
     printf("\n\n");
 }
 
-/* ---- all cases ------------------------------------------------------------------------------- */
+// ---- all cases -------------------------------------------------------------------------------
 
-/* What one thread alone has to do. */
+// What one thread alone has to do.
 static int plan_alone(plan_case *c) {
     moe_error error;
     plan_result result;
@@ -764,13 +764,13 @@ static int plan_run_model(const plan_model *m, FILE *out) {
     return status;
 }
 
-/* The files of -m, or all shapes. */
+// The files of -m, or all shapes.
 static int plan_run(char *paths) {
     char *text = NULL;
     size_t size = 0;
     int status = TOOL_OK;
     plan_model m;
-    FILE *out = set.detail ? open_memstream(&text, &size) : stdout; /* the table comes last */
+    FILE *out = set.detail ? open_memstream(&text, &size) : stdout; // the table comes last
     if (!out) return TOOL_ERROR;
     plan_make_kernels();
     printf("%% of the threads' time that is useful work: one token behind %d others, a prompt of %d"

@@ -1,15 +1,15 @@
-/* moe-bench --compare: the expert schedules side by side on the same mapped pages, in rounds
- * A B C C B A: what changes within the minutes of a measurement meets them all. Schedules whose
- * logits do not have the same bits are not timed. Prompts are the control: parallel is sequential
- * in them.
- * Include timing.h first. */
+// moe-bench --compare: the expert schedules side by side on the same mapped pages, in rounds
+// A B C C B A: what changes within the minutes of a measurement meets them all. Schedules whose
+// logits do not have the same bits are not timed. Prompts are the control: parallel is sequential
+// in them.
+// Include timing.h first.
 #ifndef BENCH_RIVALS_H
 #define BENCH_RIVALS_H
 
 typedef struct rival {
     moe_session *session;
-    double prompt[2 * MAX_REPETITIONS], generation[2 * MAX_REPETITIONS]; /* tokens per second */
-    double waiting, imbalance; /* of the last generation */
+    double prompt[2 * MAX_REPETITIONS], generation[2 * MAX_REPETITIONS]; // tokens per second
+    double waiting, imbalance; // of the last generation
 } rival;
 typedef struct comparison {
     const model *m;
@@ -18,7 +18,7 @@ typedef struct comparison {
     int32_t *tokens;
 } comparison;
 
-/* One sample of one schedule; untimed: index < 0. */
+// One sample of one schedule; untimed: index < 0.
 static inline moe_status compare_sample(const comparison *c, rival *r, int index,
                                         moe_error *error) {
     static usage u;
@@ -31,8 +31,8 @@ static inline moe_status compare_sample(const comparison *c, rival *r, int index
     return status;
 }
 
-/* "12.3 (12.1 - 12.6) | 1.02 |": median and quartiles of x, and the median of x / first, sample by
- * sample. */
+// "12.3 (12.1 - 12.6) | 1.02 |": median and quartiles of x, and the median of x / first, sample by
+// sample.
 static inline void compare_print(const double *x, const double *first, int n) {
     static double sorted[2 * MAX_REPETITIONS], ratio[2 * MAX_REPETITIONS];
     for (int i = 0; i < n; i++) sorted[i] = x[i], ratio[i] = x[i] / first[i];
@@ -57,7 +57,7 @@ static inline void compare_rows(const comparison *c) {
     fflush(stdout);
 }
 
-/* All schedules of the list with one number of threads. */
+// All schedules of the list with one number of threads.
 static inline int compare_run(comparison *c, int32_t threads) {
     moe_session *sessions[MAX_RIVALS];
     moe_error error;

@@ -1,13 +1,13 @@
-/* What the machine could do at most, measured in the same process and with as many threads as what
- * is compared with it:
- *
- *     roofs_read    bytes per second of only reading memory, far beyond the caches
- *     roofs_int8    8-bit multiply-adds per second of a loop that touches no memory
- *     roofs_float   the same of 32-bit floats
- *
- * Processors, above all virtual ones, change their speed by a factor of two within minutes, so each
- * call is short (tens of milliseconds): alternate it with what is measured and take medians.
- * Include moe_infer.h first. */
+// What the machine could do at most, measured in the same process and with as many threads as what
+// is compared with it:
+//
+//     roofs_read    bytes per second of only reading memory, far beyond the caches
+//     roofs_int8    8-bit multiply-adds per second of a loop that touches no memory
+//     roofs_float   the same of 32-bit floats
+//
+// Processors, above all virtual ones, change their speed by a factor of two within minutes, so each
+// call is short (tens of milliseconds): alternate it with what is measured and take medians.
+// Include moe_infer.h first.
 #ifndef ROOFS_H
 #define ROOFS_H
 #include <pthread.h>
@@ -23,7 +23,7 @@
 #include <immintrin.h>
 #endif
 
-/* Works for `seconds` by roofs_now and returns what was done per second. */
+// Works for `seconds` by roofs_now and returns what was done per second.
 typedef struct roofs roofs;
 typedef double roofs_work(roofs *r, int thread, double seconds, void *user);
 
@@ -31,22 +31,22 @@ typedef struct roofs_thread {
     roofs *team;
     int index;
     pthread_t handle;
-    uint8_t *memory; /* this thread's part of the memory: each reads its own */
-    size_t size, at; /* bytes of it; where reading goes on */
+    uint8_t *memory; // this thread's part of the memory: each reads its own
+    size_t size, at; // bytes of it; where reading goes on
     double rate;
 } roofs_thread;
 
 struct roofs {
     int n_threads;
-    moe_isa isa;     /* as resolved: SCALAR, AVX2, AVX512, AVX_VNNI */
-    clockid_t clock; /* CLOCK_MONOTONIC, or CLOCK_THREAD_CPUTIME_ID: other programs cost caches */
-                     /* and bandwidth, but not time */
+    moe_isa isa;     // as resolved: SCALAR, AVX2, AVX512, AVX_VNNI
+    clockid_t clock; // CLOCK_MONOTONIC, or CLOCK_THREAD_CPUTIME_ID: other programs cost caches
+                     // and bandwidth, but not time
     uint8_t *memory;
     size_t size;
-    roofs_thread *threads; /* the caller is number 0 */
+    roofs_thread *threads; // the caller is number 0
     pthread_mutex_t start;
     pthread_barrier_t begin, end;
-    roofs_work *work; /* of the round that begins; NULL: the threads leave */
+    roofs_work *work; // of the round that begins; NULL: the threads leave
     double seconds;
     void *user;
 };
@@ -61,14 +61,14 @@ static inline int roofs_compare(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
-/* Sorts x. 0 of nothing. */
+// Sorts x. 0 of nothing.
 static inline double roofs_median(double *x, int n) {
     if (n < 1) return 0;
     qsort(x, (size_t)n, sizeof *x, roofs_compare);
     return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
 }
 
-/* ---- the team -------------------------------------------------------------------------------- */
+// ---- the team --------------------------------------------------------------------------------
 
 static inline void *roofs_main(void *arg) {
     roofs_thread *t = (roofs_thread *)arg;
@@ -83,7 +83,7 @@ static inline void *roofs_main(void *arg) {
     }
 }
 
-/* All threads work at the same time. Returns the sum of their rates. */
+// All threads work at the same time. Returns the sum of their rates.
 static inline double roofs_run(roofs *r, roofs_work *work, void *user, double seconds) {
     double sum = 0;
     r->work = work, r->user = user, r->seconds = seconds;
@@ -94,11 +94,11 @@ static inline double roofs_run(roofs *r, roofs_work *work, void *user, double se
     return sum;
 }
 
-/* ---- reading --------------------------------------------------------------------------------- */
+// ---- reading ---------------------------------------------------------------------------------
 
-/* Nothing is prefetched: on a Zen 4 its own prefetching gave 26 GB/s on one thread, prefetch */
-/* instructions at any distance 17 to 22, and two or four streams instead of one 24. */
-enum { ROOFS_CHUNK = 1 << 19 }; /* bytes between two looks at the clock */
+// Nothing is prefetched: on a Zen 4 its own prefetching gave 26 GB/s on one thread, prefetch
+// instructions at any distance 17 to 22, and two or four streams instead of one 24.
+enum { ROOFS_CHUNK = 1 << 19 }; // bytes between two looks at the clock
 
 static inline uint64_t roofs_read_plain(const uint8_t *p, size_t size) {
     uint64_t x[8] = {0};
@@ -137,7 +137,7 @@ __attribute__((target("avx512f"))) static inline uint64_t roofs_read_512(const u
 
 static volatile uint64_t roofs_sink;
 
-/* Reads with the widest loads that the machine has, whatever the kernels use. */
+// Reads with the widest loads that the machine has, whatever the kernels use.
 static inline void roofs_read_bytes(const uint8_t *p, size_t size) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f")) roofs_sink = roofs_read_512(p, size);
@@ -161,15 +161,15 @@ static inline double roofs_read_work(roofs *r, int thread, double seconds, void 
     }
     return bytes / (now - start);
 }
-/* Bytes per second of all threads. */
+// Bytes per second of all threads.
 static inline double roofs_read(roofs *r, double seconds) {
     return roofs_run(r, roofs_read_work, NULL, seconds);
 }
 
-/* ---- calculating ----------------------------------------------------------------------------- */
+// ---- calculating -----------------------------------------------------------------------------
 
-/* Loops over 12 independent chains, which hide the latency of every processor so far. The numbers
- * are ordinary ones, no zeros or denormals. Each returns its multiply-adds. */
+// Loops over 12 independent chains, which hide the latency of every processor so far. The numbers
+// are ordinary ones, no zeros or denormals. Each returns its multiply-adds.
 
 #if defined(__x86_64__)
 #define ROOFS_12(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
@@ -196,13 +196,13 @@ static inline double roofs_read(roofs *r, double seconds) {
 ROOFS_LOOP(roofs_int8_avx512, "vpbroadcastd", "zmm", ROOFS_DOT_512, 64)
 ROOFS_LOOP(roofs_int8_vl, "vpbroadcastd", "ymm", ROOFS_DOT_256, 32)
 ROOFS_LOOP(roofs_int8_vnni, "vpbroadcastd", "ymm", ROOFS_DOT_VEX, 32)
-/* Without VNNI: 32 products, each two added up as int16, and the least that can follow, adding
- * them to an int16 sum. Kernels must widen to int32 now and then, too. */
+// Without VNNI: 32 products, each two added up as int16, and the least that can follow, adding
+// them to an int16 sum. Kernels must widen to int32 now and then, too.
 ROOFS_LOOP(roofs_int8_avx2, "vpbroadcastd", "ymm", ROOFS_MADD, 32)
 ROOFS_LOOP(roofs_float_avx512, "vbroadcastss", "zmm", ROOFS_FMA_512, 16)
 ROOFS_LOOP(roofs_float_avx2, "vbroadcastss", "ymm", ROOFS_FMA_256, 8)
 
-/* The 256-bit vpdpbusd: 2 as VEX (AVX-VNNI), 1 as EVEX (AVX-512 VL and VNNI), 0 not at all. */
+// The 256-bit vpdpbusd: 2 as VEX (AVX-VNNI), 1 as EVEX (AVX-512 VL and VNNI), 0 not at all.
 static inline int roofs_vnni(void) {
     unsigned a, b, c, d;
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4)) return 2;
@@ -224,14 +224,14 @@ static inline int roofs_vnni(void) {
         seed = a + b + c + d + e + f + g + h;                                          \
         return 8.0 * (double)steps;                                                    \
     }
-/* Plain C, 32-bit multiply-adds in 8 chains. Not a bound: where the compiler finds vectors in the */
-/* plain C kernels, they are faster. */
+// Plain C, 32-bit multiply-adds in 8 chains. Not a bound: where the compiler finds vectors in the
+// plain C kernels, they are faster.
 ROOFS_PLAIN(roofs_int8_plain, uint32_t)
 ROOFS_PLAIN(roofs_float_plain, float)
 
 static inline double roofs_math_work(roofs *r, int thread, double seconds, void *user) {
-    static const uint32_t bytes[2] = {0x03010201, 0x7F050B02}; /* int8 */
-    static const uint32_t floats[2] = {0x3F000000, 0x3E800000}; /* 1/2, 1/4 */
+    static const uint32_t bytes[2] = {0x03010201, 0x7F050B02}; // int8
+    static const uint32_t floats[2] = {0x3F000000, 0x3E800000}; // 1/2, 1/4
     static const uint32_t ones[2] = {2, 2};
     const int is_float = *(const int *)user;
     double (*loop)(uint64_t, const uint32_t *) = is_float ? roofs_float_plain : roofs_int8_plain;
@@ -254,7 +254,7 @@ static inline double roofs_math_work(roofs *r, int thread, double seconds, void 
     }
     return work / (now - start);
 }
-/* Multiply-adds per second of all threads, with the best instruction of r->isa. */
+// Multiply-adds per second of all threads, with the best instruction of r->isa.
 static inline double roofs_int8(roofs *r, double seconds) {
     int is_float = 0;
     return roofs_run(r, roofs_math_work, &is_float, seconds);
@@ -264,9 +264,9 @@ static inline double roofs_float(roofs *r, double seconds) {
     return roofs_run(r, roofs_math_work, &is_float, seconds);
 }
 
-/* ---- opening --------------------------------------------------------------------------------- */
+// ---- opening ---------------------------------------------------------------------------------
 
-/* Bytes of the last cache, 0 if the system does not tell. (sysconf counts it once per core.) */
+// Bytes of the last cache, 0 if the system does not tell. (sysconf counts it once per core.)
 static inline size_t roofs_cache_size(void) {
     unsigned long kib = 0;
     FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
@@ -277,8 +277,8 @@ static inline size_t roofs_cache_size(void) {
     return (size_t)kib << 10;
 }
 
-/* 1 GiB, 8 times the last cache or 64 MiB per thread, whatever is most; but at most half of what
- * nobody uses, so that no model's pages have to go, and not less than 128 MiB. */
+// 1 GiB, 8 times the last cache or 64 MiB per thread, whatever is most; but at most half of what
+// nobody uses, so that no model's pages have to go, and not less than 128 MiB.
 static inline size_t roofs_memory_size(int n_threads) {
     const size_t least = (size_t)128 << 20;
     size_t size = (size_t)1 << 30, free_bytes = 0;
@@ -290,8 +290,8 @@ static inline size_t roofs_memory_size(int n_threads) {
     return size > least ? size : least;
 }
 
-/* Random bytes of 0x20 .. 0x3F: as numbers of any float type, they are neither 0 nor denormal nor
- * large. Each thread writes its own part, so that the pages lie near its processor. */
+// Random bytes of 0x20 .. 0x3F: as numbers of any float type, they are neither 0 nor denormal nor
+// large. Each thread writes its own part, so that the pages lie near its processor.
 static inline double roofs_fill_work(roofs *r, int thread, double seconds, void *user) {
     roofs_thread *t = &r->threads[thread];
     uint64_t x = 88172645463325252u + (uint64_t)thread * 0x9E3779B97F4A7C15u;
@@ -318,7 +318,7 @@ static inline void roofs_close(roofs *r) {
     memset(r, 0, sizeof *r);
 }
 
-/* Returns 0, or -1 if memory or threads are not to be had; then *r is as if closed. */
+// Returns 0, or -1 if memory or threads are not to be had; then *r is as if closed.
 static inline int roofs_open(roofs *r, int n_threads, moe_isa isa, clockid_t clock) {
     const size_t huge = (size_t)2 << 20;
     memset(r, 0, sizeof *r);
@@ -340,7 +340,7 @@ static inline int roofs_open(roofs *r, int n_threads, moe_isa isa, clockid_t clo
         r->threads[i].team = r, r->threads[i].index = i;
         r->threads[i].memory = r->memory + (size_t)i * part, r->threads[i].size = part;
     }
-    /* New threads wait for `start` until the barriers are made for as many as there are. */
+    // New threads wait for `start` until the barriers are made for as many as there are.
     pthread_mutex_init(&r->start, NULL);
     pthread_mutex_lock(&r->start);
     for (r->n_threads = 1; r->n_threads < n_threads; r->n_threads++) {

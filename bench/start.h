@@ -1,29 +1,29 @@
-/* moe-bench --start: what a user of moe-cli meets. The model is opened as moe-cli opens it, without
- * its pages being touched first; a session with the default options evaluates a short prompt, then
- * tokens one by one, chosen as moe-cli does (but seeded: every build meets the same dice). The
- * first tokens have a figure of their own: page tables are filled while they run.
- *
- * A process is started once. Of several models in one process only the first meets fresh memory.
- * Include timing.h and fields.h first. */
+// moe-bench --start: what a user of moe-cli meets. The model is opened as moe-cli opens it, without
+// its pages being touched first; a session with the default options evaluates a short prompt, then
+// tokens one by one, chosen as moe-cli does (but seeded: every build meets the same dice). The
+// first tokens have a figure of their own: page tables are filled while they run.
+//
+// A process is started once. Of several models in one process only the first meets fresh memory.
+// Include timing.h and fields.h first.
 #ifndef BENCH_START_H
 #define BENCH_START_H
 
 enum { START_PROMPT = 16, START_FIRST = 50, START_NEXT = 200 };
 
-/* Bytes, NAN: the system does not tell. */
+// Bytes, NAN: the system does not tell.
 typedef struct start_memory {
-    double peak, anonymous, file, shared_out; /* VmHWM, RssAnon, RssFile, Pss */
+    double peak, anonymous, file, shared_out; // VmHWM, RssAnon, RssFile, Pss
 } start_memory;
 
 typedef struct start_run {
     const model *m;
     moe_session_info info;
-    double session_seconds, first_token_seconds; /* the latter from before opening the model */
-    double rate_first, rate_next;                /* tokens per second */
+    double session_seconds, first_token_seconds; // the latter from before opening the model
+    double rate_first, rate_next;                // tokens per second
     start_memory memory;
 } start_run;
 
-/* The value of "NAME:   123 kB" in a file of /proc/self, in bytes. */
+// The value of "NAME:   123 kB" in a file of /proc/self, in bytes.
 static inline double process_bytes(const char *path, const char *name) {
     char line[256];
     double kb = NAN;
@@ -63,7 +63,7 @@ static inline int32_t start_choose(moe_session *session, moe_sampler *sampler) {
     return token;
 }
 
-/* n tokens behind *token, which becomes the last of them; *rate: tokens per second. */
+// n tokens behind *token, which becomes the last of them; *rate: tokens per second.
 static inline moe_status start_generate(moe_session *session, moe_sampler *sampler, int32_t n,
                                         int32_t *token, double *rate, moe_error *error) {
     const double begin = tool_seconds();
@@ -76,7 +76,7 @@ static inline moe_status start_generate(moe_session *session, moe_sampler *sampl
     return status;
 }
 
-/* The library's default context, as long as it holds all tokens. */
+// The library's default context, as long as it holds all tokens.
 static inline int32_t start_context(const moe_model_info *info, int32_t n_tokens) {
     return n_tokens <= info->n_ctx_train && n_tokens <= 4096 ? 0 : n_tokens;
 }
@@ -98,7 +98,7 @@ static inline moe_status start_session(start_run *run, const int32_t *prompt, in
     return status;
 }
 
-/* ---- rows ------------------------------------------------------------------------------------ */
+// ---- rows ------------------------------------------------------------------------------------
 
 static inline void start_header(void) {
     printf("| %-30s | %7s | %8s | %8s | %9s | %9s | %9s | %9s | %9s | %9s "

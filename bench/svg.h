@@ -1,5 +1,5 @@
-/* Line charts as SVG: panels side by side, each with axes, units and lines of its own, one legend
- * for all. Include moe_infer.h and tool.h first. */
+// Line charts as SVG: panels side by side, each with axes, units and lines of its own, one legend
+// for all. Include moe_infer.h and tool.h first.
 #ifndef BENCH_SVG_H
 #define BENCH_SVG_H
 #include <math.h>
@@ -13,12 +13,12 @@ typedef struct svg_line {
     const char *name;
     int n;
     double x[SVG_POINTS], y[SVG_POINTS];
-    double low[SVG_POINTS], high[SVG_POINTS]; /* quartiles, drawn as bars where they differ */
+    double low[SVG_POINTS], high[SVG_POINTS]; // quartiles, drawn as bars where they differ
 } svg_line;
 
 typedef struct svg_panel {
     const char *title, *x_label, *y_label;
-    int log2_x; /* threads: 1, 2, 4, 8 are equally far from each other */
+    int log2_x; // threads: 1, 2, 4, 8 are equally far from each other
     int n_lines;
     svg_line line[SVG_LINES];
 } svg_panel;
@@ -37,7 +37,7 @@ static inline void svg_text(FILE *f, double x, double y, const char *style, cons
     fputs("</text>\n", f);
 }
 
-/* 1, 2 or 5 times a power of ten, so that `range` has at most 6 steps. */
+// 1, 2 or 5 times a power of ten, so that `range` has at most 6 steps.
 static inline double svg_step(double range) {
     if (!(range > 0)) return 1;
     const double power = pow(10, floor(log10(range / 6)));
@@ -47,7 +47,7 @@ static inline double svg_step(double range) {
     return 10 * power;
 }
 
-/* Colours that are told apart with any eyes (Okabe and Ito), and a sign for each. */
+// Colours that are told apart with any eyes (Okabe and Ito), and a sign for each.
 static inline const char *svg_colour(int i) {
     static const char *const colours[] = {"#0072B2", "#D55E00", "#009E73", "#CC79A7",
                                           "#E69F00", "#56B4E9", "#000000", "#999999"};
@@ -64,10 +64,10 @@ static inline void svg_sign(FILE *f, double x, double y, int i) {
         fprintf(f, "<path d=\"M%.1f %.1fl4.5 8h-9z\" fill=\"%s\"/>\n", x, y - 5, colour);
 }
 
-/* Where values lie in a panel. */
+// Where values lie in a panel.
 typedef struct svg_scale {
-    double left, top, width, height; /* of the area of the lines */
-    double x0, x1, y1;               /* values at its edges; y begins with 0 */
+    double left, top, width, height; // of the area of the lines
+    double x0, x1, y1;               // values at its edges; y begins with 0
     int log2_x;
 } svg_scale;
 static inline double svg_x(const svg_scale *s, double x) {
@@ -106,7 +106,7 @@ static inline void svg_axes(FILE *f, const svg_panel *p, const svg_scale *s) {
         snprintf(text, sizeof text, "%g", i * step);
         svg_text(f, s->left - 6, y + 4, "text-anchor=\"end\"", text);
     }
-    if (s->log2_x) { /* every value that the first line has */
+    if (s->log2_x) { // every value that the first line has
         for (int i = 0; p->n_lines && i < p->line[0].n; i++) {
             snprintf(text, sizeof text, "%g", p->line[0].x[i]);
             svg_text(f, svg_x(s, p->line[0].x[i]), bottom + 17, "text-anchor=\"middle\"", text);
@@ -170,7 +170,7 @@ static inline void svg_chart(FILE *f, const char *title, const svg_panel *panels
     fputs("</svg>\n", f);
 }
 
-/* Returns 0, or -1 with errno set. */
+// Returns 0, or -1 with errno set.
 static inline int svg_write(const char *path, const char *title, const svg_panel *panels, int n) {
     FILE *f = output_begin(path);
     if (!f) return -1;

@@ -1,7 +1,7 @@
-/* moe-bench --sweep: speed against depth, printed as llama-sweep-bench prints it, so that its plot
- * script reads it. For a context of 0, ub, 2 ub, ... tokens: ub / 4 tokens one by one, which are
- * forgotten again, then a prompt of ub tokens, which stays.
- * Include timing.h and svg.h first. */
+// moe-bench --sweep: speed against depth, printed as llama-sweep-bench prints it, so that its plot
+// script reads it. For a context of 0, ub, 2 ub, ... tokens: ub / 4 tokens one by one, which are
+// forgotten again, then a prompt of ub tokens, which stays.
+// Include timing.h and svg.h first.
 #ifndef BENCH_SWEEP_H
 #define BENCH_SWEEP_H
 
@@ -72,7 +72,7 @@ static inline int run_sweep(const model *m) {
     sweep_row *rows = (sweep_row *)calloc((size_t)n_rows, sizeof *rows);
     if (session && tokens && rows) {
         const moe_session_info *info = moe_session_get_info(session);
-        /* not part of the table: the plot script reads standard output */
+        // not part of the table: the plot script reads standard output
         fprintf(stderr, "main: n_kv_max = %d, n_batch = %d, n_ubatch = %d, flash_attn = 1, "
                 "n_gpu_layers = 0, n_threads = %d, n_threads_batch = %d\n", info->n_ctx,
                 set.n_batch.item[0], ub, info->n_threads, info->n_threads_batch);

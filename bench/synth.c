@@ -1,14 +1,14 @@
-/* moe-synth: writes GGUF files of real Mixture-of-Experts shapes with seeded random weights, so
- * that benchmarks and tests need no downloads. Quantized tensors are random blocks with sensible
- * scales, not the result of a quantizer: a file of many GB takes seconds.
- *
- * As a program:  moe-synth qwen3-30b-a3b q30.gguf --layers 12 --type q4_K
- * In a test:     #define SYNTH_NO_MAIN
- *                #include "../bench/synth.c"
- *                synth_write("micro", "build/micro.gguf", NULL)
- * moe-bench --plan takes files without weights, see synth_begin.
- *
- * Needs libc and libm only, not the library that will read its files. */
+// moe-synth: writes GGUF files of real Mixture-of-Experts shapes with seeded random weights, so
+// that benchmarks and tests need no downloads. Quantized tensors are random blocks with sensible
+// scales, not the result of a quantizer: a file of many GB takes seconds.
+//
+// As a program:  moe-synth qwen3-30b-a3b q30.gguf --layers 12 --type q4_K
+// In a test:     #define SYNTH_NO_MAIN
+//                #include "../bench/synth.c"
+//                synth_write("micro", "build/micro.gguf", NULL)
+// moe-bench --plan takes files without weights, see synth_begin.
+//
+// Needs libc and libm only, not the library that will read its files.
 #include <errno.h>
 #include <math.h>
 #include <stdint.h>
@@ -19,53 +19,53 @@
 
 #include "../examples/output.h"
 
-/* ---- what can be asked for ------------------------------------------------------------------- */
+// ---- what can be asked for -------------------------------------------------------------------
 
-/* A model's shape. Widths are in values, 0 means "has none". */
+// A model's shape. Widths are in values, 0 means "has none".
 typedef struct synth_config {
     const char *name, *arch;
     int n_layer, n_embd, vocab, n_head;
-    int n_kv, head_dim;                     /* grouped-query attention */
-    int q_lora, kv_lora, nope, rope, v_dim; /* multi-head latent attention (deepseek2) */
-    int n_ff, lead;                         /* dense layers: width, how many come first */
-    int n_exp, n_used, n_ff_exp;            /* routed experts: how many, chosen per token, width */
-    int n_shared, n_ff_shexp;               /* shared experts: how many, or their width together */
-    int gating;                             /* deepseek2: 1 softmax, 2 sigmoid */
-    int norm_w, bias;                       /* weights divided by their sum; selection bias */
-    int groups, groups_used;                /* group-limited routing */
-    float scale;                            /* of the experts' weights; 0: no key */
-    float yarn_factor, yarn_log;            /* 0: no YaRN; log multiplier 0: no key */
-    int yarn_ctx;                           /* original context of YaRN */
-    float rope_base;                        /* 0: the family's usual one */
-    int window;                             /* sliding window (gpt-oss) */
-    int tied;                               /* no output.weight */
+    int n_kv, head_dim;                     // grouped-query attention
+    int q_lora, kv_lora, nope, rope, v_dim; // multi-head latent attention (deepseek2)
+    int n_ff, lead;                         // dense layers: width, how many come first
+    int n_exp, n_used, n_ff_exp;            // routed experts: how many, chosen per token, width
+    int n_shared, n_ff_shexp;               // shared experts: how many, or their width together
+    int gating;                             // deepseek2: 1 softmax, 2 sigmoid
+    int norm_w, bias;                       // weights divided by their sum; selection bias
+    int groups, groups_used;                // group-limited routing
+    float scale;                            // of the experts' weights; 0: no key
+    float yarn_factor, yarn_log;            // 0: no YaRN; log multiplier 0: no key
+    int yarn_ctx;                           // original context of YaRN
+    float rope_base;                        // 0: the family's usual one
+    int window;                             // sliding window (gpt-oss)
+    int tied;                               // no output.weight
 } synth_config;
 
-/* Which tensors hold deepseek2's two halves of the latent's expansion. Float types hold the same */
-/* weights in all three forms, so models that differ only in this give the same logits. */
+// Which tensors hold deepseek2's two halves of the latent's expansion. Float types hold the same
+// weights in all three forms, so models that differ only in this give the same logits.
 enum {
-    SYNTH_KVB_FUSED, /* attn_kv_b, keys as before April 2025 */
-    SYNTH_KVB_SPLIT, /* attn_k_b and attn_v_b, keys for MLA */
-    SYNTH_KVB_BOTH   /* all three; Q8_0 of the same values if the file's type is quantized */
+    SYNTH_KVB_FUSED, // attn_kv_b, keys as before April 2025
+    SYNTH_KVB_SPLIT, // attn_k_b and attn_v_b, keys for MLA
+    SYNTH_KVB_BOTH   // all three; Q8_0 of the same values if the file's type is quantized
 };
 
 typedef struct synth_options {
-    uint64_t seed;    /* 0: 1 */
-    const char *type; /* NULL: f32; a type or a mix, see synth_types and synth_mixes */
-    int n_layer;      /* 0: the shape's */
-    int vocab;        /* 0: the shape's */
-    int q_lora;       /* 0: the shape's, -1: none */
-    int tied;         /* 1: no output.weight, -1: output.weight even if the shape is tied */
-    int no_tokenizer; /* token ids only, no texts */
-    int kvb;          /* SYNTH_KVB_... */
-    int mla_keys;     /* key_length_mla etc.: 0: with SPLIT only, 1: yes, -1: no */
-    int flat_kvb;     /* attn_k_b and attn_v_b with two dimensions instead of three */
-    char *error;      /* where to put a sentence if something fails; NULL: stderr */
+    uint64_t seed;    // 0: 1
+    const char *type; // NULL: f32; a type or a mix, see synth_types and synth_mixes
+    int n_layer;      // 0: the shape's
+    int vocab;        // 0: the shape's
+    int q_lora;       // 0: the shape's, -1: none
+    int tied;         // 1: no output.weight, -1: output.weight even if the shape is tied
+    int no_tokenizer; // token ids only, no texts
+    int kvb;          // SYNTH_KVB_...
+    int mla_keys;     // key_length_mla etc.: 0: with SPLIT only, 1: yes, -1: no
+    int flat_kvb;     // attn_k_b and attn_v_b with two dimensions instead of three
+    char *error;      // where to put a sentence if something fails; NULL: stderr
     size_t error_size;
 } synth_options;
 
 static const synth_config synth_configs[] = {
-    /* Published shapes. */
+    // Published shapes.
     {.name = "qwen3-30b-a3b", .arch = "qwen3moe", .n_layer = 48, .n_embd = 2048, .vocab = 151936,
      .n_head = 32, .n_kv = 4, .head_dim = 128, .n_ff = 6144, .n_exp = 128, .n_used = 8,
      .n_ff_exp = 768},
@@ -106,7 +106,7 @@ static const synth_config synth_configs[] = {
      .n_head = 64, .n_kv = 8, .head_dim = 64, .n_ff = 2880, .n_exp = 128, .n_used = 4,
      .n_ff_exp = 2880, .yarn_factor = 32, .yarn_ctx = 4096, .window = 128},
 
-    /* Small: rows of 64 values, for float types and types with blocks of 32. */
+    // Small: rows of 64 values, for float types and types with blocks of 32.
     {.name = "qwen3moe_tiny", .arch = "qwen3moe", .n_layer = 4, .n_embd = 64, .vocab = 512,
      .n_head = 8, .n_kv = 2, .head_dim = 32, .n_ff = 96, .n_exp = 32, .n_used = 8,
      .n_ff_exp = 32},
@@ -130,7 +130,7 @@ static const synth_config synth_configs[] = {
      .n_head = 8, .n_kv = 2, .head_dim = 16, .n_ff = 64, .n_exp = 8, .n_used = 2, .n_ff_exp = 64,
      .yarn_factor = 32, .yarn_ctx = 4096, .window = 16},
 
-    /* Small: rows of 256 values, for every type. */
+    // Small: rows of 256 values, for every type.
     {.name = "qwen3moe_quant", .arch = "qwen3moe", .n_layer = 2, .n_embd = 256, .vocab = 384,
      .n_head = 4, .n_kv = 2, .head_dim = 64, .n_ff = 512, .n_exp = 4, .n_used = 2,
      .n_ff_exp = 256},
@@ -139,13 +139,13 @@ static const synth_config synth_configs[] = {
      .n_ff = 256, .lead = 1, .n_exp = 4, .n_used = 2, .n_ff_exp = 256, .n_shared = 1, .gating = 2,
      .norm_w = 1, .bias = 1, .scale = 2.5f, .yarn_factor = 40, .yarn_ctx = 4096,
      .yarn_log = 0.1f},
-    /* Like dsv2lite: 256-wide blocks fit some rows and not others (expert rows of 11 x 32). */
+    // Like dsv2lite: 256-wide blocks fit some rows and not others (expert rows of 11 x 32).
     {.name = "dsv2_ragged", .arch = "deepseek2", .n_layer = 2, .n_embd = 256, .vocab = 300,
      .n_head = 3, .kv_lora = 128, .nope = 32, .rope = 16, .v_dim = 32, .n_ff = 672, .lead = 1,
      .n_exp = 6, .n_used = 3, .n_ff_exp = 352, .n_shared = 2, .gating = 1, .scale = 1.0f,
      .yarn_factor = 40, .yarn_ctx = 4096, .yarn_log = 0.0707f},
 
-    /* As small as a whole model gets. */
+    // As small as a whole model gets.
     {.name = "micro", .arch = "qwen3moe", .n_layer = 2, .n_embd = 32, .vocab = 264, .n_head = 2,
      .n_kv = 1, .head_dim = 16, .n_ff = 32, .n_exp = 4, .n_used = 2, .n_ff_exp = 32},
     {.name = "micro_mla", .arch = "deepseek2", .n_layer = 2, .n_embd = 32, .vocab = 264,
@@ -164,7 +164,7 @@ static const synth_config synth_configs[] = {
      .n_head = 4, .n_kv = 1, .head_dim = 16, .n_ff = 32, .n_exp = 4, .n_used = 2, .n_ff_exp = 32,
      .yarn_factor = 32, .yarn_ctx = 4096, .window = 6},
 
-    /* Feature by feature; odd widths, so for float types only where not a multiple of 32. */
+    // Feature by feature; odd widths, so for float types only where not a multiple of 32.
     {.name = "t_qwen_odd", .arch = "qwen3moe", .n_layer = 2, .n_embd = 36, .vocab = 277,
      .n_head = 3, .n_kv = 1, .head_dim = 10, .n_ff = 32, .n_exp = 5, .n_used = 5, .n_ff_exp = 27},
     {.name = "t_qwen_tied", .arch = "qwen3moe", .n_layer = 2, .n_embd = 64, .vocab = 301,
@@ -211,7 +211,7 @@ static const synth_config synth_configs[] = {
 };
 enum { SYNTH_N_CONFIGS = sizeof synth_configs / sizeof synth_configs[0] };
 
-/* Types by GGUF id. A row of weights that is not a multiple of the block takes `fallback`. */
+// Types by GGUF id. A row of weights that is not a multiple of the block takes `fallback`.
 typedef struct synth_type {
     const char *name;
     uint32_t id;
@@ -231,7 +231,7 @@ static const synth_type synth_types[] = {
 };
 enum { SYNTH_N_TYPES = sizeof synth_types / sizeof synth_types[0] };
 
-/* A mix: one type for most tensors, another for those that matter most. */
+// A mix: one type for most tensors, another for those that matter most.
 typedef struct synth_mix {
     const char *name, *base, *down, *head, *v, *experts;
 } synth_mix;
@@ -239,11 +239,11 @@ typedef struct synth_mix {
 static const synth_mix synth_mixes[] = {
     {"q4_K_M", "q4_K", "q6_K", "q6_K", "q6_K", "q4_K"},
     {"q5_K_M", "q5_K", "q6_K", "q6_K", "q6_K", "q5_K"},
-    {"mxfp4", "q8_0", "mxfp4", "q8_0", "q8_0", "mxfp4"}, /* only experts are made of it */
+    {"mxfp4", "q8_0", "mxfp4", "q8_0", "q8_0", "mxfp4"}, // only experts are made of it
 };
 enum { SYNTH_N_MIXES = sizeof synth_mixes / sizeof synth_mixes[0] };
 
-/* What a tensor is for: decides its type and its values. */
+// What a tensor is for: decides its type and its values.
 typedef enum synth_role {
     SYNTH_WEIGHT,
     SYNTH_EMBEDDING,
@@ -254,9 +254,9 @@ typedef enum synth_role {
     SYNTH_KV_B,
     SYNTH_K_B,
     SYNTH_V_B,
-    SYNTH_ROUTER, /* from here on F32 */
+    SYNTH_ROUTER, // from here on F32
     SYNTH_BIAS,
-    SYNTH_NORM /* around 1 */
+    SYNTH_NORM // around 1
 } synth_role;
 
 typedef struct synth_tensor {
@@ -265,10 +265,10 @@ typedef struct synth_tensor {
     uint64_t ne[4];
     const synth_type *type;
     synth_role role;
-    float std;         /* standard deviation of its values */
-    uint64_t seed;     /* of its random numbers */
-    uint64_t bytes;    /* without padding */
-    int64_t nope, lora, v_dim; /* SYNTH_K_B and SYNTH_V_B: where the values lie in attn_kv_b */
+    float std;         // standard deviation of its values
+    uint64_t seed;     // of its random numbers
+    uint64_t bytes;    // without padding
+    int64_t nope, lora, v_dim; // SYNTH_K_B and SYNTH_V_B: where the values lie in attn_kv_b
 } synth_tensor;
 
 enum { SYNTH_ALIGN = 32, SYNTH_MIN_VOCAB = 259, SYNTH_MAX_VOCAB = 1 << 22 };
@@ -291,9 +291,9 @@ static const synth_mix *synth_find_mix(const char *name) {
     return NULL;
 }
 
-/* ---- random numbers -------------------------------------------------------------------------- */
+// ---- random numbers --------------------------------------------------------------------------
 
-/* The i-th number of a stream (splitmix64): any part of a tensor can be made by itself. */
+// The i-th number of a stream (splitmix64): any part of a tensor can be made by itself.
 static uint64_t synth_random(uint64_t seed, uint64_t i) {
     uint64_t x = seed + (i + 1) * 0x9E3779B97F4A7C15u;
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
@@ -301,15 +301,15 @@ static uint64_t synth_random(uint64_t seed, uint64_t i) {
     return x ^ x >> 31;
 }
 
-/* A stream's seed from the file's seed and a tensor's name (FNV-1a). */
+// A stream's seed from the file's seed and a tensor's name (FNV-1a).
 static uint64_t synth_seed(uint64_t seed, const char *name) {
     uint64_t hash = 0xCBF29CE484222325u ^ synth_random(seed, 0);
     for (; *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001B3u;
     return synth_random(hash, 0);
 }
 
-/* Nearly normal with variance 1, never beyond 3.5: the sum of four uniform 16-bit numbers, whose */
-/* mean is 131070 and standard deviation 65536 / sqrt(3). */
+// Nearly normal with variance 1, never beyond 3.5: the sum of four uniform 16-bit numbers, whose
+// mean is 131070 and standard deviation 65536 / sqrt(3).
 static float synth_normal(uint64_t seed, uint64_t i) {
     uint64_t x = synth_random(seed, i);
     int32_t sum = (int32_t)(x & 0xFFFF) + (int32_t)(x >> 16 & 0xFFFF) +
@@ -317,18 +317,18 @@ static float synth_normal(uint64_t seed, uint64_t i) {
     return (float)(sum - 131070) * (1.0f / 37837.2f);
 }
 
-/* 0.75 .. 1.25 */
+// 0.75 .. 1.25
 static float synth_jitter(uint64_t seed, uint64_t i) {
     return 0.75f + (float)(synth_random(~seed, i) >> 40) * (0.5f / 16777216.0f);
 }
 
-/* ---- values into blocks ---------------------------------------------------------------------- */
+// ---- values into blocks ----------------------------------------------------------------------
 
 static inline void synth_put(unsigned char *p, uint64_t value, int bytes) {
     for (int i = 0; i < bytes; i++) p[i] = (unsigned char)(value >> 8 * i);
 }
 
-/* Single to half precision, to the nearest even. */
+// Single to half precision, to the nearest even.
 static uint16_t synth_half(float x) {
     uint32_t bits, sign;
     memcpy(&bits, &x, 4);
@@ -336,7 +336,7 @@ static uint16_t synth_half(float x) {
     bits &= 0x7FFFFFFF;
     if (bits > 0x7F800000) return (uint16_t)(sign | 0x7E00);
     if (bits >= 0x477FF000) return (uint16_t)(sign | 0x7C00);
-    if (bits < 0x38800000) { /* subnormal: a multiple of 2^-24 */
+    if (bits < 0x38800000) { // subnormal: a multiple of 2^-24
         memcpy(&x, &bits, 4);
         return (uint16_t)(sign | (uint32_t)lrintf(x * 16777216.0f));
     }
@@ -345,9 +345,9 @@ static uint16_t synth_half(float x) {
 }
 static void synth_put_half(unsigned char *p, float x) { synth_put(p, synth_half(x), 2); }
 
-/* One value of a tensor by its index in GGUF order. The two halves of attn_kv_b take theirs from */
-/* where they lie in the whole: k_b[h][r][i] = kv_b[h * (nope + v_dim) + i][r] and */
-/* v_b[h][j][r] = kv_b[h * (nope + v_dim) + nope + j][r]. */
+// One value of a tensor by its index in GGUF order. The two halves of attn_kv_b take theirs from
+// where they lie in the whole: k_b[h][r][i] = kv_b[h * (nope + v_dim) + i][r] and
+// v_b[h][j][r] = kv_b[h * (nope + v_dim) + nope + j][r].
 static float synth_value(const synth_tensor *t, uint64_t index) {
     uint64_t nope = (uint64_t)t->nope, lora = (uint64_t)t->lora, v_dim = (uint64_t)t->v_dim;
     if (t->role == SYNTH_K_B) {
@@ -360,8 +360,8 @@ static float synth_value(const synth_tensor *t, uint64_t index) {
     return synth_normal(t->seed, index) * t->std;
 }
 
-/* The 6-bit scales and minima of Q4_K and Q5_K, eight each in 12 bytes. The minimum times the */
-/* block's dmin is about what centres the block on 0. */
+// The 6-bit scales and minima of Q4_K and Q5_K, eight each in 12 bytes. The minimum times the
+// block's dmin is about what centres the block on 0.
 static void synth_put_scales(unsigned char *p, uint64_t random) {
     unsigned char scale[8], least[8];
     for (int j = 0; j < 8; j++) {
@@ -375,20 +375,20 @@ static void synth_put_scales(unsigned char *p, uint64_t random) {
     }
 }
 
-/* Q2_K's 4-bit scales and minima: 8..15, each minimum the same as its scale. */
+// Q2_K's 4-bit scales and minima: 8..15, each minimum the same as its scale.
 static void synth_put_scales_q2(unsigned char *p) {
     for (int j = 0; j < 16; j++) p[j] = (unsigned char)(((p[j] & 15) | 8) * 17);
 }
 
-/* MXFP4's scale, a power of two: mostly the one nearest to d, sometimes half or twice that. */
+// MXFP4's scale, a power of two: mostly the one nearest to d, sometimes half or twice that.
 static unsigned char synth_exponent(float d, uint64_t random) {
     int e = 127 + (int)lrintf(log2f(d)) + (int)(random % 3) - 1;
     return (unsigned char)(e < 1 ? 1 : e > 250 ? 250 : e);
 }
 
-/* Blocks of random bytes whose scales give the wanted standard deviation (whose integers have */
-/* a deviation of 1.12 with 2 bits, 2.34 with 3, 4.61 with 4, 9.23 with 5, 18.5 with 6, 73.9 with */
-/* 8, 67.5 as IQ4's table, 2.93 as MXFP4's). */
+// Blocks of random bytes whose scales give the wanted standard deviation (whose integers have
+// a deviation of 1.12 with 2 bits, 2.34 with 3, 4.61 with 4, 9.23 with 5, 18.5 with 6, 73.9 with
+// 8, 67.5 as IQ4's table, 2.93 as MXFP4's).
 static void synth_fill_random(const synth_tensor *t, uint64_t first, uint64_t n,
                               unsigned char *out) {
     uint32_t bytes = t->type->bytes, words = (bytes + 7) / 8;
@@ -434,7 +434,7 @@ static void synth_fill_random(const synth_tensor *t, uint64_t first, uint64_t n,
     }
 }
 
-/* 32 values rounded to Q8_0. */
+// 32 values rounded to Q8_0.
 static void synth_fill_q8_0(const synth_tensor *t, uint64_t block, unsigned char *out) {
     float x[32], largest = 0;
     for (int i = 0; i < 32; i++) {
@@ -446,7 +446,7 @@ static void synth_fill_q8_0(const synth_tensor *t, uint64_t block, unsigned char
     for (int i = 0; i < 32; i++) out[2 + i] = (unsigned char)lrintf(d > 0 ? x[i] / d : 0);
 }
 
-/* Values first .. first + n - 1 of a tensor of floats. */
+// Values first .. first + n - 1 of a tensor of floats.
 static void synth_fill_floats(const synth_tensor *t, uint64_t first, uint64_t n,
                               unsigned char *out) {
     int moved = t->role == SYNTH_K_B || t->role == SYNTH_V_B;
@@ -465,25 +465,25 @@ static void synth_fill_floats(const synth_tensor *t, uint64_t first, uint64_t n,
     }
 }
 
-/* Blocks first .. first + n - 1 of a tensor. */
+// Blocks first .. first + n - 1 of a tensor.
 static void synth_fill(const synth_tensor *t, uint64_t first, uint64_t n, unsigned char *out) {
     if (t->type->block == 1) {
         synth_fill_floats(t, first, n, out);
-    } else if (t->nope) { /* attn_kv_b, k_b and v_b that must agree */
+    } else if (t->nope) { // attn_kv_b, k_b and v_b that must agree
         for (uint64_t i = 0; i < n; i++) synth_fill_q8_0(t, first + i, out + i * t->type->bytes);
     } else {
         synth_fill_random(t, first, n, out);
     }
 }
 
-/* ---- a file in the making -------------------------------------------------------------------- */
+// ---- a file in the making --------------------------------------------------------------------
 
 typedef struct synth_file {
     const synth_config *c;
     const synth_options *o;
     const synth_type *base;
-    const synth_mix *mix; /* NULL: base everywhere */
-    unsigned char *head;  /* metadata */
+    const synth_mix *mix; // NULL: base everywhere
+    unsigned char *head;  // metadata
     size_t head_size, head_capacity;
     uint64_t n_values;
     synth_tensor *tensors;
@@ -516,7 +516,7 @@ static void synth_string(synth_file *f, const char *text) {
     synth_bytes(f, text, strlen(text));
 }
 
-/* Keys that begin with a dot are the family's own. The numbers are GGUF's value types. */
+// Keys that begin with a dot are the family's own. The numbers are GGUF's value types.
 static void synth_key(synth_file *f, const char *key, uint32_t type) {
     char full[96];
     snprintf(full, sizeof full, "%s%s", *key == '.' ? f->c->arch : "", key);
@@ -548,20 +548,20 @@ static void synth_array(synth_file *f, const char *key, uint32_t element, uint64
     synth_number(f, count, 8);
 }
 
-/* ---- vocabulary ------------------------------------------------------------------------------ */
+// ---- vocabulary ------------------------------------------------------------------------------
 
-/* A byte-level BPE vocabulary: 256 bytes, then merges of letters (each of them an earlier token */
-/* and one more letter), then three control tokens. */
+// A byte-level BPE vocabulary: 256 bytes, then merges of letters (each of them an earlier token
+// and one more letter), then three control tokens.
 static const char synth_letters[] = "etaoinshrdlucmfwypvbgkqjxz";
 static const char *const synth_specials[3] = {"<|begin|>", "<|end|>", "<|pad|>"};
 
 typedef struct synth_token {
     char text[24];
-    int left; /* the merge that makes it: token `left` and a letter; -1 for bytes */
+    int left; // the merge that makes it: token `left` and a letter; -1 for bytes
     char letter;
 } synth_token;
 
-/* The character by which byte-level BPE writes a byte, in UTF-8. */
+// The character by which byte-level BPE writes a byte, in UTF-8.
 static void synth_byte_text(int byte, char *text) {
     int seen = 0;
     for (int b = 0; b < byte; b++)
@@ -585,12 +585,12 @@ static void synth_token_add(synth_token *tokens, int *n, int limit, int left, ch
     size_t size = strlen(tokens[left].text);
     if (size > sizeof t->text - 2) size = sizeof t->text - 2;
     memcpy(t->text, tokens[left].text, size);
-    t->text[size] = letter; /* calloc has put the NUL */
+    t->text[size] = letter; // calloc has put the NUL
     t->left = left;
     t->letter = letter;
 }
 
-/* n tokens, or NULL if there is no memory. */
+// n tokens, or NULL if there is no memory.
 static synth_token *synth_vocabulary(int n_tokens) {
     synth_token *tokens = calloc((size_t)n_tokens, sizeof *tokens);
     if (!tokens) return NULL;
@@ -603,7 +603,7 @@ static synth_token *synth_vocabulary(int n_tokens) {
     for (int c = 0; c < 26; c++)
         for (int d = 0; d < 26; d++)
             synth_token_add(tokens, &n, limit, synth_letters[c], synth_letters[d]);
-    /* Everything later: a token and each letter, in order, which makes every text once. */
+    // Everything later: a token and each letter, in order, which makes every text once.
     for (int left = 256; left < n && n < limit; left++)
         for (int d = 0; d < 26; d++) synth_token_add(tokens, &n, limit, left, synth_letters[d]);
     for (int i = 0; i < 3; i++, n++) {
@@ -652,7 +652,7 @@ static void synth_tokenizer(synth_file *f) {
     synth_bool(f, "tokenizer.ggml.add_bos_token", !strcmp(f->c->arch, "deepseek2"));
 }
 
-/* ---- metadata -------------------------------------------------------------------------------- */
+// ---- metadata --------------------------------------------------------------------------------
 
 static int synth_is(const synth_file *f, const char *arch) { return !strcmp(f->c->arch, arch); }
 
@@ -725,7 +725,7 @@ static void synth_keys(synth_file *f) {
     synth_tokenizer(f);
 }
 
-/* ---- tensors --------------------------------------------------------------------------------- */
+// ---- tensors ---------------------------------------------------------------------------------
 
 static const synth_type *synth_pick(const synth_file *f, synth_role role, uint64_t row) {
     const synth_type *type = f->base;
@@ -740,8 +740,8 @@ static const synth_type *synth_pick(const synth_file *f, synth_role role, uint64
     return type;
 }
 
-/* layer < 0: a tensor of the whole model. n1 and n2 are 0 for vectors and matrices. std 0: such */
-/* that inputs of variance 1 give outputs of variance 1. */
+// layer < 0: a tensor of the whole model. n1 and n2 are 0 for vectors and matrices. std 0: such
+// that inputs of variance 1 give outputs of variance 1.
 static void synth_tensor_add(synth_file *f, int layer, const char *name, synth_role role,
                              uint64_t n0, uint64_t n1, uint64_t n2, double std) {
     if (f->n_tensors == f->tensors_capacity) {
@@ -770,8 +770,8 @@ static void synth_tensor_add(synth_file *f, int layer, const char *name, synth_r
     t->seed = synth_seed(f->o->seed, t->name);
 }
 
-/* attn_kv_b {lora, heads * (nope + v)} or its halves. Those of float types, and all of them if a */
-/* file has both forms, take their values from one random matrix. */
+// attn_kv_b {lora, heads * (nope + v)} or its halves. Those of float types, and all of them if a
+// file has both forms, take their values from one random matrix.
 static void synth_tensors_kv_b(synth_file *f, int layer) {
     const synth_config *c = f->c;
     uint64_t lora = (uint64_t)c->kv_lora, nope = (uint64_t)c->nope, v_dim = (uint64_t)c->v_dim;
@@ -848,7 +848,7 @@ static void synth_tensors_experts(synth_file *f, int layer) {
     const synth_config *c = f->c;
     uint64_t embd = (uint64_t)c->n_embd, n = (uint64_t)c->n_exp, wide = (uint64_t)c->n_ff_exp;
     uint64_t shared = c->n_ff_shexp ? (uint64_t)c->n_ff_shexp : wide * (uint64_t)c->n_shared;
-    double router = 3 / sqrt((double)embd); /* wide enough that experts differ in weight */
+    double router = 3 / sqrt((double)embd); // wide enough that experts differ in weight
     synth_tensor_add(f, layer, "ffn_gate_inp.weight", SYNTH_ROUTER, embd, n, 0, router);
     if (synth_is(f, "gpt-oss"))
         synth_tensor_add(f, layer, "ffn_gate_inp.bias", SYNTH_BIAS, n, 0, 0, 0.1);
@@ -892,7 +892,7 @@ static void synth_tensors(synth_file *f) {
     }
 }
 
-/* ---- writing --------------------------------------------------------------------------------- */
+// ---- writing ---------------------------------------------------------------------------------
 
 static int synth_fail(const synth_options *o, int code, const char *what, const char *name,
                       const char *why) {
@@ -905,11 +905,11 @@ static int synth_fail(const synth_options *o, int code, const char *what, const 
 
 static uint64_t synth_padding(uint64_t n) { return (SYNTH_ALIGN - n % SYNTH_ALIGN) % SYNTH_ALIGN; }
 
-/* Header, metadata, tensor table and padding up to the data, all into f->head. */
+// Header, metadata, tensor table and padding up to the data, all into f->head.
 static void synth_make_head(synth_file *f) {
     static const unsigned char zeros[SYNTH_ALIGN];
     uint64_t offset = 0;
-    synth_bytes(f, zeros, 24); /* filled in below, when the counts are known */
+    synth_bytes(f, zeros, 24); // filled in below, when the counts are known
     synth_keys(f);
     synth_tensors(f);
     for (size_t i = 0; i < f->n_tensors && !f->out_of_memory; i++) {
@@ -929,7 +929,7 @@ static void synth_make_head(synth_file *f) {
     synth_put(f->head + 16, f->n_values, 8);
 }
 
-/* Everything to `out`: 0, or 1 with errno. */
+// Everything to `out`: 0, or 1 with errno.
 static int synth_write_data(const synth_file *f, FILE *out, unsigned char *buffer, size_t size) {
     if (fwrite(f->head, 1, f->head_size, out) != f->head_size) return 1;
     for (size_t i = 0; i < f->n_tensors; i++) {
@@ -953,7 +953,7 @@ static int synth_write_file(const synth_file *f, const char *path) {
     FILE *out = buffer ? output_begin(path) : NULL;
     int failed = 1;
     if (out) {
-        setvbuf(out, NULL, _IONBF, 0); /* the writes are large already */
+        setvbuf(out, NULL, _IONBF, 0); // the writes are large already
         failed = output_end(!synth_write_data(f, out, buffer, size));
     }
     const int reason = buffer ? errno : ENOMEM;
@@ -961,8 +961,8 @@ static int synth_write_file(const synth_file *f, const char *path) {
     return failed ? synth_fail(f->o, 1, "cannot write", path, strerror(reason)) : 0;
 }
 
-/* Everything but the weights: f->head and f->tensors, which the caller frees, whatever comes */
-/* back. *c and *o stay in use. 0: done; 1: out of memory; 2: the options are wrong. */
+// Everything but the weights: f->head and f->tensors, which the caller frees, whatever comes
+// back. *c and *o stay in use. 0: done; 1: out of memory; 2: the options are wrong.
 static int synth_begin(synth_file *f, const synth_config *c, const synth_options *o) {
     const char *type = o->type ? o->type : "f32";
     memset(f, 0, sizeof *f);
@@ -982,7 +982,7 @@ static int synth_begin(synth_file *f, const synth_config *c, const synth_options
     return f->out_of_memory ? synth_fail(o, 1, "cannot make", c->name, "out of memory") : 0;
 }
 
-/* Writes the model of a shape. 0: done; 1: the file cannot be written; 2: the options are wrong. */
+// Writes the model of a shape. 0: done; 1: the file cannot be written; 2: the options are wrong.
 static int synth_write_config(const synth_config *config, const char *path,
                               const synth_options *options) {
     synth_options o;
@@ -1008,7 +1008,7 @@ static inline int synth_write(const char *config, const char *path, const synth_
     return synth_write_config(c, path, options);
 }
 
-/* ---- the program ----------------------------------------------------------------------------- */
+// ---- the program -----------------------------------------------------------------------------
 
 #ifndef SYNTH_NO_MAIN
 
@@ -1051,7 +1051,7 @@ static void synth_list(void) {
     puts("");
 }
 
-/* A whole decimal number within bounds, or exit 2. */
+// A whole decimal number within bounds, or exit 2.
 static uint64_t synth_argument(const char *flag, const char *text, uint64_t least, uint64_t most) {
     char *end = NULL;
     errno = 0;
@@ -1066,7 +1066,7 @@ static uint64_t synth_argument(const char *flag, const char *text, uint64_t leas
 
 static void synth_report(const char *path) {
     struct stat status;
-    if (!output_file.is_direct && stat(path, &status) == 0) /* else it may be standard output */
+    if (!output_file.is_direct && stat(path, &status) == 0) // else it may be standard output
         printf("%s: %.1f MB\n", path, (double)status.st_size / 1e6);
 }
 
@@ -1076,7 +1076,7 @@ int main(int argc, char **argv) {
     synth_options o;
     memset(&o, 0, sizeof o);
     for (int i = 1; i < argc; i++) {
-        const char *a = argv[i], *value = argv[i + 1]; /* argv[argc] is NULL */
+        const char *a = argv[i], *value = argv[i + 1]; // argv[argc] is NULL
         int takes_value = 1;
         if (!strcmp(a, "--help") || !strcmp(a, "-h")) {
             synth_help(stdout);

@@ -1,5 +1,5 @@
-/* What every mode of moe-bench does: settings, sessions, timed runs, figures made of them.
- * Include moe_infer.h, tool.h, model.h and roofs.h first. */
+// What every mode of moe-bench does: settings, sessions, timed runs, figures made of them.
+// Include moe_infer.h, tool.h, model.h and roofs.h first.
 #ifndef BENCH_TIMING_H
 #define BENCH_TIMING_H
 
@@ -12,8 +12,8 @@ static struct settings {
     tool_list n_prompt, n_gen, both, behind, n_depth, n_threads, n_batch, n_ubatch, isa, schedule;
     tool_list n_parallel, n_draft;
     int32_t repetitions, k_type, v_type, kv_type, format, n_ctx, numa;
-    int32_t page_state; /* < 0: as it is */
-    int32_t pages;      /* moe_pages */
+    int32_t page_state; // < 0: as it is
+    int32_t pages;      // moe_pages
     int warm_up, roofs, detail, check, compare, sweep, crowded, start, plan;
     int pin, mmap, mlock, help, version;
 } set = {.n_prompt = {1, {512}}, .n_gen = {1, {128}}, .n_depth = {1, {0}}, .n_threads = {1, {-1}},
@@ -27,17 +27,17 @@ enum { FORMAT_MD, FORMAT_JSON, FORMAT_JSONL, FORMAT_CSV };
 static const char *const kv_names[] = {"f16", "q8_0", "f32"};
 static const char *const schedule_names[] = {"default", "sequential", "parallel", "balanced"};
 
-/* ---- one timed run --------------------------------------------------------------------------- */
+// ---- one timed run ---------------------------------------------------------------------------
 
-/* What a run took, and how its threads spent the time. */
+// What a run took, and how its threads spent the time.
 typedef struct usage {
-    double seconds;               /* of its calls, without what lies between them */
-    double eval_seconds;          /* as the library tells, */
-    double wait[MOE_MAX_THREADS]; /* and what each thread waited for others in it */
+    double seconds;               // of its calls, without what lies between them
+    double eval_seconds;          // as the library tells,
+    double wait[MOE_MAX_THREADS]; // and what each thread waited for others in it
     uint64_t n_barriers, n_evals;
 } usage;
 
-/* One call: of each sequence (sessions of one pool) the next n tokens, which lie `stride` apart. */
+// One call: of each sequence (sessions of one pool) the next n tokens, which lie `stride` apart.
 static inline moe_status timed_eval(moe_session *const *sessions, int32_t n_sessions,
                                     const int32_t *tokens, int64_t stride, int32_t n, usage *u,
                                     moe_error *error) {
@@ -58,7 +58,7 @@ static inline moe_status timed_eval(moe_session *const *sessions, int32_t n_sess
     return status;
 }
 
-/* Behind `depth` tokens a prompt at once, then tokens one by one; tokens: n_prompt + n_gen. */
+// Behind `depth` tokens a prompt at once, then tokens one by one; tokens: n_prompt + n_gen.
 static inline moe_status timed_run(moe_session *session, int32_t depth, const int32_t *tokens,
                                    int32_t n_prompt, int32_t n_gen, usage *u, moe_error *error) {
     memset(u, 0, sizeof *u);
@@ -70,13 +70,13 @@ static inline moe_status timed_run(moe_session *session, int32_t depth, const in
     return status;
 }
 
-/* Of the time of n threads, the part spent waiting. */
+// Of the time of n threads, the part spent waiting.
 static inline double usage_waiting(const usage *u, int n) {
     double sum = 0;
     for (int i = 0; i < n; i++) sum += u->wait[i];
     return u->eval_seconds > 0 ? sum / (n * u->eval_seconds) : 0;
 }
-/* The busiest thread's work over the mean: 1 is even. */
+// The busiest thread's work over the mean: 1 is even.
 static inline double usage_imbalance(const usage *u, int n) {
     double least = u->wait[0];
     for (int i = 1; i < n; i++) least = u->wait[i] < least ? u->wait[i] : least;
@@ -84,9 +84,9 @@ static inline double usage_imbalance(const usage *u, int n) {
     return mean > 0 ? (u->eval_seconds - least) / mean : 1;
 }
 
-/* ---- sessions -------------------------------------------------------------------------------- */
+// ---- sessions --------------------------------------------------------------------------------
 
-/* threads <= 0: the default. pool NULL: threads of its own. */
+// threads <= 0: the default. pool NULL: threads of its own.
 static inline moe_session *open_session_on(moe_pool *pool, const model *m, int32_t n_ctx,
                                            int32_t n_batch, int32_t threads, int32_t isa,
                                            int32_t schedule, moe_error *error) {
@@ -107,7 +107,7 @@ static inline moe_session *open_session(const model *m, int32_t n_ctx, int32_t n
                                         moe_error *error) {
     return open_session_on(NULL, m, n_ctx, n_batch, threads, isa, schedule, error);
 }
-/* Threads for several sessions, such as each would have alone. */
+// Threads for several sessions, such as each would have alone.
 static inline moe_pool *open_pool(const model *m, int32_t threads, moe_error *error) {
     moe_pool_options o;
     memset(&o, 0, sizeof o);
@@ -116,8 +116,8 @@ static inline moe_pool *open_pool(const model *m, int32_t threads, moe_error *er
     return moe_pool_open(&o, error);
 }
 
-/* Whether sessions agree: the logits of a prompt and of some tokens behind it must have the same
- * bits. Says so if they do not. tokens: at least 40. */
+// Whether sessions agree: the logits of a prompt and of some tokens behind it must have the same
+// bits. Says so if they do not. tokens: at least 40.
 static inline int sessions_agree(const model *m, moe_session *const *sessions, int n,
                                  const int32_t *tokens, int32_t n_prompt, moe_error *error) {
     const size_t size = (size_t)m->info->n_vocab * sizeof(float);
@@ -141,9 +141,9 @@ static inline int sessions_agree(const model *m, moe_session *const *sessions, i
     return 1;
 }
 
-enum { CHECK_PROMPT = 32, CHECK_TOKENS = 40 }; /* what sessions_agree is given */
+enum { CHECK_PROMPT = 32, CHECK_TOKENS = 40 }; // what sessions_agree is given
 
-/* All schedules with these threads, before any is timed (--check). */
+// All schedules with these threads, before any is timed (--check).
 static inline int check_schedules(const model *m, int32_t threads, int32_t isa) {
     moe_session *sessions[3] = {NULL, NULL, NULL};
     int32_t tokens[CHECK_TOKENS];
@@ -162,36 +162,36 @@ static inline int check_schedules(const model *m, int32_t threads, int32_t isa) 
     return agree;
 }
 
-/* ---- tests ----------------------------------------------------------------------------------- */
+// ---- tests -----------------------------------------------------------------------------------
 
 typedef struct test {
     const model *m;
-    char name[64]; /* "pp512", "tg128 x4 @ d8192", "tg128 by 3", "pp512+tg128", "tg64@pp8192" */
-    int32_t n_prompt, n_gen; /* of each sequence */
-    int32_t n_depth;         /* tokens in its context before */
-    int32_t n_parallel;      /* sequences that generate at the same time; else 1 */
-    int32_t n_draft;         /* tokens of each that a call generates */
-    int32_t n_batch, n_ubatch, threads, isa, schedule; /* as asked for */
+    char name[64]; // "pp512", "tg128 x4 @ d8192", "tg128 by 3", "pp512+tg128", "tg64@pp8192"
+    int32_t n_prompt, n_gen; // of each sequence
+    int32_t n_depth;         // tokens in its context before
+    int32_t n_parallel;      // sequences that generate at the same time; else 1
+    int32_t n_draft;         // tokens of each that a call generates
+    int32_t n_batch, n_ubatch, threads, isa, schedule; // as asked for
     moe_session *session[MAX_PARALLEL];
-    moe_pool *pool;          /* of several; NULL: the only one has its own */
-    uint64_t *chosen;        /* [layer][expert]: how often all sequences together chose it */
+    moe_pool *pool;          // of several; NULL: the only one has its own
+    uint64_t *chosen;        // [layer][expert]: how often all sequences together chose it
     moe_session_info info;
-    int32_t n_threads;       /* those that the test used, */
-    int32_t n_groups;        /* in so many groups with experts of their own */
+    int32_t n_threads;       // those that the test used,
+    int32_t n_groups;        // in so many groups with experts of their own
     double seconds[MAX_REPETITIONS];
-    double rate[MAX_REPETITIONS]; /* tokens per second */
-    double waiting, imbalance, barriers; /* of the last repetition; barriers per eval */
-    double wait[MOE_MAX_THREADS];        /* part of the time that each thread waited */
-    /* What generating had to read: weights of each repetition, keys and values of any. */
+    double rate[MAX_REPETITIONS]; // tokens per second
+    double waiting, imbalance, barriers; // of the last repetition; barriers per eval
+    double wait[MOE_MAX_THREADS];        // part of the time that each thread waited
+    // What generating had to read: weights of each repetition, keys and values of any.
     double bytes[MAX_REPETITIONS], bytes_cache;
-    double touched;          /* experts per call, over all layers and repetitions */
-    int32_t n_evals;         /* calls of a repetition */
-    /* Per second and repetition, each beside the roofs before and after it; 0: not measured. */
+    double touched;          // experts per call, over all layers and repetitions
+    int32_t n_evals;         // calls of a repetition
+    // Per second and repetition, each beside the roofs before and after it; 0: not measured.
     double roof_bytes[MAX_REPETITIONS + 1], roof_macs[MAX_REPETITIONS + 1];
-    roofs *roof; /* open while a test runs with the same threads and instruction set */
+    roofs *roof; // open while a test runs with the same threads and instruction set
 } test;
 
-/* Mean and standard deviation of a sample. */
+// Mean and standard deviation of a sample.
 static inline void statistics(const double *x, int32_t n, double *mean, double *deviation) {
     double sum = 0, squares = 0;
     for (int32_t i = 0; i < n; i++) sum += x[i];
@@ -207,8 +207,8 @@ static inline void show_progress(const test *t, int32_t repetition) {
     if (repetition == set.repetitions) fprintf(stderr, "\r%60s\r", "");
 }
 
-/* The roofs stay open from test to test until one needs other threads. Without memory or threads */
-/* for them there are none. */
+// The roofs stay open from test to test until one needs other threads. Without memory or threads
+// for them there are none.
 static roofs shared_roofs;
 static inline void open_roofs(test *t) {
     if (shared_roofs.n_threads != t->n_threads) {
@@ -222,8 +222,8 @@ static inline void open_roofs(test *t) {
     t->roof = &shared_roofs;
 }
 
-/* Both roofs, in turns of 10 ms: a quarter of a second before the first run and after the last, */
-/* less in between. */
+// Both roofs, in turns of 10 ms: a quarter of a second before the first run and after the last,
+// less in between.
 static inline void measure_roofs(test *t, int32_t at) {
     enum { MOST = 12 };
     double bytes[MOST], macs[MOST];
@@ -237,7 +237,7 @@ static inline void measure_roofs(test *t, int32_t at) {
     t->roof_macs[at] = roofs_median(macs, n);
 }
 
-/* A session's batch is no longer than its context: all rows of a call are to fit. */
+// A session's batch is no longer than its context: all rows of a call are to fit.
 static inline moe_status test_open(test *t, moe_error *error) {
     const int32_t n_batch = t->n_ubatch < t->n_batch ? t->n_ubatch : t->n_batch;
     const int32_t n_tokens = t->n_prompt + t->n_gen + t->n_depth;
@@ -277,7 +277,7 @@ static inline void test_close(test *t) {
     t->chosen = NULL;
 }
 
-/* Bytes of the experts that anyone chose since this was asked before; *touched: how many. */
+// Bytes of the experts that anyone chose since this was asked before; *touched: how many.
 static inline double test_touched(test *t, double *touched) {
     const moe_model_info *info = t->m->info;
     double bytes = 0;
@@ -299,7 +299,7 @@ static inline double test_touched(test *t, double *touched) {
     return bytes;
 }
 
-/* Keys and values of a sequence that n tokens behind `past` others read: each row once. */
+// Keys and values of a sequence that n tokens behind `past` others read: each row once.
 static inline double cache_bytes(const test *t, int32_t past, int32_t n) {
     static const double value_bytes[] = {2, 34.0 / 32, 4};
     const token_work *work = &t->m->work;
@@ -308,8 +308,8 @@ static inline double cache_bytes(const test *t, int32_t past, int32_t n) {
            (work->n_full * rows + work->n_window * (seen < rows ? seen : rows));
 }
 
-/* Behind its depth, a prompt at once, then n_gen tokens of each sequence in calls of n_draft. */
-/* *bytes: weights that these must read, per call the experts that it touched and all others. */
+// Behind its depth, a prompt at once, then n_gen tokens of each sequence in calls of n_draft.
+// *bytes: weights that these must read, per call the experts that it touched and all others.
 static inline moe_status test_run(test *t, const int32_t *tokens, int32_t n_gen, usage *u,
                                   double *bytes, double *touched, moe_error *error) {
     const int64_t stride = (int64_t)t->n_prompt + t->n_gen;
@@ -322,12 +322,12 @@ static inline moe_status test_run(test *t, const int32_t *tokens, int32_t n_gen,
         status = moe_session_rewind(t->session[i], t->n_depth, error);
     if (status == MOE_OK && t->n_prompt)
         status = timed_eval(t->session, 1, tokens, 0, t->n_prompt, u, error);
-    test_touched(t, &n_experts); /* by what came before */
+    test_touched(t, &n_experts); // by what came before
     for (int32_t i = 0, n; i < n_gen && status == MOE_OK; i += n) {
         n = n_gen - i < t->n_draft ? n_gen - i : t->n_draft;
         status = timed_eval(t->session, t->n_parallel, tokens + t->n_prompt + i, stride, n, u,
                             error);
-        if (n * t->n_parallel == 1) { /* no need to look */
+        if (n * t->n_parallel == 1) { // no need to look
             *bytes += work->bytes;
             *touched += (double)t->m->info->n_expert_used * work->n_moe;
         } else {
@@ -341,7 +341,7 @@ static inline moe_status test_run(test *t, const int32_t *tokens, int32_t n_gen,
     return status;
 }
 
-/* New tokens for all sequences. Only the first begins with BOS: all are to differ. */
+// New tokens for all sequences. Only the first begins with BOS: all are to differ.
 static inline void test_tokens(const test *t, uint64_t *random, int32_t *tokens, int32_t n) {
     const uint64_t n_vocab = (uint64_t)t->m->info->n_vocab;
     for (int32_t i = 0; i < t->n_parallel; i++) {
@@ -351,7 +351,7 @@ static inline void test_tokens(const test *t, uint64_t *random, int32_t *tokens,
     }
 }
 
-/* The contexts before, and an untimed run. */
+// The contexts before, and an untimed run.
 static inline moe_status test_warm_up(test *t, int32_t *tokens, moe_error *error) {
     static usage u;
     uint64_t random = RANDOM_SEED;
@@ -392,8 +392,8 @@ static inline moe_status test_repeat(test *t, int32_t r, const int32_t *tokens,
     return status;
 }
 
-/* Tests that differ in their schedule alone, in turns A B C C B A on the same pages: what changes
- * within the minutes of a measurement meets them all. */
+// Tests that differ in their schedule alone, in turns A B C C B A on the same pages: what changes
+// within the minutes of a measurement meets them all.
 static inline int run_rivals(test *tests, int n) {
     int64_t longest = CHECK_TOKENS;
     int32_t status = TOOL_OK;
@@ -424,25 +424,25 @@ static inline int run_rivals(test *tests, int n) {
     return status;
 }
 
-/* ---- figures --------------------------------------------------------------------------------- */
+// ---- figures ---------------------------------------------------------------------------------
 
-/* What a test did per second, and how much of the roof that is. NAN: does not apply. */
+// What a test did per second, and how much of the roof that is. NAN: does not apply.
 typedef struct figures {
     double gbps, gbps_cache, gmacs, roof_gbps, roof_gmacs, roof_fraction;
-    double bytes_eval;   /* weights, keys and values that a call reads, */
-    double experts_eval; /* and experts, in a layer that has them; both: mean */
+    double bytes_eval;   // weights, keys and values that a call reads,
+    double experts_eval; // and experts, in a layer that has them; both: mean
 } figures;
 
 static inline figures get_figures(const test *t) {
     static double x[MAX_REPETITIONS], y[MAX_REPETITIONS], z[MAX_REPETITIONS];
     const token_work *work = &t->m->work;
     const int n = set.repetitions, generates = t->n_gen > 0;
-    /* the last token of a call has logits */
+    // the last token of a call has logits
     const double logits = generates ? (double)t->n_evals / t->n_gen : 1.0 / t->n_prompt;
     const double macs = work->macs + work->output_macs * logits;
     double mean, deviation, mean_cache, mean_bytes;
     figures f = {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};
-    if (t->n_prompt && t->n_gen) return f; /* two kinds of work in one figure */
+    if (t->n_prompt && t->n_gen) return f; // two kinds of work in one figure
     statistics(t->rate, n, &mean, &deviation);
     f.gmacs = mean * macs * 1e-9;
     if (generates) {

@@ -1,6 +1,6 @@
-/* Programs in turns, each sample a process of its own: running one, reading the JSON that it wrote,
- * medians and ratios. For compare.c and engines.c.
- * Include tool.h first. */
+// Programs in turns, each sample a process of its own: running one, reading the JSON that it wrote,
+// medians and ratios. For compare.c and engines.c.
+// Include tool.h first.
 #ifndef BENCH_TURNS_H
 #define BENCH_TURNS_H
 #include <errno.h>
@@ -13,16 +13,16 @@
 enum { MAX_SAMPLES = 200, MAX_ARGUMENTS = 64 };
 enum { GENERATION, PROMPTS, KINDS };
 
-/* What one run of a benchmark says. */
+// What one run of a benchmark says.
 typedef struct speeds {
-    double rate[KINDS]; /* tokens per second */
+    double rate[KINDS]; // tokens per second
     char model_type[128], version[64];
 } speeds;
 
-/* ---- JSON ------------------------------------------------------------------------------------ */
+// ---- JSON ------------------------------------------------------------------------------------
 
-/* The next object of a program's output, with a NUL in place of its end; *text moves behind it.
- * Objects of benchmarks hold no others; they may stand on one line or on many. */
+// The next object of a program's output, with a NUL in place of its end; *text moves behind it.
+// Objects of benchmarks hold no others; they may stand on one line or on many.
 static inline char *json_object(char **text) {
     char *begin = strchr(*text, '{');
     char *at = begin ? begin + 1 : NULL;
@@ -36,7 +36,7 @@ static inline char *json_object(char **text) {
     return begin;
 }
 
-/* A value of an object, without its quotes. */
+// A value of an object, without its quotes.
 static inline int json_value(const char *object, const char *key, char *out, size_t size) {
     char name[64];
     snprintf(name, sizeof name, "\"%s\": ", key);
@@ -53,8 +53,8 @@ static inline double json_number(const char *object, const char *key) {
     return json_value(object, key, text, sizeof text) ? strtod(text, NULL) : 0;
 }
 
-/* A test of prompts and one of generation, by the names that llama-bench has for them; 0 if there
- * is not just one of each. */
+// A test of prompts and one of generation, by the names that llama-bench has for them; 0 if there
+// is not just one of each.
 static inline int read_speeds(char *text, speeds *out) {
     int n[KINDS] = {0, 0};
     memset(out, 0, sizeof *out);
@@ -71,9 +71,9 @@ static inline int read_speeds(char *text, speeds *out) {
     return n[PROMPTS] == 1 && n[GENERATION] == 1;
 }
 
-/* ---- running a program ----------------------------------------------------------------------- */
+// ---- running a program -----------------------------------------------------------------------
 
-/* All that comes through a pipe, to be freed; NULL: no memory. */
+// All that comes through a pipe, to be freed; NULL: no memory.
 static inline char *read_all(int from) {
     size_t size = 0, capacity = 1 << 16;
     char *text = (char *)malloc(capacity);
@@ -92,19 +92,19 @@ static inline char *read_all(int from) {
     return text;
 }
 
-/* What all programs do in a sample. */
+// What all programs do in a sample.
 typedef struct workload {
     const char *model;
     int32_t n_threads, n_prompt, n_gen;
 } workload;
 
-/* A program and its own arguments behind those of the workload; a NULL at the end. */
+// A program and its own arguments behind those of the workload; a NULL at the end.
 typedef struct command {
     const char *path;
     const char *arguments[MAX_ARGUMENTS];
 } command;
 
-/* Becomes the program. All of them have llama-bench's options; not all know -o jsonl. */
+// Becomes the program. All of them have llama-bench's options; not all know -o jsonl.
 static inline void run_command(const command *c, const workload *w) {
     char threads[16], prompt[16], gen[16];
     const char *all[MAX_ARGUMENTS + 16] = {c->path, "-m", w->model, "-t", threads, "-p", prompt,
@@ -118,13 +118,13 @@ static inline void run_command(const command *c, const workload *w) {
     _exit(127);
 }
 
-/* One sample: runs a program and reads the speeds that it prints. 0: it failed, and `why` (of 128
- * bytes) says how. */
+// One sample: runs a program and reads the speeds that it prints. 0: it failed, and `why` (of 128
+// bytes) says how.
 static inline int run_sample(const command *c, const workload *w, speeds *out, char *why) {
     int ends[2], state = 0;
     strcpy(why, "cannot start a process");
     if (pipe(ends)) return 0;
-    fflush(NULL); /* or the child might write it again */
+    fflush(NULL); // or the child might write it again
     const pid_t child = fork();
     if (child == 0) {
         dup2(ends[1], STDOUT_FILENO);
@@ -145,14 +145,14 @@ static inline int run_sample(const command *c, const workload *w, speeds *out, c
     return found && WIFEXITED(state) && WEXITSTATUS(state) == 0;
 }
 
-/* ---- results --------------------------------------------------------------------------------- */
+// ---- results ---------------------------------------------------------------------------------
 
 static inline int by_size(const void *a, const void *b) {
     const double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
-/* The quantile 0 <= q <= 1 of n samples, or of their ratios to `base`. */
+// The quantile 0 <= q <= 1 of n samples, or of their ratios to `base`.
 static inline double quantile(const double *x, const double *base, int n, double q) {
     double sorted[MAX_SAMPLES];
     for (int i = 0; i < n; i++) sorted[i] = base ? x[i] / base[i] : x[i];

@@ -1,10 +1,10 @@
-/* A picture of which experts were used: one row per layer, one column per expert, the darker the
- * more often; 1 would be an even share.
- * Include moe_infer.h and tool.h first. */
+// A picture of which experts were used: one row per layer, one column per expert, the darker the
+// more often; 1 would be an even share.
+// Include moe_infer.h and tool.h first.
 #ifndef HEATMAP_H
 #define HEATMAP_H
 
-/* How much of its even share an expert got, as a colour between white, blue and black. */
+// How much of its even share an expert got, as a colour between white, blue and black.
 static inline void heatmap_colour(double share, char out[8]) {
     static const double stops[4][3] = {
         {255, 255, 255}, {158, 202, 225}, {33, 113, 181}, {8, 24, 58}};
@@ -65,7 +65,7 @@ static inline void heatmap_body(FILE *f, const moe_session *session) {
     fputs("</svg>\n", f);
 }
 
-/* Returns 0, or -1 with errno set. */
+// Returns 0, or -1 with errno set.
 static inline int heatmap_write(const char *path, const moe_session *session) {
     FILE *f = output_begin(path);
     if (!f) return -1;

@@ -1,11 +1,11 @@
-/* cc -O2 examples/minimal.c -o minimal -lm -lpthread && ./minimal MODEL.gguf "Once upon a time" */
+// cc -O2 examples/minimal.c -o minimal -lm -lpthread && ./minimal MODEL.gguf "Once upon a time"
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include <stdio.h>
 
 static int print(void *user, const char *text, size_t size) {
     (void)user;
-    return fwrite(text, 1, size, stdout) == size && fflush(stdout) == 0; /* 0 would stop */
+    return fwrite(text, 1, size, stdout) == size && fflush(stdout) == 0; // 0 would stop
 }
 
 int main(int argc, char **argv) {

@@ -1,9 +1,9 @@
-/* moe-cli: generates text from a GGUF model on the command line, with llama.cpp's option names.
- *
- *     cc -O2 examples/moe_cli.c -o moe-cli -lm -lpthread
- *     ./moe-cli -m MODEL.gguf -p "Once upon a time" -n 100
- *
- * The generated text, and nothing else, goes to standard output; see --help for the rest. */
+// moe-cli: generates text from a GGUF model on the command line, with llama.cpp's option names.
+//
+//     cc -O2 examples/moe_cli.c -o moe-cli -lm -lpthread
+//     ./moe-cli -m MODEL.gguf -p "Once upon a time" -n 100
+//
+// The generated text, and nothing else, goes to standard output; see --help for the rest.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
@@ -30,7 +30,7 @@ static struct settings {
          .repeat_last_n = 64, .seed = UINT64_MAX, .k_type = -1, .v_type = -1, .mmap = 1,
          .escape = 1};
 
-/* Words for an enumeration stand in the order of its values. */
+// Words for an enumeration stand in the order of its values.
 static const tool_option options[] = {
     {"Input:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
     {"-m, --model", "FILE", TOOL_TEXT, &set.model, 0, 0,
@@ -120,7 +120,7 @@ static int usage_error(const char *text) {
     return TOOL_USAGE;
 }
 
-/* ---- Ctrl-C and the progress bar ------------------------------------------------------------- */
+// ---- Ctrl-C and the progress bar -------------------------------------------------------------
 
 static volatile sig_atomic_t interrupted;
 
@@ -129,7 +129,7 @@ static void on_interrupt(int signal_number) {
     interrupted = 1;
 }
 
-/* The first Ctrl-C sets the flag; SA_RESETHAND lets the second one end the program. */
+// The first Ctrl-C sets the flag; SA_RESETHAND lets the second one end the program.
 static void catch_interrupt(void) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
@@ -144,8 +144,8 @@ static int should_stop(void *user) {
     return interrupted;
 }
 
-/* Draws "loading [#####     ] 50 %" over itself; user: the percentage on the screen, or NULL if
- * standard error is no terminal. */
+// Draws "loading [#####     ] 50 %" over itself; user: the percentage on the screen, or NULL if
+// standard error is no terminal.
 static int on_progress(void *user, float fraction) {
     int *shown = (int *)user, percent = (int)(fraction * 100);
     if (shown && percent > *shown) {
@@ -156,7 +156,7 @@ static int on_progress(void *user, float fraction) {
     return !interrupted;
 }
 
-/* ---- reading the prompt ---------------------------------------------------------------------- */
+// ---- reading the prompt ----------------------------------------------------------------------
 
 typedef struct text {
     char *data;
@@ -198,7 +198,7 @@ static int hex_digit(char c) {
     return -1;
 }
 
-/* Replaces \n and the like; other backslashes stay. */
+// Replaces \n and the like; other backslashes stay.
 static void unescape(text *t) {
     static const char names[] = "nrt'\"\\", values[] = "\n\r\t'\"\\";
     size_t from = 0, to = 0;
@@ -241,7 +241,7 @@ static int read_prompt(text *t) {
     return status;
 }
 
-/* ---- what the library is asked for ----------------------------------------------------------- */
+// ---- what the library is asked for -----------------------------------------------------------
 
 static moe_session_options session_options(const moe_model *model) {
     moe_session_options o;
@@ -263,7 +263,7 @@ static moe_sampler_options sampler_options(int32_t n_ctx) {
     memset(&o, 0, sizeof o);
     o.temperature = set.temp;
     o.top_k = set.top_k;
-    o.top_p = set.top_p > 0 ? set.top_p : FLT_MIN; /* 0 would mean all, not one */
+    o.top_p = set.top_p > 0 ? set.top_p : FLT_MIN; // 0 would mean all, not one
     o.min_p = set.min_p;
     o.repeat_penalty = set.repeat_penalty;
     o.repeat_last_n = set.repeat_last_n == 0 ? MOE_OFF : set.repeat_last_n;
@@ -288,7 +288,7 @@ static moe_model *open_model(const moe_gguf *gguf, moe_error *error) {
     return model;
 }
 
-/* ---- --info ---------------------------------------------------------------------------------- */
+// ---- --info ----------------------------------------------------------------------------------
 
 static void show_scalar(const moe_gguf_value *v, uint64_t i, const void **cursor) {
     int64_t whole;
@@ -339,7 +339,7 @@ static void show_metadata(const moe_gguf *gguf) {
     }
 }
 
-/* Tensors counted by type; files with more kinds of type ids than there is room for are odd. */
+// Tensors counted by type; files with more kinds of type ids than there is room for are odd.
 static void show_tensors(const moe_gguf *gguf) {
     struct {
         moe_type type;
@@ -411,7 +411,7 @@ static int show_memory(const moe_model *model) {
     return TOOL_OK;
 }
 
-/* Shows what the file says even if the library cannot run it; that is an error all the same. */
+// Shows what the file says even if the library cannot run it; that is an error all the same.
 static int show_info(void) {
     moe_error error;
     moe_gguf_options o;
@@ -436,11 +436,11 @@ static int show_info(void) {
     return status;
 }
 
-/* ---- generating ------------------------------------------------------------------------------ */
+// ---- generating ------------------------------------------------------------------------------
 
 typedef struct output {
-    int failed; /* errno of a write */
-    char last;  /* the last byte written */
+    int failed; // errno of a write
+    char last;  // the last byte written
 } output;
 
 static int on_text(void *user, const char *data, size_t size) {
@@ -450,13 +450,13 @@ static int on_text(void *user, const char *data, size_t size) {
     return !out->failed && !interrupted;
 }
 
-/* The prompt's tokens, for the caller to free; NULL after a message. */
+// The prompt's tokens, for the caller to free; NULL after a message.
 static int32_t *tokenize(const moe_vocab *vocab, const text *prompt, int32_t *n) {
     unsigned flags = MOE_TOKENIZE_ADD_SPECIAL | MOE_TOKENIZE_PARSE_SPECIAL;
     const char *data = prompt->data ? prompt->data : "";
     int64_t count = moe_vocab_tokenize(vocab, data, prompt->size, flags, NULL, 0);
     if (count == 0) {
-        /* nothing was given: the model may begin by itself where it knows how to */
+        // nothing was given: the model may begin by itself where it knows how to
         int32_t *begin = (int32_t *)malloc(sizeof *begin);
         if (begin && (*begin = moe_vocab_bos(vocab)) >= 0) {
             *n = 1;
@@ -493,7 +493,7 @@ static void show_timing(const moe_model *model, const moe_generate_result *r, do
             r->reason == MOE_STOP_CALLER ? "interrupted" : moe_stop_reason_text(r->reason));
 }
 
-/* -n 0: the prompt is evaluated, nothing is generated. */
+// -n 0: the prompt is evaluated, nothing is generated.
 static moe_status evaluate(moe_session *session, const int32_t *tokens, int32_t n,
                            moe_generate_result *result, moe_error *error) {
     double start = tool_seconds();
@@ -504,7 +504,7 @@ static moe_status evaluate(moe_session *session, const int32_t *tokens, int32_t 
     return status;
 }
 
-/* Runs the prompt's tokens through session and sampler; the timing goes to stderr. */
+// Runs the prompt's tokens through session and sampler; the timing goes to stderr.
 static int generate(moe_session *session, moe_sampler *sampler, const int32_t *tokens, int32_t n,
                     double load_seconds) {
     output out = {0, '\n'};
@@ -564,7 +564,7 @@ static void show_setup(const moe_model *model, const moe_session *session) {
                 program, m->n_ctx_train);
 }
 
-/* From the model on: what is opened here is closed by run(). */
+// From the model on: what is opened here is closed by run().
 typedef struct state {
     moe_model *model;
     moe_session *session;
@@ -606,7 +606,7 @@ static int run(void) {
     memset(&s, 0, sizeof s);
     int status = read_prompt(&s.prompt);
     if (status == TOOL_OK) {
-        catch_interrupt(); /* not before: Ctrl-C shall end the waiting for input */
+        catch_interrupt(); // not before: Ctrl-C shall end the waiting for input
         status = run_opened(&s);
     }
     free(s.tokens);

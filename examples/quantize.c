@@ -1,12 +1,12 @@
-/* moe-quantize: a GGUF file with its matrices in other types.
- *
- *     cc -O2 examples/quantize.c -o moe-quantize -lm -lpthread
- *     ./moe-quantize model-f32.gguf model.gguf Q4_K token_embd=Q8_0 attn_=Q8_0
- *
- * The first type is for all matrices of weights but the router; PART=TYPE is for those with PART in
- * their name, the last one that fits counts. Rows that the type's blocks do not divide become Q8_0,
- * or F16, which is said. Metadata, vectors and biases are copied. The output is replaced only when
- * the new file is whole. */
+// moe-quantize: a GGUF file with its matrices in other types.
+//
+//     cc -O2 examples/quantize.c -o moe-quantize -lm -lpthread
+//     ./moe-quantize model-f32.gguf model.gguf Q4_K token_embd=Q8_0 attn_=Q8_0
+//
+// The first type is for all matrices of weights but the router; PART=TYPE is for those with PART in
+// their name, the last one that fits counts. Rows that the type's blocks do not divide become Q8_0,
+// or F16, which is said. Metadata, vectors and biases are copied. The output is replaced only when
+// the new file is whole.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
@@ -17,7 +17,7 @@ static const char program[] = "moe-quantize";
 
 typedef struct rule {
     const char *part;
-    size_t size; /* of part; 0: any tensor */
+    size_t size; // of part; 0: any tensor
     moe_type type;
 } rule;
 
@@ -38,7 +38,7 @@ static int find_type(const char *name, moe_type *out) {
     return 0;
 }
 
-/* Small and sensitive: norms and biases (those of experts have two dimensions), and the router. */
+// Small and sensitive: norms and biases (those of experts have two dimensions), and the router.
 static int is_kept(const moe_gguf_tensor *tensor) {
     static const char weight[] = ".weight";
     const size_t n = strlen(tensor->name), end = sizeof weight - 1;
@@ -55,7 +55,7 @@ static moe_type pick_type(const moe_gguf_tensor *tensor, const rule *rules, int 
     return type;
 }
 
-/* The type itself, or one whose blocks the tensor's rows are whole numbers of. */
+// The type itself, or one whose blocks the tensor's rows are whole numbers of.
 static moe_type fit_type(const moe_gguf_tensor *tensor, moe_type type) {
     const moe_type fits[] = {type, MOE_TYPE_Q8_0, MOE_TYPE_F16};
     int i = 0;
@@ -81,7 +81,7 @@ static void pad(FILE *f, uint64_t size, uint64_t alignment) {
     for (; size % alignment; size++) fputc(0, f);
 }
 
-/* Magic, counts, metadata as it was, and the table of tensors. */
+// Magic, counts, metadata as it was, and the table of tensors.
 static void write_head(FILE *f, const moe_gguf *gguf, const moe_type *types, uint64_t alignment) {
     const int64_t n_values = moe_gguf_n_values(gguf), n_tensors = moe_gguf_n_tensors(gguf);
     uint64_t size = 24, offset = 0;
@@ -111,7 +111,7 @@ static void write_head(FILE *f, const moe_gguf *gguf, const moe_type *types, uin
     pad(f, size, alignment);
 }
 
-/* A tensor's rows, some at a time. */
+// A tensor's rows, some at a time.
 static int write_tensor(FILE *f, const moe_gguf_tensor *t, moe_type type, moe_error *error) {
     enum { ROWS = 32 };
     const size_t from = moe_type_row_size(t->type, t->ne[0]);
@@ -183,7 +183,7 @@ static int quantize(const char *in, const char *out, const rule *rules, int n_ru
         if (f && output_end(!status) && !status) status = fail_write(out);
     }
     if (!status) {
-        FILE *f = output_file.is_direct ? stderr : stdout; /* it may be standard output itself */
+        FILE *f = output_file.is_direct ? stderr : stdout; // it may be standard output itself
         fprintf(f, "%s: %s of weights, %s before", out, tool_size(to, sum),
                 tool_size(from, (double)moe_gguf_file_size(gguf)));
         if (n_others) fprintf(f, "; %lld tensors of another type", (long long)n_others);

@@ -1,6 +1,6 @@
-/* What the command-line programs share: options read from one table, errors, readable sizes.
- * The same table parses the options and prints the help, so a flag cannot be documented without
- * working. Include moe_infer.h first. */
+// What the command-line programs share: options read from one table, errors, readable sizes.
+// The same table parses the options and prints the help, so a flag cannot be documented without
+// working. Include moe_infer.h first.
 #ifndef TOOL_H
 #define TOOL_H
 #include <errno.h>
@@ -13,12 +13,12 @@
 
 #include "output.h"
 
-enum { TOOL_OK = 0, TOOL_ERROR = 1, TOOL_USAGE = 2, TOOL_INTERRUPTED = 130 }; /* exit codes */
+enum { TOOL_OK = 0, TOOL_ERROR = 1, TOOL_USAGE = 2, TOOL_INTERRUPTED = 130 }; // exit codes
 
-/* ---- text on a terminal ---------------------------------------------------------------------- */
+// ---- text on a terminal ----------------------------------------------------------------------
 
-/* Bytes of the UTF-8 character at text, 0 if it is not one that may be shown as it is: malformed,
- * or a control character, with which a file could drive the terminal. */
+// Bytes of the UTF-8 character at text, 0 if it is not one that may be shown as it is: malformed,
+// or a control character, with which a file could drive the terminal.
 static inline size_t tool_character(const char *text, size_t size) {
     const unsigned char *p = (const unsigned char *)text;
     if (p[0] < 0x80) return p[0] >= 0x20 && p[0] != 0x7F;
@@ -33,8 +33,8 @@ static inline size_t tool_character(const char *text, size_t size) {
     return n;
 }
 
-/* Writes text from a file or a caller, at most `most` bytes of it, with what cannot be shown as
- * \n, \t or \xNN. */
+// Writes text from a file or a caller, at most `most` bytes of it, with what cannot be shown as
+// \n, \t or \xNN.
 static inline void tool_print(FILE *out, const char *text, size_t size, size_t most) {
     size_t i = 0;
     while (i < size && i < most) {
@@ -48,7 +48,7 @@ static inline void tool_print(FILE *out, const char *text, size_t size, size_t m
     if (i < size) fputs("...", out);
 }
 
-/* "1.50 GiB", "12.00 MiB", "900 B"; the buffer holds 32 bytes. */
+// "1.50 GiB", "12.00 MiB", "900 B"; the buffer holds 32 bytes.
 static inline const char *tool_size(char *buffer, double bytes) {
     if (bytes >= 1073741824.0) snprintf(buffer, 32, "%.2f GiB", bytes / 1073741824.0);
     else if (bytes >= 1048576.0) snprintf(buffer, 32, "%.2f MiB", bytes / 1048576.0);
@@ -57,7 +57,7 @@ static inline const char *tool_size(char *buffer, double bytes) {
     return buffer;
 }
 
-/* "PROGRAM: WHAT: sentence (where, byte offset)" on stderr. */
+// "PROGRAM: WHAT: sentence (where, byte offset)" on stderr.
 static inline int tool_fail(const char *program, const char *what, const moe_error *error) {
     fprintf(stderr, "%s: ", program);
     tool_print(stderr, what, strlen(what), 4096);
@@ -73,7 +73,7 @@ static inline int tool_fail(const char *program, const char *what, const moe_err
     return TOOL_ERROR;
 }
 
-/* What became of the options about memory, on stderr. */
+// What became of the options about memory, on stderr.
 static inline void tool_memory(const char *program, const moe_model *model) {
     static const char *const numa[] = {"off", "interleave", "owner"};
     const moe_model_memory *memory = moe_model_get_memory(model);
@@ -90,28 +90,28 @@ static inline double tool_seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* ---- options --------------------------------------------------------------------------------- */
+// ---- options ---------------------------------------------------------------------------------
 
 typedef enum tool_kind {
-    TOOL_HEADING, /* a line of the help */
-    TOOL_FLAG,    /* int: set to 1 */
-    TOOL_UNFLAG,  /* int: set to 0 */
-    TOOL_TEXT,    /* const char * */
-    TOOL_INT,     /* int32_t */
-    TOOL_FLOAT,   /* float */
-    TOOL_SEED,    /* uint64_t; -1 stands for UINT64_MAX */
-    TOOL_CHOICE,  /* int32_t: place in the list of words a|b|c, from 0 */
-    TOOL_INTS,    /* tool_list: 1,2,3 */
-    TOOL_PAIR,    /* tool_list: 1,2; given again, it adds another pair */
-    TOOL_CHOICES  /* tool_list: a,c */
+    TOOL_HEADING, // a line of the help
+    TOOL_FLAG,    // int: set to 1
+    TOOL_UNFLAG,  // int: set to 0
+    TOOL_TEXT,    // const char *
+    TOOL_INT,     // int32_t
+    TOOL_FLOAT,   // float
+    TOOL_SEED,    // uint64_t; -1 stands for UINT64_MAX
+    TOOL_CHOICE,  // int32_t: place in the list of words a|b|c, from 0
+    TOOL_INTS,    // tool_list: 1,2,3
+    TOOL_PAIR,    // tool_list: 1,2; given again, it adds another pair
+    TOOL_CHOICES  // tool_list: a,c
 } tool_kind;
 
 typedef struct tool_option {
-    const char *names; /* as the help shows them: "-m, --model" */
-    const char *value; /* what follows the name, for the help; for choices the words */
+    const char *names; // as the help shows them: "-m, --model"
+    const char *value; // what follows the name, for the help; for choices the words
     tool_kind kind;
     void *out;
-    double min, max; /* of numbers */
+    double min, max; // of numbers
     const char *help;
 } tool_option;
 
@@ -120,8 +120,8 @@ typedef struct tool_list {
     int32_t n, item[TOOL_LIST_MAX];
 } tool_list;
 
-/* The value that starts at `text` and has `size` bytes, as a number that uses all of it: no blanks,
- * no hexadecimals, no "inf", no "nan". Returns 0 if it is none or does not fit. */
+// The value that starts at `text` and has `size` bytes, as a number that uses all of it: no blanks,
+// no hexadecimals, no "inf", no "nan". Returns 0 if it is none or does not fit.
 static inline int tool_number(const char *text, size_t size, double min, double max, int whole,
                               double *out) {
     char copy[64], *end;
@@ -131,12 +131,12 @@ static inline int tool_number(const char *text, size_t size, double min, double 
     if (strspn(copy, whole ? "+-0123456789" : "+-.0123456789eE") != size) return 0;
     errno = 0;
     *out = whole ? (double)strtoll(copy, &end, 10) : strtod(copy, &end);
-    /* strtod calls denormal numbers a range error, too: they count as good */
+    // strtod calls denormal numbers a range error, too: they count as good
     if (end == copy || *end || (errno && (whole || fabs(*out) > 1))) return 0;
     return *out >= min && *out <= max;
 }
 
-/* The place of a word in "a|b|c", -1 if it is not there. */
+// The place of a word in "a|b|c", -1 if it is not there.
 static inline int32_t tool_word(const char *words, const char *text, size_t size) {
     for (int32_t i = 0;; i++) {
         size_t n = strcspn(words, "|");
@@ -146,7 +146,7 @@ static inline int32_t tool_word(const char *words, const char *text, size_t size
     }
 }
 
-/* Is name one of "-m, --model"? */
+// Is name one of "-m, --model"?
 static inline int tool_named(const char *names, const char *name) {
     size_t size = strlen(name);
     while (*names) {
@@ -158,7 +158,7 @@ static inline int tool_named(const char *names, const char *name) {
     return 0;
 }
 
-/* One item of `size` bytes of an option's value. */
+// One item of `size` bytes of an option's value.
 static inline int tool_item(const char *program, const tool_option *o, const char *name,
                             const char *text, size_t size, int32_t *out) {
     double number;
@@ -235,8 +235,8 @@ static inline int tool_set(const char *program, const tool_option *o, const char
     return TOOL_OK;
 }
 
-/* Reads the command line into the table's variables. Ends on the first mistake, with a sentence
- * about it on stderr and TOOL_USAGE. The table ends with a row of zeros. */
+// Reads the command line into the table's variables. Ends on the first mistake, with a sentence
+// about it on stderr and TOOL_USAGE. The table ends with a row of zeros.
 static inline int tool_parse(const char *program, const tool_option *table, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const tool_option *o = table;
@@ -258,8 +258,8 @@ static inline int tool_parse(const char *program, const tool_option *table, int 
     return TOOL_OK;
 }
 
-/* One type for keys and values from what -ctk and -ctv say, -1: nothing. 0 (said so) if they are
- * different: a cache has one type. */
+// One type for keys and values from what -ctk and -ctv say, -1: nothing. 0 (said so) if they are
+// different: a cache has one type.
 static inline int tool_kv_type(const char *program, int32_t k, int32_t v, int32_t *out) {
     *out = k >= 0 ? k : v >= 0 ? v : 0;
     if (k < 0 || v < 0 || k == v) return 1;
@@ -267,7 +267,7 @@ static inline int tool_kv_type(const char *program, int32_t k, int32_t v, int32_
     return 0;
 }
 
-/* The table as text: names and value on the left, the sentence on the right. */
+// The table as text: names and value on the left, the sentence on the right.
 static inline void tool_help(FILE *out, const tool_option *table) {
     for (const tool_option *o = table; o->names; o++) {
         if (o->kind == TOOL_HEADING) {

@@ -1,7 +1,7 @@
-/* Fuzzer of the GGUF reader. With libFuzzer:
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined -DMOE_FUZZ tests/fuzz_gguf.c -o fuzz_gguf
- * Without MOE_FUZZ it is a plain program: it replays the files given as arguments, or, with none,
- * a fixed number of random mutations of a small file of its own. */
+// Fuzzer of the GGUF reader. With libFuzzer:
+//   clang -g -O1 -fsanitize=fuzzer,address,undefined -DMOE_FUZZ tests/fuzz_gguf.c -o fuzz_gguf
+// Without MOE_FUZZ it is a plain program: it replays the files given as arguments, or, with none,
+// a fixed number of random mutations of a small file of its own.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
@@ -56,7 +56,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 enum { SEED_SIZE = 384, RUNS = 200000 };
 
 static uint64_t state = 1;
-static uint32_t random_u32(void) { /* xorshift64* */
+static uint32_t random_u32(void) { // xorshift64*
     state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
     return (uint32_t)(state * 2685821657736338717u >> 32);
 }
@@ -71,7 +71,7 @@ static uint8_t *put_string(uint8_t *at, const char *text) {
     return put(put_u64(at, strlen(text)), text, strlen(text));
 }
 
-/* 5 values, 2 tensors, SEED_SIZE bytes. */
+// 5 values, 2 tensors, SEED_SIZE bytes.
 static void make_seed(uint8_t *seed) {
     memset(seed, 0, SEED_SIZE);
     uint8_t *at = put_u64(put_u64(put_u32(put(seed, "GGUF", 4), 3), 2), 5);
@@ -88,7 +88,7 @@ static void make_seed(uint8_t *seed) {
     put_u64(put_u32(at, MOE_TYPE_F32), 64);
 }
 
-/* Flips, overwrites, boundary values, copies, cuts. */
+// Flips, overwrites, boundary values, copies, cuts.
 static size_t mutate(uint8_t *data, size_t size) {
     static const uint64_t edges[] = {0,           1,          2,           (uint64_t)1 << 31,
                                      UINT32_MAX,  UINT64_MAX, INT64_MAX,   (uint64_t)1 << 63,
@@ -142,7 +142,7 @@ int main(int argc, char **argv) {
         memcpy(data, seed, SEED_SIZE);
         size_t size = SEED_SIZE;
         if (run) size = mutate(data, size);
-        uint8_t *copy = (uint8_t *)malloc(size); /* of exactly this size, for the sanitizers */
+        uint8_t *copy = (uint8_t *)malloc(size); // of exactly this size, for the sanitizers
         if (!copy) return 1;
         memcpy(copy, data, size);
         moe_gguf *gguf = moe_gguf_open_memory(copy, size, NULL, NULL);
@@ -160,4 +160,4 @@ int main(int argc, char **argv) {
     return 0;
 }
 
-#endif /* MOE_FUZZ */
+#endif // MOE_FUZZ

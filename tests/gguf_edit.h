@@ -1,6 +1,6 @@
-/* A GGUF file taken apart, changed, and put together again in memory: for tests that hand broken
- * files to the library. It does not use the library's reader. Changes are made in place in the
- * arrays `values` and `tensors`; an entry with `removed` set is left out. */
+// A GGUF file taken apart, changed, and put together again in memory: for tests that hand broken
+// files to the library. It does not use the library's reader. Changes are made in place in the
+// arrays `values` and `tensors`; an entry with `removed` set is left out.
 #ifndef GGUF_EDIT_H
 #define GGUF_EDIT_H
 #include <stdint.h>
@@ -15,7 +15,7 @@ enum { EDIT_MAX_VALUES = 128, EDIT_MAX_TENSORS = 256 };
 typedef struct edit_value {
     char key[128];
     uint32_t type;
-    const uint8_t *data; /* as in the file */
+    const uint8_t *data; // as in the file
     size_t size;
     int removed;
 } edit_value;
@@ -25,13 +25,13 @@ typedef struct edit_tensor {
     uint32_t n_dims;
     uint64_t ne[4];
     uint32_t type;
-    const uint8_t *data; /* if fewer bytes than the shape needs, zeros follow */
+    const uint8_t *data; // if fewer bytes than the shape needs, zeros follow
     size_t size;
     int removed;
 } edit_tensor;
 
 typedef struct edit_file {
-    uint8_t *bytes; /* the original file */
+    uint8_t *bytes; // the original file
     size_t size;
     edit_value values[EDIT_MAX_VALUES];
     edit_tensor tensors[EDIT_MAX_TENSORS];
@@ -44,7 +44,7 @@ EDIT_FN uint64_t edit_get(const uint8_t **p, int bytes) {
     return x;
 }
 
-/* Bytes of a scalar value by its type, 0 for strings and arrays. */
+// Bytes of a scalar value by its type, 0 for strings and arrays.
 EDIT_FN size_t edit_scalar(uint32_t type) {
     static const uint8_t sizes[13] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
     return type < 13 ? sizes[type] : 0;
@@ -63,7 +63,7 @@ EDIT_FN void edit_skip(const uint8_t **p, uint32_t type) {
     }
 }
 
-/* Weights and bytes per block of the types that tests write. */
+// Weights and bytes per block of the types that tests write.
 EDIT_FN void edit_block(uint32_t type, uint64_t *block, uint64_t *bytes) {
     static const struct {
         uint32_t id, block, bytes;
@@ -78,7 +78,7 @@ EDIT_FN void edit_block(uint32_t type, uint64_t *block, uint64_t *bytes) {
         }
 }
 
-/* The size in bytes that a tensor's shape and type ask for. */
+// The size in bytes that a tensor's shape and type ask for.
 EDIT_FN size_t edit_tensor_size(const edit_tensor *t) {
     uint64_t block, bytes, n = t->ne[0];
     edit_block(t->type, &block, &bytes);
@@ -87,7 +87,7 @@ EDIT_FN size_t edit_tensor_size(const edit_tensor *t) {
     return (size_t)n;
 }
 
-/* 0 if the file cannot be read or has too many entries. */
+// 0 if the file cannot be read or has too many entries.
 EDIT_FN int edit_open(edit_file *e, const char *path) {
     FILE *file = fopen(path, "rb");
     memset(e, 0, sizeof *e);
@@ -143,7 +143,7 @@ EDIT_FN edit_tensor *edit_find_tensor(edit_file *e, const char *name) {
         if (!strcmp(e->tensors[i].name, name)) return &e->tensors[i];
     return NULL;
 }
-/* The value of a key, a new one at the end if there is none yet. */
+// The value of a key, a new one at the end if there is none yet.
 EDIT_FN edit_value *edit_add_value(edit_file *e, const char *key) {
     edit_value *v = edit_find_value(e, key);
     if (v || e->n_values == EDIT_MAX_VALUES) return v;
@@ -152,7 +152,7 @@ EDIT_FN edit_value *edit_add_value(edit_file *e, const char *key) {
     snprintf(v->key, sizeof v->key, "%s", key);
     return v;
 }
-/* data must stay where it is until edit_build. */
+// data must stay where it is until edit_build.
 EDIT_FN void edit_set(edit_file *e, const char *key, uint32_t type, const void *data, size_t size) {
     edit_value *v = edit_add_value(e, key);
     if (!v) return;
@@ -188,7 +188,7 @@ EDIT_FN void edit_put_string(edit_image *m, const char *text) {
 }
 EDIT_FN void edit_pad(edit_image *m) { edit_put_bytes(m, NULL, (32 - m->size % 32) % 32); }
 
-/* The changed file in memory; free image.data. */
+// The changed file in memory; free image.data.
 EDIT_FN edit_image edit_build(const edit_file *e) {
     edit_image m = {NULL, 0, 0};
     uint64_t n_values = 0, n_tensors = 0, offset = 0;

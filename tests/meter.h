@@ -6,9 +6,9 @@
 #define METER_FN __attribute__((unused)) static
 
 typedef struct meter {
-    size_t live, peak, largest; /* bytes */
-    long calls, fail_at;        /* fail_at: the call that fails, from 1; 0: none */
-    size_t limit, most;         /* larger requests fail, and those beyond so many; 0: none */
+    size_t live, peak, largest; // bytes
+    long calls, fail_at;        // fail_at: the call that fails, from 1; 0: none
+    size_t limit, most;         // larger requests fail, and those beyond so many; 0: none
 } meter;
 
 METER_FN void *meter_alloc(void *user, size_t size) {

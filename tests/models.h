@@ -1,5 +1,5 @@
-/* What the tests of models share: small models written on the spot, running a list of tokens
- * through a session in pieces, reference files, and measures of how far logits are apart. */
+// What the tests of models share: small models written on the spot, running a list of tokens
+// through a session in pieces, reference files, and measures of how far logits are apart.
 #ifndef MODELS_H
 #define MODELS_H
 #include "test.h"
@@ -9,7 +9,7 @@
 
 #define MODELS_FN __attribute__((unused)) static
 
-/* With a sanitizer everything takes 5 to 20 times as long: the tests do less then. */
+// With a sanitizer everything takes 5 to 20 times as long: the tests do less then.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define MODELS_SLOW 1
 #elif defined(__has_feature)
@@ -21,10 +21,10 @@
 #define MODELS_SLOW 0
 #endif
 
-/* ---- files ----------------------------------------------------------------------------------- */
+// ---- files -----------------------------------------------------------------------------------
 
 enum { MODELS_MAX_FILES = 512 };
-static char *models_files[MODELS_MAX_FILES]; /* written by this process, removed at its end */
+static char *models_files[MODELS_MAX_FILES]; // written by this process, removed at its end
 static int models_n_files;
 static char models_folder[64];
 
@@ -37,7 +37,7 @@ MODELS_FN void models_clean(void) {
     if (*models_folder) rmdir(models_folder);
 }
 
-/* A path in this process's own folder below build/. What is written there disappears at exit. */
+// A path in this process's own folder below build/. What is written there disappears at exit.
 MODELS_FN const char *models_path(const char *name) {
     char path[256];
     if (!*models_folder) {
@@ -58,8 +58,8 @@ MODELS_FN const char *models_path(const char *name) {
     return models_files[models_n_files++] = strcpy(copy, path);
 }
 
-/* A small model of a named shape, made if it is not there yet. (q_lora and vocab are not part of */
-/* its name: use synth_write for such models.) */
+// A small model of a named shape, made if it is not there yet. (q_lora and vocab are not part of
+// its name: use synth_write for such models.)
 MODELS_FN const char *models_write(const char *config, const synth_options *options) {
     static const char *const forms[3] = {"", "-split", "-both"};
     static const char *const keys[3] = {"-old", "", "-mla"};
@@ -82,7 +82,7 @@ MODELS_FN const char *models_simple(const char *config, const char *type) {
     return models_write(config, &options);
 }
 
-/* Small models of token ids: all families, all forms of attention tensors. */
+// Small models of token ids: all families, all forms of attention tensors.
 MODELS_FN const char *models_form(int i) {
     synth_options o;
     memset(&o, 0, sizeof o);
@@ -95,7 +95,7 @@ MODELS_FN const char *models_form(int i) {
 }
 enum { MODELS_FORMS = 8 };
 
-/* A whole file of numbers; NULL if it is not there. */
+// A whole file of numbers; NULL if it is not there.
 MODELS_FN float *models_read_floats(const char *path, size_t *count) {
     FILE *file = fopen(path, "rb");
     if (!file) return NULL;
@@ -133,23 +133,23 @@ MODELS_FN moe_model *models_open(const char *path) {
     return model;
 }
 
-/* ---- running --------------------------------------------------------------------------------- */
+// ---- running ---------------------------------------------------------------------------------
 
-/* n tokens spread over the vocabulary, with repetitions. */
+// n tokens spread over the vocabulary, with repetitions.
 MODELS_FN void models_tokens(int32_t *tokens, int n, int n_vocab, uint64_t seed) {
     for (int i = 0; i < n; i++)
         tokens[i] = (int32_t)(synth_random(seed, (uint64_t)(i % 7 == 6 ? i - 3 : i)) %
                               (uint64_t)n_vocab);
 }
 
-enum { MODELS_WHOLE = 0, MODELS_ODD = -1 }; /* or the number of tokens per eval */
+enum { MODELS_WHOLE = 0, MODELS_ODD = -1 }; // or the number of tokens per eval
 
 MODELS_FN int models_step(int step, int call) {
     static const int odd[] = {1, 2, 3, 5, 7, 31, 1, 64, 4, 33, 129, 6, 17};
     return step == MODELS_ODD ? odd[call % (int)(sizeof odd / sizeof odd[0])] : step;
 }
 
-/* Evaluates tokens first .. n - 1 and keeps their logits, n x n_vocab from row `first` on. */
+// Evaluates tokens first .. n - 1 and keeps their logits, n x n_vocab from row `first` on.
 MODELS_FN int models_eval(moe_session *session, const int32_t *tokens, int first, int n, int step,
                        float *logits) {
     size_t V = (size_t)moe_model_get_info(moe_session_model(session))->n_vocab;
@@ -172,7 +172,7 @@ MODELS_FN int models_eval(moe_session *session, const int32_t *tokens, int first
     return moe_session_length(session) == n;
 }
 
-/* Logits of every token in a new session, evaluated in pieces; NULL (with a message) on failure. */
+// Logits of every token in a new session, evaluated in pieces; NULL (with a message) on failure.
 MODELS_FN float *models_run(const moe_model *model, const moe_session_options *options,
                          const int32_t *tokens, int n, int step) {
     moe_error error;
@@ -194,15 +194,15 @@ MODELS_FN float *models_run(const moe_model *model, const moe_session_options *o
     return logits;
 }
 
-/* The first logits are what later ones are compared with; those are freed. */
+// The first logits are what later ones are compared with; those are freed.
 MODELS_FN void models_keep_first(float **first, float *logits) {
     if (*first) free(logits);
     else *first = logits;
 }
 
-/* ---- measures -------------------------------------------------------------------------------- */
+// ---- measures --------------------------------------------------------------------------------
 
-/* sum((x - r)^2) / sum(r^2); infinite if anything is not a finite number. */
+// sum((x - r)^2) / sum(r^2); infinite if anything is not a finite number.
 MODELS_FN double models_nmse(const float *x, const double *r, size_t n) {
     double off = 0, all = 0;
     for (size_t i = 0; i < n; i++) {
@@ -221,7 +221,7 @@ MODELS_FN double models_median(double *x, int n) {
     return n % 2 ? x[n / 2] : 0.5 * (x[n / 2 - 1] + x[n / 2]);
 }
 
-/* sum(p * (log p - log q)) with p = softmax(r), q = softmax(x). */
+// sum(p * (log p - log q)) with p = softmax(r), q = softmax(x).
 MODELS_FN double models_kl(const float *x, const double *r, int n) {
     double max_x = -INFINITY, max_r = -INFINITY, sum_x = 0, sum_r = 0, kl = 0;
     for (int i = 0; i < n; i++) {
@@ -239,7 +239,7 @@ MODELS_FN double models_kl(const float *x, const double *r, int n) {
     return kl == kl ? kl : INFINITY;
 }
 
-/* The median over rows, of the KL divergence or of the row's NMSE. */
+// The median over rows, of the KL divergence or of the row's NMSE.
 MODELS_FN double models_median_row(const float *x, const double *r, int rows, int width, int kl) {
     double *row = (double *)malloc(sizeof(double) * (size_t)rows), median;
     if (!row) return INFINITY;
@@ -259,7 +259,7 @@ MODELS_FN double *models_doubles(const float *x, size_t n) {
     return r;
 }
 
-/* Instruction sets to test: those that this machine has. */
+// Instruction sets to test: those that this machine has.
 MODELS_FN const moe_isa models_isas[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX512};
 MODELS_FN int models_has_isa(moe_isa isa) { return moe_isa_resolve(isa) == isa; }
 

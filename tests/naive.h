@@ -1,13 +1,13 @@
-/* A deliberately naive forward pass of deepseek2, qwen2moe, qwen3moe, olmoe, gpt-oss and llama with
- * experts (Mixtral), for tests only: double precision, plain loops, no cache, no batching, nothing
- * absorbed or fused. It reads the file with the public functions alone and follows the formulas
- * word for word, so that it can serve as their documentation and as the judge of the engine.
- *
- *     x = token_embd[token]
- *     for each layer:   x += attention(rms(x, attn_norm));   x += mlp(rms(x, ffn_norm))
- *     logits = output * rms(x, output_norm)
- *
- * All tokens go through a layer together, x is n x n_embd; position = index of the token. */
+// A deliberately naive forward pass of deepseek2, qwen2moe, qwen3moe, olmoe, gpt-oss and llama with
+// experts (Mixtral), for tests only: double precision, plain loops, no cache, no batching, nothing
+// absorbed or fused. It reads the file with the public functions alone and follows the formulas
+// word for word, so that it can serve as their documentation and as the judge of the engine.
+//
+//     x = token_embd[token]
+//     for each layer:   x += attention(rms(x, attn_norm));   x += mlp(rms(x, ffn_norm))
+//     logits = output * rms(x, output_norm)
+//
+// All tokens go through a layer together, x is n x n_embd; position = index of the token.
 #ifndef NAIVE_H
 #define NAIVE_H
 #include "../moe_infer.h"
@@ -16,45 +16,45 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Roundings that an engine does on purpose, so that wrong results can be told from rounded */
-/* ones. NULL or zeros: none. */
+// Roundings that an engine does on purpose, so that wrong results can be told from rounded
+// ones. NULL or zeros: none.
 typedef struct naive_options {
-    int kv_f16;           /* what is cached (keys, values, latents): to half precision */
-    int kv_q8_0;          /* the same: to 8 bits per value, blocks of 32 with an f16 scale */
-    int activations_int8; /* inputs of quantized matrices: to 8 bits, in steps of max |x| / 127 */
-                          /* within a block of the matrix's type */
+    int kv_f16;           // what is cached (keys, values, latents): to half precision
+    int kv_q8_0;          // the same: to 8 bits per value, blocks of 32 with an f16 scale
+    int activations_int8; // inputs of quantized matrices: to 8 bits, in steps of max |x| / 127
+                          // within a block of the matrix's type
 } naive_options;
 
 typedef struct naive_model {
     const moe_gguf *gguf;
     naive_options options;
     char family[32];
-    int mla;       /* deepseek2; the others have grouped-query attention */
-    int rope_norm; /* rotated pairs are neighbours: deepseek2, llama */
-    int oss;       /* gpt-oss */
+    int mla;       // deepseek2; the others have grouped-query attention
+    int rope_norm; // rotated pairs are neighbours: deepseek2, llama
+    int oss;       // gpt-oss
     int n_layer, n_embd, n_vocab, n_head, n_head_kv;
-    int dk, dv;             /* width of a head's query and key, and of its value */
-    int n_rot;              /* values of a head that are rotated */
-    int nope, kv_lora;      /* deepseek2: dk = nope + n_rot; width of the latent */
-    int n_lead;             /* layers at the start with a dense MLP */
+    int dk, dv;             // width of a head's query and key, and of its value
+    int n_rot;              // values of a head that are rotated
+    int nope, kv_lora;      // deepseek2: dk = nope + n_rot; width of the latent
+    int n_lead;             // layers at the start with a dense MLP
     int n_exp, n_used;
-    int sigmoid, norm_w;    /* gating function; weights divided by their sum */
-    double scale_w;         /* weights multiplied by this */
+    int sigmoid, norm_w;    // gating function; weights divided by their sum
+    double scale_w;         // weights multiplied by this
     int n_group, n_group_used;
     double eps, softmax_scale;
-    double rope_base, rope_factor, rope_mul; /* rope_mul: factor of cos and sin */
-    const float *rope_factors; /* NULL, or what the angles are divided by */
-    double clamp_kqv;       /* olmoe: queries, keys and values stay within this; 0: no bound */
-    int window;             /* gpt-oss, some layers: a token sees itself and window - 1 others */
-    double temperature;     /* deepseek2: factor of queries far from the start */
+    double rope_base, rope_factor, rope_mul; // rope_mul: factor of cos and sin
+    const float *rope_factors; // NULL, or what the angles are divided by
+    double clamp_kqv;       // olmoe: queries, keys and values stay within this; 0: no bound
+    int window;             // gpt-oss, some layers: a token sees itself and window - 1 others
+    double temperature;     // deepseek2: factor of queries far from the start
     int temperature_length;
     int yarn;
-    double yarn_low, yarn_high; /* the ramp, in pairs of values */
-    void *memory[256];      /* what is allocated, freed in reverse order */
+    double yarn_low, yarn_high; // the ramp, in pairs of values
+    void *memory[256];      // what is allocated, freed in reverse order
     int n_memory, failed;
 } naive_model;
 
-/* ---- reading the file ------------------------------------------------------------------------ */
+// ---- reading the file ------------------------------------------------------------------------
 
 static void *naive_alloc(naive_model *m, size_t count, size_t size) {
     void *p = calloc(count ? count : 1, size);
@@ -65,9 +65,9 @@ static void *naive_alloc(naive_model *m, size_t count, size_t size) {
     return m->memory[m->n_memory++] = p;
 }
 typedef struct naive_matrix {
-    const float *w; /* row by row */
-    int block;      /* of the type that the weights had in the file */
-    const float *bias; /* NULL: none, or added by the caller */
+    const float *w; // row by row
+    int block;      // of the type that the weights had in the file
+    const float *bias; // NULL: none, or added by the caller
 } naive_matrix;
 
 static double *naive_doubles(naive_model *m, size_t n) {
@@ -77,7 +77,7 @@ static void naive_free_down_to(naive_model *m, int n_memory) {
     while (m->n_memory > n_memory) free(m->memory[--m->n_memory]);
 }
 
-/* A key of the model's family. */
+// A key of the model's family.
 static const moe_gguf_value *naive_key(const naive_model *m, const char *key) {
     char full[128];
     snprintf(full, sizeof full, "%s.%s", m->family, key);
@@ -109,10 +109,10 @@ static const moe_gguf_tensor *naive_find(const naive_model *m, int layer, const 
     return moe_gguf_find_tensor(m->gguf, full);
 }
 
-/* NAME.scale, if the file has it, multiplies the products with NAME.weight: one factor for all, */
-/* or one per expert. Here it multiplies the weights. Some families know it for the attention */
-/* only (so say the reference results: other scales in such a file do not count), but for NVFP4 */
-/* weights, of which it is a part. */
+// NAME.scale, if the file has it, multiplies the products with NAME.weight: one factor for all,
+// or one per expert. Here it multiplies the weights. Some families know it for the attention
+// only (so say the reference results: other scales in such a file do not count), but for NVFP4
+// weights, of which it is a part.
 static void naive_apply_scale(naive_model *m, int layer, const char *name, float *w,
                               int64_t count) {
     char other[64];
@@ -132,7 +132,7 @@ static void naive_apply_scale(naive_model *m, int layer, const char *name, float
     }
 }
 
-/* All values of a tensor as floats, in GGUF's order. `count` is how many there must be. */
+// All values of a tensor as floats, in GGUF's order. `count` is how many there must be.
 static const float *naive_weights(naive_model *m, int layer, const char *name, int64_t count) {
     const moe_gguf_tensor *t = naive_find(m, layer, name);
     float *w = (float *)naive_alloc(m, (size_t)count, sizeof(float));
@@ -157,9 +157,9 @@ static naive_matrix naive_get_matrix(naive_model *m, int layer, const char *name
     return matrix;
 }
 
-/* ---- building blocks ------------------------------------------------------------------------- */
+// ---- building blocks -------------------------------------------------------------------------
 
-/* x rounded to a multiple of max |x| / 127, block by block. */
+// x rounded to a multiple of max |x| / 127, block by block.
 static void naive_round_int8(const double *x, int n, int block, double *rounded) {
     for (int start = 0; start < n; start += block) {
         int end = start + block < n ? start + block : n;
@@ -172,7 +172,7 @@ static void naive_round_int8(const double *x, int n, int block, double *rounded)
     }
 }
 
-/* To half precision: 11 bits, in steps of 2^-24 at least. */
+// To half precision: 11 bits, in steps of 2^-24 at least.
 static double naive_f16(double x) {
     int exponent;
     frexp(x, &exponent);
@@ -180,7 +180,7 @@ static double naive_f16(double x) {
     return rint((double)(float)x / step) * step;
 }
 
-/* n cached values; for Q8_0 whole blocks of 32: scale max |x| / 127 as f16, then levels. */
+// n cached values; for Q8_0 whole blocks of 32: scale max |x| / 127 as f16, then levels.
 static void naive_round_cached(const naive_model *m, double *x, int n) {
     for (int i = 0; i < n && m->options.kv_f16; i++) x[i] = naive_f16(x[i]);
     for (int start = 0; start < n && m->options.kv_q8_0; start += 32) {
@@ -194,7 +194,7 @@ static void naive_round_cached(const naive_model *m, double *x, int n) {
     }
 }
 
-/* y[o] = sum of w[o][i] * x[i] over i */
+// y[o] = sum of w[o][i] * x[i] over i
 static void naive_linear(naive_model *m, naive_matrix matrix, int n_in, int n_out, const double *x,
                          double *y) {
     int mark = m->n_memory;
@@ -216,7 +216,7 @@ static void naive_add(const float *bias, int n, double *y) {
     for (int i = 0; i < n && bias; i++) y[i] += (double)bias[i];
 }
 
-/* y = x / sqrt(mean(x^2) + eps) * gain. y may be x. */
+// y = x / sqrt(mean(x^2) + eps) * gain. y may be x.
 static void naive_rms(const double *x, const float *gain, int n, double eps, double *y) {
     double sum = 0;
     for (int i = 0; i < n; i++) sum += x[i] * x[i];
@@ -226,8 +226,8 @@ static void naive_rms(const double *x, const float *gain, int n, double eps, dou
 
 static double naive_sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
-/* The angle of pair i at a position: pos * base^(-2i / n_rot), stretched by the factor. YaRN */
-/* stretches slow pairs (ramp 0) and leaves fast ones (ramp 1), blending between the two. */
+// The angle of pair i at a position: pos * base^(-2i / n_rot), stretched by the factor. YaRN
+// stretches slow pairs (ramp 0) and leaves fast ones (ramp 1), blending between the two.
 static double naive_angle(const naive_model *m, int position, int i) {
     double angle = position * pow(m->rope_base, -2.0 * i / m->n_rot);
     double ramp = 0;
@@ -240,7 +240,7 @@ static double naive_angle(const naive_model *m, int position, int i) {
     return angle / m->rope_factor * (1 - ramp) + angle * ramp;
 }
 
-/* Rotates pairs of n_rot values: (2i, 2i + 1) in some families, (i, i + n_rot / 2) in others. */
+// Rotates pairs of n_rot values: (2i, 2i + 1) in some families, (i, i + n_rot / 2) in others.
 static void naive_rope(const naive_model *m, double *x, int position) {
     for (int i = 0; i < m->n_rot / 2; i++) {
         int first = m->rope_norm ? 2 * i : i, second = m->rope_norm ? 2 * i + 1 : i + m->n_rot / 2;
@@ -250,8 +250,8 @@ static void naive_rope(const naive_model *m, double *x, int position) {
     }
 }
 
-/* One unit between gate * x and up * x: silu(g) * u with silu(z) = z * sigmoid(z). gpt-oss cuts */
-/* off g above 7 and u beyond 7 either way, and has g * sigmoid(1.702 g) * (u + 1). */
+// One unit between gate * x and up * x: silu(g) * u with silu(z) = z * sigmoid(z). gpt-oss cuts
+// off g above 7 and u beyond 7 either way, and has g * sigmoid(1.702 g) * (u + 1).
 static double naive_activation(const naive_model *m, double g, double u) {
     if (!m->oss) return g * naive_sigmoid(g) * u;
     g = g > 7 ? 7 : g;
@@ -259,7 +259,7 @@ static double naive_activation(const naive_model *m, double g, double u) {
     return g * naive_sigmoid(1.702 * g) * (u + 1);
 }
 
-/* out = down * activation(gate * x, up * x), added with weight w; each matrix with its bias. */
+// out = down * activation(gate * x, up * x), added with weight w; each matrix with its bias.
 static void naive_swiglu(naive_model *m, naive_matrix gate, naive_matrix up, naive_matrix down,
                          int width, const double *x, double w, double *out) {
     int mark = m->n_memory;
@@ -276,11 +276,11 @@ static void naive_swiglu(naive_model *m, naive_matrix gate, naive_matrix up, nai
     naive_free_down_to(m, mark);
 }
 
-/* ---- attention ------------------------------------------------------------------------------- */
+// ---- attention -------------------------------------------------------------------------------
 
-/* Head by head, every token looks back at all up to itself, or at the last `window` of them: q */
-/* n x n_head * dk, k n x n_kv * dk, v n x n_kv * dv, out n x n_head * dv. Query head h uses head */
-/* h / (n_head / n_kv) of k and v. A sink is a score of a head whose exponential joins the sum. */
+// Head by head, every token looks back at all up to itself, or at the last `window` of them: q
+// n x n_head * dk, k n x n_kv * dk, v n x n_kv * dv, out n x n_head * dv. Query head h uses head
+// h / (n_head / n_kv) of k and v. A sink is a score of a head whose exponential joins the sum.
 static void naive_attend(naive_model *m, int n, const double *q, const double *k, const double *v,
                          int n_kv, int window, const float *sinks, double *out) {
     int mark = m->n_memory;
@@ -310,8 +310,8 @@ static void naive_attend(naive_model *m, int n, const double *q, const double *k
     naive_free_down_to(m, mark);
 }
 
-/* Grouped-query attention: biases if the file has them, then norms of queries and keys, if the */
-/* file has them, each head's by itself or (olmoe) of all heads together, then the rotation. */
+// Grouped-query attention: biases if the file has them, then norms of queries and keys, if the
+// file has them, each head's by itself or (olmoe) of all heads together, then the rotation.
 static void naive_norm_heads(const naive_model *m, const float *gain, int n_head, double *x) {
     int wide = !strcmp(m->family, "olmoe"), width = wide ? n_head * m->dk : m->dk;
     for (int h = 0; h < (wide ? 1 : n_head) && gain; h++)
@@ -321,7 +321,7 @@ static void naive_clamp(const naive_model *m, double *x, int64_t n) {
     for (int64_t i = 0; i < n && m->clamp_kqv > 0; i++)
         x[i] = fmax(-m->clamp_kqv, fmin(m->clamp_kqv, x[i]));
 }
-/* gpt-oss: by an array, or by a period, whose last layer sees all; 0: all have a window. */
+// gpt-oss: by an array, or by a period, whose last layer sees all; 0: all have a window.
 static int naive_window(const naive_model *m, int layer) {
     const moe_gguf_value *value = naive_key(m, "attention.sliding_window_pattern");
     int64_t sliding = 0;
@@ -366,9 +366,9 @@ static void naive_attention_gqa(naive_model *m, int layer, int n, const double *
                  out);
 }
 
-/* The latent's expansion as one matrix kv_b[h * (nope + dv) + row][r], whatever form the file */
-/* has: rows 0..nope-1 of a head make its key, the other dv its value. Files with attn_k_b hold */
-/* the key rows transposed, k_b[h][r][i], and the value rows in attn_v_b, v_b[h][j][r]. */
+// The latent's expansion as one matrix kv_b[h * (nope + dv) + row][r], whatever form the file
+// has: rows 0..nope-1 of a head make its key, the other dv its value. Files with attn_k_b hold
+// the key rows transposed, k_b[h][r][i], and the value rows in attn_v_b, v_b[h][j][r].
 static naive_matrix naive_kv_b(naive_model *m, int layer) {
     int64_t H = m->n_head, N = m->nope, L = m->kv_lora, V = m->dv;
     if (naive_find(m, layer, "attn_kv_b.weight"))
@@ -387,8 +387,8 @@ static naive_matrix naive_kv_b(naive_model *m, int layer) {
     return matrix;
 }
 
-/* Queries of multi-head latent attention: from x directly, or through a normed bottleneck. Each */
-/* head has nope values, then n_rot that are rotated. */
+// Queries of multi-head latent attention: from x directly, or through a normed bottleneck. Each
+// head has nope values, then n_rot that are rotated.
 static void naive_mla_queries(naive_model *m, int layer, int n, const double *xn, double *q) {
     int64_t E = m->n_embd, nq = (int64_t)m->n_head * m->dk;
     if (naive_find(m, layer, "attn_q.weight")) {
@@ -415,8 +415,8 @@ static void naive_mla_queries(naive_model *m, int layer, int n, const double *xn
     }
 }
 
-/* Multi-head latent attention, not absorbed: each token's latent is normed and expanded into one */
-/* key and one value per head; the rotated part of the key is the same for all heads. */
+// Multi-head latent attention, not absorbed: each token's latent is normed and expanded into one
+// key and one value per head; the rotated part of the key is the same for all heads.
 static void naive_attention_mla(naive_model *m, int layer, int n, const double *xn, double *out) {
     int64_t E = m->n_embd, L = m->kv_lora, R = m->n_rot, N = m->nope, V = m->dv, H = m->n_head;
     naive_matrix kv_a = naive_get_matrix(m, layer, "attn_kv_a_mqa.weight", E, L + R);
@@ -443,7 +443,7 @@ static void naive_attention_mla(naive_model *m, int layer, int n, const double *
     naive_attend(m, n, q, k, v, m->n_head, 0, NULL, out);
 }
 
-/* x += attn_output * attention(rms(x)) */
+// x += attn_output * attention(rms(x))
 static void naive_attention(naive_model *m, int layer, int n, double *x) {
     int mark = m->n_memory;
     int64_t E = m->n_embd, no = (int64_t)m->n_head * m->dv;
@@ -463,10 +463,10 @@ static void naive_attention(naive_model *m, int layer, int n, double *x) {
     naive_free_down_to(m, mark);
 }
 
-/* ---- experts --------------------------------------------------------------------------------- */
+// ---- experts ---------------------------------------------------------------------------------
 
-/* Group-limited routing: of n_group groups of neighbouring experts only the n_group_used stay */
-/* whose two best experts together score most; the others' scores become minus infinity. */
+// Group-limited routing: of n_group groups of neighbouring experts only the n_group_used stay
+// whose two best experts together score most; the others' scores become minus infinity.
 static void naive_limit_groups(naive_model *m, double *score) {
     int mark = m->n_memory, size = m->n_exp / m->n_group;
     double *group = naive_doubles(m, (size_t)m->n_group);
@@ -483,7 +483,7 @@ static void naive_limit_groups(naive_model *m, double *score) {
         group[g] = first + (size > 1 ? second : 0);
     }
     for (int dropped = 0; dropped < m->n_group - m->n_group_used; dropped++) {
-        int worst = -1; /* of several, the last */
+        int worst = -1; // of several, the last
         for (int g = 0; g < m->n_group; g++)
             if (group[g] != INFINITY && (worst < 0 || group[g] <= group[worst])) worst = g;
         group[worst] = INFINITY;
@@ -492,7 +492,7 @@ static void naive_limit_groups(naive_model *m, double *score) {
     naive_free_down_to(m, mark);
 }
 
-/* Which experts a token goes to, and with what weight. */
+// Which experts a token goes to, and with what weight.
 static void naive_route(naive_model *m, naive_matrix router, const float *bias, const double *x,
                         int *chosen, double *weight) {
     int mark = m->n_memory;
@@ -508,12 +508,12 @@ static void naive_route(naive_model *m, naive_matrix router, const float *bias, 
     }
     for (int e = 0; e < m->n_exp; e++) {
         if (!m->sigmoid) p[e] /= sum;
-        score[e] = p[e] + (bias ? (double)bias[e] : 0); /* for choosing only */
+        score[e] = p[e] + (bias ? (double)bias[e] : 0); // for choosing only
     }
     if (m->n_group > 1) naive_limit_groups(m, score);
     sum = 0;
     for (int i = 0; i < m->n_used; i++) {
-        int best = -1; /* of several, the first */
+        int best = -1; // of several, the first
         for (int e = 0; e < m->n_exp; e++)
             if (!isnan(score[e]) && (best < 0 || score[e] > score[best])) best = e;
         score[best] = NAN;
@@ -528,8 +528,8 @@ static void naive_route(naive_model *m, naive_matrix router, const float *bias, 
     naive_free_down_to(m, mark);
 }
 
-/* The experts' gate and up matrices, {n_embd, width, n_exp} each; a file may have them as one */
-/* tensor, per expert the rows of gate and then those of up. Biases stay with the caller. */
+// The experts' gate and up matrices, {n_embd, width, n_exp} each; a file may have them as one
+// tensor, per expert the rows of gate and then those of up. Biases stay with the caller.
 static void naive_gate_up(naive_model *m, int layer, int64_t *width, naive_matrix *gate,
                           naive_matrix *up) {
     const moe_gguf_tensor *fused = naive_find(m, layer, "ffn_gate_up_exps.weight");
@@ -555,15 +555,15 @@ static void naive_gate_up(naive_model *m, int layer, int64_t *width, naive_matri
     gate->bias = up->bias = NULL;
 }
 
-/* One expert's bias: row `expert` of NAME.bias {width, n_exp}, if the file has it. */
+// One expert's bias: row `expert` of NAME.bias {width, n_exp}, if the file has it.
 static const float *naive_expert_bias(naive_model *m, int layer, const char *name, int64_t width,
                                       int expert) {
     const float *bias = naive_optional(m, layer, name, width * m->n_exp);
     return bias ? bias + expert * width : NULL;
 }
 
-/* x += sum of the chosen experts, weighted, + the shared experts (one MLP, with weight 1, or in */
-/* qwen2moe the sigmoid of its gate's product with the input) */
+// x += sum of the chosen experts, weighted, + the shared experts (one MLP, with weight 1, or in
+// qwen2moe the sigmoid of its gate's product with the input)
 static void naive_experts(naive_model *m, int layer, int n, const double *xn, double *x) {
     const moe_gguf_tensor *shared = naive_find(m, layer, "ffn_gate_shexp.weight");
     int64_t E = m->n_embd, X = m->n_exp, F, S = shared ? shared->ne[1] : 0;
@@ -626,9 +626,9 @@ static void naive_mlp(naive_model *m, int layer, int n, double *x) {
     naive_free_down_to(m, mark);
 }
 
-/* ---- hyper-parameters ------------------------------------------------------------------------ */
+// ---- hyper-parameters ------------------------------------------------------------------------
 
-/* YaRN: a pair that turns beta times within the original context has this index. */
+// YaRN: a pair that turns beta times within the original context has this index.
 static double naive_yarn_pair(const naive_model *m, double context, double beta) {
     const double pi = 3.14159265358979323846;
     return m->n_rot * log(context / (2 * pi * beta)) / (2 * log(m->rope_base));
@@ -651,8 +651,8 @@ static void naive_read_rope(naive_model *m) {
         m->yarn_high = high < m->n_rot - 1 ? high : m->n_rot - 1;
     }
     if (m->yarn) m->rope_mul = 1 + 0.1 * log(m->rope_factor);
-    if (m->mla) { /* the stretched context's correction is in the scores, not in cos and sin; */
-                  /* without the key, in both */
+    if (m->mla) { // the stretched context's correction is in the scores, not in cos and sin;
+                  // without the key, in both
         double log_mul = naive_real(m, "rope.scaling.yarn_log_multiplier", 0);
         if (log_mul > 0 || !m->yarn) m->rope_mul = 1;
         else log_mul = 0.1;
@@ -681,8 +681,8 @@ static void naive_read(naive_model *m, const moe_gguf *gguf, const naive_options
     m->eps = naive_real(m, "attention.layer_norm_rms_epsilon", 0);
     m->n_exp = naive_int(m, "expert_count", 0);
     m->n_used = naive_int(m, "expert_used_count", 0);
-    /* gpt-oss takes the softmax of the chosen experts' scores: the softmax of all, divided by */
-    /* the sum of the chosen, as in qwen3moe and llama. */
+    // gpt-oss takes the softmax of the chosen experts' scores: the softmax of all, divided by
+    // the sum of the chosen, as in qwen3moe and llama.
     m->norm_w = strcmp(m->family, "qwen2moe") != 0 && strcmp(m->family, "olmoe") != 0;
     m->scale_w = 1;
     if (!strcmp(m->family, "olmoe")) m->clamp_kqv = naive_real(m, "attention.clamp_kqv", 0);
@@ -700,7 +700,7 @@ static void naive_read(naive_model *m, const moe_gguf *gguf, const naive_options
         m->n_lead = naive_int(m, "leading_dense_block_count", 0);
         m->norm_w = naive_flag(m, "expert_weights_norm", 0);
         if (scale > 0) m->scale_w = scale;
-        /* Without the key: softmax, but GLM-4.7-Flash (47 layers, 48 with its extra one). */
+        // Without the key: softmax, but GLM-4.7-Flash (47 layers, 48 with its extra one).
         m->sigmoid = gating ? gating == 2 : m->n_layer == 47 || m->n_layer == 48;
         m->temperature = naive_real(m, "attention.temperature_scale", 0);
         m->temperature_length = naive_int(m, "attention.temperature_length", 1);
@@ -710,8 +710,8 @@ static void naive_read(naive_model *m, const moe_gguf *gguf, const naive_options
     naive_read_rope(m);
 }
 
-/* Logits of every position, n_tokens x *n_vocab; the caller frees them. NULL if the file lacks */
-/* something. */
+// Logits of every position, n_tokens x *n_vocab; the caller frees them. NULL if the file lacks
+// something.
 static double *naive_logits(const moe_gguf *gguf, const int32_t *tokens, int n_tokens,
                             const naive_options *options, int *n_vocab) {
     naive_model model, *m = &model;
@@ -721,7 +721,7 @@ static double *naive_logits(const moe_gguf *gguf, const int32_t *tokens, int n_t
     const float *gain = naive_weights(m, -1, "output_norm.weight", E);
     naive_matrix head = naive_find(m, -1, "output.weight")
                             ? naive_get_matrix(m, -1, "output.weight", E, V)
-                            : embd; /* tied */
+                            : embd; // tied
     double *x = naive_doubles(m, (size_t)(n_tokens * E)), *xn = naive_doubles(m, (size_t)E);
     for (int t = 0; t < n_tokens && !m->failed; t++)
         for (int64_t i = 0; i < E; i++) x[t * E + i] = (double)embd.w[tokens[t] * E + i];

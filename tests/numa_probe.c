@@ -1,14 +1,14 @@
-/* Placement of weights on a machine that has several memory nodes; tests/numa.sh runs it as the
- * first process of a virtual one. Every page of every tensor is looked up and compared with the
- * node of the thread whose rows it holds. */
+// Placement of weights on a machine that has several memory nodes; tests/numa.sh runs it as the
+// first process of a virtual one. Every page of every tensor is looked up and compared with the
+// node of the thread whose rows it holds.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "models.h"
 #include <sys/mount.h>
 #include <sys/reboot.h>
 
-/* Pages of the weights on the node where they should be, and of all; a page on a border counts as
- * right on either side. */
+// Pages of the weights on the node where they should be, and of all; a page on a border counts as
+// right on either side.
 static void count_pages(const moe_model *model, const moe__machine *machine, moe_numa numa,
                         int n_threads, int64_t *right, int64_t *all) {
     moe__nodes nodes;
@@ -55,8 +55,8 @@ TEST(the_machine_has_two_nodes) {
     CHECK(moe__pool_default_threads() == 4);
 }
 
-/* Fresh pages, as malloc gives them for real models: what it gives for small ones may have been
- * huge pages before, which do not lie in two places. */
+// Fresh pages, as malloc gives them for real models: what it gives for small ones may have been
+// huge pages before, which do not lie in two places.
 static void *fresh_alloc(void *user, size_t size) {
     (void)user;
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -110,7 +110,7 @@ TEST(weights_are_placed) {
     free(expected);
 }
 
-/* Jobs smaller than the pool: both nodes take part, every thread on its node. */
+// Jobs smaller than the pool: both nodes take part, every thread on its node.
 static int32_t seen[4];
 static void where_job(void *context, int thread, int n) {
     unsigned cpu = 0, node = 0;

@@ -1,20 +1,20 @@
-/* What the bits of every tensor type mean, once more: written from ../shared/spec/quants.md alone,
- * one weight at a time, in double precision. Sizes come from the type table, which test_types holds
- * against the sheet. A type that is missing here decodes to NaN. Also: random rows, their scales,
- * and the comparison of sums. Include it behind moe_infer.h and test.h. */
+// What the bits of every tensor type mean, once more: written from ../shared/spec/quants.md alone,
+// one weight at a time, in double precision. Sizes come from the type table, which test_types holds
+// against the sheet. A type that is missing here decodes to NaN. Also: random rows, their scales,
+// and the comparison of sums. Include it behind moe_infer.h and test.h.
 #ifndef SHEET_H
 #define SHEET_H
 
-enum { LAST_ISA = MOE_ISA_AVX_VNNI }; /* the largest number of an instruction set */
+enum { LAST_ISA = MOE_ISA_AVX_VNNI }; // the largest number of an instruction set
 
-/* ---- numbers --------------------------------------------------------------------------------- */
+// ---- numbers ---------------------------------------------------------------------------------
 
 static uint64_t sheet_seed = 1;
 __attribute__((unused)) static uint32_t random_u32(void) {
     sheet_seed = sheet_seed * 6364136223846793005u + 1442695040888963407u;
     return (uint32_t)(sheet_seed >> 33) ^ (uint32_t)(sheet_seed >> 13);
 }
-__attribute__((unused)) static float random_f32(void) { /* -1 .. 1 */
+__attribute__((unused)) static float random_f32(void) { // -1 .. 1
     return (float)((double)random_u32() / 2147483648.0 - 1);
 }
 
@@ -40,7 +40,7 @@ static double sheet_ue4m3(int x) {
     return 0.5 * (exponent ? ldexp(1 + m / 8.0, exponent - 7) : ldexp(m, -9));
 }
 
-/* ---- tables ---------------------------------------------------------------------------------- */
+// ---- tables ----------------------------------------------------------------------------------
 
 static const int sheet_fp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 static const int sheet_k2[8] = {-31, -13, 1, 17, -26, -8, 6, 22};
@@ -64,7 +64,7 @@ static const uint16_t sheet_kl[32] = {
     0xc1f6, 0x01f6, 0x0df6, 0x2ff6, 0xe901, 0xf601, 0x0101, 0x0d01, 0x1c01, 0xd80d, 0xe90d,
     0xf60d, 0x010d, 0x0d0d, 0xc11c, 0xe91c, 0x011c, 0x1c1c, 0x2f1c, 0xe92f, 0x0d2f};
 
-/* Code books, one line of the file each. */
+// Code books, one line of the file each.
 enum { IQ2XXS, IQ2XS, IQ2S, IQ3XXS, IQ3S, IQ1S, N_BOOKS };
 static struct sheet_book {
     const char *name;
@@ -78,7 +78,7 @@ static struct sheet_book {
     {"iq3s", 512, 3, {1, 3, 5, 7, 9, 11, 13, 15}, {0}},
     {"iq1s", 2048, 2, {-1, 0, 1}, {0}},
 };
-/* 1 if all books are there. */
+// 1 if all books are there.
 static int sheet_books_load(void) {
     static int state = -1;
     if (state >= 0) return state;
@@ -106,49 +106,49 @@ static int sheet_grid(int book, unsigned index, int i) {
 static int sheet_uses_book(moe_type type) {
     return strstr("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S ", moe_type_name(type)) != NULL;
 }
-/* 0 if it cannot be decoded here for want of the books. */
+// 0 if it cannot be decoded here for want of the books.
 __attribute__((unused)) static int sheet_knows(moe_type type) {
     return !sheet_uses_book(type) || sheet_books_load();
 }
 
 static int sheet_sign(unsigned byte, int i) { return byte >> i & 1 ? -1 : 1; }
-static unsigned sheet_s7(unsigned i) { /* 7 bits and one that makes the number of ones even */
+static unsigned sheet_s7(unsigned i) { // 7 bits and one that makes the number of ones even
     unsigned ones = 0;
     for (int k = 0; k < 7; k++) ones += i >> k & 1;
     return i | (ones & 1) << 7;
 }
 
-/* ---- weights --------------------------------------------------------------------------------- */
+// ---- weights ---------------------------------------------------------------------------------
 
-/* A weight is value - min. */
+// A weight is value - min.
 typedef struct sheet_pair {
     double value, min;
 } sheet_pair;
 
-/* Scale and min number j of the 12 bytes of Q4_K and Q5_K. */
+// Scale and min number j of the 12 bytes of Q4_K and Q5_K.
 static void sheet_scale_min(const uint8_t *s, int j, int *scale, int *min) {
     *scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4;
     *min = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4;
 }
-/* 6-bit scale s of interleaved types: X(s; high, low). */
+// 6-bit scale s of interleaved types: X(s; high, low).
 static int sheet_x(const uint8_t *high, const uint8_t *low, int s) {
     return sheet_nib(low[s % 32], s / 32) | (high[s % 16] >> 2 * (s / 16) & 3) << 4;
 }
 
-/* Weight `at` of row k of a group. product: as products count it (IQ6_K rounds its levels). */
+// Weight `at` of row k of a group. product: as products count it (IQ6_K rounds its levels).
 static sheet_pair sheet_parts(moe_type type, const uint8_t *group, int k, int64_t at, int product) {
     const moe__type *t = moe__type_find(type);
     const uint8_t *b = group + t->rows * t->meta + at / t->block * t->rows * t->bytes;
     const int e = (int)(at % t->block), i = e % 32, j = e / 32, s = e / 16, half = e / 128;
     const int l = i / 8, g = i / 4, i8 = e % 8, i4 = e % 4, c = e / 64, hi = e % 64 / 32;
-    const int shift = 2 * (j % 4), two = 32 * half + i; /* the usual place of 2-bit fields */
-    const double d = sheet_half(b + 2 * k);                  /* where there is one at 0 */
+    const int shift = 2 * (j % 4), two = 32 * half + i; // the usual place of 2-bit fields
+    const double d = sheet_half(b + 2 * k);                  // where there is one at 0
     const double D = t->meta == 4 ? sheet_f32(group + 4 * k) : sheet_half(group + 2 * k);
-    /* interleaved rows: N4, T2, E3 of the sheet */
+    // interleaved rows: N4, T2, E3 of the sheet
     const int b4 = i / 16, b3 = i / 8 % 2, b2 = i / 4 % 2;
     const int n4 = 16 * (b4 + 2 * b2) + 4 * k + i4, t2 = 16 * b4 + 4 * k + i4, sh = 2 * (i / 4 % 4);
     const int e3 = 4 * k + i4, sr = 8 * j + 4 * b4 + k, extra_r = 8 + k + 4 * b4;
-    const int eight = 32 * (e % 16 / 4) + 4 * k + i4; /* 32-wide types of 8 rows */
+    const int eight = 32 * (e % 16 / 4) + 4 * k + i4; // 32-wide types of 8 rows
     sheet_pair w = {NAN, 0};
     int q, scale, min, high;
     unsigned v;
@@ -397,15 +397,15 @@ __attribute__((unused)) static double sheet_weight(moe_type type, const uint8_t 
     return w.value - w.min;
 }
 
-/* ---- scales ---------------------------------------------------------------------------------- */
+// ---- scales ----------------------------------------------------------------------------------
 
 static void sheet_put_half(uint8_t *p, float x) { moe__store_u16(p, moe__f32_to_f16(x)); }
 
-/* 1 if the scales of a type can be NaN or infinity. */
+// 1 if the scales of a type can be NaN or infinity.
 __attribute__((unused)) static int sheet_may_be_nan(const moe__type *t) {
     return t->id != MOE_TYPE_MXFP4 && t->id != MOE_TYPE_MXFP4_R8 && t->id != MOE_TYPE_NVFP4;
 }
-/* Offset in a row's block of its second f16, by which a min or the like is multiplied; or -1. */
+// Offset in a row's block of its second f16, by which a min or the like is multiplied; or -1.
 static int sheet_min_offset(const moe__type *t, int k) {
     switch ((int)t->id) {
     case MOE_TYPE_Q2_K: return 82;
@@ -419,9 +419,9 @@ static int sheet_min_offset(const moe__type *t, int k) {
     default: return -1;
     }
 }
-/* Sets the scale (a power of two where a type has nothing else) and the factor of the mins of a
- * block of row k of a group; of types with one scale per row, that one. Of F32, F16 and BF16: the
- * weight. */
+// Sets the scale (a power of two where a type has nothing else) and the factor of the mins of a
+// block of row k of a group; of types with one scale per row, that one. Of F32, F16 and BF16: the
+// weight.
 static void sheet_put(const moe__type *t, uint8_t *group, int k, int64_t block, float d, float m) {
     uint8_t *b = group + t->rows * t->meta + block * t->rows * t->bytes;
     int at = 2 * k, exponent = d != 0 ? ilogbf(d) : -10;
@@ -452,7 +452,7 @@ static void sheet_put(const moe__type *t, uint8_t *group, int k, int64_t block, 
     sheet_put_half(b + at, d);
     if ((at = sheet_min_offset(t, k)) >= 0) sheet_put_half(b + at, m);
 }
-/* The same for all blocks of `n_rows` rows. d 0: random ones, -0.1 .. 0.1. */
+// The same for all blocks of `n_rows` rows. d 0: random ones, -0.1 .. 0.1.
 __attribute__((unused)) static void sheet_put_all(const moe__type *t, uint8_t *rows,
                                                   size_t row_size, int n_rows, int64_t n, float d) {
     for (int r = 0; r < n_rows; r++)
@@ -462,7 +462,7 @@ __attribute__((unused)) static void sheet_put_all(const moe__type *t, uint8_t *r
                       d != 0 ? d : random_f32() * 0.1f, m);
         }
 }
-/* Fills rows with random bits and scales as above. Floats: -1 .. 1, or if d is not 0, integers. */
+// Fills rows with random bits and scales as above. Floats: -1 .. 1, or if d is not 0, integers.
 __attribute__((unused)) static void sheet_random(const moe__type *t, uint8_t *rows, size_t row_size,
                                                  int n_rows, int64_t n, float d) {
     for (size_t i = 0; i < (size_t)n_rows * row_size; i++) rows[i] = (uint8_t)random_u32();
@@ -473,9 +473,9 @@ __attribute__((unused)) static void sheet_random(const moe__type *t, uint8_t *ro
                       d != 0 ? (float)((int)(random_u32() % 201) - 100) : random_f32(), 0);
 }
 
-/* ---- activations and products ---------------------------------------------------------------- */
+// ---- activations and products ----------------------------------------------------------------
 
-/* Value i of activations. */
+// Value i of activations.
 static double sheet_act(moe__act_kind kind, const void *act, int64_t i) {
     const moe__act32 *a32 = (const moe__act32 *)act + i / 256;
     const moe__act256 *a256 = (const moe__act256 *)act + i / 256;
@@ -484,7 +484,7 @@ static double sheet_act(moe__act_kind kind, const void *act, int64_t i) {
     return ((const float *)act)[i];
 }
 
-/* Row k of a group times activations; terms: the sum of what the terms consist of, all positive. */
+// Row k of a group times activations; terms: the sum of what the terms consist of, all positive.
 __attribute__((unused)) static double sheet_dot(const moe__type *t, const uint8_t *group, int k,
                                                 int64_t n, const void *act, double *terms) {
     double sum = 0;

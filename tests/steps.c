@@ -1,5 +1,5 @@
-/* Counts the basic blocks that a program compiled with -fsanitize-coverage=trace-pc runs through.
- * This file is compiled without that. */
+// Counts the basic blocks that a program compiled with -fsanitize-coverage=trace-pc runs through.
+// This file is compiled without that.
 #include <stdint.h>
 
 _Thread_local uint64_t steps_taken;

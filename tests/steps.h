@@ -1,15 +1,15 @@
-/* Counts the steps of a program, so that a test can limit what something costs on any machine,
- * however busy. A program whose rule in the Makefile is in COUNTED is compiled so that each basic
- * block calls tests/steps.c; what libc does with memory counts by its bytes. Include this before
- * moe_infer.h. */
+// Counts the steps of a program, so that a test can limit what something costs on any machine,
+// however busy. A program whose rule in the Makefile is in COUNTED is compiled so that each basic
+// block calls tests/steps.c; what libc does with memory counts by its bytes. Include this before
+// moe_infer.h.
 #ifndef STEPS_H
 #define STEPS_H
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-extern _Thread_local uint64_t steps_taken; /* by this thread */
-uint64_t steps_now(void); /* the same to read: a compiler does not know that blocks change it */
+extern _Thread_local uint64_t steps_taken; // by this thread
+uint64_t steps_now(void); // the same to read: a compiler does not know that blocks change it
 
 static inline size_t steps_for(size_t bytes) {
     steps_taken += bytes / 16;
@@ -29,8 +29,8 @@ static inline int steps_strcmp(const char *a, const char *b) {
 #define strlen(text) steps_strlen(text)
 #define strcmp(a, b) steps_strcmp(a, b)
 
-/* Fails if eight times of what took `small` steps takes more than `factor` times as many, or if
- * nothing is counted. Quadratic is 64; n log n is 8 * log(8 n) / log(n) < N_LOG_N for n >= 4096. */
+// Fails if eight times of what took `small` steps takes more than `factor` times as many, or if
+// nothing is counted. Quadratic is 64; n log n is 8 * log(8 n) / log(n) < N_LOG_N for n >= 4096.
 #define N_LOG_N 10.5
 #define CHECK_GROWTH(large, small, factor, what, number)                                           \
     do {                                                                                           \

@@ -1,4 +1,4 @@
-/* Written by test_storyteller --write from the double-precision pass of naive.h. */
+// Written by test_storyteller --write from the double-precision pass of naive.h.
 #define STORED_PERPLEXITY 1.5563
 #define STORED_COSTS \
     {"Q2_K", 1.0079, 1.0205}, \

@@ -1,6 +1,6 @@
-/* A tiny test harness: TEST(name) { ... CHECK(condition) ... }, then MAIN().
- * A program takes name filters as arguments and ends with the line "N passed, N failed"
- * (", N skipped"); exit code 1 if anything failed. */
+// A tiny test harness: TEST(name) { ... CHECK(condition) ... }, then MAIN().
+// A program takes name filters as arguments and ends with the line "N passed, N failed"
+// (", N skipped"); exit code 1 if anything failed.
 #ifndef TEST_H
 #define TEST_H
 #include <stdio.h>
@@ -13,7 +13,7 @@ typedef struct test_case {
     struct test_case *next;
 } test_case;
 static test_case *test_first, **test_last = &test_first;
-static int test_failures, test_skips; /* within the running test */
+static int test_failures, test_skips; // within the running test
 
 #define TEST(name)                                                                   \
     static void test_##name(void);                                                   \
@@ -24,14 +24,14 @@ static int test_failures, test_skips; /* within the running test */
     }                                                                                \
     static void test_##name(void)
 
-/* Counts a failure and goes on. The second form prints the values that explain it. */
+// Counts a failure and goes on. The second form prints the values that explain it.
 #define CHECK(condition) \
     ((condition) ? (void)0 : (test_failures++, test_report(__FILE__, __LINE__, #condition)))
 #define CHECKF(condition, ...)                                                                 \
     ((condition) ? (void)0                                                                     \
                  : (test_failures++, test_report(__FILE__, __LINE__, #condition),              \
                     (void)(test_failures <= 20 && printf("    " __VA_ARGS__)), (void)puts("")))
-/* Ends the test without judging it: reference data is missing. */
+// Ends the test without judging it: reference data is missing.
 #define SKIP(...)                                                       \
     do {                                                                \
         test_skips++;                                                   \

@@ -1,4 +1,4 @@
-/* >>base: numbers, checked sizes, memory, errors. */
+// >>base: numbers, checked sizes, memory, errors.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
@@ -14,12 +14,12 @@ TEST(f16_round_trip) {
     }
 }
 
-/* Rounds through double: exact, then to the nearest half by comparing neighbours. */
+// Rounds through double: exact, then to the nearest half by comparing neighbours.
 static uint16_t f16_by_search(float x) {
     uint16_t sign = (uint16_t)(moe__f32_bits(x) >> 16 & 0x8000), low = 0, high = 0x7C00;
     double a = fabs((double)x);
     if (a >= 65520) return (uint16_t)(sign | 0x7C00);
-    while (high - low > 1) { /* largest half that is not above a */
+    while (high - low > 1) { // largest half that is not above a
         uint16_t middle = (uint16_t)((low + high) / 2);
         if ((double)moe__f16_to_f32(middle) <= a) low = middle; else high = middle;
     }
@@ -33,10 +33,10 @@ TEST(f32_to_f16_rounds_to_nearest_even) {
     uint32_t state = 12345;
     for (int i = 0; i < 400000; i++) {
         state = state * 1664525u + 1013904223u;
-        uint32_t exponent = 95 + state % 50; /* 2^-32 .. 2^17 */
+        uint32_t exponent = 95 + state % 50; // 2^-32 .. 2^17
         uint32_t bits = (state & 0x80000000u) | exponent << 23 | (state >> 3 & 0x7FFFFF);
-        if (i % 4 == 0) bits &= 0xFFFFE000u; /* representable */
-        if (i % 4 == 1) bits = (bits & 0xFFFFE000u) | 0x1000; /* ties */
+        if (i % 4 == 0) bits &= 0xFFFFE000u; // representable
+        if (i % 4 == 1) bits = (bits & 0xFFFFE000u) | 0x1000; // ties
         float x = moe__f32_from_bits(bits);
         CHECKF(moe__f32_to_f16(x) == f16_by_search(x), "%.9g", (double)x);
     }
@@ -45,10 +45,10 @@ TEST(f32_to_f16_rounds_to_nearest_even) {
 
 TEST(bf16_rounds_to_nearest_even) {
     CHECK(moe__f32_to_bf16(1.0f) == 0x3F80);
-    CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x3F808000)) == 0x3F80); /* tie to even */
+    CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x3F808000)) == 0x3F80); // tie to even
     CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x3F818000)) == 0x3F82);
     CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x3F808001)) == 0x3F81);
-    CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x7F7FFFFF)) == 0x7F80); /* overflows */
+    CHECK(moe__f32_to_bf16(moe__f32_from_bits(0x7F7FFFFF)) == 0x7F80); // overflows
     uint16_t nan = moe__f32_to_bf16(moe__f32_from_bits(0x7F800001));
     CHECK((nan & 0x7F80) == 0x7F80 && (nan & 0x7F));
     for (uint32_t i = 0; i < 65536; i++)
@@ -76,7 +76,7 @@ static size_t live_bytes;
 static void *counting_alloc(void *user, size_t size) {
     (void)user;
     live_bytes += size;
-    return (char *)malloc(size + 16) + 16; /* aligned to 16 only */
+    return (char *)malloc(size + 16) + 16; // aligned to 16 only
 }
 static void counting_free(void *user, void *memory, size_t size) {
     (void)user;
@@ -109,7 +109,7 @@ TEST(errors_are_cut_between_characters) {
     moe_error error;
     char where[200];
     memset(where, 'x', sizeof where);
-    memcpy(where + 62, "\xE4\xB8\xAD", 3); /* would be cut in the middle of U+4E2D */
+    memcpy(where + 62, "\xE4\xB8\xAD", 3); // would be cut in the middle of U+4E2D
     CHECK(moe__fail_at(&error, MOE_ERROR_FORMAT, 7, where, sizeof where, "%s", "text") ==
           MOE_ERROR_FORMAT);
     CHECK(error.status == MOE_ERROR_FORMAT && error.offset == 7 && strlen(error.where) == 62);
@@ -118,13 +118,13 @@ TEST(errors_are_cut_between_characters) {
     where[199] = 0;
     CHECK(moe__fail_at(&error, MOE_ERROR_FORMAT, 7, where, 3, "%s\xE4\xB8\xAD", where + 9) != 0);
     CHECK(!strcmp(error.where, "xxx"));
-    CHECK(strlen(error.text) == 190); /* and a character that does not fit */
+    CHECK(strlen(error.text) == 190); // and a character that does not fit
     CHECK(moe__fail(NULL, MOE_ERROR_IO, "file", "ignored") == MOE_ERROR_IO);
     for (int i = 0; i <= MOE_ERROR_THREAD; i++)
         CHECK(strchr(moe_status_name((moe_status)i), '?') == NULL);
 }
 
-/* A code in the 1 to 4 bytes of UTF-8. */
+// A code in the 1 to 4 bytes of UTF-8.
 static size_t utf8_of(uint32_t code, char *out) {
     const size_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     for (size_t i = n; i-- > 1; code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
@@ -138,7 +138,7 @@ TEST(utf8_characters_cut_and_bad_ones) {
     for (uint32_t wanted = 0; wanted < 0x110100; wanted++) {
         const size_t n = utf8_of(wanted, text);
         const int surrogate = wanted >= 0xD800 && wanted <= 0xDFFF;
-        text[n] = (char)0x80; /* what lies behind does not matter */
+        text[n] = (char)0x80; // what lies behind does not matter
         if (surrogate || wanted > 0x10FFFF) {
             CHECK(moe__utf8_decode(text, n, &code) == MOE__UTF8_BAD);
             CHECK(moe__utf8_next(text, n, &code) == 1 && code == 0xFFFD);
@@ -171,7 +171,7 @@ TEST(heaps_against_counting) {
     for (int round = 0; round < 300; round++) {
         int count[VALUES] = {0}, seen = 0;
         size_t n = 0;
-        for (int i = 0; i < MAX; i++) { /* pushes, and a pop now and then: always the highest */
+        for (int i = 0; i < MAX; i++) { // pushes, and a pop now and then: always the highest
             const uint64_t value = moe__splitmix64(&seed) % VALUES;
             count[value]++;
             test_heap_push(heap, &n, value);
@@ -195,7 +195,7 @@ TEST(heaps_against_counting) {
 }
 
 TEST(splitmix64_of_the_paper) {
-    uint64_t seed = 1234567; /* the reference implementation's numbers for this seed */
+    uint64_t seed = 1234567; // the reference implementation's numbers for this seed
     CHECK(moe__splitmix64(&seed) == 6457827717110365317u);
     CHECK(moe__splitmix64(&seed) == 3203168211198807973u);
     CHECK(moe__splitmix64(&seed) == 9817491932198370423u);

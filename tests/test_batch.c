@@ -1,10 +1,10 @@
-/* Rows of several sequences in one evaluation: each has the bits that it has alone, whoever shares
- * its buffers and threads, and a job that is wrong harms no other. */
+// Rows of several sequences in one evaluation: each has the bits that it has alone, whoever shares
+// its buffers and threads, and a job that is wrong harms no other.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "models.h"
 
-/* A token among others has the bits that it has alone, whatever the weights. */
+// A token among others has the bits that it has alone, whatever the weights.
 TEST(tokens_alone_and_among_others) {
     static const char *const configs[][2] = {
         {"t_mla_groups", "q8_0"},  {"qwen3moe_quant", "q4_K"}, {"qwen3moe_quant", "q2_K"},
@@ -35,7 +35,7 @@ TEST(tokens_alone_and_among_others) {
 
 enum { MANY = 8, MANY_CTX = 700 };
 
-/* Sessions of one pool; all logits are kept. */
+// Sessions of one pool; all logits are kept.
 static int many_open(const moe_model *model, moe_session_options o, int n, moe_session **sessions) {
     for (int i = 0; i < n; i++) {
         sessions[i] = moe_session_open(model, &o, NULL);
@@ -55,8 +55,8 @@ static int same_logits(const moe_session *a, const moe_session *b, int n, size_t
     return same;
 }
 
-/* Up to eight sequences of different depths, prompts beside single tokens: each has the bits */
-/* that it has alone, whatever threads, schedule and instruction set. */
+// Up to eight sequences of different depths, prompts beside single tokens: each has the bits
+// that it has alone, whatever threads, schedule and instruction set.
 TEST(many_sequences) {
     static const char *const configs[][2] = {
         {"t_mla_groups", "q8_0"}, {"qwen3moe_quant", "q4_K"}, {"micro_oss", "f32"},
@@ -120,7 +120,7 @@ TEST(many_sequences) {
     }
 }
 
-/* A context of several chunks of keys, cut in any way, with any number of threads */
+// A context of several chunks of keys, cut in any way, with any number of threads
 TEST(cuts_of_long_inputs) {
     static const char *const configs[][2] = {{"qwen3moe_quant", "q4_K"}, {"micro_oss", "f32"},
                                              {"t_mla_groups", "q8_0"},   {"t_oss_wide", "f32"}};
@@ -143,7 +143,7 @@ TEST(cuts_of_long_inputs) {
             CHECK(session != NULL);
             for (int i = 0, at = 0; session && at < TOKENS; at += cuts[k][i++])
                 CHECK(!moe_session_eval(session, tokens + at, cuts[k][i], NULL));
-            /* latent attention absorbs a single token, which is another arithmetic */
+            // latent attention absorbs a single token, which is another arithmetic
             if (session && !(model->layers[0].mixer == MOE__MLA && k == 4)) {
                 const float *logits = moe_session_logits(session, -1);
                 if (!expected) {
@@ -153,7 +153,7 @@ TEST(cuts_of_long_inputs) {
                 CHECKF(!memcmp(expected, logits, n_vocab * sizeof *expected), "%s, cut %d",
                        configs[c][0], k);
             }
-            /* and what is generated behind it, in one call and token by token */
+            // and what is generated behind it, in one call and token by token
             float *after = (float *)malloc(n_vocab * sizeof *after);
             CHECK(!moe_session_eval(session, tokens, 5, NULL));
             memcpy(after, moe_session_logits(session, -1), n_vocab * sizeof *after);
@@ -170,7 +170,7 @@ TEST(cuts_of_long_inputs) {
 
 static int many_stop(void *user) { return *(int *)user; }
 
-/* Wrong jobs are left out, and say why; cancelling leaves all sessions as they were. */
+// Wrong jobs are left out, and say why; cancelling leaves all sessions as they were.
 TEST(jobs_that_are_wrong) {
     moe_model *model = models_open(models_simple("qwen3moe_tiny", "f32"));
     moe_model *other = models_open(models_simple("qwen3moe_tiny", "f32"));
@@ -217,7 +217,7 @@ TEST(jobs_that_are_wrong) {
     CHECK(moe_session_eval_many(jobs, 0, &error) == MOE_ERROR_ARGUMENT);
     CHECK(moe_session_eval_many(&jobs[1], 1, NULL) == MOE_ERROR_ARGUMENT);
 
-    /* Cancelled: lengths and logits stay. */
+    // Cancelled: lengths and logits stay.
     const float before = moe_session_logits(s[0], -1)[0];
     stop = 1;
     moe_job two[] = {{s[0], good, 1, MOE_OK}, {s[2], good, 2, MOE_OK}};
@@ -229,7 +229,7 @@ TEST(jobs_that_are_wrong) {
     CHECK(moe_session_eval_many(two, 2, &error) == MOE_OK);
     CHECK(moe_session_length(s[0]) == 4 && moe_session_length(s[2]) == 2);
 
-    /* Rewinding drops them, unless it forgets nothing. */
+    // Rewinding drops them, unless it forgets nothing.
     CHECK(!moe_session_rewind(s[0], 4, NULL) && moe_session_logits(s[0], -1));
     CHECK(!moe_session_rewind(s[0], 3, NULL) && !moe_session_logits(s[0], -1));
     many_close(s, 4);
@@ -240,7 +240,7 @@ TEST(jobs_that_are_wrong) {
     moe_model_close(other);
 }
 
-/* A callback that evaluates, or opens a session, with the pool that calls it gets an error. */
+// A callback that evaluates, or opens a session, with the pool that calls it gets an error.
 static struct {
     moe_session *session;
     moe_session_options options;
@@ -286,7 +286,7 @@ TEST(callbacks_cannot_evaluate) {
     moe_model_close(model);
 }
 
-/* The memory of a further session of a pool is its cache; a context costs what is stored in it. */
+// The memory of a further session of a pool is its cache; a context costs what is stored in it.
 TEST(sessions_share_buffers) {
     moe_model *model = models_open(models_simple("qwen3moe_tiny", "f32"));
     moe_pool_options p;
@@ -308,12 +308,12 @@ TEST(sessions_share_buffers) {
     CHECK(!moe_session_eval(small, &token, 1, NULL) && !moe_session_eval(same, &token, 1, NULL));
     o.n_ctx = 4000;
     o.n_batch = 600;
-    moe_session *large = moe_session_open(model, &o, NULL); /* needs more: all move */
+    moe_session *large = moe_session_open(model, &o, NULL); // needs more: all move
     CHECK(large && o.pool->work_size > size);
     CHECK(!moe_session_eval(large, &token, 1, NULL) && !moe_session_eval(small, &token, 1, NULL));
     const size_t n = sizeof(float) * (size_t)moe_model_get_info(model)->n_vocab;
     CHECK(!memcmp(moe_session_logits(large, -1), moe_session_logits(same, -1), n));
-    /* in turns: each finds its own buffers where another one's were */
+    // in turns: each finds its own buffers where another one's were
     for (int i = 0; i < 3; i++) {
         CHECK(!moe_session_eval(large, &token, 1, NULL) && !moe_session_eval(same, &token, 1, NULL));
         CHECK(!memcmp(moe_session_logits(large, -1), moe_session_logits(same, -1), n));

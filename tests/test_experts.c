@@ -1,4 +1,4 @@
-/* >>experts: router, plan, schedules. */
+// >>experts: router, plan, schedules.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
@@ -22,7 +22,7 @@ static moe__router router_of(moe__gating gating, int n, int used, int groups, in
     return router;
 }
 
-/* By brute force: an expert is chosen if fewer than n_used of those allowed are better. */
+// By brute force: an expert is chosen if fewer than n_used of those allowed are better.
 static void check_select(const moe__router *router, const float *logits, const float *bias) {
     float p[MOE__MAX_EXPERTS], weights[64];
     int32_t experts[64];
@@ -123,7 +123,7 @@ TEST(plan_lists_every_slot_once) {
     memset(&ffn, 0, sizeof ffn);
     for (int t = 0; t < TOKENS; t++)
         for (int i = 0; i < USED; i++) {
-            experts[t * USED + i] = (t * 2 + i * 2) % 8; /* never expert 1, 3, 5, 7, 8 */
+            experts[t * USED + i] = (t * 2 + i * 2) % 8; // never expert 1, 3, 5, 7, 8
             weights[t * USED + i] = (float)(t * 10 + i);
         }
     dispatch.entries = entries;
@@ -149,26 +149,26 @@ TEST(plan_lists_every_slot_once) {
     CHECK(seen == TOKENS * USED);
 }
 
-/* ---- schedules ------------------------------------------------------------------------------- */
+// ---- schedules -------------------------------------------------------------------------------
 
 enum { MAX_ROWS = 300, MAX_ENTRIES = 17 };
 
 typedef struct {
     moe__entry entries[MAX_ENTRIES];
-    moe__ffn ffns[2]; /* of the routed experts, of the shared one */
+    moe__ffn ffns[2]; // of the routed experts, of the shared one
     moe__dispatch dispatch;
     moe__task task;
     moe__nodes nodes;
 } problem;
 
-/* The threads of the problem stand evenly on some memory nodes. */
+// The threads of the problem stand evenly on some memory nodes.
 static void problem_threads(problem *p, int threads, int nodes) {
     p->nodes.n = nodes;
     for (int k = 0; k <= nodes; k++) p->nodes.first[k] = threads * k / nodes;
     p->task.nodes = &p->nodes;
 }
 
-/* n_routed experts with tokens_of(i) tokens each, then perhaps a shared one. */
+// n_routed experts with tokens_of(i) tokens each, then perhaps a shared one.
 static void problem_init(problem *p, int n_routed, int shared, int64_t rows, int64_t down_rows,
                          int64_t shared_rows, int one_token, int64_t unit) {
     memset(p, 0, sizeof *p);
@@ -186,8 +186,8 @@ static void problem_init(problem *p, int n_routed, int shared, int64_t rows, int
     p->task.unit = unit;
 }
 
-/* owner[entry][row] = thread + 1 of each row; returns how many rows are given out twice or are not
- * there. */
+// owner[entry][row] = thread + 1 of each row; returns how many rows are given out twice or are not
+// there.
 static int give_out(const moe__schedule_info *schedule, const moe__task *task, int threads,
                     int16_t owner[MAX_ENTRIES][MAX_ROWS]) {
     int bad = 0;
@@ -217,7 +217,7 @@ static int same_owners(const moe__task *task, int16_t owner[MAX_ENTRIES][MAX_ROW
     return 1;
 }
 
-/* Who gets how many tokens, in batches of many. */
+// Who gets how many tokens, in batches of many.
 enum { TOKENS_MIXED, TOKENS_ONE_HAS_ALL, TOKENS_SOME_HAVE_NONE, N_TOKENS };
 static void problem_tokens(problem *p, int how) {
     p->dispatch.n_entries = 0;
@@ -231,8 +231,8 @@ static void problem_tokens(problem *p, int how) {
     }
 }
 
-/* Every row of every entry is given out exactly once, in whole units, whatever the numbers; */
-/* where rows are said to be owned, down has one thread per row. */
+// Every row of every entry is given out exactly once, in whole units, whatever the numbers;
+// where rows are said to be owned, down has one thread per row.
 TEST(schedules_cover_without_overlap) {
     static int16_t owner[MAX_ENTRIES][MAX_ROWS];
     static problem p;
@@ -270,7 +270,7 @@ TEST(schedules_cover_without_overlap) {
         CHECK(moe__schedule_find((moe_schedule)i)->schedule == (moe_schedule)i);
 }
 
-/* Work of a thread: rows with one token, blocks times their cost with many. */
+// Work of a thread: rows with one token, blocks times their cost with many.
 static int64_t work_of(const moe__schedule_info *schedule, const moe__task *task, int thread,
                        int threads) {
     int64_t work = 0;
@@ -283,8 +283,8 @@ static int64_t work_of(const moe__schedule_info *schedule, const moe__task *task
     return work;
 }
 
-/* Balanced: no thread has more than a unit over the mean with one token, nor more than the most */
-/* expensive block with many; where rows of down are owned, 15/16 of the time are used. */
+// Balanced: no thread has more than a unit over the mean with one token, nor more than the most
+// expensive block with many; where rows of down are owned, 15/16 of the time are used.
 TEST(balanced_is_even) {
     static problem p;
     const moe__schedule_info *balanced = moe__schedule_find(MOE_SCHEDULE_BALANCED);
@@ -315,7 +315,7 @@ TEST(balanced_is_even) {
             }
 }
 
-/* Parallel: experts of one token go to groups of threads by their rank; else it is sequential. */
+// Parallel: experts of one token go to groups of threads by their rank; else it is sequential.
 TEST(parallel_groups) {
     static problem p;
     static int16_t owner[MAX_ENTRIES][MAX_ROWS], expected[MAX_ENTRIES][MAX_ROWS];
@@ -343,8 +343,8 @@ TEST(parallel_groups) {
     CHECK(memcmp(owner, expected, sizeof owner) == 0);
 }
 
-/* One token: which node reads a row does not depend on the expert, and is what the nodes say; on
- * each node the rows are evenly shared. */
+// One token: which node reads a row does not depend on the expert, and is what the nodes say; on
+// each node the rows are evenly shared.
 TEST(rows_stay_on_their_node) {
     static problem p;
     static int16_t owner[MAX_ENTRIES][MAX_ROWS];

@@ -1,13 +1,13 @@
-/* The float kernels of every instruction set against double precision: norms, activations, softmax,
- * conversion to half, attention. Buffers end at a page that must not be touched. */
+// The float kernels of every instruction set against double precision: norms, activations, softmax,
+// conversion to half, attention. Buffers end at a page that must not be touched.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
 #include "test.h"
 
-/* ---- tools ----------------------------------------------------------------------------------- */
+// ---- tools -----------------------------------------------------------------------------------
 
-/* Calls body with `k`, the kernels of each instruction set that this machine has. */
+// Calls body with `k`, the kernels of each instruction set that this machine has.
 #define EACH_ISA(k)                                                                    \
     for (int isa_ = MOE_ISA_SCALAR; isa_ <= MOE_ISA_AVX512; isa_++)                    \
         for (const moe__kernels *k = moe__kernels_get((moe_isa)isa_);                  \
@@ -25,7 +25,7 @@ static float random_float(float low, float high) {
 }
 static int random_below(int n) { return (int)(random_bits() % (uint32_t)n); }
 
-/* size bytes that end exactly where a page without any access begins. */
+// size bytes that end exactly where a page without any access begins.
 static void *guarded(size_t size) {
     const size_t page = 4096, whole = (size + page - 1) / page * page;
     unsigned char *memory = (unsigned char *)mmap(NULL, whole + page, PROT_READ | PROT_WRITE,
@@ -43,7 +43,7 @@ static void guarded_free(void *memory, size_t size) {
 static float *guarded_floats(int64_t n) { return (float *)guarded((size_t)n * sizeof(float)); }
 static void guarded_floats_free(float *p, int64_t n) { guarded_free(p, (size_t)n * sizeof(float)); }
 
-/* |x - expected| in units in the last place of expected; NaN equals NaN, infinity infinity. */
+// |x - expected| in units in the last place of expected; NaN equals NaN, infinity infinity.
 static double ulps(float x, double expected) {
     if (x != x || expected != expected) return x != x && expected != expected ? 0 : 1e30;
     if (expected == INFINITY || expected == -INFINITY) return (double)x == expected ? 0 : 1e30;
@@ -51,9 +51,9 @@ static double ulps(float x, double expected) {
     return fabs((double)x - expected) / ldexp(1, exponent - 23);
 }
 
-/* ---- rows ------------------------------------------------------------------------------------ */
+// ---- rows ------------------------------------------------------------------------------------
 
-static int64_t row_length(int i) { /* 1..70, then real rows; 0: no more */
+static int64_t row_length(int i) { // 1..70, then real rows; 0: no more
     return i < 70 ? i + 1 : i == 70 ? 1408 : i == 71 ? 2048 : i == 72 ? 7168 : 0;
 }
 
@@ -90,11 +90,11 @@ TEST(rms_norm) {
 TEST(rms_norm_special) {
     static float x[7168], out[7168];
     EACH_ISA(k) {
-        check_rms_norm(k, 300, 1e25f, 1, 0); /* squares leave the range of floats */
+        check_rms_norm(k, 300, 1e25f, 1, 0); // squares leave the range of floats
         memset(x, 0, sizeof x);
         k->rms_norm(x, NULL, 37, 1e-6f, out);
         for (int i = 0; i < 37; i++) CHECK(out[i] == 0);
-        /* equal values: any drift of the sum would show */
+        // equal values: any drift of the sum would show
         for (int i = 0; i < 7168; i++) x[i] = 0.7f;
         k->rms_norm(x, NULL, 7168, 0, out);
         CHECKF(ulps(out[7000], 1.0) <= 2, "%.9g", (double)out[7000]);
@@ -133,7 +133,7 @@ TEST(swiglu) {
 TEST(swiglu_special) {
     float gate[17], up[17], out[17];
     EACH_ISA(k)
-    for (int at = 0; at < 17; at++) { /* in every lane and in the ragged end */
+    for (int at = 0; at < 17; at++) { // in every lane and in the ragged end
         for (int i = 0; i < 17; i++) gate[i] = up[i] = 1;
         gate[at] = NAN;
         k->swiglu(gate, up, 17, out);
@@ -162,7 +162,7 @@ static double swiglu_oai(double g, double u) {
     return g / (1 + exp(-1.702 * g)) * (u + 1);
 }
 
-/* The product 1.702 g is rounded before the exponential: |1.702 g| times half an ulp. */
+// The product 1.702 g is rounded before the exponential: |1.702 g| times half an ulp.
 TEST(swiglu_oai) {
     EACH_ISA(k)
     for (int at = 0; row_length(at); at++) {
@@ -190,7 +190,7 @@ TEST(swiglu_oai_special) {
     const float ups[] = {1, 1, 1, 1, 1, 1, 1, 9, -9, INFINITY, -INFINITY, -1};
     float gate[17], up[17], out[17];
     EACH_ISA(k)
-    for (int at = 0; at < 17; at++) { /* in every lane and in the ragged end */
+    for (int at = 0; at < 17; at++) { // in every lane and in the ragged end
         for (int i = 0; i < 17; i++) gate[i] = up[i] = 1;
         for (int c = 0; c < 12; c++) {
             gate[at] = gates[c];
@@ -225,7 +225,7 @@ TEST(softmax) {
         for (int64_t i = 0; i < n; i++) sum += expected[i] = exp(x[i] - max);
         k->softmax(x, n);
         for (int64_t i = 0; i < n; i++) {
-            const double y = expected[i] / sum; /* x - max is rounded: 2^-24 of up to 160 */
+            const double y = expected[i] / sum; // x - max is rounded: 2^-24 of up to 160
             const double e = y < 1.2e-38 ? (fabs(x[i] - y) < 1e-38 ? 0 : 1e9) : ulps(x[i], y);
             worst = fmax(worst, e / (range < 2 ? 1 : 40));
             total += x[i];
@@ -263,14 +263,14 @@ TEST(softmax_special) {
     }
 }
 
-/* ---- weights of logits ----------------------------------------------------------------------- */
+// ---- weights of logits -----------------------------------------------------------------------
 
 static double slow_weight(float x, float least, double max, double scale) {
     const double t = ((double)x - max) * scale;
-    return x >= least && t > -700 ? exp(t) : 0; /* the last ones are below 1e-300 */
+    return x >= least && t > -700 ? exp(t) : 0; // the last ones are below 1e-300
 }
 
-/* n logits with `odd` in some places, against plain C bit for bit, and against exp. */
+// n logits with `odd` in some places, against plain C bit for bit, and against exp.
 static void check_weigh(const moe__kernels *k, int n, float range, float least, double scale,
                         float odd) {
     const int room = (n + 15) / 16 * 16;
@@ -370,7 +370,7 @@ TEST(axpy) {
     }
 }
 
-/* Compares n conversions with the plain C one, bit for bit. */
+// Compares n conversions with the plain C one, bit for bit.
 static void check_halves(const moe__kernels *k, const float *x, int64_t n) {
     uint16_t *out = (uint16_t *)malloc((size_t)n * 2);
     int64_t wrong = -1;
@@ -386,7 +386,7 @@ TEST(f32_to_f16) {
     enum { N = 1 << 16, EACH = 9 };
     float *x = (float *)malloc(sizeof(float) * N * EACH);
     EACH_ISA(k) {
-        /* every half, the floats around it, the tie with its neighbour and what is around that */
+        // every half, the floats around it, the tie with its neighbour and what is around that
         for (uint32_t h = 0; h < N; h++) {
             const uint32_t bits = moe__f32_bits(moe__f16_to_f32((uint16_t)h));
             const float next = moe__f16_to_f32((uint16_t)(h + 1));
@@ -403,7 +403,7 @@ TEST(f32_to_f16) {
                                  0x00000001, 0x80000000, 0x387FE000, 0x387FF000, 0x38800000};
         for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) x[i] = moe__f32_from_bits(ends[i]);
         check_halves(k, x, sizeof ends / sizeof *ends);
-        for (int n = 1; n <= 70; n++) { /* ragged ends */
+        for (int n = 1; n <= 70; n++) { // ragged ends
             float *in = guarded_floats(n);
             uint16_t *out = (uint16_t *)guarded((size_t)n * 2);
             int wrong = 0;
@@ -418,7 +418,7 @@ TEST(f32_to_f16) {
     free(x);
 }
 
-/* Nothing before the row or behind it changes. */
+// Nothing before the row or behind it changes.
 TEST(rows_canaries) {
     enum { SIZE = 160, AT = 40 };
     float x[SIZE], y[SIZE], kept[SIZE];
@@ -445,7 +445,7 @@ TEST(rows_canaries) {
         }
 }
 
-/* ---- the exponential ------------------------------------------------------------------------- */
+// ---- the exponential -------------------------------------------------------------------------
 
 #if MOE__X86
 #define EXP_OF(isa, target_string, vector, lanes, op)                                        \
@@ -476,13 +476,13 @@ TEST(exponential) {
         if (k->isa == MOE_ISA_SCALAR) continue;
         double worst = 0, where = 0;
         float x[16], out[16];
-        for (uint32_t bits = 0; bits < 0x42D00000; bits += 1601) { /* 0 .. 104, both signs */
+        for (uint32_t bits = 0; bits < 0x42D00000; bits += 1601) { // 0 .. 104, both signs
             for (uint32_t i = 0; i < 16; i++)
                 x[i] = moe__f32_from_bits((bits + i / 2 * 200) | (i & 1) << 31);
             exp16(k->isa, x, out);
             for (int i = 0; i < 16; i++) {
                 double expected = exp(x[i]);
-                if (expected >= 3.4028235677973366e38) expected = INFINITY; /* rounds to 2^128 */
+                if (expected >= 3.4028235677973366e38) expected = INFINITY; // rounds to 2^128
                 const double e = ulps(out[i], expected);
                 if (e > worst) worst = e, where = x[i];
             }
@@ -501,19 +501,19 @@ TEST(exponential) {
 }
 #endif
 
-/* ---- attention ------------------------------------------------------------------------------- */
+// ---- attention -------------------------------------------------------------------------------
 
 static const moe_kv_type kinds[3] = {MOE_KV_F16, MOE_KV_F32, MOE_KV_Q8_0};
 
 typedef struct shape {
-    int n_queries, n_keys, dk, dv, kind; /* kind: see kinds */
-    int same;       /* values are the front of the keys */
-    int visibility; /* 0 all, 1 causal, 2 random, 3 random with zeros; 4, 5 causal with a short */
-                    /* or long window, 6 random at both ends */
-    int gap;        /* bytes between rows */
+    int n_queries, n_keys, dk, dv, kind; // kind: see kinds
+    int same;       // values are the front of the keys
+    int visibility; // 0 all, 1 causal, 2 random, 3 random with zeros; 4, 5 causal with a short
+                    // or long window, 6 random at both ends
+    int gap;        // bytes between rows
 } shape;
 
-enum { KEYS = 512 }; /* most keys of a call here: four chunks */
+enum { KEYS = 512 }; // most keys of a call here: four chunks
 
 typedef struct attention {
     shape s;
@@ -535,25 +535,25 @@ static void store_value(uint8_t *p, int f32, float x) {
 static float load_value(const uint8_t *p, int f32) {
     return f32 ? moe__load_f32(p) : moe__f16_to_f32(moe__load_u16(p));
 }
-/* Value c of a row. */
+// Value c of a row.
 static float row_value(const uint8_t *row, int kind, int c) {
     if (kind < 2) return load_value(row + c * (kind ? 4 : 2), kind);
     row += c / 32 * 34;
     return moe__f16_to_f32(moe__load_u16(row)) * (float)(int8_t)row[2 + c % 32];
 }
 
-/* Blocks of 32: every kernel gives the plain C bits, values within half a step and the rounding of
- * the scale; zeros, tiny and huge values, and what is not finite. */
+// Blocks of 32: every kernel gives the plain C bits, values within half a step and the rounding of
+// the scale; zeros, tiny and huge values, and what is not finite.
 TEST(f32_to_q8_0) {
     for (int i = 0; i < 400; i++) {
         float *x = guarded_floats(96);
         uint8_t *expected = (uint8_t *)guarded(102), *out = (uint8_t *)guarded(102);
         const int bad = i % 8 == 0 ? random_below(96) : -1;
         for (int b = 0; b < 3; b++) {
-            const float size = powf(2, random_float(-34, 28)); /* 127 * 65504 is 2^23 */
+            const float size = powf(2, random_float(-34, 28)); // 127 * 65504 is 2^23
             for (int c = 0; c < 32; c++) x[32 * b + c] = random_float(-size, size);
             if (i % 16 == 5) memset(x + 32 * b, 0, 32 * sizeof(float));
-            for (int c = 0; c < 32 && i % 3 == 0; c++) /* ties */
+            for (int c = 0; c < 32 && i % 3 == 0; c++) // ties
                 x[32 * b + c] = c ? (float)random_below(255) * 0.5f - 64 : 127;
         }
         if (bad >= 0) x[bad] = i % 3 == 0 ? NAN : i % 3 == 1 ? INFINITY : -INFINITY;
@@ -566,7 +566,7 @@ TEST(f32_to_q8_0) {
                 CHECKF(y != y, "%d: %g", c, (double)y);
             else if (peak / 127 >= 65520)
                 CHECKF(y != y, "%g: %g", (double)peak, (double)y);
-            else /* half a step; the largest may lose the rounding of the scale */
+            else // half a step; the largest may lose the rounding of the scale
                 CHECKF(fabsf(y - x[c]) <= 0.5001f * peak / 127 + peak * 0x1p-11f + 4e-6f,
                        "%g: %g", (double)x[c], (double)y);
         }
@@ -587,13 +587,13 @@ static void attention_reset(attention *a) {
         a->max[i] = -INFINITY;
         a->sum[i] = 0;
         for (int c = 0; c < s->dv + 3; c++) {
-            if (i == s->n_queries - 1 && c >= s->dv) break; /* the last row has nothing behind it */
+            if (i == s->n_queries - 1 && c >= s->dv) break; // the last row has nothing behind it
             a->out[i * (s->dv + 3) + c] = c < s->dv ? 0 : 12345.0f;
         }
     }
 }
 
-/* Rows of width values at a guard page, NaN between them. */
+// Rows of width values at a guard page, NaN between them.
 static uint8_t *make_rows(int n, int width, int kind, size_t stride, size_t *size) {
     const size_t row = moe__kv_bytes(kinds[kind], width);
     *size = (size_t)(n - 1) * stride + row;
@@ -608,7 +608,7 @@ static uint8_t *make_rows(int n, int width, int kind, size_t stride, size_t *siz
             }
             p += c / 32 * 34;
             if (c % 32 == 0) store_value(p, 0, random_float(0, 1.0f / 64));
-            p[2 + c % 32] = (uint8_t)random_below(256); /* -128 is nothing that we store */
+            p[2 + c % 32] = (uint8_t)random_below(256); // -128 is nothing that we store
         }
     return memory;
 }
@@ -678,8 +678,8 @@ static void attention_close(attention *a) {
     guarded_free(a->first, (size_t)n * 4);
 }
 
-/* Largest error of query i's output, in units of the weighted mean of |value|, and of the logarithm
- * of the whole sum. *budget is what rounding of scores may cost. */
+// Largest error of query i's output, in units of the weighted mean of |value|, and of the logarithm
+// of the whole sum. *budget is what rounding of scores may cost.
 static double attention_error(const attention *a, int i, double *budget) {
     const shape *s = &a->s;
     static double p[KEYS], out[1024], size[1024];
@@ -728,7 +728,7 @@ static int bits_differ(const float *a, const float *b, int n) {
     return memcmp(a, b, (size_t)n * sizeof(float)) != 0;
 }
 
-/* One call against double precision; then the same queries in groups of 1, 3 and 5: equal bits. */
+// One call against double precision; then the same queries in groups of 1, 3 and 5: equal bits.
 static void check_shape(const moe__kernels *k, const shape *s) {
     attention a;
     attention_open(&a, s);
@@ -776,17 +776,17 @@ static void check_shape(const moe__kernels *k, const shape *s) {
 TEST(attend_shapes) {
     enum { MOST = KEYS };
     const shape shapes[] = {
-        {8, MOST, 128, 128, 0, 0, 0, 0},    {8, MOST, 128, 128, 0, 0, 0, 1792}, /* GQA decode */
+        {8, MOST, 128, 128, 0, 0, 0, 0},    {8, MOST, 128, 128, 0, 0, 0, 1792}, // GQA decode
         {1, MOST, 128, 128, 0, 0, 0, 0},    {4, 77, 64, 64, 0, 0, 0, 0},
-        {16, MOST, 576, 512, 0, 1, 0, 0},   {32, 126, 576, 512, 0, 1, 1, 0}, /* MLA */
+        {16, MOST, 576, 512, 0, 1, 0, 0},   {32, 126, 576, 512, 0, 1, 1, 0}, // MLA
         {16, 70, 576, 512, 1, 1, 0, 64},   {3, 33, 576, 512, 0, 1, 2, 0},
-        {32, MOST, 128, 128, 0, 0, 1, 0},   {32, MOST, 128, 128, 1, 0, 1, 0}, /* prefill */
+        {32, MOST, 128, 128, 0, 0, 1, 0},   {32, MOST, 128, 128, 1, 0, 1, 0}, // prefill
         {32, 120, 192, 128, 0, 0, 1, 0},   {32, 100, 192, 192, 0, 0, 2, 6},
         {31, 65, 96, 96, 0, 0, 3, 0},      {32, 12, 128, 128, 0, 0, 1, 0},
-        {32, MOST, 64, 64, 0, 0, 4, 0},     {32, MOST, 64, 64, 1, 0, 5, 0}, /* sliding windows */
+        {32, MOST, 64, 64, 0, 0, 4, 0},     {32, MOST, 64, 64, 1, 0, 5, 0}, // sliding windows
         {32, 124, 128, 128, 0, 0, 6, 0},   {7, MOST, 64, 64, 0, 0, 6, 0},
-        {32, 64, 1056, 20, 0, 0, 2, 0},    {20, 9, 1030, 1000, 0, 0, 0, 2}, /* very long rows */
-        {1, MOST, 128, 128, 2, 0, 0, 0},    {8, MOST, 128, 128, 2, 0, 0, 952}, /* Q8_0 */
+        {32, 64, 1056, 20, 0, 0, 2, 0},    {20, 9, 1030, 1000, 0, 0, 0, 2}, // very long rows
+        {1, MOST, 128, 128, 2, 0, 0, 0},    {8, MOST, 128, 128, 2, 0, 0, 952}, // Q8_0
         {16, MOST, 576, 512, 2, 1, 0, 0},   {32, 126, 576, 512, 2, 1, 1, 0},
         {5, 70, 32, 96, 2, 0, 2, 1},       {32, 100, 192, 160, 2, 0, 2, 6},
         {20, 9, 1056, 992, 2, 0, 0, 2},    {8, 33, 576, 512, 2, 1, 2, 0},
@@ -815,12 +815,12 @@ TEST(attend_ragged) {
         s.kind = random_below(3);
         if (s.kind == 2) s.dk = (s.dk + 31) & ~31, s.dv = (s.dv + 31) & ~31;
         s.visibility = random_below(7);
-        if (random_below(3) == 0) s.gap = random_below(40) * 2 + (i % 4 == 0); /* odd: misaligned */
+        if (random_below(3) == 0) s.gap = random_below(40) * 2 + (i % 4 == 0); // odd: misaligned
         check_shape(k, &s);
     }
 }
 
-/* Blocks one after the other equal one softmax over all keys. */
+// Blocks one after the other equal one softmax over all keys.
 TEST(attend_in_blocks) {
     EACH_ISA(k)
     for (int i = 0; i < 24; i++) {
@@ -854,8 +854,8 @@ TEST(attend_in_blocks) {
     }
 }
 
-/* What the queries see of keys begin .. end - 1, in this order of calls: at once; each chunk by
- * itself with the state of those before; each from nothing, and added up. */
+// What the queries see of keys begin .. end - 1, in this order of calls: at once; each chunk by
+// itself with the state of those before; each from nothing, and added up.
 enum { AT_ONCE, ONE_BY_ONE, ADDED_UP };
 static void attend_chunks(const moe__kernels *k, const attention *a, int begin, int end, int how) {
     int32_t visible[32], first[32];
@@ -880,7 +880,7 @@ static void attend_chunks(const moe__kernels *k, const attention *a, int begin, 
     free(out);
 }
 
-/* However the chunks come: the same bits. With and without a sink, from windows, NaN included. */
+// However the chunks come: the same bits. With and without a sink, from windows, NaN included.
 TEST(attend_in_chunks) {
     EACH_ISA(k)
     for (int i = 0; i < 60; i++) {
@@ -916,7 +916,7 @@ TEST(attend_in_chunks) {
     }
 }
 
-/* NaN in keys or values changes no bit for those who do not see them, and reaches those who do. */
+// NaN in keys or values changes no bit for those who do not see them, and reaches those who do.
 TEST(attend_hidden_nan) {
     EACH_ISA(k)
     for (int i = 0; i < 120; i++) {
@@ -934,7 +934,7 @@ TEST(attend_hidden_nan) {
         const int values = i % 5 < 2;
         uint8_t *rows = values ? a.v : a.k;
         const size_t bytes = values ? a.args.v_bytes : a.args.k_bytes;
-        memset(rows + (size_t)poison * bytes, 0xFF, moe__kv_bytes(kinds[kind], width)); /* NaN */
+        memset(rows + (size_t)poison * bytes, 0xFF, moe__kv_bytes(kinds[kind], width)); // NaN
         int seen = 0;
         for (int r = 0; r < n; r++) seen |= a.visible[r] > poison && s.visibility < 4;
         seen |= s.visibility > 3;
@@ -961,7 +961,7 @@ TEST(attend_hidden_nan) {
     }
 }
 
-/* A NaN query spoils itself only. */
+// A NaN query spoils itself only.
 TEST(attend_nan_query) {
     EACH_ISA(k)
     for (int bad = 0; bad < 9; bad++) {
@@ -970,7 +970,7 @@ TEST(attend_nan_query) {
         attention_open(&a, &s);
         a.q[bad * a.args.q_stride + 7] = NAN;
         k->attend(&a.args);
-        k->attend(&a.args); /* and stays so */
+        k->attend(&a.args); // and stays so
         for (int r = 0; r < 9; r++) {
             float quotient[32];
             for (int c = 0; c < 32; c++) quotient[c] = a.out[r * 35 + c] / a.sum[r];
@@ -980,27 +980,27 @@ TEST(attend_nan_query) {
     }
 }
 
-/* Scores of -inf count for nothing, whether alone, first, last or mixed with others. */
+// Scores of -inf count for nothing, whether alone, first, last or mixed with others.
 TEST(attend_minus_infinity) {
     EACH_ISA(k)
     for (int f32 = 0; f32 < 2; f32++) {
         const shape s = {5, 70, 1, 20, f32, 0, 0, 0};
         attention a;
         attention_open(&a, &s);
-        for (int i = 0; i < 5; i++) a.q[i * 6] = 1.0f + (float)i; /* dk 1, stride 6 */
+        for (int i = 0; i < 5; i++) a.q[i * 6] = 1.0f + (float)i; // dk 1, stride 6
         uint8_t *keys = (uint8_t *)malloc(a.k_size);
         memcpy(keys, a.k, a.k_size);
         for (int j = 0; j < 70; j++) store_value(a.k + (size_t)j * a.args.k_bytes, f32, -INFINITY);
         k->attend(&a.args);
         for (int i = 0; i < 5; i++)
             CHECK(a.max[i] == -INFINITY && a.sum[i] == 0 && a.out[i * 23] == 0);
-        memcpy(a.k, keys, a.k_size); /* then finite scores */
+        memcpy(a.k, keys, a.k_size); // then finite scores
         k->attend(&a.args);
         for (int i = 0; i < 5; i++) {
             double budget, error = attention_error(&a, i, &budget);
             CHECKF(error <= 1e-6, "%s: %.3g", moe_isa_name(k->isa), error);
         }
-        for (int j = 0; j < 70; j += 1 + (j > 20)) /* then a mixture */
+        for (int j = 0; j < 70; j += 1 + (j > 20)) // then a mixture
             store_value(a.k + (size_t)j * a.args.k_bytes, f32, -INFINITY);
         attention_reset(&a);
         k->attend(&a.args);
@@ -1019,7 +1019,7 @@ TEST(attend_minus_infinity) {
     }
 }
 
-/* A query that sees nothing keeps the bits of its state. */
+// A query that sees nothing keeps the bits of its state.
 TEST(attend_untouched) {
     EACH_ISA(k)
     for (int i = 0; i < 20; i++) {
@@ -1042,8 +1042,8 @@ TEST(attend_untouched) {
     }
 }
 
-/* A state that begins with a sink (max = its score, sum = 1, nothing in out) gives a softmax */
-/* with one more score, whose value is 0. */
+// A state that begins with a sink (max = its score, sum = 1, nothing in out) gives a softmax
+// with one more score, whose value is 0.
 TEST(attend_sink) {
     EACH_ISA(k)
     for (int i = 0; i < 30; i++) {
@@ -1076,7 +1076,7 @@ TEST(attend_sink) {
     }
 }
 
-/* Large scores: no overflow, whether the largest comes in the first block or in the last. */
+// Large scores: no overflow, whether the largest comes in the first block or in the last.
 TEST(attend_large_scores) {
     EACH_ISA(k)
     for (int step = 0; step < 2; step++) {

@@ -1,18 +1,19 @@
-/* moe_generate on small random models: their text is nonsense and full of broken UTF-8, which is
- * just what is needed here. What it must be is computed apart, from logits and token texts. */
+// moe_generate on small random models: their text is nonsense and full of broken UTF-8, which is
+// just what is needed here. What it must be is computed apart, from logits and token texts.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
+#include "meter.h"
 #include "models.h"
 
-/* ---- what the text must be ------------------------------------------------------------------- */
+// ---- what the text must be -------------------------------------------------------------------
 
 enum { MAX_TEXT = 65536 };
 
 typedef struct text {
     char data[MAX_TEXT];
     size_t size;
-    int pieces, bad_pieces; /* pieces that are empty or not UTF-8 */
-    int stop_after;         /* pieces after which the callback returns 0; 0: never */
+    int pieces, bad_pieces; // pieces that are empty or not UTF-8
+    int stop_after;         // pieces after which the callback returns 0; 0: never
 } text;
 
 static void text_add(text *t, const char *data, size_t size) {
@@ -21,8 +22,8 @@ static void text_add(text *t, const char *data, size_t size) {
     t->size += size;
 }
 
-/* Length of the UTF-8 character at p, 0 if there is none: no overlong forms, no surrogates, */
-/* nothing above U+10FFFF. */
+// Length of the UTF-8 character at p, 0 if there is none: no overlong forms, no surrogates,
+// nothing above U+10FFFF.
 static size_t utf8_length(const unsigned char *p, size_t n) {
     if (n == 0) return 0;
     if (p[0] < 0x80) return 1;
@@ -46,8 +47,8 @@ static int is_utf8(const char *data, size_t size) {
     return 1;
 }
 
-/* Bytes that are not UTF-8 become U+FFFD. How many of them a broken character gives is a matter */
-/* of taste: here, and in what is compared with it, a run of them counts as one. */
+// Bytes that are not UTF-8 become U+FFFD. How many of them a broken character gives is a matter
+// of taste: here, and in what is compared with it, a run of them counts as one.
 static void clean(const char *data, size_t size, text *out) {
     static const char replacement[3] = {'\xEF', '\xBF', '\xBD'};
     memset(out, 0, sizeof *out);
@@ -78,7 +79,7 @@ static int on_text(void *user, const char *data, size_t size) {
     return t->pieces != t->stop_after;
 }
 
-/* ---- what the tokens must be ----------------------------------------------------------------- */
+// ---- what the tokens must be -----------------------------------------------------------------
 
 static moe_model *the_model;
 static const moe_vocab *the_vocab;
@@ -109,7 +110,7 @@ static int32_t argmax(const float *x, int n) {
     return best;
 }
 
-/* Evaluates the prompt, then n times the likeliest token; the bytes of these. */
+// Evaluates the prompt, then n times the likeliest token; the bytes of these.
 static size_t greedy(moe_session *session, const int32_t *prompt, int n_prompt, int n,
                      int32_t *tokens, char *bytes) {
     size_t size = 0;
@@ -122,7 +123,7 @@ static size_t greedy(moe_session *session, const int32_t *prompt, int n_prompt, 
     return size;
 }
 
-/* A prompt whose greedy continuation does not run into an end-of-text token. */
+// A prompt whose greedy continuation does not run into an end-of-text token.
 static const int32_t prompt[] = {72, 101, 108, 111};
 enum { N_PROMPT = 4 };
 
@@ -137,9 +138,9 @@ static moe_generate_options options(text *t, int max_tokens) {
     return o;
 }
 
-/* ---- tests ----------------------------------------------------------------------------------- */
+// ---- tests -----------------------------------------------------------------------------------
 
-/* Greedy text is that of the largest logits, whatever the number of tokens. */
+// Greedy text is that of the largest logits, whatever the number of tokens.
 TEST(greedy_is_argmax) {
     static char bytes[MAX_TEXT];
     static text t;
@@ -158,7 +159,7 @@ TEST(greedy_is_argmax) {
         CHECK(result.prompt_seconds >= 0 && result.generate_seconds >= 0);
         CHECK(t.bad_pieces == 0 && t.pieces <= counts[i] + 1);
         CHECKF(same_text(&t, bytes, size), "%d tokens: %zu bytes for %zu", counts[i], t.size, size);
-        /* The last token is not evaluated; what follows it does. */
+        // The last token is not evaluated; what follows it does.
         CHECK(moe_session_length(b) == N_PROMPT + counts[i] - 1);
         CHECK(result.next_token == tokens[counts[i] - 1]);
         moe_session_close(a);
@@ -166,7 +167,7 @@ TEST(greedy_is_argmax) {
     }
 }
 
-/* A second call goes on behind what the session holds. */
+// A second call goes on behind what the session holds.
 TEST(goes_on) {
     static char bytes[MAX_TEXT];
     static text t;
@@ -189,8 +190,8 @@ TEST(goes_on) {
     moe_session_close(b);
 }
 
-/* In pieces: the token that was not evaluated begins the next one. Each is reported before it is */
-/* evaluated: a callback sees a session that does not hold it yet. */
+// In pieces: the token that was not evaluated begins the next one. Each is reported before it is
+// evaluated: a callback sees a session that does not hold it yet.
 static int32_t seen_length;
 static int on_text_length(void *user, const char *data, size_t size) {
     (void)data, (void)size;
@@ -222,7 +223,7 @@ TEST(in_pieces) {
     moe_session_close(b);
 }
 
-/* An empty prompt: from the logits that are there, without evaluating anything twice. */
+// An empty prompt: from the logits that are there, without evaluating anything twice.
 TEST(empty_prompt) {
     static text whole, t;
     moe_generate_result result;
@@ -237,7 +238,7 @@ TEST(empty_prompt) {
     CHECK(result.n_prompt == 0 && result.n_generated == 30);
     CHECK(t.size == whole.size && !memcmp(t.data, whole.data, t.size));
     moe_session_close(session);
-    /* No logits, nothing to go on with. */
+    // No logits, nothing to go on with.
     moe_error error;
     memset(&error, 0, sizeof error);
     session = open_session(100);
@@ -248,7 +249,7 @@ TEST(empty_prompt) {
     moe_session_close(session);
 }
 
-/* Until the context is full: it is used up, and no further. */
+// Until the context is full: it is used up, and no further.
 TEST(context) {
     static text t;
     moe_generate_result result;
@@ -260,7 +261,7 @@ TEST(context) {
         CHECK(result.reason == MOE_STOP_CONTEXT);
         CHECK(moe_session_length(session) == n_ctx);
         CHECK(result.n_generated == n_ctx - N_PROMPT + 1 && result.next_token >= 0);
-        /* Nothing fits any more. */
+        // Nothing fits any more.
         moe_error error;
         memset(&error, 0, sizeof error);
         CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_ERROR_CONTEXT_FULL);
@@ -276,7 +277,7 @@ TEST(context) {
     moe_session_close(session);
 }
 
-/* The callback ends it at the first, second, ... piece; what came is what would have come. */
+// The callback ends it at the first, second, ... piece; what came is what would have come.
 TEST(callback_stops) {
     static text whole, t;
     moe_generate_result result;
@@ -298,7 +299,7 @@ TEST(callback_stops) {
 
 static int stop_at_once(void *user) { return ++*(int *)user > 30; }
 
-/* The session's own way to stop counts as the caller's. */
+// The session's own way to stop counts as the caller's.
 TEST(session_stops) {
     static text t;
     moe_session_options s;
@@ -312,13 +313,13 @@ TEST(session_stops) {
     moe_generate_options o = options(&t, 1000);
     CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
     CHECK(result.reason == MOE_STOP_CALLER && result.n_generated < 40);
-    /* During the prompt it is an error, as with moe_session_eval. */
+    // During the prompt it is an error, as with moe_session_eval.
     CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_ERROR_CANCELLED);
     CHECK(result.reason == MOE_STOP_CALLER && result.n_generated == 0);
     moe_session_close(session);
 }
 
-/* The first occurrence of `stop` in clean text. */
+// The first occurrence of `stop` in clean text.
 static size_t find(const text *t, const char *stop) {
     size_t n = strlen(stop);
     for (size_t i = 0; i + n <= t->size; i++)
@@ -326,8 +327,8 @@ static size_t find(const text *t, const char *stop) {
     return t->size;
 }
 
-/* Stop strings cut out of the text at every place and of several lengths: the text ends where */
-/* the string begins. */
+// Stop strings cut out of the text at every place and of several lengths: the text ends where
+// the string begins.
 TEST(stop_strings) {
     static text whole, t;
     moe_generate_result result;
@@ -360,7 +361,7 @@ TEST(stop_strings) {
     moe_session_close(session);
 }
 
-/* Text that might have been the beginning of a stop string is not lost at the end. */
+// Text that might have been the beginning of a stop string is not lost at the end.
 TEST(held_back) {
     static text whole, t;
     moe_generate_result result;
@@ -376,7 +377,7 @@ TEST(held_back) {
             size_t at = whole.size - length;
             if (!is_utf8(whole.data + at, length)) continue;
             memcpy(stop, whole.data + at, length);
-            memcpy(stop + length, "\x01zz", 4); /* the text's end, and what does not come */
+            memcpy(stop + length, "\x01zz", 4); // the text's end, and what does not come
             if (find(&whole, stop) < whole.size) continue;
             o = options(&t, n);
             o.stop = stops;
@@ -390,7 +391,7 @@ TEST(held_back) {
     moe_session_close(session);
 }
 
-/* A character that is not complete at the end becomes U+FFFD: that may complete a stop string. */
+// A character that is not complete at the end becomes U+FFFD: that may complete a stop string.
 TEST(a_stop_string_that_the_end_completes) {
     static text whole, t;
     moe_generate_result result;
@@ -425,7 +426,7 @@ TEST(a_stop_string_that_the_end_completes) {
     moe_session_close(session);
 }
 
-/* Nothing can be chosen if no logit is a number: an error, not token 0 until the limit. */
+// Nothing can be chosen if no logit is a number: an error, not token 0 until the limit.
 TEST(logits_that_are_not_numbers) {
     static text t;
     moe_generate_result result;
@@ -449,7 +450,7 @@ TEST(logits_that_are_not_numbers) {
     moe_session_close(session);
 }
 
-/* Generates with a seeded sampler. */
+// Generates with a seeded sampler.
 static void sample(moe_session *session, uint64_t seed, float temperature, int max_tokens, text *t,
                    int ignore_end, int special, moe_generate_result *result) {
     moe_sampler_options s;
@@ -486,8 +487,8 @@ TEST(seeds) {
     moe_session_close(second);
 }
 
-/* Ends at the end-of-text token, or not; shows control tokens, or not. With the same seed all */
-/* give the same text as far as they go. */
+// Ends at the end-of-text token, or not; shows control tokens, or not. With the same seed all
+// give the same text as far as they go.
 TEST(end_of_text) {
     static text stopped, went_on, shown;
     moe_generate_result result;
@@ -504,7 +505,7 @@ TEST(end_of_text) {
         sample(session, seed, 5, 1000, &went_on, MOE_ON, 0, &result);
         CHECK(result.reason == MOE_STOP_LIMIT && result.n_generated == 1000);
         CHECK(result.n_generated > generated || generated == 1000);
-        /* Where it ended, half a character may have been cut off and replaced. */
+        // Where it ended, half a character may have been cut off and replaced.
         size_t same = stopped.size > 3 ? stopped.size - 3 : 0;
         CHECK(went_on.size >= same && !memcmp(went_on.data, stopped.data, same));
         CHECK(find(&went_on, "<|end|>") == went_on.size);
@@ -550,7 +551,7 @@ TEST(wrong_calls) {
     CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_ERROR_ARGUMENT);
     longest[512] = 0;
     CHECK(moe_generate(session, prompt, 1, &o, &result, &error) == MOE_OK);
-    /* Everything that may be NULL. */
+    // Everything that may be NULL.
     moe_session_rewind(session, 0, NULL);
     o = options(&t, 5);
     o.on_text = NULL;
@@ -560,7 +561,7 @@ TEST(wrong_calls) {
     moe_session_close(session);
 }
 
-/* From a text: what moe_generate makes of its tokens, and BOS in front of the first one only. */
+// From a text: what moe_generate makes of its tokens, and BOS in front of the first one only.
 TEST(from_a_text) {
     static text expected, t;
     static const char *const turns[2] = {"Hello there", ", and again"};
@@ -621,36 +622,18 @@ TEST(reasons_in_words) {
     CHECK(!strcmp(moe_stop_reason_text((moe_stop_reason)(MOE_STOP_CONTEXT + 1)), "?"));
 }
 
-/* ---- memory ---------------------------------------------------------------------------------- */
-
-typedef struct meter {
-    long calls, live;
-    int refuses;
-} meter;
-static void *meter_alloc(void *user, size_t size) {
-    meter *m = (meter *)user;
-    if (m->refuses) return NULL;
-    m->calls++;
-    m->live++;
-    return malloc(size);
-}
-static void meter_free(void *user, void *memory, size_t size) {
-    ((meter *)user)->live--;
-    (void)size;
-    free(memory);
-}
+// ---- memory ----------------------------------------------------------------------------------
 
 TEST(takes_no_memory) {
     static text t;
-    meter m = {0};
+    meter m;
     moe_model_options mo;
     moe_session_options so;
     moe_generate_result result;
+    memset(&m, 0, sizeof m);
     memset(&mo, 0, sizeof mo);
     memset(&so, 0, sizeof so);
-    mo.allocator.alloc = meter_alloc;
-    mo.allocator.free = meter_free;
-    mo.allocator.user = &m;
+    mo.allocator = meter_allocator(&m);
     so.n_ctx = 300;
     moe_model *model = moe_model_open(models_simple("micro", "f32"), &mo, NULL);
     moe_session *session = moe_session_open(model, &so, NULL);
@@ -662,7 +645,7 @@ TEST(takes_no_memory) {
     o.n_stop = 1;
     CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
     CHECKF(m.calls == calls, "%ld allocations", m.calls - calls);
-    /* From a text it takes the tokens and gives them back, but for the vocabulary's own memory. */
+    // From a text it takes the tokens and gives them back, but for the vocabulary's own memory.
     moe_error error;
     o.max_tokens = 1;
     moe_session_rewind(session, 0, NULL);
@@ -680,7 +663,7 @@ TEST(takes_no_memory) {
     CHECK(m.live == 0);
 }
 
-/* The last test gives back what the others shared. */
+// The last test gives back what the others shared.
 TEST(close) {
     moe_model_close(the_model);
     the_model = NULL;

@@ -1,11 +1,11 @@
-/* The GGUF reader against files that this program writes: good ones, and one hostile file for each
- * check of the reader, with the status, offset and name that the error must carry. */
+// The GGUF reader against files that this program writes: good ones, and one hostile file for each
+// check of the reader, with the status, offset and name that the error must carry.
 #include "steps.h"
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
 
-/* ---- a small writer -------------------------------------------------------------------------- */
+// ---- a small writer --------------------------------------------------------------------------
 
 typedef struct bytes {
     uint8_t *data;
@@ -73,10 +73,10 @@ static void release(bytes *b) {
     memset(b, 0, sizeof *b);
 }
 
-/* ---- an allocator that counts and fails ------------------------------------------------------ */
+// ---- an allocator that counts and fails ------------------------------------------------------
 
 typedef struct counter {
-    long n_allocs, fail_at; /* the fail_at-th (from 1) and all later ones fail; 0: none */
+    long n_allocs, fail_at; // the fail_at-th (from 1) and all later ones fail; 0: none
     long live;
     size_t live_bytes, peak_bytes;
 } counter;
@@ -108,9 +108,9 @@ static moe_gguf_options counter_options(counter *c) {
     return options;
 }
 
-/* ---- opening and judging --------------------------------------------------------------------- */
+// ---- opening and judging ---------------------------------------------------------------------
 
-/* Reads everything that a file offers; the sum keeps the compiler from leaving it out. */
+// Reads everything that a file offers; the sum keeps the compiler from leaving it out.
 static uint64_t walk(const moe_gguf *gguf) {
     uint64_t sum = moe_gguf_version(gguf) + moe_gguf_file_size(gguf);
     for (int64_t i = 0; i < moe_gguf_n_values(gguf); i++) {
@@ -147,8 +147,8 @@ static uint64_t walk(const moe_gguf *gguf) {
 
 static volatile uint64_t walked;
 
-/* Opens a copy of exactly the right size, so that a sanitizer sees every byte read too far. Returns
- * the status; *error as the reader left it. */
+// Opens a copy of exactly the right size, so that a sanitizer sees every byte read too far. Returns
+// the status; *error as the reader left it.
 static moe_status open_copy(const uint8_t *data, size_t size, moe_error *error) {
     uint8_t *copy = (uint8_t *)malloc(size ? size : 1);
     counter c;
@@ -164,7 +164,7 @@ static moe_status open_copy(const uint8_t *data, size_t size, moe_error *error) 
     return error->status;
 }
 
-/* `text`: a part of the sentence that the error must carry. */
+// `text`: a part of the sentence that the error must carry.
 static void expect_bad(const bytes *b, moe_status status, uint64_t offset, const char *where,
                        const char *text, int line) {
     moe_error error;
@@ -187,8 +187,8 @@ static void expect_good(const bytes *b, int line) {
 }
 #define EXPECT_GOOD(b) expect_good(b, __LINE__)
 
-/* A file with every type of value, alone and as an array, and tensors of several types. Its last
- * tensor ends with the file. */
+// A file with every type of value, alone and as an array, and tensors of several types. Its last
+// tensor ends with the file.
 static void put_good_file(bytes *b, uint32_t version) {
     put_header(b, version, 5, 28);
     put_key(b, "u8", MOE_VALUE_UINT8), put_u8(b, 200);
@@ -220,11 +220,11 @@ static void put_good_file(bytes *b, uint32_t version) {
     put_array(b, "i64s", MOE_VALUE_INT64, 2), put_u64(b, 7), put_u64(b, UINT64_MAX);
     put_array(b, "f64s", MOE_VALUE_FLOAT64, 2), put_f64(b, 0.5), put_f64(b, 3);
     put_key_u32(b, "general.alignment", 64);
-    put_tensor(b, "a.weight", 2, 64, 3, 0, 0, MOE_TYPE_Q4_0, 0);      /* 108 bytes */
-    put_tensor(b, "b.weight", 1, 5, 0, 0, 0, MOE_TYPE_F32, 128);      /* 20 bytes */
-    put_tensor(b, "c.weight", 3, 256, 2, 2, 0, MOE_TYPE_Q6_K, 192);   /* 840 bytes */
-    put_tensor(b, "d.weight", 1, 123, 0, 0, 0, 77, 1088);             /* unknown type */
-    put_tensor(b, "e.weight", 4, 3, 1, 1, 2, MOE_TYPE_BF16, 1088);    /* 12 bytes */
+    put_tensor(b, "a.weight", 2, 64, 3, 0, 0, MOE_TYPE_Q4_0, 0);      // 108 bytes
+    put_tensor(b, "b.weight", 1, 5, 0, 0, 0, MOE_TYPE_F32, 128);      // 20 bytes
+    put_tensor(b, "c.weight", 3, 256, 2, 2, 0, MOE_TYPE_Q6_K, 192);   // 840 bytes
+    put_tensor(b, "d.weight", 1, 123, 0, 0, 0, 77, 1088);             // unknown type
+    put_tensor(b, "e.weight", 4, 3, 1, 1, 2, MOE_TYPE_BF16, 1088);    // 12 bytes
     put_pad(b, 64);
     size_t start = b->size;
     for (size_t i = 0; i < 1100; i++) put_u8(b, (uint8_t)(i * 7));
@@ -278,7 +278,7 @@ TEST(good_file) {
     release(&b);
 }
 
-/* "1.5": the value converts to 1.5; NULL: it must not convert. */
+// "1.5": the value converts to 1.5; NULL: it must not convert.
 static void check_value(const moe_gguf *gguf, const char *key, uint64_t i, const char *integer,
                         const char *number, const char *flag) {
     const moe_gguf_value *value = moe_gguf_find_value(gguf, key);
@@ -329,7 +329,7 @@ TEST(typed_access) {
     check_value(gguf, "u64s", 1, NULL, "18446744073709551615", NULL);
     check_value(gguf, "i64s", 1, "-1", "-1", NULL);
     check_value(gguf, "f64s", 0, NULL, "0.5", NULL);
-    /* out of range, missing */
+    // out of range, missing
     check_value(gguf, "u8", 1, NULL, NULL, NULL);
     check_value(gguf, "u8s", 3, NULL, NULL, NULL);
     check_value(gguf, "f64s", UINT64_MAX, NULL, NULL, NULL);
@@ -339,7 +339,7 @@ TEST(typed_access) {
     CHECK(!moe_gguf_value_int(moe_gguf_find_value(gguf, "u8"), 0, NULL));
     CHECK(!moe_gguf_value_float(moe_gguf_find_value(gguf, "u8"), 0, NULL));
     CHECK(!moe_gguf_value_bool(moe_gguf_find_value(gguf, "u8"), 0, NULL));
-    /* shape of arrays */
+    // shape of arrays
     const moe_gguf_value *value = moe_gguf_find_value(gguf, "i16s");
     CHECK(value->type == MOE_VALUE_ARRAY && value->element_type == MOE_VALUE_INT16);
     CHECK(value->count == 2 && value->size == 4 && memcmp(value->data, "\1\0\377\377", 4) == 0);
@@ -378,9 +378,9 @@ TEST(strings) {
     CHECK(!moe_gguf_value_string(NULL, &cursor, &s));
     CHECK(!moe_gguf_value_string(value, NULL, &s));
     CHECK(!moe_gguf_value_string(value, &cursor, NULL));
-    cursor = &b; /* not from this value */
+    cursor = &b; // not from this value
     CHECK(!moe_gguf_value_string(value, &cursor, &s));
-    /* A file that changes while it is mapped: the length of a string grows behind our back. */
+    // A file that changes while it is mapped: the length of a string grows behind our back.
     size_t at = (size_t)((const uint8_t *)value->data - b.data);
     b.data[at] = 255;
     cursor = NULL;
@@ -389,7 +389,7 @@ TEST(strings) {
     release(&b);
 }
 
-/* ---- hostile headers ------------------------------------------------------------------------- */
+// ---- hostile headers -------------------------------------------------------------------------
 
 TEST(bad_arguments) {
     moe_error error;
@@ -416,7 +416,7 @@ TEST(bad_arguments) {
 TEST(bad_header) {
     bytes b;
     memset(&b, 0, sizeof b);
-    EXPECT_BAD(&b, MOE_ERROR_FORMAT, 0, "", "not a GGUF file"); /* 0 bytes */
+    EXPECT_BAD(&b, MOE_ERROR_FORMAT, 0, "", "not a GGUF file"); // 0 bytes
     put(&b, "GGU", 3);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 0, "", "not a GGUF file");
     put(&b, "X", 1), put_zeros(&b, 100);
@@ -428,13 +428,13 @@ TEST(bad_header) {
         put_header(&b, versions[i], 0, 0);
         EXPECT_BAD(&b, MOE_ERROR_UNSUPPORTED, 4, "", i < 5 ? "GGUF version" : "big-endian");
     }
-    /* version 1 with its own, shorter header */
+    // version 1 with its own, shorter header
     clear(&b);
     put(&b, "GGUF", 4), put_u32(&b, 1), put_u32(&b, 0), put_u32(&b, 0), put_zeros(&b, 32);
     EXPECT_BAD(&b, MOE_ERROR_UNSUPPORTED, 4, "", "version 1");
     clear(&b);
     put_header(&b, 3, 0, 0);
-    EXPECT_GOOD(&b); /* nothing inside is allowed */
+    EXPECT_GOOD(&b); // nothing inside is allowed
     b.size--;
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 23, "", "within its header");
     static const uint64_t counts[] = {UINT64_MAX,
@@ -453,14 +453,14 @@ TEST(bad_header) {
         put_header(&b, 3, 0, counts[i]), put_zeros(&b, 100);
         EXPECT_BAD(&b, MOE_ERROR_FORMAT, 16, "", "values are too many");
     }
-    /* 3 tensors would fit into the bytes behind the header, but not into those behind the values */
+    // 3 tensors would fit into the bytes behind the header, but not into those behind the values
     clear(&b);
     put_header(&b, 3, 3, 1), put_array(&b, "k", MOE_VALUE_UINT8, 100), put_zeros(&b, 100);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, b.size, "", "needs 8 bytes, 0 are left");
     release(&b);
 }
 
-/* More entries than the reader's constant, in a file that is large enough to hold them. */
+// More entries than the reader's constant, in a file that is large enough to hold them.
 TEST(bad_counts_beyond_the_limit) {
     size_t size = 24 + (size_t)33 * (MOE__GGUF_MAX_ENTRIES + 2);
     uint8_t *data = (uint8_t *)calloc(1, size);
@@ -481,9 +481,9 @@ TEST(bad_counts_beyond_the_limit) {
     free(data);
 }
 
-/* ---- hostile values -------------------------------------------------------------------------- */
+// ---- hostile values --------------------------------------------------------------------------
 
-/* A header for one value, whose key and type are written; returns where the value begins. */
+// A header for one value, whose key and type are written; returns where the value begins.
 static uint64_t begin_value(bytes *b, const char *key, uint32_t type) {
     clear(b);
     put_header(b, 3, 0, 1);
@@ -495,7 +495,7 @@ TEST(bad_keys) {
     bytes b;
     memset(&b, 0, sizeof b);
     static const uint64_t lengths[] = {100,
-                                       41, /* one more than there are */
+                                       41, // one more than there are
                                        UINT64_MAX,
                                        UINT64_MAX - 31,
                                        (uint64_t)1 << 63,
@@ -524,7 +524,7 @@ TEST(bad_keys) {
     clear(&b);
     put_header(&b, 3, 0, 1), put_bytes(&b, "a\0b", 3), put_u32(&b, 4), put_u32(&b, 0);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "a?b", "NUL");
-    /* what a key may do to a terminal stays in the file */
+    // what a key may do to a terminal stays in the file
     clear(&b);
     put_header(&b, 3, 0, 1), put_key(&b, "a\33[2J\n\x7f\xc3%s", 99), put_u64(&b, 0);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, b.size - 12, "a?[2J???%s", "type 99");
@@ -549,7 +549,7 @@ TEST(bad_value_types) {
         put_u32(&b, types[i]), put_zeros(&b, 64);
         EXPECT_BAD(&b, MOE_ERROR_FORMAT, at, "key", "does not exist");
     }
-    /* arrays of arrays, 20,000 deep */
+    // arrays of arrays, 20,000 deep
     uint64_t at = begin_value(&b, "key", MOE_VALUE_ARRAY);
     for (int i = 0; i < 20000; i++) put_u32(&b, MOE_VALUE_ARRAY), put_u64(&b, 1);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, at, "key", "arrays of arrays");
@@ -569,8 +569,8 @@ TEST(bad_value_sizes) {
                                     UINT64_MAX - 7,
                                     (uint64_t)1 << 63,
                                     ((uint64_t)1 << 63) - 1,
-                                    ((uint64_t)1 << 61) + 1, /* times 8: wraps to 8 */
-                                    ((uint64_t)1 << 62) + 1, /* times 4: wraps to 4 */
+                                    ((uint64_t)1 << 61) + 1, // times 8: wraps to 8
+                                    ((uint64_t)1 << 62) + 1, // times 4: wraps to 4
                                     (uint64_t)1 << 32,
                                     65};
     for (size_t i = 0; i < sizeof huge / sizeof huge[0]; i++) {
@@ -583,13 +583,13 @@ TEST(bad_value_sizes) {
             put_u32(&b, type), put_u64(&b, huge[i]), put_zeros(&b, 64);
             EXPECT_BAD(&b, MOE_ERROR_FORMAT, at + 12, "key", "do not fit");
         }
-        /* the second string of an array */
+        // the second string of an array
         at = begin_value(&b, "key", MOE_VALUE_ARRAY);
         put_u32(&b, MOE_VALUE_STRING), put_u64(&b, 2), put_string(&b, "abc");
         put_u64(&b, huge[i]), put_zeros(&b, 64);
         EXPECT_BAD(&b, MOE_ERROR_FORMAT, at + 12 + 11 + 8, "key", "a string needs");
     }
-    /* exactly what fits, and one more */
+    // exactly what fits, and one more
     for (uint32_t type = 0; type <= 12; type++) {
         static const size_t sizes[13] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 0, 8, 8, 8};
         if (type == MOE_VALUE_ARRAY) continue;
@@ -630,11 +630,11 @@ TEST(alignment) {
     begin_value(&b, "general.alignment", MOE_VALUE_ARRAY);
     put_u32(&b, MOE_VALUE_UINT32), put_u64(&b, 1), put_u32(&b, 32);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, b.size - 4, "general.alignment", "integer");
-    /* other widths, the smallest and the largest; the data starts where it says */
+    // other widths, the smallest and the largest; the data starts where it says
     for (uint32_t power = 0; power <= 20; power++) {
         begin_value(&b, "general.alignment", MOE_VALUE_UINT64);
         put_u64(&b, (uint64_t)1 << power);
-        b.data[8] = 1; /* one tensor */
+        b.data[8] = 1; // one tensor
         put_tensor(&b, "t", 1, 4, 0, 0, 0, MOE_TYPE_F32, 0);
         put_pad(&b, (size_t)1 << power);
         size_t start = b.size;
@@ -650,9 +650,9 @@ TEST(alignment) {
     release(&b);
 }
 
-/* ---- hostile tensors ------------------------------------------------------------------------- */
+// ---- hostile tensors -------------------------------------------------------------------------
 
-/* A file of one tensor with `data` bytes of data. The description begins at byte 24. */
+// A file of one tensor with `data` bytes of data. The description begins at byte 24.
 static void one_tensor(bytes *b, const char *name, uint32_t n_dims, uint64_t ne0, uint64_t ne1,
                        uint64_t ne2, uint64_t ne3, uint32_t type, uint64_t offset, size_t data) {
     clear(b);
@@ -701,13 +701,13 @@ TEST(bad_shapes) {
     bytes b;
     memset(&b, 0, sizeof b);
     static const uint32_t dims[] = {0, 5, 6, 1u << 31, UINT32_MAX};
-    uint64_t shape = 24 + 8 + 4; /* where n_dims lies */
+    uint64_t shape = 24 + 8 + 4; // where n_dims lies
     for (size_t i = 0; i < sizeof dims / sizeof dims[0]; i++) {
         one_tensor(&b, "name", 1, 4, 0, 0, 0, MOE_TYPE_F32, 0, 64);
         memcpy(b.data + shape, &dims[i], 4);
         EXPECT_BAD(&b, MOE_ERROR_FORMAT, shape, "name", "dimensions");
     }
-    /* one bad length at each place */
+    // one bad length at each place
     static const uint64_t bad[] = {0, UINT64_MAX, (uint64_t)1 << 63, UINT64_MAX - 3};
     for (uint32_t d = 0; d < 4; d++)
         for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
@@ -716,7 +716,7 @@ TEST(bad_shapes) {
             one_tensor(&b, "name", 4, ne[0], ne[1], ne[2], ne[3], MOE_TYPE_F32, 0, 64);
             EXPECT_BAD(&b, MOE_ERROR_FORMAT, shape + 4 + 8 * d, "name", "out of bounds");
         }
-    /* products beyond int64_t, in every order */
+    // products beyond int64_t, in every order
     static const uint64_t products[][4] = {{INT64_MAX, 2, 1, 1},
                                            {(uint64_t)1 << 32, (uint64_t)1 << 31, 1, 1},
                                            {(uint64_t)1 << 32, (uint64_t)1 << 32, 1, 1},
@@ -734,14 +734,14 @@ TEST(bad_shapes) {
             CHECK(error.status == MOE_ERROR_FORMAT && strstr(error.text, "dimension"));
             CHECK(error.offset > shape && error.offset < shape + 36);
         }
-    /* the number of weights fits, the number of bytes does not */
+    // the number of weights fits, the number of bytes does not
     one_tensor(&b, "name", 1, (uint64_t)1 << 61, 0, 0, 0, 28 /* F64 */, 0, 64);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "size is out of bounds");
     one_tensor(&b, "name", 2, 1 << 20, (uint64_t)1 << 42, 0, 0, MOE_TYPE_F32, 0, 64);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "size is out of bounds");
     one_tensor(&b, "name", 4, 4, 1 << 20, 1 << 20, 1 << 20, 28, 0, 64);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "size is out of bounds");
-    one_tensor(&b, "name", 1, (uint64_t)1 << 60, 0, 0, 0, 28, 0, 64); /* 2^63 bytes */
+    one_tensor(&b, "name", 1, (uint64_t)1 << 60, 0, 0, 0, 28, 0, 64); // 2^63 bytes
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "size is out of bounds");
     one_tensor(&b, "name", 2, INT64_MAX, 1, 0, 0, 24 /* I8 */, 0, 64);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "ends behind the end");
@@ -753,7 +753,7 @@ TEST(bad_shapes) {
 TEST(bad_types) {
     bytes b;
     memset(&b, 0, sizeof b);
-    /* rows that no whole number of blocks fills, though the tensor would */
+    // rows that no whole number of blocks fills, though the tensor would
     static const struct {
         uint32_t type;
         uint64_t ne0;
@@ -774,7 +774,7 @@ TEST(bad_types) {
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "token_embd.weight", "interleaves");
     one_tensor(&b, "token_embd.weight", 2, 32, 8, 0, 0, MOE_TYPE_Q4_0, 0, 65536);
     EXPECT_GOOD(&b);
-    /* ids that cannot be one, and ids that some later program may know */
+    // ids that cannot be one, and ids that some later program may know
     static const uint32_t impossible[] = {1u << 31, UINT32_MAX, UINT32_MAX - 1};
     for (size_t i = 0; i < 3; i++) {
         one_tensor(&b, "name", 1, 32, 0, 0, 0, impossible[i], 0, 64);
@@ -797,7 +797,7 @@ TEST(bad_types) {
 TEST(bad_offsets) {
     bytes b;
     memset(&b, 0, sizeof b);
-    uint64_t field = 24 + 8 + 4 + 4 + 8 + 4; /* where the offset lies */
+    uint64_t field = 24 + 8 + 4 + 4 + 8 + 4; // where the offset lies
     static const uint64_t unaligned[] = {1, 31, 33, UINT64_MAX, 16};
     for (size_t i = 0; i < sizeof unaligned / sizeof unaligned[0]; i++) {
         one_tensor(&b, "name", 1, 4, 0, 0, 0, MOE_TYPE_F32, unaligned[i], 256);
@@ -808,35 +808,35 @@ TEST(bad_offsets) {
                                       (uint64_t)1 << 32,
                                       (uint64_t)1 << 63,
                                       UINT64_MAX - 31,
-                                      UINT64_MAX - 63, /* + data start: wraps to 0 */
+                                      UINT64_MAX - 63, // + data start: wraps to 0
                                       UINT64_MAX - 127};
     for (size_t i = 0; i < sizeof beyond / sizeof beyond[0]; i++) {
         one_tensor(&b, "name", 1, 4, 0, 0, 0, MOE_TYPE_F32, beyond[i], 64);
         EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "ends behind the end of the file");
-        /* the size of an unknown type is unknown, but it must begin in the file */
+        // the size of an unknown type is unknown, but it must begin in the file
         one_tensor(&b, "name", 1, 4, 0, 0, 0, 77, beyond[i] + (beyond[i] == 64 ? 32 : 0), 64);
         EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "ends behind the end of the file");
     }
-    /* the start does not wrap, the end does */
+    // the start does not wrap, the end does
     one_tensor(&b, "name", 1, 64, 0, 0, 0, MOE_TYPE_F32, UINT64_MAX - 159, 1024);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "ends behind the end of the file");
-    /* the last byte */
+    // the last byte
     one_tensor(&b, "name", 1, 5, 0, 0, 0, MOE_TYPE_F32, 32, 52);
     EXPECT_GOOD(&b);
     b.size--;
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "ends behind the end of the file");
-    /* no data at all: the data would start behind the end */
+    // no data at all: the data would start behind the end
     clear(&b);
     put_header(&b, 3, 1, 0), put_tensor(&b, "name", 1, 4, 0, 0, 0, MOE_TYPE_F32, 0);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 24, "name", "ends behind the end of the file");
     release(&b);
 }
 
-/* Of tensors that share bytes a small file could hold any number: refused, whatever their order. */
+// Of tensors that share bytes a small file could hold any number: refused, whatever their order.
 TEST(overlapping_tensors) {
     static const struct {
-        uint64_t at[4], n[4]; /* offsets and numbers of floats; 0: of an unknown type */
-        int blamed;           /* -1: nobody */
+        uint64_t at[4], n[4]; // offsets and numbers of floats; 0: of an unknown type
+        int blamed;           // -1: nobody
         const char *with;
     } cases[] = {
         {{0, 64, 128, 192}, {16, 16, 16, 16}, -1, ""},
@@ -871,14 +871,14 @@ TEST(overlapping_tensors) {
     release(&b);
 }
 
-/* What files say is quoted as text: valid UTF-8, nothing that a terminal would obey, no character
- * cut in two. */
+// What files say is quoted as text: valid UTF-8, nothing that a terminal would obey, no character
+// cut in two.
 static int is_shown(const char *text) {
     const unsigned char *c = (const unsigned char *)text;
     while (*c) {
         int n = *c < 0x80 ? 1 : *c < 0xE0 ? 2 : *c < 0xF0 ? 3 : 4;
         if (*c < 0x20 || *c == 0x7F || (*c >= 0x80 && *c < 0xC2) || *c > 0xF4) return 0;
-        if (n == 2 && *c == 0xC2 && c[1] < 0xA0) return 0; /* U+0080 to U+009F */
+        if (n == 2 && *c == 0xC2 && c[1] < 0xA0) return 0; // U+0080 to U+009F
         if (n == 3 && ((*c == 0xE0 && c[1] < 0xA0) || (*c == 0xED && c[1] > 0x9F))) return 0;
         if (n == 4 && ((*c == 0xF0 && c[1] < 0x90) || (*c == 0xF4 && c[1] > 0x8F))) return 0;
         for (c++; n > 1; n--)
@@ -892,7 +892,7 @@ TEST(hostile_text_in_errors) {
         "\33[2J\33]0;title\7", "a\r\nb\tc", "\x7f\x7f", "\xC2\x9B" "31m", "\xC2\x80",
         "\x9B" "31m", "\xFF\xFE", "\xC0\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xE4\xB8",
         "\xF0\x9F\x98\x80 fine", "gr\xC3\xBC\xC3\x9F" "e",
-        /* cut at any byte */
+        // cut at any byte
         "x\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD"
         "\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD"
         "\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD\xE4\xB8\xAD"
@@ -905,7 +905,7 @@ TEST(hostile_text_in_errors) {
     for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
         moe_error error;
         const int kept = i == 11 || i == 12;
-        clear(&b); /* as the name of a key, of a tensor */
+        clear(&b); // as the name of a key, of a tensor
         put_header(&b, 3, 0, 1), put_key(&b, texts[i], 99), put_u64(&b, 0);
         CHECK(open_copy(b.data, b.size, &error) == MOE_ERROR_FORMAT);
         CHECKF(is_shown(error.where) && is_shown(error.text), "%d", (int)i);
@@ -913,7 +913,7 @@ TEST(hostile_text_in_errors) {
         one_tensor(&b, texts[i], 9, 4, 0, 0, 0, MOE_TYPE_F32, 0, 64);
         CHECK(open_copy(b.data, b.size, &error) == MOE_ERROR_FORMAT);
         CHECKF(is_shown(error.where) && is_shown(error.text), "%d", (int)i);
-        for (size_t k = 0; k < sizeof keys / sizeof keys[0]; k++) { /* as a value */
+        for (size_t k = 0; k < sizeof keys / sizeof keys[0]; k++) { // as a value
             clear(&b);
             put_header(&b, 3, 0, k ? 4 : 1);
             if (k) put_key(&b, "general.architecture", 8), put_string(&b, "llama");
@@ -943,7 +943,7 @@ TEST(hostile_text_in_errors) {
     release(&b);
 }
 
-/* ---- exhaustive damage ----------------------------------------------------------------------- */
+// ---- exhaustive damage -----------------------------------------------------------------------
 
 TEST(truncation_at_every_byte) {
     bytes b;
@@ -1004,7 +1004,7 @@ TEST(out_of_memory_at_every_allocation) {
     release(&b);
 }
 
-/* Steps of reading n keys and n tensors and of finding the tensors. */
+// Steps of reading n keys and n tensors and of finding the tensors.
 static uint64_t steps_of_names(int n) {
     bytes b;
     memset(&b, 0, sizeof b);
@@ -1032,12 +1032,12 @@ static uint64_t steps_of_names(int n) {
     return start;
 }
 
-/* Many names with a long common prefix. */
+// Many names with a long common prefix.
 TEST(many_names) {
     CHECK_GROWTH(steps_of_names(80000), steps_of_names(10000), N_LOG_N, "names", 80000);
 }
 
-/* ---- files ----------------------------------------------------------------------------------- */
+// ---- files -----------------------------------------------------------------------------------
 
 static char folder[64];
 
@@ -1060,7 +1060,7 @@ static void write_file(const char *name, const bytes *b) {
     fclose(file);
 }
 
-/* Files that this process holds open, and mappings of files in our folder. */
+// Files that this process holds open, and mappings of files in our folder.
 static int n_open_files(void) {
     int n = 0;
     for (int i = 0; i < 256; i++) n += fcntl(i, F_GETFD) >= 0;
@@ -1144,7 +1144,7 @@ TEST(file_sources) {
     put_good_file(&b, 3);
     uint64_t sum = 0;
     for (int large = 0; large < 2; large++) {
-        if (large) put_zeros(&b, (size_t)40 << 20); /* several chunks; data that nothing uses */
+        if (large) put_zeros(&b, (size_t)40 << 20); // several chunks; data that nothing uses
         write_file("good.gguf", &b);
         for (int mode = 0; mode < 6; mode++) {
             counter c;
@@ -1165,18 +1165,18 @@ TEST(file_sources) {
             CHECK(got == sum);
             int reads = options.pages == MOE_PAGES_COPY || mode / 3;
             CHECK(reads ? p.n_calls >= 1 && p.last == 1 : p.n_calls == 0);
-            CHECK(c.peak_bytes < 65536); /* tables only: files lie in pages of the system */
+            CHECK(c.peak_bytes < 65536); // tables only: files lie in pages of the system
             CHECK((uintptr_t)gguf->parts[0].data % MOE__PAGES_HUGE == 0);
             moe_gguf_close(gguf);
             CHECK(c.live == 0 && c.live_bytes == 0);
-            for (int k = 1; k <= p.n_calls; k++) { /* cancel at every call */
+            for (int k = 1; k <= p.n_calls; k++) { // cancel at every call
                 progress q;
                 memset(&q, 0, sizeof q);
                 q.cancel_at = k;
                 options.progress_user = &q;
                 memset(&error, 0, sizeof error);
                 gguf = moe_gguf_open(in_folder("good.gguf"), &options, &error);
-                /* how often a team reports depends on who took which piece; the end is reported */
+                // how often a team reports depends on who took which piece; the end is reported
                 if (gguf) CHECK(k > 1 && q.n_calls < k && q.last == 1);
                 else CHECK(error.status == MOE_ERROR_CANCELLED && q.n_calls == k);
                 moe_gguf_close(gguf);
@@ -1189,11 +1189,11 @@ TEST(file_sources) {
     release(&b);
 }
 
-/* ---- split models ---------------------------------------------------------------------------- */
+// ---- split models ----------------------------------------------------------------------------
 
 typedef struct split_part {
-    int no, count, total; /* split.no etc.; -1: the key is left out */
-    int n_tensors, first; /* names t<first>, t<first + 1>, ... */
+    int no, count, total; // split.no etc.; -1: the key is left out
+    int n_tensors, first; // names t<first>, t<first + 1>, ...
     uint32_t alignment;
 } split_part;
 
@@ -1223,7 +1223,7 @@ static void write_part(const char *name, const split_part *part) {
     release(&b);
 }
 
-/* Three parts with 2, 1 and 3 tensors. */
+// Three parts with 2, 1 and 3 tensors.
 static void good_split(split_part *parts) {
     static const split_part good[3] = {
         {0, 3, 6, 2, 0, 32}, {1, 3, 6, 1, 2, 64}, {2, 3, 6, 3, 3, 1}};
@@ -1243,7 +1243,7 @@ static void remove_split(void) {
 TEST(split_good) {
     split_part parts[3];
     CHECK(make_folder());
-    for (int without = 0; without < 2; without++) { /* a first part without tensors */
+    for (int without = 0; without < 2; without++) { // a first part without tensors
         good_split(parts);
         if (without) {
             parts[0].n_tensors = 0;
@@ -1274,7 +1274,7 @@ TEST(split_good) {
         }
         moe_gguf_close(gguf);
     }
-    /* split.count 0 or 1, or no key: one file, whatever it is called */
+    // split.count 0 or 1, or no key: one file, whatever it is called
     for (int count = -1; count <= 1; count++) {
         good_split(parts);
         parts[0].count = count;
@@ -1303,7 +1303,7 @@ TEST(split_bad) {
     write_part("m-00001-of-00004.gguf", &parts[0]);
     EXPECT_FILE(in_folder("m-00001-of-00004.gguf"), MOE_ERROR_FORMAT, "m-00001", "must be named");
     unlink(in_folder("m-00001-of-00004.gguf"));
-    /* swapped */
+    // swapped
     write_part("m-00002-of-00003.gguf", &parts[2]);
     write_part("m-00003-of-00003.gguf", &parts[1]);
     EXPECT_FILE(in_folder(first), MOE_ERROR_FORMAT, "m-00002-of-00003.gguf", "another part");
@@ -1326,7 +1326,7 @@ TEST(split_bad) {
         write_split(parts);
         EXPECT_FILE(in_folder(first), MOE_ERROR_FORMAT, "split.count", "cannot be split");
     }
-    /* a damaged part is named */
+    // a damaged part is named
     good_split(parts);
     parts[1].alignment = 32;
     write_split(parts);
@@ -1336,7 +1336,7 @@ TEST(split_bad) {
     write_file("m-00002-of-00003.gguf", &b);
     EXPECT_FILE(in_folder(first), MOE_ERROR_FORMAT, "", "header (in part 2 of 3)");
     release(&b);
-    /* one part in memory cannot find the others */
+    // one part in memory cannot find the others
     begin_value(&b, "split.count", MOE_VALUE_UINT16);
     put_u16(&b, 2), put_zeros(&b, 32);
     EXPECT_BAD(&b, MOE_ERROR_UNSUPPORTED, 0, "split.count", "from memory");
@@ -1381,7 +1381,7 @@ TEST(split_out_of_memory) {
     CHECK(rmdir(folder) == 0);
 }
 
-/* Cutting any part of a split model at any byte. */
+// Cutting any part of a split model at any byte.
 TEST(split_truncation) {
     split_part parts[3];
     CHECK(make_folder());
@@ -1414,7 +1414,7 @@ TEST(split_truncation) {
     CHECK(rmdir(folder) == 0);
 }
 
-/* ---- the table of types ---------------------------------------------------------------------- */
+// ---- the table of types ----------------------------------------------------------------------
 
 TEST(type_table) {
     int n = (int)(sizeof moe__gguf_types / sizeof moe__gguf_types[0]);
@@ -1430,7 +1430,7 @@ TEST(type_table) {
     CHECK(!moe__gguf_type_info(INT32_MAX) && !moe__gguf_type_info(INT32_MIN));
 }
 
-/* The bytes of tensors {2 blocks, 16, 3} of every type; a byte less is too few. */
+// The bytes of tensors {2 blocks, 16, 3} of every type; a byte less is too few.
 TEST(tensor_sizes) {
     bytes b;
     memset(&b, 0, sizeof b);
@@ -1449,7 +1449,7 @@ TEST(tensor_sizes) {
     release(&b);
 }
 
-/* Against the fact sheet: | id | name | block | bytes | row_meta | bits or R=n | | id | ... */
+// Against the fact sheet: | id | name | block | bytes | row_meta | bits or R=n | | id | ...
 TEST(type_table_against_the_sheet) {
     FILE *file = fopen("../shared/spec/quants.md", "rb");
     if (!file) SKIP("../shared/spec/quants.md is missing");
@@ -1471,7 +1471,7 @@ TEST(type_table_against_the_sheet) {
             sscanf(c[5], " R=%d", &group);
             const moe__gguf_type *type = moe__gguf_type_info(id);
             CHECKF(type != NULL, "%d %s", id, name);
-            if (!type || id == 15 || id == 31) continue; /* two sizes; three types in one row */
+            if (!type || id == 15 || id == 31) continue; // two sizes; three types in one row
             CHECKF(strcmp(type->name, name) == 0 && type->block == block &&
                        type->bytes == bytes_ && type->meta == meta &&
                        type->rows == group,
@@ -1483,13 +1483,13 @@ TEST(type_table_against_the_sheet) {
     CHECKF(n >= 75, "%d types compared", n);
 }
 
-/* ---- files made by others -------------------------------------------------------------------- */
+// ---- files made by others --------------------------------------------------------------------
 
-/* A value of the wrong kind: what it should be and what it is. */
+// A value of the wrong kind: what it should be and what it is.
 TEST(wrong_kinds_are_named) {
     static const struct {
         const char *key;
-        uint32_t type, element; /* element: of an array */
+        uint32_t type, element; // element: of an array
         const char *text;
     } cases[] = {
         {"tokenizer.ggml.eos_token_id", 9, 5, "or a bool, and is an array of type int32"},

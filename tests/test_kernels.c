@@ -1,6 +1,6 @@
-/* The vector kernels for decoding against plain C: dot products, activations to int8, dequantize.
- * Weights, activations and results end where a page that cannot be read begins, so that a kernel
- * which reads or writes past them crashes. */
+// The vector kernels for decoding against plain C: dot products, activations to int8, dequantize.
+// Weights, activations and results end where a page that cannot be read begins, so that a kernel
+// which reads or writes past them crashes.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -12,10 +12,10 @@
 
 #include <sys/mman.h>
 
-/* ---- guarded memory, the types --------------------------------------------------------------- */
+// ---- guarded memory, the types ---------------------------------------------------------------
 
 enum { AREA = 1 << 20 };
-/* `size` bytes, filled with 0xA5, that end at an unreadable page. slot: one of 4 areas. */
+// `size` bytes, filled with 0xA5, that end at an unreadable page. slot: one of 4 areas.
 static void *guarded(int slot, size_t size) {
     static unsigned char *area[4];
     if (size > AREA) abort();
@@ -28,7 +28,7 @@ static void *guarded(int slot, size_t size) {
     return area[slot] + AREA - size;
 }
 
-/* Runs the statement for each vector instruction set that the machine has, as `k`. */
+// Runs the statement for each vector instruction set that the machine has, as `k`.
 #define EACH_ISA                                                                           \
     for (int isa = MOE_ISA_AVX2; isa <= LAST_ISA; isa++)                                   \
         if ((int)moe_isa_resolve((moe_isa)isa) == isa)                                     \
@@ -44,7 +44,7 @@ static const moe__type_kernels *plain(const moe__type *t) {
 
 enum { MAX_ROWS = 40, MAX_N = 4096 };
 
-/* Lengths of rows to try, ending with 0. */
+// Lengths of rows to try, ending with 0.
 static const int *lengths(const moe__type *t) {
     static const int floats[] = {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 100, 2048, 2880, 0};
     static const int by_32[] = {32, 64, 96, 224, 256, 288, 480, 1408, 2880, 0};
@@ -52,14 +52,14 @@ static const int *lengths(const moe__type *t) {
     static const int by_256[] = {256, 512, 768, 4096, 0};
     return t->block == 1 ? floats : t->block == 32 ? by_32 : t->block == 64 ? by_64 : by_256;
 }
-/* Numbers of rows to try: whole groups. */
+// Numbers of rows to try: whole groups.
 static const int *row_counts(const moe__type *t) {
     static const int ones[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 31, 32, 33, 0};
     static const int fours[] = {4, 8, 12, 16, 20, 36, 0}, eights[] = {8, 16, 24, 40, 0};
     return t->rows == 1 ? ones : t->rows == 4 ? fours : eights;
 }
 
-/* Random rows in guarded memory. scale: of all blocks, 0: random. */
+// Random rows in guarded memory. scale: of all blocks, 0: random.
 static uint8_t *random_rows(const moe__type *t, int n_rows, int n, float scale) {
     size_t row_size = moe_type_row_size(t->id, n);
     uint8_t *rows = (uint8_t *)guarded(0, (size_t)n_rows * row_size);
@@ -67,14 +67,14 @@ static uint8_t *random_rows(const moe__type *t, int n_rows, int n, float scale) 
     return rows;
 }
 
-/* Activations of a kind from floats, by plain C, in guarded memory. */
+// Activations of a kind from floats, by plain C, in guarded memory.
 static void *activations(moe__act_kind kind, const float *x, int n) {
     void *act = guarded(1, moe__act_size(kind, n));
     moe__kernels_get(MOE_ISA_SCALAR)->quantize[kind](x, n, act);
     return act;
 }
 
-/* sum |weight * activation| of a row of plain floats */
+// sum |weight * activation| of a row of plain floats
 static double magnitude(const moe__type *t, const uint8_t *row, int n, const void *act) {
     static float w[MAX_N];
     double sum = 0;
@@ -83,8 +83,8 @@ static double magnitude(const moe__type *t, const uint8_t *row, int n, const voi
     return sum;
 }
 
-/* Vector kernel against plain C: the same bits, but for plain floats: there sums of integers
- * are exact up to 2^24. */
+// Vector kernel against plain C: the same bits, but for plain floats: there sums of integers
+// are exact up to 2^24.
 static int same(float a, float b) { return !memcmp(&a, &b, sizeof a) || (isnan(a) && isnan(b)); }
 static void check_dot(const moe__kernels *k, const moe__type *t, const uint8_t *rows, int n_rows,
                       int n, const void *act, int exact, const char *what) {
@@ -106,7 +106,7 @@ static void check_dot(const moe__kernels *k, const moe__type *t, const uint8_t *
     }
 }
 
-/* ---- dot ------------------------------------------------------------------------------------- */
+// ---- dot -------------------------------------------------------------------------------------
 
 TEST(dot_general) {
     static float x[MAX_N];
@@ -118,11 +118,11 @@ TEST(dot_general) {
     }
 }
 
-/* Activations with scale 1 and given levels. */
+// Activations with scale 1 and given levels.
 static void *exact_activations(moe__act_kind kind, int n, int (*level)(int)) {
     static float x[MAX_N];
     for (int i = 0; i < n; i++) x[i] = (float)level(i);
-    /* One level of +-127 per 32 values makes the quantizers choose scale 1. */
+    // One level of +-127 per 32 values makes the quantizers choose scale 1.
     if (kind != MOE__ACT_F32)
         for (int i = 0; i < n; i += 32) x[i] = x[i] < 0 ? -127 : 127;
     return activations(kind, x, n);
@@ -156,13 +156,13 @@ TEST(dot_exact) {
     }
 }
 
-/* One block of extreme levels, scales and mins; sums reach their bounds. */
+// One block of extreme levels, scales and mins; sums reach their bounds.
 TEST(dot_extremes) {
     static int (*const levels[])(int) = {level_high, level_low, level_mixed, level_half};
     static const uint8_t fill[] = {0xFF, 0x00, 0x80, 0x7F, 0xF0, 0x0F, 0x08, 0x88};
     EACH_ISA EACH_TYPE for (int i = 0; i < 8 * 9 * 4 && t->block > 1; i++) {
         int f = i % 8, part = i / 8 % 9, l = i / 72;
-        /* All bytes the same, or a part of them something else: scales, if it hits them. */
+        // All bytes the same, or a part of them something else: scales, if it hits them.
         const void *act = exact_activations(t->act, t->block, levels[l]);
         size_t size = (size_t)t->rows * moe_type_row_size(t->id, t->block);
         uint8_t *group = (uint8_t *)guarded(0, size);
@@ -175,7 +175,7 @@ TEST(dot_extremes) {
     }
 }
 
-/* One block of random extreme bytes: the parts of a sum cancel each other or reach their bounds. */
+// One block of random extreme bytes: the parts of a sum cancel each other or reach their bounds.
 TEST(dot_one_block) {
     static const uint8_t fill[] = {0xFF, 0x00, 0x80, 0x7F, 0xAA, 0x55};
     EACH_ISA EACH_TYPE for (int pass = 0; pass < 600 && t->block > 1; pass++) {
@@ -189,7 +189,7 @@ TEST(dot_one_block) {
     }
 }
 
-/* A row's result has the same bits whatever rows are computed with it. */
+// A row's result has the same bits whatever rows are computed with it.
 TEST(dot_groups) {
     static float x[MAX_N];
     EACH_ISA EACH_TYPE {
@@ -212,7 +212,7 @@ TEST(dot_groups) {
     }
 }
 
-/* NaN and infinity in a scale (or a weight) spoil their own row, those in activations every row. */
+// NaN and infinity in a scale (or a weight) spoil their own row, those in activations every row.
 TEST(dot_not_finite) {
     static float x[MAX_N];
     static const float values[] = {NAN, INFINITY, -INFINITY};
@@ -225,7 +225,7 @@ TEST(dot_not_finite) {
         float before[MAX_ROWS], after[MAX_ROWS];
         of(k, t)->dot(rows, row_size, n_rows, n, act, before);
         int bad = sheet_may_be_nan(t) ? 3 : -1;
-        if (bad >= 0) /* the last block of row 3 */
+        if (bad >= 0) // the last block of row 3
             sheet_put(t, rows + (size_t)(bad - bad % t->rows) * row_size, bad % t->rows,
                       n / t->block - 1, values[v], values[v]);
         of(k, t)->dot(rows, row_size, n_rows, n, act, after);
@@ -242,14 +242,14 @@ TEST(dot_not_finite) {
     }
 }
 
-/* Weights of 0 count as 0, however large their scale: the offset of unsigned levels is taken out of
- * exact integers. One activation meets a weight of another block, all others the zeros. */
+// Weights of 0 count as 0, however large their scale: the offset of unsigned levels is taken out of
+// exact integers. One activation meets a weight of another block, all others the zeros.
 TEST(dot_zeros_of_large_scale) {
     static const struct {
         moe_type type;
-        int size, data, bytes, scale, more; /* of a block; its zeros from byte `data` on */
-        uint8_t zero, more_zero;            /* more: bytes behind them, of another value */
-        float one;                          /* the weight that scale 1 gives the first level + 1 */
+        int size, data, bytes, scale, more; // of a block; its zeros from byte `data` on
+        uint8_t zero, more_zero;            // more: bytes behind them, of another value
+        float one;                          // the weight that scale 1 gives the first level + 1
     } cases[] = {{MOE_TYPE_Q4_0, 18, 2, 16, 0, 0, 0x88, 0, 1},
                  {MOE_TYPE_Q8_0, 34, 2, 32, 0, 0, 0, 0, 1},
                  {MOE_TYPE_Q5_0, 22, 2, 4, 0, 16, 0xFF, 0, 1},
@@ -268,13 +268,13 @@ TEST(dot_zeros_of_large_scale) {
             if (t->id == MOE_TYPE_MXFP4) p[0] = b == n_blocks - 1 ? 127 : 254;
             else moe__store_u16(p + cases[i].scale, b == n_blocks - 1 ? 0x3C00 : 0x7BFF);
         }
-        /* the first weight of the last block is one level more */
+        // the first weight of the last block is one level more
         uint8_t *last = row + size * (n_blocks - 1);
         if (t->id == MOE_TYPE_Q5_0) last[6] |= 1;
         else last[cases[i].data] = (uint8_t)(last[cases[i].data] + 1);
         for (int e = 0; e < n; e++) x[e] = (float)(e % 7 * 10 + 1);
         x[n - t->block] = 56, x[0] = 127, x[n - 1] = 127;
-        for (int e = 0; e < n; e += 32) x[e + 31] = 127; /* makes all scales of activations 1 */
+        for (int e = 0; e < n; e += 32) x[e + 31] = 127; // makes all scales of activations 1
         const void *act = activations(t->act, x, n);
         float out = 0, tile[4] = {0};
         static MOE__ALIGNED(64) uint8_t pack[MOE__PACK_SIZE];
@@ -287,7 +287,7 @@ TEST(dot_zeros_of_large_scale) {
     }
 }
 
-/* Groups of rows that do not lie one right after another, at odd addresses. */
+// Groups of rows that do not lie one right after another, at odd addresses.
 TEST(dot_row_size) {
     static float x[MAX_N];
     EACH_ISA EACH_TYPE {
@@ -308,7 +308,7 @@ TEST(dot_row_size) {
     }
 }
 
-/* ---- activations ----------------------------------------------------------------------------- */
+// ---- activations -----------------------------------------------------------------------------
 
 static void check_quantize(const moe__kernels *k, int kind, const float *values, int n,
                            const char *what) {
@@ -331,7 +331,7 @@ TEST(quantize_bitwise) {
             float scale = ldexpf(1, (int)(random_u32() % 280) - 150);
             for (int i = 0; i < n; i++) x[i] = random_f32() * scale;
             check_quantize(k, kind, x, n, "random");
-            /* Halves: x * (127 / peak) = i + 0.5 exactly. */
+            // Halves: x * (127 / peak) = i + 0.5 exactly.
             for (int i = 0; i < n; i++) x[i] = (float)((int)(random_u32() % 254) - 127) + 0.5f;
             for (int i = 0; i < n; i += 32) x[i] = pass & 1 ? 127 : -127;
             check_quantize(k, kind, x, n, "halves");
@@ -353,7 +353,7 @@ TEST(quantize_bitwise) {
     }
 }
 
-/* ---- dequantize ------------------------------------------------------------------------------ */
+// ---- dequantize ------------------------------------------------------------------------------
 
 TEST(dequantize_bitwise) {
     static float expected[MOE__GROUP_ROWS * MAX_N];
@@ -363,7 +363,7 @@ TEST(dequantize_bitwise) {
             size_t size = (size_t)t->rows * moe_type_row_size(t->id, *n), odd = (size_t)(pass == 4);
             uint8_t *group = random_rows(t, t->rows, *n, scales[pass]);
             float *out = (float *)guarded(2, (size_t)(t->rows * *n) * sizeof *out);
-            if (pass == 3) /* any bits, NaN and infinity among them */
+            if (pass == 3) // any bits, NaN and infinity among them
                 for (size_t i = 0; i < size; i++) group[i] = (uint8_t)random_u32();
             if (pass == 5) memset(group, 0xFF, size);
             plain(t)->dequantize(group, *n, expected);
@@ -377,7 +377,7 @@ TEST(dequantize_bitwise) {
         }
 }
 
-/* Every f16 and every bf16 number. */
+// Every f16 and every bf16 number.
 TEST(dequantize_all_halves) {
     EACH_ISA EACH_TYPE {
         const int type = (int)(t - moe__types);

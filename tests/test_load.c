@@ -1,5 +1,5 @@
-/* Opening models, hostile ones above all: whatever is wrong, a status and a sentence come back and
- * nothing leaks; what is opened lies in memory as asked for. */
+// Opening models, hostile ones above all: whatever is wrong, a status and a sentence come back and
+// nothing leaks; what is opened lies in memory as asked for.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "gguf_edit.h"
@@ -12,13 +12,13 @@ static int is_bad(const float *x, int n) {
     return 0;
 }
 
-/* ---- hostile models -------------------------------------------------------------------------- */
+// ---- hostile models --------------------------------------------------------------------------
 
-/* What became of a changed file: refused (with the error), or run for some tokens. */
+// What became of a changed file: refused (with the error), or run for some tokens.
 typedef struct verdict {
     int opened, ran, finite;
-    moe_error error; /* if it was not opened, or opened and not run */
-    size_t largest;  /* allocation asked for */
+    moe_error error; // if it was not opened, or opened and not run
+    size_t largest;  // allocation asked for
 } verdict;
 
 static void try_session(const moe_model *model, verdict *v) {
@@ -64,7 +64,7 @@ static verdict try_edit(const edit_file *e) {
     return v;
 }
 
-/* Either it ran, or a status that fits, a name and a sentence say why not. */
+// Either it ran, or a status that fits, a name and a sentence say why not.
 static void check_verdict(const verdict *v, const char *what) {
     if (v->opened && v->ran) return;
     moe_status s = v->error.status;
@@ -91,7 +91,7 @@ static int ends_with(const char *text, const char *end) {
     return n >= m && !strcmp(text + n - m, end);
 }
 
-/* Does the error name this tensor, or one that has to fit to it (of the same layer)? */
+// Does the error name this tensor, or one that has to fit to it (of the same layer)?
 static int names_tensor(const moe_error *error, const char *tensor) {
     if (!strcmp(error->where, tensor)) return 1;
     if (!strncmp(tensor, "blk.", 4)) return !strncmp(error->where, tensor, 6);
@@ -108,7 +108,7 @@ TEST(untouched) {
     }
 }
 
-/* Each tensor left out in turn. */
+// Each tensor left out in turn.
 TEST(missing_tensors) {
     for (int b = 0; b < MODELS_FORMS; b++) {
         edit_file e;
@@ -127,7 +127,7 @@ TEST(missing_tensors) {
                 CHECKF(v.opened && v.ran && v.finite, "%s: %s", name, v.error.text);
             } else {
                 CHECKF(!v.opened, "opened without %s", name);
-                /* Of two forms of the latent's expansion, either may be named. */
+                // Of two forms of the latent's expansion, either may be named.
                 int either = ends_with(name, "_b.weight") && strstr(v.error.where, "_b.weight");
                 int one_q = strstr(name, "attn_q") && strstr(v.error.where, "attn_q");
                 CHECKF(v.opened || either || one_q || !strcmp(v.error.where, name), "%s: %s: %s",
@@ -139,7 +139,7 @@ TEST(missing_tensors) {
     }
 }
 
-/* Do both shapes have the same rows? (attn_k_b and attn_v_b come as matrices, too.) */
+// Do both shapes have the same rows? (attn_k_b and attn_v_b come as matrices, too.)
 static int same_rows(const edit_tensor *a, const edit_tensor *b) {
     return a->ne[0] == b->ne[0] && a->ne[1] * a->ne[2] == b->ne[1] * b->ne[2] &&
            a->ne[3] == b->ne[3];
@@ -154,22 +154,22 @@ static void reshape(edit_tensor *t, int how) {
     case 4: t->ne[t->n_dims - 1] += 1; break;
     case 5: t->ne[t->n_dims - 1] = 1; break;
     case 6: t->ne[t->n_dims - 1] *= 2; break;
-    case 7: { /* the first two swapped */
+    case 7: { // the first two swapped
         uint64_t ne = t->ne[0];
         t->ne[0] = t->ne[1];
         t->ne[1] = ne;
         if (t->n_dims == 1) t->n_dims = 2;
         break;
     }
-    case 8: /* flattened */
+    case 8: // flattened
         t->ne[0] = t->ne[0] * t->ne[1] * t->ne[2];
         t->ne[1] = t->ne[2] = 1;
         t->n_dims = 1;
         break;
-    case 9: /* one more */
+    case 9: // one more
         t->ne[t->n_dims++] = 2;
         break;
-    case 10: /* the last two together */
+    case 10: // the last two together
         if (t->n_dims == 3) {
             t->ne[1] *= t->ne[2];
             t->ne[2] = 1;
@@ -187,7 +187,7 @@ TEST(misshapen_tensors) {
         for (int i = 0; i < e.n_tensors; i++)
             for (int how = 0; how < 11; how++) {
                 edit_tensor old = e.tensors[i];
-                if (b == 3 && ends_with(old.name, "attn_kv_b.weight")) continue; /* not needed */
+                if (b == 3 && ends_with(old.name, "attn_kv_b.weight")) continue; // not needed
                 reshape(&e.tensors[i], how);
                 if (memcmp(old.ne, e.tensors[i].ne, sizeof old.ne) && e.tensors[i].ne[0] &&
                     e.tensors[i].ne[old.n_dims - 1]) {
@@ -213,8 +213,8 @@ TEST(misshapen_tensors) {
     CHECK(exact * 4 >= all * 3);
 }
 
-/* Types that the library knows but cannot compute with, and ids that nobody knows, on each */
-/* tensor. */
+// Types that the library knows but cannot compute with, and ids that nobody knows, on each
+// tensor.
 TEST(unsupported_types) {
     static const uint32_t types[] = {3, 6, 20, 39, 38, 9999, 0x7FFFFFFF};
     for (int b = 0; b < MODELS_FORMS; b++) {
@@ -225,7 +225,7 @@ TEST(unsupported_types) {
                 edit_tensor old = e.tensors[i];
                 const char *type = moe_type_name((moe_type)types[t]);
                 if (old.ne[0] % 32 || moe_type_supported((moe_type)types[t])) continue;
-                if (b == 3 && ends_with(old.name, "attn_kv_b.weight")) continue; /* not needed */
+                if (b == 3 && ends_with(old.name, "attn_kv_b.weight")) continue; // not needed
                 e.tensors[i].type = types[t];
                 verdict v = try_edit(&e);
                 check_verdict(&v, old.name);
@@ -241,7 +241,7 @@ TEST(unsupported_types) {
     }
 }
 
-/* A tensor of 32 numbers, or of another type. */
+// A tensor of 32 numbers, or of another type.
 static edit_tensor *add_tensor(edit_file *e, const char *name, uint32_t type) {
     edit_tensor *t = &e->tensors[e->n_tensors++];
     memset(t, 0, sizeof *t);
@@ -253,8 +253,8 @@ static edit_tensor *add_tensor(edit_file *e, const char *name, uint32_t type) {
     return t;
 }
 
-/* Tensors that nothing needs may be of any type and shape: those of layers that are not run, */
-/* what looks at images, scales of activations. */
+// Tensors that nothing needs may be of any type and shape: those of layers that are not run,
+// what looks at images, scales of activations.
 TEST(spare_tensors) {
     static const char *const names[] = {"v.patch_embd.weight", "mm.0.weight",
                                         "v.blk.0.attn_q.weight", "blk.0.attn_output.input_scale",
@@ -278,12 +278,12 @@ TEST(spare_tensors) {
         v = try_edit(&e);
         CHECKF(v.opened && v.ran && v.finite, "%s: %s", v.error.where, v.error.text);
         edit_find_value(&e, key)->removed = 1;
-        CHECK(!try_edit(&e).opened); /* a third layer, and not whole */
+        CHECK(!try_edit(&e).opened); // a third layer, and not whole
         edit_close(&e);
     }
 }
 
-/* Any other tensor that is not used changes what the model should compute: refused by name. */
+// Any other tensor that is not used changes what the model should compute: refused by name.
 TEST(unused_tensors) {
     static const char *const names[] = {
         "blk.0.attn_sinks.weight", "blk.1.attn_sinks.weight", "blk.0.exp_probs_b.bias",
@@ -302,7 +302,7 @@ TEST(unused_tensors) {
         for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
             const int n = e.n_tensors;
             if (edit_find_tensor(&e, names[i])) continue;
-            if (ends_with(names[i], "exp_probs_b") && b > 0 && b < 4) continue; /* a second name */
+            if (ends_with(names[i], "exp_probs_b") && b > 0 && b < 4) continue; // a second name
             add_tensor(&e, names[i], 0);
             verdict v = try_edit(&e);
             check_verdict(&v, names[i]);
@@ -311,7 +311,7 @@ TEST(unused_tensors) {
                 CHECKF(names_tensor(&v.error, names[i]), "%s: %s", names[i], v.error.text);
             e.n_tensors = n;
         }
-        add_tensor(&e, "first.weight", 0); /* several */
+        add_tensor(&e, "first.weight", 0); // several
         add_tensor(&e, "blk.0.second.weight", 0);
         check_refused(&e, "two", MOE_ERROR_UNSUPPORTED, "first.weight");
         CHECK(strstr(try_edit(&e).error.text, "2 tensors: first.weight, blk.0.second.weight"));
@@ -319,7 +319,7 @@ TEST(unused_tensors) {
     }
 }
 
-/* Latent attention reads some matrices in two forms, of which one could not add a bias. */
+// Latent attention reads some matrices in two forms, of which one could not add a bias.
 TEST(biases_of_latent_attention) {
     static const char *const names[] = {"blk.1.attn_k_b.bias", "blk.1.attn_v_b.bias",
                                         "blk.1.attn_kv_b.bias"};
@@ -338,7 +338,7 @@ TEST(biases_of_latent_attention) {
     }
 }
 
-/* What is kept as floats must not become many times larger than the file. */
+// What is kept as floats must not become many times larger than the file.
 TEST(coarse_vectors) {
     static const char *const names[] = {"blk.0.attn_norm.weight", "output_norm.weight"};
     edit_file e;
@@ -386,7 +386,7 @@ static size_t write_sparse(const char *path, uint32_t n_embd, uint32_t n_layer, 
         if (!ends_with(t.name, ".bias")) t.ne[to_embd] = n_embd;
         t.type = t.n_dims == 1 ? MOE_TYPE_F16 : MOE_TYPE_Q4_0;
         for (uint32_t layer = 0; layer < (in_layer ? n_layer : 1); layer++) {
-            char name[96];
+            char name[160];
             snprintf(name, sizeof name, "blk.%u.%s", layer, t.name + 6);
             edit_put_string(&head, in_layer ? name : t.name);
             edit_put(&head, t.n_dims, 4);
@@ -435,7 +435,7 @@ TEST(a_small_file_cannot_ask_for_gigabytes) {
     }
 }
 
-/* A file with more layers than it counts. */
+// A file with more layers than it counts.
 TEST(uncounted_layers) {
     static const uint32_t one = 1;
     edit_file e;
@@ -447,7 +447,7 @@ TEST(uncounted_layers) {
     edit_close(&e);
 }
 
-/* Keys that ask for what there is not. */
+// Keys that ask for what there is not.
 TEST(refused_keys) {
     static const struct {
         int broken;
@@ -468,20 +468,20 @@ TEST(refused_keys) {
                "%s: %s: %s", cases[i].key, v.error.where, v.error.text);
         edit_close(&e);
     }
-    static const uint8_t floats[20] = {6, 0, 0, 0, 2}; /* an array of 2 */
+    static const uint8_t floats[20] = {6, 0, 0, 0, 2}; // an array of 2
     edit_file e;
     CHECK(edit_open(&e, models_form(7)));
     edit_set(&e, "gpt-oss.attention.sliding_window_pattern", 9, floats, 20);
     check_refused(&e, "pattern", MOE_ERROR_FORMAT, "gpt-oss.attention.sliding_window_pattern");
     edit_close(&e);
-    static const float scale = 0.1f; /* without its length */
+    static const float scale = 0.1f; // without its length
     CHECK(edit_open(&e, models_form(1)));
     edit_set(&e, "deepseek2.attention.temperature_scale", 6, &scale, 4);
     check_refused(&e, "temperature", MOE_ERROR_FORMAT, "deepseek2.attention.temperature_length");
     edit_close(&e);
 }
 
-/* Odd numbers where each of them counts: sinks may be anything, factors of frequencies not. */
+// Odd numbers where each of them counts: sinks may be anything, factors of frequencies not.
 TEST(odd_weights) {
     static const float sinks[] = {-INFINITY, -1e30f, 1e30f, INFINITY, NAN};
     static const float factors[] = {1, -2, 1e-20f, 0, 1e-40f, NAN};
@@ -515,14 +515,14 @@ TEST(odd_weights) {
         check_refused(&e, "factors", MOE_ERROR_FORMAT, "rope_freqs.weight");
     }
     t->removed = 1;
-    edit_find_value(&e, "llama.expert_count")->removed = 1; /* a dense model */
+    edit_find_value(&e, "llama.expert_count")->removed = 1; // a dense model
     check_refused(&e, "no experts", MOE_ERROR_UNSUPPORTED, "expert_count");
     edit_close(&e);
 }
 
-/* ---- hyper-parameters ------------------------------------------------------------------------ */
+// ---- hyper-parameters ------------------------------------------------------------------------
 
-/* Values to put into each key, as GGUF has them: type and little-endian bytes. */
+// Values to put into each key, as GGUF has them: type and little-endian bytes.
 typedef struct odd_value {
     const char *name;
     uint32_t type;
@@ -562,9 +562,9 @@ static const odd_value odd_values[] = {
 };
 enum { N_ODD = sizeof odd_values / sizeof odd_values[0] };
 
-/* Keys that the library has no reason to read in these models. */
+// Keys that the library has no reason to read in these models.
 static int is_unread(const edit_file *e, const char *key) {
-    /* In these families experts are as wide as feed_forward_length says. */
+    // In these families experts are as wide as feed_forward_length says.
     int dense = !strncmp(key, "llama.", 6) || !strncmp(key, "olmoe.", 6);
     if (ends_with(key, ".expert_feed_forward_length")) return dense;
     for (int i = 0; i < e->n_tensors; i++) dense |= ends_with(e->tensors[i].name, ".ffn_up.weight");
@@ -583,7 +583,7 @@ static void check_value(edit_file *e, int i, uint32_t type, const void *data, si
     verdict v = try_edit(e);
     check_verdict(&v, what);
     CHECKF(v.largest <= (size_t)64 << 20, "%s: asked for %zu bytes", what, v.largest);
-    /* What cannot be a number, and text where a number belongs, must not go unnoticed. */
+    // What cannot be a number, and text where a number belongs, must not go unnoticed.
     int absurd = strstr(name, "NaN") || strstr(name, "inf") || type == 8 || type == 9;
     if (absurd && strncmp(old.key, "tokenizer.", 10) && !is_unread(e, old.key) && old.type != 8) {
         CHECKF(!v.opened, "%s was opened", what);
@@ -602,10 +602,10 @@ TEST(odd_values) {
             memset(text, 0, sizeof text);
             memset(array, 0, sizeof array);
             memset(texts, 0, sizeof texts);
-            text[0] = 1; /* a text of one byte */
+            text[0] = 1; // a text of one byte
             text[8] = 'x';
-            array[0] = 4; /* no element of u32 */
-            texts[0] = 8; /* no text */
+            array[0] = 4; // no element of u32
+            texts[0] = 8; // no text
             for (int k = 0; k < N_ODD; k++) {
                 uint8_t bytes[8];
                 for (int j = 0; j < 8; j++) bytes[j] = (uint8_t)(odd_values[k].bits >> 8 * j);
@@ -624,7 +624,7 @@ TEST(odd_values) {
     }
 }
 
-/* Pairs of hyper-parameters that fit each other but no machine. */
+// Pairs of hyper-parameters that fit each other but no machine.
 TEST(odd_pairs) {
     static const uint32_t values[] = {0, 1, 4, 1000000, 0x7FFFFFFF, 0xFFFFFFFF};
     for (int b = 0; b < 2; b++) {
@@ -650,7 +650,7 @@ TEST(odd_pairs) {
     }
 }
 
-/* A text value in GGUF's form. */
+// A text value in GGUF's form.
 static size_t put_text(uint8_t *out, const char *text) {
     size_t n = strlen(text);
     memset(out, 0, 8);
@@ -697,7 +697,7 @@ TEST(families_and_tokenizers) {
     edit_close(&e);
 }
 
-/* Models without a vocabulary: token ids only. */
+// Models without a vocabulary: token ids only.
 TEST(no_vocabulary) {
     static const char *const names[] = {"test", "none", "no_vocab", NULL};
     for (int i = 0; i < 4; i++) {
@@ -705,7 +705,7 @@ TEST(no_vocabulary) {
         edit_file e;
         moe_error error;
         CHECK(edit_open(&e, models_simple("micro", "f32")));
-        for (int v = 0; v < e.n_values; v++) /* nothing but the model's name is left */
+        for (int v = 0; v < e.n_values; v++) // nothing but the model's name is left
             if (!strncmp(e.values[v].key, "tokenizer.", 10)) e.values[v].removed = 1;
         if (names[i]) edit_set(&e, "tokenizer.ggml.model", 8, text, put_text(text, names[i]));
         edit_image image = edit_build(&e);
@@ -732,7 +732,7 @@ TEST(no_vocabulary) {
     moe_model_close(model);
 }
 
-/* ---- files ----------------------------------------------------------------------------------- */
+// ---- files -----------------------------------------------------------------------------------
 
 static void check_open_fails(const char *path, moe_status status) {
     moe_error error;
@@ -768,7 +768,7 @@ TEST(bad_files) {
     check_open_fails(models_path("magic"), MOE_ERROR_FORMAT);
 }
 
-/* A file that ends too early: mapped, read, and from memory. */
+// A file that ends too early: mapped, read, and from memory.
 TEST(truncated_files) {
     edit_file e;
     CHECK(edit_open(&e, models_form(1)));
@@ -807,7 +807,7 @@ static int accept(void *user, float fraction) {
     return 1;
 }
 
-/* Every way to get the weights gives the same logits; loading can be cancelled. */
+// Every way to get the weights gives the same logits; loading can be cancelled.
 TEST(ways_to_load) {
     const char *path = models_simple("t_mla_groups", "q8_0");
     float *expected = NULL;
@@ -842,7 +842,7 @@ TEST(ways_to_load) {
     free(expected);
 }
 
-/* ---- options and memory ---------------------------------------------------------------------- */
+// ---- options and memory ----------------------------------------------------------------------
 
 TEST(model_options) {
     moe_model_options o;
@@ -861,7 +861,7 @@ TEST(model_options) {
     CHECK(error.status == MOE_ERROR_ARGUMENT);
 }
 
-/* On any machine every way works; on one with one node numa is OFF and costs nothing. */
+// On any machine every way works; on one with one node numa is OFF and costs nothing.
 TEST(numa_options) {
     float *expected = NULL;
     int32_t tokens[20];
@@ -892,7 +892,7 @@ TEST(numa_options) {
     CHECK(moe_model_get_memory(NULL) == NULL);
 }
 
-/* What mlock got shows in the process's status. */
+// What mlock got shows in the process's status.
 static uint64_t locked_kib(void) {
     char text[4096];
     moe__machine_file("", "/proc/self/status", text, sizeof text);
@@ -917,8 +917,8 @@ TEST(locked_in_memory) {
     }
 }
 
-/* Two nodes that are both this machine's: every page is touched, moved "there" and counted. One */
-/* that does not exist: the system refuses, and that is all. */
+// Two nodes that are both this machine's: every page is touched, moved "there" and counted. One
+// that does not exist: the system refuses, and that is all.
 TEST(placing_on_made_up_nodes) {
     moe__machine machine;
     moe_model_options o;
@@ -968,7 +968,7 @@ TEST(placing_on_made_up_nodes) {
     }
 }
 
-/* Every allocation of opening a model fails once: no crash, no leak, MEMORY. */
+// Every allocation of opening a model fails once: no crash, no leak, MEMORY.
 static void check_model_memory(const char *path, int read) {
     for (long fail_at = 1;; fail_at++) {
         meter m;

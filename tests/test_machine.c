@@ -1,14 +1,14 @@
-/* >>machine: processors, cores, memory nodes, quotas of made-up machines; binding on this one. */
+// >>machine: processors, cores, memory nodes, quotas of made-up machines; binding on this one.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
 #include <sys/wait.h>
 
-/* ---- made-up machines: files below a folder of their own ------------------------------------- */
+// ---- made-up machines: files below a folder of their own -------------------------------------
 
 static char root[256];
 
-/* An empty machine. */
+// An empty machine.
 static int begin_machine(void) {
     static int n_machines;
     char command[600];
@@ -58,7 +58,7 @@ static int order_is(const moe__machine *m, const int *expected, int n) {
     return m->first[m->n_nodes] == n;
 }
 
-/* Two sockets of four cores with two hardware threads each: 0-3 and 8-11, 4-7 and 12-15. */
+// Two sockets of four cores with two hardware threads each: 0-3 and 8-11, 4-7 and 12-15.
 static void two_sockets(void) {
     put("/sys/devices/system/node/online", "0-1\n");
     put_node(0, "0-3,8-11\n");
@@ -82,7 +82,7 @@ TEST(two_sockets_with_hardware_threads) {
     CHECK(m.node[0] == 0 && m.node[1] == 1 && m.cores[1] == 4 && m.cores[2] == 8);
     CHECK(order_is(&m, order, 16));
     CHECK(moe__machine_threads(&m, root) == 8);
-    /* threads in blocks, a core each, then second hardware threads of the same node */
+    // threads in blocks, a core each, then second hardware threads of the same node
     const int processors[] = {0, 1, 2, 3, 4, 5, 6, 7};
     moe__machine_nodes(&m, 8, &nodes);
     CHECK(nodes.n == 2 && nodes.first[1] == 4 && nodes.first[2] == 8);
@@ -95,7 +95,7 @@ TEST(two_sockets_with_hardware_threads) {
     moe__machine_nodes(&m, 2, &nodes);
     CHECK(moe__machine_processor(&m, &nodes, 0) == 0);
     CHECK(moe__machine_processor(&m, &nodes, 1) == 4);
-    moe__machine_nodes(&m, 40, &nodes); /* more threads than hardware threads */
+    moe__machine_nodes(&m, 40, &nodes); // more threads than hardware threads
     for (int t = 0; t < 40; t++) {
         const int p = moe__machine_processor(&m, &nodes, t);
         CHECK((p / 4) % 2 == t / 20);
@@ -107,14 +107,14 @@ TEST(affinity_cuts_out_a_part) {
     moe__machine m;
     if (!begin_machine()) SKIP("cannot write files");
     two_sockets();
-    allow(12, 13); /* second hardware threads alone: then they are the cores */
+    allow(12, 13); // second hardware threads alone: then they are the cores
     moe__machine_read(&m, root, mask);
     CHECK(m.n_processors == 2 && m.n_cores == 2 && m.n_nodes == 1 && m.node[0] == 1);
     CHECK(m.order[0] == 12 && m.order[1] == 13);
     allow(3, 4);
     moe__machine_read(&m, root, mask);
     CHECK(m.n_cores == 2 && m.n_nodes == 2 && m.order[0] == 3 && m.order[1] == 4);
-    allow(7, 15); /* 7 and 15 are one core */
+    allow(7, 15); // 7 and 15 are one core
     moe__machine_read(&m, root, mask);
     CHECK(m.n_processors == 9 && m.n_cores == 8 && m.n_nodes == 2);
     const int order[] = {8, 9, 10, 11, 7, 12, 13, 14, 15};
@@ -126,10 +126,10 @@ TEST(odd_machines) {
     moe__machine m;
     moe__nodes nodes;
     if (!begin_machine()) SKIP("cannot write files");
-    allow(0, 5); /* nothing is known: one node, each processor a core */
+    allow(0, 5); // nothing is known: one node, each processor a core
     moe__machine_read(&m, root, mask);
     CHECK(m.n_processors == 6 && m.n_cores == 6 && m.n_nodes == 1 && m.node[0] == 0);
-    /* numbers with gaps, a node of memory alone, alternating processors, one that no node has */
+    // numbers with gaps, a node of memory alone, alternating processors, one that no node has
     put("/sys/devices/system/node/online", "0,2,8");
     put_node(0, "1,3");
     put_node(2, "\n");
@@ -138,7 +138,7 @@ TEST(odd_machines) {
     const int order[] = {1, 3, 0, 2, 4, 5};
     CHECK(m.n_nodes == 3 && m.node[0] == 0 && m.node[1] == 8 && m.node[2] == 0);
     CHECK(order_is(&m, order, 6) && m.cores[1] == 2 && m.cores[2] == 5);
-    /* nodes of 2, 3 and 1 cores: threads in proportion */
+    // nodes of 2, 3 and 1 cores: threads in proportion
     moe__machine_nodes(&m, 12, &nodes);
     CHECK(nodes.first[1] == 4 && nodes.first[2] == 10 && nodes.first[3] == 12);
     moe__machine_nodes(&m, 1, &nodes);
@@ -156,7 +156,7 @@ TEST(odd_machines) {
     moe__machine_read(&m, root, mask);
     CHECK(m.n_processors == 6 && m.first[m.n_nodes] == 6 && m.n_cores <= 6 && m.n_cores >= 1);
     end_machine();
-    memset(mask, 0, sizeof mask); /* the system says: no processor at all */
+    memset(mask, 0, sizeof mask); // the system says: no processor at all
     moe__machine_read(&m, "/nonexistent", mask);
     CHECK(m.n_nodes == 1 && moe__machine_threads(&m, "/nonexistent") == 1);
     moe__machine_nodes(&m, 3, &nodes);
@@ -178,7 +178,7 @@ TEST(more_nodes_than_we_count) {
     end_machine();
 }
 
-/* Whatever the nodes are: every thread has one, none is empty that has enough cores. */
+// Whatever the nodes are: every thread has one, none is empty that has enough cores.
 TEST(threads_are_spread_in_blocks) {
     uint32_t random = 3;
     for (int repeat = 0; repeat < 200; repeat++) {
@@ -207,7 +207,7 @@ TEST(threads_are_spread_in_blocks) {
     }
 }
 
-/* ---- quotas ---------------------------------------------------------------------------------- */
+// ---- quotas ----------------------------------------------------------------------------------
 
 TEST(quota_texts) {
     const char *texts[] = {"max 100000\n", "150000 100000\n", "50000 100000", "", "junk", "100 0",
@@ -247,28 +247,28 @@ TEST(quotas_of_version_1) {
     put("/sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us", "250000\n");
     CHECK(moe__machine_quota(root, 8) == 3);
     put("/sys/fs/cgroup/cpu/docker/cpu.cfs_quota_us", "100000\n");
-    CHECK(moe__machine_quota(root, 8) == 3); /* without a period it says nothing */
+    CHECK(moe__machine_quota(root, 8) == 3); // without a period it says nothing
     put("/sys/fs/cgroup/cpu/docker/cpu.cfs_period_us", "100000\n");
     CHECK(moe__machine_quota(root, 8) == 1);
-    put("/proc/self/cgroup", "5:cpuset:/docker\n"); /* no controller of processors */
+    put("/proc/self/cgroup", "5:cpuset:/docker\n"); // no controller of processors
     CHECK(moe__machine_quota(root, 8) == 8);
     put("/proc/self/cgroup", "::::\n\n0::/../..\n7:cpu\n:\nx");
     CHECK(moe__machine_quota(root, 8) == 8);
     end_machine();
 }
 
-/* ---- free memory ----------------------------------------------------------------------------- */
+// ---- free memory -----------------------------------------------------------------------------
 
 TEST(memory_that_groups_leave) {
     const uint64_t mib = 1 << 20;
     if (!begin_machine()) SKIP("cannot write files");
     CHECK(moe__machine_memory("/nonexistent") == UINT64_MAX);
     put("/proc/meminfo", "MemTotal:       24684076 kB\nMemFree:         102400 kB\n");
-    CHECK(moe__machine_memory(root) == 100 * mib); /* systems before 3.14 */
+    CHECK(moe__machine_memory(root) == 100 * mib); // systems before 3.14
     put("/proc/meminfo", "MemTotal: 24684076 kB\nMemFree: 102400 kB\nMemAvailable:   8192000 kB\n"
                          "SwapFree: 99999999 kB\n");
-    CHECK(moe__machine_memory(root) == 8000 * mib); /* without swap */
-    /* version 2: the least of all groups; what is cached of files gives way */
+    CHECK(moe__machine_memory(root) == 8000 * mib); // without swap
+    // version 2: the least of all groups; what is cached of files gives way
     put("/proc/self/cgroup", "0::/a/b\n");
     put("/sys/fs/cgroup/a/b/memory.max", "max\n");
     put("/sys/fs/cgroup/a/b/memory.current", "1048576\n");
@@ -305,15 +305,15 @@ TEST(memory_that_groups_of_version_1_leave) {
     put("/sys/fs/cgroup/memory/memory.limit_in_bytes", "junk");
     CHECK(moe__machine_memory(root) == 150 * mib);
     put("/sys/fs/cgroup/memory/x/memory.stat", "total_inactive_file 99999999999999\n");
-    CHECK(moe__machine_memory(root) == 200 * mib); /* not more than is used */
+    CHECK(moe__machine_memory(root) == 200 * mib); // not more than is used
     end_machine();
 }
 
-/* In a process of its own: limits cannot be raised again. */
+// In a process of its own: limits cannot be raised again.
 TEST(memory_that_limits_leave) {
     if (!begin_machine()) SKIP("cannot write files");
     put("/proc/meminfo", "MemAvailable:   8192000 kB\n");
-    put("/proc/self/statm", "25600 9 9 9 0 12800 0\n"); /* 100 MiB, of it 50 MiB data */
+    put("/proc/self/statm", "25600 9 9 9 0 12800 0\n"); // 100 MiB, of it 50 MiB data
     for (int kind = 0; kind < 2; kind++) {
         const pid_t child = fork();
         int state = 1;
@@ -335,7 +335,7 @@ TEST(memory_that_limits_leave) {
     end_machine();
 }
 
-/* ---- this machine ---------------------------------------------------------------------------- */
+// ---- this machine ----------------------------------------------------------------------------
 
 TEST(this_machine) {
     moe__machine m;
@@ -380,8 +380,8 @@ TEST(pages_that_lie_on_a_node) {
     }
     if (!moe__machine_move(pages, to, 4, status)) SKIP("the system does not move pages");
     for (int i = 0; i < 3; i++) CHECK(status[i] == m.node[0]);
-    CHECK(status[3] < 0); /* was never touched */
-    to[0] = MOE__POLICY_BITS - 1; /* no such node */
+    CHECK(status[3] < 0); // was never touched
+    to[0] = MOE__POLICY_BITS - 1; // no such node
     CHECK(!moe__machine_move(pages, to, 1, status));
     munmap(memory, 4 * page);
 }

@@ -1,4 +1,4 @@
-/* >>ops: matrix drivers, rotary positions, merging attention. */
+// >>ops: matrix drivers, rotary positions, merging attention.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
@@ -6,12 +6,12 @@
 #include "sheet.h"
 
 static uint32_t random_state = 1;
-static float uniform(void) { /* -1 .. 1 */
+static float uniform(void) { // -1 .. 1
     random_state = random_state * 1664525u + 1013904223u;
     return (float)((int32_t)random_state) / 2147483648.0f;
 }
 
-/* A matrix of n_expert experts of a quantized type, and its weights as floats. */
+// A matrix of n_expert experts of a quantized type, and its weights as floats.
 typedef struct built {
     moe__matrix matrix;
     uint8_t *data;
@@ -45,7 +45,7 @@ static void release(built *b) {
     free(b->weights);
 }
 
-/* All drivers against double precision over the same int8 activations, for every split of rows. */
+// All drivers against double precision over the same int8 activations, for every split of rows.
 static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
     enum { N_IN = 256, MAX_OUT = 75, EXPERT = 2, MAX_TOKENS = 40 };
     const int group = moe__type_find(type)->rows, n_out = MAX_OUT / group * group;
@@ -54,7 +54,7 @@ static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
     float bias[3 * MAX_OUT], scale[3] = {1.0f, 2.0f, -0.5f};
     for (int i = 0; i < 3 * n_out; i++) bias[i] = uniform();
     moe__arena arena;
-    moe__acts acts; /* the input with number 0, which the matrix reads */
+    moe__acts acts; // the input with number 0, which the matrix reads
     memset(&arena, 0, sizeof arena);
     moe__acts_take(&acts, &arena, n_tokens, N_IN,
                    1u << b.matrix.type->act | MOE__ACTS_FLOATS);
@@ -82,7 +82,7 @@ static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
             CHECKF(fabs(got - sum) <= 6e-3 * size, "%s: row %d token %d: %g, expected %g",
                    moe_type_name(type), (int)r, (int)t, got, sum);
         }
-    /* Any split of the rows, or groups of rows, gives the same bits. */
+    // Any split of the rows, or groups of rows, gives the same bits.
     int64_t cuts[] = {0, 1, 16, 31, 32, 33, 64, n_out};
     memset(part, 0, sizeof part);
     for (int c = 0; c < 8; c++) cuts[c] -= cuts[c] % group;
@@ -92,7 +92,7 @@ static void check_matmul(moe_type type, moe_isa isa, int64_t n_tokens) {
     CHECKF(!memcmp(part, whole, (size_t)(n_tokens * n_out) * sizeof(float)),
            "%s %s, %d tokens: bits depend on the range of rows", moe_type_name(type),
            moe_isa_name(isa), (int)n_tokens);
-    /* Scale, bias and weighted addition. */
+    // Scale, bias and weighted addition.
     b.matrix.scale = scale;
     b.matrix.bias = bias;
     b.matrix.bias_stride = n_out;
@@ -125,7 +125,7 @@ TEST(matmul_matches_double_precision_and_ignores_splits) {
                 check_matmul(moe__types[type].id, (moe_isa)isa, tokens[i]);
 }
 
-/* A token's result does not depend on its neighbours in the batch. */
+// A token's result does not depend on its neighbours in the batch.
 TEST(tokens_do_not_influence_each_other) {
     for (int type = 0; type < MOE__N_TYPES; type++)
         for (int isa = MOE_ISA_SCALAR; isa <= LAST_ISA; isa++) {
@@ -185,7 +185,7 @@ TEST(rope_turns_pairs) {
         }
 }
 
-/* YaRN: the fastest dimension keeps its frequency, the slowest is divided by the factor. */
+// YaRN: the fastest dimension keeps its frequency, the slowest is divided by the factor.
 TEST(rope_scaling) {
     moe__rope rope;
     moe__rope_scaling s;
@@ -205,13 +205,13 @@ TEST(rope_scaling) {
     moe__rope_init(&rope, &s);
     CHECK(fabs(frequency[0] - 1) < 1e-12);
     CHECK(fabs(frequency[31] * 40 - pow(10000, -62.0 / 64)) < 1e-12);
-    /* low = floor(10.47) = 10, high = ceil(22.51) = 23: a third of the ramp at 10 + 13/3 */
+    // low = floor(10.47) = 10, high = ceil(22.51) = 23: a third of the ramp at 10 + 13/3
     double ramp = 1 - (14.0 - 10) / 13, fast = pow(10000, -28.0 / 64);
     CHECK(fabs(frequency[14] - (fast / 40 * (1 - ramp) + fast * ramp)) < 1e-12);
     for (int i = 1; i < 32; i++) CHECK(frequency[i] < frequency[i - 1]);
 }
 
-/* Chunks added up in order equal one softmax over all keys; a sink is a key whose value is 0. */
+// Chunks added up in order equal one softmax over all keys; a sink is a key whose value is 0.
 TEST(adding_chunks) {
     enum { CHUNKS = 5, PER = 7, DV = 20 };
     const moe__kernels *kernels = moe__kernels_get(MOE_ISA_BEST);
@@ -245,7 +245,7 @@ TEST(adding_chunks) {
         const double all = total + (sink ? exp(3) : 0);
         for (int i = 0; i < DV; i++) CHECK(fabs(out[i] / all_sum - expected[i] / all) < 1e-6);
     }
-    /* nothing but -inf, then something */
+    // nothing but -inf, then something
     float all_max = -INFINITY, all_sum = 0;
     memset(out, 0, sizeof out);
     kernels->attend_add(-INFINITY, 0, partial[0], DV, &all_max, &all_sum, out);

@@ -1,25 +1,26 @@
-/* >>pages: how files are mapped, copied and replaced in place, what is measured and what AUTO makes
- * of it, with every outcome brought about on purpose: speeds cannot be, so that the limit below
- * which a mapping counts as slow is a variable here, and samples and chunks are small. */
+// >>pages: how files are mapped, copied and replaced in place, what is measured and what AUTO makes
+// of it, with every outcome brought about on purpose: speeds cannot be, so that the limit below
+// which a mapping counts as slow is a variable here, and samples and chunks are small.
 #include <stddef.h>
-static double slow_limit;           /* 0: nothing is slow; 1e9: everything is */
-static double look_again = 1;       /* after so many seconds */
+static double slow_limit;           // 0: nothing is slow; 1e9: everything is
+static double look_again = 1;       // after so many seconds
 #define MOE__PAGING_SLOW slow_limit
 #define MOE__PAGING_SECONDS look_again
-#define MOE__PROBE_WINDOW (1 << 13) /* samples of 0.5 MiB */
+#define MOE__PROBE_WINDOW (1 << 13) // samples of 0.5 MiB
 #define MOE__PAGES_CHUNK (1 << 21)
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
+#include "meter.h"
 #include "models.h"
 #include <sys/wait.h>
 
-static const char *const story = "examples/storyteller/storyteller.gguf"; /* 6.3 MiB: 4 chunks */
+static const char *const story = "examples/storyteller/storyteller.gguf"; // 6.3 MiB: 4 chunks
 
-/* ---- files ----------------------------------------------------------------------------------- */
+// ---- files -----------------------------------------------------------------------------------
 
 static uint8_t byte_at(uint64_t i) { return (uint8_t)(i * 2654435761u >> 13 ^ i >> 20); }
 
-/* A file of `size` bytes that are byte_at; it stays in the cache. */
+// A file of `size` bytes that are byte_at; it stays in the cache.
 static const char *make_file(uint64_t size) {
     const char *path = models_path("bytes");
     FILE *f = fopen(path, "wb");
@@ -49,7 +50,7 @@ static moe_allocator plain_allocator(void) {
     return a;
 }
 
-/* ---- mapping and replacing ------------------------------------------------------------------- */
+// ---- mapping and replacing -------------------------------------------------------------------
 
 enum { SIZE = 5 * (1 << 21) + 12345 };
 
@@ -70,7 +71,7 @@ TEST(mappings_begin_at_2_mib) {
     moe__pages_close(&p);
 }
 
-/* Many threads read while chunks are replaced: never a wrong byte. */
+// Many threads read while chunks are replaced: never a wrong byte.
 typedef struct reader {
     const moe__pages *p;
     int stop;
@@ -112,11 +113,11 @@ TEST(chunks_are_replaced_under_readers) {
     moe__pages_close(&p);
 }
 
-/* What cannot be read or placed leaves the mapping as it was. */
+// What cannot be read or placed leaves the mapping as it was.
 TEST(a_piece_that_fails_is_left_alone) {
     moe__pages p = map(make_file(SIZE), SIZE);
     const int file = p.file;
-    CHECK(moe__pages_replace(&p, 0, SIZE + 5000) == -1); /* the file ends before */
+    CHECK(moe__pages_replace(&p, 0, SIZE + 5000) == -1); // the file ends before
     p.file = -1;
     CHECK(moe__pages_replace(&p, 0, MOE__PAGES_CHUNK) == EBADF);
     p.file = file;
@@ -139,11 +140,11 @@ TEST(huge_pages_are_counted) {
     CHECK(moe__pages_huge(path, (void *)(uintptr_t)0x10000000, 0xc00000) == 8u << 20);
     CHECK(moe__pages_huge(path, (void *)(uintptr_t)0x10200000, 0x200000) == 2u << 20);
     CHECK(moe__pages_huge(path, (void *)(uintptr_t)0x30000000, 0xc00000) == 0);
-    CHECK(moe__pages_huge(path, (void *)(uintptr_t)0x1fe00000, 0x1000000) == 0); /* cut: no \n */
+    CHECK(moe__pages_huge(path, (void *)(uintptr_t)0x1fe00000, 0x1000000) == 0); // cut: no \n
     CHECK(moe__pages_huge("/nonexistent", (void *)(uintptr_t)0x10000000, 0xc00000) == 0);
 }
 
-/* ---- chunks ---------------------------------------------------------------------------------- */
+// ---- chunks ----------------------------------------------------------------------------------
 
 typedef struct tally {
     int seen[64], fail_at, cancel_at, n_reports;
@@ -196,7 +197,7 @@ TEST(chunks_are_each_done_once) {
     }
 }
 
-/* ---- measuring ------------------------------------------------------------------------------- */
+// ---- measuring -------------------------------------------------------------------------------
 
 static int has_cold_pages(const moe__pages *p) {
     moe__pages_advise(p->data, p->size, MOE__MADV_DONTNEED);
@@ -215,7 +216,7 @@ TEST(only_what_is_cached_is_measured) {
         options.n_threads = 1 + way / 2;
         moe_pool *pool = moe_pool_open(&options, NULL);
         CHECK(pool != NULL);
-        CHECK(n_wrong(p[0].data, SIZE) == 0); /* it is cached now */
+        CHECK(n_wrong(p[0].data, SIZE) == 0); // it is cached now
         CHECK(moe__probe_run(p, 1, in_use, pool, &rates) == 1);
         CHECK(rates.map > 0 && rates.copy > 0 && rates.fill > 0);
         moe__pages small = p[0];
@@ -224,7 +225,7 @@ TEST(only_what_is_cached_is_measured) {
         CHECK(moe__probe_run(p, 2, in_use, pool, &rates) == 1);
         if (has_cold_pages(&p[0])) {
             CHECK(moe__probe_run(p, 1, in_use, pool, &rates) == 0 && rates.map == 0);
-            /* and nothing was read for it */
+            // and nothing was read for it
             CHECK(!moe__pages_resident(p[0].data, MOE__PAGES_HUGE));
         }
         moe_pool_close(pool);
@@ -233,7 +234,7 @@ TEST(only_what_is_cached_is_measured) {
     moe__pages_close(&p[1]);
 }
 
-/* ---- AUTO ------------------------------------------------------------------------------------ */
+// ---- AUTO ------------------------------------------------------------------------------------
 
 static moe__paging paging_of(moe__pages *p, int n) {
     moe__paging g;
@@ -289,7 +290,7 @@ TEST(small_and_cold_files_stay_mapped) {
     moe__pages_close(&p);
 }
 
-/* The steps of a copy, whatever else fails: read again, no room, a file that became shorter. */
+// The steps of a copy, whatever else fails: read again, no room, a file that became shorter.
 TEST(what_does_not_fit_is_not_copied) {
     char text[160];
     moe__pages p = map(make_file(SIZE), SIZE);
@@ -297,9 +298,9 @@ TEST(what_does_not_fit_is_not_copied) {
     g.rates.map = 7.1e9;
     g.rates.copy = 41.3e9;
     CHECK(moe__paging_fits(&g) && g.room > SIZE);
-    g.size = g.room - (g.room >> 2); /* more than half, however much others take meanwhile */
+    g.size = g.room - (g.room >> 2); // more than half, however much others take meanwhile
     CHECK(!moe__paging_fits(&g));
-    g.size = UINT64_MAX / 2; /* more than there is: neither copied nor read again */
+    g.size = UINT64_MAX / 2; // more than there is: neither copied nor read again
     CHECK(moe__paging_repair(&g, NULL) == 0);
     if (g.outcome != MOE__PAGED_COLLAPSED) {
         CHECK(g.outcome == MOE__PAGED_NO_ROOM && p.n_copied == 0);
@@ -313,16 +314,16 @@ TEST(what_does_not_fit_is_not_copied) {
     CHECK(code == 0 || code == EBUSY || code == ETIMEDOUT);
     CHECK(p.n_copied == 0 && n_wrong(p.data, SIZE) == 0);
     const int file = p.file;
-    p.file = -1; /* a file that is not open any more */
+    p.file = -1; // a file that is not open any more
     CHECK(!moe__paging_fits(&g));
     p.file = file;
-    p.data += 4096; /* a mapping that does not begin at 2 MiB */
+    p.data += 4096; // a mapping that does not begin at 2 MiB
     CHECK(!moe__paging_fits(&g));
     p.data -= 4096;
     moe__pages_close(&p);
 }
 
-/* ---- models ---------------------------------------------------------------------------------- */
+// ---- models ----------------------------------------------------------------------------------
 
 enum { N = 40 };
 static float *run_story(const moe_model *model, int n_threads, int32_t *tokens) {
@@ -349,7 +350,7 @@ static float *expected_logits(size_t *size) {
     return logits;
 }
 
-/* Slow from the beginning: copied when it is opened. Asked for: copied. The bits are the same. */
+// Slow from the beginning: copied when it is opened. Asked for: copied. The bits are the same.
 TEST(models_are_copied_at_opening) {
     int32_t tokens[N];
     size_t size;
@@ -384,8 +385,8 @@ TEST(models_are_copied_at_opening) {
     free(expected);
 }
 
-/* Fast at first, slow later: chunks are copied between tokens, while several sessions in threads */
-/* of their own go on. */
+// Fast at first, slow later: chunks are copied between tokens, while several sessions in threads
+// of their own go on.
 typedef struct user {
     const moe_model *model;
     int n_threads;
@@ -433,11 +434,11 @@ TEST(models_that_become_slow_are_copied_between_tokens) {
     free(expected);
 }
 
-/* Looks that find nothing become rare. */
+// Looks that find nothing become rare.
 TEST(fast_mappings_are_looked_at_seldom) {
     int32_t tokens[N];
     slow_limit = 0;
-    look_again = 1e-6; /* every token takes longer */
+    look_again = 1e-6; // every token takes longer
     moe_model *model = moe_model_open(story, NULL, NULL);
     CHECK(model != NULL);
     if (!model) return;
@@ -451,7 +452,7 @@ TEST(fast_mappings_are_looked_at_seldom) {
     moe_model_close(model);
 }
 
-/* The pages of a caller's gguf have one model that looks after them. */
+// The pages of a caller's gguf have one model that looks after them.
 TEST(one_model_looks_after_a_gguf) {
     slow_limit = 0;
     look_again = 1e-6;
@@ -484,40 +485,26 @@ TEST(a_copy_can_be_cancelled) {
         o.progress_user = &calls;
         moe_model *model = moe_model_open(story, &o, &error);
         if (calls) CHECK(!model && error.status == MOE_ERROR_CANCELLED && calls == 1);
-        else CHECK(model != NULL && !way); /* neither copied nor read again */
+        else CHECK(model != NULL && !way); // neither copied nor read again
         moe_model_close(model);
     }
 }
 
-/* Every allocation of opening fails once; without a team the caller's thread does the work. */
-typedef struct meter {
-    long calls, fail_at, live;
-} meter;
-static void *meter_alloc(void *context, size_t size) {
-    meter *m = (meter *)context;
-    if (++m->calls == m->fail_at) return NULL;
-    m->live++;
-    return malloc(size);
-}
-static void meter_free(void *context, void *memory, size_t size) {
-    (void)size;
-    ((meter *)context)->live--;
-    free(memory);
-}
+// Every allocation of opening fails once; without a team the caller's thread does the work.
 TEST(without_memory_for_a_team) {
     for (int way = 0; way < 4; way++) {
         long n_opened = 0;
         for (long fail_at = 1;; fail_at++) {
-            meter m = {0, fail_at, 0};
+            meter m;
             moe_model_options o;
             moe_error error;
+            memset(&m, 0, sizeof m);
             memset(&o, 0, sizeof o);
             memset(&error, 0, sizeof error);
+            m.fail_at = fail_at;
             o.pages = (moe_pages)(way % 3);
             slow_limit = way == 3 ? 1e9 : 0;
-            o.allocator.alloc = meter_alloc;
-            o.allocator.free = meter_free;
-            o.allocator.user = &m;
+            o.allocator = meter_allocator(&m);
             moe_model *model = moe_model_open(story, &o, &error);
             if (!model) CHECK(error.status == MOE_ERROR_MEMORY);
             n_opened += model != NULL;
@@ -529,10 +516,10 @@ TEST(without_memory_for_a_team) {
     }
 }
 
-/* ---- limits ---------------------------------------------------------------------------------- */
+// ---- limits ----------------------------------------------------------------------------------
 
-/* Runs in a child whose address space may grow by `room` bytes only: opening and evaluating work, */
-/* or fail with a sentence. 0: a model was run; 1: it was refused; more: wrong. *copied: bytes. */
+// Runs in a child whose address space may grow by `room` bytes only: opening and evaluating work,
+// or fail with a sentence. 0: a model was run; 1: it was refused; more: wrong. *copied: bytes.
 static int run_limited(moe_pages pages, uint64_t room, int *was_copied) {
     const pid_t child = fork();
     int state = 0;
@@ -576,7 +563,7 @@ TEST(address_space_may_be_short) {
     for (uint64_t room = 1 << 20; room <= (uint64_t)64 << 20; room += (uint64_t)1 << 20) {
         const int result = run_limited(MOE_PAGES_AUTO, room, &copied);
         CHECKF(result <= 1, "%d with room for %d MiB", result, (int)(room >> 20));
-        /* the file has 6.3 MiB: with less than twice as much it is never copied */
+        // the file has 6.3 MiB: with less than twice as much it is never copied
         if (room < (uint64_t)12 << 20) CHECK(!copied);
         ran += result == 0;
         CHECK(run_limited(MOE_PAGES_MAP, room, &copied) <= 1 && !copied);
@@ -585,7 +572,7 @@ TEST(address_space_may_be_short) {
     CHECK(ran > 32);
 }
 
-/* ---- sessions -------------------------------------------------------------------------------- */
+// ---- sessions --------------------------------------------------------------------------------
 
 TEST(sessions_begin_at_huge_pages) {
     moe_session_options o;

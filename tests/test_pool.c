@@ -1,4 +1,4 @@
-/* >>pool: wake, barrier, shares, many threads on few processors. */
+// >>pool: wake, barrier, shares, many threads on few processors.
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -7,14 +7,14 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Counts the calls of the kernel, which are how a thread of the pool sleeps. */
-static int calls_made;          /* atomic */
-static __thread int calls_mine; /* by this thread */
+// Counts the calls of the kernel, which are how a thread of the pool sleeps.
+static int calls_made;          // atomic
+static __thread int calls_mine; // by this thread
 #define syscall(...)                                                     \
     (calls_mine++, __atomic_fetch_add(&calls_made, 1, __ATOMIC_RELAXED), \
      syscall(__VA_ARGS__))
 
-/* The signals that the calling thread blocks: bit s - 1. */
+// The signals that the calling thread blocks: bit s - 1.
 static uint64_t blocked_signals(void) {
     uint64_t mask = 0;
     (syscall)(SYS_rt_sigprocmask, 0, NULL, &mask, sizeof mask);
@@ -22,9 +22,9 @@ static uint64_t blocked_signals(void) {
 }
 static int blocks(uint64_t mask, int number) { return mask >> (number - 1) & 1; }
 
-/* Looks at what a thread that is created now will block from its first instruction on. */
+// Looks at what a thread that is created now will block from its first instruction on.
 static int n_created, n_open_to_signals;
-static size_t smallest_stack; /* that was asked for */
+static size_t smallest_stack; // that was asked for
 static int create_thread(pthread_t *thread, const pthread_attr_t *options, void *(*run)(void *),
                          void *argument) {
     size_t stack = 0;
@@ -43,12 +43,12 @@ static int create_thread(pthread_t *thread, const pthread_attr_t *options, void 
 typedef struct counting {
     moe_pool *pool;
     int rounds;
-    uint32_t total;         /* atomic */
-    int64_t plain[64];      /* written by one thread, read by the others after a barrier */
-    int wrong;              /* atomic */
+    uint32_t total;         // atomic
+    int64_t plain[64];      // written by one thread, read by the others after a barrier
+    int wrong;              // atomic
 } counting;
 
-/* Between two barriers all threads add; after the barrier everyone must see the whole sum. */
+// Between two barriers all threads add; after the barrier everyone must see the whole sum.
 static void counting_job(void *context, int thread, int n) {
     counting *c = (counting *)context;
     for (int round = 1; round <= c->rounds; round++) {
@@ -196,19 +196,19 @@ static void pause_us(int us) {
     nanosleep(&pause, NULL);
 }
 
-/* Workers that sleep until they get a command. */
+// Workers that sleep until they get a command.
 static int count_sleepers(const moe_pool *pool) {
     int n = 0;
     for (int g = 0; g < moe__pool_groups(pool); g++)
         n += __builtin_popcount(__atomic_load_n(&pool->command[g].sleepers, __ATOMIC_SEQ_CST));
     return n;
 }
-/* However long that takes. */
+// However long that takes.
 static void let_workers_sleep(const moe_pool *pool) {
     while (count_sleepers(pool) < pool->n_threads - 1) pause_us(1000);
 }
 
-/* Idle workers use no processor time: they go to sleep and stay there. */
+// Idle workers use no processor time: they go to sleep and stay there.
 TEST(idle_workers_sleep) {
     moe_pool_options options;
     counting c;
@@ -228,18 +228,18 @@ TEST(idle_workers_sleep) {
     moe_pool_close(c.pool);
 }
 
-/* ---- who is woken ---------------------------------------------------------------------------- */
+// ---- who is woken ----------------------------------------------------------------------------
 
 typedef struct roll {
     moe_pool *pool;
-    int n;                 /* threads of the job */
-    int runs[64];          /* atomic: by worker, in all jobs */
-    long slept[64];        /* by worker: how often it gave up its processor to wait, ever */
-    uint64_t blocked[64];  /* by worker: signals */
-    int wrong;             /* atomic */
+    int n;                 // threads of the job
+    int runs[64];          // atomic: by worker, in all jobs
+    long slept[64];        // by worker: how often it gave up its processor to wait, ever
+    uint64_t blocked[64];  // by worker: signals
+    int wrong;             // atomic
 } roll;
 
-/* Notes who runs. */
+// Notes who runs.
 static void roll_job(void *context, int thread, int n) {
     roll *r = (roll *)context;
     const int w = moe__pool_worker_of(r->pool, thread, n);
@@ -257,8 +257,8 @@ static void call_roll(roll *r, int n) {
     moe__pool_run(r->pool, n, roll_job, r, NULL);
 }
 
-/* Jobs of 2 of 8 threads while the others sleep: those sleep on. Each wake would be seen as one */
-/* more sleep afterwards; a few are those before, after and in the jobs of all threads. */
+// Jobs of 2 of 8 threads while the others sleep: those sleep on. Each wake would be seen as one
+// more sleep afterwards; a few are those before, after and in the jobs of all threads.
 static void small_jobs(int n_threads, int n, int spin_us) {
     roll r;
     long before[64];
@@ -270,7 +270,7 @@ static void small_jobs(int n_threads, int n, int spin_us) {
     let_workers_sleep(r.pool);
     for (int job = 0; job < 500; job++) {
         call_roll(&r, n);
-        pause_us(200); /* four times as long as who is woken in vain spins */
+        pause_us(200); // four times as long as who is woken in vain spins
     }
     call_roll(&r, n_threads);
     CHECK(r.wrong == 0);
@@ -286,11 +286,11 @@ static void small_jobs(int n_threads, int n, int spin_us) {
 TEST(who_takes_no_part_is_not_woken) {
     small_jobs(8, 2, 0);
     small_jobs(8, 2, MOE_OFF);
-    small_jobs(40, 2, 0); /* three groups: the caller's, one with the other thread, one without */
+    small_jobs(40, 2, 0); // three groups: the caller's, one with the other thread, one without
     small_jobs(40, 5, 0);
 }
 
-/* Commands for others do not prolong the spinning of who has nothing to do. */
+// Commands for others do not prolong the spinning of who has nothing to do.
 TEST(who_spins_goes_to_sleep_while_others_work) {
     uint32_t sleepers = 0;
     roll r;
@@ -302,11 +302,11 @@ TEST(who_spins_goes_to_sleep_while_others_work) {
         call_roll(&r, 2);
         sleepers = __atomic_load_n(&r.pool->command[0].sleepers, __ATOMIC_SEQ_CST);
     }
-    CHECK(sleepers >> 2 & 1); /* worker 2, who takes no part */
+    CHECK(sleepers >> 2 & 1); // worker 2, who takes no part
     moe_pool_close(r.pool);
 }
 
-/* All that take part come, also those that are about to sleep, and nobody else. */
+// All that take part come, also those that are about to sleep, and nobody else.
 static void random_jobs(int n_threads, int n_jobs, int spin_us) {
     static uint32_t random = 1;
     int expected[64];
@@ -324,7 +324,7 @@ static void random_jobs(int n_threads, int n_jobs, int spin_us) {
         for (int w = 0; w < n_threads; w++)
             CHECK(__atomic_load_n(&r.runs[w], __ATOMIC_RELAXED) == expected[w]);
     }
-    moe_pool_close(r.pool); /* nobody runs late */
+    moe_pool_close(r.pool); // nobody runs late
     CHECK(r.wrong == 0 && !memcmp(expected, r.runs, sizeof expected));
 }
 
@@ -344,12 +344,12 @@ TEST(a_pool_closes_while_all_sleep_or_none) {
         if (!pool) return;
         let_workers_sleep(pool);
         moe_pool_close(pool);
-        moe_pool_close(open_pool(threads[i], 0)); /* some have not begun to run */
+        moe_pool_close(open_pool(threads[i], 0)); // some have not begun to run
         moe_pool_close(open_pool(threads[i], 1000));
     }
 }
 
-/* The caller wakes those of its group by one call of the kernel, and the first of each other one. */
+// The caller wakes those of its group by one call of the kernel, and the first of each other one.
 TEST(waking_many_is_shared) {
     const int threads[] = {64, 2, 33, 16, 64};
     roll r;
@@ -360,7 +360,7 @@ TEST(waking_many_is_shared) {
         let_workers_sleep(r.pool);
         const int before = calls_mine;
         call_roll(&r, threads[i]);
-        /* four groups, and waiting for the end, perhaps not at once */
+        // four groups, and waiting for the end, perhaps not at once
         CHECKF(calls_mine - before <= 4 + 8, "%d calls for %d threads", calls_mine - before,
                threads[i]);
     }
@@ -368,7 +368,7 @@ TEST(waking_many_is_shared) {
     moe_pool_close(r.pool);
 }
 
-/* A program's signals are for its own threads; the caller's are as before. */
+// A program's signals are for its own threads; the caller's are as before.
 TEST(workers_never_take_signals) {
     roll r;
     const uint64_t before = blocked_signals();
@@ -389,15 +389,16 @@ TEST(workers_never_take_signals) {
     moe_pool_close(r.pool);
 }
 
-/* Some systems give a thread 128 KiB unless one asks for more. */
+// Some systems give a thread 128 KiB unless one asks for more.
 TEST(workers_have_stacks_for_kernels) {
     smallest_stack = SIZE_MAX;
     moe_pool *pool = open_pool(3, 0);
-    CHECKF(pool && smallest_stack >= 1 << 20, "%zu bytes", smallest_stack);
+    CHECKF(pool && smallest_stack == MOE__POOL_STACK, "%zu bytes", smallest_stack);
+    CHECK(MOE__POOL_STACK >= 1 << 20);
     moe_pool_close(pool);
 }
 
-/* ---- who takes part, who stands where -------------------------------------------------------- */
+// ---- who takes part, who stands where --------------------------------------------------------
 
 TEST(workers_are_spread_over_the_pool) {
     moe_pool pool;
@@ -446,7 +447,7 @@ TEST(groups_at_a_barrier) {
     CHECK(moe__pool_leaf(96, 2) == 16 && moe__pool_leaf(88, 2) == 15 && moe__pool_leaf(2, 2) == 2);
 }
 
-/* A pool whose threads count as those of two nodes. */
+// A pool whose threads count as those of two nodes.
 TEST(barriers_over_two_nodes) {
     moe_pool_options options;
     memset(&options, 0, sizeof options);
@@ -510,15 +511,15 @@ TEST(pinned_threads_stay_where_they_are) {
         }
         moe_pool_close(b.pool);
         moe__machine_affinity(after);
-        CHECK(!memcmp(before, after, sizeof before)); /* the caller is as free as before */
+        CHECK(!memcmp(before, after, sizeof before)); // the caller is as free as before
     }
 }
 
-/* ---- waiting --------------------------------------------------------------------------------- */
+// ---- waiting ---------------------------------------------------------------------------------
 
-static int n_early; /* atomic: threads that came to the barriers of late_job, but the late one */
+static int n_early; // atomic: threads that came to the barriers of late_job, but the late one
 
-/* The last thread comes 30 ms after the others, however late they are. */
+// The last thread comes 30 ms after the others, however late they are.
 static void late_job(void *context, int thread, int n) {
     moe_pool *pool = (moe_pool *)context;
     struct timespec pause;
@@ -541,7 +542,7 @@ TEST(waiting_is_counted_for_those_who_wait) {
     options.n_threads = 5;
     moe_pool *pool = moe_pool_open(&options, NULL);
     if (!pool) return;
-    for (int repeat = 0; repeat < 3; repeat++) { /* the counts of one job alone */
+    for (int repeat = 0; repeat < 3; repeat++) { // the counts of one job alone
         n_early = 0;
         const double seconds = moe__pool_run(pool, 4, late_job, pool, waited);
         CHECKF(seconds >= 0.06, "%.3f s", seconds);
@@ -553,35 +554,35 @@ TEST(waiting_is_counted_for_those_who_wait) {
     moe_pool_close(pool);
 }
 
-/* Who spins in vain soon does not spin, tries again now and then, and comes back. */
+// Who spins in vain soon does not spin, tries again now and then, and comes back.
 TEST(spinning_adapts) {
     moe__worker w;
     const double most = 50e-6;
     memset(&w, 0, sizeof w);
     w.spin = most;
     double spun = 0;
-    for (int i = 0; i < 320; i++) { /* nobody ever comes in time */
+    for (int i = 0; i < 320; i++) { // nobody ever comes in time
         const double budget = moe__pool_budget(&w, most);
         spun += budget;
         moe__pool_learn(&w, most, budget, 1);
     }
     CHECKF(w.spin == 0 && spun < 13 * most && spun > 8 * most, "%.1f times", spun / most);
     int naps = 0;
-    for (int i = 0; i < 40; i++) { /* from now on everybody does */
+    for (int i = 0; i < 40; i++) { // from now on everybody does
         const double budget = moe__pool_budget(&w, most);
         naps += budget == 0;
         moe__pool_learn(&w, most, budget, budget == 0);
     }
     CHECK(w.spin == most && naps <= 31);
-    moe__pool_learn(&w, most, most, 1); /* a single bad time costs half */
+    moe__pool_learn(&w, most, most, 1); // a single bad time costs half
     CHECK(w.spin == most / 2);
     w.spin = 0;
-    for (int i = 0; i < 100; i++) { /* no spinning at all */
+    for (int i = 0; i < 100; i++) { // no spinning at all
         CHECK(moe__pool_budget(&w, 0) == 0);
         moe__pool_learn(&w, 0, 0, i % 2);
     }
     CHECK(w.spin == 0);
-    w.spin = most; /* a job of too many threads between others */
+    w.spin = most; // a job of too many threads between others
     CHECK(moe__pool_budget(&w, 0) == 0);
     moe__pool_learn(&w, 0, 0, 1);
     CHECK(moe__pool_budget(&w, most) == most);

@@ -1,12 +1,13 @@
-/* The sampler against a double-precision reference of each filter, the text stream against a
- * reference that sees the whole text at once, and moe_generate against a loop written by hand. */
+// The sampler against a double-precision reference of each filter, the text stream against a
+// reference that sees the whole text at once, and moe_generate against a loop written by hand.
 #include "steps.h"
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
+#include "meter.h"
 #include "models.h"
 
 static uint64_t random_state = 1;
-static uint32_t random_u32(void) { /* xorshift64* */
+static uint32_t random_u32(void) { // xorshift64*
     random_state ^= random_state >> 12;
     random_state ^= random_state << 25;
     random_state ^= random_state >> 27;
@@ -14,7 +15,7 @@ static uint32_t random_u32(void) { /* xorshift64* */
 }
 static double random_unit(void) { return random_u32() / 4294967296.0; }
 
-/* ---- sampler: arguments ---------------------------------------------------------------------- */
+// ---- sampler: arguments ----------------------------------------------------------------------
 
 static moe_sampler_options defaults(void) {
     moe_sampler_options options;
@@ -29,23 +30,6 @@ static moe_sampler *open_sampler(const moe_sampler_options *options, int n) {
     return sampler;
 }
 
-typedef struct counter {
-    int n_allocs, fail_at, live;
-    size_t size; /* of all that was asked for */
-} counter;
-static void *counter_alloc(void *user, size_t size) {
-    counter *c = (counter *)user;
-    if (++c->n_allocs == c->fail_at) return NULL;
-    c->live++;
-    c->size += size;
-    return malloc(size);
-}
-static void counter_free(void *user, void *memory, size_t size) {
-    (void)size;
-    ((counter *)user)->live--;
-    free(memory);
-}
-
 TEST(sampler_arguments) {
     static const float bad[] = {NAN, INFINITY, -INFINITY, -1, -1e-30f};
     static const char *names[] = {"temperature", "top_p", "min_p", "repeat_penalty"};
@@ -58,7 +42,7 @@ TEST(sampler_arguments) {
             memset(&error, 0, sizeof error);
             *fields[field] = bad[i];
             moe_sampler *sampler = moe_sampler_open(&options, 10, 10, &error);
-            int allowed = field == 0 && i >= 3; /* a negative temperature means greedy */
+            int allowed = field == 0 && i >= 3; // a negative temperature means greedy
             CHECKF((sampler != NULL) == allowed, "%s = %g", names[field], (double)bad[i]);
             if (!allowed) CHECK(error.status == MOE_ERROR_ARGUMENT);
             if (!allowed) CHECK(!strcmp(error.where, names[field]));
@@ -93,37 +77,35 @@ TEST(sampler_arguments) {
 }
 
 TEST(sampler_memory) {
-    counter c;
+    meter m;
     float logits[100];
-    memset(&c, 0, sizeof c);
+    memset(&m, 0, sizeof m);
     for (int i = 0; i < 100; i++) logits[i] = (float)(i % 17);
     moe_sampler_options options = defaults();
-    options.allocator.alloc = counter_alloc;
-    options.allocator.free = counter_free;
-    options.allocator.user = &c;
+    options.allocator = meter_allocator(&m);
     options.temperature = 1, options.top_p = 0.9f, options.min_p = 0.01f, options.top_k = 50;
     options.repeat_penalty = 1.1f;
     moe_sampler *sampler = open_sampler(&options, 100);
-    int n = c.n_allocs;
+    long n = m.calls;
     CHECK(n >= 1);
     for (int i = 0; i < 1000; i++)
         moe_sampler_accept(sampler, moe_sampler_sample(sampler, logits));
-    CHECK(c.n_allocs == n); /* nothing while sampling */
+    CHECK(m.calls == n); // nothing while sampling
     moe_sampler_close(sampler);
-    CHECK(c.live == 0);
-    for (int k = 1; k <= n; k++) {
+    CHECK(m.live == 0);
+    for (long k = 1; k <= n; k++) {
         moe_error error;
         memset(&error, 0, sizeof error);
-        memset(&c, 0, sizeof c);
-        c.fail_at = k;
+        memset(&m, 0, sizeof m);
+        m.fail_at = k;
         CHECK(!moe_sampler_open(&options, 100, 100, &error));
-        CHECK(error.status == MOE_ERROR_MEMORY && c.live == 0);
+        CHECK(error.status == MOE_ERROR_MEMORY && m.live == 0);
     }
     options.allocator.free = NULL;
     CHECK(!moe_sampler_open(&options, 100, 100, NULL));
 }
 
-/* Whoever needs few candidates takes little memory, whatever the vocabulary. */
+// Whoever needs few candidates takes little memory, whatever the vocabulary.
 TEST(sampler_memory_sizes) {
     enum { N = 151936, BLOCKS = (N + MOE__PEAK - 1) / MOE__PEAK };
     static const struct {
@@ -138,21 +120,19 @@ TEST(sampler_memory_sizes) {
                  {1, 0.9f, 0, 0, 0, 8 * N + 40000 + 12 * BLOCKS}};
     for (int i = 0; i < 6; i++) {
         moe_sampler_options o = defaults();
-        counter c;
-        memset(&c, 0, sizeof c);
-        o.allocator.alloc = counter_alloc;
-        o.allocator.free = counter_free;
-        o.allocator.user = &c;
+        meter m;
+        memset(&m, 0, sizeof m);
+        o.allocator = meter_allocator(&m);
         o.temperature = cases[i].temperature, o.top_p = cases[i].top_p, o.min_p = cases[i].min_p;
         o.repeat_penalty = cases[i].penalty, o.top_k = cases[i].top_k;
         moe_sampler *sampler = open_sampler(&o, N);
-        CHECKF(c.size <= cases[i].most, "case %d: %zu bytes", i, c.size);
+        CHECKF(m.peak <= cases[i].most, "case %d: %zu bytes", i, m.peak);
         moe_sampler_close(sampler);
-        CHECK(c.live == 0);
+        CHECK(m.live == 0);
     }
 }
 
-/* ---- sampler: choosing ----------------------------------------------------------------------- */
+// ---- sampler: choosing -----------------------------------------------------------------------
 
 static int32_t greedy(const float *logits, int n) {
     moe_sampler_options options = defaults();
@@ -169,17 +149,17 @@ TEST(greedy) {
     const float inf[] = {1, 2, INFINITY, INFINITY}, infs[] = {NAN, INFINITY, -INFINITY};
     const float zeros[] = {-0.0f, 0.0f}, large[] = {3e38f, 3.4028235e38f, -3e38f};
     const float last[] = {-INFINITY, NAN, -3.4028235e38f};
-    CHECK(greedy(plain, 5) == 1); /* the lowest id among equals */
+    CHECK(greedy(plain, 5) == 1); // the lowest id among equals
     CHECK(greedy(single, 1) == 0);
     CHECK(greedy(nans, 3) == 0);
     CHECK(greedy(mixed, 5) == 3);
     CHECK(greedy(minus, 2) == 0);
     CHECK(greedy(inf, 4) == 2);
-    CHECK(greedy(infs, 3) == 0); /* nothing finite */
+    CHECK(greedy(infs, 3) == 0); // nothing finite
     CHECK(greedy(zeros, 2) == 0);
     CHECK(greedy(large, 3) == 1);
     CHECK(greedy(last, 3) == 2);
-    /* padding rows are never chosen; top_k and others do not matter */
+    // padding rows are never chosen; top_k and others do not matter
     moe_sampler_options options = defaults();
     options.top_k = 3, options.top_p = 0.1f, options.min_p = 1, options.temperature = -1;
     moe_sampler *sampler = moe_sampler_open(&options, 5, 1, NULL);
@@ -190,7 +170,7 @@ TEST(greedy) {
     moe_sampler_close(sampler);
 }
 
-/* The same with a temperature: what is not finite is never drawn unless it must be. */
+// The same with a temperature: what is not finite is never drawn unless it must be.
 TEST(sampling_what_is_not_finite) {
     const float mixed[] = {NAN, -2, -INFINITY, -1, NAN}, nans[] = {NAN, -INFINITY, INFINITY};
     const float inf[] = {1, INFINITY, 3, INFINITY};
@@ -214,7 +194,7 @@ TEST(sampling_what_is_not_finite) {
         }
 }
 
-/* ---- sampler: filters ------------------------------------------------------------------------ */
+// ---- sampler: filters ------------------------------------------------------------------------
 
 typedef struct weighted {
     double logit, weight;
@@ -226,8 +206,8 @@ static int weighted_compare(const void *a, const void *b) {
     return x->id - y->id;
 }
 
-/* All filters by their definitions: sort everything, then cut. probability[id] = 0 for what is
- * dropped. Returns how many stay; *margin: how close a comparison of top-p or min-p was. */
+// All filters by their definitions: sort everything, then cut. probability[id] = 0 for what is
+// dropped. Returns how many stay; *margin: how close a comparison of top-p or min-p was.
 static int reference(const float *logits, int n, const moe_sampler_options *o,
                      double *probability, double *margin) {
     weighted *w = (weighted *)malloc((size_t)n * sizeof *w);
@@ -254,7 +234,7 @@ static int reference(const float *logits, int n, const moe_sampler_options *o,
         kept = 1;
         for (int i = 1; i < all; i++) {
             double ratio = exp(w[i].logit - w[0].logit);
-            double least = fmin(o->min_p, 1); /* more cannot be asked for */
+            double least = fmin(o->min_p, 1); // more cannot be asked for
             if (least < 1) *margin = fmin(*margin, fabs(ratio - least));
             if (ratio >= least) kept = i + 1;
         }
@@ -267,8 +247,8 @@ static int reference(const float *logits, int n, const moe_sampler_options *o,
     return kept;
 }
 
-/* Runs the sampler's filters and compares the set that stays; the draw that follows is tested by
- * its distribution. */
+// Runs the sampler's filters and compares the set that stays; the draw that follows is tested by
+// its distribution.
 static void check_filters(const float *logits, int n, const moe_sampler_options *o) {
     double *probability = (double *)malloc((size_t)n * sizeof *probability), margin;
     int expected = reference(logits, n, o, probability, &margin);
@@ -278,8 +258,8 @@ static void check_filters(const float *logits, int n, const moe_sampler_options 
     if (margin > 1e-9) {
         CHECKF(probability[token] > 0, "n %d k %d p %g min %g: token %d", n, o->top_k,
                (double)o->top_p, (double)o->min_p, token);
-        /* with top-k the kept candidates lie at the front of the sampler's list, else `last` says
-         * which is the last one of them */
+        // with top-k the kept candidates lie at the front of the sampler's list, else `last` says
+        // which is the last one of them
         int same = 0;
         for (int i = 0; o->top_k > 0 && i < expected; i++)
             same += probability[sampler->candidates[i].id] > 0;
@@ -306,10 +286,10 @@ TEST(filters_keep_the_right_candidates) {
         for (int shape = 0; shape < 4; shape++) {
             for (int i = 0; i < sizes[s]; i++) {
                 double x = random_unit() + random_unit() + random_unit() - 1.5;
-                if (shape == 0) x *= 10;               /* peaked */
-                if (shape == 1) x *= 0.1;              /* flat */
-                if (shape == 2) x = floor(x * 4);      /* many ties */
-                if (shape == 3) x = -i * 0.01;         /* sorted */
+                if (shape == 0) x *= 10;               // peaked
+                if (shape == 1) x *= 0.1;              // flat
+                if (shape == 2) x = floor(x * 4);      // many ties
+                if (shape == 3) x = -i * 0.01;         // sorted
                 logits[i] = (float)x;
             }
             for (int k = 0; k < 11; k++)
@@ -324,14 +304,14 @@ TEST(filters_keep_the_right_candidates) {
     free(logits);
 }
 
-/* Everything by the definitions, one step after the other: penalties, sorting, filters, the draw.
- * Without top-k the draw goes by id, else in order of the logits if these were sorted. */
+// Everything by the definitions, one step after the other: penalties, sorting, filters, the draw.
+// Without top-k the draw goes by id, else in order of the logits if these were sorted.
 typedef struct slow {
     const moe_sampler_options *options;
     int n, n_recent;
-    const int32_t *recent; /* the last of them count */
+    const int32_t *recent; // the last of them count
     uint64_t random;
-    int close; /* a comparison that rounding may decide otherwise */
+    int close; // a comparison that rounding may decide otherwise
 } slow;
 
 static float slow_logit(const slow *s, const float *logits, int id) {
@@ -405,23 +385,23 @@ static float odd_logit(int shape) {
     switch (shape) {
     case 0: return (float)(x * 12);
     case 1: return (float)x;
-    case 2: return (float)floor(x * 4);                                  /* many ties */
-    case 3: return 1.5f;                                                 /* nothing else */
+    case 2: return (float)floor(x * 4);                                  // many ties
+    case 3: return 1.5f;                                                 // nothing else
     case 4: return random_u32() % 4 ? (float)(x * 9) : odd[random_u32() % 9];
-    case 5: return random_u32() % 50 ? -INFINITY : (float)(x * 3);       /* few candidates */
+    case 5: return random_u32() % 50 ? -INFINITY : (float)(x * 3);       // few candidates
     case 6: return odd[random_u32() % 9];
-    default: return random_u32() % 50 ? (float)x : (float)(x * 3e-3) + 9; /* a few far above */
+    default: return random_u32() % 50 ? (float)x : (float)(x * 3e-3) + 9; // a few far above
     }
 }
 
-/* One setting: five choices in a row, each accepted, with tokens that were there before. */
+// One setting: five choices in a row, each accepted, with tokens that were there before.
 static void check_against_slow(const moe_sampler_options *o, const float *logits, int n_vocab,
                                int n_valid, weighted *w) {
     enum { BEFORE = 200, TURNS = 5 };
     int32_t recent[BEFORE + TURNS];
     slow s = {o, n_valid, (int)(random_u32() % BEFORE), recent, o->seed, 0};
     moe_sampler *sampler = moe_sampler_open(o, n_vocab, n_valid, NULL);
-    const int spread = random_u32() % 2 ? 20 : n_vocab + 10; /* often the same ones, or not */
+    const int spread = random_u32() % 2 ? 20 : n_vocab + 10; // often the same ones, or not
     CHECK(sampler != NULL);
     if (!sampler) return;
     for (int i = 0; i < s.n_recent; i++) {
@@ -470,7 +450,7 @@ TEST(all_settings_against_a_slow_sampler) {
     free(logits);
 }
 
-/* Tokens do not depend on the instruction set: the sums have the same bits. */
+// Tokens do not depend on the instruction set: the sums have the same bits.
 TEST(instruction_sets_choose_alike) {
     enum { N = 5000 + 77 };
     float *logits = (float *)malloc(N * sizeof *logits);
@@ -498,7 +478,7 @@ TEST(instruction_sets_choose_alike) {
     free(logits);
 }
 
-/* The limit of min-p is a float: the lowest one that is likely enough. */
+// The limit of min-p is a float: the lowest one that is likely enough.
 TEST(min_p_limit) {
     for (int i = 0; i < 20000; i++) {
         const float max = (float)((random_unit() - 0.5) * (i % 3 ? 50 : 1e-3));
@@ -511,7 +491,7 @@ TEST(min_p_limit) {
     CHECK(moe__candidates_limit(-3.4028235e38f, 1e-45f) == -3.4028235e38f);
 }
 
-/* Probabilities that reach p exactly; of equals the lower ids stay. */
+// Probabilities that reach p exactly; of equals the lower ids stay.
 TEST(top_p_of_equals) {
     const float logits[] = {0, 0, 0, 0};
     for (int k = 1; k <= 4; k++) {
@@ -525,12 +505,12 @@ TEST(top_p_of_equals) {
     }
 }
 
-/* The same where many are equal, some slots wide apart, over several blocks: the set that stays is
- * exactly the one that was asked for. */
+// The same where many are equal, some slots wide apart, over several blocks: the set that stays is
+// exactly the one that was asked for.
 TEST(top_p_of_many_equals) {
     enum { N = 1000 };
     float logits[N];
-    for (int i = 0; i < N; i++) logits[i] = i % 10 ? 0 : -200; /* 900 equal ones */
+    for (int i = 0; i < N; i++) logits[i] = i % 10 ? 0 : -200; // 900 equal ones
     for (int kept = 1; kept <= 900; kept += kept < 4 ? 1 : 37) {
         moe_sampler_options o = defaults();
         int largest = 0;
@@ -538,7 +518,7 @@ TEST(top_p_of_many_equals) {
         moe_sampler *sampler = open_sampler(&o, N);
         for (int i = 0; i < 300; i++)
             largest = (int)moe__max(largest, moe_sampler_sample(sampler, logits));
-        const int last = (kept - 1) / 9 * 10 + (kept - 1) % 9 + 1; /* the kept-th equal one */
+        const int last = (kept - 1) / 9 * 10 + (kept - 1) % 9 + 1; // the kept-th equal one
         CHECKF(sampler->last.id == last && sampler->last.logit == 0, "%d: %d, expected %d", kept,
                (int)sampler->last.id, last);
         CHECK(largest <= last);
@@ -546,11 +526,11 @@ TEST(top_p_of_many_equals) {
     }
 }
 
-/* Chi-squared over 200,000 draws: 23 tokens of any probability, so at most 22 degrees of freedom;
- * 60 is passed by chance once in 100,000 tests, and the seeds are fixed. */
+// Chi-squared over 200,000 draws: 23 tokens of any probability, so at most 22 degrees of freedom;
+// 60 is passed by chance once in 100,000 tests, and the seeds are fixed.
 TEST(distribution) {
     enum { N = 23, DRAWS = 200000 };
-    static const float settings[][4] = {/* temperature, top_k, top_p, min_p */
+    static const float settings[][4] = {// temperature, top_k, top_p, min_p
                                         {1, 0, 0, 0},        {0.5f, 0, 0, 0},   {3, 0, 0, 0},
                                         {1, 5, 0, 0},        {1, 0, 0.7f, 0},   {1, 0, 0, 0.2f},
                                         {0.8f, 12, 0.9f, 0}, {2, 10, 0.8f, 0.3f}, {1, 22, 0.99f, 0},
@@ -599,7 +579,7 @@ TEST(seeds) {
     }
     CHECK(differences > DRAWS / 2);
     CHECK(memcmp(copy, logits, sizeof copy) == 0);
-    /* the generator's published values for the seed 1234567 */
+    // the generator's published values for the seed 1234567
     static const uint64_t published[] = {6457827717110365317u, 3203168211198807973u,
                                          9817491932198370423u, 4593380528125082431u,
                                          16408922859458223821u};
@@ -611,10 +591,10 @@ TEST(seeds) {
     moe_sampler_close(sampler);
 }
 
-/* Steps of ten draws from n tokens, in the worst case for partial sorting. */
+// Steps of ten draws from n tokens, in the worst case for partial sorting.
 static uint64_t steps_of_draws(int n, int setting) {
     float *logits = (float *)malloc((size_t)n * sizeof *logits);
-    for (int i = 0; i < n; i++) logits[i] = (float)i * 1e-6f; /* flat, ascending */
+    for (int i = 0; i < n; i++) logits[i] = (float)i * 1e-6f; // flat, ascending
     moe_sampler_options o = defaults();
     o.temperature = 1, o.top_k = setting == 0 ? 40 : setting == 1 ? n / 2 : 0;
     o.top_p = setting == 2 ? 0.5f : setting == 3 ? 0.9999f : 0;
@@ -632,7 +612,7 @@ static uint64_t steps_of_draws(int n, int setting) {
     return start;
 }
 
-/* Vocabularies of real size. */
+// Vocabularies of real size.
 TEST(large_vocabulary) {
     for (int setting = 0; setting < 4; setting++)
         CHECK_GROWTH(steps_of_draws(160000, setting), steps_of_draws(20000, setting),
@@ -645,26 +625,26 @@ TEST(repetition_penalty) {
     const float positive[] = {4, 3, 2.5f, 0}, negative[] = {-1, -1.5f, -1.9f, -2.1f};
     moe_sampler *sampler = open_sampler(&o, 4);
     CHECK(moe_sampler_sample(sampler, positive) == 0);
-    moe_sampler_accept(sampler, 0); /* 4 -> 2 */
+    moe_sampler_accept(sampler, 0); // 4 -> 2
     CHECK(moe_sampler_sample(sampler, positive) == 1);
-    CHECK(moe_sampler_sample(sampler, negative) == 1); /* -1 -> -2 */
+    CHECK(moe_sampler_sample(sampler, negative) == 1); // -1 -> -2
     moe_sampler_accept(sampler, 0);
-    moe_sampler_accept(sampler, 0); /* still 2, not 1: once per token */
+    moe_sampler_accept(sampler, 0); // still 2, not 1: once per token
     const float twice[] = {4, 1.9f, 0, 0};
     CHECK(moe_sampler_sample(sampler, twice) == 0);
     moe_sampler_accept(sampler, 1);
-    CHECK(moe_sampler_sample(sampler, positive) == 2); /* 2, 1.5, 2.5 */
+    CHECK(moe_sampler_sample(sampler, positive) == 2); // 2, 1.5, 2.5
     moe_sampler_accept(sampler, 3);
     moe_sampler_accept(sampler, 3);
-    moe_sampler_accept(sampler, 3); /* 0 and 1 are forgotten */
+    moe_sampler_accept(sampler, 3); // 0 and 1 are forgotten
     CHECK(moe_sampler_sample(sampler, positive) == 0);
-    moe_sampler_accept(sampler, -1); /* ids that do not exist do no harm */
+    moe_sampler_accept(sampler, -1); // ids that do not exist do no harm
     moe_sampler_accept(sampler, 4);
     moe_sampler_accept(sampler, INT32_MAX);
     moe_sampler_accept(sampler, INT32_MIN);
     CHECK(moe_sampler_sample(sampler, positive) == 0);
     moe_sampler_close(sampler);
-    /* the whole window counts, whichever place of the ring a token is in */
+    // the whole window counts, whichever place of the ring a token is in
     o.repeat_last_n = 2;
     for (int turn = 0; turn < 4; turn++) {
         sampler = open_sampler(&o, 4);
@@ -674,7 +654,7 @@ TEST(repetition_penalty) {
         CHECK(moe_sampler_sample(sampler, positive) == 2);
         moe_sampler_close(sampler);
     }
-    /* off: 0, 1, MOE_OFF; the default window is 64 */
+    // off: 0, 1, MOE_OFF; the default window is 64
     for (int off = 0; off < 4; off++) {
         o = defaults();
         o.repeat_penalty = off == 0 ? 0 : off == 1 ? 1 : 2;
@@ -688,14 +668,14 @@ TEST(repetition_penalty) {
         CHECK(moe_sampler_sample(sampler, positive) == 0);
         moe_sampler_close(sampler);
     }
-    /* below 1 it favours; tiny ones overflow to the largest float, not to NaN */
+    // below 1 it favours; tiny ones overflow to the largest float, not to NaN
     o = defaults();
     o.repeat_penalty = 1e-38f;
     sampler = open_sampler(&o, 4);
     moe_sampler_accept(sampler, 2);
     CHECK(moe_sampler_sample(sampler, positive) == 2);
     moe_sampler_close(sampler);
-    /* a huge one makes finite values no less than finite */
+    // a huge one makes finite values no less than finite
     o.repeat_penalty = 3e38f;
     sampler = open_sampler(&o, 4);
     const float lows[] = {-INFINITY, NAN, -100, -INFINITY};
@@ -704,16 +684,16 @@ TEST(repetition_penalty) {
     moe_sampler_close(sampler);
 }
 
-/* ---- text stream ----------------------------------------------------------------------------- */
+// ---- text stream -----------------------------------------------------------------------------
 
 typedef struct sink {
     char text[8192];
     size_t size;
-    int n_calls, stop_at; /* the stop_at-th call returns 0 */
+    int n_calls, stop_at; // the stop_at-th call returns 0
 } sink;
 
-/* Whole text to valid UTF-8, by the definition of maximal subparts: the longest prefix of what
- * is left that begins some character becomes one U+FFFD. */
+// Whole text to valid UTF-8, by the definition of maximal subparts: the longest prefix of what
+// is left that begins some character becomes one U+FFFD.
 static size_t sanitize(const char *in, size_t size, char *out) {
     size_t n = 0;
     for (size_t i = 0; i < size;) {
@@ -722,7 +702,7 @@ static size_t sanitize(const char *in, size_t size, char *out) {
         int need = p[0] < 0x80 ? 1 : p[0] >= 0xC2 && p[0] <= 0xDF ? 2 : (p[0] & 0xF0) == 0xE0 ? 3
                    : p[0] >= 0xF0 && p[0] <= 0xF4 ? 4 : 0;
         if (need > 1 && left > 1 && (p[1] & 0xC0) == 0x80) {
-            unsigned code = (unsigned)p[0] << 8 | p[1]; /* with the second byte: overlong etc. */
+            unsigned code = (unsigned)p[0] << 8 | p[1]; // with the second byte: overlong etc.
             int bad = (p[0] == 0xE0 && code < 0xE0A0) || (p[0] == 0xED && code > 0xED9F) ||
                       (p[0] == 0xF0 && code < 0xF090) || (p[0] == 0xF4 && code > 0xF48F);
             if (!bad)
@@ -788,7 +768,7 @@ static const char *const samples[] = {
     "\xF4\x90\x80\x80", "\xF5\x80\x80\x80", "\xC3\xC3\xC3\xBC", "a\xCC\x88\xF0", "\xF1\x80\x80"};
 enum { N_SAMPLES = sizeof samples / sizeof samples[0] };
 
-/* Every way of cutting a text into three pieces, and byte by byte. */
+// Every way of cutting a text into three pieces, and byte by byte.
 TEST(stream_splits_characters) {
     static stream_test t;
     char expected[256];
@@ -806,7 +786,7 @@ TEST(stream_splits_characters) {
         stream_begin(&t, NULL, 0);
         for (size_t i = 0; i < size; i++) {
             moe__stream_push(&t.stream, samples[s] + i, 1);
-            /* What is out is what is sure: the text up to here without an unfinished character. */
+            // What is out is what is sure: the text up to here without an unfinished character.
             size_t whole = sanitize(samples[s], i + 1, expected);
             CHECK(t.out.size == whole || t.out.size == whole - 3);
         }
@@ -814,21 +794,21 @@ TEST(stream_splits_characters) {
         n = sanitize(samples[s], size, expected);
         EXPECT_TEXT(&t, expected, n);
     }
-    /* a character comes out with its last byte, not later */
+    // a character comes out with its last byte, not later
     stream_begin(&t, NULL, 0);
     moe__stream_push(&t.stream, "\xF0\x9F\x98", 3);
     CHECK(t.out.n_calls == 0);
     moe__stream_push(&t.stream, "\x80", 1);
     CHECK(t.out.n_calls == 1 && t.out.size == 4);
-    moe__stream_push(&t.stream, "a\0b", 3); /* NUL is a character */
+    moe__stream_push(&t.stream, "a\0b", 3); // NUL is a character
     CHECK(t.out.n_calls == 2 && t.out.size == 7 && t.out.text[5] == 0);
     moe__stream_push(&t.stream, "", 0);
     moe__stream_finish(&t.stream);
     CHECK(t.out.n_calls == 2);
 }
 
-/* What must be out after `size` bytes of valid text that did not contain a stop string yet: all
- * but the longest end that begins one. */
+// What must be out after `size` bytes of valid text that did not contain a stop string yet: all
+// but the longest end that begins one.
 static size_t safe_size(const char *text, size_t size, const char *const *stops, size_t n_stops) {
     size_t held = 0;
     for (size_t s = 0; s < n_stops; s++)
@@ -837,8 +817,8 @@ static size_t safe_size(const char *text, size_t size, const char *const *stops,
     return size - held;
 }
 
-/* Where the text ends: before the stop string that is complete first, and of those that are
- * complete there the longest. Returns 1 and *at and *end, or 0. */
+// Where the text ends: before the stop string that is complete first, and of those that are
+// complete there the longest. Returns 1 and *at and *end, or 0.
 static int find_stop(const char *text, size_t size, const char *const *stops, size_t n_stops,
                      size_t *at, size_t *end) {
     for (size_t e = 1; e <= size; e++) {
@@ -888,8 +868,8 @@ TEST(stream_stops) {
     }
 }
 
-/* Random texts over few letters against random stop strings: what is out is always exactly what is
- * sure, never more, never less. */
+// Random texts over few letters against random stop strings: what is out is always exactly what is
+// sure, never more, never less.
 TEST(stream_holds_back_as_little_as_possible) {
     static stream_test t;
     static const char *const letters[] = {"a", "b", "\xC3\xBC", "\xE4\xBD\xA0"};
@@ -922,7 +902,7 @@ TEST(stream_holds_back_as_little_as_possible) {
     }
 }
 
-/* Random bytes, mostly such as characters begin and go on with. */
+// Random bytes, mostly such as characters begin and go on with.
 TEST(stream_random_bytes) {
     static stream_test t;
     static const unsigned char likely[] = {0xC3, 0xE4, 0xED, 0xF0, 0xF4, 0x80, 0x8F, 0x90, 0x9F,
@@ -950,7 +930,7 @@ TEST(stream_limits) {
     const char *pointer = stop;
     memset(stop, 'a', MOE__MAX_STOP);
     memset(text, 'a', sizeof text);
-    /* the longest stop string, one byte short of it, then something else, then it itself */
+    // the longest stop string, one byte short of it, then something else, then it itself
     for (size_t chunk = 1; chunk <= 6000; chunk = chunk * 7 + 3) {
         stream_begin(&t, &pointer, 1);
         for (size_t i = 0; i < MOE__MAX_STOP - 1; i++) moe__stream_push(&t.stream, "a", 1);
@@ -965,18 +945,18 @@ TEST(stream_limits) {
         moe__stream_finish(&t.stream);
         CHECK(t.out.size == MOE__MAX_STOP);
     }
-    /* pieces larger than the buffer */
+    // pieces larger than the buffer
     stream_begin(&t, NULL, 0);
     moe__stream_push(&t.stream, text, sizeof text);
     EXPECT_TEXT(&t, text, sizeof text);
     CHECK(t.out.n_calls >= 3);
-    /* no callback */
+    // no callback
     stream_begin(&t, NULL, 0);
     t.options.on_text = NULL;
     moe__stream_push(&t.stream, text, sizeof text);
     moe__stream_finish(&t.stream);
     CHECK(!t.stream.stopped);
-    /* the callback ends it */
+    // the callback ends it
     for (int k = 1; k < 4; k++) {
         stream_begin(&t, NULL, 0);
         t.out.stop_at = k;
@@ -985,7 +965,7 @@ TEST(stream_limits) {
         CHECK(t.out.n_calls == k && t.out.size == 3 * (size_t)k);
         CHECK(t.stream.stopped && t.stream.reason == MOE_STOP_CALLER);
     }
-    /* then neither text that was held back nor half a character comes after it */
+    // then neither text that was held back nor half a character comes after it
     stop[0] = 'x', stop[1] = 'y', stop[2] = 0;
     stream_begin(&t, &pointer, 1);
     t.out.stop_at = 1;
@@ -1020,7 +1000,7 @@ TEST(stop_strings_that_are_refused) {
     CHECK(moe__generate_check_stops(&options, &error) == MOE_ERROR_ARGUMENT);
 }
 
-/* ---- generating ------------------------------------------------------------------------------ */
+// ---- generating ------------------------------------------------------------------------------
 
 static const int32_t prompt[] = {5, 77, 130, 9, 300, 41};
 enum { N_PROMPT = 6 };
@@ -1036,7 +1016,7 @@ static moe_session *open_session(const moe_model *model, int n_ctx) {
     return session;
 }
 
-/* By hand: n tokens, or fewer if the model ends or the context is full. */
+// By hand: n tokens, or fewer if the model ends or the context is full.
 static int by_hand(const moe_model *model, const moe_sampler_options *options, int n_ctx, int n,
                    int ignore_end, int special, int32_t *tokens, char *text, size_t *size) {
     const moe_vocab *vocab = moe_model_vocab(model);
@@ -1099,7 +1079,7 @@ TEST(generate_against_a_loop_by_hand) {
         moe_session *session = open_session(model, n_ctx);
         moe_sampler *sampler = moe_sampler_open(&so, n_vocab, n_valid, NULL);
         o.sampler = sampler;
-        if (run == 3) { /* without a sampler: greedy, no penalty */
+        if (run == 3) { // without a sampler: greedy, no penalty
             so.repeat_penalty = 0;
             n = by_hand(model, &so, n_ctx, 50, 1, 1, tokens, text, &size);
             o.sampler = NULL;
@@ -1150,7 +1130,7 @@ TEST(generate_in_two_calls) {
     CHECK(result.n_prompt == 1 && result.n_generated == 12);
     CHECK(moe_session_length(session) == N_PROMPT + 19);
     CHECK(parts.size == whole.size && memcmp(parts.text, whole.text, whole.size) == 0);
-    /* nothing to report to, no result wanted, no options: until the end or a full context */
+    // nothing to report to, no result wanted, no options: until the end or a full context
     CHECK(moe_generate(session, NULL, 0, NULL, NULL, NULL) == MOE_OK);
     moe_session_close(session);
     moe_model_close(model);
@@ -1168,7 +1148,7 @@ TEST(generate_stops) {
     CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
     CHECK(full.size > 40 && full.size < sizeof full.text);
     o.user = &s;
-    /* every piece of the text as a stop string: the text ends where it first appears */
+    // every piece of the text as a stop string: the text ends where it first appears
     for (size_t from = 0; from + 4 < full.size; from += 1 + full.size / 20)
         for (size_t n = 1; n <= 12; n += 11) {
             char stop[16];
@@ -1188,7 +1168,7 @@ TEST(generate_stops) {
             CHECK(moe_session_length(session) == N_PROMPT + result.n_generated - 1);
         }
     o.stop = NULL, o.n_stop = 0;
-    /* the callback stops it */
+    // the callback stops it
     for (int k = 1; k < 6; k++) {
         memset(&s, 0, sizeof s);
         s.stop_at = k;
@@ -1200,7 +1180,7 @@ TEST(generate_stops) {
     moe_model_close(model);
 }
 
-/* A callback that uses the session itself: rewinds it, evaluates, has an evaluation cancelled. */
+// A callback that uses the session itself: rewinds it, evaluates, has an evaluation cancelled.
 typedef struct meddler {
     moe_session *session;
     int how, cancel;
@@ -1234,7 +1214,7 @@ TEST(generate_with_a_meddling_callback) {
         o.sampler = run % 2 ? open_sampler(NULL, moe_model_get_info(model)->n_vocab) : NULL;
         m.session = moe_session_open(model, &so, NULL);
         CHECK(moe_generate(m.session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
-        CHECK(result.reason == MOE_STOP_LIMIT); /* the token is evaluated behind the callback */
+        CHECK(result.reason == MOE_STOP_LIMIT); // the token is evaluated behind the callback
         moe_session_close(m.session);
         moe_sampler_close(o.sampler);
     }
@@ -1318,14 +1298,14 @@ TEST(generate_errors) {
     EXPECT_ERROR(session, prompt, N_PROMPT, &o, MOE_ERROR_ARGUMENT, "sampler");
     moe_sampler_close(o.sampler);
     o.sampler = NULL;
-    /* a prompt that fills the context leaves room for one token, which is not evaluated */
+    // a prompt that fills the context leaves room for one token, which is not evaluated
     moe_generate_result result;
     o.ignore_end = MOE_ON;
     CHECK(moe_generate(session, many, 8, &o, &result, NULL) == MOE_OK);
     CHECK(result.reason == MOE_STOP_CONTEXT && result.n_generated == 1 && result.n_prompt == 8);
     moe_session_close(session);
     moe_model_close(model);
-    /* a model without a vocabulary */
+    // a model without a vocabulary
     synth_options so;
     memset(&so, 0, sizeof so);
     so.type = "f32", so.no_tokenizer = 1;

@@ -1,11 +1,11 @@
-/* Sessions: calls in any order and with wrong arguments, after which a session goes on as if the
- * wrong call had not been made; schedules, stopping, threads and memory. */
+// Sessions: calls in any order and with wrong arguments, after which a session goes on as if the
+// wrong call had not been made; schedules, stopping, threads and memory.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "meter.h"
 #include "models.h"
 
-/* ---- calls ----------------------------------------------------------------------------------- */
+// ---- calls -----------------------------------------------------------------------------------
 
 TEST(closing_nothing) {
     moe_session_close(NULL);
@@ -35,7 +35,7 @@ TEST(null_arguments) {
     CHECK(moe_generate(NULL, &token, 1, NULL, NULL, NULL) == MOE_ERROR_ARGUMENT);
 }
 
-/* Opens a session with some options on the micro model. */
+// Opens a session with some options on the micro model.
 static moe_session *open_micro(moe_model **model, const moe_session_options *o) {
     *model = models_open(models_simple("micro", "f32"));
     moe_session *session = *model ? moe_session_open(*model, o, NULL) : NULL;
@@ -43,7 +43,7 @@ static moe_session *open_micro(moe_model **model, const moe_session_options *o) 
     return session;
 }
 
-/* Evaluates wrongly: an error, and everything is as it was. */
+// Evaluates wrongly: an error, and everything is as it was.
 static void check_eval_fails(moe_session *s, const int32_t *tokens, int32_t n, moe_status status) {
     moe_error error;
     float before[264];
@@ -81,7 +81,7 @@ TEST(wrong_tokens) {
     check_eval_fails(session, good, -1, MOE_ERROR_ARGUMENT);
     check_eval_fails(session, good, INT32_MIN, MOE_ERROR_ARGUMENT);
     check_eval_fails(session, NULL, 3, MOE_ERROR_ARGUMENT);
-    /* Goes on as a session that made no mistake. */
+    // Goes on as a session that made no mistake.
     CHECK(moe_session_eval(session, good + 2, 4, NULL) == MOE_OK);
     CHECK(moe_session_eval(other, good, 2, NULL) == MOE_OK);
     CHECK(moe_session_eval(other, good + 2, 4, NULL) == MOE_OK);
@@ -118,7 +118,7 @@ TEST(context_full) {
     }
 }
 
-TEST(rewind_ranges) {
+TEST(rewinding_forgets_logits_and_knows_its_range) {
     moe_model *model;
     moe_session *session = open_micro(&model, NULL);
     int32_t tokens[4] = {1, 2, 3, 4};
@@ -133,12 +133,15 @@ TEST(rewind_ranges) {
         CHECK(moe_session_length(session) == 4);
     }
     CHECK(moe_session_rewind(session, 4, NULL) == MOE_OK && moe_session_length(session) == 4);
+    CHECK(moe_session_logits(session, -1) != NULL);
+    CHECK(moe_session_rewind(session, 3, NULL) == MOE_OK && moe_session_length(session) == 3);
+    CHECK(moe_session_logits(session, -1) == NULL);
     CHECK(moe_session_rewind(session, 0, NULL) == MOE_OK && moe_session_length(session) == 0);
     moe_session_close(session);
     moe_model_close(model);
 }
 
-/* Options that make no sense, or that this version cannot do. */
+// Options that make no sense, or that this version cannot do.
 TEST(session_options) {
     moe_model *model = models_open(models_simple("micro", "f32"));
     CHECK(model != NULL);
@@ -160,7 +163,7 @@ TEST(session_options) {
         {0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, 0, MOE_ERROR_ARGUMENT},
         {0, 0, 0, -1, 0, 0, 0, MOE_ERROR_ARGUMENT},
         {0, 0, 0, MOE_MAX_THREADS + 1, 0, 0, 0, MOE_ERROR_ARGUMENT},
-        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED}, /* heads of 16 */
+        {0, 0, 0, 0, MOE_KV_Q8_0, 0, 0, MOE_ERROR_UNSUPPORTED}, // heads of 16
         {0, 0, 0, 0, 77, 0, 0, MOE_ERROR_UNSUPPORTED},
         {0, 0, 0, 0, -1, 0, 0, MOE_ERROR_UNSUPPORTED},
         {0, 0, 0, 0, 0, 77, 0, MOE_ERROR_UNSUPPORTED},
@@ -197,9 +200,9 @@ TEST(session_options) {
     moe_model_close(model);
 }
 
-/* Every schedule gives the same bits with every number of threads, for generated tokens and for */
-/* prompts. Down projections read a hidden vector per expert, so that a schedule that mixed them */
-/* up would show. */
+// Every schedule gives the same bits with every number of threads, for generated tokens and for
+// prompts. Down projections read a hidden vector per expert, so that a schedule that mixed them
+// up would show.
 TEST(schedules) {
     static const char *const configs[][2] = {{"t_mla_groups", "q8_0"},  {"qwen3moe_quant", "q4_K"},
                                              {"micro_oss", "f32"},      {"micro_qwen2", "f32"},
@@ -236,7 +239,7 @@ TEST(schedules) {
     }
 }
 
-/* The caller's rounding mode, and whether it flushes small numbers to zero */
+// The caller's rounding mode, and whether it flushes small numbers to zero
 static void unusual_floats(void) {
     fesetround(FE_UPWARD);
 #if defined(__x86_64__)
@@ -250,7 +253,7 @@ static int floats_are_unusual(void) {
     return fegetround() == FE_UPWARD;
 }
 
-/* Neither reaches results, whichever thread computes them, and the caller has it back. */
+// Neither reaches results, whichever thread computes them, and the caller has it back.
 TEST(the_callers_rounding_mode_stays_outside) {
     enum { TOKENS = 13 };
     const char *path = models_simple("qwen3moe_quant", "q4_K");
@@ -295,9 +298,9 @@ TEST(the_callers_rounding_mode_stays_outside) {
     free(expected);
 }
 
-/* Which way a session went, and how often its threads met. */
+// Which way a session went, and how often its threads met.
 TEST(schedules_report) {
-    static const char *const configs[] = {"qwen3moe_tiny", "t_mla_groups"}; /* 8 and 3 experts */
+    static const char *const configs[] = {"qwen3moe_tiny", "t_mla_groups"}; // 8 and 3 experts
     for (int c = 0; c < 2; c++) {
         moe_model *model = models_open(models_simple(configs[c], "f32"));
         CHECK(model != NULL);
@@ -325,11 +328,11 @@ TEST(schedules_report) {
                 CHECK(moe_session_eval(session, tokens, 1, NULL) == MOE_OK);
                 CHECKF(stats->n_expert_groups == groups, "%s, schedule %d, %d threads: %d",
                        configs[c], schedule, threads, (int)stats->n_expert_groups);
-                /* balanced: where units of rows divide badly by threads */
+                // balanced: where units of rows divide badly by threads
                 const int64_t units = moe_model_get_info(model)->n_embd / MOE__ROW_UNIT;
                 const int64_t even = (units + threads - 1) / threads * threads;
                 const int apart = groups > 1 || (schedule == 3 && 16 * units < 15 * even);
-                /* the barriers on the first page of >>session, with one chunk of keys */
+                // the barriers on the first page of >>session, with one chunk of keys
                 uint64_t barriers = 2;
                 for (uint64_t il = 0; il < layers; il++)
                     barriers += model->layers[il].is_moe ? (uint64_t)((c ? 8 : 6) + apart)
@@ -350,7 +353,7 @@ TEST(schedules_report) {
     }
 }
 
-/* Every token chooses n_used experts in each layer that has some, in prompts and one by one. */
+// Every token chooses n_used experts in each layer that has some, in prompts and one by one.
 TEST(expert_counts) {
     moe_model *model = models_open(models_simple("t_mla_groups", "q8_0"));
     moe_session *session = moe_session_open(model, NULL, NULL);
@@ -380,7 +383,7 @@ TEST(expert_counts) {
     moe_model_close(model);
 }
 
-/* Threads in two groups of a node each: the same bits. */
+// Threads in two groups of a node each: the same bits.
 TEST(schedules_on_two_nodes) {
     int32_t tokens[12];
     moe_session_options s;
@@ -414,10 +417,10 @@ TEST(schedules_on_two_nodes) {
     moe_model_close(model);
 }
 
-/* ---- stopping -------------------------------------------------------------------------------- */
+// ---- stopping --------------------------------------------------------------------------------
 
 typedef struct stopper {
-    long calls, stop_at; /* the call that stops, from 1; 0: none */
+    long calls, stop_at; // the call that stops, from 1; 0: none
 } stopper;
 
 static int should_stop(void *user) {
@@ -425,7 +428,7 @@ static int should_stop(void *user) {
     return ++s->calls == s->stop_at;
 }
 
-/* Stopped at the first, second, ... question; then it goes on and gives the same bits. */
+// Stopped at the first, second, ... question; then it goes on and gives the same bits.
 static void check_stopping(const char *path, int n_threads, int n_batch) {
     moe_model *model = models_open(path);
     CHECK(model != NULL);
@@ -479,7 +482,7 @@ TEST(stopping) {
     check_stopping(models_simple("t_mla_v2", "q4_0"), 1, 1);
 }
 
-/* After a cancelled eval there are either no logits or those from before, never something else. */
+// After a cancelled eval there are either no logits or those from before, never something else.
 TEST(stopping_and_logits) {
     moe_model *model;
     moe_session_options o;
@@ -509,7 +512,7 @@ TEST(stopping_and_logits) {
     moe_model_close(model);
 }
 
-/* ---- threads --------------------------------------------------------------------------------- */
+// ---- threads ---------------------------------------------------------------------------------
 
 TEST(shared_pool) {
     moe_pool_options p;
@@ -540,7 +543,7 @@ TEST(shared_pool) {
         }
         CHECK(expected && !memcmp(a, expected, sizeof(float) * 30 * 264));
         CHECK(expected && !memcmp(b, expected, sizeof(float) * 30 * 264));
-        /* More threads than the pool has: refused, or no more than there are. */
+        // More threads than the pool has: refused, or no more than there are.
         o.n_threads = o.n_threads_batch = 64;
         moe_error error;
         clear_error(&error);
@@ -578,7 +581,7 @@ static void *runner_run(void *user) {
     return NULL;
 }
 
-/* Several threads, each with its sessions, on one model; then all on one pool. */
+// Several threads, each with its sessions, on one model; then all on one pool.
 TEST(concurrent_sessions) {
     moe_model *model = models_open(models_simple("t_mla_groups", "f32"));
     int32_t tokens[30];
@@ -620,10 +623,10 @@ TEST(concurrent_sessions) {
     moe_model_close(model);
 }
 
-/* ---- memory ---------------------------------------------------------------------------------- */
+// ---- memory ----------------------------------------------------------------------------------
 
-/* The same for sessions, which take their memory from the model's allocator; and evaluating */
-/* takes none. */
+// The same for sessions, which take their memory from the model's allocator; and evaluating
+// takes none.
 TEST(session_out_of_memory) {
     for (int b = 0; b < 2; b++) {
         meter m;
@@ -669,7 +672,7 @@ TEST(session_out_of_memory) {
     }
 }
 
-/* A context that no machine can hold is refused and not tried. */
+// A context that no machine can hold is refused and not tried.
 TEST(huge_context) {
     for (int b = 0; b < 2; b++) {
         meter m;
@@ -695,7 +698,7 @@ TEST(huge_context) {
     }
 }
 
-/* The estimate is what a session then takes, to within the allocator's own overhead. */
+// The estimate is what a session then takes, to within the allocator's own overhead.
 TEST(estimate) {
     static const int32_t contexts[] = {1, 33, 2000, 0}, batches[] = {1, 7, 512, 0};
     for (int b = 0; b < 2; b++) {
@@ -731,8 +734,8 @@ TEST(estimate) {
             CHECKF(taken >= told && taken - told < 65536, "told %zu, taken %zu", told, taken);
             moe_session_close(session);
         }
-        /* The cache grows with the context by known amounts: 2 x 16 values per token and layer, */
-        /* or a latent of 32 and 8 rotated. */
+        // The cache grows with the context by known amounts: 2 x 16 values per token and layer,
+        // or a latent of 32 and 8 rotated.
         moe_session_options o;
         moe_session_info small, large;
         memset(&o, 0, sizeof o);
@@ -747,11 +750,11 @@ TEST(estimate) {
     }
 }
 
-/* A Q8_0 cache takes 34 bytes where F16 takes 64, as estimated; widths that blocks do not fit
- * are refused with the numbers. */
+// A Q8_0 cache takes 34 bytes where F16 takes 64, as estimated; widths that blocks do not fit
+// are refused with the numbers.
 TEST(q8_0_cache) {
     static const struct {
-        const char *config, *widths; /* NULL: fits */
+        const char *config, *widths; // NULL: fits
     } cases[] = {{"qwen3moe_quant", NULL}, {"dsv3_quant", NULL}, {"micro", "16 and 16"},
                  {"micro_mla", "32 and 8"}, {"t_qwen_odd", "10 and 10"}};
     for (int i = 0; i < 5; i++) {

@@ -1,8 +1,8 @@
-/* The model in the box: its logits against stored double-precision values on every instruction set,
- * its perplexity on stories it has not seen, and what quantizing costs.
- *
- *     build/tests/test_storyteller --write                 writes the stored values anew
- *     build/tests/test_storyteller --perplexity FILE...    of other files on the same stories */
+// The model in the box: its logits against stored double-precision values on every instruction set,
+// its perplexity on stories it has not seen, and what quantizing costs.
+//
+//     build/tests/test_storyteller --write                 writes the stored values anew
+//     build/tests/test_storyteller --perplexity FILE...    of other files on the same stories
 #define main quantize_main
 #include "../examples/quantize.c"
 #undef main
@@ -14,7 +14,7 @@
 static const char storyteller[] = "examples/storyteller/storyteller.gguf";
 static const char stories[] = "examples/storyteller/held_out.txt";
 
-/* ---- logits ---------------------------------------------------------------------------------- */
+// ---- logits ----------------------------------------------------------------------------------
 
 static const char prompt[] = "Once upon a time there was a brave girl named Anna. She liked to";
 enum { MAX_PROMPT = 64 };
@@ -24,7 +24,7 @@ static int32_t tokenize_prompt(const moe_model *model, int32_t *tokens) {
                                        MOE_TOKENIZE_ADD_SPECIAL, tokens, MAX_PROMPT);
 }
 
-/* Logits behind the prompt. */
+// Logits behind the prompt.
 static double *true_logits(const moe_model *model, const int32_t *tokens, int32_t n) {
     int n_vocab = 0;
     double *all = naive_logits(moe_model_gguf(model), tokens, n, NULL, &n_vocab);
@@ -48,9 +48,9 @@ TEST(stored_logits_are_the_truth) {
     moe_model_close(model);
 }
 
-/* Within what rounding activations to 8 bits costs. Instruction sets add in different orders, so */
-/* an activation half way between two steps may go to the other one: mostly none does and they */
-/* agree to 1e-14, but never may they differ by more than two independent roundings would. */
+// Within what rounding activations to 8 bits costs. Instruction sets add in different orders, so
+// an activation half way between two steps may go to the other one: mostly none does and they
+// agree to 1e-14, but never may they differ by more than two independent roundings would.
 TEST(logits_of_every_instruction_set) {
     int32_t tokens[MAX_PROMPT];
     double first[STORED_LOGITS];
@@ -82,9 +82,9 @@ TEST(logits_of_every_instruction_set) {
     moe_model_close(model);
 }
 
-/* ---- perplexity ------------------------------------------------------------------------------ */
+// ---- perplexity ------------------------------------------------------------------------------
 
-/* The held-out stories, an empty line between two; "" if they cannot be read. */
+// The held-out stories, an empty line between two; "" if they cannot be read.
 static char *read_stories(void) {
     static char text[1 << 16];
     FILE *f = fopen(stories, "rb");
@@ -95,7 +95,7 @@ static char *read_stories(void) {
 
 enum { MAX_STORY = 512 };
 
-/* The tokens of the next story of *text, from begin to end token; 0: there is none. */
+// The tokens of the next story of *text, from begin to end token; 0: there is none.
 static int32_t next_story(const moe_vocab *vocab, char **text, int32_t tokens[MAX_STORY]) {
     char *story = *text;
     const char *gap = strstr(story, "\n\n");
@@ -109,7 +109,7 @@ static int32_t next_story(const moe_vocab *vocab, char **text, int32_t tokens[MA
     return (int32_t)n + 1;
 }
 
-/* Perplexity per token over the held-out stories. 0: something failed. */
+// Perplexity per token over the held-out stories. 0: something failed.
 static double perplexity(const char *path) {
     moe_model *model = models_open(path);
     double sum = 0, count = 0;
@@ -141,11 +141,11 @@ TEST(held_out_stories) {
     CHECKF(p > 1 && p < STORED_PERPLEXITY * 1.01, "%.4f", p);
 }
 
-/* Each K-quant for all matrices: perplexity over that of the file in the box. */
+// Each K-quant for all matrices: perplexity over that of the file in the box.
 TEST(quantizing_costs) {
     static const struct {
         const char *type;
-        double least, most; /* of the ratio */
+        double least, most; // of the ratio
     } rows[] = {STORED_COSTS};
     const double before = perplexity(storyteller);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0] && !(MODELS_SLOW && i); i++) {
@@ -163,9 +163,9 @@ TEST(quantizing_costs) {
     }
 }
 
-/* ---- experts --------------------------------------------------------------------------------- */
+// ---- experts ---------------------------------------------------------------------------------
 
-/* All experts of all layers are used by a few stories: no dead one, none that does all the work. */
+// All experts of all layers are used by a few stories: no dead one, none that does all the work.
 TEST(experts_are_balanced) {
     moe_model *model = models_open(storyteller);
     char *text = read_stories();
@@ -196,7 +196,7 @@ TEST(experts_are_balanced) {
     moe_model_close(model);
 }
 
-/* ---- writing the stored values --------------------------------------------------------------- */
+// ---- writing the stored values ---------------------------------------------------------------
 
 static int write_stored(void) {
     int32_t tokens[MAX_PROMPT];

@@ -1,10 +1,10 @@
-/* The room >>text: character classes, pre-tokenizers, BPE, special tokens, detokenization. */
+// The room >>text: character classes, pre-tokenizers, BPE, special tokens, detokenization.
 #include "steps.h"
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
 
-/* ---- a small GGUF writer --------------------------------------------------------------------- */
+// ---- a small GGUF writer ---------------------------------------------------------------------
 
 typedef struct bytes {
     unsigned char *p;
@@ -34,7 +34,7 @@ static bytes file_begin(void) {
     put_u64(&out, 0);
     return out;
 }
-/* Counts the value and writes its key and type. */
+// Counts the value and writes its key and type.
 static void put_key(bytes *out, const char *key, uint32_t type) {
     uint64_t n;
     memcpy(&n, out->p + 16, 8);
@@ -58,7 +58,7 @@ static void put_array(bytes *out, const char *key, uint32_t type, uint64_t count
     put_u64(out, count);
 }
 
-/* ---- vocabularies to write ------------------------------------------------------------------- */
+// ---- vocabularies to write -------------------------------------------------------------------
 
 typedef struct word {
     char text[64];
@@ -73,8 +73,8 @@ typedef struct spec {
     int n_tokens;
     word merges[MAX_MERGES];
     int n_merges;
-    const char *pre; /* NULL: no such key */
-    bytes more;      /* further values */
+    const char *pre; // NULL: no such key
+    bytes more;      // further values
     int n_more;
 } spec;
 
@@ -112,7 +112,7 @@ static void add_string(spec *s, const char *key, const char *value) {
     s->n_more++;
 }
 
-/* 256 bytes, token id = byte, and no merges. */
+// 256 bytes, token id = byte, and no merges.
 static void spec_bytes(spec *s, const char *pre) {
     memset(s, 0, sizeof *s);
     s->pre = pre;
@@ -123,7 +123,7 @@ static void spec_bytes(spec *s, const char *pre) {
     }
 }
 
-/* The built-in vocabulary: bytes, some merges, some special tokens. */
+// The built-in vocabulary: bytes, some merges, some special tokens.
 static void spec_small(spec *s, const char *pre) {
     static const char *const merges[] = {
         "h e", "l l", "he ll", "hell o", "\304\240 w", "o r", "l d", "\304\240w or", "a a",
@@ -161,7 +161,7 @@ static bytes spec_file(const spec *s) {
     return out;
 }
 
-/* The vocabulary of a file in memory; the GGUF is closed again and the memory freed. */
+// The vocabulary of a file in memory; the GGUF is closed again and the memory freed.
 static moe_vocab *open_bytes(bytes file, moe_error *error) {
     moe_gguf *gguf = moe_gguf_open_memory(file.p, file.n, NULL, error);
     moe_vocab *vocab = gguf ? moe_vocab_open(gguf, error) : NULL;
@@ -179,14 +179,14 @@ static moe_vocab *open_spec(spec *s) {
     s->more.p = NULL;
     return vocab;
 }
-static spec shared_spec; /* too large for the stack of a sanitizer build */
+static spec shared_spec; // too large for the stack of a sanitizer build
 
 static moe_vocab *open_small(const char *pre) {
     spec_small(&shared_spec, pre);
     return open_spec(&shared_spec);
 }
 
-/* ---- helpers --------------------------------------------------------------------------------- */
+// ---- helpers ---------------------------------------------------------------------------------
 
 static uint64_t random_state = 1;
 static uint32_t random_below(uint32_t n) {
@@ -218,7 +218,7 @@ static size_t append_text(const moe_vocab *vocab, const int32_t *ids, int64_t n,
     return size;
 }
 
-/* decode(encode(text)) == text */
+// decode(encode(text)) == text
 static int round_trip(const moe_vocab *vocab, const char *text, size_t size, unsigned flags) {
     int32_t *ids = (int32_t *)malloc(4 * (size + 2));
     char *back = (char *)malloc(size + 1);
@@ -230,7 +230,7 @@ static int round_trip(const moe_vocab *vocab, const char *text, size_t size, uns
     return same;
 }
 
-/* The same with a SPM vocabulary, which puts a blank in front. */
+// The same with a SPM vocabulary, which puts a blank in front.
 static int spm_round_trip(const moe_vocab *vocab, const char *text, size_t size) {
     size_t most = 3 * size + 6, n_back = 0;
     int32_t *ids = (int32_t *)malloc(4 * most);
@@ -268,7 +268,7 @@ static size_t put_utf8(char *out, uint32_t code) {
     return 4;
 }
 
-/* Valid UTF-8 with many class changes. */
+// Valid UTF-8 with many class changes.
 static size_t random_text(char *out, size_t capacity) {
     static const char *const bits[] = {" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "a", "hello",
                                        "B", "7", "123", "!", "..", "\303\251", "\344\270\255",
@@ -292,7 +292,7 @@ static int32_t one_id(const moe_vocab *vocab, const char *text) {
     return moe_vocab_find(vocab, text, strlen(text));
 }
 
-/* "12 34 5" of the tokens. */
+// "12 34 5" of the tokens.
 static const char *ids_of(const moe_vocab *vocab, const char *text, unsigned flags) {
     static char line[4096];
     int32_t ids[400];
@@ -304,7 +304,7 @@ static const char *ids_of(const moe_vocab *vocab, const char *text, unsigned fla
     return line;
 }
 
-/* "he|ll|o": the tokens' texts. */
+// "he|ll|o": the tokens' texts.
 static const char *texts_of(const moe_vocab *vocab, const char *text, unsigned flags) {
     static char line[4096];
     int32_t ids[400];
@@ -320,7 +320,7 @@ static const char *texts_of(const moe_vocab *vocab, const char *text, unsigned f
     return line;
 }
 
-/* ---- characters ------------------------------------------------------------------------------ */
+// ---- characters ------------------------------------------------------------------------------
 
 TEST(utf8) {
     for (uint32_t code = 0; code < 0x110000; code++) {
@@ -365,7 +365,7 @@ TEST(byte_names) {
 TEST(classes) {
     moe__text_run *runs = (moe__text_run *)malloc((MOE__TEXT_RUNS + 1) * sizeof *runs);
     moe__text_unpack_classes(runs);
-    /* Characters per class in Unicode 14; the sets as their definitions say. */
+    // Characters per class in Unicode 14; the sets as their definitions say.
     static const struct {
         uint32_t set, count;
     } counts[] = {{MOE__C_LU, 1831},    {MOE__C_LL, 2227},   {MOE__C_LT, 31},
@@ -405,11 +405,11 @@ TEST(classes) {
     free(runs);
 }
 
-/* ---- pre-tokenizers -------------------------------------------------------------------------- */
+// ---- pre-tokenizers --------------------------------------------------------------------------
 
 static moe__text_run test_runs[MOE__TEXT_RUNS + 1];
 
-/* Classifies the text and runs the pre-tokenizer's passes; scan->classes and ->at to be freed. */
+// Classifies the text and runs the pre-tokenizer's passes; scan->classes and ->at to be freed.
 static moe__text_scan cut_text(const moe__text_pre *pre, const char *text, size_t size) {
     moe__text_scan scan;
     memset(&scan, 0, sizeof scan);
@@ -430,8 +430,8 @@ static moe__text_scan cut_text(const moe__text_pre *pre, const char *text, size_
 }
 
 TEST(words) {
-    /* Names ("*" = all of them) and the text, cut. Made by Python's re with its classes written */
-    /* out as ranges, from the regular expressions of the models. */
+    // Names ("*" = all of them) and the text, cut. Made by Python's re with its classes written
+    // out as ranges, from the regular expressions of the models.
     static const char *const names = "llama-bpe qwen2 bailingmoe qwen35 gpt-4o tekken kimi-k2 "
                                      "deepseek-v3 deepseek-llm deepseek-coder gpt-2 refact "
                                      "seed-coder exaone-moe default";
@@ -543,7 +543,7 @@ TEST(words) {
          "'l| '|v| '|r| '|x"},
         {"deepseek-llm deepseek-coder gpt-2 refact", "'|l| '|v| '|r| '|x"},
         {"default", "'|l| |'|v| |'|r| |'|x"},
-        /* afmoe: the first group of numbers takes what is in front of it. */
+        // afmoe: the first group of numbers takes what is in front of it.
         {"afmoe", "x| | |1|234|567| |89"},
         {"afmoe", "12|345|a"},
     };
@@ -592,12 +592,12 @@ TEST(pre_tokenizer_names) {
         CHECKF(!moe__text_find_pre(unknown[i], strlen(unknown[i])), "%s", unknown[i]);
 }
 
-/* Steps of a pre-tokenizer for n repeated bytes; checks that it makes nothing but cuts. */
+// Steps of a pre-tokenizer for n repeated bytes; checks that it makes nothing but cuts.
 static uint64_t steps_of_passes(const moe__text_pre *pre, const char *unit, size_t n) {
     static const moe__text_pre none = {"", 0, {NULL}};
     char *text = (char *)malloc(n + 1);
     for (size_t i = 0; i < n; i++) text[i] = unit[i % strlen(unit)];
-    text[n] = 'x'; /* something else, so that the run does not simply end with the text */
+    text[n] = 'x'; // something else, so that the run does not simply end with the text
     moe__text_scan scan = cut_text(&none, text, n + 1);
     uint32_t *classes = (uint32_t *)malloc(4 * scan.n);
     memcpy(classes, scan.classes, 4 * scan.n);
@@ -614,7 +614,7 @@ static uint64_t steps_of_passes(const moe__text_pre *pre, const char *unit, size
     return start;
 }
 
-/* No rule may look at a long run again and again. */
+// No rule may look at a long run again and again.
 TEST(passes_are_linear) {
     static const char *const units[] = {"a", "A", " ", "7", "\n", ".", "'", "\314\201",
                                         "\344\270\255", " \n", "a ", "Aa", "\302\240", "\t", "$",
@@ -629,7 +629,7 @@ TEST(passes_are_linear) {
     }
 }
 
-/* ---- the built-in vocabulary ----------------------------------------------------------------- */
+// ---- the built-in vocabulary -----------------------------------------------------------------
 
 TEST(small_vocabulary) {
     moe_vocab *vocab = open_small("qwen2");
@@ -638,9 +638,9 @@ TEST(small_vocabulary) {
     CHECK(one_id(vocab, "hello") == 259 && one_id(vocab, "nothing") == -1);
     CHECK(strcmp(texts_of(vocab, "hello world", 0), "hello|\304\240wor|ld") == 0);
     CHECK(strcmp(texts_of(vocab, "aaaaaaaaaaaaaaa", 0), "aaaaaaaa|aaaa|aa|a") == 0);
-    CHECK(strcmp(texts_of(vocab, "1234", 0), "1|2|3|4") == 0); /* words are never joined */
+    CHECK(strcmp(texts_of(vocab, "1234", 0), "1|2|3|4") == 0); // words are never joined
     CHECK(strcmp(texts_of(vocab, "th\303\251 ing", 0), "th|\303\203\302\251|\304\240|ing") == 0);
-    CHECK(strcmp(texts_of(vocab, "the", 0), "t|he") == 0); /* "h e" ranks before "t h" */
+    CHECK(strcmp(texts_of(vocab, "the", 0), "t|he") == 0); // "h e" ranks before "t h"
     CHECK(strcmp(texts_of(vocab, "\n\n\n", 0), "\304\212\304\212|\304\212") == 0);
     CHECK(strcmp(ids_of(vocab, "", 3), "") == 0);
     CHECK(moe_vocab_tokenize(vocab, NULL, 0, 0, NULL, 0) == 0);
@@ -708,7 +708,7 @@ TEST(special_tokens) {
     int64_t n = moe_vocab_tokenize(vocab, text, strlen(text), MOE_TOKENIZE_PARSE_SPECIAL, ids, 64);
     CHECK(n > 6 && ids[0] == 'a' && ids[1] == start && ids[2] == 'b' && ids[3] == user);
     CHECK(ids[4] == one_id(vocab, "<unk>") && ids[5] == '<' && ids[6] == '|');
-    /* Without the flag only what is user-defined is recognised. */
+    // Without the flag only what is user-defined is recognised.
     n = moe_vocab_tokenize(vocab, text, strlen(text), 0, ids, 64);
     int users = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -716,11 +716,11 @@ TEST(special_tokens) {
         users += ids[i] == user;
     }
     CHECK(users == 1);
-    /* Text around special tokens is cut as if it stood alone: no blank joins the next word. */
+    // Text around special tokens is cut as if it stood alone: no blank joins the next word.
     CHECK(strcmp(texts_of(vocab, "in <user>in", 0), "in|\304\240|<user>|in") == 0);
     CHECK(moe_vocab_is_control(vocab, start) && !moe_vocab_is_control(vocab, user));
     moe_vocab_close(vocab);
-    /* A control token that looks like a word is not found as one, even where whole words are. */
+    // A control token that looks like a word is not found as one, even where whole words are.
     spec_bytes(&shared_spec, "llama-bpe");
     int32_t word_id = add_token(&shared_spec, "ab", 1), control = add_token(&shared_spec, "cd", 3);
     vocab = open_spec(&shared_spec);
@@ -730,11 +730,11 @@ TEST(special_tokens) {
     moe_vocab_close(vocab);
 }
 
-/* The definition: for one size of special tokens after the other, longest first, search every */
-/* raw part from left to right. */
+// The definition: for one size of special tokens after the other, longest first, search every
+// raw part from left to right.
 static size_t naive_split(const spec *s, const char *text, size_t size, unsigned flags,
                           int32_t *ids) {
-    int32_t *owner = (int32_t *)malloc(4 * (size + 1)); /* -1 raw, id where it begins, then -2 */
+    int32_t *owner = (int32_t *)malloc(4 * (size + 1)); // -1 raw, id where it begins, then -2
     for (size_t i = 0; i < size; i++) owner[i] = -1;
     for (size_t length = 8; length; length--) {
         for (size_t i = 0; i + length <= size; i++) {
@@ -755,7 +755,7 @@ static size_t naive_split(const spec *s, const char *text, size_t size, unsigned
     for (size_t i = 0; i < size; i++) {
         if (owner[i] >= 0) ids[n++] = owner[i];
         if (owner[i] != -1) continue;
-        ids[n] = (unsigned char)text[i]; /* no merges: bytes, unless a later token has that text */
+        ids[n] = (unsigned char)text[i]; // no merges: bytes, unless a later token has that text
         for (int id = 256; id < s->n_tokens; id++)
             if (s->tokens[id].size == 1 && s->tokens[id].text[0] == text[i]) ids[n] = id;
         n++;
@@ -794,7 +794,7 @@ TEST(special_tokens_overlap) {
     }
 }
 
-/* Steps of tokenizing n repeated bytes; checks the number of tokens unless it is < 0. */
+// Steps of tokenizing n repeated bytes; checks the number of tokens unless it is < 0.
 static uint64_t steps_of_text(const moe_vocab *vocab, const char *unit, size_t n, unsigned flags,
                               int64_t count) {
     char *text = (char *)malloc(n);
@@ -807,7 +807,7 @@ static uint64_t steps_of_text(const moe_vocab *vocab, const char *unit, size_t n
     return start;
 }
 
-/* Special tokens that are suffixes of each other, in a text that is made of nothing else. */
+// Special tokens that are suffixes of each other, in a text that is made of nothing else.
 TEST(special_tokens_do_not_blow_up) {
     spec *s = &shared_spec;
     spec_bytes(s, "qwen2");
@@ -828,7 +828,7 @@ TEST(special_tokens_do_not_blow_up) {
     moe_vocab_close(vocab);
 }
 
-/* ---- merging --------------------------------------------------------------------------------- */
+// ---- merging ---------------------------------------------------------------------------------
 
 static int find_last(const spec *s, word w) {
     for (int id = s->n_tokens - 1; id >= 0; id--)
@@ -848,7 +848,7 @@ static int naive_rank(const spec *s, word a, word b) {
     return INT32_MAX;
 }
 
-/* The definition, on texts. The word is at most 20 bytes. */
+// The definition, on texts. The word is at most 20 bytes.
 static int64_t naive_merge(const spec *s, const char *text, size_t size, int whole, int32_t *ids) {
     word symbols[24], all = make_word("", 0);
     size_t n = size;
@@ -891,9 +891,9 @@ static int64_t naive_merge(const spec *s, const char *text, size_t size, int who
     return count;
 }
 
-/* Random merges over few letters; many results, and some letters, are no tokens. */
+// Random merges over few letters; many results, and some letters, are no tokens.
 static void random_merges(spec *s) {
-    static const char *const letters[] = {"a", "b", "\303\203", "\302\251"}; /* a, b, e acute */
+    static const char *const letters[] = {"a", "b", "\303\203", "\302\251"}; // a, b, e acute
     word pool[64];
     int n_pool = 4;
     memset(s, 0, sizeof *s);
@@ -901,7 +901,7 @@ static void random_merges(spec *s) {
         pool[i] = make_word(letters[i], strlen(letters[i]));
         if (random_below(5)) add_token(s, letters[i], 1);
     }
-    if (random_below(2)) add_token(s, "\303", 1); /* a byte, not UTF-8 */
+    if (random_below(2)) add_token(s, "\303", 1); // a byte, not UTF-8
     if (random_below(2)) add_token(s, "\203", 1);
     for (int i = 0; i < 24; i++) {
         word a = pool[random_below((uint32_t)n_pool)], b = pool[random_below((uint32_t)n_pool)];
@@ -944,7 +944,7 @@ TEST(merging_follows_the_definition) {
     }
 }
 
-/* Long words: merging takes n log n. Longer and longer ones, so that a fault shows early. */
+// Long words: merging takes n log n. Longer and longer ones, so that a fault shows early.
 TEST(long_runs) {
     static const char *const units[] = {"a", " ", "1", "\n", "th", "\303\251", "a\314\201", "<",
                                         "\377", "hello", " \n", "<|im_start|>", "<|im_start|"};
@@ -959,7 +959,7 @@ TEST(long_runs) {
             if (test_failures) break;
             for (size_t i = 0; i < MIDDLE; i++) text[i] = units[u][i % strlen(units[u])];
             CHECKF(round_trip(vocab, text, MIDDLE, 0), "%s, unit %d", pres[p], (int)u);
-            if (p || u > 3) continue; /* a megabyte of letters, blanks, digits, newlines */
+            if (p || u > 3) continue; // a megabyte of letters, blanks, digits, newlines
             CHECK_GROWTH(steps_of_text(vocab, units[u], LARGE, 0, -1),
                          steps_of_text(vocab, units[u], LARGE / 8, 0, -1), N_LOG_N, "unit", (int)u);
         }
@@ -992,9 +992,9 @@ TEST(round_trip) {
 
 static void check_refused(bytes file, moe_status status, const char *where, const char *text);
 
-/* ---- SPM ------------------------------------------------------------------------------------- */
+// ---- SPM -------------------------------------------------------------------------------------
 
-/* The spec's tokens with these scores (NULL: none) as a SPM file. */
+// The spec's tokens with these scores (NULL: none) as a SPM file.
 static bytes spm_file(const spec *s, const float *scores) {
     bytes out = file_begin();
     put_string(&out, "tokenizer.ggml.model", "llama");
@@ -1007,7 +1007,7 @@ static bytes spm_file(const spec *s, const float *scores) {
     put(&out, scores, 4 * (size_t)s->n_tokens);
     return out;
 }
-/* <unk> <s> </s>, bytes 3 to 258 if wanted, then U+2581 and letters. */
+// <unk> <s> </s>, bytes 3 to 258 if wanted, then U+2581 and letters.
 static void spm_spec(spec *s, int with_bytes) {
     static const char *const letters[] = {"\342\226\201", "a", "b", "c"};
     memset(s, 0, sizeof *s);
@@ -1022,7 +1022,7 @@ static void spm_spec(spec *s, int with_bytes) {
     for (int i = 0; i < 4; i++) add_token(s, letters[i], 1);
 }
 
-/* The definition, on texts of at most 30 characters. */
+// The definition, on texts of at most 30 characters.
 static int64_t naive_spm(const spec *s, const float *scores, const char *text, int32_t *ids) {
     word symbols[40];
     size_t n = 1;
@@ -1030,7 +1030,7 @@ static int64_t naive_spm(const spec *s, const float *scores, const char *text, i
     symbols[0] = make_word("\342\226\201", 3);
     for (const char *p = text; *p; p++)
         symbols[n++] = *p == ' ' ? symbols[0] : make_word(p, (unsigned char)*p >= 0xC0 ? 2 : 1);
-    for (size_t i = 1; i < n; i++) /* no second byte of a character */
+    for (size_t i = 1; i < n; i++) // no second byte of a character
         if ((symbols[i].text[0] & 0xC0) == 0x80)
             memmove(symbols + i, symbols + i + 1, (--n - i) * sizeof symbols[0]);
     for (;;) {
@@ -1071,7 +1071,7 @@ TEST(spm_follows_the_definition) {
         spec *s = &shared_spec;
         spm_spec(s, round & 1);
         int first = s->n_tokens - 4;
-        for (int i = 0; i < 30; i++) { /* also duplicates, control tokens, words of words */
+        for (int i = 0; i < 30; i++) { // also duplicates, control tokens, words of words
             word a = s->tokens[first + (int)random_below((uint32_t)(s->n_tokens - first))];
             word b = s->tokens[first + (int)random_below((uint32_t)(s->n_tokens - first))];
             if (a.size + b.size > 20) continue;
@@ -1117,7 +1117,7 @@ TEST(spm_special_tokens) {
         CHECK(ids[0] == 1 && ids[1] == (space ? joined : letter) && ids[2] == user &&
               ids[3] == ids[1] && ids[4] == 2);
         CHECK(moe_vocab_tokenize(vocab, "", 0, 3, ids, 16) == 1 && ids[0] == 1);
-        CHECK(moe_vocab_tokenize(vocab, "</s>", 4, 0, ids, 16) == 4 + space); /* bytes */
+        CHECK(moe_vocab_tokenize(vocab, "</s>", 4, 0, ids, 16) == 4 + space); // bytes
         char text[4];
         CHECK(moe_vocab_text(vocab, joined, text, 4) == 2 && memcmp(text, " a", 2) == 0);
         CHECK(moe_vocab_text(vocab, 3 + 0xE4, text, 4) == 1 && text[0] == '\xE4');
@@ -1149,7 +1149,7 @@ TEST(spm_is_refused) {
     check_refused(file, MOE_ERROR_FORMAT, "tokenizer.ggml.tokens", "missing");
 }
 
-/* A token of each power of two, and all lengths to 60. */
+// A token of each power of two, and all lengths to 60.
 TEST(spm_long_texts) {
     static const char *const units[] = {"a", " ", "ab", "\303\251", "\377", "a ", "?"};
     spec *s = &shared_spec;
@@ -1167,11 +1167,11 @@ TEST(spm_long_texts) {
     moe_vocab_close(vocab);
 }
 
-/* ---- metadata -------------------------------------------------------------------------------- */
+// ---- metadata --------------------------------------------------------------------------------
 
 TEST(begin_and_end) {
     spec *s = &shared_spec;
-    /* Keys. */
+    // Keys.
     spec_small(s, "qwen2");
     add_number(s, "tokenizer.ggml.bos_token_id", MOE_VALUE_UINT32, 277);
     add_number(s, "tokenizer.ggml.eos_token_id", MOE_VALUE_UINT32, 97);
@@ -1188,19 +1188,19 @@ TEST(begin_and_end) {
     CHECK(moe_vocab_bos(vocab) == 277 && moe_vocab_eos(vocab) == 97);
     for (int32_t id = 90; id < 110; id++)
         CHECKF(moe_vocab_is_end(vocab, id) == (id >= 97 && id <= 102), "%d", id);
-    CHECK(!moe_vocab_is_control(vocab, 97)); /* named by a key only */
+    CHECK(!moe_vocab_is_control(vocab, 97)); // named by a key only
     CHECK(moe_vocab_is_end(vocab, one_id(vocab, "<|im_end|>")));
     CHECK(!moe_vocab_is_end(vocab, one_id(vocab, "<|im_start|>")));
     CHECK(strcmp(ids_of(vocab, "x", MOE_TOKENIZE_ADD_SPECIAL), "277 120 97") == 0);
     CHECK(strcmp(ids_of(vocab, "", MOE_TOKENIZE_ADD_SPECIAL), "277 97") == 0);
     CHECK(strcmp(ids_of(vocab, "x", 0), "120") == 0);
     moe_vocab_close(vocab);
-    /* Neither keys nor a control token 11: nothing. */
+    // Neither keys nor a control token 11: nothing.
     vocab = open_small("llama-bpe");
     CHECK(moe_vocab_bos(vocab) == -1 && moe_vocab_eos(vocab) == -1);
     CHECK(strcmp(ids_of(vocab, "x", MOE_TOKENIZE_ADD_SPECIAL), "120") == 0);
     moe_vocab_close(vocab);
-    /* Token 11 is the default, and the pre-tokenizer decides about BOS. */
+    // Token 11 is the default, and the pre-tokenizer decides about BOS.
     static const struct {
         const char *pre, *ids;
         int32_t bos;
@@ -1215,7 +1215,7 @@ TEST(begin_and_end) {
         CHECK(strcmp(ids_of(vocab, "x", MOE_TOKENIZE_ADD_SPECIAL), defaults[i].ids) == 0);
         moe_vocab_close(vocab);
     }
-    /* Ids that are no tokens do not count. */
+    // Ids that are no tokens do not count.
     spec_small(s, "qwen2");
     s->types[11] = 3;
     add_number(s, "tokenizer.ggml.bos_token_id", MOE_VALUE_UINT32, 4000000000u);
@@ -1227,7 +1227,7 @@ TEST(begin_and_end) {
     moe_vocab_close(vocab);
 }
 
-/* Phi-3's special tokens take the white space behind them, but <s>, <unk> and <|endoftext|>. */
+// Phi-3's special tokens take the white space behind them, but <s>, <unk> and <|endoftext|>.
 TEST(phi_3_strips_behind_most_special_tokens) {
     spec *s = &shared_spec;
     spec_small(s, "qwen2");
@@ -1249,7 +1249,7 @@ TEST(phi_3_strips_behind_most_special_tokens) {
     moe_vocab_close(vocab);
 }
 
-/* What separates files where code is completed ends a text, whatever its type in the file. */
+// What separates files where code is completed ends a text, whatever its type in the file.
 TEST(tokens_between_files_end_a_text) {
     static const char *const words[] = {"<|file_sep|>", "<|fim_pad|>", "<|repo_name|>", "<PAD>",
                                         "[PAD]",        "<fim_pad>",   "<fim-pad>",     "<REPO>",
@@ -1263,7 +1263,7 @@ TEST(tokens_between_files_end_a_text) {
             const int32_t id = one_id(vocab, words[i]);
             int32_t tokens[32];
             CHECKF(moe_vocab_is_end(vocab, id) && moe_vocab_is_control(vocab, id), "%s", words[i]);
-            /* what a user types is not the token */
+            // what a user types is not the token
             const int64_t n =
                 moe_vocab_tokenize(vocab, words[i], strlen(words[i]), 0, tokens, 32);
             CHECKF(n > 1, "%s: %d tokens", words[i], (int)n);
@@ -1274,7 +1274,7 @@ TEST(tokens_between_files_end_a_text) {
 
 TEST(end_corrections) {
     spec *s = &shared_spec;
-    /* Which of these make <|end|> and <|channel|> text. */
+    // Which of these make <|end|> and <|channel|> text.
     static const struct {
         const char *words[3];
         int corrected;
@@ -1349,7 +1349,7 @@ TEST(texts_of_tokens) {
     moe_vocab_close(vocab);
 }
 
-/* ---- files that are wrong, or hostile -------------------------------------------------------- */
+// ---- files that are wrong, or hostile --------------------------------------------------------
 
 static void check_refused(bytes file, moe_status status, const char *where, const char *text) {
     moe_error error;
@@ -1400,12 +1400,12 @@ TEST(refused) {
     put_string(&file, "tokenizer.ggml.model", "gpt2");
     put_string(&file, "tokenizer.ggml.tokens", "abc");
     check_refused(file, MOE_ERROR_FORMAT, "tokenizer.ggml.tokens", "array of text");
-    file = file_begin(); /* no merges */
+    file = file_begin(); // no merges
     put_string(&file, "tokenizer.ggml.model", "gpt2");
     put_array(&file, "tokenizer.ggml.tokens", MOE_VALUE_STRING, 1);
     put_text(&file, "a", 1);
     check_refused(file, MOE_ERROR_FORMAT, "tokenizer.ggml.merges", "missing");
-    for (int n = 0; n < 3; n++) { /* 1 is right */
+    for (int n = 0; n < 3; n++) { // 1 is right
         file = file_begin();
         put_string(&file, "tokenizer.ggml.model", "gpt2");
         put_array(&file, "tokenizer.ggml.tokens", MOE_VALUE_STRING, 1);
@@ -1427,7 +1427,7 @@ TEST(refused) {
     }
 }
 
-TEST(defaults) { /* no pre, no types */
+TEST(defaults) { // no pre, no types
     bytes file = file_begin();
     put_string(&file, "tokenizer.ggml.model", "gpt2");
     put_array(&file, "tokenizer.ggml.tokens", MOE_VALUE_STRING, 3);
@@ -1438,7 +1438,7 @@ TEST(defaults) { /* no pre, no types */
     put_text(&file, "a b", 3);
     moe_vocab *vocab = open_bytes(file, NULL);
     CHECK(vocab && vocab->pre == moe__text_find_pre("default", 7));
-    if (vocab) CHECK(strcmp(ids_of(vocab, "abba?", 3), "2 1 0") == 0); /* '?' is no token */
+    if (vocab) CHECK(strcmp(ids_of(vocab, "abba?", 3), "2 1 0") == 0); // '?' is no token
     moe_vocab_close(vocab);
 }
 
@@ -1449,16 +1449,16 @@ TEST(odd_tokens) {
     put_string(&file, "tokenizer.ggml.model", "gpt2");
     put_string(&file, "tokenizer.ggml.pre", "llama-bpe");
     put_array(&file, "tokenizer.ggml.tokens", MOE_VALUE_STRING, 10);
-    put_text(&file, "", 0);              /* 0 */
-    put_text(&file, huge, 1 << 20);      /* 1: a special token of a megabyte */
-    put_text(&file, "a", 1);             /* 2: the second "a" wins */
-    put_text(&file, "a", 1);             /* 3 */
-    put_text(&file, "", 0);              /* 4: empty and special */
-    put_text(&file, "\xFF\xC3", 2);      /* 5: no UTF-8 */
-    put_text(&file, "b\0c", 3);          /* 6: special, with NUL */
-    put_text(&file, "b\0c", 3);          /* 7: the same again */
-    put_text(&file, "bb", 2);            /* 8 */
-    put_text(&file, huge, (1 << 20) - 1); /* 9 */
+    put_text(&file, "", 0);              // 0
+    put_text(&file, huge, 1 << 20);      // 1: a special token of a megabyte
+    put_text(&file, "a", 1);             // 2: the second "a" wins
+    put_text(&file, "a", 1);             // 3
+    put_text(&file, "", 0);              // 4: empty and special
+    put_text(&file, "\xFF\xC3", 2);      // 5: no UTF-8
+    put_text(&file, "b\0c", 3);          // 6: special, with NUL
+    put_text(&file, "b\0c", 3);          // 7: the same again
+    put_text(&file, "bb", 2);            // 8
+    put_text(&file, huge, (1 << 20) - 1); // 9
     put_array(&file, "tokenizer.ggml.token_type", MOE_VALUE_INT32, 10);
     static const int32_t types[] = {1, 4, 1, 1, 4, 1, 3, 4, 1, 1};
     put(&file, types, sizeof types);
@@ -1470,10 +1470,10 @@ TEST(odd_tokens) {
     put_text(&file, "a", 1);
     put_text(&file, "a ", 2);
     put_text(&file, " a", 2);
-    put_text(&file, "b b", 3); /* b is no token */
+    put_text(&file, "b b", 3); // b is no token
     put_text(&file, "\xFF \xC3", 3);
     put_text(&file, huge, 1 << 19);
-    put_text(&file, "bb bb", 5); /* bbbb is no token, so the text is lost */
+    put_text(&file, "bb bb", 5); // bbbb is no token, so the text is lost
     put_text(&file, "b b", 3);
     moe_error error;
     memset(&error, 0, sizeof error);
@@ -1499,7 +1499,7 @@ TEST(odd_tokens) {
     free(huge);
 }
 
-/* The same vocabulary with bytes changed at random: opened or refused, used if opened. */
+// The same vocabulary with bytes changed at random: opened or refused, used if opened.
 TEST(changed_files) {
     spec_small(&shared_spec, "llama-bpe");
     add_number(&shared_spec, "tokenizer.ggml.bos_token_id", MOE_VALUE_UINT32, 277);
@@ -1540,8 +1540,8 @@ TEST(changed_files) {
     free(file.p);
 }
 
-/* Steps of opening a vocabulary of n long tokens and as many merges of `size` bytes whose texts are
- * no tokens, so that the table of texts grows; the tokens' texts differ in one byte. */
+// Steps of opening a vocabulary of n long tokens and as many merges of `size` bytes whose texts are
+// no tokens, so that the table of texts grows; the tokens' texts differ in one byte.
 static uint64_t steps_of_opening(int n, int size) {
     bytes file = file_begin();
     char text[256];
@@ -1554,7 +1554,7 @@ static uint64_t steps_of_opening(int n, int size) {
         for (int i = 0; i < n; i++) {
             char digits[16];
             snprintf(digits, sizeof digits, "%08d", i);
-            for (int k = 0; k < 8; k++) text[(k + 1) * size / 9] = digits[k]; /* spread */
+            for (int k = 0; k < 8; k++) text[(k + 1) * size / 9] = digits[k]; // spread
             if (merges) text[size / 2] = ' ';
             put_text(&file, text, (size_t)size);
         }
@@ -1582,7 +1582,7 @@ TEST(opening_is_linear) {
                      "bytes", sizes[i]);
 }
 
-/* ---- memory and threads ---------------------------------------------------------------------- */
+// ---- memory and threads ----------------------------------------------------------------------
 
 static int64_t allocations_left, bytes_held;
 static void *limited_alloc(void *user, size_t size) {
@@ -1597,7 +1597,7 @@ static void limited_free(void *user, void *memory, size_t size) {
     free(memory);
 }
 
-/* A file in memory whose tables, and those of its vocabulary, are counted. */
+// A file in memory whose tables, and those of its vocabulary, are counted.
 static moe_gguf *open_limited_gguf(const bytes *file) {
     moe_gguf_options options;
     memset(&options, 0, sizeof options);
@@ -1635,7 +1635,7 @@ TEST(out_of_memory_spm) {
 TEST(out_of_memory) {
     const char *text = "hello <user> world <|im_start|> and more";
     spec_small(&shared_spec, "qwen2");
-    add_merge(&shared_spec, "x yz"); /* texts that are no tokens, so that the table grows */
+    add_merge(&shared_spec, "x yz"); // texts that are no tokens, so that the table grows
     for (int i = 0; i < 200; i++) {
         char merge[16];
         snprintf(merge, sizeof merge, "q%d q%d", i, i + 1);
@@ -1673,7 +1673,7 @@ TEST(out_of_memory) {
     free(file.p);
 }
 
-/* The small vocabulary with memory that is counted. */
+// The small vocabulary with memory that is counted.
 static moe_vocab *open_limited(const char *pre) {
     spec_small(&shared_spec, pre);
     bytes file = spec_file(&shared_spec);
@@ -1691,12 +1691,12 @@ TEST(memory_is_used_again) {
     if (!vocab) return;
     char *want = strdup(ids_of(vocab, text, 3));
     allocations_left = 0;
-    for (size_t size = strlen(text); size; size--) { /* no longer ones, whatever is in them */
+    for (size_t size = strlen(text); size; size--) { // no longer ones, whatever is in them
         int64_t n = moe_vocab_tokenize(vocab, text, size, 3, NULL, 0);
         CHECKF(n > 0, "%d bytes: %d", (int)size, (int)n);
     }
     CHECK(strcmp(ids_of(vocab, text, 3), want) == 0);
-    /* A longer text fails, and then nothing is kept until there is memory again. */
+    // A longer text fails, and then nothing is kept until there is memory again.
     char longer[5000];
     memset(longer, '<', sizeof longer);
     CHECK(moe_vocab_tokenize(vocab, longer, 5000, 0, NULL, 0) == -(int64_t)MOE_ERROR_MEMORY);
@@ -1705,7 +1705,7 @@ TEST(memory_is_used_again) {
     allocations_left = INT32_MAX;
     ids = ids_of(vocab, text, 3);
     CHECKF(strcmp(ids, want) == 0, "%s, not %s", ids, want);
-    /* Every n-th allocation fails, while texts grow. */
+    // Every n-th allocation fails, while texts grow.
     for (int every = 2; every < 6; every++) {
         int failed = 0;
         for (size_t size = 100; size < sizeof longer; size += 100) {
@@ -1723,7 +1723,7 @@ TEST(memory_is_used_again) {
     CHECK(bytes_held == 0);
 }
 
-/* What is kept is bounded, and does not grow from call to call. */
+// What is kept is bounded, and does not grow from call to call.
 TEST(memory_that_is_kept_is_bounded) {
     enum { LARGE = 1 << 20 };
     char *text = (char *)malloc(LARGE);
@@ -1750,7 +1750,7 @@ typedef struct thread_work {
     uint64_t sum;
 } thread_work;
 
-/* Texts of growing size, so that memory is taken, left, and made larger. */
+// Texts of growing size, so that memory is taken, left, and made larger.
 static void *thread_run(void *argument) {
     thread_work *work = (thread_work *)argument;
     char text[1600];
@@ -1764,7 +1764,7 @@ static void *thread_run(void *argument) {
     return NULL;
 }
 
-static int64_t shared_bytes; /* atomic */
+static int64_t shared_bytes; // atomic
 static void *shared_alloc(void *user, size_t size) {
     (void)user;
     __atomic_fetch_add(&shared_bytes, (int64_t)size, __ATOMIC_RELAXED);
@@ -1787,7 +1787,7 @@ TEST(threads) {
     moe_gguf *gguf = moe_gguf_open_memory(file.p, file.n, &options, NULL);
     for (int round = 0; round < 5; round++) {
         moe_vocab *vocab = moe_vocab_open(gguf, NULL);
-        thread_work work[N + 1]; /* the last one's alone, for comparison */
+        thread_work work[N + 1]; // the last one's alone, for comparison
         pthread_t threads[N];
         for (int i = 0; i <= N; i++) work[i].vocab = vocab, work[i].sum = 0;
         for (int i = 0; i < N; i++)
@@ -1802,9 +1802,9 @@ TEST(threads) {
     free(file.p);
 }
 
-/* ---- reference results ----------------------------------------------------------------------- */
+// ---- reference results -----------------------------------------------------------------------
 
-/* A vocabulary file; with another pre-tokenizer's name in it unless pre is NULL. */
+// A vocabulary file; with another pre-tokenizer's name in it unless pre is NULL.
 static moe_vocab *open_shared(const char *name, const char *pre) {
     char path[256];
     size_t size;
@@ -1833,7 +1833,7 @@ static moe_vocab *open_shared(const char *name, const char *pre) {
     return vocab;
 }
 
-/* Tokenizes a text and compares with the next line of ids; moves *line on. */
+// Tokenizes a text and compares with the next line of ids; moves *line on.
 static void check_line(const moe_vocab *vocab, const char *text, size_t size, unsigned flags,
                        const char **line, const char *name, int number) {
     int32_t *ids = (int32_t *)malloc(4 * (size + 2));
@@ -1854,7 +1854,7 @@ static void check_line(const moe_vocab *vocab, const char *text, size_t size, un
     free(ids);
 }
 
-/* Compares all of texts.bin; returns 0 if the file of ids is missing. */
+// Compares all of texts.bin; returns 0 if the file of ids is missing.
 static int check_texts(const moe_vocab *vocab, const char *ids_name, unsigned flags) {
     char path[256];
     size_t size, n_ids;
@@ -1900,7 +1900,7 @@ static void check_vocabulary(const char *name) {
     free(texts);
     free(ids);
     int lost = 0;
-    for (int32_t id = 0; id < moe_vocab_size(vocab); id++) { /* each is found, or an equal one */
+    for (int32_t id = 0; id < moe_vocab_size(vocab); id++) { // each is found, or an equal one
         moe_string text = moe_vocab_token(vocab, id);
         moe_string found = moe_vocab_token(vocab, moe_vocab_find(vocab, text.data, text.size));
         lost += found.size != text.size || memcmp(found.data, text.data, text.size) != 0;
@@ -1930,12 +1930,12 @@ TEST(golden_pre_tokenizers) {
         "grok-2",      "hunyuan",    "kimi-k2",     "lfm2",        "llada-moe", "llama4",
         "minimax-m2",  "olmo",       "qwen35",      "refact",      "smollm",    "seed-coder",
         "tekken",      "deepseek-r1-qwen"};
-    moe_vocab *vocab = open_shared("llama-bpe", "deepseek-v3"); /* through the file, ... */
+    moe_vocab *vocab = open_shared("llama-bpe", "deepseek-v3"); // through the file, ...
     if (!vocab) SKIP("../shared/vocab/ggml-vocab-llama-bpe.gguf is missing");
     CHECK(vocab->pre == moe__text_find_pre("deepseek-v3", 11));
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         char path[64];
-        vocab->pre = moe__text_find_pre(names[i], strlen(names[i])); /* the others directly */
+        vocab->pre = moe__text_find_pre(names[i], strlen(names[i])); // the others directly
         CHECKF(vocab->pre, "%s", names[i]);
         snprintf(path, sizeof path, "pre.%s", names[i]);
         if (vocab->pre && !check_texts(vocab, path, 0)) test_skips++;

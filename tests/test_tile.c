@@ -1,6 +1,6 @@
-/* Tile kernels: every instruction set and type against double precision. Weights end at a page that
- * may not be touched, so does the last token; out is surrounded by canaries; the scratch starts as
- * garbage. The reference decodes weights by its own code, from the format's description. */
+// Tile kernels: every instruction set and type against double precision. Weights end at a page that
+// may not be touched, so does the last token; out is surrounded by canaries; the scratch starts as
+// garbage. The reference decodes weights by its own code, from the format's description.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
@@ -12,14 +12,14 @@ enum { ROWS = 32, TOKENS = 64, CANARY = 0x7FC0BEEF };
 
 static const moe__type *const types = moe__types;
 
-/* A length for each kind of type; that of 32-wide ones is rounded up to whole blocks. */
+// A length for each kind of type; that of 32-wide ones is rounded up to whole blocks.
 static int64_t length(int type, int64_t floats, int64_t by_32, int64_t by_256) {
     const int64_t block = types[type].block;
     if (types[type].act == MOE__ACT_F32) return floats;
     return types[type].act == MOE__ACT_Q256 ? by_256 : (by_32 + block - 1) / block * block;
 }
 
-/* ---- memory that ends (and begins) at a wall ------------------------------------------------- */
+// ---- memory that ends (and begins) at a wall -------------------------------------------------
 
 typedef struct {
     uint8_t *map, *data;
@@ -41,7 +41,7 @@ static walled walled_new(size_t size) {
 }
 static void walled_free(walled *w) { munmap(w->map, w->map_size); }
 
-/* ---- activations ----------------------------------------------------------------------------- */
+// ---- activations -----------------------------------------------------------------------------
 
 enum { Q_RANDOM, Q_MINUS_127, Q_PLUS_127, Q_ONE, Q_FEW, Q_KINDS };
 
@@ -68,7 +68,7 @@ static void fill_sums256(moe__act256 *a) {
     for (int i = 0; i < 16; i++) a->sum16[i] = (int16_t)-a->nsum[i];
 }
 
-/* d: the scale of everything, or 0 for random ones */
+// d: the scale of everything, or 0 for random ones
 static void make_act(int act, void *out, int64_t n, int kind, float d) {
     uint8_t *p = (uint8_t *)out;
     for (int64_t first = 0; first < n; first += 256) {
@@ -96,18 +96,18 @@ static void make_act(int act, void *out, int64_t n, int kind, float d) {
     }
 }
 
-/* ---- a problem: 32 rows, 64 activations, the exact result ------------------------------------ */
+// ---- a problem: 32 rows, 64 activations, the exact result ------------------------------------
 
 typedef struct {
     int type;
     int64_t n;
     size_t row_size, act_size;
     walled rows, acts, pack;
-    double *result, *terms; /* [TOKENS][ROWS]; terms: sum of |terms| */
-    float *seen;            /* [TOKENS][ROWS]: the bits that every kernel has to give; or CANARY */
+    double *result, *terms; // [TOKENS][ROWS]; terms: sum of |terms|
+    float *seen;            // [TOKENS][ROWS]: the bits that every kernel has to give; or CANARY
 } problem;
 
-/* d: the scale of all weights, 0: random ones */
+// d: the scale of all weights, 0: random ones
 static void problem_open(problem *p, int type, int64_t n, size_t row_pad, float d) {
     const uint32_t canary = CANARY;
     memset(p, 0, sizeof *p);
@@ -125,7 +125,7 @@ static void problem_open(problem *p, int type, int64_t n, size_t row_pad, float 
     for (int t = 0; t < TOKENS; t++)
         make_act(types[type].act, p->acts.data + (size_t)t * p->act_size, n, Q_RANDOM, 0);
 }
-/* The group of row r. */
+// The group of row r.
 static uint8_t *group_of(const problem *p, int r) {
     return p->rows.data + (size_t)(r - r % types[p->type].rows) * p->row_size;
 }
@@ -135,7 +135,7 @@ static void problem_solve(problem *p) {
     const int64_t n = p->n;
     double *a = (double *)malloc((size_t)n * TOKENS * sizeof(double));
     double *w = (double *)malloc((size_t)n * 2 * sizeof(double)), *part = w + n;
-    uint8_t *act = (uint8_t *)malloc(p->act_size); /* aligned */
+    uint8_t *act = (uint8_t *)malloc(p->act_size); // aligned
     for (int t = 0; t < TOKENS; t++) {
         memcpy(act, p->acts.data + (size_t)t * p->act_size, p->act_size);
         for (int64_t i = 0; i < n; i++) a[t * n + i] = sheet_act(type->act, act, i);
@@ -162,8 +162,8 @@ static void problem_close(problem *p) {
     free(p->result), free(p->terms), free(p->seen);
 }
 
-/* Runs the last n_rows rows (they end at the wall) with tokens order[0 .. n_tokens - 1]. The result
- * lies at out[t * stride + r]; returns 0 if anything else was written. */
+// Runs the last n_rows rows (they end at the wall) with tokens order[0 .. n_tokens - 1]. The result
+// lies at out[t * stride + r]; returns 0 if anything else was written.
 static int run(const problem *p, moe_isa isa, int n_rows, int64_t n_tokens, const int *order,
                int64_t stride, float *out, size_t n_out) {
     const moe__kernels *kernels = moe__kernels_get(isa);
@@ -189,11 +189,11 @@ static int run(const problem *p, moe_isa isa, int n_rows, int64_t n_tokens, cons
     return intact;
 }
 
-enum { EXACT = 1 }; /* instead of a tolerance, where all scales are 1, see below */
+enum { EXACT = 1 }; // instead of a tolerance, where all scales are 1, see below
 
-/* tolerance: of the sum of |terms|; what is not finite in the reference must not be finite. EXACT:
- * sums are integers (eighths in types with code books), exact in floats below 2^24. A result has
- * the same bits whatever rows and tokens it is computed with, and by whom. */
+// tolerance: of the sum of |terms|; what is not finite in the reference must not be finite. EXACT:
+// sums are integers (eighths in types with code books), exact in floats below 2^24. A result has
+// the same bits whatever rows and tokens it is computed with, and by whom.
 static void check(const problem *p, moe_isa isa, int n_rows, int64_t n_tokens, const int *order,
                   int64_t stride, double tolerance) {
     const moe__type *type = &types[p->type];
@@ -228,7 +228,7 @@ static void check(const problem *p, moe_isa isa, int n_rows, int64_t n_tokens, c
     free(out);
 }
 
-/* From here on tiles have to give the bits of the dot product. */
+// From here on tiles have to give the bits of the dot product.
 static void see_dots(problem *p, moe_isa isa) {
     moe__dot_fn *dot = moe__kernels_get(isa)->type[p->type].dot;
     for (int t = 0; t < TOKENS; t++)
@@ -242,7 +242,7 @@ static int available(moe_isa isa) { return moe_isa_resolve(isa) == isa; }
     for (int isa##_i = 0; isa##_i < 3; isa##_i++)                                    \
         for (moe_isa isa = isas[isa##_i], isa##_once = isa;                          \
              isa##_once != MOE_ISA_BEST && available(isa); isa##_once = MOE_ISA_BEST)
-/* Types whose code books are not there are left out. */
+// Types whose code books are not there are left out.
 #define EACH_TYPE(type)                                 \
     for (int type = 0; type < MOE__N_TYPES; type++)      \
         if (sheet_knows(types[type].id))
@@ -253,7 +253,7 @@ static void identity(int *order, int n) {
     for (int i = 0; i < n; i++) order[i] = i % TOKENS;
 }
 
-/* ---- tests ----------------------------------------------------------------------------------- */
+// ---- tests -----------------------------------------------------------------------------------
 
 TEST(tile_rows_and_tokens) {
     static const int rows[] = {32, 1, 2, 4, 7, 8, 9, 12, 15, 16, 17, 20, 24, 25, 28, 31};
@@ -273,7 +273,7 @@ TEST(tile_rows_and_tokens) {
     }
 }
 
-/* Rows of 2048, 4096, ... bytes are copied before they are unpacked. */
+// Rows of 2048, 4096, ... bytes are copied before they are unpacked.
 TEST(tile_rows_of_powers_of_two) {
     int order[TOKENS];
     identity(order, TOKENS);
@@ -302,7 +302,7 @@ TEST(tile_lengths) {
     EACH_TYPE(type)
         for (int i = 0; i < 13; i++) {
             if (i >= (types[type].act == MOE__ACT_Q256 ? 4 : types[type].act ? 10 : 13)) break;
-            problem p; /* padded rows at odd addresses too */
+            problem p; // padded rows at odd addresses too
             problem_open(&p, type, length(type, floats[i], by_32[i % 10], by_256[i % 4]),
                          i % 2 ? 5 : 0, 0);
             problem_solve(&p);
@@ -317,7 +317,7 @@ TEST(tile_lengths) {
         }
 }
 
-/* More tokens than the scratch has sums for, gathered in any order, some of them twice */
+// More tokens than the scratch has sums for, gathered in any order, some of them twice
 TEST(tile_gathered) {
     enum { MANY = 1100 };
     static const int counts[] = {5, 255, 256, 257, 511, 513, MANY};
@@ -335,7 +335,7 @@ TEST(tile_gathered) {
     }
 }
 
-/* Largest and smallest bytes with scales of 1, the fields of block scales among them or alone. */
+// Largest and smallest bytes with scales of 1, the fields of block scales among them or alone.
 TEST(tile_extreme_values_exact) {
     static const uint8_t fill[] = {0x00, 0xFF, 0x80, 0x7F, 0x88, 0x55};
     int order[TOKENS];
@@ -358,7 +358,7 @@ TEST(tile_extreme_values_exact) {
         }
 }
 
-/* Blocks of nothing but 0xFF: scales are NaN, no kernel may mind. */
+// Blocks of nothing but 0xFF: scales are NaN, no kernel may mind.
 TEST(tile_all_ones) {
     int order[TOKENS];
     identity(order, TOKENS);
@@ -372,14 +372,14 @@ TEST(tile_all_ones) {
     }
 }
 
-/* A NaN or infinity in one row or token leaves the others alone. */
+// A NaN or infinity in one row or token leaves the others alone.
 TEST(tile_not_finite) {
     static const float bad[] = {NAN, INFINITY, -INFINITY};
     int order[TOKENS];
     identity(order, TOKENS);
     EACH_TYPE(type)
         for (int i = 0; i < 3; i++)
-            for (int minus = 0; minus < 2; minus++) { /* in the scale, or in that of the mins */
+            for (int minus = 0; minus < 2; minus++) { // in the scale, or in that of the mins
                 const moe__type *t = &types[type];
                 problem p;
                 problem_open(&p, type, 512, 0, 0);
@@ -402,7 +402,7 @@ TEST(tile_not_finite) {
             }
 }
 
-/* The plain C dot product reads the same records; of quantized types every tile has its bits. */
+// The plain C dot product reads the same records; of quantized types every tile has its bits.
 TEST(tile_against_plain_dot) {
     int order[TOKENS];
     identity(order, TOKENS);

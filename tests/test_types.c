@@ -1,5 +1,5 @@
-/* Tensor types: the table, conversions, quantizers, the plain C dot products and the plain C */
-/* kernel table. Reference rows: ../shared/golden/rows; sizes: ../shared/spec/quants.md. */
+// Tensor types: the table, conversions, quantizers, the plain C dot products and the plain C
+// kernel table. Reference rows: ../shared/golden/rows; sizes: ../shared/spec/quants.md.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "test.h"
@@ -8,15 +8,15 @@
 
 #include "sheet.h"
 
-/* ---- helpers --------------------------------------------------------------------------------- */
+// ---- helpers ---------------------------------------------------------------------------------
 
 static double random_unit(void) { return random_u32() / 4294967296.0; }
-static float random_normal(void) { /* sum of uniforms: good enough, and the same everywhere */
+static float random_normal(void) { // sum of uniforms: good enough, and the same everywhere
     double sum = 0;
     for (int i = 0; i < 12; i++) sum += random_unit();
     return (float)(sum - 6);
 }
-static void *take(size_t size) { /* of exactly this size, so that sanitizers see the end */
+static void *take(size_t size) { // of exactly this size, so that sanitizers see the end
     void *memory = malloc(size ? size : 1);
     if (!memory) exit(2);
     return memory;
@@ -29,7 +29,7 @@ static float *take_normal(int64_t n, float scale) {
 static int is_nan(float x) { return x != x; }
 static int is_finite(float x) { return x - x == 0; }
 
-/* A file of exactly `size` bytes (0: any size, NUL-terminated); NULL if it is not there. */
+// A file of exactly `size` bytes (0: any size, NUL-terminated); NULL if it is not there.
 static void *read_file(const char *name, size_t size) {
     char path[256];
     snprintf(path, sizeof path, "../shared/%s", name);
@@ -50,7 +50,7 @@ static void *read_file(const char *name, size_t size) {
 static size_t group_size(const moe__type *t, int64_t n) {
     return (size_t)t->rows * moe_type_row_size(t->id, n);
 }
-/* A group of rows (a row of most types) of sane scales and any bits. */
+// A group of rows (a row of most types) of sane scales and any bits.
 static uint8_t *random_group(const moe__type *t, int64_t n) {
     uint8_t *group = (uint8_t *)take(group_size(t, n));
     sheet_random(t, group, moe_type_row_size(t->id, n), t->rows, n, 0);
@@ -61,13 +61,13 @@ static const moe__type_kernels *plain_of(const moe__type *t) {
     return &moe__kernels_get(MOE_ISA_SCALAR)->type[t - moe__types];
 }
 
-/* Activations in the kind that t wants. */
+// Activations in the kind that t wants.
 static void *take_acts(const moe__type *t, const float *x, int64_t n) {
     void *act = take(moe__act_size(t->act, n));
     moe__kernels_scalar.quantize[t->act](x, n, act);
     return act;
 }
-/* Root of the mean (weighted) squared error. */
+// Root of the mean (weighted) squared error.
 static double rmse(const float *a, const float *b, const float *w, int64_t n, int64_t n_columns) {
     double sum = 0, weights = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -78,7 +78,7 @@ static double rmse(const float *a, const float *b, const float *w, int64_t n, in
     return sqrt(sum / weights);
 }
 
-/* ---- the table ------------------------------------------------------------------------------- */
+// ---- the table -------------------------------------------------------------------------------
 
 TEST(table) {
     for (int i = 0; i < MOE__N_TYPES; i++) {
@@ -105,18 +105,18 @@ TEST(table) {
     CHECK(moe_type_block((moe_type)5000) == 0 && moe_type_row_size((moe_type)5000, 256) == 0);
 }
 
-/* ---- the recipe ------------------------------------------------------------------------------ */
+// ---- the recipe ------------------------------------------------------------------------------
 
-/* The head of >>types lists the places that know a type by its name. Here the places are found by
- * reading the header: the macro, function, enumeration or macro call (at the beginning of a line)
- * in which a type's name stands, comments aside. */
+// The head of >>types lists the places that know a type by its name. Here the places are found by
+// reading the header: the macro, function, enumeration or macro call (at the beginning of a line)
+// in which a type's name stands, comments aside.
 typedef struct recipe {
     char name[64][64];
     int n;
 } recipe;
 
 static int is_word(int c) { return isalnum(c) || c == '_'; }
-/* The first place in `line` with the type's name, not followed by _R4 and the like; or NULL. */
+// The first place in `line` with the type's name, not followed by _R4 and the like; or NULL.
 static const char *find_type(const char *line, const char *type) {
     const size_t n = strlen(type);
     for (const char *p = line; *p; p++)
@@ -135,7 +135,7 @@ static void add_name(recipe *r, const char *name, size_t size) {
     snprintf(text, sizeof text, "%.*s", (int)size, name);
     if (size > 0 && !has_name(r, text) && r->n < 64) memcpy(r->name[r->n++], text, sizeof text);
 }
-/* The name of what begins in the first column of `line`. */
+// The name of what begins in the first column of `line`.
 static void place_of(const char *line, char out[64]) {
     const char *end = strchr(line, '('), *begin;
     if (strncmp(line, "#define ", 8) == 0) end = line + 8 + strcspn(line + 8, "( ");
@@ -145,7 +145,7 @@ static void place_of(const char *line, char out[64]) {
     for (begin = end; begin > line && is_word((unsigned char)begin[-1]);) begin--;
     snprintf(out, 64, "%.*s", (int)(end - begin), begin);
 }
-/* Calls f for each line of text, without its comment. */
+// Calls f for each line of text, without its comment.
 static void each_line(const char *text, void (*f)(void *to, const char *code, const char *comment),
                       void *to) {
     char line[256];
@@ -161,8 +161,8 @@ static void each_line(const char *text, void (*f)(void *to, const char *code, co
 }
 typedef struct reading {
     const char *type;
-    char outer[64], macro[64]; /* a macro may stand within a function */
-    int in_macro;              /* the line before is of a macro and ends with a backslash */
+    char outer[64], macro[64]; // a macro may stand within a function
+    int in_macro;              // the line before is of a macro and ends with a backslash
     recipe places;
 } reading;
 static void read_places(void *to, const char *code, const char *comment) {
@@ -198,7 +198,7 @@ static void read_recipe(void *to, const char *code, const char *comment) {
         p += size;
     }
 }
-/* The recipe, and how many places are missing in it or do not exist. */
+// The recipe, and how many places are missing in it or do not exist.
 static int wrong_places(const char *header, recipe *out) {
     static const char *const types[] = {"iq4_xs", "mxfp4"};
     const char *head = strstr(header, "// TO ADD A TYPE");
@@ -241,11 +241,11 @@ TEST(recipe_for_a_type) {
         for (int k = 0; k < places.n; k++) printf("  %s\n", places.name[k]);
     }
     CHECK(r.n >= 3 && has_name(&r, "moe_type") && has_name(&r, "MOE__LAYOUT_NAME"));
-    /* a type without a quantizer and kernels of its own: three places */
+    // a type without a quantizer and kernels of its own: three places
     ks = places_of(header, "iq2_ks");
     CHECK(ks.n == 3 && has_name(&ks, "moe_type") && has_name(&ks, "MOE__ALL_TYPES") &&
           has_name(&ks, "MOE__LAYOUT_NAME"));
-    /* a place more than the recipe knows; and a name in it that is nowhere */
+    // a place more than the recipe knows; and a name in it that is nowhere
     strcpy(header + size, "\nstatic int is_it(int x) {\n    return x == MOE__INDEX_MXFP4;\n}\n");
     CHECK(wrong_places(header, &r) == 1);
     header[size] = 0;
@@ -268,14 +268,14 @@ TEST(row_sizes) {
     CHECK(moe_type_row_size(MOE_TYPE_F16, 1000) == 2000);
 }
 
-/* The table of sheet section 1.4: per line two entries "id | name | block | type_size | */
-/* row_meta". */
+// The table of sheet section 1.4: per line two entries "id | name | block | type_size |
+// row_meta".
 static int check_sheet_entry(char **cell) {
     int id, block, bytes, meta = 0;
     char name[32], rest;
     if (sscanf(cell[0], " %d %c", &id, &rest) != 1 || sscanf(cell[1], " %31s", name) != 1) return 0;
     if (sscanf(cell[2], " %d", &block) != 1 || sscanf(cell[3], " %d", &bytes) != 1) return 0;
-    if (id == 15) return 0; /* two programs, two sizes: not to be had from files */
+    if (id == 15) return 0; // two programs, two sizes: not to be had from files
     sscanf(cell[4], " %d", &meta);
     moe_type type = (moe_type)id;
     CHECKF(strcmp(moe_type_name(type), name) == 0, "%d: %s, sheet %s", id, moe_type_name(type),
@@ -309,11 +309,11 @@ TEST(row_sizes_sheet) {
     }
     CHECKF(n >= 80, "only %d entries found", n);
     free(sheet);
-    /* "31-33": one line of the sheet for three ids */
+    // "31-33": one line of the sheet for three ids
     for (int id = 31; id <= 33; id++) CHECK(moe_type_row_size((moe_type)id, 64) == 36);
 }
 
-/* ---- f16, bf16 ------------------------------------------------------------------------------- */
+// ---- f16, bf16 -------------------------------------------------------------------------------
 
 static double half_value(unsigned h) {
     int exponent = (int)(h >> 10 & 31), fraction = (int)(h & 1023);
@@ -330,11 +330,11 @@ TEST(f16) {
         }
         CHECK((double)x == half_value(h) && !signbit(x) == !(h & 0x8000));
         CHECK(moe__f32_to_f16(x) == h);
-        /* Between this magnitude and the next: the middle goes to the even one, the rest to the */
-        /* nearer one. Behind 65504 (0x7BFF) comes infinity where 65536 would be. */
+        // Between this magnitude and the next: the middle goes to the even one, the rest to the
+        // nearer one. Behind 65504 (0x7BFF) comes infinity where 65536 would be.
         double next = half_value(h + 1);
         if ((h & 0x7FFF) == 0x7BFF) next = h & 0x8000 ? -65536.0 : 65536.0;
-        float middle = (float)(((double)x + next) / 2); /* exact */
+        float middle = (float)(((double)x + next) / 2); // exact
         uint16_t even = (uint16_t)(h & 1 ? h + 1 : h);
         CHECK(moe__f32_to_f16(middle) == even);
         CHECK(moe__f32_to_f16(moe__f32_from_bits(moe__f32_bits(middle) - 1)) == h);
@@ -360,10 +360,10 @@ TEST(bf16) {
     CHECK(is_nan(moe__bf16_to_f32(moe__f32_to_bf16(moe__f32_from_bits(0x7F800001)))));
 }
 
-/* ---- dequantize ------------------------------------------------------------------------------ */
+// ---- dequantize ------------------------------------------------------------------------------
 
-/* A product of an f16 scale, a block's scale and a level is exact in double, rounded once: the */
-/* same number. f32 scales of rows are rounded on the way, so is the polynomial of IQ6_K. */
+// A product of an f16 scale, a block's scale and a level is exact in double, rounded once: the
+// same number. f32 scales of rows are rounded on the way, so is the polynomial of IQ6_K.
 static void check_dequantize(const moe__type *t, const uint8_t *group, int64_t n, const float *y) {
     for (int k = 0; k < t->rows; k++) {
         for (int64_t e = 0; e < n; e++) {
@@ -400,7 +400,7 @@ TEST(dequantize_against_sheet) {
     }
 }
 
-/* Every scale that a float can hold, as far as the type has such. */
+// Every scale that a float can hold, as far as the type has such.
 TEST(dequantize_scales) {
     float y[8 * 256];
     for (int i = 0; i < MOE__N_TYPES; i++) {
@@ -410,7 +410,7 @@ TEST(dequantize_scales) {
             uint8_t *group = random_group(t, 256);
             float scale = ldexpf(d % 2 ? -1.0f : 1.25f, d % 40 - 24);
             sheet_put_all(t, group, moe_type_row_size(t->id, 256), t->rows, 256, scale);
-            if (!sheet_may_be_nan(t)) /* exponents of 8 bits */
+            if (!sheet_may_be_nan(t)) // exponents of 8 bits
                 for (int k = 0; k < moe__max(t->rows, 4); k++) group[k] = (uint8_t)d;
             plain_of(t)->dequantize(group, 256, y);
             check_dequantize(t, group, 256, y);
@@ -452,7 +452,7 @@ TEST(dequantize_misaligned) {
     }
 }
 
-/* ---- reference rows -------------------------------------------------------------------------- */
+// ---- reference rows --------------------------------------------------------------------------
 
 enum { GOLD_ROWS = 16, GOLD_N = 512, GOLD = GOLD_ROWS * GOLD_N };
 
@@ -464,7 +464,7 @@ static double index_rmse(const char *index, const char *name) {
     if (!at || sscanf(at, " %31s %*d %*d %*d %lf", type, &value) != 2) return -1;
     return value;
 }
-/* Types without a file are not in the collection. */
+// Types without a file are not in the collection.
 TEST(golden_rows) {
     char *index = (char *)read_file("golden/rows/index.tsv", 0);
     float *y = (float *)take(GOLD * sizeof(float));
@@ -479,7 +479,7 @@ TEST(golden_rows) {
         snprintf(name, sizeof name, "golden/rows/%s.f32", t->name);
         float *gold = (float *)read_file(name, GOLD * sizeof(float));
         CHECKF(!blocks == (index_rmse(index, t->name) < 0) && !blocks == !gold, "%s", t->name);
-        /* IQ6_K: a float polynomial with cancellation */
+        // IQ6_K: a float polynomial with cancellation
         float bound = t->id == MOE_TYPE_IQ6_K ? 1e-4f : 1e-6f;
         for (int isa = MOE_ISA_SCALAR; isa <= LAST_ISA && blocks && gold; isa++) {
             if ((int)moe_isa_resolve((moe_isa)isa) != isa) continue;
@@ -501,10 +501,10 @@ TEST(golden_rows) {
     free(y);
 }
 
-/* ---- quantize -------------------------------------------------------------------------------- */
+// ---- quantize --------------------------------------------------------------------------------
 
-/* Types that can be made, as far as this build knows them, and the largest RMSE of normally */
-/* distributed weights, as a part of their own RMS: a bit above what is reached. */
+// Types that can be made, as far as this build knows them, and the largest RMSE of normally
+// distributed weights, as a part of their own RMS: a bit above what is reached.
 static const struct quantizable {
     int id;
     const char *name;
@@ -522,7 +522,7 @@ static double error_bound(moe_type type) {
     return 0;
 }
 
-/* Quantizes and dequantizes n weights, in buffers of exactly the right size. */
+// Quantizes and dequantizes n weights, in buffers of exactly the right size.
 static void round_trip(const moe__type *t, const float *x, int64_t n, const float *importance,
                        float *y) {
     size_t size = moe_type_row_size(t->id, n);
@@ -531,13 +531,13 @@ static void round_trip(const moe__type *t, const float *x, int64_t n, const floa
     memset(again, 0xAA, size);
     CHECK(moe_type_quantize(t->id, x, row, 1, n, importance, NULL) == MOE_OK);
     CHECK(moe_type_quantize(t->id, x, again, 1, n, importance, NULL) == MOE_OK);
-    CHECK(memcmp(row, again, size) == 0); /* deterministic, every byte written */
+    CHECK(memcmp(row, again, size) == 0); // deterministic, every byte written
     CHECK(moe_type_dequantize(t->id, row, y, 1, n, NULL) == MOE_OK);
     free(row);
     free(again);
 }
 
-TEST(quantizers) { /* the list above is complete */
+TEST(quantizers) { // the list above is complete
     int n = 0;
     for (int i = 0; i < MOE__N_TYPES; i++) {
         int listed = 0;
@@ -560,7 +560,7 @@ TEST(quantize_error) {
             float *x = take_normal(N, scales[s]);
             round_trip(t, x, N, NULL, y);
             double error = rmse(x, y, NULL, N, N) / scales[s], bound = error_bound(t->id);
-            if (s == 2) bound *= 1.1; /* some scales are f16 subnormals */
+            if (s == 2) bound *= 1.1; // some scales are f16 subnormals
             CHECKF(error <= bound, "%s: %g > %g", t->name, error, bound);
             free(x);
         }
@@ -568,7 +568,7 @@ TEST(quantize_error) {
     free(y);
 }
 
-/* Mins cannot be negative: values 1..2 need all levels from 0 to 2, -2..-1 only those between. */
+// Mins cannot be negative: values 1..2 need all levels from 0 to 2, -2..-1 only those between.
 TEST(quantize_one_sided) {
     enum { N = 2048 };
     float x[N], y[N];
@@ -584,7 +584,7 @@ TEST(quantize_one_sided) {
     }
 }
 
-/* What a type can hold exactly comes back exactly (almost, where a search decides). */
+// What a type can hold exactly comes back exactly (almost, where a search decides).
 TEST(quantize_representable) {
     enum { N = 4096 };
     float *x = (float *)take(N * sizeof(float)), *y = (float *)take(N * sizeof(float));
@@ -596,13 +596,13 @@ TEST(quantize_representable) {
         round_trip(t, x, N, NULL, y);
         double error = rmse(x, y, NULL, N, N), step = 1 / 64.0, bound = 0;
         switch ((int)t->id) {
-        case 3: case 7: case 12: case 13: bound = 0.06; break; /* with mins: Q4_1 Q5_1 Q4_K Q5_K */
-        case 8: case 14: bound = 0.02; break; /* Q8_0 Q6_K: other steps than 1/64 */
-        case 10: case 11: case 20: case 23: case 39: bound = 1.1; break; /* cannot hold these */
+        case 3: case 7: case 12: case 13: bound = 0.06; break; // with mins: Q4_1 Q5_1 Q4_K Q5_K
+        case 8: case 14: bound = 0.02; break; // Q8_0 Q6_K: other steps than 1/64
+        case 10: case 11: case 20: case 23: case 39: bound = 1.1; break; // cannot hold these
         default: break;
         }
         CHECKF(error <= bound * step, "%s: %g of a step", t->name, error / step);
-        for (int e = 0; e < N; e++) x[e] = e < N / 2 ? 0.75f : -0.75f; /* constant blocks */
+        for (int e = 0; e < N; e++) x[e] = e < N / 2 ? 0.75f : -0.75f; // constant blocks
         round_trip(t, x, N, NULL, y);
         error = rmse(x, y, NULL, N, N);
         CHECKF(error <= 0.75 * 4e-4, "%s %g", t->name, error);
@@ -614,7 +614,7 @@ TEST(quantize_representable) {
     free(y);
 }
 
-/* Q4_0 has one scale per block: no scale in a fine grid may be much better than ours. */
+// Q4_0 has one scale per block: no scale in a fine grid may be much better than ours.
 TEST(quantize_q4_0_search) {
     double ours = 0, best = 0;
     for (int block = 0; block < 40; block++) {
@@ -649,9 +649,9 @@ TEST(quantize_importance) {
         round_trip(t, x, N, w, weighted);
         double a = rmse(plain, x, w, N, N), b = rmse(weighted, x, w, N, N);
         if (is_float(t) || t->id == MOE_TYPE_Q8_0) CHECK(a == b);
-        else CHECKF(b < ((int)t->id == 39 ? 1 : 0.93) * a, /* MXFP4: only powers of two */
+        else CHECKF(b < ((int)t->id == 39 ? 1 : 0.93) * a, // MXFP4: only powers of two
                     "%s: %g with importance, %g without", t->name, b, a);
-        /* Only the ratio counts; all equal is none. */
+        // Only the ratio counts; all equal is none.
         float *scaled = (float *)take(N * sizeof(float));
         for (int e = 0; e < N; e++) scaled[e] = w[e] * 1048576;
         round_trip(t, x, N, scaled, plain);
@@ -664,8 +664,8 @@ TEST(quantize_importance) {
     free(weighted);
 }
 
-/* NaN, infinity, tiny and huge values, senseless importance: well-formed blocks, neighbours */
-/* intact. */
+// NaN, infinity, tiny and huge values, senseless importance: well-formed blocks, neighbours
+// intact.
 TEST(quantize_hostile) {
     enum { N = 768 };
     const float bad[] = {NAN,      -NAN,   INFINITY, -INFINITY, 3.4e38f,
@@ -677,14 +677,14 @@ TEST(quantize_hostile) {
         if (is_float(t) || !t->quantize) continue;
         round_trip(t, good, N, NULL, y0);
         for (int b = 0; b < 10; b++) {
-            for (int place = 0; place < 3; place++) { /* one value, sub-block or block */
+            for (int place = 0; place < 3; place++) { // one value, sub-block or block
                 memcpy(x, good, sizeof x);
                 int n = place == 0 ? 1 : place == 1 ? 16 : t->block;
                 for (int e = 0; e < n; e++) x[256 + e] = bad[b];
                 round_trip(t, x, N, place == 1 ? good : NULL, y);
                 for (int e = 0; e < N; e++) CHECKF(is_finite(y[e]), "%s %d", t->name, e);
                 if (place == 1) continue;
-                if (b < 4 && place == 0) { /* counts as 0, its block lives on */
+                if (b < 4 && place == 0) { // counts as 0, its block lives on
                     double error = rmse(good + 257, y + 257, NULL, 255, 255);
                     CHECKF(error < 1.5 * error_bound(t->id), "%s: %g", t->name, error);
                 }
@@ -703,7 +703,7 @@ TEST(quantize_hostile) {
                 if (!part) CHECKF(error <= 1.3 * error_bound(t->id), "%s: %g", t->name, error);
             }
         }
-        for (float scale = 1e-45f; scale < 1e38f; scale *= 7) { /* all magnitudes */
+        for (float scale = 1e-45f; scale < 1e38f; scale *= 7) { // all magnitudes
             for (int e = 0; e < N; e++) x[e] = good[e] * scale;
             round_trip(t, x, N, NULL, y);
             for (int e = 0; e < N; e++) CHECK(is_finite(y[e]));
@@ -712,9 +712,9 @@ TEST(quantize_hostile) {
     free(good);
 }
 
-/* ---- quantize: all types, public calls only -------------------------------------------------- */
+// ---- quantize: all types, public calls only --------------------------------------------------
 
-/* Through blocks and back, in buffers of exactly the right size; 0 if this build lacks the type. */
+// Through blocks and back, in buffers of exactly the right size; 0 if this build lacks the type.
 static int there_and_back(const struct quantizable *t, const float *x, int64_t n_rows, int64_t n,
                           const float *importance, float *y) {
     moe_type type = (moe_type)t->id;
@@ -725,7 +725,7 @@ static int there_and_back(const struct quantizable *t, const float *x, int64_t n
     memset(again, 0xAA, size);
     CHECK(moe_type_quantize(type, x, rows, n_rows, n, importance, NULL) == MOE_OK);
     CHECK(moe_type_quantize(type, x, again, n_rows, n, importance, NULL) == MOE_OK);
-    CHECK(memcmp(rows, again, size) == 0); /* deterministic, every byte written */
+    CHECK(memcmp(rows, again, size) == 0); // deterministic, every byte written
     CHECK(moe_type_dequantize(type, rows, y, n_rows, n, NULL) == MOE_OK);
     for (int64_t e = 0; e < n_rows * n; e++)
         CHECKF(is_finite(y[e]) || t->error < 0.003, "%s %d", t->name, (int)e);
@@ -734,8 +734,8 @@ static int there_and_back(const struct quantizable *t, const float *x, int64_t n
     return 1;
 }
 
-/* Against the reference quantizer, which used the importance: plain errors without and with it, */
-/* and weighted ones. */
+// Against the reference quantizer, which used the importance: plain errors without and with it,
+// and weighted ones.
 TEST(quantize_golden) {
     float *source = (float *)read_file("golden/rows/source.f32", GOLD * sizeof(float));
     float *importance = (float *)read_file("golden/rows/importance.f32", GOLD_N * sizeof(float));
@@ -774,34 +774,34 @@ TEST(quantize_every_type) {
         memset(x, 0, sizeof x);
         if (!there_and_back(t, x, 1, N, NULL, y)) continue;
         for (int e = 0; e < N; e++) CHECK(y[e] == 0);
-        if (there_and_back(t, noise, 1, 32, NULL, y)) { /* rows of one block of 32 */
+        if (there_and_back(t, noise, 1, 32, NULL, y)) { // rows of one block of 32
             CHECKF(rmse(noise, y, NULL, 32, 32) <= 1.5 * t->error, "%s", t->name);
             CHECK(there_and_back(t, noise, N / 32, 32, NULL, y));
             CHECKF(rmse(noise, y, NULL, N, N) <= 1.1 * t->error, "%s", t->name);
         } else CHECK(moe_type_block((moe_type)t->id) == 256);
 
-        for (int sign = -1; sign <= 1; sign += 2) { /* constants */
+        for (int sign = -1; sign <= 1; sign += 2) { // constants
             for (float c = 0.2f; c < 1e3f; c *= 3.7f) {
                 for (int e = 0; e < N; e++) x[e] = (float)sign * c;
                 there_and_back(t, x, 1, N, NULL, y);
-                /* f16 scales are good to 2^-11; the levels of MXFP4 lie up to 1/3 apart */
+                // f16 scales are good to 2^-11; the levels of MXFP4 lie up to 1/3 apart
                 double error = rmse(x, y, NULL, N, N), bound = t->id == 39 ? 0.2 : 0.004;
                 CHECKF(error <= bound * (double)c, "%s: %g of %g", t->name, error, (double)c);
             }
         }
-        for (int e = 0; e < N; e++) x[e] = noise[e] * 1e-7f; /* tiny: no type makes it larger */
+        for (int e = 0; e < N; e++) x[e] = noise[e] * 1e-7f; // tiny: no type makes it larger
         there_and_back(t, x, 1, N, NULL, y);
         CHECKF(rmse(x, y, NULL, N, N) <= 1.5e-7, "%s", t->name);
         for (int e = 0; e < N; e++) CHECKF(fabsf(y[e]) <= 2e-6f, "%s %g", t->name, (double)y[e]);
 
-        for (int e = 0; e < N; e++) x[e] = noise[e] * 1e37f; /* huge: right sign, large */
+        for (int e = 0; e < N; e++) x[e] = noise[e] * 1e37f; // huge: right sign, large
         there_and_back(t, x, 1, N, NULL, y);
         for (int e = 0; e < N && t->error >= 0.003; e++)
             if (fabsf(noise[e]) > 0.5f && t->id != 10)
                 CHECKF(y[e] * x[e] > 0 && fabsf(y[e]) > 6e4f, "%s %d: %g for %g", t->name, e,
                        (double)y[e], (double)x[e]);
 
-        for (int e = 0; e < N; e++) x[e] = noise[e]; /* NaN and infinity count as 0 */
+        for (int e = 0; e < N; e++) x[e] = noise[e]; // NaN and infinity count as 0
         for (int e = 0; e < N; e += 37) x[e] = e % 3 ? INFINITY : e % 2 ? NAN : -INFINITY;
         if (t->error >= 0.003) {
             float zeroed[N], z[N];
@@ -811,7 +811,7 @@ TEST(quantize_every_type) {
             CHECKF(memcmp(y, z, sizeof y) == 0, "%s", t->name);
         }
 
-        for (int e = 0; e < N; e++) x[e] = noise[e] * 0.01f; /* an outlier in one row of four */
+        for (int e = 0; e < N; e++) x[e] = noise[e] * 0.01f; // an outlier in one row of four
         x[256 + 77] = -8;
         there_and_back(t, x, 4, 256, NULL, y);
         CHECKF(fabs(y[256 + 77] + 8.0) <= 0.4, "%s %g", t->name, (double)y[256 + 77]);
@@ -821,7 +821,7 @@ TEST(quantize_every_type) {
     free(noise);
 }
 
-/* ---- code books ------------------------------------------------------------------------------ */
+// ---- code books ------------------------------------------------------------------------------
 
 static uint32_t crc32_of(const void *data, size_t size) {
     const uint8_t *p = (const uint8_t *)data;
@@ -836,7 +836,7 @@ static void *ask_books(void *out) {
     *(const moe__books **)out = moe__books_get();
     return NULL;
 }
-TEST(books) { /* checksums: spec/quants.md, 5.1 */
+TEST(books) { // checksums: spec/quants.md, 5.1
     pthread_t threads[4];
     const moe__books *seen[4] = {NULL, NULL, NULL, NULL};
     for (int i = 0; i < 4; i++) CHECK(pthread_create(&threads[i], NULL, ask_books, &seen[i]) == 0);
@@ -849,7 +849,7 @@ TEST(books) { /* checksums: spec/quants.md, 5.1 */
     CHECK(crc32_of(books->iq3xxs, sizeof books->iq3xxs) == 0x07ba9ed0);
     CHECK(crc32_of(books->iq3s, sizeof books->iq3s) == 0xf576e4f3);
     CHECK(crc32_of(books->signs, sizeof books->signs) == 0xffab7940);
-    int8_t ones[2048 * 8]; /* the checksum is of -1, 0, 1 */
+    int8_t ones[2048 * 8]; // the checksum is of -1, 0, 1
     memcpy(ones, books->iq1s, sizeof ones);
     for (int i = 0; i < 2048 * 8; i++) {
         CHECK(ones[i] == -8 || ones[i] == 0 || ones[i] == 8);
@@ -858,9 +858,9 @@ TEST(books) { /* checksums: spec/quants.md, 5.1 */
     CHECK(crc32_of(ones, sizeof ones) == 0xb85e6ccf);
 }
 
-/* ---- activations ----------------------------------------------------------------------------- */
+// ---- activations -----------------------------------------------------------------------------
 
-/* The definition once more: f32 operations one by one, rounding by the C library. */
+// The definition once more: f32 operations one by one, rounding by the C library.
 static void check_act_group(const float *x, int n, const int8_t *q, float d) {
     volatile float peak = 0, inverse, product, scale;
     for (int i = 0; i < n; i++)
@@ -931,19 +931,19 @@ TEST(act_special) {
     float x[256];
     moe__act32 a;
     moe__act256 b;
-    for (int i = 0; i < 256; i++) x[i] = (float)(i % 127 - 63) + 0.5f; /* ties at scale 1 */
+    for (int i = 0; i < 256; i++) x[i] = (float)(i % 127 - 63) + 0.5f; // ties at scale 1
     for (int j = 0; j < 8; j++) x[32 * j] = j % 2 ? 127.0f : -127.0f;
     check_act32(x, 256, 1);
     check_act256(x, 256);
     moe__quantize_act_q256(x, 256, &b);
     CHECK(b.d == 1 && b.q[0] == -127 && b.q[1] == -62 && b.q[2] == -60 && b.q[3] == -60);
 
-    memset(x, 0, sizeof x); /* zeros, a single value, NaN, infinity, denormals, both limits */
+    memset(x, 0, sizeof x); // zeros, a single value, NaN, infinity, denormals, both limits
     x[32 + 5] = -3.0f;
     x[64 + 31] = NAN;
     x[96] = -INFINITY;
     for (int i = 128; i < 160; i++) x[i] = 1e-42f;
-    x[160] = 7.52316384e-37f; /* 2^-120 */
+    x[160] = 7.52316384e-37f; // 2^-120
     x[192] = moe__f32_from_bits(0x03800000 - 1);
     x[224] = 3.4028235e38f;
     moe__quantize_act_q32(x, 256, &a);
@@ -967,8 +967,8 @@ TEST(act_special) {
     CHECK(b.d == 0 && b.q[0] == 0);
 }
 
-/* x * inverse rounded to f32 is a tie, the exact product is not: a compiler that fuses the */
-/* product with what rounds it to an integer would get half of these wrong. */
+// x * inverse rounded to f32 is a tie, the exact product is not: a compiler that fuses the
+// product with what rounds it to an integer would get half of these wrong.
 TEST(act_product_rounds_first) {
     int found = 0;
     for (int i = 0; i < 300; i++) {
@@ -988,7 +988,7 @@ TEST(act_product_rounds_first) {
     CHECKF(found > 5000, "%d", found);
 }
 
-/* ---- dot ------------------------------------------------------------------------------------- */
+// ---- dot -------------------------------------------------------------------------------------
 
 static void check_dot(const moe__type *t, int64_t n) {
     enum { GROUPS = 2 };
@@ -1002,7 +1002,7 @@ static void check_dot(const moe__type *t, int64_t n) {
     for (int r = 0; r < n_rows; r++) {
         const uint8_t *group = rows + (size_t)(r - r % t->rows) * size;
         double terms, sum = sheet_dot(t, group, r % t->rows, n, act, &terms);
-        double bound = t->meta == 4 ? 2.4e-7 : 1.2e-7; /* a rounding; of f32 scales two */
+        double bound = t->meta == 4 ? 2.4e-7 : 1.2e-7; // a rounding; of f32 scales two
         CHECKF(fabs(out[r] - sum) <= bound * terms, "%s %d: %g, not %g", t->name, (int)n,
                (double)out[r], sum);
         CHECK(terms > 0);
@@ -1026,7 +1026,7 @@ TEST(dot) {
     }
 }
 
-/* All scales 1: sums are eighths of integers, exact in floats up to 2^24 eighths. */
+// All scales 1: sums are eighths of integers, exact in floats up to 2^24 eighths.
 TEST(dot_exact) {
     enum { N = 512 };
     const uint8_t fill[] = {0x00, 0xFF, 0x80, 0x7F};
@@ -1040,7 +1040,7 @@ TEST(dot_exact) {
             for (int e = 0; e < N; e++)
                 x[e] = trial % 3 == 0 ? 127 : trial % 3 == 1 ? -127
                                                              : (float)(random_u32() % 255) - 127;
-            for (int e = 0; e < N; e += 32) x[e] = x[e] < 0 ? -127 : 127; /* makes the scale 1 */
+            for (int e = 0; e < N; e += 32) x[e] = x[e] < 0 ? -127 : 127; // makes the scale 1
             void *act = take_acts(t, x, N);
             if (trial < 12) memset(group, fill[trial / 3], group_size(t, N));
             else sheet_random(t, group, size, t->rows, N, 1);
@@ -1066,7 +1066,7 @@ TEST(dot_not_finite) {
         const moe__type *t = &moe__types[i];
         size_t size = moe_type_row_size(t->id, N);
         uint8_t *group = random_group(t, N);
-        x[3] = NAN; /* in the activations */
+        x[3] = NAN; // in the activations
         void *act = take_acts(t, x, N);
         plain_of(t)->dot(group, size, t->rows, N, act, out);
         for (int k = 0; k < t->rows; k++) CHECKF(is_nan(out[k]), "%s: %g", t->name, (double)out[k]);
@@ -1075,7 +1075,7 @@ TEST(dot_not_finite) {
         act = take_acts(t, x, N);
         plain_of(t)->dot(group, size, t->rows, N, act, out);
         for (int k = 0; k < t->rows; k++) CHECK(is_finite(out[k]));
-        for (int v = 0; v < 3 && sheet_may_be_nan(t); v++) { /* in the scales of one row */
+        for (int v = 0; v < 3 && sheet_may_be_nan(t); v++) { // in the scales of one row
             int bad = v % t->rows;
             sheet_random(t, group, size, t->rows, N, 0);
             sheet_put(t, group, bad, N / t->block - 1, values[v], values[v]);
@@ -1087,7 +1087,7 @@ TEST(dot_not_finite) {
             for (int e = 0; e < t->rows * N; e++)
                 CHECKF(is_finite(y[e]) || e / N == bad, "%s %d", t->name, e);
         }
-        memset(group, 0xFF, group_size(t, N)); /* NaN for most types */
+        memset(group, 0xFF, group_size(t, N)); // NaN for most types
         plain_of(t)->dot(group, size, t->rows, N, act, out);
         plain_of(t)->dequantize(group, N, y);
         double terms;
@@ -1100,7 +1100,7 @@ TEST(dot_not_finite) {
     free(x);
 }
 
-/* ---- public calls ---------------------------------------------------------------------------- */
+// ---- public calls ----------------------------------------------------------------------------
 
 static int refused(moe_status status, moe_status want, const moe_error *error, const char *where) {
     int good = status == want && error->status == want && error->text[0] &&
@@ -1140,7 +1140,7 @@ TEST(arguments) {
     CHECK(moe_type_quantize(q4, NULL, rows, 1, 256, NULL, NULL) == bad);
     CHECK(moe_type_dequantize((moe_type)4, rows, y, 1, 256, NULL) == MOE_ERROR_UNSUPPORTED);
 
-    for (int i = 0; i < MOE__N_TYPES; i++) { /* no quantizer; rows of a group */
+    for (int i = 0; i < MOE__N_TYPES; i++) { // no quantizer; rows of a group
         const moe__type *t = &moe__types[i];
         uint8_t *group = random_group(t, 256);
         float values[8 * 256];
@@ -1160,20 +1160,20 @@ TEST(arguments) {
         free(group);
     }
 
-    memset(&e, 0x5A, sizeof e); /* success leaves it alone */
+    memset(&e, 0x5A, sizeof e); // success leaves it alone
     moe_error untouched = e;
     CHECK(moe_type_quantize(q4, x, rows, 2, 256, NULL, &e) == MOE_OK);
     CHECK(moe_type_dequantize(q4, rows, y, 2, 256, &e) == MOE_OK);
     CHECK(moe_type_dequantize(q4, rows, y, 0, 256, &e) == MOE_OK);
     CHECK(memcmp(&e, &untouched, sizeof e) == 0);
-    uint8_t second[144]; /* rows do not depend on each other */
+    uint8_t second[144]; // rows do not depend on each other
     CHECK(moe_type_quantize(q4, x + 256, second, 1, 256, NULL, NULL) == MOE_OK);
     CHECK(memcmp(second, rows + 144, 144) == 0);
     free(x);
     free(y);
 }
 
-/* ---- the plain C kernel table ---------------------------------------------------------------- */
+// ---- the plain C kernel table ----------------------------------------------------------------
 
 TEST(scalar_tile) {
     enum { TOKENS = 4, N = 256, STRIDE = 19 };
@@ -1252,7 +1252,7 @@ TEST(scalar_float) {
     free(w);
 }
 
-/* Attention over blocks of keys against the formula in double. */
+// Attention over blocks of keys against the formula in double.
 enum { AT_Q = 3, AT_K = 37, AT_DK = 24, AT_DV = 10, AT_STRIDE = 11 };
 typedef struct attend_case {
     float q[AT_Q * 30], k[AT_K * AT_DK], v[AT_K * AT_DV];
@@ -1285,7 +1285,7 @@ static attend_case *attend_new(int f32) {
     a->scores = c->scores;
     return c;
 }
-/* Keys begin .. begin + n - 1; visible[i] counts from 0. */
+// Keys begin .. begin + n - 1; visible[i] counts from 0.
 static void attend_block(attend_case *c, int begin, int n, const int *visible) {
     int32_t here[AT_Q];
     for (int i = 0; i < AT_Q; i++)
@@ -1337,19 +1337,19 @@ TEST(scalar_attend) {
 TEST(scalar_attend_special) {
     attend_case *c = attend_new(1);
     for (int d = 0; d < AT_DK; d++) c->q[d] = 1, c->q[30 + d] = 1, c->k[AT_DK + d] = 0;
-    c->k[AT_DK] = -INFINITY; /* key 1 has the score -inf */
+    c->k[AT_DK] = -INFINITY; // key 1 has the score -inf
     for (int d = 0; d < AT_DV; d++) c->v[AT_DV + d] = 1e30f;
-    attend_block(c, 1, 1, NULL); /* nothing but it: as if nothing had been seen */
+    attend_block(c, 1, 1, NULL); // nothing but it: as if nothing had been seen
     CHECK(c->max[0] == -INFINITY && c->sum[0] == 0 && c->out[0] == 0);
-    attend_block(c, 0, 3, NULL); /* among others: weight 0 */
+    attend_block(c, 0, 3, NULL); // among others: weight 0
     CHECK(is_finite(c->out[0]) && fabsf(c->out[0]) < 100 && c->sum[0] >= 1);
-    c->k[3 * AT_DK] = NAN; /* a NaN is never lost */
+    c->k[3 * AT_DK] = NAN; // a NaN is never lost
     attend_block(c, 3, 1, NULL);
     attend_block(c, 4, 10, NULL);
     for (int i = 0; i < AT_Q; i++) CHECK(is_nan(c->sum[i]) && is_nan(c->out[i * AT_STRIDE]));
     free(c);
     c = attend_new(1);
-    c->k[0] = NAN; /* also if nothing else is in its block */
+    c->k[0] = NAN; // also if nothing else is in its block
     attend_block(c, 0, 1, NULL);
     attend_block(c, 1, 10, NULL);
     for (int i = 0; i < AT_Q; i++) CHECK(is_nan(c->sum[i]) && is_nan(c->out[i * AT_STRIDE]));

@@ -1,5 +1,5 @@
-/* Under -std=c11 a system header that comes first decides what libc shows: the library has to cope
- * with less than it would like. */
+// Under -std=c11 a system header that comes first decides what libc shows: the library has to cope
+// with less than it would like.
 #include <stdio.h>
 #include <stdlib.h>
 

@@ -1,4 +1,4 @@
-/* Two files with a private copy each are linked together. */
+// Two files with a private copy each are linked together.
 #define MOE_INFER_STATIC
 #define MOE_INFER_IMPLEMENTATION
 #include "moe_infer.h"

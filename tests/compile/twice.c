@@ -1,4 +1,4 @@
-/* Included again and again: first as a header, then with the implementation, then both anew. */
+// Included again and again: first as a header, then with the implementation, then both anew.
 #include "moe_infer.h"
 #include "moe_infer.h"
 #define MOE_INFER_IMPLEMENTATION

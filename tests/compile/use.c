@@ -1,4 +1,4 @@
-/* One of many files that only use the library. Compiled as C and as C++, linked with either. */
+// One of many files that only use the library. Compiled as C and as C++, linked with either.
 #include "moe_infer.h"
 #include "use.h"
 

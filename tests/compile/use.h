@@ -1,4 +1,4 @@
-/* A few calls that need no model; returns 0 if they answer as they should. */
+// A few calls that need no model; returns 0 if they answer as they should.
 #ifndef USE_H
 #define USE_H
 

@@ -103,7 +103,7 @@ static int naive_text_is(const moe_gguf_value *value, const char *text) {
 }
 
 static const moe_gguf_tensor *naive_find(const naive_model *m, int layer, const char *name) {
-    char full[64];
+    char full[96];
     if (layer < 0) snprintf(full, sizeof full, "%s", name);
     else snprintf(full, sizeof full, "blk.%d.%s", layer, name);
     return moe_gguf_find_tensor(m->gguf, full);

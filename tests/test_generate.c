@@ -650,14 +650,14 @@ TEST(takes_no_memory) {
     o.max_tokens = 1;
     moe_session_rewind(session, 0, NULL);
     CHECK(moe_generate_text(session, "Hello", &o, NULL, NULL) == MOE_OK);
-    const long live = m.live;
+    const size_t live = m.live;
     moe_session_rewind(session, 0, NULL);
     CHECK(moe_generate_text(session, "Hello", &o, NULL, NULL) == MOE_OK && m.live == live);
-    m.refuses = 1;
     moe_session_rewind(session, 0, NULL);
+    m.fail_at = m.calls + 1;
     CHECK(moe_generate_text(session, "Hello", &o, &result, &error) == MOE_ERROR_MEMORY);
     CHECK(*error.text && result.reason == MOE_STOP_CALLER && m.live == live);
-    m.refuses = 0;
+    m.fail_at = 0;
     moe_session_close(session);
     moe_model_close(model);
     CHECK(m.live == 0);

@@ -9,7 +9,7 @@
 # unless the list `allowed` says why it may be.
 # usage: [COMPILERS="gcc clang"] tests/asm_check.sh [directory of moe_infer.h [pattern of names]]
 dir=${1:-$(dirname "$0")/..}
-pattern=${2:-'^moe__(dot|tile|attend)(_[a-z0-9_]+)?_avx[a-z0-9_]*$'}
+pattern=${2:-'^moe__(dot|tile|attend|score|value|block)(_[a-z0-9_]+)?_avx[a-z0-9_]*$'}
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 
@@ -23,9 +23,12 @@ any ^moe__(tile|dot|tile_unpack)_blocks_avx innermost the same: outside the mult
 any ^moe__(tile|dot|tile_unpack)_blocks_avx around the same
 any ^moe__attend(_scores|_values|)_avx innermost Q8_0: converted values and scales beside the sums
 any ^moe__attend_values_avx2$ around out and weights of a tile of queries, 16 registers
+any ^moe__(attend_scores|attend_values|value_queries)(_q8_0)?_avx calls one per tile
+any ^moe__tile_k_[2-6]_avx512$ calls where sums start, before the loops: gcc lays it between them
+any ^moe__score_q8_0_[23]_avx2$ innermost 12 sums, 3 queries and a converted key, 16 registers
 any ^moe__attend_avx calls one per query and block of keys, for the exponentials
-any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_vnni)$ innermost 16 registers: float sums lie on the stack
-any ^moe__tile_[kq][0-9]+[mf]?_.*_avx(2|_vnni)$ around the same
+any ^moe__tile_[kq]m?(_[468])?_[2-6]_avx(2|_vnni)$ innermost 16 registers: float sums lie on the stack
+any ^moe__tile_[kq]m?(_[468])?_[2-6]_avx(2|_vnni)$ around the same
 any ^moe__dot_q5_k_avx2$ around 8 constant indices beside the rest, 16 registers: once per row
 any ^moe__dot_(q5_0|iq4_nl)_avx2$ innermost the ragged end of a row, once per row
 any ^moe__tile_unpack_q6_k_avx(2|_vnni)$ innermost 12 turned vectors live at once, of 16 registers

@@ -319,6 +319,18 @@ TEST(session_stops) {
     moe_session_close(session);
 }
 
+// The prompt anew, with stop strings.
+static moe_generate_result until_stop(moe_session *session, text *t, int max_tokens,
+                                      const char *const *stops, size_t n_stops) {
+    moe_generate_options o = options(t, max_tokens);
+    moe_generate_result result;
+    o.stop = stops;
+    o.n_stop = n_stops;
+    CHECK(moe_session_rewind(session, 0, NULL) == MOE_OK);
+    CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+    return result;
+}
+
 // The first occurrence of `stop` in clean text.
 static size_t find(const text *t, const char *stop) {
     size_t n = strlen(stop);
@@ -344,11 +356,7 @@ TEST(stop_strings) {
             stop[n] = 0;
             if (!is_utf8(stop, n) || memchr(stop, 0, n)) continue;
             const char *stops[3] = {"never to be seen", stop, "nor this"};
-            o = options(&t, 60);
-            o.stop = stops;
-            o.n_stop = 3;
-            moe_session_rewind(session, 0, NULL);
-            CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+            result = until_stop(session, &t, 60, stops, 3);
             size_t first = find(&whole, stop);
             CHECKF(result.reason == MOE_STOP_STRING, "\"%s\"", stop);
             CHECKF(t.size == first && !memcmp(t.data, whole.data, first), "\"%s\": %zu, not %zu",
@@ -379,11 +387,7 @@ TEST(held_back) {
             memcpy(stop, whole.data + at, length);
             memcpy(stop + length, "\x01zz", 4); // the text's end, and what does not come
             if (find(&whole, stop) < whole.size) continue;
-            o = options(&t, n);
-            o.stop = stops;
-            o.n_stop = 1;
-            moe_session_rewind(session, 0, NULL);
-            CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+            result = until_stop(session, &t, n, stops, 1);
             CHECK(result.reason == MOE_STOP_LIMIT);
             CHECKF(t.size == whole.size && !memcmp(t.data, whole.data, t.size), "\"%s\"", stop);
         }
@@ -411,11 +415,7 @@ TEST(a_stop_string_that_the_end_completes) {
             stop[length] = 0;
             if (!is_utf8(stop, length) || memchr(stop, 0, length) || find(&whole, stop) != at)
                 continue;
-            o = options(&t, n);
-            o.stop = stops;
-            o.n_stop = 1;
-            moe_session_rewind(session, 0, NULL);
-            CHECK(moe_generate(session, prompt, N_PROMPT, &o, &result, NULL) == MOE_OK);
+            result = until_stop(session, &t, n, stops, 1);
             CHECKF(result.reason == MOE_STOP_STRING, "%d tokens: reason %d", n,
                    (int)result.reason);
             CHECK(t.size == at && !memcmp(t.data, whole.data, at));

@@ -207,8 +207,8 @@ static int write_stored(void) {
     FILE *f = fopen("tests/storyteller_logits.h", "w");
     if (!logits || !f) return 1;
     const double before = perplexity(storyteller);
-    fprintf(f, "/* Written by test_storyteller --write from the double-precision pass of "
-               "naive.h. */\n#define STORED_PERPLEXITY %.4f\n#define STORED_COSTS", before);
+    fprintf(f, "// Written by test_storyteller --write from the double-precision pass of "
+               "naive.h.\n#define STORED_PERPLEXITY %.4f\n#define STORED_COSTS", before);
     static const char *const types[] = {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"};
     for (int i = 0; i < 5; i++) {
         rule r;

@@ -99,7 +99,7 @@ def table():
     merged = runs()
     text = "".join(encode(*run) for run in merged)
     lines = [text[i:i + WIDTH - 7] for i in range(0, len(text), WIDTH - 7)]
-    head = "/* Unicode %s, %d runs; printed by tests/unicode_tables.py. */\n" % (
+    head = "// Unicode %s, %d runs; printed by tests/unicode_tables.py.\n" % (
         unicodedata.unidata_version, len(merged))
     head += "enum { MOE__TEXT_RUNS = %d };\n" % len(merged)
     head += "static const char *const moe__text_classes[] = {\n"
@@ -118,7 +118,7 @@ def main():
     if text in found:
         print("character classes are up to date (Unicode %s)" % unicodedata.unidata_version)
         return 0
-    if "/* Unicode %s," % unicodedata.unidata_version not in found:
+    if "// Unicode %s," % unicodedata.unidata_version not in found:
         print("cannot compare: this Python has Unicode %s" % unicodedata.unidata_version)
         return 2
     print("%s: the table of character classes differs from tests/unicode_tables.py" % sys.argv[2])

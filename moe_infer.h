@@ -4181,14 +4181,16 @@ typedef struct moe__act32 {
 // 0-15 of each block before the values 16-31: many types pack their weights so, and a vector
 // then holds parts of several blocks, which can be picked out of 128 bytes.
 MOE__INLINE int moe__act32_at(int i) {
-    return i / 32 % 2 * 128 + i % 32 / 16 * 64 + i / 64 * 16 + i % 16;
+    const unsigned u = (unsigned)i; // dividing is shifting
+    return (int)(u / 32 % 2 * 128 + u % 32 / 16 * 64 + u / 64 * 16 + u % 16);
 }
 
 // In moe__act256 each four sub-blocks of 32 values lie in the order 0 2 1 3: a vector of 64
 // bytes of Q4_K holds weights of sub-blocks 0 and 2 in its low nibbles, of 1 and 3 in the high
 // ones.
 MOE__INLINE int moe__act256_at(int i) {
-    return i / 128 * 128 + (i / 32 % 2 * 2 + i / 64 % 2) * 32 + i % 32;
+    const unsigned u = (unsigned)i;
+    return (int)(u / 128 * 128 + (u / 32 % 2 * 2 + u / 64 % 2) * 32 + u % 32);
 }
 
 typedef struct moe__act256 {
@@ -9018,7 +9020,6 @@ typedef struct tile_job {
     const void *const *x;    // the group's activations
     size_t record;           // the superblock's byte offset in each of them
     int64_t n;               // weights per row in this superblock
-    int quads;               // of a sub-block: 8, or 4 with a scale per 16 weights
     int shift;               // log2 of the weights' offset; -1: they have mins
     float *sums;             // of the panel's first row and the group's first token
     const uint8_t *prefetch; // fetch cache lines from here, n_prefetch of them per step (a
@@ -9488,7 +9489,6 @@ MOE__K void MOE__(tile_chunk)(const tile_plan *plan, const uint8_t *rows, size_t
     tile_job job;
     memset(&job, 0, sizeof job);
     job.shift = plan->shift;
-    job.quads = plan->step / 4;
     for (int64_t p = 0; p < n_panels; p++)
         memset(scratch + p * TILE_PACK + TILE_START, 0, MOE__TILE_TOKENS * 64);
     memset(scratch + TILE_SUMS_AT, 0,
@@ -9756,7 +9756,7 @@ MOE__V void MOE__(tile_four_quads)(MOE__VI (*a)[2], const uint8_t *w, const uint
 // moe__act256_at); starts: where they start, for each token 64 bytes apart
 MOE__V void MOE__(tile_sub_block)(MOE__VI (*a)[2], const uint8_t *w, const uint8_t *const *x,
                                   int64_t base, const uint8_t *starts, const uint8_t *wide,
-                                  int quads, const int n, const int bits, const int per_256,
+                                  const int n, const int quads, const int bits, const int per_256,
                                   const int from_zero) {
     MOE__EACH_TOKEN(t) {
         const MOE__VI start = from_zero ? v_zero() : MOE__(tile_copies)(starts + 64 * t);
@@ -9808,14 +9808,13 @@ MOE__V void MOE__(tile_scale_floats)(MOE__VF (*f)[2], MOE__VI (*a)[2], const uin
 // The end of a superblock: sums += (d * ints - dmin * a) * the token's scale, a being the sum over
 // its sub-blocks of min * sum of the activations: int16 pairs, 2 sub-blocks each
 MOE__V void MOE__(tile_add_ints)(const tile_job *job, MOE__VI (*ints)[2], const uint8_t *const *x,
-                                 const int n, const int mins) {
+                                 const int n, const int quads, const int mins) {
     const uint8_t *d = job->pack + TILE_D, *dmin = job->pack + TILE_DMIN;
     const MOE__VF scale0 = f_load(d), scale1 = f_load(d + MOE__VBYTES);
     const MOE__VF min0 = f_load(dmin), min1 = f_load(dmin + MOE__VBYTES);
     MOE__VI a[MOE__TILE_TOKENS][2];
     if (mins) {
         const uint8_t *min = job->pack + TILE_MIN;
-        const int quads = job->quads;
         int64_t at = quads == 4 ? offsetof(moe__act256, sum16) : offsetof(moe__act256, sum32);
         MOE__EACH_TOKEN(t) a[t][0] = a[t][1] = v_zero();
         for (int p = 0; p < 32 / quads; p++, at += 4, min += 2 * MOE__VBYTES) {
@@ -9841,11 +9840,12 @@ MOE__V void MOE__(tile_add_ints)(const tile_job *job, MOE__VI (*ints)[2], const 
     }
 }
 
-// n tokens; bits: see "products of quads"; per_256: whether the activations are moe__act256 or
-// moe__act32; mins: whether weights have mins, and no offset.
-MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bits,
+// n tokens; quads: of a sub-block, 8, or 4 with a scale per 16 weights (a number known to the
+// compiler: asking for it as it runs took a tenth of the speed); bits: see "products of quads";
+// per_256: whether the activations are moe__act256 or moe__act32; mins: whether weights have mins,
+// and no offset.
+MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int quads, const int bits,
                                   const int per_256, const int mins) {
-    const int quads = job->quads;
     const uint8_t *x[MOE__TILE_TOKENS], *prefetch = job->prefetch;
     const uint8_t *starts = job->pack + TILE_START, *acts = job->pack + MOE__SHARED(TILE_ACT);
     uint8_t *wide = job->pack + TILE_MIN; // AVX2: signed weights have no mins and no start
@@ -9884,7 +9884,7 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bi
                                    : moe__act32_at(4 * quads * (int)j);
             __asm__("" : "+r"(base)); // clang would make an address of its own for each quad
             for (int64_t i = 0; i < n_prefetch; i++, prefetch += 64) fetch_line_far(prefetch);
-            MOE__(tile_sub_block)(a, weights, x, base, starts + 4 * j, wide, quads, n, bits,
+            MOE__(tile_sub_block)(a, weights, x, base, starts + 4 * j, wide, n, quads, bits,
                                   per_256, from_zero);
             if (per_256)
                 MOE__(tile_scale_ints)(ints, a, scales, n);
@@ -9901,7 +9901,7 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bi
             f_store(sums + t * MOE__TILE_ROWS + MOE__VFLOATS, f[t][1]);
         }
     }
-    if (per_256) MOE__(tile_add_ints)(job, ints, x, n, mins);
+    if (per_256) MOE__(tile_add_ints)(job, ints, x, n, quads, mins);
 }
 
 // ---- one kernel per type ------
@@ -9910,8 +9910,9 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bi
     MOE__K void MOE__(tile_##name##_##n)(const tile_job *job) {    \
         MOE__(tile_quantized)(job, n, __VA_ARGS__);                \
     }
-// Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; m: with
-// mins where there are kernels without; the bits of a weight, if they matter.
+// Names of the quantized kernels: q: a scale of the activations per 32 weights, k: per 256; then
+// the weights per scale; m: with mins where there are kernels without; the bits of a weight, if
+// they matter.
 #if MOE__ISA == 3
 #define MOE__TILE_KERNELS(name, ...)                                                          \
     MOE__TILE_KERNEL(name, 2, __VA_ARGS__)                                                    \
@@ -9932,32 +9933,44 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int bi
 #endif
 #if MOE__VNNI
 #define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name)
-MOE__TILE_KERNELS(q, 8, 0, job->shift < 0)
-MOE__TILE_KERNELS(k, 8, 1, job->shift < 0)
+MOE__TILE_KERNELS(q32, 8, 8, 0, job->shift < 0)
+MOE__TILE_KERNELS(q16, 4, 8, 0, 0)
+MOE__TILE_KERNELS(k32, 8, 8, 1, job->shift < 0)
+MOE__TILE_KERNELS(k16, 4, 8, 1, job->shift < 0)
 #else
-#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##bits)
-MOE__TILE_KERNELS(q_4, 4, 0, 0)
-MOE__TILE_KERNELS(q_6, 6, 0, 0)
-MOE__TILE_KERNELS(q_8, 8, 0, 0)
-MOE__TILE_KERNELS(qm_6, 6, 0, 1)
-MOE__TILE_KERNELS(k_6, 6, 1, 0)
-MOE__TILE_KERNELS(k_8, 8, 1, 0)
-MOE__TILE_KERNELS(km_4, 4, 1, 1)
-MOE__TILE_KERNELS(km_6, 6, 1, 1)
+#define MOE__TILE_OF(name, bits) MOE__(tile_kernels_##name##_##bits)
+MOE__TILE_KERNELS(q32_4, 8, 4, 0, 0)
+MOE__TILE_KERNELS(q32_6, 8, 6, 0, 0)
+MOE__TILE_KERNELS(q32_8, 8, 8, 0, 0)
+MOE__TILE_KERNELS(q32m_6, 8, 6, 0, 1)
+MOE__TILE_KERNELS(q16_6, 4, 6, 0, 0)
+MOE__TILE_KERNELS(k32_4, 8, 4, 1, 1)
+MOE__TILE_KERNELS(k32_6, 8, 6, 1, 1)
+MOE__TILE_KERNELS(k16_6, 4, 6, 1, 0)
+MOE__TILE_KERNELS(k16_8, 4, 8, 1, 0)
+MOE__TILE_KERNELS(k16m_4, 4, 4, 1, 1)
 #endif
 
-// The kernels for what tile_rows and tile_groups make of a type
-MOE__V tile_kernel_fn *const *MOE__(tile_kernels_of)(const moe__type *type) {
-#if MOE__VNNI
-    return type->act == MOE__ACT_Q32 ? MOE__TILE_OF(q, _8) : MOE__TILE_OF(k, _8);
-#else
-    const int wide = type->bits > 6;
+// The kernels for what tile_rows and tile_groups make of a type, with a scale per *per weights, 16
+// or 32. Where there are no kernels for 32 (a compile takes long enough), scales are given twice.
+MOE__V tile_kernel_fn *const *MOE__(tile_kernels_of)(const moe__type *type, int *per) {
+    const int wide = type->bits > 6; // matters where it is in the names
+    (void)wide;
+    *per = type->per;
     if (type->act == MOE__ACT_Q32) {
-        if (type->offset == 0) return MOE__TILE_OF(q, m_6);
-        return wide ? MOE__TILE_OF(q, _8) : MOE__TILE_OF(q, _6);
+        if (type->per == 16) return MOE__TILE_OF(q16, 6);
+#if !MOE__VNNI
+        if (type->offset == 0) return MOE__TILE_OF(q32m, 6);
+#endif
+        return wide ? MOE__TILE_OF(q32, 8) : MOE__TILE_OF(q32, 6);
     }
-    if (type->offset == 0) return type->per == 16 ? MOE__TILE_OF(k, m_4) : MOE__TILE_OF(k, m_6);
-    return wide ? MOE__TILE_OF(k, _8) : MOE__TILE_OF(k, _6);
+#if MOE__VNNI
+    return type->per == 16 ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k32, 8);
+#else
+    if (type->offset == 0)
+        return type->per == 16 ? MOE__TILE_OF(k16m, 4) : MOE__TILE_OF(k32, 6);
+    *per = 16;
+    return wide ? MOE__TILE_OF(k16, 8) : MOE__TILE_OF(k16, 6);
 #endif
 }
 
@@ -9985,8 +9998,7 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, unpack_fn *unpack_row, int
     const int want = MOE__VNNI || type->bits <= 6 ? type->offset : 0;
     tile_plan plan;
     memset(&plan, 0, sizeof plan);
-    plan.kernels = MOE__(tile_kernels_of)(type);
-    plan.step = type->per;
+    plan.kernels = MOE__(tile_kernels_of)(type, &plan.step);
     plan.max_tokens = MOE__TILE_TOKENS;
     plan.chains = type->act == MOE__ACT_Q32 ? 4 : 1;
     plan.block = type->block;
@@ -10014,14 +10026,14 @@ MOE__K void MOE__(tile_blocks)(const moe__type *type, unpack_fn *unpack_row, int
         MOE__SHARED(tile_run)(&plan, rows, row_size, n_rows, n, x, n_tokens, out, out_stride,     \
                               pack, prefetch, prefetch_size);                                     \
     }
-MOE__TILE_TYPE(Q4_0, q4_0, MOE__SHARED(tile_unpack_q4_0), (q, _4), 4, moe__act32, 3)
-MOE__TILE_TYPE(Q5_0, q5_0, MOE__SHARED(tile_unpack_q5_0), (q, _6), 4, moe__act32, 4)
-MOE__TILE_TYPE(IQ4_NL, iq4_nl, MOE__(tile_unpack_iq4_nl), (q, _8), 4, moe__act32, 7)
-MOE__TILE_TYPE(MXFP4, mxfp4, MOE__SHARED(tile_unpack_mxfp4), (q, _6), 4, moe__act32, 4)
-MOE__TILE_TYPE(Q8_0, q8_0, MOE__(tile_unpack_q8_0), (q, _8), 4, moe__act32, 7)
-MOE__TILE_TYPE(Q4_K, q4_k, MOE__SHARED(tile_unpack_q4_k), (k, m_4), 1, moe__act256, -1)
-MOE__TILE_TYPE(Q5_K, q5_k, MOE__SHARED(tile_unpack_q5_k), (k, m_6), 1, moe__act256, -1)
-MOE__TILE_TYPE(Q6_K, q6_k, MOE__SHARED(tile_unpack_q6_k), (k, _6), 1, moe__act256, 5)
+MOE__TILE_TYPE(Q4_0, q4_0, MOE__SHARED(tile_unpack_q4_0), (q32, 4), 4, moe__act32, 3)
+MOE__TILE_TYPE(Q5_0, q5_0, MOE__SHARED(tile_unpack_q5_0), (q32, 6), 4, moe__act32, 4)
+MOE__TILE_TYPE(IQ4_NL, iq4_nl, MOE__(tile_unpack_iq4_nl), (q32, 8), 4, moe__act32, 7)
+MOE__TILE_TYPE(MXFP4, mxfp4, MOE__SHARED(tile_unpack_mxfp4), (q32, 6), 4, moe__act32, 4)
+MOE__TILE_TYPE(Q8_0, q8_0, MOE__(tile_unpack_q8_0), (q32, 8), 4, moe__act32, 7)
+MOE__TILE_TYPE(Q4_K, q4_k, MOE__SHARED(tile_unpack_q4_k), (k32, 4), 1, moe__act256, -1)
+MOE__TILE_TYPE(Q5_K, q5_k, MOE__SHARED(tile_unpack_q5_k), (k32, 6), 1, moe__act256, -1)
+MOE__TILE_TYPE(Q6_K, q6_k, MOE__SHARED(tile_unpack_q6_k), (k16, 6), 1, moe__act256, 5)
 
 // Block types without unpacking of their own for tiles, by what they are read with
 #define MOE__TILE_BLOCKS(NAME, name, row, order, group)                                           \

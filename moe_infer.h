@@ -55,7 +55,7 @@
 //     moe__schedule_balanced*, moe__schedules, moe__schedule_find
 //   a mixer of tokens, as gqa: moe__mixer_id, moe__families that use it, moe__gqa*, moe__mixers; if
 //     it attends, moe__attention*; also moe__layer for what its layers hold, moe__input for vectors
-//     that only its matrices read
+//     that only its matrices read, moe__cache_shape for what it keeps
 //   a model family, as "olmoe": moe__families; what is new about it becomes a feature that any
 //     family may have, read by the one forward pass; also moe__has
 //   a pre-tokenizer, as tekken: MOE__PASS, moe__text_pres
@@ -104,14 +104,19 @@
 // weight once.
 //
 // THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between
-// evals. Callbacks run on the calling thread and must return: an exception or a longjmp through
-// the library leaves the pool locked. A program that forks must not use the child's copy of a
-// session. A calling thread needs 128 KiB of stack (without optimization 512).
+// evals. Sessions with pools of their own run at the same time; those of one pool take turns.
+// Callbacks run on the calling thread and must return: an exception or a longjmp through the
+// library leaves the pool locked. should_stop runs in the middle of an eval: it can neither
+// evaluate with the same pool nor rewind a session that is being evaluated. on_text runs between
+// evals: it may do both, and generating goes on behind what it leaves. A program that forks must
+// not use the child's copy of a session. A calling thread needs 128 KiB of stack (without
+// optimization 512).
 //
 // BITS. A token's logits depend on the tokens before it alone: they have the same bits for any
 // number of threads, any schedule, any other sequences in the batch, and any cut of the input
-// into evals or batches. One exception: layers with latent attention expand keys in inputs of
-// 128 tokens and more, and round differently there: such inputs agree with each other. The
+// into evals or batches. One exception: layers with latent attention expand keys in evals of 128
+// tokens and more (if n_batch is as large) and round differently there: such evals agree with
+// each other. All this is with one instruction set and type of cache, see PRECISION. The
 // caller's floating-point environment (rounding, small numbers flushed to zero) has no part in
 // it, and is as before when a call returns.
 //
@@ -698,7 +703,7 @@ MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
 MOE_API int32_t moe_session_length(const moe_session *session);
 // Forgets all tokens from position `length` on, 0 <= length <= moe_session_length, and the logits
 // if any token is forgotten. Costs nothing; what comes next has the bits it would have had. Errors:
-// ARGUMENT.
+// ARGUMENT (also from should_stop of an eval of this session).
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
 
 // ---- sampling and generating -----------------------------------------------------------------
@@ -5824,6 +5829,23 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
 // The inner loops, as one table of functions per instruction set. The plain C table comes first:
 // it is the specification, and it runs where nothing better is there. Behind it lies one text of
 // vector kernels that this file includes from itself, once per instruction set.
+//
+//   plain C         a function per row of the table; its arithmetic is explained in >>types
+//   names, vectors  what the text is written in: two widths, one vocabulary; instruction sets
+//                   differ there and in few places marked MOE__ISA
+//   activations     floats to int8
+//   dot products    one vector: rows are read once, from memory, so that reading is what takes
+//                   time. By kind of type: floats, blocks of 256, interleaved rows, blocks of 32
+//   tiles           many vectors: rows are unpacked once, into the caller's `pack`, and multiplied
+//                   from registers; micro-kernels of 32 rows (16) times 2 to 6 vectors
+//   floats          norms, activations of experts, softmax
+//   attention       scores, weights and values of a chunk of keys, joined with those before
+//   picking a table what the processor has
+//
+// A kernel computes what it is told and nothing else: it allocates nothing, waits for nobody, knows
+// no threads, and reads no byte behind its rows and vectors. Plain C and vectors give the same bits
+// for quantized types; for floats each instruction set has an order of sums of its own, which does
+// not depend on how many rows or vectors there are.
 // ==============================================================================================
 
 enum {
@@ -5865,7 +5887,8 @@ MOE__INLINE size_t moe__kv_bytes(moe_kv_type type, int64_t n) {
 // Attention of some queries over some keys, by online softmax. Per query i there is a state: the
 // largest score so far max[i] (-inf at first), the sum of exp(score - max) so far sum[i] (0 at
 // first), and the weighted sum of values out[i], dv floats (0 at first), not yet divided by
-// sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1.
+// sum[i]. The call brings the state up to date with keys first[i] .. n_visible[i] - 1. If there are
+// none, the state of the query is neither read nor written: several queries may then have one out.
 //
 // It does so by chunks of MOE__ATTEND_KEYS keys: what is seen of a chunk gives a state of its
 // own, from nothing, which is then added to that of all keys before (attend_add). So the result
@@ -11801,7 +11824,7 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
 // What matrices read. Each has one of these vectors for its input; from that follow the forms in
 // which the vector is wanted (moe__acts), and nobody can hand a matrix another one.
 typedef enum moe__input {
-    MOE__IN_X,      // normed residual
+    MOE__IN_NORMED, // the residual, normed
     MOE__IN_MIXED,  // what a mixer has made of it, before attn_output
     MOE__IN_ROUTED, // hidden vectors of routed experts,
     MOE__IN_SHARED, // of shared ones,
@@ -14305,7 +14328,7 @@ typedef struct moe__layer {
     const moe__matrix *prefetch; // the one that the mixer reads first
     int is_moe;
     moe__matrix router;                            // ffn_gate_inp
-    const float *router_bias;                      // exp_probs_b: for choosing only
+    const float *probs_bias;                      // exp_probs_b: for choosing only
     moe__ffn experts, shared, dense;               // shared.gate.data NULL: none
     const float *shared_gate;                      // n_embd; NULL: weight 1
 } moe__layer;
@@ -15022,7 +15045,7 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
                                 moe__input hidden, int64_t n_ff, int64_t n_expert,
                                 double per_token, int required) {
     const int64_t n_embd = loader->model->info.n_embd, n = n_expert;
-    const moe__input x = MOE__IN_X;
+    const moe__input x = MOE__IN_NORMED;
     const double part = per_token;
     char gate[32], up[32], down[32], gate_up[32];
     moe__matrix fused;
@@ -15071,13 +15094,13 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
         return;
     }
     const double share = (double)info->n_expert_used / info->n_expert;
-    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_X, n_embd,
+    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_NORMED, n_embd,
                      info->n_expert, 1, 1, 1);
     if (moe__has(model, MOE__ROUTER_KEYS)) { // some files leave ".bias" out of the name
-        layer->router_bias =
+        layer->probs_bias =
             moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
-        if (!layer->router_bias)
-            layer->router_bias =
+        if (!layer->probs_bias)
+            layer->probs_bias =
                 moe__load_vector(loader, il, "exp_probs_b", "", info->n_expert, 1, 0);
     }
     moe__load_ffn(loader, &layer->experts, il, "_exps", MOE__IN_ROUTED, info->n_ff_exp,
@@ -15123,7 +15146,7 @@ MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
     else
         moe__load_matrix(loader, &model->output, -1, "output", MOE__IN_NONE, info->n_embd,
                          info->n_vocab, 1, 1, 1);
-    moe__load_input(loader, &model->output, MOE__IN_X);
+    moe__load_input(loader, &model->output, MOE__IN_NORMED);
     model->output_norm =
         moe__load_vector(loader, -1, "output_norm", "weight", info->n_embd, 1, 1);
     if (!loader->status && model->vocab && moe_vocab_size(model->vocab) > info->n_vocab)
@@ -15625,7 +15648,7 @@ MOE__INLINE void moe__eval_fit(moe__eval *e, const moe__matrix *matrix) {
     if (matrix->data) moe__acts_fit(&e->in[matrix->input], matrix->n_in);
 }
 
-// Turns a head of row t in a layer that turns.
+// Applies rope to a head of row t, if the layer has one.
 MOE__INLINE void moe__eval_turn(const moe__eval *e, const moe__layer *layer, int64_t t, float *x) {
     if (!layer->rope) return;
     const float *tables = e->n == 1 ? e->local->rope : e->work->rope + t * e->model->n_rope;
@@ -15668,7 +15691,7 @@ MOE__PRIVATE float *moe__memory_take_normed(moe__memory *memory, moe__input inpu
 // ==============================================================================================
 // >>mixers
 //
-// How a layer mixes tokens: from the normed residual (MOE__IN_X) to what attn_output reads
+// How a layer mixes tokens: from the normed residual (MOE__IN_NORMED) to what attn_output reads
 // (MOE__IN_MIXED). The formulas are on the first page of >>session. A mixer is a row of moe__mixers
 // at the end of this room; it is chosen layer by layer, and nothing outside of this room knows what
 // it does. It sees spans, the rows of a batch that belong to one sequence, and that sequence's
@@ -15698,9 +15721,10 @@ MOE__PRIVATE int32_t moe__mixer_rewind_positions(const moe_session *session, int
 
 // ---- attention over caches ------------------------------------------------------------------
 
-// A query sees the keys of its sequence up to its own position, or the last `window` of them: a
-// chunk that lies before the window is never read (moe__attention_chunk), in a chunk that the
-// window begins in the first keys are left out (moe__attend_args.first).
+// A query sees the keys of its sequence up to its own position, or the last `window` of them. An
+// item of queries begins at the chunk in which the window of its first query begins
+// (moe__attention_chunk): chunks before are not read. Within what is read each query has a first
+// key (moe__attend_args.first); a chunk that lies before it leaves the query as it was.
 //
 // Softmax without all scores at once (Milakov and Gimelshein, 2018; Dao et al., 2022): of the keys
 // seen so far one keeps the largest score M, the sum S of exp(score - M) and the weighted values O.
@@ -15712,21 +15736,21 @@ MOE__PRIVATE int32_t moe__mixer_rewind_positions(const moe_session *session, int
 // order (moe__attend_args).
 //
 // A work item is a block of queries that share a key-value head, over all chunks. Few queries
-// see all of them in one call of the kernel; of many, each call's see MOE__ATTEND_SPAN keys, so
+// see all of them in one call of the kernel; of many, each call's see MOE__ATTEND_CALL keys, so
 // that these stay in the cache for all queries. If that makes fewer items than threads, each
 // chunk becomes an item (its results are kept apart and added up behind a barrier), and then
 // blocks become smaller.
 
 enum {
     MOE__ATTEND_BLOCK = 256,              // most queries of a work item
-    MOE__ATTEND_SPAN = MOE__MLA_KEYS
+    MOE__ATTEND_CALL = MOE__MLA_KEYS
 };
 
 // Buffers of a thread, and results of single chunks, which are shared. The latter are what makes
 // a long context cost memory beside its cache: per chunk of 128 positions and head one result.
 typedef struct moe__attending {
-    float *q;                 // the queries of a call, side by side: rows of several heads would
-                              // be far apart, at places of the cache that exclude each other
+    float *q;                 // the queries of a call, side by side: those of several heads lie
+                              // apart by powers of 2, in the same sets of the processor's cache
     float **out;              // where their results go, what they see,
     int32_t *first, *n_visible;
     float *max, *sum;         // and of all queries of an item the states
@@ -15759,7 +15783,8 @@ typedef struct moe__attention {
     const moe__layer *layer;
     int il;
     const moe__attending *w;
-    int expand;            // which spans take part: those with the same
+    int expand;            // 1: of spans whose keys and values are expanded (latent attention,
+                           // long inputs); 0: of all others
     int64_t n_kv, group;   // key-value heads, and query heads of each
     int64_t dk, dv;
     const float *q;        // [row][n_kv * group][dk]; NULL: moe__gqa_query makes them,
@@ -15837,7 +15862,7 @@ typedef struct moe__item {
     int64_t chunk, chunk_end;
 } moe__item;
 
-// Where a thread is in the list of items, which nobody writes down
+// Where a thread is in the list of items, which is computed and not stored
 typedef struct moe__items {
     int32_t span;
     int64_t part, pair; // chunk, (block, head)
@@ -15939,7 +15964,7 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
     const int64_t n_k = (int64_t)layer->n_head_kv * layer->head_k;
     const int64_t n_v = (int64_t)layer->n_head_kv * layer->head_v;
     const int64_t n_out = (int64_t)layer->n_head * layer->head_v;
-    const moe__input x = MOE__IN_X;
+    const moe__input x = MOE__IN_NORMED;
     moe__matrix fused;
     memset(&fused, 0, sizeof fused);
     if (moe__load_matrix(loader, &fused, il, "attn_qkv", x, n_embd, n_q + n_k + n_v, 1, 1, 0)) {
@@ -16143,14 +16168,15 @@ MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) 
     const int64_t kv_lora = layer->kv_lora, dv = layer->head_v, rank = layer->q_lora;
     const int64_t nope = layer->head_k - layer->n_rot, n_q = n_head * layer->head_k;
     if (rank) {
-        moe__load_matrix(loader, &layer->q_a, il, "attn_q_a", MOE__IN_X, n_embd, rank, 1, 1, 1);
+        moe__load_matrix(loader, &layer->q_a, il, "attn_q_a", MOE__IN_NORMED, n_embd, rank, 1, 1,
+                         1);
         moe__load_matrix(loader, &layer->q_b, il, "attn_q_b", MOE__IN_Q_A, rank, n_q, 1, 1, 1);
         layer->q_a_norm = moe__load_vector(loader, il, "attn_q_a_norm", "weight", rank, 1, 1);
         if (layer->q_b.data) moe__load_slice(loader, &layer->q_b, 0, layer->head_k); // heads
     } else {
-        moe__load_matrix(loader, &layer->q, il, "attn_q", MOE__IN_X, n_embd, n_q, 1, 1, 1);
+        moe__load_matrix(loader, &layer->q, il, "attn_q", MOE__IN_NORMED, n_embd, n_q, 1, 1, 1);
     }
-    moe__load_matrix(loader, &layer->kv_a, il, "attn_kv_a_mqa", MOE__IN_X, n_embd,
+    moe__load_matrix(loader, &layer->kv_a, il, "attn_kv_a_mqa", MOE__IN_NORMED, n_embd,
                      kv_lora + layer->n_rot, 1, 1, 1);
     layer->kv_a_norm = moe__load_vector(loader, il, "attn_kv_a_norm", "weight", kv_lora, 1, 1);
     moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_head * dv, n_embd, 1,
@@ -16490,7 +16516,7 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
                              &at->sum[state], at->out + moe__attention_query(at, item, i) * at->dv);
     }
     for (int64_t key = item->chunk * MOE__ATTEND_KEYS, next; key < key_end; key = next) {
-        next = once ? key_end : key / MOE__ATTEND_SPAN * MOE__ATTEND_SPAN + MOE__ATTEND_SPAN;
+        next = once ? key_end : key / MOE__ATTEND_CALL * MOE__ATTEND_CALL + MOE__ATTEND_CALL;
         a.n_keys = (int32_t)(moe__min(next, key_end) - key);
         moe__attention_keys(e, at, item, key, &a);
         for (int64_t i = item->begin; i < item->end; i += MOE__ATTEND_QUERIES)
@@ -16522,8 +16548,9 @@ MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe
 
 // What comes between the projections and attention: queries and keys normed and turned, keys and
 // values stored. Many rows are shared by the threads, with a barrier, since a query sees keys of
-// rows that others stored. One row: each item makes its queries; if one item sees all of a head's
-// keys it stores the new one, too, and the barrier is saved.
+// rows that others stored. One row: each item makes its queries; if it holds all queries of a
+// key-value head, the item of the last chunk stores the new key, which no other item reads, and the
+// barrier is saved.
 MOE__PRIVATE void moe__gqa_prepare(moe__eval *e, const moe__layer *layer, int il,
                                    const moe__gqa *w, int store) {
     const int64_t n_head = layer->n_head, n_kv = layer->n_head_kv, dk = layer->head_k;
@@ -16733,8 +16760,16 @@ static const moe__mixer moe__mixers[MOE__N_MIXERS] = {
 // ==============================================================================================
 // >>load
 //
-// Opening a model: its parts are bound, its weights lie where they are read fast, and what that
-// took is recorded.
+// Opening a model: what >>model binds is called in its order, and the weights are brought to where
+// they are read fast. That is done by three means, each a wish that the system may refuse:
+//
+//   placing   (moe_model_options.numa) pages are moved to the memory node of the threads that will
+//             read them, or in turn to all nodes
+//   paging    (.pages) a mapping that is read slowly is copied to huge pages, see >>pages
+//   locking   (.mlock) pages stay in memory
+//
+// What came of them is recorded in moe_model_memory. Only after the tensors are known to be right:
+// a file that is refused costs no time.
 // ==============================================================================================
 
 // ---- placing the weights in memory -----------------------------------------------------------
@@ -16780,8 +16815,9 @@ MOE__PRIVATE void moe__place_pages(moe__place *p, uintptr_t from, uintptr_t to, 
     }
 }
 
-// Is a tensor read by rows that belong to threads? Of token_embd single rows are read, and heads
-// of attn_k_b and attn_v_b go around.
+// Whether each thread reads the same rows of a tensor all the time, so that they can be placed on
+// its node. Not of token_embd, of which single rows are read, nor of attn_k_b and attn_v_b, whose
+// heads change threads with the shape of a batch.
 MOE__PRIVATE int moe__place_has_owners(const moe_gguf_tensor *tensor) {
     return tensor->n_dims > 1 && !strstr(tensor->name, "token_embd.") &&
            !strstr(tensor->name, ".attn_k_b.") && !strstr(tensor->name, ".attn_v_b.");
@@ -17179,10 +17215,14 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 //     k_ij, v_ij = (K_i^T latent[j], rotated[j]), V_i latent[j]
 //     m_i = sum over j <= p of softmax_j(q_i . k_ij) v_ij                      |
 //
-// So one token takes 6 barriers per layer with gqa, 8 with mla, one before the first layer and one
-// behind the logits. One more comes where threads are too many for (head, chunk of keys) items to
-// be even (results of chunks are joined), where the schedule lets threads compute the same row of
-// Down for different experts, and where what is added to x is normed first (post norms).
+// So one token takes 6 barriers per layer with gqa, 8 with mla (a dense layer: one less), one
+// before the first layer and one behind the logits. One more each:
+//   gates of heads (attn_gate with gqa)
+//   items that are single chunks of keys, since heads alone are too few for the threads: their
+//     results are joined (gqa; mla joins them where V_i is applied)
+//   items smaller than a group of heads: the key is stored before any of them begins (gqa)
+//   a schedule that lets threads compute the same row of Down for different experts
+//   each norm behind a part (post norms: two)
 //
 // Why barriers and not a graph of tasks: between two of them all threads do the same thing to
 // different rows, so that which thread computes what is arithmetic, and a matrix' rows stay with
@@ -17201,7 +17241,7 @@ MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer
     if (!layer->shared_gate) return scale;
     e->kernels->type[MOE__INDEX_F32].dot((const uint8_t *)layer->shared_gate,
                                          (size_t)n * sizeof z, 1, n,
-                                         moe__acts_f32(&e->in[MOE__IN_X], t), &z);
+                                         moe__acts_f32(&e->in[MOE__IN_NORMED], t), &z);
     return scale / (1 + expf(-z));
 }
 
@@ -17210,7 +17250,7 @@ MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, int64_t 
     moe__work *work = e->work;
     const moe__router *router = &e->model->router;
     moe__router_select(e->kernels, router, work->router_logits + t * router->n_expert,
-                       layer->router_bias, work->experts + t * router->n_used,
+                       layer->probs_bias, work->experts + t * router->n_used,
                        work->expert_weights + t * router->n_used);
     work->shared_weights[t] = moe__route_shared(e, layer, t);
 }
@@ -17239,7 +17279,7 @@ MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
     if (e->n == 1) {
         memcpy(local->router_logits, work->router_logits,
                (size_t)router->n_expert * sizeof(float));
-        moe__router_select(e->kernels, router, local->router_logits, layer->router_bias,
+        moe__router_select(e->kernels, router, local->router_logits, layer->probs_bias,
                            local->experts, local->expert_weights);
         local->shared_weight = moe__route_shared(e, layer, 0);
         return;
@@ -17432,7 +17472,7 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     for (int32_t s = 0; s < work->n_spans; s++) n += work->spans[s].n_logits;
     if (n == 0) return;
     // One: each thread for itself
-    const moe__acts *x = n == 1 ? &e->local->in[MOE__IN_X] : &work->in[MOE__IN_X];
+    const moe__acts *x = n == 1 ? &e->local->in[MOE__IN_NORMED] : &work->in[MOE__IN_NORMED];
     moe__eval_share(e, n, 1, &begin, &end);
     const int64_t wanted = n;
     n = 0;
@@ -17493,7 +17533,7 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
         const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].prefetch : &model->output;
         if (e->thread == 0) moe__forward_ask(e->batch);
         // residual += attn_output mixed, mixed = mixer(norm(residual))
-        moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_X);
+        moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_NORMED);
         moe__eval_fit(e, &layer->o);
         sum = moe__forward_branch(e, layer->attn_post_norm);
         moe__mixers[layer->mixer].forward(e, layer, il);
@@ -17504,7 +17544,7 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
         moe__eval_barrier(e);
         moe__forward_join(e, layer->attn_post_norm);
         // residual += experts(norm(residual)), or the dense layer's network
-        moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_X);
+        moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_NORMED);
         sum = moe__forward_branch(e, layer->ffn_post_norm);
         moe__forward_ffn(e, layer, sum, next);
         moe__forward_join(e, layer->ffn_post_norm);
@@ -17581,7 +17621,7 @@ MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local 
     for (int i = 0; i <= MOE__IN_DENSE; i++) {
         const unsigned kinds = model->kinds[i] & ~(unsigned)MOE__ACTS_FLOATS;
         moe__acts_take(&local->in[i], arena, i == MOE__IN_ROUTED ? used : 1, model->widest[i],
-                       i == MOE__IN_X ? kinds | MOE__ACTS_FLOATS : kinds);
+                       i == MOE__IN_NORMED ? kinds | MOE__ACTS_FLOATS : kinds);
     }
     local->rope = moe__take_floats(arena, 1, model->n_rope);
     local->router_logits = moe__take_floats(arena, 1, info->n_expert);
@@ -18040,6 +18080,9 @@ MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, in
 // Every layer has a say: a mixer that remembers a state and not positions can only go back to
 // where it kept one.
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {
+    if (session && session->in_jobs)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot rewind a session that is being evaluated");
     if (!session || length < 0 || length > session->length)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",
                          (int)length, session ? (int)session->length : 0);

@@ -302,7 +302,7 @@ typedef struct attend_lane {
 static attend_lane *attend_lanes;
 
 // Keys of one call, as sessions make them: all of a token's, some of a prompt's
-static int32_t attend_keys(const shape *s) { return s->depth ? s->depth : MOE__ATTEND_SPAN; }
+static int32_t attend_keys(const shape *s) { return s->depth ? s->depth : MOE__ATTEND_CALL; }
 static int32_t attend_visible(const shape *s, int query) {
     return attend_keys(s) - (s->causal ? s->n_queries - 1 - query : 0);
 }

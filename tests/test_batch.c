@@ -286,6 +286,45 @@ TEST(callbacks_cannot_evaluate) {
     moe_model_close(model);
 }
 
+static struct {
+    moe_session *session;
+    moe_status status;
+    int calls;
+} rewinding;
+static int rewinding_call(void *user) {
+    (void)user;
+    rewinding.calls++;
+    rewinding.status = moe_session_rewind(rewinding.session, 0, NULL);
+    return 0;
+}
+
+// Rewinding would move the rows that are being stored: the session goes on as if nobody had tried.
+TEST(a_callback_cannot_rewind_a_session_that_is_evaluated) {
+    const int32_t tokens[4] = {2, 5, 7, 11};
+    moe_model *model = models_open(models_simple("qwen3moe_tiny", "f32"));
+    moe_session_options o;
+    CHECK(model != NULL);
+    if (!model) return;
+    memset(&o, 0, sizeof o);
+    memset(&rewinding, 0, sizeof rewinding);
+    o.n_ctx = 16;
+    moe_session *plain = moe_session_open(model, &o, NULL);
+    o.should_stop = rewinding_call;
+    rewinding.session = moe_session_open(model, &o, NULL);
+    for (int i = 0; i < 2; i++) {
+        CHECK(moe_session_eval(plain, tokens + 2 * i, 2, NULL) == MOE_OK);
+        CHECK(moe_session_eval(rewinding.session, tokens + 2 * i, 2, NULL) == MOE_OK);
+    }
+    CHECK(rewinding.calls > 0 && rewinding.status == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_length(rewinding.session) == 4);
+    CHECK(!memcmp(moe_session_logits(plain, -1), moe_session_logits(rewinding.session, -1),
+                  (size_t)moe_model_get_info(model)->n_vocab * sizeof(float)));
+    CHECK(moe_session_rewind(rewinding.session, 0, NULL) == MOE_OK);
+    moe_session_close(plain);
+    moe_session_close(rewinding.session);
+    moe_model_close(model);
+}
+
 // The memory of a further session of a pool is its cache; a context costs what is stored in it.
 TEST(sessions_share_buffers) {
     moe_model *model = models_open(models_simple("qwen3moe_tiny", "f32"));
@@ -315,7 +354,8 @@ TEST(sessions_share_buffers) {
     CHECK(!memcmp(moe_session_logits(large, -1), moe_session_logits(same, -1), n));
     // in turns: each finds its own buffers where another one's were
     for (int i = 0; i < 3; i++) {
-        CHECK(!moe_session_eval(large, &token, 1, NULL) && !moe_session_eval(same, &token, 1, NULL));
+        CHECK(!moe_session_eval(large, &token, 1, NULL));
+        CHECK(!moe_session_eval(same, &token, 1, NULL));
         CHECK(!memcmp(moe_session_logits(large, -1), moe_session_logits(same, -1), n));
     }
     moe_session_close(small);

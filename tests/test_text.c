@@ -1272,7 +1272,7 @@ TEST(tokens_between_files_end_a_text) {
     }
 }
 
-TEST(some_sets_of_tokens_make_end_and_channel_text) {
+TEST(what_ends_a_text_depends_on_the_other_tokens) {
     spec *s = &shared_spec;
     // Which of these make <|end|> and <|channel|> text.
     static const struct {

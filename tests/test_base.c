@@ -3,7 +3,7 @@
 #include "../moe_infer.h"
 #include "test.h"
 
-TEST(f16_round_trip) {
+TEST(every_f16_survives_a_round_trip_through_f32) {
     for (uint32_t i = 0; i < 65536; i++) {
         float x = moe__f16_to_f32((uint16_t)i);
         uint16_t back = moe__f32_to_f16(x);
@@ -56,7 +56,7 @@ TEST(bf16_rounds_to_nearest_even) {
             CHECK(moe__f32_to_bf16(moe__bf16_to_f32((uint16_t)i)) == i);
 }
 
-TEST(checked_sizes) {
+TEST(sizes_that_overflow_are_noticed) {
     uint64_t out;
     CHECK(moe__size_mul(1u << 31, 1u << 31, &out) && out == (uint64_t)1 << 62);
     CHECK(!moe__size_mul((uint64_t)1 << 33, (uint64_t)1 << 31, &out));
@@ -132,7 +132,7 @@ static size_t utf8_of(uint32_t code, char *out) {
     return n;
 }
 
-TEST(utf8_characters_cut_and_bad_ones) {
+TEST(utf8_tells_whole_characters_from_cut_and_bad_ones) {
     char text[8];
     uint32_t code;
     for (uint32_t wanted = 0; wanted < 0x110100; wanted++) {
@@ -165,7 +165,7 @@ TEST(utf8_characters_cut_and_bad_ones) {
 #define HIGHER(a, b) ((a) > (b))
 MOE__HEAP(test_heap, uint64_t, HIGHER)
 
-TEST(heaps_against_counting) {
+TEST(heaps_pop_the_highest_value_and_sort) {
     enum { MAX = 200, VALUES = 50 };
     uint64_t seed = 1, heap[MAX];
     for (int round = 0; round < 300; round++) {
@@ -194,7 +194,7 @@ TEST(heaps_against_counting) {
     }
 }
 
-TEST(splitmix64_of_the_paper) {
+TEST(splitmix64_gives_the_reference_implementations_numbers) {
     uint64_t seed = 1234567; // the reference implementation's numbers for this seed
     CHECK(moe__splitmix64(&seed) == 6457827717110365317u);
     CHECK(moe__splitmix64(&seed) == 3203168211198807973u);

@@ -5,7 +5,7 @@
 #include "models.h"
 
 // A token among others has the bits that it has alone, whatever the weights.
-TEST(tokens_alone_and_among_others) {
+TEST(a_token_has_the_same_bits_alone_and_among_others) {
     static const char *const configs[][2] = {
         {"t_mla_groups", "q8_0"},  {"qwen3moe_quant", "q4_K"}, {"qwen3moe_quant", "q2_K"},
         {"qwen3moe_quant", "q6_K"}, {"micro_oss", "f32"},      {"micro_qwen2", "f32"},
@@ -57,7 +57,7 @@ static int same_logits(const moe_session *a, const moe_session *b, int n, size_t
 
 // Up to eight sequences of different depths, prompts beside single tokens: each has the bits
 // that it has alone, whatever threads, schedule and instruction set.
-TEST(many_sequences) {
+TEST(sequences_have_the_same_bits_alone_and_together) {
     static const char *const configs[][2] = {
         {"t_mla_groups", "q8_0"}, {"qwen3moe_quant", "q4_K"}, {"micro_oss", "f32"},
         {"micro_qwen2", "f32"},   {"dsv3_quant", "q4_0"},     {"t_qwen_odd", "bf16"}};
@@ -121,7 +121,7 @@ TEST(many_sequences) {
 }
 
 // A context of several chunks of keys, cut in any way, with any number of threads
-TEST(cuts_of_long_inputs) {
+TEST(how_a_long_input_is_cut_changes_no_bit) {
     static const char *const configs[][2] = {{"qwen3moe_quant", "q4_K"}, {"micro_oss", "f32"},
                                              {"t_mla_groups", "q8_0"},   {"t_oss_wide", "f32"}};
     static const int cuts[][6] = {{1100}, {128, 972}, {600, 500}, {512, 200, 388}, {1099, 1}};
@@ -171,7 +171,7 @@ TEST(cuts_of_long_inputs) {
 static int many_stop(void *user) { return *(int *)user; }
 
 // Wrong jobs are left out, and say why; cancelling leaves all sessions as they were.
-TEST(jobs_that_are_wrong) {
+TEST(wrong_jobs_are_left_out_and_say_why) {
     moe_model *model = models_open(models_simple("qwen3moe_tiny", "f32"));
     moe_model *other = models_open(models_simple("qwen3moe_tiny", "f32"));
     const int32_t good[3] = {1, 2, 3}, bad[2] = {1, -1};

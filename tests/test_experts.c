@@ -285,7 +285,7 @@ static int64_t work_of(const moe__schedule_info *schedule, const moe__task *task
 
 // Balanced: no thread has more than a unit over the mean with one token, nor more than the most
 // expensive block with many; where rows of down are owned, 15/16 of the time are used.
-TEST(balanced_is_even) {
+TEST(the_balanced_schedule_shares_work_evenly) {
     static problem p;
     const moe__schedule_info *balanced = moe__schedule_find(MOE_SCHEDULE_BALANCED);
     for (int threads = 1; threads <= 256; threads++)
@@ -316,7 +316,7 @@ TEST(balanced_is_even) {
 }
 
 // Parallel: experts of one token go to groups of threads by their rank; else it is sequential.
-TEST(parallel_groups) {
+TEST(the_parallel_schedule_gives_experts_to_thread_groups) {
     static problem p;
     static int16_t owner[MAX_ENTRIES][MAX_ROWS], expected[MAX_ENTRIES][MAX_ROWS];
     const moe__schedule_info *parallel = moe__schedule_find(MOE_SCHEDULE_PARALLEL);

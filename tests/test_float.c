@@ -79,7 +79,7 @@ static void check_rms_norm(const moe__kernels *k, int64_t n, float size, int wei
     free(expected);
 }
 
-TEST(rms_norm) {
+TEST(rms_norm_matches_double_precision) {
     EACH_ISA(k)
     for (int i = 0; row_length(i); i++)
         for (int weighted = 0; weighted < 2; weighted++)
@@ -87,7 +87,7 @@ TEST(rms_norm) {
                 check_rms_norm(k, row_length(i), i % 2 ? 3.0f : 0.001f, weighted, in_place);
 }
 
-TEST(rms_norm_special) {
+TEST(rms_norm_handles_huge_values_zeros_and_nan) {
     static float x[7168], out[7168];
     EACH_ISA(k) {
         check_rms_norm(k, 300, 1e25f, 1, 0); // squares leave the range of floats
@@ -108,7 +108,7 @@ TEST(rms_norm_special) {
 
 static double silu(double x) { return x / (1 + exp(-x)); }
 
-TEST(swiglu) {
+TEST(swiglu_matches_double_precision) {
     EACH_ISA(k)
     for (int at = 0; row_length(at); at++) {
         const int64_t n = row_length(at);
@@ -130,7 +130,7 @@ TEST(swiglu) {
     }
 }
 
-TEST(swiglu_special) {
+TEST(swiglu_handles_nan_infinity_and_huge_gates) {
     float gate[17], up[17], out[17];
     EACH_ISA(k)
     for (int at = 0; at < 17; at++) { // in every lane and in the ragged end
@@ -163,7 +163,7 @@ static double swiglu_oai(double g, double u) {
 }
 
 // The product 1.702 g is rounded before the exponential: |1.702 g| times half an ulp.
-TEST(swiglu_oai) {
+TEST(swiglu_oai_matches_double_precision) {
     EACH_ISA(k)
     for (int at = 0; row_length(at); at++) {
         const int64_t n = row_length(at);
@@ -185,7 +185,7 @@ TEST(swiglu_oai) {
     }
 }
 
-TEST(swiglu_oai_special) {
+TEST(swiglu_oai_clamps_and_keeps_nan_in_its_lane) {
     const float gates[] = {7, 8, 3e38f, INFINITY, -3e38f, -40, 0, 1, 1, 1, 1, 1};
     const float ups[] = {1, 1, 1, 1, 1, 1, 1, 9, -9, INFINITY, -INFINITY, -1};
     float gate[17], up[17], out[17];
@@ -209,7 +209,7 @@ TEST(swiglu_oai_special) {
     }
 }
 
-TEST(softmax) {
+TEST(softmax_matches_double_precision_and_sums_to_1) {
     EACH_ISA(k)
     for (int at = 0; at < 76; at++) {
         const int64_t n = at < 70 ? at + 1 : at == 70 ? 128 : at == 71 ? 151936 : 100 + at;
@@ -243,7 +243,7 @@ static int count_nans(const float *x, int n) {
     return count;
 }
 
-TEST(softmax_special) {
+TEST(softmax_of_nan_or_only_minus_infinity_is_nan) {
     float x[50];
     EACH_ISA(k)
     for (int n = 1; n <= 50; n++) {
@@ -301,7 +301,7 @@ static void check_weigh(const moe__kernels *k, int n, float range, float least, 
     free(plain);
 }
 
-TEST(weigh) {
+TEST(weights_of_logits_have_the_bits_of_plain_c) {
     static const float ranges[] = {0, 1, 30, 900, 1e-30f, 1.7e38f};
     static const double scales[] = {1, 1.25, 1e-30, 1e30, 1 / 1.4e-45, 0.3};
     EACH_ISA(k)
@@ -314,7 +314,7 @@ TEST(weigh) {
     }
 }
 
-TEST(peaks) {
+TEST(peaks_are_the_largest_numbers_of_their_blocks) {
     static const float odd[] = {NAN, INFINITY, -INFINITY, -0.0f, 3e38f, -3e38f};
     EACH_ISA(k)
     for (int n = 1; n <= 5 * MOE__PEAK + 3; n++) {
@@ -338,7 +338,7 @@ TEST(peaks) {
     }
 }
 
-TEST(divide) {
+TEST(divide_gives_plain_quotients_and_stays_in_its_row) {
     float x[70], y[70];
     EACH_ISA(k)
     for (int n = 0; n <= 67; n++) {
@@ -349,7 +349,7 @@ TEST(divide) {
     }
 }
 
-TEST(axpy) {
+TEST(axpy_matches_double_precision) {
     EACH_ISA(k)
     for (int at = 0; row_length(at); at++) {
         const int64_t n = row_length(at);
@@ -382,7 +382,7 @@ static void check_halves(const moe__kernels *k, const float *x, int64_t n) {
     free(out);
 }
 
-TEST(f32_to_f16) {
+TEST(every_kernel_rounds_f32_to_f16_as_plain_c_does) {
     enum { N = 1 << 16, EACH = 9 };
     float *x = (float *)malloc(sizeof(float) * N * EACH);
     EACH_ISA(k) {
@@ -419,7 +419,7 @@ TEST(f32_to_f16) {
 }
 
 // Nothing before the row or behind it changes.
-TEST(rows_canaries) {
+TEST(row_kernels_write_nothing_outside_their_row) {
     enum { SIZE = 160, AT = 40 };
     float x[SIZE], y[SIZE], kept[SIZE];
     uint16_t halves[SIZE];
@@ -471,7 +471,7 @@ static void exp16(moe_isa isa, const float *x, float *out) {
     exp_avx2(x, out);
 }
 
-TEST(exponential) {
+TEST(the_exponential_is_exact_to_one_ulp) {
     EACH_ISA(k) {
         if (k->isa == MOE_ISA_SCALAR) continue;
         double worst = 0, where = 0;
@@ -544,7 +544,7 @@ static float row_value(const uint8_t *row, int kind, int c) {
 
 // Blocks of 32: every kernel gives the plain C bits, values within half a step and the rounding of
 // the scale; zeros, tiny and huge values, and what is not finite.
-TEST(f32_to_q8_0) {
+TEST(every_kernel_rounds_f32_to_q8_0_as_plain_c_does) {
     for (int i = 0; i < 400; i++) {
         float *x = guarded_floats(96);
         uint8_t *expected = (uint8_t *)guarded(102), *out = (uint8_t *)guarded(102);
@@ -773,7 +773,7 @@ static void check_shape(const moe__kernels *k, const shape *s) {
     attention_close(&a);
 }
 
-TEST(attend_shapes) {
+TEST(attention_is_exact_for_the_shapes_of_models) {
     enum { MOST = KEYS };
     const shape shapes[] = {
         {8, MOST, 128, 128, 0, 0, 0, 0},    {8, MOST, 128, 128, 0, 0, 0, 1792}, // GQA decode
@@ -798,7 +798,7 @@ TEST(attend_shapes) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_shape(k, &shapes[i]);
 }
 
-TEST(attend_ragged) {
+TEST(attention_is_exact_for_odd_widths_and_lengths) {
     const int widths[] = {1,  2,  3,  5,  7,  8,  9,  15, 16, 17, 20,
                           24, 31, 33, 48, 63, 64, 65, 80, 96, 112};
     const int keys[] = {1,  2,  3,  4,  5,  6,  7,  8,   9,   15,  16,
@@ -821,7 +821,7 @@ TEST(attend_ragged) {
 }
 
 // Blocks one after the other equal one softmax over all keys.
-TEST(attend_in_blocks) {
+TEST(attention_block_by_block_equals_one_softmax) {
     EACH_ISA(k)
     for (int i = 0; i < 24; i++) {
         const int n = 1 + random_below(32), dv = i % 3 > 1 ? 96 : 48;
@@ -881,7 +881,7 @@ static void attend_chunks(const moe__kernels *k, const attention *a, int begin, 
 }
 
 // However the chunks come: the same bits. With and without a sink, from windows, NaN included.
-TEST(attend_in_chunks) {
+TEST(attention_has_the_same_bits_however_chunks_come) {
     EACH_ISA(k)
     for (int i = 0; i < 60; i++) {
         const int n = 1 + random_below(32), n_keys = 1 + random_below(KEYS);
@@ -917,7 +917,7 @@ TEST(attend_in_chunks) {
 }
 
 // NaN in keys or values changes no bit for those who do not see them, and reaches those who do.
-TEST(attend_hidden_nan) {
+TEST(nan_reaches_only_queries_that_see_it) {
     EACH_ISA(k)
     for (int i = 0; i < 120; i++) {
         const int kind = i % 3, width = kind < 2 && i % 4 == 0 ? 20 : 64;
@@ -962,7 +962,7 @@ TEST(attend_hidden_nan) {
 }
 
 // A NaN query spoils itself only.
-TEST(attend_nan_query) {
+TEST(a_nan_query_spoils_only_itself) {
     EACH_ISA(k)
     for (int bad = 0; bad < 9; bad++) {
         const shape s = {9, 40, 32, 32, 0, 0, 0, 0};
@@ -981,7 +981,7 @@ TEST(attend_nan_query) {
 }
 
 // Scores of -inf count for nothing, whether alone, first, last or mixed with others.
-TEST(attend_minus_infinity) {
+TEST(scores_of_minus_infinity_count_for_nothing) {
     EACH_ISA(k)
     for (int f32 = 0; f32 < 2; f32++) {
         const shape s = {5, 70, 1, 20, f32, 0, 0, 0};
@@ -1020,7 +1020,7 @@ TEST(attend_minus_infinity) {
 }
 
 // A query that sees nothing keeps the bits of its state.
-TEST(attend_untouched) {
+TEST(a_query_that_sees_nothing_keeps_its_state) {
     EACH_ISA(k)
     for (int i = 0; i < 20; i++) {
         const shape s = {6, 90, 64, i % 3 > 1 ? 64 : 68, i % 3, 0, 3, 0};
@@ -1044,7 +1044,7 @@ TEST(attend_untouched) {
 
 // A state that begins with a sink (max = its score, sum = 1, nothing in out) gives a softmax
 // with one more score, whose value is 0.
-TEST(attend_sink) {
+TEST(a_sink_is_one_more_score_with_value_0) {
     EACH_ISA(k)
     for (int i = 0; i < 30; i++) {
         const shape s = {6, 90, 64, 68, i % 2, 0, i % 7, 0};
@@ -1077,7 +1077,7 @@ TEST(attend_sink) {
 }
 
 // Large scores: no overflow, whether the largest comes in the first block or in the last.
-TEST(attend_large_scores) {
+TEST(large_scores_do_not_overflow) {
     EACH_ISA(k)
     for (int step = 0; step < 2; step++) {
         const shape s = {4, 100, 16, 16, 1, 0, 0, 0};

@@ -141,7 +141,7 @@ static moe_generate_options options(text *t, int max_tokens) {
 // ---- tests -----------------------------------------------------------------------------------
 
 // Greedy text is that of the largest logits, whatever the number of tokens.
-TEST(greedy_is_argmax) {
+TEST(greedy_text_is_that_of_the_largest_logits) {
     static char bytes[MAX_TEXT];
     static text t;
     static const int counts[] = {1, 2, 3, 10, 100, 400};
@@ -168,7 +168,7 @@ TEST(greedy_is_argmax) {
 }
 
 // A second call goes on behind what the session holds.
-TEST(goes_on) {
+TEST(a_second_call_goes_on_behind_the_first) {
     static char bytes[MAX_TEXT];
     static text t;
     static const int32_t second[] = {10, 11, 12};
@@ -198,7 +198,7 @@ static int on_text_length(void *user, const char *data, size_t size) {
     seen_length = moe_session_length((moe_session *)user);
     return 1;
 }
-TEST(in_pieces) {
+TEST(generating_in_pieces_gives_the_same_text) {
     static char bytes[MAX_TEXT];
     static text t;
     int32_t tokens[64];
@@ -224,7 +224,7 @@ TEST(in_pieces) {
 }
 
 // An empty prompt: from the logits that are there, without evaluating anything twice.
-TEST(empty_prompt) {
+TEST(an_empty_prompt_goes_on_from_the_logits_there) {
     static text whole, t;
     moe_generate_result result;
     if (!open_model()) return;
@@ -250,7 +250,7 @@ TEST(empty_prompt) {
 }
 
 // Until the context is full: it is used up, and no further.
-TEST(context) {
+TEST(the_context_is_used_up_and_no_further) {
     static text t;
     moe_generate_result result;
     if (!open_model()) return;
@@ -278,7 +278,7 @@ TEST(context) {
 }
 
 // The callback ends it at the first, second, ... piece; what came is what would have come.
-TEST(callback_stops) {
+TEST(the_callback_can_stop_at_any_piece) {
     static text whole, t;
     moe_generate_result result;
     if (!open_model()) return;
@@ -300,7 +300,7 @@ TEST(callback_stops) {
 static int stop_at_once(void *user) { return ++*(int *)user > 30; }
 
 // The session's own way to stop counts as the caller's.
-TEST(session_stops) {
+TEST(the_sessions_own_stop_counts_as_the_callers) {
     static text t;
     moe_session_options s;
     moe_generate_result result;
@@ -341,7 +341,7 @@ static size_t find(const text *t, const char *stop) {
 
 // Stop strings cut out of the text at every place and of several lengths: the text ends where
 // the string begins.
-TEST(stop_strings) {
+TEST(text_ends_where_a_stop_string_begins) {
     static text whole, t;
     moe_generate_result result;
     if (!open_model()) return;
@@ -370,7 +370,7 @@ TEST(stop_strings) {
 }
 
 // Text that might have been the beginning of a stop string is not lost at the end.
-TEST(held_back) {
+TEST(text_held_back_is_not_lost_at_the_end) {
     static text whole, t;
     moe_generate_result result;
     if (!open_model()) return;
@@ -396,7 +396,7 @@ TEST(held_back) {
 }
 
 // A character that is not complete at the end becomes U+FFFD: that may complete a stop string.
-TEST(a_stop_string_that_the_end_completes) {
+TEST(the_end_of_a_text_may_complete_a_stop_string) {
     static text whole, t;
     moe_generate_result result;
     int tried = 0;
@@ -427,7 +427,7 @@ TEST(a_stop_string_that_the_end_completes) {
 }
 
 // Nothing can be chosen if no logit is a number: an error, not token 0 until the limit.
-TEST(logits_that_are_not_numbers) {
+TEST(logits_that_are_not_numbers_are_an_error) {
     static text t;
     moe_generate_result result;
     moe_error error;
@@ -468,7 +468,7 @@ static void sample(moe_session *session, uint64_t seed, float temperature, int m
     moe_sampler_close(sampler);
 }
 
-TEST(seeds) {
+TEST(the_same_seed_gives_the_same_text) {
     static text a, b;
     moe_generate_result result;
     if (!open_model()) return;
@@ -489,7 +489,7 @@ TEST(seeds) {
 
 // Ends at the end-of-text token, or not; shows control tokens, or not. With the same seed all
 // give the same text as far as they go.
-TEST(end_of_text) {
+TEST(text_ends_at_the_end_token_unless_ignored) {
     static text stopped, went_on, shown;
     moe_generate_result result;
     int ended = 0;
@@ -517,7 +517,7 @@ TEST(end_of_text) {
     moe_session_close(session);
 }
 
-TEST(wrong_calls) {
+TEST(wrong_calls_are_refused) {
     static text t;
     moe_generate_result result;
     moe_error error;
@@ -562,7 +562,7 @@ TEST(wrong_calls) {
 }
 
 // From a text: what moe_generate makes of its tokens, and BOS in front of the first one only.
-TEST(from_a_text) {
+TEST(a_text_generates_what_its_tokens_do) {
     static text expected, t;
     static const char *const turns[2] = {"Hello there", ", and again"};
     moe_generate_result result = {MOE_STOP_LIMIT, 0, 0, 0, 0, 0}, from_text;
@@ -586,7 +586,7 @@ TEST(from_a_text) {
     moe_session_close(b);
 }
 
-TEST(from_a_text_wrong_calls) {
+TEST(wrong_calls_with_a_text_are_refused) {
     static text t;
     static char longer[1000];
     moe_generate_result result;
@@ -614,7 +614,7 @@ TEST(from_a_text_wrong_calls) {
     moe_session_close(session);
 }
 
-TEST(reasons_in_words) {
+TEST(every_stop_reason_has_words_of_its_own) {
     for (int i = 0; i <= MOE_STOP_CONTEXT; i++)
         for (int k = 0; k <= i; k++)
             CHECK((k == i) == !strcmp(moe_stop_reason_text((moe_stop_reason)i),
@@ -624,7 +624,7 @@ TEST(reasons_in_words) {
 
 // ---- memory ----------------------------------------------------------------------------------
 
-TEST(takes_no_memory) {
+TEST(generating_takes_no_memory_and_a_text_gives_it_back) {
     static text t;
     meter m;
     moe_model_options mo;
@@ -664,7 +664,7 @@ TEST(takes_no_memory) {
 }
 
 // The last test gives back what the others shared.
-TEST(close) {
+TEST(the_last_test_gives_back_the_shared_model) {
     moe_model_close(the_model);
     the_model = NULL;
 }

@@ -231,7 +231,7 @@ static void put_good_file(bytes *b, uint32_t version) {
     CHECK(b->size == start + 1100);
 }
 
-TEST(good_file) {
+TEST(a_good_file_is_read_in_both_versions) {
     bytes b;
     memset(&b, 0, sizeof b);
     for (uint32_t version = 2; version <= 3; version++) {
@@ -296,7 +296,7 @@ static void check_value(const moe_gguf *gguf, const char *key, uint64_t i, const
     if (ok && flag) CHECKF(got_flag == atoi(flag), "%s", key);
 }
 
-TEST(typed_access) {
+TEST(values_are_read_as_types_that_hold_them) {
     bytes b;
     memset(&b, 0, sizeof b);
     put_good_file(&b, 3);
@@ -350,7 +350,7 @@ TEST(typed_access) {
     release(&b);
 }
 
-TEST(strings) {
+TEST(strings_are_read_one_after_another) {
     bytes b;
     memset(&b, 0, sizeof b);
     put_good_file(&b, 3);
@@ -391,7 +391,7 @@ TEST(strings) {
 
 // ---- hostile headers -------------------------------------------------------------------------
 
-TEST(bad_arguments) {
+TEST(bad_arguments_are_refused) {
     moe_error error;
     moe_gguf_options options;
     memset(&error, 0, sizeof error);
@@ -413,7 +413,7 @@ TEST(bad_arguments) {
     }
 }
 
-TEST(bad_header) {
+TEST(bad_headers_are_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     EXPECT_BAD(&b, MOE_ERROR_FORMAT, 0, "", "not a GGUF file"); // 0 bytes
@@ -461,7 +461,7 @@ TEST(bad_header) {
 }
 
 // More entries than the reader's constant, in a file that is large enough to hold them.
-TEST(bad_counts_beyond_the_limit) {
+TEST(more_entries_than_the_limit_are_refused) {
     size_t size = 24 + (size_t)33 * (MOE__GGUF_MAX_ENTRIES + 2);
     uint8_t *data = (uint8_t *)calloc(1, size);
     moe_error error;
@@ -491,7 +491,7 @@ static uint64_t begin_value(bytes *b, const char *key, uint32_t type) {
     return b->size;
 }
 
-TEST(bad_keys) {
+TEST(bad_keys_are_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     static const uint64_t lengths[] = {100,
@@ -537,7 +537,7 @@ TEST(bad_keys) {
     release(&b);
 }
 
-TEST(bad_value_types) {
+TEST(bad_types_of_values_are_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     static const uint32_t types[] = {13, 14, 255, 1u << 31, UINT32_MAX};
@@ -562,7 +562,7 @@ TEST(bad_value_types) {
     release(&b);
 }
 
-TEST(bad_value_sizes) {
+TEST(values_larger_than_the_file_are_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     static const uint64_t huge[] = {UINT64_MAX,
@@ -603,7 +603,7 @@ TEST(bad_value_sizes) {
     release(&b);
 }
 
-TEST(alignment) {
+TEST(data_starts_at_an_alignment_that_is_a_power_of_two) {
     bytes b;
     memset(&b, 0, sizeof b);
     static const uint32_t bad[] = {0, 3, 33, 96, 1u << 21, 1u << 31, UINT32_MAX};
@@ -662,7 +662,7 @@ static void one_tensor(bytes *b, const char *name, uint32_t n_dims, uint64_t ne0
     put_zeros(b, data);
 }
 
-TEST(bad_tensor_names) {
+TEST(bad_names_of_tensors_are_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     char name[66];
@@ -697,7 +697,7 @@ TEST(bad_tensor_names) {
     release(&b);
 }
 
-TEST(bad_shapes) {
+TEST(bad_shapes_are_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     static const uint32_t dims[] = {0, 5, 6, 1u << 31, UINT32_MAX};
@@ -750,7 +750,7 @@ TEST(bad_shapes) {
     release(&b);
 }
 
-TEST(bad_types) {
+TEST(types_that_do_not_fit_a_tensor_are_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     // rows that no whole number of blocks fills, though the tensor would
@@ -794,7 +794,7 @@ TEST(bad_types) {
     release(&b);
 }
 
-TEST(bad_offsets) {
+TEST(unaligned_offsets_and_those_beyond_the_end_are_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     uint64_t field = 24 + 8 + 4 + 4 + 8 + 4; // where the offset lies
@@ -833,7 +833,7 @@ TEST(bad_offsets) {
 }
 
 // Of tensors that share bytes a small file could hold any number: refused, whatever their order.
-TEST(overlapping_tensors) {
+TEST(tensors_that_overlap_are_refused) {
     static const struct {
         uint64_t at[4], n[4]; // offsets and numbers of floats; 0: of an unknown type
         int blamed;           // -1: nobody
@@ -887,7 +887,7 @@ static int is_shown(const char *text) {
     return 1;
 }
 
-TEST(hostile_text_in_errors) {
+TEST(errors_show_no_control_characters_of_a_file) {
     static const char *const texts[] = {
         "\33[2J\33]0;title\7", "a\r\nb\tc", "\x7f\x7f", "\xC2\x9B" "31m", "\xC2\x80",
         "\x9B" "31m", "\xFF\xFE", "\xC0\x80", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xE4\xB8",
@@ -945,7 +945,7 @@ TEST(hostile_text_in_errors) {
 
 // ---- exhaustive damage -----------------------------------------------------------------------
 
-TEST(truncation_at_every_byte) {
+TEST(a_file_cut_at_any_byte_is_refused) {
     bytes b;
     memset(&b, 0, sizeof b);
     put_good_file(&b, 3);
@@ -960,7 +960,7 @@ TEST(truncation_at_every_byte) {
     release(&b);
 }
 
-TEST(flip_of_every_byte) {
+TEST(a_flip_of_any_byte_does_no_harm) {
     bytes b;
     memset(&b, 0, sizeof b);
     put_good_file(&b, 3);
@@ -981,7 +981,7 @@ TEST(flip_of_every_byte) {
     release(&b);
 }
 
-TEST(out_of_memory_at_every_allocation) {
+TEST(any_allocation_of_opening_may_fail) {
     bytes b;
     memset(&b, 0, sizeof b);
     put_good_file(&b, 3);
@@ -1033,7 +1033,7 @@ static uint64_t steps_of_names(int n) {
 }
 
 // Many names with a long common prefix.
-TEST(many_names) {
+TEST(many_names_take_n_log_n) {
     CHECK_GROWTH(steps_of_names(80000), steps_of_names(10000), N_LOG_N, "names", 80000);
 }
 
@@ -1091,7 +1091,7 @@ static void expect_file(const char *path, moe_status status, const char *where, 
 }
 #define EXPECT_FILE(path, status, where, text) expect_file(path, status, where, text, __LINE__)
 
-TEST(file_errors) {
+TEST(files_that_cannot_be_read_are_refused_with_a_reason) {
     bytes b;
     memset(&b, 0, sizeof b);
     CHECK(make_folder());
@@ -1137,7 +1137,7 @@ static int on_progress(void *user, float fraction) {
     return p->n_calls != p->cancel_at;
 }
 
-TEST(file_sources) {
+TEST(every_way_to_read_a_file_gives_the_same) {
     bytes b;
     memset(&b, 0, sizeof b);
     CHECK(make_folder());
@@ -1240,7 +1240,7 @@ static void remove_split(void) {
     unlink(in_folder("m-00003-of-00003.gguf"));
 }
 
-TEST(split_good) {
+TEST(a_split_model_is_read_as_one) {
     split_part parts[3];
     CHECK(make_folder());
     for (int without = 0; without < 2; without++) { // a first part without tensors
@@ -1288,7 +1288,7 @@ TEST(split_good) {
     CHECK(rmdir(folder) == 0);
 }
 
-TEST(split_bad) {
+TEST(parts_that_do_not_belong_together_are_refused) {
     split_part parts[3];
     CHECK(make_folder());
     const char *first = "m-00001-of-00003.gguf";
@@ -1352,7 +1352,7 @@ TEST(split_bad) {
     CHECK(rmdir(folder) == 0);
 }
 
-TEST(split_out_of_memory) {
+TEST(any_allocation_of_opening_parts_may_fail) {
     split_part parts[3];
     counter c;
     CHECK(make_folder());
@@ -1382,7 +1382,7 @@ TEST(split_out_of_memory) {
 }
 
 // Cutting any part of a split model at any byte.
-TEST(split_truncation) {
+TEST(a_split_model_cut_at_any_byte_is_refused) {
     split_part parts[3];
     CHECK(make_folder());
     good_split(parts);
@@ -1416,7 +1416,7 @@ TEST(split_truncation) {
 
 // ---- the table of types ----------------------------------------------------------------------
 
-TEST(type_table) {
+TEST(the_table_of_types_is_sorted_and_consistent) {
     int n = (int)(sizeof moe__gguf_types / sizeof moe__gguf_types[0]);
     for (int i = 0; i < n; i++) {
         const moe__gguf_type *type = &moe__gguf_types[i];
@@ -1431,7 +1431,7 @@ TEST(type_table) {
 }
 
 // The bytes of tensors {2 blocks, 16, 3} of every type; a byte less is too few.
-TEST(tensor_sizes) {
+TEST(tensors_of_every_type_have_their_size) {
     bytes b;
     memset(&b, 0, sizeof b);
     int n = (int)(sizeof moe__gguf_types / sizeof moe__gguf_types[0]);
@@ -1450,7 +1450,7 @@ TEST(tensor_sizes) {
 }
 
 // Against the fact sheet: | id | name | block | bytes | row_meta | bits or R=n | | id | ...
-TEST(type_table_against_the_sheet) {
+TEST(the_table_of_types_agrees_with_the_sheet) {
     FILE *file = fopen("../shared/spec/quants.md", "rb");
     if (!file) SKIP("../shared/spec/quants.md is missing");
     char line[1024];
@@ -1523,7 +1523,7 @@ TEST(wrong_kinds_are_named) {
     release(&b);
 }
 
-TEST(vocabulary_files) {
+TEST(vocabulary_files_open_with_all_their_tokens) {
     static const char *names[] = {"deepseek-coder", "deepseek-llm", "gpt-2", "llama-bpe",
                                   "llama-spm",      "phi-3",        "qwen2"};
     static const uint64_t n_tokens[] = {32256, 102400, 50257, 128256, 32000, 32064, 151936};

@@ -108,7 +108,7 @@ static void check_dot(const moe__kernels *k, const moe__type *t, const uint8_t *
 
 // ---- dot -------------------------------------------------------------------------------------
 
-TEST(dot_general) {
+TEST(dot_kernels_have_the_bits_of_plain_c) {
     static float x[MAX_N];
     EACH_ISA EACH_TYPE for (const int *n = lengths(t); *n; n++) {
         for (int i = 0; i < *n; i++) x[i] = random_f32();
@@ -147,7 +147,7 @@ static int level_eighths(int i) {
 
 static int level_small(int i) { return i % 32 ? (int)(random_u32() % 3) - 1 : 0; }
 
-TEST(dot_exact) {
+TEST(dot_kernels_add_integers_exactly) {
     EACH_ISA EACH_TYPE for (int pass = 0; pass < 40; pass++) {
         int step = t->block == 1 ? 32 : t->block, n = step * (1 + pass % (step == 256 ? 3 : 19));
         const void *act = exact_activations(t->act, n, pass % 2 ? level_random : level_small);
@@ -157,7 +157,7 @@ TEST(dot_exact) {
 }
 
 // One block of extreme levels, scales and mins; sums reach their bounds.
-TEST(dot_extremes) {
+TEST(dot_kernels_bear_extreme_levels_and_scales) {
     static int (*const levels[])(int) = {level_high, level_low, level_mixed, level_half};
     static const uint8_t fill[] = {0xFF, 0x00, 0x80, 0x7F, 0xF0, 0x0F, 0x08, 0x88};
     EACH_ISA EACH_TYPE for (int i = 0; i < 8 * 9 * 4 && t->block > 1; i++) {
@@ -176,7 +176,7 @@ TEST(dot_extremes) {
 }
 
 // One block of random extreme bytes: the parts of a sum cancel each other or reach their bounds.
-TEST(dot_one_block) {
+TEST(dot_kernels_bear_blocks_of_random_extremes) {
     static const uint8_t fill[] = {0xFF, 0x00, 0x80, 0x7F, 0xAA, 0x55};
     EACH_ISA EACH_TYPE for (int pass = 0; pass < 600 && t->block > 1; pass++) {
         int (*level)(int) = pass % 4 == 0 ? level_random : pass & 1 ? level_mixed : level_eighths;
@@ -190,7 +190,7 @@ TEST(dot_one_block) {
 }
 
 // A row's result has the same bits whatever rows are computed with it.
-TEST(dot_groups) {
+TEST(a_rows_dot_does_not_depend_on_other_rows) {
     static float x[MAX_N];
     EACH_ISA EACH_TYPE {
         int n = t->block == 256 ? 768 : t->block == 1 ? 75 : t->block * 15;
@@ -213,7 +213,7 @@ TEST(dot_groups) {
 }
 
 // NaN and infinity in a scale (or a weight) spoil their own row, those in activations every row.
-TEST(dot_not_finite) {
+TEST(nan_in_a_weight_spoils_its_row_in_activations_all) {
     static float x[MAX_N];
     static const float values[] = {NAN, INFINITY, -INFINITY};
     EACH_ISA EACH_TYPE for (int v = 0; v < 3; v++) {
@@ -244,7 +244,7 @@ TEST(dot_not_finite) {
 
 // Weights of 0 count as 0, however large their scale: the offset of unsigned levels is taken out of
 // exact integers. One activation meets a weight of another block, all others the zeros.
-TEST(dot_zeros_of_large_scale) {
+TEST(weights_of_0_count_as_0_whatever_their_scale) {
     static const struct {
         moe_type type;
         int size, data, bytes, scale, more; // of a block; its zeros from byte `data` on
@@ -288,7 +288,7 @@ TEST(dot_zeros_of_large_scale) {
 }
 
 // Groups of rows that do not lie one right after another, at odd addresses.
-TEST(dot_row_size) {
+TEST(rows_may_lie_apart_and_at_odd_addresses) {
     static float x[MAX_N];
     EACH_ISA EACH_TYPE {
         enum { N = 512, GROUPS = 5 };
@@ -322,7 +322,7 @@ static void check_quantize(const moe__kernels *k, int kind, const float *values,
            what);
 }
 
-TEST(quantize_bitwise) {
+TEST(quantizing_activations_has_the_bits_of_plain_c) {
     static float x[MAX_N];
     EACH_ISA for (int kind = 0; kind < MOE__ACT_KINDS; kind++) {
         int step = kind == MOE__ACT_Q32 ? 32 : kind == MOE__ACT_Q256 ? 256 : 1;
@@ -355,7 +355,7 @@ TEST(quantize_bitwise) {
 
 // ---- dequantize ------------------------------------------------------------------------------
 
-TEST(dequantize_bitwise) {
+TEST(dequantizing_has_the_bits_of_plain_c) {
     static float expected[MOE__GROUP_ROWS * MAX_N];
     EACH_ISA EACH_TYPE for (const int *n = lengths(t); *n; n++)
         for (int pass = 0; pass < 6; pass++) {
@@ -378,7 +378,7 @@ TEST(dequantize_bitwise) {
 }
 
 // Every f16 and every bf16 number.
-TEST(dequantize_all_halves) {
+TEST(every_f16_and_bf16_number_is_dequantized) {
     EACH_ISA EACH_TYPE {
         const int type = (int)(t - moe__types);
         if (t->id != MOE_TYPE_F16 && t->id != MOE_TYPE_BF16) continue;

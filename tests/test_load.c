@@ -98,7 +98,7 @@ static int names_tensor(const moe_error *error, const char *tensor) {
     return ends_with(error->where, ".weight") || strchr(error->where, '.') != NULL;
 }
 
-TEST(untouched) {
+TEST(unchanged_files_of_every_form_run) {
     for (int b = 0; b < MODELS_FORMS; b++) {
         edit_file e;
         CHECK(edit_open(&e, models_form(b)));
@@ -109,7 +109,7 @@ TEST(untouched) {
 }
 
 // Each tensor left out in turn.
-TEST(missing_tensors) {
+TEST(a_missing_tensor_is_named) {
     for (int b = 0; b < MODELS_FORMS; b++) {
         edit_file e;
         CHECK(edit_open(&e, models_form(b)));
@@ -179,7 +179,7 @@ static void reshape(edit_tensor *t, int how) {
     }
 }
 
-TEST(misshapen_tensors) {
+TEST(a_misshapen_tensor_is_refused_by_name) {
     int exact = 0, all = 0;
     for (int b = 0; b < MODELS_FORMS; b++) {
         edit_file e;
@@ -215,7 +215,7 @@ TEST(misshapen_tensors) {
 
 // Types that the library knows but cannot compute with, and ids that nobody knows, on each
 // tensor.
-TEST(unsupported_types) {
+TEST(unsupported_types_are_refused_by_name) {
     static const uint32_t types[] = {3, 6, 20, 39, 38, 9999, 0x7FFFFFFF};
     for (int b = 0; b < MODELS_FORMS; b++) {
         edit_file e;
@@ -255,7 +255,7 @@ static edit_tensor *add_tensor(edit_file *e, const char *name, uint32_t type) {
 
 // Tensors that nothing needs may be of any type and shape: those of layers that are not run,
 // what looks at images, scales of activations.
-TEST(spare_tensors) {
+TEST(tensors_that_nothing_needs_may_be_anything) {
     static const char *const names[] = {"v.patch_embd.weight", "mm.0.weight",
                                         "v.blk.0.attn_q.weight", "blk.0.attn_output.input_scale",
                                         "blk.1.ffn_down_exps.input_scale"};
@@ -284,7 +284,7 @@ TEST(spare_tensors) {
 }
 
 // Any other tensor that is not used changes what the model should compute: refused by name.
-TEST(unused_tensors) {
+TEST(any_other_unused_tensor_is_refused_by_name) {
     static const char *const names[] = {
         "blk.0.attn_sinks.weight", "blk.1.attn_sinks.weight", "blk.0.exp_probs_b.bias",
         "blk.1.exp_probs_b", "blk.0.post_attention_norm.weight", "blk.1.post_ffw_norm.weight",
@@ -320,7 +320,7 @@ TEST(unused_tensors) {
 }
 
 // Latent attention reads some matrices in two forms, of which one could not add a bias.
-TEST(biases_of_latent_attention) {
+TEST(biases_of_matrices_with_two_forms_are_refused) {
     static const char *const names[] = {"blk.1.attn_k_b.bias", "blk.1.attn_v_b.bias",
                                         "blk.1.attn_kv_b.bias"};
     for (int b = 1; b <= 2; b++) {
@@ -339,7 +339,7 @@ TEST(biases_of_latent_attention) {
 }
 
 // What is kept as floats must not become many times larger than the file.
-TEST(coarse_vectors) {
+TEST(vectors_of_very_coarse_types_are_refused) {
     static const char *const names[] = {"blk.0.attn_norm.weight", "output_norm.weight"};
     edit_file e;
     CHECK(edit_open(&e, models_simple("qwen3moe_quant", "q8_0")));
@@ -436,7 +436,7 @@ TEST(a_small_file_cannot_ask_for_gigabytes) {
 }
 
 // A file with more layers than it counts.
-TEST(uncounted_layers) {
+TEST(more_layers_than_are_counted_are_refused) {
     static const uint32_t one = 1;
     edit_file e;
     CHECK(edit_open(&e, models_form(0)));
@@ -448,7 +448,7 @@ TEST(uncounted_layers) {
 }
 
 // Keys that ask for what there is not.
-TEST(refused_keys) {
+TEST(keys_that_ask_for_what_there_is_not_are_refused) {
     static const struct {
         int broken;
         const char *key;
@@ -482,7 +482,7 @@ TEST(refused_keys) {
 }
 
 // Odd numbers where each of them counts: sinks may be anything, factors of frequencies not.
-TEST(odd_weights) {
+TEST(sinks_may_be_any_number_but_factors_may_not) {
     static const float sinks[] = {-INFINITY, -1e30f, 1e30f, INFINITY, NAN};
     static const float factors[] = {1, -2, 1e-20f, 0, 1e-40f, NAN};
     float values[8];
@@ -593,7 +593,7 @@ static void check_value(edit_file *e, int i, uint32_t type, const void *data, si
     e->values[i] = old;
 }
 
-TEST(odd_values) {
+TEST(odd_values_of_keys_are_refused_or_run) {
     for (int b = 0; b < MODELS_FORMS; b++) {
         edit_file e;
         CHECK(edit_open(&e, models_form(b)));
@@ -625,7 +625,7 @@ TEST(odd_values) {
 }
 
 // Pairs of hyper-parameters that fit each other but no machine.
-TEST(odd_pairs) {
+TEST(odd_pairs_of_values_are_refused_or_run_small) {
     static const uint32_t values[] = {0, 1, 4, 1000000, 0x7FFFFFFF, 0xFFFFFFFF};
     for (int b = 0; b < 2; b++) {
         edit_file e;
@@ -660,7 +660,7 @@ static size_t put_text(uint8_t *out, const char *text) {
     return n + 8;
 }
 
-TEST(families_and_tokenizers) {
+TEST(unknown_families_and_tokenizers_are_refused) {
     uint8_t text[400];
     char longest[320];
     edit_file e;
@@ -698,7 +698,7 @@ TEST(families_and_tokenizers) {
 }
 
 // Models without a vocabulary: token ids only.
-TEST(no_vocabulary) {
+TEST(a_model_without_a_vocabulary_takes_token_ids) {
     static const char *const names[] = {"test", "none", "no_vocab", NULL};
     for (int i = 0; i < 4; i++) {
         uint8_t text[32];
@@ -753,7 +753,7 @@ static void write_file(const char *path, const void *data, size_t size) {
     }
 }
 
-TEST(bad_files) {
+TEST(bad_files_are_refused) {
     moe_error error;
     clear_error(&error);
     CHECK(moe_model_open(NULL, NULL, &error) == NULL && error.status == MOE_ERROR_ARGUMENT);
@@ -769,7 +769,7 @@ TEST(bad_files) {
 }
 
 // A file that ends too early: mapped, read, and from memory.
-TEST(truncated_files) {
+TEST(a_file_that_ends_too_early_is_refused) {
     edit_file e;
     CHECK(edit_open(&e, models_form(1)));
     size_t data = (size_t)(e.tensors[0].data - e.bytes);
@@ -808,7 +808,7 @@ static int accept(void *user, float fraction) {
 }
 
 // Every way to get the weights gives the same logits; loading can be cancelled.
-TEST(ways_to_load) {
+TEST(every_way_to_load_gives_the_same_logits) {
     const char *path = models_simple("t_mla_groups", "q8_0");
     float *expected = NULL;
     int32_t tokens[20];
@@ -844,7 +844,7 @@ TEST(ways_to_load) {
 
 // ---- options and memory ----------------------------------------------------------------------
 
-TEST(model_options) {
+TEST(wrong_options_are_refused) {
     moe_model_options o;
     moe_error error;
     for (int wrong = 0; wrong < 4; wrong++) {
@@ -862,7 +862,7 @@ TEST(model_options) {
 }
 
 // On any machine every way works; on one with one node numa is OFF and costs nothing.
-TEST(numa_options) {
+TEST(every_numa_option_works_on_any_machine) {
     float *expected = NULL;
     int32_t tokens[20];
     moe_session_options s;
@@ -899,7 +899,7 @@ static uint64_t locked_kib(void) {
     const char *line = strstr(text, "VmLck:");
     return line ? strtoull(line + 6, NULL, 10) : 0;
 }
-TEST(locked_in_memory) {
+TEST(mlock_locks_a_model_until_it_is_closed) {
     moe_model_options o;
     if (MODELS_SLOW) SKIP("sanitizers lock nothing");
     for (int copy = 0; copy < 2; copy++) {
@@ -919,7 +919,7 @@ TEST(locked_in_memory) {
 
 // Two nodes that are both this machine's: every page is touched, moved "there" and counted. One
 // that does not exist: the system refuses, and that is all.
-TEST(placing_on_made_up_nodes) {
+TEST(pages_are_placed_on_nodes_that_exist) {
     moe__machine machine;
     moe_model_options o;
     moe_error error;
@@ -997,7 +997,7 @@ static void check_model_memory(const char *path, int read) {
     }
 }
 
-TEST(model_out_of_memory) {
+TEST(any_allocation_of_opening_may_fail) {
     check_model_memory(models_simple("micro", "f32"), 0);
     check_model_memory(models_simple("micro", "f32"), 1);
     check_model_memory(models_form(1), 0);

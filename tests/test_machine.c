@@ -70,7 +70,7 @@ static void two_sockets(void) {
     }
 }
 
-TEST(two_sockets_with_hardware_threads) {
+TEST(threads_take_cores_first_then_hardware_threads) {
     const int order[] = {0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15};
     moe__machine m;
     moe__nodes nodes;
@@ -103,7 +103,7 @@ TEST(two_sockets_with_hardware_threads) {
     end_machine();
 }
 
-TEST(affinity_cuts_out_a_part) {
+TEST(affinity_limits_what_is_counted) {
     moe__machine m;
     if (!begin_machine()) SKIP("cannot write files");
     two_sockets();
@@ -122,7 +122,7 @@ TEST(affinity_cuts_out_a_part) {
     end_machine();
 }
 
-TEST(odd_machines) {
+TEST(odd_machines_are_read_without_harm) {
     moe__machine m;
     moe__nodes nodes;
     if (!begin_machine()) SKIP("cannot write files");
@@ -163,7 +163,7 @@ TEST(odd_machines) {
     CHECK(nodes.n == 1 && nodes.first[1] == 3 && moe__machine_processor(&m, &nodes, 2) == 0);
 }
 
-TEST(more_nodes_than_we_count) {
+TEST(nodes_beyond_the_limit_keep_their_processors) {
     moe__machine m;
     if (!begin_machine()) SKIP("cannot write files");
     put("/sys/devices/system/node/online", "0-79\n");
@@ -209,7 +209,7 @@ TEST(threads_are_spread_in_blocks) {
 
 // ---- quotas ----------------------------------------------------------------------------------
 
-TEST(quota_texts) {
+TEST(quotas_are_rounded_up_and_junk_is_ignored) {
     const char *texts[] = {"max 100000\n", "150000 100000\n", "50000 100000", "", "junk", "100 0",
                            "-1 100000", "99999999999999 1", "nan 5", "900000 100000"};
     const int counts[] = {8, 2, 1, 8, 8, 8, 8, 8, 8, 8};
@@ -222,7 +222,7 @@ TEST(quota_texts) {
     CHECK(moe__machine_quota("/nonexistent", 5) == 5);
 }
 
-TEST(quotas_of_nested_groups) {
+TEST(the_least_quota_of_nested_groups_counts) {
     if (!begin_machine()) SKIP("cannot write files");
     put("/proc/self/cgroup", "0::/a/b/c\n");
     put("/sys/fs/cgroup/a/b/c/cpu.max", "max 100000\n");
@@ -238,7 +238,7 @@ TEST(quotas_of_nested_groups) {
     end_machine();
 }
 
-TEST(quotas_of_version_1) {
+TEST(quotas_of_version_1_groups_count) {
     if (!begin_machine()) SKIP("cannot write files");
     put("/proc/self/cgroup", "12:memory:/x\n5:cpuacct,cpu:/docker/abc\n3:cpuset:/y\n0::/\n");
     put("/sys/fs/cgroup/cpu/docker/abc/cpu.cfs_quota_us", "-1\n");
@@ -259,7 +259,7 @@ TEST(quotas_of_version_1) {
 
 // ---- free memory -----------------------------------------------------------------------------
 
-TEST(memory_that_groups_leave) {
+TEST(the_group_with_the_least_memory_left_counts) {
     const uint64_t mib = 1 << 20;
     if (!begin_machine()) SKIP("cannot write files");
     CHECK(moe__machine_memory("/nonexistent") == UINT64_MAX);
@@ -288,7 +288,7 @@ TEST(memory_that_groups_leave) {
     end_machine();
 }
 
-TEST(memory_that_groups_of_version_1_leave) {
+TEST(memory_limits_of_version_1_groups_count) {
     const uint64_t mib = 1 << 20;
     if (!begin_machine()) SKIP("cannot write files");
     put("/proc/meminfo", "MemAvailable:   8192000 kB\n");
@@ -310,7 +310,7 @@ TEST(memory_that_groups_of_version_1_leave) {
 }
 
 // In a process of its own: limits cannot be raised again.
-TEST(memory_that_limits_leave) {
+TEST(limits_of_the_process_bound_its_memory) {
     if (!begin_machine()) SKIP("cannot write files");
     put("/proc/meminfo", "MemAvailable:   8192000 kB\n");
     put("/proc/self/statm", "25600 9 9 9 0 12800 0\n"); // 100 MiB, of it 50 MiB data
@@ -337,7 +337,7 @@ TEST(memory_that_limits_leave) {
 
 // ---- this machine ----------------------------------------------------------------------------
 
-TEST(this_machine) {
+TEST(this_machine_is_read_consistently) {
     moe__machine m;
     const int n = moe__machine_affinity(mask);
     CHECK(n >= 1 && n <= sysconf(_SC_NPROCESSORS_ONLN));
@@ -363,7 +363,7 @@ TEST(policies_can_be_set_and_set_back) {
     CHECK(moe__policy_set(&before) && moe__policy_get(&now) && now.mode == before.mode);
 }
 
-TEST(pages_that_lie_on_a_node) {
+TEST(pages_move_to_a_node_and_tell_where_they_lie) {
     moe__machine m;
     const size_t page = moe__machine_page();
     moe__machine_affinity(mask);

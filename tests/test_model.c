@@ -231,14 +231,14 @@ static void check_quantized(const char *config, const char *type, int kvb, int n
 
 // Every feature in F32: routing, shared experts, leading dense layers, YaRN, head sizes, ...
 // (MLA has another form for more than about 128 new tokens.)
-TEST(small_f32) {
+TEST(small_f32_models_match_the_naive_pass) {
     for (int i = 0; i < SYNTH_N_CONFIGS; i++)
         if (is_small(&synth_configs[i]))
             check_float(models_simple(synth_configs[i].name, "f32"),
                         synth_configs[i].kv_lora ? 140 : 50, 1);
 }
 
-TEST(small_f16) {
+TEST(small_f16_and_bf16_models_match_the_naive_pass) {
     for (int i = 0; i < SYNTH_N_CONFIGS; i++)
         if (is_small(&synth_configs[i]))
             check_float(models_simple(synth_configs[i].name, i % 2 ? "f16" : "bf16"), 40, 0);
@@ -246,7 +246,7 @@ TEST(small_f16) {
 
 // Every quantized type and mix. Rows that do not fit a type's blocks are of another one, so that
 // types meet in one model.
-TEST(small_quantized) {
+TEST(quantized_models_are_near_the_naive_pass) {
     static const char *const configs[] = {"qwen3moe_quant", "dsv3_quant", "dsv2_ragged"};
     static const char *const types[] = {"q4_0", "q8_0", "q4_K", "q5_K", "q6_K", "q4_K_M",
                                         "q5_K_M"};
@@ -258,7 +258,7 @@ TEST(small_quantized) {
 
 // attn_kv_b alone, its two halves, all three; with either set of keys; in two dimensions or
 // three. The weights are the same, so the truth is.
-TEST(mla_generations) {
+TEST(all_forms_of_latent_attention_match_the_naive_pass) {
     static const char *const configs[] = {"t_mla_groups", "t_mla_plain", "dsv3_tiny"};
     for (int c = 0; c < 3; c++) {
         double *first = NULL;
@@ -343,7 +343,7 @@ static void check_int8(const char *path, double limit) {
     subject_close(&s);
 }
 
-TEST(int8_activations) {
+TEST(activations_of_8_bits_match_a_naive_pass_with_them) {
     static const char *const types[] = {"q4_0", "q8_0", "q4_K", "q5_K", "q6_K", "q4_K_M", "q5_K_M"};
     for (int t = 0; t < 7; t++) {
         synth_config c = *synth_find("dsv3_quant");
@@ -407,7 +407,7 @@ static void check_other_type(edit_file *e, edit_tensor *t, uint32_t type, int *n
     *t = old;
 }
 
-TEST(other_types) {
+TEST(any_tensor_may_be_of_any_type_or_is_refused) {
     static const uint32_t types[] = {MOE_TYPE_F16, MOE_TYPE_BF16, MOE_TYPE_Q8_0, MOE_TYPE_Q4_0};
     static const int forms[] = {SYNTH_KVB_FUSED, SYNTH_KVB_FUSED, SYNTH_KVB_SPLIT, SYNTH_KVB_FUSED,
                                 SYNTH_KVB_FUSED};
@@ -430,20 +430,20 @@ TEST(other_types) {
 }
 
 // All forms at once in a quantized file: Q8_0 of the same values.
-TEST(mla_generations_quantized) {
+TEST(quantized_latent_attention_is_near_the_naive_pass) {
     check_quantized("dsv3_quant", "q4_K", SYNTH_KVB_BOTH, 40, 1.5e-3);
     check_quantized("dsv3_quant", "q8_0", SYNTH_KVB_FUSED, 150, 1.5e-3);
     check_quantized("dsv2_ragged", "q6_K", SYNTH_KVB_SPLIT, 150, 2e-4);
 }
 
 // More keys than one block of the attention holds, and prompts that begin behind others.
-TEST(deep_cache) {
+TEST(more_keys_than_a_block_match_the_naive_pass) {
     check_float(models_simple("micro", "f32"), MODELS_SLOW ? 600 : 1300, !MODELS_SLOW);
     check_float(models_simple("micro_mla", "f32"), MODELS_SLOW ? 600 : 1300, !MODELS_SLOW);
 }
 
 // Windows of every kind: shorter and longer than a block of keys, all there is, one key.
-TEST(windows) {
+TEST(windows_of_any_size_match_the_naive_pass) {
     static const int windows[] = {1, 2, 100, 511, 512, 513, 700, 0x7FFFFFFF};
     for (int i = 0; i < (MODELS_SLOW ? 3 : 8); i++) {
         synth_config c = *synth_find(i % 2 ? "t_oss_wide" : "micro_oss");
@@ -555,7 +555,7 @@ static void form_fuse(edit_file *e, int layer, const char *fused, const char *co
 
 // Old Mixtral files hold one tensor per expert; new files may hold gate and up, or query, key
 // and value in one: the same bits.
-TEST(fused_and_split_tensors) {
+TEST(fused_and_split_tensors_give_the_same_bits) {
     static const char *const qkv[] = {"attn_q.weight", "attn_k.weight", "attn_v.weight"};
     static const char *const qkv_bias[] = {"attn_q.bias", "attn_k.bias", "attn_v.bias"};
     static const char *const gate_up[] = {"ffn_gate_exps.weight", "ffn_up_exps.weight"};
@@ -604,7 +604,7 @@ TEST(fused_and_split_tensors) {
 }
 
 // Keys that few files have.
-TEST(rare_keys) {
+TEST(rare_keys_match_the_naive_pass) {
     const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
     float bound = 0.5f, factors[8];
     edit_file e;
@@ -641,7 +641,7 @@ static void form_set(edit_file *e, const char *key, uint32_t type, const void *v
 }
 
 // Keys of many families: groups of experts, layers that predict, a bias under its other name.
-TEST(keys_of_any_family) {
+TEST(keys_of_many_families_work_in_each) {
     const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
     static const uint32_t one = 1, two = 2;
     static const char *const configs[] = {"micro", "micro_mixtral", "micro_qwen2", "micro_oss"};
@@ -681,7 +681,7 @@ TEST(keys_of_any_family) {
 }
 
 // Which layers of gpt-oss have a window: an array, a period, none of both.
-TEST(window_patterns) {
+TEST(a_pattern_says_which_layers_have_a_window) {
     static const struct {
         uint32_t n, values[3]; // n 0: a period
     } patterns[] = {{3, {0, 1, 0}}, {3, {0, 0, 1}}, {2, {0, 1, 0}}, {0, {3, 0, 0}}, {0, {1, 0, 0}},
@@ -710,7 +710,7 @@ TEST(window_patterns) {
 }
 
 // Layers with a window may have a rope base of their own.
-TEST(rope_base_of_windows) {
+TEST(layers_with_a_window_may_have_their_own_rope_base) {
     static const float base = 777;
     double turned[2][8];
     for (int own = 0; own < 2; own++) {
@@ -772,7 +772,7 @@ static void check_halves(const edit_file *e, const char *label, double *differen
 }
 
 // NAME.scale of every matrix of latent attention, for all heads or each; {1} in real files.
-TEST(scales_of_latent_attention) {
+TEST(scales_of_latent_attention_count) {
     static const float scales[2] = {2, 0.75f};
     static const char *const names[] = {"attn_kv_b.scale", "attn_k_b.scale", "attn_v_b.scale",
                                         "attn_q_a.scale", "attn_q_b.scale", "attn_kv_a_mqa.scale",
@@ -802,7 +802,7 @@ TEST(scales_of_latent_attention) {
 }
 
 // token_embd is read by rows, and as output if there is no other; an output has its own scale.
-TEST(scales_of_embeddings) {
+TEST(scales_of_embeddings_and_outputs_count) {
     static const float scales[1] = {1.7f};
     const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
     for (int tied = 0; tied < 2; tied++) {
@@ -831,7 +831,7 @@ TEST(scales_of_embeddings) {
 }
 
 // deepseek2: queries far from the start times 1 + scale ln(floor(position / length) + 1).
-TEST(temperature) {
+TEST(temperature_scales_queries_far_from_the_start) {
     static const float scale = 0.7f;
     static const uint32_t length = 30;
     double plain = 0;
@@ -845,7 +845,7 @@ TEST(temperature) {
 }
 
 // A scale belongs to NVFP4 weights, whatever the family.
-TEST(nvfp4_scales) {
+TEST(scales_of_nvfp4_weights_count_in_every_family) {
     static const char *const configs[] = {"micro", "micro_mixtral", "micro_qwen2", "micro_olmoe",
                                           "micro_oss", "micro_mla"};
     static const float scales[8] = {3, 0.4f, 2, 1.5f, 3, 0.4f, 2, 1.5f};
@@ -916,7 +916,7 @@ TEST(nvfp4_scales) {
 }
 
 // Small files of ../shared/cases: what became of public reports.
-TEST(cases) {
+TEST(files_of_public_reports_run_or_are_refused_by_name) {
     static const char *const run[] = {"01_plain", "01_temperature", "07_plain", "07_pattern",
                                       "08_yarn_nolog"};
     char path[128];
@@ -956,7 +956,7 @@ static void form_grow(edit_file *e, int layer, const char *name, int columns, in
 // Head counts of each layer: one with twice as many heads, of which the new ones do not count
 // (attn_output multiplies them with 0) gives the same bits. An array that is too short is
 // refused, and so are counts that do not go together.
-TEST(heads_by_layer) {
+TEST(layers_may_have_different_numbers_of_heads) {
     const size_t bytes = FORM_TOKENS * 264 * sizeof(float);
     uint8_t heads[28], heads_kv[28];
     edit_file e;
@@ -1007,7 +1007,7 @@ TEST(heads_by_layer) {
 
 // attn_kv_b alone: its keys' half is transposed at opening, in the type of its floats: the bits
 // of a file with attn_k_b and attn_v_b. Of quantized ones a Q8_0 is made; its bytes are counted.
-TEST(transposed_keys) {
+TEST(keys_transposed_at_opening_have_the_same_bits) {
     static const char *const types[] = {"f32", "f16", "bf16", "q8_0"};
     for (int i = 0; i < 4; i++) {
         float *x[2] = {NULL, NULL};
@@ -1049,7 +1049,7 @@ TEST(transposed_keys) {
 }
 
 // 1 to 8 experts per token, of few and of many.
-TEST(experts_used) {
+TEST(any_number_of_experts_matches_the_naive_pass) {
     for (int used = 1; used <= 8; used++) {
         for (int many = 0; many < 2; many++) {
             synth_config c = *synth_find(used % 2 ? "t_mla_nobias" : "micro");
@@ -1121,7 +1121,7 @@ static void check_cuts(const char *path) {
 }
 
 // Thread counts up to more than any matrix has rows; the first one twice, for a second run.
-TEST(same_bits) {
+TEST(the_number_of_threads_changes_no_bit) {
     static const int all[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 40}, few[] = {1, 2, 5};
     static const struct {
         const char *config, *type;
@@ -1139,7 +1139,7 @@ TEST(same_bits) {
 }
 
 // With many keys, several threads may share one head.
-TEST(same_bits_deep) {
+TEST(the_number_of_threads_changes_no_bit_of_deep_caches) {
     static const int threads[] = {1, 2, 3, 7};
     check_bits(models_simple("micro", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
     check_bits(models_simple("micro_mla", "f32"), MOE_ISA_BEST, MOE_KV_F16, 1300, 433, threads, 4);
@@ -1151,7 +1151,7 @@ TEST(same_bits_deep) {
 
 // Rows of one to three blocks, few queries per key and many, MLA absorbed and expanded, several
 // blocks of keys; any number of threads gives the same bits.
-TEST(q8_0_cache) {
+TEST(q8_0_caches_match_and_ignore_threads_and_cuts) {
     static const int threads[] = {1, 2, 3, 4, 5};
     for (int i = 0; i < 6; i++) {
         synth_config c = *synth_find(i < 4 ? "micro" : "micro_mla");
@@ -1211,7 +1211,7 @@ static void check_rewind(const char *path, moe_isa isa) {
     moe_model_close(model);
 }
 
-TEST(rewind) {
+TEST(a_rewound_session_is_as_one_that_never_saw_more) {
     for (int i = 0; i < 3; i++) {
         check_rewind(models_simple("qwen3moe_quant", "q4_K_M"), models_isas[i]);
         check_rewind(models_simple("dsv3_quant", "q4_0"), models_isas[i]);
@@ -1222,7 +1222,7 @@ TEST(rewind) {
 
 // Which rows of logits there are, with and without keep_all_logits; that the last one does not
 // depend on it.
-TEST(kept_logits) {
+TEST(logits_are_kept_of_all_tokens_or_the_last) {
     moe_model *model = models_open(models_simple("qwen3moe_quant", "q8_0"));
     moe_session_options o;
     int32_t tokens[30];
@@ -1289,7 +1289,7 @@ static void check_isas(const char *path) {
     subject_close(&s);
 }
 
-TEST(isas_agree) {
+TEST(instruction_sets_agree_but_for_rounding) {
     for (int t = 0; t < SYNTH_N_TYPES; t++) {
         if (!moe_type_supported((moe_type)synth_types[t].id)) continue;
         check_isas(models_simple("qwen3moe_quant", synth_types[t].name));
@@ -1299,7 +1299,7 @@ TEST(isas_agree) {
 }
 
 // Facts about a model that do not need a run.
-TEST(info) {
+TEST(a_models_info_agrees_with_its_file) {
     moe_model *model = models_open(models_simple("dsv3_quant", "q4_K"));
     CHECK(model != NULL);
     if (!model) return;
@@ -1324,7 +1324,7 @@ TEST(info) {
 // ---- the generator and the naive pass themselves ---------------------------------------------
 
 // Tensors of every type have the spread that was asked for, and no mean to speak of.
-TEST(synth_values) {
+TEST(synthetic_tensors_have_the_spread_asked_for) {
     for (int i = 0; i < SYNTH_N_TYPES; i++) {
         if (!moe_type_supported((moe_type)synth_types[i].id)) continue;
         moe_error error;
@@ -1416,7 +1416,7 @@ static const char *const families[] = {"deepseek2", "gpt-oss",  "llama",
                                        "olmoe",     "qwen2moe", "qwen3moe"};
 
 // The naive pass gives llama.cpp's logits: it may judge the engine.
-TEST(naive_golden) {
+TEST(the_naive_pass_gives_llama_cpps_logits) {
     check_naive(GOLDEN "logits/dsv2.gguf", GOLDEN "logits/tokens512.txt",
                 GOLDEN "logits/dsv2.logits.f32");
     check_naive(GOLDEN "logits/dsv3.gguf", GOLDEN "logits/tokens512.txt",
@@ -1453,7 +1453,7 @@ static void check_golden(const char *model, const char *tokens, const char *expe
 }
 
 #define GOLDEN_LOGITS(name)                                                               \
-    TEST(golden_##name) {                                                                 \
+    TEST(logits_of_##name##_match_llama_cpp) {                                            \
         check_golden(GOLDEN "logits/" #name ".gguf", GOLDEN "logits/tokens512.txt",       \
                      GOLDEN "logits/" #name ".logits.f32", limit_f32);                    \
     }
@@ -1464,7 +1464,7 @@ GOLDEN_LOGITS(mixtral)
 GOLDEN_LOGITS(qwen2moe)
 GOLDEN_LOGITS(olmoe)
 GOLDEN_LOGITS(gptoss)
-TEST(golden_families) {
+TEST(logits_of_other_families_match_llama_cpp) {
     for (int i = 0; i < 6; i++) {
         char model[128], expected[128];
         snprintf(model, sizeof model, GOLDEN "families/%s.gguf", families[i]);
@@ -1475,7 +1475,7 @@ TEST(golden_families) {
 
 // What the architectures of today make of layers: windows by array, layers without rope, with
 // another one, scales, norms behind, gates. Whole, one by one and in pieces.
-TEST(golden_archs) {
+TEST(logits_of_todays_architectures_match_llama_cpp) {
     static const char *const archs[] = {"afmoe",  "deepseek2",  "dots1", "exaone-moe",
                                         "gpt-oss", "granitemoe", "llama", "mellum",
                                         "olmoe",  "qwen2moe",   "qwen3moe"};
@@ -1549,13 +1549,13 @@ static void check_long(const char *name) {
     golden_close(&g);
 }
 
-TEST(golden_long_dsv2) {
+TEST(dsv2_matches_llama_cpp_behind_5000_tokens) {
     if (MODELS_SLOW) SKIP("too slow with a sanitizer");
     check_long("dsv2");
 }
-TEST(golden_long_dsv3) { check_long("dsv3"); }
-TEST(golden_long_qwen3moe) { check_long("qwen3moe"); }
-TEST(golden_long_gptoss) { check_long("gptoss"); }
+TEST(dsv3_matches_llama_cpp_behind_5000_tokens) { check_long("dsv3"); }
+TEST(qwen3moe_matches_llama_cpp_behind_5000_tokens) { check_long("qwen3moe"); }
+TEST(gptoss_matches_llama_cpp_behind_5000_tokens) { check_long("gptoss"); }
 
 // A quantized model against its weights in F32: as close as 1.5 times llama.cpp's own distance,
 // by the median row. A type that cannot be run yet is refused with its name and the tensor's.
@@ -1597,7 +1597,7 @@ static void check_golden_quantized(const char *name) {
     golden_close(&g);
 }
 
-TEST(golden_quantized) {
+TEST(quantized_models_are_about_as_near_as_llama_cpps) {
     static const char *const names[] = {
         "dsv3.IQ4_XS",      "dsv3.Q2_K",          "dsv3.Q4_K_M",     "qwen3moe.BF16",
         "qwen3moe.IQ2_K",   "qwen3moe.IQ2_K_R4",  "qwen3moe.IQ3_S",  "qwen3moe.IQ4_K",

@@ -186,7 +186,7 @@ TEST(rope_turns_pairs) {
 }
 
 // YaRN: the fastest dimension keeps its frequency, the slowest is divided by the factor.
-TEST(rope_scaling) {
+TEST(yarn_scales_slow_dimensions_and_keeps_fast_ones) {
     moe__rope rope;
     moe__rope_scaling s;
     double frequency[32];
@@ -212,7 +212,7 @@ TEST(rope_scaling) {
 }
 
 // Chunks added up in order equal one softmax over all keys; a sink is a key whose value is 0.
-TEST(adding_chunks) {
+TEST(chunks_added_in_order_equal_one_softmax) {
     enum { CHUNKS = 5, PER = 7, DV = 20 };
     const moe__kernels *kernels = moe__kernels_get(MOE_ISA_BEST);
     float score[CHUNKS][PER], value[CHUNKS][PER][DV];

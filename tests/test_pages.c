@@ -491,7 +491,7 @@ TEST(a_copy_can_be_cancelled) {
 }
 
 // Every allocation of opening fails once; without a team the caller's thread does the work.
-TEST(without_memory_for_a_team) {
+TEST(without_memory_for_a_team_the_caller_does_the_work) {
     for (int way = 0; way < 4; way++) {
         long n_opened = 0;
         for (long fail_at = 1;; fail_at++) {

@@ -90,11 +90,11 @@ TEST(barriers_separate_rounds) {
     }
 }
 
-TEST(fewer_threads_than_the_pool_has) {
+TEST(jobs_may_use_fewer_threads_than_the_pool_has) {
     for (int active = 1; active <= 6; active++) run_counting(6, active, 30, 5);
 }
 
-TEST(changing_numbers_of_threads_between_jobs) {
+TEST(jobs_may_use_changing_numbers_of_threads) {
     moe_pool_options options;
     memset(&options, 0, sizeof options);
     options.n_threads = 7;
@@ -434,7 +434,7 @@ TEST(small_jobs_use_all_nodes) {
     }
 }
 
-TEST(groups_at_a_barrier) {
+TEST(groups_at_a_barrier_are_even_and_at_most_16) {
     for (int nodes = 1; nodes <= 8; nodes++)
         for (int n = 1; n <= MOE_MAX_THREADS; n++) {
             const int leaf = moe__pool_leaf(n, nodes);
@@ -448,7 +448,7 @@ TEST(groups_at_a_barrier) {
 }
 
 // A pool whose threads count as those of two nodes.
-TEST(barriers_over_two_nodes) {
+TEST(barriers_over_two_nodes_separate_rounds) {
     moe_pool_options options;
     memset(&options, 0, sizeof options);
     for (options.n_threads = 8; options.n_threads <= 40; options.n_threads += 8) {
@@ -555,7 +555,7 @@ TEST(waiting_is_counted_for_those_who_wait) {
 }
 
 // Who spins in vain soon does not spin, tries again now and then, and comes back.
-TEST(spinning_adapts) {
+TEST(spinning_adapts_to_how_often_it_pays) {
     moe__worker w;
     const double most = 50e-6;
     memset(&w, 0, sizeof w);

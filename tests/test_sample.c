@@ -30,7 +30,7 @@ static moe_sampler *open_sampler(const moe_sampler_options *options, int n) {
     return sampler;
 }
 
-TEST(sampler_arguments) {
+TEST(wrong_arguments_of_samplers_are_refused) {
     static const float bad[] = {NAN, INFINITY, -INFINITY, -1, -1e-30f};
     static const char *names[] = {"temperature", "top_p", "min_p", "repeat_penalty"};
     for (int field = 0; field < 4; field++)
@@ -76,7 +76,7 @@ TEST(sampler_arguments) {
     moe_sampler_close(sampler);
 }
 
-TEST(sampler_memory) {
+TEST(sampling_takes_no_memory_and_opening_may_fail) {
     meter m;
     float logits[100];
     memset(&m, 0, sizeof m);
@@ -106,7 +106,7 @@ TEST(sampler_memory) {
 }
 
 // Whoever needs few candidates takes little memory, whatever the vocabulary.
-TEST(sampler_memory_sizes) {
+TEST(few_candidates_take_little_memory) {
     enum { N = 151936, BLOCKS = (N + MOE__PEAK - 1) / MOE__PEAK };
     static const struct {
         float temperature, top_p, min_p, penalty;
@@ -143,7 +143,7 @@ static int32_t greedy(const float *logits, int n) {
     return token;
 }
 
-TEST(greedy) {
+TEST(greedy_takes_the_lowest_id_of_the_largest_logits) {
     const float plain[] = {1, 3, 2, 3, 0}, single[] = {-5}, nans[] = {NAN, NAN, NAN};
     const float mixed[] = {NAN, -2, NAN, -1, -INFINITY}, minus[] = {-INFINITY, -INFINITY};
     const float inf[] = {1, 2, INFINITY, INFINITY}, infs[] = {NAN, INFINITY, -INFINITY};
@@ -171,7 +171,7 @@ TEST(greedy) {
 }
 
 // The same with a temperature: what is not finite is never drawn unless it must be.
-TEST(sampling_what_is_not_finite) {
+TEST(what_is_not_finite_is_never_drawn_unless_it_must_be) {
     const float mixed[] = {NAN, -2, -INFINITY, -1, NAN}, nans[] = {NAN, -INFINITY, INFINITY};
     const float inf[] = {1, INFINITY, 3, INFINITY};
     const float far[] = {-3.4028235e38f, 3.4028235e38f, -3.4028235e38f};
@@ -421,7 +421,7 @@ static void check_against_slow(const moe_sampler_options *o, const float *logits
     moe_sampler_close(sampler);
 }
 
-TEST(all_settings_against_a_slow_sampler) {
+TEST(all_settings_agree_with_a_slow_sampler) {
     enum { MOST = 40000, P = MOE__PEAK };
     static const int sizes[] = {1, 2, 3, 15, 16, 17, P - 1, P, P + 1, 2 * P, 777, 5 * P + 1, 4000,
                                 64 * P - 1, 64 * P, 64 * P + 1, MOST};
@@ -479,7 +479,7 @@ TEST(instruction_sets_choose_alike) {
 }
 
 // The limit of min-p is a float: the lowest one that is likely enough.
-TEST(min_p_limit) {
+TEST(the_limit_of_min_p_is_the_lowest_float_allowed) {
     for (int i = 0; i < 20000; i++) {
         const float max = (float)((random_unit() - 0.5) * (i % 3 ? 50 : 1e-3));
         const float p = (float)pow(random_unit(), i % 7 + 1), limit = moe__candidates_limit(max, p);
@@ -492,7 +492,7 @@ TEST(min_p_limit) {
 }
 
 // Probabilities that reach p exactly; of equals the lower ids stay.
-TEST(top_p_of_equals) {
+TEST(top_p_keeps_the_lower_ids_of_equals) {
     const float logits[] = {0, 0, 0, 0};
     for (int k = 1; k <= 4; k++) {
         moe_sampler_options o = defaults();
@@ -507,7 +507,7 @@ TEST(top_p_of_equals) {
 
 // The same where many are equal, some slots wide apart, over several blocks: the set that stays is
 // exactly the one that was asked for.
-TEST(top_p_of_many_equals) {
+TEST(top_p_keeps_exactly_as_many_equals_as_it_needs) {
     enum { N = 1000 };
     float logits[N];
     for (int i = 0; i < N; i++) logits[i] = i % 10 ? 0 : -200; // 900 equal ones
@@ -528,7 +528,7 @@ TEST(top_p_of_many_equals) {
 
 // Chi-squared over 200,000 draws: 23 tokens of any probability, so at most 22 degrees of freedom;
 // 60 is passed by chance once in 100,000 tests, and the seeds are fixed.
-TEST(distribution) {
+TEST(draws_have_the_distribution_asked_for) {
     enum { N = 23, DRAWS = 200000 };
     static const float settings[][4] = {// temperature, top_k, top_p, min_p
                                         {1, 0, 0, 0},        {0.5f, 0, 0, 0},   {3, 0, 0, 0},
@@ -558,7 +558,7 @@ TEST(distribution) {
     }
 }
 
-TEST(seeds) {
+TEST(the_same_seed_draws_the_same_tokens) {
     enum { N = 1000, DRAWS = 200 };
     float logits[N], copy[N];
     int32_t first[DRAWS];
@@ -613,13 +613,13 @@ static uint64_t steps_of_draws(int n, int setting) {
 }
 
 // Vocabularies of real size.
-TEST(large_vocabulary) {
+TEST(draws_from_large_vocabularies_take_n_log_n) {
     for (int setting = 0; setting < 4; setting++)
         CHECK_GROWTH(steps_of_draws(160000, setting), steps_of_draws(20000, setting),
                      1.2 * N_LOG_N /* a log more */, "setting", setting);
 }
 
-TEST(repetition_penalty) {
+TEST(the_repetition_penalty_counts_recent_tokens_once) {
     moe_sampler_options o = defaults();
     o.repeat_penalty = 2, o.repeat_last_n = 3;
     const float positive[] = {4, 3, 2.5f, 0}, negative[] = {-1, -1.5f, -1.9f, -2.1f};
@@ -769,7 +769,7 @@ static const char *const samples[] = {
 enum { N_SAMPLES = sizeof samples / sizeof samples[0] };
 
 // Every way of cutting a text into three pieces, and byte by byte.
-TEST(stream_splits_characters) {
+TEST(streams_give_whole_characters_however_text_is_cut) {
     static stream_test t;
     char expected[256];
     for (int s = 0; s < N_SAMPLES; s++) {
@@ -835,7 +835,7 @@ static int find_stop(const char *text, size_t size, const char *const *stops, si
     return 0;
 }
 
-TEST(stream_stops) {
+TEST(streams_end_where_a_stop_string_begins) {
     static stream_test t;
     static const char *const sets[][4] = {
         {"stop", NULL},           {"b", "ab", NULL},     {"abc", "b", NULL}, {"aab", NULL},
@@ -870,7 +870,7 @@ TEST(stream_stops) {
 
 // Random texts over few letters against random stop strings: what is out is always exactly what is
 // sure, never more, never less.
-TEST(stream_holds_back_as_little_as_possible) {
+TEST(streams_hold_back_as_little_as_possible) {
     static stream_test t;
     static const char *const letters[] = {"a", "b", "\xC3\xBC", "\xE4\xBD\xA0"};
     for (int run = 0; run < 20000; run++) {
@@ -903,7 +903,7 @@ TEST(stream_holds_back_as_little_as_possible) {
 }
 
 // Random bytes, mostly such as characters begin and go on with.
-TEST(stream_random_bytes) {
+TEST(streams_make_random_bytes_valid_text) {
     static stream_test t;
     static const unsigned char likely[] = {0xC3, 0xE4, 0xED, 0xF0, 0xF4, 0x80, 0x8F, 0x90, 0x9F,
                                            0xA0, 0xBF, 'a',  0,    0xC0, 0xFF, 0xE0};
@@ -924,7 +924,7 @@ TEST(stream_random_bytes) {
     }
 }
 
-TEST(stream_limits) {
+TEST(streams_bear_the_longest_stops_and_end_when_told) {
     static stream_test t;
     static char stop[MOE__MAX_STOP + 2], text[6000];
     const char *pointer = stop;
@@ -975,7 +975,7 @@ TEST(stream_limits) {
     CHECK(t.out.n_calls == 1 && t.out.size == 2);
 }
 
-TEST(stop_strings_that_are_refused) {
+TEST(bad_stop_strings_are_refused) {
     static char longest[MOE__MAX_STOP + 2];
     const char *bad[] = {NULL, "", "\xFF", "a\x80", "\xC3", "ab\xE4\xBD", "\xED\xA0\x80", longest};
     moe_generate_options options;
@@ -1053,7 +1053,7 @@ static moe_model *tiny_model(void) {
     return model;
 }
 
-TEST(generate_against_a_loop_by_hand) {
+TEST(generate_does_what_a_loop_by_hand_does) {
     static char text[65536];
     static sink s;
     int32_t tokens[256];
@@ -1107,7 +1107,7 @@ TEST(generate_against_a_loop_by_hand) {
     moe_model_close(model);
 }
 
-TEST(generate_in_two_calls) {
+TEST(generating_in_two_calls_gives_the_same_text) {
     static sink whole, parts;
     moe_model *model = tiny_model();
     moe_generate_options o;
@@ -1136,7 +1136,7 @@ TEST(generate_in_two_calls) {
     moe_model_close(model);
 }
 
-TEST(generate_stops) {
+TEST(generation_ends_at_stop_strings_and_by_the_callback) {
     static sink s, full;
     moe_model *model = tiny_model();
     moe_generate_options o;
@@ -1198,7 +1198,7 @@ static int on_text_meddle(void *user, const char *text, size_t size) {
     return 1;
 }
 
-TEST(generate_with_a_meddling_callback) {
+TEST(a_meddling_callback_does_not_end_generation) {
     moe_model *model = tiny_model();
     for (int run = 0; run < 6; run++) {
         moe_generate_options o;
@@ -1223,7 +1223,7 @@ TEST(generate_with_a_meddling_callback) {
 
 static int stop_countdown(void *user) { return --*(int *)user < 0; }
 
-TEST(generate_cancelled) {
+TEST(cancelling_in_the_prompt_is_an_error_later_a_result) {
     moe_model *model = tiny_model();
     int countdown, n_errors = 0, n_results = 0;
     moe_session_options so;
@@ -1277,7 +1277,7 @@ static void expect_error(moe_session *session, const int32_t *tokens, int n,
 }
 #define EXPECT_ERROR(...) expect_error(__VA_ARGS__, __LINE__)
 
-TEST(generate_errors) {
+TEST(wrong_calls_of_generate_are_refused_by_name) {
     static const char *const bad_stop[] = {""};
     moe_model *model = tiny_model();
     int n_vocab = moe_model_get_info(model)->n_vocab;

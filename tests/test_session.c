@@ -7,7 +7,7 @@
 
 // ---- calls -----------------------------------------------------------------------------------
 
-TEST(closing_nothing) {
+TEST(closing_nothing_does_no_harm) {
     moe_session_close(NULL);
     moe_model_close(NULL);
     moe_gguf_close(NULL);
@@ -16,7 +16,7 @@ TEST(closing_nothing) {
     moe_sampler_close(NULL);
 }
 
-TEST(null_arguments) {
+TEST(null_arguments_are_refused) {
     moe_error error;
     int32_t token = 0;
     moe_session_info info;
@@ -61,7 +61,7 @@ static void check_eval_fails(moe_session *s, const int32_t *tokens, int32_t n, m
     CHECK(logits && !memcmp(before, logits, sizeof before));
 }
 
-TEST(wrong_tokens) {
+TEST(wrong_tokens_are_refused_and_change_nothing) {
     moe_model *model;
     moe_session_options o;
     memset(&o, 0, sizeof o);
@@ -92,7 +92,7 @@ TEST(wrong_tokens) {
     moe_model_close(model);
 }
 
-TEST(context_full) {
+TEST(tokens_beyond_the_context_are_refused_without_a_trace) {
     for (int keep = 0; keep < 2; keep++) {
         moe_model *model;
         moe_session_options o;
@@ -142,7 +142,7 @@ TEST(rewinding_forgets_logits_and_knows_its_range) {
 }
 
 // Options that make no sense, or that this version cannot do.
-TEST(session_options) {
+TEST(wrong_options_are_refused) {
     moe_model *model = models_open(models_simple("micro", "f32"));
     CHECK(model != NULL);
     if (!model) return;
@@ -203,7 +203,7 @@ TEST(session_options) {
 // Every schedule gives the same bits with every number of threads, for generated tokens and for
 // prompts. Down projections read a hidden vector per expert, so that a schedule that mixed them
 // up would show.
-TEST(schedules) {
+TEST(schedules_give_the_same_bits_with_any_number_of_threads) {
     static const char *const configs[][2] = {{"t_mla_groups", "q8_0"},  {"qwen3moe_quant", "q4_K"},
                                              {"micro_oss", "f32"},      {"micro_qwen2", "f32"},
                                              {"t_oss_wide", "f32"},     {"micro_mixtral", "f32"},
@@ -299,7 +299,7 @@ TEST(the_callers_rounding_mode_stays_outside) {
 }
 
 // Which way a session went, and how often its threads met.
-TEST(schedules_report) {
+TEST(a_session_tells_its_schedule_and_barriers) {
     static const char *const configs[] = {"qwen3moe_tiny", "t_mla_groups"}; // 8 and 3 experts
     for (int c = 0; c < 2; c++) {
         moe_model *model = models_open(models_simple(configs[c], "f32"));
@@ -354,7 +354,7 @@ TEST(schedules_report) {
 }
 
 // Every token chooses n_used experts in each layer that has some, in prompts and one by one.
-TEST(expert_counts) {
+TEST(every_token_counts_its_experts_in_each_layer) {
     moe_model *model = models_open(models_simple("t_mla_groups", "q8_0"));
     moe_session *session = moe_session_open(model, NULL, NULL);
     int32_t tokens[30];
@@ -384,7 +384,7 @@ TEST(expert_counts) {
 }
 
 // Threads in two groups of a node each: the same bits.
-TEST(schedules_on_two_nodes) {
+TEST(schedules_give_the_same_bits_on_two_nodes) {
     int32_t tokens[12];
     moe_session_options s;
     float *expected[2] = {NULL, NULL};
@@ -475,7 +475,7 @@ static void check_stopping(const char *path, int n_threads, int n_batch) {
     moe_model_close(model);
 }
 
-TEST(stopping) {
+TEST(a_stopped_session_goes_on_with_the_same_bits) {
     check_stopping(models_simple("micro", "f32"), 1, 20);
     check_stopping(models_simple("micro", "q8_0"), 3, 6);
     check_stopping(models_simple("t_mla_groups", "f32"), 2, 7);
@@ -483,7 +483,7 @@ TEST(stopping) {
 }
 
 // After a cancelled eval there are either no logits or those from before, never something else.
-TEST(stopping_and_logits) {
+TEST(stopping_leaves_earlier_logits_or_none) {
     moe_model *model;
     moe_session_options o;
     stopper s = {0, 0};
@@ -514,7 +514,7 @@ TEST(stopping_and_logits) {
 
 // ---- threads ---------------------------------------------------------------------------------
 
-TEST(shared_pool) {
+TEST(sessions_may_share_a_pool) {
     moe_pool_options p;
     moe_session_options o;
     moe_model *model = models_open(models_simple("t_mla_groups", "f32"));
@@ -582,7 +582,7 @@ static void *runner_run(void *user) {
 }
 
 // Several threads, each with its sessions, on one model; then all on one pool.
-TEST(concurrent_sessions) {
+TEST(sessions_run_concurrently_with_the_same_bits) {
     moe_model *model = models_open(models_simple("t_mla_groups", "f32"));
     int32_t tokens[30];
     moe_pool_options p;
@@ -627,7 +627,7 @@ TEST(concurrent_sessions) {
 
 // The same for sessions, which take their memory from the model's allocator; and evaluating
 // takes none.
-TEST(session_out_of_memory) {
+TEST(opening_may_run_out_of_memory_and_evaluating_takes_none) {
     for (int b = 0; b < 2; b++) {
         meter m;
         moe_model_options mo;
@@ -673,7 +673,7 @@ TEST(session_out_of_memory) {
 }
 
 // A context that no machine can hold is refused and not tried.
-TEST(huge_context) {
+TEST(a_context_that_no_machine_holds_is_refused) {
     for (int b = 0; b < 2; b++) {
         meter m;
         moe_model_options mo;
@@ -699,7 +699,7 @@ TEST(huge_context) {
 }
 
 // The estimate is what a session then takes, to within the allocator's own overhead.
-TEST(estimate) {
+TEST(an_estimate_is_what_opening_takes) {
     static const int32_t contexts[] = {1, 33, 2000, 0}, batches[] = {1, 7, 512, 0};
     for (int b = 0; b < 2; b++) {
         meter m;
@@ -752,7 +752,7 @@ TEST(estimate) {
 
 // A Q8_0 cache takes 34 bytes where F16 takes 64, as estimated; widths that blocks do not fit
 // are refused with the numbers.
-TEST(q8_0_cache) {
+TEST(a_q8_0_cache_takes_34_bytes_where_f16_takes_64) {
     static const struct {
         const char *config, *widths; // NULL: fits
     } cases[] = {{"qwen3moe_quant", NULL}, {"dsv3_quant", NULL}, {"micro", "16 and 16"},

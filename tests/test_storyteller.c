@@ -51,7 +51,7 @@ TEST(stored_logits_are_the_truth) {
 // Within what rounding activations to 8 bits costs. Instruction sets add in different orders, so
 // an activation half way between two steps may go to the other one: mostly none does and they
 // agree to 1e-14, but never may they differ by more than two independent roundings would.
-TEST(logits_of_every_instruction_set) {
+TEST(every_instruction_set_gives_nearly_the_true_logits) {
     int32_t tokens[MAX_PROMPT];
     double first[STORED_LOGITS];
     const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX_VNNI, MOE_ISA_AVX512};
@@ -135,14 +135,14 @@ static double perplexity(const char *path) {
     return count > 0 ? exp(sum / count) : 0;
 }
 
-TEST(held_out_stories) {
+TEST(held_out_stories_have_the_stored_perplexity) {
     const double p = perplexity(storyteller);
     printf("  perplexity %.4f\n", p);
     CHECKF(p > 1 && p < STORED_PERPLEXITY * 1.01, "%.4f", p);
 }
 
 // Each K-quant for all matrices: perplexity over that of the file in the box.
-TEST(quantizing_costs) {
+TEST(quantizing_raises_perplexity_by_the_stored_ratio) {
     static const struct {
         const char *type;
         double least, most; // of the ratio

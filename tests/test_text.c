@@ -322,7 +322,7 @@ static const char *texts_of(const moe_vocab *vocab, const char *text, unsigned f
 
 // ---- characters ------------------------------------------------------------------------------
 
-TEST(utf8) {
+TEST(utf8_is_decoded_and_bad_bytes_are_replaced) {
     for (uint32_t code = 0; code < 0x110000; code++) {
         char text[8];
         uint32_t back = 0;
@@ -341,7 +341,7 @@ TEST(utf8) {
     }
 }
 
-TEST(byte_names) {
+TEST(every_byte_has_one_name_and_back) {
     int seen[256] = {0};
     uint32_t next = 0x100;
     for (int b = 0; b < 256; b++) {
@@ -362,7 +362,7 @@ TEST(byte_names) {
     for (int b = 0; b < 256; b++) CHECK(seen[b] == 1);
 }
 
-TEST(classes) {
+TEST(characters_have_the_classes_of_unicode) {
     moe__text_run *runs = (moe__text_run *)malloc((MOE__TEXT_RUNS + 1) * sizeof *runs);
     moe__text_unpack_classes(runs);
     // Characters per class in Unicode 14; the sets as their definitions say.
@@ -429,7 +429,7 @@ static moe__text_scan cut_text(const moe__text_pre *pre, const char *text, size_
     return scan;
 }
 
-TEST(words) {
+TEST(texts_are_cut_into_words_as_the_models_regexes_do) {
     // Names ("*" = all of them) and the text, cut. Made by Python's re with its classes written
     // out as ranges, from the regular expressions of the models.
     static const char *const names = "llama-bpe qwen2 bailingmoe qwen35 gpt-4o tekken kimi-k2 "
@@ -575,7 +575,7 @@ TEST(words) {
     }
 }
 
-TEST(pre_tokenizer_names) {
+TEST(only_known_names_of_pre_tokenizers_are_found) {
     static const char *const known[] = {
         "llama3", "llama-v3", "llama-bpe", "laguna", "falcon3", "falcon-h1", "pixtral", "midm-2.0",
         "lfm2", "jina-v5-nano", "dbrx", "smaug-bpe", "glm4", "chatglm-bpe", "qwen2",
@@ -615,7 +615,7 @@ static uint64_t steps_of_passes(const moe__text_pre *pre, const char *unit, size
 }
 
 // No rule may look at a long run again and again.
-TEST(passes_are_linear) {
+TEST(no_rule_looks_at_a_long_run_again_and_again) {
     static const char *const units[] = {"a", "A", " ", "7", "\n", ".", "'", "\314\201",
                                         "\344\270\255", " \n", "a ", "Aa", "\302\240", "\t", "$",
                                         "\344\270\255A", "\177"};
@@ -631,7 +631,7 @@ TEST(passes_are_linear) {
 
 // ---- the built-in vocabulary -----------------------------------------------------------------
 
-TEST(small_vocabulary) {
+TEST(a_small_vocabulary_merges_by_rank) {
     moe_vocab *vocab = open_small("qwen2");
     if (!vocab) return;
     CHECK(moe_vocab_size(vocab) == 256 + 21 + 5);
@@ -651,7 +651,7 @@ TEST(small_vocabulary) {
     moe_vocab_close(NULL);
 }
 
-TEST(capacity) {
+TEST(no_more_is_written_than_there_is_room_for) {
     moe_vocab *vocab = open_small("qwen2");
     if (!vocab) return;
     const char *text = "hello world <|im_start|> hello";
@@ -672,7 +672,7 @@ TEST(capacity) {
     moe_vocab_close(vocab);
 }
 
-TEST(arguments) {
+TEST(wrong_arguments_are_refused) {
     moe_vocab *vocab = open_small("qwen2");
     int32_t ids[4];
     const int64_t wrong = -(int64_t)MOE_ERROR_ARGUMENT;
@@ -699,7 +699,7 @@ TEST(arguments) {
     CHECK(moe_vocab_open(NULL, NULL) == NULL);
 }
 
-TEST(special_tokens) {
+TEST(special_tokens_are_found_only_if_asked_for) {
     moe_vocab *vocab = open_small("qwen2");
     if (!vocab) return;
     int32_t start = one_id(vocab, "<|im_start|>"), user = one_id(vocab, "<user>");
@@ -764,7 +764,7 @@ static size_t naive_split(const spec *s, const char *text, size_t size, unsigned
     return n;
 }
 
-TEST(special_tokens_overlap) {
+TEST(overlapping_special_tokens_follow_the_definition) {
     for (int round = 0; round < 400; round++) {
         random_state = (uint64_t)round + 1;
         spec *s = &shared_spec;
@@ -808,7 +808,7 @@ static uint64_t steps_of_text(const moe_vocab *vocab, const char *unit, size_t n
 }
 
 // Special tokens that are suffixes of each other, in a text that is made of nothing else.
-TEST(special_tokens_do_not_blow_up) {
+TEST(many_special_tokens_take_n_log_n) {
     spec *s = &shared_spec;
     spec_bytes(s, "qwen2");
     for (int i = 1; i <= 60; i++) {
@@ -945,7 +945,7 @@ TEST(merging_follows_the_definition) {
 }
 
 // Long words: merging takes n log n. Longer and longer ones, so that a fault shows early.
-TEST(long_runs) {
+TEST(long_words_take_n_log_n) {
     static const char *const units[] = {"a", " ", "1", "\n", "th", "\303\251", "a\314\201", "<",
                                         "\377", "hello", " \n", "<|im_start|>", "<|im_start|"};
     static const char *const pres[] = {"gpt-2", "deepseek-llm", "llama-bpe", "qwen2"};
@@ -968,7 +968,7 @@ TEST(long_runs) {
     free(text);
 }
 
-TEST(round_trip) {
+TEST(tokens_give_back_the_text_they_came_from) {
     static const char *const pres[] = {"qwen2", "llama-bpe", "deepseek-v3", "deepseek-llm",
                                        "deepseek-coder", "gpt-4o", "default", "afmoe"};
     for (size_t p = 0; p < sizeof pres / sizeof pres[0]; p++) {
@@ -1100,7 +1100,7 @@ TEST(spm_follows_the_definition) {
     }
 }
 
-TEST(spm_special_tokens) {
+TEST(spm_special_tokens_and_prefixes_are_right) {
     spec *s = &shared_spec;
     spm_spec(s, 1);
     int32_t user = add_token(s, "<u>", 4), joined = add_token(s, "\342\226\201a", 1);
@@ -1126,7 +1126,7 @@ TEST(spm_special_tokens) {
     }
 }
 
-TEST(spm_is_refused) {
+TEST(bad_spm_vocabularies_are_refused) {
     static const char *const where = "tokenizer.ggml.scores";
     spec *s = &shared_spec;
     spm_spec(s, 0);
@@ -1150,7 +1150,7 @@ TEST(spm_is_refused) {
 }
 
 // A token of each power of two, and all lengths to 60.
-TEST(spm_long_texts) {
+TEST(long_spm_texts_take_n_log_n) {
     static const char *const units[] = {"a", " ", "ab", "\303\251", "\377", "a ", "?"};
     spec *s = &shared_spec;
     spm_spec(s, 1);
@@ -1169,7 +1169,7 @@ TEST(spm_long_texts) {
 
 // ---- metadata --------------------------------------------------------------------------------
 
-TEST(begin_and_end) {
+TEST(files_and_defaults_say_what_begins_and_ends_a_text) {
     spec *s = &shared_spec;
     // Keys.
     spec_small(s, "qwen2");
@@ -1272,7 +1272,7 @@ TEST(tokens_between_files_end_a_text) {
     }
 }
 
-TEST(end_corrections) {
+TEST(what_ends_a_text_depends_on_the_other_tokens) {
     spec *s = &shared_spec;
     // Which of these make <|end|> and <|channel|> text.
     static const struct {
@@ -1319,7 +1319,7 @@ TEST(end_corrections) {
     moe_vocab_close(vocab);
 }
 
-TEST(texts_of_tokens) {
+TEST(every_type_of_token_has_its_text) {
     static const struct {
         const char *text, *bytes;
         int32_t type;
@@ -1361,7 +1361,7 @@ static void check_refused(bytes file, moe_status status, const char *where, cons
     moe_vocab_close(vocab);
 }
 
-TEST(refused) {
+TEST(bad_vocabularies_are_refused) {
     bytes file = file_begin();
     check_refused(file, MOE_ERROR_UNSUPPORTED, "tokenizer.ggml.model", "not supported");
     static const char *const models[] = {"llamas", "none", "no_vocab", "test", "bert", "gpt2x", ""};
@@ -1427,7 +1427,7 @@ TEST(refused) {
     }
 }
 
-TEST(defaults) { // no pre, no types
+TEST(a_vocabulary_needs_neither_pre_nor_types) { // no pre, no types
     bytes file = file_begin();
     put_string(&file, "tokenizer.ggml.model", "gpt2");
     put_array(&file, "tokenizer.ggml.tokens", MOE_VALUE_STRING, 3);
@@ -1442,7 +1442,7 @@ TEST(defaults) { // no pre, no types
     moe_vocab_close(vocab);
 }
 
-TEST(odd_tokens) {
+TEST(odd_tokens_and_merges_do_no_harm) {
     bytes file = file_begin();
     char *huge = (char *)malloc(1 << 20);
     memset(huge, 'a', 1 << 20);
@@ -1500,7 +1500,7 @@ TEST(odd_tokens) {
 }
 
 // The same vocabulary with bytes changed at random: opened or refused, used if opened.
-TEST(changed_files) {
+TEST(changed_files_are_refused_or_usable) {
     spec_small(&shared_spec, "llama-bpe");
     add_number(&shared_spec, "tokenizer.ggml.bos_token_id", MOE_VALUE_UINT32, 277);
     add_number(&shared_spec, "tokenizer.ggml.add_bos_token", MOE_VALUE_BOOL, 1);
@@ -1575,7 +1575,7 @@ static uint64_t steps_of_opening(int n, int size) {
     return start;
 }
 
-TEST(opening_is_linear) {
+TEST(opening_a_vocabulary_takes_n_log_n) {
     static const int sizes[] = {12, 17, 30, 33, 100};
     for (int i = 0; i < 5; i++)
         CHECK_GROWTH(steps_of_opening(16000, sizes[i]), steps_of_opening(2000, sizes[i]), N_LOG_N,
@@ -1607,7 +1607,7 @@ static moe_gguf *open_limited_gguf(const bytes *file) {
     return moe_gguf_open_memory(file->p, file->n, &options, NULL);
 }
 
-TEST(out_of_memory_spm) {
+TEST(any_allocation_of_an_spm_vocabulary_may_fail) {
     spm_spec(&shared_spec, 1);
     bytes file = spm_file(&shared_spec, NULL);
     moe_gguf *gguf = open_limited_gguf(&file);
@@ -1632,7 +1632,7 @@ TEST(out_of_memory_spm) {
     free(file.p);
 }
 
-TEST(out_of_memory) {
+TEST(any_allocation_of_a_vocabulary_may_fail) {
     const char *text = "hello <user> world <|im_start|> and more";
     spec_small(&shared_spec, "qwen2");
     add_merge(&shared_spec, "x yz"); // texts that are no tokens, so that the table grows
@@ -1776,7 +1776,7 @@ static void shared_free(void *user, void *memory, size_t size) {
     free(memory);
 }
 
-TEST(threads) {
+TEST(threads_may_share_a_vocabulary) {
     enum { N = 4 };
     spec_small(&shared_spec, "llama-bpe");
     bytes file = spec_file(&shared_spec);
@@ -1915,15 +1915,15 @@ static void check_vocabulary(const char *name) {
     moe_vocab_close(vocab);
 }
 
-TEST(golden_deepseek_llm) { check_vocabulary("deepseek-llm"); }
-TEST(golden_deepseek_coder) { check_vocabulary("deepseek-coder"); }
-TEST(golden_qwen2) { check_vocabulary("qwen2"); }
-TEST(golden_llama_bpe) { check_vocabulary("llama-bpe"); }
-TEST(golden_gpt_2) { check_vocabulary("gpt-2"); }
-TEST(golden_llama_spm) { check_vocabulary("llama-spm"); }
-TEST(golden_phi_3) { check_vocabulary("phi-3"); }
+TEST(deepseek_llm_gives_the_reference_tokens) { check_vocabulary("deepseek-llm"); }
+TEST(deepseek_coder_gives_the_reference_tokens) { check_vocabulary("deepseek-coder"); }
+TEST(qwen2_gives_the_reference_tokens) { check_vocabulary("qwen2"); }
+TEST(llama_bpe_gives_the_reference_tokens) { check_vocabulary("llama-bpe"); }
+TEST(gpt_2_gives_the_reference_tokens) { check_vocabulary("gpt-2"); }
+TEST(llama_spm_gives_the_reference_tokens) { check_vocabulary("llama-spm"); }
+TEST(phi_3_gives_the_reference_tokens) { check_vocabulary("phi-3"); }
 
-TEST(golden_pre_tokenizers) {
+TEST(every_pre_tokenizer_gives_the_reference_tokens) {
     static const char *const names[] = {
         "afmoe",       "bailingmoe", "bailingmoe2", "chatglm-bpe", "command-r", "dbrx",
         "deepseek-v3", "default",    "exaone-moe",  "glm4",        "gpt-2",     "gpt-4o",

@@ -255,7 +255,7 @@ static void identity(int *order, int n) {
 
 // ---- tests -----------------------------------------------------------------------------------
 
-TEST(tile_rows_and_tokens) {
+TEST(any_number_of_rows_and_tokens_makes_a_tile) {
     static const int rows[] = {32, 1, 2, 4, 7, 8, 9, 12, 15, 16, 17, 20, 24, 25, 28, 31};
     static const int tokens[] = {64, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 31, 32, 33, 65};
     int order[65];
@@ -274,7 +274,7 @@ TEST(tile_rows_and_tokens) {
 }
 
 // Rows of 2048, 4096, ... bytes are copied before they are unpacked.
-TEST(tile_rows_of_powers_of_two) {
+TEST(rows_of_powers_of_two_bytes_give_right_tiles) {
     int order[TOKENS];
     identity(order, TOKENS);
     EACH_TYPE(type)
@@ -293,7 +293,7 @@ TEST(tile_rows_of_powers_of_two) {
         }
 }
 
-TEST(tile_lengths) {
+TEST(rows_of_any_length_give_the_bits_of_the_dot) {
     static const int64_t floats[] = {1, 2, 3, 7, 8, 9, 31, 100, 128, 129, 260, 1001, 2048};
     static const int64_t by_32[] = {32, 64, 96, 224, 256, 288, 320, 480, 1408, 2880};
     static const int64_t by_256[] = {256, 512, 768, 2048};
@@ -318,7 +318,7 @@ TEST(tile_lengths) {
 }
 
 // More tokens than the scratch has sums for, gathered in any order, some of them twice
-TEST(tile_gathered) {
+TEST(many_tokens_may_be_gathered_in_any_order) {
     enum { MANY = 1100 };
     static const int counts[] = {5, 255, 256, 257, 511, 513, MANY};
     int order[MANY];
@@ -336,7 +336,7 @@ TEST(tile_gathered) {
 }
 
 // Largest and smallest bytes with scales of 1, the fields of block scales among them or alone.
-TEST(tile_extreme_values_exact) {
+TEST(extreme_values_are_added_exactly) {
     static const uint8_t fill[] = {0x00, 0xFF, 0x80, 0x7F, 0x88, 0x55};
     int order[TOKENS];
     identity(order, TOKENS);
@@ -359,7 +359,7 @@ TEST(tile_extreme_values_exact) {
 }
 
 // Blocks of nothing but 0xFF: scales are NaN, no kernel may mind.
-TEST(tile_all_ones) {
+TEST(scales_that_are_nan_do_no_harm) {
     int order[TOKENS];
     identity(order, TOKENS);
     EACH_TYPE(type) {
@@ -373,7 +373,7 @@ TEST(tile_all_ones) {
 }
 
 // A NaN or infinity in one row or token leaves the others alone.
-TEST(tile_not_finite) {
+TEST(nan_in_one_row_or_token_spares_the_others) {
     static const float bad[] = {NAN, INFINITY, -INFINITY};
     int order[TOKENS];
     identity(order, TOKENS);
@@ -403,7 +403,7 @@ TEST(tile_not_finite) {
 }
 
 // The plain C dot product reads the same records; of quantized types every tile has its bits.
-TEST(tile_against_plain_dot) {
+TEST(tiles_of_quantized_types_have_the_bits_of_plain_dot) {
     int order[TOKENS];
     identity(order, TOKENS);
     EACH_TYPE(type) {
@@ -425,7 +425,7 @@ TEST(tile_against_plain_dot) {
     }
 }
 
-TEST(tile_isas) {
+TEST(the_vector_instruction_sets_tried_are_listed) {
     int any = 0;
     FOR_EACH_ISA(isa) {
         printf("  %s\n", moe_isa_name(isa));

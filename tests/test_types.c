@@ -80,7 +80,7 @@ static double rmse(const float *a, const float *b, const float *w, int64_t n, in
 
 // ---- the table -------------------------------------------------------------------------------
 
-TEST(table) {
+TEST(the_table_of_types_is_complete_and_consistent) {
     for (int i = 0; i < MOE__N_TYPES; i++) {
         const moe__type *t = &moe__types[i];
         const moe__gguf_type *info = moe__gguf_type_info((int32_t)t->id);
@@ -222,7 +222,7 @@ static int wrong_places(const char *header, recipe *out) {
     for (int k = 0; k < out->n; k++) wrong += !has_name(&found, out->name[k]);
     return wrong;
 }
-TEST(recipe_for_a_type) {
+TEST(the_recipe_for_a_type_names_every_place) {
     FILE *file = fopen("moe_infer.h", "rb");
     CHECK(file != NULL);
     if (!file) return;
@@ -256,7 +256,7 @@ TEST(recipe_for_a_type) {
     free(header);
 }
 
-TEST(row_sizes) {
+TEST(row_sizes_are_right_and_0_if_there_is_none) {
     const moe_type q4 = MOE_TYPE_Q4_K;
     CHECK(moe_type_row_size(q4, 0) == 0 && moe_type_row_size(q4, -256) == 0);
     CHECK(moe_type_row_size(q4, 255) == 0 && moe_type_row_size(q4, 257) == 0);
@@ -289,7 +289,7 @@ static int check_sheet_entry(char **cell) {
     }
     return 1;
 }
-TEST(row_sizes_sheet) {
+TEST(row_sizes_agree_with_the_sheet) {
     char *sheet = (char *)read_file("spec/quants.md", 0);
     if (!sheet) SKIP("no spec/quants.md");
     int n = 0;
@@ -320,7 +320,7 @@ static double half_value(unsigned h) {
     double v = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
     return h & 0x8000 ? -v : v;
 }
-TEST(f16) {
+TEST(every_f16_converts_to_f32_and_back_to_nearest_even) {
     for (unsigned h = 0; h < 65536; h++) {
         float x = moe__f16_to_f32((uint16_t)h);
         if ((h & 0x7C00) == 0x7C00) {
@@ -343,7 +343,7 @@ TEST(f16) {
     CHECK(moe__f32_to_f16(1e-30f) == 0 && moe__f32_to_f16(-1e-30f) == 0x8000);
     CHECK(moe__f32_to_f16(3e38f) == 0x7C00);
 }
-TEST(bf16) {
+TEST(every_bf16_converts_to_f32_and_back_to_nearest_even) {
     for (unsigned b = 0; b < 65536; b++) {
         float x = moe__bf16_to_f32((uint16_t)b);
         CHECK(moe__f32_bits(x) == b << 16);
@@ -377,7 +377,7 @@ static void check_dequantize(const moe__type *t, const uint8_t *group, int64_t n
         }
     }
 }
-TEST(dequantize_against_sheet) {
+TEST(every_type_is_dequantized_as_the_sheet_says) {
     for (int i = 0; i < MOE__N_TYPES; i++) {
         const moe__type *t = &moe__types[i];
         if (!sheet_knows(t->id)) {
@@ -401,7 +401,7 @@ TEST(dequantize_against_sheet) {
 }
 
 // Every scale that a float can hold, as far as the type has such.
-TEST(dequantize_scales) {
+TEST(scales_of_any_size_are_dequantized) {
     float y[8 * 256];
     for (int i = 0; i < MOE__N_TYPES; i++) {
         const moe__type *t = &moe__types[i];
@@ -419,7 +419,7 @@ TEST(dequantize_scales) {
     }
 }
 
-TEST(dequantize_misaligned) {
+TEST(rows_may_lie_at_any_address) {
     enum { N = 512 };
     float y[8 * N], y1[8 * N], x[N], out[8], out1[8];
     for (int i = 0; i < MOE__N_TYPES; i++) {
@@ -465,7 +465,7 @@ static double index_rmse(const char *index, const char *name) {
     return value;
 }
 // Types without a file are not in the collection.
-TEST(golden_rows) {
+TEST(golden_rows_are_dequantized_to_the_reference) {
     char *index = (char *)read_file("golden/rows/index.tsv", 0);
     float *y = (float *)take(GOLD * sizeof(float));
     int n_files = 0;
@@ -537,7 +537,7 @@ static void round_trip(const moe__type *t, const float *x, int64_t n, const floa
     free(again);
 }
 
-TEST(quantizers) { // the list above is complete
+TEST(the_list_of_quantizers_is_complete) { // the list above is complete
     int n = 0;
     for (int i = 0; i < MOE__N_TYPES; i++) {
         int listed = 0;
@@ -549,7 +549,7 @@ TEST(quantizers) { // the list above is complete
     CHECK(n == N_QUANTIZABLE);
 }
 
-TEST(quantize_error) {
+TEST(the_error_of_quantizing_has_a_bound) {
     enum { N = 16384 };
     const float scales[] = {1.0f, 0.02f, 1e-4f, 300.0f};
     float *y = (float *)take(N * sizeof(float));
@@ -569,7 +569,7 @@ TEST(quantize_error) {
 }
 
 // Mins cannot be negative: values 1..2 need all levels from 0 to 2, -2..-1 only those between.
-TEST(quantize_one_sided) {
+TEST(values_of_one_sign_use_all_levels) {
     enum { N = 2048 };
     float x[N], y[N];
     for (int side = -1; side <= 1; side += 2) {
@@ -585,7 +585,7 @@ TEST(quantize_one_sided) {
 }
 
 // What a type can hold exactly comes back exactly (almost, where a search decides).
-TEST(quantize_representable) {
+TEST(what_a_type_can_hold_comes_back_exactly) {
     enum { N = 4096 };
     float *x = (float *)take(N * sizeof(float)), *y = (float *)take(N * sizeof(float));
     for (int i = 0; i < MOE__N_TYPES; i++) {
@@ -615,7 +615,7 @@ TEST(quantize_representable) {
 }
 
 // Q4_0 has one scale per block: no scale in a fine grid may be much better than ours.
-TEST(quantize_q4_0_search) {
+TEST(no_other_q4_0_scale_is_much_better) {
     double ours = 0, best = 0;
     for (int block = 0; block < 40; block++) {
         float *x = take_normal(32, 1), w[32], y[32];
@@ -637,7 +637,7 @@ TEST(quantize_q4_0_search) {
     CHECKF(ours <= 1.05 * best, "%g, best %g", ours, best);
 }
 
-TEST(quantize_importance) {
+TEST(importance_lowers_the_weighted_error) {
     enum { N = 4096 };
     float *x = take_normal(N, 1), *w = (float *)take(N * sizeof(float));
     float *plain = (float *)take(N * sizeof(float)), *weighted = (float *)take(N * sizeof(float));
@@ -666,7 +666,7 @@ TEST(quantize_importance) {
 
 // NaN, infinity, tiny and huge values, senseless importance: well-formed blocks, neighbours
 // intact.
-TEST(quantize_hostile) {
+TEST(hostile_values_quantize_to_finite_blocks) {
     enum { N = 768 };
     const float bad[] = {NAN,      -NAN,   INFINITY, -INFINITY, 3.4e38f,
                          -3.4e38f, 1e-45f, -1e-38f,  7e4f,      3e-8f};
@@ -736,7 +736,7 @@ static int there_and_back(const struct quantizable *t, const float *x, int64_t n
 
 // Against the reference quantizer, which used the importance: plain errors without and with it,
 // and weighted ones.
-TEST(quantize_golden) {
+TEST(quantizing_is_as_good_as_the_reference) {
     float *source = (float *)read_file("golden/rows/source.f32", GOLD * sizeof(float));
     float *importance = (float *)read_file("golden/rows/importance.f32", GOLD_N * sizeof(float));
     char *index = (char *)read_file("golden/rows/index.tsv", 0);
@@ -766,7 +766,7 @@ TEST(quantize_golden) {
     free(y);
 }
 
-TEST(quantize_every_type) {
+TEST(every_quantizer_keeps_zeros_constants_and_signs) {
     enum { N = 1024 };
     float *noise = take_normal(N, 1), x[N], y[N];
     for (int i = 0; i < N_QUANTIZABLE; i++) {
@@ -836,7 +836,7 @@ static void *ask_books(void *out) {
     *(const moe__books **)out = moe__books_get();
     return NULL;
 }
-TEST(books) { // checksums: spec/quants.md, 5.1
+TEST(code_books_have_the_checksums_of_the_sheet) { // checksums: spec/quants.md, 5.1
     pthread_t threads[4];
     const moe__books *seen[4] = {NULL, NULL, NULL, NULL};
     for (int i = 0; i < 4; i++) CHECK(pthread_create(&threads[i], NULL, ask_books, &seen[i]) == 0);
@@ -910,7 +910,7 @@ static void check_act256(const float *x, int64_t n) {
     }
     free(a);
 }
-TEST(act_random) {
+TEST(random_activations_are_rounded_as_defined) {
     const int64_t sizes[] = {32, 64, 224, 256, 288, 1408, 2880};
     for (int i = 0; i < 7; i++) {
         for (int s = -30; s <= 30; s += 6) {
@@ -927,7 +927,7 @@ TEST(act_random) {
     moe__quantize_act_f32(f, 3, copy);
     CHECK(memcmp(f, copy, sizeof f) == 0);
 }
-TEST(act_special) {
+TEST(special_activations_are_rounded_as_defined) {
     float x[256];
     moe__act32 a;
     moe__act256 b;
@@ -969,7 +969,7 @@ TEST(act_special) {
 
 // x * inverse rounded to f32 is a tie, the exact product is not: a compiler that fuses the
 // product with what rounds it to an integer would get half of these wrong.
-TEST(act_product_rounds_first) {
+TEST(products_of_activations_round_to_f32_first) {
     int found = 0;
     for (int i = 0; i < 300; i++) {
         float x[256], peak = (float)(1 + random_unit());
@@ -1012,7 +1012,7 @@ static void check_dot(const moe__type *t, int64_t n) {
     free(act);
     free(out);
 }
-TEST(dot) {
+TEST(dot_products_agree_with_the_sheet) {
     const int64_t n32[] = {32, 64, 96, 256, 288, 1408, 2880}, n256[] = {256, 512, 2048, 7168};
     const int64_t n1[] = {1, 2, 3, 5, 31, 63, 1408};
     for (int i = 0; i < MOE__N_TYPES; i++) {
@@ -1027,7 +1027,7 @@ TEST(dot) {
 }
 
 // All scales 1: sums are eighths of integers, exact in floats up to 2^24 eighths.
-TEST(dot_exact) {
+TEST(dot_products_of_integers_are_exact) {
     enum { N = 512 };
     const uint8_t fill[] = {0x00, 0xFF, 0x80, 0x7F};
     float x[N], out[8];
@@ -1058,7 +1058,7 @@ TEST(dot_exact) {
     }
 }
 
-TEST(dot_not_finite) {
+TEST(nan_in_a_scale_spoils_its_row_in_activations_all) {
     enum { N = 512 };
     const float values[] = {NAN, INFINITY, -INFINITY};
     float *x = take_normal(N, 1), y[8 * N], out[8];
@@ -1108,7 +1108,7 @@ static int refused(moe_status status, moe_status want, const moe_error *error, c
     if (!good) printf("    %s, where %s: %s\n", moe_status_name(status), error->where, error->text);
     return good;
 }
-TEST(arguments) {
+TEST(wrong_arguments_are_refused) {
     const moe_type q4 = MOE_TYPE_Q4_K;
     const moe_status bad = MOE_ERROR_ARGUMENT;
     float *x = take_normal(512, 1), *y = (float *)take(512 * sizeof(float));
@@ -1175,7 +1175,7 @@ TEST(arguments) {
 
 // ---- the plain C kernel table ----------------------------------------------------------------
 
-TEST(scalar_tile) {
+TEST(a_scalar_tile_has_the_bits_of_the_dot) {
     enum { TOKENS = 4, N = 256, STRIDE = 19 };
     uint8_t *pack = (uint8_t *)take(MOE__PACK_SIZE);
     for (int i = 0; i < MOE__N_TYPES; i++) {
@@ -1204,7 +1204,7 @@ TEST(scalar_tile) {
     free(pack);
 }
 
-TEST(scalar_float) {
+TEST(scalar_float_kernels_match_double_precision) {
     enum { N = 1000 };
     const moe__kernels *k = &moe__kernels_scalar;
     float *x = take_normal(N, 3), *w = take_normal(N, 1), y[N];
@@ -1318,7 +1318,7 @@ static void attend_check(const attend_case *c, const int *visible) {
         }
     }
 }
-TEST(scalar_attend) {
+TEST(scalar_attention_matches_double_precision) {
     const int visible[AT_Q] = {37, 20, 0}, blocks[] = {0, 1, 9, 20, 21, 37};
     for (int f32 = 0; f32 < 2; f32++) {
         attend_case *c = attend_new(f32);
@@ -1334,7 +1334,7 @@ TEST(scalar_attend) {
         }
     }
 }
-TEST(scalar_attend_special) {
+TEST(scalar_attention_ignores_minus_infinity_but_not_nan) {
     attend_case *c = attend_new(1);
     for (int d = 0; d < AT_DK; d++) c->q[d] = 1, c->q[30 + d] = 1, c->k[AT_DK + d] = 0;
     c->k[AT_DK] = -INFINITY; // key 1 has the score -inf

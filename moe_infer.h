@@ -3084,7 +3084,7 @@ enum {
 //   meta          bytes of a row before its blocks: a row of n takes meta + n / block * bytes
 //   act           the activations it is multiplied with, see moe__act_kind
 //   per           weights per scale: 16 or 32
-//   bits offset   0 <= q + offset < 2^bits, the offset a power of 2; offset 0: there are mins
+//   bits offset   0 <= level + offset < 2^bits, a power of 2; offset 0: there are mins
 //   q             1 if there is a quantizer
 //   own           1 if the vector kernels make tiles of it in a way of its own
 #define MOE__ALL_TYPES(F, B, K)                                                                  \
@@ -4128,11 +4128,11 @@ MOE_API int moe_gguf_value_string(const moe_gguf_value *value, const void **curs
 //
 //   1. moe_type                              its id in files (>>api)
 //   2. MOE__ALL_TYPES                        its row: sizes, scales, bits (>>gguf)
-//   3. MOE__LAYOUT_NAME                      its bits, in words; here, and a word that is missing
-//                                            also in the vector text (>>kernels)
+//   3. MOE__LAYOUT_NAME                      what its bits mean, in words; a word that there is
+//                                            none of is written here and once more for vectors
 // and if it has 32 weights per block: its product, which reads all blocks of a record at once
 //   4. MOE__DOT_Q32 q32_scales q32_unpack    and q32_table if it has levels of its own (>>kernels)
-// and if it has a quantizer (column q): one or the other
+// and if it has a quantizer (column q): the first two, or one of its own as the third
 //   5. MOE__TYPES_QUANTIZE moe__types_pack_NAME moe__quantize_NAME
 // and if it has a way of its own to become tiles (column own)
 //   6. MOE__TILE_TYPE MOE__TILE_NIBBLES tile_unpack_nibbles                         (>>kernels)
@@ -15755,8 +15755,8 @@ typedef struct moe__attending {
     int32_t *first, *n_visible;
     float *max, *sum;         // and of all queries of an item the states
     float *scores;            // MOE__ATTEND_QUERIES * MOE__ATTEND_KEYS
-    int64_t n_parts;
-    float *part_max, *part_sum, *part_out; // [n_parts][n_head], [n_parts][n_head][dv]
+    int64_t max_parts;        // as many chunks as the context has
+    float *part_max, *part_sum, *part_out; // [max_parts][n_head], [max_parts][n_head][dv]
 } moe__attending;
 
 MOE__PRIVATE void moe__attending_take(moe__attending *w, moe__memory *memory, int64_t n_head,
@@ -15771,10 +15771,10 @@ MOE__PRIVATE void moe__attending_take(moe__attending *w, moe__memory *memory, in
     w->max = moe__take_floats(own, 1, queries);
     w->sum = moe__take_floats(own, 1, queries);
     w->scores = moe__take_floats(own, MOE__ATTEND_QUERIES, MOE__ATTEND_KEYS);
-    w->n_parts = ((int64_t)info->n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
-    w->part_max = moe__take_floats(common, w->n_parts, n_head);
-    w->part_sum = moe__take_floats(common, w->n_parts, n_head);
-    w->part_out = moe__take_floats(common, w->n_parts, n_head * dv);
+    w->max_parts = ((int64_t)info->n_ctx + MOE__ATTEND_KEYS - 1) / MOE__ATTEND_KEYS;
+    w->part_max = moe__take_floats(common, w->max_parts, n_head);
+    w->part_sum = moe__take_floats(common, w->max_parts, n_head);
+    w->part_out = moe__take_floats(common, w->max_parts, n_head * dv);
 }
 
 // Attention in one layer: what its items have in common, whichever mixer asks for it. Query head h
@@ -15829,7 +15829,7 @@ MOE__PRIVATE int moe__attention_is_even(const moe__eval *e, const moe__attention
 MOE__PRIVATE void moe__attention_plan(const moe__eval *e, moe__attention *at) {
     int64_t most = 0, rows = 0, items = 0;
     const int64_t least = at->expand ? MOE__MLA_EXPAND : 4;
-    const int64_t limit = at->expand ? 0 : at->w->n_parts; // expanding is not done twice
+    const int64_t limit = at->expand ? 0 : at->w->max_parts; // expanding is not done twice
     at->block = MOE__ATTEND_BLOCK;
     if (at->expand) at->block = moe__max(at->block, e->n);
     at->n_parts = 0;

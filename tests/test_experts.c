@@ -277,7 +277,8 @@ static int64_t work_of(const moe__schedule_info *schedule, const moe__task *task
     moe__range range;
     for (int32_t i = 0; schedule->range(task, thread, threads, i, &range); i++) {
         const int64_t units = (range.end - range.begin + task->unit - 1) / task->unit;
-        const int64_t cost = task->one_token ? 1 : moe__entry_block_cost(&task->entries[range.entry]);
+        const moe__entry *entry = &task->entries[range.entry];
+        const int64_t cost = task->one_token ? 1 : moe__entry_block_cost(entry);
         work += units * cost;
     }
     return work;

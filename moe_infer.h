@@ -5949,8 +5949,9 @@ typedef struct moe__kernels {
 
 // ---- the plain C table -----------------------------------------------------------------------
 
-// Short loops in the order of the formulas; sums in double. The vector kernels may differ from
-// them by rounding only.
+// Short loops in the order of the formulas: what a kernel is to compute, for every type and shape,
+// is said here. Quantized types have the same bits from the vector kernels; sums of floats are in
+// double here, and the vector kernels may differ from them by rounding only.
 
 // Any block type: the rows of a group side by side.
 MOE__PRIVATE void moe__kernels_dot(const moe__type *type, const uint8_t *rows, size_t row_size,
@@ -6781,6 +6782,10 @@ MOE__V float u_sum(__m256 x) {
 
 // ---- dot products: plain floats --------------------------------------------------------------
 
+// F32, F16 and BF16 weights times activations as floats: nothing is quantized. In the order of a
+// product's sums weight k joins chain k mod 32, whose ends are added in pairs; one vector (dot) and
+// many (tile) keep to it.
+
 // 8 weights as floats; type: an index of the type table
 MOE__V __m256 u_load_weights(const uint8_t *p, const int type) {
     if (type == MOE__INDEX_F16) return _mm256_cvtph_ps(v_load_128(p));
@@ -7533,6 +7538,8 @@ MOE__SET(row, int p) { return (void)p, _mm_set_ss(D); }
 
 // ---- code books
 
+// Types with an index for 4 or 8 levels at once (IQ1, IQ2, IQ3). The head of a block unpacks all
+// indices and signs; a vector of levels is then looked up entry by entry and gets its signs.
 // Code books' vectors are in the order FOURS. Entries of vector v, of a book of 8 bytes each:
 MOE__V MOE__VI v_book8(const uint64_t *book, const uint16_t *index, const int v) {
 #define MOE__ENTRY(lane, i) \
@@ -7786,6 +7793,12 @@ MOE__LEVEL(iq1_m) {
 }
 
 // ---- dot products: blocks of 256 -------------------------------------------------------------
+
+// Per block of a row: its head; then each vector of levels times the activations, summed in int32
+// to sub-blocks and multiplied with their scales, all in one vector of integers; then one product
+// of floats with the block's d and the activations' scale. Mins are multiplied with the sums of
+// activations that quantizing has left in the record. Bias and shift of levels cost no work per
+// weight: (level + bias) . act = level . act + bias * sum of act.
 
 // Lanes added up: every second of four, all of them
 MOE__V __m256i u_rows_8(MOE__VI x) {
@@ -9055,6 +9068,10 @@ typedef void tile_kernel_fn(const tile_job *job);
 typedef void MOE__(tile_unpack_fn)(const uint8_t *rows, size_t stride, int64_t n, uint8_t *pack);
 
 // ---- unpacking ----------------
+
+// Rows lie in memory one behind the other, but a vector of the pack has one dword of each row: half
+// a panel's rows are loaded 16 bytes at a time and turned, like a matrix of dwords. Turning is as
+// much work as unpacking, and both are done once for all tokens.
 
 typedef struct tile_columns {
     MOE__VI v[4];

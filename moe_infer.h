@@ -9716,15 +9716,16 @@ MOE__V __m256i MOE__(tile_sums)(const uint8_t *x, int i, int quads, int per_256)
 }
 // Where the sums of n tokens start, of all sub-blocks: minus the sums of the activations,
 // shifted; with mins: 0 (integer ones: tile_chunk has written that). Kept in memory: shifts would
-// compete with the multiplications. For float mins those sums as floats, too.
-MOE__K void MOE__(tile_starts)(const tile_job *job, int n, int quads, int per_256, int mins) {
+// compete with the multiplications. The rare types are done here, which have a scale of the
+// activations per 32: those with mins, whose sums are kept as floats, too, or with 4 quads.
+MOE__K void MOE__(tile_starts)(const tile_job *job, int n, int quads, int mins) {
     const __m128i shift = _mm_cvtsi32_si128(job->shift);
     for (int t = 0; t < n; t++) {
         const uint8_t *x = (const uint8_t *)job->x[t] + job->record;
         uint8_t *starts = job->pack + TILE_START + 64 * t;
         for (int i = 0; i < (quads == 4 ? 16 : 8); i += 8) {
-            const __m256i sums = MOE__(tile_sums)(x, i, quads, per_256);
-            if (mins && !per_256) {
+            const __m256i sums = MOE__(tile_sums)(x, i, quads, 0);
+            if (mins) {
                 const void *d = x + offsetof(moe__act32, d);
                 const __m256 scale = _mm256_loadu_ps((const float *)d);
                 const __m256 f = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), scale);
@@ -9904,8 +9905,19 @@ MOE__V void MOE__(tile_quantized)(const tile_job *job, const int n, const int qu
             MOE__(tile_widen)((const uint8_t *)job->x[t] + job->record, wide + 512 * t);
     } else
 #endif
-        if (!per_256 || !mins)
-        MOE__SHARED(tile_starts)(job, n, quads, per_256, mins);
+    if (!mins && (per_256 || quads == 8)) {
+        const __m128i shift = _mm_cvtsi32_si128(job->shift);
+        MOE__EACH_TOKEN(t) {
+            uint8_t *to = job->pack + TILE_START + 64 * t;
+            __m256i sums = MOE__SHARED(tile_sums)(x[t], 0, quads, per_256);
+            u_store(to, _mm256_sll_epi32(sums, shift));
+            if (quads == 8) continue;
+            sums = MOE__SHARED(tile_sums)(x[t], 8, quads, per_256);
+            u_store(to + 32, _mm256_sll_epi32(sums, shift));
+        }
+    } else if (!per_256) {
+        MOE__SHARED(tile_starts)(job, n, quads, mins);
+    }
     // All sub-blocks one after another, or two at a time, which belong to the same sums
     const int64_t step = per_256 ? 1 : 4, n_passes = per_256 ? 1 : (n_blocks + 7) / 8 * 4;
     for (int64_t pass = 0; pass < n_passes; pass++) {

@@ -994,11 +994,6 @@ MOE__PRIVATE void moe__base_copy_shown(char *out, size_t capacity, const char *t
     out[used] = 0;
 }
 
-// Of a text: what "%.*s" is to show of it.
-MOE__PRIVATE int moe__base_cut(size_t size, const char *text, size_t limit) {
-    return (int)moe__utf8_limit(text, size, limit);
-}
-
 // Fills *error (if any) and returns `status`: `return moe__fail(error, ...)`. `where` is size
 // bytes.
 MOE__PRIVATE MOE__PRINTF(6, 7) moe_status
@@ -4385,6 +4380,7 @@ MOE__INLINE float moe__types_ue4m3(unsigned x) {
     if (e == 0) return (float)m / 1024.0f;
     return (float)(8 + m) * moe__f32_from_bits((e + 127 - 11) << 23);
 }
+
 // ---- layouts: words --------------------------------------------------------------------------
 
 // What the bits of a type mean is said once, by a macro MOE__LAYOUT_NAME: a list of words, and
@@ -5022,7 +5018,7 @@ typedef struct moe__type {
     int32_t block, bytes; // weights and bytes per block, of one row
     moe__act_kind act;    // what it is multiplied with
     int32_t rows, meta;   // rows interleaved in a group; bytes of a row's scale before blocks
-    int32_t per, bits, offset; // see MOE__TYPES
+    int32_t per, bits, offset; // see MOE__ALL_TYPES
     void (*unpack)(const uint8_t *b, int k, float D, moe__block *out); // NULL: plain floats
     void (*quantize)(const float *x, uint8_t *row, int64_t n, const float *importance);
 } moe__type;
@@ -5823,6 +5819,7 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
     moe__floats_end(&callers);
     return MOE_OK;
 }
+
 // ==============================================================================================
 // >>kernels
 //
@@ -6230,6 +6227,7 @@ static const moe__kernels moe__kernels_scalar = {
     moe__attend_scalar,
     moe__attend_add_scalar};
 #undef MOE__KERNELS_TYPE
+
 // ---- the vector kernels, once per instruction set --------------------------------------------
 
 #if MOE__X86
@@ -13422,7 +13420,7 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
     moe__load_fail_at(loader, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0, key,
                       "%s \"%.*s\" is not supported", what,
-                      moe__base_cut(name.size, name.data, 64), name.data);
+                      (int)moe__utf8_limit(name.data, name.size, 64), name.data);
 }
 
 MOE__PRIVATE void moe__text_load_tokens(moe__text_loader *loader) {
@@ -14744,7 +14742,7 @@ MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling 
         s->yarn = 1;
     } else if (type.size != 6 || memcmp(type.data, "linear", 6)) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
-                       moe__base_cut(type.size, type.data, 32), type.data);
+                       (int)moe__utf8_limit(type.data, type.size, 32), type.data);
     }
     moe__load_check_base(loader, "rope.freq_base", s);
 }
@@ -15280,7 +15278,7 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
         (type.size != 5 || memcmp(type.data, "model", 5))) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.type",
                        "the file holds a \"%.*s\", not a model",
-                       moe__base_cut(type.size, type.data, 32), type.data);
+                       (int)moe__utf8_limit(type.data, type.size, 32), type.data);
         return;
     }
     cursor = NULL;
@@ -15297,7 +15295,7 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
     if (!model->family) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "general.architecture",
                        "model family \"%.*s\" is not supported",
-                       moe__base_cut(name.size, name.data, 48), name.data);
+                       (int)moe__utf8_limit(name.data, name.size, 48), name.data);
         return;
     }
     moe__base_copy_text(model->info.family, sizeof model->info.family, name.data, name.size);
@@ -15576,7 +15574,7 @@ MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
 }
 
 // This thread's part of `total`.
-MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit, int64_t *begin,
+MOE__INLINE void moe__eval_range(const moe__eval *e, int64_t total, int64_t unit, int64_t *begin,
                                  int64_t *end) {
     moe__pool_range(total, unit, e->thread, e->n_threads, begin, end);
 }
@@ -15585,7 +15583,7 @@ MOE__INLINE void moe__eval_share(const moe__eval *e, int64_t total, int64_t unit
 MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix) {
     int64_t begin, end;
     if (!matrix->data) return;
-    moe__eval_share(e, matrix->n_out, moe__eval_row_unit(matrix, e->n), &begin, &end);
+    moe__eval_range(e, matrix->n_out, moe__eval_row_unit(matrix, e->n), &begin, &end);
     moe__matrix_fetch(matrix, 0, begin, end);
 }
 
@@ -15643,7 +15641,7 @@ MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__projection *list, i
 // sum += scale of the residual * matrix x for this thread's rows; no barrier.
 MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix, float *sum) {
     int64_t begin, end;
-    moe__eval_share(e, matrix->n_out, moe__eval_row_unit(matrix, e->n), &begin, &end);
+    moe__eval_range(e, matrix->n_out, moe__eval_row_unit(matrix, e->n), &begin, &end);
     moe__acts_gather(e->in, matrix, NULL, 0, e->n, e->local->scratch.x);
     if (begin < end)
         moe__matmul_add(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n, NULL,
@@ -15656,7 +15654,7 @@ MOE__PRIVATE void moe__eval_norm(moe__eval *e, const float *source, const float 
                                  moe__input input) {
     const moe__acts *out = &e->in[input];
     int64_t begin = 0, end = 1;
-    if (e->n > 1) moe__eval_share(e, e->n, 1, &begin, &end);
+    if (e->n > 1) moe__eval_range(e, e->n, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++)
         e->kernels->rms_norm(source + t * out->n, weight, out->n, e->model->eps,
                              moe__acts_f32(out, t));
@@ -15668,7 +15666,7 @@ MOE__PRIVATE void moe__eval_norm(moe__eval *e, const float *source, const float 
 // many rows need is the caller's.
 MOE__PRIVATE void moe__eval_quantize(moe__eval *e, moe__input input, int64_t rows) {
     int64_t begin = 0, end = rows;
-    if (e->n > 1) moe__eval_share(e, rows, 1, &begin, &end);
+    if (e->n > 1) moe__eval_range(e, rows, 1, &begin, &end);
     moe__acts_quantize(e->kernels, &e->in[input], begin, end);
 }
 
@@ -15970,7 +15968,7 @@ MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attent
     int64_t total = 0, begin, end;
     for (int32_t i = 0; i < e->work->n_spans; i++)
         if (e->work->spans[i].expand == at->expand) total += e->work->spans[i].n * n_head;
-    moe__eval_share(e, total, 1, &begin, &end);
+    moe__eval_range(e, total, 1, &begin, &end);
     for (int32_t i = 0; i < e->work->n_spans; i++) {
         const moe__span *span = &e->work->spans[i];
         if (span->expand != at->expand) continue;
@@ -16406,7 +16404,7 @@ MOE__PRIVATE void moe__mla_expand_share(const moe__eval *e, const moe__layer *la
     enum { BLOCK = 64 };
     const int64_t dk = layer->head_k, dv = layer->head_v, blocks = (n_keys + BLOCK - 1) / BLOCK;
     int64_t begin, end;
-    moe__eval_share(e, layer->n_head * blocks, 1, &begin, &end);
+    moe__eval_range(e, layer->n_head * blocks, 1, &begin, &end);
     for (int64_t i = begin; i < end; i++) {
         const int64_t head = i / blocks, first = i % blocks * BLOCK;
         moe__mla_head(e, layer, w, head);
@@ -16571,7 +16569,7 @@ MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
 MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                 float *out) {
     int64_t begin, end;
-    moe__eval_share(e, e->n * layer->n_head * layer->head_v, MOE__LINE, &begin, &end);
+    moe__eval_range(e, e->n * layer->n_head * layer->head_v, MOE__LINE, &begin, &end);
     for (int64_t i = begin; i < end; i++) out[i] /= 1 + expf(-w->gate[i]);
 }
 
@@ -16587,10 +16585,10 @@ MOE__PRIVATE void moe__gqa_prepare(moe__eval *e, const moe__layer *layer, int il
     if (e->n == 1) {
         moe__gqa_norm_wide(e, layer, w, 0);
         if (store) return;
-        moe__eval_share(e, n_kv, 1, &begin, &end);
+        moe__eval_range(e, n_kv, 1, &begin, &end);
         for (int64_t head = begin; head < end; head++) moe__gqa_store(e, layer, il, w, 0, head);
     } else {
-        moe__eval_share(e, e->n, 1, &begin, &end);
+        moe__eval_range(e, e->n, 1, &begin, &end);
         for (int64_t t = begin; t < end; t++) {
             moe__gqa_norm_wide(e, layer, w, t);
             for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, w, t, head);
@@ -16645,7 +16643,7 @@ MOE__PRIVATE void moe__mla_values(moe__eval *e, const moe__attention *at) {
     const int64_t n_head = layer->n_head, dv = layer->head_v;
     const void **x = e->local->scratch.x;
     int64_t begin, end;
-    moe__eval_share(e, n_head, 1, &begin, &end);
+    moe__eval_range(e, n_head, 1, &begin, &end);
     for (int64_t head = begin; head < end; head++)
         for (int32_t s = 0, n = 0; s < work->n_spans; s++) {
             const moe__span *span = &work->spans[s];
@@ -16675,10 +16673,10 @@ MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il
     int64_t begin, end;
     if (e->n == 1 && e->thread == e->n_threads - 1) moe__mla_store(e, layer, il, w, 0);
     if (e->n > 1) {
-        moe__eval_share(e, e->n, 1, &begin, &end);
+        moe__eval_range(e, e->n, 1, &begin, &end);
         for (int64_t t = begin; t < end; t++) moe__mla_store(e, layer, il, w, t);
     }
-    moe__eval_share(e, n_head, 1, &begin, &end);
+    moe__eval_range(e, n_head, 1, &begin, &end);
     if (layer->q_lora) {
         moe__eval_norm(e, w->q_a, layer->q_a_norm, MOE__IN_Q_A);
         moe__acts_gather(e->in, &layer->q_b, NULL, 0, e->n, e->local->scratch.x);
@@ -17293,7 +17291,7 @@ MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
     const moe__router *router = &e->model->router;
     const moe__projection list = {&layer->router, work->router_logits};
     int64_t begin, end;
-    moe__eval_share(e, e->n, 1, &begin, &end);
+    moe__eval_range(e, e->n, 1, &begin, &end);
     if (e->n >= 2 * (int64_t)e->n_threads && e->n > 1) {
         if (begin < end) {
             moe__acts_gather(e->in, &layer->router, NULL, begin, end - begin, local->scratch.x);
@@ -17359,7 +17357,7 @@ MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__task *task, float *
     if (!apart) return;
     moe__eval_barrier(e);
     int64_t begin, end;
-    moe__eval_share(e, n_embd, MOE__LINE, &begin, &end);
+    moe__eval_range(e, n_embd, MOE__LINE, &begin, &end);
     for (int32_t i = 0; i < task->n_entries; i++)
         e->kernels->axpy(task->entries[i].weights ? task->entries[i].weights[0] : 1.0f,
                          work->expert_out + i * n_embd + begin, end - begin, sum + begin);
@@ -17432,7 +17430,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
 MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
     int64_t begin, end;
     if (!post_norm) return e->work->residual;
-    moe__eval_share(e, e->n * e->model->info.n_embd, MOE__LINE, &begin, &end);
+    moe__eval_range(e, e->n * e->model->info.n_embd, MOE__LINE, &begin, &end);
     memset(e->work->branch + begin, 0, (size_t)(end - begin) * sizeof(float));
     return e->work->branch;
 }
@@ -17445,7 +17443,7 @@ MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
     float *normed = e->local->scratch.up; // as long as the longest vector
     int64_t begin, end;
     if (!post_norm) return;
-    moe__eval_share(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__LINE : 1, &begin, &end);
+    moe__eval_range(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__LINE : 1, &begin, &end);
     if (e->n == 1) {
         e->kernels->rms_norm(work->branch, post_norm, n_embd, e->model->eps, normed);
         for (int64_t i = begin; i < end; i++) work->residual[i] += normed[i];
@@ -17466,7 +17464,7 @@ MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
     moe__work *work = e->work;
     const int64_t n_embd = model->info.n_embd;
     int64_t begin, end;
-    moe__eval_share(e, e->n, 1, &begin, &end);
+    moe__eval_range(e, e->n, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++) {
         float *x = work->residual + t * n_embd;
         moe__matrix_to_f32(e->kernels, &model->token_embd, 0, work->rows[t].token, 1, x);
@@ -17502,7 +17500,7 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     if (n == 0) return;
     // One: each thread for itself
     const moe__acts *x = n == 1 ? &e->local->in[MOE__IN_NORMED] : &work->in[MOE__IN_NORMED];
-    moe__eval_share(e, n, 1, &begin, &end);
+    moe__eval_range(e, n, 1, &begin, &end);
     const int64_t wanted = n;
     n = 0;
     for (int32_t s = 0; s < work->n_spans; s++) {
@@ -17517,7 +17515,7 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     }
     if (n > 1) moe__eval_barrier(e);
     for (int64_t i = 0; i < n; i++) scratch->x[i] = moe__acts_row(x, output->type->act, i);
-    moe__eval_share(e, output->n_out, moe__eval_row_unit(output, n), &begin, &end);
+    moe__eval_range(e, output->n_out, moe__eval_row_unit(output, n), &begin, &end);
     if (n == 1) {
         moe__matmul(e->kernels, output, 0, begin, end, scratch->x, 1, out[0] + begin, 0,
                     scratch->pack);

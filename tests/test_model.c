@@ -459,28 +459,44 @@ TEST(windows_of_any_size_match_the_naive_pass) {
 
 enum { FORM_TOKENS = 40 };
 
+// A changed file, opened from memory.
+typedef struct form {
+    edit_image image;
+    moe_gguf *gguf;
+    moe_model *model;
+} form;
+static int form_open(form *f, const edit_file *e, const char *label) {
+    moe_error error;
+    f->image = edit_build(e);
+    f->gguf = moe_gguf_open_memory(f->image.data, f->image.size, NULL, &error);
+    f->model = f->gguf ? moe_model_open_gguf(f->gguf, NULL, &error) : NULL;
+    CHECKF(f->model != NULL, "%s: %s: %s", label, error.where, error.text);
+    return f->model != NULL;
+}
+static void form_close(form *f) {
+    moe_model_close(f->model);
+    moe_gguf_close(f->gguf);
+    free(f->image.data);
+}
+
 // Logits of a changed file, if `naive` compared with the naive pass; the caller frees them.
 static float *form_logits(const edit_file *e, const char *label, int naive) {
-    edit_image image = edit_build(e);
-    moe_error error;
+    form f;
     int32_t tokens[FORM_TOKENS];
     float *logits = NULL;
     subject s;
     memset(&s, 0, sizeof s);
-    moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, &error);
-    moe_model *model = gguf ? moe_model_open_gguf(gguf, NULL, &error) : NULL;
-    CHECKF(model != NULL, "%s: %s: %s", label, error.where, error.text);
-    if (model) {
+    if (form_open(&f, e, label)) {
         moe_session_options o;
         memset(&o, 0, sizeof o);
         o.kv_type = MOE_KV_F32;
         o.n_threads = 2;
         s.label = label;
-        s.gguf = gguf;
-        s.model = model;
+        s.gguf = f.gguf;
+        s.model = f.model;
         s.tokens = tokens;
         s.n = s.n_expected = FORM_TOKENS;
-        s.n_vocab = moe_model_get_info(model)->n_vocab;
+        s.n_vocab = moe_model_get_info(f.model)->n_vocab;
         s.n_threads = 1;
         models_tokens(tokens, s.n, s.n_vocab, 7);
         double *truth = naive ? subject_naive(&s, 0, 0) : NULL;
@@ -489,12 +505,10 @@ static float *form_logits(const edit_file *e, const char *label, int naive) {
             check_demands(&s);
         }
         free(truth);
-        logits = models_run(model, &o, tokens, FORM_TOKENS, MODELS_ODD);
+        logits = models_run(f.model, &o, tokens, FORM_TOKENS, MODELS_ODD);
         CHECKF(logits != NULL, "%s", label);
     }
-    moe_model_close(model);
-    moe_gguf_close(gguf);
-    free(image.data);
+    form_close(&f);
     return logits;
 }
 
@@ -738,26 +752,22 @@ enum { HALVES = 200 };
 // 200 tokens of a changed file, at once and in halves, against the naive pass. Latent attention
 // has two forms, of which each must know all that the file says.
 static void check_halves(const edit_file *e, const char *label, double *different) {
-    edit_image image = edit_build(e);
-    moe_error error;
+    form f;
     int32_t tokens[HALVES];
     subject s;
     memset(&s, 0, sizeof s);
-    moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, &error);
-    moe_model *model = gguf ? moe_model_open_gguf(gguf, NULL, &error) : NULL;
-    CHECKF(model != NULL, "%s: %s: %s", label, error.where, error.text);
-    if (model) {
-        const int V = moe_model_get_info(model)->n_vocab;
+    if (form_open(&f, e, label)) {
+        const int V = moe_model_get_info(f.model)->n_vocab;
         const size_t count = (size_t)HALVES * (size_t)V;
         models_tokens(tokens, HALVES, V, 7);
-        s.label = label, s.gguf = gguf, s.model = model;
+        s.label = label, s.gguf = f.gguf, s.model = f.model;
         s.tokens = tokens, s.n = HALVES, s.n_vocab = V;
         double *truth = subject_naive(&s, 0, 0);
         for (int halves = 0; halves < 2 && truth; halves++) {
             moe_session_options o;
             memset(&o, 0, sizeof o);
             o.kv_type = MOE_KV_F32;
-            float *x = models_run(model, &o, tokens, HALVES, halves ? HALVES / 2 : MODELS_WHOLE);
+            float *x = models_run(f.model, &o, tokens, HALVES, halves ? HALVES / 2 : MODELS_WHOLE);
             const double off = x ? models_nmse(x, truth, count) : INFINITY;
             CHECKF(off <= limit_f32, "%s, %d: %g", label, halves, off);
             free(x);
@@ -766,9 +776,7 @@ static void check_halves(const edit_file *e, const char *label, double *differen
         if (truth && !*different) *different = truth[count - 1];
         free(truth);
     }
-    moe_model_close(model);
-    moe_gguf_close(gguf);
-    free(image.data);
+    form_close(&f);
 }
 
 // NAME.scale of every matrix of latent attention, for all heads or each; {1} in real files.

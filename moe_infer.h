@@ -5850,6 +5850,8 @@ enum {
     MOE__PACK_SIZE = 131072, // bytes of scratch of a tile kernel
     MOE__ATTEND_KEYS = 128, // keys of a chunk of attention
     MOE__ATTEND_QUERIES = 32, // most queries of one call of an attention kernel
+    MOE__CHUNK = 16,        // tokens of a chunk of a recurrence
+    MOE__CONV_TAPS = 16,    // most taps of a convolution
     MOE__PEAK = 128         // logits that one peak stands for
 };
 
@@ -5907,6 +5909,40 @@ typedef struct moe__attend_args {
     float *scores;           // scratch: n_queries * MOE__ATTEND_KEYS floats, aligned to 64
 } moe__attend_args;
 
+// Some tokens of one chunk through a linear recurrence. Of one head there is a state S, n_k rows of
+// n_v values, and token t does to it
+//
+//     S = diag(decay_t) S + k_t x delta_t    with delta_t = beta_t (v_t - S^T k_t), of the decayed
+//     out_t = S^T q_t                        S (the delta rule), or delta_t = v_t if beta is NULL
+//
+// A chunk keeps S as it was before its first token, and of each token its key and delta. With D_t
+// the product of decays of the chunk up to token t, S^T k_t is S_0^T (D_t k_t) plus, of each token
+// j before, (k_t . D_t/D_j k_j) delta_j: reading S once serves all tokens of a call, and nothing
+// is written to it until the chunk is full (fold). A token's results have the same bits in
+// whatever calls the chunk comes: each dot product is a sum of its own, in ascending order.
+//
+// Columns of S know nothing of each other: any range of them can be computed by itself.
+typedef struct moe__recur_args {
+    int32_t n_k, n_v;        // rows of the state, columns of this call
+    int32_t done, n;         // tokens of the chunk before this call, and of it
+    int32_t n_decay;         // decays of a token: 1, or n_k (one per row)
+    const float *state;      // S_0: n_k rows, state_stride floats apart
+    int64_t state_stride;
+    const float *q, *k, *v;  // of token i: n_k, n_k and n_v floats at q + i * q_stride etc.
+    const float *decay;      // n_decay floats at decay + i * decay_stride
+    const float *beta;       // one float at beta + i * beta_stride; NULL: see above
+    int64_t q_stride, k_stride, v_stride, decay_stride, beta_stride;
+    float *keys;             // [n_k][MOE__CHUNK], keys of the chunk's tokens side by side; with a
+                             // decay per row they are kept decayed up to now,
+    float *weights;          // with a single one this is how much each has decayed; else 1
+    float *total;            // [n_decay]: the product of all decays up to now
+    float *deltas;           // of token j of the chunk: n_v floats at deltas + j * delta_stride
+    int64_t delta_stride;
+    float *out;              // of token i: n_v floats at out + i * out_stride
+    int64_t out_stride;
+    float *scratch;          // 2 * MOE__CHUNK * (n_k + n_v) floats, aligned to 64
+} moe__recur_args;
+
 typedef struct moe__type_kernels {
     moe__dot_fn *dot;
     moe__tile_fn *tile;
@@ -5942,6 +5978,30 @@ typedef struct moe__kernels {
     // The state max, sum, x of one chunk is added to that of all before it; x, all: dv floats.
     void (*attend_add)(float max, float sum, const float *x, int64_t dv, float *all_max,
                        float *all_sum, float *all);
+    void (*recur)(const moe__recur_args *args);
+    // The state behind a full chunk of which all tokens went through recur: to = diag(total) S_0 +
+    // sum over j of weights[j] keys[j] x deltas[j]. to may be args->state.
+    void (*fold)(const moe__recur_args *args, float *to);
+    // A recurrence with a decay per value: state [n_state][stride], one token, n channels.
+    // S[i][c] = exp(dt[c] a[i][c]) S[i][c] + dt[c] x[c] b[i];  out[c] = sum over i of S[i][c] c[i]
+    // a: [n_state][stride], too. to may be state.
+    void (*scan)(const float *state, float *to, int64_t stride, int64_t n_state, int64_t n,
+                 const float *dt, const float *x, const float *a, const float *b, const float *c,
+                 float *out);
+    // Channel by channel: out[c] = bias[c] + sum over i of w[i * stride + c] x[i][c], taps in
+    // ascending order; then x / (1 + exp(-x)) of it if silu is set. bias NULL: 0.
+    void (*conv)(const float *const *x, const float *w, int64_t stride, int32_t n_taps,
+                 const float *bias, int64_t n, int silu, float *out);
+    void (*gate)(float *x, const float *gate, int64_t n); // x[i] /= 1 + exp(-gate[i])
+    // out[i] = ln(1 + exp(x[i] + bias[i])), x itself above 20. out may be x.
+    void (*softplus)(const float *x, const float *bias, int64_t n, float *out);
+    // Decays of one head: out[i] = exp(a softplus(x[i] + bias[i])), or, with low < 0,
+    // exp(low / (1 + exp(-a (x[i] + bias[i])))). out may be x.
+    void (*decay)(const float *x, const float *bias, int64_t n, float a, float low, float *out);
+    // out[i] = max(up[i], 0)^2. out may be up.
+    void (*relu_squared)(const float *up, int64_t n, float *out);
+    // out[i] = min(silu(gate[i]), limit) * up[i] within -limit..limit. out may be gate.
+    void (*swiglu_limited)(const float *gate, const float *up, int64_t n, float limit, float *out);
 } moe__kernels;
 
 // ---- the plain C table -----------------------------------------------------------------------
@@ -6208,6 +6268,136 @@ MOE__PRIVATE void moe__attend_scalar(const moe__attend_args *args) {
     }
 }
 
+// ---- recurrences
+
+// Results of a call for S_0 alone: a[i] = S_0^T (D_i k_i), b[i] = S_0^T (D_i q_i).
+MOE__PRIVATE void moe__recur_read(const moe__recur_args *args, const float *x, float *out) {
+    for (int c = 0; c < args->n_v; c++) {
+        double sum = 0;
+        for (int r = 0; r < args->n_k; r++)
+            sum += (double)args->state[r * args->state_stride + c] * x[r];
+        out[c] = (float)sum;
+    }
+}
+
+// One more decay: of the product of all, of the keys seen so far.
+MOE__PRIVATE void moe__recur_decay(const moe__recur_args *args, int p, const float *decay) {
+    for (int r = 0; r < args->n_decay; r++) args->total[r] *= decay[r];
+    if (args->n_decay == 1) {
+        for (int j = 0; j < p; j++) args->weights[j] *= decay[0];
+        return;
+    }
+    for (int r = 0; r < args->n_k; r++)
+        for (int j = 0; j < p; j++) args->keys[r * MOE__CHUNK + j] *= decay[r];
+}
+
+MOE__PRIVATE void moe__recur_scalar(const moe__recur_args *args) {
+    float *x = args->scratch, *a = x + args->n_k, *b = a + args->n_v;
+    for (int i = 0; i < args->n; i++) {
+        const float *q = args->q + i * args->q_stride, *k = args->k + i * args->k_stride;
+        const float *v = args->v + i * args->v_stride;
+        const int p = args->done + i, one = args->n_decay == 1;
+        float *delta = args->deltas + p * args->delta_stride, *out = args->out + i * args->out_stride;
+        double own = 0;
+        moe__recur_decay(args, p, args->decay + i * args->decay_stride);
+        for (int r = 0; r < args->n_k; r++) x[r] = args->total[one ? 0 : r] * q[r];
+        moe__recur_read(args, x, b);
+        memset(a, 0, (size_t)args->n_v * sizeof *a);
+        for (int r = 0; r < args->n_k; r++) x[r] = args->total[one ? 0 : r] * k[r];
+        if (args->beta) moe__recur_read(args, x, a);
+        for (int j = 0; j < p; j++) {
+            const float *other = args->deltas + j * args->delta_stride;
+            double qk = 0, kk = 0;
+            for (int r = 0; r < args->n_k; r++) {
+                qk += (double)args->keys[r * MOE__CHUNK + j] * q[r];
+                kk += (double)args->keys[r * MOE__CHUNK + j] * k[r];
+            }
+            const float to_b = (float)qk * args->weights[j], to_a = (float)kk * args->weights[j];
+            for (int c = 0; c < args->n_v; c++) b[c] += to_b * other[c];
+            for (int c = 0; c < args->n_v && args->beta; c++) a[c] += to_a * other[c];
+        }
+        const float beta = args->beta ? args->beta[i * args->beta_stride] : 1;
+        for (int r = 0; r < args->n_k; r++) {
+            own += (double)q[r] * k[r];
+            args->keys[r * MOE__CHUNK + p] = k[r];
+        }
+        args->weights[p] = 1;
+        for (int c = 0; c < args->n_v; c++) {
+            delta[c] = beta * (v[c] - a[c]);
+            out[c] = b[c] + (float)own * delta[c];
+        }
+    }
+}
+
+MOE__PRIVATE void moe__fold_scalar(const moe__recur_args *args, float *to) {
+    for (int r = 0; r < args->n_k; r++) {
+        const float total = args->total[args->n_decay == 1 ? 0 : r];
+        for (int c = 0; c < args->n_v; c++) {
+            float sum = total * args->state[r * args->state_stride + c];
+            for (int j = 0; j < MOE__CHUNK; j++)
+                sum += args->weights[j] * args->keys[r * MOE__CHUNK + j] *
+                       args->deltas[j * args->delta_stride + c];
+            to[r * args->state_stride + c] = sum;
+        }
+    }
+}
+
+MOE__PRIVATE void moe__scan_scalar(const float *state, float *to, int64_t stride, int64_t n_state,
+                                   int64_t n, const float *dt, const float *x, const float *a,
+                                   const float *b, const float *c, float *out) {
+    for (int64_t j = 0; j < n; j++) {
+        double sum = 0;
+        for (int64_t i = 0; i < n_state; i++) {
+            const float decay = expf(dt[j] * a[i * stride + j]);
+            to[i * stride + j] = decay * state[i * stride + j] + dt[j] * x[j] * b[i];
+            sum += (double)to[i * stride + j] * c[i];
+        }
+        out[j] = (float)sum;
+    }
+}
+
+MOE__PRIVATE void moe__conv_scalar(const float *const *x, const float *w, int64_t stride,
+                                   int32_t n_taps, const float *bias, int64_t n, int silu,
+                                   float *out) {
+    for (int64_t c = 0; c < n; c++) {
+        float sum = bias ? bias[c] : 0;
+        for (int i = 0; i < n_taps; i++) sum += w[i * stride + c] * x[i][c];
+        out[c] = silu ? sum / (1 + expf(-sum)) : sum;
+    }
+}
+
+MOE__PRIVATE void moe__gate_scalar(float *x, const float *gate, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] /= 1 + expf(-gate[i]);
+}
+
+MOE__INLINE float moe__softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+
+MOE__PRIVATE void moe__softplus_scalar(const float *x, const float *bias, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = moe__softplus(x[i] + bias[i]);
+}
+
+MOE__PRIVATE void moe__decay_scalar(const float *x, const float *bias, int64_t n, float a,
+                                    float low, float *out) {
+    for (int64_t i = 0; i < n; i++) {
+        const float sum = x[i] + bias[i];
+        out[i] = expf(low < 0 ? low / (1 + expf(-a * sum)) : a * moe__softplus(sum));
+    }
+}
+
+MOE__PRIVATE void moe__relu_squared_scalar(const float *up, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) { // NaN stays
+        const float x = up[i] < 0 ? 0 : up[i];
+        out[i] = x * x;
+    }
+}
+
+MOE__PRIVATE void moe__swiglu_limited_scalar(const float *gate, const float *up, int64_t n,
+                                             float limit, float *out) {
+    for (int64_t i = 0; i < n; i++)
+        out[i] = moe__clamp(gate[i] / (1 + expf(-gate[i])), -INFINITY, limit) *
+                 moe__clamp(up[i], -limit, limit);
+}
+
 #define MOE__KERNELS_TYPE(NAME, name, ...) \
     {moe__dot_##name, moe__tile_##name##_scalar, moe__dequantize_##name},
 static const moe__kernels moe__kernels_scalar = {
@@ -6225,7 +6415,16 @@ static const moe__kernels moe__kernels_scalar = {
     moe__f32_to_f16_scalar,
     moe__f32_to_q8_0_scalar,
     moe__attend_scalar,
-    moe__attend_add_scalar};
+    moe__attend_add_scalar,
+    moe__recur_scalar,
+    moe__fold_scalar,
+    moe__scan_scalar,
+    moe__conv_scalar,
+    moe__gate_scalar,
+    moe__softplus_scalar,
+    moe__decay_scalar,
+    moe__relu_squared_scalar,
+    moe__swiglu_limited_scalar};
 #undef MOE__KERNELS_TYPE
 
 // ---- the vector kernels, once per instruction set --------------------------------------------
@@ -11519,7 +11718,16 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(f32_to_f16),
     MOE__SHARED(f32_to_q8_0),
     MOE__SHARED(attend),
-    MOE__SHARED(attend_add)};
+    MOE__SHARED(attend_add),
+    moe__recur_scalar,
+    moe__fold_scalar,
+    moe__scan_scalar,
+    moe__conv_scalar,
+    moe__gate_scalar,
+    moe__softplus_scalar,
+    moe__decay_scalar,
+    moe__relu_squared_scalar,
+    moe__swiglu_limited_scalar};
 
 #undef MOE__TYPE_KERNELS
 #undef MOE__TILE_F32

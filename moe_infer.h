@@ -6297,7 +6297,8 @@ MOE__PRIVATE void moe__recur_scalar(const moe__recur_args *args) {
         const float *q = args->q + i * args->q_stride, *k = args->k + i * args->k_stride;
         const float *v = args->v + i * args->v_stride;
         const int p = args->done + i, one = args->n_decay == 1;
-        float *delta = args->deltas + p * args->delta_stride, *out = args->out + i * args->out_stride;
+        float *delta = args->deltas + p * args->delta_stride;
+        float *out = args->out + i * args->out_stride;
         double own = 0;
         moe__recur_decay(args, p, args->decay + i * args->decay_stride);
         for (int r = 0; r < args->n_k; r++) x[r] = args->total[one ? 0 : r] * q[r];

@@ -884,7 +884,9 @@ TEST(scales_of_nvfp4_weights_count_in_every_family) {
             t->size = size;
             scale = &e.tensors[e.n_tensors++];
             memset(scale, 0, sizeof *scale);
-            snprintf(scale->name, sizeof scale->name, "%.*s.scale", (int)(dot - t->name), t->name);
+            char base[96]; // a copy: both names lie in e
+            snprintf(base, sizeof base, "%.*s", (int)(dot - t->name), t->name);
+            snprintf(scale->name, sizeof scale->name, "%s.scale", base);
             scale->n_dims = 1;
             scale->ne[0] = t->n_dims == 3 ? t->ne[2] : 1;
             scale->ne[1] = scale->ne[2] = scale->ne[3] = 1;

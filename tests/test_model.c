@@ -884,9 +884,8 @@ TEST(scales_of_nvfp4_weights_count_in_every_family) {
             t->size = size;
             scale = &e.tensors[e.n_tensors++];
             memset(scale, 0, sizeof *scale);
-            char base[96]; // a copy: both names lie in e
-            snprintf(base, sizeof base, "%.*s", (int)(dot - t->name), t->name);
-            snprintf(scale->name, sizeof scale->name, "%s.scale", base);
+            memcpy(scale->name, t->name, (size_t)(dot - t->name));
+            memcpy(scale->name + (dot - t->name), ".scale", 7); // shorter than ".weight"
             scale->n_dims = 1;
             scale->ne[0] = t->n_dims == 3 ? t->ne[2] : 1;
             scale->ne[1] = scale->ne[2] = scale->ne[3] = 1;

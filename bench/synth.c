@@ -26,7 +26,7 @@ typedef struct synth_config {
     const char *name, *arch;
     int n_layer, n_embd, vocab, n_head;
     int n_kv, head_dim;                     // grouped-query attention
-    int q_lora, kv_lora, nope, rope, v_dim; // multi-head latent attention (deepseek2)
+    int q_lora, kv_lora, nope, rope, v_dim; // multi-head latent attention; rope also elsewhere
     int n_ff, lead;                         // dense layers: width, how many come first
     int n_exp, n_used, n_ff_exp;            // routed experts: how many, chosen per token, width
     int n_shared, n_ff_shexp;               // shared experts: how many, or their width together
@@ -39,6 +39,17 @@ typedef struct synth_config {
     float rope_base;                        // 0: the family's usual one
     int window;                             // sliding window (gpt-oss)
     int tied;                               // no output.weight
+    const char *layers;                     // kinds, repeated: M recurrent, * attention, E experts
+                                            // only; NULL: attention in all
+    int moe_step;                           // experts in the last of so many layers; 0: 1
+    int conv;                               // taps of the convolution
+    int inner, state;                       // recurrent layers: width, values per channel or head
+    int state_heads, state_groups;          // heads (jamba: rank of the step's projection), groups
+    int kda_dim;                            // width of a head of KDA (kimi-linear, bailingmoe3)
+    float lower_bound;                      // of its gate (bailingmoe3)
+    int latent;                             // width of the experts' inputs; 0: n_embd
+    float clamp, clamp_shexp;               // limits of the SwiGLU; 0: no keys
+    float embd_scale, residual_scale, attn_scale, logit_scale; // 0: no keys
 } synth_config;
 
 // Which tensors hold deepseek2's two halves of the latent's expansion. Float types hold the same
@@ -211,6 +222,123 @@ static const synth_config synth_configs[] = {
 };
 enum { SYNTH_N_CONFIGS = sizeof synth_configs / sizeof synth_configs[0] };
 
+// Families with recurrent layers. Of their own table because moe_infer.h cannot open them yet:
+// test_model goes through synth_configs.
+static const synth_config synth_hybrids[] = {
+    // Published shapes.
+    {.name = "qwen3.5-35b-a3b", .arch = "qwen35moe", .n_layer = 40, .n_embd = 2048,
+     .vocab = 248320, .n_head = 16, .n_kv = 2, .head_dim = 256, .rope = 64, .n_exp = 256,
+     .n_used = 8, .n_ff_exp = 512, .n_ff_shexp = 512, .rope_base = 1e7f, .layers = "MMM*",
+     .conv = 4, .inner = 4096, .state = 128, .state_heads = 32, .state_groups = 16},
+    {.name = "qwen3-next-80b-a3b", .arch = "qwen3next", .n_layer = 48, .n_embd = 2048,
+     .vocab = 151936, .n_head = 16, .n_kv = 2, .head_dim = 256, .rope = 64, .n_ff = 5120,
+     .n_exp = 512, .n_used = 10, .n_ff_exp = 512, .n_ff_shexp = 512, .rope_base = 1e7f,
+     .layers = "MMM*", .conv = 4, .inner = 4096, .state = 128, .state_heads = 32,
+     .state_groups = 16},
+    {.name = "lfm2-8b-a1b", .arch = "lfm2moe", .n_layer = 24, .n_embd = 2048, .vocab = 65536,
+     .n_head = 32, .n_kv = 8, .head_dim = 64, .n_ff = 7168, .lead = 2, .n_exp = 32, .n_used = 4,
+     .n_ff_exp = 1792, .gating = 2, .bias = 1, .rope_base = 1e6f, .tied = 1,
+     .layers = "MM*MMM*MMM*MMM*MMM*MM*MM", .conv = 3},
+    {.name = "granite-4-h-tiny", .arch = "granitehybrid", .n_layer = 40, .n_embd = 1536,
+     .vocab = 100352, .n_head = 12, .n_kv = 4, .head_dim = 128, .n_ff = 512, .n_exp = 64,
+     .n_used = 6, .n_ff_exp = 512, .n_ff_shexp = 1024, .layers = "MMMMM*MMMM", .conv = 4,
+     .inner = 3072, .state = 128, .state_heads = 48, .state_groups = 1, .embd_scale = 12,
+     .residual_scale = 0.22f, .attn_scale = 0.0078125f, .logit_scale = 6},
+    {.name = "nemotron-3-nano", .arch = "nemotron_h_moe", .n_layer = 52, .n_embd = 2688,
+     .vocab = 131072, .n_head = 32, .n_kv = 2, .head_dim = 128, .n_exp = 128, .n_used = 6,
+     .n_ff_exp = 1856, .n_shared = 1, .n_ff_shexp = 3712, .norm_w = 1, .bias = 1, .groups = 1,
+     .groups_used = 1, .scale = 2.5f,
+     .layers = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", .conv = 4, .inner = 4096,
+     .state = 128, .state_heads = 64, .state_groups = 8},
+    {.name = "jamba-52b", .arch = "jamba", .n_layer = 32, .n_embd = 4096, .vocab = 65536,
+     .n_head = 32, .n_kv = 8, .head_dim = 128, .n_ff = 14336, .n_exp = 16, .n_used = 2,
+     .n_ff_exp = 14336, .layers = "MMMM*MMM", .moe_step = 2, .conv = 4, .inner = 8192,
+     .state = 16, .state_heads = 256},
+    {.name = "kimi-linear-48b-a3b", .arch = "kimi-linear", .n_layer = 27, .n_embd = 2304,
+     .vocab = 163840, .n_head = 32, .kv_lora = 512, .nope = 128, .rope = 64, .v_dim = 128,
+     .n_ff = 9216, .lead = 1, .n_exp = 256, .n_used = 8, .n_ff_exp = 1024, .n_shared = 1,
+     .gating = 2, .bias = 1, .scale = 2.446f, .layers = "MMM*MMM*MMM*MMM*MMM*MMM*MM*",
+     .conv = 4, .kda_dim = 128},
+    // Not verified: the layers, the width and the number of experts are what llama.cpp takes for
+    // this model of 124 billion weights, 5.1 of them active; the rest is guessed to come near.
+    {.name = "ling-3-flash", .arch = "bailingmoe3", .n_layer = 42, .n_embd = 2560,
+     .vocab = 157184, .n_head = 32, .kv_lora = 512, .nope = 128, .rope = 64, .v_dim = 128,
+     .n_ff = 9216, .lead = 2, .n_exp = 512, .n_used = 8, .n_ff_exp = 768, .n_shared = 1,
+     .n_ff_shexp = 768, .gating = 2, .norm_w = 1, .bias = 1, .groups = 8, .groups_used = 4,
+     .scale = 2.5f, .rope_base = 6e6f, .layers = "MMMMM*", .conv = 4, .kda_dim = 128,
+     .lower_bound = -5},
+    {.name = "minimax-text-01", .arch = "minimax-01", .n_layer = 80, .n_embd = 6144,
+     .vocab = 200064, .n_head = 64, .n_kv = 8, .head_dim = 128, .rope = 64, .n_ff = 9216,
+     .n_exp = 32, .n_used = 2, .n_ff_exp = 9216, .rope_base = 1e7f, .layers = "MMMMMMM*",
+     .residual_scale = 3.5566f},
+
+    // Small: rows of 32 or more values, for float types and types with blocks of 32.
+    {.name = "qwen35moe_tiny", .arch = "qwen35moe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 16, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .n_ff_shexp = 64, .rope_base = 1e7f, .layers = "MMM*", .conv = 4, .inner = 128, .state = 32,
+     .state_heads = 4, .state_groups = 2},
+    {.name = "qwen3next_tiny", .arch = "qwen3next", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 8, .n_ff = 96, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_ff_shexp = 64, .rope_base = 1e7f, .layers = "MMM*", .conv = 4,
+     .inner = 192, .state = 32, .state_heads = 6, .state_groups = 2},
+    {.name = "lfm2moe_tiny", .arch = "lfm2moe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .lead = 1, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .gating = 2, .bias = 1, .rope_base = 1e6f, .tied = 1, .layers = "MM*M",
+     .conv = 3},
+    {.name = "granitehybrid_tiny", .arch = "granitehybrid", .n_layer = 4, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 32, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_ff_shexp = 64, .layers = "M*MM", .conv = 4, .inner = 128, .state = 32,
+     .state_heads = 4, .state_groups = 1, .embd_scale = 12, .residual_scale = 0.22f,
+     .attn_scale = 0.125f, .logit_scale = 6},
+    {.name = "nemotron_h_moe_tiny", .arch = "nemotron_h_moe", .n_layer = 4, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 32, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_shared = 1, .n_ff_shexp = 64, .norm_w = 1, .bias = 1, .groups = 1,
+     .groups_used = 1, .scale = 2.5f, .layers = "ME*E", .conv = 4, .inner = 128, .state = 32,
+     .state_heads = 4, .state_groups = 2},
+    {.name = "nemotron_latent_tiny", .arch = "nemotron_h_moe", .n_layer = 4, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 32, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 64, .n_shared = 1, .n_ff_shexp = 96, .norm_w = 1, .bias = 1, .scale = 5,
+     .layers = "M*EM", .conv = 4, .inner = 192, .state = 32, .state_heads = 6, .state_groups = 3,
+     .latent = 32},
+    {.name = "jamba_tiny", .arch = "jamba", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .n_exp = 8, .n_used = 3, .n_ff_exp = 96,
+     .layers = "MM*M", .moe_step = 2, .conv = 4, .inner = 128, .state = 16, .state_heads = 32},
+    {.name = "kimi-linear_tiny", .arch = "kimi-linear", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .kv_lora = 64, .nope = 32, .rope = 16, .v_dim = 32, .n_ff = 96, .lead = 1,
+     .n_exp = 8, .n_used = 3, .n_ff_exp = 32, .n_shared = 1, .gating = 2, .bias = 1,
+     .scale = 2.446f, .layers = "MM*M", .conv = 4, .kda_dim = 32},
+    {.name = "bailingmoe3_tiny", .arch = "bailingmoe3", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .q_lora = 96, .kv_lora = 64, .nope = 32, .rope = 16, .v_dim = 32, .n_ff = 96,
+     .lead = 1, .n_exp = 8, .n_used = 3, .n_ff_exp = 32, .n_shared = 1, .n_ff_shexp = 64,
+     .gating = 2, .norm_w = 1, .bias = 1, .groups = 4, .groups_used = 2, .scale = 2.5f,
+     .layers = "MM*M", .conv = 4, .kda_dim = 32, .lower_bound = -5, .clamp = 1.5f,
+     .clamp_shexp = 2},
+    {.name = "minimax-01_tiny", .arch = "minimax-01", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 16, .n_ff = 32, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .rope_base = 1e7f, .layers = "MMM*", .residual_scale = 3.5566f},
+
+    // Small: rows of 256 values, for every type.
+    {.name = "qwen35moe_quant", .arch = "qwen35moe", .n_layer = 2, .n_embd = 256, .vocab = 384,
+     .n_head = 4, .n_kv = 2, .head_dim = 64, .rope = 32, .n_exp = 4, .n_used = 2,
+     .n_ff_exp = 256, .n_ff_shexp = 256, .rope_base = 1e7f, .layers = "M*", .conv = 4,
+     .inner = 256, .state = 64, .state_heads = 4, .state_groups = 2},
+    {.name = "nemotron_h_moe_quant", .arch = "nemotron_h_moe", .n_layer = 3, .n_embd = 256,
+     .vocab = 384, .n_head = 4, .n_kv = 2, .head_dim = 64, .n_exp = 4, .n_used = 2,
+     .n_ff_exp = 256, .n_shared = 1, .n_ff_shexp = 512, .norm_w = 1, .bias = 1, .groups = 1,
+     .groups_used = 1, .scale = 2.5f, .layers = "M*E", .conv = 4, .inner = 256, .state = 64,
+     .state_heads = 4, .state_groups = 2},
+    {.name = "kimi-linear_quant", .arch = "kimi-linear", .n_layer = 3, .n_embd = 256,
+     .vocab = 384, .n_head = 2, .kv_lora = 256, .nope = 256, .rope = 32, .v_dim = 128,
+     .n_ff = 256, .lead = 1, .n_exp = 4, .n_used = 2, .n_ff_exp = 256, .n_shared = 1,
+     .gating = 2, .bias = 1, .scale = 2.446f, .layers = "MM*", .conv = 4, .kda_dim = 256},
+};
+enum { SYNTH_N_HYBRIDS = sizeof synth_hybrids / sizeof synth_hybrids[0] };
+
+// Which kind a layer is of: 'M', '*' or 'E'.
+static char synth_kind(const synth_config *c, int layer) {
+    return c->layers ? c->layers[(size_t)layer % strlen(c->layers)] : '*';
+}
+
 // Types by GGUF id. A row of weights that is not a multiple of the block takes `fallback`.
 typedef struct synth_type {
     const char *name;
@@ -233,13 +361,13 @@ enum { SYNTH_N_TYPES = sizeof synth_types / sizeof synth_types[0] };
 
 // A mix: one type for most tensors, another for those that matter most.
 typedef struct synth_mix {
-    const char *name, *base, *down, *head, *v, *experts;
+    const char *name, *base, *down, *head, *v, *experts, *qkv;
 } synth_mix;
 
 static const synth_mix synth_mixes[] = {
-    {"q4_K_M", "q4_K", "q6_K", "q6_K", "q6_K", "q4_K"},
-    {"q5_K_M", "q5_K", "q6_K", "q6_K", "q6_K", "q5_K"},
-    {"mxfp4", "q8_0", "mxfp4", "q8_0", "q8_0", "mxfp4"}, // only experts are made of it
+    {"q4_K_M", "q4_K", "q6_K", "q6_K", "q6_K", "q4_K", "q5_K"},
+    {"q5_K_M", "q5_K", "q6_K", "q6_K", "q6_K", "q5_K", "q6_K"},
+    {"mxfp4", "q8_0", "mxfp4", "q8_0", "q8_0", "mxfp4", "q8_0"}, // only experts are made of it
 };
 enum { SYNTH_N_MIXES = sizeof synth_mixes / sizeof synth_mixes[0] };
 
@@ -249,6 +377,7 @@ typedef enum synth_role {
     SYNTH_EMBEDDING,
     SYNTH_HEAD,
     SYNTH_V,
+    SYNTH_QKV,
     SYNTH_DOWN,
     SYNTH_EXPERT,
     SYNTH_KV_B,
@@ -256,7 +385,12 @@ typedef enum synth_role {
     SYNTH_V_B,
     SYNTH_ROUTER, // from here on F32
     SYNTH_BIAS,
-    SYNTH_NORM // around 1
+    SYNTH_NORM,  // around 1
+    SYNTH_CONV,
+    SYNTH_DECAY,  // -std .. -25 std, evenly in the logarithm
+    SYNTH_SLOPE,  // std .. 4 std, likewise
+    SYNTH_LADDER, // along a row -1, -2, -3 ..., each times 0.75 .. 1.25
+    SYNTH_STEP    // softplus of it: 0.001 .. 0.1, likewise
 } synth_role;
 
 typedef struct synth_tensor {
@@ -276,6 +410,8 @@ enum { SYNTH_ALIGN = 32, SYNTH_MIN_VOCAB = 259, SYNTH_MAX_VOCAB = 1 << 22 };
 static const synth_config *synth_find(const char *name) {
     for (int i = 0; i < SYNTH_N_CONFIGS; i++)
         if (!strcmp(synth_configs[i].name, name)) return &synth_configs[i];
+    for (int i = 0; i < SYNTH_N_HYBRIDS; i++)
+        if (!strcmp(synth_hybrids[i].name, name)) return &synth_hybrids[i];
     return NULL;
 }
 
@@ -446,6 +582,17 @@ static void synth_fill_q8_0(const synth_tensor *t, uint64_t block, unsigned char
     for (int i = 0; i < 32; i++) out[2 + i] = (unsigned char)lrintf(d > 0 ? x[i] / d : 0);
 }
 
+// One value of what recurrent layers decay by.
+static float synth_rate(const synth_tensor *t, uint64_t index) {
+    float u = (float)(synth_random(t->seed, index) >> 40) * (1 / 16777216.0f);
+    switch (t->role) {
+    case SYNTH_DECAY: return -t->std * powf(25, u);
+    case SYNTH_SLOPE: return t->std * powf(4, u);
+    case SYNTH_LADDER: return -(float)(1 + index % t->ne[0]) * (0.75f + 0.5f * u);
+    default: return logf(expm1f(0.001f * powf(100, u)));
+    }
+}
+
 // Values first .. first + n - 1 of a tensor of floats.
 static void synth_fill_floats(const synth_tensor *t, uint64_t first, uint64_t n,
                               unsigned char *out) {
@@ -454,6 +601,7 @@ static void synth_fill_floats(const synth_tensor *t, uint64_t first, uint64_t n,
     uint64_t seed = t->seed;
     for (uint64_t i = 0; i < n; i++) {
         float x = moved ? synth_value(t, first + i) : mean + synth_normal(seed, first + i) * std;
+        if (t->role >= SYNTH_DECAY) x = synth_rate(t, first + i);
         uint32_t bits;
         memcpy(&bits, &x, 4);
         if (t->type->bytes == 4) {
@@ -548,6 +696,23 @@ static void synth_array(synth_file *f, const char *key, uint32_t element, uint64
     synth_number(f, count, 8);
 }
 
+static void synth_i32_array(synth_file *f, const char *key, const int *values, int n) {
+    synth_array(f, key, 5, (uint64_t)n);
+    for (int i = 0; i < n; i++) synth_number(f, (uint32_t)values[i], 4);
+}
+// A number for each layer: `value` in those of a kind, 0 in the others.
+static void synth_layers(synth_file *f, const char *key, char kind, int value) {
+    synth_array(f, key, 5, (uint64_t)f->c->n_layer);
+    for (int i = 0; i < f->c->n_layer; i++)
+        synth_number(f, synth_kind(f->c, i) == kind ? (uint32_t)value : 0, 4);
+}
+static void synth_f32_layers(synth_file *f, const char *key, float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    synth_array(f, key, 6, (uint64_t)f->c->n_layer);
+    for (int i = 0; i < f->c->n_layer; i++) synth_number(f, bits, 4);
+}
+
 // ---- vocabulary ------------------------------------------------------------------------------
 
 // A byte-level BPE vocabulary: 256 bytes, then merges of letters (each of them an earlier token
@@ -614,9 +779,16 @@ static synth_token *synth_vocabulary(int n_tokens) {
 }
 
 static void synth_tokenizer(synth_file *f) {
-    static const char *const pre[][2] = {{"deepseek2", "deepseek-llm"}, {"llama", "llama-bpe"},
-                                         {"olmoe", "olmo"},             {"gpt-oss", "gpt-4o"}};
-    int n = f->c->vocab, n_merges = 0;
+    static const char *const pre[][2] = {
+        {"deepseek2", "deepseek-llm"}, {"llama", "llama-bpe"},      {"olmoe", "olmo"},
+        {"gpt-oss", "gpt-4o"},         {"qwen35moe", "qwen35"},     {"lfm2moe", "lfm2"},
+        {"granitehybrid", "dbrx"},     {"jamba", "llama-bpe"},      {"nemotron_h_moe", "pixtral"},
+        {"kimi-linear", "kimi-k2"},    {"minimax-01", "minimax-m2"},
+        {"bailingmoe3", "bailingmoe2"},
+    };
+    static const char *const begins[] = {"deepseek2", "lfm2moe", "jamba"};
+    const int n_pre = sizeof pre / sizeof pre[0], n_begins = sizeof begins / sizeof begins[0];
+    int n = f->c->vocab, n_merges = 0, add_bos = 0;
     if (f->o->no_tokenizer) {
         synth_text(f, "tokenizer.ggml.model", "none");
         return;
@@ -627,8 +799,9 @@ static void synth_tokenizer(synth_file *f) {
         return;
     }
     const char *name = "qwen2";
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < n_pre; i++)
         if (!strcmp(f->c->arch, pre[i][0])) name = pre[i][1];
+    for (int i = 0; i < n_begins; i++) add_bos |= !strcmp(f->c->arch, begins[i]);
     synth_text(f, "tokenizer.ggml.model", "gpt2");
     synth_text(f, "tokenizer.ggml.pre", name);
     synth_array(f, "tokenizer.ggml.tokens", 8, (uint64_t)n);
@@ -649,12 +822,21 @@ static void synth_tokenizer(synth_file *f) {
     synth_u32(f, "tokenizer.ggml.bos_token_id", n - 3);
     synth_u32(f, "tokenizer.ggml.eos_token_id", n - 2);
     synth_u32(f, "tokenizer.ggml.padding_token_id", n - 1);
-    synth_bool(f, "tokenizer.ggml.add_bos_token", !strcmp(f->c->arch, "deepseek2"));
+    synth_bool(f, "tokenizer.ggml.add_bos_token", add_bos);
 }
 
 // ---- metadata --------------------------------------------------------------------------------
 
 static int synth_is(const synth_file *f, const char *arch) { return !strcmp(f->c->arch, arch); }
+
+// qwen3next and qwen35moe.
+static int synth_is_gdn(const synth_file *f) {
+    return synth_is(f, "qwen3next") || synth_is(f, "qwen35moe");
+}
+static int synth_is_kda(const synth_file *f) { return f->c->kda_dim > 0; }
+static int synth_is_mamba2(const synth_file *f) {
+    return synth_is(f, "granitehybrid") || synth_is(f, "nemotron_h_moe");
+}
 
 static void synth_keys_mla(synth_file *f) {
     const synth_config *c = f->c;
@@ -684,17 +866,94 @@ static void synth_keys_mla(synth_file *f) {
     }
 }
 
-static void synth_keys(synth_file *f) {
+// Which layers are recurrent, and how wide attention is.
+static void synth_keys_hybrid_mixers(synth_file *f) {
     const synth_config *c = f->c;
-    char name[128];
+    const int by_interval = synth_is_gdn(f) || synth_is(f, "minimax-01");
+    const int n_rot = c->rope ? c->rope : c->head_dim, pairs = n_rot / 2;
+    synth_u32(f, ".attention.head_count", c->n_head);
+    if (by_interval) {
+        synth_u32(f, ".attention.head_count_kv", c->n_kv);
+        synth_array(f, ".attention.recurrent_layers", 7, (uint64_t)c->n_layer);
+        for (int i = 0; i < c->n_layer; i++) synth_number(f, synth_kind(c, i) == 'M', 1);
+        synth_u32(f, ".full_attention_interval", (int)strlen(c->layers));
+    } else {
+        synth_layers(f, ".attention.head_count_kv", '*', c->kv_lora ? 1 : c->n_kv);
+    }
+    if (c->kv_lora) {
+        if (c->q_lora) synth_u32(f, ".attention.q_lora_rank", c->q_lora);
+        synth_u32(f, ".attention.kv_lora_rank", c->kv_lora);
+        synth_u32(f, ".attention.key_length", c->kv_lora + c->rope);
+        synth_u32(f, ".attention.key_length_mla", c->nope + c->rope);
+        synth_u32(f, ".attention.value_length_mla", c->v_dim);
+    } else if (!synth_is(f, "jamba") && !synth_is(f, "lfm2moe")) { // those: n_embd / n_head
+        synth_u32(f, ".attention.key_length", c->head_dim);
+        synth_u32(f, ".attention.value_length", c->head_dim);
+    }
+    if (!synth_is(f, "jamba"))
+        synth_f32(f, ".rope.freq_base", c->rope_base > 0 ? c->rope_base : 10000.0f);
+    if (!synth_is(f, "jamba") && !synth_is(f, "lfm2moe"))
+        synth_u32(f, ".rope.dimension_count", n_rot);
+    if (synth_is(f, "qwen35moe")) {
+        const int sections[4] = {(pairs + 2) / 3, (pairs + 1) / 3, pairs / 3, 0};
+        synth_i32_array(f, ".rope.dimension_sections", sections, 4);
+    }
+    if (synth_is(f, "granitehybrid")) synth_bool(f, ".rope.scaling.finetuned", 0); // no rope
+    if (synth_is(f, "lfm2moe")) synth_u32(f, ".shortconv.l_cache", c->conv);
+    else if (c->conv) synth_u32(f, ".ssm.conv_kernel", c->conv);
+    if (c->inner) {
+        synth_u32(f, ".ssm.inner_size", c->inner);
+        synth_u32(f, ".ssm.state_size", c->state);
+        synth_u32(f, ".ssm.time_step_rank", c->state_heads);
+        if (c->state_groups) synth_u32(f, ".ssm.group_count", c->state_groups);
+    }
+    if (c->kda_dim) synth_u32(f, ".kda.head_dim", c->kda_dim);
+    if (c->lower_bound < 0) {
+        synth_bool(f, ".kda.safe_gate", 1);
+        synth_f32(f, ".kda.gate_lower_bound", c->lower_bound);
+    }
+}
+
+// The keys of a family with recurrent layers: only those that it reads.
+static void synth_keys_hybrid(synth_file *f) {
+    const synth_config *c = f->c;
+    const int nemotron = synth_is(f, "nemotron_h_moe"), bailing = synth_is(f, "bailingmoe3");
+    const int fine = synth_is_gdn(f) || bailing || synth_is(f, "jamba");
+    const int one_width = synth_is(f, "granitehybrid") || synth_is(f, "jamba") ||
+                          synth_is(f, "minimax-01"); // feed_forward_length is the experts'
+    synth_u32(f, ".block_count", c->n_layer);
+    synth_u32(f, ".context_length", 32768);
+    synth_u32(f, ".embedding_length", c->n_embd);
+    synth_u32(f, ".vocab_size", c->vocab);
+    synth_f32(f, ".attention.layer_norm_rms_epsilon", fine ? 1e-6f : 1e-5f);
+    if (nemotron) synth_f32(f, ".attention.layer_norm_epsilon", 1e-5f);
+    if (nemotron) synth_layers(f, ".feed_forward_length", 'E', c->n_ff_exp);
+    else if (c->n_ff) synth_u32(f, ".feed_forward_length", c->n_ff);
+    synth_keys_hybrid_mixers(f);
+    synth_u32(f, ".expert_count", c->n_exp);
+    synth_u32(f, ".expert_used_count", c->n_used);
+    if (!one_width) synth_u32(f, ".expert_feed_forward_length", c->n_ff_exp);
+    if (c->gating) synth_u32(f, ".expert_gating_func", c->gating);
+    if (c->gating) synth_u32(f, ".leading_dense_block_count", c->lead);
+    if (c->n_shared) synth_u32(f, ".expert_shared_count", c->n_shared);
+    if (nemotron || bailing) synth_bool(f, ".expert_weights_norm", c->norm_w);
+    if (c->scale > 0) synth_f32(f, ".expert_weights_scale", c->scale);
+    if (c->groups) {
+        synth_u32(f, ".expert_group_count", c->groups);
+        synth_u32(f, ".expert_group_used_count", c->groups_used);
+    }
+    if (c->latent) synth_u32(f, ".moe_latent_size", c->latent);
+    if (c->clamp > 0) synth_f32_layers(f, ".swiglu_clamp_exp", c->clamp);
+    if (c->clamp_shexp > 0) synth_f32_layers(f, ".swiglu_clamp_shexp", c->clamp_shexp);
+    if (c->embd_scale > 0) synth_f32(f, ".embedding_scale", c->embd_scale);
+    if (c->residual_scale > 0) synth_f32(f, ".residual_scale", c->residual_scale);
+    if (c->attn_scale > 0) synth_f32(f, ".attention.scale", c->attn_scale);
+    if (c->logit_scale > 0) synth_f32(f, ".logit_scale", c->logit_scale);
+}
+
+static void synth_keys_attention(synth_file *f) {
+    const synth_config *c = f->c;
     float base = synth_is(f, "deepseek2") ? 10000.0f : synth_is(f, "gpt-oss") ? 150000.0f : 1e6f;
-    snprintf(name, sizeof name, "synthetic %s %s seed %llu", c->name,
-             f->mix ? f->mix->name : f->base->name, (unsigned long long)f->o->seed);
-    synth_text(f, "general.architecture", c->arch);
-    synth_text(f, "general.name", name);
-    synth_text(f, "general.type", "model");
-    synth_u32(f, "general.alignment", SYNTH_ALIGN);
-    synth_u32(f, "general.quantization_version", 2);
     synth_u32(f, ".block_count", c->n_layer);
     synth_u32(f, ".context_length", synth_is(f, "deepseek2") ? 163840 : 32768);
     synth_u32(f, ".embedding_length", c->n_embd);
@@ -714,6 +973,20 @@ static void synth_keys(synth_file *f) {
         synth_u32(f, ".attention.value_length", c->head_dim);
         synth_u32(f, ".rope.dimension_count", c->head_dim);
     }
+}
+
+static void synth_keys(synth_file *f) {
+    const synth_config *c = f->c;
+    char name[128];
+    snprintf(name, sizeof name, "synthetic %s %s seed %llu", c->name,
+             f->mix ? f->mix->name : f->base->name, (unsigned long long)f->o->seed);
+    synth_text(f, "general.architecture", c->arch);
+    synth_text(f, "general.name", name);
+    synth_text(f, "general.type", "model");
+    synth_u32(f, "general.alignment", SYNTH_ALIGN);
+    synth_u32(f, "general.quantization_version", 2);
+    if (c->layers) synth_keys_hybrid(f);
+    else synth_keys_attention(f);
     if (c->n_ff_shexp) synth_u32(f, ".expert_shared_feed_forward_length", c->n_ff_shexp);
     if (c->window) synth_u32(f, ".attention.sliding_window", c->window);
     if (c->yarn_factor > 0) {
@@ -733,6 +1006,7 @@ static const synth_type *synth_pick(const synth_file *f, synth_role role, uint64
     if (f->mix && role == SYNTH_DOWN) type = synth_find_type(f->mix->down);
     if (f->mix && role == SYNTH_EXPERT) type = synth_find_type(f->mix->experts);
     if (f->mix && role == SYNTH_HEAD) type = synth_find_type(f->mix->head);
+    if (f->mix && role == SYNTH_QKV) type = synth_find_type(f->mix->qkv);
     if (f->mix && (role == SYNTH_V || role == SYNTH_V_B)) type = synth_find_type(f->mix->v);
     if (f->o->kvb == SYNTH_KVB_BOTH && role >= SYNTH_KV_B && type->block > 1)
         type = synth_find_type("q8_0");
@@ -770,6 +1044,11 @@ static void synth_tensor_add(synth_file *f, int layer, const char *name, synth_r
     t->seed = synth_seed(f->o->seed, t->name);
 }
 
+// Which form: only deepseek2 has a choice.
+static int synth_kvb(const synth_file *f) {
+    return synth_is(f, "deepseek2") ? f->o->kvb : SYNTH_KVB_SPLIT;
+}
+
 // attn_kv_b {lora, heads * (nope + v)} or its halves. Those of float types, and all of them if a
 // file has both forms, take their values from one random matrix.
 static void synth_tensors_kv_b(synth_file *f, int layer) {
@@ -778,13 +1057,14 @@ static void synth_tensors_kv_b(synth_file *f, int layer) {
     uint64_t heads = (uint64_t)c->n_head;
     double std = 1 / sqrt((double)lora);
     size_t first = f->n_tensors;
-    if (f->o->kvb != SYNTH_KVB_SPLIT)
+    const int kvb = synth_kvb(f);
+    if (kvb != SYNTH_KVB_SPLIT)
         synth_tensor_add(f, layer, "attn_kv_b.weight", SYNTH_KV_B, lora, heads * (nope + v_dim), 0,
                          std);
-    if (f->o->kvb != SYNTH_KVB_FUSED && f->o->flat_kvb) {
+    if (kvb != SYNTH_KVB_FUSED && f->o->flat_kvb) {
         synth_tensor_add(f, layer, "attn_k_b.weight", SYNTH_K_B, nope, heads * lora, 0, std);
         synth_tensor_add(f, layer, "attn_v_b.weight", SYNTH_V_B, lora, heads * v_dim, 0, std);
-    } else if (f->o->kvb != SYNTH_KVB_FUSED) {
+    } else if (kvb != SYNTH_KVB_FUSED) {
         synth_tensor_add(f, layer, "attn_k_b.weight", SYNTH_K_B, nope, lora, heads, std);
         synth_tensor_add(f, layer, "attn_v_b.weight", SYNTH_V_B, lora, v_dim, heads, std);
     }
@@ -793,7 +1073,7 @@ static void synth_tensors_kv_b(synth_file *f, int layer) {
     snprintf(name, sizeof name, "blk.%d.attn_kv_b.weight", layer);
     for (size_t i = first; i < f->n_tensors; i++) {
         synth_tensor *t = &f->tensors[i];
-        if (t->type->block > 1 && f->o->kvb != SYNTH_KVB_BOTH) continue;
+        if (t->type->block > 1 && kvb != SYNTH_KVB_BOTH) continue;
         t->seed = synth_seed(f->o->seed, name);
         t->nope = c->nope;
         t->lora = c->kv_lora;
@@ -816,6 +1096,8 @@ static void synth_tensors_mla(synth_file *f, int layer) {
                      lora + (uint64_t)c->rope, 0, 0);
     synth_tensor_add(f, layer, "attn_kv_a_norm.weight", SYNTH_NORM, lora, 0, 0, 0.1);
     synth_tensors_kv_b(f, layer);
+    if (synth_is(f, "bailingmoe3")) // one number per head
+        synth_tensor_add(f, layer, "attn_gate.weight", SYNTH_WEIGHT, embd, heads, 0, 0);
     synth_tensor_add(f, layer, "attn_output.weight", SYNTH_WEIGHT, heads * (uint64_t)c->v_dim,
                      embd, 0, 0);
 }
@@ -824,8 +1106,9 @@ static void synth_tensors_gqa(synth_file *f, int layer) {
     const synth_config *c = f->c;
     uint64_t embd = (uint64_t)c->n_embd, dim = (uint64_t)c->head_dim;
     uint64_t q = (uint64_t)c->n_head * dim, kv = (uint64_t)c->n_kv * dim;
-    int per_head = synth_is(f, "qwen3moe"), whole = synth_is(f, "olmoe");
-    synth_tensor_add(f, layer, "attn_q.weight", SYNTH_WEIGHT, embd, q, 0, 0);
+    int gated = synth_is_gdn(f), whole = synth_is(f, "olmoe");
+    int per_head = synth_is(f, "qwen3moe") || synth_is(f, "lfm2moe") || gated;
+    synth_tensor_add(f, layer, "attn_q.weight", SYNTH_WEIGHT, embd, gated ? 2 * q : q, 0, 0);
     synth_tensor_add(f, layer, "attn_k.weight", SYNTH_WEIGHT, embd, kv, 0, 0);
     synth_tensor_add(f, layer, "attn_v.weight", SYNTH_V, embd, kv, 0, 0);
     synth_tensor_add(f, layer, "attn_output.weight", SYNTH_WEIGHT, q, embd, 0, 0);
@@ -844,45 +1127,166 @@ static void synth_tensors_gqa(synth_file *f, int layer) {
     }
 }
 
+// The gated delta rule of qwen3next and qwen35moe.
+static void synth_tensors_gdn(synth_file *f, int layer) {
+    const synth_config *c = f->c;
+    uint64_t embd = (uint64_t)c->n_embd, heads = (uint64_t)c->state_heads;
+    uint64_t inner = (uint64_t)c->inner, state = (uint64_t)c->state;
+    uint64_t qkv = 2 * (uint64_t)c->state_groups * state + inner;
+    synth_tensor_add(f, layer, "attn_qkv.weight", SYNTH_QKV, embd, qkv, 0, 0);
+    synth_tensor_add(f, layer, "attn_gate.weight", SYNTH_WEIGHT, embd, inner, 0, 0);
+    if (synth_is(f, "qwen3next")) {
+        synth_tensor_add(f, layer, "ssm_ba.weight", SYNTH_WEIGHT, embd, 2 * heads, 0, 0);
+    } else {
+        synth_tensor_add(f, layer, "ssm_alpha.weight", SYNTH_WEIGHT, embd, heads, 0, 0);
+        synth_tensor_add(f, layer, "ssm_beta.weight", SYNTH_WEIGHT, embd, heads, 0, 0);
+    }
+    synth_tensor_add(f, layer, "ssm_conv1d.weight", SYNTH_CONV, (uint64_t)c->conv, qkv, 0, 0);
+    synth_tensor_add(f, layer, "ssm_dt.bias", SYNTH_STEP, heads, 0, 0, 0);
+    synth_tensor_add(f, layer, "ssm_a", SYNTH_DECAY, heads, 0, 0, 0.08);
+    synth_tensor_add(f, layer, "ssm_norm.weight", SYNTH_NORM, state, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_out.weight", SYNTH_WEIGHT, inner, embd, 0, 0);
+}
+
+// The gated delta rule with a gate per channel: kimi-linear's gates are of low rank, bailingmoe3's
+// not.
+static void synth_tensors_kda(synth_file *f, int layer) {
+    const synth_config *c = f->c;
+    uint64_t embd = (uint64_t)c->n_embd, dim = (uint64_t)c->kda_dim, heads = (uint64_t)c->n_head;
+    uint64_t inner = heads * dim, taps = (uint64_t)c->conv;
+    int full = synth_is(f, "bailingmoe3");
+    synth_tensor_add(f, layer, "attn_q.weight", SYNTH_WEIGHT, embd, inner, 0, 0);
+    synth_tensor_add(f, layer, "attn_k.weight", SYNTH_WEIGHT, embd, inner, 0, 0);
+    synth_tensor_add(f, layer, "attn_v.weight", SYNTH_V, embd, inner, 0, 0);
+    synth_tensor_add(f, layer, "ssm_conv1d_q.weight", SYNTH_CONV, taps, 1, inner, 0);
+    synth_tensor_add(f, layer, "ssm_conv1d_k.weight", SYNTH_CONV, taps, 1, inner, 0);
+    synth_tensor_add(f, layer, "ssm_conv1d_v.weight", SYNTH_CONV, taps, 1, inner, 0);
+    synth_tensor_add(f, layer, "ssm_f_a.weight", SYNTH_WEIGHT, embd, full ? inner : dim, 0, 0);
+    if (!full) synth_tensor_add(f, layer, "ssm_f_b.weight", SYNTH_WEIGHT, dim, inner, 0, 0);
+    synth_tensor_add(f, layer, "ssm_beta.weight", SYNTH_WEIGHT, embd, heads, 0, 0);
+    if (full) synth_tensor_add(f, layer, "ssm_a", SYNTH_SLOPE, 1, heads, 0, 0.5);
+    else synth_tensor_add(f, layer, "ssm_a", SYNTH_DECAY, 1, heads, 0, 0.08);
+    synth_tensor_add(f, layer, "ssm_dt.bias", SYNTH_STEP, inner, 0, 0, 0);
+    synth_tensor_add(f, layer, "ssm_g_a.weight", SYNTH_WEIGHT, embd, full ? inner : dim, 0, 0);
+    if (!full) synth_tensor_add(f, layer, "ssm_g_b.weight", SYNTH_WEIGHT, dim, inner, 0, 0);
+    synth_tensor_add(f, layer, "ssm_norm.weight", SYNTH_NORM, dim, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "attn_output.weight", SYNTH_WEIGHT, inner, embd, 0, 0);
+}
+
+static void synth_tensors_mamba2(synth_file *f, int layer) {
+    const synth_config *c = f->c;
+    uint64_t embd = (uint64_t)c->n_embd, heads = (uint64_t)c->state_heads;
+    uint64_t inner = (uint64_t)c->inner, groups = (uint64_t)c->state_groups;
+    uint64_t channels = inner + 2 * groups * (uint64_t)c->state;
+    synth_tensor_add(f, layer, "ssm_in.weight", SYNTH_WEIGHT, embd, inner + channels + heads, 0, 0);
+    synth_tensor_add(f, layer, "ssm_conv1d.weight", SYNTH_CONV, (uint64_t)c->conv, channels, 0, 0);
+    synth_tensor_add(f, layer, "ssm_conv1d.bias", SYNTH_BIAS, channels, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_dt.bias", SYNTH_STEP, heads, 0, 0, 0);
+    synth_tensor_add(f, layer, "ssm_a", SYNTH_DECAY, 1, heads, 0, 0.64);
+    synth_tensor_add(f, layer, "ssm_d", SYNTH_NORM, 1, heads, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_norm.weight", SYNTH_NORM, inner / groups, groups, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_out.weight", SYNTH_WEIGHT, inner, embd, 0, 0);
+}
+
+// Mamba-1 with three norms (jamba).
+static void synth_tensors_mamba1(synth_file *f, int layer) {
+    const synth_config *c = f->c;
+    uint64_t embd = (uint64_t)c->n_embd, inner = (uint64_t)c->inner, state = (uint64_t)c->state;
+    uint64_t rank = (uint64_t)c->state_heads;
+    synth_tensor_add(f, layer, "ssm_in.weight", SYNTH_WEIGHT, embd, 2 * inner, 0, 0);
+    synth_tensor_add(f, layer, "ssm_conv1d.weight", SYNTH_CONV, (uint64_t)c->conv, inner, 0, 0);
+    synth_tensor_add(f, layer, "ssm_conv1d.bias", SYNTH_BIAS, inner, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_x.weight", SYNTH_WEIGHT, inner, rank + 2 * state, 0, 0);
+    synth_tensor_add(f, layer, "ssm_dt_norm.weight", SYNTH_NORM, rank, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_b_norm.weight", SYNTH_NORM, state, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_c_norm.weight", SYNTH_NORM, state, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_dt.weight", SYNTH_WEIGHT, rank, inner, 0, 0);
+    synth_tensor_add(f, layer, "ssm_dt.bias", SYNTH_STEP, inner, 0, 0, 0);
+    synth_tensor_add(f, layer, "ssm_a", SYNTH_LADDER, state, inner, 0, 0);
+    synth_tensor_add(f, layer, "ssm_d", SYNTH_NORM, inner, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "ssm_out.weight", SYNTH_WEIGHT, inner, embd, 0, 0);
+}
+
+static void synth_tensors_shortconv(synth_file *f, int layer) {
+    uint64_t embd = (uint64_t)f->c->n_embd, taps = (uint64_t)f->c->conv;
+    synth_tensor_add(f, layer, "shortconv.in_proj.weight", SYNTH_WEIGHT, embd, 3 * embd, 0, 0);
+    synth_tensor_add(f, layer, "shortconv.conv.weight", SYNTH_CONV, taps, embd, 0, 0);
+    synth_tensor_add(f, layer, "shortconv.out_proj.weight", SYNTH_WEIGHT, embd, embd, 0, 0);
+}
+
+// Attention without softmax, with a fixed decay (minimax-01).
+static void synth_tensors_lightning(synth_file *f, int layer) {
+    const synth_config *c = f->c;
+    uint64_t embd = (uint64_t)c->n_embd, inner = (uint64_t)c->n_head * (uint64_t)c->head_dim;
+    synth_tensor_add(f, layer, "attn_qkv.weight", SYNTH_QKV, embd, 3 * inner, 0, 0);
+    synth_tensor_add(f, layer, "attn_gate.weight", SYNTH_WEIGHT, embd, inner, 0, 0);
+    synth_tensor_add(f, layer, "attn_norm_2.weight", SYNTH_NORM, inner, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "attn_output.weight", SYNTH_WEIGHT, inner, embd, 0, 0);
+}
+
+static void synth_tensors_recurrent(synth_file *f, int layer) {
+    if (synth_is_gdn(f)) synth_tensors_gdn(f, layer);
+    else if (synth_is_kda(f)) synth_tensors_kda(f, layer);
+    else if (synth_is_mamba2(f)) synth_tensors_mamba2(f, layer);
+    else if (synth_is(f, "jamba")) synth_tensors_mamba1(f, layer);
+    else if (synth_is(f, "lfm2moe")) synth_tensors_shortconv(f, layer);
+    else synth_tensors_lightning(f, layer);
+}
+
 static void synth_tensors_experts(synth_file *f, int layer) {
     const synth_config *c = f->c;
     uint64_t embd = (uint64_t)c->n_embd, n = (uint64_t)c->n_exp, wide = (uint64_t)c->n_ff_exp;
     uint64_t shared = c->n_ff_shexp ? (uint64_t)c->n_ff_shexp : wide * (uint64_t)c->n_shared;
+    uint64_t input = c->latent ? (uint64_t)c->latent : embd;
+    int gates = !synth_is(f, "nemotron_h_moe");
     double router = 3 / sqrt((double)embd); // wide enough that experts differ in weight
     synth_tensor_add(f, layer, "ffn_gate_inp.weight", SYNTH_ROUTER, embd, n, 0, router);
     if (synth_is(f, "gpt-oss"))
         synth_tensor_add(f, layer, "ffn_gate_inp.bias", SYNTH_BIAS, n, 0, 0, 0.1);
     if (c->bias) synth_tensor_add(f, layer, "exp_probs_b.bias", SYNTH_BIAS, n, 0, 0, 0.05);
-    synth_tensor_add(f, layer, "ffn_gate_exps.weight", SYNTH_EXPERT, embd, wide, n, 0);
-    synth_tensor_add(f, layer, "ffn_up_exps.weight", SYNTH_EXPERT, embd, wide, n, 0);
-    synth_tensor_add(f, layer, "ffn_down_exps.weight", SYNTH_DOWN, wide, embd, n, 0);
+    if (c->latent) {
+        synth_tensor_add(f, layer, "ffn_latent_down.weight", SYNTH_WEIGHT, embd, input, 0, 0);
+        synth_tensor_add(f, layer, "ffn_latent_up.weight", SYNTH_WEIGHT, input, embd, 0, 0);
+    }
+    if (gates) synth_tensor_add(f, layer, "ffn_gate_exps.weight", SYNTH_EXPERT, input, wide, n, 0);
+    synth_tensor_add(f, layer, "ffn_up_exps.weight", SYNTH_EXPERT, input, wide, n, 0);
+    synth_tensor_add(f, layer, "ffn_down_exps.weight", SYNTH_DOWN, wide, input, n, 0);
     if (synth_is(f, "gpt-oss")) {
         synth_tensor_add(f, layer, "ffn_gate_exps.bias", SYNTH_BIAS, wide, n, 0, 0.1);
         synth_tensor_add(f, layer, "ffn_up_exps.bias", SYNTH_BIAS, wide, n, 0, 0.1);
         synth_tensor_add(f, layer, "ffn_down_exps.bias", SYNTH_BIAS, embd, n, 0, 0.1);
     }
     if (shared) {
-        synth_tensor_add(f, layer, "ffn_gate_shexp.weight", SYNTH_WEIGHT, embd, shared, 0, 0);
+        if (gates)
+            synth_tensor_add(f, layer, "ffn_gate_shexp.weight", SYNTH_WEIGHT, embd, shared, 0, 0);
         synth_tensor_add(f, layer, "ffn_up_shexp.weight", SYNTH_WEIGHT, embd, shared, 0, 0);
         synth_tensor_add(f, layer, "ffn_down_shexp.weight", SYNTH_DOWN, shared, embd, 0, 0);
     }
-    if (synth_is(f, "qwen2moe"))
+    if (synth_is(f, "qwen2moe") || synth_is_gdn(f))
         synth_tensor_add(f, layer, "ffn_gate_inp_shexp.weight", SYNTH_ROUTER, embd, 0, 0, router);
 }
 
 static void synth_tensors(synth_file *f) {
     const synth_config *c = f->c;
     uint64_t embd = (uint64_t)c->n_embd, vocab = (uint64_t)c->vocab, wide = (uint64_t)c->n_ff;
-    const char *norm = synth_is(f, "gpt-oss") ? "post_attention_norm.weight" : "ffn_norm.weight";
-    synth_tensor_add(f, -1, "token_embd.weight", SYNTH_EMBEDDING, embd, vocab, 0, 1);
-    synth_tensor_add(f, -1, "output_norm.weight", SYNTH_NORM, embd, 0, 0, 0.1);
+    int post = synth_is(f, "gpt-oss") || synth_is_gdn(f), one = synth_is(f, "nemotron_h_moe");
+    const char *norm = post ? "post_attention_norm.weight" : "ffn_norm.weight";
+    const char *last = synth_is(f, "lfm2moe") ? "token_embd_norm.weight" : "output_norm.weight";
+    double std = c->embd_scale > 0 ? 1 / c->embd_scale : 1;
+    if (c->layers && c->tied) std = 0; // so that logits have a variance of 1
+    synth_tensor_add(f, -1, "token_embd.weight", SYNTH_EMBEDDING, embd, vocab, 0, std);
+    synth_tensor_add(f, -1, last, SYNTH_NORM, embd, 0, 0, 0.1);
     if (!c->tied) synth_tensor_add(f, -1, "output.weight", SYNTH_HEAD, embd, vocab, 0, 0);
     for (int i = 0; i < c->n_layer && !f->out_of_memory; i++) {
+        char kind = synth_kind(c, i);
+        int dense = i < c->lead || (c->moe_step && i % c->moe_step != c->moe_step - 1);
         synth_tensor_add(f, i, "attn_norm.weight", SYNTH_NORM, embd, 0, 0, 0.1);
-        if (synth_is(f, "deepseek2")) synth_tensors_mla(f, i);
-        else synth_tensors_gqa(f, i);
-        synth_tensor_add(f, i, norm, SYNTH_NORM, embd, 0, 0, 0.1);
-        if (i < c->lead) {
+        if (kind == 'M') synth_tensors_recurrent(f, i);
+        else if (kind == '*' && c->kv_lora) synth_tensors_mla(f, i);
+        else if (kind == '*') synth_tensors_gqa(f, i);
+        if (one && kind != 'E') continue; // a layer is one thing only
+        if (!one) synth_tensor_add(f, i, norm, SYNTH_NORM, embd, 0, 0, 0.1);
+        if (dense) {
             synth_tensor_add(f, i, "ffn_gate.weight", SYNTH_WEIGHT, embd, wide, 0, 0);
             synth_tensor_add(f, i, "ffn_up.weight", SYNTH_WEIGHT, embd, wide, 0, 0);
             synth_tensor_add(f, i, "ffn_down.weight", SYNTH_DOWN, wide, embd, 0, 0);
@@ -971,8 +1375,10 @@ static int synth_begin(synth_file *f, const synth_config *c, const synth_options
     f->mix = synth_find_mix(type);
     f->base = synth_find_type(f->mix ? f->mix->base : type);
     if (!f->base) return synth_fail(o, 2, "unknown type", type, "see --list");
-    if (strcmp(c->arch, "deepseek2") && (o->kvb || o->q_lora))
-        return synth_fail(o, 2, "shape", c->name, "only deepseek2 has attn_kv_b and q_lora");
+    if (strcmp(c->arch, "deepseek2") && (o->kvb == SYNTH_KVB_BOTH || (o->kvb && !c->kv_lora)))
+        return synth_fail(o, 2, "shape", c->name, "only deepseek2 has attn_kv_b");
+    if (strcmp(c->arch, "deepseek2") && strcmp(c->arch, "bailingmoe3") && o->q_lora)
+        return synth_fail(o, 2, "shape", c->name, "only deepseek2 and bailingmoe3 have q_lora");
     if (c->n_layer < 1 || c->n_layer > 4096)
         return synth_fail(o, 2, "shape", c->name, "1 to 4096 layers, please");
     if (c->vocab < (o->no_tokenizer ? 1 : SYNTH_MIN_VOCAB) || c->vocab > SYNTH_MAX_VOCAB)
@@ -1019,30 +1425,32 @@ static void synth_help(FILE *out) {
           "  --type T       f32 (default), f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_K, q3_K,\n"
           "                 q4_K, q5_K, q6_K, iq4_nl, iq4_xs, or a mix: q4_K_M, q5_K_M (down\n"
           "                 projections, values and output in q6_K), mxfp4 (experts; rest q8_0)\n"
-          "  --layers N     instead of the shape's own number\n"
+          "  --layers N     instead of the shape's own number; of a family with layers of several\n"
+          "                 kinds the first N\n"
           "  --vocab N      tokens, at least 259\n"
           "  --seed N       of the random numbers (default 1)\n"
           "  --kvb-split    deepseek2: attn_k_b and attn_v_b instead of attn_kv_b\n"
           "  --kvb-both     deepseek2: all three (q8_0 if the type is quantized)\n"
-          "  --q-lora N     deepseek2: rank of the query projection, 0 for none\n"
+          "  --q-lora N     deepseek2, bailingmoe3: rank of the query projection, 0 for none\n"
           "  --tied         no output.weight: the embedding serves as output matrix\n"
           "  --no-tokenizer token ids only\n"
           "  --list         shapes and types\n"
           "  --help\n"
           "\n"
           "Rows that are not a multiple of a type's block take another: q2_K and q3_K take q4_0,\n"
-          "q4_K q5_0, q5_K q5_1, q6_K q8_0, iq4_xs iq4_nl, blocks of 32 take f16. Norms, biases\n"
-          "and routers are f32.\n"
+          "q4_K q5_0, q5_K q5_1, q6_K q8_0, iq4_xs iq4_nl, blocks of 32 take f16. Norms, biases,\n"
+          "routers, convolutions and the rates of recurrent layers are f32.\n"
           "Exit codes: 0 done, 1 the file could not be written, 2 wrong arguments.\n",
           out);
 }
 
 static void synth_list(void) {
-    printf("%-18s %-10s %6s %6s %7s %8s %5s %7s\n", "shape", "family", "layers", "width", "vocab",
+    printf("%-20s %-14s %6s %6s %7s %8s %5s %7s\n", "shape", "family", "layers", "width", "vocab",
            "experts", "used", "exp.width");
-    for (int i = 0; i < SYNTH_N_CONFIGS; i++) {
-        const synth_config *c = &synth_configs[i];
-        printf("%-18s %-10s %6d %6d %7d %8d %5d %7d\n", c->name, c->arch, c->n_layer, c->n_embd,
+    for (int i = 0; i < SYNTH_N_CONFIGS + SYNTH_N_HYBRIDS; i++) {
+        const int n = SYNTH_N_CONFIGS;
+        const synth_config *c = i < n ? &synth_configs[i] : &synth_hybrids[i - n];
+        printf("%-20s %-14s %6d %6d %7d %8d %5d %7d\n", c->name, c->arch, c->n_layer, c->n_embd,
                c->vocab, c->n_exp, c->n_used, c->n_ff_exp);
     }
     printf("\ntypes:");

@@ -517,9 +517,10 @@ typedef struct moe_model_info {
     char name[64];            // general.name, may be empty
     int32_t n_vocab;          // rows of token_embd and output: the length of a row of logits
     int32_t n_ctx_train;      // context_length
-    int32_t n_layer;          // layers that are run
+    int32_t n_layer;          // layers that are run,
+    int32_t n_layer_recurrent; // of which so many mix tokens by a recurrence
     int32_t n_embd;
-    int32_t n_head, n_head_kv; // of the first layer
+    int32_t n_head, n_head_kv; // of the first layer that attends
     int32_t n_expert, n_expert_used, n_expert_shared;
     int32_t n_ff, n_ff_exp;   // width of the first layer if it is dense, of a routed expert
     int64_t n_params;         // weights of all tensors in use
@@ -646,6 +647,11 @@ typedef struct moe_session_options {
     int32_t n_threads_batch; // for prompts (more than one token); 0: n_threads
     moe_kv_type kv_type;     // Q8_0: widths of keys and values are multiples of 32
     int32_t keep_all_logits; // MOE_ON: logits of every token of an eval, not only of the last
+    int32_t keep_hidden;     // MOE_ON: see moe_session_hidden
+    // Of models with recurrent layers, whose states cannot be cut off at any position: how many
+    // earlier ones are kept to go back to. 0: 16; MOE_OFF: none
+    int32_t n_checkpoints;
+    uint64_t checkpoint_bytes; // and the most memory that they take; 0: 1 GiB
     moe_schedule schedule;
     moe_isa isa;
     moe_pool *pool;          // shared threads, must outlive the session; NULL: own
@@ -662,7 +668,10 @@ typedef struct moe_session_info {
     moe_kv_type kv_type;
     moe_schedule schedule; // what MOE_SCHEDULE_DEFAULT became
     moe_isa isa;           // what was asked for, resolved
-    size_t kv_bytes;       // the cache
+    size_t kv_bytes;       // the cache, state_bytes of it for the states of recurrent layers:
+    size_t state_bytes;    // these do not grow with n_ctx
+    int32_t n_checkpoints; // of such states,
+    size_t checkpoint_bytes; // in so much memory, which is touched when they are made
     size_t work_bytes;     // everything else; sessions of a pool share most of it
 } moe_session_info;
 
@@ -802,6 +811,8 @@ typedef struct moe_session_stats {
     int32_t n_expert_groups;  // of threads on experts at the same time in the last layer of
                               // experts: more than 1 with MOE_SCHEDULE_PARALLEL, if it can
     uint64_t n_barriers;      // that its threads passed
+    uint64_t n_replayed;      // tokens evaluated again to go back (moe_session_rewind), since the
+                              // session was opened
 } moe_session_stats;
 
 // NULL if session is. All 0 before the first eval; the next eval writes over it.
@@ -12065,9 +12076,15 @@ typedef enum moe__input {
     MOE__IN_ROUTED, // hidden vectors of routed experts,
     MOE__IN_SHARED, // of shared ones,
     MOE__IN_DENSE,  // of layers without experts
+    MOE__IN_EXPERTS, // what routed experts read if it is not the residual, normed,
+    MOE__IN_EXPERTS_SUM, // and what they make of it
     MOE__IN_Q_A,    // latent attention: low-rank queries,
     MOE__IN_Q_NOPE, // unrotated parts of queries by head,
     MOE__IN_LATENT, // weighted sums of latent vectors by head
+    MOE__IN_DECAY,  // KDA: low-rank decays,
+    MOE__IN_GATE,   // and gates
+    MOE__IN_STEP,   // Mamba-1: what ssm_x reads,
+    MOE__IN_DT,     // and what ssm_dt does
     MOE__INPUTS,
     MOE__IN_NONE = MOE__INPUTS // rows are read as floats, or parts of them are matrices
 } moe__input;
@@ -12427,11 +12444,31 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
 
 // ---- dispatch --------------------------------------------------------------------------------
 
-// down(silu(gate x) * up x): one per expert, or one for all tokens.
+// down(silu(gate x) * up x) or with another activation, see moe__kernels: one per expert, or one
+// for all tokens.
+typedef enum moe__activation {
+    MOE__SWIGLU,
+    MOE__SWIGLU_OAI,
+    MOE__SWIGLU_LIMITED,
+    MOE__RELU_2 // without gate
+} moe__activation;
+
 typedef struct moe__ffn {
-    moe__matrix gate, up, down;
-    int oai; // gpt-oss' activation in place of silu, see moe__kernels
+    moe__matrix gate, up, down; // gate.data NULL: the activation has no gate
+    moe__activation activation;
+    float limit;
 } moe__ffn;
+
+// hidden = activation(gate, up); hidden may be gate, or, without gate, up.
+MOE__PRIVATE void moe__ffn_activate(const moe__kernels *kernels, const moe__ffn *ffn,
+                                    const float *gate, const float *up, int64_t n, float *hidden) {
+    switch (ffn->activation) {
+    case MOE__SWIGLU: kernels->swiglu(gate, up, n, hidden); break;
+    case MOE__SWIGLU_OAI: kernels->swiglu_oai(gate, up, n, hidden); break;
+    case MOE__SWIGLU_LIMITED: kernels->swiglu_limited(gate, up, n, ffn->limit, hidden); break;
+    case MOE__RELU_2: kernels->relu_squared(up, n, hidden); break;
+    }
+}
 
 // One expert and the tokens that chose it: rows of the batch, ascending. Its hidden vectors (n_ff
 // values each) follow one another behind those of the experts before it.
@@ -12459,7 +12496,7 @@ typedef struct moe__dispatch {
 MOE__INLINE int64_t moe__entry_block_cost(const moe__entry *entry) { return entry->n_tokens + 6; }
 // What gate and up of an entry cost: blocks of MOE__TILE_ROWS rows
 MOE__INLINE int64_t moe__entry_blocks(const moe__entry *entry) {
-    return (entry->ffn->gate.n_out + MOE__TILE_ROWS - 1) / MOE__TILE_ROWS;
+    return (entry->ffn->up.n_out + MOE__TILE_ROWS - 1) / MOE__TILE_ROWS;
 }
 MOE__INLINE int64_t moe__entry_cost(const moe__entry *entry) {
     return moe__entry_blocks(entry) * moe__entry_block_cost(entry);
@@ -12550,7 +12587,7 @@ typedef int moe__schedule_fn(const moe__task *task, int thread, int n_threads, i
 
 MOE__INLINE int64_t moe__task_rows(const moe__task *task, int32_t entry) {
     const moe__ffn *ffn = task->entries[entry].ffn;
-    return task->down ? ffn->down.n_out : ffn->gate.n_out;
+    return task->down ? ffn->down.n_out : ffn->up.n_out;
 }
 
 // Rows of one entry for member `thread` of n: the same part of every entry.
@@ -12717,8 +12754,9 @@ MOE__PRIVATE void moe__range_fetch(const moe__schedule_info *schedule, const moe
     moe__range range;
     if (!schedule->range(task, thread, n_threads, i, &range)) return;
     const moe__entry *entry = &task->entries[range.entry];
-    moe__matrix_fetch(task->down ? &entry->ffn->down : &entry->ffn->gate, entry->expert,
-                      range.begin, range.end);
+    const moe__ffn *ffn = entry->ffn;
+    moe__matrix_fetch(task->down ? &ffn->down : ffn->gate.data ? &ffn->gate : &ffn->up,
+                      entry->expert, range.begin, range.end);
 }
 
 // Private to a thread, taken with the session's buffers (moe__work_layout_local) and freed with
@@ -12736,32 +12774,36 @@ typedef struct moe__scratch {
 MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__entry *entry,
                                        int64_t begin, int64_t end, const moe__acts *in,
                                        const moe__scratch *scratch) {
-    const moe__matrix *gate = &entry->ffn->gate, *up = &entry->ffn->up;
-    const moe__acts *hidden = &in[entry->ffn->down.input];
-    moe__glu_fn *glu = entry->ffn->oai ? kernels->swiglu_oai : kernels->swiglu;
+    const moe__ffn *ffn = entry->ffn;
+    const moe__matrix *gate = ffn->gate.data ? &ffn->gate : NULL, *up = &ffn->up;
+    const moe__acts *hidden = &in[ffn->down.input];
     const int32_t expert = entry->expert;
     const int64_t n = entry->n_tokens;
     if (begin >= end) return;
-    moe__acts_gather(in, gate, entry->tokens, 0, n, scratch->x);
+    if (gate) moe__acts_gather(in, gate, entry->tokens, 0, n, scratch->x);
     moe__acts_gather(in, up, entry->tokens, 0, n, scratch->x_up);
     if (n == 1) {
         float *h = moe__acts_f32(hidden, entry->hidden_row) + begin;
-        moe__matrix_fetch(up, expert, begin, end);
-        moe__matmul(kernels, gate, expert, begin, end, scratch->x, 1, h, 0, NULL);
+        if (gate) {
+            moe__matrix_fetch(up, expert, begin, end);
+            moe__matmul(kernels, gate, expert, begin, end, scratch->x, 1, h, 0, NULL);
+        }
         moe__matmul(kernels, up, expert, begin, end, scratch->x_up, 1, scratch->up, 0, NULL);
-        glu(h, scratch->up, end - begin, h);
+        moe__ffn_activate(kernels, ffn, h, scratch->up, end - begin, h);
         return;
     }
     for (int64_t row = begin; row < end; row += MOE__TILE_ROWS) {
         int64_t n_rows = moe__min(end - row, MOE__TILE_ROWS);
-        moe__matmul_tile(kernels, gate, expert, row, n_rows, scratch->x, n, scratch->gate,
-                         MOE__TILE_ROWS, scratch->pack, moe__next_tile(up, expert, row, end));
+        if (gate)
+            moe__matmul_tile(kernels, gate, expert, row, n_rows, scratch->x, n, scratch->gate,
+                             MOE__TILE_ROWS, scratch->pack, moe__next_tile(up, expert, row, end));
         moe__matmul_tile(kernels, up, expert, row, n_rows, scratch->x_up, n, scratch->up,
                          MOE__TILE_ROWS, scratch->pack,
-                         moe__next_tile(gate, expert, row + n_rows, end));
+                         moe__next_tile(gate ? gate : up, expert, row + n_rows, end));
         for (int64_t t = 0; t < n; t++)
-            glu(scratch->gate + t * MOE__TILE_ROWS, scratch->up + t * MOE__TILE_ROWS, n_rows,
-                moe__acts_f32(hidden, entry->hidden_row + t) + row);
+            moe__ffn_activate(kernels, ffn, scratch->gate + t * MOE__TILE_ROWS,
+                              scratch->up + t * MOE__TILE_ROWS, n_rows,
+                              moe__acts_f32(hidden, entry->hidden_row + t) + row);
     }
 }
 
@@ -14469,74 +14511,183 @@ enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
 
 // What families differ in, beyond what tensors and keys say by being there. A feature is named
 // after what it does and not after a family: any family may have it, and it is read in one place.
+// Of layers and of how they mix tokens (moe__has):
 enum {
-    MOE__ROUTER_KEYS = 1,   // gating function, groups, normalization and scale come from keys
-    MOE__NORMALIZE = 2,     // without router keys: weights of the chosen experts sum to 1
-    MOE__QK_NORM = 4,       // norms of queries and keys, by head: their tensors must be there
-    MOE__QK_NORM_WIDE = 8,  // the same over all heads together
-    MOE__CLAMP_KQV = 16,    // attention.clamp_kqv bounds queries, keys and values
-    MOE__SINKS = 32,        // attn_sinks: per head a score whose exponential joins the sum
-    MOE__BIASES = 64,       // every matrix of a layer has a bias, which must be there
-    MOE__OAI = 128,         // activation moe__kernels.swiglu_oai
-    MOE__SHARED_COUNT = 256, // shared experts, as wide as expert_shared_count routed ones
-    MOE__SHARED_GATED = 512, // one of its own width, times the sigmoid of its gate
-    MOE__SHARED_WIDTH = 1 << 10, // one of its own width, if there is a key for that
-    MOE__WIDTH_FFN = 1 << 11, // experts are as wide as feed_forward_length says
-    MOE__FFN_SCALE = 1 << 12, // NAME.scale of feed-forward matrices counts for all types
-    MOE__ALL_KEYS = 1 << 13,  // without attention.sliding_window every layer sees all keys
-    MOE__PLAIN_SLIDING = 1 << 14, // layers with a window have rope without scaling
-    MOE__NOPE_FULL = 1 << 15,     // layers without a window have no rope,
-    MOE__NOPE_FOURTH = 1 << 16,   // nor has every fourth layer
-    MOE__SCALES = 1 << 17,    // keys embedding_scale, residual_scale, attention.scale and
-                              // logit_scale, by which logits are divided
-    MOE__EMBD_ROOT = 1 << 18, // embeddings are multiplied by the root of their length
-    MOE__POST_NORMS = 1 << 19, // post_attention_norm and post_ffw_norm: what a part of a layer
-                               // adds to the residual is normed
-    MOE__GATE = 1 << 20,      // attn_gate: results of heads times the sigmoid of (it x)
-    MOE__BASE_SLIDING = 1 << 21 // layers with a window have the rope base rope.freq_base_swa
+    MOE__QK_NORM = 1,       // norms of queries and keys, by head: their tensors must be there
+    MOE__QK_NORM_WIDE = 2,  // the same over all heads together
+    MOE__CLAMP_KQV = 4,     // attention.clamp_kqv bounds queries, keys and values
+    MOE__SINKS = 8,         // attn_sinks: per head a score whose exponential joins the sum
+    MOE__BIASES = 16,       // every matrix of a layer has a bias, which must be there
+    MOE__ALL_KEYS = 32,     // without attention.sliding_window every layer sees all keys
+    MOE__PLAIN_SLIDING = 64, // layers with a window have rope without scaling
+    MOE__BASE_SLIDING = 128, // layers with a window have the rope base rope.freq_base_swa
+    MOE__NOPE_FULL = 256,   // layers without a window have no rope,
+    MOE__NOPE_FOURTH = 512, // nor has every fourth layer,
+    MOE__NOPE = 1 << 10,    // nor any,
+    MOE__NOPE_KEY = 1 << 11, // nor any if rope.scaling.finetuned is false
+    MOE__SECTIONS = 1 << 12, // rope.dimension_sections: pairs that turn with the position of text
+    MOE__SCALES = 1 << 13,  // keys embedding_scale, residual_scale, attention.scale and
+                            // logit_scale, by which logits are divided
+    MOE__EMBD_ROOT = 1 << 14, // embeddings are multiplied by the root of their length
+    MOE__POST_NORMS = 1 << 15, // post_attention_norm and post_ffw_norm: what a part of a layer
+                            // adds to the residual is normed
+    MOE__NORMED_RESIDUAL = 1 << 16, // a part is added to residual_scale times its own input
+    MOE__GATE = 1 << 17,    // attn_gate: results of heads times the sigmoid of (it x)
+    MOE__GATE_HEAD = 1 << 18, // the same with one value per head
+    MOE__GATE_IN_Q = 1 << 19, // that matrix lies in attn_q: of each head its query, then its gate
+    MOE__ONE_PART = 1 << 20, // a layer mixes tokens or has a feed-forward part, never both
+    MOE__GROUPED = 1 << 21, // value heads that follow one another share a key head; else those
+                            // that are as many apart as there are key heads
+    MOE__SAFE_GATE = 1 << 22, // decays are bounded by kda.gate_lower_bound
+    MOE__SCALE_RECUR = 1 << 23, // NAME.scale of recurrent layers' matrices counts for all types;
+    MOE__SCALE_OUT = 1 << 24, // of attention layers' that of attn_output alone does,
+    MOE__SCALE_NONE = 1 << 25 // or none
+};
+// Of the feed-forward part (moe__ffn_has):
+enum {
+    MOE__GATING_KEY = 1,    // expert_gating_func
+    MOE__NORM_KEY = 2,      // expert_weights_norm
+    MOE__SCALE_KEY = 4,     // expert_weights_scale
+    MOE__PROBS_BIAS = 8,    // exp_probs_b may be there
+    MOE__DENSE_KEY = 16,    // leading_dense_block_count
+    MOE__ROUTER_KEYS = 31,  // all of these
+    MOE__NORMALIZE = 32,    // weights of the chosen experts sum to 1, without a key
+    MOE__OAI = 64,          // activation moe__kernels.swiglu_oai
+    MOE__RELU_SQUARED = 128, // no gate; activation moe__kernels.relu_squared
+    MOE__LIMITS = 256,      // swiglu_clamp_exp and _shexp: of each layer how far activations go
+    MOE__LATENT = 512,      // moe_latent_size: routed experts work on ffn_latent_down x
+    MOE__SHARED_COUNT = 1 << 10, // shared experts, as wide as expert_shared_count routed ones
+    MOE__SHARED_GATED = 1 << 11, // one of its own width, times the sigmoid of its gate
+    MOE__SHARED_WIDTH = 1 << 12, // one of its own width, if there is a key for that
+    MOE__WIDTH_FFN = 1 << 13, // experts are as wide as feed_forward_length says
+    MOE__FFN_SCALE = 1 << 14, // NAME.scale of feed-forward matrices counts for all types
+    MOE__DENSE_ELSE = 1 << 15 // layers without ffn_gate_inp are dense
 };
 
 // How a layer mixes tokens: rows of moe__mixers (>>mixers)
-typedef enum moe__mixer_id { MOE__GQA, MOE__MLA, MOE__N_MIXERS } moe__mixer_id;
+typedef enum moe__mixer_id {
+    MOE__NO_MIXER, // it does not
+    MOE__GQA,
+    MOE__MLA,
+    MOE__DELTA,
+    MOE__KDA,
+    MOE__MAMBA2,
+    MOE__LIGHTNING,
+    MOE__MAMBA1,
+    MOE__SHORT_CONV,
+    MOE__N_MIXERS
+} moe__mixer_id;
+
+// Which layers of a family recur: all but each n-th (n > 0, unless keys say otherwise), none, or
+// those without key-value heads
+enum { MOE__RECUR_NEVER = 0, MOE__RECUR_KEYLESS = -1 };
 
 typedef struct moe__family {
     const char *name; // general.architecture
-    moe__mixer_id mixer;
+    moe__mixer_id mixer;  // of layers that attend,
+    moe__mixer_id recurs; // and of those that recur
+    int interval;         // MOE__RECUR_..., or of so many layers the last attends
     moe__rope_kind rope;
     int gating;        // moe__gating, if there is no key for it; 0: the key must be there
     int window_period; // of so many layers all but the last see a sliding window, unless
                        // attention.sliding_window_pattern says otherwise; 0: none does
-    const char *ffn_norm; // name of the norm before the feed-forward part
-    unsigned features;
+    const char *ffn_norm;    // name of the norm before the feed-forward part
+    const char *output_norm; // of the last norm
+    unsigned features, ffn;
 } moe__family;
 
 // In alphabetical order. Which tensors and keys a family has is what llama.cpp's loader reads for
 // it; where its graph does what no feature says, the feature comes first.
 static const moe__family moe__families[] = {
-    {"afmoe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
-     MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_COUNT | MOE__NOPE_FOURTH | MOE__EMBD_ROOT |
-         MOE__POST_NORMS | MOE__GATE | MOE__BASE_SLIDING},
-    {"deepseek2", MOE__MLA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+    {"afmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
+     "output_norm",
+     MOE__QK_NORM | MOE__NOPE_FOURTH | MOE__EMBD_ROOT | MOE__POST_NORMS | MOE__GATE |
+         MOE__BASE_SLIDING,
      MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
-    {"dots1", MOE__GQA, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
-     MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_COUNT},
-    {"exaone-moe", MOE__GQA, MOE__ROPE_NEOX, 0, 4, "ffn_norm",
-     MOE__ROUTER_KEYS | MOE__QK_NORM | MOE__SHARED_WIDTH | MOE__NOPE_FULL},
-    {"gpt-oss", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2, "post_attention_norm",
-     MOE__SINKS | MOE__BIASES | MOE__OAI | MOE__BASE_SLIDING},
-    {"granitemoe", MOE__GQA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_WIDTH | MOE__SCALES},
-    {"llama", MOE__GQA, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
-    {"mellum", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
-     MOE__NORMALIZE | MOE__QK_NORM | MOE__ALL_KEYS | MOE__PLAIN_SLIDING | MOE__FFN_SCALE},
-    {"olmoe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__QK_NORM_WIDE | MOE__CLAMP_KQV | MOE__WIDTH_FFN},
-    {"qwen2moe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__SHARED_GATED},
-    {"qwen3moe", MOE__GQA, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     MOE__NORMALIZE | MOE__QK_NORM | MOE__FFN_SCALE},
+    {"bailingmoe3", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
+     "output_norm", MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE,
+     MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH | MOE__LIMITS},
+    {"deepseek2", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+    {"dots1", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
+     MOE__QK_NORM, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+    {"exaone-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 4, "ffn_norm", "output_norm",
+     MOE__QK_NORM | MOE__NOPE_FULL, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH},
+    {"gpt-oss", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2,
+     "post_attention_norm", "output_norm", MOE__SINKS | MOE__BIASES | MOE__BASE_SLIDING,
+     MOE__OAI},
+    {"granitehybrid", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NORM,
+     MOE__GATING_SOFTMAX, 0, "ffn_norm", "output_norm",
+     MOE__SCALES | MOE__NOPE_KEY | MOE__SCALE_RECUR,
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_WIDTH},
+    {"granitemoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_WIDTH},
+    {"jamba", MOE__GQA, MOE__MAMBA1, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
+     "ffn_norm", "output_norm", MOE__NOPE | MOE__SCALE_RECUR, MOE__WIDTH_FFN | MOE__DENSE_ELSE},
+    {"kimi-linear", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
+     "output_norm", MOE__NOPE | MOE__SCALE_OUT,
+     MOE__GATING_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE |
+         MOE__SHARED_COUNT},
+    {"lfm2moe", MOE__GQA, MOE__SHORT_CONV, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
+     "token_embd_norm", MOE__QK_NORM,
+     MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE},
+    {"llama", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
+    {"mellum", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
+     "output_norm", MOE__QK_NORM | MOE__ALL_KEYS | MOE__PLAIN_SLIDING,
+     MOE__NORMALIZE | MOE__FFN_SCALE},
+    {"minimax-01", MOE__GQA, MOE__LIGHTNING, 8, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__NORMED_RESIDUAL, MOE__NORMALIZE | MOE__WIDTH_FFN},
+    {"nemotron_h_moe", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX,
+     MOE__GATING_SIGMOID, 0, "attn_norm", "output_norm",
+     MOE__NOPE | MOE__ONE_PART | MOE__SCALE_RECUR,
+     MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__RELU_SQUARED | MOE__LATENT |
+         MOE__SHARED_WIDTH | MOE__FFN_SCALE},
+    {"olmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__QK_NORM_WIDE | MOE__CLAMP_KQV, MOE__WIDTH_FFN},
+    {"qwen2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", 0, MOE__SHARED_GATED},
+    {"qwen35moe", MOE__GQA, MOE__DELTA, 4, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
+     "post_attention_norm", "output_norm",
+     MOE__QK_NORM | MOE__GATE_IN_Q | MOE__SECTIONS | MOE__SCALE_RECUR,
+     MOE__NORMALIZE | MOE__SHARED_GATED | MOE__FFN_SCALE},
+    {"qwen3moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__QK_NORM, MOE__NORMALIZE | MOE__FFN_SCALE},
+    {"qwen3next", MOE__GQA, MOE__DELTA, 4, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
+     "post_attention_norm", "output_norm", MOE__QK_NORM | MOE__GATE_IN_Q | MOE__GROUPED,
+     MOE__NORMALIZE | MOE__SHARED_GATED | MOE__FFN_SCALE},
 };
+
+// What a layer that recurs holds beside attn_norm and layer->o. Its matrices' products lie side by
+// side in one row of `width` floats per token; everything below finds its part by an offset.
+enum { MOE__RECUR_IN = 8 };
+typedef struct moe__recurrent {
+    moe__matrix in[MOE__RECUR_IN]; // read the normed residual; their products begin at
+    int64_t in_at[MOE__RECUR_IN];
+    int32_t n_in;
+    int64_t width;
+    int32_t n_head, n_key_head;  // of values, of keys and queries
+    int32_t d_k, d_v;            // rows and columns of a head's state
+    int32_t n_decay;             // decays of a head: 1 or d_k
+    int32_t n_group;             // of heads that are normed together (Mamba-2)
+    int32_t n_taps;              // of the convolution; 0: there is none
+    int64_t n_conv, block;       // its channels, in blocks of which number i begins at
+    int32_t *conv_at;            // conv_at[i] of the row
+    float *conv;                 // [n_taps][n_conv]
+    const float *conv_bias;      // n_conv; NULL: 0
+    int32_t *z_at, *b_at, *a_at; // per head: gate, beta or step, decay in the row
+    const float *dt_bias, *a, *d; // per head, or per channel
+    const float *norm;           // of the first group; that of the next is norm_stride further
+    int64_t norm_stride;
+    int grouped;                 // value heads of a key head follow one another
+    float low;                   // bound of decays (KDA); 0: none
+    moe__matrix f, g;            // KDA: second halves of low-rank decays and gates,
+    int32_t rank;                // whose inputs are so many values each; 0: not low-rank
+    int64_t low_at[2];           // of the row
+    moe__matrix x, dt;           // Mamba-1: ssm_x, ssm_dt, with
+    int32_t dt_rank;
+    const float *dt_norm, *b_norm, *c_norm;
+} moe__recurrent;
 
 // What may differ from layer to layer: nothing of it is read from the model as a whole.
 typedef struct moe__layer {
@@ -14545,6 +14696,7 @@ typedef struct moe__layer {
     moe__mixer_id mixer;
     int32_t n_head, n_head_kv;
     int32_t head_k, head_v;      // values of a head's query and key, and of its value
+    int32_t q_stride;            // from one head's query to the next
     const moe__rope *rope;       // NULL: positions turn nothing
     int32_t window;              // keys seen by a query; 0: all
     float kq_scale;              // factor of query . key,
@@ -14560,12 +14712,15 @@ typedef struct moe__layer {
     int32_t n_rot;               // values of a key that all heads share, the last; turned
     moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    // MLA; kv_b, k_b, v_b: one per head
     const float *q_a_norm, *kv_a_norm;
+    moe__recurrent recurrent;
     moe__matrix o;
-    const moe__matrix *prefetch; // the one that the mixer reads first
+    const moe__matrix *prefetch; // the one that the layer reads first
+    int has_ffn;
     int is_moe;
     moe__matrix router;                            // ffn_gate_inp
     const float *probs_bias;                      // exp_probs_b: for choosing only
-    moe__ffn experts, shared, dense;               // shared.gate.data NULL: none
+    moe__matrix latent_down, latent_up;            // around the routed experts; data NULL: none
+    moe__ffn experts, shared, dense;               // shared.up.data NULL: none
     const float *shared_gate;                      // n_embd; NULL: weight 1
 } moe__layer;
 
@@ -14580,6 +14735,7 @@ struct moe_model {
     const moe__family *family;
     int32_t n_blocks;            // layers of the file, those that are not run included
     int32_t n_ff_shared;
+    int32_t n_latent;            // values that routed experts work on; 0: n_embd
     int32_t n_dense;             // leading layers without experts
     float eps;
     float embd_scale, residual_scale, logit_scale; // factors of what they are named after
@@ -14632,6 +14788,9 @@ enum { MOE__REQUIRED = -1 }; // in place of a default
 
 MOE__INLINE int moe__has(const moe_model *model, unsigned feature) {
     return (model->family->features & feature) != 0;
+}
+MOE__INLINE int moe__ffn_has(const moe_model *model, unsigned feature) {
+    return (model->family->ffn & feature) != 0;
 }
 
 // The value of "family.name"; *key gets the full name.
@@ -14696,6 +14855,18 @@ MOE__PRIVATE double moe__load_float(moe__loader *loader, const char *name, doubl
     return x > 0 ? x : fallback;
 }
 
+// A real key below 0, which must be there.
+MOE__PRIVATE double moe__load_negative(moe__loader *loader, const char *name) {
+    char key[128];
+    double x = 0;
+    const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (loader->status) return -1;
+    if (!value || !moe_gguf_value_float(value, 0, &x) || value->count != 1 ||
+        !(x < 0 && x >= -1e30))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a number below 0", key);
+    return x;
+}
+
 MOE__PRIVATE int moe__load_bool(moe__loader *loader, const char *name, int fallback) {
     char key[128];
     int x = fallback;
@@ -14737,14 +14908,11 @@ MOE__PRIVATE int moe__load_shape_is(moe__loader *loader, const moe_gguf_tensor *
     return 0;
 }
 
-// A small tensor {n0, n1} as floats, which take at most 8 times its bytes; NULL if absent or
+// A small tensor of n1 rows of n0 values as floats, which take at most 8 times its bytes; NULL
 // after an error.
-MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const char *base,
-                                           const char *suffix, int64_t n0, int64_t n1,
-                                           int required) {
-    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, suffix, required);
+MOE__PRIVATE const float *moe__load_floats(moe__loader *loader, const moe_gguf_tensor *tensor,
+                                           int64_t n0, int64_t n1) {
     float *out;
-    if (!tensor || !moe__load_shape_is(loader, tensor, n0, n1, 1)) return NULL;
     if (!moe_type_supported(tensor->type)) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, tensor->name,
                        "tensor %s has type %s, which is not supported", tensor->name,
@@ -14766,6 +14934,25 @@ MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const
     return out;
 }
 
+// The tensor {n0, n1} as floats; NULL if absent or after an error.
+MOE__PRIVATE const float *moe__load_vector(moe__loader *loader, int layer, const char *base,
+                                           const char *suffix, int64_t n0, int64_t n1,
+                                           int required) {
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, suffix, required);
+    if (!tensor || !moe__load_shape_is(loader, tensor, n0, n1, 1)) return NULL;
+    return moe__load_floats(loader, tensor, n0, n1);
+}
+
+// A tensor without suffix of n values that must be there, {n} or {1, n}.
+MOE__PRIVATE const float *moe__load_column(moe__loader *loader, int layer, const char *base,
+                                           int64_t n) {
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "", 1);
+    if (!tensor) return NULL;
+    const int flat = tensor->ne[0] == n;
+    if (!moe__load_shape_is(loader, tensor, flat ? n : 1, flat ? 1 : n, 1)) return NULL;
+    return moe__load_floats(loader, tensor, n, 1);
+}
+
 // Declares what a matrix reads, so that this vector will be there in the form it wants.
 MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe__input input) {
     moe_model *model = loader->model;
@@ -14777,20 +14964,22 @@ MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe_
 
 // Whether base.scale is a factor of the matrix. That of an NVFP4 matrix always is: it belongs to
 // the type, whose blocks have 8-bit scales of their own that need a common one. Of other types
-// llama.cpp loads these but multiplies with them in some families only.
-MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, const char *base,
+// llama.cpp loads these but multiplies with them in some families' parts only.
+MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, int layer, const char *base,
                                      const moe__type *type) {
-    if (type->id == MOE_TYPE_NVFP4) return 1;
-    if (!strcmp(base, "attn_gate")) return 0;
-    if (!strncmp(base, "ffn_gate_inp", 12) || strncmp(base, "ffn_", 4)) return 1;
-    return moe__has(model, MOE__FFN_SCALE);
+    if (type->id == MOE_TYPE_NVFP4 || layer < 0) return 1;
+    if (!strncmp(base, "ffn_gate_inp", 12)) return 1;
+    if (!strncmp(base, "ffn_", 4)) return moe__ffn_has(model, MOE__FFN_SCALE);
+    if (model->layers[layer].mixer > MOE__MLA) return moe__has(model, MOE__SCALE_RECUR);
+    if (moe__has(model, MOE__SCALE_OUT)) return !strcmp(base, "attn_output");
+    return strcmp(base, "attn_gate") && !moe__has(model, MOE__SCALE_NONE);
 }
 
 // base.scale: a factor per matrix, or {1} for all heads. NULL: none.
 MOE__PRIVATE const float *moe__load_scale(moe__loader *loader, const moe__matrix *matrix,
                                           int layer, const char *base) {
     const int64_t n = matrix->n_expert;
-    if (!moe__load_is_scaled(loader->model, base, matrix->type)) return NULL;
+    if (!moe__load_is_scaled(loader->model, layer, base, matrix->type)) return NULL;
     const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "scale", 0);
     if (!tensor || tensor->ne[0] != 1 || n == 1 || strncmp(base, "attn_", 5))
         return moe__load_vector(loader, layer, base, "scale", n, 1, 0);
@@ -14979,6 +15168,27 @@ MOE__PRIVATE void moe__load_rope(moe__loader *loader, int id, int32_t n_rot,
     }
 }
 
+// Models that see images turn pairs of a head by time, height or width: pair i, counted within the
+// sum of rope.dimension_sections, by number i % 3 of these as long as i < 3 sections[i % 3]. In
+// text all three are the token's position. What no section covers is not turned.
+MOE__PRIVATE void moe__load_sections(moe__loader *loader) {
+    char key[128];
+    moe__rope *rope = &loader->model->ropes[MOE__ROPE_FULL];
+    int64_t sections[4] = {0}, sum = 0;
+    const moe_gguf_value *value = moe__load_value(loader, "rope.dimension_sections", key);
+    if (loader->status) return;
+    if (!value || !moe__load_is_array(value) || value->count < 3 || value->count > 4)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not an array of 4 numbers", key);
+    for (uint64_t i = 0; !loader->status && i < value->count; i++) {
+        if (!moe_gguf_value_int(value, i, &sections[i]) || sections[i] < 0 ||
+            sections[i] > MOE__MAX_HEAD)
+            moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s holds no number of pairs", key);
+        sum += sections[i];
+    }
+    for (int64_t i = 0; i < rope->n_rot / 2 && !loader->status && sum; i++)
+        if (i % sum >= 3 * sections[i % sum % 3]) rope->frequency[i] = 0;
+}
+
 // Positions, and the factor of query . key that goes with them. YaRN multiplies cos and sin by a
 // magnitude m, so that scores grow by m^2: softmax over more keys than the model was trained with
 // stays as sharp. Layers with a window may have a rope of their own, without scaling (they never
@@ -14989,7 +15199,7 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     const int mla = model->family->mixer == MOE__MLA;
     moe__rope_scaling s;
     double attn_factor, magnitude, kq_scale = 1, attention_scale = 0;
-    int32_t narrowest = loader->status ? 2 : layers[0].head_k;
+    int32_t narrowest = MOE__MAX_HEAD;
     moe__load_rope_scaling(loader, &s, &attn_factor);
     magnitude = attn_factor * (s.yarn ? 1 + 0.1 * log(s.factor) : 1);
     if (mla) {
@@ -15002,8 +15212,8 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     }
     if (moe__has(model, MOE__SCALES))
         attention_scale = moe__load_float(loader, "attention.scale", 0);
-    for (int il = 1; il < model->info.n_layer && !loader->status; il++)
-        narrowest = (int32_t)moe__min(narrowest, layers[il].head_k);
+    for (int il = 0; il < model->info.n_layer && !loader->status; il++)
+        if (layers[il].head_k) narrowest = (int32_t)moe__min(narrowest, layers[il].head_k);
     const int32_t n_rot = moe__load_int(loader, "rope.dimension_count", 2, narrowest,
                                         mla ? MOE__REQUIRED : narrowest);
     if (!loader->status && (n_rot % 2 || (mla && n_rot >= narrowest)))
@@ -15029,15 +15239,19 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
             moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, magnitude, factors);
     }
     const int sliding = model->ropes[MOE__ROPE_SLIDING].n_rot > 0;
+    const int no_rope =
+        moe__has(model, MOE__NOPE) || (moe__has(model, MOE__NOPE_KEY) &&
+                                       !moe__load_bool(loader, "rope.scaling.finetuned", 1));
+    if (moe__has(model, MOE__SECTIONS)) moe__load_sections(loader);
     for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
         const int other = layers[il].window && sliding;
-        const int none = (moe__has(model, MOE__NOPE_FULL) && !layers[il].window) ||
+        const int none = no_rope || (moe__has(model, MOE__NOPE_FULL) && !layers[il].window) ||
                          (moe__has(model, MOE__NOPE_FOURTH) && il % 4 == 3);
         layers[il].rope = none ? NULL : &model->ropes[other ? MOE__ROPE_SLIDING : MOE__ROPE_FULL];
         layers[il].n_rot = n_rot;
         layers[il].kq_scale = (float)(attention_scale > 0
                                           ? attention_scale
-                                          : kq_scale / sqrt((double)layers[il].head_k));
+                                          : kq_scale / sqrt(fmax(layers[il].head_k, 1)));
     }
 }
 
@@ -15060,9 +15274,9 @@ MOE__PRIVATE void moe__load_groups(moe__loader *loader) {
                        info->n_expert_used);
 }
 
-// How experts are chosen: by keys if the family has them (MOE__ROUTER_KEYS), else by its row in the
-// table. What is added to the residual is scaled by the model's residual_scale, which the weights
-// take up here: no extra pass.
+// How experts are chosen: by the keys that the family has (MOE__ROUTER_KEYS), else by its row in
+// the table. What is added to the residual is scaled by the model's residual_scale, which the
+// weights take up here: no extra pass.
 MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     moe_model *model = loader->model;
     moe__router *router = &model->router;
@@ -15076,37 +15290,80 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->n_expert = info->n_expert;
     router->n_used = info->n_expert_used;
     router->gating = (moe__gating)model->family->gating;
-    router->normalize = moe__has(model, MOE__NORMALIZE);
-    router->scale = model->residual_scale;
+    router->normalize = moe__ffn_has(model, MOE__NORMALIZE);
+    router->scale = moe__has(model, MOE__NORMED_RESIDUAL) ? 1.0f : model->residual_scale;
     moe__load_groups(loader);
-    if (!moe__has(model, MOE__ROUTER_KEYS) || loader->status) return;
-    // GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out.
-    int glm_flash = model->family->mixer == MOE__MLA && info->n_layer >= 47 && info->n_layer <= 48;
-    int gating = moe__load_int(loader, "expert_gating_func", 1, 4,
-                               glm_flash                ? MOE__GATING_SIGMOID
-                               : model->family->gating  ? model->family->gating
-                                                        : MOE__REQUIRED);
-    if (gating > MOE__GATING_CHOSEN)
-        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_gating_func",
-                       "expert gating function %d is not supported", gating);
-    router->gating = (moe__gating)gating;
-    router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
-    router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
+    if (moe__ffn_has(model, MOE__GATING_KEY) && !loader->status) {
+        // GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out.
+        int glm_flash =
+            model->family->mixer == MOE__MLA && info->n_layer >= 47 && info->n_layer <= 48;
+        int gating = moe__load_int(loader, "expert_gating_func", 1, 4,
+                                   glm_flash               ? MOE__GATING_SIGMOID
+                                   : model->family->gating ? model->family->gating
+                                                           : MOE__REQUIRED);
+        if (gating > MOE__GATING_CHOSEN)
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_gating_func",
+                           "expert gating function %d is not supported", gating);
+        router->gating = (moe__gating)gating;
+    }
+    if (moe__ffn_has(model, MOE__NORM_KEY))
+        router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
+    if (moe__ffn_has(model, MOE__SCALE_KEY))
+        router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
 }
 
-// Heads of layer il. Without widths a head is n_embd / n_head values wide, with n_head of the first
-// layer, as llama.cpp has it. Latent attention has two widths: that of the keys it computes with
-// (_mla) and that of the rows it caches.
-MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il) {
+// Whether layer il mixes tokens by a recurrence: by a key with a value per layer, by an interval,
+// or because it has no key-value heads.
+MOE__PRIVATE int moe__load_recurs(moe__loader *loader, int il) {
+    char key[128];
+    const moe__family *family = loader->model->family;
+    int64_t x = 0;
+    if (family->interval == MOE__RECUR_NEVER) return 0;
+    if (family->interval == MOE__RECUR_KEYLESS)
+        return moe__load_int_at(loader, "attention.head_count_kv", il, 1, MOE__MAX_HEADS, 0) == 0;
+    const moe_gguf_value *value = moe__load_value(loader, "attention.recurrent_layers", key);
+    if (!value)
+        return (il + 1) % moe__load_int(loader, "full_attention_interval", 1, MOE__MAX_LAYERS,
+                                        family->interval) != 0;
+    int yes = 0;
+    if (!moe__load_is_array(value) || value->count != (uint64_t)loader->model->n_blocks)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s has %llu values for %d layers", key,
+                       (unsigned long long)value->count, loader->model->n_blocks);
+    else if (moe_gguf_value_bool(value, (uint64_t)il, &yes))
+        x = yes;
+    else if (!moe_gguf_value_int(value, (uint64_t)il, &x))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s does not hold truth values", key);
+    return x != 0;
+}
+
+// Which mixer layer il has, and whether it has a feed-forward part.
+MOE__PRIVATE void moe__load_parts(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
-    const moe__layer *first = model->layers; // by whose heads the default width is found
-    layer->mixer = model->family->mixer;
+    const int recurs = moe__load_recurs(loader, il);
+    layer->mixer = recurs ? model->family->recurs : model->family->mixer;
+    layer->has_ffn = 1;
+    if (!moe__has(model, MOE__ONE_PART)) return;
+    layer->has_ffn = moe__load_int_at(loader, "feed_forward_length", il, 1, 1 << 24, 0) > 0;
+    if (layer->has_ffn) layer->mixer = MOE__NO_MIXER;
+}
+
+// Heads of layer il if it attends. Without widths a head is n_embd / n_head values wide, with
+// n_head of the first layer that has heads. Latent attention has two widths: that of the keys it
+// computes with (_mla) and that of the rows it caches.
+MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    if (layer->mixer != MOE__GQA && layer->mixer != MOE__MLA) return;
     layer->n_head = moe__load_int_at(loader, "attention.head_count", il, 1, MOE__MAX_HEADS,
                                      MOE__REQUIRED);
     if (loader->status) return;
     layer->n_head_kv = moe__load_int_at(loader, "attention.head_count_kv", il, 1, layer->n_head,
                                         layer->n_head);
-    const int64_t head = model->info.n_embd / first->n_head;
+    if (!info->n_head) {
+        info->n_head = layer->n_head;
+        info->n_head_kv = layer->n_head_kv;
+    }
+    const int64_t head = info->n_embd / info->n_head;
     layer->head_k = moe__load_int_at(loader, "attention.key_length", il, 1, MOE__MAX_HEAD, head);
     layer->head_v = moe__load_int_at(loader, "attention.value_length", il, 1, MOE__MAX_HEAD, head);
     if (layer->mixer == MOE__MLA) {
@@ -15117,7 +15374,9 @@ MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il
         layer->kv_lora = moe__load_int(loader, "attention.kv_lora_rank", 1, 1 << 16,
                                        MOE__REQUIRED);
         // Whether queries are low-rank shows in the tensors; the rank must then be known.
-        if (!moe_gguf_find_tensor(loader->gguf, "blk.0.attn_q.weight"))
+        char name[64];
+        snprintf(name, sizeof name, "blk.%d.attn_q.weight", il);
+        if (!moe_gguf_find_tensor(loader->gguf, name))
             layer->q_lora = moe__load_int(loader, "attention.q_lora_rank", 1, 1 << 16,
                                           MOE__REQUIRED);
     } else if (!loader->status && layer->n_head % layer->n_head_kv) {
@@ -15125,6 +15384,9 @@ MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il
                        "%d heads cannot share %d key-value heads", layer->n_head,
                        layer->n_head_kv);
     }
+    layer->q_stride = layer->head_k;
+    if (layer->mixer == MOE__GQA && moe__has(model, MOE__GATE_IN_Q))
+        layer->q_stride += layer->head_v;
     if (!loader->status && (layer->head_k < 2 || layer->head_v < 1))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "attention.key_length",
                        "heads of %d and %d values", layer->head_k, layer->head_v);
@@ -15179,14 +15441,15 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
                                moe__has(model, MOE__ALL_KEYS) ? 0 : MOE__REQUIRED);
     for (int il = 0; il < info->n_layer && !loader->status; il++) {
         moe__layer *layer = &model->layers[il];
+        moe__load_parts(loader, layer, il);
         moe__load_heads(loader, layer, il);
         layer->clamp_kqv = clamp_kqv;
         if (window && moe__load_is_sliding(loader, il)) layer->window = window;
     }
     if (window) moe__load_check_sliding(loader);
-    if (loader->status) return;
-    info->n_head = model->layers[0].n_head;
-    info->n_head_kv = model->layers[0].n_head_kv;
+    if (!loader->status && !info->n_head)
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "attention.head_count_kv",
+                       "a model without any attention layer is not supported");
 }
 
 // Queries far from the start may be sharpened: scores times 1 + scale ln(1 + floor(p / length)) for
@@ -15210,6 +15473,8 @@ MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
     moe_model *model = loader->model;
     model->embd_scale = model->residual_scale = model->logit_scale = 1;
     if (moe__has(model, MOE__EMBD_ROOT)) model->embd_scale = sqrtf((float)model->info.n_embd);
+    if (moe__has(model, MOE__NORMED_RESIDUAL))
+        model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
     if (!moe__has(model, MOE__SCALES)) return;
     model->embd_scale = (float)moe__load_float(loader, "embedding_scale", 1);
     model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
@@ -15230,9 +15495,12 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     info->n_ctx_train = moe__load_int(loader, "context_length", 1, INT32_MAX, MOE__REQUIRED);
     info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
     char key[128];
-    if (!loader->status && !moe__load_value(loader, "attention.layer_norm_rms_epsilon", key))
+    const char *eps = "attention.layer_norm_rms_epsilon";
+    if (moe__has(model, MOE__ONE_PART) && !moe__load_value(loader, eps, key))
+        eps = "attention.layer_norm_epsilon"; // of the same norms
+    if (!loader->status && !moe__load_value(loader, eps, key))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
-    model->eps = (float)moe__load_float(loader, "attention.layer_norm_rms_epsilon", 0);
+    model->eps = (float)moe__load_float(loader, eps, 0);
     if (!moe__load_bool(loader, "attention.causal", 1))
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "attention.causal",
                        "attention to later tokens is not supported");
@@ -15241,30 +15509,37 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe__load_temperature(loader);
     moe__load_scales(loader);
     moe__load_router(loader);
-    info->n_ff = moe__load_int_at(loader, "feed_forward_length", 0, 1, 1 << 24, 0);
+    int first = 0; // layer that has a feed-forward part
+    while (first + 1 < info->n_layer && !loader->status && !model->layers[first].has_ffn) first++;
+    info->n_ff = moe__load_int_at(loader, "feed_forward_length", first, 1, 1 << 24, 0);
     info->n_ff_exp = info->n_ff;
-    if (moe__has(model, MOE__SHARED_GATED) && !loader->status) {
+    if (moe__ffn_has(model, MOE__SHARED_GATED) && !loader->status) {
         info->n_ff_exp = info->n_ff / info->n_expert_used; // Qwen1.5-MoE without the key
         info->n_expert_shared = 1;
         model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
                                            info->n_ff ? info->n_ff : MOE__REQUIRED);
     }
-    if (!moe__has(model, MOE__WIDTH_FFN))
-        info->n_ff_exp =
-            moe__load_int(loader, "expert_feed_forward_length", 1, 1 << 24, info->n_ff_exp);
-    if (moe__has(model, MOE__ROUTER_KEYS))
+    if (!moe__ffn_has(model, MOE__WIDTH_FFN))
+        info->n_ff_exp = moe__load_int_at(loader, "expert_feed_forward_length", first, 1, 1 << 24,
+                                          info->n_ff_exp);
+    if (moe__ffn_has(model, MOE__LATENT))
+        model->n_latent = moe__load_int(loader, "moe_latent_size", 1, 1 << 20, 0);
+    if (moe__ffn_has(model, MOE__DENSE_KEY))
         model->n_dense =
             moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
-    if (moe__has(model, MOE__SHARED_COUNT)) {
+    if (moe__ffn_has(model, MOE__SHARED_COUNT)) {
         info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
         model->n_ff_shared = info->n_expert_shared
                                  ? (int32_t)moe__min((int64_t)info->n_ff_exp *
                                                          info->n_expert_shared, 1 << 28)
                                  : 0;
     }
-    if (moe__has(model, MOE__SHARED_WIDTH)) { // exaone-moe: as wide as a routed one by default
-        model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
-                                           moe__has(model, MOE__WIDTH_FFN) ? 0 : info->n_ff_exp);
+    if (moe__ffn_has(model, MOE__SHARED_WIDTH)) { // exaone-moe: as wide as a routed one by default
+        model->n_ff_shared = moe__load_int(
+            loader, "expert_shared_feed_forward_length", 1, 1 << 24,
+            moe__ffn_has(model, MOE__SHARED_COUNT)                ? model->n_ff_shared
+            : moe__ffn_has(model, MOE__WIDTH_FFN | MOE__LATENT) ? 0
+                                                                  : info->n_ff_exp);
         info->n_expert_shared = model->n_ff_shared > 0;
     }
     if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
@@ -15274,15 +15549,14 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
 
 // ---- feed-forward parts ----------------------------------------------------------------------
 
-// down(activation(gate x) * up x) of so many experts, whose hidden vectors are `hidden`. Gate and
-// up are separate tensors or one, gate first; experts are one 3-D tensor or, in early files, as
-// many 2-D ones.
+// down(activation(gate x) * up x) of so many experts of n_io values, whose hidden vectors are
+// `hidden`. Gate and up are separate tensors or one, gate first, or there is no gate; experts are
+// one 3-D tensor or, in early files, as many 2-D ones.
 MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, const char *suffix,
-                                moe__input hidden, int64_t n_ff, int64_t n_expert,
-                                double per_token, int required) {
-    const int64_t n_embd = loader->model->info.n_embd, n = n_expert;
-    const moe__input x = MOE__IN_NORMED;
-    const double part = per_token;
+                                moe__input x, int64_t n_io, moe__input hidden, int64_t n_ff,
+                                int64_t n_expert, double part) {
+    const moe_model *model = loader->model;
+    const int64_t n = n_expert;
     char gate[32], up[32], down[32], gate_up[32];
     moe__matrix fused;
     snprintf(gate, sizeof gate, "ffn_gate%s", suffix);
@@ -15290,31 +15564,92 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     snprintf(down, sizeof down, "ffn_down%s", suffix);
     snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
     memset(&fused, 0, sizeof fused);
-    ffn->oai = moe__has(loader->model, MOE__OAI);
+    ffn->activation = moe__ffn_has(model, MOE__OAI)            ? MOE__SWIGLU_OAI
+                      : moe__ffn_has(model, MOE__RELU_SQUARED) ? MOE__RELU_2
+                                                               : MOE__SWIGLU;
     if (!strcmp(suffix, "_exps") && moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0)) {
-        moe__load_split(loader, &ffn->gate, il, "ffn_gate", x, n_embd, n_ff, n, part);
-        moe__load_split(loader, &ffn->up, il, "ffn_up", x, n_embd, n_ff, n, part);
-        moe__load_split(loader, &ffn->down, il, "ffn_down", hidden, n_ff, n_embd, n, part);
+        moe__load_split(loader, &ffn->gate, il, "ffn_gate", x, n_io, n_ff, n, part);
+        moe__load_split(loader, &ffn->up, il, "ffn_up", x, n_io, n_ff, n, part);
+        moe__load_split(loader, &ffn->down, il, "ffn_down", hidden, n_ff, n_io, n, part);
         return;
     }
-    if (moe__load_matrix(loader, &fused, il, gate_up, x, n_embd, 2 * n_ff, n, part, 0)) {
+    if (ffn->activation == MOE__RELU_2) {
+        moe__load_matrix(loader, &ffn->up, il, up, x, n_io, n_ff, n, part, 1);
+    } else if (moe__load_matrix(loader, &fused, il, gate_up, x, n_io, 2 * n_ff, n, part, 0)) {
         ffn->gate = moe__load_slice(loader, &fused, 0, n_ff);
         ffn->up = moe__load_slice(loader, &fused, n_ff, n_ff);
     } else {
-        if (!moe__load_matrix(loader, &ffn->gate, il, gate, x, n_embd, n_ff, n, part, required))
-            return;
-        moe__load_matrix(loader, &ffn->up, il, up, x, n_embd, n_ff, n, part, 1);
+        moe__load_matrix(loader, &ffn->gate, il, gate, x, n_io, n_ff, n, part, 1);
+        moe__load_matrix(loader, &ffn->up, il, up, x, n_io, n_ff, n, part, 1);
     }
-    moe__load_matrix(loader, &ffn->down, il, down, hidden, n_ff, n_embd, n, part, 1);
+    moe__load_matrix(loader, &ffn->down, il, down, hidden, n_ff, n_io, n, part, 1);
 }
 
-// What a layer holds beside its mixer, whose head counts are known by then: norms, and either the
-// router with routed and shared experts, or one dense network.
-MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
+// How far activations of layer il go, by an array with a value per layer: no more than 1e-6 is no
+// limit.
+MOE__PRIVATE void moe__load_limit(moe__loader *loader, moe__ffn *ffn, int il, const char *name) {
+    char key[128];
+    double x = 0;
+    const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (!value || !moe__ffn_has(loader->model, MOE__LIMITS)) return;
+    const uint64_t at = moe__load_is_array(value) ? (uint64_t)il : 0;
+    if (at >= value->count || !moe_gguf_value_float(value, at, &x) || !(x >= 0 && x <= 1e30))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s has no limit for layer %d", key, il);
+    if (!(x > 1e-6)) return;
+    ffn->activation = MOE__SWIGLU_LIMITED;
+    ffn->limit = (float)x;
+}
+
+// The router with routed and shared experts.
+MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
     const moe_model_info *info = &model->info;
     const int64_t n_embd = info->n_embd;
-    layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", n_embd, 1, 1);
+    int64_t n_io = n_embd;
+    const double share = (double)info->n_expert_used / info->n_expert;
+    int64_t n_ff = info->n_ff_exp;
+    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_NORMED, n_embd,
+                     info->n_expert, 1, 1, 1);
+    if (moe__ffn_has(model, MOE__PROBS_BIAS)) { // some files leave ".bias" out of the name
+        layer->probs_bias =
+            moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
+        if (!layer->probs_bias)
+            layer->probs_bias =
+                moe__load_vector(loader, il, "exp_probs_b", "", info->n_expert, 1, 0);
+    }
+    if (!moe__ffn_has(model, MOE__WIDTH_FFN))
+        n_ff = moe__load_int_at(loader, "expert_feed_forward_length", il, 1, 1 << 24, n_ff);
+    if (moe__ffn_has(model, MOE__LATENT)) {
+        const int64_t n = model->n_latent ? model->n_latent : n_embd;
+        if (moe__load_matrix(loader, &layer->latent_down, il, "ffn_latent_down", MOE__IN_NORMED,
+                             n_embd, n, 1, 1, model->n_latent > 0))
+            n_io = n;
+        moe__load_matrix(loader, &layer->latent_up, il, "ffn_latent_up", MOE__IN_EXPERTS_SUM, n_io,
+                         n_embd, 1, 1, layer->latent_down.data != NULL);
+    }
+    moe__load_ffn(loader, &layer->experts, il, "_exps",
+                  layer->latent_down.data ? MOE__IN_EXPERTS : MOE__IN_NORMED, n_io,
+                  MOE__IN_ROUTED, n_ff, info->n_expert, share);
+    moe__load_limit(loader, &layer->experts, il, "swiglu_clamp_exp");
+    if (model->n_ff_shared) {
+        moe__load_ffn(loader, &layer->shared, il, "_shexp", MOE__IN_NORMED, n_embd,
+                      MOE__IN_SHARED, model->n_ff_shared, 1, 1);
+        moe__load_limit(loader, &layer->shared, il, "swiglu_clamp_shexp");
+    }
+    if (moe__ffn_has(model, MOE__SHARED_GATED))
+        layer->shared_gate =
+            moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", n_embd, 1, 1);
+}
+
+// What a layer holds beside its mixer, whose head counts are known by then: norms, and either the
+// router with its experts, or one dense network.
+MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const int64_t n_embd = model->info.n_embd;
+    char gate[64];
+    if (layer->mixer)
+        layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", n_embd, 1, 1);
+    if (!layer->has_ffn) return;
     layer->ffn_norm = moe__load_vector(loader, il, model->family->ffn_norm, "weight", n_embd, 1, 1);
     if (moe__has(model, MOE__POST_NORMS)) {
         layer->attn_post_norm =
@@ -15322,31 +15657,20 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
         layer->ffn_post_norm =
             moe__load_vector(loader, il, "post_ffw_norm", "weight", n_embd, 1, 1);
     }
-    layer->is_moe = il >= model->n_dense;
-    if (!layer->is_moe) {
+    snprintf(gate, sizeof gate, "blk.%d.ffn_gate_inp.weight", il);
+    layer->is_moe = il >= model->n_dense && (!moe__ffn_has(model, MOE__DENSE_ELSE) ||
+                                             moe_gguf_find_tensor(loader->gguf, gate) != NULL);
+    if (layer->is_moe) {
+        moe__load_experts(loader, layer, il);
+    } else {
         const int32_t n_ff = moe__load_int_at(loader, "feed_forward_length", il, 1, 1 << 24,
                                               MOE__REQUIRED);
-        moe__load_ffn(loader, &layer->dense, il, "", MOE__IN_DENSE, n_ff, 1, 1, 1);
-        return;
-    }
-    const double share = (double)info->n_expert_used / info->n_expert;
-    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_NORMED, n_embd,
-                     info->n_expert, 1, 1, 1);
-    if (moe__has(model, MOE__ROUTER_KEYS)) { // some files leave ".bias" out of the name
-        layer->probs_bias =
-            moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
-        if (!layer->probs_bias)
-            layer->probs_bias =
-                moe__load_vector(loader, il, "exp_probs_b", "", info->n_expert, 1, 0);
-    }
-    moe__load_ffn(loader, &layer->experts, il, "_exps", MOE__IN_ROUTED, info->n_ff_exp,
-                  info->n_expert, share, 1);
-    if (model->n_ff_shared)
-        moe__load_ffn(loader, &layer->shared, il, "_shexp", MOE__IN_SHARED, model->n_ff_shared, 1,
+        moe__load_ffn(loader, &layer->dense, il, "", MOE__IN_NORMED, n_embd, MOE__IN_DENSE, n_ff,
                       1, 1);
-    if (moe__has(model, MOE__SHARED_GATED))
-        layer->shared_gate =
-            moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", n_embd, 1, 1);
+        moe__load_limit(loader, &layer->dense, il, "swiglu_clamp_shexp");
+    }
+    if (!layer->mixer)
+        layer->prefetch = layer->is_moe ? &layer->router : &layer->dense.up;
 }
 
 // Families whose matrices have biases must not run without one.
@@ -15384,7 +15708,7 @@ MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
                          info->n_vocab, 1, 1, 1);
     moe__load_input(loader, &model->output, MOE__IN_NORMED);
     model->output_norm =
-        moe__load_vector(loader, -1, "output_norm", "weight", info->n_embd, 1, 1);
+        moe__load_vector(loader, -1, model->family->output_norm, "weight", info->n_embd, 1, 1);
     if (!loader->status && model->vocab && moe_vocab_size(model->vocab) > info->n_vocab)
         moe__load_fail(loader, MOE_ERROR_FORMAT, "tokenizer.ggml.tokens",
                        "%d tokens, but the embedding has %d rows",
@@ -15401,19 +15725,12 @@ static const moe__spare moe__spares[] = {
     // how large activations are, for kernels that round them to 4 bits
     {"", ".input_scale", ".weight"},
     // left out by llama.cpp, see moe__load_is_scaled: what counts is read
-    {"blk.", ".attn_gate.scale", ".attn_gate.weight"},
-    {"blk.", ".ffn_gate.scale", ".ffn_gate.weight"},
-    {"blk.", ".ffn_up.scale", ".ffn_up.weight"},
-    {"blk.", ".ffn_down.scale", ".ffn_down.weight"},
-    {"blk.", ".ffn_gate_exps.scale", ".ffn_gate_exps.weight"},
-    {"blk.", ".ffn_up_exps.scale", ".ffn_up_exps.weight"},
-    {"blk.", ".ffn_down_exps.scale", ".ffn_down_exps.weight"},
-    {"blk.", ".ffn_gate_up_exps.scale", ".ffn_gate_up_exps.weight"},
-    {"blk.", ".ffn_gate_shexp.scale", ".ffn_gate_shexp.weight"},
-    {"blk.", ".ffn_up_shexp.scale", ".ffn_up_shexp.weight"},
-    {"blk.", ".ffn_down_shexp.scale", ".ffn_down_shexp.weight"},
-    // the same as these two
+    {"blk.", ".scale", ".weight"},
+    // the same as these
     {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight"},
+    {"blk.", ".ssm_in.weight", ".attn_qkv.weight"},
+    {"blk.", ".ssm_in.scale", ".attn_qkv.weight"},
+    {"blk.", ".ssm_in.input_scale", ".attn_qkv.weight"},
     // what looks at images in files that hold both; text needs none of it
     {"v.", "", NULL},
     {"mm.", "", NULL},
@@ -15523,6 +15840,20 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
 // at one position after the other, and each head is a stream of its own through memory. A token
 // of Qwen3-30B-A3B (48 layers, 4 heads of 128 + 128) takes 96 KiB in f16; one of DeepSeek-V3 (61
 // layers, 512 + 64 values for all of its 128 heads), 69 KiB.
+//
+// A layer that recurs keeps a state of fixed size, in floats, in two slots. A slot holds the state
+// as it was at a position that is a multiple of MOE__CHUNK, where a chunk of tokens begins, and of
+// each token since what it does to the state (moe__recur_args): so it is good for every length from
+// there to the chunk's end, and a sequence can go back within it at no cost.
+//
+//     position   0       16      32      48 50
+//                        [ slot 0 ]              state at 16, tokens 16 .. 31
+//                                        [1 ]    state at 48, tokens 48 and 49
+//
+// The first chunk that an eval fills is folded into the other slot, all later ones of the same eval
+// within that: the slot from which the eval set out stays as it was until the eval has succeeded,
+// and afterwards is a place to go back to. Checkpoints are more such places: copies of the states
+// at chunk boundaries (moe__remember).
 // ==============================================================================================
 
 // Keys or values of one layer, [head][position][width]. MLA has one head, whose rows hold the
@@ -15556,11 +15887,24 @@ typedef struct moe__cache_shape {
     int64_t n_head; // rows per position, of keys and of values:
     int64_t k, v;   // so many values each; 0: there are none
     int64_t part;   // of a row of keys, stored by itself; the rest is another part
+    int64_t state;  // floats of a slot; 0: the layer does not recur
+    int64_t kept;   // how many of them, the first, are the state at the slot's position
 } moe__cache_shape;
 
 typedef struct moe__cache {
     moe__kv k, v;
+    float *state[2];   // the slots
+    int64_t n_state, n_kept;
+    int64_t kept_at;   // where those of this layer begin in a checkpoint
 } moe__cache;
+
+// A slot in use: which one, the position of its state, and up to where it has gone on by itself
+// what can be found out anew (Mamba-1: the state of now; -1: nothing).
+typedef struct moe__slot {
+    int32_t slot, at, now;
+} moe__slot;
+
+MOE__INLINE int32_t moe__slot_at(int32_t length) { return length / MOE__CHUNK * MOE__CHUNK; }
 
 MOE__PRIVATE moe__kv moe__kv_take(moe__arena *arena, moe_kv_type type, int64_t n_ctx,
                                   int64_t n_head, int64_t width) {
@@ -15577,6 +15921,11 @@ MOE__PRIVATE moe__cache moe__cache_take(moe__arena *arena, const moe__cache_shap
     moe__cache cache;
     cache.k = moe__kv_take(arena, type, n_ctx, shape->n_head, shape->k);
     cache.v = moe__kv_take(arena, type, n_ctx, shape->n_head, shape->v);
+    cache.n_state = shape->state;
+    cache.n_kept = shape->kept;
+    cache.kept_at = 0;
+    for (int i = 0; i < 2; i++)
+        cache.state[i] = (float *)moe__arena_take(arena, (uint64_t)shape->state, sizeof(float));
     return cache;
 }
 
@@ -15621,6 +15970,7 @@ typedef struct moe__span {
     int32_t past;         // position of the first: tokens of the sequence before it
     int32_t attend_row;   // number of the first among the rows that attend in the same way
     int expand;           // MLA: keys and values are expanded; else queries absorb that
+    moe__slot from, to;   // states of layers that recur, before these rows and behind them
     int32_t n_logits;     // the last rows, whose logits are wanted,
     float *logits;        // here
 } moe__span;
@@ -15671,6 +16021,19 @@ struct moe_session {
     int keep_all_logits;
     int32_t length;        // tokens in the cache
     int32_t n_last;        // tokens of the last eval that have logits; 0: there are none
+    int32_t *tokens;       // [n_ctx], and whether they were evaluated with latent vectors
+    uint8_t *expanded;     // expanded (moe__span.expand)
+    moe__slot slot, next;  // states of layers that recur: now, and behind the eval that runs
+    int32_t before;        // position of the state in the other slot; -1: it holds none
+    int recurs;            // whether any layer does
+    int32_t *saved_at;     // positions of checkpoints, ascending,
+    float **saved;         // and their states, kept floats of all layers
+    int32_t n_saved;
+    uint64_t n_replayed;   // tokens evaluated again to go back
+    int64_t n_kept;        // floats of a checkpoint
+    int keep_hidden;
+    float *hidden;         // [n_ctx][n_embd], NULL unless kept
+    size_t cleared;        // bytes of buffers that are not cleared when they are taken
     int in_jobs;           // while it is being evaluated
     uint64_t *expert_counts; // [layer][expert]
     double *wait_seconds;  // of each thread in the last eval
@@ -15700,9 +16063,26 @@ typedef struct moe__batch {
     int32_t job, done;  // the next token: of which job, after how many of it
     int64_t n;          // rows of this batch
     int more;           // whether another follows
+    int form;           // of latent attention: 1 expanded, 0 absorbed; -1: by a job's length
+    int quiet;          // nobody wants logits
     int stop;           // set by thread 0 before a barrier, read after it
     moe__nodes nodes;   // of the threads
 } moe__batch;
+
+// In which slot the states are behind the rows of a span: the same while its chunk is not full. The
+// first chunk that an eval fills goes over to the other one, and from then on all stay there.
+MOE__PRIVATE void moe__batch_slots(moe__span *span) {
+    moe_session *sequence = span->sequence;
+    const int32_t end = span->past + span->n, at = moe__slot_at(end);
+    span->from = span->to = sequence->next;
+    if (at > span->from.at && span->from.slot == sequence->slot.slot) {
+        span->to.slot = 1 - span->from.slot;
+        sequence->before = -1; // what was there is written over
+    }
+    span->to.at = at;
+    span->to.now = end;
+    sequence->next = span->to;
+}
 
 // The next rows, as many as fit, in the order of the jobs
 MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
@@ -15718,7 +16098,8 @@ MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
         moe_session *sequence = job->session;
         if (job->status) continue;
         moe__span *span = &work->spans[work->n_spans];
-        span->expand = mla && job->n_tokens >= MOE__MLA_EXPAND && most >= MOE__MLA_EXPAND;
+        span->expand = mla && most >= MOE__MLA_EXPAND &&
+                       (batch->form < 0 ? job->n_tokens >= MOE__MLA_EXPAND : batch->form);
         const int absorbs = mla && !span->expand;
         int32_t n = (int32_t)moe__min(job->n_tokens - batch->done, most - batch->n);
         if (absorbs) n = (int32_t)moe__min(n, MOE__MLA_EXPAND - absorbed);
@@ -15730,17 +16111,20 @@ MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
         span->past = sequence->length + batch->done;
         span->attend_row = absorbs ? absorbed : span->first_row;
         absorbed += absorbs ? n : 0;
+        moe__batch_slots(span);
         for (int32_t i = 0; i < n; i++, batch->n++) {
             moe__row *row = &work->rows[batch->n];
             row->sequence = sequence;
             row->token = job->tokens[batch->done + i];
             row->position = span->past + i;
+            sequence->expanded[row->position] = (uint8_t)span->expand;
             work->numbers[batch->n] = (int32_t)batch->n;
-            work->scales[batch->n] = model->residual_scale;
+            work->scales[batch->n] =
+                moe__has(model, MOE__NORMED_RESIDUAL) ? 1.0f : model->residual_scale;
         }
         batch->done += n;
         const int ends = batch->done == job->n_tokens;
-        span->n_logits = sequence->keep_all_logits ? n : ends;
+        span->n_logits = batch->quiet ? 0 : sequence->keep_all_logits ? n : ends;
         span->logits = sequence->logits;
         if (sequence->keep_all_logits)
             span->logits += (int64_t)span->past * model->info.n_vocab;
@@ -15799,7 +16183,8 @@ MOE__PRIVATE void moe__eval_fetch(const moe__eval *e, const moe__matrix *matrix)
 // Matrices whose products are made between two barriers, one of a list
 typedef struct moe__projection {
     const moe__matrix *matrix;
-    float *out; // [row][n_out]
+    float *out;     // [row][n_out], rows that begin
+    int64_t stride; // so many floats apart; 0: n_out
 } moe__projection;
 
 // This thread's rows of number i of a list: the blocks of rows of all matrices are laid out in a
@@ -15841,7 +16226,8 @@ MOE__PRIVATE void moe__eval_project(moe__eval *e, const moe__projection *list, i
         if (begin < end) {
             moe__acts_gather(e->in, matrix, NULL, 0, e->n, e->local->scratch.x);
             moe__matmul(e->kernels, matrix, 0, begin, end, e->local->scratch.x, e->n,
-                        list[i].out + begin, matrix->n_out, e->local->scratch.pack);
+                        list[i].out + begin, list[i].stride ? list[i].stride : matrix->n_out,
+                        e->local->scratch.pack);
         }
         begin = next, end = next_end;
     }
@@ -15939,21 +16325,13 @@ typedef struct moe__mixer {
     // Binds its tensors. Every matrix is bound with the vector that it reads, so that this exists
     // in the right form. Sets layer->o, and layer->prefetch: the matrix that forward reads first.
     void (*bind)(moe__loader *loader, moe__layer *layer, int il);
-    // What it keeps per position and sequence.
+    // What it keeps of a sequence: rows per position, or a state.
     moe__cache_shape (*cache)(const moe__layer *layer);
     // Takes its buffers, of all threads and of one, for one layer.
     void (*layout)(const moe__layer *layer, moe__memory *memory);
     // Rows in, results in MOE__IN_MIXED, a barrier behind. Called by all threads.
     void (*forward)(moe__eval *e, const moe__layer *layer, int il);
-    // The greatest length, not above `length`, to which a sequence can go back.
-    int32_t (*rewind)(const moe_session *session, int il, int32_t length);
 } moe__mixer;
-
-// What is kept by position can be forgotten from anywhere on.
-MOE__PRIVATE int32_t moe__mixer_rewind_positions(const moe_session *session, int il,
-                                                 int32_t length) {
-    return (void)session, (void)il, length;
-}
 
 // ---- attention over caches ------------------------------------------------------------------
 
@@ -16022,8 +16400,8 @@ typedef struct moe__attention {
     int expand;            // 1: of spans whose keys and values are expanded (latent attention,
                            // long inputs); 0: of all others
     int64_t n_kv, group;   // key-value heads, and query heads of each
-    int64_t dk, dv;
-    const float *q;        // [row][n_kv * group][dk]; NULL: moe__gqa_query makes them,
+    int64_t dk, dv, q_stride;
+    const float *q;        // [row][n_kv * group], q_stride apart; NULL: moe__gqa_query makes them,
     const struct moe__gqa *gqa; // from these, and keys; else NULL
     struct moe__mla *mla;      // values are the beginning of keys, or expanded from it; NULL
     float *out;            // [row][n_kv * group][dv]; rows are counted as moe__span.attend_row does
@@ -16196,7 +16574,7 @@ MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attent
 
 MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
-    const int64_t n_embd = model->info.n_embd, n_q = (int64_t)layer->n_head * layer->head_k;
+    const int64_t n_embd = model->info.n_embd, n_q = (int64_t)layer->n_head * layer->q_stride;
     const int64_t n_k = (int64_t)layer->n_head_kv * layer->head_k;
     const int64_t n_v = (int64_t)layer->n_head_kv * layer->head_v;
     const int64_t n_out = (int64_t)layer->n_head * layer->head_v;
@@ -16232,7 +16610,7 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
 }
 
 MOE__PRIVATE moe__cache_shape moe__gqa_cache(const moe__layer *layer) {
-    const moe__cache_shape shape = {layer->n_head_kv, layer->head_k, layer->head_v, 0};
+    const moe__cache_shape shape = {layer->n_head_kv, layer->head_k, layer->head_v, 0, 0, 0};
     return shape;
 }
 
@@ -16240,7 +16618,8 @@ MOE__PRIVATE moe__cache_shape moe__gqa_cache(const moe__layer *layer) {
 // row, by each item into its own memory.
 typedef struct moe__gqa {
     float *q, *k, *v;       // [row][heads * width], as projected, then normed and turned
-    float *gate;            // [row][n_head * head_v]; NULL: none
+    float *gate;            // [row][head]: head_v floats, gate_stride apart; NULL: none
+    int64_t gate_stride;
     float *wide_q, *wide_k; // one row's normed over all heads, if the layer does that
     moe__attending attending;
 } moe__gqa;
@@ -16250,10 +16629,13 @@ typedef struct moe__gqa {
 MOE__PRIVATE void moe__gqa_take(const moe__layer *layer, moe__memory *memory, moe__gqa *w) {
     const int64_t n = memory->session->info.n_batch, dk = layer->head_k, dv = layer->head_v;
     memset(w, 0, sizeof *w);
-    w->q = moe__take_floats(&memory->common, n, layer->n_head * dk);
+    w->q = moe__take_floats(&memory->common, n, (int64_t)layer->n_head * layer->q_stride);
     w->k = moe__take_floats(&memory->common, n, layer->n_head_kv * dk);
     w->v = moe__take_floats(&memory->common, n, layer->n_head_kv * dv);
+    w->gate_stride = dv;
     if (layer->gate.data) w->gate = moe__take_floats(&memory->common, n, layer->n_head * dv);
+    if (layer->q_stride > dk && w->q) w->gate = w->q + dk;
+    if (layer->q_stride > dk) w->gate_stride = layer->q_stride;
     if (layer->norm_wide) {
         w->wide_q = moe__take_floats(&memory->own, layer->n_head, dk);
         w->wide_k = moe__take_floats(&memory->own, layer->n_head_kv, dk);
@@ -16269,7 +16651,7 @@ MOE__PRIVATE void moe__gqa_layout(const moe__layer *layer, moe__memory *memory) 
 // moe__gqa_norm_wide: one row's in this thread's memory, many in place.
 MOE__INLINE float *moe__gqa_q(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                               int64_t t) {
-    return e->n == 1 && w->wide_q ? w->wide_q : w->q + t * layer->n_head * layer->head_k;
+    return e->n == 1 && w->wide_q ? w->wide_q : w->q + t * layer->n_head * layer->q_stride;
 }
 MOE__INLINE float *moe__gqa_k(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                               int64_t t) {
@@ -16296,7 +16678,7 @@ MOE__PRIVATE void moe__gqa_clamp(const moe__layer *layer, float *x, int64_t n) {
 MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                  int64_t t, int64_t head, float *out) {
     const int64_t d = layer->head_k;
-    const float *q = moe__gqa_q(e, layer, w, t) + head * d;
+    const float *q = moe__gqa_q(e, layer, w, t) + head * layer->q_stride;
     if (layer->q_norm && !layer->norm_wide)
         e->kernels->rms_norm(q, layer->q_norm, d, e->model->eps, out);
     else if (out != q)
@@ -16414,6 +16796,9 @@ MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) 
     }
     moe__load_matrix(loader, &layer->kv_a, il, "attn_kv_a_mqa", MOE__IN_NORMED, n_embd,
                      kv_lora + layer->n_rot, 1, 1, 1);
+    if (moe__has(loader->model, MOE__GATE_HEAD))
+        moe__load_matrix(loader, &layer->gate, il, "attn_gate", MOE__IN_NORMED, n_embd, n_head, 1,
+                         1, 1);
     layer->kv_a_norm = moe__load_vector(loader, il, "attn_kv_a_norm", "weight", kv_lora, 1, 1);
     moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_head * dv, n_embd, 1,
                      1, 1);
@@ -16433,7 +16818,7 @@ MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) 
 // One row per position for all heads. Its two parts are stored one behind the other, and a type of
 // blocks needs both to be whole blocks.
 MOE__PRIVATE moe__cache_shape moe__mla_cache(const moe__layer *layer) {
-    const moe__cache_shape shape = {1, layer->kv_lora + layer->n_rot, 0, layer->kv_lora};
+    const moe__cache_shape shape = {1, layer->kv_lora + layer->n_rot, 0, layer->kv_lora, 0, 0};
     return shape;
 }
 
@@ -16443,6 +16828,7 @@ typedef struct moe__mla {
     float *q;          // [row][n_head * head_k]
     float *q_a;        // [row][q_lora], not yet normed
     float *kv_a;       // [row][kv_lora + n_rot]: what the cache keeps
+    float *gate;       // [row][n_head]; NULL: none
     float *q_absorbed; // [absorbed row][n_head][kv_lora + n_rot]
     float *w_k, *w_v;  // a head's rows of kv_b as floats
     float *rows;       // a group of k_b's rows
@@ -16471,6 +16857,7 @@ MOE__PRIVATE void moe__mla_take(const moe__layer *layer, moe__memory *memory, mo
     w->head = -1;
     w->q = moe__take_floats(common, n, n_head * dk);
     w->kv_a = moe__take_floats(common, n, width);
+    if (layer->gate.data) w->gate = moe__take_floats(common, n, n_head);
     w->q_absorbed = moe__take_floats(common, absorbed, n_head * width);
     moe__acts_take(&memory->in[MOE__IN_LATENT], common, absorbed * n_head, kv_lora,
                    model->kinds[MOE__IN_LATENT] | MOE__ACTS_FLOATS);
@@ -16651,7 +17038,7 @@ MOE__PRIVATE void moe__attention_gather(const moe__eval *e, const moe__attention
     for (int64_t i = first; i < first + n; i++) {
         float *q = at->w->q + (i - first) * at->dk;
         if (at->q)
-            memcpy(q, at->q + moe__attention_query(at, item, i) * at->dk,
+            memcpy(q, at->q + moe__attention_query(at, item, i) * at->q_stride,
                    (size_t)at->dk * sizeof *q);
         else
             moe__gqa_query(e, at->layer, at->gqa, item->span->first_row + i / at->group,
@@ -16778,8 +17165,9 @@ MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
 MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                 float *out) {
     int64_t begin, end;
-    moe__eval_range(e, e->n * layer->n_head * layer->head_v, MOE__LINE, &begin, &end);
-    for (int64_t i = begin; i < end; i++) out[i] /= 1 + expf(-w->gate[i]);
+    moe__eval_range(e, e->n * layer->n_head, 1, &begin, &end);
+    for (int64_t i = begin; i < end; i++)
+        e->kernels->gate(out + i * layer->head_v, w->gate + i * w->gate_stride, layer->head_v);
 }
 
 // What comes between the projections and attention: queries and keys normed and turned, keys and
@@ -16789,7 +17177,7 @@ MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe
 // barrier is saved.
 MOE__PRIVATE void moe__gqa_prepare(moe__eval *e, const moe__layer *layer, int il,
                                    const moe__gqa *w, int store) {
-    const int64_t n_head = layer->n_head, n_kv = layer->n_head_kv, dk = layer->head_k;
+    const int64_t n_head = layer->n_head, n_kv = layer->n_head_kv;
     int64_t begin, end;
     if (e->n == 1) {
         moe__gqa_norm_wide(e, layer, w, 0);
@@ -16802,7 +17190,7 @@ MOE__PRIVATE void moe__gqa_prepare(moe__eval *e, const moe__layer *layer, int il
             moe__gqa_norm_wide(e, layer, w, t);
             for (int64_t head = 0; head < n_kv; head++) moe__gqa_store(e, layer, il, w, t, head);
             for (int64_t head = 0; head < n_head; head++)
-                moe__gqa_query(e, layer, w, t, head, w->q + (t * n_head + head) * dk);
+                moe__gqa_query(e, layer, w, t, head, w->q + (t * n_head + head) * layer->q_stride);
         }
     }
     moe__eval_barrier(e);
@@ -16815,7 +17203,7 @@ MOE__PRIVATE void moe__gqa_forward(moe__eval *e, const moe__layer *layer, int il
     moe__gqa w;
     moe__gqa_take(layer, &memory, &w);
     const moe__projection list[] = {
-        {&layer->q, w.q}, {&layer->k, w.k}, {&layer->v, w.v}, {&layer->gate, w.gate}};
+        {&layer->q, w.q, 0}, {&layer->k, w.k, 0}, {&layer->v, w.v, 0}, {&layer->gate, w.gate, 0}};
     memset(&at, 0, sizeof at);
     at.layer = layer, at.il = il;
     at.w = &w.attending, at.gqa = &w;
@@ -16823,10 +17211,11 @@ MOE__PRIVATE void moe__gqa_forward(moe__eval *e, const moe__layer *layer, int il
     at.n_kv = layer->n_head_kv, at.group = layer->n_head / layer->n_head_kv;
     at.dk = layer->head_k, at.dv = layer->head_v;
     at.q = e->n == 1 ? NULL : w.q;
+    at.q_stride = layer->q_stride;
     at.out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0);
     moe__attention_plan(e, &at);
     at.store = e->n == 1 && at.block >= at.group;
-    moe__eval_project(e, list, w.gate ? 4 : 3);
+    moe__eval_project(e, list, layer->gate.data ? 4 : 3);
     moe__eval_fetch(e, &layer->o);
     moe__eval_barrier(e);
     moe__gqa_prepare(e, layer, il, &w, at.store);
@@ -16937,6 +17326,18 @@ MOE__PRIVATE void moe__mla_attend_together(moe__eval *e, moe__attention *at) {
     }
 }
 
+// Results of heads times the sigmoid of one value each, for this thread's part; no barrier.
+MOE__PRIVATE void moe__mla_gate(moe__eval *e, const moe__layer *layer, const moe__mla *w,
+                                float *out) {
+    const int64_t dv = layer->head_v;
+    int64_t begin, end;
+    moe__eval_range(e, e->n * layer->n_head, 1, &begin, &end);
+    for (int64_t i = begin; i < end; i++) {
+        const float weight = 1 / (1 + expf(-w->gate[i]));
+        for (int64_t c = 0; c < dv; c++) out[i * dv + c] *= weight;
+    }
+}
+
 // The lines of "mixer mla" on the first page of >>session. A batch may hold spans of both kinds,
 // those of short inputs and those of long ones: each kind attends for itself.
 MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il) {
@@ -16946,9 +17347,10 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
     moe__attention at, many;
     moe__mla w;
     moe__mla_take(layer, &memory, &w);
-    const moe__projection list[] = {{&layer->kv_a, w.kv_a},
-                                    {layer->q_lora ? &layer->q_a : &layer->q,
-                                     layer->q_lora ? w.q_a : w.q}};
+    const moe__projection list[] = {
+        {&layer->kv_a, w.kv_a, 0},
+        {layer->q_lora ? &layer->q_a : &layer->q, layer->q_lora ? w.q_a : w.q, 0},
+        {&layer->gate, w.gate, 0}};
     for (int32_t s = 0; s < e->work->n_spans; s++)
         if (e->work->spans[s].expand) expands = 1;
         else absorbs = 1;
@@ -16959,12 +17361,12 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
     many = at;
     at.n_kv = 1, at.group = n_head; // all heads read the same rows
     at.dk = kv_lora + layer->n_rot, at.dv = kv_lora;
-    at.q = w.q_absorbed, at.out = moe__acts_f32(&e->in[MOE__IN_LATENT], 0);
+    at.q = w.q_absorbed, at.q_stride = at.dk, at.out = moe__acts_f32(&e->in[MOE__IN_LATENT], 0);
     many.expand = 1;
     many.n_kv = n_head, many.group = 1;
     many.dk = layer->head_k, many.dv = layer->head_v;
-    many.q = w.q, many.out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0);
-    moe__eval_project(e, list, 2);
+    many.q = w.q, many.q_stride = many.dk, many.out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0);
+    moe__eval_project(e, list, layer->gate.data ? 3 : 2);
     moe__eval_barrier(e);
     moe__mla_queries(e, layer, il, &w);
     if (absorbs) {
@@ -16978,8 +17380,969 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
         moe__attention_run(e, &many);
     }
     moe__eval_barrier(e);
-    if (!absorbs) return;
-    moe__mla_values(e, &at);
+    if (absorbs) {
+        moe__mla_values(e, &at);
+        moe__eval_barrier(e);
+    }
+    if (!layer->gate.data) return;
+    moe__mla_gate(e, layer, &w, many.out);
+    moe__eval_barrier(e);
+}
+
+// ---- recurrences -----------------------------------------------------------------------------
+
+// A layer that recurs sees a token once and keeps what it needs of it in a state of fixed size. All
+// kinds go the same way, and every step splits by rows, heads or channels:
+//
+//   project    the normed residual times all of the layer's matrices, side by side in one row |
+//   (second halves of low-rank matrices, of some kinds                                        |)
+//   prepare    a convolution over the last tokens, norms, decays: per row and head             |
+//   walk       through the chunks of a span, per head and some columns of its state            |
+//   finish     norms and gates, per row and head; what the slots keep of the chunks' tokens    |
+//
+// Linear kinds differ in what they prepare and finish (moe__linear); their state, n_head matrices
+// d_k x d_v, is walked by moe__kernels.recur. A slot of such a layer, in floats:
+//
+//     state   [n_head][d_k][d_v]              at the slot's position: what a checkpoint keeps,
+//     conv    [n_taps - 1][n_conv]            with the inputs of the convolution before it;
+//             [MOE__CHUNK][n_conv]            and of each token of the chunk
+//     keys    [n_key_head][d_k][MOE__CHUNK]
+//     deltas  [MOE__CHUNK][n_head][d_v]
+//     decays  [MOE__CHUNK][n_head][n_decay]
+
+// Floats from one part of a slot to the next are whole cache lines.
+MOE__INLINE int64_t moe__slot_size(int64_t n) { return (n + 15) / 16 * 16; }
+
+typedef struct moe__slot_parts {
+    float *state, *conv, *keys, *deltas, *decays;
+    int64_t kept, size; // floats: of state and the first rows of conv, of all
+} moe__slot_parts;
+
+MOE__PRIVATE moe__slot_parts moe__linear_slot(const moe__layer *layer, float *slot) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t n_state = (int64_t)r->n_head * r->d_k * r->d_v;
+    const int64_t taps = r->n_taps - 1;
+    moe__slot_parts parts;
+    int64_t at = moe__slot_size(n_state);
+    parts.state = slot;
+    parts.conv = slot + at;
+    parts.kept = at + taps * r->n_conv;
+    at += moe__slot_size((taps ? taps + MOE__CHUNK : 0) * r->n_conv);
+    parts.keys = slot + at;
+    at += (int64_t)r->n_key_head * r->d_k * MOE__CHUNK;
+    parts.deltas = slot + at;
+    at += (int64_t)MOE__CHUNK * r->n_head * r->d_v;
+    parts.decays = slot + at;
+    parts.size = at + (int64_t)MOE__CHUNK * r->n_head * r->n_decay;
+    return parts;
+}
+
+MOE__PRIVATE moe__cache_shape moe__linear_cache(const moe__layer *layer) {
+    float nothing[1];
+    const moe__slot_parts parts = moe__linear_slot(layer, nothing);
+    const moe__cache_shape shape = {0, 0, 0, 0, parts.size, parts.kept};
+    return shape;
+}
+
+// Buffers for a batch.
+typedef struct moe__linear_work {
+    float *in;            // [row][width]
+    float *f, *g;         // [row][rank], then [row][n_head * d_k], [row][n_head * d_v]: KDA
+    float *q, *k;         // [row][n_key_head * d_k]
+    float *v;             // [row][n_head * d_v]
+    float *x;             // the same, Mamba-2: what values were before they were multiplied
+    float *decay, *beta;  // [row][n_head * n_decay], [row][n_head]
+    float *out;           // [row][n_head * d_v]
+    float *keys, *weights, *total, *scratch; // of a thread, see moe__recur_args
+} moe__linear_work;
+
+MOE__PRIVATE void moe__linear_take(const moe__layer *layer, moe__memory *memory,
+                                   moe__linear_work *w) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t n = memory->session->info.n_batch;
+    moe__arena *own = &memory->own, *common = &memory->common;
+    memset(w, 0, sizeof *w);
+    w->in = moe__take_floats(common, n, r->width);
+    if (r->f.data) w->f = moe__take_floats(common, n, (int64_t)r->n_head * r->d_k);
+    if (r->g.data) w->g = moe__take_floats(common, n, (int64_t)r->n_head * r->d_v);
+    w->q = moe__take_floats(common, n, (int64_t)r->n_key_head * r->d_k);
+    w->k = moe__take_floats(common, n, (int64_t)r->n_key_head * r->d_k);
+    w->v = moe__take_floats(common, n, (int64_t)r->n_head * r->d_v);
+    if (layer->mixer == MOE__MAMBA2)
+        w->x = moe__take_floats(common, n, (int64_t)r->n_head * r->d_v);
+    w->out = moe__take_floats(common, n, (int64_t)r->n_head * r->d_v);
+    w->decay = moe__take_floats(common, n, (int64_t)r->n_head * r->n_decay);
+    w->beta = moe__take_floats(common, n, r->n_head);
+    if (r->rank) {
+        moe__acts_take(&memory->in[MOE__IN_DECAY], common, n, r->rank,
+                       memory->session->model->kinds[MOE__IN_DECAY] | MOE__ACTS_FLOATS);
+        moe__acts_take(&memory->in[MOE__IN_GATE], common, n, r->rank,
+                       memory->session->model->kinds[MOE__IN_GATE] | MOE__ACTS_FLOATS);
+    }
+    w->keys = moe__take_floats(own, r->d_k, MOE__CHUNK);
+    w->weights = moe__take_floats(own, 1, MOE__CHUNK);
+    w->total = moe__take_floats(own, 1, r->n_decay);
+    w->scratch = moe__take_floats(own, 2 * MOE__CHUNK, (int64_t)r->d_k + r->d_v);
+}
+MOE__PRIVATE void moe__linear_layout(const moe__layer *layer, moe__memory *memory) {
+    moe__linear_work w;
+    moe__linear_take(layer, memory, &w);
+}
+
+// The span that row t of the batch belongs to
+MOE__PRIVATE const moe__span *moe__eval_span(const moe__eval *e, int64_t t) {
+    const moe__span *span = e->work->spans;
+    while (t >= span->first_row + span->n) span++;
+    return span;
+}
+
+// The convolution's input `back` tokens before row t, from channel block b on: of the batch, or of
+// what the slot keeps.
+MOE__PRIVATE const float *moe__recur_input(const moe__recurrent *r, const moe__span *span,
+                                           const float *in, const float *kept, int64_t t, int back,
+                                           int64_t b) {
+    const int64_t i = t - span->first_row - back;
+    if (i >= 0) return in + (t - back) * r->width + r->conv_at[b];
+    return kept + (span->past + i - span->from.at + r->n_taps - 1) * r->n_conv + b * r->block;
+}
+
+// Block b of the convolution for row t.
+MOE__PRIVATE void moe__recur_conv(const moe__eval *e, const moe__recurrent *r,
+                                  const moe__span *span, const float *in, const float *kept,
+                                  int64_t t, int64_t b, int silu, float *out) {
+    const float *x[MOE__CONV_TAPS];
+    for (int i = 0; i < r->n_taps; i++)
+        x[i] = moe__recur_input(r, span, in, kept, t, r->n_taps - 1 - i, b);
+    e->kernels->conv(x, r->conv + b * r->block, r->n_conv, r->n_taps,
+                     r->conv_bias ? r->conv_bias + b * r->block : NULL, r->block, silu, out);
+}
+
+// Which of a span's tokens a slot keeps something of: those of the chunk in which the span begins,
+// in the slot where it begins, and those of the chunk in which it ends. Part 0 and 1 of these:
+// positions *begin .. *end - 1; 0: there is no such part.
+MOE__PRIVATE int moe__recur_part(const moe__span *span, int part, moe__slot *slot, int32_t *begin,
+                                 int32_t *end) {
+    const int crosses = span->to.at > span->from.at;
+    *slot = part ? span->to : span->from;
+    *begin = part ? (int32_t)moe__max(span->past, span->to.at) : span->past;
+    *end = (int32_t)moe__min(span->past + span->n, slot->at + MOE__CHUNK);
+    return part ? crosses : !crosses || span->to.slot != span->from.slot;
+}
+
+// Keeps the convolution's inputs of block b: of both chunks' tokens, and of those before the last
+// chunk as many as there are taps. kept: conv of the slots. Within one slot rows move towards its
+// beginning, in ascending order.
+MOE__PRIVATE void moe__recur_keep(const moe__recurrent *r, const moe__span *span, const float *in,
+                                  float *const kept[2], int64_t b) {
+    const size_t size = (size_t)r->block * sizeof *in;
+    const int taps = r->n_taps - 1;
+    moe__slot slot;
+    int32_t begin, end;
+    if (!taps) return;
+    for (int part = 0; part < 2; part++) {
+        if (!moe__recur_part(span, part, &slot, &begin, &end)) continue;
+        for (int32_t p = part ? slot.at - taps : begin; p < end; p++)
+            memmove(kept[slot.slot] + (p - slot.at + taps) * r->n_conv + b * r->block,
+                    moe__recur_input(r, span, in, kept[span->from.slot],
+                                     span->first_row + p - span->past, 0, b),
+                    size);
+    }
+}
+
+// The length of a span's vectors q and k is made 1, and then that of q 1 / sqrt(d).
+MOE__PRIVATE void moe__recur_unit(const moe__eval *e, float *x, int64_t n, float scale) {
+    e->kernels->rms_norm(x, NULL, n, e->model->eps / (float)n, x);
+    for (int64_t i = 0; i < n; i++) x[i] *= scale;
+}
+
+// ---- linear recurrences ----------------------------------------------------------------------
+
+// What the kinds differ in.
+typedef struct moe__linear {
+    // Of row t: queries, keys, values, decays and betas of a head; of key heads only q and k.
+    void (*prepare)(const moe__eval *e, const moe__layer *layer, const moe__linear_work *w,
+                    const moe__span *span, const float *kept, int64_t t, int64_t head);
+    int corrects; // beta and the delta rule
+    int gate_first; // silu(gate) out, then the norm; else the norm, then
+    int gate_silu;  // silu(gate), or the sigmoid
+} moe__linear;
+
+MOE__INLINE int64_t moe__recur_key_head(const moe__layer *layer, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    return r->grouped ? head / (r->n_head / r->n_key_head) : head % r->n_key_head;
+}
+
+// Gated delta net (Yang et al., 2024), KDA (Kimi Linear report, 2025): blocks of the convolution
+// are heads of q, of k and of v. Decays are one per head, or one per row of its state.
+MOE__PRIVATE void moe__delta_prepare(const moe__eval *e, const moe__layer *layer,
+                                     const moe__linear_work *w, const moe__span *span,
+                                     const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t n_keys = r->n_key_head, d = r->d_k;
+    const float *in = w->in + t * r->width;
+    const float root = 1 / sqrtf((float)d);
+    if (head < n_keys) {
+        float *q = w->q + (t * n_keys + head) * d, *k = w->k + (t * n_keys + head) * d;
+        moe__recur_conv(e, r, span, w->in, kept, t, head, 1, q);
+        moe__recur_conv(e, r, span, w->in, kept, t, n_keys + head, 1, k);
+        moe__recur_unit(e, q, d, root * root);
+        moe__recur_unit(e, k, d, root);
+    }
+    moe__recur_conv(e, r, span, w->in, kept, t, 2 * n_keys + head, 1,
+                    w->v + (t * r->n_head + head) * r->d_v);
+    w->beta[t * r->n_head + head] = 1 / (1 + expf(-in[r->b_at[head]]));
+    e->kernels->decay(w->f ? w->f + (t * r->n_head + head) * d : in + r->a_at[head],
+                      r->dt_bias + head * r->n_decay, r->n_decay, r->a[head], r->low,
+                      w->decay + (t * r->n_head + head) * r->n_decay);
+}
+
+// Mamba-2 (Dao and Gu, 2024): values are x times the step, keys and queries are B and C of the
+// head's group. x itself is kept, to be added to the result.
+MOE__PRIVATE void moe__mamba2_prepare(const moe__eval *e, const moe__layer *layer,
+                                      const moe__linear_work *w, const moe__span *span,
+                                      const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t per_v = r->d_v / r->block, per_k = r->d_k / r->block;
+    const int64_t first_k = r->n_head * per_v, first_q = first_k + r->n_key_head * per_k;
+    const int64_t row = t * r->n_head + head;
+    float *x = w->x + row * r->d_v, step;
+    for (int64_t b = 0; b < per_k && head < r->n_key_head; b++) {
+        const int64_t at = (t * r->n_key_head + head) * r->d_k + b * r->block;
+        moe__recur_conv(e, r, span, w->in, kept, t, first_k + head * per_k + b, 1, w->k + at);
+        moe__recur_conv(e, r, span, w->in, kept, t, first_q + head * per_k + b, 1, w->q + at);
+    }
+    for (int64_t b = 0; b < per_v; b++)
+        moe__recur_conv(e, r, span, w->in, kept, t, head * per_v + b, 1, x + b * r->block);
+    e->kernels->softplus(w->in + t * r->width + r->a_at[head], r->dt_bias + head, 1, &step);
+    for (int64_t c = 0; c < r->d_v; c++) w->v[row * r->d_v + c] = step * x[c];
+    w->decay[row] = expf(step * r->a[head]);
+}
+
+// Lightning attention (Qin et al., 2024; MiniMax-01 report): a decay per head for all tokens.
+MOE__PRIVATE void moe__lightning_prepare(const moe__eval *e, const moe__layer *layer,
+                                         const moe__linear_work *w, const moe__span *span,
+                                         const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t n = r->n_head, at = (t * n + head) * r->d_k;
+    moe__recur_conv(e, r, span, w->in, kept, t, head, 1, w->q + at);
+    moe__recur_conv(e, r, span, w->in, kept, t, n + head, 1, w->k + at);
+    moe__recur_conv(e, r, span, w->in, kept, t, 2 * n + head, 1, w->v + at);
+    w->decay[t * n + head] = r->a[head];
+}
+
+MOE__PRIVATE const moe__linear *moe__linear_of(const moe__layer *layer) {
+    static const moe__linear delta = {moe__delta_prepare, 1, 0, 1};
+    static const moe__linear kda = {moe__delta_prepare, 1, 0, 0};
+    static const moe__linear mamba2 = {moe__mamba2_prepare, 0, 1, 1};
+    static const moe__linear lightning = {moe__lightning_prepare, 0, 0, 0};
+    return layer->mixer == MOE__DELTA    ? &delta
+           : layer->mixer == MOE__KDA    ? &kda
+           : layer->mixer == MOE__MAMBA2 ? &mamba2
+                                         : &lightning;
+}
+
+// The keys of the chunk that a span begins in, as they are behind the tokens before the span: the
+// slot keeps them and the decays as they came. The same products in the same order as in
+// moe__kernels.recur, so that it does not show where an input was cut.
+MOE__PRIVATE void moe__linear_begin(const moe__layer *layer, const moe__linear_work *w,
+                                    const moe__slot_parts *slot, int64_t head, int done) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t n = r->n_decay, key_head = moe__recur_key_head(layer, head);
+    for (int64_t i = 0; i < n; i++) w->total[i] = 1;
+    if (!done) return;
+    memcpy(w->keys, slot->keys + key_head * r->d_k * MOE__CHUNK,
+           (size_t)r->d_k * MOE__CHUNK * sizeof(float));
+    for (int m = 0; m < done; m++) {
+        const float *decay = slot->decays + (m * r->n_head + head) * n;
+        for (int64_t i = 0; i < n; i++) w->total[i] *= decay[i];
+        for (int j = 0; j < m && n == 1; j++) w->weights[j] *= decay[0];
+        for (int64_t i = 0; i < n && n > 1; i++)
+            for (int j = 0; j < m; j++) w->keys[i * MOE__CHUNK + j] *= decay[i];
+        w->weights[m] = 1;
+    }
+}
+
+// Columns c .. c + n_c - 1 of a head's state through the tokens of a span.
+MOE__PRIVATE void moe__linear_walk(const moe__eval *e, const moe__layer *layer, int il,
+                                   const moe__linear_work *w, const moe__span *span, int64_t head,
+                                   int64_t c, int64_t n_c) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__cache *cache = &span->sequence->caches[il];
+    const moe__slot_parts from = moe__linear_slot(layer, cache->state[span->from.slot]);
+    const moe__slot_parts to = moe__linear_slot(layer, cache->state[span->to.slot]);
+    const int64_t state = head * r->d_k * r->d_v + c, width = (int64_t)r->n_head * r->d_v;
+    const int64_t key_head = moe__recur_key_head(layer, head);
+    moe__recur_args a;
+    memset(&a, 0, sizeof a);
+    a.n_k = r->d_k, a.n_v = (int32_t)n_c, a.n_decay = r->n_decay;
+    a.done = span->past - span->from.at;
+    a.state = from.state + state, a.state_stride = r->d_v;
+    a.deltas = from.deltas + head * r->d_v + c, a.delta_stride = width;
+    a.keys = w->keys, a.weights = w->weights, a.total = w->total, a.scratch = w->scratch;
+    a.q_stride = a.k_stride = (int64_t)r->n_key_head * r->d_k;
+    a.v_stride = a.out_stride = width;
+    a.decay_stride = (int64_t)r->n_head * r->n_decay, a.beta_stride = r->n_head;
+    moe__linear_begin(layer, w, &from, head, a.done);
+    for (int32_t i = 0; i < span->n; i += a.n) {
+        const int64_t t = span->first_row + i;
+        a.n = (int32_t)moe__min(MOE__CHUNK - a.done, span->n - i);
+        a.q = w->q + t * a.q_stride + key_head * r->d_k;
+        a.k = w->k + t * a.k_stride + key_head * r->d_k;
+        a.v = w->v + t * width + head * r->d_v + c;
+        a.out = w->out + t * width + head * r->d_v + c;
+        a.decay = w->decay + t * a.decay_stride + head * r->n_decay;
+        a.beta = moe__linear_of(layer)->corrects ? w->beta + t * r->n_head + head : NULL;
+        e->kernels->recur(&a);
+        a.done += a.n;
+        if (a.done < MOE__CHUNK) continue;
+        e->kernels->fold(&a, to.state + state);
+        a.done = 0;
+        a.state = to.state + state;
+        a.deltas = to.deltas + head * r->d_v + c;
+        for (int64_t j = 0; j < r->n_decay; j++) w->total[j] = 1;
+    }
+}
+
+// All spans' heads, or, if these are too few for the threads, parts of their columns.
+MOE__PRIVATE void moe__linear_walk_all(const moe__eval *e, const moe__layer *layer, int il,
+                                       const moe__linear_work *w) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t heads = (int64_t)e->work->n_spans * r->n_head;
+    int64_t columns = r->d_v, number = 0;
+    while (columns > 16 && heads * ((r->d_v + columns - 1) / columns) < 4 * e->n_threads &&
+           heads * ((r->d_v + columns - 1) / columns) % e->n_threads)
+        columns = (columns / 2 + 15) / 16 * 16;
+    for (int32_t s = 0; s < e->work->n_spans; s++)
+        for (int64_t head = 0; head < r->n_head; head++)
+            for (int64_t c = 0; c < r->d_v; c += columns)
+                if (moe__items_turn(e, number++))
+                    moe__linear_walk(e, layer, il, w, &e->work->spans[s], head, c,
+                                     moe__min(columns, r->d_v - c));
+}
+
+// What the slots keep of key head `head` and head `head`.
+MOE__PRIVATE void moe__linear_keep(const moe__layer *layer, const moe__linear_work *w,
+                                   const moe__span *span, const moe__slot_parts slots[2],
+                                   int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    moe__slot slot;
+    int32_t begin, end;
+    for (int part = 0; part < 2; part++) {
+        if (!moe__recur_part(span, part, &slot, &begin, &end)) continue;
+        for (int32_t p = begin; p < end; p++) {
+            const int64_t t = span->first_row + p - span->past, j = p - slot.at;
+            const float *k = w->k + (t * r->n_key_head + head) * r->d_k;
+            float *keys = slots[slot.slot].keys + head * r->d_k * MOE__CHUNK + j;
+            for (int64_t i = 0; i < r->d_k && head < r->n_key_head; i++)
+                keys[i * MOE__CHUNK] = k[i];
+            memcpy(slots[slot.slot].decays + (j * r->n_head + head) * r->n_decay,
+                   w->decay + (t * r->n_head + head) * r->n_decay,
+                   (size_t)r->n_decay * sizeof(float));
+        }
+    }
+}
+
+// Heads that are normed together, of row t: norms and gates into the mixer's result.
+MOE__PRIVATE void moe__linear_finish(const moe__eval *e, const moe__layer *layer,
+                                     const moe__linear_work *w, int64_t t, int64_t group) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__linear *kind = moe__linear_of(layer);
+    const int64_t each = r->n_head / r->n_group, width = each * r->d_v;
+    const int64_t at = t * r->n_head * r->d_v + group * width;
+    float *y = w->out + at, *out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0) + at;
+    for (int64_t i = 0; i < each && kind->gate_first; i++) {
+        const int64_t head = group * each + i;
+        e->kernels->axpy(r->d[head], w->x + at + i * r->d_v, r->d_v, y + i * r->d_v);
+        e->kernels->swiglu(w->in + t * r->width + r->z_at[head], y + i * r->d_v, r->d_v,
+                           y + i * r->d_v);
+    }
+    e->kernels->rms_norm(y, r->norm + group * r->norm_stride, width, e->model->eps, out);
+    for (int64_t i = 0; i < each && !kind->gate_first; i++) {
+        const int64_t head = group * each + i;
+        const float *z = w->g ? w->g + (t * r->n_head + head) * r->d_v
+                              : w->in + t * r->width + r->z_at[head];
+        if (kind->gate_silu)
+            e->kernels->swiglu(z, out + i * r->d_v, r->d_v, out + i * r->d_v);
+        else
+            e->kernels->gate(out + i * r->d_v, z, r->d_v);
+    }
+}
+
+// All of the layer's products side by side in one row
+MOE__PRIVATE void moe__recur_project(moe__eval *e, const moe__layer *layer, float *in) {
+    const moe__recurrent *r = &layer->recurrent;
+    moe__projection list[MOE__RECUR_IN];
+    for (int i = 0; i < r->n_in; i++) {
+        list[i].matrix = &r->in[i];
+        list[i].out = in + r->in_at[i];
+        list[i].stride = r->width;
+    }
+    moe__eval_project(e, list, r->n_in);
+    moe__eval_barrier(e);
+}
+
+// Second halves of low-rank matrices: their inputs lie in the row, behind the first in_at.
+MOE__PRIVATE void moe__linear_low_rank(moe__eval *e, const moe__layer *layer,
+                                       const moe__linear_work *w) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__projection list[] = {{&r->f, w->f, 0}, {&r->g, w->g, 0}};
+    int64_t begin, end;
+    moe__eval_range(e, e->n, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++)
+        for (int i = 0; i < 2; i++) {
+            const moe__acts *x = &e->in[i ? MOE__IN_GATE : MOE__IN_DECAY];
+            memcpy(moe__acts_f32(x, t), w->in + t * r->width + r->low_at[i],
+                   (size_t)r->rank * sizeof(float));
+            moe__acts_quantize(e->kernels, x, t, t + 1);
+        }
+    moe__eval_barrier(e);
+    moe__eval_project(e, list, 2);
+    moe__eval_barrier(e);
+}
+
+MOE__PRIVATE void moe__linear_forward(moe__eval *e, const moe__layer *layer, int il) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__linear *kind = moe__linear_of(layer);
+    moe__memory memory = moe__eval_memory(e);
+    moe__linear_work w;
+    int64_t begin, end;
+    moe__linear_take(layer, &memory, &w);
+    moe__recur_project(e, layer, w.in);
+    moe__eval_fetch(e, &layer->o);
+    if (r->rank) moe__linear_low_rank(e, layer, &w);
+    moe__eval_range(e, e->n * r->n_head, 1, &begin, &end);
+    for (int64_t i = begin; i < end; i++) {
+        const moe__span *span = moe__eval_span(e, i / r->n_head);
+        const moe__cache *cache = &span->sequence->caches[il];
+        kind->prepare(e, layer, &w, span,
+                      moe__linear_slot(layer, cache->state[span->from.slot]).conv, i / r->n_head,
+                      i % r->n_head);
+    }
+    moe__eval_barrier(e);
+    moe__linear_walk_all(e, layer, il, &w);
+    moe__eval_barrier(e);
+    for (int32_t s = 0; s < e->work->n_spans; s++) {
+        const moe__span *span = &e->work->spans[s];
+        float *const *state = span->sequence->caches[il].state;
+        const moe__slot_parts slots[2] = {moe__linear_slot(layer, state[0]),
+                                          moe__linear_slot(layer, state[1])};
+        float *const kept[2] = {slots[0].conv, slots[1].conv};
+        moe__eval_range(e, r->n_conv / r->block, 1, &begin, &end);
+        for (int64_t b = begin; b < end; b++) moe__recur_keep(r, span, w.in, kept, b);
+        moe__eval_range(e, r->n_head, 1, &begin, &end);
+        for (int64_t head = begin; head < end; head++)
+            moe__linear_keep(layer, &w, span, slots, head);
+    }
+    moe__eval_range(e, e->n * r->n_group, 1, &begin, &end);
+    for (int64_t i = begin; i < end; i++)
+        moe__linear_finish(e, layer, &w, i / r->n_group, i % r->n_group);
+    moe__eval_barrier(e);
+}
+
+// ---- linear recurrences, binding -------------------------------------------------------------
+
+// One more matrix whose products lie behind those before it in the row.
+MOE__PRIVATE moe__matrix *moe__recur_bind(moe__loader *loader, moe__layer *layer, int il,
+                                          const char *name, int64_t n_out, int required) {
+    moe__recurrent *r = &layer->recurrent;
+    moe__matrix *matrix = &r->in[r->n_in];
+    if (!moe__load_matrix(loader, matrix, il, name, MOE__IN_NORMED, loader->model->info.n_embd,
+                          n_out, 1, 1, required))
+        return NULL;
+    r->in_at[r->n_in++] = r->width;
+    r->width += n_out;
+    return matrix;
+}
+
+// n places in a row: first, first + step, first + 2 step, ...
+MOE__PRIVATE int32_t *moe__recur_places(moe__loader *loader, int64_t n, int64_t first,
+                                        int64_t step) {
+    int32_t *at = (int32_t *)moe__load_alloc(loader, (uint64_t)n, sizeof *at);
+    for (int64_t i = 0; i < n && at; i++) at[i] = (int32_t)(first + i * step);
+    return at;
+}
+
+// Taps of n channels from channel `first` of all, as the file has them ([channel][tap]; a dimension
+// of 1 may lie between), turned.
+MOE__PRIVATE void moe__recur_taps(moe__loader *loader, moe__layer *layer, int il, const char *name,
+                                  int64_t first, int64_t n) {
+    moe__recurrent *r = &layer->recurrent;
+    const moe_gguf_tensor *tensor = moe__load_tensor(loader, il, name, "weight", 1);
+    const int64_t n_taps = r->n_taps;
+    if (!tensor) return;
+    const int flat = tensor->ne[1] == n;
+    if (!moe__load_shape_is(loader, tensor, n_taps, flat ? n : 1, flat ? 1 : n)) return;
+    const float *taps = moe__load_floats(loader, tensor, n_taps, n);
+    if (!r->conv)
+        r->conv = (float *)moe__load_alloc(loader, (uint64_t)(n_taps * r->n_conv), sizeof(float));
+    for (int64_t c = 0; c < n && taps && r->conv; c++)
+        for (int64_t i = 0; i < n_taps; i++)
+            r->conv[i * r->n_conv + first + c] = taps[c * n_taps + i];
+}
+
+// A size of the layers that recur, which must be there.
+MOE__PRIVATE int32_t moe__recur_size(moe__loader *loader, const char *name, int64_t most) {
+    return moe__load_int(loader, name, 1, most, MOE__REQUIRED);
+}
+
+MOE__PRIVATE void moe__delta_bind(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    moe__recurrent *r = &layer->recurrent;
+    r->n_taps = moe__recur_size(loader, "ssm.conv_kernel", MOE__CONV_TAPS);
+    const int64_t d = r->d_k = r->d_v = moe__recur_size(loader, "ssm.state_size", MOE__MAX_HEAD);
+    const int64_t nk = r->n_key_head = moe__recur_size(loader, "ssm.group_count", MOE__MAX_HEADS);
+    const int64_t nv = r->n_head = moe__recur_size(loader, "ssm.time_step_rank", MOE__MAX_HEADS);
+    const int64_t n_inner = moe__recur_size(loader, "ssm.inner_size", 1 << 24);
+    if (!loader->status && (nv % nk || nv * d != n_inner))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "ssm.inner_size",
+                       "%d heads of %d values and %d of keys do not make %d", (int)nv, (int)d,
+                       (int)nk, (int)n_inner);
+    if (loader->status) return;
+    const int64_t each = nv / nk, n_conv = (2 * nk + nv) * d;
+    r->grouped = moe__has(model, MOE__GROUPED);
+    r->n_decay = 1;
+    r->n_group = r->n_head;
+    r->n_conv = n_conv;
+    r->block = d;
+    r->conv_at = moe__recur_places(loader, 2 * nk + nv, 0, d);
+    r->z_at = moe__recur_places(loader, nv, n_conv, d);
+    r->b_at = moe__recur_places(loader, nv, n_conv + nv * d, 1);
+    r->a_at = moe__recur_places(loader, nv, n_conv + nv * d + nv, 1);
+    if (moe__recur_bind(loader, layer, il, "attn_qkv", n_conv, !r->grouped)) {
+        moe__recur_bind(loader, layer, il, "attn_gate", nv * d, 1);
+    } else if (moe__recur_bind(loader, layer, il, "ssm_in", n_conv + nv * d, 1)) {
+        // older files: of each key head its q, k, and then v and z of its value heads
+        const int64_t step = (2 + 2 * each) * d;
+        for (int64_t i = 0; i < nk; i++) {
+            r->conv_at[i] = (int32_t)(i * step);
+            r->conv_at[nk + i] = (int32_t)(i * step + d);
+        }
+        for (int64_t i = 0; i < nv; i++) {
+            r->conv_at[2 * nk + i] = (int32_t)(i / each * step + (2 + i % each) * d);
+            r->z_at[i] = (int32_t)(i / each * step + (2 + each + i % each) * d);
+        }
+    }
+    if (r->grouped && moe__recur_bind(loader, layer, il, "ssm_ba", 2 * nv, 1)) {
+        for (int64_t i = 0; i < nv; i++) { // of each key head its betas, then its decays
+            r->b_at[i] = (int32_t)(n_conv + nv * d + i / each * 2 * each + i % each);
+            r->a_at[i] = r->b_at[i] + (int32_t)each;
+        }
+    } else if (!r->grouped) {
+        moe__recur_bind(loader, layer, il, "ssm_beta", nv, 1);
+        moe__recur_bind(loader, layer, il, "ssm_alpha", nv, 1);
+    }
+    moe__recur_taps(loader, layer, il, "ssm_conv1d", 0, n_conv);
+    r->dt_bias = moe__load_vector(loader, il, "ssm_dt", "bias", nv, 1, 1);
+    r->a = moe__load_vector(loader, il, "ssm_a", "", nv, 1, 1);
+    r->norm = moe__load_vector(loader, il, "ssm_norm", "weight", d, 1, 1);
+    moe__load_matrix(loader, &layer->o, il, "ssm_out", MOE__IN_MIXED, nv * d,
+                     model->info.n_embd, 1, 1, 1);
+    layer->prefetch = &r->in[0];
+}
+
+// The first attention layer's number of heads is the one of its recurrent layers, too.
+MOE__PRIVATE void moe__kda_bind(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const int safe = moe__has(model, MOE__SAFE_GATE);
+    moe__recurrent *r = &layer->recurrent;
+    r->n_taps = moe__recur_size(loader, "ssm.conv_kernel", MOE__CONV_TAPS);
+    const int64_t d = r->d_k = r->d_v = moe__recur_size(loader, "kda.head_dim", MOE__MAX_HEAD);
+    const int64_t n = r->n_head = r->n_key_head = model->info.n_head, all = n * d;
+    if (loader->status) return;
+    if (safe) r->low = (float)moe__load_negative(loader, "kda.gate_lower_bound");
+    if (safe && !moe__load_bool(loader, "kda.safe_gate", 1))
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "kda.safe_gate",
+                       "decays without a lower bound are not supported here");
+    r->grouped = 1;
+    r->n_decay = r->d_k;
+    r->n_group = r->n_head;
+    r->n_conv = 3 * all;
+    r->block = d;
+    r->rank = safe ? 0 : r->d_k;
+    r->conv_at = moe__recur_places(loader, 3 * n, 0, d);
+    r->b_at = moe__recur_places(loader, n, 3 * all, 1);
+    if (!moe__recur_bind(loader, layer, il, "attn_qkv", 3 * all, 0)) {
+        moe__recur_bind(loader, layer, il, "attn_q", all, 1);
+        moe__recur_bind(loader, layer, il, "attn_k", all, 1);
+        moe__recur_bind(loader, layer, il, "attn_v", all, 1);
+        for (int i = 0; i < r->n_in; i++) r->in[i].bias = NULL; // as llama.cpp has it
+    }
+    moe__recur_bind(loader, layer, il, "ssm_beta", n, 1);
+    r->a_at = moe__recur_places(loader, n, r->width, d);
+    r->low_at[0] = r->width;
+    moe__recur_bind(loader, layer, il, "ssm_f_a", safe ? all : d, 1);
+    r->z_at = moe__recur_places(loader, n, r->width, d);
+    r->low_at[1] = r->width;
+    moe__recur_bind(loader, layer, il, "ssm_g_a", safe ? all : d, 1);
+    if (!safe) {
+        moe__load_matrix(loader, &r->f, il, "ssm_f_b", MOE__IN_DECAY, d, all, 1, 1, 1);
+        moe__load_matrix(loader, &r->g, il, "ssm_g_b", MOE__IN_GATE, d, all, 1, 1, 1);
+    }
+    moe__recur_taps(loader, layer, il, "ssm_conv1d_q", 0, all);
+    moe__recur_taps(loader, layer, il, "ssm_conv1d_k", all, all);
+    moe__recur_taps(loader, layer, il, "ssm_conv1d_v", 2 * all, all);
+    r->dt_bias = moe__load_vector(loader, il, "ssm_dt", "bias", all, 1, 1);
+    r->a = moe__load_column(loader, il, "ssm_a", n);
+    r->norm = moe__load_vector(loader, il, "ssm_norm", "weight", d, 1, 1);
+    moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, all,
+                     model->info.n_embd, 1, 1, 1);
+    layer->prefetch = &r->in[0];
+}
+
+MOE__PRIVATE void moe__mamba2_bind(moe__loader *loader, moe__layer *layer, int il) {
+    moe__recurrent *r = &layer->recurrent;
+    r->n_taps = moe__recur_size(loader, "ssm.conv_kernel", MOE__CONV_TAPS);
+    const int64_t d = r->d_k = moe__recur_size(loader, "ssm.state_size", MOE__MAX_HEAD);
+    const int64_t groups = r->n_key_head =
+        moe__recur_size(loader, "ssm.group_count", MOE__MAX_HEADS);
+    const int64_t n = r->n_head = moe__recur_size(loader, "ssm.time_step_rank", MOE__MAX_HEADS);
+    const int64_t n_inner = moe__recur_size(loader, "ssm.inner_size", 1 << 24);
+    if (!loader->status && (n % groups || n_inner % n || n_inner / n > MOE__MAX_HEAD))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "ssm.inner_size",
+                       "%d values do not divide into %d heads in %d groups", (int)n_inner, (int)n,
+                       (int)groups);
+    if (loader->status) return;
+    r->d_v = (int32_t)(n_inner / n);
+    int64_t a = d, b = r->d_v;
+    while (b) {
+        const int64_t rest = a % b;
+        a = b, b = rest;
+    }
+    r->block = a; // heads of x, and B and C of groups are whole blocks
+    r->grouped = 1;
+    r->n_decay = 1;
+    r->n_group = r->n_key_head;
+    r->n_conv = n_inner + 2 * groups * d;
+    moe__recur_bind(loader, layer, il, "ssm_in", n_inner + r->n_conv + n, 1);
+    r->z_at = moe__recur_places(loader, n, 0, r->d_v);
+    r->conv_at = moe__recur_places(loader, r->n_conv / r->block, n_inner, r->block);
+    r->a_at = moe__recur_places(loader, n, n_inner + r->n_conv, 1);
+    moe__recur_taps(loader, layer, il, "ssm_conv1d", 0, r->n_conv);
+    r->conv_bias = moe__load_vector(loader, il, "ssm_conv1d", "bias", r->n_conv, 1, 1);
+    r->dt_bias = moe__load_vector(loader, il, "ssm_dt", "bias", n, 1, 1);
+    r->a = moe__load_column(loader, il, "ssm_a", n);
+    r->d = moe__load_column(loader, il, "ssm_d", n);
+    r->norm_stride = n_inner / groups;
+    r->norm = moe__load_vector(loader, il, "ssm_norm", "weight", n_inner / groups, groups, 1);
+    moe__load_matrix(loader, &layer->o, il, "ssm_out", MOE__IN_MIXED, n_inner,
+                     loader->model->info.n_embd, 1, 1, 1);
+    layer->prefetch = &r->in[0];
+}
+
+// Decays are given by the number of the head and of the layer.
+MOE__PRIVATE void moe__lightning_bind(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model_info *info = &loader->model->info;
+    moe__recurrent *r = &layer->recurrent;
+    const int64_t n = r->n_head = r->n_key_head = info->n_head;
+    const int64_t d = r->d_k = r->d_v =
+        moe__load_int_at(loader, "attention.key_length", il, 1, MOE__MAX_HEAD,
+                         loader->status ? 1 : info->n_embd / n);
+    if (loader->status) return;
+    r->grouped = 1;
+    r->n_decay = 1;
+    r->n_group = 1;
+    r->n_taps = 1;
+    r->n_conv = 3 * n * d;
+    r->block = d;
+    moe__recur_bind(loader, layer, il, "attn_qkv", 3 * n * d, 1);
+    moe__recur_bind(loader, layer, il, "attn_gate", n * d, 1);
+    r->conv_at = moe__recur_places(loader, 3 * n, 0, d);
+    r->z_at = moe__recur_places(loader, n, 3 * n * d, d);
+    r->conv = (float *)moe__load_alloc(loader, (uint64_t)r->n_conv, sizeof(float));
+    float *decay = (float *)moe__load_alloc(loader, (uint64_t)n, sizeof *decay);
+    for (int64_t i = 0; i < 3 * n && !loader->status; i++) // of each head its q, k and v
+        r->conv_at[i] = (int32_t)((i % n * 3 + i / n) * d);
+    for (int64_t i = 0; i < r->n_conv && !loader->status; i++) r->conv[i] = 1;
+    for (int64_t h = 0; h < n && !loader->status; h++) {
+        const double slope = pow(2, -8.0 * (double)(h + 1) / (double)n);
+        const double depth = info->n_layer > 1 ? (double)il / (info->n_layer - 1) : 0;
+        decay[h] = (float)exp(-slope * (1 - depth + 1e-5));
+    }
+    r->a = decay;
+    r->norm = moe__load_vector(loader, il, "attn_norm_2", "weight", n * d, 1, 1);
+    moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n * d, info->n_embd, 1,
+                     1, 1);
+    layer->prefetch = &r->in[0];
+}
+
+// ---- short convolution -----------------------------------------------------------------------
+
+// Of LFM2: [B | C | u] = in x; out of C * conv(B * u). The convolution's inputs are made where u
+// is, block by block for all rows, so that a thread needs no other's.
+enum { MOE__CONV_BLOCK = 16 };
+
+MOE__PRIVATE void moe__conv_bind(moe__loader *loader, moe__layer *layer, int il) {
+    moe__recurrent *r = &layer->recurrent;
+    const int64_t n_embd = loader->model->info.n_embd;
+    r->n_taps = moe__recur_size(loader, "shortconv.l_cache", MOE__CONV_TAPS);
+    r->n_conv = n_embd;
+    r->block = n_embd % MOE__CONV_BLOCK ? n_embd : MOE__CONV_BLOCK;
+    r->conv_at = moe__recur_places(loader, n_embd / r->block, 2 * n_embd, r->block);
+    moe__recur_bind(loader, layer, il, "shortconv.in_proj", 3 * n_embd, 1);
+    moe__recur_taps(loader, layer, il, "shortconv.conv", 0, n_embd);
+    moe__load_matrix(loader, &layer->o, il, "shortconv.out_proj", MOE__IN_MIXED, n_embd, n_embd, 1,
+                     1, 1);
+    layer->prefetch = &r->in[0];
+}
+MOE__PRIVATE moe__cache_shape moe__conv_cache(const moe__layer *layer) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__cache_shape shape = {
+        0, 0, 0, 0, (r->n_taps - 1 + MOE__CHUNK) * r->n_conv, (r->n_taps - 1) * r->n_conv};
+    return shape;
+}
+MOE__PRIVATE void moe__conv_layout(const moe__layer *layer, moe__memory *memory) {
+    moe__take_floats(&memory->common, memory->session->info.n_batch, layer->recurrent.width);
+}
+MOE__PRIVATE void moe__conv_forward(moe__eval *e, const moe__layer *layer, int il) {
+    const moe__recurrent *r = &layer->recurrent;
+    moe__memory memory = moe__eval_memory(e);
+    float *in = moe__take_floats(&memory.common, memory.session->info.n_batch, r->width);
+    float *out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0);
+    int64_t begin, end;
+    moe__recur_project(e, layer, in);
+    moe__eval_fetch(e, &layer->o);
+    moe__eval_range(e, r->n_conv / r->block, 1, &begin, &end);
+    for (int64_t b = begin; b < end; b++)
+        for (int32_t s = 0; s < e->work->n_spans; s++) {
+            const moe__span *span = &e->work->spans[s];
+            float *const *kept = span->sequence->caches[il].state;
+            for (int64_t t = span->first_row; t < span->first_row + span->n; t++) {
+                float *row = in + t * r->width + b * r->block;
+                for (int64_t c = 0; c < r->block; c++) row[2 * r->n_conv + c] *= row[c];
+            }
+            for (int64_t t = span->first_row; t < span->first_row + span->n; t++) {
+                const float *gate = in + t * r->width + r->n_conv + b * r->block;
+                float *y = out + t * r->n_conv + b * r->block;
+                moe__recur_conv(e, r, span, in, kept[span->from.slot], t, b, 0, y);
+                for (int64_t c = 0; c < r->block; c++) y[c] *= gate[c];
+            }
+            moe__recur_keep(r, span, in, kept, b);
+        }
+    moe__eval_barrier(e);
+}
+
+// ---- Mamba-1 ---------------------------------------------------------------------------------
+
+// Gu and Dao, 2023, as Jamba has it, with norms of step, B and C. Each channel has a state of
+// n_state values with decays of their own, so that tokens are walked one by one. A slot, in floats:
+//
+//     state [n_state][n_conv]             at the slot's position,
+//     conv  [n_taps - 1 + MOE__CHUNK][n_conv]
+//     now   [n_state][n_conv]             behind the last token,
+//     step, x [MOE__CHUNK][n_conv], b [MOE__CHUNK][n_state]: of each token of the chunk, from which
+//                                         `now` is made anew after a rewind
+typedef struct moe__mamba1_slot {
+    float *state, *conv, *now, *step, *x, *b;
+    int64_t kept, size;
+} moe__mamba1_slot;
+
+MOE__PRIVATE moe__mamba1_slot moe__mamba1_parts(const moe__layer *layer, float *slot) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t n = r->n_conv;
+    moe__mamba1_slot parts;
+    int64_t at = moe__slot_size(r->d_k * n);
+    parts.state = slot;
+    parts.conv = slot + at;
+    parts.kept = at + (r->n_taps - 1) * n;
+    at += moe__slot_size((r->n_taps - 1 + MOE__CHUNK) * n);
+    parts.now = slot + at;
+    at += moe__slot_size(r->d_k * n);
+    parts.step = slot + at;
+    at += MOE__CHUNK * n;
+    parts.x = slot + at;
+    at += MOE__CHUNK * n;
+    parts.b = slot + at;
+    parts.size = at + MOE__CHUNK * (int64_t)r->d_k;
+    return parts;
+}
+MOE__PRIVATE moe__cache_shape moe__mamba1_cache(const moe__layer *layer) {
+    float nothing[1];
+    const moe__mamba1_slot parts = moe__mamba1_parts(layer, nothing);
+    const moe__cache_shape shape = {0, 0, 0, 0, parts.size, parts.kept};
+    return shape;
+}
+
+MOE__PRIVATE void moe__mamba1_bind(moe__loader *loader, moe__layer *layer, int il) {
+    moe__recurrent *r = &layer->recurrent;
+    const int64_t n_embd = loader->model->info.n_embd;
+    r->n_taps = moe__recur_size(loader, "ssm.conv_kernel", MOE__CONV_TAPS);
+    const int64_t n = r->n_conv = moe__recur_size(loader, "ssm.inner_size", 1 << 20);
+    const int64_t d = r->d_k = moe__recur_size(loader, "ssm.state_size", MOE__MAX_HEAD);
+    const int64_t rank = r->dt_rank = moe__recur_size(loader, "ssm.time_step_rank", 1 << 16);
+    if (loader->status) return;
+    r->block = n % MOE__CONV_BLOCK ? n : MOE__CONV_BLOCK;
+    r->conv_at = moe__recur_places(loader, n / r->block, 0, r->block);
+    moe__recur_bind(loader, layer, il, "ssm_in", 2 * n, 1);
+    moe__recur_taps(loader, layer, il, "ssm_conv1d", 0, n);
+    r->conv_bias = moe__load_vector(loader, il, "ssm_conv1d", "bias", n, 1, 1);
+    moe__load_matrix(loader, &r->x, il, "ssm_x", MOE__IN_STEP, n, rank + 2 * d, 1, 1, 1);
+    moe__load_matrix(loader, &r->dt, il, "ssm_dt", MOE__IN_DT, rank, n, 1, 1, 1);
+    r->dt_bias = r->dt.bias; // joins inside of softplus
+    r->dt.bias = NULL;
+    if (!r->dt_bias) moe__load_tensor(loader, il, "ssm_dt", "bias", 1);
+    r->dt_norm = moe__load_vector(loader, il, "ssm_dt_norm", "weight", rank, 1, 1);
+    r->b_norm = moe__load_vector(loader, il, "ssm_b_norm", "weight", d, 1, 1);
+    r->c_norm = moe__load_vector(loader, il, "ssm_c_norm", "weight", d, 1, 1);
+    const float *a = moe__load_vector(loader, il, "ssm_a", "", d, n, 1);
+    float *turned = (float *)moe__load_alloc(loader, (uint64_t)(d * n), sizeof *turned);
+    for (int64_t c = 0; c < n && a && turned; c++)
+        for (int64_t i = 0; i < d; i++) turned[i * n + c] = a[c * d + i];
+    r->a = turned;
+    r->d = moe__load_vector(loader, il, "ssm_d", "", n, 1, 1);
+    moe__load_matrix(loader, &layer->o, il, "ssm_out", MOE__IN_MIXED, n, n_embd, 1, 1, 1);
+    layer->prefetch = &r->in[0];
+}
+
+typedef struct moe__mamba1 {
+    float *in;   // [row][x | z]
+    float *xbc;  // [row][dt_rank + 2 n_state], as projected
+    float *b, *c; // [row][n_state], normed
+    float *step, *y; // [row][n_conv]
+} moe__mamba1;
+
+MOE__PRIVATE void moe__mamba1_take(const moe__layer *layer, moe__memory *memory, moe__mamba1 *w) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t n = memory->session->info.n_batch;
+    const unsigned *kinds = memory->session->model->kinds;
+    moe__arena *common = &memory->common;
+    w->in = moe__take_floats(common, n, r->width);
+    w->xbc = moe__take_floats(common, n, r->dt_rank + 2 * (int64_t)r->d_k);
+    w->b = moe__take_floats(common, n, r->d_k);
+    w->c = moe__take_floats(common, n, r->d_k);
+    w->step = moe__take_floats(common, n, r->n_conv);
+    w->y = moe__take_floats(common, n, r->n_conv);
+    moe__acts_take(&memory->in[MOE__IN_STEP], common, n, r->n_conv,
+                   kinds[MOE__IN_STEP] | MOE__ACTS_FLOATS);
+    moe__acts_take(&memory->in[MOE__IN_DT], common, n, r->dt_rank,
+                   kinds[MOE__IN_DT] | MOE__ACTS_FLOATS);
+}
+MOE__PRIVATE void moe__mamba1_layout(const moe__layer *layer, moe__memory *memory) {
+    moe__mamba1 w;
+    moe__mamba1_take(layer, memory, &w);
+}
+
+// Channels begin .. end - 1 through the tokens of a span. x, y: [row][n_conv]
+MOE__PRIVATE void moe__mamba1_walk(const moe__eval *e, const moe__layer *layer, int il,
+                                   const moe__mamba1 *w, const moe__span *span, int64_t begin,
+                                   int64_t end) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__cache *cache = &span->sequence->caches[il];
+    const moe__mamba1_slot from = moe__mamba1_parts(layer, cache->state[span->from.slot]);
+    const moe__mamba1_slot to = moe__mamba1_parts(layer, cache->state[span->to.slot]);
+    const float *x = moe__acts_f32(&e->in[MOE__IN_STEP], 0), *state = from.now + begin;
+    const int64_t n = r->n_conv, n_c = end - begin;
+    if (span->from.now != span->past) { // makes it anew
+        state = from.state + begin;
+        for (int j = 0; j < span->past - span->from.at; j++, state = from.now + begin)
+            e->kernels->scan(state, from.now + begin, n, r->d_k, n_c, from.step + j * n + begin,
+                             from.x + j * n + begin, r->a + begin, from.b + j * r->d_k,
+                             from.b + j * r->d_k, w->y + span->first_row * n + begin);
+    }
+    for (int32_t i = 0; i < span->n; i++, state = to.now + begin) {
+        const int64_t t = span->first_row + i, at = t * n + begin;
+        e->kernels->scan(state, to.now + begin, n, r->d_k, n_c, w->step + at, x + at, r->a + begin,
+                         w->b + t * r->d_k, w->c + t * r->d_k, w->y + at);
+        if (span->past + i + 1 != span->to.at || span->to.at == span->from.at) continue;
+        for (int32_t k = 0; k < r->d_k; k++)
+            memcpy(to.state + k * n + begin, to.now + k * n + begin, (size_t)n_c * sizeof *x);
+    }
+}
+
+// What the slots keep of channels begin .. end - 1; of B, which all channels share, one thread.
+MOE__PRIVATE void moe__mamba1_keep(const moe__eval *e, const moe__layer *layer, int il,
+                                   const moe__mamba1 *w, const moe__span *span, int64_t begin,
+                                   int64_t end) {
+    const moe__recurrent *r = &layer->recurrent;
+    const float *x = moe__acts_f32(&e->in[MOE__IN_STEP], 0);
+    const int64_t n = r->n_conv;
+    moe__slot slot;
+    int32_t first, last;
+    for (int part = 0; part < 2; part++) {
+        if (!moe__recur_part(span, part, &slot, &first, &last)) continue;
+        const moe__mamba1_slot to =
+            moe__mamba1_parts(layer, span->sequence->caches[il].state[slot.slot]);
+        for (int32_t p = first; p < last; p++) {
+            const int64_t t = span->first_row + p - span->past, j = p - slot.at;
+            memcpy(to.step + j * n + begin, w->step + t * n + begin,
+                   (size_t)(end - begin) * sizeof *x);
+            memcpy(to.x + j * n + begin, x + t * n + begin, (size_t)(end - begin) * sizeof *x);
+            if (e->thread == 0)
+                memcpy(to.b + j * r->d_k, w->b + t * r->d_k, (size_t)r->d_k * sizeof *x);
+        }
+    }
+}
+
+// Step, B and C of row t, normed.
+MOE__PRIVATE void moe__mamba1_norm(const moe__eval *e, const moe__recurrent *r,
+                                   const moe__mamba1 *w, int64_t t) {
+    const float *xbc = w->xbc + t * r->x.n_out, eps = e->model->eps;
+    const moe__acts *dt = &e->in[MOE__IN_DT];
+    e->kernels->rms_norm(xbc, r->dt_norm, r->dt_rank, eps, moe__acts_f32(dt, t));
+    e->kernels->rms_norm(xbc + r->dt_rank, r->b_norm, r->d_k, eps, w->b + t * r->d_k);
+    e->kernels->rms_norm(xbc + r->dt_rank + r->d_k, r->c_norm, r->d_k, eps, w->c + t * r->d_k);
+    moe__acts_quantize(e->kernels, dt, t, t + 1);
+}
+
+// The convolution of all rows, for this thread's blocks of channels.
+MOE__PRIVATE void moe__mamba1_conv(const moe__eval *e, const moe__layer *layer, int il,
+                                   const moe__mamba1 *w) {
+    const moe__recurrent *r = &layer->recurrent;
+    float *x = moe__acts_f32(&e->in[MOE__IN_STEP], 0);
+    int64_t begin, end;
+    moe__eval_range(e, r->n_conv / r->block, 1, &begin, &end);
+    for (int64_t b = begin; b < end; b++)
+        for (int32_t s = 0; s < e->work->n_spans; s++) {
+            const moe__span *span = &e->work->spans[s];
+            float *const *state = span->sequence->caches[il].state;
+            float *const kept[2] = {moe__mamba1_parts(layer, state[0]).conv,
+                                    moe__mamba1_parts(layer, state[1]).conv};
+            for (int64_t t = span->first_row; t < span->first_row + span->n; t++)
+                moe__recur_conv(e, r, span, w->in, kept[span->from.slot], t, b, 1,
+                                x + t * r->n_conv + b * r->block);
+            moe__recur_keep(r, span, w->in, kept, b);
+        }
+}
+
+MOE__PRIVATE void moe__mamba1_forward(moe__eval *e, const moe__layer *layer, int il) {
+    const moe__recurrent *r = &layer->recurrent;
+    moe__memory memory = moe__eval_memory(e);
+    moe__mamba1 w;
+    int64_t begin, end;
+    moe__mamba1_take(layer, &memory, &w);
+    const moe__projection list = {&r->x, w.xbc, 0};
+    float *out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0);
+    const float *x = moe__acts_f32(&e->in[MOE__IN_STEP], 0);
+    moe__recur_project(e, layer, w.in);
+    moe__mamba1_conv(e, layer, il, &w);
+    moe__eval_barrier(e);
+    moe__eval_range(e, e->n, 1, &begin, &end);
+    moe__acts_quantize(e->kernels, &e->in[MOE__IN_STEP], begin, end);
+    moe__eval_barrier(e);
+    moe__eval_project(e, &list, 1);
+    moe__eval_barrier(e);
+    moe__eval_range(e, e->n, 1, &begin, &end);
+    for (int64_t t = begin; t < end; t++) moe__mamba1_norm(e, r, &w, t);
+    moe__eval_barrier(e);
+    // From here on each thread has channels of its own.
+    moe__eval_range(e, r->n_conv, moe__eval_row_unit(&r->dt, e->n), &begin, &end);
+    moe__eval_fetch(e, &layer->o);
+    moe__acts_gather(e->in, &r->dt, NULL, 0, e->n, e->local->scratch.x);
+    if (begin < end)
+        moe__matmul(e->kernels, &r->dt, 0, begin, end, e->local->scratch.x, e->n, w.step + begin,
+                    r->n_conv, e->local->scratch.pack);
+    for (int64_t t = 0; t < e->n; t++)
+        e->kernels->softplus(w.step + t * r->n_conv + begin, r->dt_bias + begin, end - begin,
+                             w.step + t * r->n_conv + begin);
+    for (int32_t s = 0; s < e->work->n_spans; s++) {
+        moe__mamba1_walk(e, layer, il, &w, &e->work->spans[s], begin, end);
+        moe__mamba1_keep(e, layer, il, &w, &e->work->spans[s], begin, end);
+    }
+    for (int64_t t = 0; t < e->n; t++) {
+        float *y = w.y + t * r->n_conv;
+        for (int64_t c = begin; c < end; c++) y[c] += r->d[c] * x[t * r->n_conv + c];
+        e->kernels->swiglu(w.in + t * r->width + r->n_conv + begin, y + begin, end - begin,
+                           out + t * r->n_conv + begin);
+    }
     moe__eval_barrier(e);
 }
 
@@ -16987,11 +18350,22 @@ MOE__PRIVATE void moe__mla_forward(moe__eval *e, const moe__layer *layer, int il
 
 // In the order of moe__mixer_id
 static const moe__mixer moe__mixers[MOE__N_MIXERS] = {
-    {"gqa", moe__gqa_bind, moe__gqa_cache, moe__gqa_layout, moe__gqa_forward,
-     moe__mixer_rewind_positions},
-    {"mla", moe__mla_bind, moe__mla_cache, moe__mla_layout, moe__mla_forward,
-     moe__mixer_rewind_positions},
+    {"none", NULL, NULL, NULL, NULL},
+    {"gqa", moe__gqa_bind, moe__gqa_cache, moe__gqa_layout, moe__gqa_forward},
+    {"mla", moe__mla_bind, moe__mla_cache, moe__mla_layout, moe__mla_forward},
+    {"delta", moe__delta_bind, moe__linear_cache, moe__linear_layout, moe__linear_forward},
+    {"kda", moe__kda_bind, moe__linear_cache, moe__linear_layout, moe__linear_forward},
+    {"mamba2", moe__mamba2_bind, moe__linear_cache, moe__linear_layout, moe__linear_forward},
+    {"lightning", moe__lightning_bind, moe__linear_cache, moe__linear_layout,
+     moe__linear_forward},
+    {"mamba1", moe__mamba1_bind, moe__mamba1_cache, moe__mamba1_layout, moe__mamba1_forward},
+    {"conv", moe__conv_bind, moe__conv_cache, moe__conv_layout, moe__conv_forward},
 };
+
+MOE__PRIVATE moe__cache_shape moe__layer_cache(const moe__layer *layer) {
+    const moe__cache_shape nothing = {0, 0, 0, 0, 0, 0};
+    return layer->mixer ? moe__mixers[layer->mixer].cache(layer) : nothing;
+}
 
 // ==============================================================================================
 // >>load
@@ -17329,8 +18703,9 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
     if (!loader.status) moe__load_globals(&loader);
     for (int il = 0; il < model->info.n_layer && !loader.status; il++) {
         moe__layer *layer = &model->layers[il];
-        moe__mixers[layer->mixer].bind(&loader, layer, il);
+        if (layer->mixer) moe__mixers[layer->mixer].bind(&loader, layer, il);
         moe__load_layer(&loader, layer, il);
+        model->info.n_layer_recurrent += layer->mixer > MOE__MLA;
         if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
     }
     moe__load_check_used(&loader);
@@ -17465,6 +18840,123 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 // the thread whose caches and memory node they are near.
 // ==============================================================================================
 
+// ---- going back ------------------------------------------------------------------------------
+
+// What is kept by position can be cut off anywhere. States of layers that recur cannot: to go back,
+// one needs them as they were. They are found in the slot in use (as long as its chunk lasts), in
+// the other one, or in the nearest checkpoint before; from there on tokens are evaluated again, in
+// the arithmetic they had, and give the same bits.
+//
+// Checkpoints are made where somebody is likely to come back to: before and behind every input of
+// more than a chunk, between its batches, and every MOE__REMEMBER tokens of what is generated. If
+// there is no room, the one goes that is missed least: whose neighbours are close to each other
+// for how long ago it was.
+
+enum { MOE__REMEMBER = 512, MOE__CHECKPOINTS = 16 };
+
+MOE__PRIVATE void moe__remember_configure(moe_session *session, const moe_session_options *o) {
+    const moe_model *model = session->model;
+    const uint64_t bytes = o->checkpoint_bytes ? o->checkpoint_bytes : (uint64_t)1 << 30;
+    uint64_t each = 0, n = 0;
+    for (int il = 0; il < model->info.n_layer; il++) {
+        const moe__cache_shape shape = moe__layer_cache(&model->layers[il]);
+        each += (uint64_t)moe__slot_size(shape.kept) * sizeof(float);
+        session->info.state_bytes += 2 * (size_t)shape.state * sizeof(float);
+    }
+    if (each && o->n_checkpoints != MOE_OFF) {
+        n = (uint64_t)(o->n_checkpoints ? o->n_checkpoints : MOE__CHECKPOINTS);
+        n = n < bytes / each ? n : bytes / each;
+        n = n < (uint64_t)(session->info.n_ctx / MOE__CHUNK)
+                ? n
+                : (uint64_t)(session->info.n_ctx / MOE__CHUNK);
+    }
+    session->info.n_checkpoints = (int32_t)n;
+}
+
+MOE__PRIVATE void moe__remember_layout(moe_session *session, moe__arena *arena) {
+    const int32_t n = session->info.n_checkpoints;
+    const uint64_t before = arena->used;
+    float *memory = moe__take_floats(arena, n, session->n_kept);
+    session->info.checkpoint_bytes = (size_t)(arena->used - before);
+    session->saved_at = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
+    session->saved = (float **)moe__arena_take(arena, (uint64_t)n, sizeof(float *));
+    for (int32_t i = 0; i < n && arena->base; i++)
+        session->saved[i] = memory + i * session->n_kept;
+}
+
+// Forgets checkpoints behind a length: other tokens will come there.
+MOE__PRIVATE void moe__remember_drop(moe_session *session, int32_t length) {
+    while (session->n_saved && session->saved_at[session->n_saved - 1] > length)
+        session->n_saved--;
+}
+
+// Takes number i out of the list; its memory goes to the end, where it is free.
+MOE__PRIVATE void moe__remember_remove(moe_session *session, int32_t i) {
+    float *memory = session->saved[i];
+    session->n_saved--;
+    for (; i < session->n_saved; i++) {
+        session->saved_at[i] = session->saved_at[i + 1];
+        session->saved[i] = session->saved[i + 1];
+    }
+    session->saved[session->n_saved] = memory;
+}
+
+// The checkpoint that is missed least beside a new one at the end: tokens between its neighbours
+// for each token since.
+MOE__PRIVATE int32_t moe__remember_least(const moe_session *session, int32_t at) {
+    int32_t best = 0;
+    double least = INFINITY;
+    for (int32_t i = 0; i < session->n_saved; i++) {
+        const int32_t before = i ? session->saved_at[i - 1] : 0;
+        const int32_t after = i + 1 < session->n_saved ? session->saved_at[i + 1] : at;
+        const double missed = (double)(after - before) / (at - session->saved_at[i] + MOE__CHUNK);
+        if (missed < least) least = missed, best = i;
+    }
+    return best;
+}
+
+// A checkpoint of the states at a slot's position, unless there is one, or nothing to keep.
+MOE__PRIVATE void moe__remember(moe_session *session, moe__slot slot) {
+    const int32_t n = session->info.n_checkpoints;
+    if (!n || slot.at == 0) return;
+    for (int32_t i = 0; i < session->n_saved; i++)
+        if (session->saved_at[i] == slot.at) return;
+    if (session->n_saved == n) moe__remember_remove(session, moe__remember_least(session, slot.at));
+    int32_t i = session->n_saved++;
+    float *memory = session->saved[i];
+    for (; i > 0 && session->saved_at[i - 1] > slot.at; i--) {
+        session->saved_at[i] = session->saved_at[i - 1];
+        session->saved[i] = session->saved[i - 1];
+    }
+    session->saved_at[i] = slot.at;
+    session->saved[i] = memory;
+    for (int il = 0; il < session->model->info.n_layer; il++) {
+        const moe__cache *cache = &session->caches[il];
+        memcpy(memory + cache->kept_at, cache->state[slot.slot],
+               (size_t)cache->n_kept * sizeof(float));
+    }
+}
+
+// States of a checkpoint into a slot; NULL: of the beginning.
+MOE__PRIVATE void moe__remember_put(moe_session *session, const float *saved, int32_t slot) {
+    for (int il = 0; il < session->model->info.n_layer; il++) {
+        const moe__cache *cache = &session->caches[il];
+        const size_t size = (size_t)cache->n_kept * sizeof(float);
+        if (saved)
+            memcpy(cache->state[slot], saved + cache->kept_at, size);
+        else if (size)
+            memset(cache->state[slot], 0, size);
+    }
+}
+
+// An empty sequence, in a slot.
+MOE__PRIVATE void moe__remember_begin(moe_session *session, int32_t slot) {
+    moe__remember_put(session, NULL, slot);
+    session->slot.slot = slot;
+    session->slot.at = 0;
+    session->slot.now = -1;
+}
+
 // ---- the forward pass -----------------------------------------------------------------------
 
 // The weight of the shared experts for token t: 1, or (Qwen2-MoE) the sigmoid of a product with a
@@ -17472,7 +18964,8 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer,
                                      int64_t t) {
     const int64_t n = e->model->info.n_embd;
-    const float scale = e->model->residual_scale;
+    const float scale =
+        moe__has(e->model, MOE__NORMED_RESIDUAL) ? 1.0f : e->model->residual_scale;
     float z;
     if (!layer->shared_gate) return scale;
     e->kernels->type[MOE__INDEX_F32].dot((const uint8_t *)layer->shared_gate,
@@ -17498,7 +18991,7 @@ MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
     moe__work *work = e->work;
     moe__local *local = e->local;
     const moe__router *router = &e->model->router;
-    const moe__projection list = {&layer->router, work->router_logits};
+    const moe__projection list = {&layer->router, work->router_logits, 0};
     int64_t begin, end;
     moe__eval_range(e, e->n, 1, &begin, &end);
     if (e->n >= 2 * (int64_t)e->n_threads && e->n > 1) {
@@ -17538,20 +19031,21 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer) {
     const int64_t first = (layer - e->model->layers) * e->model->info.n_expert;
     for (int64_t i = 0; e->thread == 0 && i < e->n * router->n_used; i++)
         work->rows[i / router->n_used].sequence->expert_counts[first + experts[i]]++;
-    if (layer->shared.gate.data)
+    if (layer->shared.up.data)
         moe__dispatch_all(&local->dispatch, &layer->shared, e->n, work->numbers,
                           one ? &local->shared_weight : work->shared_weights);
 }
 
-// sum += weight * (down hidden) over the entries, in their order. A thread that owns rows of all
-// entries adds to them as it goes. Where the schedule lets several threads compute a row, each
-// for other entries, products are kept apart and added up behind a barrier: in the same order, so
-// with the same bits.
-MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__task *task, float *sum) {
+// sum += weight * (down hidden) over the entries, in their order; of routed experts into `routed`,
+// which is sum unless they work on latent vectors. A thread that owns rows of all entries adds to
+// them as it goes. Where the schedule lets several threads compute a row, each for other entries,
+// products are kept apart and added up behind a barrier: in the same order, so with the same bits.
+MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__task *task, float *sum,
+                                    float *routed) {
     moe__work *work = e->work;
     const moe__schedule_info *schedule = e->batch->lead->schedule;
     const moe__scratch *scratch = &e->local->scratch;
-    const int64_t n_embd = e->model->info.n_embd;
+    const int64_t widest = moe__max(e->model->info.n_embd, e->model->n_latent);
     const int apart = !schedule->owns_rows(task, e->n_threads);
     moe__range range;
     for (int32_t i = 0; schedule->range(task, e->thread, e->n_threads, i, &range); i++) {
@@ -17559,17 +19053,21 @@ MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__task *task, float *
         moe__range_fetch(schedule, task, e->thread, e->n_threads, i + 1);
         if (apart)
             moe__experts_down_apart(e->kernels, entry, range.begin, range.end, e->in,
-                                    work->expert_out + range.entry * n_embd, scratch);
+                                    work->expert_out + range.entry * widest, scratch);
         else
-            moe__experts_down(e->kernels, entry, range.begin, range.end, e->in, sum, scratch);
+            moe__experts_down(e->kernels, entry, range.begin, range.end, e->in,
+                              range.entry < task->n_routed ? routed : sum, scratch);
     }
     if (!apart) return;
     moe__eval_barrier(e);
-    int64_t begin, end;
-    moe__eval_range(e, n_embd, MOE__LINE, &begin, &end);
-    for (int32_t i = 0; i < task->n_entries; i++)
-        e->kernels->axpy(task->entries[i].weights ? task->entries[i].weights[0] : 1.0f,
-                         work->expert_out + i * n_embd + begin, end - begin, sum + begin);
+    for (int32_t i = 0; i < task->n_entries; i++) {
+        const moe__entry *entry = &task->entries[i];
+        int64_t begin, end;
+        moe__eval_range(e, entry->ffn->down.n_out, MOE__LINE, &begin, &end);
+        e->kernels->axpy(entry->weights ? entry->weights[0] : 1.0f,
+                         work->expert_out + i * widest + begin, end - begin,
+                         (i < task->n_routed ? routed : sum) + begin);
+    }
 }
 
 // Where rows of a layer's feed-forward matrices begin in all threads: at multiples of what the most
@@ -17586,6 +19084,21 @@ MOE__PRIVATE int64_t moe__forward_unit(const moe__eval *e, const moe__layer *lay
     return unit;
 }
 
+// Latent experts: what they read, ffn_latent_down x, and their sum, which begins empty. The barrier
+// behind it is the caller's next one.
+MOE__PRIVATE void moe__forward_latent(moe__eval *e, const moe__layer *layer) {
+    const moe__projection list = {&layer->latent_down, moe__acts_f32(&e->in[MOE__IN_EXPERTS], 0),
+                                  0};
+    const moe__acts *routed = &e->in[MOE__IN_EXPERTS_SUM];
+    int64_t begin, end;
+    moe__eval_project(e, &list, 1);
+    moe__eval_range(e, e->n * routed->n, MOE__LINE, &begin, &end);
+    memset(moe__acts_f32(routed, 0) + begin, 0, (size_t)(end - begin) * sizeof(float));
+    moe__eval_barrier(e);
+    moe__eval_quantize(e, MOE__IN_EXPERTS, e->n);
+    if (e->n > 1) moe__eval_barrier(e);
+}
+
 // sum += feed-forward network of the normed residual, by the dispatch's entries. next: the matrix
 // that is read first after it. Three phases: who sees what (each thread finds out for itself);
 // gate and up of all entries, whose hidden vectors are shared; down.
@@ -17600,6 +19113,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
     moe__eval_fit(e, &layer->experts.down);
     moe__eval_fit(e, &layer->shared.down);
     moe__eval_fit(e, &layer->dense.down);
+    if (layer->latent_down.data) moe__forward_latent(e, layer);
     if (layer->is_moe)
         moe__forward_route(e, layer);
     else
@@ -17625,22 +19139,35 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
     moe__eval_barrier(e);
     if (layer->is_moe)
         moe__eval_quantize(e, MOE__IN_ROUTED, e->n * e->model->info.n_expert_used);
-    if (layer->shared.gate.data) moe__eval_quantize(e, MOE__IN_SHARED, e->n);
+    if (layer->shared.up.data) moe__eval_quantize(e, MOE__IN_SHARED, e->n);
     if (!layer->is_moe) moe__eval_quantize(e, MOE__IN_DENSE, e->n);
     if (e->n > 1) moe__eval_barrier(e);
-    moe__forward_down(e, &task, sum);
+    float *routed = layer->latent_up.data ? moe__acts_f32(&e->in[MOE__IN_EXPERTS_SUM], 0) : sum;
+    moe__forward_down(e, &task, sum, routed);
+    if (layer->latent_up.data) {
+        moe__eval_fetch(e, &layer->latent_up);
+        moe__eval_barrier(e);
+        moe__eval_quantize(e, MOE__IN_EXPERTS_SUM, e->n);
+        if (e->n > 1) moe__eval_barrier(e);
+        moe__eval_project_add(e, &layer->latent_up, sum);
+    }
     moe__eval_fetch(e, next);
     moe__eval_barrier(e);
 }
 
 // Where a part of a layer adds up what it computes: the residual, or, if it is normed before it
-// joins it (post norms: x += N(part)), an empty branch, of which this thread clears its share. A
-// barrier comes before anybody adds.
+// joins it (post norms: x += N(part)), an empty branch, of which this thread clears its share. Or
+// (MOE__NORMED_RESIDUAL) the branch begins as a multiple of the part's input and takes the
+// residual's place. A barrier comes before anybody adds.
 MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
+    const float *normed = moe__acts_f32(&e->in[MOE__IN_NORMED], 0);
+    const int in_place = moe__has(e->model, MOE__NORMED_RESIDUAL);
     int64_t begin, end;
-    if (!post_norm) return e->work->residual;
+    if (!post_norm && !in_place) return e->work->residual;
     moe__eval_range(e, e->n * e->model->info.n_embd, MOE__LINE, &begin, &end);
-    memset(e->work->branch + begin, 0, (size_t)(end - begin) * sizeof(float));
+    for (int64_t i = begin; i < end && in_place; i++)
+        e->work->branch[i] = e->model->residual_scale * normed[i];
+    if (!in_place) memset(e->work->branch + begin, 0, (size_t)(end - begin) * sizeof(float));
     return e->work->branch;
 }
 
@@ -17651,6 +19178,12 @@ MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
     const int64_t n_embd = e->model->info.n_embd;
     float *normed = e->local->scratch.up; // as long as the longest vector
     int64_t begin, end;
+    if (moe__has(e->model, MOE__NORMED_RESIDUAL)) {
+        moe__eval_range(e, e->n * n_embd, MOE__LINE, &begin, &end);
+        memcpy(work->residual + begin, work->branch + begin,
+               (size_t)(end - begin) * sizeof *normed);
+        moe__eval_barrier(e);
+    }
     if (!post_norm) return;
     moe__eval_range(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__LINE : 1, &begin, &end);
     if (e->n == 1) {
@@ -17768,22 +19301,26 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
         const moe__layer *layer = &model->layers[il];
         const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].prefetch : &model->output;
         if (e->thread == 0) moe__forward_ask(e->batch);
-        // residual += attn_output mixed, mixed = mixer(norm(residual))
-        moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_NORMED);
-        moe__eval_fit(e, &layer->o);
-        sum = moe__forward_branch(e, layer->attn_post_norm);
-        moe__mixers[layer->mixer].forward(e, layer, il);
-        if (e->batch->stop) return 0; // barriers have passed: all threads see the same
-        moe__eval_quantize(e, MOE__IN_MIXED, e->n);
-        if (e->n > 1) moe__eval_barrier(e);
-        moe__eval_project_add(e, &layer->o, sum);
-        moe__eval_barrier(e);
-        moe__forward_join(e, layer->attn_post_norm);
-        // residual += experts(norm(residual)), or the dense layer's network
-        moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_NORMED);
-        sum = moe__forward_branch(e, layer->ffn_post_norm);
-        moe__forward_ffn(e, layer, sum, next);
-        moe__forward_join(e, layer->ffn_post_norm);
+        if (layer->mixer) { // residual += attn_output mixed, mixed = mixer(norm(residual))
+            moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_NORMED);
+            moe__eval_fit(e, &layer->o);
+            sum = moe__forward_branch(e, layer->attn_post_norm);
+            moe__mixers[layer->mixer].forward(e, layer, il);
+            if (e->batch->stop) return 0; // barriers have passed: all threads see the same
+            moe__eval_quantize(e, MOE__IN_MIXED, e->n);
+            if (e->n > 1) moe__eval_barrier(e);
+            moe__eval_project_add(e, &layer->o, sum);
+            if (!layer->has_ffn) moe__eval_fetch(e, next);
+            moe__eval_barrier(e);
+            moe__forward_join(e, layer->attn_post_norm);
+        }
+        if (layer->has_ffn) { // residual += experts(norm(residual)), or the dense network
+            moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_NORMED);
+            sum = moe__forward_branch(e, layer->ffn_post_norm);
+            moe__forward_ffn(e, layer, sum, next);
+            moe__forward_join(e, layer->ffn_post_norm);
+            if (e->batch->stop) return 0;
+        }
     }
     return 1;
 }
@@ -17820,6 +19357,8 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
         moe__forward_logits(&e);
         if (!batch->more) return;
         moe__eval_barrier(&e);
+        for (int32_t i = 0; i < batch->work->n_spans && thread == 0; i++)
+            moe__remember(batch->work->spans[i].sequence, batch->work->spans[i].to);
         if (thread == 0) moe__batch_next(batch);
         moe__eval_barrier(&e);
     }
@@ -17854,7 +19393,7 @@ MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local 
     local->dispatch.tokens =
         (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
     local->dispatch.weights = moe__take_floats(arena, n, used);
-    for (int i = 0; i <= MOE__IN_DENSE; i++) {
+    for (int i = 0; i < MOE__IN_Q_A; i++) {
         const unsigned kinds = model->kinds[i] & ~(unsigned)MOE__ACTS_FLOATS;
         moe__acts_take(&local->in[i], arena, i == MOE__IN_ROUTED ? used : 1, model->widest[i],
                        i == MOE__IN_NORMED ? kinds | MOE__ACTS_FLOATS : kinds);
@@ -17871,14 +19410,22 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena) {
     const moe_model *model = session->model;
     const moe_model_info *info = &model->info;
     const int32_t n = (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
+    const int32_t n_ctx = session->info.n_ctx;
+    session->n_kept = 0;
     for (int il = 0; il < info->n_layer; il++) {
-        const moe__layer *layer = &model->layers[il];
-        const moe__cache_shape shape = moe__mixers[layer->mixer].cache(layer);
-        const moe__cache cache =
-            moe__cache_take(arena, &shape, session->info.kv_type, session->info.n_ctx);
+        const moe__cache_shape shape = moe__layer_cache(&model->layers[il]);
+        moe__cache cache = moe__cache_take(arena, &shape, session->info.kv_type, n_ctx);
+        cache.kept_at = session->n_kept;
+        session->n_kept += moe__slot_size(shape.kept);
         if (session->caches) session->caches[il] = cache;
     }
+    session->recurs = session->n_kept > 0;
     session->info.kv_bytes = (size_t)arena->used;
+    moe__remember_layout(session, arena);
+    session->tokens = (int32_t *)moe__arena_take(arena, (uint64_t)n_ctx, sizeof(int32_t));
+    session->expanded = (uint8_t *)moe__arena_take(arena, (uint64_t)n_ctx, 1);
+    session->hidden = session->keep_hidden ? moe__take_floats(arena, n_ctx, info->n_embd) : NULL;
+    session->cleared = (size_t)arena->used;
     session->expert_counts = (uint64_t *)moe__arena_take(
         arena, (uint64_t)info->n_layer * (uint64_t)info->n_expert, sizeof(uint64_t));
     session->wait_seconds = (double *)moe__arena_take(arena, (uint64_t)n, sizeof(double));
@@ -17895,7 +19442,7 @@ MOE__PRIVATE void moe__work_mixing(const moe_session *session, moe__arena *commo
         memset(&memory, 0, sizeof memory);
         memory.session = session;
         memory.in = in;
-        moe__mixers[layer->mixer].layout(layer, &memory);
+        if (layer->mixer) moe__mixers[layer->mixer].layout(layer, &memory);
         common->used = common->used > memory.common.used ? common->used : memory.common.used;
         own->used = own->used > memory.own.used ? own->used : memory.own.used;
         common->overflow |= memory.common.overflow | memory.own.overflow;
@@ -17920,17 +19467,18 @@ MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
     work->rows = (moe__row *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__row));
     work->spans = (moe__span *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__span));
     work->residual = moe__take_floats(arena, n, info->n_embd);
-    work->branch = moe__has(model, MOE__POST_NORMS) ? moe__take_floats(arena, n, info->n_embd)
-                                                    : NULL;
+    work->branch = moe__has(model, MOE__POST_NORMS | MOE__NORMED_RESIDUAL)
+                       ? moe__take_floats(arena, n, info->n_embd)
+                       : NULL;
     work->rope = moe__take_floats(arena, n, model->n_rope);
-    for (int i = 0; i <= MOE__IN_DENSE; i++)
+    for (int i = 0; i < MOE__IN_Q_A; i++)
         moe__acts_take(&work->in[i], arena, i == MOE__IN_ROUTED ? n * used : n, model->widest[i],
                        model->kinds[i] | MOE__ACTS_FLOATS);
     work->router_logits = moe__take_floats(arena, n, info->n_expert);
     work->experts = (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
     work->expert_weights = moe__take_floats(arena, n, used);
     work->shared_weights = moe__take_floats(arena, 1, n);
-    work->expert_out = moe__take_floats(arena, used + 1, info->n_embd);
+    work->expert_out = moe__take_floats(arena, used + 1, moe__max(info->n_embd, model->n_latent));
     work->numbers = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));
     work->scales = moe__take_floats(arena, 1, n);
     work->mixing = (uint8_t *)moe__arena_take(arena, 1, common.used);
@@ -17958,13 +19506,15 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
         o->n_threads > MOE_MAX_THREADS || o->n_threads_batch > MOE_MAX_THREADS)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "options",
                          "n_ctx, n_batch or a thread count is out of range");
+    if (o->n_checkpoints < MOE_OFF)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "n_checkpoints", "%d checkpoints",
+                         (int)o->n_checkpoints);
     if ((unsigned)o->kv_type > MOE_KV_F32)
         return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
                          "cache type %d is not supported: F16, Q8_0 and F32 are",
                          (int)o->kv_type);
     for (int il = 0; il < model->info.n_layer && o->kv_type == MOE_KV_Q8_0; il++) {
-        const moe__layer *layer = &model->layers[il];
-        const moe__cache_shape shape = moe__mixers[layer->mixer].cache(layer);
+        const moe__cache_shape shape = moe__layer_cache(&model->layers[il]);
         if (shape.k % 32 || shape.v % 32 || shape.part % 32)
             return moe__fail(error, MOE_ERROR_UNSUPPORTED, "kv_type",
                              "a Q8_0 cache needs widths that are multiples of 32: here %d and %d",
@@ -17979,6 +19529,7 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
     session->model = model;
     session->pool = o->pool;
     session->keep_all_logits = o->keep_all_logits > 0;
+    session->keep_hidden = o->keep_hidden > 0;
     session->pin = o->pin ? o->pin : model->memory.numa == MOE_NUMA_OWNER ? MOE_ON : MOE_OFF;
     session->should_stop = o->should_stop;
     session->should_stop_user = o->should_stop_user;
@@ -17993,6 +19544,7 @@ MOE__PRIVATE moe_status moe__session_configure(moe_session *session, const moe_m
     info->n_threads = (int32_t)moe__min(n, most);
     info->n_threads_batch =
         (int32_t)moe__min(o->n_threads_batch ? o->n_threads_batch : info->n_threads, most);
+    moe__remember_configure(session, o);
     return MOE_OK;
 }
 
@@ -18017,8 +19569,8 @@ MOE__PRIVATE uint64_t moe__session_size(moe_session *session, uint64_t *logits, 
         *logits > SIZE_MAX / 4 || *work > SIZE_MAX / 4)
         return 0;
     session->info.work_bytes =
-        (size_t)(arena.used - session->info.kv_bytes + *logits + moe__session_align(arena.used) +
-                 *work + moe__session_align(*work));
+        (size_t)(arena.used - session->info.kv_bytes - session->info.checkpoint_bytes + *logits +
+                 moe__session_align(arena.used) + *work + moe__session_align(*work));
     return arena.used;
 }
 
@@ -18088,7 +19640,9 @@ MOE__PRIVATE int moe__session_take(moe_session *session, uint64_t size, uint64_t
     moe__pages_advise(session->buffers, size, MOE__MADV_HUGEPAGE);
     arena.base = session->buffers;
     moe__session_layout(session, &arena);
-    memset(session->buffers + session->info.kv_bytes, 0, session->n_bytes - session->info.kv_bytes);
+    memset(session->buffers + session->cleared, 0, session->n_bytes - session->cleared);
+    moe__remember_begin(session, 0);
+    session->before = -1;
     return 1;
 }
 
@@ -18224,6 +19778,7 @@ MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
     moe_session_stats *stats = &lead->stats;
     const int32_t n = n_tokens == 1 ? lead->info.n_threads : lead->info.n_threads_batch;
     memset(stats, 0, sizeof *stats);
+    stats->n_replayed = lead->n_replayed;
     stats->thread_wait_seconds = lead->wait_seconds;
     stats->n_threads = n;
     moe__pool_hold(lead->pool);
@@ -18237,6 +19792,33 @@ MOE__PRIVATE int moe__jobs_run(moe__batch *batch, int64_t n_tokens) {
     moe__pool_release(lead->pool);
     for (int32_t i = 0; i < n; i++) stats->wait_seconds += lead->wait_seconds[i];
     return !batch->stop;
+}
+
+// What is known of a session while it is evaluated changes beside what was: its states go on from
+// the slot in `slot`, which stays as it is.
+MOE__PRIVATE void moe__job_begin(const moe_job *job) {
+    moe_session *session = job->session;
+    session->in_jobs = 1;
+    session->next = session->slot;
+    memmove(session->tokens + session->length, job->tokens,
+            (size_t)job->n_tokens * sizeof *job->tokens);
+    if (job->n_tokens > MOE__CHUNK) moe__remember(session, session->slot);
+}
+MOE__PRIVATE void moe__job_end(const moe_job *job, int done) {
+    moe_session *session = job->session;
+    session->in_jobs = 0;
+    if (!done) { // states of Mamba-1 may have gone on
+        session->slot.now = -1;
+        moe__remember_drop(session, session->length);
+        return;
+    }
+    if (session->next.slot != session->slot.slot) session->before = session->slot.at;
+    session->slot = session->next;
+    session->length += job->n_tokens;
+    session->n_last = job->n_tokens;
+    if (job->n_tokens > MOE__CHUNK ||
+        (session->length == session->slot.at && session->length % MOE__REMEMBER == 0))
+        moe__remember(session, session->slot);
 }
 
 // First all jobs are checked, then those that are right are evaluated together, then lengths grow.
@@ -18257,22 +19839,17 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
             continue;
         }
         batch.lead = batch.lead ? batch.lead : jobs[i].session;
-        jobs[i].session->in_jobs = 1;
+        moe__job_begin(&jobs[i]);
         n_tokens += jobs[i].n_tokens;
     }
     batch.jobs = jobs;
     batch.n_jobs = n_jobs;
+    batch.form = -1;
     const int done = batch.lead && moe__jobs_run(&batch, n_tokens);
     for (int32_t i = 0; i < n_jobs; i++) {
-        moe_session *session = jobs[i].session;
         if (jobs[i].status) continue;
-        session->in_jobs = 0;
-        if (!done) {
-            jobs[i].status = MOE_ERROR_CANCELLED;
-            continue;
-        }
-        session->length += jobs[i].n_tokens;
-        session->n_last = jobs[i].n_tokens;
+        moe__job_end(&jobs[i], done);
+        if (!done) jobs[i].status = MOE_ERROR_CANCELLED;
     }
     if (batch.lead && !done && !first)
         return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "the evaluation was cancelled");
@@ -18313,8 +19890,66 @@ MOE_API const uint64_t *moe_session_expert_counts(const moe_session *session, in
     return session->expert_counts + (int64_t)layer * session->model->info.n_expert;
 }
 
-// Every layer has a say: a mixer that remembers a state and not positions can only go back to
-// where it kept one.
+// Evaluates tokens start .. length - 1 again from the states in the slot that is not in use, which
+// are those at `at`, in runs of the form of latent attention that they had. Rows of caches that
+// keep positions get the bits they have. On failure everything is as it was, but for that slot.
+MOE__PRIVATE moe_status moe__session_replay(moe_session *session, int32_t at, int32_t start,
+                                            int32_t length, moe_error *error) {
+    const moe__slot slot = session->slot;
+    const int32_t was = session->length;
+    int done = 1;
+    session->next.slot = 1 - slot.slot;
+    session->next.at = at;
+    session->next.now = -1;
+    session->before = -1;
+    for (int32_t end; start < length && done; start = end) {
+        moe__batch batch;
+        moe_job job;
+        memset(&batch, 0, sizeof batch);
+        memset(&job, 0, sizeof job);
+        for (end = start + 1; end < length; end++)
+            if (session->expanded[end] != session->expanded[start]) break;
+        job.session = session;
+        job.tokens = session->tokens + start;
+        job.n_tokens = end - start;
+        session->length = start; // where the rows are
+        session->in_jobs = 1;
+        batch.jobs = &job;
+        batch.n_jobs = 1;
+        batch.lead = session;
+        batch.form = session->expanded[start];
+        batch.quiet = 1;
+        done = moe__jobs_run(&batch, job.n_tokens);
+        session->in_jobs = 0;
+        session->stats.n_replayed = session->n_replayed += (uint64_t)job.n_tokens;
+    }
+    session->length = was;
+    if (!done)
+        return moe__fail(error, MOE_ERROR_CANCELLED, "should_stop", "going back was cancelled");
+    session->slot = session->next;
+    return MOE_OK;
+}
+
+// Where states are from which those of a length can be made: in the other slot, a checkpoint or at
+// the beginning, whichever is nearest. *at: the position of the state; returns that of the first
+// token to be evaluated again. Puts the state into the slot that is not in use.
+MOE__PRIVATE int32_t moe__session_nearest(moe_session *session, int32_t length, int32_t *at) {
+    const int32_t other = 1 - session->slot.slot;
+    int32_t i = session->n_saved;
+    // The other slot knows what the tokens of its chunk did, too.
+    int32_t start = session->before < 0 || session->before > length
+                        ? -1
+                        : (int32_t)moe__min(length, session->before + MOE__CHUNK - 1);
+    while (i > 0 && session->saved_at[i - 1] > length) i--;
+    if (start >= 0 && (i == 0 || session->saved_at[i - 1] <= start)) {
+        *at = session->before;
+        return start;
+    }
+    moe__remember_put(session, i ? session->saved[i - 1] : NULL, other);
+    *at = i ? session->saved_at[i - 1] : 0;
+    return *at;
+}
+
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error) {
     if (session && session->in_jobs)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
@@ -18322,10 +19957,16 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
     if (!session || length < 0 || length > session->length)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",
                          (int)length, session ? (int)session->length : 0);
-    for (int il = 0; il < session->model->info.n_layer; il++) {
-        const moe__mixer *mixer = &moe__mixers[session->model->layers[il].mixer];
-        length = (int32_t)moe__min(length, mixer->rewind(session, il, length));
+    if (session->recurs && length < session->slot.at) {
+        if (moe__pool_is_held(session->pool))
+            return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
+                             "a callback cannot evaluate with the pool that calls it");
+        int32_t at;
+        const int32_t start = moe__session_nearest(session, length, &at);
+        moe_status status = moe__session_replay(session, at, start, length, error);
+        if (status) return status;
     }
+    moe__remember_drop(session, length);
     if (length < session->length) session->n_last = 0;
     session->length = length;
     return MOE_OK;

@@ -18076,7 +18076,7 @@ MOE__PRIVATE void moe__conv_bind(moe__loader *loader, moe__layer *layer, int il)
     const int64_t n_embd = loader->model->info.n_embd;
     r->n_taps = moe__recur_size(loader, "shortconv.l_cache", MOE__CONV_TAPS);
     r->n_conv = n_embd;
-    r->block = n_embd % MOE__CONV_BLOCK ? n_embd : MOE__CONV_BLOCK;
+    r->block = n_embd % MOE__CONV_BLOCK ? n_embd : (int64_t)MOE__CONV_BLOCK;
     r->conv_at = moe__recur_places(loader, n_embd / r->block, 2 * n_embd, r->block);
     moe__recur_bind(loader, layer, il, "shortconv.in_proj", 3 * n_embd, 1);
     moe__recur_taps(loader, layer, il, "shortconv.conv", 0, n_embd);
@@ -18170,7 +18170,7 @@ MOE__PRIVATE void moe__mamba1_bind(moe__loader *loader, moe__layer *layer, int i
     const int64_t d = r->d_k = moe__recur_size(loader, "ssm.state_size", MOE__MAX_HEAD);
     const int64_t rank = r->dt_rank = moe__recur_size(loader, "ssm.time_step_rank", 1 << 16);
     if (loader->status) return;
-    r->block = n % MOE__CONV_BLOCK ? n : MOE__CONV_BLOCK;
+    r->block = n % MOE__CONV_BLOCK ? n : (int64_t)MOE__CONV_BLOCK;
     r->conv_at = moe__recur_places(loader, n / r->block, 0, r->block);
     moe__recur_bind(loader, layer, il, "ssm_in", 2 * n, 1);
     moe__recur_taps(loader, layer, il, "ssm_conv1d", 0, n);
@@ -18221,6 +18221,25 @@ MOE__PRIVATE void moe__mamba1_layout(const moe__layer *layer, moe__memory *memor
     moe__mamba1_take(layer, memory, &w);
 }
 
+// After a rewind: the state of now from that at the slot's position and what the tokens since did.
+// In a phase of its own, since what the slot keeps may be written over in the next.
+MOE__PRIVATE void moe__mamba1_again(const moe__eval *e, const moe__layer *layer, int il,
+                                    const moe__mamba1 *w, const moe__span *span, int64_t begin,
+                                    int64_t end) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__cache *cache = &span->sequence->caches[il];
+    const moe__mamba1_slot from = moe__mamba1_parts(layer, cache->state[span->from.slot]);
+    float *now = from.now + begin, *y = w->y + span->first_row * r->n_conv + begin;
+    const int64_t n = r->n_conv;
+    if (span->from.now == span->past) return;
+    for (int32_t k = 0; k < r->d_k && begin < end; k++)
+        memcpy(now + k * n, from.state + k * n + begin, (size_t)(end - begin) * sizeof *now);
+    for (int j = 0; j < span->past - span->from.at; j++)
+        e->kernels->scan(now, now, n, r->d_k, end - begin, from.step + j * n + begin,
+                         from.x + j * n + begin, r->a + begin, from.b + j * r->d_k,
+                         from.b + j * r->d_k, y);
+}
+
 // Channels begin .. end - 1 through the tokens of a span. x, y: [row][n_conv]
 MOE__PRIVATE void moe__mamba1_walk(const moe__eval *e, const moe__layer *layer, int il,
                                    const moe__mamba1 *w, const moe__span *span, int64_t begin,
@@ -18231,13 +18250,6 @@ MOE__PRIVATE void moe__mamba1_walk(const moe__eval *e, const moe__layer *layer, 
     const moe__mamba1_slot to = moe__mamba1_parts(layer, cache->state[span->to.slot]);
     const float *x = moe__acts_f32(&e->in[MOE__IN_STEP], 0), *state = from.now + begin;
     const int64_t n = r->n_conv, n_c = end - begin;
-    if (span->from.now != span->past) { // makes it anew
-        state = from.state + begin;
-        for (int j = 0; j < span->past - span->from.at; j++, state = from.now + begin)
-            e->kernels->scan(state, from.now + begin, n, r->d_k, n_c, from.step + j * n + begin,
-                             from.x + j * n + begin, r->a + begin, from.b + j * r->d_k,
-                             from.b + j * r->d_k, w->y + span->first_row * n + begin);
-    }
     for (int32_t i = 0; i < span->n; i++, state = to.now + begin) {
         const int64_t t = span->first_row + i, at = t * n + begin;
         e->kernels->scan(state, to.now + begin, n, r->d_k, n_c, w->step + at, x + at, r->a + begin,
@@ -18313,6 +18325,9 @@ MOE__PRIVATE void moe__mamba1_forward(moe__eval *e, const moe__layer *layer, int
     float *out = moe__acts_f32(&e->in[MOE__IN_MIXED], 0);
     const float *x = moe__acts_f32(&e->in[MOE__IN_STEP], 0);
     moe__recur_project(e, layer, w.in);
+    moe__eval_range(e, r->n_conv, MOE__LINE, &begin, &end);
+    for (int32_t s = 0; s < e->work->n_spans; s++)
+        moe__mamba1_again(e, layer, il, &w, &e->work->spans[s], begin, end);
     moe__mamba1_conv(e, layer, il, &w);
     moe__eval_barrier(e);
     moe__eval_range(e, e->n, 1, &begin, &end);

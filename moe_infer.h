@@ -38,7 +38,7 @@
 //   >>model    hyper-parameters, the table of families, how tensors are bound
 //   >>cache    what a sequence remembers
 //   >>batch    rows of several sequences, their buffers, steps shared by threads
-//   >>mixers   attention: grouped queries, latent; the table of mixers
+//   >>mixers   attention: grouped queries, latent; recurrences; the table of mixers
 //   >>load     opening a model, placing its weights
 //   >>session  the forward pass, sessions
 //   >>sample   choosing tokens, generating text
@@ -54,8 +54,10 @@
 //   an expert schedule, as balanced: >>config if a macro is to choose it, moe_schedule,
 //     moe__schedule_balanced*, moe__schedules, moe__schedule_find
 //   a mixer of tokens, as gqa: moe__mixer_id, moe__families that use it, moe__gqa*, moe__mixers; if
-//     it attends, moe__attention*; also moe__layer for what its layers hold, moe__input for vectors
-//     that only its matrices read, moe__cache_shape for what it keeps
+//     it attends, moe__load_heads, moe__attention*; also moe__layer for what its layers hold,
+//     moe__input for vectors that only its matrices read, moe__cache_shape for what it keeps.
+//     One that recurs is best made after the model of lightning attention: >>mixers tells what goes
+//     where
 //   a model family, as "olmoe": moe__families; what is new about it becomes a feature that any
 //     family may have, read by the one forward pass; also moe__has
 //   a pre-tokenizer, as tekken: MOE__PASS, moe__text_pres
@@ -96,8 +98,8 @@
 // slow, it is copied bit by bit between tokens. moe_model_get_memory says in words what was done.
 // MAP never copies, COPY always.
 //
-// SESSIONS. A session is one context: its cache of keys and values. One thread at a time may
-// call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a
+// SESSIONS. A session is one context: its cache of keys, values and states. One thread at a time
+// may call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a
 // context has not reached yet is not touched; evaluating allocates nothing. A failed or
 // cancelled eval leaves the session as it was, logits included. Sessions of one pool share the
 // buffers for a batch; moe_session_eval_many evaluates several of them in one pass, reading each
@@ -119,6 +121,11 @@
 // each other. All this is with one instruction set and type of cache, see PRECISION. The
 // caller's floating-point environment (rounding, small numbers flushed to zero) has no part in
 // it, and is as before when a call returns.
+//
+// GOING BACK. moe_session_rewind forgets tokens, at any length, of every model, and what comes next
+// has the bits it would have had. Keys and values are just cut off. Layers that recur (delta nets,
+// Mamba, KDA, ...) keep a state instead, which cannot be cut: within the last 16 to 31 tokens they
+// go back at no cost, further by checkpoints and by evaluating up to some hundred tokens again.
 //
 // MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best
 // with pages = COPY: threads are pinned in blocks, and a row of a matrix lies in the memory of
@@ -804,6 +811,10 @@ MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
 typedef struct moe_session_stats {
     double eval_seconds;      // how long it took
     double wait_seconds;      // what its threads together waited for each other
+    double attention_seconds; // what of it went into layers' mixers, those that attend
+    double recurrent_seconds; // and those that recur,
+    double ffn_seconds;       // into feed-forward parts,
+    double output_seconds;    // and into logits
     const double *thread_wait_seconds; // [n_threads], 0: the caller's. A thread that always waits
                               // least has more work than the others, or a slower core
     int32_t n_threads;        // that took part, pinned to
@@ -16161,6 +16172,14 @@ MOE__INLINE int64_t moe__eval_row_unit(const moe__matrix *matrix, int64_t n_toke
     return matrix->data ? moe__max(unit, (int64_t)matrix->type->rows) : unit;
 }
 
+// For statistics: the time since *since is counted to *sum; thread 0 is the one that counts.
+MOE__PRIVATE void moe__eval_clock(const moe__eval *e, double *since, double *sum) {
+    if (e->thread) return;
+    const double now = moe__seconds();
+    *sum += now - *since;
+    *since = now;
+}
+
 MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
     if (e->thread == 0) e->batch->lead->stats.n_barriers++;
     moe__pool_barrier(e->batch->lead->pool, e->thread);
@@ -18841,9 +18860,29 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 //     k_ij, v_ij = (K_i^T latent[j], rotated[j]), V_i latent[j]
 //     m_i = sum over j <= p of softmax_j(q_i . k_ij) v_ij                      |
 //
-// So one token takes 6 barriers per layer with gqa, 8 with mla (a dense layer: one less), one
-// before the first layer and one behind the logits. One more each:
-//   gates of heads (attn_gate with gqa)
+// Mixers that recur: a state per head, S, n_k rows of n_v values, is all that they keep of the
+// past; what differs is what they make of a token and how S takes it up. u is what a convolution
+// over the last few tokens' products makes of them (conv), sigma the sigmoid, all by head:
+//
+//     products of h                       attn_qkv, attn_gate, ssm_in, ...         |
+//     (second halves of low-rank ones     ssm_f_b, ssm_g_b, of kda                 :|)
+//     q, k, v, decay d, beta of u                                                  |
+//     S = d S + k x beta (v - (d S)^T k)  delta: d one number; kda: one per row
+//     S = d S + k x v                     mamba2: k, q = B, C; v = step x; lightning
+//     m_i = S^T q                                                                  |
+//     m = N(m) silu(z)                    delta; sigma(z): kda, lightning;
+//         N((m + D x) silu(z))            mamba2                                   |
+//
+// mamba1 has a decay for each value of S and norms and products of its own in between (2 barriers
+// more, and 2 if the batch has many rows); conv is C * conv(B * u), 2 barriers in all.
+//
+// A layer may have but one of the two halves (nemotron_h). With latent experts (ffn_latent_down,
+// _up) the routed ones work on a shorter vector: 2 barriers more.
+//
+// So one token takes 6 barriers per layer with gqa, 8 with mla, delta, mamba2 and lightning (a
+// dense layer: one less), 10 with low-rank kda, one before the first layer and one behind the
+// logits. One more each:
+//   gates of heads (attn_gate with mla, with gqa also if they are in attn_q)
 //   items that are single chunks of keys, since heads alone are too few for the threads: their
 //     results are joined (gqa; mla joins them where V_i is applied)
 //   items smaller than a group of heads: the key is stored before any of them begins (gqa)
@@ -19310,8 +19349,10 @@ MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
 MOE__PRIVATE int moe__forward(moe__eval *e) {
     const moe_model *model = e->model;
     moe__work *work = e->work;
+    moe_session_stats *stats = &e->batch->lead->stats;
     float *sum;
     moe__forward_begin(e);
+    double since = e->thread ? 0 : moe__seconds();
     for (int il = 0; il < model->info.n_layer; il++) {
         const moe__layer *layer = &model->layers[il];
         const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].prefetch : &model->output;
@@ -19328,12 +19369,15 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
             if (!layer->has_ffn) moe__eval_fetch(e, next);
             moe__eval_barrier(e);
             moe__forward_join(e, layer->attn_post_norm);
+            moe__eval_clock(e, &since, layer->mixer > MOE__MLA ? &stats->recurrent_seconds
+                                                               : &stats->attention_seconds);
         }
         if (layer->has_ffn) { // residual += experts(norm(residual)), or the dense network
             moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_NORMED);
             sum = moe__forward_branch(e, layer->ffn_post_norm);
             moe__forward_ffn(e, layer, sum, next);
             moe__forward_join(e, layer->ffn_post_norm);
+            moe__eval_clock(e, &since, &stats->ffn_seconds);
             if (e->batch->stop) return 0;
         }
     }
@@ -19369,7 +19413,9 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
         e.n = batch->n;
         moe__eval_inputs(&e);
         if (!moe__forward(&e)) return;
+        double since = thread ? 0 : moe__seconds();
         moe__forward_logits(&e);
+        moe__eval_clock(&e, &since, &batch->lead->stats.output_seconds);
         if (!batch->more) return;
         moe__eval_barrier(&e);
         for (int32_t i = 0; i < batch->work->n_spans && thread == 0; i++)

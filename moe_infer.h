@@ -525,7 +525,7 @@ typedef struct moe_model_info {
     int32_t n_vocab;          // rows of token_embd and output: the length of a row of logits
     int32_t n_ctx_train;      // context_length
     int32_t n_layer;          // layers that are run,
-    int32_t n_layer_recurrent; // of which so many mix tokens by a recurrence
+    int32_t n_layer_attention, n_layer_recurrent; // of which so many attend or recur
     int32_t n_embd;
     int32_t n_head, n_head_kv; // of the first layer that attends
     int32_t n_expert, n_expert_used, n_expert_shared;
@@ -533,6 +533,8 @@ typedef struct moe_model_info {
     int64_t n_params;         // weights of all tensors in use
     int64_t n_bytes;          // their bytes in the file
     int64_t n_bytes_token;    // bytes of weights that generating one token reads
+    int64_t n_bytes_state;    // bytes of the states of recurrent layers of one sequence, which
+                              // generating one token reads, and every 16th writes
     int64_t n_bytes_made;     // bytes of matrices made at opening: transposed keys' halves of
                               // attn_kv_b in files without attn_k_b
 } moe_model_info;
@@ -18740,6 +18742,9 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         if (layer->mixer) moe__mixers[layer->mixer].bind(&loader, layer, il);
         moe__load_layer(&loader, layer, il);
         model->info.n_layer_recurrent += layer->mixer > MOE__MLA;
+        model->info.n_layer_attention += layer->mixer == MOE__GQA || layer->mixer == MOE__MLA;
+        if (!loader.status)
+            model->info.n_bytes_state += moe__layer_cache(layer).kept * (int64_t)sizeof(float);
         if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
     }
     moe__load_check_used(&loader);

@@ -5861,6 +5861,7 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
 //                   from registers; micro-kernels of 32 rows (16) times 2 to 6 vectors
 //   floats          norms, activations of experts, softmax
 //   attention       scores, weights and values of a chunk of keys, joined with those before
+//   recurrences     tokens of a chunk through a state that is read once; scans, convolutions
 //   picking a table what the processor has
 //
 // A kernel computes what it is told and nothing else: it allocates nothing, waits for nobody, knows
@@ -6671,6 +6672,10 @@ static const moe__kernels moe__kernels_scalar = {
 #define f_sum4 MOE__SHARED(f_sum4)
 #define f_exp MOE__SHARED(f_exp)
 #define f_glu MOE__SHARED(f_glu)
+#define f_gate MOE__SHARED(f_gate)
+#define f_softplus MOE__SHARED(f_softplus)
+#define f_load_n MOE__SHARED(f_load_n)
+#define f_store_n MOE__SHARED(f_store_n)
 // vectors of doubles
 #define d_weigh MOE__SHARED(d_weigh)
 #define d_above MOE__SHARED(d_above)
@@ -6752,6 +6757,13 @@ static const moe__kernels moe__kernels_scalar = {
 #define value_weight MOE__SHARED(value_weight)
 #define value_tile MOE__SHARED(value_tile)
 #define value_cut MOE__SHARED(value_cut)
+// recurrences
+#define recur_job MOE__SHARED(recur_job)
+#define recur_tokens MOE__SHARED(recur_tokens)
+#define read_args MOE__SHARED(read_args)
+#define read_tile MOE__SHARED(read_tile)
+#define fold_args MOE__SHARED(fold_args)
+#define fold_tile MOE__SHARED(fold_tile)
 // words of layouts
 #define v_level_of MOE__SHARED(v_level_of)
 
@@ -10613,16 +10625,41 @@ MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, floa
     f_store_part(out + i, n - i, a);
 }
 
+// The first n floats at p, or a whole vector if there are as many.
+MOE__V MOE__VF f_load_n(const float *p, int64_t n) {
+    return n >= MOE__VFLOATS ? f_load(p) : f_load_part(p, n);
+}
+MOE__V void f_store_n(float *p, int64_t n, MOE__VF x) {
+    if (n >= MOE__VFLOATS)
+        f_store(p, x);
+    else
+        f_store_part(p, n, x);
+}
+
+// x / (1 + e^-gate)
+MOE__V MOE__VF f_gate(MOE__VF x, MOE__VF gate) {
+    return f_div(x, f_add(f_set(1.0f), f_exp(f_mul(f_set(-1.0f), gate))));
+}
+// ln(1 + e^x) within 3 ulp: the positive part of x, plus ln(1 + z) with z = e^-|x|. That is
+// 2 atanh(t / 2) with t = 2 z / (2 + z) <= 2 / 3, whose series t + t^3 / 12 + t^5 / 80 + ... has
+// the relative accuracy of t, however small; here t + t^3 p(t^2), p minimax (Remez; 5e-9).
+MOE__V MOE__VF f_softplus(MOE__VF x) {
+    const MOE__VF z = f_exp(f_min(x, f_sub(f_zero(), x))); // NaN stays NaN, here and below
+    const MOE__VF t = f_div(f_add(z, z), f_add(f_set(2.0f), z)), square = f_mul(t, t);
+    MOE__VF p = f_set(5.47109114e-4f);
+    p = f_fma(p, square, f_set(2.1876411e-3f));
+    p = f_fma(p, square, f_set(1.25067271e-2f));
+    p = f_fma(p, square, f_set(8.33330229e-2f));
+    return f_add(f_max(f_zero(), x), f_fma(f_mul(square, t), p, t));
+}
+
 // gate / (1 + exp(-gate)) * up, or as gpt-oss has it; oai is a constant once inlined.
 MOE__V MOE__VF f_glu(MOE__VF gate, MOE__VF up, const int oai) {
-    const MOE__VF one = f_set(1.0f), most = f_set(7.0f);
-    if (oai) {
-        gate = f_min(most, gate);
-        up = f_max(f_set(-7.0f), f_min(most, up));
-        up = f_add(up, one);
-    }
-    MOE__VF e = f_exp(f_mul(f_set(oai ? -1.702f : -1.0f), gate));
-    return f_mul(f_div(gate, f_add(one, e)), up);
+    if (!oai) return f_mul(f_gate(gate, gate), up);
+    const MOE__VF most = f_set(7.0f);
+    gate = f_min(most, gate);
+    up = f_max(f_set(-7.0f), f_min(most, up));
+    return f_mul(f_gate(gate, f_mul(f_set(1.702f), gate)), f_add(up, f_set(1.0f)));
 }
 MOE__V void MOE__(glu)(const float *gate, const float *up, int64_t n, float *out, const int oai) {
     int64_t i = 0;
@@ -10637,6 +10674,41 @@ MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *
 }
 MOE__K void MOE__(swiglu_oai)(const float *gate, const float *up, int64_t n, float *out) {
     MOE__(glu)(gate, up, n, out, 1);
+}
+
+MOE__K void MOE__(gate)(float *x, const float *gate, int64_t n) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS)
+        f_store_n(x + i, n - i, f_gate(f_load_n(x + i, n - i), f_load_n(gate + i, n - i)));
+}
+MOE__K void MOE__(softplus)(const float *x, const float *bias, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF sum = f_add(f_load_n(x + i, n - i), f_load_n(bias + i, n - i));
+        f_store_n(out + i, n - i, f_softplus(sum));
+    }
+}
+MOE__K void MOE__(decay)(const float *x, const float *bias, int64_t n, float a, float low,
+                         float *out) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF sum = f_add(f_load_n(x + i, n - i), f_load_n(bias + i, n - i));
+        const MOE__VF y = low < 0 ? f_gate(f_set(low), f_mul(f_set(a), sum))
+                                  : f_mul(f_set(a), f_softplus(sum));
+        f_store_n(out + i, n - i, f_exp(y));
+    }
+}
+MOE__K void MOE__(relu_squared)(const float *up, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF x = f_max(f_zero(), f_load_n(up + i, n - i));
+        f_store_n(out + i, n - i, f_mul(x, x));
+    }
+}
+MOE__K void MOE__(swiglu_limited)(const float *gate, const float *up, int64_t n, float limit,
+                                  float *out) {
+    const MOE__VF most = f_set(limit), least = f_set(-limit);
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF g = f_load_n(gate + i, n - i), u = f_load_n(up + i, n - i);
+        const MOE__VF x = f_min(most, f_gate(g, g));
+        f_store_n(out + i, n - i, f_mul(x, f_max(least, f_min(most, u))));
+    }
 }
 
 // NaN never becomes the maximum: it turns the sum, and with it every output, into NaN.
@@ -11710,9 +11782,481 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
     }
 }
 
+// ---- recurrences -----------------------------------------------------------------------------
+//
+// A call of recur has three parts, see moe__recur_args.
+//
+//   products   of each token's k and q and the keys of the chunk up to its own: lanes are tokens
+//              of the chunk, and one pass over the keys also makes them decay
+//   reading    S_0^T k and S_0^T q: lanes are columns, tiles of columns times vectors; the first
+//              state S_0 is read once for up to 6 vectors. A single token reads it row by row, as
+//              it lies in memory
+//   tokens     one after another: what the deltas before them add, their own delta, out
+//
+// With a single decay per token S_0 is multiplied with k and q as they are, and the product of
+// decays with the result; with one per row k and q decay beforehand, in scratch. Every sum is a
+// chain of fused multiply-adds of its own in ascending order, or, of products, a fixed number of
+// such chains: its bits depend neither on what is computed beside it nor on how calls cut the
+// chunk and the columns.
+#if MOE__ISA == 2
+#define MOE__RECUR_COLUMNS 2 // vectors of a tile: 12 sums, 2 of S_0, 1 factor of 16 registers
+#else
+#define MOE__RECUR_COLUMNS 4 // 24 sums, 4 of S_0, 1 factor of 32
+#endif
+
+enum {
+    MOE__(RECUR_VECTORS) = 6, // k and q of a tile
+    MOE__(RECUR_BLOCK) = 4 * MOE__VFLOATS, // columns that are read before their tokens' turn
+    MOE__(RECUR_ROWS) = 16 // rows of S_0 that a single token reads before it goes on
+};
+
+typedef struct recur_job {
+    const moe__recur_args *args;
+    const float *x[2 * MOE__CHUNK]; // what S_0 is multiplied with: of each token k, if there is
+                                    // beta, and q
+    float total[MOE__CHUNK];        // of each token: factor of these products
+    MOE__ALIGNED(64) float of_k[MOE__CHUNK][MOE__CHUNK]; // [i][j]: token i's k and q times what
+    MOE__ALIGNED(64) float of_q[MOE__CHUNK][MOE__CHUNK]; // is left of key j of the chunk
+} recur_job;
+
+// The keys of the call's tokens go beside those before.
+MOE__V void MOE__(recur_keys)(const moe__recur_args *args) {
+    for (int i = 0; i < args->n; i++) {
+        const float *k = args->k + i * args->k_stride;
+        float *to = args->keys + args->done + i;
+        for (int r = 0; r < args->n_k; r++) to[r * MOE__CHUNK] = k[r];
+    }
+}
+
+// One more decay of weights, which has a lane for each of p tokens before; the next ones begin
+// with 1.
+MOE__V void MOE__(recur_weights)(float *weights, int p, float decay) {
+    for (int j = 0; j < MOE__CHUNK; j += MOE__VFLOATS) {
+        const int64_t before = moe__max(0, moe__min(p - j, MOE__VFLOATS));
+        const MOE__VF x = f_mul(f_load(weights + j), f_set(decay));
+        f_store(weights + j, f_select_part(before, x, f_set(1.0f)));
+    }
+}
+// One more decay per row, which is also that of token i's k and q.
+MOE__V void MOE__(recur_totals)(const moe__recur_args *args, int i, float *k, float *q) {
+    const float *decay = args->decay + i * args->decay_stride;
+    for (int r = 0; r < args->n_k; r += MOE__VFLOATS) {
+        const int64_t n = args->n_k - r;
+        const MOE__VF x = f_mul(f_load_n(args->total + r, n), f_load_n(decay + r, n));
+        f_store_n(args->total + r, n, x);
+        f_store_n(q + r, n, f_mul(x, f_load_n(args->q + i * args->q_stride + r, n)));
+        f_store_n(k + r, n, f_mul(x, f_load_n(args->k + i * args->k_stride + r, n)));
+    }
+}
+
+// Row of_q[i] and, with both, of_k[i]; with `rows` keys decay by row, those before token i. Four
+// vectors of keys at a time have a sum each. Lanes of tokens behind hold anything. rows and both
+// are constants once inlined.
+MOE__V void MOE__(recur_products)(const int rows, const int both, recur_job *job, int i) {
+    enum { V = MOE__VFLOATS, PARTS = MOE__CHUNK / V };
+    const moe__recur_args *args = job->args;
+    const float *q = args->q + i * args->q_stride, *k = args->k + i * args->k_stride;
+    const float *decay = args->decay + i * args->decay_stride;
+    const int p = args->done + i, n_k = args->n_k;
+    int64_t before[2] = {0, 0};
+    MOE__VF of_q[4], of_k[4];
+    for (int c = 0; c < PARTS; c++) before[c] = moe__max(0, moe__min(p - c * V, V));
+    MOE__UNROLL(4)
+    for (int c = 0; c < 4; c++) of_q[c] = of_k[c] = f_zero();
+    for (int r = 0; r < n_k; r += 4 / PARTS)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) {
+            const int row = r + c / PARTS;
+            if (row >= n_k) continue;
+            float *at = args->keys + r * MOE__CHUNK + c * V;
+            MOE__VF x = f_load(at);
+            if (rows) {
+                x = f_select_part(before[c % PARTS], f_mul(x, f_set(decay[row])), x);
+                f_store(at, x);
+            }
+            of_q[c] = f_fma(f_set(q[row]), x, of_q[c]);
+            if (both) of_k[c] = f_fma(f_set(k[row]), x, of_k[c]);
+        }
+    MOE__UNROLL(2)
+    for (int h = 0; h < PARTS; h++) {
+        const MOE__VF w = f_load(args->weights + h * V);
+        MOE__VF sum_q = of_q[h], sum_k = of_k[h];
+        MOE__UNROLL(4)
+        for (int c = h + PARTS; c < 4; c += PARTS) {
+            sum_q = f_add(sum_q, of_q[c]);
+            sum_k = f_add(sum_k, of_k[c]);
+        }
+        f_store(job->of_q[i] + h * V, f_mul(w, sum_q));
+        if (both) f_store(job->of_k[i] + h * V, f_mul(w, sum_k));
+    }
+}
+#define MOE__RECUR_PRODUCTS(name, rows, both)                       \
+    MOE__K void MOE__(recur_products_##name)(recur_job *job, int i) { \
+        MOE__(recur_products)(rows, both, job, i);                  \
+    }
+MOE__RECUR_PRODUCTS(q, 0, 0)
+MOE__RECUR_PRODUCTS(kq, 0, 1)
+MOE__RECUR_PRODUCTS(rows_q, 1, 0)
+MOE__RECUR_PRODUCTS(rows_kq, 1, 1)
+#undef MOE__RECUR_PRODUCTS
+
+// Decays, products and what S_0 is to be multiplied with. Returns how many vectors these are.
+MOE__K int MOE__(recur_prepare)(recur_job *job) {
+    const moe__recur_args *args = job->args;
+    const int rows = args->n_decay > 1, both = args->beta != NULL;
+    float *scratch = args->scratch;
+    int n = 0;
+    for (int i = 0; i < args->n; i++) {
+        const float *q = args->q + i * args->q_stride, *k = args->k + i * args->k_stride;
+        const float decay = rows ? 1 : args->decay[i * args->decay_stride];
+        MOE__(recur_weights)(args->weights, args->done + i, decay);
+        job->total[i] = 1;
+        if (rows) {
+            MOE__(recur_totals)(args, i, scratch, scratch + args->n_k);
+            k = scratch, q = scratch + args->n_k;
+            scratch += 2 * args->n_k;
+            both ? MOE__(recur_products_rows_kq)(job, i) : MOE__(recur_products_rows_q)(job, i);
+        } else {
+            job->total[i] = args->total[0] *= decay;
+            both ? MOE__(recur_products_kq)(job, i) : MOE__(recur_products_q)(job, i);
+        }
+        if (both) job->x[n++] = k;
+        job->x[n++] = q;
+    }
+    return n;
+}
+
+typedef struct read_args {
+    const float *state; // from the tile's first row and column
+    int64_t stride;
+    int32_t n_k, width; // rows; columns: whole vectors, or at most one
+    int32_t begins;     // whether sums begin here, or go on from y
+    int64_t ahead;      // what is fetched: so many floats behind what is read
+    const float *x[MOE__(RECUR_VECTORS)]; // from the tile's first row
+    float *y;           // sums: of each x a vector per column
+    int64_t y_stride;
+} read_args;
+
+MOE__V void read_tile(const int n, const int columns, const read_args *t) {
+    enum { X = MOE__(RECUR_VECTORS), C = 2 * MOE__RECUR_COLUMNS, V = MOE__VFLOATS };
+    MOE__VF acc[X][C], s[C], w[2];
+    MOE__UNROLL(8)
+    for (int v = 0; v < X; v++)
+        MOE__UNROLL(8)
+        for (int c = 0; c < C; c++) acc[v][c] = f_zero();
+    if (!t->begins)
+        MOE__UNROLL(8)
+        for (int v = 0; v < X; v++)
+            MOE__UNROLL(8)
+            for (int c = 0; c < C; c++)
+                if (v < n && c < columns) acc[v][c] = f_load(t->y + v * t->y_stride + c * V);
+    const float *state = t->state;
+    for (int r = 0; r < t->n_k; r++, state += t->stride) {
+        if (n <= 2 && columns > 1) { // factors stay in registers, else vectors of S_0
+            MOE__UNROLL(2)
+            for (int v = 0; v < n; v++) w[v] = f_keep(f_set(t->x[v][r]));
+            MOE__UNROLL(8)
+            for (int c = 0; c < C; c++) {
+                if (c >= columns) continue;
+                if (c * V % 16 == 0) fetch_line(state + t->ahead + c * V);
+                const MOE__VF x = f_keep(f_load(state + c * V));
+                MOE__UNROLL(2)
+                for (int v = 0; v < n; v++) acc[v][c] = f_fma(w[v], x, acc[v][c]);
+            }
+            continue;
+        }
+        MOE__UNROLL(8)
+        for (int c = 0; c < C; c++)
+            if (c < columns)
+                s[c] = f_keep(columns > 1 ? f_load(state + c * V) : f_load_part(state, t->width));
+        MOE__UNROLL(8)
+        for (int v = 0; v < X; v++) {
+            if (v >= n) continue;
+            const MOE__VF x = f_keep(f_set(t->x[v][r]));
+            MOE__UNROLL(8)
+            for (int c = 0; c < C; c++)
+                if (c < columns) acc[v][c] = f_fma(x, s[c], acc[v][c]);
+        }
+    }
+    MOE__UNROLL(8)
+    for (int v = 0; v < X; v++)
+        MOE__UNROLL(8)
+        for (int c = 0; c < C; c++)
+            if (v < n && c < columns) f_store(t->y + v * t->y_stride + c * V, acc[v][c]);
+}
+
+// One function for each n, [n - 1], and width
+typedef void MOE__(read_fn)(const read_args *t);
+#define MOE__READ_TILE(n)                                                                      \
+    MOE__K void MOE__(read_part_##n)(const read_args *t) { read_tile(n, 1, t); }               \
+    MOE__K void MOE__(read_##n)(const read_args *t) { read_tile(n, MOE__RECUR_COLUMNS, t); }
+MOE__READ_TILE(1)
+MOE__READ_TILE(2)
+MOE__READ_TILE(3)
+MOE__READ_TILE(4)
+MOE__READ_TILE(5)
+MOE__READ_TILE(6)
+#undef MOE__READ_TILE
+MOE__K void MOE__(read_wide_1)(const read_args *t) { read_tile(1, 2 * MOE__RECUR_COLUMNS, t); }
+MOE__K void MOE__(read_wide_2)(const read_args *t) { read_tile(2, 2 * MOE__RECUR_COLUMNS, t); }
+static MOE__(read_fn) *const MOE__(read_part)[] = {MOE__(read_part_1), MOE__(read_part_2),
+                                                   MOE__(read_part_3), MOE__(read_part_4),
+                                                   MOE__(read_part_5), MOE__(read_part_6)};
+static MOE__(read_fn) *const MOE__(read_full)[] = {MOE__(read_1), MOE__(read_2), MOE__(read_3),
+                                                   MOE__(read_4), MOE__(read_5), MOE__(read_6)};
+static MOE__(read_fn) *const MOE__(read_wide)[] = {MOE__(read_wide_1), MOE__(read_wide_2)};
+
+// So many columns as come next of `left`; tile: what reads n vectors of them.
+MOE__V int MOE__(read_width)(int left, int n, MOE__(read_fn) **tile) {
+    enum { V = MOE__VFLOATS, FULL = MOE__RECUR_COLUMNS * V };
+    if (n <= 2 && left >= 2 * FULL) {
+        *tile = MOE__(read_wide)[n - 1];
+        return 2 * FULL;
+    }
+    *tile = left >= FULL ? MOE__(read_full)[n - 1] : MOE__(read_part)[n - 1];
+    return left >= FULL ? FULL : left < V ? left : V;
+}
+
+// One token's vectors, 1 or 2, times all of S_0
+MOE__K void MOE__(recur_read_one)(const recur_job *job, int n, float *y, int64_t y_stride) {
+    const moe__recur_args *args = job->args;
+    read_args t;
+    t.stride = args->state_stride;
+    t.y_stride = y_stride;
+    t.ahead = MOE__(RECUR_ROWS) * t.stride;
+    for (int r = 0; r < args->n_k; r += MOE__(RECUR_ROWS)) {
+        t.begins = r == 0;
+        t.n_k = (int)moe__min(args->n_k - r, MOE__(RECUR_ROWS));
+        for (int v = 0; v < n; v++) t.x[v] = job->x[v] + r;
+        for (int c = 0; c < args->n_v; c += t.width) {
+            MOE__(read_fn) *tile;
+            t.width = MOE__(read_width)(args->n_v - c, n, &tile);
+            t.state = args->state + r * t.stride + c;
+            t.y = y + c;
+            tile(&t);
+        }
+    }
+}
+// n vectors times `width` columns of S_0 from column `at` on; y: RECUR_BLOCK floats per vector
+MOE__K void MOE__(recur_read)(const recur_job *job, int n, int at, int width, float *y) {
+    const moe__recur_args *args = job->args;
+    const int rows = attend_rows(n, MOE__(RECUR_VECTORS));
+    read_args t;
+    t.stride = args->state_stride;
+    t.y_stride = MOE__(RECUR_BLOCK);
+    t.begins = 1;
+    t.ahead = 0;
+    t.n_k = args->n_k;
+    for (int c = 0; c < width; c += t.width)
+        for (int i = 0; i < n; i += rows) {
+            const int count = n - i < rows ? n - i : rows;
+            MOE__(read_fn) *tile;
+            memcpy(t.x, job->x + i, (size_t)count * sizeof *t.x);
+            t.width = width - c < MOE__RECUR_COLUMNS * MOE__VFLOATS
+                          ? (int)moe__min(width - c, MOE__VFLOATS)
+                          : MOE__RECUR_COLUMNS * MOE__VFLOATS;
+            tile = t.width > MOE__VFLOATS ? MOE__(read_full)[count - 1]
+                                          : MOE__(read_part)[count - 1];
+            t.state = args->state + at + c;
+            t.y = y + c + i * t.y_stride;
+            tile(&t);
+        }
+}
+
+// Deltas and outputs of all tokens for some columns, of which y holds the sums: 4 vectors, or one
+// or a part of it. Products of S_0's sums are fused into what they are taken from or added to, or
+// rounded first, never as a compiler likes.
+MOE__V void recur_tokens(const int columns, const recur_job *job, int at, int width,
+                         const float *y, int64_t y_stride) {
+    enum { V = MOE__VFLOATS };
+    const moe__recur_args *args = job->args;
+    const int n = columns > 1 ? V : width;
+    for (int i = 0; i < args->n; i++) {
+        const int p = args->done + i;
+        const MOE__VF total = f_set(job->total[i]);
+        const float *v = args->v + i * args->v_stride + at, *delta = args->deltas + at;
+        float *out = args->out + i * args->out_stride + at;
+        MOE__VF x[4], sum[4];
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            if (c < columns) x[c] = f_load_n(v + c * V, n);
+        if (args->beta) {
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (c < columns) x[c] = f_fnma(total, f_load(y + c * V), x[c]);
+            y += y_stride;
+        }
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            if (c < columns) sum[c] = f_rounded(f_mul(total, f_load(y + c * V)));
+        y += y_stride;
+        for (int j = 0; j < p; j++, delta += args->delta_stride) {
+            const MOE__VF of_q = f_set(job->of_q[i][j]), of_k = f_set(job->of_k[i][j]);
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++) {
+                if (c >= columns) continue;
+                const MOE__VF d = f_load_n(delta + c * V, n);
+                sum[c] = f_fma(of_q, d, sum[c]);
+                if (args->beta) x[c] = f_fnma(of_k, d, x[c]);
+            }
+        }
+        const MOE__VF beta = f_set(args->beta ? args->beta[i * args->beta_stride] : 1);
+        const MOE__VF own = f_set(job->of_q[i][p]);
+        float *to = args->deltas + p * args->delta_stride + at;
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) {
+            if (c >= columns) continue;
+            x[c] = f_rounded(f_mul(beta, x[c]));
+            f_store_n(to + c * V, n, x[c]);
+            f_store_n(out + c * V, n, f_fma(own, x[c], sum[c]));
+        }
+    }
+}
+MOE__K void MOE__(recur_columns)(const recur_job *job, int at, int width, const float *y,
+                                 int64_t y_stride) {
+    int c = 0;
+    for (; c + 4 * MOE__VFLOATS <= width; c += 4 * MOE__VFLOATS)
+        recur_tokens(4, job, at + c, 4 * MOE__VFLOATS, y + c, y_stride);
+    for (; c < width; c += MOE__VFLOATS)
+        recur_tokens(1, job, at + c, (int)moe__min(width - c, MOE__VFLOATS), y + c, y_stride);
+}
+
+MOE__K void MOE__(recur)(const moe__recur_args *args) {
+    enum { BLOCK = MOE__(RECUR_BLOCK) };
+    MOE__ALIGNED(64) float y[2 * MOE__CHUNK * BLOCK];
+    recur_job job;
+    job.args = args;
+    if (args->n == 1) // what is read first is fetched meanwhile
+        for (int r = 0; r < args->n_k && r < MOE__(RECUR_ROWS); r++)
+            for (int c = 0; c < args->n_v; c += 16)
+                fetch_line(args->state + r * args->state_stride + c);
+    MOE__(recur_keys)(args);
+    const int n = MOE__(recur_prepare)(&job);
+    if (args->n == 1) {
+        const int64_t stride = ((int64_t)args->n_v + MOE__VFLOATS - 1) / MOE__VFLOATS * MOE__VFLOATS;
+        float *sums = args->scratch + 2 * args->n_k;
+        MOE__(recur_read_one)(&job, n, sums, stride);
+        MOE__(recur_columns)(&job, 0, args->n_v, sums, stride);
+        return;
+    }
+    for (int c = 0; c < args->n_v; c += BLOCK) {
+        const int width = (int)moe__min(args->n_v - c, BLOCK);
+        MOE__(recur_read)(&job, n, c, width, y);
+        MOE__(recur_columns)(&job, c, width, y, BLOCK);
+    }
+}
+
+typedef struct fold_args {
+    const float *state, *deltas; // from the tile's first column on, and row
+    float *to;
+    int64_t stride, delta_stride;
+    int32_t width;               // as in read_args
+    const float *total;          // per row
+    const float (*factor)[MOE__CHUNK]; // per row and delta
+} fold_args;
+
+MOE__V void fold_tile(const int n, const int columns, const fold_args *t) {
+    enum { V = MOE__VFLOATS };
+    MOE__VF acc[4][4], d[4];
+    const int width = columns > 1 ? V : t->width;
+    const float *delta = t->deltas;
+    MOE__UNROLL(4)
+    for (int r = 0; r < 4; r++)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            acc[r][c] = r < n && c < columns ? f_rounded(f_mul(f_set(t->total[r]),
+                                                 f_load_n(t->state + r * t->stride + c * V, width)))
+                                             : f_zero();
+    for (int j = 0; j < MOE__CHUNK; j++, delta += t->delta_stride) {
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            if (c < columns) d[c] = f_keep(f_load_n(delta + c * V, width));
+        MOE__UNROLL(4)
+        for (int r = 0; r < 4; r++) {
+            if (r >= n) continue;
+            const MOE__VF x = f_keep(f_set(t->factor[r][j]));
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (c < columns) acc[r][c] = f_fma(x, d[c], acc[r][c]);
+        }
+    }
+    MOE__UNROLL(4)
+    for (int r = 0; r < 4; r++)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            if (r < n && c < columns)
+                f_store_n(t->to + r * t->stride + c * V, width, acc[r][c]);
+}
+MOE__K void MOE__(fold_full_4)(const fold_args *t) { fold_tile(4, MOE__RECUR_COLUMNS, t); }
+MOE__K void MOE__(fold_full_1)(const fold_args *t) { fold_tile(1, MOE__RECUR_COLUMNS, t); }
+MOE__K void MOE__(fold_part_4)(const fold_args *t) { fold_tile(4, 1, t); }
+MOE__K void MOE__(fold_part_1)(const fold_args *t) { fold_tile(1, 1, t); }
+
+MOE__K void MOE__(fold)(const moe__recur_args *args, float *to) {
+    enum { V = MOE__VFLOATS, FULL = MOE__RECUR_COLUMNS * V };
+    MOE__ALIGNED(64) float factor[4][MOE__CHUNK], total[4];
+    fold_args t;
+    t.stride = args->state_stride;
+    t.delta_stride = args->delta_stride;
+    t.total = total;
+    t.factor = (const float (*)[MOE__CHUNK])factor;
+    for (int r = 0, n; r < args->n_k; r += n) {
+        n = args->n_k - r < 4 ? 1 : 4;
+        for (int i = 0; i < n; i++) {
+            total[i] = args->total[args->n_decay > 1 ? r + i : 0];
+            for (int j = 0; j < MOE__CHUNK; j += V)
+                f_store(factor[i] + j, f_mul(f_load(args->weights + j),
+                                             f_load(args->keys + (r + i) * MOE__CHUNK + j)));
+        }
+        for (int c = 0; c < args->n_v; c += t.width) {
+            const int left = args->n_v - c, full = left >= FULL;
+            t.width = full ? FULL : left < V ? left : V;
+            t.state = args->state + r * t.stride + c;
+            t.deltas = args->deltas + c;
+            t.to = to + r * t.stride + c;
+            if (full)
+                n == 4 ? MOE__(fold_full_4)(&t) : MOE__(fold_full_1)(&t);
+            else
+                n == 4 ? MOE__(fold_part_4)(&t) : MOE__(fold_part_1)(&t);
+        }
+    }
+}
+
+// Lanes are channels.
+MOE__K void MOE__(scan)(const float *state, float *to, int64_t stride, int64_t n_state, int64_t n,
+                        const float *dt, const float *x, const float *a, const float *b,
+                        const float *c, float *out) {
+    for (int64_t j = 0; j < n; j += MOE__VFLOATS) {
+        const int64_t left = n - j;
+        const MOE__VF step = f_load_n(dt + j, left), in = f_mul(step, f_load_n(x + j, left));
+        MOE__VF sum = f_zero();
+        for (int64_t i = 0; i < n_state; i++) {
+            const int64_t at = i * stride + j;
+            const MOE__VF decay = f_exp(f_mul(step, f_load_n(a + at, left)));
+            const MOE__VF s = f_fma(decay, f_load_n(state + at, left),
+                                    f_rounded(f_mul(in, f_set(b[i]))));
+            f_store_n(to + at, left, s);
+            sum = f_fma(s, f_set(c[i]), sum);
+        }
+        f_store_n(out + j, left, sum);
+    }
+}
+
+MOE__K void MOE__(conv)(const float *const *x, const float *w, int64_t stride, int32_t n_taps,
+                        const float *bias, int64_t n, int silu, float *out) {
+    for (int64_t c = 0; c < n; c += MOE__VFLOATS) {
+        const int64_t left = n - c;
+        MOE__VF sum = bias ? f_load_n(bias + c, left) : f_zero();
+        for (int i = 0; i < n_taps; i++)
+            sum = f_fma(f_load_n(w + i * stride + c, left), f_load_n(x[i] + c, left), sum);
+        f_store_n(out + c, left, silu ? f_gate(sum, sum) : sum);
+    }
+}
+
 #undef MOE__ATTEND_ROWS
 #undef MOE__ATTEND_WIDE
 #undef MOE__ATTEND_FEW
+#undef MOE__RECUR_COLUMNS
 #undef MOE__VD
 #undef MOE__VD_OP
 #endif // MOE__ISA != 4
@@ -11744,15 +12288,15 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(f32_to_q8_0),
     MOE__SHARED(attend),
     MOE__SHARED(attend_add),
-    moe__recur_scalar,
-    moe__fold_scalar,
-    moe__scan_scalar,
-    moe__conv_scalar,
-    moe__gate_scalar,
-    moe__softplus_scalar,
-    moe__decay_scalar,
-    moe__relu_squared_scalar,
-    moe__swiglu_limited_scalar};
+    MOE__SHARED(recur),
+    MOE__SHARED(fold),
+    MOE__SHARED(scan),
+    MOE__SHARED(conv),
+    MOE__SHARED(gate),
+    MOE__SHARED(softplus),
+    MOE__SHARED(decay),
+    MOE__SHARED(relu_squared),
+    MOE__SHARED(swiglu_limited)};
 
 #undef MOE__TYPE_KERNELS
 #undef MOE__TILE_F32
@@ -11900,6 +12444,10 @@ static const moe__kernels MOE__(kernels) = {
 #undef f_sum4
 #undef f_exp
 #undef f_glu
+#undef f_gate
+#undef f_softplus
+#undef f_load_n
+#undef f_store_n
 #undef d_weigh
 #undef d_above
 #undef d_scale
@@ -11975,6 +12523,12 @@ static const moe__kernels MOE__(kernels) = {
 #undef value_weight
 #undef value_tile
 #undef value_cut
+#undef recur_job
+#undef recur_tokens
+#undef read_args
+#undef read_tile
+#undef fold_args
+#undef fold_tile
 #undef v_level_of
 #undef MOE__LEVELS
 #undef MOE__BIAS8

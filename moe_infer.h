@@ -16291,7 +16291,7 @@ typedef struct moe__spare {
 static const moe__spare moe__spares[] = {
     // how large activations are, for kernels that round them to 4 bits
     {"", ".input_scale", ".weight"},
-    // left out by llama.cpp, see moe__load_is_scaled: what counts is read
+    // of matrices, left out by llama.cpp, see moe__load_is_scaled: what counts is read
     {"blk.", ".scale", ".weight"},
     // the same as these
     {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight"},
@@ -16316,7 +16316,9 @@ MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name)
         if (!s->other) return 1;
         snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
         const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
-        if (at >= 0 && loader->used[at]) return 1;
+        if (at >= 0 && loader->used[at] &&
+            (strcmp(s->suffix, ".scale") || moe_gguf_tensor_at(gguf, at)->n_dims > 1))
+            return 1;
     }
     return 0;
 }

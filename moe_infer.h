@@ -5944,7 +5944,8 @@ typedef struct moe__attend_args {
 // the product of decays of the chunk up to token t, S^T k_t is S_0^T (D_t k_t) plus, of each token
 // j before, (k_t . D_t/D_j k_j) delta_j: reading S once serves all tokens of a call, and nothing
 // is written to it until the chunk is full (fold). A token's results have the same bits in
-// whatever calls the chunk comes: each dot product is a sum of its own, in ascending order.
+// whatever calls the chunk comes: each dot product is a sum of its own, in a fixed order. What the
+// arrays hold for tokens that have not come yet counts for nothing.
 //
 // Columns of S know nothing of each other: any range of them can be computed by itself.
 typedef struct moe__recur_args {
@@ -11807,7 +11808,8 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
 enum {
     MOE__(RECUR_VECTORS) = 6, // k and q of a tile
     MOE__(RECUR_BLOCK) = 4 * MOE__VFLOATS, // columns that are read before their tokens' turn
-    MOE__(RECUR_ROWS) = 16 // rows of S_0 that a single token reads before it goes on
+    MOE__(RECUR_ROWS) = 16, // rows of S_0 that a single token takes at a time
+    MOE__(RECUR_AHEAD) = 2048 // floats that are fetched ahead of those it reads
 };
 
 typedef struct recur_job {
@@ -11819,13 +11821,33 @@ typedef struct recur_job {
     MOE__ALIGNED(64) float of_q[MOE__CHUNK][MOE__CHUNK]; // is left of key j of the chunk
 } recur_job;
 
-// The keys of the call's tokens go beside those before.
+// The keys of the call's tokens go beside those before, four tokens at a time: one by one they
+// would take a store per value.
 MOE__V void MOE__(recur_keys)(const moe__recur_args *args) {
-    for (int i = 0; i < args->n; i++) {
-        const float *k = args->k + i * args->k_stride;
-        float *to = args->keys + args->done + i;
-        for (int r = 0; r < args->n_k; r++) to[r * MOE__CHUNK] = k[r];
+    float *to = args->keys + args->done;
+    const float *k = args->k;
+    int i = 0;
+    for (; i + 4 <= args->n; i += 4, k += 4 * args->k_stride) {
+        int r = 0;
+        for (; r + 4 <= args->n_k; r += 4) {
+            __m128 a = _mm_loadu_ps(k + r), b = _mm_loadu_ps(k + args->k_stride + r);
+            __m128 c = _mm_loadu_ps(k + 2 * args->k_stride + r);
+            __m128 d = _mm_loadu_ps(k + 3 * args->k_stride + r);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            _mm_storeu_ps(to + i + r * MOE__CHUNK, a);
+            _mm_storeu_ps(to + i + (r + 1) * MOE__CHUNK, b);
+            _mm_storeu_ps(to + i + (r + 2) * MOE__CHUNK, c);
+            _mm_storeu_ps(to + i + (r + 3) * MOE__CHUNK, d);
+        }
+        for (; r < args->n_k; r++)
+            for (int j = 0; j < 4; j++) to[i + j + r * MOE__CHUNK] = k[j * args->k_stride + r];
     }
+    for (; i < args->n; i++, k += args->k_stride)
+        for (int r = 0; r < args->n_k; r++) {
+            float x = k[r];
+            __asm__("" : "+x"(x)); // clang would scatter them, which takes longer
+            to[i + r * MOE__CHUNK] = x;
+        }
 }
 
 // One more decay of weights, which has a lane for each of p tokens before; the next ones begin
@@ -11849,34 +11871,55 @@ MOE__V void MOE__(recur_totals)(const moe__recur_args *args, int i, float *k, fl
     }
 }
 
-// Row of_q[i] and, with both, of_k[i]; with `rows` keys decay by row, those before token i. Four
-// vectors of keys at a time have a sum each. Lanes of tokens behind hold anything. rows and both
-// are constants once inlined.
-MOE__V void MOE__(recur_products)(const int rows, const int both, recur_job *job, int i) {
+// Up to four vectors of keys, n_rows rows, times values of q and k go to sums of their own. With
+// `rows` they decay first: before and behind are factors, 1 for lanes of tokens before and behind,
+// else 0. (A decay that is not finite spoils all lanes, and with S all tokens to come anyhow.)
+MOE__V void MOE__(recur_rows)(const int rows, const int both, int n_rows, const float *q,
+                              const float *k, const float *decay, float *keys,
+                              const MOE__VF *before, const MOE__VF *behind, MOE__VF *of_q,
+                              MOE__VF *of_k) {
     enum { V = MOE__VFLOATS, PARTS = MOE__CHUNK / V };
+    MOE__UNROLL(4)
+    for (int r = 0; r < 4 / PARTS; r++) {
+        if (r >= n_rows) continue;
+        const MOE__VF by_q = f_keep(f_set(q[r])), by_k = both ? f_keep(f_set(k[r])) : f_zero();
+        MOE__UNROLL(2)
+        for (int h = 0; h < PARTS; h++) {
+            const int c = r * PARTS + h;
+            MOE__VF x = f_keep(f_load(keys + c * V));
+            if (rows) {
+                x = f_mul(x, f_fma(before[h], f_set(decay[r]), behind[h]));
+                f_store(keys + c * V, x);
+            }
+            of_q[c] = f_fma(by_q, x, of_q[c]);
+            if (both) of_k[c] = f_fma(by_k, x, of_k[c]);
+        }
+    }
+}
+// Row of_q[i] and, with both, of_k[i]: four sums each, for groups of four vectors of keys. Lanes of
+// tokens behind hold anything. rows and both are constants once inlined.
+MOE__V void MOE__(recur_products)(const int rows, const int both, recur_job *job, int i) {
+    enum { V = MOE__VFLOATS, PARTS = MOE__CHUNK / V, STEP = 4 / PARTS };
     const moe__recur_args *args = job->args;
     const float *q = args->q + i * args->q_stride, *k = args->k + i * args->k_stride;
     const float *decay = args->decay + i * args->decay_stride;
     const int p = args->done + i, n_k = args->n_k;
-    int64_t before[2] = {0, 0};
-    MOE__VF of_q[4], of_k[4];
-    for (int c = 0; c < PARTS; c++) before[c] = moe__max(0, moe__min(p - c * V, V));
+    float *keys = args->keys;
+    MOE__VF of_q[4], of_k[4], before[2], behind[2];
+    MOE__UNROLL(2)
+    for (int c = 0; c < PARTS; c++) {
+        const int64_t n = moe__max(0, moe__min(p - c * V, V));
+        before[c] = f_keep(f_select_part(n, f_set(1.0f), f_zero()));
+        behind[c] = f_keep(f_select_part(n, f_zero(), f_set(1.0f)));
+    }
     MOE__UNROLL(4)
     for (int c = 0; c < 4; c++) of_q[c] = of_k[c] = f_zero();
-    for (int r = 0; r < n_k; r += 4 / PARTS)
-        MOE__UNROLL(4)
-        for (int c = 0; c < 4; c++) {
-            const int row = r + c / PARTS;
-            if (row >= n_k) continue;
-            float *at = args->keys + r * MOE__CHUNK + c * V;
-            MOE__VF x = f_load(at);
-            if (rows) {
-                x = f_select_part(before[c % PARTS], f_mul(x, f_set(decay[row])), x);
-                f_store(at, x);
-            }
-            of_q[c] = f_fma(f_set(q[row]), x, of_q[c]);
-            if (both) of_k[c] = f_fma(f_set(k[row]), x, of_k[c]);
-        }
+    int r = 0;
+    for (; r + STEP <= n_k; r += STEP)
+        MOE__(recur_rows)(rows, both, STEP, q + r, k + r, decay + r, keys + r * MOE__CHUNK, before,
+                          behind, of_q, of_k);
+    MOE__(recur_rows)(rows, both, n_k - r, q + r, k + r, decay + r, keys + r * MOE__CHUNK, before,
+                      behind, of_q, of_k);
     MOE__UNROLL(2)
     for (int h = 0; h < PARTS; h++) {
         const MOE__VF w = f_load(args->weights + h * V);
@@ -11890,9 +11933,9 @@ MOE__V void MOE__(recur_products)(const int rows, const int both, recur_job *job
         if (both) f_store(job->of_k[i] + h * V, f_mul(w, sum_k));
     }
 }
-#define MOE__RECUR_PRODUCTS(name, rows, both)                       \
+#define MOE__RECUR_PRODUCTS(name, rows, both)                         \
     MOE__K void MOE__(recur_products_##name)(recur_job *job, int i) { \
-        MOE__(recur_products)(rows, both, job, i);                  \
+        MOE__(recur_products)(rows, both, job, i);                    \
     }
 MOE__RECUR_PRODUCTS(q, 0, 0)
 MOE__RECUR_PRODUCTS(kq, 0, 1)
@@ -11950,18 +11993,23 @@ MOE__V void read_tile(const int n, const int columns, const read_args *t) {
             MOE__UNROLL(8)
             for (int c = 0; c < C; c++)
                 if (v < n && c < columns) acc[v][c] = f_load(t->y + v * t->y_stride + c * V);
-    const float *state = t->state;
-    for (int r = 0; r < t->n_k; r++, state += t->stride) {
+    const float *state = t->state, *x[X];
+    const int64_t stride = t->stride, ahead = t->ahead;
+    MOE__UNROLL(8)
+    for (int v = 0; v < X; v++) x[v] = t->x[v < n ? v : 0];
+    for (int r = 0; r < t->n_k; r++, state += stride) {
         if (n <= 2 && columns > 1) { // factors stay in registers, else vectors of S_0
             MOE__UNROLL(2)
-            for (int v = 0; v < n; v++) w[v] = f_keep(f_set(t->x[v][r]));
+            for (int v = 0; v < 2; v++)
+                if (v < n) w[v] = f_keep(f_set(x[v][r]));
             MOE__UNROLL(8)
             for (int c = 0; c < C; c++) {
                 if (c >= columns) continue;
-                if (c * V % 16 == 0) fetch_line(state + t->ahead + c * V);
-                const MOE__VF x = f_keep(f_load(state + c * V));
+                if (c * V % 16 == 0) fetch_line(state + ahead + c * V);
+                s[c] = f_keep(f_load(state + c * V));
                 MOE__UNROLL(2)
-                for (int v = 0; v < n; v++) acc[v][c] = f_fma(w[v], x, acc[v][c]);
+                for (int v = 0; v < 2; v++)
+                    if (v < n) acc[v][c] = f_fma(w[v], s[c], acc[v][c]);
             }
             continue;
         }
@@ -11972,10 +12020,10 @@ MOE__V void read_tile(const int n, const int columns, const read_args *t) {
         MOE__UNROLL(8)
         for (int v = 0; v < X; v++) {
             if (v >= n) continue;
-            const MOE__VF x = f_keep(f_set(t->x[v][r]));
+            const MOE__VF y = f_keep(f_set(x[v][r]));
             MOE__UNROLL(8)
             for (int c = 0; c < C; c++)
-                if (c < columns) acc[v][c] = f_fma(x, s[c], acc[v][c]);
+                if (c < columns) acc[v][c] = f_fma(y, s[c], acc[v][c]);
         }
     }
     MOE__UNROLL(8)
@@ -11987,8 +12035,8 @@ MOE__V void read_tile(const int n, const int columns, const read_args *t) {
 
 // One function for each n, [n - 1], and width
 typedef void MOE__(read_fn)(const read_args *t);
-#define MOE__READ_TILE(n)                                                                      \
-    MOE__K void MOE__(read_part_##n)(const read_args *t) { read_tile(n, 1, t); }               \
+#define MOE__READ_TILE(n)                                                        \
+    MOE__K void MOE__(read_part_##n)(const read_args *t) { read_tile(n, 1, t); } \
     MOE__K void MOE__(read_##n)(const read_args *t) { read_tile(n, MOE__RECUR_COLUMNS, t); }
 MOE__READ_TILE(1)
 MOE__READ_TILE(2)
@@ -12023,7 +12071,7 @@ MOE__K void MOE__(recur_read_one)(const recur_job *job, int n, float *y, int64_t
     read_args t;
     t.stride = args->state_stride;
     t.y_stride = y_stride;
-    t.ahead = MOE__(RECUR_ROWS) * t.stride;
+    t.ahead = moe__max(1, MOE__(RECUR_AHEAD) / args->n_v) * t.stride;
     for (int r = 0; r < args->n_k; r += MOE__(RECUR_ROWS)) {
         t.begins = r == 0;
         t.n_k = (int)moe__min(args->n_k - r, MOE__(RECUR_ROWS));
@@ -12091,7 +12139,8 @@ MOE__V void recur_tokens(const int columns, const recur_job *job, int at, int wi
             if (c < columns) sum[c] = f_rounded(f_mul(total, f_load(y + c * V)));
         y += y_stride;
         for (int j = 0; j < p; j++, delta += args->delta_stride) {
-            const MOE__VF of_q = f_set(job->of_q[i][j]), of_k = f_set(job->of_k[i][j]);
+            const MOE__VF of_q = f_set(job->of_q[i][j]);
+            const MOE__VF of_k = args->beta ? f_set(job->of_k[i][j]) : f_zero();
             MOE__UNROLL(4)
             for (int c = 0; c < 4; c++) {
                 if (c >= columns) continue;
@@ -12126,14 +12175,14 @@ MOE__K void MOE__(recur)(const moe__recur_args *args) {
     MOE__ALIGNED(64) float y[2 * MOE__CHUNK * BLOCK];
     recur_job job;
     job.args = args;
-    if (args->n == 1) // what is read first is fetched meanwhile
-        for (int r = 0; r < args->n_k && r < MOE__(RECUR_ROWS); r++)
+    if (args->n == 1) // meanwhile what is read first comes
+        for (int r = 0; r < args->n_k && r * args->n_v < MOE__(RECUR_AHEAD); r++)
             for (int c = 0; c < args->n_v; c += 16)
                 fetch_line(args->state + r * args->state_stride + c);
     MOE__(recur_keys)(args);
     const int n = MOE__(recur_prepare)(&job);
     if (args->n == 1) {
-        const int64_t stride = ((int64_t)args->n_v + MOE__VFLOATS - 1) / MOE__VFLOATS * MOE__VFLOATS;
+        const int64_t stride = (args->n_v + MOE__VFLOATS - 1) / MOE__VFLOATS * MOE__VFLOATS;
         float *sums = args->scratch + 2 * args->n_k;
         MOE__(recur_read_one)(&job, n, sums, stride);
         MOE__(recur_columns)(&job, 0, args->n_v, sums, stride);

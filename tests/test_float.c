@@ -1633,8 +1633,9 @@ TEST(a_chunk_is_left_as_plain_c_leaves_it) {
             recurrence_chunk(&moe__kernels_scalar, &plain, 0, n, n, 0, heads[i].n_v);
             recurrence_chunk(k, &r, 0, n, n, 0, heads[i].n_v);
             double keys = 0;
-            for (int c = 0; c < heads[i].n_k * CHUNK; c++)
-                if (c % CHUNK < n) keys = fmax(keys, largest_difference(r.keys + c, plain.keys + c, 1));
+            for (int row = 0; row < heads[i].n_k; row++)
+                keys = fmax(keys, largest_difference(r.keys + row * CHUNK,
+                                                     plain.keys + row * CHUNK, n));
             const double weights = largest_difference(r.weights, plain.weights, n);
             const double total = largest_difference(r.total, plain.total, r.n_decay);
             const double deltas = largest_difference(r.deltas, plain.deltas, r.n_deltas);

@@ -6026,8 +6026,10 @@ typedef struct moe__kernels {
     void (*decay)(const float *x, const float *bias, int64_t n, float a, float low, float *out);
     // out[i] = max(up[i], 0)^2. out may be up.
     void (*relu_squared)(const float *up, int64_t n, float *out);
-    // out[i] = min(silu(gate[i]), limit) * up[i] within -limit..limit. out may be gate.
-    void (*swiglu_limited)(const float *gate, const float *up, int64_t n, float limit, float *out);
+    // out[i] = min(silu(gate[i]), limit) * up[i] within -limit..limit, or (first) the gate is
+    // limited before silu. out may be gate.
+    void (*swiglu_limited)(const float *gate, const float *up, int64_t n, float limit, int first,
+                           float *out);
 } moe__kernels;
 
 // ---- the plain C table -----------------------------------------------------------------------
@@ -6419,10 +6421,13 @@ MOE__PRIVATE void moe__relu_squared_scalar(const float *up, int64_t n, float *ou
 }
 
 MOE__PRIVATE void moe__swiglu_limited_scalar(const float *gate, const float *up, int64_t n,
-                                             float limit, float *out) {
-    for (int64_t i = 0; i < n; i++)
-        out[i] = moe__clamp(gate[i] / (1 + expf(-gate[i])), -INFINITY, limit) *
+                                             float limit, int first, float *out) {
+    for (int64_t i = 0; i < n; i++) {
+        const float g = first ? moe__clamp(gate[i], -INFINITY, limit) : gate[i];
+        const float silu = g / (1 + expf(-g));
+        out[i] = (first ? silu : moe__clamp(silu, -INFINITY, limit)) *
                  moe__clamp(up[i], -limit, limit);
+    }
 }
 
 #define MOE__KERNELS_TYPE(NAME, name, ...) \
@@ -10703,11 +10708,13 @@ MOE__K void MOE__(relu_squared)(const float *up, int64_t n, float *out) {
     }
 }
 MOE__K void MOE__(swiglu_limited)(const float *gate, const float *up, int64_t n, float limit,
-                                  float *out) {
+                                  int first, float *out) {
     const MOE__VF most = f_set(limit), least = f_set(-limit);
     for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
-        const MOE__VF g = f_load_n(gate + i, n - i), u = f_load_n(up + i, n - i);
-        const MOE__VF x = f_min(most, f_gate(g, g));
+        MOE__VF g = f_load_n(gate + i, n - i), u = f_load_n(up + i, n - i);
+        if (first) g = f_min(most, g);
+        MOE__VF x = f_gate(g, g);
+        if (!first) x = f_min(most, x);
         f_store_n(out + i, n - i, f_mul(x, f_max(least, f_min(most, u))));
     }
 }
@@ -13066,6 +13073,7 @@ typedef enum moe__activation {
     MOE__SWIGLU,
     MOE__SWIGLU_OAI,
     MOE__SWIGLU_LIMITED,
+    MOE__SWIGLU_LIMIT_FIRST,
     MOE__RELU_2 // without gate
 } moe__activation;
 
@@ -13081,7 +13089,11 @@ MOE__PRIVATE void moe__ffn_activate(const moe__kernels *kernels, const moe__ffn 
     switch (ffn->activation) {
     case MOE__SWIGLU: kernels->swiglu(gate, up, n, hidden); break;
     case MOE__SWIGLU_OAI: kernels->swiglu_oai(gate, up, n, hidden); break;
-    case MOE__SWIGLU_LIMITED: kernels->swiglu_limited(gate, up, n, ffn->limit, hidden); break;
+    case MOE__SWIGLU_LIMITED:
+    case MOE__SWIGLU_LIMIT_FIRST:
+        kernels->swiglu_limited(gate, up, n, ffn->limit,
+                                ffn->activation == MOE__SWIGLU_LIMIT_FIRST, hidden);
+        break;
     case MOE__RELU_2: kernels->relu_squared(up, n, hidden); break;
     }
 }
@@ -15155,6 +15167,9 @@ enum {
     MOE__GROUPED = 1 << 21, // value heads that follow one another share a key head; else those
                             // that are as many apart as there are key heads
     MOE__SAFE_GATE = 1 << 22, // decays are bounded by kda.gate_lower_bound
+    MOE__TURN_FIRST = 1 << 26, // queries and keys are turned before they are normed
+    MOE__NO_OUT_BIAS = 1 << 27, // attn_output.bias is not added
+    MOE__SCALE_ROT = 1 << 28, // scores are divided by the root of how many values are turned
     MOE__SCALE_RECUR = 1 << 23, // NAME.scale of recurrent layers' matrices counts for all types;
     MOE__SCALE_OUT = 1 << 24, // of attention layers' that of attn_output alone does,
     MOE__SCALE_NONE = 1 << 25 // or none
@@ -15174,9 +15189,13 @@ enum {
     MOE__LATENT = 512,      // moe_latent_size: routed experts work on ffn_latent_down x
     MOE__SHARED_COUNT = 1 << 10, // shared experts, as wide as expert_shared_count routed ones
     MOE__SHARED_GATED = 1 << 11, // one of its own width, times the sigmoid of its gate
-    MOE__SHARED_WIDTH = 1 << 12, // one of its own width, if there is a key for that
+    MOE__SHARED_WIDTH = 1 << 12, // one of its own width; without a key as wide as routed ones
+    MOE__SHARED_KEY = 1 << 16, // the same, but without a key there is none,
+    MOE__SHARED_FFN = 1 << 17, // or it is as wide as feed_forward_length says
+    MOE__SHARED_TIMES = 1 << 18, // expert_shared_count of them
     MOE__WIDTH_FFN = 1 << 13, // experts are as wide as feed_forward_length says
     MOE__FFN_SCALE = 1 << 14, // NAME.scale of feed-forward matrices counts for all types
+    MOE__LIMIT_FIRST = 1 << 19, // the gate is limited before silu
     MOE__DENSE_ELSE = 1 << 15 // layers without ffn_gate_inp are dense
 };
 
@@ -15220,24 +15239,45 @@ static const moe__family moe__families[] = {
      MOE__QK_NORM | MOE__NOPE_FOURTH | MOE__EMBD_ROOT | MOE__POST_NORMS | MOE__GATE |
          MOE__BASE_SLIDING,
      MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+    {"bailingmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__SCALE_ROT, MOE__NORM_KEY | MOE__SCALE_KEY | MOE__SHARED_COUNT},
+    {"bailingmoe2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
+     MOE__QK_NORM, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH | MOE__SHARED_TIMES},
     {"bailingmoe3", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
      "output_norm", MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE,
      MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH | MOE__LIMITS},
+    {"deepseek", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", 0, MOE__SCALE_KEY | MOE__DENSE_KEY | MOE__SHARED_COUNT},
     {"deepseek2", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm", 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
     {"dots1", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
      MOE__QK_NORM, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+    {"ernie4_5-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__NO_OUT_BIAS,
+     MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__DENSE_ELSE | MOE__SHARED_KEY},
     {"exaone-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 4, "ffn_norm", "output_norm",
      MOE__QK_NORM | MOE__NOPE_FULL, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH},
+    {"glm4moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 0,
+     "post_attention_norm", "output_norm", 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
     {"gpt-oss", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2,
      "post_attention_norm", "output_norm", MOE__SINKS | MOE__BIASES | MOE__BASE_SLIDING,
      MOE__OAI},
+    {"granite", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__SCALES | MOE__NOPE_KEY,
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY},
     {"granitehybrid", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NORM,
      MOE__GATING_SOFTMAX, 0, "ffn_norm", "output_norm",
      MOE__SCALES | MOE__NOPE_KEY | MOE__SCALE_RECUR,
-     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_WIDTH},
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY},
     {"granitemoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_WIDTH},
+     "output_norm", MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY},
+    {"hunyuan-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__QK_NORM | MOE__TURN_FIRST,
+     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_FFN},
+    {"hy_v3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 0, "ffn_norm",
+     "output_norm", MOE__QK_NORM,
+     MOE__GATING_KEY | MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__DENSE_ELSE |
+         MOE__SHARED_WIDTH | MOE__FFN_SCALE},
     {"jamba", MOE__GQA, MOE__MAMBA1, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
      "ffn_norm", "output_norm", MOE__NOPE | MOE__SCALE_RECUR, MOE__WIDTH_FFN | MOE__DENSE_ELSE},
     {"kimi-linear", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
@@ -15249,16 +15289,23 @@ static const moe__family moe__families[] = {
      MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE},
     {"llama", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm", 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
+    {"maple", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
+     "output_norm", MOE__QK_NORM | MOE__NOPE_FULL | MOE__BASE_SLIDING,
+     MOE__NORMALIZE | MOE__LIMITS | MOE__LIMIT_FIRST},
     {"mellum", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
      "output_norm", MOE__QK_NORM | MOE__ALL_KEYS | MOE__PLAIN_SLIDING,
      MOE__NORMALIZE | MOE__FFN_SCALE},
     {"minimax-01", MOE__GQA, MOE__LIGHTNING, 8, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm", MOE__NORMED_RESIDUAL, MOE__NORMALIZE | MOE__WIDTH_FFN},
+    {"minimax-m2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
+     MOE__QK_NORM_WIDE, MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__WIDTH_FFN},
+    {"mistral4", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
     {"nemotron_h_moe", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX,
      MOE__GATING_SIGMOID, 0, "attn_norm", "output_norm",
      MOE__NOPE | MOE__ONE_PART | MOE__SCALE_RECUR,
      MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__RELU_SQUARED | MOE__LATENT |
-         MOE__SHARED_WIDTH | MOE__FFN_SCALE},
+         MOE__SHARED_KEY | MOE__FFN_SCALE},
     {"olmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm", MOE__QK_NORM_WIDE | MOE__CLAMP_KQV, MOE__WIDTH_FFN},
     {"qwen2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
@@ -15272,6 +15319,8 @@ static const moe__family moe__families[] = {
     {"qwen3next", MOE__GQA, MOE__DELTA, 4, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
      "post_attention_norm", "output_norm", MOE__QK_NORM | MOE__GATE_IN_Q | MOE__GROUPED,
      MOE__NORMALIZE | MOE__SHARED_GATED | MOE__FFN_SCALE},
+    {"qwen3vlmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", MOE__QK_NORM | MOE__SECTIONS, MOE__NORMALIZE},
 };
 
 // What a layer that recurs holds beside attn_norm and layer->o. Its matrices' products lie side by
@@ -15855,6 +15904,7 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
             moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, magnitude, factors);
     }
     const int sliding = model->ropes[MOE__ROPE_SLIDING].n_rot > 0;
+    const int turned = moe__has(model, MOE__SCALE_ROT);
     const int no_rope =
         moe__has(model, MOE__NOPE) || (moe__has(model, MOE__NOPE_KEY) &&
                                        !moe__load_bool(loader, "rope.scaling.finetuned", 1));
@@ -15867,7 +15917,8 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
         layers[il].n_rot = n_rot;
         layers[il].kq_scale = (float)(attention_scale > 0
                                           ? attention_scale
-                                          : kq_scale / sqrt(fmax(layers[il].head_k, 1)));
+                                          : kq_scale / sqrt(fmax(turned ? n_rot : layers[il].head_k,
+                                                                 1)));
     }
 }
 
@@ -16150,13 +16201,18 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
                                                          info->n_expert_shared, 1 << 28)
                                  : 0;
     }
-    if (moe__ffn_has(model, MOE__SHARED_WIDTH)) { // exaone-moe: as wide as a routed one by default
+    if (moe__ffn_has(model, MOE__SHARED_WIDTH | MOE__SHARED_KEY | MOE__SHARED_FFN)) {
+        int32_t count = moe__ffn_has(model, MOE__SHARED_TIMES)
+                            ? moe__load_int(loader, "expert_shared_count", 1, 64, 0)
+                            : 1;
         model->n_ff_shared = moe__load_int(
-            loader, "expert_shared_feed_forward_length", 1, 1 << 24,
-            moe__ffn_has(model, MOE__SHARED_COUNT)                ? model->n_ff_shared
-            : moe__ffn_has(model, MOE__WIDTH_FFN | MOE__LATENT) ? 0
-                                                                  : info->n_ff_exp);
-        info->n_expert_shared = model->n_ff_shared > 0;
+            loader, "expert_shared_feed_forward_length", 1, 1 << 22,
+            moe__ffn_has(model, MOE__SHARED_COUNT) ? model->n_ff_shared
+            : moe__ffn_has(model, MOE__SHARED_KEY) ? 0
+            : moe__ffn_has(model, MOE__SHARED_FFN) ? info->n_ff
+                                                   : info->n_ff_exp);
+        model->n_ff_shared *= count;
+        info->n_expert_shared = model->n_ff_shared > 0 ? count : 0;
     }
     if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
@@ -16212,7 +16268,8 @@ MOE__PRIVATE void moe__load_limit(moe__loader *loader, moe__ffn *ffn, int il, co
     if (at >= value->count || !moe_gguf_value_float(value, at, &x) || !(x >= 0 && x <= 1e30))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s has no limit for layer %d", key, il);
     if (!(x > 1e-6)) return;
-    ffn->activation = MOE__SWIGLU_LIMITED;
+    ffn->activation = moe__ffn_has(loader->model, MOE__LIMIT_FIRST) ? MOE__SWIGLU_LIMIT_FIRST
+                                                                    : MOE__SWIGLU_LIMITED;
     ffn->limit = (float)x;
 }
 
@@ -16342,6 +16399,16 @@ static const moe__spare moe__spares[] = {
     {"", ".input_scale", ".weight"},
     // of matrices, left out by llama.cpp, see moe__load_is_scaled: what counts is read
     {"blk.", ".scale", ".weight"},
+    // of layers that have experts
+    {"blk.", ".ffn_gate.weight", ".ffn_gate_inp.weight"},
+    {"blk.", ".ffn_up.weight", ".ffn_gate_inp.weight"},
+    {"blk.", ".ffn_down.weight", ".ffn_gate_inp.weight"},
+    {"blk.", ".ffn_gate.scale", ".ffn_gate_inp.weight"},
+    {"blk.", ".ffn_up.scale", ".ffn_gate_inp.weight"},
+    {"blk.", ".ffn_down.scale", ".ffn_gate_inp.weight"},
+    {"blk.", ".ffn_gate.input_scale", ".ffn_gate_inp.weight"},
+    {"blk.", ".ffn_up.input_scale", ".ffn_gate_inp.weight"},
+    {"blk.", ".ffn_down.input_scale", ".ffn_gate_inp.weight"},
     // the same as these
     {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight"},
     {"blk.", ".ssm_in.weight", ".attn_qkv.weight"},
@@ -17222,6 +17289,7 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
         moe__load_matrix(loader, &layer->v, il, "attn_v", x, n_embd, n_v, 1, 1, 1);
     }
     moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_out, n_embd, 1, 1, 1);
+    if (moe__has(model, MOE__NO_OUT_BIAS)) layer->o.bias = NULL; // as llama.cpp has it
     if (moe__has(model, MOE__GATE))
         moe__load_matrix(loader, &layer->gate, il, "attn_gate", x, n_embd, n_out, 1, 1, 1);
     layer->norm_wide = moe__has(model, MOE__QK_NORM_WIDE);
@@ -17299,18 +17367,26 @@ MOE__PRIVATE void moe__gqa_clamp(const moe__layer *layer, float *x, int64_t n) {
     for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
 }
 
-// Norms, turns and scales the query of one head; out: head_k floats, may be its place. In this
-// order: norm by head, clamp, rotation, the factor of the scores.
+// A head's query or key, in place: norm, clamp, rotation, in this order, or (MOE__TURN_FIRST) the
+// norm last.
+MOE__PRIVATE void moe__gqa_place(const moe__eval *e, const moe__layer *layer, int64_t t,
+                                 const float *norm, float *x) {
+    const int64_t d = layer->head_k;
+    const int last = moe__has(e->model, MOE__TURN_FIRST);
+    if (layer->norm_wide) norm = NULL;
+    if (norm && !last) e->kernels->rms_norm(x, norm, d, e->model->eps, x);
+    moe__gqa_clamp(layer, x, d);
+    moe__eval_turn(e, layer, t, x);
+    if (norm && last) e->kernels->rms_norm(x, norm, d, e->model->eps, x);
+}
+
+// The query of one head, with the factor of the scores; out: head_k floats, may be its place.
 MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                  int64_t t, int64_t head, float *out) {
     const int64_t d = layer->head_k;
     const float *q = moe__gqa_q(e, layer, w, t) + head * layer->q_stride;
-    if (layer->q_norm && !layer->norm_wide)
-        e->kernels->rms_norm(q, layer->q_norm, d, e->model->eps, out);
-    else if (out != q)
-        memcpy(out, q, (size_t)d * sizeof *out);
-    moe__gqa_clamp(layer, out, d);
-    moe__eval_turn(e, layer, t, out);
+    if (out != q) memcpy(out, q, (size_t)d * sizeof *out);
+    moe__gqa_place(e, layer, t, layer->q_norm, out);
     for (int64_t i = 0; i < d; i++) out[i] *= layer->kq_scale;
 }
 
@@ -17322,11 +17398,8 @@ MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, in
     const moe__cache *cache = &row->sequence->caches[il];
     float *k = moe__gqa_k(e, layer, w, t) + head * d;
     float *v = w->v + (t * layer->n_head_kv + head) * dv;
-    if (layer->k_norm && !layer->norm_wide)
-        e->kernels->rms_norm(k, layer->k_norm, d, e->model->eps, k);
-    moe__gqa_clamp(layer, k, d);
+    moe__gqa_place(e, layer, t, layer->k_norm, k);
     moe__gqa_clamp(layer, v, dv);
-    moe__eval_turn(e, layer, t, k);
     moe__kv_store(e->kernels, &cache->k, moe__kv_row(&cache->k, head, row->position), 0, k, d);
     moe__kv_store(e->kernels, &cache->v, moe__kv_row(&cache->v, head, row->position), 0, v, dv);
 }

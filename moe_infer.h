@@ -666,7 +666,8 @@ typedef struct moe_session_options {
     moe_pool *pool;          // shared threads, must outlive the session; NULL: own
     int32_t pin;             // own threads: as in moe_pool_options; default: pinned if the
                              // model's weights were placed by MOE_NUMA_OWNER
-    // Asked at least once per layer, non-zero cancels the eval; cannot evaluate with the pool.
+    // Asked at least once per layer that mixes tokens, non-zero cancels the eval; cannot evaluate
+    // with the pool.
     int (*should_stop)(void *user);
     void *should_stop_user;
 } moe_session_options;
@@ -20015,8 +20016,9 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     moe__eval_barrier(e);
 }
 
-// Whether somebody wants to stop: asked by thread 0 in each layer, while the others go on. They
-// look at the answer behind the next barrier, all at the same place, so that all stop or none.
+// Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the others
+// go on. They look at the answer behind the mixer's barriers, all at the same place, and others
+// come before it is asked again, so that all stop or none.
 MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
         const moe_session *session = batch->jobs[i].session;
@@ -20039,7 +20041,7 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
     for (int il = 0; il < model->info.n_layer; il++) {
         const moe__layer *layer = &model->layers[il];
         const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].prefetch : &model->output;
-        if (e->thread == 0) moe__forward_ask(e->batch);
+        if (e->thread == 0 && layer->mixer) moe__forward_ask(e->batch);
         if (layer->mixer) { // residual += attn_output mixed, mixed = mixer(norm(residual))
             moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_NORMED);
             moe__eval_fit(e, &layer->o);
@@ -20061,7 +20063,6 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
             moe__forward_ffn(e, layer, sum, next);
             moe__forward_join(e, layer->ffn_post_norm);
             moe__eval_clock(e, &since, &stats->ffn_seconds);
-            if (e->batch->stop) return 0;
         }
     }
     return 1;

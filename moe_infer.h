@@ -5986,6 +5986,8 @@ typedef struct moe__kernels {
     moe__glu_fn *swiglu;
     // out[i] = g / (1 + exp(-1.702 g)) * (u + 1), g = min(gate[i], 7), u = up[i] within -7..7
     moe__glu_fn *swiglu_oai;
+    moe__glu_fn *reglu; // max(gate, 0) * up
+    moe__glu_fn *geglu; // gelu(gate) * up, gelu(x) = x / (1 + exp(-1.5957691 (x + 0.044715 x^3)))
     // x[i] = exp(x[i] - max(x)) / sum; all -inf or a NaN inside: NaN
     void (*softmax)(float *x, int64_t n);
     // Weights of logits: e[i] = exp((x[i] - max) * scale) for x[i] >= least, 0 for the others,
@@ -6117,6 +6119,17 @@ MOE__PRIVATE void moe__swiglu_oai_scalar(const float *gate, const float *up, int
     for (int64_t i = 0; i < n; i++) {
         float g = moe__clamp(gate[i], -INFINITY, 7), u = moe__clamp(up[i], -7, 7);
         out[i] = g / (1 + expf(-1.702f * g)) * (u + 1);
+    }
+}
+
+MOE__PRIVATE void moe__reglu_scalar(const float *gate, const float *up, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = (gate[i] < 0 ? 0 : gate[i]) * up[i];
+}
+
+MOE__PRIVATE void moe__geglu_scalar(const float *gate, const float *up, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) {
+        const float g = gate[i], x = 1.59576912f * (g + 0.044715f * g * g * g);
+        out[i] = g / (1 + expf(-x)) * up[i];
     }
 }
 
@@ -6440,6 +6453,8 @@ static const moe__kernels moe__kernels_scalar = {
     moe__rms_norm_scalar,
     moe__swiglu_scalar,
     moe__swiglu_oai_scalar,
+    moe__reglu_scalar,
+    moe__geglu_scalar,
     moe__softmax_scalar,
     moe__weigh_scalar,
     moe__peaks_scalar,
@@ -10708,6 +10723,18 @@ MOE__K void MOE__(relu_squared)(const float *up, int64_t n, float *out) {
         f_store_n(out + i, n - i, f_mul(x, x));
     }
 }
+MOE__K void MOE__(reglu)(const float *gate, const float *up, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS)
+        f_store_n(out + i, n - i, f_mul(f_max(f_zero(), f_load_n(gate + i, n - i)),
+                                        f_load_n(up + i, n - i)));
+}
+MOE__K void MOE__(geglu)(const float *gate, const float *up, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF g = f_load_n(gate + i, n - i), cube = f_mul(f_mul(g, g), g);
+        const MOE__VF x = f_mul(f_set(1.59576912f), f_fma(f_set(0.044715f), cube, g));
+        f_store_n(out + i, n - i, f_mul(f_gate(g, x), f_load_n(up + i, n - i)));
+    }
+}
 MOE__K void MOE__(swiglu_limited)(const float *gate, const float *up, int64_t n, float limit,
                                   int first, float *out) {
     const MOE__VF most = f_set(limit), least = f_set(-limit);
@@ -12336,6 +12363,8 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(rms_norm),
     MOE__SHARED(swiglu),
     MOE__SHARED(swiglu_oai),
+    MOE__SHARED(reglu),
+    MOE__SHARED(geglu),
     MOE__SHARED(softmax),
     MOE__SHARED(weigh),
     MOE__SHARED(peaks),
@@ -12695,7 +12724,8 @@ static const moe__kernels *moe__kernels_get(moe_isa isa) {
 // What matrices read. Each has one of these vectors for its input; from that follow the forms in
 // which the vector is wanted (moe__acts), and nobody can hand a matrix another one.
 typedef enum moe__input {
-    MOE__IN_NORMED, // the residual, normed
+    MOE__IN_NORMED, // the residual, normed,
+    MOE__IN_RESIDUAL, // or as it is
     MOE__IN_MIXED,  // what a mixer has made of it, before attn_output
     MOE__IN_ROUTED, // hidden vectors of routed experts,
     MOE__IN_SHARED, // of shared ones,
@@ -12978,7 +13008,8 @@ enum { MOE__MAX_EXPERTS = 512 };
 typedef enum moe__gating {
     MOE__GATING_SOFTMAX = 1,
     MOE__GATING_SIGMOID = 2,
-    MOE__GATING_CHOSEN = 3 // softmax over the chosen experts only
+    MOE__GATING_CHOSEN = 3, // softmax over the chosen experts only
+    MOE__GATING_CHOSEN_SIGMOID = 16 // of no key: sigmoid of the chosen
 } moe__gating;
 
 typedef struct moe__router {
@@ -13059,6 +13090,8 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
     }
     for (int32_t i = 0; i < router->n_used; i++) weights[i] = logits[experts[i]];
     float factor = router->scale;
+    for (int32_t i = 0; router->gating == MOE__GATING_CHOSEN_SIGMOID && i < router->n_used; i++)
+        weights[i] = 1.0f / (1.0f + expf(-weights[i]));
     if (router->gating == MOE__GATING_CHOSEN)
         kernels->softmax(weights, router->n_used);
     else if (router->normalize)
@@ -13075,6 +13108,8 @@ typedef enum moe__activation {
     MOE__SWIGLU_OAI,
     MOE__SWIGLU_LIMITED,
     MOE__SWIGLU_LIMIT_FIRST,
+    MOE__REGLU,
+    MOE__GEGLU,
     MOE__RELU_2 // without gate
 } moe__activation;
 
@@ -13082,6 +13117,7 @@ typedef struct moe__ffn {
     moe__matrix gate, up, down; // gate.data NULL: the activation has no gate
     moe__activation activation;
     float limit;
+    int weighs_input; // weights multiply what an expert reads, not what it makes
 } moe__ffn;
 
 // hidden = activation(gate, up); hidden may be gate, or, without gate, up.
@@ -13095,6 +13131,8 @@ MOE__PRIVATE void moe__ffn_activate(const moe__kernels *kernels, const moe__ffn 
         kernels->swiglu_limited(gate, up, n, ffn->limit,
                                 ffn->activation == MOE__SWIGLU_LIMIT_FIRST, hidden);
         break;
+    case MOE__REGLU: kernels->reglu(gate, up, n, hidden); break;
+    case MOE__GEGLU: kernels->geglu(gate, up, n, hidden); break;
     case MOE__RELU_2: kernels->relu_squared(up, n, hidden); break;
     }
 }
@@ -13396,6 +13434,14 @@ typedef struct moe__scratch {
     const void **x, **x_up; // n_batch pointers to activations each
 } moe__scratch;
 
+// Gate and up of a token whose input is to be weighed: products of a weighed vector are weighed.
+MOE__INLINE void moe__ffn_weigh(const moe__entry *entry, int64_t t, float *gate, float *up,
+                                int64_t n) {
+    if (!entry->ffn->weighs_input || !entry->weights) return;
+    for (int64_t i = 0; i < n; i++) up[i] *= entry->weights[t];
+    for (int64_t i = 0; i < n && gate; i++) gate[i] *= entry->weights[t];
+}
+
 // hidden = silu(gate x) * up x (or the like) for some rows of one entry. in: [MOE__INPUTS]; the
 // hidden vectors are the input of down. One token: two long runs through memory, rows of gate
 // and then of up. Many: tile by tile (MOE__TILE_ROWS rows), gate and up in turns, so that what they
@@ -13418,6 +13464,7 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
             moe__matmul(kernels, gate, expert, begin, end, scratch->x, 1, h, 0, NULL);
         }
         moe__matmul(kernels, up, expert, begin, end, scratch->x_up, 1, scratch->up, 0, NULL);
+        moe__ffn_weigh(entry, 0, gate ? h : NULL, scratch->up, end - begin);
         moe__ffn_activate(kernels, ffn, h, scratch->up, end - begin, h);
         return;
     }
@@ -13429,10 +13476,12 @@ MOE__PRIVATE void moe__experts_gate_up(const moe__kernels *kernels, const moe__e
         moe__matmul_tile(kernels, up, expert, row, n_rows, scratch->x_up, n, scratch->up,
                          MOE__TILE_ROWS, scratch->pack,
                          moe__next_tile(gate ? gate : up, expert, row + n_rows, end));
-        for (int64_t t = 0; t < n; t++)
-            moe__ffn_activate(kernels, ffn, scratch->gate + t * MOE__TILE_ROWS,
-                              scratch->up + t * MOE__TILE_ROWS, n_rows,
+        for (int64_t t = 0; t < n; t++) {
+            float *g = scratch->gate + t * MOE__TILE_ROWS, *u = scratch->up + t * MOE__TILE_ROWS;
+            moe__ffn_weigh(entry, t, gate ? g : NULL, u, n_rows);
+            moe__ffn_activate(kernels, ffn, g, u, n_rows,
                               moe__acts_f32(hidden, entry->hidden_row + t) + row);
+        }
     }
 }
 
@@ -13455,7 +13504,8 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
     const moe__matrix *down = &entry->ffn->down;
     moe__acts_gather(in, down, NULL, entry->hidden_row, entry->n_tokens, scratch->x);
     moe__matmul_add(kernels, down, entry->expert, begin, end, scratch->x, entry->n_tokens,
-                    entry->tokens, entry->weights, sum, scratch->up, scratch->pack);
+                    entry->tokens, entry->ffn->weighs_input ? NULL : entry->weights, sum,
+                    scratch->up, scratch->pack);
 }
 
 // ==============================================================================================
@@ -15136,68 +15186,113 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
 // NAME.bias is added to a product, NAME.scale multiplies it.
 // ==============================================================================================
 
-enum { MOE__MAX_LAYERS = 512, MOE__MAX_HEADS = 4096, MOE__MAX_HEAD = 4096 };
+enum {
+    MOE__MAX_LAYERS = 512,
+    MOE__MAX_HEADS = 4096,
+    MOE__MAX_HEAD = 4096,
+    MOE__CHUNK_KEYS = 8192 // of attention within chunks
+};
 
 // What families differ in, beyond what tensors and keys say by being there. A feature is named
-// after what it does and not after a family: any family may have it, and it is read in one place.
-// Of layers and of how they mix tokens (moe__has):
+// after what it does and not after a family: any family may have it, and it is read in one place
+// (moe__has). Four sets, in the order of moe__feature_set.
+typedef enum moe__feature_set {
+    MOE__POSITIONS,
+    MOE__MIXING,
+    MOE__LAYERS,
+    MOE__FFN,
+    MOE__FEATURE_SETS
+} moe__feature_set;
+
+// Of positions and windows:
 enum {
-    MOE__QK_NORM = 1,       // norms of queries and keys, by head: their tensors must be there
-    MOE__QK_NORM_WIDE = 2,  // the same over all heads together
-    MOE__CLAMP_KQV = 4,     // attention.clamp_kqv bounds queries, keys and values
-    MOE__SINKS = 8,         // attn_sinks: per head a score whose exponential joins the sum
-    MOE__BIASES = 16,       // every matrix of a layer has a bias, which must be there
-    MOE__ALL_KEYS = 32,     // without attention.sliding_window every layer sees all keys
-    MOE__PLAIN_SLIDING = 64, // layers with a window have rope without scaling
-    MOE__BASE_SLIDING = 128, // layers with a window have the rope base rope.freq_base_swa
-    MOE__NOPE_FULL = 256,   // layers without a window have no rope,
-    MOE__NOPE_FOURTH = 512, // nor has every fourth layer,
-    MOE__NOPE = 1 << 10,    // nor any,
-    MOE__NOPE_KEY = 1 << 11, // nor any if rope.scaling.finetuned is false
-    MOE__SECTIONS = 1 << 12, // rope.dimension_sections: pairs that turn with the position of text
-    MOE__SCALES = 1 << 13,  // keys embedding_scale, residual_scale, attention.scale and
-                            // logit_scale, by which logits are divided
-    MOE__EMBD_ROOT = 1 << 14, // embeddings are multiplied by the root of their length
-    MOE__POST_NORMS = 1 << 15, // post_attention_norm and post_ffw_norm: what a part of a layer
-                            // adds to the residual is normed
-    MOE__NORMED_RESIDUAL = 1 << 16, // a part is added to residual_scale times its own input
-    MOE__GATE = 1 << 17,    // attn_gate: results of heads times the sigmoid of (it x)
-    MOE__GATE_HEAD = 1 << 18, // the same with one value per head
-    MOE__GATE_IN_Q = 1 << 19, // that matrix lies in attn_q: of each head its query, then its gate
-    MOE__ONE_PART = 1 << 20, // a layer mixes tokens or has a feed-forward part, never both
-    MOE__GROUPED = 1 << 21, // value heads that follow one another share a key head; else those
-                            // that are as many apart as there are key heads
-    MOE__SAFE_GATE = 1 << 22, // decays are bounded by kda.gate_lower_bound
-    MOE__TURN_FIRST = 1 << 26, // queries and keys are turned before they are normed
-    MOE__NO_OUT_BIAS = 1 << 27, // attn_output.bias is not added
-    MOE__SCALE_ROT = 1 << 28, // scores are divided by the root of how many values are turned
-    MOE__SCALE_RECUR = 1 << 23, // NAME.scale of recurrent layers' matrices counts for all types;
-    MOE__SCALE_OUT = 1 << 24, // of attention layers' that of attn_output alone does,
-    MOE__SCALE_NONE = 1 << 25 // or none
+    MOE__ALL_KEYS = 1, // without attention.sliding_window every layer sees all keys
+    MOE__FULL_FIRST = 1 << 1, // of a period of layers the first sees all keys, not the last
+    // windows do not slide: a query sees the keys of its chunk of MOE__CHUNK_KEYS
+    MOE__CHUNKS = 1 << 2,
+    MOE__WINDOW_4096 = 1 << 3, // so wide are windows, whatever the key says
+    MOE__PLAIN_SLIDING = 1 << 4, // layers with a window have rope without scaling
+    MOE__BASE_SLIDING = 1 << 5, // layers with a window have the rope base rope.freq_base_swa,
+    MOE__BASE_10000 = 1 << 6, // which is 10000 without a key and not rope.freq_base
+    MOE__ROT_SLIDING = 1 << 7, // and turn rope.dimension_count_swa values of a head
+    MOE__ROT_HALF = 1 << 8, // layers without a window turn half of rope.dimension_count
+    MOE__NOPE_FULL = 1 << 9, // layers without a window have no rope,
+    MOE__NOPE_FOURTH = 1 << 10, // nor has every fourth layer,
+    MOE__NOPE_FIRST = 1 << 11, // nor the first of four,
+    MOE__NOPE = 1 << 12, // nor any,
+    MOE__NOPE_KEY = 1 << 13, // nor any if rope.scaling.finetuned is false
+    MOE__SECTIONS = 1 << 14 // rope.dimension_sections: pairs that turn with the position of text
 };
-// Of the feed-forward part (moe__ffn_has):
+// Of how layers mix tokens:
 enum {
-    MOE__GATING_KEY = 1,    // expert_gating_func
-    MOE__NORM_KEY = 2,      // expert_weights_norm
-    MOE__SCALE_KEY = 4,     // expert_weights_scale
-    MOE__PROBS_BIAS = 8,    // exp_probs_b may be there
-    MOE__DENSE_KEY = 16,    // leading_dense_block_count
-    MOE__ROUTER_KEYS = 31,  // all of these
-    MOE__NORMALIZE = 32,    // weights of the chosen experts sum to 1, without a key
-    MOE__OAI = 64,          // activation moe__kernels.swiglu_oai
-    MOE__RELU_SQUARED = 128, // no gate; activation moe__kernels.relu_squared
-    MOE__LIMITS = 256,      // swiglu_clamp_exp and _shexp: of each layer how far activations go
-    MOE__LATENT = 512,      // moe_latent_size: routed experts work on ffn_latent_down x
-    MOE__SHARED_COUNT = 1 << 10, // shared experts, as wide as expert_shared_count routed ones
-    MOE__SHARED_GATED = 1 << 11, // one of its own width, times the sigmoid of its gate
-    MOE__SHARED_WIDTH = 1 << 12, // one of its own width; without a key as wide as routed ones
-    MOE__SHARED_KEY = 1 << 16, // the same, but without a key there is none,
-    MOE__SHARED_FFN = 1 << 17, // or it is as wide as feed_forward_length says
-    MOE__SHARED_TIMES = 1 << 18, // expert_shared_count of them
-    MOE__WIDTH_FFN = 1 << 13, // experts are as wide as feed_forward_length says
-    MOE__FFN_SCALE = 1 << 14, // NAME.scale of feed-forward matrices counts for all types
-    MOE__LIMIT_FIRST = 1 << 19, // the gate is limited before silu
-    MOE__DENSE_ELSE = 1 << 15 // layers without ffn_gate_inp are dense
+    MOE__QK_NORM = 1, // norms of queries and keys, by head: their tensors must be there
+    MOE__QK_NORM_WIDE = 1 << 1, // the same over all heads together
+    MOE__TURN_FIRST = 1 << 2, // queries and keys are turned before they are normed
+    MOE__QK_UNIT = 1 << 3, // they are, without weights, in layers that have rope
+    MOE__CLAMP_KQV = 1 << 4, // attention.clamp_kqv bounds queries, keys and values
+    MOE__SINKS = 1 << 5, // attn_sinks: per head a score whose exponential joins the sum,
+    MOE__SINKS_MAYBE = 1 << 6, // if the tensor is there
+    MOE__SCALE_ROT = 1 << 7, // scores are divided by the root of how many values are turned
+    MOE__VALUE_SCALE = 1 << 8, // attention.value_scale: a factor of what attention adds
+    // attention.temperature_scale: queries far from the start are sharpened,
+    MOE__TEMPERATURE = 1 << 9,
+    // those of layers without rope, by 0.1 for every 8192 positions
+    MOE__TEMPERATURE_NOPE = 1 << 10,
+    MOE__NO_QKV_BIAS = 1 << 11, // biases of queries, keys and values are not added,
+    MOE__NO_OUT_BIAS = 1 << 12, // nor is that of attn_output
+    MOE__GATE = 1 << 13, // attn_gate: results of heads times the sigmoid of (it x),
+    MOE__GATE_HEAD = 1 << 14, // with one value per head,
+    MOE__GATE_SOFTPLUS = 1 << 15, // or times the softplus of either
+    MOE__GATE_IN_Q = 1 << 16, // that matrix lies in attn_q: of each head its query, then its gate
+    MOE__INDEXED = 1 << 17, // attention to the indexer's top_k keys: as long as that is all
+    MOE__GROUPED = 1 << 18, // value heads that follow one another share a key head; else those that
+                            // are as many apart as there are key heads
+    MOE__SAFE_GATE = 1 << 19, // decays are bounded by kda.gate_lower_bound
+    MOE__SCALE_RECUR = 1 << 20, // NAME.scale of recurrent layers' matrices counts for all types;
+    MOE__SCALE_OUT = 1 << 21, // of attention layers' that of attn_output alone does,
+    MOE__SCALE_NONE = 1 << 22 // or none
+};
+// Of layers:
+enum {
+    MOE__BIASES = 1, // every matrix of a layer has a bias, which must be there
+    // keys embedding_scale, residual_scale, attention.scale and logit_scale, by
+    MOE__SCALES = 1 << 1,
+                          // which logits are divided
+    MOE__EMBD_ROOT = 1 << 2, // embeddings are multiplied by the root of their length
+    // post_attention_norm and post_ffw_norm: what a part of a layer adds to the
+    MOE__POST_NORMS = 1 << 3,
+                              // residual is normed
+    MOE__NORMED_RESIDUAL = 1 << 4, // a part is added to residual_scale times its own input
+    MOE__ONE_PART = 1 << 5 // a layer mixes tokens or has a feed-forward part, never both
+};
+// Of the feed-forward part:
+enum {
+    MOE__GATING_KEY = 1, // expert_gating_func
+    MOE__NORM_KEY = 1 << 1, // expert_weights_norm
+    MOE__SCALE_KEY = 1 << 2, // expert_weights_scale
+    MOE__PROBS_BIAS = 1 << 3, // exp_probs_b may be there
+    MOE__DENSE_KEY = 1 << 4, // leading_dense_block_count
+    MOE__ROUTER_KEYS = 31, // all of these
+    MOE__NORMALIZE = 1 << 5, // weights of the chosen experts sum to 1, without a key
+    MOE__OAI = 1 << 6, // activation moe__kernels.swiglu_oai
+    MOE__RELU_SQUARED = 1 << 7, // no gate; activation moe__kernels.relu_squared
+    MOE__LIMITS = 1 << 8, // swiglu_clamp_exp and _shexp: of each layer how far activations go;
+    MOE__LIMIT_FIRST = 1 << 9, // the gate is limited before silu
+    MOE__LATENT = 1 << 10, // moe_latent_size: routed experts work on ffn_latent_down x
+    MOE__SHARED_COUNT = 1 << 11, // shared experts, as wide as expert_shared_count routed ones
+    MOE__SHARED_GATED = 1 << 12, // one of its own width, times the sigmoid of its gate
+    MOE__SHARED_WIDTH = 1 << 13, // one of its own width; without a key as wide as routed ones
+    MOE__SHARED_KEY = 1 << 14, // the same, but without a key there is none,
+    MOE__SHARED_FFN = 1 << 15, // or it is as wide as feed_forward_length says
+    MOE__SHARED_TIMES = 1 << 16, // expert_shared_count of them
+    MOE__WIDTH_FFN = 1 << 17, // experts are as wide as feed_forward_length says
+    MOE__FFN_SCALE = 1 << 18, // NAME.scale of feed-forward matrices counts for all types
+    MOE__DENSE_ELSE = 1 << 19, // layers without ffn_gate_inp are dense
+    MOE__RELU = 1 << 20, // activation moe__kernels.reglu
+    MOE__GELU = 1 << 21, // activation moe__kernels.geglu
+    MOE__EARLY_ROUTER = 1 << 22, // the router reads what the layer reads
+    MOE__WEIGHS_INPUT = 1 << 23, // weights multiply what experts read
+    MOE__SHARED_EXPERT = 1 << 24 // one, as wide as a routed one
 };
 
 // How a layer mixes tokens: rows of moe__mixers (>>mixers)
@@ -15229,7 +15324,7 @@ typedef struct moe__family {
                        // attention.sliding_window_pattern says otherwise; 0: none does
     const char *ffn_norm;    // name of the norm before the feed-forward part
     const char *output_norm; // of the last norm
-    unsigned features, ffn;
+    unsigned features[MOE__FEATURE_SETS];
 } moe__family;
 
 // In alphabetical order. Which tensors and keys a family has is what llama.cpp's loader reads for
@@ -15237,91 +15332,138 @@ typedef struct moe__family {
 static const moe__family moe__families[] = {
     {"afmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
-     MOE__QK_NORM | MOE__NOPE_FOURTH | MOE__EMBD_ROOT | MOE__POST_NORMS | MOE__GATE |
-         MOE__BASE_SLIDING,
-     MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+     {MOE__NOPE_FOURTH | MOE__BASE_SLIDING, MOE__QK_NORM | MOE__GATE, MOE__EMBD_ROOT |
+      MOE__POST_NORMS, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"bailingmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__SCALE_ROT, MOE__NORM_KEY | MOE__SCALE_KEY | MOE__SHARED_COUNT},
+     "output_norm",
+     {0, MOE__SCALE_ROT, 0, MOE__NORM_KEY | MOE__SCALE_KEY | MOE__SHARED_COUNT}},
     {"bailingmoe2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     MOE__QK_NORM, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH | MOE__SHARED_TIMES},
+     {0, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH | MOE__SHARED_TIMES}},
     {"bailingmoe3", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
-     "output_norm", MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE,
-     MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH | MOE__LIMITS},
+     "output_norm",
+     {0, MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE, 0, MOE__ROUTER_KEYS |
+      MOE__SHARED_COUNT | MOE__SHARED_WIDTH | MOE__LIMITS}},
     {"deepseek", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", 0, MOE__SCALE_KEY | MOE__DENSE_KEY | MOE__SHARED_COUNT},
+     "output_norm",
+     {0, 0, 0, MOE__SCALE_KEY | MOE__DENSE_KEY | MOE__SHARED_COUNT}},
     {"deepseek2", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+     "output_norm",
+     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+    {"deepseek32", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, 0, 0, "ffn_norm", "output_norm",
+     {0, MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
     {"dots1", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     MOE__QK_NORM, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+     {0, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"ernie4_5-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__NO_OUT_BIAS,
-     MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__DENSE_ELSE | MOE__SHARED_KEY},
+     "output_norm",
+     {0, MOE__NO_OUT_BIAS, 0, MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__DENSE_ELSE |
+      MOE__SHARED_KEY}},
     {"exaone-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 4, "ffn_norm", "output_norm",
-     MOE__QK_NORM | MOE__NOPE_FULL, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH},
+     {MOE__NOPE_FULL, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH}},
+    {"glm-dsa", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SIGMOID, 0, "ffn_norm",
+     "output_norm", {0, MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
     {"glm4moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 0,
-     "post_attention_norm", "output_norm", 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+     "post_attention_norm", "output_norm",
+     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"gpt-oss", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2,
-     "post_attention_norm", "output_norm", MOE__SINKS | MOE__BIASES | MOE__BASE_SLIDING,
-     MOE__OAI},
+     "post_attention_norm", "output_norm",
+     {MOE__BASE_SLIDING, MOE__SINKS, MOE__BIASES, MOE__OAI}},
     {"granite", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__SCALES | MOE__NOPE_KEY,
-     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY},
+     "output_norm",
+     {MOE__NOPE_KEY, 0, MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
     {"granitehybrid", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NORM,
      MOE__GATING_SOFTMAX, 0, "ffn_norm", "output_norm",
-     MOE__SCALES | MOE__NOPE_KEY | MOE__SCALE_RECUR,
-     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY},
+     {MOE__NOPE_KEY, MOE__SCALE_RECUR, MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN |
+      MOE__SHARED_KEY}},
     {"granitemoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY},
+     "output_norm",
+     {0, 0, MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
     {"hunyuan-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__QK_NORM | MOE__TURN_FIRST,
-     MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_FFN},
+     "output_norm",
+     {0, MOE__QK_NORM | MOE__TURN_FIRST, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_FFN}},
     {"hy_v3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 0, "ffn_norm",
-     "output_norm", MOE__QK_NORM,
-     MOE__GATING_KEY | MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__DENSE_ELSE |
-         MOE__SHARED_WIDTH | MOE__FFN_SCALE},
+     "output_norm",
+     {0, MOE__QK_NORM, 0, MOE__GATING_KEY | MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS |
+      MOE__DENSE_ELSE | MOE__SHARED_WIDTH | MOE__FFN_SCALE}},
     {"jamba", MOE__GQA, MOE__MAMBA1, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
-     "ffn_norm", "output_norm", MOE__NOPE | MOE__SCALE_RECUR, MOE__WIDTH_FFN | MOE__DENSE_ELSE},
+     "ffn_norm", "output_norm",
+     {MOE__NOPE, MOE__SCALE_RECUR, 0, MOE__WIDTH_FFN | MOE__DENSE_ELSE}},
     {"kimi-linear", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
-     "output_norm", MOE__NOPE | MOE__SCALE_OUT,
-     MOE__GATING_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE |
-         MOE__SHARED_COUNT},
+     "output_norm",
+     {MOE__NOPE, MOE__SCALE_OUT, 0, MOE__GATING_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS |
+      MOE__DENSE_KEY | MOE__NORMALIZE | MOE__SHARED_COUNT}},
+    {"laguna", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
+     "output_norm",
+     {MOE__ALL_KEYS | MOE__FULL_FIRST | MOE__PLAIN_SLIDING | MOE__BASE_SLIDING |
+      MOE__ROT_SLIDING, MOE__QK_NORM | MOE__GATE | MOE__GATE_HEAD | MOE__GATE_SOFTPLUS, 0,
+      MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH}},
     {"lfm2moe", MOE__GQA, MOE__SHORT_CONV, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
-     "token_embd_norm", MOE__QK_NORM,
-     MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE},
+     "token_embd_norm",
+     {0, MOE__QK_NORM, 0, MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE}},
     {"llama", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE},
+     "output_norm",
+     {0, 0, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
+    {"llama4", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_CHOSEN_SIGMOID, 4,
+     "ffn_norm", "output_norm",
+     {MOE__CHUNKS | MOE__BASE_SLIDING | MOE__NOPE_FOURTH, MOE__QK_UNIT | MOE__TEMPERATURE_NOPE, 0,
+      MOE__DENSE_ELSE | MOE__SHARED_EXPERT | MOE__WEIGHS_INPUT}},
     {"maple", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
-     "output_norm", MOE__QK_NORM | MOE__NOPE_FULL | MOE__BASE_SLIDING,
-     MOE__NORMALIZE | MOE__LIMITS | MOE__LIMIT_FIRST},
+     "output_norm",
+     {MOE__NOPE_FULL | MOE__BASE_SLIDING, MOE__QK_NORM, 0, MOE__NORMALIZE | MOE__LIMITS |
+      MOE__LIMIT_FIRST}},
     {"mellum", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
-     "output_norm", MOE__QK_NORM | MOE__ALL_KEYS | MOE__PLAIN_SLIDING,
-     MOE__NORMALIZE | MOE__FFN_SCALE},
+     "output_norm",
+     {MOE__ALL_KEYS | MOE__PLAIN_SLIDING, MOE__QK_NORM, 0, MOE__NORMALIZE | MOE__FFN_SCALE}},
+    {"mimo2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
+     "output_norm",
+     {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000,
+      MOE__SINKS_MAYBE | MOE__VALUE_SCALE | MOE__NO_QKV_BIAS | MOE__SCALE_OUT, 0,
+      MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__DENSE_ELSE}},
     {"minimax-01", MOE__GQA, MOE__LIGHTNING, 8, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__NORMED_RESIDUAL, MOE__NORMALIZE | MOE__WIDTH_FFN},
+     "output_norm",
+     {0, 0, MOE__NORMED_RESIDUAL, MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"minimax-m2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     MOE__QK_NORM_WIDE, MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__WIDTH_FFN},
+     {0, MOE__QK_NORM_WIDE, 0, MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__NORMALIZE |
+      MOE__WIDTH_FFN}},
+    {"minimax-m3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
+     {0, MOE__QK_NORM | MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__OAI}},
+    {"mistral3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", {0, MOE__TEMPERATURE, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
     {"mistral4", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT},
+     "output_norm",
+     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"nemotron_h_moe", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX,
      MOE__GATING_SIGMOID, 0, "attn_norm", "output_norm",
-     MOE__NOPE | MOE__ONE_PART | MOE__SCALE_RECUR,
-     MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__RELU_SQUARED | MOE__LATENT |
-         MOE__SHARED_KEY | MOE__FFN_SCALE},
+     {MOE__NOPE, MOE__SCALE_RECUR, MOE__ONE_PART, MOE__NORM_KEY | MOE__SCALE_KEY |
+      MOE__PROBS_BIAS | MOE__RELU_SQUARED | MOE__LATENT | MOE__SHARED_KEY | MOE__FFN_SCALE}},
     {"olmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__QK_NORM_WIDE | MOE__CLAMP_KQV, MOE__WIDTH_FFN},
+     "output_norm",
+     {0, MOE__QK_NORM_WIDE | MOE__CLAMP_KQV, 0, MOE__WIDTH_FFN}},
     {"qwen2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", 0, MOE__SHARED_GATED},
+     "output_norm",
+     {0, 0, 0, MOE__SHARED_GATED}},
     {"qwen35moe", MOE__GQA, MOE__DELTA, 4, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
      "post_attention_norm", "output_norm",
-     MOE__QK_NORM | MOE__GATE_IN_Q | MOE__SECTIONS | MOE__SCALE_RECUR,
-     MOE__NORMALIZE | MOE__SHARED_GATED | MOE__FFN_SCALE},
+     {MOE__SECTIONS, MOE__QK_NORM | MOE__GATE_IN_Q | MOE__SCALE_RECUR, 0, MOE__NORMALIZE |
+      MOE__SHARED_GATED | MOE__FFN_SCALE}},
     {"qwen3moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__QK_NORM, MOE__NORMALIZE | MOE__FFN_SCALE},
+     "output_norm",
+     {0, MOE__QK_NORM, 0, MOE__NORMALIZE | MOE__FFN_SCALE}},
     {"qwen3next", MOE__GQA, MOE__DELTA, 4, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
-     "post_attention_norm", "output_norm", MOE__QK_NORM | MOE__GATE_IN_Q | MOE__GROUPED,
-     MOE__NORMALIZE | MOE__SHARED_GATED | MOE__FFN_SCALE},
+     "post_attention_norm", "output_norm",
+     {0, MOE__QK_NORM | MOE__GATE_IN_Q | MOE__GROUPED, 0, MOE__NORMALIZE | MOE__SHARED_GATED |
+      MOE__FFN_SCALE}},
     {"qwen3vlmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", MOE__QK_NORM | MOE__SECTIONS, MOE__NORMALIZE},
+     "output_norm",
+     {MOE__SECTIONS, MOE__QK_NORM, 0, MOE__NORMALIZE}},
+    {"smallthinker", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 4, "ffn_norm", "output_norm",
+     {MOE__ALL_KEYS | MOE__FULL_FIRST | MOE__WINDOW_4096 | MOE__BASE_SLIDING | MOE__NOPE_FIRST, 0,
+      0, MOE__GATING_KEY | MOE__NORMALIZE | MOE__RELU | MOE__EARLY_ROUTER}},
+    {"step35", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
+     "output_norm",
+     {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000 | MOE__ROT_SLIDING | MOE__ROT_HALF,
+      MOE__GATE_HEAD, 0,
+      MOE__GATING_KEY | MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__DENSE_ELSE |
+      MOE__SHARED_KEY | MOE__LIMITS}},
 };
 
 // What a layer that recurs holds beside attn_norm and layer->o. Its matrices' products lie side by
@@ -15365,15 +15507,17 @@ typedef struct moe__layer {
     int32_t q_stride;            // from one head's query to the next
     const moe__rope *rope;       // NULL: positions turn nothing
     int32_t window;              // keys seen by a query; 0: all
+    int chunked;                 // those of its chunk of so many
     float kq_scale;              // factor of query . key,
-    double temperature;          // times 1 + temperature ln(1 + floor(position / length));
-    int32_t temperature_length;  // by latent attention only
+    double temperature;          // times 1 + temperature ln(1 + floor((p + offset) / length))
+    int32_t temperature_length, temperature_offset;
     float clamp_kqv;             // bound of queries, keys and values; 0: none
     moe__matrix q, k, v;                           // grouped-query attention
     const float *q_norm, *k_norm;                  // before rope; NULL: none
     int norm_wide;                                 // over all heads together
     const float *sinks;                            // per head; NULL: none
-    moe__matrix gate;                              // of the results of heads
+    moe__matrix gate;                              // of the results of heads, or of heads
+    const float *gate_zero;                        // head_v zeros
     int32_t q_lora, kv_lora;     // MLA ranks; q_lora 0: plain q
     int32_t n_rot;               // values of a key that all heads share, the last; turned
     moe__matrix q_a, q_b, kv_a, kv_b, k_b, v_b;    // MLA; kv_b, k_b, v_b: one per head
@@ -15384,6 +15528,7 @@ typedef struct moe__layer {
     int has_ffn;
     int is_moe;
     moe__matrix router;                            // ffn_gate_inp
+    int early_router;                              // reads what the layer does
     const float *probs_bias;                      // exp_probs_b: for choosing only
     moe__matrix latent_down, latent_up;            // around the routed experts; data NULL: none
     moe__ffn experts, shared, dense;               // shared.up.data NULL: none
@@ -15399,6 +15544,8 @@ struct moe_model {
     moe_vocab *vocab;
     moe_model_info info;
     const moe__family *family;
+    int has_windows;             // some layer has one
+    int64_t n_exact;             // positions up to which attention sees what it should; 0: all
     int32_t n_blocks;            // layers of the file, those that are not run included
     int32_t n_ff_shared;
     int32_t n_latent;            // values that routed experts work on; 0: n_embd
@@ -15452,11 +15599,8 @@ MOE__PRIVATE void *moe__load_alloc(moe__loader *loader, uint64_t count, uint64_t
 
 enum { MOE__REQUIRED = -1 }; // in place of a default
 
-MOE__INLINE int moe__has(const moe_model *model, unsigned feature) {
-    return (model->family->features & feature) != 0;
-}
-MOE__INLINE int moe__ffn_has(const moe_model *model, unsigned feature) {
-    return (model->family->ffn & feature) != 0;
+MOE__INLINE int moe__has(const moe_model *model, moe__feature_set set, unsigned features) {
+    return (model->family->features[set] & features) != 0;
 }
 
 // The value of "family.name"; *key gets the full name.
@@ -15635,10 +15779,11 @@ MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, int layer, const ch
                                      const moe__type *type) {
     if (type->id == MOE_TYPE_NVFP4 || layer < 0) return 1;
     if (!strncmp(base, "ffn_gate_inp", 12)) return 1;
-    if (!strncmp(base, "ffn_", 4)) return moe__ffn_has(model, MOE__FFN_SCALE);
-    if (model->layers[layer].mixer > MOE__MLA) return moe__has(model, MOE__SCALE_RECUR);
-    if (moe__has(model, MOE__SCALE_OUT)) return !strcmp(base, "attn_output");
-    return strcmp(base, "attn_gate") && !moe__has(model, MOE__SCALE_NONE);
+    if (!strncmp(base, "ffn_", 4)) return moe__has(model, MOE__FFN, MOE__FFN_SCALE);
+    if (model->layers[layer].mixer > MOE__MLA)
+        return moe__has(model, MOE__MIXING, MOE__SCALE_RECUR);
+    if (moe__has(model, MOE__MIXING, MOE__SCALE_OUT)) return !strcmp(base, "attn_output");
+    return strcmp(base, "attn_gate") && !moe__has(model, MOE__MIXING, MOE__SCALE_NONE);
 }
 
 // base.scale: a factor per matrix, or {1} for all heads. NULL: none.
@@ -15653,6 +15798,19 @@ MOE__PRIVATE const float *moe__load_scale(moe__loader *loader, const moe__matrix
     float *all = (float *)moe__load_alloc(loader, (uint64_t)n, sizeof *all);
     for (int64_t i = 0; i < n && one && all; i++) all[i] = *one;
     return all;
+}
+
+// Tensors that choose keys: they must be there, and are not used, since attention to all keys is
+// the same up to model->n_exact positions.
+MOE__PRIVATE void moe__load_indexer(moe__loader *loader, int il) {
+    static const char *const names[2][4] = {
+        {"indexer.q_proj", "indexer.k_proj", "indexer.q_norm", "indexer.k_norm"},
+        {"indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer.k_norm"}};
+    const moe_model *model = loader->model;
+    const int mla = model->layers[il].mixer == MOE__MLA;
+    if (!mla && il < model->n_dense) return;
+    for (int i = 0; i < 4; i++) moe__load_tensor(loader, il, names[mla][i], "weight", !mla);
+    if (mla) moe__load_tensor(loader, il, "indexer.k_norm", "bias", 0);
 }
 
 // Binds matrix to base.weight {n_in, n_out, n_expert}, which reads `input`, with its scale and
@@ -15855,10 +16013,50 @@ MOE__PRIVATE void moe__load_sections(moe__loader *loader) {
         if (i % sum >= 3 * sections[i % sum % 3]) rope->frequency[i] = 0;
 }
 
+// Whether layer il turns queries and keys at all.
+MOE__PRIVATE int moe__load_has_rope(moe__loader *loader, int il) {
+    const moe_model *model = loader->model;
+    const int window = model->layers[il].window > 0;
+    if (moe__has(model, MOE__POSITIONS, MOE__NOPE)) return 0;
+    if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FULL) && !window) return 0;
+    if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FOURTH) && il % 4 == 3) return 0;
+    if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FIRST) && model->has_windows && il % 4 == 0)
+        return 0;
+    if (moe__has(model, MOE__POSITIONS, MOE__NOPE_KEY))
+        return moe__load_bool(loader, "rope.scaling.finetuned", 1);
+    return 1;
+}
+
+// The rope of layers that see all keys, and one for those with a window if it is another: without
+// scaling (they never see far), with another base, or of another number of values.
+MOE__PRIVATE void moe__load_rope_pair(moe__loader *loader, int32_t n_rot, int32_t n_swa,
+                                      int32_t narrowest, moe__rope_scaling *s, double magnitude) {
+    moe_model *model = loader->model;
+    const int own = moe__has(model, MOE__POSITIONS, MOE__ROT_SLIDING);
+    const int plain = moe__has(model, MOE__POSITIONS, MOE__PLAIN_SLIDING);
+    const double base = s->base;
+    if (!loader->status && model->has_windows && n_swa != n_rot && (!own || n_swa > narrowest))
+        moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "rope.dimension_count_swa",
+                       "%d rotated values in layers with a window, %d in others", n_swa, n_rot);
+    const int64_t most = own ? moe__max(n_rot, n_swa) : n_rot;
+    const float *factors = moe__load_vector(loader, -1, "rope_freqs", "weight", most / 2, 1, 0);
+    moe__load_rope(loader, MOE__ROPE_FULL, n_rot, s, magnitude, factors);
+    if (moe__has(model, MOE__POSITIONS, MOE__SECTIONS)) moe__load_sections(loader);
+    if (!model->has_windows || loader->status) return;
+    if (moe__has(model, MOE__POSITIONS, MOE__BASE_SLIDING)) {
+        const int other = moe__has(model, MOE__POSITIONS, MOE__BASE_10000);
+        s->base = moe__load_float(loader, "rope.freq_base_swa", other ? 10000 : base);
+        moe__load_check_base(loader, "rope.freq_base_swa", s);
+    }
+    if (plain) s->yarn = 0, s->factor = 1;
+    if (plain || s->base != base || (own && n_swa != n_rot))
+        moe__load_rope(loader, MOE__ROPE_SLIDING, own ? n_swa : n_rot, s, plain ? 1 : magnitude,
+                       plain ? NULL : factors);
+}
+
 // Positions, and the factor of query . key that goes with them. YaRN multiplies cos and sin by a
 // magnitude m, so that scores grow by m^2: softmax over more keys than the model was trained with
-// stays as sharp. Layers with a window may have a rope of their own, without scaling (they never
-// see far) or with another base; some layers of some families have none.
+// stays as sharp.
 MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     moe_model *model = loader->model;
     moe__layer *layers = model->layers;
@@ -15876,50 +16074,29 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
         else more = 0.1;
         kq_scale = pow(attn_factor * (1 + more * log(s.factor)), 2);
     }
-    if (moe__has(model, MOE__SCALES))
+    if (moe__has(model, MOE__LAYERS, MOE__SCALES))
         attention_scale = moe__load_float(loader, "attention.scale", 0);
     for (int il = 0; il < model->info.n_layer && !loader->status; il++)
         if (layers[il].head_k) narrowest = (int32_t)moe__min(narrowest, layers[il].head_k);
-    const int32_t n_rot = moe__load_int(loader, "rope.dimension_count", 2, narrowest,
-                                        mla ? MOE__REQUIRED : narrowest);
-    if (!loader->status && (n_rot % 2 || (mla && n_rot >= narrowest)))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
-                       "%d rotated values do not fit heads of %d", n_rot, narrowest);
+    int32_t n_rot = moe__load_int(loader, "rope.dimension_count", 2, narrowest,
+                                  mla ? MOE__REQUIRED : narrowest);
     const int32_t n_swa =
         moe__load_int(loader, "rope.dimension_count_swa", 2, MOE__MAX_HEAD, n_rot);
-    for (int il = 0; il < model->info.n_layer && !loader->status && n_swa != n_rot; il++)
-        if (layers[il].window)
-            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "rope.dimension_count_swa",
-                           "%d rotated values in layers with a window, %d in others", n_swa,
-                           n_rot);
-    const float *factors = moe__load_vector(loader, -1, "rope_freqs", "weight", n_rot / 2, 1, 0);
-    moe__load_rope(loader, MOE__ROPE_FULL, n_rot, &s, magnitude, factors);
-    if (moe__has(model, MOE__PLAIN_SLIDING)) {
-        s.yarn = 0, s.factor = 1;
-        moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, 1, NULL);
-    } else if (moe__has(model, MOE__BASE_SLIDING)) {
-        const double base = s.base;
-        s.base = moe__load_float(loader, "rope.freq_base_swa", base);
-        moe__load_check_base(loader, "rope.freq_base_swa", &s);
-        if (s.base != base)
-            moe__load_rope(loader, MOE__ROPE_SLIDING, n_rot, &s, magnitude, factors);
-    }
-    const int sliding = model->ropes[MOE__ROPE_SLIDING].n_rot > 0;
-    const int turned = moe__has(model, MOE__SCALE_ROT);
-    const int no_rope =
-        moe__has(model, MOE__NOPE) || (moe__has(model, MOE__NOPE_KEY) &&
-                                       !moe__load_bool(loader, "rope.scaling.finetuned", 1));
-    if (moe__has(model, MOE__SECTIONS)) moe__load_sections(loader);
+    if (moe__has(model, MOE__POSITIONS, MOE__ROT_HALF)) n_rot /= 2;
+    if (!loader->status && (n_rot % 2 || n_rot < 2 || (mla && n_rot >= narrowest)))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
+                       "%d rotated values do not fit heads of %d", n_rot, narrowest);
+    moe__load_rope_pair(loader, n_rot, n_swa, narrowest, &s, magnitude);
+    const int scale_rot = moe__has(model, MOE__MIXING, MOE__SCALE_ROT);
     for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
-        const int other = layers[il].window && sliding;
-        const int none = no_rope || (moe__has(model, MOE__NOPE_FULL) && !layers[il].window) ||
-                         (moe__has(model, MOE__NOPE_FOURTH) && il % 4 == 3);
-        layers[il].rope = none ? NULL : &model->ropes[other ? MOE__ROPE_SLIDING : MOE__ROPE_FULL];
-        layers[il].n_rot = n_rot;
-        layers[il].kq_scale = (float)(attention_scale > 0
-                                          ? attention_scale
-                                          : kq_scale / sqrt(fmax(turned ? n_rot : layers[il].head_k,
-                                                                 1)));
+        moe__layer *layer = &layers[il];
+        const int other = layer->window && model->ropes[MOE__ROPE_SLIDING].n_rot;
+        const moe__rope *rope = &model->ropes[other ? MOE__ROPE_SLIDING : MOE__ROPE_FULL];
+        layer->rope = moe__load_has_rope(loader, il) ? rope : NULL;
+        layer->n_rot = rope->n_rot;
+        const int32_t divisor = scale_rot ? layer->n_rot : (int32_t)moe__max(layer->head_k, 1);
+        layer->kq_scale =
+            (float)(attention_scale > 0 ? attention_scale : kq_scale / sqrt((double)divisor));
     }
 }
 
@@ -15958,10 +16135,11 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     router->n_expert = info->n_expert;
     router->n_used = info->n_expert_used;
     router->gating = (moe__gating)model->family->gating;
-    router->normalize = moe__ffn_has(model, MOE__NORMALIZE);
-    router->scale = moe__has(model, MOE__NORMED_RESIDUAL) ? 1.0f : model->residual_scale;
+    router->normalize = moe__has(model, MOE__FFN, MOE__NORMALIZE);
+    router->scale =
+        moe__has(model, MOE__LAYERS, MOE__NORMED_RESIDUAL) ? 1.0f : model->residual_scale;
     moe__load_groups(loader);
-    if (moe__ffn_has(model, MOE__GATING_KEY) && !loader->status) {
+    if (moe__has(model, MOE__FFN, MOE__GATING_KEY) && !loader->status) {
         // GLM-4.7-Flash (47 layers, or 48 with its prediction layer) leaves the key out.
         int glm_flash =
             model->family->mixer == MOE__MLA && info->n_layer >= 47 && info->n_layer <= 48;
@@ -15974,9 +16152,9 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
                            "expert gating function %d is not supported", gating);
         router->gating = (moe__gating)gating;
     }
-    if (moe__ffn_has(model, MOE__NORM_KEY))
+    if (moe__has(model, MOE__FFN, MOE__NORM_KEY))
         router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
-    if (moe__ffn_has(model, MOE__SCALE_KEY))
+    if (moe__has(model, MOE__FFN, MOE__SCALE_KEY))
         router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
 }
 
@@ -16010,7 +16188,7 @@ MOE__PRIVATE void moe__load_parts(moe__loader *loader, moe__layer *layer, int il
     const int recurs = moe__load_recurs(loader, il);
     layer->mixer = recurs ? model->family->recurs : model->family->mixer;
     layer->has_ffn = 1;
-    if (!moe__has(model, MOE__ONE_PART)) return;
+    if (!moe__has(model, MOE__LAYERS, MOE__ONE_PART)) return;
     layer->has_ffn = moe__load_int_at(loader, "feed_forward_length", il, 1, 1 << 24, 0) > 0;
     if (layer->has_ffn) layer->mixer = MOE__NO_MIXER;
 }
@@ -16053,7 +16231,7 @@ MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il
                        layer->n_head_kv);
     }
     layer->q_stride = layer->head_k;
-    if (layer->mixer == MOE__GQA && moe__has(model, MOE__GATE_IN_Q))
+    if (layer->mixer == MOE__GQA && moe__has(model, MOE__MIXING, MOE__GATE_IN_Q))
         layer->q_stride += layer->head_v;
     if (!loader->status && (layer->head_k < 2 || layer->head_v < 1))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "attention.key_length",
@@ -16074,7 +16252,24 @@ MOE__PRIVATE int moe__load_is_sliding(moe__loader *loader, int il) {
     }
     if (value && (!moe_gguf_value_int(value, 0, &period) || period < 0))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a period", key);
+    if (moe__has(loader->model, MOE__POSITIONS, MOE__FULL_FIRST) && period > 0)
+        return il % period != 0;
     return period <= 0 || il % period < period - 1;
+}
+
+// How many keys layers with a window see; 0: there are no such layers.
+MOE__PRIVATE int32_t moe__load_window(moe__loader *loader) {
+    char key[128];
+    const moe_model *model = loader->model;
+    const int chunks = moe__has(model, MOE__POSITIONS, MOE__CHUNKS);
+    int64_t x = 1;
+    const moe_gguf_value *value = moe__load_value(loader, "attention.sliding_window", key);
+    const int none = !value || (moe_gguf_value_int(value, 0, &x) && x == 0);
+    if (chunks) return value && none ? 0 : MOE__CHUNK_KEYS;
+    const int32_t window =
+        moe__load_int(loader, "attention.sliding_window", 1, INT32_MAX,
+                      moe__has(model, MOE__POSITIONS, MOE__ALL_KEYS) ? 0 : MOE__REQUIRED);
+    return window && moe__has(model, MOE__POSITIONS, MOE__WINDOW_4096) ? 4096 : window;
 }
 
 // Layers with a window must have heads like the others.
@@ -16102,17 +16297,17 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
     float clamp_kqv = 0;
     model->layers = (moe__layer *)moe__load_alloc(loader, (uint64_t)info->n_layer,
                                                   sizeof *model->layers);
-    if (moe__has(model, MOE__CLAMP_KQV))
+    if (moe__has(model, MOE__MIXING, MOE__CLAMP_KQV))
         clamp_kqv = (float)moe__load_float(loader, "attention.clamp_kqv", 0);
-    if (model->family->window_period)
-        window = moe__load_int(loader, "attention.sliding_window", 1, INT32_MAX,
-                               moe__has(model, MOE__ALL_KEYS) ? 0 : MOE__REQUIRED);
+    if (model->family->window_period) window = moe__load_window(loader);
     for (int il = 0; il < info->n_layer && !loader->status; il++) {
         moe__layer *layer = &model->layers[il];
         moe__load_parts(loader, layer, il);
         moe__load_heads(loader, layer, il);
         layer->clamp_kqv = clamp_kqv;
         if (window && moe__load_is_sliding(loader, il)) layer->window = window;
+        layer->chunked = moe__has(model, MOE__POSITIONS, MOE__CHUNKS);
+        model->has_windows |= layer->window > 0;
     }
     if (window) moe__load_check_sliding(loader);
     if (!loader->status && !info->n_head)
@@ -16120,18 +16315,28 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
                        "a model without any attention layer is not supported");
 }
 
-// Queries far from the start may be sharpened: scores times 1 + scale ln(1 + floor(p / length)) for
-// the query at position p. Files that do not want it have 0, or no keys.
+// Queries far from the start may be sharpened: scores times 1 + scale ln(1 + floor((p + offset) /
+// length)) for the query at position p. Files that do not want it have 0, or no keys.
 MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
     const moe_model *model = loader->model;
-    if (model->family->mixer != MOE__MLA) return;
-    const double scale = moe__load_float(loader, "attention.temperature_scale", 0);
+    const int nope = moe__has(model, MOE__MIXING, MOE__TEMPERATURE_NOPE);
+    double scale = nope ? 0.1 : 0;
+    int32_t length = 8192;
+    if (model->family->mixer == MOE__MLA || moe__has(model, MOE__MIXING, MOE__TEMPERATURE))
+        scale = moe__load_float(loader, "attention.temperature_scale", 0);
     if (!(scale > 0)) return;
-    const int32_t length =
-        moe__load_int(loader, "attention.temperature_length", 1, INT32_MAX, MOE__REQUIRED);
+    if (moe__has(model, MOE__MIXING, MOE__TEMPERATURE))
+        length = moe__load_int(loader, "rope.scaling.original_context_length", 1, INT32_MAX,
+                               model->info.n_ctx_train);
+    else if (!nope)
+        length = moe__load_int(loader, "attention.temperature_length", 1, INT32_MAX,
+                               MOE__REQUIRED);
     for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
-        model->layers[il].temperature = scale;
-        model->layers[il].temperature_length = length;
+        moe__layer *layer = &model->layers[il];
+        if (nope && layer->rope) continue;
+        layer->temperature = scale;
+        layer->temperature_length = length;
+        layer->temperature_offset = nope;
     }
 }
 
@@ -16140,10 +16345,11 @@ MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
 MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
     moe_model *model = loader->model;
     model->embd_scale = model->residual_scale = model->logit_scale = 1;
-    if (moe__has(model, MOE__EMBD_ROOT)) model->embd_scale = sqrtf((float)model->info.n_embd);
-    if (moe__has(model, MOE__NORMED_RESIDUAL))
+    if (moe__has(model, MOE__LAYERS, MOE__EMBD_ROOT))
+        model->embd_scale = sqrtf((float)model->info.n_embd);
+    if (moe__has(model, MOE__LAYERS, MOE__NORMED_RESIDUAL))
         model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
-    if (!moe__has(model, MOE__SCALES)) return;
+    if (!moe__has(model, MOE__LAYERS, MOE__SCALES)) return;
     model->embd_scale = (float)moe__load_float(loader, "embedding_scale", 1);
     model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
     model->logit_scale = (float)(1 / moe__load_float(loader, "logit_scale", 1));
@@ -16164,7 +16370,7 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     info->n_embd = moe__load_int(loader, "embedding_length", 1, 1 << 20, MOE__REQUIRED);
     char key[128];
     const char *eps = "attention.layer_norm_rms_epsilon";
-    if (moe__has(model, MOE__ONE_PART) && !moe__load_value(loader, eps, key))
+    if (moe__has(model, MOE__LAYERS, MOE__ONE_PART) && !moe__load_value(loader, eps, key))
         eps = "attention.layer_norm_epsilon"; // of the same norms
     if (!loader->status && !moe__load_value(loader, eps, key))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
@@ -16181,39 +16387,48 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     while (first + 1 < info->n_layer && !loader->status && !model->layers[first].has_ffn) first++;
     info->n_ff = moe__load_int_at(loader, "feed_forward_length", first, 1, 1 << 24, 0);
     info->n_ff_exp = info->n_ff;
-    if (moe__ffn_has(model, MOE__SHARED_GATED) && !loader->status) {
+    if (moe__has(model, MOE__FFN, MOE__SHARED_GATED) && !loader->status) {
         info->n_ff_exp = info->n_ff / info->n_expert_used; // Qwen1.5-MoE without the key
         info->n_expert_shared = 1;
         model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
                                            info->n_ff ? info->n_ff : MOE__REQUIRED);
     }
-    if (!moe__ffn_has(model, MOE__WIDTH_FFN))
+    if (!moe__has(model, MOE__FFN, MOE__WIDTH_FFN))
         info->n_ff_exp = moe__load_int_at(loader, "expert_feed_forward_length", first, 1, 1 << 24,
                                           info->n_ff_exp);
-    if (moe__ffn_has(model, MOE__LATENT))
+    if (moe__has(model, MOE__FFN, MOE__LATENT))
         model->n_latent = moe__load_int(loader, "moe_latent_size", 1, 1 << 20, 0);
-    if (moe__ffn_has(model, MOE__DENSE_KEY))
+    if (moe__has(model, MOE__FFN, MOE__DENSE_KEY))
         model->n_dense =
             moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
-    if (moe__ffn_has(model, MOE__SHARED_COUNT)) {
+    if (moe__has(model, MOE__FFN, MOE__SHARED_COUNT)) {
         info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
         model->n_ff_shared = info->n_expert_shared
                                  ? (int32_t)moe__min((int64_t)info->n_ff_exp *
                                                          info->n_expert_shared, 1 << 28)
                                  : 0;
     }
-    if (moe__ffn_has(model, MOE__SHARED_WIDTH | MOE__SHARED_KEY | MOE__SHARED_FFN)) {
-        int32_t count = moe__ffn_has(model, MOE__SHARED_TIMES)
+    if (moe__has(model, MOE__FFN, MOE__SHARED_EXPERT)) {
+        model->n_ff_shared = info->n_ff_exp;
+        info->n_expert_shared = 1;
+    }
+    if (moe__has(model, MOE__FFN, MOE__SHARED_WIDTH | MOE__SHARED_KEY | MOE__SHARED_FFN)) {
+        int32_t count = moe__has(model, MOE__FFN, MOE__SHARED_TIMES)
                             ? moe__load_int(loader, "expert_shared_count", 1, 64, 0)
                             : 1;
         model->n_ff_shared = moe__load_int(
             loader, "expert_shared_feed_forward_length", 1, 1 << 22,
-            moe__ffn_has(model, MOE__SHARED_COUNT) ? model->n_ff_shared
-            : moe__ffn_has(model, MOE__SHARED_KEY) ? 0
-            : moe__ffn_has(model, MOE__SHARED_FFN) ? info->n_ff
+            moe__has(model, MOE__FFN, MOE__SHARED_COUNT) ? model->n_ff_shared
+            : moe__has(model, MOE__FFN, MOE__SHARED_KEY) ? 0
+            : moe__has(model, MOE__FFN, MOE__SHARED_FFN) ? info->n_ff
                                                    : info->n_ff_exp);
         model->n_ff_shared *= count;
         info->n_expert_shared = model->n_ff_shared > 0 ? count : 0;
+    }
+    if (moe__has(model, MOE__MIXING, MOE__INDEXED)) {
+        const int64_t k = moe__load_int(loader, "attention.indexer.top_k", 1, INT32_MAX,
+                                        MOE__REQUIRED);
+        model->n_exact = k * moe__load_int(loader, "attention.indexer.block_size", 1, 1 << 20, 1);
     }
     if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
@@ -16237,8 +16452,10 @@ MOE__PRIVATE void moe__load_ffn(moe__loader *loader, moe__ffn *ffn, int il, cons
     snprintf(down, sizeof down, "ffn_down%s", suffix);
     snprintf(gate_up, sizeof gate_up, "ffn_gate_up%s", suffix);
     memset(&fused, 0, sizeof fused);
-    ffn->activation = moe__ffn_has(model, MOE__OAI)            ? MOE__SWIGLU_OAI
-                      : moe__ffn_has(model, MOE__RELU_SQUARED) ? MOE__RELU_2
+    ffn->activation = moe__has(model, MOE__FFN, MOE__OAI)            ? MOE__SWIGLU_OAI
+                      : moe__has(model, MOE__FFN, MOE__RELU_SQUARED) ? MOE__RELU_2
+                      : moe__has(model, MOE__FFN, MOE__RELU)         ? MOE__REGLU
+                      : moe__has(model, MOE__FFN, MOE__GELU)         ? MOE__GEGLU
                                                                : MOE__SWIGLU;
     if (!strcmp(suffix, "_exps") && moe__load_tensor(loader, il, "ffn_gate.0", "weight", 0)) {
         moe__load_split(loader, &ffn->gate, il, "ffn_gate", x, n_io, n_ff, n, part);
@@ -16264,12 +16481,12 @@ MOE__PRIVATE void moe__load_limit(moe__loader *loader, moe__ffn *ffn, int il, co
     char key[128];
     double x = 0;
     const moe_gguf_value *value = moe__load_value(loader, name, key);
-    if (!value || !moe__ffn_has(loader->model, MOE__LIMITS)) return;
+    if (!value || !moe__has(loader->model, MOE__FFN, MOE__LIMITS)) return;
     const uint64_t at = moe__load_is_array(value) ? (uint64_t)il : 0;
     if (at >= value->count || !moe_gguf_value_float(value, at, &x) || !(x >= 0 && x <= 1e30))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s has no limit for layer %d", key, il);
     if (!(x > 1e-6)) return;
-    ffn->activation = moe__ffn_has(loader->model, MOE__LIMIT_FIRST) ? MOE__SWIGLU_LIMIT_FIRST
+    ffn->activation = moe__has(loader->model, MOE__FFN, MOE__LIMIT_FIRST) ? MOE__SWIGLU_LIMIT_FIRST
                                                                     : MOE__SWIGLU_LIMITED;
     ffn->limit = (float)x;
 }
@@ -16282,18 +16499,19 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
     int64_t n_io = n_embd;
     const double share = (double)info->n_expert_used / info->n_expert;
     int64_t n_ff = info->n_ff_exp;
-    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", MOE__IN_NORMED, n_embd,
-                     info->n_expert, 1, 1, 1);
-    if (moe__ffn_has(model, MOE__PROBS_BIAS)) { // some files leave ".bias" out of the name
+    const int early = moe__has(model, MOE__FFN, MOE__EARLY_ROUTER);
+    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp",
+                     early ? MOE__IN_RESIDUAL : MOE__IN_NORMED, n_embd, info->n_expert, 1, 1, 1);
+    if (moe__has(model, MOE__FFN, MOE__PROBS_BIAS)) { // some files leave ".bias" out of the name
         layer->probs_bias =
             moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
         if (!layer->probs_bias)
             layer->probs_bias =
                 moe__load_vector(loader, il, "exp_probs_b", "", info->n_expert, 1, 0);
     }
-    if (!moe__ffn_has(model, MOE__WIDTH_FFN))
+    if (!moe__has(model, MOE__FFN, MOE__WIDTH_FFN))
         n_ff = moe__load_int_at(loader, "expert_feed_forward_length", il, 1, 1 << 24, n_ff);
-    if (moe__ffn_has(model, MOE__LATENT)) {
+    if (moe__has(model, MOE__FFN, MOE__LATENT)) {
         const int64_t n = model->n_latent ? model->n_latent : n_embd;
         if (moe__load_matrix(loader, &layer->latent_down, il, "ffn_latent_down", MOE__IN_NORMED,
                              n_embd, n, 1, 1, model->n_latent > 0))
@@ -16304,13 +16522,15 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
     moe__load_ffn(loader, &layer->experts, il, "_exps",
                   layer->latent_down.data ? MOE__IN_EXPERTS : MOE__IN_NORMED, n_io,
                   MOE__IN_ROUTED, n_ff, info->n_expert, share);
+    layer->experts.weighs_input = moe__has(model, MOE__FFN, MOE__WEIGHS_INPUT);
+    layer->early_router = moe__has(model, MOE__FFN, MOE__EARLY_ROUTER);
     moe__load_limit(loader, &layer->experts, il, "swiglu_clamp_exp");
     if (model->n_ff_shared) {
         moe__load_ffn(loader, &layer->shared, il, "_shexp", MOE__IN_NORMED, n_embd,
                       MOE__IN_SHARED, model->n_ff_shared, 1, 1);
         moe__load_limit(loader, &layer->shared, il, "swiglu_clamp_shexp");
     }
-    if (moe__ffn_has(model, MOE__SHARED_GATED))
+    if (moe__has(model, MOE__FFN, MOE__SHARED_GATED))
         layer->shared_gate =
             moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", n_embd, 1, 1);
 }
@@ -16325,14 +16545,14 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
         layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", n_embd, 1, 1);
     if (!layer->has_ffn) return;
     layer->ffn_norm = moe__load_vector(loader, il, model->family->ffn_norm, "weight", n_embd, 1, 1);
-    if (moe__has(model, MOE__POST_NORMS)) {
+    if (moe__has(model, MOE__LAYERS, MOE__POST_NORMS)) {
         layer->attn_post_norm =
             moe__load_vector(loader, il, "post_attention_norm", "weight", n_embd, 1, 1);
         layer->ffn_post_norm =
             moe__load_vector(loader, il, "post_ffw_norm", "weight", n_embd, 1, 1);
     }
     snprintf(gate, sizeof gate, "blk.%d.ffn_gate_inp.weight", il);
-    layer->is_moe = il >= model->n_dense && (!moe__ffn_has(model, MOE__DENSE_ELSE) ||
+    layer->is_moe = il >= model->n_dense && (!moe__has(model, MOE__FFN, MOE__DENSE_ELSE) ||
                                              moe_gguf_find_tensor(loader->gguf, gate) != NULL);
     if (layer->is_moe) {
         moe__load_experts(loader, layer, il);
@@ -16806,7 +17026,7 @@ MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
             sequence->expanded[row->position] = (uint8_t)span->expand;
             work->numbers[batch->n] = (int32_t)batch->n;
             work->scales[batch->n] =
-                moe__has(model, MOE__NORMED_RESIDUAL) ? 1.0f : model->residual_scale;
+                moe__has(model, MOE__LAYERS, MOE__NORMED_RESIDUAL) ? 1.0f : model->residual_scale;
         }
         batch->done += n;
         const int ends = batch->done == job->n_tokens;
@@ -16971,6 +17191,14 @@ MOE__INLINE void moe__eval_turn(const moe__eval *e, const moe__layer *layer, int
     moe__rope_apply(layer->rope, tables + layer->rope->table_at, x);
 }
 
+// The factor of row t's scores.
+MOE__INLINE float moe__eval_kq_scale(const moe__eval *e, const moe__layer *layer, int64_t t) {
+    if (!(layer->temperature > 0)) return layer->kq_scale;
+    const int64_t position = (int64_t)e->work->rows[t].position + layer->temperature_offset;
+    const double times = log((double)(position / layer->temperature_length) + 1.0);
+    return layer->kq_scale * (float)(1 + layer->temperature * times);
+}
+
 // ---- memory of mixers -----------------------------------------------------------------------
 
 // A mixer lays out its buffers anew in each layer, in memory that all layers share: twice, once
@@ -17109,6 +17337,7 @@ typedef struct moe__attention {
 // The first key that a query at this position sees. It sees itself, so that a window of 1 leaves
 // one key.
 MOE__INLINE int64_t moe__attention_first(const moe__layer *layer, int64_t position) {
+    if (layer->chunked && layer->window) return position / layer->window * layer->window;
     return layer->window ? moe__max(0, position + 1 - layer->window) : 0;
 }
 // The first chunk that it sees, and how many.
@@ -17266,6 +17495,32 @@ MOE__PRIVATE void moe__attention_merge_all(const moe__eval *e, const moe__attent
 // attention. Queries and keys are normed by head (Qwen3), over all heads (OLMoE) or not, then
 // turned; the factor of the scores is put into the queries.
 
+// attention.value_scale becomes a factor of attn_output.
+MOE__PRIVATE void moe__gqa_bind_scale(moe__loader *loader, moe__layer *layer) {
+    const double scale = moe__load_float(loader, "attention.value_scale", 1);
+    float *both = scale == 1 ? NULL : (float *)moe__load_alloc(loader, 1, sizeof *both);
+    if (!both) return;
+    *both = (float)scale * (layer->o.scale ? *layer->o.scale : 1);
+    layer->o.scale = both;
+}
+
+// A gate per value of a head's result, or one per head.
+MOE__PRIVATE void moe__gqa_bind_gate(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const int64_t n_out = (int64_t)layer->n_head * layer->head_v;
+    char name[64];
+    int each = moe__has(model, MOE__MIXING, MOE__GATE_HEAD);
+    if (!moe__has(model, MOE__MIXING, MOE__GATE | MOE__GATE_HEAD)) return;
+    snprintf(name, sizeof name, "blk.%d.attn_gate.weight", il);
+    const moe_gguf_tensor *tensor = moe_gguf_find_tensor(loader->gguf, name);
+    if (each && moe__has(model, MOE__MIXING, MOE__GATE)) // its width decides
+        each = tensor && tensor->ne[1] == layer->n_head;
+    moe__load_matrix(loader, &layer->gate, il, "attn_gate", MOE__IN_NORMED, model->info.n_embd,
+                     each ? layer->n_head : n_out, 1, 1,
+                     moe__has(model, MOE__MIXING, MOE__GATE)); // of heads alone: by presence
+    layer->gate_zero = (float *)moe__load_alloc(loader, (uint64_t)layer->head_v, sizeof(float));
+}
+
 MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
     const int64_t n_embd = model->info.n_embd, n_q = (int64_t)layer->n_head * layer->q_stride;
@@ -17290,17 +17545,22 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
         moe__load_matrix(loader, &layer->v, il, "attn_v", x, n_embd, n_v, 1, 1, 1);
     }
     moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_out, n_embd, 1, 1, 1);
-    if (moe__has(model, MOE__NO_OUT_BIAS)) layer->o.bias = NULL; // as llama.cpp has it
-    if (moe__has(model, MOE__GATE))
-        moe__load_matrix(loader, &layer->gate, il, "attn_gate", x, n_embd, n_out, 1, 1, 1);
-    layer->norm_wide = moe__has(model, MOE__QK_NORM_WIDE);
-    const int normed = layer->norm_wide || moe__has(model, MOE__QK_NORM);
+    // as llama.cpp has it
+    if (moe__has(model, MOE__MIXING, MOE__NO_OUT_BIAS)) layer->o.bias = NULL;
+    if (moe__has(model, MOE__MIXING, MOE__NO_QKV_BIAS))
+        layer->q.bias = layer->k.bias = layer->v.bias = NULL;
+    if (moe__has(model, MOE__MIXING, MOE__VALUE_SCALE)) moe__gqa_bind_scale(loader, layer);
+    moe__gqa_bind_gate(loader, layer, il);
+    layer->norm_wide = moe__has(model, MOE__MIXING, MOE__QK_NORM_WIDE);
+    const int normed = layer->norm_wide || moe__has(model, MOE__MIXING, MOE__QK_NORM);
     layer->q_norm = moe__load_vector(loader, il, "attn_q_norm", "weight",
                                      layer->norm_wide ? n_q : layer->head_k, 1, normed);
     layer->k_norm = moe__load_vector(loader, il, "attn_k_norm", "weight",
                                      layer->norm_wide ? n_k : layer->head_k, 1, normed);
-    if (moe__has(model, MOE__SINKS))
-        layer->sinks = moe__load_vector(loader, il, "attn_sinks", "weight", layer->n_head, 1, 1);
+    if (moe__has(model, MOE__MIXING, MOE__SINKS | MOE__SINKS_MAYBE))
+        layer->sinks = moe__load_vector(loader, il, "attn_sinks", "weight", layer->n_head, 1,
+                                        moe__has(model, MOE__MIXING, MOE__SINKS));
+    if (moe__has(model, MOE__MIXING, MOE__INDEXED)) moe__load_indexer(loader, il);
     layer->prefetch = &layer->q;
 }
 
@@ -17327,8 +17587,8 @@ MOE__PRIVATE void moe__gqa_take(const moe__layer *layer, moe__memory *memory, mo
     w->q = moe__take_floats(&memory->common, n, (int64_t)layer->n_head * layer->q_stride);
     w->k = moe__take_floats(&memory->common, n, layer->n_head_kv * dk);
     w->v = moe__take_floats(&memory->common, n, layer->n_head_kv * dv);
-    w->gate_stride = dv;
-    if (layer->gate.data) w->gate = moe__take_floats(&memory->common, n, layer->n_head * dv);
+    w->gate_stride = layer->gate.data ? layer->gate.n_out / layer->n_head : dv;
+    if (layer->gate.data) w->gate = moe__take_floats(&memory->common, n, layer->gate.n_out);
     if (layer->q_stride > dk && w->q) w->gate = w->q + dk;
     if (layer->q_stride > dk) w->gate_stride = layer->q_stride;
     if (layer->norm_wide) {
@@ -17368,17 +17628,19 @@ MOE__PRIVATE void moe__gqa_clamp(const moe__layer *layer, float *x, int64_t n) {
     for (int64_t i = 0; i < n && most > 0; i++) x[i] = moe__clamp(x[i], -most, most);
 }
 
-// A head's query or key, in place: norm, clamp, rotation, in this order, or (MOE__TURN_FIRST) the
-// norm last.
+// A head's query or key, in place: norm, clamp, rotation, in this order, or (MOE__TURN_FIRST,
+// MOE__QK_UNIT) the norm last.
 MOE__PRIVATE void moe__gqa_place(const moe__eval *e, const moe__layer *layer, int64_t t,
                                  const float *norm, float *x) {
     const int64_t d = layer->head_k;
-    const int last = moe__has(e->model, MOE__TURN_FIRST);
+    const int last = moe__has(e->model, MOE__MIXING, MOE__TURN_FIRST);
     if (layer->norm_wide) norm = NULL;
     if (norm && !last) e->kernels->rms_norm(x, norm, d, e->model->eps, x);
     moe__gqa_clamp(layer, x, d);
     moe__eval_turn(e, layer, t, x);
     if (norm && last) e->kernels->rms_norm(x, norm, d, e->model->eps, x);
+    if (layer->rope && moe__has(e->model, MOE__MIXING, MOE__QK_UNIT))
+        e->kernels->rms_norm(x, NULL, d, e->model->eps, x);
 }
 
 // The query of one head, with the factor of the scores; out: head_k floats, may be its place.
@@ -17388,7 +17650,8 @@ MOE__PRIVATE void moe__gqa_query(const moe__eval *e, const moe__layer *layer, co
     const float *q = moe__gqa_q(e, layer, w, t) + head * layer->q_stride;
     if (out != q) memcpy(out, q, (size_t)d * sizeof *out);
     moe__gqa_place(e, layer, t, layer->q_norm, out);
-    for (int64_t i = 0; i < d; i++) out[i] *= layer->kq_scale;
+    const float scale = moe__eval_kq_scale(e, layer, t);
+    for (int64_t i = 0; i < d; i++) out[i] *= scale;
 }
 
 // Norms and turns the key of one head and stores it and its value in the cache.
@@ -17496,9 +17759,10 @@ MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) 
     }
     moe__load_matrix(loader, &layer->kv_a, il, "attn_kv_a_mqa", MOE__IN_NORMED, n_embd,
                      kv_lora + layer->n_rot, 1, 1, 1);
-    if (moe__has(loader->model, MOE__GATE_HEAD))
+    if (moe__has(loader->model, MOE__MIXING, MOE__GATE_HEAD))
         moe__load_matrix(loader, &layer->gate, il, "attn_gate", MOE__IN_NORMED, n_embd, n_head, 1,
                          1, 1);
+    if (moe__has(loader->model, MOE__MIXING, MOE__INDEXED)) moe__load_indexer(loader, il);
     layer->kv_a_norm = moe__load_vector(loader, il, "attn_kv_a_norm", "weight", kv_lora, 1, 1);
     moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_head * dv, n_embd, 1,
                      1, 1);
@@ -17620,10 +17884,7 @@ MOE__PRIVATE void moe__mla_key_rows(const moe__eval *e, const moe__layer *layer,
 MOE__PRIVATE void moe__mla_turn(const moe__eval *e, const moe__layer *layer, int64_t t,
                                 const float *q, float *nope_out, float *turned) {
     const int64_t nope = layer->head_k - layer->n_rot;
-    float scale = layer->kq_scale;
-    if (layer->temperature > 0)
-        scale *= (float)(1 + layer->temperature *
-                                 log(e->work->rows[t].position / layer->temperature_length + 1.0));
+    const float scale = moe__eval_kq_scale(e, layer, t);
     if (turned != q + nope) memcpy(turned, q + nope, (size_t)layer->n_rot * sizeof *turned);
     for (int64_t i = 0; i < nope; i++) nope_out[i] = q[i] * scale;
     moe__eval_turn(e, layer, t, turned);
@@ -17861,13 +18122,26 @@ MOE__PRIVATE void moe__attention_run(moe__eval *e, const moe__attention *at) {
 
 // ---- grouped queries, forward ----------------------------------------------------------------
 
-// Results of heads times the sigmoid of their gates, for this thread's part; no barrier.
+// Results of heads times the sigmoid (or softplus) of their gates, of each value or of the head,
+// for this thread's part; no barrier.
 MOE__PRIVATE void moe__gqa_gate(moe__eval *e, const moe__layer *layer, const moe__gqa *w,
                                 float *out) {
+    const int softplus = moe__has(e->model, MOE__MIXING, MOE__GATE_SOFTPLUS);
+    const int64_t dv = layer->head_v;
     int64_t begin, end;
     moe__eval_range(e, e->n * layer->n_head, 1, &begin, &end);
-    for (int64_t i = begin; i < end; i++)
-        e->kernels->gate(out + i * layer->head_v, w->gate + i * w->gate_stride, layer->head_v);
+    for (int64_t i = begin; i < end; i++) {
+        float *gate = w->gate + i * w->gate_stride, *x = out + i * dv;
+        if (w->gate_stride == 1 && dv > 1) {
+            const float weight = softplus ? moe__softplus(*gate) : 1 / (1 + expf(-*gate));
+            for (int64_t c = 0; c < dv; c++) x[c] *= weight;
+        } else if (softplus) {
+            e->kernels->softplus(gate, layer->gate_zero, dv, gate);
+            for (int64_t c = 0; c < dv; c++) x[c] *= gate[c];
+        } else {
+            e->kernels->gate(x, gate, dv);
+        }
+    }
 }
 
 // What comes between the projections and attention: queries and keys normed and turned, keys and
@@ -18599,7 +18873,7 @@ MOE__PRIVATE void moe__delta_bind(moe__loader *loader, moe__layer *layer, int il
                        (int)nk, (int)n_inner);
     if (loader->status) return;
     const int64_t each = nv / nk, n_conv = (2 * nk + nv) * d;
-    r->grouped = moe__has(model, MOE__GROUPED);
+    r->grouped = moe__has(model, MOE__MIXING, MOE__GROUPED);
     r->n_decay = 1;
     r->n_group = r->n_head;
     r->n_conv = n_conv;
@@ -18643,7 +18917,7 @@ MOE__PRIVATE void moe__delta_bind(moe__loader *loader, moe__layer *layer, int il
 // The first attention layer's number of heads is the one of its recurrent layers, too.
 MOE__PRIVATE void moe__kda_bind(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
-    const int safe = moe__has(model, MOE__SAFE_GATE);
+    const int safe = moe__has(model, MOE__MIXING, MOE__SAFE_GATE);
     moe__recurrent *r = &layer->recurrent;
     r->n_taps = moe__recur_size(loader, "ssm.conv_kernel", MOE__CONV_TAPS);
     const int64_t d = r->d_k = r->d_v = moe__recur_size(loader, "kda.head_dim", MOE__MAX_HEAD);
@@ -19424,7 +19698,7 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         model->info.n_layer_attention += layer->mixer == MOE__GQA || layer->mixer == MOE__MLA;
         if (!loader.status)
             model->info.n_bytes_state += moe__layer_cache(layer).kept * (int64_t)sizeof(float);
-        if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
+        if (moe__has(model, MOE__LAYERS, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
     }
     moe__load_check_used(&loader);
     moe__free(&allocator, loader.used);
@@ -19703,7 +19977,7 @@ MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer
                                      int64_t t) {
     const int64_t n = e->model->info.n_embd;
     const float scale =
-        moe__has(e->model, MOE__NORMED_RESIDUAL) ? 1.0f : e->model->residual_scale;
+        moe__has(e->model, MOE__LAYERS, MOE__NORMED_RESIDUAL) ? 1.0f : e->model->residual_scale;
     float z;
     if (!layer->shared_gate) return scale;
     e->kernels->type[MOE__INDEX_F32].dot((const uint8_t *)layer->shared_gate,
@@ -19722,6 +19996,20 @@ MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, int64_t 
     work->shared_weights[t] = moe__route_shared(e, layer, t);
 }
 
+// Logits of a router that reads the residual as the layer found it, before anything is added to it.
+// The next barriers are the mixer's.
+MOE__PRIVATE void moe__forward_early(moe__eval *e, const moe__layer *layer) {
+    const moe__acts *x = &e->in[MOE__IN_RESIDUAL];
+    const moe__projection list = {&layer->router, e->work->router_logits, 0};
+    int64_t begin = 0, end = 1;
+    if (e->n > 1) moe__eval_range(e, e->n, 1, &begin, &end);
+    memcpy(moe__acts_f32(x, begin), e->work->residual + begin * x->n,
+           (size_t)((end - begin) * x->n) * sizeof(float));
+    moe__acts_quantize(e->kernels, x, begin, end);
+    if (e->n > 1) moe__eval_barrier(e);
+    moe__eval_project(e, &list, 1);
+}
+
 // Router's logits and choices. One token: each thread computes some logits and then chooses for
 // itself; many: a thread does all of it for some tokens, unless they are too few for that. The
 // router's matrix is small: n_expert rows.
@@ -19732,7 +20020,8 @@ MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
     const moe__projection list = {&layer->router, work->router_logits, 0};
     int64_t begin, end;
     moe__eval_range(e, e->n, 1, &begin, &end);
-    if (e->n >= 2 * (int64_t)e->n_threads && e->n > 1) {
+    if (layer->early_router) { // they are there
+    } else if (e->n >= 2 * (int64_t)e->n_threads && e->n > 1) {
         if (begin < end) {
             moe__acts_gather(e->in, &layer->router, NULL, begin, end - begin, local->scratch.x);
             moe__matmul(e->kernels, &layer->router, 0, 0, router->n_expert, local->scratch.x,
@@ -19802,7 +20091,8 @@ MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__task *task, float *
         const moe__entry *entry = &task->entries[i];
         int64_t begin, end;
         moe__eval_range(e, entry->ffn->down.n_out, MOE__LINE, &begin, &end);
-        e->kernels->axpy(entry->weights ? entry->weights[0] : 1.0f,
+        const int weighs = entry->weights && !entry->ffn->weighs_input;
+        e->kernels->axpy(weighs ? entry->weights[0] : 1.0f,
                          work->expert_out + i * widest + begin, end - begin,
                          (i < task->n_routed ? routed : sum) + begin);
     }
@@ -19899,7 +20189,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
 // residual's place. A barrier comes before anybody adds.
 MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
     const float *normed = moe__acts_f32(&e->in[MOE__IN_NORMED], 0);
-    const int in_place = moe__has(e->model, MOE__NORMED_RESIDUAL);
+    const int in_place = moe__has(e->model, MOE__LAYERS, MOE__NORMED_RESIDUAL);
     int64_t begin, end;
     if (!post_norm && !in_place) return e->work->residual;
     moe__eval_range(e, e->n * e->model->info.n_embd, MOE__LINE, &begin, &end);
@@ -19916,7 +20206,7 @@ MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
     const int64_t n_embd = e->model->info.n_embd;
     float *normed = e->local->scratch.up; // as long as the longest vector
     int64_t begin, end;
-    if (moe__has(e->model, MOE__NORMED_RESIDUAL)) {
+    if (moe__has(e->model, MOE__LAYERS, MOE__NORMED_RESIDUAL)) {
         moe__eval_range(e, e->n * n_embd, MOE__LINE, &begin, &end);
         memcpy(work->residual + begin, work->branch + begin,
                (size_t)(end - begin) * sizeof *normed);
@@ -20016,8 +20306,8 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     moe__eval_barrier(e);
 }
 
-// Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the others
-// go on. They look at the answer behind the mixer's barriers, all at the same place, and others
+// Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the
+// others go on. They look at the answer behind the mixer's barriers, all at the same place, and others
 // come before it is asked again, so that all stop or none.
 MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
@@ -20043,6 +20333,7 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
         const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].prefetch : &model->output;
         if (e->thread == 0 && layer->mixer) moe__forward_ask(e->batch);
         if (layer->mixer) { // residual += attn_output mixed, mixed = mixer(norm(residual))
+            if (layer->early_router) moe__forward_early(e, layer);
             moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_NORMED);
             moe__eval_fit(e, &layer->o);
             sum = moe__forward_branch(e, layer->attn_post_norm);
@@ -20141,7 +20432,7 @@ MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local 
     for (int i = 0; i < MOE__IN_Q_A; i++) {
         const unsigned kinds = model->kinds[i] & ~(unsigned)MOE__ACTS_FLOATS;
         moe__acts_take(&local->in[i], arena, i == MOE__IN_ROUTED ? used : 1, model->widest[i],
-                       i == MOE__IN_NORMED ? kinds | MOE__ACTS_FLOATS : kinds);
+                       i <= MOE__IN_RESIDUAL ? kinds | MOE__ACTS_FLOATS : kinds);
     }
     local->rope = moe__take_floats(arena, 1, model->n_rope);
     local->router_logits = moe__take_floats(arena, 1, info->n_expert);
@@ -20212,7 +20503,7 @@ MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
     work->rows = (moe__row *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__row));
     work->spans = (moe__span *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__span));
     work->residual = moe__take_floats(arena, n, info->n_embd);
-    work->branch = moe__has(model, MOE__POST_NORMS | MOE__NORMED_RESIDUAL)
+    work->branch = moe__has(model, MOE__LAYERS, MOE__POST_NORMS | MOE__NORMED_RESIDUAL)
                        ? moe__take_floats(arena, n, info->n_embd)
                        : NULL;
     work->rope = moe__take_floats(arena, n, model->n_rope);
@@ -20509,6 +20800,11 @@ MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *le
             return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
                              "token %d at position %d is not within 0..%d", (int)job->tokens[i],
                              (int)i, (int)session->model->info.n_vocab - 1);
+    if (session->model->n_exact &&
+        job->n_tokens > session->model->n_exact - session->length)
+        return moe__fail(error, MOE_ERROR_UNSUPPORTED, "attention.indexer.top_k",
+                         "more than %" PRId64 " tokens need sparse attention, which is not "
+                         "supported", session->model->n_exact);
     if (job->n_tokens > session->info.n_ctx - session->length)
         return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx",
                          "%d tokens do not fit behind %d of %d", (int)job->n_tokens,

@@ -15567,6 +15567,8 @@ struct moe_model {
     moe__paging paging;          // of the gguf's pages, if this model looks after them
 };
 
+enum { MOE__MATRIX = 2 };
+
 // State while loading. After the first error everything else is skipped: every function below
 // returns at once if the status is not OK, so that callers read as a list of what is bound, and
 // check the status only where they use what was read.
@@ -15575,7 +15577,8 @@ typedef struct moe__loader {
     const moe_gguf *gguf;
     moe_error *error;
     moe_status status;
-    uint8_t *used; // per tensor of the file: somebody has asked for it
+    uint8_t *used; // per tensor of the file: somebody has asked for it, or has bound it as a
+                   // matrix (MOE__MATRIX)
 } moe__loader;
 
 // Zeroed memory that lives as long as the model; NULL after an error. Allocations are a list
@@ -15841,6 +15844,8 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
                        tensor->name, type->name, (int)type->rows);
         return 0;
     }
+    const moe_gguf *gguf = loader->gguf;
+    loader->used[moe__gguf_names_find(gguf->names, gguf->n_tensors, tensor->name)] = MOE__MATRIX;
     matrix->data = (const uint8_t *)tensor->data;
     matrix->type = type;
     matrix->index = (int)(type - moe__types);
@@ -16653,8 +16658,7 @@ MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name)
         if (!s->other) return 1;
         snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
         const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
-        if (at >= 0 && loader->used[at] &&
-            (strcmp(s->suffix, ".scale") || moe_gguf_tensor_at(gguf, at)->n_dims > 1))
+        if (at >= 0 && loader->used[at] >= (strcmp(s->suffix, ".scale") ? 1 : MOE__MATRIX))
             return 1;
     }
     return 0;
@@ -20307,8 +20311,8 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
 }
 
 // Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the
-// others go on. They look at the answer behind the mixer's barriers, all at the same place, and others
-// come before it is asked again, so that all stop or none.
+// others go on. They look at the answer behind the mixer's barriers, all at the same place, and
+// other barriers come before it is asked again, so that all stop or none.
 MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
         const moe_session *session = batch->jobs[i].session;

@@ -16026,7 +16026,7 @@ MOE__PRIVATE int moe__load_has_rope(moe__loader *loader, int il) {
     if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FULL) && !window) return 0;
     if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FOURTH) && il % 4 == 3) return 0;
     if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FIRST) && model->has_windows && il % 4 == 0)
-        return 0;
+        return model->info.n_layer == 4; // llama.cpp turns all of four layers
     if (moe__has(model, MOE__POSITIONS, MOE__NOPE_KEY))
         return moe__load_bool(loader, "rope.scaling.finetuned", 1);
     return 1;

@@ -12927,14 +12927,18 @@ typedef struct moe__rope {
     moe__rope_kind kind;
     int32_t n_rot;    // values turned, from the first; even
     int32_t table_at; // where its floats begin in a row's tables of all ropes
-    double *frequency; // n_rot / 2 angles per position
+    double *frequency; // n_rot / 2 angles per position,
+    double *frequency_long; // in contexts of more than n_ctx_train; NULL: the same
     double magnitude; // factor of cos and sin (YaRN)
 } moe__rope;
 
 // cos and sin of position p: table[2 i], table[2 i + 1] for pair i.
-MOE__PRIVATE void moe__rope_table(const moe__rope *rope, int64_t position, float *table) {
+MOE__PRIVATE void moe__rope_table(const moe__rope *rope, int64_t position, int is_long,
+                                  float *table) {
+    const double *frequency =
+        is_long && rope->frequency_long ? rope->frequency_long : rope->frequency;
     for (int i = 0; i < rope->n_rot / 2; i++) {
-        double angle = (double)position * rope->frequency[i];
+        double angle = (double)position * frequency[i];
         table[2 * i] = (float)(cos(angle) * rope->magnitude);
         table[2 * i + 1] = (float)(sin(angle) * rope->magnitude);
     }
@@ -15221,7 +15225,10 @@ enum {
     MOE__NOPE_FIRST = 1 << 11, // nor the first of four,
     MOE__NOPE = 1 << 12, // nor any,
     MOE__NOPE_KEY = 1 << 13, // nor any if rope.scaling.finetuned is false
-    MOE__SECTIONS = 1 << 14 // rope.dimension_sections: pairs that turn with the position of text
+    MOE__SECTIONS = 1 << 14, // rope.dimension_sections: pairs that turn with the position of text
+    MOE__ROPE_LEAD = 1 << 15, // but leading dense layers turn
+    MOE__LONGROPE = 1 << 16 // rope_factors_long divide frequencies in contexts that are longer
+                            // than those of the training, rope_factors_short in others
 };
 // Of how layers mix tokens:
 enum {
@@ -15263,7 +15270,11 @@ enum {
     MOE__POST_NORMS = 1 << 3,
                               // residual is normed
     MOE__NORMED_RESIDUAL = 1 << 4, // a part is added to residual_scale times its own input
-    MOE__ONE_PART = 1 << 5 // a layer mixes tokens or has a feed-forward part, never both
+    MOE__ONE_PART = 1 << 5, // a layer mixes tokens or has a feed-forward part, never both
+    MOE__LAYER_NORM = 1 << 6, // norms of the residual take its mean away
+    MOE__NORM_BIAS = 1 << 7, // and have a bias
+    MOE__LOGITS_TIMES = 1 << 8, // logits are multiplied by logit_scale
+    MOE__ANY_NORM = 1 << 9 // norms take the mean away unless there is a key for the other kind
 };
 // Of the feed-forward part:
 enum {
@@ -15292,7 +15303,10 @@ enum {
     MOE__GELU = 1 << 21, // activation moe__kernels.geglu
     MOE__EARLY_ROUTER = 1 << 22, // the router reads what the layer reads
     MOE__WEIGHS_INPUT = 1 << 23, // weights multiply what experts read
-    MOE__SHARED_EXPERT = 1 << 24 // one, as wide as a routed one
+    MOE__SHARED_EXPERT = 1 << 24, // one, as wide as a routed one
+    MOE__SHARED_HALF = 1 << 25, // what experts make is halved if there are shared ones
+    MOE__MLP_BESIDE = 1 << 26 // a dense network beside the experts, which read another norm,
+    // ffn_norm_exps, of what the layer reads
 };
 
 // How a layer mixes tokens: rows of moe__mixers (>>mixers)
@@ -15334,6 +15348,8 @@ static const moe__family moe__families[] = {
      "output_norm",
      {MOE__NOPE_FOURTH | MOE__BASE_SLIDING, MOE__QK_NORM | MOE__GATE, MOE__EMBD_ROOT |
       MOE__POST_NORMS, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+    {"arctic", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", {0, 0, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__MLP_BESIDE}},
     {"bailingmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, MOE__SCALE_ROT, 0, MOE__NORM_KEY | MOE__SCALE_KEY | MOE__SHARED_COUNT}},
@@ -15343,6 +15359,14 @@ static const moe__family moe__families[] = {
      "output_norm",
      {0, MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE, 0, MOE__ROUTER_KEYS |
       MOE__SHARED_COUNT | MOE__SHARED_WIDTH | MOE__LIMITS}},
+    {"cohere2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SIGMOID, 4, NULL,
+     "output_norm",
+     {MOE__FULL_FIRST | MOE__NOPE_FULL | MOE__ROPE_LEAD, 0, MOE__LOGITS_TIMES | MOE__ANY_NORM,
+      MOE__GATING_KEY | MOE__NORM_KEY | MOE__SCALE_KEY | MOE__DENSE_KEY | MOE__SHARED_COUNT |
+      MOE__SHARED_WIDTH | MOE__SHARED_HALF | MOE__FFN_SCALE}},
+    {"dbrx", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
+     "attn_output_norm", "output_norm",
+     {0, MOE__CLAMP_KQV, MOE__LAYER_NORM, MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"deepseek", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, 0, MOE__SCALE_KEY | MOE__DENSE_KEY | MOE__SHARED_COUNT}},
@@ -15438,6 +15462,8 @@ static const moe__family moe__families[] = {
     {"olmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, MOE__QK_NORM_WIDE | MOE__CLAMP_KQV, 0, MOE__WIDTH_FFN}},
+    {"phimoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", {MOE__LONGROPE, 0, MOE__NORM_BIAS, MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"qwen2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, 0, MOE__SHARED_GATED}},
@@ -15497,10 +15523,16 @@ typedef struct moe__recurrent {
     const float *dt_norm, *b_norm, *c_norm;
 } moe__recurrent;
 
+// x / sqrt(mean(x^2) + eps) * weight + bias (root mean square), or x minus its mean before that
+// (MOE__LAYER_NORM). weight NULL: there is no such norm; bias NULL: 0.
+typedef struct moe__norm {
+    const float *weight, *bias; // n_embd
+} moe__norm;
+
 // What may differ from layer to layer: nothing of it is read from the model as a whole.
 typedef struct moe__layer {
-    const float *attn_norm, *ffn_norm;             // n_embd
-    const float *attn_post_norm, *ffn_post_norm;   // of what is added; NULL: none
+    moe__norm attn_norm, ffn_norm;             // before the parts,
+    moe__norm attn_post_norm, ffn_post_norm;   // of what they add
     moe__mixer_id mixer;
     int32_t n_head, n_head_kv;
     int32_t head_k, head_v;      // values of a head's query and key, and of its value
@@ -15529,6 +15561,7 @@ typedef struct moe__layer {
     int is_moe;
     moe__matrix router;                            // ffn_gate_inp
     int early_router;                              // reads what the layer does
+    moe__norm experts_norm;                        // of what the layer reads, for experts
     const float *probs_bias;                      // exp_probs_b: for choosing only
     moe__matrix latent_down, latent_up;            // around the routed experts; data NULL: none
     moe__ffn experts, shared, dense;               // shared.up.data NULL: none
@@ -15545,18 +15578,21 @@ struct moe_model {
     moe_model_info info;
     const moe__family *family;
     int has_windows;             // some layer has one
+    int mean_norm;               // norms of the residual take its mean away
+    int64_t n_ctx_orig;          // length of contexts before they were scaled
     int64_t n_exact;             // positions up to which attention sees what it should; 0: all
     int32_t n_blocks;            // layers of the file, those that are not run included
     int32_t n_ff_shared;
     int32_t n_latent;            // values that routed experts work on; 0: n_embd
     int32_t n_dense;             // leading layers without experts
     float eps;
-    float embd_scale, residual_scale, logit_scale; // factors of what they are named after
+    float embd_scale, residual_scale, logit_scale; // factors of what they are named after,
+    float shared_scale;          // and of shared experts
     moe__rope ropes[MOE__N_ROPES]; // of layers without and with a window; n_rot 0: no such one
     int32_t n_rope;              // floats of a row's tables of all of them
     moe__router router;
     moe__matrix token_embd, output;
-    const float *output_norm;
+    moe__norm output_norm;
     moe__layer *layers;
     unsigned kinds[MOE__INPUTS]; // forms in which the matrices want their inputs, and the
     int64_t widest[MOE__INPUTS]; // most values of each: found out where matrices are bound
@@ -15764,6 +15800,18 @@ MOE__PRIVATE const float *moe__load_column(moe__loader *loader, int layer, const
     const int flat = tensor->ne[0] == n;
     if (!moe__load_shape_is(loader, tensor, flat ? n : 1, flat ? 1 : n, 1)) return NULL;
     return moe__load_floats(loader, tensor, n, 1);
+}
+
+// A norm of the residual; families with norms that have a bias must not run without one.
+MOE__PRIVATE moe__norm moe__load_norm(moe__loader *loader, int layer, const char *base,
+                                      int required) {
+    const int64_t n = loader->model->info.n_embd;
+    moe__norm norm;
+    norm.weight = moe__load_vector(loader, layer, base, "weight", n, 1, required);
+    norm.bias = moe__has(loader->model, MOE__LAYERS, MOE__NORM_BIAS)
+                    ? moe__load_vector(loader, layer, base, "bias", n, 1, 1)
+                    : NULL;
+    return norm;
 }
 
 // Declares what a matrix reads, so that this vector will be there in the form it wants.
@@ -16018,11 +16066,33 @@ MOE__PRIVATE void moe__load_sections(moe__loader *loader) {
         if (i % sum >= 3 * sections[i % sum % 3]) rope->frequency[i] = 0;
 }
 
+// Two sets of factors, for long contexts and for others: which of them depends on the session's.
+MOE__PRIVATE void moe__load_longrope(moe__loader *loader) {
+    moe__rope *rope = &loader->model->ropes[MOE__ROPE_FULL];
+    const int64_t n = rope->n_rot / 2;
+    const float *factors[2];
+    factors[0] = moe__load_vector(loader, -1, "rope_factors_short", "weight", n, 1, 0);
+    factors[1] = moe__load_vector(loader, -1, "rope_factors_long", "weight", n, 1, 0);
+    if (!factors[0] && !factors[1]) return;
+    rope->frequency_long =
+        (double *)moe__load_alloc(loader, (uint64_t)n, sizeof *rope->frequency_long);
+    for (int64_t i = 0; i < n && !loader->status; i++) {
+        rope->frequency_long[i] = rope->frequency[i] / (factors[1] ? factors[1][i] : 1);
+        rope->frequency[i] /= factors[0] ? factors[0][i] : 1;
+        if (!(fabs(rope->frequency[i]) <= 1e30) || !(fabs(rope->frequency_long[i]) <= 1e30))
+            moe__load_fail(loader, MOE_ERROR_FORMAT, "rope_factors_long.weight",
+                           "factors of frequencies are out of range");
+    }
+}
+
 // Whether layer il turns queries and keys at all.
 MOE__PRIVATE int moe__load_has_rope(moe__loader *loader, int il) {
     const moe_model *model = loader->model;
     const int window = model->layers[il].window > 0;
     if (moe__has(model, MOE__POSITIONS, MOE__NOPE)) return 0;
+    if (moe__has(model, MOE__POSITIONS, MOE__ROPE_LEAD) &&
+        il < moe__load_int(loader, "leading_dense_block_count", 1, model->info.n_layer, 0))
+        return 1;
     if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FULL) && !window) return 0;
     if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FOURTH) && il % 4 == 3) return 0;
     if (moe__has(model, MOE__POSITIONS, MOE__NOPE_FIRST) && model->has_windows && il % 4 == 0)
@@ -16047,6 +16117,8 @@ MOE__PRIVATE void moe__load_rope_pair(moe__loader *loader, int32_t n_rot, int32_
     const float *factors = moe__load_vector(loader, -1, "rope_freqs", "weight", most / 2, 1, 0);
     moe__load_rope(loader, MOE__ROPE_FULL, n_rot, s, magnitude, factors);
     if (moe__has(model, MOE__POSITIONS, MOE__SECTIONS)) moe__load_sections(loader);
+    if (moe__has(model, MOE__POSITIONS, MOE__LONGROPE)) moe__load_longrope(loader);
+    model->n_ctx_orig = (int64_t)s->original_ctx;
     if (!model->has_windows || loader->status) return;
     if (moe__has(model, MOE__POSITIONS, MOE__BASE_SLIDING)) {
         const int other = moe__has(model, MOE__POSITIONS, MOE__BASE_10000);
@@ -16161,6 +16233,16 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
         router->normalize = moe__load_bool(loader, "expert_weights_norm", 0);
     if (moe__has(model, MOE__FFN, MOE__SCALE_KEY))
         router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
+}
+
+// What routed and shared experts make together is multiplied by a factor: their weights are.
+MOE__PRIVATE void moe__load_shared_scale(moe__loader *loader) {
+    moe_model *model = loader->model;
+    model->shared_scale =
+        moe__has(model, MOE__LAYERS, MOE__NORMED_RESIDUAL) ? 1.0f : model->residual_scale;
+    if (!moe__has(model, MOE__FFN, MOE__SHARED_HALF) || !model->n_ff_shared) return;
+    model->router.scale *= 0.5f;
+    model->shared_scale *= 0.5f;
 }
 
 // Whether layer il mixes tokens by a recurrence: by a key with a value per layer, by an interval,
@@ -16354,6 +16436,8 @@ MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
         model->embd_scale = sqrtf((float)model->info.n_embd);
     if (moe__has(model, MOE__LAYERS, MOE__NORMED_RESIDUAL))
         model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
+    if (moe__has(model, MOE__LAYERS, MOE__LOGITS_TIMES))
+        model->logit_scale = (float)moe__load_float(loader, "logit_scale", 1);
     if (!moe__has(model, MOE__LAYERS, MOE__SCALES)) return;
     model->embd_scale = (float)moe__load_float(loader, "embedding_scale", 1);
     model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
@@ -16377,6 +16461,10 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     const char *eps = "attention.layer_norm_rms_epsilon";
     if (moe__has(model, MOE__LAYERS, MOE__ONE_PART) && !moe__load_value(loader, eps, key))
         eps = "attention.layer_norm_epsilon"; // of the same norms
+    model->mean_norm = moe__has(model, MOE__LAYERS, MOE__LAYER_NORM) ||
+                       (moe__has(model, MOE__LAYERS, MOE__ANY_NORM) &&
+                        !(moe__load_float(loader, eps, 0) > 0));
+    if (model->mean_norm) eps = "attention.layer_norm_epsilon";
     if (!loader->status && !moe__load_value(loader, eps, key))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
     model->eps = (float)moe__load_float(loader, eps, 0);
@@ -16430,6 +16518,7 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
         model->n_ff_shared *= count;
         info->n_expert_shared = model->n_ff_shared > 0 ? count : 0;
     }
+    moe__load_shared_scale(loader);
     if (moe__has(model, MOE__MIXING, MOE__INDEXED)) {
         const int64_t k = moe__load_int(loader, "attention.indexer.top_k", 1, INT32_MAX,
                                         MOE__REQUIRED);
@@ -16505,8 +16594,11 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
     const double share = (double)info->n_expert_used / info->n_expert;
     int64_t n_ff = info->n_ff_exp;
     const int early = moe__has(model, MOE__FFN, MOE__EARLY_ROUTER);
-    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp",
-                     early ? MOE__IN_RESIDUAL : MOE__IN_NORMED, n_embd, info->n_expert, 1, 1, 1);
+    const moe__input reads = early                                         ? MOE__IN_RESIDUAL
+                             : moe__has(model, MOE__FFN, MOE__MLP_BESIDE) ? MOE__IN_EXPERTS
+                                                                           : MOE__IN_NORMED;
+    moe__load_matrix(loader, &layer->router, il, "ffn_gate_inp", reads, n_embd, info->n_expert, 1,
+                     1, 1);
     if (moe__has(model, MOE__FFN, MOE__PROBS_BIAS)) { // some files leave ".bias" out of the name
         layer->probs_bias =
             moe__load_vector(loader, il, "exp_probs_b", "bias", info->n_expert, 1, 0);
@@ -16524,9 +16616,14 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
         moe__load_matrix(loader, &layer->latent_up, il, "ffn_latent_up", MOE__IN_EXPERTS_SUM, n_io,
                          n_embd, 1, 1, layer->latent_down.data != NULL);
     }
-    moe__load_ffn(loader, &layer->experts, il, "_exps",
-                  layer->latent_down.data ? MOE__IN_EXPERTS : MOE__IN_NORMED, n_io,
-                  MOE__IN_ROUTED, n_ff, info->n_expert, share);
+    const int apart = layer->latent_down.data || moe__has(model, MOE__FFN, MOE__MLP_BESIDE);
+    moe__load_ffn(loader, &layer->experts, il, "_exps", apart ? MOE__IN_EXPERTS : MOE__IN_NORMED,
+                  n_io, MOE__IN_ROUTED, n_ff, info->n_expert, share);
+    if (moe__has(model, MOE__FFN, MOE__MLP_BESIDE)) {
+        layer->experts_norm = moe__load_norm(loader, il, "ffn_norm_exps", 1);
+        moe__load_ffn(loader, &layer->shared, il, "", MOE__IN_NORMED, n_embd, MOE__IN_SHARED,
+                      n_embd, 1, 1);
+    }
     layer->experts.weighs_input = moe__has(model, MOE__FFN, MOE__WEIGHS_INPUT);
     layer->early_router = moe__has(model, MOE__FFN, MOE__EARLY_ROUTER);
     moe__load_limit(loader, &layer->experts, il, "swiglu_clamp_exp");
@@ -16547,14 +16644,13 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
     const int64_t n_embd = model->info.n_embd;
     char gate[64];
     if (layer->mixer)
-        layer->attn_norm = moe__load_vector(loader, il, "attn_norm", "weight", n_embd, 1, 1);
+        layer->attn_norm = moe__load_norm(loader, il, "attn_norm", 1);
     if (!layer->has_ffn) return;
-    layer->ffn_norm = moe__load_vector(loader, il, model->family->ffn_norm, "weight", n_embd, 1, 1);
+    if (model->family->ffn_norm) // else the part reads what the mixer does
+        layer->ffn_norm = moe__load_norm(loader, il, model->family->ffn_norm, 1);
     if (moe__has(model, MOE__LAYERS, MOE__POST_NORMS)) {
-        layer->attn_post_norm =
-            moe__load_vector(loader, il, "post_attention_norm", "weight", n_embd, 1, 1);
-        layer->ffn_post_norm =
-            moe__load_vector(loader, il, "post_ffw_norm", "weight", n_embd, 1, 1);
+        layer->attn_post_norm = moe__load_norm(loader, il, "post_attention_norm", 1);
+        layer->ffn_post_norm = moe__load_norm(loader, il, "post_ffw_norm", 1);
     }
     snprintf(gate, sizeof gate, "blk.%d.ffn_gate_inp.weight", il);
     layer->is_moe = il >= model->n_dense && (!moe__has(model, MOE__FFN, MOE__DENSE_ELSE) ||
@@ -16606,8 +16702,7 @@ MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
         moe__load_matrix(loader, &model->output, -1, "output", MOE__IN_NONE, info->n_embd,
                          info->n_vocab, 1, 1, 1);
     moe__load_input(loader, &model->output, MOE__IN_NORMED);
-    model->output_norm =
-        moe__load_vector(loader, -1, model->family->output_norm, "weight", info->n_embd, 1, 1);
+    model->output_norm = moe__load_norm(loader, -1, model->family->output_norm, 1);
     if (!loader->status && model->vocab && moe_vocab_size(model->vocab) > info->n_vocab)
         moe__load_fail(loader, MOE_ERROR_FORMAT, "tokenizer.ggml.tokens",
                        "%d tokens, but the embedding has %d rows",
@@ -17161,16 +17256,29 @@ MOE__PRIVATE void moe__eval_project_add(moe__eval *e, const moe__matrix *matrix,
                         e->work->scales, sum, e->local->scratch.up, e->local->scratch.pack);
 }
 
-// norm(source) * weight, ready for matrices: one row for this thread alone, many shared.
+// One row, normed; out: n floats, may be x.
+MOE__PRIVATE void moe__eval_norm_row(const moe__eval *e, const float *x, const moe__norm *norm,
+                                     int64_t n, float *out) {
+    if (e->model->mean_norm) {
+        double sum = 0;
+        for (int64_t i = 0; i < n; i++) sum += x[i];
+        const float mean = (float)(sum / (double)n);
+        for (int64_t i = 0; i < n; i++) out[i] = x[i] - mean;
+        x = out;
+    }
+    e->kernels->rms_norm(x, norm->weight, n, e->model->eps, out);
+    for (int64_t i = 0; i < n && norm->bias; i++) out[i] += norm->bias[i];
+}
+
+// source, normed, ready for matrices: one row for this thread alone, many shared.
 // source: [n][values of the input].
-MOE__PRIVATE void moe__eval_norm(moe__eval *e, const float *source, const float *weight,
+MOE__PRIVATE void moe__eval_norm(moe__eval *e, const float *source, const moe__norm *norm,
                                  moe__input input) {
     const moe__acts *out = &e->in[input];
     int64_t begin = 0, end = 1;
     if (e->n > 1) moe__eval_range(e, e->n, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++)
-        e->kernels->rms_norm(source + t * out->n, weight, out->n, e->model->eps,
-                             moe__acts_f32(out, t));
+        moe__eval_norm_row(e, source + t * out->n, norm, out->n, moe__acts_f32(out, t));
     moe__acts_quantize(e->kernels, out, begin, end);
     if (e->n > 1) moe__eval_barrier(e);
 }
@@ -18254,7 +18362,8 @@ MOE__PRIVATE void moe__mla_queries(moe__eval *e, const moe__layer *layer, int il
     }
     moe__eval_range(e, n_head, 1, &begin, &end);
     if (layer->q_lora) {
-        moe__eval_norm(e, w->q_a, layer->q_a_norm, MOE__IN_Q_A);
+        const moe__norm norm = {layer->q_a_norm, NULL};
+        moe__eval_norm(e, w->q_a, &norm, MOE__IN_Q_A);
         moe__acts_gather(e->in, &layer->q_b, NULL, 0, e->n, e->local->scratch.x);
         moe__matmul(e->kernels, &layer->q_b, 0, begin * dk, end * dk, e->local->scratch.x, e->n,
                     w->q + begin * dk, n_head * dk, e->local->scratch.pack);
@@ -19980,8 +20089,7 @@ MOE__PRIVATE void moe__remember_begin(moe_session *session, int32_t slot) {
 MOE__PRIVATE float moe__route_shared(const moe__eval *e, const moe__layer *layer,
                                      int64_t t) {
     const int64_t n = e->model->info.n_embd;
-    const float scale =
-        moe__has(e->model, MOE__LAYERS, MOE__NORMED_RESIDUAL) ? 1.0f : e->model->residual_scale;
+    const float scale = e->model->shared_scale;
     float z;
     if (!layer->shared_gate) return scale;
     e->kernels->type[MOE__INDEX_F32].dot((const uint8_t *)layer->shared_gate,
@@ -20191,11 +20299,11 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
 // joins it (post norms: x += N(part)), an empty branch, of which this thread clears its share. Or
 // (MOE__NORMED_RESIDUAL) the branch begins as a multiple of the part's input and takes the
 // residual's place. A barrier comes before anybody adds.
-MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
+MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const moe__norm *post_norm) {
     const float *normed = moe__acts_f32(&e->in[MOE__IN_NORMED], 0);
     const int in_place = moe__has(e->model, MOE__LAYERS, MOE__NORMED_RESIDUAL);
     int64_t begin, end;
-    if (!post_norm && !in_place) return e->work->residual;
+    if (!post_norm->weight && !in_place) return e->work->residual;
     moe__eval_range(e, e->n * e->model->info.n_embd, MOE__LINE, &begin, &end);
     for (int64_t i = begin; i < end && in_place; i++)
         e->work->branch[i] = e->model->residual_scale * normed[i];
@@ -20205,7 +20313,7 @@ MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const float *post_norm) {
 
 // residual += norm(branch) * post_norm, if there is one. Each thread norms the whole of a single
 // row, from which it needs a part only: the sum of squares is of all of it.
-MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
+MOE__PRIVATE void moe__forward_join(moe__eval *e, const moe__norm *post_norm) {
     const moe__work *work = e->work;
     const int64_t n_embd = e->model->info.n_embd;
     float *normed = e->local->scratch.up; // as long as the longest vector
@@ -20216,15 +20324,14 @@ MOE__PRIVATE void moe__forward_join(moe__eval *e, const float *post_norm) {
                (size_t)(end - begin) * sizeof *normed);
         moe__eval_barrier(e);
     }
-    if (!post_norm) return;
+    if (!post_norm->weight) return;
     moe__eval_range(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__LINE : 1, &begin, &end);
     if (e->n == 1) {
-        e->kernels->rms_norm(work->branch, post_norm, n_embd, e->model->eps, normed);
+        moe__eval_norm_row(e, work->branch, post_norm, n_embd, normed);
         for (int64_t i = begin; i < end; i++) work->residual[i] += normed[i];
     } else {
         for (int64_t t = begin; t < end; t++) {
-            e->kernels->rms_norm(work->branch + t * n_embd, post_norm, n_embd, e->model->eps,
-                                 normed);
+            moe__eval_norm_row(e, work->branch + t * n_embd, post_norm, n_embd, normed);
             for (int64_t i = 0; i < n_embd; i++) work->residual[t * n_embd + i] += normed[i];
         }
     }
@@ -20249,6 +20356,7 @@ MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
         for (int i = 0; i < MOE__N_ROPES; i++) {
             float *tables = e->n == 1 ? e->local->rope : work->rope + t * model->n_rope;
             moe__rope_table(&model->ropes[i], work->rows[t].position,
+                            work->rows[t].sequence->info.n_ctx > model->n_ctx_orig,
                             tables + model->ropes[i].table_at);
         }
     moe__eval_barrier(e);
@@ -20282,8 +20390,8 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
         for (int32_t i = span->n - span->n_logits; i < span->n; i++, n++) {
             out[n] = span->logits + (span->n_logits > 1 ? (int64_t)i * output->n_out : 0);
             if (wanted > 1 && (n < begin || n >= end)) continue; // another thread's
-            e->kernels->rms_norm(work->residual + (span->first_row + i) * n_embd,
-                                 model->output_norm, n_embd, model->eps, moe__acts_f32(x, n));
+            moe__eval_norm_row(e, work->residual + (span->first_row + i) * n_embd,
+                               &model->output_norm, n_embd, moe__acts_f32(x, n));
             moe__acts_quantize(e->kernels, x, n, n + 1);
         }
     }
@@ -20338,9 +20446,11 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
         if (e->thread == 0 && layer->mixer) moe__forward_ask(e->batch);
         if (layer->mixer) { // residual += attn_output mixed, mixed = mixer(norm(residual))
             if (layer->early_router) moe__forward_early(e, layer);
-            moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_NORMED);
+            if (layer->experts_norm.weight)
+                moe__eval_norm(e, work->residual, &layer->experts_norm, MOE__IN_EXPERTS);
+            moe__eval_norm(e, work->residual, &layer->attn_norm, MOE__IN_NORMED);
             moe__eval_fit(e, &layer->o);
-            sum = moe__forward_branch(e, layer->attn_post_norm);
+            sum = moe__forward_branch(e, &layer->attn_post_norm);
             moe__mixers[layer->mixer].forward(e, layer, il);
             if (e->batch->stop) return 0; // barriers have passed: all threads see the same
             moe__eval_quantize(e, MOE__IN_MIXED, e->n);
@@ -20348,15 +20458,16 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
             moe__eval_project_add(e, &layer->o, sum);
             if (!layer->has_ffn) moe__eval_fetch(e, next);
             moe__eval_barrier(e);
-            moe__forward_join(e, layer->attn_post_norm);
+            moe__forward_join(e, &layer->attn_post_norm);
             moe__eval_clock(e, &since, layer->mixer > MOE__MLA ? &stats->recurrent_seconds
                                                                : &stats->attention_seconds);
         }
         if (layer->has_ffn) { // residual += experts(norm(residual)), or the dense network
-            moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_NORMED);
-            sum = moe__forward_branch(e, layer->ffn_post_norm);
+            if (layer->ffn_norm.weight) // else as the mixer had it
+                moe__eval_norm(e, work->residual, &layer->ffn_norm, MOE__IN_NORMED);
+            sum = moe__forward_branch(e, &layer->ffn_post_norm);
             moe__forward_ffn(e, layer, sum, next);
-            moe__forward_join(e, layer->ffn_post_norm);
+            moe__forward_join(e, &layer->ffn_post_norm);
             moe__eval_clock(e, &since, &stats->ffn_seconds);
         }
     }
@@ -20434,9 +20545,12 @@ MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local 
         (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
     local->dispatch.weights = moe__take_floats(arena, n, used);
     for (int i = 0; i < MOE__IN_Q_A; i++) {
+        // what every thread norms for itself
+        const int own = i <= MOE__IN_RESIDUAL ||
+                        (i == MOE__IN_EXPERTS && moe__has(model, MOE__FFN, MOE__MLP_BESIDE));
         const unsigned kinds = model->kinds[i] & ~(unsigned)MOE__ACTS_FLOATS;
         moe__acts_take(&local->in[i], arena, i == MOE__IN_ROUTED ? used : 1, model->widest[i],
-                       i <= MOE__IN_RESIDUAL ? kinds | MOE__ACTS_FLOATS : kinds);
+                       own ? kinds | MOE__ACTS_FLOATS : kinds);
     }
     local->rope = moe__take_floats(arena, 1, model->n_rope);
     local->router_logits = moe__take_floats(arena, 1, info->n_expert);

@@ -5933,6 +5933,7 @@ typedef struct moe__attend_args {
     float *max, *sum;
     float *const *out;
     float *scores;           // scratch: n_queries * MOE__ATTEND_KEYS floats, aligned to 64
+    float cap;               // scores become cap * tanh(score / cap); 0: they stay
 } moe__attend_args;
 
 // Some tokens of one chunk through a linear recurrence. Of one head there is a state S, n_k rows of
@@ -5987,7 +5988,9 @@ typedef struct moe__kernels {
     // out[i] = g / (1 + exp(-1.702 g)) * (u + 1), g = min(gate[i], 7), u = up[i] within -7..7
     moe__glu_fn *swiglu_oai;
     moe__glu_fn *reglu; // max(gate, 0) * up
-    moe__glu_fn *geglu; // gelu(gate) * up, gelu(x) = x / (1 + exp(-1.5957691 (x + 0.044715 x^3)))
+    // gelu(gate) * up, gelu(x) = x / (1 + exp(-1.5957691 (x + 0.044715 x^3))). As llama.cpp has it,
+    // which looks it up in a table: below 10 of x as f16, and rounded to f16; above 10 it is x.
+    moe__glu_fn *geglu;
     // x[i] = exp(x[i] - max(x)) / sum; all -inf or a NaN inside: NaN
     void (*softmax)(float *x, int64_t n);
     // Weights of logits: e[i] = exp((x[i] - max) * scale) for x[i] >= least, 0 for the others,
@@ -6128,8 +6131,10 @@ MOE__PRIVATE void moe__reglu_scalar(const float *gate, const float *up, int64_t 
 
 MOE__PRIVATE void moe__geglu_scalar(const float *gate, const float *up, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i++) {
-        const float g = gate[i], x = 1.59576912f * (g + 0.044715f * g * g * g);
-        out[i] = g / (1 + expf(-x)) * up[i];
+        const float g = moe__f16_to_f32(moe__f32_to_f16(moe__clamp(gate[i], -10, INFINITY)));
+        const float x = 1.59576912f * (g + 0.044715f * g * g * g);
+        const float y = moe__f16_to_f32(moe__f32_to_f16(g / (1 + expf(-x))));
+        out[i] = (gate[i] >= 10 ? gate[i] : y) * up[i];
     }
 }
 
@@ -6271,7 +6276,7 @@ MOE__INLINE float moe__attend_scores(const moe__attend_args *args, const float *
         double sum = 0;
         for (int c = 0; c < args->dk; c++)
             sum += (double)q[c] * moe__attend_load(key, args->type, c);
-        scores[j - first] = (float)sum;
+        scores[j - first] = args->cap > 0 ? args->cap * tanhf((float)sum / args->cap) : (float)sum;
         if (scores[j - first] > max) max = scores[j - first];
     }
     return max;
@@ -10730,9 +10735,13 @@ MOE__K void MOE__(reglu)(const float *gate, const float *up, int64_t n, float *o
 }
 MOE__K void MOE__(geglu)(const float *gate, const float *up, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
-        const MOE__VF g = f_load_n(gate + i, n - i), cube = f_mul(f_mul(g, g), g);
+        const MOE__VF all = f_load_n(gate + i, n - i);
+        const MOE__VF g = MOE__MM(cvtph_ps)(f_to_half(f_max(f_set(-10), all)));
+        const MOE__VF cube = f_mul(f_mul(g, g), g);
         const MOE__VF x = f_mul(f_set(1.59576912f), f_fma(f_set(0.044715f), cube, g));
-        f_store_n(out + i, n - i, f_mul(f_gate(g, x), f_load_n(up + i, n - i)));
+        const MOE__VF y = MOE__MM(cvtph_ps)(f_to_half(f_gate(g, x)));
+        const MOE__VF gelu = f_max(f_at_least(all, f_set(10)), f_min(f_set(10), y));
+        f_store_n(out + i, n - i, f_mul(gelu, f_load_n(up + i, n - i)));
     }
 }
 MOE__K void MOE__(swiglu_limited)(const float *gate, const float *up, int64_t n, float limit,
@@ -11387,6 +11396,15 @@ MOE__K void MOE__(attend_scores_q8_0)(const moe__attend_args *a, attend_chunk *c
 }
 #endif
 
+// Soft caps of n scores: tanh(y) = 1 - 2 / (1 + exp(2 y)). What lies behind them is not read.
+MOE__V void MOE__(attend_cap)(float *s, int n, float cap) {
+    for (int j = 0; j < n && cap > 0; j += MOE__VFLOATS) {
+        const MOE__VF y = f_mul(f_load(s + j), f_set(2 / cap));
+        const MOE__VF part = f_div(f_set(2), f_add(f_set(1), f_exp(y)));
+        f_store(s + j, f_mul(f_set(cap), f_sub(f_set(1), part)));
+    }
+}
+
 // Turns the scores of one query, of which it sees first .. n - 1, into weights exp(score - max).
 // NaN is never the max. With nothing but -inf, the base is finite: then weights are 0, not NaN.
 MOE__K void MOE__(attend_weights)(float *s, int first, int n, float *max, float *sum) {
@@ -11809,9 +11827,10 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
             MOE__(attend_scores)(a, &c);
         for (int i = 0; i < a->n_queries; i++) {
             c.max[i] = -INFINITY, c.sum[i] = 0;
-            if (c.visible[i] > 0)
-                MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, c.first[i], c.visible[i],
-                                      &c.max[i], &c.sum[i]);
+            if (c.visible[i] <= 0) continue;
+            MOE__(attend_cap)(a->scores + i * MOE__ATTEND_KEYS, c.visible[i], a->cap);
+            MOE__(attend_weights)(a->scores + i * MOE__ATTEND_KEYS, c.first[i], c.visible[i],
+                                  &c.max[i], &c.sum[i]);
         }
         MOE__(attend_join_all)(a, &c);
         MOE__(attend_values)(a, &c);
@@ -15227,8 +15246,9 @@ enum {
     MOE__NOPE_KEY = 1 << 13, // nor any if rope.scaling.finetuned is false
     MOE__SECTIONS = 1 << 14, // rope.dimension_sections: pairs that turn with the position of text
     MOE__ROPE_LEAD = 1 << 15, // but leading dense layers turn
-    MOE__LONGROPE = 1 << 16 // rope_factors_long divide frequencies in contexts that are longer
+    MOE__LONGROPE = 1 << 16, // rope_factors_long divide frequencies in contexts that are longer
                             // than those of the training, rope_factors_short in others
+    MOE__HEADS_SLIDING = 1 << 17 // heads of layers with a window are attention.key_length_swa wide
 };
 // Of how layers mix tokens:
 enum {
@@ -15257,7 +15277,11 @@ enum {
     MOE__SAFE_GATE = 1 << 19, // decays are bounded by kda.gate_lower_bound
     MOE__SCALE_RECUR = 1 << 20, // NAME.scale of recurrent layers' matrices counts for all types;
     MOE__SCALE_OUT = 1 << 21, // of attention layers' that of attn_output alone does,
-    MOE__SCALE_NONE = 1 << 22 // or none
+    MOE__SCALE_NONE = 1 << 22, // or none
+    MOE__SCALE_ONE = 1 << 23, // scores are not scaled
+    MOE__V_UNIT = 1 << 24, // values are normed, without weights; without attn_v they are keys
+    MOE__SOFT_CAP = 1 << 25 // attn_logit_softcapping: scores go no further, and are scaled by
+    // attention.output_scale
 };
 // Of layers:
 enum {
@@ -15274,7 +15298,12 @@ enum {
     MOE__LAYER_NORM = 1 << 6, // norms of the residual take its mean away
     MOE__NORM_BIAS = 1 << 7, // and have a bias
     MOE__LOGITS_TIMES = 1 << 8, // logits are multiplied by logit_scale
-    MOE__ANY_NORM = 1 << 9 // norms take the mean away unless there is a key for the other kind
+    MOE__ANY_NORM = 1 << 9, // norms take the mean away unless there is a key for the other kind
+    MOE__OUT_NORMS = 1 << 10, // attn_output_norm, layer_output_norm: post norms under other names
+    MOE__GROK_SCALES = 1 << 11, // embedding_scale and logit_scale are factors, without a key too
+    MOE__FINAL_CAP = 1 << 12, // final_logit_softcapping: logits go no further
+    MOE__FINAL_CAP_30 = 1 << 13, // than 30 if there is no key
+    MOE__OUT_SCALE = 1 << 14 // layer_output_scale multiplies what a layer gives
 };
 // Of the feed-forward part:
 enum {
@@ -15305,8 +15334,11 @@ enum {
     MOE__WEIGHS_INPUT = 1 << 23, // weights multiply what experts read
     MOE__SHARED_EXPERT = 1 << 24, // one, as wide as a routed one
     MOE__SHARED_HALF = 1 << 25, // what experts make is halved if there are shared ones
-    MOE__MLP_BESIDE = 1 << 26 // a dense network beside the experts, which read another norm,
+    MOE__MLP_BESIDE = 1 << 26, // a dense network beside the experts, which read another norm,
     // ffn_norm_exps, of what the layer reads
+    MOE__DENSE_BESIDE = 1 << 27, // a dense network beside the experts; both count sqrt(1/2)
+    MOE__DENSE_NORMED = 1 << 28 // a dense network beside the experts, each normed before and behind
+                                // by norms of its own; the router has one, too
 };
 
 // How a layer mixes tokens: rows of moe__mixers (>>mixers)
@@ -15383,6 +15415,12 @@ static const moe__family moe__families[] = {
       MOE__SHARED_KEY}},
     {"exaone-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 4, "ffn_norm", "output_norm",
      {MOE__NOPE_FULL, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH}},
+    {"gemma4", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 6, "ffn_norm",
+     "output_norm",
+     {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000 | MOE__ROT_SLIDING |
+      MOE__HEADS_SLIDING, MOE__QK_NORM | MOE__V_UNIT | MOE__SCALE_ONE,
+      MOE__EMBD_ROOT | MOE__POST_NORMS | MOE__OUT_SCALE | MOE__FINAL_CAP | MOE__FINAL_CAP_30,
+      MOE__NORMALIZE | MOE__GELU | MOE__DENSE_ELSE | MOE__DENSE_NORMED | MOE__FFN_SCALE}},
     {"glm-dsa", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SIGMOID, 0, "ffn_norm",
      "output_norm", {0, MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
     {"glm4moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 0,
@@ -15401,6 +15439,10 @@ static const moe__family moe__families[] = {
     {"granitemoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
+    {"grok", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm",
+     {0, MOE__SOFT_CAP, MOE__OUT_NORMS | MOE__GROK_SCALES | MOE__FINAL_CAP,
+      MOE__NORMALIZE | MOE__GELU | MOE__DENSE_BESIDE}},
     {"hunyuan-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, MOE__QK_NORM | MOE__TURN_FIRST, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_FFN}},
@@ -15544,6 +15586,8 @@ typedef struct moe__layer {
     double temperature;          // times 1 + temperature ln(1 + floor((p + offset) / length))
     int32_t temperature_length, temperature_offset;
     float clamp_kqv;             // bound of queries, keys and values; 0: none
+    float soft_cap;              // of scores; 0: none
+    float out_scale;             // factor of what the layer gives
     moe__matrix q, k, v;                           // grouped-query attention
     const float *q_norm, *k_norm;                  // before rope; NULL: none
     int norm_wide;                                 // over all heads together
@@ -15562,6 +15606,8 @@ typedef struct moe__layer {
     moe__matrix router;                            // ffn_gate_inp
     int early_router;                              // reads what the layer does
     moe__norm experts_norm;                        // of what the layer reads, for experts
+    moe__norm router_norm, pre_norm;               // of what the router and the experts read,
+    moe__norm dense_post_norm, experts_post_norm;  // and of what is made beside and by them
     const float *probs_bias;                      // exp_probs_b: for choosing only
     moe__matrix latent_down, latent_up;            // around the routed experts; data NULL: none
     moe__ffn experts, shared, dense;               // shared.up.data NULL: none
@@ -15588,6 +15634,7 @@ struct moe_model {
     float eps;
     float embd_scale, residual_scale, logit_scale; // factors of what they are named after,
     float shared_scale;          // and of shared experts
+    float final_cap;             // logits become cap * tanh(logit / cap); 0: they stay
     moe__rope ropes[MOE__N_ROPES]; // of layers without and with a window; n_rot 0: no such one
     int32_t n_rope;              // floats of a row's tables of all of them
     moe__router router;
@@ -15829,7 +15876,8 @@ MOE__PRIVATE void moe__load_input(moe__loader *loader, moe__matrix *matrix, moe_
 MOE__PRIVATE int moe__load_is_scaled(const moe_model *model, int layer, const char *base,
                                      const moe__type *type) {
     if (type->id == MOE_TYPE_NVFP4 || layer < 0) return 1;
-    if (!strncmp(base, "ffn_gate_inp", 12)) return 1;
+    if (!strncmp(base, "ffn_gate_inp", 12)) // may be a norm's weights
+        return !moe__has(model, MOE__FFN, MOE__DENSE_NORMED);
     if (!strncmp(base, "ffn_", 4)) return moe__has(model, MOE__FFN, MOE__FFN_SCALE);
     if (model->layers[layer].mixer > MOE__MLA)
         return moe__has(model, MOE__MIXING, MOE__SCALE_RECUR);
@@ -16110,10 +16158,11 @@ MOE__PRIVATE void moe__load_rope_pair(moe__loader *loader, int32_t n_rot, int32_
     const int own = moe__has(model, MOE__POSITIONS, MOE__ROT_SLIDING);
     const int plain = moe__has(model, MOE__POSITIONS, MOE__PLAIN_SLIDING);
     const double base = s->base;
-    if (!loader->status && model->has_windows && n_swa != n_rot && (!own || n_swa > narrowest))
+    if (!loader->status && model->has_windows &&
+        (own ? n_swa > narrowest || n_swa % 2 : n_swa != n_rot))
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "rope.dimension_count_swa",
                        "%d rotated values in layers with a window, %d in others", n_swa, n_rot);
-    const int64_t most = own ? moe__max(n_rot, n_swa) : n_rot;
+    const int64_t most = own && n_swa > n_rot ? n_swa : n_rot;
     const float *factors = moe__load_vector(loader, -1, "rope_freqs", "weight", most / 2, 1, 0);
     moe__load_rope(loader, MOE__ROPE_FULL, n_rot, s, magnitude, factors);
     if (moe__has(model, MOE__POSITIONS, MOE__SECTIONS)) moe__load_sections(loader);
@@ -16140,7 +16189,8 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     const int mla = model->family->mixer == MOE__MLA;
     moe__rope_scaling s;
     double attn_factor, magnitude, kq_scale = 1, attention_scale = 0;
-    int32_t narrowest = MOE__MAX_HEAD;
+    int32_t narrowest = MOE__MAX_HEAD, narrowest_swa = MOE__MAX_HEAD;
+    const int apart = moe__has(model, MOE__POSITIONS, MOE__HEADS_SLIDING);
     moe__load_rope_scaling(loader, &s, &attn_factor);
     magnitude = attn_factor * (s.yarn ? 1 + 0.1 * log(s.factor) : 1);
     if (mla) {
@@ -16153,8 +16203,11 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     }
     if (moe__has(model, MOE__LAYERS, MOE__SCALES))
         attention_scale = moe__load_float(loader, "attention.scale", 0);
-    for (int il = 0; il < model->info.n_layer && !loader->status; il++)
-        if (layers[il].head_k) narrowest = (int32_t)moe__min(narrowest, layers[il].head_k);
+    for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
+        int32_t *least = apart && layers[il].window ? &narrowest_swa : &narrowest;
+        if (layers[il].head_k) *least = (int32_t)moe__min(*least, layers[il].head_k);
+    }
+    if (!apart) narrowest_swa = narrowest;
     int32_t n_rot = moe__load_int(loader, "rope.dimension_count", 2, narrowest,
                                   mla ? MOE__REQUIRED : narrowest);
     const int32_t n_swa =
@@ -16163,7 +16216,7 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     if (!loader->status && (n_rot % 2 || n_rot < 2 || (mla && n_rot >= narrowest)))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
                        "%d rotated values do not fit heads of %d", n_rot, narrowest);
-    moe__load_rope_pair(loader, n_rot, n_swa, narrowest, &s, magnitude);
+    moe__load_rope_pair(loader, n_rot, n_swa, narrowest_swa, &s, magnitude);
     const int scale_rot = moe__has(model, MOE__MIXING, MOE__SCALE_ROT);
     for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
         moe__layer *layer = &layers[il];
@@ -16174,6 +16227,11 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
         const int32_t divisor = scale_rot ? layer->n_rot : (int32_t)moe__max(layer->head_k, 1);
         layer->kq_scale =
             (float)(attention_scale > 0 ? attention_scale : kq_scale / sqrt((double)divisor));
+        if (moe__has(model, MOE__MIXING, MOE__SCALE_ONE)) layer->kq_scale = 1;
+        if (!moe__has(model, MOE__MIXING, MOE__SOFT_CAP)) continue;
+        layer->soft_cap = (float)moe__load_float(loader, "attn_logit_softcapping", 30);
+        layer->kq_scale =
+            (float)moe__load_float(loader, "attention.output_scale", 0.08838834764831845);
     }
 }
 
@@ -16240,9 +16298,12 @@ MOE__PRIVATE void moe__load_shared_scale(moe__loader *loader) {
     moe_model *model = loader->model;
     model->shared_scale =
         moe__has(model, MOE__LAYERS, MOE__NORMED_RESIDUAL) ? 1.0f : model->residual_scale;
-    if (!moe__has(model, MOE__FFN, MOE__SHARED_HALF) || !model->n_ff_shared) return;
-    model->router.scale *= 0.5f;
-    model->shared_scale *= 0.5f;
+    const int half = moe__has(model, MOE__FFN, MOE__SHARED_HALF) && model->n_ff_shared;
+    const int root = moe__has(model, MOE__FFN, MOE__DENSE_BESIDE) &&
+                     moe_gguf_find_tensor(loader->gguf, "blk.0.ffn_up.weight");
+    const float scale = half ? 0.5f : root ? 0.70710678f : 1;
+    model->router.scale *= scale;
+    model->shared_scale *= scale;
 }
 
 // Whether layer il mixes tokens by a recurrence: by a key with a value per layer, by an interval,
@@ -16299,6 +16360,12 @@ MOE__PRIVATE void moe__load_heads(moe__loader *loader, moe__layer *layer, int il
     const int64_t head = info->n_embd / info->n_head;
     layer->head_k = moe__load_int_at(loader, "attention.key_length", il, 1, MOE__MAX_HEAD, head);
     layer->head_v = moe__load_int_at(loader, "attention.value_length", il, 1, MOE__MAX_HEAD, head);
+    if (layer->window && moe__has(model, MOE__POSITIONS, MOE__HEADS_SLIDING)) {
+        layer->head_k = moe__load_int(loader, "attention.key_length_swa", 1, MOE__MAX_HEAD,
+                                      layer->head_k);
+        layer->head_v = moe__load_int(loader, "attention.value_length_swa", 1, MOE__MAX_HEAD,
+                                      layer->head_v);
+    }
     if (layer->mixer == MOE__MLA) {
         layer->head_k = moe__load_int(loader, "attention.key_length_mla", 1, MOE__MAX_HEAD,
                                       layer->head_k);
@@ -16390,13 +16457,15 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
     for (int il = 0; il < info->n_layer && !loader->status; il++) {
         moe__layer *layer = &model->layers[il];
         moe__load_parts(loader, layer, il);
-        moe__load_heads(loader, layer, il);
-        layer->clamp_kqv = clamp_kqv;
         if (window && moe__load_is_sliding(loader, il)) layer->window = window;
         layer->chunked = moe__has(model, MOE__POSITIONS, MOE__CHUNKS);
         model->has_windows |= layer->window > 0;
+        moe__load_heads(loader, layer, il);
+        layer->clamp_kqv = clamp_kqv;
+        layer->out_scale = 1;
     }
-    if (window) moe__load_check_sliding(loader);
+    if (window && !moe__has(model, MOE__POSITIONS, MOE__HEADS_SLIDING))
+        moe__load_check_sliding(loader);
     if (!loader->status && !info->n_head)
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "attention.head_count_kv",
                        "a model without any attention layer is not supported");
@@ -16431,11 +16500,23 @@ MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
 // and then nothing is multiplied: x * 1 has the bits of x, but takes a pass.
 MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
     moe_model *model = loader->model;
+    char key[128];
     model->embd_scale = model->residual_scale = model->logit_scale = 1;
     if (moe__has(model, MOE__LAYERS, MOE__EMBD_ROOT))
         model->embd_scale = sqrtf((float)model->info.n_embd);
     if (moe__has(model, MOE__LAYERS, MOE__NORMED_RESIDUAL))
         model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
+    if (moe__has(model, MOE__LAYERS, MOE__GROK_SCALES)) {
+        model->embd_scale = (float)moe__load_float(loader, "embedding_scale", 78.38367176906169);
+        model->logit_scale = (float)moe__load_float(loader, "logit_scale", 0.5773502691896257);
+    }
+    if (moe__has(model, MOE__LAYERS, MOE__FINAL_CAP))
+        model->final_cap = (float)moe__load_float(
+            loader, "final_logit_softcapping",
+            moe__has(model, MOE__LAYERS, MOE__FINAL_CAP_30) &&
+                    !moe__load_value(loader, "final_logit_softcapping", key)
+                ? 30
+                : 0);
     if (moe__has(model, MOE__LAYERS, MOE__LOGITS_TIMES))
         model->logit_scale = (float)moe__load_float(loader, "logit_scale", 1);
     if (!moe__has(model, MOE__LAYERS, MOE__SCALES)) return;
@@ -16585,6 +16666,33 @@ MOE__PRIVATE void moe__load_limit(moe__loader *loader, moe__ffn *ffn, int il, co
     ffn->limit = (float)x;
 }
 
+// A dense network beside the experts takes the place of shared ones.
+MOE__PRIVATE void moe__load_beside(moe__loader *loader, moe__layer *layer, int il) {
+    const moe_model *model = loader->model;
+    const int64_t n_embd = model->info.n_embd;
+    int64_t n_ff = n_embd;
+    if (moe__has(model, MOE__FFN, MOE__MLP_BESIDE)) {
+        layer->experts_norm = moe__load_norm(loader, il, "ffn_norm_exps", 1);
+    } else if (moe__has(model, MOE__FFN, MOE__DENSE_BESIDE)) {
+        if (!moe__load_tensor(loader, il, "ffn_up", "weight", 0)) return;
+        n_ff = moe__load_int_at(loader, "feed_forward_length", il, 1, 1 << 24, MOE__REQUIRED);
+    } else if (moe__has(model, MOE__FFN, MOE__DENSE_NORMED)) {
+        n_ff = moe__load_int_at(loader, "feed_forward_length", il, 1, 1 << 24, MOE__REQUIRED);
+        layer->pre_norm = moe__load_norm(loader, il, "pre_ffw_norm_2", 1);
+        layer->dense_post_norm = moe__load_norm(loader, il, "post_ffw_norm_1", 1);
+        layer->experts_post_norm = moe__load_norm(loader, il, "post_ffw_norm_2", 1);
+        loader->model->widest[MOE__IN_EXPERTS_SUM] = n_embd; // where they add up
+        layer->router_norm.weight =
+            moe__load_vector(loader, il, "ffn_gate_inp", "scale", n_embd, 1, 1);
+        float *weight = (float *)layer->router_norm.weight; // of this loader's own memory
+        for (int64_t i = 0; i < n_embd && weight; i++) weight[i] /= sqrtf((float)n_embd);
+    } else {
+        return;
+    }
+    moe__load_ffn(loader, &layer->shared, il, "", MOE__IN_NORMED, n_embd, MOE__IN_SHARED, n_ff, 1,
+                  1);
+}
+
 // The router with routed and shared experts.
 MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int il) {
     const moe_model *model = loader->model;
@@ -16593,7 +16701,7 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
     int64_t n_io = n_embd;
     const double share = (double)info->n_expert_used / info->n_expert;
     int64_t n_ff = info->n_ff_exp;
-    const int early = moe__has(model, MOE__FFN, MOE__EARLY_ROUTER);
+    const int early = moe__has(model, MOE__FFN, MOE__EARLY_ROUTER | MOE__DENSE_NORMED);
     const moe__input reads = early                                         ? MOE__IN_RESIDUAL
                              : moe__has(model, MOE__FFN, MOE__MLP_BESIDE) ? MOE__IN_EXPERTS
                                                                            : MOE__IN_NORMED;
@@ -16616,14 +16724,11 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
         moe__load_matrix(loader, &layer->latent_up, il, "ffn_latent_up", MOE__IN_EXPERTS_SUM, n_io,
                          n_embd, 1, 1, layer->latent_down.data != NULL);
     }
-    const int apart = layer->latent_down.data || moe__has(model, MOE__FFN, MOE__MLP_BESIDE);
+    const int apart = layer->latent_down.data ||
+                      moe__has(model, MOE__FFN, MOE__MLP_BESIDE | MOE__DENSE_NORMED);
     moe__load_ffn(loader, &layer->experts, il, "_exps", apart ? MOE__IN_EXPERTS : MOE__IN_NORMED,
                   n_io, MOE__IN_ROUTED, n_ff, info->n_expert, share);
-    if (moe__has(model, MOE__FFN, MOE__MLP_BESIDE)) {
-        layer->experts_norm = moe__load_norm(loader, il, "ffn_norm_exps", 1);
-        moe__load_ffn(loader, &layer->shared, il, "", MOE__IN_NORMED, n_embd, MOE__IN_SHARED,
-                      n_embd, 1, 1);
-    }
+    moe__load_beside(loader, layer, il);
     layer->experts.weighs_input = moe__has(model, MOE__FFN, MOE__WEIGHS_INPUT);
     layer->early_router = moe__has(model, MOE__FFN, MOE__EARLY_ROUTER);
     moe__load_limit(loader, &layer->experts, il, "swiglu_clamp_exp");
@@ -16652,6 +16757,17 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
         layer->attn_post_norm = moe__load_norm(loader, il, "post_attention_norm", 1);
         layer->ffn_post_norm = moe__load_norm(loader, il, "post_ffw_norm", 1);
     }
+    if (moe__has(model, MOE__LAYERS, MOE__OUT_NORMS)) {
+        layer->attn_post_norm = moe__load_norm(loader, il, "attn_output_norm", 1);
+        layer->ffn_post_norm = moe__load_norm(loader, il, "layer_output_norm", 0);
+        if (!layer->ffn_post_norm.weight)
+            layer->ffn_post_norm = moe__load_norm(loader, il, "post_ffw_norm", 1);
+    }
+    const float *out_scale = moe__has(model, MOE__LAYERS, MOE__OUT_SCALE)
+                                 ? moe__load_vector(loader, il, "layer_output_scale", "weight", 1,
+                                                    1, 0)
+                                 : NULL;
+    if (out_scale) layer->out_scale = *out_scale;
     snprintf(gate, sizeof gate, "blk.%d.ffn_gate_inp.weight", il);
     layer->is_moe = il >= model->n_dense && (!moe__has(model, MOE__FFN, MOE__DENSE_ELSE) ||
                                              moe_gguf_find_tensor(loader->gguf, gate) != NULL);
@@ -17654,7 +17770,10 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
     } else {
         moe__load_matrix(loader, &layer->q, il, "attn_q", x, n_embd, n_q, 1, 1, 1);
         moe__load_matrix(loader, &layer->k, il, "attn_k", x, n_embd, n_k, 1, 1, 1);
-        moe__load_matrix(loader, &layer->v, il, "attn_v", x, n_embd, n_v, 1, 1, 1);
+        const int maybe = moe__has(model, MOE__MIXING, MOE__V_UNIT) && n_v == n_k;
+        if (!moe__load_matrix(loader, &layer->v, il, "attn_v", x, n_embd, n_v, 1, 1, !maybe) &&
+            maybe)
+            layer->v = layer->k;
     }
     moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_out, n_embd, 1, 1, 1);
     // as llama.cpp has it
@@ -17776,6 +17895,8 @@ MOE__PRIVATE void moe__gqa_store(const moe__eval *e, const moe__layer *layer, in
     float *v = w->v + (t * layer->n_head_kv + head) * dv;
     moe__gqa_place(e, layer, t, layer->k_norm, k);
     moe__gqa_clamp(layer, v, dv);
+    if (moe__has(e->model, MOE__MIXING, MOE__V_UNIT))
+        e->kernels->rms_norm(v, NULL, dv, e->model->eps, v);
     moe__kv_store(e->kernels, &cache->k, moe__kv_row(&cache->k, head, row->position), 0, k, d);
     moe__kv_store(e->kernels, &cache->v, moe__kv_row(&cache->v, head, row->position), 0, v, dv);
 }
@@ -18203,6 +18324,7 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
     a.out = w->out;
     a.first = w->first, a.n_visible = w->n_visible;
     a.scores = w->scores;
+    a.cap = at->layer->soft_cap;
     if (at->store && ends)
         moe__gqa_store(e, at->layer, at->il, at->gqa, span->first_row, item->head);
     if (at->expand && !at->carry) moe__mla_head(e, at->layer, at->mla, item->head);
@@ -20224,16 +20346,21 @@ MOE__PRIVATE int64_t moe__forward_unit(const moe__eval *e, const moe__layer *lay
     return unit;
 }
 
+// The sum of routed experts by themselves begins empty; a barrier comes before anybody adds.
+MOE__PRIVATE void moe__forward_clear_routed(moe__eval *e) {
+    const moe__acts *routed = &e->in[MOE__IN_EXPERTS_SUM];
+    int64_t begin, end;
+    moe__eval_range(e, e->n * routed->n, MOE__LINE, &begin, &end);
+    memset(moe__acts_f32(routed, 0) + begin, 0, (size_t)(end - begin) * sizeof(float));
+}
+
 // Latent experts: what they read, ffn_latent_down x, and their sum, which begins empty. The barrier
 // behind it is the caller's next one.
 MOE__PRIVATE void moe__forward_latent(moe__eval *e, const moe__layer *layer) {
     const moe__projection list = {&layer->latent_down, moe__acts_f32(&e->in[MOE__IN_EXPERTS], 0),
                                   0};
-    const moe__acts *routed = &e->in[MOE__IN_EXPERTS_SUM];
-    int64_t begin, end;
     moe__eval_project(e, &list, 1);
-    moe__eval_range(e, e->n * routed->n, MOE__LINE, &begin, &end);
-    memset(moe__acts_f32(routed, 0) + begin, 0, (size_t)(end - begin) * sizeof(float));
+    moe__forward_clear_routed(e);
     moe__eval_barrier(e);
     moe__eval_quantize(e, MOE__IN_EXPERTS, e->n);
     if (e->n > 1) moe__eval_barrier(e);
@@ -20254,6 +20381,7 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
     moe__eval_fit(e, &layer->shared.down);
     moe__eval_fit(e, &layer->dense.down);
     if (layer->latent_down.data) moe__forward_latent(e, layer);
+    if (layer->experts_post_norm.weight) moe__forward_clear_routed(e);
     if (layer->is_moe)
         moe__forward_route(e, layer);
     else
@@ -20282,7 +20410,9 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
     if (layer->shared.up.data) moe__eval_quantize(e, MOE__IN_SHARED, e->n);
     if (!layer->is_moe) moe__eval_quantize(e, MOE__IN_DENSE, e->n);
     if (e->n > 1) moe__eval_barrier(e);
-    float *routed = layer->latent_up.data ? moe__acts_f32(&e->in[MOE__IN_EXPERTS_SUM], 0) : sum;
+    float *routed = layer->latent_up.data || layer->experts_post_norm.weight
+                        ? moe__acts_f32(&e->in[MOE__IN_EXPERTS_SUM], 0)
+                        : sum;
     moe__forward_down(e, &task, sum, routed);
     if (layer->latent_up.data) {
         moe__eval_fetch(e, &layer->latent_up);
@@ -20311,11 +20441,27 @@ MOE__PRIVATE float *moe__forward_branch(moe__eval *e, const moe__norm *post_norm
     return e->work->branch;
 }
 
+// What a branch holds for row t, ready to be normed: where experts and the network beside them are
+// normed apart, the sum of both. Two vectors of scratch.
+MOE__PRIVATE const float *moe__forward_pair(moe__eval *e, const moe__layer *layer, int64_t t) {
+    const int64_t n = e->model->info.n_embd;
+    float *sum = e->local->scratch.gate, *other = e->local->scratch.up;
+    moe__eval_norm_row(e, e->work->branch + t * n, &layer->dense_post_norm, n, sum);
+    moe__eval_norm_row(e, moe__acts_f32(&e->in[MOE__IN_EXPERTS_SUM], t), &layer->experts_post_norm,
+                       n, other);
+    for (int64_t i = 0; i < n; i++) sum[i] += other[i];
+    return sum;
+}
+
 // residual += norm(branch) * post_norm, if there is one. Each thread norms the whole of a single
 // row, from which it needs a part only: the sum of squares is of all of it.
-MOE__PRIVATE void moe__forward_join(moe__eval *e, const moe__norm *post_norm) {
+MOE__PRIVATE void moe__forward_join(moe__eval *e, const moe__layer *layer,
+                                    const moe__norm *post_norm) {
     const moe__work *work = e->work;
     const int64_t n_embd = e->model->info.n_embd;
+    const int is_ffn = post_norm == &layer->ffn_post_norm;
+    const int pair = is_ffn && layer->experts_post_norm.weight;
+    const float scale = is_ffn ? layer->out_scale : 1;
     float *normed = e->local->scratch.up; // as long as the longest vector
     int64_t begin, end;
     if (moe__has(e->model, MOE__LAYERS, MOE__NORMED_RESIDUAL)) {
@@ -20326,14 +20472,14 @@ MOE__PRIVATE void moe__forward_join(moe__eval *e, const moe__norm *post_norm) {
     }
     if (!post_norm->weight) return;
     moe__eval_range(e, e->n == 1 ? n_embd : e->n, e->n == 1 ? MOE__LINE : 1, &begin, &end);
-    if (e->n == 1) {
-        moe__eval_norm_row(e, work->branch, post_norm, n_embd, normed);
-        for (int64_t i = begin; i < end; i++) work->residual[i] += normed[i];
-    } else {
-        for (int64_t t = begin; t < end; t++) {
-            moe__eval_norm_row(e, work->branch + t * n_embd, post_norm, n_embd, normed);
-            for (int64_t i = 0; i < n_embd; i++) work->residual[t * n_embd + i] += normed[i];
-        }
+    const int64_t first = e->n == 1 ? 0 : begin, last = e->n == 1 ? 1 : end;
+    for (int64_t t = first; t < last; t++) {
+        const float *x = pair ? moe__forward_pair(e, layer, t) : work->branch + t * n_embd;
+        float *residual = work->residual + t * n_embd;
+        moe__eval_norm_row(e, x, post_norm, n_embd, normed);
+        const int64_t from = e->n == 1 ? begin : 0, to = e->n == 1 ? end : n_embd;
+        for (int64_t i = from; i < to; i++) residual[i] += normed[i];
+        for (int64_t i = from; i < to && scale != 1; i++) residual[i] *= scale;
     }
     moe__eval_barrier(e);
 }
@@ -20364,7 +20510,9 @@ MOE__PRIVATE void moe__forward_begin(moe__eval *e) {
 
 MOE__INLINE void moe__forward_scale(const moe__eval *e, float *logits, int64_t n) {
     const float scale = e->model->logit_scale;
+    const float cap = e->model->final_cap;
     for (int64_t i = 0; i < n && scale != 1; i++) logits[i] *= scale;
+    for (int64_t i = 0; i < n && cap > 0; i++) logits[i] = cap * tanhf(logits[i] / cap);
 }
 
 // Logits of the rows that somebody wants them of: of each sequence's last row, or of all its rows
@@ -20458,16 +20606,20 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
             moe__eval_project_add(e, &layer->o, sum);
             if (!layer->has_ffn) moe__eval_fetch(e, next);
             moe__eval_barrier(e);
-            moe__forward_join(e, &layer->attn_post_norm);
+            moe__forward_join(e, layer, &layer->attn_post_norm);
             moe__eval_clock(e, &since, layer->mixer > MOE__MLA ? &stats->recurrent_seconds
                                                                : &stats->attention_seconds);
         }
         if (layer->has_ffn) { // residual += experts(norm(residual)), or the dense network
             if (layer->ffn_norm.weight) // else as the mixer had it
                 moe__eval_norm(e, work->residual, &layer->ffn_norm, MOE__IN_NORMED);
+            if (layer->router_norm.weight) {
+                moe__eval_norm(e, work->residual, &layer->router_norm, MOE__IN_RESIDUAL);
+                moe__eval_norm(e, work->residual, &layer->pre_norm, MOE__IN_EXPERTS);
+            }
             sum = moe__forward_branch(e, &layer->ffn_post_norm);
             moe__forward_ffn(e, layer, sum, next);
-            moe__forward_join(e, &layer->ffn_post_norm);
+            moe__forward_join(e, layer, &layer->ffn_post_norm);
             moe__eval_clock(e, &since, &stats->ffn_seconds);
         }
     }
@@ -20547,7 +20699,8 @@ MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local 
     for (int i = 0; i < MOE__IN_Q_A; i++) {
         // what every thread norms for itself
         const int own = i <= MOE__IN_RESIDUAL ||
-                        (i == MOE__IN_EXPERTS && moe__has(model, MOE__FFN, MOE__MLP_BESIDE));
+                        (i == MOE__IN_EXPERTS &&
+                         moe__has(model, MOE__FFN, MOE__MLP_BESIDE | MOE__DENSE_NORMED));
         const unsigned kinds = model->kinds[i] & ~(unsigned)MOE__ACTS_FLOATS;
         moe__acts_take(&local->in[i], arena, i == MOE__IN_ROUTED ? used : 1, model->widest[i],
                        own ? kinds | MOE__ACTS_FLOATS : kinds);
@@ -20621,7 +20774,8 @@ MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
     work->rows = (moe__row *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__row));
     work->spans = (moe__span *)moe__arena_take(arena, (uint64_t)n, sizeof(moe__span));
     work->residual = moe__take_floats(arena, n, info->n_embd);
-    work->branch = moe__has(model, MOE__LAYERS, MOE__POST_NORMS | MOE__NORMED_RESIDUAL)
+    work->branch = moe__has(model, MOE__LAYERS,
+                            MOE__POST_NORMS | MOE__OUT_NORMS | MOE__NORMED_RESIDUAL)
                        ? moe__take_floats(arena, n, info->n_embd)
                        : NULL;
     work->rope = moe__take_floats(arena, n, model->n_rope);

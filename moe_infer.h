@@ -13041,6 +13041,8 @@ typedef struct moe__router {
     int32_t n_group, n_group_used; // n_group <= 1: no groups
     int normalize;                 // weights of the chosen experts sum to 1
     float scale;                   // factor of all weights
+    int32_t n_chunk, n_chunk_used; // so many experts share a chunk expert; 0: there are none
+    float chunk_scale;
 } moe__router;
 
 // The unused entry with the largest score, the first among equals; NaN loses unless all are NaN.
@@ -13120,6 +13122,24 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
     else if (router->normalize)
         factor /= fmaxf(sum, 6.103515625e-5f); // llama.cpp's guard, 2^-14
     for (int32_t i = 0; i < router->n_used; i++) weights[i] *= factor;
+}
+
+// Chunk experts (GroveMoE, 2025) from the probabilities that moe__router_select left: of the
+// n_chunk_used likeliest experts each one's chunk, weighed by the probability of the expert that
+// has the chunk's number (as llama.cpp has it), divided by their sum. A chunk may come twice.
+MOE__PRIVATE void moe__router_chunks(const moe__router *router, const float *p, int32_t *chunks,
+                                     float *weights) {
+    uint8_t used[MOE__MAX_EXPERTS] = {0};
+    float sum = 0;
+    for (int32_t i = 0; i < router->n_chunk_used; i++) {
+        const int32_t e = moe__router_best(p, used, router->n_expert);
+        used[e] = 1;
+        chunks[i] = e / router->n_chunk;
+        weights[i] = p[chunks[i]];
+        sum += weights[i];
+    }
+    const float factor = router->chunk_scale / fmaxf(sum, 6.103515625e-5f);
+    for (int32_t i = 0; i < router->n_chunk_used; i++) weights[i] *= factor;
 }
 
 // ---- dispatch --------------------------------------------------------------------------------
@@ -13203,17 +13223,17 @@ MOE__PRIVATE moe__entry *moe__dispatch_add(moe__dispatch *dispatch, const moe__f
     return entry;
 }
 
-// Entries of the routed experts. experts, weights: n_tokens x n_used from the router. A counting
+// Entries of routed experts. experts, weights: n_tokens x n_used from the router. A counting
 // sort: tokens of each expert counted, experts laid out one behind the other, tokens put there.
 MOE__PRIVATE void moe__dispatch_routed(moe__dispatch *dispatch, const moe__ffn *ffn,
-                                       const moe__router *router, const int32_t *experts,
+                                       int32_t n_expert, int32_t n_used, const int32_t *experts,
                                        const float *weights, int64_t n_tokens) {
     int32_t count[MOE__MAX_EXPERTS], first[MOE__MAX_EXPERTS];
-    const int64_t n_slots = n_tokens * router->n_used;
+    const int64_t n_slots = n_tokens * n_used;
     memset(count, 0, sizeof count);
     for (int64_t i = 0; i < n_slots; i++) count[experts[i]]++;
     int32_t next = 0;
-    for (int32_t e = 0; e < router->n_expert; e++) {
+    for (int32_t e = 0; e < n_expert; e++) {
         first[e] = next;
         next += count[e];
         if (!count[e]) continue;
@@ -13226,7 +13246,7 @@ MOE__PRIVATE void moe__dispatch_routed(moe__dispatch *dispatch, const moe__ffn *
     dispatch->n_routed = dispatch->n_entries;
     for (int64_t i = 0; i < n_slots; i++) {
         int32_t at = first[experts[i]]++;
-        dispatch->tokens[at] = (int32_t)(i / router->n_used);
+        dispatch->tokens[at] = (int32_t)(i / n_used);
         dispatch->weights[at] = weights[i];
     }
 }
@@ -15337,8 +15357,10 @@ enum {
     MOE__MLP_BESIDE = 1 << 26, // a dense network beside the experts, which read another norm,
     // ffn_norm_exps, of what the layer reads
     MOE__DENSE_BESIDE = 1 << 27, // a dense network beside the experts; both count sqrt(1/2)
-    MOE__DENSE_NORMED = 1 << 28 // a dense network beside the experts, each normed before and behind
+    MOE__DENSE_NORMED = 1 << 28, // a dense network beside the experts, both normed before, behind
                                 // by norms of its own; the router has one, too
+    MOE__CHUNK_EXPERTS = 1 << 29, // smaller experts, shared by groups, read what routed ones make
+    MOE__DENSE_STEP = 1 << 30 // interleave_moe_layer_step: of so many layers the last has experts
 };
 
 // How a layer mixes tokens: rows of moe__mixers (>>mixers)
@@ -15412,7 +15434,7 @@ static const moe__family moe__families[] = {
     {"ernie4_5-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, MOE__NO_OUT_BIAS, 0, MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__DENSE_ELSE |
-      MOE__SHARED_KEY}},
+      MOE__DENSE_STEP | MOE__SHARED_KEY}},
     {"exaone-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 4, "ffn_norm", "output_norm",
      {MOE__NOPE_FULL, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH}},
     {"gemma4", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 6, "ffn_norm",
@@ -15443,6 +15465,8 @@ static const moe__family moe__families[] = {
      "output_norm",
      {0, MOE__SOFT_CAP, MOE__OUT_NORMS | MOE__GROK_SCALES | MOE__FINAL_CAP,
       MOE__NORMALIZE | MOE__GELU | MOE__DENSE_BESIDE}},
+    {"grovemoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
+     "output_norm", {0, MOE__QK_NORM, 0, MOE__NORMALIZE | MOE__CHUNK_EXPERTS}},
     {"hunyuan-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, MOE__QK_NORM | MOE__TURN_FIRST, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_FFN}},
@@ -15610,7 +15634,8 @@ typedef struct moe__layer {
     moe__norm dense_post_norm, experts_post_norm;  // and of what is made beside and by them
     const float *probs_bias;                      // exp_probs_b: for choosing only
     moe__matrix latent_down, latent_up;            // around the routed experts; data NULL: none
-    moe__ffn experts, shared, dense;               // shared.up.data NULL: none
+    moe__ffn experts, shared, dense;               // up.data NULL: none
+    moe__ffn chunks;                               // chunk experts
     const float *shared_gate;                      // n_embd; NULL: weight 1
 } moe__layer;
 
@@ -16293,6 +16318,22 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
         router->scale *= (float)moe__load_float(loader, "expert_weights_scale", 1);
 }
 
+// Chunk experts: one for so many routed ones.
+MOE__PRIVATE void moe__load_chunks(moe__loader *loader) {
+    moe__router *router = &loader->model->router;
+    if (!moe__has(loader->model, MOE__FFN, MOE__CHUNK_EXPERTS)) return;
+    router->n_chunk = moe__load_int(loader, "experts_per_group", 1, MOE__MAX_EXPERTS,
+                                    MOE__REQUIRED);
+    router->chunk_scale = (float)moe__load_float(loader, "expert_group_scale", 0);
+    if (loader->status) return;
+    if (router->n_expert % router->n_chunk || !(router->chunk_scale > 0))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "experts_per_group",
+                       "%d experts in chunks of %d", router->n_expert, router->n_chunk);
+    else
+        router->n_chunk_used =
+            (int32_t)moe__min(router->n_used, router->n_expert / router->n_chunk);
+}
+
 // What routed and shared experts make together is multiplied by a factor: their weights are.
 MOE__PRIVATE void moe__load_shared_scale(moe__loader *loader) {
     moe_model *model = loader->model;
@@ -16600,6 +16641,7 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
         info->n_expert_shared = model->n_ff_shared > 0 ? count : 0;
     }
     moe__load_shared_scale(loader);
+    moe__load_chunks(loader);
     if (moe__has(model, MOE__MIXING, MOE__INDEXED)) {
         const int64_t k = moe__load_int(loader, "attention.indexer.top_k", 1, INT32_MAX,
                                         MOE__REQUIRED);
@@ -16732,6 +16774,13 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
     layer->experts.weighs_input = moe__has(model, MOE__FFN, MOE__WEIGHS_INPUT);
     layer->early_router = moe__has(model, MOE__FFN, MOE__EARLY_ROUTER);
     moe__load_limit(loader, &layer->experts, il, "swiglu_clamp_exp");
+    if (model->router.n_chunk) {
+        loader->model->widest[MOE__IN_EXPERTS_SUM] = n_embd; // where they add up
+        const int64_t n = moe__load_int(loader, "expert_chunk_feed_forward_length", 1, 1 << 24,
+                                        model->layers[il].head_k);
+        moe__load_ffn(loader, &layer->chunks, il, "_chexps", MOE__IN_EXPERTS_SUM, n_embd,
+                      MOE__IN_ROUTED, n, info->n_expert / model->router.n_chunk, share);
+    }
     if (model->n_ff_shared) {
         moe__load_ffn(loader, &layer->shared, il, "_shexp", MOE__IN_NORMED, n_embd,
                       MOE__IN_SHARED, model->n_ff_shared, 1, 1);
@@ -16740,6 +16789,18 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
     if (moe__has(model, MOE__FFN, MOE__SHARED_GATED))
         layer->shared_gate =
             moe__load_vector(loader, il, "ffn_gate_inp_shexp", "weight", n_embd, 1, 1);
+}
+
+// Tensors of experts that are not run.
+MOE__PRIVATE void moe__load_skip_experts(moe__loader *loader, int il) {
+    static const char *const names[] = {
+        "ffn_gate_inp",   "ffn_gate_exps",  "ffn_up_exps",  "ffn_down_exps", "ffn_gate_up_exps",
+        "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        moe__load_tensor(loader, il, names[i], "weight", 0);
+        moe__load_tensor(loader, il, names[i], "scale", 0);
+    }
+    moe__load_tensor(loader, il, "exp_probs_b", "bias", 0);
 }
 
 // What a layer holds beside its mixer, whose head counts are known by then: norms, and either the
@@ -16771,6 +16832,16 @@ MOE__PRIVATE void moe__load_layer(moe__loader *loader, moe__layer *layer, int il
     snprintf(gate, sizeof gate, "blk.%d.ffn_gate_inp.weight", il);
     layer->is_moe = il >= model->n_dense && (!moe__has(model, MOE__FFN, MOE__DENSE_ELSE) ||
                                              moe_gguf_find_tensor(loader->gguf, gate) != NULL);
+    if (moe__has(model, MOE__FFN, MOE__DENSE_STEP) && layer->is_moe) {
+        const int32_t step = moe__load_int(loader, "interleave_moe_layer_step", 1,
+                                           MOE__MAX_LAYERS, MOE__REQUIRED);
+        if (!loader->status && (il + 1) % step) {
+            layer->is_moe = 0; // llama.cpp then adds silu of what the experts would read
+            moe__load_skip_experts(loader, il);
+            layer->prefetch = &layer->o;
+            return;
+        }
+    }
     if (layer->is_moe) {
         moe__load_experts(loader, layer, il);
     } else {
@@ -17103,8 +17174,8 @@ typedef struct moe__local {
     moe__acts in[MOE__INPUTS]; // of one row: what is not the same for all threads
     float *rope;               // cos and sin of one row, of all ropes
     float *router_logits;
-    int32_t *experts;
-    float *expert_weights;
+    int32_t *experts, *chunks;
+    float *expert_weights, *chunk_weights;
     float shared_weight;
     uint8_t *mixing;           // private buffers of the mixer that is at work
 } moe__local;
@@ -17121,6 +17192,8 @@ typedef struct moe__work {
     float *router_logits;  // [n][n_expert]
     int32_t *experts;      // [n][n_expert_used]
     float *expert_weights;
+    int32_t *chunks;       // [n][n_chunk_used]
+    float *chunk_weights;
     float *shared_weights; // [n]
     float *expert_out;     // [n_expert_used + 1][n_embd], of one token, see moe__forward_down
     int32_t *numbers;      // 0, 1, 2, ... n - 1
@@ -20227,6 +20300,10 @@ MOE__PRIVATE void moe__route_row(moe__eval *e, const moe__layer *layer, int64_t 
     moe__router_select(e->kernels, router, work->router_logits + t * router->n_expert,
                        layer->probs_bias, work->experts + t * router->n_used,
                        work->expert_weights + t * router->n_used);
+    if (router->n_chunk)
+        moe__router_chunks(router, work->router_logits + t * router->n_expert,
+                           work->chunks + t * router->n_chunk_used,
+                           work->chunk_weights + t * router->n_chunk_used);
     work->shared_weights[t] = moe__route_shared(e, layer, t);
 }
 
@@ -20271,6 +20348,8 @@ MOE__PRIVATE void moe__forward_router(moe__eval *e, const moe__layer *layer) {
                (size_t)router->n_expert * sizeof(float));
         moe__router_select(e->kernels, router, local->router_logits, layer->probs_bias,
                            local->experts, local->expert_weights);
+        if (router->n_chunk)
+            moe__router_chunks(router, local->router_logits, local->chunks, local->chunk_weights);
         local->shared_weight = moe__route_shared(e, layer, 0);
         return;
     }
@@ -20287,8 +20366,8 @@ MOE__PRIVATE void moe__forward_route(moe__eval *e, const moe__layer *layer) {
     const int one = e->n == 1;
     const int32_t *experts = one ? local->experts : work->experts;
     moe__forward_router(e, layer);
-    moe__dispatch_routed(&local->dispatch, &layer->experts, router, experts,
-                         one ? local->expert_weights : work->expert_weights, e->n);
+    moe__dispatch_routed(&local->dispatch, &layer->experts, router->n_expert, router->n_used,
+                         experts, one ? local->expert_weights : work->expert_weights, e->n);
     const int64_t first = (layer - e->model->layers) * e->model->info.n_expert;
     for (int64_t i = 0; e->thread == 0 && i < e->n * router->n_used; i++)
         work->rows[i / router->n_used].sequence->expert_counts[first + experts[i]]++;
@@ -20336,9 +20415,9 @@ MOE__PRIVATE void moe__forward_down(moe__eval *e, const moe__task *task, float *
 // demanding of its matrices wants (interleaved types, tiles), one number for all of them, since a
 // schedule gives out rows of all entries alike.
 MOE__PRIVATE int64_t moe__forward_unit(const moe__eval *e, const moe__layer *layer) {
-    const moe__ffn *ffns[] = {&layer->experts, &layer->shared, &layer->dense};
+    const moe__ffn *ffns[] = {&layer->experts, &layer->shared, &layer->dense, &layer->chunks};
     int64_t unit = 1;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         unit = moe__max(unit, moe__eval_row_unit(&ffns[i]->gate, e->n));
         unit = moe__max(unit, moe__eval_row_unit(&ffns[i]->up, e->n));
         unit = moe__max(unit, moe__eval_row_unit(&ffns[i]->down, e->n));
@@ -20366,26 +20445,14 @@ MOE__PRIVATE void moe__forward_latent(moe__eval *e, const moe__layer *layer) {
     if (e->n > 1) moe__eval_barrier(e);
 }
 
-// sum += feed-forward network of the normed residual, by the dispatch's entries. next: the matrix
-// that is read first after it. Three phases: who sees what (each thread finds out for itself);
-// gate and up of all entries, whose hidden vectors are shared; down.
-MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float *sum,
-                                   const moe__matrix *next) {
-    moe__work *work = e->work;
+// The dispatch's entries, in two phases: gate and up, whose hidden vectors are shared; down, of
+// routed experts into `routed`, of others into sum. No barrier behind them.
+MOE__PRIVATE void moe__forward_entries(moe__eval *e, const moe__layer *layer, float *sum,
+                                       float *routed) {
     moe__local *local = e->local;
     const moe__schedule_info *schedule = e->batch->lead->schedule;
     moe__task task;
     moe__range range;
-    local->dispatch.n_entries = local->dispatch.n_routed = 0;
-    moe__eval_fit(e, &layer->experts.down);
-    moe__eval_fit(e, &layer->shared.down);
-    moe__eval_fit(e, &layer->dense.down);
-    if (layer->latent_down.data) moe__forward_latent(e, layer);
-    if (layer->experts_post_norm.weight) moe__forward_clear_routed(e);
-    if (layer->is_moe)
-        moe__forward_route(e, layer);
-    else
-        moe__dispatch_all(&local->dispatch, &layer->dense, e->n, work->numbers, work->scales);
     task.entries = local->dispatch.entries;
     task.n_entries = local->dispatch.n_entries;
     task.n_routed = local->dispatch.n_routed;
@@ -20405,15 +20472,69 @@ MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float 
     task.down = 1;
     moe__range_fetch(schedule, &task, e->thread, e->n_threads, 0);
     moe__eval_barrier(e);
-    if (layer->is_moe)
+    if (task.n_routed)
         moe__eval_quantize(e, MOE__IN_ROUTED, e->n * e->model->info.n_expert_used);
     if (layer->shared.up.data) moe__eval_quantize(e, MOE__IN_SHARED, e->n);
     if (!layer->is_moe) moe__eval_quantize(e, MOE__IN_DENSE, e->n);
     if (e->n > 1) moe__eval_barrier(e);
-    float *routed = layer->latent_up.data || layer->experts_post_norm.weight
-                        ? moe__acts_f32(&e->in[MOE__IN_EXPERTS_SUM], 0)
-                        : sum;
     moe__forward_down(e, &task, sum, routed);
+}
+
+// Chunk experts behind the routed ones, whose sum they read: it joins the residual, and so does
+// what they make of it.
+MOE__PRIVATE void moe__forward_chunks(moe__eval *e, const moe__layer *layer, float *sum,
+                                      const float *routed) {
+    const moe__router *router = &e->model->router;
+    moe__local *local = e->local;
+    const int one = e->n == 1;
+    int64_t begin, end;
+    moe__eval_barrier(e);
+    moe__eval_quantize(e, MOE__IN_EXPERTS_SUM, e->n);
+    moe__eval_range(e, e->n * e->model->info.n_embd, MOE__LINE, &begin, &end);
+    for (int64_t i = begin; i < end; i++) sum[i] += routed[i];
+    if (!one) moe__eval_barrier(e);
+    local->dispatch.n_entries = local->dispatch.n_routed = 0;
+    moe__eval_fit(e, &layer->chunks.down);
+    moe__dispatch_routed(&local->dispatch, &layer->chunks, router->n_expert / router->n_chunk,
+                         router->n_chunk_used, one ? local->chunks : e->work->chunks,
+                         one ? local->chunk_weights : e->work->chunk_weights, e->n);
+    moe__forward_entries(e, layer, sum, sum);
+}
+
+// A layer without experts or matrices: silu of what it reads.
+MOE__PRIVATE void moe__forward_silu(moe__eval *e, float *sum) {
+    const float *x = moe__acts_f32(&e->in[MOE__IN_NORMED], 0);
+    int64_t begin, end;
+    if (e->n == 1) moe__eval_barrier(e); // all have read the residual
+    moe__eval_range(e, e->n * e->model->info.n_embd, MOE__LINE, &begin, &end);
+    for (int64_t i = begin; i < end; i++)
+        sum[i] += e->model->residual_scale * x[i] / (1 + expf(-x[i]));
+}
+
+// sum += feed-forward network of the normed residual. next: the matrix that is read first after it.
+// Who sees what (each thread finds out for itself), and then the dispatch's entries.
+MOE__PRIVATE void moe__forward_ffn(moe__eval *e, const moe__layer *layer, float *sum,
+                                   const moe__matrix *next) {
+    moe__local *local = e->local;
+    const int apart = layer->latent_up.data || layer->experts_post_norm.weight ||
+                      layer->chunks.up.data;
+    float *routed = apart ? moe__acts_f32(&e->in[MOE__IN_EXPERTS_SUM], 0) : sum;
+    local->dispatch.n_entries = local->dispatch.n_routed = 0;
+    moe__eval_fit(e, &layer->experts.down);
+    moe__eval_fit(e, &layer->shared.down);
+    moe__eval_fit(e, &layer->dense.down);
+    if (layer->latent_down.data) moe__forward_latent(e, layer);
+    else if (apart) moe__forward_clear_routed(e);
+    if (layer->is_moe)
+        moe__forward_route(e, layer);
+    else if (layer->dense.up.data)
+        moe__dispatch_all(&local->dispatch, &layer->dense, e->n, e->work->numbers,
+                          e->work->scales);
+    if (local->dispatch.n_entries)
+        moe__forward_entries(e, layer, sum, routed);
+    else
+        moe__forward_silu(e, sum);
+    if (layer->chunks.up.data) moe__forward_chunks(e, layer, sum, routed);
     if (layer->latent_up.data) {
         moe__eval_fetch(e, &layer->latent_up);
         moe__eval_barrier(e);
@@ -20709,6 +20830,9 @@ MOE__PRIVATE void moe__work_layout_local(const moe_session *session, moe__local 
     local->router_logits = moe__take_floats(arena, 1, info->n_expert);
     local->experts = (int32_t *)moe__arena_take(arena, (uint64_t)used, sizeof(int32_t));
     local->expert_weights = moe__take_floats(arena, 1, used);
+    const int64_t n_chunks = model->router.n_chunk_used;
+    local->chunks = (int32_t *)moe__arena_take(arena, (uint64_t)n_chunks, sizeof(int32_t));
+    local->chunk_weights = moe__take_floats(arena, 1, n_chunks);
     local->mixing = (uint8_t *)moe__arena_take(arena, 1, mixing);
 }
 
@@ -20785,6 +20909,9 @@ MOE__PRIVATE void moe__work_layout(const moe_session *session, moe__work *work,
     work->router_logits = moe__take_floats(arena, n, info->n_expert);
     work->experts = (int32_t *)moe__arena_take(arena, (uint64_t)(n * used), sizeof(int32_t));
     work->expert_weights = moe__take_floats(arena, n, used);
+    const int64_t n_chunks = model->router.n_chunk_used;
+    work->chunks = (int32_t *)moe__arena_take(arena, (uint64_t)(n * n_chunks), sizeof(int32_t));
+    work->chunk_weights = moe__take_floats(arena, n, n_chunks);
     work->shared_weights = moe__take_floats(arena, 1, n);
     work->expert_out = moe__take_floats(arena, used + 1, moe__max(info->n_embd, model->n_latent));
     work->numbers = (int32_t *)moe__arena_take(arena, (uint64_t)n, sizeof(int32_t));

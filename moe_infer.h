@@ -38,7 +38,7 @@
 //   >>model    hyper-parameters, the table of families, how tensors are bound
 //   >>cache    what a sequence remembers
 //   >>batch    rows of several sequences, their buffers, steps shared by threads
-//   >>mixers   attention: grouped queries, latent; the table of mixers
+//   >>mixers   attention: grouped queries, latent; recurrences; the table of mixers
 //   >>load     opening a model, placing its weights
 //   >>session  the forward pass, sessions
 //   >>sample   choosing tokens, generating text
@@ -54,8 +54,10 @@
 //   an expert schedule, as balanced: >>config if a macro is to choose it, moe_schedule,
 //     moe__schedule_balanced*, moe__schedules, moe__schedule_find
 //   a mixer of tokens, as gqa: moe__mixer_id, moe__families that use it, moe__gqa*, moe__mixers; if
-//     it attends, moe__attention*; also moe__layer for what its layers hold, moe__input for vectors
-//     that only its matrices read, moe__cache_shape for what it keeps
+//     it attends, moe__load_heads, moe__attention*; also moe__layer for what its layers hold,
+//     moe__input for vectors that only its matrices read, moe__cache_shape for what it keeps.
+//     One that recurs is best made after the model of lightning attention: >>mixers tells what goes
+//     where
 //   a model family, as "olmoe": moe__families; what is new about it becomes a feature that any
 //     family may have, read by the one forward pass; also moe__has
 //   a pre-tokenizer, as tekken: MOE__PASS, moe__text_pres
@@ -96,8 +98,8 @@
 // slow, it is copied bit by bit between tokens. moe_model_get_memory says in words what was done.
 // MAP never copies, COPY always.
 //
-// SESSIONS. A session is one context: its cache of keys and values. One thread at a time may
-// call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a
+// SESSIONS. A session is one context: its cache of keys, values and states. One thread at a time
+// may call it. All memory is taken when it is opened (ask moe_session_estimate before), but what a
 // context has not reached yet is not touched; evaluating allocates nothing. A failed or
 // cancelled eval leaves the session as it was, logits included. Sessions of one pool share the
 // buffers for a batch; moe_session_eval_many evaluates several of them in one pass, reading each
@@ -119,6 +121,11 @@
 // each other. All this is with one instruction set and type of cache, see PRECISION. The
 // caller's floating-point environment (rounding, small numbers flushed to zero) has no part in
 // it, and is as before when a call returns.
+//
+// GOING BACK. moe_session_rewind forgets tokens, at any length, of every model, and what comes next
+// has the bits it would have had. Keys and values are just cut off. Layers that recur (delta nets,
+// Mamba, KDA, ...) keep a state instead, which cannot be cut: within the last 16 to 31 tokens they
+// go back at no cost, further by checkpoints and by evaluating up to some hundred tokens again.
 //
 // MEMORY NODES. On a machine of several sockets open the model with numa = MOE_NUMA_OWNER, best
 // with pages = COPY: threads are pinned in blocks, and a row of a matrix lies in the memory of
@@ -518,7 +525,7 @@ typedef struct moe_model_info {
     int32_t n_vocab;          // rows of token_embd and output: the length of a row of logits
     int32_t n_ctx_train;      // context_length
     int32_t n_layer;          // layers that are run,
-    int32_t n_layer_recurrent; // of which so many mix tokens by a recurrence
+    int32_t n_layer_attention, n_layer_recurrent; // of which so many attend or recur
     int32_t n_embd;
     int32_t n_head, n_head_kv; // of the first layer that attends
     int32_t n_expert, n_expert_used, n_expert_shared;
@@ -526,6 +533,8 @@ typedef struct moe_model_info {
     int64_t n_params;         // weights of all tensors in use
     int64_t n_bytes;          // their bytes in the file
     int64_t n_bytes_token;    // bytes of weights that generating one token reads
+    int64_t n_bytes_state;    // bytes of the states of recurrent layers of one sequence, which
+                              // generating one token reads, and every 16th writes
     int64_t n_bytes_made;     // bytes of matrices made at opening: transposed keys' halves of
                               // attn_kv_b in files without attn_k_b
 } moe_model_info;
@@ -657,7 +666,8 @@ typedef struct moe_session_options {
     moe_pool *pool;          // shared threads, must outlive the session; NULL: own
     int32_t pin;             // own threads: as in moe_pool_options; default: pinned if the
                              // model's weights were placed by MOE_NUMA_OWNER
-    // Asked at least once per layer, non-zero cancels the eval; cannot evaluate with the pool.
+    // Asked at least once per layer that mixes tokens, non-zero cancels the eval; cannot evaluate
+    // with the pool.
     int (*should_stop)(void *user);
     void *should_stop_user;
 } moe_session_options;
@@ -804,6 +814,10 @@ MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
 typedef struct moe_session_stats {
     double eval_seconds;      // how long it took
     double wait_seconds;      // what its threads together waited for each other
+    double attention_seconds; // what of it went into layers' mixers, those that attend
+    double recurrent_seconds; // and those that recur,
+    double ffn_seconds;       // into feed-forward parts,
+    double output_seconds;    // and into logits
     const double *thread_wait_seconds; // [n_threads], 0: the caller's. A thread that always waits
                               // least has more work than the others, or a slower core
     int32_t n_threads;        // that took part, pinned to
@@ -5848,6 +5862,7 @@ MOE_API moe_status moe_type_quantize(moe_type type, const float *in, void *rows,
 //                   from registers; micro-kernels of 32 rows (16) times 2 to 6 vectors
 //   floats          norms, activations of experts, softmax
 //   attention       scores, weights and values of a chunk of keys, joined with those before
+//   recurrences     tokens of a chunk through a state that is read once; scans, convolutions
 //   picking a table what the processor has
 //
 // A kernel computes what it is told and nothing else: it allocates nothing, waits for nobody, knows
@@ -5930,7 +5945,8 @@ typedef struct moe__attend_args {
 // the product of decays of the chunk up to token t, S^T k_t is S_0^T (D_t k_t) plus, of each token
 // j before, (k_t . D_t/D_j k_j) delta_j: reading S once serves all tokens of a call, and nothing
 // is written to it until the chunk is full (fold). A token's results have the same bits in
-// whatever calls the chunk comes: each dot product is a sum of its own, in ascending order.
+// whatever calls the chunk comes: each dot product is a sum of its own, in a fixed order. What the
+// arrays hold for tokens that have not come yet counts for nothing.
 //
 // Columns of S know nothing of each other: any range of them can be computed by itself.
 typedef struct moe__recur_args {
@@ -6658,6 +6674,10 @@ static const moe__kernels moe__kernels_scalar = {
 #define f_sum4 MOE__SHARED(f_sum4)
 #define f_exp MOE__SHARED(f_exp)
 #define f_glu MOE__SHARED(f_glu)
+#define f_gate MOE__SHARED(f_gate)
+#define f_softplus MOE__SHARED(f_softplus)
+#define f_load_n MOE__SHARED(f_load_n)
+#define f_store_n MOE__SHARED(f_store_n)
 // vectors of doubles
 #define d_weigh MOE__SHARED(d_weigh)
 #define d_above MOE__SHARED(d_above)
@@ -6739,6 +6759,13 @@ static const moe__kernels moe__kernels_scalar = {
 #define value_weight MOE__SHARED(value_weight)
 #define value_tile MOE__SHARED(value_tile)
 #define value_cut MOE__SHARED(value_cut)
+// recurrences
+#define recur_job MOE__SHARED(recur_job)
+#define recur_tokens MOE__SHARED(recur_tokens)
+#define read_args MOE__SHARED(read_args)
+#define read_tile MOE__SHARED(read_tile)
+#define fold_args MOE__SHARED(fold_args)
+#define fold_tile MOE__SHARED(fold_tile)
 // words of layouts
 #define v_level_of MOE__SHARED(v_level_of)
 
@@ -10600,16 +10627,41 @@ MOE__K void MOE__(rms_norm)(const float *x, const float *weight, int64_t n, floa
     f_store_part(out + i, n - i, a);
 }
 
+// The first n floats at p, or a whole vector if there are as many.
+MOE__V MOE__VF f_load_n(const float *p, int64_t n) {
+    return n >= MOE__VFLOATS ? f_load(p) : f_load_part(p, n);
+}
+MOE__V void f_store_n(float *p, int64_t n, MOE__VF x) {
+    if (n >= MOE__VFLOATS)
+        f_store(p, x);
+    else
+        f_store_part(p, n, x);
+}
+
+// x / (1 + e^-gate)
+MOE__V MOE__VF f_gate(MOE__VF x, MOE__VF gate) {
+    return f_div(x, f_add(f_set(1.0f), f_exp(f_mul(f_set(-1.0f), gate))));
+}
+// ln(1 + e^x) within 3 ulp: the positive part of x, plus ln(1 + z) with z = e^-|x|. That is
+// 2 atanh(t / 2) with t = 2 z / (2 + z) <= 2 / 3, whose series t + t^3 / 12 + t^5 / 80 + ... has
+// the relative accuracy of t, however small; here t + t^3 p(t^2), p minimax (Remez; 5e-9).
+MOE__V MOE__VF f_softplus(MOE__VF x) {
+    const MOE__VF z = f_exp(f_min(x, f_sub(f_zero(), x))); // NaN stays NaN, here and below
+    const MOE__VF t = f_div(f_add(z, z), f_add(f_set(2.0f), z)), square = f_mul(t, t);
+    MOE__VF p = f_set(5.47109114e-4f);
+    p = f_fma(p, square, f_set(2.1876411e-3f));
+    p = f_fma(p, square, f_set(1.25067271e-2f));
+    p = f_fma(p, square, f_set(8.33330229e-2f));
+    return f_add(f_max(f_zero(), x), f_fma(f_mul(square, t), p, t));
+}
+
 // gate / (1 + exp(-gate)) * up, or as gpt-oss has it; oai is a constant once inlined.
 MOE__V MOE__VF f_glu(MOE__VF gate, MOE__VF up, const int oai) {
-    const MOE__VF one = f_set(1.0f), most = f_set(7.0f);
-    if (oai) {
-        gate = f_min(most, gate);
-        up = f_max(f_set(-7.0f), f_min(most, up));
-        up = f_add(up, one);
-    }
-    MOE__VF e = f_exp(f_mul(f_set(oai ? -1.702f : -1.0f), gate));
-    return f_mul(f_div(gate, f_add(one, e)), up);
+    if (!oai) return f_mul(f_gate(gate, gate), up);
+    const MOE__VF most = f_set(7.0f);
+    gate = f_min(most, gate);
+    up = f_max(f_set(-7.0f), f_min(most, up));
+    return f_mul(f_gate(gate, f_mul(f_set(1.702f), gate)), f_add(up, f_set(1.0f)));
 }
 MOE__V void MOE__(glu)(const float *gate, const float *up, int64_t n, float *out, const int oai) {
     int64_t i = 0;
@@ -10624,6 +10676,41 @@ MOE__K void MOE__(swiglu)(const float *gate, const float *up, int64_t n, float *
 }
 MOE__K void MOE__(swiglu_oai)(const float *gate, const float *up, int64_t n, float *out) {
     MOE__(glu)(gate, up, n, out, 1);
+}
+
+MOE__K void MOE__(gate)(float *x, const float *gate, int64_t n) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS)
+        f_store_n(x + i, n - i, f_gate(f_load_n(x + i, n - i), f_load_n(gate + i, n - i)));
+}
+MOE__K void MOE__(softplus)(const float *x, const float *bias, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF sum = f_add(f_load_n(x + i, n - i), f_load_n(bias + i, n - i));
+        f_store_n(out + i, n - i, f_softplus(sum));
+    }
+}
+MOE__K void MOE__(decay)(const float *x, const float *bias, int64_t n, float a, float low,
+                         float *out) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF sum = f_add(f_load_n(x + i, n - i), f_load_n(bias + i, n - i));
+        const MOE__VF y = low < 0 ? f_gate(f_set(low), f_mul(f_set(a), sum))
+                                  : f_mul(f_set(a), f_softplus(sum));
+        f_store_n(out + i, n - i, f_exp(y));
+    }
+}
+MOE__K void MOE__(relu_squared)(const float *up, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF x = f_max(f_zero(), f_load_n(up + i, n - i));
+        f_store_n(out + i, n - i, f_mul(x, x));
+    }
+}
+MOE__K void MOE__(swiglu_limited)(const float *gate, const float *up, int64_t n, float limit,
+                                  float *out) {
+    const MOE__VF most = f_set(limit), least = f_set(-limit);
+    for (int64_t i = 0; i < n; i += MOE__VFLOATS) {
+        const MOE__VF g = f_load_n(gate + i, n - i), u = f_load_n(up + i, n - i);
+        const MOE__VF x = f_min(most, f_gate(g, g));
+        f_store_n(out + i, n - i, f_mul(x, f_max(least, f_min(most, u))));
+    }
 }
 
 // NaN never becomes the maximum: it turns the sum, and with it every output, into NaN.
@@ -11697,9 +11784,529 @@ MOE__K void MOE__(attend)(const moe__attend_args *a) {
     }
 }
 
+// ---- recurrences -----------------------------------------------------------------------------
+//
+// A call of recur has three parts, see moe__recur_args.
+//
+//   products   of each token's k and q and the keys of the chunk up to its own: lanes are tokens
+//              of the chunk, and one pass over the keys also makes them decay
+//   reading    S_0^T k and S_0^T q: lanes are columns, tiles of columns times vectors; the first
+//              state S_0 is read once for up to 6 vectors. A single token reads it row by row, as
+//              it lies in memory
+//   tokens     one after another: what the deltas before them add, their own delta, out
+//
+// With a single decay per token S_0 is multiplied with k and q as they are, and the product of
+// decays with the result; with one per row k and q decay beforehand, in scratch. Every sum is a
+// chain of fused multiply-adds of its own in ascending order, or, of products, a fixed number of
+// such chains: its bits depend neither on what is computed beside it nor on how calls cut the
+// chunk and the columns.
+#if MOE__ISA == 2
+#define MOE__RECUR_COLUMNS 2 // vectors of a tile: 12 sums, 2 of S_0, 1 factor of 16 registers
+#else
+#define MOE__RECUR_COLUMNS 4 // 24 sums, 4 of S_0, 1 factor of 32
+#endif
+
+enum {
+    MOE__(RECUR_VECTORS) = 6, // k and q of a tile
+    MOE__(RECUR_BLOCK) = 4 * MOE__VFLOATS, // columns that are read before their tokens' turn
+    MOE__(RECUR_ROWS) = 16, // rows of S_0 that a single token takes at a time
+    MOE__(RECUR_AHEAD) = 2048 // floats that are fetched ahead of those it reads
+};
+
+typedef struct recur_job {
+    const moe__recur_args *args;
+    const float *x[2 * MOE__CHUNK]; // what S_0 is multiplied with: of each token k, if there is
+                                    // beta, and q
+    float total[MOE__CHUNK];        // of each token: factor of these products
+    MOE__ALIGNED(64) float of_k[MOE__CHUNK][MOE__CHUNK]; // [i][j]: token i's k and q times what
+    MOE__ALIGNED(64) float of_q[MOE__CHUNK][MOE__CHUNK]; // is left of key j of the chunk
+} recur_job;
+
+// The keys of the call's tokens go beside those before, four tokens at a time: one by one they
+// would take a store per value.
+MOE__V void MOE__(recur_keys)(const moe__recur_args *args) {
+    float *to = args->keys + args->done;
+    const float *k = args->k;
+    int i = 0;
+    for (; i + 4 <= args->n; i += 4, k += 4 * args->k_stride) {
+        int r = 0;
+        for (; r + 4 <= args->n_k; r += 4) {
+            __m128 a = _mm_loadu_ps(k + r), b = _mm_loadu_ps(k + args->k_stride + r);
+            __m128 c = _mm_loadu_ps(k + 2 * args->k_stride + r);
+            __m128 d = _mm_loadu_ps(k + 3 * args->k_stride + r);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            _mm_storeu_ps(to + i + r * MOE__CHUNK, a);
+            _mm_storeu_ps(to + i + (r + 1) * MOE__CHUNK, b);
+            _mm_storeu_ps(to + i + (r + 2) * MOE__CHUNK, c);
+            _mm_storeu_ps(to + i + (r + 3) * MOE__CHUNK, d);
+        }
+        for (; r < args->n_k; r++)
+            for (int j = 0; j < 4; j++) to[i + j + r * MOE__CHUNK] = k[j * args->k_stride + r];
+    }
+    for (; i < args->n; i++, k += args->k_stride)
+        for (int r = 0; r < args->n_k; r++) {
+            float x = k[r];
+            __asm__("" : "+x"(x)); // clang would scatter them, which takes longer
+            to[i + r * MOE__CHUNK] = x;
+        }
+}
+
+// One more decay of weights, which has a lane for each of p tokens before; the next ones begin
+// with 1.
+MOE__V void MOE__(recur_weights)(float *weights, int p, float decay) {
+    for (int j = 0; j < MOE__CHUNK; j += MOE__VFLOATS) {
+        const int64_t before = moe__max(0, moe__min(p - j, MOE__VFLOATS));
+        const MOE__VF x = f_mul(f_load(weights + j), f_set(decay));
+        f_store(weights + j, f_select_part(before, x, f_set(1.0f)));
+    }
+}
+// One more decay per row, which is also that of token i's k and q.
+MOE__V void MOE__(recur_totals)(const moe__recur_args *args, int i, float *k, float *q) {
+    const float *decay = args->decay + i * args->decay_stride;
+    for (int r = 0; r < args->n_k; r += MOE__VFLOATS) {
+        const int64_t n = args->n_k - r;
+        const MOE__VF x = f_mul(f_load_n(args->total + r, n), f_load_n(decay + r, n));
+        f_store_n(args->total + r, n, x);
+        f_store_n(q + r, n, f_mul(x, f_load_n(args->q + i * args->q_stride + r, n)));
+        f_store_n(k + r, n, f_mul(x, f_load_n(args->k + i * args->k_stride + r, n)));
+    }
+}
+
+// Up to four vectors of keys, n_rows rows, times values of q and k go to sums of their own. With
+// `rows` they decay first: before and behind are factors, 1 for lanes of tokens before and behind,
+// else 0. (A decay that is not finite spoils all lanes, and with S all tokens to come anyhow.)
+MOE__V void MOE__(recur_rows)(const int rows, const int both, int n_rows, const float *q,
+                              const float *k, const float *decay, float *keys,
+                              const MOE__VF *before, const MOE__VF *behind, MOE__VF *of_q,
+                              MOE__VF *of_k) {
+    enum { V = MOE__VFLOATS, PARTS = MOE__CHUNK / V };
+    MOE__UNROLL(4)
+    for (int r = 0; r < 4 / PARTS; r++) {
+        if (r >= n_rows) continue;
+        const MOE__VF by_q = f_keep(f_set(q[r])), by_k = both ? f_keep(f_set(k[r])) : f_zero();
+        MOE__UNROLL(2)
+        for (int h = 0; h < PARTS; h++) {
+            const int c = r * PARTS + h;
+            MOE__VF x = f_keep(f_load(keys + c * V));
+            if (rows) {
+                x = f_mul(x, f_fma(before[h], f_set(decay[r]), behind[h]));
+                f_store(keys + c * V, x);
+            }
+            of_q[c] = f_fma(by_q, x, of_q[c]);
+            if (both) of_k[c] = f_fma(by_k, x, of_k[c]);
+        }
+    }
+}
+// Row of_q[i] and, with both, of_k[i]: four sums each, for groups of four vectors of keys. Lanes of
+// tokens behind hold anything. rows and both are constants once inlined.
+MOE__V void MOE__(recur_products)(const int rows, const int both, recur_job *job, int i) {
+    enum { V = MOE__VFLOATS, PARTS = MOE__CHUNK / V, STEP = 4 / PARTS };
+    const moe__recur_args *args = job->args;
+    const float *q = args->q + i * args->q_stride, *k = args->k + i * args->k_stride;
+    const float *decay = args->decay + i * args->decay_stride;
+    const int p = args->done + i, n_k = args->n_k;
+    float *keys = args->keys;
+    MOE__VF of_q[4], of_k[4], before[2], behind[2];
+    MOE__UNROLL(2)
+    for (int c = 0; c < PARTS; c++) {
+        const int64_t n = moe__max(0, moe__min(p - c * V, V));
+        before[c] = f_keep(f_select_part(n, f_set(1.0f), f_zero()));
+        behind[c] = f_keep(f_select_part(n, f_zero(), f_set(1.0f)));
+    }
+    MOE__UNROLL(4)
+    for (int c = 0; c < 4; c++) of_q[c] = of_k[c] = f_zero();
+    int r = 0;
+    for (; r + STEP <= n_k; r += STEP)
+        MOE__(recur_rows)(rows, both, STEP, q + r, k + r, decay + r, keys + r * MOE__CHUNK, before,
+                          behind, of_q, of_k);
+    MOE__(recur_rows)(rows, both, n_k - r, q + r, k + r, decay + r, keys + r * MOE__CHUNK, before,
+                      behind, of_q, of_k);
+    MOE__UNROLL(2)
+    for (int h = 0; h < PARTS; h++) {
+        const MOE__VF w = f_load(args->weights + h * V);
+        MOE__VF sum_q = of_q[h], sum_k = of_k[h];
+        MOE__UNROLL(4)
+        for (int c = h + PARTS; c < 4; c += PARTS) {
+            sum_q = f_add(sum_q, of_q[c]);
+            sum_k = f_add(sum_k, of_k[c]);
+        }
+        f_store(job->of_q[i] + h * V, f_mul(w, sum_q));
+        if (both) f_store(job->of_k[i] + h * V, f_mul(w, sum_k));
+    }
+}
+#define MOE__RECUR_PRODUCTS(name, rows, both)                         \
+    MOE__K void MOE__(recur_products_##name)(recur_job *job, int i) { \
+        MOE__(recur_products)(rows, both, job, i);                    \
+    }
+MOE__RECUR_PRODUCTS(q, 0, 0)
+MOE__RECUR_PRODUCTS(kq, 0, 1)
+MOE__RECUR_PRODUCTS(rows_q, 1, 0)
+MOE__RECUR_PRODUCTS(rows_kq, 1, 1)
+#undef MOE__RECUR_PRODUCTS
+
+// Decays, products and what S_0 is to be multiplied with. Returns how many vectors these are.
+MOE__K int MOE__(recur_prepare)(recur_job *job) {
+    const moe__recur_args *args = job->args;
+    const int rows = args->n_decay > 1, both = args->beta != NULL;
+    float *scratch = args->scratch;
+    int n = 0;
+    for (int i = 0; i < args->n; i++) {
+        const float *q = args->q + i * args->q_stride, *k = args->k + i * args->k_stride;
+        const float decay = rows ? 1 : args->decay[i * args->decay_stride];
+        MOE__(recur_weights)(args->weights, args->done + i, decay);
+        job->total[i] = 1;
+        if (rows) {
+            MOE__(recur_totals)(args, i, scratch, scratch + args->n_k);
+            k = scratch, q = scratch + args->n_k;
+            scratch += 2 * args->n_k;
+            both ? MOE__(recur_products_rows_kq)(job, i) : MOE__(recur_products_rows_q)(job, i);
+        } else {
+            job->total[i] = args->total[0] *= decay;
+            both ? MOE__(recur_products_kq)(job, i) : MOE__(recur_products_q)(job, i);
+        }
+        if (both) job->x[n++] = k;
+        job->x[n++] = q;
+    }
+    return n;
+}
+
+typedef struct read_args {
+    const float *state; // from the tile's first row and column
+    int64_t stride;
+    int32_t n_k, width; // rows; columns: whole vectors, or at most one
+    int32_t begins;     // whether sums begin here, or go on from y
+    int64_t ahead;      // what is fetched: so many floats behind what is read
+    const float *x[MOE__(RECUR_VECTORS)]; // from the tile's first row
+    float *y;           // sums: of each x a vector per column
+    int64_t y_stride;
+} read_args;
+
+MOE__V void read_tile(const int n, const int columns, const read_args *t) {
+    enum { X = MOE__(RECUR_VECTORS), C = 2 * MOE__RECUR_COLUMNS, V = MOE__VFLOATS };
+    MOE__VF acc[X][C], s[C], w[2];
+    MOE__UNROLL(8)
+    for (int v = 0; v < X; v++)
+        MOE__UNROLL(8)
+        for (int c = 0; c < C; c++) acc[v][c] = f_zero();
+    if (!t->begins)
+        MOE__UNROLL(8)
+        for (int v = 0; v < X; v++)
+            MOE__UNROLL(8)
+            for (int c = 0; c < C; c++)
+                if (v < n && c < columns) acc[v][c] = f_load(t->y + v * t->y_stride + c * V);
+    const float *state = t->state, *x[X];
+    const int64_t stride = t->stride, ahead = t->ahead;
+    MOE__UNROLL(8)
+    for (int v = 0; v < X; v++) x[v] = t->x[v < n ? v : 0];
+    for (int r = 0; r < t->n_k; r++, state += stride) {
+        if (n <= 2 && columns > 1) { // factors stay in registers, else vectors of S_0
+            MOE__UNROLL(2)
+            for (int v = 0; v < 2; v++)
+                if (v < n) w[v] = f_keep(f_set(x[v][r]));
+            MOE__UNROLL(8)
+            for (int c = 0; c < C; c++) {
+                if (c >= columns) continue;
+                if (c * V % 16 == 0) fetch_line(state + ahead + c * V);
+                s[c] = f_keep(f_load(state + c * V));
+                MOE__UNROLL(2)
+                for (int v = 0; v < 2; v++)
+                    if (v < n) acc[v][c] = f_fma(w[v], s[c], acc[v][c]);
+            }
+            continue;
+        }
+        MOE__UNROLL(8)
+        for (int c = 0; c < C; c++)
+            if (c < columns)
+                s[c] = f_keep(columns > 1 ? f_load(state + c * V) : f_load_part(state, t->width));
+        MOE__UNROLL(8)
+        for (int v = 0; v < X; v++) {
+            if (v >= n) continue;
+            const MOE__VF y = f_keep(f_set(x[v][r]));
+            MOE__UNROLL(8)
+            for (int c = 0; c < C; c++)
+                if (c < columns) acc[v][c] = f_fma(y, s[c], acc[v][c]);
+        }
+    }
+    MOE__UNROLL(8)
+    for (int v = 0; v < X; v++)
+        MOE__UNROLL(8)
+        for (int c = 0; c < C; c++)
+            if (v < n && c < columns) f_store(t->y + v * t->y_stride + c * V, acc[v][c]);
+}
+
+// One function for each n, [n - 1], and width
+typedef void MOE__(read_fn)(const read_args *t);
+#define MOE__READ_TILE(n)                                                        \
+    MOE__K void MOE__(read_part_##n)(const read_args *t) { read_tile(n, 1, t); } \
+    MOE__K void MOE__(read_##n)(const read_args *t) { read_tile(n, MOE__RECUR_COLUMNS, t); }
+MOE__READ_TILE(1)
+MOE__READ_TILE(2)
+MOE__READ_TILE(3)
+MOE__READ_TILE(4)
+MOE__READ_TILE(5)
+MOE__READ_TILE(6)
+#undef MOE__READ_TILE
+MOE__K void MOE__(read_wide_1)(const read_args *t) { read_tile(1, 2 * MOE__RECUR_COLUMNS, t); }
+MOE__K void MOE__(read_wide_2)(const read_args *t) { read_tile(2, 2 * MOE__RECUR_COLUMNS, t); }
+static MOE__(read_fn) *const MOE__(read_part)[] = {MOE__(read_part_1), MOE__(read_part_2),
+                                                   MOE__(read_part_3), MOE__(read_part_4),
+                                                   MOE__(read_part_5), MOE__(read_part_6)};
+static MOE__(read_fn) *const MOE__(read_full)[] = {MOE__(read_1), MOE__(read_2), MOE__(read_3),
+                                                   MOE__(read_4), MOE__(read_5), MOE__(read_6)};
+static MOE__(read_fn) *const MOE__(read_wide)[] = {MOE__(read_wide_1), MOE__(read_wide_2)};
+
+// So many columns as come next of `left`; tile: what reads n vectors of them.
+MOE__V int MOE__(read_width)(int left, int n, MOE__(read_fn) **tile) {
+    enum { V = MOE__VFLOATS, FULL = MOE__RECUR_COLUMNS * V };
+    if (n <= 2 && left >= 2 * FULL) {
+        *tile = MOE__(read_wide)[n - 1];
+        return 2 * FULL;
+    }
+    *tile = left >= FULL ? MOE__(read_full)[n - 1] : MOE__(read_part)[n - 1];
+    return left >= FULL ? FULL : left < V ? left : V;
+}
+
+// One token's vectors, 1 or 2, times all of S_0
+MOE__K void MOE__(recur_read_one)(const recur_job *job, int n, float *y, int64_t y_stride) {
+    const moe__recur_args *args = job->args;
+    read_args t;
+    t.stride = args->state_stride;
+    t.y_stride = y_stride;
+    t.ahead = moe__max(1, MOE__(RECUR_AHEAD) / args->n_v) * t.stride;
+    for (int r = 0; r < args->n_k; r += MOE__(RECUR_ROWS)) {
+        t.begins = r == 0;
+        t.n_k = (int)moe__min(args->n_k - r, MOE__(RECUR_ROWS));
+        for (int v = 0; v < n; v++) t.x[v] = job->x[v] + r;
+        for (int c = 0; c < args->n_v; c += t.width) {
+            MOE__(read_fn) *tile;
+            t.width = MOE__(read_width)(args->n_v - c, n, &tile);
+            t.state = args->state + r * t.stride + c;
+            t.y = y + c;
+            tile(&t);
+        }
+    }
+}
+// n vectors times `width` columns of S_0 from column `at` on; y: RECUR_BLOCK floats per vector
+MOE__K void MOE__(recur_read)(const recur_job *job, int n, int at, int width, float *y) {
+    const moe__recur_args *args = job->args;
+    const int rows = attend_rows(n, MOE__(RECUR_VECTORS));
+    read_args t;
+    t.stride = args->state_stride;
+    t.y_stride = MOE__(RECUR_BLOCK);
+    t.begins = 1;
+    t.ahead = 0;
+    t.n_k = args->n_k;
+    for (int c = 0; c < width; c += t.width)
+        for (int i = 0; i < n; i += rows) {
+            const int count = n - i < rows ? n - i : rows;
+            MOE__(read_fn) *tile;
+            memcpy(t.x, job->x + i, (size_t)count * sizeof *t.x);
+            t.width = width - c < MOE__RECUR_COLUMNS * MOE__VFLOATS
+                          ? (int)moe__min(width - c, MOE__VFLOATS)
+                          : MOE__RECUR_COLUMNS * MOE__VFLOATS;
+            tile = t.width > MOE__VFLOATS ? MOE__(read_full)[count - 1]
+                                          : MOE__(read_part)[count - 1];
+            t.state = args->state + at + c;
+            t.y = y + c + i * t.y_stride;
+            tile(&t);
+        }
+}
+
+// Deltas and outputs of all tokens for some columns, of which y holds the sums: 4 vectors, or one
+// or a part of it. Products of S_0's sums are fused into what they are taken from or added to, or
+// rounded first, never as a compiler likes.
+MOE__V void recur_tokens(const int columns, const recur_job *job, int at, int width,
+                         const float *y, int64_t y_stride) {
+    enum { V = MOE__VFLOATS };
+    const moe__recur_args *args = job->args;
+    const int n = columns > 1 ? V : width;
+    for (int i = 0; i < args->n; i++) {
+        const int p = args->done + i;
+        const MOE__VF total = f_set(job->total[i]);
+        const float *v = args->v + i * args->v_stride + at, *delta = args->deltas + at;
+        float *out = args->out + i * args->out_stride + at;
+        MOE__VF x[4], sum[4];
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            if (c < columns) x[c] = f_load_n(v + c * V, n);
+        if (args->beta) {
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (c < columns) x[c] = f_fnma(total, f_load(y + c * V), x[c]);
+            y += y_stride;
+        }
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            if (c < columns) sum[c] = f_rounded(f_mul(total, f_load(y + c * V)));
+        y += y_stride;
+        for (int j = 0; j < p; j++, delta += args->delta_stride) {
+            const MOE__VF of_q = f_set(job->of_q[i][j]);
+            const MOE__VF of_k = args->beta ? f_set(job->of_k[i][j]) : f_zero();
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++) {
+                if (c >= columns) continue;
+                const MOE__VF d = f_load_n(delta + c * V, n);
+                sum[c] = f_fma(of_q, d, sum[c]);
+                if (args->beta) x[c] = f_fnma(of_k, d, x[c]);
+            }
+        }
+        const MOE__VF beta = f_set(args->beta ? args->beta[i * args->beta_stride] : 1);
+        const MOE__VF own = f_set(job->of_q[i][p]);
+        float *to = args->deltas + p * args->delta_stride + at;
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++) {
+            if (c >= columns) continue;
+            x[c] = f_rounded(f_mul(beta, x[c]));
+            f_store_n(to + c * V, n, x[c]);
+            f_store_n(out + c * V, n, f_fma(own, x[c], sum[c]));
+        }
+    }
+}
+MOE__K void MOE__(recur_columns)(const recur_job *job, int at, int width, const float *y,
+                                 int64_t y_stride) {
+    int c = 0;
+    for (; c + 4 * MOE__VFLOATS <= width; c += 4 * MOE__VFLOATS)
+        recur_tokens(4, job, at + c, 4 * MOE__VFLOATS, y + c, y_stride);
+    for (; c < width; c += MOE__VFLOATS)
+        recur_tokens(1, job, at + c, (int)moe__min(width - c, MOE__VFLOATS), y + c, y_stride);
+}
+
+MOE__K void MOE__(recur)(const moe__recur_args *args) {
+    enum { BLOCK = MOE__(RECUR_BLOCK) };
+    MOE__ALIGNED(64) float y[2 * MOE__CHUNK * BLOCK];
+    recur_job job;
+    job.args = args;
+    if (args->n == 1) // meanwhile what is read first comes
+        for (int r = 0; r < args->n_k && r * args->n_v < MOE__(RECUR_AHEAD); r++)
+            for (int c = 0; c < args->n_v; c += 16)
+                fetch_line(args->state + r * args->state_stride + c);
+    MOE__(recur_keys)(args);
+    const int n = MOE__(recur_prepare)(&job);
+    if (args->n == 1) {
+        const int64_t stride = (args->n_v + MOE__VFLOATS - 1) / MOE__VFLOATS * MOE__VFLOATS;
+        float *sums = args->scratch + 2 * args->n_k;
+        MOE__(recur_read_one)(&job, n, sums, stride);
+        MOE__(recur_columns)(&job, 0, args->n_v, sums, stride);
+        return;
+    }
+    for (int c = 0; c < args->n_v; c += BLOCK) {
+        const int width = (int)moe__min(args->n_v - c, BLOCK);
+        MOE__(recur_read)(&job, n, c, width, y);
+        MOE__(recur_columns)(&job, c, width, y, BLOCK);
+    }
+}
+
+typedef struct fold_args {
+    const float *state, *deltas; // from the tile's first column on, and row
+    float *to;
+    int64_t stride, delta_stride;
+    int32_t width;               // as in read_args
+    const float *total;          // per row
+    const float (*factor)[MOE__CHUNK]; // per row and delta
+} fold_args;
+
+MOE__V void fold_tile(const int n, const int columns, const fold_args *t) {
+    enum { V = MOE__VFLOATS };
+    MOE__VF acc[4][4], d[4];
+    const int width = columns > 1 ? V : t->width;
+    const float *delta = t->deltas;
+    MOE__UNROLL(4)
+    for (int r = 0; r < 4; r++)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            acc[r][c] = r < n && c < columns ? f_rounded(f_mul(f_set(t->total[r]),
+                                                 f_load_n(t->state + r * t->stride + c * V, width)))
+                                             : f_zero();
+    for (int j = 0; j < MOE__CHUNK; j++, delta += t->delta_stride) {
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            if (c < columns) d[c] = f_keep(f_load_n(delta + c * V, width));
+        MOE__UNROLL(4)
+        for (int r = 0; r < 4; r++) {
+            if (r >= n) continue;
+            const MOE__VF x = f_keep(f_set(t->factor[r][j]));
+            MOE__UNROLL(4)
+            for (int c = 0; c < 4; c++)
+                if (c < columns) acc[r][c] = f_fma(x, d[c], acc[r][c]);
+        }
+    }
+    MOE__UNROLL(4)
+    for (int r = 0; r < 4; r++)
+        MOE__UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            if (r < n && c < columns)
+                f_store_n(t->to + r * t->stride + c * V, width, acc[r][c]);
+}
+MOE__K void MOE__(fold_full_4)(const fold_args *t) { fold_tile(4, MOE__RECUR_COLUMNS, t); }
+MOE__K void MOE__(fold_full_1)(const fold_args *t) { fold_tile(1, MOE__RECUR_COLUMNS, t); }
+MOE__K void MOE__(fold_part_4)(const fold_args *t) { fold_tile(4, 1, t); }
+MOE__K void MOE__(fold_part_1)(const fold_args *t) { fold_tile(1, 1, t); }
+
+MOE__K void MOE__(fold)(const moe__recur_args *args, float *to) {
+    enum { V = MOE__VFLOATS, FULL = MOE__RECUR_COLUMNS * V };
+    MOE__ALIGNED(64) float factor[4][MOE__CHUNK], total[4];
+    fold_args t;
+    t.stride = args->state_stride;
+    t.delta_stride = args->delta_stride;
+    t.total = total;
+    t.factor = (const float (*)[MOE__CHUNK])factor;
+    for (int r = 0, n; r < args->n_k; r += n) {
+        n = args->n_k - r < 4 ? 1 : 4;
+        for (int i = 0; i < n; i++) {
+            total[i] = args->total[args->n_decay > 1 ? r + i : 0];
+            for (int j = 0; j < MOE__CHUNK; j += V)
+                f_store(factor[i] + j, f_mul(f_load(args->weights + j),
+                                             f_load(args->keys + (r + i) * MOE__CHUNK + j)));
+        }
+        for (int c = 0; c < args->n_v; c += t.width) {
+            const int left = args->n_v - c, full = left >= FULL;
+            t.width = full ? FULL : left < V ? left : V;
+            t.state = args->state + r * t.stride + c;
+            t.deltas = args->deltas + c;
+            t.to = to + r * t.stride + c;
+            if (full)
+                n == 4 ? MOE__(fold_full_4)(&t) : MOE__(fold_full_1)(&t);
+            else
+                n == 4 ? MOE__(fold_part_4)(&t) : MOE__(fold_part_1)(&t);
+        }
+    }
+}
+
+// Lanes are channels.
+MOE__K void MOE__(scan)(const float *state, float *to, int64_t stride, int64_t n_state, int64_t n,
+                        const float *dt, const float *x, const float *a, const float *b,
+                        const float *c, float *out) {
+    for (int64_t j = 0; j < n; j += MOE__VFLOATS) {
+        const int64_t left = n - j;
+        const MOE__VF step = f_load_n(dt + j, left), in = f_mul(step, f_load_n(x + j, left));
+        MOE__VF sum = f_zero();
+        for (int64_t i = 0; i < n_state; i++) {
+            const int64_t at = i * stride + j;
+            const MOE__VF decay = f_exp(f_mul(step, f_load_n(a + at, left)));
+            const MOE__VF s = f_fma(decay, f_load_n(state + at, left),
+                                    f_rounded(f_mul(in, f_set(b[i]))));
+            f_store_n(to + at, left, s);
+            sum = f_fma(s, f_set(c[i]), sum);
+        }
+        f_store_n(out + j, left, sum);
+    }
+}
+
+MOE__K void MOE__(conv)(const float *const *x, const float *w, int64_t stride, int32_t n_taps,
+                        const float *bias, int64_t n, int silu, float *out) {
+    for (int64_t c = 0; c < n; c += MOE__VFLOATS) {
+        const int64_t left = n - c;
+        MOE__VF sum = bias ? f_load_n(bias + c, left) : f_zero();
+        for (int i = 0; i < n_taps; i++)
+            sum = f_fma(f_load_n(w + i * stride + c, left), f_load_n(x[i] + c, left), sum);
+        f_store_n(out + c, left, silu ? f_gate(sum, sum) : sum);
+    }
+}
+
 #undef MOE__ATTEND_ROWS
 #undef MOE__ATTEND_WIDE
 #undef MOE__ATTEND_FEW
+#undef MOE__RECUR_COLUMNS
 #undef MOE__VD
 #undef MOE__VD_OP
 #endif // MOE__ISA != 4
@@ -11731,15 +12338,15 @@ static const moe__kernels MOE__(kernels) = {
     MOE__SHARED(f32_to_q8_0),
     MOE__SHARED(attend),
     MOE__SHARED(attend_add),
-    moe__recur_scalar,
-    moe__fold_scalar,
-    moe__scan_scalar,
-    moe__conv_scalar,
-    moe__gate_scalar,
-    moe__softplus_scalar,
-    moe__decay_scalar,
-    moe__relu_squared_scalar,
-    moe__swiglu_limited_scalar};
+    MOE__SHARED(recur),
+    MOE__SHARED(fold),
+    MOE__SHARED(scan),
+    MOE__SHARED(conv),
+    MOE__SHARED(gate),
+    MOE__SHARED(softplus),
+    MOE__SHARED(decay),
+    MOE__SHARED(relu_squared),
+    MOE__SHARED(swiglu_limited)};
 
 #undef MOE__TYPE_KERNELS
 #undef MOE__TILE_F32
@@ -11887,6 +12494,10 @@ static const moe__kernels MOE__(kernels) = {
 #undef f_sum4
 #undef f_exp
 #undef f_glu
+#undef f_gate
+#undef f_softplus
+#undef f_load_n
+#undef f_store_n
 #undef d_weigh
 #undef d_above
 #undef d_scale
@@ -11962,6 +12573,12 @@ static const moe__kernels MOE__(kernels) = {
 #undef value_weight
 #undef value_tile
 #undef value_cut
+#undef recur_job
+#undef recur_tokens
+#undef read_args
+#undef read_tile
+#undef fold_args
+#undef fold_tile
 #undef v_level_of
 #undef MOE__LEVELS
 #undef MOE__BIAS8
@@ -15724,7 +16341,7 @@ typedef struct moe__spare {
 static const moe__spare moe__spares[] = {
     // how large activations are, for kernels that round them to 4 bits
     {"", ".input_scale", ".weight"},
-    // left out by llama.cpp, see moe__load_is_scaled: what counts is read
+    // of matrices, left out by llama.cpp, see moe__load_is_scaled: what counts is read
     {"blk.", ".scale", ".weight"},
     // the same as these
     {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight"},
@@ -15749,7 +16366,9 @@ MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name)
         if (!s->other) return 1;
         snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
         const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
-        if (at >= 0 && loader->used[at]) return 1;
+        if (at >= 0 && loader->used[at] &&
+            (strcmp(s->suffix, ".scale") || moe_gguf_tensor_at(gguf, at)->n_dims > 1))
+            return 1;
     }
     return 0;
 }
@@ -16159,6 +16778,14 @@ typedef struct moe__eval {
 MOE__INLINE int64_t moe__eval_row_unit(const moe__matrix *matrix, int64_t n_tokens) {
     const int64_t unit = n_tokens == 1 ? MOE__ROW_UNIT : MOE__TILE_ROWS / 2;
     return matrix->data ? moe__max(unit, (int64_t)matrix->type->rows) : unit;
+}
+
+// For statistics: the time since *since is counted to *sum; thread 0 is the one that counts.
+MOE__PRIVATE void moe__eval_clock(const moe__eval *e, double *since, double *sum) {
+    if (e->thread) return;
+    const double now = moe__seconds();
+    *sum += now - *since;
+    *since = now;
 }
 
 MOE__PRIVATE void moe__eval_barrier(moe__eval *e) {
@@ -18721,6 +19348,9 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         if (layer->mixer) moe__mixers[layer->mixer].bind(&loader, layer, il);
         moe__load_layer(&loader, layer, il);
         model->info.n_layer_recurrent += layer->mixer > MOE__MLA;
+        model->info.n_layer_attention += layer->mixer == MOE__GQA || layer->mixer == MOE__MLA;
+        if (!loader.status)
+            model->info.n_bytes_state += moe__layer_cache(layer).kept * (int64_t)sizeof(float);
         if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);
     }
     moe__load_check_used(&loader);
@@ -18841,9 +19471,29 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 //     k_ij, v_ij = (K_i^T latent[j], rotated[j]), V_i latent[j]
 //     m_i = sum over j <= p of softmax_j(q_i . k_ij) v_ij                      |
 //
-// So one token takes 6 barriers per layer with gqa, 8 with mla (a dense layer: one less), one
-// before the first layer and one behind the logits. One more each:
-//   gates of heads (attn_gate with gqa)
+// Mixers that recur: a state per head, S, n_k rows of n_v values, is all that they keep of the
+// past; what differs is what they make of a token and how S takes it up. u is what a convolution
+// over the last few tokens' products makes of them (conv), sigma the sigmoid, all by head:
+//
+//     products of h                       attn_qkv, attn_gate, ssm_in, ...         |
+//     (second halves of low-rank ones     ssm_f_b, ssm_g_b, of kda                 :|)
+//     q, k, v, decay d, beta of u                                                  |
+//     S = d S + k x beta (v - (d S)^T k)  delta: d one number; kda: one per row
+//     S = d S + k x v                     mamba2: k, q = B, C; v = step x; lightning
+//     m_i = S^T q                                                                  |
+//     m = N(m) silu(z)                    delta; sigma(z): kda, lightning;
+//         N((m + D x) silu(z))            mamba2                                   |
+//
+// mamba1 has a decay for each value of S and norms and products of its own in between (2 barriers
+// more, and 2 if the batch has many rows); conv is C * conv(B * u), 2 barriers in all.
+//
+// A layer may have but one of the two halves (nemotron_h). With latent experts (ffn_latent_down,
+// _up) the routed ones work on a shorter vector: 2 barriers more.
+//
+// So one token takes 6 barriers per layer with gqa, 8 with mla, delta, mamba2 and lightning (a
+// dense layer: one less), 10 with low-rank kda, one before the first layer and one behind the
+// logits. One more each:
+//   gates of heads (attn_gate with mla, with gqa also if they are in attn_q)
 //   items that are single chunks of keys, since heads alone are too few for the threads: their
 //     results are joined (gqa; mla joins them where V_i is applied)
 //   items smaller than a group of heads: the key is stored before any of them begins (gqa)
@@ -19293,8 +19943,9 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     moe__eval_barrier(e);
 }
 
-// Whether somebody wants to stop: asked by thread 0 in each layer, while the others go on. They
-// look at the answer behind the next barrier, all at the same place, so that all stop or none.
+// Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the others
+// go on. They look at the answer behind the mixer's barriers, all at the same place, and others
+// come before it is asked again, so that all stop or none.
 MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
         const moe_session *session = batch->jobs[i].session;
@@ -19310,12 +19961,14 @@ MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
 MOE__PRIVATE int moe__forward(moe__eval *e) {
     const moe_model *model = e->model;
     moe__work *work = e->work;
+    moe_session_stats *stats = &e->batch->lead->stats;
     float *sum;
     moe__forward_begin(e);
+    double since = e->thread ? 0 : moe__seconds();
     for (int il = 0; il < model->info.n_layer; il++) {
         const moe__layer *layer = &model->layers[il];
         const moe__matrix *next = il + 1 < model->info.n_layer ? layer[1].prefetch : &model->output;
-        if (e->thread == 0) moe__forward_ask(e->batch);
+        if (e->thread == 0 && layer->mixer) moe__forward_ask(e->batch);
         if (layer->mixer) { // residual += attn_output mixed, mixed = mixer(norm(residual))
             moe__eval_norm(e, work->residual, layer->attn_norm, MOE__IN_NORMED);
             moe__eval_fit(e, &layer->o);
@@ -19328,13 +19981,15 @@ MOE__PRIVATE int moe__forward(moe__eval *e) {
             if (!layer->has_ffn) moe__eval_fetch(e, next);
             moe__eval_barrier(e);
             moe__forward_join(e, layer->attn_post_norm);
+            moe__eval_clock(e, &since, layer->mixer > MOE__MLA ? &stats->recurrent_seconds
+                                                               : &stats->attention_seconds);
         }
         if (layer->has_ffn) { // residual += experts(norm(residual)), or the dense network
             moe__eval_norm(e, work->residual, layer->ffn_norm, MOE__IN_NORMED);
             sum = moe__forward_branch(e, layer->ffn_post_norm);
             moe__forward_ffn(e, layer, sum, next);
             moe__forward_join(e, layer->ffn_post_norm);
-            if (e->batch->stop) return 0;
+            moe__eval_clock(e, &since, &stats->ffn_seconds);
         }
     }
     return 1;
@@ -19369,7 +20024,9 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
         e.n = batch->n;
         moe__eval_inputs(&e);
         if (!moe__forward(&e)) return;
+        double since = thread ? 0 : moe__seconds();
         moe__forward_logits(&e);
+        moe__eval_clock(&e, &since, &batch->lead->stats.output_seconds);
         if (!batch->more) return;
         moe__eval_barrier(&e);
         for (int32_t i = 0; i < batch->work->n_spans && thread == 0; i++)

@@ -19,6 +19,8 @@ typedef struct token_work {
     double macs;        // multiply-adds with them, but for the output matrix
     double output_macs; // of the output matrix: prompts need it for their last token only
     double kv_row;      // values that one position of one layer holds in the cache
+    double state;       // bytes of states that a token of a sequence moves: read once, and every
+                        // 16th time read again and written
     int32_t n_full, n_window, window; // layers that read all positions, or the last `window`
 } token_work;
 
@@ -109,7 +111,8 @@ static inline void count_cache(model *m, const moe_gguf *gguf) {
         work->window = (int32_t)window;
         work->n_window = (info->n_layer + 1) / 2; // every other layer, from the first
     }
-    work->n_full = info->n_layer - work->n_window;
+    work->n_full = info->n_layer_attention - work->n_window;
+    work->state = (double)info->n_bytes_state * (1 + 2.0 / 16);
 }
 
 // What one token needs of the weights, by the names of the tensors: a row of the embedding, the

@@ -136,7 +136,9 @@ static void table_header(void) {
     if (show_isa) printf(" %-10s |", "isa");
     if (show_schedule) printf(" %-10s |", "schedule");
     if (set.roofs) printf(" %6s |", "% roof");
-    if (set.detail) printf(" %6s | %8s | %6s | %9s |", "GB/s", "barriers", "% wait", "imbalance");
+    if (set.detail)
+        printf(" %6s | %8s | %6s | %9s | %6s | %6s | %6s |", "GB/s", "barriers", "% wait",
+               "imbalance", "% attn", "% recr", "% ffn");
     if (set.detail && show_rows) printf(" %8s | %8s |", "MB/call", "experts");
     printf(" %*s | %20s |\n", show_rows ? 22 : 15, "test", "t/s");
     printf("| ------------------------------ | ---------: | ---------: | ---------- | ------: |");
@@ -146,7 +148,8 @@ static void table_header(void) {
     if (show_isa) printf(" ---------- |");
     if (show_schedule) printf(" ---------- |");
     if (set.roofs) printf(" -----: |");
-    if (set.detail) printf(" -----: | -------: | -----: | --------: |");
+    if (set.detail)
+        printf(" -----: | -------: | -----: | --------: | -----: | -----: | -----: |");
     if (set.detail && show_rows) printf(" -------: | -------: |");
     printf(" %s--------------: | -------------------: |\n", show_rows ? "-------" : "");
     fflush(stdout);
@@ -181,6 +184,7 @@ static void table_row(const test *t) {
         table_number(8, 0, t->barriers);
         table_number(6, 1, 100 * t->waiting);
         table_number(9, 3, t->imbalance);
+        for (int i = 0; i < TIMED_OUTPUT; i++) table_number(6, 1, 100 * t->parts[i]);
     }
     if (set.detail && show_rows) {
         table_number(8, 1, f.bytes_eval * 1e-6);
@@ -230,6 +234,10 @@ static void write_fields(const void *row) {
     field_number("n_barriers", 1, t->barriers);
     field_number("wait_fraction", 4, t->waiting);
     field_number("imbalance", 4, t->imbalance);
+    field_number("attention_fraction", 4, t->parts[TIMED_ATTENTION]);
+    field_number("recurrent_fraction", 4, t->parts[TIMED_RECURRENT]);
+    field_number("ffn_fraction", 4, t->parts[TIMED_FFN]);
+    field_number("output_fraction", 4, t->parts[TIMED_OUTPUT]);
     if (writing != WRITE_JSON) return;
     static double ns[MAX_REPETITIONS];
     for (int r = 0; r < set.repetitions; r++) ns[r] = t->seconds[r] * 1e9;

@@ -45,12 +45,17 @@ static const plan_shape plan_shapes[] = {
     {"Qwen3-30B-A3B", "qwen3-30b-a3b", "q4_K_M"},
     {"gpt-oss-120b", "gpt-oss-120b", "mxfp4"},
     {"gpt-oss-20b", "gpt-oss-20b", "mxfp4"},
+    {"Qwen3.5-35B-A3B", "qwen3.5-35b-a3b", "q4_K_M"},
+    {"Qwen3-Next-80B", "qwen3-next-80b-a3b", "q4_K_M"},
+    {"Nemotron-3-Nano", "nemotron-3-nano", "q4_K_M"},
+    {"LFM2-8B-A1B", "lfm2-8b-a1b", "q4_K_M"},
+    {"Kimi-Linear-48B", "kimi-linear-48b-a3b", "q4_K_M"},
     {"Mixtral 8x7B", "mixtral", "q4_K_M"},
     {"OLMoE", "olmoe", "q4_K_M"}};
 
 // ---- what kernels note -----------------------------------------------------------------------
 
-enum { PLAN_VECTORS, PLAN_ATTEND, PLAN_TENSORS, PLAN_NAMES = 64 }; // names of costs: bits
+enum { PLAN_VECTORS, PLAN_ATTEND, PLAN_RECUR, PLAN_TENSORS, PLAN_NAMES = 64 }; // names of costs: bits
 enum { PLAN_NO_LAYER = -2 };
 
 typedef struct plan_tensor {
@@ -92,6 +97,7 @@ static moe__kernels plan_kernels;
 static void plan_take_over(moe_session *session, int32_t length) {
     session->kernels = &plan_kernels;
     session->length = length;
+    session->slot.at = moe__slot_at(length);
 }
 // The number of the step that the calling thread is in: barriers passed. None is passed before
 // this thread has come there. A thread alone passes none: it counts them itself.
@@ -255,6 +261,50 @@ static void plan_attend(const moe__attend_args *a) {
     plan_add(PLAN_ATTEND, PLAN_NO_LAYER, macs);
 }
 
+// A state is read once for a token, or 4 multiply-adds per value of it and token (two products with
+// it, its update, and what the tokens of a chunk do to each other).
+static void plan_recur(const moe__recur_args *a) {
+    const double values = (double)a->n_k * a->n_v;
+    plan_add(PLAN_RECUR, PLAN_NO_LAYER,
+             plan.is_prompt ? 4 * values * a->n * PLAN_FLOAT : values * sizeof(float));
+}
+static void plan_fold(const moe__recur_args *a, float *to) {
+    (void)a, (void)to; // counted with the tokens, or once for 16
+}
+static void plan_scan(const float *state, float *to, int64_t stride, int64_t n_state, int64_t n,
+                      const float *dt, const float *x, const float *a, const float *b,
+                      const float *c, float *out) {
+    (void)state, (void)to, (void)stride, (void)dt, (void)x, (void)a, (void)b, (void)c, (void)out;
+    plan_add(PLAN_RECUR, PLAN_NO_LAYER,
+             (double)(n_state * n) * (plan.is_prompt ? PLAN_VALUE : sizeof(float)));
+}
+static void plan_conv(const float *const *x, const float *w, int64_t stride, int32_t n_taps,
+                      const float *bias, int64_t n, int silu, float *out) {
+    (void)x, (void)w, (void)stride, (void)bias, (void)silu, (void)out;
+    plan_vector(n * n_taps);
+}
+static void plan_gate(float *x, const float *gate, int64_t n) {
+    (void)x, (void)gate;
+    plan_vector(n);
+}
+static void plan_softplus(const float *x, const float *bias, int64_t n, float *out) {
+    (void)x, (void)bias, (void)out;
+    plan_vector(n);
+}
+static void plan_decay(const float *x, const float *bias, int64_t n, float a, float low,
+                       float *out) {
+    (void)a, (void)low;
+    plan_softplus(x, bias, n, out);
+}
+static void plan_relu(const float *up, int64_t n, float *out) {
+    (void)up, (void)out;
+    plan_vector(n);
+}
+static void plan_limited(const float *gate, const float *up, int64_t n, float limit, float *out) {
+    (void)limit;
+    plan_glu(gate, up, n, out);
+}
+
 static void plan_make_kernels(void) {
     plan_kernels = *moe__kernels_get(MOE_ISA_SCALAR);
     for (int i = 0; i < MOE__N_TYPES; i++) {
@@ -272,6 +322,15 @@ static void plan_make_kernels(void) {
     plan_kernels.f32_to_q8_0 = plan_q8_0;
     plan_kernels.attend = plan_attend;
     plan_kernels.attend_add = plan_attend_add;
+    plan_kernels.recur = plan_recur;
+    plan_kernels.fold = plan_fold;
+    plan_kernels.scan = plan_scan;
+    plan_kernels.conv = plan_conv;
+    plan_kernels.gate = plan_gate;
+    plan_kernels.softplus = plan_softplus;
+    plan_kernels.decay = plan_decay;
+    plan_kernels.relu_squared = plan_relu;
+    plan_kernels.swiglu_limited = plan_limited;
 }
 
 // ---- models without weights ------------------------------------------------------------------
@@ -291,9 +350,31 @@ static void plan_model_close(plan_model *m) {
     memset(m, 0, sizeof *m);
 }
 
+// One layer of each letter of .layers, and before them one for those without experts.
+static synth_config plan_letters(synth_config c) {
+    static char kinds[8];
+    int n = 0;
+    memset(kinds, 0, sizeof kinds);
+    for (int il = 0; il < c.n_layer; il++) {
+        const char letter = c.layers[(size_t)il % strlen(c.layers)];
+        const char *at = il < c.lead ? kinds : strchr(kinds + (c.lead > 0), letter);
+        if (il == 0 || !at || !*at) {
+            at = kinds + n;
+            plan.times[n] = 0;
+            kinds[n++] = letter;
+        }
+        plan.times[at - kinds]++;
+    }
+    c.layers = kinds;
+    c.lead = c.lead > 0;
+    c.n_layer = n;
+    return c;
+}
+
 // One layer of each kind: without experts, with a window, the others.
 static synth_config plan_kinds(const plan_shape *shape) {
     synth_config c = *synth_find(shape->synth);
+    if (c.layers) return plan_letters(c);
     const int n = c.n_layer, windows = c.window ? (n + 1) / 2 : 0;
     for (int i = 0; i < BENCH_LAYERS; i++) plan.times[i] = 1;
     if (c.lead) plan.times[0] = c.lead;
@@ -384,6 +465,7 @@ static int plan_list_tensors(const moe_model *handle) {
     plan.n_names = PLAN_TENSORS;
     strcpy(plan.names[PLAN_VECTORS], "vectors");
     strcpy(plan.names[PLAN_ATTEND], "attend");
+    strcpy(plan.names[PLAN_RECUR], "recur");
     for (int64_t i = 0; i < plan.n_tensors && plan.tensors; i++) {
         const moe_gguf_tensor *tensor = moe_gguf_tensor_at(gguf, i);
         plan_tensor *t = &plan.tensors[i];
@@ -659,8 +741,8 @@ static void plan_print_nodes(const plan_case *c, const moe_model_info *info) {
     memset(&experts, 0, sizeof experts);
     memset(&task, 0, sizeof task);
     experts.entries = entries;
-    routed.gate.n_out = info->n_ff_exp;
-    shared.gate.n_out = (int64_t)info->n_ff_exp * info->n_expert_shared;
+    routed.up.n_out = info->n_ff_exp;
+    shared.up.n_out = (int64_t)info->n_ff_exp * info->n_expert_shared;
     routed.down.n_out = shared.down.n_out = info->n_embd;
     for (int32_t i = 0; i < used; i++) moe__dispatch_add(&experts, &routed, 1);
     if (info->n_expert_shared) moe__dispatch_add(&experts, &shared, 1);

@@ -29,11 +29,16 @@ static const char *const schedule_names[] = {"default", "sequential", "parallel"
 
 // ---- one timed run ---------------------------------------------------------------------------
 
+// Kinds of parts of a forward pass that are timed: mixers of layers that attend and of those that
+// recur, feed-forward parts, logits.
+enum { TIMED_ATTENTION, TIMED_RECURRENT, TIMED_FFN, TIMED_OUTPUT, TIMED_PARTS };
+
 // What a run took, and how its threads spent the time.
 typedef struct usage {
     double seconds;               // of its calls, without what lies between them
     double eval_seconds;          // as the library tells,
     double wait[MOE_MAX_THREADS]; // and what each thread waited for others in it
+    double parts[TIMED_PARTS];    // seconds of eval_seconds
     uint64_t n_barriers, n_evals;
 } usage;
 
@@ -52,6 +57,10 @@ static inline moe_status timed_eval(moe_session *const *sessions, int32_t n_sess
     const moe_status status = moe_session_eval_many(jobs, n_sessions, error);
     u->seconds += tool_seconds() - start;
     u->eval_seconds += stats->eval_seconds;
+    u->parts[TIMED_ATTENTION] += stats->attention_seconds;
+    u->parts[TIMED_RECURRENT] += stats->recurrent_seconds;
+    u->parts[TIMED_FFN] += stats->ffn_seconds;
+    u->parts[TIMED_OUTPUT] += stats->output_seconds;
     u->n_barriers += stats->n_barriers;
     u->n_evals++;
     for (int32_t i = 0; i < stats->n_threads; i++) u->wait[i] += stats->thread_wait_seconds[i];
@@ -182,6 +191,7 @@ typedef struct test {
     double rate[MAX_REPETITIONS]; // tokens per second
     double waiting, imbalance, barriers; // of the last repetition; barriers per eval
     double wait[MOE_MAX_THREADS];        // part of the time that each thread waited
+    double parts[TIMED_PARTS];           // and of it what went into each kind of part
     // What generating had to read: weights of each repetition, keys and values of any.
     double bytes[MAX_REPETITIONS], bytes_cache;
     double touched;          // experts per call, over all layers and repetitions
@@ -299,13 +309,13 @@ static inline double test_touched(test *t, double *touched) {
     return bytes;
 }
 
-// Keys and values of a sequence that n tokens behind `past` others read: each row once.
+// Keys, values and states of a sequence that n tokens behind `past` others read: each row once.
 static inline double cache_bytes(const test *t, int32_t past, int32_t n) {
     static const double value_bytes[] = {2, 34.0 / 32, 4};
     const token_work *work = &t->m->work;
     const double rows = (double)past + n, seen = (double)work->window + n - 1;
-    return work->kv_row * value_bytes[t->info.kv_type % 3] *
-           (work->n_full * rows + work->n_window * (seen < rows ? seen : rows));
+    return work->state + work->kv_row * value_bytes[t->info.kv_type % 3] *
+                             (work->n_full * rows + work->n_window * (seen < rows ? seen : rows));
 }
 
 // Behind its depth, a prompt at once, then n_gen tokens of each sequence in calls of n_draft.
@@ -383,6 +393,8 @@ static inline moe_status test_repeat(test *t, int32_t r, const int32_t *tokens,
     t->imbalance = usage_imbalance(&u, t->n_threads);
     t->barriers = (double)u.n_barriers / (double)u.n_evals;
     t->n_groups = moe_session_get_stats(t->session[0])->n_expert_groups;
+    for (int i = 0; i < TIMED_PARTS; i++)
+        t->parts[i] = u.eval_seconds > 0 ? u.parts[i] / u.eval_seconds : 0;
     for (int i = 0; i < t->n_threads; i++)
         t->wait[i] = u.eval_seconds > 0 ? u.wait[i] / u.eval_seconds : 0;
     if (r + 1 == set.repetitions) {

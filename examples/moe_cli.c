@@ -378,7 +378,7 @@ static int show_memory(const moe_model *model) {
     moe_session_options o = session_options(model);
     moe_session_info need;
     moe_error error;
-    char size[32];
+    char size[32], more[32];
     printf("\nmodel\n  family %s, context %d, %d layers, width %d, vocabulary %d\n"
            "  heads %d (%d for keys and values), experts %d (%d used, %d shared)\n",
            info->family, info->n_ctx_train, info->n_layer, info->n_embd, info->n_vocab,
@@ -392,7 +392,7 @@ static int show_memory(const moe_model *model) {
     if (moe_session_estimate(model, &o, &need, &error) != MOE_OK)
         return tool_fail(program, "cannot tell the memory needed", &error);
     double sum = (double)info->n_bytes + (double)info->n_bytes_made + (double)need.kv_bytes +
-                 (double)need.work_bytes;
+                 (double)need.checkpoint_bytes + (double)need.work_bytes;
     printf("\nmemory needed with %d tokens of context, %d at once\n", need.n_ctx, need.n_batch);
     const moe_model_memory *memory = moe_model_get_memory(model);
     printf("  weights           %16lld  %s (%s)\n", (long long)info->n_bytes,
@@ -402,8 +402,13 @@ static int show_memory(const moe_model *model) {
     if (info->n_bytes_made)
         printf("  made of weights   %16lld  %s (attn_kv_b's keys, transposed)\n",
                (long long)info->n_bytes_made, tool_size(size, (double)info->n_bytes_made));
-    printf("  keys and values   %16zu  %s\n", need.kv_bytes,
-           tool_size(size, (double)need.kv_bytes));
+    printf("  keys and values   %16zu  %s\n", need.kv_bytes - need.state_bytes,
+           tool_size(size, (double)(need.kv_bytes - need.state_bytes)));
+    if (need.state_bytes)
+        printf("  states            %16zu  %s\n"
+               "  %2d checkpoints    %16zu  %s\n", need.state_bytes,
+               tool_size(size, (double)need.state_bytes), need.n_checkpoints,
+               need.checkpoint_bytes, tool_size(more, (double)need.checkpoint_bytes));
     printf("  work              %16zu  %s\n", need.work_bytes,
            tool_size(size, (double)need.work_bytes));
     printf("  together          %16.0f  %s\n", sum, tool_size(size, sum));

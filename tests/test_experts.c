@@ -173,8 +173,8 @@ static void problem_init(problem *p, int n_routed, int shared, int64_t rows, int
                          int64_t shared_rows, int one_token, int64_t unit) {
     memset(p, 0, sizeof *p);
     p->dispatch.entries = p->entries;
-    p->ffns[0].gate.n_out = rows;
-    p->ffns[1].gate.n_out = shared_rows;
+    p->ffns[0].up.n_out = rows;
+    p->ffns[1].up.n_out = shared_rows;
     p->ffns[0].down.n_out = p->ffns[1].down.n_out = down_rows;
     for (int i = 0; i < n_routed; i++)
         moe__dispatch_add(&p->dispatch, &p->ffns[0], one_token ? 1 : 1 + i * i % 50);

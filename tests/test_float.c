@@ -1,5 +1,5 @@
 // The float kernels of every instruction set against double precision: norms, activations, softmax,
-// conversion to half, attention. Buffers end at a page that must not be touched.
+// conversion to half, attention, recurrences. Buffers end at a page that must not be touched.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
@@ -1101,6 +1101,604 @@ TEST(large_scores_do_not_overflow) {
         }
         attention_close(&a);
     }
+}
+
+// ---- rows of recurrences ---------------------------------------------------------------------
+
+enum { N_ROW_KERNELS = 6 };
+
+static void row_kernel(const moe__kernels *k, int kernel, const float *x, const float *y, int64_t n,
+                       float *out) {
+    if (kernel == 0) {
+        if (out != x) memcpy(out, x, (size_t)n * sizeof *out);
+        k->gate(out, y, n);
+    }
+    if (kernel == 1) k->softplus(x, y, n, out);
+    if (kernel == 2) k->decay(x, y, n, -2.5f, 0, out);
+    if (kernel == 3) k->decay(x, y, n, 3.5f, -5, out);
+    if (kernel == 4) k->relu_squared(x, n, out);
+    if (kernel == 5) k->swiglu_limited(x, y, n, 7, out);
+}
+static double softplus(double x) { return x > 20 ? x : log1p(exp(x)); }
+// What it gives, and how many units in the last place it may be wrong: an error of what goes into
+// an exponential counts as often as that is large.
+static double row_expected(int kernel, float x, float y, double *most) {
+    const float sum = x + y;
+    double e;
+    *most = 5;
+    if (kernel == 0) return x / (1 + exp(-(double)y));
+    if (kernel == 1) return softplus(sum);
+    if (kernel == 2) {
+        e = -2.5 * softplus(sum);
+        *most += 4 * fabs(e);
+        return exp(e);
+    }
+    if (kernel == 3) {
+        e = -5 / (1 + exp(-3.5 * sum));
+        *most += 4 * fabs(e) * (1 + fabs(sum) * 3.5 / 4);
+        return exp(e);
+    }
+    if (kernel == 4) return x > 0 ? (double)x * x : 0;
+    const double limited = y > 7 ? 7 : y < -7 ? -7 : y;
+    return fmin(silu(x), 7) * limited;
+}
+
+TEST(rows_of_recurrences_match_double_precision) {
+    EACH_ISA(k)
+    for (int at = 0; row_length(at); at++)
+        for (int kernel = 0; kernel < N_ROW_KERNELS; kernel++) {
+            const int64_t n = row_length(at);
+            const float range = at % 3 == 0 ? 2.0f : at % 3 == 1 ? 20.0f : 60.0f;
+            float *x = guarded_floats(n), *y = guarded_floats(n), *out = guarded_floats(n);
+            double worst = 0;
+            int wrong = 0, differ = 0;
+            for (int64_t i = 0; i < n; i++) {
+                x[i] = random_float(-range, range);
+                y[i] = random_float(-12, 12);
+            }
+            row_kernel(k, kernel, x, y, n, out);
+            for (int64_t i = 0; i < n; i++) {
+                double most;
+                const double e = ulps(out[i], row_expected(kernel, x[i], y[i], &most));
+                worst = fmax(worst, e / most);
+                wrong += !(e <= most);
+            }
+            CHECKF(!wrong, "%s kernel %d n %d: %.2f of what is allowed", moe_isa_name(k->isa),
+                   kernel, (int)n, worst);
+            for (int64_t i = 0; i < n && n < 100; i++) { // the same bits wherever they stand
+                float alone;
+                row_kernel(k, kernel, x + i, y + i, 1, &alone);
+                differ += memcmp(&alone, out + i, sizeof alone) != 0;
+            }
+            row_kernel(k, kernel, x, y, n, x);
+            differ += memcmp(x, out, (size_t)n * sizeof *x) != 0;
+            CHECKF(!differ, "%s kernel %d n %d: other bits", moe_isa_name(k->isa), kernel, (int)n);
+            guarded_floats_free(x, n);
+            guarded_floats_free(y, n);
+            guarded_floats_free(out, n);
+        }
+}
+
+TEST(softplus_keeps_its_relative_accuracy_down_to_nothing) {
+    const float none[16] = {0};
+    EACH_ISA(k) {
+        double worst = 0, where = 0;
+        float x[16], out[16];
+        for (uint32_t bits = 0; bits < 0x42D00000; bits += 16001) { // 0 .. 104, both signs
+            for (uint32_t i = 0; i < 16; i++)
+                x[i] = moe__f32_from_bits((bits + i / 2 * 2000) | (i & 1) << 31);
+            k->softplus(x, none, 16, out);
+            for (int i = 0; i < 16; i++) {
+                const double e = ulps(out[i], softplus(x[i]));
+                if (e > worst) worst = e, where = x[i];
+            }
+        }
+        CHECKF(worst <= 3.5, "%s: %.3f ulp at %.9g", moe_isa_name(k->isa), worst, where);
+    }
+}
+
+// In every lane and in the ragged end, as plain C has it; others beside it stay what they are.
+TEST(rows_of_recurrences_handle_nan_infinity_and_huge_values) {
+    const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, -104, 20, 20.5f, 0, -0.0f};
+    enum { N = 17, N_ODD = sizeof odd / sizeof *odd };
+    float x[N], y[N], out[N], expected[N];
+    EACH_ISA(k)
+    for (int at = 0; at < N; at++)
+        for (int c = 0; c < 2 * N_ODD; c++)
+            for (int kernel = 0; kernel < N_ROW_KERNELS; kernel++) {
+                int wrong = 0;
+                for (int i = 0; i < N; i++) x[i] = y[i] = 0.5f;
+                (c < N_ODD ? x : y)[at] = odd[c % N_ODD];
+                row_kernel(k, kernel, x, y, N, out);
+                row_kernel(&moe__kernels_scalar, kernel, x, y, N, expected);
+                for (int i = 0; i < N; i++) {
+                    const float e = expected[i];
+                    wrong += e != e ? out[i] == out[i]
+                                    : out[i] != e && !(fabsf(out[i] - e) <= 1e-5f * fabsf(e));
+                }
+                CHECKF(!wrong, "%s kernel %d, %g at %d: %g, plain C has %g", moe_isa_name(k->isa),
+                       kernel, (double)odd[c % N_ODD], at, (double)out[at], (double)expected[at]);
+            }
+}
+
+static void check_conv(const moe__kernels *k, int n, int n_taps, int biased, int with_silu) {
+    const int stride = n + 3;
+    float *w = guarded_floats((int64_t)(n_taps - 1) * stride + n), *x[MOE__CONV_TAPS];
+    float *bias = guarded_floats(n), *out = guarded_floats(n);
+    double worst = 0;
+    int differ = 0;
+    for (int i = 0; i < n_taps; i++) {
+        x[i] = guarded_floats(n);
+        for (int c = 0; c < n; c++) {
+            x[i][c] = random_float(-2, 2);
+            w[i * stride + c] = random_float(-1, 1);
+        }
+    }
+    for (int c = 0; c < n; c++) bias[c] = random_float(-1, 1);
+    const float *const *from = (const float *const *)x;
+    k->conv(from, w, stride, n_taps, biased ? bias : NULL, n, with_silu, out);
+    for (int c = 0; c < n; c++) {
+        double sum = biased ? bias[c] : 0;
+        for (int i = 0; i < n_taps; i++) sum += (double)w[i * stride + c] * x[i][c];
+        worst = fmax(worst, fabs(out[c] - (with_silu ? silu(sum) : sum)));
+    }
+    CHECKF(worst <= 4e-6, "%s n %d, %d taps: %g", moe_isa_name(k->isa), n, n_taps, worst);
+    for (int c = 0; c < n && n < 100; c++) {
+        const float *one[MOE__CONV_TAPS];
+        float alone;
+        for (int i = 0; i < n_taps; i++) one[i] = x[i] + c;
+        k->conv(one, w + c, stride, n_taps, biased ? bias + c : NULL, 1, with_silu, &alone);
+        differ += memcmp(&alone, out + c, sizeof alone) != 0;
+    }
+    CHECKF(!differ, "%s n %d: other bits", moe_isa_name(k->isa), n);
+    for (int i = 0; i < n_taps; i++) guarded_floats_free(x[i], n);
+    guarded_floats_free(w, (int64_t)(n_taps - 1) * stride + n);
+    guarded_floats_free(bias, n);
+    guarded_floats_free(out, n);
+}
+TEST(convolutions_match_double_precision) {
+    EACH_ISA(k)
+    for (int at = 0; row_length(at); at++)
+        check_conv(k, (int)row_length(at), 1 + (at + 3) % MOE__CONV_TAPS, at % 2, at / 2 % 2);
+}
+
+static void check_scan(const moe__kernels *k, int n, int n_state, int in_place) {
+    const int stride = n + 2;
+    const int64_t size = (int64_t)(n_state - 1) * stride + n;
+    float *state = guarded_floats(size), *to = guarded_floats(size), *a = guarded_floats(size);
+    float *dt = guarded_floats(n), *x = guarded_floats(n), *out = guarded_floats(n);
+    float *b = guarded_floats(n_state), *c = guarded_floats(n_state);
+    double worst = 0;
+    int differ = 0;
+    for (int64_t i = 0; i < size; i++) {
+        state[i] = i % stride < n ? random_float(-2, 2) : NAN;
+        a[i] = i % stride < n ? random_float(-3, 0) : NAN;
+        to[i] = 12345;
+    }
+    for (int i = 0; i < n_state; i++) b[i] = random_float(-1, 1), c[i] = random_float(-1, 1);
+    for (int i = 0; i < n; i++) dt[i] = random_float(0, 1), x[i] = random_float(-2, 2);
+    k->scan(state, to, stride, n_state, n, dt, x, a, b, c, out);
+    for (int j = 0; j < n; j++) {
+        double sum = 0;
+        float alone, column[40], rates[40], states[40];
+        for (int i = 0; i < n_state; i++) {
+            const double decay = exp((double)dt[j] * a[i * stride + j]);
+            const double s = decay * state[i * stride + j] + (double)dt[j] * x[j] * b[i];
+            worst = fmax(worst, fabs(s - to[i * stride + j]));
+            sum += s * c[i];
+        }
+        worst = fmax(worst, fabs(sum - out[j]) / (1 + n_state / 4.0));
+        for (int i = 0; i < n_state; i++) {
+            column[i] = state[i * stride + j];
+            rates[i] = a[i * stride + j];
+        }
+        k->scan(column, states, 1, n_state, 1, dt + j, x + j, rates, b, c, &alone);
+        differ += memcmp(&alone, out + j, sizeof alone) != 0;
+    }
+    for (int64_t i = 0; i < size; i++) differ += i % stride >= n && to[i] != 12345;
+    CHECKF(worst <= 2e-6 && !differ, "%s n %d of %d: %g, %d differ", moe_isa_name(k->isa), n,
+           n_state, worst, differ);
+    if (in_place) {
+        float *again = guarded_floats(n);
+        k->scan(state, state, stride, n_state, n, dt, x, a, b, c, again);
+        for (int64_t i = 0; i < size; i++) differ += i % stride < n && state[i] != to[i];
+        CHECK(!differ && !memcmp(out, again, (size_t)n * sizeof *out));
+        guarded_floats_free(again, n);
+    }
+    guarded_floats_free(state, size);
+    guarded_floats_free(to, size);
+    guarded_floats_free(a, size);
+    guarded_floats_free(dt, n);
+    guarded_floats_free(x, n);
+    guarded_floats_free(out, n);
+    guarded_floats_free(b, n_state);
+    guarded_floats_free(c, n_state);
+}
+TEST(scans_match_double_precision) {
+    EACH_ISA(k)
+    for (int n = 1; n <= 70; n++) check_scan(k, n, 1 + (n * 7 + 15) % 40, n % 2);
+}
+
+// ---- linear recurrences ----------------------------------------------------------------------
+
+enum { CHUNK = MOE__CHUNK, TOKENS = 3 * CHUNK + 5 };
+
+typedef struct head {
+    int n_k, n_v, rows, beta; // rows: a decay per row
+} head;
+static const head heads[] = {{128, 128, 0, 1}, {128, 128, 1, 1}, {128, 64, 0, 0}, {64, 128, 1, 0},
+                             {64, 64, 0, 1},   {32, 32, 1, 1},   {16, 16, 0, 1},  {24, 20, 1, 1},
+                             {24, 20, 0, 0},   {5, 3, 0, 1},     {1, 1, 0, 1},    {3, 1, 1, 1},
+                             {33, 70, 1, 0},   {130, 147, 0, 1}, {7, 200, 1, 1},  {2, 40, 0, 0}};
+enum { N_HEADS = sizeof heads / sizeof *heads };
+
+static const char *head_text(const head *h) {
+    static char text[80];
+    snprintf(text, sizeof text, "%d x %d, %s%s", h->n_k, h->n_v, h->rows ? "decays" : "decay",
+             h->beta ? ", beta" : "");
+    return text;
+}
+
+// Tokens of a head and its state; what is read and written ends at guard pages, and what the
+// chunk has not come to is NaN.
+typedef struct recurrence {
+    head h;
+    int n_decay;
+    int64_t n_state, n_q, n_vs, n_decays, n_deltas, n_scratch, n_out;
+    float *state, *q, *k, *v, *decay, *beta, *keys, *weights, *total, *deltas, *out, *scratch;
+    moe__recur_args args;
+} recurrence;
+
+static float *filled(int64_t n, float low, float high) {
+    float *p = guarded_floats(n);
+    for (int64_t i = 0; i < n; i++) p[i] = low == high ? low : random_float(low, high);
+    return p;
+}
+static void recurrence_begin(recurrence *r) { // a chunk
+    for (int i = 0; i < r->n_decay; i++) r->total[i] = 1;
+    for (int i = 0; i < CHUNK; i++) r->weights[i] = NAN;
+    for (int i = 0; i < r->h.n_k * CHUNK; i++) r->keys[i] = NAN;
+    for (int64_t i = 0; i < r->n_deltas; i++) r->deltas[i] = NAN;
+    r->args.done = 0;
+}
+static void recurrence_open(recurrence *r, const head *h) {
+    memset(r, 0, sizeof *r);
+    r->h = *h;
+    moe__recur_args *a = &r->args;
+    a->n_k = h->n_k;
+    a->n_v = h->n_v;
+    a->n_decay = r->n_decay = h->rows ? h->n_k : 1;
+    a->state_stride = h->n_v + 3;
+    a->q_stride = a->k_stride = h->n_k + 1;
+    a->v_stride = h->n_v + 5;
+    a->decay_stride = r->n_decay + 2;
+    a->beta_stride = 3;
+    a->delta_stride = h->n_v + 1;
+    a->out_stride = h->n_v + 2;
+    r->n_state = (h->n_k - 1) * a->state_stride + h->n_v;
+    r->n_q = (TOKENS - 1) * a->q_stride + h->n_k;
+    r->n_vs = (TOKENS - 1) * a->v_stride + h->n_v;
+    r->n_decays = (TOKENS - 1) * a->decay_stride + r->n_decay;
+    r->n_deltas = (CHUNK - 1) * a->delta_stride + h->n_v;
+    r->n_out = (TOKENS - 1) * a->out_stride + h->n_v;
+    r->n_scratch = 2 * CHUNK * (h->n_k + h->n_v);
+    r->state = filled(r->n_state, -1, 1);
+    for (int64_t i = 0; i < r->n_state; i++)
+        if (i % a->state_stride >= h->n_v) r->state[i] = 12345;
+    r->q = filled(r->n_q, -1, 1);
+    r->k = filled(r->n_q, -1, 1);
+    r->v = filled(r->n_vs, -1, 1);
+    r->decay = filled(r->n_decays, 0.6f, 1);
+    r->beta = filled((TOKENS - 1) * 3 + 1, 0, 1);
+    r->keys = filled(h->n_k * CHUNK, 0, 0);
+    r->weights = filled(CHUNK, 0, 0);
+    r->total = filled(r->n_decay, 0, 0);
+    r->deltas = filled(r->n_deltas, 0, 0);
+    r->out = filled(r->n_out, 12345, 12345);
+    r->scratch = filled(r->n_scratch, NAN, NAN);
+    for (int i = 0; i < TOKENS; i++) { // |k| = 1, |q| = 1, as layers make them
+        double qq = 0, kk = 0;
+        float *q = r->q + i * a->q_stride, *k = r->k + i * a->k_stride;
+        for (int c = 0; c < h->n_k; c++) qq += (double)q[c] * q[c], kk += (double)k[c] * k[c];
+        for (int c = 0; c < h->n_k; c++) {
+            q[c] = (float)(q[c] / sqrt(qq));
+            k[c] = (float)(k[c] / sqrt(kk));
+        }
+    }
+    recurrence_begin(r);
+}
+static void recurrence_close(recurrence *r) {
+    guarded_floats_free(r->state, r->n_state);
+    guarded_floats_free(r->q, r->n_q);
+    guarded_floats_free(r->k, r->n_q);
+    guarded_floats_free(r->v, r->n_vs);
+    guarded_floats_free(r->decay, r->n_decays);
+    guarded_floats_free(r->beta, (TOKENS - 1) * 3 + 1);
+    guarded_floats_free(r->keys, r->h.n_k * CHUNK);
+    guarded_floats_free(r->weights, CHUNK);
+    guarded_floats_free(r->total, r->n_decay);
+    guarded_floats_free(r->deltas, r->n_deltas);
+    guarded_floats_free(r->out, r->n_out);
+    guarded_floats_free(r->scratch, r->n_scratch);
+}
+static void copy_floats(float *to, const float *from, int64_t n) {
+    memcpy(to, from, (size_t)n * sizeof *to);
+}
+// The same tokens and state.
+static void recurrence_copy(recurrence *to, const recurrence *from) {
+    recurrence_open(to, &from->h);
+    copy_floats(to->state, from->state, from->n_state);
+    copy_floats(to->q, from->q, from->n_q);
+    copy_floats(to->k, from->k, from->n_q);
+    copy_floats(to->v, from->v, from->n_vs);
+    copy_floats(to->decay, from->decay, from->n_decays);
+    copy_floats(to->beta, from->beta, (TOKENS - 1) * 3 + 1);
+}
+
+// n tokens from `token` on through the chunk: columns from `at` on, so many.
+static void recurrence_run(const moe__kernels *k, recurrence *r, int token, int n, int at,
+                           int columns) {
+    moe__recur_args *a = &r->args;
+    a->n = n;
+    a->n_v = columns;
+    a->state = r->state + at;
+    a->q = r->q + token * a->q_stride;
+    a->k = r->k + token * a->k_stride;
+    a->v = r->v + token * a->v_stride + at;
+    a->decay = r->decay + token * a->decay_stride;
+    a->beta = r->h.beta ? r->beta + token * a->beta_stride : NULL;
+    a->keys = r->keys;
+    a->weights = r->weights;
+    a->total = r->total;
+    a->deltas = r->deltas + at;
+    a->out = r->out + token * a->out_stride + at;
+    a->scratch = r->scratch + 2 * CHUNK * (r->h.n_v - columns);
+    k->recur(a);
+    a->done += n;
+}
+// A whole chunk, cut at random or into calls of `step` tokens; then the state behind it.
+static void recurrence_chunk(const moe__kernels *k, recurrence *r, int token, int n, int step,
+                             int at, int columns) {
+    recurrence_begin(r);
+    for (int i = 0, count; i < n; i += count) {
+        count = step ? step : 1 + random_below(CHUNK);
+        if (count > n - i) count = n - i;
+        recurrence_run(k, r, token + i, count, at, columns);
+    }
+    if (n == CHUNK) k->fold(&r->args, r->state + at);
+}
+
+// The recurrence itself, in double precision: out of every token, and S behind them.
+static void slow_recurrence(const recurrence *r, double *state, double *out) {
+    const moe__recur_args *a = &r->args;
+    const int n_k = r->h.n_k, n_v = r->h.n_v;
+    for (int i = 0; i < n_k; i++)
+        for (int c = 0; c < n_v; c++) state[i * n_v + c] = r->state[i * a->state_stride + c];
+    for (int t = 0; t < TOKENS; t++) {
+        const float *q = r->q + t * a->q_stride, *k = r->k + t * a->k_stride;
+        const float *decay = r->decay + t * a->decay_stride;
+        for (int c = 0; c < n_v; c++) {
+            double seen = 0, sum = 0, delta = r->v[t * a->v_stride + c];
+            for (int i = 0; i < n_k; i++) {
+                state[i * n_v + c] *= decay[r->h.rows ? i : 0];
+                seen += state[i * n_v + c] * k[i];
+            }
+            if (r->h.beta) delta = r->beta[t * a->beta_stride] * (delta - seen);
+            for (int i = 0; i < n_k; i++) {
+                state[i * n_v + c] += k[i] * delta;
+                sum += state[i * n_v + c] * q[i];
+            }
+            out[t * n_v + c] = sum;
+        }
+    }
+}
+
+TEST(recurrences_match_double_precision_token_by_token) {
+    EACH_ISA(k)
+    for (int i = 0; i < N_HEADS; i++)
+        for (int step = 0; step <= CHUNK; step += step < 2 ? 1 : 14) {
+            const head *h = heads + i;
+            recurrence r;
+            recurrence_open(&r, h);
+            double *state = (double *)malloc((size_t)(h->n_k * h->n_v) * sizeof *state);
+            double *out = (double *)malloc((size_t)(TOKENS * h->n_v) * sizeof *out);
+            double size = 0, worst = 0, worst_state = 0;
+            int outside = 0;
+            slow_recurrence(&r, state, out);
+            for (int t = 0; t < TOKENS; t += CHUNK) {
+                const int n = TOKENS - t < CHUNK ? TOKENS - t : CHUNK;
+                recurrence_chunk(k, &r, t, n, step, 0, h->n_v);
+            }
+            for (int c = 0; c < TOKENS * h->n_v; c++) size = fmax(size, fabs(out[c]));
+            for (int t = 0; t < TOKENS; t++)
+                for (int c = 0; c < r.args.out_stride && (t + 1 < TOKENS || c < h->n_v); c++) {
+                    const float x = r.out[t * r.args.out_stride + c];
+                    if (c >= h->n_v)
+                        outside += x != 12345;
+                    else
+                        worst = fmax(worst, x == x ? fabs(x - out[t * h->n_v + c]) : 1e9);
+                }
+            CHECKF(worst <= 1e-5 * size && !outside, "%s %s: %g of %g, %d outside",
+                   moe_isa_name(k->isa), head_text(h), worst, size, outside);
+            // the last, unfinished chunk, folded as if the tokens that lack had been nothing
+            for (int j = TOKENS % CHUNK; j < CHUNK; j++) {
+                r.weights[j] = 0;
+                for (int row = 0; row < h->n_k; row++) r.keys[row * CHUNK + j] = 0;
+                for (int c = 0; c < h->n_v; c++) r.deltas[j * r.args.delta_stride + c] = 0;
+            }
+            k->fold(&r.args, r.state);
+            for (int64_t c = 0; c < r.n_state; c++) {
+                const int64_t row = c / r.args.state_stride, column = c % r.args.state_stride;
+                if (column >= h->n_v)
+                    outside += r.state[c] != 12345;
+                else
+                    worst_state =
+                        fmax(worst_state, fabs(r.state[c] - state[row * h->n_v + column]));
+            }
+            CHECKF(worst_state <= 1e-5 && !outside, "%s %s: state %g, %d outside",
+                   moe_isa_name(k->isa), head_text(h), worst_state, outside);
+            free(state);
+            free(out);
+            recurrence_close(&r);
+        }
+}
+
+// Of all that a chunk leaves: 1 if columns at .. at + n - 1 or what belongs to all differ.
+static int chunks_differ(const recurrence *a, const recurrence *b, int at, int n) {
+    int differ = bits_differ(a->weights, b->weights, CHUNK) ||
+                 bits_differ(a->total, b->total, a->n_decay) ||
+                 bits_differ(a->keys, b->keys, a->h.n_k * CHUNK);
+    for (int i = 0; i < CHUNK; i++) {
+        const int64_t delta = i * a->args.delta_stride + at, out = i * a->args.out_stride + at;
+        differ |= bits_differ(a->deltas + delta, b->deltas + delta, n) ||
+                  bits_differ(a->out + out, b->out + out, n);
+    }
+    for (int i = 0; i < a->h.n_k; i++) {
+        const int64_t row = i * a->args.state_stride + at;
+        differ |= bits_differ(a->state + row, b->state + row, n);
+    }
+    return differ;
+}
+
+TEST(a_chunk_has_the_same_bits_however_it_is_cut) {
+    static const int cuts[][4] = {{1, 15}, {15, 1}, {5, 3, 8}, {8, 8}, {2, 3, 4, 7}};
+    EACH_ISA(k)
+    for (int i = 0; i < N_HEADS; i++) {
+        recurrence tokens, whole, r;
+        recurrence_open(&tokens, heads + i);
+        recurrence_copy(&whole, &tokens);
+        recurrence_chunk(k, &whole, 0, CHUNK, CHUNK, 0, heads[i].n_v);
+        for (int how = 0; how < 9; how++) { // by the table, one by one, at random
+            recurrence_copy(&r, &tokens);
+            if (how < 5) {
+                for (int t = 0, j = 0; t < CHUNK; t += cuts[how][j++])
+                    recurrence_run(k, &r, t, cuts[how][j], 0, heads[i].n_v);
+                k->fold(&r.args, r.state);
+            } else {
+                recurrence_chunk(k, &r, 0, CHUNK, how == 5, 0, heads[i].n_v);
+            }
+            CHECKF(!chunks_differ(&r, &whole, 0, heads[i].n_v), "%s %s, cut %d",
+                   moe_isa_name(k->isa), head_text(heads + i), how);
+            recurrence_close(&r);
+        }
+        recurrence_close(&whole);
+        recurrence_close(&tokens);
+    }
+}
+
+TEST(columns_of_a_recurrence_have_the_same_bits_in_any_range) {
+    EACH_ISA(k)
+    for (int i = 0; i < N_HEADS; i++) {
+        const int n_v = heads[i].n_v;
+        recurrence tokens, whole, r;
+        recurrence_open(&tokens, heads + i);
+        recurrence_copy(&whole, &tokens);
+        recurrence_chunk(k, &whole, 0, CHUNK, CHUNK, 0, n_v);
+        for (int how = 0; how < 12; how++) {
+            const int at = how < 2 ? how * (n_v / 2) : random_below(n_v);
+            const int n = how < 2 ? n_v / 2 + how * (n_v % 2) : 1 + random_below(n_v - at);
+            if (n == 0) continue;
+            recurrence_copy(&r, &tokens);
+            recurrence_chunk(k, &r, 0, CHUNK, how % 3, at, n);
+            CHECKF(!chunks_differ(&r, &whole, at, n), "%s %s, columns %d .. %d",
+                   moe_isa_name(k->isa), head_text(heads + i), at, at + n - 1);
+            int outside = 0; // nothing else was written
+            for (int c = 0; c < n_v; c++)
+                outside += (c < at || c >= at + n) &&
+                           (r.out[c] != 12345 || r.state[c] != tokens.state[c]);
+            CHECK(!outside);
+            recurrence_close(&r);
+        }
+        recurrence_close(&whole);
+        recurrence_close(&tokens);
+    }
+}
+
+static double largest_difference(const float *a, const float *b, int64_t n) {
+    double most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double e = fabs((double)a[i] - b[i]);
+        if (a[i] == a[i] || b[i] == b[i]) most = fmax(most, e == e ? e : 1e9);
+    }
+    return most;
+}
+
+TEST(a_chunk_is_left_as_plain_c_leaves_it) {
+    EACH_ISA(k)
+    for (int i = 0; i < N_HEADS; i++)
+        for (int n = 1; n <= CHUNK; n += 5) { // the last time with fold
+            recurrence plain, r;
+            recurrence_open(&plain, heads + i);
+            recurrence_copy(&r, &plain);
+            recurrence_chunk(&moe__kernels_scalar, &plain, 0, n, n, 0, heads[i].n_v);
+            recurrence_chunk(k, &r, 0, n, n, 0, heads[i].n_v);
+            double keys = 0;
+            for (int row = 0; row < heads[i].n_k; row++)
+                keys = fmax(keys, largest_difference(r.keys + row * CHUNK,
+                                                     plain.keys + row * CHUNK, n));
+            const double weights = largest_difference(r.weights, plain.weights, n);
+            const double total = largest_difference(r.total, plain.total, r.n_decay);
+            const double deltas = largest_difference(r.deltas, plain.deltas, r.n_deltas);
+            const double out = largest_difference(r.out, plain.out, r.n_out);
+            const double state = largest_difference(r.state, plain.state, r.n_state);
+            CHECKF(keys < 1e-6 && weights < 1e-6 && total < 1e-6 && deltas < 1e-5 && out < 1e-5 &&
+                       state < 1e-5 && r.weights[n - 1] == 1,
+                   "%s %s: keys %g, weights %g, total %g, deltas %g, out %g, state %g",
+                   moe_isa_name(k->isa), head_text(heads + i), keys, weights, total, deltas, out,
+                   state);
+            recurrence_close(&plain);
+            recurrence_close(&r);
+        }
+}
+
+TEST(a_state_is_folded_in_place_as_elsewhere) {
+    EACH_ISA(k)
+    for (int i = 0; i < N_HEADS; i++) {
+        recurrence r;
+        recurrence_open(&r, heads + i);
+        float *to = filled(r.n_state, 12345, 12345);
+        recurrence_begin(&r);
+        recurrence_run(k, &r, 0, CHUNK, 0, heads[i].n_v);
+        k->fold(&r.args, to);
+        k->fold(&r.args, r.state);
+        CHECKF(!bits_differ(to, r.state, (int)r.n_state), "%s %s", moe_isa_name(k->isa),
+               head_text(heads + i));
+        guarded_floats_free(to, r.n_state);
+        recurrence_close(&r);
+    }
+}
+
+// A NaN in a column of S or of a value; one in a key spoils all columns, from its token on.
+TEST(a_nan_stays_in_its_column_and_comes_from_no_later_token) {
+    EACH_ISA(k)
+    for (int i = 0; i < N_HEADS; i++)
+        for (int where = 0; where < 3; where++) {
+            const int n_v = heads[i].n_v, bad = random_below(n_v), from = random_below(CHUNK);
+            recurrence r;
+            recurrence_open(&r, heads + i);
+            if (where == 0) r.state[random_below(heads[i].n_k) * r.args.state_stride + bad] = NAN;
+            if (where == 1) r.v[from * r.args.v_stride + bad] = NAN;
+            if (where == 2) r.k[from * r.args.k_stride + random_below(heads[i].n_k)] = NAN;
+            recurrence_chunk(k, &r, 0, CHUNK, 0, 0, n_v);
+            int wrong = 0;
+            for (int t = 0; t < CHUNK; t++)
+                for (int c = 0; c < n_v; c++) {
+                    const float x = r.out[t * r.args.out_stride + c];
+                    const int spoilt = (where == 2 || c == bad) && (where == 0 || t >= from);
+                    wrong += (x != x) != spoilt;
+                }
+            CHECKF(!wrong, "%s %s, NaN in %s: %d of %d wrong", moe_isa_name(k->isa),
+                   head_text(heads + i), where == 0 ? "S" : where == 1 ? "a value" : "a key", wrong,
+                   CHUNK * n_v);
+            for (int c = 0; c < n_v && where < 2; c++) {
+                int nans = 0;
+                for (int row = 0; row < heads[i].n_k; row++)
+                    nans += r.state[row * r.args.state_stride + c] !=
+                            r.state[row * r.args.state_stride + c];
+                CHECK(c == bad ? nans > 0 : nans == 0);
+            }
+            recurrence_close(&r);
+        }
 }
 
 MAIN()

@@ -244,7 +244,7 @@ TEST(tokens_are_evaluated_again_from_the_nearest_place_only) {
 
 // ---- sessions evaluated together -------------------------------------------------------------
 
-enum { TOGETHER = 8, ROUNDS = 6, DEEP = 400 };
+enum { TOGETHER = 8, ROUNDS = 6, DEEP = 1100 };
 
 // Eight sessions, each also alone: prompts beside single tokens, cut by n_batch; some go back
 // between the rounds.
@@ -529,9 +529,10 @@ TEST(a_cancelled_eval_of_several_sessions_leaves_all_of_them) {
 
 // ---- a dialogue ------------------------------------------------------------------------------
 
-enum { TALK = 2000, EDIT = 1000, EDITED = 10, PROMPT = 200, ANSWER = 24 };
+enum { TALK = 2000, EDIT = 1000, EDITED = 10, PROMPT = 190, ANSWER = 26 };
 
-// Turns of a prompt and an answer that is generated token by token, up to `end`.
+// Turns of a prompt and an answer that is generated token by token, up to `end`. The edit is 136
+// tokens behind the begin of a prompt: latent attention takes so many as it takes all of it.
 static void talk(moe_session *session, const int32_t *tokens, int end) {
     for (int done = moe_session_length(session); done < end;) {
         const int at = done % (PROMPT + ANSWER), left = end - done;
@@ -543,16 +544,15 @@ static void talk(moe_session *session, const int32_t *tokens, int end) {
 
 // How far apart the places to go back to may be, `age` tokens from the end, if there is room for n:
 // as they come if all have room (before and behind each prompt, rounded down to chunks), else in
-// proportion to their age, as many as make n over the whole length; twice that, since one is
-// removed at a time.
+// proportion to their age, so that n of them reach back to the begin.
 static double widest_gap(int n, int length, int age) {
     const double turn = PROMPT + ANSWER + CHUNK;
     if (n >= 2 * length / (PROMPT + ANSWER) + 2) return PROMPT + CHUNK;
-    return turn + 2 * (age + CHUNK) * log((double)length / CHUNK) / n;
+    return turn + (age + CHUNK) * log((double)length / CHUNK) / n;
 }
 
 TEST(a_dialogue_edited_in_its_middle_evaluates_little_again) {
-    static const int checkpoints[] = {0, 64, 4};
+    static const int checkpoints[] = {0, 64, 8};
     int32_t *old = (int32_t *)malloc(sizeof *old * TALK), *edited = old;
     edited = (int32_t *)malloc(sizeof *edited * TALK);
     for (int i = 0; i < MODELS_HYBRIDS; i += 1) {
@@ -585,8 +585,8 @@ TEST(a_dialogue_edited_in_its_middle_evaluates_little_again) {
             if (!session) continue;
             const int n = moe_session_get_info(session)->n_checkpoints;
             talk(session, old, TALK);
-            for (int s = 0; s < session->n_saved; s++) {
-                const int at = session->saved_at[s], age = TALK - at;
+            for (int s = -1; s < session->n_saved; s++) {
+                const int at = s < 0 ? 0 : session->saved_at[s], age = TALK - at;
                 const int next = s + 1 < session->n_saved ? session->saved_at[s + 1] : TALK;
                 CHECKF(next - at <= widest_gap(n, TALK, age), "%s, %d checkpoints: %d to %d",
                        models_hybrids[i], n, at, next);
@@ -595,7 +595,7 @@ TEST(a_dialogue_edited_in_its_middle_evaluates_little_again) {
             const int again = (int)replayed(session);
             CHECKF(again <= widest_gap(n, TALK, TALK - EDIT), "%s, %d checkpoints: %d again",
                    models_hybrids[i], n, again);
-            if (c < 2) CHECKF(again < 512, "%d", again);
+            CHECKF(again <= PROMPT + CHUNK || n < 16, "%d again", again);
             if (i == 0) printf("  %d checkpoints: %d tokens again\n", n, again);
             evaluates(session, edited + EDIT, TALK - EDIT);
             CHECKF(same_row(session, row), "%s, %d checkpoints", models_hybrids[i], n);
@@ -695,7 +695,7 @@ TEST(tokens_of_long_inputs_are_evaluated_again_in_their_own_form) {
             free(row);
         }
         printf("  %-20s %d lengths against a new session\n", models_hybrids[i], exact);
-        CHECK(exact > (MODELS_SLOW ? 2 : 20));
+        CHECK(exact > (MODELS_SLOW ? 1 : 15));
         moe_pool_close(pool);
         moe_model_close(model);
     }

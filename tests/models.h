@@ -101,6 +101,10 @@ MODELS_FN const char *const models_hybrids[] = {
     "nemotron_h_moe_tiny", "nemotron_latent_tiny", "jamba_tiny", "kimi-linear_tiny",
     "bailingmoe3_tiny", "minimax-01_tiny"};
 enum { MODELS_HYBRIDS = sizeof models_hybrids / sizeof models_hybrids[0] };
+// The same with rows of 256 values.
+MODELS_FN const char *const models_quants[] = {"qwen35moe_quant", "nemotron_h_moe_quant",
+                                               "kimi-linear_quant"};
+enum { MODELS_QUANTS = sizeof models_quants / sizeof models_quants[0] };
 MODELS_FN const char *models_hybrid(int i) {
     synth_options o;
     memset(&o, 0, sizeof o);

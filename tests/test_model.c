@@ -1147,6 +1147,22 @@ TEST(the_number_of_threads_changes_no_bit) {
     }
 }
 
+// Heads of a state, parts of their columns and channels are shared among threads.
+TEST(the_number_of_threads_changes_no_bit_of_recurrent_layers) {
+    static const int threads[] = {1, 2, 3, 5, 8, 40};
+    for (int i = 0; i < MODELS_HYBRIDS; i++) {
+        check_bits(models_hybrid(i), MOE_ISA_BEST, MOE_KV_F16, 70, MODELS_ODD, threads,
+                   MODELS_SLOW ? 4 : 6);
+        for (int k = 0; k < 3; k++)
+            if (models_has_isa(models_isas[k]))
+                check_bits(models_hybrid(i), models_isas[k], MOE_KV_F32, 50, MODELS_WHOLE, threads,
+                           4);
+    }
+    for (int i = 0; i < MODELS_QUANTS; i++)
+        check_bits(models_simple(models_quants[i], i % 2 ? "q4_K_M" : "q8_0"), MOE_ISA_BEST,
+                   MOE_KV_F16, 50, MODELS_ODD, threads, 4);
+}
+
 // With many keys, several threads may share one head.
 TEST(the_number_of_threads_changes_no_bit_of_deep_caches) {
     static const int threads[] = {1, 2, 3, 7};
@@ -1226,6 +1242,9 @@ TEST(a_rewound_session_is_as_one_that_never_saw_more) {
         check_rewind(models_simple("dsv3_quant", "q4_0"), models_isas[i]);
         check_rewind(models_simple("t_mla_groups", "f32"), models_isas[i]);
         check_rewind(models_simple("t_oss_wide", "f32"), models_isas[i]);
+        for (int k = 0; k < MODELS_HYBRIDS; k++) check_rewind(models_hybrid(k), models_isas[i]);
+        for (int k = 0; k < MODELS_QUANTS; k++)
+            check_rewind(models_simple(models_quants[k], "q4_K_M"), models_isas[i]);
     }
 }
 
@@ -1304,7 +1323,10 @@ TEST(instruction_sets_agree_but_for_rounding) {
         check_isas(models_simple("qwen3moe_quant", synth_types[t].name));
         check_isas(models_simple("dsv3_quant", synth_types[t].name));
         check_isas(models_simple("dsv2_ragged", synth_types[t].name));
+        for (int i = 0; i < MODELS_QUANTS; i++)
+            check_isas(models_simple(models_quants[i], synth_types[t].name));
     }
+    for (int i = 0; i < MODELS_HYBRIDS; i++) check_isas(models_hybrid(i));
 }
 
 // Facts about a model that do not need a run.
@@ -1501,6 +1523,59 @@ TEST(logits_of_todays_architectures_match_llama_cpp) {
         golden_close(&g);
         if (!there) SKIP("%s", model);
     }
+}
+
+// Recurrent layers: whole, one by one and in sevens, on every instruction set, with one thread and
+// with three.
+static void check_golden_recurrent(const char *arch) {
+    static const moe_isa isas[] = {MOE_ISA_SCALAR, MOE_ISA_AVX2, MOE_ISA_AVX_VNNI, MOE_ISA_AVX512};
+    static const int steps[] = {MODELS_WHOLE, 1, 7};
+    char model[128], expected[128];
+    golden g;
+    snprintf(model, sizeof model, GOLDEN "archs/%s.gguf", arch);
+    snprintf(expected, sizeof expected, GOLDEN "archs/%s.logits.f32", arch);
+    const int there = golden_open(&g, model, GOLDEN "archs/tokens.txt", expected);
+    if (there && golden_open_model(&g)) {
+        const size_t count = (size_t)g.s.n * (size_t)g.s.n_vocab;
+        CHECK(g.s.n == g.s.n_expected);
+        printf("  %-24s kv f32, llama.cpp, NMSE:", g.s.label);
+        for (int i = 0; i < 4; i++) {
+            double worst = 0;
+            float *first = NULL;
+            if (!models_has_isa(isas[i])) continue;
+            for (int k = 0; k < 3; k++)
+                for (int threads = 1; threads <= 3; threads += 2) {
+                    moe_session_options o;
+                    memset(&o, 0, sizeof o);
+                    o.isa = isas[i];
+                    o.kv_type = MOE_KV_F32;
+                    o.n_threads = threads;
+                    o.n_batch = threads == 3 ? 33 : 0;
+                    float *x = models_run(g.s.model, &o, g.s.tokens, g.s.n, steps[k]);
+                    const double off = x ? models_nmse(x, g.expected, count) : INFINITY;
+                    CHECKF(off <= limit_arch, "%s %s, %d threads, step %d: %g", arch,
+                           moe_isa_name(isas[i]), threads, steps[k], off);
+                    worst = fmax(worst, off);
+                    CHECKF(!first || (x && !memcmp(x, first, count * sizeof *x)),
+                           "%s %s, %d threads, step %d: other bits", arch, moe_isa_name(isas[i]),
+                           threads, steps[k]);
+                    models_keep_first(&first, x);
+                }
+            free(first);
+            printf(" %s %.1e", moe_isa_name(isas[i]), worst);
+        }
+        puts("");
+    }
+    free(g.expected);
+    g.expected = NULL;
+    golden_close(&g);
+    if (!there) SKIP("%s", model);
+}
+TEST(logits_of_recurrent_architectures_match_llama_cpp) {
+    static const char *const archs[] = {"bailingmoe3",    "granitehybrid", "jamba",
+                                        "kimi-linear",    "lfm2moe",       "minimax-01",
+                                        "nemotron_h_moe", "qwen35moe",     "qwen3next"};
+    for (size_t i = 0; i < sizeof archs / sizeof archs[0]; i++) check_golden_recurrent(archs[i]);
 }
 
 // Random weights make experts nearly tied (dsv3: two scores at position 250, by one rounding). An

@@ -15379,7 +15379,7 @@ typedef struct moe__loader {
     const moe_gguf *gguf;
     moe_error *error;
     moe_status status;
-    uint8_t *used; // per tensor of the file: somebody has asked for it
+    uint8_t *used; // per tensor of the file: 1 somebody has asked for it, 2 as a matrix
 } moe__loader;
 
 // Zeroed memory that lives as long as the model; NULL after an error. Allocations are a list
@@ -15508,7 +15508,7 @@ MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int la
     else
         snprintf(name, sizeof name, "%s%s%s", base, dot, suffix);
     const int64_t i = moe__gguf_names_find(loader->gguf->names, loader->gguf->n_tensors, name);
-    if (i >= 0) loader->used[i] = 1;
+    if (i >= 0) loader->used[i] |= 1;
     if (i < 0 && required)
         moe__load_fail(loader, MOE_ERROR_FORMAT, name, "tensor %s is missing", name);
     return moe_gguf_tensor_at(loader->gguf, i);
@@ -15615,6 +15615,8 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
                                   int64_t n_expert, double per_token, int required) {
     const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "weight", required);
     if (!tensor) return 0;
+    loader->used[moe__gguf_names_find(loader->gguf->names, loader->gguf->n_tensors,
+                                      tensor->name)] |= 2;
     // attn_kv_b, and k_b and v_b in some files: the heads' rows follow one another in 2-D.
     int folded = n_expert > 1 && tensor->ne[2] == 1 && tensor->ne[1] == n_out * n_expert &&
                  !strncmp(base, "attn_", 5);
@@ -16366,9 +16368,7 @@ MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name)
         if (!s->other) return 1;
         snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
         const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
-        if (at >= 0 && loader->used[at] &&
-            (strcmp(s->suffix, ".scale") || moe_gguf_tensor_at(gguf, at)->n_dims > 1))
-            return 1;
+        if (at >= 0 && loader->used[at] >= (strcmp(s->suffix, ".scale") ? 1 : 2)) return 1;
     }
     return 0;
 }

@@ -225,7 +225,8 @@ static void naive_mamba1(naive_model *m, int layer, int n, const double *xn, dou
         naive_rms(xbc + t * W + R + N, c_gain, N, m->eps, xbc + t * W + R + N);
     }
     double *step = naive_project(m, layer, "ssm_dt", R, I, n, dt); // with its bias
-    const float *A = naive_weights(m, layer, "ssm_a", I * N), *D = naive_weights(m, layer, "ssm_d", I);
+    const float *A = naive_weights(m, layer, "ssm_a", I * N);
+    const float *D = naive_weights(m, layer, "ssm_d", I);
     double *S = naive_doubles(m, (size_t)(I * N));
     for (int t = 0; t < n; t++)
         for (int64_t c = 0; c < I; c++) {
@@ -376,11 +377,18 @@ static naive_ffn naive_get_ffn(naive_model *m, int layer, const char *suffix, in
     f.n_io = (int)n_io;
     f.width = down ? (int)down->ne[0] : 1;
     f.down = naive_get_matrix(m, layer, name, f.width, n_io * n_expert);
-    snprintf(name, sizeof name, "ffn_up%s.weight", suffix);
-    f.up = naive_get_matrix(m, layer, name, n_io, f.width * n_expert);
-    snprintf(name, sizeof name, "ffn_gate%s.weight", suffix);
-    f.has_gate = naive_find(m, layer, name) != NULL;
-    if (f.has_gate) f.gate = naive_get_matrix(m, layer, name, n_io, f.width * n_expert);
+    snprintf(name, sizeof name, "ffn_gate_up%s.weight", suffix);
+    if (naive_find(m, layer, name)) { // of routed experts
+        int64_t width;
+        naive_gate_up(m, layer, &width, &f.gate, &f.up);
+        f.has_gate = 1;
+    } else {
+        snprintf(name, sizeof name, "ffn_up%s.weight", suffix);
+        f.up = naive_get_matrix(m, layer, name, n_io, f.width * n_expert);
+        snprintf(name, sizeof name, "ffn_gate%s.weight", suffix);
+        f.has_gate = naive_find(m, layer, name) != NULL;
+        if (f.has_gate) f.gate = naive_get_matrix(m, layer, name, n_io, f.width * n_expert);
+    }
     if (naive_is(m, "bailingmoe3") &&
         moe_gguf_value_float(naive_key(m, limit), (uint64_t)layer, &f.limit) && f.limit <= 1e-6)
         f.limit = 0;
@@ -476,8 +484,14 @@ static int naive_is_hybrid(const naive_model *m) {
         if (naive_is(m, families[i])) return 1;
     return 0;
 }
+// A factor: 0 is none.
+static double naive_factor(const naive_model *m, const char *key) {
+    const double x = naive_real(m, key, 1);
+    return x > 0 ? x : 1;
+}
 static void naive_read_hybrid(naive_model *m) {
-    const int gating = naive_int(m, "expert_gating_func", 0), nemotron = naive_is(m, "nemotron_h_moe");
+    const int gating = naive_int(m, "expert_gating_func", 0);
+    const int nemotron = naive_is(m, "nemotron_h_moe");
     const double scale = naive_real(m, "expert_weights_scale", 0);
     const int scaled = nemotron || naive_is(m, "kimi-linear") || naive_is(m, "bailingmoe3");
     int first = 0; // layer that attends
@@ -503,11 +517,11 @@ static void naive_read_hybrid(naive_model *m) {
     m->nope = m->dk - m->n_rot;
     m->kv_lora = naive_int(m, "attention.kv_lora_rank", 0);
     m->residual_scale = m->embd_scale = m->logit_scale = 1;
-    if (naive_is(m, "minimax-01")) m->residual_scale = naive_real(m, "residual_scale", 1);
+    if (naive_is(m, "minimax-01")) m->residual_scale = naive_factor(m, "residual_scale");
     if (!naive_is(m, "granitehybrid")) return;
-    m->residual_scale = naive_real(m, "residual_scale", 1);
-    m->embd_scale = naive_real(m, "embedding_scale", 1);
-    m->logit_scale = naive_real(m, "logit_scale", 1);
+    m->residual_scale = naive_factor(m, "residual_scale");
+    m->embd_scale = naive_factor(m, "embedding_scale");
+    m->logit_scale = naive_factor(m, "logit_scale");
     m->attn_scale = naive_real(m, "attention.scale", 0);
 }
 

@@ -15511,7 +15511,7 @@ MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int la
     else
         snprintf(name, sizeof name, "%s%s%s", base, dot, suffix);
     const int64_t i = moe__gguf_names_find(loader->gguf->names, loader->gguf->n_tensors, name);
-    if (i >= 0) loader->used[i] = 1;
+    if (i >= 0) loader->used[i] |= 1;
     if (i < 0 && required)
         moe__load_fail(loader, MOE_ERROR_FORMAT, name, "tensor %s is missing", name);
     return moe_gguf_tensor_at(loader->gguf, i);
@@ -15638,7 +15638,7 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
         return 0;
     }
     const moe_gguf *gguf = loader->gguf;
-    loader->used[moe__gguf_names_find(gguf->names, gguf->n_tensors, tensor->name)] = MOE__MATRIX;
+    loader->used[moe__gguf_names_find(gguf->names, gguf->n_tensors, tensor->name)] |= MOE__MATRIX;
     matrix->data = (const uint8_t *)tensor->data;
     matrix->type = type;
     matrix->index = (int)(type - moe__types);

@@ -20080,6 +20080,13 @@ MOE__PRIVATE void moe__eval_inputs(moe__eval *e) {
     }
 }
 
+// Between two batches: checkpoints of the states that one has left, and the next.
+MOE__PRIVATE void moe__eval_next(moe__batch *batch) {
+    for (int32_t i = 0; i < batch->work->n_spans; i++)
+        moe__remember(batch->work->spans[i].sequence, batch->work->spans[i].to);
+    moe__batch_next(batch);
+}
+
 // All batches of a call: the job that moe__pool_run gives to every thread of the team. Thread 0
 // fills the next batch between two barriers; the last barrier of a call is the pool's own.
 MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
@@ -20102,9 +20109,7 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
         moe__eval_clock(&e, &since, &batch->lead->stats.output_seconds);
         if (!batch->more) return;
         moe__eval_barrier(&e);
-        for (int32_t i = 0; i < batch->work->n_spans && thread == 0; i++)
-            moe__remember(batch->work->spans[i].sequence, batch->work->spans[i].to);
-        if (thread == 0) moe__batch_next(batch);
+        if (thread == 0) moe__eval_next(batch);
         moe__eval_barrier(&e);
     }
 }

@@ -701,6 +701,347 @@ TEST(tokens_of_long_inputs_are_evaluated_again_in_their_own_form) {
     }
 }
 
+// ---- the same model in other forms -----------------------------------------------------------
+
+enum { FORM = 40, MOST_DATA = 256 };
+static void *form_data[MOST_DATA]; // what changed tensors hold, until the next model
+static int form_n;
+
+static uint8_t *form_alloc(size_t size) {
+    uint8_t *data = (uint8_t *)calloc(size + 1, 1);
+    if (!data || form_n == MOST_DATA) exit(1);
+    form_data[form_n++] = data;
+    return data;
+}
+static void form_free(void) {
+    while (form_n) free(form_data[--form_n]);
+}
+
+// Logits of some tokens; NULL (a failure) if the file is refused.
+static float *form_logits(const edit_file *e, const char *label) {
+    moe_error error;
+    edit_image image = edit_build(e);
+    clear_error(&error);
+    moe_gguf *gguf = moe_gguf_open_memory(image.data, image.size, NULL, &error);
+    moe_model *model = gguf ? moe_model_open_gguf(gguf, NULL, &error) : NULL;
+    float *logits = NULL;
+    CHECKF(model != NULL, "%s: %s: %s", label, error.where, error.text);
+    if (model) {
+        moe_session_options o;
+        int32_t tokens[FORM];
+        memset(&o, 0, sizeof o);
+        o.n_threads = 1;
+        o.kv_type = MOE_KV_F32;
+        models_tokens(tokens, FORM, moe_model_get_info(model)->n_vocab, 9);
+        logits = models_run(model, &o, tokens, FORM, MODELS_ODD);
+    }
+    moe_model_close(model);
+    moe_gguf_close(gguf);
+    free(image.data);
+    return logits;
+}
+static void check_form(const edit_file *e, const float *expected, const char *label) {
+    float *logits = form_logits(e, label);
+    if (logits && expected)
+        CHECKF(!memcmp(logits, expected, sizeof(float) * FORM * 512), "%s: other bits", label);
+    free(logits);
+}
+
+static edit_tensor *form_find(edit_file *e, int layer, const char *name) {
+    char full[96];
+    snprintf(full, sizeof full, "blk.%d.%s", layer, name);
+    edit_tensor *t = edit_find_tensor(e, full);
+    CHECKF(t != NULL, "%s", full);
+    return t ? t : &e->tensors[0];
+}
+static edit_tensor *form_add(edit_file *e, int layer, const char *name, uint32_t n_dims,
+                             uint64_t n0, uint64_t n1, const uint8_t *data) {
+    edit_tensor *t = &e->tensors[e->n_tensors++];
+    if (e->n_tensors > EDIT_MAX_TENSORS) exit(1);
+    memset(t, 0, sizeof *t);
+    snprintf(t->name, sizeof t->name, "blk.%d.%s", layer, name);
+    t->n_dims = n_dims;
+    t->ne[0] = n0;
+    t->ne[1] = n1;
+    t->ne[2] = t->ne[3] = 1;
+    t->type = MOE_TYPE_F32;
+    t->data = data;
+    t->size = (size_t)(n0 * n1) * sizeof(float);
+    return t;
+}
+
+// Tensors of a layer become one whose rows are theirs, one after the other.
+static void form_join(edit_file *e, int layer, const char *name, const char *const *parts, int n) {
+    uint64_t rows = 0, n0 = 0;
+    uint8_t *data = NULL;
+    for (int pass = 0; pass < 2; pass++, rows = pass == 1 ? 0 : rows)
+        for (int i = 0; i < n; i++) {
+            edit_tensor *t = form_find(e, layer, parts[i]);
+            n0 = t->ne[0];
+            if (pass) memcpy(data + rows * n0 * 4, t->data, t->size);
+            if (pass) t->removed = 1;
+            rows += t->ne[1];
+            if (i + 1 == n && !pass) data = form_alloc((size_t)(rows * n0 * 4));
+        }
+    form_add(e, layer, name, 2, n0, rows, data);
+}
+
+static edit_file *form_open(int hybrid) {
+    static edit_file e;
+    CHECKF(edit_open(&e, models_hybrid(hybrid)), "%s", models_hybrids[hybrid]);
+    return &e;
+}
+
+// qwen3next's first files: q, k, v and z in ssm_in, of each key head together. If both forms are
+// there, ssm_in is not needed.
+TEST(older_files_of_qwen3next_give_the_same_bits) {
+    enum { D = 32, NK = 2, NV = 6, R = NV / NK, E = 64, ROW = E * 4 };
+    edit_file *e = form_open(1);
+    float *expected = form_logits(e, "plain");
+    for (int layer = 0; layer < 3; layer++) {
+        const uint8_t *qkv = form_find(e, layer, "attn_qkv.weight")->data;
+        const uint8_t *z = form_find(e, layer, "attn_gate.weight")->data;
+        uint8_t *in = form_alloc((size_t)(2 * NK + 2 * NV) * D * ROW), *p = in;
+        for (int k = 0; k < NK; k++) {
+            memcpy(p, qkv + k * D * ROW, D * ROW);
+            memcpy(p + D * ROW, qkv + (NK + k) * D * ROW, D * ROW);
+            memcpy(p + 2 * D * ROW, qkv + (2 * NK + k * R) * D * ROW, R * D * ROW);
+            memcpy(p + (2 + R) * D * ROW, z + k * R * D * ROW, R * D * ROW);
+            p += (2 + 2 * R) * D * ROW;
+        }
+        form_add(e, layer, "ssm_in.weight", 2, E, (2 * NK + 2 * NV) * D, in);
+    }
+    check_form(e, expected, "both");
+    for (int layer = 0; layer < 3; layer++) {
+        form_find(e, layer, "attn_qkv.weight")->removed = 1;
+        form_find(e, layer, "attn_gate.weight")->removed = 1;
+        check_form(e, expected, "ssm_in"); // of the first layers only, then of all
+    }
+    // In another order of the heads it is another model.
+    float *logits = NULL;
+    edit_tensor *t = form_find(e, 0, "ssm_in.weight");
+    uint8_t *swapped = form_alloc(t->size);
+    memcpy(swapped, t->data + t->size / 2, t->size / 2);
+    memcpy(swapped + t->size / 2, t->data, t->size / 2);
+    t->data = swapped;
+    logits = form_logits(e, "swapped");
+    if (logits && expected) CHECK(memcmp(logits, expected, sizeof(float) * FORM * 512) != 0);
+    free(logits);
+    free(expected);
+    form_free();
+    edit_close(e);
+}
+
+// qwen35moe keeps betas and decays in two matrices, and value heads in another order than
+// qwen3next: the same model in both families has the same bits. (Rotary sections that cover all
+// pairs, the same widths.)
+TEST(both_families_of_gated_delta_nets_agree) {
+    enum { D = 32, NK = 2, NV = 6, R = NV / NK, E = 64, ROW = E * 4 };
+    static const uint8_t sections[28] = {5, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, // an array of 4:
+                                         2, 0, 0, 0, 1, 0, 0, 0, 1};         // 8 values, 4 pairs
+    edit_file *e = form_open(1);
+    float *expected = form_logits(e, "qwen3next");
+    // the family's name, in the value and in every key
+    uint8_t *arch = form_alloc(24);
+    arch[0] = 9;
+    memcpy(arch + 8, "qwen35moe", 9);
+    edit_set(e, "general.architecture", 8, arch, 17);
+    for (int i = 0; i < e->n_values; i++)
+        if (!strncmp(e->values[i].key, "qwen3next.", 10)) memcpy(e->values[i].key, "qwen35moe", 9);
+    edit_set(e, "qwen35moe.rope.dimension_sections", 9, sections, sizeof sections);
+    for (int layer = 0; layer < 3; layer++) {
+        // value head h of key head h / R becomes number h % R * NK + h / R
+        static const char *const rows[] = {"attn_gate.weight", "ssm_dt.bias", "ssm_a"};
+        edit_tensor *qkv = form_find(e, layer, "attn_qkv.weight");
+        edit_tensor *conv = form_find(e, layer, "ssm_conv1d.weight");
+        edit_tensor *out = form_find(e, layer, "ssm_out.weight");
+        edit_tensor *ba = form_find(e, layer, "ssm_ba.weight");
+        uint8_t *new_qkv = form_alloc(qkv->size), *new_conv = form_alloc(conv->size);
+        uint8_t *new_out = form_alloc(out->size);
+        uint8_t *b = form_alloc(NV * ROW), *a = form_alloc(NV * ROW);
+        const size_t keys_size = 2 * NK * D * ROW, taps = 4 * 4;
+        memcpy(new_qkv, qkv->data, keys_size);
+        memcpy(new_conv, conv->data, 2 * NK * D * taps);
+        for (int h = 0; h < NV; h++) {
+            const int to = h % R * NK + h / R;
+            memcpy(new_qkv + keys_size + to * D * ROW, qkv->data + keys_size + h * D * ROW,
+                   D * ROW);
+            memcpy(new_conv + (2 * NK + to) * D * taps, conv->data + (2 * NK + h) * D * taps,
+                   D * taps);
+            for (int i = 0; i < E; i++)
+                memcpy(new_out + (i * NV + to) * D * 4, out->data + (i * NV + h) * D * 4, D * 4);
+            memcpy(b + to * ROW, ba->data + (h / R * 2 * R + h % R) * ROW, ROW);
+            memcpy(a + to * ROW, ba->data + (h / R * 2 * R + R + h % R) * ROW, ROW);
+        }
+        for (int k = 0; k < 3; k++) {
+            edit_tensor *t = form_find(e, layer, rows[k]);
+            const size_t each = t->size / NV;
+            uint8_t *data = form_alloc(t->size);
+            for (int h = 0; h < NV; h++)
+                memcpy(data + (size_t)(h % R * NK + h / R) * each, t->data + (size_t)h * each,
+                       each);
+            t->data = data;
+        }
+        qkv->data = new_qkv, conv->data = new_conv, out->data = new_out;
+        ba->removed = 1;
+        form_add(e, layer, "ssm_beta.weight", 2, E, NV, b);
+        form_add(e, layer, "ssm_alpha.weight", 2, E, NV, a);
+    }
+    float *logits = form_logits(e, "qwen35moe");
+    if (logits && expected) { // columns of ssm_out are summed in another order
+        double *r = models_doubles(expected, FORM * 512);
+        const double off = models_nmse(logits, r, FORM * 512);
+        CHECKF(off < 1e-10, "%g", off);
+        free(r);
+    }
+    free(logits);
+    free(expected);
+    form_free();
+    edit_close(e);
+}
+
+// Queries, keys and values of attention layers and of KDA in one tensor; gate and up of experts;
+// both halves of the latent's expansion; taps and columns with and without a dimension of 1.
+TEST(fused_and_flat_tensors_of_recurrent_models_give_the_same_bits) {
+    static const char *const qkv[] = {"attn_q.weight", "attn_k.weight", "attn_v.weight"};
+    int forms = 0;
+    for (int i = 0; i < MODELS_HYBRIDS; i++) {
+        edit_file *e = form_open(i);
+        float *expected = form_logits(e, models_hybrids[i]);
+        for (int layer = 0; layer < 4; layer++) {
+            char name[96];
+            snprintf(name, sizeof name, "blk.%d.attn_k.weight", layer);
+            if (!edit_find_tensor(e, name)) continue;
+            form_join(e, layer, "attn_qkv.weight", qkv, 3);
+            check_form(e, expected, "attn_qkv");
+            forms++;
+        }
+        for (int t = 0; t < e->n_tensors; t++) {
+            edit_tensor *x = &e->tensors[t];
+            const int taps = (strstr(x->name, "conv1d") || strstr(x->name, "conv.conv")) &&
+                             x->n_dims > 1;
+            const size_t size = strlen(x->name);
+            const int column = size > 6 && (!strcmp(x->name + size - 6, ".ssm_a") ||
+                                            !strcmp(x->name + size - 6, ".ssm_d"));
+            if (taps) { // {K, C}, {K, 1, C}, {K, 1, C, 1}, {K, C, 1, 1}
+                const uint64_t n = x->ne[1] * x->ne[2];
+                for (uint32_t d = 2; d <= 4; d++)
+                    for (int between = 0; between < (d > 2 ? 2 : 1); between++) {
+                        x->n_dims = d;
+                        x->ne[1] = between ? 1 : n;
+                        x->ne[2] = between ? n : 1;
+                        x->ne[3] = 1;
+                        check_form(e, expected, x->name);
+                        forms++;
+                    }
+            } else if (column && (x->ne[0] == 1 || (x->n_dims == 2 && x->ne[1] == 1))) {
+                x->ne[0] *= x->ne[1];
+                x->ne[1] = 1;
+                x->n_dims = 1;
+                check_form(e, expected, x->name);
+                forms++;
+            }
+        }
+        for (int layer = 0; layer < 4; layer++) { // of all experts
+            char name[96];
+            snprintf(name, sizeof name, "blk.%d.ffn_gate_exps.weight", layer);
+            edit_tensor *gate = edit_find_tensor(e, name);
+            if (!gate) continue;
+            edit_tensor *up = form_find(e, layer, "ffn_up_exps.weight");
+            const size_t each = gate->size / (size_t)gate->ne[2];
+            uint8_t *data = form_alloc(2 * gate->size);
+            for (size_t k = 0; k < (size_t)gate->ne[2]; k++) {
+                memcpy(data + 2 * k * each, gate->data + k * each, each);
+                memcpy(data + (2 * k + 1) * each, up->data + k * each, each);
+            }
+            edit_tensor *t = form_add(e, layer, "ffn_gate_up_exps.weight", 3, gate->ne[0],
+                                      2 * gate->ne[1], data);
+            t->ne[2] = gate->ne[2];
+            t->size = 2 * gate->size;
+            gate->removed = up->removed = 1;
+            check_form(e, expected, "ffn_gate_up_exps");
+            forms++;
+        }
+        free(expected);
+        form_free();
+        edit_close(e);
+    }
+    printf("  %d forms\n", forms);
+    CHECK(forms > 100);
+}
+
+// attn_kv_b in place of attn_k_b and attn_v_b: the same numbers, added in another order.
+TEST(the_whole_expansion_of_latent_vectors_serves_recurrent_models_too) {
+    for (int i = 7; i <= 8; i++) {
+        enum { N = 32, L = 64, V = 32, H = 4 };
+        edit_file *e = form_open(i);
+        float *expected = form_logits(e, models_hybrids[i]);
+        const float *k_b = (const float *)(const void *)form_find(e, 2, "attn_k_b.weight")->data;
+        const float *v_b = (const float *)(const void *)form_find(e, 2, "attn_v_b.weight")->data;
+        float *kv_b = (float *)(void *)form_alloc(sizeof *kv_b * L * H * (N + V));
+        for (int h = 0; h < H; h++)
+            for (int r = 0; r < L; r++) {
+                for (int k = 0; k < N; k++)
+                    kv_b[(h * (N + V) + k) * L + r] = k_b[(h * L + r) * N + k];
+                for (int k = 0; k < V; k++)
+                    kv_b[(h * (N + V) + N + k) * L + r] = v_b[(h * V + k) * L + r];
+            }
+        form_add(e, 2, "attn_kv_b.weight", 2, L, H * (N + V), (const uint8_t *)(void *)kv_b);
+        check_form(e, expected, "all three");
+        form_find(e, 2, "attn_k_b.weight")->removed = 1;
+        form_find(e, 2, "attn_v_b.weight")->removed = 1;
+        float *logits = form_logits(e, "attn_kv_b");
+        if (logits && expected) {
+            double *r = models_doubles(expected, FORM * 512);
+            const double off = models_nmse(logits, r, FORM * 512);
+            CHECKF(off < 1e-10, "%s: %g", models_hybrids[i], off);
+            free(r);
+        }
+        free(logits);
+        free(expected);
+        form_free();
+        edit_close(e);
+    }
+}
+
+// Some files hold layers at their end that predict tokens further ahead: they are not run, and
+// may hold anything; what counts layers (decays of minimax-01, intervals) leaves them out.
+TEST(layers_that_predict_further_ahead_are_left_out) {
+    for (int i = 0; i < MODELS_HYBRIDS; i++) {
+        static const uint32_t five = 5, one = 1;
+        edit_file *e = form_open(i);
+        float *expected = form_logits(e, models_hybrids[i]);
+        const edit_value *v = edit_find_value(e, "general.architecture");
+        char key[128];
+        uint8_t more[64];
+        const int size = (int)v->size - 8;
+        memset(more, 0, sizeof more);
+        snprintf(key, sizeof key, "%.*s.block_count", size, (const char *)v->data + 8);
+        edit_set(e, key, 4, &five, 4);
+        snprintf(key, sizeof key, "%.*s.nextn_predict_layers", size, (const char *)v->data + 8);
+        edit_set(e, key, 4, &one, 4);
+        for (int k = 0; k < e->n_values; k++) { // arrays have an entry for it
+            edit_value *a = &e->values[k];
+            if (a->type != 9 || strncmp(a->key, "tokenizer.", 10) == 0) continue;
+            if (strstr(a->key, "sections")) continue;
+            const size_t each = (a->size - 12) / 4;
+            uint8_t *data = form_alloc(a->size + each);
+            memcpy(data, a->data, a->size);
+            memcpy(data + a->size, a->data + 12, each);
+            data[4] = 5;
+            a->data = data;
+            a->size += each;
+        }
+        form_add(e, 4, "nextn.eh_proj.weight", 2, 128, 64, form_alloc(128 * 64 * 4));
+        form_add(e, 4, "attn_norm.weight", 1, 64, 1, form_alloc(64 * 4));
+        form_add(e, 4, "whatever", 1, 3, 1, form_alloc(12));
+        check_form(e, expected, models_hybrids[i]);
+        free(expected);
+        form_free();
+        edit_close(e);
+    }
+}
+
 // ---- memory ----------------------------------------------------------------------------------
 
 // The state of a layer by the sizes of its shape: what is kept in a checkpoint.

@@ -105,6 +105,15 @@
 // buffers for a batch; moe_session_eval_many evaluates several of them in one pass, reading each
 // weight once.
 //
+// SEQUENCES. moe_session_rewind forgets from any position on; moe_session_sync makes a context of
+// any list of tokens and evaluates only what it does not begin with: a chat hands over the whole
+// dialogue each time. moe_session_copy makes a branch of it. All three are exact: what follows has
+// the bits that it would have without them. Where layers recur (a state of fixed size in place of
+// keys and values), states are kept at some places to go back to (n_checkpoints), and tokens from
+// there on are evaluated again. moe_session_save writes all this to a file, and moe_session_load
+// goes on from it, in another process or with other options; a file of another model, or one that
+// is damaged, is refused and changes nothing.
+//
 // THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between
 // evals. Sessions with pools of their own run at the same time; those of one pool take turns.
 // Callbacks run on the calling thread and must return: an exception or a longjmp through the
@@ -718,12 +727,36 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
 // keep_all_logits; before the first eval. Valid until the session is evaluated again, rewound or
 // closed; a failed or cancelled eval leaves them.
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
+// n_embd floats of the i-th token of the last eval (-1: the last one), of every token: what the
+// output matrix is multiplied with, behind the final norm. NULL without keep_hidden, and before the
+// first eval. Valid as long as moe_session_logits.
+MOE_API const float *moe_session_hidden(const moe_session *session, int32_t i);
 // Tokens in the context: the position of the next one.
 MOE_API int32_t moe_session_length(const moe_session *session);
+// Which ones: moe_session_length ids; NULL if session is. Valid until the next call that changes
+// the session.
+MOE_API const int32_t *moe_session_tokens(const moe_session *session);
 // Forgets all tokens from position `length` on, 0 <= length <= moe_session_length, and the logits
-// if any token is forgotten. Costs nothing; what comes next has the bits it would have had. Errors:
-// ARGUMENT (also from should_stop of an eval of this session).
+// if any token is forgotten. What comes next has the bits it would have had. Costs nothing, or, if
+// layers recur, evaluating the tokens behind the nearest place to go back to again. Errors leave the
+// session as it was: ARGUMENT (also from should_stop of an eval of this session), CANCELLED.
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
+// Makes the context equal to n_tokens ids, as a chat or an edited prompt wants it: what both begin
+// with stays, the rest is forgotten (moe_session_rewind) and evaluated (moe_session_eval). Then
+// moe_session_logits(session, -1) are those of the last token: if all is there but them, it is
+// evaluated again. No tokens: the session becomes empty. *n_reused (may be NULL): how many were not
+// evaluated again; 0 after an error. Errors: ARGUMENT and CONTEXT_FULL leave the session as it was;
+// after CANCELLED it holds what both begin with or, stopped while going back, what it held.
+MOE_API moe_status moe_session_sync(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    int32_t *n_reused, moe_error *error);
+// Makes `to` what `from` is, to go on from there in two ways: what it held is forgotten. Both have
+// one model and one kv_type; all other options may differ, and those of `to` stay. Takes as long as
+// copying the memory that the tokens take, and allocates nothing. Of the last eval only the last
+// token's logits are copied, and its hidden row if both keep them: moe_session_logits(to, -1).
+// Errors leave both as they were: ARGUMENT (another model or kv_type; one of them is being
+// evaluated), CONTEXT_FULL (n_ctx of `to` is too small). Tokens that a session of another isa
+// evaluated keep its last bits.
+MOE_API moe_status moe_session_copy(moe_session *to, const moe_session *from, moe_error *error);
 
 // ---- sampling and generating -----------------------------------------------------------------
 
@@ -16483,6 +16516,7 @@ typedef struct moe__kv {
     moe_kv_type type;
     int64_t n_ctx, width;
     size_t row_size;
+    int64_t n_head;
 } moe__kv;
 
 MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t position) {
@@ -16499,6 +16533,12 @@ MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, 
         kernels->f32_to_f16(x, n, (uint16_t *)(void *)row);
     else
         kernels->f32_to_q8_0(x, n, row);
+}
+
+// Rows of the first n positions, also from a cache for more or fewer of them.
+MOE__PRIVATE void moe__kv_copy(const moe__kv *to, const moe__kv *from, int64_t n) {
+    for (int64_t head = 0; head < from->n_head && n; head++)
+        memcpy(moe__kv_row(to, head, 0), moe__kv_row(from, head, 0), (size_t)n * from->row_size);
 }
 
 // What a mixer keeps in a layer.
@@ -16532,6 +16572,7 @@ MOE__PRIVATE moe__kv moe__kv_take(moe__arena *arena, moe_kv_type type, int64_t n
     kv.n_ctx = n_ctx;
     kv.width = width;
     kv.row_size = moe__kv_bytes(type, width);
+    kv.n_head = n_head;
     kv.data = (uint8_t *)moe__arena_take(arena, (uint64_t)(n_head * n_ctx), kv.row_size);
     return kv;
 }
@@ -16652,6 +16693,7 @@ struct moe_session {
     int64_t n_kept;        // floats of a checkpoint
     int keep_hidden;
     float *hidden;         // [n_ctx][n_embd], NULL unless kept
+    int32_t n_hidden;      // tokens of the last eval that it has rows of; 0: there are none
     size_t cleared;        // bytes of buffers that are not cleared when they are taken
     int in_jobs;           // while it is being evaluated
     uint64_t *expert_counts; // [layer][expert]
@@ -19580,22 +19622,28 @@ MOE__PRIVATE int32_t moe__remember_least(const moe_session *session, int32_t at)
     return best;
 }
 
-// A checkpoint of the states at a slot's position, unless there is one, or nothing to keep.
-MOE__PRIVATE void moe__remember(moe_session *session, moe__slot slot) {
+// Room for a checkpoint where there is none yet; NULL if none are kept.
+MOE__PRIVATE float *moe__remember_room(moe_session *session, int32_t at) {
     const int32_t n = session->info.n_checkpoints;
-    if (!n || slot.at == 0) return;
-    for (int32_t i = 0; i < session->n_saved; i++)
-        if (session->saved_at[i] == slot.at) return;
-    if (session->n_saved == n) moe__remember_remove(session, moe__remember_least(session, slot.at));
+    if (n == 0) return NULL;
+    if (session->n_saved == n) moe__remember_remove(session, moe__remember_least(session, at));
     int32_t i = session->n_saved++;
     float *memory = session->saved[i];
-    for (; i > 0 && session->saved_at[i - 1] > slot.at; i--) {
+    for (; i > 0 && session->saved_at[i - 1] > at; i--) {
         session->saved_at[i] = session->saved_at[i - 1];
         session->saved[i] = session->saved[i - 1];
     }
-    session->saved_at[i] = slot.at;
-    session->saved[i] = memory;
-    for (int il = 0; il < session->model->info.n_layer; il++) {
+    session->saved_at[i] = at;
+    return session->saved[i] = memory;
+}
+
+// A checkpoint of the states at a slot's position, unless there is one, or nothing to keep.
+MOE__PRIVATE void moe__remember(moe_session *session, moe__slot slot) {
+    if (slot.at == 0) return;
+    for (int32_t i = 0; i < session->n_saved; i++)
+        if (session->saved_at[i] == slot.at) return;
+    float *memory = moe__remember_room(session, slot.at);
+    for (int il = 0; memory && il < session->model->info.n_layer; il++) {
         const moe__cache *cache = &session->caches[il];
         memcpy(memory + cache->kept_at, cache->state[slot.slot],
                (size_t)cache->n_kept * sizeof(float));
@@ -19892,6 +19940,21 @@ MOE__INLINE void moe__forward_scale(const moe__eval *e, float *logits, int64_t n
     for (int64_t i = 0; i < n && scale != 1; i++) logits[i] *= scale;
 }
 
+// What is hidden behind the last layer, normed, of the rows whose sequences keep it.
+MOE__PRIVATE void moe__forward_hidden(moe__eval *e) {
+    const int64_t n_embd = e->model->info.n_embd;
+    int64_t begin, end;
+    for (int32_t s = 0; s < e->work->n_spans; s++) {
+        const moe__span *span = &e->work->spans[s];
+        if (!span->sequence->hidden) continue;
+        moe__eval_range(e, span->n, 1, &begin, &end);
+        for (int64_t i = begin; i < end; i++)
+            e->kernels->rms_norm(e->work->residual + (span->first_row + i) * n_embd,
+                                 e->model->output_norm, n_embd, e->model->eps,
+                                 span->sequence->hidden + (span->past + i) * n_embd);
+    }
+}
+
 // Logits of the rows that somebody wants them of: of each sequence's last row, or of all its rows
 // (keep_all_logits). The output matrix, n_vocab rows, is read once for all of them, and not at all
 // for a part of a prompt.
@@ -20025,6 +20088,7 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
         moe__eval_inputs(&e);
         if (!moe__forward(&e)) return;
         double since = thread ? 0 : moe__seconds();
+        moe__forward_hidden(&e);
         moe__forward_logits(&e);
         moe__eval_clock(&e, &since, &batch->lead->stats.output_seconds);
         if (!batch->more) return;
@@ -20414,6 +20478,16 @@ MOE_API int32_t moe_session_length(const moe_session *session) {
     return session ? session->length : 0;
 }
 
+MOE__PRIVATE moe_status moe__session_check_ids(const moe_session *session, const int32_t *tokens,
+                                               int32_t n_tokens, moe_error *error) {
+    for (int32_t i = 0; i < n_tokens; i++)
+        if (tokens[i] < 0 || tokens[i] >= session->model->info.n_vocab)
+            return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
+                             "token %d at position %d is not within 0..%d", (int)tokens[i], (int)i,
+                             (int)session->model->info.n_vocab - 1);
+    return MOE_OK;
+}
+
 // Whether a job can be evaluated beside those before it. All is checked before anything is
 // computed: an error leaves every session as it was.
 MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *lead,
@@ -20431,11 +20505,8 @@ MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *le
         session->kernels != lead->kernels)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "session",
                          "sessions evaluated together have one model, one pool and one isa");
-    for (int32_t i = 0; i < job->n_tokens; i++)
-        if (job->tokens[i] < 0 || job->tokens[i] >= session->model->info.n_vocab)
-            return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
-                             "token %d at position %d is not within 0..%d", (int)job->tokens[i],
-                             (int)i, (int)session->model->info.n_vocab - 1);
+    moe_status status = moe__session_check_ids(session, job->tokens, job->n_tokens, error);
+    if (status) return status;
     if (job->n_tokens > session->info.n_ctx - session->length)
         return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx",
                          "%d tokens do not fit behind %d of %d", (int)job->n_tokens,
@@ -20488,6 +20559,7 @@ MOE__PRIVATE void moe__job_end(const moe_job *job, int done) {
     session->slot = session->next;
     session->length += job->n_tokens;
     session->n_last = job->n_tokens;
+    session->n_hidden = session->keep_hidden ? job->n_tokens : 0;
     if (job->n_tokens > MOE__CHUNK ||
         (session->length == session->slot.at && session->length % MOE__REMEMBER == 0))
         moe__remember(session, session->slot);
@@ -20495,8 +20567,8 @@ MOE__PRIVATE void moe__job_end(const moe_job *job, int done) {
 
 // First all jobs are checked, then those that are right are evaluated together, then lengths grow.
 // Until then nothing of a session has changed that anybody can see: rows of the cache behind its
-// length do not count. in_jobs finds a session that is in the list twice.
-MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error) {
+// length do not count. in_jobs finds a session that is in the list twice. form: of moe__batch.
+MOE__PRIVATE moe_status moe__jobs_eval(moe_job *jobs, int32_t n_jobs, int form, moe_error *error) {
     moe__batch batch;
     moe_status first = MOE_OK;
     int64_t n_tokens = 0;
@@ -20516,7 +20588,7 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
     }
     batch.jobs = jobs;
     batch.n_jobs = n_jobs;
-    batch.form = -1;
+    batch.form = form;
     const int done = batch.lead && moe__jobs_run(&batch, n_tokens);
     for (int32_t i = 0; i < n_jobs; i++) {
         if (jobs[i].status) continue;
@@ -20530,13 +20602,21 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
     return first;
 }
 
-MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
-                                    moe_error *error) {
+MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error) {
+    return moe__jobs_eval(jobs, n_jobs, -1, error);
+}
+
+MOE__PRIVATE moe_status moe__session_eval(moe_session *session, const int32_t *tokens,
+                                          int32_t n_tokens, int form, moe_error *error) {
     moe_job job;
     job.session = session;
     job.tokens = tokens;
     job.n_tokens = n_tokens;
-    return moe_session_eval_many(&job, 1, error);
+    return moe__jobs_eval(&job, 1, form, error);
+}
+MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    moe_error *error) {
+    return moe__session_eval(session, tokens, n_tokens, -1, error);
 }
 
 // Kept logits stand at their positions ([n_ctx][n_vocab]), so that those of the last eval end where
@@ -20549,6 +20629,18 @@ MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
         return session->logits +
                (int64_t)(session->length - session->n_last + i) * session->model->info.n_vocab;
     return i == session->n_last - 1 ? session->logits : NULL;
+}
+
+MOE_API const float *moe_session_hidden(const moe_session *session, int32_t i) {
+    if (!session || !session->n_hidden) return NULL;
+    if (i == -1) i = session->n_hidden - 1;
+    if (i < 0 || i >= session->n_hidden) return NULL;
+    return session->hidden +
+           (int64_t)(session->length - session->n_hidden + i) * session->model->info.n_embd;
+}
+
+MOE_API const int32_t *moe_session_tokens(const moe_session *session) {
+    return session ? session->tokens : NULL;
 }
 
 MOE_API const moe_session_stats *moe_session_get_stats(const moe_session *session) {
@@ -20639,8 +20731,107 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
         if (status) return status;
     }
     moe__remember_drop(session, length);
-    if (length < session->length) session->n_last = 0;
+    if (length < session->length) session->n_last = session->n_hidden = 0;
     session->length = length;
+    return MOE_OK;
+}
+
+MOE__PRIVATE moe_status moe__session_sync_check(const moe_session *session, const int32_t *tokens,
+                                                int32_t n_tokens, moe_error *error) {
+    if (!session || n_tokens < 0 || (n_tokens && !tokens))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
+                         "a session and tokens are needed, or a number of 0");
+    if (moe__pool_is_held(session->pool))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot evaluate with the pool that calls it");
+    moe_status status = moe__session_check_ids(session, tokens, n_tokens, error);
+    if (!status && n_tokens > session->info.n_ctx)
+        return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx", "%d tokens do not fit into %d",
+                         (int)n_tokens, (int)session->info.n_ctx);
+    return status;
+}
+
+// A last token whose logits are not at hand is evaluated in the form of latent attention it had.
+MOE_API moe_status moe_session_sync(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    int32_t *n_reused, moe_error *error) {
+    int32_t kept = 0;
+    int form = -1;
+    if (n_reused) *n_reused = 0;
+    moe_status status = moe__session_sync_check(session, tokens, n_tokens, error);
+    if (status) return status;
+    while (kept < n_tokens && kept < session->length && tokens[kept] == session->tokens[kept])
+        kept++;
+    if (kept && kept == n_tokens && (kept < session->length || !session->n_last))
+        form = session->expanded[--kept];
+    const uint64_t replayed = session->n_replayed;
+    status = moe_session_rewind(session, kept, error);
+    if (!status && kept < n_tokens)
+        status = moe__session_eval(session, tokens + kept, n_tokens - kept, form, error);
+    if (!status && n_reused) *n_reused = kept - (int32_t)(session->n_replayed - replayed);
+    return status;
+}
+
+// ---- copies ----------------------------------------------------------------------------------
+
+MOE__PRIVATE moe_status moe__copy_check(const moe_session *to, const moe_session *from,
+                                        moe_error *error) {
+    if (!to || !from)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session", "two sessions are needed");
+    if (to->in_jobs || from->in_jobs)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot copy a session that is being evaluated");
+    if (to->model != from->model || to->info.kv_type != from->info.kv_type)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session",
+                         "a session is copied to one of the same model and kv_type");
+    if (from->length > to->info.n_ctx)
+        return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx", "%d tokens do not fit into %d",
+                         (int)from->length, (int)to->info.n_ctx);
+    return MOE_OK;
+}
+
+// States of layers that recur, and as many checkpoints as fit.
+MOE__PRIVATE void moe__copy_states(moe_session *to, const moe_session *from) {
+    to->slot = from->slot;
+    to->before = from->before;
+    for (int il = 0; il < from->model->info.n_layer; il++)
+        for (int i = 0; i < 2; i++)
+            if (i == from->slot.slot || from->before >= 0)
+                memcpy(to->caches[il].state[i], from->caches[il].state[i],
+                       (size_t)from->caches[il].n_state * sizeof(float));
+    to->n_saved = 0;
+    for (int32_t i = 0; i < from->n_saved; i++) {
+        float *memory = moe__remember_room(to, from->saved_at[i]);
+        if (memory) memcpy(memory, from->saved[i], (size_t)from->n_kept * sizeof *memory);
+    }
+}
+
+// The row of logits of the last of `length` tokens
+MOE__INLINE float *moe__session_last(const moe_session *session, int32_t length) {
+    const int64_t row = session->keep_all_logits ? length - 1 : 0;
+    return session->logits + row * session->model->info.n_vocab;
+}
+
+MOE_API moe_status moe_session_copy(moe_session *to, const moe_session *from, moe_error *error) {
+    moe_status status = moe__copy_check(to, from, error);
+    if (status || to == from) return status;
+    const moe_model_info *info = &from->model->info;
+    const size_t n = (size_t)from->length;
+    for (int il = 0; il < info->n_layer; il++) {
+        moe__kv_copy(&to->caches[il].k, &from->caches[il].k, from->length);
+        moe__kv_copy(&to->caches[il].v, &from->caches[il].v, from->length);
+    }
+    moe__copy_states(to, from);
+    memcpy(to->tokens, from->tokens, n * sizeof *to->tokens);
+    memcpy(to->expanded, from->expanded, n * sizeof *to->expanded);
+    to->length = from->length;
+    to->n_last = from->n_last > 0;
+    to->n_hidden = to->keep_hidden && from->n_hidden;
+    if (to->n_last)
+        memcpy(moe__session_last(to, to->length), moe__session_last(from, from->length),
+               (size_t)info->n_vocab * sizeof(float));
+    if (to->n_hidden)
+        memcpy(to->hidden + (n - 1) * (size_t)info->n_embd,
+               from->hidden + (n - 1) * (size_t)info->n_embd, (size_t)info->n_embd * sizeof(float));
     return MOE_OK;
 }
 

@@ -4,6 +4,8 @@
 #include "../moe_infer.h"
 #include "meter.h"
 #include "models.h"
+#include <signal.h>
+#include <sys/resource.h>
 
 // ---- models and references -------------------------------------------------------------------
 
@@ -56,7 +58,7 @@ static void reference(const moe_model *model, const moe_session_options *options
 static int holds(const moe_session *s, const int32_t *tokens, int32_t n, const float *logits) {
     const float *last = moe_session_logits(s, -1);
     return moe_session_length(s) == n &&
-           !memcmp(moe_session_tokens(s), tokens, sizeof *tokens * (size_t)n) &&
+           (n == 0 || !memcmp(moe_session_tokens(s), tokens, sizeof *tokens * (size_t)n)) &&
            (logits ? last && !memcmp(last, logits, row_size(s)) : !last);
 }
 
@@ -226,7 +228,8 @@ TEST(a_session_goes_to_any_other_tokens_bit_by_bit) {
         moe_session *s = moe_session_open(model, &o, NULL);
         CHECK(s != NULL);
         const int recurs = moe_model_get_info(model)->n_layer_recurrent > 0;
-        for (int32_t common = 0; common <= TOKENS && s; common += MODELS_SLOW ? 7 : 1) {
+        for (int32_t common = 0; common <= TOKENS && s;
+             common += MODELS_SLOW ? 8 : c % 3 ? 5 : 1) {
             for (int shorter = 0; shorter < 2; shorter++) {
                 const int32_t n = shorter ? (int32_t)moe__min(common + 2, TOKENS) : TOKENS;
                 int32_t reused = -1;
@@ -566,6 +569,835 @@ TEST(sessions_that_do_not_fit_are_not_copied) {
     moe_session_close(asks);
     moe_model_close(model);
     moe_model_close(again);
+}
+
+// ---- files -----------------------------------------------------------------------------------
+
+// A file in memory, that fails when told to.
+typedef struct store {
+    uint8_t *data;
+    size_t size, capacity, at; // at: where reading is
+    size_t piece;              // the most that one read gives; 0: all
+    long calls, fail_at;
+    int is_lost;               // a failing read says so, in place of ending
+} store;
+
+static int store_write(void *user, const void *data, size_t size) {
+    store *f = (store *)user;
+    if (++f->calls == f->fail_at) return 0;
+    if (size > f->capacity - f->size) {
+        f->capacity = 2 * f->capacity + size + 4096;
+        f->data = (uint8_t *)realloc(f->data, f->capacity);
+        if (!f->data) exit(1);
+    }
+    memcpy(f->data + f->size, data, size);
+    f->size += size;
+    return 1;
+}
+static size_t store_read(void *user, void *data, size_t size) {
+    store *f = (store *)user;
+    if (++f->calls == f->fail_at) return f->is_lost ? SIZE_MAX : 0;
+    size_t n = f->size - f->at < size ? f->size - f->at : size;
+    if (f->piece && n > f->piece) n = f->piece;
+    if (n) memcpy(data, f->data + f->at, n);
+    f->at += n;
+    return n;
+}
+static moe_status store_save(store *f, const moe_session *s, const moe_sampler *sampler) {
+    f->size = 0;
+    return moe_session_save_to(s, sampler, store_write, f, NULL);
+}
+static moe_status store_load(store *f, moe_session *s, moe_sampler *sampler, moe_error *error) {
+    f->at = 0;
+    f->calls = 0;
+    return moe_session_load_from(s, sampler, store_read, f, error);
+}
+
+// Its head, and checksums that are right again after a change.
+static uint64_t word_at(const store *f, int i) { return moe__load_u64(f->data + 8 * i); }
+static void put_word(store *f, int i, uint64_t word) {
+    moe__state_head head;
+    memcpy(f->data + 8 * i, &word, sizeof word);
+    memcpy(&head, f->data, sizeof head);
+    head.sum = moe__state_head_sum(&head);
+    memcpy(f->data, &head, sizeof head);
+}
+enum { WORD_VERSION = 1, WORD_SIZE, WORD_MODEL, WORD_KV, WORD_LENGTH, WORD_NOW, WORD_BEFORE,
+       WORD_SAVED, WORD_LOGITS, WORD_SAMPLER, WORD_RECENT };
+
+// Sections: where they begin, by their tags; the file's end is the 7th.
+static int sections_of(const store *f, size_t *at) {
+    static const char *const tags[] = {"tokens", "rows", "states", "back", "logits", "sampler"};
+    size_t place = sizeof(moe__state_head);
+    for (int i = 0; i < 6; i++) {
+        char tag[8] = {0};
+        memcpy(tag, tags[i], strlen(tags[i]));
+        while (place + 8 <= f->size && memcmp(f->data + place, tag, 8)) place++;
+        if (place + 8 > f->size) return 0;
+        at[i] = place;
+    }
+    at[6] = f->size;
+    return 1;
+}
+static void seal(store *f, size_t begin, size_t end) {
+    moe__checksum sum;
+    memset(&sum, 0, sizeof sum);
+    moe__checksum_add(&sum, f->data + begin, end - begin - 8);
+    const uint64_t word = moe__checksum_end(&sum);
+    memcpy(f->data + end - 8, &word, sizeof word);
+}
+
+// A session that was in several places before it came to its n tokens.
+static moe_session *open_with_past(const moe_model *model, const moe_session_options *o,
+                                   const int32_t *tokens, int32_t n, int way) {
+    moe_session *s = moe_session_open(model, o, NULL);
+    int32_t other[80];
+    CHECK(s != NULL);
+    if (!s) return NULL;
+    other_tokens(tokens, n / 2, n, other);
+    if (way == 0) CHECK(n == 0 || moe_session_eval(s, tokens, n, NULL) == MOE_OK);
+    if (way == 1) CHECK(eval_pieces(s, tokens, n));
+    if (way == 2) CHECK(eval_pieces(s, other, n) && !moe_session_sync(s, tokens, n, NULL, NULL));
+    if (way == 3) CHECK(eval_pieces(s, tokens, n + 5) && !moe_session_rewind(s, n, NULL));
+    return s;
+}
+
+// Another session of a model that was opened anew goes on as if it was the same, and back, too.
+TEST(a_loaded_session_goes_on_bit_by_bit) {
+    enum { TOKENS = 70 };
+    static const int32_t lengths[] = {0, 1, 15, 16, 17, 31, 33, 48, 60};
+    for (int c = 0; c < N_CASES; c += MODELS_SLOW ? 4 : 1) {
+        moe_model *model, *again;
+        moe_session_options o, other;
+        int32_t tokens[TOKENS];
+        float expected[MAX_VOCAB], behind[MAX_VOCAB];
+        store f, g;
+        if (!open_case(c, &model, &o)) continue;
+        again = open_config(configs[c / 3]);
+        memset(&f, 0, sizeof f);
+        memset(&g, 0, sizeof g);
+        models_tokens(tokens, TOKENS, 200, 23);
+        reference(model, &o, tokens, TOKENS, behind);
+        for (int k = 0; k < 36; k++) {
+            const int32_t n = lengths[k / 4];
+            other = o;
+            if (k % 3 == 1) other.n_ctx = 70, other.n_batch = 9, other.n_threads = 3;
+            if (k % 3 == 1) other.schedule = MOE_SCHEDULE_BALANCED;
+            if (k % 3 == 2) other.keep_all_logits = MOE_ON, other.n_checkpoints = 1 - 2 * (k % 2);
+            o.keep_all_logits = k % 5 == 0 ? MOE_ON : 0;
+            moe_session *a = open_with_past(model, &o, tokens, n, k % 4);
+            moe_session *b = open_with_past(again, &other, tokens + 3, 20, k % 4);
+            if (!a || !b) break;
+            if (n) reference(model, &o, tokens, n, expected);
+            const float *had = n && moe_session_logits(a, -1) ? expected : NULL;
+            CHECK(store_save(&f, a, NULL) == MOE_OK);
+            f.piece = k % 4 == 1 ? 13 : 0;
+            CHECK(store_load(&f, b, NULL, NULL) == MOE_OK && f.at == f.size);
+            CHECKF(holds(b, tokens, n, had), "%s, cache %d, %d tokens, way %d", configs[c / 3],
+                   (int)o.kv_type, n, k % 4);
+            if (k % 3 == 0) { // what can be saved again is the same
+                CHECK(store_save(&g, b, NULL) == MOE_OK);
+                CHECK(g.size == f.size && !memcmp(f.data, g.data, f.size));
+            }
+            moe_session_close(a);
+            CHECK(moe_session_eval(b, tokens + n, TOKENS - n, NULL) == MOE_OK);
+            CHECKF(holds(b, tokens, TOKENS, behind), "%s, cache %d, %d tokens, way %d",
+                   configs[c / 3], (int)o.kv_type, n, k % 4);
+            for (int32_t back = n + 1; back > 0; back -= 5 + n / 3) {
+                reference(model, &o, tokens, back, expected);
+                CHECK(moe_session_sync(b, tokens, back, NULL, NULL) == MOE_OK);
+                CHECKF(holds(b, tokens, back, expected), "%s, %d tokens, way %d, back to %d",
+                       configs[c / 3], n, k % 4, back);
+            }
+            moe_session_close(b);
+        }
+        free(f.data);
+        free(g.data);
+        moe_model_close(again);
+        moe_model_close(model);
+    }
+}
+
+// In a file is what a session knows, and not what was in memory before.
+static void *filling_alloc(void *user, size_t size) {
+    void *memory = malloc(size);
+    if (memory) memset(memory, *(const int *)user, size);
+    return memory;
+}
+static void filling_free(void *user, void *memory, size_t size) {
+    memset(memory, *(const int *)user, size);
+    free(memory);
+}
+TEST(a_file_shows_nothing_but_the_session) {
+    for (int c = 0; c < N_CONFIGS; c++) {
+        store files[2];
+        memset(files, 0, sizeof files);
+        for (int i = 0; i < 2; i++) {
+            static int fill[2] = {0x11, 0xEE};
+            synth_options so;
+            moe_model_options mo;
+            moe_session_options o;
+            int32_t tokens[60];
+            memset(&so, 0, sizeof so);
+            memset(&mo, 0, sizeof mo);
+            memset(&o, 0, sizeof o);
+            so.no_tokenizer = 1;
+            o.n_ctx = 64;
+            mo.allocator.alloc = filling_alloc;
+            mo.allocator.free = filling_free;
+            mo.allocator.user = &fill[i];
+            models_tokens(tokens, 60, 200, 23);
+            moe_model *model = moe_model_open(models_write(configs[c], &so), &mo, NULL);
+            moe_session *s = model ? open_with_past(model, &o, tokens, 53, 1) : NULL;
+            CHECK(s && store_save(&files[i], s, NULL) == MOE_OK);
+            moe_session_close(s);
+            moe_model_close(model);
+        }
+        CHECKF(files[0].size == files[1].size &&
+                   !memcmp(files[0].data, files[1].data, files[0].size), "%s", configs[c]);
+        free(files[0].data);
+        free(files[1].data);
+    }
+}
+
+// Draws with it: random numbers and what is penalized go on.
+TEST(a_loaded_sampler_draws_the_same_tokens) {
+    enum { PROMPT = 20, DRAWS = 30 };
+    static const char *const names[] = {"micro", "jamba_tiny", "dsv3_quant"};
+    for (int c = 0; c < 3; c++)
+        for (int at = 0; at < DRAWS; at += 7) { // where it is saved
+            moe_model *model = open_config(names[c]);
+            const char *path = models_path("sampled");
+            moe_session_options o;
+            moe_sampler_options so;
+            int32_t tokens[PROMPT + DRAWS], token;
+            memset(&o, 0, sizeof o);
+            memset(&so, 0, sizeof so);
+            if (!model) return;
+            const int32_t n_vocab = moe_model_get_info(model)->n_vocab;
+            o.n_ctx = 64;
+            so.temperature = 3, so.repeat_penalty = 1.5f, so.repeat_last_n = 16, so.seed = 5;
+            models_tokens(tokens, PROMPT, 200, 4);
+            moe_session *s = moe_session_open(model, &o, NULL);
+            moe_sampler *sampler = moe_sampler_open(&so, n_vocab, n_vocab, NULL);
+            CHECK(s && sampler && moe_session_eval(s, tokens, PROMPT, NULL) == MOE_OK);
+            for (int i = 0; i < PROMPT; i++) moe_sampler_accept(sampler, tokens[i]);
+            for (int i = 0; i < DRAWS; i++) {
+                if (i == at) CHECK(moe_session_save_with(s, sampler, path, NULL) == MOE_OK);
+                token = tokens[PROMPT + i] = moe_sampler_sample(sampler, moe_session_logits(s, -1));
+                moe_sampler_accept(sampler, token);
+                CHECK(moe_session_eval(s, &token, 1, NULL) == MOE_OK);
+            }
+            moe_session_close(s);
+            moe_sampler_close(sampler);
+            s = moe_session_open(model, &o, NULL);
+            so.seed = 99;
+            sampler = moe_sampler_open(&so, n_vocab, n_vocab, NULL);
+            for (int i = 0; i < 40; i++) moe_sampler_accept(sampler, i);
+            CHECK(moe_session_load_with(s, sampler, path, NULL) == MOE_OK);
+            for (int i = at; i < DRAWS; i++) {
+                token = moe_sampler_sample(sampler, moe_session_logits(s, -1));
+                CHECKF(token == tokens[PROMPT + i], "%s, saved at %d, token %d", names[c], at, i);
+                moe_sampler_accept(sampler, token);
+                CHECK(moe_session_eval(s, &token, 1, NULL) == MOE_OK);
+            }
+            // Without one there, it stays as it is; a shorter memory takes the last tokens.
+            const uint64_t random = sampler->random;
+            CHECK(moe_session_save(s, path, NULL) == MOE_OK);
+            CHECK(moe_session_load_with(s, sampler, path, NULL) == MOE_OK);
+            CHECK(sampler->random == random && sampler->n_recent == 16);
+            CHECK(moe_session_save_with(s, sampler, path, NULL) == MOE_OK);
+            so.repeat_last_n = 5;
+            moe_sampler *brief = moe_sampler_open(&so, n_vocab, n_vocab, NULL);
+            CHECK(brief && moe_session_load_with(s, brief, path, NULL) == MOE_OK);
+            CHECK(brief->n_recent == 5 && brief->random == random);
+            for (int i = 0; i < 5; i++)
+                CHECK(brief->recent[(brief->next_recent + i) % 5] ==
+                      sampler->recent[(sampler->next_recent + 11 + i) % 16]);
+            moe_sampler_close(brief);
+            CHECK(moe_session_load(s, path, NULL) == MOE_OK);
+            moe_session_close(s);
+            moe_sampler_close(sampler);
+            moe_model_close(model);
+        }
+}
+
+TEST(files_of_other_models_and_sessions_are_refused_with_the_reason) {
+    synth_options seeded;
+    memset(&seeded, 0, sizeof seeded);
+    seeded.no_tokenizer = 1;
+    moe_model *model = open_config("qwen3moe_quant"), *other = open_config("dsv3_quant");
+    seeded.seed = 3;
+    moe_model *weights = models_open(models_write("qwen3moe_quant", &seeded));
+    seeded.seed = 0;
+    seeded.type = "q8_0";
+    moe_model *types = models_open(models_write("qwen3moe_quant", &seeded));
+    moe_session_options o;
+    int32_t tokens[30];
+    moe_error error;
+    store f;
+    memset(&o, 0, sizeof o);
+    memset(&f, 0, sizeof f);
+    o.n_ctx = 40;
+    models_tokens(tokens, 30, 200, 4);
+    CHECK(model && other && weights && types);
+    moe_session *s = open_with_past(model, &o, tokens, 20, 1);
+    CHECK(store_save(&f, s, NULL) == MOE_OK);
+    const struct {
+        const moe_model *model;
+        int n_ctx, kv_type;
+        moe_status status;
+        const char *where, *text;
+    } cases[] = {{other, 40, 0, MOE_ERROR_ARGUMENT, "model", "another model"},
+                 {weights, 40, 0, MOE_ERROR_ARGUMENT, "model", "another model"},
+                 {types, 40, 0, MOE_ERROR_ARGUMENT, "model", "another model"},
+                 {model, 40, MOE_KV_Q8_0, MOE_ERROR_ARGUMENT, "kv_type", "F16, the session has"},
+                 {model, 40, MOE_KV_F32, MOE_ERROR_ARGUMENT, "kv_type", "in F32"},
+                 {model, 19, 0, MOE_ERROR_CONTEXT_FULL, "n_ctx", "20 tokens do not fit into 19"},
+                 {model, 20, 0, MOE_OK, "", ""}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        o.n_ctx = cases[i].n_ctx;
+        o.kv_type = (moe_kv_type)cases[i].kv_type;
+        float expected[MAX_VOCAB];
+        moe_session *t = moe_session_open(cases[i].model, &o, NULL);
+        CHECK(t && moe_session_eval(t, tokens, 5, NULL) == MOE_OK);
+        reference(cases[i].model, &o, tokens, 5, expected);
+        memset(&error, 0, sizeof error);
+        CHECKF(store_load(&f, t, NULL, &error) == cases[i].status, "case %zu: %s", i, error.text);
+        CHECKF(!strcmp(error.where, cases[i].where) && strstr(error.text, cases[i].text),
+               "case %zu: %s: %s", i, error.where, error.text);
+        CHECK(!cases[i].status || holds(t, tokens, 5, expected));
+        moe_session_close(t);
+    }
+    // Another version; and what it never was.
+    o.n_ctx = 40, o.kv_type = MOE_KV_F16;
+    put_word(&f, WORD_VERSION, 2);
+    CHECK(store_load(&f, s, NULL, &error) == MOE_ERROR_UNSUPPORTED && strstr(error.text, "2"));
+    f.data[0] = 'G';
+    CHECK(store_load(&f, s, NULL, &error) == MOE_ERROR_FORMAT && strstr(error.text, "no saved"));
+    f.size = 0;
+    CHECK(store_load(&f, s, NULL, &error) == MOE_ERROR_FORMAT && strstr(error.text, "too early"));
+    // Another instruction set: the last bits of its own.
+    if (models_has_isa(MOE_ISA_AVX2)) {
+        CHECK(store_save(&f, s, NULL) == MOE_OK);
+        float expected[MAX_VOCAB];
+        reference(model, &o, tokens, 25, expected);
+        o.isa = MOE_ISA_SCALAR;
+        moe_session *plain = moe_session_open(model, &o, NULL);
+        double r[MAX_VOCAB];
+        CHECK(plain && store_load(&f, plain, NULL, NULL) == MOE_OK);
+        CHECK(moe_session_eval(plain, tokens + 20, 5, NULL) == MOE_OK);
+        const size_t n = row_size(plain) / sizeof(float);
+        for (size_t i = 0; i < n; i++) r[i] = (double)expected[i];
+        CHECK(models_nmse(moe_session_logits(plain, -1), r, n) < 1e-3);
+        moe_session_close(plain);
+    }
+    moe_session_close(s);
+    free(f.data);
+    moe_model_close(model);
+    moe_model_close(other);
+    moe_model_close(weights);
+    moe_model_close(types);
+}
+
+// ---- damaged files ---------------------------------------------------------------------------
+
+// A session and a file of another one, beside it what follows a token in the session.
+typedef struct victim {
+    moe_model *model;
+    moe_session *session;
+    moe_sampler *sampler;
+    int32_t tokens[80];
+    float next[MAX_VOCAB];
+    store whole, damaged;
+    int n_refused;
+} victim;
+enum { VICTIM_HOLDS = 37 };
+
+static int victim_open(victim *v, const char *config, moe_kv_type kv) {
+    moe_session_options o;
+    moe_sampler_options so;
+    memset(v, 0, sizeof *v);
+    memset(&o, 0, sizeof o);
+    memset(&so, 0, sizeof so);
+    o.n_ctx = 80, o.n_threads = 1, o.kv_type = kv;
+    so.temperature = 1, so.repeat_penalty = 1.2f;
+    v->model = open_config(config);
+    if (!v->model) return 0;
+    const int32_t n_vocab = moe_model_get_info(v->model)->n_vocab;
+    models_tokens(v->tokens, 80, 200, 41);
+    moe_session *s = open_with_past(v->model, &o, v->tokens + 20, 50, 1);
+    v->sampler = moe_sampler_open(&so, n_vocab, n_vocab, NULL);
+    for (int i = 0; i < 9; i++) moe_sampler_accept(v->sampler, v->tokens[i]);
+    CHECK(s && store_save(&v->whole, s, v->sampler) == MOE_OK);
+    moe_session_close(s);
+    v->session = open_with_past(v->model, &o, v->tokens, VICTIM_HOLDS, 1);
+    reference(v->model, &o, v->tokens, VICTIM_HOLDS + 1, v->next);
+    store_write(&v->damaged, v->whole.data, v->whole.size);
+    return v->session != NULL;
+}
+static void victim_close(victim *v) {
+    moe_session_close(v->session);
+    moe_sampler_close(v->sampler);
+    moe_model_close(v->model);
+    free(v->whole.data);
+    free(v->damaged.data);
+}
+static void victim_mend(victim *v) {
+    v->damaged.size = 0;
+    store_write(&v->damaged, v->whole.data, v->whole.size);
+}
+
+// The damaged file is refused, and the session goes on as if it had never seen it.
+static void victim_refuses(victim *v, const char *what, size_t at) {
+    moe_error error;
+    const uint64_t random = v->sampler->random;
+    const int32_t n_recent = v->sampler->n_recent;
+    clear_error(&error);
+    moe_status status = store_load(&v->damaged, v->session, v->sampler, &error);
+    CHECKF(status != MOE_OK && error.status == status && *error.text && *error.where,
+           "%s at %zu: %s", what, at, moe_status_name(status));
+    v->n_refused += status != MOE_OK;
+    CHECK(v->sampler->random == random && v->sampler->n_recent == n_recent);
+    CHECKF(moe_session_length(v->session) == VICTIM_HOLDS &&
+               moe_session_eval(v->session, v->tokens + VICTIM_HOLDS, 1, NULL) == MOE_OK &&
+               holds(v->session, v->tokens, VICTIM_HOLDS + 1, v->next),
+           "%s at %zu: the session has changed", what, at);
+    CHECK(moe_session_rewind(v->session, VICTIM_HOLDS, NULL) == MOE_OK);
+    victim_mend(v);
+}
+
+static const struct {
+    const char *config;
+    moe_kv_type kv;
+} victims[] = {{"micro", MOE_KV_F16}, {"qwen3moe_quant", MOE_KV_Q8_0}, {"qwen35moe_tiny", MOE_KV_F32},
+               {"jamba_tiny", MOE_KV_F16}, {"kimi-linear_tiny", MOE_KV_F32}};
+enum { N_VICTIMS = sizeof victims / sizeof victims[0] };
+
+TEST(damaged_files_are_refused_and_change_nothing) {
+    int n_refused = 0;
+    for (int c = 0; c < N_VICTIMS; c++) {
+        victim v;
+        size_t at[7];
+        CHECK(victim_open(&v, victims[c].config, victims[c].kv));
+        if (!v.session) continue;
+        store *f = &v.damaged;
+        const size_t size = f->size;
+        CHECK(sections_of(f, at));
+        const int n = 300;
+        for (int i = 0; i < n; i++) { // a bit, or a few bytes, anywhere
+            const uint64_t random = synth_random(7, (uint64_t)(c * n + i));
+            // a third of them in the head and at the edges of sections
+            size_t place = i % 3 ? (size_t)(random >> 8) % size : (size_t)(random >> 8) % 104;
+            if (i % 9 == 3) place = at[i % 6] + (size_t)(random >> 8) % 16;
+            f->data[place] ^= (uint8_t)(1 << random % 8);
+            for (size_t k = 1; k < 8 && i % 4 == 3 && place + k < size; k++)
+                f->data[place + k] = (uint8_t)(random >> 8 * k);
+            victim_refuses(&v, "bits", place);
+        }
+        for (int i = 0; i < n / 3; i++) { // cut short
+            const size_t place = i < 20 ? (size_t)(8 * i)
+                                        : (size_t)(synth_random(8, (uint64_t)i) % size);
+            f->size = place;
+            victim_refuses(&v, "end", place);
+        }
+        f->size = size - 1;
+        victim_refuses(&v, "end", size - 1);
+        for (int i = 0; i < n / 3; i++) { // two pieces of it change places
+            const uint64_t random = synth_random(9, (uint64_t)i);
+            const size_t length = 8 + random % 256, a = (size_t)(random >> 16) % (size - length);
+            const size_t b = (size_t)(random >> 32) % (size - length);
+            uint8_t piece[264];
+            memcpy(piece, f->data + a, length);
+            memmove(f->data + a, f->data + b, length);
+            memcpy(f->data + b, piece, length);
+            if (memcmp(f->data, v.whole.data, size)) victim_refuses(&v, "pieces", a);
+            victim_mend(&v);
+        }
+        for (int i = 0; i < 6; i++) // one section in another's place, or missing
+            for (int k = 0; k < 6; k++) {
+                const size_t length = at[i + 1] - at[i], other = at[k + 1] - at[k];
+                memcpy(f->data + at[k], v.whole.data + at[i], length < other ? length : other);
+                if (memcmp(f->data, v.whole.data, size)) victim_refuses(&v, "section", at[k]);
+                if (i == k) memmove(f->data + at[k], f->data + at[k + 1], size - at[k + 1]);
+                if (i == k) f->size = size - length;
+                if (i == k) victim_refuses(&v, "no section", at[k]);
+            }
+        n_refused += v.n_refused;
+        CHECK(store_load(f, v.session, v.sampler, NULL) == MOE_OK);
+        CHECK(holds(v.session, v.tokens + 20, 50, moe_session_logits(v.session, -1)));
+        victim_close(&v);
+    }
+    printf("  %d damaged files\n", n_refused);
+    CHECK(n_refused > 2500);
+}
+
+// Checksums can be made right by whoever makes a file: what they protect is checked all the same.
+TEST(lies_with_good_checksums_are_refused) {
+    static const uint64_t lies[] = {0, 1, 2, 15, 16, 17, 49, 51, 81, 1000, 0x7FFFFFFF, 0x80000000,
+                                    0xFFFFFFFF, 0x100000001, (uint64_t)1 << 62,
+                                    (uint64_t)1 << 63, UINT64_MAX};
+    for (int c = 0; c < N_VICTIMS; c++) {
+        victim v;
+        size_t at[7];
+        CHECK(victim_open(&v, victims[c].config, victims[c].kv));
+        if (!v.session) continue;
+        store *f = &v.damaged;
+        CHECK(sections_of(f, at));
+        for (int word = WORD_VERSION; word <= WORD_RECENT; word++)
+            for (size_t i = 0; i < sizeof lies / sizeof lies[0]; i++) {
+                const uint64_t was = word_at(f, word);
+                if (lies[i] == was || (word == WORD_NOW && lies[i] <= 1) ||
+                    (word == WORD_BEFORE && was && (lies[i] == 1 || lies[i] == 17)))
+                    continue; // as good as the truth
+                put_word(f, word, lies[i]);
+                victim_refuses(&v, "lie", (size_t)word);
+                if (word == WORD_SIZE) continue;
+                // The size agrees with it: there is not so much.
+                put_word(f, word, lies[i]);
+                put_word(f, WORD_SIZE, word_at(f, WORD_SIZE) + 8 * (lies[i] - was));
+                victim_refuses(&v, "lie and size", (size_t)word);
+            }
+        for (int i = 0; i < 4; i++) {
+            static const int32_t ids[] = {-1, 512, INT32_MAX, INT32_MIN};
+            memcpy(f->data + at[0] + 8 + 4 * 13, &ids[i], 4);
+            seal(f, at[0], at[1]);
+            victim_refuses(&v, "token", at[0]);
+        }
+        f->data[at[1] - 9] = 2; // the last token's form
+        seal(f, at[0], at[1]);
+        victim_refuses(&v, "form", at[0]);
+        for (uint64_t i = 0; i < word_at(f, WORD_SAVED); i++)
+            for (int32_t k = 0; k < 6; k++) {
+                const int32_t places[] = {0, -16, 7, 64, INT32_MAX, INT32_MIN};
+                memcpy(f->data + at[0] + 8 + 4 * (50 + i), &places[k], 4);
+                seal(f, at[0], at[1]);
+                victim_refuses(&v, "checkpoint", (size_t)i);
+            }
+        // Numbers that are none are only numbers: the session computes with them and goes on.
+        for (int round = 0; round < 4; round++) {
+            for (int i = 1; i < 6; i++) {
+                for (size_t k = at[i] + 8; k < at[i + 1] - 8; k++)
+                    f->data[k] = round ? (uint8_t)synth_random((uint64_t)round, k) : 0xFF;
+                seal(f, at[i], at[i + 1]);
+            }
+            CHECK(store_load(f, v.session, v.sampler, NULL) == MOE_OK);
+            moe_sampler_sample(v.sampler, moe_session_logits(v.session, -1));
+            CHECK(moe_session_eval(v.session, v.tokens, 20, NULL) == MOE_OK);
+            CHECK(moe_session_rewind(v.session, 30, NULL) == MOE_OK);
+            CHECK(moe_session_eval(v.session, v.tokens, 1, NULL) == MOE_OK);
+            victim_mend(&v);
+        }
+        // And is mended by a good file.
+        CHECK(store_load(f, v.session, v.sampler, NULL) == MOE_OK);
+        CHECK(moe_session_sync(v.session, v.tokens, VICTIM_HOLDS + 1, NULL, NULL) == MOE_OK);
+        CHECK(holds(v.session, v.tokens, VICTIM_HOLDS + 1, v.next));
+        victim_close(&v);
+    }
+}
+
+TEST(reading_and_writing_may_fail_at_every_call) {
+    victim v;
+    moe_error error;
+    CHECK(victim_open(&v, "lfm2moe_tiny", MOE_KV_F16));
+    if (!v.session) return;
+    store *f = &v.damaged;
+    float had[MAX_VOCAB];
+    memcpy(had, moe_session_logits(v.session, -1), row_size(v.session));
+    for (int lost = 0; lost < 2; lost++) {
+        f->piece = 1000;
+        f->is_lost = lost;
+        int going = 1;
+        for (f->fail_at = 1; going && f->fail_at < 10000; f->fail_at++) {
+            clear_error(&error);
+            const moe_status status = store_load(f, v.session, v.sampler, &error);
+            going = f->calls >= f->fail_at;
+            if (!going) break;
+            CHECK(status == (lost ? MOE_ERROR_IO : MOE_ERROR_FORMAT) && *error.text);
+            CHECK(holds(v.session, v.tokens, VICTIM_HOLDS, had));
+        }
+        CHECKF(f->fail_at > 20 && !going, "%ld", f->fail_at);
+        f->fail_at = 0;
+        CHECK(moe_session_sync(v.session, v.tokens, VICTIM_HOLDS, NULL, NULL) == MOE_OK);
+    }
+    // A read that gives more than there is room for is a failure, and is not believed.
+    f->fail_at = 2, f->is_lost = 1;
+    CHECK(store_load(f, v.session, NULL, NULL) == MOE_ERROR_IO);
+    f->fail_at = 0;
+    CHECK(moe_session_eval(v.session, v.tokens + VICTIM_HOLDS, 1, NULL) == MOE_OK);
+    CHECK(holds(v.session, v.tokens, VICTIM_HOLDS + 1, v.next));
+    store g;
+    memset(&g, 0, sizeof g);
+    int going = 1;
+    for (g.fail_at = 1; going && g.fail_at < 10000; g.fail_at++) {
+        g.size = 0, g.calls = 0;
+        clear_error(&error);
+        const moe_status status =
+            moe_session_save_to(v.session, v.sampler, store_write, &g, &error);
+        going = g.calls >= g.fail_at;
+        CHECK(status == (going ? MOE_ERROR_IO : MOE_OK));
+        CHECK(!going || (g.calls == g.fail_at && *error.text)); // it is not called again
+    }
+    CHECKF(g.fail_at > 20 && !going, "%ld", g.fail_at);
+    CHECK(holds(v.session, v.tokens, VICTIM_HOLDS + 1, v.next));
+    free(g.data);
+    victim_close(&v);
+}
+
+// The same without memory; saving takes none.
+TEST(loading_may_run_out_of_memory_and_saving_takes_none) {
+    meter m;
+    synth_options so;
+    moe_model_options mo;
+    moe_session_options o;
+    moe_error error;
+    int32_t tokens[40];
+    float expected[MAX_VOCAB];
+    store f;
+    memset(&m, 0, sizeof m);
+    memset(&so, 0, sizeof so);
+    memset(&mo, 0, sizeof mo);
+    memset(&o, 0, sizeof o);
+    memset(&f, 0, sizeof f);
+    so.no_tokenizer = 1;
+    mo.allocator = meter_allocator(&m);
+    o.n_ctx = 60;
+    models_tokens(tokens, 40, 200, 2);
+    moe_model *model = moe_model_open(models_write("jamba_tiny", &so), &mo, NULL);
+    CHECK(model != NULL);
+    if (!model) return;
+    reference(model, &o, tokens, 40, expected);
+    moe_session *s = open_with_past(model, &o, tokens, 40, 1);
+    moe_session *t = open_with_past(model, &o, tokens + 4, 30, 0);
+    CHECK(s && t);
+    const size_t live = m.live;
+    long calls = m.calls;
+    CHECK(store_save(&f, t, NULL) == MOE_OK);
+    CHECK(moe_session_save(t, models_path("metered"), NULL) == MOE_OK);
+    CHECK(m.calls == calls);
+    int failed = 1;
+    for (long at = 1; failed && at < 100; at++) {
+        m.calls = 0;
+        m.fail_at = at;
+        clear_error(&error);
+        const moe_status status = at % 2 ? store_load(&f, s, NULL, &error)
+                                         : moe_session_load(s, models_path("metered"), &error);
+        failed = m.calls >= at;
+        CHECK(status == (failed ? MOE_ERROR_MEMORY : MOE_OK));
+        CHECK(!failed || (*error.text && holds(s, tokens, 40, expected)));
+        CHECKF(m.live == live, "%zu bytes left", m.live - live);
+    }
+    CHECK(!failed && m.calls == 1);
+    // No more than the file says, however much that may be.
+    m.fail_at = 0;
+    m.largest = 0;
+    CHECK(store_load(&f, s, NULL, NULL) == MOE_OK && m.largest < f.size + 128);
+    put_word(&f, WORD_LENGTH, 61);
+    m.largest = 0;
+    CHECK(store_load(&f, s, NULL, NULL) == MOE_ERROR_CONTEXT_FULL && m.largest == 0);
+    moe_session_close(s);
+    moe_session_close(t);
+    moe_model_close(model);
+    CHECK(m.live == 0);
+    free(f.data);
+}
+
+// ---- paths -----------------------------------------------------------------------------------
+
+static size_t file_bytes(const char *path, uint8_t *bytes, size_t capacity) {
+    FILE *file = fopen(path, "rb");
+    const size_t n = file ? fread(bytes, 1, capacity, file) : 0;
+    if (file) fclose(file);
+    return n;
+}
+static void file_put(const char *path, const char *text) {
+    FILE *file = fopen(path, "wb");
+    CHECK(file && fputs(text, file) >= 0 && fclose(file) == 0);
+}
+static int drafts(void) { // files of ours that were left
+    char command[160];
+    snprintf(command, sizeof command, "test -z \"$(ls -a %s | grep '[.]tmp$')\"", models_folder);
+    return system(command) != 0;
+}
+
+TEST(a_file_is_replaced_when_the_new_one_is_whole) {
+    enum { CAPACITY = 1 << 20 };
+    moe_model *model = open_config("micro");
+    moe_session_options o;
+    moe_error error;
+    struct stat status;
+    int32_t tokens[30];
+    uint8_t *bytes = (uint8_t *)malloc(CAPACITY);
+    store f;
+    memset(&o, 0, sizeof o);
+    memset(&f, 0, sizeof f);
+    o.n_ctx = 30;
+    models_tokens(tokens, 30, 200, 2);
+    CHECK(model && bytes);
+    if (!model || !bytes) return;
+    moe_session *s = open_with_past(model, &o, tokens, 20, 1), *t = moe_session_open(model, &o, NULL);
+    CHECK(s && t && store_save(&f, s, NULL) == MOE_OK);
+    const char *path = models_path("saved"), *link = models_path("link"), *link2 =
+        models_path("link2"), *fifo = models_path("fifo");
+    CHECK(moe_session_save(s, path, NULL) == MOE_OK);
+    CHECK(file_bytes(path, bytes, CAPACITY) == f.size && !memcmp(bytes, f.data, f.size));
+    CHECK(moe_session_load(t, path, NULL) == MOE_OK);
+    CHECK(holds(t, tokens, 20, moe_session_logits(s, -1)));
+    // What was there goes; its permissions stay.
+    file_put(path, "old");
+    CHECK(chmod(path, 0640) == 0);
+    CHECK(moe_session_save(s, path, NULL) == MOE_OK && stat(path, &status) == 0);
+    CHECK((status.st_mode & 0777) == 0640 && (size_t)status.st_size == f.size);
+    // A link stays one, also one to another link, and one to a file that is not there yet.
+    CHECK(symlink("saved", link) == 0 && symlink("link", link2) == 0);
+    file_put(path, "old");
+    CHECK(moe_session_save(s, link2, NULL) == MOE_OK);
+    CHECK(file_bytes(path, bytes, CAPACITY) == f.size && lstat(link2, &status) == 0);
+    CHECK(S_ISLNK(status.st_mode) && lstat(link, &status) == 0 && S_ISLNK(status.st_mode));
+    remove(path);
+    CHECK(moe_session_save(s, link, NULL) == MOE_OK);
+    CHECK(file_bytes(path, bytes, CAPACITY) == f.size && moe_session_load(t, link2, NULL) == MOE_OK);
+    // A pipe is written as it comes, and read.
+    CHECK(mkfifo(fifo, 0600) == 0);
+    const int both = open(fifo, O_RDWR | O_NONBLOCK);
+    CHECK(both >= 0 && moe_session_rewind(t, 0, NULL) == MOE_OK);
+    CHECK(moe_session_save(t, fifo, NULL) == MOE_OK && lstat(fifo, &status) == 0);
+    CHECK(S_ISFIFO(status.st_mode));
+    close(both);
+    // Errors: with the reason, and nothing is left behind.
+    static const struct {
+        const char *path, *text;
+    } wrong[] = {{"build/no/such/folder", "there is no such file"}, {"", "no such file"},
+                 {"build/", "it is a directory"}, {"build", "it is a directory"},
+                 {"Makefile/x", "a folder in the path is none"},
+                 {"/dev/full", "no space is left"}};
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        clear_error(&error);
+        CHECKF(moe_session_save(s, wrong[i].path, &error) == MOE_ERROR_IO, "%s", wrong[i].path);
+        CHECKF(error.status == MOE_ERROR_IO && strstr(error.text, wrong[i].text), "%s: %s",
+               wrong[i].path, error.text);
+        if (i == 5) continue; // can be read, and never ends
+        clear_error(&error);
+        CHECK(moe_session_load(t, wrong[i].path, &error) == MOE_ERROR_IO && *error.text);
+    }
+    CHECK(moe_session_save(s, "/dev/null", NULL) == MOE_OK);
+    CHECK(moe_session_load(t, "/dev/null", &error) == MOE_ERROR_FORMAT);
+    CHECK(moe_session_load(t, "/dev/zero", &error) == MOE_ERROR_FORMAT);
+    CHECK(moe_session_load(t, "Makefile", &error) == MOE_ERROR_FORMAT);
+    CHECK(!strcmp(error.where, "Makefile") && strstr(error.text, "no saved session"));
+    // No room for all of it: what was there stays.
+    struct rlimit limit, small;
+    CHECK(getrlimit(RLIMIT_FSIZE, &limit) == 0);
+    small = limit;
+    small.rlim_cur = f.size / 2;
+    file_put(path, "old");
+    signal(SIGXFSZ, SIG_IGN);
+    CHECK(setrlimit(RLIMIT_FSIZE, &small) == 0);
+    CHECK(moe_session_save(s, path, &error) == MOE_ERROR_IO && strstr(error.text, "too large"));
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    CHECK(file_bytes(path, bytes, CAPACITY) == 3 && !memcmp(bytes, "old", 3));
+    CHECK(!drafts());
+    // A byte behind the end is one too many.
+    FILE *file = fopen(path, "wb");
+    CHECK(file && fwrite(f.data, 1, f.size, file) == f.size && fputc(0, file) == 0);
+    CHECK(file && fclose(file) == 0);
+    CHECK(moe_session_load(t, path, &error) == MOE_ERROR_FORMAT && strstr(error.text, "behind"));
+    CHECK(moe_session_length(t) == 0);
+    moe_session_close(s);
+    moe_session_close(t);
+    free(f.data);
+    free(bytes);
+    moe_model_close(model);
+}
+
+// Not in the middle of an eval of the session; of another one it may be.
+typedef struct saver {
+    moe_session *session, *other;
+    store *file;
+    int wrong;
+} saver;
+static int saver_ask(void *user) {
+    saver *v = (saver *)user;
+    v->wrong += store_save(v->file, v->session, NULL) != MOE_ERROR_ARGUMENT;
+    v->wrong += moe_session_save(v->session, "build/never", NULL) != MOE_ERROR_ARGUMENT;
+    v->wrong += store_save(v->file, v->other, NULL) != MOE_OK;
+    v->wrong += store_load(v->file, v->session, NULL, NULL) != MOE_ERROR_ARGUMENT;
+    v->wrong += store_load(v->file, v->other, NULL, NULL) != MOE_OK;
+    return 0;
+}
+TEST(a_callback_saves_and_loads_only_other_sessions) {
+    moe_model *model = open_config("micro");
+    moe_session_options o;
+    int32_t tokens[10];
+    float expected[MAX_VOCAB];
+    struct stat status;
+    store f;
+    saver v;
+    memset(&o, 0, sizeof o);
+    memset(&f, 0, sizeof f);
+    memset(&v, 0, sizeof v);
+    o.n_ctx = 30;
+    models_tokens(tokens, 10, 200, 2);
+    CHECK(model != NULL);
+    if (!model) return;
+    reference(model, &o, tokens, 10, expected);
+    v.file = &f;
+    v.other = open_with_past(model, &o, tokens, 10, 0);
+    o.should_stop = saver_ask;
+    o.should_stop_user = &v;
+    v.session = moe_session_open(model, &o, NULL);
+    CHECK(v.session && moe_session_eval(v.session, tokens, 10, NULL) == MOE_OK && !v.wrong);
+    CHECK(holds(v.session, tokens, 10, expected) && holds(v.other, tokens, 10, expected));
+    CHECK(stat("build/never", &status) != 0);
+    moe_session_close(v.session);
+    moe_session_close(v.other);
+    free(f.data);
+    moe_model_close(model);
+}
+
+TEST(saving_and_loading_need_their_arguments) {
+    moe_model *model = open_config("micro");
+    moe_session *s = model ? moe_session_open(model, NULL, NULL) : NULL;
+    moe_error error;
+    store f;
+    memset(&f, 0, sizeof f);
+    CHECK(s != NULL);
+    clear_error(&error);
+    CHECK(moe_session_save(NULL, "build/never", &error) == MOE_ERROR_ARGUMENT && *error.text);
+    CHECK(moe_session_save(s, NULL, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_load(NULL, "build/never", NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_load(s, NULL, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_save_with(NULL, NULL, NULL, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_load_with(NULL, NULL, NULL, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_save_to(NULL, NULL, store_write, &f, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_save_to(s, NULL, NULL, NULL, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_load_from(NULL, NULL, store_read, &f, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_load_from(s, NULL, NULL, NULL, NULL) == MOE_ERROR_ARGUMENT);
+    CHECK(moe_session_load(s, "build/never", &error) == MOE_ERROR_IO);
+    CHECK(strstr(error.text, "there is no such file") && !strcmp(error.where, "build/never"));
+    free(f.data);
+    moe_session_close(s);
+    moe_model_close(model);
+}
+
+// Pieces of any size have one checksum, and any change shows.
+TEST(a_checksum_does_not_depend_on_the_pieces) {
+    uint8_t bytes[200];
+    for (int i = 0; i < 200; i++) bytes[i] = (uint8_t)synth_random(1, (uint64_t)i);
+    uint64_t sums[200];
+    for (size_t n = 0; n < 200; n++) {
+        for (size_t cut = 0; cut <= n; cut++) {
+            moe__checksum sum;
+            memset(&sum, 0, sizeof sum);
+            moe__checksum_add(&sum, bytes, cut / 2);
+            moe__checksum_add(&sum, bytes + cut / 2, cut - cut / 2);
+            moe__checksum_add(&sum, bytes + cut, n - cut);
+            const uint64_t value = moe__checksum_end(&sum);
+            if (cut == 0) sums[n] = value;
+            CHECK(value == sums[n]);
+        }
+        for (size_t k = 0; k < n; k++) CHECK(sums[k] != sums[n]);
+    }
 }
 
 MAIN()

@@ -15468,6 +15468,8 @@ struct moe_model {
     moe__paging paging;          // of the gguf's pages, if this model looks after them
 };
 
+enum { MOE__MATRIX = 2 };
+
 // State while loading. After the first error everything else is skipped: every function below
 // returns at once if the status is not OK, so that callers read as a list of what is bound, and
 // check the status only where they use what was read.
@@ -15476,7 +15478,8 @@ typedef struct moe__loader {
     const moe_gguf *gguf;
     moe_error *error;
     moe_status status;
-    uint8_t *used; // per tensor of the file: somebody has asked for it
+    uint8_t *used; // per tensor of the file: somebody has asked for it, or has bound it as a
+                   // matrix (MOE__MATRIX)
 } moe__loader;
 
 // Zeroed memory that lives as long as the model; NULL after an error. Allocations are a list
@@ -15605,7 +15608,7 @@ MOE__PRIVATE const moe_gguf_tensor *moe__load_tensor(moe__loader *loader, int la
     else
         snprintf(name, sizeof name, "%s%s%s", base, dot, suffix);
     const int64_t i = moe__gguf_names_find(loader->gguf->names, loader->gguf->n_tensors, name);
-    if (i >= 0) loader->used[i] = 1;
+    if (i >= 0) loader->used[i] |= 1;
     if (i < 0 && required)
         moe__load_fail(loader, MOE_ERROR_FORMAT, name, "tensor %s is missing", name);
     return moe_gguf_tensor_at(loader->gguf, i);
@@ -15731,6 +15734,8 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
                        tensor->name, type->name, (int)type->rows);
         return 0;
     }
+    const moe_gguf *gguf = loader->gguf;
+    loader->used[moe__gguf_names_find(gguf->names, gguf->n_tensors, tensor->name)] |= MOE__MATRIX;
     matrix->data = (const uint8_t *)tensor->data;
     matrix->type = type;
     matrix->index = (int)(type - moe__types);
@@ -16463,8 +16468,7 @@ MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name)
         if (!s->other) return 1;
         snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
         const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
-        if (at >= 0 && loader->used[at] &&
-            (strcmp(s->suffix, ".scale") || moe_gguf_tensor_at(gguf, at)->n_dims > 1))
+        if (at >= 0 && loader->used[at] >= (strcmp(s->suffix, ".scale") ? 1 : MOE__MATRIX))
             return 1;
     }
     return 0;
@@ -18182,6 +18186,7 @@ typedef struct moe__linear_work {
     float *in;            // [row][width]
     float *f, *g;         // [row][rank], then [row][n_head * d_k], [row][n_head * d_v]: KDA
     float *q, *k;         // [row][n_key_head * d_k]
+    float *own_q, *own_k; // of one row, of a thread
     float *v;             // [row][n_head * d_v]
     float *x;             // the same, Mamba-2: what values were before they were multiplied
     float *decay, *beta;  // [row][n_head * n_decay], [row][n_head]
@@ -18212,6 +18217,8 @@ MOE__PRIVATE void moe__linear_take(const moe__layer *layer, moe__memory *memory,
         moe__acts_take(&memory->in[MOE__IN_GATE], common, n, r->rank,
                        memory->session->model->kinds[MOE__IN_GATE] | MOE__ACTS_FLOATS);
     }
+    w->own_q = moe__take_floats(own, r->n_key_head, r->d_k);
+    w->own_k = moe__take_floats(own, r->n_key_head, r->d_k);
     w->keys = moe__take_floats(own, r->d_k, MOE__CHUNK);
     w->weights = moe__take_floats(own, 1, MOE__CHUNK);
     w->total = moe__take_floats(own, 1, r->n_decay);
@@ -18292,9 +18299,11 @@ MOE__PRIVATE void moe__recur_unit(const moe__eval *e, float *x, int64_t n, float
 
 // What the kinds differ in.
 typedef struct moe__linear {
-    // Of row t: queries, keys, values, decays and betas of a head; of key heads only q and k.
-    void (*prepare)(const moe__eval *e, const moe__layer *layer, const moe__linear_work *w,
-                    const moe__span *span, const float *kept, int64_t t, int64_t head);
+    // Of row t: query and key of a key head; value, decay and beta of a head.
+    void (*keys)(const moe__eval *e, const moe__layer *layer, const moe__linear_work *w,
+                 const moe__span *span, const float *kept, int64_t t, int64_t head);
+    void (*values)(const moe__eval *e, const moe__layer *layer, const moe__linear_work *w,
+                   const moe__span *span, const float *kept, int64_t t, int64_t head);
     int corrects; // beta and the delta rule
     int gate_first; // silu(gate) out, then the norm; else the norm, then
     int gate_silu;  // silu(gate), or the sigmoid
@@ -18307,43 +18316,50 @@ MOE__INLINE int64_t moe__recur_key_head(const moe__layer *layer, int64_t head) {
 
 // Gated delta net (Yang et al., 2024), KDA (Kimi Linear report, 2025): blocks of the convolution
 // are heads of q, of k and of v. Decays are one per head, or one per row of its state.
-MOE__PRIVATE void moe__delta_prepare(const moe__eval *e, const moe__layer *layer,
-                                     const moe__linear_work *w, const moe__span *span,
-                                     const float *kept, int64_t t, int64_t head) {
+MOE__PRIVATE void moe__delta_keys(const moe__eval *e, const moe__layer *layer,
+                                  const moe__linear_work *w, const moe__span *span,
+                                  const float *kept, int64_t t, int64_t head) {
     const moe__recurrent *r = &layer->recurrent;
-    const int64_t n_keys = r->n_key_head, d = r->d_k;
-    const float *in = w->in + t * r->width;
+    const int64_t n_keys = r->n_key_head, d = r->d_k, at = (t * n_keys + head) * d;
     const float root = 1 / sqrtf((float)d);
-    if (head < n_keys) {
-        float *q = w->q + (t * n_keys + head) * d, *k = w->k + (t * n_keys + head) * d;
-        moe__recur_conv(e, r, span, w->in, kept, t, head, 1, q);
-        moe__recur_conv(e, r, span, w->in, kept, t, n_keys + head, 1, k);
-        moe__recur_unit(e, q, d, root * root);
-        moe__recur_unit(e, k, d, root);
-    }
-    moe__recur_conv(e, r, span, w->in, kept, t, 2 * n_keys + head, 1,
-                    w->v + (t * r->n_head + head) * r->d_v);
-    w->beta[t * r->n_head + head] = 1 / (1 + expf(-in[r->b_at[head]]));
-    e->kernels->decay(w->f ? w->f + (t * r->n_head + head) * d : in + r->a_at[head],
+    moe__recur_conv(e, r, span, w->in, kept, t, head, 1, w->q + at);
+    moe__recur_conv(e, r, span, w->in, kept, t, n_keys + head, 1, w->k + at);
+    moe__recur_unit(e, w->q + at, d, root * root);
+    moe__recur_unit(e, w->k + at, d, root);
+}
+MOE__PRIVATE void moe__delta_values(const moe__eval *e, const moe__layer *layer,
+                                    const moe__linear_work *w, const moe__span *span,
+                                    const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const float *in = w->in + t * r->width;
+    const int64_t row = t * r->n_head + head;
+    moe__recur_conv(e, r, span, w->in, kept, t, 2 * r->n_key_head + head, 1, w->v + row * r->d_v);
+    w->beta[row] = 1 / (1 + expf(-in[r->b_at[head]]));
+    e->kernels->decay(w->f ? w->f + row * r->d_k : in + r->a_at[head],
                       r->dt_bias + head * r->n_decay, r->n_decay, r->a[head], r->low,
-                      w->decay + (t * r->n_head + head) * r->n_decay);
+                      w->decay + row * r->n_decay);
 }
 
 // Mamba-2 (Dao and Gu, 2024): values are x times the step, keys and queries are B and C of the
 // head's group. x itself is kept, to be added to the result.
-MOE__PRIVATE void moe__mamba2_prepare(const moe__eval *e, const moe__layer *layer,
-                                      const moe__linear_work *w, const moe__span *span,
-                                      const float *kept, int64_t t, int64_t head) {
+MOE__PRIVATE void moe__mamba2_keys(const moe__eval *e, const moe__layer *layer,
+                                   const moe__linear_work *w, const moe__span *span,
+                                   const float *kept, int64_t t, int64_t head) {
     const moe__recurrent *r = &layer->recurrent;
     const int64_t per_v = r->d_v / r->block, per_k = r->d_k / r->block;
     const int64_t first_k = r->n_head * per_v, first_q = first_k + r->n_key_head * per_k;
-    const int64_t row = t * r->n_head + head;
-    float *x = w->x + row * r->d_v, step;
-    for (int64_t b = 0; b < per_k && head < r->n_key_head; b++) {
+    for (int64_t b = 0; b < per_k; b++) {
         const int64_t at = (t * r->n_key_head + head) * r->d_k + b * r->block;
         moe__recur_conv(e, r, span, w->in, kept, t, first_k + head * per_k + b, 1, w->k + at);
         moe__recur_conv(e, r, span, w->in, kept, t, first_q + head * per_k + b, 1, w->q + at);
     }
+}
+MOE__PRIVATE void moe__mamba2_values(const moe__eval *e, const moe__layer *layer,
+                                     const moe__linear_work *w, const moe__span *span,
+                                     const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t per_v = r->d_v / r->block, row = t * r->n_head + head;
+    float *x = w->x + row * r->d_v, step;
     for (int64_t b = 0; b < per_v; b++)
         moe__recur_conv(e, r, span, w->in, kept, t, head * per_v + b, 1, x + b * r->block);
     e->kernels->softplus(w->in + t * r->width + r->a_at[head], r->dt_bias + head, 1, &step);
@@ -18352,22 +18368,28 @@ MOE__PRIVATE void moe__mamba2_prepare(const moe__eval *e, const moe__layer *laye
 }
 
 // Lightning attention (Qin et al., 2024; MiniMax-01 report): a decay per head for all tokens.
-MOE__PRIVATE void moe__lightning_prepare(const moe__eval *e, const moe__layer *layer,
-                                         const moe__linear_work *w, const moe__span *span,
-                                         const float *kept, int64_t t, int64_t head) {
+MOE__PRIVATE void moe__lightning_keys(const moe__eval *e, const moe__layer *layer,
+                                      const moe__linear_work *w, const moe__span *span,
+                                      const float *kept, int64_t t, int64_t head) {
     const moe__recurrent *r = &layer->recurrent;
-    const int64_t n = r->n_head, at = (t * n + head) * r->d_k;
+    const int64_t at = (t * r->n_head + head) * r->d_k;
     moe__recur_conv(e, r, span, w->in, kept, t, head, 1, w->q + at);
-    moe__recur_conv(e, r, span, w->in, kept, t, n + head, 1, w->k + at);
-    moe__recur_conv(e, r, span, w->in, kept, t, 2 * n + head, 1, w->v + at);
-    w->decay[t * n + head] = r->a[head];
+    moe__recur_conv(e, r, span, w->in, kept, t, r->n_head + head, 1, w->k + at);
+}
+MOE__PRIVATE void moe__lightning_values(const moe__eval *e, const moe__layer *layer,
+                                        const moe__linear_work *w, const moe__span *span,
+                                        const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t row = t * r->n_head + head;
+    moe__recur_conv(e, r, span, w->in, kept, t, 2 * r->n_head + head, 1, w->v + row * r->d_v);
+    w->decay[row] = r->a[head];
 }
 
 MOE__PRIVATE const moe__linear *moe__linear_of(const moe__layer *layer) {
-    static const moe__linear delta = {moe__delta_prepare, 1, 0, 1};
-    static const moe__linear kda = {moe__delta_prepare, 1, 0, 0};
-    static const moe__linear mamba2 = {moe__mamba2_prepare, 0, 1, 1};
-    static const moe__linear lightning = {moe__lightning_prepare, 0, 0, 0};
+    static const moe__linear delta = {moe__delta_keys, moe__delta_values, 1, 0, 1};
+    static const moe__linear kda = {moe__delta_keys, moe__delta_values, 1, 0, 0};
+    static const moe__linear mamba2 = {moe__mamba2_keys, moe__mamba2_values, 0, 1, 1};
+    static const moe__linear lightning = {moe__lightning_keys, moe__lightning_values, 0, 0, 0};
     return layer->mixer == MOE__DELTA    ? &delta
            : layer->mixer == MOE__KDA    ? &kda
            : layer->mixer == MOE__MAMBA2 ? &mamba2
@@ -18453,26 +18475,41 @@ MOE__PRIVATE void moe__linear_walk_all(const moe__eval *e, const moe__layer *lay
                                      moe__min(columns, r->d_v - c));
 }
 
-// What the slots keep of key head `head` and head `head`.
+// What the slots keep of a head: its decays, and its keys if it is the first that has these.
 MOE__PRIVATE void moe__linear_keep(const moe__layer *layer, const moe__linear_work *w,
-                                   const moe__span *span, const moe__slot_parts slots[2],
-                                   int64_t head) {
+                                   const moe__span *span, int il, int64_t head) {
     const moe__recurrent *r = &layer->recurrent;
+    const int64_t key_head = moe__recur_key_head(layer, head);
+    const int64_t first = r->grouped ? key_head * (r->n_head / r->n_key_head) : key_head;
     moe__slot slot;
     int32_t begin, end;
     for (int part = 0; part < 2; part++) {
         if (!moe__recur_part(span, part, &slot, &begin, &end)) continue;
+        const moe__slot_parts parts =
+            moe__linear_slot(layer, span->sequence->caches[il].state[slot.slot]);
         for (int32_t p = begin; p < end; p++) {
             const int64_t t = span->first_row + p - span->past, j = p - slot.at;
-            const float *k = w->k + (t * r->n_key_head + head) * r->d_k;
-            float *keys = slots[slot.slot].keys + head * r->d_k * MOE__CHUNK + j;
-            for (int64_t i = 0; i < r->d_k && head < r->n_key_head; i++)
-                keys[i * MOE__CHUNK] = k[i];
-            memcpy(slots[slot.slot].decays + (j * r->n_head + head) * r->n_decay,
+            const float *k = w->k + (t * r->n_key_head + key_head) * r->d_k;
+            float *keys = parts.keys + key_head * r->d_k * MOE__CHUNK + j;
+            for (int64_t i = 0; i < r->d_k && head == first; i++) keys[i * MOE__CHUNK] = k[i];
+            memcpy(parts.decays + (j * r->n_head + head) * r->n_decay,
                    w->decay + (t * r->n_head + head) * r->n_decay,
                    (size_t)r->n_decay * sizeof(float));
         }
     }
+}
+
+// And of the convolution's inputs, this thread's part.
+MOE__PRIVATE void moe__linear_keep_inputs(const moe__eval *e, const moe__layer *layer,
+                                          const moe__linear_work *w, const moe__span *span,
+                                          int il) {
+    const moe__recurrent *r = &layer->recurrent;
+    float *const *state = span->sequence->caches[il].state;
+    float *const kept[2] = {moe__linear_slot(layer, state[0]).conv,
+                            moe__linear_slot(layer, state[1]).conv};
+    int64_t begin, end;
+    moe__eval_range(e, r->n_conv / r->block, 1, &begin, &end);
+    for (int64_t b = begin; b < end; b++) moe__recur_keep(r, span, w->in, kept, b);
 }
 
 // Heads that are normed together, of row t: norms and gates into the mixer's result.
@@ -18533,6 +18570,42 @@ MOE__PRIVATE void moe__linear_low_rank(moe__eval *e, const moe__layer *layer,
     moe__eval_barrier(e);
 }
 
+// What slots keep of the convolution's inputs before the rows of a span
+MOE__INLINE const float *moe__linear_kept(const moe__layer *layer, const moe__span *span, int il) {
+    return moe__linear_slot(layer, span->sequence->caches[il].state[span->from.slot]).conv;
+}
+
+// One row, of which each thread takes whole heads from the products to the gates: queries and keys
+// go to memory of its own, since several heads may share them, and what the slots keep is written
+// behind the barrier, when nobody reads them any more.
+MOE__PRIVATE void moe__linear_one(moe__eval *e, const moe__layer *layer, int il,
+                                  const moe__linear_work *w) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__linear *kind = moe__linear_of(layer);
+    const moe__span *span = e->work->spans;
+    const float *kept = moe__linear_kept(layer, span, il);
+    const int64_t each = r->n_head / r->n_group;
+    moe__linear_work own = *w;
+    own.q = w->own_q, own.k = w->own_k;
+    for (int64_t group = 0; group < r->n_group; group++) {
+        int64_t made = -1;
+        if (!moe__items_turn(e, group)) continue;
+        for (int64_t head = group * each; head < (group + 1) * each; head++) {
+            const int64_t key_head = moe__recur_key_head(layer, head);
+            if (key_head != made) kind->keys(e, layer, &own, span, kept, 0, key_head);
+            made = key_head;
+            kind->values(e, layer, &own, span, kept, 0, head);
+            moe__linear_walk(e, layer, il, &own, span, head, 0, r->d_v);
+        }
+        moe__linear_finish(e, layer, &own, 0, group);
+    }
+    moe__eval_barrier(e);
+    for (int64_t head = 0; head < r->n_head; head++)
+        if (moe__items_turn(e, head / each)) moe__linear_keep(layer, &own, span, il, head);
+    moe__linear_keep_inputs(e, layer, w, span, il);
+}
+
+// The lines of mixers that recur on the first page of >>session.
 MOE__PRIVATE void moe__linear_forward(moe__eval *e, const moe__layer *layer, int il) {
     const moe__recurrent *r = &layer->recurrent;
     const moe__linear *kind = moe__linear_of(layer);
@@ -18543,28 +18616,26 @@ MOE__PRIVATE void moe__linear_forward(moe__eval *e, const moe__layer *layer, int
     moe__recur_project(e, layer, w.in);
     moe__eval_fetch(e, &layer->o);
     if (r->rank) moe__linear_low_rank(e, layer, &w);
+    if (e->n == 1 && (r->n_group >= 4 * e->n_threads || r->n_group % e->n_threads == 0)) {
+        moe__linear_one(e, layer, il, &w);
+        return;
+    }
     moe__eval_range(e, e->n * r->n_head, 1, &begin, &end);
     for (int64_t i = begin; i < end; i++) {
-        const moe__span *span = moe__eval_span(e, i / r->n_head);
-        const moe__cache *cache = &span->sequence->caches[il];
-        kind->prepare(e, layer, &w, span,
-                      moe__linear_slot(layer, cache->state[span->from.slot]).conv, i / r->n_head,
-                      i % r->n_head);
+        const int64_t t = i / r->n_head, head = i % r->n_head;
+        const moe__span *span = moe__eval_span(e, t);
+        const float *kept = moe__linear_kept(layer, span, il);
+        if (head < r->n_key_head) kind->keys(e, layer, &w, span, kept, t, head);
+        kind->values(e, layer, &w, span, kept, t, head);
     }
     moe__eval_barrier(e);
     moe__linear_walk_all(e, layer, il, &w);
     moe__eval_barrier(e);
+    moe__eval_range(e, r->n_head, 1, &begin, &end);
     for (int32_t s = 0; s < e->work->n_spans; s++) {
         const moe__span *span = &e->work->spans[s];
-        float *const *state = span->sequence->caches[il].state;
-        const moe__slot_parts slots[2] = {moe__linear_slot(layer, state[0]),
-                                          moe__linear_slot(layer, state[1])};
-        float *const kept[2] = {slots[0].conv, slots[1].conv};
-        moe__eval_range(e, r->n_conv / r->block, 1, &begin, &end);
-        for (int64_t b = begin; b < end; b++) moe__recur_keep(r, span, w.in, kept, b);
-        moe__eval_range(e, r->n_head, 1, &begin, &end);
-        for (int64_t head = begin; head < end; head++)
-            moe__linear_keep(layer, &w, span, slots, head);
+        moe__linear_keep_inputs(e, layer, &w, span, il);
+        for (int64_t head = begin; head < end; head++) moe__linear_keep(layer, &w, span, il, head);
     }
     moe__eval_range(e, e->n * r->n_group, 1, &begin, &end);
     for (int64_t i = begin; i < end; i++)
@@ -19583,12 +19654,14 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 //
 //     products of h                       attn_qkv, attn_gate, ssm_in, ...         |
 //     (second halves of low-rank ones     ssm_f_b, ssm_g_b, of kda                 :|)
-//     q, k, v, decay d, beta of u                                                  |
+//     q, k, v, decay d, beta of u                                                  :
 //     S = d S + k x beta (v - (d S)^T k)  delta: d one number; kda: one per row
 //     S = d S + k x v                     mamba2: k, q = B, C; v = step x; lightning
-//     m_i = S^T q                                                                  |
+//     m_i = S^T q                                                                  :
 //     m = N(m) silu(z)                    delta; sigma(z): kda, lightning;
 //         N((m + D x) silu(z))            mamba2                                   |
+//
+// (":" also of one row if heads are too few for the threads: then columns of S are shared.)
 //
 // mamba1 has a decay for each value of S and norms and products of its own in between (2 barriers
 // more, and 2 if the batch has many rows); conv is C * conv(B * u), 2 barriers in all.
@@ -19596,9 +19669,9 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 // A layer may have but one of the two halves (nemotron_h). With latent experts (ffn_latent_down,
 // _up) the routed ones work on a shorter vector: 2 barriers more.
 //
-// So one token takes 6 barriers per layer with gqa, 8 with mla, delta, mamba2 and lightning (a
-// dense layer: one less), 10 with low-rank kda, one before the first layer and one behind the
-// logits. One more each:
+// So one token takes 6 barriers per layer with gqa, delta and mamba2, 8 with mla, lightning and
+// low-rank kda (a dense layer: one less), one before the first layer and one behind the logits. One
+// more each:
 //   gates of heads (attn_gate with mla, with gqa also if they are in attn_q)
 //   items that are single chunks of keys, since heads alone are too few for the threads: their
 //     results are joined (gqa; mla joins them where V_i is applied)
@@ -20070,9 +20143,9 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     moe__eval_barrier(e);
 }
 
-// Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the others
-// go on. They look at the answer behind the mixer's barriers, all at the same place, and others
-// come before it is asked again, so that all stop or none.
+// Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the
+// others go on. They look at the answer behind the mixer's barriers, all at the same place, and
+// other barriers come before it is asked again, so that all stop or none.
 MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
         const moe_session *session = batch->jobs[i].session;

@@ -95,6 +95,23 @@ MODELS_FN const char *models_form(int i) {
 }
 enum { MODELS_FORMS = 8 };
 
+// Small models of token ids with recurrent layers: all kinds of these.
+MODELS_FN const char *const models_hybrids[] = {
+    "qwen35moe_tiny", "qwen3next_tiny", "lfm2moe_tiny", "granitehybrid_tiny",
+    "nemotron_h_moe_tiny", "nemotron_latent_tiny", "jamba_tiny", "kimi-linear_tiny",
+    "bailingmoe3_tiny", "minimax-01_tiny"};
+enum { MODELS_HYBRIDS = sizeof models_hybrids / sizeof models_hybrids[0] };
+// The same with rows of 256 values.
+MODELS_FN const char *const models_quants[] = {"qwen35moe_quant", "nemotron_h_moe_quant",
+                                               "kimi-linear_quant"};
+enum { MODELS_QUANTS = sizeof models_quants / sizeof models_quants[0] };
+MODELS_FN const char *models_hybrid(int i) {
+    synth_options o;
+    memset(&o, 0, sizeof o);
+    o.no_tokenizer = 1;
+    return models_write(models_hybrids[i], &o);
+}
+
 // A whole file of numbers; NULL if it is not there.
 MODELS_FN float *models_read_floats(const char *path, size_t *count) {
     FILE *file = fopen(path, "rb");

@@ -1,5 +1,5 @@
-// A deliberately naive forward pass of deepseek2, qwen2moe, qwen3moe, olmoe, gpt-oss and llama with
-// experts (Mixtral), for tests only: double precision, plain loops, no cache, no batching, nothing
+// A deliberately naive forward pass of deepseek2, qwen2moe, qwen3moe, olmoe, gpt-oss, llama with
+// experts (Mixtral), and the families of naive_recurrent.h, for tests only: double precision, plain loops, no cache, no batching, nothing
 // absorbed or fused. It reads the file with the public functions alone and follows the formulas
 // word for word, so that it can serve as their documentation and as the judge of the engine.
 //
@@ -48,6 +48,10 @@ typedef struct naive_model {
     int window;             // gpt-oss, some layers: a token sees itself and window - 1 others
     double temperature;     // deepseek2: factor of queries far from the start
     int temperature_length;
+    int hybrid;             // some layers recur, see naive_recurrent.h:
+    int gate_in_q, head_gates; // attn_q holds gates, too; attn_gate holds one per head
+    int no_rope;
+    double embd_scale, residual_scale, logit_scale, attn_scale; // 0: 1 / sqrt(dk)
     int yarn;
     double yarn_low, yarn_high; // the ramp, in pairs of values
     void *memory[256];      // what is allocated, freed in reverse order
@@ -77,6 +81,9 @@ static void naive_free_down_to(naive_model *m, int n_memory) {
     while (m->n_memory > n_memory) free(m->memory[--m->n_memory]);
 }
 
+static int naive_is(const naive_model *m, const char *family) {
+    return !strcmp(m->family, family);
+}
 // A key of the model's family.
 static const moe_gguf_value *naive_key(const naive_model *m, const char *key) {
     char full[128];
@@ -113,6 +120,16 @@ static const moe_gguf_tensor *naive_find(const naive_model *m, int layer, const 
 // or one per expert. Here it multiplies the weights. Some families know it for the attention
 // only (so say the reference results: other scales in such a file do not count), but for NVFP4
 // weights, of which it is a part.
+static int naive_recurs(const naive_model *m, int layer);
+static int naive_hybrid_scale(const naive_model *m, int layer, const char *name) {
+    if (!strncmp(name, "ffn_gate_inp", 12)) return 1;
+    if (!strncmp(name, "ffn_", 4)) return m->gate_in_q || naive_is(m, "nemotron_h_moe");
+    if (naive_recurs(m, layer))
+        return naive_is(m, "qwen35moe") || naive_is(m, "granitehybrid") || naive_is(m, "jamba") ||
+               naive_is(m, "nemotron_h_moe");
+    if (naive_is(m, "kimi-linear")) return !strncmp(name, "attn_output", 11);
+    return strncmp(name, "attn_gate", 9) != 0 && !naive_is(m, "bailingmoe3");
+}
 static void naive_apply_scale(naive_model *m, int layer, const char *name, float *w,
                               int64_t count) {
     char other[64];
@@ -121,7 +138,8 @@ static void naive_apply_scale(naive_model *m, int layer, const char *name, float
     const moe_gguf_tensor *weight = naive_find(m, layer, name);
     int everywhere = !strcmp(m->family, "qwen3moe") || !strcmp(m->family, "llama") ||
                      (weight && weight->type == MOE_TYPE_NVFP4);
-    if (!everywhere && strncmp(name, "attn_", 5) != 0) return;
+    if (m->hybrid && layer >= 0) everywhere |= naive_hybrid_scale(m, layer, name);
+    if (!everywhere && (m->hybrid ? layer >= 0 : strncmp(name, "attn_", 5) != 0)) return;
     snprintf(other, sizeof other, "%.*sscale", (int)stem, name);
     const moe_gguf_tensor *t = naive_find(m, layer, other);
     if (!t || t->type != MOE_TYPE_F32) return;
@@ -241,8 +259,22 @@ static double naive_angle(const naive_model *m, int position, int i) {
 }
 
 // Rotates pairs of n_rot values: (2i, 2i + 1) in some families, (i, i + n_rot / 2) in others.
+// qwen35moe has sections of pairs for time, height and width, which take turns; what is beyond them
+// stays as it is.
+static int naive_is_turned(const naive_model *m, int i) {
+    int64_t section[3], all = 0, x;
+    const moe_gguf_value *value = naive_key(m, "rope.dimension_sections");
+    if (!naive_is(m, "qwen35moe")) return 1;
+    for (uint64_t k = 0; k < 4; k++) {
+        if (!moe_gguf_value_int(value, k, &x)) x = 0;
+        if (k < 3) section[k] = x;
+        all += x;
+    }
+    return all == 0 || i % all < 3 * section[i % all % 3];
+}
 static void naive_rope(const naive_model *m, double *x, int position) {
-    for (int i = 0; i < m->n_rot / 2; i++) {
+    for (int i = 0; i < m->n_rot / 2 && !m->no_rope; i++) {
+        if (!naive_is_turned(m, i)) continue;
         int first = m->rope_norm ? 2 * i : i, second = m->rope_norm ? 2 * i + 1 : i + m->n_rot / 2;
         double angle = naive_angle(m, position, i), a = x[first], b = x[second];
         x[first] = (a * cos(angle) - b * sin(angle)) * m->rope_mul;
@@ -332,11 +364,11 @@ static int naive_window(const naive_model *m, int layer) {
 }
 static void naive_attention_gqa(naive_model *m, int layer, int n, const double *xn, double *out) {
     int64_t E = m->n_embd, nq = (int64_t)m->n_head * m->dk, nk = (int64_t)m->n_head_kv * m->dk;
-    int64_t nv = (int64_t)m->n_head_kv * m->dv;
-    naive_matrix wq = naive_get_matrix(m, layer, "attn_q.weight", E, nq);
+    int64_t nv = (int64_t)m->n_head_kv * m->dv, n_in = m->gate_in_q ? 2 * nq : nq;
+    naive_matrix wq = naive_get_matrix(m, layer, "attn_q.weight", E, n_in);
     naive_matrix wk = naive_get_matrix(m, layer, "attn_k.weight", E, nk);
     naive_matrix wv = naive_get_matrix(m, layer, "attn_v.weight", E, nv);
-    const float *bq = naive_optional(m, layer, "attn_q.bias", nq);
+    const float *bq = naive_optional(m, layer, "attn_q.bias", n_in);
     const float *bk = naive_optional(m, layer, "attn_k.bias", nk);
     const float *bv = naive_optional(m, layer, "attn_v.bias", nv);
     int wide = !strcmp(m->family, "olmoe");
@@ -344,12 +376,14 @@ static void naive_attention_gqa(naive_model *m, int layer, int n, const double *
     const float *k_norm = naive_optional(m, layer, "attn_k_norm.weight", wide ? nk : m->dk);
     const float *sinks = m->oss ? naive_weights(m, layer, "attn_sinks.weight", m->n_head) : NULL;
     double *q = naive_doubles(m, (size_t)(n * nq)), *k = naive_doubles(m, (size_t)(n * nk));
-    double *v = naive_doubles(m, (size_t)(n * nv));
+    double *v = naive_doubles(m, (size_t)(n * nv)), *in = naive_doubles(m, (size_t)(n * n_in));
     for (int t = 0; t < n; t++) {
-        naive_linear(m, wq, m->n_embd, (int)nq, xn + t * E, q + t * nq);
+        naive_linear(m, wq, m->n_embd, (int)n_in, xn + t * E, in + t * n_in);
+        naive_add(bq, (int)n_in, in + t * n_in);
+        for (int64_t i = 0; i < nq; i++) // of each head its query, then perhaps its gate
+            q[t * nq + i] = in[t * n_in + i / m->dk * (n_in / m->n_head) + i % m->dk];
         naive_linear(m, wk, m->n_embd, (int)nk, xn + t * E, k + t * nk);
         naive_linear(m, wv, m->n_embd, (int)nv, xn + t * E, v + t * nv);
-        naive_add(bq, (int)nq, q + t * nq);
         naive_add(bk, (int)nk, k + t * nk);
         naive_add(bv, (int)nv, v + t * nv);
         naive_norm_heads(m, q_norm, m->n_head, q + t * nq);
@@ -364,6 +398,8 @@ static void naive_attention_gqa(naive_model *m, int layer, int n, const double *
     }
     naive_attend(m, n, q, k, v, m->n_head_kv, m->oss ? naive_window(m, layer) : 0, sinks,
                  out);
+    for (int64_t i = 0; i < n * nq && m->gate_in_q; i++) // dv is dk
+        out[i] *= naive_sigmoid(in[i / m->dk * 2 * m->dk + m->dk + i % m->dk]);
 }
 
 // The latent's expansion as one matrix kv_b[h * (nope + dv) + row][r], whatever form the file
@@ -441,6 +477,15 @@ static void naive_attention_mla(naive_model *m, int layer, int n, const double *
         }
     }
     naive_attend(m, n, q, k, v, m->n_head, 0, NULL, out);
+    if (!m->head_gates) return;
+    naive_matrix w = naive_get_matrix(m, layer, "attn_gate.weight", E, H);
+    const float *bias = naive_optional(m, layer, "attn_gate.bias", H);
+    double *gate = naive_doubles(m, (size_t)H);
+    for (int t = 0; t < n; t++) {
+        naive_linear(m, w, m->n_embd, (int)H, xn + t * E, gate);
+        naive_add(bias, (int)H, gate);
+        for (int64_t i = 0; i < H * V; i++) out[t * H * V + i] *= naive_sigmoid(gate[i / V]);
+    }
 }
 
 // x += attn_output * attention(rms(x))
@@ -626,6 +671,8 @@ static void naive_mlp(naive_model *m, int layer, int n, double *x) {
     naive_free_down_to(m, mark);
 }
 
+#include "naive_recurrent.h"
+
 // ---- hyper-parameters ------------------------------------------------------------------------
 
 // YaRN: a pair that turns beta times within the original context has this index.
@@ -643,7 +690,7 @@ static void naive_read_rope(naive_model *m) {
     m->rope_factor = factor > 0 ? factor : 1;
     m->rope_mul = 1;
     m->yarn = naive_text_is(naive_key(m, "rope.scaling.type"), "yarn");
-    m->softmax_scale = 1 / sqrt(m->dk);
+    m->softmax_scale = m->attn_scale > 0 ? m->attn_scale : 1 / sqrt(m->dk);
     if (m->yarn) {
         double low = floor(naive_yarn_pair(m, context, 32));
         double high = ceil(naive_yarn_pair(m, context, 1));
@@ -705,6 +752,8 @@ static void naive_read(naive_model *m, const moe_gguf *gguf, const naive_options
         m->temperature = naive_real(m, "attention.temperature_scale", 0);
         m->temperature_length = naive_int(m, "attention.temperature_length", 1);
     }
+    m->hybrid = naive_is_hybrid(m);
+    if (m->hybrid) naive_read_hybrid(m);
     m->n_group = naive_int(m, "expert_group_count", 0);
     m->n_group_used = naive_int(m, "expert_group_used_count", m->n_group);
     naive_read_rope(m);
@@ -718,14 +767,20 @@ static double *naive_logits(const moe_gguf *gguf, const int32_t *tokens, int n_t
     naive_read(m, gguf, options);
     int64_t E = m->n_embd, V = m->n_vocab;
     naive_matrix embd = naive_get_matrix(m, -1, "token_embd.weight", E, V);
-    const float *gain = naive_weights(m, -1, "output_norm.weight", E);
+    const float *gain = naive_weights(
+        m, -1, naive_is(m, "lfm2moe") ? "token_embd_norm.weight" : "output_norm.weight", E);
     naive_matrix head = naive_find(m, -1, "output.weight")
                             ? naive_get_matrix(m, -1, "output.weight", E, V)
                             : embd; // tied
     double *x = naive_doubles(m, (size_t)(n_tokens * E)), *xn = naive_doubles(m, (size_t)E);
     for (int t = 0; t < n_tokens && !m->failed; t++)
-        for (int64_t i = 0; i < E; i++) x[t * E + i] = (double)embd.w[tokens[t] * E + i];
+        for (int64_t i = 0; i < E; i++)
+            x[t * E + i] = (m->hybrid ? m->embd_scale : 1) * (double)embd.w[tokens[t] * E + i];
     for (int layer = 0; layer < m->n_layer && !m->failed; layer++) {
+        if (m->hybrid) {
+            naive_hybrid_layer(m, layer, n_tokens, x);
+            continue;
+        }
         naive_attention(m, layer, n_tokens, x);
         if (!m->failed) naive_mlp(m, layer, n_tokens, x);
     }
@@ -734,6 +789,7 @@ static double *naive_logits(const moe_gguf *gguf, const int32_t *tokens, int n_t
     for (int t = 0; t < n_tokens && logits; t++) {
         naive_rms(x + t * E, gain, m->n_embd, m->eps, xn);
         naive_linear(m, head, m->n_embd, m->n_vocab, xn, logits + t * V);
+        for (int64_t i = 0; i < V && m->hybrid; i++) logits[t * V + i] /= m->logit_scale;
     }
     naive_free_down_to(m, 0);
     *n_vocab = m->n_vocab;

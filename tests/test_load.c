@@ -1004,4 +1004,327 @@ TEST(any_allocation_of_opening_may_fail) {
     check_model_memory(models_form(2), 1);
 }
 
+// ---- recurrent layers ------------------------------------------------------------------------
+
+// A file of a hybrid shape, as small as it gets.
+static int open_hybrid(edit_file *e, int i) {
+    synth_config c = *synth_find(models_hybrids[i]);
+    synth_options o;
+    char name[64];
+    memset(&o, 0, sizeof o);
+    o.no_tokenizer = 1;
+    c.vocab = 40, c.n_exp = 4, c.n_used = 2;
+    if (c.groups > 1) c.groups = 2, c.groups_used = 1;
+    snprintf(name, sizeof name, "%s-small", models_hybrids[i]);
+    if (synth_write_config(&c, models_path(name), &o) != 0) exit(1);
+    const int ok = edit_open(e, models_path(name));
+    CHECK(ok);
+    return ok;
+}
+// The full name of a key of the file's family.
+static const char *family_key(const edit_file *e, const char *key) {
+    static char full[128];
+    const edit_value *v = edit_find_value((edit_file *)(uintptr_t)e, "general.architecture");
+    snprintf(full, sizeof full, "%.*s.%s", (int)v->size - 8, (const char *)v->data + 8, key);
+    return full;
+}
+
+TEST(files_with_recurrent_layers_lack_no_tensor) {
+    int named = 0;
+    for (int b = 0; b < MODELS_HYBRIDS; b++) {
+        edit_file e;
+        if (!open_hybrid(&e, b)) continue;
+        verdict whole = try_edit(&e);
+        CHECKF(whole.opened && whole.ran && whole.finite, "%s: %s: %s", models_hybrids[b],
+               whole.error.where, whole.error.text);
+        for (int i = 0; i < e.n_tensors; i++) {
+            const char *name = e.tensors[i].name;
+            const int optional = !strcmp(name, "output.weight") ||
+                                 ends_with(name, "exp_probs_b.bias");
+            e.tensors[i].removed = 1;
+            verdict v = try_edit(&e);
+            check_verdict(&v, name);
+            if (optional) {
+                CHECKF(v.opened && v.ran && v.finite, "%s: %s", name, v.error.text);
+            } else {
+                CHECKF(!v.opened, "%s opened without %s", models_hybrids[b], name);
+                // another form of the same: ssm_in for attn_qkv and attn_gate, attn_q_a for
+                // attn_q, attn_kv_b; a dense layer instead of a router's (jamba)
+                const int same = !strcmp(v.error.where, name);
+                const int other = ends_with(name, ".attn_qkv.weight") ||
+                                  ends_with(name, ".attn_q.weight") ||
+                                  ends_with(name, "attn_q_a.weight") ||
+                                  ends_with(name, "_b.weight") ||
+                                  ends_with(name, "ffn_gate_inp.weight");
+                CHECKF(v.opened || same || (other && !strncmp(v.error.where, name, 6)) ||
+                           strstr(v.error.where, "q_lora"),
+                       "%s %s: %s: %s", models_hybrids[b], name, v.error.where, v.error.text);
+                named += same;
+            }
+            e.tensors[i].removed = 0;
+        }
+        edit_close(&e);
+    }
+    printf("  %d are named\n", named);
+    CHECK(named > 400);
+}
+
+// Columns come as {n} and {1, n}, taps with a dimension of 1 between, halves of the latent's
+// expansion as matrices: shapes that hold the same.
+static int may_be_flat(const char *name) {
+    return ends_with(name, ".ssm_a") || ends_with(name, ".ssm_d") || strstr(name, "conv") ||
+           ends_with(name, "attn_k_b.weight") || ends_with(name, "attn_v_b.weight");
+}
+
+TEST(misshapen_tensors_of_recurrent_layers_are_refused_by_name) {
+    int exact = 0, all = 0, flat = 0;
+    for (int b = 0; b < MODELS_HYBRIDS; b++) {
+        edit_file e;
+        if (!open_hybrid(&e, b)) continue;
+        for (int i = 0; i < e.n_tensors; i++)
+            for (int how = 0; how < 11; how += MODELS_SLOW ? 4 : 1) {
+                edit_tensor old = e.tensors[i], *t = &e.tensors[i];
+                reshape(t, how);
+                if (memcmp(old.ne, t->ne, sizeof old.ne) && t->ne[0] && t->ne[old.n_dims - 1]) {
+                    verdict v = try_edit(&e);
+                    check_verdict(&v, old.name);
+                    const int same = old.ne[0] * old.ne[1] * old.ne[2] * old.ne[3] ==
+                                     t->ne[0] * t->ne[1] * t->ne[2] * t->ne[3];
+                    if (v.opened && same && may_be_flat(old.name)) {
+                        CHECK(v.ran && v.finite);
+                        flat++;
+                    } else if (v.opened && ends_with(old.name, "token_embd.weight") &&
+                               !edit_find_tensor(&e, "output.weight")) {
+                        CHECK(v.ran); // another number of tokens
+                    } else {
+                        CHECKF(!v.opened, "%s %s opened with shape %d", models_hybrids[b],
+                               old.name, how);
+                        CHECKF(v.opened || names_tensor(&v.error, old.name), "%s: %s: %s", old.name,
+                               v.error.where, v.error.text);
+                        exact += !strcmp(v.error.where, old.name);
+                        all++;
+                    }
+                }
+                *t = old;
+            }
+        edit_close(&e);
+    }
+    printf("  %d of %d errors name the very tensor; %d other shapes hold the same\n", exact, all,
+           flat);
+    CHECK(exact * 10 >= all * 9);
+}
+
+TEST(unsupported_types_in_recurrent_layers_are_refused_by_name) {
+    static const uint32_t types[] = {38, 9999};
+    for (int b = 0; b < MODELS_HYBRIDS; b++) {
+        edit_file e;
+        if (!open_hybrid(&e, b)) continue;
+        for (int i = 0; i < e.n_tensors; i++)
+            for (int t = 0; t < 2; t++) {
+                edit_tensor old = e.tensors[i];
+                if (old.ne[0] % 32 || moe_type_supported((moe_type)types[t])) continue;
+                e.tensors[i].type = types[t];
+                verdict v = try_edit(&e);
+                check_verdict(&v, old.name);
+                CHECKF(!v.opened && v.error.status == MOE_ERROR_UNSUPPORTED &&
+                           !strcmp(v.error.where, old.name),
+                       "%s: %s", old.name, v.error.text);
+                e.tensors[i] = old;
+            }
+        edit_close(&e);
+    }
+}
+
+// Keys that these files have for others only, or that another one stands for.
+static int is_read_here(const char *key) {
+    static const char *const others[] = {
+        ".vocab_size", ".full_attention_interval", ".attention.layer_norm_epsilon",
+        "nemotron_h_moe.expert_shared_count", "nemotron_h_moe.expert_group_used_count"};
+    for (int i = 0; i < 5; i++)
+        if (ends_with(key, others[i])) return 0;
+    return 1;
+}
+// Each key with each odd value, and left out. What cannot be a number must not go unnoticed.
+TEST(odd_values_of_keys_of_recurrent_layers_are_refused_or_run) {
+    int n_opened = 0, n = 0;
+    for (int b = 0; b < MODELS_HYBRIDS; b++) {
+        edit_file e;
+        if (!open_hybrid(&e, b)) continue;
+        for (int i = 0; i < e.n_values; i++) {
+            const edit_value old = e.values[i];
+            if (!strncmp(old.key, "general.", 8) || !strncmp(old.key, "tokenizer.", 10)) continue;
+            for (int k = 0; k <= N_ODD + 3; k += MODELS_SLOW ? 3 : 1) {
+                uint8_t bytes[64];
+                edit_value *v = &e.values[i];
+                memset(bytes, 0, sizeof bytes);
+                v->data = bytes;
+                if (k < N_ODD) {
+                    for (int j = 0; j < 8; j++) bytes[j] = (uint8_t)(odd_values[k].bits >> 8 * j);
+                    v->type = odd_values[k].type;
+                    v->size = edit_scalar(v->type);
+                } else if (k == N_ODD) { // a text
+                    bytes[0] = 1;
+                    v->type = 8, v->size = 9;
+                } else if (k == N_ODD + 1) { // no element
+                    bytes[0] = 4;
+                    v->type = 9, v->size = 12;
+                } else if (k == N_ODD + 2) { // one too many for the layers
+                    bytes[0] = 4, bytes[4] = 5;
+                    for (int j = 0; j < 5; j++) bytes[12 + 4 * j] = 2;
+                    v->type = 9, v->size = 32;
+                } else {
+                    v->removed = 1;
+                }
+                verdict result = try_edit(&e);
+                check_verdict(&result, old.key);
+                CHECKF(result.largest <= (size_t)64 << 20, "%s: asked for %zu bytes", old.key,
+                       result.largest);
+                const char *name = k < N_ODD ? odd_values[k].name : "";
+                if (strstr(name, "NaN") || strstr(name, "inf") || k == N_ODD || k == N_ODD + 1)
+                    CHECKF(!result.opened || !is_read_here(old.key), "%s = %s", old.key, name);
+                n_opened += result.opened;
+                n++;
+                *v = old;
+            }
+        }
+        edit_close(&e);
+    }
+    printf("  %d of %d were opened\n", n_opened, n);
+    CHECK(n_opened * 3 < n);
+}
+
+// A key of four numbers, one per layer.
+static void set_layers(edit_file *e, const char *key, uint8_t *bytes, const int *values, int n) {
+    memset(bytes, 0, 12);
+    bytes[0] = 5;
+    bytes[4] = (uint8_t)n;
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 4; j++) bytes[12 + 4 * i + j] = (uint8_t)((uint32_t)values[i] >> 8 * j);
+    edit_set(e, family_key(e, key), 9, bytes, (size_t)(12 + 4 * n));
+}
+
+TEST(kinds_of_layers_are_counted_and_bounded) {
+    static const int none[5] = {0, 0, 0, 0, 0}, all[4] = {2, 2, 2, 2}, huge[4] = {0, 99999, 0, 2},
+                     negative[4] = {0, -1, 0, 0}, more[4] = {0, 64, 0, 64};
+    for (int b = 0; b < MODELS_HYBRIDS; b++) {
+        edit_file e;
+        uint8_t bytes[64], heads[64];
+        if (!open_hybrid(&e, b)) continue;
+        if (edit_find_value(&e, family_key(&e, "attention.recurrent_layers"))) { // a truth value per layer
+            static const int ones[4] = {1, 1, 1, 1};
+            set_layers(&e, "attention.recurrent_layers", bytes, ones, 4); // no attention at all
+            check_refused(&e, "recurrent only", MOE_ERROR_UNSUPPORTED, NULL);
+            set_layers(&e, "attention.recurrent_layers", bytes, none, 4); // tensors do not fit
+            check_refused(&e, "attention only", MOE_OK, NULL);
+            set_layers(&e, "attention.recurrent_layers", bytes, none, 5);
+            check_refused(&e, "5 of 4 layers", MOE_ERROR_FORMAT,
+                          family_key(&e, "attention.recurrent_layers"));
+            set_layers(&e, "attention.recurrent_layers", bytes, none, 3);
+            check_refused(&e, "3 of 4 layers", MOE_ERROR_FORMAT,
+                          family_key(&e, "attention.recurrent_layers"));
+            // without it the interval says the same
+            edit_find_value(&e, family_key(&e, "attention.recurrent_layers"))->removed = 1;
+            verdict v = try_edit(&e);
+            CHECKF(v.opened && v.ran && v.finite, "%s: %s", models_hybrids[b], v.error.text);
+        } else { // those without key-value heads recur
+            const char *key = "attention.head_count_kv";
+            set_layers(&e, key, bytes, none, 4);
+            check_refused(&e, "no heads anywhere", MOE_OK, NULL);
+            set_layers(&e, key, bytes, all, 4);
+            check_refused(&e, "heads everywhere", MOE_OK, NULL);
+            set_layers(&e, key, bytes, none, 5);
+            check_refused(&e, "5 of 4 layers", MOE_ERROR_FORMAT, family_key(&e, key));
+            set_layers(&e, key, bytes, huge, 4);
+            check_refused(&e, "99999 heads", MOE_ERROR_FORMAT, NULL);
+            set_layers(&e, key, bytes, negative, 4);
+            check_refused(&e, "-1 heads", MOE_ERROR_FORMAT, family_key(&e, key));
+            set_layers(&e, key, bytes, more, 4);
+            check_refused(&e, "64 heads of 4", MOE_OK, NULL);
+            // heads everywhere 0, too
+            set_layers(&e, key, bytes, none, 4);
+            set_layers(&e, "attention.head_count", heads, none, 4);
+            check_refused(&e, "no heads at all", MOE_OK, NULL);
+        }
+        edit_close(&e);
+    }
+}
+
+TEST(sizes_of_states_divide_and_have_bounds) {
+    static const struct {
+        const char *key;
+        int family; // 0: gated delta net, 1: Mamba-2, 2: Mamba-1, 3: KDA, 4: short convolution
+        uint32_t value;
+        const char *where; // NULL: a tensor
+    } cases[] = {
+        {"ssm.inner_size", 0, 127, "ssm.inner_size"}, {"ssm.inner_size", 0, 0, ""},
+        {"ssm.group_count", 0, 5, "ssm.inner_size"},  {"ssm.group_count", 0, 1, NULL},
+        {"ssm.time_step_rank", 0, 5, "ssm.inner_size"}, {"ssm.state_size", 0, 5000, ""},
+        {"ssm.state_size", 0, 16, "ssm.inner_size"},  {"ssm.time_step_rank", 0, 5000, ""},
+        {"ssm.inner_size", 1, 129, "ssm.inner_size"}, {"ssm.group_count", 1, 7, "ssm.inner_size"},
+        {"ssm.inner_size", 1, 96, NULL},
+        {"ssm.time_step_rank", 1, 7, "ssm.inner_size"},
+        {"ssm.state_size", 1, 31, NULL},              {"ssm.state_size", 1, 4097, ""},
+        {"ssm.inner_size", 1, 1u << 25, ""},
+        {"ssm.inner_size", 1, 1u << 24, "ssm.inner_size"},
+        {"ssm.inner_size", 2, 127, NULL},             {"ssm.state_size", 2, 17, NULL},
+        {"ssm.time_step_rank", 2, 31, NULL},          {"ssm.time_step_rank", 2, 1u << 17, ""},
+        {"ssm.inner_size", 2, 1u << 21, ""},          {"kda.head_dim", 3, 31, NULL},
+        {"kda.head_dim", 3, 0, ""},                   {"kda.head_dim", 3, 4097, ""},
+        {"ssm.conv_kernel", 0, 17, ""},               {"ssm.conv_kernel", 0, 3, NULL},
+        {"ssm.conv_kernel", 1, 17, ""},               {"ssm.conv_kernel", 2, 0, ""},
+        {"ssm.conv_kernel", 3, 17, ""},               {"ssm.conv_kernel", 3, 16, NULL},
+        {"shortconv.l_cache", 4, 17, ""},             {"shortconv.l_cache", 4, 0, ""},
+        {"shortconv.l_cache", 4, 1, NULL}};
+    static const int files[5][3] = {{0, 1, -1}, {3, 4, 5}, {6, -1, -1}, {7, 8, -1}, {2, -1, -1}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        for (int f = 0; f < 3 && files[cases[i].family][f] >= 0; f++) {
+            edit_file e;
+            char what[96];
+            if (!open_hybrid(&e, files[cases[i].family][f])) continue;
+            const char *key = family_key(&e, cases[i].key);
+            snprintf(what, sizeof what, "%s = %u", key, cases[i].value);
+            edit_set(&e, key, 4, &cases[i].value, 4);
+            const char *where = cases[i].where;
+            check_refused(&e, what, MOE_ERROR_FORMAT, where && !*where ? key : where);
+            if (!where) { // the name of a tensor of a recurrent layer
+                verdict v = try_edit(&e);
+                CHECKF(!strncmp(v.error.where, "blk.", 4), "%s: %s", what, v.error.where);
+            }
+            edit_close(&e);
+        }
+}
+
+// A bound of decays that is none, decays without one, and limits of activations.
+TEST(bounds_of_decays_and_activations_are_numbers) {
+    static const float bounds[] = {0, 1, -0.0f, NAN, INFINITY, -INFINITY, -1e31f};
+    static const uint8_t no = 0;
+    edit_file e;
+    uint8_t limits[28] = {6, 0, 0, 0, 4};
+    if (!open_hybrid(&e, 8)) return;
+    for (int i = 0; i < 7; i++) {
+        const char *key = family_key(&e, "kda.gate_lower_bound");
+        edit_set(&e, key, 6, &bounds[i], 4);
+        check_refused(&e, "gate_lower_bound", MOE_ERROR_FORMAT, key);
+    }
+    edit_close(&e);
+    if (!open_hybrid(&e, 8)) return;
+    edit_set(&e, family_key(&e, "kda.safe_gate"), 7, &no, 1);
+    check_refused(&e, "safe_gate", MOE_ERROR_UNSUPPORTED, NULL);
+    edit_close(&e);
+    for (int i = 0; i < 4; i++) {
+        static const float values[] = {-1, NAN, INFINITY, 1e31f};
+        if (!open_hybrid(&e, 8)) return;
+        for (int k = 0; k < 4; k++) memcpy(limits + 12 + 4 * k, &values[i], 4);
+        const char *key = family_key(&e, i % 2 ? "swiglu_clamp_shexp" : "swiglu_clamp_exp");
+        edit_set(&e, key, 9, limits, sizeof limits);
+        check_refused(&e, "limits", MOE_ERROR_FORMAT, key);
+        limits[4] = 2; // too few
+        memset(limits + 12, 0, 16);
+        edit_set(&e, key, 9, limits, 20);
+        check_refused(&e, "two limits", MOE_ERROR_FORMAT, key);
+        limits[4] = 4;
+        edit_close(&e);
+    }
+}
+
 MAIN()

@@ -207,7 +207,12 @@ TEST(schedules_give_the_same_bits_with_any_number_of_threads) {
     static const char *const configs[][2] = {{"t_mla_groups", "q8_0"},  {"qwen3moe_quant", "q4_K"},
                                              {"micro_oss", "f32"},      {"micro_qwen2", "f32"},
                                              {"t_oss_wide", "f32"},     {"micro_mixtral", "f32"},
-                                             {"dsv3_quant", "q4_0"},    {"t_qwen_odd", "f32"}};
+                                             {"dsv3_quant", "q4_0"},    {"t_qwen_odd", "f32"},
+                                             {"qwen35moe_tiny", "q8_0"}, {"lfm2moe_tiny", "f32"},
+                                             {"nemotron_latent_tiny", "f32"},
+                                             {"jamba_tiny", "q8_0"},
+                                             {"bailingmoe3_tiny", "f32"},
+                                             {"minimax-01_tiny", "q8_0"}};
     enum { TOKENS = 40 };
     const int steps[] = {1, MODELS_WHOLE, MODELS_ODD};
     for (size_t c = 0; c < sizeof configs / sizeof configs[0]; c += MODELS_SLOW ? 3 : 1) {

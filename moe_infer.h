@@ -17130,6 +17130,12 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
 // of Qwen3-30B-A3B (48 layers, 4 heads of 128 + 128) takes 96 KiB in f16; one of DeepSeek-V3 (61
 // layers, 512 + 64 values for all of its 128 heads), 69 KiB.
 //
+// A layer with a window keeps the last rows only, in a ring, if the context is much longer: enough
+// for its window, a batch and some more (moe__ring_rows). Position p has row p modulo the ring's
+// length, a multiple of MOE__ATTEND_CALL keys, so that no call of an attention kernel meets its
+// end. To go back further than the ring reaches, or behind a cancelled eval, the rows of a window
+// are kept beside, as states are (moe__keep_rows).
+//
 // A layer that recurs keeps a state of fixed size, in floats, in two slots. A slot holds the state
 // as it was at a position that is a multiple of MOE__CHUNK, where a chunk of tokens begins, and of
 // each token since what it does to the state (moe__recur_args): so it is good for every length from
@@ -17151,13 +17157,14 @@ MOE__PRIVATE void moe__load_family(moe__loader *loader) {
 typedef struct moe__kv {
     uint8_t *data;
     moe_kv_type type;
-    int64_t n_ctx, width;
+    int64_t n_rows, width; // rows per head: as many as positions, or a ring of them
     size_t row_size;
     int64_t n_head;
 } moe__kv;
 
 MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t position) {
-    return kv->data + (size_t)(head * kv->n_ctx + position) * kv->row_size;
+    if (position >= kv->n_rows) position %= kv->n_rows;
+    return kv->data + (size_t)(head * kv->n_rows + position) * kv->row_size;
 }
 
 // Stores n values behind the first `at` of a row.
@@ -17172,10 +17179,28 @@ MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, 
         kernels->f32_to_q8_0(x, n, row);
 }
 
-// Rows of the first n positions, also from a cache for more or fewer of them.
-MOE__PRIVATE void moe__kv_copy(const moe__kv *to, const moe__kv *from, int64_t n) {
-    for (int64_t head = 0; head < from->n_head && n; head++)
-        memcpy(moe__kv_row(to, head, 0), moe__kv_row(from, head, 0), (size_t)n * from->row_size);
+// Rows of positions begin .. end - 1, also from a cache for more or fewer of them.
+MOE__PRIVATE void moe__kv_copy(const moe__kv *to, const moe__kv *from, int64_t begin,
+                               int64_t end) {
+    for (int64_t head = 0; head < from->n_head; head++)
+        for (int64_t p = begin, n; p < end; p += n) {
+            n = moe__min(end - p, moe__min(to->n_rows - p % to->n_rows,
+                                           from->n_rows - p % from->n_rows));
+            memcpy(moe__kv_row(to, head, p), moe__kv_row(from, head, p),
+                   (size_t)n * from->row_size);
+        }
+}
+
+// The rows of a window before a position, head by head, from the cache to memory or back.
+MOE__PRIVATE uint8_t *moe__kv_window(const moe__kv *kv, int64_t window, int64_t position,
+                                     uint8_t *memory, int back) {
+    for (int64_t head = 0; head < kv->n_head; head++)
+        for (int64_t p = moe__max(0, position - window); p < position; p++) {
+            uint8_t *row = moe__kv_row(kv, head, p);
+            memcpy(back ? row : memory, back ? memory : row, kv->row_size);
+            memory += kv->row_size;
+        }
+    return memory;
 }
 
 // What a mixer keeps in a layer.
@@ -17185,14 +17210,25 @@ typedef struct moe__cache_shape {
     int64_t part;   // of a row of keys, stored by itself; the rest is another part
     int64_t state;  // floats of a slot; 0: the layer does not recur
     int64_t kept;   // how many of them, the first, are the state at the slot's position
+    int64_t window; // positions that are needed; 0: all
 } moe__cache_shape;
 
 typedef struct moe__cache {
     moe__kv k, v;
     float *state[2];   // the slots
     int64_t n_state, n_kept;
-    int64_t kept_at;   // where those of this layer begin in a checkpoint
+    int64_t window;    // of a ring; 0: rows of all positions are kept
+    int64_t n_window;  // floats that its rows take
+    int64_t kept_at, window_at; // where state and rows of this layer begin in a checkpoint
 } moe__cache;
+
+// How many rows a layer keeps of a window of so many keys: all, or a ring for that, n_batch rows
+// that are written before they are read, and some to go back.
+MOE__PRIVATE int64_t moe__ring_rows(int64_t window, int64_t n_batch, int64_t n_ctx) {
+    enum { UNIT = 512, LEAST = 4096 }; // a multiple of MOE__ATTEND_CALL
+    const int64_t rows = (window + n_batch + UNIT + UNIT - 1) / UNIT * UNIT;
+    return window ? moe__min(moe__max(rows, LEAST), n_ctx) : n_ctx;
+}
 
 // A slot in use: which one, the position of its state, and up to where it has gone on by itself
 // what can be found out anew (Mamba-1: the state of now; -1: nothing).
@@ -17202,22 +17238,28 @@ typedef struct moe__slot {
 
 MOE__INLINE int32_t moe__slot_at(int32_t length) { return length / MOE__CHUNK * MOE__CHUNK; }
 
-MOE__PRIVATE moe__kv moe__kv_take(moe__arena *arena, moe_kv_type type, int64_t n_ctx,
+MOE__PRIVATE moe__kv moe__kv_take(moe__arena *arena, moe_kv_type type, int64_t n_rows,
                                   int64_t n_head, int64_t width) {
     moe__kv kv;
     kv.type = type;
-    kv.n_ctx = n_ctx;
+    kv.n_rows = n_rows;
     kv.width = width;
     kv.row_size = moe__kv_bytes(type, width);
     kv.n_head = n_head;
-    kv.data = (uint8_t *)moe__arena_take(arena, (uint64_t)(n_head * n_ctx), kv.row_size);
+    kv.data = (uint8_t *)moe__arena_take(arena, (uint64_t)(n_head * n_rows), kv.row_size);
     return kv;
 }
 MOE__PRIVATE moe__cache moe__cache_take(moe__arena *arena, const moe__cache_shape *shape,
-                                        moe_kv_type type, int64_t n_ctx) {
+                                        moe_kv_type type, int64_t n_batch, int64_t n_ctx) {
+    const int64_t n_rows = moe__ring_rows(shape->window, n_batch, n_ctx);
     moe__cache cache;
-    cache.k = moe__kv_take(arena, type, n_ctx, shape->n_head, shape->k);
-    cache.v = moe__kv_take(arena, type, n_ctx, shape->n_head, shape->v);
+    cache.k = moe__kv_take(arena, type, n_rows, shape->n_head, shape->k);
+    cache.v = moe__kv_take(arena, type, n_rows, shape->n_head, shape->v);
+    cache.window = n_rows < n_ctx ? shape->window : 0;
+    cache.n_window = (int64_t)((size_t)(cache.window * shape->n_head) *
+                                   (cache.k.row_size + cache.v.row_size) / sizeof(float) + 1);
+    if (!cache.window) cache.n_window = 0;
+    cache.window_at = 0;
     cache.n_state = shape->state;
     cache.n_kept = shape->kept;
     cache.kept_at = 0;
@@ -17325,6 +17367,12 @@ struct moe_session {
     moe__slot slot, next;  // states of layers that recur: now, and behind the eval that runs
     int32_t before;        // position of the state in the other slot; -1: it holds none
     int recurs;            // whether any layer does
+    int32_t ring, reach;   // rows of the shortest ring, and how many of them no window needs;
+                           // INT32_MAX: there is none
+    int32_t cut_from;      // shorter contexts' windows are no longer whole; 0: all are
+    float *window;         // [n_kept]: a window's rows, beside, where a checkpoint has them
+    int64_t n_window;      // floats of rows in a checkpoint
+    int keeps_window;      // during an eval: `window` holds the one before it
     int32_t *saved_at;     // positions of checkpoints, ascending,
     float **saved;         // and their states, kept floats of all layers
     int32_t n_saved;
@@ -17382,6 +17430,8 @@ MOE__PRIVATE void moe__batch_slots(moe__span *span) {
     span->to.at = at;
     span->to.now = end;
     sequence->next = span->to;
+    if (end > sequence->ring)
+        sequence->cut_from = (int32_t)moe__max(sequence->cut_from, end - sequence->reach);
 }
 
 // The next rows, as many as fit, in the order of the jobs
@@ -17402,6 +17452,7 @@ MOE__PRIVATE void moe__batch_fill(moe__batch *batch) {
                        (batch->form < 0 ? job->n_tokens >= MOE__MLA_EXPAND : batch->form);
         const int absorbs = mla && !span->expand;
         int32_t n = (int32_t)moe__min(job->n_tokens - batch->done, most - batch->n);
+        n = (int32_t)moe__min(n, sequence->reach);
         if (absorbs) n = (int32_t)moe__min(n, MOE__MLA_EXPAND - absorbed);
         if (n == 0) return;
         work->n_spans++;
@@ -17975,7 +18026,8 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
 }
 
 MOE__PRIVATE moe__cache_shape moe__gqa_cache(const moe__layer *layer) {
-    const moe__cache_shape shape = {layer->n_head_kv, layer->head_k, layer->head_v, 0, 0, 0};
+    const moe__cache_shape shape = {layer->n_head_kv, layer->head_k, layer->head_v, 0, 0, 0,
+                                    layer->window};
     return shape;
 }
 
@@ -18194,7 +18246,7 @@ MOE__PRIVATE void moe__mla_bind(moe__loader *loader, moe__layer *layer, int il) 
 // One row per position for all heads. Its two parts are stored one behind the other, and a type of
 // blocks needs both to be whole blocks.
 MOE__PRIVATE moe__cache_shape moe__mla_cache(const moe__layer *layer) {
-    const moe__cache_shape shape = {1, layer->kv_lora + layer->n_rot, 0, layer->kv_lora, 0, 0};
+    const moe__cache_shape shape = {1, layer->kv_lora + layer->n_rot, 0, layer->kv_lora, 0, 0, 0};
     return shape;
 }
 
@@ -18493,6 +18545,7 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
         moe__attention_chunk(at->layer, span->past + item->begin / at->group);
     const int64_t key_end = moe__min(n_keys, item->chunk_end * MOE__ATTEND_KEYS);
     const int once = !at->expand && item->end - item->begin <= MOE__ATTEND_QUERIES;
+    const int64_t ring = span->sequence->caches[at->il].k.n_rows;
     const int begins = item->chunk == first_chunk && !at->n_parts;
     const int ends = key_end == n_keys;
     moe__attend_args a;
@@ -18514,6 +18567,7 @@ MOE__PRIVATE void moe__attention_item(moe__eval *e, const moe__attention *at,
     }
     for (int64_t key = item->chunk * MOE__ATTEND_KEYS, next; key < key_end; key = next) {
         next = once ? key_end : key / MOE__ATTEND_CALL * MOE__ATTEND_CALL + MOE__ATTEND_CALL;
+        next = moe__min(next, (key / ring + 1) * ring); // a call's rows follow one another
         a.n_keys = (int32_t)(moe__min(next, key_end) - key);
         moe__attention_keys(e, at, item, key, &a);
         for (int64_t i = item->begin; i < item->end; i += MOE__ATTEND_QUERIES)
@@ -18828,7 +18882,7 @@ MOE__PRIVATE moe__slot_parts moe__linear_slot(const moe__layer *layer, float *sl
 MOE__PRIVATE moe__cache_shape moe__linear_cache(const moe__layer *layer) {
     float nothing[1];
     const moe__slot_parts parts = moe__linear_slot(layer, nothing);
-    const moe__cache_shape shape = {0, 0, 0, 0, parts.size, parts.kept};
+    const moe__cache_shape shape = {0, 0, 0, 0, parts.size, parts.kept, 0};
     return shape;
 }
 
@@ -19542,7 +19596,7 @@ MOE__PRIVATE void moe__conv_bind(moe__loader *loader, moe__layer *layer, int il)
 MOE__PRIVATE moe__cache_shape moe__conv_cache(const moe__layer *layer) {
     const moe__recurrent *r = &layer->recurrent;
     const moe__cache_shape shape = {
-        0, 0, 0, 0, (r->n_taps - 1 + MOE__CHUNK) * r->n_conv, (r->n_taps - 1) * r->n_conv};
+        0, 0, 0, 0, (r->n_taps - 1 + MOE__CHUNK) * r->n_conv, (r->n_taps - 1) * r->n_conv, 0};
     return shape;
 }
 MOE__PRIVATE void moe__conv_layout(const moe__layer *layer, moe__memory *memory) {
@@ -19613,7 +19667,7 @@ MOE__PRIVATE moe__mamba1_slot moe__mamba1_parts(const moe__layer *layer, float *
 MOE__PRIVATE moe__cache_shape moe__mamba1_cache(const moe__layer *layer) {
     float nothing[1];
     const moe__mamba1_slot parts = moe__mamba1_parts(layer, nothing);
-    const moe__cache_shape shape = {0, 0, 0, 0, parts.size, parts.kept};
+    const moe__cache_shape shape = {0, 0, 0, 0, parts.size, parts.kept, 0};
     return shape;
 }
 
@@ -19833,7 +19887,7 @@ static const moe__mixer moe__mixers[MOE__N_MIXERS] = {
 };
 
 MOE__PRIVATE moe__cache_shape moe__layer_cache(const moe__layer *layer) {
-    const moe__cache_shape nothing = {0, 0, 0, 0, 0, 0};
+    const moe__cache_shape nothing = {0, 0, 0, 0, 0, 0, 0};
     return layer->mixer ? moe__mixers[layer->mixer].cache(layer) : nothing;
 }
 
@@ -20353,9 +20407,14 @@ MOE__PRIVATE void moe__remember_configure(moe_session *session, const moe_sessio
     const moe_model *model = session->model;
     const uint64_t bytes = o->checkpoint_bytes ? o->checkpoint_bytes : (uint64_t)1 << 30;
     uint64_t each = 0, n = 0;
+    moe__arena arena; // only to see how much it would be
+    memset(&arena, 0, sizeof arena);
     for (int il = 0; il < model->info.n_layer; il++) {
         const moe__cache_shape shape = moe__layer_cache(&model->layers[il]);
-        each += (uint64_t)moe__slot_size(shape.kept) * sizeof(float);
+        const moe__cache cache = moe__cache_take(&arena, &shape, session->info.kv_type,
+                                                 session->info.n_batch, session->info.n_ctx);
+        each += (uint64_t)(moe__slot_size(shape.kept) + moe__slot_size(cache.n_window)) *
+                sizeof(float);
         session->info.state_bytes += 2 * (size_t)shape.state * sizeof(float);
     }
     if (each && o->n_checkpoints != MOE_OFF) {
@@ -20396,6 +20455,37 @@ MOE__PRIVATE void moe__remember_remove(moe_session *session, int32_t i) {
     session->saved[session->n_saved] = memory;
 }
 
+// The windows before a position, of all rings, to a checkpoint's memory or back.
+MOE__PRIVATE void moe__keep_rows(const moe_session *session, int32_t position, float *memory,
+                                 int back) {
+    for (int il = 0; il < session->model->info.n_layer; il++) {
+        const moe__cache *cache = &session->caches[il];
+        uint8_t *bytes = (uint8_t *)(memory + cache->window_at);
+        if (!cache->window) continue;
+        bytes = moe__kv_window(&cache->k, cache->window, position, bytes, back);
+        moe__kv_window(&cache->v, cache->window, position, bytes, back);
+    }
+}
+
+// After something failed: the windows before the session's end, as they were.
+MOE__PRIVATE void moe__session_restore_rows(moe_session *session) {
+    moe__keep_rows(session, session->length, session->window, 1);
+    session->cut_from = session->length;
+}
+
+// How short a context can become of which as many rows as rings take came from elsewhere, where it
+// could become so short.
+MOE__INLINE int32_t moe__session_cut_from(const moe_session *session, int32_t length,
+                                          int32_t cut_from) {
+    if (length <= session->ring) return cut_from;
+    return (int32_t)moe__max(cut_from, length - session->reach);
+}
+
+// Whether windows of a context of this length are whole.
+MOE__INLINE int moe__session_has_rows(const moe_session *session, int32_t length) {
+    return length == 0 || length >= session->cut_from;
+}
+
 // The checkpoint that is missed least beside a new one at the end: tokens between its neighbours
 // for each token since.
 MOE__PRIVATE int32_t moe__remember_least(const moe_session *session, int32_t at) {
@@ -20430,16 +20520,18 @@ MOE__PRIVATE void moe__remember(moe_session *session, moe__slot slot) {
     if (slot.at == 0) return;
     for (int32_t i = 0; i < session->n_saved; i++)
         if (session->saved_at[i] == slot.at) return;
+    if (session->n_window && !moe__session_has_rows(session, slot.at)) return;
     float *memory = moe__remember_room(session, slot.at);
     for (int il = 0; memory && il < session->model->info.n_layer; il++) {
         const moe__cache *cache = &session->caches[il];
         memcpy(memory + cache->kept_at, cache->state[slot.slot],
                (size_t)cache->n_kept * sizeof(float));
     }
+    if (memory) moe__keep_rows(session, slot.at, memory, 0);
 }
 
 // States of a checkpoint into a slot; NULL: of the beginning.
-MOE__PRIVATE void moe__remember_put(moe_session *session, const float *saved, int32_t slot) {
+MOE__PRIVATE void moe__remember_put(moe_session *session, float *saved, int32_t at, int32_t slot) {
     for (int il = 0; il < session->model->info.n_layer; il++) {
         const moe__cache *cache = &session->caches[il];
         const size_t size = (size_t)cache->n_kept * sizeof(float);
@@ -20448,11 +20540,13 @@ MOE__PRIVATE void moe__remember_put(moe_session *session, const float *saved, in
         else if (size)
             memset(cache->state[slot], 0, size);
     }
+    if (saved) moe__keep_rows(session, at, saved, 1);
+    session->cut_from = at;
 }
 
 // An empty sequence, in a slot.
 MOE__PRIVATE void moe__remember_begin(moe_session *session, int32_t slot) {
-    moe__remember_put(session, NULL, slot);
+    moe__remember_put(session, NULL, 0, slot);
     session->slot.slot = slot;
     session->slot.at = 0;
     session->slot.now = -1;
@@ -21044,17 +21138,25 @@ MOE__PRIVATE void moe__session_layout(moe_session *session, moe__arena *arena) {
     const moe_model_info *info = &model->info;
     const int32_t n = (int32_t)moe__max(session->info.n_threads, session->info.n_threads_batch);
     const int32_t n_ctx = session->info.n_ctx;
-    session->n_kept = 0;
+    session->n_kept = session->n_window = 0;
+    session->ring = session->reach = INT32_MAX;
     for (int il = 0; il < info->n_layer; il++) {
         const moe__cache_shape shape = moe__layer_cache(&model->layers[il]);
-        moe__cache cache = moe__cache_take(arena, &shape, session->info.kv_type, n_ctx);
+        moe__cache cache = moe__cache_take(arena, &shape, session->info.kv_type,
+                                           session->info.n_batch, n_ctx);
         cache.kept_at = session->n_kept;
-        session->n_kept += moe__slot_size(shape.kept);
+        session->recurs |= shape.kept > 0;
+        cache.window_at = session->n_kept += moe__slot_size(shape.kept);
+        session->n_kept += moe__slot_size(cache.n_window);
+        session->n_window += moe__slot_size(cache.n_window);
         if (session->caches) session->caches[il] = cache;
+        if (!cache.window) continue;
+        session->ring = (int32_t)moe__min(session->ring, cache.k.n_rows);
+        session->reach = (int32_t)moe__min(session->reach, cache.k.n_rows - cache.window);
     }
-    session->recurs = session->n_kept > 0;
     session->info.kv_bytes = (size_t)arena->used;
     moe__remember_layout(session, arena);
+    session->window = moe__take_floats(arena, session->n_window > 0, session->n_kept);
     session->tokens = (int32_t *)moe__arena_take(arena, (uint64_t)n_ctx, sizeof(int32_t));
     session->expanded = (uint8_t *)moe__arena_take(arena, (uint64_t)n_ctx, 1);
     session->hidden = session->keep_hidden ? moe__take_floats(arena, n_ctx, info->n_embd) : NULL;
@@ -21455,6 +21557,10 @@ MOE__PRIVATE void moe__job_begin(const moe_job *job) {
     memmove(session->tokens + session->length, job->tokens,
             (size_t)job->n_tokens * sizeof *job->tokens);
     if (job->n_tokens > MOE__CHUNK) moe__remember(session, session->slot);
+    const int64_t end = (int64_t)session->length + job->n_tokens;
+    session->keeps_window =
+        session->n_window && end > session->ring && end - session->reach > session->length;
+    if (session->keeps_window) moe__keep_rows(session, session->length, session->window, 0);
 }
 MOE__PRIVATE void moe__job_end(const moe_job *job, int done) {
     moe_session *session = job->session;
@@ -21462,6 +21568,8 @@ MOE__PRIVATE void moe__job_end(const moe_job *job, int done) {
     if (!done) { // states of Mamba-1 may have gone on
         session->slot.now = -1;
         moe__remember_drop(session, session->length);
+        if (session->keeps_window && !moe__session_has_rows(session, session->length))
+            moe__session_restore_rows(session);
         return;
     }
     if (session->next.slot != session->slot.slot) session->before = session->slot.at;
@@ -21610,7 +21718,8 @@ MOE__PRIVATE int32_t moe__session_nearest(moe_session *session, int32_t length, 
     const int32_t other = 1 - session->slot.slot;
     int32_t i = session->n_saved;
     // The other slot knows what the tokens of its chunk did, too.
-    int32_t start = session->before < 0 || session->before > length
+    int32_t start = !session->recurs || session->before < 0 || session->before > length ||
+                            !moe__session_has_rows(session, session->before)
                         ? -1
                         : (int32_t)moe__min(length, session->before + MOE__CHUNK - 1);
     while (i > 0 && session->saved_at[i - 1] > length) i--;
@@ -21618,8 +21727,8 @@ MOE__PRIVATE int32_t moe__session_nearest(moe_session *session, int32_t length, 
         *at = session->before;
         return start;
     }
-    moe__remember_put(session, i ? session->saved[i - 1] : NULL, other);
     *at = i ? session->saved_at[i - 1] : 0;
+    moe__remember_put(session, i ? session->saved[i - 1] : NULL, *at, other);
     return *at;
 }
 
@@ -21630,17 +21739,21 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
     if (!session || length < 0 || length > session->length)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "length", "cannot rewind to %d of %d tokens",
                          (int)length, session ? (int)session->length : 0);
-    if (session->recurs && length < session->slot.at) {
+    if ((session->recurs && length < session->slot.at) ||
+        !moe__session_has_rows(session, length)) {
         if (moe__pool_is_held(session->pool))
             return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
                              "a callback cannot evaluate with the pool that calls it");
         int32_t at;
+        if (session->n_window) moe__keep_rows(session, session->length, session->window, 0);
         const int32_t start = moe__session_nearest(session, length, &at);
         moe_status status = moe__session_replay(session, at, start, length, error);
+        if (status && session->n_window) moe__session_restore_rows(session);
         if (status) return status;
     }
     moe__remember_drop(session, length);
     if (length < session->length) session->n_last = session->n_hidden = 0;
+    if (length == 0) session->cut_from = 0;
     session->length = length;
     return MOE_OK;
 }
@@ -21708,7 +21821,7 @@ MOE__PRIVATE void moe__copy_states(moe_session *to, const moe_session *from) {
                 memcpy(to->caches[il].state[i], from->caches[il].state[i],
                        (size_t)from->caches[il].n_state * sizeof(float));
     to->n_saved = 0;
-    for (int32_t i = 0; i < from->n_saved; i++) {
+    for (int32_t i = 0; i < from->n_saved && to->n_kept == from->n_kept; i++) {
         float *memory = moe__remember_room(to, from->saved_at[i]);
         if (memory) memcpy(memory, from->saved[i], (size_t)from->n_kept * sizeof *memory);
     }
@@ -21726,9 +21839,12 @@ MOE_API moe_status moe_session_copy(moe_session *to, const moe_session *from, mo
     const moe_model_info *info = &from->model->info;
     const size_t n = (size_t)from->length;
     for (int il = 0; il < info->n_layer; il++) {
-        moe__kv_copy(&to->caches[il].k, &from->caches[il].k, from->length);
-        moe__kv_copy(&to->caches[il].v, &from->caches[il].v, from->length);
+        const moe__cache *a = &to->caches[il], *b = &from->caches[il];
+        const int64_t rows = moe__min(a->k.n_rows, b->k.n_rows), end = from->length;
+        moe__kv_copy(&a->k, &b->k, moe__max(0, end - rows), end);
+        moe__kv_copy(&a->v, &b->v, moe__max(0, end - rows), end);
     }
+    to->cut_from = moe__session_cut_from(to, from->length, from->cut_from);
     moe__copy_states(to, from);
     memcpy(to->tokens, from->tokens, n * sizeof *to->tokens);
     memcpy(to->expanded, from->expanded, n * sizeof *to->expanded);
@@ -22617,7 +22733,8 @@ MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
 //   head          moe__state_head: words of 64 bits, the last one the checksum of the others
 //   sections      a tag (8 bytes), what it holds, a checksum of both (8 bytes):
 //     tokens        ids, positions of checkpoints, the form of latent attention of each token
-//     rows          layer by layer keys, then values: of each head the rows of all tokens
+//     rows          layer by layer keys, then values: of each head the rows of all tokens, of
+//                   layers with a window those that are still needed
 //     states        of layers that recur: the slot in use, and the other one if it holds a state
 //     checkpoints   one after another, layer by layer
 //     logits        of the last token, if there are any
@@ -22639,6 +22756,7 @@ typedef struct moe__state_head {
     uint64_t kv_type, length;
     uint64_t now;           // 1: the slot in use has gone on by itself to the end (moe__slot.now)
     uint64_t before;        // 1 + position of the state in the other slot; 0: it holds none
+    uint64_t cut_from;      // shorter contexts' windows are not whole: rows before are not kept
     uint64_t n_saved;       // checkpoints
     uint64_t n_logits;      // n_vocab, or 0
     uint64_t has_sampler, n_recent;
@@ -22714,9 +22832,17 @@ MOE__PRIVATE void moe__state_end(moe__state *state, const char *name) {
     moe__state_piece(state, &sum, sizeof sum);
 }
 
-MOE__PRIVATE void moe__state_rows(moe__state *state, const moe__kv *kv) {
+// Of layers with a window rows from the one on that the shortest whole context needs.
+MOE__PRIVATE void moe__state_rows(moe__state *state, const moe__kv *kv, int64_t window) {
+    const int64_t n = (int64_t)state->head.length, cut_from = (int64_t)state->head.cut_from;
+    const int64_t first = window ? moe__max(0, cut_from - window) : 0;
     for (int64_t head = 0; head < kv->n_head; head++)
-        moe__state_piece(state, moe__kv_row(kv, head, 0), state->head.length * kv->row_size);
+        for (int64_t p = first, end; p < n; p = end) {
+            end = moe__min(n, (p / kv->n_rows + 1) * kv->n_rows);
+            const int lost = state->mode == MOE__STATE_READ && end + kv->n_rows <= n;
+            moe__state_piece(state, lost ? NULL : moe__kv_row(kv, head, p),
+                             (uint64_t)(end - p) * kv->row_size);
+        }
 }
 
 // Both slots: what is read comes into the first one.
@@ -22774,8 +22900,8 @@ MOE__PRIVATE void moe__state_walk(moe__state *state, moe__state_mode mode) {
     moe__state_end(state, "tokens");
     moe__state_begin(state, "rows");
     for (int il = 0; il < session->model->info.n_layer; il++) {
-        moe__state_rows(state, &session->caches[il].k);
-        moe__state_rows(state, &session->caches[il].v);
+        moe__state_rows(state, &session->caches[il].k, session->model->layers[il].window);
+        moe__state_rows(state, &session->caches[il].v, session->model->layers[il].window);
     }
     moe__state_end(state, "rows");
     moe__state_begin(state, "states");
@@ -22849,7 +22975,8 @@ MOE__PRIVATE void moe__state_fill_head(moe__state *state) {
     head->length = (uint64_t)session->length;
     head->now = session->recurs && session->slot.now == session->length;
     head->before = session->recurs && session->before >= 0 ? (uint64_t)session->before + 1 : 0;
-    head->n_saved = (uint64_t)session->n_saved;
+    head->cut_from = (uint64_t)session->cut_from;
+    head->n_saved = session->n_window ? 0 : (uint64_t)session->n_saved;
     head->n_logits = session->n_last ? (uint64_t)session->model->info.n_vocab : 0;
     head->has_sampler = sampler != NULL;
     head->n_recent = sampler ? (uint64_t)sampler->n_recent : 0;
@@ -22939,7 +23066,8 @@ MOE__PRIVATE void moe__state_check_counts(moe__state *state) {
     if (state->status) return;
     const int before = head->before == 0 || (session->recurs && head->before <= at &&
                                              head->before % MOE__CHUNK == 1);
-    const int saved = head->n_saved <= (session->recurs ? at / MOE__CHUNK : 0);
+    const int saved = head->n_saved <= (session->recurs ? at / MOE__CHUNK : 0) &&
+                      head->cut_from <= head->length;
     const int logits = head->n_logits == 0 ||
                        (head->length && head->n_logits == (uint64_t)session->model->info.n_vocab);
     const int sampler = head->has_sampler <= 1 &&
@@ -22985,6 +23113,8 @@ MOE__PRIVATE void moe__state_take(moe__state *state, moe_session *session, moe_s
     session->slot.at = moe__slot_at(session->length);
     session->slot.now = head->now ? session->length : -1;
     session->before = (int32_t)head->before - 1;
+    session->cut_from =
+        moe__session_cut_from(session, session->length, (int32_t)head->cut_from);
 }
 
 MOE__PRIVATE moe_status moe__state_load(moe__state *state, moe_session *session,

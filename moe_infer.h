@@ -42,6 +42,7 @@
 //   >>load     opening a model, placing its weights
 //   >>session  the forward pass, sessions
 //   >>sample   choosing tokens, generating text
+//   >>state    sessions in files
 //   >>licence  MIT or public domain
 //
 // To add one more of a kind, touch what mentions one that is there, and nothing else (tests/map.sh
@@ -104,6 +105,15 @@
 // cancelled eval leaves the session as it was, logits included. Sessions of one pool share the
 // buffers for a batch; moe_session_eval_many evaluates several of them in one pass, reading each
 // weight once.
+//
+// SEQUENCES. moe_session_rewind forgets from any position on; moe_session_sync makes a context of
+// any list of tokens and evaluates only what it does not begin with: a chat hands over the whole
+// dialogue each time. moe_session_copy makes a branch of it. All three are exact: what follows has
+// the bits that it would have without them. Where layers recur (a state of fixed size in place of
+// keys and values), states are kept at some places to go back to (n_checkpoints), and tokens from
+// there on are evaluated again. moe_session_save writes all this to a file, and moe_session_load
+// goes on from it, in another process or with other options; a file of another model, or one that
+// is damaged, is refused and changes nothing.
 //
 // THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between
 // evals. Sessions with pools of their own run at the same time; those of one pool take turns.
@@ -718,12 +728,36 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
 // keep_all_logits; before the first eval. Valid until the session is evaluated again, rewound or
 // closed; a failed or cancelled eval leaves them.
 MOE_API const float *moe_session_logits(const moe_session *session, int32_t i);
+// n_embd floats of the i-th token of the last eval (-1: the last one), of every token: what the
+// output matrix is multiplied with, behind the final norm. NULL without keep_hidden, and before the
+// first eval. Valid as long as moe_session_logits.
+MOE_API const float *moe_session_hidden(const moe_session *session, int32_t i);
 // Tokens in the context: the position of the next one.
 MOE_API int32_t moe_session_length(const moe_session *session);
+// Which ones: moe_session_length ids; NULL if session is. Valid until the next call that changes
+// the session.
+MOE_API const int32_t *moe_session_tokens(const moe_session *session);
 // Forgets all tokens from position `length` on, 0 <= length <= moe_session_length, and the logits
-// if any token is forgotten. Costs nothing; what comes next has the bits it would have had. Errors:
-// ARGUMENT (also from should_stop of an eval of this session).
+// if any token is forgotten. What comes next has the bits it would have had. Costs nothing, or, if
+// layers recur, evaluating tokens behind the nearest place to go back to again. Errors leave the
+// session as it was: ARGUMENT (also from should_stop of an eval of this session), CANCELLED.
 MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_error *error);
+// Makes the context equal to n_tokens ids, as a chat or an edited prompt wants it: what both begin
+// with stays, the rest is forgotten (moe_session_rewind) and evaluated (moe_session_eval). Then
+// moe_session_logits(session, -1) are those of the last token: if all is there but them, it is
+// evaluated again. No tokens: the session becomes empty. *n_reused (may be NULL): how many were not
+// evaluated again; 0 after an error. Errors: ARGUMENT and CONTEXT_FULL leave the session as it was;
+// after CANCELLED it holds what both begin with or, stopped while going back, what it held.
+MOE_API moe_status moe_session_sync(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    int32_t *n_reused, moe_error *error);
+// Makes `to` what `from` is, to go on from there in two ways: what it held is forgotten. Both have
+// one model and one kv_type; all other options may differ, and those of `to` stay. Takes as long as
+// copying the memory that the tokens take, and allocates nothing. Of the last eval only the last
+// token's logits are copied, and its hidden row if both keep them: moe_session_logits(to, -1).
+// Errors leave both as they were: ARGUMENT (another model or kv_type; one of them is being
+// evaluated), CONTEXT_FULL (n_ctx of `to` is too small). Tokens that a session of another isa
+// evaluated keep its last bits.
+MOE_API moe_status moe_session_copy(moe_session *to, const moe_session *from, moe_error *error);
 
 // ---- sampling and generating -----------------------------------------------------------------
 
@@ -805,6 +839,43 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
                                      const moe_generate_options *options,
                                      moe_generate_result *result, moe_error *error);
+
+// ---- sessions in files -----------------------------------------------------------------------
+
+// Writes what a session holds to a file: tokens, caches and states of these tokens, checkpoints,
+// the last token's logits. The file is replaced only when the new one is whole: after an error what
+// was there stays (a process that is killed may leave PATH.*.tmp). Links stay links; to a device or
+// a pipe it is written as it comes. Allocates nothing. The file is as large as the memory that the
+// tokens take, and holds the text, unprotected. Errors: ARGUMENT (also from should_stop of an eval
+// of this session), IO.
+MOE_API moe_status moe_session_save(const moe_session *session, const char *path,
+                                    moe_error *error);
+// Makes a session what the saved one was: what comes next has the bits that it would have had
+// there. It was saved with the same model (opened by whom and how does not matter) and kv_type;
+// n_ctx, if the tokens fit, and all other options may differ. moe_session_logits(session, -1) are
+// there if they were when it was saved, hidden rows are not. The file is hostile input: all of it
+// is read into memory and checked before the session is changed. An error leaves the session as it
+// was: ARGUMENT (another model or kv_type, as error->where says), MEMORY, IO, FORMAT (no saved
+// session, or a damaged one), UNSUPPORTED (another version), CONTEXT_FULL (n_ctx is too small).
+MOE_API moe_status moe_session_load(moe_session *session, const char *path, moe_error *error);
+// The same with a sampler: its random state and the recent tokens that it penalizes, but none of
+// its options, so that what is drawn next is what would have been drawn. sampler: NULL, or written
+// with the session; set if there is one in the file (whose last tokens count, as many as its
+// repeat_last_n says), else left as it is.
+MOE_API moe_status moe_session_save_with(const moe_session *session, const moe_sampler *sampler,
+                                         const char *path, moe_error *error);
+MOE_API moe_status moe_session_load_with(moe_session *session, moe_sampler *sampler,
+                                         const char *path, moe_error *error);
+// The same through callbacks, which must not use the session. on_write gets all bytes in order, in
+// pieces of any size; it returns 0 if it could not take all of one (then: IO). on_read returns how
+// many of `size` bytes it gave, 0 at the end (then: FORMAT), SIZE_MAX if it failed (then: IO);
+// nothing behind the end of the saved session is asked for.
+MOE_API moe_status moe_session_save_to(const moe_session *session, const moe_sampler *sampler,
+                                       int (*on_write)(void *user, const void *data, size_t size),
+                                       void *user, moe_error *error);
+MOE_API moe_status moe_session_load_from(moe_session *session, moe_sampler *sampler,
+                                         size_t (*on_read)(void *user, void *data, size_t size),
+                                         void *user, moe_error *error);
 
 // ---- statistics ------------------------------------------------------------------------------
 
@@ -1259,6 +1330,32 @@ MOE__INLINE uint64_t moe__splitmix64(uint64_t *state) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
     z = (z ^ z >> 27) * 0x94D049BB133111EBu;
     return z ^ z >> 31;
+}
+
+// A checksum of bytes in any pieces, eight at a time: moe__splitmix64 maps words one to one, so
+// that no change within one word is missed.
+typedef struct moe__checksum {
+    uint64_t sum, n; // n: bytes so far
+    uint8_t word[8]; // the last n % 8 of them
+} moe__checksum;
+
+MOE__INLINE uint64_t moe__checksum_step(uint64_t sum, uint64_t word) {
+    sum ^= word;
+    return moe__splitmix64(&sum);
+}
+MOE__PRIVATE void moe__checksum_add(moe__checksum *c, const void *data, uint64_t size) {
+    const uint8_t *p = (const uint8_t *)data;
+    for (; size && c->n % 8; size--) {
+        c->word[c->n++ % 8] = *p++;
+        if (c->n % 8 == 0) c->sum = moe__checksum_step(c->sum, moe__load_u64(c->word));
+    }
+    c->n += size;
+    for (; size >= 8; size -= 8, p += 8) c->sum = moe__checksum_step(c->sum, moe__load_u64(p));
+    memcpy(c->word, p, (size_t)size);
+}
+MOE__PRIVATE uint64_t moe__checksum_end(moe__checksum *c) {
+    memset(c->word + c->n % 8, 0, 8 - c->n % 8);
+    return moe__checksum_step(moe__checksum_step(c->sum, moe__load_u64(c->word)), c->n);
 }
 
 // Seconds of a monotonic clock; clock_gettime is hidden under strict -std=c11, its call is not.
@@ -15371,6 +15468,8 @@ struct moe_model {
     moe__paging paging;          // of the gguf's pages, if this model looks after them
 };
 
+enum { MOE__MATRIX = 2 };
+
 // State while loading. After the first error everything else is skipped: every function below
 // returns at once if the status is not OK, so that callers read as a list of what is bound, and
 // check the status only where they use what was read.
@@ -15379,7 +15478,8 @@ typedef struct moe__loader {
     const moe_gguf *gguf;
     moe_error *error;
     moe_status status;
-    uint8_t *used; // per tensor of the file: 1 somebody has asked for it, 2 as a matrix
+    uint8_t *used; // per tensor of the file: somebody has asked for it, or has bound it as a
+                   // matrix (MOE__MATRIX)
 } moe__loader;
 
 // Zeroed memory that lives as long as the model; NULL after an error. Allocations are a list
@@ -15615,8 +15715,6 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
                                   int64_t n_expert, double per_token, int required) {
     const moe_gguf_tensor *tensor = moe__load_tensor(loader, layer, base, "weight", required);
     if (!tensor) return 0;
-    loader->used[moe__gguf_names_find(loader->gguf->names, loader->gguf->n_tensors,
-                                      tensor->name)] |= 2;
     // attn_kv_b, and k_b and v_b in some files: the heads' rows follow one another in 2-D.
     int folded = n_expert > 1 && tensor->ne[2] == 1 && tensor->ne[1] == n_out * n_expert &&
                  !strncmp(base, "attn_", 5);
@@ -15636,6 +15734,8 @@ MOE__PRIVATE int moe__load_matrix(moe__loader *loader, moe__matrix *matrix, int 
                        tensor->name, type->name, (int)type->rows);
         return 0;
     }
+    const moe_gguf *gguf = loader->gguf;
+    loader->used[moe__gguf_names_find(gguf->names, gguf->n_tensors, tensor->name)] |= MOE__MATRIX;
     matrix->data = (const uint8_t *)tensor->data;
     matrix->type = type;
     matrix->index = (int)(type - moe__types);
@@ -16368,7 +16468,8 @@ MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name)
         if (!s->other) return 1;
         snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
         const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
-        if (at >= 0 && loader->used[at] >= (strcmp(s->suffix, ".scale") ? 1 : 2)) return 1;
+        if (at >= 0 && loader->used[at] >= (strcmp(s->suffix, ".scale") ? 1 : MOE__MATRIX))
+            return 1;
     }
     return 0;
 }
@@ -16483,6 +16584,7 @@ typedef struct moe__kv {
     moe_kv_type type;
     int64_t n_ctx, width;
     size_t row_size;
+    int64_t n_head;
 } moe__kv;
 
 MOE__INLINE uint8_t *moe__kv_row(const moe__kv *kv, int64_t head, int64_t position) {
@@ -16499,6 +16601,12 @@ MOE__PRIVATE void moe__kv_store(const moe__kernels *kernels, const moe__kv *kv, 
         kernels->f32_to_f16(x, n, (uint16_t *)(void *)row);
     else
         kernels->f32_to_q8_0(x, n, row);
+}
+
+// Rows of the first n positions, also from a cache for more or fewer of them.
+MOE__PRIVATE void moe__kv_copy(const moe__kv *to, const moe__kv *from, int64_t n) {
+    for (int64_t head = 0; head < from->n_head && n; head++)
+        memcpy(moe__kv_row(to, head, 0), moe__kv_row(from, head, 0), (size_t)n * from->row_size);
 }
 
 // What a mixer keeps in a layer.
@@ -16532,6 +16640,7 @@ MOE__PRIVATE moe__kv moe__kv_take(moe__arena *arena, moe_kv_type type, int64_t n
     kv.n_ctx = n_ctx;
     kv.width = width;
     kv.row_size = moe__kv_bytes(type, width);
+    kv.n_head = n_head;
     kv.data = (uint8_t *)moe__arena_take(arena, (uint64_t)(n_head * n_ctx), kv.row_size);
     return kv;
 }
@@ -16652,6 +16761,7 @@ struct moe_session {
     int64_t n_kept;        // floats of a checkpoint
     int keep_hidden;
     float *hidden;         // [n_ctx][n_embd], NULL unless kept
+    int32_t n_hidden;      // tokens of the last eval that it has rows of; 0: there are none
     size_t cleared;        // bytes of buffers that are not cleared when they are taken
     int in_jobs;           // while it is being evaluated
     uint64_t *expert_counts; // [layer][expert]
@@ -18076,6 +18186,7 @@ typedef struct moe__linear_work {
     float *in;            // [row][width]
     float *f, *g;         // [row][rank], then [row][n_head * d_k], [row][n_head * d_v]: KDA
     float *q, *k;         // [row][n_key_head * d_k]
+    float *own_q, *own_k; // of one row, of a thread
     float *v;             // [row][n_head * d_v]
     float *x;             // the same, Mamba-2: what values were before they were multiplied
     float *decay, *beta;  // [row][n_head * n_decay], [row][n_head]
@@ -18106,6 +18217,8 @@ MOE__PRIVATE void moe__linear_take(const moe__layer *layer, moe__memory *memory,
         moe__acts_take(&memory->in[MOE__IN_GATE], common, n, r->rank,
                        memory->session->model->kinds[MOE__IN_GATE] | MOE__ACTS_FLOATS);
     }
+    w->own_q = moe__take_floats(own, r->n_key_head, r->d_k);
+    w->own_k = moe__take_floats(own, r->n_key_head, r->d_k);
     w->keys = moe__take_floats(own, r->d_k, MOE__CHUNK);
     w->weights = moe__take_floats(own, 1, MOE__CHUNK);
     w->total = moe__take_floats(own, 1, r->n_decay);
@@ -18186,9 +18299,11 @@ MOE__PRIVATE void moe__recur_unit(const moe__eval *e, float *x, int64_t n, float
 
 // What the kinds differ in.
 typedef struct moe__linear {
-    // Of row t: queries, keys, values, decays and betas of a head; of key heads only q and k.
-    void (*prepare)(const moe__eval *e, const moe__layer *layer, const moe__linear_work *w,
-                    const moe__span *span, const float *kept, int64_t t, int64_t head);
+    // Of row t: query and key of a key head; value, decay and beta of a head.
+    void (*keys)(const moe__eval *e, const moe__layer *layer, const moe__linear_work *w,
+                 const moe__span *span, const float *kept, int64_t t, int64_t head);
+    void (*values)(const moe__eval *e, const moe__layer *layer, const moe__linear_work *w,
+                   const moe__span *span, const float *kept, int64_t t, int64_t head);
     int corrects; // beta and the delta rule
     int gate_first; // silu(gate) out, then the norm; else the norm, then
     int gate_silu;  // silu(gate), or the sigmoid
@@ -18201,43 +18316,50 @@ MOE__INLINE int64_t moe__recur_key_head(const moe__layer *layer, int64_t head) {
 
 // Gated delta net (Yang et al., 2024), KDA (Kimi Linear report, 2025): blocks of the convolution
 // are heads of q, of k and of v. Decays are one per head, or one per row of its state.
-MOE__PRIVATE void moe__delta_prepare(const moe__eval *e, const moe__layer *layer,
-                                     const moe__linear_work *w, const moe__span *span,
-                                     const float *kept, int64_t t, int64_t head) {
+MOE__PRIVATE void moe__delta_keys(const moe__eval *e, const moe__layer *layer,
+                                  const moe__linear_work *w, const moe__span *span,
+                                  const float *kept, int64_t t, int64_t head) {
     const moe__recurrent *r = &layer->recurrent;
-    const int64_t n_keys = r->n_key_head, d = r->d_k;
-    const float *in = w->in + t * r->width;
+    const int64_t n_keys = r->n_key_head, d = r->d_k, at = (t * n_keys + head) * d;
     const float root = 1 / sqrtf((float)d);
-    if (head < n_keys) {
-        float *q = w->q + (t * n_keys + head) * d, *k = w->k + (t * n_keys + head) * d;
-        moe__recur_conv(e, r, span, w->in, kept, t, head, 1, q);
-        moe__recur_conv(e, r, span, w->in, kept, t, n_keys + head, 1, k);
-        moe__recur_unit(e, q, d, root * root);
-        moe__recur_unit(e, k, d, root);
-    }
-    moe__recur_conv(e, r, span, w->in, kept, t, 2 * n_keys + head, 1,
-                    w->v + (t * r->n_head + head) * r->d_v);
-    w->beta[t * r->n_head + head] = 1 / (1 + expf(-in[r->b_at[head]]));
-    e->kernels->decay(w->f ? w->f + (t * r->n_head + head) * d : in + r->a_at[head],
+    moe__recur_conv(e, r, span, w->in, kept, t, head, 1, w->q + at);
+    moe__recur_conv(e, r, span, w->in, kept, t, n_keys + head, 1, w->k + at);
+    moe__recur_unit(e, w->q + at, d, root * root);
+    moe__recur_unit(e, w->k + at, d, root);
+}
+MOE__PRIVATE void moe__delta_values(const moe__eval *e, const moe__layer *layer,
+                                    const moe__linear_work *w, const moe__span *span,
+                                    const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const float *in = w->in + t * r->width;
+    const int64_t row = t * r->n_head + head;
+    moe__recur_conv(e, r, span, w->in, kept, t, 2 * r->n_key_head + head, 1, w->v + row * r->d_v);
+    w->beta[row] = 1 / (1 + expf(-in[r->b_at[head]]));
+    e->kernels->decay(w->f ? w->f + row * r->d_k : in + r->a_at[head],
                       r->dt_bias + head * r->n_decay, r->n_decay, r->a[head], r->low,
-                      w->decay + (t * r->n_head + head) * r->n_decay);
+                      w->decay + row * r->n_decay);
 }
 
 // Mamba-2 (Dao and Gu, 2024): values are x times the step, keys and queries are B and C of the
 // head's group. x itself is kept, to be added to the result.
-MOE__PRIVATE void moe__mamba2_prepare(const moe__eval *e, const moe__layer *layer,
-                                      const moe__linear_work *w, const moe__span *span,
-                                      const float *kept, int64_t t, int64_t head) {
+MOE__PRIVATE void moe__mamba2_keys(const moe__eval *e, const moe__layer *layer,
+                                   const moe__linear_work *w, const moe__span *span,
+                                   const float *kept, int64_t t, int64_t head) {
     const moe__recurrent *r = &layer->recurrent;
     const int64_t per_v = r->d_v / r->block, per_k = r->d_k / r->block;
     const int64_t first_k = r->n_head * per_v, first_q = first_k + r->n_key_head * per_k;
-    const int64_t row = t * r->n_head + head;
-    float *x = w->x + row * r->d_v, step;
-    for (int64_t b = 0; b < per_k && head < r->n_key_head; b++) {
+    for (int64_t b = 0; b < per_k; b++) {
         const int64_t at = (t * r->n_key_head + head) * r->d_k + b * r->block;
         moe__recur_conv(e, r, span, w->in, kept, t, first_k + head * per_k + b, 1, w->k + at);
         moe__recur_conv(e, r, span, w->in, kept, t, first_q + head * per_k + b, 1, w->q + at);
     }
+}
+MOE__PRIVATE void moe__mamba2_values(const moe__eval *e, const moe__layer *layer,
+                                     const moe__linear_work *w, const moe__span *span,
+                                     const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t per_v = r->d_v / r->block, row = t * r->n_head + head;
+    float *x = w->x + row * r->d_v, step;
     for (int64_t b = 0; b < per_v; b++)
         moe__recur_conv(e, r, span, w->in, kept, t, head * per_v + b, 1, x + b * r->block);
     e->kernels->softplus(w->in + t * r->width + r->a_at[head], r->dt_bias + head, 1, &step);
@@ -18246,22 +18368,28 @@ MOE__PRIVATE void moe__mamba2_prepare(const moe__eval *e, const moe__layer *laye
 }
 
 // Lightning attention (Qin et al., 2024; MiniMax-01 report): a decay per head for all tokens.
-MOE__PRIVATE void moe__lightning_prepare(const moe__eval *e, const moe__layer *layer,
-                                         const moe__linear_work *w, const moe__span *span,
-                                         const float *kept, int64_t t, int64_t head) {
+MOE__PRIVATE void moe__lightning_keys(const moe__eval *e, const moe__layer *layer,
+                                      const moe__linear_work *w, const moe__span *span,
+                                      const float *kept, int64_t t, int64_t head) {
     const moe__recurrent *r = &layer->recurrent;
-    const int64_t n = r->n_head, at = (t * n + head) * r->d_k;
+    const int64_t at = (t * r->n_head + head) * r->d_k;
     moe__recur_conv(e, r, span, w->in, kept, t, head, 1, w->q + at);
-    moe__recur_conv(e, r, span, w->in, kept, t, n + head, 1, w->k + at);
-    moe__recur_conv(e, r, span, w->in, kept, t, 2 * n + head, 1, w->v + at);
-    w->decay[t * n + head] = r->a[head];
+    moe__recur_conv(e, r, span, w->in, kept, t, r->n_head + head, 1, w->k + at);
+}
+MOE__PRIVATE void moe__lightning_values(const moe__eval *e, const moe__layer *layer,
+                                        const moe__linear_work *w, const moe__span *span,
+                                        const float *kept, int64_t t, int64_t head) {
+    const moe__recurrent *r = &layer->recurrent;
+    const int64_t row = t * r->n_head + head;
+    moe__recur_conv(e, r, span, w->in, kept, t, 2 * r->n_head + head, 1, w->v + row * r->d_v);
+    w->decay[row] = r->a[head];
 }
 
 MOE__PRIVATE const moe__linear *moe__linear_of(const moe__layer *layer) {
-    static const moe__linear delta = {moe__delta_prepare, 1, 0, 1};
-    static const moe__linear kda = {moe__delta_prepare, 1, 0, 0};
-    static const moe__linear mamba2 = {moe__mamba2_prepare, 0, 1, 1};
-    static const moe__linear lightning = {moe__lightning_prepare, 0, 0, 0};
+    static const moe__linear delta = {moe__delta_keys, moe__delta_values, 1, 0, 1};
+    static const moe__linear kda = {moe__delta_keys, moe__delta_values, 1, 0, 0};
+    static const moe__linear mamba2 = {moe__mamba2_keys, moe__mamba2_values, 0, 1, 1};
+    static const moe__linear lightning = {moe__lightning_keys, moe__lightning_values, 0, 0, 0};
     return layer->mixer == MOE__DELTA    ? &delta
            : layer->mixer == MOE__KDA    ? &kda
            : layer->mixer == MOE__MAMBA2 ? &mamba2
@@ -18347,26 +18475,41 @@ MOE__PRIVATE void moe__linear_walk_all(const moe__eval *e, const moe__layer *lay
                                      moe__min(columns, r->d_v - c));
 }
 
-// What the slots keep of key head `head` and head `head`.
+// What the slots keep of a head: its decays, and its keys if it is the first that has these.
 MOE__PRIVATE void moe__linear_keep(const moe__layer *layer, const moe__linear_work *w,
-                                   const moe__span *span, const moe__slot_parts slots[2],
-                                   int64_t head) {
+                                   const moe__span *span, int il, int64_t head) {
     const moe__recurrent *r = &layer->recurrent;
+    const int64_t key_head = moe__recur_key_head(layer, head);
+    const int64_t first = r->grouped ? key_head * (r->n_head / r->n_key_head) : key_head;
     moe__slot slot;
     int32_t begin, end;
     for (int part = 0; part < 2; part++) {
         if (!moe__recur_part(span, part, &slot, &begin, &end)) continue;
+        const moe__slot_parts parts =
+            moe__linear_slot(layer, span->sequence->caches[il].state[slot.slot]);
         for (int32_t p = begin; p < end; p++) {
             const int64_t t = span->first_row + p - span->past, j = p - slot.at;
-            const float *k = w->k + (t * r->n_key_head + head) * r->d_k;
-            float *keys = slots[slot.slot].keys + head * r->d_k * MOE__CHUNK + j;
-            for (int64_t i = 0; i < r->d_k && head < r->n_key_head; i++)
-                keys[i * MOE__CHUNK] = k[i];
-            memcpy(slots[slot.slot].decays + (j * r->n_head + head) * r->n_decay,
+            const float *k = w->k + (t * r->n_key_head + key_head) * r->d_k;
+            float *keys = parts.keys + key_head * r->d_k * MOE__CHUNK + j;
+            for (int64_t i = 0; i < r->d_k && head == first; i++) keys[i * MOE__CHUNK] = k[i];
+            memcpy(parts.decays + (j * r->n_head + head) * r->n_decay,
                    w->decay + (t * r->n_head + head) * r->n_decay,
                    (size_t)r->n_decay * sizeof(float));
         }
     }
+}
+
+// And of the convolution's inputs, this thread's part.
+MOE__PRIVATE void moe__linear_keep_inputs(const moe__eval *e, const moe__layer *layer,
+                                          const moe__linear_work *w, const moe__span *span,
+                                          int il) {
+    const moe__recurrent *r = &layer->recurrent;
+    float *const *state = span->sequence->caches[il].state;
+    float *const kept[2] = {moe__linear_slot(layer, state[0]).conv,
+                            moe__linear_slot(layer, state[1]).conv};
+    int64_t begin, end;
+    moe__eval_range(e, r->n_conv / r->block, 1, &begin, &end);
+    for (int64_t b = begin; b < end; b++) moe__recur_keep(r, span, w->in, kept, b);
 }
 
 // Heads that are normed together, of row t: norms and gates into the mixer's result.
@@ -18427,6 +18570,42 @@ MOE__PRIVATE void moe__linear_low_rank(moe__eval *e, const moe__layer *layer,
     moe__eval_barrier(e);
 }
 
+// What slots keep of the convolution's inputs before the rows of a span
+MOE__INLINE const float *moe__linear_kept(const moe__layer *layer, const moe__span *span, int il) {
+    return moe__linear_slot(layer, span->sequence->caches[il].state[span->from.slot]).conv;
+}
+
+// One row, of which each thread takes whole heads from the products to the gates: queries and keys
+// go to memory of its own, since several heads may share them, and what the slots keep is written
+// behind the barrier, when nobody reads them any more.
+MOE__PRIVATE void moe__linear_one(moe__eval *e, const moe__layer *layer, int il,
+                                  const moe__linear_work *w) {
+    const moe__recurrent *r = &layer->recurrent;
+    const moe__linear *kind = moe__linear_of(layer);
+    const moe__span *span = e->work->spans;
+    const float *kept = moe__linear_kept(layer, span, il);
+    const int64_t each = r->n_head / r->n_group;
+    moe__linear_work own = *w;
+    own.q = w->own_q, own.k = w->own_k;
+    for (int64_t group = 0; group < r->n_group; group++) {
+        int64_t made = -1;
+        if (!moe__items_turn(e, group)) continue;
+        for (int64_t head = group * each; head < (group + 1) * each; head++) {
+            const int64_t key_head = moe__recur_key_head(layer, head);
+            if (key_head != made) kind->keys(e, layer, &own, span, kept, 0, key_head);
+            made = key_head;
+            kind->values(e, layer, &own, span, kept, 0, head);
+            moe__linear_walk(e, layer, il, &own, span, head, 0, r->d_v);
+        }
+        moe__linear_finish(e, layer, &own, 0, group);
+    }
+    moe__eval_barrier(e);
+    for (int64_t head = 0; head < r->n_head; head++)
+        if (moe__items_turn(e, head / each)) moe__linear_keep(layer, &own, span, il, head);
+    moe__linear_keep_inputs(e, layer, w, span, il);
+}
+
+// The lines of mixers that recur on the first page of >>session.
 MOE__PRIVATE void moe__linear_forward(moe__eval *e, const moe__layer *layer, int il) {
     const moe__recurrent *r = &layer->recurrent;
     const moe__linear *kind = moe__linear_of(layer);
@@ -18437,28 +18616,26 @@ MOE__PRIVATE void moe__linear_forward(moe__eval *e, const moe__layer *layer, int
     moe__recur_project(e, layer, w.in);
     moe__eval_fetch(e, &layer->o);
     if (r->rank) moe__linear_low_rank(e, layer, &w);
+    if (e->n == 1 && (r->n_group >= 4 * e->n_threads || r->n_group % e->n_threads == 0)) {
+        moe__linear_one(e, layer, il, &w);
+        return;
+    }
     moe__eval_range(e, e->n * r->n_head, 1, &begin, &end);
     for (int64_t i = begin; i < end; i++) {
-        const moe__span *span = moe__eval_span(e, i / r->n_head);
-        const moe__cache *cache = &span->sequence->caches[il];
-        kind->prepare(e, layer, &w, span,
-                      moe__linear_slot(layer, cache->state[span->from.slot]).conv, i / r->n_head,
-                      i % r->n_head);
+        const int64_t t = i / r->n_head, head = i % r->n_head;
+        const moe__span *span = moe__eval_span(e, t);
+        const float *kept = moe__linear_kept(layer, span, il);
+        if (head < r->n_key_head) kind->keys(e, layer, &w, span, kept, t, head);
+        kind->values(e, layer, &w, span, kept, t, head);
     }
     moe__eval_barrier(e);
     moe__linear_walk_all(e, layer, il, &w);
     moe__eval_barrier(e);
+    moe__eval_range(e, r->n_head, 1, &begin, &end);
     for (int32_t s = 0; s < e->work->n_spans; s++) {
         const moe__span *span = &e->work->spans[s];
-        float *const *state = span->sequence->caches[il].state;
-        const moe__slot_parts slots[2] = {moe__linear_slot(layer, state[0]),
-                                          moe__linear_slot(layer, state[1])};
-        float *const kept[2] = {slots[0].conv, slots[1].conv};
-        moe__eval_range(e, r->n_conv / r->block, 1, &begin, &end);
-        for (int64_t b = begin; b < end; b++) moe__recur_keep(r, span, w.in, kept, b);
-        moe__eval_range(e, r->n_head, 1, &begin, &end);
-        for (int64_t head = begin; head < end; head++)
-            moe__linear_keep(layer, &w, span, slots, head);
+        moe__linear_keep_inputs(e, layer, &w, span, il);
+        for (int64_t head = begin; head < end; head++) moe__linear_keep(layer, &w, span, il, head);
     }
     moe__eval_range(e, e->n * r->n_group, 1, &begin, &end);
     for (int64_t i = begin; i < end; i++)
@@ -19477,12 +19654,14 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 //
 //     products of h                       attn_qkv, attn_gate, ssm_in, ...         |
 //     (second halves of low-rank ones     ssm_f_b, ssm_g_b, of kda                 :|)
-//     q, k, v, decay d, beta of u                                                  |
+//     q, k, v, decay d, beta of u                                                  :
 //     S = d S + k x beta (v - (d S)^T k)  delta: d one number; kda: one per row
 //     S = d S + k x v                     mamba2: k, q = B, C; v = step x; lightning
-//     m_i = S^T q                                                                  |
+//     m_i = S^T q                                                                  :
 //     m = N(m) silu(z)                    delta; sigma(z): kda, lightning;
 //         N((m + D x) silu(z))            mamba2                                   |
+//
+// (":" also of one row if heads are too few for the threads: then columns of S are shared.)
 //
 // mamba1 has a decay for each value of S and norms and products of its own in between (2 barriers
 // more, and 2 if the batch has many rows); conv is C * conv(B * u), 2 barriers in all.
@@ -19490,9 +19669,9 @@ MOE_API const moe_model_memory *moe_model_get_memory(const moe_model *model) {
 // A layer may have but one of the two halves (nemotron_h). With latent experts (ffn_latent_down,
 // _up) the routed ones work on a shorter vector: 2 barriers more.
 //
-// So one token takes 6 barriers per layer with gqa, 8 with mla, delta, mamba2 and lightning (a
-// dense layer: one less), 10 with low-rank kda, one before the first layer and one behind the
-// logits. One more each:
+// So one token takes 6 barriers per layer with gqa, delta and mamba2, 8 with mla, lightning and
+// low-rank kda (a dense layer: one less), one before the first layer and one behind the logits. One
+// more each:
 //   gates of heads (attn_gate with mla, with gqa also if they are in attn_q)
 //   items that are single chunks of keys, since heads alone are too few for the threads: their
 //     results are joined (gqa; mla joins them where V_i is applied)
@@ -19580,22 +19759,28 @@ MOE__PRIVATE int32_t moe__remember_least(const moe_session *session, int32_t at)
     return best;
 }
 
-// A checkpoint of the states at a slot's position, unless there is one, or nothing to keep.
-MOE__PRIVATE void moe__remember(moe_session *session, moe__slot slot) {
+// Room for a checkpoint where there is none yet; NULL if none are kept.
+MOE__PRIVATE float *moe__remember_room(moe_session *session, int32_t at) {
     const int32_t n = session->info.n_checkpoints;
-    if (!n || slot.at == 0) return;
-    for (int32_t i = 0; i < session->n_saved; i++)
-        if (session->saved_at[i] == slot.at) return;
-    if (session->n_saved == n) moe__remember_remove(session, moe__remember_least(session, slot.at));
+    if (n == 0) return NULL;
+    if (session->n_saved == n) moe__remember_remove(session, moe__remember_least(session, at));
     int32_t i = session->n_saved++;
     float *memory = session->saved[i];
-    for (; i > 0 && session->saved_at[i - 1] > slot.at; i--) {
+    for (; i > 0 && session->saved_at[i - 1] > at; i--) {
         session->saved_at[i] = session->saved_at[i - 1];
         session->saved[i] = session->saved[i - 1];
     }
-    session->saved_at[i] = slot.at;
-    session->saved[i] = memory;
-    for (int il = 0; il < session->model->info.n_layer; il++) {
+    session->saved_at[i] = at;
+    return session->saved[i] = memory;
+}
+
+// A checkpoint of the states at a slot's position, unless there is one, or nothing to keep.
+MOE__PRIVATE void moe__remember(moe_session *session, moe__slot slot) {
+    if (slot.at == 0) return;
+    for (int32_t i = 0; i < session->n_saved; i++)
+        if (session->saved_at[i] == slot.at) return;
+    float *memory = moe__remember_room(session, slot.at);
+    for (int il = 0; memory && il < session->model->info.n_layer; il++) {
         const moe__cache *cache = &session->caches[il];
         memcpy(memory + cache->kept_at, cache->state[slot.slot],
                (size_t)cache->n_kept * sizeof(float));
@@ -19892,6 +20077,21 @@ MOE__INLINE void moe__forward_scale(const moe__eval *e, float *logits, int64_t n
     for (int64_t i = 0; i < n && scale != 1; i++) logits[i] *= scale;
 }
 
+// What is hidden behind the last layer, normed, of the rows whose sequences keep it.
+MOE__PRIVATE void moe__forward_hidden(moe__eval *e) {
+    const int64_t n_embd = e->model->info.n_embd;
+    int64_t begin, end;
+    for (int32_t s = 0; s < e->work->n_spans; s++) {
+        const moe__span *span = &e->work->spans[s];
+        if (!span->sequence->hidden) continue;
+        moe__eval_range(e, span->n, 1, &begin, &end);
+        for (int64_t i = begin; i < end; i++)
+            e->kernels->rms_norm(e->work->residual + (span->first_row + i) * n_embd,
+                                 e->model->output_norm, n_embd, e->model->eps,
+                                 span->sequence->hidden + (span->past + i) * n_embd);
+    }
+}
+
 // Logits of the rows that somebody wants them of: of each sequence's last row, or of all its rows
 // (keep_all_logits). The output matrix, n_vocab rows, is read once for all of them, and not at all
 // for a part of a prompt.
@@ -19943,9 +20143,9 @@ MOE__PRIVATE void moe__forward_logits(moe__eval *e) {
     moe__eval_barrier(e);
 }
 
-// Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the others
-// go on. They look at the answer behind the mixer's barriers, all at the same place, and others
-// come before it is asked again, so that all stop or none.
+// Whether somebody wants to stop: asked by thread 0 in each layer that has a mixer, while the
+// others go on. They look at the answer behind the mixer's barriers, all at the same place, and
+// other barriers come before it is asked again, so that all stop or none.
 MOE__PRIVATE void moe__forward_ask(moe__batch *batch) {
     for (int32_t i = 0; i < batch->n_jobs && !batch->stop; i++) {
         const moe_session *session = batch->jobs[i].session;
@@ -20007,6 +20207,13 @@ MOE__PRIVATE void moe__eval_inputs(moe__eval *e) {
     }
 }
 
+// Between two batches: checkpoints of the states that one has left, and the next.
+MOE__PRIVATE void moe__eval_next(moe__batch *batch) {
+    for (int32_t i = 0; i < batch->work->n_spans; i++)
+        moe__remember(batch->work->spans[i].sequence, batch->work->spans[i].to);
+    moe__batch_next(batch);
+}
+
 // All batches of a call: the job that moe__pool_run gives to every thread of the team. Thread 0
 // fills the next batch between two barriers; the last barrier of a call is the pool's own.
 MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
@@ -20025,13 +20232,12 @@ MOE__PRIVATE void moe__eval_run(void *context, int thread, int n_threads) {
         moe__eval_inputs(&e);
         if (!moe__forward(&e)) return;
         double since = thread ? 0 : moe__seconds();
+        moe__forward_hidden(&e);
         moe__forward_logits(&e);
         moe__eval_clock(&e, &since, &batch->lead->stats.output_seconds);
         if (!batch->more) return;
         moe__eval_barrier(&e);
-        for (int32_t i = 0; i < batch->work->n_spans && thread == 0; i++)
-            moe__remember(batch->work->spans[i].sequence, batch->work->spans[i].to);
-        if (thread == 0) moe__batch_next(batch);
+        if (thread == 0) moe__eval_next(batch);
         moe__eval_barrier(&e);
     }
 }
@@ -20313,6 +20519,10 @@ MOE__PRIVATE int moe__session_take(moe_session *session, uint64_t size, uint64_t
     arena.base = session->buffers;
     moe__session_layout(session, &arena);
     memset(session->buffers + session->cleared, 0, session->n_bytes - session->cleared);
+    for (int il = 0; il < session->model->info.n_layer; il++)
+        for (int i = 0; i < 2; i++) // as states are saved whole: no file shows what was here before
+            memset(session->caches[il].state[i], 0,
+                   (size_t)session->caches[il].n_state * sizeof(float));
     moe__remember_begin(session, 0);
     session->before = -1;
     return 1;
@@ -20414,6 +20624,16 @@ MOE_API int32_t moe_session_length(const moe_session *session) {
     return session ? session->length : 0;
 }
 
+MOE__PRIVATE moe_status moe__session_check_ids(const moe_session *session, const int32_t *tokens,
+                                               int32_t n_tokens, moe_error *error) {
+    for (int32_t i = 0; i < n_tokens; i++)
+        if (tokens[i] < 0 || tokens[i] >= session->model->info.n_vocab)
+            return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
+                             "token %d at position %d is not within 0..%d", (int)tokens[i], (int)i,
+                             (int)session->model->info.n_vocab - 1);
+    return MOE_OK;
+}
+
 // Whether a job can be evaluated beside those before it. All is checked before anything is
 // computed: an error leaves every session as it was.
 MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *lead,
@@ -20431,11 +20651,8 @@ MOE__PRIVATE moe_status moe__job_check(const moe_job *job, const moe_session *le
         session->kernels != lead->kernels)
         return moe__fail(error, MOE_ERROR_ARGUMENT, "session",
                          "sessions evaluated together have one model, one pool and one isa");
-    for (int32_t i = 0; i < job->n_tokens; i++)
-        if (job->tokens[i] < 0 || job->tokens[i] >= session->model->info.n_vocab)
-            return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
-                             "token %d at position %d is not within 0..%d", (int)job->tokens[i],
-                             (int)i, (int)session->model->info.n_vocab - 1);
+    moe_status status = moe__session_check_ids(session, job->tokens, job->n_tokens, error);
+    if (status) return status;
     if (job->n_tokens > session->info.n_ctx - session->length)
         return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx",
                          "%d tokens do not fit behind %d of %d", (int)job->n_tokens,
@@ -20488,6 +20705,7 @@ MOE__PRIVATE void moe__job_end(const moe_job *job, int done) {
     session->slot = session->next;
     session->length += job->n_tokens;
     session->n_last = job->n_tokens;
+    session->n_hidden = session->keep_hidden ? job->n_tokens : 0;
     if (job->n_tokens > MOE__CHUNK ||
         (session->length == session->slot.at && session->length % MOE__REMEMBER == 0))
         moe__remember(session, session->slot);
@@ -20495,8 +20713,8 @@ MOE__PRIVATE void moe__job_end(const moe_job *job, int done) {
 
 // First all jobs are checked, then those that are right are evaluated together, then lengths grow.
 // Until then nothing of a session has changed that anybody can see: rows of the cache behind its
-// length do not count. in_jobs finds a session that is in the list twice.
-MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error) {
+// length do not count. in_jobs finds a session that is in the list twice. form: of moe__batch.
+MOE__PRIVATE moe_status moe__jobs_eval(moe_job *jobs, int32_t n_jobs, int form, moe_error *error) {
     moe__batch batch;
     moe_status first = MOE_OK;
     int64_t n_tokens = 0;
@@ -20516,7 +20734,7 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
     }
     batch.jobs = jobs;
     batch.n_jobs = n_jobs;
-    batch.form = -1;
+    batch.form = form;
     const int done = batch.lead && moe__jobs_run(&batch, n_tokens);
     for (int32_t i = 0; i < n_jobs; i++) {
         if (jobs[i].status) continue;
@@ -20530,13 +20748,21 @@ MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_erro
     return first;
 }
 
-MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
-                                    moe_error *error) {
+MOE_API moe_status moe_session_eval_many(moe_job *jobs, int32_t n_jobs, moe_error *error) {
+    return moe__jobs_eval(jobs, n_jobs, -1, error);
+}
+
+MOE__PRIVATE moe_status moe__session_eval(moe_session *session, const int32_t *tokens,
+                                          int32_t n_tokens, int form, moe_error *error) {
     moe_job job;
     job.session = session;
     job.tokens = tokens;
     job.n_tokens = n_tokens;
-    return moe_session_eval_many(&job, 1, error);
+    return moe__jobs_eval(&job, 1, form, error);
+}
+MOE_API moe_status moe_session_eval(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    moe_error *error) {
+    return moe__session_eval(session, tokens, n_tokens, -1, error);
 }
 
 // Kept logits stand at their positions ([n_ctx][n_vocab]), so that those of the last eval end where
@@ -20549,6 +20775,18 @@ MOE_API const float *moe_session_logits(const moe_session *session, int32_t i) {
         return session->logits +
                (int64_t)(session->length - session->n_last + i) * session->model->info.n_vocab;
     return i == session->n_last - 1 ? session->logits : NULL;
+}
+
+MOE_API const float *moe_session_hidden(const moe_session *session, int32_t i) {
+    if (!session || !session->n_hidden) return NULL;
+    if (i == -1) i = session->n_hidden - 1;
+    if (i < 0 || i >= session->n_hidden) return NULL;
+    return session->hidden +
+           (int64_t)(session->length - session->n_hidden + i) * session->model->info.n_embd;
+}
+
+MOE_API const int32_t *moe_session_tokens(const moe_session *session) {
+    return session ? session->tokens : NULL;
 }
 
 MOE_API const moe_session_stats *moe_session_get_stats(const moe_session *session) {
@@ -20639,8 +20877,107 @@ MOE_API moe_status moe_session_rewind(moe_session *session, int32_t length, moe_
         if (status) return status;
     }
     moe__remember_drop(session, length);
-    if (length < session->length) session->n_last = 0;
+    if (length < session->length) session->n_last = session->n_hidden = 0;
     session->length = length;
+    return MOE_OK;
+}
+
+MOE__PRIVATE moe_status moe__session_sync_check(const moe_session *session, const int32_t *tokens,
+                                                int32_t n_tokens, moe_error *error) {
+    if (!session || n_tokens < 0 || (n_tokens && !tokens))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "tokens",
+                         "a session and tokens are needed, or a number of 0");
+    if (moe__pool_is_held(session->pool))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot evaluate with the pool that calls it");
+    moe_status status = moe__session_check_ids(session, tokens, n_tokens, error);
+    if (!status && n_tokens > session->info.n_ctx)
+        return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx", "%d tokens do not fit into %d",
+                         (int)n_tokens, (int)session->info.n_ctx);
+    return status;
+}
+
+// A last token whose logits are not at hand is evaluated in the form of latent attention it had.
+MOE_API moe_status moe_session_sync(moe_session *session, const int32_t *tokens, int32_t n_tokens,
+                                    int32_t *n_reused, moe_error *error) {
+    int32_t kept = 0;
+    int form = -1;
+    if (n_reused) *n_reused = 0;
+    moe_status status = moe__session_sync_check(session, tokens, n_tokens, error);
+    if (status) return status;
+    while (kept < n_tokens && kept < session->length && tokens[kept] == session->tokens[kept])
+        kept++;
+    if (kept && kept == n_tokens && (kept < session->length || !session->n_last))
+        form = session->expanded[--kept];
+    const uint64_t replayed = session->n_replayed;
+    status = moe_session_rewind(session, kept, error);
+    if (!status && kept < n_tokens)
+        status = moe__session_eval(session, tokens + kept, n_tokens - kept, form, error);
+    if (!status && n_reused) *n_reused = kept - (int32_t)(session->n_replayed - replayed);
+    return status;
+}
+
+// ---- copies ----------------------------------------------------------------------------------
+
+MOE__PRIVATE moe_status moe__copy_check(const moe_session *to, const moe_session *from,
+                                        moe_error *error) {
+    if (!to || !from)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session", "two sessions are needed");
+    if (to->in_jobs || from->in_jobs)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot copy a session that is being evaluated");
+    if (to->model != from->model || to->info.kv_type != from->info.kv_type)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session",
+                         "a session is copied to one of the same model and kv_type");
+    if (from->length > to->info.n_ctx)
+        return moe__fail(error, MOE_ERROR_CONTEXT_FULL, "n_ctx", "%d tokens do not fit into %d",
+                         (int)from->length, (int)to->info.n_ctx);
+    return MOE_OK;
+}
+
+// States of layers that recur, and as many checkpoints as fit.
+MOE__PRIVATE void moe__copy_states(moe_session *to, const moe_session *from) {
+    to->slot = from->slot;
+    to->before = from->before;
+    for (int il = 0; il < from->model->info.n_layer; il++)
+        for (int i = 0; i < 2; i++)
+            if (i == from->slot.slot || from->before >= 0)
+                memcpy(to->caches[il].state[i], from->caches[il].state[i],
+                       (size_t)from->caches[il].n_state * sizeof(float));
+    to->n_saved = 0;
+    for (int32_t i = 0; i < from->n_saved; i++) {
+        float *memory = moe__remember_room(to, from->saved_at[i]);
+        if (memory) memcpy(memory, from->saved[i], (size_t)from->n_kept * sizeof *memory);
+    }
+}
+
+// The row of logits of the last of `length` tokens
+MOE__INLINE float *moe__session_last(const moe_session *session, int32_t length) {
+    const int64_t row = session->keep_all_logits ? length - 1 : 0;
+    return session->logits + row * session->model->info.n_vocab;
+}
+
+MOE_API moe_status moe_session_copy(moe_session *to, const moe_session *from, moe_error *error) {
+    moe_status status = moe__copy_check(to, from, error);
+    if (status || to == from) return status;
+    const moe_model_info *info = &from->model->info;
+    const size_t n = (size_t)from->length;
+    for (int il = 0; il < info->n_layer; il++) {
+        moe__kv_copy(&to->caches[il].k, &from->caches[il].k, from->length);
+        moe__kv_copy(&to->caches[il].v, &from->caches[il].v, from->length);
+    }
+    moe__copy_states(to, from);
+    memcpy(to->tokens, from->tokens, n * sizeof *to->tokens);
+    memcpy(to->expanded, from->expanded, n * sizeof *to->expanded);
+    to->length = from->length;
+    to->n_last = from->n_last > 0;
+    to->n_hidden = to->keep_hidden && from->n_hidden;
+    if (to->n_last)
+        memcpy(moe__session_last(to, to->length), moe__session_last(from, from->length),
+               (size_t)info->n_vocab * sizeof(float));
+    if (to->n_hidden)
+        memcpy(to->hidden + (n - 1) * (size_t)info->n_embd,
+               from->hidden + (n - 1) * (size_t)info->n_embd, (size_t)info->n_embd * sizeof(float));
     return MOE_OK;
 }
 
@@ -21506,6 +21843,601 @@ MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
     if (result && status == MOE_ERROR_CONTEXT_FULL) result->reason = MOE_STOP_CONTEXT;
     if (tokens) moe__free(&session->allocator, tokens);
     return status;
+}
+
+// ==============================================================================================
+// >>state
+//
+// Sessions in files. One function, moe__state_walk, goes through all that is to be kept, in the
+// order of the file; writing, checking and reading differ in what they do with each piece.
+//
+//   head          moe__state_head: words of 64 bits, the last one the checksum of the others
+//   sections      a tag (8 bytes), what it holds, a checksum of both (8 bytes):
+//     tokens        ids, positions of checkpoints, the form of latent attention of each token
+//     rows          layer by layer keys, then values: of each head the rows of all tokens
+//     states        of layers that recur: the slot in use, and the other one if it holds a state
+//     checkpoints   one after another, layer by layer
+//     logits        of the last token, if there are any
+//     sampler       its random state and its recent tokens, the oldest first, if it goes along
+//
+// Everything is as it lies in memory, little-endian. How long a section is follows from the head
+// and from the shapes of the model, of which the head has a fingerprint. So a file is read into as
+// much memory as a session of its length can need and no more, all of it is checked, and only then
+// the session is changed.
+// ==============================================================================================
+
+#define MOE__STATE_MAGIC 0x4554415453454F4Du // "MOESTATE"
+enum { MOE__STATE_VERSION = 1 };
+
+typedef struct moe__state_head {
+    uint64_t magic, version;
+    uint64_t size;          // bytes of all, head included
+    uint64_t model;         // moe__state_model
+    uint64_t kv_type, length;
+    uint64_t now;           // 1: the slot in use has gone on by itself to the end (moe__slot.now)
+    uint64_t before;        // 1 + position of the state in the other slot; 0: it holds none
+    uint64_t n_saved;       // checkpoints
+    uint64_t n_logits;      // n_vocab, or 0
+    uint64_t has_sampler, n_recent;
+    uint64_t sum;           // of the words above
+} moe__state_head;
+
+typedef enum moe__state_mode {
+    MOE__STATE_SIZE,  // how long is it?
+    MOE__STATE_WRITE,
+    MOE__STATE_CHECK, // are sections in memory whole?
+    MOE__STATE_READ   // from memory into a session
+} moe__state_mode;
+
+typedef struct moe__state {
+    moe__state_mode mode;
+    moe__state_head head;
+    const moe_session *session;
+    moe_session *into;      // READ: the same
+    const moe_sampler *sampler;
+    moe_sampler *into_sampler; // READ: the same, or NULL
+    const int32_t *saved_at; // WRITE, READ: positions of checkpoints
+    uint64_t at;            // place in the file
+    const uint8_t *from;    // CHECK, READ: the same in memory
+    moe__checksum sum;      // of the section so far
+    int (*on_write)(void *user, const void *data, size_t size);
+    size_t (*on_read)(void *user, void *data, size_t size);
+    void *user;
+    int is_all;             // nothing may follow
+    const char *name;       // of the file, for errors
+    moe_status status;      // the first error
+    moe_error *error;
+} moe__state;
+
+// ---- the walk --------------------------------------------------------------------------------
+
+// `size` bytes of a session, or, reading with data = NULL, bytes that have no place there.
+MOE__PRIVATE void moe__state_piece(moe__state *state, void *data, uint64_t size) {
+    const uint64_t at = state->at;
+    if (state->status || size == 0) return;
+    if (!moe__size_add(at, size, &state->at))
+        moe__load_fail(state, MOE_ERROR_MEMORY, state->name, "it is too large for this machine");
+    if (state->mode == MOE__STATE_WRITE) {
+        moe__checksum_add(&state->sum, data, size);
+        if (!state->on_write(state->user, data, (size_t)size))
+            moe__load_fail_at(state, MOE_ERROR_IO, at, state->name, "it could not be written");
+    } else if (state->mode == MOE__STATE_CHECK) {
+        moe__checksum_add(&state->sum, state->from, size);
+        state->from += size;
+    } else if (state->mode == MOE__STATE_READ) {
+        if (data) memcpy(data, state->from, (size_t)size);
+        state->from += size;
+    }
+}
+
+// The tag of a section: up to 8 letters.
+MOE__PRIVATE void moe__state_begin(moe__state *state, const char *name) {
+    char tag[8], found[8];
+    memset(tag, 0, sizeof tag);
+    memcpy(tag, name, strlen(name));
+    memset(&state->sum, 0, sizeof state->sum);
+    if (state->mode == MOE__STATE_CHECK) memcpy(found, state->from, sizeof found);
+    if (state->mode == MOE__STATE_CHECK && memcmp(tag, found, sizeof tag))
+        moe__load_fail_at(state, MOE_ERROR_FORMAT, state->at, state->name,
+                          "it is damaged: there is no section of %s", name);
+    moe__state_piece(state, tag, sizeof tag);
+}
+MOE__PRIVATE void moe__state_end(moe__state *state, const char *name) {
+    uint64_t sum = moe__checksum_end(&state->sum);
+    if (state->mode == MOE__STATE_CHECK && !state->status &&
+        moe__load_u64(state->from) != sum)
+        moe__load_fail_at(state, MOE_ERROR_FORMAT, state->at, state->name,
+                          "it is damaged: the checksum of its %s is wrong", name);
+    moe__state_piece(state, &sum, sizeof sum);
+}
+
+MOE__PRIVATE void moe__state_rows(moe__state *state, const moe__kv *kv) {
+    for (int64_t head = 0; head < kv->n_head; head++)
+        moe__state_piece(state, moe__kv_row(kv, head, 0), state->head.length * kv->row_size);
+}
+
+// Both slots: what is read comes into the first one.
+MOE__PRIVATE void moe__state_slots(moe__state *state) {
+    const moe_session *session = state->session;
+    const int used = state->mode == MOE__STATE_WRITE ? session->slot.slot : 0;
+    for (int il = 0; il < session->model->info.n_layer; il++) {
+        const moe__cache *cache = &session->caches[il];
+        const uint64_t size = (uint64_t)cache->n_state * sizeof(float);
+        moe__state_piece(state, cache->state[used], size);
+        if (state->head.before) moe__state_piece(state, cache->state[1 - used], size);
+    }
+}
+
+// Reading: as many as the session keeps, see moe__remember_least.
+MOE__PRIVATE void moe__state_checkpoints(moe__state *state) {
+    const moe_session *session = state->session;
+    for (uint64_t i = 0; i < state->head.n_saved; i++) {
+        float *memory = state->mode == MOE__STATE_WRITE ? session->saved[i] : NULL;
+        if (state->mode == MOE__STATE_READ)
+            memory = moe__remember_room(state->into, state->saved_at[i]);
+        for (int il = 0; il < session->model->info.n_layer; il++)
+            moe__state_piece(state, memory ? memory + session->caches[il].kept_at : NULL,
+                             (uint64_t)session->caches[il].n_kept * sizeof *memory);
+    }
+}
+
+MOE__PRIVATE void moe__state_sampler(moe__state *state) {
+    const moe_sampler *from = state->sampler;
+    moe_sampler *into = state->into_sampler;
+    uint64_t random = from ? from->random : 0;
+    moe__state_piece(state, &random, sizeof random);
+    if (into) into->random = random, into->n_recent = into->next_recent = into->n_penalized = 0;
+    for (uint64_t i = 0; i < state->head.n_recent; i++) {
+        int32_t token = 0;
+        if (state->mode == MOE__STATE_WRITE)
+            token = from->recent[(from->next_recent + from->max_recent - from->n_recent +
+                                  (int32_t)i) % from->max_recent];
+        moe__state_piece(state, &token, sizeof token);
+        if (into) moe_sampler_accept(into, token);
+    }
+}
+
+MOE__PRIVATE void moe__state_walk(moe__state *state, moe__state_mode mode) {
+    const moe_session *session = state->session;
+    const moe__state_head *head = &state->head;
+    const uint64_t n = head->length;
+    state->mode = mode;
+    state->at = sizeof *head;
+    moe__state_begin(state, "tokens");
+    moe__state_piece(state, session->tokens, n * sizeof *session->tokens);
+    moe__state_piece(state, mode == MOE__STATE_WRITE ? session->saved_at : NULL,
+                     head->n_saved * sizeof *session->saved_at);
+    moe__state_piece(state, session->expanded, n * sizeof *session->expanded);
+    moe__state_end(state, "tokens");
+    moe__state_begin(state, "rows");
+    for (int il = 0; il < session->model->info.n_layer; il++) {
+        moe__state_rows(state, &session->caches[il].k);
+        moe__state_rows(state, &session->caches[il].v);
+    }
+    moe__state_end(state, "rows");
+    moe__state_begin(state, "states");
+    moe__state_slots(state);
+    moe__state_end(state, "states");
+    moe__state_begin(state, "back");
+    moe__state_checkpoints(state);
+    moe__state_end(state, "checkpoints");
+    moe__state_begin(state, "logits");
+    if (head->n_logits)
+        moe__state_piece(state, moe__session_last(session, (int32_t)n),
+                         head->n_logits * sizeof(float));
+    moe__state_end(state, "logits");
+    moe__state_begin(state, "sampler");
+    if (head->has_sampler) moe__state_sampler(state);
+    moe__state_end(state, "sampler");
+}
+
+// ---- writing ---------------------------------------------------------------------------------
+
+// What a model's sessions depend on: its architecture and hyper-parameters, the shapes of its
+// caches, names, types and shapes of its tensors, and the first bytes of each. The same model in
+// one file or in several has one fingerprint; texts, such as its name or template, do not matter.
+MOE__PRIVATE uint64_t moe__state_model(const moe_model *model) {
+    const moe_model_info *info = &model->info;
+    const moe_gguf *gguf = moe_model_gguf(model);
+    const size_t n_prefix = strlen(info->family);
+    moe__checksum sum;
+    memset(&sum, 0, sizeof sum);
+    moe__checksum_add(&sum, info->family, n_prefix);
+    moe__checksum_add(&sum, &info->n_vocab, sizeof info->n_vocab);
+    for (int64_t i = 0; i < moe_gguf_n_values(gguf); i++) {
+        const moe_gguf_value *value = moe_gguf_value_at(gguf, i);
+        if (value->key.size <= n_prefix || memcmp(value->key.data, info->family, n_prefix) ||
+            value->key.data[n_prefix] != '.')
+            continue;
+        moe__checksum_add(&sum, value->key.data, value->key.size);
+        moe__checksum_add(&sum, value->data, value->size);
+    }
+    for (int il = 0; il < info->n_layer; il++) {
+        const moe__cache_shape shape = moe__layer_cache(&model->layers[il]);
+        moe__checksum_add(&sum, &shape, sizeof shape);
+    }
+    for (int64_t i = 0; i < moe_gguf_n_tensors(gguf); i++) {
+        const moe_gguf_tensor *tensor = moe_gguf_tensor_at(gguf, i);
+        const int64_t type = tensor->type;
+        moe__checksum_add(&sum, tensor->name, strlen(tensor->name));
+        moe__checksum_add(&sum, &type, sizeof type);
+        moe__checksum_add(&sum, tensor->ne, sizeof tensor->ne);
+        if (tensor->data)
+            moe__checksum_add(&sum, tensor->data, tensor->size < 64 ? tensor->size : 64);
+    }
+    return moe__checksum_end(&sum);
+}
+
+MOE__PRIVATE uint64_t moe__state_head_sum(const moe__state_head *head) {
+    moe__checksum sum;
+    memset(&sum, 0, sizeof sum);
+    moe__checksum_add(&sum, head, offsetof(moe__state_head, sum));
+    return moe__checksum_end(&sum);
+}
+
+MOE__PRIVATE void moe__state_fill_head(moe__state *state) {
+    const moe_session *session = state->session;
+    const moe_sampler *sampler = state->sampler;
+    moe__state_head *head = &state->head;
+    head->magic = MOE__STATE_MAGIC;
+    head->version = MOE__STATE_VERSION;
+    head->model = moe__state_model(session->model);
+    head->kv_type = (uint64_t)session->info.kv_type;
+    head->length = (uint64_t)session->length;
+    head->now = session->recurs && session->slot.now == session->length;
+    head->before = session->recurs && session->before >= 0 ? (uint64_t)session->before + 1 : 0;
+    head->n_saved = (uint64_t)session->n_saved;
+    head->n_logits = session->n_last ? (uint64_t)session->model->info.n_vocab : 0;
+    head->has_sampler = sampler != NULL;
+    head->n_recent = sampler ? (uint64_t)sampler->n_recent : 0;
+    state->saved_at = session->saved_at;
+    moe__state_walk(state, MOE__STATE_SIZE);
+    head->size = state->at;
+    head->sum = moe__state_head_sum(head);
+}
+
+MOE__PRIVATE moe_status moe__state_save(moe__state *state) {
+    const moe_session *session = state->session;
+    if (!session || !state->on_write)
+        return moe__fail(state->error, MOE_ERROR_ARGUMENT, "session",
+                         "a session and something to write to are needed");
+    if (session->in_jobs)
+        return moe__fail(state->error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot save a session that is being evaluated");
+    moe__state_fill_head(state);
+    if (!state->status && !state->on_write(state->user, &state->head, sizeof state->head))
+        moe__load_fail(state, MOE_ERROR_IO, state->name, "it could not be written");
+    moe__state_walk(state, MOE__STATE_WRITE);
+    return state->status;
+}
+
+MOE_API moe_status moe_session_save_to(const moe_session *session, const moe_sampler *sampler,
+                                       int (*on_write)(void *user, const void *data, size_t size),
+                                       void *user, moe_error *error) {
+    moe__state state;
+    memset(&state, 0, sizeof state);
+    state.session = session;
+    state.sampler = sampler;
+    state.on_write = on_write;
+    state.user = user;
+    state.name = "saved session";
+    state.error = error;
+    return moe__state_save(&state);
+}
+
+// ---- reading ---------------------------------------------------------------------------------
+
+MOE__PRIVATE void moe__state_fetch(moe__state *state, void *data, uint64_t size) {
+    for (uint64_t done = 0; done < size && !state->status;) {
+        const size_t left = (size_t)(size - done);
+        const size_t got = state->on_read(state->user, (uint8_t *)data + done, left);
+        if (got > left)
+            moe__load_fail_at(state, MOE_ERROR_IO, state->at, state->name, "it could not be read");
+        else if (got == 0)
+            moe__load_fail_at(state, MOE_ERROR_FORMAT, state->at, state->name,
+                              "it ends too early: no whole session was saved");
+        else
+            done += got, state->at += got;
+    }
+}
+
+// Does the head fit the session?
+MOE__PRIVATE void moe__state_check_head(moe__state *state) {
+    static const char *const types[] = {"F16", "Q8_0", "F32"};
+    const moe_session *session = state->session;
+    const moe__state_head *head = &state->head;
+    if (state->status) return;
+    if (head->magic != MOE__STATE_MAGIC)
+        moe__load_fail(state, MOE_ERROR_FORMAT, state->name, "it is no saved session");
+    else if (head->version != MOE__STATE_VERSION)
+        moe__load_fail(state, MOE_ERROR_UNSUPPORTED, state->name,
+                       "it has version %llu, this library reads version %d",
+                       (unsigned long long)head->version, (int)MOE__STATE_VERSION);
+    else if (head->sum != moe__state_head_sum(head))
+        moe__load_fail(state, MOE_ERROR_FORMAT, state->name,
+                       "it is damaged: the checksum of its head is wrong");
+    else if (head->model != moe__state_model(session->model))
+        moe__load_fail(state, MOE_ERROR_ARGUMENT, "model", "it was saved with another model");
+    else if (head->kv_type != (uint64_t)session->info.kv_type)
+        moe__load_fail(state, MOE_ERROR_ARGUMENT, "kv_type",
+                       "it was saved with keys and values in %s, the session has them in %s",
+                       head->kv_type <= MOE_KV_F32 ? types[head->kv_type] : "another type",
+                       types[session->info.kv_type]);
+    else if (head->length > (uint64_t)session->info.n_ctx)
+        moe__load_fail(state, MOE_ERROR_CONTEXT_FULL, "n_ctx", "%llu tokens do not fit into %d",
+                       (unsigned long long)head->length, (int)session->info.n_ctx);
+}
+
+// Does it agree with itself? What is not checked here may have any value.
+MOE__PRIVATE void moe__state_check_counts(moe__state *state) {
+    const moe_session *session = state->session;
+    const moe__state_head *head = &state->head;
+    const uint64_t at = (uint64_t)moe__slot_at((int32_t)head->length);
+    if (state->status) return;
+    const int before = head->before == 0 || (session->recurs && head->before <= at &&
+                                             head->before % MOE__CHUNK == 1);
+    const int saved = head->n_saved <= (session->recurs ? at / MOE__CHUNK : 0);
+    const int logits = head->n_logits == 0 ||
+                       (head->length && head->n_logits == (uint64_t)session->model->info.n_vocab);
+    const int sampler = head->has_sampler <= 1 &&
+                        head->n_recent <= (head->has_sampler ? (uint64_t)MOE__MAX_RECENT : 0);
+    if (before && saved && logits && sampler && head->now <= 1)
+        moe__state_walk(state, MOE__STATE_SIZE);
+    else
+        state->at = 0;
+    if (!state->status && state->at != head->size)
+        moe__load_fail(state, MOE_ERROR_FORMAT, state->name, "it contradicts itself");
+}
+
+// Tokens are known to the model, checkpoints ascend and are where chunks begin.
+MOE__PRIVATE void moe__state_check_tokens(moe__state *state, const int32_t *tokens) {
+    const uint64_t n = state->head.length;
+    const uint8_t *expanded = (const uint8_t *)(tokens + n + state->head.n_saved);
+    const int32_t n_vocab = state->session->model->info.n_vocab;
+    int64_t last = 0;
+    int good = 1;
+    for (uint64_t i = 0; i < n; i++)
+        good &= tokens[i] >= 0 && tokens[i] < n_vocab && expanded[i] <= 1;
+    for (uint64_t i = 0; i < state->head.n_saved; i++) {
+        const int64_t at = state->saved_at[i];
+        good &= at > last && at <= (int64_t)n && at % MOE__CHUNK == 0;
+        last = at;
+    }
+    if (!good && !state->status)
+        moe__load_fail_at(state, MOE_ERROR_FORMAT, sizeof state->head, state->name,
+                          "its tokens or checkpoints are none");
+}
+
+// Now nothing can fail any more.
+MOE__PRIVATE void moe__state_take(moe__state *state, moe_session *session, moe_sampler *sampler) {
+    const moe__state_head *head = &state->head;
+    state->into = session;
+    state->into_sampler = sampler;
+    session->n_saved = 0;
+    moe__state_walk(state, MOE__STATE_READ);
+    session->length = (int32_t)head->length;
+    session->n_last = head->n_logits > 0;
+    session->n_hidden = 0;
+    session->slot.slot = 0;
+    session->slot.at = moe__slot_at(session->length);
+    session->slot.now = head->now ? session->length : -1;
+    session->before = (int32_t)head->before - 1;
+}
+
+MOE__PRIVATE moe_status moe__state_load(moe__state *state, moe_session *session,
+                                        moe_sampler *sampler) {
+    uint8_t more;
+    if (!session || !state->on_read)
+        return moe__fail(state->error, MOE_ERROR_ARGUMENT, "session",
+                         "a session and something to read from are needed");
+    if (session->in_jobs)
+        return moe__fail(state->error, MOE_ERROR_ARGUMENT, "should_stop",
+                         "a callback cannot load a session that is being evaluated");
+    state->session = session;
+    moe__state_fetch(state, &state->head, sizeof state->head);
+    moe__state_check_head(state);
+    moe__state_check_counts(state);
+    if (state->status) return state->status;
+    const uint64_t size = state->head.size - sizeof state->head;
+    uint8_t *memory = (uint8_t *)moe__alloc_array(&session->allocator, size, 1);
+    if (!memory)
+        return moe__fail(state->error, MOE_ERROR_MEMORY, state->name,
+                         "no memory for the %llu bytes of a saved session",
+                         (unsigned long long)size);
+    const int32_t *tokens = (const int32_t *)(const void *)(memory + 8); // behind the first tag
+    state->at = sizeof state->head;
+    moe__state_fetch(state, memory, size);
+    if (state->is_all && !state->status && state->on_read(state->user, &more, 1) != 0)
+        moe__load_fail_at(state, MOE_ERROR_FORMAT, state->at, state->name,
+                          "it goes on behind its end");
+    state->from = memory;
+    moe__state_walk(state, MOE__STATE_CHECK);
+    state->saved_at = tokens + state->head.length;
+    if (!state->status) moe__state_check_tokens(state, tokens);
+    state->from = memory;
+    if (!state->status) moe__state_take(state, session, sampler);
+    moe__free(&session->allocator, memory);
+    return state->status;
+}
+
+MOE_API moe_status moe_session_load_from(moe_session *session, moe_sampler *sampler,
+                                         size_t (*on_read)(void *user, void *data, size_t size),
+                                         void *user, moe_error *error) {
+    moe__state state;
+    memset(&state, 0, sizeof state);
+    state.on_read = on_read;
+    state.user = user;
+    state.name = "saved session";
+    state.error = error;
+    return moe__state_load(&state, session, sampler);
+}
+
+// ---- files -----------------------------------------------------------------------------------
+
+// A regular file is written as a draft beside it, which then takes its place: whoever reads it has
+// the old one or the new one, whole. A link stays a link: what it leads to is replaced. What is no
+// regular file, such as a device or a pipe, is written to as it is, and so is what the name of an
+// open file of a process leads to (/dev/stdout): that process goes on with it.
+enum { MOE__FILE_PATH = 4096, MOE__FILE_LINKS = 40, MOE__FILE_TRIES = 100 };
+
+typedef struct moe__file {
+    int file;
+    int has_draft;
+    int code;                     // errno of what failed first; 0: nothing
+    char target[MOE__FILE_PATH];  // what the draft replaces
+    char draft[MOE__FILE_PATH + 64];
+} moe__file;
+
+// readlink and fchmod are hidden under strict -std=c11.
+MOE__INLINE long moe__file_readlink(const char *path, char *out, size_t size) {
+    return syscall(SYS_readlinkat, -100 /* AT_FDCWD */, path, out, size);
+}
+
+MOE__INLINE int moe__file_is_open_one(const char *path) {
+    return !strncmp(path, "/proc/", 6) || !strncmp(path, "/dev/fd/", 8);
+}
+
+// The target: what is at the end of links, also where nothing is there yet. Returns errno or 0.
+MOE__PRIVATE int moe__file_follow(moe__file *file, const char *path) {
+    char *name = file->target, link[MOE__FILE_PATH];
+    if (strlen(path) >= sizeof file->target) return ENAMETOOLONG;
+    memcpy(name, path, strlen(path) + 1);
+    for (int i = 0; i < MOE__FILE_LINKS; i++) {
+        if (moe__file_is_open_one(name)) return 0;
+        const long n = moe__file_readlink(name, link, sizeof link - 1);
+        if (n < 0) return errno == EINVAL || errno == ENOENT ? 0 : errno; // it is no link
+        const char *slash = strrchr(name, '/');
+        const size_t folder = link[0] == '/' || !slash ? 0 : (size_t)(slash + 1 - name);
+        if (folder + (size_t)n >= sizeof file->target) return ENAMETOOLONG;
+        memcpy(name + folder, link, (size_t)n);
+        name[folder + (size_t)n] = 0;
+    }
+    return ELOOP;
+}
+
+// A new file beside the target, with a name that nobody else has.
+MOE__PRIVATE void moe__file_open_draft(moe__file *file, const struct stat *old) {
+    const char *slash = strrchr(file->target, '/');
+    const char *base = slash ? slash + 1 : file->target;
+    const size_t n = strlen(base) < 200 ? strlen(base) : 200; // names have at most 255 bytes
+    const unsigned mode = old ? (unsigned)old->st_mode & 0777 : 0666;
+    uint64_t random = (uint64_t)(moe__seconds() * 1e9) ^ (uint64_t)(uintptr_t)file;
+    file->code = *file->target ? EISDIR : ENOENT;
+    for (int i = 0; i < MOE__FILE_TRIES && *base; i++) {
+        snprintf(file->draft, sizeof file->draft, "%.*s.%lx-%llx.tmp",
+                 (int)(base + n - file->target), file->target, (unsigned long)getpid(),
+                 (unsigned long long)moe__splitmix64(&random));
+        file->file = open(file->draft, O_WRONLY | O_CREAT | O_EXCL | MOE__O_CLOEXEC, mode);
+        file->code = file->file < 0 ? errno : 0;
+        if (file->code == EEXIST) continue;
+        file->has_draft = file->code == 0;
+        // The process's mask may have left something out; a file system may refuse.
+        if (file->has_draft && old) (void)!syscall(SYS_fchmod, file->file, mode);
+        return;
+    }
+}
+
+MOE__PRIVATE void moe__file_create(moe__file *file, const char *path) {
+    struct stat old;
+    file->file = -1;
+    file->code = moe__file_follow(file, path);
+    if (file->code) return;
+    const int is_there = stat(path, &old) == 0;
+    if (is_there && (!S_ISREG(old.st_mode) || moe__file_is_open_one(file->target))) {
+        const int behind = S_ISREG(old.st_mode) ? O_APPEND : 0; // what was written to it before
+        file->file = open(path, O_WRONLY | O_NOCTTY | MOE__O_CLOEXEC | behind);
+        file->code = file->file < 0 ? errno : 0;
+    } else {
+        moe__file_open_draft(file, is_there ? &old : NULL);
+    }
+}
+
+MOE__PRIVATE int moe__file_write(void *user, const void *data, size_t size) {
+    moe__file *file = (moe__file *)user;
+    for (size_t done = 0; done < size;) {
+        const long n = (long)write(file->file, (const uint8_t *)data + done, size - done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) {
+            file->code = n < 0 ? errno : ENOSPC;
+            return 0;
+        }
+        done += (size_t)n;
+    }
+    return 1;
+}
+MOE__PRIVATE size_t moe__file_read(void *user, void *data, size_t size) {
+    moe__file *file = (moe__file *)user;
+    for (;;) {
+        const long n = (long)read(file->file, data, size);
+        if (n >= 0) return (size_t)n;
+        if (errno == EINTR) continue;
+        file->code = errno;
+        return SIZE_MAX;
+    }
+}
+
+// The draft takes its place, if all is good; else it goes.
+MOE__PRIVATE void moe__file_finish(moe__file *file, int good) {
+    if (close(file->file) != 0 && good) file->code = errno, good = 0;
+    if (!file->has_draft) return;
+    if (good && rename(file->draft, file->target) != 0) file->code = errno, good = 0;
+    if (!good) unlink(file->draft);
+}
+
+MOE__PRIVATE moe_status moe__file_fail(const moe__file *file, const char *path, const char *what,
+                                       moe_error *error) {
+    return moe__gguf_io_fail(error, path, what, file->code);
+}
+
+MOE_API moe_status moe_session_save_with(const moe_session *session, const moe_sampler *sampler,
+                                         const char *path, moe_error *error) {
+    moe__file file;
+    moe__state state;
+    memset(&file, 0, sizeof file);
+    memset(&state, 0, sizeof state);
+    if (!session || !path)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "path", "a session and a path are needed");
+    moe__file_create(&file, path);
+    if (file.code) return moe__file_fail(&file, path, "create", error);
+    state.session = session;
+    state.sampler = sampler;
+    state.on_write = moe__file_write;
+    state.user = &file;
+    state.name = moe__gguf_file_name(path);
+    state.error = error;
+    moe_status status = moe__state_save(&state);
+    moe__file_finish(&file, !status);
+    return file.code ? moe__file_fail(&file, path, "write", error) : status;
+}
+MOE_API moe_status moe_session_save(const moe_session *session, const char *path,
+                                    moe_error *error) {
+    return moe_session_save_with(session, NULL, path, error);
+}
+
+MOE_API moe_status moe_session_load_with(moe_session *session, moe_sampler *sampler,
+                                         const char *path, moe_error *error) {
+    moe__file file;
+    moe__state state;
+    memset(&file, 0, sizeof file);
+    memset(&state, 0, sizeof state);
+    if (!session || !path)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "path", "a session and a path are needed");
+    file.file = open(path, O_RDONLY | MOE__O_CLOEXEC);
+    if (file.file < 0) {
+        file.code = errno;
+        return moe__file_fail(&file, path, "open", error);
+    }
+    state.on_read = moe__file_read;
+    state.user = &file;
+    state.is_all = 1;
+    state.name = moe__gguf_file_name(path);
+    state.error = error;
+    moe_status status = moe__state_load(&state, session, sampler);
+    close(file.file);
+    return status && file.code ? moe__file_fail(&file, path, "read", error) : status;
+}
+MOE_API moe_status moe_session_load(moe_session *session, const char *path, moe_error *error) {
+    return moe_session_load_with(session, NULL, path, error);
 }
 
 // Products of what follows this file are fused or not as its compiler was told.

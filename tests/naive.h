@@ -1,7 +1,8 @@
 // A deliberately naive forward pass of deepseek2, qwen2moe, qwen3moe, olmoe, gpt-oss, llama with
-// experts (Mixtral), and the families of naive_recurrent.h, for tests only: double precision, plain loops, no cache, no batching, nothing
-// absorbed or fused. It reads the file with the public functions alone and follows the formulas
-// word for word, so that it can serve as their documentation and as the judge of the engine.
+// experts (Mixtral), and the families of naive_recurrent.h, for tests only: double precision,
+// plain loops, no cache, no batching, nothing absorbed or fused. It reads the file with the public
+// functions alone and follows the formulas word for word, so that it can serve as their
+// documentation and as the judge of the engine.
 //
 //     x = token_embd[token]
 //     for each layer:   x += attention(rms(x, attn_norm));   x += mlp(rms(x, ffn_norm))

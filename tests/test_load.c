@@ -1210,7 +1210,8 @@ TEST(kinds_of_layers_are_counted_and_bounded) {
         edit_file e;
         uint8_t bytes[64], heads[64];
         if (!open_hybrid(&e, b)) continue;
-        if (edit_find_value(&e, family_key(&e, "attention.recurrent_layers"))) { // a truth value per layer
+        if (edit_find_value(&e, family_key(&e, "attention.recurrent_layers"))) {
+            // a truth value per layer
             static const int ones[4] = {1, 1, 1, 1};
             set_layers(&e, "attention.recurrent_layers", bytes, ones, 4); // no attention at all
             check_refused(&e, "recurrent only", MOE_ERROR_UNSUPPORTED, NULL);

@@ -300,8 +300,9 @@ static void plan_relu(const float *up, int64_t n, float *out) {
     (void)up, (void)out;
     plan_vector(n);
 }
-static void plan_limited(const float *gate, const float *up, int64_t n, float limit, float *out) {
-    (void)limit;
+static void plan_limited(const float *gate, const float *up, int64_t n, float limit, int first,
+                         float *out) {
+    (void)limit, (void)first;
     plan_glu(gate, up, n, out);
 }
 
@@ -315,6 +316,7 @@ static void plan_make_kernels(void) {
     for (int kind = 0; kind < MOE__ACT_KINDS; kind++) plan_kernels.quantize[kind] = plan_quantize;
     plan_kernels.rms_norm = plan_norm;
     plan_kernels.swiglu = plan_kernels.swiglu_oai = plan_glu;
+    plan_kernels.reglu = plan_kernels.geglu = plan_glu;
     plan_kernels.softmax = plan_softmax;
     plan_kernels.axpy = plan_axpy;
     plan_kernels.divide = plan_divide;

@@ -130,7 +130,7 @@ TEST(plan_lists_every_slot_once) {
     dispatch.tokens = tokens;
     dispatch.weights = planned;
     dispatch.n_entries = 0;
-    moe__dispatch_routed(&dispatch, &ffn, &router, experts, weights, TOKENS);
+    moe__dispatch_routed(&dispatch, &ffn, router.n_expert, router.n_used, experts, weights, TOKENS);
     int seen = 0;
     CHECK(dispatch.n_entries == 4);
     for (int i = 0; i < dispatch.n_entries; i++) {

@@ -1105,7 +1105,7 @@ TEST(large_scores_do_not_overflow) {
 
 // ---- rows of recurrences ---------------------------------------------------------------------
 
-enum { N_ROW_KERNELS = 6 };
+enum { N_ROW_KERNELS = 8 };
 
 static void row_kernel(const moe__kernels *k, int kernel, const float *x, const float *y, int64_t n,
                        float *out) {
@@ -1117,7 +1117,9 @@ static void row_kernel(const moe__kernels *k, int kernel, const float *x, const 
     if (kernel == 2) k->decay(x, y, n, -2.5f, 0, out);
     if (kernel == 3) k->decay(x, y, n, 3.5f, -5, out);
     if (kernel == 4) k->relu_squared(x, n, out);
-    if (kernel == 5) k->swiglu_limited(x, y, n, 7, out);
+    if (kernel == 5) k->swiglu_limited(x, y, n, 7, 0, out);
+    if (kernel == 6) k->swiglu_limited(x, y, n, 7, 1, out);
+    if (kernel == 7) k->reglu(x, y, n, out);
 }
 static double softplus(double x) { return x > 20 ? x : log1p(exp(x)); }
 // What it gives, and how many units in the last place it may be wrong: an error of what goes into
@@ -1139,8 +1141,36 @@ static double row_expected(int kernel, float x, float y, double *most) {
         return exp(e);
     }
     if (kernel == 4) return x > 0 ? (double)x * x : 0;
+    if (kernel == 7) return x > 0 ? (double)x * y : 0;
     const double limited = y > 7 ? 7 : y < -7 ? -7 : y;
+    if (kernel == 6) return silu(fmin(x, 7)) * limited;
     return fmin(silu(x), 7) * limited;
+}
+
+// GELU of half precision numbers, rounded to half precision below 10, see moe__kernels.geglu.
+TEST(geglu_rounds_to_half_precision_like_a_table) {
+    EACH_ISA(k) {
+        int wrong = 0, differ = 0;
+        for (int i = 0; i < 4000; i++) {
+            const float range = i % 4 == 0 ? 1e-3f : i % 4 == 1 ? 4.0f : i % 4 == 2 ? 12.0f : 1e5f;
+            float x = random_float(-range, range), one = 1, out, plain;
+            k->geglu(&x, &one, 1, &out);
+            moe__geglu_scalar(&x, &one, 1, &plain);
+            const double h = (double)moe__f16_to_f32(moe__f32_to_f16(x)), y = 1.5957691216057308;
+            const double gelu = x >= 10    ? (double)x
+                                : x <= -10 ? 0
+                                           : h / (1 + exp(-y * (h + 0.044715 * h * h * h)));
+            wrong += !(fabs((double)out - gelu) <= fabs(gelu) / 1024 + 6e-8);
+            differ += !(fabsf(out - plain) <= fabsf(plain) / 1024 + 6e-8f);
+        }
+        CHECKF(!wrong && !differ, "%s: %d wrong, %d differ", moe_isa_name(k->isa), wrong, differ);
+        float odd[4] = {NAN, INFINITY, -INFINITY, 70000}, ones[4] = {1, 1, 1, 1};
+        k->geglu(odd, ones, 4, odd);
+        CHECK(odd[0] != odd[0]);
+        CHECK(odd[1] == INFINITY);
+        CHECK(odd[2] == 0);
+        CHECK(odd[3] == 70000);
+    }
 }
 
 TEST(rows_of_recurrences_match_double_precision) {

@@ -173,7 +173,7 @@ TEST(rope_turns_pairs) {
             moe__rope_init(&rope, &s);
             float table[64], x[64], y[64];
             for (int i = 0; i < n_rot; i++) x[i] = y[i] = uniform();
-            moe__rope_table(&rope, 4321, table);
+            moe__rope_table(&rope, 4321, 0, table);
             moe__rope_apply(&rope, table, y);
             for (int i = 0; i < n_rot / 2; i++) {
                 int a = kind == MOE__ROPE_NORM ? 2 * i : i;

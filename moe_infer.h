@@ -13126,7 +13126,8 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
 
 // Chunk experts (GroveMoE, 2025) from the probabilities that moe__router_select left: of the
 // n_chunk_used likeliest experts each one's chunk, weighed by the probability of the expert that
-// has the chunk's number (as llama.cpp has it), divided by their sum. A chunk may come twice.
+// has the chunk's number (as llama.cpp has it), divided by their sum. A chunk that comes again adds
+// to the weight that it has, and -1 takes its place.
 MOE__PRIVATE void moe__router_chunks(const moe__router *router, const float *p, int32_t *chunks,
                                      float *weights) {
     uint8_t used[MOE__MAX_EXPERTS] = {0};
@@ -13137,6 +13138,11 @@ MOE__PRIVATE void moe__router_chunks(const moe__router *router, const float *p, 
         chunks[i] = e / router->n_chunk;
         weights[i] = p[chunks[i]];
         sum += weights[i];
+        for (int32_t j = 0; j < i; j++) {
+            if (chunks[j] != chunks[i]) continue;
+            weights[j] += weights[i];
+            chunks[i] = -1;
+        }
     }
     const float factor = router->chunk_scale / fmaxf(sum, 6.103515625e-5f);
     for (int32_t i = 0; i < router->n_chunk_used; i++) weights[i] *= factor;
@@ -13223,15 +13229,17 @@ MOE__PRIVATE moe__entry *moe__dispatch_add(moe__dispatch *dispatch, const moe__f
     return entry;
 }
 
-// Entries of routed experts. experts, weights: n_tokens x n_used from the router. A counting
-// sort: tokens of each expert counted, experts laid out one behind the other, tokens put there.
+// Entries of routed experts. experts (-1: none), weights: n_tokens x n_used from the router. A
+// counting sort: tokens of each expert counted, experts laid out one behind the other, tokens put
+// there.
 MOE__PRIVATE void moe__dispatch_routed(moe__dispatch *dispatch, const moe__ffn *ffn,
                                        int32_t n_expert, int32_t n_used, const int32_t *experts,
                                        const float *weights, int64_t n_tokens) {
     int32_t count[MOE__MAX_EXPERTS], first[MOE__MAX_EXPERTS];
     const int64_t n_slots = n_tokens * n_used;
     memset(count, 0, sizeof count);
-    for (int64_t i = 0; i < n_slots; i++) count[experts[i]]++;
+    for (int64_t i = 0; i < n_slots; i++)
+        if (experts[i] >= 0) count[experts[i]]++;
     int32_t next = 0;
     for (int32_t e = 0; e < n_expert; e++) {
         first[e] = next;
@@ -13245,6 +13253,7 @@ MOE__PRIVATE void moe__dispatch_routed(moe__dispatch *dispatch, const moe__ffn *
     }
     dispatch->n_routed = dispatch->n_entries;
     for (int64_t i = 0; i < n_slots; i++) {
+        if (experts[i] < 0) continue;
         int32_t at = first[experts[i]]++;
         dispatch->tokens[at] = (int32_t)(i / n_used);
         dispatch->weights[at] = weights[i];

@@ -15277,7 +15277,9 @@ enum {
     MOE__ROPE_LEAD = 1 << 15, // but leading dense layers turn
     MOE__LONGROPE = 1 << 16, // rope_factors_long divide frequencies in contexts that are longer
                             // than those of the training, rope_factors_short in others
-    MOE__HEADS_SLIDING = 1 << 17 // heads of layers with a window are attention.key_length_swa wide
+    MOE__HEADS_SLIDING = 1 << 17, // heads of layers with a window are attention.key_length_swa wide
+    MOE__LOG_KEY = 1 << 18, // rope.scaling.yarn_log_multiplier divides the magnitude of YaRN's cos
+    MOE__LOG_SCORES = 1 << 19 // and sin, or is in the scores in place of that
 };
 // Of how layers mix tokens:
 enum {
@@ -15309,8 +15311,9 @@ enum {
     MOE__SCALE_NONE = 1 << 22, // or none
     MOE__SCALE_ONE = 1 << 23, // scores are not scaled
     MOE__V_UNIT = 1 << 24, // values are normed, without weights; without attn_v they are keys
-    MOE__SOFT_CAP = 1 << 25 // attn_logit_softcapping: scores go no further, and are scaled by
+    MOE__SOFT_CAP = 1 << 25, // attn_logit_softcapping: scores go no further, and are scaled by
     // attention.output_scale
+    MOE__TEMPERATURE_KEYS = 1 << 26 // MOE__TEMPERATURE by attention.temperature_length
 };
 // Of layers:
 enum {
@@ -15435,9 +15438,11 @@ static const moe__family moe__families[] = {
      {0, 0, 0, MOE__SCALE_KEY | MOE__DENSE_KEY | MOE__SHARED_COUNT}},
     {"deepseek2", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+     {MOE__LOG_KEY | MOE__LOG_SCORES, MOE__TEMPERATURE_KEYS, 0,
+      MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"deepseek32", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, 0, 0, "ffn_norm", "output_norm",
-     {0, MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
+     {MOE__LOG_KEY, MOE__INDEXED, 0,
+      MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
     {"dots1", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
      {0, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"ernie4_5-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
@@ -15526,10 +15531,11 @@ static const moe__family moe__families[] = {
     {"minimax-m3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
      {0, MOE__QK_NORM | MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__OAI}},
     {"mistral3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", {0, MOE__TEMPERATURE, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
+     "output_norm",
+     {MOE__LOG_KEY, MOE__TEMPERATURE, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
     {"mistral4", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+     {MOE__LOG_KEY, MOE__TEMPERATURE_KEYS, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"nemotron_h_moe", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX,
      MOE__GATING_SIGMOID, 0, "attn_norm", "output_norm",
      {MOE__NOPE, MOE__SCALE_RECUR, MOE__ONE_PART, MOE__NORM_KEY | MOE__SCALE_KEY |
@@ -16227,12 +16233,20 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     const int apart = moe__has(model, MOE__POSITIONS, MOE__HEADS_SLIDING);
     moe__load_rope_scaling(loader, &s, &attn_factor);
     magnitude = attn_factor * (s.yarn ? 1 + 0.1 * log(s.factor) : 1);
+    double more = moe__has(model, MOE__POSITIONS, MOE__LOG_KEY)
+                      ? moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0)
+                      : 0;
+    if (s.yarn && more > 0 && !moe__has(model, MOE__POSITIONS, MOE__LOG_SCORES)) {
+        magnitude /= 1 + (mla ? more : 0.1 * more) * log(s.factor);
+        more = 0.1; // of the scores: YaRN's own
+    }
     if (mla) {
         // DeepSeek's mscale is, squared, in the scores and not in cos and sin; if the file does
         // not say how large it is, it has YaRN's own size and is in both.
-        double more = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
-        if (more > 0 || !s.yarn) magnitude = attn_factor;
-        else more = 0.1;
+        if (!s.yarn || (more > 0 && moe__has(model, MOE__POSITIONS, MOE__LOG_SCORES)))
+            magnitude = attn_factor;
+        else
+            more = 0.1;
         kq_scale = pow(attn_factor * (1 + more * log(s.factor)), 2);
     }
     if (moe__has(model, MOE__LAYERS, MOE__SCALES))
@@ -16528,7 +16542,7 @@ MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
     const int nope = moe__has(model, MOE__MIXING, MOE__TEMPERATURE_NOPE);
     double scale = nope ? 0.1 : 0;
     int32_t length = 8192;
-    if (model->family->mixer == MOE__MLA || moe__has(model, MOE__MIXING, MOE__TEMPERATURE))
+    if (moe__has(model, MOE__MIXING, MOE__TEMPERATURE | MOE__TEMPERATURE_KEYS))
         scale = moe__load_float(loader, "attention.temperature_scale", 0);
     if (!(scale > 0)) return;
     if (moe__has(model, MOE__MIXING, MOE__TEMPERATURE))

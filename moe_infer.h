@@ -15242,7 +15242,8 @@ enum {
     MOE__MAX_LAYERS = 512,
     MOE__MAX_HEADS = 4096,
     MOE__MAX_HEAD = 4096,
-    MOE__CHUNK_KEYS = 8192 // of attention within chunks
+    MOE__CHUNK_KEYS = 8192, // of attention within chunks
+    MOE__UNNORMED = 128 // experts of Llama 4 Maverick, by which llama.cpp tells it from Scout
 };
 
 // What families differ in, beyond what tensors and keys say by being there. A feature is named
@@ -15286,7 +15287,8 @@ enum {
     MOE__QK_NORM = 1, // norms of queries and keys, by head: their tensors must be there
     MOE__QK_NORM_WIDE = 1 << 1, // the same over all heads together
     MOE__TURN_FIRST = 1 << 2, // queries and keys are turned before they are normed
-    MOE__QK_UNIT = 1 << 3, // they are, without weights, in layers that have rope
+    // they are, without weights, in layers that have rope, but of models with MOE__UNNORMED experts
+    MOE__QK_UNIT = 1 << 3,
     MOE__CLAMP_KQV = 1 << 4, // attention.clamp_kqv bounds queries, keys and values
     MOE__SINKS = 1 << 5, // attn_sinks: per head a score whose exponential joins the sum,
     MOE__SINKS_MAYBE = 1 << 6, // if the tensor is there
@@ -17966,7 +17968,8 @@ MOE__PRIVATE void moe__gqa_place(const moe__eval *e, const moe__layer *layer, in
     moe__gqa_clamp(layer, x, d);
     moe__eval_turn(e, layer, t, x);
     if (norm && last) e->kernels->rms_norm(x, norm, d, e->model->eps, x);
-    if (layer->rope && moe__has(e->model, MOE__MIXING, MOE__QK_UNIT))
+    if (layer->rope && moe__has(e->model, MOE__MIXING, MOE__QK_UNIT) &&
+        e->model->info.n_expert != MOE__UNNORMED)
         e->kernels->rms_norm(x, NULL, d, e->model->eps, x);
 }
 

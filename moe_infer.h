@@ -13223,7 +13223,8 @@ MOE__PRIVATE void moe__router_select(const moe__kernels *kernels, const moe__rou
 
 // Chunk experts (GroveMoE, 2025) from the probabilities that moe__router_select left: of the
 // n_chunk_used likeliest experts each one's chunk, weighed by the probability of the expert that
-// has the chunk's number (as llama.cpp has it), divided by their sum. A chunk may come twice.
+// has the chunk's number (as llama.cpp has it), divided by their sum. A chunk that comes again adds
+// to the weight that it has, and -1 takes its place.
 MOE__PRIVATE void moe__router_chunks(const moe__router *router, const float *p, int32_t *chunks,
                                      float *weights) {
     uint8_t used[MOE__MAX_EXPERTS] = {0};
@@ -13234,6 +13235,11 @@ MOE__PRIVATE void moe__router_chunks(const moe__router *router, const float *p, 
         chunks[i] = e / router->n_chunk;
         weights[i] = p[chunks[i]];
         sum += weights[i];
+        for (int32_t j = 0; j < i; j++) {
+            if (chunks[j] != chunks[i]) continue;
+            weights[j] += weights[i];
+            chunks[i] = -1;
+        }
     }
     const float factor = router->chunk_scale / fmaxf(sum, 6.103515625e-5f);
     for (int32_t i = 0; i < router->n_chunk_used; i++) weights[i] *= factor;
@@ -13320,15 +13326,17 @@ MOE__PRIVATE moe__entry *moe__dispatch_add(moe__dispatch *dispatch, const moe__f
     return entry;
 }
 
-// Entries of routed experts. experts, weights: n_tokens x n_used from the router. A counting
-// sort: tokens of each expert counted, experts laid out one behind the other, tokens put there.
+// Entries of routed experts. experts (-1: none), weights: n_tokens x n_used from the router. A
+// counting sort: tokens of each expert counted, experts laid out one behind the other, tokens put
+// there.
 MOE__PRIVATE void moe__dispatch_routed(moe__dispatch *dispatch, const moe__ffn *ffn,
                                        int32_t n_expert, int32_t n_used, const int32_t *experts,
                                        const float *weights, int64_t n_tokens) {
     int32_t count[MOE__MAX_EXPERTS], first[MOE__MAX_EXPERTS];
     const int64_t n_slots = n_tokens * n_used;
     memset(count, 0, sizeof count);
-    for (int64_t i = 0; i < n_slots; i++) count[experts[i]]++;
+    for (int64_t i = 0; i < n_slots; i++)
+        if (experts[i] >= 0) count[experts[i]]++;
     int32_t next = 0;
     for (int32_t e = 0; e < n_expert; e++) {
         first[e] = next;
@@ -13342,6 +13350,7 @@ MOE__PRIVATE void moe__dispatch_routed(moe__dispatch *dispatch, const moe__ffn *
     }
     dispatch->n_routed = dispatch->n_entries;
     for (int64_t i = 0; i < n_slots; i++) {
+        if (experts[i] < 0) continue;
         int32_t at = first[experts[i]]++;
         dispatch->tokens[at] = (int32_t)(i / n_used);
         dispatch->weights[at] = weights[i];
@@ -15330,7 +15339,8 @@ enum {
     MOE__MAX_LAYERS = 512,
     MOE__MAX_HEADS = 4096,
     MOE__MAX_HEAD = 4096,
-    MOE__CHUNK_KEYS = 8192 // of attention within chunks
+    MOE__CHUNK_KEYS = 8192, // of attention within chunks
+    MOE__UNNORMED = 128 // experts of Llama 4 Maverick, by which llama.cpp tells it from Scout
 };
 
 // What families differ in, beyond what tensors and keys say by being there. A feature is named
@@ -15365,14 +15375,17 @@ enum {
     MOE__ROPE_LEAD = 1 << 15, // but leading dense layers turn
     MOE__LONGROPE = 1 << 16, // rope_factors_long divide frequencies in contexts that are longer
                             // than those of the training, rope_factors_short in others
-    MOE__HEADS_SLIDING = 1 << 17 // heads of layers with a window are attention.key_length_swa wide
+    MOE__HEADS_SLIDING = 1 << 17, // heads of layers with a window are attention.key_length_swa wide
+    MOE__LOG_KEY = 1 << 18, // rope.scaling.yarn_log_multiplier divides the magnitude of YaRN's cos
+    MOE__LOG_SCORES = 1 << 19 // and sin, or is in the scores in place of that
 };
 // Of how layers mix tokens:
 enum {
     MOE__QK_NORM = 1, // norms of queries and keys, by head: their tensors must be there
     MOE__QK_NORM_WIDE = 1 << 1, // the same over all heads together
     MOE__TURN_FIRST = 1 << 2, // queries and keys are turned before they are normed
-    MOE__QK_UNIT = 1 << 3, // they are, without weights, in layers that have rope
+    // they are, without weights, in layers that have rope, but of models with MOE__UNNORMED experts
+    MOE__QK_UNIT = 1 << 3,
     MOE__CLAMP_KQV = 1 << 4, // attention.clamp_kqv bounds queries, keys and values
     MOE__SINKS = 1 << 5, // attn_sinks: per head a score whose exponential joins the sum,
     MOE__SINKS_MAYBE = 1 << 6, // if the tensor is there
@@ -15397,8 +15410,9 @@ enum {
     MOE__SCALE_NONE = 1 << 22, // or none
     MOE__SCALE_ONE = 1 << 23, // scores are not scaled
     MOE__V_UNIT = 1 << 24, // values are normed, without weights; without attn_v they are keys
-    MOE__SOFT_CAP = 1 << 25 // attn_logit_softcapping: scores go no further, and are scaled by
+    MOE__SOFT_CAP = 1 << 25, // attn_logit_softcapping: scores go no further, and are scaled by
     // attention.output_scale
+    MOE__TEMPERATURE_KEYS = 1 << 26 // MOE__TEMPERATURE by attention.temperature_length
 };
 // Of layers:
 enum {
@@ -15523,9 +15537,11 @@ static const moe__family moe__families[] = {
      {0, 0, 0, MOE__SCALE_KEY | MOE__DENSE_KEY | MOE__SHARED_COUNT}},
     {"deepseek2", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+     {MOE__LOG_KEY | MOE__LOG_SCORES, MOE__TEMPERATURE_KEYS, 0,
+      MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"deepseek32", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, 0, 0, "ffn_norm", "output_norm",
-     {0, MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
+     {MOE__LOG_KEY, MOE__INDEXED, 0,
+      MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
     {"dots1", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
      {0, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"ernie4_5-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
@@ -15614,10 +15630,11 @@ static const moe__family moe__families[] = {
     {"minimax-m3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
      {0, MOE__QK_NORM | MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__OAI}},
     {"mistral3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", {0, MOE__TEMPERATURE, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
+     "output_norm",
+     {MOE__LOG_KEY, MOE__TEMPERATURE, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
     {"mistral4", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+     {MOE__LOG_KEY, MOE__TEMPERATURE_KEYS, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"nemotron_h_moe", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX,
      MOE__GATING_SIGMOID, 0, "attn_norm", "output_norm",
      {MOE__NOPE, MOE__SCALE_RECUR, MOE__ONE_PART, MOE__NORM_KEY | MOE__SCALE_KEY |
@@ -16315,12 +16332,20 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     const int apart = moe__has(model, MOE__POSITIONS, MOE__HEADS_SLIDING);
     moe__load_rope_scaling(loader, &s, &attn_factor);
     magnitude = attn_factor * (s.yarn ? 1 + 0.1 * log(s.factor) : 1);
+    double more = moe__has(model, MOE__POSITIONS, MOE__LOG_KEY)
+                      ? moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0)
+                      : 0;
+    if (s.yarn && more > 0 && !moe__has(model, MOE__POSITIONS, MOE__LOG_SCORES)) {
+        magnitude /= 1 + (mla ? more : 0.1 * more) * log(s.factor);
+        more = 0.1; // of the scores: YaRN's own
+    }
     if (mla) {
         // DeepSeek's mscale is, squared, in the scores and not in cos and sin; if the file does
         // not say how large it is, it has YaRN's own size and is in both.
-        double more = moe__load_float(loader, "rope.scaling.yarn_log_multiplier", 0);
-        if (more > 0 || !s.yarn) magnitude = attn_factor;
-        else more = 0.1;
+        if (!s.yarn || (more > 0 && moe__has(model, MOE__POSITIONS, MOE__LOG_SCORES)))
+            magnitude = attn_factor;
+        else
+            more = 0.1;
         kq_scale = pow(attn_factor * (1 + more * log(s.factor)), 2);
     }
     if (moe__has(model, MOE__LAYERS, MOE__SCALES))
@@ -16616,7 +16641,7 @@ MOE__PRIVATE void moe__load_temperature(moe__loader *loader) {
     const int nope = moe__has(model, MOE__MIXING, MOE__TEMPERATURE_NOPE);
     double scale = nope ? 0.1 : 0;
     int32_t length = 8192;
-    if (model->family->mixer == MOE__MLA || moe__has(model, MOE__MIXING, MOE__TEMPERATURE))
+    if (moe__has(model, MOE__MIXING, MOE__TEMPERATURE | MOE__TEMPERATURE_KEYS))
         scale = moe__load_float(loader, "attention.temperature_scale", 0);
     if (!(scale > 0)) return;
     if (moe__has(model, MOE__MIXING, MOE__TEMPERATURE))
@@ -18101,7 +18126,8 @@ MOE__PRIVATE void moe__gqa_place(const moe__eval *e, const moe__layer *layer, in
     moe__gqa_clamp(layer, x, d);
     moe__eval_turn(e, layer, t, x);
     if (norm && last) e->kernels->rms_norm(x, norm, d, e->model->eps, x);
-    if (layer->rope && moe__has(e->model, MOE__MIXING, MOE__QK_UNIT))
+    if (layer->rope && moe__has(e->model, MOE__MIXING, MOE__QK_UNIT) &&
+        e->model->info.n_expert != MOE__UNNORMED)
         e->kernels->rms_norm(x, NULL, d, e->model->eps, x);
 }
 

@@ -50,7 +50,44 @@ typedef struct synth_config {
     int latent;                             // width of the experts' inputs; 0: n_embd
     float clamp, clamp_shexp;               // limits of the SwiGLU; 0: no keys
     float embd_scale, residual_scale, attn_scale, logit_scale; // 0: no keys
+    // Of attention families that are not in synth_configs:
+    unsigned has;                           // SYNTH_HAS and what else
+    const char *windows;                    // W a layer with a window, * one without, repeated
+    int head_swa, kv_swa, dim_swa, rope_swa; // layers with a window, if they differ: heads,
+                                            // key-value heads, their width, how much is turned
+    float base_swa;                         // their rope base; 0: no key
+    float value_scale, clamp_kqv;           // 0: no keys
+    float temperature;                      // of queries far from the start; 0: no keys
+    int temperature_length;
+    int chunk, n_ff_chunk;                  // experts that share a chunk expert, its width
+    float chunk_scale;
+    int index_heads, index_dim, index_top, index_block; // indexer; top 0: there is none
+    float attn_cap, final_cap;              // soft caps; 0: no keys
 } synth_config;
+
+// What an attention family has; HAS stands for none of it, but the config is written by these.
+enum {
+    SYNTH_HAS = 1,
+    SYNTH_QK_NORM = 1 << 1,      // norms of queries and keys, by head
+    SYNTH_QK_NORM_WIDE = 1 << 2, // over all heads
+    SYNTH_FUSED_QKV = 1 << 3,    // attn_qkv
+    SYNTH_QKV_BIAS = 1 << 4,
+    SYNTH_OUT_BIAS = 1 << 5,     // of attn_output
+    SYNTH_SINKS = 1 << 6,        // in layers with a window
+    SYNTH_GATE = 1 << 7,         // attn_gate: of each value
+    SYNTH_GATE_HEAD = 1 << 8,    // of each head
+    SYNTH_POST_NORMS = 1 << 9,   // post_attention_norm, post_ffw_norm
+    SYNTH_LAYER_NORM = 1 << 10,  // attention.layer_norm_epsilon, for norms of that kind
+    SYNTH_NORM_BIAS = 1 << 11,
+    SYNTH_GATE_UP = 1 << 12,     // ffn_gate_up_exps
+    SYNTH_KEYS_ARE_VALUES = 1 << 13, // no attn_v in layers without a window
+    SYNTH_BESIDE = 1 << 14,      // a dense network beside the experts
+    SYNTH_ROPE_FREQS = 1 << 15,
+    SYNTH_LONG_ROPE = 1 << 16,
+    SYNTH_PERIOD = 1 << 17,      // the windows' pattern as a number
+    SYNTH_NO_PATTERN = 1 << 18,  // or left to the family
+    SYNTH_EXPERT_SCALES = 1 << 19 // ffn_down_exps.scale
+};
 
 // Which tensors hold deepseek2's two halves of the latent's expansion. Float types hold the same
 // weights in all three forms, so models that differ only in this give the same logits.
@@ -222,8 +259,8 @@ static const synth_config synth_configs[] = {
 };
 enum { SYNTH_N_CONFIGS = sizeof synth_configs / sizeof synth_configs[0] };
 
-// Families with recurrent layers. Of their own table because moe_infer.h cannot open them yet:
-// test_model goes through synth_configs.
+// Families with recurrent layers. Of their own table because the reference pass in tests/naive.h,
+// which test_model compares synth_configs with, does not know them.
 static const synth_config synth_hybrids[] = {
     // Published shapes.
     {.name = "qwen3.5-35b-a3b", .arch = "qwen35moe", .n_layer = 40, .n_embd = 2048,
@@ -334,9 +371,234 @@ static const synth_config synth_hybrids[] = {
 };
 enum { SYNTH_N_HYBRIDS = sizeof synth_hybrids / sizeof synth_hybrids[0] };
 
+// Attention families that synth_configs has none of: what they consist of is in .has. Of their own
+// table because the reference pass in tests/naive.h does not know them.
+static const synth_config synth_families[] = {
+    // Published shapes.
+    {.name = "glm-4.5-air", .arch = "glm4moe", .n_layer = 46, .n_embd = 4096, .vocab = 151552,
+     .n_head = 96, .n_kv = 8, .head_dim = 128, .rope = 64, .n_ff = 10944, .lead = 1, .n_exp = 128,
+     .n_used = 8, .n_ff_exp = 1408, .n_shared = 1, .gating = 2, .norm_w = 1, .bias = 1,
+     .scale = 1.0f, .rope_base = 1e6f, .has = SYNTH_HAS | SYNTH_QKV_BIAS},
+    // Not verified: the width, heads of 512 values and key-value heads of the layers that see all
+    // keys, rope bases.
+    {.name = "gemma4-26b-a4b", .arch = "gemma4", .n_layer = 30, .n_embd = 2816, .vocab = 262144,
+     .n_head = 16, .n_kv = 2, .head_dim = 512, .rope = 512, .n_ff = 2112, .n_exp = 128,
+     .n_used = 8, .n_ff_exp = 704, .rope_base = 1e6f, .window = 1024, .tied = 1,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_POST_NORMS | SYNTH_GATE_UP | SYNTH_BESIDE |
+            SYNTH_KEYS_ARE_VALUES | SYNTH_ROPE_FREQS | SYNTH_EXPERT_SCALES,
+     .windows = "WWWWW*", .kv_swa = 8, .dim_swa = 256, .rope_swa = 256, .base_swa = 10000,
+     .final_cap = 30},
+    {.name = "minimax-m2", .arch = "minimax-m2", .n_layer = 62, .n_embd = 3072, .vocab = 200064,
+     .n_head = 48, .n_kv = 8, .head_dim = 128, .rope = 64, .n_ff = 1536, .n_exp = 256,
+     .n_used = 8, .n_ff_exp = 1536, .gating = 2, .bias = 1, .rope_base = 5e6f,
+     .has = SYNTH_HAS | SYNTH_QK_NORM_WIDE},
+    // Not verified: 96 heads in layers with a window, three dense layers, the shared expert's
+    // width, how many values are turned.
+    {.name = "step35", .arch = "step35", .n_layer = 45, .n_embd = 4096, .vocab = 128896,
+     .n_head = 64, .n_kv = 8, .head_dim = 128, .rope = 128, .n_ff = 11264, .lead = 3,
+     .n_exp = 288, .n_used = 8, .n_ff_exp = 1280, .n_shared = 1, .n_ff_shexp = 1280, .gating = 2,
+     .norm_w = 1, .bias = 1, .scale = 3.0f, .rope_base = 5e6f, .window = 512,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_GATE_HEAD, .windows = "*WWW", .head_swa = 96,
+     .rope_swa = 128, .base_swa = 10000},
+
+    // Small: rows of 32 or more values, for float types and types with blocks of 32.
+    {.name = "glm4moe_tiny", .arch = "glm4moe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 6, .n_kv = 2, .head_dim = 32, .rope = 16, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .n_shared = 2, .gating = 2, .norm_w = 1, .bias = 1,
+     .scale = 1.5f, .rope_base = 1e6f, .has = SYNTH_HAS | SYNTH_QKV_BIAS},
+    {.name = "minimax-m2_tiny", .arch = "minimax-m2", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 6, .n_kv = 2, .head_dim = 32, .rope = 16, .n_ff = 32, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .gating = 2, .bias = 1, .rope_base = 5e6f,
+     .has = SYNTH_HAS | SYNTH_QK_NORM_WIDE},
+    {.name = "hy_v3_tiny", .arch = "hy_v3", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 1, .head_dim = 32, .n_ff = 96, .lead = 1, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_shared = 1, .n_ff_shexp = 96, .gating = 2, .norm_w = 1, .bias = 1,
+     .scale = 2.5f, .tied = 1, .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_GATE_UP},
+    {.name = "dots1_tiny", .arch = "dots1", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 4, .head_dim = 32, .n_ff = 96, .lead = 2, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_shared = 2, .gating = 1, .norm_w = 1, .bias = 1, .scale = 2.5f,
+     .has = SYNTH_HAS | SYNTH_QK_NORM},
+    {.name = "bailingmoe_tiny", .arch = "bailingmoe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 32, .n_ff = 96, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_shared = 2, .norm_w = 1, .scale = 1.25f,
+     .has = SYNTH_HAS | SYNTH_QKV_BIAS},
+    {.name = "bailingmoe2_tiny", .arch = "bailingmoe2", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 2, .n_kv = 1, .head_dim = 32, .rope = 16, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .n_shared = 2, .n_ff_shexp = 64, .gating = 2, .norm_w = 1,
+     .bias = 1, .groups = 2, .groups_used = 1, .scale = 2.5f, .rope_base = 6e5f,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_FUSED_QKV},
+    {.name = "ernie4_5-moe_tiny", .arch = "ernie4_5-moe", .n_layer = 4, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .n_ff_shexp = 64, .bias = 1, .rope_base = 5e5f, .tied = 1,
+     .has = SYNTH_HAS | SYNTH_QKV_BIAS | SYNTH_OUT_BIAS},
+    {.name = "hunyuan-moe_tiny", .arch = "hunyuan-moe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 32, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_shared = 1, .n_ff_shexp = 64, .has = SYNTH_HAS | SYNTH_QK_NORM},
+    {.name = "qwen3vlmoe_tiny", .arch = "qwen3vlmoe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .rope_base = 5e6f, .has = SYNTH_HAS | SYNTH_QK_NORM},
+    {.name = "mistral4_tiny", .arch = "mistral4", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .q_lora = 48, .kv_lora = 64, .nope = 24, .rope = 16, .v_dim = 32, .n_ff = 96,
+     .lead = 1, .n_exp = 8, .n_used = 3, .n_ff_exp = 32, .n_shared = 1, .gating = 1, .norm_w = 1,
+     .bias = 1, .scale = 1.5f, .yarn_factor = 8, .yarn_ctx = 16, .yarn_log = 0.05f,
+     .has = SYNTH_HAS | SYNTH_GATE_UP, .temperature = 0.2f, .temperature_length = 16},
+    {.name = "mistral3_tiny", .arch = "mistral3", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 32, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .yarn_factor = 16, .yarn_ctx = 16, .yarn_log = 0.7f, .rope_base = 1e6f, .tied = 1,
+     .has = SYNTH_HAS | SYNTH_ROPE_FREQS | SYNTH_OUT_BIAS, .temperature = 0.1f,
+     .temperature_length = 16},
+    {.name = "deepseek_tiny", .arch = "deepseek", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 4, .head_dim = 16, .n_ff = 96, .lead = 1, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_shared = 2, .scale = 1.5f, .has = SYNTH_HAS},
+    {.name = "granite_tiny", .arch = "granite", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 32, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .embd_scale = 12, .residual_scale = 0.22f, .attn_scale = 0.125f, .logit_scale = 6,
+     .has = SYNTH_HAS},
+    {.name = "granitemoe_tiny", .arch = "granitemoe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 32, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .n_ff_shexp = 64, .embd_scale = 12, .residual_scale = 0.22f, .attn_scale = 0.125f,
+     .logit_scale = 6, .tied = 1, .has = SYNTH_HAS | SYNTH_ROPE_FREQS},
+    {.name = "mellum_tiny", .arch = "mellum", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .yarn_factor = 8, .yarn_ctx = 16, .window = 8,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_NO_PATTERN, .windows = "WWW*"},
+    {.name = "maple_tiny", .arch = "maple", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 16, .n_ff = 96, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .window = 8, .clamp = 0.5f, .has = SYNTH_HAS | SYNTH_QK_NORM,
+     .windows = "W*WW", .base_swa = 5000},
+    {.name = "step35_tiny", .arch = "step35", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 2, .n_kv = 1, .head_dim = 32, .rope = 32, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .n_shared = 1, .n_ff_shexp = 64, .gating = 2, .norm_w = 1,
+     .bias = 1, .scale = 3, .rope_base = 5e6f, .window = 8, .clamp = 0.5f, .clamp_shexp = 0.75f,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_GATE_HEAD | SYNTH_ROPE_FREQS, .windows = "*WWW",
+     .head_swa = 4, .kv_swa = 2, .rope_swa = 24, .base_swa = 20000},
+    {.name = "laguna_tiny", .arch = "laguna", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 16, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .n_shared = 1, .n_ff_shexp = 64, .gating = 2, .norm_w = 1,
+     .bias = 1, .scale = 2.5f, .yarn_factor = 4, .yarn_ctx = 16, .rope_base = 5e5f, .window = 8,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_GATE_HEAD | SYNTH_NO_PATTERN, .windows = "*WWW",
+     .head_swa = 6, .rope_swa = 32},
+    {.name = "laguna_wide_tiny", .arch = "laguna", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 32, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .n_shared = 2, .gating = 2, .norm_w = 1,
+     .bias = 1, .scale = 2.5f, .window = 8, .tied = 1,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_GATE | SYNTH_PERIOD, .windows = "*W",
+     .head_swa = 2, .rope_swa = 16, .base_swa = 5000},
+    {.name = "mimo2_tiny", .arch = "mimo2", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 1, .head_dim = 48, .rope = 16, .v_dim = 32, .n_ff = 96, .lead = 1,
+     .n_exp = 8, .n_used = 3, .n_ff_exp = 32, .bias = 1, .rope_base = 5e6f, .window = 8,
+     .has = SYNTH_HAS | SYNTH_SINKS, .windows = "*WW*", .kv_swa = 2, .value_scale = 0.707f},
+    {.name = "afmoe_tiny", .arch = "afmoe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 16, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .n_shared = 1, .gating = 2, .norm_w = 1, .bias = 1,
+     .scale = 2.5f, .window = 8,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_GATE | SYNTH_POST_NORMS | SYNTH_PERIOD,
+     .windows = "W*"},
+    {.name = "exaone-moe_tiny", .arch = "exaone-moe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .lead = 1, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_shared = 1, .gating = 2, .norm_w = 1, .bias = 1, .groups = 2,
+     .groups_used = 1, .scale = 2.5f, .rope_base = 1e6f, .window = 8,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_NO_PATTERN | SYNTH_ROPE_FREQS, .windows = "WWW*"},
+    {.name = "cohere2moe_tiny", .arch = "cohere2moe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .lead = 1, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .n_shared = 2, .gating = 2, .norm_w = 1, .scale = 1.5f, .window = 8,
+     .logit_scale = 0.25f, .tied = 1, .has = SYNTH_HAS | SYNTH_LAYER_NORM | SYNTH_NO_PATTERN,
+     .windows = "*WWW"},
+    {.name = "cohere2moe_alone_tiny", .arch = "cohere2moe", .n_layer = 4, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .gating = 1, .norm_w = 1, .window = 8, .logit_scale = 2,
+     .has = SYNTH_HAS | SYNTH_GATE_UP, .windows = "WW*W"},
+    {.name = "smallthinker_tiny", .arch = "smallthinker", .n_layer = 6, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .gating = 1, .rope_base = 1.5e6f, .window = 4096,
+     .has = SYNTH_HAS | SYNTH_NO_PATTERN, .windows = "*WWW"},
+    {.name = "llama4_tiny", .arch = "llama4", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .rope_base = 5e5f, .n_shared = 1, .moe_step = 2, .has = SYNTH_HAS | SYNTH_ROPE_FREQS},
+    {.name = "llama4_128_tiny", .arch = "llama4", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .n_exp = 128, .n_used = 1,
+     .n_ff_exp = 32, .rope_base = 5e5f, .n_shared = 1, .moe_step = 2, .has = SYNTH_HAS},
+    {.name = "gemma4_tiny", .arch = "gemma4", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 1, .head_dim = 64, .rope = 64, .n_ff = 96, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .rope_base = 1e6f, .window = 8, .tied = 1,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_POST_NORMS | SYNTH_GATE_UP | SYNTH_BESIDE |
+            SYNTH_ROPE_FREQS | SYNTH_EXPERT_SCALES | SYNTH_KEYS_ARE_VALUES,
+     .windows = "WW*", .kv_swa = 2, .dim_swa = 32, .rope_swa = 32, .base_swa = 5000,
+     .final_cap = 20},
+    {.name = "gemma4_v_tiny", .arch = "gemma4", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 64, .rope = 64, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .rope_base = 1e6f, .window = 8,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_POST_NORMS | SYNTH_BESIDE | SYNTH_ROPE_FREQS,
+     .windows = "W*W*", .dim_swa = 32, .rope_swa = 32},
+    {.name = "grok_tiny", .arch = "grok", .n_layer = 4, .n_embd = 64, .vocab = 512, .n_head = 4,
+     .n_kv = 2, .head_dim = 16, .n_ff = 96, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .embd_scale = 50, .attn_scale = 0.17f, .logit_scale = 0.7f,
+     .has = SYNTH_HAS | SYNTH_POST_NORMS | SYNTH_BESIDE, .attn_cap = 5, .final_cap = 10},
+    {.name = "grok_alone_tiny", .arch = "grok", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 32, .n_exp = 8, .n_used = 3,
+     .n_ff_exp = 32, .embd_scale = 78.38367f, .attn_scale = 0.125f, .logit_scale = 0.5f,
+     .tied = 1, .has = SYNTH_HAS | SYNTH_POST_NORMS, .attn_cap = 30},
+    {.name = "dbrx_tiny", .arch = "dbrx", .n_layer = 4, .n_embd = 64, .vocab = 512, .n_head = 4,
+     .n_kv = 2, .head_dim = 16, .n_ff = 32, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .rope_base = 5e5f, .has = SYNTH_HAS | SYNTH_LAYER_NORM | SYNTH_FUSED_QKV, .clamp_kqv = 1},
+    {.name = "arctic_tiny", .arch = "arctic", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 32, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .has = SYNTH_HAS | SYNTH_BESIDE},
+    {.name = "phimoe_tiny", .arch = "phimoe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 32, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
+     .has = SYNTH_HAS | SYNTH_QKV_BIAS | SYNTH_OUT_BIAS | SYNTH_NORM_BIAS | SYNTH_LONG_ROPE},
+    {.name = "grovemoe_tiny", .arch = "grovemoe", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .n_exp = 8, .n_used = 3, .n_ff_exp = 64,
+     .has = SYNTH_HAS | SYNTH_QK_NORM, .chunk = 2, .n_ff_chunk = 32, .chunk_scale = 0.5f},
+    {.name = "minimax-m3_tiny", .arch = "minimax-m3", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 16, .n_ff = 96, .lead = 1, .n_exp = 8,
+     .n_used = 3, .n_ff_exp = 32, .n_shared = 2, .gating = 2, .norm_w = 1, .bias = 1, .scale = 2,
+     .has = SYNTH_HAS | SYNTH_QK_NORM, .index_heads = 2, .index_dim = 32, .index_top = 8,
+     .index_block = 8},
+    {.name = "glm-dsa_tiny", .arch = "glm-dsa", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .q_lora = 48, .kv_lora = 64, .nope = 24, .rope = 16, .v_dim = 32, .n_ff = 96,
+     .lead = 1, .n_exp = 8, .n_used = 3, .n_ff_exp = 32, .n_shared = 2, .gating = 2, .norm_w = 1,
+     .bias = 1, .scale = 2.5f, .rope_base = 1e6f, .tied = 1, .yarn_factor = 4, .yarn_ctx = 16,
+     .yarn_log = 0.07f, .has = SYNTH_HAS, .index_heads = 4,
+     .index_dim = 64, .index_top = 64},
+    {.name = "deepseek32_tiny", .arch = "deepseek32", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .q_lora = 48, .kv_lora = 64, .nope = 24, .rope = 16, .v_dim = 32, .n_ff = 96,
+     .lead = 1, .n_exp = 8, .n_used = 3, .n_ff_exp = 32, .n_shared = 1, .gating = 2, .norm_w = 1,
+     .bias = 1, .groups = 2, .groups_used = 1, .scale = 2.5f, .yarn_factor = 8, .yarn_ctx = 16,
+     .yarn_log = 0.0707f, .has = SYNTH_HAS, .index_heads = 4, .index_dim = 64, .index_top = 64},
+};
+enum { SYNTH_N_FAMILIES = sizeof synth_families / sizeof synth_families[0] };
+
 // Which kind a layer is of: 'M', '*' or 'E'.
 static char synth_kind(const synth_config *c, int layer) {
     return c->layers ? c->layers[(size_t)layer % strlen(c->layers)] : '*';
+}
+
+// Whether a layer has a window, and what its heads are like.
+static int synth_has_window(const synth_config *c, int layer) {
+    return c->windows && c->windows[(size_t)layer % strlen(c->windows)] == 'W';
+}
+static int synth_of_layer(const synth_config *c, int layer, int all, int with_window) {
+    return with_window && synth_has_window(c, layer) ? with_window : all;
+}
+static int synth_n_head(const synth_config *c, int layer) {
+    return synth_of_layer(c, layer, c->n_head, c->head_swa);
+}
+static int synth_n_kv(const synth_config *c, int layer) {
+    return synth_of_layer(c, layer, c->n_kv, c->kv_swa);
+}
+static int synth_head_dim(const synth_config *c, int layer) {
+    return synth_of_layer(c, layer, c->head_dim, c->dim_swa);
+}
+// Widths of values and keys differ where c->v_dim says so.
+static int synth_value_dim(const synth_config *c, int layer) {
+    return c->v_dim ? c->v_dim : synth_head_dim(c, layer);
+}
+static int synth_has(const synth_config *c, unsigned features) { return (c->has & features) != 0; }
+
+// Whether a layer has one dense network in place of experts.
+static int synth_is_dense(const synth_config *c, int layer) {
+    return layer < c->lead || (c->moe_step && layer % c->moe_step != c->moe_step - 1);
 }
 
 // Types by GGUF id. A row of weights that is not a multiple of the block takes `fallback`.
@@ -412,6 +674,8 @@ static const synth_config *synth_find(const char *name) {
         if (!strcmp(synth_configs[i].name, name)) return &synth_configs[i];
     for (int i = 0; i < SYNTH_N_HYBRIDS; i++)
         if (!strcmp(synth_hybrids[i].name, name)) return &synth_hybrids[i];
+    for (int i = 0; i < SYNTH_N_FAMILIES; i++)
+        if (!strcmp(synth_families[i].name, name)) return &synth_families[i];
     return NULL;
 }
 
@@ -784,7 +1048,7 @@ static void synth_tokenizer(synth_file *f) {
         {"gpt-oss", "gpt-4o"},         {"qwen35moe", "qwen35"},     {"lfm2moe", "lfm2"},
         {"granitehybrid", "dbrx"},     {"jamba", "llama-bpe"},      {"nemotron_h_moe", "pixtral"},
         {"kimi-linear", "kimi-k2"},    {"minimax-01", "minimax-m2"},
-        {"bailingmoe3", "bailingmoe2"},
+        {"bailingmoe3", "bailingmoe2"}, {"glm4moe", "glm4"},        {"minimax-m2", "minimax-m2"},
     };
     static const char *const begins[] = {"deepseek2", "lfm2moe", "jamba"};
     const int n_pre = sizeof pre / sizeof pre[0], n_begins = sizeof begins / sizeof begins[0];
@@ -840,7 +1104,8 @@ static int synth_is_mamba2(const synth_file *f) {
 
 static void synth_keys_mla(synth_file *f) {
     const synth_config *c = f->c;
-    int mla_keys = f->o->mla_keys ? f->o->mla_keys > 0 : f->o->kvb == SYNTH_KVB_SPLIT;
+    int mla_keys = f->o->mla_keys ? f->o->mla_keys > 0
+                                  : f->o->kvb == SYNTH_KVB_SPLIT || c->has;
     synth_u32(f, ".leading_dense_block_count", c->lead);
     if (c->q_lora) synth_u32(f, ".attention.q_lora_rank", c->q_lora);
     synth_u32(f, ".attention.kv_lora_rank", c->kv_lora);
@@ -975,6 +1240,103 @@ static void synth_keys_attention(synth_file *f) {
     }
 }
 
+// A number for each layer if layers with a window have their own, else one for all.
+static void synth_u32_layers(synth_file *f, const char *key,
+                             int (*of_layer)(const synth_config *, int), int own) {
+    if (!own) {
+        synth_u32(f, key, of_layer(f->c, 0));
+        return;
+    }
+    synth_array(f, key, 5, (uint64_t)f->c->n_layer);
+    for (int i = 0; i < f->c->n_layer; i++)
+        synth_number(f, (uint32_t)of_layer(f->c, i), 4);
+}
+
+static void synth_keys_heads(synth_file *f) {
+    const synth_config *c = f->c;
+    const int n_rot = c->rope ? c->rope : c->head_dim;
+    synth_u32_layers(f, ".attention.head_count", synth_n_head, c->head_swa);
+    synth_u32_layers(f, ".attention.head_count_kv", synth_n_kv, c->kv_swa);
+    synth_u32(f, ".attention.key_length", c->head_dim);
+    synth_u32(f, ".attention.value_length", c->v_dim ? c->v_dim : c->head_dim);
+    synth_u32(f, ".rope.dimension_count", n_rot);
+    if (c->dim_swa) synth_u32(f, ".attention.key_length_swa", c->dim_swa);
+    if (c->dim_swa) synth_u32(f, ".attention.value_length_swa", c->dim_swa);
+    if (c->rope_swa) synth_u32(f, ".rope.dimension_count_swa", c->rope_swa);
+    if (synth_is(f, "qwen3vlmoe")) {
+        const int sections[4] = {(n_rot / 2 + 2) / 3, (n_rot / 2 + 1) / 3, n_rot / 6, 0};
+        synth_i32_array(f, ".rope.dimension_sections", sections, 4);
+    }
+    if (c->windows && synth_has(c, SYNTH_PERIOD)) {
+        synth_u32(f, ".attention.sliding_window_pattern", (int)strlen(c->windows));
+    } else if (c->windows && !synth_has(c, SYNTH_NO_PATTERN)) {
+        synth_array(f, ".attention.sliding_window_pattern", 7, (uint64_t)c->n_layer);
+        for (int i = 0; i < c->n_layer; i++)
+            synth_number(f, (uint64_t)synth_has_window(c, i), 1);
+    }
+    if (c->base_swa > 0) synth_f32(f, ".rope.freq_base_swa", c->base_swa);
+    if (c->value_scale > 0) synth_f32(f, ".attention.value_scale", c->value_scale);
+    if (c->clamp_kqv > 0) synth_f32(f, ".attention.clamp_kqv", c->clamp_kqv);
+    if (c->attn_cap > 0) synth_f32(f, ".attn_logit_softcapping", c->attn_cap);
+    if (synth_is(f, "grok")) synth_f32(f, ".attention.output_scale", c->attn_scale);
+    else if (c->attn_scale > 0) synth_f32(f, ".attention.scale", c->attn_scale);
+}
+
+// The keys of an attention family that is described by c->has.
+static void synth_keys_family(synth_file *f) {
+    const synth_config *c = f->c;
+    synth_u32(f, ".block_count", c->n_layer);
+    synth_u32(f, ".context_length", 32768);
+    synth_u32(f, ".embedding_length", c->n_embd);
+    synth_u32(f, ".vocab_size", c->vocab);
+    if (synth_has(c, SYNTH_LAYER_NORM)) synth_f32(f, ".attention.layer_norm_epsilon", 1e-5f);
+    else synth_f32(f, ".attention.layer_norm_rms_epsilon", 1e-6f);
+    synth_f32(f, ".rope.freq_base", c->rope_base > 0 ? c->rope_base : 10000.0f);
+    if (c->n_ff) synth_u32(f, ".feed_forward_length", c->n_ff);
+    synth_u32(f, ".expert_count", c->n_exp);
+    synth_u32(f, ".expert_used_count", c->n_used);
+    synth_u32(f, ".expert_feed_forward_length", c->n_ff_exp);
+    if (c->kv_lora) {
+        synth_u32(f, ".attention.head_count", c->n_head);
+        synth_keys_mla(f);
+    } else {
+        synth_keys_heads(f);
+        if (c->lead || synth_is(f, "laguna") || synth_is(f, "cohere2moe"))
+            synth_u32(f, ".leading_dense_block_count", c->lead);
+        if (c->gating) synth_u32(f, ".expert_gating_func", c->gating);
+        if (c->norm_w) synth_bool(f, ".expert_weights_norm", 1);
+        if (c->scale > 0) synth_f32(f, ".expert_weights_scale", c->scale);
+        synth_u32(f, ".expert_shared_count", c->n_shared);
+        if (c->groups) synth_u32(f, ".expert_group_count", c->groups);
+        if (c->groups) synth_u32(f, ".expert_group_used_count", c->groups_used);
+    }
+    if (synth_is(f, "llama4") || synth_is(f, "ernie4_5-moe"))
+        synth_u32(f, ".interleave_moe_layer_step", c->moe_step ? c->moe_step : 1);
+    if (synth_is(f, "gemma4")) synth_u32(f, ".embedding_length_per_layer_input", 0);
+    if (c->temperature > 0) {
+        synth_f32(f, ".attention.temperature_scale", c->temperature);
+        synth_u32(f, ".attention.temperature_length", c->temperature_length);
+    }
+    if (c->chunk) {
+        synth_u32(f, ".experts_per_group", c->chunk);
+        synth_u32(f, ".expert_chunk_feed_forward_length", c->n_ff_chunk);
+        synth_f32(f, ".expert_group_scale", c->chunk_scale);
+    }
+    if (c->index_top) {
+        synth_u32(f, ".attention.indexer.head_count", c->index_heads);
+        synth_u32(f, ".attention.indexer.key_length", c->index_dim);
+        synth_u32(f, ".attention.indexer.top_k", c->index_top);
+        if (c->index_block) synth_u32(f, ".attention.indexer.block_size", c->index_block);
+        if (c->index_block) synth_u32(f, ".attention.indexer.local_blocks", 1);
+    }
+    if (c->clamp > 0) synth_f32_layers(f, ".swiglu_clamp_exp", c->clamp);
+    if (c->clamp_shexp > 0) synth_f32_layers(f, ".swiglu_clamp_shexp", c->clamp_shexp);
+    if (c->embd_scale > 0) synth_f32(f, ".embedding_scale", c->embd_scale);
+    if (c->residual_scale > 0) synth_f32(f, ".residual_scale", c->residual_scale);
+    if (c->logit_scale > 0) synth_f32(f, ".logit_scale", c->logit_scale);
+    if (c->final_cap > 0) synth_f32(f, ".final_logit_softcapping", c->final_cap);
+}
+
 static void synth_keys(synth_file *f) {
     const synth_config *c = f->c;
     char name[128];
@@ -986,6 +1348,7 @@ static void synth_keys(synth_file *f) {
     synth_u32(f, "general.alignment", SYNTH_ALIGN);
     synth_u32(f, "general.quantization_version", 2);
     if (c->layers) synth_keys_hybrid(f);
+    else if (c->has) synth_keys_family(f);
     else synth_keys_attention(f);
     if (c->n_ff_shexp) synth_u32(f, ".expert_shared_feed_forward_length", c->n_ff_shexp);
     if (c->window) synth_u32(f, ".attention.sliding_window", c->window);
@@ -1233,28 +1596,97 @@ static void synth_tensors_recurrent(synth_file *f, int layer) {
     else synth_tensors_lightning(f, layer);
 }
 
+// Grouped-query attention of a family that is described by c->has.
+static void synth_tensors_heads(synth_file *f, int layer) {
+    const synth_config *c = f->c;
+    uint64_t embd = (uint64_t)c->n_embd, dim = (uint64_t)synth_head_dim(c, layer);
+    uint64_t heads = (uint64_t)synth_n_head(c, layer), v_dim = (uint64_t)synth_value_dim(c, layer);
+    uint64_t q = heads * dim, k = (uint64_t)synth_n_kv(c, layer) * dim, out = heads * v_dim;
+    uint64_t v = (uint64_t)synth_n_kv(c, layer) * v_dim, qk = 0;
+    int window = synth_has_window(c, layer), wide = synth_has(c, SYNTH_QK_NORM_WIDE);
+    if (synth_has(c, SYNTH_FUSED_QKV)) {
+        synth_tensor_add(f, layer, "attn_qkv.weight", SYNTH_QKV, embd, q + k + v, 0, 0);
+    } else {
+        synth_tensor_add(f, layer, "attn_q.weight", SYNTH_WEIGHT, embd, q, 0, 0);
+        synth_tensor_add(f, layer, "attn_k.weight", SYNTH_WEIGHT, embd, k, 0, 0);
+        if (window || !synth_has(c, SYNTH_KEYS_ARE_VALUES))
+            synth_tensor_add(f, layer, "attn_v.weight", SYNTH_V, embd, v, 0, 0);
+    }
+    synth_tensor_add(f, layer, "attn_output.weight", SYNTH_WEIGHT, out, embd, 0, 0);
+    if (synth_has(c, SYNTH_QKV_BIAS)) {
+        synth_tensor_add(f, layer, "attn_q.bias", SYNTH_BIAS, q, 0, 0, 0.1);
+        synth_tensor_add(f, layer, "attn_k.bias", SYNTH_BIAS, k, 0, 0, 0.1);
+        synth_tensor_add(f, layer, "attn_v.bias", SYNTH_BIAS, v, 0, 0, 0.1);
+    }
+    if (synth_has(c, SYNTH_OUT_BIAS))
+        synth_tensor_add(f, layer, "attn_output.bias", SYNTH_BIAS, embd, 0, 0, 0.1);
+    if (wide || synth_has(c, SYNTH_QK_NORM)) {
+        qk = wide ? q : dim;
+        synth_tensor_add(f, layer, "attn_q_norm.weight", SYNTH_NORM, qk, 0, 0, 0.1);
+        synth_tensor_add(f, layer, "attn_k_norm.weight", SYNTH_NORM, wide ? k : dim, 0, 0, 0.1);
+    }
+    if (synth_has(c, SYNTH_GATE | SYNTH_GATE_HEAD))
+        synth_tensor_add(f, layer, "attn_gate.weight", SYNTH_WEIGHT, embd,
+                         synth_has(c, SYNTH_GATE) ? out : heads, 0, 0);
+    if (window && synth_has(c, SYNTH_SINKS))
+        synth_tensor_add(f, layer, "attn_sinks.weight", SYNTH_BIAS, heads, 0, 0, 1);
+}
+
+// What chooses keys, and of minimax-m3 blocks of keys.
+static void synth_tensors_indexer(synth_file *f, int layer) {
+    const synth_config *c = f->c;
+    uint64_t embd = (uint64_t)c->n_embd, dim = (uint64_t)c->index_dim;
+    uint64_t heads = (uint64_t)c->index_heads;
+    if (!c->index_top || (c->index_block && layer < c->lead)) return;
+    if (c->index_block) {
+        synth_tensor_add(f, layer, "indexer.q_proj.weight", SYNTH_WEIGHT, embd, heads * dim, 0, 0);
+        synth_tensor_add(f, layer, "indexer.k_proj.weight", SYNTH_WEIGHT, embd, dim, 0, 0);
+        synth_tensor_add(f, layer, "indexer.q_norm.weight", SYNTH_NORM, dim, 0, 0, 0.1);
+        synth_tensor_add(f, layer, "indexer.k_norm.weight", SYNTH_NORM, dim, 0, 0, 0.1);
+        return;
+    }
+    synth_tensor_add(f, layer, "indexer.attn_q_b.weight", SYNTH_WEIGHT, (uint64_t)c->q_lora,
+                     heads * dim, 0, 0);
+    synth_tensor_add(f, layer, "indexer.attn_k.weight", SYNTH_WEIGHT, embd, dim, 0, 0);
+    synth_tensor_add(f, layer, "indexer.k_norm.weight", SYNTH_NORM, dim, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "indexer.k_norm.bias", SYNTH_BIAS, dim, 0, 0, 0.1);
+    synth_tensor_add(f, layer, "indexer.proj.weight", SYNTH_WEIGHT, embd, heads, 0, 0);
+}
+
 static void synth_tensors_experts(synth_file *f, int layer) {
     const synth_config *c = f->c;
     uint64_t embd = (uint64_t)c->n_embd, n = (uint64_t)c->n_exp, wide = (uint64_t)c->n_ff_exp;
     uint64_t shared = c->n_ff_shexp ? (uint64_t)c->n_ff_shexp : wide * (uint64_t)c->n_shared;
     uint64_t input = c->latent ? (uint64_t)c->latent : embd;
-    int gates = !synth_is(f, "nemotron_h_moe");
+    int gates = !synth_is(f, "nemotron_h_moe"), fused = synth_has(c, SYNTH_GATE_UP);
     double router = 3 / sqrt((double)embd); // wide enough that experts differ in weight
     synth_tensor_add(f, layer, "ffn_gate_inp.weight", SYNTH_ROUTER, embd, n, 0, router);
     if (synth_is(f, "gpt-oss"))
         synth_tensor_add(f, layer, "ffn_gate_inp.bias", SYNTH_BIAS, n, 0, 0, 0.1);
-    if (c->bias) synth_tensor_add(f, layer, "exp_probs_b.bias", SYNTH_BIAS, n, 0, 0, 0.05);
+    if (c->bias) // hy_v3 has it without the suffix
+        synth_tensor_add(f, layer, synth_is(f, "hy_v3") ? "exp_probs_b" : "exp_probs_b.bias",
+                         SYNTH_BIAS, n, 0, 0, 0.05);
     if (c->latent) {
         synth_tensor_add(f, layer, "ffn_latent_down.weight", SYNTH_WEIGHT, embd, input, 0, 0);
         synth_tensor_add(f, layer, "ffn_latent_up.weight", SYNTH_WEIGHT, input, embd, 0, 0);
     }
-    if (gates) synth_tensor_add(f, layer, "ffn_gate_exps.weight", SYNTH_EXPERT, input, wide, n, 0);
-    synth_tensor_add(f, layer, "ffn_up_exps.weight", SYNTH_EXPERT, input, wide, n, 0);
+    if (fused)
+        synth_tensor_add(f, layer, "ffn_gate_up_exps.weight", SYNTH_EXPERT, input, 2 * wide, n, 0);
+    if (gates && !fused)
+        synth_tensor_add(f, layer, "ffn_gate_exps.weight", SYNTH_EXPERT, input, wide, n, 0);
+    if (!fused) synth_tensor_add(f, layer, "ffn_up_exps.weight", SYNTH_EXPERT, input, wide, n, 0);
     synth_tensor_add(f, layer, "ffn_down_exps.weight", SYNTH_DOWN, wide, input, n, 0);
     if (synth_is(f, "gpt-oss")) {
         synth_tensor_add(f, layer, "ffn_gate_exps.bias", SYNTH_BIAS, wide, n, 0, 0.1);
         synth_tensor_add(f, layer, "ffn_up_exps.bias", SYNTH_BIAS, wide, n, 0, 0.1);
         synth_tensor_add(f, layer, "ffn_down_exps.bias", SYNTH_BIAS, embd, n, 0, 0.1);
+    }
+    if (synth_is(f, "bailingmoe2")) shared *= (uint64_t)c->n_shared;
+    if (c->chunk) {
+        uint64_t chunk = (uint64_t)c->n_ff_chunk, some = n / (uint64_t)c->chunk;
+        synth_tensor_add(f, layer, "ffn_gate_chexps.weight", SYNTH_EXPERT, embd, chunk, some, 0);
+        synth_tensor_add(f, layer, "ffn_up_chexps.weight", SYNTH_EXPERT, embd, chunk, some, 0);
+        synth_tensor_add(f, layer, "ffn_down_chexps.weight", SYNTH_DOWN, chunk, embd, some, 0);
     }
     if (shared) {
         if (gates)
@@ -1266,9 +1698,91 @@ static void synth_tensors_experts(synth_file *f, int layer) {
         synth_tensor_add(f, layer, "ffn_gate_inp_shexp.weight", SYNTH_ROUTER, embd, 0, 0, router);
 }
 
+static void synth_tensors_dense(synth_file *f, int layer, uint64_t wide) {
+    uint64_t embd = (uint64_t)f->c->n_embd;
+    synth_tensor_add(f, layer, "ffn_gate.weight", SYNTH_WEIGHT, embd, wide, 0, 0);
+    synth_tensor_add(f, layer, "ffn_up.weight", SYNTH_WEIGHT, embd, wide, 0, 0);
+    synth_tensor_add(f, layer, "ffn_down.weight", SYNTH_DOWN, wide, embd, 0, 0);
+}
+
+// A norm of the residual, with its bias if the family's have one.
+static void synth_norm_add(synth_file *f, int layer, const char *name) {
+    char full[64];
+    uint64_t embd = (uint64_t)f->c->n_embd;
+    snprintf(full, sizeof full, "%s.weight", name);
+    synth_tensor_add(f, layer, full, SYNTH_NORM, embd, 0, 0, 0.1);
+    snprintf(full, sizeof full, "%s.bias", name);
+    if (synth_has(f->c, SYNTH_NORM_BIAS))
+        synth_tensor_add(f, layer, full, SYNTH_BIAS, embd, 0, 0, 0.1);
+}
+
+// gemma4's layers: five norms more, and factors of the layer, the router's input and the experts.
+static void synth_tensors_gemma4(synth_file *f, int layer) {
+    uint64_t embd = (uint64_t)f->c->n_embd, n = (uint64_t)f->c->n_exp;
+    synth_tensor_add(f, layer, "ffn_gate_inp.scale", SYNTH_NORM, embd, 0, 0, 0.1);
+    synth_norm_add(f, layer, "pre_ffw_norm_2");
+    synth_norm_add(f, layer, "post_ffw_norm_1");
+    synth_norm_add(f, layer, "post_ffw_norm_2");
+    synth_tensor_add(f, layer, "layer_output_scale.weight", SYNTH_NORM, 1, 0, 0, 0.1);
+    if (synth_has(f->c, SYNTH_EXPERT_SCALES))
+        synth_tensor_add(f, layer, "ffn_down_exps.scale", SYNTH_NORM, n, 0, 0, 0.1);
+}
+
+// A layer of a family that is described by c->has.
+static void synth_tensors_layer(synth_file *f, int layer) {
+    const synth_config *c = f->c;
+    const int dense = synth_is_dense(c, layer), beside = synth_has(c, SYNTH_BESIDE) && !dense;
+    const char *norm = synth_is(f, "glm4moe") ? "post_attention_norm"
+                       : synth_is(f, "dbrx")  ? "attn_output_norm"
+                                              : "ffn_norm";
+    synth_norm_add(f, layer, "attn_norm");
+    if (c->kv_lora) synth_tensors_mla(f, layer);
+    else synth_tensors_heads(f, layer);
+    synth_tensors_indexer(f, layer);
+    if (!synth_is(f, "cohere2moe")) synth_norm_add(f, layer, norm);
+    if (synth_has(c, SYNTH_POST_NORMS)) {
+        const int grok = synth_is(f, "grok");
+        synth_norm_add(f, layer, grok ? "attn_output_norm" : "post_attention_norm");
+        synth_norm_add(f, layer, grok && beside ? "layer_output_norm" : "post_ffw_norm");
+    }
+    if (synth_is(f, "arctic")) synth_norm_add(f, layer, "ffn_norm_exps");
+    if (synth_is(f, "gemma4") && !dense) synth_tensors_gemma4(f, layer);
+    if (dense || beside)
+        synth_tensors_dense(f, layer,
+                            (uint64_t)(synth_is(f, "arctic") ? c->n_embd : c->n_ff));
+    if (!dense) synth_tensors_experts(f, layer);
+}
+
+// What no layer of such a family has.
+static void synth_tensors_globals(synth_file *f) {
+    const synth_config *c = f->c;
+    const uint64_t embd = (uint64_t)c->n_embd, vocab = (uint64_t)c->vocab;
+    const int full = synth_is(f, "step35") ? c->rope / 2 : c->rope;
+    const uint64_t most = (uint64_t)(full > c->rope_swa ? full : c->rope_swa);
+    const uint64_t pairs = (most ? most : (uint64_t)c->head_dim) / 2;
+    double std = c->embd_scale > 0 ? 1 / c->embd_scale : 1;
+    if (synth_is(f, "gemma4") || synth_is(f, "afmoe")) std = 1 / sqrt((double)embd);
+    synth_tensor_add(f, -1, "token_embd.weight", SYNTH_EMBEDDING, embd, vocab, 0, std);
+    synth_norm_add(f, -1, "output_norm");
+    if (!c->tied) synth_tensor_add(f, -1, "output.weight", SYNTH_HEAD, embd, vocab, 0, 0);
+    if (synth_is(f, "phimoe"))
+        synth_tensor_add(f, -1, "output.bias", SYNTH_BIAS, vocab, 0, 0, 0.1);
+    if (synth_has(c, SYNTH_ROPE_FREQS))
+        synth_tensor_add(f, -1, "rope_freqs.weight", SYNTH_SLOPE, pairs, 0, 0, 1);
+    if (synth_has(c, SYNTH_LONG_ROPE)) {
+        synth_tensor_add(f, -1, "rope_factors_long.weight", SYNTH_SLOPE, pairs, 0, 0, 2);
+        synth_tensor_add(f, -1, "rope_factors_short.weight", SYNTH_SLOPE, pairs, 0, 0, 1);
+    }
+}
+
 static void synth_tensors(synth_file *f) {
     const synth_config *c = f->c;
     uint64_t embd = (uint64_t)c->n_embd, vocab = (uint64_t)c->vocab, wide = (uint64_t)c->n_ff;
+    if (c->has) {
+        synth_tensors_globals(f);
+        for (int i = 0; i < c->n_layer && !f->out_of_memory; i++) synth_tensors_layer(f, i);
+        return;
+    }
     int post = synth_is(f, "gpt-oss") || synth_is_gdn(f), one = synth_is(f, "nemotron_h_moe");
     const char *norm = post ? "post_attention_norm.weight" : "ffn_norm.weight";
     const char *last = synth_is(f, "lfm2moe") ? "token_embd_norm.weight" : "output_norm.weight";
@@ -1279,20 +1793,15 @@ static void synth_tensors(synth_file *f) {
     if (!c->tied) synth_tensor_add(f, -1, "output.weight", SYNTH_HEAD, embd, vocab, 0, 0);
     for (int i = 0; i < c->n_layer && !f->out_of_memory; i++) {
         char kind = synth_kind(c, i);
-        int dense = i < c->lead || (c->moe_step && i % c->moe_step != c->moe_step - 1);
+        int dense = synth_is_dense(c, i);
         synth_tensor_add(f, i, "attn_norm.weight", SYNTH_NORM, embd, 0, 0, 0.1);
         if (kind == 'M') synth_tensors_recurrent(f, i);
         else if (kind == '*' && c->kv_lora) synth_tensors_mla(f, i);
         else if (kind == '*') synth_tensors_gqa(f, i);
         if (one && kind != 'E') continue; // a layer is one thing only
         if (!one) synth_tensor_add(f, i, norm, SYNTH_NORM, embd, 0, 0, 0.1);
-        if (dense) {
-            synth_tensor_add(f, i, "ffn_gate.weight", SYNTH_WEIGHT, embd, wide, 0, 0);
-            synth_tensor_add(f, i, "ffn_up.weight", SYNTH_WEIGHT, embd, wide, 0, 0);
-            synth_tensor_add(f, i, "ffn_down.weight", SYNTH_DOWN, wide, embd, 0, 0);
-        } else {
-            synth_tensors_experts(f, i);
-        }
+        if (dense) synth_tensors_dense(f, i, wide);
+        else synth_tensors_experts(f, i);
     }
 }
 
@@ -1447,9 +1956,11 @@ static void synth_help(FILE *out) {
 static void synth_list(void) {
     printf("%-20s %-14s %6s %6s %7s %8s %5s %7s\n", "shape", "family", "layers", "width", "vocab",
            "experts", "used", "exp.width");
-    for (int i = 0; i < SYNTH_N_CONFIGS + SYNTH_N_HYBRIDS; i++) {
-        const int n = SYNTH_N_CONFIGS;
-        const synth_config *c = i < n ? &synth_configs[i] : &synth_hybrids[i - n];
+    for (int i = 0; i < SYNTH_N_CONFIGS + SYNTH_N_HYBRIDS + SYNTH_N_FAMILIES; i++) {
+        const int n = SYNTH_N_CONFIGS, m = n + SYNTH_N_HYBRIDS;
+        const synth_config *c = i < n   ? &synth_configs[i]
+                                : i < m ? &synth_hybrids[i - n]
+                                        : &synth_families[i - m];
         printf("%-20s %-14s %6d %6d %7d %8d %5d %7d\n", c->name, c->arch, c->n_layer, c->n_embd,
                c->vocab, c->n_exp, c->n_used, c->n_ff_exp);
     }

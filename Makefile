@@ -33,7 +33,7 @@ THREADED = $(patsubst tests/%.c,$(B)/tests/%,$(filter-out tests/test_model.c,\
 # builds in parallel unless make was told how (-j)
 PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 
-.PHONY: all run test test-programs check check-compile asan ubsan tsan numa asm bench compare rivals fuzz help clean
+.PHONY: all run test test-programs check check-compile readme-tables asan ubsan tsan numa asm bench compare rivals fuzz help clean
 
 all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
 
@@ -110,11 +110,14 @@ test:  ## build and run all tests; ends with the line "N passed, N failed"
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
 	@tests/run.sh $(B) $(TESTS) $(SCRIPTS)
 
-test-programs: $(TOOLS) $(TESTS) $(B)/compare/compare $(B)/engines
+test-programs: $(TOOLS) $(TESTS) $(B)/tests/families_table $(B)/compare/compare $(B)/engines
 
 check:  ## the tests and the compile checks
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
-	@tests/run.sh $(B) $(TESTS) $(SCRIPTS) tests/compile.sh
+	@tests/run.sh $(B) $(TESTS) $(SCRIPTS) tests/readme.sh tests/compile.sh
+
+readme-tables: $(B)/tests/families_table  ## write README's table of architectures
+	@tests/readme.sh $(B) --write
 
 check-compile:  ## compilers, standards, macros, exported symbols, style of the header
 	@tests/run.sh $(B) tests/compile.sh

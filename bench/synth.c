@@ -222,8 +222,7 @@ static const synth_config synth_configs[] = {
 };
 enum { SYNTH_N_CONFIGS = sizeof synth_configs / sizeof synth_configs[0] };
 
-// Families with recurrent layers. Of their own table because moe_infer.h cannot open them yet:
-// test_model goes through synth_configs.
+// Families with recurrent layers, in a table of their own: some tests go through all of one only.
 static const synth_config synth_hybrids[] = {
     // Published shapes.
     {.name = "qwen3.5-35b-a3b", .arch = "qwen35moe", .n_layer = 40, .n_embd = 2048,

@@ -21,7 +21,8 @@ B = build
 C = $(CC) $(CFLAGS) $(WARNINGS) $(WERROR)
 CXX17 = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(WERROR)
 # Without a C++ compiler the C++ example is left out.
-TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-quantize $(B)/moe-synth $(B)/minimal \
+EXAMPLES = $(B)/minimal $(B)/branch $(B)/resume
+TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-quantize $(B)/moe-synth $(EXAMPLES) \
     $(if $(shell command -v $(CXX) 2>/dev/null),$(B)/embed)
 TESTS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/test_*.c))
 SCRIPTS = $(wildcard tests/test_*.sh)
@@ -54,7 +55,7 @@ $(B)/moe-quantize: examples/quantize.c $(SHARED) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-$(B)/minimal: examples/minimal.c moe_infer.h
+$(EXAMPLES): $(B)/%: examples/%.c moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 

@@ -17,13 +17,14 @@
 static const char program[] = "moe-cli";
 
 static struct settings {
-    const char *model, *prompt, *prompt_file, *expert_stats;
+    const char *model, *prompt, *prompt_file, *expert_stats, *prompt_cache;
     int32_t n_predict, n_ctx, n_threads, n_threads_batch, n_batch;
     float temp, top_p, min_p, repeat_penalty;
     int32_t top_k, repeat_last_n;
     uint64_t seed;
     int32_t k_type, v_type, schedule, isa, kv_type, numa, pages;
     int mmap, prefault, mlock, pin, escape, ignore_eos, special;
+    int prompt_cache_all, prompt_cache_ro;
     int info, help, version;
 } set = {.n_predict = -1, .n_ctx = -1, .n_threads = -1, .n_threads_batch = -1, .n_batch = 512,
          .temp = 0.8f, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f, .top_k = 40,
@@ -44,6 +45,12 @@ static const tool_option options[] = {
      "\\n, \\t, \\\", \\', \\\\, \\r and \\xNN mean one byte in the text\n"
      "after -p (default)"},
     {"--no-escape", NULL, TOOL_UNFLAG, &set.escape, 0, 0, "they mean what they look like"},
+    {"--prompt-cache", "FILE", TOOL_TEXT, &set.prompt_cache, 0, 0,
+     "go on from what an earlier run left in FILE, as far as the\n"
+     "prompt begins with it, and leave the evaluated prompt there"},
+    {"--prompt-cache-all", NULL, TOOL_FLAG, &set.prompt_cache_all, 0, 0,
+     "leave the generated tokens there, too"},
+    {"--prompt-cache-ro", NULL, TOOL_FLAG, &set.prompt_cache_ro, 0, 0, "leave FILE as it is"},
 
     {"Generation:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
     {"-n, --predict, --n-predict", "N", TOOL_INT, &set.n_predict, -1, INT32_MAX,
@@ -486,12 +493,16 @@ static int32_t *tokenize(const moe_vocab *vocab, const text *prompt, int32_t *n)
     return NULL;
 }
 
-static void show_timing(const moe_model *model, const moe_generate_result *r, double load) {
+// reused: tokens of the prompt that were in the prompt cache; -1: there was none.
+static void show_timing(const moe_model *model, const moe_generate_result *r, int32_t reused,
+                        double load) {
     double prompt = r->prompt_seconds > 0 ? r->n_prompt / r->prompt_seconds : 0;
     double generation = r->generate_seconds > 0 ? r->n_generated / r->generate_seconds : 0;
     fprintf(stderr, "load       %9.3f s\n", load);
-    fprintf(stderr, "prompt     %9.3f s, %6d tokens, %9.2f t/s\n", r->prompt_seconds, r->n_prompt,
+    fprintf(stderr, "prompt     %9.3f s, %6d tokens, %9.2f t/s", r->prompt_seconds, r->n_prompt,
             prompt);
+    if (reused >= 0) fprintf(stderr, ", %d more reused", (int)reused);
+    fputs("\n", stderr);
     fprintf(stderr, "generation %9.3f s, %6d tokens, %9.2f t/s, %.2f GB/s of weights read; %s\n",
             r->generate_seconds, r->n_generated, generation,
             generation * (double)moe_model_get_info(model)->n_bytes_token * 1e-9,
@@ -507,6 +518,43 @@ static moe_status evaluate(moe_session *session, const int32_t *tokens, int32_t 
     result->n_prompt = n;
     result->prompt_seconds = tool_seconds() - start;
     return status;
+}
+
+// What an earlier run has left. Whatever is wrong with it, the prompt can be evaluated without.
+// Returns how many tokens the prompt begins with are there.
+static int32_t cache_load(moe_session *session, const int32_t *tokens, int32_t n) {
+    struct stat file;
+    moe_error error;
+    int32_t common = 0;
+    if (stat(set.prompt_cache, &file) != 0 && errno == ENOENT) return 0;
+    if (moe_session_load(session, set.prompt_cache, &error))
+        fprintf(stderr, "%s: warning: %s is not used: %s\n", program, set.prompt_cache, error.text);
+    const int32_t *there = moe_session_tokens(session), length = moe_session_length(session);
+    while (common < n && common < length && there[common] == tokens[common]) common++;
+    return common;
+}
+
+static int cache_save(const moe_session *session) {
+    moe_error error;
+    if (moe_session_save(session, set.prompt_cache, &error) == MOE_OK) return TOOL_OK;
+    return tool_fail(program, set.prompt_cache, &error);
+}
+
+// The prompt through the prompt cache: its tokens that are not there are evaluated. *failed: the
+// cache could not be written.
+static moe_status evaluate_cached(moe_session *session, moe_sampler *sampler,
+                                  const int32_t *tokens, int32_t n, int32_t *reused,
+                                  moe_generate_result *result, int *failed, moe_error *error) {
+    const int32_t common = cache_load(session, tokens, n);
+    double start = tool_seconds();
+    moe_status status = moe_session_sync(session, tokens, n, reused, error);
+    result->reason = MOE_STOP_LIMIT;
+    result->prompt_seconds = tool_seconds() - start;
+    if (status) return status;
+    result->n_prompt = n - *reused;
+    for (int32_t i = 0; i < n; i++) moe_sampler_accept(sampler, tokens[i]);
+    if (common < n && !set.prompt_cache_all && !set.prompt_cache_ro) *failed = cache_save(session);
+    return MOE_OK;
 }
 
 // Runs the prompt's tokens through session and sampler; the timing goes to stderr.
@@ -525,8 +573,20 @@ static int generate(moe_session *session, moe_sampler *sampler, const int32_t *t
     o.special = set.special ? MOE_ON : 0;
     o.on_text = on_text;
     o.user = &out;
-    moe_status status = set.n_predict ? moe_generate(session, tokens, n, &o, &result, &error)
-                                      : evaluate(session, tokens, n, &result, &error);
+    int32_t reused = -1;
+    int cache_failed = 0;
+    moe_status status = MOE_OK;
+    if (set.prompt_cache)
+        status = evaluate_cached(session, sampler, tokens, n, &reused, &result, &cache_failed,
+                                 &error);
+    const moe_generate_result prompt = result;
+    if (!status && set.n_predict)
+        status = moe_generate(session, tokens, set.prompt_cache ? 0 : n, &o, &result, &error);
+    else if (!status && !set.prompt_cache)
+        status = evaluate(session, tokens, n, &result, &error);
+    if (set.prompt_cache)
+        result.n_prompt = prompt.n_prompt, result.prompt_seconds = prompt.prompt_seconds;
+    if (!status && set.prompt_cache && set.prompt_cache_all) cache_failed = cache_save(session);
     if (isatty(STDOUT_FILENO) && out.last != '\n') fputs("\n", stdout);
     if (out.failed) {
         fprintf(stderr, "%s: cannot write the text: %s\n", program, strerror(out.failed));
@@ -546,8 +606,8 @@ static int generate(moe_session *session, moe_sampler *sampler, const int32_t *t
     if (moe_model_get_memory(model) != memory)
         fprintf(stderr, "%s: %s\n", program, moe_model_get_memory(model)->text);
     if (status == MOE_ERROR_CANCELLED) fprintf(stderr, "%s: interrupted\n", program);
-    else show_timing(model, &result, load_seconds);
-    return interrupted ? TOOL_INTERRUPTED : TOOL_OK;
+    else show_timing(model, &result, reused, load_seconds);
+    return interrupted ? TOOL_INTERRUPTED : cache_failed ? TOOL_ERROR : TOOL_OK;
 }
 
 static void show_setup(const moe_model *model, const moe_session *session) {
@@ -646,6 +706,14 @@ int main(int argc, char **argv) {
                                  (set.prompt_file &&
                                   output_is_input(set.expert_stats, set.prompt_file))))
             return usage_error("--expert-stats would replace what is read");
+        if ((set.prompt_cache_all || set.prompt_cache_ro) && !set.prompt_cache)
+            return usage_error("--prompt-cache-all and -ro need --prompt-cache FILE");
+        if (set.prompt_cache_all && set.prompt_cache_ro)
+            return usage_error("give --prompt-cache-all or --prompt-cache-ro, not both");
+        if (set.prompt_cache && (output_is_input(set.prompt_cache, set.model) ||
+                                 (set.prompt_file &&
+                                  output_is_input(set.prompt_cache, set.prompt_file))))
+            return usage_error("--prompt-cache would replace what is read");
         if (set.seed == UINT64_MAX) set.seed = clock_seed();
         status = set.info ? show_info() : run();
     }

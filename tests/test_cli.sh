@@ -259,6 +259,108 @@ check "--expert-stats: a cell for each expert of each layer" \
 gen -n 5 --expert-stats "$dir/none/experts.svg"
 check "--expert-stats: nowhere to write" grep -q "cannot write .*none/experts.svg" "$dir/err"
 
+# ---- the prompt cache ----------------------------------------------------------------------------
+
+cache=$dir/prompt.cache
+cached() { gen -n 20 --temp 0 --prompt-cache "$cache" "$@"; }
+reused() { says "^prompt .*, $1 more reused\$"; }
+tokens=$(gen -n 0; n_tokens prompt)
+longer="$prompt there was a girl"
+gen -n 20 --temp 0 -p "$longer"
+keep longer_prompt
+all_tokens=$(n_tokens prompt)
+cached
+check "--prompt-cache: the same text" same greedy
+check "--prompt-cache: nothing is there yet" reused 0
+check "--prompt-cache: all of the prompt is evaluated" prompted "$tokens"
+cp "$cache" "$dir/kept.cache"
+cached
+check "--prompt-cache: again, the same text" same greedy
+check "--prompt-cache: nothing is evaluated" prompted 0
+check "--prompt-cache: everything is there" reused "$tokens"
+check "--prompt-cache: the file stays" cmp -s "$cache" "$dir/kept.cache"
+cached -n 0
+check "--prompt-cache -n 0" prompted 0
+cached -p "$longer" --prompt-cache-ro
+check "--prompt-cache-ro: the same text" same longer_prompt
+check "--prompt-cache-ro: a beginning is there" reused "$tokens"
+check "--prompt-cache-ro: the rest is evaluated" prompted $((all_tokens - tokens))
+check "--prompt-cache-ro: the file stays" cmp -s "$cache" "$dir/kept.cache"
+cached -p "$longer" -t 3 -b 2 -c 50
+check "--prompt-cache: other options, the same text" same longer_prompt
+cached -p "$longer"
+check "--prompt-cache: the longer prompt is there" reused "$all_tokens"
+cached
+check "--prompt-cache: a shorter one costs a token" reused $((tokens - 1))
+check "--prompt-cache: and gives the same text" same greedy
+cp "$dir/kept.cache" "$cache"
+cached --prompt-cache-all
+check "--prompt-cache-all: the same text" same greedy
+check "--prompt-cache-all: there is more" test "$(wc -c <"$cache")" -gt "$(wc -c <"$dir/kept.cache")"
+story=examples/storyteller/storyteller.gguf
+run -m $story -p "$prompt" -n 20 --temp 0 --prompt-cache "$dir/story.cache" --prompt-cache-all
+run -m $story -p "$prompt$(cat "$dir/out")" -n 5 --temp 0 --prompt-cache "$dir/story.cache"
+check "--prompt-cache-all: generated tokens are there" test "$(sed -n \
+    's/^prompt .*, \([0-9]*\) more reused$/\1/p' "$dir/err")" -ge 20
+rm "$cache"
+gen -n 20 -s 7 --prompt-cache "$cache" --repeat-penalty 1.3
+keep drawn
+gen -n 20 -s 7 --prompt-cache "$cache" --repeat-penalty 1.3
+check "--prompt-cache: the same draws" same drawn
+gen -n 20 -s 7 --repeat-penalty 1.3
+check "--prompt-cache: as without" same drawn
+# What cannot be used is said and replaced.
+unused() { # NAME SENTENCE COMMAND...
+    local name=$1 sentence=$2
+    shift 2
+    "$@"
+    check "--prompt-cache: $name: a warning" says "warning: .*is not used: $sentence"
+    check "--prompt-cache: $name: the prompt is evaluated" reused 0
+    cached
+    check "--prompt-cache: $name: then it is whole" reused "$tokens"
+}
+printf x | dd of="$cache" bs=1 seek=300 conv=notrunc 2>/dev/null
+unused "damaged" "it is damaged" cached
+head -c 3000 "$dir/kept.cache" >"$cache"
+unused "cut short" "it ends too early" cached
+: >"$cache"
+unused "empty" "it ends too early" cached
+echo "this is my diary, which is no saved session, and it is long enough to be read as one: $(
+    seq 40)" >"$cache"
+unused "another file" "it is no saved session" cached
+run -m "$dir/mla.gguf" -p "$prompt" -n 1 -s 7 --prompt-cache "$cache"
+check "--prompt-cache: another model: a warning" says "is not used: it was saved with another model"
+unused "from another model" "it was saved with another model" cached
+cached -ctk f32
+check "--prompt-cache: another cache: a warning" says "is not used: it was saved with keys"
+unused "from another cache" "it was saved with keys and values in F32" cached
+cached -p "$longer"
+gen -n 1 -c $((all_tokens - 1)) --prompt-cache "$cache" --prompt-cache-ro
+check "--prompt-cache: too small a context: a warning" says "is not used: .* do not fit"
+gen -n 2 -c 4 -p "$longer" --prompt-cache "$cache"
+check "--prompt-cache: too long a prompt" fails "the context holds 4 "
+# Where it cannot be written the text comes, and the exit code tells.
+gen -n 20 --temp 0 --prompt-cache "$dir/none/cache"
+check "--prompt-cache: nowhere to write" grep -q 'none/cache: cannot create the file' "$dir/err"
+check "--prompt-cache: nowhere to write: the text is there" cmp -s "$dir/out" "$dir/greedy"
+check "--prompt-cache: nowhere to write: exit code" exits 1
+check "--prompt-cache: no draft is left" test -z "$(ls "$dir" | grep '\.tmp$')"
+ln -s prompt.cache "$dir/cache.link"
+gen -n 1 -p 'another' --prompt-cache "$dir/cache.link"
+check "--prompt-cache: a link stays one" test -L "$dir/cache.link"
+gen -n 1 -p 'another' --prompt-cache "$cache"
+check "--prompt-cache: and leads to it" prompted 0
+gen --prompt-cache-all
+check "--prompt-cache-all alone" refuses 'need --prompt-cache'
+gen --prompt-cache-ro
+check "--prompt-cache-ro alone" refuses 'need --prompt-cache'
+cached --prompt-cache-all --prompt-cache-ro
+check "--prompt-cache-all --prompt-cache-ro" refuses 'not both'
+gen --prompt-cache "$model"
+check "--prompt-cache: the model" refuses 'would replace'
+run -m "$model" -f "$dir/prompt.txt" --prompt-cache "$dir/prompt.txt"
+check "--prompt-cache: the prompt" refuses 'would replace'
+
 # ---- instead of generating -----------------------------------------------------------------------
 
 for flag in --help -h; do

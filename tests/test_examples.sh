@@ -7,7 +7,7 @@ build=${1:-build}
 dir=$build/tests/examples
 rm -rf "$dir"
 mkdir -p "$dir"
-tools="minimal moe-cli moe-quantize moe-synth"
+tools="minimal branch resume moe-cli moe-quantize moe-synth"
 command -v "${CXX:-c++}" >/dev/null && tools="$tools embed"
 for tool in $tools; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
@@ -34,6 +34,56 @@ check "minimal: too long a prompt: sentence" test -s "$dir/err"
 check "minimal: no vocabulary: exit code" test $? -eq 1
 check "minimal: no vocabulary: sentence" test -s "$dir/err"
 check "minimal: at most 40 lines" test "$(wc -l <examples/minimal.c)" -le 40
+
+# ---- branch.c ------------------------------------------------------------------------------------
+
+story=examples/storyteller/storyteller.gguf
+"$build/branch" >"$dir/out" 2>"$dir/err"
+check "branch: exit code" test $? -eq 0
+check "branch: two texts" test "$(grep -cE '^[12]\. Once upon a time there was ' "$dir/out")" -eq 2
+check "branch: that differ" test "$(cut -c4- "$dir/out" | grep . | sort -u | wc -l)" -eq 2
+# 7 tokens of the beginning, and 60 behind it of which the last is not evaluated
+check "branch: what was evaluated" grep -q '^125 tokens evaluated, the 7 of the beginning once' \
+    "$dir/err"
+"$build/branch" "$model" "Once upon a time" >"$dir/out" 2>"$dir/err"
+check "branch: another model" test $? -eq 0
+"$build/branch" "$dir/none.gguf" >"$dir/out" 2>"$dir/err"
+check "branch: no model: exit code" test $? -eq 1
+check "branch: no model: sentence" grep -q 'none.gguf' "$dir/err"
+"$build/branch" "$model" "$(head -c 100000 /dev/zero | tr '\0' '~')" 2>"$dir/err" >"$dir/out"
+check "branch: too long a prompt: exit code" test $? -eq 1
+check "branch: too long a prompt: sentence" test -s "$dir/err"
+check "branch: less than 80 lines" test "$(wc -l <examples/branch.c)" -lt 80
+
+# ---- resume.c ------------------------------------------------------------------------------------
+
+saved=$dir/story.state
+"$build/resume" "$saved" 60 >"$dir/whole" 2>"$dir/err"
+check "resume: exit code" test $? -eq 0
+check "resume: it says what it saved" grep -q "^67 tokens are in $saved" "$dir/err"
+rm "$saved"
+for n in 1 20 2 37; do "$build/resume" "$saved" $n; done >"$dir/out" 2>"$dir/err"
+check "resume: four runs tell what one does" cmp -s "$dir/whole" "$dir/out"
+check "resume: the prompt stands there once" test "$(grep -c 'Once upon' "$dir/out")" -eq 1
+"$build/resume" "$saved" 500 >"$dir/out" 2>"$dir/err"
+check "resume: the end of the story" grep -q '^the model ended: the next run begins anew' "$dir/err"
+check "resume: then nothing is left" test ! -e "$saved"
+"$build/resume" "$saved" 5 "$story" "The old fisherman" >"$dir/out" 2>"$dir/err"
+check "resume: another beginning" grep -q '^The old fisherman ' "$dir/out"
+cp "$saved" "$dir/kept.state"
+"$build/resume" "$saved" 5 "$model" >"$dir/out" 2>"$dir/err"
+check "resume: another model: exit code" test $? -eq 1
+check "resume: another model: sentence" grep -q 'saved with another model' "$dir/err"
+check "resume: another model: the file stays" cmp -s "$saved" "$dir/kept.state"
+printf x | dd of="$saved" bs=1 seek=2000 conv=notrunc 2>/dev/null
+"$build/resume" "$saved" 5 >"$dir/out" 2>"$dir/err"
+check "resume: a damaged file: exit code" test $? -eq 1
+check "resume: a damaged file: sentence" grep -q 'it is damaged' "$dir/err"
+"$build/resume" "$dir/none/story.state" 5 >"$dir/out" 2>"$dir/err"
+check "resume: nowhere to write: exit code" test $? -eq 1
+"$build/resume" "$saved" 5 "$dir/none.gguf" >"$dir/out" 2>"$dir/err"
+check "resume: no model" test $? -eq 1
+check "resume: less than 80 lines" test "$(wc -l <examples/resume.c)" -lt 80
 
 # ---- embed.cpp -----------------------------------------------------------------------------------
 
@@ -86,7 +136,6 @@ check "quantize: usage" test $? -eq 2
 
 # ---- the storyteller -----------------------------------------------------------------------------
 
-story=examples/storyteller/storyteller.gguf
 check "storyteller: at most 8 MB" test "$(stat -c %s "$story")" -le 8000000
 make -s run "B=$build" >"$dir/out" 2>"$dir/err"
 check "make run: exit code" test $? -eq 0

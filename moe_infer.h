@@ -19532,7 +19532,7 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         if (layer->mixer) moe__mixers[layer->mixer].bind(&loader, layer, il);
         moe__load_layer(&loader, layer, il);
         model->info.n_layer_recurrent += layer->mixer > MOE__MLA;
-        model->info.n_layer_attention += layer->mixer == MOE__GQA || layer->mixer == MOE__MLA;
+        model->info.n_layer_attention += layer->mixer && layer->mixer <= MOE__MLA;
         if (!loader.status)
             model->info.n_bytes_state += moe__layer_cache(layer).kept * (int64_t)sizeof(float);
         if (moe__has(model, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);

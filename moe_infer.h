@@ -1333,29 +1333,36 @@ MOE__INLINE uint64_t moe__splitmix64(uint64_t *state) {
 }
 
 // A checksum of bytes in any pieces, eight at a time: moe__splitmix64 maps words one to one, so
-// that no change within one word is missed.
+// that no change within one word is missed. Words go to four sums in turn, which a processor makes
+// side by side.
 typedef struct moe__checksum {
-    uint64_t sum, n; // n: bytes so far
-    uint8_t word[8]; // the last n % 8 of them
+    uint64_t sum[4], n; // n: bytes so far
+    uint8_t word[8];    // the last n % 8 of them
 } moe__checksum;
 
-MOE__INLINE uint64_t moe__checksum_step(uint64_t sum, uint64_t word) {
-    sum ^= word;
-    return moe__splitmix64(&sum);
+MOE__INLINE void moe__checksum_step(uint64_t *sum, uint64_t word) {
+    *sum ^= word;
+    *sum = moe__splitmix64(sum);
 }
 MOE__PRIVATE void moe__checksum_add(moe__checksum *c, const void *data, uint64_t size) {
     const uint8_t *p = (const uint8_t *)data;
     for (; size && c->n % 8; size--) {
-        c->word[c->n++ % 8] = *p++;
-        if (c->n % 8 == 0) c->sum = moe__checksum_step(c->sum, moe__load_u64(c->word));
+        c->word[c->n % 8] = *p++;
+        if (++c->n % 8 == 0) moe__checksum_step(&c->sum[c->n / 8 % 4], moe__load_u64(c->word));
     }
+    for (; size >= 8; size -= 8, p += 8) {
+        c->n += 8;
+        moe__checksum_step(&c->sum[c->n / 8 % 4], moe__load_u64(p));
+    }
+    if (size) memcpy(c->word, p, (size_t)size);
     c->n += size;
-    for (; size >= 8; size -= 8, p += 8) c->sum = moe__checksum_step(c->sum, moe__load_u64(p));
-    memcpy(c->word, p, (size_t)size);
 }
 MOE__PRIVATE uint64_t moe__checksum_end(moe__checksum *c) {
+    uint64_t sum = c->n;
     memset(c->word + c->n % 8, 0, 8 - c->n % 8);
-    return moe__checksum_step(moe__checksum_step(c->sum, moe__load_u64(c->word)), c->n);
+    moe__checksum_step(&sum, moe__load_u64(c->word));
+    for (int i = 0; i < 4; i++) moe__checksum_step(&sum, c->sum[i]);
+    return sum;
 }
 
 // Seconds of a monotonic clock; clock_gettime is hidden under strict -std=c11, its call is not.
@@ -20256,7 +20263,7 @@ MOE_API moe_model *moe_model_open_gguf(const moe_gguf *gguf, const moe_model_opt
         if (layer->mixer) moe__mixers[layer->mixer].bind(&loader, layer, il);
         moe__load_layer(&loader, layer, il);
         model->info.n_layer_recurrent += layer->mixer > MOE__MLA;
-        model->info.n_layer_attention += layer->mixer == MOE__GQA || layer->mixer == MOE__MLA;
+        model->info.n_layer_attention += layer->mixer && layer->mixer <= MOE__MLA;
         if (!loader.status)
             model->info.n_bytes_state += moe__layer_cache(layer).kept * (int64_t)sizeof(float);
         if (moe__has(model, MOE__LAYERS, MOE__BIASES)) moe__load_check_biases(&loader, layer, il);

@@ -259,8 +259,7 @@ static const synth_config synth_configs[] = {
 };
 enum { SYNTH_N_CONFIGS = sizeof synth_configs / sizeof synth_configs[0] };
 
-// Families with recurrent layers. Of their own table because the reference pass in tests/naive.h,
-// which test_model compares synth_configs with, does not know them.
+// Families with recurrent layers, in a table of their own: some tests go through all of one only.
 static const synth_config synth_hybrids[] = {
     // Published shapes.
     {.name = "qwen3.5-35b-a3b", .arch = "qwen35moe", .n_layer = 40, .n_embd = 2048,

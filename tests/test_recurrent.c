@@ -391,7 +391,7 @@ static void cancelling_close(cancelling *c) {
 static void check_goes_on(cancelling *c, int back, int k) {
     float *row = (float *)malloc(row_size(moe_session_model(c->plain)));
     c->p.at = 0;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 3 && k / 2 % 2; i++) { // or at once back
         evaluates(c->plain, c->tokens + 60 + i, i == 1 ? 9 : 1);
         evaluates(c->session, c->tokens + 60 + i, i == 1 ? 9 : 1);
         keep_row(c->plain, row);

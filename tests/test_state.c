@@ -678,7 +678,7 @@ TEST(a_loaded_session_goes_on_bit_by_bit) {
         memset(&g, 0, sizeof g);
         models_tokens(tokens, TOKENS, 200, 23);
         reference(model, &o, tokens, TOKENS, behind);
-        for (int k = 0; k < 36; k++) {
+        for (int k = 0; k < 36; k += MODELS_SLOW ? 5 : 1) {
             const int32_t n = lengths[k / 4];
             other = o;
             if (k % 3 == 1) other.n_ctx = 70, other.n_batch = 9, other.n_threads = 3;
@@ -970,8 +970,11 @@ static void victim_refuses(victim *v, const char *what, size_t at) {
 static const struct {
     const char *config;
     moe_kv_type kv;
-} victims[] = {{"micro", MOE_KV_F16}, {"qwen3moe_quant", MOE_KV_Q8_0}, {"qwen35moe_tiny", MOE_KV_F32},
-               {"jamba_tiny", MOE_KV_F16}, {"kimi-linear_tiny", MOE_KV_F32}};
+} victims[] = {{"micro", MOE_KV_F16},
+               {"qwen3moe_quant", MOE_KV_Q8_0},
+               {"qwen35moe_tiny", MOE_KV_F32},
+               {"jamba_tiny", MOE_KV_F16},
+               {"kimi-linear_tiny", MOE_KV_F32}};
 enum { N_VICTIMS = sizeof victims / sizeof victims[0] };
 
 TEST(damaged_files_are_refused_and_change_nothing) {
@@ -1235,7 +1238,8 @@ TEST(a_file_is_replaced_when_the_new_one_is_whole) {
     models_tokens(tokens, 30, 200, 2);
     CHECK(model && bytes);
     if (!model || !bytes) return;
-    moe_session *s = open_with_past(model, &o, tokens, 20, 1), *t = moe_session_open(model, &o, NULL);
+    moe_session *s = open_with_past(model, &o, tokens, 20, 1);
+    moe_session *t = moe_session_open(model, &o, NULL);
     CHECK(s && t && store_save(&f, s, NULL) == MOE_OK);
     const char *path = models_path("saved"), *link = models_path("link"), *link2 =
         models_path("link2"), *fifo = models_path("fifo");
@@ -1256,7 +1260,8 @@ TEST(a_file_is_replaced_when_the_new_one_is_whole) {
     CHECK(S_ISLNK(status.st_mode) && lstat(link, &status) == 0 && S_ISLNK(status.st_mode));
     remove(path);
     CHECK(moe_session_save(s, link, NULL) == MOE_OK);
-    CHECK(file_bytes(path, bytes, CAPACITY) == f.size && moe_session_load(t, link2, NULL) == MOE_OK);
+    CHECK(file_bytes(path, bytes, CAPACITY) == f.size);
+    CHECK(moe_session_load(t, link2, NULL) == MOE_OK);
     // A pipe is written as it comes, and read.
     CHECK(mkfifo(fifo, 0600) == 0);
     const int both = open(fifo, O_RDWR | O_NONBLOCK);

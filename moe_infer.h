@@ -583,9 +583,9 @@ enum {
 };                                 // it out for text that users typed
 
 // Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM, "gemma4": BPE of
-// characters); files without tensors work too. The GGUF may be closed afterwards. A model has one already: moe_model_vocab;
-// only what was opened here is closed here. Errors: FORMAT, MEMORY, UNSUPPORTED (an
-// unknown tokenizer or pre-tokenizer).
+// characters); files without tensors work too. The GGUF may be closed afterwards. A model has one
+// already: moe_model_vocab; only what was opened here is closed here. Errors: FORMAT, MEMORY,
+// UNSUPPORTED (an unknown tokenizer or pre-tokenizer).
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error);
 MOE_API void moe_vocab_close(moe_vocab *vocab);
 MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
@@ -795,10 +795,11 @@ typedef struct moe_generate_result {
 // Evaluates the prompt behind what the session holds, then chooses, reports and evaluates tokens
 // until something stops it. The last one is not evaluated, so that a full context gives one
 // token more than fits. The model must have a vocabulary. Memory: nothing is allocated. An empty
-// prompt goes on with the logits of the last eval. Where the vocabulary has tokens that are never
-// to be chosen, their logits are set to -INFINITY, as moe_session_logits then shows. *result (may be NULL) is always set; after an
-// error its reason is CALLER, or CONTEXT for a prompt that does not fit. Errors: those of
-// moe_session_eval for the prompt; ARGUMENT; FORMAT (no logit is a number).
+// prompt goes on with the logits of the last eval. Tokens that are never to be chosen
+// (moe_vocab_is_suppressed) get a logit of -INFINITY, which moe_session_logits then shows.
+// *result (may be NULL) is always set; after an error its reason is CALLER, or CONTEXT for a
+// prompt that does not fit. Errors: those of moe_session_eval for the prompt; ARGUMENT; FORMAT
+// (no logit is a number).
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error);
@@ -14471,7 +14472,8 @@ MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     const moe__text_pre **pre = &loader->vocab->pre;
     moe__text_load_string(loader, key, &name);
     if (name.size == 5 && memcmp(name.data, "llama", 5) == 0) *pre = &moe__text_spm;
-    if (name.size == 6 && memcmp(name.data, "gemma4", 6) == 0) *pre = moe__text_find_pre("gemma4", 6);
+    if (name.size == 6 && memcmp(name.data, "gemma4", 6) == 0)
+        *pre = moe__text_find_pre(name.data, name.size);
     if (name.size == 4 && memcmp(name.data, "gpt2", 4) == 0) {
         key = "tokenizer.ggml.pre";
         what = "pre-tokenizer";
@@ -14738,7 +14740,8 @@ MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     vocab->orders = (uint32_t *)moe__text_load_array(loader, vocab->n_tokens, 4);
     for (uint32_t id = 0; vocab->orders && id < vocab->n_tokens; id++) {
         int type = vocab->types[id] & MOE__TOKEN_TYPE;
-        int word = type == MOE__TOKEN_NORMAL || type == MOE__TOKEN_USER; // may be spelled
+        int word = type != MOE__TOKEN_CONTROL && type != MOE__TOKEN_UNKNOWN &&
+                   type != MOE__TOKEN_BYTE; // may be spelled
         double score = 0;
         if (value) moe_gguf_value_float(value, id, &score);
         float f = score == score ? (float)score + 0.0f : -INFINITY; // no NaN, no -0

@@ -592,10 +592,10 @@ enum {
     MOE_TOKENIZE_PARSE_SPECIAL = 2 // recognise the text of control tokens ("<|im_end|>"); leave
 };                                 // it out for text that users typed
 
-// Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM); files without
-// tensors work too. The GGUF may be closed afterwards. A model has one already: moe_model_vocab;
-// only what was opened here is closed here. Errors: FORMAT, MEMORY, UNSUPPORTED (an
-// unknown tokenizer or pre-tokenizer).
+// Reads the tokenizer of a GGUF file ("gpt2": byte-level BPE, "llama": SPM, "gemma4": BPE of
+// characters); files without tensors work too. The GGUF may be closed afterwards. A model has one
+// already: moe_model_vocab; only what was opened here is closed here. Errors: FORMAT, MEMORY,
+// UNSUPPORTED (an unknown tokenizer or pre-tokenizer).
 MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error);
 MOE_API void moe_vocab_close(moe_vocab *vocab);
 MOE_API int32_t moe_vocab_size(const moe_vocab *vocab);
@@ -620,6 +620,9 @@ MOE_API int32_t moe_vocab_bos(const moe_vocab *vocab);        // -1 if there is 
 MOE_API int32_t moe_vocab_eos(const moe_vocab *vocab);        // -1 if there is none
 MOE_API int moe_vocab_is_end(const moe_vocab *vocab, int32_t token); // end of generation?
 MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token);
+// Does the file say that this token is never to be chosen (tokenizer.ggml.suppress_tokens)?
+// moe_generate sees to it; who samples without it gives these a logit of -INFINITY.
+MOE_API int moe_vocab_is_suppressed(const moe_vocab *vocab, int32_t token);
 
 // ---- thread pool -----------------------------------------------------------------------------
 
@@ -826,9 +829,11 @@ typedef struct moe_generate_result {
 // Evaluates the prompt behind what the session holds, then chooses, reports and evaluates tokens
 // until something stops it. The last one is not evaluated, so that a full context gives one
 // token more than fits. The model must have a vocabulary. Memory: nothing is allocated. An empty
-// prompt goes on with the logits of the last eval. *result (may be NULL) is always set; after an
-// error its reason is CALLER, or CONTEXT for a prompt that does not fit. Errors: those of
-// moe_session_eval for the prompt; ARGUMENT; FORMAT (no logit is a number).
+// prompt goes on with the logits of the last eval. Tokens that are never to be chosen
+// (moe_vocab_is_suppressed) get a logit of -INFINITY, which moe_session_logits then shows.
+// *result (may be NULL) is always set; after an error its reason is CALLER, or CONTEXT for a
+// prompt that does not fit. Errors: those of moe_session_eval for the prompt; ARGUMENT; FORMAT
+// (no logit is a number).
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error);
@@ -13667,7 +13672,8 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
 // ==============================================================================================
 // >>text
 //
-// Text to tokens and back: byte-level BPE ("gpt2"), SPM ("llama"). What moe_vocab_tokenize does:
+// Text to tokens and back: byte-level BPE ("gpt2"), SPM ("llama"), BPE of characters ("gemma4").
+// What moe_vocab_tokenize does:
 //
 //     text        "hi <|im_end|> it's 42"
 //     fragments   "hi " [<|im_end|>] " it's 42"     special tokens are found, longest first
@@ -13676,7 +13682,8 @@ MOE__PRIVATE void moe__experts_down(const moe__kernels *kernels, const moe__entr
 //     tokens      neighbours merge, lowest rank first, then leftmost
 //
 // With SPM a fragment is one word, with a blank in front and U+2581 for blanks; symbols are
-// characters, and two merge if that makes a token, highest score first.
+// characters, and two merge if that makes a token, highest score first. With gemma4 a line is a
+// word, without that blank in front; symbols are characters, and merge by rank.
 //
 // Each step takes at most n log n in the length of the text; no input is quadratic. Vocabularies
 // are hostile: sizes are checked, and hashes are keyed so that no file can choose collisions. A
@@ -13739,7 +13746,12 @@ enum {
     MOE__C_STOP = 1 << 22,    // deepseek-llm's punctuation, ASCII letters included
     MOE__C_WIDE = 1 << 23,    // deepseek-llm's ideographs, Hangul, and most scripts of Asia
     MOE__C_ASIAN = 1 << 24,   // afmoe's scripts without blanks between words
-    MOE__C_TURNS = 1 << 29,   // in the table: upper and lower case in turns, upper case first
+    MOE__C_LF = 1 << 25,      // [\n]
+    MOE__C_COMMA = 1 << 26,   // bloom's punctuation: [(|.,!?)] and what it is in other scripts
+    MOE__C_HANGUL = 1 << 27,  // youtu's syllables and letters of Korean,
+    MOE__C_ZHUYIN = 1 << 28,  // letters of Chinese,
+    MOE__C_POINT = 1 << 29,   // and punctuation of East Asia
+    MOE__C_TURNS = 1 << 30,   // in the table: upper and lower case in turns, upper case first
     MOE__C_CUT = 1 << 30      // in a text: a word begins here
 };
 #define MOE__C_NOT 0x80000000u
@@ -13805,7 +13817,12 @@ static const uint32_t moe__text_sets[] = {
     MOE__C_MATH, 0x24, 0x24, 0x2B, 0x2B, 0x3C, 0x3E, 0x5E, 0x5E, 0x7C, 0x7C, 0x7E, 0x7E, 0,
     MOE__C_STOP, 0x21, 0x2F, 0x3A, 0x7E, 0x2018, 0x201F, 0x3000, 0x3002, 0xFF01, 0xFF0F, 0xFF1A,
     0xFF5E, 0, MOE__C_WIDE, 0x0800, 0x9FA5, 0xAC00, 0xD7FF, 0,
-    MOE__C_CJK, 0x3040, 0x30FF, 0x4E00, 0x9FA5, 0,
+    MOE__C_CJK, 0x3040, 0x30FF, 0x4E00, 0x9FA5, 0, MOE__C_LF, 0x0A, 0x0A, 0,
+    MOE__C_COMMA, 0x21, 0x21, 0x28, 0x29, 0x2C, 0x2C, 0x2E, 0x2E, 0x3F, 0x3F, 0x7C, 0x7C,
+    0x060C, 0x060C, 0x06D4, 0x06D4, 0x0964, 0x0964, 0x2026, 0x2026, 0x3001, 0x3002, 0xFF0C,
+    0xFF0C, 0, MOE__C_HANGUL, 0x3131, 0x318E, 0xAC00, 0xD7A3, 0, MOE__C_ZHUYIN, 0x3105, 0x312F, 0,
+    MOE__C_POINT, 0x2014, 0x2014, 0x2018, 0x2019, 0x201C, 0x201D, 0x2026, 0x2026, 0x3001, 0x303F,
+    0xFE30, 0xFE4F, 0xFF01, 0xFF01, 0xFF0C, 0xFF0C, 0xFF1A, 0xFF1B, 0,
     MOE__C_ASIAN, 0x0E40, 0x0EFF, 0x1000, 0x109F, 0x1100, 0x11FF, 0x1780, 0x17FF, 0x2F00, 0x2FDF,
     0x3040, 0x30FF, 0x3400, 0x4DBF, 0x4E00, 0x9FFF, 0xA9E0, 0xA9FF, 0xAA60, 0xAA7F, 0xAC00, 0xD7AF,
     0xF900, 0xFAFF, 0xFF65, 0xFF9F, 0,
@@ -13883,9 +13900,11 @@ enum {
     MOE__RULE_ANY_CASE,    // (?i:'s|'t|'re|'ve|'m|'ll|'d)
     MOE__RULE_TO_NEWLINE,  // \s*[\r\n]+ = \s*[\r\n]: up to the last newline among white space
     MOE__RULE_BUT_LAST,    // \s+(?!\S): white space but its last character before a word
+    MOE__RULE_HALVES,      // \s{512}(?!\S)|\s{256}(?!\S)|...|\s{4}(?!\S)|\s{1,2}(?!\S)|\s
     MOE__RULE_AT_END,      // \s+$
-    MOE__RULE_THREES       // \p{N}{1,3} so that a multiple of three numbers follows; what lies
+    MOE__RULE_THREES,      // \p{N}{1,3} so that a multiple of three numbers follows; what lies
                            // between the last match and this one becomes part of the word
+    MOE__RULE_IN_FRONT     // (?=(\d{3})+(?!\d)): a word begins here
 };
 
 typedef struct moe__text_rule {
@@ -13904,29 +13923,38 @@ typedef struct moe__text_rule {
 #define MOE__SIGN (MOE__C_NOT | MOE__C_WHITE | MOE__C_L | MOE__C_N)   // [^\s\p{L}\p{N}]
 #define MOE__HEAD (MOE__C_LU | MOE__C_LT | MOE__C_LM | MOE__C_LO | MOE__C_M)
 #define MOE__TAIL (MOE__C_LL | MOE__C_LM | MOE__C_LO | MOE__C_M)
-//   \s*[\r\n]+|\s+(?!\S)|\s+
-#define MOE__SPACES MOE__RULE(TO_NEWLINE), MOE__RULE(BUT_LAST), MOE__RUN(0, MOE__C_WHITE, 0)
+//   \s+(?!\S)|\s+ and \s*[\r\n]+|\s+(?!\S)|\s+
+#define MOE__BLANKS MOE__RULE(BUT_LAST), MOE__RUN(0, MOE__C_WHITE, 0)
+#define MOE__SPACES MOE__RULE(TO_NEWLINE), MOE__BLANKS
 
 // (?i:'s|...)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|spaces; then numbers
-// one by one, with marks as parts of words, without newlines after signs.
+// one by one or (after a pass that cuts them) whole, with marks as parts of words, without newlines
+// after signs, without contractions, with white space halved.
+#define MOE__SUFFIXED(letters, max, signs, tail) \
+    MOE__RUN(MOE__LEAD, letters, 0), MOE__UPTO(max, MOE__C_N), MOE__RUN(MOE__C_BLANK, signs, tail)
 #define MOE__WORDS(letters, max, signs, tail) \
-    MOE__RULE(ANY_CASE), MOE__RUN(MOE__LEAD, letters, 0), MOE__UPTO(max, MOE__C_N), \
-        MOE__RUN(MOE__C_BLANK, signs, tail), MOE__SPACES
+    MOE__RULE(ANY_CASE), MOE__SUFFIXED(letters, max, signs, tail), MOE__SPACES
 MOE__PASS(llama3, MOE__WORDS(MOE__C_L, 3, MOE__SIGN, MOE__C_NEWLINE));
 MOE__PASS(qwen2, MOE__WORDS(MOE__C_L, 1, MOE__SIGN, MOE__C_NEWLINE));
+MOE__PASS(minicpm5, MOE__WORDS(MOE__C_L, 0, MOE__SIGN, MOE__C_NEWLINE));
 MOE__PASS(qwen35, MOE__WORDS(MOE__C_L | MOE__C_M, 1, MOE__SIGN | MOE__C_M, MOE__C_NEWLINE));
 MOE__PASS(seed_coder, MOE__WORDS(MOE__C_L, 1, MOE__SIGN, 0));
+MOE__PASS(ufakzeka, MOE__SUFFIXED(MOE__C_L, 1, MOE__SIGN, MOE__C_NEWLINE), MOE__SPACES);
+MOE__PASS(jais2, MOE__RULE(ANY_CASE), MOE__SUFFIXED(MOE__C_L, 3, MOE__SIGN, MOE__C_NEWLINE),
+          MOE__RULE(TO_NEWLINE), MOE__RULE(HALVES));
 MOE__PASS(exaone_moe, MOE__RULE(ANY_CASE), {MOE__RULE_WORDS, 0, 0, 0, MOE__LEAD, 0, 0, 0},
           MOE__UPTO(1, MOE__C_N),
           {MOE__RULE_RUN, 1, 0, 1, MOE__C_BLANK, 0, MOE__SIGN, MOE__C_NEWLINE}, MOE__SPACES);
 // Words end where a capital letter follows a small one, and contractions belong to their word:
 // lead?head*tail+(?i:'s|...)?|lead?head+tail*(?i:'s|...)?|\p{N}{1,3}| ?sign+[\r\n/]*|spaces
-MOE__PASS(gpt4o, {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, MOE__HEAD, MOE__TAIL, 0},
-          {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, 0, MOE__HEAD, MOE__TAIL}, MOE__UPTO(3, MOE__C_N),
-          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE | MOE__C_SLASH), MOE__SPACES);
-MOE__PASS(tekken, {MOE__RULE_RUN, 1, 0, 0, MOE__LEAD, MOE__HEAD, MOE__TAIL, 0},
-          MOE__RUN(MOE__LEAD, MOE__HEAD, MOE__TAIL), MOE__UPTO(1, MOE__C_N),
-          MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE | MOE__C_SLASH), MOE__SPACES);
+#define MOE__CASES(kind, max) \
+    {MOE__RULE_##kind, 1, 0, 0, MOE__LEAD, MOE__HEAD, MOE__TAIL, 0}, \
+        {MOE__RULE_##kind, 1, 0, 0, MOE__LEAD, 0, MOE__HEAD, MOE__TAIL}, \
+        MOE__UPTO(max, MOE__C_N), \
+        MOE__RUN(MOE__C_BLANK, MOE__SIGN, MOE__C_NEWLINE | MOE__C_SLASH), MOE__SPACES
+MOE__PASS(gpt4o, MOE__CASES(CASED, 3));
+MOE__PASS(youtu, MOE__CASES(CASED, 1));
+MOE__PASS(tekken, MOE__CASES(RUN, 1));
 MOE__PASS(kimi_k2, MOE__RUN(0, MOE__C_HAN, 0),
           {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, MOE__C_HEAD, MOE__C_TAIL, 0},
           {MOE__RULE_CASED, 1, 0, 0, MOE__LEAD, 0, MOE__C_HEAD, MOE__C_TAIL},
@@ -13936,18 +13964,27 @@ MOE__PASS(gpt2, MOE__RULE(CONTRACTION), MOE__RUN(MOE__C_BLANK, MOE__C_L, 0),
           MOE__RUN(MOE__C_BLANK, MOE__C_N, 0), MOE__RUN(MOE__C_BLANK, MOE__SIGN, 0),
           MOE__RULE(BUT_LAST));
 // [marks][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|spaces
-MOE__PASS(deepseek_v3, {MOE__RULE_PREFIXED, 1, 0, 0, MOE__C_MARK, 0, MOE__C_ALPHA, 0},
-          MOE__RUN(MOE__C_NOT | MOE__C_NEWLINE | MOE__C_L | MOE__C_P | MOE__C_S,
-                   MOE__C_L | MOE__C_M, 0),
-          MOE__RUN(MOE__C_BLANK, MOE__C_P | MOE__C_S, MOE__C_NEWLINE), MOE__SPACES);
+#define MOE__MARKED {MOE__RULE_PREFIXED, 1, 0, 0, MOE__C_MARK, 0, MOE__C_ALPHA, 0}, \
+    MOE__RUN(MOE__C_NOT | MOE__C_NEWLINE | MOE__C_L | MOE__C_P | MOE__C_S, \
+             MOE__C_L | MOE__C_M, 0)
+MOE__PASS(deepseek_v3, MOE__MARKED, MOE__RUN(MOE__C_BLANK, MOE__C_P | MOE__C_S, MOE__C_NEWLINE),
+          MOE__SPACES);
+MOE__PASS(spark2_5, MOE__MARKED, MOE__RUN(MOE__C_BLANK, MOE__C_P | MOE__C_S, 0),
+          MOE__UPTO(1, MOE__C_NEWLINE), MOE__BLANKS);
 
 MOE__PASS(newline, MOE__UPTO(1, MOE__C_NEWLINE));
+MOE__PASS(lines, MOE__RUN(0, MOE__C_NOT | MOE__C_LF, 0), MOE__RUN(0, MOE__C_LF, 0));
+MOE__PASS(bloom, MOE__RUN(MOE__C_BLANK, MOE__C_NOT | MOE__C_WHITE | MOE__C_COMMA, 0));
+MOE__PASS(scripts, MOE__RUN(0, MOE__C_HANGUL, 0), MOE__RUN(0, MOE__C_POINT, 0),
+          MOE__RUN(0, MOE__C_ZHUYIN, 0), MOE__RUN(0, MOE__C_CJK, 0));
 MOE__PASS(number, MOE__UPTO(1, MOE__C_N));
 MOE__PASS(numbers, MOE__RUN(0, MOE__C_N, 0));
 MOE__PASS(3_numbers, MOE__UPTO(3, MOE__C_N));
 MOE__PASS(3_digits, {MOE__RULE_RUN, 3, 3, 0, 0, 0, MOE__C_DIGIT, 0});
 MOE__PASS(threes, MOE__RULE(THREES));
+MOE__PASS(in_front, MOE__RULE(IN_FRONT));
 MOE__PASS(signs, MOE__RUN(0, MOE__C_P | MOE__C_MATH, 0));
+MOE__PASS(marks, MOE__RUN(0, MOE__C_P | MOE__C_MARK, 0));
 MOE__PASS(cjk, MOE__RUN(0, MOE__C_CJK, 0));
 MOE__PASS(wide, MOE__RUN(0, MOE__C_WIDE, 0));
 MOE__PASS(asian, MOE__RUN(0, MOE__C_ASIAN, 0));
@@ -13959,9 +13996,14 @@ MOE__PASS(at_end, MOE__RULE(AT_END));
 
 enum {
     MOE__PRE_IGNORE_MERGES = 1, // a word that is a token becomes that, whatever merging makes
-    MOE__PRE_BOS = 2,    // tokenizer.ggml.add_bos_token is true unless the file says otherwise
-    MOE__PRE_NO_BOS = 4, // there is no BOS unless the file names one
-    MOE__PRE_SPM = 8,    // no pre-tokenizer: see moe__text_spm
+    MOE__PRE_BOS = 2,        // tokenizer.ggml.add_bos_token is true unless the file says otherwise
+    MOE__PRE_ALWAYS_BOS = 4, // it is true whatever the file says
+    MOE__PRE_NO_BOS = 8,     // there is no BOS unless the file names one
+    MOE__PRE_NO_EOS = 16,    // the same of EOS
+    MOE__PRE_GLM = 32,       // who may speak next ends a turn: see moe__text_load_ends
+    MOE__PRE_RAW = 64,       // words are spelled as they are, with U+2581 for blanks
+    MOE__PRE_NEWLINES = 128, // IGNORE_MERGES for words of newlines
+    MOE__PRE_SPM = 256,      // no pre-tokenizer: see moe__text_spm
     MOE__PRE_PASSES = 6
 };
 
@@ -13972,33 +14014,53 @@ typedef struct moe__text_pre {
     const moe__text_rule *passes[MOE__PRE_PASSES];
 } moe__text_pre;
 
+// Names that two programs give to different patterns stand for llama.cpp's: its laguna is another
+// than ik_llama.cpp's. cohere2_moe is ik_llama.cpp's name for what llama.cpp calls cohere2moe.
 static const moe__text_pre moe__text_pres[] = {
-    {"llama3 llama-v3 llama-bpe laguna falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+    {"llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
      MOE__PRE_IGNORE_MERGES | MOE__PRE_BOS, {moe__text_llama3}},
     {"dbrx smaug-bpe", 0, {moe__text_llama3}},
-    {"glm4 chatglm-bpe", MOE__PRE_NO_BOS, {moe__text_llama3}},
+    {"jais-2", 0, {moe__text_jais2}},
+    {"glm4 chatglm-bpe", MOE__PRE_NO_BOS | MOE__PRE_GLM, {moe__text_llama3}},
     {"qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan solar-open grok-2 kormo openpangu f2llmv2 "
      "bailingmoe bailingmoe2 llada-moe", 0, {moe__text_qwen2}},
+    {"laguna", 0, {moe__text_lines, moe__text_qwen2}},
+    {"ufakzeka", 0, {moe__text_ufakzeka}},
+    {"minicpm5", MOE__PRE_IGNORE_MERGES, {moe__text_3_numbers, moe__text_minicpm5}},
     {"qwen35", 0, {moe__text_qwen35}},
     {"seed-coder", 0, {moe__text_seed_coder}},
     {"exaone-moe", 0, {moe__text_exaone_moe}},
-    {"gpt-4o llama4 kanana2 minimax-m2", 0, {moe__text_gpt4o}},
+    {"gpt-4o llama4 kanana2 minimax-m2 talkie", 0, {moe__text_gpt4o}},
+    {"granite-embed-multi-97m", MOE__PRE_IGNORE_MERGES, {moe__text_gpt4o}},
+    {"cohere2moe cohere2_moe tiny_aya", 0, {moe__text_threes, moe__text_gpt4o}},
+    {"youtu", MOE__PRE_IGNORE_MERGES, {moe__text_scripts, moe__text_youtu}},
     {"tekken", MOE__PRE_IGNORE_MERGES | MOE__PRE_BOS, {moe__text_tekken}},
     {"kimi-k2", 0, {moe__text_kimi_k2}},
-    {"deepseek-v3 hunyuan-dense joyai-llm", 0,
+    {"deepseek-v3 hunyuan-dense joyai-llm hy_v4", 0,
      {moe__text_3_numbers, moe__text_cjk, moe__text_deepseek_v3}},
+    {"spark2_5", 0,
+     {moe__text_3_numbers, moe__text_cjk, moe__text_spark2_5, moe__text_number}},
     {"deepseek-llm", 0, {moe__text_newline, moe__text_cased, moe__text_stops, moe__text_at_end,
                          moe__text_wide, moe__text_numbers}},
     {"deepseek-coder", 0, {moe__text_newline, moe__text_letters, moe__text_punctuation,
                            moe__text_wide, moe__text_number}},
     {"afmoe", 0, {moe__text_threes, moe__text_asian, moe__text_deepseek_v3}},
-    {"gpt-2 phi-2 jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code gigachat a.x-4.0 "
-     "mellum modern-bert exaone4 mpt olmo jais trillion granite-docling", 0, {moe__text_gpt2}},
-    {"starcoder refact command-r cohere2_moe smollm codeshell exaone minerva-7b mellum2", 0,
+    {"gpt-2 phi-2 jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code roberta-bpe "
+     "gigachat a.x-4.0 mellum modern-bert exaone4 mpt olmo jais trillion granite-docling", 0,
+     {moe__text_gpt2}},
+    {"starcoder refact command-r smollm codeshell exaone minerva-7b mellum2", 0,
      {moe__text_number, moe__text_gpt2}},
+    {"falcon", 0, {moe__text_marks, moe__text_gpt2, moe__text_3_digits}},
+    {"superbpe", 0, {moe__text_numbers, moe__text_in_front}},
+    {"poro-chat bloom gpt3-finnish", 0, {moe__text_bloom}},
+    {"viking", 0, {moe__text_bloom, moe__text_number}},
+    {"gemma4 granite-embed-multi-311m",
+     MOE__PRE_RAW | MOE__PRE_NEWLINES | MOE__PRE_ALWAYS_BOS | MOE__PRE_NO_BOS | MOE__PRE_NO_EOS,
+     {moe__text_lines}},
+    {"sarvam-moe", MOE__PRE_RAW, {moe__text_lines}},
     {"default", 0, {moe__text_signs, moe__text_gpt2, moe__text_numbers, moe__text_3_digits}}};
 
-static const moe__text_pre moe__text_spm = {"", MOE__PRE_BOS | MOE__PRE_SPM, {NULL}};
+static const moe__text_pre moe__text_spm = {"", MOE__PRE_BOS | MOE__PRE_RAW | MOE__PRE_SPM, {NULL}};
 
 MOE__PRIVATE const moe__text_pre *moe__text_find_pre(const char *name, size_t size) {
     for (size_t i = 0; i < sizeof moe__text_pres / sizeof moe__text_pres[0]; i++) {
@@ -14021,6 +14083,7 @@ typedef struct moe__text_scan {
     size_t n;
     size_t end;        // of the word that the pass is in
     size_t run_end;    // of the run found last: spares rules that fail to look for it again
+    size_t newline;    // behind the last newline in it
 } moe__text_scan;
 
 // Matchers take the character they start at and return the one behind the match, or the start.
@@ -14079,6 +14142,13 @@ MOE__PRIVATE size_t moe__text_match_words(const moe__text_scan *scan, size_t i,
     }
 }
 
+// The largest power of 2 that is not above n, from 1 to 512.
+MOE__PRIVATE size_t moe__text_halve(size_t n) {
+    size_t power = 512;
+    while (power > n && power > 1) power /= 2;
+    return power;
+}
+
 MOE__PRIVATE size_t moe__text_match(moe__text_scan *scan, size_t i, const moe__text_rule *rule) {
     const uint32_t *classes = scan->classes;
     switch (rule->kind) {
@@ -14090,15 +14160,23 @@ MOE__PRIVATE size_t moe__text_match(moe__text_scan *scan, size_t i, const moe__t
     case MOE__RULE_ANY_CASE: return moe__text_contraction(scan, i, 1);
     default: break;
     }
-    uint32_t set = rule->kind == MOE__RULE_THREES ? MOE__C_N : MOE__C_WHITE;
+    uint32_t set = rule->kind == MOE__RULE_THREES     ? (uint32_t)MOE__C_N
+                   : rule->kind == MOE__RULE_IN_FRONT ? (uint32_t)MOE__C_DIGIT
+                                                      : (uint32_t)MOE__C_WHITE;
     if (!(classes[i] & set)) return i;
-    if (scan->run_end <= i) scan->run_end = moe__text_run_of(scan, i, set, 0);
-    size_t end = scan->run_end;
-    if (rule->kind == MOE__RULE_THREES) return i + (end - i - 1) % 3 + 1;
-    if (rule->kind == MOE__RULE_AT_END) return end == scan->end ? end : i;
-    if (rule->kind == MOE__RULE_BUT_LAST) return end == scan->end ? end : end - 1;
-    while (end > i && !(classes[end - 1] & MOE__C_NEWLINE)) end--; // TO_NEWLINE
-    return end;
+    if (scan->run_end <= i) {
+        scan->newline = scan->run_end = moe__text_run_of(scan, i, set, 0);
+        while (scan->newline > i && !(classes[scan->newline - 1] & MOE__C_NEWLINE)) scan->newline--;
+    }
+    const size_t end = scan->run_end;
+    switch (rule->kind) {
+    case MOE__RULE_THREES: return i + (end - i - 1) % 3 + 1;
+    case MOE__RULE_IN_FRONT: return (end - i) % 3 == 0 ? i + 1 : i;
+    case MOE__RULE_AT_END: return end == scan->end ? end : i;
+    case MOE__RULE_BUT_LAST: return end == scan->end ? end : end - 1;
+    case MOE__RULE_HALVES: return i + moe__text_halve(end - i - (end < scan->end));
+    default: return scan->newline > i ? scan->newline : i; // TO_NEWLINE
+    }
 }
 
 // Cuts every word further. Linear: a rule that fails after looking at a long run is followed by
@@ -14117,7 +14195,7 @@ MOE__PRIVATE void moe__text_pass(moe__text_scan *scan, const moe__text_rule *rul
         while (next == i && (++rule)->kind != MOE__RULE_END) next = moe__text_match(scan, i, rule);
         if (next == i) continue;
         if (rule->kind != MOE__RULE_THREES) classes[i] |= MOE__C_CUT;
-        if (next < scan->end) classes[next] |= MOE__C_CUT;
+        if (next < scan->end && rule->kind != MOE__RULE_IN_FRONT) classes[next] |= MOE__C_CUT;
     }
 }
 
@@ -14370,8 +14448,9 @@ enum { // tokenizer.ggml.token_type
     MOE__TOKEN_USER = 4,
     MOE__TOKEN_BYTE = 6,
     MOE__TOKEN_TYPE = 7, // mask
-    MOE__TOKEN_END = 8,  // flag: ends generation
-    MOE__TOKEN_STRIP = 16 // flag: takes the white space behind it
+    MOE__TOKEN_END = 8,   // flag: ends generation
+    MOE__TOKEN_STRIP = 16, // flag: takes the white space behind it
+    MOE__TOKEN_SUPPRESSED = 32 // flag: never chosen
 };
 
 #define MOE__TEXT_NONE UINT32_MAX
@@ -14390,14 +14469,17 @@ struct moe_vocab {
     uint8_t *types; // MOE__TOKEN_...
     int32_t bos, eos;
     int add_bos, add_eos, add_space; // add_space: a blank before raw text, SPM
+    int raw;                 // words are spelled as they are, with U+2581 for blanks
     uint32_t *orders;        // SPM, else NULL: when a token is merged, least first, or NONE
     moe__text_merge *merges; // BPE; index = rank
     moe__text_table ranks;   // 1 + rank of (left, right)
-    uint32_t byte_symbol[256]; // of the byte's name
-    uint32_t raw_token[256]; // whose text is this byte itself, or NONE; SPM: for it, or unknown
+    uint32_t byte_symbol[256]; // of the byte's name, if not raw
+    uint32_t byte_token[256]; // for a byte of a symbol that is no token, or NONE
     uint64_t *specials; // longest first, see moe__text_make_specials
     size_t n_specials;
     uint8_t starts[256]; // a special token begins with this byte
+    int32_t *suppressed; // each once
+    uint32_t n_suppressed;
     moe__text_run runs[MOE__TEXT_RUNS + 1];
     uint32_t ascii[128]; // classes
 };
@@ -14421,14 +14503,20 @@ MOE__PRIVATE uint32_t moe__text_rank(const moe_vocab *vocab, uint32_t left, uint
     return (*moe__text_rank_slot(vocab, left, right, hash) & vocab->ranks.mask) - 1;
 }
 
-// The token with this text, or NONE. Bytes in front of `limit` may be read.
+// The symbol with this text, or NONE. Bytes in front of `limit` may be read.
+MOE__PRIVATE uint32_t moe__text_symbol(const moe_vocab *vocab, const char *text, size_t size,
+                                       const char *limit) {
+    moe__text_key key;
+    moe__text_set_key(&key, vocab->keys, text, size, limit);
+    return (*moe__text_slot(&vocab->symbols, &key) & vocab->symbols.table.mask) - 1; // 0 - 1 = NONE
+}
+
+// The token with this text, or NONE.
 MOE__PRIVATE uint32_t moe__text_find(const moe_vocab *vocab, const char *text, size_t size,
                                      const char *limit) {
     if (size == 0 || size > vocab->longest) return MOE__TEXT_NONE;
-    moe__text_key key;
-    moe__text_set_key(&key, vocab->keys, text, size, limit);
-    uint32_t symbol = (*moe__text_slot(&vocab->symbols, &key) & vocab->symbols.table.mask) - 1;
-    return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE; // 0 - 1 = NONE
+    uint32_t symbol = moe__text_symbol(vocab, text, size, limit);
+    return symbol < vocab->n_tokens ? symbol : MOE__TEXT_NONE;
 }
 
 // Is the token looked for in texts? Without PARSE_SPECIAL only user-defined ones are.
@@ -14489,19 +14577,23 @@ MOE__PRIVATE void *moe__text_load_array(moe__text_loader *loader, uint64_t count
     return memory;
 }
 
-// The tokenizer's name and its pre-tokenizer, "default" in files older than this key.
+// The tokenizer's name and its pre-tokenizer: "default" in files older than this key, gemma4's
+// is its own.
 MOE__PRIVATE void moe__text_load_kind(moe__text_loader *loader) {
     moe_string name = {"", 0}, fallback = {"default", 7};
     const char *key = "tokenizer.ggml.model", *what = "tokenizer";
     const moe__text_pre **pre = &loader->vocab->pre;
     moe__text_load_string(loader, key, &name);
     if (name.size == 5 && memcmp(name.data, "llama", 5) == 0) *pre = &moe__text_spm;
+    if (name.size == 6 && memcmp(name.data, "gemma4", 6) == 0)
+        *pre = moe__text_find_pre(name.data, name.size);
     if (name.size == 4 && memcmp(name.data, "gpt2", 4) == 0) {
         key = "tokenizer.ggml.pre";
         what = "pre-tokenizer";
         if (!moe__text_load_string(loader, key, &name)) name = fallback;
         *pre = moe__text_find_pre(name.data, name.size);
     }
+    loader->vocab->raw = *pre && ((*pre)->flags & MOE__PRE_RAW);
     if (loader->status || *pre) return;
     const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
     moe__load_fail_at(loader, MOE_ERROR_UNSUPPORTED, value ? value->offset : 0, key,
@@ -14670,20 +14762,35 @@ MOE__PRIVATE moe_status moe__text_add_merges(moe_vocab *vocab, const moe_gguf_va
     return status;
 }
 
-MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
-    static const char key[] = "tokenizer.ggml.merges";
-    moe_vocab *vocab = loader->vocab;
-    const moe_gguf_value *value = moe__text_value(loader, key, 1, MOE__TEXT_STRING);
-    if (loader->status) return;
+// Byte-level BPE: the symbols that words are made of, and tokens whose text is a byte itself.
+MOE__PRIVATE moe_status moe__text_name_bytes(moe_vocab *vocab) {
     moe_status status = MOE_OK;
     for (int byte = 0; byte < 256 && !status; byte++) {
         char name[16] = {0}, raw[16] = {(char)byte};
         size_t size = moe__text_byte_name((unsigned char)byte, name);
         moe__text_key text;
         moe__text_set_key(&text, vocab->keys, name, size, name + 16);
-        vocab->raw_token[byte] = moe__text_find(vocab, raw, 1, raw + 16);
+        vocab->byte_token[byte] = moe__text_find(vocab, raw, 1, raw + 16);
         status = moe__text_intern(vocab, &text, &vocab->byte_symbol[byte]);
     }
+    return status;
+}
+
+// The token "<0x0A>" of a byte, or NONE.
+MOE__PRIVATE uint32_t moe__text_hex_token(const moe_vocab *vocab, int byte) {
+    static const char hex[] = "0123456789ABCDEF";
+    const char name[] = {'<', '0', 'x', hex[byte / 16], hex[byte % 16], '>'};
+    return moe__text_find(vocab, name, 6, name + 6);
+}
+
+MOE__PRIVATE void moe__text_load_merges(moe__text_loader *loader) {
+    static const char key[] = "tokenizer.ggml.merges";
+    moe_vocab *vocab = loader->vocab;
+    const moe_gguf_value *value = moe__text_value(loader, key, 1, MOE__TEXT_STRING);
+    if (loader->status) return;
+    moe_status status = vocab->raw ? MOE_OK : moe__text_name_bytes(vocab);
+    for (int byte = 0; vocab->raw && byte < 256; byte++)
+        vocab->byte_token[byte] = moe__text_hex_token(vocab, byte);
     if (!value || value->count > MOE__TEXT_MAX) status = MOE_ERROR_FORMAT;
     if (!status) status = moe__text_table_init(&vocab->ranks, &vocab->allocator, value->count);
     if (!status)
@@ -14736,15 +14843,18 @@ MOE__PRIVATE void moe__text_make_specials(moe__text_loader *loader) {
 // SPM: the orders of merging, from scores, and the tokens of bytes.
 MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
-    const moe_gguf_value *value =
-        moe__text_per_token(loader, "tokenizer.ggml.scores", MOE__TEXT_FLOAT);
+    static const char key[] = "tokenizer.ggml.scores";
+    const moe_gguf_value *value = moe_gguf_find_value(loader->gguf, key);
+    const int whole = value && value->element_type == MOE_VALUE_INT32; // some files have these
     int32_t unknown = 0;
+    value = moe__text_per_token(loader, key, whole ? MOE__TEXT_INTEGER : MOE__TEXT_FLOAT);
     moe__text_load_id(loader, "tokenizer.ggml.unknown_token_id", &unknown);
     moe__text_load_bool(loader, "tokenizer.ggml.add_space_prefix", &vocab->add_space);
     vocab->orders = (uint32_t *)moe__text_load_array(loader, vocab->n_tokens, 4);
     for (uint32_t id = 0; vocab->orders && id < vocab->n_tokens; id++) {
         int type = vocab->types[id] & MOE__TOKEN_TYPE;
-        int word = type == MOE__TOKEN_NORMAL || type == MOE__TOKEN_USER; // may be spelled
+        int word = type != MOE__TOKEN_CONTROL && type != MOE__TOKEN_UNKNOWN &&
+                   type != MOE__TOKEN_BYTE; // may be spelled
         double score = 0;
         if (value) moe_gguf_value_float(value, id, &score);
         float f = score == score ? (float)score + 0.0f : -INFINITY; // no NaN, no -0
@@ -14753,11 +14863,10 @@ MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
         vocab->orders[id] = !word ? MOE__TEXT_NONE : bits >> 31 ? bits : bits ^ 0x7FFFFFFF;
     }
     for (int byte = 0; !loader->status && byte < 256; byte++) {
-        static const char hex[] = "0123456789ABCDEF";
-        char name[] = {'<', '0', 'x', hex[byte / 16], hex[byte % 16], '>'}, raw = (char)byte;
-        uint32_t id = moe__text_find(vocab, name, 6, name + 6);
+        const char raw = (char)byte;
+        uint32_t id = moe__text_hex_token(vocab, byte);
         if (id == MOE__TEXT_NONE) id = moe__text_find(vocab, &raw, 1, &raw + 1);
-        vocab->raw_token[byte] = id == MOE__TEXT_NONE ? (uint32_t)unknown : id;
+        vocab->byte_token[byte] = id == MOE__TEXT_NONE ? (uint32_t)unknown : id;
     }
 }
 
@@ -14765,11 +14874,22 @@ MOE__PRIVATE void moe__text_load_scores(moe__text_loader *loader) {
 static const char *const moe__text_ends[] = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
-    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "[e~[",
     // what is between files and parts of a file where code is completed
     "<|fim_pad|>", "<fim_pad>", "<fim-pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<fim-repo>",
     "<|repo_name|>", "<REPO>", "<reponame>", "<|file_sep|>",
     "<\357\275\234end\342\226\201of\342\226\201sentence\357\275\234>"};
+
+// Texts of control tokens, whatever the file says: what is around the place where code is
+// completed.
+static const char *const moe__text_controls[] = {
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<PRE>", "\342\226\201<PRE>",
+    "<|code_prefix|>", "<|prefix|>", "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<SUF>",
+    "\342\226\201<SUF>", "<|code_suffix|>", "<|suffix|>", "<|fim_middle|>", "<fim-middle>",
+    "<fim_middle>", "<MID>", "\342\226\201<MID>", "<|code_middle|>", "<|middle|>",
+    "<\357\275\234fim\342\226\201begin\357\275\234>",
+    "<\357\275\234fim\342\226\201hole\357\275\234>",
+    "<\357\275\234fim\342\226\201end\357\275\234>"};
 
 MOE__PRIVATE void moe__text_set_type(moe_vocab *vocab, const char *text, int type) {
     int32_t id = moe_vocab_find(vocab, text, strlen(text));
@@ -14791,40 +14911,77 @@ MOE__PRIVATE void moe__text_correct_ends(moe_vocab *vocab) {
          ((call || moe__text_has_end(vocab, "<|calls|>")) &&
           moe__text_has_end(vocab, "<|flush|>"))))
         for (int i = 0; i < 5; i++) moe__text_set_type(vocab, words[i], MOE__TOKEN_USER);
-    int32_t id = moe_vocab_find(vocab, "</s>", 4);
-    if (id >= 0 && moe__text_has_end(vocab, "<|tool_response>"))
-        vocab->types[id] &= (uint8_t)~MOE__TOKEN_END;
+    // gemma4: "</s>" is text.
+    if (moe__text_has_end(vocab, "<|tool_response>"))
+        moe__text_set_type(vocab, "</s>", MOE__TOKEN_NORMAL);
 }
 
-MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
-    static const char *const keys[] = {
-        "tokenizer.ggml.eos_token_id",     "tokenizer.ggml.eot_token_id",
-        "tokenizer.ggml.eom_token_id",     "tokenizer.ggml.fim_pad_token_id",
-        "tokenizer.ggml.fim_rep_token_id", "tokenizer.ggml.fim_sep_token_id"};
+// BOS, EOS and whether they are added.
+MOE__PRIVATE void moe__text_load_bos(moe__text_loader *loader) {
     moe_vocab *vocab = loader->vocab;
-    if (loader->status) return;
+    const unsigned flags = vocab->pre->flags;
     // Token 11 was the end of texts in the first vocabulary of this kind (Falcon's). Where it is
     // an ordinary word it must not end anything.
-    vocab->eos = vocab->n_tokens > 11 && vocab->types[11] == MOE__TOKEN_CONTROL ? 11 : -1;
-    vocab->bos = vocab->pre->flags & MOE__PRE_NO_BOS ? -1 : vocab->eos;
-    vocab->add_bos = (vocab->pre->flags & MOE__PRE_BOS) != 0;
-    if (vocab->pre->flags & MOE__PRE_SPM) {
+    const int32_t end = vocab->n_tokens > 11 && vocab->types[11] == MOE__TOKEN_CONTROL ? 11 : -1;
+    vocab->eos = flags & MOE__PRE_NO_EOS ? -1 : end;
+    vocab->bos = flags & MOE__PRE_NO_BOS ? -1 : end;
+    vocab->add_bos = (flags & MOE__PRE_BOS) != 0;
+    if (flags & MOE__PRE_SPM) {
         vocab->add_space = 1;
         vocab->bos = vocab->n_tokens > 1 ? 1 : -1;
         vocab->eos = vocab->n_tokens > 2 ? 2 : -1;
     }
     moe__text_load_id(loader, "tokenizer.ggml.bos_token_id", &vocab->bos);
+    moe__text_load_id(loader, "tokenizer.ggml.eos_token_id", &vocab->eos);
     moe__text_load_bool(loader, "tokenizer.ggml.add_bos_token", &vocab->add_bos);
     moe__text_load_bool(loader, "tokenizer.ggml.add_eos_token", &vocab->add_eos);
+    if (flags & MOE__PRE_ALWAYS_BOS) vocab->add_bos = 1;
+}
+
+// Which tokens end generation: those that keys name, those with the texts above, and for GLM,
+// whose older files lack the keys, those with which somebody else's turn begins.
+MOE__PRIVATE void moe__text_load_ends(moe__text_loader *loader) {
+    static const char *const keys[] = {
+        "tokenizer.ggml.eot_token_id",     "tokenizer.ggml.eom_token_id",
+        "tokenizer.ggml.fim_pad_token_id", "tokenizer.ggml.fim_rep_token_id",
+        "tokenizer.ggml.fim_sep_token_id"};
+    static const char *const turns[] = {"<|user|>", "<|observation|>"};
+    moe_vocab *vocab = loader->vocab;
+    if (loader->status) return;
+    moe__text_load_bos(loader);
+    if (vocab->eos >= 0) vocab->types[vocab->eos] |= MOE__TOKEN_END;
     for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
-        int32_t id = i ? -1 : vocab->eos;
+        int32_t id = -1;
+        if (i < 2 && vocab->pre->flags & MOE__PRE_GLM)
+            id = moe_vocab_find(vocab, turns[i], strlen(turns[i]));
         moe__text_load_id(loader, keys[i], &id);
-        if (i == 0) vocab->eos = id;
         if (id >= 0) vocab->types[id] |= MOE__TOKEN_END;
     }
     for (size_t i = 0; i < sizeof moe__text_ends / sizeof moe__text_ends[0]; i++)
         moe__text_set_type(vocab, moe__text_ends[i], MOE__TOKEN_CONTROL | MOE__TOKEN_END);
+    for (size_t i = 0; i < sizeof moe__text_controls / sizeof moe__text_controls[0]; i++) {
+        const int ends = moe__text_has_end(vocab, moe__text_controls[i]) ? MOE__TOKEN_END : 0;
+        moe__text_set_type(vocab, moe__text_controls[i], MOE__TOKEN_CONTROL | ends);
+    }
     moe__text_correct_ends(vocab);
+}
+
+// Tokens that are never to be chosen. Ids that are no tokens cannot be, and are skipped, as they
+// are in other keys.
+MOE__PRIVATE void moe__text_load_suppressed(moe__text_loader *loader) {
+    moe_vocab *vocab = loader->vocab;
+    const moe_gguf_value *value =
+        moe__text_value(loader, "tokenizer.ggml.suppress_tokens", 1, MOE__TEXT_INTEGER);
+    if (!value || !value->count) return;
+    const uint64_t most = value->count < vocab->n_tokens ? value->count : vocab->n_tokens;
+    vocab->suppressed = (int32_t *)moe__text_load_array(loader, most, sizeof *vocab->suppressed);
+    for (uint64_t i = 0; vocab->suppressed && i < value->count; i++) {
+        int64_t id = -1;
+        if (!moe_gguf_value_int(value, i, &id) || id < 0 || id >= vocab->n_tokens) continue;
+        if (vocab->types[id] & MOE__TOKEN_SUPPRESSED) continue;
+        vocab->types[id] |= MOE__TOKEN_SUPPRESSED;
+        vocab->suppressed[vocab->n_suppressed++] = (int32_t)id;
+    }
 }
 
 // The special tokens of Phi-3 take the white space behind them, but for three; its files do not
@@ -14873,6 +15030,7 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     moe__text_load_tokens(&loader);
     moe__text_load_types(&loader);
     moe__text_load_ends(&loader);
+    moe__text_load_suppressed(&loader);
     if (!loader.status && loader.vocab->pre->flags & MOE__PRE_SPM) moe__text_load_scores(&loader);
     else moe__text_load_merges(&loader);
     if (!loader.status) moe__text_load_strip(&loader);
@@ -14914,6 +15072,7 @@ MOE_API void moe_vocab_close(moe_vocab *vocab) {
     moe__free(&allocator, vocab->merges);
     moe__free(&allocator, vocab->ranks.slots);
     moe__free(&allocator, vocab->specials);
+    moe__free(&allocator, vocab->suppressed);
     moe__free(&allocator, vocab);
 }
 
@@ -14949,6 +15108,10 @@ MOE_API int moe_vocab_is_control(const moe_vocab *vocab, int32_t token) {
            (vocab->types[token] & MOE__TOKEN_TYPE) == MOE__TOKEN_CONTROL;
 }
 
+MOE_API int moe_vocab_is_suppressed(const moe_vocab *vocab, int32_t token) {
+    return moe__text_is_token(vocab, token) && (vocab->types[token] & MOE__TOKEN_SUPPRESSED);
+}
+
 // The byte of "<0xE2>", or -1.
 MOE__PRIVATE int moe__text_hex_byte(moe_string text) {
     char hex[3] = {0};
@@ -14968,7 +15131,7 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
         int byte = -1;
         uint32_t code;
         size = moe__utf8_next(text.data + i, text.size - i, &code);
-        if (type == MOE__TOKEN_NORMAL && vocab->orders) byte = code == 0x2581 ? ' ' : -1;
+        if (type == MOE__TOKEN_NORMAL && vocab->raw) byte = code == 0x2581 ? ' ' : -1;
         else if (type == MOE__TOKEN_NORMAL) byte = moe__text_named_byte(code);
         else if (type == MOE__TOKEN_BYTE && (byte = moe__text_hex_byte(text)) >= 0) size = 6;
         for (size_t k = 0; k < (byte < 0 ? size : 1); k++, n++) // names no byte: is itself
@@ -15087,11 +15250,12 @@ MOE__PRIVATE void moe__text_merge_word(moe__text_work *work) {
     }
 }
 
-// Spells a word: bytes by their names, or (SPM) a blank in front and U+2581 for blanks.
+// Spells a word: bytes by their names, or as it is with U+2581 for blanks, of which SPM has one
+// in front.
 MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, size_t size) {
     const moe_vocab *vocab = work->vocab;
     size_t n = size + 3;
-    for (size_t i = 0; i < size; i++) n += vocab->orders ? 2 * (text[i] == ' ') : 1;
+    for (size_t i = 0; i < size; i++) n += vocab->raw ? 2 * (text[i] == ' ') : 1;
     if (n > INT32_MAX) return MOE_ERROR_ARGUMENT;
     moe__text_space *space = work->space;
     space->heap = (uint64_t *)moe__text_grow(vocab, space->heap, &space->max_spelled, n,
@@ -15106,12 +15270,39 @@ MOE__PRIVATE moe_status moe__text_spell(moe__text_work *work, const char *text, 
     char *to = work->spelled;
     for (size_t i = vocab->orders && vocab->add_space ? 0 : 1; i <= size; i++) {
         char byte = i ? text[i - 1] : ' ';
-        if (vocab->orders && byte == ' ') memcpy(to, "\342\226\201", 3);
-        else if (vocab->orders) *to = byte;
-        to += !vocab->orders ? moe__text_byte_name((unsigned char)byte, to) : byte == ' ' ? 3u : 1u;
+        if (vocab->raw && byte == ' ') memcpy(to, "\342\226\201", 3);
+        else if (vocab->raw) *to = byte;
+        to += !vocab->raw ? moe__text_byte_name((unsigned char)byte, to) : byte == ' ' ? 3u : 1u;
     }
     work->n = (uint32_t)(to - work->spelled);
     return MOE_OK;
+}
+
+// The word as one token, where that comes before merging, or NONE. Control tokens are not spelled.
+MOE__PRIVATE uint32_t moe__text_whole(const moe__text_work *work) {
+    const moe_vocab *vocab = work->vocab;
+    const unsigned flags = vocab->pre->flags;
+    if (!(flags & MOE__PRE_IGNORE_MERGES) &&
+        !(flags & MOE__PRE_NEWLINES && work->spelled[0] == '\n')) // then it is nothing else
+        return MOE__TEXT_NONE;
+    uint32_t id = moe__text_find(vocab, work->spelled, work->n, work->limit);
+    return id != MOE__TEXT_NONE && moe_vocab_is_control(vocab, (int32_t)id) ? MOE__TEXT_NONE : id;
+}
+
+// The first symbol at i, that of byte k of the word; returns where the next one begins. Symbols are
+// names of bytes or characters, of which SPM believes their first byte, even in invalid UTF-8.
+MOE__INLINE uint32_t moe__text_first(moe__text_work *work, uint32_t i, unsigned char byte) {
+    const moe_vocab *vocab = work->vocab;
+    const unsigned char first = (unsigned char)work->spelled[i];
+    uint32_t end = i + (first >= 0xF0 ? 4u : first >= 0xE0 ? 3u : first >= 0xC0 ? 2u : 1u), code;
+    if (vocab->raw && !vocab->orders)
+        end = i + (uint32_t)moe__utf8_next(work->spelled + i, work->n - i, &code);
+    if (end > work->n) end = work->n;
+    if (vocab->orders) work->symbol[i] = moe__text_spm_token(work, i, end);
+    else if (vocab->raw)
+        work->symbol[i] = moe__text_symbol(vocab, work->spelled + i, end - i, work->limit);
+    else work->symbol[i] = vocab->byte_symbol[byte];
+    return end;
 }
 
 // A word to tokens. SPM hashes the text of pairs: slow only where very many beginnings of a long
@@ -15120,19 +15311,13 @@ MOE__PRIVATE moe_status moe__text_word(moe__text_work *work, const char *text, s
     const moe_vocab *vocab = work->vocab;
     moe_status status = moe__text_spell(work, text, size);
     if (status) return status;
-    uint32_t whole = MOE__TEXT_NONE;
-    if (vocab->pre->flags & MOE__PRE_IGNORE_MERGES)
-        whole = moe__text_find(vocab, work->spelled, work->n, work->limit);
-    if (whole != MOE__TEXT_NONE && !moe_vocab_is_control(vocab, (int32_t)whole)) {
-        moe__text_emit(work, whole); // control tokens are not spelled
+    uint32_t whole = moe__text_whole(work);
+    if (whole != MOE__TEXT_NONE) {
+        moe__text_emit(work, whole);
         return MOE_OK;
     }
     for (uint32_t i = 0, before = UINT32_MAX, end; i < work->n; before = i, i = end) {
-        unsigned char byte = (unsigned char)work->spelled[i];
-        end = i + (byte >= 0xF0 ? 4u : byte >= 0xE0 ? 3u : byte >= 0xC0 ? 2u : 1u);
-        if (end > work->n) end = work->n;
-        work->symbol[i] = vocab->orders ? moe__text_spm_token(work, i, end)
-                                        : vocab->byte_symbol[(unsigned char)*text++];
+        end = moe__text_first(work, i, vocab->raw ? 0 : (unsigned char)*text++);
         work->next[i] = end;
         work->prev[i] = before;
     }
@@ -15144,7 +15329,7 @@ MOE__PRIVATE moe_status moe__text_word(moe__text_work *work, const char *text, s
         }
         // No token: the bytes of its spelling one by one, those of them that are tokens.
         for (uint32_t k = i; k < work->next[i]; k++) {
-            uint32_t id = vocab->raw_token[(unsigned char)work->spelled[k]];
+            uint32_t id = vocab->byte_token[(unsigned char)work->spelled[k]];
             if (id != MOE__TEXT_NONE) moe__text_emit(work, id);
         }
     }
@@ -22638,6 +22823,14 @@ MOE__PRIVATE void moe__generate_report(moe__stream *stream, const moe_vocab *voc
     moe__stream_push(stream, text, size < sizeof text ? size : sizeof text);
 }
 
+// Tokens that the file forbids count as impossible.
+MOE__PRIVATE void moe__generate_suppress(moe_session *session, const moe_vocab *vocab,
+                                         const float *logits, int32_t n) {
+    float *row = session->logits + (logits - session->logits);
+    for (uint32_t i = 0; i < vocab->n_suppressed; i++)
+        if (vocab->suppressed[i] < n) row[vocab->suppressed[i]] = -INFINITY;
+}
+
 // Chooses a token and reports it, then evaluates it unless it is the last. Returns 0 at the end
 // of it all, with the reason.
 MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
@@ -22651,6 +22844,7 @@ MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
     result->reason = MOE_STOP_CALLER;
     if (!logits) return 0; // a callback has rewound the session
     int32_t n = (int32_t)moe__min(moe_vocab_size(vocab), moe_model_get_info(model)->n_vocab);
+    if (vocab->n_suppressed) moe__generate_suppress(session, vocab, logits, n);
     int32_t token = options->sampler ? moe_sampler_sample(options->sampler, logits)
                                      : moe__sample_greedy(session->kernels, logits, n);
     if (!(logits[token] > -INFINITY)) {

@@ -663,6 +663,64 @@ TEST(generating_takes_no_memory_and_a_text_gives_it_back) {
     CHECK(m.live == 0);
 }
 
+// A file may forbid tokens: they are not chosen, however likely they are.
+TEST(suppressed_tokens_are_never_chosen) {
+    static text out;
+    static float before[4096], row[4096];
+    const int32_t prompt[] = {1, 2, 3};
+    moe_sampler_options draw;
+    memset(&draw, 0, sizeof draw);
+    draw.temperature = 2;
+    if (!open_model() || n_vocab > 4096) return;
+    moe_session *session = open_session(300);
+    CHECK(moe_session_eval(session, prompt, 3, NULL) == MOE_OK);
+    memcpy(before, moe_session_logits(session, -1), sizeof *before * (size_t)n_vocab);
+    memcpy(row, before, sizeof row);
+    int32_t forbidden[40];
+    for (int i = 0; i < 40; i++) { // the likeliest
+        forbidden[i] = argmax(row, n_vocab);
+        row[forbidden[i]] = -INFINITY;
+    }
+    moe_vocab *vocab = (moe_vocab *)the_vocab;
+    for (int sampled = 0; sampled < 2; sampled++) {
+        moe_sampler *sampler = moe_sampler_open(&draw, n_vocab, moe_vocab_size(vocab), NULL);
+        moe_generate_options o;
+        moe_generate_result result;
+        memset(&o, 0, sizeof o);
+        memset(&out, 0, sizeof out);
+        o.max_tokens = 1;
+        o.ignore_end = MOE_ON;
+        o.sampler = sampled ? sampler : NULL;
+        vocab->suppressed = forbidden;
+        vocab->n_suppressed = 40;
+        for (int i = 0; i < 200; i++) {
+            int32_t length = moe_session_length(session);
+            CHECK(moe_generate(session, NULL, 0, &o, &result, NULL) == MOE_OK);
+            if (i == 0) { // the row has them as impossible, and nothing else changed
+                const float *now = moe_session_logits(session, -1);
+                CHECK(!memcmp(now, row, sizeof *row * (size_t)n_vocab));
+                if (!sampled) CHECK(result.next_token == argmax(row, n_vocab));
+            }
+            for (int k = 0; k < 40; k++) CHECK(result.next_token != forbidden[k]);
+            CHECK(moe_session_length(session) == length);
+            if (!sampled) break;
+        }
+        // Ids that the model has no logits of, and a list of none.
+        int32_t beyond[] = {INT32_MAX, n_vocab};
+        vocab->suppressed = beyond;
+        vocab->n_suppressed = 2;
+        CHECK(moe_generate(session, NULL, 0, &o, &result, NULL) == MOE_OK);
+        vocab->suppressed = NULL;
+        vocab->n_suppressed = 0;
+        CHECK(moe_generate(session, NULL, 0, &o, &result, NULL) == MOE_OK);
+        moe_sampler_close(sampler);
+    }
+    moe_session_rewind(session, 0, NULL);
+    CHECK(moe_session_eval(session, prompt, 3, NULL) == MOE_OK);
+    CHECK(!memcmp(before, moe_session_logits(session, -1), sizeof *before * (size_t)n_vocab));
+    moe_session_close(session);
+}
+
 // The last test gives back what the others shared.
 TEST(the_last_test_gives_back_the_shared_model) {
     moe_model_close(the_model);

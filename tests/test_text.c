@@ -73,6 +73,7 @@ typedef struct spec {
     int n_tokens;
     word merges[MAX_MERGES];
     int n_merges;
+    const char *model; // NULL: gpt2
     const char *pre; // NULL: no such key
     bytes more;      // further values
     int n_more;
@@ -112,6 +113,15 @@ static void add_string(spec *s, const char *key, const char *value) {
     s->n_more++;
 }
 
+static void add_ids(spec *s, const char *key, const int32_t *ids, int n) {
+    bytes one = file_begin();
+    put_array(&one, key, MOE_VALUE_INT32, (uint64_t)n);
+    put(&one, ids, 4 * (size_t)n);
+    put(&s->more, one.p + 24, one.n - 24);
+    free(one.p);
+    s->n_more++;
+}
+
 // 256 bytes, token id = byte, and no merges.
 static void spec_bytes(spec *s, const char *pre) {
     memset(s, 0, sizeof *s);
@@ -145,7 +155,7 @@ static void spec_small(spec *s, const char *pre) {
 
 static bytes spec_file(const spec *s) {
     bytes out = file_begin();
-    put_string(&out, "tokenizer.ggml.model", "gpt2");
+    put_string(&out, "tokenizer.ggml.model", s->model ? s->model : "gpt2");
     if (s->pre) put_string(&out, "tokenizer.ggml.pre", s->pre);
     put_array(&out, "tokenizer.ggml.tokens", MOE_VALUE_STRING, (uint64_t)s->n_tokens);
     for (int i = 0; i < s->n_tokens; i++) put_text(&out, s->tokens[i].text, s->tokens[i].size);
@@ -546,6 +556,96 @@ TEST(texts_are_cut_into_words_as_the_models_regexes_do) {
         // afmoe: the first group of numbers takes what is in front of it.
         {"afmoe", "x| | |1|234|567| |89"},
         {"afmoe", "12|345|a"},
+        // The names of 2026, by Python's regex module, whose classes are Unicode's own.
+        {"laguna", "a|\n\n| | b| |\n| c"},
+        {"cohere2moe hy_v4 talkie minicpm5 ufakzeka granite-embed-multi-97m youtu jais-2",
+         "a|\n\n| | b| \n| c"},
+        {"spark2_5", "a|\n|\n| | b| \n| c"},
+        {"falcon bloom viking mellum2", "a|\n\n | b| \n| c"},
+        {"superbpe", "a\n\n  b \n c"},
+        {"gemma4 sarvam-moe", "a|\n\n|  b |\n| c"},
+        {"laguna spark2_5", "It|'s|\r|\n|1|2|3|4|5|6|7| DON|'T"},
+        {"cohere2moe", "It's|\r\n|1|234|567| DON'T"},
+        {"hy_v4 minicpm5 jais-2", "It|'s|\r\n|123|456|7| DON|'T"},
+        {"talkie granite-embed-multi-97m", "It's|\r\n|123|456|7| DON'T"},
+        {"ufakzeka", "It|'s|\r\n|1|2|3|4|5|6|7| DON|'T"},
+        {"youtu viking", "It's|\r\n|1|2|3|4|5|6|7| DON'T"},
+        {"falcon", "It|'|s|\r|\n|123|456|7| DON|'|T"},
+        {"superbpe", "It's\r\n|1|234|567| DON'T"},
+        {"bloom", "It's|\r\n|1234567| DON'T"},
+        {"gemma4 sarvam-moe", "It's\r|\n|1234567 DON'T"},
+        {"mellum2", "It|'s|\r\n|1|2|3|4|5|6|7| DON|'|T"},
+        {"laguna ufakzeka youtu viking", "x| | |1|2|3|4|5| ab|6|7|8|9"},
+        {"cohere2moe", "x| | |12|345| ab|6|789"},
+        {"hy_v4 minicpm5", "x|  |123|45| ab|678|9"},
+        {"talkie granite-embed-multi-97m falcon jais-2", "x| | |123|45| ab|678|9"},
+        {"spark2_5 mellum2", "x|  |1|2|3|4|5| ab|6|7|8|9"},
+        {"superbpe", "x  |12|345| ab|6|789"},
+        {"bloom", "x| | 12345| ab6789"},
+        {"gemma4 sarvam-moe", "x  12345 ab6789"},
+        {"laguna minicpm5 ufakzeka jais-2", "fooBar| e|\314\201X"},
+        {"cohere2moe talkie granite-embed-multi-97m youtu", "foo|Bar| e\314\201|X"},
+        {"hy_v4 spark2_5 bloom viking", "fooBar| e\314\201X"},
+        {"falcon mellum2", "fooBar| e|\314\201|X"},
+        {"superbpe gemma4 sarvam-moe", "fooBar e\314\201X"},
+        {"laguna ufakzeka spark2_5 youtu viking mellum2", "\302\275|1|2|3|4"},
+        {"cohere2moe superbpe", "\302\2751|234"},
+        {"hy_v4 talkie minicpm5 granite-embed-multi-97m jais-2", "\302\27512|34"},
+        {"falcon", "\302\275|123|4"},
+        {"bloom gemma4 sarvam-moe", "\302\2751234"},
+        {"laguna cohere2moe hy_v4 talkie minicpm5 ufakzeka spark2_5 granite-embed-multi-97m "
+         "youtu jais-2",
+         "a|`b|$c|.d"},
+        {"falcon mellum2", "a|`|b|$|c|.|d"},
+        {"superbpe gemma4 sarvam-moe", "a`b$c.d"},
+        {"bloom viking", "a`b$c|.|d"},
+        {"laguna ufakzeka spark2_5 youtu viking mellum2", "3|0|0|0|1|2|3|,|4|5|6"},
+        {"cohere2moe superbpe", "3|000|123|,|456"},
+        {"hy_v4 talkie minicpm5 granite-embed-multi-97m falcon jais-2", "300|012|3|,|456"},
+        {"bloom", "3000123|,|456"},
+        {"gemma4 sarvam-moe", "3000123,456"},
+        {"laguna cohere2moe hy_v4 talkie minicpm5 ufakzeka spark2_5 granite-embed-multi-97m "
+         "youtu bloom viking jais-2 mellum2",
+         "ab|,| cd|...|ef| (|g|)।|h"},
+        {"falcon", "ab|,| cd|...|ef| |(|g|)।|h"},
+        {"superbpe gemma4 sarvam-moe", "ab, cd...ef (g)।h"},
+        {"laguna cohere2moe hy_v4 talkie minicpm5 ufakzeka spark2_5 granite-embed-multi-97m "
+         "youtu falcon bloom viking jais-2 mellum2",
+         "a|    | b"},
+        {"superbpe gemma4 sarvam-moe", "a     b"},
+        {"laguna cohere2moe hy_v4 talkie minicpm5 ufakzeka spark2_5 granite-embed-multi-97m "
+         "youtu gemma4 sarvam-moe",
+         "a|\n|     "},
+        {"falcon bloom viking mellum2", "a|\n     "},
+        {"superbpe", "a\n     "},
+        {"jais-2", "a|\n|    | "},
+        {"laguna cohere2moe talkie minicpm5 ufakzeka granite-embed-multi-97m falcon jais-2 "
+         "mellum2",
+         "中文ㄅㄆ한글|，。「|x|」"},
+        {"hy_v4 spark2_5", "中文|ㄅㄆ한글|，。「|x|」"},
+        {"youtu", "中文|ㄅㄆ|한글|，。「|x|」"},
+        {"superbpe gemma4 sarvam-moe", "中文ㄅㄆ한글，。「x」"},
+        {"bloom viking", "中文ㄅㄆ한글|，。|「x」"},
+        {"laguna cohere2moe hy_v4 talkie minicpm5 ufakzeka spark2_5 granite-embed-multi-97m "
+         "youtu falcon jais-2 mellum2",
+         "http|://|x|\n|//|y"},
+        {"superbpe", "http://x\n//y"},
+        {"bloom viking gemma4 sarvam-moe", "http://x|\n|//y"},
+        {"laguna cohere2moe hy_v4 talkie minicpm5 ufakzeka spark2_5 granite-embed-multi-97m "
+         "youtu jais-2",
+         " '|tis|\343\200\200|\302\240b"},
+        {"falcon", " |'|tis|\343\200\200|\302\240|b"},
+        {"superbpe gemma4 sarvam-moe", " 'tis\343\200\200\302\240b"},
+        {"bloom viking", " 'tis|\343\200\200\302\240|b"},
+        {"mellum2", " '|tis|\343\200\200|\302\240|b"},
+        {"laguna ufakzeka spark2_5 youtu viking mellum2",
+         "\331\243|\331\244|\331\245|\331\246| |7|8|9"},
+        {"cohere2moe", "\331\243|\331\244\331\245\331\246| |789"},
+        {"hy_v4 talkie minicpm5 granite-embed-multi-97m jais-2",
+         "\331\243\331\244\331\245|\331\246| |789"},
+        {"falcon superbpe", "\331\243\331\244\331\245\331\246| |789"},
+        {"bloom", "\331\243\331\244\331\245\331\246| 789"},
+        {"gemma4 sarvam-moe", "\331\243\331\244\331\245\331\246 789"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         char text[128];
@@ -583,11 +683,17 @@ TEST(only_known_names_of_pre_tokenizers_are_found) {
         "openpangu", "f2llmv2", "bailingmoe", "bailingmoe2", "llada-moe", "qwen35", "gpt-4o",
         "llama4", "kanana2", "minimax-m2", "tekken", "kimi-k2", "deepseek-v3", "hunyuan-dense",
         "joyai-llm", "deepseek-llm", "deepseek-coder", "gpt-2", "olmo", "starcoder", "refact",
-        "command-r", "smollm", "seed-coder", "afmoe", "exaone-moe", "default"};
+        "command-r", "smollm", "seed-coder", "afmoe", "exaone-moe", "default", "cohere2moe",
+        "cohere2_moe", "tiny_aya", "hy_v4", "talkie", "minicpm5", "ufakzeka", "spark2_5", "youtu",
+        "sarvam-moe", "granite-embed-multi-97m", "granite-embed-multi-311m", "gemma4", "mellum",
+        "mellum2", "roberta-bpe", "falcon", "superbpe", "poro-chat", "bloom", "gpt3-finnish",
+        "viking", "jais-2", "jais", "trillion", "granite-docling", "exaone", "exaone4", "codeshell",
+        "minerva-7b", "phi-2", "mpt", "gigachat", "a.x-4.0", "modern-bert", "jina-v2-code"};
     for (size_t i = 0; i < sizeof known / sizeof known[0]; i++)
         CHECKF(moe__text_find_pre(known[i], strlen(known[i])), "%s", known[i]);
     static const char *const unknown[] = {"", " ", "llama", "qwen", "llama3 llama-v3", "qwen2 ",
-                                          "gpt-4", "Qwen2", "deepseek"};
+                                          "gpt-4", "Qwen2", "deepseek", "gemma", "cohere2",
+                                          "chameleon", "whitespace", "minimax-m4"};
     for (size_t i = 0; i < sizeof unknown / sizeof unknown[0]; i++)
         CHECKF(!moe__text_find_pre(unknown[i], strlen(unknown[i])), "%s", unknown[i]);
 }
@@ -1126,6 +1232,33 @@ TEST(spm_special_tokens_and_prefixes_are_right) {
     }
 }
 
+// Token types that may be spelled, scores that are whole numbers, and bytes that are not there.
+TEST(spm_scores_may_be_integers_and_bytes_missing) {
+    static const int32_t types[] = {1, 4, 3, 2, 6, 5, 0, 99};
+    spec *s = &shared_spec;
+    for (int i = 0; i < 8; i++) {
+        spm_spec(s, 0);
+        int32_t ab = add_token(s, "ab", 1), bc = add_token(s, "bc", types[i]), ids[16];
+        bytes file = spm_file(s, NULL);
+        put_array(&file, "tokenizer.ggml.scores", MOE_VALUE_INT32, (uint64_t)s->n_tokens);
+        for (int32_t id = 0; id < s->n_tokens; id++) put_u32(&file, id == ab ? (uint32_t)-3 : 0);
+        put_number(&file, "tokenizer.ggml.unknown_token_id", MOE_VALUE_UINT32, 0);
+        moe_vocab *vocab = open_bytes(file, NULL);
+        if (!vocab) {
+            CHECK(vocab);
+            return;
+        }
+        int64_t n = moe_vocab_tokenize(vocab, "abc", 3, 0, ids, 16);
+        const int spelled = types[i] != 2 && types[i] != 3 && types[i] != 6;
+        int32_t want = spelled ? one_id(vocab, "a") : ab;
+        CHECKF(n == 3 && ids[1] == want && ids[2] == (want == ab ? one_id(vocab, "c") : bc),
+               "type %d: %d tokens", (int)types[i], (int)n);
+        CHECK(moe_vocab_tokenize(vocab, "a\303\251", 3, 0, ids, 16) == 4 && ids[2] == 0 &&
+              ids[3] == 0); // a token for each byte: unknown
+        moe_vocab_close(vocab);
+    }
+}
+
 TEST(bad_spm_vocabularies_are_refused) {
     static const char *const where = "tokenizer.ggml.scores";
     spec *s = &shared_spec;
@@ -1161,6 +1294,208 @@ TEST(long_spm_texts_take_n_log_n) {
     }
     add_token(s, "\342\226\201\342\226\201", 1);
     moe_vocab *vocab = open_bytes(spm_file(s, NULL), NULL);
+    for (size_t u = 0; vocab && u < sizeof units / sizeof units[0]; u++)
+        CHECK_GROWTH(steps_of_text(vocab, units[u], 1 << 18, 0, -1),
+                     steps_of_text(vocab, units[u], 1 << 15, 0, -1), N_LOG_N, "unit", (int)u);
+    moe_vocab_close(vocab);
+}
+
+// ---- gemma4 ----------------------------------------------------------------------------------
+
+#define LOW "\342\226\201" // U+2581
+
+// <pad> <eos> <bos> <unk> \n \n\n, bytes 6 to 261 (that of B misspelled), words, special tokens.
+static void gemma_spec(spec *s) {
+    static const char *const words[] = {LOW, "a", "b", "ab", LOW "ab", LOW LOW, "\303\251"};
+    static const char *const merges[] = {"a b", LOW " ab", LOW " " LOW, "\303\251 a"};
+    memset(s, 0, sizeof *s);
+    s->model = "gemma4";
+    s->pre = "no-such-pre"; // does not count
+    add_token(s, "<pad>", 3);
+    add_token(s, "<eos>", 3);
+    add_token(s, "<bos>", 3);
+    add_token(s, "<unk>", 2);
+    add_token(s, "\n", 1);
+    add_token(s, "\n\n", 1);
+    for (int b = 0; b < 256; b++) {
+        char name[8];
+        snprintf(name, sizeof name, b == 'B' ? "<0xB>" : "<0x%02X>", b);
+        add_token(s, name, 6);
+    }
+    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++) add_token(s, words[i], 1);
+    for (size_t i = 0; i < sizeof merges / sizeof merges[0]; i++) add_merge(s, merges[i]);
+    add_token(s, "<|channel>", 4);
+    add_token(s, "<turn|>", 3);
+}
+
+TEST(gemma4_merges_characters_by_rank) {
+    static const char *const cases[][2] = {
+        {"ab", "ab"}, {" ab", LOW "ab"}, {"a b", "a|" LOW "|b"}, {"  ab", LOW "|" LOW "ab"},
+        {"   ", LOW LOW "|" LOW}, {"\n", "\n"}, {"\n\n", "\n\n"}, {"\n\n\n", "\n|\n|\n"},
+        {"ab\n\nab \n", "ab|\n\n|ab|" LOW "|\n"}, {"\303\251", "\303\251"},
+        {"\303\251a", "<0xC3>|<0xA9>|<0x61>"}, // merges to what is no token
+        {"C", "<0x43>"}, {"aBb", "a|b"}, // the byte of B is missing
+        {"\351ab", "<0xE9>|ab"}, {"ab\303", "ab|<0xC3>"}, // no UTF-8
+        {"\344\270\255", "<0xE4>|<0xB8>|<0xAD>"}, {"\t", "<0x09>"}, {"\r\n", "<0x0D>|\n"},
+        {LOW "ab", LOW "ab"}, {"a<|channel>b", "a|<|channel>|b"}, {"", ""}};
+    gemma_spec(&shared_spec);
+    add_number(&shared_spec, "tokenizer.ggml.bos_token_id", MOE_VALUE_UINT32, 2);
+    add_number(&shared_spec, "tokenizer.ggml.add_bos_token", MOE_VALUE_BOOL, 0);
+    add_number(&shared_spec, "tokenizer.ggml.add_space_prefix", MOE_VALUE_BOOL, 1);
+    moe_vocab *vocab = open_spec(&shared_spec);
+    if (!vocab) return;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *texts = texts_of(vocab, cases[i][0], 0);
+        CHECKF(strcmp(texts, cases[i][1]) == 0, "\"%s\": %s, not %s", cases[i][0], texts,
+               cases[i][1]);
+    }
+    // BOS whatever the file says about adding it; special tokens if asked for.
+    CHECK(strcmp(texts_of(vocab, "a<turn|>ab", 3), "<bos>|a|<turn|>|ab") == 0);
+    CHECK(strcmp(texts_of(vocab, "", 1), "<bos>") == 0);
+    CHECK(strstr(texts_of(vocab, "<turn|>", 0), "<0x3C>|<0x74>") != NULL);
+    moe_vocab_close(vocab);
+}
+
+TEST(gemma4_gives_back_text_and_knows_its_ends) {
+    for (int tools = 0; tools < 2; tools++) {
+        gemma_spec(&shared_spec);
+        shared_spec.tokens[6 + 'B'] = make_word("<0x42>", 6);
+        int32_t s = add_token(&shared_spec, "</s>", 3);
+        int32_t tool = add_token(&shared_spec, "<|tool_response>", tools ? 4 : 1);
+        if (!tools) shared_spec.tokens[tool] = make_word("<|tool_respons>", 15);
+        moe_vocab *vocab = open_spec(&shared_spec);
+        if (!vocab) return;
+        // No default ids, though token 11 may be a control token elsewhere.
+        CHECK(moe_vocab_bos(vocab) == -1 && moe_vocab_eos(vocab) == -1);
+        CHECK(moe_vocab_is_end(vocab, 1) && moe_vocab_is_end(vocab, one_id(vocab, "<turn|>")));
+        CHECK(!moe_vocab_is_end(vocab, 0) && !moe_vocab_is_end(vocab, 2));
+        CHECK((moe_vocab_is_end(vocab, s) != 0) == !tools);
+        CHECK((moe_vocab_is_end(vocab, tool) != 0) == tools);
+        char text[32];
+        CHECK(moe_vocab_text(vocab, s, text, 32) == (tools ? 4u : 0u));
+        CHECK(moe_vocab_text(vocab, one_id(vocab, LOW "ab"), text, 32) == 3 &&
+              memcmp(text, " ab", 3) == 0);
+        CHECK(moe_vocab_text(vocab, 6 + 0xE4, text, 32) == 1 && text[0] == '\344');
+        CHECK(moe_vocab_text(vocab, one_id(vocab, "<|channel>"), text, 32) == 10);
+        CHECK(moe_vocab_text(vocab, 2, text, 32) == 0 && moe_vocab_text(vocab, 5, text, 32) == 2);
+        random_state = 9;
+        for (int i = 0; i < 500; i++) {
+            char more[600];
+            size_t size = random_text(more, sizeof more);
+            for (size_t k = 0; k + 3 <= size; k++)
+                if (memcmp(more + k, LOW, 3) == 0) more[k] = 'x'; // means a blank, so it is lost
+            CHECK(round_trip(vocab, more, size, 0));
+            size = random_below(40);
+            for (size_t k = 0; k < size; k++) more[k] = (char)random_below(0xE2);
+            CHECK(round_trip(vocab, more, size, 0));
+        }
+        moe_vocab_close(vocab);
+    }
+    spec_small(&shared_spec, "qwen2"); // the same with such a token 11: only gemma4 has no default
+    shared_spec.types[11] = 3;
+    shared_spec.model = "gemma4";
+    moe_vocab *vocab = open_spec(&shared_spec);
+    CHECK(moe_vocab_bos(vocab) == -1 && moe_vocab_eos(vocab) == -1);
+    CHECK(!moe_vocab_is_end(vocab, 11));
+    moe_vocab_close(vocab);
+}
+
+// The definition, on a line of at most 20 characters.
+static int64_t naive_gemma(const spec *s, const char *text, int newlines, int32_t *ids) {
+    word symbols[24], all = make_word(text, strlen(text));
+    size_t n = 0;
+    int64_t count = 0;
+    if (newlines && text[0] == '\n' && find_last(s, all) >= 0) {
+        ids[0] = find_last(s, all);
+        return 1;
+    }
+    for (size_t i = 0, k; text[i]; i += k) {
+        k = (unsigned char)text[i] >= 0xE0 ? 3 : (unsigned char)text[i] >= 0xC0 ? 2 : 1;
+        symbols[n++] = text[i] == ' ' ? make_word(LOW, 3) : make_word(text + i, k);
+    }
+    for (;;) {
+        int best = INT32_MAX;
+        size_t where = 0;
+        for (size_t i = 0; i + 1 < n; i++) {
+            int rank = naive_rank(s, symbols[i], symbols[i + 1]);
+            if (rank >= best) continue;
+            best = rank;
+            where = i;
+        }
+        if (best == INT32_MAX) break;
+        symbols[where] = join_words(symbols[where], symbols[where + 1]);
+        memmove(symbols + where + 1, symbols + where + 2, (n - where - 2) * sizeof symbols[0]);
+        n--;
+    }
+    for (size_t i = 0; i < n; i++) {
+        int id = find_last(s, symbols[i]);
+        if (id >= 0) ids[count++] = id;
+        for (size_t k = 0; id < 0 && k < symbols[i].size; k++) {
+            char name[8];
+            snprintf(name, sizeof name, "<0x%02X>", (unsigned char)symbols[i].text[k]);
+            int byte = find_last(s, make_word(name, 6));
+            if (byte >= 0) ids[count++] = byte;
+        }
+    }
+    return count;
+}
+
+TEST(gemma4_follows_the_definition) {
+    static const char *const bits[] = {LOW, "a", "b", "\303\251", "\344\270\255", "\n"};
+    for (int round = 0; round < 400; round++) {
+        random_state = (uint64_t)round + 3;
+        spec *s = &shared_spec;
+        word pool[64];
+        int n_pool = 6;
+        const int sarvam = (int)random_below(3) == 0;
+        memset(s, 0, sizeof *s);
+        s->model = sarvam ? "gpt2" : "gemma4";
+        s->pre = sarvam ? "sarvam-moe" : NULL;
+        for (int i = 0; i < 6; i++) {
+            pool[i] = make_word(bits[i], strlen(bits[i]));
+            if (random_below(4)) add_token(s, bits[i], 1);
+        }
+        for (int b = 0; b < 256; b++) {
+            char name[8];
+            snprintf(name, sizeof name, "<0x%02X>", b);
+            if (random_below(8)) add_token(s, name, 6);
+        }
+        for (int i = 0; i < 30; i++) {
+            word a = pool[random_below((uint32_t)n_pool)], b = pool[random_below((uint32_t)n_pool)];
+            if (a.size + b.size > 16) continue;
+            s->merges[s->n_merges++] = join_words(join_words(a, make_word(" ", 1)), b);
+            pool[n_pool] = join_words(a, b);
+            if (random_below(3)) {
+                s->types[s->n_tokens] = 1;
+                s->tokens[s->n_tokens++] = pool[n_pool];
+            }
+            n_pool++;
+        }
+        moe_vocab *vocab = open_spec(s);
+        if (!vocab) return;
+        for (int t = 0; t < 20; t++) {
+            char text[80] = {0};
+            int32_t want[96], got[96];
+            const int newline = (int)random_below(4) == 0; // a line has nothing else, or none
+            for (uint32_t left = 1 + random_below(18); left; left--)
+                strcat(text, newline ? "\n" : random_below(6) == 0 ? " " : bits[random_below(5)]);
+            int64_t n = naive_gemma(s, text, !sarvam, want);
+            int64_t m = moe_vocab_tokenize(vocab, text, strlen(text), 0, got, 96);
+            CHECKF(m == n && memcmp(want, got, 4 * (size_t)n) == 0, "round %d, \"%s\"", round,
+                   text);
+        }
+        moe_vocab_close(vocab);
+    }
+}
+
+TEST(long_gemma4_texts_take_n_log_n) {
+    static const char *const units[] = {"a", " ", "ab", "\n", "\303\251", "\377", "a ", "?", "a\n",
+                                        " ab", "\344\270\255", "<|channel>"};
+    gemma_spec(&shared_spec);
+    add_merge(&shared_spec, "a a");
+    add_merge(&shared_spec, "aa aa");
+    add_merge(&shared_spec, LOW LOW " " LOW LOW);
+    moe_vocab *vocab = open_spec(&shared_spec);
     for (size_t u = 0; vocab && u < sizeof units / sizeof units[0]; u++)
         CHECK_GROWTH(steps_of_text(vocab, units[u], 1 << 18, 0, -1),
                      steps_of_text(vocab, units[u], 1 << 15, 0, -1), N_LOG_N, "unit", (int)u);
@@ -1309,7 +1644,9 @@ TEST(what_ends_a_text_depends_on_the_other_tokens) {
         if (with_tools) add_token(s, "<|tool_response>", 4);
         moe_vocab *vocab = open_spec(s);
         CHECK(moe_vocab_is_end(vocab, one_id(vocab, "</s>")) == !with_tools);
-        CHECK(moe_vocab_is_control(vocab, one_id(vocab, "</s>")));
+        CHECK(moe_vocab_is_control(vocab, one_id(vocab, "</s>")) == !with_tools);
+        char buffer[8]; // with tools it is a word
+        CHECK(moe_vocab_text(vocab, one_id(vocab, "</s>"), buffer, 8) == (with_tools ? 4u : 0u));
         moe_vocab_close(vocab);
     }
     spec_small(s, "deepseek-v3");
@@ -1317,6 +1654,82 @@ TEST(what_ends_a_text_depends_on_the_other_tokens) {
     moe_vocab *vocab = open_spec(s);
     CHECK(moe_vocab_is_end(vocab, id) && moe_vocab_is_control(vocab, id));
     moe_vocab_close(vocab);
+}
+
+TEST(the_end_of_a_turn_is_found_by_its_text_or_key) {
+    spec *s = &shared_spec;
+    spec_small(s, "minimax-m2");
+    int32_t end = add_token(s, "[e~[", 3), start = add_token(s, "]~b]", 3);
+    moe_vocab *vocab = open_spec(s);
+    CHECK(moe_vocab_is_end(vocab, end) && !moe_vocab_is_end(vocab, start));
+    moe_vocab_close(vocab);
+    // GLM: keys, or without them the tokens with which others speak; elsewhere only keys.
+    for (int keys = 0; keys < 4; keys++) {
+        for (int glm = 0; glm < 2; glm++) {
+            spec_small(s, glm ? "glm4" : "qwen2");
+            int32_t user = add_token(s, "<|user|>", 3), seen = add_token(s, "<|observation|>", 3);
+            if (keys & 1) add_number(s, "tokenizer.ggml.eot_token_id", MOE_VALUE_UINT32, 65);
+            if (keys & 2) add_number(s, "tokenizer.ggml.eom_token_id", MOE_VALUE_UINT32, 66);
+            vocab = open_spec(s);
+            CHECK(moe_vocab_is_end(vocab, user) == (glm && !(keys & 1)));
+            CHECK(moe_vocab_is_end(vocab, seen) == (glm && !(keys & 2)));
+            CHECK(moe_vocab_is_end(vocab, 65) == (keys & 1));
+            CHECK(moe_vocab_is_end(vocab, 66) == (keys >> 1));
+            moe_vocab_close(vocab);
+        }
+    }
+}
+
+// Users cannot write them, and they are not part of a reply's text; they end none, unless the file
+// says so.
+TEST(tokens_around_a_gap_in_code_are_control_tokens) {
+    static const char *const words[] = {
+        "<|fim_prefix|>", "<fim_suffix>", "<MID>", "\342\226\201<PRE>", "<|code_middle|>",
+        "<\357\275\234fim\342\226\201hole\357\275\234>"};
+    enum { N = sizeof words / sizeof words[0] };
+    spec *s = &shared_spec;
+    int32_t ids[N], out[64];
+    spec_small(s, "qwen2");
+    for (int i = 0; i < N; i++) ids[i] = add_token(s, words[i], 4);
+    add_number(s, "tokenizer.ggml.eos_token_id", MOE_VALUE_UINT32, ids[2]);
+    moe_vocab *vocab = open_spec(s);
+    for (int i = 0; i < N; i++) {
+        CHECKF(moe_vocab_is_control(vocab, ids[i]), "%s", words[i]);
+        CHECK(moe_vocab_is_end(vocab, ids[i]) == (i == 2));
+        CHECK(moe_vocab_tokenize(vocab, words[i], strlen(words[i]), 0, out, 64) > 1);
+        CHECK(moe_vocab_tokenize(vocab, words[i], strlen(words[i]), 2, out, 64) == 1);
+    }
+    moe_vocab_close(vocab);
+}
+
+TEST(tokens_may_be_suppressed) {
+    static const int32_t list[] = {97, -1, 300, 97, INT32_MIN, INT32_MAX, 281, 282, 98, 97};
+    spec *s = &shared_spec;
+    spec_small(s, "qwen2");
+    CHECK(s->n_tokens == 282);
+    add_ids(s, "tokenizer.ggml.suppress_tokens", list, 10);
+    add_number(s, "tokenizer.ggml.eos_token_id", MOE_VALUE_UINT32, 97);
+    moe_vocab *vocab = open_spec(s);
+    if (!vocab) return;
+    for (int32_t id = -2; id < 400; id++)
+        CHECKF(!moe_vocab_is_suppressed(vocab, id) == !(id == 97 || id == 98 || id == 281), "%d",
+               id);
+    CHECK(vocab->n_suppressed == 3); // each once, and no more memory than there are tokens
+    CHECK(moe_vocab_is_end(vocab, 97) && !moe_vocab_is_control(vocab, 97));
+    CHECK(strcmp(ids_of(vocab, "xa", 0), "120 97") == 0); // texts may hold them
+    CHECK(!moe_vocab_is_suppressed(NULL, 0) && !moe_vocab_is_suppressed(vocab, INT32_MIN));
+    moe_vocab_close(vocab);
+    spec_small(s, "qwen2");
+    add_ids(s, "tokenizer.ggml.suppress_tokens", list, 0);
+    vocab = open_spec(s);
+    CHECK(vocab && vocab->n_suppressed == 0 && !moe_vocab_is_suppressed(vocab, 97));
+    moe_vocab_close(vocab);
+    spec_small(s, "qwen2");
+    add_number(s, "tokenizer.ggml.suppress_tokens", MOE_VALUE_INT32, 97);
+    bytes file = spec_file(s);
+    free(s->more.p);
+    s->more.p = NULL;
+    check_refused(file, MOE_ERROR_FORMAT, "tokenizer.ggml.suppress_tokens", "array of integers");
 }
 
 TEST(every_type_of_token_has_its_text) {
@@ -1364,8 +1777,9 @@ static void check_refused(bytes file, moe_status status, const char *where, cons
 TEST(bad_vocabularies_are_refused) {
     bytes file = file_begin();
     check_refused(file, MOE_ERROR_UNSUPPORTED, "tokenizer.ggml.model", "not supported");
-    static const char *const models[] = {"llamas", "none", "no_vocab", "test", "bert", "gpt2x", ""};
-    for (int i = 0; i < 7; i++) {
+    static const char *const models[] = {"llamas", "none",  "no_vocab", "test",   "bert", "gpt2x",
+                                         "",       "gemma", "gemma44",  "plamo2", "t5"};
+    for (int i = 0; i < 11; i++) {
         file = file_begin();
         put_string(&file, "tokenizer.ggml.model", models[i]);
         put_array(&file, "tokenizer.ggml.tokens", MOE_VALUE_STRING, 0);
@@ -1500,8 +1914,11 @@ TEST(odd_tokens_and_merges_do_no_harm) {
 }
 
 // The same vocabulary with bytes changed at random: opened or refused, used if opened.
-TEST(changed_files_are_refused_or_usable) {
-    spec_small(&shared_spec, "llama-bpe");
+static void check_changed_files(int gemma) {
+    static const int32_t suppressed[] = {0, 5, 100};
+    if (gemma) gemma_spec(&shared_spec);
+    else spec_small(&shared_spec, "llama-bpe");
+    add_ids(&shared_spec, "tokenizer.ggml.suppress_tokens", suppressed, 3);
     add_number(&shared_spec, "tokenizer.ggml.bos_token_id", MOE_VALUE_UINT32, 277);
     add_number(&shared_spec, "tokenizer.ggml.add_bos_token", MOE_VALUE_BOOL, 1);
     bytes file = spec_file(&shared_spec);
@@ -1523,10 +1940,10 @@ TEST(changed_files_are_refused_or_usable) {
         CHECK(vocab || (error.status && error.text[0]));
         if (!vocab) continue;
         char text[600];
-        int32_t ids[1400];
+        int32_t ids[2000];
         size_t size = random_text(text, sizeof text);
-        int64_t n = moe_vocab_tokenize(vocab, text, size, random_below(4), ids, 1400);
-        CHECK(n >= 0 && n <= (int64_t)(2 * size) + 2);
+        int64_t n = moe_vocab_tokenize(vocab, text, size, random_below(4), ids, 2000);
+        CHECK(n >= 0 && n <= (int64_t)((gemma ? 3u : 2u) * size) + 2);
         for (int64_t i = 0; i < n; i++) {
             char buffer[16];
             CHECK(ids[i] >= 0 && ids[i] < moe_vocab_size(vocab));
@@ -1538,6 +1955,11 @@ TEST(changed_files_are_refused_or_usable) {
     free(shared_spec.more.p);
     shared_spec.more.p = NULL;
     free(file.p);
+}
+
+TEST(changed_files_are_refused_or_usable) {
+    check_changed_files(0);
+    check_changed_files(1);
 }
 
 // Steps of opening a vocabulary of n long tokens and as many merges of `size` bytes whose texts are
@@ -1633,8 +2055,10 @@ TEST(any_allocation_of_an_spm_vocabulary_may_fail) {
 }
 
 TEST(any_allocation_of_a_vocabulary_may_fail) {
+    static const int32_t suppressed[] = {7, 8};
     const char *text = "hello <user> world <|im_start|> and more";
     spec_small(&shared_spec, "qwen2");
+    add_ids(&shared_spec, "tokenizer.ggml.suppress_tokens", suppressed, 2);
     add_merge(&shared_spec, "x yz"); // texts that are no tokens, so that the table grows
     for (int i = 0; i < 200; i++) {
         char merge[16];
@@ -1642,6 +2066,8 @@ TEST(any_allocation_of_a_vocabulary_may_fail) {
         add_merge(&shared_spec, merge);
     }
     bytes file = spec_file(&shared_spec);
+    free(shared_spec.more.p);
+    shared_spec.more.p = NULL;
     moe_gguf *gguf = open_limited_gguf(&file);
     CHECK(gguf);
     int64_t before = bytes_held, failures = 0;

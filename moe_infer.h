@@ -15337,7 +15337,8 @@ enum {
     MOE__GROK_SCALES = 1 << 11, // embedding_scale and logit_scale are factors, without a key too
     MOE__FINAL_CAP = 1 << 12, // final_logit_softcapping: logits go no further
     MOE__FINAL_CAP_30 = 1 << 13, // than 30 if there is no key
-    MOE__OUT_SCALE = 1 << 14 // layer_output_scale multiplies what a layer gives
+    MOE__OUT_SCALE = 1 << 14, // layer_output_scale multiplies what a layer gives
+    MOE__PROBS_MUST = 1 << 15 // exp_probs_b must be in every layer with experts
 };
 // Of the feed-forward part:
 enum {
@@ -15415,7 +15416,7 @@ static const moe__family moe__families[] = {
     {"afmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
      {MOE__NOPE_FOURTH | MOE__BASE_SLIDING, MOE__QK_NORM | MOE__GATE, MOE__EMBD_ROOT |
-      MOE__POST_NORMS, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+      MOE__POST_NORMS | MOE__PROBS_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"arctic", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm", {0, 0, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__MLP_BESIDE}},
     {"bailingmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
@@ -15425,7 +15426,7 @@ static const moe__family moe__families[] = {
      {0, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH | MOE__SHARED_TIMES}},
     {"bailingmoe3", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
      "output_norm",
-     {0, MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE, 0, MOE__ROUTER_KEYS |
+     {0, MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE, MOE__PROBS_MUST, MOE__ROUTER_KEYS |
       MOE__SHARED_COUNT | MOE__SHARED_WIDTH | MOE__LIMITS}},
     {"cohere2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SIGMOID, 4, NULL,
      "output_norm",
@@ -15463,7 +15464,7 @@ static const moe__family moe__families[] = {
      "output_norm", {0, MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
     {"glm4moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 0,
      "post_attention_norm", "output_norm",
-     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+     {0, 0, MOE__PROBS_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"gpt-oss", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2,
      "post_attention_norm", "output_norm",
      {MOE__BASE_SLIDING, MOE__SINKS, MOE__BIASES, MOE__OAI}},
@@ -15495,16 +15496,17 @@ static const moe__family moe__families[] = {
      {MOE__NOPE, MOE__SCALE_RECUR, 0, MOE__WIDTH_FFN | MOE__DENSE_ELSE}},
     {"kimi-linear", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
      "output_norm",
-     {MOE__NOPE, MOE__SCALE_OUT, 0, MOE__GATING_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS |
-      MOE__DENSE_KEY | MOE__NORMALIZE | MOE__SHARED_COUNT}},
+     {MOE__NOPE, MOE__SCALE_OUT, MOE__PROBS_MUST, MOE__GATING_KEY | MOE__SCALE_KEY |
+      MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE | MOE__SHARED_COUNT}},
     {"laguna", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
      {MOE__ALL_KEYS | MOE__FULL_FIRST | MOE__PLAIN_SLIDING | MOE__BASE_SLIDING |
-      MOE__ROT_SLIDING, MOE__QK_NORM | MOE__GATE | MOE__GATE_HEAD | MOE__GATE_SOFTPLUS, 0,
-      MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH}},
+      MOE__ROT_SLIDING, MOE__QK_NORM | MOE__GATE | MOE__GATE_HEAD | MOE__GATE_SOFTPLUS,
+      MOE__PROBS_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH}},
     {"lfm2moe", MOE__GQA, MOE__SHORT_CONV, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
      "token_embd_norm",
-     {0, MOE__QK_NORM, 0, MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE}},
+     {0, MOE__QK_NORM, MOE__PROBS_MUST,
+      MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE}},
     {"llama", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
@@ -15528,10 +15530,11 @@ static const moe__family moe__families[] = {
      "output_norm",
      {0, 0, MOE__NORMED_RESIDUAL, MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"minimax-m2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     {0, MOE__QK_NORM_WIDE, 0, MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__NORMALIZE |
-      MOE__WIDTH_FFN}},
+     {0, MOE__QK_NORM_WIDE, MOE__PROBS_MUST, MOE__GATING_KEY | MOE__PROBS_BIAS |
+      MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"minimax-m3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     {0, MOE__QK_NORM | MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__OAI}},
+     {0, MOE__QK_NORM | MOE__INDEXED, MOE__PROBS_MUST,
+      MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__OAI}},
     {"mistral3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {MOE__LOG_KEY, MOE__TEMPERATURE, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
@@ -15540,7 +15543,7 @@ static const moe__family moe__families[] = {
      {MOE__LOG_KEY, MOE__TEMPERATURE_KEYS, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"nemotron_h_moe", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX,
      MOE__GATING_SIGMOID, 0, "attn_norm", "output_norm",
-     {MOE__NOPE, MOE__SCALE_RECUR, MOE__ONE_PART, MOE__NORM_KEY | MOE__SCALE_KEY |
+     {MOE__NOPE, MOE__SCALE_RECUR, MOE__ONE_PART | MOE__PROBS_MUST, MOE__NORM_KEY | MOE__SCALE_KEY |
       MOE__PROBS_BIAS | MOE__RELU_SQUARED | MOE__LATENT | MOE__SHARED_KEY | MOE__FFN_SCALE}},
     {"olmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
@@ -16780,6 +16783,8 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
         if (!layer->probs_bias)
             layer->probs_bias =
                 moe__load_vector(loader, il, "exp_probs_b", "", info->n_expert, 1, 0);
+        if (!layer->probs_bias && moe__has(model, MOE__LAYERS, MOE__PROBS_MUST))
+            moe__load_tensor(loader, il, "exp_probs_b", "bias", 1);
     }
     if (!moe__has(model, MOE__FFN, MOE__WIDTH_FFN))
         n_ff = moe__load_int_at(loader, "expert_feed_forward_length", il, 1, 1 << 24, n_ff);

@@ -15569,7 +15569,9 @@ enum {
                             // than those of the training, rope_factors_short in others
     MOE__HEADS_SLIDING = 1 << 17, // heads of layers with a window are attention.key_length_swa wide
     MOE__LOG_KEY = 1 << 18, // rope.scaling.yarn_log_multiplier divides the magnitude of YaRN's cos
-    MOE__LOG_SCORES = 1 << 19 // and sin, or is in the scores in place of that
+    MOE__LOG_SCORES = 1 << 19, // and sin, or is in the scores in place of that
+    MOE__PATTERN_MUST = 1 << 20, // attention.sliding_window_pattern must be there, as an array,
+    MOE__FREQS_MUST = 1 << 21 // and so must rope_freqs
 };
 // Of how layers mix tokens:
 enum {
@@ -15604,7 +15606,9 @@ enum {
     MOE__V_UNIT = 1 << 24, // values are normed, without weights; without attn_v they are keys
     MOE__SOFT_CAP = 1 << 25, // attn_logit_softcapping: scores go no further, and are scaled by
     // attention.output_scale
-    MOE__TEMPERATURE_KEYS = 1 << 26 // MOE__TEMPERATURE by attention.temperature_length
+    MOE__TEMPERATURE_KEYS = 1 << 26, // MOE__TEMPERATURE by attention.temperature_length
+    MOE__CLAMP_MUST = 1 << 27, // attention.clamp_kqv must be there,
+    MOE__INDEX_MUST = 1 << 28 // and so must the indexer's tensors of latent attention
 };
 // Of layers:
 enum {
@@ -15619,14 +15623,16 @@ enum {
     MOE__NORMED_RESIDUAL = 1 << 4, // a part is added to residual_scale times its own input
     MOE__ONE_PART = 1 << 5, // a layer mixes tokens or has a feed-forward part, never both
     MOE__LAYER_NORM = 1 << 6, // norms of the residual take its mean away
-    MOE__NORM_BIAS = 1 << 7, // and have a bias
+    MOE__NORM_BIAS = 1 << 7, // and have a bias, as attn_output and output have
     MOE__LOGITS_TIMES = 1 << 8, // logits are multiplied by logit_scale
     MOE__ANY_NORM = 1 << 9, // norms take the mean away unless there is a key for the other kind
     MOE__OUT_NORMS = 1 << 10, // attn_output_norm, layer_output_norm: post norms under other names
     MOE__GROK_SCALES = 1 << 11, // embedding_scale and logit_scale are factors, without a key too
     MOE__FINAL_CAP = 1 << 12, // final_logit_softcapping: logits go no further
     MOE__FINAL_CAP_30 = 1 << 13, // than 30 if there is no key
-    MOE__OUT_SCALE = 1 << 14 // layer_output_scale multiplies what a layer gives
+    MOE__OUT_SCALE = 1 << 14, // layer_output_scale multiplies what a layer gives
+    MOE__PROBS_MUST = 1 << 15, // exp_probs_b must be in every layer with experts
+    MOE__OUTPUT_MUST = 1 << 16 // output.weight must be there: embeddings do not take its place
 };
 // Of the feed-forward part:
 enum {
@@ -15704,17 +15710,18 @@ static const moe__family moe__families[] = {
     {"afmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
      {MOE__NOPE_FOURTH | MOE__BASE_SLIDING, MOE__QK_NORM | MOE__GATE, MOE__EMBD_ROOT |
-      MOE__POST_NORMS, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+      MOE__POST_NORMS | MOE__PROBS_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"arctic", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm", {0, 0, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__MLP_BESIDE}},
     {"bailingmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {0, MOE__SCALE_ROT, 0, MOE__NORM_KEY | MOE__SCALE_KEY | MOE__SHARED_COUNT}},
+     {0, MOE__SCALE_ROT, MOE__OUTPUT_MUST, MOE__NORM_KEY | MOE__SCALE_KEY | MOE__SHARED_COUNT}},
     {"bailingmoe2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     {0, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH | MOE__SHARED_TIMES}},
+     {0, MOE__QK_NORM, MOE__OUTPUT_MUST, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH |
+      MOE__SHARED_TIMES}},
     {"bailingmoe3", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
      "output_norm",
-     {0, MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE, 0, MOE__ROUTER_KEYS |
+     {0, MOE__GATE_HEAD | MOE__SAFE_GATE | MOE__SCALE_NONE, MOE__PROBS_MUST, MOE__ROUTER_KEYS |
       MOE__SHARED_COUNT | MOE__SHARED_WIDTH | MOE__LIMITS}},
     {"cohere2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SIGMOID, 4, NULL,
      "output_norm",
@@ -15723,7 +15730,8 @@ static const moe__family moe__families[] = {
       MOE__SHARED_WIDTH | MOE__SHARED_HALF | MOE__FFN_SCALE}},
     {"dbrx", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
      "attn_output_norm", "output_norm",
-     {0, MOE__CLAMP_KQV, MOE__LAYER_NORM, MOE__NORMALIZE | MOE__WIDTH_FFN}},
+     {0, MOE__CLAMP_KQV | MOE__CLAMP_MUST, MOE__LAYER_NORM | MOE__OUTPUT_MUST,
+      MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"deepseek", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, 0, MOE__SCALE_KEY | MOE__DENSE_KEY | MOE__SHARED_COUNT}},
@@ -15732,27 +15740,28 @@ static const moe__family moe__families[] = {
      {MOE__LOG_KEY | MOE__LOG_SCORES, MOE__TEMPERATURE_KEYS, 0,
       MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"deepseek32", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, 0, 0, "ffn_norm", "output_norm",
-     {MOE__LOG_KEY, MOE__INDEXED, 0,
+     {MOE__LOG_KEY, MOE__INDEXED | MOE__INDEX_MUST, 0,
       MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
     {"dots1", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     {0, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+     {0, MOE__QK_NORM, MOE__OUTPUT_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"ernie4_5-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, MOE__NO_OUT_BIAS, 0, MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__DENSE_ELSE |
       MOE__DENSE_STEP | MOE__SHARED_KEY}},
     {"exaone-moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 4, "ffn_norm", "output_norm",
-     {MOE__NOPE_FULL, MOE__QK_NORM, 0, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH}},
+     {MOE__NOPE_FULL, MOE__QK_NORM, MOE__OUTPUT_MUST, MOE__ROUTER_KEYS | MOE__SHARED_WIDTH}},
     {"gemma4", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 6, "ffn_norm",
      "output_norm",
      {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000 | MOE__ROT_SLIDING |
-      MOE__HEADS_SLIDING, MOE__QK_NORM | MOE__V_UNIT | MOE__SCALE_ONE,
+      MOE__HEADS_SLIDING | MOE__PATTERN_MUST | MOE__FREQS_MUST,
+      MOE__QK_NORM | MOE__V_UNIT | MOE__SCALE_ONE,
       MOE__EMBD_ROOT | MOE__POST_NORMS | MOE__OUT_SCALE | MOE__FINAL_CAP | MOE__FINAL_CAP_30,
       MOE__NORMALIZE | MOE__GELU | MOE__DENSE_ELSE | MOE__DENSE_NORMED | MOE__FFN_SCALE}},
     {"glm-dsa", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SIGMOID, 0, "ffn_norm",
      "output_norm", {0, MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
     {"glm4moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 0,
      "post_attention_norm", "output_norm",
-     {0, 0, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
+     {0, 0, MOE__PROBS_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"gpt-oss", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_CHOSEN, 2,
      "post_attention_norm", "output_norm",
      {MOE__BASE_SLIDING, MOE__SINKS, MOE__BIASES, MOE__OAI}},
@@ -15784,16 +15793,17 @@ static const moe__family moe__families[] = {
      {MOE__NOPE, MOE__SCALE_RECUR, 0, MOE__WIDTH_FFN | MOE__DENSE_ELSE}},
     {"kimi-linear", MOE__MLA, MOE__KDA, MOE__RECUR_KEYLESS, MOE__ROPE_NORM, 0, 0, "ffn_norm",
      "output_norm",
-     {MOE__NOPE, MOE__SCALE_OUT, 0, MOE__GATING_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS |
-      MOE__DENSE_KEY | MOE__NORMALIZE | MOE__SHARED_COUNT}},
+     {MOE__NOPE, MOE__SCALE_OUT, MOE__PROBS_MUST | MOE__OUTPUT_MUST, MOE__GATING_KEY |
+      MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE | MOE__SHARED_COUNT}},
     {"laguna", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
      {MOE__ALL_KEYS | MOE__FULL_FIRST | MOE__PLAIN_SLIDING | MOE__BASE_SLIDING |
-      MOE__ROT_SLIDING, MOE__QK_NORM | MOE__GATE | MOE__GATE_HEAD | MOE__GATE_SOFTPLUS, 0,
-      MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH}},
+      MOE__ROT_SLIDING, MOE__QK_NORM | MOE__GATE | MOE__GATE_HEAD | MOE__GATE_SOFTPLUS,
+      MOE__PROBS_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH}},
     {"lfm2moe", MOE__GQA, MOE__SHORT_CONV, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
      "token_embd_norm",
-     {0, MOE__QK_NORM, 0, MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE}},
+     {0, MOE__QK_NORM, MOE__PROBS_MUST,
+      MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE}},
     {"llama", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
@@ -15803,24 +15813,26 @@ static const moe__family moe__families[] = {
       MOE__DENSE_ELSE | MOE__SHARED_EXPERT | MOE__WEIGHS_INPUT}},
     {"maple", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
      "output_norm",
-     {MOE__NOPE_FULL | MOE__BASE_SLIDING, MOE__QK_NORM, 0, MOE__NORMALIZE | MOE__LIMITS |
-      MOE__LIMIT_FIRST}},
+     {MOE__NOPE_FULL | MOE__BASE_SLIDING | MOE__PATTERN_MUST, MOE__QK_NORM, MOE__OUTPUT_MUST,
+      MOE__NORMALIZE | MOE__LIMITS | MOE__LIMIT_FIRST}},
     {"mellum", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
      "output_norm",
-     {MOE__ALL_KEYS | MOE__PLAIN_SLIDING, MOE__QK_NORM, 0, MOE__NORMALIZE | MOE__FFN_SCALE}},
+     {MOE__ALL_KEYS | MOE__PLAIN_SLIDING, MOE__QK_NORM, MOE__OUTPUT_MUST, MOE__NORMALIZE |
+      MOE__FFN_SCALE}},
     {"mimo2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
-     {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000,
-      MOE__SINKS_MAYBE | MOE__VALUE_SCALE | MOE__NO_QKV_BIAS | MOE__SCALE_OUT, 0,
+     {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000 | MOE__PATTERN_MUST,
+      MOE__SINKS_MAYBE | MOE__VALUE_SCALE | MOE__NO_QKV_BIAS | MOE__SCALE_OUT, MOE__OUTPUT_MUST,
       MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__DENSE_ELSE}},
     {"minimax-01", MOE__GQA, MOE__LIGHTNING, 8, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, MOE__NORMED_RESIDUAL, MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"minimax-m2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     {0, MOE__QK_NORM_WIDE, 0, MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__NORMALIZE |
-      MOE__WIDTH_FFN}},
+     {0, MOE__QK_NORM_WIDE, MOE__PROBS_MUST | MOE__OUTPUT_MUST, MOE__GATING_KEY |
+      MOE__PROBS_BIAS | MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"minimax-m3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
-     {0, MOE__QK_NORM | MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__OAI}},
+     {0, MOE__QK_NORM | MOE__INDEXED, MOE__PROBS_MUST | MOE__OUTPUT_MUST, MOE__ROUTER_KEYS |
+      MOE__SHARED_COUNT | MOE__OAI}},
     {"mistral3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {MOE__LOG_KEY, MOE__TEMPERATURE, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
@@ -15829,13 +15841,14 @@ static const moe__family moe__families[] = {
      {MOE__LOG_KEY, MOE__TEMPERATURE_KEYS, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
     {"nemotron_h_moe", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX,
      MOE__GATING_SIGMOID, 0, "attn_norm", "output_norm",
-     {MOE__NOPE, MOE__SCALE_RECUR, MOE__ONE_PART, MOE__NORM_KEY | MOE__SCALE_KEY |
+     {MOE__NOPE, MOE__SCALE_RECUR, MOE__ONE_PART | MOE__PROBS_MUST, MOE__NORM_KEY | MOE__SCALE_KEY |
       MOE__PROBS_BIAS | MOE__RELU_SQUARED | MOE__LATENT | MOE__SHARED_KEY | MOE__FFN_SCALE}},
     {"olmoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, MOE__QK_NORM_WIDE | MOE__CLAMP_KQV, 0, MOE__WIDTH_FFN}},
     {"phimoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
-     "output_norm", {MOE__LONGROPE, 0, MOE__NORM_BIAS, MOE__NORMALIZE | MOE__WIDTH_FFN}},
+     "output_norm",
+     {MOE__LONGROPE, 0, MOE__NORM_BIAS | MOE__OUTPUT_MUST, MOE__NORMALIZE | MOE__WIDTH_FFN}},
     {"qwen2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, 0, MOE__SHARED_GATED}},
@@ -15858,10 +15871,10 @@ static const moe__family moe__families[] = {
       0, MOE__GATING_KEY | MOE__NORMALIZE | MOE__RELU | MOE__EARLY_ROUTER}},
     {"step35", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
-     {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000 | MOE__ROT_SLIDING | MOE__ROT_HALF,
-      MOE__GATE_HEAD, 0,
-      MOE__GATING_KEY | MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__DENSE_ELSE |
-      MOE__SHARED_KEY | MOE__LIMITS}},
+     {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000 | MOE__ROT_SLIDING |
+      MOE__ROT_HALF | MOE__PATTERN_MUST, MOE__GATE_HEAD, MOE__OUTPUT_MUST, MOE__GATING_KEY |
+      MOE__NORM_KEY | MOE__SCALE_KEY | MOE__PROBS_BIAS | MOE__DENSE_ELSE | MOE__SHARED_KEY |
+      MOE__LIMITS}},
 };
 
 // What a layer that recurs holds beside attn_norm and layer->o. Its matrices' products lie side by
@@ -16239,8 +16252,9 @@ MOE__PRIVATE void moe__load_indexer(moe__loader *loader, int il) {
     const moe_model *model = loader->model;
     const int mla = model->layers[il].mixer == MOE__MLA;
     if (!mla && il < model->n_dense) return;
-    for (int i = 0; i < 4; i++) moe__load_tensor(loader, il, names[mla][i], "weight", !mla);
-    if (mla) moe__load_tensor(loader, il, "indexer.k_norm", "bias", 0);
+    const int must = !mla || moe__has(model, MOE__MIXING, MOE__INDEX_MUST);
+    for (int i = 0; i < 4; i++) moe__load_tensor(loader, il, names[mla][i], "weight", must);
+    if (mla) moe__load_tensor(loader, il, "indexer.k_norm", "bias", must);
 }
 
 // Binds matrix to base.weight {n_in, n_out, n_expert}, which reads `input`, with its scale and
@@ -16494,7 +16508,9 @@ MOE__PRIVATE void moe__load_rope_pair(moe__loader *loader, int32_t n_rot, int32_
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "rope.dimension_count_swa",
                        "%d rotated values in layers with a window, %d in others", n_swa, n_rot);
     const int64_t most = own && n_swa > n_rot ? n_swa : n_rot;
-    const float *factors = moe__load_vector(loader, -1, "rope_freqs", "weight", most / 2, 1, 0);
+    const int must = moe__has(model, MOE__POSITIONS, MOE__FREQS_MUST);
+    const float *factors =
+        moe__load_vector(loader, -1, "rope_freqs", "weight", most / 2, 1, must);
     moe__load_rope(loader, MOE__ROPE_FULL, n_rot, s, magnitude, factors);
     if (moe__has(model, MOE__POSITIONS, MOE__SECTIONS)) moe__load_sections(loader);
     if (moe__has(model, MOE__POSITIONS, MOE__LONGROPE)) moe__load_longrope(loader);
@@ -16539,6 +16555,7 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
         else
             more = 0.1;
         kq_scale = pow(attn_factor * (1 + more * log(s.factor)), 2);
+        if (!s.yarn) kq_scale *= pow(1 + 0.1 * log(s.factor), 2); // as llama.cpp has it
     }
     if (moe__has(model, MOE__LAYERS, MOE__SCALES))
         attention_scale = moe__load_float(loader, "attention.scale", 0);
@@ -16639,8 +16656,11 @@ MOE__PRIVATE void moe__load_chunks(moe__loader *loader) {
     router->n_chunk = moe__load_int(loader, "experts_per_group", 1, MOE__MAX_EXPERTS,
                                     MOE__REQUIRED);
     router->chunk_scale = (float)moe__load_float(loader, "expert_group_scale", 0);
+    if (!loader->status && !(router->chunk_scale > 0))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "expert_group_scale",
+                       "expert_group_scale is missing");
     if (loader->status) return;
-    if (router->n_expert % router->n_chunk || !(router->chunk_scale > 0))
+    if (router->n_expert % router->n_chunk)
         moe__load_fail(loader, MOE_ERROR_FORMAT, "experts_per_group",
                        "%d experts in chunks of %d", router->n_expert, router->n_chunk);
     else
@@ -16759,6 +16779,8 @@ MOE__PRIVATE int moe__load_is_sliding(moe__loader *loader, int il) {
             moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s does not hold integers", key);
         return x != 0;
     }
+    if (moe__has(loader->model, MOE__POSITIONS, MOE__PATTERN_MUST))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing or not an array", key);
     if (value && (!moe_gguf_value_int(value, 0, &period) || period < 0))
         moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is not a period", key);
     if (moe__has(loader->model, MOE__POSITIONS, MOE__FULL_FIRST) && period > 0)
@@ -16808,6 +16830,10 @@ MOE__PRIVATE void moe__load_layers(moe__loader *loader) {
                                                   sizeof *model->layers);
     if (moe__has(model, MOE__MIXING, MOE__CLAMP_KQV))
         clamp_kqv = (float)moe__load_float(loader, "attention.clamp_kqv", 0);
+    char key[128];
+    if (moe__has(model, MOE__MIXING, MOE__CLAMP_MUST) &&
+        !moe__load_value(loader, "attention.clamp_kqv", key) && !loader->status)
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
     if (model->family->window_period) window = moe__load_window(loader);
     for (int il = 0; il < info->n_layer && !loader->status; il++) {
         moe__layer *layer = &model->layers[il];
@@ -16872,12 +16898,18 @@ MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
                     !moe__load_value(loader, "final_logit_softcapping", key)
                 ? 30
                 : 0);
-    if (moe__has(model, MOE__LAYERS, MOE__LOGITS_TIMES))
+    if (moe__has(model, MOE__LAYERS, MOE__LOGITS_TIMES)) {
+        if (!moe__load_value(loader, "logit_scale", key) && !loader->status)
+            moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
         model->logit_scale = (float)moe__load_float(loader, "logit_scale", 1);
+    }
     if (!moe__has(model, MOE__LAYERS, MOE__SCALES)) return;
     model->embd_scale = (float)moe__load_float(loader, "embedding_scale", 1);
     model->residual_scale = (float)moe__load_float(loader, "residual_scale", 1);
-    model->logit_scale = (float)(1 / moe__load_float(loader, "logit_scale", 1));
+    const double divisor = moe__load_float(loader, "logit_scale", 0);
+    if (!loader->status && !(divisor > 0))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "logit_scale", "logit_scale is missing");
+    model->logit_scale = (float)(1 / (divisor > 0 ? divisor : 1));
 }
 
 // All keys, in the order in which they depend on each other: sizes, layers, positions, router,
@@ -16956,10 +16988,21 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     }
     moe__load_shared_scale(loader);
     moe__load_chunks(loader);
+    // Smaller members of gemma4: embeddings per layer, layers that share others' keys.
+    static const char *const small[] = {"embedding_length_per_layer_input",
+                                        "attention.shared_kv_layers"};
+    for (int i = 0; i < 2 && moe__has(model, MOE__LAYERS, MOE__OUT_SCALE); i++)
+        if (moe__load_int(loader, small[i], 1, 1 << 20, 0) && !loader->status)
+            moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, small[i], "%s is not supported",
+                           small[i]);
     if (moe__has(model, MOE__MIXING, MOE__INDEXED)) {
         const int64_t k = moe__load_int(loader, "attention.indexer.top_k", 1, INT32_MAX,
                                         MOE__REQUIRED);
-        model->n_exact = k * moe__load_int(loader, "attention.indexer.block_size", 1, 1 << 20, 1);
+        const int mla = model->family->mixer == MOE__MLA; // chooses keys, not blocks of them
+        model->n_exact = k * moe__load_int(loader, "attention.indexer.block_size", 1, 1 << 20,
+                                           mla ? 1 : MOE__REQUIRED);
+        moe__load_int(loader, "attention.indexer.head_count", 1, MOE__MAX_HEADS, MOE__REQUIRED);
+        moe__load_int(loader, "attention.indexer.key_length", 1, MOE__MAX_HEAD, MOE__REQUIRED);
     }
     if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
@@ -17012,6 +17055,8 @@ MOE__PRIVATE void moe__load_limit(moe__loader *loader, moe__ffn *ffn, int il, co
     char key[128];
     double x = 0;
     const moe_gguf_value *value = moe__load_value(loader, name, key);
+    if (!value && !loader->status && moe__has(loader->model, MOE__FFN, MOE__LIMIT_FIRST))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, key, "%s is missing", key);
     if (!value || !moe__has(loader->model, MOE__FFN, MOE__LIMITS)) return;
     const uint64_t at = moe__load_is_array(value) ? (uint64_t)il : 0;
     if (at >= value->count || !moe_gguf_value_float(value, at, &x) || !(x >= 0 && x <= 1e30))
@@ -17069,6 +17114,8 @@ MOE__PRIVATE void moe__load_experts(moe__loader *loader, moe__layer *layer, int 
         if (!layer->probs_bias)
             layer->probs_bias =
                 moe__load_vector(loader, il, "exp_probs_b", "", info->n_expert, 1, 0);
+        if (!layer->probs_bias && moe__has(model, MOE__LAYERS, MOE__PROBS_MUST))
+            moe__load_tensor(loader, il, "exp_probs_b", "bias", 1);
     }
     if (!moe__has(model, MOE__FFN, MOE__WIDTH_FFN))
         n_ff = moe__load_int_at(loader, "expert_feed_forward_length", il, 1, 1 << 24, n_ff);
@@ -17197,11 +17244,15 @@ MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
     int tied = !moe_gguf_find_tensor(loader->gguf, "output.weight");
     moe__load_matrix(loader, &model->token_embd, -1, "token_embd", MOE__IN_NONE, info->n_embd,
                      info->n_vocab, 1, tied ? 1 : 1.0 / info->n_vocab, 1);
-    if (tied)
+    if (tied && moe__has(model, MOE__LAYERS, MOE__OUTPUT_MUST))
+        moe__load_tensor(loader, -1, "output", "weight", 1);
+    else if (tied)
         model->output = model->token_embd;
     else
         moe__load_matrix(loader, &model->output, -1, "output", MOE__IN_NONE, info->n_embd,
                          info->n_vocab, 1, 1, 1);
+    if (moe__has(model, MOE__LAYERS, MOE__NORM_BIAS))
+        moe__load_tensor(loader, -1, "output", "bias", 1);
     moe__load_input(loader, &model->output, MOE__IN_NORMED);
     model->output_norm = moe__load_norm(loader, -1, model->family->output_norm, 1);
     if (!loader->status && model->vocab && moe_vocab_size(model->vocab) > info->n_vocab)
@@ -18223,6 +18274,8 @@ MOE__PRIVATE void moe__gqa_bind(moe__loader *loader, moe__layer *layer, int il) 
             layer->v = layer->k;
     }
     moe__load_matrix(loader, &layer->o, il, "attn_output", MOE__IN_MIXED, n_out, n_embd, 1, 1, 1);
+    if (moe__has(model, MOE__LAYERS, MOE__NORM_BIAS))
+        moe__load_tensor(loader, il, "attn_output", "bias", 1);
     // as llama.cpp has it
     if (moe__has(model, MOE__MIXING, MOE__NO_OUT_BIAS)) layer->o.bias = NULL;
     if (moe__has(model, MOE__MIXING, MOE__NO_QKV_BIAS))

@@ -10,7 +10,7 @@
 
 #define EDIT_FN __attribute__((unused)) static
 
-enum { EDIT_MAX_VALUES = 128, EDIT_MAX_TENSORS = 256 };
+enum { EDIT_MAX_VALUES = 256, EDIT_MAX_TENSORS = 512 };
 
 typedef struct edit_value {
     char key[128];

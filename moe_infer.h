@@ -15571,7 +15571,8 @@ enum {
     MOE__LOG_KEY = 1 << 18, // rope.scaling.yarn_log_multiplier divides the magnitude of YaRN's cos
     MOE__LOG_SCORES = 1 << 19, // and sin, or is in the scores in place of that
     MOE__PATTERN_MUST = 1 << 20, // attention.sliding_window_pattern must be there, as an array,
-    MOE__FREQS_MUST = 1 << 21 // and so must rope_freqs
+    MOE__FREQS_MUST = 1 << 21, // and so must rope_freqs
+    MOE__UNIT_SLIDING = 1 << 22 // rope.scaling.attn_factor is not for layers with a window
 };
 // Of how layers mix tokens:
 enum {
@@ -15798,7 +15799,8 @@ static const moe__family moe__families[] = {
     {"laguna", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
      {MOE__ALL_KEYS | MOE__FULL_FIRST | MOE__PLAIN_SLIDING | MOE__BASE_SLIDING |
-      MOE__ROT_SLIDING, MOE__QK_NORM | MOE__GATE | MOE__GATE_HEAD | MOE__GATE_SOFTPLUS,
+      MOE__ROT_SLIDING | MOE__UNIT_SLIDING,
+      MOE__QK_NORM | MOE__GATE | MOE__GATE_HEAD | MOE__GATE_SOFTPLUS,
       MOE__PROBS_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH}},
     {"lfm2moe", MOE__GQA, MOE__SHORT_CONV, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
      "token_embd_norm",
@@ -15817,8 +15819,8 @@ static const moe__family moe__families[] = {
       MOE__NORMALIZE | MOE__LIMITS | MOE__LIMIT_FIRST}},
     {"mellum", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 4, "ffn_norm",
      "output_norm",
-     {MOE__ALL_KEYS | MOE__PLAIN_SLIDING, MOE__QK_NORM, MOE__OUTPUT_MUST, MOE__NORMALIZE |
-      MOE__FFN_SCALE}},
+     {MOE__ALL_KEYS | MOE__PLAIN_SLIDING | MOE__UNIT_SLIDING, MOE__QK_NORM, MOE__OUTPUT_MUST,
+      MOE__NORMALIZE | MOE__FFN_SCALE}},
     {"mimo2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SIGMOID, 4, "ffn_norm",
      "output_norm",
      {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000 | MOE__PATTERN_MUST,
@@ -16498,7 +16500,8 @@ MOE__PRIVATE int moe__load_has_rope(moe__loader *loader, int il) {
 // The rope of layers that see all keys, and one for those with a window if it is another: without
 // scaling (they never see far), with another base, or of another number of values.
 MOE__PRIVATE void moe__load_rope_pair(moe__loader *loader, int32_t n_rot, int32_t n_swa,
-                                      int32_t narrowest, moe__rope_scaling *s, double magnitude) {
+                                      int32_t narrowest, moe__rope_scaling *s, double magnitude,
+                                      double plain_magnitude) {
     moe_model *model = loader->model;
     const int own = moe__has(model, MOE__POSITIONS, MOE__ROT_SLIDING);
     const int plain = moe__has(model, MOE__POSITIONS, MOE__PLAIN_SLIDING);
@@ -16523,8 +16526,8 @@ MOE__PRIVATE void moe__load_rope_pair(moe__loader *loader, int32_t n_rot, int32_
     }
     if (plain) s->yarn = 0, s->factor = 1;
     if (plain || s->base != base || (own && n_swa != n_rot))
-        moe__load_rope(loader, MOE__ROPE_SLIDING, own ? n_swa : n_rot, s, plain ? 1 : magnitude,
-                       plain ? NULL : factors);
+        moe__load_rope(loader, MOE__ROPE_SLIDING, own ? n_swa : n_rot, s,
+                       plain ? plain_magnitude : magnitude, plain ? NULL : factors);
 }
 
 // Positions, and the factor of query . key that goes with them. YaRN multiplies cos and sin by a
@@ -16572,7 +16575,8 @@ MOE__PRIVATE void moe__load_ropes(moe__loader *loader) {
     if (!loader->status && (n_rot % 2 || n_rot < 2 || (mla && n_rot >= narrowest)))
         moe__load_fail(loader, MOE_ERROR_FORMAT, "rope.dimension_count",
                        "%d rotated values do not fit heads of %d", n_rot, narrowest);
-    moe__load_rope_pair(loader, n_rot, n_swa, narrowest_swa, &s, magnitude);
+    moe__load_rope_pair(loader, n_rot, n_swa, narrowest_swa, &s, magnitude,
+                        moe__has(model, MOE__POSITIONS, MOE__UNIT_SLIDING) ? 1 : attn_factor);
     const int scale_rot = moe__has(model, MOE__MIXING, MOE__SCALE_ROT);
     for (int il = 0; il < model->info.n_layer && !loader->status; il++) {
         moe__layer *layer = &layers[il];

@@ -157,7 +157,8 @@ TEST(instruction_sets_and_schedules_agree_about_small_models) {
             o.n_threads = 3;
             float *x = models_run(model, &o, tokens, N_TINY, 1);
             const double off = x ? models_nmse(x, wanted, N_TINY * 512) : INFINITY;
-            CHECKF(off <= 1e-9, "%s, %s, %s: %g", name, moe_isa_name(o.isa),
+            // GELU is a table of halves: a step of its argument shows
+            CHECKF(off <= (strncmp(name, "gemma4", 6) ? 1e-9 : 1e-7), "%s, %s, %s: %g", name, moe_isa_name(o.isa),
                    moe__schedules[run / 3].name, off);
             worst = fmax(worst, off);
             free(x);
@@ -265,6 +266,7 @@ static const optional_tensor optionals[] = {
     {"ffn_up.bias", "*"},
     {"ffn_down.bias", "*"},
     {"ssm_in.weight", "qwen3next"}, // the same as attn_qkv
+    {"ffn_latent_down.weight", "nemotron_h_moe"}, // if it does not make inputs narrower
     {"ssm_conv1d.bias", "*"},
     {"ssm_in.bias", "*"},
     {"ssm_out.bias", "*"},

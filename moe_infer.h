@@ -17269,31 +17269,32 @@ MOE__PRIVATE void moe__load_globals(moe__loader *loader) {
 // written with any others because they change what the model computes.
 typedef struct moe__spare {
     const char *prefix, *suffix, *other;
+    unsigned feature; // of MOE__FFN that a family must have; 0: none
 } moe__spare;
 
 static const moe__spare moe__spares[] = {
     // how large activations are, for kernels that round them to 4 bits
-    {"", ".input_scale", ".weight"},
+    {"", ".input_scale", ".weight", 0},
     // of matrices, left out by llama.cpp, see moe__load_is_scaled: what counts is read
-    {"blk.", ".scale", ".weight"},
-    // of layers that have experts
-    {"blk.", ".ffn_gate.weight", ".ffn_gate_inp.weight"},
-    {"blk.", ".ffn_up.weight", ".ffn_gate_inp.weight"},
-    {"blk.", ".ffn_down.weight", ".ffn_gate_inp.weight"},
-    {"blk.", ".ffn_gate.scale", ".ffn_gate_inp.weight"},
-    {"blk.", ".ffn_up.scale", ".ffn_gate_inp.weight"},
-    {"blk.", ".ffn_down.scale", ".ffn_gate_inp.weight"},
-    {"blk.", ".ffn_gate.input_scale", ".ffn_gate_inp.weight"},
-    {"blk.", ".ffn_up.input_scale", ".ffn_gate_inp.weight"},
-    {"blk.", ".ffn_down.input_scale", ".ffn_gate_inp.weight"},
+    {"blk.", ".scale", ".weight", 0},
+    // of layers that have experts, where the router tells which layers do
+    {"blk.", ".ffn_gate.weight", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
+    {"blk.", ".ffn_up.weight", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
+    {"blk.", ".ffn_down.weight", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
+    {"blk.", ".ffn_gate.scale", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
+    {"blk.", ".ffn_up.scale", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
+    {"blk.", ".ffn_down.scale", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
+    {"blk.", ".ffn_gate.input_scale", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
+    {"blk.", ".ffn_up.input_scale", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
+    {"blk.", ".ffn_down.input_scale", ".ffn_gate_inp.weight", MOE__DENSE_ELSE},
     // the same as these
-    {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight"},
-    {"blk.", ".ssm_in.weight", ".attn_qkv.weight"},
-    {"blk.", ".ssm_in.scale", ".attn_qkv.weight"},
-    {"blk.", ".ssm_in.input_scale", ".attn_qkv.weight"},
+    {"blk.", ".attn_kv_b.weight", ".attn_v_b.weight", 0},
+    {"blk.", ".ssm_in.weight", ".attn_qkv.weight", 0},
+    {"blk.", ".ssm_in.scale", ".attn_qkv.weight", 0},
+    {"blk.", ".ssm_in.input_scale", ".attn_qkv.weight", 0},
     // what looks at images in files that hold both; text needs none of it
-    {"v.", "", NULL},
-    {"mm.", "", NULL},
+    {"v.", "", NULL, 0},
+    {"mm.", "", NULL, 0},
 };
 
 MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name) {
@@ -17307,6 +17308,7 @@ MOE__PRIVATE int moe__load_is_spare(const moe__loader *loader, const char *name)
             memcmp(name + size - end, s->suffix, end))
             continue;
         if (!s->other) return 1;
+        if (s->feature && !moe__has(loader->model, MOE__FFN, s->feature)) continue;
         snprintf(other, sizeof other, "%.*s%s", (int)(size - end), name, s->other);
         const int64_t at = moe__gguf_names_find(gguf->names, gguf->n_tensors, other);
         if (at >= 0 && loader->used[at] >= (strcmp(s->suffix, ".scale") ? 1 : MOE__MATRIX))
@@ -20816,7 +20818,7 @@ MOE__PRIVATE void moe__remember_put(moe_session *session, float *saved, int32_t 
             memset(cache->state[slot], 0, size);
     }
     if (saved) moe__keep_rows(session, at, saved, 1);
-    session->cut_from = at;
+    if (session->n_window || !at) session->cut_from = at;
 }
 
 // An empty sequence, in a slot.
@@ -23347,11 +23349,14 @@ MOE__PRIVATE void moe__state_check_counts(moe__state *state) {
     const moe_session *session = state->session;
     const moe__state_head *head = &state->head;
     const uint64_t at = (uint64_t)moe__slot_at((int32_t)head->length);
+    int64_t windows = 0;
     if (state->status) return;
+    for (int il = 0; il < session->model->info.n_layer; il++)
+        windows |= session->model->layers[il].window;
     const int before = head->before == 0 || (session->recurs && head->before <= at &&
                                              head->before % MOE__CHUNK == 1);
     const int saved = head->n_saved <= (session->recurs ? at / MOE__CHUNK : 0) &&
-                      head->cut_from <= head->length;
+                      head->cut_from <= (windows ? head->length : 0);
     const int logits = head->n_logits == 0 ||
                        (head->length && head->n_logits == (uint64_t)session->model->info.n_vocab);
     const int sampler = head->has_sampler <= 1 &&

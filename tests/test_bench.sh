@@ -143,7 +143,7 @@ check "of -gp, not of -pg" runs "pp4+tg2/1 tg2x2@pp6/1"
 run -m "$model" -p 4 -n 3 -r 2 -t 2 -npl 2 --schedule sequential,parallel,balanced -ctk f32 --detail
 number=' *[0-9.]* |'
 check "-npl: schedules, -ctk, --detail" rows "|$number$number$number$number *tg3 x2 | " 3
-check "--detail: the header" shows '| imbalance |  MB/call |  experts |                   test |'
+check "--detail: the header" shows '| imbalance | % attn | % recr |  % ffn |  MB/call |  experts |                   test |'
 widths=$(awk '/^\|/ { gsub(/±/, "+"); print length }' "$dir/out" | sort -u | wc -l)
 check "columns are aligned" test "$widths" = 1
 run -m "$model" -p 0 -n 3 -r 1 -t 1 -npl 4 -b 2
@@ -555,9 +555,9 @@ check "no such model" fails 'none.gguf'
 run -m "$0"
 check "not a GGUF" fails "$0"
 run --plan -t 1,32 -d 0
-check "--plan needs no model" rows '^| [A-Z].* |      32 |     2 |\( *[0-9]*\.[0-9] |\)\{6\} ' 6
+check "--plan needs no model" rows '^| [A-Z].* |      32 |     2 |\( *[0-9]*\.[0-9] |\)\{6\} ' 11
 check "--plan: gpt-oss" rows '^| gpt-oss-[12]*0b .* |      32 |     2 |' 2
-check "--plan: one thread" rows '^| .* |       1 |     1 |\( *100\.0 |\)\{6\}  *|  *|$' 8
+check "--plan: one thread" rows '^| .* |       1 |     1 |\( *100\.0 |\)\{6\}  *|  *|$' 13
 run --plan -m "$model,$ids" -t 1,8,64 -d 100 --detail
 check "--plan -m: nodes" rows '^| .*gguf |      64 |     [12] |' 4
 check "--plan -m: steps" rows '^| gate_exps up_exps ' 16

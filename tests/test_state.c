@@ -623,7 +623,7 @@ static void put_word(store *f, int i, uint64_t word) {
     memcpy(f->data, &head, sizeof head);
 }
 enum { WORD_VERSION = 1, WORD_SIZE, WORD_MODEL, WORD_KV, WORD_LENGTH, WORD_NOW, WORD_BEFORE,
-       WORD_SAVED, WORD_LOGITS, WORD_SAMPLER, WORD_RECENT };
+       WORD_CUT_FROM, WORD_SAVED, WORD_LOGITS, WORD_SAMPLER, WORD_RECENT };
 
 // Sections: where they begin, by their tags; the file's end is the 7th.
 static int sections_of(const store *f, size_t *at) {

@@ -51,7 +51,7 @@ int main(void) {
         printf("| `%s` | %s | %s |", family->name, moe__mixers[family->mixer].name,
                family->recurs ? moe__mixers[family->recurs].name : "");
         if (worst < 0) printf(" no reference |\n");
-        else printf(" < 1e%d |\n", (int)ceil(log10(worst > 0 ? worst : 1e-16)));
+        else printf(" < 1e%d |\n", (int)ceil(log10(fmax(worst, 5e-13)))); // below: rounding
     }
     return 0;
 }

@@ -43,6 +43,9 @@
 //   >>session  the forward pass, sessions
 //   >>sample   choosing tokens, generating text
 //   >>state    sessions in files
+//   >>json     values; reading and writing JSON
+//   >>jinja    chat templates: their language
+//   >>chat     requests to text and tokens, answers taken apart
 //   >>licence  MIT or public domain
 //
 // To add one more of a kind, touch what mentions one that is there, and nothing else (tests/map.sh
@@ -200,6 +203,7 @@
 // MOE_NO_AVX512             leave out the AVX-512 kernels.
 // MOE_NO_AVX_VNNI           leave out the AVX-VNNI kernels (GCC before 11 has none anyway).
 // MOE_NO_FUTEX              pthread condition variables instead of the Linux futex.
+// MOE_NO_CHAT               leave out chat templates and the parser of answers.
 // MOE_PARALLEL_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_PARALLEL.
 // MOE_BALANCED_EXPERTS      MOE_SCHEDULE_DEFAULT means MOE_SCHEDULE_BALANCED.
 
@@ -791,8 +795,21 @@ MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits);
 // Tells the sampler what was evaluated (prompt and choices), for the repetition penalty;
 // moe_generate does so itself.
 MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token);
+// Forgets what it was told and tells it these instead: what a context holds after a rewind.
+// tokens: n_tokens ids, of which the last repeat_last_n count.
+MOE_API void moe_sampler_sync(moe_sampler *sampler, const int32_t *tokens, int32_t n_tokens);
+// Adds bias to a token's logit from now on, before all else; 0 takes it back, -INFINITY forbids the
+// token. At most MOE_MAX_BIASES tokens have one. Errors: ARGUMENT (token out of range, bias NaN or
+// +INFINITY, too many).
+MOE_API moe_status moe_sampler_bias(moe_sampler *sampler, int32_t token, float bias,
+                                    moe_error *error);
+// Begins anew: nothing told, random numbers from the seed on. Biases stay.
+MOE_API void moe_sampler_reset(moe_sampler *sampler);
+// One that draws what this one would, biases and all. NULL after an error (ARGUMENT, MEMORY).
+MOE_API moe_sampler *moe_sampler_copy(const moe_sampler *sampler, moe_error *error);
 
 typedef enum moe_stop_reason {
+    MOE_STOP_NONE,    // it goes on
     MOE_STOP_LIMIT,   // max_tokens reached
     MOE_STOP_END,     // the model ended
     MOE_STOP_STRING,  // a stop string appeared (it is not part of the text)
@@ -844,6 +861,137 @@ MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int
 MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
                                      const moe_generate_options *options,
                                      moe_generate_result *result, moe_error *error);
+
+// ---- generating step by step -----------------------------------------------------------------
+
+// What moe_generate does, a token a call: nothing is lost by stopping anywhere. Draws and bytes are
+// those of one go, whatever happened between two calls.
+typedef struct moe_generator moe_generator;
+
+typedef struct moe_generator_options {
+    moe_allocator allocator;
+    moe_sampler *sampler;    // NULL: greedy. Not owned
+    int32_t max_tokens;      // <= 0: until the context is full
+    const char *const *stop; // as in moe_generate_options; copied
+    size_t n_stop;
+    const int32_t *stop_tokens; // tokens that end it beside those of the file; copied
+    size_t n_stop_tokens;
+    int32_t ignore_end;      // MOE_ON: go on after end-of-generation tokens of the file
+    int32_t special;         // MOE_ON: control tokens appear as text
+    int32_t n_logprobs;      // how many of the likeliest tokens to tell, at most
+                             // MOE_MAX_LOGPROBS; -1: the chosen one's alone; 0: none
+} moe_generator_options;
+
+typedef struct moe_logprob {
+    int32_t token;
+    float logprob; // natural logarithm of its probability, by the logits as they come from the
+                   // model, before any sampler
+} moe_logprob;
+
+typedef struct moe_generated {
+    int32_t token;         // chosen in this call; -1: none (only text or the reason is new)
+    float logprob;         // of it; NAN if n_logprobs is 0
+    const moe_logprob *likeliest; // n_likeliest, the likeliest first
+    int32_t n_likeliest;
+    const char *text;      // size bytes of whole characters that are certain now, maybe none; not
+    size_t size;           // NUL-terminated, valid until the next call
+    moe_stop_reason reason; // NONE: call again
+    // If it stopped:
+    int32_t end_token;     // END: which; else -1
+    int32_t length;        // moe_session_rewind to here leaves tokens alone whose text has been
+                           // handed out to the last byte
+    const char *rest;      // rest_size bytes of chosen tokens that were not handed out: the stop
+    size_t rest_size;      // string and what came behind it
+} moe_generated;
+
+// Goes on behind what the session holds, whose last logits must be there (moe_session_sync,
+// moe_session_eval). options may be NULL. Both sampler and session outlive the generator. NULL after
+// an error (ARGUMENT, MEMORY).
+MOE_API moe_generator *moe_generator_open(moe_session *session,
+                                          const moe_generator_options *options, moe_error *error);
+MOE_API void moe_generator_close(moe_generator *generator);
+MOE_API moe_status moe_generator_next(moe_generator *generator, moe_generated *out,
+                                      moe_error *error);
+
+// ---- chat ------------------------------------------------------------------------------------
+
+// Left out by MOE_NO_CHAT. Requests are JSON, as web services take them:
+//
+//     {"messages": [{"role": "system", "content": "You are brief."},
+//                   {"role": "user", "content": "Is 91 prime?"}],
+//      "tools": [{"type": "function", "function": {"name": ..., "parameters": {...}}}],
+//      "add_generation_prompt": true, "enable_thinking": false}
+//
+// A message has a role; content, a text or a list of parts ({"type": "text", "text": ...});
+// reasoning_content, tool_calls ({"id", "type", "function": {"name", "arguments"}}), tool_call_id,
+// name, and whatever else its template reads. add_generation_prompt: end with the beginning of an
+// answer, true if nothing is said and the last message is not to be continued;
+// continue_final_message: the last message is unfinished, what is generated goes on with it; now:
+// the time in ISO 8601 ("2026-03-14T15:09:26") for templates that ask for it; chat_template: the
+// name of one in the file, or a template; chat_template_kwargs: an object of further variables.
+// Every other key is a variable of the template. Templates are the file's and hostile: they run
+// within bounds of steps, depth and memory and see nothing but their variables.
+
+// A template of the file, tokenizer.chat_template or tokenizer.chat_template.NAME (name: NULL for
+// the first); {NULL, 0} if there is none. Belongs to the vocabulary.
+MOE_API moe_string moe_chat_template(const moe_vocab *vocab, const char *name);
+// The text that the template makes of a request, which is what transformers would make of it. A
+// file without a template: ChatML, if its vocabulary has <|im_start|> and <|im_end|> as control
+// tokens. Writes at most `capacity` bytes (no NUL) and returns how many there are, which may be
+// more; NULL and 0 only count. Returns -(int64_t)moe_status on errors: ARGUMENT (no vocabulary; a
+// request that is not JSON or lacks messages, offset tells where; what the template itself raises,
+// in its words), FORMAT (a template that is none, with its line), UNSUPPORTED (no template), MEMORY
+// (also what a template may not exceed). The text is to be tokenized with
+// MOE_TOKENIZE_PARSE_SPECIAL alone; moe_chat_tokenize does better.
+MOE_API int64_t moe_chat_format(const moe_vocab *vocab, const char *request, size_t size,
+                                char *text, size_t capacity, moe_error *error);
+// The same as tokens: control tokens come from the template alone, never from strings of messages,
+// tools or documents, which are tokenized by themselves. BOS stands in front once if the file or
+// the template wants it. Returns like moe_vocab_tokenize.
+MOE_API int64_t moe_chat_tokenize(const moe_vocab *vocab, const char *request, size_t size,
+                                  int32_t *tokens, size_t capacity, moe_error *error);
+
+// What bytes of an answer are.
+typedef enum moe_chat_kind {
+    MOE_CHAT_CONTENT,   // for the user
+    MOE_CHAT_REASONING, // thinking aloud
+    MOE_CHAT_TOOL_NAME, // a tool call begins: its name, whole
+    MOE_CHAT_TOOL_ARGUMENTS, // its arguments: JSON, piece by piece
+    MOE_CHAT_TOOL_ID,   // the call's id, whole, where the format has ids; before its arguments
+    MOE_CHAT_TOOL_END   // the call is over; size 0
+} moe_chat_kind;
+
+typedef struct moe_chat_piece {
+    moe_chat_kind kind;
+    const char *text; // size bytes, not NUL-terminated, valid until on_piece returns
+    size_t size;
+    int32_t call;     // TOOL_...: which call of the answer, from 0
+    int32_t is_valid; // TOOL_END: whether the arguments are a JSON object
+} moe_chat_piece;
+
+// Takes an answer apart while it comes: reasoning, content and tool calls by the marks of the
+// template's family. What comes out, pieces of one kind put together, does not depend on how the
+// answer was cut.
+typedef struct moe_chat_parser moe_chat_parser;
+
+// request, size: what was formatted; its template tells the marks, its tools the types of
+// arguments, and the end of its text whether the reasoning is open already. on_piece gets what is
+// certain; returning 0 makes push return CANCELLED (the rest of what was pushed is kept and comes
+// with the next push). NULL after an error: those of moe_chat_format.
+MOE_API moe_chat_parser *moe_chat_parser_open(const moe_vocab *vocab, const char *request,
+                                              size_t size,
+                                              int (*on_piece)(void *user,
+                                                              const moe_chat_piece *piece),
+                                              void *user, moe_error *error);
+MOE_API void moe_chat_parser_close(moe_chat_parser *parser);
+// The next bytes of the answer, control tokens as text (moe_generate_options.special). Bytes are
+// never lost: marks aside, all of them come out as something, also of a broken answer. Errors:
+// CANCELLED, MEMORY.
+MOE_API moe_status moe_chat_parser_push(moe_chat_parser *parser, const char *text, size_t size);
+// The end of the answer: what was held back comes out; an open call ends, marked as not valid
+// unless its arguments are whole. The parser is then as new, for another answer to the same
+// request.
+MOE_API moe_status moe_chat_parser_finish(moe_chat_parser *parser);
 
 // ---- sessions in files -----------------------------------------------------------------------
 

@@ -15588,7 +15588,7 @@ enum {
     MOE__VALUE_SCALE = 1 << 8, // attention.value_scale: a factor of what attention adds
     MOE__TEMPERATURE = 1 << 9, // attention.temperature_scale: queries far from the start are
                                // sharpened;
-    MOE__TEMPERATURE_NOPE = 1 << 10, // those of layers without rope, by 0.1 for every 8192 positions
+    MOE__TEMPERATURE_NOPE = 1 << 10, // those of layers without rope, by 0.1 per 8192 positions
     MOE__NO_QKV_BIAS = 1 << 11, // biases of queries, keys and values are not added,
     MOE__NO_OUT_BIAS = 1 << 12, // nor is that of attn_output
     MOE__GATE = 1 << 13, // attn_gate: results of heads times the sigmoid of (it x),
@@ -15767,7 +15767,8 @@ static const moe__family moe__families[] = {
      {MOE__BASE_SLIDING, MOE__SINKS, MOE__BIASES, MOE__OAI}},
     {"granite", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {MOE__NOPE_KEY, 0, MOE__SCALES | MOE__DENSE, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
+     {MOE__NOPE_KEY, 0, MOE__SCALES | MOE__DENSE,
+      MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
     {"granitehybrid", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NORM,
      MOE__GATING_SOFTMAX, 0, "ffn_norm", "output_norm",
      {MOE__NOPE_KEY, MOE__SCALE_RECUR, MOE__SCALES | MOE__DENSE, MOE__NORMALIZE | MOE__WIDTH_FFN |
@@ -15838,7 +15839,8 @@ static const moe__family moe__families[] = {
       MOE__SHARED_COUNT | MOE__OAI}},
     {"mistral3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {MOE__LOG_KEY, MOE__TEMPERATURE, MOE__DENSE, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
+     {MOE__LOG_KEY, MOE__TEMPERATURE, MOE__DENSE,
+      MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
     {"mistral4", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {MOE__LOG_KEY, MOE__TEMPERATURE_KEYS, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},

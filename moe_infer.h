@@ -15572,7 +15572,9 @@ enum {
     MOE__LOG_SCORES = 1 << 19, // and sin, or is in the scores in place of that
     MOE__PATTERN_MUST = 1 << 20, // attention.sliding_window_pattern must be there, as an array,
     MOE__FREQS_MUST = 1 << 21, // and so must rope_freqs
-    MOE__UNIT_SLIDING = 1 << 22 // rope.scaling.attn_factor is not for layers with a window
+    MOE__UNIT_SLIDING = 1 << 22, // rope.scaling.attn_factor is not for layers with a window
+    MOE__YARN_BETAS = 1 << 23, // rope.scaling.yarn_beta_fast (32) and _slow (1) count,
+    MOE__YARN_KEYS = 1 << 24   // and so does yarn_ext_factor; beta_fast is 8 without a key
 };
 // Of how layers mix tokens:
 enum {
@@ -15778,7 +15780,7 @@ static const moe__family moe__families[] = {
      {0, 0, MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
     {"grok", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {0, MOE__SOFT_CAP, MOE__OUT_NORMS | MOE__GROK_SCALES | MOE__FINAL_CAP,
+     {MOE__YARN_KEYS, MOE__SOFT_CAP, MOE__OUT_NORMS | MOE__GROK_SCALES | MOE__FINAL_CAP,
       MOE__NORMALIZE | MOE__GELU | MOE__DENSE_BESIDE}},
     {"grovemoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm", {0, MOE__QK_NORM, 0, MOE__NORMALIZE | MOE__CHUNK_EXPERTS}},
@@ -15839,7 +15841,7 @@ static const moe__family moe__families[] = {
       MOE__SHARED_COUNT | MOE__OAI}},
     {"mistral3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {MOE__LOG_KEY, MOE__TEMPERATURE, MOE__DENSE,
+     {MOE__LOG_KEY | MOE__YARN_BETAS, MOE__TEMPERATURE, MOE__DENSE,
       MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
     {"mistral4", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
@@ -16398,7 +16400,7 @@ MOE__PRIVATE void moe__load_check_base(moe__loader *loader, const char *key,
 // sin that goes with it.
 MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling *s,
                                          double *magnitude) {
-    char key[128];
+    char key[128], other[128];
     moe_string type;
     const void *cursor = NULL;
     memset(s, 0, sizeof *s);
@@ -16412,14 +16414,19 @@ MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling 
                                 moe__load_float(loader, "rope.scale_linear", 1));
     s->original_ctx = moe__load_int(loader, "rope.scaling.original_context_length", 1, INT32_MAX,
                                     loader->model->info.n_ctx_train);
-    s->beta_fast = moe__load_float(loader, "rope.scaling.yarn_beta_fast", 32);
-    s->beta_slow = moe__load_float(loader, "rope.scaling.yarn_beta_slow", 1);
-    s->ext_factor = 1;
+    const int betas = moe__has(loader->model, MOE__POSITIONS, MOE__YARN_BETAS | MOE__YARN_KEYS);
+    const int keys = moe__has(loader->model, MOE__POSITIONS, MOE__YARN_KEYS);
+    s->beta_fast = keys ? 8 : 32;
+    s->beta_slow = s->ext_factor = 1;
+    if (betas) s->beta_fast = moe__load_float(loader, "rope.scaling.yarn_beta_fast", s->beta_fast);
+    if (betas) s->beta_slow = moe__load_float(loader, "rope.scaling.yarn_beta_slow", 1);
+    if (keys && moe__load_value(loader, "rope.scaling.yarn_ext_factor", other)) // 0 counts
+        s->ext_factor = fmax(0, moe__load_float(loader, "rope.scaling.yarn_ext_factor", -1));
     *magnitude = moe__load_float(loader, "rope.scaling.attn_factor", 1);
     if (type.size == 4 && !memcmp(type.data, "none", 4)) {
         s->factor = 1;
     } else if (type.size == 4 && !memcmp(type.data, "yarn", 4)) {
-        s->yarn = 1;
+        s->yarn = s->ext_factor > 0;
     } else if (type.size != 6 || memcmp(type.data, "linear", 6)) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
                        (int)moe__utf8_limit(type.data, type.size, 32), type.data);

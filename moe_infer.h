@@ -16420,8 +16420,10 @@ MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling 
     s->beta_slow = s->ext_factor = 1;
     if (betas) s->beta_fast = moe__load_float(loader, "rope.scaling.yarn_beta_fast", s->beta_fast);
     if (betas) s->beta_slow = moe__load_float(loader, "rope.scaling.yarn_beta_slow", 1);
-    if (keys && moe__load_value(loader, "rope.scaling.yarn_ext_factor", other)) // 0 counts
-        s->ext_factor = fmax(0, moe__load_float(loader, "rope.scaling.yarn_ext_factor", -1));
+    value = moe__load_value(loader, "rope.scaling.yarn_ext_factor", other);
+    if (keys && value && !(moe_gguf_value_float(value, 0, &s->ext_factor) && s->ext_factor < 1e6))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, other, "%s is not a factor", other);
+    if (s->ext_factor < 0) s->ext_factor = 1; // "not set"
     *magnitude = moe__load_float(loader, "rope.scaling.attn_factor", 1);
     if (type.size == 4 && !memcmp(type.data, "none", 4)) {
         s->factor = 1;

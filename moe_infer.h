@@ -15720,24 +15720,25 @@ enum {
     MOE__LOG_SCORES = 1 << 19, // and sin, or is in the scores in place of that
     MOE__PATTERN_MUST = 1 << 20, // attention.sliding_window_pattern must be there, as an array,
     MOE__FREQS_MUST = 1 << 21, // and so must rope_freqs
-    MOE__UNIT_SLIDING = 1 << 22 // rope.scaling.attn_factor is not for layers with a window
+    MOE__UNIT_SLIDING = 1 << 22, // rope.scaling.attn_factor is not for layers with a window
+    MOE__YARN_BETAS = 1 << 23, // rope.scaling.yarn_beta_fast (32) and _slow (1) count,
+    MOE__YARN_KEYS = 1 << 24   // and so does yarn_ext_factor; beta_fast is 8 without a key
 };
 // Of how layers mix tokens:
 enum {
     MOE__QK_NORM = 1, // norms of queries and keys, by head: their tensors must be there
     MOE__QK_NORM_WIDE = 1 << 1, // the same over all heads together
     MOE__TURN_FIRST = 1 << 2, // queries and keys are turned before they are normed
-    // they are, without weights, in layers that have rope, but of models with MOE__UNNORMED experts
-    MOE__QK_UNIT = 1 << 3,
+    MOE__QK_UNIT = 1 << 3, // they are, without weights, in layers that have rope, but of models
+                           // with MOE__UNNORMED experts
     MOE__CLAMP_KQV = 1 << 4, // attention.clamp_kqv bounds queries, keys and values
     MOE__SINKS = 1 << 5, // attn_sinks: per head a score whose exponential joins the sum,
     MOE__SINKS_MAYBE = 1 << 6, // if the tensor is there
     MOE__SCALE_ROT = 1 << 7, // scores are divided by the root of how many values are turned
     MOE__VALUE_SCALE = 1 << 8, // attention.value_scale: a factor of what attention adds
-    // attention.temperature_scale: queries far from the start are sharpened,
-    MOE__TEMPERATURE = 1 << 9,
-    // those of layers without rope, by 0.1 for every 8192 positions
-    MOE__TEMPERATURE_NOPE = 1 << 10,
+    MOE__TEMPERATURE = 1 << 9, // attention.temperature_scale: queries far from the start are
+                               // sharpened;
+    MOE__TEMPERATURE_NOPE = 1 << 10, // those of layers without rope, by 0.1 per 8192 positions
     MOE__NO_QKV_BIAS = 1 << 11, // biases of queries, keys and values are not added,
     MOE__NO_OUT_BIAS = 1 << 12, // nor is that of attn_output
     MOE__GATE = 1 << 13, // attn_gate: results of heads times the sigmoid of (it x),
@@ -15754,7 +15755,7 @@ enum {
     MOE__SCALE_ONE = 1 << 23, // scores are not scaled
     MOE__V_UNIT = 1 << 24, // values are normed, without weights; without attn_v they are keys
     MOE__SOFT_CAP = 1 << 25, // attn_logit_softcapping: scores go no further, and are scaled by
-    // attention.output_scale
+                             // attention.output_scale
     MOE__TEMPERATURE_KEYS = 1 << 26, // MOE__TEMPERATURE by attention.temperature_length
     MOE__CLAMP_MUST = 1 << 27, // attention.clamp_kqv must be there,
     MOE__INDEX_MUST = 1 << 28 // and so must the indexer's tensors of latent attention
@@ -15762,13 +15763,11 @@ enum {
 // Of layers:
 enum {
     MOE__BIASES = 1, // every matrix of a layer has a bias, which must be there
-    // keys embedding_scale, residual_scale, attention.scale and logit_scale, by
-    MOE__SCALES = 1 << 1,
-                          // which logits are divided
+    MOE__SCALES = 1 << 1, // keys embedding_scale, residual_scale, attention.scale and logit_scale,
+                          // by which logits are divided
     MOE__EMBD_ROOT = 1 << 2, // embeddings are multiplied by the root of their length
-    // post_attention_norm and post_ffw_norm: what a part of a layer adds to the
-    MOE__POST_NORMS = 1 << 3,
-                              // residual is normed
+    MOE__POST_NORMS = 1 << 3, // post_attention_norm and post_ffw_norm: what a part of a layer adds
+                              // to the residual is normed
     MOE__NORMED_RESIDUAL = 1 << 4, // a part is added to residual_scale times its own input
     MOE__ONE_PART = 1 << 5, // a layer mixes tokens or has a feed-forward part, never both
     MOE__LAYER_NORM = 1 << 6, // norms of the residual take its mean away
@@ -15781,7 +15780,8 @@ enum {
     MOE__FINAL_CAP_30 = 1 << 13, // than 30 if there is no key
     MOE__OUT_SCALE = 1 << 14, // layer_output_scale multiplies what a layer gives
     MOE__PROBS_MUST = 1 << 15, // exp_probs_b must be in every layer with experts
-    MOE__OUTPUT_MUST = 1 << 16 // output.weight must be there: embeddings do not take its place
+    MOE__OUTPUT_MUST = 1 << 16, // output.weight must be there: embeddings do not take its place
+    MOE__DENSE = 1 << 17 // files without experts are dense models of the family
 };
 // Of the feed-forward part:
 enum {
@@ -15813,7 +15813,7 @@ enum {
     MOE__SHARED_EXPERT = 1 << 24, // one, as wide as a routed one
     MOE__SHARED_HALF = 1 << 25, // what experts make is halved if there are shared ones
     MOE__MLP_BESIDE = 1 << 26, // a dense network beside the experts, which read another norm,
-    // ffn_norm_exps, of what the layer reads
+                               // ffn_norm_exps, of what the layer reads
     MOE__DENSE_BESIDE = 1 << 27, // a dense network beside the experts; both count sqrt(1/2)
     MOE__DENSE_NORMED = 1 << 28, // a dense network beside the experts, both normed before, behind
                                 // by norms of its own; the router has one, too
@@ -15904,7 +15904,8 @@ static const moe__family moe__families[] = {
      {MOE__PLAIN_SLIDING | MOE__BASE_SLIDING | MOE__BASE_10000 | MOE__ROT_SLIDING |
       MOE__HEADS_SLIDING | MOE__PATTERN_MUST | MOE__FREQS_MUST,
       MOE__QK_NORM | MOE__V_UNIT | MOE__SCALE_ONE,
-      MOE__EMBD_ROOT | MOE__POST_NORMS | MOE__OUT_SCALE | MOE__FINAL_CAP | MOE__FINAL_CAP_30,
+      MOE__EMBD_ROOT | MOE__POST_NORMS | MOE__OUT_SCALE | MOE__FINAL_CAP | MOE__FINAL_CAP_30 |
+      MOE__DENSE,
       MOE__NORMALIZE | MOE__GELU | MOE__DENSE_ELSE | MOE__DENSE_NORMED | MOE__FFN_SCALE}},
     {"glm-dsa", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SIGMOID, 0, "ffn_norm",
      "output_norm", {0, MOE__INDEXED, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__FFN_SCALE}},
@@ -15916,17 +15917,18 @@ static const moe__family moe__families[] = {
      {MOE__BASE_SLIDING, MOE__SINKS, MOE__BIASES, MOE__OAI}},
     {"granite", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {MOE__NOPE_KEY, 0, MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
+     {MOE__NOPE_KEY, 0, MOE__SCALES | MOE__DENSE,
+      MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
     {"granitehybrid", MOE__GQA, MOE__MAMBA2, MOE__RECUR_KEYLESS, MOE__ROPE_NORM,
      MOE__GATING_SOFTMAX, 0, "ffn_norm", "output_norm",
-     {MOE__NOPE_KEY, MOE__SCALE_RECUR, MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN |
+     {MOE__NOPE_KEY, MOE__SCALE_RECUR, MOE__SCALES | MOE__DENSE, MOE__NORMALIZE | MOE__WIDTH_FFN |
       MOE__SHARED_KEY}},
     {"granitemoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, MOE__SCALES, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__SHARED_KEY}},
     {"grok", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {0, MOE__SOFT_CAP, MOE__OUT_NORMS | MOE__GROK_SCALES | MOE__FINAL_CAP,
+     {MOE__YARN_KEYS, MOE__SOFT_CAP, MOE__OUT_NORMS | MOE__GROK_SCALES | MOE__FINAL_CAP,
       MOE__NORMALIZE | MOE__GELU | MOE__DENSE_BESIDE}},
     {"grovemoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm", {0, MOE__QK_NORM, 0, MOE__NORMALIZE | MOE__CHUNK_EXPERTS}},
@@ -15950,13 +15952,15 @@ static const moe__family moe__families[] = {
       MOE__ROT_SLIDING | MOE__UNIT_SLIDING,
       MOE__QK_NORM | MOE__GATE | MOE__GATE_HEAD | MOE__GATE_SOFTPLUS,
       MOE__PROBS_MUST, MOE__ROUTER_KEYS | MOE__SHARED_COUNT | MOE__SHARED_WIDTH}},
+    {"lfm2", MOE__GQA, MOE__SHORT_CONV, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
+     "token_embd_norm", {0, MOE__QK_NORM, MOE__DENSE, 0}},
     {"lfm2moe", MOE__GQA, MOE__SHORT_CONV, MOE__RECUR_KEYLESS, MOE__ROPE_NEOX, 0, 0, "ffn_norm",
      "token_embd_norm",
      {0, MOE__QK_NORM, MOE__PROBS_MUST,
       MOE__GATING_KEY | MOE__PROBS_BIAS | MOE__DENSE_KEY | MOE__NORMALIZE}},
     {"llama", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {0, 0, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
+     {0, 0, MOE__DENSE, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
     {"llama4", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_CHOSEN_SIGMOID, 4,
      "ffn_norm", "output_norm",
      {MOE__CHUNKS | MOE__BASE_SLIDING | MOE__NOPE_FOURTH, MOE__QK_UNIT | MOE__TEMPERATURE_NOPE, 0,
@@ -15985,7 +15989,8 @@ static const moe__family moe__families[] = {
       MOE__SHARED_COUNT | MOE__OAI}},
     {"mistral3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
-     {MOE__LOG_KEY, MOE__TEMPERATURE, 0, MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
+     {MOE__LOG_KEY | MOE__YARN_BETAS, MOE__TEMPERATURE, MOE__DENSE,
+      MOE__NORMALIZE | MOE__WIDTH_FFN | MOE__FFN_SCALE}},
     {"mistral4", MOE__MLA, MOE__NO_MIXER, 0, MOE__ROPE_NORM, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {MOE__LOG_KEY, MOE__TEMPERATURE_KEYS, 0, MOE__ROUTER_KEYS | MOE__SHARED_COUNT}},
@@ -15999,9 +16004,16 @@ static const moe__family moe__families[] = {
     {"phimoe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {MOE__LONGROPE, 0, MOE__NORM_BIAS | MOE__OUTPUT_MUST, MOE__NORMALIZE | MOE__WIDTH_FFN}},
+    {"qwen2", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
+     {0, 0, MOE__DENSE, 0}},
     {"qwen2moe", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0, "ffn_norm",
      "output_norm",
      {0, 0, 0, MOE__SHARED_GATED}},
+    {"qwen3", MOE__GQA, MOE__NO_MIXER, 0, MOE__ROPE_NEOX, 0, 0, "ffn_norm", "output_norm",
+     {0, MOE__QK_NORM, MOE__DENSE, MOE__FFN_SCALE}},
+    {"qwen35", MOE__GQA, MOE__DELTA, 4, MOE__ROPE_NEOX, 0, 0, "post_attention_norm", "output_norm",
+     {MOE__SECTIONS, MOE__QK_NORM | MOE__GATE_IN_Q | MOE__SCALE_RECUR, MOE__DENSE,
+      MOE__FFN_SCALE}},
     {"qwen35moe", MOE__GQA, MOE__DELTA, 4, MOE__ROPE_NEOX, MOE__GATING_SOFTMAX, 0,
      "post_attention_norm", "output_norm",
      {MOE__SECTIONS, MOE__QK_NORM | MOE__GATE_IN_Q | MOE__SCALE_RECUR, 0, MOE__NORMALIZE |
@@ -16536,7 +16548,7 @@ MOE__PRIVATE void moe__load_check_base(moe__loader *loader, const char *key,
 // sin that goes with it.
 MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling *s,
                                          double *magnitude) {
-    char key[128];
+    char key[128], other[128];
     moe_string type;
     const void *cursor = NULL;
     memset(s, 0, sizeof *s);
@@ -16550,14 +16562,21 @@ MOE__PRIVATE void moe__load_rope_scaling(moe__loader *loader, moe__rope_scaling 
                                 moe__load_float(loader, "rope.scale_linear", 1));
     s->original_ctx = moe__load_int(loader, "rope.scaling.original_context_length", 1, INT32_MAX,
                                     loader->model->info.n_ctx_train);
-    s->beta_fast = moe__load_float(loader, "rope.scaling.yarn_beta_fast", 32);
-    s->beta_slow = moe__load_float(loader, "rope.scaling.yarn_beta_slow", 1);
-    s->ext_factor = 1;
+    const int betas = moe__has(loader->model, MOE__POSITIONS, MOE__YARN_BETAS | MOE__YARN_KEYS);
+    const int keys = moe__has(loader->model, MOE__POSITIONS, MOE__YARN_KEYS);
+    s->beta_fast = keys ? 8 : 32;
+    s->beta_slow = s->ext_factor = 1;
+    if (betas) s->beta_fast = moe__load_float(loader, "rope.scaling.yarn_beta_fast", s->beta_fast);
+    if (betas) s->beta_slow = moe__load_float(loader, "rope.scaling.yarn_beta_slow", 1);
+    value = moe__load_value(loader, "rope.scaling.yarn_ext_factor", other);
+    if (keys && value && !(moe_gguf_value_float(value, 0, &s->ext_factor) && s->ext_factor < 1e6))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, other, "%s is not a factor", other);
+    if (s->ext_factor < 0) s->ext_factor = 1; // "not set"
     *magnitude = moe__load_float(loader, "rope.scaling.attn_factor", 1);
     if (type.size == 4 && !memcmp(type.data, "none", 4)) {
         s->factor = 1;
     } else if (type.size == 4 && !memcmp(type.data, "yarn", 4)) {
-        s->yarn = 1;
+        s->yarn = s->ext_factor > 0;
     } else if (type.size != 6 || memcmp(type.data, "linear", 6)) {
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, key, "rope scaling \"%.*s\" is not supported",
                        (int)moe__utf8_limit(type.data, type.size, 32), type.data);
@@ -16770,9 +16789,10 @@ MOE__PRIVATE void moe__load_router(moe__loader *loader) {
     moe__router *router = &model->router;
     moe_model_info *info = &model->info;
     info->n_expert = moe__load_int(loader, "expert_count", 1, MOE__MAX_EXPERTS, 0);
-    if (!loader->status && !info->n_expert)
+    if (!loader->status && !info->n_expert && !moe__has(model, MOE__LAYERS, MOE__DENSE))
         moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, "expert_count",
                        "model family \"%s\" without experts is not supported", info->family);
+    if (!info->n_expert) return;
     info->n_expert_used =
         moe__load_int(loader, "expert_used_count", 1, info->n_expert, MOE__REQUIRED);
     router->n_expert = info->n_expert;
@@ -17064,6 +17084,85 @@ MOE__PRIVATE void moe__load_scales(moe__loader *loader) {
     model->logit_scale = (float)(1 / (divisor > 0 ? divisor : 1));
 }
 
+// Widths of the shared experts, together.
+MOE__PRIVATE void moe__load_shared_width(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    if (moe__has(model, MOE__FFN, MOE__SHARED_COUNT)) {
+        info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
+        model->n_ff_shared = info->n_expert_shared
+                                 ? (int32_t)moe__min((int64_t)info->n_ff_exp *
+                                                         info->n_expert_shared, 1 << 28)
+                                 : 0;
+    }
+    if (moe__has(model, MOE__FFN, MOE__SHARED_EXPERT)) {
+        model->n_ff_shared = info->n_ff_exp;
+        info->n_expert_shared = 1;
+    }
+    if (moe__has(model, MOE__FFN, MOE__SHARED_WIDTH | MOE__SHARED_KEY | MOE__SHARED_FFN)) {
+        int32_t count = moe__has(model, MOE__FFN, MOE__SHARED_TIMES)
+                            ? moe__load_int(loader, "expert_shared_count", 1, 64, 0)
+                            : 1;
+        model->n_ff_shared = moe__load_int(
+            loader, "expert_shared_feed_forward_length", 1, 1 << 22,
+            moe__has(model, MOE__FFN, MOE__SHARED_COUNT) ? model->n_ff_shared
+            : moe__has(model, MOE__FFN, MOE__SHARED_KEY) ? 0
+            : moe__has(model, MOE__FFN, MOE__SHARED_FFN) ? info->n_ff
+                                                   : info->n_ff_exp);
+        model->n_ff_shared *= count;
+        info->n_expert_shared = model->n_ff_shared > 0 ? count : 0;
+    }
+}
+
+// How wide feed-forward parts are, and how many layers begin without experts: all, if there are
+// none.
+MOE__PRIVATE void moe__load_widths(moe__loader *loader) {
+    moe_model *model = loader->model;
+    moe_model_info *info = &model->info;
+    int first = 0; // layer that has a feed-forward part
+    while (first + 1 < info->n_layer && !loader->status && !model->layers[first].has_ffn) first++;
+    info->n_ff = moe__load_int_at(loader, "feed_forward_length", first, 1, 1 << 24, 0);
+    if (!info->n_expert) {
+        model->n_dense = info->n_layer;
+        if (!loader->status && info->n_ff < 1)
+            moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
+                           "the width of the feed-forward layers is missing");
+        return;
+    }
+    info->n_ff_exp = info->n_ff;
+    if (moe__has(model, MOE__FFN, MOE__SHARED_GATED) && !loader->status) {
+        info->n_ff_exp = info->n_ff / info->n_expert_used; // Qwen1.5-MoE without the key
+        info->n_expert_shared = 1;
+        model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
+                                           info->n_ff ? info->n_ff : MOE__REQUIRED);
+    }
+    if (!moe__has(model, MOE__FFN, MOE__WIDTH_FFN))
+        info->n_ff_exp = moe__load_int_at(loader, "expert_feed_forward_length", first, 1, 1 << 24,
+                                          info->n_ff_exp);
+    if (moe__has(model, MOE__FFN, MOE__LATENT))
+        model->n_latent = moe__load_int(loader, "moe_latent_size", 1, 1 << 20, 0);
+    if (moe__has(model, MOE__FFN, MOE__DENSE_KEY))
+        model->n_dense =
+            moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
+    moe__load_shared_width(loader);
+    if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
+        moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
+                       "the width of the feed-forward layers is missing");
+}
+
+// Attention to the keys that an indexer chooses is that to all keys as long as it takes all.
+MOE__PRIVATE void moe__load_index_reach(moe__loader *loader) {
+    moe_model *model = loader->model;
+    if (!moe__has(model, MOE__MIXING, MOE__INDEXED)) return;
+    const int64_t k = moe__load_int(loader, "attention.indexer.top_k", 1, INT32_MAX,
+                                    MOE__REQUIRED);
+    const int mla = model->family->mixer == MOE__MLA; // chooses keys, not blocks of them
+    model->n_exact = k * moe__load_int(loader, "attention.indexer.block_size", 1, 1 << 20,
+                                       mla ? 1 : MOE__REQUIRED);
+    moe__load_int(loader, "attention.indexer.head_count", 1, MOE__MAX_HEADS, MOE__REQUIRED);
+    moe__load_int(loader, "attention.indexer.key_length", 1, MOE__MAX_HEAD, MOE__REQUIRED);
+}
+
 // All keys, in the order in which they depend on each other: sizes, layers, positions, router,
 // widths of the feed-forward parts. The width of experts has three sources: a key of its own, the
 // key of dense layers (MOE__WIDTH_FFN), or, in files of Qwen1.5-MoE, that divided by the experts
@@ -17096,50 +17195,10 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
     moe__load_temperature(loader);
     moe__load_scales(loader);
     moe__load_router(loader);
-    int first = 0; // layer that has a feed-forward part
-    while (first + 1 < info->n_layer && !loader->status && !model->layers[first].has_ffn) first++;
-    info->n_ff = moe__load_int_at(loader, "feed_forward_length", first, 1, 1 << 24, 0);
-    info->n_ff_exp = info->n_ff;
-    if (moe__has(model, MOE__FFN, MOE__SHARED_GATED) && !loader->status) {
-        info->n_ff_exp = info->n_ff / info->n_expert_used; // Qwen1.5-MoE without the key
-        info->n_expert_shared = 1;
-        model->n_ff_shared = moe__load_int(loader, "expert_shared_feed_forward_length", 1, 1 << 24,
-                                           info->n_ff ? info->n_ff : MOE__REQUIRED);
-    }
-    if (!moe__has(model, MOE__FFN, MOE__WIDTH_FFN))
-        info->n_ff_exp = moe__load_int_at(loader, "expert_feed_forward_length", first, 1, 1 << 24,
-                                          info->n_ff_exp);
-    if (moe__has(model, MOE__FFN, MOE__LATENT))
-        model->n_latent = moe__load_int(loader, "moe_latent_size", 1, 1 << 20, 0);
-    if (moe__has(model, MOE__FFN, MOE__DENSE_KEY))
-        model->n_dense =
-            moe__load_int(loader, "leading_dense_block_count", 1, info->n_layer, 0);
-    if (moe__has(model, MOE__FFN, MOE__SHARED_COUNT)) {
-        info->n_expert_shared = moe__load_int(loader, "expert_shared_count", 1, 64, 0);
-        model->n_ff_shared = info->n_expert_shared
-                                 ? (int32_t)moe__min((int64_t)info->n_ff_exp *
-                                                         info->n_expert_shared, 1 << 28)
-                                 : 0;
-    }
-    if (moe__has(model, MOE__FFN, MOE__SHARED_EXPERT)) {
-        model->n_ff_shared = info->n_ff_exp;
-        info->n_expert_shared = 1;
-    }
-    if (moe__has(model, MOE__FFN, MOE__SHARED_WIDTH | MOE__SHARED_KEY | MOE__SHARED_FFN)) {
-        int32_t count = moe__has(model, MOE__FFN, MOE__SHARED_TIMES)
-                            ? moe__load_int(loader, "expert_shared_count", 1, 64, 0)
-                            : 1;
-        model->n_ff_shared = moe__load_int(
-            loader, "expert_shared_feed_forward_length", 1, 1 << 22,
-            moe__has(model, MOE__FFN, MOE__SHARED_COUNT) ? model->n_ff_shared
-            : moe__has(model, MOE__FFN, MOE__SHARED_KEY) ? 0
-            : moe__has(model, MOE__FFN, MOE__SHARED_FFN) ? info->n_ff
-                                                   : info->n_ff_exp);
-        model->n_ff_shared *= count;
-        info->n_expert_shared = model->n_ff_shared > 0 ? count : 0;
-    }
+    moe__load_widths(loader);
     moe__load_shared_scale(loader);
     moe__load_chunks(loader);
+    moe__load_index_reach(loader);
     // Smaller members of gemma4: embeddings per layer, layers that share others' keys.
     static const char *const small[] = {"embedding_length_per_layer_input",
                                         "attention.shared_kv_layers"};
@@ -17147,18 +17206,6 @@ MOE__PRIVATE void moe__load_hparams(moe__loader *loader) {
         if (moe__load_int(loader, small[i], 1, 1 << 20, 0) && !loader->status)
             moe__load_fail(loader, MOE_ERROR_UNSUPPORTED, small[i], "%s is not supported",
                            small[i]);
-    if (moe__has(model, MOE__MIXING, MOE__INDEXED)) {
-        const int64_t k = moe__load_int(loader, "attention.indexer.top_k", 1, INT32_MAX,
-                                        MOE__REQUIRED);
-        const int mla = model->family->mixer == MOE__MLA; // chooses keys, not blocks of them
-        model->n_exact = k * moe__load_int(loader, "attention.indexer.block_size", 1, 1 << 20,
-                                           mla ? 1 : MOE__REQUIRED);
-        moe__load_int(loader, "attention.indexer.head_count", 1, MOE__MAX_HEADS, MOE__REQUIRED);
-        moe__load_int(loader, "attention.indexer.key_length", 1, MOE__MAX_HEAD, MOE__REQUIRED);
-    }
-    if (!loader->status && (info->n_ff_exp < 1 || (model->n_dense && info->n_ff < 1)))
-        moe__load_fail(loader, MOE_ERROR_FORMAT, "feed_forward_length",
-                       "the width of the feed-forward layers is missing");
 }
 
 // ---- feed-forward parts ----------------------------------------------------------------------

@@ -51,6 +51,7 @@ typedef struct synth_config {
     float clamp, clamp_shexp;               // limits of the SwiGLU; 0: no keys
     float embd_scale, residual_scale, attn_scale, logit_scale; // 0: no keys
     // Of attention families that are not in synth_configs:
+    const char *like;                       // a family whose dense relative it is
     unsigned has;                           // SYNTH_HAS and what else
     const char *windows;                    // W a layer with a window, * one without, repeated
     int head_swa, kv_swa, dim_swa, rope_swa; // layers with a window, if they differ: heads,
@@ -321,6 +322,18 @@ static const synth_config synth_hybrids[] = {
      .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .lead = 1, .n_exp = 8, .n_used = 3,
      .n_ff_exp = 32, .gating = 2, .bias = 1, .rope_base = 1e6f, .tied = 1, .layers = "MM*M",
      .conv = 3},
+    {.name = "qwen35_tiny", .arch = "qwen35", .like = "qwen35moe", .n_layer = 4, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 32, .rope = 16, .n_ff = 96, .lead = 4,
+     .rope_base = 1e7f, .layers = "MMM*", .conv = 4, .inner = 128, .state = 32,
+     .state_heads = 4, .state_groups = 2},
+    {.name = "lfm2_tiny", .arch = "lfm2", .like = "lfm2moe", .n_layer = 4, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .lead = 4,
+     .rope_base = 1e6f, .tied = 1, .layers = "MM*M", .conv = 3},
+    {.name = "granitehybrid_dense_tiny", .arch = "granitehybrid", .n_layer = 4, .n_embd = 64,
+     .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .lead = 4,
+     .layers = "M*MM", .conv = 4, .inner = 128, .state = 32, .state_heads = 4,
+     .state_groups = 1, .embd_scale = 12, .residual_scale = 0.22f, .attn_scale = 0.0625f,
+     .logit_scale = 6},
     {.name = "granitehybrid_tiny", .arch = "granitehybrid", .n_layer = 4, .n_embd = 64,
      .vocab = 512, .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 32, .n_exp = 8, .n_used = 3,
      .n_ff_exp = 32, .n_ff_shexp = 64, .layers = "M*MM", .conv = 4, .inner = 128, .state = 32,
@@ -529,6 +542,28 @@ static const synth_config synth_families[] = {
      .n_used = 3, .n_ff_exp = 32, .rope_base = 1e6f, .window = 8,
      .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_POST_NORMS | SYNTH_BESIDE | SYNTH_ROPE_FREQS,
      .windows = "W*W*", .dim_swa = 32, .rope_swa = 32},
+    {.name = "gemma4_dense_tiny", .arch = "gemma4", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 64, .rope = 64, .n_ff = 96, .lead = 4,
+     .rope_base = 1e6f, .window = 8, .tied = 1,
+     .has = SYNTH_HAS | SYNTH_QK_NORM | SYNTH_POST_NORMS | SYNTH_ROPE_FREQS |
+            SYNTH_KEYS_ARE_VALUES,
+     .windows = "WWW*", .dim_swa = 32, .rope_swa = 32, .final_cap = 30},
+    {.name = "llama_dense_tiny", .arch = "llama", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .lead = 4, .rope_base = 5e5f,
+     .has = SYNTH_HAS | SYNTH_ROPE_FREQS},
+    {.name = "mistral3_dense_tiny", .arch = "mistral3", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .lead = 4, .rope_base = 1e6f,
+     .has = SYNTH_HAS},
+    {.name = "granite_dense_tiny", .arch = "granite", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .lead = 4, .embd_scale = 12,
+     .residual_scale = 0.22f, .attn_scale = 0.0625f, .logit_scale = 6, .tied = 1,
+     .has = SYNTH_HAS},
+    {.name = "qwen2_tiny", .arch = "qwen2", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 16, .n_ff = 96, .lead = 4, .rope_base = 1e6f,
+     .has = SYNTH_HAS | SYNTH_QKV_BIAS},
+    {.name = "qwen3_tiny", .arch = "qwen3", .n_layer = 4, .n_embd = 64, .vocab = 512,
+     .n_head = 4, .n_kv = 2, .head_dim = 32, .n_ff = 96, .lead = 4, .rope_base = 1e6f, .tied = 1,
+     .has = SYNTH_HAS | SYNTH_QK_NORM},
     {.name = "grok_tiny", .arch = "grok", .n_layer = 4, .n_embd = 64, .vocab = 512, .n_head = 4,
      .n_kv = 2, .head_dim = 16, .n_ff = 96, .n_exp = 8, .n_used = 3, .n_ff_exp = 32,
      .embd_scale = 50, .attn_scale = 0.17f, .logit_scale = 0.7f,
@@ -1090,7 +1125,10 @@ static void synth_tokenizer(synth_file *f) {
 
 // ---- metadata --------------------------------------------------------------------------------
 
-static int synth_is(const synth_file *f, const char *arch) { return !strcmp(f->c->arch, arch); }
+// Whether the shape is of a family, or a dense relative of it.
+static int synth_is(const synth_file *f, const char *arch) {
+    return !strcmp(f->c->like ? f->c->like : f->c->arch, arch);
+}
 
 // qwen3next and qwen35moe.
 static int synth_is_gdn(const synth_file *f) {
@@ -1194,9 +1232,9 @@ static void synth_keys_hybrid(synth_file *f) {
     if (nemotron) synth_layers(f, ".feed_forward_length", 'E', c->n_ff_exp);
     else if (c->n_ff) synth_u32(f, ".feed_forward_length", c->n_ff);
     synth_keys_hybrid_mixers(f);
-    synth_u32(f, ".expert_count", c->n_exp);
-    synth_u32(f, ".expert_used_count", c->n_used);
-    if (!one_width) synth_u32(f, ".expert_feed_forward_length", c->n_ff_exp);
+    if (c->n_exp) synth_u32(f, ".expert_count", c->n_exp);
+    if (c->n_exp) synth_u32(f, ".expert_used_count", c->n_used);
+    if (c->n_exp && !one_width) synth_u32(f, ".expert_feed_forward_length", c->n_ff_exp);
     if (c->gating) synth_u32(f, ".expert_gating_func", c->gating);
     if (c->gating) synth_u32(f, ".leading_dense_block_count", c->lead);
     if (c->n_shared) synth_u32(f, ".expert_shared_count", c->n_shared);
@@ -1292,20 +1330,22 @@ static void synth_keys_family(synth_file *f) {
     else synth_f32(f, ".attention.layer_norm_rms_epsilon", 1e-6f);
     synth_f32(f, ".rope.freq_base", c->rope_base > 0 ? c->rope_base : 10000.0f);
     if (c->n_ff) synth_u32(f, ".feed_forward_length", c->n_ff);
-    synth_u32(f, ".expert_count", c->n_exp);
-    synth_u32(f, ".expert_used_count", c->n_used);
-    synth_u32(f, ".expert_feed_forward_length", c->n_ff_exp);
+    if (c->n_exp) {
+        synth_u32(f, ".expert_count", c->n_exp);
+        synth_u32(f, ".expert_used_count", c->n_used);
+        synth_u32(f, ".expert_feed_forward_length", c->n_ff_exp);
+    }
     if (c->kv_lora) {
         synth_u32(f, ".attention.head_count", c->n_head);
         synth_keys_mla(f);
     } else {
         synth_keys_heads(f);
-        if (c->lead || synth_is(f, "laguna") || synth_is(f, "cohere2moe"))
+        if ((c->lead && c->n_exp) || synth_is(f, "laguna") || synth_is(f, "cohere2moe"))
             synth_u32(f, ".leading_dense_block_count", c->lead);
         if (c->gating) synth_u32(f, ".expert_gating_func", c->gating);
         if (c->norm_w) synth_bool(f, ".expert_weights_norm", 1);
         if (c->scale > 0) synth_f32(f, ".expert_weights_scale", c->scale);
-        synth_u32(f, ".expert_shared_count", c->n_shared);
+        if (c->n_exp) synth_u32(f, ".expert_shared_count", c->n_shared);
         if (c->groups) synth_u32(f, ".expert_group_count", c->groups);
         if (c->groups) synth_u32(f, ".expert_group_used_count", c->groups_used);
     }

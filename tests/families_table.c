@@ -50,7 +50,7 @@ int main(void) {
         const double worst = worst_of(family->name);
         printf("| `%s` | %s | %s |", family->name, moe__mixers[family->mixer].name,
                family->recurs ? moe__mixers[family->recurs].name : "");
-        if (worst < 0) printf(" no reference |\n");
+        if (worst < 0) printf(" dense, see below |\n");
         else printf(" < 1e%d |\n", (int)ceil(log10(fmax(worst, 5e-13)))); // below: rounding
     }
     return 0;

@@ -516,6 +516,14 @@ TEST(sinks_may_be_any_number_but_factors_may_not) {
     }
     t->removed = 1;
     edit_find_value(&e, "llama.expert_count")->removed = 1; // a dense model
+    check_refused(&e, "no experts", MOE_ERROR_FORMAT, "blk.0.ffn_gate.weight");
+    edit_close(&e);
+}
+
+TEST(families_that_are_nothing_without_experts_are_refused_without) {
+    edit_file e;
+    CHECK(edit_open(&e, models_simple("micro", "f32")));
+    edit_find_value(&e, "qwen3moe.expert_count")->removed = 1;
     check_refused(&e, "no experts", MOE_ERROR_UNSUPPORTED, "expert_count");
     edit_close(&e);
 }

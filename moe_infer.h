@@ -264,6 +264,11 @@
 #else
 #define MOE__USE_FUTEX 1
 #endif
+#if defined(MOE_NO_CHAT) && MOE__IS_ON(MOE_NO_CHAT)
+#define MOE__USE_CHAT 0
+#else
+#define MOE__USE_CHAT 1
+#endif
 #if defined(MOE_PARALLEL_EXPERTS) && MOE__IS_ON(MOE_PARALLEL_EXPERTS)
 #define MOE__PARALLEL_EXPERTS 1
 #else
@@ -915,6 +920,7 @@ MOE_API moe_status moe_generator_next(moe_generator *generator, moe_generated *o
 
 // ---- chat ------------------------------------------------------------------------------------
 
+#if MOE__USE_CHAT
 // Left out by MOE_NO_CHAT. Requests are JSON, as web services take them:
 //
 //     {"messages": [{"role": "system", "content": "You are brief."},
@@ -992,6 +998,7 @@ MOE_API moe_status moe_chat_parser_push(moe_chat_parser *parser, const char *tex
 // unless its arguments are whole. The parser is then as new, for another answer to the same
 // request.
 MOE_API moe_status moe_chat_parser_finish(moe_chat_parser *parser);
+#endif
 
 // ---- sessions in files -----------------------------------------------------------------------
 
@@ -23769,6 +23776,989 @@ MOE_API moe_status moe_session_load_with(moe_session *session, moe_sampler *samp
 MOE_API moe_status moe_session_load(moe_session *session, const char *path, moe_error *error) {
     return moe_session_load_with(session, NULL, path, error);
 }
+
+// ==============================================================================================
+// >>json
+//
+// Values, as JSON and templates know them, and JSON itself (RFC 8259). What >>jinja and >>chat
+// work on.
+//
+// All that is made of one request lies in a store: memory that is taken in pieces and given back
+// at once, within a bound. The store counts steps and depth, too, so that nobody who writes a
+// request or a template decides how long a call takes or how deep its stack grows. Where a bound
+// is reached, or anything else goes wrong, moe__store_fail leaves by longjmp to the call that
+// began (moe__store_try): no function between them has anything to tidy up.
+//
+// Strings know who wrote them. A byte is marked if a user typed it, and keeps its mark through
+// whatever is done to its string, so that >>chat can tell a control token of the template from
+// its text in a message. Most strings are of one kind: `typed` tells it. Others have a mark for
+// each byte.
+// ==============================================================================================
+#if MOE__USE_CHAT
+
+#include <setjmp.h>
+
+// ---- stores ----------------------------------------------------------------------------------
+
+typedef struct moe__store_block {
+    struct moe__store_block *before;
+} moe__store_block;
+
+typedef struct moe__store {
+    const moe_allocator *allocator;
+    moe__store_block *blocks; // the last one
+    char *at, *end;           // free in it
+    uint64_t used, limit;     // bytes
+    uint64_t steps, max_steps;
+    int depth, max_depth;
+    uint32_t point;           // of hashes: no request can know it
+    jmp_buf escape;
+    moe_error error;          // why it was left
+} moe__store;
+
+MOE__PRIVATE void moe__store_init(moe__store *store, const moe_allocator *allocator,
+                                  uint64_t limit, uint64_t max_steps, int max_depth) {
+    uint64_t seed = (uint64_t)(uintptr_t)store ^ (uint64_t)(uintptr_t)&moe__store_init << 20;
+    memset(store, 0, sizeof *store);
+    store->allocator = allocator;
+    store->limit = limit;
+    store->max_steps = max_steps;
+    store->max_depth = max_depth;
+    store->point = (uint32_t)(moe__splitmix64(&seed) >> 33) | 1;
+}
+
+MOE__PRIVATE void moe__store_free(moe__store *store) {
+    for (moe__store_block *b = store->blocks, *before; b; b = before) {
+        before = b->before;
+        moe__free(store->allocator, b);
+    }
+    store->blocks = NULL;
+    store->at = store->end = NULL;
+}
+
+MOE__PRIVATE __attribute__((noreturn)) MOE__PRINTF(5, 6) void
+    moe__store_fail(moe__store *store, moe_status status, uint64_t offset, const char *where,
+                    const char *format, ...) {
+    char text[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    moe__fail_at(&store->error, status, offset, where, strlen(where), "%s", text);
+    longjmp(store->escape, 1);
+}
+
+// Runs a step of work; what it fails with comes back as a status.
+MOE__PRIVATE moe_status moe__store_try(moe__store *store, void (*work)(void *), void *of,
+                                       moe_error *error) {
+    store->depth = 0;
+    if (setjmp(store->escape) == 0) {
+        work(of);
+        return MOE_OK;
+    }
+    if (error) *error = store->error;
+    return store->error.status;
+}
+
+MOE__INLINE void moe__store_step(moe__store *store, uint64_t n) {
+    store->steps += n;
+    if (store->steps > store->max_steps)
+        moe__store_fail(store, MOE_ERROR_MEMORY, 0, "", "more than %llu steps are not allowed",
+                        (unsigned long long)store->max_steps);
+}
+MOE__INLINE void moe__store_enter(moe__store *store) {
+    if (++store->depth > store->max_depth)
+        moe__store_fail(store, MOE_ERROR_MEMORY, 0, "", "nested more than %d deep",
+                        store->max_depth);
+}
+MOE__INLINE void moe__store_leave(moe__store *store) { store->depth--; }
+
+MOE__PRIVATE void moe__store_grow(moe__store *store, uint64_t bytes) {
+    const uint64_t usual = 1 << 14, most = 1 << 20;
+    uint64_t size = store->used / 2 < usual ? usual : store->used / 2 > most ? most
+                                                                             : store->used / 2;
+    if (bytes > size) size = bytes;
+    if (size > store->limit || store->used > store->limit - size) {
+        size = bytes; // the last bit of it
+        if (size > store->limit || store->used > store->limit - size)
+            moe__store_fail(store, MOE_ERROR_MEMORY, 0, "", "more than %llu bytes are not allowed",
+                            (unsigned long long)store->limit);
+    }
+    moe__store_block *block =
+        (moe__store_block *)moe__alloc_unset(store->allocator, (size_t)size + 16);
+    if (!block) moe__store_fail(store, MOE_ERROR_MEMORY, 0, "", "out of memory");
+    block->before = store->blocks;
+    store->blocks = block;
+    store->used += size;
+    store->at = (char *)block + 16;
+    store->end = store->at + size;
+}
+
+// count elements of a size, not cleared, aligned to 16; never NULL.
+MOE__PRIVATE void *moe__store_take(moe__store *store, uint64_t count, uint64_t size) {
+    uint64_t bytes;
+    if (!moe__size_mul(count, size, &bytes) || bytes > INT64_MAX / 4) bytes = INT64_MAX / 4;
+    bytes = (bytes + 15) & ~(uint64_t)15;
+    if (bytes > (uint64_t)(store->end - store->at)) moe__store_grow(store, bytes);
+    char *memory = store->at;
+    store->at += bytes;
+    return memory;
+}
+
+// ---- values ----------------------------------------------------------------------------------
+
+typedef enum moe__value_kind {
+    MOE__VALUE_UNDEFINED, // 0: that of a zeroed value
+    MOE__VALUE_NONE,
+    MOE__VALUE_BOOL,
+    MOE__VALUE_INT,
+    MOE__VALUE_FLOAT,
+    MOE__VALUE_STRING,
+    MOE__VALUE_LIST,
+    MOE__VALUE_DICT, // JSON has those down to here, but for the first
+    MOE__VALUE_TUPLE,
+    MOE__VALUE_RANGE,     // of integers
+    MOE__VALUE_VIEW,      // keys, values or items of a dict
+    MOE__VALUE_ITERATOR,  // gives its elements once
+    MOE__VALUE_NAMESPACE, // its attributes may be set
+    MOE__VALUE_LOOP,      // the variable of that name
+    MOE__VALUE_FUNCTION,  // a macro, a method of a value, a function of templates
+    MOE__VALUE_CYCLER,
+    MOE__VALUE_JOINER
+} moe__value_kind;
+
+struct moe__list;
+struct moe__dict;
+
+typedef struct moe__value {
+    uint8_t kind;
+    uint8_t typed;        // STRING without marks: was it typed by a user?
+    uint8_t safe;         // STRING: it is HTML, what is added to it is escaped
+    uint8_t of;           // UNDEFINED: the kind of the value that has no such attribute; VIEW
+    const uint8_t *marks; // STRING: for each byte, or NULL
+    uint64_t size;        // STRING: bytes; UNDEFINED: of its name
+    union {
+        int64_t i; // INT, BOOL
+        double f;
+        const char *text; // STRING, UNDEFINED; not NUL-terminated
+        struct moe__list *list; // LIST, TUPLE, ITERATOR
+        struct moe__dict *dict; // DICT, NAMESPACE, VIEW
+        void *object; // what only >>jinja knows
+    } as;
+} moe__value;
+
+typedef struct moe__list {
+    moe__value *items;
+    uint64_t n, max;
+    uint64_t at; // ITERATOR: the next one
+} moe__list;
+
+typedef struct moe__pair {
+    moe__value key, value;
+    uint32_t hash;
+} moe__pair;
+
+// Entries in the order of their coming. More than a few are found by a hash table of 1 + number.
+typedef struct moe__dict {
+    moe__pair *entries;
+    uint64_t n, max;
+    uint32_t *slots, mask;
+} moe__dict;
+
+MOE__INLINE moe__value moe__value_of(moe__value_kind kind) {
+    moe__value v;
+    memset(&v, 0, sizeof v);
+    v.kind = (uint8_t)kind;
+    return v;
+}
+MOE__INLINE moe__value moe__value_none(void) { return moe__value_of(MOE__VALUE_NONE); }
+MOE__INLINE moe__value moe__value_int(int64_t i) {
+    moe__value v = moe__value_of(MOE__VALUE_INT);
+    v.as.i = i;
+    return v;
+}
+MOE__INLINE moe__value moe__value_bool(int b) {
+    moe__value v = moe__value_of(MOE__VALUE_BOOL);
+    v.as.i = b != 0;
+    return v;
+}
+MOE__INLINE moe__value moe__value_float(double f) {
+    moe__value v = moe__value_of(MOE__VALUE_FLOAT);
+    v.as.f = f;
+    return v;
+}
+// The text is not copied and not typed.
+MOE__INLINE moe__value moe__value_text(const char *text, uint64_t size) {
+    moe__value v = moe__value_of(MOE__VALUE_STRING);
+    v.as.text = text;
+    v.size = size;
+    return v;
+}
+MOE__INLINE moe__value moe__value_words(const char *text) {
+    return moe__value_text(text, strlen(text));
+}
+// Bytes from .. to - 1 of a string.
+MOE__INLINE moe__value moe__value_part(moe__value s, uint64_t from, uint64_t to) {
+    s.as.text += from;
+    if (s.marks) s.marks += from;
+    s.size = to - from;
+    return s;
+}
+MOE__INLINE int moe__value_is_number(moe__value v) {
+    return v.kind == MOE__VALUE_BOOL || v.kind == MOE__VALUE_INT || v.kind == MOE__VALUE_FLOAT;
+}
+MOE__INLINE double moe__value_as_float(moe__value v) {
+    return v.kind == MOE__VALUE_FLOAT ? v.as.f : (double)v.as.i;
+}
+MOE__INLINE int moe__value_is_text(moe__value v, const char *text) {
+    return v.kind == MOE__VALUE_STRING && v.size == strlen(text) &&
+           memcmp(v.as.text, text, (size_t)v.size) == 0;
+}
+
+MOE__PRIVATE moe__value moe__list_new(moe__store *store, moe__value_kind kind, uint64_t max) {
+    moe__value v = moe__value_of(kind);
+    v.as.list = (moe__list *)moe__store_take(store, 1, sizeof *v.as.list);
+    memset(v.as.list, 0, sizeof *v.as.list);
+    v.as.list->max = max;
+    if (max) v.as.list->items = (moe__value *)moe__store_take(store, max, sizeof(moe__value));
+    return v;
+}
+
+MOE__PRIVATE void moe__list_add(moe__store *store, moe__list *list, moe__value item) {
+    if (list->n == list->max) {
+        const uint64_t max = list->max ? 2 * list->max : 4;
+        moe__value *items = (moe__value *)moe__store_take(store, max, sizeof *items);
+        if (list->n) memcpy(items, list->items, (size_t)list->n * sizeof *items);
+        list->items = items;
+        list->max = max;
+    }
+    list->items[list->n++] = item;
+}
+
+// Python's ==: numbers of any kind compare by value, containers by what is in them.
+MOE__PRIVATE int moe__value_equal(moe__store *store, moe__value a, moe__value b);
+
+MOE__PRIVATE uint32_t moe__value_hash(moe__store *store, moe__value v) {
+    uint64_t h = v.kind, n = v.kind == MOE__VALUE_TUPLE ? v.as.list->n : 0;
+    if (moe__value_is_number(v)) {
+        const double f = moe__value_as_float(v);
+        const int whole = f >= -9e18 && f <= 9e18 && f == (double)(int64_t)f;
+        uint64_t bits = 0;
+        if (v.kind != MOE__VALUE_FLOAT) bits = (uint64_t)v.as.i;
+        else if (whole) bits = (uint64_t)(int64_t)f;
+        else memcpy(&bits, &f, sizeof bits);
+        return (uint32_t)(moe__splitmix64(&bits) >> 32);
+    }
+    moe__store_enter(store);
+    if (v.kind == MOE__VALUE_STRING) {
+        moe__store_step(store, v.size / 16);
+        for (uint64_t i = 0; i < v.size; i++)
+            h = moe__text_mod(h * store->point + (unsigned char)v.as.text[i]);
+    }
+    for (uint64_t i = 0; i < n; i++)
+        h = moe__text_mod((h + moe__value_hash(store, v.as.list->items[i])) % 0x7FFFFFFF *
+                          store->point + 1);
+    moe__store_leave(store);
+    return (uint32_t)moe__splitmix64(&h);
+}
+
+MOE__PRIVATE moe__value moe__dict_new(moe__store *store, moe__value_kind kind) {
+    moe__value v = moe__value_of(kind);
+    v.as.dict = (moe__dict *)moe__store_take(store, 1, sizeof *v.as.dict);
+    memset(v.as.dict, 0, sizeof *v.as.dict);
+    return v;
+}
+
+MOE__INLINE int moe__dict_is(moe__store *store, const moe__pair *entry, uint32_t hash,
+                             moe__value key) {
+    return entry->hash == hash && moe__value_equal(store, entry->key, key);
+}
+
+// The number of the entry with this key, or n.
+MOE__PRIVATE uint64_t moe__dict_index(moe__store *store, const moe__dict *dict, moe__value key,
+                                      uint32_t hash) {
+    if (!dict->slots) {
+        for (uint64_t i = 0; i < dict->n; i++)
+            if (moe__dict_is(store, &dict->entries[i], hash, key)) return i;
+        return dict->n;
+    }
+    for (uint32_t at = hash & dict->mask; dict->slots[at]; at = (at + 1) & dict->mask) {
+        moe__store_step(store, 1);
+        const uint32_t i = dict->slots[at] - 1;
+        if (moe__dict_is(store, &dict->entries[i], hash, key)) return i;
+    }
+    return dict->n;
+}
+
+// The value of a key, or NULL; the place belongs to the dict until it grows.
+MOE__PRIVATE moe__value *moe__dict_find(moe__store *store, const moe__dict *dict,
+                                        moe__value key) {
+    if (!dict->n) return NULL;
+    const uint64_t i = moe__dict_index(store, dict, key, moe__value_hash(store, key));
+    return i < dict->n ? &dict->entries[i].value : NULL;
+}
+// The same for a value that may be no dict, and a key that is a word of ours.
+MOE__PRIVATE moe__value *moe__dict_get(moe__store *store, moe__value dict, const char *key) {
+    return dict.kind == MOE__VALUE_DICT
+               ? moe__dict_find(store, dict.as.dict, moe__value_words(key))
+               : NULL;
+}
+
+MOE__PRIVATE void moe__dict_grow(moe__store *store, moe__dict *dict) {
+    enum { FEW = 8 };
+    const uint64_t max = dict->max ? 2 * dict->max : 4;
+    moe__pair *entries = (moe__pair *)moe__store_take(store, max, sizeof *entries);
+    if (dict->n) memcpy(entries, dict->entries, (size_t)dict->n * sizeof *entries);
+    dict->entries = entries;
+    dict->max = max;
+    if (max <= FEW) return;
+    if (max > UINT32_MAX / 4) moe__store_take(store, UINT64_MAX, 1);
+    dict->mask = (uint32_t)(2 * max - 1);
+    dict->slots = (uint32_t *)moe__store_take(store, 2 * max, sizeof *dict->slots);
+    memset(dict->slots, 0, (size_t)(2 * max) * sizeof *dict->slots);
+    for (uint32_t i = 0; i < dict->n; i++) {
+        uint32_t at = entries[i].hash & dict->mask;
+        while (dict->slots[at]) at = (at + 1) & dict->mask;
+        dict->slots[at] = i + 1;
+    }
+}
+
+// Sets the value of a key, which keeps its place if it is there.
+MOE__PRIVATE void moe__dict_set(moe__store *store, moe__dict *dict, moe__value key,
+                                moe__value value) {
+    const uint32_t hash = moe__value_hash(store, key);
+    const uint64_t i = moe__dict_index(store, dict, key, hash);
+    if (i < dict->n) {
+        dict->entries[i].value = value;
+        return;
+    }
+    if (dict->n == dict->max) moe__dict_grow(store, dict);
+    moe__pair *entry = &dict->entries[dict->n++];
+    entry->key = key;
+    entry->value = value;
+    entry->hash = hash;
+    if (!dict->slots) return;
+    uint32_t at = hash & dict->mask;
+    while (dict->slots[at]) at = (at + 1) & dict->mask;
+    dict->slots[at] = (uint32_t)dict->n;
+}
+
+MOE__PRIVATE int moe__list_equal(moe__store *store, const moe__list *a, const moe__list *b) {
+    if (a->n != b->n) return 0;
+    for (uint64_t i = 0; i < a->n; i++)
+        if (!moe__value_equal(store, a->items[i], b->items[i])) return 0;
+    return 1;
+}
+
+MOE__PRIVATE int moe__dict_equal(moe__store *store, const moe__dict *a, const moe__dict *b) {
+    if (a->n != b->n) return 0;
+    for (uint64_t i = 0; i < a->n; i++) {
+        const moe__value *other = moe__dict_find(store, b, a->entries[i].key);
+        if (!other || !moe__value_equal(store, a->entries[i].value, *other)) return 0;
+    }
+    return 1;
+}
+
+// An integer and a float, of which no bits are lost.
+MOE__PRIVATE int moe__value_compare_mixed(int64_t i, double f) { // -1, 0, 1; 2: not a number
+    if (f != f) return 2;
+    if (f >= 9223372036854775808.0) return -1;
+    if (f < -9223372036854775808.0) return 1;
+    const int64_t whole = (int64_t)f;
+    if (i != whole) return i < whole ? -1 : 1;
+    return f > (double)whole ? -1 : f < (double)whole;
+}
+MOE__PRIVATE int moe__value_compare_numbers(moe__value a, moe__value b) {
+    if (a.kind != MOE__VALUE_FLOAT && b.kind != MOE__VALUE_FLOAT)
+        return a.as.i < b.as.i ? -1 : a.as.i > b.as.i;
+    if (a.kind != MOE__VALUE_FLOAT) return moe__value_compare_mixed(a.as.i, b.as.f);
+    if (b.kind != MOE__VALUE_FLOAT) {
+        const int order = moe__value_compare_mixed(b.as.i, a.as.f);
+        return order == 2 ? 2 : -order;
+    }
+    if (a.as.f != a.as.f || b.as.f != b.as.f) return 2;
+    return a.as.f < b.as.f ? -1 : a.as.f > b.as.f;
+}
+
+MOE__PRIVATE int moe__value_equal(moe__store *store, moe__value a, moe__value b) {
+    if (moe__value_is_number(a) && moe__value_is_number(b))
+        return moe__value_compare_numbers(a, b) == 0;
+    if (a.kind != b.kind) return 0;
+    int equal = 1;
+    moe__store_enter(store);
+    moe__store_step(store, 1);
+    switch (a.kind) {
+    case MOE__VALUE_UNDEFINED:
+    case MOE__VALUE_NONE: break;
+    case MOE__VALUE_STRING:
+        moe__store_step(store, a.size / 64);
+        equal = a.size == b.size && (!a.size || !memcmp(a.as.text, b.as.text, (size_t)a.size));
+        break;
+    case MOE__VALUE_LIST:
+    case MOE__VALUE_TUPLE: equal = moe__list_equal(store, a.as.list, b.as.list); break;
+    case MOE__VALUE_DICT: equal = moe__dict_equal(store, a.as.dict, b.as.dict); break;
+    default: equal = a.as.object == b.as.object && a.of == b.of;
+    }
+    moe__store_leave(store);
+    return equal;
+}
+
+// ---- making strings --------------------------------------------------------------------------
+
+// A string that grows at its end. `marks` once there are bytes of both kinds.
+typedef struct moe__builder {
+    moe__store *store;
+    char *text;
+    uint8_t *marks;
+    uint64_t size, max;
+    uint8_t typed;
+} moe__builder;
+
+MOE__INLINE moe__builder moe__builder_of(moe__store *store) {
+    moe__builder b;
+    memset(&b, 0, sizeof b);
+    b.store = store;
+    return b;
+}
+
+MOE__PRIVATE void moe__builder_reserve(moe__builder *b, uint64_t more) {
+    if (more <= b->max - b->size) return;
+    uint64_t max;
+    if (!moe__size_add(b->size + b->size / 2 + 32, more, &max)) max = UINT64_MAX / 2;
+    char *text = (char *)moe__store_take(b->store, max, 1);
+    if (b->size) memcpy(text, b->text, (size_t)b->size);
+    if (b->marks) {
+        uint8_t *marks = (uint8_t *)moe__store_take(b->store, max, 1);
+        memcpy(marks, b->marks, (size_t)b->size);
+        b->marks = marks;
+    }
+    b->text = text;
+    b->max = max;
+}
+
+// From now on there is a mark for each byte.
+MOE__PRIVATE void moe__builder_mark(moe__builder *b) {
+    if (b->marks) return;
+    b->marks = (uint8_t *)moe__store_take(b->store, b->max, 1);
+    memset(b->marks, b->typed, (size_t)b->size);
+}
+
+// Bytes of one kind.
+MOE__PRIVATE void moe__builder_add(moe__builder *b, const char *text, uint64_t size, int typed) {
+    if (!size) return;
+    moe__store_step(b->store, size / 64);
+    moe__builder_reserve(b, size);
+    if (!b->size) b->typed = typed != 0;
+    if (b->typed != (typed != 0)) moe__builder_mark(b);
+    memcpy(b->text + b->size, text, (size_t)size);
+    if (b->marks) memset(b->marks + b->size, typed != 0, (size_t)size);
+    b->size += size;
+}
+MOE__PRIVATE void moe__builder_words(moe__builder *b, const char *text) {
+    moe__builder_add(b, text, strlen(text), 0);
+}
+MOE__PRIVATE void moe__builder_repeat(moe__builder *b, char c, uint64_t n) {
+    moe__builder_reserve(b, n);
+    for (; n; n--) moe__builder_add(b, &c, 1, 0);
+}
+
+MOE__PRIVATE void moe__builder_string(moe__builder *b, moe__value s) {
+    if (!s.marks) {
+        moe__builder_add(b, s.as.text, s.size, s.typed);
+        return;
+    }
+    moe__store_step(b->store, s.size / 64);
+    moe__builder_reserve(b, s.size);
+    moe__builder_mark(b);
+    if (s.size) memcpy(b->text + b->size, s.as.text, (size_t)s.size);
+    if (s.size) memcpy(b->marks + b->size, s.marks, (size_t)s.size);
+    b->size += s.size;
+}
+
+// Was byte i of a string typed?
+MOE__INLINE int moe__value_mark(moe__value s, uint64_t i) {
+    return s.marks ? s.marks[i] : s.typed;
+}
+
+MOE__PRIVATE moe__value moe__builder_end(const moe__builder *b) {
+    moe__value v = moe__value_text(b->text ? b->text : "", b->size);
+    v.typed = b->typed;
+    v.marks = b->marks;
+    return v;
+}
+
+// ---- numbers ---------------------------------------------------------------------------------
+
+// The C library reads and prints numbers in the language of the program: what stands for the
+// point is not given to it and passed over in what it gives.
+
+// Decimal digits and a power of ten: [-]DIGITS[.DIGITS][e[+-]DIGITS]. The text is known to be so.
+MOE__PRIVATE double moe__json_float(moe__store *store, const char *text, uint64_t size) {
+    char *plain = (char *)moe__store_take(store, size + 32, 1);
+    uint64_t n = 0, i = 0;
+    int64_t power = 0, written = 0;
+    int behind = 0, minus = 0;
+    for (; i < size && text[i] != 'e' && text[i] != 'E'; i++) {
+        if (text[i] == '.') {
+            behind = 1;
+        } else {
+            plain[n++] = text[i];
+            power -= behind;
+        }
+    }
+    if (i++ < size) {
+        if (i < size && (text[i] == '-' || text[i] == '+')) minus = text[i++] == '-';
+        for (; i < size; i++)
+            if (written < 1000000000) written = 10 * written + text[i] - '0';
+    }
+    snprintf(plain + n, 32, "e%lld", (long long)(power + (minus ? -written : written)));
+    moe__store_step(store, size / 8);
+    return strtod(plain, NULL);
+}
+
+// The fewest digits that mean x, a finite number above 0; returns how many. *point: how many of
+// them are in front of the point.
+MOE__PRIVATE int moe__json_digits(double x, char *digits, int *point) {
+    char text[64];
+    int n = 0;
+    for (int precision = 0; precision < 17; precision++) {
+        snprintf(text, sizeof text, "%.*e", precision, x);
+        if (strtod(text, NULL) == x) break;
+    }
+    const char *p = text;
+    for (; *p && *p != 'e'; p++)
+        if (*p >= '0' && *p <= '9') digits[n++] = *p;
+    while (n > 1 && digits[n - 1] == '0') n--;
+    *point = 1 + (*p ? (int)strtol(p + 1, NULL, 10) : 0);
+    return n;
+}
+
+// As Python prints it: 1.0, 0.0001, 1e-05, 1e+16. At most 40 bytes, NUL included.
+MOE__PRIVATE void moe__json_print_float(double x, char *out) {
+    char digits[32];
+    int point = 1, n = 1;
+    if (x != x || x - x != 0) {
+        strcpy(out, x != x ? "nan" : x < 0 ? "-inf" : "inf");
+        return;
+    }
+    if (signbit(x)) *out++ = '-';
+    digits[0] = '0';
+    if (x != 0) n = moe__json_digits(fabs(x), digits, &point);
+    if (point < -3 || point > 16) {
+        *out++ = digits[0];
+        if (n > 1) *out++ = '.';
+        memcpy(out, digits + 1, (size_t)n - 1);
+        snprintf(out + n - 1, 16, "e%c%02d", point < 1 ? '-' : '+', abs(point - 1));
+        return;
+    }
+    for (int i = point < 1 ? point - 1 : 0; i < n || i <= point; i++) {
+        if (i == point || (point < 1 && i == point)) *out++ = '.';
+        *out++ = i < 0 || i >= n ? '0' : digits[i];
+    }
+    *out = 0;
+}
+
+// ---- reading ---------------------------------------------------------------------------------
+
+// Members with the same name: the last one counts. Halves of surrogate pairs that stand alone
+// become U+FFFD, as do bytes that are no UTF-8. Integers that fit are integers, others floats.
+enum { MOE__JSON_DEPTH = 100 };
+
+typedef struct moe__json {
+    moe__store *store;
+    const char *text;
+    uint64_t size, at;
+    int depth;
+    moe__value result;
+} moe__json;
+
+MOE__PRIVATE __attribute__((noreturn)) void moe__json_fail(moe__json *json, const char *what) {
+    moe__store_fail(json->store, MOE_ERROR_ARGUMENT, json->at, "", "JSON at byte %llu: %s",
+                    (unsigned long long)json->at, what);
+}
+
+// The next byte that is no white space, or 0 at the end.
+MOE__PRIVATE char moe__json_peek(moe__json *json) {
+    for (; json->at < json->size; json->at++) {
+        const char c = json->text[json->at];
+        if (c != ' ' && c != '\n' && c != '\r' && c != '\t') return c;
+    }
+    return 0;
+}
+
+// The four hexadecimal digits behind "\u", or -1.
+MOE__PRIVATE int32_t moe__json_hex(const char *text, uint64_t size) {
+    int32_t code = 0;
+    if (size < 4) return -1;
+    for (int i = 0; i < 4; i++) {
+        const char c = text[i];
+        const int digit = c >= '0' && c <= '9'   ? c - '0'
+                          : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                          : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                                 : -1;
+        if (digit < 0) return -1;
+        code = code * 16 + digit;
+    }
+    return code;
+}
+
+// Writes a character in UTF-8, 1 to 4 bytes, and returns its size; no surrogates.
+MOE__PRIVATE uint64_t moe__json_utf8(uint32_t code, char *out) {
+    if (code > 0x10FFFF || (code >= 0xD800 && code < 0xE000)) code = 0xFFFD;
+    const int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    static const uint8_t leads[5] = {0, 0, 0xC0, 0xE0, 0xF0};
+    for (int i = n - 1; i > 0; i--, code >>= 6) out[i] = (char)(0x80 | (code & 0x3F));
+    out[0] = (char)(leads[n] | code);
+    return (uint64_t)n;
+}
+
+// What stands behind a backslash.
+MOE__PRIVATE uint32_t moe__json_escape(moe__json *json) {
+    static const char names[] = "\"\\/bfnrt", codes[] = "\"\\/\b\f\n\r\t";
+    const char c = json->at < json->size ? json->text[json->at] : 0;
+    const char *name = c ? strchr(names, c) : NULL;
+    if (name) {
+        json->at++;
+        return (uint32_t)codes[name - names];
+    }
+    const char *text = json->text + json->at;
+    const uint64_t left = json->size - json->at;
+    const int32_t code = c == 'u' ? moe__json_hex(text + 1, left - 1) : -1;
+    if (code < 0) moe__json_fail(json, "not an escape");
+    json->at += 5;
+    if (code >= 0xD800 && code < 0xDC00 && left >= 11 && text[5] == '\\' && text[6] == 'u') {
+        const int32_t low = moe__json_hex(text + 7, 4);
+        if (low >= 0xDC00 && low < 0xE000) {
+            json->at += 6;
+            return 0x10000 + ((uint32_t)(code - 0xD800) << 10) + (uint32_t)(low - 0xDC00);
+        }
+    }
+    return (uint32_t)code;
+}
+
+// The size of what a string says, at most: no escape is shorter than its character, and a byte that
+// is no UTF-8 becomes three.
+MOE__PRIVATE uint64_t moe__json_string_size(const moe__json *json) {
+    const char *text = json->text;
+    uint64_t size = 0, n;
+    uint32_t code;
+    for (uint64_t i = json->at; i < json->size && text[i] != '"'; i += n) {
+        n = text[i] == '\\' ? 2 : moe__utf8_next(text + i, (size_t)(json->size - i), &code);
+        size += n == 1 && (text[i] & 0x80) ? 3 : n;
+    }
+    return size;
+}
+
+MOE__PRIVATE moe__value moe__json_read_string(moe__json *json) {
+    json->at++;
+    char *out = (char *)moe__store_take(json->store, moe__json_string_size(json) + 1, 1);
+    uint64_t n = 0;
+    for (;;) {
+        const char c = json->at < json->size ? json->text[json->at] : 0;
+        uint32_t code;
+        if (json->at >= json->size) moe__json_fail(json, "a string does not end");
+        if (c == '"') break;
+        if ((unsigned char)c < 0x20) moe__json_fail(json, "a control character in a string");
+        if (c == '\\') {
+            json->at++;
+            code = moe__json_escape(json);
+        } else {
+            json->at += moe__utf8_next(json->text + json->at, (size_t)(json->size - json->at),
+                                       &code);
+        }
+        n += moe__json_utf8(code, out + n);
+    }
+    json->at++;
+    return moe__value_text(out, n);
+}
+
+MOE__PRIVATE uint64_t moe__json_skip_digits(moe__json *json) {
+    const uint64_t from = json->at;
+    while (json->at < json->size && json->text[json->at] >= '0' && json->text[json->at] <= '9')
+        json->at++;
+    if (json->at == from) moe__json_fail(json, "a digit is missing");
+    return json->at - from;
+}
+
+MOE__PRIVATE moe__value moe__json_read_number(moe__json *json) {
+    const uint64_t from = json->at;
+    const int minus = json->text[json->at] == '-';
+    int whole = 1;
+    json->at += (uint64_t)minus;
+    const uint64_t digits = json->at;
+    if (moe__json_skip_digits(json) > 1 && json->text[digits] == '0')
+        moe__json_fail(json, "a number begins with 0");
+    const uint64_t end = json->at;
+    if (json->at < json->size && json->text[json->at] == '.') {
+        json->at++;
+        moe__json_skip_digits(json);
+        whole = 0;
+    }
+    if (json->at < json->size && (json->text[json->at] == 'e' || json->text[json->at] == 'E')) {
+        json->at++;
+        if (json->at < json->size && (json->text[json->at] == '-' || json->text[json->at] == '+'))
+            json->at++;
+        moe__json_skip_digits(json);
+        whole = 0;
+    }
+    int64_t value = 0;
+    for (uint64_t i = digits; whole && i < end; i++) { // below 0, where there is one more
+        whole = !__builtin_mul_overflow(value, (int64_t)10, &value) &&
+                !__builtin_sub_overflow(value, (int64_t)(json->text[i] - '0'), &value);
+    }
+    if (whole && (minus || value != INT64_MIN)) return moe__value_int(minus ? value : -value);
+    return moe__value_float(
+        moe__json_float(json->store, json->text + from, json->at - from));
+}
+
+MOE__PRIVATE moe__value moe__json_read_word(moe__json *json) {
+    static const char *const words[] = {"null", "true", "false"};
+    for (int i = 0; i < 3; i++) {
+        const size_t n = strlen(words[i]);
+        if (json->size - json->at < n || memcmp(json->text + json->at, words[i], n) != 0) continue;
+        json->at += n;
+        return i ? moe__value_bool(i == 1) : moe__value_none();
+    }
+    moe__json_fail(json, json->at < json->size ? "not a value" : "it ends too early");
+}
+
+MOE__PRIVATE moe__value moe__json_read_value(moe__json *json);
+
+MOE__PRIVATE moe__value moe__json_read_list(moe__json *json) {
+    moe__value v = moe__list_new(json->store, MOE__VALUE_LIST, 0);
+    json->at++;
+    if (moe__json_peek(json) != ']') {
+        for (;; json->at++) {
+            moe__list_add(json->store, v.as.list, moe__json_read_value(json));
+            if (moe__json_peek(json) != ',') break;
+        }
+    }
+    if (moe__json_peek(json) != ']') moe__json_fail(json, "',' or ']' is missing");
+    json->at++;
+    return v;
+}
+
+MOE__PRIVATE moe__value moe__json_read_dict(moe__json *json) {
+    moe__value v = moe__dict_new(json->store, MOE__VALUE_DICT);
+    json->at++;
+    if (moe__json_peek(json) != '}') {
+        for (;; json->at++) {
+            if (moe__json_peek(json) != '"') moe__json_fail(json, "a name is missing");
+            const moe__value key = moe__json_read_string(json);
+            if (moe__json_peek(json) != ':') moe__json_fail(json, "':' is missing");
+            json->at++;
+            moe__dict_set(json->store, v.as.dict, key, moe__json_read_value(json));
+            if (moe__json_peek(json) != ',') break;
+        }
+    }
+    if (moe__json_peek(json) != '}') moe__json_fail(json, "',' or '}' is missing");
+    json->at++;
+    return v;
+}
+
+MOE__PRIVATE moe__value moe__json_read_value(moe__json *json) {
+    const char c = moe__json_peek(json);
+    moe__value v;
+    if (++json->depth > MOE__JSON_DEPTH) moe__json_fail(json, "nested too deep");
+    moe__store_step(json->store, 1);
+    if (c == '"') v = moe__json_read_string(json);
+    else if (c == '{') v = moe__json_read_dict(json);
+    else if (c == '[') v = moe__json_read_list(json);
+    else if (c == '-' || (c >= '0' && c <= '9')) v = moe__json_read_number(json);
+    else v = moe__json_read_word(json);
+    json->depth--;
+    return v;
+}
+
+// A whole text. Within a try.
+MOE__PRIVATE moe__value moe__json_parse(moe__store *store, const char *text, uint64_t size) {
+    moe__json json;
+    memset(&json, 0, sizeof json);
+    json.store = store;
+    json.text = text;
+    json.size = size;
+    const moe__value v = moe__json_read_value(&json);
+    moe__json_peek(&json);
+    if (json.at < size) moe__json_fail(&json, "something follows behind the value");
+    return v;
+}
+
+MOE__PRIVATE void moe__json_read_work(void *of) {
+    moe__json *json = (moe__json *)of;
+    json->result = moe__json_parse(json->store, json->text, json->size);
+}
+// The same for who is not within a try. Errors: ARGUMENT (offset tells where), MEMORY.
+MOE__PRIVATE moe_status moe__json_read(moe__store *store, const char *text, size_t size,
+                                       moe__value *out, moe_error *error) {
+    moe__json json;
+    memset(&json, 0, sizeof json);
+    json.store = store;
+    json.text = text;
+    json.size = size;
+    const moe_status status = moe__store_try(store, moe__json_read_work, &json, error);
+    *out = json.result;
+    return status;
+}
+
+// ---- writing ---------------------------------------------------------------------------------
+
+// What Python's json.dumps does; zeroed: the default but for ensure_ascii, which is off.
+typedef struct moe__json_style {
+    moe__value indent;     // a string, or UNDEFINED: all on one line
+    moe__value comma, colon; // separators, or UNDEFINED
+    int sort_keys, ensure_ascii;
+} moe__json_style;
+
+MOE__PRIVATE void moe__json_write_string(moe__builder *b, moe__value s, int ensure_ascii) {
+    static const char names[] = "\"\\\b\f\n\r\t", codes[] = "\"\\bfnrt";
+    uint64_t from = 0, n;
+    moe__builder_words(b, "\"");
+    for (uint64_t i = 0; i < s.size; i += n) {
+        uint32_t code;
+        n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+        const char *name = code && code < 0x80 ? strchr(names, (int)code) : NULL;
+        if (!name && code >= 0x20 && (code < 0x80 || !ensure_ascii)) continue;
+        char escape[16];
+        if (name) snprintf(escape, sizeof escape, "\\%c", codes[name - names]);
+        else if (code < 0x10000) snprintf(escape, sizeof escape, "\\u%04x", (unsigned)code);
+        else
+            snprintf(escape, sizeof escape, "\\u%04x\\u%04x",
+                     (unsigned)(0xD800 + ((code - 0x10000) >> 10)),
+                     (unsigned)(0xDC00 + ((code - 0x10000) & 0x3FF)));
+        moe__builder_string(b, moe__value_part(s, from, i));
+        moe__builder_add(b, escape, strlen(escape), moe__value_mark(s, i));
+        from = i + n;
+    }
+    moe__builder_string(b, moe__value_part(s, from, s.size));
+    moe__builder_words(b, "\"");
+}
+
+MOE__PRIVATE void moe__json_write_number(moe__builder *b, moe__value v) {
+    char text[64];
+    if (v.kind == MOE__VALUE_INT) snprintf(text, sizeof text, "%lld", (long long)v.as.i);
+    else moe__json_print_float(v.as.f, text);
+    if (!strcmp(text, "nan")) strcpy(text, "NaN");
+    if (!strcmp(text, "inf")) strcpy(text, "Infinity");
+    if (!strcmp(text, "-inf")) strcpy(text, "-Infinity");
+    moe__builder_words(b, text);
+}
+
+MOE__PRIVATE void moe__json_write_line(moe__builder *b, const moe__json_style *style,
+                                       uint64_t level) {
+    if (style->indent.kind != MOE__VALUE_STRING) return;
+    moe__builder_words(b, "\n");
+    for (; level; level--) moe__builder_string(b, style->indent);
+}
+
+MOE__PRIVATE void moe__json_write_comma(moe__builder *b, const moe__json_style *style) {
+    if (style->comma.kind == MOE__VALUE_STRING) moe__builder_string(b, style->comma);
+    else moe__builder_words(b, style->indent.kind == MOE__VALUE_STRING ? "," : ", ");
+}
+
+MOE__PRIVATE void moe__json_write(moe__builder *b, moe__value v, const moe__json_style *style,
+                                  uint64_t level);
+
+MOE__PRIVATE void moe__json_write_list(moe__builder *b, const moe__list *list,
+                                       const moe__json_style *style, uint64_t level) {
+    moe__builder_words(b, "[");
+    for (uint64_t i = 0; i < list->n; i++) {
+        if (i) moe__json_write_comma(b, style);
+        moe__json_write_line(b, style, level + 1);
+        moe__json_write(b, list->items[i], style, level + 1);
+    }
+    if (list->n) moe__json_write_line(b, style, level);
+    moe__builder_words(b, "]");
+}
+
+// Keys that are no strings become some, as Python has it.
+MOE__PRIVATE void moe__json_write_key(moe__builder *b, moe__value key,
+                                      const moe__json_style *style) {
+    if (key.kind == MOE__VALUE_STRING) {
+        moe__json_write_string(b, key, style->ensure_ascii);
+    } else if (key.kind >= MOE__VALUE_NONE && key.kind <= MOE__VALUE_FLOAT) {
+        moe__builder_words(b, "\"");
+        moe__json_write(b, key, style, 0);
+        moe__builder_words(b, "\"");
+    } else {
+        moe__store_fail(b->store, MOE_ERROR_ARGUMENT, 0, "",
+                        "keys must be str, int, float, bool or None");
+    }
+}
+
+// The order of dicts and of sorting: bytes of UTF-8 are in the order of characters.
+MOE__PRIVATE int moe__value_compare_strings(moe__value a, moe__value b) {
+    const uint64_t n = a.size < b.size ? a.size : b.size;
+    const int order = n ? memcmp(a.as.text, b.as.text, (size_t)n) : 0;
+    return order ? (order < 0 ? -1 : 1) : a.size < b.size ? -1 : a.size > b.size;
+}
+MOE__PRIVATE int moe__json_above(const moe__pair *a, const moe__pair *b) {
+    if (a->key.kind == MOE__VALUE_STRING && b->key.kind == MOE__VALUE_STRING)
+        return moe__value_compare_strings(a->key, b->key) > 0;
+    return moe__value_is_number(a->key) && moe__value_is_number(b->key) &&
+           moe__value_compare_numbers(a->key, b->key) == 1;
+}
+#define MOE__JSON_ABOVE(a, b) moe__json_above(a, b)
+typedef const moe__pair *moe__pair_ref;
+MOE__HEAP(moe__json_heap, moe__pair_ref, MOE__JSON_ABOVE)
+
+// The entries of a dict in the order in which they are written.
+MOE__PRIVATE moe__pair_ref *moe__json_order(moe__store *store, const moe__dict *dict,
+                                             int sort_keys) {
+    moe__pair_ref *order = (moe__pair_ref *)moe__store_take(store, dict->n + 1, sizeof *order);
+    for (uint64_t i = 0; i < dict->n; i++) order[i] = &dict->entries[i];
+    if (!sort_keys) return order;
+    moe__store_step(store, dict->n);
+    for (uint64_t i = 1; i < dict->n; i++) {
+        const moe__value a = order[0]->key, c = order[i]->key;
+        if ((a.kind == MOE__VALUE_STRING) != (c.kind == MOE__VALUE_STRING))
+            moe__store_fail(store, MOE_ERROR_ARGUMENT, 0, "", "keys of a dict have no order");
+    }
+    moe__json_heap_build(order, (size_t)dict->n);
+    moe__json_heap_sort(order, (size_t)dict->n);
+    return order;
+}
+
+MOE__PRIVATE void moe__json_write_dict(moe__builder *b, const moe__dict *dict,
+                                       const moe__json_style *style, uint64_t level) {
+    moe__pair_ref *order = moe__json_order(b->store, dict, style->sort_keys);
+    moe__builder_words(b, "{");
+    for (uint64_t i = 0; i < dict->n; i++) {
+        if (i) moe__json_write_comma(b, style);
+        moe__json_write_line(b, style, level + 1);
+        moe__json_write_key(b, order[i]->key, style);
+        if (style->colon.kind == MOE__VALUE_STRING) moe__builder_string(b, style->colon);
+        else moe__builder_words(b, ": ");
+        moe__json_write(b, order[i]->value, style, level + 1);
+    }
+    if (dict->n) moe__json_write_line(b, style, level);
+    moe__builder_words(b, "}");
+}
+
+// Writes a value behind what is there. Within a try.
+MOE__PRIVATE void moe__json_write(moe__builder *b, moe__value v, const moe__json_style *style,
+                                  uint64_t level) {
+    static const char *const names[] = {"Undefined", "", "", "", "", "", "", "", "", "range",
+                                        "dict view", "generator", "Namespace", "LoopContext",
+                                        "function", "Cycler", "Joiner"};
+    moe__store_enter(b->store);
+    moe__store_step(b->store, 1);
+    switch (v.kind) {
+    case MOE__VALUE_NONE: moe__builder_words(b, "null"); break;
+    case MOE__VALUE_BOOL: moe__builder_words(b, v.as.i ? "true" : "false"); break;
+    case MOE__VALUE_INT:
+    case MOE__VALUE_FLOAT: moe__json_write_number(b, v); break;
+    case MOE__VALUE_STRING: moe__json_write_string(b, v, style->ensure_ascii); break;
+    case MOE__VALUE_LIST:
+    case MOE__VALUE_TUPLE: moe__json_write_list(b, v.as.list, style, level); break;
+    case MOE__VALUE_DICT: moe__json_write_dict(b, v.as.dict, style, level); break;
+    default:
+        moe__store_fail(b->store, MOE_ERROR_ARGUMENT, 0, "",
+                        "Object of type %s is not JSON serializable", names[v.kind]);
+    }
+    moe__store_leave(b->store);
+}
+
+#endif
 
 // Products of what follows this file are fused or not as its compiler was told.
 #if !defined(__clang__)

@@ -14614,6 +14614,10 @@ typedef struct moe__text_merge {
     uint32_t left, right, result; // symbols
 } moe__text_merge;
 
+typedef struct moe__text_template {
+    moe_string name, text;
+} moe__text_template;
+
 struct moe_vocab {
     moe_allocator allocator;
     struct moe__text_space *kept; // atomic; the memory of a call that is over, or NULL
@@ -14637,6 +14641,11 @@ struct moe_vocab {
     uint32_t n_suppressed;
     moe__text_run runs[MOE__TEXT_RUNS + 1];
     uint32_t ascii[128]; // classes
+#if MOE__USE_CHAT
+    moe__text_template *templates; // of chats, with their bytes behind them; the nameless one first
+    uint32_t n_templates;
+    int32_t named[5]; // tokens for unknown, padding, separator, class and mask, or -1
+#endif
 };
 
 // The slot of the merge (left, right), whose hash is given, or the free one where it belongs.
@@ -15162,6 +15171,64 @@ MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     }
 }
 
+#if MOE__USE_CHAT
+enum { MOE__TEXT_TEMPLATES = 64, MOE__TEXT_TEMPLATE_BYTES = 1 << 20 }; // more are not kept
+
+// The text of a chat template, whose name is what stands behind "tokenizer.chat_template.".
+MOE__PRIVATE int moe__text_get_template(const moe_gguf_value *value, moe__text_template *out) {
+    static const char key[] = "tokenizer.chat_template";
+    const size_t n = sizeof key - 1;
+    const void *cursor = NULL;
+    if (!value || value->type != MOE_VALUE_STRING || value->key.size < n ||
+        memcmp(value->key.data, key, n) != 0 || (value->key.size > n && value->key.data[n] != '.'))
+        return 0;
+    const size_t skipped = value->key.size > n ? n + 1 : n;
+    out->name.data = value->key.data + skipped;
+    out->name.size = value->key.size - skipped;
+    return moe_gguf_value_string(value, &cursor, &out->text) &&
+           out->text.size <= MOE__TEXT_TEMPLATE_BYTES;
+}
+
+// Chat templates, and the tokens that they may name.
+MOE__PRIVATE void moe__text_load_templates(moe__text_loader *loader) {
+    static const char *const keys[5] = {
+        "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id",
+        "tokenizer.ggml.seperator_token_id", "tokenizer.ggml.cls_token_id",
+        "tokenizer.ggml.mask_token_id"};
+    moe_vocab *vocab = loader->vocab;
+    moe__text_template one;
+    const int64_t n_values = moe_gguf_n_values(loader->gguf);
+    size_t n = 0, bytes = 0;
+    for (int i = 0; i < 5; i++) {
+        vocab->named[i] = -1;
+        moe__text_load_id(loader, keys[i], &vocab->named[i]);
+    }
+    for (int64_t i = 0; i < n_values && n < MOE__TEXT_TEMPLATES; i++) {
+        if (!moe__text_get_template(moe_gguf_value_at(loader->gguf, i), &one)) continue;
+        n++;
+        bytes += one.name.size + one.text.size;
+    }
+    if (!n || loader->status) return;
+    moe__text_template *all =
+        (moe__text_template *)moe__text_load_array(loader, n * sizeof *all + bytes, 1);
+    if (!all) return;
+    char *at = (char *)(all + n);
+    vocab->templates = all;
+    for (int64_t i = 0; vocab->n_templates < n; i++) {
+        if (!moe__text_get_template(moe_gguf_value_at(loader->gguf, i), &one)) continue;
+        if (one.name.size) memcpy(at, one.name.data, one.name.size);
+        one.name.data = at;
+        at += one.name.size;
+        if (one.text.size) memcpy(at, one.text.data, one.text.size);
+        one.text.data = at;
+        at += one.text.size;
+        const uint32_t place = vocab->n_templates++;
+        if (!one.name.size && place) all[place] = all[0];
+        all[one.name.size ? place : 0] = one;
+    }
+}
+#endif
+
 // Hash keys from where memory lies and what time it is.
 MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
     double now = moe__seconds();
@@ -15189,6 +15256,9 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     if (!loader.status && loader.vocab->pre->flags & MOE__PRE_SPM) moe__text_load_scores(&loader);
     else moe__text_load_merges(&loader);
     if (!loader.status) moe__text_load_strip(&loader);
+#if MOE__USE_CHAT
+    moe__text_load_templates(&loader);
+#endif
     moe__text_unpack_classes(loader.vocab->runs);
     for (uint32_t code = 0; code < 128; code++)
         loader.vocab->ascii[code] = moe__text_classify(loader.vocab->runs, code);
@@ -15228,6 +15298,9 @@ MOE_API void moe_vocab_close(moe_vocab *vocab) {
     moe__free(&allocator, vocab->ranks.slots);
     moe__free(&allocator, vocab->specials);
     moe__free(&allocator, vocab->suppressed);
+#if MOE__USE_CHAT
+    moe__free(&allocator, vocab->templates);
+#endif
     moe__free(&allocator, vocab);
 }
 
@@ -15311,6 +15384,7 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
 // One call of moe_vocab_tokenize. Indices fit 32 bits: texts are below 2 GiB.
 typedef struct moe__text_work {
     const moe_vocab *vocab;
+    const uint8_t *typed; // bytes that no control token may take, or NULL
     int32_t *tokens;
     size_t capacity;
     uint64_t count; // of tokens so far, also beyond capacity
@@ -15527,8 +15601,8 @@ MOE__PRIVATE moe_status moe__text_fragment(moe__text_work *work, const char *tex
 // byte i is in. Tokens found before are no shorter, so they overlap a place only if they own its
 // first or last byte.
 MOE__PRIVATE void moe__text_find_specials_of(const moe_vocab *vocab, const char *text, size_t size,
-                                  unsigned flags, size_t from, size_t to, const uint32_t *sums,
-                                  uint32_t *owner) {
+                                  unsigned flags, const uint8_t *typed, size_t from, size_t to,
+                                  const uint32_t *sums, uint32_t *owner) {
     const uint64_t prime = 0x7FFFFFFF, point = vocab->keys[MOE__KEY_POINT] & prime;
     size_t length = (size_t)(vocab->specials[from] >> 32);
     uint64_t power = 1;
@@ -15545,7 +15619,9 @@ MOE__PRIVATE void moe__text_find_specials_of(const moe_vocab *vocab, const char 
             else high = middle;
         }
         if (low == to || vocab->specials[low] >> 1 != wanted >> 1) continue;
-        if (!(vocab->specials[low] & 1) && !(flags & MOE_TOKENIZE_PARSE_SPECIAL)) continue;
+        if (!(vocab->specials[low] & 1) &&
+            (!(flags & MOE_TOKENIZE_PARSE_SPECIAL) || (typed && memchr(typed + i, 1, length))))
+            continue;
         uint32_t id = moe__text_find(vocab, text + i, length, text + size);
         if (id == MOE__TEXT_NONE || !moe__text_is_special(vocab, id, flags)) continue;
         for (size_t k = 0; k < length; k++) owner[i + k] = id + 1;
@@ -15556,7 +15632,8 @@ MOE__PRIVATE void moe__text_find_specials_of(const moe_vocab *vocab, const char 
 // All of them: n D log n for D different sizes of special tokens, about 20 in real vocabularies,
 // at most sqrt(2 * bytes of all of them).
 MOE__PRIVATE void moe__text_find_specials(const moe_vocab *vocab, const char *text, size_t size,
-                                   unsigned flags, uint32_t *sums, uint32_t *owner) {
+                                   unsigned flags, const uint8_t *typed, uint32_t *sums,
+                                   uint32_t *owner) {
     memset(owner, 0, size * sizeof *owner);
     sums[0] = 0;
     for (size_t i = 0; i < size; i++)
@@ -15565,7 +15642,7 @@ MOE__PRIVATE void moe__text_find_specials(const moe_vocab *vocab, const char *te
         uint64_t length = vocab->specials[from] >> 32;
         for (to = from + 1; to < vocab->n_specials && vocab->specials[to] >> 32 == length;) to++;
         if (length <= size)
-            moe__text_find_specials_of(vocab, text, size, flags, from, to, sums, owner);
+            moe__text_find_specials_of(vocab, text, size, flags, typed, from, to, sums, owner);
     }
 }
 
@@ -15584,7 +15661,7 @@ MOE__PRIVATE moe_status moe__text_prepare(moe__text_work *work, const char *text
         space->owner = (uint32_t *)moe__text_grow(vocab, space->owner, &space->max_owner, size, 4);
         *owner = space->owner;
         if (!*owner) return MOE_ERROR_MEMORY;
-        moe__text_find_specials(vocab, text, size, flags, work->scan.at, *owner);
+        moe__text_find_specials(vocab, text, size, flags, work->typed, work->scan.at, *owner);
         break;
     }
     return MOE_OK;
@@ -15624,8 +15701,10 @@ MOE__PRIVATE moe_status moe__text_run_call(moe__text_work *work, const char *tex
     return status;
 }
 
-MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
-                                   unsigned flags, int32_t *tokens, size_t capacity) {
+// typed: NULL, or for each byte whether it may not be a part of a control token.
+MOE__PRIVATE int64_t moe__text_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
+                                        unsigned flags, const uint8_t *typed, int32_t *tokens,
+                                        size_t capacity) {
     const unsigned known = MOE_TOKENIZE_ADD_SPECIAL | MOE_TOKENIZE_PARSE_SPECIAL;
     if (!vocab || (!text && text_size) || (!tokens && capacity) || (flags & ~known) ||
         text_size > INT32_MAX)
@@ -15633,6 +15712,7 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
     moe__text_work work;
     memset(&work, 0, sizeof work);
     work.vocab = vocab;
+    work.typed = typed;
     work.tokens = tokens;
     work.capacity = capacity;
     if (flags & MOE_TOKENIZE_ADD_SPECIAL && vocab->add_bos && vocab->bos >= 0)
@@ -15641,6 +15721,11 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
     if (flags & MOE_TOKENIZE_ADD_SPECIAL && vocab->add_eos && vocab->eos >= 0)
         moe__text_emit(&work, (uint32_t)vocab->eos);
     return status ? -(int64_t)status : (int64_t)work.count;
+}
+
+MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
+                                   unsigned flags, int32_t *tokens, size_t capacity) {
+    return moe__text_tokenize(vocab, text, text_size, flags, NULL, tokens, capacity);
 }
 
 // ==============================================================================================
@@ -23812,6 +23897,7 @@ typedef struct moe__store {
     uint64_t steps, max_steps;
     int depth, max_depth;
     uint32_t point;           // of hashes: no request can know it
+    int noticed;              // a value that >>chat watches came out in an odd way
     jmp_buf escape;
     moe_error error;          // why it was left
 } moe__store;
@@ -23935,7 +24021,7 @@ typedef struct moe__value {
     uint8_t kind;
     uint8_t typed;        // STRING without marks: was it typed by a user?
     uint8_t safe;         // STRING: it is HTML, what is added to it is escaped
-    uint8_t of;           // UNDEFINED: the kind of the value that has no such attribute; VIEW
+    uint8_t of;           // what is special about it, see >>jinja and >>chat
     const uint8_t *marks; // STRING: for each byte, or NULL
     uint64_t size;        // STRING: bytes; UNDEFINED: of its name
     union {
@@ -24613,6 +24699,7 @@ typedef struct moe__json_style {
 MOE__PRIVATE void moe__json_write_string(moe__builder *b, moe__value s, int ensure_ascii) {
     static const char names[] = "\"\\\b\f\n\r\t", codes[] = "\"\\bfnrt";
     uint64_t from = 0, n;
+    b->store->noticed |= s.of;
     moe__builder_words(b, "\"");
     for (uint64_t i = 0; i < s.size; i += n) {
         uint32_t code;
@@ -26348,7 +26435,10 @@ MOE__PRIVATE void moe__jinja_repr(moe__jinja *j, moe__builder *b, moe__value v) 
         moe__builder_words(b, text);
         break;
     case MOE__VALUE_STRING: moe__jinja_repr_string(j, b, v); break;
-    case MOE__VALUE_LIST: moe__jinja_repr_list(j, b, v.as.list, "[", "]"); break;
+    case MOE__VALUE_LIST:
+        j->store->noticed |= v.of;
+        moe__jinja_repr_list(j, b, v.as.list, "[", "]");
+        break;
     case MOE__VALUE_TUPLE:
         moe__jinja_repr_list(j, b, v.as.list, "(", v.as.list->n == 1 ? ",)" : ")");
         break;
@@ -30039,6 +30129,355 @@ MOE__PRIVATE moe__value moe__jinja_render(moe__store *store, const moe__text_run
     j.scope = moe__jinja_scope_new(&j, NULL);
     moe__jinja_run(&j, tree);
     return moe__builder_end(&out);
+}
+
+#endif
+
+// ==============================================================================================
+// >>chat
+//
+// Requests to text and tokens. A request becomes the variables of a template, as transformers
+// passes them; the template's text is tokenized so that control tokens come from it alone: bytes
+// that users typed are marked (see >>json), and no control token may take one of them.
+//
+// What transformers cannot do with a request, or does badly, is tried once more in another way:
+// parts of content are joined where a template knows only texts, and arguments of tool calls that
+// came as JSON in a string become objects where a template needs these. Everything else is as the
+// template has it.
+// ==============================================================================================
+#if MOE__USE_CHAT
+
+// ---- templates -------------------------------------------------------------------------------
+
+MOE_API moe_string moe_chat_template(const moe_vocab *vocab, const char *name) {
+    moe_string none = {NULL, 0};
+    if (!vocab || !vocab->n_templates) return none;
+    if (!name) return vocab->templates[0].text;
+    for (uint32_t i = 0; i < vocab->n_templates; i++) {
+        const moe_string known = vocab->templates[i].name;
+        if (known.size == strlen(name) && memcmp(known.data, name, known.size) == 0)
+            return vocab->templates[i].text;
+    }
+    return none;
+}
+
+// For vocabularies with these control tokens and no template.
+static const char moe__chat_ml[] =
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + (message.content or "
+    "'') + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+// ---- a request -------------------------------------------------------------------------------
+
+enum { MOE__CHAT_DEPTH = 200, MOE__CHAT_STEPS = 10 * 1000 * 1000, MOE__CHAT_BYTES = 64 << 20 };
+enum { MOE__CHAT_JOIN = 1, MOE__CHAT_PARSE = 2 }; // ways to change a request
+
+typedef struct moe__chat {
+    moe__store store; // of all below
+    const moe_vocab *vocab;
+    const char *json;
+    uint64_t size;
+    int change;       // MOE__CHAT_..., and which of them would change something
+    int changeable;
+    moe__value request, source, text; // the template's source and what came out
+} moe__chat;
+
+MOE__PRIVATE void moe__chat_free(moe__chat *chat) { moe__store_free(&chat->store); }
+
+MOE__PRIVATE __attribute__((noreturn)) void moe__chat_fail(moe__chat *chat, const char *where,
+                                                           const char *what) {
+    moe__store_fail(&chat->store, MOE_ERROR_ARGUMENT, 0, where, "%s", what);
+}
+
+// Whatever is in a value was typed by users.
+MOE__PRIVATE void moe__chat_mark(moe__value *v) { // as deep as JSON may be
+    if (v->kind == MOE__VALUE_STRING) v->typed = 1;
+    for (uint64_t i = 0; v->kind == MOE__VALUE_LIST && i < v->as.list->n; i++)
+        moe__chat_mark(&v->as.list->items[i]);
+    for (uint64_t i = 0; v->kind == MOE__VALUE_DICT && i < v->as.dict->n; i++) {
+        moe__chat_mark(&v->as.dict->entries[i].key);
+        moe__chat_mark(&v->as.dict->entries[i].value);
+    }
+}
+
+// A role that is a plain word counts as the template's: it may be a part of a control token.
+MOE__PRIVATE void moe__chat_unmark_role(moe__value *role) {
+    int plain = role && role->kind == MOE__VALUE_STRING;
+    for (uint64_t i = 0; plain && i < role->size; i++)
+        plain = role->as.text[i] == '_' || (role->as.text[i] >= 'a' && role->as.text[i] <= 'z');
+    if (plain) role->typed = 0;
+}
+
+// The texts of content's parts, line by line.
+MOE__PRIVATE moe__value moe__chat_join(moe__chat *chat, const moe__list *parts) {
+    moe__builder b = moe__builder_of(&chat->store);
+    for (uint64_t i = 0; i < parts->n; i++) {
+        const moe__value *text = moe__dict_get(&chat->store, parts->items[i], "text");
+        if (parts->items[i].kind == MOE__VALUE_STRING) text = &parts->items[i];
+        if (!text || text->kind != MOE__VALUE_STRING) continue;
+        if (b.size) moe__builder_add(&b, "\n", 1, 1);
+        moe__builder_string(&b, *text);
+    }
+    return moe__builder_end(&b);
+}
+
+// Arguments of a tool call in a string: it is watched whether a template writes them as JSON once
+// more. What they are as an object, if that is wanted and they are one.
+MOE__PRIVATE void moe__chat_arguments(moe__chat *chat, moe__value *call) {
+    moe__store *store = &chat->store;
+    moe__value *function = moe__dict_get(store, *call, "function");
+    moe__value *arguments = moe__dict_get(store, function ? *function : *call, "arguments");
+    if (!arguments || arguments->kind != MOE__VALUE_STRING) return;
+    const uint64_t from = moe__jinja_skip_space(arguments->as.text, 0, arguments->size);
+    if (from == arguments->size || arguments->as.text[from] != '{') return;
+    chat->changeable |= MOE__CHAT_PARSE;
+    arguments->of = 1;
+    if (!(chat->change & MOE__CHAT_PARSE)) return;
+    *arguments = moe__json_parse(store, arguments->as.text, arguments->size);
+    moe__chat_mark(arguments);
+}
+
+MOE__PRIVATE void moe__chat_message(moe__chat *chat, moe__value *message) {
+    moe__store *store = &chat->store;
+    moe__value *content = moe__dict_get(store, *message, "content");
+    moe__value *calls = moe__dict_get(store, *message, "tool_calls");
+    moe__chat_unmark_role(moe__dict_get(store, *message, "role"));
+    if (content && content->kind == MOE__VALUE_LIST) {
+        chat->changeable |= MOE__CHAT_JOIN;
+        content->of = 1;
+        if (chat->change & MOE__CHAT_JOIN) *content = moe__chat_join(chat, content->as.list);
+    }
+    for (uint64_t i = 0; calls && calls->kind == MOE__VALUE_LIST && i < calls->as.list->n; i++)
+        moe__chat_arguments(chat, &calls->as.list->items[i]);
+}
+
+// ---- going on with the last message ----------------------------------------------------------
+
+// As transformers does it: a tag behind the text that is to go on, and the rendered text is cut
+// where the tag stands.
+static const char moe__chat_tag[] = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+MOE__PRIVATE void moe__chat_add_tag(moe__chat *chat, moe__value messages, moe__value field) {
+    moe__store *store = &chat->store;
+    const uint64_t n = messages.as.list->n;
+    const moe__value last = n ? messages.as.list->items[n - 1] : moe__value_none();
+    moe__value *text = last.kind == MOE__VALUE_DICT
+                           ? moe__dict_find(store, last.as.dict,
+                                            field.kind == MOE__VALUE_STRING
+                                                ? field
+                                                : moe__value_words("content"))
+                           : NULL;
+    if (text && text->kind == MOE__VALUE_LIST) { // the last part that is a text
+        const moe__list *parts = text->as.list;
+        text = NULL;
+        for (uint64_t i = parts->n; i-- > 0 && !text;)
+            text = moe__dict_get(store, parts->items[i], "text");
+    }
+    if (!text || text->kind != MOE__VALUE_STRING)
+        moe__chat_fail(chat, "continue_final_message", "the final message has no text to continue");
+    moe__builder b = moe__builder_of(store);
+    moe__builder_string(&b, *text);
+    moe__builder_add(&b, moe__chat_tag, strlen(moe__chat_tag), 1);
+    *text = moe__builder_end(&b);
+}
+
+MOE__PRIVATE void moe__chat_cut(moe__chat *chat) {
+    moe__value *text = &chat->text;
+    const moe__value tag = moe__value_words(moe__chat_tag);
+    const moe__value word = moe__value_part(tag, 0, tag.size - 1);
+    uint64_t at = UINT64_MAX, end = text->size;
+    if (end >= word.size)
+        for (uint64_t i = end - word.size + 1; i-- > 0 && at == UINT64_MAX;)
+            if (!memcmp(text->as.text + i, word.as.text, (size_t)word.size)) at = i;
+    if (at == UINT64_MAX)
+        moe__chat_fail(chat, "continue_final_message",
+                       "the final message is not in what the template makes of it");
+    const int spaced = at + word.size < end && text->as.text[at + word.size] == ' ';
+    *text = moe__value_part(*text, 0,
+                            spaced ? at : moe__jinja_skip_space_back(text->as.text, 0, at));
+}
+
+// ---- rendering -------------------------------------------------------------------------------
+
+// The template: that which the request names or holds, the file's for tools, the file's, ChatML.
+MOE__PRIVATE moe__value moe__chat_source(moe__chat *chat) {
+    const moe_vocab *vocab = chat->vocab;
+    const moe__value *wanted = moe__dict_get(&chat->store, chat->request, "chat_template");
+    const moe__value *tools = moe__dict_get(&chat->store, chat->request, "tools");
+    if (wanted && wanted->kind == MOE__VALUE_STRING) {
+        for (uint32_t i = 0; i < vocab->n_templates; i++) {
+            const moe_string name = vocab->templates[i].name, text = vocab->templates[i].text;
+            if (name.size == wanted->size && !memcmp(name.data, wanted->as.text, name.size))
+                return moe__value_text(text.data, text.size);
+        }
+        if (!wanted->size || !memchr(wanted->as.text, '{', (size_t)wanted->size))
+            moe__chat_fail(chat, "chat_template", "the file has no template of this name");
+        return *wanted;
+    }
+    moe_string text = {NULL, 0};
+    if (tools && tools->kind == MOE__VALUE_LIST && tools->as.list->n)
+        text = moe_chat_template(vocab, "tool_use");
+    if (!text.data) text = moe_chat_template(vocab, NULL);
+    if (text.data) return moe__value_text(text.data, text.size);
+    if (moe_vocab_is_control(vocab, moe_vocab_find(vocab, "<|im_start|>", 12)) &&
+        moe_vocab_is_control(vocab, moe_vocab_find(vocab, "<|im_end|>", 10)))
+        return moe__value_words(moe__chat_ml);
+    moe__store_fail(&chat->store, MOE_ERROR_UNSUPPORTED, 0, "tokenizer.chat_template",
+                    "the file has no chat template");
+}
+
+// The vocabulary's tokens with a name.
+MOE__PRIVATE void moe__chat_set_tokens(moe__chat *chat, moe__value context) {
+    static const char *const names[] = {"bos_token", "eos_token", "unk_token", "pad_token",
+                                        "sep_token", "cls_token", "mask_token"};
+    const moe_vocab *vocab = chat->vocab;
+    for (int i = 0; i < 7; i++) {
+        const int32_t id = i == 0 ? vocab->bos : i == 1 ? vocab->eos : vocab->named[i - 2];
+        const moe_string text = moe_vocab_token(vocab, id);
+        if (!text.data) continue;
+        moe__dict_set(&chat->store, context.as.dict, moe__value_words(names[i]),
+                      moe__value_text(text.data, text.size));
+    }
+}
+
+MOE__PRIVATE void moe__chat_set_all(moe__chat *chat, moe__value context, moe__value from) {
+    static const char *const ours[] = {"chat_template", "chat_template_kwargs",
+                                       "continue_final_message", "now"};
+    for (uint64_t i = 0; i < from.as.dict->n; i++) {
+        const moe__pair *entry = &from.as.dict->entries[i];
+        int is_ours = 0;
+        for (int k = 0; k < 4; k++) is_ours |= moe__value_is_text(entry->key, ours[k]);
+        if (!is_ours) moe__dict_set(&chat->store, context.as.dict, entry->key, entry->value);
+    }
+}
+
+// The variables of the template.
+MOE__PRIVATE moe__value moe__chat_context(moe__chat *chat, moe__value continues) {
+    static const char *const typed[] = {"messages", "tools", "documents"};
+    moe__store *store = &chat->store;
+    const moe__value context = moe__dict_new(store, MOE__VALUE_DICT);
+    const moe__value *more = moe__dict_get(store, chat->request, "chat_template_kwargs");
+    moe__value none = moe__value_none();
+    none.of = MOE__JINJA_LEFT_OUT;
+    moe__chat_set_tokens(chat, context);
+    moe__dict_set(store, context.as.dict, moe__value_words("tools"), none);
+    moe__dict_set(store, context.as.dict, moe__value_words("documents"), none);
+    moe__dict_set(store, context.as.dict, moe__value_words("add_generation_prompt"),
+                  moe__value_bool(continues.kind == MOE__VALUE_UNDEFINED));
+    moe__chat_set_all(chat, context, chat->request);
+    if (more && more->kind == MOE__VALUE_DICT) moe__chat_set_all(chat, context, *more);
+    for (int i = 0; i < 3; i++) {
+        moe__value *value = moe__dict_get(store, context, typed[i]);
+        if (value) moe__chat_mark(value);
+    }
+    return context;
+}
+
+MOE__PRIVATE void moe__chat_work(void *of) {
+    moe__chat *chat = (moe__chat *)of;
+    moe__store *store = &chat->store;
+    chat->request = moe__json_parse(store, chat->json, chat->size);
+    const moe__value *now = moe__dict_get(store, chat->request, "now");
+    const moe__value *goes_on = moe__dict_get(store, chat->request, "continue_final_message");
+    const moe__value *prompt = moe__dict_get(store, chat->request, "add_generation_prompt");
+    moe__value continues = moe__value_of(MOE__VALUE_UNDEFINED);
+    if (goes_on && ((goes_on->kind == MOE__VALUE_BOOL && goes_on->as.i) ||
+                    (goes_on->kind == MOE__VALUE_STRING && goes_on->size)))
+        continues = *goes_on;
+    if (continues.kind && prompt && prompt->kind == MOE__VALUE_BOOL && prompt->as.i)
+        moe__chat_fail(chat, "continue_final_message",
+                       "continue_final_message and add_generation_prompt are not compatible");
+    chat->source = moe__chat_source(chat);
+    const moe__value context = moe__chat_context(chat, continues);
+    const moe__value *messages = moe__dict_get(store, context, "messages");
+    if (!messages || messages->kind != MOE__VALUE_LIST)
+        moe__chat_fail(chat, "messages", "the request has no list of messages");
+    for (uint64_t i = 0; i < messages->as.list->n; i++)
+        moe__chat_message(chat, &messages->as.list->items[i]);
+    if (continues.kind) moe__chat_add_tag(chat, *messages, continues);
+    chat->text = moe__jinja_render(store, chat->vocab->runs, chat->source, context,
+                                   now ? *now : moe__value_none());
+    if (continues.kind) moe__chat_cut(chat);
+}
+
+MOE__PRIVATE moe_status moe__chat_try(moe__chat *chat, moe_error *error) {
+    chat->store.noticed = 0;
+    chat->store.steps = 0;
+    chat->store.limit += MOE__CHAT_BYTES + 256 * chat->size;
+    return moe__store_try(&chat->store, moe__chat_work, chat, error);
+}
+
+// Renders a request as it is and, if that fails or comes out badly, changed. To be freed whatever
+// came of it.
+MOE__PRIVATE moe_status moe__chat_render(const moe_vocab *vocab, const char *request, size_t size,
+                                         moe__chat *chat, moe_error *error) {
+    memset(chat, 0, sizeof *chat);
+    if (!vocab || !request)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, vocab ? "request" : "vocab", "%s is NULL",
+                         vocab ? "request" : "vocab");
+    fenv_t floats;
+    moe_error first;
+    memset(&first, 0, sizeof first);
+    moe__floats_begin(&floats);
+    moe__store_init(&chat->store, &vocab->allocator, 0, MOE__CHAT_STEPS + 64 * (uint64_t)size,
+                    MOE__CHAT_DEPTH);
+    chat->vocab = vocab;
+    chat->json = request;
+    chat->size = size;
+    moe_status status = moe__chat_try(chat, &first);
+    if ((status == MOE_ERROR_ARGUMENT || chat->store.noticed) && chat->changeable) {
+        const moe__value text = chat->text;
+        chat->change = chat->changeable;
+        const moe_status changed = moe__chat_try(chat, NULL);
+        if (changed && !status) chat->text = text; // what came of it first
+        else status = changed ? status : MOE_OK;
+    }
+    moe__floats_end(&floats);
+    if (status && error) *error = first;
+    return status;
+}
+
+MOE_API int64_t moe_chat_format(const moe_vocab *vocab, const char *request, size_t size,
+                                char *text, size_t capacity, moe_error *error) {
+    moe__chat chat;
+    if (!text && capacity)
+        return -(int64_t)moe__fail(error, MOE_ERROR_ARGUMENT, "text", "text is NULL");
+    const moe_status status = moe__chat_render(vocab, request, size, &chat, error);
+    const uint64_t n = status ? 0 : chat.text.size;
+    if (n && capacity) memcpy(text, chat.text.as.text, n < capacity ? (size_t)n : capacity);
+    moe__chat_free(&chat);
+    return status ? -(int64_t)status : (int64_t)n;
+}
+
+// Does a text begin with the template's BOS?
+MOE__PRIVATE int moe__chat_has_bos(const moe_vocab *vocab, moe__value text) {
+    const moe_string bos = moe_vocab_token(vocab, vocab->bos);
+    if (!bos.data || !bos.size || text.size < bos.size ||
+        memcmp(text.as.text, bos.data, bos.size) != 0)
+        return 0;
+    return text.marks ? !memchr(text.marks, 1, bos.size) : !text.typed;
+}
+
+MOE_API int64_t moe_chat_tokenize(const moe_vocab *vocab, const char *request, size_t size,
+                                  int32_t *tokens, size_t capacity, moe_error *error) {
+    moe__chat chat;
+    if (!tokens && capacity)
+        return -(int64_t)moe__fail(error, MOE_ERROR_ARGUMENT, "tokens", "tokens is NULL");
+    moe_status status = moe__chat_render(vocab, request, size, &chat, error);
+    int64_t n = -(int64_t)status;
+    if (!status) {
+        const moe__value text = chat.text;
+        const unsigned bos = vocab->add_bos && vocab->bos >= 0 && !moe__chat_has_bos(vocab, text);
+        if (bos && capacity) tokens[0] = vocab->bos;
+        const unsigned flags = text.typed && !text.marks ? 0 : MOE_TOKENIZE_PARSE_SPECIAL;
+        n = moe__text_tokenize(vocab, text.as.text, (size_t)text.size, flags, text.marks,
+                               capacity > bos ? tokens + bos : NULL,
+                               capacity > bos ? capacity - bos : 0);
+        if (n >= 0) n += bos;
+        else moe__fail(error, (moe_status)-n, "request", "cannot turn the text into tokens");
+    }
+    moe__chat_free(&chat);
+    return n;
 }
 
 #endif

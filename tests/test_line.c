@@ -158,7 +158,7 @@ TEST(twenty_columns) {
     CHECK(pty_is(&p, "> Xabcdefghijklmnozp|\xE6\xBC\xA2\xE5\xAD\x97"));
     CHECK(cursor_is(&p, 0, 19));
     pty_type(&p, "\r");
-    CHECK(pty_sees(&p, "[Xabcdefghijklmnozp\xE6\xBC\xA2|\xE5\xAD\x97]|>"));
+    CHECK(pty_sees(&p, "[Xabcdefghijklmnozp|\xE6\xBC\xA2\xE5\xAD\x97]|>"));
     pty_type(&p, "\004");
     finish(&p, LINE_END);
 }
@@ -266,6 +266,7 @@ static int with_handler(void) {
     const line_result r = line_read("> ", &text, &size);
     const int is_plain = r == LINE_FAILED && errno == EINTR && handled == SIGTERM;
     puts(is_plain ? "handled" : "not handled");
+    fflush(stdout);
     return line_read("again> ", &text, &size) == LINE_OK ? 0 : 9;
 }
 TEST(own_handler) {
@@ -371,7 +372,9 @@ TEST(random_bytes) {
         pty_type(&p, "x\r\033[201~\r\003");
         pty_type(&p, "\003\003\004");
         const int code = pty_end(&p);
-        CHECKF(code == LINE_END || code == LINE_INTERRUPTED, "run %d: %d", run, code);
+        // Ctrl-C between two lines is the program's own matter
+        CHECKF(code == LINE_END || code == LINE_INTERRUPTED || code == -SIGINT, "run %d: %d", run,
+               code);
         CHECK(pty_is_plain(&p));
         pty_close(&p);
     }
@@ -421,7 +424,7 @@ TEST(pipes) {
     CHECK(answers("one\n\nlast", 9, "[one]\n[]\n[last]\nend\n"));
     CHECK(answers("", 0, "end\n"));
     CHECK(answers("dos\r\nx", 6, "[dos]\n[x]\nend\n"));
-    CHECK(answers("a\\\nb\nc\\", 8, "[a\\x0ab]\n[c\\x0a]\nend\n"));
+    CHECK(answers("a\\\nb\nc\\", 7, "[a\\x0ab]\n[c\\x0a]\nend\n"));
     CHECK(answers("a\0b\n\001\n", 6, "[a\\x00b]\n[\\x01]\nend\n"));
     const size_t size = 3 << 20;
     char *in = (char *)malloc(size), *out = (char *)malloc(size + 16);

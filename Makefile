@@ -21,7 +21,7 @@ B = build
 C = $(CC) $(CFLAGS) $(WARNINGS) $(WERROR)
 CXX17 = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(WERROR)
 # Without a C++ compiler the C++ example is left out.
-EXAMPLES = $(B)/minimal $(B)/branch $(B)/resume
+EXAMPLES = $(B)/minimal $(B)/branch $(B)/resume $(B)/tokens
 TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-quantize $(B)/moe-synth $(EXAMPLES) \
     $(if $(shell command -v $(CXX) 2>/dev/null),$(B)/embed)
 TESTS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/test_*.c))

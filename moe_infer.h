@@ -770,6 +770,11 @@ MOE_API moe_status moe_session_copy(moe_session *to, const moe_session *from, mo
 
 typedef struct moe_sampler moe_sampler;
 
+enum {
+    MOE_MAX_BIASES = 4096, // tokens of a sampler that have a bias
+    MOE_MAX_LOGPROBS = 128 // likeliest tokens that a generator tells
+};
+
 typedef struct moe_sampler_options {
     moe_allocator allocator;
     float temperature;    // <= 0: greedy (the largest logit, the lowest id among equals)
@@ -789,29 +794,32 @@ typedef struct moe_sampler_options {
 MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_t n_vocab,
                                       int32_t n_valid, moe_error *error);
 MOE_API void moe_sampler_close(moe_sampler *sampler);
-// Chooses a token by n_vocab logits. NaN counts as minus infinity; if nothing is finite, token 0 is
-// returned.
+// Chooses a token by n_vocab logits. NaN counts as minus infinity; if nothing is finite, or all
+// that is has been forbidden, token 0 is returned.
 MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits);
-// Tells the sampler what was evaluated (prompt and choices), for the repetition penalty;
-// moe_generate does so itself.
+// Tells the sampler what was evaluated (prompt and choices), for the repetition penalty.
+// moe_generate and moe_generator see to it themselves: with them a sampler counts what the context
+// holds at that moment, all of it or the last repeat_last_n tokens, whoever evaluated them.
 MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token);
 // Forgets what it was told and tells it these instead: what a context holds after a rewind.
-// tokens: n_tokens ids, of which the last repeat_last_n count.
+// tokens: n_tokens ids, of which the last repeat_last_n count. Random numbers go on.
 MOE_API void moe_sampler_sync(moe_sampler *sampler, const int32_t *tokens, int32_t n_tokens);
-// Adds bias to a token's logit from now on, before all else; 0 takes it back, -INFINITY forbids the
-// token. At most MOE_MAX_BIASES tokens have one. Errors: ARGUMENT (token out of range, bias NaN or
-// +INFINITY, too many).
+// Adds bias to a token's logit from now on, before all else; it replaces the one that the token
+// had, 0 takes it back, -INFINITY forbids the token. At most MOE_MAX_BIASES tokens have one. It is
+// an option, not state: files of sessions do not hold it. Errors, which change nothing: ARGUMENT
+// (token not in 0..n_valid - 1, bias NaN or +INFINITY, too many), MEMORY.
 MOE_API moe_status moe_sampler_bias(moe_sampler *sampler, int32_t token, float bias,
                                     moe_error *error);
 // Begins anew: nothing told, random numbers from the seed on. Biases stay.
 MOE_API void moe_sampler_reset(moe_sampler *sampler);
-// One that draws what this one would, biases and all. NULL after an error (ARGUMENT, MEMORY).
+// One that draws what this one would from now on: options, biases, random numbers and what it was
+// told are the same, and nothing is shared. NULL after an error (ARGUMENT, MEMORY).
 MOE_API moe_sampler *moe_sampler_copy(const moe_sampler *sampler, moe_error *error);
 
 typedef enum moe_stop_reason {
     MOE_STOP_NONE,    // it goes on
     MOE_STOP_LIMIT,   // max_tokens reached
-    MOE_STOP_END,     // the model ended
+    MOE_STOP_END,     // the model ended: an end-of-generation token, or one of stop_tokens
     MOE_STOP_STRING,  // a stop string appeared (it is not part of the text)
     MOE_STOP_CALLER,  // on_text returned 0 or the session's should_stop said so
     MOE_STOP_CONTEXT  // the context is full
@@ -825,13 +833,15 @@ typedef struct moe_generate_options {
     moe_sampler *sampler;    // NULL: greedy
     const char *const *stop; // n_stop strings of 1 to 512 bytes of UTF-8, NUL-terminated
     size_t n_stop;
-    int32_t ignore_end;      // MOE_ON: go on after end-of-generation tokens
+    int32_t ignore_end;      // MOE_ON: go on after the file's end-of-generation tokens
     int32_t special;         // MOE_ON: control tokens appear as text
     // Gets the text bit by bit: whole characters of valid UTF-8, as soon as no stop string can
     // begin in them (bytes that are not UTF-8 become U+FFFD); not NUL-terminated, valid until it
     // returns. Called by the thread that called moe_generate. Return 0 to stop. May be NULL.
     int (*on_text)(void *user, const char *text, size_t size);
     void *user;
+    const int32_t *stop_tokens; // n_stop_tokens ids that end it, beside those of the file
+    size_t n_stop_tokens;
 } moe_generate_options;
 
 typedef struct moe_generate_result {
@@ -840,6 +850,13 @@ typedef struct moe_generate_result {
     int32_t n_generated; // tokens chosen and reported through on_text
     int32_t next_token;  // chosen last and not evaluated: to go on, begin the next prompt with
                          // it. It is reported unless the reason is END. -1: there is none
+    int32_t end_token;   // the end token that was chosen; -1: none was
+    int32_t length;      // moe_session_rewind to here leaves tokens alone whose text on_text got to
+                         // the last byte: without the stop string, for instance
+    size_t rest_size;    // bytes of reported tokens (moe_vocab_text) that on_text did not get: a
+                         // stop string and what came behind it, what was held back when it
+                         // returned 0. They are those of the tokens from `length` on and of
+                         // next_token, the last so many
     double prompt_seconds, generate_seconds;
 } moe_generate_result;
 
@@ -847,10 +864,12 @@ typedef struct moe_generate_result {
 // until something stops it. The last one is not evaluated, so that a full context gives one
 // token more than fits. The model must have a vocabulary. Memory: nothing is allocated. An empty
 // prompt goes on with the logits of the last eval. Tokens that are never to be chosen
-// (moe_vocab_is_suppressed) get a logit of -INFINITY, which moe_session_logits then shows.
-// *result (may be NULL) is always set; after an error its reason is CALLER, or CONTEXT for a
-// prompt that does not fit. Errors: those of moe_session_eval for the prompt; ARGUMENT; FORMAT
-// (no logit is a number).
+// (moe_vocab_is_suppressed) get a logit of -INFINITY, which moe_session_logits then shows. What
+// was held back for a stop string that did not come is text in the end, and half a character is
+// U+FFFD; to go on without a seam use moe_generator. *result (may be NULL) is always set; after an
+// error its reason is CALLER, or CONTEXT for a prompt that does not fit. Errors: those of
+// moe_session_eval for the prompt; ARGUMENT (also: the biases of the sampler forbid all tokens);
+// FORMAT (no logit is a number).
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
                                 const moe_generate_options *options, moe_generate_result *result,
                                 moe_error *error);
@@ -866,6 +885,19 @@ MOE_API moe_status moe_generate_text(moe_session *session, const char *text,
 
 // What moe_generate does, a token a call: nothing is lost by stopping anywhere. Draws and bytes are
 // those of one go, whatever happened between two calls.
+//
+// A call evaluates the token that the call before chose, then chooses one and hands out the text
+// that is certain with it. So the token chosen last, `pending`, is known and not evaluated: the
+// context holds all chosen tokens but that one, and no work is done for nothing if there is no next
+// call. Between two calls the caller may do with the session what he likes. The next call evaluates
+// `pending` behind what the session then holds, unless he has done so himself: unless it stands
+// there where it belongs, with or without more behind it. To choose anew at another place of the
+// context, close the generator and open one.
+//
+// After CALLER, LIMIT and CONTEXT the next call goes on: with the eval that was cancelled; for
+// max_tokens more; with a context that has room again. After END and STRING it is over, and further
+// calls say so again. What is to go on with another session, sampler or limit, or behind a stop, is
+// opened `from` this one.
 typedef struct moe_generator moe_generator;
 
 typedef struct moe_generator_options {
@@ -876,40 +908,55 @@ typedef struct moe_generator_options {
     size_t n_stop;
     const int32_t *stop_tokens; // tokens that end it beside those of the file; copied
     size_t n_stop_tokens;
-    int32_t ignore_end;      // MOE_ON: go on after end-of-generation tokens of the file
+    int32_t ignore_end;      // MOE_ON: go on after the file's end-of-generation tokens
     int32_t special;         // MOE_ON: control tokens appear as text
     int32_t n_logprobs;      // how many of the likeliest tokens to tell, at most
                              // MOE_MAX_LOGPROBS; -1: the chosen one's alone; 0: none
+    // NULL: anew, with the logits of the session's last eval. Else a generator of the same
+    // vocabulary, which stays as it is: goes on where that one stands, in a session that holds what
+    // its session holds (the same one, or moe_session_copy's). `pending`, an end token too, is
+    // evaluated next; `rest` is looked at with the new stop strings, and what is certain of it
+    // comes first. max_tokens counts from here on.
+    const moe_generator *from;
 } moe_generator_options;
 
 typedef struct moe_logprob {
     int32_t token;
-    float logprob; // natural logarithm of its probability, by the logits as they come from the
-                   // model, before any sampler
+    float logprob; // natural logarithm of its probability, -INFINITY if that is 0: softmax of the
+                   // logits as they come from the model, before biases and sampler, over
+                   // all tokens of the vocabulary but the suppressed ones
 } moe_logprob;
 
 typedef struct moe_generated {
-    int32_t token;         // chosen in this call; -1: none (only text or the reason is new)
-    float logprob;         // of it; NAN if n_logprobs is 0
-    const moe_logprob *likeliest; // n_likeliest, the likeliest first
-    int32_t n_likeliest;
+    int32_t token;         // chosen in this call, also the end token; -1: none
+    float logprob;         // of it; NAN if n_logprobs is 0 or there is no token
+    const moe_logprob *likeliest; // n_likeliest, the likeliest first, of equals the lower id;
+    int32_t n_likeliest;   // fewer than n_logprobs if no more have a logit above -INFINITY
     const char *text;      // size bytes of whole characters that are certain now, maybe none; not
     size_t size;           // NUL-terminated, valid until the next call
     moe_stop_reason reason; // NONE: call again
-    // If it stopped:
-    int32_t end_token;     // END: which; else -1
+    int32_t pending;       // chosen last and not evaluated; -1: there is none
+    int32_t end_token;     // the end token that was chosen, which has no text; -1: none was
     int32_t length;        // moe_session_rewind to here leaves tokens alone whose text has been
                            // handed out to the last byte
-    const char *rest;      // rest_size bytes of chosen tokens that were not handed out: the stop
-    size_t rest_size;      // string and what came behind it
+    const char *rest;      // rest_size bytes that were chosen but not handed out: the stop string
+    size_t rest_size;      // and what came behind it; what may begin one; U+FFFD for half a
+                           // character. All texts and this: what is there without stop strings.
+                           // Valid until the next call
 } moe_generated;
 
-// Goes on behind what the session holds, whose last logits must be there (moe_session_sync,
-// moe_session_eval). options may be NULL. Both sampler and session outlive the generator. NULL after
-// an error (ARGUMENT, MEMORY).
+// Goes on behind what the session holds when next is called. If its logits were forgotten
+// (moe_session_rewind), the last token is evaluated again. options may be NULL. Session and sampler
+// outlive the last call of next. The model must have a vocabulary. All memory is taken here. NULL
+// after an error: ARGUMENT, MEMORY.
 MOE_API moe_generator *moe_generator_open(moe_session *session,
-                                          const moe_generator_options *options, moe_error *error);
+                                          const moe_generator_options *options,
+                                          moe_error *error);
 MOE_API void moe_generator_close(moe_generator *generator);
+// The next token. *out is always set. A context that is full, or an eval that should_stop
+// cancelled, is a reason and no error. After an error, whose reason is CALLER, nothing was chosen,
+// and the next call tries again: ARGUMENT (NULL, an empty session, from within an eval, the biases
+// forbid all tokens), FORMAT (no logit is a number), and what else moe_session_eval may return.
 MOE_API moe_status moe_generator_next(moe_generator *generator, moe_generated *out,
                                       moe_error *error);
 
@@ -1012,9 +1059,9 @@ MOE_API moe_status moe_session_save(const moe_session *session, const char *path
 // session, or a damaged one), UNSUPPORTED (another version), CONTEXT_FULL (n_ctx is too small).
 MOE_API moe_status moe_session_load(moe_session *session, const char *path, moe_error *error);
 // The same with a sampler: its random state and the recent tokens that it penalizes, but none of
-// its options, so that what is drawn next is what would have been drawn. sampler: NULL, or written
-// with the session; set if there is one in the file (whose last tokens count, as many as its
-// repeat_last_n says), else left as it is.
+// its options and biases, so that what is drawn next is what would have been drawn. sampler: NULL,
+// or written with the session; set if there is one in the file (whose last tokens count, as many as
+// its repeat_last_n says), else left as it is.
 MOE_API moe_status moe_session_save_with(const moe_session *session, const moe_sampler *sampler,
                                          const char *path, moe_error *error);
 MOE_API moe_status moe_session_load_with(moe_session *session, moe_sampler *sampler,
@@ -22398,17 +22445,19 @@ MOE__PRIVATE int32_t moe__candidates_min_p(moe__candidate *c, int32_t n, float l
 
 // ---- logits ----------------------------------------------------------------------------------
 
-typedef struct moe__recent {
-    int32_t id, count; // a token, how many times it is among the recent ones
-} moe__recent;
+// A token whose logit does not count as it is.
+typedef struct moe__altered {
+    int32_t id, count; // how many times it is among the recent ones: if at all, it is penalized
+    float bias;
+} moe__altered;
 
 // One row, read in blocks of MOE__PEAK logits.
 typedef struct moe__logits {
     const moe__kernels *kernels;
     const float *row;
     int32_t n;
-    const moe__recent *recent; // by id, all below n: tokens to penalize
-    int32_t n_recent, at;      // at: where the last block began among them
+    const moe__altered *altered; // by id, all below n
+    int32_t n_altered, at;       // at: where the last block began among them
     float penalty;
 } moe__logits;
 
@@ -22416,26 +22465,34 @@ MOE__INLINE int32_t moe__logits_blocks(int32_t n) {
     return (int32_t)(((int64_t)n + MOE__PEAK - 1) / MOE__PEAK);
 }
 
-// Of a token that was there lately; once, however often it was. Finite values stay finite.
-MOE__PRIVATE float moe__logits_penalize(float logit, float penalty) {
-    float result = logit > 0 ? logit / penalty : logit * penalty;
-    if (result > FLT_MAX) return FLT_MAX;
-    return logit > -INFINITY && result < -FLT_MAX ? -FLT_MAX : result;
+// Finite values stay finite, and what is larger becomes so.
+MOE__INLINE float moe__logits_clamp(float from, float to) {
+    if (to > FLT_MAX) return FLT_MAX;
+    return from > -INFINITY && to < -FLT_MAX ? -FLT_MAX : to;
 }
 
-// A block as it counts: with penalties, the largest float for infinity, and -inf behind the end.
-// What is NaN or -inf cannot be chosen. peak: of the block, with or without penalties.
+// With its bias; then, of a token that was there lately, the penalty: once, however often it was.
+MOE__PRIVATE float moe__logits_alter(float logit, const moe__altered *how, float penalty) {
+    if (how->bias == -INFINITY) return -INFINITY;
+    if (logit > FLT_MAX) return FLT_MAX; // infinite: neither changes it
+    if (how->bias != 0) logit = moe__logits_clamp(logit, logit + how->bias);
+    if (how->count == 0) return logit;
+    return moe__logits_clamp(logit, logit > 0 ? logit / penalty : logit * penalty);
+}
+
+// A block as it counts: with biases and penalties, the largest float for infinity, and -inf behind
+// the end. What is NaN or -inf cannot be chosen. peak: of the block, altered or not.
 MOE__PRIVATE void moe__logits_load(moe__logits *l, int32_t block, float peak, float *out) {
     const int32_t start = block * MOE__PEAK, n = (int32_t)moe__min(l->n - start, MOE__PEAK);
     memcpy(out, l->row + start, (size_t)n * sizeof *out);
     for (int32_t i = n; i < MOE__PEAK; i++) out[i] = -INFINITY;
     for (int32_t i = 0; peak >= FLT_MAX && i < n; i++)
         if (out[i] > FLT_MAX) out[i] = FLT_MAX;
-    while (l->at > 0 && l->recent[l->at - 1].id >= start) l->at--;
-    while (l->at < l->n_recent && l->recent[l->at].id < start) l->at++;
-    for (int32_t i = l->at; i < l->n_recent && l->recent[i].id - start < n; i++) {
-        const int32_t id = l->recent[i].id;
-        out[id - start] = moe__logits_penalize(l->row[id], l->penalty);
+    while (l->at > 0 && l->altered[l->at - 1].id >= start) l->at--;
+    while (l->at < l->n_altered && l->altered[l->at].id < start) l->at++;
+    for (int32_t i = l->at; i < l->n_altered && l->altered[i].id - start < n; i++) {
+        const int32_t id = l->altered[i].id;
+        out[id - start] = moe__logits_alter(l->row[id], &l->altered[i], l->penalty);
     }
 }
 
@@ -22446,9 +22503,9 @@ MOE__PRIVATE float moe__logits_peaks(moe__logits *l, int32_t first, int32_t n, f
     const int32_t end = (int32_t)moe__min(l->n, start + (int64_t)n * MOE__PEAK);
     float block[MOE__PEAK], max = -INFINITY;
     l->kernels->peaks(l->row + start, end - start, peaks);
-    while (l->at > 0 && l->recent[l->at - 1].id >= start) l->at--;
-    for (int32_t i = l->at, last = -1; i < l->n_recent && l->recent[i].id < end; i++) {
-        const int32_t b = l->recent[i].id / MOE__PEAK - first;
+    while (l->at > 0 && l->altered[l->at - 1].id >= start) l->at--;
+    for (int32_t i = l->at, last = -1; i < l->n_altered && l->altered[i].id < end; i++) {
+        const int32_t b = l->altered[i].id / MOE__PEAK - first;
         if (b <= last) continue; // once per block, and none before the first
         moe__logits_load(l, first + b, peaks[b], block);
         l->kernels->peaks(block, MOE__PEAK, peaks + b);
@@ -22469,7 +22526,7 @@ MOE__PRIVATE int moe__logits_any(const moe__logits *l, float max) {
     return 0;
 }
 
-// The token with the largest logit, the first of equals; 0 if no logit is finite.
+// The token with the largest logit, the first of equals; -1 if no logit is finite.
 MOE__PRIVATE int32_t moe__logits_greedy(moe__logits *l) {
     enum { STEP = 64 };
     const int32_t n_blocks = moe__logits_blocks(l->n);
@@ -22484,10 +22541,36 @@ MOE__PRIVATE int32_t moe__logits_greedy(moe__logits *l) {
             best = first + b;
         }
     }
-    if (!moe__logits_any(l, max)) return 0;
+    if (!moe__logits_any(l, max)) return -1;
     moe__logits_load(l, best, max, logit);
     while (logit[at] != max) at++;
     return best * MOE__PEAK + at;
+}
+
+// Natural logarithms of probabilities: of one token, and of the k likeliest, in order, if `top` has
+// room for any. Returns how many these are.
+MOE__PRIVATE int32_t moe__logits_logprobs(moe__logits *l, int32_t token, float *logprob,
+                                          moe__candidate *top, int32_t k) {
+    const int32_t n_blocks = moe__logits_blocks(l->n);
+    moe__top likeliest = {top, k, 0};
+    float peak, max = -INFINITY, logit[MOE__PEAK];
+    double sum = 0;
+    for (int32_t b = 0; b < n_blocks; b++)
+        if (moe__logits_peaks(l, b, 1, &peak) > max) max = peak;
+    for (int32_t b = 0; b < n_blocks; b++) {
+        moe__logits_load(l, b, max, logit);
+        sum += l->kernels->weigh(logit, MOE__PEAK, -FLT_MAX, max, 1, NULL);
+        for (int32_t i = 0; k > 0 && i < MOE__PEAK; i++)
+            if (logit[i] > -INFINITY) moe__top_add(&likeliest, logit[i], b * MOE__PEAK + i);
+    }
+    const int32_t n = (int32_t)moe__min(likeliest.n, k);
+    const double all = (double)max + log(sum);
+    if (n == likeliest.n && n > 0) moe__candidates_build(top, (size_t)n);
+    if (n > 0) moe__candidates_sort(top, (size_t)n);
+    for (int32_t i = 0; i < n; i++) top[i].logit = (float)((double)top[i].logit - all);
+    const float x = l->row[token] > FLT_MAX ? FLT_MAX : l->row[token];
+    *logprob = x > -INFINITY ? (float)((double)x - all) : -INFINITY;
+    return n;
 }
 
 // ---- sampler ---------------------------------------------------------------------------------
@@ -22500,8 +22583,8 @@ struct moe_sampler {
     const moe__kernels *kernels;
     int32_t *recent; // ring of the last max_recent tokens, n_recent of them filled
     int32_t max_recent, n_recent, next_recent;
-    moe__recent *penalized; // the same by id, those that there are logits of
-    int32_t n_penalized;
+    moe__altered *altered;  // the same by id, those that there are logits of, and biases
+    int32_t n_altered, max_altered, n_biases;
     float *peaks;               // per block; not if greedy
     moe__candidate *candidates; // top_k at most; n_valid if top_p stands alone
     double *sums, *slots;       // weights per block, if there is no top_k; top-p's
@@ -22555,8 +22638,8 @@ MOE__PRIVATE int moe__sampler_alloc(moe_sampler *sampler) {
     int ok = 1;
     sampler->recent = (int32_t *)moe__sampler_array(sampler, sampler->max_recent,
                                                     sizeof *sampler->recent, &ok);
-    sampler->penalized = (moe__recent *)moe__sampler_array(
-        sampler, moe__min(n, sampler->max_recent), sizeof *sampler->penalized, &ok);
+    sampler->altered = (moe__altered *)moe__sampler_array(sampler, sampler->max_altered,
+                                                          sizeof *sampler->altered, &ok);
     sampler->peaks = (float *)moe__sampler_array(sampler, draws ? n_blocks : 0,
                                                  sizeof *sampler->peaks, &ok);
     sampler->candidates = (moe__candidate *)moe__sampler_array(
@@ -22587,6 +22670,7 @@ MOE_API moe_sampler *moe_sampler_open(const moe_sampler_options *options, int32_
         sampler->random = o.seed;
         sampler->kernels = moe__kernels_get(MOE_ISA_BEST);
         sampler->max_recent = !penalty ? 0 : o.repeat_last_n ? o.repeat_last_n : 64;
+        sampler->max_altered = (int32_t)moe__min(n_valid, sampler->max_recent);
         if (moe__sampler_alloc(sampler)) return sampler;
         moe_sampler_close(sampler);
     }
@@ -22598,7 +22682,7 @@ MOE_API void moe_sampler_close(moe_sampler *sampler) {
     if (!sampler) return;
     moe_allocator allocator = sampler->allocator;
     moe__free(&allocator, sampler->recent);
-    moe__free(&allocator, sampler->penalized);
+    moe__free(&allocator, sampler->altered);
     moe__free(&allocator, sampler->peaks);
     moe__free(&allocator, sampler->candidates);
     moe__free(&allocator, sampler->sums);
@@ -22606,27 +22690,37 @@ MOE_API void moe_sampler_close(moe_sampler *sampler) {
     moe__free(&allocator, sampler);
 }
 
-// Counts a token among the penalized ones, or takes it away again.
-MOE__PRIVATE void moe__sampler_count(moe_sampler *sampler, int32_t id, int32_t change) {
-    moe__recent *p = sampler->penalized;
-    int32_t at = 0, end = sampler->n_penalized;
-    if (id < 0 || id >= sampler->n_valid) return;
+// The place of a token among the altered ones; it is made, as not altered, if it is not there.
+MOE__PRIVATE moe__altered *moe__sampler_altered(moe_sampler *sampler, int32_t id) {
+    moe__altered *p = sampler->altered;
+    int32_t at = 0, end = sampler->n_altered;
     while (at < end) {
         int32_t middle = at + (end - at) / 2;
         if (p[middle].id < id) at = middle + 1;
         else end = middle;
     }
-    const size_t behind = (size_t)(sampler->n_penalized - at) * sizeof *p;
-    if (at == sampler->n_penalized || p[at].id != id) {
-        memmove(p + at + 1, p + at, behind);
-        p[at].id = id;
-        p[at].count = 0;
-        sampler->n_penalized++;
-    }
-    p[at].count += change;
-    if (p[at].count > 0) return;
-    sampler->n_penalized--;
-    memmove(p + at, p + at + 1, (size_t)(sampler->n_penalized - at) * sizeof *p);
+    if (at < sampler->n_altered && p[at].id == id) return p + at;
+    memmove(p + at + 1, p + at, (size_t)(sampler->n_altered++ - at) * sizeof *p);
+    p[at].id = id;
+    p[at].count = 0;
+    p[at].bias = 0;
+    return p + at;
+}
+
+// A place that is not needed any more is given up.
+MOE__PRIVATE void moe__sampler_settle(moe_sampler *sampler, moe__altered *p) {
+    if (p->count > 0 || p->bias != 0) return;
+    const int64_t behind = sampler->altered + sampler->n_altered - (p + 1);
+    memmove(p, p + 1, (size_t)behind * sizeof *p);
+    sampler->n_altered--;
+}
+
+// Counts a token among the recent ones, or takes it away again.
+MOE__PRIVATE void moe__sampler_count(moe_sampler *sampler, int32_t id, int32_t change) {
+    if (id < 0 || id >= sampler->n_valid) return;
+    moe__altered *p = moe__sampler_altered(sampler, id);
+    p->count += change;
+    moe__sampler_settle(sampler, p);
 }
 
 MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token) {
@@ -22637,6 +22731,107 @@ MOE_API void moe_sampler_accept(moe_sampler *sampler, int32_t token) {
     *place = token;
     moe__sampler_count(sampler, token, 1);
     sampler->next_recent = (sampler->next_recent + 1) % sampler->max_recent;
+}
+
+// What it was told; biases stay.
+MOE__PRIVATE void moe__sampler_forget(moe_sampler *sampler) {
+    moe__altered *p = sampler->altered;
+    int32_t kept = 0;
+    for (int32_t i = 0; i < sampler->n_altered; i++) {
+        if (p[i].bias == 0) continue;
+        p[kept] = p[i];
+        p[kept++].count = 0;
+    }
+    sampler->n_altered = kept;
+    sampler->n_recent = sampler->next_recent = 0;
+}
+
+MOE_API void moe_sampler_sync(moe_sampler *sampler, const int32_t *tokens, int32_t n_tokens) {
+    if (!sampler || sampler->max_recent == 0) return;
+    moe__sampler_forget(sampler);
+    if (!tokens || n_tokens < 0) return;
+    const int32_t n = (int32_t)moe__min(n_tokens, sampler->max_recent);
+    for (int32_t i = n_tokens - n; i < n_tokens; i++) moe_sampler_accept(sampler, tokens[i]);
+}
+
+// The same, at no cost if it has been told these.
+MOE__PRIVATE void moe__sampler_follow(moe_sampler *sampler, const int32_t *tokens,
+                                      int32_t n_tokens) {
+    if (sampler->max_recent == 0) return;
+    const int32_t n = (int32_t)moe__min(n_tokens, sampler->max_recent);
+    int32_t at = sampler->next_recent - n;
+    if (at < 0) at += sampler->max_recent;
+    int same = n == sampler->n_recent;
+    for (int32_t i = n_tokens - n; same && i < n_tokens; i++) {
+        same = sampler->recent[at] == tokens[i];
+        if (++at == sampler->max_recent) at = 0;
+    }
+    if (!same) moe_sampler_sync(sampler, tokens, n_tokens);
+}
+
+// Makes room for one bias more, for some of them at a time.
+MOE__PRIVATE int moe__sampler_grow(moe_sampler *sampler) {
+    const int64_t n_valid = sampler->n_valid, step = moe__max(16, sampler->n_biases);
+    const int64_t need = moe__min(n_valid, (int64_t)sampler->max_recent + sampler->n_biases + 1);
+    if (need <= sampler->max_altered) return 1;
+    const int64_t n = moe__min(n_valid, need + step);
+    int ok = 1;
+    moe__altered *more = (moe__altered *)moe__sampler_array(sampler, n, sizeof *more, &ok);
+    if (!ok) return 0;
+    if (sampler->n_altered)
+        memcpy(more, sampler->altered, (size_t)sampler->n_altered * sizeof *more);
+    moe__free(&sampler->allocator, sampler->altered);
+    sampler->altered = more;
+    sampler->max_altered = (int32_t)n;
+    return 1;
+}
+
+MOE_API moe_status moe_sampler_bias(moe_sampler *sampler, int32_t token, float bias,
+                                    moe_error *error) {
+    if (!sampler) return moe__fail(error, MOE_ERROR_ARGUMENT, "sampler", "sampler is NULL");
+    if (token < 0 || token >= sampler->n_valid)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "token", "token %d is not in 0..%d",
+                         (int)token, (int)sampler->n_valid - 1);
+    if (!(bias <= FLT_MAX)) // or NaN
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "bias", "a bias is NaN or infinite");
+    if (!moe__sampler_grow(sampler))
+        return moe__fail(error, MOE_ERROR_MEMORY, "", "out of memory for biases");
+    moe__altered *p = moe__sampler_altered(sampler, token);
+    const int32_t n = sampler->n_biases + (bias != 0) - (p->bias != 0);
+    if (n <= MOE_MAX_BIASES) p->bias = bias, sampler->n_biases = n;
+    moe__sampler_settle(sampler, p);
+    if (n <= MOE_MAX_BIASES) return MOE_OK;
+    return moe__fail(error, MOE_ERROR_ARGUMENT, "bias", "more than %d tokens have a bias",
+                     (int)MOE_MAX_BIASES);
+}
+
+MOE_API void moe_sampler_reset(moe_sampler *sampler) {
+    if (!sampler) return;
+    moe__sampler_forget(sampler);
+    sampler->random = sampler->options.seed;
+}
+
+MOE_API moe_sampler *moe_sampler_copy(const moe_sampler *sampler, moe_error *error) {
+    if (!sampler) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "sampler", "sampler is NULL");
+        return NULL;
+    }
+    moe_sampler *copy = (moe_sampler *)moe__alloc(&sampler->allocator, sizeof *copy);
+    if (copy) {
+        *copy = *sampler;
+        if (moe__sampler_alloc(copy)) {
+            if (copy->max_recent)
+                memcpy(copy->recent, sampler->recent,
+                       (size_t)copy->max_recent * sizeof *copy->recent);
+            if (copy->n_altered)
+                memcpy(copy->altered, sampler->altered,
+                       (size_t)copy->n_altered * sizeof *copy->altered);
+            return copy;
+        }
+        moe_sampler_close(copy);
+    }
+    moe__fail(error, MOE_ERROR_MEMORY, "", "out of memory for a sampler");
+    return NULL;
 }
 
 // ---- choosing from a list --------------------------------------------------------------------
@@ -22833,13 +23028,14 @@ MOE__PRIVATE int32_t moe__sampler_all(moe_sampler *sampler, moe__logits *l, floa
     return moe__sampler_draw_all(sampler, l, max);
 }
 
+// -1: there is nothing to choose.
 MOE__PRIVATE int32_t moe__sampler_sample(moe_sampler *sampler, const float *logits) {
     const moe_sampler_options *o = &sampler->options;
-    moe__logits l = {sampler->kernels,     logits, sampler->n_valid,  sampler->penalized,
-                     sampler->n_penalized, 0,      o->repeat_penalty};
+    moe__logits l = {sampler->kernels,   logits, sampler->n_valid,  sampler->altered,
+                     sampler->n_altered, 0,      o->repeat_penalty};
     if (o->temperature <= 0) return moe__logits_greedy(&l);
     const float max = moe__logits_peaks(&l, 0, moe__logits_blocks(l.n), sampler->peaks);
-    if (!moe__logits_any(&l, max)) return 0;
+    if (!moe__logits_any(&l, max)) return -1;
     return o->top_k > 0 ? moe__sampler_top_k(sampler, &l, max) : moe__sampler_all(sampler, &l, max);
 }
 MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits) {
@@ -22848,10 +23044,10 @@ MOE_API int32_t moe_sampler_sample(moe_sampler *sampler, const float *logits) {
     moe__floats_begin(&callers);
     const int32_t token = moe__sampler_sample(sampler, logits);
     moe__floats_end(&callers);
-    return token;
+    return token < 0 ? 0 : token;
 }
 
-// What moe_sampler_sample does with a temperature of 0 and nothing else.
+// What moe__sampler_sample does with a temperature of 0 and nothing else.
 MOE__PRIVATE int32_t moe__sample_greedy(const moe__kernels *kernels, const float *logits,
                                         int32_t n) {
     moe__logits l = {kernels, logits, n, NULL, 0, 0, 1};
@@ -22868,20 +23064,33 @@ MOE__PRIVATE int32_t moe__sample_greedy(const moe__kernels *kernels, const float
 // back) or impossible (what is in front of the next possible beginning becomes ready).
 
 // text[0 .. n_ready) can go out; text[n_ready .. n_text) is the beginning of a stop string so
-// far, shorter than MOE__MAX_STOP.
+// far, shorter than MOE__MAX_STOP; or, after STRING, one and what came behind it.
 typedef struct moe__stream {
     const moe_generate_options *options;
+    char *text;      // capacity bytes
+    uint8_t *source; // so many bytes of tokens became each of them: 1; of a U+FFFD the first byte
+    int32_t capacity; // tells it, the others are 0
+    int keeps;       // no text is handed out: all that can come of a token has room
     char partial[4]; // the first n_partial bytes of a character
     int32_t n_partial;
     int32_t n_ready, n_text;
-    int32_t stopped; // nothing more is taken; see reason
+    int32_t stopped; // nothing more is taken, or all is kept behind n_ready; see reason
     moe_stop_reason reason;
-    char text[MOE__STREAM_SIZE];
+    size_t n_beyond; // bytes of tokens that were not taken
 } moe__stream;
 
-MOE__PRIVATE void moe__stream_init(moe__stream *stream, const moe_generate_options *options) {
+typedef struct moe__stream_buffer {
+    char text[MOE__STREAM_SIZE];
+    uint8_t source[MOE__STREAM_SIZE];
+} moe__stream_buffer;
+
+MOE__PRIVATE void moe__stream_init(moe__stream *stream, const moe_generate_options *options,
+                                   moe__stream_buffer *buffer) {
     memset(stream, 0, sizeof *stream);
     stream->options = options;
+    stream->text = buffer ? buffer->text : NULL;
+    stream->source = buffer ? buffer->source : NULL;
+    stream->capacity = MOE__STREAM_SIZE;
 }
 
 MOE__PRIVATE void moe__stream_stop(moe__stream *stream, moe_stop_reason reason) {
@@ -22890,15 +23099,22 @@ MOE__PRIVATE void moe__stream_stop(moe__stream *stream, moe_stop_reason reason) 
     stream->reason = reason;
 }
 
+// The first n bytes were handed out.
+MOE__PRIVATE void moe__stream_drop(moe__stream *stream, int32_t n) {
+    stream->n_text -= n;
+    stream->n_ready -= n;
+    memmove(stream->text, stream->text + n, (size_t)stream->n_text);
+    memmove(stream->source, stream->source + n, (size_t)stream->n_text);
+}
+
 MOE__PRIVATE void moe__stream_deliver(moe__stream *stream) {
     const moe_generate_options *options = stream->options;
-    size_t size = (size_t)stream->n_ready;
-    if (size == 0) return;
-    if (options->on_text && !options->on_text(options->user, stream->text, size))
+    const int32_t size = stream->n_ready;
+    if (size == 0 || stream->keeps) return;
+    if (stream->stopped && stream->reason == MOE_STOP_CALLER) return;
+    if (options->on_text && !options->on_text(options->user, stream->text, (size_t)size))
         moe__stream_stop(stream, MOE_STOP_CALLER);
-    stream->n_text -= stream->n_ready;
-    stream->n_ready = 0;
-    memmove(stream->text, stream->text + size, (size_t)stream->n_text);
+    moe__stream_drop(stream, size);
 }
 
 // The text has grown by a character: does a stop string end here, does one begin in the rest? Of
@@ -22914,7 +23130,7 @@ MOE__PRIVATE void moe__stream_look_for_stop(moe__stream *stream) {
             longest = size;
     }
     if (longest) {
-        stream->n_ready = stream->n_text -= longest;
+        stream->n_ready = stream->n_text - longest;
         moe__stream_stop(stream, MOE_STOP_STRING);
         return;
     }
@@ -22928,27 +23144,40 @@ MOE__PRIVATE void moe__stream_look_for_stop(moe__stream *stream) {
 
 #define MOE__REPLACEMENT "\xEF\xBF\xBD" // U+FFFD, stands for bytes that are not UTF-8
 
-// Adds one character.
-MOE__PRIVATE void moe__stream_put(moe__stream *stream, const void *bytes, int32_t size) {
-    if (stream->stopped) return;
-    if (stream->n_text + size > MOE__STREAM_SIZE) moe__stream_deliver(stream);
+// Adds one character that n_source bytes of tokens became.
+MOE__PRIVATE void moe__stream_put(moe__stream *stream, const void *bytes, int32_t size,
+                                  int32_t n_source) {
+    if (stream->n_text + size > stream->capacity) moe__stream_deliver(stream);
+    if (stream->n_text + size > stream->capacity) { // the caller has just stopped it
+        stream->n_beyond += (size_t)n_source;
+        return;
+    }
     memcpy(stream->text + stream->n_text, bytes, (size_t)size);
+    for (int32_t i = 0; i < size; i++)
+        stream->source[stream->n_text + i] =
+            (uint8_t)(n_source == size ? 1 : i == 0 ? n_source : 0);
     stream->n_text += size;
-    moe__stream_look_for_stop(stream);
+    if (!stream->stopped) moe__stream_look_for_stop(stream);
 }
 
 // Adds bytes, which may end anywhere in a character, and hands out what can be. What goes on
 // with no character is U+FFFD; the byte that showed it may begin one itself.
 MOE__PRIVATE void moe__stream_push(moe__stream *stream, const char *bytes, size_t size) {
-    for (size_t i = 0; i < size && !stream->stopped; i++) {
+    for (size_t i = 0; i < size; i++) {
         uint32_t code;
+        if (stream->stopped && !stream->keeps) {
+            stream->n_beyond += size - i;
+            break;
+        }
         stream->partial[stream->n_partial++] = bytes[i];
         const int n = moe__utf8_decode(stream->partial, (size_t)stream->n_partial, &code);
         if (n == MOE__UTF8_CUT) continue;
-        if (n == MOE__UTF8_BAD && stream->n_partial > 1) i--;
+        const int again = n == MOE__UTF8_BAD && stream->n_partial > 1;
+        const int32_t n_source = stream->n_partial - again;
+        i -= (size_t)again;
         stream->n_partial = 0;
-        if (n > 0) moe__stream_put(stream, stream->partial, n);
-        else moe__stream_put(stream, MOE__REPLACEMENT, 3);
+        if (n > 0) moe__stream_put(stream, stream->partial, n, n);
+        else moe__stream_put(stream, MOE__REPLACEMENT, 3, n_source);
     }
     moe__stream_deliver(stream);
 }
@@ -22956,15 +23185,39 @@ MOE__PRIVATE void moe__stream_push(moe__stream *stream, const char *bytes, size_
 // The end: what is incomplete will not be completed, what was held back is text after all.
 MOE__PRIVATE void moe__stream_finish(moe__stream *stream) {
     if (stream->stopped) return;
-    if (stream->n_partial) moe__stream_put(stream, MOE__REPLACEMENT, 3);
-    stream->n_ready = stream->n_text;
+    if (stream->n_partial) moe__stream_put(stream, MOE__REPLACEMENT, 3, stream->n_partial);
+    stream->n_partial = 0;
+    if (!stream->stopped) stream->n_ready = stream->n_text;
     moe__stream_deliver(stream);
+}
+
+// Bytes of tokens that are not in the first n_out bytes of the text.
+MOE__PRIVATE size_t moe__stream_left(const moe__stream *stream, int32_t n_out) {
+    size_t n = (size_t)stream->n_partial + stream->n_beyond;
+    for (int32_t i = n_out; i < stream->n_text; i++) n += stream->source[i];
+    return n;
+}
+
+// Takes what another one holds behind its first n_out bytes, to look at it with stop strings of
+// its own.
+MOE__PRIVATE void moe__stream_inherit(moe__stream *stream, const moe__stream *from,
+                                      int32_t n_out) {
+    for (int32_t i = n_out, size; i < from->n_text; i += size) {
+        uint32_t code;
+        int32_t n_source = 0;
+        size = (int32_t)moe__utf8_next(from->text + i, (size_t)(from->n_text - i), &code);
+        for (int32_t k = 0; k < size; k++) n_source += from->source[i + k];
+        moe__stream_put(stream, from->text + i, size, n_source);
+    }
+    memcpy(stream->partial, from->partial, sizeof stream->partial);
+    stream->n_partial = from->n_partial;
 }
 
 // ---- generating ------------------------------------------------------------------------------
 
 MOE_API const char *moe_stop_reason_text(moe_stop_reason reason) {
     switch (reason) {
+    case MOE_STOP_NONE: return "it goes on";
     case MOE_STOP_LIMIT: return "as many tokens as asked for";
     case MOE_STOP_END: return "the model ended";
     case MOE_STOP_STRING: return "a stop string appeared";
@@ -22999,107 +23252,406 @@ MOE__PRIVATE moe_status moe__generate_check_stops(const moe_generate_options *op
     return MOE_OK;
 }
 
-MOE__PRIVATE moe_status moe__generate_check(const moe_session *session, const int32_t *prompt,
-                                            int32_t n_prompt, const moe_generate_options *options,
+// What moe_generate and moe_generator_open both want.
+MOE__PRIVATE moe_status moe__generate_check(const moe_session *session,
+                                            const moe_generate_options *options,
                                             moe_error *error) {
     if (!session) return moe__fail(error, MOE_ERROR_ARGUMENT, "session", "session is NULL");
     const moe_model *model = moe_session_model(session);
+    const int32_t n_vocab = moe_model_get_info(model)->n_vocab;
     if (!moe_model_vocab(model))
         return moe__fail(error, MOE_ERROR_ARGUMENT, "session", "the model has no vocabulary");
+    if (options->sampler && options->sampler->n_vocab != n_vocab)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "sampler",
+                         "the sampler was opened for %d logits, the model has %d",
+                         (int)options->sampler->n_vocab, (int)n_vocab);
+    if (options->n_stop_tokens && !options->stop_tokens)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "stop_tokens",
+                         "stop_tokens is NULL but n_stop_tokens is not 0");
+    for (size_t i = 0; i < options->n_stop_tokens; i++)
+        if (options->stop_tokens[i] < 0 || options->stop_tokens[i] >= n_vocab)
+            return moe__fail(error, MOE_ERROR_ARGUMENT, "stop_tokens", "there is no token %d",
+                             (int)options->stop_tokens[i]);
+    return moe__generate_check_stops(options, error);
+}
+
+MOE__PRIVATE moe_status moe__generate_check_prompt(const moe_session *session,
+                                                   const int32_t *prompt, int32_t n_prompt,
+                                                   moe_error *error) {
     if (n_prompt < 0 || (n_prompt > 0 && !prompt))
         return moe__fail(error, MOE_ERROR_ARGUMENT, "prompt", "the prompt is NULL or negative");
     if (n_prompt == 0 && !moe_session_logits(session, -1))
         return moe__fail(error, MOE_ERROR_ARGUMENT, "prompt",
                          "the prompt is empty and so is the session");
-    if (options->sampler && options->sampler->n_vocab != moe_model_get_info(model)->n_vocab)
-        return moe__fail(error, MOE_ERROR_ARGUMENT, "sampler",
-                         "the sampler was opened for %d logits, the model has %d",
-                         (int)options->sampler->n_vocab, (int)moe_model_get_info(model)->n_vocab);
-    return moe__generate_check_stops(options, error);
+    return MOE_OK;
 }
 
-MOE__PRIVATE void moe__generate_report(moe__stream *stream, const moe_vocab *vocab,
-                                       int32_t token) {
-    char text[MOE__TOKEN_TEXT];
-    if (stream->options->special == MOE_ON && moe_vocab_is_control(vocab, token)) {
-        moe_string name = moe_vocab_token(vocab, token);
-        moe__stream_push(stream, name.data, name.size);
-        return;
+// ---- generator -------------------------------------------------------------------------------
+
+// One step: what was chosen last is evaluated, unless the caller has done it; a token is chosen;
+// its text goes through the stream. Whatever ends or interrupts a step leaves a state from which
+// the next one goes on.
+//
+//   pending -> eval -> logits -> sampler -> token = pending
+//                                                \-> text -> stream
+struct moe_generator {
+    moe_allocator allocator;
+    moe_session *session;
+    const moe_vocab *vocab;
+    moe_generate_options options; // without on_text, but for moe_generate
+    moe__stream stream;
+    int32_t n_ids;         // below it are the tokens that can be chosen
+    int32_t pending, at;   // chosen and not evaluated, -1: none; where in the context it belongs
+    int32_t end_token;     // -1: none was chosen
+    int32_t n_chosen, n_counted; // tokens with text; those that count towards max_tokens
+    int32_t n_logprobs;
+    moe__candidate *candidates; // [n_logprobs]
+    moe_logprob *likeliest;     // [n_logprobs]
+    int32_t n_out;         // bytes of stream.text that were handed out by the last call
+};
+
+MOE__PRIVATE void moe__generator_init(moe_generator *g, moe_session *session,
+                                      const moe_generate_options *options) {
+    memset(g, 0, sizeof *g);
+    const moe_model *model = moe_session_model(session);
+    g->session = session;
+    g->vocab = moe_model_vocab(model);
+    g->options = *options;
+    g->n_ids = (int32_t)moe__min(moe_vocab_size(g->vocab), moe_model_get_info(model)->n_vocab);
+    g->pending = g->end_token = -1;
+}
+
+MOE__PRIVATE int moe__generator_ends(const moe_generator *g, int32_t token) {
+    const moe_generate_options *o = &g->options;
+    if (o->ignore_end != MOE_ON && moe_vocab_is_end(g->vocab, token)) return 1;
+    for (size_t i = 0; i < o->n_stop_tokens; i++)
+        if (o->stop_tokens[i] == token) return 1;
+    return 0;
+}
+
+// A token's bytes as they are reported, MOE__TOKEN_TEXT at most. buffer: room for so many, or NULL
+// to learn the size.
+MOE__PRIVATE moe_string moe__generator_text(const moe_generator *g, int32_t token, char *buffer) {
+    moe_string text = {buffer, 0};
+    if (moe__generator_ends(g, token)) return text;
+    if (g->options.special == MOE_ON && moe_vocab_is_control(g->vocab, token))
+        text = moe_vocab_token(g->vocab, token);
+    else text.size = moe_vocab_text(g->vocab, token, buffer, buffer ? MOE__TOKEN_TEXT : 0);
+    if (text.size > MOE__TOKEN_TEXT) text.size = MOE__TOKEN_TEXT;
+    return text;
+}
+
+// Up to where the session's tokens have been handed out to the last byte: back from the last one
+// over what is left of the text.
+MOE__PRIVATE int32_t moe__generator_length(const moe_generator *g) {
+    const moe_session *session = g->session;
+    size_t left = moe__stream_left(&g->stream, g->n_out);
+    int32_t length = session->length, n = g->n_chosen, token = g->pending;
+    while (left > 0 && n > 0) {
+        if (token < 0 && length == 0) break; // the caller has forgotten them
+        if (token < 0) token = session->tokens[--length];
+        const size_t size = moe__generator_text(g, token, NULL).size;
+        n -= !moe__generator_ends(g, token);
+        left -= size < left ? size : left;
+        token = -1;
     }
-    size_t size = moe_vocab_text(vocab, token, text, sizeof text);
-    moe__stream_push(stream, text, size < sizeof text ? size : sizeof text);
+    return length;
 }
 
 // Tokens that the file forbids count as impossible.
-MOE__PRIVATE void moe__generate_suppress(moe_session *session, const moe_vocab *vocab,
-                                         const float *logits, int32_t n) {
-    float *row = session->logits + (logits - session->logits);
-    for (uint32_t i = 0; i < vocab->n_suppressed; i++)
-        if (vocab->suppressed[i] < n) row[vocab->suppressed[i]] = -INFINITY;
+MOE__PRIVATE void moe__generator_suppress(moe_generator *g, const float *logits) {
+    float *row = g->session->logits + (logits - g->session->logits);
+    for (uint32_t i = 0; i < g->vocab->n_suppressed; i++)
+        if (g->vocab->suppressed[i] < g->n_ids) row[g->vocab->suppressed[i]] = -INFINITY;
 }
 
-// Chooses a token and reports it, then evaluates it unless it is the last. Returns 0 at the end
-// of it all, with the reason.
-MOE__PRIVATE int moe__generate_step(moe_session *session, moe__stream *stream,
-                                    moe_generate_result *result, moe_status *status,
-                                    moe_error *error) {
-    const moe_generate_options *options = stream->options;
-    const moe_model *model = moe_session_model(session);
-    const moe_vocab *vocab = moe_model_vocab(model);
-    const float *logits = moe_session_logits(session, -1);
+// A session that was rewound has no logits: its last token is evaluated again.
+MOE__PRIVATE moe_status moe__generator_recall(moe_generator *g, moe_error *error) {
+    moe_session *session = g->session;
+    if (session->length == 0)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "session", "the session is empty");
+    const int32_t last = session->tokens[session->length - 1];
+    moe_status status = moe_session_rewind(session, session->length - 1, error);
+    if (status != MOE_OK) return status;
+    g->pending = last;
+    g->at = session->length;
+    return MOE_OK;
+}
+
+// Sees to it that there are logits to choose by.
+MOE__PRIVATE moe_status moe__generator_evaluate(moe_generator *g, moe_error *error) {
+    moe_session *session = g->session;
+    moe_status status = MOE_OK;
+    if (g->pending >= 0 && session->length > g->at && session->tokens[g->at] == g->pending)
+        g->pending = -1;
+    if (g->pending < 0 && !moe_session_logits(session, -1))
+        status = moe__generator_recall(g, error);
+    if (status != MOE_OK || g->pending < 0) return status;
+    status = moe_session_eval(session, &g->pending, 1, error);
+    if (status != MOE_OK) return status;
+    if (g->options.sampler) moe_sampler_accept(g->options.sampler, g->pending);
+    g->pending = -1;
+    return MOE_OK;
+}
+
+MOE__PRIVATE void moe__generator_logprobs(moe_generator *g, const float *logits,
+                                          moe_generated *out) {
+    moe__logits l = {g->session->kernels, logits, g->n_ids, NULL, 0, 0, 1};
+    const int32_t k = g->n_logprobs > 0 ? g->n_logprobs : 0;
+    fenv_t callers;
+    moe__floats_begin(&callers);
+    out->n_likeliest = moe__logits_logprobs(&l, out->token, &out->logprob, g->candidates, k);
+    moe__floats_end(&callers);
+    for (int32_t i = 0; i < out->n_likeliest; i++) {
+        g->likeliest[i].token = g->candidates[i].id;
+        g->likeliest[i].logprob = g->candidates[i].logit;
+    }
+    out->likeliest = g->likeliest;
+}
+
+MOE__PRIVATE int32_t moe__generator_draw(moe_generator *g, const float *logits) {
+    moe_sampler *sampler = g->options.sampler;
+    fenv_t callers;
+    if (!sampler) return moe__sample_greedy(g->session->kernels, logits, g->n_ids);
+    moe__sampler_follow(sampler, g->session->tokens, g->session->length);
+    moe__floats_begin(&callers);
+    const int32_t token = moe__sampler_sample(sampler, logits);
+    moe__floats_end(&callers);
+    return token;
+}
+
+MOE__PRIVATE moe_status moe__generator_choose(moe_generator *g, moe_generated *out,
+                                              moe_error *error) {
+    const float *logits = moe_session_logits(g->session, -1);
+    if (g->vocab->n_suppressed) moe__generator_suppress(g, logits);
+    const int32_t token = moe__generator_draw(g, logits);
+    if (token < 0) {
+        if (moe__sample_greedy(g->session->kernels, logits, g->n_ids) >= 0)
+            return moe__fail(error, MOE_ERROR_ARGUMENT, "sampler",
+                             "the biases of the sampler forbid every token");
+        return moe__fail(error, MOE_ERROR_FORMAT, "logits",
+                         "no logit is a number: the weights of the model are damaged");
+    }
+    out->token = g->pending = token;
+    g->at = g->session->length;
+    if (g->n_logprobs) moe__generator_logprobs(g, logits, out);
+    return MOE_OK;
+}
+
+// What the token that was just chosen means.
+MOE__PRIVATE moe_stop_reason moe__generator_report(moe_generator *g, int32_t token) {
+    moe__stream *stream = &g->stream;
+    char buffer[MOE__TOKEN_TEXT];
+    if (moe__generator_ends(g, token)) {
+        g->end_token = token;
+        moe__stream_finish(stream);
+        return stream->stopped ? stream->reason : MOE_STOP_END;
+    }
+    g->n_chosen++;
+    g->n_counted++;
+    const moe_string text = moe__generator_text(g, token, buffer);
+    moe__stream_push(stream, text.data, text.size);
+    if (stream->stopped) return stream->reason;
+    if (g->options.max_tokens > 0 && g->n_counted >= g->options.max_tokens) return MOE_STOP_LIMIT;
+    return g->session->length < g->session->info.n_ctx ? MOE_STOP_NONE : MOE_STOP_CONTEXT;
+}
+
+MOE__PRIVATE moe_status moe__generator_step(moe_generator *g, moe_generated *out,
+                                            moe_error *error) {
     moe_error why;
-    result->reason = MOE_STOP_CALLER;
-    if (!logits) return 0; // a callback has rewound the session
-    int32_t n = (int32_t)moe__min(moe_vocab_size(vocab), moe_model_get_info(model)->n_vocab);
-    if (vocab->n_suppressed) moe__generate_suppress(session, vocab, logits, n);
-    int32_t token = options->sampler ? moe_sampler_sample(options->sampler, logits)
-                                     : moe__sample_greedy(session->kernels, logits, n);
-    if (!(logits[token] > -INFINITY)) {
-        *status = moe__fail(error, MOE_ERROR_FORMAT, "logits",
-                            "no logit is a number: the weights of the model are damaged");
-        return 0;
+    out->token = -1;
+    out->reason = g->stream.stopped ? g->stream.reason : MOE_STOP_END;
+    if (g->stream.stopped || g->end_token >= 0) return MOE_OK;
+    if (g->options.max_tokens > 0 && g->n_counted >= g->options.max_tokens) g->n_counted = 0;
+    moe_status status = moe__generator_evaluate(g, &why);
+    out->reason = status == MOE_ERROR_CONTEXT_FULL ? MOE_STOP_CONTEXT : MOE_STOP_CALLER;
+    if (status == MOE_ERROR_CONTEXT_FULL || status == MOE_ERROR_CANCELLED) return MOE_OK;
+    if (status == MOE_OK) status = moe__generator_choose(g, out, &why);
+    if (status == MOE_OK) out->reason = moe__generator_report(g, out->token);
+    else if (error) *error = why;
+    return status;
+}
+
+// All of it lies in one piece of memory, the generator first.
+MOE__PRIVATE void moe__generator_layout(moe_generator *g, moe__arena *arena) {
+    moe_generate_options *o = &g->options;
+    const char *const *stop = o->stop;
+    const int32_t *stop_tokens = o->stop_tokens;
+    const uint64_t n_logprobs = (uint64_t)moe__max(g->n_logprobs, 0);
+    moe__arena_take(arena, 1, sizeof *g);
+    const uint64_t capacity = (uint64_t)g->stream.capacity;
+    g->stream.text = (char *)moe__arena_take(arena, capacity + 3, 1); // and half a character
+    g->stream.source = (uint8_t *)moe__arena_take(arena, capacity, 1);
+    g->candidates = (moe__candidate *)moe__arena_take(arena, n_logprobs, sizeof *g->candidates);
+    g->likeliest = (moe_logprob *)moe__arena_take(arena, n_logprobs, sizeof *g->likeliest);
+    int32_t *tokens = (int32_t *)moe__arena_take(arena, o->n_stop_tokens, sizeof *tokens);
+    const char **strings = (const char **)moe__arena_take(arena, o->n_stop, sizeof *strings);
+    for (size_t i = 0; i < o->n_stop; i++) {
+        const size_t size = strlen(stop[i]) + 1;
+        char *copy = (char *)moe__arena_take(arena, size, 1);
+        if (arena->base) strings[i] = (const char *)memcpy(copy, stop[i], size);
     }
-    result->next_token = token;
-    result->reason = MOE_STOP_END;
-    if (options->ignore_end != MOE_ON && moe_vocab_is_end(vocab, token)) return 0;
-    result->n_generated++;
-    moe__generate_report(stream, vocab, token);
-    result->reason = stream->reason;
-    if (stream->stopped) return 0;
-    result->reason = MOE_STOP_LIMIT;
-    if (options->max_tokens > 0 && result->n_generated >= options->max_tokens) return 0;
-    moe_status evaluated = moe_session_eval(session, &token, 1, &why);
-    result->reason = evaluated == MOE_ERROR_CONTEXT_FULL ? MOE_STOP_CONTEXT : MOE_STOP_CALLER;
-    if (evaluated == MOE_ERROR_CONTEXT_FULL || evaluated == MOE_ERROR_CANCELLED) return 0;
-    if (evaluated != MOE_OK) {
-        *status = evaluated;
-        if (error) *error = why;
-        return 0;
+    if (!arena->base) return;
+    if (o->n_stop_tokens) memcpy(tokens, stop_tokens, o->n_stop_tokens * sizeof *tokens);
+    o->stop = strings;
+    o->stop_tokens = tokens;
+}
+
+MOE__PRIVATE moe_generator *moe__generator_make(moe_generator *draft, moe_error *error) {
+    moe__arena arena = {NULL, 0, 0};
+    moe__generator_layout(draft, &arena);
+    if (!arena.overflow)
+        arena.base = (unsigned char *)moe__alloc(&draft->allocator, (size_t)arena.used);
+    if (!arena.base) {
+        moe__fail(error, MOE_ERROR_MEMORY, "", "out of memory for a generator");
+        return NULL;
     }
-    result->next_token = -1;
-    if (options->sampler) moe_sampler_accept(options->sampler, token);
-    return 1;
+    arena.used = 0;
+    moe__generator_layout(draft, &arena);
+    moe_generator *g = (moe_generator *)(void *)arena.base;
+    *g = *draft;
+    g->stream.options = &g->options;
+    return g;
+}
+
+MOE__PRIVATE moe_status moe__generator_check(const moe_session *session,
+                                             const moe_generator_options *o,
+                                             const moe_generate_options *options,
+                                             moe_error *error) {
+    moe_status status = moe__generate_check(session, options, error);
+    if (status != MOE_OK) return status;
+    if (o->n_logprobs < -1 || o->n_logprobs > MOE_MAX_LOGPROBS)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "n_logprobs", "n_logprobs is not in -1..%d",
+                         (int)MOE_MAX_LOGPROBS);
+    if (o->from && o->from->vocab != moe_model_vocab(moe_session_model(session)))
+        return moe__fail(error, MOE_ERROR_ARGUMENT, "from",
+                         "the generator to go on from has another vocabulary");
+    return MOE_OK;
+}
+
+MOE__PRIVATE void moe__generator_inherit(moe_generator *g, const moe_generator *from) {
+    moe__stream_inherit(&g->stream, &from->stream, from->n_out);
+    g->pending = from->pending;
+    g->at = from->at;
+    g->n_chosen = from->n_chosen;
+}
+
+MOE_API moe_generator *moe_generator_open(moe_session *session,
+                                          const moe_generator_options *options,
+                                          moe_error *error) {
+    moe_generator_options o;
+    moe_generate_options common;
+    moe_generator draft;
+    moe_allocator allocator;
+    memset(&o, 0, sizeof o);
+    memset(&common, 0, sizeof common);
+    if (options) o = *options;
+    common.max_tokens = o.max_tokens;
+    common.sampler = o.sampler;
+    common.stop = o.stop;
+    common.n_stop = o.n_stop;
+    common.stop_tokens = o.stop_tokens;
+    common.n_stop_tokens = o.n_stop_tokens;
+    common.ignore_end = o.ignore_end;
+    common.special = o.special;
+    if (moe__generator_check(session, &o, &common, error) != MOE_OK ||
+        moe__allocator_init(&allocator, &o.allocator, error) != MOE_OK)
+        return NULL;
+    moe__generator_init(&draft, session, &common);
+    moe__stream_init(&draft.stream, NULL, NULL);
+    draft.allocator = allocator;
+    draft.n_logprobs = o.n_logprobs;
+    draft.stream.keeps = 1;
+    // What is held back, or rest of another one, and what comes of a token: each byte may become
+    // U+FFFD. Twice, for a rest may hold a token itself.
+    const int64_t token = 3 * moe__min(draft.vocab->longest, MOE__TOKEN_TEXT);
+    draft.stream.capacity = (int32_t)(MOE__MAX_STOP + 16 + 2 * token);
+    moe_generator *g = moe__generator_make(&draft, error);
+    if (g && o.from) moe__generator_inherit(g, o.from);
+    return g;
+}
+
+MOE_API void moe_generator_close(moe_generator *generator) {
+    if (!generator) return;
+    const moe_allocator allocator = generator->allocator;
+    moe__free(&allocator, generator);
+}
+
+// The first n_out bytes of the text, and behind them what is left.
+MOE__PRIVATE void moe__generator_hand_out(moe_generator *g, int32_t n_out, moe_generated *out) {
+    moe__stream *stream = &g->stream;
+    g->n_out = n_out;
+    out->text = stream->text;
+    out->size = (size_t)n_out;
+    out->rest = stream->text + n_out;
+    out->rest_size = (size_t)(stream->n_text - n_out);
+    if (stream->n_partial == 0) return;
+    memcpy(stream->text + stream->n_text, MOE__REPLACEMENT, 3);
+    out->rest_size += 3;
+}
+
+MOE_API moe_status moe_generator_next(moe_generator *generator, moe_generated *out,
+                                      moe_error *error) {
+    if (out) {
+        memset(out, 0, sizeof *out);
+        out->token = out->pending = out->end_token = -1;
+        out->logprob = NAN;
+        out->text = out->rest = "";
+        out->reason = MOE_STOP_CALLER;
+    }
+    if (!generator || !out)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, generator ? "out" : "generator",
+                         "%s is NULL", generator ? "out" : "generator");
+    moe__stream_drop(&generator->stream, generator->n_out);
+    generator->n_out = 0;
+    moe_status status = moe__generator_step(generator, out, error);
+    moe__generator_hand_out(generator, status == MOE_OK ? generator->stream.n_ready : 0, out);
+    out->pending = generator->pending;
+    out->end_token = generator->end_token;
+    out->length = moe__generator_length(generator);
+    return status;
+}
+
+// ---- generating in one go ---------------------------------------------------------------------
+
+// Behind the prompt.
+MOE__PRIVATE moe_status moe__generate_loop(moe_session *session,
+                                           const moe_generate_options *options,
+                                           moe_generate_result *result, moe_error *error) {
+    moe_generator g;
+    moe__stream_buffer buffer;
+    moe_generated step;
+    moe_status status;
+    moe__generator_init(&g, session, options);
+    moe__stream_init(&g.stream, &g.options, &buffer);
+    do status = moe__generator_step(&g, &step, error);
+    while (status == MOE_OK && step.reason == MOE_STOP_NONE);
+    moe__stream_finish(&g.stream);
+    const int string = g.stream.stopped && g.stream.reason == MOE_STOP_STRING;
+    result->reason = string ? MOE_STOP_STRING : step.reason;
+    result->n_generated = g.n_chosen;
+    result->next_token = g.pending;
+    result->end_token = g.end_token;
+    result->length = moe__generator_length(&g);
+    result->rest_size = moe__stream_left(&g.stream, 0);
+    return status;
 }
 
 MOE__PRIVATE moe_status moe__generate_run(moe_session *session, const int32_t *prompt,
                                           int32_t n_prompt, const moe_generate_options *options,
                                           moe_generate_result *result, moe_error *error) {
-    moe__stream stream;
-    moe_status status = moe__generate_check(session, prompt, n_prompt, options, error);
+    moe_status status = moe__generate_check(session, options, error);
+    if (status == MOE_OK) status = moe__generate_check_prompt(session, prompt, n_prompt, error);
     if (status != MOE_OK) return status;
     double start = moe__seconds();
     if (n_prompt > 0) status = moe_session_eval(session, prompt, n_prompt, error);
     result->prompt_seconds = moe__seconds() - start;
+    result->length = session->length;
     if (status == MOE_ERROR_CONTEXT_FULL) result->reason = MOE_STOP_CONTEXT;
     if (status != MOE_OK) return status;
     result->n_prompt = n_prompt;
-    for (int32_t i = 0; options->sampler && i < n_prompt; i++)
-        moe_sampler_accept(options->sampler, prompt[i]);
     start = moe__seconds();
-    moe__stream_init(&stream, options);
-    while (moe__generate_step(session, &stream, result, &status, error)) continue;
-    moe__stream_finish(&stream);
-    if (stream.stopped && stream.reason == MOE_STOP_STRING) result->reason = MOE_STOP_STRING;
+    status = moe__generate_loop(session, options, result, error);
     result->generate_seconds = moe__seconds() - start;
     return status;
 }
@@ -23108,7 +23660,7 @@ MOE__PRIVATE moe_status moe__generate_run(moe_session *session, const int32_t *p
 MOE__PRIVATE void moe__generate_none(moe_generate_result *result) {
     memset(result, 0, sizeof *result);
     result->reason = MOE_STOP_CALLER;
-    result->next_token = -1;
+    result->next_token = result->end_token = -1;
 }
 
 MOE_API moe_status moe_generate(moe_session *session, const int32_t *prompt, int32_t n_prompt,
@@ -23309,7 +23861,7 @@ MOE__PRIVATE void moe__state_sampler(moe__state *state) {
     moe_sampler *into = state->into_sampler;
     uint64_t random = from ? from->random : 0;
     moe__state_piece(state, &random, sizeof random);
-    if (into) into->random = random, into->n_recent = into->next_recent = into->n_penalized = 0;
+    if (into) into->random = random, moe__sampler_forget(into);
     for (uint64_t i = 0; i < state->head.n_recent; i++) {
         int32_t token = 0;
         if (state->mode == MOE__STATE_WRITE)

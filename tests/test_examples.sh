@@ -7,7 +7,7 @@ build=${1:-build}
 dir=$build/tests/examples
 rm -rf "$dir"
 mkdir -p "$dir"
-tools="minimal branch resume moe-cli moe-quantize moe-synth"
+tools="minimal branch resume tokens moe-cli moe-quantize moe-synth"
 command -v "${CXX:-c++}" >/dev/null && tools="$tools embed"
 for tool in $tools; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
@@ -84,6 +84,46 @@ check "resume: nowhere to write: exit code" test $? -eq 1
 "$build/resume" "$saved" 5 "$dir/none.gguf" >"$dir/out" 2>"$dir/err"
 check "resume: no model" test $? -eq 1
 check "resume: less than 80 lines" test "$(wc -l <examples/resume.c)" -lt 80
+
+# ---- tokens.c ------------------------------------------------------------------------------------
+
+"$build/tokens" >"$dir/out" 2>"$dir/err"
+check "tokens: exit code" test $? -eq 0
+check "tokens: no complaint" test ! -s "$dir/err"
+check "tokens: a line per token, and their sum" test "$(wc -l <"$dir/out")" -eq 11
+check "tokens: what was chosen is the likeliest" awk -F '\t' '
+    NR <= 10 { sub(/^ */, "", $1); if (index($2, "| " $1 ",") != 1) exit 1 }' "$dir/out"
+check "tokens: four of them, in order, none above 0" awk -F '\t' '
+    NR <= 10 {
+        n = gsub(/, -?[0-9]/, "&", $2)
+        if (n != 3) exit 1
+        last = 0
+        while (match($2, /-?[0-9]+\.[0-9]+ "/)) {
+            x = substr($2, RSTART, RLENGTH) + 0
+            if (x > last) exit 1
+            last = x
+            $2 = substr($2, RSTART + RLENGTH)
+        }
+    }' "$dir/out"
+check "tokens: the sum is the sum" awk '
+    NR <= 10 { sum += $1; next }
+    { exit !($1 - sum < 0.001 && sum - $1 < 0.001) }' "$dir/out"
+check "tokens: why it stopped" grep -q ' together; as many tokens as asked for$' "$dir/out"
+"$build/tokens" "$story" "Once upon a time there was a" 1 >"$dir/one" 2>/dev/null
+check "tokens: one token" cmp -s <(head -n 1 "$dir/out") <(head -n 1 "$dir/one")
+"$build/tokens" "$story" "Once upon a time there was a" 500 >"$dir/out" 2>/dev/null
+check "tokens: the end token is the last" test "$(grep -c '(the end)$' "$dir/out")" -eq 1
+check "tokens: and the reason" grep -q ' together; the model ended$' "$dir/out"
+"$build/tokens" "$model" "Once" >"$dir/out" 2>"$dir/err"
+check "tokens: another model" test $? -eq 0
+check "tokens: it prints ASCII" test -z "$(tr -d '\t\n -~' <"$dir/out")"
+"$build/tokens" "$dir/none.gguf" >"$dir/out" 2>"$dir/err"
+check "tokens: no model: exit code" test $? -eq 1
+check "tokens: no model: sentence" grep -q 'none.gguf' "$dir/err"
+"$build/tokens" "$model" "$(head -c 100000 /dev/zero | tr '\0' '~')" 2>"$dir/err" >"$dir/out"
+check "tokens: too long a prompt: exit code" test $? -eq 1
+check "tokens: too long a prompt: sentence" test -s "$dir/err"
+check "tokens: less than 80 lines" test "$(wc -l <examples/tokens.c)" -lt 80
 
 # ---- embed.cpp -----------------------------------------------------------------------------------
 

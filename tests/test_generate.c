@@ -565,7 +565,8 @@ TEST(wrong_calls_are_refused) {
 TEST(a_text_generates_what_its_tokens_do) {
     static text expected, t;
     static const char *const turns[2] = {"Hello there", ", and again"};
-    moe_generate_result result = {MOE_STOP_LIMIT, 0, 0, 0, 0, 0}, from_text;
+    moe_generate_result result, from_text;
+    memset(&result, 0, sizeof result);
     int32_t tokens[64];
     if (!open_model()) return;
     moe_session *a = open_session(100), *b = open_session(100);

@@ -138,7 +138,8 @@ static int32_t greedy(const float *logits, int n) {
     moe_sampler_options options = defaults();
     moe_sampler *sampler = open_sampler(&options, n);
     int32_t token = moe_sampler_sample(sampler, logits);
-    CHECK(moe__sample_greedy(sampler->kernels, logits, n) == token);
+    const int32_t best = moe__sample_greedy(sampler->kernels, logits, n); // -1: nothing is finite
+    CHECK((best < 0 ? 0 : best) == token);
     moe_sampler_close(sampler);
     return token;
 }
@@ -739,6 +740,7 @@ typedef struct stream_test {
     sink out;
     moe_generate_options options;
     moe__stream stream;
+    moe__stream_buffer buffer;
 } stream_test;
 
 static void stream_begin(stream_test *t, const char *const *stops, size_t n_stops) {
@@ -749,7 +751,7 @@ static void stream_begin(stream_test *t, const char *const *stops, size_t n_stop
     t->options.stop = stops;
     t->options.n_stop = n_stops;
     CHECK(moe__generate_check_stops(&t->options, NULL) == MOE_OK);
-    moe__stream_init(&t->stream, &t->options);
+    moe__stream_init(&t->stream, &t->options, &t->buffer);
 }
 
 static void expect_text(const stream_test *t, const char *text, size_t size, int line) {

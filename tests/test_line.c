@@ -167,8 +167,7 @@ TEST(twenty_columns) {
 TEST(tall) {
     BEGIN(10, 4);
     pty_type(&p, "0123456789012345678901234567890123456789012345");
-    CHECK(pty_is(&p, "8901234567|8901234567|8901234567|89012345") ||
-          pty_is(&p, "90123456|"));
+    CHECK(pty_is(&p, "8901234567|8901234567|8901234567|89012345"));
     pty_type(&p, "\001");
     CHECK(pty_is(&p, "> 01234567|8901234567|8901234567|8901234567"));
     CHECK(cursor_is(&p, 0, 2));
@@ -184,7 +183,7 @@ TEST(narrow) {
         if (!pty_start(&p, columns, 20, echo, NULL)) SKIP("there is no pseudo-terminal");
         CHECK(pty_wait(&p, pty_is_raw, ""));
         pty_type(&p, "ab\xE6\xBC\xA2\x01\tcd\033\ref\r");
-        CHECK(pty_logged(&p, "[\\x09cdab\xE6\xBC\xA2]") || pty_logged(&p, "cd\\x0aef"));
+        CHECK(pty_logged(&p, "[\\x09cd\\x0aefab\xE6\xBC\xA2]"));
         pty_type(&p, "\004");
         finish(&p, LINE_END);
     }

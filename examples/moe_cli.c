@@ -3,13 +3,18 @@
 //     cc -O2 examples/moe_cli.c -o moe-cli -lm -lpthread
 //     ./moe-cli -m MODEL.gguf -p "Once upon a time" -n 100
 //
-// The generated text, and nothing else, goes to standard output; see --help for the rest.
+// The generated text, and nothing else, goes to standard output; see --help for the rest. Models
+// that know how to talk do so if there is no prompt: talk.h.
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 
 #include "tool.h"
 
 #include "heatmap.h"
+#include "measure.h"
+#include "talk.h"
+#include "templates.h"
+#include "text.h"
 #include <float.h>
 #include <signal.h>
 #include <unistd.h>
@@ -18,6 +23,10 @@ static const char program[] = "moe-cli";
 
 static struct settings {
     const char *model, *prompt, *prompt_file, *expert_stats, *prompt_cache;
+    const char *system, *system_file, *chat_template, *chat_template_file;
+    int conversation, no_conversation, single_turn, jinja, show_timings;
+    int perplexity, tokens;
+    int32_t reasoning, chunks, logprobs;
     int32_t n_predict, n_ctx, n_threads, n_threads_batch, n_batch;
     float temp, top_p, min_p, repeat_penalty;
     int32_t top_k, repeat_last_n;
@@ -29,7 +38,7 @@ static struct settings {
 } set = {.n_predict = -1, .n_ctx = -1, .n_threads = -1, .n_threads_batch = -1, .n_batch = 512,
          .temp = 0.8f, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1.0f, .top_k = 40,
          .repeat_last_n = 64, .seed = UINT64_MAX, .k_type = -1, .v_type = -1, .mmap = 1,
-         .escape = 1};
+         .escape = 1, .show_timings = 1, .chunks = -1, .logprobs = -1};
 
 // Words for an enumeration stand in the order of its values.
 static const tool_option options[] = {
@@ -51,6 +60,33 @@ static const tool_option options[] = {
     {"--prompt-cache-all", NULL, TOOL_FLAG, &set.prompt_cache_all, 0, 0,
      "leave the generated tokens there, too"},
     {"--prompt-cache-ro", NULL, TOOL_FLAG, &set.prompt_cache_ro, 0, 0, "leave FILE as it is"},
+
+    {"Dialogue:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
+    {"-cnv, --conversation", NULL, TOOL_FLAG, &set.conversation, 0, 0,
+     "answer questions, one line each, the first being -p's or\n"
+     "-f's text (default: if there is none and the model has a\nchat template)"},
+    {"-no-cnv, --no-conversation", NULL, TOOL_FLAG, &set.no_conversation, 0, 0, "do not"},
+    {"-st, --single-turn", NULL, TOOL_FLAG, &set.single_turn, 0, 0, "one answer, then the end"},
+    {"-sys, --system-prompt", "TEXT", TOOL_TEXT, &set.system, 0, 0,
+     "what the model is told before the dialogue"},
+    {"-sysf, --system-prompt-file", "FILE", TOOL_TEXT, &set.system_file, 0, 0, "it is in a file"},
+    {"--chat-template", "NAME|TEXT", TOOL_TEXT, &set.chat_template, 0, 0,
+     "instead of the model's own: one of\n"
+     "chatml, chatglm4, command-r, deepseek2, deepseek3, gemma,\n"
+     "granite, hunyuan-moe, kimi-k2, llama3, llama4, mistral-v1,\n"
+     "mistral-v3, mistral-v3-tekken, mistral-v7, phi3, zephyr,\n"
+     "another one of the model by its name, or a template"},
+    {"--chat-template-file", "FILE", TOOL_TEXT, &set.chat_template_file, 0, 0,
+     "a template in a file"},
+    {"--jinja", NULL, TOOL_FLAG, &set.jinja, 0, 0, "templates always run: for llama.cpp's users"},
+    {"-rea, --reasoning", "auto|on|off", TOOL_CHOICE, &set.reasoning, 0, 0,
+     "ask the template to let the model think or not, and with\n"
+     "off do not show it if it does (default auto: what the\n"
+     "template does by itself). Thoughts are dimmed on a terminal\n"
+     "and no part of the output through a pipe"},
+    {"--show-timings", NULL, TOOL_FLAG, &set.show_timings, 0, 0,
+     "tokens and speed behind each answer, on standard error\n(default)"},
+    {"--no-show-timings", NULL, TOOL_UNFLAG, &set.show_timings, 0, 0, "no such line"},
 
     {"Generation:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
     {"-n, --predict, --n-predict", "N", TOOL_INT, &set.n_predict, -1, INT32_MAX,
@@ -105,7 +141,19 @@ static const tool_option options[] = {
     {"--expert-stats", "FILE.svg", TOOL_TEXT, &set.expert_stats, 0, 0,
      "at the end draw which experts were used, layer by layer"},
 
+    {"--logprobs", "N", TOOL_INT, &set.logprobs, 0, MOE_MAX_LOGPROBS,
+     "instead of the text a line of JSON for each token, with its\n"
+     "log-probability and the N likeliest ones"},
+
     {"Instead of generating:", NULL, TOOL_HEADING, NULL, 0, 0, NULL},
+    {"--perplexity", NULL, TOOL_FLAG, &set.perplexity, 0, 0,
+     "how well the model predicts the text after -f or -p, as\n"
+     "llama-perplexity tells it: in chunks of -c tokens (default\n"
+     "512), of which the second halves count"},
+    {"--chunks", "N", TOOL_INT, &set.chunks, -1, INT32_MAX, "at most so many (default -1: all)"},
+    {"--tokens", NULL, TOOL_FLAG, &set.tokens, 0, 0,
+     "show the tokens of the prompt, with -cnv of the dialogue;\n"
+     "control tokens are coloured on a terminal"},
     {"--info", NULL, TOOL_FLAG, &set.info, 0, 0,
      "show the model: metadata, tensors by type, sizes, memory\n"
      "needed with the options above"},
@@ -114,9 +162,11 @@ static const tool_option options[] = {
     {NULL, NULL, TOOL_HEADING, NULL, 0, 0, NULL}};
 
 static void show_help(void) {
-    printf("usage: %s -m MODEL.gguf -p PROMPT [options]\n\n"
+    printf("usage: %s -m MODEL.gguf [-p PROMPT] [options]\n\n"
            "Generates text with a Mixture-of-Experts model. The text alone goes to standard\n"
            "output, everything else to standard error. Ctrl-C ends the text, twice the program.\n"
+           "Without a prompt, models with a chat template answer questions: /help lists what\n"
+           "else can be said then.\n"
            "Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 ended by Ctrl-C.\n",
            program);
     tool_help(stdout, options);
@@ -165,25 +215,7 @@ static int on_progress(void *user, float fraction) {
 
 // ---- reading the prompt ----------------------------------------------------------------------
 
-typedef struct text {
-    char *data;
-    size_t size, capacity;
-} text;
-
-static int text_append(text *t, const char *data, size_t size) {
-    if (size >= t->capacity - t->size) {
-        size_t capacity = (t->size + size) * 2 + 64;
-        char *grown = (char *)realloc(t->data, capacity);
-        if (!grown) return 0;
-        t->data = grown;
-        t->capacity = capacity;
-    }
-    if (size) memcpy(t->data + t->size, data, size);
-    t->size += size;
-    return 1;
-}
-
-static int read_all(text *t, FILE *file, const char *name) {
+static int read_all(text_buffer *t, FILE *file, const char *name) {
     char piece[65536];
     size_t n;
     int enough = 1;
@@ -194,7 +226,7 @@ static int read_all(text *t, FILE *file, const char *name) {
                 enough ? strerror(errno) : "out of memory");
         return TOOL_ERROR;
     }
-    if (t->size && t->data[t->size - 1] == '\n') t->size--;
+    if (t->size && t->data[t->size - 1] == '\n') text_cut(t, t->size - 1);
     return TOOL_OK;
 }
 
@@ -206,7 +238,7 @@ static int hex_digit(char c) {
 }
 
 // Replaces \n and the like; other backslashes stay.
-static void unescape(text *t) {
+static void unescape(text_buffer *t) {
     static const char names[] = "nrt'\"\\", values[] = "\n\r\t'\"\\";
     size_t from = 0, to = 0;
     while (from < t->size) {
@@ -225,27 +257,30 @@ static void unescape(text *t) {
         }
         t->data[to++] = c;
     }
-    t->size = to;
+    text_cut(t, to);
 }
 
-static int read_prompt(text *t) {
-    if (set.prompt && strcmp(set.prompt, "-") == 0) return read_all(t, stdin, "standard input");
-    if (set.prompt) {
-        if (!text_append(t, set.prompt, strlen(set.prompt))) {
-            fprintf(stderr, "%s: out of memory\n", program);
-            return TOOL_ERROR;
-        }
-        if (set.escape) unescape(t);
-        return TOOL_OK;
-    }
-    FILE *file = fopen(set.prompt_file, "rb");
+static int read_file(text_buffer *t, const char *path) {
+    FILE *file = fopen(path, "rb");
     if (!file) {
-        fprintf(stderr, "%s: cannot open %s: %s\n", program, set.prompt_file, strerror(errno));
+        fprintf(stderr, "%s: cannot open %s: %s\n", program, path, strerror(errno));
         return TOOL_ERROR;
     }
-    int status = read_all(t, file, set.prompt_file);
+    int status = read_all(t, file, path);
     fclose(file);
     return status;
+}
+
+// What is given as an argument, or in a file; "-": standard input.
+static int read_text(text_buffer *t, const char *argument, const char *path) {
+    if (!argument) return path ? read_file(t, path) : TOOL_OK;
+    if (strcmp(argument, "-") == 0) return read_all(t, stdin, "standard input");
+    if (!text_put(t, argument)) {
+        fprintf(stderr, "%s: out of memory\n", program);
+        return TOOL_ERROR;
+    }
+    if (set.escape) unescape(t);
+    return TOOL_OK;
 }
 
 // ---- what the library is asked for -----------------------------------------------------------
@@ -254,7 +289,9 @@ static moe_session_options session_options(const moe_model *model) {
     moe_session_options o;
     memset(&o, 0, sizeof o);
     o.n_ctx = set.n_ctx > 0 ? set.n_ctx : set.n_ctx ? 0 : moe_model_get_info(model)->n_ctx_train;
+    if (set.perplexity && set.n_ctx < 0) o.n_ctx = 512; // llama-perplexity's default
     o.n_batch = set.n_batch;
+    o.keep_all_logits = set.perplexity ? MOE_ON : 0;
     o.n_threads = set.n_threads > 0 ? set.n_threads : 0;
     o.n_threads_batch = set.n_threads_batch > 0 ? set.n_threads_batch : 0;
     o.kv_type = (moe_kv_type)set.kv_type;
@@ -463,7 +500,7 @@ static int on_text(void *user, const char *data, size_t size) {
 }
 
 // The prompt's tokens, for the caller to free; NULL after a message.
-static int32_t *tokenize(const moe_vocab *vocab, const text *prompt, int32_t *n) {
+static int32_t *tokenize(const moe_vocab *vocab, const text_buffer *prompt, int32_t *n) {
     unsigned flags = MOE_TOKENIZE_ADD_SPECIAL | MOE_TOKENIZE_PARSE_SPECIAL;
     const char *data = prompt->data ? prompt->data : "";
     int64_t count = moe_vocab_tokenize(vocab, data, prompt->size, flags, NULL, 0);
@@ -610,6 +647,206 @@ static int generate(moe_session *session, moe_sampler *sampler, const int32_t *t
     return interrupted ? TOOL_INTERRUPTED : cache_failed ? TOOL_ERROR : TOOL_OK;
 }
 
+// --logprobs: a line for each token instead of the text.
+static int generate_lines(moe_generator *generator, const moe_vocab *vocab, moe_error *error) {
+    moe_generated g;
+    text_buffer line;
+    moe_status status;
+    int failed = 0;
+    memset(&line, 0, sizeof line);
+    memset(&g, 0, sizeof g);
+    do {
+        status = moe_generator_next(generator, &g, error);
+        if (status || g.token < 0) continue;
+        text_cut(&line, 0);
+        logprob_line(&line, vocab, &g);
+        failed = line.failed || fwrite(line.data, 1, line.size, stdout) != line.size ||
+                 fflush(stdout);
+    } while (!status && !failed && g.reason == MOE_STOP_NONE);
+    if (failed)
+        fprintf(stderr, "%s: cannot write the tokens: %s\n", program,
+                line.failed ? "out of memory" : strerror(errno));
+    text_free(&line);
+    if (status) return tool_fail(program, "cannot generate", error);
+    return failed ? TOOL_ERROR : interrupted ? TOOL_INTERRUPTED : TOOL_OK;
+}
+
+static int generate_logprobs(moe_session *session, moe_sampler *sampler, const int32_t *tokens,
+                             int32_t n) {
+    moe_error error;
+    moe_generator_options o;
+    memset(&o, 0, sizeof o);
+    o.sampler = sampler;
+    o.max_tokens = set.n_predict;
+    o.ignore_end = set.ignore_eos ? MOE_ON : 0;
+    o.n_logprobs = set.logprobs ? set.logprobs : -1;
+    const moe_status status = moe_session_eval(session, tokens, n, &error);
+    if (status == MOE_ERROR_CANCELLED) return TOOL_INTERRUPTED;
+    if (status) return tool_fail(program, "cannot evaluate the prompt", &error);
+    if (!set.n_predict) return TOOL_OK;
+    moe_generator *generator = moe_generator_open(session, &o, &error);
+    if (!generator) return tool_fail(program, "cannot generate", &error);
+    const moe_vocab *vocab = moe_model_vocab(moe_session_model(session));
+    const int result = generate_lines(generator, vocab, &error);
+    moe_generator_close(generator);
+    return result;
+}
+
+// ---- --perplexity ----------------------------------------------------------------------------
+
+// What the file puts in front of texts; -1: nothing. *adds_end: it puts something behind them, too.
+static int32_t first_token(const moe_vocab *vocab, int *adds_end) {
+    int32_t around[2] = {-1, -1};
+    const int64_t n = moe_vocab_tokenize(vocab, "", 0, MOE_TOKENIZE_ADD_SPECIAL, around, 2);
+    const int32_t bos = moe_vocab_bos(vocab);
+    *adds_end = n > 1 || (n == 1 && around[0] != bos);
+    return n > 0 && around[0] == bos ? bos : -1;
+}
+
+// Behind each chunk the value so far, at the end its standard error.
+static int show_chunks(moe_session *session, int32_t *tokens, int32_t n_chunks, int32_t bos) {
+    const moe_model *model = moe_session_model(session);
+    const int32_t n_ctx = moe_session_get_info(session)->n_ctx;
+    const int32_t n_rows = moe_model_get_info(model)->n_vocab;
+    const int32_t n_known = moe_vocab_size(moe_model_vocab(model));
+    const int32_t n_words = n_known < n_rows ? n_known : n_rows;
+    perplexity p = {0, 0, 0};
+    moe_error error;
+    for (int32_t i = 0; i < n_chunks; i++) {
+        int32_t *chunk = tokens + (size_t)i * (size_t)n_ctx;
+        const moe_status status = perplexity_chunk(&p, session, chunk, n_ctx, bos, n_words, &error);
+        if (status && interrupted) return TOOL_INTERRUPTED;
+        if (status) return tool_fail(program, "cannot evaluate the text", &error);
+        printf("[%d]%.4f,", (int)i + 1, perplexity_value(&p));
+        if (fflush(stdout)) break;
+    }
+    const double spread = perplexity_error(&p);
+    if (spread < 0) puts("\nUnexpected negative standard deviation of log(prob)");
+    else printf("\nFinal estimate: PPL = %.4f +/- %.5f\n", perplexity_value(&p), spread);
+    return TOOL_OK; // output_finish looks whether it was written
+}
+
+// The text's tokens; what looks like control tokens is text here.
+static int32_t *perplexity_tokens(const moe_vocab *vocab, const text_buffer *prompt, int64_t *n) {
+    const char *data = prompt->data ? prompt->data : "";
+    const unsigned flags = MOE_TOKENIZE_ADD_SPECIAL;
+    *n = moe_vocab_tokenize(vocab, data, prompt->size, flags, NULL, 0);
+    int32_t *tokens = (int32_t *)malloc((size_t)(*n > 0 ? *n : 1) * sizeof *tokens);
+    if (tokens && *n > 0)
+        *n = moe_vocab_tokenize(vocab, data, prompt->size, flags, tokens, (size_t)*n);
+    if (!tokens || *n < 0) fprintf(stderr, "%s: cannot turn the text into tokens\n", program);
+    return tokens;
+}
+
+static int show_perplexity(moe_session *session, const text_buffer *prompt) {
+    const moe_vocab *vocab = moe_model_vocab(moe_session_model(session));
+    const int32_t n_ctx = moe_session_get_info(session)->n_ctx, least = n_ctx < 4 ? 4 : n_ctx;
+    int adds_end;
+    int64_t n;
+    const int32_t bos = first_token(vocab, &adds_end);
+    int32_t *tokens = perplexity_tokens(vocab, prompt, &n);
+    int status = TOOL_ERROR;
+    if (!tokens || n < 0) {
+    } else if (adds_end) {
+        fprintf(stderr, "%s: the model's texts end with a token of their own: there is no "
+                "definition of perplexity for it\n", program);
+    } else if (n < 2 * (int64_t)n_ctx || n_ctx < least) {
+        fprintf(stderr, "%s: perplexity with a context of %d needs at least %d tokens, the text "
+                "has %lld (-c)\n", program, (int)least, 2 * (int)least, (long long)n);
+    } else {
+        const int64_t most = n / n_ctx;
+        const int32_t n_chunks = (int32_t)(set.chunks < 0 || set.chunks > most ? most : set.chunks);
+        fprintf(stderr, "%s: perplexity over %d chunks of %d tokens\n", program, (int)n_chunks,
+                (int)n_ctx);
+        status = show_chunks(session, tokens, n_chunks, bos);
+    }
+    free(tokens);
+    return status;
+}
+
+// ---- dialogues -------------------------------------------------------------------------------
+
+// The texts that talk_options point to; without memory for them: a message, and 0.
+typedef struct dialogue {
+    text_buffer system, prompt, template_text;
+} dialogue;
+
+// --chat-template: one of ours, of the file, or a template.
+static int choose_template(dialogue *d, const moe_vocab *vocab) {
+    const char *chosen = set.chat_template;
+    if (!chosen || template_write(&d->template_text, chosen)) return TOOL_OK;
+    if (strstr(chosen, "{{") || strstr(chosen, "{%") || moe_chat_template(vocab, chosen).data) {
+        text_put(&d->template_text, chosen);
+        return TOOL_OK;
+    }
+    fprintf(stderr, "%s: --chat-template: '", program);
+    tool_print(stderr, chosen, strlen(chosen), 60);
+    fputs("' is no template, nor the name of one: ", stderr);
+    template_names(stderr);
+    fputs("\n", stderr);
+    return TOOL_USAGE;
+}
+
+static talk_options dialogue_options(const dialogue *d) {
+    talk_options o;
+    memset(&o, 0, sizeof o);
+    o.program = program;
+    o.model = set.model;
+    o.system = d->system.data ? &d->system : NULL;
+    o.first = d->prompt.size ? &d->prompt : NULL;
+    o.template_text = d->template_text.data;
+    o.reasoning = set.reasoning;
+    o.n_predict = set.n_predict;
+    o.ignore_end = set.ignore_eos;
+    o.is_single = set.single_turn;
+    o.shows_timings = set.show_timings;
+    o.interrupted = &interrupted;
+    return o;
+}
+
+// Is there to be a dialogue? With neither prompt nor template there is nothing to be done.
+static int wants_dialogue(const dialogue *d, const moe_vocab *vocab) {
+    if (set.conversation) return 1;
+    if (set.no_conversation || set.prompt || set.prompt_file) return 0;
+    return d->template_text.data || moe_chat_template(vocab, NULL).data;
+}
+
+static int talk_with(const dialogue *d, moe_session *session, moe_sampler *sampler) {
+    const talk_options o = dialogue_options(d);
+    const int status = talk_run(&o, session, sampler);
+    if (!set.expert_stats || !heatmap_write(set.expert_stats, session)) return status;
+    fprintf(stderr, "%s: cannot write %s: %s\n", program, set.expert_stats, strerror(errno));
+    return TOOL_ERROR;
+}
+
+// --tokens; a file with a vocabulary alone is enough.
+static int show_tokens(dialogue *d) {
+    moe_error error;
+    moe_gguf *gguf = moe_gguf_open(set.model, NULL, &error);
+    moe_vocab *vocab = gguf ? moe_vocab_open(gguf, &error) : NULL;
+    moe_gguf_close(gguf);
+    if (!vocab) return tool_fail(program, set.model, &error);
+    int status = choose_template(d, vocab);
+    int32_t *tokens = NULL, n_prompt;
+    size_t n = 0;
+    if (!status && set.conversation) {
+        const talk_options o = dialogue_options(d);
+        if (talk_first_tokens(&o, vocab, &tokens, &n, &error))
+            status = tool_fail(program, "cannot format the dialogue", &error);
+    } else if (!status) {
+        tokens = tokenize(vocab, &d->prompt, &n_prompt);
+        if (tokens) n = (size_t)n_prompt;
+        else status = TOOL_ERROR;
+    }
+    if (!status && !tokens_show(vocab, tokens, n, isatty(STDOUT_FILENO))) status = TOOL_ERROR;
+    if (!status) fprintf(stderr, "%s: %lu tokens\n", program, (unsigned long)n);
+    free(tokens);
+    moe_vocab_close(vocab);
+    return status;
+}
+
+// ---- putting it together ---------------------------------------------------------------------
+
 static void show_setup(const moe_model *model, const moe_session *session) {
     const moe_model_info *m = moe_model_get_info(model);
     const moe_session_info *s = moe_session_get_info(session);
@@ -635,12 +872,25 @@ typedef struct state {
     moe_session *session;
     moe_sampler *sampler;
     int32_t *tokens;
-    text prompt;
+    dialogue texts;
 } state;
 
-static int run_opened(state *s) {
+// What is to be done with model, session and sampler.
+static int run_opened(state *s, int talks, double load_seconds) {
+    int32_t n = 0;
+    if (!set.perplexity && !talks) {
+        s->tokens = tokenize(moe_model_vocab(s->model), &s->texts.prompt, &n);
+        if (!s->tokens) return TOOL_ERROR;
+    }
+    show_setup(s->model, s->session);
+    if (set.perplexity) return show_perplexity(s->session, &s->texts.prompt);
+    if (talks) return talk_with(&s->texts, s->session, s->sampler);
+    if (set.logprobs >= 0) return generate_logprobs(s->session, s->sampler, s->tokens, n);
+    return generate(s->session, s->sampler, s->tokens, n, load_seconds);
+}
+
+static int open_all(state *s) {
     moe_error error;
-    int32_t n;
     double start = tool_seconds();
     s->model = open_model(NULL, &error);
     if (!s->model && interrupted) return TOOL_INTERRUPTED;
@@ -651,6 +901,12 @@ static int run_opened(state *s) {
                 "text; --info and moe-bench work\n", program, set.model);
         return TOOL_ERROR;
     }
+    const int status = choose_template(&s->texts, vocab);
+    const int talks = !status && wants_dialogue(&s->texts, vocab);
+    if (status) return status;
+    if (!talks && !set.prompt && !set.prompt_file)
+        return usage_error("no prompt, and the model has no chat template: give -p TEXT, -p - or "
+                           "-f FILE, or --chat-template");
     moe_session_options o = session_options(s->model);
     s->session = moe_session_open(s->model, &o, &error);
     if (!s->session) return tool_fail(program, "cannot open a session", &error);
@@ -660,22 +916,25 @@ static int run_opened(state *s) {
     s->sampler = moe_sampler_open(&so, moe_model_get_info(s->model)->n_vocab,
                                   moe_vocab_size(vocab), &error);
     if (!s->sampler) return tool_fail(program, "cannot open a sampler", &error);
-    s->tokens = tokenize(vocab, &s->prompt, &n);
-    if (!s->tokens) return TOOL_ERROR;
-    show_setup(s->model, s->session);
-    return generate(s->session, s->sampler, s->tokens, n, load_seconds);
+    return run_opened(s, talks, load_seconds);
 }
 
 static int run(void) {
     state s;
     memset(&s, 0, sizeof s);
-    int status = read_prompt(&s.prompt);
-    if (status == TOOL_OK) {
+    int status = read_text(&s.texts.prompt, set.prompt, set.prompt_file);
+    if (!status) status = read_text(&s.texts.system, set.system, set.system_file);
+    if (!status) status = read_text(&s.texts.template_text, NULL, set.chat_template_file);
+    if (status == TOOL_OK && set.tokens) {
+        status = show_tokens(&s.texts);
+    } else if (status == TOOL_OK) {
         catch_interrupt(); // not before: Ctrl-C shall end the waiting for input
-        status = run_opened(&s);
+        status = open_all(&s);
     }
     free(s.tokens);
-    free(s.prompt.data);
+    text_free(&s.texts.prompt);
+    text_free(&s.texts.system);
+    text_free(&s.texts.template_text);
     moe_sampler_close(s.sampler);
     moe_session_close(s.session);
     moe_model_close(s.model);
@@ -688,6 +947,51 @@ static uint64_t clock_seed(void) {
     return ((uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec) % 4294967296u;
 }
 
+static int is_read(const char *path) {
+    const char *const inputs[] = {set.model, set.prompt_file, set.system_file,
+                                  set.chat_template_file};
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
+        if (inputs[i] && output_is_input(path, inputs[i])) return 1;
+    return 0;
+}
+
+// Options that contradict each other.
+static const char *wrong_mode(void) {
+    const int n_modes = set.info + set.perplexity + set.tokens + (set.logprobs >= 0);
+    const int has_prompt = set.prompt || set.prompt_file;
+    if (set.conversation && set.no_conversation) return "give -cnv or -no-cnv, not both";
+    if (n_modes > 1) return "give one of --info, --perplexity, --tokens and --logprobs";
+    if (set.conversation && n_modes && !set.tokens)
+        return "--info, --perplexity and --logprobs are not for dialogues (-cnv)";
+    if (!has_prompt && !set.info && !set.conversation && (n_modes || set.no_conversation))
+        return "no prompt: give -p TEXT, -p - or -f FILE";
+    if ((set.system || set.system_file) && !set.conversation &&
+        (has_prompt || set.no_conversation))
+        return "-sys is for dialogues: give -cnv, too, or no prompt";
+    if (set.prompt_cache && (set.conversation || !has_prompt) && !set.info)
+        return "--prompt-cache is not for dialogues";
+    if (set.prompt_cache && n_modes && !set.info)
+        return "--prompt-cache is for generating a text";
+    return NULL;
+}
+
+static const char *wrong_usage(void) {
+    if (!set.model) return "no model: give -m FILE";
+    if (set.prompt && set.prompt_file) return "give -p or -f, not both";
+    if (set.system && set.system_file) return "give -sys or -sysf, not both";
+    if (set.chat_template && set.chat_template_file)
+        return "give --chat-template or --chat-template-file, not both";
+    if (set.expert_stats && is_read(set.expert_stats))
+        return "--expert-stats would replace what is read";
+    if ((set.prompt_cache_all || set.prompt_cache_ro) && !set.prompt_cache)
+        return "--prompt-cache-all and -ro need --prompt-cache FILE";
+    if (set.prompt_cache_all && set.prompt_cache_ro)
+        return "give --prompt-cache-all or --prompt-cache-ro, not both";
+    if (set.prompt_cache && is_read(set.prompt_cache))
+        return "--prompt-cache would replace what is read";
+    return wrong_mode();
+}
+
 int main(int argc, char **argv) {
     int status = tool_parse(program, options, argc, argv);
     if (status) return status;
@@ -698,22 +1002,8 @@ int main(int argc, char **argv) {
         printf("%s (moe_infer %d.%d.%d), %s\n", program, MOE_VERSION_MAJOR, MOE_VERSION_MINOR,
                MOE_VERSION_PATCH, moe_isa_name(moe_isa_resolve(MOE_ISA_BEST)));
     } else {
-        if (!set.model) return usage_error("no model: give -m FILE");
-        if (!set.info && !set.prompt && !set.prompt_file)
-            return usage_error("no prompt: give -p TEXT, -p - or -f FILE");
-        if (set.prompt && set.prompt_file) return usage_error("give -p or -f, not both");
-        if (set.expert_stats && (output_is_input(set.expert_stats, set.model) ||
-                                 (set.prompt_file &&
-                                  output_is_input(set.expert_stats, set.prompt_file))))
-            return usage_error("--expert-stats would replace what is read");
-        if ((set.prompt_cache_all || set.prompt_cache_ro) && !set.prompt_cache)
-            return usage_error("--prompt-cache-all and -ro need --prompt-cache FILE");
-        if (set.prompt_cache_all && set.prompt_cache_ro)
-            return usage_error("give --prompt-cache-all or --prompt-cache-ro, not both");
-        if (set.prompt_cache && (output_is_input(set.prompt_cache, set.model) ||
-                                 (set.prompt_file &&
-                                  output_is_input(set.prompt_cache, set.prompt_file))))
-            return usage_error("--prompt-cache would replace what is read");
+        const char *wrong = wrong_usage();
+        if (wrong) return usage_error(wrong);
         if (set.seed == UINT64_MAX) set.seed = clock_seed();
         status = set.info ? show_info() : run();
     }

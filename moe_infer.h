@@ -25562,6 +25562,7 @@ MOE__PRIVATE void moe__answer_new_call(moe_chat_parser *p) {
 
 // It is no call: its mark is text, and what follows is read as such.
 MOE__PRIVATE int moe__answer_fail(moe_chat_parser *p) {
+    MOE_ASSERT(!p->is_call);
     moe__answer_text(p, p->kind, p->in.data + p->from, p->mark);
     p->at = p->from += p->mark;
     moe__answer_new_call(p);
@@ -26104,10 +26105,10 @@ MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, char c) {
     } else if ((key == MOE__KEY_NAME || key == MOE__KEY_FUNCTION) && c == '"' && !p->name.size) {
         p->at++;
         p->state = MOE__CALL_NAME;
-    } else if (key == MOE__KEY_ID && c == '"') {
+    } else if (key == MOE__KEY_ID && c == '"' && !p->id.size) {
         p->at++;
         p->state = MOE__CALL_ID;
-    } else if (key == MOE__KEY_ID && moe__answer_is_digit(c)) {
+    } else if (key == MOE__KEY_ID && moe__answer_is_digit(c) && !p->id.size) {
         p->state = MOE__CALL_ID_NUMBER;
     } else if (key == MOE__KEY_ARGS && !p->has_args) {
         if (p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
@@ -26233,7 +26234,7 @@ MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
     if (p->state != MOE__CALL_KEY_TEXT) return moe__answer_json_named(p);
     p->state = MOE__CALL_COLON;
     // Nothing but its keys tells that an object without a mark is a call.
-    if (p->how == 'B' && moe__answer_key_of(p) == MOE__KEY_OTHER &&
+    if (p->how == 'B' && !p->is_call && moe__answer_key_of(p) == MOE__KEY_OTHER &&
         !(p->key.size == 4 && !memcmp(p->key.data, "type", 4)))
         return moe__answer_fail(p);
     return 1;
@@ -26925,6 +26926,8 @@ MOE__PRIVATE void moe__answer_last(moe_chat_parser *p) {
         if (p->is_call) break;
         moe__answer_fail(p);
     }
+    if (p->step == moe__answer_json_step && p->state == MOE__CALL_ID && p->id.size)
+        moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
     if (p->step == moe__answer_tags_step && p->state == MOE__TAGS_STRING)
         moe__answer_put_escaped(p, p->in.data + p->at, p->in.size - p->at);
     else if (p->at < p->in.size)

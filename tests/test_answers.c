@@ -1,0 +1,658 @@
+// Answers taken apart: what comes out of answers of all families, however they are cut, also where
+// they are broken or end too early. An answer's transcript is one text: R reasoning, C content,
+// N name, I id, A arguments of a call and E with its validity, with bars between them.
+#define MOE_INFER_IMPLEMENTATION
+#include "../moe_infer.h"
+#include "meter.h"
+
+// The letter Q stands in no mark and is never dropped: where an answer ends too early all of them
+// must come out.
+#define TOOLS \
+    "{\"messages\": [], \"tools\": [{\"type\": \"function\", \"function\": {\"name\": \"look\"," \
+    "\"parameters\": {\"type\": \"object\", \"properties\": {\"town\": {\"type\": \"string\"}," \
+    "\"n\": {\"type\": \"integer\"}, \"flag\": {\"type\": \"boolean\"}," \
+    "\"o\": {\"type\": \"object\", \"properties\": {\"x\": {\"type\": \"array\", \"items\":" \
+    "{\"type\": \"number\"}}, \"z\": {\"type\": \"object\"}}}," \
+    "\"any\": {\"type\": [\"number\", \"string\"]}}}}}," \
+    "{\"name\": \"add\", \"parameters\": {\"properties\": {\"a\": {\"type\": \"number\"}}}}]}"
+
+typedef struct answer {
+    const char *form, *prompt, *text, *transcript;
+} answer;
+
+#define BAR "\357\275\234"
+#define LOW "\342\226\201"
+#define M3 "]<]minimax[>["
+#define DSML BAR "DSML" BAR
+#define E_ACUTE "\303\251"
+
+static const answer answers[] = {
+    // what most templates have: <think>, <tool_call> with JSON
+    {"usual", "", "Hello Q!", "C Hello Q!"},
+    {"usual", "", "", ""},
+    {"usual", "", "\n\n", ""},
+    {"usual", "", "<think>\nQ1\n\nQ2\n</think>\n\n Yes Q.\n", "R Q1\n\nQ2|C Yes Q."},
+    {"usual", "<think>\n", "Q1\n</think>\n\nYes", "R Q1|C Yes"},
+    {"usual", "<think>\n\n</think>\n\n", "Yes", "C Yes"},
+    {"usual", "<think>", "never Q closed", "R never Q closed"},
+    {"usual", "", "</think>Yes", "C Yes"},
+    {"usual", "", "a <think> b </think> c <thin", "C a <think> b </think> c <thin"},
+    {"usual", "", "</thin Q", "C </thin Q"},
+    {"usual", "",
+     "Look:\n<tool_call>\n{\"name\": \"look\", \"arguments\": {\"town\": \"So\\\"Q\\n\"}}\n"
+     "</tool_call>",
+     "C Look:|N look|A {\"town\": \"So\\\"Q\\n\"}|E1"},
+    {"usual", "",
+     "<think>Q</think>\n<tool_call>{\"name\": \"look\", \"arguments\": {\"o\": {\"x\": [1, {}, "
+     "[]]}, \"Q\": null}}</tool_call>\n<tool_call>\n{\"name\": \"add\", \"arguments\": "
+     "{}}\n</tool_call><|im_end|>\n",
+     "R Q|N look|A {\"o\": {\"x\": [1, {}, []]}, \"Q\": null}|E1|N add|A {}|E1"},
+    {"usual", "",
+     "<tool_call>{\"arguments\": {\"a\": \"Q\"}, \"name\": \"add\"}</tool_call>",
+     "N add|A {\"a\": \"Q\"}|E1"},
+    {"usual", "",
+     "<tool_call>{\"name\": \"add\", \"arguments\": \"{\\\"a\\\": \\\"Q\\\\n\\\\u00e9\\\"}\"}"
+     "</tool_call>",
+     "N add|A {\"a\": \"Q\\n\\u00e9\"}|E1"},
+    {"usual", "",
+     "<tool_call>{\"name\": \"add\", \"arguments\": \"{\\\"a\\\": Q\"}</tool_call>x",
+     "N add|A {\"a\": Q|E0|C x"},
+    {"usual", "", "<tool_call>{\"name\": \"add\"}</tool_call>", "N add|A {}|E1"},
+    {"usual", "", "<tool_call>{\"name\": \"add\", \"arguments\": null}</tool_call>",
+     "N add|A {}|E1"},
+    {"usual", "", "<tool_call>{\"name\": \"add\", \"parameters\": [1]}</tool_call>",
+     "N add|A [1]|E0"},
+    {"usual", "", // a brace is missing
+     "<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 1}</tool_call>ok",
+     "N add|A {\"a\": 1}|E1|C ok"},
+    {"usual", "", // and here there is one too many
+     "<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 1}}}</tool_call>ok",
+     "N add|A {\"a\": 1}|E1|C }</tool_call>ok"},
+    {"usual", "",
+     "<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": Q 'x'}}</tool_call>\nok",
+     "N add|A {\"a\": Q 'x'}}|E0|C ok"},
+    {"usual", "",
+     "<tool_call>[{\"name\": \"add\", \"arguments\": {\"a\": 1}}, {\"type\": \"function\", "
+     "\"function\": {\"name\": \"look\", \"arguments\": {}}, \"id\": \"Q7\"}]</tool_call>",
+     "N add|A {\"a\": 1}|E1|N look|A {}|I Q7|E1"},
+    {"usual", "", "Write <tool_call> and then Q.", "C Write <tool_call> and then Q."},
+    {"usual", "", "<tool_call>{\"Q\": 1}</tool_call> x", "C <tool_call>{\"Q\": 1}</tool_call> x"},
+    {"usual", "",
+     "<tool_call> Q <tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 2e-1}}</tool_call>",
+     "C <tool_call> Q|N add|A {\"a\": 2e-1}|E1"},
+    {"usual", "", // in reasoning only tools are called
+     "<think>a <tool_call>{\"name\": \"Qs\"}</tool_call> b\n<tool_call>\n{\"name\": \"add\", "
+     "\"arguments\": {}}\n</tool_call>\nc</think>d",
+     "R a <tool_call>{\"name\": \"Qs\"}</tool_call> b|N add|A {}|E1|R c|C d"},
+    {"usual", "", "Bytes \377\376 <\303 " E_ACUTE "\n<|im_end|> Q",
+     "C Bytes \377\376 <\303 " E_ACUTE "\n<|im_end|> Q"},
+    {"usual", "", "<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": \"\377\"}}</tool_call>",
+     "N add|A {\"a\": \"\377\"}|E0"},
+    // GLM, Laguna, Ling, Spark: keys and values
+    {"usual", "<think>",
+     "R Q\n</think>\nC\n<tool_call>look\n<arg_key>town</arg_key>\n<arg_value>So\"Q\n'" E_ACUTE
+     "</arg_value>\n<arg_key>n</arg_key>\n<arg_value>3</arg_value>\n<arg_key>o</arg_key>\n"
+     "<arg_value>{\"x\": [1]}</arg_value>\n<arg_key>flag</arg_key>\n<arg_value>true</arg_value>\n"
+     "</tool_call>\n<tool_call>add\n</tool_call></assistant>",
+     "R R Q|C C|N look|A {\"town\": \"So\\\"Q\\n'" E_ACUTE
+     "\", \"n\": 3, \"o\": {\"x\": [1]}, \"flag\": true}|E1|N add|A {}|E1"},
+    {"usual", "</think>",
+     "<tool_call>look<arg_key>any</arg_key><arg_value>Q7</arg_value><arg_key>new</arg_key>"
+     "<arg_value> Q [</arg_value><arg_key>any</arg_key><arg_value> 5 </arg_value></tool_call>x",
+     "N look|A {\"any\": \"Q7\", \"new\": \" Q [\", \"any\": 5}|E1|C x"},
+    {"usual", "", "<tool_call>look Q\nx</tool_call>", "C <tool_call>look Q\nx</tool_call>"},
+    // Hunyuan
+    {"lines", "",
+     "<think>Q</think>\n<answer>a</answer>\n<tool_calls>\n<tool_call>look\n```json\n{\"n\": 1}\n"
+     "```</tool_call>\n<tool_call>add\n```json\n{}\n```</tool_call>\n</tool_calls>",
+     "R Q|C a|N look|A {\"n\": 1}|E1|N add|A {}|E1"},
+    {"lines", "", // MiniMax-M1
+     "C\n<tool_calls>\n{\"name\": \"look\", \"arguments\": {\"town\": \"Q\"}}\n{\"name\": \"add\", "
+     "\"arguments\": {\"a\": 1.5}}\n</tool_calls><end_of_sentence>\n",
+     "C C|N look|A {\"town\": \"Q\"}|E1|N add|A {\"a\": 1.5}|E1"},
+    {"lines", "", "The <tool_calls> Q mark", "C The <tool_calls> Q mark"},
+    // Qwen3-Coder, Qwen3.5, Nemotron 3, StepFun
+    {"qwen", "<think>\n",
+     "R\n</think>\n\nC\n\n<tool_call>\n<function=look>\n<parameter=town>\nSo\"Q\n'" E_ACUTE
+     "\n\n</parameter>\n<parameter=n>\n3\n</parameter>\n<parameter=o>\n{\"x\": [1]}\n</parameter>\n"
+     "<parameter=flag>\nTrue\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=add>"
+     "\n</function>\n</tool_call><|im_end|>",
+     "R R|C C|N look|A {\"town\": \"So\\\"Q\\n'" E_ACUTE
+     "\\n\", \"n\": 3, \"o\": {\"x\": [1]}, \"flag\": true}|E1|N add|A {}|E1"},
+    {"qwen", "", // without <tool_call>; a value that holds the mark of its end
+     "C <function=look>\n<parameter=town>\n<parameter>Q</parameter> </b>\n</parameter>\n"
+     "</function>\n</tool_call>",
+     "C C|N look|A {\"town\": \"<parameter>Q</parameter> </b>\"}|E1"},
+    {"qwen", "", // an end is missing
+     "<tool_call>\n<function=look>\n<parameter=town>\nQ\n</function>\n</tool_call>\nx",
+     "N look|A {\"town\": \"Q\"}|E1|C x"},
+    {"qwen", "",
+     "<tool_call><function=look>stray Q<parameter=n>x Q</parameter></tool_call>",
+     "C <tool_call><function=look>stray Q<parameter=n>x Q</parameter></tool_call>"},
+    {"qwen", "",
+     "<tool_call><function=look><parameter=n>x Q</parameter>stray Q</function></tool_call>",
+     "N look|A {\"n\": \"x Q</parameter>stray Q\"}|E1"},
+    {"qwen", "", "<tool_call>{\"name\": \"add\", \"arguments\": {}}</tool_call>", "N add|A {}|E1"},
+    {"qwen", "", "<function=add>{\"a\": 7}</function>", "N add|A {\"a\": 7}|E1"},
+    {"qwen", "", "#include <functional> <function=> Q", "C #include <functional> <function=> Q"},
+    {"seed", "",
+     "<seed:think>R</seed:think>\nC\n\n<seed:tool_call>\n<function=look>\n<parameter=town>\nQ"
+     "</parameter>\n<parameter=o>{'x': [1, 'y', None], 'z': {}}</parameter>\n<parameter=flag>False"
+     "</parameter>\n</function>\n</seed:tool_call><seed:eos>",
+     "R R|C C|N look|A {\"town\": \"\\nQ\", \"o\": {\"x\": [1, \"y\", null], \"z\": {}}, \"flag\": "
+     "false}|E1"},
+    {"minicpm", "<think>\n",
+     "R\n</think>\n\nC\n<function name=\"look\"><param name=\"town\"><![CDATA[a\n<b>Q]]></param>"
+     "<param name=\"n\">3</param><param name=\"o\">{'x': [True]}</param></function>\n<function "
+     "name=\"add\"></function><|im_end|>",
+     "R R|C C|N look|A {\"town\": \"a\\n<b>Q\", \"n\": 3, \"o\": {\"x\": [true]}}|E1|N add|A {}|E1"},
+    {"minimax2", "<think>\n",
+     "R\n</think>\n\nC\n<minimax:tool_call>\n<invoke name=\"look\">\n<parameter name=\"town\">Q"
+     "</parameter>\n<parameter name=\"n\">3</parameter>\n</invoke>\n<invoke name=\"add\">\n</invoke>"
+     "\n</minimax:tool_call>[e~[",
+     "R R|C C|N look|A {\"town\": \"Q\", \"n\": 3}|E1|N add|A {}|E1"},
+    {"minimax3", "",
+     "<mm:think>R</mm:think>C" M3 "<tool_call>\n" M3 "<invoke name=\"look\">" M3 "<town>Q\n" M3
+     "</town>" M3 "<n>3" M3 "</n>" M3 "<o>" M3 "<x>" M3 "<item>1" M3 "</item>" M3 "<item>2" M3
+     "</item>" M3 "</x>" M3 "<z>" M3 "</z>" M3 "</o>" M3 "</invoke>\n" M3 "<invoke name=\"add\">" M3
+     "</invoke>\n" M3 "</tool_call>[e~[",
+     "R R|C C|N look|A {\"town\": \"Q\\n\", \"n\": 3, \"o\": {\"x\": [1, 2], \"z\": {}}}|E1|N add|A "
+     "{}|E1"},
+    {"minimax3", "", "</mm:think>C" M3 "<tool_call>Q", "C C" M3 "<tool_call>Q"},
+    {"dsml", "<think>",
+     "R</think>C\n\n<" DSML "function_calls>\n<" DSML "invoke name=\"look\">\n<" DSML
+     "parameter name=\"town\" string=\"true\">Q 1</" DSML "parameter>\n<" DSML
+     "parameter name=\"x\" string=\"false\">[1]</" DSML "parameter>\n</" DSML "invoke>\n<" DSML
+     "invoke name=\"add\">\n</" DSML "invoke>\n</" DSML "function_calls><" BAR "end" LOW "of" LOW
+     "sentence" BAR ">",
+     "R R|C C|N look|A {\"town\": \"Q 1\", \"x\": [1]}|E1|N add|A {}|E1"},
+    {"dsml", "</think>",
+     "<" DSML "tool_calls>\n<" DSML "invoke name=\"look\">\n<" DSML
+     "parameter name=\"n\" string=\"true\">5Q</" DSML "parameter>\n</" DSML "invoke>\n</" DSML
+     "tool_calls>",
+     "N look|A {\"n\": \"5Q\"}|E1"},
+    {"hy3", "<think:opensource>",
+     "R</think:opensource>C<tool_calls:opensource>\n<tool_call:opensource>look<tool_sep:opensource>"
+     "\n<arg_key:opensource>town</arg_key:opensource>\n<arg_value:opensource>Q"
+     "</arg_value:opensource>\n</tool_call:opensource>\n<tool_call:opensource>add"
+     "<tool_sep:opensource>\n</tool_call:opensource>\n</tool_calls:opensource>",
+     "R R|C C|N look|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
+    {"kimi3", "<|open|>think<|sep|>",
+     "R<|close|>think<|sep|><|open|>response<|sep|>C<|close|>response<|sep|><|open|>tools<|sep|>"
+     "<|open|>call tool=\"look\" index=\"1\"<|sep|><|open|>argument key=\"town\" "
+     "type=\"string\"<|sep|>Q\n<|close|>argument<|sep|><|open|>argument key=\"a&quot;b\" "
+     "type=\"number\"<|sep|>3<|close|>argument<|sep|><|close|>call<|sep|><|open|>call tool=\"add\" "
+     "index=\"2\"<|sep|><|open|>json type=\"object\"<|sep|>{\"a\": 1}<|close|>json<|sep|>"
+     "<|close|>call<|sep|><|close|>tools<|sep|><|close|>message<|sep|><|end_of_msg|>",
+     "R R|C C|N look|A {\"town\": \"Q\\n\", \"a\\\"b\": 3}|E1|N add|A {\"a\": 1}|E1"},
+    // names, ids and arguments between marks
+    {"deepseek", "<think>\n",
+     "R\n</think>\n\nC<" BAR "tool" LOW "calls" LOW "begin" BAR "><" BAR "tool" LOW "call" LOW
+     "begin" BAR ">function<" BAR "tool" LOW "sep" BAR ">look\n```json\n{\"town\": \"Q\"}\n```<" BAR
+     "tool" LOW "call" LOW "end" BAR ">\n<" BAR "tool" LOW "call" LOW "begin" BAR ">function<" BAR
+     "tool" LOW "sep" BAR ">add\n```json\n{}\n```<" BAR "tool" LOW "call" LOW "end" BAR "><" BAR
+     "tool" LOW "calls" LOW "end" BAR "><" BAR "end" LOW "of" LOW "sentence" BAR ">",
+     "R R|C C|N look|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
+    {"deepseek", "</think>",
+     "C<" BAR "tool" LOW "calls" LOW "begin" BAR "><" BAR "tool" LOW "call" LOW "begin" BAR ">look<"
+     BAR "tool" LOW "sep" BAR ">{\"town\": \"Q\"}<" BAR "tool" LOW "call" LOW "end" BAR "><" BAR
+     "tool" LOW "call" LOW "begin" BAR ">add<" BAR "tool" LOW "sep" BAR ">{Q}<" BAR "tool" LOW
+     "call" LOW "end" BAR "><" BAR "tool" LOW "calls" LOW "end" BAR ">x",
+     "C C|N look|A {\"town\": \"Q\"}|E1|N add|A {Q}|E0|C x"},
+    {"kimi2", "",
+     "<think>R</think>C<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0"
+     "<|tool_call_argument_begin|>{\"town\": \"Q\"}<|tool_call_end|><|tool_call_begin|>"
+     "functions.add:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
+     "<|im_end|>",
+     "R R|C C|N look|I functions.look:0|A {\"town\": \"Q\"}|E1|N add|I functions.add:1|A {}|E1"},
+    {"kimi2", "", "<|tool_call_begin|>look Q", "C <|tool_call_begin|>look Q"},
+    {"solar", "",
+     "<|think|>R<|end|><|begin|>assistant<|content|>C<|end|><|begin|>assistant<|tool_calls|>"
+     "<|tool_call:begin|>a1b2<|tool_call:name|>look<|tool_call:args|>{\"town\": \"Q\"}"
+     "<|tool_call:end|><|tool_call:begin|>c3<|tool_call:name|>add<|tool_call:args|>{}"
+     "<|tool_call:end|><|calls|>",
+     "R R|C C|N look|I a1b2|A {\"town\": \"Q\"}|E1|N add|I c3|A {}|E1"},
+    {"mistral", "",
+     "C[TOOL_CALLS][{\"name\": \"look\", \"arguments\": {\"town\": \"Q\"}, \"id\": \"abc123xyz\"}, "
+     "{\"name\": \"add\", \"arguments\": {}, \"id\": \"d\"}]",
+     "C C|N look|A {\"town\": \"Q\"}|I abc123xyz|E1|N add|A {}|I d|E1"},
+    {"mistral", "",
+     "[THINK]R[/THINK]C[TOOL_CALLS]look[CALL_ID]abc123xyz[ARGS]{\"town\": \"Q\"}[TOOL_CALLS]add"
+     "[ARGS]{}",
+     "R R|C C|N look|I abc123xyz|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
+    {"mistral", "", "see [TOOL_CALLS] Q and [ARGS]", "C see [TOOL_CALLS] Q and [ARGS]"},
+    {"functionary2", ">>>",
+     "all\nC >>> x Q\n>>>look\n{\"town\": \"Q\"}>>>add\n{\"a\": }<|eot_id|>",
+     "C C >>> x Q|N look|A {\"town\": \"Q\"}|E1|N add|A {\"a\": }|E0"},
+    {"functionary2", ">>>", "just Q text", "C just Q text"},
+    {"functionary1", "", "C<function=look>{\"town\": \"Q\"}</function><function=add>{}</function>",
+     "C C|N look|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
+    // JSON behind a mark
+    {"cohere", "<|START_THINKING|>",
+     "R<|END_THINKING|><|START_ACTION|>[\n    {\"tool_call_id\": \"0\", \"tool_name\": \"look\", "
+     "\"parameters\": {\"town\": \"Q\"}},\n    {\"tool_call_id\": 1, \"tool_name\": \"add\", "
+     "\"parameters\": {}}\n]<|END_ACTION|><|END_OF_TURN_TOKEN|>",
+     "R R|N look|I 0|A {\"town\": \"Q\"}|E1|N add|I 1|A {}|E1"},
+    {"cohere", "<|START_THINKING|><|END_THINKING|>", "<|START_RESPONSE|>C Q<|END_RESPONSE|>",
+     "C C Q"},
+    {"command-r", "",
+     "Plan Q\nAction:\n```json\n[\n    {\n        \"tool_name\": \"look\",\n        "
+     "\"parameters\": {\"town\": \"Q\"}\n    },\n    {\"tool_name\": \"add\", \"parameters\": {}}\n"
+     "]```\n",
+     "C Plan Q|N look|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
+    {"apertus", "",
+     "<|inner_prefix|>R<|inner_suffix|>C<|tools_prefix|>[{\"look\": {\"town\": \"Q\"}}, {\"add\": "
+     "{}}]<|tools_suffix|>",
+     "R R|C C|N look|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
+    {"granite3", "",
+     "<think>R</think><response>C</response><|tool_call|>[{\"name\": \"look\", \"arguments\": "
+     "{\"town\": \"Q\"}}, {\"name\": \"add\", \"arguments\": {}}]<|end_of_text|>",
+     "R R|C C|N look|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
+    {"gigachat", "", "C<|function_call|>{\"name\": \"look\", \"arguments\": {\"n\": 1}}<|message_sep|>",
+     "C C|N look|A {\"n\": 1}|E1"},
+    {"gigachat", "",
+     "C<|message_sep|>\n\nfunction call<|role_sep|>\n{\"name\": \"look\", \"arguments\": {\"n\": "
+     "1}}<|message_sep|>\n\n",
+     "C C|N look|A {\"n\": 1}|E1"},
+    {"firefunction", "",
+     "C functools[{\"name\": \"look\", \"arguments\": {\"town\": \"Q\"}}, {\"name\": \"add\", "
+     "\"arguments\": {}}]",
+     "C C|N look|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
+    {"nemotron", "<think>\n",
+     "R\n</think>\n\n<TOOLCALL>[{\"name\": \"look\", \"arguments\": {\"town\": \"Q\"}}]</TOOLCALL>",
+     "R R|N look|A {\"town\": \"Q\"}|E1"},
+    {"apriel", "Here are my reasoning steps:\n",
+     "R Q\n[BEGIN FINAL RESPONSE]\nC\n<tool_calls>[{\"name\": \"look\", \"arguments\": {\"n\": 1}, "
+     "\"id\": \"i\"}]</tool_calls>\n<|end|>",
+     "R R Q|C C|N look|A {\"n\": 1}|I i|E1"},
+    {"apriel1", "", "R\n[BEGIN FINAL RESPONSE]\nC Q\n[END FINAL RESPONSE]", "R R|C C Q"},
+    {"llama3", "", "{\"name\": \"look\", \"parameters\": {\"town\": \"Q\"}}<|eot_id|>",
+     "N look|A {\"town\": \"Q\"}|E1"},
+    {"llama3", "",
+     "{\"name\": \"look\", \"parameters\": {}}; {\"type\": \"function\", \"name\": \"add\", "
+     "\"parameters\": {\"a\": 1}}",
+     "N look|A {}|E1|N add|A {\"a\": 1}|E1"},
+    {"llama3", "", "{\"name\": \"Bob\", \"parameters\": {\"Q\": 1}}",
+     "C {\"name\": \"Bob\", \"parameters\": {\"Q\": 1}}"},
+    {"llama3", "", "{\"Q\": 1} and {\"name\": \"look\"}", "C {\"Q\": 1} and {\"name\": \"look\"}"},
+    {"llama3", "", "<|python_tag|>look.call(town=\"Q\", n=\"3\")<|eom_id|>",
+     "N look|A {\"town\": \"Q\", \"n\": \"3\"}|E1"},
+    {"llama3", "", "<|python_tag|>print(Q", "N print|A {\"Q\"|E0"},
+    // Python, Gemma
+    {"lfm2", "",
+     "<think>R</think>C<|tool_call_start|>[look(town='So\"Q\n'" E_ACUTE "', n=3, o={\"x\": [1, 'y', "
+     "None], 'z': {}}, flag=True), add(), add(a = -1.5e3,)]<|tool_call_end|><|im_end|>",
+     "R R|C C|N look|A {\"town\": \"So\\\"Q\\n'" E_ACUTE
+     "\", \"n\": 3, \"o\": {\"x\": [1, \"y\", null], \"z\": {}}, \"flag\": true}|E1|N add|A {}|E1|N "
+     "add|A {\"a\": -1.5e3}|E1"},
+    {"lfm2", "", "<|tool_call_start|>[look(town=\"a\\'b\\\\n\\x41\\u00e9\\q Q\")]<|tool_call_end|>x",
+     "N look|A {\"town\": \"a'b\\\\nA\\u00e9\\\\q Q\"}|E1|C x"},
+    {"lfm2", "", "<|tool_call_start|>[{\"name\": \"look\", \"arguments\": {\"n\": 1}}]<|tool_call_end|>",
+     "N look|A {\"n\": 1}|E1"},
+    {"lfm2", "", "<|tool_call_start|>[look(Q)]<|tool_call_end|>x", "N look|A {\"Q\")]|E0|C x"},
+    {"lfm2", "", "<|tool_call_start|>Q is<|tool_call_end|>x",
+     "C <|tool_call_start|>Q is<|tool_call_end|>x"},
+    {"gemma", "",
+     "<|channel>thought\nR Q\n<channel|><|tool_call>call:look{flag:true,n:3,o:{x:[1,<|\"|>y<|\"|>,"
+     "None],z:{}},town:<|\"|>So\"Q\n<'<|\"|>}<tool_call|><|tool_call>call:add{}<tool_call|>C<turn|>",
+     "R R Q|N look|A {\"flag\": true, \"n\": 3, \"o\": {\"x\": [1, \"y\", null], \"z\": {}}, "
+     "\"town\": \"So\\\"Q\\n<'\"}|E1|N add|A {}|E1|C C"},
+    {"gemma", "<|channel>thought\n<channel|>", "C Q<|channel>thought\n<channel|>", "C C Q"},
+    {"gemma", "", "<|tool_call>call:look{<|\"|>a b<|\"|>:Q w,k:<|\"|>}<tool_call|>",
+     "N look|A {\"a b\": \"Q w\", \"k\": \"}<tool_call|>|E0"},
+    // headers
+    {"harmony", "<|start|>assistant",
+     "<|channel|>analysis<|message|>R Q<|end|><|start|>assistant<|channel|>commentary<|message|>P"
+     "<|end|><|start|>assistant<|channel|>commentary to=functions.look <|constrain|>json<|message|>"
+     "{\"town\": \"Q\"}<|call|>",
+     "R R Q|C P|N look|A {\"town\": \"Q\"}|E1"},
+    {"harmony", "<|start|>assistant",
+     "<|channel|>analysis<|message|>R<|end|><|start|>assistant to=functions.add<|channel|>commentary "
+     "json<|message|>{}<|call|>",
+     "R R|N add|A {}|E1"},
+    {"harmony", "<|start|>assistant", "<|channel|>final<|message|>C Q<|return|>", "C C Q"},
+    {"harmony", "<|start|>assistant",
+     "<|channel|>commentary to=python code<|message|>print(1) Q<|call|>x", "N python|A print(1) Q|E0|C x"},
+    {"harmony", "<|start|>assistant", "plain Q", "C plain Q"},
+    {"harmony", "<|start|>assistant", "<|channel|>final", "C <|channel|>final"},
+    {"atem", "<|start|>assistant",
+     " to=self<|message|>R<|eom|><|start|>assistant to=look<|message|><atem:function_calls>\n"
+     "<atem:invoke name=\"look\">\n<atem:parameter name=\"town\">Q</atem:parameter>\n"
+     "<atem:parameter name=\"n\">3</atem:parameter>\n</atem:invoke>\n</atem:function_calls><|eot|>",
+     "R R|N look|A {\"town\": \"Q\", \"n\": 3}|E1"},
+    {"atem", "<|start|>assistant", " to=user<|message|>C Q<|eot|>", "C C Q"},
+};
+enum { N_ANSWERS = sizeof answers / sizeof answers[0] };
+
+// ---- transcripts -----------------------------------------------------------------------------
+
+typedef struct transcript {
+    char *text;
+    size_t size, capacity;
+    char kind;
+    int32_t call;
+    int all_good;     // the order of pieces is, and what is called valid is JSON
+    char *args;       // of the call
+    size_t args_size, args_capacity;
+    int stop_at, n;   // the callback returns 0 at every piece that stop_at divides; 0: never
+    int in_call, has_end;
+} transcript;
+
+static void append(char **text, size_t *size, size_t *capacity, const char *more, size_t n) {
+    if (*size + n + 1 > *capacity) {
+        *capacity = 2 * (*size + n) + 256;
+        *text = (char *)realloc(*text, *capacity);
+    }
+    if (n) memcpy(*text + *size, more, n);
+    (*text)[*size += n] = 0;
+}
+
+static int is_object(const char *text, size_t size) {
+    moe_allocator allocator;
+    moe__store store;
+    moe__value value;
+    moe__allocator_init(&allocator, NULL, NULL);
+    moe__store_init(&store, &allocator, 1 << 30, UINT64_MAX, 1000);
+    const moe_status status = moe__json_read(&store, text, size, &value, NULL);
+    const int good = status == MOE_OK && value.kind == MOE__VALUE_DICT;
+    moe__store_free(&store);
+    return good;
+}
+
+static int on_piece(void *user, const moe_chat_piece *piece) {
+    transcript *t = (transcript *)user;
+    const char kind = "CRNAIE"[piece->kind];
+    const int is_text = kind == 'C' || kind == 'R';
+    if (kind == 'A')
+        append(&t->args, &t->args_size, &t->args_capacity, piece->text, piece->size);
+    if (kind == 'N') {
+        t->all_good &= !t->in_call && piece->call == t->call && piece->size > 0;
+        t->in_call = 1;
+        t->args_size = 0;
+    }
+    if (!is_text) t->all_good &= t->in_call && piece->call == t->call;
+    if (kind != 'E') t->all_good &= piece->size > 0 && !piece->is_valid;
+    if (kind == 'E') {
+        if (piece->is_valid) t->all_good &= is_object(t->args, t->args_size);
+        t->in_call = 0;
+        t->call++;
+    }
+    if (kind != t->kind || !strchr("CRA", kind)) {
+        const char head[3] = {'|', kind, kind == 'E' ? (char)('0' + piece->is_valid) : ' '};
+        append(&t->text, &t->size, &t->capacity, head + !t->size, sizeof head - !t->size);
+    }
+    append(&t->text, &t->size, &t->capacity, piece->text, piece->size);
+    t->kind = kind;
+    t->n++;
+    return !t->stop_at || t->n % t->stop_at;
+}
+static void forget(transcript *t) {
+    const int stop_at = t->stop_at;
+    free(t->text);
+    free(t->args);
+    memset(t, 0, sizeof *t);
+    t->all_good = 1;
+    t->stop_at = stop_at;
+    append(&t->text, &t->size, &t->capacity, "", 0);
+}
+
+static const moe__answer_form *form_called(const char *name) {
+    for (int i = 0; i < MOE__ANSWER_FORMS; i++)
+        if (!strcmp(moe__answer_forms[i].name, name)) return &moe__answer_forms[i];
+    CHECKF(0, "no form %s", name);
+    return &moe__answer_forms[MOE__ANSWER_FORMS - 1];
+}
+
+static moe_chat_parser *open_parser(const answer *a, const char *request, meter *m, transcript *t) {
+    moe_allocator wanted = meter_allocator(m), allocator;
+    moe__allocator_init(&allocator, &wanted, NULL);
+    return moe__answer_parser(&allocator, NULL, form_called(a->form), request, strlen(request),
+                              a->prompt, strlen(a->prompt), on_piece, t, NULL);
+}
+
+static moe_status push(moe_chat_parser *p, const char *text, size_t size) {
+    moe_status status = moe_chat_parser_push(p, text, size);
+    while (status == MOE_ERROR_CANCELLED) status = moe_chat_parser_push(p, NULL, 0);
+    return status;
+}
+static moe_status finish(moe_chat_parser *p) {
+    moe_status status = moe_chat_parser_finish(p);
+    while (status == MOE_ERROR_CANCELLED) status = moe_chat_parser_finish(p);
+    return status;
+}
+
+// Pieces of n bytes; 0: of any.
+static void run(moe_chat_parser *p, transcript *t, const char *text, size_t size, size_t n,
+                uint64_t *seed) {
+    forget(t);
+    for (size_t i = 0; i < size;) {
+        size_t now = n ? n : 1 + moe__splitmix64(seed) % 24;
+        if (now > size - i) now = size - i;
+        char *copy = (char *)malloc(now); // so that a sanitizer sees what is read behind it
+        memcpy(copy, text + i, now);
+        CHECK(push(p, copy, now) == MOE_OK);
+        free(copy);
+        i += now;
+    }
+    CHECK(finish(p) == MOE_OK);
+}
+
+static size_t count(const char *text, size_t size, char c) {
+    size_t n = 0;
+    for (size_t i = 0; i < size; i++) n += text[i] == c;
+    return n;
+}
+
+// ---- tests -----------------------------------------------------------------------------------
+
+TEST(answers_come_apart_however_they_are_cut) {
+    uint64_t seed = 1;
+    for (int i = 0; i < N_ANSWERS; i++) {
+        const answer *a = &answers[i];
+        const size_t size = strlen(a->text);
+        meter m;
+        transcript t;
+        memset(&m, 0, sizeof m);
+        memset(&t, 0, sizeof t);
+        moe_chat_parser *p = open_parser(a, TOOLS, &m, &t);
+        CHECK(p != NULL);
+        if (!p) continue;
+        run(p, &t, a->text, size, size + 1, &seed);
+        CHECKF(!strcmp(t.text, a->transcript), "%d %s: %s\n    gives  %s\n    not    %s", i, a->form,
+               a->text, t.text, a->transcript);
+        CHECKF(t.all_good, "%d %s: %s", i, a->form, a->text);
+        if (strcmp(t.text, a->transcript)) continue;
+        for (size_t cut = 1; cut <= size; cut++) {
+            forget(&t);
+            CHECK(push(p, a->text, cut) == MOE_OK && push(p, a->text + cut, size - cut) == MOE_OK);
+            CHECK(finish(p) == MOE_OK);
+            CHECKF(!strcmp(t.text, a->transcript) && t.all_good, "%d %s at %d: %s", i, a->form,
+                   (int)cut, t.text);
+        }
+        for (int k = 0; k < 8; k++) { // byte by byte and at random, stopping sometimes
+            t.stop_at = k % 4;
+            run(p, &t, a->text, size, k < 4, &seed);
+            CHECKF(!strcmp(t.text, a->transcript) && t.all_good, "%d %s byte by byte: %s", i,
+                   a->form, t.text);
+        }
+        moe_chat_parser_close(p);
+        forget(&t);
+        free(t.text);
+        CHECK(m.live == 0);
+    }
+}
+
+TEST(answers_that_end_early_lose_nothing) {
+    uint64_t seed = 2;
+    for (int i = 0; i < N_ANSWERS; i++) {
+        const answer *a = &answers[i];
+        meter m;
+        transcript t, other;
+        memset(&m, 0, sizeof m);
+        memset(&t, 0, sizeof t);
+        memset(&other, 0, sizeof other);
+        moe_chat_parser *p = open_parser(a, TOOLS, &m, &t);
+        if (!p) continue;
+        for (size_t size = 0; size < strlen(a->text); size++) {
+            run(p, &t, a->text, size, size + 1, &seed);
+            CHECKF(t.all_good && !t.in_call, "%d %s, %d bytes: %s", i, a->form, (int)size, t.text);
+            CHECKF(count(t.text, t.size, 'Q') == count(a->text, size, 'Q'),
+                   "%d %s, %d bytes: %s", i, a->form, (int)size, t.text);
+            p->user = &other;
+            run(p, &other, a->text, size, 1, &seed);
+            p->user = &t;
+            CHECKF(!strcmp(t.text, other.text), "%d %s, %d bytes: %s, byte by byte %s", i, a->form,
+                   (int)size, t.text, other.text);
+        }
+        moe_chat_parser_close(p);
+        free(t.text);
+        free(t.args);
+        free(other.text);
+        free(other.args);
+    }
+}
+
+// ---- broken answers --------------------------------------------------------------------------
+
+// Some of what answers are made of, so that changes hit the states of the machine.
+static const char *const scraps[] = {
+    "{",       "}",        "[",         "]",    "\"",      "'",          ",",        ":",     "\n",
+    "\\",      "\\u",      "\\ud83d\\ude00", "<",  ">",       "name",       "arguments", "look", "add",
+    "\"name\": \"look\"", "\"arguments\": {\"a\": 1}", "```json", "```", "null", "1e", "-", "(", ")", "=",
+    "<think>", "</think>", "\303\251", "\343\202", "\377", "\001", "  ", "to=", "all\n", "<|\"|>", "]]>",
+    "<![CDATA[", "{\"a\": \"b\"}", "functions.look:0", "call:", "<|message|>", "<|end|>"};
+enum { N_SCRAPS = sizeof scraps / sizeof scraps[0] };
+
+static size_t mutate(char *text, size_t size, size_t capacity, const moe_chat_parser *p,
+                     uint64_t *seed) {
+    for (uint64_t n = 1 + moe__splitmix64(seed) % 4; n; n--) {
+        const size_t at = (size_t)(moe__splitmix64(seed) % (size + 1));
+        size_t cut = (size_t)(moe__splitmix64(seed) % 16), more;
+        const uint64_t what = moe__splitmix64(seed) % 6, which = moe__splitmix64(seed);
+        char copy[64];
+        if (what < 3) cut = 0; // insert
+        if (cut > size - at) cut = size - at;
+        memmove(text + at, text + at + cut, size - at - cut);
+        size -= cut;
+        if (what == 3) continue; // leave out
+        const char *scrap = scraps[which % N_SCRAPS];
+        more = strlen(scrap);
+        if (what % 2 && p->n_marks) {
+            const moe__answer_mark *mark = &p->marks[which % (uint64_t)p->n_marks];
+            scrap = mark->text;
+            more = mark->size - which / 64 % 8 * (which / 512 % 4 == 0 && mark->size > 8);
+        } else if (what == 2 && size > 40) { // a part of itself
+            more = 20;
+            scrap = text + which % (size - 20);
+        }
+        if (more > sizeof copy || size + more > capacity) continue;
+        memcpy(copy, scrap, more);
+        memmove(text + at + more, text + at, size - at);
+        memcpy(text + at, copy, more);
+        size += more;
+    }
+    return size;
+}
+
+static long n_fuzz = 4000;
+
+TEST(broken_answers_come_apart_however_they_are_cut) {
+    uint64_t seed = 3;
+    transcript t, other;
+    memset(&t, 0, sizeof t);
+    memset(&other, 0, sizeof other);
+    for (long i = 0; i < n_fuzz && test_failures < 5; i++) {
+        const answer *a = &answers[moe__splitmix64(&seed) % N_ANSWERS];
+        meter m;
+        char text[2048];
+        size_t size = strlen(a->text);
+        memset(&m, 0, sizeof m);
+        moe_chat_parser *p = open_parser(a, TOOLS, &m, &t);
+        CHECK(p != NULL && size < sizeof text);
+        if (!p) break;
+        memcpy(text, a->text, size);
+        for (int k = 0; k < 4; k++) {
+            size = mutate(text, size, sizeof text, p, &seed);
+            p->user = &t;
+            run(p, &t, text, size, size + 1, &seed);
+            p->user = &other;
+            run(p, &other, text, size, (size_t)(k & 1), &seed);
+            CHECKF(t.all_good && other.all_good && !t.in_call, "%ld %s: %.*s gives %s", i, a->form,
+                   (int)size, text, t.text);
+            CHECKF(!strcmp(t.text, other.text), "%ld %s: %.*s\n  gives %s\n  and   %s", i, a->form,
+                   (int)size, text, t.text, other.text);
+        }
+        moe_chat_parser_close(p);
+        CHECK(m.live == 0);
+    }
+    free(t.text);
+    free(t.args);
+    free(other.text);
+    free(other.args);
+}
+
+// ---- memory ----------------------------------------------------------------------------------
+
+// Whatever allocation fails: an error, no leak, and the next answer comes out as from a new parser.
+TEST(answers_without_memory) {
+    uint64_t seed = 4;
+    for (int i = 0; i < N_ANSWERS; i++) {
+        const answer *a = &answers[i];
+        const size_t size = strlen(a->text);
+        for (long at = 1, done = 0; !done && at < 1000; at++) {
+            meter m;
+            transcript t;
+            memset(&m, 0, sizeof m);
+            memset(&t, 0, sizeof t);
+            t.all_good = 1;
+            m.fail_at = at;
+            moe_chat_parser *p = open_parser(a, TOOLS, &m, &t);
+            if (p) {
+                moe_status status = moe_chat_parser_push(p, a->text, size / 2), second;
+                second = moe_chat_parser_push(p, a->text + size / 2, size - size / 2);
+                CHECK(status == MOE_OK || second == MOE_ERROR_MEMORY);
+                status = moe_chat_parser_finish(p);
+                CHECK(status == MOE_OK || status == MOE_ERROR_MEMORY);
+                CHECK(second == MOE_OK || status == MOE_ERROR_MEMORY);
+                done = m.calls < at;
+                m.fail_at = 0;
+                run(p, &t, a->text, size, 3, &seed);
+                CHECKF(!strcmp(t.text, a->transcript), "%d %s, %ld: %s", i, a->form, at, t.text);
+                moe_chat_parser_close(p);
+            }
+            CHECK(m.live == 0);
+            free(t.text);
+            free(t.args);
+        }
+    }
+}
+
+// A long answer takes steps in proportion to its length, whatever waits for its end.
+TEST(long_answers) {
+    static const char *const parts[] = {" ", "<", "{\"a\":", "<tool_call>", "<tool_call>{\"name\": \"look\", "
+                                        "\"arguments\": {\"town\": \"", "<parameter=n>\nx"};
+    for (size_t k = 0; k < sizeof parts / sizeof parts[0]; k++) {
+        const answer a = {k == 5 ? "qwen" : "usual", "", "", ""};
+        meter m;
+        transcript t;
+        memset(&m, 0, sizeof m);
+        memset(&t, 0, sizeof t);
+        moe_chat_parser *p = open_parser(&a, TOOLS, &m, &t);
+        CHECK(p != NULL);
+        if (!p) continue;
+        forget(&t);
+        const size_t n = strlen(parts[k]);
+        if (k == 5) CHECK(push(p, "<tool_call><function=look>", 26) == MOE_OK);
+        for (size_t size = 0; size < 300000; size += n) CHECK(push(p, parts[k], n) == MOE_OK);
+        CHECK(finish(p) == MOE_OK && t.all_good);
+        CHECK(m.peak < 8000000);
+        moe_chat_parser_close(p);
+        free(t.text);
+        free(t.args);
+    }
+}
+
+int main(int argc, char **argv) {
+    if (argc > 2 && !strcmp(argv[1], "--fuzz")) n_fuzz = atol(argv[2]), argc = 1;
+    return test_main(argc, argv);
+}

@@ -24984,7 +24984,7 @@ typedef enum moe__scan_state {
     MOE__SCAN_WORD,
     MOE__SCAN_DONE
 } moe__scan_state;
-enum { MOE__SCAN_DEPTH = 512 };
+enum { MOE__SCAN_DEPTH = 64 }; // so that a request can hold it
 // MORE: go on; LAST: the value ends with this byte; BEFORE: it ended before it, being a number.
 enum { MOE__SCAN_BAD = -1, MOE__SCAN_MORE, MOE__SCAN_LAST, MOE__SCAN_BEFORE };
 
@@ -24992,7 +24992,7 @@ typedef struct moe__scan {
     uint8_t state, is_key, n_hex;
     const char *word; // what is left of true, false or null
     int depth;
-    uint64_t objects[MOE__SCAN_DEPTH / 64]; // bits: is what is open an object?
+    uint64_t objects; // bits: is what is open an object?
 } moe__scan;
 
 MOE__INLINE int moe__answer_is_blank(char c) {
@@ -25006,19 +25006,19 @@ MOE__PRIVATE int moe__scan_value_end(moe__scan *scan) {
 }
 MOE__INLINE int moe__scan_in_object(const moe__scan *scan) {
     const int i = scan->depth - 1;
-    return i >= 0 && (scan->objects[i / 64] >> i % 64 & 1);
+    return i >= 0 && (scan->objects >> i & 1);
 }
 MOE__PRIVATE int moe__scan_open(moe__scan *scan, int is_object) {
     const int i = scan->depth;
     if (i == MOE__SCAN_DEPTH) return MOE__SCAN_BAD;
-    scan->objects[i / 64] &= ~((uint64_t)1 << i % 64);
-    scan->objects[i / 64] |= (uint64_t)is_object << i % 64;
+    scan->objects &= ~((uint64_t)1 << i);
+    scan->objects |= (uint64_t)is_object << i;
     scan->depth++;
     scan->state = is_object ? MOE__SCAN_FIRST_KEY : MOE__SCAN_FIRST;
     return MOE__SCAN_MORE;
 }
 MOE__PRIVATE int moe__scan_close(moe__scan *scan, char c) {
-    if (!scan->depth || moe__scan_in_object(scan) != (c == '}')) return MOE__SCAN_BAD;
+    if (!scan->depth || c != (moe__scan_in_object(scan) ? '}' : ']')) return MOE__SCAN_BAD;
     scan->depth--;
     return moe__scan_value_end(scan);
 }
@@ -25173,7 +25173,7 @@ typedef struct moe__loose {
     uint8_t state, quote; // quote: of the string that is open; 0: <|"|>
     uint8_t is_key, any;  // any: there was an element in front of it
     int depth;
-    uint64_t objects[MOE__SCAN_DEPTH / 64];
+    uint64_t objects;
 } moe__loose;
 
 // Escapes in strings, byte by byte.
@@ -25196,6 +25196,7 @@ struct moe_chat_parser {
     int has_calls;    // may there be any?
     int is_thinking;  // the reasoning is open at the beginning
     int is_continued; // what comes goes on with a text
+    int is_headed;    // the header of the first message has been written
     moe__answer_mark marks[MOE__ANSWER_MARKS];
     int n_marks;
     uint8_t first[256]; // a mark begins with this byte
@@ -26131,7 +26132,7 @@ MOE__PRIVATE int moe__answer_json_object_end(moe_chat_parser *p) {
 MOE__PRIVATE int moe__answer_json_named(moe_chat_parser *p) {
     const int is_id = p->state == MOE__CALL_ID;
     p->state = MOE__CALL_KEY;
-    if (is_id && p->is_call) moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
+    if (is_id && p->is_call && p->id.size) moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
     if (is_id) return 1;
     if (p->how != 'B') moe__answer_commit(p);
     else if (!moe__answer_tool(p, p->name.data, p->name.size)) moe__answer_fail(p);
@@ -26249,11 +26250,11 @@ MOE__PRIVATE void moe__loose_begin(moe__loose *loose, int is_object) {
     memset(loose, 0, sizeof *loose);
     loose->state = is_object ? MOE__LOOSE_KEY : MOE__LOOSE_VALUE;
     loose->depth = is_object;
-    loose->objects[0] = (uint64_t)is_object;
+    loose->objects = (uint64_t)is_object;
 }
 MOE__INLINE int moe__loose_in_object(const moe__loose *loose) {
     const int i = loose->depth - 1;
-    return i >= 0 && (loose->objects[i / 64] >> i % 64 & 1);
+    return i >= 0 && (loose->objects >> i & 1);
 }
 MOE__PRIVATE void moe__loose_value_end(moe__loose *loose) {
     loose->any = 1;
@@ -26352,8 +26353,8 @@ MOE__PRIVATE size_t moe__loose_word_size(const moe__loose *loose, const char *te
 MOE__PRIVATE int moe__loose_open(moe_chat_parser *p, moe__loose *loose, int is_object) {
     const int i = loose->depth;
     if (i == MOE__SCAN_DEPTH) return 0;
-    loose->objects[i / 64] &= ~((uint64_t)1 << i % 64);
-    loose->objects[i / 64] |= (uint64_t)is_object << i % 64;
+    loose->objects &= ~((uint64_t)1 << i);
+    loose->objects |= (uint64_t)is_object << i;
     loose->depth++;
     loose->any = 0;
     loose->state = is_object ? MOE__LOOSE_KEY : MOE__LOOSE_VALUE;
@@ -26402,6 +26403,7 @@ MOE__PRIVATE size_t moe__loose_read(moe_chat_parser *p, moe__loose *loose, const
             if (!n) return at;
         } else if (loose->state == MOE__LOOSE_WORD) {
             n = moe__loose_word_size(loose, text + at, size - at);
+            if (n > MOE__ANSWER_HELD) break;
             if (n == size - at && !is_last) return at;
             moe__loose_word(p, text + at, n, loose->is_key);
             if (loose->is_key) loose->state = MOE__LOOSE_COLON;
@@ -26896,7 +26898,7 @@ MOE__PRIVATE void moe__answer_reset(moe_chat_parser *p) {
     moe__answer_new_call(p);
     moe__answer_go(p, moe__answer_text_step);
     if (p->is_continued) return;
-    if (p->form->has_headers && !p->is_thinking) p->step = moe__answer_header_step;
+    if (p->form->has_headers && !p->is_headed) p->step = moe__answer_header_step;
     if (p->form->opens && *p->form->opens == 'F') { // the prompt ends with the mark of a name
         p->how = 'F';
         p->step = moe__answer_name_step;
@@ -27036,13 +27038,34 @@ MOE__PRIVATE int moe__answer_has_tools(const moe__value *request, int depth) {
     return 0;
 }
 
-// Does the text of the request end within reasoning? White space at its end does not count.
-MOE__PRIVATE int moe__answer_ends_thinking(const moe__answer_form *form, const char *text,
-                                           size_t size) {
+MOE__PRIVATE const char *moe__answer_find_last(const char *text, size_t size, const char *what) {
+    const size_t n = what ? strlen(what) : 0;
+    for (size_t i = size; n && i-- > 0;)
+        if (size - i >= n && text[i] == *what && !memcmp(text + i, what, n)) return text + i;
+    return NULL;
+}
+
+// Where the text of a request ends: within reasoning? White space at its end does not count. Where
+// a message goes on, only that is looked at: `tail` bytes.
+MOE__PRIVATE void moe__answer_set_start(moe_chat_parser *p, const char *text, size_t size,
+                                        size_t tail) {
+    const moe__answer_form *form = p->form;
     const size_t n = form->think ? strlen(form->think) : 0;
     while (size && moe__answer_is_blank(text[size - 1])) size--;
-    if (form->thinks) return 1;
-    return n && size >= n && !memcmp(text + size - n, form->think, n);
+    const char *end = text + size, *start = NULL;
+    p->is_thinking = form->thinks || (n && size >= n && !memcmp(end - n, form->think, n));
+    if (form->has_headers) start = moe__answer_find_last(text, size, "<|start|>");
+    if (start && moe__answer_find(start, (size_t)(end - start), "<|message|>", 11)) {
+        p->is_headed = 1;
+        p->is_thinking = moe__answer_find(start, (size_t)(end - start), "analysis<", 9) ||
+                         moe__answer_find(start, (size_t)(end - start), "to=self<", 8);
+    }
+    if (p->is_continued && !form->has_headers) {
+        const char *from = size > tail ? end - tail : text;
+        const char *think = moe__answer_find_last(from, (size_t)(end - from), form->think);
+        const char *unthink = moe__answer_find_last(from, (size_t)(end - from), form->unthink);
+        p->is_thinking |= think && (!unthink || unthink < think);
+    }
 }
 
 // prompt: the text of the request, of which only the end matters.
@@ -27071,8 +27094,17 @@ MOE__PRIVATE moe_chat_parser *
     const moe__value *goes_on = moe__answer_get(&all, "continue_final_message");
     if (tools) p->tools = *tools;
     p->has_calls = form->has_headers || moe__answer_has_tools(&all, 0);
-    p->is_thinking = moe__answer_ends_thinking(form, prompt, prompt_size);
     p->is_continued = goes_on && goes_on->kind == MOE__VALUE_BOOL && goes_on->as.i;
+    const moe__value *messages = moe__answer_get(&all, "messages");
+    size_t tail = 64;
+    if (messages && messages->kind == MOE__VALUE_LIST && messages->as.list->n) {
+        const moe__value *last = &messages->as.list->items[messages->as.list->n - 1];
+        const moe__value *texts[] = {moe__answer_get(last, "content"),
+                                     moe__answer_get(last, "reasoning_content")};
+        for (int i = 0; i < 2; i++)
+            if (texts[i] && texts[i]->kind == MOE__VALUE_STRING) tail += (size_t)texts[i]->size;
+    }
+    moe__answer_set_start(p, prompt, prompt_size, tail);
     moe__answer_set_marks(p, vocab);
     moe__answer_reset(p);
     return p;

@@ -14614,6 +14614,10 @@ typedef struct moe__text_merge {
     uint32_t left, right, result; // symbols
 } moe__text_merge;
 
+typedef struct moe__text_template {
+    moe_string name, text;
+} moe__text_template;
+
 struct moe_vocab {
     moe_allocator allocator;
     struct moe__text_space *kept; // atomic; the memory of a call that is over, or NULL
@@ -14637,6 +14641,11 @@ struct moe_vocab {
     uint32_t n_suppressed;
     moe__text_run runs[MOE__TEXT_RUNS + 1];
     uint32_t ascii[128]; // classes
+#if MOE__USE_CHAT
+    moe__text_template *templates; // of chats, with their bytes behind them; the nameless one first
+    uint32_t n_templates;
+    int32_t named[5]; // tokens for unknown, padding, separator, class and mask, or -1
+#endif
 };
 
 // The slot of the merge (left, right), whose hash is given, or the free one where it belongs.
@@ -15162,6 +15171,64 @@ MOE__PRIVATE void moe__text_load_strip(moe__text_loader *loader) {
     }
 }
 
+#if MOE__USE_CHAT
+enum { MOE__TEXT_TEMPLATES = 64, MOE__TEXT_TEMPLATE_BYTES = 1 << 20 }; // more are not kept
+
+// The text of a chat template, whose name is what stands behind "tokenizer.chat_template.".
+MOE__PRIVATE int moe__text_get_template(const moe_gguf_value *value, moe__text_template *out) {
+    static const char key[] = "tokenizer.chat_template";
+    const size_t n = sizeof key - 1;
+    const void *cursor = NULL;
+    if (!value || value->type != MOE_VALUE_STRING || value->key.size < n ||
+        memcmp(value->key.data, key, n) != 0 || (value->key.size > n && value->key.data[n] != '.'))
+        return 0;
+    const size_t skipped = value->key.size > n ? n + 1 : n;
+    out->name.data = value->key.data + skipped;
+    out->name.size = value->key.size - skipped;
+    return moe_gguf_value_string(value, &cursor, &out->text) &&
+           out->text.size <= MOE__TEXT_TEMPLATE_BYTES;
+}
+
+// Chat templates, and the tokens that they may name.
+MOE__PRIVATE void moe__text_load_templates(moe__text_loader *loader) {
+    static const char *const keys[5] = {
+        "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id",
+        "tokenizer.ggml.seperator_token_id", "tokenizer.ggml.cls_token_id",
+        "tokenizer.ggml.mask_token_id"};
+    moe_vocab *vocab = loader->vocab;
+    moe__text_template one;
+    const int64_t n_values = moe_gguf_n_values(loader->gguf);
+    size_t n = 0, bytes = 0;
+    for (int i = 0; i < 5; i++) {
+        vocab->named[i] = -1;
+        moe__text_load_id(loader, keys[i], &vocab->named[i]);
+    }
+    for (int64_t i = 0; i < n_values && n < MOE__TEXT_TEMPLATES; i++) {
+        if (!moe__text_get_template(moe_gguf_value_at(loader->gguf, i), &one)) continue;
+        n++;
+        bytes += one.name.size + one.text.size;
+    }
+    if (!n || loader->status) return;
+    moe__text_template *all =
+        (moe__text_template *)moe__text_load_array(loader, n * sizeof *all + bytes, 1);
+    if (!all) return;
+    char *at = (char *)(all + n);
+    vocab->templates = all;
+    for (int64_t i = 0; vocab->n_templates < n; i++) {
+        if (!moe__text_get_template(moe_gguf_value_at(loader->gguf, i), &one)) continue;
+        if (one.name.size) memcpy(at, one.name.data, one.name.size);
+        one.name.data = at;
+        at += one.name.size;
+        if (one.text.size) memcpy(at, one.text.data, one.text.size);
+        one.text.data = at;
+        at += one.text.size;
+        const uint32_t place = vocab->n_templates++;
+        if (!one.name.size && place) all[place] = all[0];
+        all[one.name.size ? place : 0] = one;
+    }
+}
+#endif
+
 // Hash keys from where memory lies and what time it is.
 MOE__PRIVATE void moe__text_make_keys(moe_vocab *vocab) {
     double now = moe__seconds();
@@ -15189,6 +15256,9 @@ MOE_API moe_vocab *moe_vocab_open(const moe_gguf *gguf, moe_error *error) {
     if (!loader.status && loader.vocab->pre->flags & MOE__PRE_SPM) moe__text_load_scores(&loader);
     else moe__text_load_merges(&loader);
     if (!loader.status) moe__text_load_strip(&loader);
+#if MOE__USE_CHAT
+    moe__text_load_templates(&loader);
+#endif
     moe__text_unpack_classes(loader.vocab->runs);
     for (uint32_t code = 0; code < 128; code++)
         loader.vocab->ascii[code] = moe__text_classify(loader.vocab->runs, code);
@@ -15228,6 +15298,9 @@ MOE_API void moe_vocab_close(moe_vocab *vocab) {
     moe__free(&allocator, vocab->ranks.slots);
     moe__free(&allocator, vocab->specials);
     moe__free(&allocator, vocab->suppressed);
+#if MOE__USE_CHAT
+    moe__free(&allocator, vocab->templates);
+#endif
     moe__free(&allocator, vocab);
 }
 
@@ -15311,6 +15384,7 @@ MOE_API size_t moe_vocab_text(const moe_vocab *vocab, int32_t token, char *buffe
 // One call of moe_vocab_tokenize. Indices fit 32 bits: texts are below 2 GiB.
 typedef struct moe__text_work {
     const moe_vocab *vocab;
+    const uint8_t *typed; // bytes that no control token may take, or NULL
     int32_t *tokens;
     size_t capacity;
     uint64_t count; // of tokens so far, also beyond capacity
@@ -15527,8 +15601,8 @@ MOE__PRIVATE moe_status moe__text_fragment(moe__text_work *work, const char *tex
 // byte i is in. Tokens found before are no shorter, so they overlap a place only if they own its
 // first or last byte.
 MOE__PRIVATE void moe__text_find_specials_of(const moe_vocab *vocab, const char *text, size_t size,
-                                  unsigned flags, size_t from, size_t to, const uint32_t *sums,
-                                  uint32_t *owner) {
+                                  unsigned flags, const uint8_t *typed, size_t from, size_t to,
+                                  const uint32_t *sums, uint32_t *owner) {
     const uint64_t prime = 0x7FFFFFFF, point = vocab->keys[MOE__KEY_POINT] & prime;
     size_t length = (size_t)(vocab->specials[from] >> 32);
     uint64_t power = 1;
@@ -15545,7 +15619,9 @@ MOE__PRIVATE void moe__text_find_specials_of(const moe_vocab *vocab, const char 
             else high = middle;
         }
         if (low == to || vocab->specials[low] >> 1 != wanted >> 1) continue;
-        if (!(vocab->specials[low] & 1) && !(flags & MOE_TOKENIZE_PARSE_SPECIAL)) continue;
+        if (!(vocab->specials[low] & 1) &&
+            (!(flags & MOE_TOKENIZE_PARSE_SPECIAL) || (typed && memchr(typed + i, 1, length))))
+            continue;
         uint32_t id = moe__text_find(vocab, text + i, length, text + size);
         if (id == MOE__TEXT_NONE || !moe__text_is_special(vocab, id, flags)) continue;
         for (size_t k = 0; k < length; k++) owner[i + k] = id + 1;
@@ -15556,7 +15632,8 @@ MOE__PRIVATE void moe__text_find_specials_of(const moe_vocab *vocab, const char 
 // All of them: n D log n for D different sizes of special tokens, about 20 in real vocabularies,
 // at most sqrt(2 * bytes of all of them).
 MOE__PRIVATE void moe__text_find_specials(const moe_vocab *vocab, const char *text, size_t size,
-                                   unsigned flags, uint32_t *sums, uint32_t *owner) {
+                                   unsigned flags, const uint8_t *typed, uint32_t *sums,
+                                   uint32_t *owner) {
     memset(owner, 0, size * sizeof *owner);
     sums[0] = 0;
     for (size_t i = 0; i < size; i++)
@@ -15565,7 +15642,7 @@ MOE__PRIVATE void moe__text_find_specials(const moe_vocab *vocab, const char *te
         uint64_t length = vocab->specials[from] >> 32;
         for (to = from + 1; to < vocab->n_specials && vocab->specials[to] >> 32 == length;) to++;
         if (length <= size)
-            moe__text_find_specials_of(vocab, text, size, flags, from, to, sums, owner);
+            moe__text_find_specials_of(vocab, text, size, flags, typed, from, to, sums, owner);
     }
 }
 
@@ -15584,7 +15661,7 @@ MOE__PRIVATE moe_status moe__text_prepare(moe__text_work *work, const char *text
         space->owner = (uint32_t *)moe__text_grow(vocab, space->owner, &space->max_owner, size, 4);
         *owner = space->owner;
         if (!*owner) return MOE_ERROR_MEMORY;
-        moe__text_find_specials(vocab, text, size, flags, work->scan.at, *owner);
+        moe__text_find_specials(vocab, text, size, flags, work->typed, work->scan.at, *owner);
         break;
     }
     return MOE_OK;
@@ -15624,8 +15701,10 @@ MOE__PRIVATE moe_status moe__text_run_call(moe__text_work *work, const char *tex
     return status;
 }
 
-MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
-                                   unsigned flags, int32_t *tokens, size_t capacity) {
+// typed: NULL, or for each byte whether it may not be a part of a control token.
+MOE__PRIVATE int64_t moe__text_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
+                                        unsigned flags, const uint8_t *typed, int32_t *tokens,
+                                        size_t capacity) {
     const unsigned known = MOE_TOKENIZE_ADD_SPECIAL | MOE_TOKENIZE_PARSE_SPECIAL;
     if (!vocab || (!text && text_size) || (!tokens && capacity) || (flags & ~known) ||
         text_size > INT32_MAX)
@@ -15633,6 +15712,7 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
     moe__text_work work;
     memset(&work, 0, sizeof work);
     work.vocab = vocab;
+    work.typed = typed;
     work.tokens = tokens;
     work.capacity = capacity;
     if (flags & MOE_TOKENIZE_ADD_SPECIAL && vocab->add_bos && vocab->bos >= 0)
@@ -15641,6 +15721,11 @@ MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, siz
     if (flags & MOE_TOKENIZE_ADD_SPECIAL && vocab->add_eos && vocab->eos >= 0)
         moe__text_emit(&work, (uint32_t)vocab->eos);
     return status ? -(int64_t)status : (int64_t)work.count;
+}
+
+MOE_API int64_t moe_vocab_tokenize(const moe_vocab *vocab, const char *text, size_t text_size,
+                                   unsigned flags, int32_t *tokens, size_t capacity) {
+    return moe__text_tokenize(vocab, text, text_size, flags, NULL, tokens, capacity);
 }
 
 // ==============================================================================================
@@ -23812,6 +23897,7 @@ typedef struct moe__store {
     uint64_t steps, max_steps;
     int depth, max_depth;
     uint32_t point;           // of hashes: no request can know it
+    int noticed;              // a value that >>chat watches came out in an odd way
     jmp_buf escape;
     moe_error error;          // why it was left
 } moe__store;
@@ -23924,7 +24010,8 @@ typedef enum moe__value_kind {
     MOE__VALUE_LOOP,      // the variable of that name
     MOE__VALUE_FUNCTION,  // a macro, a method of a value, a function of templates
     MOE__VALUE_CYCLER,
-    MOE__VALUE_JOINER
+    MOE__VALUE_JOINER,
+    MOE__VALUE_ABSENT     // an argument that is not given
 } moe__value_kind;
 
 struct moe__list;
@@ -23934,7 +24021,7 @@ typedef struct moe__value {
     uint8_t kind;
     uint8_t typed;        // STRING without marks: was it typed by a user?
     uint8_t safe;         // STRING: it is HTML, what is added to it is escaped
-    uint8_t of;           // UNDEFINED: the kind of the value that has no such attribute; VIEW
+    uint8_t of;           // what is special about it, see >>jinja and >>chat
     const uint8_t *marks; // STRING: for each byte, or NULL
     uint64_t size;        // STRING: bytes; UNDEFINED: of its name
     union {
@@ -24612,6 +24699,7 @@ typedef struct moe__json_style {
 MOE__PRIVATE void moe__json_write_string(moe__builder *b, moe__value s, int ensure_ascii) {
     static const char names[] = "\"\\\b\f\n\r\t", codes[] = "\"\\bfnrt";
     uint64_t from = 0, n;
+    b->store->noticed |= s.of;
     moe__builder_words(b, "\"");
     for (uint64_t i = 0; i < s.size; i += n) {
         uint32_t code;
@@ -24739,7 +24827,7 @@ MOE__PRIVATE void moe__json_write(moe__builder *b, moe__value v, const moe__json
                                   uint64_t level) {
     static const char *const names[] = {"Undefined", "", "", "", "", "", "", "", "", "range",
                                         "dict view", "generator", "Namespace", "LoopContext",
-                                        "function", "Cycler", "Joiner"};
+                                        "function", "Cycler", "Joiner", "absent"};
     moe__store_enter(b->store);
     moe__store_step(b->store, 1);
     switch (v.kind) {
@@ -27110,6 +27198,5640 @@ MOE__PRIVATE moe_chat_parser *
     return p;
 }
 // end of answers taken apart
+
+#endif
+
+// ==============================================================================================
+// >>jinja
+//
+// The language of chat templates: Jinja2 as transformers runs it (a sandbox whose lists and dicts
+// cannot be changed, trim_blocks, lstrip_blocks, loop controls, generation blocks, its tojson,
+// raise_exception and strftime_now).
+//
+//     source   "{% for m in messages %}[{{ m.role | upper }}]{% endfor %}"
+//     tokens   {%  for  m  in  messages  %}  "["  ...
+//     tree     FOR m, NAME messages: DATA "[", OUTPUT (NAME m .role |upper), DATA "]"
+//     text     the tree is walked, and what it prints is collected with its marks
+//
+// What follows one another in the source lies in a list in the tree (the operands of a + b - c, the
+// steps of a.b[c](d) | e): so the tree is as deep as the source is nested, and the stack no deeper.
+// Values are Python's, with its methods, its errors in its words, and the order in which Jinja2
+// looks for attributes. Nothing here knows a language or a locale: letters are Unicode's.
+// ==============================================================================================
+#if MOE__USE_CHAT
+
+// ---- characters ------------------------------------------------------------------------------
+
+// What Python strips and splits at.
+MOE__PRIVATE int moe__jinja_is_space(uint32_t code) {
+    return (code >= 0x09 && code <= 0x0D) || (code >= 0x1C && code <= 0x20) || code == 0x85 ||
+           code == 0xA0 || code == 0x1680 || (code >= 0x2000 && code <= 0x200A) ||
+           code == 0x2028 || code == 0x2029 || code == 0x202F || code == 0x205F ||
+           code == 0x3000;
+}
+
+// Does a line end with this character?
+MOE__PRIVATE int moe__jinja_is_line_end(uint32_t code) {
+    return (code >= 0x0A && code <= 0x0D) || (code >= 0x1C && code <= 0x1E) || code == 0x85 ||
+           code == 0x2028 || code == 0x2029;
+}
+
+// Where the character in front of byte `at` begins; at > 0.
+MOE__PRIVATE uint64_t moe__jinja_before(const char *text, uint64_t at, uint32_t *code) {
+    for (uint64_t n = 1; n <= 4 && n <= at; n++) {
+        const char *p = text + at - n;
+        if (((unsigned char)*p & 0xC0) == 0x80) continue;
+        if (moe__utf8_decode(p, (size_t)n, code) == (int)n) return at - n;
+        break;
+    }
+    *code = 0xFFFD;
+    return at - 1;
+}
+
+MOE__PRIVATE uint64_t moe__jinja_skip_space(const char *text, uint64_t at, uint64_t size) {
+    uint32_t code;
+    while (at < size) {
+        const size_t n = moe__utf8_next(text + at, (size_t)(size - at), &code);
+        if (!moe__jinja_is_space(code)) break;
+        at += n;
+    }
+    return at;
+}
+MOE__PRIVATE uint64_t moe__jinja_skip_space_back(const char *text, uint64_t from, uint64_t at) {
+    uint32_t code;
+    while (at > from) {
+        const uint64_t before = moe__jinja_before(text, at, &code);
+        if (before < from || !moe__jinja_is_space(code)) break;
+        at = before;
+    }
+    return at;
+}
+
+// ---- tokens ----------------------------------------------------------------------------------
+
+typedef enum moe__jinja_token_kind {
+    MOE__JINJA_END,
+    MOE__JINJA_DATA,
+    MOE__JINJA_PRINT_BEGIN,
+    MOE__JINJA_PRINT_END,
+    MOE__JINJA_BLOCK_BEGIN,
+    MOE__JINJA_BLOCK_END,
+    MOE__JINJA_NAME,
+    MOE__JINJA_STRING,
+    MOE__JINJA_INTEGER,
+    MOE__JINJA_FLOAT,
+    MOE__JINJA_POW, // operators, the longer ones first
+    MOE__JINJA_FLOORDIV,
+    MOE__JINJA_EQ,
+    MOE__JINJA_NE,
+    MOE__JINJA_GE,
+    MOE__JINJA_LE,
+    MOE__JINJA_ADD,
+    MOE__JINJA_SUB,
+    MOE__JINJA_DIV,
+    MOE__JINJA_MUL,
+    MOE__JINJA_MOD,
+    MOE__JINJA_TILDE,
+    MOE__JINJA_LBRACKET,
+    MOE__JINJA_RBRACKET,
+    MOE__JINJA_LPAREN,
+    MOE__JINJA_RPAREN,
+    MOE__JINJA_LBRACE,
+    MOE__JINJA_RBRACE,
+    MOE__JINJA_GT,
+    MOE__JINJA_LT,
+    MOE__JINJA_ASSIGN,
+    MOE__JINJA_DOT,
+    MOE__JINJA_COLON,
+    MOE__JINJA_PIPE,
+    MOE__JINJA_COMMA,
+    MOE__JINJA_SEMICOLON,
+    MOE__JINJA_IN, // operators that are words: nodes only
+    MOE__JINJA_NOT_IN,
+    MOE__JINJA_KINDS
+} moe__jinja_token_kind;
+
+static const char *const moe__jinja_token_names[MOE__JINJA_KINDS] = {
+    "end of template", "template data / text", "begin of print statement",
+    "end of print statement", "begin of statement block", "end of statement block", "name",
+    "string", "integer", "float", "**", "//", "==", "!=", ">=", "<=", "+", "-", "/", "*", "%",
+    "~", "[", "]", "(", ")", "{", "}", ">", "<", "=", ".", ":", "|", ",", ";", "in", "not in"};
+
+typedef struct moe__jinja_token {
+    uint32_t kind, line;
+    const char *text;
+    uint64_t size;
+} moe__jinja_token;
+
+struct moe__jinja_node;
+
+// A template while it is read.
+typedef struct moe__jinja_reader {
+    moe__store *store;
+    const moe__text_run *runs;
+    const char *text; // lines end with \n, the last one without it
+    uint64_t size, at;
+    uint32_t line;
+    int starts_line;   // did what was read last end with a newline?
+    char open[64];     // brackets
+    int n_open;
+    moe__jinja_token *tokens;
+    uint64_t n, max;
+    const moe__jinja_token *now; // the parser's place
+    int soft;          // an unknown filter is an error only when it is reached
+    const struct moe__jinja_node *unknown; // otherwise the first one of a statement
+    int loops;         // the parser is within so many loops of a macro
+    int uses;          // what the macro names: MOE__JINJA_USES_...
+    moe__value names;  // name to number
+    moe__list *texts;  // of names, by number
+} moe__jinja_reader;
+
+MOE__PRIVATE __attribute__((noreturn)) MOE__PRINTF(3, 4) void
+    moe__jinja_syntax(moe__jinja_reader *r, uint32_t line, const char *format, ...) {
+    char text[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    moe__store_fail(r->store, MOE_ERROR_FORMAT, 0, "chat_template", "line %u: %s",
+                    (unsigned)line, text);
+}
+
+MOE__PRIVATE void moe__jinja_add_token(moe__jinja_reader *r, int kind, uint64_t from,
+                                       uint64_t to) {
+    if (r->n == r->max) {
+        const uint64_t max = r->max ? 2 * r->max : 64;
+        moe__jinja_token *tokens =
+            (moe__jinja_token *)moe__store_take(r->store, max, sizeof *tokens);
+        if (r->n) memcpy(tokens, r->tokens, (size_t)r->n * sizeof *tokens);
+        r->tokens = tokens;
+        r->max = max;
+    }
+    moe__jinja_token *t = &r->tokens[r->n++];
+    t->kind = (uint32_t)kind;
+    t->line = r->line;
+    t->text = r->text + from;
+    t->size = to - from;
+}
+
+// Goes on to a place, counting lines.
+MOE__PRIVATE void moe__jinja_go(moe__jinja_reader *r, uint64_t to) {
+    for (uint64_t i = r->at; i < to; i++) r->line += r->text[i] == '\n';
+    if (to > r->at) r->starts_line = r->text[to - 1] == '\n';
+    r->at = to;
+}
+
+MOE__INLINE int moe__jinja_sees(const moe__jinja_reader *r, uint64_t at, const char *what) {
+    const size_t n = strlen(what);
+    return at <= r->size && r->size - at >= n && memcmp(r->text + at, what, n) == 0;
+}
+
+// The end of a tag at a place: "-%}" takes the white space behind it, "%}" one newline, "+%}"
+// nothing. Returns where it ends, or 0 if there is none. `close`: "%}", "#}" or "}}".
+MOE__PRIVATE uint64_t moe__jinja_tag_end(const moe__jinja_reader *r, uint64_t at,
+                                         const char *close) {
+    const int prints = close[0] == '}';
+    if (moe__jinja_sees(r, at, close)) {
+        at += 2;
+        return at + (!prints && moe__jinja_sees(r, at, "\n"));
+    }
+    if (at >= r->size || !moe__jinja_sees(r, at + 1, close)) return 0;
+    if (r->text[at] == '-') return moe__jinja_skip_space(r->text, at + 3, r->size);
+    return r->text[at] == '+' && !prints ? at + 3 : 0;
+}
+
+// Text up to a tag, of which the sign behind its opening says what happens to white space before.
+MOE__PRIVATE void moe__jinja_data(moe__jinja_reader *r, uint64_t tag, char sign, int prints) {
+    uint64_t end = tag;
+    if (sign == '-') {
+        end = moe__jinja_skip_space_back(r->text, r->at, tag);
+    } else if (sign != '+' && !prints) {
+        uint64_t line = tag;
+        while (line > r->at && r->text[line - 1] != '\n') line--;
+        if ((line > r->at || r->starts_line) &&
+            moe__jinja_skip_space(r->text, line, tag) == tag)
+            end = line;
+    }
+    if (end > r->at) moe__jinja_add_token(r, MOE__JINJA_DATA, r->at, end);
+    moe__jinja_go(r, tag);
+}
+
+// "{% raw %}": where it ends, or 0 if there is none at this place.
+MOE__PRIVATE uint64_t moe__jinja_raw_begin(const moe__jinja_reader *r, uint64_t at) {
+    at += 2;
+    if (at < r->size && (r->text[at] == '-' || r->text[at] == '+')) at++;
+    at = moe__jinja_skip_space(r->text, at, r->size);
+    if (!moe__jinja_sees(r, at, "raw")) return 0;
+    at = moe__jinja_skip_space(r->text, at + 3, r->size);
+    if (moe__jinja_sees(r, at, "%}")) return at + 2;
+    return moe__jinja_sees(r, at, "-%}") ? moe__jinja_skip_space(r->text, at + 3, r->size) : 0;
+}
+
+// The text of a raw block, from behind its opening.
+MOE__PRIVATE void moe__jinja_raw(moe__jinja_reader *r) {
+    const uint32_t line = r->line;
+    for (uint64_t at = r->at; at < r->size; at++) {
+        if (!moe__jinja_sees(r, at, "{%")) continue;
+        uint64_t p = at + 2;
+        char sign = p < r->size ? r->text[p] : 0;
+        if (sign != '-' && sign != '+') sign = 0;
+        p = moe__jinja_skip_space(r->text, p + (sign != 0), r->size);
+        if (!moe__jinja_sees(r, p, "endraw")) continue;
+        p = moe__jinja_tag_end(r, moe__jinja_skip_space(r->text, p + 6, r->size), "%}");
+        if (!p) continue;
+        moe__jinja_data(r, at, sign, 0);
+        moe__jinja_go(r, p);
+        return;
+    }
+    moe__jinja_syntax(r, line, "Missing end of raw directive");
+}
+
+MOE__PRIVATE void moe__jinja_comment(moe__jinja_reader *r) {
+    for (uint64_t at = r->at; at < r->size; at++) {
+        if (r->text[at] != '#' && r->text[at] != '-' && r->text[at] != '+') continue;
+        const uint64_t end = moe__jinja_tag_end(r, at, "#}");
+        if (!end) continue;
+        moe__jinja_go(r, end);
+        return;
+    }
+    moe__jinja_syntax(r, r->line, "Missing end of comment tag");
+}
+
+MOE__INLINE int moe__jinja_is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// Is this a letter of names? Digits are, too, but not as the first.
+MOE__PRIVATE int moe__jinja_is_name(const moe__jinja_reader *r, uint32_t code, int first) {
+    if (code < 0x80)
+        return code == '_' || (code | 32) - 'a' < 26 || (!first && code - '0' < 10);
+    const uint32_t classes = moe__text_classify(r->runs, code);
+    return moe__text_in(classes, first ? MOE__C_L : MOE__C_L | MOE__C_M | MOE__C_N);
+}
+
+// Digits with single '_' between them; returns where they end, `at` if there are none.
+MOE__PRIVATE uint64_t moe__jinja_digits(const moe__jinja_reader *r, uint64_t at, int base) {
+    uint64_t end = at;
+    for (uint64_t i = at; i < r->size; i++) {
+        const char c = r->text[i], low = (char)(c | 32);
+        const int digit = moe__jinja_is_digit(c)     ? c - '0'
+                          : low >= 'a' && low <= 'f' ? low - 'a' + 10
+                                                     : 99;
+        if (digit < base) end = i + 1;
+        else if (c != '_' || i == at || r->text[i - 1] == '_') break;
+    }
+    return end;
+}
+
+MOE__PRIVATE void moe__jinja_number(moe__jinja_reader *r) {
+    uint64_t end = moe__jinja_digits(r, r->at, 10), part;
+    int kind = MOE__JINJA_INTEGER;
+    const char *text = r->text;
+    if (end < r->size && text[end] == '.' && (part = moe__jinja_digits(r, end + 1, 10)) > end + 1) {
+        end = part;
+        kind = MOE__JINJA_FLOAT;
+    }
+    if (end < r->size && (text[end] | 32) == 'e') {
+        part = end + 1;
+        if (part < r->size && (text[part] == '+' || text[part] == '-')) part++;
+        const uint64_t exponent = moe__jinja_digits(r, part, 10);
+        if (exponent > part) {
+            end = exponent;
+            kind = MOE__JINJA_FLOAT;
+        }
+    }
+    // No fraction behind a dot, as in a.1.2
+    if (kind == MOE__JINJA_FLOAT && r->at && text[r->at - 1] == '.') {
+        end = moe__jinja_digits(r, r->at, 10);
+        kind = MOE__JINJA_INTEGER;
+    }
+    if (kind == MOE__JINJA_INTEGER && text[r->at] == '0' && end > r->at + 1) {
+        for (end = r->at + 1; end < r->size && (text[end] == '0' || text[end] == '_');) end++;
+        while (text[end - 1] == '_') end--;
+    }
+    if (kind == MOE__JINJA_INTEGER && end == r->at + 1 && text[r->at] == '0' && end < r->size) {
+        const char c = (char)(text[end] | 32);
+        const int base = c == 'x' ? 16 : c == 'o' ? 8 : c == 'b' ? 2 : 0;
+        part = end + 1;
+        if (base && part < r->size && text[part] == '_') part++;
+        if (base && moe__jinja_digits(r, part, base) > part) end = moe__jinja_digits(r, part, base);
+    }
+    moe__jinja_add_token(r, kind, r->at, end);
+    moe__jinja_go(r, end);
+}
+
+MOE__PRIVATE void moe__jinja_quoted(moe__jinja_reader *r) {
+    const char quote = r->text[r->at];
+    uint64_t end = r->at + 1;
+    while (end < r->size && r->text[end] != quote) end += 1 + (r->text[end] == '\\');
+    if (end >= r->size)
+        moe__jinja_syntax(r, r->line, "unexpected char %s at %llu",
+                          quote == '"' ? "'\"'" : "\"'\"", (unsigned long long)r->at);
+    moe__jinja_add_token(r, MOE__JINJA_STRING, r->at + 1, end);
+    moe__jinja_go(r, end + 1);
+}
+
+// Within brackets a tag does not end.
+MOE__PRIVATE void moe__jinja_bracket(moe__jinja_reader *r, char c) {
+    if (c == '{' || c == '(' || c == '[') {
+        if (r->n_open == (int)sizeof r->open) moe__jinja_syntax(r, r->line, "nested too deep");
+        r->open[r->n_open++] = c == '{' ? '}' : c == '(' ? ')' : ']';
+    } else if (c == '}' || c == ')' || c == ']') {
+        if (!r->n_open) moe__jinja_syntax(r, r->line, "unexpected '%c'", c);
+        const char expected = r->open[--r->n_open];
+        if (c != expected)
+            moe__jinja_syntax(r, r->line, "unexpected '%c', expected '%c'", c, expected);
+    }
+}
+
+MOE__PRIVATE void moe__jinja_operator(moe__jinja_reader *r) {
+    for (int kind = MOE__JINJA_POW; kind < MOE__JINJA_IN; kind++) {
+        const char *name = moe__jinja_token_names[kind];
+        if (!moe__jinja_sees(r, r->at, name)) continue;
+        moe__jinja_bracket(r, name[0]);
+        moe__jinja_add_token(r, kind, r->at, r->at + strlen(name));
+        moe__jinja_go(r, r->at + strlen(name));
+        return;
+    }
+    uint32_t code;
+    const int n = (int)moe__utf8_next(r->text + r->at, (size_t)(r->size - r->at), &code);
+    moe__jinja_syntax(r, r->line, "unexpected char '%.*s' at %llu", n, r->text + r->at,
+                      (unsigned long long)r->at);
+}
+
+// What is between "{%" or "{{" and its end, and that.
+MOE__PRIVATE void moe__jinja_tag(moe__jinja_reader *r, int prints) {
+    r->n_open = 0;
+    while (r->at < r->size) {
+        const uint64_t end =
+            r->n_open ? 0 : moe__jinja_tag_end(r, r->at, prints ? "}}" : "%}");
+        if (end) {
+            moe__jinja_add_token(r, prints ? MOE__JINJA_PRINT_END : MOE__JINJA_BLOCK_END, r->at,
+                                 r->at);
+            moe__jinja_go(r, end);
+            return;
+        }
+        uint32_t code;
+        const char c = r->text[r->at];
+        uint64_t next = r->at + moe__utf8_next(r->text + r->at, (size_t)(r->size - r->at), &code);
+        if (moe__jinja_is_space(code)) {
+            moe__jinja_go(r, next);
+        } else if (moe__jinja_is_digit(c)) {
+            moe__jinja_number(r);
+        } else if (c == '"' || c == '\'') {
+            moe__jinja_quoted(r);
+        } else if (moe__jinja_is_name(r, code, 1)) {
+            for (uint64_t at = next; at < r->size; next = at) {
+                at += moe__utf8_next(r->text + at, (size_t)(r->size - at), &code);
+                if (!moe__jinja_is_name(r, code, 0)) break;
+            }
+            moe__jinja_add_token(r, MOE__JINJA_NAME, r->at, next);
+            moe__jinja_go(r, next);
+        } else {
+            moe__jinja_operator(r);
+        }
+    }
+}
+
+MOE__PRIVATE void moe__jinja_lex(moe__jinja_reader *r) {
+    r->line = 1;
+    r->starts_line = 1;
+    while (r->at < r->size) {
+        uint64_t tag = r->at;
+        char kind = 0;
+        for (; tag + 1 < r->size; tag++) {
+            kind = r->text[tag] == '{' ? r->text[tag + 1] : 0;
+            if (kind == '{' || kind == '%' || kind == '#') break;
+            kind = 0;
+        }
+        if (!kind) {
+            moe__jinja_add_token(r, MOE__JINJA_DATA, r->at, r->size);
+            moe__jinja_go(r, r->size);
+            break;
+        }
+        char sign = tag + 2 < r->size ? r->text[tag + 2] : 0;
+        if (sign != '-' && sign != '+') sign = 0;
+        const uint64_t raw = kind == '%' ? moe__jinja_raw_begin(r, tag) : 0;
+        moe__jinja_data(r, tag, sign, kind == '{');
+        if (!raw && kind != '#')
+            moe__jinja_add_token(r, kind == '{' ? MOE__JINJA_PRINT_BEGIN : MOE__JINJA_BLOCK_BEGIN,
+                                 tag, tag);
+        moe__jinja_go(r, raw ? raw : tag + 2 + (sign != 0));
+        if (raw) moe__jinja_raw(r);
+        else if (kind == '#') moe__jinja_comment(r);
+        else moe__jinja_tag(r, kind == '{');
+    }
+    moe__jinja_add_token(r, MOE__JINJA_END, r->size, r->size);
+}
+
+// ---- the tree --------------------------------------------------------------------------------
+
+typedef enum moe__jinja_node_kind {
+    // expressions
+    MOE__JINJA_CONST,   // value
+    MOE__JINJA_VARIABLE, // name
+    MOE__JINJA_LIST,    // a: elements
+    MOE__JINJA_TUPLE,   // a: elements
+    MOE__JINJA_DICT,    // a: key, value, key, value, ...
+    MOE__JINJA_MATH,    // a, then the operands b, each with its operator
+    MOE__JINJA_COMPARE, // the same
+    MOE__JINJA_CONCAT,  // a: parts
+    MOE__JINJA_AND,     // a: operands
+    MOE__JINJA_OR,      // a: operands
+    MOE__JINJA_NOT,     // a
+    MOE__JINJA_SIGN,    // op, a
+    MOE__JINJA_CHOICE,  // b if a else c
+    MOE__JINJA_CHAIN,   // a, then the steps b
+    // steps and operands
+    MOE__JINJA_ATTRIBUTE, // value: the name
+    MOE__JINJA_ITEM,    // a
+    MOE__JINJA_SLICE,   // a : b : c, as an item
+    MOE__JINJA_CALL,    // a: arguments
+    MOE__JINJA_FILTER,  // value: the name, entry, a: arguments
+    MOE__JINJA_TEST,    // the same; op: not
+    MOE__JINJA_OPERAND, // op, a
+    MOE__JINJA_ARGUMENT, // a, value: the name if it has one; op: 0, MUL or POW
+    // statements
+    MOE__JINJA_TEXT,    // value
+    MOE__JINJA_PRINT,   // a
+    MOE__JINJA_FOR,     // target a, in b, if c; body, other; op: recursive
+    MOE__JINJA_IF,      // a: branches, each a (none: else) and body
+    MOE__JINJA_SET,     // target a, b
+    MOE__JINJA_CAPTURE, // target a, filters b, body
+    MOE__JINJA_MACRO,   // name, parameters a (name, default a), body; op: what it uses
+    MOE__JINJA_CALLER,  // call a, block b (a macro)
+    MOE__JINJA_FILTERED, // filters b, body
+    MOE__JINJA_SCOPE,   // targets and values a, body
+    MOE__JINJA_DO,      // a
+    MOE__JINJA_BREAK,
+    MOE__JINJA_CONTINUE
+} moe__jinja_node_kind;
+
+enum { MOE__JINJA_USES_CALLER = 1, MOE__JINJA_USES_KWARGS = 2, MOE__JINJA_USES_VARARGS = 4 };
+
+struct moe__jinja_entry;
+
+typedef struct moe__jinja_node {
+    uint8_t kind, op;
+    uint32_t line, name;
+    struct moe__jinja_node *next; // in a list
+    struct moe__jinja_node *a, *b, *c, *body, *other;
+    const struct moe__jinja_entry *entry; // FILTER, TEST: NULL if there is none
+    moe__value value;
+} moe__jinja_node;
+
+// A list of nodes that grows at its end.
+typedef struct moe__jinja_nodes {
+    moe__jinja_node *first, **last;
+} moe__jinja_nodes;
+
+MOE__PRIVATE void moe__jinja_append(moe__jinja_nodes *list, moe__jinja_node *node) {
+    if (!list->last) list->last = &list->first;
+    *list->last = node;
+    list->last = &node->next;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_node_new(moe__jinja_reader *r, int kind) {
+    moe__jinja_node *node = (moe__jinja_node *)moe__store_take(r->store, 1, sizeof *node);
+    memset(node, 0, sizeof *node);
+    node->kind = (uint8_t)kind;
+    node->line = r->now->line;
+    return node;
+}
+
+// ---- parsing: tokens -------------------------------------------------------------------------
+
+MOE__INLINE int moe__jinja_at(const moe__jinja_reader *r, int kind) {
+    return r->now->kind == (uint32_t)kind;
+}
+MOE__PRIVATE int moe__jinja_token_is(const moe__jinja_token *t, const char *word) {
+    return t->kind == MOE__JINJA_NAME && t->size == strlen(word) &&
+           memcmp(t->text, word, (size_t)t->size) == 0;
+}
+MOE__INLINE int moe__jinja_at_word(const moe__jinja_reader *r, const char *word) {
+    return moe__jinja_token_is(r->now, word);
+}
+MOE__INLINE void moe__jinja_next(moe__jinja_reader *r) {
+    if (!moe__jinja_at(r, MOE__JINJA_END)) r->now++;
+}
+MOE__PRIVATE int moe__jinja_take(moe__jinja_reader *r, int kind) {
+    const int found = moe__jinja_at(r, kind);
+    if (found) moe__jinja_next(r);
+    return found;
+}
+MOE__PRIVATE int moe__jinja_take_word(moe__jinja_reader *r, const char *word) {
+    const int found = moe__jinja_at_word(r, word);
+    if (found) moe__jinja_next(r);
+    return found;
+}
+
+MOE__PRIVATE __attribute__((noreturn)) void moe__jinja_unexpected(moe__jinja_reader *r,
+                                                                  const char *wanted) {
+    const moe__jinja_token *t = r->now;
+    const char *name = moe__jinja_token_names[t->kind];
+    int size = (int)strlen(name);
+    if (t->kind == MOE__JINJA_NAME) {
+        name = t->text;
+        size = (int)moe__utf8_limit(t->text, (size_t)t->size, 60);
+    }
+    if (t->kind == MOE__JINJA_END && wanted)
+        moe__jinja_syntax(r, t->line, "unexpected end of template, expected '%s'.", wanted);
+    if (wanted)
+        moe__jinja_syntax(r, t->line, "expected token '%s', got '%.*s'", wanted, size, name);
+    moe__jinja_syntax(r, t->line, "unexpected '%.*s'", size, name);
+}
+MOE__PRIVATE const moe__jinja_token *moe__jinja_expect(moe__jinja_reader *r, int kind) {
+    const moe__jinja_token *t = r->now;
+    if (!moe__jinja_at(r, kind)) moe__jinja_unexpected(r, moe__jinja_token_names[kind]);
+    moe__jinja_next(r);
+    return t;
+}
+MOE__PRIVATE void moe__jinja_expect_word(moe__jinja_reader *r, const char *word) {
+    if (!moe__jinja_take_word(r, word)) moe__jinja_unexpected(r, word);
+}
+
+// The number of a name: names are compared by it.
+MOE__PRIVATE uint32_t moe__jinja_name(moe__jinja_reader *r, const char *text, uint64_t size) {
+    const moe__value key = moe__value_text(text, size);
+    const moe__value *known = moe__dict_find(r->store, r->names.as.dict, key);
+    if (known) return (uint32_t)known->as.i;
+    const uint64_t n = r->texts->n;
+    moe__dict_set(r->store, r->names.as.dict, key, moe__value_int((int64_t)n));
+    moe__list_add(r->store, r->texts, key);
+    return (uint32_t)n;
+}
+
+// ---- parsing: literals -----------------------------------------------------------------------
+
+// The escape behind a backslash of a string, Python's. Returns its size; 0: it is none, and the
+// backslash stays.
+MOE__PRIVATE uint64_t moe__jinja_escape(moe__jinja_reader *r, const char *text, uint64_t size,
+                                        uint32_t *code) {
+    static const char names[] = "\\'\"abfnrtv", codes[] = "\\'\"\a\b\f\n\r\t\v";
+    const char c = text[0];
+    const char *name = c ? strchr(names, c) : NULL;
+    *code = 0;
+    if (name) {
+        *code = (uint32_t)codes[name - names];
+        return 1;
+    }
+    uint64_t n = 0;
+    if (c >= '0' && c <= '7') {
+        for (; n < 3 && n < size && text[n] >= '0' && text[n] <= '7'; n++)
+            *code = *code * 8 + (uint32_t)(text[n] - '0');
+        return n;
+    }
+    const uint64_t digits = c == 'x' ? 2 : c == 'u' ? 4 : c == 'U' ? 8 : 0;
+    if (!digits && c != 'N') return 0;
+    for (n = 1; c != 'N' && n <= digits; n++) {
+        const char d = n < size ? text[n] : 0, low = (char)(d | 32);
+        if (moe__jinja_is_digit(d)) *code = *code * 16 + (uint32_t)(d - '0');
+        else if (low >= 'a' && low <= 'f') *code = *code * 16 + (uint32_t)(low - 'a' + 10);
+        else break;
+    }
+    if (c == 'N' || n <= digits || *code > 0x10FFFF)
+        moe__jinja_syntax(r, r->now->line, "an escape of a string cannot be read");
+    return n;
+}
+
+MOE__PRIVATE moe__value moe__jinja_unquote(moe__jinja_reader *r, const moe__jinja_token *t) {
+    moe__builder b = moe__builder_of(r->store);
+    uint64_t from = 0;
+    for (uint64_t i = 0; i < t->size; i++) {
+        uint32_t code;
+        char utf8[4];
+        if (t->text[i] != '\\' || i + 1 == t->size) continue;
+        moe__builder_add(&b, t->text + from, i - from, 0);
+        from = i;
+        if (t->text[i + 1] == '\n') { // goes on in the next line
+            from = ++i + 1;
+            continue;
+        }
+        const uint64_t n = moe__jinja_escape(r, t->text + i + 1, t->size - i - 1, &code);
+        if (n) {
+            moe__builder_add(&b, utf8, moe__json_utf8(code, utf8), 0);
+            from = i + 1 + n;
+        }
+        i += n ? n : 1;
+    }
+    if (!b.size && !from) return moe__value_text(t->text, t->size);
+    moe__builder_add(&b, t->text + from, t->size - from, 0);
+    return moe__builder_end(&b);
+}
+
+MOE__PRIVATE moe__value moe__jinja_integer(moe__jinja_reader *r, const moe__jinja_token *t) {
+    const char kind = t->size > 1 ? (char)(t->text[1] | 32) : 0;
+    const int base = kind == 'x' ? 16 : kind == 'o' ? 8 : kind == 'b' ? 2 : 10;
+    int64_t value = 0;
+    for (uint64_t i = base == 10 ? 0 : 2; i < t->size; i++) {
+        const char c = t->text[i];
+        if (c == '_') continue;
+        const int digit = moe__jinja_is_digit(c) ? c - '0' : (c | 32) - 'a' + 10;
+        if (__builtin_mul_overflow(value, (int64_t)base, &value) ||
+            __builtin_add_overflow(value, (int64_t)digit, &value))
+            moe__jinja_syntax(r, t->line, "an integer is too large");
+    }
+    return moe__value_int(value);
+}
+
+MOE__PRIVATE moe__value moe__jinja_real(moe__jinja_reader *r, const moe__jinja_token *t) {
+    char *plain = (char *)moe__store_take(r->store, t->size, 1);
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < t->size; i++)
+        if (t->text[i] != '_') plain[n++] = t->text[i];
+    return moe__value_float(moe__json_float(r->store, plain, n));
+}
+
+// ---- parsing: expressions --------------------------------------------------------------------
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse(moe__jinja_reader *r);
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_or(moe__jinja_reader *r);
+MOE__PRIVATE const struct moe__jinja_entry *moe__jinja_find_filter(const char *text,
+                                                                   uint64_t size);
+MOE__PRIVATE const struct moe__jinja_entry *moe__jinja_find_test(const char *text, uint64_t size);
+
+// Expressions up to a bracket, the last one perhaps with a comma behind it.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_items(moe__jinja_reader *r, int kind, int close) {
+    moe__jinja_node *node = moe__jinja_node_new(r, kind);
+    moe__jinja_nodes items = {NULL, NULL};
+    moe__jinja_next(r);
+    while (!moe__jinja_at(r, close)) {
+        if (items.first) moe__jinja_expect(r, MOE__JINJA_COMMA);
+        if (moe__jinja_at(r, close)) break;
+        moe__jinja_append(&items, moe__jinja_parse(r));
+        if (kind != MOE__JINJA_DICT) continue;
+        moe__jinja_expect(r, MOE__JINJA_COLON);
+        moe__jinja_append(&items, moe__jinja_parse(r));
+    }
+    moe__jinja_expect(r, close);
+    node->a = items.first;
+    return node;
+}
+
+// Does a tuple without brackets end here?
+MOE__PRIVATE int moe__jinja_at_tuple_end(const moe__jinja_reader *r, const char *word) {
+    return moe__jinja_at(r, MOE__JINJA_PRINT_END) || moe__jinja_at(r, MOE__JINJA_BLOCK_END) ||
+           moe__jinja_at(r, MOE__JINJA_RPAREN) || (word && moe__jinja_at_word(r, word));
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_primary(moe__jinja_reader *r);
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_target(moe__jinja_reader *r, int what);
+
+enum { // what the elements of a tuple may be
+    MOE__JINJA_ANY,
+    MOE__JINJA_NO_CHOICE, // no "x if y", as the "if" means something else
+    MOE__JINJA_TARGETS,   // names to be set
+    MOE__JINJA_ATTRIBUTES // the same, or attributes of namespaces
+};
+// An expression, or several with commas. `word`: ends it, too; `empty`: there may be none.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_tuple(moe__jinja_reader *r, int what,
+                                                     const char *word, int empty) {
+    moe__jinja_nodes items = {NULL, NULL};
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_TUPLE);
+    int is_tuple = 0;
+    for (;;) {
+        if (items.first) moe__jinja_expect(r, MOE__JINJA_COMMA);
+        if (moe__jinja_at_tuple_end(r, word)) break;
+        moe__jinja_append(&items, what == MOE__JINJA_ANY         ? moe__jinja_parse(r)
+                                  : what == MOE__JINJA_NO_CHOICE ? moe__jinja_parse_or(r)
+                                                                 : moe__jinja_parse_target(r, what));
+        if (!moe__jinja_at(r, MOE__JINJA_COMMA)) break;
+        is_tuple = 1;
+    }
+    if (!is_tuple && items.first) return items.first;
+    if (!is_tuple && !empty)
+        moe__jinja_syntax(r, r->now->line, "Expected an expression, got '%s'",
+                          moe__jinja_token_names[r->now->kind]);
+    node->a = items.first;
+    return node;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_name(moe__jinja_reader *r) {
+    static const char *const words[] = {"true", "True", "false", "False", "none", "None"};
+    static const char *const special[] = {"caller", "kwargs", "varargs"};
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_CONST);
+    const moe__jinja_token *t = r->now;
+    moe__jinja_next(r);
+    for (int i = 0; i < 6; i++) {
+        if (!moe__jinja_token_is(t, words[i])) continue;
+        node->value = i < 4 ? moe__value_bool(i < 2) : moe__value_none();
+        return node;
+    }
+    for (int i = 0; i < 3; i++)
+        if (moe__jinja_token_is(t, special[i])) r->uses |= 1 << i;
+    node->kind = MOE__JINJA_VARIABLE;
+    node->name = moe__jinja_name(r, t->text, t->size);
+    return node;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_primary(moe__jinja_reader *r) {
+    const moe__jinja_token *t = r->now;
+    if (t->kind == MOE__JINJA_NAME) return moe__jinja_parse_name(r);
+    if (t->kind == MOE__JINJA_LBRACKET)
+        return moe__jinja_parse_items(r, MOE__JINJA_LIST, MOE__JINJA_RBRACKET);
+    if (t->kind == MOE__JINJA_LBRACE)
+        return moe__jinja_parse_items(r, MOE__JINJA_DICT, MOE__JINJA_RBRACE);
+    if (t->kind == MOE__JINJA_LPAREN) {
+        moe__jinja_next(r);
+        moe__jinja_node *inner = moe__jinja_parse_tuple(r, MOE__JINJA_ANY, NULL, 1);
+        moe__jinja_expect(r, MOE__JINJA_RPAREN);
+        return inner;
+    }
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_CONST);
+    if (t->kind == MOE__JINJA_INTEGER) node->value = moe__jinja_integer(r, t);
+    else if (t->kind == MOE__JINJA_FLOAT) node->value = moe__jinja_real(r, t);
+    else if (t->kind == MOE__JINJA_STRING) node->value = moe__jinja_unquote(r, t);
+    else moe__jinja_unexpected(r, NULL);
+    moe__jinja_next(r);
+    if (t->kind != MOE__JINJA_STRING || !moe__jinja_at(r, MOE__JINJA_STRING)) return node;
+    moe__builder b = moe__builder_of(r->store); // "a" "b" is "ab"
+    moe__builder_string(&b, node->value);
+    for (; moe__jinja_at(r, MOE__JINJA_STRING); moe__jinja_next(r))
+        moe__builder_string(&b, moe__jinja_unquote(r, r->now));
+    node->value = moe__builder_end(&b);
+    return node;
+}
+
+// Arguments from their bracket on.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_arguments(moe__jinja_reader *r) {
+    moe__jinja_nodes list = {NULL, NULL};
+    int seen = 0; // of what was there: 1 named, 2 *list, 4 **dict
+    moe__jinja_expect(r, MOE__JINJA_LPAREN);
+    while (!moe__jinja_at(r, MOE__JINJA_RPAREN)) {
+        if (list.first) moe__jinja_expect(r, MOE__JINJA_COMMA);
+        if (moe__jinja_at(r, MOE__JINJA_RPAREN)) break;
+        moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_ARGUMENT);
+        const int star = moe__jinja_take(r, MOE__JINJA_MUL)   ? MOE__JINJA_MUL
+                         : moe__jinja_take(r, MOE__JINJA_POW) ? MOE__JINJA_POW
+                                                              : 0;
+        const int named = !star && moe__jinja_at(r, MOE__JINJA_NAME) &&
+                          r->now[1].kind == MOE__JINJA_ASSIGN;
+        const int now = star == MOE__JINJA_POW ? 4 : star ? 2 : named;
+        if (seen & (now == 0 ? 7 : now == 2 ? 6 : 4))
+            moe__jinja_syntax(r, node->line, "invalid syntax for function call expression");
+        seen |= now;
+        node->op = (uint8_t)star;
+        if (named) {
+            node->value = moe__value_text(r->now->text, r->now->size);
+            r->now += 2;
+        }
+        node->a = moe__jinja_parse(r);
+        moe__jinja_append(&list, node);
+    }
+    moe__jinja_expect(r, MOE__JINJA_RPAREN);
+    return list.first;
+}
+
+// What stands in the brackets of x[...]: an expression or a slice.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_item(moe__jinja_reader *r) {
+    moe__jinja_node *slice = moe__jinja_node_new(r, MOE__JINJA_SLICE);
+    moe__jinja_node **parts[3];
+    parts[0] = &slice->a;
+    parts[1] = &slice->b;
+    parts[2] = &slice->c;
+    for (int i = 0; i < 3; i++) {
+        if (!moe__jinja_at(r, MOE__JINJA_COLON) && !moe__jinja_at(r, MOE__JINJA_RBRACKET) &&
+            !moe__jinja_at(r, MOE__JINJA_COMMA))
+            *parts[i] = moe__jinja_parse(r);
+        else if (i == 0 && !moe__jinja_at(r, MOE__JINJA_COLON))
+            moe__jinja_unexpected(r, NULL);
+        if (i == 0 && !moe__jinja_at(r, MOE__JINJA_COLON)) return slice->a;
+        if (i == 2 || !moe__jinja_take(r, MOE__JINJA_COLON)) break;
+    }
+    return slice;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_subscript(moe__jinja_reader *r) {
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_ITEM);
+    moe__jinja_nodes items = {NULL, NULL};
+    if (moe__jinja_take(r, MOE__JINJA_DOT)) {
+        const moe__jinja_token *t = r->now;
+        moe__jinja_next(r);
+        if (t->kind == MOE__JINJA_NAME) {
+            node->kind = MOE__JINJA_ATTRIBUTE;
+            node->value = moe__value_text(t->text, t->size);
+            return node;
+        }
+        if (t->kind != MOE__JINJA_INTEGER)
+            moe__jinja_syntax(r, t->line, "expected name or number");
+        node->a = moe__jinja_node_new(r, MOE__JINJA_CONST);
+        node->a->value = moe__jinja_integer(r, t);
+        return node;
+    }
+    moe__jinja_next(r);
+    while (!moe__jinja_at(r, MOE__JINJA_RBRACKET)) {
+        if (items.first) moe__jinja_expect(r, MOE__JINJA_COMMA);
+        moe__jinja_append(&items, moe__jinja_parse_item(r));
+    }
+    moe__jinja_expect(r, MOE__JINJA_RBRACKET);
+    node->a = items.first;
+    if (node->a && !node->a->next) return node;
+    node->a = moe__jinja_node_new(r, MOE__JINJA_TUPLE);
+    node->a->a = items.first;
+    return node;
+}
+
+// The name of a filter or test, whose parts may have dots between them.
+MOE__PRIVATE void moe__jinja_parse_entry(moe__jinja_reader *r, moe__jinja_node *node) {
+    const moe__jinja_token *t = moe__jinja_expect(r, MOE__JINJA_NAME);
+    uint64_t size = t->size;
+    while (moe__jinja_take(r, MOE__JINJA_DOT)) {
+        const moe__jinja_token *part = moe__jinja_expect(r, MOE__JINJA_NAME);
+        size = (uint64_t)(part->text + part->size - t->text);
+    }
+    const int is_filter = node->kind == MOE__JINJA_FILTER;
+    node->value = moe__value_text(t->text, size);
+    node->entry = is_filter ? moe__jinja_find_filter(t->text, size)
+                            : moe__jinja_find_test(t->text, size);
+    if (!node->entry && !r->soft && !r->unknown) r->unknown = node;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_filter(moe__jinja_reader *r) {
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_FILTER);
+    moe__jinja_parse_entry(r, node);
+    if (moe__jinja_at(r, MOE__JINJA_LPAREN)) node->a = moe__jinja_parse_arguments(r);
+    return node;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_chain(moe__jinja_reader *r, moe__jinja_node *base,
+                                                     int with_filters);
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_test(moe__jinja_reader *r) {
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_TEST);
+    moe__jinja_next(r);
+    node->op = (uint8_t)moe__jinja_take_word(r, "not");
+    moe__jinja_parse_entry(r, node);
+    if (moe__jinja_at(r, MOE__JINJA_LPAREN)) {
+        node->a = moe__jinja_parse_arguments(r);
+        return node;
+    }
+    switch (r->now->kind) { // an argument without brackets
+    case MOE__JINJA_NAME:
+        if (moe__jinja_at_word(r, "else") || moe__jinja_at_word(r, "or") ||
+            moe__jinja_at_word(r, "and"))
+            return node;
+        if (moe__jinja_at_word(r, "is"))
+            moe__jinja_syntax(r, r->now->line, "You cannot chain multiple tests with is");
+        break;
+    case MOE__JINJA_STRING:
+    case MOE__JINJA_INTEGER:
+    case MOE__JINJA_FLOAT:
+    case MOE__JINJA_LBRACKET:
+    case MOE__JINJA_LBRACE: break;
+    default: return node;
+    }
+    node->a = moe__jinja_node_new(r, MOE__JINJA_ARGUMENT);
+    moe__jinja_node *argument = moe__jinja_parse_primary(r);
+    node->a->a = moe__jinja_parse_chain(r, argument, 0);
+    return node;
+}
+
+// Attributes, items and calls behind an expression; filters and tests, too, or not.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_chain(moe__jinja_reader *r, moe__jinja_node *base,
+                                                     int with_filters) {
+    moe__jinja_nodes steps = {NULL, NULL};
+    int filtered = 0;
+    for (;;) {
+        moe__jinja_node *step;
+        if (moe__jinja_at(r, MOE__JINJA_LPAREN)) {
+            step = moe__jinja_node_new(r, MOE__JINJA_CALL);
+            step->a = moe__jinja_parse_arguments(r);
+        } else if (!filtered &&
+                   (moe__jinja_at(r, MOE__JINJA_DOT) || moe__jinja_at(r, MOE__JINJA_LBRACKET))) {
+            step = moe__jinja_parse_subscript(r);
+        } else if (with_filters && moe__jinja_take(r, MOE__JINJA_PIPE)) {
+            step = moe__jinja_parse_filter(r);
+            filtered = 1;
+        } else if (with_filters && moe__jinja_at_word(r, "is")) {
+            step = moe__jinja_parse_test(r);
+            filtered = 1;
+        } else {
+            break;
+        }
+        moe__jinja_append(&steps, step);
+    }
+    if (!steps.first) return base;
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_CHAIN);
+    node->line = base->line;
+    node->a = base;
+    node->b = steps.first;
+    return node;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_unary(moe__jinja_reader *r, int with_filters) {
+    moe__jinja_node *node;
+    if (moe__jinja_at(r, MOE__JINJA_SUB) || moe__jinja_at(r, MOE__JINJA_ADD)) {
+        moe__store_enter(r->store);
+        node = moe__jinja_node_new(r, MOE__JINJA_SIGN);
+        node->op = (uint8_t)r->now->kind;
+        moe__jinja_next(r);
+        node->a = moe__jinja_parse_unary(r, 0);
+        moe__store_leave(r->store);
+    } else {
+        node = moe__jinja_parse_primary(r);
+    }
+    return moe__jinja_parse_chain(r, node, with_filters);
+}
+
+// Operators from strong to weak: **, then * / // %, then ~, then + -, then comparisons.
+enum { MOE__JINJA_LEVEL_POW, MOE__JINJA_LEVEL_MUL, MOE__JINJA_LEVEL_CONCAT, MOE__JINJA_LEVEL_ADD,
+       MOE__JINJA_LEVEL_COMPARE };
+
+// The operator of a level at this place, which is taken, or 0.
+MOE__PRIVATE int moe__jinja_take_operator(moe__jinja_reader *r, int level) {
+    int kind = (int)r->now->kind, found = 0;
+    switch (kind) {
+    case MOE__JINJA_POW: found = level == MOE__JINJA_LEVEL_POW; break;
+    case MOE__JINJA_MUL:
+    case MOE__JINJA_DIV:
+    case MOE__JINJA_FLOORDIV:
+    case MOE__JINJA_MOD: found = level == MOE__JINJA_LEVEL_MUL; break;
+    case MOE__JINJA_TILDE: found = level == MOE__JINJA_LEVEL_CONCAT; break;
+    case MOE__JINJA_ADD:
+    case MOE__JINJA_SUB: found = level == MOE__JINJA_LEVEL_ADD; break;
+    case MOE__JINJA_EQ:
+    case MOE__JINJA_NE:
+    case MOE__JINJA_GT:
+    case MOE__JINJA_GE:
+    case MOE__JINJA_LT:
+    case MOE__JINJA_LE: found = level == MOE__JINJA_LEVEL_COMPARE; break;
+    default:
+        if (level != MOE__JINJA_LEVEL_COMPARE) return 0;
+        if (moe__jinja_at_word(r, "in")) {
+            kind = MOE__JINJA_IN;
+            found = 1;
+        } else if (moe__jinja_at_word(r, "not") && moe__jinja_token_is(r->now + 1, "in")) {
+            moe__jinja_next(r);
+            kind = MOE__JINJA_NOT_IN;
+            found = 1;
+        }
+    }
+    if (found) moe__jinja_next(r);
+    return found ? kind : 0;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_level(moe__jinja_reader *r, int level) {
+    moe__jinja_node *first = level == MOE__JINJA_LEVEL_POW ? moe__jinja_parse_unary(r, 1)
+                                                           : moe__jinja_parse_level(r, level - 1);
+    moe__jinja_nodes operands = {NULL, NULL};
+    for (int op; (op = moe__jinja_take_operator(r, level)) != 0;) {
+        moe__jinja_node *operand = moe__jinja_node_new(r, MOE__JINJA_OPERAND);
+        operand->op = (uint8_t)op;
+        operand->a = level == MOE__JINJA_LEVEL_POW ? moe__jinja_parse_unary(r, 1)
+                                                   : moe__jinja_parse_level(r, level - 1);
+        moe__jinja_append(&operands, operand);
+    }
+    if (!operands.first) return first;
+    moe__jinja_node *node = moe__jinja_node_new(r, level == MOE__JINJA_LEVEL_CONCAT ? MOE__JINJA_CONCAT
+                                                   : level == MOE__JINJA_LEVEL_COMPARE
+                                                       ? MOE__JINJA_COMPARE
+                                                       : MOE__JINJA_MATH);
+    node->line = first->line;
+    node->a = first;
+    node->b = operands.first;
+    return node;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_not(moe__jinja_reader *r) {
+    if (!moe__jinja_at_word(r, "not")) return moe__jinja_parse_level(r, MOE__JINJA_LEVEL_COMPARE);
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_NOT);
+    moe__store_enter(r->store);
+    moe__jinja_next(r);
+    node->a = moe__jinja_parse_not(r);
+    moe__store_leave(r->store);
+    return node;
+}
+
+// a and b and c, or a or b or c.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_logic(moe__jinja_reader *r, int kind) {
+    const char *word = kind == MOE__JINJA_AND ? "and" : "or";
+    moe__jinja_nodes operands = {NULL, NULL};
+    moe__jinja_node *node = moe__jinja_node_new(r, kind);
+    do {
+        moe__jinja_append(&operands, kind == MOE__JINJA_AND
+                                         ? moe__jinja_parse_not(r)
+                                         : moe__jinja_parse_logic(r, MOE__JINJA_AND));
+    } while (moe__jinja_take_word(r, word));
+    node->a = operands.first;
+    return node->a->next ? node : node->a;
+}
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_or(moe__jinja_reader *r) {
+    moe__store_enter(r->store);
+    moe__jinja_node *node = moe__jinja_parse_logic(r, MOE__JINJA_OR);
+    moe__store_leave(r->store);
+    return node;
+}
+
+// Filters and tests that nobody knows are errors of the template, but not in what may never be
+// reached: the statement's end looks whether there is one.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse(moe__jinja_reader *r) {
+    const moe__jinja_node *unknown = r->unknown;
+    moe__jinja_node *node = moe__jinja_parse_or(r);
+    while (moe__jinja_take_word(r, "if")) {
+        moe__jinja_node *choice = moe__jinja_node_new(r, MOE__JINJA_CHOICE);
+        choice->a = moe__jinja_parse_or(r);
+        choice->b = node;
+        node = choice;
+        if (moe__jinja_take_word(r, "else")) {
+            moe__store_enter(r->store);
+            choice->c = moe__jinja_parse(r);
+            moe__store_leave(r->store);
+        }
+        r->unknown = unknown;
+    }
+    return node;
+}
+
+// ---- parsing: statements ---------------------------------------------------------------------
+
+MOE__PRIVATE void moe__jinja_check_target(moe__jinja_reader *r, const moe__jinja_node *node) {
+    if (node->kind == MOE__JINJA_TUPLE)
+        for (const moe__jinja_node *n = node->a; n; n = n->next) moe__jinja_check_target(r, n);
+    else if (node->kind != MOE__JINJA_VARIABLE && node->kind != MOE__JINJA_ATTRIBUTE)
+        moe__jinja_syntax(r, node->line, "can't assign to what is no name");
+}
+
+// One of the names in front of "=" or "in".
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_target(moe__jinja_reader *r, int what) {
+    moe__jinja_node *node = moe__jinja_parse_primary(r);
+    if (what == MOE__JINJA_ATTRIBUTES && node->kind == MOE__JINJA_VARIABLE &&
+        moe__jinja_take(r, MOE__JINJA_DOT)) {
+        const moe__jinja_token *t = moe__jinja_expect(r, MOE__JINJA_NAME);
+        node->kind = MOE__JINJA_ATTRIBUTE;
+        node->value = moe__value_text(t->text, t->size);
+    }
+    moe__jinja_check_target(r, node);
+    return node;
+}
+
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_block(moe__jinja_reader *r);
+
+// The end of an opening tag, and what is between it and one of the words that may end it: r->now
+// is that word. A frame is what has variables of its own.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_body(moe__jinja_reader *r, const char *end,
+                                                    const char *or_end, const char *or_last) {
+    moe__jinja_nodes list = {NULL, NULL};
+    moe__store_enter(r->store);
+    moe__jinja_take(r, MOE__JINJA_COLON);
+    if (*end) moe__jinja_expect(r, MOE__JINJA_BLOCK_END);
+    for (;;) {
+        if (r->unknown)
+            moe__jinja_syntax(r, r->unknown->line, "No %s named '%.*s'.",
+                              r->unknown->kind == MOE__JINJA_FILTER ? "filter" : "test",
+                              (int)moe__utf8_limit(r->unknown->value.as.text,
+                                                   (size_t)r->unknown->value.size, 60),
+                              r->unknown->value.as.text);
+        if (moe__jinja_at(r, MOE__JINJA_END)) break;
+        moe__jinja_node *node = NULL;
+        if (moe__jinja_at(r, MOE__JINJA_DATA)) {
+            node = moe__jinja_node_new(r, MOE__JINJA_TEXT);
+            node->value = moe__value_text(r->now->text, r->now->size);
+            moe__jinja_next(r);
+        } else if (moe__jinja_take(r, MOE__JINJA_PRINT_BEGIN)) {
+            node = moe__jinja_node_new(r, MOE__JINJA_PRINT);
+            node->a = moe__jinja_parse_tuple(r, MOE__JINJA_ANY, NULL, 0);
+            moe__jinja_expect(r, MOE__JINJA_PRINT_END);
+        } else {
+            moe__jinja_next(r); // the beginning of a block
+            if (*end && (moe__jinja_at_word(r, end) || moe__jinja_at_word(r, or_end) ||
+                         moe__jinja_at_word(r, or_last)))
+                break;
+            node = moe__jinja_parse_block(r);
+            moe__jinja_expect(r, MOE__JINJA_BLOCK_END);
+        }
+        moe__jinja_append(&list, node);
+    }
+    if (*end && moe__jinja_at(r, MOE__JINJA_END))
+        moe__jinja_syntax(r, r->now->line,
+                          "Unexpected end of template. Jinja was looking for '%s'.", end);
+    moe__store_leave(r->store);
+    return list.first;
+}
+// The same with the ending word taken, in a frame.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_frame(moe__jinja_reader *r, const char *end) {
+    const int soft = r->soft;
+    r->soft = 0;
+    moe__jinja_node *body = moe__jinja_parse_body(r, end, end, end);
+    r->soft = soft;
+    moe__jinja_next(r);
+    return body;
+}
+// A frame out of which no loop can be left.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_closed(moe__jinja_reader *r, const char *end) {
+    const int loops = r->loops;
+    r->loops = 0;
+    moe__jinja_node *body = moe__jinja_parse_frame(r, end);
+    r->loops = loops;
+    return body;
+}
+
+MOE__PRIVATE void moe__jinja_parse_for(moe__jinja_reader *r, moe__jinja_node *node) {
+    const int soft = r->soft;
+    node->a = moe__jinja_parse_tuple(r, MOE__JINJA_TARGETS, "in", 0);
+    moe__jinja_expect_word(r, "in");
+    node->b = moe__jinja_parse_tuple(r, MOE__JINJA_NO_CHOICE, "recursive", 0);
+    if (moe__jinja_take_word(r, "if")) node->c = moe__jinja_parse(r);
+    node->op = (uint8_t)moe__jinja_take_word(r, "recursive");
+    r->soft = 0;
+    r->loops++;
+    node->body = moe__jinja_parse_body(r, "endfor", "else", "else");
+    r->loops--;
+    if (moe__jinja_take_word(r, "else"))
+        node->other = moe__jinja_parse_body(r, "endfor", "endfor", "endfor");
+    moe__jinja_next(r);
+    r->soft = soft;
+}
+
+MOE__PRIVATE void moe__jinja_parse_if(moe__jinja_reader *r, moe__jinja_node *node) {
+    moe__jinja_nodes branches = {NULL, NULL};
+    const int soft = r->soft;
+    int more = 1, last = 0;
+    r->soft = 1;
+    while (more) {
+        moe__jinja_node *branch = moe__jinja_node_new(r, MOE__JINJA_IF);
+        if (!last) branch->a = moe__jinja_parse_tuple(r, MOE__JINJA_NO_CHOICE, NULL, 0);
+        branch->body = moe__jinja_parse_body(r, "endif", last ? "endif" : "elif",
+                                             last ? "endif" : "else");
+        moe__jinja_append(&branches, branch);
+        more = !moe__jinja_at_word(r, "endif");
+        last = moe__jinja_at_word(r, "else");
+        moe__jinja_next(r);
+    }
+    r->soft = soft;
+    node->a = branches.first;
+}
+
+MOE__PRIVATE void moe__jinja_parse_set(moe__jinja_reader *r, moe__jinja_node *node) {
+    node->a = moe__jinja_parse_tuple(r, MOE__JINJA_ATTRIBUTES, NULL, 0);
+    if (moe__jinja_take(r, MOE__JINJA_ASSIGN)) {
+        node->b = moe__jinja_parse_tuple(r, MOE__JINJA_ANY, NULL, 0);
+        return;
+    }
+    moe__jinja_nodes filters = {NULL, NULL};
+    node->kind = MOE__JINJA_CAPTURE;
+    while (moe__jinja_take(r, MOE__JINJA_PIPE))
+        moe__jinja_append(&filters, moe__jinja_parse_filter(r));
+    node->b = filters.first;
+    node->body = moe__jinja_parse_closed(r, "endset");
+}
+
+// Parameters of a macro with their defaults.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_signature(moe__jinja_reader *r) {
+    moe__jinja_nodes list = {NULL, NULL};
+    int optional = 0;
+    moe__jinja_expect(r, MOE__JINJA_LPAREN);
+    while (!moe__jinja_at(r, MOE__JINJA_RPAREN)) {
+        if (list.first) moe__jinja_expect(r, MOE__JINJA_COMMA);
+        const moe__jinja_token *t = moe__jinja_expect(r, MOE__JINJA_NAME);
+        moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_VARIABLE);
+        node->name = moe__jinja_name(r, t->text, t->size);
+        node->value = moe__value_text(t->text, t->size);
+        if (moe__jinja_take(r, MOE__JINJA_ASSIGN)) node->a = moe__jinja_parse(r);
+        else if (optional)
+            moe__jinja_syntax(r, t->line, "non-default argument follows default argument");
+        optional |= node->a != NULL;
+        moe__jinja_append(&list, node);
+    }
+    moe__jinja_expect(r, MOE__JINJA_RPAREN);
+    return list.first;
+}
+
+// The body of a macro, and which special variables it names.
+MOE__PRIVATE void moe__jinja_parse_macro_body(moe__jinja_reader *r, moe__jinja_node *node,
+                                              const char *end) {
+    const int uses = r->uses;
+    r->uses = 0;
+    node->body = moe__jinja_parse_closed(r, end);
+    node->op = (uint8_t)r->uses;
+    r->uses |= uses;
+}
+
+MOE__PRIVATE void moe__jinja_parse_macro(moe__jinja_reader *r, moe__jinja_node *node) {
+    const moe__jinja_token *t = moe__jinja_expect(r, MOE__JINJA_NAME);
+    node->name = moe__jinja_name(r, t->text, t->size);
+    node->value = moe__value_text(t->text, t->size);
+    node->a = moe__jinja_parse_signature(r);
+    moe__jinja_parse_macro_body(r, node, "endmacro");
+}
+
+MOE__PRIVATE void moe__jinja_parse_caller(moe__jinja_reader *r, moe__jinja_node *node) {
+    node->b = moe__jinja_node_new(r, MOE__JINJA_MACRO);
+    node->b->value = moe__value_words("caller");
+    if (moe__jinja_at(r, MOE__JINJA_LPAREN)) node->b->a = moe__jinja_parse_signature(r);
+    node->a = moe__jinja_parse(r);
+    const moe__jinja_node *step = node->a->kind == MOE__JINJA_CHAIN ? node->a->b : NULL;
+    while (step && step->next) step = step->next;
+    if (!step || step->kind != MOE__JINJA_CALL) moe__jinja_syntax(r, node->line, "expected call");
+    moe__jinja_parse_macro_body(r, node->b, "endcall");
+}
+
+MOE__PRIVATE void moe__jinja_parse_filtered(moe__jinja_reader *r, moe__jinja_node *node) {
+    moe__jinja_nodes filters = {NULL, NULL};
+    do {
+        moe__jinja_append(&filters, moe__jinja_parse_filter(r));
+    } while (moe__jinja_take(r, MOE__JINJA_PIPE));
+    node->b = filters.first;
+    node->body = moe__jinja_parse_closed(r, "endfilter");
+}
+
+MOE__PRIVATE void moe__jinja_parse_with(moe__jinja_reader *r, moe__jinja_node *node) {
+    moe__jinja_nodes pairs = {NULL, NULL};
+    while (!moe__jinja_at(r, MOE__JINJA_BLOCK_END)) {
+        if (pairs.first) moe__jinja_expect(r, MOE__JINJA_COMMA);
+        moe__jinja_node *pair = moe__jinja_node_new(r, MOE__JINJA_SET);
+        pair->a = moe__jinja_parse_tuple(r, MOE__JINJA_TARGETS, NULL, 0);
+        moe__jinja_expect(r, MOE__JINJA_ASSIGN);
+        pair->b = moe__jinja_parse(r);
+        moe__jinja_append(&pairs, pair);
+    }
+    node->a = pairs.first;
+    node->body = moe__jinja_parse_frame(r, "endwith");
+}
+
+// {% print a, b %}
+MOE__PRIVATE void moe__jinja_parse_print(moe__jinja_reader *r, moe__jinja_node *node) {
+    moe__jinja_nodes parts = {NULL, NULL};
+    while (!moe__jinja_at(r, MOE__JINJA_BLOCK_END)) {
+        if (parts.first) moe__jinja_expect(r, MOE__JINJA_COMMA);
+        moe__jinja_node *part = moe__jinja_node_new(r, MOE__JINJA_PRINT);
+        part->a = moe__jinja_parse(r);
+        moe__jinja_append(&parts, part);
+    }
+    node->body = parts.first;
+}
+
+// Templates do not inherit here: a block is where it stands.
+MOE__PRIVATE void moe__jinja_parse_named_block(moe__jinja_reader *r, moe__jinja_node *node) {
+    const moe__jinja_token *t = moe__jinja_expect(r, MOE__JINJA_NAME);
+    moe__jinja_take_word(r, "scoped");
+    node->body = moe__jinja_parse_closed(r, "endblock");
+    if (moe__jinja_at(r, MOE__JINJA_NAME) && r->now->size == t->size &&
+        memcmp(r->now->text, t->text, (size_t)t->size) == 0)
+        moe__jinja_next(r);
+}
+
+// A statement behind its "{%"; its last "%}" follows.
+MOE__PRIVATE moe__jinja_node *moe__jinja_parse_block(moe__jinja_reader *r) {
+    static const struct {
+        const char *word;
+        int kind;
+        void (*parse)(moe__jinja_reader *r, moe__jinja_node *node);
+    } statements[] = {{"for", MOE__JINJA_FOR, moe__jinja_parse_for},
+                      {"if", MOE__JINJA_IF, moe__jinja_parse_if},
+                      {"set", MOE__JINJA_SET, moe__jinja_parse_set},
+                      {"macro", MOE__JINJA_MACRO, moe__jinja_parse_macro},
+                      {"call", MOE__JINJA_CALLER, moe__jinja_parse_caller},
+                      {"filter", MOE__JINJA_FILTERED, moe__jinja_parse_filtered},
+                      {"with", MOE__JINJA_SCOPE, moe__jinja_parse_with},
+                      {"print", MOE__JINJA_SCOPE, moe__jinja_parse_print},
+                      {"block", MOE__JINJA_SCOPE, moe__jinja_parse_named_block}};
+    const moe__jinja_token *t = r->now;
+    if (t->kind != MOE__JINJA_NAME) moe__jinja_syntax(r, t->line, "tag name expected");
+    moe__jinja_node *node = moe__jinja_node_new(r, MOE__JINJA_DO);
+    moe__jinja_next(r);
+    for (size_t i = 0; i < sizeof statements / sizeof statements[0]; i++) {
+        if (!moe__jinja_token_is(t, statements[i].word)) continue;
+        node->kind = (uint8_t)statements[i].kind;
+        statements[i].parse(r, node);
+        return node;
+    }
+    if (moe__jinja_token_is(t, "do")) {
+        node->a = moe__jinja_parse_tuple(r, MOE__JINJA_ANY, NULL, 0);
+    } else if (moe__jinja_token_is(t, "generation")) { // what the model says: like any other text
+        node->kind = MOE__JINJA_SCOPE;
+        node->body = moe__jinja_parse_closed(r, "endgeneration");
+    } else if (moe__jinja_token_is(t, "break") || moe__jinja_token_is(t, "continue")) {
+        node->kind = t->text[0] == 'b' ? MOE__JINJA_BREAK : MOE__JINJA_CONTINUE;
+        if (!r->loops)
+            moe__jinja_syntax(r, t->line, "'%.*s' outside loop", (int)t->size, t->text);
+    } else {
+        moe__jinja_syntax(r, t->line, "Encountered unknown tag '%.*s'.",
+                          (int)moe__utf8_limit(t->text, (size_t)t->size, 60), t->text);
+    }
+    return node;
+}
+
+enum { MOE__JINJA_LOOP, MOE__JINJA_CALLER_NAME, MOE__JINJA_KWARGS, MOE__JINJA_VARARGS };
+
+// Reads a template. The text is used from here on: it must stay.
+MOE__PRIVATE moe__jinja_node *moe__jinja_read(moe__jinja_reader *r, moe__store *store,
+                                              const moe__text_run *runs, const char *text,
+                                              uint64_t size) {
+    static const char *const known[] = {"loop", "caller", "kwargs", "varargs"};
+    char *lines = (char *)moe__store_take(store, size, 1);
+    uint64_t n = 0;
+    memset(r, 0, sizeof *r);
+    for (uint64_t i = 0; i < size; i++) {
+        lines[n++] = text[i] == '\r' ? '\n' : text[i];
+        if (text[i] == '\r' && i + 1 < size && text[i + 1] == '\n') i++;
+    }
+    if (n && lines[n - 1] == '\n') n--;
+    r->store = store;
+    r->runs = runs;
+    r->text = lines;
+    r->size = n;
+    r->names = moe__dict_new(store, MOE__VALUE_DICT);
+    r->texts = moe__list_new(store, MOE__VALUE_LIST, 0).as.list;
+    for (int i = 0; i < 4; i++) moe__jinja_name(r, known[i], strlen(known[i]));
+    moe__jinja_lex(r);
+    r->now = r->tokens;
+    return moe__jinja_parse_body(r, "", "", "");
+}
+
+// ---- running: state --------------------------------------------------------------------------
+
+// The variables of a frame: of the template, a macro's call, a turn of a loop.
+typedef struct moe__jinja_scope {
+    struct moe__jinja_scope *outer;
+    uint32_t *names;
+    moe__value *values;
+    uint32_t n, max;
+} moe__jinja_scope;
+
+typedef struct moe__jinja {
+    moe__store *store;
+    const moe__text_run *runs;
+    const moe__list *names;  // by number
+    moe__value context;      // variables of the request
+    moe__jinja_scope *scope;
+    moe__builder *out;
+    uint32_t line;
+    const char *now;         // ISO 8601, now_size bytes; NULL: not known
+    uint64_t now_size;
+} moe__jinja;
+
+typedef struct moe__jinja_args {
+    moe__value *items;
+    uint64_t n;
+    moe__dict *named; // or NULL
+} moe__jinja_args;
+
+enum { MOE__JINJA_PARAMETERS = 6 };
+
+// A filter, test, method or function. What its parameters are called; those that are not given
+// are ABSENT. "*": it looks at the arguments itself.
+typedef struct moe__jinja_entry {
+    const char *name;
+    int required;
+    const char *parameters;
+    moe__value (*call)(moe__jinja *j, moe__value self, moe__value *p,
+                       const moe__jinja_args *args);
+} moe__jinja_entry;
+
+// What can be called: a macro where it was defined, an entry with what it is a method of.
+typedef struct moe__jinja_function {
+    const moe__jinja_node *macro;
+    moe__jinja_scope *scope;
+    const moe__jinja_entry *entry;
+    moe__value self;
+} moe__jinja_function;
+
+typedef struct moe__jinja_loop {
+    const moe__list *items;
+    uint64_t at; // index0
+    int64_t depth;
+    moe__value changed;             // what changed() was asked last
+    const moe__jinja_node *node;    // of a recursive loop
+    moe__jinja_scope *scope;        // where it stands
+} moe__jinja_loop;
+
+typedef struct moe__jinja_range {
+    int64_t start, stop, step, n;
+} moe__jinja_range;
+
+typedef struct moe__jinja_cycle { // a cycler; a joiner has one item
+    moe__list *items;
+    uint64_t at;
+} moe__jinja_cycle;
+
+// What of an UNDEFINED value tells, if not the kind of an object.
+enum { MOE__JINJA_NO_OBJECT = 64, MOE__JINJA_HINT, MOE__JINJA_UNSAFE_LIST, MOE__JINJA_UNSAFE_DICT,
+       MOE__JINJA_UNSAFE };
+enum { MOE__JINJA_KEYS, MOE__JINJA_VALUES, MOE__JINJA_ITEMS }; // of VIEW
+enum { MOE__JINJA_GROUP = 1 };    // of TUPLE: (grouper, list)
+enum { MOE__JINJA_LEFT_OUT = 1 }; // of NONE: not in the request, and as good as an empty list
+
+MOE__PRIVATE __attribute__((noreturn)) MOE__PRINTF(2, 3) void
+    moe__jinja_fail(moe__jinja *j, const char *format, ...) {
+    char text[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    moe__store_fail(j->store, MOE_ERROR_ARGUMENT, 0, "chat_template", "line %u: %s",
+                    (unsigned)j->line, text);
+}
+
+MOE__PRIVATE const char *moe__jinja_type(moe__value v) {
+    static const char *const names[] = {
+        "Undefined", "NoneType", "bool", "int", "float", "str", "list", "dict", "tuple", "range",
+        "dict_items", "generator", "Namespace", "LoopContext", "function", "Cycler", "Joiner",
+        "absent"};
+    if (v.kind == MOE__VALUE_VIEW && v.of != MOE__JINJA_ITEMS)
+        return v.of == MOE__JINJA_KEYS ? "dict_keys" : "dict_values";
+    if (v.kind == MOE__VALUE_STRING && v.safe) return "Markup";
+    return names[v.kind];
+}
+
+// ---- undefined values ------------------------------------------------------------------------
+
+MOE__PRIVATE moe__value moe__jinja_undefined(int of, const char *name, uint64_t size) {
+    moe__value v = moe__value_of(MOE__VALUE_UNDEFINED);
+    v.of = (uint8_t)of;
+    v.as.text = name;
+    v.size = size;
+    return v;
+}
+MOE__PRIVATE moe__value moe__jinja_hint(const char *text) {
+    return moe__jinja_undefined(MOE__JINJA_HINT, text, strlen(text));
+}
+
+// The error of using one.
+MOE__PRIVATE __attribute__((noreturn)) void moe__jinja_fail_undefined(moe__jinja *j,
+                                                                      moe__value v) {
+    const int size = (int)moe__utf8_limit(v.as.text, (size_t)v.size, 100);
+    const char *text = v.as.text;
+    if (v.of == MOE__JINJA_HINT) moe__jinja_fail(j, "%.*s", size, text);
+    if (v.of == MOE__JINJA_NO_OBJECT) moe__jinja_fail(j, "'%.*s' is undefined", size, text);
+    if (v.of >= MOE__JINJA_UNSAFE_LIST)
+        moe__jinja_fail(j, "access to attribute '%.*s' of '%s' object is unsafe.", size, text,
+                        v.of == MOE__JINJA_UNSAFE_LIST   ? "list"
+                        : v.of == MOE__JINJA_UNSAFE_DICT ? "dict"
+                                                         : "this");
+    moe__value object = moe__value_of((moe__value_kind)v.of);
+    const char *type = v.of == MOE__VALUE_NONE ? "None" : moe__jinja_type(object);
+    moe__jinja_fail(j, "'%s%s' has no attribute '%.*s'", type,
+                    v.of == MOE__VALUE_NONE ? "" : " object", size, text);
+}
+
+// Fails if v is undefined: what cannot be done with such values.
+MOE__INLINE void moe__jinja_need(moe__jinja *j, moe__value v) {
+    if (v.kind == MOE__VALUE_UNDEFINED) moe__jinja_fail_undefined(j, v);
+}
+
+// ---- printing values -------------------------------------------------------------------------
+
+MOE__PRIVATE void moe__jinja_repr(moe__jinja *j, moe__builder *b, moe__value v);
+
+// May Python print the character within quotes?
+MOE__PRIVATE int moe__jinja_is_printable(const moe__jinja *j, uint32_t code) {
+    if (code < 0x80) return code >= 0x20 && code < 0x7F;
+    return moe__text_in(moe__text_classify(j->runs, code),
+                        MOE__C_L | MOE__C_M | MOE__C_N | MOE__C_P | MOE__C_S);
+}
+
+MOE__PRIVATE void moe__jinja_repr_string(moe__jinja *j, moe__builder *b, moe__value s) {
+    const int single = s.size && memchr(s.as.text, '\'', (size_t)s.size) != NULL;
+    const int both = single && memchr(s.as.text, '"', (size_t)s.size) != NULL;
+    const char quote[2] = {single && !both ? '"' : '\'', 0};
+    uint64_t from = 0, n;
+    moe__store_step(j->store, s.size / 8);
+    moe__builder_words(b, s.safe ? "Markup(" : "");
+    moe__builder_words(b, quote);
+    for (uint64_t i = 0; i < s.size; i += n) {
+        uint32_t code;
+        char escape[16] = {0};
+        n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+        if (code == '\\' || code == (uint32_t)quote[0]) snprintf(escape, 16, "\\%c", (int)code);
+        else if (code == '\n') strcpy(escape, "\\n");
+        else if (code == '\r') strcpy(escape, "\\r");
+        else if (code == '\t') strcpy(escape, "\\t");
+        else if (!moe__jinja_is_printable(j, code))
+            snprintf(escape, sizeof escape, code < 0x100     ? "\\x%02x"
+                                            : code < 0x10000 ? "\\u%04x"
+                                                             : "\\U%08x", (unsigned)code);
+        if (!*escape) continue;
+        moe__builder_string(b, moe__value_part(s, from, i));
+        moe__builder_add(b, escape, strlen(escape), moe__value_mark(s, i));
+        from = i + n;
+    }
+    moe__builder_string(b, moe__value_part(s, from, s.size));
+    moe__builder_words(b, quote);
+    moe__builder_words(b, s.safe ? ")" : "");
+}
+
+MOE__PRIVATE void moe__jinja_repr_list(moe__jinja *j, moe__builder *b, const moe__list *list,
+                                       const char *open, const char *close) {
+    moe__builder_words(b, open);
+    for (uint64_t i = 0; i < list->n; i++) {
+        if (i) moe__builder_words(b, ", ");
+        moe__jinja_repr(j, b, list->items[i]);
+    }
+    moe__builder_words(b, close);
+}
+
+MOE__PRIVATE void moe__jinja_repr_dict(moe__jinja *j, moe__builder *b, const moe__dict *dict) {
+    moe__builder_words(b, "{");
+    for (uint64_t i = 0; i < dict->n; i++) {
+        if (i) moe__builder_words(b, ", ");
+        moe__jinja_repr(j, b, dict->entries[i].key);
+        moe__builder_words(b, ": ");
+        moe__jinja_repr(j, b, dict->entries[i].value);
+    }
+    moe__builder_words(b, "}");
+}
+
+MOE__PRIVATE moe__list *moe__jinja_iterate(moe__jinja *j, moe__value v);
+
+// What is no JSON.
+MOE__PRIVATE void moe__jinja_repr_object(moe__jinja *j, moe__builder *b, moe__value v) {
+    char text[128];
+    const moe__jinja_function *f = (const moe__jinja_function *)v.as.object;
+    const moe__jinja_loop *loop = (const moe__jinja_loop *)v.as.object;
+    switch (v.kind) {
+    case MOE__VALUE_RANGE: {
+        const moe__jinja_range *range = (const moe__jinja_range *)v.as.object;
+        if (range->step == 1)
+            snprintf(text, sizeof text, "range(%lld, %lld)", (long long)range->start,
+                     (long long)range->stop);
+        else
+            snprintf(text, sizeof text, "range(%lld, %lld, %lld)", (long long)range->start,
+                     (long long)range->stop, (long long)range->step);
+        break;
+    }
+    case MOE__VALUE_VIEW:
+        moe__builder_words(b, moe__jinja_type(v));
+        moe__jinja_repr_list(j, b, moe__jinja_iterate(j, v), "([", "])");
+        return;
+    case MOE__VALUE_NAMESPACE:
+        moe__builder_words(b, "<Namespace ");
+        moe__jinja_repr_dict(j, b, v.as.dict);
+        moe__builder_words(b, ">");
+        return;
+    case MOE__VALUE_LOOP:
+        snprintf(text, sizeof text, "<LoopContext %llu/%llu>", (unsigned long long)loop->at + 1,
+                 (unsigned long long)loop->items->n);
+        break;
+    case MOE__VALUE_FUNCTION:
+        moe__builder_words(b, f->macro ? "<Macro " : "<function ");
+        moe__jinja_repr(j, b, f->macro ? f->macro->value : moe__value_words(f->entry->name));
+        moe__builder_words(b, ">");
+        return;
+    default: snprintf(text, sizeof text, "<%s object>", moe__jinja_type(v));
+    }
+    moe__builder_words(b, text);
+}
+
+// As Python's repr shows it.
+MOE__PRIVATE void moe__jinja_repr(moe__jinja *j, moe__builder *b, moe__value v) {
+    char text[64];
+    moe__store_enter(j->store);
+    moe__store_step(j->store, 1);
+    switch (v.kind) {
+    case MOE__VALUE_UNDEFINED: moe__builder_words(b, "Undefined"); break;
+    case MOE__VALUE_NONE: moe__builder_words(b, "None"); break;
+    case MOE__VALUE_BOOL: moe__builder_words(b, v.as.i ? "True" : "False"); break;
+    case MOE__VALUE_INT:
+        snprintf(text, sizeof text, "%lld", (long long)v.as.i);
+        moe__builder_words(b, text);
+        break;
+    case MOE__VALUE_FLOAT:
+        moe__json_print_float(v.as.f, text);
+        moe__builder_words(b, text);
+        break;
+    case MOE__VALUE_STRING: moe__jinja_repr_string(j, b, v); break;
+    case MOE__VALUE_LIST:
+        j->store->noticed |= v.of;
+        moe__jinja_repr_list(j, b, v.as.list, "[", "]");
+        break;
+    case MOE__VALUE_TUPLE:
+        moe__jinja_repr_list(j, b, v.as.list, "(", v.as.list->n == 1 ? ",)" : ")");
+        break;
+    case MOE__VALUE_DICT: moe__jinja_repr_dict(j, b, v.as.dict); break;
+    default: moe__jinja_repr_object(j, b, v);
+    }
+    moe__store_leave(j->store);
+}
+
+// As Python's str does, and {{ }}.
+MOE__PRIVATE void moe__jinja_print(moe__jinja *j, moe__builder *b, moe__value v) {
+    if (v.kind == MOE__VALUE_STRING) moe__builder_string(b, v);
+    else if (v.kind != MOE__VALUE_UNDEFINED) moe__jinja_repr(j, b, v);
+}
+MOE__PRIVATE moe__value moe__jinja_text(moe__jinja *j, moe__value v) {
+    if (v.kind == MOE__VALUE_STRING) return v;
+    moe__builder b = moe__builder_of(j->store);
+    moe__jinja_print(j, &b, v);
+    return moe__builder_end(&b);
+}
+
+// ---- truth, length, order --------------------------------------------------------------------
+
+// Characters.
+MOE__PRIVATE uint64_t moe__jinja_count(moe__jinja *j, moe__value s) {
+    uint64_t n = 0;
+    uint32_t code;
+    moe__store_step(j->store, s.size / 32);
+    for (uint64_t i = 0; i < s.size; n++)
+        i += (unsigned char)s.as.text[i] < 0x80
+                 ? 1
+                 : moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+    return n;
+}
+
+// The length of what has one, or -1.
+MOE__PRIVATE int64_t moe__jinja_length(moe__jinja *j, moe__value v) {
+    switch (v.kind) {
+    case MOE__VALUE_UNDEFINED: return 0;
+    case MOE__VALUE_NONE: return v.of == MOE__JINJA_LEFT_OUT ? 0 : -1;
+    case MOE__VALUE_STRING: return (int64_t)moe__jinja_count(j, v);
+    case MOE__VALUE_LIST:
+    case MOE__VALUE_TUPLE: return (int64_t)v.as.list->n;
+    case MOE__VALUE_DICT:
+    case MOE__VALUE_VIEW: return (int64_t)v.as.dict->n;
+    case MOE__VALUE_RANGE: return ((const moe__jinja_range *)v.as.object)->n;
+    case MOE__VALUE_LOOP: return (int64_t)((const moe__jinja_loop *)v.as.object)->items->n;
+    default: return -1;
+    }
+}
+
+MOE__PRIVATE int moe__jinja_truth(moe__jinja *j, moe__value v) {
+    if (v.kind == MOE__VALUE_STRING) return v.size != 0;
+    if (v.kind == MOE__VALUE_FLOAT) return v.as.f != 0;
+    if (v.kind == MOE__VALUE_BOOL || v.kind == MOE__VALUE_INT) return v.as.i != 0;
+    return v.kind != MOE__VALUE_NONE && moe__jinja_length(j, v) != 0;
+}
+
+// -1, 0, 1, or 2: neither less nor equal nor more (NaN). Values of kinds that have no order fail
+// with the sign of the comparison.
+MOE__PRIVATE int moe__jinja_compare(moe__jinja *j, moe__value a, moe__value b, const char *sign) {
+    int order = 0;
+    moe__jinja_need(j, a);
+    moe__jinja_need(j, b);
+    if (moe__value_is_number(a) && moe__value_is_number(b))
+        return moe__value_compare_numbers(a, b);
+    if (a.kind == MOE__VALUE_STRING && b.kind == MOE__VALUE_STRING) {
+        moe__store_step(j->store, a.size / 64);
+        return moe__value_compare_strings(a, b);
+    }
+    if (a.kind != b.kind || (a.kind != MOE__VALUE_LIST && a.kind != MOE__VALUE_TUPLE))
+        moe__jinja_fail(j, "'%s' not supported between instances of '%s' and '%s'", sign,
+                        moe__jinja_type(a), moe__jinja_type(b));
+    moe__store_enter(j->store);
+    const moe__list *x = a.as.list, *y = b.as.list;
+    uint64_t i = 0;
+    while (i < x->n && i < y->n && moe__value_equal(j->store, x->items[i], y->items[i])) i++;
+    if (i < x->n && i < y->n) order = moe__jinja_compare(j, x->items[i], y->items[i], sign);
+    else order = x->n < y->n ? -1 : x->n > y->n;
+    moe__store_leave(j->store);
+    return order;
+}
+
+// ---- going through values --------------------------------------------------------------------
+
+MOE__PRIVATE moe__value moe__jinja_pair(moe__jinja *j, moe__value a, moe__value b) {
+    const moe__value pair = moe__list_new(j->store, MOE__VALUE_TUPLE, 2);
+    moe__list_add(j->store, pair.as.list, a);
+    moe__list_add(j->store, pair.as.list, b);
+    return pair;
+}
+
+MOE__PRIVATE moe__list *moe__jinja_characters(moe__jinja *j, moe__value s) {
+    moe__list *list = moe__list_new(j->store, MOE__VALUE_LIST, moe__jinja_count(j, s)).as.list;
+    uint32_t code;
+    for (uint64_t i = 0, n; i < s.size; i += n) {
+        n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+        moe__list_add(j->store, list, moe__value_part(s, i, i + n));
+    }
+    return list;
+}
+
+// What a loop over a value sees; not to be changed. An iterator has nothing left afterwards.
+MOE__PRIVATE moe__list *moe__jinja_iterate(moe__jinja *j, moe__value v) {
+    if (v.kind == MOE__VALUE_LIST || v.kind == MOE__VALUE_TUPLE) return v.as.list;
+    if (v.kind == MOE__VALUE_STRING) return moe__jinja_characters(j, v);
+    const int64_t length = v.kind == MOE__VALUE_LOOP ? -1 : moe__jinja_length(j, v);
+    if (length < 0 && v.kind != MOE__VALUE_ITERATOR)
+        moe__jinja_fail(j, "'%s' object is not iterable", moe__jinja_type(v));
+    moe__list *list = moe__list_new(j->store, MOE__VALUE_LIST, 0).as.list;
+    if (v.kind == MOE__VALUE_ITERATOR) {
+        list->items = v.as.list->items + v.as.list->at;
+        list->n = list->max = v.as.list->n - v.as.list->at;
+        v.as.list->at = v.as.list->n;
+        return list;
+    }
+    moe__store_step(j->store, (uint64_t)length);
+    if (v.kind == MOE__VALUE_RANGE) {
+        const moe__jinja_range *range = (const moe__jinja_range *)v.as.object;
+        for (int64_t i = 0; i < length; i++)
+            moe__list_add(j->store, list, moe__value_int(range->start + i * range->step));
+    } else if (length) {
+        for (uint64_t i = 0; i < v.as.dict->n; i++) {
+            const moe__pair *entry = &v.as.dict->entries[i];
+            const int what = v.kind == MOE__VALUE_VIEW ? v.of : MOE__JINJA_KEYS;
+            moe__list_add(j->store, list, what == MOE__JINJA_KEYS     ? entry->key
+                                          : what == MOE__JINJA_VALUES ? entry->value
+                                                                      : moe__jinja_pair(j, entry->key,
+                                                                                        entry->value));
+        }
+    }
+    return list;
+}
+
+MOE__PRIVATE moe__value moe__jinja_list_of(const moe__list *list, moe__value_kind kind) {
+    moe__value v = moe__value_of(kind);
+    v.as.list = (moe__list *)list;
+    return v;
+}
+// A list of its own.
+MOE__PRIVATE moe__list *moe__jinja_copy(moe__jinja *j, moe__value v) {
+    const moe__list *from = moe__jinja_iterate(j, v);
+    moe__list *list = moe__list_new(j->store, MOE__VALUE_LIST, from->n).as.list;
+    moe__store_step(j->store, from->n / 8);
+    if (from->n) memcpy(list->items, from->items, (size_t)from->n * sizeof *list->items);
+    list->n = from->n;
+    return list;
+}
+
+// Where `part` first lies in s from byte `from` on, or UINT64_MAX.
+MOE__PRIVATE uint64_t moe__jinja_find(moe__jinja *j, moe__value s, moe__value part,
+                                      uint64_t from) {
+    uint64_t tried = 0;
+    if (!part.size) return from <= s.size ? from : UINT64_MAX;
+    for (uint64_t i = from; i < s.size && s.size - i >= part.size; i++) {
+        const char *at = (const char *)memchr(s.as.text + i, part.as.text[0],
+                                              (size_t)(s.size - i - part.size + 1));
+        moe__store_step(j->store, (tried += 1 + part.size / 64) / 64);
+        tried %= 64;
+        if (!at) break;
+        i = (uint64_t)(at - s.as.text);
+        if (!memcmp(at, part.as.text, (size_t)part.size)) return i;
+    }
+    moe__store_step(j->store, s.size / 64);
+    return UINT64_MAX;
+}
+
+MOE__PRIVATE int moe__jinja_contains(moe__jinja *j, moe__value all, moe__value item) {
+    if (all.kind == MOE__VALUE_STRING) {
+        if (item.kind != MOE__VALUE_STRING)
+            moe__jinja_fail(j, "'in <string>' requires string as left operand, not %s",
+                            moe__jinja_type(item));
+        return moe__jinja_find(j, all, item, 0) != UINT64_MAX;
+    }
+    if (all.kind == MOE__VALUE_DICT || (all.kind == MOE__VALUE_VIEW && !all.of)) {
+        if (item.kind == MOE__VALUE_LIST || item.kind == MOE__VALUE_DICT)
+            moe__jinja_fail(j, "unhashable type: '%s'", moe__jinja_type(item));
+        return moe__dict_find(j->store, all.as.dict, item) != NULL;
+    }
+    if (moe__jinja_length(j, all) < 0 && all.kind != MOE__VALUE_ITERATOR)
+        moe__jinja_fail(j, "argument of type '%s' is not iterable", moe__jinja_type(all));
+    const moe__list *list = moe__jinja_iterate(j, all);
+    for (uint64_t i = 0; i < list->n; i++)
+        if (moe__value_equal(j->store, list->items[i], item)) return 1;
+    return 0;
+}
+
+// ---- HTML ------------------------------------------------------------------------------------
+
+MOE__PRIVATE moe__value moe__jinja_escaped(moe__jinja *j, moe__value v) {
+    static const char marks[] = "&<>'\"";
+    static const char *const names[] = {"&amp;", "&lt;", "&gt;", "&#39;", "&#34;"};
+    moe__value s = moe__jinja_text(j, v);
+    if (s.safe) return s;
+    moe__builder b = moe__builder_of(j->store);
+    uint64_t from = 0;
+    for (uint64_t i = 0; i < s.size; i++) {
+        const char *mark = s.as.text[i] ? strchr(marks, s.as.text[i]) : NULL;
+        if (!mark) continue;
+        const char *name = names[mark - marks];
+        moe__builder_string(&b, moe__value_part(s, from, i));
+        moe__builder_add(&b, name, strlen(name), moe__value_mark(s, i));
+        from = i + 1;
+    }
+    moe__builder_string(&b, moe__value_part(s, from, s.size));
+    s = moe__builder_end(&b);
+    s.safe = 1;
+    return s;
+}
+
+// ---- operators -------------------------------------------------------------------------------
+
+MOE__PRIVATE __attribute__((noreturn)) void moe__jinja_fail_operator(moe__jinja *j, int op,
+                                                                     moe__value a, moe__value b) {
+    const char *sign = op == MOE__JINJA_POW ? "** or pow()" : moe__jinja_token_names[op];
+    moe__jinja_need(j, a);
+    moe__jinja_need(j, b);
+    if (op == MOE__JINJA_ADD && a.kind >= MOE__VALUE_STRING && a.kind <= MOE__VALUE_TUPLE &&
+        a.kind != MOE__VALUE_DICT)
+        moe__jinja_fail(j, "can only concatenate %s (not \"%s\") to %s", moe__jinja_type(a),
+                        moe__jinja_type(b), moe__jinja_type(a));
+    moe__jinja_fail(j, "unsupported operand type(s) for %s: '%s' and '%s'", sign,
+                    moe__jinja_type(a), moe__jinja_type(b));
+}
+
+MOE__PRIVATE moe__value moe__jinja_join_two(moe__jinja *j, moe__value a, moe__value b) {
+    moe__builder builder = moe__builder_of(j->store);
+    const int safe = a.safe || b.safe;
+    if (safe) a = moe__jinja_escaped(j, a);
+    if (safe) b = moe__jinja_escaped(j, b);
+    moe__builder_reserve(&builder, a.size + b.size);
+    moe__builder_string(&builder, a);
+    moe__builder_string(&builder, b);
+    moe__value v = moe__builder_end(&builder);
+    v.safe = (uint8_t)safe;
+    return v;
+}
+
+MOE__PRIVATE moe__value moe__jinja_add_lists(moe__jinja *j, moe__value a, moe__value b) {
+    const moe__list *x = a.as.list, *y = b.as.list;
+    const moe__value v = moe__list_new(j->store, (moe__value_kind)a.kind, x->n + y->n);
+    moe__store_step(j->store, (x->n + y->n) / 8);
+    if (x->n) memcpy(v.as.list->items, x->items, (size_t)x->n * sizeof *x->items);
+    if (y->n) memcpy(v.as.list->items + x->n, y->items, (size_t)y->n * sizeof *y->items);
+    v.as.list->n = x->n + y->n;
+    return v;
+}
+
+// What is repeated: strings, lists, tuples.
+MOE__PRIVATE moe__value moe__jinja_repeat(moe__jinja *j, moe__value v, int64_t times) {
+    if (times < 0) times = 0;
+    if (v.kind != MOE__VALUE_STRING) {
+        const moe__value out = moe__list_new(j->store, (moe__value_kind)v.kind, 0);
+        for (int64_t k = 0; k < times && v.as.list->n; k++) {
+            moe__store_step(j->store, v.as.list->n);
+            for (uint64_t i = 0; i < v.as.list->n; i++)
+                moe__list_add(j->store, out.as.list, v.as.list->items[i]);
+        }
+        return out;
+    }
+    moe__builder b = moe__builder_of(j->store);
+    for (int64_t k = 0; k < times && v.size; k++) {
+        moe__store_step(j->store, 1);
+        moe__builder_string(&b, v);
+    }
+    moe__value out = moe__builder_end(&b);
+    out.safe = v.safe;
+    return out;
+}
+
+MOE__PRIVATE double moe__jinja_float_mod(double a, double b) {
+    double rest = fmod(a, b);
+    if (rest != 0 && (rest < 0) != (b < 0)) rest += b;
+    return rest == 0 ? copysign(0.0, b) : rest;
+}
+MOE__PRIVATE double moe__jinja_float_div(double a, double b) {
+    const double quotient = (a - moe__jinja_float_mod(a, b)) / b, whole = floor(quotient);
+    return quotient - whole > 0.5 ? whole + 1 : whole;
+}
+
+MOE__PRIVATE moe__value moe__jinja_float_math(moe__jinja *j, int op, double a, double b) {
+    double x = 0;
+    if (b == 0 && op == MOE__JINJA_DIV) moe__jinja_fail(j, "division by zero");
+    if (b == 0 && (op == MOE__JINJA_FLOORDIV || op == MOE__JINJA_MOD))
+        moe__jinja_fail(j, op == MOE__JINJA_MOD ? "float modulo" : "float floor division by zero");
+    switch (op) {
+    case MOE__JINJA_ADD: x = a + b; break;
+    case MOE__JINJA_SUB: x = a - b; break;
+    case MOE__JINJA_MUL: x = a * b; break;
+    case MOE__JINJA_DIV: x = a / b; break;
+    case MOE__JINJA_FLOORDIV: x = moe__jinja_float_div(a, b); break;
+    case MOE__JINJA_MOD: x = moe__jinja_float_mod(a, b); break;
+    default:
+        if (a == 0 && b < 0)
+            moe__jinja_fail(j, "0.0 cannot be raised to a negative power");
+        if (a < 0 && b != floor(b)) moe__jinja_fail(j, "complex numbers are not supported");
+        x = pow(a, b);
+    }
+    return moe__value_float(x);
+}
+
+MOE__PRIVATE moe__value moe__jinja_int_power(moe__jinja *j, int64_t a, int64_t b) {
+    int64_t x = 1, square = a;
+    int bad = 0, bad_square = 0;
+    for (; b; b >>= 1) {
+        if (b & 1) bad |= bad_square || __builtin_mul_overflow(x, square, &x);
+        bad_square = bad_square || __builtin_mul_overflow(square, square, &square);
+    }
+    if (bad) moe__jinja_fail(j, "an integer is too large");
+    return moe__value_int(x);
+}
+
+MOE__PRIVATE moe__value moe__jinja_int_math(moe__jinja *j, int op, int64_t a, int64_t b) {
+    int64_t x = 0;
+    int bad = 0;
+    if (op == MOE__JINJA_DIV || (op == MOE__JINJA_POW && b < 0))
+        return moe__jinja_float_math(j, op, (double)a, (double)b);
+    if (b == 0 && (op == MOE__JINJA_FLOORDIV || op == MOE__JINJA_MOD))
+        moe__jinja_fail(j, "integer %sby zero",
+                        op == MOE__JINJA_MOD ? "modulo " : "division or modulo ");
+    switch (op) {
+    case MOE__JINJA_ADD: bad = __builtin_add_overflow(a, b, &x); break;
+    case MOE__JINJA_SUB: bad = __builtin_sub_overflow(a, b, &x); break;
+    case MOE__JINJA_MUL: bad = __builtin_mul_overflow(a, b, &x); break;
+    case MOE__JINJA_POW: return moe__jinja_int_power(j, a, b);
+    default:
+        bad = b == -1 && a == INT64_MIN;
+        if (bad) break;
+        x = a % b;
+        if (x && (x < 0) != (b < 0)) x += b;
+        if (op == MOE__JINJA_FLOORDIV) x = a / b - (a % b && (a % b < 0) != (b < 0));
+    }
+    if (bad) moe__jinja_fail(j, "an integer is too large");
+    return moe__value_int(x);
+}
+
+MOE__PRIVATE moe__value moe__jinja_percent(moe__jinja *j, moe__value format, moe__value args);
+
+MOE__PRIVATE moe__value moe__jinja_math(moe__jinja *j, int op, moe__value a, moe__value b) {
+    const int sequence = a.kind == MOE__VALUE_LIST || a.kind == MOE__VALUE_TUPLE;
+    if (moe__value_is_number(a) && moe__value_is_number(b)) {
+        if (a.kind == MOE__VALUE_FLOAT || b.kind == MOE__VALUE_FLOAT)
+            return moe__jinja_float_math(j, op, moe__value_as_float(a), moe__value_as_float(b));
+        return moe__jinja_int_math(j, op, a.as.i, b.as.i);
+    }
+    if (op == MOE__JINJA_ADD && a.kind == b.kind && a.kind == MOE__VALUE_STRING)
+        return moe__jinja_join_two(j, a, b);
+    if (op == MOE__JINJA_ADD && a.kind == b.kind && sequence)
+        return moe__jinja_add_lists(j, a, b);
+    if (op == MOE__JINJA_MOD && a.kind == MOE__VALUE_STRING)
+        return moe__jinja_percent(j, a, b);
+    if (op == MOE__JINJA_MUL) {
+        const int is_int = b.kind == MOE__VALUE_INT || b.kind == MOE__VALUE_BOOL;
+        if ((a.kind == MOE__VALUE_STRING || sequence) && is_int)
+            return moe__jinja_repeat(j, a, b.as.i);
+        if ((a.kind == MOE__VALUE_INT || a.kind == MOE__VALUE_BOOL) &&
+            (b.kind == MOE__VALUE_STRING || b.kind == MOE__VALUE_LIST ||
+             b.kind == MOE__VALUE_TUPLE))
+            return moe__jinja_repeat(j, b, a.as.i);
+    }
+    moe__jinja_fail_operator(j, op, a, b);
+}
+
+MOE__PRIVATE int moe__jinja_test_operator(moe__jinja *j, int op, moe__value a, moe__value b) {
+    static const char *const signs[] = {">=", "<=", ">", "<"};
+    int order;
+    switch (op) {
+    case MOE__JINJA_EQ: return moe__value_equal(j->store, a, b);
+    case MOE__JINJA_NE: return !moe__value_equal(j->store, a, b);
+    case MOE__JINJA_IN: return moe__jinja_contains(j, b, a);
+    case MOE__JINJA_NOT_IN: return !moe__jinja_contains(j, b, a);
+    case MOE__JINJA_GE: order = moe__jinja_compare(j, a, b, signs[0]); return order == 0 || order == 1;
+    case MOE__JINJA_LE: return moe__jinja_compare(j, a, b, signs[1]) <= 0;
+    case MOE__JINJA_GT: return moe__jinja_compare(j, a, b, signs[2]) == 1;
+    default: return moe__jinja_compare(j, a, b, signs[3]) == -1;
+    }
+}
+
+// ---- slices ----------------------------------------------------------------------------------
+
+// Python's rule: what from, to and step of a slice mean for n elements. Returns how many there
+// are.
+MOE__PRIVATE int64_t moe__jinja_slice_range(moe__jinja *j, moe__value *parts, int64_t n,
+                                            int64_t *first, int64_t *step) {
+    int64_t ends[2];
+    for (int i = 0; i < 3; i++)
+        if (parts[i].kind != MOE__VALUE_NONE && parts[i].kind != MOE__VALUE_INT &&
+            parts[i].kind != MOE__VALUE_BOOL)
+            return -1;
+    *step = parts[2].kind == MOE__VALUE_NONE ? 1 : parts[2].as.i;
+    if (*step == 0) moe__jinja_fail(j, "slice step cannot be zero");
+    if (*step < -INT64_MAX) *step = -INT64_MAX;
+    for (int i = 0; i < 2; i++) {
+        const int64_t low = *step < 0 ? -1 : 0, high = *step < 0 ? n - 1 : n;
+        ends[i] = parts[i].as.i;
+        if (parts[i].kind == MOE__VALUE_NONE) ends[i] = (*step < 0) == (i == 0) ? high : low;
+        else if (ends[i] < 0) ends[i] = ends[i] + n < low ? low : ends[i] + n;
+        else if (ends[i] > high) ends[i] = high;
+    }
+    *first = ends[0];
+    if (*step > 0 ? ends[1] <= ends[0] : ends[1] >= ends[0]) return 0;
+    return *step > 0 ? (ends[1] - ends[0] - 1) / *step + 1
+                     : (ends[0] - ends[1] - 1) / -*step + 1;
+}
+
+// Where character `index` of a string begins; index may be that behind the last.
+MOE__PRIVATE uint64_t moe__jinja_offset(moe__jinja *j, moe__value s, int64_t index) {
+    uint64_t at = 0;
+    uint32_t code;
+    for (; index > 0 && at < s.size; index--)
+        at += moe__utf8_next(s.as.text + at, (size_t)(s.size - at), &code);
+    moe__store_step(j->store, at / 32);
+    return at;
+}
+
+MOE__PRIVATE moe__value moe__jinja_slice_string(moe__jinja *j, moe__value s, int64_t first,
+                                                int64_t step, int64_t n) {
+    if (n == 0) return moe__value_part(s, 0, 0);
+    if (step == 1)
+        return moe__value_part(s, moe__jinja_offset(j, s, first),
+                               moe__jinja_offset(j, s, first + n));
+    const moe__list *all = moe__jinja_characters(j, s);
+    moe__builder b = moe__builder_of(j->store);
+    moe__store_step(j->store, (uint64_t)n);
+    for (int64_t i = 0; i < n; i++) moe__builder_string(&b, all->items[first + i * step]);
+    moe__value out = moe__builder_end(&b);
+    out.safe = s.safe;
+    return out;
+}
+
+// v[from:to:step]; UNDEFINED if v has no slices.
+MOE__PRIVATE moe__value moe__jinja_slice(moe__jinja *j, moe__value v, moe__value *parts) {
+    int64_t first = 0, step = 1;
+    const int64_t length = v.kind == MOE__VALUE_VIEW || v.kind == MOE__VALUE_DICT ||
+                                   v.kind == MOE__VALUE_LOOP || v.kind == MOE__VALUE_NONE
+                               ? -1
+                               : moe__jinja_length(j, v);
+    moe__jinja_need(j, v);
+    const int64_t n = length < 0 ? -1 : moe__jinja_slice_range(j, parts, length, &first, &step);
+    if (n < 0) return moe__jinja_hint("this has no such slice");
+    if (v.kind == MOE__VALUE_STRING) return moe__jinja_slice_string(j, v, first, step, n);
+    const moe__list *from = moe__jinja_iterate(j, v);
+    const moe__value out = moe__list_new(
+        j->store, v.kind == MOE__VALUE_TUPLE ? MOE__VALUE_TUPLE : MOE__VALUE_LIST, (uint64_t)n);
+    moe__store_step(j->store, (uint64_t)n);
+    for (int64_t i = 0; i < n; i++)
+        moe__list_add(j->store, out.as.list, from->items[first + i * step]);
+    return out;
+}
+
+// ---- attributes and items --------------------------------------------------------------------
+
+MOE__PRIVATE const moe__jinja_entry *moe__jinja_find_method(moe__value v, const char *name,
+                                                            uint64_t size);
+
+MOE__PRIVATE moe__value moe__jinja_function_new(moe__jinja *j, const moe__jinja_entry *entry,
+                                                moe__value self) {
+    moe__value v = moe__value_of(MOE__VALUE_FUNCTION);
+    moe__jinja_function *f =
+        (moe__jinja_function *)moe__store_take(j->store, 1, sizeof *f);
+    memset(f, 0, sizeof *f);
+    f->entry = entry;
+    f->self = self;
+    v.as.object = f;
+    return v;
+}
+
+MOE__PRIVATE moe__value moe__jinja_loop_attribute(moe__value v, moe__value name, int *found) {
+    static const char *const names[] = {"index",  "index0",   "first",    "last",  "length",
+                                        "revindex", "revindex0", "previtem", "nextitem", "depth",
+                                        "depth0"};
+    const moe__jinja_loop *loop = (const moe__jinja_loop *)v.as.object;
+    const int64_t at = (int64_t)loop->at, n = (int64_t)loop->items->n;
+    int i = 0;
+    while (i < 11 && !moe__value_is_text(name, names[i])) i++;
+    *found = i < 11;
+    switch (i) {
+    case 0: return moe__value_int(at + 1);
+    case 1: return moe__value_int(at);
+    case 2: return moe__value_bool(at == 0);
+    case 3: return moe__value_bool(at + 1 == n);
+    case 4: return moe__value_int(n);
+    case 5: return moe__value_int(n - at);
+    case 6: return moe__value_int(n - at - 1);
+    case 7: return at ? loop->items->items[at - 1] : moe__jinja_hint("there is no previous item");
+    case 8: return at + 1 < n ? loop->items->items[at + 1]
+                              : moe__jinja_hint("there is no next item");
+    case 9: return moe__value_int(loop->depth + 1);
+    default: return moe__value_int(loop->depth);
+    }
+}
+
+// An attribute that Python's object has by itself: a method, mostly.
+MOE__PRIVATE moe__value moe__jinja_own_attribute(moe__jinja *j, moe__value v, moe__value name,
+                                                 int *found) {
+    static const char *const lists[] = {"append", "clear", "pop", "reverse", "insert", "sort",
+                                        "extend", "remove"};
+    static const char *const dicts[] = {"clear", "pop", "popitem", "setdefault", "update"};
+    const int is_list = v.kind == MOE__VALUE_LIST, is_dict = v.kind == MOE__VALUE_DICT;
+    *found = 1;
+    for (int i = 0; (is_list && i < 8) || (is_dict && i < 5); i++)
+        if (moe__value_is_text(name, is_list ? lists[i] : dicts[i]))
+            return moe__jinja_undefined(is_list ? MOE__JINJA_UNSAFE_LIST : MOE__JINJA_UNSAFE_DICT,
+                                        name.as.text, name.size);
+    if (v.kind == MOE__VALUE_NAMESPACE) {
+        const moe__value *value = moe__dict_find(j->store, v.as.dict, name);
+        if (value) return *value;
+    }
+    if (v.kind == MOE__VALUE_LOOP) {
+        const moe__value value = moe__jinja_loop_attribute(v, name, found);
+        if (*found) return value;
+        *found = 1;
+    }
+    if (v.kind == MOE__VALUE_TUPLE && v.of == MOE__JINJA_GROUP) {
+        if (moe__value_is_text(name, "grouper")) return v.as.list->items[0];
+        if (moe__value_is_text(name, "list")) return v.as.list->items[1];
+    }
+    if (v.kind == MOE__VALUE_CYCLER && moe__value_is_text(name, "current")) {
+        const moe__jinja_cycle *cycle = (const moe__jinja_cycle *)v.as.object;
+        return cycle->items->items[cycle->at];
+    }
+    if (v.kind == MOE__VALUE_FUNCTION && moe__value_is_text(name, "name") &&
+        ((const moe__jinja_function *)v.as.object)->macro)
+        return ((const moe__jinja_function *)v.as.object)->macro->value;
+    const moe__jinja_entry *entry = moe__jinja_find_method(v, name.as.text, name.size);
+    if (entry) return moe__jinja_function_new(j, entry, v);
+    if (name.size > 4 && !memcmp(name.as.text, "__", 2) &&
+        (moe__value_is_text(name, "__class__") || moe__value_is_text(name, "__init__") ||
+         moe__value_is_text(name, "__doc__") || moe__value_is_text(name, "__dict__")))
+        return moe__jinja_undefined(MOE__JINJA_UNSAFE, name.as.text, name.size);
+    *found = 0;
+    return v;
+}
+
+// An element; *found: there is one.
+MOE__PRIVATE moe__value moe__jinja_element(moe__jinja *j, moe__value v, moe__value key,
+                                           int *found) {
+    *found = 0;
+    if (v.kind == MOE__VALUE_DICT) {
+        if (key.kind == MOE__VALUE_LIST || key.kind == MOE__VALUE_DICT) return v;
+        const moe__value *value = moe__dict_find(j->store, v.as.dict, key);
+        *found = value != NULL;
+        return value ? *value : v;
+    }
+    if ((key.kind != MOE__VALUE_INT && key.kind != MOE__VALUE_BOOL) ||
+        (v.kind != MOE__VALUE_LIST && v.kind != MOE__VALUE_TUPLE && v.kind != MOE__VALUE_STRING &&
+         v.kind != MOE__VALUE_RANGE))
+        return v;
+    // A character is looked for from the front: how many there are matters only from behind.
+    const int from_front = v.kind == MOE__VALUE_STRING && key.as.i >= 0;
+    const int64_t n = from_front ? (int64_t)v.size : moe__jinja_length(j, v);
+    const int64_t i = key.as.i < 0 ? key.as.i + n : key.as.i;
+    if (i < 0 || i >= n) return v;
+    *found = 1;
+    if (v.kind == MOE__VALUE_RANGE) {
+        const moe__jinja_range *range = (const moe__jinja_range *)v.as.object;
+        return moe__value_int(range->start + i * range->step);
+    }
+    if (v.kind != MOE__VALUE_STRING) return v.as.list->items[i];
+    const uint64_t at = moe__jinja_offset(j, v, i);
+    uint32_t code;
+    *found = at < v.size;
+    if (!*found) return v;
+    return moe__value_part(v, at,
+                           at + moe__utf8_next(v.as.text + at, (size_t)(v.size - at), &code));
+}
+
+MOE__PRIVATE moe__value moe__jinja_missing(moe__jinja *j, moe__value v, moe__value name) {
+    if (name.kind == MOE__VALUE_STRING) {
+        moe__value u = moe__jinja_undefined(v.kind, name.as.text, name.size);
+        return u;
+    }
+    moe__builder b = moe__builder_of(j->store);
+    moe__builder_words(&b, v.kind == MOE__VALUE_NONE ? "None" : moe__jinja_type(v));
+    moe__builder_words(&b, v.kind == MOE__VALUE_NONE ? " has no element " : " object has no element ");
+    moe__jinja_repr(j, &b, name);
+    return moe__jinja_undefined(MOE__JINJA_HINT, b.text, b.size);
+}
+
+// v.name: what the object has by itself comes before its elements.
+MOE__PRIVATE moe__value moe__jinja_attribute(moe__jinja *j, moe__value v, moe__value name) {
+    int found;
+    moe__jinja_need(j, v);
+    moe__value value = moe__jinja_own_attribute(j, v, name, &found);
+    if (!found) value = moe__jinja_element(j, v, name, &found);
+    return found ? value : moe__jinja_missing(j, v, name);
+}
+// v[key]: the other way round.
+MOE__PRIVATE moe__value moe__jinja_item(moe__jinja *j, moe__value v, moe__value key) {
+    int found;
+    moe__jinja_need(j, v);
+    moe__value value = moe__jinja_element(j, v, key, &found);
+    if (!found && key.kind == MOE__VALUE_STRING)
+        value = moe__jinja_own_attribute(j, v, key, &found);
+    return found ? value : moe__jinja_missing(j, v, key);
+}
+
+// ---- calls -----------------------------------------------------------------------------------
+
+MOE__PRIVATE moe__value moe__jinja_named(moe__jinja *j, const moe__jinja_args *args,
+                                         const char *name, uint64_t size) {
+    const moe__value *value =
+        args->named ? moe__dict_find(j->store, args->named, moe__value_text(name, size)) : NULL;
+    return value ? *value : moe__value_of(MOE__VALUE_ABSENT);
+}
+
+// Arguments to the parameters of an entry.
+MOE__PRIVATE void moe__jinja_bind(moe__jinja *j, const moe__jinja_entry *entry,
+                                  const moe__jinja_args *args, moe__value *p) {
+    const char *name = entry->parameters;
+    uint64_t n = 0, used = 0;
+    for (int i = 0; i < MOE__JINJA_PARAMETERS; i++) p[i] = moe__value_of(MOE__VALUE_ABSENT);
+    if (*name == '*') return;
+    for (; *name; n++) {
+        const size_t size = strcspn(name, " ");
+        p[n] = moe__jinja_named(j, args, name, size);
+        const int named = p[n].kind != MOE__VALUE_ABSENT;
+        used += (uint64_t)named;
+        if (n < args->n && named)
+            moe__jinja_fail(j, "%s() got multiple values for argument '%.*s'", entry->name,
+                            (int)size, name);
+        if (n < args->n) p[n] = args->items[n];
+        if (p[n].kind == MOE__VALUE_ABSENT && (int)n < entry->required)
+            moe__jinja_fail(j, "%s() missing required argument '%.*s'", entry->name, (int)size,
+                            name);
+        name += size;
+        name += strspn(name, " ");
+    }
+    if (args->n > n)
+        moe__jinja_fail(j, "%s() takes at most %llu argument%s (%llu given)", entry->name,
+                        (unsigned long long)n, n == 1 ? "" : "s", (unsigned long long)args->n);
+    if (args->named && used < args->named->n)
+        moe__jinja_fail(j, "%s() got an unexpected keyword argument", entry->name);
+}
+
+MOE__PRIVATE moe__value moe__jinja_call_entry(moe__jinja *j, const moe__jinja_entry *entry,
+                                              moe__value self, const moe__jinja_args *args) {
+    moe__value p[MOE__JINJA_PARAMETERS];
+    moe__store_enter(j->store);
+    moe__store_step(j->store, 2);
+    moe__jinja_bind(j, entry, args, p);
+    const moe__value v = entry->call(j, self, p, args);
+    moe__store_leave(j->store);
+    return v;
+}
+
+MOE__PRIVATE moe__value moe__jinja_call_macro(moe__jinja *j, const moe__jinja_function *f,
+                                              const moe__jinja_args *args);
+MOE__PRIVATE moe__value moe__jinja_call_loop(moe__jinja *j, const moe__jinja_loop *loop,
+                                             const moe__jinja_args *args);
+
+MOE__PRIVATE moe__value moe__jinja_call(moe__jinja *j, moe__value callee,
+                                        const moe__jinja_args *args) {
+    moe__jinja_need(j, callee);
+    if (callee.kind == MOE__VALUE_FUNCTION) {
+        const moe__jinja_function *f = (const moe__jinja_function *)callee.as.object;
+        return f->macro ? moe__jinja_call_macro(j, f, args)
+                        : moe__jinja_call_entry(j, f->entry, f->self, args);
+    }
+    if (callee.kind == MOE__VALUE_LOOP)
+        return moe__jinja_call_loop(j, (const moe__jinja_loop *)callee.as.object, args);
+    if (callee.kind == MOE__VALUE_JOINER) { // nothing at first, then its text
+        moe__jinja_cycle *joiner = (moe__jinja_cycle *)callee.as.object;
+        return joiner->at++ ? joiner->items->items[0] : moe__value_words("");
+    }
+    moe__jinja_fail(j, "'%s' object is not callable", moe__jinja_type(callee));
+}
+
+// ---- arguments as C has them -----------------------------------------------------------------
+
+MOE__INLINE int moe__jinja_given(moe__value v) { return v.kind != MOE__VALUE_ABSENT; }
+
+MOE__PRIVATE int64_t moe__jinja_int_of(moe__jinja *j, moe__value v, int64_t otherwise) {
+    if (!moe__jinja_given(v)) return otherwise;
+    moe__jinja_need(j, v);
+    if (v.kind != MOE__VALUE_INT && v.kind != MOE__VALUE_BOOL)
+        moe__jinja_fail(j, "'%s' object cannot be interpreted as an integer", moe__jinja_type(v));
+    return v.as.i;
+}
+MOE__PRIVATE int moe__jinja_bool_of(moe__jinja *j, moe__value v, int otherwise) {
+    return moe__jinja_given(v) ? moe__jinja_truth(j, v) : otherwise;
+}
+// A string that must be one.
+MOE__PRIVATE moe__value moe__jinja_string_of(moe__jinja *j, moe__value v, const char *otherwise) {
+    if (!moe__jinja_given(v)) return moe__value_words(otherwise);
+    moe__jinja_need(j, v);
+    if (v.kind != MOE__VALUE_STRING)
+        moe__jinja_fail(j, "expected str, got '%s'", moe__jinja_type(v));
+    return v;
+}
+
+// ---- upper and lower case --------------------------------------------------------------------
+
+// Upper case first .. last, the way to lower case, the step between letters; 1: a way there only,
+// 2: a way back only. What becomes several characters is in the second table.
+static const int32_t moe__jinja_cases[208][5] = {
+    {0xC0, 0xD6, 32, 1, 0}, {0xD8, 0xDE, 32, 1, 0}, {0x100, 0x12E, 1, 2, 0},
+    {0x132, 0x136, 1, 2, 0}, {0x139, 0x147, 1, 2, 0}, {0x14A, 0x176, 1, 2, 0},
+    {0x178, 0x178, -121, 1, 0}, {0x179, 0x17D, 1, 2, 0}, {0x181, 0x181, 210, 1, 0},
+    {0x182, 0x184, 1, 2, 0}, {0x186, 0x186, 206, 1, 0}, {0x187, 0x187, 1, 1, 0},
+    {0x189, 0x18A, 205, 1, 0}, {0x18B, 0x18B, 1, 1, 0}, {0x18E, 0x18E, 79, 1, 0},
+    {0x18F, 0x18F, 202, 1, 0}, {0x190, 0x190, 203, 1, 0}, {0x191, 0x191, 1, 1, 0},
+    {0x193, 0x193, 205, 1, 0}, {0x194, 0x194, 207, 1, 0}, {0x196, 0x196, 211, 1, 0},
+    {0x197, 0x197, 209, 1, 0}, {0x198, 0x198, 1, 1, 0}, {0x19C, 0x19C, 211, 1, 0},
+    {0x19D, 0x19D, 213, 1, 0}, {0x19F, 0x19F, 214, 1, 0}, {0x1A0, 0x1A4, 1, 2, 0},
+    {0x1A6, 0x1A6, 218, 1, 0}, {0x1A7, 0x1A7, 1, 1, 0}, {0x1A9, 0x1A9, 218, 1, 0},
+    {0x1AC, 0x1AC, 1, 1, 0}, {0x1AE, 0x1AE, 218, 1, 0}, {0x1AF, 0x1AF, 1, 1, 0},
+    {0x1B1, 0x1B2, 217, 1, 0}, {0x1B3, 0x1B5, 1, 2, 0}, {0x1B7, 0x1B7, 219, 1, 0},
+    {0x1B8, 0x1B8, 1, 1, 0}, {0x1BC, 0x1BC, 1, 1, 0}, {0x1C4, 0x1C4, 2, 1, 0},
+    {0x1C7, 0x1C7, 2, 1, 0}, {0x1CA, 0x1CA, 2, 1, 0}, {0x1CD, 0x1DB, 1, 2, 0},
+    {0x1DE, 0x1EE, 1, 2, 0}, {0x1F1, 0x1F1, 2, 1, 0}, {0x1F4, 0x1F4, 1, 1, 0},
+    {0x1F6, 0x1F6, -97, 1, 0}, {0x1F7, 0x1F7, -56, 1, 0}, {0x1F8, 0x21E, 1, 2, 0},
+    {0x220, 0x220, -130, 1, 0}, {0x222, 0x232, 1, 2, 0}, {0x23A, 0x23A, 10795, 1, 0},
+    {0x23B, 0x23B, 1, 1, 0}, {0x23D, 0x23D, -163, 1, 0}, {0x23E, 0x23E, 10792, 1, 0},
+    {0x241, 0x241, 1, 1, 0}, {0x243, 0x243, -195, 1, 0}, {0x244, 0x244, 69, 1, 0},
+    {0x245, 0x245, 71, 1, 0}, {0x246, 0x24E, 1, 2, 0}, {0x370, 0x372, 1, 2, 0},
+    {0x376, 0x376, 1, 1, 0}, {0x37F, 0x37F, 116, 1, 0}, {0x386, 0x386, 38, 1, 0},
+    {0x388, 0x38A, 37, 1, 0}, {0x38C, 0x38C, 64, 1, 0}, {0x38E, 0x38F, 63, 1, 0},
+    {0x391, 0x3A1, 32, 1, 0}, {0x3A3, 0x3AB, 32, 1, 0}, {0x3CF, 0x3CF, 8, 1, 0},
+    {0x3D8, 0x3EE, 1, 2, 0}, {0x3F7, 0x3F7, 1, 1, 0}, {0x3F9, 0x3F9, -7, 1, 0},
+    {0x3FA, 0x3FA, 1, 1, 0}, {0x3FD, 0x3FF, -130, 1, 0}, {0x400, 0x40F, 80, 1, 0},
+    {0x410, 0x42F, 32, 1, 0}, {0x460, 0x480, 1, 2, 0}, {0x48A, 0x4BE, 1, 2, 0},
+    {0x4C0, 0x4C0, 15, 1, 0}, {0x4C1, 0x4CD, 1, 2, 0}, {0x4D0, 0x52E, 1, 2, 0},
+    {0x531, 0x556, 48, 1, 0}, {0x10A0, 0x10C5, 7264, 1, 0}, {0x10C7, 0x10C7, 7264, 1, 0},
+    {0x10CD, 0x10CD, 7264, 1, 0}, {0x13A0, 0x13EF, 38864, 1, 0}, {0x13F0, 0x13F5, 8, 1, 0},
+    {0x1C90, 0x1CBA, -3008, 1, 0}, {0x1CBD, 0x1CBF, -3008, 1, 0}, {0x1E00, 0x1E94, 1, 2, 0},
+    {0x1EA0, 0x1EFE, 1, 2, 0}, {0x1F08, 0x1F0F, -8, 1, 0}, {0x1F18, 0x1F1D, -8, 1, 0},
+    {0x1F28, 0x1F2F, -8, 1, 0}, {0x1F38, 0x1F3F, -8, 1, 0}, {0x1F48, 0x1F4D, -8, 1, 0},
+    {0x1F59, 0x1F5F, -8, 2, 0}, {0x1F68, 0x1F6F, -8, 1, 0}, {0x1FB8, 0x1FB9, -8, 1, 0},
+    {0x1FBA, 0x1FBB, -74, 1, 0}, {0x1FC8, 0x1FCB, -86, 1, 0}, {0x1FD8, 0x1FD9, -8, 1, 0},
+    {0x1FDA, 0x1FDB, -100, 1, 0}, {0x1FE8, 0x1FE9, -8, 1, 0}, {0x1FEA, 0x1FEB, -112, 1, 0},
+    {0x1FEC, 0x1FEC, -7, 1, 0}, {0x1FF8, 0x1FF9, -128, 1, 0}, {0x1FFA, 0x1FFB, -126, 1, 0},
+    {0x2132, 0x2132, 28, 1, 0}, {0x2160, 0x216F, 16, 1, 0}, {0x2183, 0x2183, 1, 1, 0},
+    {0x24B6, 0x24CF, 26, 1, 0}, {0x2C00, 0x2C2F, 48, 1, 0}, {0x2C60, 0x2C60, 1, 1, 0},
+    {0x2C62, 0x2C62, -10743, 1, 0}, {0x2C63, 0x2C63, -3814, 1, 0},
+    {0x2C64, 0x2C64, -10727, 1, 0}, {0x2C67, 0x2C6B, 1, 2, 0}, {0x2C6D, 0x2C6D, -10780, 1, 0},
+    {0x2C6E, 0x2C6E, -10749, 1, 0}, {0x2C6F, 0x2C6F, -10783, 1, 0},
+    {0x2C70, 0x2C70, -10782, 1, 0}, {0x2C72, 0x2C72, 1, 1, 0}, {0x2C75, 0x2C75, 1, 1, 0},
+    {0x2C7E, 0x2C7F, -10815, 1, 0}, {0x2C80, 0x2CE2, 1, 2, 0}, {0x2CEB, 0x2CED, 1, 2, 0},
+    {0x2CF2, 0x2CF2, 1, 1, 0}, {0xA640, 0xA66C, 1, 2, 0}, {0xA680, 0xA69A, 1, 2, 0},
+    {0xA722, 0xA72E, 1, 2, 0}, {0xA732, 0xA76E, 1, 2, 0}, {0xA779, 0xA77B, 1, 2, 0},
+    {0xA77D, 0xA77D, -35332, 1, 0}, {0xA77E, 0xA786, 1, 2, 0}, {0xA78B, 0xA78B, 1, 1, 0},
+    {0xA78D, 0xA78D, -42280, 1, 0}, {0xA790, 0xA792, 1, 2, 0}, {0xA796, 0xA7A8, 1, 2, 0},
+    {0xA7AA, 0xA7AA, -42308, 1, 0}, {0xA7AB, 0xA7AB, -42319, 1, 0},
+    {0xA7AC, 0xA7AC, -42315, 1, 0}, {0xA7AD, 0xA7AD, -42305, 1, 0},
+    {0xA7AE, 0xA7AE, -42308, 1, 0}, {0xA7B0, 0xA7B0, -42258, 1, 0},
+    {0xA7B1, 0xA7B1, -42282, 1, 0}, {0xA7B2, 0xA7B2, -42261, 1, 0}, {0xA7B3, 0xA7B3, 928, 1, 0},
+    {0xA7B4, 0xA7C2, 1, 2, 0}, {0xA7C4, 0xA7C4, -48, 1, 0}, {0xA7C5, 0xA7C5, -42307, 1, 0},
+    {0xA7C6, 0xA7C6, -35384, 1, 0}, {0xA7C7, 0xA7C9, 1, 2, 0}, {0xA7D0, 0xA7D0, 1, 1, 0},
+    {0xA7D6, 0xA7D8, 1, 2, 0}, {0xA7F5, 0xA7F5, 1, 1, 0}, {0xFF21, 0xFF3A, 32, 1, 0},
+    {0x10400, 0x10427, 40, 1, 0}, {0x104B0, 0x104D3, 40, 1, 0}, {0x10570, 0x1057A, 39, 1, 0},
+    {0x1057C, 0x1058A, 39, 1, 0}, {0x1058C, 0x10592, 39, 1, 0}, {0x10594, 0x10595, 39, 1, 0},
+    {0x10C80, 0x10CB2, 64, 1, 0}, {0x118A0, 0x118BF, 32, 1, 0}, {0x16E40, 0x16E5F, 32, 1, 0},
+    {0x1E900, 0x1E921, 34, 1, 0}, {0x1C5, 0x1C5, 1, 1, 1}, {0x1C8, 0x1C8, 1, 1, 1},
+    {0x1CB, 0x1CB, 1, 1, 1}, {0x1F2, 0x1F2, 1, 1, 1}, {0x3F4, 0x3F4, -60, 1, 1},
+    {0x1E9E, 0x1E9E, -7615, 1, 1}, {0x1F88, 0x1F8F, -8, 1, 1}, {0x1F98, 0x1F9F, -8, 1, 1},
+    {0x1FA8, 0x1FAF, -8, 1, 1}, {0x1FBC, 0x1FBC, -9, 1, 1}, {0x1FCC, 0x1FCC, -9, 1, 1},
+    {0x1FFC, 0x1FFC, -9, 1, 1}, {0x2126, 0x2126, -7517, 1, 1}, {0x212A, 0x212A, -8383, 1, 1},
+    {0x212B, 0x212B, -8262, 1, 1}, {0x49, 0x49, 232, 1, 2}, {0x53, 0x53, 300, 1, 2},
+    {0x1C4, 0x1C4, 1, 1, 2}, {0x1C7, 0x1C7, 1, 1, 2}, {0x1CA, 0x1CA, 1, 1, 2},
+    {0x1F1, 0x1F1, 1, 1, 2}, {0x392, 0x392, 62, 1, 2}, {0x395, 0x395, 96, 1, 2},
+    {0x398, 0x398, 57, 1, 2}, {0x399, 0x399, -84, 1, 2}, {0x399, 0x399, 7205, 1, 2},
+    {0x39A, 0x39A, 86, 1, 2}, {0x39C, 0x39C, -743, 1, 2}, {0x3A0, 0x3A0, 54, 1, 2},
+    {0x3A1, 0x3A1, 80, 1, 2}, {0x3A3, 0x3A3, 31, 1, 2}, {0x3A6, 0x3A6, 47, 1, 2},
+    {0x412, 0x412, 6254, 1, 2}, {0x414, 0x414, 6253, 1, 2}, {0x41E, 0x41E, 6244, 1, 2},
+    {0x421, 0x422, 6242, 1, 2}, {0x422, 0x422, 6243, 1, 2}, {0x42A, 0x42A, 6236, 1, 2},
+    {0x462, 0x462, 6181, 1, 2}, {0x1E60, 0x1E60, 59, 1, 2}, {0xA64A, 0xA64A, -35266, 1, 2}};
+static const uint16_t moe__jinja_raised[102][4] = {
+    {0xDF, 0x53, 0x53}, {0x149, 0x2BC, 0x4E}, {0x1F0, 0x4A, 0x30C},
+    {0x390, 0x399, 0x308, 0x301}, {0x3B0, 0x3A5, 0x308, 0x301}, {0x587, 0x535, 0x552},
+    {0x1E96, 0x48, 0x331}, {0x1E97, 0x54, 0x308}, {0x1E98, 0x57, 0x30A}, {0x1E99, 0x59, 0x30A},
+    {0x1E9A, 0x41, 0x2BE}, {0x1F50, 0x3A5, 0x313}, {0x1F52, 0x3A5, 0x313, 0x300},
+    {0x1F54, 0x3A5, 0x313, 0x301}, {0x1F56, 0x3A5, 0x313, 0x342}, {0x1F80, 0x1F08, 0x399},
+    {0x1F81, 0x1F09, 0x399}, {0x1F82, 0x1F0A, 0x399}, {0x1F83, 0x1F0B, 0x399},
+    {0x1F84, 0x1F0C, 0x399}, {0x1F85, 0x1F0D, 0x399}, {0x1F86, 0x1F0E, 0x399},
+    {0x1F87, 0x1F0F, 0x399}, {0x1F88, 0x1F08, 0x399}, {0x1F89, 0x1F09, 0x399},
+    {0x1F8A, 0x1F0A, 0x399}, {0x1F8B, 0x1F0B, 0x399}, {0x1F8C, 0x1F0C, 0x399},
+    {0x1F8D, 0x1F0D, 0x399}, {0x1F8E, 0x1F0E, 0x399}, {0x1F8F, 0x1F0F, 0x399},
+    {0x1F90, 0x1F28, 0x399}, {0x1F91, 0x1F29, 0x399}, {0x1F92, 0x1F2A, 0x399},
+    {0x1F93, 0x1F2B, 0x399}, {0x1F94, 0x1F2C, 0x399}, {0x1F95, 0x1F2D, 0x399},
+    {0x1F96, 0x1F2E, 0x399}, {0x1F97, 0x1F2F, 0x399}, {0x1F98, 0x1F28, 0x399},
+    {0x1F99, 0x1F29, 0x399}, {0x1F9A, 0x1F2A, 0x399}, {0x1F9B, 0x1F2B, 0x399},
+    {0x1F9C, 0x1F2C, 0x399}, {0x1F9D, 0x1F2D, 0x399}, {0x1F9E, 0x1F2E, 0x399},
+    {0x1F9F, 0x1F2F, 0x399}, {0x1FA0, 0x1F68, 0x399}, {0x1FA1, 0x1F69, 0x399},
+    {0x1FA2, 0x1F6A, 0x399}, {0x1FA3, 0x1F6B, 0x399}, {0x1FA4, 0x1F6C, 0x399},
+    {0x1FA5, 0x1F6D, 0x399}, {0x1FA6, 0x1F6E, 0x399}, {0x1FA7, 0x1F6F, 0x399},
+    {0x1FA8, 0x1F68, 0x399}, {0x1FA9, 0x1F69, 0x399}, {0x1FAA, 0x1F6A, 0x399},
+    {0x1FAB, 0x1F6B, 0x399}, {0x1FAC, 0x1F6C, 0x399}, {0x1FAD, 0x1F6D, 0x399},
+    {0x1FAE, 0x1F6E, 0x399}, {0x1FAF, 0x1F6F, 0x399}, {0x1FB2, 0x1FBA, 0x399},
+    {0x1FB3, 0x391, 0x399}, {0x1FB4, 0x386, 0x399}, {0x1FB6, 0x391, 0x342},
+    {0x1FB7, 0x391, 0x342, 0x399}, {0x1FBC, 0x391, 0x399}, {0x1FC2, 0x1FCA, 0x399},
+    {0x1FC3, 0x397, 0x399}, {0x1FC4, 0x389, 0x399}, {0x1FC6, 0x397, 0x342},
+    {0x1FC7, 0x397, 0x342, 0x399}, {0x1FCC, 0x397, 0x399}, {0x1FD2, 0x399, 0x308, 0x300},
+    {0x1FD3, 0x399, 0x308, 0x301}, {0x1FD6, 0x399, 0x342}, {0x1FD7, 0x399, 0x308, 0x342},
+    {0x1FE2, 0x3A5, 0x308, 0x300}, {0x1FE3, 0x3A5, 0x308, 0x301}, {0x1FE4, 0x3A1, 0x313},
+    {0x1FE6, 0x3A5, 0x342}, {0x1FE7, 0x3A5, 0x308, 0x342}, {0x1FF2, 0x1FFA, 0x399},
+    {0x1FF3, 0x3A9, 0x399}, {0x1FF4, 0x38F, 0x399}, {0x1FF6, 0x3A9, 0x342},
+    {0x1FF7, 0x3A9, 0x342, 0x399}, {0x1FFC, 0x3A9, 0x399}, {0xFB00, 0x46, 0x46},
+    {0xFB01, 0x46, 0x49}, {0xFB02, 0x46, 0x4C}, {0xFB03, 0x46, 0x46, 0x49},
+    {0xFB04, 0x46, 0x46, 0x4C}, {0xFB05, 0x53, 0x54}, {0xFB06, 0x53, 0x54},
+    {0xFB13, 0x544, 0x546}, {0xFB14, 0x544, 0x535}, {0xFB15, 0x544, 0x53B},
+    {0xFB16, 0x54E, 0x546}, {0xFB17, 0x544, 0x53D}};
+
+// The character in upper or lower case, as far as it is one character.
+MOE__PRIVATE uint32_t moe__jinja_case(uint32_t code, int upper) {
+    if (code < 0x80) {
+        const int letter = (code | 32) - 'a' < 26;
+        return !letter ? code : upper ? code & ~(uint32_t)32 : code | 32;
+    }
+    for (size_t i = 0; i < sizeof moe__jinja_cases / sizeof moe__jinja_cases[0]; i++) {
+        const int32_t *c = moe__jinja_cases[i];
+        const int32_t from = upper ? c[0] + c[2] : c[0], at = (int32_t)code - from;
+        if (at < 0 || at > c[1] - c[0] || at % c[3] || c[4] == (upper ? 1 : 2)) continue;
+        return (uint32_t)((int32_t)code + (upper ? -c[2] : c[2]));
+    }
+    return code;
+}
+
+enum { MOE__JINJA_LOWER, MOE__JINJA_UPPER, MOE__JINJA_CAPITALIZE, MOE__JINJA_TITLE,
+       MOE__JINJA_SWAP };
+
+MOE__PRIVATE int moe__jinja_is_letter(const moe__jinja *j, uint32_t code) {
+    return moe__text_in(moe__text_classify(j->runs, code), MOE__C_L);
+}
+MOE__PRIVATE int moe__jinja_is_cased(const moe__jinja *j, uint32_t code) {
+    return moe__text_in(moe__text_classify(j->runs, code), MOE__C_LU | MOE__C_LL | MOE__C_LT);
+}
+
+// A character in upper case, which may be up to three; returns their size in UTF-8.
+MOE__PRIVATE size_t moe__jinja_raise(uint32_t code, char *out) {
+    const size_t rows = sizeof moe__jinja_raised / sizeof moe__jinja_raised[0];
+    for (size_t i = 0; code >= 0x80 && i < rows; i++) {
+        if (moe__jinja_raised[i][0] != code) continue;
+        size_t n = 0;
+        for (int k = 1; k < 4 && moe__jinja_raised[i][k]; k++)
+            n += (size_t)moe__json_utf8(moe__jinja_raised[i][k], out + n);
+        return n;
+    }
+    return (size_t)moe__json_utf8(moe__jinja_case(code, 1), out);
+}
+
+// Does a word end behind byte `at`, so that a sigma there has its final form?
+MOE__PRIVATE int moe__jinja_ends_word(const moe__jinja *j, moe__value s, uint64_t from,
+                                      uint64_t to) {
+    uint32_t before = 0, behind = 0;
+    if (from) moe__jinja_before(s.as.text, from, &before);
+    if (to < s.size) moe__utf8_next(s.as.text + to, (size_t)(s.size - to), &behind);
+    return moe__jinja_is_letter(j, before) && !moe__jinja_is_letter(j, behind);
+}
+
+MOE__PRIVATE moe__value moe__jinja_recase(moe__jinja *j, moe__value s, int how) {
+    moe__builder b = moe__builder_of(j->store);
+    int inside = 0; // of a word
+    moe__builder_reserve(&b, s.size);
+    moe__store_step(j->store, s.size / 8);
+    for (uint64_t i = 0, n; i < s.size; i += n) {
+        uint32_t code, now;
+        char utf8[16];
+        n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+        if (n == 1 && code == 0xFFFD) { // no UTF-8 stays what it is
+            moe__builder_string(&b, moe__value_part(s, i, i + 1));
+            continue;
+        }
+        if (code >= 0x80) moe__store_step(j->store, 4);
+        const int first = how == MOE__JINJA_TITLE ? !inside : i == 0;
+        int upper = how == MOE__JINJA_UPPER || (how != MOE__JINJA_LOWER && first);
+        if (how == MOE__JINJA_SWAP) upper = moe__jinja_case(code, 0) == code;
+        now = moe__jinja_case(code, 0);
+        if (!upper && code == 0x3A3 && moe__jinja_ends_word(j, s, i, i + n)) now = 0x3C2;
+        const size_t size = upper ? moe__jinja_raise(code, utf8)
+                                  : (size_t)moe__json_utf8(now, utf8);
+        moe__builder_add(&b, utf8, size, moe__value_mark(s, i));
+        if (how == MOE__JINJA_TITLE) inside = moe__jinja_is_cased(j, code);
+    }
+    moe__value v = moe__builder_end(&b);
+    v.safe = s.safe;
+    return v;
+}
+
+// ---- formatting ------------------------------------------------------------------------------
+
+// [[fill]align][sign][#][0][width][,][.precision][type], as behind the colon of "{:>8.2f}" and,
+// in another spelling, behind "%".
+typedef struct moe__jinja_spec {
+    const char *fill;
+    uint64_t fill_size;
+    char align, sign, comma, type;
+    int alternate, zero;
+    int64_t width, precision; // -1: not given
+} moe__jinja_spec;
+
+// Behind a number's digits, as C prints them for this program's language: with a point.
+MOE__PRIVATE void moe__jinja_point(char *text) {
+    char *end = text;
+    for (; *text; text++) {
+        const char c = *text;
+        const int plain = moe__jinja_is_digit(c) || c == '-' || c == '+' ||
+                          ((c | 32) >= 'a' && (c | 32) <= 'z');
+        if (plain) *end++ = c;
+        else if (end[-1] != '.') *end++ = '.';
+    }
+    *end = 0;
+}
+
+// The digits of a float above 0, without padding and sign; `out` has room for 512 bytes.
+MOE__PRIVATE void moe__jinja_digits_of(moe__jinja *j, char *out, double x, char type,
+                                       int64_t precision) {
+    const char kind = (char)(type | 32);
+    char format[] = "%.*f";
+    if (precision > 100) moe__jinja_fail(j, "precision is too large");
+    const int p = precision < 0 ? 6 : (int)precision;
+    if (x - x != 0) {
+        strcpy(out, x != x ? "nan" : "inf");
+    } else if (!type && precision < 0) {
+        moe__json_print_float(x, out);
+    } else {
+        format[3] = kind == 'e' || kind == 'g' ? type : 'f';
+        if (!type) format[3] = 'g';
+        snprintf(out, 512, format, p, kind == '%' || type == '%' ? 100 * x : x);
+        moe__jinja_point(out);
+        if (type == '%') strcat(out, "%");
+    }
+    if (type == 'E' || type == 'F' || type == 'G')
+        for (char *c = out; *c; c++) *c = (char)(*c >= 'a' && *c <= 'z' ? *c - 32 : *c);
+}
+
+MOE__PRIVATE void moe__jinja_int_digits(char *out, uint64_t value, int base, int upper) {
+    const char *digits = upper ? "0123456789ABCDEF" : "0123456789abcdef";
+    char reversed[65];
+    int n = 0;
+    do {
+        reversed[n++] = digits[value % (uint64_t)base];
+        value /= (uint64_t)base;
+    } while (value);
+    while (n) *out++ = reversed[--n];
+    *out = 0;
+}
+
+MOE__PRIVATE void moe__jinja_fill(moe__builder *b, const moe__jinja_spec *spec, int64_t n) {
+    for (; n > 0; n--) {
+        moe__store_step(b->store, 1);
+        moe__builder_add(b, spec->fill, spec->fill_size, 0);
+    }
+}
+
+// A text of so many characters, padded to its width. `head`: bytes in front of zeros.
+MOE__PRIVATE void moe__jinja_pad(moe__jinja *j, moe__builder *b, const moe__jinja_spec *spec,
+                                 moe__value text, uint64_t head, char align) {
+    const int64_t missing = spec->width - (int64_t)moe__jinja_count(j, text);
+    const char side = spec->align ? spec->align : align;
+    const int64_t left = side == '>' || side == '=' ? missing : side == '^' ? missing / 2 : 0;
+    if (side == '=') moe__builder_string(b, moe__value_part(text, 0, head));
+    moe__jinja_fill(b, spec, left);
+    moe__builder_string(b, moe__value_part(text, side == '=' ? head : 0, text.size));
+    moe__jinja_fill(b, spec, missing - left);
+}
+
+// 1234567.5 to 1,234,567.5
+MOE__PRIVATE void moe__jinja_group(char *out, const char *digits, char comma) {
+    const size_t whole = strspn(digits, "0123456789");
+    for (size_t i = 0; i < whole; i++) {
+        if (i && (whole - i) % 3 == 0) *out++ = comma;
+        *out++ = digits[i];
+    }
+    strcpy(out, digits + whole);
+}
+
+MOE__PRIVATE void moe__jinja_format_number(moe__jinja *j, moe__builder *b, moe__value v,
+                                           const moe__jinja_spec *spec) {
+    char digits[600], text[900];
+    char *at = text;
+    const char type = spec->type;
+    const int real = v.kind == MOE__VALUE_FLOAT || (type && strchr("eEfFgG%", type));
+    const double x = moe__value_as_float(v);
+    const int minus = real ? signbit(x) && x == x : v.as.i < 0;
+    const int base = type == 'x' || type == 'X' ? 16 : type == 'o' ? 8 : type == 'b' ? 2 : 10;
+    if (real)
+        moe__jinja_digits_of(j, digits, fabs(x), type == 'n' ? 'g' : type, spec->precision);
+    else
+        moe__jinja_int_digits(digits, minus ? 0 - (uint64_t)v.as.i : (uint64_t)v.as.i, base,
+                              type == 'X');
+    if (minus) *at++ = '-';
+    else if (spec->sign == '+' || spec->sign == ' ') *at++ = spec->sign;
+    if (spec->alternate && base != 10) {
+        *at++ = '0';
+        *at++ = type;
+    }
+    const uint64_t head = (uint64_t)(at - text);
+    if (spec->comma) moe__jinja_group(at, digits, spec->comma);
+    else strcpy(at, digits);
+    moe__jinja_pad(j, b, spec, moe__value_words(text), head, '>');
+}
+
+MOE__PRIVATE void moe__jinja_format_string(moe__jinja *j, moe__builder *b, moe__value s,
+                                           const moe__jinja_spec *spec, char align) {
+    if (spec->precision >= 0)
+        s = moe__value_part(s, 0, moe__jinja_offset(j, s, spec->precision));
+    moe__jinja_pad(j, b, spec, s, 0, align);
+}
+
+MOE__PRIVATE int64_t moe__jinja_read_width(moe__jinja *j, const char *text, uint64_t size,
+                                           uint64_t *at) {
+    int64_t n = 0;
+    for (; *at < size && moe__jinja_is_digit(text[*at]); ++*at) {
+        n = n * 10 + text[*at] - '0';
+        if (n > 1000000) moe__jinja_fail(j, "Too many decimal digits in format string");
+    }
+    return n;
+}
+
+MOE__PRIVATE void moe__jinja_read_spec(moe__jinja *j, moe__value s, moe__jinja_spec *spec) {
+    const char *text = s.as.text;
+    const uint64_t size = s.size;
+    uint64_t at = 0;
+    uint32_t code;
+    memset(spec, 0, sizeof *spec);
+    spec->fill = " ";
+    spec->fill_size = 1;
+    spec->precision = -1;
+    const uint64_t n = size ? moe__utf8_next(text, (size_t)size, &code) : 0;
+    if (n && n < size && strchr("<>=^", text[n]) && text[n]) {
+        spec->fill = text;
+        spec->fill_size = n;
+        at = n;
+    }
+    if (at < size && text[at] && strchr("<>=^", text[at])) spec->align = text[at++];
+    if (at < size && text[at] && strchr("+- ", text[at])) spec->sign = text[at++];
+    if (at < size && text[at] == '#') spec->alternate = (int)++at;
+    if (at < size && text[at] == '0') {
+        at++;
+        if (!spec->align) spec->align = '=';
+        if (spec->fill == text && spec->fill_size) {
+        } else {
+            spec->fill = "0";
+        }
+    }
+    spec->width = moe__jinja_read_width(j, text, size, &at);
+    if (at < size && (text[at] == ',' || text[at] == '_')) spec->comma = text[at++];
+    if (at < size && text[at] == '.') {
+        at++;
+        spec->precision = moe__jinja_read_width(j, text, size, &at);
+    }
+    if (at < size) spec->type = text[at++];
+    if (at < size || (spec->type && !strchr("bcdeEfFgGnosxX%", spec->type)))
+        moe__jinja_fail(j, "Invalid format specifier");
+}
+
+// format(v, spec)
+MOE__PRIVATE void moe__jinja_format_value(moe__jinja *j, moe__builder *b, moe__value v,
+                                          moe__value text) {
+    moe__jinja_spec spec;
+    if (!text.size) {
+        moe__jinja_print(j, b, v);
+        return;
+    }
+    moe__jinja_read_spec(j, text, &spec);
+    if (moe__value_is_number(v)) {
+        if (spec.type == 's' || (v.kind == MOE__VALUE_FLOAT && spec.type &&
+                                 !strchr("eEfFgGn%", spec.type)))
+            moe__jinja_fail(j, "Unknown format code '%c' for object of type '%s'", spec.type,
+                            moe__jinja_type(v));
+        moe__jinja_format_number(j, b, v, &spec);
+        return;
+    }
+    if (v.kind != MOE__VALUE_STRING)
+        moe__jinja_fail(j, "unsupported format string passed to %s.__format__",
+                        moe__jinja_type(v));
+    if (spec.type && spec.type != 's')
+        moe__jinja_fail(j, "Unknown format code '%c' for object of type 'str'", spec.type);
+    moe__jinja_format_string(j, b, v, &spec, '<');
+}
+
+// What a field of str.format names: "", "0", "name", "0.attribute[item]".
+MOE__PRIVATE moe__value moe__jinja_field(moe__jinja *j, moe__value name,
+                                         const moe__jinja_args *args, uint64_t *automatic) {
+    const char *text = name.as.text;
+    uint64_t at = 0, number = 0;
+    while (at < name.size && text[at] != '.' && text[at] != '[') at++;
+    int digits = 1;
+    for (uint64_t i = 0; i < at; i++) {
+        digits = digits && moe__jinja_is_digit(text[i]) && i < 9;
+        number = digits ? number * 10 + (uint64_t)(text[i] - '0') : 0;
+    }
+    moe__value v;
+    if (digits) {
+        if (!at) number = (*automatic)++;
+        if (number >= args->n)
+            moe__jinja_fail(j, "Replacement index %llu out of range for positional args tuple",
+                            (unsigned long long)number);
+        v = args->items[number];
+    } else {
+        v = moe__jinja_named(j, args, text, at);
+        if (!moe__jinja_given(v))
+            moe__jinja_fail(j, "KeyError: '%.*s'", (int)moe__utf8_limit(text, (size_t)at, 60),
+                            text);
+    }
+    while (at < name.size) {
+        const int bracket = text[at++] == '[';
+        const uint64_t from = at;
+        while (at < name.size && (bracket ? text[at] != ']' : text[at] != '.' && text[at] != '['))
+            at++;
+        const moe__value part = moe__value_part(name, from, at);
+        uint64_t i = 0, used = 0;
+        for (; used < part.size && moe__jinja_is_digit(part.as.text[used]) && used < 18; used++)
+            i = i * 10 + (uint64_t)(part.as.text[used] - '0');
+        if (!bracket) v = moe__jinja_attribute(j, v, part);
+        else if (part.size && used == part.size)
+            v = moe__jinja_item(j, v, moe__value_int((int64_t)i));
+        else v = moe__jinja_item(j, v, part);
+        at += (uint64_t)(bracket && at < name.size);
+    }
+    return v;
+}
+
+// Where the field that begins at `at` ends: at its '}'.
+MOE__PRIVATE uint64_t moe__jinja_field_end(moe__jinja *j, moe__value s, uint64_t at) {
+    int depth = 1;
+    for (; at < s.size; at++) {
+        depth += (s.as.text[at] == '{') - (s.as.text[at] == '}');
+        if (!depth) return at;
+    }
+    moe__jinja_fail(j, "expected '}' before end of string");
+}
+
+// "{}, {name!r:>8}".format(...)
+MOE__PRIVATE moe__value moe__jinja_format(moe__jinja *j, moe__value s,
+                                          const moe__jinja_args *args, uint64_t *automatic) {
+    moe__builder b = moe__builder_of(j->store);
+    moe__store_enter(j->store);
+    for (uint64_t i = 0; i < s.size; i++) {
+        const char c = s.as.text[i];
+        if (c != '{' && c != '}') {
+            uint64_t end = i + 1;
+            while (end < s.size && s.as.text[end] != '{' && s.as.text[end] != '}') end++;
+            moe__builder_string(&b, moe__value_part(s, i, end));
+            i = end - 1;
+            continue;
+        }
+        if (i + 1 < s.size && s.as.text[i + 1] == c) {
+            moe__builder_string(&b, moe__value_part(s, i, i + 1));
+            i++;
+            continue;
+        }
+        if (c == '}') moe__jinja_fail(j, "Single '}' encountered in format string");
+        const uint64_t end = moe__jinja_field_end(j, s, i + 1);
+        uint64_t name = i + 1, spec;
+        while (name < end && s.as.text[name] != '!' && s.as.text[name] != ':') name++;
+        moe__value v = moe__jinja_field(j, moe__value_part(s, i + 1, name), args, automatic);
+        spec = name;
+        if (spec < end && s.as.text[spec] == '!') {
+            const char how = spec + 1 < end ? s.as.text[spec + 1] : 0;
+            moe__builder text = moe__builder_of(j->store);
+            if (how != 's' && how != 'r' && how != 'a')
+                moe__jinja_fail(j, "Unknown conversion specifier");
+            if (how == 's') moe__jinja_print(j, &text, v);
+            else moe__jinja_repr(j, &text, v);
+            v = moe__builder_end(&text);
+            spec += 2;
+        }
+        moe__value format = moe__value_part(s, spec < end ? spec + 1 : end, end);
+        if (format.size && memchr(format.as.text, '{', (size_t)format.size))
+            format = moe__jinja_format(j, format, args, automatic);
+        moe__jinja_format_value(j, &b, s.safe ? moe__jinja_escaped(j, v) : v, format);
+        i = end;
+    }
+    moe__store_leave(j->store);
+    moe__value v = moe__builder_end(&b);
+    v.safe = s.safe;
+    return v;
+}
+
+// The arguments of "%s %s" % (a, b).
+typedef struct moe__jinja_percents {
+    moe__value args;
+    uint64_t next;
+} moe__jinja_percents;
+
+MOE__PRIVATE moe__value moe__jinja_next_percent(moe__jinja *j, moe__jinja_percents *p) {
+    const uint64_t n = p->args.kind == MOE__VALUE_TUPLE ? p->args.as.list->n : 1;
+    if (p->next >= n) moe__jinja_fail(j, "not enough arguments for format string");
+    return p->args.kind == MOE__VALUE_TUPLE ? p->args.as.list->items[p->next++]
+                                            : (p->next++, p->args);
+}
+
+MOE__PRIVATE void moe__jinja_percent_value(moe__jinja *j, moe__builder *b, moe__value v,
+                                           moe__jinja_spec *spec, int safe) {
+    const char type = spec->type;
+    if (strchr("srac", type)) {
+        moe__builder text = moe__builder_of(j->store);
+        char utf8[4];
+        if (type == 'c' && v.kind == MOE__VALUE_INT)
+            moe__builder_add(&text, utf8, moe__json_utf8((uint32_t)v.as.i, utf8), 0);
+        else if (type == 's' || type == 'c') moe__jinja_print(j, &text, v);
+        else moe__jinja_repr(j, &text, v);
+        moe__value s = moe__builder_end(&text);
+        s.safe = v.kind == MOE__VALUE_STRING && v.safe;
+        if (spec->align == '=') spec->align = 0;
+        spec->fill = " ";
+        moe__jinja_format_string(j, b, safe ? moe__jinja_escaped(j, s) : s, spec, '>');
+        return;
+    }
+    moe__jinja_need(j, v);
+    if (!moe__value_is_number(v))
+        moe__jinja_fail(j, "%%%c format: a real number is required, not %s", type,
+                        moe__jinja_type(v));
+    if (strchr("diu", type)) {
+        if (v.kind == MOE__VALUE_FLOAT) {
+            if (!(v.as.f > -9e18 && v.as.f < 9e18)) moe__jinja_fail(j, "an integer is too large");
+            v = moe__value_int((int64_t)v.as.f);
+        }
+        spec->type = 'd';
+    } else if (strchr("xXo", type) && v.kind == MOE__VALUE_FLOAT) {
+        moe__jinja_fail(j, "%%%c format: an integer is required, not float", type);
+    }
+    moe__jinja_format_number(j, b, v, spec);
+}
+
+MOE__PRIVATE int64_t moe__jinja_percent_width(moe__jinja *j, moe__value s, uint64_t *at,
+                                              moe__jinja_percents *p) {
+    if (*at >= s.size || s.as.text[*at] != '*')
+        return moe__jinja_read_width(j, s.as.text, s.size, at);
+    ++*at;
+    const int64_t width = moe__jinja_int_of(j, moe__jinja_next_percent(j, p), 0);
+    if (width > 1000000 || width < -1000000) moe__jinja_fail(j, "width too big");
+    return width;
+}
+
+// "%s" % x
+MOE__PRIVATE moe__value moe__jinja_percent(moe__jinja *j, moe__value s, moe__value args) {
+    moe__builder b = moe__builder_of(j->store);
+    moe__jinja_percents p;
+    p.args = args;
+    p.next = 0;
+    for (uint64_t i = 0, end; i < s.size; i = end) {
+        end = i;
+        while (end < s.size && s.as.text[end] != '%') end++;
+        moe__builder_string(&b, moe__value_part(s, i, end));
+        if (end++ == s.size) break;
+        moe__jinja_spec spec;
+        moe__value v = moe__value_of(MOE__VALUE_ABSENT);
+        memset(&spec, 0, sizeof spec);
+        spec.fill = " ";
+        spec.fill_size = 1;
+        spec.precision = -1;
+        if (end < s.size && s.as.text[end] == '(') {
+            const uint64_t from = ++end;
+            while (end < s.size && s.as.text[end] != ')') end++;
+            if (args.kind != MOE__VALUE_DICT) moe__jinja_fail(j, "format requires a mapping");
+            const moe__value *found =
+                moe__dict_find(j->store, args.as.dict, moe__value_part(s, from, end));
+            if (!found) moe__jinja_fail(j, "KeyError in format string");
+            v = *found;
+            end += end < s.size;
+        }
+        for (; end < s.size && s.as.text[end] && strchr("-+ #0", s.as.text[end]); end++) {
+            const char c = s.as.text[end];
+            if (c == '-') spec.align = '<';
+            else if (c == '#') spec.alternate = 1;
+            else if (c == '0') spec.zero = 1;
+            else if (spec.sign != '+') spec.sign = c;
+        }
+        spec.width = moe__jinja_percent_width(j, s, &end, &p);
+        if (spec.width < 0) {
+            spec.align = '<';
+            spec.width = -spec.width;
+        }
+        if (spec.zero && !spec.align) {
+            spec.align = '=';
+            spec.fill = "0";
+        }
+        if (end < s.size && s.as.text[end] == '.') {
+            end++;
+            spec.precision = moe__jinja_percent_width(j, s, &end, &p);
+        }
+        while (end < s.size && (s.as.text[end] == 'l' || s.as.text[end] == 'h')) end++;
+        if (end >= s.size) moe__jinja_fail(j, "incomplete format");
+        spec.type = s.as.text[end++];
+        if (spec.type == '%') {
+            moe__builder_words(&b, "%");
+            continue;
+        }
+        if (!spec.type || !strchr("sracdiuxXoeEfFgG", spec.type))
+            moe__jinja_fail(j, "unsupported format character '%c'", spec.type);
+        if (!moe__jinja_given(v)) v = moe__jinja_next_percent(j, &p);
+        moe__jinja_percent_value(j, &b, v, &spec, s.safe);
+    }
+    const int all = args.kind == MOE__VALUE_TUPLE ? p.next == args.as.list->n
+                                                  : p.next || args.kind == MOE__VALUE_DICT ||
+                                                        args.kind == MOE__VALUE_LIST;
+    if (!all) moe__jinja_fail(j, "not all arguments converted during string formatting");
+    moe__value v = moe__builder_end(&b);
+    v.safe = s.safe;
+    return v;
+}
+
+// ---- reading numbers -------------------------------------------------------------------------
+
+MOE__PRIVATE moe__value moe__jinja_trimmed(moe__value s) {
+    const uint64_t from = moe__jinja_skip_space(s.as.text, 0, s.size);
+    return moe__value_part(s, from, moe__jinja_skip_space_back(s.as.text, from, s.size));
+}
+
+// int(s, base); UNDEFINED if it is none.
+MOE__PRIVATE moe__value moe__jinja_read_int(moe__value s, int64_t base) {
+    const moe__value none = moe__value_of(MOE__VALUE_UNDEFINED);
+    s = moe__jinja_trimmed(s);
+    uint64_t i = 0;
+    int64_t x = 0;
+    const int minus = s.size && s.as.text[0] == '-';
+    if (s.size && (s.as.text[0] == '-' || s.as.text[0] == '+')) i++;
+    if (s.size > i + 1 && s.as.text[i] == '0') {
+        const char kind = (char)(s.as.text[i + 1] | 32);
+        const int its = kind == 'x' ? 16 : kind == 'o' ? 8 : kind == 'b' ? 2 : 0;
+        if (its && (base == 0 || base == its)) {
+            base = its;
+            i += 2;
+        }
+    }
+    if (base == 0) base = 10;
+    int digits = 0;
+    for (; i < s.size; i++) {
+        const char c = s.as.text[i], low = (char)(c | 32);
+        const int digit = moe__jinja_is_digit(c)     ? c - '0'
+                          : low >= 'a' && low <= 'z' ? low - 'a' + 10
+                                                     : 99;
+        if (c == '_' && digits && i + 1 < s.size && s.as.text[i - 1] != '_') continue;
+        if (digit >= base || __builtin_mul_overflow(x, base, &x) ||
+            __builtin_sub_overflow(x, (int64_t)digit, &x))
+            return none;
+        digits = 1;
+    }
+    if (!digits || (!minus && x == INT64_MIN)) return none;
+    return moe__value_int(minus ? x : -x);
+}
+
+// float(s); UNDEFINED if it is none.
+MOE__PRIVATE moe__value moe__jinja_read_float(moe__jinja *j, moe__value s) {
+    static const char *const words[] = {"inf", "infinity", "nan"};
+    const moe__value none = moe__value_of(MOE__VALUE_UNDEFINED);
+    s = moe__jinja_trimmed(s);
+    const int minus = s.size && s.as.text[0] == '-';
+    if (s.size && (s.as.text[0] == '-' || s.as.text[0] == '+'))
+        s = moe__value_part(s, 1, s.size);
+    const moe__value low = moe__jinja_recase(j, s, MOE__JINJA_LOWER);
+    for (int i = 0; i < 3; i++) {
+        const double x = i < 2 ? INFINITY : NAN;
+        if (moe__value_is_text(low, words[i])) return moe__value_float(minus ? -x : x);
+    }
+    char *plain = (char *)moe__store_take(j->store, s.size + 1, 1);
+    uint64_t n = 0, digits = 0;
+    int point = 0, exponent = 0;
+    for (uint64_t i = 0; i < s.size; i++) {
+        const char c = s.as.text[i];
+        const int behind_digit = i && moe__jinja_is_digit(s.as.text[i - 1]);
+        if (c == '_' && behind_digit && i + 1 < s.size && moe__jinja_is_digit(s.as.text[i + 1]))
+            continue;
+        if (moe__jinja_is_digit(c)) digits++;
+        else if (c == '.' && !point && !exponent) point = 1;
+        else if ((c | 32) == 'e' && !exponent && digits) exponent = 1, digits = 0;
+        else if ((c == '-' || c == '+') && i && (s.as.text[i - 1] | 32) == 'e') digits = 0;
+        else return none;
+        plain[n++] = c;
+    }
+    if (!digits) return none;
+    const double x = moe__json_float(j->store, plain, n);
+    return moe__value_float(minus ? -x : x);
+}
+
+// ---- methods of strings ----------------------------------------------------------------------
+
+// Every entry has these parameters; not all need all of them.
+#define MOE__JINJA_ENTRY(name) \
+    MOE__PRIVATE moe__value moe__jinja_##name(moe__jinja *j, moe__value self, moe__value *p, \
+                                              const moe__jinja_args *args)
+#define MOE__JINJA_UNUSED ((void)j, (void)self, (void)p, (void)args)
+
+// One of the characters of a set?
+MOE__PRIVATE int moe__jinja_in_set(moe__value set, const char *text, uint64_t size) {
+    uint32_t code;
+    for (uint64_t i = 0, n; i < set.size; i += n) {
+        n = moe__utf8_next(set.as.text + i, (size_t)(set.size - i), &code);
+        if (n == size && !memcmp(set.as.text + i, text, (size_t)n)) return 1;
+    }
+    return 0;
+}
+
+// Without white space, or the characters of a set, on the left (1), the right (2) or both (3).
+MOE__PRIVATE moe__value moe__jinja_strip_sides(moe__jinja *j, moe__value s, moe__value set,
+                                               int sides) {
+    uint64_t from = 0, to = s.size;
+    uint32_t code;
+    if (!moe__jinja_given(set) || set.kind == MOE__VALUE_NONE) {
+        if (sides & 1) from = moe__jinja_skip_space(s.as.text, 0, to);
+        if (sides & 2) to = moe__jinja_skip_space_back(s.as.text, from, to);
+        moe__store_step(j->store, (s.size - (to - from)) / 16);
+        return moe__value_part(s, from, to);
+    }
+    set = moe__jinja_string_of(j, set, "");
+    while (sides & 1 && from < to) {
+        const uint64_t n = moe__utf8_next(s.as.text + from, (size_t)(to - from), &code);
+        moe__store_step(j->store, 1 + set.size / 8);
+        if (!moe__jinja_in_set(set, s.as.text + from, n)) break;
+        from += n;
+    }
+    while (sides & 2 && from < to) {
+        const uint64_t at = moe__jinja_before(s.as.text, to, &code);
+        moe__store_step(j->store, 1 + set.size / 8);
+        if (at < from || !moe__jinja_in_set(set, s.as.text + at, to - at)) break;
+        to = at;
+    }
+    return moe__value_part(s, from, to);
+}
+MOE__JINJA_ENTRY(strip) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_strip_sides(j, self, p[0], 3);
+}
+MOE__JINJA_ENTRY(lstrip) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_strip_sides(j, self, p[0], 1);
+}
+MOE__JINJA_ENTRY(rstrip) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_strip_sides(j, self, p[0], 2);
+}
+
+MOE__PRIVATE void moe__jinja_reverse_list(moe__list *list) {
+    for (uint64_t i = 0; i < list->n / 2; i++) {
+        const moe__value swapped = list->items[i];
+        list->items[i] = list->items[list->n - 1 - i];
+        list->items[list->n - 1 - i] = swapped;
+    }
+}
+
+// Words between white space, at most max + 1.
+MOE__PRIVATE moe__value moe__jinja_split_words(moe__jinja *j, moe__value s, int64_t max) {
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+    uint64_t at = moe__jinja_skip_space(s.as.text, 0, s.size);
+    while (at < s.size) {
+        uint64_t end = at;
+        uint32_t code;
+        if (max >= 0 && (int64_t)out.as.list->n == max) {
+            end = moe__jinja_skip_space_back(s.as.text, at, s.size);
+            moe__list_add(j->store, out.as.list, moe__value_part(s, at, end));
+            break;
+        }
+        while (end < s.size) {
+            const size_t n = moe__utf8_next(s.as.text + end, (size_t)(s.size - end), &code);
+            if (moe__jinja_is_space(code)) break;
+            end += n;
+        }
+        moe__list_add(j->store, out.as.list, moe__value_part(s, at, end));
+        at = moe__jinja_skip_space(s.as.text, end, s.size);
+    }
+    return out;
+}
+// The same from the right.
+MOE__PRIVATE moe__value moe__jinja_rsplit_words(moe__jinja *j, moe__value s, int64_t max) {
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+    uint64_t end = moe__jinja_skip_space_back(s.as.text, 0, s.size);
+    while (end > 0) {
+        uint64_t at = end;
+        uint32_t code;
+        if (max >= 0 && (int64_t)out.as.list->n == max) {
+            at = moe__jinja_skip_space(s.as.text, 0, end);
+            moe__list_add(j->store, out.as.list, moe__value_part(s, at, end));
+            break;
+        }
+        while (at > 0) {
+            const uint64_t before = moe__jinja_before(s.as.text, at, &code);
+            if (moe__jinja_is_space(code)) break;
+            at = before;
+        }
+        moe__list_add(j->store, out.as.list, moe__value_part(s, at, end));
+        end = moe__jinja_skip_space_back(s.as.text, 0, at);
+    }
+    moe__jinja_reverse_list(out.as.list);
+    return out;
+}
+
+MOE__JINJA_ENTRY(split) {
+    MOE__JINJA_UNUSED;
+    const int64_t max = moe__jinja_int_of(j, p[1], -1);
+    moe__store_step(j->store, self.size / 16);
+    if (!moe__jinja_given(p[0]) || p[0].kind == MOE__VALUE_NONE)
+        return moe__jinja_split_words(j, self, max);
+    const moe__value part = moe__jinja_string_of(j, p[0], "");
+    if (!part.size) moe__jinja_fail(j, "empty separator");
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+    uint64_t at = 0, end;
+    while (max < 0 || (int64_t)out.as.list->n < max) {
+        if ((end = moe__jinja_find(j, self, part, at)) == UINT64_MAX) break;
+        moe__list_add(j->store, out.as.list, moe__value_part(self, at, end));
+        at = end + part.size;
+    }
+    moe__list_add(j->store, out.as.list, moe__value_part(self, at, self.size));
+    return out;
+}
+
+// The last place of a part that ends before `to`, or UINT64_MAX.
+MOE__PRIVATE uint64_t moe__jinja_rfind_bytes(moe__jinja *j, moe__value s, moe__value part,
+                                             uint64_t to) {
+    if (part.size > to) return UINT64_MAX;
+    for (uint64_t at = to - part.size + 1, n = 1; at-- > 0; n++) {
+        if (n % 32 == 0) moe__store_step(j->store, 1 + part.size / 64);
+        if (!part.size || !memcmp(s.as.text + at, part.as.text, (size_t)part.size)) return at;
+    }
+    return UINT64_MAX;
+}
+
+MOE__JINJA_ENTRY(rsplit) {
+    MOE__JINJA_UNUSED;
+    const int64_t max = moe__jinja_int_of(j, p[1], -1);
+    moe__store_step(j->store, self.size / 16);
+    if (!moe__jinja_given(p[0]) || p[0].kind == MOE__VALUE_NONE)
+        return moe__jinja_rsplit_words(j, self, max);
+    const moe__value part = moe__jinja_string_of(j, p[0], "");
+    if (!part.size) moe__jinja_fail(j, "empty separator");
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+    uint64_t end = self.size, at;
+    while (max < 0 || (int64_t)out.as.list->n < max) {
+        if ((at = moe__jinja_rfind_bytes(j, self, part, end)) == UINT64_MAX) break;
+        moe__list_add(j->store, out.as.list, moe__value_part(self, at + part.size, end));
+        end = at;
+    }
+    moe__list_add(j->store, out.as.list, moe__value_part(self, 0, end));
+    moe__jinja_reverse_list(out.as.list);
+    return out;
+}
+
+MOE__PRIVATE moe__value moe__jinja_lines(moe__jinja *j, moe__value s, int keep) {
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+    uint64_t from = 0, n;
+    uint32_t code;
+    moe__store_step(j->store, s.size / 16);
+    for (uint64_t i = 0; i < s.size; i += n) {
+        n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+        if (!moe__jinja_is_line_end(code)) continue;
+        if (code == '\r' && i + 1 < s.size && s.as.text[i + 1] == '\n') n = 2;
+        moe__list_add(j->store, out.as.list, moe__value_part(s, from, keep ? i + n : i));
+        from = i + n;
+    }
+    if (from < s.size)
+        moe__list_add(j->store, out.as.list, moe__value_part(s, from, s.size));
+    return out;
+}
+MOE__JINJA_ENTRY(splitlines) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_lines(j, self, moe__jinja_bool_of(j, p[0], 0));
+}
+
+// start and end of a search, as in a slice: bytes. 0: start lies behind the end of the string.
+MOE__PRIVATE int moe__jinja_bounds(moe__jinja *j, moe__value s, moe__value start, moe__value end,
+                                   uint64_t *from, uint64_t *to) {
+    moe__value parts[3];
+    int64_t first, step, n = (int64_t)moe__jinja_count(j, s);
+    parts[0] = moe__jinja_given(start) ? start : moe__value_none();
+    parts[1] = moe__jinja_given(end) ? end : moe__value_none();
+    parts[2] = moe__value_none();
+    const int64_t size = moe__jinja_slice_range(j, parts, n, &first, &step);
+    if (size < 0) moe__jinja_fail(j, "slice indices must be integers or None");
+    *from = moe__jinja_offset(j, s, first);
+    *to = *from + moe__jinja_offset(j, moe__value_part(s, *from, s.size), size);
+    return parts[0].kind == MOE__VALUE_NONE || parts[0].as.i <= n;
+}
+
+MOE__PRIVATE int moe__jinja_has_end(moe__value s, moe__value part, int at_end) {
+    return part.size <= s.size &&
+           (!part.size || !memcmp(s.as.text + (at_end ? s.size - part.size : 0), part.as.text,
+                                  (size_t)part.size));
+}
+MOE__PRIVATE moe__value moe__jinja_with(moe__jinja *j, moe__value s, moe__value *p, int at_end) {
+    uint64_t from, to;
+    int found = 0;
+    const int inside = moe__jinja_bounds(j, s, p[1], p[2], &from, &to);
+    s = moe__value_part(s, from, to);
+    const uint64_t n = p[0].kind == MOE__VALUE_TUPLE ? p[0].as.list->n : 1;
+    for (uint64_t i = 0; i < n && !found; i++) {
+        const moe__value part = p[0].kind == MOE__VALUE_TUPLE ? p[0].as.list->items[i] : p[0];
+        moe__jinja_need(j, part);
+        if (part.kind != MOE__VALUE_STRING)
+            moe__jinja_fail(j, "%s first arg must be str or a tuple of str, not %s",
+                            at_end ? "endswith" : "startswith", moe__jinja_type(part));
+        found = inside && moe__jinja_has_end(s, part, at_end);
+    }
+    return moe__value_bool(found);
+}
+MOE__JINJA_ENTRY(startswith) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_with(j, self, p, 0);
+}
+MOE__JINJA_ENTRY(endswith) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_with(j, self, p, 1);
+}
+
+MOE__PRIVATE moe__value moe__jinja_replace_all(moe__jinja *j, moe__value s, moe__value old,
+                                               moe__value put, int64_t count) {
+    moe__builder b = moe__builder_of(j->store);
+    uint64_t at = 0, end;
+    uint32_t code;
+    if (s.safe) put = moe__jinja_escaped(j, put);
+    moe__builder_string(&b, moe__value_part(s, 0, 0));
+    for (; count != 0; count--) {
+        moe__store_step(j->store, 1);
+        if (!old.size) { // between all characters
+            moe__builder_string(&b, put);
+            if (at == s.size) break;
+            end = at + moe__utf8_next(s.as.text + at, (size_t)(s.size - at), &code);
+            moe__builder_string(&b, moe__value_part(s, at, end));
+            at = end;
+            continue;
+        }
+        if ((end = moe__jinja_find(j, s, old, at)) == UINT64_MAX) break;
+        moe__builder_string(&b, moe__value_part(s, at, end));
+        moe__builder_string(&b, put);
+        at = end + old.size;
+    }
+    moe__builder_string(&b, moe__value_part(s, at, s.size));
+    moe__value v = moe__builder_end(&b);
+    v.safe = s.safe;
+    return v;
+}
+MOE__JINJA_ENTRY(replace) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_replace_all(j, self, moe__jinja_string_of(j, p[0], ""),
+                                  moe__jinja_string_of(j, p[1], ""),
+                                  moe__jinja_int_of(j, p[2], -1));
+}
+
+MOE__JINJA_ENTRY(upper) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_recase(j, self, MOE__JINJA_UPPER);
+}
+MOE__JINJA_ENTRY(lower) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_recase(j, self, MOE__JINJA_LOWER);
+}
+MOE__JINJA_ENTRY(title) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_recase(j, self, MOE__JINJA_TITLE);
+}
+MOE__JINJA_ENTRY(capitalize) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_recase(j, self, MOE__JINJA_CAPITALIZE);
+}
+MOE__JINJA_ENTRY(swapcase) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_recase(j, self, MOE__JINJA_SWAP);
+}
+
+// The first or last place of a part, in characters, or -1.
+MOE__PRIVATE int64_t moe__jinja_place(moe__jinja *j, moe__value s, moe__value *p, int last) {
+    uint64_t from, to;
+    const moe__value part = moe__jinja_string_of(j, p[0], "");
+    const int inside = moe__jinja_bounds(j, s, p[1], p[2], &from, &to);
+    const moe__value all = moe__value_part(s, 0, to);
+    uint64_t at = last ? moe__jinja_rfind_bytes(j, all, part, to)
+                       : moe__jinja_find(j, all, part, from);
+    if (!inside || at == UINT64_MAX || at < from) return -1;
+    return (int64_t)moe__jinja_count(j, moe__value_part(s, 0, at));
+}
+MOE__JINJA_ENTRY(find_place) {
+    MOE__JINJA_UNUSED;
+    return moe__value_int(moe__jinja_place(j, self, p, 0));
+}
+MOE__JINJA_ENTRY(rfind) {
+    MOE__JINJA_UNUSED;
+    return moe__value_int(moe__jinja_place(j, self, p, 1));
+}
+MOE__PRIVATE moe__value moe__jinja_must_place(moe__jinja *j, moe__value s, moe__value *p, int last) {
+    const int64_t at = moe__jinja_place(j, s, p, last);
+    if (at < 0) moe__jinja_fail(j, "substring not found");
+    return moe__value_int(at);
+}
+MOE__JINJA_ENTRY(index) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_must_place(j, self, p, 0);
+}
+MOE__JINJA_ENTRY(rindex) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_must_place(j, self, p, 1);
+}
+MOE__JINJA_ENTRY(count_parts) {
+    MOE__JINJA_UNUSED;
+    uint64_t from, to;
+    int64_t n = 0;
+    const moe__value part = moe__jinja_string_of(j, p[0], "");
+    if (!moe__jinja_bounds(j, self, p[1], p[2], &from, &to)) return moe__value_int(0);
+    const moe__value s = moe__value_part(self, from, to);
+    if (!part.size) return moe__value_int((int64_t)moe__jinja_count(j, s) + 1);
+    for (uint64_t at = 0; (at = moe__jinja_find(j, s, part, at)) != UINT64_MAX; at += part.size)
+        n++;
+    return moe__value_int(n);
+}
+
+MOE__JINJA_ENTRY(join) {
+    MOE__JINJA_UNUSED;
+    const moe__list *list = moe__jinja_iterate(j, p[0]);
+    moe__builder b = moe__builder_of(j->store);
+    for (uint64_t i = 0; i < list->n; i++) {
+        const moe__value item = list->items[i];
+        if (item.kind != MOE__VALUE_STRING && !self.safe)
+            moe__jinja_fail(j, "sequence item %llu: expected str instance, %s found",
+                            (unsigned long long)i, moe__jinja_type(item));
+        if (i) moe__builder_string(&b, self);
+        moe__builder_string(&b, self.safe ? moe__jinja_escaped(j, item) : item);
+    }
+    moe__value v = moe__builder_end(&b);
+    v.safe = self.safe;
+    return v;
+}
+
+MOE__JINJA_ENTRY(format_method) {
+    MOE__JINJA_UNUSED;
+    uint64_t automatic = 0;
+    return moe__jinja_format(j, self, args, &automatic);
+}
+MOE__JINJA_ENTRY(format_map) {
+    MOE__JINJA_UNUSED;
+    uint64_t automatic = 0;
+    moe__jinja_args named;
+    memset(&named, 0, sizeof named);
+    if (p[0].kind != MOE__VALUE_DICT) moe__jinja_fail(j, "format_map() needs a dict");
+    named.named = p[0].as.dict;
+    return moe__jinja_format(j, self, &named, &automatic);
+}
+
+// Have all characters one of these classes? An empty string has not.
+MOE__PRIVATE moe__value moe__jinja_all(moe__jinja *j, moe__value s, uint32_t classes) {
+    int all = s.size > 0;
+    uint32_t code;
+    moe__store_step(j->store, s.size / 8);
+    for (uint64_t i = 0, n; all && i < s.size; i += n) {
+        n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+        all = classes == MOE__C_WHITE ? moe__jinja_is_space(code)
+                                      : moe__text_in(moe__text_classify(j->runs, code), classes);
+    }
+    return moe__value_bool(all);
+}
+MOE__JINJA_ENTRY(isalpha) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_all(j, self, MOE__C_L);
+}
+MOE__JINJA_ENTRY(isalnum) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_all(j, self, MOE__C_L | MOE__C_N);
+}
+MOE__JINJA_ENTRY(isspace) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_all(j, self, MOE__C_WHITE);
+}
+MOE__JINJA_ENTRY(isnumeric) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_all(j, self, MOE__C_N);
+}
+MOE__JINJA_ENTRY(isdigit) { // of ASCII alone: which others are digits is not in the table
+    MOE__JINJA_UNUSED;
+    return moe__jinja_all(j, self, MOE__C_DIGIT);
+}
+MOE__JINJA_ENTRY(isascii) {
+    MOE__JINJA_UNUSED;
+    int all = 1;
+    for (uint64_t i = 0; i < self.size; i++) all = all && !(self.as.text[i] & 0x80);
+    return moe__value_bool(all);
+}
+MOE__JINJA_ENTRY(isprintable) {
+    MOE__JINJA_UNUSED;
+    int all = 1;
+    uint32_t code;
+    moe__store_step(j->store, self.size / 8);
+    for (uint64_t i = 0; i < self.size;) {
+        i += moe__utf8_next(self.as.text + i, (size_t)(self.size - i), &code);
+        all = all && moe__jinja_is_printable(j, code);
+    }
+    return moe__value_bool(all);
+}
+// All letters that have cases are of one, and there are some.
+MOE__PRIVATE moe__value moe__jinja_has_case(moe__jinja *j, moe__value s, uint32_t wanted) {
+    int some = 0, other = 0;
+    uint32_t code;
+    moe__store_step(j->store, s.size / 8);
+    for (uint64_t i = 0; i < s.size;) {
+        i += moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+        const uint32_t classes = moe__text_classify(j->runs, code);
+        some |= moe__text_in(classes, wanted);
+        other |= moe__text_in(classes, (MOE__C_LU | MOE__C_LL | MOE__C_LT) & ~wanted);
+    }
+    return moe__value_bool(some && !other);
+}
+MOE__JINJA_ENTRY(isupper) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_has_case(j, self, MOE__C_LU);
+}
+MOE__JINJA_ENTRY(islower) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_has_case(j, self, MOE__C_LL);
+}
+MOE__JINJA_ENTRY(istitle) {
+    MOE__JINJA_UNUSED;
+    const moe__value titled = moe__jinja_recase(j, self, MOE__JINJA_TITLE);
+    int some = 0;
+    uint32_t code;
+    for (uint64_t i = 0; i < self.size;) {
+        i += moe__utf8_next(self.as.text + i, (size_t)(self.size - i), &code);
+        some |= moe__jinja_is_cased(j, code);
+    }
+    return moe__value_bool(some && moe__value_equal(j->store, titled, self));
+}
+
+// ljust, rjust, center: filled up to a width.
+MOE__PRIVATE moe__value moe__jinja_justify(moe__jinja *j, moe__value s, int64_t width,
+                                           moe__value fill, int left, int right) {
+    moe__builder b = moe__builder_of(j->store);
+    const int64_t n = (int64_t)moe__jinja_count(j, s);
+    const int64_t missing = width > n ? width - n : 0;
+    if (moe__jinja_given(fill) && moe__jinja_count(j, moe__jinja_string_of(j, fill, " ")) != 1)
+        moe__jinja_fail(j, "The fill character must be exactly one character long");
+    if (!moe__jinja_given(fill)) fill = moe__value_words(" ");
+    // Python's center puts the odd one to the left if the width is odd.
+    const int64_t before = left && right ? missing / 2 + (missing & width & 1) : left ? missing : 0;
+    moe__store_step(j->store, (uint64_t)missing);
+    for (int64_t i = 0; i < before; i++) moe__builder_string(&b, fill);
+    moe__builder_string(&b, s);
+    for (int64_t i = before; i < missing; i++) moe__builder_string(&b, fill);
+    moe__value v = moe__builder_end(&b);
+    v.safe = s.safe;
+    return v;
+}
+MOE__JINJA_ENTRY(ljust) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_justify(j, self, moe__jinja_int_of(j, p[0], 0), p[1], 0, 1);
+}
+MOE__JINJA_ENTRY(rjust) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_justify(j, self, moe__jinja_int_of(j, p[0], 0), p[1], 1, 0);
+}
+MOE__JINJA_ENTRY(center) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_justify(j, self, moe__jinja_int_of(j, p[0], 80), p[1], 1, 1);
+}
+MOE__JINJA_ENTRY(zfill) {
+    MOE__JINJA_UNUSED;
+    const uint64_t sign = self.size && (self.as.text[0] == '-' || self.as.text[0] == '+');
+    const moe__value rest = moe__value_part(self, sign, self.size);
+    const moe__value zeros =
+        moe__jinja_justify(j, rest, moe__jinja_int_of(j, p[0], 0) - (int64_t)sign,
+                           moe__value_words("0"), 1, 0);
+    return sign ? moe__jinja_join_two(j, moe__value_part(self, 0, 1), zeros) : zeros;
+}
+MOE__JINJA_ENTRY(removeprefix) {
+    MOE__JINJA_UNUSED;
+    const moe__value part = moe__jinja_string_of(j, p[0], "");
+    return moe__jinja_has_end(self, part, 0) ? moe__value_part(self, part.size, self.size) : self;
+}
+MOE__JINJA_ENTRY(removesuffix) {
+    MOE__JINJA_UNUSED;
+    const moe__value part = moe__jinja_string_of(j, p[0], "");
+    return moe__jinja_has_end(self, part, 1) ? moe__value_part(self, 0, self.size - part.size)
+                                             : self;
+}
+MOE__PRIVATE moe__value moe__jinja_three(moe__jinja *j, moe__value s, moe__value part, int last) {
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_TUPLE, 3);
+    part = moe__jinja_string_of(j, part, "");
+    if (!part.size) moe__jinja_fail(j, "empty separator");
+    const uint64_t at = last ? moe__jinja_rfind_bytes(j, s, part, s.size)
+                             : moe__jinja_find(j, s, part, 0);
+    const int found = at != UINT64_MAX;
+    const moe__value whole = s, empty = moe__value_part(s, 0, 0);
+    const moe__value before = found ? moe__value_part(s, 0, at) : last ? empty : whole;
+    const moe__value behind = found ? moe__value_part(s, at + part.size, s.size)
+                              : last ? whole
+                                     : empty;
+    moe__list_add(j->store, out.as.list, before);
+    moe__list_add(j->store, out.as.list, found ? part : empty);
+    moe__list_add(j->store, out.as.list, behind);
+    return out;
+}
+MOE__JINJA_ENTRY(partition) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_three(j, self, p[0], 0);
+}
+MOE__JINJA_ENTRY(rpartition) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_three(j, self, p[0], 1);
+}
+MOE__JINJA_ENTRY(expandtabs) {
+    MOE__JINJA_UNUSED;
+    const int64_t width = moe__jinja_int_of(j, p[0], 8);
+    moe__builder b = moe__builder_of(j->store);
+    int64_t column = 0;
+    uint32_t code;
+    moe__store_step(j->store, self.size);
+    for (uint64_t i = 0, n; i < self.size; i += n) {
+        n = moe__utf8_next(self.as.text + i, (size_t)(self.size - i), &code);
+        if (code == '\t') {
+            const int64_t spaces = width > 0 ? width - column % width : 0;
+            moe__store_step(j->store, (uint64_t)spaces);
+            moe__builder_repeat(&b, ' ', (uint64_t)spaces);
+            column += spaces;
+        } else {
+            moe__builder_string(&b, moe__value_part(self, i, i + n));
+            column = code == '\n' || code == '\r' ? 0 : column + 1;
+        }
+    }
+    return moe__builder_end(&b);
+}
+
+// ---- methods of lists, dicts and the rest ----------------------------------------------------
+
+MOE__JINJA_ENTRY(list_count) {
+    MOE__JINJA_UNUSED;
+    const moe__list *list = moe__jinja_iterate(j, self);
+    int64_t n = 0;
+    for (uint64_t i = 0; i < list->n; i++) n += moe__value_equal(j->store, list->items[i], p[0]);
+    return moe__value_int(n);
+}
+MOE__JINJA_ENTRY(list_index) {
+    MOE__JINJA_UNUSED;
+    const moe__list *list = moe__jinja_iterate(j, self);
+    moe__value parts[3];
+    int64_t first, step;
+    parts[0] = moe__jinja_given(p[1]) ? p[1] : moe__value_none();
+    parts[1] = moe__jinja_given(p[2]) ? p[2] : moe__value_none();
+    parts[2] = moe__value_none();
+    const int64_t n = moe__jinja_slice_range(j, parts, (int64_t)list->n, &first, &step);
+    for (int64_t i = first; i < first + n; i++)
+        if (moe__value_equal(j->store, list->items[i], p[0])) return moe__value_int(i);
+    moe__jinja_fail(j, "value is not in %s", moe__jinja_type(self));
+}
+MOE__JINJA_ENTRY(list_copy) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_list_of(moe__jinja_copy(j, self), MOE__VALUE_LIST);
+}
+
+MOE__JINJA_ENTRY(dict_get) {
+    MOE__JINJA_UNUSED;
+    if (p[0].kind == MOE__VALUE_LIST || p[0].kind == MOE__VALUE_DICT)
+        moe__jinja_fail(j, "unhashable type: '%s'", moe__jinja_type(p[0]));
+    const moe__value *value = moe__dict_find(j->store, self.as.dict, p[0]);
+    return value ? *value : moe__jinja_given(p[1]) ? p[1] : moe__value_none();
+}
+MOE__PRIVATE moe__value moe__jinja_view(moe__value dict, int what) {
+    moe__value v = moe__value_of(MOE__VALUE_VIEW);
+    v.as.dict = dict.as.dict;
+    v.of = (uint8_t)what;
+    return v;
+}
+MOE__JINJA_ENTRY(dict_keys) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_view(self, MOE__JINJA_KEYS);
+}
+MOE__JINJA_ENTRY(dict_values) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_view(self, MOE__JINJA_VALUES);
+}
+MOE__JINJA_ENTRY(dict_items) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_view(self, MOE__JINJA_ITEMS);
+}
+MOE__PRIVATE void moe__jinja_dict_add(moe__jinja *j, moe__dict *dict, moe__value key,
+                                      moe__value value) {
+    if (key.kind == MOE__VALUE_LIST || key.kind == MOE__VALUE_DICT)
+        moe__jinja_fail(j, "unhashable type: '%s'", moe__jinja_type(key));
+    moe__store_step(j->store, 1);
+    moe__dict_set(j->store, dict, key, value);
+}
+// Entries of a dict, of a list of pairs, and named arguments.
+MOE__PRIVATE moe__value moe__jinja_dict_of(moe__jinja *j, moe__value_kind kind,
+                                           const moe__jinja_args *args) {
+    const moe__value out = moe__dict_new(j->store, kind);
+    if (args->n > 1) moe__jinja_fail(j, "dict expected at most 1 argument");
+    const moe__value from = args->n ? args->items[0] : moe__value_of(MOE__VALUE_UNDEFINED);
+    if (from.kind == MOE__VALUE_DICT) {
+        for (uint64_t i = 0; i < from.as.dict->n; i++)
+            moe__jinja_dict_add(j, out.as.dict, from.as.dict->entries[i].key,
+                                from.as.dict->entries[i].value);
+    } else if (args->n) {
+        const moe__list *pairs = moe__jinja_iterate(j, from);
+        for (uint64_t i = 0; i < pairs->n; i++) {
+            const moe__list *pair = moe__jinja_iterate(j, pairs->items[i]);
+            if (pair->n != 2)
+                moe__jinja_fail(j, "dictionary update sequence element #%llu has length %llu; 2 "
+                                "is required", (unsigned long long)i, (unsigned long long)pair->n);
+            moe__jinja_dict_add(j, out.as.dict, pair->items[0], pair->items[1]);
+        }
+    }
+    for (uint64_t i = 0; args->named && i < args->named->n; i++)
+        moe__jinja_dict_add(j, out.as.dict, args->named->entries[i].key,
+                            args->named->entries[i].value);
+    return out;
+}
+MOE__JINJA_ENTRY(dict_copy) {
+    moe__jinja_args from = *args;
+    MOE__JINJA_UNUSED;
+    from.items = &self;
+    from.n = 1;
+    return moe__jinja_dict_of(j, MOE__VALUE_DICT, &from);
+}
+
+MOE__JINJA_ENTRY(loop_cycle) {
+    MOE__JINJA_UNUSED;
+    if (!args->n) moe__jinja_fail(j, "no items for cycling given");
+    return args->items[((const moe__jinja_loop *)self.as.object)->at % args->n];
+}
+MOE__JINJA_ENTRY(loop_changed) {
+    moe__jinja_loop *loop = (moe__jinja_loop *)self.as.object;
+    const moe__value now = moe__list_new(j->store, MOE__VALUE_TUPLE, args->n);
+    MOE__JINJA_UNUSED;
+    for (uint64_t i = 0; i < args->n; i++)
+        moe__list_add(j->store, now.as.list, args->items[i]);
+    const int same = moe__value_equal(j->store, loop->changed, now);
+    loop->changed = now;
+    return moe__value_bool(!same);
+}
+MOE__JINJA_ENTRY(cycler_next) {
+    moe__jinja_cycle *cycle = (moe__jinja_cycle *)self.as.object;
+    MOE__JINJA_UNUSED;
+    const moe__value v = cycle->items->items[cycle->at];
+    cycle->at = (cycle->at + 1) % cycle->items->n;
+    return v;
+}
+MOE__JINJA_ENTRY(cycler_reset) {
+    MOE__JINJA_UNUSED;
+    ((moe__jinja_cycle *)self.as.object)->at = 0;
+    return moe__value_none();
+}
+
+static const moe__jinja_entry moe__jinja_string_methods[] = {
+    {"strip", 0, "chars", moe__jinja_strip},
+    {"lstrip", 0, "chars", moe__jinja_lstrip},
+    {"rstrip", 0, "chars", moe__jinja_rstrip},
+    {"split", 0, "sep maxsplit", moe__jinja_split},
+    {"rsplit", 0, "sep maxsplit", moe__jinja_rsplit},
+    {"splitlines", 0, "keepends", moe__jinja_splitlines},
+    {"startswith", 1, "prefix start end", moe__jinja_startswith},
+    {"endswith", 1, "suffix start end", moe__jinja_endswith},
+    {"replace", 2, "old new count", moe__jinja_replace},
+    {"upper", 0, "", moe__jinja_upper},
+    {"lower", 0, "", moe__jinja_lower},
+    {"casefold", 0, "", moe__jinja_lower},
+    {"title", 0, "", moe__jinja_title},
+    {"capitalize", 0, "", moe__jinja_capitalize},
+    {"swapcase", 0, "", moe__jinja_swapcase},
+    {"find", 1, "sub start end", moe__jinja_find_place},
+    {"rfind", 1, "sub start end", moe__jinja_rfind},
+    {"index", 1, "sub start end", moe__jinja_index},
+    {"rindex", 1, "sub start end", moe__jinja_rindex},
+    {"count", 1, "sub start end", moe__jinja_count_parts},
+    {"join", 1, "iterable", moe__jinja_join},
+    {"format", 0, "*", moe__jinja_format_method},
+    {"format_map", 1, "mapping", moe__jinja_format_map},
+    {"isalpha", 0, "", moe__jinja_isalpha},
+    {"isalnum", 0, "", moe__jinja_isalnum},
+    {"isdigit", 0, "", moe__jinja_isdigit},
+    {"isdecimal", 0, "", moe__jinja_isdigit},
+    {"isnumeric", 0, "", moe__jinja_isnumeric},
+    {"isspace", 0, "", moe__jinja_isspace},
+    {"isascii", 0, "", moe__jinja_isascii},
+    {"isprintable", 0, "", moe__jinja_isprintable},
+    {"isupper", 0, "", moe__jinja_isupper},
+    {"islower", 0, "", moe__jinja_islower},
+    {"istitle", 0, "", moe__jinja_istitle},
+    {"ljust", 1, "width fillchar", moe__jinja_ljust},
+    {"rjust", 1, "width fillchar", moe__jinja_rjust},
+    {"center", 1, "width fillchar", moe__jinja_center},
+    {"zfill", 1, "width", moe__jinja_zfill},
+    {"removeprefix", 1, "prefix", moe__jinja_removeprefix},
+    {"removesuffix", 1, "suffix", moe__jinja_removesuffix},
+    {"partition", 1, "sep", moe__jinja_partition},
+    {"rpartition", 1, "sep", moe__jinja_rpartition},
+    {"expandtabs", 0, "tabsize", moe__jinja_expandtabs},
+    {NULL, 0, NULL, NULL}};
+static const moe__jinja_entry moe__jinja_list_methods[] = { // of tuples and ranges, too
+    {"count", 1, "value", moe__jinja_list_count},
+    {"index", 1, "value start stop", moe__jinja_list_index},
+    {"copy", 0, "", moe__jinja_list_copy},
+    {NULL, 0, NULL, NULL}};
+static const moe__jinja_entry moe__jinja_dict_methods[] = {
+    {"get", 1, "key default", moe__jinja_dict_get},
+    {"items", 0, "", moe__jinja_dict_items},
+    {"keys", 0, "", moe__jinja_dict_keys},
+    {"values", 0, "", moe__jinja_dict_values},
+    {"copy", 0, "", moe__jinja_dict_copy},
+    {NULL, 0, NULL, NULL}};
+static const moe__jinja_entry moe__jinja_loop_methods[] = {
+    {"cycle", 0, "*", moe__jinja_loop_cycle},
+    {"changed", 0, "*", moe__jinja_loop_changed},
+    {NULL, 0, NULL, NULL}};
+static const moe__jinja_entry moe__jinja_cycler_methods[] = {
+    {"next", 0, "", moe__jinja_cycler_next},
+    {"reset", 0, "", moe__jinja_cycler_reset},
+    {NULL, 0, NULL, NULL}};
+
+MOE__PRIVATE const moe__jinja_entry *moe__jinja_find_entry(const moe__jinja_entry *table,
+                                                           const char *name, uint64_t size) {
+    for (; table->name; table++)
+        if (strlen(table->name) == size && !memcmp(table->name, name, (size_t)size)) return table;
+    return NULL;
+}
+MOE__PRIVATE const moe__jinja_entry *moe__jinja_find_method(moe__value v, const char *name,
+                                                            uint64_t size) {
+    switch (v.kind) {
+    case MOE__VALUE_STRING: return moe__jinja_find_entry(moe__jinja_string_methods, name, size);
+    case MOE__VALUE_LIST: return moe__jinja_find_entry(moe__jinja_list_methods, name, size);
+    case MOE__VALUE_TUPLE:
+    case MOE__VALUE_RANGE: {
+        const moe__jinja_entry *entry =
+            moe__jinja_find_entry(moe__jinja_list_methods, name, size);
+        return entry && entry->call != moe__jinja_list_copy ? entry : NULL;
+    }
+    case MOE__VALUE_DICT: return moe__jinja_find_entry(moe__jinja_dict_methods, name, size);
+    case MOE__VALUE_LOOP: return moe__jinja_find_entry(moe__jinja_loop_methods, name, size);
+    case MOE__VALUE_CYCLER: return moe__jinja_find_entry(moe__jinja_cycler_methods, name, size);
+    default: return NULL;
+    }
+}
+
+// ---- filters: strings ------------------------------------------------------------------------
+
+
+MOE__JINJA_ENTRY(filter_string) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_text(j, self);
+}
+MOE__JINJA_ENTRY(filter_safe) {
+    MOE__JINJA_UNUSED;
+    moe__value s = moe__jinja_text(j, self);
+    s.safe = 1;
+    return s;
+}
+MOE__JINJA_ENTRY(filter_escape) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_escaped(j, self);
+}
+MOE__JINJA_ENTRY(filter_forceescape) {
+    MOE__JINJA_UNUSED;
+    moe__value s = moe__jinja_text(j, self);
+    s.safe = 0;
+    return moe__jinja_escaped(j, s);
+}
+MOE__JINJA_ENTRY(filter_upper) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_recase(j, moe__jinja_text(j, self), MOE__JINJA_UPPER);
+}
+MOE__JINJA_ENTRY(filter_lower) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_recase(j, moe__jinja_text(j, self), MOE__JINJA_LOWER);
+}
+MOE__JINJA_ENTRY(filter_capitalize) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_recase(j, moe__jinja_text(j, self), MOE__JINJA_CAPITALIZE);
+}
+// Words begin behind white space, '-' and opening brackets.
+MOE__JINJA_ENTRY(filter_title) {
+    const moe__value s = moe__jinja_text(j, self);
+    moe__builder b = moe__builder_of(j->store);
+    uint64_t from = 0, n;
+    uint32_t code;
+    MOE__JINJA_UNUSED;
+    for (uint64_t i = 0; i <= s.size; i += n) {
+        n = 1;
+        int ends = i == s.size;
+        if (!ends) {
+            n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+            ends = moe__jinja_is_space(code) || (code < 0x80 && code && strchr("-({[<", (int)code));
+        }
+        if (!ends) continue;
+        if (i > from) {
+            moe__store_step(j->store, 1);
+            moe__builder_string(&b, moe__jinja_recase(j, moe__value_part(s, from, i),
+                                                      MOE__JINJA_CAPITALIZE));
+        }
+        if (i < s.size) moe__builder_string(&b, moe__value_part(s, i, i + n));
+        from = i + n;
+    }
+    return moe__builder_end(&b);
+}
+MOE__JINJA_ENTRY(filter_trim) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_strip_sides(j, moe__jinja_text(j, self), p[0], 3);
+}
+MOE__JINJA_ENTRY(filter_replace) {
+    MOE__JINJA_UNUSED;
+    moe__value s = moe__jinja_text(j, self);
+    s.safe = 0;
+    return moe__jinja_replace_all(
+        j, s, moe__jinja_text(j, p[0]), moe__jinja_text(j, p[1]),
+        p[2].kind == MOE__VALUE_NONE ? -1 : moe__jinja_int_of(j, p[2], -1));
+}
+MOE__JINJA_ENTRY(filter_center) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_justify(j, moe__jinja_text(j, self), moe__jinja_int_of(j, p[0], 80), p[1],
+                              1, 1);
+}
+MOE__JINJA_ENTRY(filter_format) {
+    const moe__value s = moe__jinja_text(j, self);
+    moe__value values = moe__list_new(j->store, MOE__VALUE_TUPLE, args->n);
+    MOE__JINJA_UNUSED;
+    if (args->named && args->named->n) {
+        if (args->n)
+            moe__jinja_fail(j, "can't handle positional and keyword arguments at the same time");
+        values = moe__value_of(MOE__VALUE_DICT);
+        values.as.dict = args->named;
+    }
+    for (uint64_t i = 0; i < args->n; i++)
+        moe__list_add(j->store, values.as.list, args->items[i]);
+    return moe__jinja_percent(j, s, values);
+}
+
+MOE__JINJA_ENTRY(filter_indent) {
+    moe__builder b = moe__builder_of(j->store);
+    moe__value indention = p[0];
+    const int first = moe__jinja_bool_of(j, p[1], 0), blank = moe__jinja_bool_of(j, p[2], 0);
+    MOE__JINJA_UNUSED;
+    moe__jinja_need(j, self);
+    if (self.kind != MOE__VALUE_STRING)
+        moe__jinja_fail_operator(j, MOE__JINJA_ADD, self, moe__value_words("\n"));
+    if (indention.kind != MOE__VALUE_STRING)
+        indention = moe__jinja_repeat(j, moe__value_words(" "), moe__jinja_int_of(j, p[0], 4));
+    const moe__value whole = moe__jinja_join_two(j, self, moe__value_words("\n"));
+    const moe__list *lines = moe__jinja_lines(j, whole, 0).as.list;
+    for (uint64_t i = 0; i < lines->n; i++) {
+        if (i) moe__builder_words(&b, "\n");
+        if (i ? blank || lines->items[i].size : first) moe__builder_string(&b, indention);
+        moe__builder_string(&b, lines->items[i]);
+    }
+    moe__value v = moe__builder_end(&b);
+    v.safe = self.safe;
+    return v;
+}
+
+MOE__JINJA_ENTRY(filter_truncate) {
+    MOE__JINJA_UNUSED;
+    const moe__value s = moe__jinja_string_of(j, self, "");
+    const moe__value end = moe__jinja_string_of(j, p[2], "...");
+    const int64_t length = moe__jinja_int_of(j, p[0], 255), n = (int64_t)moe__jinja_count(j, s);
+    const int64_t ends = (int64_t)moe__jinja_count(j, end);
+    const int64_t leeway = p[3].kind == MOE__VALUE_NONE ? 5 : moe__jinja_int_of(j, p[3], 5);
+    if (length < ends)
+        moe__jinja_fail(j, "expected length >= %lld, got %lld", (long long)ends,
+                        (long long)length);
+    if (leeway < 0) moe__jinja_fail(j, "expected leeway >= 0, got %lld", (long long)leeway);
+    if (n <= leeway || n - leeway <= length) return s;
+    moe__value cut = moe__value_part(s, 0, moe__jinja_offset(j, s, length - ends));
+    if (!moe__jinja_bool_of(j, p[1], 0)) {
+        const uint64_t at = moe__jinja_rfind_bytes(j, cut, moe__value_words(" "), cut.size);
+        if (at != UINT64_MAX) cut.size = at;
+    }
+    return moe__jinja_join_two(j, cut, end);
+}
+
+MOE__JINJA_ENTRY(filter_wordcount) {
+    const moe__value s = moe__jinja_text(j, self);
+    int64_t n = 0;
+    int inside = 0;
+    uint32_t code;
+    MOE__JINJA_UNUSED;
+    moe__store_step(j->store, s.size / 8);
+    for (uint64_t i = 0; i < s.size;) {
+        i += moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
+        const int word = code == '_' || moe__text_in(moe__text_classify(j->runs, code),
+                                                     MOE__C_L | MOE__C_N);
+        n += word && !inside;
+        inside = word;
+    }
+    return moe__value_int(n);
+}
+
+MOE__PRIVATE void moe__jinja_quote_url(moe__jinja *j, moe__builder *b, moe__value v, int query) {
+    const moe__value s = moe__jinja_text(j, v);
+    for (uint64_t i = 0; i < s.size; i++) {
+        const unsigned char c = (unsigned char)s.as.text[i];
+        char hex[8];
+        moe__store_step(j->store, 1);
+        if (c < 0x80 && (c | 32) >= 97 && (c | 32) <= 122) {
+            moe__builder_string(b, moe__value_part(s, i, i + 1));
+        } else if ((c >= '0' && c <= '9') || (c && strchr("_.-~", c)) || (c == '/' && !query)) {
+            moe__builder_string(b, moe__value_part(s, i, i + 1));
+        } else {
+            snprintf(hex, sizeof hex, c == ' ' && query ? "+" : "%%%02X", c);
+            moe__builder_add(b, hex, strlen(hex), moe__value_mark(s, i));
+        }
+    }
+}
+MOE__JINJA_ENTRY(filter_urlencode) {
+    moe__builder b = moe__builder_of(j->store);
+    MOE__JINJA_UNUSED;
+    if (self.kind == MOE__VALUE_STRING ||
+        (moe__jinja_length(j, self) < 0 && self.kind != MOE__VALUE_ITERATOR)) {
+        moe__jinja_quote_url(j, &b, self, 0);
+        return moe__builder_end(&b);
+    }
+    const moe__list *list = moe__jinja_iterate(
+        j, self.kind == MOE__VALUE_DICT ? moe__jinja_view(self, MOE__JINJA_ITEMS) : self);
+    for (uint64_t i = 0; i < list->n; i++) {
+        const moe__list *pair = moe__jinja_iterate(j, list->items[i]);
+        if (pair->n != 2) moe__jinja_fail(j, "urlencode needs pairs");
+        if (i) moe__builder_words(&b, "&");
+        moe__jinja_quote_url(j, &b, pair->items[0], 1);
+        moe__builder_words(&b, "=");
+        moe__jinja_quote_url(j, &b, pair->items[1], 1);
+    }
+    return moe__builder_end(&b);
+}
+
+MOE__JINJA_ENTRY(filter_tojson) {
+    moe__builder b = moe__builder_of(j->store);
+    moe__json_style style;
+    MOE__JINJA_UNUSED;
+    memset(&style, 0, sizeof style);
+    style.ensure_ascii = moe__jinja_bool_of(j, p[0], 0);
+    if (moe__jinja_given(p[1]) && p[1].kind != MOE__VALUE_NONE)
+        style.indent = p[1].kind == MOE__VALUE_STRING
+                           ? p[1]
+                           : moe__jinja_repeat(j, moe__value_words(" "),
+                                               moe__jinja_int_of(j, p[1], 0));
+    if (moe__jinja_given(p[2]) && p[2].kind != MOE__VALUE_NONE) {
+        const moe__list *separators = moe__jinja_iterate(j, p[2]);
+        if (separators->n != 2) moe__jinja_fail(j, "separators must be two");
+        style.comma = moe__jinja_string_of(j, separators->items[0], "");
+        style.colon = moe__jinja_string_of(j, separators->items[1], "");
+    }
+    style.sort_keys = moe__jinja_bool_of(j, p[3], 0);
+    moe__json_write(&b, self, &style, 0);
+    return moe__builder_end(&b);
+}
+
+// ---- filters: numbers ------------------------------------------------------------------------
+
+MOE__JINJA_ENTRY(filter_abs) {
+    MOE__JINJA_UNUSED;
+    moe__jinja_need(j, self);
+    if (!moe__value_is_number(self))
+        moe__jinja_fail(j, "bad operand type for abs(): '%s'", moe__jinja_type(self));
+    if (self.kind == MOE__VALUE_FLOAT) return moe__value_float(fabs(self.as.f));
+    if (self.as.i == INT64_MIN) moe__jinja_fail(j, "an integer is too large");
+    return moe__value_int(self.as.i < 0 ? -self.as.i : self.as.i);
+}
+
+MOE__PRIVATE moe__value moe__jinja_float_to_int(double x) { // UNDEFINED: it cannot be
+    if (!(x > -9223372036854775808.0 && x < 9223372036854775808.0))
+        return moe__value_of(MOE__VALUE_UNDEFINED);
+    return moe__value_int((int64_t)x);
+}
+MOE__JINJA_ENTRY(filter_int) {
+    moe__value v = moe__value_of(MOE__VALUE_UNDEFINED);
+    MOE__JINJA_UNUSED;
+    moe__jinja_need(j, self);
+    if (self.kind == MOE__VALUE_STRING) {
+        v = moe__jinja_read_int(self, moe__jinja_int_of(j, p[1], 10));
+        if (v.kind == MOE__VALUE_UNDEFINED) {
+            v = moe__jinja_read_float(j, self);
+            if (v.kind == MOE__VALUE_FLOAT) v = moe__jinja_float_to_int(v.as.f);
+        }
+    } else if (self.kind == MOE__VALUE_FLOAT) {
+        v = moe__jinja_float_to_int(self.as.f);
+    } else if (moe__value_is_number(self)) {
+        v = moe__value_int(self.as.i);
+    }
+    if (v.kind != MOE__VALUE_UNDEFINED) return v;
+    return moe__jinja_given(p[0]) ? p[0] : moe__value_int(0);
+}
+MOE__JINJA_ENTRY(filter_float) {
+    moe__value v = moe__value_of(MOE__VALUE_UNDEFINED);
+    MOE__JINJA_UNUSED;
+    moe__jinja_need(j, self);
+    if (self.kind == MOE__VALUE_STRING) v = moe__jinja_read_float(j, self);
+    else if (moe__value_is_number(self)) v = moe__value_float(moe__value_as_float(self));
+    if (v.kind != MOE__VALUE_UNDEFINED) return v;
+    return moe__jinja_given(p[0]) ? p[0] : moe__value_float(0);
+}
+
+// As Python rounds: the decimal number nearest to x, of two the even one.
+MOE__PRIVATE double moe__jinja_rounded(moe__jinja *j, double x, int64_t digits) {
+    char text[512];
+    if (x - x != 0 || digits > 60) return x;
+    if (digits < 0) {
+        const double unit = pow(10, (double)-digits);
+        return digits < -300 ? 0 : nearbyint(x / unit) * unit;
+    }
+    snprintf(text, sizeof text, "%.*f", (int)digits, fabs(x));
+    moe__jinja_point(text);
+    return copysign(moe__json_float(j->store, text, strlen(text)), x);
+}
+MOE__JINJA_ENTRY(filter_round) {
+    const int64_t digits = moe__jinja_int_of(j, p[0], 0);
+    const moe__value how = moe__jinja_string_of(j, p[1], "common");
+    MOE__JINJA_UNUSED;
+    moe__jinja_need(j, self);
+    const int common = moe__value_is_text(how, "common"), up = moe__value_is_text(how, "ceil");
+    if (!common && !up && !moe__value_is_text(how, "floor"))
+        moe__jinja_fail(j, "method must be common, ceil or floor");
+    if (!moe__value_is_number(self))
+        moe__jinja_fail(j, "type %s doesn't define __round__ method", moe__jinja_type(self));
+    if (common && self.kind != MOE__VALUE_FLOAT && digits >= 0) return moe__value_int(self.as.i);
+    const double x = moe__value_as_float(self);
+    if (common) {
+        const double rounded = moe__jinja_rounded(j, x, digits);
+        return self.kind == MOE__VALUE_FLOAT ? moe__value_float(rounded)
+                                             : moe__jinja_float_to_int(rounded);
+    }
+    const double unit = pow(10, (double)digits);
+    return moe__value_float((up ? ceil(x * unit) : floor(x * unit)) / unit);
+}
+
+// ---- filters: sequences ----------------------------------------------------------------------
+
+MOE__JINJA_ENTRY(filter_length) {
+    MOE__JINJA_UNUSED;
+    const int64_t n = moe__jinja_length(j, self);
+    if (n < 0) moe__jinja_fail(j, "object of type '%s' has no len()", moe__jinja_type(self));
+    return moe__value_int(n);
+}
+MOE__JINJA_ENTRY(filter_default) {
+    MOE__JINJA_UNUSED;
+    const int missing = self.kind == MOE__VALUE_UNDEFINED ||
+                        (moe__jinja_bool_of(j, p[1], 0) && !moe__jinja_truth(j, self));
+    return !missing ? self : moe__jinja_given(p[0]) ? p[0] : moe__value_words("");
+}
+MOE__JINJA_ENTRY(filter_first) {
+    MOE__JINJA_UNUSED;
+    if (self.kind == MOE__VALUE_ITERATOR) {
+        moe__list *list = self.as.list;
+        return list->at < list->n ? list->items[list->at++]
+                                  : moe__jinja_hint("No first item, sequence was empty.");
+    }
+    const moe__list *list = moe__jinja_iterate(j, self);
+    return list->n ? list->items[0] : moe__jinja_hint("No first item, sequence was empty.");
+}
+MOE__JINJA_ENTRY(filter_last) {
+    MOE__JINJA_UNUSED;
+    if (self.kind == MOE__VALUE_ITERATOR || self.kind == MOE__VALUE_UNDEFINED)
+        moe__jinja_fail(j, "'%s' object is not reversible", moe__jinja_type(self));
+    const moe__list *list = moe__jinja_iterate(j, self);
+    return list->n ? list->items[list->n - 1]
+                   : moe__jinja_hint("No last item, sequence was empty.");
+}
+MOE__JINJA_ENTRY(filter_list) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_list_of(moe__jinja_copy(j, self), MOE__VALUE_LIST);
+}
+MOE__JINJA_ENTRY(filter_reverse) {
+    MOE__JINJA_UNUSED;
+    if (self.kind == MOE__VALUE_STRING) {
+        moe__value parts[3];
+        parts[0] = parts[1] = moe__value_none();
+        parts[2] = moe__value_int(-1);
+        return moe__jinja_slice(j, self, parts);
+    }
+    const int once = self.kind != MOE__VALUE_ITERATOR && self.kind != MOE__VALUE_UNDEFINED;
+    moe__list *list = moe__jinja_copy(j, self);
+    moe__jinja_reverse_list(list);
+    return moe__jinja_list_of(list, once ? MOE__VALUE_ITERATOR : MOE__VALUE_LIST);
+}
+MOE__JINJA_ENTRY(filter_items) {
+    MOE__JINJA_UNUSED;
+    if (self.kind != MOE__VALUE_DICT && self.kind != MOE__VALUE_UNDEFINED)
+        moe__jinja_fail(j, "Can only get item pairs from a mapping.");
+    const moe__value all =
+        self.kind == MOE__VALUE_DICT ? moe__jinja_view(self, MOE__JINJA_ITEMS) : self;
+    return moe__jinja_list_of(moe__jinja_copy(j, all), MOE__VALUE_ITERATOR);
+}
+
+// What attribute="a.b.0" means for an item: NONE and ABSENT are the item itself.
+MOE__PRIVATE moe__value moe__jinja_reach(moe__jinja *j, moe__value item, moe__value path,
+                                         moe__value otherwise) {
+    if (!moe__jinja_given(path) || path.kind == MOE__VALUE_NONE) return item;
+    if (path.kind != MOE__VALUE_STRING) {
+        item = moe__jinja_item(j, item, path);
+        return item.kind == MOE__VALUE_UNDEFINED && moe__jinja_given(otherwise) ? otherwise : item;
+    }
+    for (uint64_t at = 0, end; at <= path.size; at = end + 1) {
+        end = moe__jinja_find(j, path, moe__value_words("."), at);
+        if (end == UINT64_MAX) end = path.size;
+        moe__value part = moe__value_part(path, at, end);
+        if (part.size && part.size < 19 && moe__jinja_all(j, part, MOE__C_DIGIT).as.i)
+            part = moe__jinja_read_int(part, 10);
+        item = moe__jinja_item(j, item, part);
+        if (item.kind == MOE__VALUE_UNDEFINED && moe__jinja_given(otherwise) &&
+            otherwise.kind != MOE__VALUE_NONE)
+            item = otherwise;
+    }
+    return item;
+}
+MOE__PRIVATE moe__value moe__jinja_ignore_case(moe__jinja *j, moe__value v) {
+    return v.kind == MOE__VALUE_STRING ? moe__jinja_recase(j, v, MOE__JINJA_LOWER) : v;
+}
+MOE__PRIVATE moe__value moe__jinja_key(moe__jinja *j, moe__value item, moe__value path,
+                                       int case_sensitive) {
+    const moe__value key = moe__jinja_reach(j, item, path, moe__value_of(MOE__VALUE_ABSENT));
+    return case_sensitive ? key : moe__jinja_ignore_case(j, key);
+}
+
+// Sorts items by keys, equal ones stay in their order: runs of 1, 2, 4, ... are merged.
+MOE__PRIVATE void moe__jinja_sort_by(moe__jinja *j, moe__list *items, moe__value *keys,
+                                     int reverse) {
+    const uint64_t n = items->n;
+    moe__value *other_items = (moe__value *)moe__store_take(j->store, n, sizeof *other_items);
+    moe__value *other_keys = (moe__value *)moe__store_take(j->store, n, sizeof *other_keys);
+    moe__value *in_items = items->items, *in_keys = keys;
+    for (uint64_t run = 1; run < n; run *= 2) {
+        for (uint64_t begin = 0; begin < n; begin += 2 * run) {
+            const uint64_t middle = begin + run < n ? begin + run : n;
+            const uint64_t end = middle + run < n ? middle + run : n;
+            uint64_t a = begin, b = middle;
+            for (uint64_t out = begin; out < end; out++) {
+                int right = a == middle;
+                moe__store_step(j->store, 1);
+                if (!right && b < end)
+                    right = reverse ? moe__jinja_compare(j, in_keys[a], in_keys[b], "<") == -1
+                                    : moe__jinja_compare(j, in_keys[b], in_keys[a], "<") == -1;
+                const uint64_t from = right ? b++ : a++;
+                other_items[out] = in_items[from];
+                other_keys[out] = in_keys[from];
+            }
+        }
+        moe__value *swapped = in_items;
+        in_items = other_items;
+        other_items = swapped;
+        swapped = in_keys;
+        in_keys = other_keys;
+        other_keys = swapped;
+    }
+    if (in_items != items->items) memcpy(items->items, in_items, (size_t)n * sizeof *in_items);
+    if (in_keys != keys) memcpy(keys, in_keys, (size_t)n * sizeof *in_keys);
+}
+
+MOE__JINJA_ENTRY(filter_sort) {
+    moe__list *items = moe__jinja_copy(j, self);
+    moe__value *keys = (moe__value *)moe__store_take(j->store, items->n, sizeof *keys);
+    const int case_sensitive = moe__jinja_bool_of(j, p[1], 0);
+    const moe__value comma = moe__value_words(",");
+    MOE__JINJA_UNUSED;
+    for (uint64_t i = 0; i < items->n; i++) {
+        keys[i] = moe__list_new(j->store, MOE__VALUE_LIST, 1);
+        uint64_t at = 0, end = 0;
+        while (p[2].kind == MOE__VALUE_STRING && end != UINT64_MAX) { // several, with commas
+            end = moe__jinja_find(j, p[2], comma, at);
+            const moe__value part =
+                moe__value_part(p[2], at, end == UINT64_MAX ? p[2].size : end);
+            moe__list_add(j->store, keys[i].as.list,
+                          moe__jinja_key(j, items->items[i], part, case_sensitive));
+            at = end + 1;
+        }
+        if (p[2].kind != MOE__VALUE_STRING)
+            moe__list_add(j->store, keys[i].as.list,
+                          moe__jinja_key(j, items->items[i], p[2], case_sensitive));
+    }
+    moe__jinja_sort_by(j, items, keys, moe__jinja_bool_of(j, p[0], 0));
+    return moe__jinja_list_of(items, MOE__VALUE_LIST);
+}
+
+MOE__JINJA_ENTRY(filter_dictsort) {
+    MOE__JINJA_UNUSED;
+    const moe__value by = moe__jinja_string_of(j, p[1], "key");
+    const int by_value = moe__value_is_text(by, "value");
+    if (!by_value && !moe__value_is_text(by, "key"))
+        moe__jinja_fail(j, "You can only sort by either \"key\" or \"value\"");
+    moe__jinja_need(j, self);
+    if (self.kind != MOE__VALUE_DICT)
+        moe__jinja_fail(j, "'%s' object has no attribute 'items'", moe__jinja_type(self));
+    moe__list *items = moe__jinja_copy(j, moe__jinja_view(self, MOE__JINJA_ITEMS));
+    moe__value *keys = (moe__value *)moe__store_take(j->store, items->n, sizeof *keys);
+    for (uint64_t i = 0; i < items->n; i++) {
+        const moe__value key = items->items[i].as.list->items[by_value];
+        keys[i] = moe__jinja_bool_of(j, p[0], 0) ? key : moe__jinja_ignore_case(j, key);
+    }
+    moe__jinja_sort_by(j, items, keys, moe__jinja_bool_of(j, p[2], 0));
+    return moe__jinja_list_of(items, MOE__VALUE_LIST);
+}
+
+MOE__JINJA_ENTRY(filter_unique) {
+    const moe__list *items = moe__jinja_iterate(j, self);
+    const moe__value seen = moe__dict_new(j->store, MOE__VALUE_DICT);
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_ITERATOR, 0);
+    MOE__JINJA_UNUSED;
+    for (uint64_t i = 0; i < items->n; i++) {
+        const moe__value key =
+            moe__jinja_key(j, items->items[i], p[1], moe__jinja_bool_of(j, p[0], 0));
+        const uint64_t before = seen.as.dict->n;
+        moe__jinja_dict_add(j, seen.as.dict, key, moe__value_none());
+        if (seen.as.dict->n > before) moe__list_add(j->store, out.as.list, items->items[i]);
+    }
+    return out;
+}
+
+MOE__PRIVATE moe__value moe__jinja_extreme(moe__jinja *j, moe__value self, moe__value *p,
+                                           int most) {
+    const moe__list *items = moe__jinja_iterate(j, self);
+    const int case_sensitive = moe__jinja_bool_of(j, p[0], 0);
+    if (!items->n) return moe__jinja_hint("No aggregated item, sequence was empty.");
+    moe__value best = items->items[0], key = moe__jinja_key(j, best, p[1], case_sensitive);
+    for (uint64_t i = 1; i < items->n; i++) {
+        const moe__value other = moe__jinja_key(j, items->items[i], p[1], case_sensitive);
+        moe__store_step(j->store, 1);
+        if (moe__jinja_compare(j, other, key, most ? ">" : "<") != (most ? 1 : -1)) continue;
+        best = items->items[i];
+        key = other;
+    }
+    return best;
+}
+MOE__JINJA_ENTRY(filter_min) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_extreme(j, self, p, 0);
+}
+MOE__JINJA_ENTRY(filter_max) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_extreme(j, self, p, 1);
+}
+MOE__JINJA_ENTRY(filter_sum) {
+    const moe__list *items = moe__jinja_iterate(j, self);
+    moe__value total = moe__jinja_given(p[1]) ? p[1] : moe__value_int(0);
+    MOE__JINJA_UNUSED;
+    if (total.kind == MOE__VALUE_STRING) moe__jinja_fail(j, "sum() can't sum strings");
+    for (uint64_t i = 0; i < items->n; i++) {
+        moe__store_step(j->store, 1);
+        total = moe__jinja_math(j, MOE__JINJA_ADD, total,
+                                moe__jinja_reach(j, items->items[i], p[0],
+                                                 moe__value_of(MOE__VALUE_ABSENT)));
+    }
+    return total;
+}
+MOE__JINJA_ENTRY(filter_join) {
+    const moe__list *items = moe__jinja_iterate(j, self);
+    const moe__value glue = moe__jinja_given(p[0]) ? moe__jinja_text(j, p[0])
+                                                   : moe__value_words("");
+    moe__builder b = moe__builder_of(j->store);
+    MOE__JINJA_UNUSED;
+    for (uint64_t i = 0; i < items->n; i++) {
+        moe__store_step(j->store, 1);
+        if (i) moe__builder_string(&b, glue);
+        moe__jinja_print(j, &b, moe__jinja_reach(j, items->items[i], p[1],
+                                                 moe__value_of(MOE__VALUE_ABSENT)));
+    }
+    return moe__builder_end(&b);
+}
+
+MOE__JINJA_ENTRY(filter_batch) {
+    const moe__list *items = moe__jinja_iterate(j, self);
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_ITERATOR, 0);
+    const int64_t size = moe__jinja_int_of(j, p[0], 0);
+    moe__list *row = NULL;
+    MOE__JINJA_UNUSED;
+    for (uint64_t i = 0; i < items->n; i++) {
+        moe__store_step(j->store, 1);
+        if (!row || (int64_t)row->n == size) {
+            const moe__value v = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+            moe__list_add(j->store, out.as.list, v);
+            row = v.as.list;
+        }
+        moe__list_add(j->store, row, items->items[i]);
+    }
+    if (moe__jinja_given(p[1]) && p[1].kind != MOE__VALUE_NONE)
+        while (row && (int64_t)row->n < size) {
+            moe__store_step(j->store, 1);
+            moe__list_add(j->store, row, p[1]);
+        }
+    return out;
+}
+MOE__JINJA_ENTRY(filter_slice) {
+    const moe__list *items = moe__jinja_iterate(j, self);
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_ITERATOR, 0);
+    const int64_t slices = moe__jinja_int_of(j, p[0], 0);
+    MOE__JINJA_UNUSED;
+    if (slices == 0) moe__jinja_fail(j, "integer division or modulo by zero");
+    const int64_t extra = slices > 0 ? (int64_t)items->n % slices : 0;
+    const int64_t each = slices > 0 ? (int64_t)items->n / slices : 0;
+    uint64_t at = 0;
+    for (int64_t k = 0; k < slices; k++) {
+        const moe__value row = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+        moe__store_step(j->store, 1);
+        for (int64_t i = 0; i < each + (k < extra); i++)
+            moe__list_add(j->store, row.as.list, items->items[at++]);
+        if (moe__jinja_given(p[1]) && p[1].kind != MOE__VALUE_NONE && k >= extra)
+            moe__list_add(j->store, row.as.list, p[1]);
+        moe__list_add(j->store, out.as.list, row);
+    }
+    return out;
+}
+
+MOE__JINJA_ENTRY(filter_groupby) {
+    moe__list *items = moe__jinja_copy(j, self);
+    moe__value *keys = (moe__value *)moe__store_take(j->store, items->n, sizeof *keys);
+    const int case_sensitive = moe__jinja_bool_of(j, p[2], 0);
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+    moe__list *group = NULL;
+    MOE__JINJA_UNUSED;
+    for (uint64_t i = 0; i < items->n; i++) {
+        keys[i] = moe__jinja_reach(j, items->items[i], p[0], p[1]);
+        if (!case_sensitive) keys[i] = moe__jinja_ignore_case(j, keys[i]);
+    }
+    moe__jinja_sort_by(j, items, keys, 0);
+    for (uint64_t i = 0; i < items->n; i++) {
+        if (!i || !moe__value_equal(j->store, keys[i - 1], keys[i])) {
+            const moe__value list = moe__list_new(j->store, MOE__VALUE_LIST, 0);
+            const moe__value key = moe__jinja_reach(j, items->items[i], p[0], p[1]);
+            moe__value pair = moe__jinja_pair(j, key, list);
+            pair.of = MOE__JINJA_GROUP;
+            moe__list_add(j->store, out.as.list, pair);
+            group = list.as.list;
+        }
+        moe__list_add(j->store, group, items->items[i]);
+    }
+    return out;
+}
+
+MOE__JINJA_ENTRY(filter_attr) {
+    int found;
+    MOE__JINJA_UNUSED;
+    const moe__value name = moe__jinja_string_of(j, p[0], "");
+    moe__jinja_need(j, self);
+    const moe__value v = moe__jinja_own_attribute(j, self, name, &found);
+    return found ? v : moe__jinja_missing(j, self, name);
+}
+
+// The filter or test that is called by its name; other arguments go along.
+MOE__PRIVATE const moe__jinja_entry *moe__jinja_by_name(moe__jinja *j, moe__value name,
+                                                        int is_filter) {
+    moe__jinja_need(j, name);
+    if (name.kind != MOE__VALUE_STRING)
+        moe__jinja_fail(j, "No %s named %s.", is_filter ? "filter" : "test",
+                        moe__jinja_type(name));
+    const moe__jinja_entry *entry = is_filter ? moe__jinja_find_filter(name.as.text, name.size)
+                                              : moe__jinja_find_test(name.as.text, name.size);
+    if (!entry)
+        moe__jinja_fail(j, "No %s named '%.*s'.", is_filter ? "filter" : "test",
+                        (int)moe__utf8_limit(name.as.text, (size_t)name.size, 60), name.as.text);
+    return entry;
+}
+
+MOE__JINJA_ENTRY(filter_map) {
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_ITERATOR, 0);
+    MOE__JINJA_UNUSED;
+    if (!moe__jinja_truth(j, self)) return out;
+    const moe__list *items = moe__jinja_iterate(j, self);
+    const moe__value path = moe__jinja_named(j, args, "attribute", 9);
+    const moe__value otherwise = moe__jinja_named(j, args, "default", 7);
+    const moe__jinja_entry *entry = NULL;
+    moe__jinja_args rest = *args;
+    if (args->n) {
+        entry = moe__jinja_by_name(j, args->items[0], 1);
+        rest.items++;
+        rest.n--;
+    } else if (!moe__jinja_given(path)) {
+        moe__jinja_fail(j, "map requires a filter argument");
+    } else if (args->named->n != 1u + (unsigned)moe__jinja_given(otherwise)) {
+        moe__jinja_fail(j, "map got an unexpected keyword argument");
+    }
+    for (uint64_t i = 0; i < items->n; i++) {
+        moe__store_step(j->store, 1);
+        moe__list_add(j->store, out.as.list,
+                      entry ? moe__jinja_call_entry(j, entry, items->items[i], &rest)
+                            : moe__jinja_reach(j, items->items[i], path, otherwise));
+    }
+    return out;
+}
+
+// select, reject, and with an attribute selectattr, rejectattr.
+MOE__PRIVATE moe__value moe__jinja_choose(moe__jinja *j, moe__value self,
+                                          const moe__jinja_args *args, int keep, int by_attribute) {
+    const moe__value out = moe__list_new(j->store, MOE__VALUE_ITERATOR, 0);
+    const uint64_t skip = (uint64_t)by_attribute;
+    if (!moe__jinja_truth(j, self)) return out;
+    if (args->n < skip) moe__jinja_fail(j, "Missing parameter for attribute name");
+    const moe__list *items = moe__jinja_iterate(j, self);
+    const moe__value path = skip ? args->items[0] : moe__value_none();
+    const moe__jinja_entry *entry = NULL;
+    moe__jinja_args rest = *args;
+    if (args->n > skip) {
+        entry = moe__jinja_by_name(j, args->items[skip], 0);
+        rest.items += skip + 1;
+        rest.n -= skip + 1;
+    }
+    for (uint64_t i = 0; i < items->n; i++) {
+        moe__value v = moe__jinja_reach(j, items->items[i], path,
+                                        moe__value_of(MOE__VALUE_ABSENT));
+        moe__store_step(j->store, 1);
+        if (entry) v = moe__jinja_call_entry(j, entry, v, &rest);
+        if (moe__jinja_truth(j, v) == keep) moe__list_add(j->store, out.as.list, items->items[i]);
+    }
+    return out;
+}
+MOE__JINJA_ENTRY(filter_select) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_choose(j, self, args, 1, 0);
+}
+MOE__JINJA_ENTRY(filter_reject) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_choose(j, self, args, 0, 0);
+}
+MOE__JINJA_ENTRY(filter_selectattr) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_choose(j, self, args, 1, 1);
+}
+MOE__JINJA_ENTRY(filter_rejectattr) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_choose(j, self, args, 0, 1);
+}
+
+static const moe__jinja_entry moe__jinja_filters[] = {
+    {"abs", 0, "", moe__jinja_filter_abs},
+    {"attr", 1, "name", moe__jinja_filter_attr},
+    {"batch", 1, "linecount fill_with", moe__jinja_filter_batch},
+    {"capitalize", 0, "", moe__jinja_filter_capitalize},
+    {"center", 0, "width", moe__jinja_filter_center},
+    {"count", 0, "", moe__jinja_filter_length},
+    {"d", 0, "default_value boolean", moe__jinja_filter_default},
+    {"default", 0, "default_value boolean", moe__jinja_filter_default},
+    {"dictsort", 0, "case_sensitive by reverse", moe__jinja_filter_dictsort},
+    {"e", 0, "", moe__jinja_filter_escape},
+    {"escape", 0, "", moe__jinja_filter_escape},
+    {"first", 0, "", moe__jinja_filter_first},
+    {"float", 0, "default", moe__jinja_filter_float},
+    {"forceescape", 0, "", moe__jinja_filter_forceescape},
+    {"format", 0, "*", moe__jinja_filter_format},
+    {"groupby", 1, "attribute default case_sensitive", moe__jinja_filter_groupby},
+    {"indent", 0, "width first blank", moe__jinja_filter_indent},
+    {"int", 0, "default base", moe__jinja_filter_int},
+    {"items", 0, "", moe__jinja_filter_items},
+    {"join", 0, "d attribute", moe__jinja_filter_join},
+    {"last", 0, "", moe__jinja_filter_last},
+    {"length", 0, "", moe__jinja_filter_length},
+    {"list", 0, "", moe__jinja_filter_list},
+    {"lower", 0, "", moe__jinja_filter_lower},
+    {"map", 0, "*", moe__jinja_filter_map},
+    {"max", 0, "case_sensitive attribute", moe__jinja_filter_max},
+    {"min", 0, "case_sensitive attribute", moe__jinja_filter_min},
+    {"reject", 0, "*", moe__jinja_filter_reject},
+    {"rejectattr", 0, "*", moe__jinja_filter_rejectattr},
+    {"replace", 2, "old new count", moe__jinja_filter_replace},
+    {"reverse", 0, "", moe__jinja_filter_reverse},
+    {"round", 0, "precision method", moe__jinja_filter_round},
+    {"safe", 0, "", moe__jinja_filter_safe},
+    {"select", 0, "*", moe__jinja_filter_select},
+    {"selectattr", 0, "*", moe__jinja_filter_selectattr},
+    {"slice", 1, "slices fill_with", moe__jinja_filter_slice},
+    {"sort", 0, "reverse case_sensitive attribute", moe__jinja_filter_sort},
+    {"string", 0, "", moe__jinja_filter_string},
+    {"sum", 0, "attribute start", moe__jinja_filter_sum},
+    {"title", 0, "", moe__jinja_filter_title},
+    {"tojson", 0, "ensure_ascii indent separators sort_keys", moe__jinja_filter_tojson},
+    {"trim", 0, "chars", moe__jinja_filter_trim},
+    {"truncate", 0, "length killwords end leeway", moe__jinja_filter_truncate},
+    {"unique", 0, "case_sensitive attribute", moe__jinja_filter_unique},
+    {"upper", 0, "", moe__jinja_filter_upper},
+    {"urlencode", 0, "", moe__jinja_filter_urlencode},
+    {"wordcount", 0, "", moe__jinja_filter_wordcount},
+    {NULL, 0, NULL, NULL}};
+
+MOE__PRIVATE const moe__jinja_entry *moe__jinja_find_filter(const char *text, uint64_t size) {
+    return moe__jinja_find_entry(moe__jinja_filters, text, size);
+}
+
+// ---- tests -----------------------------------------------------------------------------------
+
+#define MOE__JINJA_TEST_(name, condition) \
+    MOE__JINJA_ENTRY(test_##name) { \
+        MOE__JINJA_UNUSED; \
+        return moe__value_bool(condition); \
+    }
+MOE__JINJA_TEST_(defined, self.kind != MOE__VALUE_UNDEFINED)
+MOE__JINJA_TEST_(undefined, self.kind == MOE__VALUE_UNDEFINED)
+MOE__JINJA_TEST_(none, self.kind == MOE__VALUE_NONE)
+MOE__JINJA_TEST_(boolean, self.kind == MOE__VALUE_BOOL)
+MOE__JINJA_TEST_(true, self.kind == MOE__VALUE_BOOL && self.as.i)
+MOE__JINJA_TEST_(false, self.kind == MOE__VALUE_BOOL && !self.as.i)
+MOE__JINJA_TEST_(integer, self.kind == MOE__VALUE_INT)
+MOE__JINJA_TEST_(float, self.kind == MOE__VALUE_FLOAT)
+MOE__JINJA_TEST_(number, moe__value_is_number(self))
+MOE__JINJA_TEST_(string, self.kind == MOE__VALUE_STRING)
+MOE__JINJA_TEST_(mapping, self.kind == MOE__VALUE_DICT)
+MOE__JINJA_TEST_(sequence, self.kind == MOE__VALUE_UNDEFINED || self.kind == MOE__VALUE_STRING ||
+                               (self.kind >= MOE__VALUE_LIST && self.kind <= MOE__VALUE_RANGE))
+MOE__JINJA_TEST_(iterable, (self.kind != MOE__VALUE_NONE && moe__jinja_length(j, self) >= 0) ||
+                               self.kind == MOE__VALUE_ITERATOR)
+MOE__JINJA_TEST_(callable, self.kind == MOE__VALUE_FUNCTION || self.kind == MOE__VALUE_JOINER ||
+                               self.kind == MOE__VALUE_LOOP || self.kind == MOE__VALUE_UNDEFINED)
+MOE__JINJA_TEST_(escaped, self.kind == MOE__VALUE_STRING && self.safe)
+MOE__JINJA_TEST_(lower, moe__jinja_has_case(j, moe__jinja_text(j, self), MOE__C_LL).as.i)
+MOE__JINJA_TEST_(upper, moe__jinja_has_case(j, moe__jinja_text(j, self), MOE__C_LU).as.i)
+MOE__JINJA_TEST_(filter, self.kind == MOE__VALUE_STRING &&
+                             moe__jinja_find_filter(self.as.text, self.size) != NULL)
+MOE__JINJA_TEST_(test, self.kind == MOE__VALUE_STRING &&
+                           moe__jinja_find_test(self.as.text, self.size) != NULL)
+MOE__JINJA_TEST_(in, moe__jinja_contains(j, p[0], self))
+MOE__JINJA_TEST_(eq, moe__jinja_test_operator(j, MOE__JINJA_EQ, self, p[0]))
+MOE__JINJA_TEST_(ne, moe__jinja_test_operator(j, MOE__JINJA_NE, self, p[0]))
+MOE__JINJA_TEST_(gt, moe__jinja_test_operator(j, MOE__JINJA_GT, self, p[0]))
+MOE__JINJA_TEST_(ge, moe__jinja_test_operator(j, MOE__JINJA_GE, self, p[0]))
+MOE__JINJA_TEST_(lt, moe__jinja_test_operator(j, MOE__JINJA_LT, self, p[0]))
+MOE__JINJA_TEST_(le, moe__jinja_test_operator(j, MOE__JINJA_LE, self, p[0]))
+
+MOE__PRIVATE int moe__jinja_rest_is(moe__jinja *j, moe__value v, moe__value by, int64_t wanted) {
+    return moe__value_equal(j->store, moe__jinja_math(j, MOE__JINJA_MOD, v, by),
+                            moe__value_int(wanted));
+}
+MOE__JINJA_TEST_(odd, moe__jinja_rest_is(j, self, moe__value_int(2), 1))
+MOE__JINJA_TEST_(even, moe__jinja_rest_is(j, self, moe__value_int(2), 0))
+MOE__JINJA_TEST_(divisibleby, moe__jinja_rest_is(j, self, p[0], 0))
+
+// The same object: of values that may lie in two places, equal ones count as the same.
+MOE__PRIVATE int moe__jinja_same(moe__value a, moe__value b) {
+    if (a.kind != b.kind) return 0;
+    if (a.kind == MOE__VALUE_STRING)
+        return a.size == b.size && (!a.size || !memcmp(a.as.text, b.as.text, (size_t)a.size));
+    if (a.kind == MOE__VALUE_FLOAT) return a.as.f == b.as.f;
+    return a.kind <= MOE__VALUE_NONE || a.as.i == b.as.i;
+}
+MOE__JINJA_TEST_(sameas, moe__jinja_same(self, p[0]))
+
+static const moe__jinja_entry moe__jinja_tests[] = {
+    {"defined", 0, "", moe__jinja_test_defined},
+    {"undefined", 0, "", moe__jinja_test_undefined},
+    {"none", 0, "", moe__jinja_test_none},
+    {"boolean", 0, "", moe__jinja_test_boolean},
+    {"true", 0, "", moe__jinja_test_true},
+    {"false", 0, "", moe__jinja_test_false},
+    {"integer", 0, "", moe__jinja_test_integer},
+    {"float", 0, "", moe__jinja_test_float},
+    {"number", 0, "", moe__jinja_test_number},
+    {"string", 0, "", moe__jinja_test_string},
+    {"mapping", 0, "", moe__jinja_test_mapping},
+    {"sequence", 0, "", moe__jinja_test_sequence},
+    {"iterable", 0, "", moe__jinja_test_iterable},
+    {"callable", 0, "", moe__jinja_test_callable},
+    {"escaped", 0, "", moe__jinja_test_escaped},
+    {"lower", 0, "", moe__jinja_test_lower},
+    {"upper", 0, "", moe__jinja_test_upper},
+    {"filter", 0, "", moe__jinja_test_filter},
+    {"test", 0, "", moe__jinja_test_test},
+    {"sameas", 1, "other", moe__jinja_test_sameas},
+    {"odd", 0, "", moe__jinja_test_odd},
+    {"even", 0, "", moe__jinja_test_even},
+    {"divisibleby", 1, "num", moe__jinja_test_divisibleby},
+    {"in", 1, "seq", moe__jinja_test_in},
+    {"eq", 1, "other", moe__jinja_test_eq},
+    {"equalto", 1, "other", moe__jinja_test_eq},
+    {"==", 1, "other", moe__jinja_test_eq},
+    {"ne", 1, "other", moe__jinja_test_ne},
+    {"!=", 1, "other", moe__jinja_test_ne},
+    {"gt", 1, "other", moe__jinja_test_gt},
+    {"greaterthan", 1, "other", moe__jinja_test_gt},
+    {">", 1, "other", moe__jinja_test_gt},
+    {"ge", 1, "other", moe__jinja_test_ge},
+    {">=", 1, "other", moe__jinja_test_ge},
+    {"lt", 1, "other", moe__jinja_test_lt},
+    {"lessthan", 1, "other", moe__jinja_test_lt},
+    {"<", 1, "other", moe__jinja_test_lt},
+    {"le", 1, "other", moe__jinja_test_le},
+    {"<=", 1, "other", moe__jinja_test_le},
+    {NULL, 0, NULL, NULL}};
+
+MOE__PRIVATE const moe__jinja_entry *moe__jinja_find_test(const char *text, uint64_t size) {
+    return moe__jinja_find_entry(moe__jinja_tests, text, size);
+}
+
+// ---- functions -------------------------------------------------------------------------------
+
+enum { MOE__JINJA_MAX_RANGE = 100000 };
+
+MOE__JINJA_ENTRY(range_new) {
+    moe__value v = moe__value_of(MOE__VALUE_RANGE);
+    moe__jinja_range *range = (moe__jinja_range *)moe__store_take(j->store, 1, sizeof *range);
+    MOE__JINJA_UNUSED;
+    const int two = moe__jinja_given(p[1]);
+    range->start = two ? moe__jinja_int_of(j, p[0], 0) : 0;
+    range->stop = moe__jinja_int_of(j, p[two], 0);
+    range->step = moe__jinja_int_of(j, p[2], 1);
+    if (range->step == 0) moe__jinja_fail(j, "range() arg 3 must not be zero");
+    const int up = range->step > 0;
+    const uint64_t step = up ? (uint64_t)range->step : 0 - (uint64_t)range->step;
+    const uint64_t way = up ? (uint64_t)range->stop - (uint64_t)range->start
+                            : (uint64_t)range->start - (uint64_t)range->stop;
+    const int empty = up ? range->stop <= range->start : range->stop >= range->start;
+    const uint64_t n = empty ? 0 : (way - 1) / step + 1;
+    if (n > MOE__JINJA_MAX_RANGE)
+        moe__jinja_fail(j, "Range too big. The sandbox blocks ranges larger than MAX_RANGE "
+                           "(100000).");
+    range->n = (int64_t)n;
+    v.as.object = range;
+    return v;
+}
+MOE__JINJA_ENTRY(dict_new) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_dict_of(j, MOE__VALUE_DICT, args);
+}
+MOE__JINJA_ENTRY(namespace) {
+    MOE__JINJA_UNUSED;
+    return moe__jinja_dict_of(j, MOE__VALUE_NAMESPACE, args);
+}
+MOE__PRIVATE moe__value moe__jinja_cycle_new(moe__jinja *j, moe__value_kind kind,
+                                             const moe__value *items, uint64_t n) {
+    moe__value v = moe__value_of(kind);
+    moe__jinja_cycle *cycle = (moe__jinja_cycle *)moe__store_take(j->store, 1, sizeof *cycle);
+    cycle->at = 0;
+    cycle->items = moe__list_new(j->store, MOE__VALUE_LIST, n).as.list;
+    for (uint64_t i = 0; i < n; i++) moe__list_add(j->store, cycle->items, items[i]);
+    v.as.object = cycle;
+    return v;
+}
+MOE__JINJA_ENTRY(cycler) {
+    MOE__JINJA_UNUSED;
+    if (!args->n) moe__jinja_fail(j, "at least one item has to be provided");
+    return moe__jinja_cycle_new(j, MOE__VALUE_CYCLER, args->items, args->n);
+}
+MOE__JINJA_ENTRY(joiner) {
+    const moe__value glue = moe__jinja_string_of(j, p[0], ", ");
+    MOE__JINJA_UNUSED;
+    return moe__jinja_cycle_new(j, MOE__VALUE_JOINER, &glue, 1);
+}
+MOE__JINJA_ENTRY(raise_exception) {
+    MOE__JINJA_UNUSED;
+    const moe__value s = moe__jinja_text(j, p[0]);
+    moe__store_fail(j->store, MOE_ERROR_ARGUMENT, 0, "chat_template", "%.*s",
+                    (int)moe__utf8_limit(s.as.text, (size_t)s.size, 500), s.as.text);
+}
+
+// The days from 1970-01-01 to a day of the Gregorian calendar.
+MOE__PRIVATE int64_t moe__jinja_days(int64_t year, int64_t month, int64_t day) {
+    static const int16_t before[] = {0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334};
+    const int64_t y = year - 1;
+    const int leap = (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
+    return y * 365 + y / 4 - y / 100 + y / 400 + before[month - 1] + (leap && month > 2) + day -
+           1 - 719162;
+}
+
+enum { MOE__JINJA_YEAR, MOE__JINJA_MONTH, MOE__JINJA_DAY, MOE__JINJA_HOUR, MOE__JINJA_MINUTE,
+       MOE__JINJA_SECOND, MOE__JINJA_MICRO, MOE__JINJA_WEEKDAY /* 0: Sunday */,
+       MOE__JINJA_YEARDAY, MOE__JINJA_TIME_PARTS };
+
+// "2026-03-14T15:09:26.5+01:00"; the time may be cut off anywhere behind the date. Returns whether
+// it could be read.
+MOE__PRIVATE int moe__jinja_read_time(const char *text, uint64_t size, int64_t *t) {
+    static const struct {
+        char before;
+        int8_t digits, low, high;
+    } parts[6] = {{0, 4, 0, 0}, {'-', 2, 1, 12}, {'-', 2, 1, 31}, {'T', 2, 0, 23}, {':', 2, 0, 59},
+                  {':', 2, 0, 60}};
+    static const int8_t days[] = {31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31};
+    uint64_t at = 0;
+    memset(t, 0, MOE__JINJA_TIME_PARTS * sizeof *t);
+    for (int i = 0; i < 6; i++) {
+        if (i == 3 && at == size) break;
+        if (i == 5 && (at == size || text[at] != ':')) break;
+        if (i && (at >= size || (text[at] != parts[i].before && !(i == 3 && text[at] == ' '))))
+            return 0;
+        at += i > 0;
+        for (int k = 0; k < parts[i].digits; k++, at++) {
+            if (at >= size || !moe__jinja_is_digit(text[at])) return 0;
+            t[i] = t[i] * 10 + text[at] - '0';
+        }
+        if (i ? t[i] < parts[i].low || t[i] > parts[i].high : t[i] < 1) return 0;
+    }
+    if (t[MOE__JINJA_DAY] > days[t[MOE__JINJA_MONTH] - 1]) return 0;
+    if (at < size && (text[at] == '.' || text[at] == ','))
+        for (int64_t unit = 100000; ++at < size && moe__jinja_is_digit(text[at]); unit /= 10)
+            t[MOE__JINJA_MICRO] += unit * (text[at] - '0');
+    const int64_t day = moe__jinja_days(t[0], t[1], t[2]);
+    t[MOE__JINJA_WEEKDAY] = ((day + 4) % 7 + 7) % 7;
+    t[MOE__JINJA_YEARDAY] = day - moe__jinja_days(t[0], 1, 1) + 1;
+    return at == size || text[at] == 'Z' || text[at] == '+' || text[at] == '-';
+}
+
+// The week of ISO 8601 and its year.
+MOE__PRIVATE int64_t moe__jinja_iso_week(const int64_t *t, int64_t *year) {
+    const int64_t day = moe__jinja_days(t[0], t[1], t[2]);
+    const int64_t thursday = day + 3 - (t[MOE__JINJA_WEEKDAY] + 6) % 7;
+    *year = t[0] + (thursday >= moe__jinja_days(t[0] + 1, 1, 1)) -
+            (thursday < moe__jinja_days(t[0], 1, 1));
+    return (thursday - moe__jinja_days(*year, 1, 1)) / 7 + 1;
+}
+
+// One of strftime's letters, in English. Returns 0 if there is no such letter.
+MOE__PRIVATE int moe__jinja_time_part(char *out, size_t room, char letter, int plain,
+                                      const int64_t *t) {
+    static const char *const days[] = {"Sunday",   "Monday", "Tuesday", "Wednesday",
+                                       "Thursday", "Friday", "Saturday"};
+    static const char *const months[] = {"January", "February", "March",     "April",
+                                         "May",     "June",     "July",      "August",
+                                         "September", "October", "November", "December"};
+    const long long year = t[0], month = t[1], day = t[2], hour = t[3], minute = t[4],
+                    second = t[5], weekday = t[MOE__JINJA_WEEKDAY], nth = t[MOE__JINJA_YEARDAY];
+    const long long twelve = hour % 12 ? hour % 12 : 12;
+    const char *two = plain ? "%lld" : "%02lld";
+    int64_t iso_year;
+    const long long week = moe__jinja_iso_week(t, &iso_year);
+    switch (letter) {
+    case 'Y': snprintf(out, room, "%lld", year); break;
+    case 'C': snprintf(out, room, two, year / 100); break;
+    case 'y': snprintf(out, room, two, year % 100); break;
+    case 'm': snprintf(out, room, two, month); break;
+    case 'd': snprintf(out, room, two, day); break;
+    case 'e': snprintf(out, room, plain ? "%lld" : "%2lld", day); break;
+    case 'H': snprintf(out, room, two, hour); break;
+    case 'k': snprintf(out, room, plain ? "%lld" : "%2lld", hour); break;
+    case 'I': snprintf(out, room, two, twelve); break;
+    case 'l': snprintf(out, room, plain ? "%lld" : "%2lld", twelve); break;
+    case 'M': snprintf(out, room, two, minute); break;
+    case 'S': snprintf(out, room, two, second); break;
+    case 'f': snprintf(out, room, "%06lld", (long long)t[MOE__JINJA_MICRO]); break;
+    case 'j': snprintf(out, room, plain ? "%lld" : "%03lld", nth); break;
+    case 'B': snprintf(out, room, "%s", months[month - 1]); break;
+    case 'b':
+    case 'h': snprintf(out, room, "%.3s", months[month - 1]); break;
+    case 'A': snprintf(out, room, "%s", days[weekday]); break;
+    case 'a': snprintf(out, room, "%.3s", days[weekday]); break;
+    case 'p': snprintf(out, room, "%s", hour < 12 ? "AM" : "PM"); break;
+    case 'P': snprintf(out, room, "%s", hour < 12 ? "am" : "pm"); break;
+    case 'w': snprintf(out, room, "%lld", weekday); break;
+    case 'u': snprintf(out, room, "%lld", weekday ? weekday : 7); break;
+    case 'U': snprintf(out, room, two, (nth + 6 - weekday) / 7); break;
+    case 'W': snprintf(out, room, two, (nth + 6 - (weekday + 6) % 7) / 7); break;
+    case 'V': snprintf(out, room, two, week); break;
+    case 'G': snprintf(out, room, "%lld", (long long)iso_year); break;
+    case 'Z':
+    case 'z': *out = 0; break; // as for a time that does not know its zone
+    case 'n': snprintf(out, room, "\n"); break;
+    case 't': snprintf(out, room, "\t"); break;
+    case '%': snprintf(out, room, "%%"); break;
+    case 's':
+        snprintf(out, room, "%lld", ((moe__jinja_days(t[0], t[1], t[2]) * 24 + hour) * 60 + minute) *
+                                            60LL + second);
+        break;
+    case 'F': snprintf(out, room, "%lld-%02lld-%02lld", year, month, day); break;
+    case 'T':
+    case 'X': snprintf(out, room, "%02lld:%02lld:%02lld", hour, minute, second); break;
+    case 'R': snprintf(out, room, "%02lld:%02lld", hour, minute); break;
+    case 'r':
+        snprintf(out, room, "%02lld:%02lld:%02lld %s", twelve, minute, second,
+                 hour < 12 ? "AM" : "PM");
+        break;
+    case 'D':
+    case 'x': snprintf(out, room, "%02lld/%02lld/%02lld", month, day, year % 100); break;
+    case 'c':
+        snprintf(out, room, "%.3s %.3s %2lld %02lld:%02lld:%02lld %lld", days[weekday],
+                 months[month - 1], day, hour, minute, second, year);
+        break;
+    default: return 0;
+    }
+    return 1;
+}
+
+MOE__JINJA_ENTRY(strftime_now) {
+    const moe__value format = moe__jinja_string_of(j, p[0], "");
+    moe__builder b = moe__builder_of(j->store);
+    int64_t t[MOE__JINJA_TIME_PARTS];
+    MOE__JINJA_UNUSED;
+    if (!j->now)
+        moe__store_fail(j->store, MOE_ERROR_ARGUMENT, 0, "now",
+                        "the template asks for the time: the request needs \"now\"");
+    if (!moe__jinja_read_time(j->now, j->now_size, t))
+        moe__store_fail(j->store, MOE_ERROR_ARGUMENT, 0, "now",
+                        "\"now\" is not a time as 2026-03-14T15:09:26");
+    for (uint64_t i = 0; i < format.size; i++) {
+        char out[64];
+        const char *text = format.as.text;
+        const uint64_t left = format.size - i;
+        const int plain = left > 2 && text[i] == '%' && text[i + 1] == '-';
+        if (text[i] == '%' && left > 1 + (uint64_t)plain &&
+            moe__jinja_time_part(out, sizeof out, text[i + 1 + (uint64_t)plain], plain, t)) {
+            moe__builder_words(&b, out);
+            i += 1 + (uint64_t)plain;
+        } else {
+            moe__builder_string(&b, moe__value_part(format, i, i + 1));
+        }
+    }
+    return moe__builder_end(&b);
+}
+
+static const moe__jinja_entry moe__jinja_globals[] = {
+    {"range", 1, "start stop step", moe__jinja_range_new},
+    {"dict", 0, "*", moe__jinja_dict_new},
+    {"namespace", 0, "*", moe__jinja_namespace},
+    {"cycler", 0, "*", moe__jinja_cycler},
+    {"joiner", 0, "sep", moe__jinja_joiner},
+    {"raise_exception", 1, "message", moe__jinja_raise_exception},
+    {"strftime_now", 1, "format", moe__jinja_strftime_now},
+    {NULL, 0, NULL, NULL}};
+
+// ---- running: expressions --------------------------------------------------------------------
+
+MOE__PRIVATE moe__value moe__jinja_eval(moe__jinja *j, const moe__jinja_node *node);
+
+MOE__PRIVATE moe__jinja_scope *moe__jinja_scope_new(moe__jinja *j, moe__jinja_scope *outer) {
+    moe__jinja_scope *scope = (moe__jinja_scope *)moe__store_take(j->store, 1, sizeof *scope);
+    memset(scope, 0, sizeof *scope);
+    scope->outer = outer;
+    return scope;
+}
+
+MOE__PRIVATE void moe__jinja_define(moe__jinja *j, moe__jinja_scope *scope, uint32_t name,
+                                    moe__value value) {
+    uint32_t i = 0;
+    while (i < scope->n && scope->names[i] != name) i++;
+    moe__store_step(j->store, i / 16);
+    if (i == scope->max) {
+        const uint32_t max = scope->max ? 2 * scope->max : 4;
+        uint32_t *names = (uint32_t *)moe__store_take(j->store, max, sizeof *names);
+        moe__value *values = (moe__value *)moe__store_take(j->store, max, sizeof *values);
+        if (i) memcpy(names, scope->names, i * sizeof *names);
+        if (i) memcpy(values, scope->values, i * sizeof *values);
+        scope->names = names;
+        scope->values = values;
+        scope->max = max;
+    }
+    scope->names[i] = name;
+    scope->values[i] = value;
+    if (i == scope->n) scope->n++;
+}
+
+// A variable: of the frames, the request, or a function. ABSENT values are parameters without one.
+MOE__PRIVATE moe__value moe__jinja_lookup(moe__jinja *j, uint32_t name) {
+    const moe__value text = j->names->items[name];
+    for (const moe__jinja_scope *s = j->scope; s; s = s->outer) {
+        moe__store_step(j->store, s->n / 16);
+        for (uint32_t i = 0; i < s->n; i++)
+            if (s->names[i] == name) return s->values[i];
+    }
+    const moe__value *value = moe__dict_find(j->store, j->context.as.dict, text);
+    if (value) return *value;
+    const moe__jinja_entry *entry =
+        moe__jinja_find_entry(moe__jinja_globals, text.as.text, text.size);
+    if (entry) return moe__jinja_function_new(j, entry, moe__value_none());
+    return moe__jinja_undefined(MOE__JINJA_NO_OBJECT, text.as.text, text.size);
+}
+
+MOE__PRIVATE void moe__jinja_name_argument(moe__jinja *j, moe__jinja_args *args, moe__value name,
+                                           moe__value value) {
+    if (!args->named) args->named = moe__dict_new(j->store, MOE__VALUE_DICT).as.dict;
+    if (moe__dict_find(j->store, args->named, name))
+        moe__jinja_fail(j, "got multiple values for keyword argument '%.*s'",
+                        (int)moe__utf8_limit(name.as.text, (size_t)name.size, 60), name.as.text);
+    moe__dict_set(j->store, args->named, name, value);
+}
+
+MOE__PRIVATE moe__jinja_args moe__jinja_eval_arguments(moe__jinja *j,
+                                                       const moe__jinja_node *node) {
+    moe__jinja_args args;
+    memset(&args, 0, sizeof args);
+    if (!node) return args;
+    moe__list *items = moe__list_new(j->store, MOE__VALUE_LIST, 0).as.list;
+    for (; node; node = node->next) {
+        const moe__value v = moe__jinja_eval(j, node->a);
+        if (node->op == MOE__JINJA_MUL) {
+            const moe__list *more = moe__jinja_iterate(j, v);
+            for (uint64_t i = 0; i < more->n; i++) moe__list_add(j->store, items, more->items[i]);
+        } else if (node->op == MOE__JINJA_POW) {
+            if (v.kind != MOE__VALUE_DICT)
+                moe__jinja_fail(j, "argument after ** must be a mapping, not %s",
+                                moe__jinja_type(v));
+            for (uint64_t i = 0; i < v.as.dict->n; i++) {
+                if (v.as.dict->entries[i].key.kind != MOE__VALUE_STRING)
+                    moe__jinja_fail(j, "keywords must be strings");
+                moe__jinja_name_argument(j, &args, v.as.dict->entries[i].key,
+                                         v.as.dict->entries[i].value);
+            }
+        } else if (node->value.kind == MOE__VALUE_STRING) {
+            moe__jinja_name_argument(j, &args, node->value, v);
+        } else {
+            moe__list_add(j->store, items, v);
+        }
+    }
+    args.items = items->items;
+    args.n = items->n;
+    return args;
+}
+
+MOE__PRIVATE moe__value moe__jinja_eval_list(moe__jinja *j, const moe__jinja_node *node) {
+    const int kind = node->kind == MOE__JINJA_LIST ? MOE__VALUE_LIST : MOE__VALUE_TUPLE;
+    const moe__value v = moe__list_new(j->store, (moe__value_kind)kind, 0);
+    for (const moe__jinja_node *n = node->a; n; n = n->next)
+        moe__list_add(j->store, v.as.list, moe__jinja_eval(j, n));
+    return v;
+}
+MOE__PRIVATE moe__value moe__jinja_eval_dict(moe__jinja *j, const moe__jinja_node *node) {
+    const moe__value v = moe__dict_new(j->store, MOE__VALUE_DICT);
+    for (const moe__jinja_node *n = node->a; n; n = n->next->next) {
+        const moe__value key = moe__jinja_eval(j, n);
+        moe__jinja_dict_add(j, v.as.dict, key, moe__jinja_eval(j, n->next));
+    }
+    return v;
+}
+
+MOE__PRIVATE moe__value moe__jinja_eval_math(moe__jinja *j, const moe__jinja_node *node) {
+    moe__value v = moe__jinja_eval(j, node->a);
+    for (const moe__jinja_node *n = node->b; n; n = n->next) {
+        const moe__value other = moe__jinja_eval(j, n->a);
+        v = moe__jinja_math(j, n->op, v, other);
+    }
+    return v;
+}
+// a < b < c is a < b and b < c.
+MOE__PRIVATE moe__value moe__jinja_eval_compare(moe__jinja *j, const moe__jinja_node *node) {
+    moe__value left = moe__jinja_eval(j, node->a);
+    int holds = 1;
+    for (const moe__jinja_node *n = node->b; n && holds; n = n->next) {
+        const moe__value right = moe__jinja_eval(j, n->a);
+        holds = moe__jinja_test_operator(j, n->op, left, right);
+        left = right;
+    }
+    return moe__value_bool(holds);
+}
+MOE__PRIVATE moe__value moe__jinja_eval_concat(moe__jinja *j, const moe__jinja_node *node) {
+    moe__builder b = moe__builder_of(j->store);
+    moe__jinja_print(j, &b, moe__jinja_eval(j, node->a));
+    for (const moe__jinja_node *n = node->b; n; n = n->next)
+        moe__jinja_print(j, &b, moe__jinja_eval(j, n->a));
+    return moe__builder_end(&b);
+}
+MOE__PRIVATE moe__value moe__jinja_eval_logic(moe__jinja *j, const moe__jinja_node *node) {
+    moe__value v = moe__jinja_eval(j, node->a);
+    for (const moe__jinja_node *n = node->a->next; n; n = n->next) {
+        if (moe__jinja_truth(j, v) == (node->kind == MOE__JINJA_OR)) break;
+        v = moe__jinja_eval(j, n);
+    }
+    return v;
+}
+MOE__PRIVATE moe__value moe__jinja_eval_sign(moe__jinja *j, const moe__jinja_node *node) {
+    const moe__value v = moe__jinja_eval(j, node->a);
+    const int minus = node->op == MOE__JINJA_SUB;
+    moe__jinja_need(j, v);
+    if (!moe__value_is_number(v))
+        moe__jinja_fail(j, "bad operand type for unary %s: '%s'", minus ? "-" : "+",
+                        moe__jinja_type(v));
+    if (v.kind == MOE__VALUE_FLOAT) return moe__value_float(minus ? -v.as.f : v.as.f);
+    return moe__jinja_int_math(j, minus ? MOE__JINJA_SUB : MOE__JINJA_ADD, 0, v.as.i);
+}
+MOE__PRIVATE moe__value moe__jinja_eval_choice(moe__jinja *j, const moe__jinja_node *node) {
+    if (moe__jinja_truth(j, moe__jinja_eval(j, node->a))) return moe__jinja_eval(j, node->b);
+    if (node->c) return moe__jinja_eval(j, node->c);
+    return moe__jinja_hint("the inline if-expression evaluated to false and no else section was "
+                           "defined.");
+}
+
+// x[...]: an element or a slice.
+MOE__PRIVATE moe__value moe__jinja_eval_item(moe__jinja *j, moe__value v,
+                                             const moe__jinja_node *node) {
+    moe__value *parts;
+    if (node->kind != MOE__JINJA_SLICE) return moe__jinja_item(j, v, moe__jinja_eval(j, node));
+    parts = (moe__value *)moe__store_take(j->store, 3, sizeof *parts);
+    parts[0] = node->a ? moe__jinja_eval(j, node->a) : moe__value_none();
+    parts[1] = node->b ? moe__jinja_eval(j, node->b) : moe__value_none();
+    parts[2] = node->c ? moe__jinja_eval(j, node->c) : moe__value_none();
+    return moe__jinja_slice(j, v, parts);
+}
+
+MOE__PRIVATE moe__value moe__jinja_eval_entry(moe__jinja *j, moe__value v,
+                                              const moe__jinja_node *node) {
+    const int is_filter = node->kind == MOE__JINJA_FILTER;
+    const moe__jinja_args args = moe__jinja_eval_arguments(j, node->a);
+    j->line = node->line;
+    if (!node->entry) moe__jinja_by_name(j, node->value, is_filter); // fails
+    v = moe__jinja_call_entry(j, node->entry, v, &args);
+    return node->op ? moe__value_bool(!moe__jinja_truth(j, v)) : v;
+}
+
+MOE__PRIVATE moe__value moe__jinja_eval_call(moe__jinja *j, moe__value v,
+                                             const moe__jinja_node *node) {
+    const moe__jinja_args args = moe__jinja_eval_arguments(j, node->a);
+    j->line = node->line;
+    return moe__jinja_call(j, v, &args);
+}
+
+// The steps of a chain up to one that is not taken.
+MOE__PRIVATE moe__value moe__jinja_eval_steps(moe__jinja *j, const moe__jinja_node *chain,
+                                              const moe__jinja_node *end) {
+    moe__value v = moe__jinja_eval(j, chain->a);
+    for (const moe__jinja_node *n = chain->b; n != end; n = n->next) {
+        moe__store_step(j->store, 1);
+        j->line = n->line;
+        switch (n->kind) {
+        case MOE__JINJA_ATTRIBUTE: v = moe__jinja_attribute(j, v, n->value); break;
+        case MOE__JINJA_ITEM: v = moe__jinja_eval_item(j, v, n->a); break;
+        case MOE__JINJA_CALL: v = moe__jinja_eval_call(j, v, n); break;
+        default: v = moe__jinja_eval_entry(j, v, n);
+        }
+    }
+    return v;
+}
+
+MOE__PRIVATE moe__value moe__jinja_eval_inner(moe__jinja *j, const moe__jinja_node *node) {
+    switch (node->kind) {
+    case MOE__JINJA_CONST: return node->value;
+    case MOE__JINJA_VARIABLE: return moe__jinja_lookup(j, node->name);
+    case MOE__JINJA_LIST:
+    case MOE__JINJA_TUPLE: return moe__jinja_eval_list(j, node);
+    case MOE__JINJA_DICT: return moe__jinja_eval_dict(j, node);
+    case MOE__JINJA_MATH: return moe__jinja_eval_math(j, node);
+    case MOE__JINJA_COMPARE: return moe__jinja_eval_compare(j, node);
+    case MOE__JINJA_CONCAT: return moe__jinja_eval_concat(j, node);
+    case MOE__JINJA_AND:
+    case MOE__JINJA_OR: return moe__jinja_eval_logic(j, node);
+    case MOE__JINJA_NOT:
+        return moe__value_bool(!moe__jinja_truth(j, moe__jinja_eval(j, node->a)));
+    case MOE__JINJA_SIGN: return moe__jinja_eval_sign(j, node);
+    case MOE__JINJA_CHOICE: return moe__jinja_eval_choice(j, node);
+    case MOE__JINJA_CHAIN: return moe__jinja_eval_steps(j, node, NULL);
+    default: moe__jinja_fail(j, "a slice stands where none may be");
+    }
+}
+MOE__PRIVATE moe__value moe__jinja_eval(moe__jinja *j, const moe__jinja_node *node) {
+    moe__store_enter(j->store);
+    moe__store_step(j->store, 1);
+    j->line = node->line;
+    const moe__value v = moe__jinja_eval_inner(j, node);
+    moe__store_leave(j->store);
+    return v;
+}
+
+// ---- running: statements ---------------------------------------------------------------------
+
+enum { MOE__JINJA_GO_ON, MOE__JINJA_BREAKS, MOE__JINJA_CONTINUES };
+
+MOE__PRIVATE int moe__jinja_run(moe__jinja *j, const moe__jinja_node *node);
+
+// What a body prints.
+MOE__PRIVATE moe__value moe__jinja_capture(moe__jinja *j, const moe__jinja_node *body,
+                                           moe__jinja_scope *scope) {
+    moe__builder b = moe__builder_of(j->store);
+    moe__builder *out = j->out;
+    moe__jinja_scope *outer = j->scope;
+    j->out = &b;
+    j->scope = scope;
+    moe__jinja_run(j, body);
+    j->out = out;
+    j->scope = outer;
+    return moe__builder_end(&b);
+}
+
+// Sets what is on the left of "=" or "in".
+MOE__PRIVATE void moe__jinja_assign(moe__jinja *j, const moe__jinja_node *target, moe__value v) {
+    if (target->kind == MOE__JINJA_VARIABLE) {
+        moe__jinja_define(j, j->scope, target->name, v);
+    } else if (target->kind == MOE__JINJA_ATTRIBUTE) {
+        const moe__value space = moe__jinja_lookup(j, target->name);
+        if (space.kind != MOE__VALUE_NAMESPACE)
+            moe__jinja_fail(j, "cannot assign attribute on non-namespace object");
+        moe__dict_set(j->store, space.as.dict, target->value, v);
+    } else {
+        moe__jinja_need(j, v);
+        const moe__list *list = moe__jinja_iterate(j, v);
+        uint64_t n = 0, i = 0;
+        moe__store_enter(j->store);
+        for (const moe__jinja_node *t = target->a; t; t = t->next) n++;
+        if (list->n > n)
+            moe__jinja_fail(j, "too many values to unpack (expected %llu)", (unsigned long long)n);
+        if (list->n < n)
+            moe__jinja_fail(j, "not enough values to unpack (expected %llu, got %llu)",
+                            (unsigned long long)n, (unsigned long long)list->n);
+        for (const moe__jinja_node *t = target->a; t; t = t->next)
+            moe__jinja_assign(j, t, list->items[i++]);
+        moe__store_leave(j->store);
+    }
+}
+
+// The items of a loop that its condition lets through.
+MOE__PRIVATE const moe__list *moe__jinja_loop_items(moe__jinja *j, const moe__jinja_node *node,
+                                                    moe__value over) {
+    const moe__list *all = moe__jinja_iterate(j, over);
+    if (!node->c) return all;
+    moe__list *some = moe__list_new(j->store, MOE__VALUE_LIST, 0).as.list;
+    moe__jinja_scope *outer = j->scope;
+    for (uint64_t i = 0; i < all->n; i++) {
+        j->scope = moe__jinja_scope_new(j, outer);
+        moe__jinja_assign(j, node->a, all->items[i]);
+        if (moe__jinja_truth(j, moe__jinja_eval(j, node->c)))
+            moe__list_add(j->store, some, all->items[i]);
+    }
+    j->scope = outer;
+    return some;
+}
+
+MOE__PRIVATE void moe__jinja_loop_over(moe__jinja *j, const moe__jinja_node *node,
+                                       moe__value over, int64_t depth) {
+    const moe__list *items = moe__jinja_loop_items(j, node, over);
+    moe__jinja_loop *loop = (moe__jinja_loop *)moe__store_take(j->store, 1, sizeof *loop);
+    moe__value variable = moe__value_of(MOE__VALUE_LOOP);
+    moe__jinja_scope *outer = j->scope;
+    memset(loop, 0, sizeof *loop);
+    loop->items = items;
+    loop->depth = depth;
+    loop->changed = moe__value_of(MOE__VALUE_ABSENT);
+    loop->node = node->op ? node : NULL;
+    loop->scope = outer;
+    variable.as.object = loop;
+    for (; loop->at < items->n; loop->at++) {
+        moe__store_step(j->store, 1);
+        j->scope = moe__jinja_scope_new(j, outer);
+        moe__jinja_define(j, j->scope, MOE__JINJA_LOOP, variable);
+        moe__jinja_assign(j, node->a, items->items[loop->at]);
+        if (moe__jinja_run(j, node->body) == MOE__JINJA_BREAKS) break;
+    }
+    j->scope = outer;
+    if (items->n || !node->other) return;
+    j->scope = moe__jinja_scope_new(j, outer);
+    moe__jinja_run(j, node->other);
+    j->scope = outer;
+}
+
+// loop(items) of a recursive loop: the same loop over other items.
+MOE__PRIVATE moe__value moe__jinja_call_loop(moe__jinja *j, const moe__jinja_loop *loop,
+                                             const moe__jinja_args *args) {
+    if (!loop->node)
+        moe__jinja_fail(j, "The loop must have the 'recursive' marker to be called recursively.");
+    if (args->n != 1) moe__jinja_fail(j, "loop() takes one argument");
+    moe__builder b = moe__builder_of(j->store);
+    moe__builder *out = j->out;
+    moe__jinja_scope *scope = j->scope;
+    moe__store_enter(j->store);
+    j->out = &b;
+    j->scope = loop->scope;
+    moe__jinja_loop_over(j, loop->node, args->items[0], loop->depth + 1);
+    j->scope = scope;
+    j->out = out;
+    moe__store_leave(j->store);
+    return moe__builder_end(&b);
+}
+
+// Arguments to the parameters of a macro, in its scope.
+MOE__PRIVATE void moe__jinja_bind_macro(moe__jinja *j, const moe__jinja_node *macro,
+                                        moe__jinja_scope *scope, const moe__jinja_args *args) {
+    const moe__value named = moe__dict_new(j->store, MOE__VALUE_DICT);
+    const moe__value more = moe__list_new(j->store, MOE__VALUE_TUPLE, 0);
+    uint64_t i = 0, used = 0;
+    for (const moe__jinja_node *n = macro->a; n; n = n->next, i++) {
+        const moe__value value = i < args->n ? args->items[i]
+                                             : moe__jinja_named(j, args, n->value.as.text,
+                                                                n->value.size);
+        used += (uint64_t)(i >= args->n && moe__jinja_given(value));
+        moe__jinja_define(j, scope, n->name, value);
+    }
+    for (uint64_t k = i; k < args->n; k++) moe__list_add(j->store, more.as.list, args->items[k]);
+    if (more.as.list->n && !(macro->op & MOE__JINJA_USES_VARARGS))
+        moe__jinja_fail(j, "macro '%.*s' takes not more than %llu argument(s)",
+                        (int)macro->value.size, macro->value.as.text, (unsigned long long)i);
+    for (uint64_t k = 0; args->named && k < args->named->n; k++) {
+        const moe__pair *entry = &args->named->entries[k];
+        int known = 0;
+        uint64_t at = 0;
+        for (const moe__jinja_node *n = macro->a; n; n = n->next, at++)
+            known |= at >= args->n && moe__value_equal(j->store, n->value, entry->key);
+        if (known) continue;
+        if (moe__value_is_text(entry->key, "caller") && macro->op & MOE__JINJA_USES_CALLER) {
+            moe__jinja_define(j, scope, MOE__JINJA_CALLER_NAME, entry->value);
+        } else if (macro->op & MOE__JINJA_USES_KWARGS) {
+            moe__dict_set(j->store, named.as.dict, entry->key, entry->value);
+        } else {
+            moe__jinja_fail(j, "macro '%.*s' takes no keyword argument '%.*s'",
+                            (int)macro->value.size, macro->value.as.text,
+                            (int)moe__utf8_limit(entry->key.as.text, (size_t)entry->key.size, 60),
+                            entry->key.as.text);
+        }
+    }
+    if (macro->op & MOE__JINJA_USES_KWARGS)
+        moe__jinja_define(j, scope, MOE__JINJA_KWARGS, named);
+    if (macro->op & MOE__JINJA_USES_VARARGS)
+        moe__jinja_define(j, scope, MOE__JINJA_VARARGS, more);
+}
+
+MOE__PRIVATE moe__value moe__jinja_call_macro(moe__jinja *j, const moe__jinja_function *f,
+                                              const moe__jinja_args *args) {
+    const moe__jinja_node *macro = f->macro;
+    moe__jinja_scope *scope = moe__jinja_scope_new(j, f->scope), *outer = j->scope;
+    moe__store_enter(j->store);
+    if (macro->op & MOE__JINJA_USES_CALLER)
+        moe__jinja_define(j, scope, MOE__JINJA_CALLER_NAME, moe__jinja_hint("No caller defined"));
+    moe__jinja_bind_macro(j, macro, scope, args);
+    j->scope = scope;
+    for (const moe__jinja_node *n = macro->a; n; n = n->next) {
+        if (moe__jinja_given(moe__jinja_lookup(j, n->name))) continue;
+        moe__jinja_define(j, scope, n->name,
+                          n->a ? moe__jinja_eval(j, n->a)
+                               : moe__jinja_undefined(MOE__JINJA_NO_OBJECT, n->value.as.text,
+                                                      n->value.size));
+    }
+    j->scope = outer;
+    const uint32_t line = j->line;
+    const moe__value v = moe__jinja_capture(j, macro->body, scope);
+    j->line = line;
+    moe__store_leave(j->store);
+    return v;
+}
+
+MOE__PRIVATE moe__value moe__jinja_macro_value(moe__jinja *j, const moe__jinja_node *node) {
+    const moe__value v = moe__jinja_function_new(j, NULL, moe__value_none());
+    moe__jinja_function *f = (moe__jinja_function *)v.as.object;
+    f->macro = node;
+    f->scope = j->scope;
+    return v;
+}
+
+// {% call(x) f(y) %}...{% endcall %}: f gets the body as the macro "caller".
+MOE__PRIVATE void moe__jinja_run_caller(moe__jinja *j, const moe__jinja_node *node) {
+    const moe__jinja_node *step = node->a->b; // the call is the last one
+    while (step->next) step = step->next;
+    const moe__value callee = moe__jinja_eval_steps(j, node->a, step);
+    moe__jinja_args args = moe__jinja_eval_arguments(j, step->a);
+    moe__jinja_name_argument(j, &args, moe__value_words("caller"),
+                             moe__jinja_macro_value(j, node->b));
+    j->line = node->line;
+    moe__jinja_print(j, j->out, moe__jinja_call(j, callee, &args));
+}
+
+MOE__PRIVATE moe__value moe__jinja_apply_filters(moe__jinja *j, moe__value v,
+                                                 const moe__jinja_node *filters) {
+    for (; filters; filters = filters->next) v = moe__jinja_eval_entry(j, v, filters);
+    return v;
+}
+
+MOE__PRIVATE int moe__jinja_run_if(moe__jinja *j, const moe__jinja_node *node) {
+    for (const moe__jinja_node *branch = node->a; branch; branch = branch->next)
+        if (!branch->a || moe__jinja_truth(j, moe__jinja_eval(j, branch->a)))
+            return moe__jinja_run(j, branch->body);
+    return MOE__JINJA_GO_ON;
+}
+
+// A scope with the values of {% with %}, which are those of the scope around it.
+MOE__PRIVATE int moe__jinja_run_scope(moe__jinja *j, const moe__jinja_node *node) {
+    moe__jinja_scope *outer = j->scope, *scope = moe__jinja_scope_new(j, outer);
+    for (const moe__jinja_node *n = node->a; n; n = n->next) {
+        const moe__value v = moe__jinja_eval(j, n->b);
+        j->scope = scope;
+        moe__jinja_assign(j, n->a, v);
+        j->scope = outer;
+    }
+    j->scope = scope;
+    const int way = moe__jinja_run(j, node->body);
+    j->scope = outer;
+    return way;
+}
+
+MOE__PRIVATE void moe__jinja_run_capture(moe__jinja *j, const moe__jinja_node *node) {
+    moe__value v = moe__jinja_capture(j, node->body, moe__jinja_scope_new(j, j->scope));
+    v = moe__jinja_apply_filters(j, v, node->b);
+    if (node->kind == MOE__JINJA_CAPTURE) moe__jinja_assign(j, node->a, v);
+    else moe__jinja_print(j, j->out, v);
+}
+
+// One statement; how to go on.
+MOE__PRIVATE int moe__jinja_run_one(moe__jinja *j, const moe__jinja_node *node) {
+    switch (node->kind) {
+    case MOE__JINJA_TEXT: moe__builder_string(j->out, node->value); break;
+    case MOE__JINJA_PRINT: moe__jinja_print(j, j->out, moe__jinja_eval(j, node->a)); break;
+    case MOE__JINJA_FOR: moe__jinja_loop_over(j, node, moe__jinja_eval(j, node->b), 0); break;
+    case MOE__JINJA_IF: return moe__jinja_run_if(j, node);
+    case MOE__JINJA_SET: moe__jinja_assign(j, node->a, moe__jinja_eval(j, node->b)); break;
+    case MOE__JINJA_CAPTURE:
+    case MOE__JINJA_FILTERED: moe__jinja_run_capture(j, node); break;
+    case MOE__JINJA_MACRO:
+        moe__jinja_define(j, j->scope, node->name, moe__jinja_macro_value(j, node));
+        break;
+    case MOE__JINJA_CALLER: moe__jinja_run_caller(j, node); break;
+    case MOE__JINJA_SCOPE: return moe__jinja_run_scope(j, node);
+    case MOE__JINJA_DO: moe__jinja_eval(j, node->a); break;
+    default: return node->kind == MOE__JINJA_BREAK ? MOE__JINJA_BREAKS : MOE__JINJA_CONTINUES;
+    }
+    return MOE__JINJA_GO_ON;
+}
+
+MOE__PRIVATE int moe__jinja_run(moe__jinja *j, const moe__jinja_node *node) {
+    int way = MOE__JINJA_GO_ON;
+    moe__store_enter(j->store);
+    for (; node && way == MOE__JINJA_GO_ON; node = node->next) {
+        moe__store_step(j->store, 1);
+        j->line = node->line;
+        way = moe__jinja_run_one(j, node);
+    }
+    moe__store_leave(j->store);
+    return way;
+}
+
+// The text of a template with the variables of a dict. Within a try.
+MOE__PRIVATE moe__value moe__jinja_render(moe__store *store, const moe__text_run *runs,
+                                          moe__value source, moe__value context, moe__value now) {
+    moe__jinja_reader reader;
+    moe__jinja j;
+    moe__builder out = moe__builder_of(store);
+    const moe__jinja_node *tree =
+        moe__jinja_read(&reader, store, runs, source.as.text, source.size);
+    memset(&j, 0, sizeof j);
+    j.store = store;
+    j.runs = runs;
+    j.names = reader.texts;
+    j.context = context;
+    j.out = &out;
+    j.now = now.kind == MOE__VALUE_STRING ? now.as.text : NULL;
+    j.now_size = now.size;
+    j.scope = moe__jinja_scope_new(&j, NULL);
+    moe__jinja_run(&j, tree);
+    return moe__builder_end(&out);
+}
+
+#endif
+
+// ==============================================================================================
+// >>chat
+//
+// Requests to text and tokens. A request becomes the variables of a template, as transformers
+// passes them; the template's text is tokenized so that control tokens come from it alone: bytes
+// that users typed are marked (see >>json), and no control token may take one of them.
+//
+// What transformers cannot do with a request, or does badly, is tried once more in another way:
+// parts of content are joined where a template knows only texts, and arguments of tool calls that
+// came as JSON in a string become objects where a template needs these. Everything else is as the
+// template has it.
+// ==============================================================================================
+#if MOE__USE_CHAT
+
+// ---- templates -------------------------------------------------------------------------------
+
+MOE_API moe_string moe_chat_template(const moe_vocab *vocab, const char *name) {
+    moe_string none = {NULL, 0};
+    if (!vocab || !vocab->n_templates) return none;
+    if (!name) return vocab->templates[0].text;
+    for (uint32_t i = 0; i < vocab->n_templates; i++) {
+        const moe_string known = vocab->templates[i].name;
+        if (known.size == strlen(name) && memcmp(known.data, name, known.size) == 0)
+            return vocab->templates[i].text;
+    }
+    return none;
+}
+
+// For vocabularies with these control tokens and no template.
+static const char moe__chat_ml[] =
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + (message.content or "
+    "'') + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\\n' }}{% endif %}";
+
+// ---- a request -------------------------------------------------------------------------------
+
+enum { MOE__CHAT_DEPTH = 200, MOE__CHAT_STEPS = 10 * 1000 * 1000, MOE__CHAT_BYTES = 64 << 20 };
+enum { MOE__CHAT_JOIN = 1, MOE__CHAT_PARSE = 2 }; // ways to change a request
+
+typedef struct moe__chat {
+    moe__store store; // of all below
+    const moe_vocab *vocab;
+    const char *json;
+    uint64_t size;
+    int change;       // MOE__CHAT_..., and which of them would change something
+    int changeable;
+    moe__value request, source, text; // the template's source and what came out
+} moe__chat;
+
+MOE__PRIVATE void moe__chat_free(moe__chat *chat) { moe__store_free(&chat->store); }
+
+MOE__PRIVATE __attribute__((noreturn)) void moe__chat_fail(moe__chat *chat, const char *where,
+                                                           const char *what) {
+    moe__store_fail(&chat->store, MOE_ERROR_ARGUMENT, 0, where, "%s", what);
+}
+
+// Whatever is in a value was typed by users.
+MOE__PRIVATE void moe__chat_mark(moe__value *v) { // as deep as JSON may be
+    if (v->kind == MOE__VALUE_STRING) v->typed = 1;
+    for (uint64_t i = 0; v->kind == MOE__VALUE_LIST && i < v->as.list->n; i++)
+        moe__chat_mark(&v->as.list->items[i]);
+    for (uint64_t i = 0; v->kind == MOE__VALUE_DICT && i < v->as.dict->n; i++) {
+        moe__chat_mark(&v->as.dict->entries[i].key);
+        moe__chat_mark(&v->as.dict->entries[i].value);
+    }
+}
+
+// A role that is a plain word counts as the template's: it may be a part of a control token.
+MOE__PRIVATE void moe__chat_unmark_role(moe__value *role) {
+    int plain = role && role->kind == MOE__VALUE_STRING;
+    for (uint64_t i = 0; plain && i < role->size; i++)
+        plain = role->as.text[i] == '_' || (role->as.text[i] >= 'a' && role->as.text[i] <= 'z');
+    if (plain) role->typed = 0;
+}
+
+// The texts of content's parts, line by line.
+MOE__PRIVATE moe__value moe__chat_join(moe__chat *chat, const moe__list *parts) {
+    moe__builder b = moe__builder_of(&chat->store);
+    for (uint64_t i = 0; i < parts->n; i++) {
+        const moe__value *text = moe__dict_get(&chat->store, parts->items[i], "text");
+        if (parts->items[i].kind == MOE__VALUE_STRING) text = &parts->items[i];
+        if (!text || text->kind != MOE__VALUE_STRING) continue;
+        if (b.size) moe__builder_add(&b, "\n", 1, 1);
+        moe__builder_string(&b, *text);
+    }
+    return moe__builder_end(&b);
+}
+
+// Arguments of a tool call in a string: it is watched whether a template writes them as JSON once
+// more. What they are as an object, if that is wanted and they are one.
+MOE__PRIVATE void moe__chat_arguments(moe__chat *chat, moe__value *call) {
+    moe__store *store = &chat->store;
+    moe__value *function = moe__dict_get(store, *call, "function");
+    moe__value *arguments = moe__dict_get(store, function ? *function : *call, "arguments");
+    if (!arguments || arguments->kind != MOE__VALUE_STRING) return;
+    const uint64_t from = moe__jinja_skip_space(arguments->as.text, 0, arguments->size);
+    if (from == arguments->size || arguments->as.text[from] != '{') return;
+    chat->changeable |= MOE__CHAT_PARSE;
+    arguments->of = 1;
+    if (!(chat->change & MOE__CHAT_PARSE)) return;
+    *arguments = moe__json_parse(store, arguments->as.text, arguments->size);
+    moe__chat_mark(arguments);
+}
+
+MOE__PRIVATE void moe__chat_message(moe__chat *chat, moe__value *message) {
+    moe__store *store = &chat->store;
+    moe__value *content = moe__dict_get(store, *message, "content");
+    moe__value *calls = moe__dict_get(store, *message, "tool_calls");
+    moe__chat_unmark_role(moe__dict_get(store, *message, "role"));
+    if (content && content->kind == MOE__VALUE_LIST) {
+        chat->changeable |= MOE__CHAT_JOIN;
+        content->of = 1;
+        if (chat->change & MOE__CHAT_JOIN) *content = moe__chat_join(chat, content->as.list);
+    }
+    for (uint64_t i = 0; calls && calls->kind == MOE__VALUE_LIST && i < calls->as.list->n; i++)
+        moe__chat_arguments(chat, &calls->as.list->items[i]);
+}
+
+// ---- going on with the last message ----------------------------------------------------------
+
+// As transformers does it: a tag behind the text that is to go on, and the rendered text is cut
+// where the tag stands.
+static const char moe__chat_tag[] = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+MOE__PRIVATE void moe__chat_add_tag(moe__chat *chat, moe__value messages, moe__value field) {
+    moe__store *store = &chat->store;
+    const uint64_t n = messages.as.list->n;
+    const moe__value last = n ? messages.as.list->items[n - 1] : moe__value_none();
+    moe__value *text = last.kind == MOE__VALUE_DICT
+                           ? moe__dict_find(store, last.as.dict,
+                                            field.kind == MOE__VALUE_STRING
+                                                ? field
+                                                : moe__value_words("content"))
+                           : NULL;
+    if (text && text->kind == MOE__VALUE_LIST) { // the last part that is a text
+        const moe__list *parts = text->as.list;
+        text = NULL;
+        for (uint64_t i = parts->n; i-- > 0 && !text;)
+            text = moe__dict_get(store, parts->items[i], "text");
+    }
+    if (!text || text->kind != MOE__VALUE_STRING)
+        moe__chat_fail(chat, "continue_final_message", "the final message has no text to continue");
+    moe__builder b = moe__builder_of(store);
+    moe__builder_string(&b, *text);
+    moe__builder_add(&b, moe__chat_tag, strlen(moe__chat_tag), 1);
+    *text = moe__builder_end(&b);
+}
+
+MOE__PRIVATE void moe__chat_cut(moe__chat *chat) {
+    moe__value *text = &chat->text;
+    const moe__value tag = moe__value_words(moe__chat_tag);
+    const moe__value word = moe__value_part(tag, 0, tag.size - 1);
+    uint64_t at = UINT64_MAX, end = text->size;
+    if (end >= word.size)
+        for (uint64_t i = end - word.size + 1; i-- > 0 && at == UINT64_MAX;)
+            if (!memcmp(text->as.text + i, word.as.text, (size_t)word.size)) at = i;
+    if (at == UINT64_MAX)
+        moe__chat_fail(chat, "continue_final_message",
+                       "the final message is not in what the template makes of it");
+    const int spaced = at + word.size < end && text->as.text[at + word.size] == ' ';
+    *text = moe__value_part(*text, 0,
+                            spaced ? at : moe__jinja_skip_space_back(text->as.text, 0, at));
+}
+
+// ---- rendering -------------------------------------------------------------------------------
+
+// The template: that which the request names or holds, the file's for tools, the file's, ChatML.
+MOE__PRIVATE moe__value moe__chat_source(moe__chat *chat) {
+    const moe_vocab *vocab = chat->vocab;
+    const moe__value *wanted = moe__dict_get(&chat->store, chat->request, "chat_template");
+    const moe__value *tools = moe__dict_get(&chat->store, chat->request, "tools");
+    if (wanted && wanted->kind == MOE__VALUE_STRING) {
+        for (uint32_t i = 0; i < vocab->n_templates; i++) {
+            const moe_string name = vocab->templates[i].name, text = vocab->templates[i].text;
+            if (name.size == wanted->size && !memcmp(name.data, wanted->as.text, name.size))
+                return moe__value_text(text.data, text.size);
+        }
+        if (!wanted->size || !memchr(wanted->as.text, '{', (size_t)wanted->size))
+            moe__chat_fail(chat, "chat_template", "the file has no template of this name");
+        return *wanted;
+    }
+    moe_string text = {NULL, 0};
+    if (tools && tools->kind == MOE__VALUE_LIST && tools->as.list->n)
+        text = moe_chat_template(vocab, "tool_use");
+    if (!text.data) text = moe_chat_template(vocab, NULL);
+    if (text.data) return moe__value_text(text.data, text.size);
+    if (moe_vocab_is_control(vocab, moe_vocab_find(vocab, "<|im_start|>", 12)) &&
+        moe_vocab_is_control(vocab, moe_vocab_find(vocab, "<|im_end|>", 10)))
+        return moe__value_words(moe__chat_ml);
+    moe__store_fail(&chat->store, MOE_ERROR_UNSUPPORTED, 0, "tokenizer.chat_template",
+                    "the file has no chat template");
+}
+
+// The vocabulary's tokens with a name.
+MOE__PRIVATE void moe__chat_set_tokens(moe__chat *chat, moe__value context) {
+    static const char *const names[] = {"bos_token", "eos_token", "unk_token", "pad_token",
+                                        "sep_token", "cls_token", "mask_token"};
+    const moe_vocab *vocab = chat->vocab;
+    for (int i = 0; i < 7; i++) {
+        const int32_t id = i == 0 ? vocab->bos : i == 1 ? vocab->eos : vocab->named[i - 2];
+        const moe_string text = moe_vocab_token(vocab, id);
+        if (!text.data) continue;
+        moe__dict_set(&chat->store, context.as.dict, moe__value_words(names[i]),
+                      moe__value_text(text.data, text.size));
+    }
+}
+
+MOE__PRIVATE void moe__chat_set_all(moe__chat *chat, moe__value context, moe__value from) {
+    static const char *const ours[] = {"chat_template", "chat_template_kwargs",
+                                       "continue_final_message", "now"};
+    for (uint64_t i = 0; i < from.as.dict->n; i++) {
+        const moe__pair *entry = &from.as.dict->entries[i];
+        int is_ours = 0;
+        for (int k = 0; k < 4; k++) is_ours |= moe__value_is_text(entry->key, ours[k]);
+        if (!is_ours) moe__dict_set(&chat->store, context.as.dict, entry->key, entry->value);
+    }
+}
+
+// The variables of the template.
+MOE__PRIVATE moe__value moe__chat_context(moe__chat *chat, moe__value continues) {
+    static const char *const typed[] = {"messages", "tools", "documents"};
+    moe__store *store = &chat->store;
+    const moe__value context = moe__dict_new(store, MOE__VALUE_DICT);
+    const moe__value *more = moe__dict_get(store, chat->request, "chat_template_kwargs");
+    moe__value none = moe__value_none();
+    none.of = MOE__JINJA_LEFT_OUT;
+    moe__chat_set_tokens(chat, context);
+    moe__dict_set(store, context.as.dict, moe__value_words("tools"), none);
+    moe__dict_set(store, context.as.dict, moe__value_words("documents"), none);
+    moe__dict_set(store, context.as.dict, moe__value_words("add_generation_prompt"),
+                  moe__value_bool(continues.kind == MOE__VALUE_UNDEFINED));
+    moe__chat_set_all(chat, context, chat->request);
+    if (more && more->kind == MOE__VALUE_DICT) moe__chat_set_all(chat, context, *more);
+    for (int i = 0; i < 3; i++) {
+        moe__value *value = moe__dict_get(store, context, typed[i]);
+        if (value) moe__chat_mark(value);
+    }
+    return context;
+}
+
+MOE__PRIVATE void moe__chat_work(void *of) {
+    moe__chat *chat = (moe__chat *)of;
+    moe__store *store = &chat->store;
+    chat->request = moe__json_parse(store, chat->json, chat->size);
+    const moe__value *now = moe__dict_get(store, chat->request, "now");
+    const moe__value *goes_on = moe__dict_get(store, chat->request, "continue_final_message");
+    const moe__value *prompt = moe__dict_get(store, chat->request, "add_generation_prompt");
+    moe__value continues = moe__value_of(MOE__VALUE_UNDEFINED);
+    if (goes_on && ((goes_on->kind == MOE__VALUE_BOOL && goes_on->as.i) ||
+                    (goes_on->kind == MOE__VALUE_STRING && goes_on->size)))
+        continues = *goes_on;
+    if (continues.kind && prompt && prompt->kind == MOE__VALUE_BOOL && prompt->as.i)
+        moe__chat_fail(chat, "continue_final_message",
+                       "continue_final_message and add_generation_prompt are not compatible");
+    chat->source = moe__chat_source(chat);
+    const moe__value context = moe__chat_context(chat, continues);
+    const moe__value *messages = moe__dict_get(store, context, "messages");
+    if (!messages || messages->kind != MOE__VALUE_LIST)
+        moe__chat_fail(chat, "messages", "the request has no list of messages");
+    for (uint64_t i = 0; i < messages->as.list->n; i++)
+        moe__chat_message(chat, &messages->as.list->items[i]);
+    if (continues.kind) moe__chat_add_tag(chat, *messages, continues);
+    chat->text = moe__jinja_render(store, chat->vocab->runs, chat->source, context,
+                                   now ? *now : moe__value_none());
+    if (continues.kind) moe__chat_cut(chat);
+}
+
+MOE__PRIVATE moe_status moe__chat_try(moe__chat *chat, moe_error *error) {
+    chat->store.noticed = 0;
+    chat->store.steps = 0;
+    chat->store.limit += MOE__CHAT_BYTES + 256 * chat->size;
+    return moe__store_try(&chat->store, moe__chat_work, chat, error);
+}
+
+// Renders a request as it is and, if that fails or comes out badly, changed. To be freed whatever
+// came of it.
+MOE__PRIVATE moe_status moe__chat_render(const moe_vocab *vocab, const char *request, size_t size,
+                                         moe__chat *chat, moe_error *error) {
+    memset(chat, 0, sizeof *chat);
+    if (!vocab || !request)
+        return moe__fail(error, MOE_ERROR_ARGUMENT, vocab ? "request" : "vocab", "%s is NULL",
+                         vocab ? "request" : "vocab");
+    fenv_t floats;
+    moe_error first;
+    memset(&first, 0, sizeof first);
+    moe__floats_begin(&floats);
+    moe__store_init(&chat->store, &vocab->allocator, 0, MOE__CHAT_STEPS + 64 * (uint64_t)size,
+                    MOE__CHAT_DEPTH);
+    chat->vocab = vocab;
+    chat->json = request;
+    chat->size = size;
+    moe_status status = moe__chat_try(chat, &first);
+    if ((status == MOE_ERROR_ARGUMENT || chat->store.noticed) && chat->changeable) {
+        const moe__value text = chat->text;
+        chat->change = chat->changeable;
+        const moe_status changed = moe__chat_try(chat, NULL);
+        if (changed && !status) chat->text = text; // what came of it first
+        else status = changed ? status : MOE_OK;
+    }
+    moe__floats_end(&floats);
+    if (status && error) *error = first;
+    return status;
+}
+
+MOE_API int64_t moe_chat_format(const moe_vocab *vocab, const char *request, size_t size,
+                                char *text, size_t capacity, moe_error *error) {
+    moe__chat chat;
+    if (!text && capacity)
+        return -(int64_t)moe__fail(error, MOE_ERROR_ARGUMENT, "text", "text is NULL");
+    const moe_status status = moe__chat_render(vocab, request, size, &chat, error);
+    const uint64_t n = status ? 0 : chat.text.size;
+    if (n && capacity) memcpy(text, chat.text.as.text, n < capacity ? (size_t)n : capacity);
+    moe__chat_free(&chat);
+    return status ? -(int64_t)status : (int64_t)n;
+}
+
+// Does a text begin with the template's BOS?
+MOE__PRIVATE int moe__chat_has_bos(const moe_vocab *vocab, moe__value text) {
+    const moe_string bos = moe_vocab_token(vocab, vocab->bos);
+    if (!bos.data || !bos.size || text.size < bos.size ||
+        memcmp(text.as.text, bos.data, bos.size) != 0)
+        return 0;
+    return text.marks ? !memchr(text.marks, 1, bos.size) : !text.typed;
+}
+
+MOE_API int64_t moe_chat_tokenize(const moe_vocab *vocab, const char *request, size_t size,
+                                  int32_t *tokens, size_t capacity, moe_error *error) {
+    moe__chat chat;
+    if (!tokens && capacity)
+        return -(int64_t)moe__fail(error, MOE_ERROR_ARGUMENT, "tokens", "tokens is NULL");
+    moe_status status = moe__chat_render(vocab, request, size, &chat, error);
+    int64_t n = -(int64_t)status;
+    if (!status) {
+        const moe__value text = chat.text;
+        const unsigned bos = vocab->add_bos && vocab->bos >= 0 && !moe__chat_has_bos(vocab, text);
+        if (bos && capacity) tokens[0] = vocab->bos;
+        const unsigned flags = text.typed && !text.marks ? 0 : MOE_TOKENIZE_PARSE_SPECIAL;
+        n = moe__text_tokenize(vocab, text.as.text, (size_t)text.size, flags, text.marks,
+                               capacity > bos ? tokens + bos : NULL,
+                               capacity > bos ? capacity - bos : 0);
+        if (n >= 0) n += bos;
+        else moe__fail(error, (moe_status)-n, "request", "cannot turn the text into tokens");
+    }
+    moe__chat_free(&chat);
+    return n;
+}
 
 #endif
 

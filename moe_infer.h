@@ -25445,2327 +25445,6 @@ MOE__PRIVATE void moe__json_write(moe__builder *b, moe__value v, const moe__json
     moe__store_leave(b->store);
 }
 
-// ---- answers taken apart ---------------------------------------------------------------------
-//
-// A parser reads an answer by steps. What a step decides depends on bytes alone, never on how many
-// of them are there yet: it waits for those that it needs, so that nobody can tell from what comes
-// out how the answer was cut. What waits is short: a mark that may have begun, white space, the
-// beginning of a call up to its name, a value whose type is seen at its end.
-//
-// Nothing is a call before its name is read: marks may also be what an answer talks about. What
-// does not go on as a call is text, and is read again as such behind its first mark.
-//
-// To add a form of answers, look at what its template makes of tool_calls and reasoning_content
-// and add a row to moe__answer_forms; test_answers takes what templates write apart again.
-
-// ---- forms ----
-
-// How calls are written that have keys and values between marks.
-typedef struct moe__answer_tags {
-    // call: its name stands behind it, up to '"' if the mark ends so, else up to '>'. NULL: the
-    // name stands behind the mark that opens a call, up to a line feed or '<'
-    const char *call, *head; // head: what ends the beginning of a call; may be missing without call
-    const char *key;         // a key stands behind it, and ends like a name,
-    const char *value;       // a value behind that. NULL: keys are elements that may be nested
-    const char *unvalue, *uncall;
-    const char *object;      // instead of all keys: JSON behind `value`, or NULL
-    int values; // 0: as they are, 1: between line feeds, 2: may be <![CDATA[...]]>
-    int has_entities;        // &quot; and &amp; in names
-} moe__answer_tags;
-
-typedef struct moe__answer_form {
-    const char *name;  // in tests
-    const char *signs; // any of these lines in a template is a sign of the form
-    const char *think, *unthink; // around reasoning
-    // Marks, one a line; the first character tells what follows the mark.
-    //   S another of them, { or [   T the same, or a name    J JSON   M JSON {name: arguments}
-    //   N fields, as `fields` says  P calls as in Python     G the same in Gemma's way
-    //   F a name, a line feed, arguments
-    const char *opens;
-    const char *closes; // what may stand behind calls
-    const char *drops;  // marks that say nothing
-    const char *ends;   // what ends an answer, beside the vocabulary's tokens
-    // N: what the first field is (N: name, K: the same as NAME:INDEX, which is the id, too, T: the
-    // type of the call, if a name follows the last mark, I: id), then what marks begin (A: arguments)
-    const char *fields;
-    const moe__answer_tags *tags[2]; // calls of the second stand behind a mark only
-    int is_free;     // reasoning may begin anywhere, its marks are control tokens
-    int is_bare;     // an object at the beginning of an answer may be a call
-    int has_headers; // what a message is says its header: <|start|>...<|channel|>...<|message|>
-    int thinks;      // answers begin with reasoning
-} moe__answer_form;
-
-#define MOE__BAR "\357\275\234" // U+FF5C
-#define MOE__LOW "\342\226\201" // U+2581
-#define MOE__M3 "]<]minimax[>["
-
-static const moe__answer_tags moe__tags_qwen = {
-    "<function=", ">", "<parameter=", ">", "</parameter>", "</function>", NULL, 1, 0};
-static const moe__answer_tags moe__tags_seed = {
-    "<function=", ">", "<parameter=", ">", "</parameter>", "</function>", NULL, 0, 0};
-static const moe__answer_tags moe__tags_glm = {
-    NULL, "", "<arg_key>", "<arg_value>", "</arg_value>", "</tool_call>", NULL, 0, 0};
-static const moe__answer_tags moe__tags_hy3 = {
-    NULL, "<tool_sep:opensource>", "<arg_key:opensource>", "<arg_value:opensource>", "</arg_value:opensource>",
-    "</tool_call:opensource>", NULL, 0, 0};
-static const moe__answer_tags moe__tags_minimax2 = {
-    "<invoke name=\"", ">", "<parameter name=\"", ">", "</parameter>", "</invoke>", NULL, 0, 0};
-static const moe__answer_tags moe__tags_minimax3 = {
-    MOE__M3 "<invoke name=\"", ">", MOE__M3 "<", NULL, MOE__M3 "</", MOE__M3 "</invoke>", NULL, 0,
-    0};
-static const moe__answer_tags moe__tags_dsml = {
-    "<" MOE__BAR "DSML" MOE__BAR "invoke name=\"", ">",
-    "<" MOE__BAR "DSML" MOE__BAR "parameter name=\"", ">",
-    "</" MOE__BAR "DSML" MOE__BAR "parameter>", "</" MOE__BAR "DSML" MOE__BAR "invoke>", NULL, 0,
-    0};
-static const moe__answer_tags moe__tags_atem = {
-    "<atem:invoke name=\"", ">", "<atem:parameter name=\"", ">", "</atem:parameter>",
-    "</atem:invoke>", NULL, 0, 0};
-static const moe__answer_tags moe__tags_minicpm = {
-    "<function name=\"", ">", "<param name=\"", ">", "</param>", "</function>", NULL, 2, 0};
-static const moe__answer_tags moe__tags_kimi3 = {
-    "<|open|>call tool=\"", "<|sep|>", "<|open|>argument key=\"", "<|sep|>",
-    "<|close|>argument<|sep|>", "<|close|>call<|sep|>", "<|open|>json", 0, 1};
-
-// The first whose sign is in the template; the last one suits all others.
-static const moe__answer_form moe__answer_forms[] = {
-    {"harmony", "<|channel|>", NULL, NULL, NULL, NULL,
-     "<|end|>\n<|call|>\n<|return|>\n<|message|>", NULL, NULL, {NULL, NULL}, 0, 0, 1, 0},
-    {"atem", "atem:invoke", NULL, NULL, "S<atem:function_calls>", "</atem:function_calls>",
-     "<|eom|>\n<|eot|>\n<|message|>", NULL, NULL, {&moe__tags_atem, NULL}, 0, 0, 1, 0},
-    {"gemma", "<|tool_call>", "<|channel>thought", "<channel|>", "G<|tool_call>",
-     "<tool_call|>\n<|tool_response>", "<|channel>", "<turn|>\n<|tool_response>", NULL,
-     {NULL, NULL}, 1, 0, 0, 0},
-    {"kimi3", "<|open|>", "<|open|>think<|sep|>", "<|close|>think<|sep|>",
-     "S<|open|>tools<|sep|>", "<|close|>json<|sep|>\n<|close|>call<|sep|>\n<|close|>tools<|sep|>",
-     "<|open|>response<|sep|>\n<|close|>response<|sep|>\n<|close|>message<|sep|>",
-     "<|end_of_msg|>", NULL, {&moe__tags_kimi3, NULL}, 1, 0, 0, 0},
-    {"minimax3", "]<]minimax[>[", "<mm:think>", "</mm:think>", "S" MOE__M3 "<tool_call>",
-     MOE__M3 "</tool_call>", NULL, "[e~[", NULL, {&moe__tags_minimax3, NULL}, 0, 0, 0, 0},
-    {"minimax2", "minimax:tool_call", "<think>", "</think>", "S<minimax:tool_call>",
-     "</minimax:tool_call>", NULL, "[e~[", NULL, {&moe__tags_minimax2, NULL}, 0, 0, 0, 0},
-    {"dsml", MOE__BAR "DSML" MOE__BAR, "<think>", "</think>",
-     "S<" MOE__BAR "DSML" MOE__BAR "function_calls>\n"
-     "S<" MOE__BAR "DSML" MOE__BAR "tool_calls>",
-     "</" MOE__BAR "DSML" MOE__BAR "function_calls>\n"
-     "</" MOE__BAR "DSML" MOE__BAR "tool_calls>",
-     NULL, "<" MOE__BAR "end" MOE__LOW "of" MOE__LOW "sentence" MOE__BAR ">", NULL,
-     {&moe__tags_dsml, NULL}, 0, 0, 0, 0},
-    {"deepseek", MOE__BAR "tool" MOE__LOW "calls" MOE__LOW "begin" MOE__BAR, "<think>",
-     "</think>",
-     "S<" MOE__BAR "tool" MOE__LOW "calls" MOE__LOW "begin" MOE__BAR ">\n"
-     "N<" MOE__BAR "tool" MOE__LOW "call" MOE__LOW "begin" MOE__BAR ">",
-     "<" MOE__BAR "tool" MOE__LOW "call" MOE__LOW "end" MOE__BAR ">\n"
-     "<" MOE__BAR "tool" MOE__LOW "calls" MOE__LOW "end" MOE__BAR ">",
-     NULL, "<" MOE__BAR "end" MOE__LOW "of" MOE__LOW "sentence" MOE__BAR ">",
-     "T\nA<" MOE__BAR "tool" MOE__LOW "sep" MOE__BAR ">", {NULL, NULL}, 0, 0, 0, 0},
-    {"hy3", "hy_Assistant", "<think:opensource>", "</think:opensource>",
-     "S<tool_calls:opensource>\nT<tool_call:opensource>",
-     "</tool_call:opensource>\n</tool_calls:opensource>", NULL,
-     "<" MOE__BAR "hy_eos:opensource" MOE__BAR ">", NULL, {&moe__tags_hy3, NULL}, 0, 0, 0, 0},
-    {"seed", "seed:tool_call", "<seed:think>", "</seed:think>", "S<seed:tool_call>",
-     "</seed:tool_call>", NULL, "<seed:eos>", NULL, {&moe__tags_seed, NULL}, 0, 0, 0, 0},
-    {"minicpm", "<param name=", "<think>", "</think>", NULL, NULL, NULL, "<|im_end|>", NULL,
-     {&moe__tags_minicpm, NULL}, 0, 0, 0, 0},
-    {"kimi2", "<|tool_call_argument_begin|>", "<think>", "</think>",
-     "S<|tool_calls_section_begin|>\nN<|tool_call_begin|>",
-     "<|tool_call_end|>\n<|tool_calls_section_end|>", NULL, "<|im_end|>",
-     "K\nA<|tool_call_argument_begin|>", {NULL, NULL}, 0, 0, 0, 0},
-    {"solar", "<|tool_call:begin|>", "<|think|>", "<|end|>",
-     "S<|tool_calls|>\nN<|tool_call:begin|>", "<|tool_call:end|>\n<|calls|>",
-     "<|begin|>assistant\n<|content|>\n<|end|>", "<|end|>\n<|calls|>\n<|flush|>",
-     "I\nN<|tool_call:name|>\nA<|tool_call:args|>", {NULL, NULL}, 1, 0, 0, 0},
-    {"cohere", "<|START_ACTION|>", "<|START_THINKING|>", "<|END_THINKING|>", "J<|START_ACTION|>",
-     "<|END_ACTION|>",
-     "<|START_RESPONSE|>\n<|END_RESPONSE|>\n<|START_TEXT|>\n<|END_TEXT|>",
-     "<|END_OF_TURN_TOKEN|>", NULL, {NULL, NULL}, 1, 0, 0, 0},
-    {"command-r", "directly-answer", "<think>", "</think>", "JAction:", NULL, NULL,
-     "<|END_OF_TURN_TOKEN|>", NULL, {NULL, NULL}, 0, 0, 0, 0},
-    {"apertus", "<|tools_prefix|>", "<|inner_prefix|>", "<|inner_suffix|>", "M<|tools_prefix|>",
-     "<|tools_suffix|>", NULL, "<|assistant_end|>", NULL, {NULL, NULL}, 1, 0, 0, 0},
-    {"mistral", "[TOOL_CALLS]", "[THINK]", "[/THINK]", "N[TOOL_CALLS]", NULL, NULL, "<|im_end|>",
-     "N\nI[CALL_ID]\nA[ARGS]", {NULL, NULL}, 0, 0, 0, 0},
-    {"lfm2", "<|tool_call_start|>\n<|tool_list_start|>\nList of tools: [", "<think>", "</think>",
-     "P<|tool_call_start|>", "<|tool_call_end|>", NULL, "<|im_end|>", NULL, {NULL, NULL}, 0, 0,
-     0, 0},
-    {"granite3", "<|tool_call|>", "<think>", "</think>", "J<|tool_call|>", NULL,
-     "<response>\n</response>", "<|end_of_text|>", NULL, {NULL, NULL}, 0, 0, 0, 0},
-    {"gigachat", "<|role_sep|>", "<think>", "</think>",
-     "J<|function_call|>\nJfunction call<|role_sep|>", "<|message_sep|>", NULL, "<|message_sep|>",
-     NULL, {NULL, NULL}, 0, 0, 0, 0},
-    {"functionary2", ">>>all", "<think>", "</think>", "F>>>", NULL, NULL, "<|eot_id|>", NULL,
-     {NULL, NULL}, 0, 0, 0, 0},
-    {"qwen", "<parameter=", "<think>", "</think>", "T<tool_call>", "</tool_call>", NULL,
-     "<|im_end|>", NULL, {&moe__tags_qwen, &moe__tags_glm}, 0, 0, 0, 0},
-    {"functionary1", "<function=", "<think>", "</think>", "P<|python_tag|>", NULL, NULL,
-     "<|eot_id|>\n<|eom_id|>", NULL, {&moe__tags_seed, NULL}, 0, 0, 0, 0},
-    {"firefunction", "functools[", "<think>", "</think>", "Jfunctools", NULL, NULL, "<|eot_id|>",
-     NULL, {NULL, NULL}, 0, 0, 0, 0},
-    {"nemotron", "<TOOLCALL>", "<think>", "</think>", "J<TOOLCALL>", "</TOOLCALL>", NULL,
-     "<SPECIAL_12>", NULL, {NULL, NULL}, 0, 0, 0, 0},
-    {"apriel", "Here are my reasoning steps", "Here are my reasoning steps:",
-     "[BEGIN FINAL RESPONSE]", "J<tool_calls>", "</tool_calls>", NULL,
-     "[END FINAL RESPONSE]\n<|end|>", NULL, {NULL, NULL}, 0, 0, 0, 0},
-    {"apriel1", "[BEGIN FINAL RESPONSE]", "<thinking>", "[BEGIN FINAL RESPONSE]",
-     "J<tool_calls>", "</tool_calls>", "</thinking>", "[END FINAL RESPONSE]\n<|end|>", NULL,
-     {NULL, NULL}, 0, 0, 0, 1},
-    {"lines", "<tool_calls>", "<think>", "</think>", "S<tool_calls>\nT<tool_call>",
-     "</tool_call>\n</tool_calls>", "<answer>\n</answer>", "<end_of_sentence>", NULL,
-     {&moe__tags_glm, NULL}, 0, 0, 0, 0},
-    {"llama3", "<|python_tag|>\nRespond in the format {", "<think>", "</think>",
-     "P<|python_tag|>", NULL, NULL, "<|eot_id|>\n<|eom_id|>", NULL, {NULL, NULL}, 0, 1, 0, 0},
-    {"usual", "", "<think>", "</think>", "T<tool_call>", "</tool_call>", NULL,
-     "<|im_end|>\n</assistant>\n<|role_end|>\n<|user|>\n<|observation|>\n<|end_of_text|>\n<sep>\n"
-     "<|eot_id|>",
-     NULL, {&moe__tags_glm, &moe__tags_qwen}, 0, 0, 0, 0},
-};
-enum { MOE__ANSWER_FORMS = sizeof moe__answer_forms / sizeof moe__answer_forms[0] };
-
-MOE__PRIVATE const char *moe__answer_find(const char *text, size_t size, const char *what,
-                                          size_t what_size) {
-    for (size_t i = 0; what_size <= size && i <= size - what_size; i++)
-        if (!what_size || (text[i] == *what && !memcmp(text + i, what, what_size)))
-            return text + i;
-    return NULL;
-}
-// The next line of a list, its size in *size; the list goes on at *next, NULL behind the last.
-MOE__PRIVATE const char *moe__answer_line(const char **next, size_t *size) {
-    const char *line = *next, *end = line ? strchr(line, '\n') : NULL;
-    *size = !line ? 0 : end ? (size_t)(end - line) : strlen(line);
-    *next = end ? end + 1 : NULL;
-    return line;
-}
-
-// The form of answers to what a template makes.
-MOE__PRIVATE const moe__answer_form *moe__answer_form_of(const char *source, size_t size) {
-    const moe__answer_form *form = moe__answer_forms;
-    for (;; form++) {
-        const char *next = form->signs, *sign;
-        size_t n;
-        while ((sign = moe__answer_line(&next, &n)))
-            if (moe__answer_find(source, size, sign, n)) return form;
-    }
-}
-
-// ---- JSON, byte by byte ----
-
-// Where a value ends, and whether it is JSON, is known without keeping it.
-typedef enum moe__scan_state {
-    MOE__SCAN_VALUE,
-    MOE__SCAN_FIRST,     // value or ]
-    MOE__SCAN_FIRST_KEY, // key or }
-    MOE__SCAN_KEY,
-    MOE__SCAN_COLON,
-    MOE__SCAN_COMMA, // or the end of what is open
-    MOE__SCAN_STRING,
-    MOE__SCAN_ESCAPE,
-    MOE__SCAN_HEX,
-    MOE__SCAN_MINUS,
-    MOE__SCAN_ZERO,
-    MOE__SCAN_INT,
-    MOE__SCAN_POINT,
-    MOE__SCAN_FRACTION,
-    MOE__SCAN_E,
-    MOE__SCAN_SIGN,
-    MOE__SCAN_POWER,
-    MOE__SCAN_WORD,
-    MOE__SCAN_DONE
-} moe__scan_state;
-enum { MOE__SCAN_DEPTH = 512 };
-// MORE: go on; LAST: the value ends with this byte; BEFORE: it ended before it, being a number.
-enum { MOE__SCAN_BAD = -1, MOE__SCAN_MORE, MOE__SCAN_LAST, MOE__SCAN_BEFORE };
-
-typedef struct moe__scan {
-    uint8_t state, is_key, n_hex;
-    const char *word; // what is left of true, false or null
-    int depth;
-    uint64_t objects[MOE__SCAN_DEPTH / 64]; // bits: is what is open an object?
-} moe__scan;
-
-MOE__INLINE int moe__answer_is_blank(char c) {
-    return c == ' ' || c == '\n' || c == '\r' || c == '\t';
-}
-MOE__INLINE int moe__answer_is_digit(char c) { return c >= '0' && c <= '9'; }
-
-MOE__PRIVATE int moe__scan_value_end(moe__scan *scan) {
-    scan->state = scan->depth ? MOE__SCAN_COMMA : MOE__SCAN_DONE;
-    return scan->depth ? MOE__SCAN_MORE : MOE__SCAN_LAST;
-}
-MOE__INLINE int moe__scan_in_object(const moe__scan *scan) {
-    const int i = scan->depth - 1;
-    return i >= 0 && (scan->objects[i / 64] >> i % 64 & 1);
-}
-MOE__PRIVATE int moe__scan_open(moe__scan *scan, int is_object) {
-    const int i = scan->depth;
-    if (i == MOE__SCAN_DEPTH) return MOE__SCAN_BAD;
-    scan->objects[i / 64] &= ~((uint64_t)1 << i % 64);
-    scan->objects[i / 64] |= (uint64_t)is_object << i % 64;
-    scan->depth++;
-    scan->state = is_object ? MOE__SCAN_FIRST_KEY : MOE__SCAN_FIRST;
-    return MOE__SCAN_MORE;
-}
-MOE__PRIVATE int moe__scan_close(moe__scan *scan, char c) {
-    if (!scan->depth || moe__scan_in_object(scan) != (c == '}')) return MOE__SCAN_BAD;
-    scan->depth--;
-    return moe__scan_value_end(scan);
-}
-MOE__PRIVATE int moe__scan_begin(moe__scan *scan, char c) {
-    const char *word = c == 't' ? "rue" : c == 'f' ? "alse" : c == 'n' ? "ull" : NULL;
-    if (c == '{' || c == '[') return moe__scan_open(scan, c == '{');
-    scan->is_key = 0;
-    scan->word = word;
-    if (c == '"') scan->state = MOE__SCAN_STRING;
-    else if (c == '-') scan->state = MOE__SCAN_MINUS;
-    else if (c == '0') scan->state = MOE__SCAN_ZERO;
-    else if (moe__answer_is_digit(c)) scan->state = MOE__SCAN_INT;
-    else if (word) scan->state = MOE__SCAN_WORD;
-    else return MOE__SCAN_BAD;
-    return MOE__SCAN_MORE;
-}
-MOE__PRIVATE int moe__scan_key(moe__scan *scan, char c) {
-    if (c != '"') return MOE__SCAN_BAD;
-    scan->is_key = 1;
-    scan->state = MOE__SCAN_STRING;
-    return MOE__SCAN_MORE;
-}
-// Between values.
-MOE__PRIVATE int moe__scan_between(moe__scan *scan, char c) {
-    switch (scan->state) {
-    case MOE__SCAN_FIRST: return c == ']' ? moe__scan_close(scan, c) : moe__scan_begin(scan, c);
-    case MOE__SCAN_FIRST_KEY: return c == '}' ? moe__scan_close(scan, c) : moe__scan_key(scan, c);
-    case MOE__SCAN_KEY: return moe__scan_key(scan, c);
-    case MOE__SCAN_COLON:
-        scan->state = MOE__SCAN_VALUE;
-        return c == ':' ? MOE__SCAN_MORE : MOE__SCAN_BAD;
-    case MOE__SCAN_COMMA:
-        if (c != ',') return moe__scan_close(scan, c);
-        scan->state = moe__scan_in_object(scan) ? MOE__SCAN_KEY : MOE__SCAN_VALUE;
-        return MOE__SCAN_MORE;
-    default: return moe__scan_begin(scan, c);
-    }
-}
-MOE__PRIVATE int moe__scan_string(moe__scan *scan, char c) {
-    if (scan->state == MOE__SCAN_HEX) {
-        const int is_hex = moe__answer_is_digit(c) || ((c | 32) >= 'a' && (c | 32) <= 'f');
-        if (++scan->n_hex == 4) scan->state = MOE__SCAN_STRING;
-        return is_hex ? MOE__SCAN_MORE : MOE__SCAN_BAD;
-    }
-    if (scan->state == MOE__SCAN_ESCAPE) {
-        scan->state = c == 'u' ? MOE__SCAN_HEX : MOE__SCAN_STRING;
-        scan->n_hex = 0;
-        return c && strchr("\"\\/bfnrtu", c) ? MOE__SCAN_MORE : MOE__SCAN_BAD;
-    }
-    if ((unsigned char)c < 0x20) return MOE__SCAN_BAD;
-    if (c == '\\') scan->state = MOE__SCAN_ESCAPE;
-    if (c != '"') return MOE__SCAN_MORE;
-    if (!scan->is_key) return moe__scan_value_end(scan);
-    scan->state = MOE__SCAN_COLON;
-    return MOE__SCAN_MORE;
-}
-MOE__PRIVATE int moe__scan_number(moe__scan *scan, char c) {
-    const int digit = moe__answer_is_digit(c), s = scan->state;
-    const int whole = s == MOE__SCAN_ZERO || s == MOE__SCAN_INT;
-    int next = -1;
-    if (s == MOE__SCAN_MINUS && digit) next = c == '0' ? MOE__SCAN_ZERO : MOE__SCAN_INT;
-    if (s == MOE__SCAN_INT && digit) next = s;
-    if (whole && c == '.') next = MOE__SCAN_POINT;
-    if ((s == MOE__SCAN_POINT || s == MOE__SCAN_FRACTION) && digit) next = MOE__SCAN_FRACTION;
-    if ((whole || s == MOE__SCAN_FRACTION) && (c | 32) == 'e') next = MOE__SCAN_E;
-    if (s == MOE__SCAN_E && (c == '+' || c == '-')) next = MOE__SCAN_SIGN;
-    if (s >= MOE__SCAN_E && digit) next = MOE__SCAN_POWER;
-    if (next >= 0) {
-        scan->state = (uint8_t)next;
-        return MOE__SCAN_MORE;
-    }
-    return whole || s == MOE__SCAN_FRACTION || s == MOE__SCAN_POWER ? MOE__SCAN_BEFORE
-                                                                    : MOE__SCAN_BAD;
-}
-
-MOE__PRIVATE int moe__scan_byte(moe__scan *scan, char c) {
-    if (scan->state == MOE__SCAN_DONE)
-        return moe__answer_is_blank(c) ? MOE__SCAN_MORE : MOE__SCAN_BAD;
-    if (scan->state >= MOE__SCAN_STRING && scan->state <= MOE__SCAN_HEX)
-        return moe__scan_string(scan, c);
-    if (scan->state == MOE__SCAN_WORD) {
-        if (c != *scan->word++) return MOE__SCAN_BAD;
-        return *scan->word ? MOE__SCAN_MORE : moe__scan_value_end(scan);
-    }
-    if (scan->state >= MOE__SCAN_MINUS) {
-        const int what = moe__scan_number(scan, c);
-        if (what != MOE__SCAN_BEFORE) return what;
-        if (moe__scan_value_end(scan) == MOE__SCAN_LAST) return MOE__SCAN_BEFORE;
-    }
-    return moe__answer_is_blank(c) ? MOE__SCAN_MORE : moe__scan_between(scan, c);
-}
-
-// Is all of a text one value?
-MOE__PRIVATE int moe__scan_is_value(const char *text, size_t size) {
-    moe__scan scan;
-    memset(&scan, 0, sizeof scan);
-    for (size_t i = 0; i < size; i++) {
-        const int what = moe__scan_byte(&scan, text[i]);
-        if (what == MOE__SCAN_BAD || (what == MOE__SCAN_BEFORE && !moe__answer_is_blank(text[i])))
-            return 0;
-    }
-    // A number at the end ends with any byte that does not go on with it.
-    return scan.state == MOE__SCAN_DONE ||
-           (!scan.depth && scan.state >= MOE__SCAN_MINUS && scan.state <= MOE__SCAN_POWER &&
-            moe__scan_byte(&scan, ' ') == MOE__SCAN_BEFORE);
-}
-
-// ---- the parser ----
-
-typedef struct moe__answer_bytes {
-    char *data;
-    size_t size, capacity;
-} moe__answer_bytes;
-
-typedef struct moe__answer_piece {
-    size_t size;
-    moe_chat_kind kind;
-    int32_t call, is_valid;
-} moe__answer_piece;
-
-enum {
-    MOE__MARK_THINK = 1,
-    MOE__MARK_UNTHINK = 2,
-    MOE__MARK_OPEN = 4,
-    MOE__MARK_CLOSE = 8,
-    MOE__MARK_DROP = 16,
-    MOE__MARK_END = 32,
-    MOE__MARK_HEADER = 64,
-    MOE__MARK_INNER = 128 // opens a call behind another mark only
-};
-typedef struct moe__answer_mark {
-    const char *text;
-    size_t size;
-    int what;
-    char how; // OPEN: as in moe__answer_form.opens; X: a name of `tags` follows
-    const moe__answer_tags *tags;
-} moe__answer_mark;
-enum { MOE__ANSWER_MARKS = 64, MOE__ANSWER_HELD = 1 << 16, MOE__ANSWER_NAME = 256 };
-
-// Types in a JSON schema.
-enum {
-    MOE__TYPE_IS_STRING = 1,
-    MOE__TYPE_IS_NUMBER = 2,
-    MOE__TYPE_IS_BOOL = 4,
-    MOE__TYPE_IS_NULL = 8,
-    MOE__TYPE_IS_LIST = 16,
-    MOE__TYPE_IS_DICT = 32
-};
-
-// Reads values that are nearly JSON, as Python and Gemma write them.
-typedef struct moe__loose {
-    uint8_t state, quote; // quote: of the string that is open; 0: <|"|>
-    uint8_t is_key, any;  // any: there was an element in front of it
-    int depth;
-    uint64_t objects[MOE__SCAN_DEPTH / 64];
-} moe__loose;
-
-// Escapes in strings, byte by byte.
-typedef struct moe__unescape {
-    uint8_t is_open, n_hex; // is_open: behind a backslash; n_hex: digits to come
-    uint32_t code, high;    // high: the first half of a pair
-} moe__unescape;
-
-typedef struct moe__answer_level { // of nested elements
-    const moe__value *schema;
-    int is_list, n; // is_list: -1: not known yet
-} moe__answer_level;
-enum { MOE__ANSWER_LEVELS = 64 };
-
-struct moe_chat_parser {
-    moe_allocator allocator;
-    const moe__answer_form *form;
-    moe__store store; // of the tools
-    moe__value tools;
-    int has_calls;    // may there be any?
-    int is_thinking;  // the reasoning is open at the beginning
-    int is_continued; // what comes goes on with a text
-    moe__answer_mark marks[MOE__ANSWER_MARKS];
-    int n_marks;
-    uint8_t first[256]; // a mark begins with this byte
-    int (*on_piece)(void *user, const moe_chat_piece *piece);
-    void *user;
-    moe_status status; // of the answer: MEMORY stays
-    // what came: bytes from .. at are read, but may be given back, up to `seen` nothing was found
-    moe__answer_bytes in;
-    size_t from, at, seen;
-    int is_last; // nothing follows what is in it
-    // what goes out
-    moe__answer_bytes out;
-    moe__answer_piece *pieces;
-    size_t n_pieces, max_pieces, pieces_at, out_at;
-    // where the answer is
-    int (*step)(moe_chat_parser *p);
-    moe_chat_kind kind; // CONTENT or REASONING
-    int is_start;       // of a text: white space is dropped
-    moe__answer_bytes blank; // white space and ends that are dropped if a mark follows
-    // the call
-    char how;
-    const moe__answer_tags *tags;
-    size_t mark; // size of the mark it begins with
-    int32_t call;
-    int is_call;   // its name went out
-    int has_args;  // something of its arguments did
-    int args_good; // they are whole, and an object
-    int n_keys, n_open; // n_open: lists around it
-    int depth;          // of objects around its members
-    int state, field;
-    int is_string, is_begun; // of a value
-    unsigned types;
-    uint8_t utf8_n, utf8_low, utf8_high, utf8_bad; // of the arguments
-    const moe__value *tool;
-    moe__answer_bytes name, id, args, key, made;
-    moe__scan scan, inner;
-    moe__unescape unescape;
-    moe__loose loose;
-    moe__answer_level levels[MOE__ANSWER_LEVELS];
-};
-
-MOE__PRIVATE void moe__answer_add(moe_chat_parser *p, moe__answer_bytes *b, const char *text,
-                                  size_t size) {
-    if (p->status || !size) return;
-    if (size > b->capacity - b->size) {
-        uint64_t capacity;
-        char *data = NULL;
-        if (moe__size_add(b->size, size, &capacity) &&
-            moe__size_add(capacity, capacity / 2 + 64, &capacity))
-            data = (char *)moe__alloc_array(&p->allocator, capacity, 1);
-        if (!data) {
-            p->status = MOE_ERROR_MEMORY;
-            return;
-        }
-        if (b->size) memcpy(data, b->data, b->size);
-        moe__free(&p->allocator, b->data);
-        b->data = data;
-        b->capacity = (size_t)capacity;
-    }
-    memcpy(b->data + b->size, text, size);
-    b->size += size;
-}
-MOE__PRIVATE void moe__answer_words(moe_chat_parser *p, moe__answer_bytes *b, const char *text) {
-    moe__answer_add(p, b, text, strlen(text));
-}
-
-// Bytes between quotes of JSON.
-MOE__PRIVATE void moe__answer_escape(moe_chat_parser *p, moe__answer_bytes *b, const char *text,
-                                     size_t size) {
-    static const char codes[] = "\"\\\b\f\n\r\t", names[] = "\"\\bfnrt";
-    size_t done = 0;
-    for (size_t i = 0; i < size; i++) {
-        const char c = text[i], *code = c ? strchr(codes, c) : NULL;
-        char escape[8];
-        if (!code && (unsigned char)c >= 0x20) continue;
-        if (code) snprintf(escape, sizeof escape, "\\%c", names[code - codes]);
-        else snprintf(escape, sizeof escape, "\\u%04x", (unsigned)(unsigned char)c);
-        moe__answer_add(p, b, text + done, i - done);
-        moe__answer_words(p, b, escape);
-        done = i + 1;
-    }
-    moe__answer_add(p, b, text + done, size - done);
-}
-
-// ---- what goes out ----
-
-MOE__PRIVATE moe__answer_piece *moe__answer_new_piece(moe_chat_parser *p) {
-    if (p->n_pieces == p->max_pieces) {
-        const size_t max = 2 * p->max_pieces + 16;
-        moe__answer_piece *pieces =
-            (moe__answer_piece *)moe__alloc_array(&p->allocator, max, sizeof *pieces);
-        if (!pieces) {
-            p->status = MOE_ERROR_MEMORY;
-            return NULL;
-        }
-        if (p->n_pieces) memcpy(pieces, p->pieces, p->n_pieces * sizeof *pieces);
-        moe__free(&p->allocator, p->pieces);
-        p->pieces = pieces;
-        p->max_pieces = max;
-    }
-    moe__answer_piece *piece = &p->pieces[p->n_pieces++];
-    memset(piece, 0, sizeof *piece);
-    return piece;
-}
-
-MOE__PRIVATE void moe__answer_emit(moe_chat_parser *p, moe_chat_kind kind, const char *text,
-                                   size_t size) {
-    const int is_text = kind == MOE_CHAT_CONTENT || kind == MOE_CHAT_REASONING;
-    const int grows = is_text || kind == MOE_CHAT_TOOL_ARGUMENTS;
-    moe__answer_piece *piece = NULL;
-    if (p->status || (grows && !size)) return;
-    if (p->n_pieces > p->pieces_at) piece = &p->pieces[p->n_pieces - 1];
-    if (!grows || !piece || piece->kind != kind) piece = moe__answer_new_piece(p);
-    if (!piece) return;
-    piece->kind = kind;
-    piece->call = is_text ? 0 : p->call;
-    moe__answer_add(p, &p->out, text, size);
-    if (!p->status) piece->size += size;
-}
-
-// How many bytes at the end of a text begin a character that is not whole.
-MOE__PRIVATE size_t moe__answer_cut_char(const char *text, size_t size) {
-    uint32_t code;
-    for (size_t n = 1; n <= 3 && n <= size; n++)
-        if (((unsigned char)text[size - n] & 0xC0) != 0x80)
-            return moe__utf8_decode(text + size - n, n, &code) == MOE__UTF8_CUT ? n : 0;
-    return 0;
-}
-
-// Gives out what is there, but for a character that may go on; 0: the callback wants no more.
-MOE__PRIVATE int moe__answer_flush(moe_chat_parser *p) {
-    while (p->pieces_at < p->n_pieces) {
-        moe__answer_piece *piece = &p->pieces[p->pieces_at];
-        const int is_last = p->pieces_at + 1 == p->n_pieces && !p->is_last &&
-                            (piece->kind == MOE_CHAT_CONTENT || piece->kind == MOE_CHAT_REASONING ||
-                             piece->kind == MOE_CHAT_TOOL_ARGUMENTS);
-        const char *text = piece->size ? p->out.data + p->out_at : "";
-        const size_t kept = is_last ? moe__answer_cut_char(text, piece->size) : 0;
-        moe_chat_piece out;
-        memset(&out, 0, sizeof out);
-        out.kind = piece->kind;
-        out.text = text;
-        out.size = piece->size - kept;
-        out.call = piece->call;
-        out.is_valid = piece->is_valid;
-        p->out_at += out.size;
-        piece->size = kept;
-        if (!kept) p->pieces_at++;
-        if ((out.size || !kept) && p->on_piece && !p->on_piece(p->user, &out)) return 0;
-        if (kept) break;
-    }
-    const size_t left = p->out.size - p->out_at;
-    if (left) memmove(p->out.data, p->out.data + p->out_at, left);
-    if (p->pieces_at < p->n_pieces) p->pieces[0] = p->pieces[p->pieces_at];
-    p->n_pieces -= p->pieces_at;
-    p->pieces_at = p->out_at = 0;
-    p->out.size = left;
-    return 1;
-}
-
-// Text of the present kind: white space at its beginning is dropped, that at its end waits.
-MOE__PRIVATE void moe__answer_text(moe_chat_parser *p, moe_chat_kind kind, const char *text,
-                                   size_t size) {
-    size_t from = 0, end = size;
-    if (p->is_start && !p->blank.size)
-        while (from < size && moe__answer_is_blank(text[from])) from++;
-    while (end > from && moe__answer_is_blank(text[end - 1])) end--;
-    if (end > from) {
-        moe__answer_emit(p, kind, p->blank.data, p->blank.size);
-        moe__answer_emit(p, kind, text + from, end - from);
-        p->blank.size = 0;
-        p->is_start = 0;
-    }
-    moe__answer_add(p, &p->blank, text + end, size - end);
-}
-// A mark: what text comes next begins behind it.
-MOE__PRIVATE void moe__answer_cut(moe_chat_parser *p) {
-    p->blank.size = 0;
-    p->is_start = 1;
-}
-
-// Are all bytes of the arguments UTF-8? (As in moe__utf8_decode, but byte by byte.)
-MOE__PRIVATE void moe__answer_check_utf8(moe_chat_parser *p, const char *text, size_t size) {
-    for (size_t i = 0; i < size; i++) {
-        const unsigned c = (unsigned char)text[i];
-        if (p->utf8_n) {
-            if (c < p->utf8_low || c > p->utf8_high) p->utf8_bad = 1;
-            p->utf8_n--;
-            p->utf8_low = 0x80, p->utf8_high = 0xBF;
-        } else if (c >= 0x80) {
-            if (c < 0xC2 || c > 0xF4) p->utf8_bad = 1;
-            p->utf8_n = c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
-            p->utf8_low = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80;
-            p->utf8_high = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
-        }
-    }
-}
-
-// Arguments of the call; they wait for its name.
-MOE__PRIVATE void moe__answer_put(moe_chat_parser *p, const char *text, size_t size) {
-    if (!size) return;
-    p->has_args = 1;
-    moe__answer_check_utf8(p, text, size);
-    if (p->is_call) moe__answer_emit(p, MOE_CHAT_TOOL_ARGUMENTS, text, size);
-    else moe__answer_add(p, &p->args, text, size);
-}
-MOE__PRIVATE void moe__answer_put_words(moe_chat_parser *p, const char *text) {
-    moe__answer_put(p, text, strlen(text));
-}
-MOE__PRIVATE void moe__answer_put_made(moe_chat_parser *p) {
-    moe__answer_put(p, p->made.data, p->made.size);
-    p->made.size = 0;
-}
-MOE__PRIVATE void moe__answer_put_escaped(moe_chat_parser *p, const char *text, size_t size) {
-    moe__answer_escape(p, &p->made, text, size);
-    moe__answer_put_made(p);
-}
-
-// ---- tools ----
-
-MOE__PRIVATE const moe__value *moe__answer_member(const moe__value *v, const char *key,
-                                                  size_t size) {
-    if (!v || v->kind != MOE__VALUE_DICT) return NULL;
-    for (uint64_t i = 0; i < v->as.dict->n; i++) {
-        const moe__pair *entry = &v->as.dict->entries[i];
-        if (entry->key.kind == MOE__VALUE_STRING && entry->key.size == size &&
-            (!size || !memcmp(entry->key.as.text, key, size)))
-            return &entry->value;
-    }
-    return NULL;
-}
-MOE__PRIVATE const moe__value *moe__answer_get(const moe__value *v, const char *key) {
-    return moe__answer_member(v, key, strlen(key));
-}
-
-// What the request says of the function of this name, or NULL.
-MOE__PRIVATE const moe__value *moe__answer_tool(const moe_chat_parser *p, const char *name,
-                                                size_t size) {
-    if (p->tools.kind != MOE__VALUE_LIST) return NULL;
-    for (uint64_t i = 0; i < p->tools.as.list->n; i++) {
-        const moe__value *tool = &p->tools.as.list->items[i];
-        const moe__value *function = moe__answer_get(tool, "function");
-        if (function) tool = function;
-        const moe__value *own = moe__answer_get(tool, "name");
-        if (own && own->kind == MOE__VALUE_STRING && own->size == size &&
-            !memcmp(own->as.text, name, size))
-            return tool;
-    }
-    return NULL;
-}
-MOE__PRIVATE const moe__value *moe__answer_parameters(const moe__value *tool) {
-    const moe__value *schema = moe__answer_get(tool, "parameters");
-    return schema ? schema : moe__answer_get(tool, "input_schema");
-}
-MOE__PRIVATE const moe__value *moe__answer_property(const moe__value *schema, const char *key,
-                                                    size_t size) {
-    return moe__answer_member(moe__answer_get(schema, "properties"), key, size);
-}
-
-MOE__PRIVATE unsigned moe__answer_type_named(const moe__value *v) {
-    static const char *const names[] = {"string", "number", "integer", "boolean",
-                                        "null",   "array",  "object"};
-    static const uint8_t types[] = {MOE__TYPE_IS_STRING, MOE__TYPE_IS_NUMBER, MOE__TYPE_IS_NUMBER,
-                                    MOE__TYPE_IS_BOOL,   MOE__TYPE_IS_NULL,   MOE__TYPE_IS_LIST,
-                                    MOE__TYPE_IS_DICT};
-    for (size_t i = 0; i < sizeof types; i++)
-        if (moe__value_is_text(*v, names[i])) return types[i];
-    return 0;
-}
-MOE__PRIVATE unsigned moe__answer_type_of(const moe__value *v) {
-    switch (v->kind) {
-    case MOE__VALUE_STRING: return MOE__TYPE_IS_STRING;
-    case MOE__VALUE_INT:
-    case MOE__VALUE_FLOAT: return MOE__TYPE_IS_NUMBER;
-    case MOE__VALUE_BOOL: return MOE__TYPE_IS_BOOL;
-    case MOE__VALUE_NONE: return MOE__TYPE_IS_NULL;
-    case MOE__VALUE_LIST: return MOE__TYPE_IS_LIST;
-    default: return MOE__TYPE_IS_DICT;
-    }
-}
-// The types that a schema allows, 0 if it does not say.
-MOE__PRIVATE unsigned moe__answer_types(const moe__value *schema, int depth) {
-    static const char *const unions[] = {"anyOf", "oneOf"};
-    const moe__value *type = moe__answer_get(schema, "type");
-    const moe__value *values = moe__answer_get(schema, "enum");
-    unsigned types = 0;
-    if (type && type->kind == MOE__VALUE_LIST) {
-        for (uint64_t i = 0; i < type->as.list->n; i++)
-            types |= moe__answer_type_named(&type->as.list->items[i]);
-    } else if (type) {
-        types = moe__answer_type_named(type);
-    }
-    if (!types && values && values->kind == MOE__VALUE_LIST)
-        for (uint64_t i = 0; i < values->as.list->n; i++)
-            types |= moe__answer_type_of(&values->as.list->items[i]);
-    for (int u = 0; u < 2 && !types && depth < 4; u++) {
-        const moe__value *list = moe__answer_get(schema, unions[u]);
-        if (!list || list->kind != MOE__VALUE_LIST) continue;
-        for (uint64_t i = 0; i < list->as.list->n; i++)
-            types |= moe__answer_types(&list->as.list->items[i], depth + 1);
-    }
-    return types;
-}
-
-// ---- marks ----
-
-// The longest mark at byte i that says one of `what`: 1 and *found; 0: none; -1: there may be one
-// when more comes.
-MOE__PRIVATE int moe__answer_match(const moe_chat_parser *p, size_t i, int what,
-                                   const moe__answer_mark **found) {
-    const size_t left = p->in.size - i;
-    int is_cut = 0;
-    *found = NULL;
-    if (!left) return p->is_last ? 0 : -1;
-    if (!p->first[(unsigned char)p->in.data[i]]) return 0;
-    for (int m = 0; m < p->n_marks; m++) {
-        const moe__answer_mark *mark = &p->marks[m];
-        const size_t n = mark->size < left ? mark->size : left;
-        if (!(mark->what & what) || memcmp(p->in.data + i, mark->text, n)) continue;
-        if (n < mark->size) is_cut = 1;
-        else if (!*found || (*found)->size < mark->size) *found = mark;
-    }
-    return is_cut && !p->is_last ? -1 : *found != NULL;
-}
-// The same for one text.
-MOE__PRIVATE int moe__answer_is(const moe_chat_parser *p, size_t i, const char *text) {
-    const size_t size = strlen(text), left = p->in.size - i, n = size < left ? size : left;
-    if (memcmp(p->in.data + i, text, n)) return 0;
-    return n == size ? 1 : p->is_last ? 0 : -1;
-}
-// The next byte that is not white space.
-MOE__PRIVATE size_t moe__answer_skip(const moe_chat_parser *p, size_t i) {
-    while (i < p->in.size && moe__answer_is_blank(p->in.data[i])) i++;
-    return i;
-}
-
-MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_broken_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_whole_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_fields_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_header_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_tags_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_python_step(moe_chat_parser *p);
-MOE__PRIVATE int moe__answer_loose_step(moe_chat_parser *p);
-
-MOE__PRIVATE int moe__answer_go(moe_chat_parser *p, int (*step)(moe_chat_parser *)) {
-    p->step = step;
-    p->seen = p->at;
-    return 1;
-}
-
-// ---- calls ----
-
-MOE__PRIVATE void moe__answer_new_call(moe_chat_parser *p) {
-    p->is_call = p->has_args = p->args_good = p->n_keys = p->depth = p->state = p->field = 0;
-    p->utf8_n = p->utf8_bad = 0;
-    p->name.size = p->id.size = p->args.size = p->key.size = p->made.size = 0;
-    p->tool = NULL;
-}
-
-// It is no call: its mark is text, and what follows is read as such.
-MOE__PRIVATE int moe__answer_fail(moe_chat_parser *p) {
-    MOE_ASSERT(!p->is_call);
-    moe__answer_text(p, p->kind, p->in.data + p->from, p->mark);
-    p->at = p->from += p->mark;
-    moe__answer_new_call(p);
-    return moe__answer_go(p, moe__answer_text_step);
-}
-
-// It is a call: its name is whole. In reasoning, where a call may be just thought of, and where
-// nothing but its name tells that it is one, only names of tools are. 0: it is none.
-MOE__PRIVATE int moe__answer_commit(moe_chat_parser *p) {
-    if (p->is_call) return 1;
-    p->tool = moe__answer_tool(p, p->name.data, p->name.size);
-    const int is_sure = p->how != 'B' && p->how != 'F' && p->kind != MOE_CHAT_REASONING;
-    if (!p->name.size || (!is_sure && !p->tool)) {
-        moe__answer_fail(p);
-        return 0;
-    }
-    moe__answer_cut(p);
-    p->is_call = 1;
-    p->from = p->at;
-    moe__answer_emit(p, MOE_CHAT_TOOL_NAME, p->name.data, p->name.size);
-    if (p->id.size) moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
-    moe__answer_emit(p, MOE_CHAT_TOOL_ARGUMENTS, p->args.data, p->args.size);
-    return 1;
-}
-
-// is_whole: it ended as it should. No arguments at all are an empty object.
-MOE__PRIVATE void moe__answer_end_call(moe_chat_parser *p, int is_whole) {
-    if (is_whole && !p->has_args) {
-        moe__answer_put_words(p, "{}");
-        p->args_good = 1;
-    }
-    const int is_valid = is_whole && p->args_good && !p->utf8_bad && !p->utf8_n;
-    moe__answer_emit(p, MOE_CHAT_TOOL_END, "", 0);
-    if (!p->status) p->pieces[p->n_pieces - 1].is_valid = is_valid;
-    if (p->call < INT32_MAX) p->call++;
-    moe__answer_new_call(p);
-    moe__answer_cut(p);
-    p->from = p->at;
-    p->mark = 0;
-    moe__answer_go(p, moe__answer_after_step);
-}
-// The arguments are no JSON: what comes up to the end of the call is part of them.
-MOE__PRIVATE int moe__answer_break(moe_chat_parser *p) {
-    p->is_start = 0;
-    p->from = p->at;
-    return moe__answer_go(p, moe__answer_broken_step);
-}
-
-MOE__PRIVATE int moe__answer_broken_step(moe_chat_parser *p) {
-    const int what = MOE__MARK_CLOSE | MOE__MARK_OPEN | MOE__MARK_UNTHINK | MOE__MARK_HEADER |
-                     (p->form->has_headers ? MOE__MARK_DROP : 0);
-    const moe__answer_mark *mark;
-    size_t i = p->at;
-    int found = 0;
-    for (; i < p->in.size && !found; i += !found)
-        found = moe__answer_match(p, i, what | MOE__MARK_END, &mark);
-    const size_t size = i - p->at;
-    const char *text = p->in.data + p->at;
-    moe__answer_text(p, MOE_CHAT_TOOL_ARGUMENTS, text, size);
-    p->from = p->at = i;
-    if (found <= 0) return 0;
-    if (mark->what == MOE__MARK_END) { // part of them if something follows
-        moe__answer_add(p, &p->blank, mark->text, mark->size);
-        p->at += mark->size;
-    } else {
-        moe__answer_end_call(p, 0);
-    }
-    return 1;
-}
-
-// Behind a call: its other marks, the next one of a list, or text.
-MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
-    const moe__answer_mark *mark;
-    const int is_json = p->how == 'J' || p->how == 'M' || p->how == 'B';
-    p->from = p->at = moe__answer_skip(p, p->at);
-    if (p->at == p->in.size) return 0;
-    const char c = p->in.data[p->at];
-    const int found = moe__answer_match(p, p->at, MOE__MARK_CLOSE, &mark);
-    if (found < 0) return 0;
-    if (found) {
-        p->at += mark->size;
-        p->n_open = 0;
-        p->how = 0;
-        return 1;
-    }
-    if (p->how == 'X') { // behind JSON between tags
-        const int is_end = moe__answer_is(p, p->at, p->tags->uncall);
-        if (is_end < 0) return 0;
-        if (is_end) p->at += strlen(p->tags->uncall);
-        p->how = 0;
-        return 1;
-    }
-    if (is_json && c == ']' && p->n_open) {
-        p->at++;
-        p->n_open--;
-        return 1;
-    }
-    if (is_json && (c == ',' || c == ';')) {
-        const size_t next = moe__answer_skip(p, p->at + 1);
-        if (next == p->in.size && !p->is_last) return 0;
-        if (next < p->in.size && p->in.data[next] == '{') {
-            p->mark = next + 1 - p->at;
-            p->at = next;
-            return moe__answer_go(p, moe__answer_json_step);
-        }
-    }
-    if (is_json && c == '{') {
-        p->mark = 1;
-        return moe__answer_go(p, moe__answer_json_step);
-    }
-    if (p->how == 'P' && (c == ',' || (c == ']' && p->n_open))) {
-        p->at++;
-        if (c == ']') p->n_open--;
-        p->mark = 1;
-        return c == ']' ? 1 : moe__answer_go(p, moe__answer_python_step);
-    }
-    if (c == '`') { // a fence around JSON
-        const int is_fence = moe__answer_is(p, p->at, "```");
-        if (is_fence < 0) return 0;
-        p->at += is_fence ? 3 : 0;
-        if (is_fence) return 1;
-    }
-    return moe__answer_go(p, moe__answer_text_step);
-}
-
-// ---- arguments that are JSON ----
-
-// Passes bytes of a value on until it ends. 1: it ended; 0: more is needed; -1: it is no JSON, the
-// byte that says so comes next.
-MOE__PRIVATE int moe__answer_pass(moe_chat_parser *p) {
-    const size_t from = p->at;
-    int what = MOE__SCAN_MORE;
-    while (p->at < p->in.size && what == MOE__SCAN_MORE) {
-        what = moe__scan_byte(&p->scan, p->in.data[p->at]);
-        p->at += what == MOE__SCAN_MORE || what == MOE__SCAN_LAST;
-    }
-    moe__answer_put(p, p->in.data + from, p->at - from);
-    if (p->is_call) p->from = p->at;
-    return what == MOE__SCAN_MORE ? 0 : what == MOE__SCAN_BAD ? -1 : 1;
-}
-MOE__PRIVATE int moe__answer_object_step(moe_chat_parser *p) {
-    const int what = moe__answer_pass(p);
-    if (what < 0) return moe__answer_break(p);
-    if (what > 0) {
-        p->args_good = 1;
-        moe__answer_end_call(p, 1);
-    }
-    return what;
-}
-
-// The arguments are all that is left of a call whose name is known: an object, in a fence or not.
-MOE__PRIVATE int moe__answer_whole_step(moe_chat_parser *p) {
-    const int what = MOE__MARK_CLOSE | MOE__MARK_OPEN | MOE__MARK_UNTHINK | MOE__MARK_HEADER |
-                     (p->form->has_headers ? MOE__MARK_DROP : 0);
-    const moe__answer_mark *mark;
-    p->from = p->at = moe__answer_skip(p, p->at);
-    if (p->at == p->in.size) return 0;
-    const int found = moe__answer_match(p, p->at, what, &mark);
-    if (found < 0) return 0;
-    if (found) {
-        moe__answer_end_call(p, 1);
-        return 1;
-    }
-    int is_fence = moe__answer_is(p, p->at, "```json");
-    if (!is_fence) is_fence = moe__answer_is(p, p->at, "```");
-    if (is_fence < 0) return 0;
-    if (is_fence) {
-        p->at += moe__answer_is(p, p->at, "```json") > 0 ? 7 : 3;
-        return 1;
-    }
-    if (p->in.data[p->at] != '{') return moe__answer_break(p);
-    memset(&p->scan, 0, sizeof p->scan);
-    return moe__answer_go(p, moe__answer_object_step);
-}
-
-// ---- how calls begin ----
-
-MOE__PRIVATE int moe__answer_json_begin(moe_chat_parser *p) {
-    p->n_open = 0;
-    p->how = p->how == 'M' || p->how == 'B' ? p->how : 'J';
-    return moe__answer_go(p, moe__answer_json_step);
-}
-
-MOE__PRIVATE void moe__answer_open(moe_chat_parser *p, const moe__answer_mark *mark) {
-    p->how = mark->how;
-    p->tags = mark->tags;
-    p->at += mark->size;
-    p->n_open = 0;
-    moe__answer_go(p, mark->how == 'X' || mark->how == 'F' ? moe__answer_name_step
-                                                            : moe__answer_begin_step);
-}
-
-// Behind a mark that opens calls.
-MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p) {
-    const moe__answer_mark *mark;
-    const size_t i = p->at = moe__answer_skip(p, p->at);
-    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
-    if (i == p->in.size) return 0;
-    const int found = moe__answer_match(p, i, MOE__MARK_OPEN | MOE__MARK_INNER, &mark);
-    if (found < 0) return 0;
-    if (found) {
-        moe__answer_open(p, mark);
-        return 1;
-    }
-    const char c = p->in.data[i], how = p->how;
-    if (how == 'P') return moe__answer_go(p, moe__answer_python_step);
-    if (how == 'G') {
-        const int is_call = moe__answer_is(p, i, "call:");
-        if (is_call < 0) return 0;
-        p->at += is_call ? 5 : 0;
-        return moe__answer_go(p, moe__answer_python_step);
-    }
-    if (c == '[' || c == '{') return moe__answer_json_begin(p);
-    if (how == 'J' && c == '`') {
-        int is_fence = moe__answer_is(p, i, "```json");
-        if (!is_fence) is_fence = moe__answer_is(p, i, "```");
-        if (is_fence < 0) return 0;
-        if (is_fence) {
-            p->at += moe__answer_is(p, i, "```json") > 0 ? 7 : 3;
-            return 1;
-        }
-    }
-    if (how == 'T') return moe__answer_go(p, moe__answer_name_step);
-    if (how == 'N') return moe__answer_go(p, moe__answer_fields_step);
-    return moe__answer_fail(p);
-}
-
-// A name as it may stand between marks; others are text.
-MOE__PRIVATE int moe__answer_set_name(moe_chat_parser *p, const char *text, size_t size) {
-    while (size && moe__answer_is_blank(*text)) text++, size--;
-    while (size && moe__answer_is_blank(text[size - 1])) size--;
-    if (!size || size > MOE__ANSWER_NAME) return 0;
-    for (size_t i = 0; i < size; i++)
-        if ((unsigned char)text[i] <= ' ' || strchr("<>{}[]()\"'`,;|", text[i])) return 0;
-    p->name.size = 0;
-    moe__answer_add(p, &p->name, text, size);
-    return 1;
-}
-
-// The id that a call has in Kimi's way: functions.NAME:INDEX.
-MOE__PRIVATE void moe__answer_split_id(moe_chat_parser *p) {
-    static const char space[] = "functions.";
-    const size_t n = sizeof space - 1;
-    size_t end = p->name.size;
-    while (end && moe__answer_is_digit(p->name.data[end - 1])) end--;
-    if (end < 2 || end == p->name.size || p->name.data[end - 1] != ':') return;
-    p->id.size = 0;
-    moe__answer_add(p, &p->id, p->name.data, p->name.size);
-    p->name.size = end - 1;
-    if (p->name.size > n && !memcmp(p->name.data, space, n)) {
-        memmove(p->name.data, p->name.data + n, p->name.size - n);
-        p->name.size -= n;
-    }
-}
-
-// The mark of the field that follows field i; NULL: there is none. *type: what it begins.
-MOE__PRIVATE const char *moe__answer_field(const moe__answer_form *form, int i, char *type,
-                                           size_t *size) {
-    const char *next = form->fields, *line;
-    do line = moe__answer_line(&next, size);
-    while (line && i--);
-    *type = line ? *line : 0;
-    *size -= line != NULL;
-    return line ? line + 1 : NULL;
-}
-
-// Fields between marks: a name, an id, then arguments.
-MOE__PRIVATE int moe__answer_fields_step(moe_chat_parser *p) {
-    const char *data = p->in.data;
-    char type, next_type = 0;
-    size_t size = 0, i = p->seen > p->at ? p->seen : p->at;
-    const char *mark = NULL;
-    moe__answer_field(p->form, p->field, &type, &size);
-    for (; i < p->in.size && i - p->from <= MOE__ANSWER_HELD; i++) {
-        int is_cut = 0, f = p->field + 1;
-        const char *other;
-        while ((other = moe__answer_field(p->form, f, &next_type, &size))) {
-            const size_t left = p->in.size - i, n = size < left ? size : left;
-            if (!memcmp(data + i, other, n)) {
-                if (n == size) break;
-                is_cut = 1;
-            }
-            f++;
-        }
-        if (other) {
-            mark = other;
-            p->field = f;
-            break;
-        }
-        if (is_cut && !p->is_last) break;
-        if (i - p->at > MOE__ANSWER_NAME + 64) return moe__answer_fail(p);
-    }
-    p->seen = i;
-    if (!mark) return i - p->from > MOE__ANSWER_HELD ? moe__answer_fail(p) : 0;
-    const char *text = data + p->at;
-    size_t n = i - p->at;
-    if (type != 'I' && !moe__answer_set_name(p, text, n)) return moe__answer_fail(p);
-    while (type == 'I' && n && moe__answer_is_blank(text[n - 1])) n--;
-    if (type == 'I') moe__answer_add(p, &p->id, text, n);
-    p->at = p->seen = i + size;
-    if (next_type != 'A') return 1;
-    return moe__answer_go(p, moe__answer_name_step);
-}
-
-// Behind a name between marks: what follows tells whether it is one.
-MOE__PRIVATE int moe__answer_named_step(moe_chat_parser *p) {
-    const moe__answer_mark *mark;
-    const size_t i = p->at = moe__answer_skip(p, p->at);
-    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
-    if (i == p->in.size) return 0;
-    int found = moe__answer_match(p, i, MOE__MARK_CLOSE, &mark);
-    const char *head = p->tags && !p->tags->call ? p->tags->head : "";
-    const int is_head = *head && !found ? moe__answer_is(p, i, head) : 0;
-    if (found < 0 || is_head < 0) return 0;
-    if (is_head) {
-        p->at += strlen(head);
-        return 1;
-    }
-    if (!found && p->tags) {
-        found = moe__answer_is(p, i, p->tags->key);
-        if (!found) found = moe__answer_is(p, i, p->tags->uncall);
-        if (!found && p->tags->object) found = moe__answer_is(p, i, p->tags->object);
-        if (found < 0) return 0;
-        if (found) {
-            if (!moe__answer_commit(p)) return 1;
-            return moe__answer_go(p, moe__answer_tags_step);
-        }
-    }
-    const char c = p->in.data[i];
-    if (!found && c != '{' && c != '`') return moe__answer_fail(p);
-    if (!moe__answer_commit(p)) return 1;
-    return moe__answer_go(p, moe__answer_whole_step);
-}
-
-// In DeepSeek's way the type of the call stands in front, and arguments behind the name.
-MOE__PRIVATE int moe__answer_typed_name_step(moe_chat_parser *p) {
-    const size_t from = moe__answer_skip(p, p->at);
-    size_t i = from;
-    while (i < p->in.size && !moe__answer_is_blank(p->in.data[i]) && p->in.data[i] != '`') i++;
-    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
-    if (i == p->in.size) return 0;
-    if (!moe__answer_set_name(p, p->in.data + from, i - from)) return moe__answer_fail(p);
-    p->at = i;
-    return moe__answer_go(p, moe__answer_named_step);
-}
-
-MOE__PRIVATE void moe__answer_replace(moe__answer_bytes *b, const char *what, char c) {
-    const size_t n = strlen(what);
-    for (size_t i = 0; i + n <= b->size; i++) {
-        if (memcmp(b->data + i, what, n)) continue;
-        b->data[i] = c;
-        memmove(b->data + i + 1, b->data + i + n, b->size - i - n);
-        b->size -= n - 1;
-    }
-}
-
-// The end of what began with a mark: '"' or '>' if the mark says so, else a line feed or '<'.
-MOE__PRIVATE int moe__answer_is_stop(const char *mark, char c) {
-    const char last = mark ? mark[strlen(mark) - 1] : 0;
-    if (last == '"') return c == '"';
-    if (last == '=' || (last == '<' && mark[0] == ']')) return c == '>';
-    return c == '\n' || c == '<' || c == '`' || c == '{';
-}
-
-MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
-    if (p->how == 'N') { // all fields are read, the last one may hold the name
-        const size_t next = moe__answer_skip(p, p->at);
-        if (next == p->in.size) {
-            if (p->is_last || next - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
-            return 0;
-        }
-        size_t size;
-        char type;
-        moe__answer_field(p->form, 0, &type, &size);
-        if (type == 'T' && p->in.data[next] != '{')
-            return moe__answer_go(p, moe__answer_typed_name_step);
-        if (type == 'K') moe__answer_split_id(p);
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
-    }
-    const char *call = p->how == 'X' ? p->tags->call : NULL;
-    size_t i = p->seen > p->at ? p->seen : p->at;
-    while (i < p->in.size && i - p->at <= 2 * MOE__ANSWER_NAME) {
-        const char c = p->in.data[i];
-        if (p->how == 'F' ? c == '\n' : moe__answer_is_stop(call, c)) break;
-        i++;
-    }
-    p->seen = i;
-    if (i - p->at > 2 * MOE__ANSWER_NAME) return moe__answer_fail(p);
-    if (i == p->in.size) return 0;
-    if (!moe__answer_set_name(p, p->in.data + p->at, i - p->at)) return moe__answer_fail(p);
-    if (p->how == 'F') {
-        if (p->name.size == 3 && !memcmp(p->name.data, "all", 3)) { // content
-            moe__answer_cut(p);
-            p->from = p->at = i + 1;
-            moe__answer_new_call(p);
-            return moe__answer_go(p, moe__answer_text_step);
-        }
-        p->at = i + 1;
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
-    }
-    if (call) { // up to the end of the beginning: attributes
-        const char *head = p->tags->head;
-        size_t end = i;
-        int found = 0;
-        for (; end < p->in.size && end - i <= MOE__ANSWER_NAME; end++)
-            if ((found = moe__answer_is(p, end, head))) break;
-        if (end - i > MOE__ANSWER_NAME) return moe__answer_fail(p);
-        if (found <= 0) return 0;
-        i = end + strlen(head);
-        if (p->tags->has_entities) {
-            moe__answer_replace(&p->name, "&quot;", '"');
-            moe__answer_replace(&p->name, "&amp;", '&');
-        }
-    }
-    p->at = i;
-    return moe__answer_go(p, moe__answer_named_step);
-}
-
-// ---- calls that are JSON ----
-
-// {"name": ..., "arguments": {...}} in any order, other names for the two, arguments as a string
-// that holds JSON, in lists or one behind the other; {"NAME": {...}} for M. What else such an
-// object holds belongs to its marks.
-typedef enum moe__call_state {
-    MOE__CALL_LIST,
-    MOE__CALL_KEY,
-    MOE__CALL_KEY_TEXT,
-    MOE__CALL_COLON,
-    MOE__CALL_VALUE,
-    MOE__CALL_NAME,
-    MOE__CALL_ID,
-    MOE__CALL_ID_NUMBER,
-    MOE__CALL_ARGS,
-    MOE__CALL_ARGS_TEXT,
-    MOE__CALL_OTHER
-} moe__call_state;
-
-// The bytes that a byte of a string says, at most 8 of them in out; none if they are not known yet.
-MOE__PRIVATE size_t moe__unescape_byte(moe__unescape *u, char c, char *out) {
-    static const char names[] = "bfnrt", codes[] = "\b\f\n\r\t";
-    size_t n = 0;
-    if (u->high && !(u->is_open || c == '\\')) { // half a pair stands alone
-        n = (size_t)moe__json_utf8(u->high, out);
-        u->high = 0;
-    }
-    if (u->n_hex) {
-        const char digit = (char)(c | 32);
-        u->code = u->code * 16 +
-                  (uint32_t)(moe__answer_is_digit(c)             ? c - '0'
-                             : digit >= 'a' && digit <= 'f' ? digit - 'a' + 10
-                                                            : 0);
-        if (--u->n_hex) return n;
-        u->is_open = 0;
-        const uint32_t high = u->high, code = u->code;
-        const int is_low = code >= 0xDC00 && code < 0xE000;
-        u->high = code >= 0xD800 && code < 0xDC00 ? code : 0;
-        if (high && is_low)
-            return n + (size_t)moe__json_utf8(0x10000 + ((high - 0xD800) << 10) + code - 0xDC00,
-                                              out + n);
-        if (high) n += (size_t)moe__json_utf8(high, out + n);
-        return u->high ? n : n + (size_t)moe__json_utf8(code, out + n);
-    }
-    if (u->is_open) {
-        const char *name = c ? strchr(names, c) : NULL;
-        if (u->high && c != 'u') {
-            n = (size_t)moe__json_utf8(u->high, out);
-            u->high = 0;
-        }
-        if (c == 'u') {
-            u->n_hex = 4;
-            u->code = 0;
-            return n;
-        }
-        u->is_open = 0;
-        out[n++] = name ? codes[name - names] : c;
-        return n;
-    }
-    if (c == '\\') u->is_open = 1;
-    else out[n++] = c;
-    return n;
-}
-// Behind the last byte of a string.
-MOE__PRIVATE size_t moe__unescape_end(moe__unescape *u, char *out) {
-    const size_t n = u->high ? (size_t)moe__json_utf8(u->high, out) : 0;
-    memset(u, 0, sizeof *u);
-    return n;
-}
-// A byte of a string goes to b. 1: it was the quote that ends it.
-MOE__PRIVATE int moe__answer_string_byte(moe_chat_parser *p, char c, moe__answer_bytes *b) {
-    char out[16];
-    const int is_end = c == '"' && !p->unescape.is_open;
-    const size_t n = is_end ? moe__unescape_end(&p->unescape, out)
-                            : moe__unescape_byte(&p->unescape, c, out);
-    moe__answer_add(p, b, out, n);
-    return is_end;
-}
-
-enum { MOE__KEY_OTHER, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_FUNCTION };
-MOE__PRIVATE int moe__answer_key_of(const moe_chat_parser *p) {
-    static const char *const words[] = {"name", "tool_name", "arguments", "parameters", "args",
-                                        "id", "tool_call_id", "call_id", "function"};
-    static const uint8_t keys[] = {MOE__KEY_NAME, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ARGS,
-                                   MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_ID, MOE__KEY_ID,
-                                   MOE__KEY_FUNCTION};
-    for (size_t i = 0; i < sizeof keys; i++)
-        if (p->key.size == strlen(words[i]) && !memcmp(p->key.data, words[i], p->key.size))
-            return keys[i];
-    return MOE__KEY_OTHER;
-}
-
-// A byte that does not belong there. Whole arguments stay what they are.
-MOE__PRIVATE int moe__answer_json_wrong(moe_chat_parser *p) {
-    if (!p->is_call && p->name.size && p->args_good && !moe__answer_commit(p)) return 1;
-    if (!p->is_call) return moe__answer_fail(p);
-    if (p->has_args && !p->args_good) return moe__answer_break(p);
-    if (!p->has_args && p->at < p->in.size && p->in.data[p->at] != '<')
-        return moe__answer_break(p);
-    moe__answer_end_call(p, p->has_args);
-    return 1;
-}
-
-MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, char c) {
-    int key = moe__answer_key_of(p);
-    if (p->how == 'M') {
-        p->name.size = 0;
-        moe__answer_add(p, &p->name, p->key.data, p->key.size);
-        if (!moe__answer_commit(p)) return 1;
-        key = MOE__KEY_ARGS;
-    }
-    memset(&p->scan, 0, sizeof p->scan);
-    memset(&p->inner, 0, sizeof p->inner);
-    memset(&p->unescape, 0, sizeof p->unescape);
-    p->state = MOE__CALL_OTHER;
-    if (key == MOE__KEY_FUNCTION && c == '{') {
-        p->at++;
-        p->depth++;
-        p->state = MOE__CALL_KEY;
-    } else if ((key == MOE__KEY_NAME || key == MOE__KEY_FUNCTION) && c == '"' && !p->name.size) {
-        p->at++;
-        p->state = MOE__CALL_NAME;
-    } else if (key == MOE__KEY_ID && c == '"' && !p->id.size) {
-        p->at++;
-        p->state = MOE__CALL_ID;
-    } else if (key == MOE__KEY_ID && moe__answer_is_digit(c) && !p->id.size) {
-        p->state = MOE__CALL_ID_NUMBER;
-    } else if (key == MOE__KEY_ARGS && !p->has_args) {
-        if (p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
-        p->at += c == '"';
-        p->state = c == '"' ? MOE__CALL_ARGS_TEXT : c == 'n' ? MOE__CALL_OTHER : MOE__CALL_ARGS;
-        p->args_good = c == '{' ? 2 : 0; // once it is whole
-    }
-    return 1;
-}
-
-MOE__PRIVATE int moe__answer_json_object_end(moe_chat_parser *p) {
-    p->at++;
-    if (--p->depth > 0) return 1;
-    if (!moe__answer_commit(p)) return 1;
-    moe__answer_end_call(p, 1);
-    return 1;
-}
-
-// The name is read, or an id.
-MOE__PRIVATE int moe__answer_json_named(moe_chat_parser *p) {
-    const int is_id = p->state == MOE__CALL_ID;
-    p->state = MOE__CALL_KEY;
-    if (is_id && p->is_call) moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
-    if (is_id) return 1;
-    if (p->how != 'B') moe__answer_commit(p);
-    else if (!moe__answer_tool(p, p->name.data, p->name.size)) moe__answer_fail(p);
-    return 1;
-}
-
-// JSON in a string: what it says must be an object, white space around it aside.
-MOE__PRIVATE int moe__answer_json_text(moe_chat_parser *p) {
-    int is_end = 0;
-    while (p->at < p->in.size && !is_end) {
-        if (!p->unescape.is_open && (unsigned char)p->in.data[p->at] < 0x20) p->args_good = -1;
-        is_end = moe__answer_string_byte(p, p->in.data[p->at++], &p->made);
-    }
-    for (size_t i = 0; i < p->made.size; i++) {
-        const char c = p->made.data[i];
-        if (p->inner.state == MOE__SCAN_VALUE && !p->inner.depth && !moe__answer_is_blank(c) &&
-            c != '{')
-            p->args_good = -1;
-        if (p->args_good >= 0 && moe__scan_byte(&p->inner, c) == MOE__SCAN_BAD) p->args_good = -1;
-    }
-    if (is_end) {
-        p->args_good = p->args_good == 0 && p->inner.state == MOE__SCAN_DONE;
-        p->state = MOE__CALL_KEY;
-    }
-    moe__answer_put_made(p);
-    if (p->is_call) p->from = p->at;
-    return is_end;
-}
-
-MOE__PRIVATE int moe__answer_json_between(moe_chat_parser *p, char c) {
-    if (moe__answer_is_blank(c)) {
-        p->at++;
-        return 1;
-    }
-    switch (p->state) {
-    case MOE__CALL_LIST:
-        if (c == '[' && p->n_open < MOE__SCAN_DEPTH) p->n_open++;
-        else if (c == '{') p->depth = 1, p->state = MOE__CALL_KEY;
-        else return moe__answer_fail(p);
-        break;
-    case MOE__CALL_KEY:
-        if (c == '}') return moe__answer_json_object_end(p);
-        if (c == '"') {
-            p->state = MOE__CALL_KEY_TEXT;
-            p->key.size = 0;
-            memset(&p->unescape, 0, sizeof p->unescape);
-        } else if (c != ',') {
-            return moe__answer_json_wrong(p);
-        }
-        break;
-    case MOE__CALL_COLON:
-        if (c != ':') return moe__answer_json_wrong(p);
-        p->state = MOE__CALL_VALUE;
-        break;
-    default: return moe__answer_json_value(p, c);
-    }
-    p->at++;
-    return 1;
-}
-
-MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
-    if (!p->is_call && p->at - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
-    if (p->at == p->in.size) return 0;
-    const char c = p->in.data[p->at];
-    moe__answer_bytes *text = NULL;
-    int what;
-    switch (p->state) {
-    case MOE__CALL_KEY_TEXT: text = &p->key; break;
-    case MOE__CALL_NAME: text = &p->name; break;
-    case MOE__CALL_ID: text = &p->id; break;
-    case MOE__CALL_ID_NUMBER:
-        if (moe__answer_is_digit(c)) {
-            moe__answer_add(p, &p->id, &c, 1);
-            p->at++;
-        } else {
-            p->state = MOE__CALL_ID;
-            return moe__answer_json_named(p);
-        }
-        return 1;
-    case MOE__CALL_ARGS:
-        what = moe__answer_pass(p);
-        if (what < 0) p->args_good = 0;
-        if (what < 0) return p->is_call ? moe__answer_break(p) : moe__answer_fail(p);
-        if (what > 0) {
-            p->state = MOE__CALL_KEY;
-            p->args_good = p->args_good == 2;
-        }
-        return what;
-    case MOE__CALL_ARGS_TEXT: return moe__answer_json_text(p);
-    case MOE__CALL_OTHER:
-        what = moe__scan_byte(&p->scan, c);
-        if (what == MOE__SCAN_BAD) return moe__answer_json_wrong(p);
-        p->at += what != MOE__SCAN_BEFORE;
-        if (what != MOE__SCAN_MORE) p->state = MOE__CALL_KEY;
-        return 1;
-    default: return moe__answer_json_between(p, c);
-    }
-    p->at++;
-    if (!moe__answer_string_byte(p, c, text)) return 1;
-    if (p->state != MOE__CALL_KEY_TEXT) return moe__answer_json_named(p);
-    p->state = MOE__CALL_COLON;
-    // Nothing but its keys tells that an object without a mark is a call.
-    if (p->how == 'B' && !p->is_call && moe__answer_key_of(p) == MOE__KEY_OTHER &&
-        !(p->key.size == 4 && !memcmp(p->key.data, "type", 4)))
-        return moe__answer_fail(p);
-    return 1;
-}
-
-// ---- values that are nearly JSON ----
-
-enum { MOE__LOOSE_VALUE, MOE__LOOSE_KEY, MOE__LOOSE_COLON, MOE__LOOSE_COMMA, MOE__LOOSE_STRING,
-       MOE__LOOSE_WORD, MOE__LOOSE_DONE };
-
-MOE__PRIVATE void moe__loose_begin(moe__loose *loose, int is_object) {
-    memset(loose, 0, sizeof *loose);
-    loose->state = is_object ? MOE__LOOSE_KEY : MOE__LOOSE_VALUE;
-    loose->depth = is_object;
-    loose->objects[0] = (uint64_t)is_object;
-}
-MOE__INLINE int moe__loose_in_object(const moe__loose *loose) {
-    const int i = loose->depth - 1;
-    return i >= 0 && (loose->objects[i / 64] >> i % 64 & 1);
-}
-MOE__PRIVATE void moe__loose_value_end(moe__loose *loose) {
-    loose->any = 1;
-    loose->state = loose->depth ? MOE__LOOSE_COMMA : MOE__LOOSE_DONE;
-}
-MOE__INLINE int moe__loose_is_close(char c) { return c == '}' || c == ')' || c == ']'; }
-
-// A word: a number, true, false, none, or a string without quotes.
-MOE__PRIVATE void moe__loose_word(moe_chat_parser *p, const char *text, size_t size, int is_key) {
-    static const char *const words[] = {"True", "False", "None", "none", "nil"};
-    static const char *const means[] = {"true", "false", "null", "null", "null"};
-    while (size && moe__answer_is_blank(text[size - 1])) size--;
-    for (size_t i = 0; i < 5 && !is_key; i++) {
-        if (size != strlen(words[i]) || memcmp(text, words[i], size)) continue;
-        moe__answer_words(p, &p->made, means[i]);
-        return;
-    }
-    if (!is_key && moe__scan_is_value(text, size)) {
-        moe__answer_add(p, &p->made, text, size);
-        return;
-    }
-    moe__answer_words(p, &p->made, "\"");
-    moe__answer_escape(p, &p->made, text, size);
-    moe__answer_words(p, &p->made, "\"");
-}
-
-// Does the quote at text[i] end a string? Not if text follows. -1: more bytes would tell.
-MOE__PRIVATE int moe__loose_is_end(const char *text, size_t size, size_t i, int is_last) {
-    for (i++; i < size; i++)
-        if (!moe__answer_is_blank(text[i]))
-            return text[i] == ',' || text[i] == ':' || moe__loose_is_close(text[i]);
-    return is_last ? 1 : -1;
-}
-
-// Reads bytes of a string that is open; returns how many, 0 if more are needed.
-MOE__PRIVATE size_t moe__loose_string(moe_chat_parser *p, moe__loose *loose, const char *text,
-                                      size_t size, int is_last) {
-    static const char quote[] = "<|\"|>";
-    static const char names[] = "abfnrtv0", codes[] = "\a\b\f\n\r\t\v";
-    const char c = text[0];
-    size_t n = 1;
-    int is_end = 0;
-    if (!loose->quote && c == '<') {
-        const size_t m = size < 5 ? size : 5;
-        is_end = !memcmp(text, quote, m);
-        if (is_end && m < 5) {
-            if (!is_last) return 0;
-            is_end = 0;
-        }
-        if (is_end) n = 5;
-    } else if (loose->quote && c == (char)loose->quote) {
-        is_end = moe__loose_is_end(text, size, 0, is_last);
-        if (is_end < 0) return 0;
-    } else if (loose->quote && c == '\\') {
-        if (size < 2 && !is_last) return 0;
-        const char e = size < 2 ? 0 : text[1], *name = e ? strchr(names, e) : NULL;
-        const size_t digits = e == 'u' ? 4 : e == 'x' ? 2 : 0;
-        char hex[5] = "0000";
-        if (size < 2 + digits && digits && !is_last) return 0;
-        if (digits && size >= 2 + digits) memcpy(hex + 4 - digits, text + 2, digits);
-        const int32_t code = digits && size >= 2 + digits ? moe__json_hex(hex, 4) : -1;
-        if (code >= 0 && e == 'u') { // as it is: halves of pairs stay together
-            moe__answer_add(p, &p->made, text, 6);
-            return 6;
-        }
-        if (code >= 0) {
-            char out[4];
-            moe__answer_escape(p, &p->made, out, (size_t)moe__json_utf8((uint32_t)code, out));
-            return 4;
-        }
-        if (name) moe__answer_escape(p, &p->made, codes + (name - names), 1);
-        else if (e == '\\' || e == '\'' || e == '"') moe__answer_escape(p, &p->made, text + 1, 1);
-        else if (e == '\n') return 2; // a line that goes on
-        else moe__answer_words(p, &p->made, "\\\\");
-        return name || e == '\\' || e == '\'' || e == '"' ? 2 : 1;
-    }
-    if (!is_end) {
-        moe__answer_escape(p, &p->made, text, n);
-        return n;
-    }
-    moe__answer_words(p, &p->made, "\"");
-    if (loose->is_key) loose->state = MOE__LOOSE_COLON;
-    else moe__loose_value_end(loose);
-    return n;
-}
-
-// A word stands up to what can follow one.
-MOE__PRIVATE size_t moe__loose_word_size(const moe__loose *loose, const char *text, size_t size) {
-    size_t n = 0;
-    while (n < size && text[n] != ',' && !moe__loose_is_close(text[n]) &&
-           !(loose->is_key && (text[n] == ':' || text[n] == '=')))
-        n++;
-    return n;
-}
-
-MOE__PRIVATE int moe__loose_open(moe_chat_parser *p, moe__loose *loose, int is_object) {
-    const int i = loose->depth;
-    if (i == MOE__SCAN_DEPTH) return 0;
-    loose->objects[i / 64] &= ~((uint64_t)1 << i % 64);
-    loose->objects[i / 64] |= (uint64_t)is_object << i % 64;
-    loose->depth++;
-    loose->any = 0;
-    loose->state = is_object ? MOE__LOOSE_KEY : MOE__LOOSE_VALUE;
-    moe__answer_words(p, &p->made, is_object ? "{" : "[");
-    return 1;
-}
-MOE__PRIVATE void moe__loose_close(moe_chat_parser *p, moe__loose *loose) {
-    moe__answer_words(p, &p->made, moe__loose_in_object(loose) ? "}" : "]");
-    loose->depth--;
-    moe__loose_value_end(loose);
-}
-// A value or a key begins; returns bytes read, 0: more are needed, -1: it is wrong.
-MOE__PRIVATE int moe__loose_item(moe_chat_parser *p, moe__loose *loose, const char *text,
-                                 size_t size, int is_last) {
-    const char c = text[0];
-    int quote = c == '"' || c == '\'' ? 1 : 0;
-    loose->is_key = loose->state == MOE__LOOSE_KEY;
-    if (c == '<') {
-        const size_t m = size < 5 ? size : 5;
-        quote = !memcmp(text, "<|\"|>", m) ? 5 : 0;
-        if (quote && m < 5 && !is_last) return 0;
-        if (m < 5) quote = 0;
-    }
-    const int is_open = !loose->is_key && (c == '{' || c == '[' || c == '(');
-    if (!is_open && !quote && (c == ':' || c == '=' || c == ',')) return -1;
-    if (loose->any) moe__answer_words(p, &p->made, ", ");
-    loose->any = 0;
-    if (is_open) return moe__loose_open(p, loose, c == '{') ? 1 : -1;
-    loose->quote = quote == 1 ? (uint8_t)c : 0;
-    loose->state = quote ? MOE__LOOSE_STRING : MOE__LOOSE_WORD;
-    if (quote) moe__answer_words(p, &p->made, "\"");
-    return quote;
-}
-
-// Reads what it can of a text and adds JSON to p->made. Returns bytes read; *what as moe__scan_byte
-// says it: MORE, LAST, BAD.
-MOE__PRIVATE size_t moe__loose_read(moe_chat_parser *p, moe__loose *loose, const char *text,
-                                    size_t size, int is_last, int *what) {
-    size_t at = 0;
-    *what = MOE__SCAN_MORE;
-    while (at < size && loose->state != MOE__LOOSE_DONE) {
-        const char c = text[at];
-        size_t n = 1;
-        if (loose->state == MOE__LOOSE_STRING) {
-            n = moe__loose_string(p, loose, text + at, size - at, is_last);
-            if (!n) return at;
-        } else if (loose->state == MOE__LOOSE_WORD) {
-            n = moe__loose_word_size(loose, text + at, size - at);
-            if (n == size - at && !is_last) return at;
-            moe__loose_word(p, text + at, n, loose->is_key);
-            if (loose->is_key) loose->state = MOE__LOOSE_COLON;
-            else moe__loose_value_end(loose);
-        } else if (moe__answer_is_blank(c)) {
-        } else if (loose->state == MOE__LOOSE_COLON) {
-            if (c != ':' && c != '=') break;
-            moe__answer_words(p, &p->made, ": ");
-            loose->state = MOE__LOOSE_VALUE;
-        } else if (moe__loose_is_close(c)) {
-            if (!loose->depth || (loose->state == MOE__LOOSE_VALUE && moe__loose_in_object(loose)))
-                break;
-            moe__loose_close(p, loose);
-        } else if (loose->state == MOE__LOOSE_COMMA) {
-            if (c != ',') break;
-            loose->state = moe__loose_in_object(loose) ? MOE__LOOSE_KEY : MOE__LOOSE_VALUE;
-        } else {
-            const int item = moe__loose_item(p, loose, text + at, size - at, is_last);
-            if (!item && loose->state != MOE__LOOSE_WORD) return at;
-            if (item < 0) break;
-            n = (size_t)item;
-        }
-        at += n;
-    }
-    if (loose->state == MOE__LOOSE_DONE) *what = MOE__SCAN_LAST;
-    else if (at < size) *what = MOE__SCAN_BAD;
-    else if (is_last && loose->state == MOE__LOOSE_WORD && !loose->depth) *what = MOE__SCAN_LAST;
-    return at;
-}
-
-MOE__PRIVATE int moe__answer_loose_step(moe_chat_parser *p) {
-    int what;
-    p->at += moe__loose_read(p, &p->loose, p->in.data + p->at, p->in.size - p->at, p->is_last,
-                             &what);
-    moe__answer_put_made(p);
-    p->from = p->at;
-    if (what == MOE__SCAN_BAD) return moe__answer_break(p);
-    if (what != MOE__SCAN_LAST) return 0;
-    p->args_good = 1;
-    moe__answer_end_call(p, 1);
-    return 1;
-}
-
-// name(key=value, ...), in a list or not; call:NAME{key:value} without its "call:".
-MOE__PRIVATE int moe__answer_python_step(moe_chat_parser *p) {
-    static const char method[] = ".call";
-    const size_t n = sizeof method - 1;
-    size_t from = moe__answer_skip(p, p->at), end;
-    const char open = p->how == 'G' ? '{' : '(';
-    if (from < p->in.size && p->in.data[from] == '[' && p->how == 'P' && !p->n_open) {
-        p->at = from + 1;
-        p->n_open = 1;
-        return 1;
-    }
-    if (from < p->in.size && p->in.data[from] == '{' && p->how == 'P') {
-        const int n_open = p->n_open;
-        moe__answer_json_begin(p);
-        p->n_open = n_open;
-        return 1;
-    }
-    for (end = from; end < p->in.size; end++)
-        if (p->in.data[end] == open || end - from > MOE__ANSWER_NAME) break;
-    if (end - from > MOE__ANSWER_NAME || from - p->from > MOE__ANSWER_HELD)
-        return moe__answer_fail(p);
-    if (end == p->in.size) return 0;
-    if (!moe__answer_set_name(p, p->in.data + from, end - from)) return moe__answer_fail(p);
-    if (p->how == 'P' && p->name.size > n &&
-        !memcmp(p->name.data + p->name.size - n, method, n))
-        p->name.size -= n;
-    p->at = end + 1;
-    if (!moe__answer_commit(p)) return 1;
-    moe__loose_begin(&p->loose, 1);
-    moe__answer_put_words(p, "{");
-    return moe__answer_go(p, moe__answer_loose_step);
-}
-
-// ---- calls with keys and values between marks ----
-
-// What an element says, as JSON in p->made: what fits the types or, if they do not say, what is
-// JSON; all else is a string.
-MOE__PRIVATE void moe__answer_convert(moe_chat_parser *p, const char *text, size_t size,
-                                      unsigned types) {
-    const char *t = text;
-    size_t n = size;
-    while (n && moe__answer_is_blank(*t)) t++, n--;
-    while (n && moe__answer_is_blank(t[n - 1])) n--;
-    if (types != MOE__TYPE_IS_STRING && n) {
-        const char c = *t;
-        const unsigned type = c == '"'                 ? MOE__TYPE_IS_STRING
-                              : c == '{'               ? MOE__TYPE_IS_DICT
-                              : c == '['               ? MOE__TYPE_IS_LIST
-                              : c == 't' || c == 'f' ? MOE__TYPE_IS_BOOL
-                              : c == 'n'               ? MOE__TYPE_IS_NULL
-                                                       : MOE__TYPE_IS_NUMBER;
-        const int fits = !(types & MOE__TYPE_IS_STRING) || (types & type & ~MOE__TYPE_IS_STRING);
-        if (fits && moe__scan_is_value(t, n)) {
-            moe__answer_add(p, &p->made, t, n);
-            return;
-        }
-    }
-    if (types && !(types & MOE__TYPE_IS_STRING) && n) { // as Python prints it
-        moe__loose loose;
-        int what;
-        const size_t made = p->made.size;
-        const char c = *t;
-        moe__loose_begin(&loose, 0);
-        const size_t used = moe__loose_read(p, &loose, t, n, 1, &what);
-        const int is_word = p->made.size > made && p->made.data[made] != '"';
-        if (what == MOE__SCAN_LAST && used == n && (c == '{' || c == '[' || c == '(' || is_word))
-            return;
-        p->made.size = made;
-    }
-    moe__answer_words(p, &p->made, "\"");
-    moe__answer_escape(p, &p->made, text, size);
-    moe__answer_words(p, &p->made, "\"");
-}
-
-enum { MOE__TAGS_NEXT, MOE__TAGS_KEY, MOE__TAGS_HELD, MOE__TAGS_STRING, MOE__TAGS_TREE };
-
-MOE__PRIVATE int moe__answer_tags_end(moe_chat_parser *p, int is_whole) {
-    if (p->n_keys) moe__answer_put_words(p, "}");
-    p->args_good = 1;
-    moe__answer_end_call(p, is_whole);
-    return 1;
-}
-
-// Between keys. What stands there and is none is content.
-MOE__PRIVATE int moe__answer_tags_next(moe_chat_parser *p) {
-    const moe__answer_tags *tags = p->tags;
-    const int ends = MOE__MARK_CLOSE | MOE__MARK_OPEN | MOE__MARK_HEADER |
-                     (p->form->has_headers ? MOE__MARK_DROP : 0);
-    const moe__answer_mark *mark;
-    p->from = p->at = moe__answer_skip(p, p->at);
-    size_t i = p->at;
-    int found = 0;
-    if (i < p->in.size && p->in.data[i] == '{' && !p->n_keys)
-        return moe__answer_go(p, moe__answer_whole_step);
-    for (; i < p->in.size; i++) {
-        found = moe__answer_is(p, i, tags->uncall);
-        if (found > 0) break;
-        int other = moe__answer_is(p, i, tags->key);
-        if (other <= 0 && tags->object && !other) other = moe__answer_is(p, i, tags->object);
-        if (other > 0 && !found) break;
-        const int end = moe__answer_match(p, i, ends, &mark);
-        if (end > 0 && !found && !other) break;
-        if (found < 0 || other < 0 || end < 0) {
-            found = -1;
-            break;
-        }
-    }
-    if (i > p->at) { // stray text
-        moe__answer_text(p, p->kind, p->in.data + p->at, i - p->at);
-        moe__answer_cut(p);
-        p->from = p->at = i;
-    }
-    if (found < 0 || i == p->in.size) return 0;
-    if (found > 0) {
-        p->at += strlen(tags->uncall);
-        return moe__answer_tags_end(p, 1);
-    }
-    if (moe__answer_is(p, i, tags->key) > 0 ||
-        (tags->object && moe__answer_is(p, i, tags->object) > 0)) {
-        p->state = MOE__TAGS_KEY;
-        return 1;
-    }
-    return moe__answer_tags_end(p, 1); // its end is missing
-}
-
-// Does a value end with what stands in front of byte i? Then nothing follows but what may.
-MOE__PRIVATE int moe__answer_tags_follow(const moe_chat_parser *p, size_t i) {
-    const moe__answer_mark *mark;
-    i = moe__answer_skip(p, i);
-    if (i == p->in.size) return p->is_last ? 1 : -1;
-    int found = moe__answer_is(p, i, p->tags->key);
-    if (!found) found = moe__answer_is(p, i, p->tags->uncall);
-    if (!found) found = moe__answer_match(p, i, MOE__MARK_CLOSE | MOE__MARK_OPEN, &mark);
-    return found;
-}
-
-// A value begins at p->at: a string goes on as it comes, others wait for their end.
-MOE__PRIVATE void moe__answer_tags_value(moe_chat_parser *p, const char *attributes, size_t size) {
-    const moe__value *schema = moe__answer_property(moe__answer_parameters(p->tool), p->key.data,
-                                                    p->key.size);
-    const int is_string = moe__answer_find(attributes, size, "string=\"true\"", 13) ||
-                          moe__answer_find(attributes, size, "type=\"string\"", 13);
-    const int is_other = moe__answer_find(attributes, size, "string=\"false\"", 14) ||
-                         moe__answer_find(attributes, size, "type=\"", 6);
-    p->types = moe__answer_types(schema, 0);
-    if (is_string) p->types = MOE__TYPE_IS_STRING;
-    else if (is_other) p->types = 0;
-    p->is_begun = 0;
-    moe__answer_put_words(p, p->n_keys++ ? ", \"" : "{\"");
-    moe__answer_put_escaped(p, p->key.data, p->key.size);
-    const int is_text = p->types == MOE__TYPE_IS_STRING && p->tags->values != 2;
-    moe__answer_put_words(p, is_text ? "\": \"" : "\": ");
-    p->state = is_text ? MOE__TAGS_STRING : MOE__TAGS_HELD;
-}
-
-MOE__PRIVATE int moe__answer_tags_key(moe_chat_parser *p) {
-    const moe__answer_tags *tags = p->tags;
-    const char *data = p->in.data;
-    const int is_object = tags->object && moe__answer_is(p, p->at, tags->object) > 0;
-    const size_t from = p->at + strlen(is_object ? tags->object : tags->key);
-    size_t i = from, end;
-    int found = 0;
-    while (i < p->in.size && !is_object && !moe__answer_is_stop(tags->key, data[i]) &&
-           i - from <= MOE__ANSWER_NAME)
-        i++;
-    for (end = i; end < p->in.size && end - i <= MOE__ANSWER_NAME; end++) {
-        found = moe__answer_is(p, end, tags->value);
-        if (found || moe__answer_is(p, end, tags->uncall) > 0) break;
-    }
-    if (found <= 0) {
-        const int is_wrong = i - from > MOE__ANSWER_NAME || end - i > MOE__ANSWER_NAME ||
-                             (end < p->in.size && !found);
-        return is_wrong ? moe__answer_break(p) : 0;
-    }
-    p->at = end + strlen(tags->value);
-    if (is_object) return moe__answer_go(p, moe__answer_whole_step);
-    size_t key = from, key_end = i;
-    while (key < key_end && moe__answer_is_blank(data[key])) key++;
-    while (key_end > key && moe__answer_is_blank(data[key_end - 1])) key_end--;
-    p->key.size = 0;
-    moe__answer_add(p, &p->key, data + key, key_end - key);
-    if (tags->has_entities) {
-        moe__answer_replace(&p->key, "&quot;", '"');
-        moe__answer_replace(&p->key, "&amp;", '&');
-    }
-    moe__answer_tags_value(p, data + i, end - i);
-    p->from = p->seen = p->at;
-    return 1;
-}
-
-// The end of the value at or behind p->seen: 1 and its place, and that of what follows it.
-MOE__PRIVATE int moe__answer_tags_find(moe_chat_parser *p, size_t *end, size_t *next) {
-    size_t i = p->seen > p->at ? p->seen : p->at;
-    int found = 0;
-    for (; i < p->in.size; i++) {
-        size_t n = strlen(p->tags->unvalue);
-        found = moe__answer_is(p, i, p->tags->unvalue);
-        if (found > 0) found = moe__answer_tags_follow(p, i + n);
-        if (!found && (found = moe__answer_is(p, i, p->tags->uncall)) > 0) { // none of its own
-            const moe__answer_mark *mark;
-            const size_t after = moe__answer_skip(p, i + strlen(p->tags->uncall));
-            found = moe__answer_match(p, after, MOE__MARK_CLOSE, &mark);
-            n = 0;
-        }
-        *next = i + n;
-        if (found) break;
-    }
-    p->seen = *end = i;
-    return found > 0;
-}
-
-MOE__PRIVATE int moe__answer_tags_read(moe_chat_parser *p) {
-    size_t end, next = 0;
-    const int is_end = moe__answer_tags_find(p, &end, &next), is_string = p->state == MOE__TAGS_STRING;
-    if (!is_end && !is_string) return 0;
-    if (p->tags->values == 1 && !p->is_begun && p->at < end) {
-        p->at += p->in.data[p->at] == '\n';
-        p->is_begun = 1;
-    }
-    size_t size = end - p->at;
-    if (p->tags->values == 1 && size && p->in.data[end - 1] == '\n') size--;
-    const char *text = p->in.data + p->at;
-    if (is_string) {
-        moe__answer_put_escaped(p, text, size);
-        p->from = p->at += size;
-        if (!is_end) return 0;
-        moe__answer_put_words(p, "\"");
-    } else {
-        static const char open[] = "<![CDATA[", close[] = "]]>";
-        if (size >= 12 && !memcmp(text, open, 9) && !memcmp(text + size - 3, close, 3)) {
-            p->types = MOE__TYPE_IS_STRING;
-            text += 9, size -= 12;
-        }
-        moe__answer_convert(p, text, size, p->types);
-        moe__answer_put_made(p);
-    }
-    p->from = p->at = next;
-    p->state = MOE__TAGS_NEXT;
-    return 1;
-}
-
-// Elements within elements: <KEY>value</KEY>, <item> in lists. What one is, its first child tells.
-MOE__PRIVATE void moe__answer_tree_open(moe_chat_parser *p, const char *tag, size_t size) {
-    moe__answer_level *up = &p->levels[p->depth], *level = up + 1;
-    const unsigned types = moe__answer_types(up->schema, 0);
-    if (up->is_list < 0) {
-        up->is_list = size == 4 && !memcmp(tag, "item", 4) && !(types & MOE__TYPE_IS_DICT);
-        moe__answer_put_words(p, up->is_list ? "[" : "{");
-    }
-    if (up->n++) moe__answer_put_words(p, ", ");
-    if (!up->is_list) {
-        moe__answer_put_words(p, "\"");
-        moe__answer_put_escaped(p, tag, size);
-        moe__answer_put_words(p, "\": ");
-    }
-    level->schema = up->is_list ? moe__answer_get(up->schema, "items")
-                                : moe__answer_property(up->schema, tag, size);
-    level->is_list = -1;
-    level->n = 0;
-    p->depth++;
-}
-MOE__PRIVATE void moe__answer_tree_close(moe_chat_parser *p, const char *text, size_t size) {
-    moe__answer_level *level = &p->levels[p->depth--];
-    const unsigned types = moe__answer_types(level->schema, 0);
-    if (level->is_list >= 0) {
-        moe__answer_put_words(p, level->is_list ? "]" : "}");
-    } else if (!size && (types & (MOE__TYPE_IS_DICT | MOE__TYPE_IS_LIST))) {
-        moe__answer_put_words(p, types & MOE__TYPE_IS_DICT ? "{}" : "[]");
-    } else {
-        moe__answer_convert(p, text, size, types);
-        moe__answer_put_made(p);
-    }
-}
-MOE__PRIVATE int moe__answer_tree(moe_chat_parser *p) {
-    const moe__answer_tags *tags = p->tags;
-    const size_t n = strlen(tags->key);
-    size_t i = p->seen > p->at ? p->seen : p->at, end;
-    int found = 0;
-    for (; i < p->in.size && !found; i += !found) {
-        found = moe__answer_is(p, i, tags->key);
-        const moe__answer_mark *mark;
-        if (!found) found = moe__answer_match(p, i, MOE__MARK_CLOSE | MOE__MARK_OPEN, &mark);
-    }
-    p->seen = i;
-    if (found <= 0) return 0;
-    for (end = i + n; end < p->in.size && p->in.data[end] != '>'; end++)
-        if (end - i > MOE__ANSWER_NAME) return moe__answer_break(p);
-    if (end >= p->in.size) return 0;
-    const char *tag = p->in.data + i + n, *text = p->in.data + p->at;
-    const size_t size = end - i - n, before = i - p->at;
-    const int is_close = *tag == '/';
-    const int is_blank = moe__answer_skip(p, p->at) >= i;
-    const int is_inner = p->levels[p->depth].is_list >= 0;
-    if (is_inner && !is_blank) { // stray text
-        moe__answer_text(p, p->kind, text, before);
-        moe__answer_cut(p);
-    }
-    if (moe__answer_is(p, i, tags->uncall) > 0 && !p->depth) {
-        p->at = end + 1;
-        if (!p->levels[0].n) p->has_args = 0;
-        else moe__answer_put_words(p, "}");
-        p->args_good = 1;
-        moe__answer_end_call(p, 1);
-        return 1;
-    }
-    if (is_close ? !p->depth : (!is_inner && !is_blank) || p->depth + 1 == MOE__ANSWER_LEVELS)
-        return moe__answer_break(p);
-    if (is_close) moe__answer_tree_close(p, text, before);
-    else moe__answer_tree_open(p, tag, size);
-    p->from = p->at = p->seen = end + 1;
-    return 1;
-}
-
-MOE__PRIVATE int moe__answer_tags_step(moe_chat_parser *p) {
-    if (!p->tags->value && p->state != MOE__TAGS_TREE) {
-        p->state = MOE__TAGS_TREE;
-        p->depth = 0;
-        memset(p->levels, 0, sizeof p->levels[0]);
-        p->levels[0].schema = moe__answer_parameters(p->tool);
-    }
-    switch (p->state) {
-    case MOE__TAGS_NEXT: return moe__answer_tags_next(p);
-    case MOE__TAGS_KEY: return moe__answer_tags_key(p);
-    case MOE__TAGS_TREE:
-        if (!p->levels[0].n && !p->depth && !p->has_args) {
-            const size_t i = moe__answer_skip(p, p->at);
-            if (i == p->in.size) return 0;
-            p->levels[0].is_list = -1;
-        }
-        return moe__answer_tree(p);
-    default: return moe__answer_tags_read(p);
-    }
-}
-
-// ---- text ----
-
-// A header: <|start|>assistant<|channel|>analysis<|message|>, with "to=RECIPIENT" anywhere in it.
-MOE__PRIVATE int moe__answer_header_end(moe_chat_parser *p, const char *text, size_t size) {
-    const char *to = moe__answer_find(text, size, "to=", 3), *end = text + size;
-    const char *channel = moe__answer_find(text, size, "<|channel|>", 11);
-    static const char *const nobody[] = {"self", "user", "assistant", "all"};
-    size_t n = 0;
-    int who = 4;
-    p->kind = MOE_CHAT_CONTENT;
-    if (channel) channel = moe__answer_find(channel, (size_t)(end - channel), "analysis", 8);
-    if (channel) p->kind = MOE_CHAT_REASONING;
-    if (to) {
-        to += 3;
-        while (to + n < end && !moe__answer_is_blank(to[n]) && to[n] != '<') n++;
-        for (who = 0; who < 4; who++)
-            if (n == strlen(nobody[who]) && !memcmp(to, nobody[who], n)) break;
-        if (who == 0) p->kind = MOE_CHAT_REASONING;
-        if (n > 10 && !memcmp(to, "functions.", 10)) to += 10, n -= 10;
-    }
-    if (who == 4 && n && !p->form->tags[0] && moe__answer_set_name(p, to, n)) {
-        p->kind = MOE_CHAT_CONTENT;
-        p->how = 'H';
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
-    }
-    moe__answer_cut(p);
-    p->from = p->at;
-    return moe__answer_go(p, moe__answer_text_step);
-}
-MOE__PRIVATE int moe__answer_header_step(moe_chat_parser *p) {
-    static const char *const begins[] = {"<|channel|>", "<|message|>", "<|constrain|>", "<|start|>",
-                                         "to="};
-    static const char end[] = "<|message|>";
-    const size_t first = moe__answer_skip(p, p->from);
-    size_t i = p->seen;
-    int found = 0;
-    if (first == p->in.size) return 0;
-    for (int k = 0; k < 5 && !p->mark && found <= 0; k++) { // behind a prompt: is there a header?
-        const int is = moe__answer_is(p, first, begins[k]);
-        if (is) found = is;
-    }
-    if (!p->mark && found <= 0) return found ? 0 : moe__answer_fail(p);
-    for (found = 0; i < p->in.size && i - p->from <= 2 * MOE__ANSWER_NAME; i++)
-        if ((found = moe__answer_is(p, i, end))) break;
-    p->seen = i;
-    if (i - p->from > 2 * MOE__ANSWER_NAME) {
-        if (!p->mark) p->mark = first + 1 - p->from;
-        return moe__answer_fail(p);
-    }
-    if (found <= 0) return 0;
-    p->at = i + sizeof end - 1;
-    return moe__answer_header_end(p, p->in.data + p->from, i - p->from);
-}
-
-// A mark at p->at, in text.
-MOE__PRIVATE void moe__answer_mark_found(moe_chat_parser *p, const moe__answer_mark *mark) {
-    p->from = p->at;
-    p->mark = mark->size;
-    switch (mark->what) {
-    case MOE__MARK_THINK: p->kind = MOE_CHAT_REASONING; break;
-    case MOE__MARK_UNTHINK: p->kind = MOE_CHAT_CONTENT; break;
-    case MOE__MARK_DROP:
-        if (p->form->has_headers) p->kind = MOE_CHAT_CONTENT;
-        break;
-    case MOE__MARK_END:
-        moe__answer_add(p, &p->blank, mark->text, mark->size);
-        p->from = p->at += mark->size;
-        return;
-    case MOE__MARK_HEADER:
-        p->at += mark->size;
-        moe__answer_go(p, moe__answer_header_step);
-        return;
-    default: moe__answer_open(p, mark); return;
-    }
-    moe__answer_cut(p);
-    p->from = p->at += mark->size;
-}
-
-MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p) {
-    const moe__answer_mark *mark = NULL;
-    const int is_thinking = p->kind == MOE_CHAT_REASONING, is_free = p->form->is_free;
-    const int is_clean = p->is_start && !p->blank.size;
-    size_t i = p->at;
-    int found = 0, is_start = is_clean, is_bare = 0;
-    for (; i < p->in.size; i++) {
-        const char c = p->in.data[i];
-        int what = MOE__MARK_OPEN | MOE__MARK_DROP | MOE__MARK_END | MOE__MARK_HEADER;
-        if (is_thinking || is_start || is_free) what |= MOE__MARK_UNTHINK;
-        if (!is_thinking && (is_start || is_free)) what |= MOE__MARK_THINK;
-        is_bare = c == '{' && p->form->is_bare && is_start && !is_thinking && p->has_calls;
-        found = moe__answer_match(p, i, what, &mark);
-        if (found || is_bare) break;
-        if (!moe__answer_is_blank(c)) is_start = 0;
-    }
-    moe__answer_text(p, p->kind, p->in.data + p->at, i - p->at);
-    p->from = p->at = i;
-    if (is_bare) {
-        p->how = 'B';
-        p->mark = 1;
-        moe__answer_json_begin(p);
-    } else if (found > 0) {
-        moe__answer_mark_found(p, mark);
-    }
-    return is_bare || found > 0;
-}
-
-// ---- answers ----
-
-MOE__PRIVATE void moe__answer_reset(moe_chat_parser *p) {
-    p->in.size = p->from = p->at = p->seen = p->blank.size = p->mark = 0;
-    p->is_last = p->call = p->how = 0;
-    p->kind = p->is_thinking ? MOE_CHAT_REASONING : MOE_CHAT_CONTENT;
-    p->is_start = !p->is_continued;
-    moe__answer_new_call(p);
-    moe__answer_go(p, moe__answer_text_step);
-    if (p->is_continued) return;
-    if (p->form->has_headers && !p->is_thinking) p->step = moe__answer_header_step;
-    if (p->form->opens && *p->form->opens == 'F') { // the prompt ends with the mark of a name
-        p->how = 'F';
-        p->step = moe__answer_name_step;
-    }
-}
-
-MOE__PRIVATE void moe__answer_run(moe_chat_parser *p) {
-    while (!p->status && p->step(p)) {}
-    // What will not be looked at again makes room.
-    const size_t keep = p->from;
-    if (p->in.size == keep || keep > 4096) {
-        if (p->in.size > keep) memmove(p->in.data, p->in.data + keep, p->in.size - keep);
-        p->in.size -= keep;
-        p->at -= keep;
-        p->seen = p->seen > keep ? p->seen - keep : 0;
-        p->from = 0;
-    }
-}
-
-// The last bytes: what may be a call yet is none, what is one ends.
-MOE__PRIVATE void moe__answer_last(moe_chat_parser *p) {
-    p->is_last = 1;
-    for (;;) {
-        moe__answer_run(p);
-        if (p->status || p->step == moe__answer_text_step || p->step == moe__answer_after_step)
-            return;
-        if (p->is_call) break;
-        moe__answer_fail(p);
-    }
-    if (p->step == moe__answer_json_step && p->state == MOE__CALL_ID && p->id.size)
-        moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
-    if (p->step == moe__answer_tags_step && p->state == MOE__TAGS_STRING)
-        moe__answer_put_escaped(p, p->in.data + p->at, p->in.size - p->at);
-    else if (p->at < p->in.size)
-        moe__answer_put(p, p->in.data + p->at, p->in.size - p->at);
-    p->at = p->in.size;
-    moe__answer_end_call(p, 0);
-}
-
-MOE_API moe_status moe_chat_parser_push(moe_chat_parser *parser, const char *text, size_t size) {
-    if (!parser || (size && !text)) return MOE_ERROR_ARGUMENT;
-    moe__answer_add(parser, &parser->in, text, size);
-    if (!parser->status) moe__answer_run(parser);
-    if (parser->status) return parser->status;
-    return moe__answer_flush(parser) ? MOE_OK : MOE_ERROR_CANCELLED;
-}
-
-MOE_API moe_status moe_chat_parser_finish(moe_chat_parser *parser) {
-    if (!parser) return MOE_ERROR_ARGUMENT;
-    if (!parser->status) moe__answer_last(parser);
-    const moe_status status = parser->status;
-    if (status) parser->pieces_at = parser->n_pieces = parser->out_at = parser->out.size = 0;
-    parser->status = MOE_OK;
-    moe__answer_reset(parser);
-    if (status) return status;
-    parser->is_last = 1;
-    const int is_all = moe__answer_flush(parser);
-    parser->is_last = 0;
-    return is_all ? MOE_OK : MOE_ERROR_CANCELLED;
-}
-
-MOE_API void moe_chat_parser_close(moe_chat_parser *parser) {
-    if (!parser) return;
-    const moe_allocator allocator = parser->allocator;
-    moe__answer_bytes *all[] = {&parser->in,  &parser->out, &parser->blank, &parser->name,
-                                &parser->id,  &parser->args, &parser->key,  &parser->made};
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) moe__free(&allocator, all[i]->data);
-    moe__free(&allocator, parser->pieces);
-    moe__store_free(&parser->store);
-    moe__free(&allocator, parser);
-}
-
-MOE__PRIVATE void moe__answer_add_mark(moe_chat_parser *p, const char *text, size_t size, int what,
-                                       char how, const moe__answer_tags *tags) {
-    if (!size || p->n_marks == MOE__ANSWER_MARKS) return;
-    moe__answer_mark *mark = &p->marks[p->n_marks++];
-    mark->text = text;
-    mark->size = size;
-    mark->what = what;
-    mark->how = how;
-    mark->tags = tags;
-    p->first[(unsigned char)*text] = 1;
-}
-MOE__PRIVATE void moe__answer_add_marks(moe_chat_parser *p, const char *list, int what) {
-    const char *line;
-    size_t n;
-    while ((line = moe__answer_line(&list, &n))) moe__answer_add_mark(p, line, n, what, 0, NULL);
-}
-
-MOE__PRIVATE void moe__answer_set_marks(moe_chat_parser *p, const moe_vocab *vocab) {
-    const moe__answer_form *form = p->form;
-    const moe__answer_tags *plain = form->tags[0]; // without a mark of their own
-    if (form->tags[1] && !form->tags[1]->call) plain = form->tags[1];
-    moe__answer_add_marks(p, form->think, MOE__MARK_THINK);
-    moe__answer_add_marks(p, form->unthink, MOE__MARK_UNTHINK);
-    if (form->has_headers) moe__answer_add_marks(p, "<|start|>\n<|channel|>", MOE__MARK_HEADER);
-    if (p->has_calls) {
-        const char *next = form->opens, *line;
-        size_t n;
-        while ((line = moe__answer_line(&next, &n)))
-            moe__answer_add_mark(p, line + 1, n - 1, MOE__MARK_OPEN, *line, plain);
-        for (int i = 0; i < 2; i++)
-            if (form->tags[i] && form->tags[i]->call)
-                moe__answer_add_mark(p, form->tags[i]->call, strlen(form->tags[i]->call),
-                                     i ? MOE__MARK_INNER : MOE__MARK_OPEN, 'X', form->tags[i]);
-        moe__answer_add_marks(p, form->closes, MOE__MARK_CLOSE);
-    }
-    moe__answer_add_marks(p, form->drops, MOE__MARK_DROP);
-    moe__answer_add_marks(p, form->ends, MOE__MARK_END);
-    const int32_t n_tokens = vocab ? (int32_t)vocab->n_tokens : 0;
-    for (int32_t i = 0; i < n_tokens; i++) {
-        const moe_string text = moe_vocab_token(vocab, i);
-        // What is short, as "</s>", may be text.
-        if (moe_vocab_is_end(vocab, i) && text.size >= 5)
-            moe__answer_add_mark(p, text.data, text.size, MOE__MARK_END, 0, NULL);
-    }
-}
-
-// Does the request say anything of tools? Then answers may hold calls.
-MOE__PRIVATE int moe__answer_has_tools(const moe__value *request, int depth) {
-    if (!request || request->kind != MOE__VALUE_DICT) return 0;
-    for (uint64_t i = 0; i < request->as.dict->n; i++) {
-        const moe__pair *entry = &request->as.dict->entries[i];
-        const moe__value *v = &entry->value;
-        const char *key = entry->key.as.text;
-        const size_t n = (size_t)entry->key.size;
-        const int is_list = v->kind == MOE__VALUE_LIST && v->as.list->n;
-        const int is_text = v->kind == MOE__VALUE_STRING && v->size;
-        if ((is_list || is_text) && ((n >= 5 && !memcmp(key + n - 5, "tools", 5)) ||
-                                     (n >= 9 && !memcmp(key + n - 9, "functions", 9))))
-            return 1;
-        if (is_list && n == 8 && !memcmp(key, "messages", 8))
-            for (uint64_t m = 0; m < v->as.list->n; m++)
-                if (moe__answer_get(&v->as.list->items[m], "tool_calls")) return 1;
-        if (!depth && moe__answer_has_tools(v, 1)) return 1;
-    }
-    return 0;
-}
-
-// Does the text of the request end within reasoning? White space at its end does not count.
-MOE__PRIVATE int moe__answer_ends_thinking(const moe__answer_form *form, const char *text,
-                                           size_t size) {
-    const size_t n = form->think ? strlen(form->think) : 0;
-    while (size && moe__answer_is_blank(text[size - 1])) size--;
-    if (form->thinks) return 1;
-    return n && size >= n && !memcmp(text + size - n, form->think, n);
-}
-
-// prompt: the text of the request, of which only the end matters.
-MOE__PRIVATE moe_chat_parser *
-    moe__answer_parser(const moe_allocator *allocator, const moe_vocab *vocab,
-                       const moe__answer_form *form, const char *request, size_t size,
-                       const char *prompt, size_t prompt_size,
-                       int (*on_piece)(void *user, const moe_chat_piece *piece), void *user,
-                       moe_error *error) {
-    moe_chat_parser *p = (moe_chat_parser *)moe__alloc(allocator, sizeof *p);
-    if (!p) {
-        moe__fail(error, MOE_ERROR_MEMORY, "parser", "no memory for a parser of answers");
-        return NULL;
-    }
-    moe__value all;
-    p->allocator = *allocator;
-    p->form = form;
-    p->on_piece = on_piece;
-    p->user = user;
-    moe__store_init(&p->store, &p->allocator, UINT64_MAX / 4, UINT64_MAX, MOE__JSON_DEPTH + 8);
-    if (moe__json_read(&p->store, request, size, &all, error) != MOE_OK) {
-        moe_chat_parser_close(p);
-        return NULL;
-    }
-    const moe__value *tools = moe__answer_get(&all, "tools");
-    const moe__value *goes_on = moe__answer_get(&all, "continue_final_message");
-    if (tools) p->tools = *tools;
-    p->has_calls = form->has_headers || moe__answer_has_tools(&all, 0);
-    p->is_thinking = moe__answer_ends_thinking(form, prompt, prompt_size);
-    p->is_continued = goes_on && goes_on->kind == MOE__VALUE_BOOL && goes_on->as.i;
-    moe__answer_set_marks(p, vocab);
-    moe__answer_reset(p);
-    return p;
-}
-// end of answers taken apart
-
 #endif
 
 // ==============================================================================================
@@ -33398,6 +31077,2390 @@ MOE_API int64_t moe_chat_tokenize(const moe_vocab *vocab, const char *request, s
     }
     moe__chat_free(&chat);
     return n;
+}
+
+// ---- answers taken apart ---------------------------------------------------------------------
+//
+// A parser reads an answer by steps. What a step decides depends on bytes alone, never on how many
+// of them are there yet: it waits for those that it needs, so that nobody can tell from what comes
+// out how the answer was cut. What waits is short: a mark that may have begun, white space, the
+// beginning of a call up to its name, a value whose type is seen at its end.
+//
+// Nothing is a call before its name is read: marks may also be what an answer talks about. What
+// does not go on as a call is text, and is read again as such behind its first mark.
+//
+// To add a form of answers, look at what its template makes of tool_calls and reasoning_content
+// and add a row to moe__answer_forms; test_answers takes what templates write apart again.
+
+// ---- forms ----
+
+// How calls are written that have keys and values between marks.
+typedef struct moe__answer_tags {
+    // call: its name stands behind it, up to '"' if the mark ends so, else up to '>'. NULL: the
+    // name stands behind the mark that opens a call, up to a line feed or '<'
+    const char *call, *head; // head: what ends the beginning of a call; may be missing without call
+    const char *key;         // a key stands behind it, and ends like a name,
+    const char *value;       // a value behind that. NULL: keys are elements that may be nested
+    const char *unvalue, *uncall;
+    const char *object;      // instead of all keys: JSON behind `value`, or NULL
+    int values; // 0: as they are, 1: between line feeds, 2: may be <![CDATA[...]]>
+    int has_entities;        // &quot; and &amp; in names
+} moe__answer_tags;
+
+typedef struct moe__answer_form {
+    const char *name;  // in tests
+    const char *signs; // any of these lines in a template is a sign of the form
+    const char *think, *unthink; // around reasoning
+    // Marks, one a line; the first character tells what follows the mark.
+    //   S another of them, { or [   T the same, or a name    J JSON   M JSON {name: arguments}
+    //   N fields, as `fields` says  P calls as in Python     G the same in Gemma's way
+    //   F a name, a line feed, arguments
+    const char *opens;
+    const char *closes; // what may stand behind calls
+    const char *drops;  // marks that say nothing
+    const char *ends;   // what ends an answer, beside the vocabulary's tokens
+    // N: what the first field is (N: name, K: the same as NAME:INDEX, which is the id, too, T: the
+    // type of the call, if a name follows the last mark, I: id), then what marks begin (A: arguments)
+    const char *fields;
+    const moe__answer_tags *tags[2]; // calls of the second stand behind a mark only
+    int is_free;     // reasoning may begin anywhere, its marks are control tokens
+    int is_bare;     // an object at the beginning of an answer may be a call
+    int has_headers; // what a message is says its header: <|start|>...<|channel|>...<|message|>
+    int thinks;      // answers begin with reasoning
+} moe__answer_form;
+
+#define MOE__BAR "\357\275\234" // U+FF5C
+#define MOE__LOW "\342\226\201" // U+2581
+#define MOE__M3 "]<]minimax[>["
+
+static const moe__answer_tags moe__tags_qwen = {
+    "<function=", ">", "<parameter=", ">", "</parameter>", "</function>", NULL, 1, 0};
+static const moe__answer_tags moe__tags_seed = {
+    "<function=", ">", "<parameter=", ">", "</parameter>", "</function>", NULL, 0, 0};
+static const moe__answer_tags moe__tags_glm = {
+    NULL, "", "<arg_key>", "<arg_value>", "</arg_value>", "</tool_call>", NULL, 0, 0};
+static const moe__answer_tags moe__tags_hy3 = {
+    NULL, "<tool_sep:opensource>", "<arg_key:opensource>", "<arg_value:opensource>", "</arg_value:opensource>",
+    "</tool_call:opensource>", NULL, 0, 0};
+static const moe__answer_tags moe__tags_minimax2 = {
+    "<invoke name=\"", ">", "<parameter name=\"", ">", "</parameter>", "</invoke>", NULL, 0, 0};
+static const moe__answer_tags moe__tags_minimax3 = {
+    MOE__M3 "<invoke name=\"", ">", MOE__M3 "<", NULL, MOE__M3 "</", MOE__M3 "</invoke>", NULL, 0,
+    0};
+static const moe__answer_tags moe__tags_dsml = {
+    "<" MOE__BAR "DSML" MOE__BAR "invoke name=\"", ">",
+    "<" MOE__BAR "DSML" MOE__BAR "parameter name=\"", ">",
+    "</" MOE__BAR "DSML" MOE__BAR "parameter>", "</" MOE__BAR "DSML" MOE__BAR "invoke>", NULL, 0,
+    0};
+static const moe__answer_tags moe__tags_atem = {
+    "<atem:invoke name=\"", ">", "<atem:parameter name=\"", ">", "</atem:parameter>",
+    "</atem:invoke>", NULL, 0, 0};
+static const moe__answer_tags moe__tags_minicpm = {
+    "<function name=\"", ">", "<param name=\"", ">", "</param>", "</function>", NULL, 2, 0};
+static const moe__answer_tags moe__tags_kimi3 = {
+    "<|open|>call tool=\"", "<|sep|>", "<|open|>argument key=\"", "<|sep|>",
+    "<|close|>argument<|sep|>", "<|close|>call<|sep|>", "<|open|>json", 0, 1};
+
+// The first whose sign is in the template; the last one suits all others.
+static const moe__answer_form moe__answer_forms[] = {
+    {"harmony", "<|channel|>", NULL, NULL, NULL, NULL,
+     "<|end|>\n<|call|>\n<|return|>\n<|message|>", NULL, NULL, {NULL, NULL}, 0, 0, 1, 0},
+    {"atem", "atem:invoke", NULL, NULL, "S<atem:function_calls>", "</atem:function_calls>",
+     "<|eom|>\n<|eot|>\n<|message|>", NULL, NULL, {&moe__tags_atem, NULL}, 0, 0, 1, 0},
+    {"gemma", "<|tool_call>", "<|channel>thought", "<channel|>", "G<|tool_call>",
+     "<tool_call|>\n<|tool_response>", "<|channel>", "<turn|>\n<|tool_response>", NULL,
+     {NULL, NULL}, 1, 0, 0, 0},
+    {"kimi3", "<|open|>", "<|open|>think<|sep|>", "<|close|>think<|sep|>",
+     "S<|open|>tools<|sep|>", "<|close|>json<|sep|>\n<|close|>call<|sep|>\n<|close|>tools<|sep|>",
+     "<|open|>response<|sep|>\n<|close|>response<|sep|>\n<|close|>message<|sep|>",
+     "<|end_of_msg|>", NULL, {&moe__tags_kimi3, NULL}, 1, 0, 0, 0},
+    {"minimax3", "]<]minimax[>[", "<mm:think>", "</mm:think>", "S" MOE__M3 "<tool_call>",
+     MOE__M3 "</tool_call>", NULL, "[e~[", NULL, {&moe__tags_minimax3, NULL}, 0, 0, 0, 0},
+    {"minimax2", "minimax:tool_call", "<think>", "</think>", "S<minimax:tool_call>",
+     "</minimax:tool_call>", NULL, "[e~[", NULL, {&moe__tags_minimax2, NULL}, 0, 0, 0, 0},
+    {"dsml", MOE__BAR "DSML" MOE__BAR, "<think>", "</think>",
+     "S<" MOE__BAR "DSML" MOE__BAR "function_calls>\n"
+     "S<" MOE__BAR "DSML" MOE__BAR "tool_calls>",
+     "</" MOE__BAR "DSML" MOE__BAR "function_calls>\n"
+     "</" MOE__BAR "DSML" MOE__BAR "tool_calls>",
+     NULL, "<" MOE__BAR "end" MOE__LOW "of" MOE__LOW "sentence" MOE__BAR ">", NULL,
+     {&moe__tags_dsml, NULL}, 0, 0, 0, 0},
+    {"deepseek", MOE__BAR "tool" MOE__LOW "calls" MOE__LOW "begin" MOE__BAR, "<think>",
+     "</think>",
+     "S<" MOE__BAR "tool" MOE__LOW "calls" MOE__LOW "begin" MOE__BAR ">\n"
+     "N<" MOE__BAR "tool" MOE__LOW "call" MOE__LOW "begin" MOE__BAR ">",
+     "<" MOE__BAR "tool" MOE__LOW "call" MOE__LOW "end" MOE__BAR ">\n"
+     "<" MOE__BAR "tool" MOE__LOW "calls" MOE__LOW "end" MOE__BAR ">",
+     NULL, "<" MOE__BAR "end" MOE__LOW "of" MOE__LOW "sentence" MOE__BAR ">",
+     "T\nA<" MOE__BAR "tool" MOE__LOW "sep" MOE__BAR ">", {NULL, NULL}, 0, 0, 0, 0},
+    {"hy3", "hy_Assistant", "<think:opensource>", "</think:opensource>",
+     "S<tool_calls:opensource>\nT<tool_call:opensource>",
+     "</tool_call:opensource>\n</tool_calls:opensource>", NULL,
+     "<" MOE__BAR "hy_eos:opensource" MOE__BAR ">", NULL, {&moe__tags_hy3, NULL}, 0, 0, 0, 0},
+    {"seed", "seed:tool_call", "<seed:think>", "</seed:think>", "S<seed:tool_call>",
+     "</seed:tool_call>", NULL, "<seed:eos>", NULL, {&moe__tags_seed, NULL}, 0, 0, 0, 0},
+    {"minicpm", "<param name=", "<think>", "</think>", NULL, NULL, NULL, "<|im_end|>", NULL,
+     {&moe__tags_minicpm, NULL}, 0, 0, 0, 0},
+    {"kimi2", "<|tool_call_argument_begin|>", "<think>", "</think>",
+     "S<|tool_calls_section_begin|>\nN<|tool_call_begin|>",
+     "<|tool_call_end|>\n<|tool_calls_section_end|>", NULL, "<|im_end|>",
+     "K\nA<|tool_call_argument_begin|>", {NULL, NULL}, 0, 0, 0, 0},
+    {"solar", "<|tool_call:begin|>", "<|think|>", "<|end|>",
+     "S<|tool_calls|>\nN<|tool_call:begin|>", "<|tool_call:end|>\n<|calls|>",
+     "<|begin|>assistant\n<|content|>\n<|end|>", "<|end|>\n<|calls|>\n<|flush|>",
+     "I\nN<|tool_call:name|>\nA<|tool_call:args|>", {NULL, NULL}, 1, 0, 0, 0},
+    {"cohere", "<|START_ACTION|>", "<|START_THINKING|>", "<|END_THINKING|>", "J<|START_ACTION|>",
+     "<|END_ACTION|>",
+     "<|START_RESPONSE|>\n<|END_RESPONSE|>\n<|START_TEXT|>\n<|END_TEXT|>",
+     "<|END_OF_TURN_TOKEN|>", NULL, {NULL, NULL}, 1, 0, 0, 0},
+    {"command-r", "directly-answer", "<think>", "</think>", "JAction:", NULL, NULL,
+     "<|END_OF_TURN_TOKEN|>", NULL, {NULL, NULL}, 0, 0, 0, 0},
+    {"apertus", "<|tools_prefix|>", "<|inner_prefix|>", "<|inner_suffix|>", "M<|tools_prefix|>",
+     "<|tools_suffix|>", NULL, "<|assistant_end|>", NULL, {NULL, NULL}, 1, 0, 0, 0},
+    {"mistral", "[TOOL_CALLS]", "[THINK]", "[/THINK]", "N[TOOL_CALLS]", NULL, NULL, "<|im_end|>",
+     "N\nI[CALL_ID]\nA[ARGS]", {NULL, NULL}, 0, 0, 0, 0},
+    {"lfm2", "<|tool_call_start|>\n<|tool_list_start|>\nList of tools: [", "<think>", "</think>",
+     "P<|tool_call_start|>", "<|tool_call_end|>", NULL, "<|im_end|>", NULL, {NULL, NULL}, 0, 0,
+     0, 0},
+    {"granite3", "<|tool_call|>", "<think>", "</think>", "J<|tool_call|>", NULL,
+     "<response>\n</response>", "<|end_of_text|>", NULL, {NULL, NULL}, 0, 0, 0, 0},
+    {"gigachat", "<|role_sep|>", "<think>", "</think>",
+     "J<|function_call|>\nJfunction call<|role_sep|>", "<|message_sep|>", NULL, "<|message_sep|>",
+     NULL, {NULL, NULL}, 0, 0, 0, 0},
+    {"functionary2", ">>>all", "<think>", "</think>", "F>>>", NULL, NULL, "<|eot_id|>", NULL,
+     {NULL, NULL}, 0, 0, 0, 0},
+    {"qwen", "<parameter=", "<think>", "</think>", "T<tool_call>", "</tool_call>", NULL,
+     "<|im_end|>", NULL, {&moe__tags_qwen, &moe__tags_glm}, 0, 0, 0, 0},
+    {"functionary1", "<function=", "<think>", "</think>", "P<|python_tag|>", NULL, NULL,
+     "<|eot_id|>\n<|eom_id|>", NULL, {&moe__tags_seed, NULL}, 0, 0, 0, 0},
+    {"firefunction", "functools[", "<think>", "</think>", "Jfunctools", NULL, NULL, "<|eot_id|>",
+     NULL, {NULL, NULL}, 0, 0, 0, 0},
+    {"nemotron", "<TOOLCALL>", "<think>", "</think>", "J<TOOLCALL>", "</TOOLCALL>", NULL,
+     "<SPECIAL_12>", NULL, {NULL, NULL}, 0, 0, 0, 0},
+    {"apriel", "Here are my reasoning steps", "Here are my reasoning steps:",
+     "[BEGIN FINAL RESPONSE]", "J<tool_calls>", "</tool_calls>", NULL,
+     "[END FINAL RESPONSE]\n<|end|>", NULL, {NULL, NULL}, 0, 0, 0, 0},
+    {"apriel1", "[BEGIN FINAL RESPONSE]", "<thinking>", "[BEGIN FINAL RESPONSE]",
+     "J<tool_calls>", "</tool_calls>", "</thinking>", "[END FINAL RESPONSE]\n<|end|>", NULL,
+     {NULL, NULL}, 0, 0, 0, 1},
+    {"lines", "<tool_calls>", "<think>", "</think>", "S<tool_calls>\nT<tool_call>",
+     "</tool_call>\n</tool_calls>", "<answer>\n</answer>", "<end_of_sentence>", NULL,
+     {&moe__tags_glm, NULL}, 0, 0, 0, 0},
+    {"llama3", "<|python_tag|>\nRespond in the format {", "<think>", "</think>",
+     "P<|python_tag|>", NULL, NULL, "<|eot_id|>\n<|eom_id|>", NULL, {NULL, NULL}, 0, 1, 0, 0},
+    {"usual", "", "<think>", "</think>", "T<tool_call>", "</tool_call>", NULL,
+     "<|im_end|>\n</assistant>\n<|role_end|>\n<|user|>\n<|observation|>\n<|end_of_text|>\n<sep>\n"
+     "<|eot_id|>",
+     NULL, {&moe__tags_glm, &moe__tags_qwen}, 0, 0, 0, 0},
+};
+enum { MOE__ANSWER_FORMS = sizeof moe__answer_forms / sizeof moe__answer_forms[0] };
+
+MOE__PRIVATE const char *moe__answer_find(const char *text, size_t size, const char *what,
+                                          size_t what_size) {
+    for (size_t i = 0; what_size <= size && i <= size - what_size; i++)
+        if (!what_size || (text[i] == *what && !memcmp(text + i, what, what_size)))
+            return text + i;
+    return NULL;
+}
+// The next line of a list, its size in *size; the list goes on at *next, NULL behind the last.
+MOE__PRIVATE const char *moe__answer_line(const char **next, size_t *size) {
+    const char *line = *next, *end = line ? strchr(line, '\n') : NULL;
+    *size = !line ? 0 : end ? (size_t)(end - line) : strlen(line);
+    *next = end ? end + 1 : NULL;
+    return line;
+}
+
+// The form of answers to what a template makes.
+MOE__PRIVATE const moe__answer_form *moe__answer_form_of(const char *source, size_t size) {
+    const moe__answer_form *form = moe__answer_forms;
+    for (;; form++) {
+        const char *next = form->signs, *sign;
+        size_t n;
+        while ((sign = moe__answer_line(&next, &n)))
+            if (moe__answer_find(source, size, sign, n)) return form;
+    }
+}
+
+// ---- JSON, byte by byte ----
+
+// Where a value ends, and whether it is JSON, is known without keeping it.
+typedef enum moe__scan_state {
+    MOE__SCAN_VALUE,
+    MOE__SCAN_FIRST,     // value or ]
+    MOE__SCAN_FIRST_KEY, // key or }
+    MOE__SCAN_KEY,
+    MOE__SCAN_COLON,
+    MOE__SCAN_COMMA, // or the end of what is open
+    MOE__SCAN_STRING,
+    MOE__SCAN_ESCAPE,
+    MOE__SCAN_HEX,
+    MOE__SCAN_MINUS,
+    MOE__SCAN_ZERO,
+    MOE__SCAN_INT,
+    MOE__SCAN_POINT,
+    MOE__SCAN_FRACTION,
+    MOE__SCAN_E,
+    MOE__SCAN_SIGN,
+    MOE__SCAN_POWER,
+    MOE__SCAN_WORD,
+    MOE__SCAN_DONE
+} moe__scan_state;
+enum { MOE__SCAN_DEPTH = 64 }; // so that a request can hold it
+// MORE: go on; LAST: the value ends with this byte; BEFORE: it ended before it, being a number.
+enum { MOE__SCAN_BAD = -1, MOE__SCAN_MORE, MOE__SCAN_LAST, MOE__SCAN_BEFORE };
+
+typedef struct moe__scan {
+    uint8_t state, is_key, n_hex;
+    const char *word; // what is left of true, false or null
+    int depth;
+    uint64_t objects; // bits: is what is open an object?
+} moe__scan;
+
+MOE__INLINE int moe__answer_is_blank(char c) {
+    return c == ' ' || c == '\n' || c == '\r' || c == '\t';
+}
+MOE__INLINE int moe__answer_is_digit(char c) { return c >= '0' && c <= '9'; }
+
+MOE__PRIVATE int moe__scan_value_end(moe__scan *scan) {
+    scan->state = scan->depth ? MOE__SCAN_COMMA : MOE__SCAN_DONE;
+    return scan->depth ? MOE__SCAN_MORE : MOE__SCAN_LAST;
+}
+MOE__INLINE int moe__scan_in_object(const moe__scan *scan) {
+    const int i = scan->depth - 1;
+    return i >= 0 && (scan->objects >> i & 1);
+}
+MOE__PRIVATE int moe__scan_open(moe__scan *scan, int is_object) {
+    const int i = scan->depth;
+    if (i == MOE__SCAN_DEPTH) return MOE__SCAN_BAD;
+    scan->objects &= ~((uint64_t)1 << i);
+    scan->objects |= (uint64_t)is_object << i;
+    scan->depth++;
+    scan->state = is_object ? MOE__SCAN_FIRST_KEY : MOE__SCAN_FIRST;
+    return MOE__SCAN_MORE;
+}
+MOE__PRIVATE int moe__scan_close(moe__scan *scan, char c) {
+    if (!scan->depth || c != (moe__scan_in_object(scan) ? '}' : ']')) return MOE__SCAN_BAD;
+    scan->depth--;
+    return moe__scan_value_end(scan);
+}
+MOE__PRIVATE int moe__scan_begin(moe__scan *scan, char c) {
+    const char *word = c == 't' ? "rue" : c == 'f' ? "alse" : c == 'n' ? "ull" : NULL;
+    if (c == '{' || c == '[') return moe__scan_open(scan, c == '{');
+    scan->is_key = 0;
+    scan->word = word;
+    if (c == '"') scan->state = MOE__SCAN_STRING;
+    else if (c == '-') scan->state = MOE__SCAN_MINUS;
+    else if (c == '0') scan->state = MOE__SCAN_ZERO;
+    else if (moe__answer_is_digit(c)) scan->state = MOE__SCAN_INT;
+    else if (word) scan->state = MOE__SCAN_WORD;
+    else return MOE__SCAN_BAD;
+    return MOE__SCAN_MORE;
+}
+MOE__PRIVATE int moe__scan_key(moe__scan *scan, char c) {
+    if (c != '"') return MOE__SCAN_BAD;
+    scan->is_key = 1;
+    scan->state = MOE__SCAN_STRING;
+    return MOE__SCAN_MORE;
+}
+// Between values.
+MOE__PRIVATE int moe__scan_between(moe__scan *scan, char c) {
+    switch (scan->state) {
+    case MOE__SCAN_FIRST: return c == ']' ? moe__scan_close(scan, c) : moe__scan_begin(scan, c);
+    case MOE__SCAN_FIRST_KEY: return c == '}' ? moe__scan_close(scan, c) : moe__scan_key(scan, c);
+    case MOE__SCAN_KEY: return moe__scan_key(scan, c);
+    case MOE__SCAN_COLON:
+        scan->state = MOE__SCAN_VALUE;
+        return c == ':' ? MOE__SCAN_MORE : MOE__SCAN_BAD;
+    case MOE__SCAN_COMMA:
+        if (c != ',') return moe__scan_close(scan, c);
+        scan->state = moe__scan_in_object(scan) ? MOE__SCAN_KEY : MOE__SCAN_VALUE;
+        return MOE__SCAN_MORE;
+    default: return moe__scan_begin(scan, c);
+    }
+}
+MOE__PRIVATE int moe__scan_string(moe__scan *scan, char c) {
+    if (scan->state == MOE__SCAN_HEX) {
+        const int is_hex = moe__answer_is_digit(c) || ((c | 32) >= 'a' && (c | 32) <= 'f');
+        if (++scan->n_hex == 4) scan->state = MOE__SCAN_STRING;
+        return is_hex ? MOE__SCAN_MORE : MOE__SCAN_BAD;
+    }
+    if (scan->state == MOE__SCAN_ESCAPE) {
+        scan->state = c == 'u' ? MOE__SCAN_HEX : MOE__SCAN_STRING;
+        scan->n_hex = 0;
+        return c && strchr("\"\\/bfnrtu", c) ? MOE__SCAN_MORE : MOE__SCAN_BAD;
+    }
+    if ((unsigned char)c < 0x20) return MOE__SCAN_BAD;
+    if (c == '\\') scan->state = MOE__SCAN_ESCAPE;
+    if (c != '"') return MOE__SCAN_MORE;
+    if (!scan->is_key) return moe__scan_value_end(scan);
+    scan->state = MOE__SCAN_COLON;
+    return MOE__SCAN_MORE;
+}
+MOE__PRIVATE int moe__scan_number(moe__scan *scan, char c) {
+    const int digit = moe__answer_is_digit(c), s = scan->state;
+    const int whole = s == MOE__SCAN_ZERO || s == MOE__SCAN_INT;
+    int next = -1;
+    if (s == MOE__SCAN_MINUS && digit) next = c == '0' ? MOE__SCAN_ZERO : MOE__SCAN_INT;
+    if (s == MOE__SCAN_INT && digit) next = s;
+    if (whole && c == '.') next = MOE__SCAN_POINT;
+    if ((s == MOE__SCAN_POINT || s == MOE__SCAN_FRACTION) && digit) next = MOE__SCAN_FRACTION;
+    if ((whole || s == MOE__SCAN_FRACTION) && (c | 32) == 'e') next = MOE__SCAN_E;
+    if (s == MOE__SCAN_E && (c == '+' || c == '-')) next = MOE__SCAN_SIGN;
+    if (s >= MOE__SCAN_E && digit) next = MOE__SCAN_POWER;
+    if (next >= 0) {
+        scan->state = (uint8_t)next;
+        return MOE__SCAN_MORE;
+    }
+    return whole || s == MOE__SCAN_FRACTION || s == MOE__SCAN_POWER ? MOE__SCAN_BEFORE
+                                                                    : MOE__SCAN_BAD;
+}
+
+MOE__PRIVATE int moe__scan_byte(moe__scan *scan, char c) {
+    if (scan->state == MOE__SCAN_DONE)
+        return moe__answer_is_blank(c) ? MOE__SCAN_MORE : MOE__SCAN_BAD;
+    if (scan->state >= MOE__SCAN_STRING && scan->state <= MOE__SCAN_HEX)
+        return moe__scan_string(scan, c);
+    if (scan->state == MOE__SCAN_WORD) {
+        if (c != *scan->word++) return MOE__SCAN_BAD;
+        return *scan->word ? MOE__SCAN_MORE : moe__scan_value_end(scan);
+    }
+    if (scan->state >= MOE__SCAN_MINUS) {
+        const int what = moe__scan_number(scan, c);
+        if (what != MOE__SCAN_BEFORE) return what;
+        if (moe__scan_value_end(scan) == MOE__SCAN_LAST) return MOE__SCAN_BEFORE;
+    }
+    return moe__answer_is_blank(c) ? MOE__SCAN_MORE : moe__scan_between(scan, c);
+}
+
+// Is all of a text one value?
+MOE__PRIVATE int moe__scan_is_value(const char *text, size_t size) {
+    moe__scan scan;
+    memset(&scan, 0, sizeof scan);
+    for (size_t i = 0; i < size; i++) {
+        const int what = moe__scan_byte(&scan, text[i]);
+        if (what == MOE__SCAN_BAD || (what == MOE__SCAN_BEFORE && !moe__answer_is_blank(text[i])))
+            return 0;
+    }
+    // A number at the end ends with any byte that does not go on with it.
+    return scan.state == MOE__SCAN_DONE ||
+           (!scan.depth && scan.state >= MOE__SCAN_MINUS && scan.state <= MOE__SCAN_POWER &&
+            moe__scan_byte(&scan, ' ') == MOE__SCAN_BEFORE);
+}
+
+// ---- the parser ----
+
+typedef struct moe__answer_bytes {
+    char *data;
+    size_t size, capacity;
+} moe__answer_bytes;
+
+typedef struct moe__answer_piece {
+    size_t size;
+    moe_chat_kind kind;
+    int32_t call, is_valid;
+} moe__answer_piece;
+
+enum {
+    MOE__MARK_THINK = 1,
+    MOE__MARK_UNTHINK = 2,
+    MOE__MARK_OPEN = 4,
+    MOE__MARK_CLOSE = 8,
+    MOE__MARK_DROP = 16,
+    MOE__MARK_END = 32,
+    MOE__MARK_HEADER = 64,
+    MOE__MARK_INNER = 128 // opens a call behind another mark only
+};
+typedef struct moe__answer_mark {
+    const char *text;
+    size_t size;
+    int what;
+    char how; // OPEN: as in moe__answer_form.opens; X: a name of `tags` follows
+    const moe__answer_tags *tags;
+} moe__answer_mark;
+enum { MOE__ANSWER_MARKS = 64, MOE__ANSWER_HELD = 1 << 16, MOE__ANSWER_NAME = 256 };
+
+// Types in a JSON schema.
+enum {
+    MOE__TYPE_IS_STRING = 1,
+    MOE__TYPE_IS_NUMBER = 2,
+    MOE__TYPE_IS_BOOL = 4,
+    MOE__TYPE_IS_NULL = 8,
+    MOE__TYPE_IS_LIST = 16,
+    MOE__TYPE_IS_DICT = 32
+};
+
+// Reads values that are nearly JSON, as Python and Gemma write them.
+typedef struct moe__loose {
+    uint8_t state, quote; // quote: of the string that is open; 0: <|"|>
+    uint8_t is_key, any;  // any: there was an element in front of it
+    int depth;
+    uint64_t objects;
+} moe__loose;
+
+// Escapes in strings, byte by byte.
+typedef struct moe__unescape {
+    uint8_t is_open, n_hex; // is_open: behind a backslash; n_hex: digits to come
+    uint32_t code, high;    // high: the first half of a pair
+} moe__unescape;
+
+typedef struct moe__answer_level { // of nested elements
+    const moe__value *schema;
+    int is_list, n; // is_list: -1: not known yet
+} moe__answer_level;
+enum { MOE__ANSWER_LEVELS = 64 };
+
+struct moe_chat_parser {
+    moe_allocator allocator;
+    const moe__answer_form *form;
+    moe__store store; // of the tools
+    moe__value tools;
+    int has_calls;    // may there be any?
+    int is_thinking;  // the reasoning is open at the beginning
+    int is_continued; // what comes goes on with a text
+    int is_headed;    // the header of the first message has been written
+    moe__answer_mark marks[MOE__ANSWER_MARKS];
+    int n_marks;
+    uint8_t first[256]; // a mark begins with this byte
+    int (*on_piece)(void *user, const moe_chat_piece *piece);
+    void *user;
+    moe_status status; // of the answer: MEMORY stays
+    // what came: bytes from .. at are read, but may be given back, up to `seen` nothing was found
+    moe__answer_bytes in;
+    size_t from, at, seen;
+    int is_last; // nothing follows what is in it
+    // what goes out
+    moe__answer_bytes out;
+    moe__answer_piece *pieces;
+    size_t n_pieces, max_pieces, pieces_at, out_at;
+    // where the answer is
+    int (*step)(moe_chat_parser *p);
+    moe_chat_kind kind; // CONTENT or REASONING
+    int is_start;       // of a text: white space is dropped
+    moe__answer_bytes blank; // white space and ends that are dropped if a mark follows
+    // the call
+    char how;
+    const moe__answer_tags *tags;
+    size_t mark; // size of the mark it begins with
+    int32_t call;
+    int is_call;   // its name went out
+    int has_args;  // something of its arguments did
+    int args_good; // they are whole, and an object
+    int n_keys, n_open; // n_open: lists around it
+    int depth;          // of objects around its members
+    int state, field;
+    int is_string, is_begun; // of a value
+    unsigned types;
+    uint8_t utf8_n, utf8_low, utf8_high, utf8_bad; // of the arguments
+    const moe__value *tool;
+    moe__answer_bytes name, id, args, key, made;
+    moe__scan scan, inner;
+    moe__unescape unescape;
+    moe__loose loose;
+    moe__answer_level levels[MOE__ANSWER_LEVELS];
+};
+
+MOE__PRIVATE void moe__answer_add(moe_chat_parser *p, moe__answer_bytes *b, const char *text,
+                                  size_t size) {
+    if (p->status || !size) return;
+    if (size > b->capacity - b->size) {
+        uint64_t capacity;
+        char *data = NULL;
+        if (moe__size_add(b->size, size, &capacity) &&
+            moe__size_add(capacity, capacity / 2 + 64, &capacity))
+            data = (char *)moe__alloc_array(&p->allocator, capacity, 1);
+        if (!data) {
+            p->status = MOE_ERROR_MEMORY;
+            return;
+        }
+        if (b->size) memcpy(data, b->data, b->size);
+        moe__free(&p->allocator, b->data);
+        b->data = data;
+        b->capacity = (size_t)capacity;
+    }
+    memcpy(b->data + b->size, text, size);
+    b->size += size;
+}
+MOE__PRIVATE void moe__answer_words(moe_chat_parser *p, moe__answer_bytes *b, const char *text) {
+    moe__answer_add(p, b, text, strlen(text));
+}
+
+// Bytes between quotes of JSON.
+MOE__PRIVATE void moe__answer_escape(moe_chat_parser *p, moe__answer_bytes *b, const char *text,
+                                     size_t size) {
+    static const char codes[] = "\"\\\b\f\n\r\t", names[] = "\"\\bfnrt";
+    size_t done = 0;
+    for (size_t i = 0; i < size; i++) {
+        const char c = text[i], *code = c ? strchr(codes, c) : NULL;
+        char escape[8];
+        if (!code && (unsigned char)c >= 0x20) continue;
+        if (code) snprintf(escape, sizeof escape, "\\%c", names[code - codes]);
+        else snprintf(escape, sizeof escape, "\\u%04x", (unsigned)(unsigned char)c);
+        moe__answer_add(p, b, text + done, i - done);
+        moe__answer_words(p, b, escape);
+        done = i + 1;
+    }
+    moe__answer_add(p, b, text + done, size - done);
+}
+
+// ---- what goes out ----
+
+MOE__PRIVATE moe__answer_piece *moe__answer_new_piece(moe_chat_parser *p) {
+    if (p->n_pieces == p->max_pieces) {
+        const size_t max = 2 * p->max_pieces + 16;
+        moe__answer_piece *pieces =
+            (moe__answer_piece *)moe__alloc_array(&p->allocator, max, sizeof *pieces);
+        if (!pieces) {
+            p->status = MOE_ERROR_MEMORY;
+            return NULL;
+        }
+        if (p->n_pieces) memcpy(pieces, p->pieces, p->n_pieces * sizeof *pieces);
+        moe__free(&p->allocator, p->pieces);
+        p->pieces = pieces;
+        p->max_pieces = max;
+    }
+    moe__answer_piece *piece = &p->pieces[p->n_pieces++];
+    memset(piece, 0, sizeof *piece);
+    return piece;
+}
+
+MOE__PRIVATE void moe__answer_emit(moe_chat_parser *p, moe_chat_kind kind, const char *text,
+                                   size_t size) {
+    const int is_text = kind == MOE_CHAT_CONTENT || kind == MOE_CHAT_REASONING;
+    const int grows = is_text || kind == MOE_CHAT_TOOL_ARGUMENTS;
+    moe__answer_piece *piece = NULL;
+    if (p->status || (grows && !size)) return;
+    if (p->n_pieces > p->pieces_at) piece = &p->pieces[p->n_pieces - 1];
+    if (!grows || !piece || piece->kind != kind) piece = moe__answer_new_piece(p);
+    if (!piece) return;
+    piece->kind = kind;
+    piece->call = is_text ? 0 : p->call;
+    moe__answer_add(p, &p->out, text, size);
+    if (!p->status) piece->size += size;
+}
+
+// How many bytes at the end of a text begin a character that is not whole.
+MOE__PRIVATE size_t moe__answer_cut_char(const char *text, size_t size) {
+    uint32_t code;
+    for (size_t n = 1; n <= 3 && n <= size; n++)
+        if (((unsigned char)text[size - n] & 0xC0) != 0x80)
+            return moe__utf8_decode(text + size - n, n, &code) == MOE__UTF8_CUT ? n : 0;
+    return 0;
+}
+
+// Gives out what is there, but for a character that may go on; 0: the callback wants no more.
+MOE__PRIVATE int moe__answer_flush(moe_chat_parser *p) {
+    while (p->pieces_at < p->n_pieces) {
+        moe__answer_piece *piece = &p->pieces[p->pieces_at];
+        const int is_last = p->pieces_at + 1 == p->n_pieces && !p->is_last &&
+                            (piece->kind == MOE_CHAT_CONTENT || piece->kind == MOE_CHAT_REASONING ||
+                             piece->kind == MOE_CHAT_TOOL_ARGUMENTS);
+        const char *text = piece->size ? p->out.data + p->out_at : "";
+        const size_t kept = is_last ? moe__answer_cut_char(text, piece->size) : 0;
+        moe_chat_piece out;
+        memset(&out, 0, sizeof out);
+        out.kind = piece->kind;
+        out.text = text;
+        out.size = piece->size - kept;
+        out.call = piece->call;
+        out.is_valid = piece->is_valid;
+        p->out_at += out.size;
+        piece->size = kept;
+        if (!kept) p->pieces_at++;
+        if ((out.size || !kept) && !p->on_piece(p->user, &out)) return 0;
+        if (kept) break;
+    }
+    const size_t left = p->out.size - p->out_at;
+    if (left) memmove(p->out.data, p->out.data + p->out_at, left);
+    if (p->pieces_at < p->n_pieces) p->pieces[0] = p->pieces[p->pieces_at];
+    p->n_pieces -= p->pieces_at;
+    p->pieces_at = p->out_at = 0;
+    p->out.size = left;
+    return 1;
+}
+
+// Text of the present kind: white space at its beginning is dropped, that at its end waits.
+MOE__PRIVATE void moe__answer_text(moe_chat_parser *p, moe_chat_kind kind, const char *text,
+                                   size_t size) {
+    size_t from = 0, end = size;
+    if (p->is_start && !p->blank.size)
+        while (from < size && moe__answer_is_blank(text[from])) from++;
+    while (end > from && moe__answer_is_blank(text[end - 1])) end--;
+    if (end > from) {
+        moe__answer_emit(p, kind, p->blank.data, p->blank.size);
+        moe__answer_emit(p, kind, text + from, end - from);
+        p->blank.size = 0;
+        p->is_start = 0;
+    }
+    moe__answer_add(p, &p->blank, text + end, size - end);
+}
+// A mark: what text comes next begins behind it.
+MOE__PRIVATE void moe__answer_cut(moe_chat_parser *p) {
+    p->blank.size = 0;
+    p->is_start = 1;
+}
+
+// Are all bytes of the arguments UTF-8? (As in moe__utf8_decode, but byte by byte.)
+MOE__PRIVATE void moe__answer_check_utf8(moe_chat_parser *p, const char *text, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        const unsigned c = (unsigned char)text[i];
+        if (p->utf8_n) {
+            if (c < p->utf8_low || c > p->utf8_high) p->utf8_bad = 1;
+            p->utf8_n--;
+            p->utf8_low = 0x80, p->utf8_high = 0xBF;
+        } else if (c >= 0x80) {
+            if (c < 0xC2 || c > 0xF4) p->utf8_bad = 1;
+            p->utf8_n = c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
+            p->utf8_low = c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80;
+            p->utf8_high = c == 0xED ? 0x9F : c == 0xF4 ? 0x8F : 0xBF;
+        }
+    }
+}
+
+// Arguments of the call; they wait for its name.
+MOE__PRIVATE void moe__answer_put(moe_chat_parser *p, const char *text, size_t size) {
+    if (!size) return;
+    p->has_args = 1;
+    moe__answer_check_utf8(p, text, size);
+    if (p->is_call) moe__answer_emit(p, MOE_CHAT_TOOL_ARGUMENTS, text, size);
+    else moe__answer_add(p, &p->args, text, size);
+}
+MOE__PRIVATE void moe__answer_put_words(moe_chat_parser *p, const char *text) {
+    moe__answer_put(p, text, strlen(text));
+}
+MOE__PRIVATE void moe__answer_put_made(moe_chat_parser *p) {
+    moe__answer_put(p, p->made.data, p->made.size);
+    p->made.size = 0;
+}
+MOE__PRIVATE void moe__answer_put_escaped(moe_chat_parser *p, const char *text, size_t size) {
+    moe__answer_escape(p, &p->made, text, size);
+    moe__answer_put_made(p);
+}
+
+// ---- tools ----
+
+MOE__PRIVATE const moe__value *moe__answer_member(const moe__value *v, const char *key,
+                                                  size_t size) {
+    if (!v || v->kind != MOE__VALUE_DICT) return NULL;
+    for (uint64_t i = 0; i < v->as.dict->n; i++) {
+        const moe__pair *entry = &v->as.dict->entries[i];
+        if (entry->key.kind == MOE__VALUE_STRING && entry->key.size == size &&
+            (!size || !memcmp(entry->key.as.text, key, size)))
+            return &entry->value;
+    }
+    return NULL;
+}
+MOE__PRIVATE const moe__value *moe__answer_get(const moe__value *v, const char *key) {
+    return moe__answer_member(v, key, strlen(key));
+}
+
+// What the request says of the function of this name, or NULL.
+MOE__PRIVATE const moe__value *moe__answer_tool(const moe_chat_parser *p, const char *name,
+                                                size_t size) {
+    if (p->tools.kind != MOE__VALUE_LIST) return NULL;
+    for (uint64_t i = 0; i < p->tools.as.list->n; i++) {
+        const moe__value *tool = &p->tools.as.list->items[i];
+        const moe__value *function = moe__answer_get(tool, "function");
+        if (function) tool = function;
+        const moe__value *own = moe__answer_get(tool, "name");
+        if (own && own->kind == MOE__VALUE_STRING && own->size == size &&
+            !memcmp(own->as.text, name, size))
+            return tool;
+    }
+    return NULL;
+}
+MOE__PRIVATE const moe__value *moe__answer_parameters(const moe__value *tool) {
+    const moe__value *schema = moe__answer_get(tool, "parameters");
+    return schema ? schema : moe__answer_get(tool, "input_schema");
+}
+MOE__PRIVATE const moe__value *moe__answer_property(const moe__value *schema, const char *key,
+                                                    size_t size) {
+    return moe__answer_member(moe__answer_get(schema, "properties"), key, size);
+}
+
+MOE__PRIVATE unsigned moe__answer_type_named(const moe__value *v) {
+    static const char *const names[] = {"string", "number", "integer", "boolean",
+                                        "null",   "array",  "object"};
+    static const uint8_t types[] = {MOE__TYPE_IS_STRING, MOE__TYPE_IS_NUMBER, MOE__TYPE_IS_NUMBER,
+                                    MOE__TYPE_IS_BOOL,   MOE__TYPE_IS_NULL,   MOE__TYPE_IS_LIST,
+                                    MOE__TYPE_IS_DICT};
+    for (size_t i = 0; i < sizeof types; i++)
+        if (moe__value_is_text(*v, names[i])) return types[i];
+    return 0;
+}
+MOE__PRIVATE unsigned moe__answer_type_of(const moe__value *v) {
+    switch (v->kind) {
+    case MOE__VALUE_STRING: return MOE__TYPE_IS_STRING;
+    case MOE__VALUE_INT:
+    case MOE__VALUE_FLOAT: return MOE__TYPE_IS_NUMBER;
+    case MOE__VALUE_BOOL: return MOE__TYPE_IS_BOOL;
+    case MOE__VALUE_NONE: return MOE__TYPE_IS_NULL;
+    case MOE__VALUE_LIST: return MOE__TYPE_IS_LIST;
+    default: return MOE__TYPE_IS_DICT;
+    }
+}
+// The types that a schema allows, 0 if it does not say.
+MOE__PRIVATE unsigned moe__answer_types(const moe__value *schema, int depth) {
+    static const char *const unions[] = {"anyOf", "oneOf"};
+    const moe__value *type = moe__answer_get(schema, "type");
+    const moe__value *values = moe__answer_get(schema, "enum");
+    unsigned types = 0;
+    if (type && type->kind == MOE__VALUE_LIST) {
+        for (uint64_t i = 0; i < type->as.list->n; i++)
+            types |= moe__answer_type_named(&type->as.list->items[i]);
+    } else if (type) {
+        types = moe__answer_type_named(type);
+    }
+    if (!types && values && values->kind == MOE__VALUE_LIST)
+        for (uint64_t i = 0; i < values->as.list->n; i++)
+            types |= moe__answer_type_of(&values->as.list->items[i]);
+    for (int u = 0; u < 2 && !types && depth < 4; u++) {
+        const moe__value *list = moe__answer_get(schema, unions[u]);
+        if (!list || list->kind != MOE__VALUE_LIST) continue;
+        for (uint64_t i = 0; i < list->as.list->n; i++)
+            types |= moe__answer_types(&list->as.list->items[i], depth + 1);
+    }
+    return types;
+}
+
+// ---- marks ----
+
+// The longest mark at byte i that says one of `what`: 1 and *found; 0: none; -1: there may be one
+// when more comes.
+MOE__PRIVATE int moe__answer_match(const moe_chat_parser *p, size_t i, int what,
+                                   const moe__answer_mark **found) {
+    const size_t left = p->in.size - i;
+    int is_cut = 0;
+    *found = NULL;
+    if (!left) return p->is_last ? 0 : -1;
+    if (!p->first[(unsigned char)p->in.data[i]]) return 0;
+    for (int m = 0; m < p->n_marks; m++) {
+        const moe__answer_mark *mark = &p->marks[m];
+        const size_t n = mark->size < left ? mark->size : left;
+        if (!(mark->what & what) || memcmp(p->in.data + i, mark->text, n)) continue;
+        if (n < mark->size) is_cut = 1;
+        else if (!*found || (*found)->size < mark->size) *found = mark;
+    }
+    return is_cut && !p->is_last ? -1 : *found != NULL;
+}
+// The same for one text.
+MOE__PRIVATE int moe__answer_is(const moe_chat_parser *p, size_t i, const char *text) {
+    const size_t size = strlen(text), left = p->in.size - i, n = size < left ? size : left;
+    if (memcmp(p->in.data + i, text, n)) return 0;
+    return n == size ? 1 : p->is_last ? 0 : -1;
+}
+// The next byte that is not white space.
+MOE__PRIVATE size_t moe__answer_skip(const moe_chat_parser *p, size_t i) {
+    while (i < p->in.size && moe__answer_is_blank(p->in.data[i])) i++;
+    return i;
+}
+
+MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_broken_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_whole_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_fields_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_header_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_tags_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_python_step(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_loose_step(moe_chat_parser *p);
+
+MOE__PRIVATE int moe__answer_go(moe_chat_parser *p, int (*step)(moe_chat_parser *)) {
+    p->step = step;
+    p->seen = p->at;
+    return 1;
+}
+
+// ---- calls ----
+
+MOE__PRIVATE void moe__answer_new_call(moe_chat_parser *p) {
+    p->is_call = p->has_args = p->args_good = p->n_keys = p->depth = p->state = p->field = 0;
+    p->utf8_n = p->utf8_bad = 0;
+    p->name.size = p->id.size = p->args.size = p->key.size = p->made.size = 0;
+    p->tool = NULL;
+}
+
+// It is no call: its mark is text, and what follows is read as such.
+MOE__PRIVATE int moe__answer_fail(moe_chat_parser *p) {
+    MOE_ASSERT(!p->is_call);
+    moe__answer_text(p, p->kind, p->in.data + p->from, p->mark);
+    p->at = p->from += p->mark;
+    moe__answer_new_call(p);
+    return moe__answer_go(p, moe__answer_text_step);
+}
+
+// It is a call: its name is whole. In reasoning, where a call may be just thought of, and where
+// nothing but its name tells that it is one, only names of tools are. 0: it is none.
+MOE__PRIVATE int moe__answer_commit(moe_chat_parser *p) {
+    if (p->is_call) return 1;
+    p->tool = moe__answer_tool(p, p->name.data, p->name.size);
+    const int is_sure = p->how != 'B' && p->how != 'F' && p->kind != MOE_CHAT_REASONING;
+    if (!p->name.size || (!is_sure && !p->tool)) {
+        moe__answer_fail(p);
+        return 0;
+    }
+    moe__answer_cut(p);
+    p->is_call = 1;
+    p->from = p->at;
+    moe__answer_emit(p, MOE_CHAT_TOOL_NAME, p->name.data, p->name.size);
+    if (p->id.size) moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
+    moe__answer_emit(p, MOE_CHAT_TOOL_ARGUMENTS, p->args.data, p->args.size);
+    return 1;
+}
+
+// is_whole: it ended as it should. No arguments at all are an empty object.
+MOE__PRIVATE void moe__answer_end_call(moe_chat_parser *p, int is_whole) {
+    if (is_whole && !p->has_args) {
+        moe__answer_put_words(p, "{}");
+        p->args_good = 1;
+    }
+    const int is_valid = is_whole && p->args_good && !p->utf8_bad && !p->utf8_n;
+    moe__answer_emit(p, MOE_CHAT_TOOL_END, "", 0);
+    if (!p->status) p->pieces[p->n_pieces - 1].is_valid = is_valid;
+    if (p->call < INT32_MAX) p->call++;
+    moe__answer_new_call(p);
+    moe__answer_cut(p);
+    p->from = p->at;
+    p->mark = 0;
+    moe__answer_go(p, moe__answer_after_step);
+}
+// The arguments are no JSON: what comes up to the end of the call is part of them.
+MOE__PRIVATE int moe__answer_break(moe_chat_parser *p) {
+    p->is_start = 0;
+    p->from = p->at;
+    return moe__answer_go(p, moe__answer_broken_step);
+}
+
+MOE__PRIVATE int moe__answer_broken_step(moe_chat_parser *p) {
+    const int what = MOE__MARK_CLOSE | MOE__MARK_OPEN | MOE__MARK_UNTHINK | MOE__MARK_HEADER |
+                     (p->form->has_headers ? MOE__MARK_DROP : 0);
+    const moe__answer_mark *mark;
+    size_t i = p->at;
+    int found = 0;
+    for (; i < p->in.size && !found; i += !found)
+        found = moe__answer_match(p, i, what | MOE__MARK_END, &mark);
+    const size_t size = i - p->at;
+    const char *text = p->in.data + p->at;
+    moe__answer_text(p, MOE_CHAT_TOOL_ARGUMENTS, text, size);
+    p->from = p->at = i;
+    if (found <= 0) return 0;
+    if (mark->what == MOE__MARK_END) { // part of them if something follows
+        moe__answer_add(p, &p->blank, mark->text, mark->size);
+        p->at += mark->size;
+    } else {
+        moe__answer_end_call(p, 0);
+    }
+    return 1;
+}
+
+// Behind a call: its other marks, the next one of a list, or text.
+MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
+    const moe__answer_mark *mark;
+    const int is_json = p->how == 'J' || p->how == 'M' || p->how == 'B';
+    p->from = p->at = moe__answer_skip(p, p->at);
+    if (p->at == p->in.size) return 0;
+    const char c = p->in.data[p->at];
+    const int found = moe__answer_match(p, p->at, MOE__MARK_CLOSE, &mark);
+    if (found < 0) return 0;
+    if (found) {
+        p->at += mark->size;
+        p->n_open = 0;
+        p->how = 0;
+        return 1;
+    }
+    if (p->how == 'X') { // behind JSON between tags
+        const int is_end = moe__answer_is(p, p->at, p->tags->uncall);
+        if (is_end < 0) return 0;
+        if (is_end) p->at += strlen(p->tags->uncall);
+        p->how = 0;
+        return 1;
+    }
+    if (is_json && c == ']' && p->n_open) {
+        p->at++;
+        p->n_open--;
+        return 1;
+    }
+    if (is_json && (c == ',' || c == ';')) {
+        const size_t next = moe__answer_skip(p, p->at + 1);
+        if (next == p->in.size && !p->is_last) return 0;
+        if (next < p->in.size && p->in.data[next] == '{') {
+            p->mark = next + 1 - p->at;
+            p->at = next;
+            return moe__answer_go(p, moe__answer_json_step);
+        }
+    }
+    if (is_json && c == '{') {
+        p->mark = 1;
+        return moe__answer_go(p, moe__answer_json_step);
+    }
+    if (p->how == 'P' && (c == ',' || (c == ']' && p->n_open))) {
+        p->at++;
+        if (c == ']') p->n_open--;
+        p->mark = 1;
+        return c == ']' ? 1 : moe__answer_go(p, moe__answer_python_step);
+    }
+    if (c == '`') { // a fence around JSON
+        const int is_fence = moe__answer_is(p, p->at, "```");
+        if (is_fence < 0) return 0;
+        p->at += is_fence ? 3 : 0;
+        if (is_fence) return 1;
+    }
+    return moe__answer_go(p, moe__answer_text_step);
+}
+
+// ---- arguments that are JSON ----
+
+// Passes bytes of a value on until it ends. 1: it ended; 0: more is needed; -1: it is no JSON, the
+// byte that says so comes next.
+MOE__PRIVATE int moe__answer_pass(moe_chat_parser *p) {
+    const size_t from = p->at;
+    int what = MOE__SCAN_MORE;
+    while (p->at < p->in.size && what == MOE__SCAN_MORE) {
+        what = moe__scan_byte(&p->scan, p->in.data[p->at]);
+        p->at += what == MOE__SCAN_MORE || what == MOE__SCAN_LAST;
+    }
+    moe__answer_put(p, p->in.data + from, p->at - from);
+    if (p->is_call) p->from = p->at;
+    return what == MOE__SCAN_MORE ? 0 : what == MOE__SCAN_BAD ? -1 : 1;
+}
+MOE__PRIVATE int moe__answer_object_step(moe_chat_parser *p) {
+    const int what = moe__answer_pass(p);
+    if (what < 0) return moe__answer_break(p);
+    if (what > 0) {
+        p->args_good = 1;
+        moe__answer_end_call(p, 1);
+    }
+    return what;
+}
+
+MOE__PRIVATE int moe__answer_json_text(moe_chat_parser *p);
+MOE__PRIVATE int moe__answer_quoted_step(moe_chat_parser *p) {
+    const int is_end = moe__answer_json_text(p);
+    if (is_end) moe__answer_end_call(p, 1);
+    return is_end;
+}
+
+// The arguments are all that is left of a call whose name is known: an object, in a fence or not.
+MOE__PRIVATE int moe__answer_whole_step(moe_chat_parser *p) {
+    const int what = MOE__MARK_CLOSE | MOE__MARK_OPEN | MOE__MARK_UNTHINK | MOE__MARK_HEADER |
+                     (p->form->has_headers ? MOE__MARK_DROP : 0);
+    const moe__answer_mark *mark;
+    p->from = p->at = moe__answer_skip(p, p->at);
+    if (p->at == p->in.size) return 0;
+    const int found = moe__answer_match(p, p->at, what, &mark);
+    if (found < 0) return 0;
+    if (found) {
+        moe__answer_end_call(p, 1);
+        return 1;
+    }
+    int is_fence = moe__answer_is(p, p->at, "```json");
+    if (!is_fence) is_fence = moe__answer_is(p, p->at, "```");
+    if (is_fence < 0) return 0;
+    if (is_fence) {
+        p->at += moe__answer_is(p, p->at, "```json") > 0 ? 7 : 3;
+        return 1;
+    }
+    memset(&p->scan, 0, sizeof p->scan);
+    memset(&p->inner, 0, sizeof p->inner);
+    memset(&p->unescape, 0, sizeof p->unescape);
+    if (p->in.data[p->at] == '{') return moe__answer_go(p, moe__answer_object_step);
+    if (p->in.data[p->at] != '"') return moe__answer_break(p);
+    p->at++; // a string that holds it, as some templates write arguments that are strings
+    return moe__answer_go(p, moe__answer_quoted_step);
+}
+
+// ---- how calls begin ----
+
+MOE__PRIVATE int moe__answer_json_begin(moe_chat_parser *p) {
+    p->n_open = 0;
+    p->how = p->how == 'M' || p->how == 'B' ? p->how : 'J';
+    return moe__answer_go(p, moe__answer_json_step);
+}
+
+MOE__PRIVATE void moe__answer_open(moe_chat_parser *p, const moe__answer_mark *mark) {
+    p->how = mark->how;
+    p->tags = mark->tags;
+    p->at += mark->size;
+    p->n_open = 0;
+    moe__answer_go(p, mark->how == 'X' || mark->how == 'F' ? moe__answer_name_step
+                                                            : moe__answer_begin_step);
+}
+
+// Behind a mark that opens calls.
+MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p) {
+    const moe__answer_mark *mark;
+    const size_t i = p->at = moe__answer_skip(p, p->at);
+    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (i == p->in.size) return 0;
+    const int found = moe__answer_match(p, i, MOE__MARK_OPEN | MOE__MARK_INNER, &mark);
+    if (found < 0) return 0;
+    if (found) {
+        moe__answer_open(p, mark);
+        return 1;
+    }
+    const char c = p->in.data[i], how = p->how;
+    if (how == 'P') return moe__answer_go(p, moe__answer_python_step);
+    if (how == 'G') {
+        const int is_call = moe__answer_is(p, i, "call:");
+        if (is_call < 0) return 0;
+        p->at += is_call ? 5 : 0;
+        return moe__answer_go(p, moe__answer_python_step);
+    }
+    if (c == '[' || c == '{') return moe__answer_json_begin(p);
+    if (how == 'J' && c == '`') {
+        int is_fence = moe__answer_is(p, i, "```json");
+        if (!is_fence) is_fence = moe__answer_is(p, i, "```");
+        if (is_fence < 0) return 0;
+        if (is_fence) {
+            p->at += moe__answer_is(p, i, "```json") > 0 ? 7 : 3;
+            return 1;
+        }
+    }
+    if (how == 'T') return moe__answer_go(p, moe__answer_name_step);
+    if (how == 'N') return moe__answer_go(p, moe__answer_fields_step);
+    return moe__answer_fail(p);
+}
+
+// A name as it may stand between marks; others are text.
+MOE__PRIVATE int moe__answer_set_name(moe_chat_parser *p, const char *text, size_t size) {
+    while (size && moe__answer_is_blank(*text)) text++, size--;
+    while (size && moe__answer_is_blank(text[size - 1])) size--;
+    if (!size || size > MOE__ANSWER_NAME) return 0;
+    for (size_t i = 0; i < size; i++)
+        if ((unsigned char)text[i] <= ' ' || strchr("<>{}[]()\"'`,;|", text[i])) return 0;
+    p->name.size = 0;
+    moe__answer_add(p, &p->name, text, size);
+    return 1;
+}
+
+// The id that a call has in Kimi's way: functions.NAME:INDEX.
+MOE__PRIVATE void moe__answer_split_id(moe_chat_parser *p) {
+    static const char space[] = "functions.";
+    const size_t n = sizeof space - 1;
+    size_t end = p->name.size;
+    while (end && moe__answer_is_digit(p->name.data[end - 1])) end--;
+    if (end < 2 || end == p->name.size || p->name.data[end - 1] != ':') return;
+    p->id.size = 0;
+    moe__answer_add(p, &p->id, p->name.data, p->name.size);
+    p->name.size = end - 1;
+    if (p->name.size > n && !memcmp(p->name.data, space, n)) {
+        memmove(p->name.data, p->name.data + n, p->name.size - n);
+        p->name.size -= n;
+    }
+}
+
+// The mark of the field that follows field i; NULL: there is none. *type: what it begins.
+MOE__PRIVATE const char *moe__answer_field(const moe__answer_form *form, int i, char *type,
+                                           size_t *size) {
+    const char *next = form->fields, *line;
+    do line = moe__answer_line(&next, size);
+    while (line && i--);
+    *type = line ? *line : 0;
+    *size -= line != NULL;
+    return line ? line + 1 : NULL;
+}
+
+// Fields between marks: a name, an id, then arguments.
+MOE__PRIVATE int moe__answer_fields_step(moe_chat_parser *p) {
+    const char *data = p->in.data;
+    char type, next_type = 0;
+    size_t size = 0, i = p->seen > p->at ? p->seen : p->at;
+    const char *mark = NULL;
+    moe__answer_field(p->form, p->field, &type, &size);
+    for (; i < p->in.size && i - p->from <= MOE__ANSWER_HELD; i++) {
+        int is_cut = 0, f = p->field + 1;
+        const char *other;
+        while ((other = moe__answer_field(p->form, f, &next_type, &size))) {
+            const size_t left = p->in.size - i, n = size < left ? size : left;
+            if (!memcmp(data + i, other, n)) {
+                if (n == size) break;
+                is_cut = 1;
+            }
+            f++;
+        }
+        if (other) {
+            mark = other;
+            p->field = f;
+            break;
+        }
+        if (is_cut && !p->is_last) break;
+        if (i - p->at > MOE__ANSWER_NAME + 64) return moe__answer_fail(p);
+    }
+    p->seen = i;
+    if (!mark) return i - p->from > MOE__ANSWER_HELD ? moe__answer_fail(p) : 0;
+    const char *text = data + p->at;
+    size_t n = i - p->at;
+    if (type != 'I' && !moe__answer_set_name(p, text, n)) return moe__answer_fail(p);
+    while (type == 'I' && n && moe__answer_is_blank(text[n - 1])) n--;
+    if (type == 'I') moe__answer_add(p, &p->id, text, n);
+    p->at = p->seen = i + size;
+    if (next_type != 'A') return 1;
+    return moe__answer_go(p, moe__answer_name_step);
+}
+
+// Behind a name between marks: what follows tells whether it is one.
+MOE__PRIVATE int moe__answer_named_step(moe_chat_parser *p) {
+    const moe__answer_mark *mark;
+    const size_t i = p->at = moe__answer_skip(p, p->at);
+    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (i == p->in.size) return 0;
+    int found = moe__answer_match(p, i, MOE__MARK_CLOSE, &mark);
+    const char *head = p->tags && !p->tags->call ? p->tags->head : "";
+    const int is_head = *head && !found ? moe__answer_is(p, i, head) : 0;
+    if (found < 0 || is_head < 0) return 0;
+    if (is_head) {
+        p->at += strlen(head);
+        return 1;
+    }
+    if (!found && p->tags) {
+        found = moe__answer_is(p, i, p->tags->key);
+        if (!found) found = moe__answer_is(p, i, p->tags->uncall);
+        if (!found && p->tags->object) found = moe__answer_is(p, i, p->tags->object);
+        if (found < 0) return 0;
+        if (found) {
+            if (!moe__answer_commit(p)) return 1;
+            return moe__answer_go(p, moe__answer_tags_step);
+        }
+    }
+    const char c = p->in.data[i];
+    if (!found && c != '{' && c != '"' && c != '`') return moe__answer_fail(p);
+    if (!moe__answer_commit(p)) return 1;
+    return moe__answer_go(p, moe__answer_whole_step);
+}
+
+// In DeepSeek's way the type of the call stands in front, and arguments behind the name.
+MOE__PRIVATE int moe__answer_typed_name_step(moe_chat_parser *p) {
+    const size_t from = moe__answer_skip(p, p->at);
+    size_t i = from;
+    while (i < p->in.size && !moe__answer_is_blank(p->in.data[i]) && p->in.data[i] != '`') i++;
+    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (i == p->in.size) return 0;
+    if (!moe__answer_set_name(p, p->in.data + from, i - from)) return moe__answer_fail(p);
+    p->at = i;
+    return moe__answer_go(p, moe__answer_named_step);
+}
+
+MOE__PRIVATE void moe__answer_replace(moe__answer_bytes *b, const char *what, char c) {
+    const size_t n = strlen(what);
+    for (size_t i = 0; i + n <= b->size; i++) {
+        if (memcmp(b->data + i, what, n)) continue;
+        b->data[i] = c;
+        memmove(b->data + i + 1, b->data + i + n, b->size - i - n);
+        b->size -= n - 1;
+    }
+}
+
+// The end of what began with a mark: '"' or '>' if the mark says so, else a line feed or '<'.
+MOE__PRIVATE int moe__answer_is_stop(const char *mark, char c) {
+    const char last = mark ? mark[strlen(mark) - 1] : 0;
+    if (last == '"') return c == '"';
+    if (last == '=' || (last == '<' && mark[0] == ']')) return c == '>';
+    return c == '\n' || c == '<' || c == '`' || c == '{';
+}
+
+MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
+    if (p->how == 'N') { // all fields are read, the last one may hold the name
+        const size_t next = moe__answer_skip(p, p->at);
+        if (next == p->in.size) {
+            if (p->is_last || next - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+            return 0;
+        }
+        size_t size;
+        char type;
+        moe__answer_field(p->form, 0, &type, &size);
+        if (type == 'T' && p->in.data[next] != '{' && p->in.data[next] != '"')
+            return moe__answer_go(p, moe__answer_typed_name_step);
+        if (type == 'K') moe__answer_split_id(p);
+        if (!moe__answer_commit(p)) return 1;
+        return moe__answer_go(p, moe__answer_whole_step);
+    }
+    const char *call = p->how == 'X' ? p->tags->call : NULL;
+    size_t i = p->seen > p->at ? p->seen : p->at;
+    while (i < p->in.size && i - p->at <= 2 * MOE__ANSWER_NAME) {
+        const char c = p->in.data[i];
+        if (p->how == 'F' ? c == '\n' : moe__answer_is_stop(call, c)) break;
+        i++;
+    }
+    p->seen = i;
+    if (i - p->at > 2 * MOE__ANSWER_NAME) return moe__answer_fail(p);
+    if (i == p->in.size) return 0;
+    if (!moe__answer_set_name(p, p->in.data + p->at, i - p->at)) return moe__answer_fail(p);
+    if (p->how == 'F') {
+        if (p->name.size == 3 && !memcmp(p->name.data, "all", 3)) { // content
+            moe__answer_cut(p);
+            p->from = p->at = i + 1;
+            moe__answer_new_call(p);
+            return moe__answer_go(p, moe__answer_text_step);
+        }
+        p->at = i + 1;
+        if (!moe__answer_commit(p)) return 1;
+        return moe__answer_go(p, moe__answer_whole_step);
+    }
+    if (call) { // up to the end of the beginning: attributes
+        const char *head = p->tags->head;
+        size_t end = i;
+        int found = 0;
+        for (; end < p->in.size && end - i <= MOE__ANSWER_NAME; end++)
+            if ((found = moe__answer_is(p, end, head))) break;
+        if (end - i > MOE__ANSWER_NAME) return moe__answer_fail(p);
+        if (found <= 0) return 0;
+        i = end + strlen(head);
+        if (p->tags->has_entities) {
+            moe__answer_replace(&p->name, "&quot;", '"');
+            moe__answer_replace(&p->name, "&amp;", '&');
+        }
+    }
+    p->at = i;
+    return moe__answer_go(p, moe__answer_named_step);
+}
+
+// ---- calls that are JSON ----
+
+// {"name": ..., "arguments": {...}} in any order, other names for the two, arguments as a string
+// that holds JSON, in lists or one behind the other; {"NAME": {...}} for M. What else such an
+// object holds belongs to its marks.
+typedef enum moe__call_state {
+    MOE__CALL_LIST,
+    MOE__CALL_KEY,
+    MOE__CALL_KEY_TEXT,
+    MOE__CALL_COLON,
+    MOE__CALL_VALUE,
+    MOE__CALL_NAME,
+    MOE__CALL_ID,
+    MOE__CALL_ID_NUMBER,
+    MOE__CALL_ARGS,
+    MOE__CALL_ARGS_TEXT,
+    MOE__CALL_OTHER
+} moe__call_state;
+
+// The bytes that a byte of a string says, at most 8 of them in out; none if they are not known yet.
+MOE__PRIVATE size_t moe__unescape_byte(moe__unescape *u, char c, char *out) {
+    static const char names[] = "bfnrt", codes[] = "\b\f\n\r\t";
+    size_t n = 0;
+    if (u->high && !(u->is_open || c == '\\')) { // half a pair stands alone
+        n = (size_t)moe__json_utf8(u->high, out);
+        u->high = 0;
+    }
+    if (u->n_hex) {
+        const char digit = (char)(c | 32);
+        u->code = u->code * 16 +
+                  (uint32_t)(moe__answer_is_digit(c)             ? c - '0'
+                             : digit >= 'a' && digit <= 'f' ? digit - 'a' + 10
+                                                            : 0);
+        if (--u->n_hex) return n;
+        u->is_open = 0;
+        const uint32_t high = u->high, code = u->code;
+        const int is_low = code >= 0xDC00 && code < 0xE000;
+        u->high = code >= 0xD800 && code < 0xDC00 ? code : 0;
+        if (high && is_low)
+            return n + (size_t)moe__json_utf8(0x10000 + ((high - 0xD800) << 10) + code - 0xDC00,
+                                              out + n);
+        if (high) n += (size_t)moe__json_utf8(high, out + n);
+        return u->high ? n : n + (size_t)moe__json_utf8(code, out + n);
+    }
+    if (u->is_open) {
+        const char *name = c ? strchr(names, c) : NULL;
+        if (u->high && c != 'u') {
+            n = (size_t)moe__json_utf8(u->high, out);
+            u->high = 0;
+        }
+        if (c == 'u') {
+            u->n_hex = 4;
+            u->code = 0;
+            return n;
+        }
+        u->is_open = 0;
+        out[n++] = name ? codes[name - names] : c;
+        return n;
+    }
+    if (c == '\\') u->is_open = 1;
+    else out[n++] = c;
+    return n;
+}
+// Behind the last byte of a string.
+MOE__PRIVATE size_t moe__unescape_end(moe__unescape *u, char *out) {
+    const size_t n = u->high ? (size_t)moe__json_utf8(u->high, out) : 0;
+    memset(u, 0, sizeof *u);
+    return n;
+}
+// A byte of a string goes to b. 1: it was the quote that ends it.
+MOE__PRIVATE int moe__answer_string_byte(moe_chat_parser *p, char c, moe__answer_bytes *b) {
+    char out[16];
+    const int is_end = c == '"' && !p->unescape.is_open;
+    const size_t n = is_end ? moe__unescape_end(&p->unescape, out)
+                            : moe__unescape_byte(&p->unescape, c, out);
+    moe__answer_add(p, b, out, n);
+    return is_end;
+}
+
+enum { MOE__KEY_OTHER, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_FUNCTION };
+MOE__PRIVATE int moe__answer_key_of(const moe_chat_parser *p) {
+    static const char *const words[] = {"name", "tool_name", "arguments", "parameters", "args",
+                                        "id", "tool_call_id", "call_id", "function"};
+    static const uint8_t keys[] = {MOE__KEY_NAME, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ARGS,
+                                   MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_ID, MOE__KEY_ID,
+                                   MOE__KEY_FUNCTION};
+    for (size_t i = 0; i < sizeof keys; i++)
+        if (p->key.size == strlen(words[i]) && !memcmp(p->key.data, words[i], p->key.size))
+            return keys[i];
+    return MOE__KEY_OTHER;
+}
+
+// A byte that does not belong there. Whole arguments stay what they are.
+MOE__PRIVATE int moe__answer_json_wrong(moe_chat_parser *p) {
+    if (!p->is_call && p->name.size && p->args_good && !moe__answer_commit(p)) return 1;
+    if (!p->is_call) return moe__answer_fail(p);
+    if (p->has_args && !p->args_good) return moe__answer_break(p);
+    if (!p->has_args && p->at < p->in.size && p->in.data[p->at] != '<')
+        return moe__answer_break(p);
+    moe__answer_end_call(p, p->has_args);
+    return 1;
+}
+
+MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, char c) {
+    int key = moe__answer_key_of(p);
+    if (p->how == 'M') {
+        p->name.size = 0;
+        moe__answer_add(p, &p->name, p->key.data, p->key.size);
+        if (!moe__answer_commit(p)) return 1;
+        key = MOE__KEY_ARGS;
+    }
+    memset(&p->scan, 0, sizeof p->scan);
+    memset(&p->inner, 0, sizeof p->inner);
+    memset(&p->unescape, 0, sizeof p->unescape);
+    p->state = MOE__CALL_OTHER;
+    if (key == MOE__KEY_FUNCTION && c == '{') {
+        p->at++;
+        p->depth++;
+        p->state = MOE__CALL_KEY;
+    } else if ((key == MOE__KEY_NAME || key == MOE__KEY_FUNCTION) && c == '"' && !p->name.size) {
+        p->at++;
+        p->state = MOE__CALL_NAME;
+    } else if (key == MOE__KEY_ID && c == '"' && !p->id.size) {
+        p->at++;
+        p->state = MOE__CALL_ID;
+    } else if (key == MOE__KEY_ID && moe__answer_is_digit(c) && !p->id.size) {
+        p->state = MOE__CALL_ID_NUMBER;
+    } else if (key == MOE__KEY_ARGS && !p->has_args) {
+        if (p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
+        p->at += c == '"';
+        p->state = c == '"' ? MOE__CALL_ARGS_TEXT : c == 'n' ? MOE__CALL_OTHER : MOE__CALL_ARGS;
+        p->args_good = c == '{' ? 2 : 0; // once it is whole
+    }
+    return 1;
+}
+
+MOE__PRIVATE int moe__answer_json_object_end(moe_chat_parser *p) {
+    p->at++;
+    if (--p->depth > 0) return 1;
+    if (!moe__answer_commit(p)) return 1;
+    moe__answer_end_call(p, 1);
+    return 1;
+}
+
+// The name is read, or an id.
+MOE__PRIVATE int moe__answer_json_named(moe_chat_parser *p) {
+    const int is_id = p->state == MOE__CALL_ID;
+    p->state = MOE__CALL_KEY;
+    if (is_id && p->is_call && p->id.size) moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
+    if (is_id) return 1;
+    if (p->how != 'B') moe__answer_commit(p);
+    else if (!moe__answer_tool(p, p->name.data, p->name.size)) moe__answer_fail(p);
+    return 1;
+}
+
+// JSON in a string: what it says must be an object, white space around it aside.
+MOE__PRIVATE int moe__answer_json_text(moe_chat_parser *p) {
+    int is_end = 0;
+    while (p->at < p->in.size && !is_end) {
+        if (!p->unescape.is_open && (unsigned char)p->in.data[p->at] < 0x20) p->args_good = -1;
+        is_end = moe__answer_string_byte(p, p->in.data[p->at++], &p->made);
+    }
+    for (size_t i = 0; i < p->made.size; i++) {
+        const char c = p->made.data[i];
+        if (p->inner.state == MOE__SCAN_VALUE && !p->inner.depth && !moe__answer_is_blank(c) &&
+            c != '{')
+            p->args_good = -1;
+        if (p->args_good >= 0 && moe__scan_byte(&p->inner, c) == MOE__SCAN_BAD) p->args_good = -1;
+    }
+    if (is_end) {
+        p->args_good = p->args_good == 0 && p->inner.state == MOE__SCAN_DONE;
+        p->state = MOE__CALL_KEY;
+    }
+    moe__answer_put_made(p);
+    if (p->is_call) p->from = p->at;
+    return is_end;
+}
+
+MOE__PRIVATE int moe__answer_json_between(moe_chat_parser *p, char c) {
+    if (moe__answer_is_blank(c)) {
+        p->at++;
+        return 1;
+    }
+    switch (p->state) {
+    case MOE__CALL_LIST:
+        if (c == '[' && p->n_open < MOE__SCAN_DEPTH) p->n_open++;
+        else if (c == '{') p->depth = 1, p->state = MOE__CALL_KEY;
+        else return moe__answer_fail(p);
+        break;
+    case MOE__CALL_KEY:
+        if (c == '}') return moe__answer_json_object_end(p);
+        if (c == '"') {
+            p->state = MOE__CALL_KEY_TEXT;
+            p->key.size = 0;
+            memset(&p->unescape, 0, sizeof p->unescape);
+        } else if (c != ',') {
+            return moe__answer_json_wrong(p);
+        }
+        break;
+    case MOE__CALL_COLON:
+        if (c != ':') return moe__answer_json_wrong(p);
+        p->state = MOE__CALL_VALUE;
+        break;
+    default: return moe__answer_json_value(p, c);
+    }
+    p->at++;
+    return 1;
+}
+
+MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
+    if (!p->is_call && p->at - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (p->at == p->in.size) return 0;
+    const char c = p->in.data[p->at];
+    moe__answer_bytes *text = NULL;
+    int what;
+    switch (p->state) {
+    case MOE__CALL_KEY_TEXT: text = &p->key; break;
+    case MOE__CALL_NAME: text = &p->name; break;
+    case MOE__CALL_ID: text = &p->id; break;
+    case MOE__CALL_ID_NUMBER:
+        if (moe__answer_is_digit(c)) {
+            moe__answer_add(p, &p->id, &c, 1);
+            p->at++;
+        } else {
+            p->state = MOE__CALL_ID;
+            return moe__answer_json_named(p);
+        }
+        return 1;
+    case MOE__CALL_ARGS:
+        what = moe__answer_pass(p);
+        if (what < 0) p->args_good = 0;
+        if (what < 0) return p->is_call ? moe__answer_break(p) : moe__answer_fail(p);
+        if (what > 0) {
+            p->state = MOE__CALL_KEY;
+            p->args_good = p->args_good == 2;
+        }
+        return what;
+    case MOE__CALL_ARGS_TEXT: return moe__answer_json_text(p);
+    case MOE__CALL_OTHER:
+        what = moe__scan_byte(&p->scan, c);
+        if (what == MOE__SCAN_BAD) return moe__answer_json_wrong(p);
+        p->at += what != MOE__SCAN_BEFORE;
+        if (what != MOE__SCAN_MORE) p->state = MOE__CALL_KEY;
+        return 1;
+    default: return moe__answer_json_between(p, c);
+    }
+    p->at++;
+    if (!moe__answer_string_byte(p, c, text)) return 1;
+    if (p->state != MOE__CALL_KEY_TEXT) return moe__answer_json_named(p);
+    p->state = MOE__CALL_COLON;
+    // Nothing but its keys tells that an object without a mark is a call.
+    if (p->how == 'B' && !p->is_call && moe__answer_key_of(p) == MOE__KEY_OTHER &&
+        !(p->key.size == 4 && !memcmp(p->key.data, "type", 4)))
+        return moe__answer_fail(p);
+    return 1;
+}
+
+// ---- values that are nearly JSON ----
+
+enum { MOE__LOOSE_VALUE, MOE__LOOSE_KEY, MOE__LOOSE_COLON, MOE__LOOSE_COMMA, MOE__LOOSE_STRING,
+       MOE__LOOSE_WORD, MOE__LOOSE_DONE };
+
+MOE__PRIVATE void moe__loose_begin(moe__loose *loose, int is_object) {
+    memset(loose, 0, sizeof *loose);
+    loose->state = is_object ? MOE__LOOSE_KEY : MOE__LOOSE_VALUE;
+    loose->depth = is_object;
+    loose->objects = (uint64_t)is_object;
+}
+MOE__INLINE int moe__loose_in_object(const moe__loose *loose) {
+    const int i = loose->depth - 1;
+    return i >= 0 && (loose->objects >> i & 1);
+}
+MOE__PRIVATE void moe__loose_value_end(moe__loose *loose) {
+    loose->any = 1;
+    loose->state = loose->depth ? MOE__LOOSE_COMMA : MOE__LOOSE_DONE;
+}
+MOE__INLINE int moe__loose_is_close(char c) { return c == '}' || c == ')' || c == ']'; }
+
+// A word: a number, true, false, none, or a string without quotes.
+MOE__PRIVATE void moe__loose_word(moe_chat_parser *p, const char *text, size_t size, int is_key) {
+    static const char *const words[] = {"True", "False", "None", "none", "nil"};
+    static const char *const means[] = {"true", "false", "null", "null", "null"};
+    while (size && moe__answer_is_blank(text[size - 1])) size--;
+    for (size_t i = 0; i < 5 && !is_key; i++) {
+        if (size != strlen(words[i]) || memcmp(text, words[i], size)) continue;
+        moe__answer_words(p, &p->made, means[i]);
+        return;
+    }
+    if (!is_key && moe__scan_is_value(text, size)) {
+        moe__answer_add(p, &p->made, text, size);
+        return;
+    }
+    moe__answer_words(p, &p->made, "\"");
+    moe__answer_escape(p, &p->made, text, size);
+    moe__answer_words(p, &p->made, "\"");
+}
+
+// Does the quote at text[i] end a string? Not if text follows. -1: more bytes would tell.
+MOE__PRIVATE int moe__loose_is_end(const char *text, size_t size, size_t i, int is_last) {
+    for (i++; i < size; i++)
+        if (!moe__answer_is_blank(text[i]))
+            return text[i] == ',' || text[i] == ':' || moe__loose_is_close(text[i]);
+    return is_last ? 1 : -1;
+}
+
+// Reads bytes of a string that is open; returns how many, 0 if more are needed.
+MOE__PRIVATE size_t moe__loose_string(moe_chat_parser *p, moe__loose *loose, const char *text,
+                                      size_t size, int is_last) {
+    static const char quote[] = "<|\"|>";
+    static const char names[] = "abfnrtv0", codes[] = "\a\b\f\n\r\t\v";
+    const char c = text[0];
+    size_t n = 1;
+    int is_end = 0;
+    if (!loose->quote && c == '<') {
+        const size_t m = size < 5 ? size : 5;
+        is_end = !memcmp(text, quote, m);
+        if (is_end && m < 5) {
+            if (!is_last) return 0;
+            is_end = 0;
+        }
+        if (is_end) n = 5;
+    } else if (loose->quote && c == (char)loose->quote) {
+        is_end = moe__loose_is_end(text, size, 0, is_last);
+        if (is_end < 0) return 0;
+    } else if (loose->quote && c == '\\') {
+        if (size < 2 && !is_last) return 0;
+        const char e = size < 2 ? 0 : text[1], *name = e ? strchr(names, e) : NULL;
+        const size_t digits = e == 'u' ? 4 : e == 'x' ? 2 : 0;
+        char hex[5] = "0000";
+        if (size < 2 + digits && digits && !is_last) return 0;
+        if (digits && size >= 2 + digits) memcpy(hex + 4 - digits, text + 2, digits);
+        const int32_t code = digits && size >= 2 + digits ? moe__json_hex(hex, 4) : -1;
+        if (code >= 0 && e == 'u') { // as it is: halves of pairs stay together
+            moe__answer_add(p, &p->made, text, 6);
+            return 6;
+        }
+        if (code >= 0) {
+            char out[4];
+            moe__answer_escape(p, &p->made, out, (size_t)moe__json_utf8((uint32_t)code, out));
+            return 4;
+        }
+        if (name) moe__answer_escape(p, &p->made, codes + (name - names), 1);
+        else if (e == '\\' || e == '\'' || e == '"') moe__answer_escape(p, &p->made, text + 1, 1);
+        else if (e == '\n') return 2; // a line that goes on
+        else moe__answer_words(p, &p->made, "\\\\");
+        return name || e == '\\' || e == '\'' || e == '"' ? 2 : 1;
+    }
+    if (!is_end) {
+        moe__answer_escape(p, &p->made, text, n);
+        return n;
+    }
+    moe__answer_words(p, &p->made, "\"");
+    if (loose->is_key) loose->state = MOE__LOOSE_COLON;
+    else moe__loose_value_end(loose);
+    return n;
+}
+
+// A word stands up to what can follow one.
+MOE__PRIVATE size_t moe__loose_word_size(const moe__loose *loose, const char *text, size_t size) {
+    size_t n = 0;
+    while (n < size && text[n] != ',' && !moe__loose_is_close(text[n]) &&
+           !(loose->is_key && (text[n] == ':' || text[n] == '=')))
+        n++;
+    return n;
+}
+
+MOE__PRIVATE int moe__loose_open(moe_chat_parser *p, moe__loose *loose, int is_object) {
+    const int i = loose->depth;
+    if (i == MOE__SCAN_DEPTH) return 0;
+    loose->objects &= ~((uint64_t)1 << i);
+    loose->objects |= (uint64_t)is_object << i;
+    loose->depth++;
+    loose->any = 0;
+    loose->state = is_object ? MOE__LOOSE_KEY : MOE__LOOSE_VALUE;
+    moe__answer_words(p, &p->made, is_object ? "{" : "[");
+    return 1;
+}
+MOE__PRIVATE void moe__loose_close(moe_chat_parser *p, moe__loose *loose) {
+    moe__answer_words(p, &p->made, moe__loose_in_object(loose) ? "}" : "]");
+    loose->depth--;
+    moe__loose_value_end(loose);
+}
+// A value or a key begins; returns bytes read, 0: more are needed, -1: it is wrong.
+MOE__PRIVATE int moe__loose_item(moe_chat_parser *p, moe__loose *loose, const char *text,
+                                 size_t size, int is_last) {
+    const char c = text[0];
+    int quote = c == '"' || c == '\'' ? 1 : 0;
+    loose->is_key = loose->state == MOE__LOOSE_KEY;
+    if (c == '<') {
+        const size_t m = size < 5 ? size : 5;
+        quote = !memcmp(text, "<|\"|>", m) ? 5 : 0;
+        if (quote && m < 5 && !is_last) return 0;
+        if (m < 5) quote = 0;
+    }
+    const int is_open = !loose->is_key && (c == '{' || c == '[' || c == '(');
+    if (!is_open && !quote && (c == ':' || c == '=' || c == ',')) return -1;
+    if (loose->any) moe__answer_words(p, &p->made, ", ");
+    loose->any = 0;
+    if (is_open) return moe__loose_open(p, loose, c == '{') ? 1 : -1;
+    loose->quote = quote == 1 ? (uint8_t)c : 0;
+    loose->state = quote ? MOE__LOOSE_STRING : MOE__LOOSE_WORD;
+    if (quote) moe__answer_words(p, &p->made, "\"");
+    return quote;
+}
+
+// Reads what it can of a text and adds JSON to p->made. Returns bytes read; *what as moe__scan_byte
+// says it: MORE, LAST, BAD.
+MOE__PRIVATE size_t moe__loose_read(moe_chat_parser *p, moe__loose *loose, const char *text,
+                                    size_t size, int is_last, int *what) {
+    size_t at = 0;
+    *what = MOE__SCAN_MORE;
+    while (at < size && loose->state != MOE__LOOSE_DONE) {
+        const char c = text[at];
+        size_t n = 1;
+        if (loose->state == MOE__LOOSE_STRING) {
+            n = moe__loose_string(p, loose, text + at, size - at, is_last);
+            if (!n) return at;
+        } else if (loose->state == MOE__LOOSE_WORD) {
+            n = moe__loose_word_size(loose, text + at, size - at);
+            if (n > MOE__ANSWER_HELD) break;
+            if (n == size - at && !is_last) return at;
+            moe__loose_word(p, text + at, n, loose->is_key);
+            if (loose->is_key) loose->state = MOE__LOOSE_COLON;
+            else moe__loose_value_end(loose);
+        } else if (moe__answer_is_blank(c)) {
+        } else if (loose->state == MOE__LOOSE_COLON) {
+            if (c != ':' && c != '=') break;
+            moe__answer_words(p, &p->made, ": ");
+            loose->state = MOE__LOOSE_VALUE;
+        } else if (moe__loose_is_close(c)) {
+            if (!loose->depth || (loose->state == MOE__LOOSE_VALUE && moe__loose_in_object(loose)))
+                break;
+            moe__loose_close(p, loose);
+        } else if (loose->state == MOE__LOOSE_COMMA) {
+            if (c != ',') break;
+            loose->state = moe__loose_in_object(loose) ? MOE__LOOSE_KEY : MOE__LOOSE_VALUE;
+        } else {
+            const int item = moe__loose_item(p, loose, text + at, size - at, is_last);
+            if (!item && loose->state != MOE__LOOSE_WORD) return at;
+            if (item < 0) break;
+            n = (size_t)item;
+        }
+        at += n;
+    }
+    if (loose->state == MOE__LOOSE_DONE) *what = MOE__SCAN_LAST;
+    else if (at < size) *what = MOE__SCAN_BAD;
+    else if (is_last && loose->state == MOE__LOOSE_WORD && !loose->depth) *what = MOE__SCAN_LAST;
+    return at;
+}
+
+MOE__PRIVATE int moe__answer_loose_step(moe_chat_parser *p) {
+    int what;
+    p->at += moe__loose_read(p, &p->loose, p->in.data + p->at, p->in.size - p->at, p->is_last,
+                             &what);
+    moe__answer_put_made(p);
+    p->from = p->at;
+    if (what == MOE__SCAN_BAD) return moe__answer_break(p);
+    if (what != MOE__SCAN_LAST) return 0;
+    p->args_good = 1;
+    moe__answer_end_call(p, 1);
+    return 1;
+}
+
+// name(key=value, ...), in a list or not; call:NAME{key:value} without its "call:".
+MOE__PRIVATE int moe__answer_python_step(moe_chat_parser *p) {
+    static const char method[] = ".call";
+    const size_t n = sizeof method - 1;
+    size_t from = moe__answer_skip(p, p->at), end;
+    const char open = p->how == 'G' ? '{' : '(';
+    if (from < p->in.size && p->in.data[from] == '[' && p->how == 'P' && !p->n_open) {
+        p->at = from + 1;
+        p->n_open = 1;
+        return 1;
+    }
+    if (from < p->in.size && p->in.data[from] == '{' && p->how == 'P') {
+        const int n_open = p->n_open;
+        moe__answer_json_begin(p);
+        p->n_open = n_open;
+        return 1;
+    }
+    for (end = from; end < p->in.size; end++)
+        if (p->in.data[end] == open || end - from > MOE__ANSWER_NAME) break;
+    if (end - from > MOE__ANSWER_NAME || from - p->from > MOE__ANSWER_HELD)
+        return moe__answer_fail(p);
+    if (end == p->in.size) return 0;
+    if (!moe__answer_set_name(p, p->in.data + from, end - from)) return moe__answer_fail(p);
+    if (p->how == 'P' && p->name.size > n &&
+        !memcmp(p->name.data + p->name.size - n, method, n))
+        p->name.size -= n;
+    p->at = end + 1;
+    if (!moe__answer_commit(p)) return 1;
+    moe__loose_begin(&p->loose, 1);
+    moe__answer_put_words(p, "{");
+    return moe__answer_go(p, moe__answer_loose_step);
+}
+
+// ---- calls with keys and values between marks ----
+
+// What an element says, as JSON in p->made: what fits the types or, if they do not say, what is
+// JSON; all else is a string.
+MOE__PRIVATE void moe__answer_convert(moe_chat_parser *p, const char *text, size_t size,
+                                      unsigned types) {
+    const char *t = text;
+    size_t n = size;
+    while (n && moe__answer_is_blank(*t)) t++, n--;
+    while (n && moe__answer_is_blank(t[n - 1])) n--;
+    if (types != MOE__TYPE_IS_STRING && n) {
+        const char c = *t;
+        const unsigned type = c == '"'                 ? MOE__TYPE_IS_STRING
+                              : c == '{'               ? MOE__TYPE_IS_DICT
+                              : c == '['               ? MOE__TYPE_IS_LIST
+                              : c == 't' || c == 'f' ? MOE__TYPE_IS_BOOL
+                              : c == 'n'               ? MOE__TYPE_IS_NULL
+                                                       : MOE__TYPE_IS_NUMBER;
+        const int fits = !(types & MOE__TYPE_IS_STRING) || (types & type & ~MOE__TYPE_IS_STRING);
+        if (fits && moe__scan_is_value(t, n)) {
+            moe__answer_add(p, &p->made, t, n);
+            return;
+        }
+    }
+    if (types && !(types & MOE__TYPE_IS_STRING) && n) { // as Python prints it
+        moe__loose loose;
+        int what;
+        const size_t made = p->made.size;
+        const char c = *t;
+        moe__loose_begin(&loose, 0);
+        const size_t used = moe__loose_read(p, &loose, t, n, 1, &what);
+        const int is_word = p->made.size > made && p->made.data[made] != '"';
+        if (what == MOE__SCAN_LAST && used == n && (c == '{' || c == '[' || c == '(' || is_word))
+            return;
+        p->made.size = made;
+    }
+    moe__answer_words(p, &p->made, "\"");
+    moe__answer_escape(p, &p->made, text, size);
+    moe__answer_words(p, &p->made, "\"");
+}
+
+enum { MOE__TAGS_NEXT, MOE__TAGS_KEY, MOE__TAGS_HELD, MOE__TAGS_STRING, MOE__TAGS_TREE };
+
+MOE__PRIVATE int moe__answer_tags_end(moe_chat_parser *p, int is_whole) {
+    if (p->n_keys) moe__answer_put_words(p, "}");
+    p->args_good = 1;
+    moe__answer_end_call(p, is_whole);
+    return 1;
+}
+
+// Between keys. What stands there and is none is content.
+MOE__PRIVATE int moe__answer_tags_next(moe_chat_parser *p) {
+    const moe__answer_tags *tags = p->tags;
+    const int ends = MOE__MARK_CLOSE | MOE__MARK_OPEN | MOE__MARK_HEADER |
+                     (p->form->has_headers ? MOE__MARK_DROP : 0);
+    const moe__answer_mark *mark;
+    p->from = p->at = moe__answer_skip(p, p->at);
+    size_t i = p->at;
+    int found = 0;
+    if (i < p->in.size && p->in.data[i] == '{' && !p->n_keys)
+        return moe__answer_go(p, moe__answer_whole_step);
+    for (; i < p->in.size; i++) {
+        found = moe__answer_is(p, i, tags->uncall);
+        if (found > 0) break;
+        int other = moe__answer_is(p, i, tags->key);
+        if (other <= 0 && tags->object && !other) other = moe__answer_is(p, i, tags->object);
+        if (other > 0 && !found) break;
+        const int end = moe__answer_match(p, i, ends, &mark);
+        if (end > 0 && !found && !other) break;
+        if (found < 0 || other < 0 || end < 0) {
+            found = -1;
+            break;
+        }
+    }
+    if (i > p->at) { // stray text
+        moe__answer_text(p, p->kind, p->in.data + p->at, i - p->at);
+        moe__answer_cut(p);
+        p->from = p->at = i;
+    }
+    if (found < 0 || i == p->in.size) return 0;
+    if (found > 0) {
+        p->at += strlen(tags->uncall);
+        return moe__answer_tags_end(p, 1);
+    }
+    if (moe__answer_is(p, i, tags->key) > 0 ||
+        (tags->object && moe__answer_is(p, i, tags->object) > 0)) {
+        p->state = MOE__TAGS_KEY;
+        return 1;
+    }
+    return moe__answer_tags_end(p, 1); // its end is missing
+}
+
+// Does a value end with what stands in front of byte i? Then nothing follows but what may.
+MOE__PRIVATE int moe__answer_tags_follow(const moe_chat_parser *p, size_t i) {
+    const moe__answer_mark *mark;
+    i = moe__answer_skip(p, i);
+    if (i == p->in.size) return p->is_last ? 1 : -1;
+    int found = moe__answer_is(p, i, p->tags->key);
+    if (!found) found = moe__answer_is(p, i, p->tags->uncall);
+    if (!found) found = moe__answer_match(p, i, MOE__MARK_CLOSE | MOE__MARK_OPEN, &mark);
+    return found;
+}
+
+// A value begins at p->at: a string goes on as it comes, others wait for their end.
+MOE__PRIVATE void moe__answer_tags_value(moe_chat_parser *p, const char *attributes, size_t size) {
+    const moe__value *schema = moe__answer_property(moe__answer_parameters(p->tool), p->key.data,
+                                                    p->key.size);
+    const int is_string = moe__answer_find(attributes, size, "string=\"true\"", 13) ||
+                          moe__answer_find(attributes, size, "type=\"string\"", 13);
+    const int is_other = moe__answer_find(attributes, size, "string=\"false\"", 14) ||
+                         moe__answer_find(attributes, size, "type=\"", 6);
+    p->types = moe__answer_types(schema, 0);
+    if (is_string) p->types = MOE__TYPE_IS_STRING;
+    else if (is_other) p->types = 0;
+    p->is_begun = 0;
+    moe__answer_put_words(p, p->n_keys++ ? ", \"" : "{\"");
+    moe__answer_put_escaped(p, p->key.data, p->key.size);
+    const int is_text = p->types == MOE__TYPE_IS_STRING && p->tags->values != 2;
+    moe__answer_put_words(p, is_text ? "\": \"" : "\": ");
+    p->state = is_text ? MOE__TAGS_STRING : MOE__TAGS_HELD;
+}
+
+MOE__PRIVATE int moe__answer_tags_key(moe_chat_parser *p) {
+    const moe__answer_tags *tags = p->tags;
+    const char *data = p->in.data;
+    const int is_object = tags->object && moe__answer_is(p, p->at, tags->object) > 0;
+    const size_t from = p->at + strlen(is_object ? tags->object : tags->key);
+    size_t i = from, end;
+    int found = 0;
+    while (i < p->in.size && !is_object && !moe__answer_is_stop(tags->key, data[i]) &&
+           i - from <= MOE__ANSWER_NAME)
+        i++;
+    for (end = i; end < p->in.size && end - i <= MOE__ANSWER_NAME; end++) {
+        found = moe__answer_is(p, end, tags->value);
+        if (found || moe__answer_is(p, end, tags->uncall) > 0) break;
+    }
+    if (found <= 0) {
+        const int is_wrong = i - from > MOE__ANSWER_NAME || end - i > MOE__ANSWER_NAME ||
+                             (end < p->in.size && !found);
+        return is_wrong ? moe__answer_break(p) : 0;
+    }
+    p->at = end + strlen(tags->value);
+    if (is_object) return moe__answer_go(p, moe__answer_whole_step);
+    size_t key = from, key_end = i;
+    while (key < key_end && moe__answer_is_blank(data[key])) key++;
+    while (key_end > key && moe__answer_is_blank(data[key_end - 1])) key_end--;
+    p->key.size = 0;
+    moe__answer_add(p, &p->key, data + key, key_end - key);
+    if (tags->has_entities) {
+        moe__answer_replace(&p->key, "&quot;", '"');
+        moe__answer_replace(&p->key, "&amp;", '&');
+    }
+    moe__answer_tags_value(p, data + i, end - i);
+    p->from = p->seen = p->at;
+    return 1;
+}
+
+// The end of the value at or behind p->seen: 1 and its place, and that of what follows it.
+MOE__PRIVATE int moe__answer_tags_find(moe_chat_parser *p, size_t *end, size_t *next) {
+    size_t i = p->seen > p->at ? p->seen : p->at;
+    int found = 0;
+    for (; i < p->in.size; i++) {
+        size_t n = strlen(p->tags->unvalue);
+        found = moe__answer_is(p, i, p->tags->unvalue);
+        if (found > 0) found = moe__answer_tags_follow(p, i + n);
+        if (!found && (found = moe__answer_is(p, i, p->tags->uncall)) > 0) { // none of its own
+            const moe__answer_mark *mark;
+            const size_t after = moe__answer_skip(p, i + strlen(p->tags->uncall));
+            found = moe__answer_match(p, after, MOE__MARK_CLOSE, &mark);
+            n = 0;
+        }
+        *next = i + n;
+        if (found) break;
+    }
+    p->seen = *end = i;
+    return found > 0;
+}
+
+MOE__PRIVATE int moe__answer_tags_read(moe_chat_parser *p) {
+    size_t end, next = 0;
+    const int is_end = moe__answer_tags_find(p, &end, &next), is_string = p->state == MOE__TAGS_STRING;
+    if (!is_end && !is_string) return 0;
+    if (p->tags->values == 1 && !p->is_begun && p->at < end) {
+        p->at += p->in.data[p->at] == '\n';
+        p->is_begun = 1;
+    }
+    size_t size = end - p->at;
+    if (p->tags->values == 1 && size && p->in.data[end - 1] == '\n') size--;
+    const char *text = p->in.data + p->at;
+    if (is_string) {
+        moe__answer_put_escaped(p, text, size);
+        p->from = p->at += size;
+        if (!is_end) return 0;
+        moe__answer_put_words(p, "\"");
+    } else {
+        static const char open[] = "<![CDATA[", close[] = "]]>";
+        if (size >= 12 && !memcmp(text, open, 9) && !memcmp(text + size - 3, close, 3)) {
+            p->types = MOE__TYPE_IS_STRING;
+            text += 9, size -= 12;
+        }
+        moe__answer_convert(p, text, size, p->types);
+        moe__answer_put_made(p);
+    }
+    p->from = p->at = next;
+    p->state = MOE__TAGS_NEXT;
+    return 1;
+}
+
+// Elements within elements: <KEY>value</KEY>, <item> in lists. What one is, its first child tells.
+MOE__PRIVATE void moe__answer_tree_open(moe_chat_parser *p, const char *tag, size_t size) {
+    moe__answer_level *up = &p->levels[p->depth], *level = up + 1;
+    const unsigned types = moe__answer_types(up->schema, 0);
+    if (up->is_list < 0) {
+        up->is_list = size == 4 && !memcmp(tag, "item", 4) && !(types & MOE__TYPE_IS_DICT);
+        moe__answer_put_words(p, up->is_list ? "[" : "{");
+    }
+    if (up->n++) moe__answer_put_words(p, ", ");
+    if (!up->is_list) {
+        moe__answer_put_words(p, "\"");
+        moe__answer_put_escaped(p, tag, size);
+        moe__answer_put_words(p, "\": ");
+    }
+    level->schema = up->is_list ? moe__answer_get(up->schema, "items")
+                                : moe__answer_property(up->schema, tag, size);
+    level->is_list = -1;
+    level->n = 0;
+    p->depth++;
+}
+MOE__PRIVATE void moe__answer_tree_close(moe_chat_parser *p, const char *text, size_t size) {
+    moe__answer_level *level = &p->levels[p->depth--];
+    const unsigned types = moe__answer_types(level->schema, 0);
+    if (level->is_list >= 0) {
+        moe__answer_put_words(p, level->is_list ? "]" : "}");
+    } else if (!size && (types & (MOE__TYPE_IS_DICT | MOE__TYPE_IS_LIST))) {
+        moe__answer_put_words(p, types & MOE__TYPE_IS_DICT ? "{}" : "[]");
+    } else {
+        moe__answer_convert(p, text, size, types);
+        moe__answer_put_made(p);
+    }
+}
+MOE__PRIVATE int moe__answer_tree(moe_chat_parser *p) {
+    const moe__answer_tags *tags = p->tags;
+    const size_t n = strlen(tags->key);
+    size_t i = p->seen > p->at ? p->seen : p->at, end;
+    int found = 0;
+    for (; i < p->in.size && !found; i += !found) {
+        found = moe__answer_is(p, i, tags->key);
+        const moe__answer_mark *mark;
+        if (!found) found = moe__answer_match(p, i, MOE__MARK_CLOSE | MOE__MARK_OPEN, &mark);
+    }
+    p->seen = i;
+    if (found <= 0) return 0;
+    for (end = i + n; end < p->in.size && p->in.data[end] != '>'; end++)
+        if (end - i > MOE__ANSWER_NAME) return moe__answer_break(p);
+    if (end >= p->in.size) return 0;
+    const char *tag = p->in.data + i + n, *text = p->in.data + p->at;
+    const size_t size = end - i - n, before = i - p->at;
+    const int is_close = *tag == '/';
+    const int is_blank = moe__answer_skip(p, p->at) >= i;
+    const int is_inner = p->levels[p->depth].is_list >= 0;
+    if (is_inner && !is_blank) { // stray text
+        moe__answer_text(p, p->kind, text, before);
+        moe__answer_cut(p);
+    }
+    if (moe__answer_is(p, i, tags->uncall) > 0 && !p->depth) {
+        p->at = end + 1;
+        if (!p->levels[0].n) p->has_args = 0;
+        else moe__answer_put_words(p, "}");
+        p->args_good = 1;
+        moe__answer_end_call(p, 1);
+        return 1;
+    }
+    if (is_close ? !p->depth : (!is_inner && !is_blank) || p->depth + 1 == MOE__ANSWER_LEVELS)
+        return moe__answer_break(p);
+    if (is_close) moe__answer_tree_close(p, text, before);
+    else moe__answer_tree_open(p, tag, size);
+    p->from = p->at = p->seen = end + 1;
+    return 1;
+}
+
+MOE__PRIVATE int moe__answer_tags_step(moe_chat_parser *p) {
+    if (!p->tags->value && p->state != MOE__TAGS_TREE) {
+        p->state = MOE__TAGS_TREE;
+        p->depth = 0;
+        memset(p->levels, 0, sizeof p->levels[0]);
+        p->levels[0].schema = moe__answer_parameters(p->tool);
+    }
+    switch (p->state) {
+    case MOE__TAGS_NEXT: return moe__answer_tags_next(p);
+    case MOE__TAGS_KEY: return moe__answer_tags_key(p);
+    case MOE__TAGS_TREE:
+        if (!p->levels[0].n && !p->depth && !p->has_args) {
+            const size_t i = moe__answer_skip(p, p->at);
+            if (i == p->in.size) return 0;
+            p->levels[0].is_list = -1;
+        }
+        return moe__answer_tree(p);
+    default: return moe__answer_tags_read(p);
+    }
+}
+
+// ---- text ----
+
+// A header: <|start|>assistant<|channel|>analysis<|message|>, with "to=RECIPIENT" anywhere in it.
+MOE__PRIVATE int moe__answer_header_end(moe_chat_parser *p, const char *text, size_t size) {
+    const char *to = moe__answer_find(text, size, "to=", 3), *end = text + size;
+    const char *channel = moe__answer_find(text, size, "<|channel|>", 11);
+    static const char *const nobody[] = {"self", "user", "assistant", "all"};
+    size_t n = 0;
+    int who = 4;
+    p->kind = MOE_CHAT_CONTENT;
+    if (channel) channel = moe__answer_find(channel, (size_t)(end - channel), "analysis", 8);
+    if (channel) p->kind = MOE_CHAT_REASONING;
+    if (to) {
+        to += 3;
+        while (to + n < end && !moe__answer_is_blank(to[n]) && to[n] != '<') n++;
+        for (who = 0; who < 4; who++)
+            if (n == strlen(nobody[who]) && !memcmp(to, nobody[who], n)) break;
+        if (who == 0) p->kind = MOE_CHAT_REASONING;
+        if (n > 10 && !memcmp(to, "functions.", 10)) to += 10, n -= 10;
+    }
+    if (who == 4 && n && !p->form->tags[0] && moe__answer_set_name(p, to, n)) {
+        p->kind = MOE_CHAT_CONTENT;
+        p->how = 'H';
+        if (!moe__answer_commit(p)) return 1;
+        return moe__answer_go(p, moe__answer_whole_step);
+    }
+    moe__answer_cut(p);
+    p->from = p->at;
+    return moe__answer_go(p, moe__answer_text_step);
+}
+MOE__PRIVATE int moe__answer_header_step(moe_chat_parser *p) {
+    static const char *const begins[] = {"<|channel|>", "<|message|>", "<|constrain|>", "<|start|>",
+                                         "to="};
+    static const char end[] = "<|message|>";
+    const size_t first = moe__answer_skip(p, p->from);
+    size_t i = p->seen;
+    int found = 0;
+    if (first == p->in.size) return 0;
+    for (int k = 0; k < 5 && !p->mark && found <= 0; k++) { // behind a prompt: is there a header?
+        const int is = moe__answer_is(p, first, begins[k]);
+        if (is) found = is;
+    }
+    if (!p->mark && found <= 0) return found ? 0 : moe__answer_fail(p);
+    for (found = 0; i < p->in.size && i - p->from <= 2 * MOE__ANSWER_NAME; i++)
+        if ((found = moe__answer_is(p, i, end))) break;
+    p->seen = i;
+    if (i - p->from > 2 * MOE__ANSWER_NAME) {
+        if (!p->mark) p->mark = first + 1 - p->from;
+        return moe__answer_fail(p);
+    }
+    if (found <= 0) return 0;
+    p->at = i + sizeof end - 1;
+    return moe__answer_header_end(p, p->in.data + p->from, i - p->from);
+}
+
+// A mark at p->at, in text.
+MOE__PRIVATE void moe__answer_mark_found(moe_chat_parser *p, const moe__answer_mark *mark) {
+    p->from = p->at;
+    p->mark = mark->size;
+    switch (mark->what) {
+    case MOE__MARK_THINK: p->kind = MOE_CHAT_REASONING; break;
+    case MOE__MARK_UNTHINK: p->kind = MOE_CHAT_CONTENT; break;
+    case MOE__MARK_DROP:
+        if (p->form->has_headers) p->kind = MOE_CHAT_CONTENT;
+        break;
+    case MOE__MARK_END:
+        moe__answer_add(p, &p->blank, mark->text, mark->size);
+        p->from = p->at += mark->size;
+        return;
+    case MOE__MARK_HEADER:
+        p->at += mark->size;
+        moe__answer_go(p, moe__answer_header_step);
+        return;
+    default: moe__answer_open(p, mark); return;
+    }
+    moe__answer_cut(p);
+    p->from = p->at += mark->size;
+}
+
+MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p) {
+    const moe__answer_mark *mark = NULL;
+    const int is_thinking = p->kind == MOE_CHAT_REASONING, is_free = p->form->is_free;
+    const int is_clean = p->is_start && !p->blank.size;
+    size_t i = p->at;
+    int found = 0, is_start = is_clean, is_bare = 0;
+    for (; i < p->in.size; i++) {
+        const char c = p->in.data[i];
+        int what = MOE__MARK_OPEN | MOE__MARK_DROP | MOE__MARK_END | MOE__MARK_HEADER;
+        if (is_thinking || is_start || is_free) what |= MOE__MARK_UNTHINK;
+        if (!is_thinking && (is_start || is_free)) what |= MOE__MARK_THINK;
+        is_bare = c == '{' && p->form->is_bare && is_start && !is_thinking && p->has_calls;
+        found = moe__answer_match(p, i, what, &mark);
+        if (found || is_bare) break;
+        if (!moe__answer_is_blank(c)) is_start = 0;
+    }
+    moe__answer_text(p, p->kind, p->in.data + p->at, i - p->at);
+    p->from = p->at = i;
+    if (is_bare) {
+        p->how = 'B';
+        p->mark = 1;
+        moe__answer_json_begin(p);
+    } else if (found > 0) {
+        moe__answer_mark_found(p, mark);
+    }
+    return is_bare || found > 0;
+}
+
+// ---- answers ----
+
+MOE__PRIVATE void moe__answer_reset(moe_chat_parser *p) {
+    p->in.size = p->from = p->at = p->seen = p->blank.size = p->mark = 0;
+    p->is_last = p->call = p->how = 0;
+    p->kind = p->is_thinking ? MOE_CHAT_REASONING : MOE_CHAT_CONTENT;
+    p->is_start = !p->is_continued;
+    moe__answer_new_call(p);
+    moe__answer_go(p, moe__answer_text_step);
+    if (p->is_continued) return;
+    if (p->form->has_headers && !p->is_headed) p->step = moe__answer_header_step;
+    if (p->form->opens && *p->form->opens == 'F') { // the prompt ends with the mark of a name
+        p->how = 'F';
+        p->step = moe__answer_name_step;
+    }
+}
+
+MOE__PRIVATE void moe__answer_run(moe_chat_parser *p) {
+    while (!p->status && p->step(p)) {}
+    // What will not be looked at again makes room.
+    const size_t keep = p->from;
+    if (p->in.size == keep || keep > 4096) {
+        if (p->in.size > keep) memmove(p->in.data, p->in.data + keep, p->in.size - keep);
+        p->in.size -= keep;
+        p->at -= keep;
+        p->seen = p->seen > keep ? p->seen - keep : 0;
+        p->from = 0;
+    }
+}
+
+// The last bytes: what may be a call yet is none, what is one ends.
+MOE__PRIVATE void moe__answer_last(moe_chat_parser *p) {
+    p->is_last = 1;
+    for (;;) {
+        moe__answer_run(p);
+        if (p->status || p->step == moe__answer_text_step || p->step == moe__answer_after_step)
+            return;
+        if (p->is_call) break;
+        moe__answer_fail(p);
+    }
+    if (p->step == moe__answer_json_step && p->state == MOE__CALL_ID && p->id.size)
+        moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
+    if (p->step == moe__answer_tags_step && p->state == MOE__TAGS_STRING)
+        moe__answer_put_escaped(p, p->in.data + p->at, p->in.size - p->at);
+    else if (p->at < p->in.size)
+        moe__answer_put(p, p->in.data + p->at, p->in.size - p->at);
+    p->at = p->in.size;
+    moe__answer_end_call(p, 0);
+}
+
+MOE_API moe_status moe_chat_parser_push(moe_chat_parser *parser, const char *text, size_t size) {
+    if (!parser || (size && !text)) return MOE_ERROR_ARGUMENT;
+    moe__answer_add(parser, &parser->in, text, size);
+    if (!parser->status) moe__answer_run(parser);
+    if (parser->status) return parser->status;
+    return moe__answer_flush(parser) ? MOE_OK : MOE_ERROR_CANCELLED;
+}
+
+MOE_API moe_status moe_chat_parser_finish(moe_chat_parser *parser) {
+    if (!parser) return MOE_ERROR_ARGUMENT;
+    if (!parser->status) moe__answer_last(parser);
+    const moe_status status = parser->status;
+    if (status) parser->pieces_at = parser->n_pieces = parser->out_at = parser->out.size = 0;
+    parser->status = MOE_OK;
+    moe__answer_reset(parser);
+    if (status) return status;
+    parser->is_last = 1;
+    const int is_all = moe__answer_flush(parser);
+    parser->is_last = 0;
+    return is_all ? MOE_OK : MOE_ERROR_CANCELLED;
+}
+
+MOE_API void moe_chat_parser_close(moe_chat_parser *parser) {
+    if (!parser) return;
+    const moe_allocator allocator = parser->allocator;
+    moe__answer_bytes *all[] = {&parser->in,  &parser->out, &parser->blank, &parser->name,
+                                &parser->id,  &parser->args, &parser->key,  &parser->made};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) moe__free(&allocator, all[i]->data);
+    moe__free(&allocator, parser->pieces);
+    moe__store_free(&parser->store);
+    moe__free(&allocator, parser);
+}
+
+MOE__PRIVATE void moe__answer_add_mark(moe_chat_parser *p, const char *text, size_t size, int what,
+                                       char how, const moe__answer_tags *tags) {
+    if (!size || p->n_marks == MOE__ANSWER_MARKS) return;
+    moe__answer_mark *mark = &p->marks[p->n_marks++];
+    mark->text = text;
+    mark->size = size;
+    mark->what = what;
+    mark->how = how;
+    mark->tags = tags;
+    p->first[(unsigned char)*text] = 1;
+}
+MOE__PRIVATE void moe__answer_add_marks(moe_chat_parser *p, const char *list, int what) {
+    const char *line;
+    size_t n;
+    while ((line = moe__answer_line(&list, &n))) moe__answer_add_mark(p, line, n, what, 0, NULL);
+}
+
+MOE__PRIVATE void moe__answer_set_marks(moe_chat_parser *p, const moe_vocab *vocab) {
+    const moe__answer_form *form = p->form;
+    const moe__answer_tags *plain = form->tags[0]; // without a mark of their own
+    if (form->tags[1] && !form->tags[1]->call) plain = form->tags[1];
+    moe__answer_add_marks(p, form->think, MOE__MARK_THINK);
+    moe__answer_add_marks(p, form->unthink, MOE__MARK_UNTHINK);
+    if (form->has_headers) moe__answer_add_marks(p, "<|start|>\n<|channel|>", MOE__MARK_HEADER);
+    if (p->has_calls) {
+        const char *next = form->opens, *line;
+        size_t n;
+        while ((line = moe__answer_line(&next, &n)))
+            moe__answer_add_mark(p, line + 1, n - 1, MOE__MARK_OPEN, *line, plain);
+        for (int i = 0; i < 2; i++)
+            if (form->tags[i] && form->tags[i]->call)
+                moe__answer_add_mark(p, form->tags[i]->call, strlen(form->tags[i]->call),
+                                     i ? MOE__MARK_INNER : MOE__MARK_OPEN, 'X', form->tags[i]);
+        moe__answer_add_marks(p, form->closes, MOE__MARK_CLOSE);
+    }
+    moe__answer_add_marks(p, form->drops, MOE__MARK_DROP);
+    moe__answer_add_marks(p, form->ends, MOE__MARK_END);
+    const int32_t n_tokens = vocab ? (int32_t)vocab->n_tokens : 0;
+    for (int32_t i = 0; i < n_tokens; i++) {
+        const moe_string text = moe_vocab_token(vocab, i);
+        // What is short, as "</s>", may be text.
+        if (moe_vocab_is_end(vocab, i) && text.size >= 5)
+            moe__answer_add_mark(p, text.data, text.size, MOE__MARK_END, 0, NULL);
+    }
+}
+
+// Does the request say anything of tools? Then answers may hold calls.
+MOE__PRIVATE int moe__answer_has_tools(const moe__value *request, int depth) {
+    if (!request || request->kind != MOE__VALUE_DICT) return 0;
+    for (uint64_t i = 0; i < request->as.dict->n; i++) {
+        const moe__pair *entry = &request->as.dict->entries[i];
+        const moe__value *v = &entry->value;
+        const char *key = entry->key.as.text;
+        const size_t n = (size_t)entry->key.size;
+        const int is_list = v->kind == MOE__VALUE_LIST && v->as.list->n;
+        const int is_text = v->kind == MOE__VALUE_STRING && v->size;
+        if ((is_list || is_text) && ((n >= 5 && !memcmp(key + n - 5, "tools", 5)) ||
+                                     (n >= 9 && !memcmp(key + n - 9, "functions", 9))))
+            return 1;
+        if (is_list && n == 8 && !memcmp(key, "messages", 8))
+            for (uint64_t m = 0; m < v->as.list->n; m++)
+                if (moe__answer_get(&v->as.list->items[m], "tool_calls")) return 1;
+        if (!depth && moe__answer_has_tools(v, 1)) return 1;
+    }
+    return 0;
+}
+
+MOE__PRIVATE const char *moe__answer_find_last(const char *text, size_t size, const char *what) {
+    const size_t n = what ? strlen(what) : 0;
+    for (size_t i = size; n && i-- > 0;)
+        if (size - i >= n && text[i] == *what && !memcmp(text + i, what, n)) return text + i;
+    return NULL;
+}
+
+// Where the text of a request ends: within reasoning? White space at its end does not count. Where
+// a message goes on, only that is looked at: `tail` bytes.
+MOE__PRIVATE void moe__answer_set_start(moe_chat_parser *p, const char *text, size_t size,
+                                        size_t tail) {
+    const moe__answer_form *form = p->form;
+    const size_t n = form->think ? strlen(form->think) : 0;
+    while (size && moe__answer_is_blank(text[size - 1])) size--;
+    const char *end = text + size, *start = NULL;
+    p->is_thinking = form->thinks || (n && size >= n && !memcmp(end - n, form->think, n));
+    if (form->has_headers) start = moe__answer_find_last(text, size, "<|start|>");
+    if (start && moe__answer_find(start, (size_t)(end - start), "<|message|>", 11)) {
+        p->is_headed = 1;
+        p->is_thinking = moe__answer_find(start, (size_t)(end - start), "analysis<", 9) ||
+                         moe__answer_find(start, (size_t)(end - start), "to=self<", 8);
+    }
+    if (p->is_continued && !form->has_headers) {
+        const char *from = size > tail ? end - tail : text;
+        const char *think = moe__answer_find_last(from, (size_t)(end - from), form->think);
+        const char *unthink = moe__answer_find_last(from, (size_t)(end - from), form->unthink);
+        p->is_thinking |= think && (!unthink || unthink < think);
+    }
+}
+
+// prompt: the text of the request, of which only the end matters.
+MOE__PRIVATE moe_chat_parser *
+    moe__answer_parser(const moe_allocator *allocator, const moe_vocab *vocab,
+                       const moe__answer_form *form, const char *request, size_t size,
+                       const char *prompt, size_t prompt_size,
+                       int (*on_piece)(void *user, const moe_chat_piece *piece), void *user,
+                       moe_error *error) {
+    moe_chat_parser *p = (moe_chat_parser *)moe__alloc(allocator, sizeof *p);
+    if (!p) {
+        moe__fail(error, MOE_ERROR_MEMORY, "parser", "no memory for a parser of answers");
+        return NULL;
+    }
+    moe__value all;
+    p->allocator = *allocator;
+    p->form = form;
+    p->on_piece = on_piece;
+    p->user = user;
+    moe__store_init(&p->store, &p->allocator, UINT64_MAX / 4, UINT64_MAX, MOE__JSON_DEPTH + 8);
+    if (moe__json_read(&p->store, request, size, &all, error) != MOE_OK) {
+        moe_chat_parser_close(p);
+        return NULL;
+    }
+    const moe__value *tools = moe__answer_get(&all, "tools");
+    const moe__value *goes_on = moe__answer_get(&all, "continue_final_message");
+    if (tools) p->tools = *tools;
+    p->has_calls = form->has_headers || moe__answer_has_tools(&all, 0);
+    p->is_continued = goes_on && ((goes_on->kind == MOE__VALUE_BOOL && goes_on->as.i) ||
+                                  (goes_on->kind == MOE__VALUE_STRING && goes_on->size));
+    const moe__value *messages = moe__answer_get(&all, "messages");
+    size_t tail = 64;
+    if (messages && messages->kind == MOE__VALUE_LIST && messages->as.list->n) {
+        const moe__value *last = &messages->as.list->items[messages->as.list->n - 1];
+        const moe__value *texts[] = {moe__answer_get(last, "content"),
+                                     moe__answer_get(last, "reasoning_content")};
+        for (int i = 0; i < 2; i++)
+            if (texts[i] && texts[i]->kind == MOE__VALUE_STRING) tail += (size_t)texts[i]->size;
+    }
+    moe__answer_set_start(p, prompt, prompt_size, tail);
+    moe__answer_set_marks(p, vocab);
+    moe__answer_reset(p);
+    return p;
+}
+
+MOE_API moe_chat_parser *moe_chat_parser_open(const moe_vocab *vocab, const char *request,
+                                              size_t size,
+                                              int (*on_piece)(void *user,
+                                                              const moe_chat_piece *piece),
+                                              void *user, moe_error *error) {
+    moe__chat chat;
+    moe_chat_parser *parser = NULL;
+    if (!on_piece) {
+        moe__fail(error, MOE_ERROR_ARGUMENT, "on_piece", "on_piece is NULL");
+        return NULL;
+    }
+    if (moe__chat_render(vocab, request, size, &chat, error) == MOE_OK)
+        parser = moe__answer_parser(
+            &vocab->allocator, vocab,
+            moe__answer_form_of(chat.source.as.text, (size_t)chat.source.size), request, size,
+            chat.text.as.text, (size_t)chat.text.size, on_piece, user, error);
+    moe__chat_free(&chat);
+    return parser;
 }
 
 #endif

@@ -26136,9 +26136,10 @@ MOE__PRIVATE moe__jinja_node *moe__jinja_parse_tuple(moe__jinja_reader *r, int w
     for (;;) {
         if (items.first) moe__jinja_expect(r, MOE__JINJA_COMMA);
         if (moe__jinja_at_tuple_end(r, word)) break;
-        moe__jinja_append(&items, what == MOE__JINJA_ANY         ? moe__jinja_parse(r)
-                                  : what == MOE__JINJA_NO_CHOICE ? moe__jinja_parse_or(r)
-                                                                 : moe__jinja_parse_target(r, what));
+        moe__jinja_node *item = what == MOE__JINJA_ANY         ? moe__jinja_parse(r)
+                                : what == MOE__JINJA_NO_CHOICE ? moe__jinja_parse_or(r)
+                                                               : moe__jinja_parse_target(r, what);
+        moe__jinja_append(&items, item);
         if (!moe__jinja_at(r, MOE__JINJA_COMMA)) break;
         is_tuple = 1;
     }
@@ -26426,10 +26427,10 @@ MOE__PRIVATE moe__jinja_node *moe__jinja_parse_level(moe__jinja_reader *r, int l
         moe__jinja_append(&operands, operand);
     }
     if (!operands.first) return first;
-    moe__jinja_node *node = moe__jinja_node_new(r, level == MOE__JINJA_LEVEL_CONCAT ? MOE__JINJA_CONCAT
-                                                   : level == MOE__JINJA_LEVEL_COMPARE
-                                                       ? MOE__JINJA_COMPARE
-                                                       : MOE__JINJA_MATH);
+    const int what = level == MOE__JINJA_LEVEL_CONCAT    ? MOE__JINJA_CONCAT
+                     : level == MOE__JINJA_LEVEL_COMPARE ? MOE__JINJA_COMPARE
+                                                         : MOE__JINJA_MATH;
+    moe__jinja_node *node = moe__jinja_node_new(r, what);
     node->line = first->line;
     node->a = first;
     node->b = operands.first;
@@ -27162,11 +27163,11 @@ MOE__PRIVATE moe__list *moe__jinja_iterate(moe__jinja *j, moe__value v) {
     } else if (length) {
         for (uint64_t i = 0; i < v.as.dict->n; i++) {
             const moe__pair *entry = &v.as.dict->entries[i];
-            const int what = v.kind == MOE__VALUE_VIEW ? v.of : MOE__JINJA_KEYS;
-            moe__list_add(j->store, list, what == MOE__JINJA_KEYS     ? entry->key
-                                          : what == MOE__JINJA_VALUES ? entry->value
-                                                                      : moe__jinja_pair(j, entry->key,
-                                                                                        entry->value));
+            const int is_view = v.kind == MOE__VALUE_VIEW;
+            moe__value one = entry->key;
+            if (is_view && v.of == MOE__JINJA_VALUES) one = entry->value;
+            if (is_view && v.of == MOE__JINJA_ITEMS) one = moe__jinja_pair(j, entry->key, entry->value);
+            moe__list_add(j->store, list, one);
         }
     }
     return list;
@@ -27409,7 +27410,9 @@ MOE__PRIVATE int moe__jinja_test_operator(moe__jinja *j, int op, moe__value a, m
     case MOE__JINJA_NE: return !moe__value_equal(j->store, a, b);
     case MOE__JINJA_IN: return moe__jinja_contains(j, b, a);
     case MOE__JINJA_NOT_IN: return !moe__jinja_contains(j, b, a);
-    case MOE__JINJA_GE: order = moe__jinja_compare(j, a, b, signs[0]); return order == 0 || order == 1;
+    case MOE__JINJA_GE:
+        order = moe__jinja_compare(j, a, b, signs[0]);
+        return order == 0 || order == 1;
     case MOE__JINJA_LE: return moe__jinja_compare(j, a, b, signs[1]) <= 0;
     case MOE__JINJA_GT: return moe__jinja_compare(j, a, b, signs[2]) == 1;
     default: return moe__jinja_compare(j, a, b, signs[3]) == -1;
@@ -27611,8 +27614,9 @@ MOE__PRIVATE moe__value moe__jinja_missing(moe__jinja *j, moe__value v, moe__val
         return u;
     }
     moe__builder b = moe__builder_of(j->store);
-    moe__builder_words(&b, v.kind == MOE__VALUE_NONE ? "None" : moe__jinja_type(v));
-    moe__builder_words(&b, v.kind == MOE__VALUE_NONE ? " has no element " : " object has no element ");
+    const int is_none = v.kind == MOE__VALUE_NONE;
+    moe__builder_words(&b, is_none ? "None" : moe__jinja_type(v));
+    moe__builder_words(&b, is_none ? " has no element " : " object has no element ");
     moe__jinja_repr(j, &b, name);
     return moe__jinja_undefined(MOE__JINJA_HINT, b.text, b.size);
 }
@@ -28707,7 +28711,8 @@ MOE__JINJA_ENTRY(rfind) {
     MOE__JINJA_UNUSED;
     return moe__value_int(moe__jinja_place(j, self, p, 1));
 }
-MOE__PRIVATE moe__value moe__jinja_must_place(moe__jinja *j, moe__value s, moe__value *p, int last) {
+MOE__PRIVATE moe__value moe__jinja_must_place(moe__jinja *j, moe__value s, moe__value *p,
+                                              int last) {
     const int64_t at = moe__jinja_place(j, s, p, last);
     if (at < 0) moe__jinja_fail(j, "substring not found");
     return moe__value_int(at);
@@ -30158,8 +30163,8 @@ MOE__PRIVATE int moe__jinja_time_part(char *out, size_t room, char letter, int p
     case 't': snprintf(out, room, "\t"); break;
     case '%': snprintf(out, room, "%%"); break;
     case 's':
-        snprintf(out, room, "%lld", ((moe__jinja_days(t[0], t[1], t[2]) * 24 + hour) * 60 + minute) *
-                                            60LL + second);
+        snprintf(out, room, "%lld",
+                 ((moe__jinja_days(t[0], t[1], t[2]) * 24 + hour) * 60 + minute) * 60LL + second);
         break;
     case 'F': snprintf(out, room, "%lld-%02lld-%02lld", year, month, day); break;
     case 'T':
@@ -30561,12 +30566,11 @@ MOE__PRIVATE void moe__jinja_bind_macro(moe__jinja *j, const moe__jinja_node *ma
                                         moe__jinja_scope *scope, const moe__jinja_args *args) {
     const moe__value named = moe__dict_new(j->store, MOE__VALUE_DICT);
     const moe__value more = moe__list_new(j->store, MOE__VALUE_TUPLE, 0);
-    uint64_t i = 0, used = 0;
+    uint64_t i = 0;
     for (const moe__jinja_node *n = macro->a; n; n = n->next, i++) {
         const moe__value value = i < args->n ? args->items[i]
                                              : moe__jinja_named(j, args, n->value.as.text,
                                                                 n->value.size);
-        used += (uint64_t)(i >= args->n && moe__jinja_given(value));
         moe__jinja_define(j, scope, n->name, value);
     }
     for (uint64_t k = i; k < args->n; k++) moe__list_add(j->store, more.as.list, args->items[k]);
@@ -31120,7 +31124,8 @@ typedef struct moe__answer_form {
     const char *drops;  // marks that say nothing
     const char *ends;   // what ends an answer, beside the vocabulary's tokens
     // N: what the first field is (N: name, K: the same as NAME:INDEX, which is the id, too, T: the
-    // type of the call, if a name follows the last mark, I: id), then what marks begin (A: arguments)
+    // type of the call, if a name follows the last mark, I: id), then what marks begin (A:
+    // arguments)
     const char *fields;
     const moe__answer_tags *tags[2]; // calls of the second stand behind a mark only
     int is_free;     // reasoning may begin anywhere, its marks are control tokens
@@ -31140,8 +31145,8 @@ static const moe__answer_tags moe__tags_seed = {
 static const moe__answer_tags moe__tags_glm = {
     NULL, "", "<arg_key>", "<arg_value>", "</arg_value>", "</tool_call>", NULL, 0, 0};
 static const moe__answer_tags moe__tags_hy3 = {
-    NULL, "<tool_sep:opensource>", "<arg_key:opensource>", "<arg_value:opensource>", "</arg_value:opensource>",
-    "</tool_call:opensource>", NULL, 0, 0};
+    NULL, "<tool_sep:opensource>", "<arg_key:opensource>", "<arg_value:opensource>",
+    "</arg_value:opensource>", "</tool_call:opensource>", NULL, 0, 0};
 static const moe__answer_tags moe__tags_minimax2 = {
     "<invoke name=\"", ">", "<parameter name=\"", ">", "</parameter>", "</invoke>", NULL, 0, 0};
 static const moe__answer_tags moe__tags_minimax3 = {
@@ -32464,7 +32469,8 @@ MOE__PRIVATE int moe__answer_json_object_end(moe_chat_parser *p) {
 MOE__PRIVATE int moe__answer_json_named(moe_chat_parser *p) {
     const int is_id = p->state == MOE__CALL_ID;
     p->state = MOE__CALL_KEY;
-    if (is_id && p->is_call && p->id.size) moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
+    if (is_id && p->is_call && p->id.size)
+        moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
     if (is_id) return 1;
     if (p->how != 'B') moe__answer_commit(p);
     else if (!moe__answer_tool(p, p->name.data, p->name.size)) moe__answer_fail(p);
@@ -32992,7 +32998,8 @@ MOE__PRIVATE int moe__answer_tags_find(moe_chat_parser *p, size_t *end, size_t *
 
 MOE__PRIVATE int moe__answer_tags_read(moe_chat_parser *p) {
     size_t end, next = 0;
-    const int is_end = moe__answer_tags_find(p, &end, &next), is_string = p->state == MOE__TAGS_STRING;
+    const int is_end = moe__answer_tags_find(p, &end, &next);
+    const int is_string = p->state == MOE__TAGS_STRING;
     if (!is_end && !is_string) return 0;
     if (p->tags->values == 1 && !p->is_begun && p->at < end) {
         p->at += p->in.data[p->at] == '\n';

@@ -27166,7 +27166,8 @@ MOE__PRIVATE moe__list *moe__jinja_iterate(moe__jinja *j, moe__value v) {
             const int is_view = v.kind == MOE__VALUE_VIEW;
             moe__value one = entry->key;
             if (is_view && v.of == MOE__JINJA_VALUES) one = entry->value;
-            if (is_view && v.of == MOE__JINJA_ITEMS) one = moe__jinja_pair(j, entry->key, entry->value);
+            if (is_view && v.of == MOE__JINJA_ITEMS)
+                one = moe__jinja_pair(j, entry->key, entry->value);
             moe__list_add(j->store, list, one);
         }
     }

@@ -82,8 +82,11 @@ static void naive_free_down_to(naive_model *m, int n_memory) {
     while (m->n_memory > n_memory) free(m->memory[--m->n_memory]);
 }
 
+// A dense relative counts as its family.
 static int naive_is(const naive_model *m, const char *family) {
-    return !strcmp(m->family, family);
+    const int is_dense = !strcmp(m->family, "qwen35") || !strcmp(m->family, "lfm2");
+    const size_t n = strlen(m->family);
+    return !strncmp(m->family, family, n) && !strcmp(family + n, is_dense ? "moe" : "");
 }
 // A key of the model's family.
 static const moe_gguf_value *naive_key(const naive_model *m, const char *key) {

@@ -981,7 +981,9 @@ MOE_API moe_status moe_generator_next(moe_generator *generator, moe_generated *o
 // answer, true if nothing is said and the last message is not to be continued;
 // continue_final_message: the last message is unfinished, what is generated goes on with it; now:
 // the time in ISO 8601 ("2026-03-14T15:09:26") for templates that ask for it; chat_template: the
-// name of one in the file, or a template; chat_template_kwargs: an object of further variables.
+// name of one in the file, or a template; chat_template_kwargs: an object of further variables;
+// adapt_messages: where the template raises at it or prints it as it is, join content's parts, and
+// take arguments that are JSON in a string, as web services send them, for an object.
 // Every other key is a variable of the template. Templates are the file's and hostile: they run
 // within bounds of steps, depth and memory and see nothing but their variables.
 
@@ -30744,10 +30746,9 @@ MOE__PRIVATE moe__value moe__jinja_render(moe__store *store, const moe__text_run
 // passes them; the template's text is tokenized so that control tokens come from it alone: bytes
 // that users typed are marked (see >>json), and no control token may take one of them.
 //
-// What transformers cannot do with a request, or does badly, is tried once more in another way:
-// parts of content are joined where a template knows only texts, and arguments of tool calls that
-// came as JSON in a string become objects where a template needs these. Everything else is as the
-// template has it.
+// A template gets messages as the request has them. With adapt_messages, what it fails at or prints
+// badly is tried once more in another way: parts of content are joined where it knows only texts,
+// and arguments of tool calls that came as JSON in a string become objects where it needs these.
 // ==============================================================================================
 #if MOE__USE_CHAT
 
@@ -30782,7 +30783,7 @@ typedef struct moe__chat {
     const char *json;
     uint64_t size;
     int change;       // MOE__CHAT_..., and which of them would change something
-    int changeable;
+    int changeable, adapts; // adapts: the request allows it
     moe__value request, source, text; // the template's source and what came out
 } moe__chat;
 
@@ -30946,11 +30947,11 @@ MOE__PRIVATE void moe__chat_set_tokens(moe__chat *chat, moe__value context) {
 
 MOE__PRIVATE void moe__chat_set_all(moe__chat *chat, moe__value context, moe__value from) {
     static const char *const ours[] = {"chat_template", "chat_template_kwargs",
-                                       "continue_final_message", "now"};
+                                       "continue_final_message", "now", "adapt_messages"};
     for (uint64_t i = 0; i < from.as.dict->n; i++) {
         const moe__pair *entry = &from.as.dict->entries[i];
         int is_ours = 0;
-        for (int k = 0; k < 4; k++) is_ours |= moe__value_is_text(entry->key, ours[k]);
+        for (int k = 0; k < 5; k++) is_ours |= moe__value_is_text(entry->key, ours[k]);
         if (!is_ours) moe__dict_set(&chat->store, context.as.dict, entry->key, entry->value);
     }
 }
@@ -30984,6 +30985,8 @@ MOE__PRIVATE void moe__chat_work(void *of) {
     const moe__value *now = moe__dict_get(store, chat->request, "now");
     const moe__value *goes_on = moe__dict_get(store, chat->request, "continue_final_message");
     const moe__value *prompt = moe__dict_get(store, chat->request, "add_generation_prompt");
+    const moe__value *adapts = moe__dict_get(store, chat->request, "adapt_messages");
+    chat->adapts = adapts && adapts->kind == MOE__VALUE_BOOL && adapts->as.i;
     moe__value continues = moe__value_of(MOE__VALUE_UNDEFINED);
     if (goes_on && ((goes_on->kind == MOE__VALUE_BOOL && goes_on->as.i) ||
                     (goes_on->kind == MOE__VALUE_STRING && goes_on->size)))
@@ -31029,7 +31032,8 @@ MOE__PRIVATE moe_status moe__chat_render(const moe_vocab *vocab, const char *req
     chat->json = request;
     chat->size = size;
     moe_status status = moe__chat_try(chat, &first);
-    if ((status == MOE_ERROR_ARGUMENT || chat->store.noticed) && chat->changeable) {
+    if ((status == MOE_ERROR_ARGUMENT || chat->store.noticed) && chat->changeable &&
+        chat->adapts) {
         const moe__value text = chat->text;
         chat->change = chat->changeable;
         const moe_status changed = moe__chat_try(chat, NULL);

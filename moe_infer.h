@@ -68,6 +68,10 @@
 //   a type of cache, as kv_q8_0: moe_kv_type, moe__kv_bytes, moe__session_configure and, for
 //     attention, moe__attend_load, kv_*, score_tile*, MOE__SCORE_TILE, value_*, MOE__VALUE_TILE,
 //     step_floats, attend*; also moe__kv_store, moe__mla_expand
+//   a filter of chat templates, as dictsort: MOE__JINJA_ENTRY, moe__jinja_filters; methods, tests
+//     and functions likewise, see also moe__jinja_entry
+//   a form of answers, as "apertus": moe__answer_forms; calls of a new kind see also
+//     moe__answer_form
 // ==============================================================================================
 
 // ==============================================================================================
@@ -117,6 +121,16 @@
 // there on are evaluated again. moe_session_save writes all this to a file, and moe_session_load
 // goes on from it, in another process or with other options; a file of another model, or one that
 // is damaged, is refused and changes nothing.
+//
+// GENERATING. moe_generate draws, evaluates and hands out text until something ends it. It is a loop
+// over moe_generator_next, which draws one token each time and can stand still between any two: it
+// keeps half characters and what may begin a stop string, so that pauses, cancelled evals and a
+// full context change neither the bytes nor the draws.
+//
+// CHAT. moe_chat_tokenize makes tokens of a request in JSON (messages, tools) by the template in
+// the file; moe_session_sync evaluates what is new in them; a generator with special = MOE_ON gives
+// the answer, and moe_chat_parser takes it apart into reasoning, content and tool calls while it
+// comes. The answer, as a message of its own, goes into the next request.
 //
 // THREADS. A session's team is made with it, or shared through moe_pool; threads sleep between
 // evals. Sessions with pools of their own run at the same time; those of one pool take turns.

@@ -859,6 +859,7 @@ typedef struct way {
     moe_generator_options options;
     int n, counted; // tokens chosen, and since the last limit
     int countdown;  // should_stop's; -1: never
+    int ended;      // the last one chosen was an end token, which is not counted
     text got;
     int n_cancelled, n_full, n_limits, n_moved;
 } way;
@@ -878,6 +879,7 @@ static void way_begin(way *w, const moe_model *model, const course *c, int n_ctx
 static void way_open(way *w, const moe_generator *from) {
     moe_error error;
     w->options.from = from;
+    w->counted = 0;
     w->generator = moe_generator_open(w->session, &w->options, &error);
     CHECKF(w->generator, "%s", error.text);
 }
@@ -904,13 +906,12 @@ static void way_move(way *w, int more) {
     moe_generator *before = w->generator;
     int n = way_tokens(w, ids);
     if (random_below(2) == 0) CHECK(moe_session_copy(session, w->session, NULL) == MOE_OK);
-    else CHECK(moe_session_sync(session, ids, n - (w->n > 0), NULL, NULL) == MOE_OK);
+    else CHECK(moe_session_sync(session, ids, n - (w->n > 0 && !w->ended), NULL, NULL) == MOE_OK);
     moe_session_close(w->session);
     moe_sampler_close(w->sampler);
     w->session = session;
     w->options.sampler = w->sampler = sampler;
     w->options.max_tokens = random_below(2) ? 0 : 1 + (int)random_below(30);
-    w->counted = 0;
     way_open(w, before);
     moe_generator_close(before);
     w->n_moved++;
@@ -971,6 +972,11 @@ static moe_generated way_next(way *w) {
     memset(&out, 0xAA, sizeof out);
     const moe_status status = moe_generator_next(w->generator, &out, &error);
     CHECKF(status == MOE_OK, "%s", error.text);
+    if (status) { // nothing goes on from here
+        out.reason = MOE_STOP_END;
+        return out;
+    }
+    w->ended = out.end_token >= 0;
     CHECK(out.token >= 0 ? out.pending == out.token : out.size == 0 || w->n_moved > 0);
     if (out.token >= 0 && out.end_token < 0) {
         CHECKF(w->n < MANY && out.token == c->tokens[w->n], "token %d", w->n);
@@ -1182,13 +1188,14 @@ TEST(generators_end_at_stop_tokens_and_go_on_from_there) {
     for (int round = 0; round < 40; round++) {
         course_make(&c, the_model, (uint64_t)round, 0.5f);
         const int at = (int)random_below(MANY);
-        int32_t stops[2] = {0, c.tokens[at]};
+        int32_t stops[2] = {0, c.tokens[at]}, lost[2] = {0, c.tokens[at]};
         int first = 0;
         while (c.tokens[first] != stops[0] && c.tokens[first] != stops[1]) first++;
         way_begin(&w, the_model, &c, N_PROMPT + 20);
-        w.options.stop_tokens = stops, w.options.n_stop_tokens = 2;
+        w.options.stop_tokens = lost, w.options.n_stop_tokens = 2;
         way_open(&w, NULL);
-        stops[0] = stops[1] = -1; // they were copied
+        lost[0] = lost[1] = -1; // they were copied
+        w.options.stop_tokens = stops;
         moe_generated out = way_run(&w, MANY, 3);
         CHECK(out.reason == MOE_STOP_END && w.n == first);
         CHECK(out.end_token == c.tokens[first] && out.token == out.end_token);

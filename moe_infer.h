@@ -24637,7 +24637,8 @@ typedef struct moe__value {
     uint8_t typed;        // STRING without marks: was it typed by a user?
     uint8_t safe;         // STRING: it is HTML, what is added to it is escaped
     uint8_t of;           // what is special about it, see >>jinja and >>chat
-    const uint8_t *marks; // STRING: for each byte, or NULL
+    const uint8_t *marks; // STRING: for each byte, or NULL; FLOAT: `size` digits if it was written
+                          // as an integer that is too large for one
     uint64_t size;        // STRING: bytes; UNDEFINED: of its name
     union {
         int64_t i; // INT, BOOL
@@ -25204,13 +25205,18 @@ MOE__PRIVATE moe__value moe__json_read_number(moe__json *json) {
         whole = 0;
     }
     int64_t value = 0;
-    for (uint64_t i = digits; whole && i < end; i++) { // below 0, where there is one more
-        whole = !__builtin_mul_overflow(value, (int64_t)10, &value) &&
-                !__builtin_sub_overflow(value, (int64_t)(json->text[i] - '0'), &value);
+    int fits = whole;
+    for (uint64_t i = digits; fits && i < end; i++) { // below 0, where there is one more
+        fits = !__builtin_mul_overflow(value, (int64_t)10, &value) &&
+               !__builtin_sub_overflow(value, (int64_t)(json->text[i] - '0'), &value);
     }
-    if (whole && (minus || value != INT64_MIN)) return moe__value_int(minus ? value : -value);
-    return moe__value_float(
-        moe__json_float(json->store, json->text + from, json->at - from));
+    if (fits && (minus || value != INT64_MIN)) return moe__value_int(minus ? value : -value);
+    moe__value v =
+        moe__value_float(moe__json_float(json->store, json->text + from, json->at - from));
+    if (!whole) return v;
+    v.marks = (const uint8_t *)json->text + from;
+    v.size = json->at - from;
+    return v;
 }
 
 MOE__PRIVATE moe__value moe__json_read_word(moe__json *json) {
@@ -25338,6 +25344,10 @@ MOE__PRIVATE void moe__json_write_string(moe__builder *b, moe__value s, int ensu
 
 MOE__PRIVATE void moe__json_write_number(moe__builder *b, moe__value v) {
     char text[64];
+    if (v.kind == MOE__VALUE_FLOAT && v.size) {
+        moe__builder_add(b, (const char *)v.marks, v.size, 1);
+        return;
+    }
     if (v.kind == MOE__VALUE_INT) snprintf(text, sizeof text, "%lld", (long long)v.as.i);
     else moe__json_print_float(v.as.f, text);
     if (!strcmp(text, "nan")) strcpy(text, "NaN");
@@ -27047,6 +27057,10 @@ MOE__PRIVATE void moe__jinja_repr(moe__jinja *j, moe__builder *b, moe__value v) 
         moe__builder_words(b, text);
         break;
     case MOE__VALUE_FLOAT:
+        if (v.size) {
+            moe__builder_add(b, (const char *)v.marks, v.size, 1);
+            break;
+        }
         moe__json_print_float(v.as.f, text);
         moe__builder_words(b, text);
         break;

@@ -27134,6 +27134,7 @@ MOE__PRIVATE moe__value moe__jinja_pair(moe__jinja *j, moe__value a, moe__value 
 MOE__PRIVATE moe__list *moe__jinja_characters(moe__jinja *j, moe__value s) {
     moe__list *list = moe__list_new(j->store, MOE__VALUE_LIST, moe__jinja_count(j, s)).as.list;
     uint32_t code;
+    s.safe = 0;
     for (uint64_t i = 0, n; i < s.size; i += n) {
         n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
         moe__list_add(j->store, list, moe__value_part(s, i, i + n));
@@ -27472,7 +27473,7 @@ MOE__PRIVATE moe__value moe__jinja_slice_string(moe__jinja *j, moe__value s, int
     return out;
 }
 
-// v[from:to:step]; UNDEFINED if v has no slices.
+// v[from:to:step]
 MOE__PRIVATE moe__value moe__jinja_slice(moe__jinja *j, moe__value v, moe__value *parts) {
     int64_t first = 0, step = 1;
     const int64_t length = v.kind == MOE__VALUE_VIEW || v.kind == MOE__VALUE_DICT ||
@@ -27480,8 +27481,9 @@ MOE__PRIVATE moe__value moe__jinja_slice(moe__jinja *j, moe__value v, moe__value
                                ? -1
                                : moe__jinja_length(j, v);
     moe__jinja_need(j, v);
-    const int64_t n = length < 0 ? -1 : moe__jinja_slice_range(j, parts, length, &first, &step);
-    if (n < 0) return moe__jinja_hint("this has no such slice");
+    if (length < 0) moe__jinja_fail(j, "'%s' object is not subscriptable", moe__jinja_type(v));
+    const int64_t n = moe__jinja_slice_range(j, parts, length, &first, &step);
+    if (n < 0) moe__jinja_fail(j, "slice indices must be integers or None");
     if (v.kind == MOE__VALUE_STRING) return moe__jinja_slice_string(j, v, first, step, n);
     const moe__list *from = moe__jinja_iterate(j, v);
     const moe__value out = moe__list_new(
@@ -29021,6 +29023,7 @@ MOE__PRIVATE moe__value moe__jinja_dict_of(moe__jinja *j, moe__value_kind kind,
             moe__jinja_dict_add(j, out.as.dict, from.as.dict->entries[i].key,
                                 from.as.dict->entries[i].value);
     } else if (args->n) {
+        moe__jinja_need(j, from);
         const moe__list *pairs = moe__jinja_iterate(j, from);
         for (uint64_t i = 0; i < pairs->n; i++) {
             const moe__list *pair = moe__jinja_iterate(j, pairs->items[i]);
@@ -29163,7 +29166,6 @@ MOE__PRIVATE const moe__jinja_entry *moe__jinja_find_method(moe__value v, const 
 
 // ---- filters: strings ------------------------------------------------------------------------
 
-
 MOE__JINJA_ENTRY(filter_string) {
     MOE__JINJA_UNUSED;
     return moe__jinja_text(j, self);
@@ -29277,6 +29279,7 @@ MOE__JINJA_ENTRY(filter_indent) {
 
 MOE__JINJA_ENTRY(filter_truncate) {
     MOE__JINJA_UNUSED;
+    if (self.kind == MOE__VALUE_UNDEFINED) return self;
     const moe__value s = moe__jinja_string_of(j, self, "");
     const moe__value end = moe__jinja_string_of(j, p[2], "...");
     const int64_t length = moe__jinja_int_of(j, p[0], 255), n = (int64_t)moe__jinja_count(j, s);
@@ -29475,7 +29478,7 @@ MOE__JINJA_ENTRY(filter_first) {
 }
 MOE__JINJA_ENTRY(filter_last) {
     MOE__JINJA_UNUSED;
-    if (self.kind == MOE__VALUE_ITERATOR || self.kind == MOE__VALUE_UNDEFINED)
+    if (self.kind == MOE__VALUE_ITERATOR)
         moe__jinja_fail(j, "'%s' object is not reversible", moe__jinja_type(self));
     const moe__list *list = moe__jinja_iterate(j, self);
     return list->n ? list->items[list->n - 1]

@@ -30532,15 +30532,18 @@ MOE__PRIVATE void moe__jinja_loop_over(moe__jinja *j, const moe__jinja_node *nod
     loop->node = node->op ? node : NULL;
     loop->scope = outer;
     variable.as.object = loop;
+    int through = 0; // did a turn reach the end of the body?
     for (; loop->at < items->n; loop->at++) {
         moe__store_step(j->store, 1);
         j->scope = moe__jinja_scope_new(j, outer);
         moe__jinja_define(j, j->scope, MOE__JINJA_LOOP, variable);
         moe__jinja_assign(j, node->a, items->items[loop->at]);
-        if (moe__jinja_run(j, node->body) == MOE__JINJA_BREAKS) break;
+        const int way = moe__jinja_run(j, node->body);
+        through |= way == MOE__JINJA_GO_ON;
+        if (way == MOE__JINJA_BREAKS) break;
     }
     j->scope = outer;
-    if (items->n || !node->other) return;
+    if (through || !node->other) return; // as Jinja2 has it, also if all turns were left early
     j->scope = moe__jinja_scope_new(j, outer);
     moe__jinja_run(j, node->other);
     j->scope = outer;

@@ -321,7 +321,563 @@ TEST(templates_of_real_models_give_the_texts_of_jinja2) {
     close_json(&expected);
 }
 
-//@TABLE
+// ---- the language ----------------------------------------------------------------------------
+
+// Variables of the templates below.
+static const char language_request[] =
+    "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \"assistant"
+     "\", \"content\": \"Yo\", \"n\": 3}], \"l\": [3, 1, 2, 2], \"d\": {\"b\": 1, \"a\":"
+     " [1, {\"x\": null}], \"items\": 7}, \"s\": \"Hello, World\", \"u\": \"\303\204\303"
+     "\237\344\270\255\360\237\230\200\", \"f\": 2.5, \"t\": true, \"z\": null, \"deep\""
+     ": [{\"v\": 1, \"c\": [{\"v\": 2, \"c\": [{\"v\": 3, \"c\": []}]}]}, {\"v\": 4, \"c"
+     "\": []}], \"rows\": [{\"n\": \"b\", \"g\": \"x\", \"v\": 2}, {\"n\": \"A\", \"g\":"
+     " \"y\", \"v\": 1}, {\"n\": \"a\", \"g\": \"x\"}], \"ml\": \"one\\ntwo\\n\\n three"
+     "\\n\"}";
+
+// A template and what Jinja2 3.1.6 makes of it with transformers' settings; where that is an error:
+// what our error says, which holds Jinja2's words but where these tell of Python.
+static const struct {
+    const char *source, *text;
+    int is_error;
+} language[] = {
+    // white space
+    {"a\n{% if t %}\n  b\n{% endif %}\nc",
+     "a\n  b\nc", 0},
+    {"  {% if t %}  x  {% endif %}  \n y",
+     "  x    \n y", 0},
+    {"a  {%- if t -%}  b  {%- endif -%}  c",
+     "abc", 0},
+    {"a\n  {%+ if t %} b{% endif %}",
+     "a\n   b", 0},
+    {"a\n  {{- 1 -}}  \n b",
+     "a1b", 0},
+    {"{{ 1 }}\n{{ 2 }}\n\n",
+     "1\n2\n", 0},
+    {"a {# c #} b\n{# c #}\nd\n  {#- e -#}  f",
+     "a  b\ndf", 0},
+    {"{% raw %}{{ x }}{% y %}{% endraw %}|{%- raw -%} a {% endraw %}",
+     "{{ x }}{% y %}|a ", 0},
+    {"{% set x = 1 %}\n  \n{{ x }}\n\n",
+     "  \n1\n", 0},
+    {"a\r\nb\rc{{ \"\\n\" }}\r\n",
+     "a\nb\nc\n", 0},
+    {"{% if t %}{# c #}\n  {% endif %}|\t{% if t %}x{% endif +%}\n",
+     "|\tx", 0},
+    // loops
+    {"{% for i in l %}{{ loop.index }}{{ loop.index0 }}{{ loop.revindex }}{{ loop.revind"
+     "ex0 }}{{ loop.first }}{{ loop.last }}{{ loop.length }};{% endfor %}",
+     "1043TrueFalse4;2132FalseFalse4;3221FalseFalse4;4310FalseTrue4;", 0},
+    {"{% for i in l %}{{ loop.previtem }}<{{ i }}>{{ loop.nextitem }} {{ loop.previtem i"
+     "s defined }}{% endfor %}",
+     "<3>1 False3<1>2 True1<2>2 True2<2> True", 0},
+    {"{% for i in l %}{% if i == 2 %}{% continue %}{% endif %}{% if loop.index == 4 %}{%"
+     " break %}{% endif %}{{ i }}{% endfor %}",
+     "31", 0},
+    {"{% for i in l %}{% break %}{% else %}none{% endfor %}",
+     "none", 0},
+    {"{% for i in [] %}x{% else %}none{% endfor %}",
+     "none", 0},
+    {"{% for i in l if i > 1 %}{{ loop.index }}/{{ loop.length }}:{{ i }} {% endfor %}",
+     "1/3:3 2/3:2 3/3:2 ", 0},
+    {"{% for i in l %}{{ loop.cycle('a', 'b') }}{{ loop.changed(i) }}{% endfor %}",
+     "aTruebTrueaTruebFalse", 0},
+    {"{% for a, b in [[1, 2], [3, 4]] %}{{ a + b }}{% endfor %}{% for k, v in d.items() "
+     "%}{{ k }}={{ v }};{% endfor %}",
+     "37b=1;a=[1, {'x': None}];items=7;", 0},
+    {"{% for n in deep recursive %}{{ n.v }}:{{ loop.depth }}:{{ loop.depth0 }}[{{ loop("
+     "n.c) }}]{% endfor %}",
+     "1:1:0[2:2:1[3:3:2[]]]4:1:0[]", 0},
+    {"{% for c in u %}<{{ c }}>{% endfor %}",
+     "<\303\204><\303\237><\344\270\255><\360\237\230\200>", 0},
+    {"{% for i in range(3) %}{% for j in range(i) %}{{ loop.index }}{{ i }}{{ j }} {% en"
+     "dfor %}{% endfor %}",
+     "110 120 221 ", 0},
+    {"{% set x = 1 %}{% for i in l %}{{ x }}{% set x = i %}{% endfor %}{{ x }}",
+     "11111", 0},
+    {"{% set ns = namespace(n=0) %}{% for i in l %}{% set ns.n = ns.n + i %}{% endfor %}"
+     "{{ ns.n }}",
+     "8", 0},
+    {"{% for i in range(1, 10, 3) %}{{ i }}{% endfor %}{{ range(5)[1:3] | list }}{{ rang"
+     "e(10, 0, -4) | list }}",
+     "147[1, 2][10, 6, 2]", 0},
+    {"{% for m in messages %}{{ m.role }}{{ m['content'] }}{{ m.n }}{{ m.n is defined }}"
+     "{% endfor %}",
+     "userHiFalseassistantYo3True", 0},
+    {"{% for x in d %}{{ x }}{% endfor %}{{ loop is defined }}",
+     "baitemsFalse", 0},
+    // scopes
+    {"{% set x = 1 %}{% if t %}{% set x = 2 %}{% endif %}{{ x }}{% with x = 3, y = x %}{"
+     "{ x }}{{ y }}{% endwith %}{{ x }}",
+     "2322", 0},
+    {"{% set x, y = 1, 'a' %}{{ x }}{{ y }}{% set q %}<{{ x }}>{% endset %}{{ q * 2 }}{%"
+     " set q | upper | trim %} ab {% endset %}{{ q }}",
+     "1a<1><1>AB", 0},
+    {"{% filter upper | replace('A', '-') %}abc{{ 'a' }}{% endfilter %}",
+     "-BC-", 0},
+    {"{% generation %}a{{ 1 }}{% endgeneration %}b",
+     "a1b", 0},
+    {"{% block x %}a{{ t }}{% endblock x %}",
+     "aTrue", 0},
+    // macros
+    {"{% macro f(a, b=2, c=b) %}{{ a }},{{ b }},{{ c }};{% endmacro %}{{ f(1) }}{{ f(1, "
+     "3) }}{{ f(c=9, a=8) }}{{ f() }}",
+     "1,2,2;1,3,3;8,2,9;,2,2;", 0},
+    {"{% macro f(a) %}{{ a }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ f(1, 2, 3, x=4) }"
+     "}",
+     "1(2, 3){'x': 4}", 0},
+    {"{% macro f(a) %}<{{ a }}{{ caller(a, 2) }}>{% endmacro %}{% call(x, y) f(1) %}{{ x"
+     " }}+{{ y }}{% endcall %}",
+     "<11+2>", 0},
+    {"{% macro f(x) %}{{ x }}{% if x %}{{ f(x - 1) }}{% endif %}{% endmacro %}{{ f(5) }}",
+     "543210", 0},
+    {"{% macro f() %}{{ caller is defined }}{{ varargs | length }}{% endmacro %}{{ f() }"
+     "}{{ f.name }}",
+     "False0f", 0},
+    {"{% set x = 1 %}{% macro f() %}{{ x }}{% set x = 2 %}{{ x }}{% endmacro %}{{ f() }}"
+     "{{ x }}",
+     "121", 0},
+    // operators
+    {"{{ 7 // 2 }} {{ -7 // 2 }} {{ 7 % -3 }} {{ 7 / 2 }} {{ 2 ** 10 }} {{ 2 ** -1 }} {{"
+     " -2 ** 2 }} {{ 7.5 // 2 }} {{ -7.5 % 2 }}",
+     "3 -4 -2 3.5 1024 0.5 4 3.0 0.5", 0},
+    {"{{ 1 + 2 * 3 - 4 }} {{ (1 + 2) * 3 }} {{ 'a' ~ 1 ~ none }} {{ 'ab' * 3 }} {{ [1] +"
+     " [2] }} {{ [0] * 3 }} {{ (1, 2) + (3,) }}",
+     "3 9 a1None ababab [1, 2] [0, 0, 0] (1, 2, 3)", 0},
+    {"{{ 1 < 2 < 3 }} {{ 1 < 3 < 2 }} {{ 'a' < 'b' }} {{ [1, 2] < [1, 3] }} {{ 1 == 1.0 "
+     "}} {{ true == 1 }} {{ 'a' in 'cat' }} {{ 2 not in l }} {{ 'b' in d }}",
+     "True False True True True True True False True", 0},
+    {"{{ not t or z }} {{ z and 1 }} {{ 0 or 'x' }} {{ 1 if t else 2 }} {{ 1 if z }} {{ "
+     "(1 if z) is defined }}",
+     "None None x 1  False", 0},
+    {"{{ '%s is %d and %.2f, %5s|%-5s|%05d|%x%%' % ('a', 3, 2.5, 'r', 'l', 42, 255) }} {"
+     "{ '%s' % none }} {{ '%(a)s' % {'a': 1} }}",
+     "a is 3 and 2.50,     r|l    |00042|ff% None 1", 0},
+    {"{{ 1e3 }} {{ 1_000 }} {{ 0x1f }} {{ 0b11 }} {{ 0o17 }} {{ 1.5e-7 }} {{ 1e16 }} {{ "
+     "1e15 }} {{ 0.1 + 0.2 }} {{ 1e22 }}",
+     "1000.0 1000 31 3 15 1.5e-07 1e+16 1000000000000000.0 0.30000000000000004 1e+22", 0},
+    {"{{ 9223372036854775807 }} {{ -9223372036854775807 }} {{ 3 * 1.0 }} {{ 10 ** 20 * 1"
+     ".0 if false else 1 }}",
+     "9223372036854775807 -9223372036854775807 3.0 1", 0},
+    {"{{ \"a\" \"b\" 'c' }} {{ 'tab\\tnl\\\\n \\x41\\u00e9\\U0001F600 \\q' }}",
+     "abc tab\tnl\\n A\303\251\360\237\230\200 \\q", 0},
+    // values
+    {"{{ [1, 'a', none, true, 2.0, \"it's\", 'q\"q', 'a\\nb'] }} {{ {'a': 1, 2: [3]} }} "
+     "{{ (1,) }} {{ () }} {{ {} }} {{ d }}",
+     "[1, 'a', None, True, 2.0, \"it's\", 'q\"q', 'a\\nb'] {'a': 1, 2: [3]} (1,) () {} {"
+     "'b': 1, 'a': [1, {'x': None}], 'items': 7}", 0},
+    {"{{ nope }}|{{ nope is defined }}|{{ nope | default('x') }}|{{ z | default('x') }}|"
+     "{{ z | default('x', true) }}|{{ d.nope }}|",
+     "|False|x|None|x||", 0},
+    {"{{ s[0] }}{{ s[-1] }}{{ s[1:4] }}{{ s[::-1] }}{{ s[-3:] }}{{ s[:100] }}{{ s[5:2] }"
+     "}{{ u[1:3] }}{{ l[::2] }}{{ l[-2:] }}{{ (1, 2, 3)[1:] }}",
+     "HdelldlroW ,olleHrldHello, World\303\237\344\270\255[3, 2][2, 2](2, 3)", 0},
+    {"{{ d['items'] }} {{ d.a.1.x }} {{ d['a'][0] }} {{ l[9] is defined }} {{ d.get('q',"
+     " 5) }} {{ d.get('q') }}",
+     "7 None 1 False 5 None", 0},
+    // filters
+    {"{{ l | join(',') }} {{ l | sort }} {{ l | sort(reverse=true) }} {{ l | unique | li"
+     "st }} {{ l | sum }} {{ l | min }} {{ l | max }} {{ l | first }} {{ l | last }} {{ "
+     "l | length }} {{ l | reverse | list }}",
+     "3,1,2,2 [1, 2, 2, 3] [3, 2, 2, 1] [3, 1, 2] 8 1 3 3 2 4 [2, 2, 1, 3]", 0},
+    {"{{ rows | map(attribute='n') | join }} {{ rows | selectattr('v') | map(attribute='"
+     "n') | list }} {{ rows | selectattr('g', 'equalto', 'x') | list | length }} {{ rows"
+     " | rejectattr('v', 'defined') | map(attribute='n') | first }} {{ rows | map(attrib"
+     "ute='v', default=0) | list }}",
+     "bAa ['b', 'A'] 2 a [2, 1, 0]", 0},
+    {"{% for g, items in rows | groupby('g') %}{{ g }}:{{ items | map(attribute='n') | j"
+     "oin('+') }} {% endfor %}{{ rows | sort(attribute='n') | map(attribute='n') | join "
+     "}}",
+     "x:b+a y:A Aab", 0},
+    {"{{ [1, 2, 3, 4] | select('odd') | list }} {{ ['a', 1] | reject('string') | list }}"
+     " {{ ['a', 'b'] | map('upper') | list }} {{ l | batch(3, 'x') | list }} {{ l | slic"
+     "e(3) | list }}",
+     "[1, 3] [1] ['A', 'B'] [[3, 1, 2], [2, 'x', 'x']] [[3, 1], [2], [2]]", 0},
+    {"{{ s | upper }} {{ s | lower }} {{ 'hello wORLD-x' | title }} {{ 'hELLO' | capital"
+     "ize }} {{ '  a ' | trim }}| {{ 'xxaxx' | trim('x') }} {{ s | replace('l', 'L', 2) "
+     "}} {{ s | truncate(9) }} {{ s | center(20) }}| {{ s | wordcount }}",
+     "HELLO, WORLD hello, world Hello World-X Hello a| a HeLLo, World Hello, World     H"
+     "ello, World    | 2", 0},
+    {"{{ ml | indent }}|{{ ml | indent(2, true) }}|{{ ml | indent('> ', blank=true) }}",
+     "one\n    two\n\n     three\n|  one\n  two\n\n   three\n|one\n> two\n> \n>  three\n"
+     "> ", 0},
+    {"{{ '42' | int }} {{ 'x' | int(7) }} {{ '3.7' | int }} {{ 3.7 | int }} {{ '0x1f' | "
+     "int(base=16) }} {{ '2.5' | float }} {{ 2.5 | round }} {{ 3.14159 | round(2) }} {{ "
+     "2.1 | round(method='ceil') }} {{ -3 | abs }}",
+     "42 7 3 3 31 2.5 2.0 3.14 3.0 3", 0},
+    {"{{ '<a href=\"x\">' | e }} {{ '<' | safe }} {{ ('<' | safe) + '<' }} {{ 'a b/c?"
+     "\303\251' | urlencode }} {{ {'b': 2, 'A': 1} | dictsort }} {{ d | items | list | l"
+     "ength }} {{ '%s!' | format('x') }} {{ 1 | string + '1' }}",
+     "&lt;a href=&#34;x&#34;&gt; < <&lt; a%20b/c%3F%C3%A9 [('A', 1), ('b', 2)] 3 x! 11", 0},
+    // JSON
+    {"{{ d | tojson }} {{ u | tojson }} {{ u | tojson(ensure_ascii=true) }} {{ [1.0, 1e1"
+     "00, none, true, \"a\\\"b\\\\c\\n\\t/\\x7f\"] | tojson }}",
+     "{\"b\": 1, \"a\": [1, {\"x\": null}], \"items\": 7} \"\303\204\303\237\344\270\255"
+     "\360\237\230\200\" \"\\u00c4\\u00df\\u4e2d\\ud83d\\ude00\" [1.0, 1e+100, null, tru"
+     "e, \"a\\\"b\\\\c\\n\\t/\177\"]", 0},
+    {"{{ d | tojson(indent=2) }}",
+     "{\n  \"b\": 1,\n  \"a\": [\n    1,\n    {\n      \"x\": null\n    }\n  ],\n  \"ite"
+     "ms\": 7\n}", 0},
+    {"{{ d | tojson(indent=4, sort_keys=true) }}{{ [] | tojson(indent=2) }}{{ {} | tojso"
+     "n(indent=2) }}{{ [[]] | tojson(indent=1) }}",
+     "{\n    \"a\": [\n        1,\n        {\n            \"x\": null\n        }\n    ],"
+     "\n    \"b\": 1,\n    \"items\": 7\n}[]{}[\n []\n]", 0},
+    {"{{ d | tojson(separators=(',', ':')) }} {{ {1: 2, none: 3, true: 4, 1.5: 5} | tojs"
+     "on }} {{ '<&>' | tojson }} {{ (1, 2) | tojson }}",
+     "{\"b\":1,\"a\":[1,{\"x\":null}],\"items\":7} {\"1\": 4, \"null\": 3, \"1.5\": 5} "
+     "\"<&>\" [1, 2]", 0},
+    // tests
+    {"{{ 1 is number }}{{ 1 is integer }}{{ 1.0 is float }}{{ t is boolean }}{{ t is tru"
+     "e }}{{ z is none }}{{ s is string }}{{ l is iterable }}{{ s is iterable }}{{ d is "
+     "mapping }}{{ l is sequence }}{{ d is sequence }}{{ 1 is sequence }}",
+     "TrueTrueTrueTrueTrueTrueTrueTrueTrueTrueTrueTrueFalse", 0},
+    {"{{ 4 is even }}{{ 4 is odd }}{{ 9 is divisibleby(3) }}{{ 9 is divisibleby 2 }}{{ 1"
+     " is in [1] }}{{ 1 is not in [1] }}{{ 'a' is lower }}{{ 'A' is upper }}{{ 1 is same"
+     "as true }}{{ range is callable }}{{ 'upper' is filter }}{{ 3 is gt 2 }}{{ 2 is eq "
+     "2 }}",
+     "TrueFalseTrueFalseTrueFalseTrueTrueFalseTrueTrueTrueTrue", 0},
+    // methods
+    {"{{ ' a '.strip() }}|{{ 'xay'.strip('xy') }}{{ 'aab'.lstrip('a') }}{{ 'abb'.rstrip("
+     "'b') }} {{ 'a,b,c'.split(',') }} {{ 'a b  c'.split() }} {{ 'a,b,c'.split(',', 1) }"
+     "} {{ 'a,b,c'.rsplit(',', 1) }} {{ 'a\\nb\\r\\nc'.splitlines() }}",
+     "a|aba ['a', 'b', 'c'] ['a', 'b', 'c'] ['a', 'b,c'] ['a,b', 'c'] ['a', 'b', 'c']", 0},
+    {"{{ 'abc'.startswith('ab') }}{{ 'abc'.endswith(('x', 'c')) }}{{ 'abcabc'.find('c') "
+     "}}{{ 'abcabc'.rfind('c') }}{{ 'abc'.find('x') }}{{ 'abca'.count('a') }}{{ 'abc'.in"
+     "dex('b') }} {{ 'a-b'.replace('-', '+') }} {{ '-'.join(['a', 'b']) }} {{ 'aXb'.part"
+     "ition('X') }} {{ '\303\237'.upper() }}{{ '\303\204\303\226'.lower() }}{{ 'they are"
+     "'.title() }}{{ 'aB'.swapcase() }}",
+     "TrueTrue25-121 a+b a-b ('a', 'X', 'b') SS\303\244\303\266They AreAb", 0},
+    {"{{ '{} {1} {}'.format(1, 2) if false else '{} {}'.format(1, 'a') }} {{ '{0}{x!r:>5"
+     "}{0:03d}{y.a}'.format(7, x='q', y={'a': 1}) if false else '{0}{x!r:>5}{0:03d}'.for"
+     "mat(7, x='q') }} {{ '5'.zfill(3) }}{{ 'a'.ljust(3) }}|{{ 'a'.rjust(3, '.') }}{{ 'a"
+     "'.center(4) }}|{{ '12'.isdigit() }}{{ 'ab1'.isalnum() }}{{ ' '.isspace() }}{{ 'ab'"
+     ".isalpha() }}",
+     "1 a 7  'q'007 005a  |..a a  |TrueTrueTrueTrue", 0},
+    {"{{ d.keys() | list }} {{ d.values() | list | length }} {{ d.items() | list | first"
+     " }} {{ l.index(2) }} {{ l.count(2) }} {{ 'abc'.removeprefix('a') }}{{ 'abc'.remove"
+     "suffix('c') }}",
+     "['b', 'a', 'items'] 3 ('b', 1) 2 2 bcab", 0},
+    {"{{ strftime_now('%Y-%m-%d %H:%M:%S %d %B %b %A %a %j %I %p %y %-d %%') }}",
+     "2026-03-14 15:09:26 14 March Mar Saturday Sat 073 03 PM 26 14 %", 0},
+    {"{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.next() }}{{ c.curre"
+     "nt }}{% set j = joiner('|') %}{{ j() }}x{{ j() }}y",
+     "ababx|y", 0},
+    {"{{ dict(a=1, **{'b': 2}) }} {{ namespace(x=1).x }} {{ [*[1]] if false else 1 }}",
+     "line 1: unexpected '*'", 1},
+    // errors
+    {"{{ raise_exception('No, ' ~ s ~ '!') }}",
+     "No, Hello, World!", 1},
+    {"{{ nope.x }}",
+     "line 1: 'nope' is undefined", 1},
+    {"a\n\n{{ d.nope.x }}",
+     "line 3: 'dict object' has no attribute 'nope'", 1},
+    {"{{ nope() }}",
+     "line 1: 'nope' is undefined", 1},
+    {"{{ s.nope() }}",
+     "line 1: 'str object' has no attribute 'nope'", 1},
+    {"\n{% if %}{% endif %}",
+     "line 2: Expected an expression, got 'end of statement block'", 1},
+    {"{% for i in l %}",
+     "line 1: Unexpected end of template. Jinja was looking for 'endfor'.", 1},
+    {"a\n{% endfor %}",
+     "line 2: Encountered unknown tag 'endfor'.", 1},
+    {"{{ 1 +",
+     "line 1: unexpected 'end of template'", 1},
+    {"{{ 'abc }}",
+     "line 1: unexpected char \"'\" at 3", 1},
+    {"{% nope %}",
+     "line 1: Encountered unknown tag 'nope'.", 1},
+    {"\n\n{{ 1 | nope }}",
+     "line 3: No filter named 'nope'.", 1},
+    {"{{ 1 is nope }}",
+     "line 1: No test named 'nope'.", 1},
+    {"{{ (1, 2 }}",
+     "line 1: unexpected '}', expected ')'", 1},
+    {"{{ 1 + 'a' }}",
+     "line 1: unsupported operand type(s) for +: 'int' and 'str'", 1},
+    {"{{ 'a' + 1 }}",
+     "line 1: can only concatenate str (not \"int\") to str", 1},
+    {"{{ 1 / 0 }}",
+     "line 1: division by zero", 1},
+    {"{{ none | length }}",
+     "line 1: object of type 'NoneType' has no len()", 1},
+    {"{% for i in 5 %}{% endfor %}",
+     "line 1: 'int' object is not iterable", 1},
+    {"{% set d.x = 1 %}",
+     "line 1: cannot assign attribute on non-namespace object", 1},
+    {"{{ l.append(1) }}",
+     "line 1: access to attribute 'append' of 'list' object is unsafe.", 1},
+    {"{{ d.update({}) }}",
+     "line 1: access to attribute 'update' of 'dict' object is unsafe.", 1},
+    {"{{ ''.__class__.__mro__ }}",
+     "line 1: access to attribute '__class__' of 'this' object is unsafe.", 1},
+    {"{{ range(10 ** 9) }}",
+     "line 1: Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000).", 1},
+    {"{{ nope | tojson }}",
+     "Object of type Undefined is not JSON serializable", 1},
+    {"{% for i in l %}{{ loop(i) }}{% endfor %}",
+     "line 1: The loop must have the 'recursive' marker to be called recursively.", 1},
+    {"{% macro f(a) %}{{ a }}{% endmacro %}{{ f(1, 2) }}",
+     "line 1: macro 'f' takes not more than 1 argument(s)", 1},
+    {"{% macro f(a) %}{{ a }}{% endmacro %}{{ f(b=1) }}",
+     "line 1: macro 'f' takes no keyword argument 'b'", 1},
+    {"{% for a, b in [[1, 2, 3]] %}{% endfor %}",
+     "line 1: too many values to unpack (expected 2)", 1},
+    {"{{ [1, 'a'] | sort }}",
+     "line 1: '<' not supported between instances of 'str' and 'int'", 1},
+    {"{{ {[]: 1} }}",
+     "line 1: unhashable type: 'list'", 1},
+    {"{% break %}",
+     "line 1: 'break' outside loop", 1},
+    {"{{ 'abc'.index('x') }}",
+     "line 1: substring not found", 1},
+    {"{% endif %}",
+     "line 1: Encountered unknown tag 'endif'.", 1},
+    {"{{ 1 2 }}",
+     "line 1: expected token 'end of print statement', got 'integer'", 1},
+};
+
+TEST(the_language_is_that_of_jinja2) {
+    moe_vocab *vocab = open_usual(NULL);
+    for (size_t i = 0; i < sizeof language / sizeof language[0]; i++) {
+        result r = format_with(vocab, language_request, language[i].source);
+        const char *got = r.text ? r.text : r.error.text;
+        CHECKF((r.text == NULL) == language[i].is_error && !strcmp(got, language[i].text),
+               "%s\n    gives: %s\n    not:   %s", language[i].source, got, language[i].text);
+        free(r.text);
+    }
+    moe_vocab_close(vocab);
+}
+
+// Errors of templates are ARGUMENT with the template's words, or FORMAT for what is no template.
+TEST(errors_of_templates_say_whose_they_are_and_where) {
+    static const struct {
+        const char *source;
+        moe_status status;
+        const char *text;
+    } errors[] = {
+        {"{{ raise_exception('No.') }}", MOE_ERROR_ARGUMENT, "No."},
+        {"a\n{{ 1 + 'a' }}", MOE_ERROR_ARGUMENT, "line 2: unsupported operand type(s) for +"},
+        {"a\n\n{% if %}", MOE_ERROR_FORMAT, "line 3: Expected an expression"},
+        {"{% if 1 %}{{ 1 | nope }}{% endif %}", MOE_ERROR_ARGUMENT, "line 1: No filter named"},
+        {"{{ strftime_now('%Y', 1) }}", MOE_ERROR_ARGUMENT, "takes at most 1 argument"},
+        {"no template", MOE_ERROR_ARGUMENT, "the file has no template of this name"}};
+    moe_vocab *vocab = open_usual(NULL);
+    for (size_t i = 0; i < sizeof errors / sizeof errors[0]; i++) {
+        result r = format_with(vocab, EMPTY, errors[i].source);
+        CHECKF(!r.text && r.error.status == errors[i].status &&
+                   strstr(r.error.text, errors[i].text) &&
+                   !strcmp(r.error.where, "chat_template"),
+               "%s: %s: %s", errors[i].source, r.error.where, r.error.text);
+        free(r.text);
+    }
+    moe_vocab_close(vocab);
+}
+
+TEST(the_time_comes_from_the_request_alone) {
+    static const char source[] = "{\"messages\": [], \"chat_template\": \"{{ strftime_now('%d %b "
+                                 "%Y %H:%M:%S %j %U %W %V %G %a %f') }}\"";
+    // what Python's strftime gives
+    static const char *const times[][2] = {
+        {"2026-03-14T15:09:26", "14 Mar 2026 15:09:26 073 10 10 11 2026 Sat 000000"},
+        {"2024-12-31", "31 Dec 2024 00:00:00 366 52 53 01 2025 Tue 000000"},
+        {"2021-01-03 23:59:59.25+02:00", "03 Jan 2021 23:59:59 003 01 00 53 2020 Sun 250000"},
+        {"2000-02-29T01:02Z", "29 Feb 2000 01:02:00 060 09 09 09 2000 Tue 000000"},
+        {"2026-13-01", NULL}, {"2026-02-30", NULL}, {"yesterday", NULL}, {"", NULL},
+        {"2026-03-14T15", NULL}, {"2026-03-14T15:09:26 or so", NULL}};
+    moe_vocab *vocab = open_usual(NULL);
+    for (size_t i = 0; i <= sizeof times / sizeof times[0]; i++) {
+        text request = {NULL, 0, 0};
+        add(&request, source);
+        if (i) add(&request, ", \"now\": \"");
+        if (i) add(&request, times[i - 1][0]);
+        add(&request, i ? "\"}" : "}");
+        result r = format(vocab, request.p, request.n);
+        if (i && times[i - 1][1])
+            CHECKF(r.text && !strcmp(r.text, times[i - 1][1]), "%s: %s", times[i - 1][0],
+                   r.text ? r.text : r.error.text);
+        else
+            CHECKF(!r.text && r.error.status == MOE_ERROR_ARGUMENT &&
+                       !strcmp(r.error.where, "now"),
+                   "%s", i ? times[i - 1][0] : "without a time");
+        free(r.text);
+        free(request.p);
+    }
+    moe_vocab_close(vocab);
+}
+
+// ---- hostile templates -----------------------------------------------------------------------
+
+// What a template repeats, to be put together: `before`, then `part` so often, then `behind`.
+static const struct {
+    const char *before, *part;
+    size_t times;
+    const char *behind;
+} hostile[] = {
+    // loops
+    {"{% for i in range(100000) %}", "{% for j in range(100000) %}", 1, "{% endfor %}{% endfor %}"},
+    {"{% for i in range(1000000000) %}", "x", 100000, "{% endfor %}"},
+    {"", "{% for i in range(99999) %}", 60, "x"},
+    {"{% for a in range(9999) %}{% for b in range(9999) %}{% set x = a %}", "{{ a }}", 10000,
+     "{% endfor %}{% endfor %}"},
+    {"{% for i in range(99999) if ", "i in range(99999) and ", 4000, "i %}x{% endfor %}"},
+    {"{% for i in 'a' * 10000000 %}{% endfor %}", "x", 1, ""},
+    {"{{ range(99999) | list | map('string') | list | ", "sort | unique | list | ", 4000, "sort }}"},
+    // recursion
+    {"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "x", 100000, ""},
+    {"{% macro f(a) %}{{ f(a ~ a) }}{% endmacro %}{{ f('x') }}", "", 1, ""},
+    {"{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+     "", 1, ""},
+    {"{% macro f(n) %}{{ caller() }}{% call f(n) %}{{ caller() }}{% endcall %}{% endmacro %}"
+     "{% call f(1) %}x{% endcall %}", "", 1, ""},
+    {"{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}", "", 1, ""},
+    {"{% for i in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}", "", 1, ""},
+    {"{% set ns = namespace() %}{% macro f() %}{{ ns.g() }}{% endmacro %}{% set ns.g = f %}"
+     "{{ f() }}", "", 1, ""},
+    // nesting
+    {"{{ ", "(", 100000, "1"}, {"{{ ", "[", 100000, ""}, {"{{ ", "{1:", 100000, ""},
+    {"{{ ", "f(", 100000, ""}, {"{{ x", "[0", 100000, ""}, {"{{ ", "not ", 100000, "1 }}"},
+    {"{{ ", "-", 100000, "1 }}"}, {"{{ ", "1 if 1 else ", 50000, "1 }}"},
+    {"{{ ", "1 if ", 50000, "1 }}"}, {"{{ 1 ", "+ (1 ", 50000, ""},
+    {"", "{% if 1 %}", 100000, ""}, {"", "{% for i in [1] %}", 100000, ""},
+    {"", "{% macro f() %}", 100000, ""}, {"", "{% filter upper %}", 100000, ""},
+    {"", "{% set x %}", 100000, ""}, {"", "{% call f() %}", 100000, ""},
+    {"", "{% with %}", 100000, ""}, {"", "{% generation %}", 10000, ""},
+    {"{% if 0 %}", "{% elif 0 %}", 50000, "{% endif %}"},
+    {"{% for ", "(", 100000, "x"}, {"{% set ", "(", 100000, "x"},
+    {"{% set x = [] %}", "{% set x = [x] %}", 5000, "{{ x }}"},
+    {"{% set x = [] %}", "{% set x = [x, x] %}", 5000, "{{ x | tojson }}"},
+    {"{% set x = [] %}{% set y = [] %}", "{% set x = [x, x] %}{% set y = [y, y] %}", 1000,
+     "{{ x == y }}"},
+    {"{% set x = () %}{% set y = () %}", "{% set x = (x, x) %}{% set y = (y, y) %}", 1000,
+     "{{ x < y }}"},
+    {"{% set x = () %}", "{% set x = (x, x) %}", 1000, "{{ {x: 1} }}"},
+    {"{{ '", "{0:", 10000, "'.format(1) }}"}, {"{{ '{0", "[0]", 30000, "}'.format([]) }}"},
+    // growth
+    {"{% set x = 'xxxxxxxx' %}", "{% set x = x ~ x %}", 200, "{{ x }}"},
+    {"{% set ns = namespace(x='ab') %}{% for i in range(99999) %}", "{% set ns.x = ns.x + ns.x %}",
+     9, "{% endfor %}"},
+    {"{% set x = [1] %}", "{% set x = x + x %}", 200, "{{ x }}"},
+    {"{% set x %}xxxxxxxx{% endset %}", "{% set x %}{{ x }}{{ x }}{% endset %}", 200, "{{ x }}"},
+    {"{{ 'a' * 1000000000 }}", "", 1, ""}, {"{{ [1] * 1000000000 }}", "", 1, ""},
+    {"{{ 'a' * 9223372036854775807 }}", "", 1, ""}, {"{{ [''] * 9223372036854775807 }}", "", 1, ""},
+    {"{{ ('a' * 99999)", ".replace('a', 'aaaaaaaaa')", 50, " }}"},
+    {"{{ ('a' * 99999)", ".replace('', 'aaaaaaaaa')", 50, " }}"},
+    {"{{ 'a'", " | indent(1000000, true)", 50, " }}"},
+    {"{{ ('a\\n' * 99999)", " | indent('xxxxxxxxxxxx')", 50, " }}"},
+    {"{{ 'a'", " | center(1000000000)", 1, " }}"}, {"{{ 'a'.ljust(9223372036854775807) }}", "", 1, ""},
+    {"{{ 'a'.zfill(9223372036854775807) }}", "", 1, ""},
+    {"{{ '\\t'.expandtabs(9223372036854775807) }}", "", 1, ""},
+    {"{{ '%1000000d' % 1 }}{{ '{:>1000000}'.format(1) }}", "{{ '%999999s' % 'x' }}", 1000, ""},
+    {"{{ '%.100f' % 1e308 }}{{ '{:,.100f}'.format(1e308) }}{{ '%.999999f' % 1 }}", "", 1, ""},
+    {"{{ '%*d' % (9223372036854775807, 1) }}", "", 1, ""},
+    {"{{ ('a' * 99999) | map('replace', 'a', 'b' * 9999) | join('c' * 9999) }}", "", 1, ""},
+    {"{{ range(99999) | join('x' * 99999) }}", "", 1, ""},
+    {"{{ range(99999) | batch(1000000000, 1) | list }}", "", 1, ""},
+    {"{{ [1] | slice(9223372036854775807) | list }}", "", 1, ""},
+    {"{{ range(99999) | slice(99999) | list | tojson(indent=99999) }}", "", 1, ""},
+    {"{{ [[1]] | tojson(indent='x' * 1000000) }}", "", 1, ""},
+    {"{{ (('x' * 1000000) ~ '<>&') ", " | forceescape", 100, " }}"},
+    {"{{ ('\\x01' * 1000000) ", " | string | tojson", 100, " }}"},
+    {"{{ ('\303\251' * 1000000) | urlencode ", " | urlencode", 100, " }}"},
+    {"{{ ('x ' * 1000000)", " | title | upper | lower", 500, " }}"},
+    {"{{ ('x' * 1000000)", ".split('x') | join('y')", 500, " }}"},
+    {"{{ ('x' * 9000000)", "[::-1]", 500, " }}"},
+    {"{% set x = 'a' * 3000000 %}", "{{ x.find(x[1:] ~ 'b') }}", 500, ""},
+    {"{% set x = 'a' * 300000 %}", "{{ (x ~ 'b') in (x ~ x) }}{{ x.rfind('b' ~ x[2:]) }}", 500, ""},
+    {"{% set x = 'a' * 3000000 %}", "{{ x | length }}{{ x[-1] }}{{ x[2999999] }}", 3000, ""},
+    {"{% set x = ' ' * 3000000 %}", "{{ x.strip() }}{{ x.rstrip() }}{{ x | trim }}", 3000, ""},
+    {"{% set x = ' ' * 3000000 %}", "{{ x.strip(x) }}{{ x.split() }}{{ x | wordcount }}", 3000, ""},
+    {"{% set x = 'a' * 3000000 %}", "{{ x == x[1:] }}{{ x < x ~ 'a' }}{{ {x: 1}[x] }}", 3000, ""},
+    {"{% set x = 'a' * 3000000 %}", "{{ x is upper }}{{ x.isalpha() }}{{ x | int }}{{ x | float }}",
+     1000, ""},
+    {"{% set x = '9' * 3000000 %}", "{{ x | int }}{{ x | float }}{{ x | round }}", 1000, ""},
+    {"{% set x = 'a' * 3000000 %}", "{{ x.isascii() }}{{ x.isprintable() }}{{ x.istitle() }}",
+     1000, ""},
+    {"{% set x = 'a' * 3000000 %}", "{{ x.startswith(x) }}{{ x.removeprefix(x) }}{{ x.count(x) }}",
+     3000, ""},
+    {"{% set x = ('a.' * 100000) %}", "{{ [1] | map(attribute=x) | list }}", 500, ""},
+    {"{% set x = (',' * 100000) %}", "{{ range(99) | sort(attribute=x) | list | length }}", 500, ""},
+    {"{% set x = range(99999) | list %}", "{{ x == x[1:] }}{{ 'a' in x }}{{ x | length }}", 3000,
+     ""},
+    {"{% set x = range(99999) | list %}", "{{ x[1:] | first }}{{ x.count(1) }}{{ x.index(9999) }}",
+     3000, ""},
+    {"{% set x = range(99999) | list %}", "{% set q = x | reverse | list %}{% set x = x + [1] %}",
+     3000, "{{ x | length }}"},
+    {"{% set x = dict(a=1) %}", "{% set x = dict(x, **{x | string: x}) %}", 3000, "{{ x }}"},
+    {"{{ 'x' * 99999 }}{{ strftime_now('%c' * 99999) }}", "{{ strftime_now('%A' * 99999) }}", 300,
+     ""},
+    {"{% macro f() %}{% endmacro %}", "{{ f(a=1, b=2, **{'c': 3}) }}", 3000, ""},
+    {"", "{% set a", 1, "{% endset %}"},
+    // many names in one scope, long chains, long lists
+    {"{{ x", ".x", 100000, " }}"}, {"{{ 1", " + 1", 100000, " }}"}, {"{{ 1", " < 2", 100000, " }}"},
+    {"{{ ''", " ~ ''", 100000, " }}"}, {"{{ 1", " and 1", 100000, " }}"},
+    {"{{ [1", ", 1", 100000, "] }}"}, {"{{ {1: 1", ", 1: 1", 50000, "} }}"},
+    {"{{ dict(a=1", ", a=1", 50000, ") }}"}, {"{{ 1", " | abs", 100000, " }}"},
+    {"{{ 1", " is odd is odd", 1000, " }}"}, {"{% set x", ", x", 100000, " = 1 %}"},
+    {"{% macro f(a", ", a", 100000, ") %}{% endmacro %}{{ f(1) }}"},
+    {"{% print 1", ", 1", 100000, " %}"}, {"{{ '", "\\n", 100000, "' }}"}, {"{{ 1", "1", 100000, " }}"},
+    {"{{ 1.", "1", 100000, " }}"}, {"{{ 1e", "1", 100000, " }}"}, {"{{ 0x", "f", 100000, " }}"},
+    {"{{ '%", "0", 100000, "d' % 1 }}"}, {"{{ ''.format(", "1, ", 50000, "1) }}"},
+    {"", "{", 100000, ""}, {"", "{{", 100000, ""}, {"", "{%", 100000, ""}, {"", "{#", 100000, ""},
+    {"", "{% raw %}", 100000, ""}, {"{% raw %}", "{% endraw", 100000, ""}, {"", "{#-#}", 100000, ""},
+    {"", "{{ ' }}", 100000, ""}, {"", " ", 100000, "{%- if 1 %}"}, {"", "\r", 100000, "{%- if 1 %}"},
+    {"", "{% if 1 -%}     ", 20000, ""}, {"", "\n    {%- set x = 1 -%}\n", 20000, ""},
+    {"{% raw %}", "{%                ", 20000, ""}, {"", "{%                  ", 20000, ""}};
+enum { N_HOSTILE = sizeof hostile / sizeof hostile[0] };
+
+static text hostile_request(int i) {
+    text source = {NULL, 0, 0};
+    add(&source, hostile[i].before);
+    add_times(&source, hostile[i].part, hostile[i].times);
+    add(&source, hostile[i].behind);
+    text t = with_template(EMPTY, source.p, source.n);
+    free(source.p);
+    return t;
+}
+
+// What a template and a request of n bytes may take, and basic blocks that all its steps take.
+static size_t most_bytes(size_t n) { return ((size_t)66 << 20) + 260 * n; }
+static double most_steps(size_t n) { return 6e9 + 5e4 * (double)n; }
+
+TEST(templates_that_loop_recurse_nest_and_grow_end_within_bounds) {
+    moe_error error;
+    meter m;
+    memset(&m, 0, sizeof m);
+    const moe_allocator allocator = meter_allocator(&m);
+    moe_vocab *vocab = open_vocab(usual_controls, NULL, &allocator, &error);
+    const size_t before = m.live;
+    double most = 0, most_memory = 0;
+    int errors = 0;
+    for (int i = 0; i < N_HOSTILE && vocab; i++) {
+        text t = hostile_request(i);
+        clear_error(&error);
+        m.peak = before;
+        const uint64_t begin = steps_now();
+        const int64_t n = moe_chat_format(vocab, t.p, t.n, NULL, 0, &error);
+        const double steps = (double)(steps_now() - begin);
+        const double memory = (double)(m.peak - before);
+        if (getenv("CHAT_SHOW")) printf("  %d %.60s%.40s: n %lld, %.0f steps, %.0f bytes, %s\n", i, hostile[i].before, hostile[i].part, (long long)n, steps, memory, n < 0 ? error.text : "");
+        CHECKF(n >= 0 || (error.status == (moe_status)-n && error.text[0]), "%s%s", hostile[i].before,
+               hostile[i].part);
+        CHECKF(n < 0 || (uint64_t)n < most_bytes(t.n), "%s%s", hostile[i].before, hostile[i].part);
+        CHECKF(memory <= (double)most_bytes(t.n), "%s%s: %.0f bytes", hostile[i].before,
+               hostile[i].part, memory);
+        CHECKF(steps < most_steps(t.n), "%s%s: %.0f steps", hostile[i].before, hostile[i].part,
+               steps);
+        CHECKF(m.live == before, "%s%s: memory is lost", hostile[i].before, hostile[i].part);
+        if (steps > most) most = steps;
+        if (memory > most_memory) most_memory = memory;
+        errors += n < 0;
+        free(t.p);
+    }
+    printf("  %d templates, %d errors, at most %.2g steps and %.3g bytes\n", N_HOSTILE, errors, most,
+           most_memory);
+    CHECK(steps_now() > 1000); // they are counted
+    moe_vocab_close(vocab);
+    CHECK(m.live == 0);
+}
+
+//@MORE
 
 // ---- mutations -------------------------------------------------------------------------------
 
@@ -472,13 +1028,15 @@ TEST(mutated_templates_and_requests_give_a_text_or_an_error) {
     for (int i = 0; i < 3; i++) add(&requests[n_requests++], own_requests[i]);
     if (find_real() && open_json(&cases, GOLDEN "cases.json")) {
         for (uint64_t c = 0; c < cases.value.as.dict->n && c < N_CASES; c++)
-            requests[n_requests++] = write_json(&cases.store, cases.value.as.dict->entries[c].value);
+            requests[n_requests++] =
+                write_json(&cases.store, cases.value.as.dict->entries[c].value);
         close_json(&cases);
     }
     moe_vocab *vocab = open_vocab(usual_controls, NULL, &allocator, &error);
     CHECK(vocab != NULL);
     for (long i = 0; vocab && i < n_mutations && !test_failures; i++) {
-        texts += run_mutation(fuzz_seed * 1000000007 + (uint64_t)i, vocab, requests, n_requests, &m);
+        texts += run_mutation(fuzz_seed * 1000000007 + (uint64_t)i, vocab, requests, n_requests,
+                              &m);
         if (i % 10000 == 9999 && n_mutations > 20000) {
             printf("  %ld\n", i + 1);
             fflush(stdout);

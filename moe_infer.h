@@ -24736,6 +24736,7 @@ MOE__PRIVATE uint32_t moe__value_hash(moe__store *store, moe__value v) {
         return (uint32_t)(moe__splitmix64(&bits) >> 32);
     }
     moe__store_enter(store);
+    moe__store_step(store, n);
     if (v.kind == MOE__VALUE_STRING) {
         moe__store_step(store, v.size / 16);
         for (uint64_t i = 0; i < v.size; i++)
@@ -24867,12 +24868,12 @@ MOE__PRIVATE int moe__value_compare_numbers(moe__value a, moe__value b) {
 }
 
 MOE__PRIVATE int moe__value_equal(moe__store *store, moe__value a, moe__value b) {
+    moe__store_step(store, 1);
     if (moe__value_is_number(a) && moe__value_is_number(b))
         return moe__value_compare_numbers(a, b) == 0;
     if (a.kind != b.kind) return 0;
     int equal = 1;
     moe__store_enter(store);
-    moe__store_step(store, 1);
     switch (a.kind) {
     case MOE__VALUE_UNDEFINED:
     case MOE__VALUE_NONE: break;
@@ -27066,7 +27067,7 @@ MOE__PRIVATE moe__value moe__jinja_text(moe__jinja *j, moe__value v) {
 MOE__PRIVATE uint64_t moe__jinja_count(moe__jinja *j, moe__value s) {
     uint64_t n = 0;
     uint32_t code;
-    moe__store_step(j->store, s.size / 32);
+    moe__store_step(j->store, s.size / 8);
     for (uint64_t i = 0; i < s.size; n++)
         i += (unsigned char)s.as.text[i] < 0x80
                  ? 1
@@ -27144,7 +27145,10 @@ MOE__PRIVATE moe__list *moe__jinja_characters(moe__jinja *j, moe__value s) {
 
 // What a loop over a value sees; not to be changed. An iterator has nothing left afterwards.
 MOE__PRIVATE moe__list *moe__jinja_iterate(moe__jinja *j, moe__value v) {
-    if (v.kind == MOE__VALUE_LIST || v.kind == MOE__VALUE_TUPLE) return v.as.list;
+    if (v.kind == MOE__VALUE_LIST || v.kind == MOE__VALUE_TUPLE) {
+        moe__store_step(j->store, v.as.list->n / 16);
+        return v.as.list;
+    }
     if (v.kind == MOE__VALUE_STRING) return moe__jinja_characters(j, v);
     const int64_t length = v.kind == MOE__VALUE_LOOP ? -1 : moe__jinja_length(j, v);
     if (length < 0 && v.kind != MOE__VALUE_ITERATOR)
@@ -27198,8 +27202,8 @@ MOE__PRIVATE uint64_t moe__jinja_find(moe__jinja *j, moe__value s, moe__value pa
     for (uint64_t i = from; i < s.size && s.size - i >= part.size; i++) {
         const char *at = (const char *)memchr(s.as.text + i, part.as.text[0],
                                               (size_t)(s.size - i - part.size + 1));
-        moe__store_step(j->store, (tried += 1 + part.size / 64) / 64);
-        tried %= 64;
+        moe__store_step(j->store, (tried += 1 + part.size / 64) / 16);
+        tried %= 16;
         if (!at) break;
         i = (uint64_t)(at - s.as.text);
         if (!memcmp(at, part.as.text, (size_t)part.size)) return i;
@@ -27454,7 +27458,7 @@ MOE__PRIVATE uint64_t moe__jinja_offset(moe__jinja *j, moe__value s, int64_t ind
     uint32_t code;
     for (; index > 0 && at < s.size; index--)
         at += moe__utf8_next(s.as.text + at, (size_t)(s.size - at), &code);
-    moe__store_step(j->store, at / 32);
+    moe__store_step(j->store, at / 8);
     return at;
 }
 
@@ -28174,6 +28178,7 @@ MOE__PRIVATE moe__value moe__jinja_format(moe__jinja *j, moe__value s,
                                           const moe__jinja_args *args, uint64_t *automatic) {
     moe__builder b = moe__builder_of(j->store);
     moe__store_enter(j->store);
+    moe__store_step(j->store, s.size / 8);
     for (uint64_t i = 0; i < s.size; i++) {
         const char c = s.as.text[i];
         if (c != '{' && c != '}') {
@@ -28278,6 +28283,7 @@ MOE__PRIVATE moe__value moe__jinja_percent(moe__jinja *j, moe__value s, moe__val
     moe__jinja_percents p;
     p.args = args;
     p.next = 0;
+    moe__store_step(j->store, s.size / 8);
     for (uint64_t i = 0, end; i < s.size; i = end) {
         end = i;
         while (end < s.size && s.as.text[end] != '%') end++;
@@ -28439,7 +28445,7 @@ MOE__PRIVATE moe__value moe__jinja_strip_sides(moe__jinja *j, moe__value s, moe_
     if (!moe__jinja_given(set) || set.kind == MOE__VALUE_NONE) {
         if (sides & 1) from = moe__jinja_skip_space(s.as.text, 0, to);
         if (sides & 2) to = moe__jinja_skip_space_back(s.as.text, from, to);
-        moe__store_step(j->store, (s.size - (to - from)) / 16);
+        moe__store_step(j->store, (s.size - (to - from)) / 4);
         return moe__value_part(s, from, to);
     }
     set = moe__jinja_string_of(j, set, "");
@@ -28548,7 +28554,7 @@ MOE__PRIVATE uint64_t moe__jinja_rfind_bytes(moe__jinja *j, moe__value s, moe__v
                                              uint64_t to) {
     if (part.size > to) return UINT64_MAX;
     for (uint64_t at = to - part.size + 1, n = 1; at-- > 0; n++) {
-        if (n % 32 == 0) moe__store_step(j->store, 1 + part.size / 64);
+        if (n % 16 == 0) moe__store_step(j->store, 1 + part.size / 4);
         if (!part.size || !memcmp(s.as.text + at, part.as.text, (size_t)part.size)) return at;
     }
     return UINT64_MAX;
@@ -28610,7 +28616,8 @@ MOE__PRIVATE int moe__jinja_bounds(moe__jinja *j, moe__value s, moe__value start
     return parts[0].kind == MOE__VALUE_NONE || parts[0].as.i <= n;
 }
 
-MOE__PRIVATE int moe__jinja_has_end(moe__value s, moe__value part, int at_end) {
+MOE__PRIVATE int moe__jinja_has_end(moe__jinja *j, moe__value s, moe__value part, int at_end) {
+    moe__store_step(j->store, part.size / 64);
     return part.size <= s.size &&
            (!part.size || !memcmp(s.as.text + (at_end ? s.size - part.size : 0), part.as.text,
                                   (size_t)part.size));
@@ -28627,7 +28634,7 @@ MOE__PRIVATE moe__value moe__jinja_with(moe__jinja *j, moe__value s, moe__value 
         if (part.kind != MOE__VALUE_STRING)
             moe__jinja_fail(j, "%s first arg must be str or a tuple of str, not %s",
                             at_end ? "endswith" : "startswith", moe__jinja_type(part));
-        found = inside && moe__jinja_has_end(s, part, at_end);
+        found = inside && moe__jinja_has_end(j, s, part, at_end);
     }
     return moe__value_bool(found);
 }
@@ -28777,7 +28784,7 @@ MOE__JINJA_ENTRY(format_map) {
 MOE__PRIVATE moe__value moe__jinja_all(moe__jinja *j, moe__value s, uint32_t classes) {
     int all = s.size > 0;
     uint32_t code;
-    moe__store_step(j->store, s.size / 8);
+    moe__store_step(j->store, s.size);
     for (uint64_t i = 0, n; all && i < s.size; i += n) {
         n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
         all = classes == MOE__C_WHITE ? moe__jinja_is_space(code)
@@ -28808,6 +28815,7 @@ MOE__JINJA_ENTRY(isdigit) { // of ASCII alone: which others are digits is not in
 MOE__JINJA_ENTRY(isascii) {
     MOE__JINJA_UNUSED;
     int all = 1;
+    moe__store_step(j->store, self.size / 16);
     for (uint64_t i = 0; i < self.size; i++) all = all && !(self.as.text[i] & 0x80);
     return moe__value_bool(all);
 }
@@ -28815,7 +28823,7 @@ MOE__JINJA_ENTRY(isprintable) {
     MOE__JINJA_UNUSED;
     int all = 1;
     uint32_t code;
-    moe__store_step(j->store, self.size / 8);
+    moe__store_step(j->store, self.size);
     for (uint64_t i = 0; i < self.size;) {
         i += moe__utf8_next(self.as.text + i, (size_t)(self.size - i), &code);
         all = all && moe__jinja_is_printable(j, code);
@@ -28826,7 +28834,7 @@ MOE__JINJA_ENTRY(isprintable) {
 MOE__PRIVATE moe__value moe__jinja_has_case(moe__jinja *j, moe__value s, uint32_t wanted) {
     int some = 0, other = 0;
     uint32_t code;
-    moe__store_step(j->store, s.size / 8);
+    moe__store_step(j->store, s.size);
     for (uint64_t i = 0; i < s.size;) {
         i += moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
         const uint32_t classes = moe__text_classify(j->runs, code);
@@ -28848,6 +28856,7 @@ MOE__JINJA_ENTRY(istitle) {
     const moe__value titled = moe__jinja_recase(j, self, MOE__JINJA_TITLE);
     int some = 0;
     uint32_t code;
+    moe__store_step(j->store, self.size);
     for (uint64_t i = 0; i < self.size;) {
         i += moe__utf8_next(self.as.text + i, (size_t)(self.size - i), &code);
         some |= moe__jinja_is_cased(j, code);
@@ -28898,12 +28907,12 @@ MOE__JINJA_ENTRY(zfill) {
 MOE__JINJA_ENTRY(removeprefix) {
     MOE__JINJA_UNUSED;
     const moe__value part = moe__jinja_string_of(j, p[0], "");
-    return moe__jinja_has_end(self, part, 0) ? moe__value_part(self, part.size, self.size) : self;
+    return moe__jinja_has_end(j, self, part, 0) ? moe__value_part(self, part.size, self.size) : self;
 }
 MOE__JINJA_ENTRY(removesuffix) {
     MOE__JINJA_UNUSED;
     const moe__value part = moe__jinja_string_of(j, p[0], "");
-    return moe__jinja_has_end(self, part, 1) ? moe__value_part(self, 0, self.size - part.size)
+    return moe__jinja_has_end(j, self, part, 1) ? moe__value_part(self, 0, self.size - part.size)
                                              : self;
 }
 MOE__PRIVATE moe__value moe__jinja_three(moe__jinja *j, moe__value s, moe__value part, int last) {
@@ -29304,7 +29313,7 @@ MOE__JINJA_ENTRY(filter_wordcount) {
     int inside = 0;
     uint32_t code;
     MOE__JINJA_UNUSED;
-    moe__store_step(j->store, s.size / 8);
+    moe__store_step(j->store, s.size);
     for (uint64_t i = 0; i < s.size;) {
         i += moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
         const int word = code == '_' || moe__text_in(moe__text_classify(j->runs, code),
@@ -29396,6 +29405,7 @@ MOE__JINJA_ENTRY(filter_int) {
     MOE__JINJA_UNUSED;
     moe__jinja_need(j, self);
     if (self.kind == MOE__VALUE_STRING) {
+        moe__store_step(j->store, self.size / 8);
         v = moe__jinja_read_int(self, moe__jinja_int_of(j, p[1], 10));
         if (v.kind == MOE__VALUE_UNDEFINED) {
             v = moe__jinja_read_float(j, self);
@@ -29948,14 +29958,15 @@ MOE__JINJA_TEST_(even, moe__jinja_rest_is(j, self, moe__value_int(2), 0))
 MOE__JINJA_TEST_(divisibleby, moe__jinja_rest_is(j, self, p[0], 0))
 
 // The same object: of values that may lie in two places, equal ones count as the same.
-MOE__PRIVATE int moe__jinja_same(moe__value a, moe__value b) {
+MOE__PRIVATE int moe__jinja_same(moe__jinja *j, moe__value a, moe__value b) {
     if (a.kind != b.kind) return 0;
+    if (a.kind == MOE__VALUE_STRING) moe__store_step(j->store, a.size / 64);
     if (a.kind == MOE__VALUE_STRING)
         return a.size == b.size && (!a.size || !memcmp(a.as.text, b.as.text, (size_t)a.size));
     if (a.kind == MOE__VALUE_FLOAT) return a.as.f == b.as.f;
     return a.kind <= MOE__VALUE_NONE || a.as.i == b.as.i;
 }
-MOE__JINJA_TEST_(sameas, moe__jinja_same(self, p[0]))
+MOE__JINJA_TEST_(sameas, moe__jinja_same(j, self, p[0]))
 
 static const moe__jinja_entry moe__jinja_tests[] = {
     {"defined", 0, "", moe__jinja_test_defined},
@@ -31038,9 +31049,16 @@ MOE__PRIVATE moe_status moe__chat_render(const moe_vocab *vocab, const char *req
     if ((status == MOE_ERROR_ARGUMENT || chat->store.noticed) && chat->changeable) {
         const moe__value text = chat->text;
         chat->change = chat->changeable;
-        const moe_status changed = moe__chat_try(chat, NULL);
-        if (changed && !status) chat->text = text; // what came of it first
-        else status = changed ? status : MOE_OK;
+        moe_error second;
+        const moe_status changed = moe__chat_try(chat, &second);
+        if (changed == MOE_ERROR_MEMORY) { // nobody knows what would have come of it
+            first = second;
+            status = changed;
+        } else if (changed && !status) {
+            chat->text = text; // what came of it first
+        } else {
+            status = changed ? status : MOE_OK;
+        }
     }
     moe__floats_end(&floats);
     if (status && error) *error = first;

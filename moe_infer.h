@@ -30998,6 +30998,8 @@ MOE__PRIVATE void moe__chat_work(void *of) {
     moe__chat *chat = (moe__chat *)of;
     moe__store *store = &chat->store;
     chat->request = moe__json_parse(store, chat->json, chat->size);
+    if (chat->request.kind != MOE__VALUE_DICT)
+        moe__chat_fail(chat, "messages", "the request has no list of messages");
     const moe__value *now = moe__dict_get(store, chat->request, "now");
     const moe__value *goes_on = moe__dict_get(store, chat->request, "continue_final_message");
     const moe__value *prompt = moe__dict_get(store, chat->request, "add_generation_prompt");

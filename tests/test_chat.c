@@ -6,7 +6,6 @@
 #include "gguf_edit.h"
 #include "meter.h"
 #include <dirent.h>
-#include <locale.h>
 #include <sys/mman.h>
 
 #define GOLDEN "../shared/golden/chat/"
@@ -18,6 +17,7 @@ static edit_image joined; // the arrays of a file that is put together
 
 // A vocabulary of all bytes and the control tokens named (NULL ends them), from 256 on; then the
 // keys and values, two strings each. The first two tokens are BOS and EOS.
+static uint8_t add_bos; // what the file says
 static moe_vocab *open_vocab(const char *const *controls, const char *const *values,
                              const moe_allocator *allocator, moe_error *error) {
     static edit_file file;
@@ -46,6 +46,7 @@ static moe_vocab *open_vocab(const char *const *controls, const char *const *val
     edit_set(&file, "tokenizer.ggml.merges", 9, none, 12);
     edit_set(&file, "tokenizer.ggml.bos_token_id", 4, &bos, 4);
     edit_set(&file, "tokenizer.ggml.eos_token_id", 4, &eos, 4);
+    edit_set(&file, "tokenizer.ggml.add_bos_token", 7, &add_bos, 1);
     for (int i = 1; values && values[0] && i < 8; i++, values += 2) {
         edit_put_string(&strings[i], values[1]);
         edit_set(&file, values[0], 8, strings[i].data, strings[i].size);
@@ -854,7 +855,7 @@ static text hostile_request(int i) {
 
 // What a template and a request of n bytes may take, and basic blocks that all its steps take.
 static size_t most_bytes(size_t n) { return ((size_t)66 << 20) + 260 * n; }
-static double most_steps(size_t n) { return 6e9 + 5e4 * (double)n; }
+static double most_steps(size_t n) { return 4e9 + 5e4 * (double)n; }
 
 TEST(templates_that_loop_recurse_nest_and_grow_end_within_bounds) {
     moe_error error;
@@ -873,9 +874,8 @@ TEST(templates_that_loop_recurse_nest_and_grow_end_within_bounds) {
         const int64_t n = moe_chat_format(vocab, t.p, t.n, NULL, 0, &error);
         const double steps = (double)(steps_now() - begin);
         const double memory = (double)(m.peak - before);
-        if (getenv("CHAT_SHOW")) printf("  %d %.60s%.40s: n %lld, %.0f steps, %.0f bytes, %s\n", i, hostile[i].before, hostile[i].part, (long long)n, steps, memory, n < 0 ? error.text : "");
-        CHECKF(n >= 0 || (error.status == (moe_status)-n && error.text[0]), "%s%s", hostile[i].before,
-               hostile[i].part);
+        CHECKF(n >= 0 || (error.status == (moe_status)-n && error.text[0]), "%s%s",
+               hostile[i].before, hostile[i].part);
         CHECKF(n < 0 || (uint64_t)n < most_bytes(t.n), "%s%s", hostile[i].before, hostile[i].part);
         CHECKF(memory <= (double)most_bytes(t.n), "%s%s: %.0f bytes", hostile[i].before,
                hostile[i].part, memory);
@@ -894,7 +894,372 @@ TEST(templates_that_loop_recurse_nest_and_grow_end_within_bounds) {
     CHECK(m.live == 0);
 }
 
-//@MORE
+// ---- tokens ----------------------------------------------------------------------------------
+
+typedef struct ids {
+    int32_t *p;
+    int64_t n;
+} ids;
+
+static ids tokenize(const moe_vocab *vocab, const text *request) {
+    ids t = {NULL, 0};
+    moe_error error;
+    clear_error(&error);
+    t.n = moe_chat_tokenize(vocab, request->p, request->n, NULL, 0, &error);
+    CHECKF(t.n >= 0, "%s: %s", error.where, error.text);
+    if (t.n < 0) return t;
+    t.p = (int32_t *)malloc((size_t)(t.n + 1) * sizeof *t.p);
+    if (!t.p) exit(1);
+    t.p[0] = -1;
+    CHECK(moe_chat_tokenize(vocab, request->p, request->n, t.p, (size_t)t.n, &error) == t.n);
+    int32_t first[2] = {-2, -2}; // what there is no room for is not written
+    CHECK(moe_chat_tokenize(vocab, request->p, request->n, first, 1, &error) == t.n);
+    CHECK(first[0] == (t.n ? t.p[0] : -2) && first[1] == -2);
+    return t;
+}
+
+// Is this what the tokens say, control tokens with their names? SPM puts a blank in front of what
+// does not follow a token that is text, and a file may add BOS.
+static int says(const moe_vocab *vocab, const ids *t, const char *wanted, size_t size) {
+    text all = {NULL, 0, 0};
+    char piece[512];
+    int32_t one[8] = {0};
+    int64_t i = t->n > 0 && t->p[0] == moe_vocab_bos(vocab) ? 1 : 0;
+    const moe_string bos = moe_vocab_token(vocab, moe_vocab_bos(vocab));
+    if (i && size >= bos.size && !memcmp(wanted, bos.data, bos.size)) i = 0;
+    moe_vocab_tokenize(vocab, "a", 1, 0, one, 8);
+    moe_vocab_text(vocab, one[0], piece, sizeof piece);
+    const int blanks = piece[0] == ' ';
+    int fresh = 1;
+    add(&all, "");
+    for (; i < t->n; i++) {
+        if (moe_vocab_is_control(vocab, t->p[i])) {
+            const moe_string name = moe_vocab_token(vocab, t->p[i]);
+            add_bytes(&all, name.data, name.size);
+            fresh = 1;
+        } else {
+            const size_t n = moe_vocab_text(vocab, t->p[i], piece, sizeof piece);
+            const size_t drop = blanks && fresh && n && piece[0] == ' ';
+            add_bytes(&all, piece + drop, (n < sizeof piece ? n : sizeof piece) - drop);
+            fresh = 0;
+        }
+    }
+    const int same = all.n == size && !memcmp(all.p, wanted, size);
+    if (!same && test_failures < 3) printf("    %.200s\n    %.200s\n", all.p, wanted);
+    free(all.p);
+    return same;
+}
+
+static moe_vocab *open_file(const char *path) {
+    moe_error error;
+    moe_gguf *gguf = moe_gguf_open(path, NULL, &error);
+    moe_vocab *vocab = gguf ? moe_vocab_open(gguf, &error) : NULL;
+    moe_gguf_close(gguf);
+    return vocab;
+}
+
+static const char *const vocab_files[] = {
+    "examples/storyteller/storyteller.gguf", VOCABS "ggml-vocab-deepseek-coder.gguf",
+    VOCABS "ggml-vocab-deepseek-llm.gguf", VOCABS "ggml-vocab-gpt-2.gguf",
+    VOCABS "ggml-vocab-llama-bpe.gguf", VOCABS "ggml-vocab-llama-spm.gguf",
+    VOCABS "ggml-vocab-phi-3.gguf", VOCABS "ggml-vocab-qwen2.gguf"};
+enum { N_VOCABS = sizeof vocab_files / sizeof vocab_files[0] };
+
+TEST(control_tokens_come_from_the_template_alone) {
+    int tested = 0;
+    for (int f = 0; f < N_VOCABS; f++) {
+        moe_vocab *vocab = open_file(vocab_files[f]);
+        int32_t control[40];
+        int n = 0;
+        if (!vocab) continue;
+        tested++;
+        for (int32_t id = 0; id < moe_vocab_size(vocab) && n < 40; id++)
+            if (moe_vocab_is_control(vocab, id) && moe_vocab_token(vocab, id).size > 2)
+                control[n++] = id;
+        CHECKF(n, "%s: no control tokens", vocab_files[f]);
+        // all of their names in all that a user may write, cut by the template in many ways
+        text names = {NULL, 0, 0}, mark = {NULL, 0, 0}, user = {NULL, 0, 0}, request, whole;
+        for (int i = 0; i < n; i++) {
+            const moe_string name = moe_vocab_token(vocab, control[i]);
+            add_bytes(&names, name.data, name.size);
+            add(&names, i % 3 ? "" : " x\n");
+        }
+        const moe_string first = moe_vocab_token(vocab, control[0]);
+        const moe_string last = moe_vocab_token(vocab, control[n - 1]);
+        add_json(&mark, first.data, first.size);
+        add_json(&user, names.p, names.n);
+        memset(&request, 0, sizeof request);
+        add(&request, "{\"messages\": [{\"role\": ");
+        for (int i = 0; i < 6; i++) {
+            static const char *const between[] = {
+                ", \"content\": ", ", \"name\": ", ", \"tool_calls\": [{\"function\": {\"name\": ",
+                ", \"arguments\": {", ": [", "]}}}]}], \"tools\": [", "], \"documents\": ["};
+            add(&request, user.p);
+            add(&request, between[i]);
+        }
+        add(&request, user.p);
+        add(&request, "]}");
+        text source = {NULL, 0, 0};
+        add(&source, "{% set a = ");
+        add(&source, mark.p);
+        add(&source,
+            " %}{{ a }}{{ messages[0].role }}{{ a }}{{ messages[0].content | trim }}{{ a ~ "
+            "messages[0].content[1:] ~ a }}{{ messages[0].name | upper | lower }}{{ a }}"
+            "{{ messages[0].name.split('x') | join(a[:1]) }}{{ a }}{{ messages | tojson }}"
+            "{{ tools | tojson(indent=2) }}{{ a }}{{ messages[0].tool_calls[0] }}{{ a }}"
+            "{{ '%s' % messages[0].content }}{{ '{}'.format(messages[0].content) }}{{ a }}"
+            "{{ messages[0].content | replace('x', 'yy') | indent }}{{ documents[0] }}"
+            "{{ a[:1] ~ messages[0].content[1:] }}{{ messages[0].content[:1] }}{{ a[1:] }}{{ a }}"
+            "{% set q %}{{ messages[0].content }}{% endset %}{{ q | list | join }}{{ q }}"
+            "{% macro m(x) %}{{ x }}{% endmacro %}{{ m(q) * 2 }}{{ q | reverse }}{{ ");
+        whole = source;
+        add_json(&whole, last.data, last.size);
+        add(&whole, " }}");
+        text all = with_template(request.p, whole.p, whole.n);
+        const result r = format(vocab, all.p, all.n);
+        CHECKF(r.text, "%s: %s", vocab_files[f], r.error.text);
+        const ids t = tokenize(vocab, &all);
+        int marks = 0, lasts = 0, others = 0;
+        const int has_bos = t.n && t.p[0] == moe_vocab_bos(vocab) && control[0] != t.p[0];
+        for (int64_t i = has_bos; i < t.n; i++) {
+            marks += t.p[i] == control[0];
+            lasts += t.p[i] == control[n - 1];
+            others += moe_vocab_is_control(vocab, t.p[i]);
+        }
+        // a file that begins texts with the first control token does so once: it stands there
+        CHECKF(n == 1 ? marks == 11 : marks == 10 && lasts == 1 && others == 11,
+               "%s: %d %d %d", vocab_files[f], marks, lasts, others);
+        if (r.text) CHECKF(says(vocab, &t, r.text, (size_t)r.n), "%s", vocab_files[f]);
+        free(r.text);
+        free(t.p);
+        free(all.p);
+        free(whole.p);
+        free(request.p);
+        free(names.p);
+        free(mark.p);
+        free(user.p);
+        moe_vocab_close(vocab);
+    }
+    printf("  %d vocabularies\n", tested);
+    if (tested < 2) SKIP("no " VOCABS);
+}
+
+static text dialogue(int turns, int prompt) {
+    static const char *const said[] = {"Hi, who are you?", "I am a model.\n", "What is 2 + 2?",
+                                       "It is 4.", "And  3 + 3?\n\n", "6", "Thanks"};
+    text t = {NULL, 0, 0};
+    add(&t, "{\"messages\": [");
+    for (int i = 0; i < turns; i++) {
+        add(&t, i ? ", " : "");
+        add(&t, i % 2 ? "{\"role\": \"assistant\", \"content\": "
+                      : "{\"role\": \"user\", \"content\": ");
+        add_json(&t, said[i], strlen(said[i]));
+        add(&t, "}");
+    }
+    add(&t, prompt ? "], \"functions\": \"\", \"datetime\": \"\"}"
+                   : "], \"functions\": \"\", \"datetime\": \"\", \"add_generation_prompt\": false}");
+    return t;
+}
+
+// The marks of a template that are control tokens where it is at home: <...> and [...].
+static size_t mark_at(const char *p) {
+    const char close = *p == '<' ? '>' : *p == '[' ? ']' : 0;
+    size_t n = 1;
+    if (!close) return 0;
+    while (p[n] && p[n] != close && n < 40 && !strchr(" \n\t\\'\"{}<[(%", p[n])) n++;
+    for (size_t i = 1; i < n && close == ']'; i++)
+        if (p[i] != '_' && p[i] != '/' && (p[i] < 'A' || p[i] > 'Z')) return 0;
+    return p[n] == close && n > 2 ? n + 1 : 0;
+}
+
+// Qwen2's vocabulary with the marks of all templates as further control tokens.
+static moe_vocab *open_marks(void) {
+    static edit_file file;
+    static char known[2000][48];
+    int n_known = 0;
+    moe_vocab *vocab = NULL;
+    moe_error error;
+    if (!edit_open(&file, VOCABS "ggml-vocab-qwen2.gguf")) return NULL;
+    edit_value *tokens = edit_find_value(&file, "tokenizer.ggml.tokens");
+    edit_value *types = edit_find_value(&file, "tokenizer.ggml.token_type");
+    edit_image names = {NULL, 0, 0}, kinds = {NULL, 0, 0};
+    edit_put_bytes(&names, tokens->data, tokens->size);
+    edit_put_bytes(&kinds, types->data, types->size);
+    uint64_t n;
+    memcpy(&n, names.data + 4, 8);
+    for (int i = 0; i < n_real; i++) {
+        for (const char *p = real_templates[i].text; *p; p++) {
+            char mark[48] = {0};
+            const size_t size = mark_at(p);
+            int is_known = !size || n_known == 2000;
+            memcpy(mark, p, size);
+            for (int k = 0; k < n_known && !is_known; k++) is_known = !strcmp(known[k], mark);
+            if (is_known) continue;
+            memcpy(known[n_known++], mark, sizeof mark);
+            edit_put_string(&names, mark);
+            edit_put(&kinds, 3, 4);
+            n++;
+        }
+    }
+    memcpy(names.data + 4, &n, 8);
+    memcpy(kinds.data + 4, &n, 8);
+    edit_set(&file, "tokenizer.ggml.tokens", 9, names.data, names.size);
+    edit_set(&file, "tokenizer.ggml.token_type", 9, kinds.data, kinds.size);
+    joined = edit_build(&file);
+    moe_gguf *gguf = moe_gguf_open_memory(joined.data, joined.size, NULL, &error);
+    vocab = gguf ? moe_vocab_open(gguf, &error) : NULL;
+    CHECKF(vocab, "%s: %s", error.where, error.text);
+    moe_gguf_close(gguf);
+    free(joined.data);
+    free(names.data);
+    free(kinds.data);
+    edit_close(&file);
+    return vocab;
+}
+
+// What is prompted with a dialogue's first turns is what the whole begins with, as text for so many
+// of the 70 templates and as tokens for almost all of these: they are reused. (Apriel has line feeds
+// on both sides of a seam, which are one token. Hy3 puts its marks together when it runs: here they
+// are no control tokens.)
+TEST(a_prefix_of_a_dialogue_is_a_prefix_in_tokens) {
+    moe_vocab *vocab = find_real() ? open_marks() : NULL;
+    int texts[2] = {0, 0}, tokens[2] = {0, 0};
+    if (!vocab) SKIP("no " VOCABS " or no " GOLDEN);
+    for (int i = 0; i < n_real; i++) {
+        for (int prompt = 0; prompt < 2; prompt++) {
+            result before = {0, NULL, {0}};
+            ids known = {NULL, 0};
+            int text_holds = 1, tokens_hold = 1;
+            for (int turns = 1; turns <= 7; turns += 2) {
+                text request = dialogue(turns, prompt);
+                text all = with_template(request.p, real_templates[i].text,
+                                         real_templates[i].size);
+                const result now = format(vocab, all.p, all.n);
+                CHECKF(now.text, "%s: %s", real_templates[i].name, now.error.text);
+                ids t = {NULL, 0};
+                if (now.text) t = tokenize(vocab, &all);
+                text_holds &= now.text && before.n <= now.n &&
+                              (!before.n || !memcmp(before.text, now.text, (size_t)before.n));
+                tokens_hold &= now.text && known.n <= t.n &&
+                               (!known.n || !memcmp(known.p, t.p, (size_t)known.n * 4));
+                if (now.text)
+                    CHECKF(says(vocab, &t, now.text, (size_t)now.n), "%s", real_templates[i].name);
+                free(before.text);
+                free(known.p);
+                before = now;
+                known = t;
+                free(request.p);
+                free(all.p);
+            }
+            CHECKF(text_holds || !tokens_hold, "%s", real_templates[i].name);
+            if (text_holds && !tokens_hold)
+                printf("  not in tokens: %s\n", real_templates[i].name);
+            texts[prompt] += text_holds;
+            tokens[prompt] += tokens_hold;
+            free(before.text);
+            free(known.p);
+        }
+    }
+    printf("  of %d templates: %d without and %d with the prompt as text, %d and %d as tokens\n",
+           n_real, texts[0], texts[1], tokens[0], tokens[1]);
+    CHECK(texts[0] == -1 && tokens[0] == -1 && texts[1] == -1 && tokens[1] == -1);
+    moe_vocab_close(vocab);
+}
+
+TEST(bos_stands_in_front_once) {
+    static const struct {
+        uint8_t add;
+        const char *source, *content;
+        int n; // how many BOS
+    } rows[] = {
+        {0, "{{ messages[0].content }}", "x", 0},
+        {1, "{{ messages[0].content }}", "x", 1},
+        {0, "{{ bos_token }}{{ messages[0].content }}", "x", 1},
+        {1, "{{ bos_token }}{{ messages[0].content }}", "x", 1},
+        {1, "{{ bos_token ~ bos_token }}{{ messages[0].content }}", "x", 2},
+        {0, "{{ messages[0].content }}{{ bos_token }}", "<BOS>", 1},
+        {1, "{{ messages[0].content }}", "<BOS>", 1}, // that is the user's
+        {1, "{{ '<B' ~ messages[0].content }}", "OS>", 1},
+        {1, "", "x", 1}, // nothing comes out
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        moe_error error;
+        add_bos = rows[i].add;
+        const char *values[] = {"tokenizer.chat_template", rows[i].source, NULL};
+        moe_vocab *vocab = open_vocab(usual_controls, values, NULL, &error);
+        add_bos = 0;
+        text request = {NULL, 0, 0};
+        add(&request, "{\"messages\": [{\"role\": \"user\", \"content\": ");
+        add_json(&request, rows[i].content, strlen(rows[i].content));
+        add(&request, "}]}");
+        const ids t = tokenize(vocab, &request);
+        int n = 0;
+        for (int64_t k = 0; k < t.n; k++) n += t.p[k] == 256;
+        CHECKF(n == rows[i].n && (!rows[i].add || (t.n && t.p[0] == 256)), "row %d: %d", (int)i, n);
+        free(t.p);
+        free(request.p);
+        moe_vocab_close(vocab);
+    }
+}
+
+TEST(a_file_without_a_template_has_chatml_if_it_has_its_tokens) {
+    static const char *const without[] = {"<BOS>", "<EOS>", "<|im_start|>", NULL};
+    static const char request[] = "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}";
+    static const char chatml[] =
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
+    moe_error error;
+    moe_vocab *vocab = open_usual(NULL);
+    const moe_string none = moe_chat_template(vocab, NULL);
+    CHECK(!none.data && !none.size);
+    result r = format(vocab, request, strlen(request));
+    CHECKF(r.text && !strcmp(r.text, chatml), "%s", r.text ? r.text : r.error.text);
+    free(r.text);
+    moe_vocab_close(vocab);
+    vocab = open_vocab(without, NULL, NULL, &error);
+    r = format(vocab, request, strlen(request));
+    CHECK(!r.text && r.error.status == MOE_ERROR_UNSUPPORTED);
+    CHECK(moe_chat_tokenize(vocab, request, strlen(request), NULL, 0, &error) ==
+          -MOE_ERROR_UNSUPPORTED);
+    free(r.text);
+    moe_vocab_close(vocab);
+}
+
+TEST(a_request_chooses_among_the_templates_of_a_file) {
+    static const char *const values[] = {
+        "tokenizer.chat_template", "plain", "tokenizer.chat_template.tool_use", "tools",
+        "tokenizer.chat_template.rag", "rag", NULL};
+    static const char *const rows[][2] = {
+        {EMPTY, "plain"},
+        {"{\"messages\": [], \"tools\": null}", "plain"},
+        {"{\"messages\": [], \"tools\": []}", "plain"},
+        {"{\"messages\": [], \"tools\": [{}]}", "tools"},
+        {"{\"messages\": [], \"chat_template\": \"rag\", \"tools\": [{}]}", "rag"},
+        {"{\"messages\": [], \"chat_template\": \"{{ 1 }}\"}", "1"},
+        {"{\"messages\": [], \"chat_template\": null}", "plain"},
+        {"{\"messages\": [], \"chat_template\": \"{{ x }}{{ y }}\", \"y\": 1, "
+         "\"chat_template_kwargs\": {\"x\": 2, \"y\": 3}}", "23"},
+        {"{\"messages\": [], \"chat_template\": \"{{ add_generation_prompt }}{{ tools }}{{ now is "
+         "defined }}{{ chat_template is defined }}\"}", "TrueNoneFalseFalse"},
+        {"{\"messages\": [], \"chat_template\": \"{{ bos_token }}{{ eos_token }}{{ pad_token is "
+         "defined }}\"}", "<BOS><EOS>False"}};
+    moe_error error;
+    moe_vocab *vocab = open_vocab(usual_controls, values, NULL, &error);
+    CHECK(vocab != NULL);
+    for (int i = 0; i < 3; i++) {
+        const char *name = i ? values[2 * i] + 24 : NULL;
+        const moe_string t = moe_chat_template(vocab, name);
+        CHECK(t.size == strlen(values[2 * i + 1]) && !memcmp(t.data, values[2 * i + 1], t.size));
+    }
+    CHECK(!moe_chat_template(vocab, "other").data && !moe_chat_template(NULL, NULL).data);
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        result r = format(vocab, rows[i][0], strlen(rows[i][0]));
+        CHECKF(r.text && !strcmp(r.text, rows[i][1]), "%s: %s", rows[i][0],
+               r.text ? r.text : r.error.text);
+        free(r.text);
+    }
+    moe_vocab_close(vocab);
+}
+
 
 // ---- mutations -------------------------------------------------------------------------------
 
@@ -1064,6 +1429,316 @@ TEST(mutated_templates_and_requests_give_a_text_or_an_error) {
     moe_vocab_close(vocab);
     CHECK(m.live == 0);
     for (int i = 0; i < n_requests; i++) free(requests[i].p);
+}
+
+// ---- JSON ------------------------------------------------------------------------------------
+
+TEST(requests_are_json_and_errors_tell_where) {
+    static const struct {
+        const char *request, *words;
+        uint64_t offset;
+    } rows[] = {
+        {"", "JSON at byte 0: it ends too early", 0},
+        {"[]", "the request has no list of messages", 0},
+        {"7", "the request has no list of messages", 0},
+        {"\"x\"", "the request has no list of messages", 0},
+        {"{}", "the request has no list of messages", 0},
+        {"{\"messages\": {}}", "the request has no list of messages", 0},
+        {"{\"messages\": [}", "not a value", 14},
+        {"{\"messages\": []", "',' or '}' is missing", 15},
+        {"{\"messages\": []} x", "something follows behind the value", 17},
+        {"{\"messages\": [01]}", "a number begins with 0", 16},
+        {"{\"messages\": [1.]}", "a digit is missing", 16},
+        {"{\"messages\": [-]}", "a digit is missing", 15},
+        {"{\"messages\": [nul]}", "not a value", 14},
+        {"{\"messages\": [\"\\x\"]}", "not an escape", 16},
+        {"{\"messages\": [\"\\u12g4\"]}", "not an escape", 16},
+        {"{\"messages\": [\"a\nb\"]}", "a control character in a string", 16},
+        {"{\"messages\": [\"a", "a string does not end", 16},
+        {"{messages: []}", "a name is missing", 1},
+        {"{\"messages\" []}", "':' is missing", 12}};
+    moe_vocab *vocab = open_usual("x");
+    moe_error error;
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        result r = format(vocab, rows[i].request, strlen(rows[i].request));
+        CHECKF(!r.text && r.error.status == MOE_ERROR_ARGUMENT &&
+                   strstr(r.error.text, rows[i].words) && r.error.offset == rows[i].offset,
+               "%s: %s, byte %d", rows[i].request, r.error.text, (int)r.error.offset);
+        free(r.text);
+    }
+    // no argument is needed but the vocabulary and the request
+    CHECK(moe_chat_format(NULL, EMPTY, strlen(EMPTY), NULL, 0, &error) == -MOE_ERROR_ARGUMENT);
+    CHECK(moe_chat_format(vocab, NULL, 0, NULL, 0, NULL) == -MOE_ERROR_ARGUMENT);
+    CHECK(moe_chat_format(vocab, EMPTY, strlen(EMPTY), NULL, 1, &error) == -MOE_ERROR_ARGUMENT);
+    CHECK(moe_chat_tokenize(vocab, EMPTY, strlen(EMPTY), NULL, 1, NULL) == -MOE_ERROR_ARGUMENT);
+    CHECK(moe_chat_tokenize(NULL, EMPTY, strlen(EMPTY), NULL, 0, NULL) == -MOE_ERROR_ARGUMENT);
+    CHECK(moe_chat_format(vocab, EMPTY, strlen(EMPTY), NULL, 0, NULL) == 1);
+    moe_vocab_close(vocab);
+}
+
+TEST(values_of_a_request_come_out_as_python_writes_them) {
+    static const char *const rows[][2] = {
+        {"[1, -0, 0.0, -0.0, 1e5, 1E-7, 1.5e300, 123456789012345678, 9223372036854775807]",
+         "[1, 0, 0.0, -0.0, 100000.0, 1e-07, 1.5e+300, 123456789012345678, 9223372036854775807]"},
+        {"[-9223372036854775808, 0.1, 1e16, 123456789.123456789, 5e-324, 1.7976931348623157e308]",
+         "[-9223372036854775808, 0.1, 1e+16, 123456789.12345679, 5e-324, 1.7976931348623157e+308]"},
+        {"\"\\\"\\\\\\/\\b\\f\\n\\r\\t\\u0041\\u00e9\\u4e2d\\ud83d\\ude00\\u0000\\u001f\\u007f\"",
+         "\"\\\"\\\\/\\b\\f\\n\\r\\tA\303\251\344\270\255\360\237\230\200\\u0000\\u001f\177\""},
+        {"\"\\ud83d x \\ude00\"", "\"\357\277\275 x \357\277\275\""},
+        {"\"\377\303\"", "\"\357\277\275\357\277\275\""},
+        {"{\"b\": 1, \"a\": {}, \"b\": 2, \"\": []}", "{\"b\": 2, \"a\": {}, \"\": []}"},
+        {" [ true , false , null , [ ] , { } ] ", "[true, false, null, [], {}]"}};
+    moe_vocab *vocab = open_usual("{{ v | tojson }}");
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        text request = {NULL, 0, 0};
+        add(&request, "{\"messages\": [], \"v\": ");
+        add(&request, rows[i][0]);
+        add(&request, "}");
+        result r = format(vocab, request.p, request.n);
+        CHECKF(r.text && !strcmp(r.text, rows[i][1]), "%s: %s", rows[i][0],
+               r.text ? r.text : r.error.text);
+        free(r.text);
+        free(request.p);
+    }
+    moe_vocab_close(vocab);
+}
+
+TEST(deep_huge_and_broken_requests_end_within_bounds) {
+    static const char *const parts[] = {"[", "{\"a\":", "[[],", "9", "-9", "0.", "1e", "\"",
+                                        "\\u", "\"\\ud83d", "{\"a\":1,", "[1,", "null", " ",
+                                        "\"a\",", "\377", "\303"};
+    meter m;
+    moe_error error;
+    memset(&m, 0, sizeof m);
+    const moe_allocator allocator = meter_allocator(&m);
+    moe_vocab *vocab = open_vocab(usual_controls, NULL, &allocator, &error);
+    const size_t before = m.live;
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        for (int inside = 0; inside < 3; inside++) {
+            text t = {NULL, 0, 0};
+            if (inside) add(&t, "{\"messages\": [");
+            if (inside == 2) add(&t, "], \"x\": ");
+            add_times(&t, parts[i], 200000 / strlen(parts[i]));
+            m.peak = before;
+            const uint64_t begin = steps_now();
+            clear_error(&error);
+            const int64_t n = moe_chat_format(vocab, t.p, t.n, NULL, 0, &error);
+            CHECKF(n < 0 && error.status == (moe_status)-n, "%s", parts[i]);
+            CHECKF(steps_now() - begin < 300 * t.n + 100000, "%s: %llu steps", parts[i],
+                   (unsigned long long)(steps_now() - begin));
+            CHECKF(m.peak - before < most_bytes(t.n) && m.live == before, "%s", parts[i]);
+            free(t.p);
+        }
+    }
+    // all beginnings of a request and of a template, also as files have them
+    for (int r = 0; r < 3; r++) {
+        const size_t size = strlen(own_requests[r]);
+        for (size_t n = 0; n < size; n++) {
+            char *cut = (char *)malloc(n + 1); // of just that size, for the address sanitizer
+            if (!cut) exit(1);
+            memcpy(cut, own_requests[r], n);
+            CHECK(moe_chat_format(vocab, cut, n, NULL, 0, NULL) == -MOE_ERROR_ARGUMENT);
+            free(cut);
+        }
+    }
+    for (size_t n = 0; n <= strlen(own_template); n++) {
+        text t = with_template(own_requests[1], own_template, n);
+        const int64_t got = moe_chat_format(vocab, t.p, t.n, NULL, 0, &error);
+        CHECK(got >= 0 || got == -MOE_ERROR_FORMAT || got == -MOE_ERROR_ARGUMENT);
+        free(t.p);
+    }
+    // a byte of 0 in a template is a character like others
+    text t = with_template(EMPTY, "a\0{{ 'b\0' }}{{ 1 }}", 20);
+    char out[16];
+    CHECK(moe_chat_format(vocab, t.p, t.n, out, sizeof out, &error) == 5 &&
+          !memcmp(out, "a\0b\0001", 5));
+    free(t.p);
+    CHECK(m.live == before);
+    moe_vocab_close(vocab);
+}
+
+TEST(the_last_message_is_continued_where_it_ends) {
+    static const char chatml[] =
+        "{% for m in messages %}<|im_start|>{{ m.role }}\\n{{ m.content | trim }}<|im_end|>\\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}";
+    static const struct {
+        const char *more, *text;
+    } rows[] = { // what apply_chat_template of transformers gives
+        {"{\"role\": \"assistant\", \"content\": \"par\"}], \"continue_final_message\": true}",
+         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\npar"},
+        {"{\"role\": \"assistant\", \"content\": \"par \"}], \"continue_final_message\": true}",
+         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\npar"},
+        {"{\"role\": \"assistant\", \"content\": \"par\"}], \"continue_final_message\": false}",
+         "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\npar<|im_end|>\n"
+         "<|im_start|>assistant\n"},
+        {"{\"role\": \"assistant\", \"content\": [{\"type\": \"text\", \"text\": \"p\"}]}], "
+         "\"continue_final_message\": true}", NULL},
+        {"{\"role\": \"assistant\", \"content\": null}], \"continue_final_message\": true}", NULL},
+        {"{\"role\": \"assistant\", \"content\": \"par\"}], \"continue_final_message\": true, "
+         "\"add_generation_prompt\": true}", NULL}};
+    moe_vocab *vocab = open_usual(NULL);
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        text request = {NULL, 0, 0}, source = {NULL, 0, 0};
+        add(&request, "{\"messages\": [{\"role\": \"user\", \"content\": \"q\"}, ");
+        add(&request, rows[i].more);
+        for (const char *p = chatml; *p; p++) { // a line feed is written as "\n" above
+            const int feed = p[0] == '\\' && p[1] == 'n';
+            add_bytes(&source, feed ? "\n" : p, 1);
+            p += feed;
+        }
+        result r = format_with(vocab, request.p, source.p);
+        if (rows[i].text)
+            CHECKF(r.text && !strcmp(r.text, rows[i].text), "row %d: %s", (int)i,
+                   r.text ? r.text : r.error.text);
+        else if (i == 3) CHECK(r.text && strstr(r.text, "assistant\np") != NULL);
+        else CHECKF(!r.text && r.error.status == MOE_ERROR_ARGUMENT, "row %d", (int)i);
+        free(r.text);
+        free(request.p);
+        free(source.p);
+    }
+    moe_vocab_close(vocab);
+}
+
+// ---- memory and stack ------------------------------------------------------------------------
+
+TEST(a_call_without_memory_says_so_and_keeps_none) {
+    meter m;
+    moe_error error;
+    memset(&m, 0, sizeof m);
+    const moe_allocator allocator = meter_allocator(&m);
+    const char *values[] = {"tokenizer.chat_template", own_template, NULL};
+    long failed = 0;
+    // opening a vocabulary with templates
+    for (long at = 1, done = 0; !done; at++) {
+        m.calls = 0;
+        m.fail_at = at;
+        moe_vocab *vocab = open_vocab(usual_controls, values, &allocator, &error);
+        done = vocab != NULL;
+        CHECK(vocab || error.status == MOE_ERROR_MEMORY);
+        moe_vocab_close(vocab);
+        CHECK(m.live == 0);
+    }
+    m.fail_at = 0;
+    moe_vocab *vocab = open_vocab(usual_controls, values, &allocator, &error);
+    const size_t before = m.live;
+    const int real = find_real() ? 6 : 0;
+    for (int r = 0; r < 3 + 3 * real; r++) {
+        text request = {NULL, 0, 0};
+        add(&request, own_requests[r % 3]);
+        if (r < 3) {
+            text with = with_template(request.p, own_template, strlen(own_template));
+            free(request.p);
+            request = with;
+        } else { // templates that a request must be changed for are among them
+            const real_template *t = &real_templates[(r / 3 - 1) * n_real / real];
+            text with = with_template(request.p, t->text, t->size);
+            free(request.p);
+            request = with;
+        }
+        const result wanted = format(vocab, request.p, request.n);
+        char *out = (char *)malloc((size_t)(wanted.text ? wanted.n : 0) + 1);
+        for (long at = 1, done = 0; !done && out; at++) {
+            m.calls = 0;
+            m.fail_at = at;
+            const int64_t n = moe_chat_format(vocab, request.p, request.n, out,
+                                              wanted.text ? (size_t)wanted.n : 0, &error);
+            done = m.calls < at;
+            failed += !done;
+            CHECKF(n == -MOE_ERROR_MEMORY
+                       ? !done && error.status == MOE_ERROR_MEMORY
+                       : n == wanted.n && (n < 0 || !memcmp(out, wanted.text, (size_t)n)),
+                   "request %d, allocation %ld: %lld", r, at, (long long)n);
+            CHECK(m.live == before);
+        }
+        m.fail_at = 0;
+        free(out);
+        free(wanted.text);
+        free(request.p);
+    }
+    // and the tokenizer's own
+    text request = with_template(own_requests[0], own_template, strlen(own_template));
+    int64_t count = -1;
+    for (long at = 1, done = 0; !done; at++) {
+        m.calls = 0;
+        m.fail_at = at;
+        const int64_t n = moe_chat_tokenize(vocab, request.p, request.n, NULL, 0, &error);
+        done = n >= 0;
+        CHECK(done || (n == -MOE_ERROR_MEMORY && error.status == MOE_ERROR_MEMORY));
+        count = n;
+    }
+    CHECK(count > 0 && failed > 10);
+    free(request.p);
+    moe_vocab_close(vocab);
+    CHECK(m.live == 0);
+}
+
+// A thread whose stack is looked at afterwards: what is not as it was has been used.
+enum { STACK = 4 << 20 };
+typedef struct visit {
+    const moe_vocab *vocab;
+    text request;
+} visit;
+static void *visit_run(void *of) {
+    visit *v = (visit *)of;
+    moe_chat_format(v->vocab, v->request.p, v->request.n, NULL, 0, NULL);
+    return NULL;
+}
+static size_t stack_of(visit *v) {
+    pthread_t thread;
+    pthread_attr_t attributes;
+    unsigned char *stack = (unsigned char *)mmap(NULL, STACK, PROT_READ | PROT_WRITE,
+                                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    size_t unused = 0;
+    if (stack == MAP_FAILED) return 0;
+    for (size_t i = 0; i < STACK; i++) stack[i] = 0x5A;
+    pthread_attr_init(&attributes);
+    if (!pthread_attr_setstack(&attributes, stack, STACK) &&
+        !pthread_create(&thread, &attributes, visit_run, v)) {
+        pthread_join(thread, NULL);
+        while (unused < STACK && stack[unused] == 0x5A) unused++;
+    }
+    pthread_attr_destroy(&attributes);
+    munmap(stack, STACK);
+    return STACK - unused;
+}
+
+// The manual promises a size of the stack. A sanitizer's frames are larger.
+TEST(the_deepest_templates_and_requests_need_little_stack) {
+    size_t most = 0;
+    int deepest = 0;
+    visit v;
+    memset(&v, 0, sizeof v);
+    moe_vocab *vocab = open_usual(NULL);
+    v.vocab = vocab;
+    for (int i = 0; i < N_HOSTILE; i++) {
+        if (hostile[i].times < 200 && !strstr(hostile[i].before, "macro") &&
+            !strstr(hostile[i].before, "recursive"))
+            continue;
+        v.request = hostile_request(i);
+        const size_t used = stack_of(&v);
+        if (getenv("SHOW")) printf("  %zu %.60s%.50s\n", used, hostile[i].before, hostile[i].part);
+        if (used > most) {
+            most = used;
+            deepest = i;
+        }
+        free(v.request.p);
+    }
+    text deep = {NULL, 0, 0}; // JSON as deep as it may be, printed in all ways
+    add(&deep, "{\"chat_template\": \"{{ x }}{{ x | tojson }}{{ x == x }}\", \"messages\": [], "
+               "\"x\": ");
+    add_times(&deep, "[", 95);
+    add_times(&deep, "]", 95);
+    add(&deep, "}");
+    v.request = deep;
+    const size_t json = stack_of(&v);
+    free(deep.p);
+    printf("  %zu bytes: %.50s%.30s; %zu for deep JSON\n", most, hostile[deepest].before,
+           hostile[deepest].part, json);
+    CHECK(most > 1000);
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    CHECK(most < 120 * 1024 && json < 120 * 1024);
+#endif
+    moe_vocab_close(vocab);
 }
 
 int main(int argc, char **argv) {

@@ -1197,6 +1197,7 @@ MOE_API uint64_t moe_model_huge_bytes(const moe_model *model);
 
 #define MOE__PRIVATE static __attribute__((unused))
 #define MOE__INLINE static inline __attribute__((unused, always_inline))
+#define MOE__OUTLINE static __attribute__((unused, noinline)) // not in its callers' stack frames
 #define MOE__ALIGNED(n) __attribute__((aligned(n)))
 #define MOE__PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
 #define MOE__STATIC_ASSERT(name, condition) \
@@ -26926,7 +26927,7 @@ MOE__PRIVATE int moe__jinja_is_printable(const moe__jinja *j, uint32_t code) {
                         MOE__C_L | MOE__C_M | MOE__C_N | MOE__C_P | MOE__C_S);
 }
 
-MOE__PRIVATE void moe__jinja_repr_string(moe__jinja *j, moe__builder *b, moe__value s) {
+MOE__OUTLINE void moe__jinja_repr_string(moe__jinja *j, moe__builder *b, moe__value s) {
     const int single = s.size && memchr(s.as.text, '\'', (size_t)s.size) != NULL;
     const int both = single && memchr(s.as.text, '"', (size_t)s.size) != NULL;
     const char quote[2] = {single && !both ? '"' : '\'', 0};
@@ -26956,7 +26957,7 @@ MOE__PRIVATE void moe__jinja_repr_string(moe__jinja *j, moe__builder *b, moe__va
     moe__builder_words(b, s.safe ? ")" : "");
 }
 
-MOE__PRIVATE void moe__jinja_repr_list(moe__jinja *j, moe__builder *b, const moe__list *list,
+MOE__OUTLINE void moe__jinja_repr_list(moe__jinja *j, moe__builder *b, const moe__list *list,
                                        const char *open, const char *close) {
     moe__builder_words(b, open);
     for (uint64_t i = 0; i < list->n; i++) {
@@ -26966,7 +26967,7 @@ MOE__PRIVATE void moe__jinja_repr_list(moe__jinja *j, moe__builder *b, const moe
     moe__builder_words(b, close);
 }
 
-MOE__PRIVATE void moe__jinja_repr_dict(moe__jinja *j, moe__builder *b, const moe__dict *dict) {
+MOE__OUTLINE void moe__jinja_repr_dict(moe__jinja *j, moe__builder *b, const moe__dict *dict) {
     moe__builder_words(b, "{");
     for (uint64_t i = 0; i < dict->n; i++) {
         if (i) moe__builder_words(b, ", ");
@@ -26980,7 +26981,7 @@ MOE__PRIVATE void moe__jinja_repr_dict(moe__jinja *j, moe__builder *b, const moe
 MOE__PRIVATE moe__list *moe__jinja_iterate(moe__jinja *j, moe__value v);
 
 // What is no JSON.
-MOE__PRIVATE void moe__jinja_repr_object(moe__jinja *j, moe__builder *b, moe__value v) {
+MOE__OUTLINE void moe__jinja_repr_object(moe__jinja *j, moe__builder *b, moe__value v) {
     char text[128];
     const moe__jinja_function *f = (const moe__jinja_function *)v.as.object;
     const moe__jinja_loop *loop = (const moe__jinja_loop *)v.as.object;
@@ -27050,7 +27051,7 @@ MOE__PRIVATE void moe__jinja_repr(moe__jinja *j, moe__builder *b, moe__value v) 
 }
 
 // As Python's str does, and {{ }}.
-MOE__PRIVATE void moe__jinja_print(moe__jinja *j, moe__builder *b, moe__value v) {
+MOE__OUTLINE void moe__jinja_print(moe__jinja *j, moe__builder *b, moe__value v) {
     if (v.kind == MOE__VALUE_STRING) moe__builder_string(b, v);
     else if (v.kind != MOE__VALUE_UNDEFINED) moe__jinja_repr(j, b, v);
 }
@@ -28907,13 +28908,14 @@ MOE__JINJA_ENTRY(zfill) {
 MOE__JINJA_ENTRY(removeprefix) {
     MOE__JINJA_UNUSED;
     const moe__value part = moe__jinja_string_of(j, p[0], "");
-    return moe__jinja_has_end(j, self, part, 0) ? moe__value_part(self, part.size, self.size) : self;
+    return moe__jinja_has_end(j, self, part, 0) ? moe__value_part(self, part.size, self.size)
+                                                : self;
 }
 MOE__JINJA_ENTRY(removesuffix) {
     MOE__JINJA_UNUSED;
     const moe__value part = moe__jinja_string_of(j, p[0], "");
     return moe__jinja_has_end(j, self, part, 1) ? moe__value_part(self, 0, self.size - part.size)
-                                             : self;
+                                                : self;
 }
 MOE__PRIVATE moe__value moe__jinja_three(moe__jinja *j, moe__value s, moe__value part, int last) {
     const moe__value out = moe__list_new(j->store, MOE__VALUE_TUPLE, 3);
@@ -30269,7 +30271,7 @@ MOE__PRIVATE void moe__jinja_define(moe__jinja *j, moe__jinja_scope *scope, uint
 }
 
 // A variable: of the frames, the request, or a function. ABSENT values are parameters without one.
-MOE__PRIVATE moe__value moe__jinja_lookup(moe__jinja *j, uint32_t name) {
+MOE__OUTLINE moe__value moe__jinja_lookup(moe__jinja *j, uint32_t name) {
     const moe__value text = j->names->items[name];
     for (const moe__jinja_scope *s = j->scope; s; s = s->outer) {
         moe__store_step(j->store, s->n / 16);
@@ -30293,7 +30295,7 @@ MOE__PRIVATE void moe__jinja_name_argument(moe__jinja *j, moe__jinja_args *args,
     moe__dict_set(j->store, args->named, name, value);
 }
 
-MOE__PRIVATE moe__jinja_args moe__jinja_eval_arguments(moe__jinja *j,
+MOE__OUTLINE moe__jinja_args moe__jinja_eval_arguments(moe__jinja *j,
                                                        const moe__jinja_node *node) {
     moe__jinja_args args;
     memset(&args, 0, sizeof args);
@@ -30325,14 +30327,14 @@ MOE__PRIVATE moe__jinja_args moe__jinja_eval_arguments(moe__jinja *j,
     return args;
 }
 
-MOE__PRIVATE moe__value moe__jinja_eval_list(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_list(moe__jinja *j, const moe__jinja_node *node) {
     const int kind = node->kind == MOE__JINJA_LIST ? MOE__VALUE_LIST : MOE__VALUE_TUPLE;
     const moe__value v = moe__list_new(j->store, (moe__value_kind)kind, 0);
     for (const moe__jinja_node *n = node->a; n; n = n->next)
         moe__list_add(j->store, v.as.list, moe__jinja_eval(j, n));
     return v;
 }
-MOE__PRIVATE moe__value moe__jinja_eval_dict(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_dict(moe__jinja *j, const moe__jinja_node *node) {
     const moe__value v = moe__dict_new(j->store, MOE__VALUE_DICT);
     for (const moe__jinja_node *n = node->a; n; n = n->next->next) {
         const moe__value key = moe__jinja_eval(j, n);
@@ -30341,7 +30343,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_dict(moe__jinja *j, const moe__jinja_nod
     return v;
 }
 
-MOE__PRIVATE moe__value moe__jinja_eval_math(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_math(moe__jinja *j, const moe__jinja_node *node) {
     moe__value v = moe__jinja_eval(j, node->a);
     for (const moe__jinja_node *n = node->b; n; n = n->next) {
         const moe__value other = moe__jinja_eval(j, n->a);
@@ -30350,7 +30352,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_math(moe__jinja *j, const moe__jinja_nod
     return v;
 }
 // a < b < c is a < b and b < c.
-MOE__PRIVATE moe__value moe__jinja_eval_compare(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_compare(moe__jinja *j, const moe__jinja_node *node) {
     moe__value left = moe__jinja_eval(j, node->a);
     int holds = 1;
     for (const moe__jinja_node *n = node->b; n && holds; n = n->next) {
@@ -30360,14 +30362,14 @@ MOE__PRIVATE moe__value moe__jinja_eval_compare(moe__jinja *j, const moe__jinja_
     }
     return moe__value_bool(holds);
 }
-MOE__PRIVATE moe__value moe__jinja_eval_concat(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_concat(moe__jinja *j, const moe__jinja_node *node) {
     moe__builder b = moe__builder_of(j->store);
     moe__jinja_print(j, &b, moe__jinja_eval(j, node->a));
     for (const moe__jinja_node *n = node->b; n; n = n->next)
         moe__jinja_print(j, &b, moe__jinja_eval(j, n->a));
     return moe__builder_end(&b);
 }
-MOE__PRIVATE moe__value moe__jinja_eval_logic(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_logic(moe__jinja *j, const moe__jinja_node *node) {
     moe__value v = moe__jinja_eval(j, node->a);
     for (const moe__jinja_node *n = node->a->next; n; n = n->next) {
         if (moe__jinja_truth(j, v) == (node->kind == MOE__JINJA_OR)) break;
@@ -30375,7 +30377,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_logic(moe__jinja *j, const moe__jinja_no
     }
     return v;
 }
-MOE__PRIVATE moe__value moe__jinja_eval_sign(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_sign(moe__jinja *j, const moe__jinja_node *node) {
     const moe__value v = moe__jinja_eval(j, node->a);
     const int minus = node->op == MOE__JINJA_SUB;
     moe__jinja_need(j, v);
@@ -30385,7 +30387,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_sign(moe__jinja *j, const moe__jinja_nod
     if (v.kind == MOE__VALUE_FLOAT) return moe__value_float(minus ? -v.as.f : v.as.f);
     return moe__jinja_int_math(j, minus ? MOE__JINJA_SUB : MOE__JINJA_ADD, 0, v.as.i);
 }
-MOE__PRIVATE moe__value moe__jinja_eval_choice(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_choice(moe__jinja *j, const moe__jinja_node *node) {
     if (moe__jinja_truth(j, moe__jinja_eval(j, node->a))) return moe__jinja_eval(j, node->b);
     if (node->c) return moe__jinja_eval(j, node->c);
     return moe__jinja_hint("the inline if-expression evaluated to false and no else section was "
@@ -30393,7 +30395,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_choice(moe__jinja *j, const moe__jinja_n
 }
 
 // x[...]: an element or a slice.
-MOE__PRIVATE moe__value moe__jinja_eval_item(moe__jinja *j, moe__value v,
+MOE__OUTLINE moe__value moe__jinja_eval_item(moe__jinja *j, moe__value v,
                                              const moe__jinja_node *node) {
     moe__value *parts;
     if (node->kind != MOE__JINJA_SLICE) return moe__jinja_item(j, v, moe__jinja_eval(j, node));
@@ -30404,7 +30406,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_item(moe__jinja *j, moe__value v,
     return moe__jinja_slice(j, v, parts);
 }
 
-MOE__PRIVATE moe__value moe__jinja_eval_entry(moe__jinja *j, moe__value v,
+MOE__OUTLINE moe__value moe__jinja_eval_entry(moe__jinja *j, moe__value v,
                                               const moe__jinja_node *node) {
     const int is_filter = node->kind == MOE__JINJA_FILTER;
     const moe__jinja_args args = moe__jinja_eval_arguments(j, node->a);
@@ -30474,7 +30476,7 @@ enum { MOE__JINJA_GO_ON, MOE__JINJA_BREAKS, MOE__JINJA_CONTINUES };
 MOE__PRIVATE int moe__jinja_run(moe__jinja *j, const moe__jinja_node *node);
 
 // What a body prints.
-MOE__PRIVATE moe__value moe__jinja_capture(moe__jinja *j, const moe__jinja_node *body,
+MOE__OUTLINE moe__value moe__jinja_capture(moe__jinja *j, const moe__jinja_node *body,
                                            moe__jinja_scope *scope) {
     moe__builder b = moe__builder_of(j->store);
     moe__builder *out = j->out;
@@ -30488,7 +30490,7 @@ MOE__PRIVATE moe__value moe__jinja_capture(moe__jinja *j, const moe__jinja_node 
 }
 
 // Sets what is on the left of "=" or "in".
-MOE__PRIVATE void moe__jinja_assign(moe__jinja *j, const moe__jinja_node *target, moe__value v) {
+MOE__OUTLINE void moe__jinja_assign(moe__jinja *j, const moe__jinja_node *target, moe__value v) {
     if (target->kind == MOE__JINJA_VARIABLE) {
         moe__jinja_define(j, j->scope, target->name, v);
     } else if (target->kind == MOE__JINJA_ATTRIBUTE) {
@@ -30514,7 +30516,7 @@ MOE__PRIVATE void moe__jinja_assign(moe__jinja *j, const moe__jinja_node *target
 }
 
 // The items of a loop that its condition lets through.
-MOE__PRIVATE const moe__list *moe__jinja_loop_items(moe__jinja *j, const moe__jinja_node *node,
+MOE__OUTLINE const moe__list *moe__jinja_loop_items(moe__jinja *j, const moe__jinja_node *node,
                                                     moe__value over) {
     const moe__list *all = moe__jinja_iterate(j, over);
     if (!node->c) return all;
@@ -30530,7 +30532,7 @@ MOE__PRIVATE const moe__list *moe__jinja_loop_items(moe__jinja *j, const moe__ji
     return some;
 }
 
-MOE__PRIVATE void moe__jinja_loop_over(moe__jinja *j, const moe__jinja_node *node,
+MOE__OUTLINE void moe__jinja_loop_over(moe__jinja *j, const moe__jinja_node *node,
                                        moe__value over, int64_t depth) {
     const moe__list *items = moe__jinja_loop_items(j, node, over);
     moe__jinja_loop *loop = (moe__jinja_loop *)moe__store_take(j->store, 1, sizeof *loop);
@@ -30561,7 +30563,7 @@ MOE__PRIVATE void moe__jinja_loop_over(moe__jinja *j, const moe__jinja_node *nod
 }
 
 // loop(items) of a recursive loop: the same loop over other items.
-MOE__PRIVATE moe__value moe__jinja_call_loop(moe__jinja *j, const moe__jinja_loop *loop,
+MOE__OUTLINE moe__value moe__jinja_call_loop(moe__jinja *j, const moe__jinja_loop *loop,
                                              const moe__jinja_args *args) {
     if (!loop->node)
         moe__jinja_fail(j, "The loop must have the 'recursive' marker to be called recursively.");
@@ -30580,7 +30582,7 @@ MOE__PRIVATE moe__value moe__jinja_call_loop(moe__jinja *j, const moe__jinja_loo
 }
 
 // Arguments to the parameters of a macro, in its scope.
-MOE__PRIVATE void moe__jinja_bind_macro(moe__jinja *j, const moe__jinja_node *macro,
+MOE__OUTLINE void moe__jinja_bind_macro(moe__jinja *j, const moe__jinja_node *macro,
                                         moe__jinja_scope *scope, const moe__jinja_args *args) {
     const moe__value named = moe__dict_new(j->store, MOE__VALUE_DICT);
     const moe__value more = moe__list_new(j->store, MOE__VALUE_TUPLE, 0);
@@ -30619,7 +30621,7 @@ MOE__PRIVATE void moe__jinja_bind_macro(moe__jinja *j, const moe__jinja_node *ma
         moe__jinja_define(j, scope, MOE__JINJA_VARARGS, more);
 }
 
-MOE__PRIVATE moe__value moe__jinja_call_macro(moe__jinja *j, const moe__jinja_function *f,
+MOE__OUTLINE moe__value moe__jinja_call_macro(moe__jinja *j, const moe__jinja_function *f,
                                               const moe__jinja_args *args) {
     const moe__jinja_node *macro = f->macro;
     moe__jinja_scope *scope = moe__jinja_scope_new(j, f->scope), *outer = j->scope;
@@ -30652,7 +30654,7 @@ MOE__PRIVATE moe__value moe__jinja_macro_value(moe__jinja *j, const moe__jinja_n
 }
 
 // {% call(x) f(y) %}...{% endcall %}: f gets the body as the macro "caller".
-MOE__PRIVATE void moe__jinja_run_caller(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE void moe__jinja_run_caller(moe__jinja *j, const moe__jinja_node *node) {
     const moe__jinja_node *step = node->a->b; // the call is the last one
     while (step->next) step = step->next;
     const moe__value callee = moe__jinja_eval_steps(j, node->a, step);
@@ -30677,7 +30679,7 @@ MOE__PRIVATE int moe__jinja_run_if(moe__jinja *j, const moe__jinja_node *node) {
 }
 
 // A scope with the values of {% with %}, which are those of the scope around it.
-MOE__PRIVATE int moe__jinja_run_scope(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE int moe__jinja_run_scope(moe__jinja *j, const moe__jinja_node *node) {
     moe__jinja_scope *outer = j->scope, *scope = moe__jinja_scope_new(j, outer);
     for (const moe__jinja_node *n = node->a; n; n = n->next) {
         const moe__value v = moe__jinja_eval(j, n->b);
@@ -30691,7 +30693,7 @@ MOE__PRIVATE int moe__jinja_run_scope(moe__jinja *j, const moe__jinja_node *node
     return way;
 }
 
-MOE__PRIVATE void moe__jinja_run_capture(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE void moe__jinja_run_capture(moe__jinja *j, const moe__jinja_node *node) {
     moe__value v = moe__jinja_capture(j, node->body, moe__jinja_scope_new(j, j->scope));
     v = moe__jinja_apply_filters(j, v, node->b);
     if (node->kind == MOE__JINJA_CAPTURE) moe__jinja_assign(j, node->a, v);

@@ -782,7 +782,8 @@ static const struct {
     {"{{ ('a' * 99999)", ".replace('', 'aaaaaaaaa')", 50, " }}"},
     {"{{ 'a'", " | indent(1000000, true)", 50, " }}"},
     {"{{ ('a\\n' * 99999)", " | indent('xxxxxxxxxxxx')", 50, " }}"},
-    {"{{ 'a'", " | center(1000000000)", 1, " }}"}, {"{{ 'a'.ljust(9223372036854775807) }}", "", 1, ""},
+    {"{{ 'a'", " | center(1000000000)", 1, " }}"},
+    {"{{ 'a'.ljust(9223372036854775807) }}", "", 1, ""},
     {"{{ 'a'.zfill(9223372036854775807) }}", "", 1, ""},
     {"{{ '\\t'.expandtabs(9223372036854775807) }}", "", 1, ""},
     {"{{ '%1000000d' % 1 }}{{ '{:>1000000}'.format(1) }}", "{{ '%999999s' % 'x' }}", 1000, ""},
@@ -833,12 +834,15 @@ static const struct {
     {"{{ dict(a=1", ", a=1", 50000, ") }}"}, {"{{ 1", " | abs", 100000, " }}"},
     {"{{ 1", " is odd is odd", 1000, " }}"}, {"{% set x", ", x", 100000, " = 1 %}"},
     {"{% macro f(a", ", a", 100000, ") %}{% endmacro %}{{ f(1) }}"},
-    {"{% print 1", ", 1", 100000, " %}"}, {"{{ '", "\\n", 100000, "' }}"}, {"{{ 1", "1", 100000, " }}"},
+    {"{% print 1", ", 1", 100000, " %}"}, {"{{ '", "\\n", 100000, "' }}"},
+    {"{{ 1", "1", 100000, " }}"},
     {"{{ 1.", "1", 100000, " }}"}, {"{{ 1e", "1", 100000, " }}"}, {"{{ 0x", "f", 100000, " }}"},
     {"{{ '%", "0", 100000, "d' % 1 }}"}, {"{{ ''.format(", "1, ", 50000, "1) }}"},
     {"", "{", 100000, ""}, {"", "{{", 100000, ""}, {"", "{%", 100000, ""}, {"", "{#", 100000, ""},
-    {"", "{% raw %}", 100000, ""}, {"{% raw %}", "{% endraw", 100000, ""}, {"", "{#-#}", 100000, ""},
-    {"", "{{ ' }}", 100000, ""}, {"", " ", 100000, "{%- if 1 %}"}, {"", "\r", 100000, "{%- if 1 %}"},
+    {"", "{% raw %}", 100000, ""}, {"{% raw %}", "{% endraw", 100000, ""},
+    {"", "{#-#}", 100000, ""},
+    {"", "{{ ' }}", 100000, ""}, {"", " ", 100000, "{%- if 1 %}"},
+    {"", "\r", 100000, "{%- if 1 %}"},
     {"", "{% if 1 -%}     ", 20000, ""}, {"", "\n    {%- set x = 1 -%}\n", 20000, ""},
     {"{% raw %}", "{%                ", 20000, ""}, {"", "{%                  ", 20000, ""}};
 enum { N_HOSTILE = sizeof hostile / sizeof hostile[0] };
@@ -1152,8 +1156,6 @@ TEST(a_prefix_of_a_dialogue_is_a_prefix_in_tokens) {
                 free(all.p);
             }
             CHECKF(text_holds || !tokens_hold, "%s", real_templates[i].name);
-            if (text_holds && !tokens_hold)
-                printf("  not in tokens: %s\n", real_templates[i].name);
             texts[prompt] += text_holds;
             tokens[prompt] += tokens_hold;
             free(before.text);
@@ -1162,7 +1164,7 @@ TEST(a_prefix_of_a_dialogue_is_a_prefix_in_tokens) {
     }
     printf("  of %d templates: %d without and %d with the prompt as text, %d and %d as tokens\n",
            n_real, texts[0], texts[1], tokens[0], tokens[1]);
-    CHECK(texts[0] == -1 && tokens[0] == -1 && texts[1] == -1 && tokens[1] == -1);
+    CHECK(texts[0] == 67 && tokens[0] == 65 && texts[1] == 52 && tokens[1] == 51);
     moe_vocab_close(vocab);
 }
 
@@ -1548,7 +1550,7 @@ TEST(deep_huge_and_broken_requests_end_within_bounds) {
         free(t.p);
     }
     // a byte of 0 in a template is a character like others
-    text t = with_template(EMPTY, "a\0{{ 'b\0' }}{{ 1 }}", 20);
+    text t = with_template(EMPTY, "a\0{{ 'b\0' }}{{ 1 }}", 19);
     char out[16];
     CHECK(moe_chat_format(vocab, t.p, t.n, out, sizeof out, &error) == 5 &&
           !memcmp(out, "a\0b\0001", 5));
@@ -1716,7 +1718,6 @@ TEST(the_deepest_templates_and_requests_need_little_stack) {
             continue;
         v.request = hostile_request(i);
         const size_t used = stack_of(&v);
-        if (getenv("SHOW")) printf("  %zu %.60s%.50s\n", used, hostile[i].before, hostile[i].part);
         if (used > most) {
             most = used;
             deepest = i;
@@ -1736,7 +1737,7 @@ TEST(the_deepest_templates_and_requests_need_little_stack) {
            hostile[deepest].part, json);
     CHECK(most > 1000);
 #if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-    CHECK(most < 120 * 1024 && json < 120 * 1024);
+    CHECK(most < 112 * 1024 && json < 112 * 1024);
 #endif
     moe_vocab_close(vocab);
 }

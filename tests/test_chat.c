@@ -722,7 +722,8 @@ static const struct {
      "{% endfor %}{% endfor %}"},
     {"{% for i in range(99999) if ", "i in range(99999) and ", 4000, "i %}x{% endfor %}"},
     {"{% for i in 'a' * 10000000 %}{% endfor %}", "x", 1, ""},
-    {"{{ range(99999) | list | map('string') | list | ", "sort | unique | list | ", 4000, "sort }}"},
+    {"{{ range(99999) | list | map('string') | list | ", "sort | unique | list | ", 4000,
+     "sort }}"},
     // recursion
     {"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "x", 100000, ""},
     {"{% macro f(a) %}{{ f(a ~ a) }}{% endmacro %}{{ f('x') }}", "", 1, ""},
@@ -815,7 +816,8 @@ static const struct {
     {"{% set x = 'a' * 3000000 %}", "{{ x.startswith(x) }}{{ x.removeprefix(x) }}{{ x.count(x) }}",
      3000, ""},
     {"{% set x = ('a.' * 100000) %}", "{{ [1] | map(attribute=x) | list }}", 500, ""},
-    {"{% set x = (',' * 100000) %}", "{{ range(99) | sort(attribute=x) | list | length }}", 500, ""},
+    {"{% set x = (',' * 100000) %}", "{{ range(99) | sort(attribute=x) | list | length }}", 500,
+     ""},
     {"{% set x = range(99999) | list %}", "{{ x == x[1:] }}{{ 'a' in x }}{{ x | length }}", 3000,
      ""},
     {"{% set x = range(99999) | list %}", "{{ x[1:] | first }}{{ x.count(1) }}{{ x.index(9999) }}",
@@ -891,8 +893,8 @@ TEST(templates_that_loop_recurse_nest_and_grow_end_within_bounds) {
         errors += n < 0;
         free(t.p);
     }
-    printf("  %d templates, %d errors, at most %.2g steps and %.3g bytes\n", N_HOSTILE, errors, most,
-           most_memory);
+    printf("  %d templates, %d errors, at most %.2g steps and %.3g bytes\n", N_HOSTILE, errors,
+           most, most_memory);
     CHECK(steps_now() > 1000); // they are counted
     moe_vocab_close(vocab);
     CHECK(m.live == 0);
@@ -1061,7 +1063,8 @@ static text dialogue(int turns, int prompt) {
         add(&t, "}");
     }
     add(&t, prompt ? "], \"functions\": \"\", \"datetime\": \"\"}"
-                   : "], \"functions\": \"\", \"datetime\": \"\", \"add_generation_prompt\": false}");
+                   : "], \"functions\": \"\", \"datetime\": \"\", "
+                     "\"add_generation_prompt\": false}");
     return t;
 }
 
@@ -1122,9 +1125,9 @@ static moe_vocab *open_marks(void) {
 }
 
 // What is prompted with a dialogue's first turns is what the whole begins with, as text for so many
-// of the 70 templates and as tokens for almost all of these: they are reused. (Apriel has line feeds
-// on both sides of a seam, which are one token. Hy3 puts its marks together when it runs: here they
-// are no control tokens.)
+// of the 70 templates and as tokens for almost all of these: they are reused. (Apriel has line
+// feeds on both sides of a seam, which are one token. Hy3 puts its marks together when it runs:
+// here they are no control tokens.)
 TEST(a_prefix_of_a_dialogue_is_a_prefix_in_tokens) {
     moe_vocab *vocab = find_real() ? open_marks() : NULL;
     int texts[2] = {0, 0}, tokens[2] = {0, 0};

@@ -28492,9 +28492,8 @@ MOE__PRIVATE moe__value moe__jinja_split_words(moe__jinja *j, moe__value s, int6
     while (at < s.size) {
         uint64_t end = at;
         uint32_t code;
-        if (max >= 0 && (int64_t)out.as.list->n == max) {
-            end = moe__jinja_skip_space_back(s.as.text, at, s.size);
-            moe__list_add(j->store, out.as.list, moe__value_part(s, at, end));
+        if (max >= 0 && (int64_t)out.as.list->n == max) { // with the white space behind it
+            moe__list_add(j->store, out.as.list, moe__value_part(s, at, s.size));
             break;
         }
         while (end < s.size) {
@@ -28515,8 +28514,7 @@ MOE__PRIVATE moe__value moe__jinja_rsplit_words(moe__jinja *j, moe__value s, int
         uint64_t at = end;
         uint32_t code;
         if (max >= 0 && (int64_t)out.as.list->n == max) {
-            at = moe__jinja_skip_space(s.as.text, 0, end);
-            moe__list_add(j->store, out.as.list, moe__value_part(s, at, end));
+            moe__list_add(j->store, out.as.list, moe__value_part(s, 0, end));
             break;
         }
         while (at > 0) {

@@ -541,6 +541,8 @@ static const struct {
      "'b') }} {{ 'a,b,c'.split(',') }} {{ 'a b  c'.split() }} {{ 'a,b,c'.split(',', 1) }"
      "} {{ 'a,b,c'.rsplit(',', 1) }} {{ 'a\\nb\\r\\nc'.splitlines() }}",
      "a|aba ['a', 'b', 'c'] ['a', 'b', 'c'] ['a', 'b,c'] ['a,b', 'c'] ['a', 'b', 'c']", 0},
+    {"{{ '  a b  '.split(none, 1) }}{{ '  a b  '.rsplit(none, 1) }}{{ ' a '.split(none, 0) }}",
+     "['a', 'b  ']['  a', 'b']['a ']", 0},
     {"{{ 'abc'.startswith('ab') }}{{ 'abc'.endswith(('x', 'c')) }}{{ 'abcabc'.find('c') "
      "}}{{ 'abcabc'.rfind('c') }}{{ 'abc'.find('x') }}{{ 'abca'.count('a') }}{{ 'abc'.in"
      "dex('b') }} {{ 'a-b'.replace('-', '+') }} {{ '-'.join(['a', 'b']) }} {{ 'aXb'.part"

@@ -90,7 +90,7 @@ $(B)/tests/test_pool_condvar: tests/test_pool.c
 $(B)/tests/test_tile: C += $(if $(shell grep -m1 -w avx_vnni /proc/cpuinfo),,-DMOE__VNNI_EVEX=1)
 
 # Tests that limit what something costs count its steps, see tests/steps.h (gcc, clang).
-COUNTED = $(B)/tests/test_text $(B)/tests/test_gguf $(B)/tests/test_sample
+COUNTED = $(B)/tests/test_text $(B)/tests/test_gguf $(B)/tests/test_sample $(B)/tests/test_chat
 $(COUNTED): STEPS = -fsanitize-coverage=trace-pc $(B)/tests/steps.o
 $(COUNTED): $(B)/tests/steps.o
 

@@ -1213,6 +1213,7 @@ MOE_API uint64_t moe_model_huge_bytes(const moe_model *model);
 
 #define MOE__PRIVATE static __attribute__((unused))
 #define MOE__INLINE static inline __attribute__((unused, always_inline))
+#define MOE__OUTLINE static __attribute__((unused, noinline)) // not in its callers' stack frames
 #define MOE__ALIGNED(n) __attribute__((aligned(n)))
 #define MOE__PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
 #define MOE__STATIC_ASSERT(name, condition) \
@@ -24753,6 +24754,7 @@ MOE__PRIVATE uint32_t moe__value_hash(moe__store *store, moe__value v) {
         return (uint32_t)(moe__splitmix64(&bits) >> 32);
     }
     moe__store_enter(store);
+    moe__store_step(store, n);
     if (v.kind == MOE__VALUE_STRING) {
         moe__store_step(store, v.size / 16);
         for (uint64_t i = 0; i < v.size; i++)
@@ -24884,12 +24886,12 @@ MOE__PRIVATE int moe__value_compare_numbers(moe__value a, moe__value b) {
 }
 
 MOE__PRIVATE int moe__value_equal(moe__store *store, moe__value a, moe__value b) {
+    moe__store_step(store, 1);
     if (moe__value_is_number(a) && moe__value_is_number(b))
         return moe__value_compare_numbers(a, b) == 0;
     if (a.kind != b.kind) return 0;
     int equal = 1;
     moe__store_enter(store);
-    moe__store_step(store, 1);
     switch (a.kind) {
     case MOE__VALUE_UNDEFINED:
     case MOE__VALUE_NONE: break;
@@ -26951,7 +26953,7 @@ MOE__PRIVATE int moe__jinja_is_printable(const moe__jinja *j, uint32_t code) {
                         MOE__C_L | MOE__C_M | MOE__C_N | MOE__C_P | MOE__C_S);
 }
 
-MOE__PRIVATE void moe__jinja_repr_string(moe__jinja *j, moe__builder *b, moe__value s) {
+MOE__OUTLINE void moe__jinja_repr_string(moe__jinja *j, moe__builder *b, moe__value s) {
     const int single = s.size && memchr(s.as.text, '\'', (size_t)s.size) != NULL;
     const int both = single && memchr(s.as.text, '"', (size_t)s.size) != NULL;
     const char quote[2] = {single && !both ? '"' : '\'', 0};
@@ -26981,7 +26983,7 @@ MOE__PRIVATE void moe__jinja_repr_string(moe__jinja *j, moe__builder *b, moe__va
     moe__builder_words(b, s.safe ? ")" : "");
 }
 
-MOE__PRIVATE void moe__jinja_repr_list(moe__jinja *j, moe__builder *b, const moe__list *list,
+MOE__OUTLINE void moe__jinja_repr_list(moe__jinja *j, moe__builder *b, const moe__list *list,
                                        const char *open, const char *close) {
     moe__builder_words(b, open);
     for (uint64_t i = 0; i < list->n; i++) {
@@ -26991,7 +26993,7 @@ MOE__PRIVATE void moe__jinja_repr_list(moe__jinja *j, moe__builder *b, const moe
     moe__builder_words(b, close);
 }
 
-MOE__PRIVATE void moe__jinja_repr_dict(moe__jinja *j, moe__builder *b, const moe__dict *dict) {
+MOE__OUTLINE void moe__jinja_repr_dict(moe__jinja *j, moe__builder *b, const moe__dict *dict) {
     moe__builder_words(b, "{");
     for (uint64_t i = 0; i < dict->n; i++) {
         if (i) moe__builder_words(b, ", ");
@@ -27005,7 +27007,7 @@ MOE__PRIVATE void moe__jinja_repr_dict(moe__jinja *j, moe__builder *b, const moe
 MOE__PRIVATE moe__list *moe__jinja_iterate(moe__jinja *j, moe__value v);
 
 // What is no JSON.
-MOE__PRIVATE void moe__jinja_repr_object(moe__jinja *j, moe__builder *b, moe__value v) {
+MOE__OUTLINE void moe__jinja_repr_object(moe__jinja *j, moe__builder *b, moe__value v) {
     char text[128];
     const moe__jinja_function *f = (const moe__jinja_function *)v.as.object;
     const moe__jinja_loop *loop = (const moe__jinja_loop *)v.as.object;
@@ -27079,7 +27081,7 @@ MOE__PRIVATE void moe__jinja_repr(moe__jinja *j, moe__builder *b, moe__value v) 
 }
 
 // As Python's str does, and {{ }}.
-MOE__PRIVATE void moe__jinja_print(moe__jinja *j, moe__builder *b, moe__value v) {
+MOE__OUTLINE void moe__jinja_print(moe__jinja *j, moe__builder *b, moe__value v) {
     if (v.kind == MOE__VALUE_STRING) moe__builder_string(b, v);
     else if (v.kind != MOE__VALUE_UNDEFINED) moe__jinja_repr(j, b, v);
 }
@@ -27096,7 +27098,7 @@ MOE__PRIVATE moe__value moe__jinja_text(moe__jinja *j, moe__value v) {
 MOE__PRIVATE uint64_t moe__jinja_count(moe__jinja *j, moe__value s) {
     uint64_t n = 0;
     uint32_t code;
-    moe__store_step(j->store, s.size / 32);
+    moe__store_step(j->store, s.size / 8);
     for (uint64_t i = 0; i < s.size; n++)
         i += (unsigned char)s.as.text[i] < 0x80
                  ? 1
@@ -27164,6 +27166,7 @@ MOE__PRIVATE moe__value moe__jinja_pair(moe__jinja *j, moe__value a, moe__value 
 MOE__PRIVATE moe__list *moe__jinja_characters(moe__jinja *j, moe__value s) {
     moe__list *list = moe__list_new(j->store, MOE__VALUE_LIST, moe__jinja_count(j, s)).as.list;
     uint32_t code;
+    s.safe = 0;
     for (uint64_t i = 0, n; i < s.size; i += n) {
         n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
         moe__list_add(j->store, list, moe__value_part(s, i, i + n));
@@ -27173,7 +27176,10 @@ MOE__PRIVATE moe__list *moe__jinja_characters(moe__jinja *j, moe__value s) {
 
 // What a loop over a value sees; not to be changed. An iterator has nothing left afterwards.
 MOE__PRIVATE moe__list *moe__jinja_iterate(moe__jinja *j, moe__value v) {
-    if (v.kind == MOE__VALUE_LIST || v.kind == MOE__VALUE_TUPLE) return v.as.list;
+    if (v.kind == MOE__VALUE_LIST || v.kind == MOE__VALUE_TUPLE) {
+        moe__store_step(j->store, v.as.list->n / 16);
+        return v.as.list;
+    }
     if (v.kind == MOE__VALUE_STRING) return moe__jinja_characters(j, v);
     const int64_t length = v.kind == MOE__VALUE_LOOP ? -1 : moe__jinja_length(j, v);
     if (length < 0 && v.kind != MOE__VALUE_ITERATOR)
@@ -27227,8 +27233,8 @@ MOE__PRIVATE uint64_t moe__jinja_find(moe__jinja *j, moe__value s, moe__value pa
     for (uint64_t i = from; i < s.size && s.size - i >= part.size; i++) {
         const char *at = (const char *)memchr(s.as.text + i, part.as.text[0],
                                               (size_t)(s.size - i - part.size + 1));
-        moe__store_step(j->store, (tried += 1 + part.size / 64) / 64);
-        tried %= 64;
+        moe__store_step(j->store, (tried += 1 + part.size / 64) / 16);
+        tried %= 16;
         if (!at) break;
         i = (uint64_t)(at - s.as.text);
         if (!memcmp(at, part.as.text, (size_t)part.size)) return i;
@@ -27483,7 +27489,7 @@ MOE__PRIVATE uint64_t moe__jinja_offset(moe__jinja *j, moe__value s, int64_t ind
     uint32_t code;
     for (; index > 0 && at < s.size; index--)
         at += moe__utf8_next(s.as.text + at, (size_t)(s.size - at), &code);
-    moe__store_step(j->store, at / 32);
+    moe__store_step(j->store, at / 8);
     return at;
 }
 
@@ -27502,7 +27508,7 @@ MOE__PRIVATE moe__value moe__jinja_slice_string(moe__jinja *j, moe__value s, int
     return out;
 }
 
-// v[from:to:step]; UNDEFINED if v has no slices.
+// v[from:to:step]
 MOE__PRIVATE moe__value moe__jinja_slice(moe__jinja *j, moe__value v, moe__value *parts) {
     int64_t first = 0, step = 1;
     const int64_t length = v.kind == MOE__VALUE_VIEW || v.kind == MOE__VALUE_DICT ||
@@ -27510,8 +27516,9 @@ MOE__PRIVATE moe__value moe__jinja_slice(moe__jinja *j, moe__value v, moe__value
                                ? -1
                                : moe__jinja_length(j, v);
     moe__jinja_need(j, v);
-    const int64_t n = length < 0 ? -1 : moe__jinja_slice_range(j, parts, length, &first, &step);
-    if (n < 0) return moe__jinja_hint("this has no such slice");
+    if (length < 0) moe__jinja_fail(j, "'%s' object is not subscriptable", moe__jinja_type(v));
+    const int64_t n = moe__jinja_slice_range(j, parts, length, &first, &step);
+    if (n < 0) moe__jinja_fail(j, "slice indices must be integers or None");
     if (v.kind == MOE__VALUE_STRING) return moe__jinja_slice_string(j, v, first, step, n);
     const moe__list *from = moe__jinja_iterate(j, v);
     const moe__value out = moe__list_new(
@@ -28202,6 +28209,7 @@ MOE__PRIVATE moe__value moe__jinja_format(moe__jinja *j, moe__value s,
                                           const moe__jinja_args *args, uint64_t *automatic) {
     moe__builder b = moe__builder_of(j->store);
     moe__store_enter(j->store);
+    moe__store_step(j->store, s.size / 8);
     for (uint64_t i = 0; i < s.size; i++) {
         const char c = s.as.text[i];
         if (c != '{' && c != '}') {
@@ -28306,6 +28314,7 @@ MOE__PRIVATE moe__value moe__jinja_percent(moe__jinja *j, moe__value s, moe__val
     moe__jinja_percents p;
     p.args = args;
     p.next = 0;
+    moe__store_step(j->store, s.size / 8);
     for (uint64_t i = 0, end; i < s.size; i = end) {
         end = i;
         while (end < s.size && s.as.text[end] != '%') end++;
@@ -28467,7 +28476,7 @@ MOE__PRIVATE moe__value moe__jinja_strip_sides(moe__jinja *j, moe__value s, moe_
     if (!moe__jinja_given(set) || set.kind == MOE__VALUE_NONE) {
         if (sides & 1) from = moe__jinja_skip_space(s.as.text, 0, to);
         if (sides & 2) to = moe__jinja_skip_space_back(s.as.text, from, to);
-        moe__store_step(j->store, (s.size - (to - from)) / 16);
+        moe__store_step(j->store, (s.size - (to - from)) / 4);
         return moe__value_part(s, from, to);
     }
     set = moe__jinja_string_of(j, set, "");
@@ -28513,9 +28522,8 @@ MOE__PRIVATE moe__value moe__jinja_split_words(moe__jinja *j, moe__value s, int6
     while (at < s.size) {
         uint64_t end = at;
         uint32_t code;
-        if (max >= 0 && (int64_t)out.as.list->n == max) {
-            end = moe__jinja_skip_space_back(s.as.text, at, s.size);
-            moe__list_add(j->store, out.as.list, moe__value_part(s, at, end));
+        if (max >= 0 && (int64_t)out.as.list->n == max) { // with the white space behind it
+            moe__list_add(j->store, out.as.list, moe__value_part(s, at, s.size));
             break;
         }
         while (end < s.size) {
@@ -28536,8 +28544,7 @@ MOE__PRIVATE moe__value moe__jinja_rsplit_words(moe__jinja *j, moe__value s, int
         uint64_t at = end;
         uint32_t code;
         if (max >= 0 && (int64_t)out.as.list->n == max) {
-            at = moe__jinja_skip_space(s.as.text, 0, end);
-            moe__list_add(j->store, out.as.list, moe__value_part(s, at, end));
+            moe__list_add(j->store, out.as.list, moe__value_part(s, 0, end));
             break;
         }
         while (at > 0) {
@@ -28576,7 +28583,7 @@ MOE__PRIVATE uint64_t moe__jinja_rfind_bytes(moe__jinja *j, moe__value s, moe__v
                                              uint64_t to) {
     if (part.size > to) return UINT64_MAX;
     for (uint64_t at = to - part.size + 1, n = 1; at-- > 0; n++) {
-        if (n % 32 == 0) moe__store_step(j->store, 1 + part.size / 64);
+        if (n % 16 == 0) moe__store_step(j->store, 1 + part.size / 4);
         if (!part.size || !memcmp(s.as.text + at, part.as.text, (size_t)part.size)) return at;
     }
     return UINT64_MAX;
@@ -28638,7 +28645,8 @@ MOE__PRIVATE int moe__jinja_bounds(moe__jinja *j, moe__value s, moe__value start
     return parts[0].kind == MOE__VALUE_NONE || parts[0].as.i <= n;
 }
 
-MOE__PRIVATE int moe__jinja_has_end(moe__value s, moe__value part, int at_end) {
+MOE__PRIVATE int moe__jinja_has_end(moe__jinja *j, moe__value s, moe__value part, int at_end) {
+    moe__store_step(j->store, part.size / 64);
     return part.size <= s.size &&
            (!part.size || !memcmp(s.as.text + (at_end ? s.size - part.size : 0), part.as.text,
                                   (size_t)part.size));
@@ -28655,7 +28663,7 @@ MOE__PRIVATE moe__value moe__jinja_with(moe__jinja *j, moe__value s, moe__value 
         if (part.kind != MOE__VALUE_STRING)
             moe__jinja_fail(j, "%s first arg must be str or a tuple of str, not %s",
                             at_end ? "endswith" : "startswith", moe__jinja_type(part));
-        found = inside && moe__jinja_has_end(s, part, at_end);
+        found = inside && moe__jinja_has_end(j, s, part, at_end);
     }
     return moe__value_bool(found);
 }
@@ -28805,7 +28813,7 @@ MOE__JINJA_ENTRY(format_map) {
 MOE__PRIVATE moe__value moe__jinja_all(moe__jinja *j, moe__value s, uint32_t classes) {
     int all = s.size > 0;
     uint32_t code;
-    moe__store_step(j->store, s.size / 8);
+    moe__store_step(j->store, s.size);
     for (uint64_t i = 0, n; all && i < s.size; i += n) {
         n = moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
         all = classes == MOE__C_WHITE ? moe__jinja_is_space(code)
@@ -28836,6 +28844,7 @@ MOE__JINJA_ENTRY(isdigit) { // of ASCII alone: which others are digits is not in
 MOE__JINJA_ENTRY(isascii) {
     MOE__JINJA_UNUSED;
     int all = 1;
+    moe__store_step(j->store, self.size / 16);
     for (uint64_t i = 0; i < self.size; i++) all = all && !(self.as.text[i] & 0x80);
     return moe__value_bool(all);
 }
@@ -28843,7 +28852,7 @@ MOE__JINJA_ENTRY(isprintable) {
     MOE__JINJA_UNUSED;
     int all = 1;
     uint32_t code;
-    moe__store_step(j->store, self.size / 8);
+    moe__store_step(j->store, self.size);
     for (uint64_t i = 0; i < self.size;) {
         i += moe__utf8_next(self.as.text + i, (size_t)(self.size - i), &code);
         all = all && moe__jinja_is_printable(j, code);
@@ -28854,7 +28863,7 @@ MOE__JINJA_ENTRY(isprintable) {
 MOE__PRIVATE moe__value moe__jinja_has_case(moe__jinja *j, moe__value s, uint32_t wanted) {
     int some = 0, other = 0;
     uint32_t code;
-    moe__store_step(j->store, s.size / 8);
+    moe__store_step(j->store, s.size);
     for (uint64_t i = 0; i < s.size;) {
         i += moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
         const uint32_t classes = moe__text_classify(j->runs, code);
@@ -28876,6 +28885,7 @@ MOE__JINJA_ENTRY(istitle) {
     const moe__value titled = moe__jinja_recase(j, self, MOE__JINJA_TITLE);
     int some = 0;
     uint32_t code;
+    moe__store_step(j->store, self.size);
     for (uint64_t i = 0; i < self.size;) {
         i += moe__utf8_next(self.as.text + i, (size_t)(self.size - i), &code);
         some |= moe__jinja_is_cased(j, code);
@@ -28926,13 +28936,14 @@ MOE__JINJA_ENTRY(zfill) {
 MOE__JINJA_ENTRY(removeprefix) {
     MOE__JINJA_UNUSED;
     const moe__value part = moe__jinja_string_of(j, p[0], "");
-    return moe__jinja_has_end(self, part, 0) ? moe__value_part(self, part.size, self.size) : self;
+    return moe__jinja_has_end(j, self, part, 0) ? moe__value_part(self, part.size, self.size)
+                                                : self;
 }
 MOE__JINJA_ENTRY(removesuffix) {
     MOE__JINJA_UNUSED;
     const moe__value part = moe__jinja_string_of(j, p[0], "");
-    return moe__jinja_has_end(self, part, 1) ? moe__value_part(self, 0, self.size - part.size)
-                                             : self;
+    return moe__jinja_has_end(j, self, part, 1) ? moe__value_part(self, 0, self.size - part.size)
+                                                : self;
 }
 MOE__PRIVATE moe__value moe__jinja_three(moe__jinja *j, moe__value s, moe__value part, int last) {
     const moe__value out = moe__list_new(j->store, MOE__VALUE_TUPLE, 3);
@@ -29051,6 +29062,7 @@ MOE__PRIVATE moe__value moe__jinja_dict_of(moe__jinja *j, moe__value_kind kind,
             moe__jinja_dict_add(j, out.as.dict, from.as.dict->entries[i].key,
                                 from.as.dict->entries[i].value);
     } else if (args->n) {
+        moe__jinja_need(j, from);
         const moe__list *pairs = moe__jinja_iterate(j, from);
         for (uint64_t i = 0; i < pairs->n; i++) {
             const moe__list *pair = moe__jinja_iterate(j, pairs->items[i]);
@@ -29193,7 +29205,6 @@ MOE__PRIVATE const moe__jinja_entry *moe__jinja_find_method(moe__value v, const 
 
 // ---- filters: strings ------------------------------------------------------------------------
 
-
 MOE__JINJA_ENTRY(filter_string) {
     MOE__JINJA_UNUSED;
     return moe__jinja_text(j, self);
@@ -29307,6 +29318,7 @@ MOE__JINJA_ENTRY(filter_indent) {
 
 MOE__JINJA_ENTRY(filter_truncate) {
     MOE__JINJA_UNUSED;
+    if (self.kind == MOE__VALUE_UNDEFINED) return self;
     const moe__value s = moe__jinja_string_of(j, self, "");
     const moe__value end = moe__jinja_string_of(j, p[2], "...");
     const int64_t length = moe__jinja_int_of(j, p[0], 255), n = (int64_t)moe__jinja_count(j, s);
@@ -29331,7 +29343,7 @@ MOE__JINJA_ENTRY(filter_wordcount) {
     int inside = 0;
     uint32_t code;
     MOE__JINJA_UNUSED;
-    moe__store_step(j->store, s.size / 8);
+    moe__store_step(j->store, s.size);
     for (uint64_t i = 0; i < s.size;) {
         i += moe__utf8_next(s.as.text + i, (size_t)(s.size - i), &code);
         const int word = code == '_' || moe__text_in(moe__text_classify(j->runs, code),
@@ -29423,6 +29435,7 @@ MOE__JINJA_ENTRY(filter_int) {
     MOE__JINJA_UNUSED;
     moe__jinja_need(j, self);
     if (self.kind == MOE__VALUE_STRING) {
+        moe__store_step(j->store, self.size / 8);
         v = moe__jinja_read_int(self, moe__jinja_int_of(j, p[1], 10));
         if (v.kind == MOE__VALUE_UNDEFINED) {
             v = moe__jinja_read_float(j, self);
@@ -29505,7 +29518,7 @@ MOE__JINJA_ENTRY(filter_first) {
 }
 MOE__JINJA_ENTRY(filter_last) {
     MOE__JINJA_UNUSED;
-    if (self.kind == MOE__VALUE_ITERATOR || self.kind == MOE__VALUE_UNDEFINED)
+    if (self.kind == MOE__VALUE_ITERATOR)
         moe__jinja_fail(j, "'%s' object is not reversible", moe__jinja_type(self));
     const moe__list *list = moe__jinja_iterate(j, self);
     return list->n ? list->items[list->n - 1]
@@ -29975,14 +29988,15 @@ MOE__JINJA_TEST_(even, moe__jinja_rest_is(j, self, moe__value_int(2), 0))
 MOE__JINJA_TEST_(divisibleby, moe__jinja_rest_is(j, self, p[0], 0))
 
 // The same object: of values that may lie in two places, equal ones count as the same.
-MOE__PRIVATE int moe__jinja_same(moe__value a, moe__value b) {
+MOE__PRIVATE int moe__jinja_same(moe__jinja *j, moe__value a, moe__value b) {
     if (a.kind != b.kind) return 0;
+    if (a.kind == MOE__VALUE_STRING) moe__store_step(j->store, a.size / 64);
     if (a.kind == MOE__VALUE_STRING)
         return a.size == b.size && (!a.size || !memcmp(a.as.text, b.as.text, (size_t)a.size));
     if (a.kind == MOE__VALUE_FLOAT) return a.as.f == b.as.f;
     return a.kind <= MOE__VALUE_NONE || a.as.i == b.as.i;
 }
-MOE__JINJA_TEST_(sameas, moe__jinja_same(self, p[0]))
+MOE__JINJA_TEST_(sameas, moe__jinja_same(j, self, p[0]))
 
 static const moe__jinja_entry moe__jinja_tests[] = {
     {"defined", 0, "", moe__jinja_test_defined},
@@ -30285,7 +30299,7 @@ MOE__PRIVATE void moe__jinja_define(moe__jinja *j, moe__jinja_scope *scope, uint
 }
 
 // A variable: of the frames, the request, or a function. ABSENT values are parameters without one.
-MOE__PRIVATE moe__value moe__jinja_lookup(moe__jinja *j, uint32_t name) {
+MOE__OUTLINE moe__value moe__jinja_lookup(moe__jinja *j, uint32_t name) {
     const moe__value text = j->names->items[name];
     for (const moe__jinja_scope *s = j->scope; s; s = s->outer) {
         moe__store_step(j->store, s->n / 16);
@@ -30309,7 +30323,7 @@ MOE__PRIVATE void moe__jinja_name_argument(moe__jinja *j, moe__jinja_args *args,
     moe__dict_set(j->store, args->named, name, value);
 }
 
-MOE__PRIVATE moe__jinja_args moe__jinja_eval_arguments(moe__jinja *j,
+MOE__OUTLINE moe__jinja_args moe__jinja_eval_arguments(moe__jinja *j,
                                                        const moe__jinja_node *node) {
     moe__jinja_args args;
     memset(&args, 0, sizeof args);
@@ -30341,14 +30355,14 @@ MOE__PRIVATE moe__jinja_args moe__jinja_eval_arguments(moe__jinja *j,
     return args;
 }
 
-MOE__PRIVATE moe__value moe__jinja_eval_list(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_list(moe__jinja *j, const moe__jinja_node *node) {
     const int kind = node->kind == MOE__JINJA_LIST ? MOE__VALUE_LIST : MOE__VALUE_TUPLE;
     const moe__value v = moe__list_new(j->store, (moe__value_kind)kind, 0);
     for (const moe__jinja_node *n = node->a; n; n = n->next)
         moe__list_add(j->store, v.as.list, moe__jinja_eval(j, n));
     return v;
 }
-MOE__PRIVATE moe__value moe__jinja_eval_dict(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_dict(moe__jinja *j, const moe__jinja_node *node) {
     const moe__value v = moe__dict_new(j->store, MOE__VALUE_DICT);
     for (const moe__jinja_node *n = node->a; n; n = n->next->next) {
         const moe__value key = moe__jinja_eval(j, n);
@@ -30357,7 +30371,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_dict(moe__jinja *j, const moe__jinja_nod
     return v;
 }
 
-MOE__PRIVATE moe__value moe__jinja_eval_math(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_math(moe__jinja *j, const moe__jinja_node *node) {
     moe__value v = moe__jinja_eval(j, node->a);
     for (const moe__jinja_node *n = node->b; n; n = n->next) {
         const moe__value other = moe__jinja_eval(j, n->a);
@@ -30366,7 +30380,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_math(moe__jinja *j, const moe__jinja_nod
     return v;
 }
 // a < b < c is a < b and b < c.
-MOE__PRIVATE moe__value moe__jinja_eval_compare(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_compare(moe__jinja *j, const moe__jinja_node *node) {
     moe__value left = moe__jinja_eval(j, node->a);
     int holds = 1;
     for (const moe__jinja_node *n = node->b; n && holds; n = n->next) {
@@ -30376,14 +30390,14 @@ MOE__PRIVATE moe__value moe__jinja_eval_compare(moe__jinja *j, const moe__jinja_
     }
     return moe__value_bool(holds);
 }
-MOE__PRIVATE moe__value moe__jinja_eval_concat(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_concat(moe__jinja *j, const moe__jinja_node *node) {
     moe__builder b = moe__builder_of(j->store);
     moe__jinja_print(j, &b, moe__jinja_eval(j, node->a));
     for (const moe__jinja_node *n = node->b; n; n = n->next)
         moe__jinja_print(j, &b, moe__jinja_eval(j, n->a));
     return moe__builder_end(&b);
 }
-MOE__PRIVATE moe__value moe__jinja_eval_logic(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_logic(moe__jinja *j, const moe__jinja_node *node) {
     moe__value v = moe__jinja_eval(j, node->a);
     for (const moe__jinja_node *n = node->a->next; n; n = n->next) {
         if (moe__jinja_truth(j, v) == (node->kind == MOE__JINJA_OR)) break;
@@ -30391,7 +30405,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_logic(moe__jinja *j, const moe__jinja_no
     }
     return v;
 }
-MOE__PRIVATE moe__value moe__jinja_eval_sign(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_sign(moe__jinja *j, const moe__jinja_node *node) {
     const moe__value v = moe__jinja_eval(j, node->a);
     const int minus = node->op == MOE__JINJA_SUB;
     moe__jinja_need(j, v);
@@ -30401,7 +30415,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_sign(moe__jinja *j, const moe__jinja_nod
     if (v.kind == MOE__VALUE_FLOAT) return moe__value_float(minus ? -v.as.f : v.as.f);
     return moe__jinja_int_math(j, minus ? MOE__JINJA_SUB : MOE__JINJA_ADD, 0, v.as.i);
 }
-MOE__PRIVATE moe__value moe__jinja_eval_choice(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE moe__value moe__jinja_eval_choice(moe__jinja *j, const moe__jinja_node *node) {
     if (moe__jinja_truth(j, moe__jinja_eval(j, node->a))) return moe__jinja_eval(j, node->b);
     if (node->c) return moe__jinja_eval(j, node->c);
     return moe__jinja_hint("the inline if-expression evaluated to false and no else section was "
@@ -30409,7 +30423,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_choice(moe__jinja *j, const moe__jinja_n
 }
 
 // x[...]: an element or a slice.
-MOE__PRIVATE moe__value moe__jinja_eval_item(moe__jinja *j, moe__value v,
+MOE__OUTLINE moe__value moe__jinja_eval_item(moe__jinja *j, moe__value v,
                                              const moe__jinja_node *node) {
     moe__value *parts;
     if (node->kind != MOE__JINJA_SLICE) return moe__jinja_item(j, v, moe__jinja_eval(j, node));
@@ -30420,7 +30434,7 @@ MOE__PRIVATE moe__value moe__jinja_eval_item(moe__jinja *j, moe__value v,
     return moe__jinja_slice(j, v, parts);
 }
 
-MOE__PRIVATE moe__value moe__jinja_eval_entry(moe__jinja *j, moe__value v,
+MOE__OUTLINE moe__value moe__jinja_eval_entry(moe__jinja *j, moe__value v,
                                               const moe__jinja_node *node) {
     const int is_filter = node->kind == MOE__JINJA_FILTER;
     const moe__jinja_args args = moe__jinja_eval_arguments(j, node->a);
@@ -30490,7 +30504,7 @@ enum { MOE__JINJA_GO_ON, MOE__JINJA_BREAKS, MOE__JINJA_CONTINUES };
 MOE__PRIVATE int moe__jinja_run(moe__jinja *j, const moe__jinja_node *node);
 
 // What a body prints.
-MOE__PRIVATE moe__value moe__jinja_capture(moe__jinja *j, const moe__jinja_node *body,
+MOE__OUTLINE moe__value moe__jinja_capture(moe__jinja *j, const moe__jinja_node *body,
                                            moe__jinja_scope *scope) {
     moe__builder b = moe__builder_of(j->store);
     moe__builder *out = j->out;
@@ -30504,7 +30518,7 @@ MOE__PRIVATE moe__value moe__jinja_capture(moe__jinja *j, const moe__jinja_node 
 }
 
 // Sets what is on the left of "=" or "in".
-MOE__PRIVATE void moe__jinja_assign(moe__jinja *j, const moe__jinja_node *target, moe__value v) {
+MOE__OUTLINE void moe__jinja_assign(moe__jinja *j, const moe__jinja_node *target, moe__value v) {
     if (target->kind == MOE__JINJA_VARIABLE) {
         moe__jinja_define(j, j->scope, target->name, v);
     } else if (target->kind == MOE__JINJA_ATTRIBUTE) {
@@ -30530,7 +30544,7 @@ MOE__PRIVATE void moe__jinja_assign(moe__jinja *j, const moe__jinja_node *target
 }
 
 // The items of a loop that its condition lets through.
-MOE__PRIVATE const moe__list *moe__jinja_loop_items(moe__jinja *j, const moe__jinja_node *node,
+MOE__OUTLINE const moe__list *moe__jinja_loop_items(moe__jinja *j, const moe__jinja_node *node,
                                                     moe__value over) {
     const moe__list *all = moe__jinja_iterate(j, over);
     if (!node->c) return all;
@@ -30546,7 +30560,7 @@ MOE__PRIVATE const moe__list *moe__jinja_loop_items(moe__jinja *j, const moe__ji
     return some;
 }
 
-MOE__PRIVATE void moe__jinja_loop_over(moe__jinja *j, const moe__jinja_node *node,
+MOE__OUTLINE void moe__jinja_loop_over(moe__jinja *j, const moe__jinja_node *node,
                                        moe__value over, int64_t depth) {
     const moe__list *items = moe__jinja_loop_items(j, node, over);
     moe__jinja_loop *loop = (moe__jinja_loop *)moe__store_take(j->store, 1, sizeof *loop);
@@ -30559,22 +30573,25 @@ MOE__PRIVATE void moe__jinja_loop_over(moe__jinja *j, const moe__jinja_node *nod
     loop->node = node->op ? node : NULL;
     loop->scope = outer;
     variable.as.object = loop;
+    int through = 0; // did a turn reach the end of the body?
     for (; loop->at < items->n; loop->at++) {
         moe__store_step(j->store, 1);
         j->scope = moe__jinja_scope_new(j, outer);
         moe__jinja_define(j, j->scope, MOE__JINJA_LOOP, variable);
         moe__jinja_assign(j, node->a, items->items[loop->at]);
-        if (moe__jinja_run(j, node->body) == MOE__JINJA_BREAKS) break;
+        const int way = moe__jinja_run(j, node->body);
+        through |= way == MOE__JINJA_GO_ON;
+        if (way == MOE__JINJA_BREAKS) break;
     }
     j->scope = outer;
-    if (items->n || !node->other) return;
+    if (through || !node->other) return; // as Jinja2 has it, also if all turns were left early
     j->scope = moe__jinja_scope_new(j, outer);
     moe__jinja_run(j, node->other);
     j->scope = outer;
 }
 
 // loop(items) of a recursive loop: the same loop over other items.
-MOE__PRIVATE moe__value moe__jinja_call_loop(moe__jinja *j, const moe__jinja_loop *loop,
+MOE__OUTLINE moe__value moe__jinja_call_loop(moe__jinja *j, const moe__jinja_loop *loop,
                                              const moe__jinja_args *args) {
     if (!loop->node)
         moe__jinja_fail(j, "The loop must have the 'recursive' marker to be called recursively.");
@@ -30593,7 +30610,7 @@ MOE__PRIVATE moe__value moe__jinja_call_loop(moe__jinja *j, const moe__jinja_loo
 }
 
 // Arguments to the parameters of a macro, in its scope.
-MOE__PRIVATE void moe__jinja_bind_macro(moe__jinja *j, const moe__jinja_node *macro,
+MOE__OUTLINE void moe__jinja_bind_macro(moe__jinja *j, const moe__jinja_node *macro,
                                         moe__jinja_scope *scope, const moe__jinja_args *args) {
     const moe__value named = moe__dict_new(j->store, MOE__VALUE_DICT);
     const moe__value more = moe__list_new(j->store, MOE__VALUE_TUPLE, 0);
@@ -30632,7 +30649,7 @@ MOE__PRIVATE void moe__jinja_bind_macro(moe__jinja *j, const moe__jinja_node *ma
         moe__jinja_define(j, scope, MOE__JINJA_VARARGS, more);
 }
 
-MOE__PRIVATE moe__value moe__jinja_call_macro(moe__jinja *j, const moe__jinja_function *f,
+MOE__OUTLINE moe__value moe__jinja_call_macro(moe__jinja *j, const moe__jinja_function *f,
                                               const moe__jinja_args *args) {
     const moe__jinja_node *macro = f->macro;
     moe__jinja_scope *scope = moe__jinja_scope_new(j, f->scope), *outer = j->scope;
@@ -30665,7 +30682,7 @@ MOE__PRIVATE moe__value moe__jinja_macro_value(moe__jinja *j, const moe__jinja_n
 }
 
 // {% call(x) f(y) %}...{% endcall %}: f gets the body as the macro "caller".
-MOE__PRIVATE void moe__jinja_run_caller(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE void moe__jinja_run_caller(moe__jinja *j, const moe__jinja_node *node) {
     const moe__jinja_node *step = node->a->b; // the call is the last one
     while (step->next) step = step->next;
     const moe__value callee = moe__jinja_eval_steps(j, node->a, step);
@@ -30690,7 +30707,7 @@ MOE__PRIVATE int moe__jinja_run_if(moe__jinja *j, const moe__jinja_node *node) {
 }
 
 // A scope with the values of {% with %}, which are those of the scope around it.
-MOE__PRIVATE int moe__jinja_run_scope(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE int moe__jinja_run_scope(moe__jinja *j, const moe__jinja_node *node) {
     moe__jinja_scope *outer = j->scope, *scope = moe__jinja_scope_new(j, outer);
     for (const moe__jinja_node *n = node->a; n; n = n->next) {
         const moe__value v = moe__jinja_eval(j, n->b);
@@ -30704,7 +30721,7 @@ MOE__PRIVATE int moe__jinja_run_scope(moe__jinja *j, const moe__jinja_node *node
     return way;
 }
 
-MOE__PRIVATE void moe__jinja_run_capture(moe__jinja *j, const moe__jinja_node *node) {
+MOE__OUTLINE void moe__jinja_run_capture(moe__jinja *j, const moe__jinja_node *node) {
     moe__value v = moe__jinja_capture(j, node->body, moe__jinja_scope_new(j, j->scope));
     v = moe__jinja_apply_filters(j, v, node->b);
     if (node->kind == MOE__JINJA_CAPTURE) moe__jinja_assign(j, node->a, v);
@@ -31010,6 +31027,8 @@ MOE__PRIVATE void moe__chat_work(void *of) {
     moe__chat *chat = (moe__chat *)of;
     moe__store *store = &chat->store;
     chat->request = moe__json_parse(store, chat->json, chat->size);
+    if (chat->request.kind != MOE__VALUE_DICT)
+        moe__chat_fail(chat, "messages", "the request has no list of messages");
     const moe__value *now = moe__dict_get(store, chat->request, "now");
     const moe__value *goes_on = moe__dict_get(store, chat->request, "continue_final_message");
     const moe__value *prompt = moe__dict_get(store, chat->request, "add_generation_prompt");
@@ -31064,9 +31083,16 @@ MOE__PRIVATE moe_status moe__chat_render(const moe_vocab *vocab, const char *req
         chat->adapts) {
         const moe__value text = chat->text;
         chat->change = chat->changeable;
-        const moe_status changed = moe__chat_try(chat, NULL);
-        if (changed && !status) chat->text = text; // what came of it first
-        else status = changed ? status : MOE_OK;
+        moe_error second;
+        const moe_status changed = moe__chat_try(chat, &second);
+        if (changed == MOE_ERROR_MEMORY) { // nobody knows what would have come of it
+            first = second;
+            status = changed;
+        } else if (changed && !status) {
+            chat->text = text; // what came of it first
+        } else {
+            status = changed ? status : MOE_OK;
+        }
     }
     moe__floats_end(&floats);
     if (status && error) *error = first;

@@ -16,6 +16,11 @@ static inline size_t steps_for(size_t bytes) {
     return bytes;
 }
 static inline size_t steps_strlen(const char *text) { return steps_for(strlen(text)); }
+static inline void *steps_memchr(const void *text, int byte, size_t bytes) {
+    const void *at = memchr(text, byte, bytes);
+    steps_for(at ? (size_t)((const char *)at - (const char *)text) : bytes);
+    return (void *)at;
+}
 static inline int steps_strcmp(const char *a, const char *b) {
     steps_for(strlen(a));
     return strcmp(a, b);
@@ -25,7 +30,7 @@ static inline int steps_strcmp(const char *a, const char *b) {
 #define memcpy(to, from, bytes) memcpy(to, from, steps_for(bytes))
 #define memmove(to, from, bytes) memmove(to, from, steps_for(bytes))
 #define memcmp(a, b, bytes) memcmp(a, b, steps_for(bytes))
-#define memchr(text, byte, bytes) memchr(text, byte, steps_for(bytes))
+#define memchr(text, byte, bytes) steps_memchr(text, byte, bytes)
 #define strlen(text) steps_strlen(text)
 #define strcmp(a, b) steps_strcmp(a, b)
 

@@ -1,6 +1,7 @@
 // Answers taken apart: what comes out of answers of all families, however they are cut, also where
 // they are broken or end too early. An answer's transcript is one text: R reasoning, C content,
 // N name, I id, A arguments of a call and E with its validity, with bars between them.
+#include <dirent.h>
 #define MOE_INFER_IMPLEMENTATION
 #include "../moe_infer.h"
 #include "meter.h"
@@ -324,6 +325,11 @@ static const answer answers[] = {
 };
 enum { N_ANSWERS = sizeof answers / sizeof answers[0] };
 
+typedef struct bytes {
+    char *text;
+    size_t size, capacity;
+} bytes;
+
 // ---- transcripts -----------------------------------------------------------------------------
 
 typedef struct transcript {
@@ -589,6 +595,300 @@ TEST(broken_answers_come_apart_however_they_are_cut) {
     free(t.args);
     free(other.text);
     free(other.args);
+}
+
+// ---- what templates write --------------------------------------------------------------------
+
+static void put(bytes *b, const void *data, size_t n) {
+    append(&b->text, &b->size, &b->capacity, (const char *)data, n);
+}
+static void put_number(bytes *b, uint64_t x, size_t n) { put(b, &x, n); }
+static void put_text(bytes *b, const char *text) {
+    put_number(b, strlen(text), 8);
+    put(b, text, strlen(text));
+}
+
+// A vocabulary of a few control tokens, as a file in memory. chat_template may be NULL.
+static moe_vocab *open_vocab(const char *chat_template, const moe_allocator *allocator) {
+    static const char *const tokens[] = {"<BOS>", "<EOS>", "<|im_start|>", "<|im_end|>", "a"};
+    bytes b;
+    moe_error error;
+    moe_gguf_options options;
+    memset(&b, 0, sizeof b);
+    memset(&error, 0, sizeof error);
+    memset(&options, 0, sizeof options);
+    if (allocator) options.allocator = *allocator;
+    put(&b, "GGUF", 4);
+    put_number(&b, 3, 4);
+    put_number(&b, 0, 8);
+    put_number(&b, chat_template ? 7 : 6, 8);
+    put_text(&b, "tokenizer.ggml.model");
+    put_number(&b, MOE_VALUE_STRING, 4);
+    put_text(&b, "gpt2");
+    put_text(&b, "tokenizer.ggml.tokens");
+    put_number(&b, MOE_VALUE_ARRAY, 4);
+    put_number(&b, MOE_VALUE_STRING, 4);
+    put_number(&b, 5, 8);
+    for (int i = 0; i < 5; i++) put_text(&b, tokens[i]);
+    put_text(&b, "tokenizer.ggml.token_type");
+    put_number(&b, MOE_VALUE_ARRAY, 4);
+    put_number(&b, MOE_VALUE_INT32, 4);
+    put_number(&b, 5, 8);
+    for (int i = 0; i < 5; i++) put_number(&b, i < 4 ? 3 : 1, 4);
+    put_text(&b, "tokenizer.ggml.merges");
+    put_number(&b, MOE_VALUE_ARRAY, 4);
+    put_number(&b, MOE_VALUE_STRING, 4);
+    put_number(&b, 0, 8);
+    put_text(&b, "tokenizer.ggml.bos_token_id");
+    put_number(&b, MOE_VALUE_UINT32, 4);
+    put_number(&b, 0, 4);
+    put_text(&b, "tokenizer.ggml.eos_token_id");
+    put_number(&b, MOE_VALUE_UINT32, 4);
+    put_number(&b, 1, 4);
+    if (chat_template) {
+        put_text(&b, "tokenizer.chat_template");
+        put_number(&b, MOE_VALUE_STRING, 4);
+        put_text(&b, chat_template);
+    }
+    moe_gguf *gguf = moe_gguf_open_memory(b.text, b.size, &options, &error);
+    moe_vocab *vocab = gguf ? moe_vocab_open(gguf, &error) : NULL;
+    CHECKF(vocab, "%s: %s", error.where, error.text);
+    moe_gguf_close(gguf);
+    free(b.text);
+    return vocab;
+}
+
+// Messages of an assistant and what must come out of the text that a template makes of them.
+typedef struct scene {
+    char letter;
+    const char *message; // its members behind "role"
+    const char *reasoning, *content;
+    const char *calls; // [[name, arguments], ...]
+} scene;
+
+#define NESTED \
+    "{\"town\": \"So\\\"f'i\\\\a\\n\\tE " E_ACUTE " \360\237\230\200 <b> </think> {x: [1]} " \
+    "</tool_call>, end\", \"n\": -3, \"flag\": true, \"o\": {\"x\": [1, 2.5, -1e-7], \"z\": " \
+    "{\"deep\": {\"q\": \"it's \\\"so\\\"\", \"none\": null, \"no\": false}}}, \"any\": \"12\"}"
+#define CALL(id, name, arguments)                                                       \
+    "{\"id\": \"" id "\", \"type\": \"function\", \"function\": {\"name\": \"" name "\", " \
+    "\"arguments\": " arguments "}}"
+#define NESTED_TEXT \
+    "\"{\\\"town\\\": \\\"So\\\\n Q\\\\\\\"\\\", \\\"o\\\": {\\\"x\\\": [1]}, \\\"flag\\\": false}\""
+
+static const scene scenes[] = {
+    {'c', "\"content\": \"Plain text.\\n\\n* \\\"One\\\" < 2 & {3}\"", "",
+     "Plain text.\n\n* \"One\" < 2 & {3}", "[]"},
+    {'r', "\"content\": \"The text.\", \"reasoning_content\": \"First {a}.\\n\\nThen b.\"",
+     "First {a}.\n\nThen b.", "The text.", "[]"},
+    {'s', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", "{\"town\": \"Sofia\"}") "]",
+     "", "", "[[\"look\", {\"town\": \"Sofia\"}]]"},
+    {'t', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", "{\"town\": \"Sofia\"}") ", "
+     CALL("def456uvw", "add", "{\"a\": 1.5}") "]", "", "",
+     "[[\"look\", {\"town\": \"Sofia\"}], [\"add\", {\"a\": 1.5}]]"},
+    {'n', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", NESTED) "]",
+     "", "", "[[\"look\", " NESTED "]]"},
+    {'j', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", NESTED_TEXT) "]",
+     "", "", "[[\"look\", {\"town\": \"So\\n Q\\\"\", \"o\": {\"x\": [1]}, \"flag\": false}]]"},
+    {'e', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", "{}") "]", "", "",
+     "[[\"look\", {}]]"},
+    {'b', "\"content\": \"I see to it.\", \"tool_calls\": [" CALL("abc123xyz", "look",
+     "{\"n\": 7}") "]", "", "I see to it.", "[[\"look\", {\"n\": 7}]]"},
+    {'a', "\"content\": \"I see to it.\", \"reasoning_content\": \"First {a}: where?\", "
+     "\"tool_calls\": [" CALL("abc123xyz", "look", "{\"n\": 7, \"o\": {\"x\": []}}") "]",
+     "First {a}: where?", "I see to it.", "[[\"look\", {\"n\": 7, \"o\": {\"x\": []}}]]"},
+};
+enum { N_SCENES = sizeof scenes / sizeof scenes[0] };
+
+// What came out of an answer, put together.
+typedef struct taken {
+    bytes texts[2]; // content, reasoning
+    bytes calls;    // as in scenes
+    int n_calls, all_valid;
+} taken;
+
+static int take_piece(void *user, const moe_chat_piece *piece) {
+    taken *t = (taken *)user;
+    if (piece->kind <= MOE_CHAT_REASONING) put(&t->texts[piece->kind], piece->text, piece->size);
+    if (piece->kind == MOE_CHAT_TOOL_NAME) {
+        put(&t->calls, ", [\"" + (t->n_calls ? 0 : 2), t->n_calls ? 4 : 2);
+        t->n_calls++;
+        put(&t->calls, piece->text, piece->size);
+        put(&t->calls, "\", ", 3);
+    }
+    if (piece->kind == MOE_CHAT_TOOL_ARGUMENTS) put(&t->calls, piece->text, piece->size);
+    if (piece->kind == MOE_CHAT_TOOL_END) {
+        t->all_valid &= piece->is_valid;
+        put(&t->calls, "]", 1);
+    }
+    return 1;
+}
+static void take_begin(taken *t) {
+    memset(t, 0, sizeof *t);
+    t->all_valid = 1;
+    put(&t->texts[0], "", 0);
+    put(&t->texts[1], "", 0);
+    put(&t->calls, "[", 1);
+}
+static void take_end(taken *t) {
+    free(t->texts[0].text);
+    free(t->texts[1].text);
+    free(t->calls.text);
+}
+
+// The same JSON: kinds and order in lists count, order of members does not.
+static int is_same_value(moe__store *store, moe__value a, moe__value b) {
+    if (a.kind == MOE__VALUE_LIST && b.kind == MOE__VALUE_LIST) {
+        int same = a.as.list->n == b.as.list->n;
+        for (uint64_t i = 0; same && i < a.as.list->n; i++)
+            same = is_same_value(store, a.as.list->items[i], b.as.list->items[i]);
+        return same;
+    }
+    if (a.kind == MOE__VALUE_DICT && b.kind == MOE__VALUE_DICT) {
+        int same = a.as.dict->n == b.as.dict->n;
+        for (uint64_t i = 0; same && i < a.as.dict->n; i++) {
+            const moe__pair *entry = &a.as.dict->entries[i];
+            const moe__value *other = moe__dict_find(store, b.as.dict, entry->key);
+            same = other && is_same_value(store, entry->value, *other);
+        }
+        return same;
+    }
+    return a.kind == b.kind && moe__value_equal(store, a, b);
+}
+static int is_same_json(const char *a, const char *b) {
+    moe_allocator allocator;
+    moe__store store;
+    moe__value x, y;
+    moe__allocator_init(&allocator, NULL, NULL);
+    moe__store_init(&store, &allocator, 1 << 30, UINT64_MAX, 1000);
+    const int same = moe__json_read(&store, a, strlen(a), &x, NULL) == MOE_OK &&
+                     moe__json_read(&store, b, strlen(b), &y, NULL) == MOE_OK &&
+                     is_same_value(&store, x, y);
+    moe__store_free(&store);
+    return same;
+}
+
+static char *read_text(const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (!file) return NULL;
+    bytes b;
+    char part[4096];
+    memset(&b, 0, sizeof b);
+    for (size_t n; (n = fread(part, 1, sizeof part, file)) > 0;) put(&b, part, n);
+    fclose(file);
+    return b.text;
+}
+
+static char *format(const moe_vocab *vocab, const char *request, moe_error *error) {
+    const int64_t n = moe_chat_format(vocab, request, strlen(request), NULL, 0, error);
+    if (n < 0) return NULL;
+    char *text = (char *)malloc((size_t)n + 1);
+    CHECK(moe_chat_format(vocab, request, strlen(request), text, (size_t)n, error) == n);
+    text[n] = 0;
+    return text;
+}
+
+#define PROPERTY(name, type) "\"" name "\": {\"type\": \"" type "\", \"description\": \"The " name "\"}"
+#define FUNCTION(name, properties)                                                      \
+    "{\"type\": \"function\", \"function\": {\"name\": \"" name "\", \"description\": \"Does it.\", " \
+    "\"parameters\": {\"type\": \"object\", \"properties\": {" properties "}, \"required\": []}}}"
+static const char trip_tools[] =
+    "\"tools\": [" FUNCTION("look", PROPERTY("town", "string") ", " PROPERTY("n", "integer") ", "
+    PROPERTY("flag", "boolean") ", " PROPERTY("o", "object") ", " PROPERTY("any", "string")) ", "
+    FUNCTION("add", PROPERTY("a", "number")) "]}";
+
+// Where the answer begins in `whole`: behind the prompt or, where the prompt opens reasoning that
+// the message has none of, in front of its mark.
+static const char *answer_in(const char *whole, const char *prompt, const moe_chat_parser *p) {
+    const char *think = p->form->think, *mark = NULL;
+    size_t n = 0;
+    while (prompt[n] && prompt[n] == whole[n]) n++;
+    for (const char *at = prompt; think && prompt[n] && (at = strstr(at, think)); at++)
+        if (at <= prompt + n) mark = at;
+    return whole + (mark && mark + strlen(think) >= prompt + n ? (size_t)(mark - prompt) : n);
+}
+
+// What comes of a scene: '+' it comes back, 'd' the template drops something and the rest comes
+// back, 'x' the template raises an error, '!' it is lost.
+static char round_trip(const char *name, const moe_vocab *vocab, const scene *s) {
+    static const char head[] = "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}";
+    static const char tail[] = ", \"now\": \"2026-03-14T15:09:26\", \"enable_thinking\": true, "
+                               "\"functions\": \"[]\", ";
+    char before[4096], after[4096], result = 'x';
+    moe_error error;
+    taken t;
+    memset(&error, 0, sizeof error);
+    snprintf(before, sizeof before, "%s]%s%s", head, tail, trip_tools);
+    snprintf(after, sizeof after, "%s, {\"role\": \"assistant\", %s}]%s\"add_generation_prompt\": "
+             "false, %s", head, s->message, tail, trip_tools);
+    char *prompt = format(vocab, before, &error), *whole = format(vocab, after, &error);
+    moe_chat_parser *p =
+        moe_chat_parser_open(vocab, before, strlen(before), take_piece, &t, &error);
+    take_begin(&t);
+    if (prompt && whole && p) {
+        const char *answer = answer_in(whole, prompt, p);
+        const char *unthink = p->is_thinking ? p->form->unthink : NULL;
+        if (unthink && !strstr(answer, unthink)) // a model closes what the prompt has opened
+            CHECK(push(p, unthink, strlen(unthink)) == MOE_OK);
+        CHECK(push(p, answer, strlen(answer)) == MOE_OK && finish(p) == MOE_OK);
+        put(&t.calls, "]", 1);
+        const int no_reasoning = *s->reasoning && !strstr(answer, "First {a}");
+        const int no_content = *s->content && !strstr(answer, "text.") && !strstr(answer, "see to");
+        const int no_calls = *s->calls && !strstr(answer, "look");
+        const int good = !strcmp(t.texts[0].text, no_content ? "" : s->content) &&
+                         !strcmp(t.texts[1].text, no_reasoning ? "" : s->reasoning) &&
+                         is_same_json(t.calls.text, no_calls ? "[]" : s->calls) && t.all_valid;
+        result = !good ? '!' : no_reasoning || no_content || no_calls ? 'd' : '+';
+        if (!good && getenv("VERBOSE"))
+            printf("%s %c: prompt ...%s\n  from %s\n  C %s\n  R %s\n  calls %s valid %d\n", name, s->letter,
+                   prompt + (strlen(prompt) > 40 ? strlen(prompt) - 40 : 0), answer, t.texts[0].text, t.texts[1].text, t.calls.text, t.all_valid);
+    } else if (getenv("VERBOSE")) {
+        printf("%s %c: %s %s\n", name, s->letter, error.where, error.text);
+    }
+    moe_chat_parser_close(p);
+    take_end(&t);
+    free(prompt);
+    free(whole);
+    return result;
+}
+
+// What cannot come back, and why.
+static const struct {
+    const char *name, *scenes, *why; // what comes of each, as round_trip says
+} losses[] = {
+    {"", "", ""},
+};
+
+TEST(what_templates_write_comes_back) {
+    static const char folder[] = "../shared/golden/chat/";
+    DIR *files = opendir(folder);
+    if (!files) SKIP("no %s", folder);
+    int n[4] = {0, 0, 0, 0}, n_templates = 0;
+    for (struct dirent *file; (file = readdir(files));) {
+        char path[512], name[256], came[N_SCENES + 1] = "";
+        const char *end = strstr(file->d_name, ".jinja"), *known = "+++++++++";
+        if (!end) continue;
+        snprintf(name, sizeof name, "%.*s", (int)(end - file->d_name), file->d_name);
+        snprintf(path, sizeof path, "%s%s", folder, file->d_name);
+        char *source = read_text(path);
+        moe_vocab *vocab = open_vocab(source, NULL);
+        for (size_t i = 0; i < sizeof losses / sizeof losses[0]; i++)
+            if (!strcmp(losses[i].name, name)) known = losses[i].scenes;
+        for (int i = 0; vocab && i < N_SCENES; i++) {
+            came[i] = round_trip(name, vocab, &scenes[i]);
+            n[0]++;
+            n[1] += came[i] == '+';
+            n[2] += came[i] == 'd';
+            n[3] += came[i] == 'x';
+        }
+        CHECKF(!strcmp(came, known), "%s: %s, not %s", name, came, known);
+        n_templates++;
+        moe_vocab_close(vocab);
+        free(source);
+    }
+    closedir(files);
+    printf("  %d of %d messages of %d templates come back, %d as far as the template writes them; "
+           "%d raise an error\n", n[1], n[0], n_templates, n[2], n[3]);
 }
 
 // ---- memory ----------------------------------------------------------------------------------

@@ -31256,7 +31256,8 @@ static const moe__answer_form moe__answer_forms[] = {
      "P<|python_tag|>", NULL, NULL, "<|eot_id|>\n<|eom_id|>", NULL, {NULL, NULL}, 0, 1, 0, 0},
     {"usual", "", "<think>", "</think>", "T<tool_call>", "</tool_call>", NULL,
      "<|im_end|>\n</assistant>\n<|role_end|>\n<|user|>\n<|observation|>\n<|end_of_text|>\n<sep>\n"
-     "<|eot_id|>",
+     "<|eot_id|>\n<|end|>\n<end_of_turn>\n"
+     "<" MOE__BAR "end" MOE__LOW "of" MOE__LOW "sentence" MOE__BAR ">",
      NULL, {&moe__tags_glm, &moe__tags_qwen}, 0, 0, 0, 0},
 };
 enum { MOE__ANSWER_FORMS = sizeof moe__answer_forms / sizeof moe__answer_forms[0] };
@@ -32000,6 +32001,11 @@ MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
     if (is_json && c == '{') {
         p->mark = 1;
         return moe__answer_go(p, moe__answer_json_step);
+    }
+    if (p->how == 'G' && c == '}' && p->n_open) { // {{...}}
+        p->at++;
+        p->n_open = 0;
+        return 1;
     }
     if (p->how == 'P' && (c == ',' || (c == ']' && p->n_open))) {
         p->at++;
@@ -32812,8 +32818,12 @@ MOE__PRIVATE int moe__answer_python_step(moe_chat_parser *p) {
     if (p->how == 'P' && p->name.size > n &&
         !memcmp(p->name.data + p->name.size - n, method, n))
         p->name.size -= n;
+    const int is_json = p->how == 'G' && end + 1 < p->in.size && p->in.data[end + 1] == '{';
+    if (p->how == 'G' && end + 1 == p->in.size && !p->is_last) return 0;
     p->at = end + 1;
     if (!moe__answer_commit(p)) return 1;
+    if (p->how == 'G') p->n_open = is_json;
+    if (is_json) return moe__answer_go(p, moe__answer_whole_step);
     moe__loose_begin(&p->loose, 1);
     moe__answer_put_words(p, "{");
     return moe__answer_go(p, moe__answer_loose_step);
@@ -33210,7 +33220,7 @@ MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p) {
         const char c = p->in.data[i];
         int what = MOE__MARK_OPEN | MOE__MARK_DROP | MOE__MARK_END | MOE__MARK_HEADER;
         if (is_thinking || is_start || is_free) what |= MOE__MARK_UNTHINK;
-        if (!is_thinking && (is_start || is_free)) what |= MOE__MARK_THINK;
+        if (is_start || (is_free && !is_thinking)) what |= MOE__MARK_THINK; // may be doubled
         is_bare = c == '{' && p->form->is_bare && is_start && !is_thinking && p->has_calls;
         found = moe__answer_match(p, i, what, &mark);
         if (found || is_bare) break;

@@ -673,13 +673,16 @@ typedef struct scene {
 #define CALL(id, name, arguments)                                                       \
     "{\"id\": \"" id "\", \"type\": \"function\", \"function\": {\"name\": \"" name "\", " \
     "\"arguments\": " arguments "}}"
+// as templates name it
+#define REASONING(text) \
+    "\"reasoning_content\": \"" text "\", \"reasoning\": \"" text "\", \"thinking\": \"" text "\""
 #define NESTED_TEXT \
     "\"{\\\"town\\\": \\\"So\\\\n Q\\\\\\\"\\\", \\\"o\\\": {\\\"x\\\": [1]}, \\\"flag\\\": false}\""
 
 static const scene scenes[] = {
     {'c', "\"content\": \"Plain text.\\n\\n* \\\"One\\\" < 2 & {3}\"", "",
      "Plain text.\n\n* \"One\" < 2 & {3}", "[]"},
-    {'r', "\"content\": \"The text.\", \"reasoning_content\": \"First {a}.\\n\\nThen b.\"",
+    {'r', "\"content\": \"The text.\", " REASONING("First {a}.\\n\\nThen b."),
      "First {a}.\n\nThen b.", "The text.", "[]"},
     {'s', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", "{\"town\": \"Sofia\"}") "]",
      "", "", "[[\"look\", {\"town\": \"Sofia\"}]]"},
@@ -694,7 +697,7 @@ static const scene scenes[] = {
      "[[\"look\", {}]]"},
     {'b', "\"content\": \"I see to it.\", \"tool_calls\": [" CALL("abc123xyz", "look",
      "{\"n\": 7}") "]", "", "I see to it.", "[[\"look\", {\"n\": 7}]]"},
-    {'a', "\"content\": \"I see to it.\", \"reasoning_content\": \"First {a}: where?\", "
+    {'a', "\"content\": \"I see to it.\", " REASONING("First {a}: where?") ", "
      "\"tool_calls\": [" CALL("abc123xyz", "look", "{\"n\": 7, \"o\": {\"x\": []}}") "]",
      "First {a}: where?", "I see to it.", "[[\"look\", {\"n\": 7, \"o\": {\"x\": []}}]]"},
 };
@@ -779,76 +782,111 @@ static char *read_text(const char *path) {
     return b.text;
 }
 
-static char *format(const moe_vocab *vocab, const char *request, moe_error *error) {
-    const int64_t n = moe_chat_format(vocab, request, strlen(request), NULL, 0, error);
+static char *format(const moe_vocab *vocab, const char *request) {
+    const int64_t n = moe_chat_format(vocab, request, strlen(request), NULL, 0, NULL);
     if (n < 0) return NULL;
     char *text = (char *)malloc((size_t)n + 1);
-    CHECK(moe_chat_format(vocab, request, strlen(request), text, (size_t)n, error) == n);
+    CHECK(moe_chat_format(vocab, request, strlen(request), text, (size_t)n, NULL) == n);
     text[n] = 0;
     return text;
 }
 
-#define PROPERTY(name, type) "\"" name "\": {\"type\": \"" type "\", \"description\": \"The " name "\"}"
-#define FUNCTION(name, properties)                                                      \
-    "{\"type\": \"function\", \"function\": {\"name\": \"" name "\", \"description\": \"Does it.\", " \
-    "\"parameters\": {\"type\": \"object\", \"properties\": {" properties "}, \"required\": []}}}"
-static const char trip_tools[] =
-    "\"tools\": [" FUNCTION("look", PROPERTY("town", "string") ", " PROPERTY("n", "integer") ", "
-    PROPERTY("flag", "boolean") ", " PROPERTY("o", "object") ", " PROPERTY("any", "string")) ", "
-    FUNCTION("add", PROPERTY("a", "number")) "]}";
+#define PROPERTY(name, type, more) \
+    "\"" name "\": {\"type\": \"" type "\", \"description\": \"The " name ".\"" more "}"
+#define FUNCTION(name, properties)                                                           \
+    "{\"type\": \"function\", \"function\": {\"name\": \"" name "\", \"description\": \"Does " \
+    "it.\", \"parameters\": {\"type\": \"object\", \"properties\": {" properties                \
+    "}, \"required\": []}}}"
+#define TRIP_TOOLS                                                                                \
+    "tools\": [" FUNCTION("look", PROPERTY("town", "string", "") ", " PROPERTY("n", "integer", "")  \
+    ", " PROPERTY("flag", "boolean", "") ", " PROPERTY("o", "object", ", \"properties\": {"        \
+    PROPERTY("x", "array", ", \"items\": {\"type\": \"number\"}") ", "                             \
+    PROPERTY("z", "object", "") "}, \"additionalProperties\": {\"type\": \"string\"}")              \
+    ", " PROPERTY("any", "string", "")) ", " FUNCTION("add", PROPERTY("a", "number", "")) "]}"
+
+static int is_verbose;
 
 // Where the answer begins in `whole`: behind the prompt or, where the prompt opens reasoning that
-// the message has none of, in front of its mark.
-static const char *answer_in(const char *whole, const char *prompt, const moe_chat_parser *p) {
+// the message has none of, in front of its mark; where the prompt has another turn in front of the
+// answer, behind what it ends with.
+static char *answer_in(char *whole, const char *prompt, const moe_chat_parser *p) {
     const char *think = p->form->think, *mark = NULL;
     size_t n = 0;
     while (prompt[n] && prompt[n] == whole[n]) n++;
     for (const char *at = prompt; think && prompt[n] && (at = strstr(at, think)); at++)
         if (at <= prompt + n) mark = at;
-    return whole + (mark && mark + strlen(think) >= prompt + n ? (size_t)(mark - prompt) : n);
+    if (mark && mark + strlen(think) > prompt + n) return whole + (mark - prompt);
+    const char *tail = prompt + strlen(prompt) - (strlen(prompt) > 17 ? 17 : 0);
+    char *from = prompt[n] ? strstr(whole + (n > 17 ? n - 17 : 0), tail) : NULL;
+    return from ? from + strlen(tail) : whole + n;
+}
+// Some templates write on behind the token that ends an answer.
+static void end_answer(char *answer) {
+    static const char *const ends[] = {"<|END_OF_TURN_TOKEN|>", "<SPECIAL_12>", "<|eot_id|>",
+                                       "<" BAR "end" LOW "of" LOW "sentence" BAR ">", "]```\n"};
+    for (int i = 0; i < 5; i++) {
+        char *end = strstr(answer, ends[i]);
+        if (end) end[strlen(ends[i])] = 0;
+    }
+}
+
+static char *trip_request(const scene *s, const char *tools) {
+    static const char form[] =
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}%s%s%s], \"now\": "
+        "\"2026-03-14T15:09:26\", \"enable_thinking\": true, \"reasoning_effort\": \"high\", \"functions\": \"[]\", \"datetime\": "
+        "\"now\", \"add_generation_prompt\": %s, %s";
+    const size_t size = 4096;
+    char *request = (char *)malloc(size);
+    snprintf(request, size, form, s ? ", {\"role\": \"assistant\", " : "", s ? s->message : "",
+             s ? "}" : "", s ? "false" : "true", tools);
+    return request;
+}
+
+// The parser has got an answer that a template made of a scene.
+static char judge(const scene *s, const char *answer, const taken *t) {
+    const int no_reasoning = *s->reasoning && !strstr(answer, "First {a}");
+    const int no_content = *s->content && !strstr(answer, "text.") && !strstr(answer, "see to");
+    const int has_first = strstr(answer, "look") != NULL;
+    const int is_cut = s->letter == 't' && has_first && !strstr(answer, "add");
+    const char *calls = is_cut ? scenes[2].calls : has_first ? s->calls : "[]";
+    const int good = !strcmp(t->texts[0].text, no_content ? "" : s->content) &&
+                     !strcmp(t->texts[1].text, no_reasoning ? "" : s->reasoning) &&
+                     is_same_json(t->calls.text, calls) && t->all_valid;
+    return !good ? '!' : no_reasoning || no_content || strcmp(calls, s->calls) ? 'd' : '+';
 }
 
 // What comes of a scene: '+' it comes back, 'd' the template drops something and the rest comes
 // back, 'x' the template raises an error, '!' it is lost.
-static char round_trip(const char *name, const moe_vocab *vocab, const scene *s) {
-    static const char head[] = "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}";
-    static const char tail[] = ", \"now\": \"2026-03-14T15:09:26\", \"enable_thinking\": true, "
-                               "\"functions\": \"[]\", ";
-    char before[4096], after[4096], result = 'x';
-    moe_error error;
+static char round_trip(const char *name, const moe_vocab *vocab, const scene *s,
+                       const char *tools) {
+    char *before = trip_request(NULL, tools), *after = trip_request(s, tools), result = 'x';
+    char *prompt = format(vocab, before), *whole = format(vocab, after);
     taken t;
-    memset(&error, 0, sizeof error);
-    snprintf(before, sizeof before, "%s]%s%s", head, tail, trip_tools);
-    snprintf(after, sizeof after, "%s, {\"role\": \"assistant\", %s}]%s\"add_generation_prompt\": "
-             "false, %s", head, s->message, tail, trip_tools);
-    char *prompt = format(vocab, before, &error), *whole = format(vocab, after, &error);
-    moe_chat_parser *p =
-        moe_chat_parser_open(vocab, before, strlen(before), take_piece, &t, &error);
     take_begin(&t);
-    if (prompt && whole && p) {
-        const char *answer = answer_in(whole, prompt, p);
+    if (prompt && whole) {
+        moe_chat_parser *p =
+            moe_chat_parser_open(vocab, before, strlen(before), take_piece, &t, NULL);
+        CHECK(p != NULL);
+        char *answer = answer_in(whole, prompt, p);
+        end_answer(answer);
         const char *unthink = p->is_thinking ? p->form->unthink : NULL;
-        if (unthink && !strstr(answer, unthink)) // a model closes what the prompt has opened
-            CHECK(push(p, unthink, strlen(unthink)) == MOE_OK);
+        const char *first = answer + strspn(answer, " \n");
+        if (unthink && !strstr(answer, "First {a}") && strncmp(first, unthink, strlen(unthink)))
+            CHECK(push(p, unthink, strlen(unthink)) == MOE_OK); // a model closes what is open
         CHECK(push(p, answer, strlen(answer)) == MOE_OK && finish(p) == MOE_OK);
         put(&t.calls, "]", 1);
-        const int no_reasoning = *s->reasoning && !strstr(answer, "First {a}");
-        const int no_content = *s->content && !strstr(answer, "text.") && !strstr(answer, "see to");
-        const int no_calls = *s->calls && !strstr(answer, "look");
-        const int good = !strcmp(t.texts[0].text, no_content ? "" : s->content) &&
-                         !strcmp(t.texts[1].text, no_reasoning ? "" : s->reasoning) &&
-                         is_same_json(t.calls.text, no_calls ? "[]" : s->calls) && t.all_valid;
-        result = !good ? '!' : no_reasoning || no_content || no_calls ? 'd' : '+';
-        if (!good && getenv("VERBOSE"))
-            printf("%s %c: prompt ...%s\n  from %s\n  C %s\n  R %s\n  calls %s valid %d\n", name, s->letter,
-                   prompt + (strlen(prompt) > 40 ? strlen(prompt) - 40 : 0), answer, t.texts[0].text, t.texts[1].text, t.calls.text, t.all_valid);
-    } else if (getenv("VERBOSE")) {
-        printf("%s %c: %s %s\n", name, s->letter, error.where, error.text);
+        result = judge(s, answer, &t);
+        moe_chat_parser_close(p);
+        if (is_verbose && result != '+')
+            printf("%s %c%c: %s---%s\n  C %s\n  R %s\n  calls %s\n", name, s->letter, result,
+                   prompt + strlen(prompt) - (strlen(prompt) > 40 ? 40 : 0), answer,
+                   t.texts[0].text, t.texts[1].text, t.calls.text);
     }
-    moe_chat_parser_close(p);
     take_end(&t);
     free(prompt);
     free(whole);
+    free(before);
+    free(after);
     return result;
 }
 
@@ -875,7 +913,10 @@ TEST(what_templates_write_comes_back) {
         for (size_t i = 0; i < sizeof losses / sizeof losses[0]; i++)
             if (!strcmp(losses[i].name, name)) known = losses[i].scenes;
         for (int i = 0; vocab && i < N_SCENES; i++) {
-            came[i] = round_trip(name, vocab, &scenes[i]);
+            came[i] = round_trip(name, vocab, &scenes[i], "\"" TRIP_TOOLS);
+            // Where they are nothing for the template, they are still known to the parser.
+            if (came[i] == 'x')
+                came[i] = round_trip(name, vocab, &scenes[i], "\"other_" TRIP_TOOLS);
             n[0]++;
             n[1] += came[i] == '+';
             n[2] += came[i] == 'd';
@@ -953,6 +994,7 @@ TEST(long_answers) {
 }
 
 int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "verbose")) is_verbose = 1, argc = 1;
     if (argc > 2 && !strcmp(argv[1], "--fuzz")) n_fuzz = atol(argv[2]), argc = 1;
     return test_main(argc, argv);
 }

@@ -1009,8 +1009,8 @@ typedef enum moe_chat_kind {
     MOE_CHAT_CONTENT,   // for the user
     MOE_CHAT_REASONING, // thinking aloud
     MOE_CHAT_TOOL_NAME, // a tool call begins: its name, whole
-    MOE_CHAT_TOOL_ARGUMENTS, // its arguments: JSON, piece by piece
-    MOE_CHAT_TOOL_ID,   // the call's id, whole, where the format has ids; before its arguments
+    MOE_CHAT_TOOL_ARGUMENTS, // its arguments: JSON, piece by piece; the id may come behind them
+    MOE_CHAT_TOOL_ID,   // the call's id, whole, where the format has ids
     MOE_CHAT_TOOL_END   // the call is over; size 0
 } moe_chat_kind;
 
@@ -31559,7 +31559,7 @@ struct moe_chat_parser {
     unsigned types;
     uint8_t utf8_n, utf8_low, utf8_high, utf8_bad; // of the arguments
     const moe__value *tool;
-    moe__answer_bytes name, id, args, key, made;
+    moe__answer_bytes name, id, args, other, key, made;
     moe__scan scan, inner;
     moe__unescape unescape;
     moe__loose loose;
@@ -31886,6 +31886,7 @@ MOE__PRIVATE void moe__answer_new_call(moe_chat_parser *p) {
     p->is_call = p->has_args = p->args_good = p->n_keys = p->depth = p->state = p->field = 0;
     p->utf8_n = p->utf8_bad = 0;
     p->name.size = p->id.size = p->args.size = p->key.size = p->made.size = 0;
+    p->other.size = 0;
     p->tool = NULL;
 }
 
@@ -31908,6 +31909,8 @@ MOE__PRIVATE int moe__answer_commit(moe_chat_parser *p) {
         moe__answer_fail(p);
         return 0;
     }
+    moe__answer_cut(p);
+    moe__answer_text(p, p->kind, p->other.data, p->other.size);
     moe__answer_cut(p);
     p->is_call = 1;
     p->from = p->at;
@@ -32332,20 +32335,19 @@ MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
 
 // {"name": ..., "arguments": {...}} in any order, other names for the two, arguments as a string
 // that holds JSON, in lists or one behind the other; {"NAME": {...}} for M. What else such an
-// object holds belongs to its marks.
+// object holds is content, except for the type and the index.
 typedef enum moe__call_state {
     MOE__CALL_LIST,
     MOE__CALL_KEY,
-    MOE__CALL_KEY_TEXT,
-    MOE__CALL_COLON,
-    MOE__CALL_VALUE,
     MOE__CALL_NAME,
     MOE__CALL_ID,
     MOE__CALL_ID_NUMBER,
     MOE__CALL_ARGS,
     MOE__CALL_ARGS_TEXT,
-    MOE__CALL_OTHER
+    MOE__CALL_OTHER,
+    MOE__CALL_MARK // a value that says nothing
 } moe__call_state;
+enum { MOE__CALL_MEMBER = 1024 }; // bytes of a key and what stands around it, at most
 
 // The bytes that a byte of a string says, at most 8 of them in out; none if they are not known yet.
 MOE__PRIVATE size_t moe__unescape_byte(moe__unescape *u, char c, char *out) {
@@ -32407,13 +32409,15 @@ MOE__PRIVATE int moe__answer_string_byte(moe_chat_parser *p, char c, moe__answer
     return is_end;
 }
 
-enum { MOE__KEY_OTHER, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_FUNCTION };
+enum { MOE__KEY_OTHER, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_FUNCTION, MOE__KEY_TYPE,
+       MOE__KEY_INDEX };
 MOE__PRIVATE int moe__answer_key_of(const moe_chat_parser *p) {
     static const char *const words[] = {"name", "tool_name", "arguments", "parameters", "args",
-                                        "id", "tool_call_id", "call_id", "function"};
+                                        "id", "tool_call_id", "call_id", "function", "type",
+                                        "index"};
     static const uint8_t keys[] = {MOE__KEY_NAME, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ARGS,
                                    MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_ID, MOE__KEY_ID,
-                                   MOE__KEY_FUNCTION};
+                                   MOE__KEY_FUNCTION, MOE__KEY_TYPE, MOE__KEY_INDEX};
     for (size_t i = 0; i < sizeof keys; i++)
         if (p->key.size == strlen(words[i]) && !memcmp(p->key.data, words[i], p->key.size))
             return keys[i];
@@ -32431,9 +32435,44 @@ MOE__PRIVATE int moe__answer_json_wrong(moe_chat_parser *p) {
     return 1;
 }
 
-MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, char c) {
+// What is no part of a call comes out in front of it or within it.
+MOE__PRIVATE void moe__answer_other(moe_chat_parser *p, const char *text, size_t size) {
+    if (p->is_call) moe__answer_text(p, p->kind, text, size);
+    else moe__answer_add(p, &p->other, text, size);
+}
+
+// The state that a value begins; -1: more bytes would tell.
+MOE__PRIVATE int moe__answer_json_state(const moe_chat_parser *p, int key, size_t value) {
+    const char c = p->in.data[value];
+    int is = 0;
+    if (key == MOE__KEY_TYPE) is = moe__answer_is(p, value, "\"function\"");
+    if (key == MOE__KEY_ARGS && c == 'n') is = moe__answer_is(p, value, "null");
+    if (is) return is < 0 ? -1 : MOE__CALL_MARK;
+    switch (key) {
+    case MOE__KEY_NAME:
+    case MOE__KEY_FUNCTION: return c == '"' && !p->name.size ? MOE__CALL_NAME : MOE__CALL_OTHER;
+    case MOE__KEY_ID:
+        if (p->id.size) return MOE__CALL_OTHER;
+        return c == '"'                    ? MOE__CALL_ID
+               : moe__answer_is_digit(c) ? MOE__CALL_ID_NUMBER
+                                           : MOE__CALL_OTHER;
+    case MOE__KEY_ARGS:
+        if (p->has_args) return MOE__CALL_OTHER;
+        return c == '"' ? MOE__CALL_ARGS_TEXT : MOE__CALL_ARGS;
+    case MOE__KEY_INDEX: return moe__answer_is_digit(c) ? MOE__CALL_MARK : MOE__CALL_OTHER;
+    default: return MOE__CALL_OTHER;
+    }
+}
+
+// A member's key is read, its value begins at `value`.
+MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, size_t value) {
+    const size_t from = p->at;
+    const char c = p->in.data[value];
     int key = moe__answer_key_of(p);
+    // Nothing but its keys tells that an object without a mark is a call.
+    if (p->how == 'B' && !p->is_call && key == MOE__KEY_OTHER) return moe__answer_fail(p);
     if (p->how == 'M') {
+        p->at = value;
         p->name.size = 0;
         moe__answer_add(p, &p->name, p->key.data, p->key.size);
         if (!moe__answer_commit(p)) return 1;
@@ -32442,26 +32481,39 @@ MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, char c) {
     memset(&p->scan, 0, sizeof p->scan);
     memset(&p->inner, 0, sizeof p->inner);
     memset(&p->unescape, 0, sizeof p->unescape);
-    p->state = MOE__CALL_OTHER;
     if (key == MOE__KEY_FUNCTION && c == '{') {
-        p->at++;
+        p->at = value + 1;
         p->depth++;
-        p->state = MOE__CALL_KEY;
-    } else if ((key == MOE__KEY_NAME || key == MOE__KEY_FUNCTION) && c == '"' && !p->name.size) {
-        p->at++;
-        p->state = MOE__CALL_NAME;
-    } else if (key == MOE__KEY_ID && c == '"' && !p->id.size) {
-        p->at++;
-        p->state = MOE__CALL_ID;
-    } else if (key == MOE__KEY_ID && moe__answer_is_digit(c) && !p->id.size) {
-        p->state = MOE__CALL_ID_NUMBER;
-    } else if (key == MOE__KEY_ARGS && !p->has_args) {
-        if (p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
-        p->at += c == '"';
-        p->state = c == '"' ? MOE__CALL_ARGS_TEXT : c == 'n' ? MOE__CALL_OTHER : MOE__CALL_ARGS;
-        p->args_good = c == '{' ? 2 : 0; // once it is whole
+        return 1;
     }
+    const int state = moe__answer_json_state(p, key, value);
+    if (state < 0) return 0;
+    const int is_args = state == MOE__CALL_ARGS || state == MOE__CALL_ARGS_TEXT;
+    if (is_args && p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
+    if (state == MOE__CALL_OTHER && p->how != 'M')
+        moe__answer_other(p, p->in.data + from, value - from);
+    const int is_text = c == '"' && state != MOE__CALL_OTHER && state != MOE__CALL_MARK;
+    p->at = value + (size_t)is_text;
+    p->state = state;
+    if (is_args) p->args_good = c == '{' ? 2 : 0; // once it is whole
     return 1;
+}
+
+// At the quote that begins a member. Its key and all up to its value are looked at together, so
+// that they are still there if it is none.
+MOE__PRIVATE int moe__answer_json_member(moe_chat_parser *p) {
+    const char *data = p->in.data;
+    const size_t limit = p->at + MOE__CALL_MEMBER;
+    const size_t size = p->in.size < limit ? p->in.size : limit;
+    size_t i = p->at + 1;
+    p->key.size = 0;
+    memset(&p->unescape, 0, sizeof p->unescape);
+    while (i < size && !moe__answer_string_byte(p, data[i], &p->key)) i++;
+    if (i < size) i = moe__answer_skip(p, i + 1);
+    if (i < size && data[i] != ':') return moe__answer_json_wrong(p);
+    if (i < size) i = moe__answer_skip(p, i + 1);
+    if (i < size) return moe__answer_json_value(p, i);
+    return size == limit ? moe__answer_json_wrong(p) : 0;
 }
 
 MOE__PRIVATE int moe__answer_json_object_end(moe_chat_parser *p) {
@@ -32518,21 +32570,10 @@ MOE__PRIVATE int moe__answer_json_between(moe_chat_parser *p, char c) {
         else if (c == '{') p->depth = 1, p->state = MOE__CALL_KEY;
         else return moe__answer_fail(p);
         break;
-    case MOE__CALL_KEY:
+    default:
         if (c == '}') return moe__answer_json_object_end(p);
-        if (c == '"') {
-            p->state = MOE__CALL_KEY_TEXT;
-            p->key.size = 0;
-            memset(&p->unescape, 0, sizeof p->unescape);
-        } else if (c != ',') {
-            return moe__answer_json_wrong(p);
-        }
-        break;
-    case MOE__CALL_COLON:
-        if (c != ':') return moe__answer_json_wrong(p);
-        p->state = MOE__CALL_VALUE;
-        break;
-    default: return moe__answer_json_value(p, c);
+        if (c == '"') return moe__answer_json_member(p);
+        if (c != ',') return moe__answer_json_wrong(p);
     }
     p->at++;
     return 1;
@@ -32540,12 +32581,12 @@ MOE__PRIVATE int moe__answer_json_between(moe_chat_parser *p, char c) {
 
 MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
     if (!p->is_call && p->at - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (p->is_call) p->from = p->at;
     if (p->at == p->in.size) return 0;
     const char c = p->in.data[p->at];
     moe__answer_bytes *text = NULL;
     int what;
     switch (p->state) {
-    case MOE__CALL_KEY_TEXT: text = &p->key; break;
     case MOE__CALL_NAME: text = &p->name; break;
     case MOE__CALL_ID: text = &p->id; break;
     case MOE__CALL_ID_NUMBER:
@@ -32568,22 +32609,19 @@ MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
         return what;
     case MOE__CALL_ARGS_TEXT: return moe__answer_json_text(p);
     case MOE__CALL_OTHER:
+    case MOE__CALL_MARK:
         what = moe__scan_byte(&p->scan, c);
         if (what == MOE__SCAN_BAD) return moe__answer_json_wrong(p);
+        if (what != MOE__SCAN_BEFORE && p->state == MOE__CALL_OTHER) moe__answer_other(p, &c, 1);
         p->at += what != MOE__SCAN_BEFORE;
-        if (what != MOE__SCAN_MORE) p->state = MOE__CALL_KEY;
+        if (what == MOE__SCAN_MORE) return 1;
+        p->state = MOE__CALL_KEY;
+        if (p->is_call) moe__answer_cut(p);
         return 1;
     default: return moe__answer_json_between(p, c);
     }
     p->at++;
-    if (!moe__answer_string_byte(p, c, text)) return 1;
-    if (p->state != MOE__CALL_KEY_TEXT) return moe__answer_json_named(p);
-    p->state = MOE__CALL_COLON;
-    // Nothing but its keys tells that an object without a mark is a call.
-    if (p->how == 'B' && !p->is_call && moe__answer_key_of(p) == MOE__KEY_OTHER &&
-        !(p->key.size == 4 && !memcmp(p->key.data, "type", 4)))
-        return moe__answer_fail(p);
-    return 1;
+    return moe__answer_string_byte(p, c, text) ? moe__answer_json_named(p) : 1;
 }
 
 // ---- values that are nearly JSON ----
@@ -33280,12 +33318,17 @@ MOE__PRIVATE void moe__answer_last(moe_chat_parser *p) {
     }
     if (p->step == moe__answer_json_step && p->state == MOE__CALL_ID && p->id.size)
         moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
+    const int is_whole = p->step == moe__answer_json_step && p->args_good == 1;
+    const char *rest = p->in.data + p->at;
+    const size_t n = p->in.size - p->at;
     if (p->step == moe__answer_tags_step && p->state == MOE__TAGS_STRING)
-        moe__answer_put_escaped(p, p->in.data + p->at, p->in.size - p->at);
-    else if (p->at < p->in.size)
-        moe__answer_put(p, p->in.data + p->at, p->in.size - p->at);
+        moe__answer_put_escaped(p, rest, n);
+    else if (is_whole)
+        moe__answer_text(p, p->kind, rest, n);
+    else
+        moe__answer_put(p, rest, n);
     p->at = p->in.size;
-    moe__answer_end_call(p, 0);
+    moe__answer_end_call(p, is_whole);
 }
 
 MOE_API moe_status moe_chat_parser_push(moe_chat_parser *parser, const char *text, size_t size) {
@@ -33314,7 +33357,8 @@ MOE_API void moe_chat_parser_close(moe_chat_parser *parser) {
     if (!parser) return;
     const moe_allocator allocator = parser->allocator;
     moe__answer_bytes *all[] = {&parser->in,  &parser->out, &parser->blank, &parser->name,
-                                &parser->id,  &parser->args, &parser->key,  &parser->made};
+                                &parser->id,  &parser->args, &parser->key,  &parser->made,
+                                &parser->other};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) moe__free(&allocator, all[i]->data);
     moe__free(&allocator, parser->pieces);
     moe__store_free(&parser->store);

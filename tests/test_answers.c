@@ -585,6 +585,8 @@ TEST(broken_answers_come_apart_however_they_are_cut) {
             run(p, &other, text, size, (size_t)(k & 1), &seed);
             CHECKF(t.all_good && other.all_good && !t.in_call, "%ld %s: %.*s gives %s", i, a->form,
                    (int)size, text, t.text);
+            if (count(t.text, t.size, 'Q') != count(text, size, 'Q'))
+                printf("LOSS %s: %.*s\n  gives %s\n", a->form, (int)size, text, t.text);
             CHECKF(!strcmp(t.text, other.text), "%ld %s: %.*s\n  gives %s\n  and   %s", i, a->form,
                    (int)size, text, t.text, other.text);
         }

@@ -31512,6 +31512,7 @@ typedef struct moe__unescape {
 
 typedef struct moe__answer_level { // of nested elements
     const moe__value *schema;
+    size_t name; // where its name begins in the parser's key
     int is_list, n; // is_list: -1: not known yet
 } moe__answer_level;
 enum { MOE__ANSWER_LEVELS = 64 };
@@ -31861,6 +31862,15 @@ MOE__PRIVATE size_t moe__answer_skip(const moe_chat_parser *p, size_t i) {
     return i;
 }
 
+// Is it something that marks may hold: words in lower case, attributes?
+MOE__PRIVATE int moe__answer_is_plain(const char *text, size_t size) {
+    for (size_t i = 0; i < size; i++)
+        if (!(text[i] >= 'a' && text[i] <= 'z') && !moe__answer_is_digit(text[i]) &&
+            !moe__answer_is_blank(text[i]) && !(text[i] && strchr("_-.:=\"'/", text[i])))
+            return 0;
+    return 1;
+}
+
 MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p);
 MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p);
 MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p);
@@ -32208,6 +32218,7 @@ MOE__PRIVATE int moe__answer_fields_step(moe_chat_parser *p) {
     const char *text = data + p->at;
     size_t n = i - p->at;
     if (type != 'I' && !moe__answer_set_name(p, text, n)) return moe__answer_fail(p);
+    if (type == 'T') p->is_string = moe__answer_is_plain(text, n); // a type, if a name follows
     while (type == 'I' && n && moe__answer_is_blank(text[n - 1])) n--;
     if (type == 'I') moe__answer_add(p, &p->id, text, n);
     p->at = p->seen = i + size;
@@ -32286,7 +32297,8 @@ MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
         char type;
         moe__answer_field(p->form, 0, &type, &size);
         if (type == 'T' && p->in.data[next] != '{' && p->in.data[next] != '"')
-            return moe__answer_go(p, moe__answer_typed_name_step);
+            return p->is_string ? moe__answer_go(p, moe__answer_typed_name_step)
+                                : moe__answer_fail(p);
         if (type == 'K') moe__answer_split_id(p);
         if (!moe__answer_commit(p)) return 1;
         return moe__answer_go(p, moe__answer_whole_step);
@@ -32321,6 +32333,7 @@ MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
             if ((found = moe__answer_is(p, end, head))) break;
         if (end - i > MOE__ANSWER_NAME) return moe__answer_fail(p);
         if (found <= 0) return 0;
+        if (!moe__answer_is_plain(p->in.data + i, end - i)) return moe__answer_fail(p);
         i = end + strlen(head);
         if (p->tags->has_entities) {
             moe__answer_replace(&p->name, "&quot;", '"');
@@ -32393,18 +32406,26 @@ MOE__PRIVATE size_t moe__unescape_byte(moe__unescape *u, char c, char *out) {
     else out[n++] = c;
     return n;
 }
-// Behind the last byte of a string.
+// What has begun and does not go on, as it stands there.
 MOE__PRIVATE size_t moe__unescape_end(moe__unescape *u, char *out) {
-    const size_t n = u->high ? (size_t)moe__json_utf8(u->high, out) : 0;
+    size_t n = u->high ? (size_t)moe__json_utf8(u->high, out) : 0;
+    if (u->is_open) out[n++] = '\\';
+    if (u->n_hex) {
+        out[n++] = 'u';
+        for (int i = 4; i > u->n_hex; i--)
+            out[n++] = "0123456789abcdef"[u->code >> 4 * (i - 1 - u->n_hex) & 15];
+    }
     memset(u, 0, sizeof *u);
     return n;
 }
 // A byte of a string goes to b. 1: it was the quote that ends it.
 MOE__PRIVATE int moe__answer_string_byte(moe_chat_parser *p, char c, moe__answer_bytes *b) {
     char out[16];
-    const int is_end = c == '"' && !p->unescape.is_open;
-    const size_t n = is_end ? moe__unescape_end(&p->unescape, out)
-                            : moe__unescape_byte(&p->unescape, c, out);
+    moe__unescape *u = &p->unescape;
+    const int is_hex = moe__answer_is_digit(c) || ((c | 32) >= 'a' && (c | 32) <= 'f');
+    if (u->n_hex && !is_hex) moe__answer_add(p, b, out, moe__unescape_end(u, out));
+    const int is_end = c == '"' && !u->is_open;
+    const size_t n = is_end ? moe__unescape_end(u, out) : moe__unescape_byte(u, c, out);
     moe__answer_add(p, b, out, n);
     return is_end;
 }
@@ -32468,7 +32489,9 @@ MOE__PRIVATE int moe__answer_json_state(const moe_chat_parser *p, int key, size_
 MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, size_t value) {
     const size_t from = p->at;
     const char c = p->in.data[value];
-    int key = moe__answer_key_of(p);
+    const int key = p->how == 'M' ? MOE__KEY_ARGS : moe__answer_key_of(p);
+    const int state = moe__answer_json_state(p, key, value);
+    if (state < 0) return 0;
     // Nothing but its keys tells that an object without a mark is a call.
     if (p->how == 'B' && !p->is_call && key == MOE__KEY_OTHER) return moe__answer_fail(p);
     if (p->how == 'M') {
@@ -32476,7 +32499,6 @@ MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, size_t value) {
         p->name.size = 0;
         moe__answer_add(p, &p->name, p->key.data, p->key.size);
         if (!moe__answer_commit(p)) return 1;
-        key = MOE__KEY_ARGS;
     }
     memset(&p->scan, 0, sizeof p->scan);
     memset(&p->inner, 0, sizeof p->inner);
@@ -32486,8 +32508,6 @@ MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, size_t value) {
         p->depth++;
         return 1;
     }
-    const int state = moe__answer_json_state(p, key, value);
-    if (state < 0) return 0;
     const int is_args = state == MOE__CALL_ARGS || state == MOE__CALL_ARGS_TEXT;
     if (is_args && p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
     if (state == MOE__CALL_OTHER && p->how != 'M')
@@ -32989,6 +33009,15 @@ MOE__PRIVATE void moe__answer_tags_value(moe_chat_parser *p, const char *attribu
     p->state = is_text ? MOE__TAGS_STRING : MOE__TAGS_HELD;
 }
 
+// May it stand between a key and the mark of its value? Attributes, or the end of <KEY>.
+MOE__PRIVATE int moe__answer_is_between(const moe__answer_tags *tags, const char *text,
+                                        size_t size) {
+    const size_t n = strlen(tags->key);
+    if (size > n && text[0] == '<' && text[1] == '/' && !memcmp(text + 2, tags->key + 1, n - 1))
+        text += n + 1, size -= n + 1;
+    return moe__answer_is_plain(text, size);
+}
+
 MOE__PRIVATE int moe__answer_tags_key(moe_chat_parser *p) {
     const moe__answer_tags *tags = p->tags;
     const char *data = p->in.data;
@@ -33008,6 +33037,7 @@ MOE__PRIVATE int moe__answer_tags_key(moe_chat_parser *p) {
                              (end < p->in.size && !found);
         return is_wrong ? moe__answer_break(p) : 0;
     }
+    if (!moe__answer_is_between(tags, data + i, end - i)) return moe__answer_break(p);
     p->at = end + strlen(tags->value);
     if (is_object) return moe__answer_go(p, moe__answer_whole_step);
     size_t key = from, key_end = i;
@@ -33094,10 +33124,24 @@ MOE__PRIVATE void moe__answer_tree_open(moe_chat_parser *p, const char *tag, siz
                                 : moe__answer_property(up->schema, tag, size);
     level->is_list = -1;
     level->n = 0;
+    level->name = p->key.size;
+    moe__answer_add(p, &p->key, tag, size);
     p->depth++;
+}
+// May the element open, or close, here?
+MOE__PRIVATE int moe__answer_tree_fits(const moe_chat_parser *p, const char *tag, size_t size,
+                                       int is_blank) {
+    const moe__answer_level *level = &p->levels[p->depth];
+    if (*tag == '/')
+        return p->depth && p->key.size - level->name == size - 1 &&
+               !memcmp(p->key.data + level->name, tag + 1, size - 1);
+    const int is_item = size == 4 && !memcmp(tag, "item", 4);
+    return (level->is_list >= 0 || is_blank) && p->depth + 1 < MOE__ANSWER_LEVELS && size &&
+           (level->is_list != 1 || is_item);
 }
 MOE__PRIVATE void moe__answer_tree_close(moe_chat_parser *p, const char *text, size_t size) {
     moe__answer_level *level = &p->levels[p->depth--];
+    p->key.size = level->name;
     const unsigned types = moe__answer_types(level->schema, 0);
     if (level->is_list >= 0) {
         moe__answer_put_words(p, level->is_list ? "]" : "}");
@@ -33128,9 +33172,11 @@ MOE__PRIVATE int moe__answer_tree(moe_chat_parser *p) {
     const int is_close = *tag == '/';
     const int is_blank = moe__answer_skip(p, p->at) >= i;
     const int is_inner = p->levels[p->depth].is_list >= 0;
-    if (is_inner && !is_blank) { // stray text
+    if ((is_inner || !p->depth) && !is_blank) { // stray text
         moe__answer_text(p, p->kind, text, before);
         moe__answer_cut(p);
+        p->from = p->at = i;
+        return 1;
     }
     if (moe__answer_is(p, i, tags->uncall) > 0 && !p->depth) {
         p->at = end + 1;
@@ -33140,8 +33186,7 @@ MOE__PRIVATE int moe__answer_tree(moe_chat_parser *p) {
         moe__answer_end_call(p, 1);
         return 1;
     }
-    if (is_close ? !p->depth : (!is_inner && !is_blank) || p->depth + 1 == MOE__ANSWER_LEVELS)
-        return moe__answer_break(p);
+    if (!moe__answer_tree_fits(p, tag, size, is_blank)) return moe__answer_break(p);
     if (is_close) moe__answer_tree_close(p, text, before);
     else moe__answer_tree_open(p, tag, size);
     p->from = p->at = p->seen = end + 1;
@@ -33171,6 +33216,22 @@ MOE__PRIVATE int moe__answer_tags_step(moe_chat_parser *p) {
 
 // ---- text ----
 
+// Is it a header, `to` (of n bytes) aside? Anything else might be text.
+MOE__PRIVATE int moe__answer_is_header(const char *text, const char *end, const char *to,
+                                       size_t n) {
+    static const char *const marks[] = {"<|channel|>", "<|constrain|>", "<|start|>"};
+    while (text < end) {
+        size_t size = text == to ? n : 0;
+        for (int i = 0; i < 3 && !size; i++) {
+            const size_t m = strlen(marks[i]);
+            if ((size_t)(end - text) >= m && !memcmp(text, marks[i], m)) size = m;
+        }
+        if (!size && !moe__answer_is_plain(text, 1)) return 0;
+        text += size ? size : 1;
+    }
+    return 1;
+}
+
 // A header: <|start|>assistant<|channel|>analysis<|message|>, with "to=RECIPIENT" anywhere in it.
 MOE__PRIVATE int moe__answer_header_end(moe_chat_parser *p, const char *text, size_t size) {
     const char *to = moe__answer_find(text, size, "to=", 3), *end = text + size;
@@ -33178,18 +33239,25 @@ MOE__PRIVATE int moe__answer_header_end(moe_chat_parser *p, const char *text, si
     static const char *const nobody[] = {"self", "user", "assistant", "all"};
     size_t n = 0;
     int who = 4;
+    if (to)
+        for (to += 3; to + n < end && !moe__answer_is_blank(to[n]) && to[n] != '<';) n++;
+    const int is_known = n && (!p->form->tags[0] || moe__answer_tool(p, to, n));
+    if (!moe__answer_is_header(text, end, is_known ? to : NULL, n)) {
+        p->at = p->from + p->mark;
+        return moe__answer_fail(p);
+    }
     p->kind = MOE_CHAT_CONTENT;
     if (channel) channel = moe__answer_find(channel, (size_t)(end - channel), "analysis", 8);
     if (channel) p->kind = MOE_CHAT_REASONING;
     if (to) {
-        to += 3;
-        while (to + n < end && !moe__answer_is_blank(to[n]) && to[n] != '<') n++;
         for (who = 0; who < 4; who++)
             if (n == strlen(nobody[who]) && !memcmp(to, nobody[who], n)) break;
         if (who == 0) p->kind = MOE_CHAT_REASONING;
         if (n > 10 && !memcmp(to, "functions.", 10)) to += 10, n -= 10;
     }
-    if (who == 4 && n && !p->form->tags[0] && moe__answer_set_name(p, to, n)) {
+    if (who == 4 && n && !p->form->tags[0]) {
+        if (!moe__answer_set_name(p, to, n)) p->at = p->from + p->mark;
+        if (p->at == p->from + p->mark) return moe__answer_fail(p);
         p->kind = MOE_CHAT_CONTENT;
         p->how = 'H';
         if (!moe__answer_commit(p)) return 1;
@@ -33321,6 +33389,10 @@ MOE__PRIVATE void moe__answer_last(moe_chat_parser *p) {
     const int is_whole = p->step == moe__answer_json_step && p->args_good == 1;
     const char *rest = p->in.data + p->at;
     const size_t n = p->in.size - p->at;
+    char begun[16];
+    if (p->step == moe__answer_quoted_step ||
+        (p->step == moe__answer_json_step && p->state == MOE__CALL_ARGS_TEXT))
+        moe__answer_put(p, begun, moe__unescape_end(&p->unescape, begun));
     if (p->step == moe__answer_tags_step && p->state == MOE__TAGS_STRING)
         moe__answer_put_escaped(p, rest, n);
     else if (is_whole)

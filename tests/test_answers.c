@@ -560,10 +560,11 @@ static size_t mutate(char *text, size_t size, size_t capacity, const moe_chat_pa
     return size;
 }
 
-static long n_fuzz = 4000;
+static long n_fuzz = 5000; // answers, each changed four times
+static uint64_t fuzz_seed = 3;
 
 TEST(broken_answers_come_apart_however_they_are_cut) {
-    uint64_t seed = 3;
+    uint64_t seed = fuzz_seed;
     transcript t, other;
     memset(&t, 0, sizeof t);
     memset(&other, 0, sizeof other);
@@ -585,8 +586,8 @@ TEST(broken_answers_come_apart_however_they_are_cut) {
             run(p, &other, text, size, (size_t)(k & 1), &seed);
             CHECKF(t.all_good && other.all_good && !t.in_call, "%ld %s: %.*s gives %s", i, a->form,
                    (int)size, text, t.text);
-            if (count(t.text, t.size, 'Q') != count(text, size, 'Q'))
-                printf("LOSS %s: %.*s\n  gives %s\n", a->form, (int)size, text, t.text);
+            CHECKF(count(t.text, t.size, 'Q') == count(text, size, 'Q'),
+                   "%ld %s: %.*s\n  loses in %s", i, a->form, (int)size, text, t.text);
             CHECKF(!strcmp(t.text, other.text), "%ld %s: %.*s\n  gives %s\n  and   %s", i, a->form,
                    (int)size, text, t.text, other.text);
         }
@@ -1051,8 +1052,12 @@ TEST(long_answers) {
     }
 }
 
+// verbose: what does not come back; fuzz N SEED: N broken answers and no other test
 int main(int argc, char **argv) {
+    char only[] = "broken_answers", *arguments[] = {argv[0], only};
     if (argc > 1 && !strcmp(argv[1], "verbose")) is_verbose = 1, argc = 1;
-    if (argc > 2 && !strcmp(argv[1], "--fuzz")) n_fuzz = atol(argv[2]), argc = 1;
-    return test_main(argc, argv);
+    if (argc < 3 || strcmp(argv[1], "fuzz")) return test_main(argc, argv);
+    n_fuzz = atol(argv[2]) / 4;
+    if (argc > 3) fuzz_seed = strtoull(argv[3], NULL, 10);
+    return test_main(2, arguments);
 }

@@ -402,6 +402,10 @@ static void forget(transcript *t) {
     append(&t->text, &t->size, &t->capacity, "", 0);
 }
 
+static int is_same(const transcript *a, const transcript *b) {
+    return a->size == b->size && !memcmp(a->text, b->text, a->size);
+}
+
 static const moe__answer_form *form_called(const char *name) {
     for (int i = 0; i < MOE__ANSWER_FORMS; i++)
         if (!strcmp(moe__answer_forms[i].name, name)) return &moe__answer_forms[i];
@@ -526,7 +530,8 @@ static const char *const scraps[] = {
     "\\",      "\\u",      "\\ud83d\\ude00", "<",  ">",       "name",       "arguments", "look", "add",
     "\"name\": \"look\"", "\"arguments\": {\"a\": 1}", "```json", "```", "null", "1e", "-", "(", ")", "=",
     "<think>", "</think>", "\303\251", "\343\202", "\377", "\001", "  ", "to=", "all\n", "<|\"|>", "]]>",
-    "<![CDATA[", "{\"a\": \"b\"}", "functions.look:0", "call:", "<|message|>", "<|end|>"};
+    "<![CDATA[", "{\"a\": \"b\"}", "functions.look:0", "call:", "<|message|>", "<|end|>",
+    "Q", "J", "W", "Z", "QJ\303\251", "\"Q\": \"J\", ", "\"type\": \"W\", ", "to=Q "};
 enum { N_SCRAPS = sizeof scraps / sizeof scraps[0] };
 
 static size_t mutate(char *text, size_t size, size_t capacity, const moe_chat_parser *p,
@@ -543,13 +548,22 @@ static size_t mutate(char *text, size_t size, size_t capacity, const moe_chat_pa
         if (what == 3) continue; // leave out
         const char *scrap = scraps[which % N_SCRAPS];
         more = strlen(scrap);
-        if (what % 2 && p->n_marks) {
+        const char byte = (char)(which / 64);
+        if (which % 32 == 0) { // any byte
+            more = 1;
+            scrap = &byte;
+        } else if (what % 2 && p->n_marks) {
             const moe__answer_mark *mark = &p->marks[which % (uint64_t)p->n_marks];
             scrap = mark->text;
             more = mark->size - which / 64 % 8 * (which / 512 % 4 == 0 && mark->size > 8);
-        } else if (what == 2 && size > 40) { // a part of itself
+        } else if (what == 2 && size > 40 && which & 64) { // a part of itself
             more = 20;
-            scrap = text + which % (size - 20);
+            scrap = text + which / 128 % (size - 20);
+        } else if (what == 2) { // or of another answer
+            const char *other = answers[which % N_ANSWERS].text;
+            const size_t n = strlen(other);
+            more = n < 30 ? n : 30;
+            scrap = other + which / 128 % (n - more + 1);
         }
         if (more > sizeof copy || size + more > capacity) continue;
         memcpy(copy, scrap, more);
@@ -564,6 +578,11 @@ static long n_fuzz = 5000; // answers, each changed four times
 static uint64_t fuzz_seed = 3;
 
 TEST(broken_answers_come_apart_however_they_are_cut) {
+    static const char letters[] = "QJWZ"; // in no mark, and in nothing else that is dropped
+    static const char *const requests[] = {
+        TOOLS, "{\"messages\": []}",
+        "{\"messages\": [{\"role\": \"assistant\", \"content\": \"x\"}], \"my_tools\": [1], "
+        "\"continue_final_message\": true}"};
     uint64_t seed = fuzz_seed;
     transcript t, other;
     memset(&t, 0, sizeof t);
@@ -574,21 +593,28 @@ TEST(broken_answers_come_apart_however_they_are_cut) {
         char text[2048];
         size_t size = strlen(a->text);
         memset(&m, 0, sizeof m);
-        moe_chat_parser *p = open_parser(a, TOOLS, &m, &t);
+        moe_chat_parser *p = open_parser(a, requests[i % 16 < 3 ? i % 16 : 0], &m, &t);
         CHECK(p != NULL && size < sizeof text);
         if (!p) break;
         memcpy(text, a->text, size);
         for (int k = 0; k < 4; k++) {
-            size = mutate(text, size, sizeof text, p, &seed);
+            size = mutate(text, size, sizeof text - 1, p, &seed);
             p->user = &t;
             run(p, &t, text, size, size + 1, &seed);
             p->user = &other;
+            other.stop_at = (int)(moe__splitmix64(&seed) % 4);
             run(p, &other, text, size, (size_t)(k & 1), &seed);
             CHECKF(t.all_good && other.all_good && !t.in_call, "%ld %s: %.*s gives %s", i, a->form,
                    (int)size, text, t.text);
-            CHECKF(count(t.text, t.size, 'Q') == count(text, size, 'Q'),
-                   "%ld %s: %.*s\n  loses in %s", i, a->form, (int)size, text, t.text);
-            CHECKF(!strcmp(t.text, other.text), "%ld %s: %.*s\n  gives %s\n  and   %s", i, a->form,
+            text[size] = 0;
+            // Escapes may say a letter, and in Kimi's way the id holds the name again.
+            const int may_grow = memchr(text, '\\', size) || !strcmp(a->form, "kimi2");
+            for (const char *c = letters; *c; c++) {
+                const size_t n = count(text, size, *c), n_out = count(t.text, t.size, *c);
+                CHECKF(n_out == n || (n_out > n && may_grow), "%ld %s: %s\n  of %c has %d in %s",
+                       i, a->form, text, *c, (int)n_out, t.text);
+            }
+            CHECKF(is_same(&t, &other), "%ld %s: %.*s\n  gives %s\n  and   %s", i, a->form,
                    (int)size, text, t.text, other.text);
         }
         moe_chat_parser_close(p);

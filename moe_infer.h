@@ -31484,7 +31484,15 @@ typedef struct moe__answer_mark {
     char how; // OPEN: as in moe__answer_form.opens; X: a name of `tags` follows
     const moe__answer_tags *tags;
 } moe__answer_mark;
-enum { MOE__ANSWER_MARKS = 64, MOE__ANSWER_HELD = 1 << 16, MOE__ANSWER_NAME = 256 };
+enum {
+    MOE__ANSWER_MARKS = 64,
+    MOE__ANSWER_NAME = 256,
+    // What waits for what follows: bytes that are looked at again when more come, those that may be
+    // a call or white space at the end of a text, and a value whose type is seen at its end.
+    MOE__ANSWER_LOOK = 1024,
+    MOE__ANSWER_HELD = 1 << 16,
+    MOE__ANSWER_VALUE = 1 << 20
+};
 
 // Types in a JSON schema.
 enum {
@@ -31686,6 +31694,19 @@ MOE__PRIVATE int moe__answer_flush(moe_chat_parser *p) {
     return 1;
 }
 
+// White space and marks that are text if text follows. What is too long is text.
+MOE__PRIVATE void moe__answer_hold(moe_chat_parser *p, moe_chat_kind kind, const char *text,
+                                   size_t size) {
+    while (size && !p->status) {
+        const size_t left = MOE__ANSWER_HELD - p->blank.size, n = size < left ? size : left;
+        moe__answer_add(p, &p->blank, text, n);
+        text += n, size -= n;
+        if (n < left) return;
+        moe__answer_emit(p, kind, p->blank.data, p->blank.size);
+        p->blank.size = p->is_start = 0;
+    }
+}
+
 // Text of the present kind: white space at its beginning is dropped, that at its end waits.
 MOE__PRIVATE void moe__answer_text(moe_chat_parser *p, moe_chat_kind kind, const char *text,
                                    size_t size) {
@@ -31699,7 +31720,7 @@ MOE__PRIVATE void moe__answer_text(moe_chat_parser *p, moe_chat_kind kind, const
         p->blank.size = 0;
         p->is_start = 0;
     }
-    moe__answer_add(p, &p->blank, text + end, size - end);
+    moe__answer_hold(p, kind, text + end, size - end);
 }
 // A mark: what text comes next begins behind it.
 MOE__PRIVATE void moe__answer_cut(moe_chat_parser *p) {
@@ -31967,7 +31988,7 @@ MOE__PRIVATE int moe__answer_broken_step(moe_chat_parser *p) {
     p->from = p->at = i;
     if (found <= 0) return 0;
     if (mark->what == MOE__MARK_END) { // part of them if something follows
-        moe__answer_add(p, &p->blank, mark->text, mark->size);
+        moe__answer_hold(p, MOE_CHAT_TOOL_ARGUMENTS, mark->text, mark->size);
         p->at += mark->size;
     } else {
         moe__answer_end_call(p, 0);
@@ -32004,8 +32025,9 @@ MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
     }
     if (is_json && (c == ',' || c == ';')) {
         const size_t next = moe__answer_skip(p, p->at + 1);
-        if (next == p->in.size && !p->is_last) return 0;
-        if (next < p->in.size && p->in.data[next] == '{') {
+        const int is_near = next - p->at <= MOE__ANSWER_LOOK;
+        if (next == p->in.size && !p->is_last && is_near) return 0;
+        if (next < p->in.size && p->in.data[next] == '{' && is_near) {
             p->mark = next + 1 - p->at;
             p->at = next;
             return moe__answer_go(p, moe__answer_json_step);
@@ -32289,10 +32311,8 @@ MOE__PRIVATE int moe__answer_is_stop(const char *mark, char c) {
 MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
     if (p->how == 'N') { // all fields are read, the last one may hold the name
         const size_t next = moe__answer_skip(p, p->at);
-        if (next == p->in.size) {
-            if (p->is_last || next - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
-            return 0;
-        }
+        if (next - p->at > MOE__ANSWER_LOOK) return moe__answer_fail(p);
+        if (next == p->in.size) return p->is_last ? moe__answer_fail(p) : 0;
         size_t size;
         char type;
         moe__answer_field(p->form, 0, &type, &size);
@@ -32360,7 +32380,6 @@ typedef enum moe__call_state {
     MOE__CALL_OTHER,
     MOE__CALL_MARK // a value that says nothing
 } moe__call_state;
-enum { MOE__CALL_MEMBER = 1024 }; // bytes of a key and what stands around it, at most
 
 // The bytes that a byte of a string says, at most 8 of them in out; none if they are not known yet.
 MOE__PRIVATE size_t moe__unescape_byte(moe__unescape *u, char c, char *out) {
@@ -32523,7 +32542,7 @@ MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, size_t value) {
 // that they are still there if it is none.
 MOE__PRIVATE int moe__answer_json_member(moe_chat_parser *p) {
     const char *data = p->in.data;
-    const size_t limit = p->at + MOE__CALL_MEMBER;
+    const size_t limit = p->at + MOE__ANSWER_LOOK;
     const size_t size = p->in.size < limit ? p->in.size : limit;
     size_t i = p->at + 1;
     p->key.size = 0;
@@ -32610,7 +32629,7 @@ MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
     case MOE__CALL_NAME: text = &p->name; break;
     case MOE__CALL_ID: text = &p->id; break;
     case MOE__CALL_ID_NUMBER:
-        if (moe__answer_is_digit(c)) {
+        if (moe__answer_is_digit(c) && p->id.size < MOE__ANSWER_NAME) {
             moe__answer_add(p, &p->id, &c, 1);
             p->at++;
         } else {
@@ -32641,7 +32660,11 @@ MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
     default: return moe__answer_json_between(p, c);
     }
     p->at++;
-    return moe__answer_string_byte(p, c, text) ? moe__answer_json_named(p) : 1;
+    if (moe__answer_string_byte(p, c, text)) return moe__answer_json_named(p);
+    if (!p->is_call || p->id.size <= MOE__ANSWER_HELD) return 1;
+    moe__answer_other(p, p->id.data, p->id.size); // no id is that long
+    p->id.size = 0;
+    return moe__answer_break(p);
 }
 
 // ---- values that are nearly JSON ----
@@ -32686,10 +32709,10 @@ MOE__PRIVATE void moe__loose_word(moe_chat_parser *p, const char *text, size_t s
 
 // Does the quote at text[i] end a string? Not if text follows. -1: more bytes would tell.
 MOE__PRIVATE int moe__loose_is_end(const char *text, size_t size, size_t i, int is_last) {
-    for (i++; i < size; i++)
+    for (i++; i < size && i < MOE__ANSWER_LOOK; i++)
         if (!moe__answer_is_blank(text[i]))
             return text[i] == ',' || text[i] == ':' || moe__loose_is_close(text[i]);
-    return is_last ? 1 : -1;
+    return i == MOE__ANSWER_LOOK ? 0 : is_last ? 1 : -1;
 }
 
 // Reads bytes of a string that is open; returns how many, 0 if more are needed.
@@ -32806,7 +32829,7 @@ MOE__PRIVATE size_t moe__loose_read(moe_chat_parser *p, moe__loose *loose, const
             if (!n) return at;
         } else if (loose->state == MOE__LOOSE_WORD) {
             n = moe__loose_word_size(loose, text + at, size - at);
-            if (n > MOE__ANSWER_HELD) break;
+            if (n > MOE__ANSWER_LOOK) break;
             if (n == size - at && !is_last) return at;
             moe__loose_word(p, text + at, n, loose->is_key);
             if (loose->is_key) loose->state = MOE__LOOSE_COLON;
@@ -32982,7 +33005,9 @@ MOE__PRIVATE int moe__answer_tags_next(moe_chat_parser *p) {
 // Does a value end with what stands in front of byte i? Then nothing follows but what may.
 MOE__PRIVATE int moe__answer_tags_follow(const moe_chat_parser *p, size_t i) {
     const moe__answer_mark *mark;
+    const size_t from = i;
     i = moe__answer_skip(p, i);
+    if (i - from > MOE__ANSWER_LOOK) return 0;
     if (i == p->in.size) return p->is_last ? 1 : -1;
     int found = moe__answer_is(p, i, p->tags->key);
     if (!found) found = moe__answer_is(p, i, p->tags->uncall);
@@ -33064,8 +33089,10 @@ MOE__PRIVATE int moe__answer_tags_find(moe_chat_parser *p, size_t *end, size_t *
         if (found > 0) found = moe__answer_tags_follow(p, i + n);
         if (!found && (found = moe__answer_is(p, i, p->tags->uncall)) > 0) { // none of its own
             const moe__answer_mark *mark;
-            const size_t after = moe__answer_skip(p, i + strlen(p->tags->uncall));
-            found = moe__answer_match(p, after, MOE__MARK_CLOSE, &mark);
+            const size_t behind = i + strlen(p->tags->uncall), after = moe__answer_skip(p, behind);
+            found = after - behind > MOE__ANSWER_LOOK
+                        ? 0
+                        : moe__answer_match(p, after, MOE__MARK_CLOSE, &mark);
             n = 0;
         }
         *next = i + n;
@@ -33078,7 +33105,13 @@ MOE__PRIVATE int moe__answer_tags_find(moe_chat_parser *p, size_t *end, size_t *
 MOE__PRIVATE int moe__answer_tags_read(moe_chat_parser *p) {
     size_t end, next = 0;
     const int is_end = moe__answer_tags_find(p, &end, &next);
-    const int is_string = p->state == MOE__TAGS_STRING;
+    int is_string = p->state == MOE__TAGS_STRING;
+    if (!is_string && end - p->at > MOE__ANSWER_VALUE) { // too long to wait: a string
+        if (p->types && !(p->types & MOE__TYPE_IS_STRING)) return moe__answer_break(p);
+        moe__answer_put_words(p, "\"");
+        p->state = MOE__TAGS_STRING;
+        is_string = 1;
+    }
     if (!is_end && !is_string) return 0;
     if (p->tags->values == 1 && !p->is_begun && p->at < end) {
         p->at += p->in.data[p->at] == '\n';
@@ -33163,6 +33196,7 @@ MOE__PRIVATE int moe__answer_tree(moe_chat_parser *p) {
         if (!found) found = moe__answer_match(p, i, MOE__MARK_CLOSE | MOE__MARK_OPEN, &mark);
     }
     p->seen = i;
+    if (i - p->at > MOE__ANSWER_VALUE) return moe__answer_break(p);
     if (found <= 0) return 0;
     for (end = i + n; end < p->in.size && p->in.data[end] != '>'; end++)
         if (end - i > MOE__ANSWER_NAME) return moe__answer_break(p);
@@ -33274,6 +33308,7 @@ MOE__PRIVATE int moe__answer_header_step(moe_chat_parser *p) {
     const size_t first = moe__answer_skip(p, p->from);
     size_t i = p->seen;
     int found = 0;
+    if (first - p->from > MOE__ANSWER_LOOK) return moe__answer_fail(p);
     if (first == p->in.size) return 0;
     for (int k = 0; k < 5 && !p->mark && found <= 0; k++) { // behind a prompt: is there a header?
         const int is = moe__answer_is(p, first, begins[k]);
@@ -33303,7 +33338,7 @@ MOE__PRIVATE void moe__answer_mark_found(moe_chat_parser *p, const moe__answer_m
         if (p->form->has_headers) p->kind = MOE_CHAT_CONTENT;
         break;
     case MOE__MARK_END:
-        moe__answer_add(p, &p->blank, mark->text, mark->size);
+        moe__answer_hold(p, p->kind, mark->text, mark->size);
         p->from = p->at += mark->size;
         return;
     case MOE__MARK_HEADER:

@@ -1053,28 +1053,91 @@ TEST(answers_without_memory) {
     }
 }
 
-// A long answer takes steps in proportion to its length, whatever waits for its end.
-TEST(long_answers) {
-    static const char *const parts[] = {" ", "<", "{\"a\":", "<tool_call>", "<tool_call>{\"name\": \"look\", "
-                                        "\"arguments\": {\"town\": \"", "<parameter=n>\nx"};
-    for (size_t k = 0; k < sizeof parts / sizeof parts[0]; k++) {
-        const answer a = {k == 5 ? "qwen" : "usual", "", "", ""};
-        meter m;
-        transcript t;
-        memset(&m, 0, sizeof m);
-        memset(&t, 0, sizeof t);
-        moe_chat_parser *p = open_parser(&a, TOOLS, &m, &t);
-        CHECK(p != NULL);
-        if (!p) continue;
-        forget(&t);
-        const size_t n = strlen(parts[k]);
-        if (k == 5) CHECK(push(p, "<tool_call><function=look>", 26) == MOE_OK);
-        for (size_t size = 0; size < 300000; size += n) CHECK(push(p, parts[k], n) == MOE_OK);
-        CHECK(finish(p) == MOE_OK && t.all_good);
-        CHECK(m.peak < 8000000);
-        moe_chat_parser_close(p);
-        free(t.text);
-        free(t.args);
+// ---- long answers ----------------------------------------------------------------------------
+
+// What never ends: head, then part again and again.
+static const struct {
+    const char *form, *head, *part;
+} endless[] = {
+    {"usual", "", " "},
+    {"usual", "a", " "},
+    {"usual", "a", "<|im_end|>"},
+    {"usual", "", "<"},
+    {"usual", "", "{\"a\":"},
+    {"usual", "", "<tool_call>"},
+    {"usual", "<tool_call>", " "},
+    {"usual", "<tool_call>", "["},
+    {"usual", "<tool_call>", "a"},
+    {"usual", "<tool_call>{\"", "a"},
+    {"usual", "<tool_call>{\"name\"", " "},
+    {"usual", "<tool_call>{\"name\": \"", "a"},
+    {"usual", "<tool_call>{\"arguments\": {\"a\": \"", "a"},
+    {"usual", "<tool_call>{\"name\": \"look\", \"arguments\": {\"town\": \"", "a"},
+    {"usual", "<tool_call>{\"name\": \"look\", \"arguments\": {\"town\": [", "[],"},
+    {"usual", "<tool_call>{\"name\": \"look\", \"arguments\": \"", "\\\\"},
+    {"usual", "<tool_call>{\"name\": \"look\", \"id\": \"", "a"},
+    {"usual", "<tool_call>{\"name\": \"look\", \"id\": ", "1"},
+    {"usual", "<tool_call>{\"name\": \"look\", \"other\": \"", "a"},
+    {"usual", "<tool_call>{\"name\": \"look\"},", " "},
+    {"usual", "<tool_call>", "{\"name\": \"look\"}"},
+    {"usual", "<tool_call>look\n<arg_key>", "a"},
+    {"usual", "<tool_call>look\n<arg_key>town</arg_key><arg_value>", "a"},
+    {"usual", "<tool_call>look\n<arg_key>town</arg_key><arg_value></arg_value>", " "},
+    {"usual", "<tool_call>look\n<arg_key>new</arg_key><arg_value>", "a"},
+    {"usual", "<tool_call>look\n<arg_key>n</arg_key><arg_value>", "1"},
+    {"usual", "<tool_call>look\n", "<arg_key>n</arg_key><arg_value>1</arg_value>"},
+    {"qwen", "<tool_call><function=look>", "<parameter=n>\nx"},
+    {"qwen", "<tool_call><function=look><parameter=n>1</function>", "\n"},
+    {"qwen", "<tool_call><function=", "a"},
+    {"qwen", "<tool_call><function=look>", "stray "},
+    {"minimax3", M3 "<tool_call>" M3 "<invoke name=\"look\">", M3 "<o>"},
+    {"minimax3", M3 "<tool_call>" M3 "<invoke name=\"look\">" M3 "<n>", "1"},
+    {"lfm2", "<|tool_call_start|>[look(town='", "a"},
+    {"lfm2", "<|tool_call_start|>[look(town='a'", " "},
+    {"lfm2", "<|tool_call_start|>[look(town=", "a"},
+    {"lfm2", "<|tool_call_start|>[look(town=", "["},
+    {"gemma", "<|tool_call>call:look{town:<|\"|>", "<|\""},
+    {"harmony", "", " "},
+    {"harmony", "<|channel|>", "a"},
+    {"harmony", "", "<|channel|>analysis<|message|>"},
+    {"kimi2", "<|tool_call_begin|>look:1<|tool_call_argument_begin|>", " "},
+    {"deepseek", "<" BAR "tool" LOW "call" LOW "begin" BAR ">function<" BAR "tool" LOW "sep" BAR ">",
+     "a"},
+    {"mistral", "[TOOL_CALLS]", "a"},
+    {"mistral", "[TOOL_CALLS]look[ARGS]", "[ARGS]"},
+};
+
+static int count_piece(void *user, const moe_chat_piece *piece) {
+    *(size_t *)user += piece->size;
+    return 1;
+}
+
+static void push_endless(int i, size_t size, size_t step, meter *m) {
+    const answer a = {endless[i].form, "", "", ""};
+    char part[8192];
+    size_t n = 0, out = 0, total = 0;
+    transcript none;
+    while (n + strlen(endless[i].part) <= step || !n) {
+        memcpy(part + n, endless[i].part, strlen(endless[i].part));
+        n += strlen(endless[i].part);
+    }
+    memset(m, 0, sizeof *m);
+    moe_chat_parser *p = open_parser(&a, TOOLS, m, &none);
+    CHECK(p != NULL);
+    if (!p) return;
+    p->on_piece = count_piece;
+    p->user = &out;
+    CHECK(push(p, endless[i].head, strlen(endless[i].head)) == MOE_OK);
+    for (; total < size; total += n) CHECK(push(p, part, n) == MOE_OK);
+    CHECK(finish(p) == MOE_OK);
+    moe_chat_parser_close(p);
+}
+
+TEST(answers_that_never_end_take_bounded_memory) {
+    meter m;
+    for (int i = 0; i < (int)(sizeof endless / sizeof endless[0]); i++) {
+        push_endless(i, 10 << 20, 4096, &m);
+        CHECKF(m.peak < 4 << 20, "%s %s: %d bytes", endless[i].head, endless[i].part, (int)m.peak);
     }
 }
 

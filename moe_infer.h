@@ -32139,7 +32139,7 @@ MOE__PRIVATE void moe__answer_open(moe_chat_parser *p, const moe__answer_mark *m
 MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p) {
     const moe__answer_mark *mark;
     const size_t i = p->at = moe__answer_skip(p, p->at);
-    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (i - p->from > MOE__ANSWER_NAME) return moe__answer_fail(p);
     if (i == p->in.size) return 0;
     const int found = moe__answer_match(p, i, MOE__MARK_OPEN | MOE__MARK_INNER, &mark);
     if (found < 0) return 0;
@@ -32283,7 +32283,7 @@ MOE__PRIVATE int moe__answer_typed_name_step(moe_chat_parser *p) {
     const size_t from = moe__answer_skip(p, p->at);
     size_t i = from;
     while (i < p->in.size && !moe__answer_is_blank(p->in.data[i]) && p->in.data[i] != '`') i++;
-    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (i - p->at > MOE__ANSWER_LOOK) return moe__answer_fail(p);
     if (i == p->in.size) return 0;
     if (!moe__answer_set_name(p, p->in.data + from, i - from)) return moe__answer_fail(p);
     p->at = i;

@@ -33554,7 +33554,8 @@ MOE__PRIVATE void moe__answer_set_start(moe_chat_parser *p, const char *text, si
     const size_t n = form->think ? strlen(form->think) : 0;
     while (size && moe__answer_is_blank(text[size - 1])) size--;
     const char *end = text + size, *start = NULL;
-    p->is_thinking = form->thinks || (n && size >= n && !memcmp(end - n, form->think, n));
+    p->is_thinking = (form->thinks && !p->is_continued) ||
+                     (n && size >= n && !memcmp(end - n, form->think, n));
     if (form->has_headers) start = moe__answer_find_last(text, size, "<|start|>");
     if (start && moe__answer_find(start, (size_t)(end - start), "<|message|>", 11)) {
         p->is_headed = 1;

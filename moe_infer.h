@@ -1024,7 +1024,8 @@ typedef struct moe_chat_piece {
 
 // Takes an answer apart while it comes: reasoning, content and tool calls by the marks of the
 // template's family. What comes out, pieces of one kind put together, does not depend on how the
-// answer was cut.
+// answer was cut. What is held back until more tells what it is takes at most some 200 KiB, a value
+// whose type is seen at its end some 4 MiB; a longer one is a string or not valid.
 typedef struct moe_chat_parser moe_chat_parser;
 
 // request, size: what was formatted; its template tells the marks, its tools the types of
@@ -1038,7 +1039,8 @@ MOE_API moe_chat_parser *moe_chat_parser_open(const moe_vocab *vocab, const char
                                               void *user, moe_error *error);
 MOE_API void moe_chat_parser_close(moe_chat_parser *parser);
 // The next bytes of the answer, control tokens as text (moe_generate_options.special). Bytes are
-// never lost: marks aside, all of them come out as something, also of a broken answer. Errors:
+// never lost: marks aside, all of them come out as something, also of a broken answer. White space
+// next to marks is dropped; what stands within a call and is no part of it is content. Errors:
 // CANCELLED, MEMORY.
 MOE_API moe_status moe_chat_parser_push(moe_chat_parser *parser, const char *text, size_t size);
 // The end of the answer: what was held back comes out; an open call ends, marked as not valid
@@ -30740,9 +30742,10 @@ MOE__PRIVATE moe__value moe__jinja_render(moe__store *store, const moe__text_run
 // ==============================================================================================
 // >>chat
 //
-// Requests to text and tokens. A request becomes the variables of a template, as transformers
-// passes them; the template's text is tokenized so that control tokens come from it alone: bytes
-// that users typed are marked (see >>json), and no control token may take one of them.
+// Requests to text and tokens, and answers taken apart (there). A request becomes the variables of
+// a template, as transformers passes them; the template's text is tokenized so that control tokens
+// come from it alone: bytes that users typed are marked (see >>json), and no control token may take
+// one of them.
 //
 // What transformers cannot do with a request, or does badly, is tried once more in another way:
 // parts of content are joined where a template knows only texts, and arguments of tool calls that
@@ -31086,13 +31089,28 @@ MOE_API int64_t moe_chat_tokenize(const moe_vocab *vocab, const char *request, s
 
 // ---- answers taken apart ---------------------------------------------------------------------
 //
+// What a family writes is a row of moe__answer_forms; the template tells which, by marks that no
+// other family has. All rows are read by the same few machines:
+//
+//   text     reasoning and content, up to a mark               moe__answer_text_step
+//   header   harmony: what a message is says its header        moe__answer_header_step
+//   JSON     {"name": ..., "arguments": ...}, lists of it       moe__answer_json_step
+//   fields   name, id and arguments between marks               moe__answer_fields_step
+//   tags     <KEY>value</KEY> in many spellings, also nested    moe__answer_tags_step
+//   Python   name(key='value'), and Gemma's name{key:value}     moe__answer_python_step
+//
 // A parser reads an answer by steps. What a step decides depends on bytes alone, never on how many
 // of them are there yet: it waits for those that it needs, so that nobody can tell from what comes
 // out how the answer was cut. What waits is short: a mark that may have begun, white space, the
-// beginning of a call up to its name, a value whose type is seen at its end.
+// beginning of a call up to its name, a value whose type is seen at its end (MOE__ANSWER_...).
 //
 // Nothing is a call before its name is read: marks may also be what an answer talks about. What
-// does not go on as a call is text, and is read again as such behind its first mark.
+// does not go on as a call is text, and is read again as such behind its first mark. Behind the
+// name what does not go on is an argument that is not valid.
+//
+// No byte is lost: what does not come out is a mark, white space next to a mark, an escape, or
+// punctuation and words in lower case within a mark (moe__answer_is_plain). Whatever else stands
+// where a mark should be makes it none.
 //
 // To add a form of answers, look at what its template makes of tool_calls and reasoning_content
 // and add a row to moe__answer_forms; test_answers takes what templates write apart again.
@@ -32299,6 +32317,10 @@ MOE__PRIVATE void moe__answer_replace(moe__answer_bytes *b, const char *what, ch
         b->size -= n - 1;
     }
 }
+MOE__PRIVATE void moe__answer_unescape_xml(moe__answer_bytes *b) {
+    moe__answer_replace(b, "&quot;", '"');
+    moe__answer_replace(b, "&amp;", '&');
+}
 
 // The end of what began with a mark: '"' or '>' if the mark says so, else a line feed or '<'.
 MOE__PRIVATE int moe__answer_is_stop(const char *mark, char c) {
@@ -32308,58 +32330,60 @@ MOE__PRIVATE int moe__answer_is_stop(const char *mark, char c) {
     return c == '\n' || c == '<' || c == '`' || c == '{';
 }
 
+// All fields are read, the last one may hold the name.
+MOE__PRIVATE int moe__answer_fields_end(moe_chat_parser *p) {
+    const size_t next = moe__answer_skip(p, p->at);
+    size_t size;
+    char type;
+    if (next - p->at > MOE__ANSWER_LOOK) return moe__answer_fail(p);
+    if (next == p->in.size) return p->is_last ? moe__answer_fail(p) : 0;
+    moe__answer_field(p->form, 0, &type, &size);
+    if (type == 'T' && p->in.data[next] != '{' && p->in.data[next] != '"')
+        return p->is_string ? moe__answer_go(p, moe__answer_typed_name_step) : moe__answer_fail(p);
+    if (type == 'K') moe__answer_split_id(p);
+    return moe__answer_commit(p) ? moe__answer_go(p, moe__answer_whole_step) : 1;
+}
+
+// Behind a name of a line of its own, which ends at byte i. "all" is no name: content follows.
+MOE__PRIVATE int moe__answer_line_end(moe_chat_parser *p, size_t i) {
+    p->at = i + 1;
+    if (p->name.size != 3 || memcmp(p->name.data, "all", 3))
+        return moe__answer_commit(p) ? moe__answer_go(p, moe__answer_whole_step) : 1;
+    moe__answer_cut(p);
+    p->from = p->at;
+    moe__answer_new_call(p);
+    return moe__answer_go(p, moe__answer_text_step);
+}
+
+// Behind a name within a mark, which ends at byte i; attributes may follow.
+MOE__PRIVATE int moe__answer_head_end(moe_chat_parser *p, size_t i) {
+    const char *head = p->tags->head;
+    size_t end = i;
+    int found = 0;
+    for (; end < p->in.size && end - i <= MOE__ANSWER_NAME; end++)
+        if ((found = moe__answer_is(p, end, head))) break;
+    if (end - i > MOE__ANSWER_NAME) return moe__answer_fail(p);
+    if (found <= 0) return 0;
+    if (!moe__answer_is_plain(p->in.data + i, end - i)) return moe__answer_fail(p);
+    if (p->tags->has_entities) moe__answer_unescape_xml(&p->name);
+    p->at = end + strlen(head);
+    return moe__answer_go(p, moe__answer_named_step);
+}
+
 MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
-    if (p->how == 'N') { // all fields are read, the last one may hold the name
-        const size_t next = moe__answer_skip(p, p->at);
-        if (next - p->at > MOE__ANSWER_LOOK) return moe__answer_fail(p);
-        if (next == p->in.size) return p->is_last ? moe__answer_fail(p) : 0;
-        size_t size;
-        char type;
-        moe__answer_field(p->form, 0, &type, &size);
-        if (type == 'T' && p->in.data[next] != '{' && p->in.data[next] != '"')
-            return p->is_string ? moe__answer_go(p, moe__answer_typed_name_step)
-                                : moe__answer_fail(p);
-        if (type == 'K') moe__answer_split_id(p);
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
-    }
+    if (p->how == 'N') return moe__answer_fields_end(p);
     const char *call = p->how == 'X' ? p->tags->call : NULL;
     size_t i = p->seen > p->at ? p->seen : p->at;
-    while (i < p->in.size && i - p->at <= 2 * MOE__ANSWER_NAME) {
+    for (; i < p->in.size && i - p->at <= 2 * MOE__ANSWER_NAME; i++) {
         const char c = p->in.data[i];
         if (p->how == 'F' ? c == '\n' : moe__answer_is_stop(call, c)) break;
-        i++;
     }
     p->seen = i;
     if (i - p->at > 2 * MOE__ANSWER_NAME) return moe__answer_fail(p);
     if (i == p->in.size) return 0;
     if (!moe__answer_set_name(p, p->in.data + p->at, i - p->at)) return moe__answer_fail(p);
-    if (p->how == 'F') {
-        if (p->name.size == 3 && !memcmp(p->name.data, "all", 3)) { // content
-            moe__answer_cut(p);
-            p->from = p->at = i + 1;
-            moe__answer_new_call(p);
-            return moe__answer_go(p, moe__answer_text_step);
-        }
-        p->at = i + 1;
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
-    }
-    if (call) { // up to the end of the beginning: attributes
-        const char *head = p->tags->head;
-        size_t end = i;
-        int found = 0;
-        for (; end < p->in.size && end - i <= MOE__ANSWER_NAME; end++)
-            if ((found = moe__answer_is(p, end, head))) break;
-        if (end - i > MOE__ANSWER_NAME) return moe__answer_fail(p);
-        if (found <= 0) return 0;
-        if (!moe__answer_is_plain(p->in.data + i, end - i)) return moe__answer_fail(p);
-        i = end + strlen(head);
-        if (p->tags->has_entities) {
-            moe__answer_replace(&p->name, "&quot;", '"');
-            moe__answer_replace(&p->name, "&amp;", '&');
-        }
-    }
+    if (p->how == 'F') return moe__answer_line_end(p, i);
+    if (call) return moe__answer_head_end(p, i);
     p->at = i;
     return moe__answer_go(p, moe__answer_named_step);
 }
@@ -33070,10 +33094,7 @@ MOE__PRIVATE int moe__answer_tags_key(moe_chat_parser *p) {
     while (key_end > key && moe__answer_is_blank(data[key_end - 1])) key_end--;
     p->key.size = 0;
     moe__answer_add(p, &p->key, data + key, key_end - key);
-    if (tags->has_entities) {
-        moe__answer_replace(&p->key, "&quot;", '"');
-        moe__answer_replace(&p->key, "&amp;", '&');
-    }
+    if (tags->has_entities) moe__answer_unescape_xml(&p->key);
     moe__answer_tags_value(p, data + i, end - i);
     p->from = p->seen = p->at;
     return 1;
@@ -33268,35 +33289,26 @@ MOE__PRIVATE int moe__answer_is_header(const char *text, const char *end, const 
 
 // A header: <|start|>assistant<|channel|>analysis<|message|>, with "to=RECIPIENT" anywhere in it.
 MOE__PRIVATE int moe__answer_header_end(moe_chat_parser *p, const char *text, size_t size) {
+    static const char *const nobody[] = {"self", "user", "assistant", "all"};
+    static const char space[] = "functions.";
     const char *to = moe__answer_find(text, size, "to=", 3), *end = text + size;
     const char *channel = moe__answer_find(text, size, "<|channel|>", 11);
-    static const char *const nobody[] = {"self", "user", "assistant", "all"};
-    size_t n = 0;
-    int who = 4;
+    size_t n = 0, n_space = sizeof space - 1;
+    int who = 0;
     if (to)
         for (to += 3; to + n < end && !moe__answer_is_blank(to[n]) && to[n] != '<';) n++;
-    const int is_known = n && (!p->form->tags[0] || moe__answer_tool(p, to, n));
-    if (!moe__answer_is_header(text, end, is_known ? to : NULL, n)) {
-        p->at = p->from + p->mark;
-        return moe__answer_fail(p);
-    }
-    p->kind = MOE_CHAT_CONTENT;
+    while (who < 4 && (n != strlen(nobody[who]) || memcmp(to, nobody[who], n))) who++;
+    const int is_name = n && (!p->form->tags[0] || moe__answer_tool(p, to, n));
+    if (!moe__answer_is_header(text, end, is_name ? to : NULL, n)) return moe__answer_fail(p);
     if (channel) channel = moe__answer_find(channel, (size_t)(end - channel), "analysis", 8);
-    if (channel) p->kind = MOE_CHAT_REASONING;
-    if (to) {
-        for (who = 0; who < 4; who++)
-            if (n == strlen(nobody[who]) && !memcmp(to, nobody[who], n)) break;
-        if (who == 0) p->kind = MOE_CHAT_REASONING;
-        if (n > 10 && !memcmp(to, "functions.", 10)) to += 10, n -= 10;
-    }
-    if (who == 4 && n && !p->form->tags[0]) {
-        if (!moe__answer_set_name(p, to, n)) p->at = p->from + p->mark;
-        if (p->at == p->from + p->mark) return moe__answer_fail(p);
+    if (who == 4 && n && !p->form->tags[0]) { // a call; in other forms its tags follow
+        if (n <= n_space || memcmp(to, space, n_space)) n_space = 0;
+        if (!moe__answer_set_name(p, to + n_space, n - n_space)) return moe__answer_fail(p);
         p->kind = MOE_CHAT_CONTENT;
         p->how = 'H';
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
+        return moe__answer_commit(p) ? moe__answer_go(p, moe__answer_whole_step) : 1;
     }
+    p->kind = channel || (n && who == 0) ? MOE_CHAT_REASONING : MOE_CHAT_CONTENT;
     moe__answer_cut(p);
     p->from = p->at;
     return moe__answer_go(p, moe__answer_text_step);

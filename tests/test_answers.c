@@ -146,10 +146,12 @@ static const answer answers[] = {
      "R\n</think>\n\nC\n<function name=\"look\"><param name=\"town\"><![CDATA[a\n<b>Q]]></param>"
      "<param name=\"n\">3</param><param name=\"o\">{'x': [True]}</param></function>\n<function "
      "name=\"add\"></function><|im_end|>",
-     "R R|C C|N look|A {\"town\": \"a\\n<b>Q\", \"n\": 3, \"o\": {\"x\": [true]}}|E1|N add|A {}|E1"},
+     "R R|C C|N look|A {\"town\": \"a\\n<b>Q\", \"n\": 3, \"o\": {\"x\": [true]}}|E1|N add|A "
+     "{}|E1"},
     {"minimax2", "<think>\n",
      "R\n</think>\n\nC\n<minimax:tool_call>\n<invoke name=\"look\">\n<parameter name=\"town\">Q"
-     "</parameter>\n<parameter name=\"n\">3</parameter>\n</invoke>\n<invoke name=\"add\">\n</invoke>"
+     "</parameter>\n<parameter name=\"n\">3</parameter>\n</invoke>\n<invoke name=\"add\">\n"
+     "</invoke>"
      "\n</minimax:tool_call>[e~[",
      "R R|C C|N look|A {\"town\": \"Q\", \"n\": 3}|E1|N add|A {}|E1"},
     {"minimax3", "",
@@ -157,7 +159,8 @@ static const answer answers[] = {
      "</town>" M3 "<n>3" M3 "</n>" M3 "<o>" M3 "<x>" M3 "<item>1" M3 "</item>" M3 "<item>2" M3
      "</item>" M3 "</x>" M3 "<z>" M3 "</z>" M3 "</o>" M3 "</invoke>\n" M3 "<invoke name=\"add\">" M3
      "</invoke>\n" M3 "</tool_call>[e~[",
-     "R R|C C|N look|A {\"town\": \"Q\\n\", \"n\": 3, \"o\": {\"x\": [1, 2], \"z\": {}}}|E1|N add|A "
+     "R R|C C|N look|A {\"town\": \"Q\\n\", \"n\": 3, \"o\": {\"x\": [1, 2], \"z\": {}}}|E1|N "
+     "add|A "
      "{}|E1"},
     {"minimax3", "", "</mm:think>C" M3 "<tool_call>Q", "C C" M3 "<tool_call>Q"},
     {"dsml", "<think>",
@@ -249,7 +252,8 @@ static const answer answers[] = {
      "<think>R</think><response>C</response><|tool_call|>[{\"name\": \"look\", \"arguments\": "
      "{\"town\": \"Q\"}}, {\"name\": \"add\", \"arguments\": {}}]<|end_of_text|>",
      "R R|C C|N look|A {\"town\": \"Q\"}|E1|N add|A {}|E1"},
-    {"gigachat", "", "C<|function_call|>{\"name\": \"look\", \"arguments\": {\"n\": 1}}<|message_sep|>",
+    {"gigachat", "", "C<|function_call|>{\"name\": \"look\", \"arguments\": {\"n\": "
+     "1}}<|message_sep|>",
      "C C|N look|A {\"n\": 1}|E1"},
     {"gigachat", "",
      "C<|message_sep|>\n\nfunction call<|role_sep|>\n{\"name\": \"look\", \"arguments\": {\"n\": "
@@ -281,21 +285,26 @@ static const answer answers[] = {
     {"llama3", "", "<|python_tag|>print(Q", "N print|A {\"Q\"|E0"},
     // Python, Gemma
     {"lfm2", "",
-     "<think>R</think>C<|tool_call_start|>[look(town='So\"Q\n'" E_ACUTE "', n=3, o={\"x\": [1, 'y', "
+     "<think>R</think>C<|tool_call_start|>[look(town='So\"Q\n'" E_ACUTE "', n=3, o={\"x\": [1, "
+     "'y', "
      "None], 'z': {}}, flag=True), add(), add(a = -1.5e3,)]<|tool_call_end|><|im_end|>",
      "R R|C C|N look|A {\"town\": \"So\\\"Q\\n'" E_ACUTE
-     "\", \"n\": 3, \"o\": {\"x\": [1, \"y\", null], \"z\": {}}, \"flag\": true}|E1|N add|A {}|E1|N "
+     "\", \"n\": 3, \"o\": {\"x\": [1, \"y\", null], \"z\": {}}, \"flag\": true}|E1|N add|A "
+     "{}|E1|N "
      "add|A {\"a\": -1.5e3}|E1"},
-    {"lfm2", "", "<|tool_call_start|>[look(town=\"a\\'b\\\\n\\x41\\u00e9\\q Q\")]<|tool_call_end|>x",
+    {"lfm2", "", "<|tool_call_start|>[look(town=\"a\\'b\\\\n\\x41\\u00e9\\q Q\""
+     ")]<|tool_call_end|>x",
      "N look|A {\"town\": \"a'b\\\\nA\\u00e9\\\\q Q\"}|E1|C x"},
-    {"lfm2", "", "<|tool_call_start|>[{\"name\": \"look\", \"arguments\": {\"n\": 1}}]<|tool_call_end|>",
+    {"lfm2", "", "<|tool_call_start|>[{\"name\": \"look\", \"arguments\": {\"n\": "
+     "1}}]<|tool_call_end|>",
      "N look|A {\"n\": 1}|E1"},
     {"lfm2", "", "<|tool_call_start|>[look(Q)]<|tool_call_end|>x", "N look|A {\"Q\")]|E0|C x"},
     {"lfm2", "", "<|tool_call_start|>Q is<|tool_call_end|>x",
      "C <|tool_call_start|>Q is<|tool_call_end|>x"},
     {"gemma", "",
      "<|channel>thought\nR Q\n<channel|><|tool_call>call:look{flag:true,n:3,o:{x:[1,<|\"|>y<|\"|>,"
-     "None],z:{}},town:<|\"|>So\"Q\n<'<|\"|>}<tool_call|><|tool_call>call:add{}<tool_call|>C<turn|>",
+     "None],z:{}},town:<|\"|>So\"Q\n<'<|\"|>}<tool_call|><|tool_call>call:add{}<tool_c"
+     "all|>C<turn|>",
      "R R Q|N look|A {\"flag\": true, \"n\": 3, \"o\": {\"x\": [1, \"y\", null], \"z\": {}}, "
      "\"town\": \"So\\\"Q\\n<'\"}|E1|N add|A {}|E1|C C"},
     {"gemma", "<|channel>thought\n<channel|>", "C Q<|channel>thought\n<channel|>", "C C Q"},
@@ -308,12 +317,14 @@ static const answer answers[] = {
      "{\"town\": \"Q\"}<|call|>",
      "R R Q|C P|N look|A {\"town\": \"Q\"}|E1"},
     {"harmony", "<|start|>assistant",
-     "<|channel|>analysis<|message|>R<|end|><|start|>assistant to=functions.add<|channel|>commentary "
+     "<|channel|>analysis<|message|>R<|end|><|start|>assistant to=functions.add<|chan"
+     "nel|>commentary "
      "json<|message|>{}<|call|>",
      "R R|N add|A {}|E1"},
     {"harmony", "<|start|>assistant", "<|channel|>final<|message|>C Q<|return|>", "C C Q"},
     {"harmony", "<|start|>assistant",
-     "<|channel|>commentary to=python code<|message|>print(1) Q<|call|>x", "N python|A print(1) Q|E0|C x"},
+     "<|channel|>commentary to=python code<|message|>print(1) Q<|call|>x", "N python|A "
+     "print(1) Q|E0|C x"},
     {"harmony", "<|start|>assistant", "plain Q", "C plain Q"},
     {"harmony", "<|start|>assistant", "<|channel|>final", "C <|channel|>final"},
     {"atem", "<|start|>assistant",
@@ -468,7 +479,8 @@ TEST(answers_come_apart_however_they_are_cut) {
         CHECK(p != NULL);
         if (!p) continue;
         run(p, &t, a->text, size, size + 1, &seed);
-        CHECKF(!strcmp(t.text, a->transcript), "%d %s: %s\n    gives  %s\n    not    %s", i, a->form,
+        CHECKF(!strcmp(t.text, a->transcript), "%d %s: %s\n    gives  %s\n    not    "
+         "%s", i, a->form,
                a->text, t.text, a->transcript);
         CHECKF(t.all_good, "%d %s: %s", i, a->form, a->text);
         if (strcmp(t.text, a->transcript)) continue;
@@ -527,9 +539,12 @@ TEST(answers_that_end_early_lose_nothing) {
 // Some of what answers are made of, so that changes hit the states of the machine.
 static const char *const scraps[] = {
     "{",       "}",        "[",         "]",    "\"",      "'",          ",",        ":",     "\n",
-    "\\",      "\\u",      "\\ud83d\\ude00", "<",  ">",       "name",       "arguments", "look", "add",
-    "\"name\": \"look\"", "\"arguments\": {\"a\": 1}", "```json", "```", "null", "1e", "-", "(", ")", "=",
-    "<think>", "</think>", "\303\251", "\343\202", "\377", "\001", "  ", "to=", "all\n", "<|\"|>", "]]>",
+    "\\",      "\\u",      "\\ud83d\\ude00", "<",  ">",       "name",       "arguments", "l"
+    "ook", "add",
+    "\"name\": \"look\"", "\"arguments\": {\"a\": 1}", "```json", "```", "n"
+    "ull", "1e", "-", "(", ")", "=",
+    "<think>", "</think>", "\303\251", "\343\202", "\377", "\001", "  ", "to=", "all\n", "<|\""
+    "|>", "]]>",
     "<![CDATA[", "{\"a\": \"b\"}", "functions.look:0", "call:", "<|message|>", "<|end|>",
     "Q", "J", "W", "Z", "QJ\303\251", "\"Q\": \"J\", ", "\"type\": \"W\", ", "to=Q "};
 enum { N_SCRAPS = sizeof scraps / sizeof scraps[0] };
@@ -706,16 +721,19 @@ typedef struct scene {
 #define REASONING(text) \
     "\"reasoning_content\": \"" text "\", \"reasoning\": \"" text "\", \"thinking\": \"" text "\""
 #define NESTED_TEXT \
-    "\"{\\\"town\\\": \\\"So\\\\n Q\\\\\\\"\\\", \\\"o\\\": {\\\"x\\\": [1]}, \\\"flag\\\": false}\""
+    "\"{\\\"town\\\": \\\"So\\\\n Q\\\\\\\"\\\", \\\"o\\\": {\\\"x\\\": [1]}, \\\"flag\\\": " \
+    "false}\""
 
 static const scene scenes[] = {
     {'c', "\"content\": \"Plain text.\\n\\n* \\\"One\\\" < 2 & {3}\"", "",
      "Plain text.\n\n* \"One\" < 2 & {3}", "[]"},
     {'r', "\"content\": \"The text.\", " REASONING("First {a}.\\n\\nThen b."),
      "First {a}.\n\nThen b.", "The text.", "[]"},
-    {'s', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", "{\"town\": \"Sofia\"}") "]",
+    {'s', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", "{\"town\": \""
+     "Sofia\"}") "]",
      "", "", "[[\"look\", {\"town\": \"Sofia\"}]]"},
-    {'t', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", "{\"town\": \"Sofia\"}") ", "
+    {'t', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", "{\"town\": \""
+     "Sofia\"}") ", "
      CALL("def456uvw", "add", "{\"a\": 1.5}") "]", "", "",
      "[[\"look\", {\"town\": \"Sofia\"}], [\"add\", {\"a\": 1.5}]]"},
     {'n', "\"content\": \"\", \"tool_calls\": [" CALL("abc123xyz", "look", NESTED) "]",
@@ -827,10 +845,10 @@ static char *format(const moe_vocab *vocab, const char *request) {
     "it.\", \"parameters\": {\"type\": \"object\", \"properties\": {" properties                \
     "}, \"required\": []}}}"
 #define TRIP_TOOLS                                                                                \
-    "tools\": [" FUNCTION("look", PROPERTY("town", "string", "") ", " PROPERTY("n", "integer", "")  \
+    "tools\": [" FUNCTION("look", PROPERTY("town", "string", "") ", " PROPERTY("n", "integer", "") \
     ", " PROPERTY("flag", "boolean", "") ", " PROPERTY("o", "object", ", \"properties\": {"        \
     PROPERTY("x", "array", ", \"items\": {\"type\": \"number\"}") ", "                             \
-    PROPERTY("z", "object", "") "}, \"additionalProperties\": {\"type\": \"string\"}")              \
+    PROPERTY("z", "object", "") "}, \"additionalProperties\": {\"type\": \"string\"}")             \
     ", " PROPERTY("any", "string", "")) ", " FUNCTION("add", PROPERTY("a", "number", "")) "]}"
 
 static int is_verbose;
@@ -859,15 +877,16 @@ static void end_answer(char *answer) {
     }
 }
 
-static char *trip_request(const scene *s, const char *tools) {
+static char *trip_request(const scene *s, const char *tools, int thinks) {
     static const char form[] =
         "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}%s%s%s], \"now\": "
-        "\"2026-03-14T15:09:26\", \"enable_thinking\": true, \"reasoning_effort\": \"high\", \"functions\": \"[]\", \"datetime\": "
+        "\"2026-03-14T15:09:26\", \"enable_thinking\": %s, \"reasoning_effort\": \"high\", \""
+        "functions\": \"[]\", \"datetime\": "
         "\"now\", \"add_generation_prompt\": %s, %s";
     const size_t size = 4096;
     char *request = (char *)malloc(size);
     snprintf(request, size, form, s ? ", {\"role\": \"assistant\", " : "", s ? s->message : "",
-             s ? "}" : "", s ? "false" : "true", tools);
+             s ? "}" : "", thinks ? "true" : "false", s ? "false" : "true", tools);
     return request;
 }
 
@@ -898,7 +917,8 @@ static void check_cuts(moe_chat_parser *p, const char *answer, const char *name)
     for (int k = 0; k < 3; k++) {
         other.stop_at = k;
         run(p, &other, answer, size, k == 0, &seed);
-        CHECKF(is_same(&t, &other) && t.all_good && other.all_good, "%s: %s\n  gives %s\n  and   %s",
+        CHECKF(is_same(&t, &other) && t.all_good && other.all_good, "%s: %s\n  gives %s\n  and "
+         "  %s",
                name, answer, t.text, other.text);
     }
     forget(&t);
@@ -910,8 +930,9 @@ static void check_cuts(moe_chat_parser *p, const char *answer, const char *name)
 // What comes of a scene: '+' it comes back, 'd' the template drops something and the rest comes
 // back, 'x' the template raises an error, '!' it is lost.
 static char round_trip(const char *name, const moe_vocab *vocab, const scene *s,
-                       const char *tools) {
-    char *before = trip_request(NULL, tools), *after = trip_request(s, tools), result = 'x';
+                       const char *tools, int thinks) {
+    char *before = trip_request(NULL, tools, thinks), *after = trip_request(s, tools, thinks);
+    char result = 'x';
     char *prompt = format(vocab, before), *whole = format(vocab, after);
     taken t;
     take_begin(&t);
@@ -1022,14 +1043,18 @@ TEST(what_templates_write_comes_back) {
         for (size_t i = 0; i < sizeof losses / sizeof losses[0]; i++)
             if (!strcmp(losses[i].name, name)) known = losses[i].scenes, why = losses[i].why;
         for (int i = 0; vocab && i < N_SCENES; i++) {
-            came[i] = round_trip(name, vocab, &scenes[i], "\"" TRIP_TOOLS);
+            came[i] = round_trip(name, vocab, &scenes[i], "\"" TRIP_TOOLS, 1);
             // Where they are nothing for the template, they are still known to the parser.
             if (came[i] == 'x')
-                came[i] = round_trip(name, vocab, &scenes[i], "\"other_" TRIP_TOOLS);
+                came[i] = round_trip(name, vocab, &scenes[i], "\"other_" TRIP_TOOLS, 1);
             n[0]++;
             n[1] += came[i] == '+';
             n[2] += came[i] == 'd';
             n[3] += came[i] == 'x';
+            // the same where the prompt closes the reasoning
+            if (!*scenes[i].reasoning && came[i] != '!')
+                CHECKF(round_trip(name, vocab, &scenes[i], "\"" TRIP_TOOLS, 0) != '!', "%s: %c",
+                       name, scenes[i].letter);
         }
         CHECKF(!strcmp(came, known), "%s: %s, not %s (%s)", name, came, known, why);
         n_templates++;
@@ -1046,7 +1071,8 @@ TEST(what_templates_write_comes_back) {
 // A message that is half there: what follows goes on with it, whatever the template.
 TEST(an_answer_goes_on_with_its_message) {
     static const char folder[] = "../shared/golden/chat/";
-    static const char half[] = "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": "
+    static const char half[] = "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\""
+     "role\": "
                                "\"assistant\", \"content\": \"Long te\"}], \"functions\": \"[]\", "
                                "\"datetime\": \"now\", \"now\": \"2026-03-14T15:09:26\", "
                                "\"continue_final_message\": true, \"tools\": []}";
@@ -1067,7 +1093,8 @@ TEST(an_answer_goes_on_with_its_message) {
             CHECK(push(p, " xt.\n\nEnd.", 11) == MOE_OK && finish(p) == MOE_OK);
             // this one puts the message behind <think>
             const int is_thinking = strstr(file->d_name, "NVIDIA-Nemotron-Nano-v2") != NULL;
-            CHECKF(!strcmp(t.texts[is_thinking].text, " xt.\n\nEnd.") && !t.texts[!is_thinking].size,
+            CHECKF(!strcmp(t.texts[is_thinking].text, " xt.\n\n"
+             "End.") && !t.texts[!is_thinking].size,
                    "%s: %s, %s", file->d_name, t.texts[0].text, t.texts[1].text);
             n++;
         }
@@ -1106,17 +1133,21 @@ TEST(reasoning_goes_on_and_is_open_as_the_prompt_says) {
     static const char thinks[] =
         "{% for m in messages %}{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}"
         "\n</think>\n{% endif %}{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<think>\n{% if not on %}\n</think>\n\n{% endif %}{% endif %}";
+        "{% if add_generation_prompt %}<think>\n{% if not on %}\n</think>\n\n{% endif %}{% "
+        "endif %}";
     static const char harmony[] =
         "{% for m in messages %}<|start|>assistant{% if m.thinking %}<|channel|>analysis<|message|>"
         "{{ m.thinking }}<|end|><|start|>assistant{% endif %}<|channel|>final<|message|>"
-        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}";
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% "
+        "endif %}";
     check_goes_on(thinks, "\"content\": \"x\"}], \"on\": true", "R\n</think>\nC", "C", "R");
     check_goes_on(thinks, "\"content\": \"x\"}], \"on\": false", "C </think>", "C </think>", "");
-    check_goes_on(thinks, "\"content\": \"x\"}], \"add_generation_prompt\": false", "<think>R</think>C",
+    check_goes_on(thinks, "\"content\": \"x\"}], \"add_generation_prompt\": "
+     "false", "<think>R</think>C",
                   "C", "R");
     check_goes_on(thinks, "\"content\": \"\", \"reasoning_content\": \"R\"}], "
-                  "\"continue_final_message\": \"reasoning_content\"", " on\n</think>\nC", "C", " on");
+                  "\"continue_final_message\": \"reasoning_content\"", " on\n</think>\n"
+                  "C", "C", " on");
     check_goes_on(thinks, "\"content\": \"C\", \"reasoning_content\": \"R\"}], "
                   "\"continue_final_message\": true", " on", " on", "");
     check_goes_on(thinks, "\"content\": \"<think>R\"}], \"continue_final_message\": true",
@@ -1124,12 +1155,14 @@ TEST(reasoning_goes_on_and_is_open_as_the_prompt_says) {
     check_goes_on(harmony, "\"content\": \"C\"}], \"continue_final_message\": true",
                   " on<|end|>", " on", "");
     check_goes_on(harmony, "\"content\": \"C\", \"thinking\": \"R\"}], \"continue_final_message\": "
-                  "\"thinking\"", " on<|end|><|start|>assistant<|channel|>final<|message|>C", "C", " on");
+                  "\"thinking\"", " on<|end|><|start|>assistant<|channel|>final<"
+                  "|message|>C", "C", " on");
     check_goes_on(harmony, "\"content\": \"C\"}]", "<|channel|>final<|message|>C", "C", "");
     // the template in the request
     check_goes_on(thinks, "\"content\": \"x\"}], \"chat_template\": \"[THINK]{{ 1 }}\"",
                   "[THINK]R[/THINK]C", "[THINK]R[/THINK]C", "");
-    check_goes_on(thinks, "\"content\": \"x\"}], \"chat_template\": \"{% if 0 %}[TOOL_CALLS]{% endif "
+    check_goes_on(thinks, "\"content\": \"x\"}], \"chat_template\": \"{% if 0 %}[TOOL_CALLS]{% "
+     "endif "
                   "%}[THINK]\"", "R[/THINK]C", "C", "R");
     check_goes_on(NULL, "\"content\": \"x\"}]", "<think>R</think>C", "C", "R"); // ChatML
 }
@@ -1142,7 +1175,8 @@ TEST(parsers_that_cannot_be_opened_say_why) {
     taken t;
     for (int i = 0; i < 5; i++) {
         clear_error(&error);
-        CHECK(!moe_chat_parser_open(vocab, requests[i], strlen(requests[i]), take_piece, &t, &error));
+        const size_t size = strlen(requests[i]);
+        CHECK(!moe_chat_parser_open(vocab, requests[i], size, take_piece, &t, &error));
         CHECKF(error.status == (i < 4 ? MOE_ERROR_ARGUMENT : MOE_ERROR_FORMAT), "%d: %s", i,
                error.text);
     }
@@ -1268,7 +1302,8 @@ static const struct {
     {"harmony", "<|channel|>", "a"},
     {"harmony", "", "<|channel|>analysis<|message|>"},
     {"kimi2", "<|tool_call_begin|>look:1<|tool_call_argument_begin|>", " "},
-    {"deepseek", "<" BAR "tool" LOW "call" LOW "begin" BAR ">function<" BAR "tool" LOW "sep" BAR ">",
+    {"deepseek", "<" BAR "tool" LOW "call" LOW "begin" BAR ">function<" BAR "t"
+     "ool" LOW "sep" BAR ">",
      "a"},
     {"mistral", "[TOOL_CALLS]", "a"},
     {"mistral", "[TOOL_CALLS]look[ARGS]", "[ARGS]"},

@@ -32510,7 +32510,7 @@ MOE__PRIVATE int moe__answer_json_state(const moe_chat_parser *p, int key, size_
     const char c = p->in.data[value];
     int is = 0;
     if (key == MOE__KEY_TYPE) is = moe__answer_is(p, value, "\"function\"");
-    if (key == MOE__KEY_ARGS && c == 'n') is = moe__answer_is(p, value, "null");
+    if (key != MOE__KEY_OTHER && c == 'n') is = moe__answer_is(p, value, "null");
     if (is) return is < 0 ? -1 : MOE__CALL_MARK;
     switch (key) {
     case MOE__KEY_NAME:

@@ -76,6 +76,20 @@ static const answer answers[] = {
      "<tool_call>[{\"name\": \"add\", \"arguments\": {\"a\": 1}}, {\"type\": \"function\", "
      "\"function\": {\"name\": \"look\", \"arguments\": {}}, \"id\": \"Q7\"}]</tool_call>",
      "N add|A {\"a\": 1}|E1|N look|A {}|I Q7|E1"},
+    {"usual", "", // what is no part of the call is content
+     "<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 1}, \"plan\": [\"Q\", 2], \"id\": "
+     "null, \"type\": \"function\"}</tool_call>x",
+     "N add|A {\"a\": 1}|C \"plan\": [\"Q\", 2]|E1|C x"},
+    {"usual", "",
+     "<tool_call>{\"plan\": \"Q\", \"arguments\": {\"a\": 1}, \"name\": \"add\", \"name\": \"Q\"}",
+     "C \"plan\": \"Q\"|N add|A {\"a\": 1}|C \"name\": \"Q\"|E1"},
+    {"usual", "", "<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 1}", // whole for all that
+     "N add|A {\"a\": 1}|E1"},
+    {"usual", "", "<tool_call>{\"name\": \"add\", \"arguments\": {\"a\": 1",
+     "N add|A {\"a\": 1|E0"},
+    {"usual", "", "<tool_call>{\"name\": \"add\", \"Q\"", "N add|A \"Q\"|E0"},
+    {"usual", "", "<tool_call>{\"name\": \"add\", \"arguments\": \"{\\u00Q", "N add|A {\\u00Q|E0"},
+    {"usual", "<think>", "<think>R</think>C", "R R|C C"}, // written once more
     {"usual", "", "Write <tool_call> and then Q.", "C Write <tool_call> and then Q."},
     {"usual", "", "<tool_call>{\"Q\": 1}</tool_call> x", "C <tool_call>{\"Q\": 1}</tool_call> x"},
     {"usual", "",
@@ -162,6 +176,13 @@ static const answer answers[] = {
      "R R|C C|N look|A {\"town\": \"Q\\n\", \"n\": 3, \"o\": {\"x\": [1, 2], \"z\": {}}}|E1|N "
      "add|A "
      "{}|E1"},
+    {"minimax3", "", // another element ends than has begun
+     M3 "<tool_call>" M3 "<invoke name=\"look\">" M3 "<town>a" M3 "</Q>" M3 "</invoke>" M3
+     "</tool_call>x",
+     "N look|A {\"town\": a" M3 "</Q>" M3 "</invoke>|E0|C x"},
+    {"minimax3", "", // text between elements
+     M3 "<tool_call>" M3 "<invoke name=\"look\">" M3 "<n>1" M3 "</n>Q" M3 "</invoke>",
+     "N look|A {\"n\": 1|C Q|A }|E1"},
     {"minimax3", "", "</mm:think>C" M3 "<tool_call>Q", "C C" M3 "<tool_call>Q"},
     {"dsml", "<think>",
      "R</think>C\n\n<" DSML "function_calls>\n<" DSML "invoke name=\"look\">\n<" DSML
@@ -307,6 +328,8 @@ static const answer answers[] = {
      "all|>C<turn|>",
      "R R Q|N look|A {\"flag\": true, \"n\": 3, \"o\": {\"x\": [1, \"y\", null], \"z\": {}}, "
      "\"town\": \"So\\\"Q\\n<'\"}|E1|N add|A {}|E1|C C"},
+    {"gemma", "", "<|tool_call>call:add{{\"a\": \"Q\"}}<tool_call|>x",
+     "N add|A {\"a\": \"Q\"}|E1|C x"},
     {"gemma", "<|channel>thought\n<channel|>", "C Q<|channel>thought\n<channel|>", "C C Q"},
     {"gemma", "", "<|tool_call>call:look{<|\"|>a b<|\"|>:Q w,k:<|\"|>}<tool_call|>",
      "N look|A {\"a b\": \"Q w\", \"k\": \"}<tool_call|>|E0"},
@@ -326,6 +349,7 @@ static const answer answers[] = {
      "<|channel|>commentary to=python code<|message|>print(1) Q<|call|>x", "N python|A "
      "print(1) Q|E0|C x"},
     {"harmony", "<|start|>assistant", "plain Q", "C plain Q"},
+    {"harmony", "<|start|>assistant", "<|channel|>Q said<|message|>x", "C <|channel|>Q saidx"},
     {"harmony", "<|start|>assistant", "<|channel|>final", "C <|channel|>final"},
     {"atem", "<|start|>assistant",
      " to=self<|message|>R<|eom|><|start|>assistant to=look<|message|><atem:function_calls>\n"

@@ -31575,6 +31575,7 @@ struct moe_chat_parser {
     char how;
     const moe__answer_tags *tags;
     size_t mark; // size of the mark it begins with
+    int is_fenced; // it stands behind ```
     int32_t call;
     int is_call;   // its name went out
     int has_args;  // something of its arguments did
@@ -32014,14 +32015,39 @@ MOE__PRIVATE int moe__answer_broken_step(moe_chat_parser *p) {
     return 1;
 }
 
+// Behind a call of a list: its end, or the next call. 1 if it is that.
+MOE__PRIVATE int moe__answer_next_call(moe_chat_parser *p) {
+    const int is_json = p->how == 'J' || p->how == 'M' || p->how == 'B';
+    const char c = p->in.data[p->at];
+    if ((is_json || p->how == 'P') && c == ']' && p->n_open) {
+        p->at++;
+        p->n_open--;
+        return 1;
+    }
+    if (p->how == 'G' && c == '}' && p->n_open) { // {{...}}
+        p->at++;
+        p->n_open = 0;
+        return 1;
+    }
+    if (p->how == 'P' && c == ',') {
+        p->at++;
+        p->mark = 1;
+        return moe__answer_go(p, moe__answer_python_step);
+    }
+    if (is_json && c == '{') {
+        p->mark = 1;
+        return moe__answer_go(p, moe__answer_json_step);
+    }
+    return 0;
+}
+
 // Behind a call: its other marks, the next one of a list, or text.
 MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
     const moe__answer_mark *mark;
-    const int is_json = p->how == 'J' || p->how == 'M' || p->how == 'B';
     p->from = p->at = moe__answer_skip(p, p->at);
     if (p->at == p->in.size) return 0;
     const char c = p->in.data[p->at];
-    const int found = moe__answer_match(p, p->at, MOE__MARK_CLOSE, &mark);
+    int found = moe__answer_match(p, p->at, MOE__MARK_CLOSE, &mark);
     if (found < 0) return 0;
     if (found) {
         p->at += mark->size;
@@ -32030,18 +32056,14 @@ MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
         return 1;
     }
     if (p->how == 'X') { // behind JSON between tags
-        const int is_end = moe__answer_is(p, p->at, p->tags->uncall);
-        if (is_end < 0) return 0;
-        if (is_end) p->at += strlen(p->tags->uncall);
+        found = moe__answer_is(p, p->at, p->tags->uncall);
+        if (found < 0) return 0;
+        if (found) p->at += strlen(p->tags->uncall);
         p->how = 0;
         return 1;
     }
-    if (is_json && c == ']' && p->n_open) {
-        p->at++;
-        p->n_open--;
-        return 1;
-    }
-    if (is_json && (c == ',' || c == ';')) {
+    if (moe__answer_next_call(p)) return 1;
+    if ((p->how == 'J' || p->how == 'M' || p->how == 'B') && (c == ',' || c == ';')) {
         const size_t next = moe__answer_skip(p, p->at + 1);
         const int is_near = next - p->at <= MOE__ANSWER_LOOK;
         if (next == p->in.size && !p->is_last && is_near) return 0;
@@ -32051,28 +32073,24 @@ MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
             return moe__answer_go(p, moe__answer_json_step);
         }
     }
-    if (is_json && c == '{') {
-        p->mark = 1;
-        return moe__answer_go(p, moe__answer_json_step);
+    if (p->is_fenced && c == '`') {
+        found = moe__answer_is(p, p->at, "```");
+        if (found < 0) return 0;
+        p->is_fenced = 0;
+        p->at += found ? 3 : 0;
+        if (found) return 1;
     }
-    if (p->how == 'G' && c == '}' && p->n_open) { // {{...}}
-        p->at++;
-        p->n_open = 0;
-        return 1;
-    }
-    if (p->how == 'P' && (c == ',' || (c == ']' && p->n_open))) {
-        p->at++;
-        if (c == ']') p->n_open--;
-        p->mark = 1;
-        return c == ']' ? 1 : moe__answer_go(p, moe__answer_python_step);
-    }
-    if (c == '`') { // a fence around JSON
-        const int is_fence = moe__answer_is(p, p->at, "```");
-        if (is_fence < 0) return 0;
-        p->at += is_fence ? 3 : 0;
-        if (is_fence) return 1;
-    }
+    p->is_fenced = 0;
     return moe__answer_go(p, moe__answer_text_step);
+}
+
+// Skips the beginning of a fence around JSON: 1; 0: there is none; -1: more bytes would tell.
+MOE__PRIVATE int moe__answer_fence(moe_chat_parser *p) {
+    const int is_json = moe__answer_is(p, p->at, "```json");
+    const int found = is_json ? is_json : moe__answer_is(p, p->at, "```");
+    if (found > 0) p->at += is_json ? 7 : 3;
+    if (found > 0) p->is_fenced = 1;
+    return found;
 }
 
 // ---- arguments that are JSON ----
@@ -32120,13 +32138,8 @@ MOE__PRIVATE int moe__answer_whole_step(moe_chat_parser *p) {
         moe__answer_end_call(p, 1);
         return 1;
     }
-    int is_fence = moe__answer_is(p, p->at, "```json");
-    if (!is_fence) is_fence = moe__answer_is(p, p->at, "```");
-    if (is_fence < 0) return 0;
-    if (is_fence) {
-        p->at += moe__answer_is(p, p->at, "```json") > 0 ? 7 : 3;
-        return 1;
-    }
+    const int is_fence = moe__answer_fence(p);
+    if (is_fence) return is_fence > 0;
     memset(&p->scan, 0, sizeof p->scan);
     memset(&p->inner, 0, sizeof p->inner);
     memset(&p->unescape, 0, sizeof p->unescape);
@@ -32146,6 +32159,7 @@ MOE__PRIVATE int moe__answer_json_begin(moe_chat_parser *p) {
 
 MOE__PRIVATE void moe__answer_open(moe_chat_parser *p, const moe__answer_mark *mark) {
     p->how = mark->how;
+    p->is_fenced = 0;
     p->tags = mark->tags;
     p->at += mark->size;
     p->n_open = 0;
@@ -32175,13 +32189,8 @@ MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p) {
     }
     if (c == '[' || c == '{') return moe__answer_json_begin(p);
     if (how == 'J' && c == '`') {
-        int is_fence = moe__answer_is(p, i, "```json");
-        if (!is_fence) is_fence = moe__answer_is(p, i, "```");
-        if (is_fence < 0) return 0;
-        if (is_fence) {
-            p->at += moe__answer_is(p, i, "```json") > 0 ? 7 : 3;
-            return 1;
-        }
+        const int is_fence = moe__answer_fence(p);
+        if (is_fence) return is_fence > 0;
     }
     if (how == 'T') return moe__answer_go(p, moe__answer_name_step);
     if (how == 'N') return moe__answer_go(p, moe__answer_fields_step);
@@ -33395,7 +33404,7 @@ MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p) {
 
 MOE__PRIVATE void moe__answer_reset(moe_chat_parser *p) {
     p->in.size = p->from = p->at = p->seen = p->blank.size = p->mark = 0;
-    p->is_last = p->call = p->how = 0;
+    p->is_last = p->call = p->how = p->is_fenced = 0;
     p->kind = p->is_thinking ? MOE_CHAT_REASONING : MOE_CHAT_CONTENT;
     p->is_start = !p->is_continued;
     moe__answer_new_call(p);

@@ -90,6 +90,8 @@ static const answer answers[] = {
     {"usual", "", "<tool_call>{\"name\": \"add\", \"Q\"", "N add|A \"Q\"|E0"},
     {"usual", "", "<tool_call>{\"name\": \"add\", \"arguments\": \"{\\u00Q", "N add|A {\\u00Q|E0"},
     {"usual", "<think>", "<think>R</think>C", "R R|C C"}, // written once more
+    {"usual", "", "<tool_call>{\"name\": \"add\"}</tool_call>\n```c\nQ\n```", // not its fence
+     "N add|A {}|E1|C ```c\nQ\n```"},
     {"usual", "", "Write <tool_call> and then Q.", "C Write <tool_call> and then Q."},
     {"usual", "", "<tool_call>{\"Q\": 1}</tool_call> x", "C <tool_call>{\"Q\": 1}</tool_call> x"},
     {"usual", "",

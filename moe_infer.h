@@ -32541,12 +32541,14 @@ MOE__PRIVATE int moe__answer_json_state(const moe_chat_parser *p, int key, size_
 MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, size_t value) {
     const size_t from = p->at;
     const char c = p->in.data[value];
-    const int key = p->how == 'M' ? MOE__KEY_ARGS : moe__answer_key_of(p);
+    const int key = p->how != 'M' ? moe__answer_key_of(p)
+                    : p->is_call  ? MOE__KEY_OTHER
+                                  : MOE__KEY_ARGS;
     const int state = moe__answer_json_state(p, key, value);
     if (state < 0) return 0;
     // Nothing but its keys tells that an object without a mark is a call.
     if (p->how == 'B' && !p->is_call && key == MOE__KEY_OTHER) return moe__answer_fail(p);
-    if (p->how == 'M') {
+    if (p->how == 'M' && !p->is_call) {
         p->at = value;
         p->name.size = 0;
         moe__answer_add(p, &p->name, p->key.data, p->key.size);
@@ -32562,7 +32564,7 @@ MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, size_t value) {
     }
     const int is_args = state == MOE__CALL_ARGS || state == MOE__CALL_ARGS_TEXT;
     if (is_args && p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
-    if (state == MOE__CALL_OTHER && p->how != 'M')
+    if (state == MOE__CALL_OTHER)
         moe__answer_other(p, p->in.data + from, value - from);
     const int is_text = c == '"' && state != MOE__CALL_OTHER && state != MOE__CALL_MARK;
     p->at = value + (size_t)is_text;

@@ -1025,8 +1025,8 @@ typedef enum moe_chat_kind {
     MOE_CHAT_CONTENT,   // for the user
     MOE_CHAT_REASONING, // thinking aloud
     MOE_CHAT_TOOL_NAME, // a tool call begins: its name, whole
-    MOE_CHAT_TOOL_ARGUMENTS, // its arguments: JSON, piece by piece
-    MOE_CHAT_TOOL_ID,   // the call's id, whole, where the format has ids; before its arguments
+    MOE_CHAT_TOOL_ARGUMENTS, // its arguments: JSON, piece by piece; the id may come behind them
+    MOE_CHAT_TOOL_ID,   // the call's id, whole, where the format has ids
     MOE_CHAT_TOOL_END   // the call is over; size 0
 } moe_chat_kind;
 
@@ -1040,7 +1040,8 @@ typedef struct moe_chat_piece {
 
 // Takes an answer apart while it comes: reasoning, content and tool calls by the marks of the
 // template's family. What comes out, pieces of one kind put together, does not depend on how the
-// answer was cut.
+// answer was cut. What is held back until more tells what it is takes at most some 200 KiB, a value
+// whose type is seen at its end some 4 MiB; a longer one is a string or not valid.
 typedef struct moe_chat_parser moe_chat_parser;
 
 // request, size: what was formatted; its template tells the marks, its tools the types of
@@ -1054,7 +1055,8 @@ MOE_API moe_chat_parser *moe_chat_parser_open(const moe_vocab *vocab, const char
                                               void *user, moe_error *error);
 MOE_API void moe_chat_parser_close(moe_chat_parser *parser);
 // The next bytes of the answer, control tokens as text (moe_generate_options.special). Bytes are
-// never lost: marks aside, all of them come out as something, also of a broken answer. Errors:
+// never lost: marks aside, all of them come out as something, also of a broken answer. White space
+// next to marks is dropped; what stands within a call and is no part of it is content. Errors:
 // CANCELLED, MEMORY.
 MOE_API moe_status moe_chat_parser_push(moe_chat_parser *parser, const char *text, size_t size);
 // The end of the answer: what was held back comes out; an open call ends, marked as not valid
@@ -30787,9 +30789,10 @@ MOE__PRIVATE moe__value moe__jinja_render(moe__store *store, const moe__text_run
 // ==============================================================================================
 // >>chat
 //
-// Requests to text and tokens. A request becomes the variables of a template, as transformers
-// passes them; the template's text is tokenized so that control tokens come from it alone: bytes
-// that users typed are marked (see >>json), and no control token may take one of them.
+// Requests to text and tokens, and answers taken apart (there). A request becomes the variables of
+// a template, as transformers passes them; the template's text is tokenized so that control tokens
+// come from it alone: bytes that users typed are marked (see >>json), and no control token may take
+// one of them.
 //
 // A template gets messages as the request has them. With adapt_messages, what it fails at or prints
 // badly is tried once more in another way: parts of content are joined where it knows only texts,
@@ -31144,13 +31147,28 @@ MOE_API int64_t moe_chat_tokenize(const moe_vocab *vocab, const char *request, s
 
 // ---- answers taken apart ---------------------------------------------------------------------
 //
+// What a family writes is a row of moe__answer_forms; the template tells which, by marks that no
+// other family has. All rows are read by the same few machines:
+//
+//   text     reasoning and content, up to a mark               moe__answer_text_step
+//   header   harmony: what a message is says its header        moe__answer_header_step
+//   JSON     {"name": ..., "arguments": ...}, lists of it       moe__answer_json_step
+//   fields   name, id and arguments between marks               moe__answer_fields_step
+//   tags     <KEY>value</KEY> in many spellings, also nested    moe__answer_tags_step
+//   Python   name(key='value'), and Gemma's name{key:value}     moe__answer_python_step
+//
 // A parser reads an answer by steps. What a step decides depends on bytes alone, never on how many
 // of them are there yet: it waits for those that it needs, so that nobody can tell from what comes
 // out how the answer was cut. What waits is short: a mark that may have begun, white space, the
-// beginning of a call up to its name, a value whose type is seen at its end.
+// beginning of a call up to its name, a value whose type is seen at its end (MOE__ANSWER_...).
 //
 // Nothing is a call before its name is read: marks may also be what an answer talks about. What
-// does not go on as a call is text, and is read again as such behind its first mark.
+// does not go on as a call is text, and is read again as such behind its first mark. Behind the
+// name what does not go on is an argument that is not valid.
+//
+// No byte is lost: what does not come out is a mark, white space next to a mark, an escape, or
+// punctuation and words in lower case within a mark (moe__answer_is_plain). Whatever else stands
+// where a mark should be makes it none.
 //
 // To add a form of answers, look at what its template makes of tool_calls and reasoning_content
 // and add a row to moe__answer_forms; test_answers takes what templates write apart again.
@@ -31314,7 +31332,8 @@ static const moe__answer_form moe__answer_forms[] = {
      "P<|python_tag|>", NULL, NULL, "<|eot_id|>\n<|eom_id|>", NULL, {NULL, NULL}, 0, 1, 0, 0},
     {"usual", "", "<think>", "</think>", "T<tool_call>", "</tool_call>", NULL,
      "<|im_end|>\n</assistant>\n<|role_end|>\n<|user|>\n<|observation|>\n<|end_of_text|>\n<sep>\n"
-     "<|eot_id|>",
+     "<|eot_id|>\n<|end|>\n<end_of_turn>\n"
+     "<" MOE__BAR "end" MOE__LOW "of" MOE__LOW "sentence" MOE__BAR ">",
      NULL, {&moe__tags_glm, &moe__tags_qwen}, 0, 0, 0, 0},
 };
 enum { MOE__ANSWER_FORMS = sizeof moe__answer_forms / sizeof moe__answer_forms[0] };
@@ -31541,7 +31560,15 @@ typedef struct moe__answer_mark {
     char how; // OPEN: as in moe__answer_form.opens; X: a name of `tags` follows
     const moe__answer_tags *tags;
 } moe__answer_mark;
-enum { MOE__ANSWER_MARKS = 64, MOE__ANSWER_HELD = 1 << 16, MOE__ANSWER_NAME = 256 };
+enum {
+    MOE__ANSWER_MARKS = 64,
+    MOE__ANSWER_NAME = 256,
+    // What waits for what follows: bytes that are looked at again when more come, those that may be
+    // a call or white space at the end of a text, and a value whose type is seen at its end.
+    MOE__ANSWER_LOOK = 1024,
+    MOE__ANSWER_HELD = 1 << 16,
+    MOE__ANSWER_VALUE = 1 << 20
+};
 
 // Types in a JSON schema.
 enum {
@@ -31569,6 +31596,7 @@ typedef struct moe__unescape {
 
 typedef struct moe__answer_level { // of nested elements
     const moe__value *schema;
+    size_t name; // where its name begins in the parser's key
     int is_list, n; // is_list: -1: not known yet
 } moe__answer_level;
 enum { MOE__ANSWER_LEVELS = 64 };
@@ -31605,6 +31633,7 @@ struct moe_chat_parser {
     char how;
     const moe__answer_tags *tags;
     size_t mark; // size of the mark it begins with
+    int is_fenced; // it stands behind ```
     int32_t call;
     int is_call;   // its name went out
     int has_args;  // something of its arguments did
@@ -31616,7 +31645,7 @@ struct moe_chat_parser {
     unsigned types;
     uint8_t utf8_n, utf8_low, utf8_high, utf8_bad; // of the arguments
     const moe__value *tool;
-    moe__answer_bytes name, id, args, key, made;
+    moe__answer_bytes name, id, args, other, key, made;
     moe__scan scan, inner;
     moe__unescape unescape;
     moe__loose loose;
@@ -31742,6 +31771,19 @@ MOE__PRIVATE int moe__answer_flush(moe_chat_parser *p) {
     return 1;
 }
 
+// White space and marks that are text if text follows. What is too long is text.
+MOE__PRIVATE void moe__answer_hold(moe_chat_parser *p, moe_chat_kind kind, const char *text,
+                                   size_t size) {
+    while (size && !p->status) {
+        const size_t left = MOE__ANSWER_HELD - p->blank.size, n = size < left ? size : left;
+        moe__answer_add(p, &p->blank, text, n);
+        text += n, size -= n;
+        if (n < left) return;
+        moe__answer_emit(p, kind, p->blank.data, p->blank.size);
+        p->blank.size = p->is_start = 0;
+    }
+}
+
 // Text of the present kind: white space at its beginning is dropped, that at its end waits.
 MOE__PRIVATE void moe__answer_text(moe_chat_parser *p, moe_chat_kind kind, const char *text,
                                    size_t size) {
@@ -31755,7 +31797,7 @@ MOE__PRIVATE void moe__answer_text(moe_chat_parser *p, moe_chat_kind kind, const
         p->blank.size = 0;
         p->is_start = 0;
     }
-    moe__answer_add(p, &p->blank, text + end, size - end);
+    moe__answer_hold(p, kind, text + end, size - end);
 }
 // A mark: what text comes next begins behind it.
 MOE__PRIVATE void moe__answer_cut(moe_chat_parser *p) {
@@ -31918,6 +31960,15 @@ MOE__PRIVATE size_t moe__answer_skip(const moe_chat_parser *p, size_t i) {
     return i;
 }
 
+// Is it something that marks may hold: words in lower case, attributes?
+MOE__PRIVATE int moe__answer_is_plain(const char *text, size_t size) {
+    for (size_t i = 0; i < size; i++)
+        if (!(text[i] >= 'a' && text[i] <= 'z') && !moe__answer_is_digit(text[i]) &&
+            !moe__answer_is_blank(text[i]) && !(text[i] && strchr("_-.:=\"'/", text[i])))
+            return 0;
+    return 1;
+}
+
 MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p);
 MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p);
 MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p);
@@ -31943,6 +31994,7 @@ MOE__PRIVATE void moe__answer_new_call(moe_chat_parser *p) {
     p->is_call = p->has_args = p->args_good = p->n_keys = p->depth = p->state = p->field = 0;
     p->utf8_n = p->utf8_bad = 0;
     p->name.size = p->id.size = p->args.size = p->key.size = p->made.size = 0;
+    p->other.size = 0;
     p->tool = NULL;
 }
 
@@ -31965,6 +32017,8 @@ MOE__PRIVATE int moe__answer_commit(moe_chat_parser *p) {
         moe__answer_fail(p);
         return 0;
     }
+    moe__answer_cut(p);
+    moe__answer_text(p, p->kind, p->other.data, p->other.size);
     moe__answer_cut(p);
     p->is_call = 1;
     p->from = p->at;
@@ -32011,7 +32065,7 @@ MOE__PRIVATE int moe__answer_broken_step(moe_chat_parser *p) {
     p->from = p->at = i;
     if (found <= 0) return 0;
     if (mark->what == MOE__MARK_END) { // part of them if something follows
-        moe__answer_add(p, &p->blank, mark->text, mark->size);
+        moe__answer_hold(p, MOE_CHAT_TOOL_ARGUMENTS, mark->text, mark->size);
         p->at += mark->size;
     } else {
         moe__answer_end_call(p, 0);
@@ -32019,14 +32073,39 @@ MOE__PRIVATE int moe__answer_broken_step(moe_chat_parser *p) {
     return 1;
 }
 
+// Behind a call of a list: its end, or the next call. 1 if it is that.
+MOE__PRIVATE int moe__answer_next_call(moe_chat_parser *p) {
+    const int is_json = p->how == 'J' || p->how == 'M' || p->how == 'B';
+    const char c = p->in.data[p->at];
+    if ((is_json || p->how == 'P') && c == ']' && p->n_open) {
+        p->at++;
+        p->n_open--;
+        return 1;
+    }
+    if (p->how == 'G' && c == '}' && p->n_open) { // {{...}}
+        p->at++;
+        p->n_open = 0;
+        return 1;
+    }
+    if (p->how == 'P' && c == ',') {
+        p->at++;
+        p->mark = 1;
+        return moe__answer_go(p, moe__answer_python_step);
+    }
+    if (is_json && c == '{') {
+        p->mark = 1;
+        return moe__answer_go(p, moe__answer_json_step);
+    }
+    return 0;
+}
+
 // Behind a call: its other marks, the next one of a list, or text.
 MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
     const moe__answer_mark *mark;
-    const int is_json = p->how == 'J' || p->how == 'M' || p->how == 'B';
     p->from = p->at = moe__answer_skip(p, p->at);
     if (p->at == p->in.size) return 0;
     const char c = p->in.data[p->at];
-    const int found = moe__answer_match(p, p->at, MOE__MARK_CLOSE, &mark);
+    int found = moe__answer_match(p, p->at, MOE__MARK_CLOSE, &mark);
     if (found < 0) return 0;
     if (found) {
         p->at += mark->size;
@@ -32035,43 +32114,41 @@ MOE__PRIVATE int moe__answer_after_step(moe_chat_parser *p) {
         return 1;
     }
     if (p->how == 'X') { // behind JSON between tags
-        const int is_end = moe__answer_is(p, p->at, p->tags->uncall);
-        if (is_end < 0) return 0;
-        if (is_end) p->at += strlen(p->tags->uncall);
+        found = moe__answer_is(p, p->at, p->tags->uncall);
+        if (found < 0) return 0;
+        if (found) p->at += strlen(p->tags->uncall);
         p->how = 0;
         return 1;
     }
-    if (is_json && c == ']' && p->n_open) {
-        p->at++;
-        p->n_open--;
-        return 1;
-    }
-    if (is_json && (c == ',' || c == ';')) {
+    if (moe__answer_next_call(p)) return 1;
+    if ((p->how == 'J' || p->how == 'M' || p->how == 'B') && (c == ',' || c == ';')) {
         const size_t next = moe__answer_skip(p, p->at + 1);
-        if (next == p->in.size && !p->is_last) return 0;
-        if (next < p->in.size && p->in.data[next] == '{') {
+        const int is_near = next - p->at <= MOE__ANSWER_LOOK;
+        if (next == p->in.size && !p->is_last && is_near) return 0;
+        if (next < p->in.size && p->in.data[next] == '{' && is_near) {
             p->mark = next + 1 - p->at;
             p->at = next;
             return moe__answer_go(p, moe__answer_json_step);
         }
     }
-    if (is_json && c == '{') {
-        p->mark = 1;
-        return moe__answer_go(p, moe__answer_json_step);
+    if (p->is_fenced && c == '`') {
+        found = moe__answer_is(p, p->at, "```");
+        if (found < 0) return 0;
+        p->is_fenced = 0;
+        p->at += found ? 3 : 0;
+        if (found) return 1;
     }
-    if (p->how == 'P' && (c == ',' || (c == ']' && p->n_open))) {
-        p->at++;
-        if (c == ']') p->n_open--;
-        p->mark = 1;
-        return c == ']' ? 1 : moe__answer_go(p, moe__answer_python_step);
-    }
-    if (c == '`') { // a fence around JSON
-        const int is_fence = moe__answer_is(p, p->at, "```");
-        if (is_fence < 0) return 0;
-        p->at += is_fence ? 3 : 0;
-        if (is_fence) return 1;
-    }
+    p->is_fenced = 0;
     return moe__answer_go(p, moe__answer_text_step);
+}
+
+// Skips the beginning of a fence around JSON: 1; 0: there is none; -1: more bytes would tell.
+MOE__PRIVATE int moe__answer_fence(moe_chat_parser *p) {
+    const int is_json = moe__answer_is(p, p->at, "```json");
+    const int found = is_json ? is_json : moe__answer_is(p, p->at, "```");
+    if (found > 0) p->at += is_json ? 7 : 3;
+    if (found > 0) p->is_fenced = 1;
+    return found;
 }
 
 // ---- arguments that are JSON ----
@@ -32119,13 +32196,8 @@ MOE__PRIVATE int moe__answer_whole_step(moe_chat_parser *p) {
         moe__answer_end_call(p, 1);
         return 1;
     }
-    int is_fence = moe__answer_is(p, p->at, "```json");
-    if (!is_fence) is_fence = moe__answer_is(p, p->at, "```");
-    if (is_fence < 0) return 0;
-    if (is_fence) {
-        p->at += moe__answer_is(p, p->at, "```json") > 0 ? 7 : 3;
-        return 1;
-    }
+    const int is_fence = moe__answer_fence(p);
+    if (is_fence) return is_fence > 0;
     memset(&p->scan, 0, sizeof p->scan);
     memset(&p->inner, 0, sizeof p->inner);
     memset(&p->unescape, 0, sizeof p->unescape);
@@ -32145,6 +32217,7 @@ MOE__PRIVATE int moe__answer_json_begin(moe_chat_parser *p) {
 
 MOE__PRIVATE void moe__answer_open(moe_chat_parser *p, const moe__answer_mark *mark) {
     p->how = mark->how;
+    p->is_fenced = 0;
     p->tags = mark->tags;
     p->at += mark->size;
     p->n_open = 0;
@@ -32156,7 +32229,7 @@ MOE__PRIVATE void moe__answer_open(moe_chat_parser *p, const moe__answer_mark *m
 MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p) {
     const moe__answer_mark *mark;
     const size_t i = p->at = moe__answer_skip(p, p->at);
-    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (i - p->from > MOE__ANSWER_NAME) return moe__answer_fail(p);
     if (i == p->in.size) return 0;
     const int found = moe__answer_match(p, i, MOE__MARK_OPEN | MOE__MARK_INNER, &mark);
     if (found < 0) return 0;
@@ -32174,13 +32247,8 @@ MOE__PRIVATE int moe__answer_begin_step(moe_chat_parser *p) {
     }
     if (c == '[' || c == '{') return moe__answer_json_begin(p);
     if (how == 'J' && c == '`') {
-        int is_fence = moe__answer_is(p, i, "```json");
-        if (!is_fence) is_fence = moe__answer_is(p, i, "```");
-        if (is_fence < 0) return 0;
-        if (is_fence) {
-            p->at += moe__answer_is(p, i, "```json") > 0 ? 7 : 3;
-            return 1;
-        }
+        const int is_fence = moe__answer_fence(p);
+        if (is_fence) return is_fence > 0;
     }
     if (how == 'T') return moe__answer_go(p, moe__answer_name_step);
     if (how == 'N') return moe__answer_go(p, moe__answer_fields_step);
@@ -32257,6 +32325,7 @@ MOE__PRIVATE int moe__answer_fields_step(moe_chat_parser *p) {
     const char *text = data + p->at;
     size_t n = i - p->at;
     if (type != 'I' && !moe__answer_set_name(p, text, n)) return moe__answer_fail(p);
+    if (type == 'T') p->is_string = moe__answer_is_plain(text, n); // a type, if a name follows
     while (type == 'I' && n && moe__answer_is_blank(text[n - 1])) n--;
     if (type == 'I') moe__answer_add(p, &p->id, text, n);
     p->at = p->seen = i + size;
@@ -32299,7 +32368,7 @@ MOE__PRIVATE int moe__answer_typed_name_step(moe_chat_parser *p) {
     const size_t from = moe__answer_skip(p, p->at);
     size_t i = from;
     while (i < p->in.size && !moe__answer_is_blank(p->in.data[i]) && p->in.data[i] != '`') i++;
-    if (i - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (i - p->at > MOE__ANSWER_LOOK) return moe__answer_fail(p);
     if (i == p->in.size) return 0;
     if (!moe__answer_set_name(p, p->in.data + from, i - from)) return moe__answer_fail(p);
     p->at = i;
@@ -32315,6 +32384,10 @@ MOE__PRIVATE void moe__answer_replace(moe__answer_bytes *b, const char *what, ch
         b->size -= n - 1;
     }
 }
+MOE__PRIVATE void moe__answer_unescape_xml(moe__answer_bytes *b) {
+    moe__answer_replace(b, "&quot;", '"');
+    moe__answer_replace(b, "&amp;", '&');
+}
 
 // The end of what began with a mark: '"' or '>' if the mark says so, else a line feed or '<'.
 MOE__PRIVATE int moe__answer_is_stop(const char *mark, char c) {
@@ -32324,58 +32397,60 @@ MOE__PRIVATE int moe__answer_is_stop(const char *mark, char c) {
     return c == '\n' || c == '<' || c == '`' || c == '{';
 }
 
+// All fields are read, the last one may hold the name.
+MOE__PRIVATE int moe__answer_fields_end(moe_chat_parser *p) {
+    const size_t next = moe__answer_skip(p, p->at);
+    size_t size;
+    char type;
+    if (next - p->at > MOE__ANSWER_LOOK) return moe__answer_fail(p);
+    if (next == p->in.size) return p->is_last ? moe__answer_fail(p) : 0;
+    moe__answer_field(p->form, 0, &type, &size);
+    if (type == 'T' && p->in.data[next] != '{' && p->in.data[next] != '"')
+        return p->is_string ? moe__answer_go(p, moe__answer_typed_name_step) : moe__answer_fail(p);
+    if (type == 'K') moe__answer_split_id(p);
+    return moe__answer_commit(p) ? moe__answer_go(p, moe__answer_whole_step) : 1;
+}
+
+// Behind a name of a line of its own, which ends at byte i. "all" is no name: content follows.
+MOE__PRIVATE int moe__answer_line_end(moe_chat_parser *p, size_t i) {
+    p->at = i + 1;
+    if (p->name.size != 3 || memcmp(p->name.data, "all", 3))
+        return moe__answer_commit(p) ? moe__answer_go(p, moe__answer_whole_step) : 1;
+    moe__answer_cut(p);
+    p->from = p->at;
+    moe__answer_new_call(p);
+    return moe__answer_go(p, moe__answer_text_step);
+}
+
+// Behind a name within a mark, which ends at byte i; attributes may follow.
+MOE__PRIVATE int moe__answer_head_end(moe_chat_parser *p, size_t i) {
+    const char *head = p->tags->head;
+    size_t end = i;
+    int found = 0;
+    for (; end < p->in.size && end - i <= MOE__ANSWER_NAME; end++)
+        if ((found = moe__answer_is(p, end, head))) break;
+    if (end - i > MOE__ANSWER_NAME) return moe__answer_fail(p);
+    if (found <= 0) return 0;
+    if (!moe__answer_is_plain(p->in.data + i, end - i)) return moe__answer_fail(p);
+    if (p->tags->has_entities) moe__answer_unescape_xml(&p->name);
+    p->at = end + strlen(head);
+    return moe__answer_go(p, moe__answer_named_step);
+}
+
 MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
-    if (p->how == 'N') { // all fields are read, the last one may hold the name
-        const size_t next = moe__answer_skip(p, p->at);
-        if (next == p->in.size) {
-            if (p->is_last || next - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
-            return 0;
-        }
-        size_t size;
-        char type;
-        moe__answer_field(p->form, 0, &type, &size);
-        if (type == 'T' && p->in.data[next] != '{' && p->in.data[next] != '"')
-            return moe__answer_go(p, moe__answer_typed_name_step);
-        if (type == 'K') moe__answer_split_id(p);
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
-    }
+    if (p->how == 'N') return moe__answer_fields_end(p);
     const char *call = p->how == 'X' ? p->tags->call : NULL;
     size_t i = p->seen > p->at ? p->seen : p->at;
-    while (i < p->in.size && i - p->at <= 2 * MOE__ANSWER_NAME) {
+    for (; i < p->in.size && i - p->at <= 2 * MOE__ANSWER_NAME; i++) {
         const char c = p->in.data[i];
         if (p->how == 'F' ? c == '\n' : moe__answer_is_stop(call, c)) break;
-        i++;
     }
     p->seen = i;
     if (i - p->at > 2 * MOE__ANSWER_NAME) return moe__answer_fail(p);
     if (i == p->in.size) return 0;
     if (!moe__answer_set_name(p, p->in.data + p->at, i - p->at)) return moe__answer_fail(p);
-    if (p->how == 'F') {
-        if (p->name.size == 3 && !memcmp(p->name.data, "all", 3)) { // content
-            moe__answer_cut(p);
-            p->from = p->at = i + 1;
-            moe__answer_new_call(p);
-            return moe__answer_go(p, moe__answer_text_step);
-        }
-        p->at = i + 1;
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
-    }
-    if (call) { // up to the end of the beginning: attributes
-        const char *head = p->tags->head;
-        size_t end = i;
-        int found = 0;
-        for (; end < p->in.size && end - i <= MOE__ANSWER_NAME; end++)
-            if ((found = moe__answer_is(p, end, head))) break;
-        if (end - i > MOE__ANSWER_NAME) return moe__answer_fail(p);
-        if (found <= 0) return 0;
-        i = end + strlen(head);
-        if (p->tags->has_entities) {
-            moe__answer_replace(&p->name, "&quot;", '"');
-            moe__answer_replace(&p->name, "&amp;", '&');
-        }
-    }
+    if (p->how == 'F') return moe__answer_line_end(p, i);
+    if (call) return moe__answer_head_end(p, i);
     p->at = i;
     return moe__answer_go(p, moe__answer_named_step);
 }
@@ -32384,19 +32459,17 @@ MOE__PRIVATE int moe__answer_name_step(moe_chat_parser *p) {
 
 // {"name": ..., "arguments": {...}} in any order, other names for the two, arguments as a string
 // that holds JSON, in lists or one behind the other; {"NAME": {...}} for M. What else such an
-// object holds belongs to its marks.
+// object holds is content, except for the type and the index.
 typedef enum moe__call_state {
     MOE__CALL_LIST,
     MOE__CALL_KEY,
-    MOE__CALL_KEY_TEXT,
-    MOE__CALL_COLON,
-    MOE__CALL_VALUE,
     MOE__CALL_NAME,
     MOE__CALL_ID,
     MOE__CALL_ID_NUMBER,
     MOE__CALL_ARGS,
     MOE__CALL_ARGS_TEXT,
-    MOE__CALL_OTHER
+    MOE__CALL_OTHER,
+    MOE__CALL_MARK // a value that says nothing
 } moe__call_state;
 
 // The bytes that a byte of a string says, at most 8 of them in out; none if they are not known yet.
@@ -32443,29 +32516,39 @@ MOE__PRIVATE size_t moe__unescape_byte(moe__unescape *u, char c, char *out) {
     else out[n++] = c;
     return n;
 }
-// Behind the last byte of a string.
+// What has begun and does not go on, as it stands there.
 MOE__PRIVATE size_t moe__unescape_end(moe__unescape *u, char *out) {
-    const size_t n = u->high ? (size_t)moe__json_utf8(u->high, out) : 0;
+    size_t n = u->high ? (size_t)moe__json_utf8(u->high, out) : 0;
+    if (u->is_open) out[n++] = '\\';
+    if (u->n_hex) {
+        out[n++] = 'u';
+        for (int i = 4; i > u->n_hex; i--)
+            out[n++] = "0123456789abcdef"[u->code >> 4 * (i - 1 - u->n_hex) & 15];
+    }
     memset(u, 0, sizeof *u);
     return n;
 }
 // A byte of a string goes to b. 1: it was the quote that ends it.
 MOE__PRIVATE int moe__answer_string_byte(moe_chat_parser *p, char c, moe__answer_bytes *b) {
     char out[16];
-    const int is_end = c == '"' && !p->unescape.is_open;
-    const size_t n = is_end ? moe__unescape_end(&p->unescape, out)
-                            : moe__unescape_byte(&p->unescape, c, out);
+    moe__unescape *u = &p->unescape;
+    const int is_hex = moe__answer_is_digit(c) || ((c | 32) >= 'a' && (c | 32) <= 'f');
+    if (u->n_hex && !is_hex) moe__answer_add(p, b, out, moe__unescape_end(u, out));
+    const int is_end = c == '"' && !u->is_open;
+    const size_t n = is_end ? moe__unescape_end(u, out) : moe__unescape_byte(u, c, out);
     moe__answer_add(p, b, out, n);
     return is_end;
 }
 
-enum { MOE__KEY_OTHER, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_FUNCTION };
+enum { MOE__KEY_OTHER, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_FUNCTION, MOE__KEY_TYPE,
+       MOE__KEY_INDEX };
 MOE__PRIVATE int moe__answer_key_of(const moe_chat_parser *p) {
     static const char *const words[] = {"name", "tool_name", "arguments", "parameters", "args",
-                                        "id", "tool_call_id", "call_id", "function"};
+                                        "id", "tool_call_id", "call_id", "function", "type",
+                                        "index"};
     static const uint8_t keys[] = {MOE__KEY_NAME, MOE__KEY_NAME, MOE__KEY_ARGS, MOE__KEY_ARGS,
                                    MOE__KEY_ARGS, MOE__KEY_ID, MOE__KEY_ID, MOE__KEY_ID,
-                                   MOE__KEY_FUNCTION};
+                                   MOE__KEY_FUNCTION, MOE__KEY_TYPE, MOE__KEY_INDEX};
     for (size_t i = 0; i < sizeof keys; i++)
         if (p->key.size == strlen(words[i]) && !memcmp(p->key.data, words[i], p->key.size))
             return keys[i];
@@ -32483,37 +32566,86 @@ MOE__PRIVATE int moe__answer_json_wrong(moe_chat_parser *p) {
     return 1;
 }
 
-MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, char c) {
-    int key = moe__answer_key_of(p);
-    if (p->how == 'M') {
+// What is no part of a call comes out in front of it or within it.
+MOE__PRIVATE void moe__answer_other(moe_chat_parser *p, const char *text, size_t size) {
+    if (p->is_call) moe__answer_text(p, p->kind, text, size);
+    else moe__answer_add(p, &p->other, text, size);
+}
+
+// The state that a value begins; -1: more bytes would tell.
+MOE__PRIVATE int moe__answer_json_state(const moe_chat_parser *p, int key, size_t value) {
+    const char c = p->in.data[value];
+    int is = 0;
+    if (key == MOE__KEY_TYPE) is = moe__answer_is(p, value, "\"function\"");
+    if (key != MOE__KEY_OTHER && c == 'n') is = moe__answer_is(p, value, "null");
+    if (is) return is < 0 ? -1 : MOE__CALL_MARK;
+    switch (key) {
+    case MOE__KEY_NAME:
+    case MOE__KEY_FUNCTION: return c == '"' && !p->name.size ? MOE__CALL_NAME : MOE__CALL_OTHER;
+    case MOE__KEY_ID:
+        if (p->id.size) return MOE__CALL_OTHER;
+        return c == '"'                    ? MOE__CALL_ID
+               : moe__answer_is_digit(c) ? MOE__CALL_ID_NUMBER
+                                           : MOE__CALL_OTHER;
+    case MOE__KEY_ARGS:
+        if (p->has_args) return MOE__CALL_OTHER;
+        return c == '"' ? MOE__CALL_ARGS_TEXT : MOE__CALL_ARGS;
+    case MOE__KEY_INDEX: return moe__answer_is_digit(c) ? MOE__CALL_MARK : MOE__CALL_OTHER;
+    default: return MOE__CALL_OTHER;
+    }
+}
+
+// A member's key is read, its value begins at `value`.
+MOE__PRIVATE int moe__answer_json_value(moe_chat_parser *p, size_t value) {
+    const size_t from = p->at;
+    const char c = p->in.data[value];
+    const int key = p->how != 'M' ? moe__answer_key_of(p)
+                    : p->is_call  ? MOE__KEY_OTHER
+                                  : MOE__KEY_ARGS;
+    const int state = moe__answer_json_state(p, key, value);
+    if (state < 0) return 0;
+    // Nothing but its keys tells that an object without a mark is a call.
+    if (p->how == 'B' && !p->is_call && key == MOE__KEY_OTHER) return moe__answer_fail(p);
+    if (p->how == 'M' && !p->is_call) {
+        p->at = value;
         p->name.size = 0;
         moe__answer_add(p, &p->name, p->key.data, p->key.size);
         if (!moe__answer_commit(p)) return 1;
-        key = MOE__KEY_ARGS;
     }
     memset(&p->scan, 0, sizeof p->scan);
     memset(&p->inner, 0, sizeof p->inner);
     memset(&p->unescape, 0, sizeof p->unescape);
-    p->state = MOE__CALL_OTHER;
     if (key == MOE__KEY_FUNCTION && c == '{') {
-        p->at++;
+        p->at = value + 1;
         p->depth++;
-        p->state = MOE__CALL_KEY;
-    } else if ((key == MOE__KEY_NAME || key == MOE__KEY_FUNCTION) && c == '"' && !p->name.size) {
-        p->at++;
-        p->state = MOE__CALL_NAME;
-    } else if (key == MOE__KEY_ID && c == '"' && !p->id.size) {
-        p->at++;
-        p->state = MOE__CALL_ID;
-    } else if (key == MOE__KEY_ID && moe__answer_is_digit(c) && !p->id.size) {
-        p->state = MOE__CALL_ID_NUMBER;
-    } else if (key == MOE__KEY_ARGS && !p->has_args) {
-        if (p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
-        p->at += c == '"';
-        p->state = c == '"' ? MOE__CALL_ARGS_TEXT : c == 'n' ? MOE__CALL_OTHER : MOE__CALL_ARGS;
-        p->args_good = c == '{' ? 2 : 0; // once it is whole
+        return 1;
     }
+    const int is_args = state == MOE__CALL_ARGS || state == MOE__CALL_ARGS_TEXT;
+    if (is_args && p->how == 'B' && p->name.size && !moe__answer_commit(p)) return 1;
+    if (state == MOE__CALL_OTHER)
+        moe__answer_other(p, p->in.data + from, value - from);
+    const int is_text = c == '"' && state != MOE__CALL_OTHER && state != MOE__CALL_MARK;
+    p->at = value + (size_t)is_text;
+    p->state = state;
+    if (is_args) p->args_good = c == '{' ? 2 : 0; // once it is whole
     return 1;
+}
+
+// At the quote that begins a member. Its key and all up to its value are looked at together, so
+// that they are still there if it is none.
+MOE__PRIVATE int moe__answer_json_member(moe_chat_parser *p) {
+    const char *data = p->in.data;
+    const size_t limit = p->at + MOE__ANSWER_LOOK;
+    const size_t size = p->in.size < limit ? p->in.size : limit;
+    size_t i = p->at + 1;
+    p->key.size = 0;
+    memset(&p->unescape, 0, sizeof p->unescape);
+    while (i < size && !moe__answer_string_byte(p, data[i], &p->key)) i++;
+    if (i < size) i = moe__answer_skip(p, i + 1);
+    if (i < size && data[i] != ':') return moe__answer_json_wrong(p);
+    if (i < size) i = moe__answer_skip(p, i + 1);
+    if (i < size) return moe__answer_json_value(p, i);
+    return size == limit ? moe__answer_json_wrong(p) : 0;
 }
 
 MOE__PRIVATE int moe__answer_json_object_end(moe_chat_parser *p) {
@@ -32570,21 +32702,10 @@ MOE__PRIVATE int moe__answer_json_between(moe_chat_parser *p, char c) {
         else if (c == '{') p->depth = 1, p->state = MOE__CALL_KEY;
         else return moe__answer_fail(p);
         break;
-    case MOE__CALL_KEY:
+    default:
         if (c == '}') return moe__answer_json_object_end(p);
-        if (c == '"') {
-            p->state = MOE__CALL_KEY_TEXT;
-            p->key.size = 0;
-            memset(&p->unescape, 0, sizeof p->unescape);
-        } else if (c != ',') {
-            return moe__answer_json_wrong(p);
-        }
-        break;
-    case MOE__CALL_COLON:
-        if (c != ':') return moe__answer_json_wrong(p);
-        p->state = MOE__CALL_VALUE;
-        break;
-    default: return moe__answer_json_value(p, c);
+        if (c == '"') return moe__answer_json_member(p);
+        if (c != ',') return moe__answer_json_wrong(p);
     }
     p->at++;
     return 1;
@@ -32592,16 +32713,16 @@ MOE__PRIVATE int moe__answer_json_between(moe_chat_parser *p, char c) {
 
 MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
     if (!p->is_call && p->at - p->from > MOE__ANSWER_HELD) return moe__answer_fail(p);
+    if (p->is_call) p->from = p->at;
     if (p->at == p->in.size) return 0;
     const char c = p->in.data[p->at];
     moe__answer_bytes *text = NULL;
     int what;
     switch (p->state) {
-    case MOE__CALL_KEY_TEXT: text = &p->key; break;
     case MOE__CALL_NAME: text = &p->name; break;
     case MOE__CALL_ID: text = &p->id; break;
     case MOE__CALL_ID_NUMBER:
-        if (moe__answer_is_digit(c)) {
+        if (moe__answer_is_digit(c) && p->id.size < MOE__ANSWER_NAME) {
             moe__answer_add(p, &p->id, &c, 1);
             p->at++;
         } else {
@@ -32620,22 +32741,23 @@ MOE__PRIVATE int moe__answer_json_step(moe_chat_parser *p) {
         return what;
     case MOE__CALL_ARGS_TEXT: return moe__answer_json_text(p);
     case MOE__CALL_OTHER:
+    case MOE__CALL_MARK:
         what = moe__scan_byte(&p->scan, c);
         if (what == MOE__SCAN_BAD) return moe__answer_json_wrong(p);
+        if (what != MOE__SCAN_BEFORE && p->state == MOE__CALL_OTHER) moe__answer_other(p, &c, 1);
         p->at += what != MOE__SCAN_BEFORE;
-        if (what != MOE__SCAN_MORE) p->state = MOE__CALL_KEY;
+        if (what == MOE__SCAN_MORE) return 1;
+        p->state = MOE__CALL_KEY;
+        if (p->is_call) moe__answer_cut(p);
         return 1;
     default: return moe__answer_json_between(p, c);
     }
     p->at++;
-    if (!moe__answer_string_byte(p, c, text)) return 1;
-    if (p->state != MOE__CALL_KEY_TEXT) return moe__answer_json_named(p);
-    p->state = MOE__CALL_COLON;
-    // Nothing but its keys tells that an object without a mark is a call.
-    if (p->how == 'B' && !p->is_call && moe__answer_key_of(p) == MOE__KEY_OTHER &&
-        !(p->key.size == 4 && !memcmp(p->key.data, "type", 4)))
-        return moe__answer_fail(p);
-    return 1;
+    if (moe__answer_string_byte(p, c, text)) return moe__answer_json_named(p);
+    if (!p->is_call || p->id.size <= MOE__ANSWER_HELD) return 1;
+    moe__answer_other(p, p->id.data, p->id.size); // no id is that long
+    p->id.size = 0;
+    return moe__answer_break(p);
 }
 
 // ---- values that are nearly JSON ----
@@ -32680,10 +32802,10 @@ MOE__PRIVATE void moe__loose_word(moe_chat_parser *p, const char *text, size_t s
 
 // Does the quote at text[i] end a string? Not if text follows. -1: more bytes would tell.
 MOE__PRIVATE int moe__loose_is_end(const char *text, size_t size, size_t i, int is_last) {
-    for (i++; i < size; i++)
+    for (i++; i < size && i < MOE__ANSWER_LOOK; i++)
         if (!moe__answer_is_blank(text[i]))
             return text[i] == ',' || text[i] == ':' || moe__loose_is_close(text[i]);
-    return is_last ? 1 : -1;
+    return i == MOE__ANSWER_LOOK ? 0 : is_last ? 1 : -1;
 }
 
 // Reads bytes of a string that is open; returns how many, 0 if more are needed.
@@ -32800,7 +32922,7 @@ MOE__PRIVATE size_t moe__loose_read(moe_chat_parser *p, moe__loose *loose, const
             if (!n) return at;
         } else if (loose->state == MOE__LOOSE_WORD) {
             n = moe__loose_word_size(loose, text + at, size - at);
-            if (n > MOE__ANSWER_HELD) break;
+            if (n > MOE__ANSWER_LOOK) break;
             if (n == size - at && !is_last) return at;
             moe__loose_word(p, text + at, n, loose->is_key);
             if (loose->is_key) loose->state = MOE__LOOSE_COLON;
@@ -32870,8 +32992,12 @@ MOE__PRIVATE int moe__answer_python_step(moe_chat_parser *p) {
     if (p->how == 'P' && p->name.size > n &&
         !memcmp(p->name.data + p->name.size - n, method, n))
         p->name.size -= n;
+    const int is_json = p->how == 'G' && end + 1 < p->in.size && p->in.data[end + 1] == '{';
+    if (p->how == 'G' && end + 1 == p->in.size && !p->is_last) return 0;
     p->at = end + 1;
     if (!moe__answer_commit(p)) return 1;
+    if (p->how == 'G') p->n_open = is_json;
+    if (is_json) return moe__answer_go(p, moe__answer_whole_step);
     moe__loose_begin(&p->loose, 1);
     moe__answer_put_words(p, "{");
     return moe__answer_go(p, moe__answer_loose_step);
@@ -32972,7 +33098,9 @@ MOE__PRIVATE int moe__answer_tags_next(moe_chat_parser *p) {
 // Does a value end with what stands in front of byte i? Then nothing follows but what may.
 MOE__PRIVATE int moe__answer_tags_follow(const moe_chat_parser *p, size_t i) {
     const moe__answer_mark *mark;
+    const size_t from = i;
     i = moe__answer_skip(p, i);
+    if (i - from > MOE__ANSWER_LOOK) return 0;
     if (i == p->in.size) return p->is_last ? 1 : -1;
     int found = moe__answer_is(p, i, p->tags->key);
     if (!found) found = moe__answer_is(p, i, p->tags->uncall);
@@ -32999,6 +33127,15 @@ MOE__PRIVATE void moe__answer_tags_value(moe_chat_parser *p, const char *attribu
     p->state = is_text ? MOE__TAGS_STRING : MOE__TAGS_HELD;
 }
 
+// May it stand between a key and the mark of its value? Attributes, or the end of <KEY>.
+MOE__PRIVATE int moe__answer_is_between(const moe__answer_tags *tags, const char *text,
+                                        size_t size) {
+    const size_t n = strlen(tags->key);
+    if (size > n && text[0] == '<' && text[1] == '/' && !memcmp(text + 2, tags->key + 1, n - 1))
+        text += n + 1, size -= n + 1;
+    return moe__answer_is_plain(text, size);
+}
+
 MOE__PRIVATE int moe__answer_tags_key(moe_chat_parser *p) {
     const moe__answer_tags *tags = p->tags;
     const char *data = p->in.data;
@@ -33018,6 +33155,7 @@ MOE__PRIVATE int moe__answer_tags_key(moe_chat_parser *p) {
                              (end < p->in.size && !found);
         return is_wrong ? moe__answer_break(p) : 0;
     }
+    if (!moe__answer_is_between(tags, data + i, end - i)) return moe__answer_break(p);
     p->at = end + strlen(tags->value);
     if (is_object) return moe__answer_go(p, moe__answer_whole_step);
     size_t key = from, key_end = i;
@@ -33025,10 +33163,7 @@ MOE__PRIVATE int moe__answer_tags_key(moe_chat_parser *p) {
     while (key_end > key && moe__answer_is_blank(data[key_end - 1])) key_end--;
     p->key.size = 0;
     moe__answer_add(p, &p->key, data + key, key_end - key);
-    if (tags->has_entities) {
-        moe__answer_replace(&p->key, "&quot;", '"');
-        moe__answer_replace(&p->key, "&amp;", '&');
-    }
+    if (tags->has_entities) moe__answer_unescape_xml(&p->key);
     moe__answer_tags_value(p, data + i, end - i);
     p->from = p->seen = p->at;
     return 1;
@@ -33044,8 +33179,10 @@ MOE__PRIVATE int moe__answer_tags_find(moe_chat_parser *p, size_t *end, size_t *
         if (found > 0) found = moe__answer_tags_follow(p, i + n);
         if (!found && (found = moe__answer_is(p, i, p->tags->uncall)) > 0) { // none of its own
             const moe__answer_mark *mark;
-            const size_t after = moe__answer_skip(p, i + strlen(p->tags->uncall));
-            found = moe__answer_match(p, after, MOE__MARK_CLOSE, &mark);
+            const size_t behind = i + strlen(p->tags->uncall), after = moe__answer_skip(p, behind);
+            found = after - behind > MOE__ANSWER_LOOK
+                        ? 0
+                        : moe__answer_match(p, after, MOE__MARK_CLOSE, &mark);
             n = 0;
         }
         *next = i + n;
@@ -33058,7 +33195,13 @@ MOE__PRIVATE int moe__answer_tags_find(moe_chat_parser *p, size_t *end, size_t *
 MOE__PRIVATE int moe__answer_tags_read(moe_chat_parser *p) {
     size_t end, next = 0;
     const int is_end = moe__answer_tags_find(p, &end, &next);
-    const int is_string = p->state == MOE__TAGS_STRING;
+    int is_string = p->state == MOE__TAGS_STRING;
+    if (!is_string && end - p->at > MOE__ANSWER_VALUE) { // too long to wait: a string
+        if (p->types && !(p->types & MOE__TYPE_IS_STRING)) return moe__answer_break(p);
+        moe__answer_put_words(p, "\"");
+        p->state = MOE__TAGS_STRING;
+        is_string = 1;
+    }
     if (!is_end && !is_string) return 0;
     if (p->tags->values == 1 && !p->is_begun && p->at < end) {
         p->at += p->in.data[p->at] == '\n';
@@ -33104,10 +33247,24 @@ MOE__PRIVATE void moe__answer_tree_open(moe_chat_parser *p, const char *tag, siz
                                 : moe__answer_property(up->schema, tag, size);
     level->is_list = -1;
     level->n = 0;
+    level->name = p->key.size;
+    moe__answer_add(p, &p->key, tag, size);
     p->depth++;
+}
+// May the element open, or close, here?
+MOE__PRIVATE int moe__answer_tree_fits(const moe_chat_parser *p, const char *tag, size_t size,
+                                       int is_blank) {
+    const moe__answer_level *level = &p->levels[p->depth];
+    if (*tag == '/')
+        return p->depth && p->key.size - level->name == size - 1 &&
+               !memcmp(p->key.data + level->name, tag + 1, size - 1);
+    const int is_item = size == 4 && !memcmp(tag, "item", 4);
+    return (level->is_list >= 0 || is_blank) && p->depth + 1 < MOE__ANSWER_LEVELS && size &&
+           (level->is_list != 1 || is_item);
 }
 MOE__PRIVATE void moe__answer_tree_close(moe_chat_parser *p, const char *text, size_t size) {
     moe__answer_level *level = &p->levels[p->depth--];
+    p->key.size = level->name;
     const unsigned types = moe__answer_types(level->schema, 0);
     if (level->is_list >= 0) {
         moe__answer_put_words(p, level->is_list ? "]" : "}");
@@ -33129,6 +33286,7 @@ MOE__PRIVATE int moe__answer_tree(moe_chat_parser *p) {
         if (!found) found = moe__answer_match(p, i, MOE__MARK_CLOSE | MOE__MARK_OPEN, &mark);
     }
     p->seen = i;
+    if (i - p->at > MOE__ANSWER_VALUE) return moe__answer_break(p);
     if (found <= 0) return 0;
     for (end = i + n; end < p->in.size && p->in.data[end] != '>'; end++)
         if (end - i > MOE__ANSWER_NAME) return moe__answer_break(p);
@@ -33138,9 +33296,11 @@ MOE__PRIVATE int moe__answer_tree(moe_chat_parser *p) {
     const int is_close = *tag == '/';
     const int is_blank = moe__answer_skip(p, p->at) >= i;
     const int is_inner = p->levels[p->depth].is_list >= 0;
-    if (is_inner && !is_blank) { // stray text
+    if ((is_inner || !p->depth) && !is_blank) { // stray text
         moe__answer_text(p, p->kind, text, before);
         moe__answer_cut(p);
+        p->from = p->at = i;
+        return 1;
     }
     if (moe__answer_is(p, i, tags->uncall) > 0 && !p->depth) {
         p->at = end + 1;
@@ -33150,8 +33310,7 @@ MOE__PRIVATE int moe__answer_tree(moe_chat_parser *p) {
         moe__answer_end_call(p, 1);
         return 1;
     }
-    if (is_close ? !p->depth : (!is_inner && !is_blank) || p->depth + 1 == MOE__ANSWER_LEVELS)
-        return moe__answer_break(p);
+    if (!moe__answer_tree_fits(p, tag, size, is_blank)) return moe__answer_break(p);
     if (is_close) moe__answer_tree_close(p, text, before);
     else moe__answer_tree_open(p, tag, size);
     p->from = p->at = p->seen = end + 1;
@@ -33181,30 +33340,44 @@ MOE__PRIVATE int moe__answer_tags_step(moe_chat_parser *p) {
 
 // ---- text ----
 
+// Is it a header, `to` (of n bytes) aside? Anything else might be text.
+MOE__PRIVATE int moe__answer_is_header(const char *text, const char *end, const char *to,
+                                       size_t n) {
+    static const char *const marks[] = {"<|channel|>", "<|constrain|>", "<|start|>"};
+    while (text < end) {
+        size_t size = text == to ? n : 0;
+        for (int i = 0; i < 3 && !size; i++) {
+            const size_t m = strlen(marks[i]);
+            if ((size_t)(end - text) >= m && !memcmp(text, marks[i], m)) size = m;
+        }
+        if (!size && !moe__answer_is_plain(text, 1)) return 0;
+        text += size ? size : 1;
+    }
+    return 1;
+}
+
 // A header: <|start|>assistant<|channel|>analysis<|message|>, with "to=RECIPIENT" anywhere in it.
 MOE__PRIVATE int moe__answer_header_end(moe_chat_parser *p, const char *text, size_t size) {
+    static const char *const nobody[] = {"self", "user", "assistant", "all"};
+    static const char space[] = "functions.";
     const char *to = moe__answer_find(text, size, "to=", 3), *end = text + size;
     const char *channel = moe__answer_find(text, size, "<|channel|>", 11);
-    static const char *const nobody[] = {"self", "user", "assistant", "all"};
-    size_t n = 0;
-    int who = 4;
-    p->kind = MOE_CHAT_CONTENT;
+    size_t n = 0, n_space = sizeof space - 1;
+    int who = 0;
+    if (to)
+        for (to += 3; to + n < end && !moe__answer_is_blank(to[n]) && to[n] != '<';) n++;
+    while (who < 4 && (n != strlen(nobody[who]) || memcmp(to, nobody[who], n))) who++;
+    const int is_name = n && (!p->form->tags[0] || moe__answer_tool(p, to, n));
+    if (!moe__answer_is_header(text, end, is_name ? to : NULL, n)) return moe__answer_fail(p);
     if (channel) channel = moe__answer_find(channel, (size_t)(end - channel), "analysis", 8);
-    if (channel) p->kind = MOE_CHAT_REASONING;
-    if (to) {
-        to += 3;
-        while (to + n < end && !moe__answer_is_blank(to[n]) && to[n] != '<') n++;
-        for (who = 0; who < 4; who++)
-            if (n == strlen(nobody[who]) && !memcmp(to, nobody[who], n)) break;
-        if (who == 0) p->kind = MOE_CHAT_REASONING;
-        if (n > 10 && !memcmp(to, "functions.", 10)) to += 10, n -= 10;
-    }
-    if (who == 4 && n && !p->form->tags[0] && moe__answer_set_name(p, to, n)) {
+    if (who == 4 && n && !p->form->tags[0]) { // a call; in other forms its tags follow
+        if (n <= n_space || memcmp(to, space, n_space)) n_space = 0;
+        if (!moe__answer_set_name(p, to + n_space, n - n_space)) return moe__answer_fail(p);
         p->kind = MOE_CHAT_CONTENT;
         p->how = 'H';
-        if (!moe__answer_commit(p)) return 1;
-        return moe__answer_go(p, moe__answer_whole_step);
+        return moe__answer_commit(p) ? moe__answer_go(p, moe__answer_whole_step) : 1;
     }
+    p->kind = channel || (n && who == 0) ? MOE_CHAT_REASONING : MOE_CHAT_CONTENT;
     moe__answer_cut(p);
     p->from = p->at;
     return moe__answer_go(p, moe__answer_text_step);
@@ -33216,6 +33389,7 @@ MOE__PRIVATE int moe__answer_header_step(moe_chat_parser *p) {
     const size_t first = moe__answer_skip(p, p->from);
     size_t i = p->seen;
     int found = 0;
+    if (first - p->from > MOE__ANSWER_LOOK) return moe__answer_fail(p);
     if (first == p->in.size) return 0;
     for (int k = 0; k < 5 && !p->mark && found <= 0; k++) { // behind a prompt: is there a header?
         const int is = moe__answer_is(p, first, begins[k]);
@@ -33245,7 +33419,7 @@ MOE__PRIVATE void moe__answer_mark_found(moe_chat_parser *p, const moe__answer_m
         if (p->form->has_headers) p->kind = MOE_CHAT_CONTENT;
         break;
     case MOE__MARK_END:
-        moe__answer_add(p, &p->blank, mark->text, mark->size);
+        moe__answer_hold(p, p->kind, mark->text, mark->size);
         p->from = p->at += mark->size;
         return;
     case MOE__MARK_HEADER:
@@ -33268,7 +33442,7 @@ MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p) {
         const char c = p->in.data[i];
         int what = MOE__MARK_OPEN | MOE__MARK_DROP | MOE__MARK_END | MOE__MARK_HEADER;
         if (is_thinking || is_start || is_free) what |= MOE__MARK_UNTHINK;
-        if (!is_thinking && (is_start || is_free)) what |= MOE__MARK_THINK;
+        if (is_start || (is_free && !is_thinking)) what |= MOE__MARK_THINK; // may be doubled
         is_bare = c == '{' && p->form->is_bare && is_start && !is_thinking && p->has_calls;
         found = moe__answer_match(p, i, what, &mark);
         if (found || is_bare) break;
@@ -33290,7 +33464,7 @@ MOE__PRIVATE int moe__answer_text_step(moe_chat_parser *p) {
 
 MOE__PRIVATE void moe__answer_reset(moe_chat_parser *p) {
     p->in.size = p->from = p->at = p->seen = p->blank.size = p->mark = 0;
-    p->is_last = p->call = p->how = 0;
+    p->is_last = p->call = p->how = p->is_fenced = 0;
     p->kind = p->is_thinking ? MOE_CHAT_REASONING : MOE_CHAT_CONTENT;
     p->is_start = !p->is_continued;
     moe__answer_new_call(p);
@@ -33328,12 +33502,21 @@ MOE__PRIVATE void moe__answer_last(moe_chat_parser *p) {
     }
     if (p->step == moe__answer_json_step && p->state == MOE__CALL_ID && p->id.size)
         moe__answer_emit(p, MOE_CHAT_TOOL_ID, p->id.data, p->id.size);
+    const int is_whole = p->step == moe__answer_json_step && p->args_good == 1;
+    const char *rest = p->in.data + p->at;
+    const size_t n = p->in.size - p->at;
+    char begun[16];
+    if (p->step == moe__answer_quoted_step ||
+        (p->step == moe__answer_json_step && p->state == MOE__CALL_ARGS_TEXT))
+        moe__answer_put(p, begun, moe__unescape_end(&p->unescape, begun));
     if (p->step == moe__answer_tags_step && p->state == MOE__TAGS_STRING)
-        moe__answer_put_escaped(p, p->in.data + p->at, p->in.size - p->at);
-    else if (p->at < p->in.size)
-        moe__answer_put(p, p->in.data + p->at, p->in.size - p->at);
+        moe__answer_put_escaped(p, rest, n);
+    else if (is_whole)
+        moe__answer_text(p, p->kind, rest, n);
+    else
+        moe__answer_put(p, rest, n);
     p->at = p->in.size;
-    moe__answer_end_call(p, 0);
+    moe__answer_end_call(p, is_whole);
 }
 
 MOE_API moe_status moe_chat_parser_push(moe_chat_parser *parser, const char *text, size_t size) {
@@ -33362,7 +33545,8 @@ MOE_API void moe_chat_parser_close(moe_chat_parser *parser) {
     if (!parser) return;
     const moe_allocator allocator = parser->allocator;
     moe__answer_bytes *all[] = {&parser->in,  &parser->out, &parser->blank, &parser->name,
-                                &parser->id,  &parser->args, &parser->key,  &parser->made};
+                                &parser->id,  &parser->args, &parser->key,  &parser->made,
+                                &parser->other};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) moe__free(&allocator, all[i]->data);
     moe__free(&allocator, parser->pieces);
     moe__store_free(&parser->store);
@@ -33451,7 +33635,8 @@ MOE__PRIVATE void moe__answer_set_start(moe_chat_parser *p, const char *text, si
     const size_t n = form->think ? strlen(form->think) : 0;
     while (size && moe__answer_is_blank(text[size - 1])) size--;
     const char *end = text + size, *start = NULL;
-    p->is_thinking = form->thinks || (n && size >= n && !memcmp(end - n, form->think, n));
+    p->is_thinking = (form->thinks && !p->is_continued) ||
+                     (n && size >= n && !memcmp(end - n, form->think, n));
     if (form->has_headers) start = moe__answer_find_last(text, size, "<|start|>");
     if (start && moe__answer_find(start, (size_t)(end - start), "<|message|>", 11)) {
         p->is_headed = 1;

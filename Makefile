@@ -38,7 +38,7 @@ PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)
 all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
 
 SHARED = examples/tool.h examples/output.h
-$(B)/moe-cli: examples/moe_cli.c examples/heatmap.h $(SHARED) moe_infer.h
+$(B)/moe-cli: examples/moe_cli.c $(wildcard examples/*.h) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 

@@ -1,5 +1,4 @@
 // examples/line.h: typed to on a pseudo-terminal, through a pipe, ended by signals.
-#define _GNU_SOURCE // posix_openpt
 #include "../examples/line.h"
 #include "pty.h"
 #include "test.h"

@@ -1,5 +1,4 @@
 // moe-cli's dialogue as a person has it: on a pseudo-terminal, with the model in the box.
-#define _GNU_SOURCE // posix_openpt
 #include "pty.h"
 #include "test.h"
 

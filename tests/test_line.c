@@ -242,8 +242,9 @@ TEST(signals) {
         pty_close(&p);
         if (!pty_start(&p, 80, 24, echo, NULL)) SKIP("there is no pseudo-terminal");
         if (!tcgetattr(p.slave, &before)) CHECK(before.c_oflag == after.c_oflag);
+        CHECK(pty_is(&p, ">")); // before that Ctrl-D is the terminal's, and lost
         pty_type(&p, "\004");
-        pty_end(&p);
+        CHECK(pty_end(&p) == LINE_END);
         pty_close(&p);
     }
     BEGIN(80, 24);

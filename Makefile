@@ -98,6 +98,10 @@ $(B)/tests/steps.o: tests/steps.c
 	@mkdir -p $(@D) && rm -f $@
 	$(C) -c $< -o $@
 
+# These run programs, and look inside of moe-cli's.
+$(B)/tests/test_talk $(B)/tests/test_dialogue: | $(B)/tests/actor $(B)/moe-cli
+$(B)/tests/test_dialogue $(B)/tests/test_line: $(wildcard examples/*.h)
+
 $(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c examples/output.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) -include assert.h -DMOE_ASSERT=assert $(STEPS) $< -o $@ $(LDLIBS)

@@ -2,9 +2,9 @@
 // question and an answer. Include moe_infer.h and tool.h first.
 //
 // The context keeps the tokens that were really read and generated. The template makes a text of
-// the whole dialogue at each turn; if it begins with the text that the context stands for, only the
-// tokens behind that are evaluated. If not, as with templates that leave out earlier reasoning, the
-// context is brought in line with it, from the first token that differs.
+// the whole dialogue at each turn; as far as it begins with the text that the context stands for,
+// the context stays, and only the tokens behind that are evaluated. Templates that leave out
+// earlier reasoning make a text that differs from there on.
 #ifndef TALK_H
 #define TALK_H
 #include <signal.h>
@@ -283,39 +283,63 @@ static inline int talk_room(talk *t, size_t n) {
     return 1;
 }
 
-// How many of these tokens make the first `size` bytes of the text; -1: none ends there. BOS may be
-// missing in the text, and a token of an SPM vocabulary may have a blank more in front.
-static inline int64_t talk_boundary(const talk *t, const int32_t *tokens, size_t n, size_t size) {
-    const text_buffer *whole = &t->formatted;
-    text_buffer piece;
-    size_t at = 0, i = 0;
-    memset(&piece, 0, sizeof piece);
-    for (; i < n && at < size; i++) {
-        text_cut(&piece, 0);
-        token_text(&piece, t->vocab, tokens[i]);
-        const size_t left = whole->size - at, k = piece.size;
-        if (k <= left && (!k || !memcmp(whole->data + at, piece.data, k))) at += k;
-        else if (*piece.data == ' ' && k - 1 <= left &&
-                 !memcmp(whole->data + at, piece.data + 1, k - 1))
-            at += k - 1;
-        else if (i || !moe_vocab_is_control(t->vocab, tokens[i])) break;
-    }
-    text_free(&piece);
-    return at == size ? (int64_t)i : -1;
+// Where in a text a token that begins at `at` ends; SIZE_MAX: it is not there. BOS may be missing
+// in the text, and a token of an SPM vocabulary may have a blank more in front.
+static inline size_t talk_step(const talk *t, const text_buffer *text, size_t at, int32_t token,
+                               int is_first, text_buffer *piece) {
+    text_cut(piece, 0);
+    token_text(piece, t->vocab, token);
+    const size_t left = text->size - at, k = piece->size;
+    if (k <= left && (!k || !memcmp(text->data + at, piece->data, k))) return at + k;
+    if (*piece->data == ' ' && k - 1 <= left && !memcmp(text->data + at, piece->data + 1, k - 1))
+        return at + k - 1;
+    return is_first && moe_vocab_is_control(t->vocab, token) ? at : SIZE_MAX;
 }
 
-// t->tokens become what the context shall hold: what it holds, and what is new, if the dialogue
-// goes on as the context does; else all of the dialogue's tokens.
-static inline moe_status talk_extend(talk *t, const int32_t *whole, size_t n, moe_error *error) {
-    int64_t from = -1;
-    if (talk_goes_on(t)) from = talk_boundary(t, whole, n, t->context.size);
-    if (from < 0) {
-        talk_forget_context(t);
-        from = 0;
+// The last place where the context and the new dialogue have the same text before them, and both
+// begin a token: so many tokens of each are there, and so many bytes.
+typedef struct talk_joint {
+    size_t n_held, n_whole, n_text;
+} talk_joint;
+
+static inline talk_joint talk_meet(const talk *t, const int32_t *whole, size_t n) {
+    talk_joint joint = {0, 0, 0};
+    size_t i = 0, k = 0, at = 0, whole_at = 0; // tokens and bytes of the context, of the other
+    text_buffer piece;
+    memset(&piece, 0, sizeof piece);
+    while (i < t->n_tokens && k < n) {
+        const int32_t a = t->tokens[i], b = whole[k];
+        const int both = at == whole_at;
+        if (both && a != b && // control tokens are no text like others
+            (moe_vocab_is_control(t->vocab, a) || moe_vocab_is_control(t->vocab, b)))
+            break;
+        if (both || at < whole_at) at = talk_step(t, &t->context, at, a, !i++, &piece);
+        if (both || whole_at < at)
+            whole_at = talk_step(t, &t->formatted, whole_at, b, !k++, &piece);
+        if (at == SIZE_MAX || whole_at == SIZE_MAX) break;
+        if (at != whole_at) continue;
+        if (memcmp(t->context.data + joint.n_text, t->formatted.data + joint.n_text,
+                   at - joint.n_text) != 0)
+            break;
+        joint.n_held = i, joint.n_whole = k, joint.n_text = at;
     }
-    if (!talk_room(t, n - (size_t)from)) return talk_no_memory(error);
-    memcpy(t->tokens + t->n_tokens, whole + from, (n - (size_t)from) * sizeof *whole);
-    t->n_tokens += n - (size_t)from;
+    text_free(&piece);
+    return joint;
+}
+
+// t->tokens become what the context shall hold: of what it holds what is part of the dialogue, and
+// what is new.
+static inline moe_status talk_extend(talk *t, const int32_t *whole, size_t n, moe_error *error) {
+    const talk_joint joint = talk_meet(t, whole, n);
+    const size_t n_new = n - joint.n_whole;
+    t->n_tokens = joint.n_held;
+    text_cut(&t->context, joint.n_text);
+    for (size_t i = 0; i < t->n_turns; i++)
+        if (t->turns[i].n_tokens > joint.n_held)
+            t->turns[i].n_tokens = joint.n_held, t->turns[i].n_text = joint.n_text;
+    if (!talk_room(t, n_new)) return talk_no_memory(error);
+    memcpy(t->tokens + t->n_tokens, whole + joint.n_whole, n_new * sizeof *whole);
+    t->n_tokens += n_new;
     return MOE_OK;
 }
 
@@ -487,7 +511,7 @@ static inline void talk_settle(talk *t, const moe_generated *g) {
     if (!g->rest_size && g->pending >= 0) t->tokens[t->n_tokens++] = g->pending;
     text_append(&t->context, t->formatted.data, t->formatted.size);
     for (size_t i = n_prompt; i < t->n_tokens; i++) token_text(&t->context, t->vocab, t->tokens[i]);
-    if (t->context.failed) text_free(&t->context);
+    if (t->context.failed) talk_forget_context(t), text_free(&t->context);
 }
 
 typedef struct talk_count {

@@ -15,8 +15,8 @@
 #include "gguf_edit.h"
 
 static const char chat_template[] =
-    "{%- set ns = namespace(last=-1) %}{%- for m in messages if m.role == 'user' %}"
-    "{%- set ns.last = loop.index0 %}{%- endfor %}"
+    "{%- set ns = namespace(last=-1) %}{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
     "{%- for m in messages %}"
     "{%- if m.role == 'assistant' %}"
     "{%- if m.reasoning_content and loop.index0 > ns.last %}"

@@ -7,7 +7,7 @@ build=${1:-build}
 dir=$build/tests/examples
 rm -rf "$dir"
 mkdir -p "$dir"
-tools="minimal branch resume tokens moe-cli moe-quantize moe-synth"
+tools="minimal branch resume tokens chat tests/actor moe-cli moe-quantize moe-synth"
 command -v "${CXX:-c++}" >/dev/null && tools="$tools embed"
 for tool in $tools; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
@@ -124,6 +124,26 @@ check "tokens: no model: sentence" grep -q 'none.gguf' "$dir/err"
 check "tokens: too long a prompt: exit code" test $? -eq 1
 check "tokens: too long a prompt: sentence" test -s "$dir/err"
 check "tokens: less than 80 lines" test "$(wc -l <examples/tokens.c)" -lt 80
+
+# ---- chat.c --------------------------------------------------------------------------------------
+
+# The actor calls a tool where a question ends so, and tells with what digit its result ends.
+"$build/tests/actor" "$dir/actor.gguf"
+printf 'What is 17 and 25?\nThank you\n3\n' | "$build/chat" "$dir/actor.gguf" >"$dir/out" 2>"$dir/err"
+check "chat: exit code" test $? -eq 0
+check "chat: the tool is called, its result is read, the dialogue goes on" test "$(cat "$dir/out")" = \
+    '[add {"a": 17, "b": 25} = 42]
+It ends with 2.
+I see.
+It ends with 3.'
+check "chat: no complaint" test ! -s "$dir/err"
+echo x | "$build/chat" "$story" >"$dir/out" 2>"$dir/err"
+check "chat: no template: exit code" test $? -eq 1
+check "chat: no template: sentence" grep -q 'template' "$dir/err"
+"$build/chat" "$dir/none.gguf" </dev/null >"$dir/out" 2>"$dir/err"
+check "chat: no model: exit code" test $? -eq 1
+check "chat: no model: sentence" grep -q 'none.gguf' "$dir/err"
+check "chat: less than 80 lines" test "$(wc -l <examples/chat.c)" -lt 80
 
 # ---- embed.cpp -----------------------------------------------------------------------------------
 

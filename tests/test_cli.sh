@@ -375,7 +375,7 @@ answers() { exits 0 && [ "$(cat "$dir/out")" = "$(printf "$1")" ]; }
 ask 'hello\nseven 7\n'
 check "a model with a template, no prompt: a dialogue" answers 'I see.\nIt ends with 7.'
 check "the line about tokens and speed" says '^\[ prompt 6 new tokens, 0 reused, .*; the model ended \]$'
-check "only new tokens are evaluated" says '^\[ prompt 11 new tokens, 7 reused, '
+check "only new tokens are evaluated" says '^\[ prompt 10 new tokens, 7 reused, '
 ask 'hello\n' --no-show-timings
 check "--no-show-timings" test -z "$(grep '^\[' "$dir/err")"
 ask 'hello\n' --no-show-timings --show-timings
@@ -516,8 +516,8 @@ run -m "$story" --perplexity -f $held -c 128 --chunks 3
 check "--perplexity" shows '^\[1\][0-9.]*,\[2\][0-9.]*,\[3\][0-9.]*,$'
 check "--perplexity: the estimate" shows '^Final estimate: PPL = [0-9]*\.[0-9]\{4\} +/- [0-9.]*$'
 keep perplexity
-run -m "$story" --perplexity -f $held -c 128 --chunks 3 -b 7 -t 3
-check "--perplexity: however it is cut" same perplexity
+run -m "$story" --perplexity -f $held -c 128 --chunks 3 -t 3
+check "--perplexity: by any number of threads" same perplexity
 run -m "$story" --perplexity -p 'too short'
 check "--perplexity: too short a text" fails 'needs at least 1024 tokens'
 run -m "$story" --perplexity

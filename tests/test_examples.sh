@@ -225,20 +225,25 @@ fi
 
 # ---- README --------------------------------------------------------------------------------------
 
-# The first block of C, as it stands in minimal.c four columns to the right.
-awk '/^```c$/ && !n { n = 1; next } /^```$/ && n == 1 { n = 2 } n == 1' README.md >"$dir/snippet"
-sed 's/^    //' examples/minimal.c >"$dir/minimal.c"
-check "README: there is a snippet" test "$(wc -l <"$dir/snippet")" -ge 10
-check "README: the snippet is part of examples/minimal.c" awk '
-    FNR == NR { want[++n] = $0; next }
-    { have[++m] = $0 }
-    END {
-        for (i = 0; i + n <= m; i++) {
-            for (k = 1; k <= n && have[i + k] == want[k]; k++);
-            if (k > n) exit 0
-        }
-        exit 1
-    }' "$dir/snippet" "$dir/minimal.c"
+# Blocks of C stand, four columns to the right, in examples: the first one in minimal.c, the second
+# one in chat.c.
+part_of() { # NUMBER FILE
+    awk -v wanted="$1" '/^```c$/ { n++; inside = 1; next } /^```$/ { inside = 0 }
+        inside && n == wanted' README.md >"$dir/snippet"
+    sed 's/^    //' "$2" >"$dir/file.c"
+    [ "$(wc -l <"$dir/snippet")" -ge 6 ] && awk '
+        FNR == NR { want[++n] = $0; next }
+        { have[++m] = $0 }
+        END {
+            for (i = 0; i + n <= m; i++) {
+                for (k = 1; k <= n && have[i + k] == want[k]; k++);
+                if (k > n) exit 0
+            }
+            exit 1
+        }' "$dir/snippet" "$dir/file.c"
+}
+check "README: the first snippet is part of examples/minimal.c" part_of 1 examples/minimal.c
+check "README: the second one is part of examples/chat.c" part_of 2 examples/chat.c
 for target in $(grep -oE '`make [a-z-]+|^make [a-z-]+' README.md | sed 's/.*make //' | sort -u); do
     check "README: make $target exists" grep -q "^$target:" Makefile
 done

@@ -25,6 +25,10 @@ static int echo(void) {
     return (int)r;
 }
 
+// What is written when keys are edited from now on. Before that the terminal collects lines, and
+// Ctrl-D is lost.
+#define EDITS "\033[?2004h"
+
 // Begins with an empty prompt on the screen.
 static int begin(pty *p, int columns, int rows) {
     if (!pty_start(p, columns, rows, echo, NULL)) return 0;
@@ -182,7 +186,7 @@ TEST(narrow) {
         if (!pty_start(&p, columns, 20, echo, NULL)) SKIP("there is no pseudo-terminal");
         CHECK(pty_wait(&p, pty_is_raw, ""));
         pty_type(&p, "ab\xE6\xBC\xA2\x01\tcd\033\ref\r");
-        CHECK(pty_logged(&p, "[\\x09cd\\x0aefab\xE6\xBC\xA2]"));
+        CHECK(pty_logged(&p, "[\\x09cd\\x0aefab\xE6\xBC\xA2]\r\n" EDITS));
         pty_type(&p, "\004");
         finish(&p, LINE_END);
     }
@@ -212,7 +216,9 @@ TEST(resize) {
     pty_size(&p, 20, 10);
     pty_type(&p, "er than before");
     CHECK(pty_is(&p, "> first|[first]|> shorter than befor|e"));
-    pty_type(&p, "\r\004");
+    pty_type(&p, "\r");
+    CHECK(pty_logged(&p, "[shorter than before]\r\n" EDITS));
+    pty_type(&p, "\004");
     finish(&p, LINE_END);
 }
 
@@ -339,7 +345,7 @@ TEST(long_paste) {
     pty_type(&p, "\033[200~");
     pty_type_bytes(&p, text, SIZE);
     pty_type(&p, "end!\033[201~\r");
-    CHECK(pty_logged(&p, "end!]"));
+    CHECK(pty_logged(&p, "end!]\r\n" EDITS));
     pty_type(&p, "\014\004");
     finish(&p, LINE_END);
     free(text);

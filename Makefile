@@ -21,7 +21,7 @@ B = build
 C = $(CC) $(CFLAGS) $(WARNINGS) $(WERROR)
 CXX17 = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(WERROR)
 # Without a C++ compiler the C++ example is left out.
-EXAMPLES = $(B)/minimal $(B)/branch $(B)/resume $(B)/tokens
+EXAMPLES = $(B)/minimal $(B)/branch $(B)/resume $(B)/tokens $(B)/chat
 TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-quantize $(B)/moe-synth $(EXAMPLES) \
     $(if $(shell command -v $(CXX) 2>/dev/null),$(B)/embed)
 TESTS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/test_*.c))
@@ -33,12 +33,12 @@ THREADED = $(patsubst tests/%.c,$(B)/tests/%,$(filter-out tests/test_model.c,\
 # builds in parallel unless make was told how (-j)
 PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 
-.PHONY: all run test test-programs check check-compile readme-tables asan ubsan tsan numa asm bench compare rivals fuzz help clean
+.PHONY: all run chat test test-programs check check-compile readme-tables asan ubsan tsan numa asm bench compare rivals fuzz help clean
 
 all: $(TOOLS)  ## build the command line, the benchmark, the model writer and the examples (default)
 
 SHARED = examples/tool.h examples/output.h
-$(B)/moe-cli: examples/moe_cli.c examples/heatmap.h $(SHARED) moe_infer.h
+$(B)/moe-cli: examples/moe_cli.c $(wildcard examples/*.h) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -55,7 +55,7 @@ $(B)/moe-quantize: examples/quantize.c $(SHARED) moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
-$(EXAMPLES): $(B)/%: examples/%.c moe_infer.h
+$(EXAMPLES): $(B)/%: examples/%.c examples/text.h moe_infer.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) $< -o $@ $(LDLIBS)
 
@@ -98,6 +98,10 @@ $(B)/tests/steps.o: tests/steps.c
 	@mkdir -p $(@D) && rm -f $@
 	$(C) -c $< -o $@
 
+# These run programs, and look inside of moe-cli's.
+$(B)/tests/test_talk $(B)/tests/test_dialogue: | $(B)/tests/actor $(B)/moe-cli
+$(B)/tests/test_dialogue $(B)/tests/test_line: $(wildcard examples/*.h)
+
 $(B)/tests/%: tests/%.c moe_infer.h $(wildcard tests/*.h) bench/synth.c examples/output.h
 	@mkdir -p $(@D) && rm -f $@
 	$(C) -include assert.h -DMOE_ASSERT=assert $(STEPS) $< -o $@ $(LDLIBS)
@@ -106,11 +110,14 @@ run: $(B)/moe-cli  ## a story from the model in the box (PROMPT= SEED= TEMP= N= 
 	@printf '\n%s' "$(PROMPT)"; $(B)/moe-cli -m "$(MODEL)" -p "$(PROMPT)" -n $(N) -s $(SEED) \
 	    --temp $(TEMP) 2>$(B)/run.log; code=$$?; echo; echo; tail -n 3 $(B)/run.log >&2; exit $$code
 
+chat: $(B)/moe-cli  ## talk with a model that can (MODEL=, a GGUF file with a chat template)
+	@$(B)/moe-cli -m "$(MODEL)"
+
 test:  ## build and run all tests; ends with the line "N passed, N failed"
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed
 	@tests/run.sh $(B) $(TESTS) $(SCRIPTS)
 
-test-programs: $(TOOLS) $(TESTS) $(B)/tests/families_table $(B)/compare/compare $(B)/engines
+test-programs: $(TOOLS) $(TESTS) $(B)/tests/actor $(B)/tests/families_table $(B)/compare/compare $(B)/engines
 
 check:  ## the tests and the compile checks
 	@+$(PARALLEL) -k test-programs || true # what is not built counts as failed

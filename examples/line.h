@@ -536,6 +536,7 @@ static inline int line_fill(void) {
         if (poll(wait, 2, -1) < 0) continue;
         while (wait[1].revents && read(line_ed.bell[0], rings, sizeof rings) > 0) {}
         if (!line_ed.is_raw) line_ed.failed = EINTR; // a signal's handler has been there
+        if (!line_ed.failed) line_attend(); // what came with a key came before it
         if (line_ed.failed || !wait[0].revents) continue;
         const ssize_t n = read(STDIN_FILENO, line_ed.input, LINE_INPUT);
         if (n > 0) {

@@ -23,7 +23,7 @@ static const char program[] = "moe-cli";
 
 static struct settings {
     const char *model, *prompt, *prompt_file, *expert_stats, *prompt_cache;
-    const char *system, *system_file, *chat_template, *chat_template_file;
+    const char *system, *system_file, *chat_template, *chat_template_file, *tools;
     int conversation, no_conversation, single_turn, jinja, show_timings;
     int perplexity, tokens;
     int32_t reasoning, chunks, logprobs;
@@ -79,6 +79,9 @@ static const tool_option options[] = {
     {"--chat-template-file", "FILE", TOOL_TEXT, &set.chat_template_file, 0, 0,
      "a template in a file"},
     {"--jinja", NULL, TOOL_FLAG, &set.jinja, 0, 0, "templates always run: for llama.cpp's users"},
+    {"--tools", "FILE", TOOL_TEXT, &set.tools, 0, 0,
+     "what the model may call: a list in JSON, as services take\n"
+     "it. Calls are shown; the next line is their result"},
     {"-rea, --reasoning", "auto|on|off", TOOL_CHOICE, &set.reasoning, 0, 0,
      "ask the template to let the model think or not, and with\n"
      "off do not show it if it does (default auto: what the\n"
@@ -768,7 +771,7 @@ static int show_perplexity(moe_session *session, const text_buffer *prompt) {
 
 // The texts that talk_options point to; without memory for them: a message, and 0.
 typedef struct dialogue {
-    text_buffer system, prompt, template_text;
+    text_buffer system, prompt, template_text, tools;
 } dialogue;
 
 // --chat-template: one of ours, of the file, or a template.
@@ -793,6 +796,7 @@ static talk_options dialogue_options(const dialogue *d) {
     o.program = program;
     o.model = set.model;
     o.system = d->system.data ? &d->system : NULL;
+    o.tools = d->tools.size ? &d->tools : NULL;
     o.first = d->prompt.size ? &d->prompt : NULL;
     o.template_text = d->template_text.data;
     o.reasoning = set.reasoning;
@@ -925,6 +929,7 @@ static int run(void) {
     int status = read_text(&s.texts.prompt, set.prompt, set.prompt_file);
     if (!status) status = read_text(&s.texts.system, set.system, set.system_file);
     if (!status) status = read_text(&s.texts.template_text, NULL, set.chat_template_file);
+    if (!status) status = read_text(&s.texts.tools, NULL, set.tools);
     if (status == TOOL_OK && set.tokens) {
         status = show_tokens(&s.texts);
     } else if (status == TOOL_OK) {
@@ -935,6 +940,7 @@ static int run(void) {
     text_free(&s.texts.prompt);
     text_free(&s.texts.system);
     text_free(&s.texts.template_text);
+    text_free(&s.texts.tools);
     moe_sampler_close(s.sampler);
     moe_session_close(s.session);
     moe_model_close(s.model);
@@ -949,7 +955,7 @@ static uint64_t clock_seed(void) {
 
 static int is_read(const char *path) {
     const char *const inputs[] = {set.model, set.prompt_file, set.system_file,
-                                  set.chat_template_file};
+                                  set.chat_template_file, set.tools};
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
         if (inputs[i] && output_is_input(path, inputs[i])) return 1;
     return 0;
@@ -965,9 +971,9 @@ static const char *wrong_mode(void) {
         return "--info, --perplexity and --logprobs are not for dialogues (-cnv)";
     if (!has_prompt && !set.info && !set.conversation && (n_modes || set.no_conversation))
         return "no prompt: give -p TEXT, -p - or -f FILE";
-    if ((set.system || set.system_file) && !set.conversation &&
+    if ((set.system || set.system_file || set.tools) && !set.conversation &&
         (has_prompt || set.no_conversation))
-        return "-sys is for dialogues: give -cnv, too, or no prompt";
+        return "-sys and --tools are for dialogues: give -cnv, too, or no prompt";
     if (set.prompt_cache && (set.conversation || !has_prompt) && !set.info)
         return "--prompt-cache is not for dialogues";
     if (set.prompt_cache && n_modes && !set.info)

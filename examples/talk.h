@@ -2,9 +2,9 @@
 // question and an answer. Include moe_infer.h and tool.h first.
 //
 // The context keeps the tokens that were really read and generated. The template makes a text of
-// the whole dialogue at each turn; if it begins with the text that the context stands for, only the
-// tokens behind that are evaluated. If not, as with templates that leave out earlier reasoning, the
-// context is brought in line with it, from the first token that differs.
+// the whole dialogue at each turn; as far as it begins with the text that the context stands for,
+// the context stays, and only the tokens behind that are evaluated. Templates that leave out
+// earlier reasoning make a text that differs from there on.
 #ifndef TALK_H
 #define TALK_H
 #include <signal.h>
@@ -16,6 +16,7 @@
 typedef struct talk_options {
     const char *program, *model;
     const text_buffer *system, *first;    // system prompt, first question; NULL: none
+    const text_buffer *tools;      // a list in JSON; NULL: none
     const char *template_text;     // NULL: the file's
     int32_t reasoning;             // TALK_...
     int32_t n_predict;
@@ -25,9 +26,14 @@ typedef struct talk_options {
 
 enum { TALK_AUTO, TALK_ON, TALK_OFF };
 
-// A question and its answer. The marks tell how much of the context was there before.
+// A question, or what a tool is said to have returned, and the answer. The marks tell how much of
+// the context was there before.
 typedef struct talk_turn {
     text_buffer question, answer, reasoning;
+    text_buffer calls;            // of tools, elements of a list in JSON
+    text_buffer raw;              // the answer with the white space around it; "" if that is none
+    int is_raw;                   // the template gets that
+    int is_result;
     size_t n_tokens, n_text;
 } talk_turn;
 
@@ -42,6 +48,7 @@ typedef struct talk {
     size_t n_tokens, max_tokens;
     text_buffer context;                 // and the text that they are; "" if none is known
     text_buffer request, formatted;      // of the turn that is being answered
+    text_buffer call_name, call_id, call_arguments; // of the call that is coming in
     int is_terminal, is_dim, is_begun; // of what is written
     char last;                    // byte that was written
     int failed;                   // errno of a write
@@ -70,20 +77,32 @@ static inline void talk_help(const talk *t) {
           "  /exit       end, as Ctrl-D does\n"
           "  /help       this\n"
           "A backslash at the end of a line, Alt-Enter or a pasted text: several lines.\n"
-          "Ctrl-C stops an answer and keeps what came of it. A blank before / sends it.\n",
+          "Ctrl-C stops an answer and keeps what came of it. A blank before / sends it.\n"
+          "Behind the call of a tool, what is typed goes to the model as its result.\n",
           t->is_terminal ? stdout : stderr);
 }
 
 // ---- the dialogue ----------------------------------------------------------------------------
 
-static inline void talk_turn_free(talk_turn *turn) {
-    text_free(&turn->question);
+static inline void talk_turn_unanswer(talk_turn *turn) {
     text_free(&turn->answer);
     text_free(&turn->reasoning);
+    text_free(&turn->calls);
+    text_free(&turn->raw);
+    turn->is_raw = 0;
+}
+static inline void talk_turn_free(talk_turn *turn) {
+    talk_turn_unanswer(turn);
+    text_free(&turn->question);
 }
 
 static inline talk_turn *talk_last(talk *t) {
     return t->n_turns ? &t->turns[t->n_turns - 1] : NULL;
+}
+
+// Does the model wait for what a tool returns?
+static inline int talk_has_called(const talk *t) {
+    return t->n_turns && t->turns[t->n_turns - 1].calls.size;
 }
 
 static inline talk_turn *talk_add_turn(talk *t, const char *question, size_t size) {
@@ -96,6 +115,7 @@ static inline talk_turn *talk_add_turn(talk *t, const char *question, size_t siz
     }
     talk_turn *turn = &t->turns[t->n_turns];
     memset(turn, 0, sizeof *turn);
+    turn->is_result = talk_has_called(t);
     if (!text_append(&turn->question, question, size)) return NULL;
     turn->n_tokens = t->n_tokens;
     turn->n_text = t->context.size;
@@ -128,34 +148,46 @@ static inline void talk_drop_first(talk *t) {
 
 // ---- requests --------------------------------------------------------------------------------
 
-static inline void talk_message(text_buffer *out, const char *role, const text_buffer *content,
-                                const text_buffer *reasoning) {
+static inline void talk_message(text_buffer *out, const char *role, const text_buffer *content) {
     text_put(out, "{\"role\": \"");
     text_put(out, role);
     text_put(out, "\", \"content\": ");
     text_json(out, content->data ? content->data : "", content->size);
-    if (reasoning && reasoning->size) {
+}
+
+static inline void talk_answer_message(text_buffer *out, const talk_turn *turn, int is_exact) {
+    talk_message(out, "assistant", is_exact && turn->is_raw ? &turn->raw : &turn->answer);
+    if (turn->reasoning.size) {
         text_put(out, ", \"reasoning_content\": ");
-        text_json(out, reasoning->data, reasoning->size);
+        text_json(out, turn->reasoning.data, turn->reasoning.size);
+    }
+    if (turn->calls.size) {
+        text_put(out, ", \"tool_calls\": [");
+        text_append(out, turn->calls.data, turn->calls.size);
+        text_put(out, "]");
     }
     text_put(out, "}");
 }
 
-static inline void talk_messages(const talk *t, text_buffer *out, const char *between) {
+// is_exact: as the template shall get them, not a reader.
+static inline void talk_messages(const talk *t, text_buffer *out, const char *between,
+                                 int is_exact) {
     text_put(out, "{\"messages\": [");
     if (t->o->system) {
         text_put(out, between);
-        talk_message(out, "system", t->o->system, NULL);
+        talk_message(out, "system", t->o->system);
+        text_put(out, "}");
     }
     for (size_t i = 0; i < t->n_turns; i++) {
         const talk_turn *turn = &t->turns[i];
         text_put(out, i || t->o->system ? "," : "");
         text_put(out, between);
-        talk_message(out, "user", &turn->question, NULL);
+        talk_message(out, turn->is_result ? "tool" : "user", &turn->question);
+        text_put(out, "}");
         if (!turn->answer.data && !turn->reasoning.data) continue;
         text_put(out, ",");
         text_put(out, between);
-        talk_message(out, "assistant", &turn->answer, &turn->reasoning);
+        talk_answer_message(out, turn, is_exact);
     }
     text_put(out, between);
     text_put(out, "]");
@@ -164,7 +196,11 @@ static inline void talk_messages(const talk *t, text_buffer *out, const char *be
 static inline void talk_request(talk *t) {
     text_buffer *r = &t->request;
     text_cut(r, 0);
-    talk_messages(t, r, "");
+    talk_messages(t, r, "", 1);
+    if (t->o->tools) {
+        text_put(r, ", \"tools\": ");
+        text_append(r, t->o->tools->data, t->o->tools->size);
+    }
     if (t->o->template_text) {
         text_put(r, ", \"chat_template\": ");
         text_json(r, t->o->template_text, strlen(t->o->template_text));
@@ -203,6 +239,24 @@ static inline moe_status talk_format(talk *t, moe_error *error) {
     return MOE_OK;
 }
 
+// Does the dialogue go on as the context does?
+static inline int talk_goes_on(const talk *t) {
+    const size_t held = t->context.size;
+    return held && held <= t->formatted.size && !memcmp(t->context.data, t->formatted.data, held);
+}
+
+// White space around an answer is no part of it, but of the context: some templates put it back,
+// with others the answer as it came is the one to go on with.
+static inline moe_status talk_format_on(talk *t, moe_error *error) {
+    talk_turn *before = t->n_turns > 1 ? &t->turns[t->n_turns - 2] : NULL;
+    moe_status status = talk_format(t, error);
+    if (status || !before || !before->raw.size || before->is_raw || talk_goes_on(t)) return status;
+    before->is_raw = 1;
+    if (!talk_format(t, error) && talk_goes_on(t)) return MOE_OK;
+    before->is_raw = 0;
+    return talk_format(t, error);
+}
+
 // The request's tokens, for the caller to free.
 static inline moe_status talk_tokenize(talk *t, int32_t **tokens, size_t *n, moe_error *error) {
     const char *request = t->request.data;
@@ -229,41 +283,63 @@ static inline int talk_room(talk *t, size_t n) {
     return 1;
 }
 
-// How many of these tokens make the first `size` bytes of the text; -1: none ends there. BOS may be
-// missing in the text, and a token of an SPM vocabulary may have a blank more in front.
-static inline int64_t talk_boundary(const talk *t, const int32_t *tokens, size_t n, size_t size) {
-    const text_buffer *whole = &t->formatted;
-    text_buffer piece;
-    size_t at = 0, i = 0;
-    memset(&piece, 0, sizeof piece);
-    for (; i < n && at < size; i++) {
-        text_cut(&piece, 0);
-        token_text(&piece, t->vocab, tokens[i]);
-        const size_t left = whole->size - at, k = piece.size;
-        if (k <= left && (!k || !memcmp(whole->data + at, piece.data, k))) at += k;
-        else if (*piece.data == ' ' && k - 1 <= left &&
-                 !memcmp(whole->data + at, piece.data + 1, k - 1))
-            at += k - 1;
-        else if (i || !moe_vocab_is_control(t->vocab, tokens[i])) break;
-    }
-    text_free(&piece);
-    return at == size ? (int64_t)i : -1;
+// Where in a text a token that begins at `at` ends; SIZE_MAX: it is not there. BOS may be missing
+// in the text, and a token of an SPM vocabulary may have a blank more in front.
+static inline size_t talk_step(const talk *t, const text_buffer *text, size_t at, int32_t token,
+                               int is_first, text_buffer *piece) {
+    text_cut(piece, 0);
+    token_text(piece, t->vocab, token);
+    const size_t left = text->size - at, k = piece->size;
+    if (k <= left && (!k || !memcmp(text->data + at, piece->data, k))) return at + k;
+    if (*piece->data == ' ' && k - 1 <= left && !memcmp(text->data + at, piece->data + 1, k - 1))
+        return at + k - 1;
+    return is_first && moe_vocab_is_control(t->vocab, token) ? at : SIZE_MAX;
 }
 
-// t->tokens become what the context shall hold: what it holds, and what is new, if the dialogue
-// goes on as the context does; else all of the dialogue's tokens.
-static inline moe_status talk_extend(talk *t, const int32_t *whole, size_t n, moe_error *error) {
-    const size_t held = t->context.size;
-    int64_t from = -1;
-    if (held && held <= t->formatted.size && !memcmp(t->context.data, t->formatted.data, held))
-        from = talk_boundary(t, whole, n, held);
-    if (from < 0) {
-        talk_forget_context(t);
-        from = 0;
+// The last place where the context and the new dialogue have the same text before them, and both
+// begin a token: so many tokens of each are there, and so many bytes.
+typedef struct talk_joint {
+    size_t n_held, n_whole, n_text;
+} talk_joint;
+
+static inline talk_joint talk_meet(const talk *t, const int32_t *whole, size_t n) {
+    talk_joint joint = {0, 0, 0};
+    size_t i = 0, k = 0, at = 0, whole_at = 0; // tokens and bytes of the context, of the other
+    text_buffer piece;
+    memset(&piece, 0, sizeof piece);
+    while (i < t->n_tokens && k < n) {
+        const int32_t a = t->tokens[i], b = whole[k];
+        const int both = at == whole_at;
+        if (both && a != b && // control tokens are no text like others
+            (moe_vocab_is_control(t->vocab, a) || moe_vocab_is_control(t->vocab, b)))
+            break;
+        if (both || at < whole_at) at = talk_step(t, &t->context, at, a, !i++, &piece);
+        if (both || whole_at < at)
+            whole_at = talk_step(t, &t->formatted, whole_at, b, !k++, &piece);
+        if (at == SIZE_MAX || whole_at == SIZE_MAX) break;
+        if (at != whole_at) continue;
+        if (memcmp(t->context.data + joint.n_text, t->formatted.data + joint.n_text,
+                   at - joint.n_text) != 0)
+            break;
+        joint.n_held = i, joint.n_whole = k, joint.n_text = at;
     }
-    if (!talk_room(t, n - (size_t)from)) return talk_no_memory(error);
-    memcpy(t->tokens + t->n_tokens, whole + from, (n - (size_t)from) * sizeof *whole);
-    t->n_tokens += n - (size_t)from;
+    text_free(&piece);
+    return joint;
+}
+
+// t->tokens become what the context shall hold: of what it holds what is part of the dialogue, and
+// what is new.
+static inline moe_status talk_extend(talk *t, const int32_t *whole, size_t n, moe_error *error) {
+    const talk_joint joint = talk_meet(t, whole, n);
+    const size_t n_new = n - joint.n_whole;
+    t->n_tokens = joint.n_held;
+    text_cut(&t->context, joint.n_text);
+    for (size_t i = 0; i < t->n_turns; i++)
+        if (t->turns[i].n_tokens > joint.n_held)
+            t->turns[i].n_tokens = joint.n_held, t->turns[i].n_text = joint.n_text;
+    if (!talk_room(t, n_new)) return talk_no_memory(error);
+    memcpy(t->tokens + t->n_tokens, whole + joint.n_whole, n_new * sizeof *whole);
+    t->n_tokens += n_new;
     return MOE_OK;
 }
 
@@ -280,7 +356,7 @@ static inline moe_status talk_fit(talk *t, moe_error *error) {
     size_t n_dropped = 0, n = 0;
     for (;;) {
         int32_t *whole = NULL;
-        moe_status status = talk_format(t, error);
+        moe_status status = talk_format_on(t, error);
         if (!status) status = talk_tokenize(t, &whole, &n, error);
         if (!status) status = talk_extend(t, whole, n, error);
         free(whole);
@@ -327,6 +403,32 @@ static inline void talk_end_line(talk *t) {
     if (t->last != '\n') talk_write(t, "\n", 1);
 }
 
+// The call that is coming in: when it is whole it becomes part of the turn.
+static inline void talk_note_call(talk *t, const moe_chat_piece *piece) {
+    text_buffer *calls = &talk_last(t)->calls;
+    if (piece->kind == MOE_CHAT_TOOL_NAME) {
+        text_cut(&t->call_id, 0);
+        text_cut(&t->call_arguments, 0);
+        text_cut(&t->call_name, 0);
+        text_append(&t->call_name, piece->text, piece->size);
+    }
+    if (piece->kind == MOE_CHAT_TOOL_ID) text_append(&t->call_id, piece->text, piece->size);
+    if (piece->kind == MOE_CHAT_TOOL_ARGUMENTS)
+        text_append(&t->call_arguments, piece->text, piece->size);
+    if (piece->kind != MOE_CHAT_TOOL_END || !piece->is_valid) return;
+    text_put(calls, calls->size ? ", {" : "{");
+    if (t->call_id.size) {
+        text_put(calls, "\"id\": ");
+        text_json(calls, t->call_id.data, t->call_id.size);
+        text_put(calls, ", ");
+    }
+    text_put(calls, "\"type\": \"function\", \"function\": {\"name\": ");
+    text_json(calls, t->call_name.data ? t->call_name.data : "", t->call_name.size);
+    text_put(calls, ", \"arguments\": ");
+    text_append(calls, t->call_arguments.data, t->call_arguments.size);
+    text_put(calls, "}}");
+}
+
 // Reasoning is for a person's eyes; through a pipe goes the answer alone.
 static inline int talk_on_piece(void *user, const moe_chat_piece *piece) {
     talk *t = (talk *)user;
@@ -335,6 +437,7 @@ static inline int talk_on_piece(void *user, const moe_chat_piece *piece) {
     const int is_reasoning = piece->kind == MOE_CHAT_REASONING;
     if (is_content) text_append(&turn->answer, piece->text, piece->size);
     if (is_reasoning) text_append(&turn->reasoning, piece->text, piece->size);
+    if (!is_content && !is_reasoning) talk_note_call(t, piece);
     if (is_reasoning && (!t->is_terminal || t->o->reasoning == TALK_OFF)) return 1;
     const char *from = piece->text;
     size_t size = piece->size;
@@ -343,11 +446,18 @@ static inline int talk_on_piece(void *user, const moe_chat_piece *piece) {
         if (t->is_dim) talk_end_line(t), talk_write(t, "\n", 1);
         t->is_begun = 1;
     }
-    if (!is_content) talk_dim(t, 1); // reasoning, or the call of a tool that there is not
-    if (piece->kind == MOE_CHAT_TOOL_NAME) talk_write(t, "[calls ", 7);
+    if (piece->kind == MOE_CHAT_TOOL_NAME) {
+        if (t->last != '\n') talk_end_line(t);
+        talk_dim(t, 1);
+        talk_write(t, "[calls ", 7);
+    }
+    if (!is_content) talk_dim(t, 1);
     if (piece->kind != MOE_CHAT_TOOL_ID) talk_write(t, from, size);
     if (piece->kind == MOE_CHAT_TOOL_NAME) talk_write(t, " ", 1);
-    if (piece->kind == MOE_CHAT_TOOL_END) talk_write(t, "]\n", 2);
+    if (piece->kind == MOE_CHAT_TOOL_END) {
+        talk_write(t, "]\n", 2);
+        t->is_begun = 1;
+    }
     return !t->failed;
 }
 
@@ -401,7 +511,7 @@ static inline void talk_settle(talk *t, const moe_generated *g) {
     if (!g->rest_size && g->pending >= 0) t->tokens[t->n_tokens++] = g->pending;
     text_append(&t->context, t->formatted.data, t->formatted.size);
     for (size_t i = n_prompt; i < t->n_tokens; i++) token_text(&t->context, t->vocab, t->tokens[i]);
-    if (t->context.failed) text_free(&t->context);
+    if (t->context.failed) talk_forget_context(t), text_free(&t->context);
 }
 
 typedef struct talk_count {
@@ -425,6 +535,7 @@ static inline moe_status talk_generate(talk *t, moe_chat_parser *parser, moe_gen
         status = moe_generator_next(generator, g, error);
         if (status) break;
         count->n_generated += g->token >= 0;
+        text_append(&talk_last(t)->raw, g->text, g->size);
         if (moe_chat_parser_push(parser, g->text, g->size) && t->failed) break;
     } while (g->reason == MOE_STOP_NONE);
     count->seconds = tool_seconds() - start;
@@ -446,6 +557,18 @@ static inline void talk_timings(const talk *t, const talk_count *c, const moe_ge
             g->reason == MOE_STOP_CALLER ? "interrupted" : moe_stop_reason_text(g->reason));
     if (t->is_terminal && isatty(STDERR_FILENO)) fputs("\033[0m", stderr);
     fputc('\n', stderr);
+}
+
+// The answer as it came is only needed if it is the answer with white space around it.
+static inline void talk_trim_raw(talk_turn *turn) {
+    const char *raw = turn->raw.data ? turn->raw.data : "";
+    size_t from = 0, end = turn->raw.size;
+    while (from < end && strchr(" \t\r\n", raw[from])) from++;
+    while (from < end && strchr(" \t\r\n", raw[end - 1])) end--;
+    if (turn->reasoning.size || turn->calls.size || turn->answer.size == turn->raw.size ||
+        end - from != turn->answer.size || !turn->answer.size ||
+        memcmp(raw + from, turn->answer.data, end - from) != 0)
+        text_free(&turn->raw);
 }
 
 // Answers the last turn's question. Errors leave the turn without an answer.
@@ -470,7 +593,9 @@ static inline moe_status talk_answer(talk *t, moe_error *error) {
     t->last = '\n';
     status = talk_generate(t, parser, &g, &count, error);
     moe_chat_parser_close(parser);
-    if (turn->answer.failed || turn->reasoning.failed) status = talk_no_memory(error);
+    if (turn->answer.failed || turn->reasoning.failed || turn->raw.failed || turn->calls.failed)
+        status = talk_no_memory(error);
+    talk_trim_raw(turn);
     talk_end_line(t);
     if (!t->is_begun && !t->is_terminal) talk_write(t, "\n", 1); // one line, one answer
     if (!status) talk_timings(t, &count, &g);
@@ -505,7 +630,7 @@ static inline int talk_turn_once(talk *t, int *status) {
 static inline void talk_save(const talk *t, const char *path) {
     text_buffer all;
     memset(&all, 0, sizeof all);
-    talk_messages(t, &all, "\n  ");
+    talk_messages(t, &all, "\n  ", 0);
     text_put(&all, "}\n");
     if (!*path) {
         talk_say(t, "/save needs the name of a file");
@@ -528,8 +653,7 @@ static inline int talk_regenerate(talk *t, int *status) {
         return 1;
     }
     talk_rewind(t);
-    text_free(&turn->answer);
-    text_free(&turn->reasoning);
+    talk_turn_unanswer(turn);
     return talk_turn_once(t, status);
 }
 
@@ -591,7 +715,7 @@ static inline int talk_loop(talk *t, int *status) {
     const char *line;
     size_t size;
     fflush(stdout);
-    const line_result result = line_read("> ", &line, &size);
+    const line_result result = line_read(talk_has_called(t) ? "result> " : "> ", &line, &size);
     if (result == LINE_INTERRUPTED) return talk_interrupted(t, size, status);
     if (result == LINE_END) return 0;
     if (result == LINE_FAILED) {
@@ -613,6 +737,9 @@ static inline void talk_close(talk *t) {
     text_free(&t->context);
     text_free(&t->request);
     text_free(&t->formatted);
+    text_free(&t->call_name);
+    text_free(&t->call_id);
+    text_free(&t->call_arguments);
     line_close();
 }
 

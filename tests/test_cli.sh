@@ -9,7 +9,7 @@ cli=$build/moe-cli
 dir=$build/tests/cli
 rm -rf "$dir"
 mkdir -p "$dir"
-for tool in moe-cli moe-synth minimal; do
+for tool in moe-cli moe-synth minimal tests/actor; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
 done
 . tests/check.sh
@@ -360,6 +360,170 @@ gen --prompt-cache "$model"
 check "--prompt-cache: the model" refuses 'would replace'
 run -m "$model" -f "$dir/prompt.txt" --prompt-cache "$dir/prompt.txt"
 check "--prompt-cache: the prompt" refuses 'would replace'
+
+# ---- dialogues -----------------------------------------------------------------------------------
+
+# The actor's answers are known (tests/actor.c). ask QUESTIONS ARGUMENT...: through a pipe.
+actor=$dir/actor.gguf
+"$build/tests/actor" "$actor"
+ask() {
+    printf "$1" >"$dir/in"
+    "$cli" -m "${asked:-$actor}" -s 7 "${@:2}" <"$dir/in" >"$dir/out" 2>"$dir/err"
+    code=$?
+}
+answers() { exits 0 && [ "$(cat "$dir/out")" = "$(printf "$1")" ]; }
+ask 'hello\nseven 7\n'
+check "a model with a template, no prompt: a dialogue" answers 'I see.\nIt ends with 7.'
+check "the line about tokens and speed" says '^\[ prompt 6 new tokens, 0 reused, .*; the model ended \]$'
+check "only new tokens are evaluated" says '^\[ prompt 10 new tokens, 7 reused, '
+ask 'hello\n' --no-show-timings
+check "--no-show-timings" test -z "$(grep '^\[' "$dir/err")"
+ask 'hello\n' --no-show-timings --show-timings
+check "--show-timings" says '^\[ prompt '
+ask 'well!\n' --no-show-timings
+check "through a pipe goes the answer alone" answers 'Yes, indeed.'
+for flag in --reasoning -rea; do
+    ask 'well!\n' $flag off
+    check "$flag off" answers 'I see.'
+    ask 'well!\n' $flag on
+    check "$flag on" answers 'Yes, indeed.'
+    ask 'x\n' $flag maybe
+    check "$flag maybe" refuses "'maybe' is not one of"
+done
+ask 'one\\\ntwo 2\n'
+check "a backslash: two lines, one answer" answers 'It ends with 2.'
+ask 'x' -n 0
+check "-n 0" exits 0
+for flag in -cnv --conversation; do
+    ask 'then 1\n' $flag -p 'first 3'
+    check "$flag -p" answers 'It ends with 3.\nIt ends with 1.'
+done
+for flag in -no-cnv --no-conversation; do
+    ask 'x' $flag
+    check "$flag without a prompt" refuses 'no prompt'
+    ask 'x' $flag -p 'call 4' --temp 0
+    check "$flag -p" answers 'It ends with 4.'
+done
+ask 'x' -p 'call 4' --temp 0
+check "-p alone: no dialogue" answers 'It ends with 4.'
+ask 'x' -cnv -no-cnv
+check "-cnv -no-cnv" refuses 'not both'
+for flag in -st --single-turn; do
+    ask 'one 1\ntwo 2\n' $flag
+    check "$flag" answers 'It ends with 1.'
+done
+ask '/help\n'
+check "/help" says '^  /regen '
+ask '/frob\nx 5\n'
+check "an unknown command" says 'unknown command /frob; /help lists them'
+check "and the dialogue goes on" answers 'It ends with 5.'
+ask ' /frob 5\n'
+check "a blank before / sends it" answers 'It ends with 5.'
+ask 'one 1\ntwo 2\n/undo\n/regen\n/save %s\n/clear\n/undo\n' -sys 'Be brief.' --no-show-timings
+sed -i "s|/save .*|/save $dir/talk.json|" "$dir/in"
+"$cli" -m "$actor" -sys 'Be brief.' <"$dir/in" >"$dir/out" 2>"$dir/err"
+code=$?
+check "/undo, /regen" answers 'It ends with 1.\nIt ends with 2.\nIt ends with 1.'
+check "/clear: nothing to undo" says 'nothing to undo'
+tr -d '\n' <"$dir/talk.json" >"$dir/talk.line"
+check "/save" grep -qx '{"messages": \[  {"role": "system", "content": "Be brief."},  {"role": "user", "content": "one 1"},  {"role": "assistant", "content": "It ends with 1."}  \]}' "$dir/talk.line"
+ask "/save $actor\\n"
+check "/save does not replace the model" says 'would replace the model'
+ask "x\\n/save $dir/none/talk.json\\n"
+check "/save: nowhere to write" says 'cannot write .*none/talk.json'
+printf 'Be brief.\n' >"$dir/system.txt"
+n_new() { sed -n 's/^\[ prompt \([0-9]*\) new.*/\1/p' "$dir/err"; }
+ask 'x\n'
+plain=$(n_new)
+for flag in -sys --system-prompt; do
+    ask 'x\n' $flag 'Be brief.'
+    check "$flag" test "$(n_new)" = $((plain + 10))
+done
+for flag in -sysf --system-prompt-file; do
+    ask 'x\n' $flag "$dir/system.txt"
+    check "$flag" test "$(n_new)" = $((plain + 10))
+done
+ask 'x' -sys a -sysf "$dir/system.txt"
+check "-sys -sysf" refuses 'not both'
+ask 'x' -sys a -p b
+check "-sys -p" refuses 'are for dialogues'
+ask 'well?\n'
+check "without tools a call is text" answers '<tool_call>\n{"name": "add", "arguments": {"a": 17, "b": 25}}\n</tool_call>'
+printf '[{"type": "function", "function": {"name": "add"}}]\n' >"$dir/tools.json"
+ask 'well?\n42\nx\n' --tools "$dir/tools.json"
+check "--tools: the call, and what follows its result" \
+    answers '[calls add {"a": 17, "b": 25}]\nIt ends with 2.\nI see.'
+ask 'x\n' --tools "$dir/in"
+check "--tools: no JSON" exits 1
+check "--tools: it says so" grep -q 'cannot answer' "$dir/err"
+ask '<|end|>5\n'
+check "what a user types is text" says '^\[ prompt 9 new'
+# Templates: one of llama.cpp's names, a text, a file. The storyteller has none.
+asked=$story
+ask 'x\n'
+check "neither prompt nor template" refuses 'no prompt, and the model has no chat template: give -p'
+ask 'x\n' -cnv
+check "-cnv without a template" exits 1
+template='{%% for m in messages %%}{{ m.content }}{%% endfor %%}'
+template=${template//%%/%}
+told='Once upon a time there\n'
+ask "$told" --chat-template "$template" -n 6 --temp 0 --jinja
+keep told
+check "--chat-template TEXT, --jinja" shows '^was a '
+printf '%s\n' "$template" >"$dir/template.txt"
+ask "$told" --chat-template-file "$dir/template.txt" -n 6 --temp 0
+check "--chat-template-file" same told
+ask "$told" --chat-template "$template" --chat-template-file "$dir/template.txt"
+check "both" refuses 'not both'
+ask "$told" --chat-template nonsense
+check "--chat-template nonsense" refuses "'nonsense' is no template, nor the name of one: chatml, "
+ask "$told" --chat-template '{% for'
+check "a broken template" exits 1
+check "a broken template: its line" grep -q 'cannot answer: .*line 1' "$dir/err"
+ask "$told" --chat-template "{{ raise_exception('I will not') }}"
+check "a template that raises" grep -q 'I will not' "$dir/err"
+names=$("$cli" --help | sed -n '/--chat-template NAME/,/another one of/p' | tr -cs 'a-z0-9-' '\n' |
+        grep -xE 'chat(ml|glm4)|command-r|deepseek[23]|gemma|granite|hunyuan-moe|kimi-k2|llama[34]|mistral-v.*|phi3|zephyr')
+check "names of templates" test "$(wc -l <<<"$names")" -eq 17
+for name in $names; do
+    run -m "$story" --tokens -cnv --chat-template "$name" -sys SYS -p ASK
+    tr -d '\n' <"$dir/out" | sed "s/' *[0-9]* -> '//g" >"$dir/flat"
+    check "--chat-template $name" grep -q 'SYS.*ASK' "$dir/flat"
+done
+asked=
+
+# ---- tokens, log-probabilities, perplexity -------------------------------------------------------
+
+run -m "$actor" --tokens -p 'a<|end|>'
+check "--tokens" shows "^ *97 -> 'a'\$"
+check "--tokens: control tokens" shows "^ *262 -> '<|end|>'\$"
+run -m "$actor" --tokens -cnv -p 'a<|end|>'
+check "--tokens -cnv: what the template adds" shows "^ *[0-9]* -> '<|user|>'\$"
+check "--tokens -cnv: and no more" test "$(wc -l <"$dir/out")" -eq 9
+run -m "$actor" --tokens -p 'a' --info
+check "--tokens --info" refuses 'give one of'
+run -m "$story" -p "$prompt" -n 5 --temp 0 --logprobs 3
+check "--logprobs: a line a token" test "$(wc -l <"$dir/out")" -eq 5
+check "--logprobs: what is in it" test "$(grep -cE \
+    '^\{"id": [0-9]+, "token": ".*", "logprob": -?[0-9.e-]+, "bytes": \[[0-9, ]*\], "top_logprobs": \[(\{"id": [^{]*\}(, )?){3}\]\}$' \
+    "$dir/out")" -eq 5
+run -m "$story" -p "$prompt" -n 1 --temp 0 --logprobs 0
+check "--logprobs 0" shows '"top_logprobs": \[\]}$'
+run -m "$story" -p "$prompt" --logprobs 1000
+check "--logprobs 1000" refuses "'1000'"
+held=examples/storyteller/held_out.txt
+run -m "$story" --perplexity -f $held -c 128 --chunks 3
+check "--perplexity" shows '^\[1\][0-9.]*,\[2\][0-9.]*,\[3\][0-9.]*,$'
+check "--perplexity: the estimate" shows '^Final estimate: PPL = [0-9]*\.[0-9]\{4\} +/- [0-9.]*$'
+keep perplexity
+run -m "$story" --perplexity -f $held -c 128 --chunks 3 -t 3
+check "--perplexity: by any number of threads" same perplexity
+run -m "$story" --perplexity -p 'too short'
+check "--perplexity: too short a text" fails 'needs at least 1024 tokens'
+run -m "$story" --perplexity
+check "--perplexity without a text" refuses 'no prompt'
+run -m "$story" --perplexity -p x --chunks -2
+check "--chunks -2" refuses "'-2'"
 
 # ---- instead of generating -----------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ build=${1:-build}
 dir=$build/tests/examples
 rm -rf "$dir"
 mkdir -p "$dir"
-tools="minimal branch resume tokens moe-cli moe-quantize moe-synth"
+tools="minimal branch resume tokens chat tests/actor moe-cli moe-quantize moe-synth"
 command -v "${CXX:-c++}" >/dev/null && tools="$tools embed"
 for tool in $tools; do
     [ -x "$build/$tool" ] || { echo "$build/$tool was not built"; exit 1; }
@@ -125,6 +125,26 @@ check "tokens: too long a prompt: exit code" test $? -eq 1
 check "tokens: too long a prompt: sentence" test -s "$dir/err"
 check "tokens: less than 80 lines" test "$(wc -l <examples/tokens.c)" -lt 80
 
+# ---- chat.c --------------------------------------------------------------------------------------
+
+# The actor calls a tool where a question ends so, and tells with what digit its result ends.
+"$build/tests/actor" "$dir/actor.gguf"
+printf 'What is 17 and 25?\nThank you\n3\n' | "$build/chat" "$dir/actor.gguf" >"$dir/out" 2>"$dir/err"
+check "chat: exit code" test $? -eq 0
+check "chat: the tool is called, its result is read, the dialogue goes on" test "$(cat "$dir/out")" = \
+    '[add {"a": 17, "b": 25} = 42]
+It ends with 2.
+I see.
+It ends with 3.'
+check "chat: no complaint" test ! -s "$dir/err"
+echo x | "$build/chat" "$story" >"$dir/out" 2>"$dir/err"
+check "chat: no template: exit code" test $? -eq 1
+check "chat: no template: sentence" grep -q 'template' "$dir/err"
+"$build/chat" "$dir/none.gguf" </dev/null >"$dir/out" 2>"$dir/err"
+check "chat: no model: exit code" test $? -eq 1
+check "chat: no model: sentence" grep -q 'none.gguf' "$dir/err"
+check "chat: less than 80 lines" test "$(wc -l <examples/chat.c)" -lt 80
+
 # ---- embed.cpp -----------------------------------------------------------------------------------
 
 if [ -x "$build/embed" ]; then
@@ -205,20 +225,25 @@ fi
 
 # ---- README --------------------------------------------------------------------------------------
 
-# The first block of C, as it stands in minimal.c four columns to the right.
-awk '/^```c$/ && !n { n = 1; next } /^```$/ && n == 1 { n = 2 } n == 1' README.md >"$dir/snippet"
-sed 's/^    //' examples/minimal.c >"$dir/minimal.c"
-check "README: there is a snippet" test "$(wc -l <"$dir/snippet")" -ge 10
-check "README: the snippet is part of examples/minimal.c" awk '
-    FNR == NR { want[++n] = $0; next }
-    { have[++m] = $0 }
-    END {
-        for (i = 0; i + n <= m; i++) {
-            for (k = 1; k <= n && have[i + k] == want[k]; k++);
-            if (k > n) exit 0
-        }
-        exit 1
-    }' "$dir/snippet" "$dir/minimal.c"
+# Blocks of C stand, four columns to the right, in examples: the first one in minimal.c, the second
+# one in chat.c.
+part_of() { # NUMBER FILE
+    awk -v wanted="$1" '/^```c$/ { n++; inside = 1; next } /^```$/ { inside = 0 }
+        inside && n == wanted' README.md >"$dir/snippet"
+    sed 's/^    //' "$2" >"$dir/file.c"
+    [ "$(wc -l <"$dir/snippet")" -ge 6 ] && awk '
+        FNR == NR { want[++n] = $0; next }
+        { have[++m] = $0 }
+        END {
+            for (i = 0; i + n <= m; i++) {
+                for (k = 1; k <= n && have[i + k] == want[k]; k++);
+                if (k > n) exit 0
+            }
+            exit 1
+        }' "$dir/snippet" "$dir/file.c"
+}
+check "README: the first snippet is part of examples/minimal.c" part_of 1 examples/minimal.c
+check "README: the second one is part of examples/chat.c" part_of 2 examples/chat.c
 for target in $(grep -oE '`make [a-z-]+|^make [a-z-]+' README.md | sed 's/.*make //' | sort -u); do
     check "README: make $target exists" grep -q "^$target:" Makefile
 done

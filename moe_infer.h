@@ -122,10 +122,10 @@
 // goes on from it, in another process or with other options; a file of another model, or one that
 // is damaged, is refused and changes nothing.
 //
-// GENERATING. moe_generate draws, evaluates and hands out text until something ends it. It is a loop
-// over moe_generator_next, which draws one token each time and can stand still between any two: it
-// keeps half characters and what may begin a stop string, so that pauses, cancelled evals and a
-// full context change neither the bytes nor the draws.
+// GENERATING. moe_generate draws, evaluates and hands out text until something ends it. It is a
+// loop over moe_generator_next, which draws one token each time and can stand still between any
+// two: it keeps half characters and what may begin a stop string, so that pauses, cancelled evals
+// and a full context change neither the bytes nor the draws.
 //
 // CHAT. moe_chat_tokenize makes tokens of a request in JSON (messages, tools) by the template in
 // the file; moe_session_sync evaluates what is new in them; a generator with special = MOE_ON gives

@@ -98,7 +98,8 @@ static void close_dialogue(dialogue *d) {
 // What the answer says is not wanted here, nor what is said about it.
 static moe_status quiet_answer(talk *t, moe_error *error) {
     fflush(stdout);
-    const int out = dup(STDOUT_FILENO), err = dup(STDERR_FILENO), null = open("/dev/null", O_WRONLY);
+    const int out = dup(STDOUT_FILENO), err = dup(STDERR_FILENO);
+    const int null = open("/dev/null", O_WRONLY);
     dup2(null, STDOUT_FILENO);
     dup2(null, STDERR_FILENO);
     const moe_status status = talk_answer(t, error);
@@ -255,7 +256,7 @@ TEST(reference_logits) {
             perplexity p = {0, 0, 0};
             memset(&o, 0, sizeof o);
             o.n_ctx = n_ctx, o.n_batch = 40, o.keep_all_logits = MOE_ON;
-            o.kv_type = MOE_KV_F32; // another rounding may choose another expert: weights are random
+            o.kv_type = MOE_KV_F32; // rounding may choose other experts: weights are random
             moe_session *session = moe_session_open(model, &o, &error);
             if (!session) continue;
             count_chunk(&e, logits, 512, 512, tokens, n_ctx);
@@ -323,7 +324,8 @@ TEST(program) {
     const double value = (double)expl(mean);
     const double spread =
         (double)sqrtl((e.squares / e.count - mean * mean) / (e.count - 1)) * value;
-    snprintf(wanted + strlen(wanted), 100, "\nFinal estimate: PPL = %.4f +/- %.5f\n", value, spread);
+    snprintf(wanted + strlen(wanted), 100, "\nFinal estimate: PPL = %.4f +/- %.5f\n", value,
+             spread);
     double is = 0, is_spread = 0;
     const char *final = strstr(out, "Final estimate: PPL = ");
     CHECKF(final && sscanf(final, "Final estimate: PPL = %lf +/- %lf\n", &is, &is_spread) == 2,

@@ -368,6 +368,11 @@ static int shell(void) {
     }
     return WIFEXITED(status) ? WEXITSTATUS(status) : 98;
 }
+// Has the shell given the terminal away again? Before, a Ctrl-C would be its own.
+static int job_has_terminal(const pty *p, const char *text) {
+    (void)text;
+    return tcgetpgrp(p->fd) != p->pid;
+}
 TEST(suspend) {
     pty p;
     if (!find_cli() || !write_actor()) SKIP("no moe-cli");
@@ -382,6 +387,7 @@ TEST(suspend) {
     p.log[p.n_log = 0] = 0; // what comes from now on
     pty_type(&p, "\032");
     CHECK(pty_logged(&p, "stopped\r\n"));
+    CHECK(pty_wait(&p, job_has_terminal, ""));
     pty_type(&p, "\003");
     CHECK(prompts(&p, "; interrupted ]"));
     pty_type(&p, "\004");

@@ -1579,7 +1579,7 @@ TEST(the_last_message_is_continued_where_it_ends) {
          "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\npar<|im_end|>\n"
          "<|im_start|>assistant\n"},
         {"{\"role\": \"assistant\", \"content\": [{\"type\": \"text\", \"text\": \"p\"}]}], "
-         "\"continue_final_message\": true}", NULL},
+         "\"continue_final_message\": true, \"adapt_messages\": true}", NULL},
         {"{\"role\": \"assistant\", \"content\": null}], \"continue_final_message\": true}", NULL},
         {"{\"role\": \"assistant\", \"content\": \"par\"}], \"continue_final_message\": true, "
          "\"add_generation_prompt\": true}", NULL}};
@@ -1602,6 +1602,48 @@ TEST(the_last_message_is_continued_where_it_ends) {
         free(r.text);
         free(request.p);
         free(source.p);
+    }
+    moe_vocab_close(vocab);
+}
+
+TEST(messages_are_adapted_only_if_the_request_allows_it) {
+    static const struct {
+        const char *source, *message, *plain, *adapted; // NULL: an error
+    } rows[] = {
+        {"{{ messages[0].content }}",
+         "\"content\": [{\"type\": \"text\", \"text\": \"a\"}, "
+         "{\"type\": \"text\", \"text\": \"b\"}]",
+         "[{'type': 'text', 'text': 'a'}, {'type': 'text', 'text': 'b'}]", "a\nb"},
+        {"{{ 'x' + messages[0].content }}", "\"content\": [{\"type\": \"text\", \"text\": \"a\"}]",
+         NULL, "xa"},
+        {"{% for p in messages[0].content %}{{ p.text }};{% endfor %}",
+         "\"content\": [{\"type\": \"text\", \"text\": \"a\"}]", "a;", "a;"},
+        {"{{ messages[0].tool_calls[0].function.arguments | tojson }}",
+         "\"tool_calls\": [{\"function\": {\"name\": \"f\", \"arguments\": \"{\\\"k\\\": 1}\"}}]",
+         "\"{\\\"k\\\": 1}\"", "{\"k\": 1}"},
+        {"{% for k, v in messages[0].tool_calls[0].function.arguments.items() %}{{ k }}{{ v }}"
+         "{% endfor %}",
+         "\"tool_calls\": [{\"function\": {\"name\": \"f\", \"arguments\": \"{\\\"k\\\": 1}\"}}]",
+         NULL, "k1"},
+        {"{{ raise_exception('no') }}", "\"content\": [{\"type\": \"text\", \"text\": \"a\"}]",
+         NULL, NULL}};
+    moe_vocab *vocab = open_usual(NULL);
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        for (int adapts = 0; adapts < 2; adapts++) {
+            text request = {NULL, 0, 0};
+            const char *wanted = adapts ? rows[i].adapted : rows[i].plain;
+            add(&request, "{\"messages\": [{\"role\": \"user\", ");
+            add(&request, rows[i].message);
+            add(&request, "}], \"adapt_messages\": ");
+            add(&request, adapts ? "true}" : "false}");
+            result r = format_with(vocab, request.p, rows[i].source);
+            if (wanted)
+                CHECKF(r.text && !strcmp(r.text, wanted), "row %d: %s", (int)i,
+                       r.text ? r.text : r.error.text);
+            else CHECKF(!r.text && r.error.status == MOE_ERROR_ARGUMENT, "row %d", (int)i);
+            free(r.text);
+            free(request.p);
+        }
     }
     moe_vocab_close(vocab);
 }

@@ -907,8 +907,8 @@ static char *trip_request(const scene *s, const char *tools, int thinks) {
     static const char form[] =
         "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}%s%s%s], \"now\": "
         "\"2026-03-14T15:09:26\", \"enable_thinking\": %s, \"reasoning_effort\": \"high\", \""
-        "functions\": \"[]\", \"datetime\": "
-        "\"now\", \"add_generation_prompt\": %s, %s";
+        "functions\": \"[]\", \"datetime\": \"now\", \"adapt_messages\": true, "
+        "\"add_generation_prompt\": %s, %s";
     const size_t size = 4096;
     char *request = (char *)malloc(size);
     snprintf(request, size, form, s ? ", {\"role\": \"assistant\", " : "", s ? s->message : "",
@@ -1098,7 +1098,7 @@ TEST(what_templates_write_comes_back) {
 TEST(an_answer_goes_on_with_its_message) {
     static const char folder[] = "../shared/golden/chat/";
     static const char half[] = "{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\""
-     "role\": "
+                               "role\": "
                                "\"assistant\", \"content\": \"Long te\"}], \"functions\": \"[]\", "
                                "\"datetime\": \"now\", \"now\": \"2026-03-14T15:09:26\", "
                                "\"continue_final_message\": true, \"tools\": []}";

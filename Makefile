@@ -135,7 +135,7 @@ check-compile:  ## compilers, standards, macros, exported symbols, style of the 
 
 # A sanitizer's programs stand in a folder of their own.
 SANITIZE = $(MAKE) --no-print-directory B=build/$@ CXXFLAGS="$(SANITIZER)" CFLAGS="$(SANITIZER)"
-SANITIZER = -O1 -g -fno-omit-frame-pointer
+SANITIZER = -O1 -g1 -fno-omit-frame-pointer
 
 asan: SANITIZER += -fsanitize=address
 asan:  ## the tests with the address sanitizer and its leak detection

@@ -27,8 +27,9 @@ TOOLS = $(B)/moe-cli $(B)/moe-bench $(B)/moe-quantize $(B)/moe-synth $(EXAMPLES)
 TESTS = $(patsubst tests/%.c,$(B)/tests/%,$(wildcard tests/test_*.c))
 SCRIPTS = $(wildcard tests/test_*.sh)
 # tests that start threads, for the thread sanitizer; not test_model, whose single-threaded
-# reference pass would take an hour there (test_session evaluates with many threads)
-THREADED = $(patsubst tests/%.c,$(B)/tests/%,$(filter-out tests/test_model.c,\
+# reference pass would take an hour there (test_session evaluates with many threads), nor test_chat,
+# whose only thread is there to have a small stack
+THREADED = $(patsubst tests/%.c,$(B)/tests/%,$(filter-out tests/test_model.c tests/test_chat.c,\
     $(shell grep -lE 'moe_(pool|session)_open|moe__pool|pthread_create' tests/test_*.c 2>/dev/null)))
 # builds in parallel unless make was told how (-j)
 PARALLEL = $(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))

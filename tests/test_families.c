@@ -580,11 +580,16 @@ static void vary(const char *path, const char *family, const char *name, tally *
 TEST(tensors_and_keys_that_a_family_needs_are_missed_by_name) {
     tally sum;
     const char *name;
+#ifdef __SANITIZE_THREAD__ // opening a file starts no threads
+    const int step = 12;
+#else
+    const int step = 1;
+#endif
     memset(&sum, 0, sizeof sum);
     printf("  %-24s %s\n", "", "removed tensors: refused, opened; changed keys: the same");
-    for (int i = 0; i < find_golden(); i++)
+    for (int i = 0; i < find_golden(); i += step)
         vary(golden_path(i), golden_names[i], golden_names[i], &sum);
-    for (int i = 0; (name = tiny_name(i)) != NULL; i++) {
+    for (int i = 0; (name = tiny_name(i)) != NULL; i += step) {
         synth_options o;
         memset(&o, 0, sizeof o);
         o.no_tokenizer = 1;

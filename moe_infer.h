@@ -25346,7 +25346,8 @@ MOE__PRIVATE void moe__json_write_string(moe__builder *b, moe__value s, int ensu
     moe__builder_words(b, "\"");
 }
 
-MOE__PRIVATE void moe__json_write_number(moe__builder *b, moe__value v) {
+// INT or FLOAT, as Python prints it.
+MOE__PRIVATE void moe__builder_number(moe__builder *b, moe__value v) {
     char text[64];
     if (v.kind == MOE__VALUE_FLOAT && v.size) {
         moe__builder_add(b, (const char *)v.marks, v.size, 1);
@@ -25354,10 +25355,12 @@ MOE__PRIVATE void moe__json_write_number(moe__builder *b, moe__value v) {
     }
     if (v.kind == MOE__VALUE_INT) snprintf(text, sizeof text, "%lld", (long long)v.as.i);
     else moe__json_print_float(v.as.f, text);
-    if (!strcmp(text, "nan")) strcpy(text, "NaN");
-    if (!strcmp(text, "inf")) strcpy(text, "Infinity");
-    if (!strcmp(text, "-inf")) strcpy(text, "-Infinity");
     moe__builder_words(b, text);
+}
+
+MOE__PRIVATE void moe__json_write_number(moe__builder *b, moe__value v) {
+    if (v.kind == MOE__VALUE_INT || v.size || v.as.f - v.as.f == 0) moe__builder_number(b, v);
+    else moe__builder_words(b, v.as.f != v.as.f ? "NaN" : v.as.f < 0 ? "-Infinity" : "Infinity");
 }
 
 MOE__PRIVATE void moe__json_write_line(moe__builder *b, const moe__json_style *style,
@@ -27049,7 +27052,6 @@ MOE__OUTLINE void moe__jinja_repr_object(moe__jinja *j, moe__builder *b, moe__va
 
 // As Python's repr shows it.
 MOE__PRIVATE void moe__jinja_repr(moe__jinja *j, moe__builder *b, moe__value v) {
-    char text[64];
     moe__store_enter(j->store);
     moe__store_step(j->store, 1);
     switch (v.kind) {
@@ -27057,17 +27059,7 @@ MOE__PRIVATE void moe__jinja_repr(moe__jinja *j, moe__builder *b, moe__value v) 
     case MOE__VALUE_NONE: moe__builder_words(b, "None"); break;
     case MOE__VALUE_BOOL: moe__builder_words(b, v.as.i ? "True" : "False"); break;
     case MOE__VALUE_INT:
-        snprintf(text, sizeof text, "%lld", (long long)v.as.i);
-        moe__builder_words(b, text);
-        break;
-    case MOE__VALUE_FLOAT:
-        if (v.size) {
-            moe__builder_add(b, (const char *)v.marks, v.size, 1);
-            break;
-        }
-        moe__json_print_float(v.as.f, text);
-        moe__builder_words(b, text);
-        break;
+    case MOE__VALUE_FLOAT: moe__builder_number(b, v); break;
     case MOE__VALUE_STRING: moe__jinja_repr_string(j, b, v); break;
     case MOE__VALUE_LIST:
         j->store->noticed |= v.of;
@@ -30906,9 +30898,17 @@ MOE__PRIVATE void moe__chat_message(moe__chat *chat, moe__value *message) {
 
 // ---- going on with the last message ----------------------------------------------------------
 
-// As transformers does it: a tag behind the text that is to go on, and the rendered text is cut
-// where the tag stands.
-static const char moe__chat_tag[] = "CONTINUE_FINAL_MESSAGE_TAG ";
+// As transformers does it: a tag and a blank behind the text that is to go on, and the rendered
+// text is cut where the tag stands.
+static const char moe__chat_tag[] = "CONTINUE_FINAL_MESSAGE_TAG";
+
+// Where `what` (NULL: nothing) last stands in a text, or NULL.
+MOE__PRIVATE const char *moe__chat_find_last(const char *text, size_t size, const char *what) {
+    const size_t n = what ? strlen(what) : 0;
+    for (size_t i = size; n && i-- > 0;)
+        if (size - i >= n && text[i] == *what && !memcmp(text + i, what, n)) return text + i;
+    return NULL;
+}
 
 MOE__PRIVATE void moe__chat_add_tag(moe__chat *chat, moe__value messages, moe__value field) {
     moe__store *store = &chat->store;
@@ -30931,21 +30931,18 @@ MOE__PRIVATE void moe__chat_add_tag(moe__chat *chat, moe__value messages, moe__v
     moe__builder b = moe__builder_of(store);
     moe__builder_string(&b, *text);
     moe__builder_add(&b, moe__chat_tag, strlen(moe__chat_tag), 1);
+    moe__builder_add(&b, " ", 1, 1);
     *text = moe__builder_end(&b);
 }
 
 MOE__PRIVATE void moe__chat_cut(moe__chat *chat) {
     moe__value *text = &chat->text;
-    const moe__value tag = moe__value_words(moe__chat_tag);
-    const moe__value word = moe__value_part(tag, 0, tag.size - 1);
-    uint64_t at = UINT64_MAX, end = text->size;
-    if (end >= word.size)
-        for (uint64_t i = end - word.size + 1; i-- > 0 && at == UINT64_MAX;)
-            if (!memcmp(text->as.text + i, word.as.text, (size_t)word.size)) at = i;
-    if (at == UINT64_MAX)
+    const char *tag = moe__chat_find_last(text->as.text, (size_t)text->size, moe__chat_tag);
+    if (!tag)
         moe__chat_fail(chat, "continue_final_message",
                        "the final message is not in what the template makes of it");
-    const int spaced = at + word.size < end && text->as.text[at + word.size] == ' ';
+    const uint64_t at = (uint64_t)(tag - text->as.text), behind = at + strlen(moe__chat_tag);
+    const int spaced = behind < text->size && text->as.text[behind] == ' ';
     *text = moe__value_part(*text, 0,
                             spaced ? at : moe__jinja_skip_space_back(text->as.text, 0, at));
 }
@@ -33620,13 +33617,6 @@ MOE__PRIVATE int moe__answer_has_tools(const moe__value *request, int depth) {
     return 0;
 }
 
-MOE__PRIVATE const char *moe__answer_find_last(const char *text, size_t size, const char *what) {
-    const size_t n = what ? strlen(what) : 0;
-    for (size_t i = size; n && i-- > 0;)
-        if (size - i >= n && text[i] == *what && !memcmp(text + i, what, n)) return text + i;
-    return NULL;
-}
-
 // Where the text of a request ends: within reasoning? White space at its end does not count. Where
 // a message goes on, only that is looked at: `tail` bytes.
 MOE__PRIVATE void moe__answer_set_start(moe_chat_parser *p, const char *text, size_t size,
@@ -33637,7 +33627,7 @@ MOE__PRIVATE void moe__answer_set_start(moe_chat_parser *p, const char *text, si
     const char *end = text + size, *start = NULL;
     p->is_thinking = (form->thinks && !p->is_continued) ||
                      (n && size >= n && !memcmp(end - n, form->think, n));
-    if (form->has_headers) start = moe__answer_find_last(text, size, "<|start|>");
+    if (form->has_headers) start = moe__chat_find_last(text, size, "<|start|>");
     if (start && moe__answer_find(start, (size_t)(end - start), "<|message|>", 11)) {
         p->is_headed = 1;
         p->is_thinking = moe__answer_find(start, (size_t)(end - start), "analysis<", 9) ||
@@ -33645,8 +33635,8 @@ MOE__PRIVATE void moe__answer_set_start(moe_chat_parser *p, const char *text, si
     }
     if (p->is_continued && !form->has_headers) {
         const char *from = size > tail ? end - tail : text;
-        const char *think = moe__answer_find_last(from, (size_t)(end - from), form->think);
-        const char *unthink = moe__answer_find_last(from, (size_t)(end - from), form->unthink);
+        const char *think = moe__chat_find_last(from, (size_t)(end - from), form->think);
+        const char *unthink = moe__chat_find_last(from, (size_t)(end - from), form->unthink);
         p->is_thinking |= think && (!unthink || unthink < think);
     }
 }
